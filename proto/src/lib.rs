@@ -1,0 +1,5 @@
+//! Messages of containerd's shim protocol that no crate on the registry gives.
+//!
+//! Written from the facts of the protocol (field names, numbers and types); everything else comes from `containerd-shim-protos`.
+//! The bindings are small enough to be written by hand: see [`runtime_options`].
+pub mod runtime_options;

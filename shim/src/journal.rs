@@ -1,0 +1,133 @@
+//! The journal of a container: what `delete` needs to know when the keeper is dead.
+//!
+//! Owns the format of the file `x-journal` in a bundle. The keeper writes it (the body on a worker's order, the exit slot by
+//! itself), `delete` and `inspect` read it.
+//!
+//! ```text
+//!  0        16                64                     96
+//!  ├ magic ─┼─ exit slot ─────┼─ body: length, sum ──┼─ body … ┤     little-endian
+//! ```
+//!
+//! **Invariant:** the exit slot exists, allocated, from the first write on, so that recording an exit needs no space. Writing is
+//! `pwrite` of whole records; a torn record is seen by its sum and counts as absent.
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use crate::handover::{Malformed, Reader, Writer};
+
+/// Name of the file in the bundle.
+pub(crate) const FILE_NAME: &str = "x-journal";
+
+const MAGIC: &[u8; 16] = b"x-shim journal 1";
+const SLOT_AT: u64 = 16;
+const BODY_SUM_AT: u64 = 64;
+const BODY_AT: u64 = 96;
+/// The longest body that is written or read.
+pub(crate) const MAX_BODY_BYTES: usize = 64 << 10;
+
+/// How a container's init ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RecordedExit {
+    pub(crate) pid: u32,
+    /// 0–255, or 128 + signal number.
+    pub(crate) status: u32,
+    /// Unix time in nanoseconds.
+    pub(crate) at_nanos: i64,
+}
+
+/// A journal that is open for writing.
+#[derive(Debug)]
+pub(crate) struct Journal(File);
+
+impl Journal {
+    /// Opens or creates the journal at `path` and allocates the exit slot.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(nix::libc::O_CLOEXEC | nix::libc::O_NOFOLLOW)
+            .open(path)?;
+        if file.metadata()?.len() < BODY_AT {
+            let mut head = [0; BODY_AT as usize];
+            head[..MAGIC.len()].copy_from_slice(MAGIC);
+            file.write_all_at(&head, 0)?;
+        }
+        Ok(Self(file))
+    }
+
+    /// Replaces the body; what it says is the worker's business.
+    ///
+    /// Errors: InvalidInput if it is longer than [`MAX_BODY_BYTES`].
+    pub(crate) fn write_body(&self, body: &[u8]) -> io::Result<()> {
+        if body.len() > MAX_BODY_BYTES {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "journal body too long"));
+        }
+        // The sum goes last: a body without its sum is no body.
+        self.0.write_all_at(body, BODY_AT)?;
+        let mut head = Writer::value();
+        head.u32(body.len() as u32).u32(sum(body));
+        self.0.write_all_at(&head.into_bytes(), BODY_SUM_AT)
+    }
+
+    /// Records the exit of the container's init.
+    pub(crate) fn write_exit(&self, exit: RecordedExit) -> io::Result<()> {
+        let mut slot = Writer::value();
+        slot.u32(exit.pid).u32(exit.status).i64(exit.at_nanos);
+        let mut slot = slot.into_bytes();
+        let sum = sum(&slot);
+        slot.extend_from_slice(&sum.to_le_bytes());
+        self.0.write_all_at(&slot, SLOT_AT)
+    }
+}
+
+/// What a journal says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Contents {
+    /// Absent if torn or never written.
+    pub(crate) body: Option<Vec<u8>>,
+    pub(crate) exit: Option<RecordedExit>,
+}
+
+/// Reads the journal at `path`.
+///
+/// Errors: NotFound if there is none; InvalidData if it is not a journal.
+pub(crate) fn read(path: &Path) -> io::Result<Contents> {
+    let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_CLOEXEC | nix::libc::O_NOFOLLOW).open(path)?;
+    let mut bytes = vec![0; BODY_AT as usize + MAX_BODY_BYTES];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match file.read_at(&mut bytes[filled..], filled as u64)? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    bytes.truncate(filled);
+    if !bytes.starts_with(MAGIC) || filled < BODY_AT as usize {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a journal of this shim"));
+    }
+    Ok(Contents { body: read_body(&bytes).ok().flatten(), exit: read_exit(&bytes).ok().flatten() })
+}
+
+fn read_exit(bytes: &[u8]) -> Result<Option<RecordedExit>, Malformed> {
+    let slot = &bytes[SLOT_AT as usize..];
+    let mut r = Reader::new(slot);
+    let exit = RecordedExit { pid: r.u32()?, status: r.u32()?, at_nanos: r.i64()? };
+    Ok((exit.pid != 0 && r.u32()? == sum(&slot[..16])).then_some(exit))
+}
+
+fn read_body(bytes: &[u8]) -> Result<Option<Vec<u8>>, Malformed> {
+    let mut r = Reader::new(&bytes[BODY_SUM_AT as usize..]);
+    let (length, expected) = (r.u32()? as usize, r.u32()?);
+    let Some(body) = bytes.get(BODY_AT as usize..BODY_AT as usize + length) else { return Ok(None) };
+    Ok((length > 0 && expected == sum(body)).then(|| body.to_vec()))
+}
+
+/// FNV-1a: enough to tell a torn record from a whole one.
+fn sum(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}

@@ -1,0 +1,6 @@
+//! `containerd-shim-x-v2`: see docs/architecture.md for the picture.
+mod handover;
+mod journal;
+mod settings;
+
+fn main() {}
