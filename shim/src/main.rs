@@ -1,6 +1,9 @@
 //! `containerd-shim-x-v2`: see docs/architecture.md for the picture.
+mod frame;
 mod handover;
 mod journal;
+mod keeper;
 mod settings;
+mod sys;
 
 fn main() {}
