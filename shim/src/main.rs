@@ -1,7 +1,10 @@
 //! `containerd-shim-x-v2`: see docs/architecture.md for the picture.
+mod frame;
 mod handover;
 mod journal;
 mod journal_body;
+mod keeper;
 mod settings;
+mod sys;
 
 fn main() {}
