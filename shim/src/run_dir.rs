@@ -198,10 +198,7 @@ mod tests {
     #[test]
     fn the_name_of_a_place_never_changes() {
         // A later version must find the keepers of this one.
-        assert_eq!(
-            name_of(DAEMON, "default", "c1"),
-            "cf6769a3be60a3400da2d500f38fcdc3eeb063a055bfb0617924ce144904cf0b"
-        );
+        assert_eq!(name_of(DAEMON, "default", "c1"), "cf6769a3be60a3400da2d500f38fcdc3eeb063a055bfb0617924ce144904cf0b");
     }
 
     #[test]

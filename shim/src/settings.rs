@@ -74,9 +74,8 @@ impl Settings {
                 _ => drop(text("of an unknown name")?),
             }
         }
-        let need = |name: &'static str, value: Option<String>| {
-            value.ok_or_else(|| UsageError::MissingFlag { action: "keeper".to_owned(), name })
-        };
+        let need =
+            |name: &'static str, value: Option<String>| value.ok_or_else(|| UsageError::MissingFlag { action: "keeper".to_owned(), name });
         Ok(Self {
             id: need("id", id)?,
             namespace: need("namespace", namespace)?,

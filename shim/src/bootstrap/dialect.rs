@@ -166,11 +166,14 @@ mod tests {
 
     #[test]
     fn older_daemons_get_the_plain_address() {
-        for (name, any) in [("options", options()), ("prefixed", {
-            let mut any = options();
-            any.type_url = format!("types.googleapis.com/{}", any.type_url);
-            any
-        })] {
+        for (name, any) in [
+            ("options", options()),
+            ("prefixed", {
+                let mut any = options();
+                any.type_url = format!("types.googleapis.com/{}", any.type_url);
+                any
+            }),
+        ] {
             let question = Question::parse(&any.write_to_bytes().expect("encodes"), &flags());
             assert_eq!(question.dialect, Dialect::Text, "{name}");
             assert_eq!(question.options, Some(any), "{name}");

@@ -64,7 +64,10 @@ mod tests {
             (r#"{"annotations": {"other": "x", "io.kubernetes.cri.sandbox-id": "s1"}}"#, Some("s1")),
             (r#"{"annotations": {"io.kubernetes.cri.sandbox-id": "s1", "io.containerd.runc.v2.group": "g1"}}"#, Some("g1")),
             (r#"{"annotations": {"io.containerd.runc.v2.group": "", "io.kubernetes.cri.sandbox-id": "s1"}}"#, Some("s1")),
-            (r#"{"ociVersion": "99", "process": [1, {"a": null}], "annotations": {"io.containerd.runc.v2.group": "g/1 ü"}}"#, Some("g/1 ü")),
+            (
+                r#"{"ociVersion": "99", "process": [1, {"a": null}], "annotations": {"io.containerd.runc.v2.group": "g/1 ü"}}"#,
+                Some("g/1 ü"),
+            ),
         ] {
             assert_eq!(parse(config.as_bytes()).expect(config).as_deref(), group, "{config}");
         }

@@ -26,9 +26,8 @@ pub(crate) fn run(order: &Spawn, deadline: Instant) -> io::Result<Exited> {
     let (output, output_writer) = pipe()?;
     // The engine opens its log by a path; ours leads to the pipe for as long as we live.
     let log_path = format!("/proc/{}/fd/{}", std::process::id(), log_writer.as_raw_fd());
-    let mut words = order.argv.iter().map(|word| {
-        OsString::from_vec(if word == LOG_ARGUMENT { log_path.clone().into_bytes() } else { word.clone() })
-    });
+    let mut words =
+        order.argv.iter().map(|word| OsString::from_vec(if word == LOG_ARGUMENT { log_path.clone().into_bytes() } else { word.clone() }));
     let program = words.next().ok_or(io::ErrorKind::InvalidInput)?;
     let mut command = Command::new(program);
     command.args(words).env_clear();

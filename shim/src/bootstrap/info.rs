@@ -27,11 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Errors: options that are not understood; no engine. An engine that knows no features is described without them.
 pub(crate) fn info() -> Result<(), Error> {
     let input = start::read_input()?;
-    let options = if input.is_empty() {
-        None
-    } else {
-        Some(Any::parse_from_bytes(&input).map_err(|source| Error::Options { source })?)
-    };
+    let options = if input.is_empty() { None } else { Some(Any::parse_from_bytes(&input).map_err(|source| Error::Options { source })?) };
     let engine = CommandEngine::choose(&RuntimeOptions::blocking_read(options.as_ref())?, "", false)?;
     let info = describe(options, features(&engine));
     let bytes = info.write_to_bytes().map_err(|error| Error::Stdout { source: io::Error::other(error) })?;

@@ -13,8 +13,7 @@ pub(crate) fn take_socket(number: RawFd) -> io::Result<OwnedFd> {
     let mut kind: libc::c_int = 0;
     let mut length = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: SO_TYPE writes at most `length` bytes to `kind`; both are valid for the call. A bad number gives EBADF.
-    let result =
-        unsafe { libc::getsockopt(number, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &raw mut length) };
+    let result = unsafe { libc::getsockopt(number, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &raw mut length) };
     Errno::result(result)?;
     // SAFETY: the number was just found to be open; the flag changes nothing for other owners.
     let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
