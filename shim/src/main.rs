@@ -6,5 +6,11 @@ mod journal_body;
 mod keeper;
 mod settings;
 mod sys;
+mod cgroup;
+mod engine;
+mod logging;
+mod options;
+mod rootfs;
+mod stdio_uri;
 
 fn main() {}

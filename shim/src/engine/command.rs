@@ -1,0 +1,304 @@
+//! The engine that is an OCI command line: runc, crun, or any other that takes the same arguments.
+//!
+//! Owns the arguments, descriptors and environment of each invocation, and which binary it is.
+//!
+//! **Invariant:** the runtime sees nothing of the daemon's environment but the names of [`ENVIRONMENT`], and no descriptor but the
+//! three that are named here. What it says goes to a log pipe of that one invocation.
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Checkpoint, Container, Create, CriuOptions, Engine, EngineError, Exec, Restore, Verb, complaint};
+use crate::handover::{Exited, Fd, LOG_ARGUMENT, Spawn, Stream};
+use crate::options::RuntimeOptions;
+
+/// An OCI command line. Recorded with the container it made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CommandEngine {
+    /// Absolute path of the runtime.
+    binary: PathBuf,
+    /// Where the runtime keeps its own state of the containers of one namespace: `--root`.
+    root: PathBuf,
+    #[serde(default, skip_serializing_if = "is_false")]
+    systemd_cgroup: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
+    no_pivot_root: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
+    no_new_keyring: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
+    debug: bool,
+    /// `NAME=value`.
+    environment: Vec<String>,
+}
+
+/// No runtime was found.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum EngineNotFound {
+    /// A binary was named, by the option BinaryName.
+    #[error(
+        "OCI runtime {name:?}, named by the option BinaryName, not found as an executable file in PATH={path:?}; install it there or name an absolute path"
+    )]
+    Name { name: String, path: String },
+    /// A path was named, by the option BinaryName.
+    #[error("OCI runtime {}, named by the option BinaryName, is not an executable file; install it there or name another", path.display())]
+    Path { path: PathBuf },
+    /// No binary was named.
+    #[error("no OCI runtime: neither crun nor runc found in PATH={path:?}; install one of them, or name one with the option BinaryName")]
+    Default { path: String },
+}
+
+impl CommandEngine {
+    /// Chooses the engine for a container of `namespace`: the binary that `options` names, else `crun`, else `runc` from PATH.
+    ///
+    /// containerd's own shim takes `runc` when no binary is named. crun comes first here because it is the faster of the two
+    /// and takes the same arguments; whoever depends on runc names it.
+    ///
+    /// Source of the root: `join(Root, namespace)` with `/run/containerd/runc` as the default, as containerd's own shim does, so
+    /// that `runc --root … list` looks where people expect it.
+    pub(crate) fn choose(options: &RuntimeOptions, namespace: &str, debug: bool) -> Result<Self, EngineNotFound> {
+        Self::choose_from(options, namespace, debug, |name| std::env::var(name).ok())
+    }
+
+    fn choose_from(
+        options: &RuntimeOptions,
+        namespace: &str,
+        debug: bool,
+        variable: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, EngineNotFound> {
+        let path = variable("PATH").filter(|path| !path.is_empty()).unwrap_or_else(|| DEFAULT_PATH.to_owned());
+        let binary = match &options.binary_name {
+            Some(name) if name.contains('/') => {
+                let binary = PathBuf::from(name);
+                if !binary.is_absolute() || !is_executable(&binary) {
+                    return Err(EngineNotFound::Path { path: binary });
+                }
+                binary
+            }
+            Some(name) => find(name, &path).ok_or_else(|| EngineNotFound::Name { name: name.clone(), path: path.clone() })?,
+            None => find("crun", &path).or_else(|| find("runc", &path)).ok_or_else(|| EngineNotFound::Default { path: path.clone() })?,
+        };
+        // runc and crun find criu in PATH only.
+        let path = match options.criu_path.as_deref().and_then(Path::parent) {
+            Some(folder) => format!("{}:{path}", folder.display()),
+            None => path,
+        };
+        let mut environment = vec![format!("PATH={path}")];
+        for name in ENVIRONMENT {
+            environment.extend(variable(name).filter(|value| !value.contains('\0')).map(|value| format!("{name}={value}")));
+        }
+        let root = options.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
+        Ok(Self {
+            binary,
+            root: root.join(namespace),
+            systemd_cgroup: options.systemd_cgroup,
+            no_pivot_root: options.no_pivot_root,
+            no_new_keyring: options.no_new_keyring,
+            debug,
+            environment,
+        })
+    }
+
+    /// The runtime's path.
+    pub(crate) fn binary(&self) -> &Path {
+        &self.binary
+    }
+
+    /// Where the runtime keeps its state of the containers of this namespace.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The command line as far as the verb. Streams are `/dev/null`.
+    fn begin(&self, key: &str, cwd: &Path, verb: &str) -> Arguments {
+        let mut arguments = Arguments(Spawn {
+            key: key.to_owned(),
+            env: self.environment.iter().map(|entry| entry.clone().into_bytes()).collect(),
+            cwd: cwd.to_string_lossy().into_owned(),
+            fds: vec![Fd::Null, Fd::Null, Fd::Null],
+            ..Spawn::default()
+        });
+        arguments.add(&self.binary).pair("--root", &self.root).flag(self.debug, "--debug");
+        arguments.add("--log").add(OsStr::from_bytes(LOG_ARGUMENT)).pair("--log-format", "json");
+        arguments.flag(self.systemd_cgroup, "--systemd-cgroup").add(verb);
+        arguments
+    }
+
+    /// A verb that takes nothing but the container. What it prints beside its log is kept for the error.
+    fn plain(&self, at: &Container<'_>, verb: &str) -> Arguments {
+        let mut arguments = self.begin(at.id, at.bundle, verb);
+        arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Output];
+        arguments
+    }
+}
+
+impl Engine for CommandEngine {
+    fn create(&self, at: &Container<'_>, create: &Create<'_>) -> Spawn {
+        let mut arguments = self.begin(create.stdio_key, at.bundle, "create");
+        arguments.pair("--bundle", at.bundle).pair("--pid-file", create.pid_file);
+        arguments.flag(self.no_pivot_root, "--no-pivot").flag(self.no_new_keyring, "--no-new-keyring");
+        arguments.process(create.stdio_key, create.console_socket);
+        arguments.finish(at.id)
+    }
+
+    fn start(&self, at: &Container<'_>) -> Spawn {
+        self.plain(at, "start").finish(at.id)
+    }
+
+    fn exec(&self, at: &Container<'_>, exec: &Exec<'_>) -> Spawn {
+        let mut arguments = self.begin(exec.stdio_key, at.bundle, "exec");
+        arguments.pair("--process", exec.process_file).add("--detach").pair("--pid-file", exec.pid_file);
+        arguments.process(exec.stdio_key, exec.console_socket);
+        arguments.finish(at.id)
+    }
+
+    fn delete(&self, at: &Container<'_>, force: bool) -> Spawn {
+        let mut arguments = self.plain(at, "delete");
+        arguments.flag(force, "--force");
+        arguments.finish(at.id)
+    }
+
+    fn kill(&self, at: &Container<'_>, signal: i32, all: bool) -> Spawn {
+        let mut arguments = self.plain(at, "kill");
+        arguments.flag(all, "--all").add(at.id).add(signal.to_string());
+        arguments.0
+    }
+
+    fn pause(&self, at: &Container<'_>) -> Spawn {
+        self.plain(at, "pause").finish(at.id)
+    }
+
+    fn resume(&self, at: &Container<'_>) -> Spawn {
+        self.plain(at, "resume").finish(at.id)
+    }
+
+    fn update(&self, at: &Container<'_>, resources: &Path) -> Spawn {
+        let mut arguments = self.plain(at, "update");
+        arguments.pair("--resources", resources);
+        arguments.finish(at.id)
+    }
+
+    fn checkpoint(&self, at: &Container<'_>, checkpoint: &Checkpoint<'_>) -> Spawn {
+        let mut arguments = self.plain(at, "checkpoint");
+        arguments.pair("--image-path", checkpoint.image_path).pair("--work-path", checkpoint.work_path);
+        arguments.flag(!checkpoint.exit, "--leave-running").criu(&checkpoint.options);
+        arguments.finish(at.id)
+    }
+
+    fn restore(&self, at: &Container<'_>, restore: &Restore<'_>) -> Spawn {
+        let mut arguments = self.begin(restore.stdio_key, at.bundle, "restore");
+        arguments.pair("--bundle", at.bundle).pair("--image-path", restore.image_path);
+        if let Some(work_path) = restore.work_path {
+            arguments.pair("--work-path", work_path);
+        }
+        arguments.pair("--pid-file", restore.pid_file).add("--detach").flag(self.no_pivot_root, "--no-pivot").criu(&restore.options);
+        arguments.process(restore.stdio_key, restore.console_socket);
+        arguments.finish(at.id)
+    }
+
+    fn pids(&self, at: &Container<'_>) -> Spawn {
+        let mut arguments = self.begin(at.id, at.bundle, "ps");
+        arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Null];
+        arguments.pair("--format", "json");
+        arguments.finish(at.id)
+    }
+
+    fn features(&self) -> Spawn {
+        let mut arguments = self.begin("", Path::new("/"), "features");
+        arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Null];
+        arguments.0
+    }
+
+    fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError> {
+        if exited.status == 0 { Ok(()) } else { Err(complaint::read(&self.binary, verb, exited)) }
+    }
+
+    fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError> {
+        self.interpret(Verb::Pids, exited)?;
+        // `null` is what runc says of an empty cgroup.
+        serde_json::from_slice::<Option<Vec<u32>>>(&exited.output).map(Option::unwrap_or_default).map_err(|error| EngineError::Failed {
+            verb: Verb::Pids,
+            message: format!("{} printed no list of process ids: {error}", self.binary.display()),
+        })
+    }
+}
+
+/// A command line in the making.
+struct Arguments(Spawn);
+
+impl Arguments {
+    fn add(&mut self, argument: impl AsRef<OsStr>) -> &mut Self {
+        self.0.argv.push(argument.as_ref().as_bytes().to_vec());
+        self
+    }
+
+    fn pair(&mut self, name: &str, value: impl AsRef<OsStr>) -> &mut Self {
+        self.add(name).add(value)
+    }
+
+    fn flag(&mut self, set: bool, name: &str) -> &mut Self {
+        if set { self.add(name) } else { self }
+    }
+
+    fn criu(&mut self, options: &CriuOptions<'_>) -> &mut Self {
+        self.flag(options.open_tcp, "--tcp-established")
+            .flag(options.external_unix_sockets, "--ext-unix-sk")
+            .flag(options.terminal, "--shell-job")
+            .flag(options.file_locks, "--file-locks");
+        if let Some(mode) = options.cgroups_mode {
+            self.pair("--manage-cgroups-mode", mode);
+        }
+        for namespace in options.empty_namespaces {
+            self.pair("--empty-ns", namespace);
+        }
+        self
+    }
+
+    /// The verb leaves a process behind that keeps the streams: those of `key`, or a terminal that goes to `console_socket`.
+    fn process(&mut self, key: &str, console_socket: Option<&Path>) {
+        self.0.reports_pid = true;
+        match console_socket {
+            Some(path) => {
+                self.pair("--console-socket", path);
+                self.0.console_socket = Some(path.to_string_lossy().into_owned());
+                // The process gets its streams from the terminal; what the runtime itself prints is kept for the error: crun says
+                // some things on stderr only, before it has opened its log.
+                self.0.fds = vec![Fd::Null, Fd::Output, Fd::Output];
+            }
+            None => self.0.fds = [Stream::Stdin, Stream::Stdout, Stream::Stderr].map(|stream| Fd::Process(key.to_owned(), stream)).into(),
+        }
+    }
+
+    fn finish(mut self, id: &str) -> Spawn {
+        self.add(id);
+        self.0
+    }
+}
+
+/// Looks `name` up in the folders of `path`, absolute ones only.
+fn find(name: &str, path: &str) -> Option<PathBuf> {
+    path.split(':').map(Path::new).filter(|folder| folder.is_absolute()).map(|folder| folder.join(name)).find(|file| is_executable(file))
+}
+
+fn is_executable(file: &Path) -> bool {
+    file.metadata().is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+/// What a runtime may see of our environment, beside PATH: how it reaches systemd, and where a user's own instance keeps its files.
+/// Everything else is the daemon's business: secrets, proxies, GOMAXPROCS, NOTIFY_SOCKET, LISTEN_FDS.
+const ENVIRONMENT: [&str; 3] = ["XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS"];
+
+/// Used when there is no PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// containerd's own shim keeps runc's state here.
+const DEFAULT_ROOT: &str = "/run/containerd/runc";
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! What a command-line runtime says when it fails.
+//!
+//! Owns the reading of its log. runc and crun write lines of JSON; each has failures that reach only its stderr, and any other
+//! runtime may write anything, so text is taken as it is.
+//!
+//! **Invariant:** any bytes give a sentence, of a bounded length.
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::{EngineError, Verb};
+use crate::handover::Exited;
+
+/// One line of the log of runc or crun.
+#[derive(Deserialize)]
+struct Line {
+    #[serde(default)]
+    level: String,
+    #[serde(default)]
+    msg: String,
+}
+
+/// Turns the failed end of a verb into the error that names its cause.
+pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
+    let said = message(&exited.log).or_else(|| message(&exited.output));
+    let message = match (said, exited.status) {
+        (Some(message), _) => message,
+        (None, status @ 129..) => format!("{} was killed by signal {}", binary.display(), status - 128),
+        (None, status) => format!("{} exited with status {status} and said nothing", binary.display()),
+    };
+    if is_about_a_missing_container(&message) {
+        EngineError::NoContainer { verb, message }
+    } else if is_about_a_container_at_rest(&message) {
+        EngineError::NotRunning { verb, message }
+    } else if is_about_a_missing_verb(&message) {
+        EngineError::Unsupported { verb, message }
+    } else {
+        EngineError::Failed { verb, message }
+    }
+}
+
+/// The runtime's own words. The last error is the one that it ended with; earlier ones are often the cause (`nsexec`, `setns`).
+fn message(bytes: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(bytes);
+    let (mut errors, mut others) = (Vec::new(), Vec::new());
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        match serde_json::from_str::<Line>(line) {
+            Ok(line) if matches!(line.level.as_str(), "error" | "fatal" | "panic") => errors.push(line.msg.trim().to_owned()),
+            // A warning, or what `--debug` adds, explains nothing by itself.
+            Ok(_) => {}
+            Err(_) => others.push(line.to_owned()),
+        }
+    }
+    errors.retain(|message| !message.is_empty());
+    errors.dedup();
+    let said = match errors.pop() {
+        None => others.join("; "),
+        Some(last) if errors.is_empty() => last,
+        Some(last) => format!("{last} (before that: {})", errors.join("; ")),
+    };
+    (!said.is_empty()).then(|| shorten(said))
+}
+
+/// Keeps the beginning and the end of what is too long for an error.
+fn shorten(text: String) -> String {
+    if text.len() <= MAX_MESSAGE_BYTES {
+        return text;
+    }
+    let head = text.floor_char_boundary(MAX_MESSAGE_BYTES / 2);
+    let tail = text.ceil_char_boundary(text.len() - MAX_MESSAGE_BYTES / 2);
+    format!("{} … {} … {}", &text[..head], tail - head, &text[tail..])
+}
+
+// A command line has no error codes, only words. These are the words of runc 1.0–1.3 and crun 1.8–1.28; where a runtime uses
+// others, the error is `Failed`, which is true as well.
+
+fn is_about_a_missing_container(message: &str) -> bool {
+    message.ends_with("container does not exist")
+        || message.contains("container `") && message.contains("does not exist")
+        || message.ends_with("/status`: No such file or directory")
+        || message.starts_with("cannot open directory '") && message.ends_with("': No such file or directory")
+}
+
+fn is_about_a_container_at_rest(message: &str) -> bool {
+    const WORDS: [&str; 6] = [
+        "container not running",
+        "container is not running",
+        "process already finished",
+        "cannot exec in a stopped container",
+        "cannot exec a container that has stopped",
+        "cannot exec in a stopped state",
+    ];
+    WORDS.iter().any(|words| message.contains(words)) || message.contains("container `") && message.ends_with("is not running")
+}
+
+fn is_about_a_missing_verb(message: &str) -> bool {
+    message.starts_with("unknown command ") || message.starts_with("No help topic for ")
+}
+
+/// The longest message in bytes. A ttrpc answer could hold more, logs and terminals could not.
+const MAX_MESSAGE_BYTES: usize = 32 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exited(status: u32, log: &str, output: &str) -> Exited {
+        Exited { status, log: log.as_bytes().to_vec(), output: output.as_bytes().to_vec(), terminal: false }
+    }
+
+    fn complaint(status: u32, log: &str, output: &str) -> EngineError {
+        read(Path::new("/usr/bin/rt"), Verb::Exec, &exited(status, log, output))
+    }
+
+    #[test]
+    fn the_message_of_runc_is_given_whole() {
+        let error = complaint(
+            255,
+            "{\"level\":\"error\",\"msg\":\"exec failed: unable to start container process: exec: \\\"nosuch\\\": executable file not found in $PATH\",\"time\":\"2026-01-01T00:00:00Z\"}\n",
+            "",
+        );
+        assert_eq!(
+            error.to_string(),
+            "OCI runtime exec failed: exec failed: unable to start container process: exec: \"nosuch\": executable file not found in $PATH"
+        );
+        assert!(matches!(error, EngineError::Failed { .. }));
+    }
+
+    #[test]
+    fn earlier_errors_are_not_lost_and_warnings_are_left_out() {
+        let log = "{\"level\":\"warning\",\"msg\":\"cgroups\"}\n{\"level\":\"fatal\",\"msg\":\"nsexec-1[9]: failed to open\"}\n{\"msg\":\"exec failed\",\"level\":\"error\"}\n";
+        assert_eq!(complaint(1, log, "").to_string(), "OCI runtime exec failed: exec failed (before that: nsexec-1[9]: failed to open)");
+    }
+
+    #[test]
+    fn what_is_not_json_is_taken_as_it_is() {
+        for (log, output, expected) in [
+            ("panic: boom\ngoroutine 1\n", "", "panic: boom; goroutine 1"),
+            ("", "unknown option\n", "unknown option"),
+            ("\u{0}\n", "", "\u{0}"),
+            ("", "", "/usr/bin/rt exited with status 1 and said nothing"),
+            ("{\"level\":\"info\",\"msg\":\"fine\"}\n", "", "/usr/bin/rt exited with status 1 and said nothing"),
+            ("{\"level\":\"error\"", "", "{\"level\":\"error\""),
+            ("7\n", "", "7"),
+        ] {
+            assert_eq!(complaint(1, log, output).to_string(), format!("OCI runtime exec failed: {expected}"), "{log:?} {output:?}");
+        }
+        assert_eq!(complaint(139, "", "").to_string(), "OCI runtime exec failed: /usr/bin/rt was killed by signal 11");
+    }
+
+    #[test]
+    fn words_of_runc_and_crun_are_told_apart() {
+        for (message, kind) in [
+            ("container does not exist", "none"),
+            ("exec failed: container does not exist", "none"),
+            ("error opening file `/run/x/c1/status`: No such file or directory", "none"),
+            ("cannot open directory '/run/x/c1': No such file or directory", "none"),
+            ("container `c1` does not exist", "none"),
+            ("container not running", "rest"),
+            ("cannot kill container: os: process already finished", "rest"),
+            ("exec failed: cannot exec in a stopped container", "rest"),
+            ("the container `c1` is not running", "rest"),
+            ("unknown command checkpoint", "verb"),
+            ("No help topic for 'features'", "verb"),
+            ("executable file `does not exist` not found in $PATH: No such file or directory", "failed"),
+            ("runc create failed: chdir /nope: no such file or directory", "failed"),
+        ] {
+            let kind_of = match complaint(1, &format!("{{\"level\":\"error\",\"msg\":{message:?}}}"), "") {
+                EngineError::NoContainer { .. } => "none",
+                EngineError::NotRunning { .. } => "rest",
+                EngineError::Unsupported { .. } => "verb",
+                EngineError::Failed { .. } => "failed",
+            };
+            assert_eq!(kind_of, kind, "{message}");
+        }
+    }
+
+    #[test]
+    fn a_message_of_any_length_or_bytes_stays_bounded() {
+        let long = "ä".repeat(200_000);
+        let text = complaint(1, &long, "").to_string();
+        assert!(text.len() < MAX_MESSAGE_BYTES + 100 && text.contains(" … "));
+        let garbage = Exited { status: 1, log: vec![0xff; 300], output: Vec::new(), terminal: false };
+        assert!(!read(Path::new("/x"), Verb::Start, &garbage).to_string().is_empty());
+    }
+}

@@ -1,0 +1,177 @@
+//! Who makes the containers.
+//!
+//! Owns what the worker says to an engine, and what it hears back. An engine builds the command of each verb and reads its end;
+//! the keeper runs it. Which engine made a container is recorded with it, and that one is used for every later verb.
+//!
+//! ```text
+//!  worker ── verb ──▶ Engine ── Spawn ──▶ (keeper runs it) ── Exited ──▶ Engine::interpret ── Ok | EngineError ──▶ worker
+//! ```
+//!
+//! **Invariant:** no input or output happens here. Building a verb twice gives the same command, so a verb can be replayed.
+use std::path::Path;
+
+use crate::handover::{Exited, Spawn};
+
+mod command;
+mod complaint;
+
+pub(crate) use command::{CommandEngine, EngineNotFound};
+
+/// Makes, changes and removes containers.
+///
+/// Every verb gives the process that performs it. Its end goes to [`Engine::interpret`].
+pub(crate) trait Engine {
+    /// Makes a container: its init exists afterwards, stopped before the user's program, its pid in the pid file.
+    fn create(&self, at: &Container<'_>, create: &Create<'_>) -> Spawn;
+    /// Lets init run the user's program.
+    fn start(&self, at: &Container<'_>) -> Spawn;
+    /// Starts another process in a container; its pid is in the pid file afterwards.
+    fn exec(&self, at: &Container<'_>, exec: &Exec<'_>) -> Spawn;
+    /// Removes what the engine knows of a container, and its cgroups. With `force` its processes are killed first.
+    fn delete(&self, at: &Container<'_>, force: bool) -> Spawn;
+    /// Signals init, or with `all` every process of the container.
+    fn kill(&self, at: &Container<'_>, signal: i32, all: bool) -> Spawn;
+    /// Freezes every process of the container.
+    fn pause(&self, at: &Container<'_>) -> Spawn;
+    /// Thaws every process of the container.
+    fn resume(&self, at: &Container<'_>) -> Spawn;
+    /// Changes limits. `resources` is a file with a `LinuxResources` of the runtime specification as JSON.
+    fn update(&self, at: &Container<'_>, resources: &Path) -> Spawn;
+    /// Writes the container's state into files.
+    fn checkpoint(&self, at: &Container<'_>, checkpoint: &Checkpoint<'_>) -> Spawn;
+    /// Makes a container from such files: it runs afterwards, its init's pid in the pid file.
+    fn restore(&self, at: &Container<'_>, restore: &Restore<'_>) -> Spawn;
+    /// Lists the processes of the container on its output: see [`Engine::interpret_pids`].
+    fn pids(&self, at: &Container<'_>) -> Spawn;
+    /// Says what the engine can do, as JSON on its output.
+    fn features(&self) -> Spawn;
+
+    /// Says whether a verb worked.
+    fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError>;
+    /// The process ids that [`Engine::pids`] found.
+    fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError>;
+}
+
+/// The container that a verb is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Container<'a> {
+    pub(crate) id: &'a str,
+    /// Its bundle: where the engine runs, and so where hooks of engines that change no folder run. Must exist.
+    pub(crate) bundle: &'a Path,
+}
+
+/// What [`Engine::create`] needs to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Create<'a> {
+    pub(crate) pid_file: &'a Path,
+    /// Where the terminal goes. With one, the streams of `stdio_key` are not used.
+    pub(crate) console_socket: Option<&'a Path>,
+    /// The key of the streams that the process gets when it has no terminal.
+    pub(crate) stdio_key: &'a str,
+}
+
+/// What [`Engine::exec`] needs to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Exec<'a> {
+    /// A file with the `Process` of the runtime specification as JSON.
+    pub(crate) process_file: &'a Path,
+    pub(crate) pid_file: &'a Path,
+    /// As for [`Create`].
+    pub(crate) console_socket: Option<&'a Path>,
+    /// As for [`Create`]; `container/exec`.
+    pub(crate) stdio_key: &'a str,
+}
+
+/// What [`Engine::checkpoint`] needs to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Checkpoint<'a> {
+    /// Where the image goes.
+    pub(crate) image_path: &'a Path,
+    /// Where criu writes its own files, `dump.log` among them.
+    pub(crate) work_path: &'a Path,
+    /// Whether the container ends with it.
+    pub(crate) exit: bool,
+    pub(crate) options: CriuOptions<'a>,
+}
+
+/// What [`Engine::restore`] needs to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Restore<'a> {
+    /// Where the image is.
+    pub(crate) image_path: &'a Path,
+    /// Where criu writes its own files, `restore.log` among them; the engine's own choice if absent.
+    pub(crate) work_path: Option<&'a Path>,
+    pub(crate) pid_file: &'a Path,
+    /// As for [`Create`].
+    pub(crate) console_socket: Option<&'a Path>,
+    /// As for [`Create`].
+    pub(crate) stdio_key: &'a str,
+    pub(crate) options: CriuOptions<'a>,
+}
+
+/// What criu is allowed to do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct CriuOptions<'a> {
+    pub(crate) open_tcp: bool,
+    pub(crate) external_unix_sockets: bool,
+    pub(crate) terminal: bool,
+    pub(crate) file_locks: bool,
+    /// Namespaces that are made anew and empty.
+    pub(crate) empty_namespaces: &'a [String],
+    /// `soft`, `full` or `strict`; the engine's own choice if absent.
+    pub(crate) cgroups_mode: Option<&'a str>,
+}
+
+/// What an engine is asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verb {
+    Create,
+    Start,
+    Exec,
+    Delete,
+    Kill,
+    Pause,
+    Resume,
+    Update,
+    Checkpoint,
+    Restore,
+    Pids,
+    Features,
+}
+
+impl Verb {
+    /// The verb as containerd's own shim names it in its errors, which is what people and programs search for.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Create => "create",
+            Self::Start => "start",
+            Self::Exec => "exec",
+            Self::Delete => "delete",
+            Self::Kill => "kill",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Update => "update",
+            Self::Checkpoint => "checkpoint",
+            Self::Restore => "restore",
+            Self::Pids => "ps",
+            Self::Features => "features",
+        }
+    }
+}
+
+/// Why a verb did not work. `message` is the engine's own, whole.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum EngineError {
+    /// The engine does not know the container: it was never made, or is deleted.
+    #[error("OCI runtime {} failed: {message}", verb.name())]
+    NoContainer { verb: Verb, message: String },
+    /// The container's init has ended, or was never started.
+    #[error("OCI runtime {} failed: {message}", verb.name())]
+    NotRunning { verb: Verb, message: String },
+    /// The engine has no such verb.
+    #[error("OCI runtime {} failed: {message}", verb.name())]
+    Unsupported { verb: Verb, message: String },
+    /// Anything else.
+    #[error("OCI runtime {} failed: {message}", verb.name())]
+    Failed { verb: Verb, message: String },
+}
