@@ -1,12 +1,15 @@
 //! `containerd-shim-x-v2`: see docs/architecture.md for the picture.
 mod cgroup;
 mod engine;
+mod frame;
 mod handover;
 mod journal;
+mod keeper;
 mod logging;
 mod options;
 mod rootfs;
 mod settings;
 mod stdio_uri;
+mod sys;
 
 fn main() {}

@@ -158,22 +158,32 @@ impl Snapshot {
             .str(&self.group)
             .u32(self.keeper_pid)
             .str(&self.keeper_build)
-            .option(self.worker_pid.as_ref(), |w, p| drop(w.u32(*p)))
+            .option(self.worker_pid.as_ref(), |w, p| {
+                w.u32(*p);
+            })
             .str(&self.worker_build)
             .u32(self.lives)
             .u64(self.uptime_seconds)
-            .list(&self.state, |w, (k, v)| drop(w.str(k).bytes(v)))
-            .list(&self.processes, |w, p| drop(w.str(&p.key).u32(p.pid).str(&p.role)))
+            .list(&self.state, |w, (k, v)| {
+                w.str(k).bytes(v);
+            })
+            .list(&self.processes, |w, p| {
+                w.str(&p.key).u32(p.pid).str(&p.role);
+            })
             .list(&self.requests, |w, q| {
                 w.u64(q.cause).str(&q.method).u64(q.age_nanos).u32(q.operations).u32(q.operations_done);
             })
             .list(&self.streams, |w, s| {
                 w.str(&s.key).str(&s.stream).str(&s.target).u64(s.bytes).u64(s.waiting_bytes).u64(s.spilled_bytes);
             })
-            .list(&self.waiters, |w, (k, n)| drop(w.str(k).u32(*n)))
+            .list(&self.waiters, |w, (k, n)| {
+                w.str(k).u32(*n);
+            })
             .u32(self.events_queued)
             .u64(self.events_sent)
-            .list(&self.reservations, |w, id| drop(w.str(id)))
+            .list(&self.reservations, |w, id| {
+                w.str(id);
+            })
             .u64(self.processes_started)
             .u64(self.exits_seen)
             .u32(self.connections);

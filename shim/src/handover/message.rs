@@ -337,12 +337,22 @@ impl Op {
     fn write(&self, w: &mut Writer) {
         match self {
             Self::Spawn(spawn) => spawn.write(w.u8(1)),
-            Self::Signal { key, signal } => drop(w.u8(2).str(key).i32(*signal)),
-            Self::Once => drop(w.u8(3)),
+            Self::Signal { key, signal } => {
+                w.u8(2).str(key).i32(*signal);
+            }
+            Self::Once => {
+                w.u8(3);
+            }
             Self::OpenStdio(stdio) => stdio.write(w.u8(4)),
-            Self::CloseStdin { key } => drop(w.u8(5).str(key)),
-            Self::Resize { key, rows, columns } => drop(w.u8(6).str(key).u16(*rows).u16(*columns)),
-            Self::WriteJournal { path, body } => drop(w.u8(7).str(path).bytes(body)),
+            Self::CloseStdin { key } => {
+                w.u8(5).str(key);
+            }
+            Self::Resize { key, rows, columns } => {
+                w.u8(6).str(key).u16(*rows).u16(*columns);
+            }
+            Self::WriteJournal { path, body } => {
+                w.u8(7).str(path).bytes(body);
+            }
             Self::ReadEnd { key, stream } => stream.write(w.u8(8).str(key)),
         }
     }
@@ -365,12 +375,18 @@ impl Op {
 impl Spawn {
     fn write(&self, w: &mut Writer) {
         w.str(&self.key)
-            .list(&self.argv, |w, a| drop(w.bytes(a)))
-            .list(&self.env, |w, e| drop(w.bytes(e)))
+            .list(&self.argv, |w, a| {
+                w.bytes(a);
+            })
+            .list(&self.env, |w, e| {
+                w.bytes(e);
+            })
             .str(&self.cwd)
             .list(&self.fds, |w, fd| fd.write(w))
             .bool(self.reports_pid)
-            .option(self.console_socket.as_ref(), |w, p| drop(w.str(p)));
+            .option(self.console_socket.as_ref(), |w, p| {
+                w.str(p);
+            });
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
@@ -389,11 +405,17 @@ impl Spawn {
 impl Fd {
     fn write(&self, w: &mut Writer) {
         match self {
-            Self::Null => drop(w.u8(1)),
+            Self::Null => {
+                w.u8(1);
+            }
             Self::Process(key, stream) => stream.write(w.u8(2).str(key)),
             Self::ReadEnd(key, stream) => stream.write(w.u8(3).str(key)),
-            Self::Output => drop(w.u8(4)),
-            Self::Ready => drop(w.u8(5)),
+            Self::Output => {
+                w.u8(4);
+            }
+            Self::Ready => {
+                w.u8(5);
+            }
         }
     }
 
@@ -430,7 +452,9 @@ impl Stream {
 
 impl Stdio {
     fn write(&self, w: &mut Writer) {
-        w.str(&self.key).option(self.stdin.as_ref(), |w, p| drop(w.str(p)));
+        w.str(&self.key).option(self.stdin.as_ref(), |w, p| {
+            w.str(p);
+        });
         self.stdout.write(w);
         self.stderr.write(w);
         w.bool(self.terminal).u32(self.uid).u32(self.gid).u64(self.spill_bytes).str(&self.spill_folder);
@@ -454,9 +478,15 @@ impl Stdio {
 impl Output {
     fn write(&self, w: &mut Writer) {
         match self {
-            Self::None => drop(w.u8(1)),
-            Self::Fifo(path) => drop(w.u8(2).str(path)),
-            Self::Pipe => drop(w.u8(3)),
+            Self::None => {
+                w.u8(1);
+            }
+            Self::Fifo(path) => {
+                w.u8(2).str(path);
+            }
+            Self::Pipe => {
+                w.u8(3);
+            }
         }
     }
 
@@ -473,11 +503,21 @@ impl Output {
 impl Outcome {
     fn write(&self, w: &mut Writer) {
         match self {
-            Self::Done => drop(w.u8(1)),
-            Self::Failed { errno, what } => drop(w.u8(2).i32(*errno).str(what)),
-            Self::Exited(exited) => drop(w.u8(3).u32(exited.status).bytes(&exited.log).bytes(&exited.output).bool(exited.terminal)),
-            Self::Ready { byte } => drop(w.u8(4).bool(*byte)),
-            Self::Descriptor => drop(w.u8(5)),
+            Self::Done => {
+                w.u8(1);
+            }
+            Self::Failed { errno, what } => {
+                w.u8(2).i32(*errno).str(what);
+            }
+            Self::Exited(exited) => {
+                w.u8(3).u32(exited.status).bytes(&exited.log).bytes(&exited.output).bool(exited.terminal);
+            }
+            Self::Ready { byte } => {
+                w.u8(4).bool(*byte);
+            }
+            Self::Descriptor => {
+                w.u8(5);
+            }
         }
     }
 
@@ -495,16 +535,34 @@ impl Outcome {
 
 impl Commit {
     fn write(&self, w: &mut Writer) {
-        w.list(&self.state, |w, (key, value)| drop(w.str(key).option(value.as_ref(), |w, v| drop(w.bytes(v)))))
-            .list(&self.claims, |w, c| drop(w.str(&c.key).u32(c.pid).option(c.journal.as_ref(), |w, j| drop(w.str(j)))))
-            .list(&self.events, |w, e| drop(w.bytes(e)))
-            .list(&self.answers, |w, (cause, answer)| drop(w.u64(*cause).bytes(answer)))
-            .list(&self.parks, |w, (cause, key)| drop(w.u64(*cause).str(key)))
-            .list(&self.wakes, |w, (key, answer)| drop(w.str(key).bytes(answer)))
-            .list(&self.ends, |w, cause| drop(w.u64(*cause)))
-            .list(&self.releases, |w, key| drop(w.str(key)))
-            .list(&self.ready, |w, x| drop(w.str(&x.key).str(&x.service).str(&x.method).bytes(&x.payload).bytes(&x.answer)))
-            .bool(self.leave);
+        w.list(&self.state, |w, (key, value)| {
+            w.str(key).option(value.as_ref(), |w, v| drop(w.bytes(v)));
+        })
+        .list(&self.claims, |w, c| {
+            w.str(&c.key).u32(c.pid).option(c.journal.as_ref(), |w, j| drop(w.str(j)));
+        })
+        .list(&self.events, |w, e| {
+            w.bytes(e);
+        })
+        .list(&self.answers, |w, (cause, answer)| {
+            w.u64(*cause).bytes(answer);
+        })
+        .list(&self.parks, |w, (cause, key)| {
+            w.u64(*cause).str(key);
+        })
+        .list(&self.wakes, |w, (key, answer)| {
+            w.str(key).bytes(answer);
+        })
+        .list(&self.ends, |w, cause| {
+            w.u64(*cause);
+        })
+        .list(&self.releases, |w, key| {
+            w.str(key);
+        })
+        .list(&self.ready, |w, x| {
+            w.str(&x.key).str(&x.service).str(&x.method).bytes(&x.payload).bytes(&x.answer);
+        })
+        .bool(self.leave);
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {

@@ -1,0 +1,349 @@
+//! The processes: helpers that the keeper starts, and claimed ones that runtimes leave behind.
+//!
+//! Owns every child. An exit is seen while the child is still a zombie, recorded, and only then reaped, so that its number cannot
+//! come back before everybody knows.
+//!
+//! ```text
+//!  helper:  started ─▶ (ready) ─▶ ended: outcome of its operation
+//!  other:   orphan  ─▶ claimed by a commit ─▶ ended: a cause
+//!                   └▶ ended unclaimed: kept a zombie while an operation may still name its pid, then reaped
+//! ```
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use log::{debug, error, warn};
+use nix::errno::Errno;
+
+use super::capture::Capture;
+use super::poll::{Poll, Source};
+use super::streams::Streams;
+use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream};
+use crate::journal::{Journal, RecordedExit};
+use crate::sys;
+
+/// The status of a process whose end nobody can know: somebody else reaped it.
+const UNKNOWN_STATUS: u32 = 255;
+
+/// A process that the keeper started.
+#[derive(Debug)]
+struct Helper {
+    cause: Cause,
+    step: Step,
+    key: String,
+    program: String,
+    /// Holds the error number if the program could not be executed.
+    failure: Capture,
+    /// The pipe behind [`LOG_ARGUMENT`], both ends: the program opens it by its path here.
+    log: Option<(Capture, OwnedFd)>,
+    output: Option<Capture>,
+    /// Until the helper is ready.
+    ready: Option<Capture>,
+    /// The outcome was given already.
+    reported: bool,
+    console: Option<Console>,
+    /// Outputs that it reads: somebody else must when it is gone.
+    reads: Vec<(String, Stream)>,
+}
+
+/// Where a runtime delivers a terminal.
+#[derive(Debug)]
+struct Console {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A container's process.
+#[derive(Debug)]
+struct Claimed {
+    key: String,
+    /// Absent if it was gone when it was claimed.
+    handle: Option<OwnedFd>,
+    journal: Option<Journal>,
+    /// Not our child: its end is seen through the handle, its status is unknown.
+    foreign: bool,
+}
+
+/// What reaping has found.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// An operation has its outcome.
+    Outcome { cause: Cause, step: Step, outcome: Outcome },
+    /// A claimed process ended.
+    Exit(ProcessExit),
+    /// A child that is no helper and not claimed: the worker, if its pid says so.
+    Other { pid: u32 },
+    /// A process that read outputs has ended.
+    ReaderGone { key: String, stream: Stream },
+}
+
+/// All children.
+#[derive(Debug, Default)]
+pub(crate) struct Children {
+    helpers: BTreeMap<u32, Helper>,
+    claimed: BTreeMap<u32, Claimed>,
+    /// Claims whose process was gone already: their exits are due.
+    vanished: Vec<u32>,
+    pub(crate) started: u64,
+    pub(crate) exits_seen: u64,
+}
+
+impl Children {
+    /// Starts a helper.
+    pub(crate) fn start(&mut self, cause: Cause, step: Step, order: Spawn, streams: &mut Streams, poll: &Poll) -> Result<(), Outcome> {
+        let program = order.argv.first().map(|a| String::from_utf8_lossy(a).into_owned()).unwrap_or_default();
+        let failed = |error: io::Error| Outcome::Failed {
+            errno: error.raw_os_error().unwrap_or(Errno::EIO as i32),
+            what: format!("start {program}"),
+        };
+        let mut log = None;
+        let mut argv = Vec::with_capacity(order.argv.len());
+        for argument in order.argv {
+            if argument == LOG_ARGUMENT {
+                let (capture, write) = Capture::new().map_err(failed)?;
+                // Opened by path, so that nothing is inherited.
+                argv.push(format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&write)).into_bytes());
+                log = Some((capture, write));
+            } else {
+                argv.push(argument);
+            }
+        }
+        let console = order.console_socket.map(Console::listen).transpose().map_err(failed)?;
+        let null = std::fs::File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
+        let (mut output, mut ready) = (None, None);
+        let mut reads = Vec::new();
+        let mut given: Vec<OwnedFd> = Vec::new();
+        for fd in order.fds {
+            given.push(match fd {
+                Fd::Null => sys::descriptors::duplicate(&null).map_err(failed)?,
+                Fd::Process(key, stream) => match streams.take_process_end(&key, stream) {
+                    Some(end) => end,
+                    None => sys::descriptors::duplicate(&null).map_err(failed)?,
+                },
+                Fd::ReadEnd(key, stream) => {
+                    let end = streams.read_end(&key, stream).map_err(failed)?;
+                    reads.push((key, stream));
+                    end
+                }
+                Fd::Output => {
+                    let (capture, write) = Capture::new().map_err(failed)?;
+                    output = Some(capture);
+                    write
+                }
+                Fd::Ready => {
+                    let (capture, write) = Capture::new().map_err(failed)?;
+                    ready = Some(capture);
+                    write
+                }
+            });
+        }
+        let text = |bytes: Vec<u8>| CString::new(bytes).map_err(|_| failed(io::Error::from_raw_os_error(Errno::EINVAL as i32)));
+        let command = sys::spawn::Command {
+            program: text(program.clone().into_bytes())?,
+            argv: argv.into_iter().map(text).collect::<Result<_, _>>()?,
+            env: order.env.into_iter().map(text).collect::<Result<_, _>>()?,
+            cwd: text(order.cwd.into_bytes())?,
+            descriptors: given.iter().map(AsFd::as_fd).collect(),
+            dies_with_parent: false,
+        };
+        let started = sys::spawn::spawn(&command).map_err(failed)?;
+        self.started += 1;
+        let pid = started.pid;
+        debug!(pid, program:%; "helper started");
+        for capture in [log.as_ref().map(|(capture, _)| capture), output.as_ref(), ready.as_ref()].into_iter().flatten() {
+            if let Err(error) = capture.watch(poll, Source::Helper(pid)) {
+                warn!(pid, error:%; "cannot watch a helper's pipe, it is read when the helper has ended");
+            }
+        }
+        let failure = Capture::from_pipe(started.failure);
+        let helper = Helper { cause, step, key: order.key, program, failure, log, output, ready, reported: false, console, reads };
+        self.helpers.insert(pid, helper);
+        Ok(())
+    }
+
+    /// Reads what a helper has written. Returns its outcome if it has become ready.
+    pub(crate) fn read(&mut self, pid: u32) -> Option<Found> {
+        let helper = self.helpers.get_mut(&pid)?;
+        if let Some((log, _)) = &mut helper.log {
+            log.read();
+        }
+        if let Some(output) = &mut helper.output {
+            output.read();
+        }
+        let ready = helper.ready.as_mut()?;
+        ready.read();
+        if !ready.has_bytes() && !ready.is_closed() {
+            return None;
+        }
+        // A pipe that was closed by the program's end says nothing: the end itself will. A process loses its image before its descriptors.
+        if !ready.has_bytes() && std::fs::read_link(format!("/proc/{pid}/exe")).is_err() {
+            return None;
+        }
+        let byte = ready.has_bytes();
+        helper.ready = None;
+        helper.reported = true;
+        Some(Found::Outcome { cause: helper.cause, step: helper.step, outcome: Outcome::Ready { byte } })
+    }
+
+    /// Makes a child one of a container's processes.
+    pub(crate) fn claim(&mut self, claim: Claim, poll: &Poll) {
+        let journal = claim.journal.and_then(|path| {
+            Journal::open(path.as_ref()).inspect_err(|error| error!(path:%, error:%; "cannot open the journal, an exit may be lost")).ok()
+        });
+        let handle = sys::process::open(claim.pid).ok();
+        let foreign = sys::process::peek(Some(claim.pid)).is_err();
+        if foreign {
+            match &handle {
+                Some(handle) if poll.add_reader(handle, Source::Foreign(claim.pid)).is_ok() => {
+                    warn!(container:% = claim.key, pid = claim.pid; "the runtime left a process that is not our child, its status will be unknown");
+                }
+                _ => self.vanished.push(claim.pid),
+            }
+        }
+        self.started += 1;
+        self.claimed.insert(claim.pid, Claimed { key: claim.key, handle, journal, foreign });
+    }
+
+    /// Looks for children that have ended. `awaits_pid`: zombies that nobody has claimed must stay.
+    pub(crate) fn reap(&mut self, awaits_pid: bool, worker: Option<u32>, streams: &mut Streams, poll: &mut Poll) -> Vec<Found> {
+        let mut found = Vec::new();
+        for pid in std::mem::take(&mut self.vanished) {
+            self.exited(pid, UNKNOWN_STATUS, &mut found);
+        }
+        if awaits_pid {
+            let known: Vec<u32> = self.helpers.keys().chain(self.claimed.keys()).copied().chain(worker).collect();
+            for pid in known {
+                if let Ok(Some(ended)) = sys::process::peek(Some(pid)) {
+                    self.ended(ended, streams, poll, &mut found);
+                }
+            }
+        } else {
+            while let Ok(Some(ended)) = sys::process::peek(None) {
+                self.ended(ended, streams, poll, &mut found);
+            }
+        }
+        found
+    }
+
+    /// A process that is not our child has ended, says its handle.
+    pub(crate) fn foreign_ended(&mut self, pid: u32) -> Vec<Found> {
+        let mut found = Vec::new();
+        if self.claimed.get(&pid).is_some_and(|claimed| claimed.foreign) {
+            self.exited(pid, UNKNOWN_STATUS, &mut found);
+        }
+        found
+    }
+
+    fn ended(&mut self, ended: sys::process::Ended, streams: &mut Streams, poll: &mut Poll, found: &mut Vec<Found>) {
+        if let Some(helper) = self.helpers.remove(&ended.pid) {
+            helper.finish(ended.status, streams, poll, found);
+            self.exits_seen += 1;
+        } else if self.claimed.contains_key(&ended.pid) {
+            self.exited(ended.pid, ended.status, found);
+        } else {
+            found.push(Found::Other { pid: ended.pid });
+        }
+        if let Err(error) = sys::process::reap(ended.pid) {
+            warn!(pid = ended.pid, error:%; "cannot reap a child");
+        }
+    }
+
+    /// Records the end of a claimed process, while it is a zombie.
+    fn exited(&mut self, pid: u32, status: u32, found: &mut Vec<Found>) {
+        let Some(claimed) = self.claimed.remove(&pid) else { return };
+        self.exits_seen += 1;
+        let at_nanos = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64);
+        if let Some(journal) = &claimed.journal
+            && let Err(error) = journal.write_exit(RecordedExit { pid, status, at_nanos })
+        {
+            error!(container:% = claimed.key, error:%; "cannot record an exit in the journal");
+        }
+        found.push(Found::Exit(ProcessExit { key: claimed.key, pid, status, at_nanos }));
+    }
+
+    /// Signals a claimed process.
+    pub(crate) fn signal(&self, key: &str, signal: i32) -> io::Result<()> {
+        let claimed = self.claimed.values().find(|claimed| claimed.key == key);
+        match claimed.and_then(|claimed| claimed.handle.as_ref()) {
+            Some(handle) => sys::process::signal(handle.as_fd(), signal),
+            None => Err(Errno::ESRCH.into()),
+        }
+    }
+
+    /// Forgets claimed processes of a key. They are reaped like any orphan.
+    pub(crate) fn release(&mut self, key: &str) {
+        self.claimed.retain(|_, claimed| claimed.key != key);
+    }
+
+    pub(crate) fn snapshot(&self) -> Vec<ProcessSnapshot> {
+        let claimed =
+            self.claimed.iter().map(|(pid, claimed)| ProcessSnapshot { key: claimed.key.clone(), pid: *pid, role: "claimed".into() });
+        let helpers =
+            self.helpers.iter().map(|(pid, helper)| ProcessSnapshot { key: helper.key.clone(), pid: *pid, role: helper.program.clone() });
+        claimed.chain(helpers).collect()
+    }
+}
+
+impl Helper {
+    /// The outcome of a helper that has ended.
+    fn finish(self, status: u32, streams: &mut Streams, poll: &mut Poll, found: &mut Vec<Found>) {
+        for (key, stream) in self.reads {
+            found.push(Found::ReaderGone { key, stream });
+        }
+        if self.reported {
+            debug!(program:% = self.program, status; "helper ended");
+            return;
+        }
+        let failure = self.failure.finish();
+        let outcome = if let Some(errno) = failure.first_chunk() {
+            Outcome::Failed { errno: i32::from_ne_bytes(*errno), what: format!("execute {}", self.program) }
+        } else {
+            let terminal =
+                self.console.and_then(|console| console.receive()).is_some_and(|terminal| streams.attach(&self.key, terminal, poll));
+            Outcome::Exited(Exited {
+                status,
+                log: self.log.map(|(log, _write)| log.finish()).unwrap_or_default(),
+                output: self.output.map(Capture::finish).unwrap_or_default(),
+                terminal,
+            })
+        };
+        found.push(Found::Outcome { cause: self.cause, step: self.step, outcome });
+    }
+}
+
+impl Console {
+    fn listen(path: String) -> io::Result<Self> {
+        let path = PathBuf::from(path);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, path })
+    }
+
+    /// The terminal that was delivered, if one was.
+    fn receive(&self) -> Option<OwnedFd> {
+        let (socket, _) = self.listener.accept().ok()?;
+        receive_terminal(socket.as_fd())
+    }
+}
+
+fn receive_terminal(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let mut name = [0; 4096];
+    let (_, terminal) =
+        sys::descriptors::receive(socket, &mut name).inspect_err(|error| warn!(error:%; "no terminal in the console socket")).ok()?;
+    terminal
+}

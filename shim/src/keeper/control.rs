@@ -1,0 +1,116 @@
+//! The control socket: what the commands of this binary ask a keeper, with or without a worker.
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use log::warn;
+
+use super::outbox::Outbox;
+use super::poll::{Poll, Source};
+use super::relay::accept_all;
+use crate::handover::{ControlReply, ControlRequest};
+
+/// The most commands at once.
+const MAX_COMMANDERS: usize = 64;
+/// The longest request, in bytes.
+const MAX_REQUEST_BYTES: usize = 64 << 10;
+
+#[derive(Debug)]
+struct Commander {
+    socket: UnixStream,
+    input: Vec<u8>,
+    output: Outbox,
+    asked: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Control {
+    listener: UnixListener,
+    commanders: BTreeMap<u32, Commander>,
+    last_id: u32,
+}
+
+impl Control {
+    pub(crate) fn new(listener: UnixListener, poll: &Poll) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        poll.add_reader(&listener, Source::ControlListener)?;
+        Ok(Self { listener, commanders: BTreeMap::new(), last_id: 0 })
+    }
+
+    pub(crate) fn accept(&mut self, poll: &Poll) {
+        for socket in accept_all(&self.listener) {
+            if self.commanders.len() >= MAX_COMMANDERS {
+                warn!(limit = MAX_COMMANDERS; "command refused, too many are connected");
+                continue;
+            }
+            self.last_id += 1;
+            match poll.add(&socket, Source::Commander(self.last_id)) {
+                Ok(()) => {
+                    let commander = Commander { socket, input: Vec::new(), output: Outbox::default(), asked: false };
+                    self.commanders.insert(self.last_id, commander);
+                }
+                Err(error) => warn!(error:%; "command refused, cannot watch it"),
+            }
+        }
+    }
+
+    /// Reads and writes what can be read and written. Returns the request once it is whole.
+    pub(crate) fn turn(&mut self, id: u32) -> Option<ControlRequest> {
+        let commander = self.commanders.get_mut(&id)?;
+        match commander.turn() {
+            Ok(request) => request,
+            Err(_) => {
+                self.commanders.remove(&id);
+                None
+            }
+        }
+    }
+
+    /// Answers a command, if it is still there.
+    pub(crate) fn reply(&mut self, id: u32, reply: &ControlReply) {
+        if let Some(commander) = self.commanders.get_mut(&id) {
+            commander.output.push(reply.encode(), None);
+            if commander.output.flush(&commander.socket).is_err() {
+                self.commanders.remove(&id);
+            }
+        }
+    }
+
+    pub(crate) fn is_connected(&self, id: u32) -> bool {
+        self.commanders.contains_key(&id)
+    }
+
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.commanders.values().all(|commander| commander.output.is_empty())
+    }
+}
+
+impl Commander {
+    /// Errors: the peer is gone, or says what nobody understands.
+    fn turn(&mut self) -> io::Result<Option<ControlRequest>> {
+        self.output.flush(&self.socket)?;
+        let mut buffer = [0; 1024];
+        loop {
+            match self.socket.read(&mut buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) if self.asked => return Err(io::ErrorKind::InvalidData.into()),
+                Ok(count) => self.input.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error),
+            }
+            let Some((length, rest)) = self.input.split_first_chunk::<4>() else { continue };
+            let length = u32::from_le_bytes(*length) as usize;
+            if length > MAX_REQUEST_BYTES {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            if let Some(message) = rest.get(..length) {
+                let request = ControlRequest::decode(message).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+                self.input = Vec::new();
+                self.asked = true;
+                return Ok(Some(request));
+            }
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! What is committed and what is open.
+//!
+//! Owns the committed state, the causes that no commit has ended yet with the outcomes of their operations, the callers that wait,
+//! and the ready-made answers. It does no I/O, and it does not look into what it keeps.
+//!
+//! ```text
+//!  request ─▶ open ──(operations, remembered)──▶ answered | parked ──▶ woken
+//!  exit    ─▶ open ──(operations, remembered)──▶ ended
+//! ```
+//!
+//! **Invariant:** an operation of an open cause is performed once; whoever asks again is told its outcome.
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::relay::Caller;
+use crate::frame::RequestView;
+use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker};
+
+/// How long a request with a ready-made answer waits for the worker's own. Connect and State have 1 s in all.
+const READY_AFTER: Duration = Duration::from_millis(600);
+/// How long a place in the group is kept for a container that was announced.
+const RESERVATION: Duration = Duration::from_secs(120);
+
+/// Who is waiting for an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asker {
+    Client(Caller),
+    /// A connection on the control socket.
+    Commander(u32),
+}
+
+/// Something the worker has to deal with.
+#[derive(Debug)]
+pub(crate) struct Open {
+    pub(crate) what: What,
+    pub(crate) operations: Vec<(Step, Option<Outcome>)>,
+    /// A process was started for it that reports the pid of a child: zombies that nobody has claimed must stay.
+    pub(crate) reports_pid: bool,
+}
+
+#[derive(Debug)]
+pub(crate) enum What {
+    Request { asker: Asker, payload: Vec<u8>, arrived: Instant, ready_at: Option<Instant> },
+    Exit(ProcessExit),
+}
+
+/// What becomes of an operation that is asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// Never seen before: perform it.
+    New,
+    /// Under way: the outcome will come.
+    Pending,
+    Known(Outcome),
+    /// The cause was ended.
+    Over,
+}
+
+/// An answer that is due.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Due {
+    pub(crate) asker: Asker,
+    /// `None` for a caller that was parked.
+    pub(crate) request_bytes: Option<usize>,
+    pub(crate) response: Vec<u8>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    last_cause: Cause,
+    causes: BTreeMap<Cause, Open>,
+    state: BTreeMap<String, Vec<u8>>,
+    parked: BTreeMap<String, Vec<Asker>>,
+    ready: Vec<Ready>,
+    reservations: BTreeMap<String, Instant>,
+    leave: bool,
+}
+
+impl Ledger {
+    /// Opens a cause for a request.
+    pub(crate) fn open_request(&mut self, asker: Asker, payload: Vec<u8>, now: Instant) -> Cause {
+        let ready_at = self.ready_answer(&payload).map(|_| now + READY_AFTER);
+        self.open(What::Request { asker, payload, arrived: now, ready_at })
+    }
+
+    /// Opens a cause for an exit.
+    pub(crate) fn open_exit(&mut self, exit: ProcessExit) -> Cause {
+        self.open(What::Exit(exit))
+    }
+
+    fn open(&mut self, what: What) -> Cause {
+        self.last_cause += 1;
+        self.causes.insert(self.last_cause, Open { what, operations: Vec::new(), reports_pid: false });
+        self.last_cause
+    }
+
+    /// The message that tells a worker of a cause.
+    pub(crate) fn announce(&self, cause: Cause, now: Instant) -> Option<ToWorker> {
+        Some(match &self.causes.get(&cause)?.what {
+            What::Request { asker, payload, arrived, .. } => ToWorker::Request {
+                cause,
+                age_nanos: now.saturating_duration_since(*arrived).as_nanos() as u64,
+                origin: match asker {
+                    Asker::Client(_) => Origin::Client,
+                    Asker::Commander(_) => Origin::Control,
+                },
+                payload: payload.clone(),
+            },
+            What::Exit(exit) => ToWorker::Exit { cause, exit: exit.clone() },
+        })
+    }
+
+    /// Everything that a new worker must know, in the order that lets it go on: state, requests, exits.
+    pub(crate) fn replay(&self, now: Instant) -> Vec<ToWorker> {
+        let mut messages: Vec<_> =
+            self.state.iter().map(|(key, value)| ToWorker::State { key: key.clone(), value: value.clone() }).collect();
+        let is_request = |open: &Open| matches!(open.what, What::Request { .. });
+        let requests = self.causes.iter().filter(|(_, open)| is_request(open));
+        let exits = self.causes.iter().filter(|(_, open)| !is_request(open));
+        messages.extend(requests.chain(exits).filter_map(|(cause, _)| self.announce(*cause, now)));
+        messages.push(ToWorker::CaughtUp);
+        messages
+    }
+
+    /// Looks an operation up, and notes that it was asked for.
+    pub(crate) fn ask(&mut self, cause: Cause, step: Step, reports_pid: bool) -> Asked {
+        let Some(open) = self.causes.get_mut(&cause) else { return Asked::Over };
+        match open.operations.iter().find(|(known, _)| *known == step) {
+            Some((_, Some(outcome))) => Asked::Known(outcome.clone()),
+            Some((_, None)) => Asked::Pending,
+            None => {
+                open.operations.push((step, None));
+                open.reports_pid |= reports_pid;
+                Asked::New
+            }
+        }
+    }
+
+    /// Remembers an outcome. Returns whether anybody may still want it.
+    pub(crate) fn settle(&mut self, cause: Cause, step: Step, outcome: &Outcome) -> bool {
+        let Some(open) = self.causes.get_mut(&cause) else { return false };
+        let Some(slot) = open.operations.iter_mut().find(|(known, _)| *known == step) else { return false };
+        slot.1 = Some(outcome.clone());
+        true
+    }
+
+    /// Whether an operation under way may still name a pid.
+    pub(crate) fn awaits_pid(&self) -> bool {
+        self.causes.values().any(|open| open.reports_pid)
+    }
+
+    /// Applies the parts of a commit that concern the ledger and returns the answers that are due.
+    pub(crate) fn commit(&mut self, commit: &mut Commit) -> Vec<Due> {
+        for (key, value) in std::mem::take(&mut commit.state) {
+            self.ready.retain(|ready| ready.key != key);
+            match value {
+                Some(value) => {
+                    self.reservations.remove(&key);
+                    self.leave = false;
+                    self.state.insert(key, value);
+                }
+                None => drop(self.state.remove(&key)),
+            }
+        }
+        let mut due = Vec::new();
+        for (cause, response) in std::mem::take(&mut commit.answers) {
+            if let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.causes.remove(&cause) {
+                due.push(Due { asker, request_bytes: Some(payload.len()), response });
+            }
+        }
+        for (key, response) in std::mem::take(&mut commit.wakes) {
+            let askers = self.parked.remove(&key).unwrap_or_default();
+            due.extend(askers.into_iter().map(|asker| Due { asker, request_bytes: None, response: response.clone() }));
+        }
+        for cause in std::mem::take(&mut commit.ends) {
+            self.causes.remove(&cause);
+        }
+        self.ready.append(&mut commit.ready);
+        self.leave |= commit.leave;
+        due
+    }
+
+    /// Parks the callers of a commit's `parks`. Returns each with the length of its request.
+    pub(crate) fn park(&mut self, parks: Vec<(Cause, String)>, is_connected: impl Fn(Asker) -> bool) -> Vec<(Asker, usize)> {
+        let mut settled = Vec::new();
+        for (cause, key) in parks {
+            if let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.causes.remove(&cause) {
+                settled.push((asker, payload.len()));
+                if is_connected(asker) {
+                    self.parked.entry(key).or_default().push(asker);
+                }
+            }
+        }
+        settled
+    }
+
+    /// Forgets the parked callers of a connection that is gone. Requests under way go on: what they do must be done.
+    pub(crate) fn forget(&mut self, is_gone: impl Fn(Asker) -> bool) {
+        self.parked.retain(|_, askers| {
+            askers.retain(|asker| !is_gone(*asker));
+            !askers.is_empty()
+        });
+    }
+
+    /// The ready-made answer to a request, if there is one.
+    pub(crate) fn ready_answer(&self, request: &[u8]) -> Option<&[u8]> {
+        let view = RequestView::parse(request)?;
+        self.ready
+            .iter()
+            .find(|ready| {
+                ready.service.as_bytes() == view.service && ready.method.as_bytes() == view.method && ready.payload == view.payload
+            })
+            .map(|ready| ready.answer.as_slice())
+    }
+
+    /// Answers that are due because the worker has taken too long, or because there is none (`at_once`).
+    pub(crate) fn overdue(&mut self, now: Instant, at_once: bool) -> Vec<Due> {
+        let late: Vec<Cause> = self
+            .causes
+            .iter()
+            .filter(|(_, open)| matches!(open.what, What::Request { ready_at: Some(at), .. } if at_once || at <= now))
+            .map(|(cause, _)| *cause)
+            .collect();
+        let mut due = Vec::new();
+        for cause in late {
+            let Some(Open { what: What::Request { asker, payload, ready_at, .. }, .. }) = self.causes.get_mut(&cause) else { continue };
+            *ready_at = None;
+            let (asker, payload) = (*asker, payload.clone());
+            if let Some(response) = self.ready_answer(&payload).map(<[u8]>::to_vec) {
+                self.causes.remove(&cause);
+                due.push(Due { asker, request_bytes: Some(payload.len()), response });
+            }
+        }
+        due
+    }
+
+    /// When [`Ledger::overdue`] or [`Ledger::expire`] have something to do.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let late = self.causes.values().filter_map(|open| match open.what {
+            What::Request { ready_at, .. } => ready_at,
+            What::Exit(_) => None,
+        });
+        late.chain(self.reservations.values().copied()).min()
+    }
+
+    /// Keeps a place for a container. Refused once the keeper was told to leave and nothing holds it.
+    pub(crate) fn reserve(&mut self, id: String, now: Instant) {
+        self.reservations.insert(id, now + RESERVATION);
+    }
+
+    /// Drops reservations that nobody has used.
+    pub(crate) fn expire(&mut self, now: Instant) {
+        self.reservations.retain(|_, until| *until > now);
+    }
+
+    /// Whether the keeper was told to leave and nothing here holds it.
+    pub(crate) fn may_leave(&self) -> bool {
+        self.leave && self.state.is_empty() && self.reservations.is_empty() && self.causes.is_empty()
+    }
+
+    /// Gives a place up, and the keeper with it if that was all: the container of this name was deleted before it was created.
+    pub(crate) fn release_reservation(&mut self, id: &str) {
+        self.reservations.remove(id);
+    }
+
+    pub(crate) fn state(&self) -> &BTreeMap<String, Vec<u8>> {
+        &self.state
+    }
+
+    pub(crate) fn causes(&self) -> &BTreeMap<Cause, Open> {
+        &self.causes
+    }
+
+    pub(crate) fn parked(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.parked.iter().map(|(key, askers)| (key.as_str(), askers.len()))
+    }
+
+    pub(crate) fn reservations(&self) -> impl Iterator<Item = &str> {
+        self.reservations.keys().map(String::as_str)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Small, seeded and good enough to choose where a worker dies.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, bound: u64) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 % bound
+        }
+    }
+
+    const OPERATIONS: Step = 3;
+
+    /// A keeper around a ledger: it counts what was done, in the place of the world.
+    #[derive(Default)]
+    struct World {
+        ledger: Ledger,
+        performed: BTreeMap<(Cause, Step), u32>,
+        answered: BTreeMap<Cause, u32>,
+        /// Operations that were asked for and whose outcome has not come.
+        under_way: Vec<(Cause, Step)>,
+    }
+
+    impl World {
+        fn operation(&mut self, cause: Cause, step: Step) -> Option<Outcome> {
+            match self.ledger.ask(cause, step, false) {
+                Asked::Known(outcome) => Some(outcome),
+                Asked::Pending => None,
+                Asked::Over => panic!("operation of a cause that is over"),
+                Asked::New => {
+                    *self.performed.entry((cause, step)).or_default() += 1;
+                    self.under_way.push((cause, step));
+                    None
+                }
+            }
+        }
+
+        fn finish_one(&mut self) {
+            if let Some((cause, step)) = self.under_way.pop() {
+                self.ledger.settle(cause, step, &Outcome::Done);
+            }
+        }
+
+        fn commit(&mut self, cause: Cause) {
+            let mut commit = Commit {
+                state: vec![(format!("c{cause}"), Some(vec![1]))],
+                answers: vec![(cause, cause.to_le_bytes().to_vec())],
+                ..Commit::default()
+            };
+            for due in self.ledger.commit(&mut commit) {
+                assert_eq!(due.response, cause.to_le_bytes());
+                *self.answered.entry(cause).or_default() += 1;
+            }
+        }
+    }
+
+    /// Runs a dummy worker that dies after `budget` messages. Returns whether it got everything done.
+    fn live(world: &mut World, mut budget: u64) -> bool {
+        let causes: Vec<Cause> = world
+            .ledger
+            .replay(Instant::now())
+            .iter()
+            .filter_map(|message| match message {
+                ToWorker::Request { cause, .. } => Some(*cause),
+                _ => None,
+            })
+            .collect();
+        for cause in causes {
+            for step in 0..OPERATIONS {
+                while world.operation(cause, step).is_none() {
+                    if budget == 0 {
+                        return false;
+                    }
+                    budget -= 1;
+                    world.finish_one();
+                }
+            }
+            if budget == 0 {
+                return false;
+            }
+            budget -= 1;
+            world.commit(cause);
+        }
+        true
+    }
+
+    fn caller(stream: u32) -> Asker {
+        Asker::Client(Caller { client: 1, stream })
+    }
+
+    #[test]
+    fn ten_thousand_deaths_of_the_worker_do_nothing_twice_and_lose_no_answer() {
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let (mut deaths, mut rounds) = (0, 0);
+        while deaths < 10_000 {
+            rounds += 1;
+            let mut world = World::default();
+            let requests = 1 + random.below(8);
+            for stream in 0..requests {
+                world.ledger.open_request(caller(stream as u32), vec![], Instant::now());
+            }
+            while !live(&mut world, random.below(6)) {
+                deaths += 1;
+            }
+            assert!(world.performed.values().all(|count| *count == 1), "round {rounds}: {:?}", world.performed);
+            assert_eq!(world.performed.len() as u64, requests * u64::from(OPERATIONS), "round {rounds}");
+            assert_eq!(world.answered.len() as u64, requests, "round {rounds}");
+            assert!(world.answered.values().all(|count| *count == 1), "round {rounds}: {:?}", world.answered);
+            assert_eq!(world.ledger.state().len() as u64, requests, "round {rounds}");
+        }
+    }
+
+    #[test]
+    fn a_new_worker_is_told_state_then_requests_then_exits() {
+        let mut ledger = Ledger::default();
+        let exit = ProcessExit { key: "c".into(), pid: 7, status: 3, at_nanos: 1 };
+        ledger.open_exit(exit.clone());
+        ledger.open_request(caller(1), vec![9], Instant::now());
+        ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() });
+        let kinds: Vec<u8> = ledger
+            .replay(Instant::now())
+            .iter()
+            .map(|message| match message {
+                ToWorker::State { .. } => 1,
+                ToWorker::Request { .. } => 2,
+                ToWorker::Exit { .. } => 3,
+                ToWorker::CaughtUp => 4,
+                ToWorker::Welcome { .. } | ToWorker::Done { .. } => 0,
+            })
+            .collect();
+        assert_eq!(kinds, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn an_outcome_is_told_again_and_a_cause_that_is_over_refuses() {
+        let mut ledger = Ledger::default();
+        let cause = ledger.open_request(caller(1), vec![], Instant::now());
+        assert_eq!(ledger.ask(cause, 0, false), Asked::New);
+        assert_eq!(ledger.ask(cause, 0, false), Asked::Pending);
+        assert!(ledger.settle(cause, 0, &Outcome::Done));
+        assert_eq!(ledger.ask(cause, 0, false), Asked::Known(Outcome::Done));
+        ledger.commit(&mut Commit { answers: vec![(cause, vec![])], ..Commit::default() });
+        assert_eq!(ledger.ask(cause, 1, false), Asked::Over);
+    }
+
+    #[test]
+    fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_changes() {
+        let mut ledger = Ledger::default();
+        // service "s", method "m", no payload
+        let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];
+        let ready = Ready { key: "c".into(), service: "s".into(), method: "m".into(), payload: vec![], answer: vec![42] };
+        ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ready: vec![ready], ..Commit::default() });
+        let now = Instant::now();
+        ledger.open_request(caller(1), request.clone(), now);
+        assert_eq!(ledger.overdue(now, false), []);
+        let due = ledger.overdue(now + READY_AFTER, false);
+        assert_eq!(due.iter().map(|due| due.response.clone()).collect::<Vec<_>>(), [vec![42]]);
+        ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![2]))], ..Commit::default() });
+        assert_eq!(ledger.ready_answer(&request), None);
+    }
+
+    #[test]
+    fn the_keeper_leaves_only_when_told_to_and_nothing_holds_it() {
+        let mut ledger = Ledger::default();
+        assert!(!ledger.may_leave());
+        ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() });
+        ledger.commit(&mut Commit { leave: true, ..Commit::default() });
+        assert!(!ledger.may_leave(), "a container is left");
+        let now = Instant::now();
+        ledger.reserve("d".into(), now);
+        ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
+        assert!(!ledger.may_leave(), "a place is reserved");
+        ledger.expire(now + RESERVATION);
+        assert!(ledger.may_leave());
+    }
+}

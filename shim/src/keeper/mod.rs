@@ -1,0 +1,26 @@
+//! The keeper: the process that lasts.
+//!
+//! One thread, one poll loop. It relays whole frames between clients and a worker, is the parent of every process, performs what
+//! cannot be done twice, moves stdio, sends events. It knows frames, operations, facts and blobs; what a task is, only the worker knows.
+//!
+//! ```text
+//!  clients ⇄ relay ─▶ ledger ⇄ supervisor ⇄ worker
+//!                       │ operations        │ commits
+//!             children, streams        publisher ─▶ containerd
+//! ```
+//!
+//! **Invariant:** nothing here waits for anybody: not for a client, a disk, a daemon, a runtime or the worker.
+//! **Invariant:** what containers inherit is not touched: no limit, niceness, affinity, timer slack of its own.
+mod capture;
+mod children;
+mod control;
+mod ledger;
+mod outbox;
+mod poll;
+mod publisher;
+mod relay;
+mod run;
+mod streams;
+mod supervisor;
+
+pub(crate) use run::run;

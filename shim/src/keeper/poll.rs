@@ -1,0 +1,135 @@
+//! The set of descriptors that the keeper waits on.
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+/// What woke the keeper: a class and an id within it. An event of something that is gone finds nobody, and is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    Signals,
+    Listener,
+    ControlListener,
+    Publisher,
+    Fifos,
+    /// The socketpair to the worker of this life.
+    Worker(u32),
+    Client(u32),
+    Commander(u32),
+    /// What a helper writes: its pid.
+    Helper(u32),
+    /// A stream by its number.
+    Stream(u32),
+    /// A claimed process that is not our child: its pid.
+    Foreign(u32),
+}
+
+impl Source {
+    fn token(self) -> u64 {
+        let (class, id) = match self {
+            Self::Signals => (0, 0),
+            Self::Listener => (1, 0),
+            Self::ControlListener => (2, 0),
+            Self::Publisher => (3, 0),
+            Self::Fifos => (4, 0),
+            Self::Worker(id) => (5, id),
+            Self::Client(id) => (6, id),
+            Self::Commander(id) => (7, id),
+            Self::Helper(id) => (8, id),
+            Self::Stream(id) => (9, id),
+            Self::Foreign(id) => (10, id),
+        };
+        u64::from(id) | class << 32
+    }
+
+    fn from_token(token: u64) -> Option<Self> {
+        let id = token as u32;
+        Some(match token >> 32 {
+            0 => Self::Signals,
+            1 => Self::Listener,
+            2 => Self::ControlListener,
+            3 => Self::Publisher,
+            4 => Self::Fifos,
+            5 => Self::Worker(id),
+            6 => Self::Client(id),
+            7 => Self::Commander(id),
+            8 => Self::Helper(id),
+            9 => Self::Stream(id),
+            10 => Self::Foreign(id),
+            _ => return None,
+        })
+    }
+}
+
+/// An epoll set, edge-triggered throughout: a hang-up that nobody takes away cannot make the loop spin.
+#[derive(Debug)]
+pub(crate) struct Poll {
+    epoll: Epoll,
+    /// Sources that stopped with work left, so that others get their turn.
+    again: VecDeque<Source>,
+}
+
+impl Poll {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, again: VecDeque::new() })
+    }
+
+    /// Watches `fd` until it is closed: readable, writable and hung up.
+    pub(crate) fn add(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        Ok(self.epoll.add(fd, EpollEvent::new(flags, source.token()))?)
+    }
+
+    /// Watches `fd` for room to write only.
+    pub(crate) fn add_writer(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, source.token()))?)
+    }
+
+    /// Watches `fd` for something to read only.
+    pub(crate) fn add_reader(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+        Ok(self.epoll.add(fd, EpollEvent::new(flags, source.token()))?)
+    }
+
+    /// Stops watching `fd`. Needed where a copy of the descriptor lives on elsewhere.
+    pub(crate) fn remove(&self, fd: impl AsFd) {
+        // Not watched any more is what was wanted.
+        let _ = self.epoll.delete(fd);
+    }
+
+    /// Gives `source` another turn.
+    pub(crate) fn again(&mut self, source: Source) {
+        if !self.again.contains(&source) {
+            self.again.push_back(source);
+        }
+    }
+
+    /// Waits until something happens or `deadline`. The result may be empty.
+    pub(crate) fn wait(&mut self, deadline: Option<Instant>) -> io::Result<Vec<Source>> {
+        let timeout =
+            if self.again.is_empty() { deadline.map(|at| at.saturating_duration_since(Instant::now())) } else { Some(Duration::ZERO) };
+        let timeout = match timeout {
+            None => EpollTimeout::NONE,
+            // Rounded up, so that a deadline has passed when it wakes us.
+            Some(left) => EpollTimeout::try_from(left.as_nanos().div_ceil(1_000_000).min(3_600_000) as u32).unwrap_or(EpollTimeout::MAX),
+        };
+        let mut events = [EpollEvent::empty(); 32];
+        let count = match self.epoll.wait(&mut events, timeout) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        let mut sources: Vec<Source> = self.again.drain(..).collect();
+        for event in &events[..count] {
+            if let Some(source) = Source::from_token(event.data())
+                && !sources.contains(&source)
+            {
+                sources.push(source);
+            }
+        }
+        Ok(sources)
+    }
+}

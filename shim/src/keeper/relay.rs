@@ -1,0 +1,246 @@
+//! The clients: their connections, whole frames in and out.
+//!
+//! Owns every connection on the shim's socket. A frame is read whole and its payload handed on unopened; an answer is written whole.
+//!
+//! **Invariant:** a client that floods, stalls or lies about a length costs a bounded amount of memory and nobody else's time.
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use log::{debug, warn};
+
+use super::outbox::Outbox;
+use super::poll::{Poll, Source};
+use crate::frame::{self, Code, Header};
+
+/// The most connections at once; a further one is closed at once.
+const MAX_CLIENTS: usize = 256;
+/// A client with so many bytes of requests unanswered, or of answers unread, is not read from.
+const MAX_UNANSWERED_BYTES: usize = 16 << 20;
+/// The same for the number of requests.
+const MAX_UNANSWERED: usize = 8192;
+/// Frames taken from one client before others get a turn.
+const FRAMES_A_TURN: usize = 64;
+
+/// Where an answer goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Caller {
+    pub(crate) client: u32,
+    pub(crate) stream: u32,
+}
+
+/// A request that has arrived whole.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    pub(crate) caller: Caller,
+    /// A ttrpc `Request` message.
+    pub(crate) payload: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Client {
+    socket: UnixStream,
+    /// A frame that is not whole yet.
+    input: Vec<u8>,
+    /// Bytes of an oversized frame that are still to be thrown away.
+    skip: usize,
+    output: Outbox,
+    /// The highest stream id that was used.
+    last_stream: u32,
+    unanswered: usize,
+    unanswered_bytes: usize,
+}
+
+impl Client {
+    fn is_full(&self) -> bool {
+        self.unanswered >= MAX_UNANSWERED || self.unanswered_bytes + self.output.bytes() >= MAX_UNANSWERED_BYTES
+    }
+
+    /// Takes whole frames out of the input.
+    fn take_frames(&mut self, id: u32, limit: usize) -> Vec<Incoming> {
+        let mut taken = Vec::new();
+        let mut at = 0;
+        while taken.len() < limit && !self.is_full() {
+            let rest = &self.input[at..];
+            if self.skip > 0 {
+                let count = self.skip.min(rest.len());
+                self.skip -= count;
+                at += count;
+                if self.skip > 0 {
+                    break;
+                }
+                continue;
+            }
+            let Some(header) = Header::parse(rest) else { break };
+            let length = header.payload_bytes as usize;
+            if length > frame::MAX_PAYLOAD_BYTES {
+                let message = format!("message length {length} exceeds the maximum of {} bytes", frame::MAX_PAYLOAD_BYTES);
+                self.refuse(header.stream, Code::ResourceExhausted, &message);
+                self.skip = length;
+                at += frame::HEADER_BYTES;
+                continue;
+            }
+            let Some(payload) = rest.get(frame::HEADER_BYTES..frame::HEADER_BYTES + length).map(<[u8]>::to_vec) else { break };
+            at += frame::HEADER_BYTES + length;
+            if let Some(payload) = self.check(header, payload) {
+                self.unanswered += 1;
+                self.unanswered_bytes += payload.len();
+                taken.push(Incoming { caller: Caller { client: id, stream: header.stream }, payload });
+            }
+        }
+        self.input.drain(..at);
+        if self.input.is_empty() {
+            self.input = Vec::new();
+        }
+        taken
+    }
+
+    /// What every ttrpc server refuses by itself.
+    fn check(&mut self, header: Header, payload: Vec<u8>) -> Option<Vec<u8>> {
+        let refusal = if header.kind != frame::REQUEST {
+            "only requests are taken: no call of this service streams"
+        } else if header.stream.is_multiple_of(2) {
+            "a client's stream id must be odd"
+        } else if header.stream <= self.last_stream {
+            "a stream id must be higher than those before it"
+        } else {
+            self.last_stream = header.stream;
+            return Some(payload);
+        };
+        self.refuse(header.stream, Code::InvalidArgument, refusal);
+        None
+    }
+
+    fn refuse(&mut self, stream: u32, code: Code, message: &str) {
+        self.output.push(frame::encode(stream, frame::RESPONSE, &frame::error_response(code, message)), None);
+    }
+}
+
+/// All clients.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    listener: UnixListener,
+    clients: BTreeMap<u32, Client>,
+    last_id: u32,
+}
+
+impl Relay {
+    pub(crate) fn new(listener: UnixListener, poll: &Poll) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        poll.add_reader(&listener, Source::Listener)?;
+        Ok(Self { listener, clients: BTreeMap::new(), last_id: 0 })
+    }
+
+    /// Takes new connections in.
+    pub(crate) fn accept(&mut self, poll: &Poll) {
+        for socket in accept_all(&self.listener) {
+            if self.clients.len() >= MAX_CLIENTS {
+                warn!(limit = MAX_CLIENTS; "connection refused, too many are open");
+                continue;
+            }
+            self.last_id += 1;
+            if let Err(error) = poll.add(&socket, Source::Client(self.last_id)) {
+                warn!(error:%; "connection refused, cannot watch it");
+                continue;
+            }
+            let client = Client {
+                socket,
+                input: Vec::new(),
+                skip: 0,
+                output: Outbox::default(),
+                last_stream: 0,
+                unanswered: 0,
+                unanswered_bytes: 0,
+            };
+            self.clients.insert(self.last_id, client);
+        }
+    }
+
+    /// Reads and writes what can be read and written. Returns requests, and whether the client is still there.
+    pub(crate) fn turn(&mut self, id: u32, poll: &mut Poll) -> (Vec<Incoming>, bool) {
+        let Some(client) = self.clients.get_mut(&id) else { return (Vec::new(), false) };
+        let mut incoming = client.take_frames(id, FRAMES_A_TURN);
+        let mut alive = client.output.flush(&client.socket).is_ok();
+        let mut buffer = [0; 4096];
+        while alive && incoming.len() < FRAMES_A_TURN && !client.is_full() {
+            match client.socket.read(&mut buffer) {
+                Ok(0) => alive = false,
+                Ok(count) => {
+                    client.input.extend_from_slice(&buffer[..count]);
+                    incoming.extend(client.take_frames(id, FRAMES_A_TURN - incoming.len()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => alive = false,
+            }
+        }
+        if alive && incoming.len() >= FRAMES_A_TURN {
+            poll.again(Source::Client(id));
+        }
+        // Refusals that were made while reading.
+        alive = alive && client.output.flush(&client.socket).is_ok();
+        if !alive {
+            debug!(client = id; "connection closed");
+            self.clients.remove(&id);
+        }
+        (incoming, alive)
+    }
+
+    /// Writes an answer. Without a client that still wants it, it is dropped.
+    ///
+    /// `request_bytes` is the length of the request's payload, given back to the client's allowance; `None` for one that was parked.
+    pub(crate) fn answer(&mut self, caller: Caller, request_bytes: Option<usize>, response: &[u8], poll: &mut Poll) {
+        self.settle(caller, request_bytes, poll);
+        if let Some(client) = self.clients.get_mut(&caller.client) {
+            client.output.push(frame::encode(caller.stream, frame::RESPONSE, response), None);
+            if client.output.flush(&client.socket).is_err() {
+                poll.again(Source::Client(caller.client));
+            }
+        }
+    }
+
+    /// A request no longer counts as unanswered: it was answered, or parked.
+    pub(crate) fn settle(&mut self, caller: Caller, request_bytes: Option<usize>, poll: &mut Poll) {
+        if let (Some(client), Some(bytes)) = (self.clients.get_mut(&caller.client), request_bytes) {
+            let was_full = client.is_full();
+            client.unanswered = client.unanswered.saturating_sub(1);
+            client.unanswered_bytes = client.unanswered_bytes.saturating_sub(bytes);
+            if was_full {
+                poll.again(Source::Client(caller.client));
+            }
+        }
+    }
+
+    pub(crate) fn is_connected(&self, client: u32) -> bool {
+        self.clients.contains_key(&client)
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.clients.len()
+    }
+
+    /// Whether every answer has gone out.
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.clients.values().all(|client| client.output.is_empty())
+    }
+}
+
+/// Takes every connection that waits; errors end it until the next one comes.
+pub(crate) fn accept_all(listener: &UnixListener) -> Vec<UnixStream> {
+    let mut sockets = Vec::new();
+    loop {
+        match listener.accept() {
+            Ok((socket, _)) => {
+                if socket.set_nonblocking(true).is_ok() {
+                    sockets.push(socket);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return sockets,
+            Err(error) => {
+                warn!(error:%; "cannot accept a connection");
+                return sockets;
+            }
+        }
+    }
+}

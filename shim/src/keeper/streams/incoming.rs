@@ -1,0 +1,68 @@
+//! What the client writes to a process's stdin.
+//!
+//! ```text
+//!  Open ──(CloseIO)──▶ Closing ──(clients' ends closed, fifo empty)──▶ finished: the process reads the end
+//!    └──(the process reads no more, or has ended)──▶ finished: a client that writes is told
+//! ```
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::fifo;
+use super::splice::{Stop, TURN_BYTES, move_bytes};
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    /// Both ends until CloseIO, so that a client that comes and goes is not the end; then the read end.
+    source: OwnedFd,
+    sink: OwnedFd,
+    closing: bool,
+    pub(super) target: String,
+    pub(super) bytes: u64,
+}
+
+/// What a turn has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    Waits,
+    Again,
+    Finished,
+}
+
+impl Incoming {
+    pub(super) fn new(source: OwnedFd, sink: OwnedFd, target: String) -> Self {
+        Self { source, sink, closing: false, target, bytes: 0 }
+    }
+
+    pub(super) fn source(&self) -> &OwnedFd {
+        &self.source
+    }
+
+    pub(super) fn sink(&self) -> &OwnedFd {
+        &self.sink
+    }
+
+    /// Moves what can be moved.
+    pub(super) fn turn(&mut self) -> Turn {
+        let (moved, stop) = move_bytes(self.source.as_fd(), None, self.sink.as_fd(), None, TURN_BYTES);
+        self.bytes += moved;
+        match stop {
+            Stop::Idle => Turn::Waits,
+            Stop::Turn => Turn::Again,
+            Stop::End if self.closing => Turn::Finished,
+            // We hold a write end ourselves, so this is a terminal that nobody has open at the moment.
+            Stop::End => Turn::Waits,
+            Stop::Closed | Stop::Failed(_) => Turn::Finished,
+        }
+    }
+
+    /// CloseIO: returns the descriptor to watch from now on; none if it was closed before.
+    pub(super) fn close(&mut self) -> io::Result<Option<&OwnedFd>> {
+        if self.closing {
+            return Ok(None);
+        }
+        self.source = fifo::read_end(&self.source)?;
+        self.closing = true;
+        Ok(Some(&self.source))
+    }
+}

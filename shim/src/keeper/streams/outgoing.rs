@@ -1,0 +1,238 @@
+//! One output of a process on its way to the client's fifo.
+//!
+//! ```text
+//!  Flowing ──(process side ended, or given up)──▶ Draining ──(a reader is there and has taken everything)──▶ finished
+//!     │ full fifo and spill allowed: process ─▶ file ─▶ fifo
+//!     └ full fifo else: the process waits, as with any pipe
+//! ```
+//!
+//! **Invariant:** the fifo keeps a write end of ours until everything was taken, or the container was deleted and the stated drain is over.
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use log::warn;
+use nix::libc;
+
+use super::fifo;
+use super::splice::{Stop, TURN_BYTES, move_bytes};
+use crate::sys::descriptors::waiting_bytes;
+
+/// After a process has ended, somebody else may still hold its output: so long it may stay quiet before it is given up.
+pub(super) const QUIET_AFTER_EXIT: Duration = Duration::from_millis(500);
+/// And so long it may go on in all, as far as its reader takes the bytes.
+pub(super) const LIMIT_AFTER_EXIT: Duration = Duration::from_secs(10);
+/// After Delete, a reader that is there has so long to take what is left. Without a reader, nobody will come.
+pub(super) const DRAIN_AFTER_DELETE: Duration = Duration::from_secs(10);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    /// The process's side, until it has ended.
+    source: Option<OwnedFd>,
+    sink: OwnedFd,
+    spill: Option<Spill>,
+    pub(super) target: String,
+    pub(super) bytes: u64,
+    last_moved: Instant,
+    /// Only our write end of the fifo is left.
+    draining: bool,
+}
+
+/// What a turn has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    Waits,
+    /// It stopped because others must get their turn.
+    Again,
+    /// Nothing is left to do; `lost` bytes were not taken by anybody.
+    Finished {
+        lost: u64,
+    },
+}
+
+impl Outgoing {
+    pub(super) fn new(source: OwnedFd, sink: OwnedFd, target: String, spill: Option<Spill>) -> Self {
+        Self { source: Some(source), sink, spill, target, bytes: 0, last_moved: Instant::now(), draining: false }
+    }
+
+    pub(super) fn source(&self) -> Option<&OwnedFd> {
+        self.source.as_ref()
+    }
+
+    pub(super) fn sink(&self) -> &OwnedFd {
+        &self.sink
+    }
+
+    /// Moves what can be moved. `exited`, `deleted`: since when.
+    pub(super) fn turn(&mut self, now: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> Turn {
+        if let Some(stop) = self.flow() {
+            match stop {
+                Stop::Turn => return Turn::Again,
+                Stop::Idle => {}
+                // A terminal may be opened again by another process, as long as there is one.
+                Stop::End => {
+                    if exited.is_some() || !self.is_terminal() {
+                        self.source = None;
+                    }
+                }
+                Stop::Closed => self.source = None,
+                Stop::Failed(error) => {
+                    warn!(target_path:% = self.target, error:%; "cannot move output, giving it up");
+                    self.source = None;
+                }
+            }
+        }
+        if self.source.is_some() && self.is_given_up(now, exited, deleted) {
+            self.source = None;
+        }
+        if self.source.is_some() {
+            return Turn::Waits;
+        }
+        if !self.draining {
+            match fifo::write_end(&self.sink) {
+                Ok(write_end) => self.sink = write_end,
+                Err(error) => {
+                    warn!(target_path:% = self.target, error:%; "cannot give the read end of a fifo up");
+                    return Turn::Finished { lost: self.waiting() };
+                }
+            }
+            self.draining = true;
+        }
+        self.drain(now, deleted)
+    }
+
+    /// Spilled bytes first, then new ones. `None` if there is nothing left to move.
+    fn flow(&mut self) -> Option<Stop> {
+        if let Some(spill) = &mut self.spill
+            && !spill.is_empty()
+        {
+            let (moved, stop) = spill.empty_into(&self.sink);
+            self.count(moved);
+            let stop = stop?;
+            if let (Stop::Idle, Some(source), Some(spill)) = (&stop, &self.source, &mut self.spill) {
+                return Some(spill.fill_from(source));
+            }
+            return Some(stop);
+        }
+        let source = self.source.as_ref()?;
+        let (moved, stop) = move_bytes(source.as_fd(), None, self.sink.as_fd(), None, TURN_BYTES);
+        let source_waits = waiting_bytes(source.as_fd()).unwrap_or(0) > 0;
+        if let (Stop::Idle, true, Some(spill)) = (&stop, source_waits, &mut self.spill) {
+            let stop = spill.fill_from(source);
+            self.count(moved);
+            return Some(stop);
+        }
+        self.count(moved);
+        Some(stop)
+    }
+
+    fn count(&mut self, moved: u64) {
+        if moved > 0 {
+            self.bytes += moved;
+            self.last_moved = Instant::now();
+        }
+    }
+
+    fn is_terminal(&self) -> bool {
+        self.source.as_ref().is_some_and(|source| nix::unistd::isatty(source).unwrap_or(false))
+    }
+
+    /// Whether the process has ended and whoever still holds its output had their time.
+    fn is_given_up(&self, now: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> bool {
+        let Some(exited) = exited.or(deleted) else { return false };
+        let source_is_empty = self.source.as_ref().is_none_or(|source| waiting_bytes(source.as_fd()).unwrap_or(0) == 0);
+        let quiet = now >= self.last_moved.max(exited) + QUIET_AFTER_EXIT;
+        (source_is_empty && (quiet || now >= exited + LIMIT_AFTER_EXIT)) || deleted.is_some_and(|at| now >= at + DRAIN_AFTER_DELETE)
+    }
+
+    /// Only the fifo's content and its reader matter now.
+    fn drain(&mut self, now: Instant, deleted: Option<Instant>) -> Turn {
+        let left = self.waiting();
+        let has_reader = fifo::has_reader(self.sink.as_fd());
+        let is_over = match deleted {
+            Some(at) => left == 0 || !has_reader || now >= at + DRAIN_AFTER_DELETE,
+            None => left == 0 && has_reader,
+        };
+        if is_over { Turn::Finished { lost: left } } else { Turn::Waits }
+    }
+
+    /// Bytes that nobody has taken yet.
+    pub(super) fn waiting(&self) -> u64 {
+        waiting_bytes(self.sink.as_fd()).unwrap_or(0) as u64 + self.spilled()
+    }
+
+    pub(super) fn spilled(&self) -> u64 {
+        self.spill.as_ref().map_or(0, Spill::len)
+    }
+
+    /// Whether it waits for its reader to come, or to read: only a look at the fifo tells.
+    pub(super) fn is_draining(&self) -> bool {
+        self.draining
+    }
+
+    /// When the next turn is due though nothing happens.
+    pub(super) fn deadline(&self, now: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> Option<Instant> {
+        let after_exit = exited.or(deleted).filter(|_| self.source.is_some()).map(|at| {
+            let quiet = self.last_moved.max(at) + QUIET_AFTER_EXIT;
+            // Past it, the output waits for its reader; the limit is looked at once more, then the reader's edge tells.
+            if quiet > now { quiet } else { at + LIMIT_AFTER_EXIT }
+        });
+        let after_delete = deleted.map(|at| at + DRAIN_AFTER_DELETE);
+        [after_exit, after_delete].into_iter().flatten().filter(|at| *at > now).min()
+    }
+}
+
+/// A file that takes output while the fifo is full.
+#[derive(Debug)]
+pub(super) struct Spill {
+    file: File,
+    limit: u64,
+    head: libc::loff_t,
+    tail: libc::loff_t,
+}
+
+impl Spill {
+    /// Makes a file without a name in `folder`.
+    pub(super) fn new(folder: &Path, limit: u64) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(folder)?;
+        Ok(Self { file, limit, head: 0, tail: 0 })
+    }
+
+    fn len(&self) -> u64 {
+        (self.tail - self.head) as u64
+    }
+
+    fn is_empty(&self) -> bool {
+        self.head == self.tail
+    }
+
+    /// Moves spilled bytes on. No stop means that the file is empty again.
+    fn empty_into(&mut self, sink: &OwnedFd) -> (u64, Option<Stop>) {
+        let limit = (self.len() as usize).min(TURN_BYTES);
+        let (moved, stop) = move_bytes(self.file.as_fd(), Some(&mut self.head), sink.as_fd(), None, limit);
+        if !self.is_empty() {
+            return (moved, Some(stop));
+        }
+        (self.head, self.tail) = (0, 0);
+        // The space comes back with the next truncation, if not with this one.
+        let _ = self.file.set_len(0);
+        (moved, Some(Stop::Turn))
+    }
+
+    /// Takes what the process has written, up to the limit.
+    fn fill_from(&mut self, source: &OwnedFd) -> Stop {
+        let room = self.limit.saturating_sub(self.len()).min(TURN_BYTES as u64) as usize;
+        if room == 0 {
+            return Stop::Idle;
+        }
+        match move_bytes(source.as_fd(), None, self.file.as_fd(), Some(&mut self.tail), room) {
+            // A full disk: the process waits, as without a file.
+            (_, Stop::Failed(_)) => Stop::Idle,
+            (_, stop) => stop,
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! Moving bytes from one descriptor to another inside the kernel.
+//!
+//! **Invariant:** no byte enters this process, so there is never one that was taken and not yet given.
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+use nix::fcntl::{SpliceFFlags, splice};
+use nix::libc;
+
+/// The most bytes that one turn moves.
+pub(super) const TURN_BYTES: usize = 1 << 20;
+
+/// Why moving stopped.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// The source is empty or the sink is full; an edge will tell.
+    Idle,
+    /// The turn is over; there may be more.
+    Turn,
+    /// The source has ended.
+    End,
+    /// The sink takes no more: its last reader is gone.
+    Closed,
+    /// Something else is wrong with one of them.
+    Failed(io::Error),
+}
+
+/// Moves bytes until something stops it. `offsets`: positions for a side that is a file. Returns the number of bytes moved.
+pub(super) fn move_bytes(
+    source: BorrowedFd<'_>,
+    mut source_at: Option<&mut libc::loff_t>,
+    sink: BorrowedFd<'_>,
+    mut sink_at: Option<&mut libc::loff_t>,
+    limit: usize,
+) -> (u64, Stop) {
+    let mut moved = 0;
+    while moved < limit {
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        match splice(source, source_at.as_deref_mut(), sink, sink_at.as_deref_mut(), limit - moved, flags) {
+            Ok(0) => return (moved as u64, Stop::End),
+            Ok(count) => moved += count,
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return (moved as u64, Stop::Idle),
+            Err(Errno::EPIPE) => return (moved as u64, Stop::Closed),
+            // A terminal whose other side was closed by everybody.
+            Err(Errno::EIO) => return (moved as u64, Stop::End),
+            Err(error) => return (moved as u64, Stop::Failed(error.into())),
+        }
+    }
+    (moved as u64, Stop::Turn)
+}

@@ -1,0 +1,8 @@
+//! One wrapper per system call that neither `std` nor `nix` gives safely.
+//!
+//! **Invariant:** `unsafe` lives here only; every function here has a safe signature and gives an `io::Result`.
+pub(crate) mod descriptors;
+pub(crate) mod process;
+pub(crate) mod socket;
+pub(crate) mod spawn;
+pub(crate) mod terminal;

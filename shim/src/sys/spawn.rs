@@ -1,0 +1,126 @@
+//! Starting a process with exactly the descriptors, environment and signal state that it shall have.
+//!
+//! **Invariant:** between fork and exec the child allocates nothing, takes no lock, logs nothing and runs no destructor.
+#![allow(unsafe_code)]
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr;
+
+use nix::fcntl::OFlag;
+use nix::libc;
+use nix::unistd::{ForkResult, fork, pipe2};
+
+/// The most descriptors that a new process can be given.
+pub(crate) const MAX_DESCRIPTORS: usize = 16;
+
+/// What to start.
+pub(crate) struct Command<'a> {
+    /// Absolute path of the executable.
+    pub(crate) program: CString,
+    pub(crate) argv: Vec<CString>,
+    pub(crate) env: Vec<CString>,
+    pub(crate) cwd: CString,
+    /// Descriptors of the new process, from 0 upwards; at most [`MAX_DESCRIPTORS`].
+    pub(crate) descriptors: Vec<BorrowedFd<'a>>,
+    /// Kill the new process when this one dies.
+    pub(crate) dies_with_parent: bool,
+}
+
+/// A process that was forked and is about to execute its program.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) pid: u32,
+    /// Holds the error number, 4 bytes, once the process has ended without executing anything; empty else.
+    pub(crate) failure: OwnedFd,
+}
+
+/// Forks and executes. Does not wait until the program runs: a hung file system holds up the child alone.
+///
+/// Errors: EAGAIN and ENOMEM of fork(2), EMFILE, and E2BIG for too many descriptors.
+pub(crate) fn spawn(command: &Command<'_>) -> io::Result<Started> {
+    if command.descriptors.len() > MAX_DESCRIPTORS {
+        return Err(io::Error::from_raw_os_error(libc::E2BIG));
+    }
+    let argv: Vec<*const libc::c_char> = command.argv.iter().map(|a| a.as_ptr()).chain([ptr::null()]).collect();
+    let env: Vec<*const libc::c_char> = command.env.iter().map(|e| e.as_ptr()).chain([ptr::null()]).collect();
+    let mut sources: [RawFd; MAX_DESCRIPTORS] = [-1; MAX_DESCRIPTORS];
+    for (slot, descriptor) in sources.iter_mut().zip(&command.descriptors) {
+        *slot = descriptor.as_raw_fd();
+    }
+    let count = command.descriptors.len();
+    let (failure, report) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let parent = std::process::id() as libc::pid_t;
+    // SAFETY: the child calls only async-signal-safe functions on data made before the fork (see `execute`), then executes or exits.
+    match unsafe { fork() }? {
+        ForkResult::Parent { child } => Ok(Started { pid: child.as_raw() as u32, failure }),
+        ForkResult::Child => {
+            // SAFETY: as above; all pointers stay valid since the child has its own copy of this frame.
+            unsafe { execute(command, &argv, &env, &mut sources, count, report.as_raw_fd(), parent) }
+        }
+    }
+}
+
+/// The child's side. Never returns.
+///
+/// # Safety
+/// Only in a fresh child; `argv` and `env` are null-terminated arrays of valid strings.
+unsafe fn execute(
+    command: &Command<'_>,
+    argv: &[*const libc::c_char],
+    env: &[*const libc::c_char],
+    sources: &mut [RawFd; MAX_DESCRIPTORS],
+    count: usize,
+    report: RawFd,
+    parent: libc::pid_t,
+) -> ! {
+    // SAFETY (whole function): every call is async-signal-safe and gets integers or pointers to data that outlives it.
+    unsafe {
+        let fail = |report: RawFd| -> ! {
+            let number = *libc::__errno_location();
+            libc::write(report, (&raw const number).cast(), size_of::<libc::c_int>());
+            libc::_exit(127)
+        };
+        libc::setsid();
+        if command.dies_with_parent {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong, 0, 0, 0);
+            if libc::getppid() != parent {
+                libc::_exit(127);
+            }
+        }
+        // Out of the way of the numbers 0…15 first, so that no source is overwritten before it is used.
+        let report = libc::fcntl(report, libc::F_DUPFD_CLOEXEC, 64);
+        if report < 0 {
+            libc::_exit(127);
+        }
+        for source in sources.iter_mut().take(count) {
+            *source = libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, 64);
+            if *source < 0 {
+                fail(report);
+            }
+        }
+        for (target, source) in sources.iter().take(count).enumerate() {
+            if libc::dup2(*source, target as RawFd) < 0 {
+                fail(report);
+            }
+        }
+        // Whatever else is open, the rest of the keeper's descriptors included, ends at the exec.
+        if libc::close_range(count as libc::c_uint, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) < 0 {
+            fail(report);
+        }
+        // A blocked mask and ignored signals would be inherited by the container.
+        for signal in 1..=64 {
+            if signal != libc::SIGKILL && signal != libc::SIGSTOP {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+        }
+        let mut empty: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut empty);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, ptr::null_mut());
+        if libc::chdir(command.cwd.as_ptr()) < 0 {
+            fail(report);
+        }
+        libc::execve(command.program.as_ptr(), argv.as_ptr(), env.as_ptr());
+        fail(report)
+    }
+}
