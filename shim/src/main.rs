@@ -6,6 +6,7 @@ mod handover;
 mod journal;
 mod keeper;
 mod logging;
+mod mountinfo;
 mod options;
 mod rootfs;
 mod settings;
