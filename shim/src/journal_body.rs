@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// Version of the body that this binary writes.
 pub(crate) const VERSION: u32 = 1;
 
-/// The body of a journal. Written at create before the runtime runs, and again whenever more is known.
+/// The body of a journal. Engine and cgroup are values, so that one that this version cannot read does not spoil the rest. Written at create before the runtime runs, and again whenever more is known.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct JournalBody {
@@ -30,8 +30,8 @@ pub(crate) struct JournalBody {
     pub(crate) engine: serde_json::Value,
     /// The container has no pid namespace of its own: killing init is not enough.
     pub(crate) shared_pid_namespace: bool,
-    /// Absolute paths of the container's cgroup in each hierarchy (one in the unified one), once known.
-    pub(crate) cgroups: Vec<PathBuf>,
+    /// The container's cgroup, once known: what `cgroup::Cgroup` serialises to.
+    pub(crate) cgroup: serde_json::Value,
     /// The container's init, once known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) init: Option<ProcessIdentity>,

@@ -7,10 +7,12 @@ mod journal;
 mod journal_body;
 mod keeper;
 mod logging;
+mod mountinfo;
 mod options;
 mod rootfs;
 mod settings;
 mod stdio_uri;
 mod sys;
+mod worker;
 
 fn main() {}

@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** `unsafe` lives here only; every function here has a safe signature and gives an `io::Result`.
 pub(crate) mod descriptors;
+pub(crate) mod mount;
 pub(crate) mod process;
 pub(crate) mod socket;
 pub(crate) mod spawn;
