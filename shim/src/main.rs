@@ -13,12 +13,14 @@ mod journal;
 mod journal_body;
 mod keeper;
 mod logging;
+mod mountinfo;
 mod options;
 mod rootfs;
 mod run_dir;
 mod settings;
 mod stdio_uri;
 mod sys;
+mod worker;
 
 use invocation::Invocation;
 
@@ -69,12 +71,4 @@ fn ended<E: std::error::Error>(command: &str, result: Result<(), E>) -> ExitCode
     }
     eprintln!("containerd-shim-x-v2: {command}: {sentence}");
     ExitCode::FAILURE
-}
-
-/// Stands in until the worker is there.
-mod worker {
-    pub(crate) fn run(settings: crate::settings::Settings, link: std::os::fd::OwnedFd) -> std::process::ExitCode {
-        drop((settings, link));
-        std::process::ExitCode::FAILURE
-    }
 }

@@ -4,6 +4,7 @@
 pub(crate) mod core_scheduling;
 pub(crate) mod descriptors;
 pub(crate) mod inherited;
+pub(crate) mod mount;
 pub(crate) mod process;
 pub(crate) mod socket;
 pub(crate) mod spawn;

@@ -1,0 +1,174 @@
+//! The options of a mount, as in fstab: which are flags of mount(2), which are for the file system.
+use nix::mount::MsFlags;
+
+/// Options, sorted out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Options {
+    /// For the first call.
+    pub(super) flags: MsFlags,
+    /// Flags that were taken back by name (`dev`, `suid`, …): a bind mount loses them.
+    pub(super) cleared: MsFlags,
+    /// For a call of its own; empty for none.
+    pub(super) propagation: MsFlags,
+    /// What the file system understands.
+    pub(super) data: Vec<String>,
+    /// The source is a file: mount it through a loop device.
+    pub(super) is_loop: bool,
+    /// `uidmap=` and `gidmap=` were there.
+    pub(super) is_idmapped: bool,
+    /// An option that only containerd's mount manager understands.
+    pub(super) managers: Option<String>,
+}
+
+impl Options {
+    /// Reads options in their order: a later one wins.
+    pub(super) fn parse(options: &[String]) -> Self {
+        let none = MsFlags::empty();
+        let mut parsed =
+            Self { flags: none, cleared: none, propagation: none, data: Vec::new(), is_loop: false, is_idmapped: false, managers: None };
+        for option in options.iter().flat_map(|option| split(option)) {
+            if let Some((_, flag, sets)) = FLAGS.iter().find(|(name, ..)| *name == option) {
+                parsed.flags.set(*flag, *sets);
+                parsed.cleared.set(*flag, !*sets);
+            } else if let Some((_, flags)) = PROPAGATIONS.iter().find(|(name, _)| *name == option) {
+                parsed.propagation = *flags;
+            } else if option == "loop" {
+                parsed.is_loop = true;
+            } else if option.starts_with("uidmap=") || option.starts_with("gidmap=") {
+                parsed.is_idmapped = true;
+            } else if option.starts_with("X-containerd.") {
+                parsed.managers = Some(option.to_owned());
+            } else if !matches!(option, "defaults" | "") && !option.starts_with("x-") && !option.starts_with("X-") {
+                // `x-…` is for programs that read fstab, never for a file system.
+                parsed.data.push(option.to_owned());
+            }
+        }
+        parsed
+    }
+}
+
+/// `ro,nodev` in one string is two options; what has a value may contain commas of its own.
+fn split(option: &str) -> impl Iterator<Item = &str> {
+    let is_list = option.contains(',') && !option.contains('=');
+    option.split(move |c| is_list && c == ',')
+}
+
+const FLAGS: [(&str, MsFlags, bool); 28] = [
+    ("async", MsFlags::MS_SYNCHRONOUS, false),
+    ("atime", MsFlags::MS_NOATIME, false),
+    ("bind", MsFlags::MS_BIND, true),
+    ("dev", MsFlags::MS_NODEV, false),
+    ("diratime", MsFlags::MS_NODIRATIME, false),
+    ("dirsync", MsFlags::MS_DIRSYNC, true),
+    ("exec", MsFlags::MS_NOEXEC, false),
+    ("lazytime", MsFlags::MS_LAZYTIME, true),
+    ("loud", MsFlags::MS_SILENT, false),
+    ("mand", MsFlags::MS_MANDLOCK, true),
+    ("noatime", MsFlags::MS_NOATIME, true),
+    ("nodev", MsFlags::MS_NODEV, true),
+    ("nodiratime", MsFlags::MS_NODIRATIME, true),
+    ("noexec", MsFlags::MS_NOEXEC, true),
+    ("nomand", MsFlags::MS_MANDLOCK, false),
+    ("norelatime", MsFlags::MS_RELATIME, false),
+    ("nostrictatime", MsFlags::MS_STRICTATIME, false),
+    ("nosuid", MsFlags::MS_NOSUID, true),
+    ("rbind", MsFlags::MS_BIND.union(MsFlags::MS_REC), true),
+    ("relatime", MsFlags::MS_RELATIME, true),
+    ("remount", MsFlags::MS_REMOUNT, true),
+    ("ro", MsFlags::MS_RDONLY, true),
+    ("rw", MsFlags::MS_RDONLY, false),
+    ("silent", MsFlags::MS_SILENT, true),
+    ("strictatime", MsFlags::MS_STRICTATIME, true),
+    ("suid", MsFlags::MS_NOSUID, false),
+    ("sync", MsFlags::MS_SYNCHRONOUS, true),
+    ("nolazytime", MsFlags::MS_LAZYTIME, false),
+];
+
+const PROPAGATIONS: [(&str, MsFlags); 8] = [
+    ("private", MsFlags::MS_PRIVATE),
+    ("rprivate", MsFlags::MS_PRIVATE.union(MsFlags::MS_REC)),
+    ("shared", MsFlags::MS_SHARED),
+    ("rshared", MsFlags::MS_SHARED.union(MsFlags::MS_REC)),
+    ("slave", MsFlags::MS_SLAVE),
+    ("rslave", MsFlags::MS_SLAVE.union(MsFlags::MS_REC)),
+    ("unbindable", MsFlags::MS_UNBINDABLE),
+    ("runbindable", MsFlags::MS_UNBINDABLE.union(MsFlags::MS_REC)),
+];
+
+/// Shortens the data of an overlay whose list of lower folders is too long for mount(2): the folder they are all in, and the data
+/// with names relative to it. `None` where that does not apply.
+pub(super) fn compact_overlay(data: &[String]) -> Option<(String, Vec<String>)> {
+    let at = data.iter().position(|option| option.starts_with("lowerdir="))?;
+    let folders: Vec<&str> = data[at]["lowerdir=".len()..].split(':').collect();
+    // `::` begins folders that hold data only, `\:` is a colon in a name.
+    if folders.iter().any(|folder| !folder.starts_with('/') || folder.contains('\\')) {
+        return None;
+    }
+    let (first, rest) = folders.split_first()?;
+    let shared =
+        rest.iter().fold(first.len(), |length, folder| first.bytes().zip(folder.bytes()).take(length).take_while(|(a, b)| a == b).count());
+    // Back to a whole component: the snapshots 12 and 17 share a 1.
+    let base = &first[..=first[..shared].rfind('/')?];
+    let names: Vec<&str> = folders.iter().map(|folder| &folder[base.len()..]).collect();
+    if base == "/" || names.iter().any(|name| name.is_empty()) {
+        return None;
+    }
+    let mut data = data.to_vec();
+    data[at] = format!("lowerdir={}", names.join(":"));
+    Some((base.to_owned(), data))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(words: &[&str]) -> Vec<String> {
+        words.iter().map(|&word| word.to_owned()).collect()
+    }
+
+    #[test]
+    fn flags_and_data_are_told_apart_and_the_later_wins() {
+        let parsed = Options::parse(&strings(&[
+            "rbind",
+            "ro",
+            "rw",
+            "ro",
+            "nosuid",
+            "suid",
+            "rslave",
+            "defaults",
+            "",
+            "x-systemd.automount",
+            "size=1m",
+            "nodev,noexec",
+            "upperdir=/a,b",
+        ]));
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        assert_eq!((parsed.flags, parsed.cleared), (flags, MsFlags::MS_NOSUID));
+        assert_eq!(parsed.propagation, MsFlags::MS_SLAVE | MsFlags::MS_REC);
+        assert_eq!(parsed.data, strings(&["size=1m", "upperdir=/a,b"]));
+        assert!(!parsed.is_loop && !parsed.is_idmapped && parsed.managers.is_none());
+        let parsed = Options::parse(&strings(&["loop", "uidmap=0:1:1", "gidmap=0:1:1", "X-containerd.mkfs.size=1"]));
+        assert!(parsed.is_loop && parsed.is_idmapped && parsed.managers.is_some() && parsed.data.is_empty());
+    }
+
+    #[test]
+    fn lower_folders_become_relative_to_the_one_they_share() {
+        for (lower, expected) in [
+            ("/s/12/fs:/s/17/fs", Some(("/s/", "12/fs:17/fs"))),
+            ("/s/1:/s/12", Some(("/s/", "1:12"))),
+            ("/s/1/fs", Some(("/s/1/", "fs"))),
+            ("/a/fs:/b/fs", None),
+            ("/s:/s/1", None),
+            ("/s/1:rel", None),
+            ("/s/1::/s/2", None),
+            ("/s/1\\:x:/s/2", None),
+        ] {
+            let data = strings(&["index=off", &format!("lowerdir={lower}"), "upperdir=/u"]);
+            let expected =
+                expected.map(|(base, lower)| (base.to_owned(), strings(&["index=off", &format!("lowerdir={lower}"), "upperdir=/u"])));
+            assert_eq!(compact_overlay(&data), expected, "{lower}");
+        }
+        assert_eq!(compact_overlay(&strings(&["upperdir=/u"])), None);
+    }
+}
