@@ -86,8 +86,7 @@ async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
     let link = Link::new(socket.map_err(|source| LinkError::Io { source })?, env!("CARGO_PKG_VERSION"), faults);
     tokio::task::spawn_local(Rc::clone(&link).write_queue());
     let mut incoming = Incoming::new(Rc::clone(&link));
-    let worker =
-        Rc::new(Worker { settings, link, registry: Registry::default(), keeper: Cell::default(), own_steps: Cell::new(0) });
+    let worker = Rc::new(Worker { settings, link, registry: Registry::default(), keeper: Cell::default(), own_steps: Cell::new(0) });
     worker.catch_up(&mut incoming).await?;
     loop {
         let message = incoming.next().await?;
@@ -239,9 +238,7 @@ impl Worker {
                 let task_pid = self.registry.get(&id).ok().and_then(|container| container.record().init.pid);
                 Ok(Change { reply: Some(Ok(Reply::Connect { task_pid })), ..Change::default() })
             }
-            Call::Shutdown => {
-                Ok(Change { reply: Some(Ok(Reply::Empty)), leave: self.registry.is_empty(), ..Change::default() })
-            }
+            Call::Shutdown => Ok(Change { reply: Some(Ok(Reply::Empty)), leave: self.registry.is_empty(), ..Change::default() }),
             Call::DeleteForCommand(id) => container::delete_for_command(self, cause, id).await,
         }
     }

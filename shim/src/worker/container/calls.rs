@@ -110,7 +110,13 @@ pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: 
 }
 
 /// Sets the size of a terminal: now, or as soon as it exists. Without one there is nothing to do.
-pub(in crate::worker) async fn resize(worker: &Rc<Worker>, cause: &Cause, target: Target, rows: u16, columns: u16) -> Result<Change, Error> {
+pub(in crate::worker) async fn resize(
+    worker: &Rc<Worker>,
+    cause: &Cause,
+    target: Target,
+    rows: u16,
+    columns: u16,
+) -> Result<Change, Error> {
     let container = worker.registry.get(&target.id)?;
     let key = container.key(&target.exec)?;
     if !container.process(&key, |process| process.stdio.terminal && process.exit().is_none())? {

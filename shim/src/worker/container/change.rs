@@ -79,17 +79,36 @@ pub(in crate::worker) struct Event {
 /// What has happened.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::worker) enum Happening {
-    Created { bundle: PathBuf, mounts: Vec<crate::rootfs::Mount>, stdio: Streams, checkpoint: String, pid: Option<u32> },
-    Started { pid: u32 },
-    ExecAdded { exec: String },
-    ExecStarted { exec: String, pid: u32 },
+    Created {
+        bundle: PathBuf,
+        mounts: Vec<crate::rootfs::Mount>,
+        stdio: Streams,
+        checkpoint: String,
+        pid: Option<u32>,
+    },
+    Started {
+        pid: u32,
+    },
+    ExecAdded {
+        exec: String,
+    },
+    ExecStarted {
+        exec: String,
+        pid: u32,
+    },
     /// `process` is the id of the container for init.
-    Exited { process: String, pid: u32, exit: Exit },
+    Exited {
+        process: String,
+        pid: u32,
+        exit: Exit,
+    },
     /// Told of init only, as containerd's own shim does.
     Deleted(Deleted),
     Paused,
     Resumed,
-    Checkpointed { path: String },
+    Checkpointed {
+        path: String,
+    },
     OutOfMemory,
 }
 

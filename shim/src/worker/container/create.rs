@@ -213,7 +213,5 @@ pub(super) async fn blocking(work: impl FnOnce() -> Result<(), Error> + Send + '
 /// in every protocol.
 fn blocking_write_address(bundle: &Path, address: &str) -> Result<(), Error> {
     let (path, draft) = (bundle.join("address"), bundle.join(".address"));
-    std::fs::write(&draft, address)
-        .and_then(|()| std::fs::rename(&draft, &path))
-        .map_err(|source| Error::Io { op: "write", path, source })
+    std::fs::write(&draft, address).and_then(|()| std::fs::rename(&draft, &path)).map_err(|source| Error::Io { op: "write", path, source })
 }

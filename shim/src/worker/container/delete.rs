@@ -177,7 +177,9 @@ fn from_journal(worker: &Worker, id: &str) -> Option<Deleted> {
 fn blocking_remove_files(process: &Process) {
     for path in &process.files {
         match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => log::debug!(path:% = path.display(), error:%; "cannot remove a file"),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                log::debug!(path:% = path.display(), error:%; "cannot remove a file")
+            }
             _ => {}
         }
     }

@@ -1,7 +1,7 @@
 //! Exec: a process is added to a container, to be started later.
 use std::path::{Path, PathBuf};
 
-use super::{Change, ExecId, Event, Happening, Process, ProcessKey, Reply, Request, Streams};
+use super::{Change, Event, ExecId, Happening, Process, ProcessKey, Reply, Request, Streams};
 use crate::worker::Worker;
 use crate::worker::error::Error;
 

@@ -21,9 +21,8 @@ pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: P
     log::info!(container:% = key.container, exec:% = key.exec.as_ref().map_or("", |exec| exec.as_str()), status = exit.status; "process exited");
     container.observe(&key, Fact::Reaped(exit));
     // Its start is told first, by the request that is under way.
-    let started = container.until("start", START_WITHIN, |record| {
-        record.process(&key).is_none_or(|process| !matches!(process.phase, Phase::Starting { .. }))
-    });
+    let started = container
+        .until("start", START_WITHIN, |record| record.process(&key).is_none_or(|process| !matches!(process.phase, Phase::Starting { .. })));
     if let Err(error) = started.await {
         log::error!(container:% = key.container, error:% = error.chain(); "the runtime does not end a start");
     }
@@ -51,9 +50,8 @@ async fn init_exited(cause: &Cause, container: &Rc<Container>) {
     } else if is_alone {
         return;
     }
-    let alone = container.until("end of the added processes", EXECS_WITHIN, |record| {
-        record.execs.values().all(|process| !process.phase.is_under_way())
-    });
+    let alone = container
+        .until("end of the added processes", EXECS_WITHIN, |record| record.execs.values().all(|process| !process.phase.is_under_way()));
     if let Err(error) = alone.await {
         log::warn!(container:% = container.id, error:% = error.chain(); "an added process outlives init");
     }

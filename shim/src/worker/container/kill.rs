@@ -62,7 +62,10 @@ pub(super) async fn kill_rest(cause: &Cause, container: &Rc<Container>) {
     }
     let spawns = {
         let record = container.record();
-        [(step::KILL_ALL, Verb::Kill, engine.kill(&at(&record), nix::libc::SIGKILL, true)), (step::THAW, Verb::Resume, engine.resume(&at(&record)))]
+        [
+            (step::KILL_ALL, Verb::Kill, engine.kill(&at(&record), nix::libc::SIGKILL, true)),
+            (step::THAW, Verb::Resume, engine.resume(&at(&record))),
+        ]
     };
     for (step, verb, spawn) in spawns {
         let result = cause.run(step, spawn).await.and_then(|exited| Ok(engine.interpret(verb, &exited)?));

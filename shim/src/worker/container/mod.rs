@@ -37,15 +37,15 @@ mod start;
 mod streams;
 mod tend;
 
-pub(super) use calls::{checkpoint, close_io, pause, resize, resume, update};
 pub(super) use calls::{CheckpointCall, UpdateCall};
+pub(super) use calls::{checkpoint, close_io, pause, resize, resume, update};
 pub(super) use change::{Change, Event, Happening, Reply};
 pub(super) use create::{CreateCall, create};
 pub(super) use delete::{Deleted, delete, delete_for_command};
 pub(super) use exec::{ExecCall, exec};
 pub(super) use exits::exited;
-pub(super) use journal::path as journal_path;
 pub(super) use id::{ContainerId, ExecId, InvalidId, ProcessKey};
+pub(super) use journal::path as journal_path;
 pub(super) use kill::{KillCall, kill};
 pub(super) use phase::{Announce, Exit, Fact, Phase, Refused, Request};
 pub(super) use queries::{StateOf, Status, pids, recorded_pids, state_of, stats, wait};

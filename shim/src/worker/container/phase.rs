@@ -247,13 +247,7 @@ mod tests {
     fn kill_is_refused_only_after_the_end() {
         assert_eq!(
             admitted(Request::Kill),
-            [
-                Phase::Created,
-                Phase::Starting { early: None },
-                Phase::Starting { early: Some(EXIT) },
-                Phase::Running,
-                Phase::Paused
-            ]
+            [Phase::Created, Phase::Starting { early: None }, Phase::Starting { early: Some(EXIT) }, Phase::Running, Phase::Paused]
         );
     }
 
