@@ -4,6 +4,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task as message;
+use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::{api, topics};
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -77,7 +78,7 @@ pub(super) fn encode(event: Event, namespace: &str) -> Vec<u8> {
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64);
     let event = Any { type_url: format!("containerd.events.{name}"), value, ..Default::default() };
-    let envelope = api::Envelope {
+    let envelope = Envelope {
         timestamp: MessageField::some(timestamp(now)),
         namespace: namespace.to_owned(),
         topic: topic.to_owned(),

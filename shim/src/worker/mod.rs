@@ -42,7 +42,7 @@ use self::error::Error;
 use self::link::{Incoming, Link, LinkError};
 use self::registry::Registry;
 use self::server::{Call, Inbound};
-use crate::handover::{Claim, Commit, Origin, ProcessExit, Step, ToWorker};
+use crate::handover::{Claim, Commit, ProcessExit, Step, ToWorker};
 use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
 

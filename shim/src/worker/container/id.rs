@@ -3,7 +3,7 @@
 //! **Invariant:** a value of these types is a valid name: it can be part of a path and of a process key without care.
 use std::borrow::Borrow;
 use std::fmt;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +26,7 @@ macro_rules! name {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
-        pub(crate) struct $name(Rc<str>);
+        pub(crate) struct $name(Arc<str>);
 
         impl $name {
             /// Takes `text` as a name, by containerd's own rule for identifiers.
