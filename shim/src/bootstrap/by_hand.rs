@@ -16,6 +16,7 @@ use super::{Error, helper, wait};
 use crate::cgroup::Cgroup;
 use crate::engine::{CommandEngine, Container, Engine, EngineError, Verb};
 use crate::journal_body::{JournalBody, ProcessIdentity};
+use crate::mountinfo;
 use crate::rootfs::{self, MountError, Unmount};
 use crate::sys;
 
@@ -139,31 +140,10 @@ pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), 
     Ok(())
 }
 
-/// Whether something is mounted at or below the root filesystem.
+/// Whether something is mounted at or below the root filesystem. Not to know it counts as yes.
 fn is_mounted(leftovers: &Leftovers<'_>) -> bool {
     let rootfs = leftovers.rootfs();
-    let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") else { return true };
-    mounts.lines().filter_map(|line| line.split(' ').nth(4)).any(|target| Path::new(&unescape(target)).starts_with(&rootfs))
-}
-
-/// Undoes the octal escapes of `/proc/self/mountinfo`.
-fn unescape(field: &str) -> String {
-    let mut plain = Vec::with_capacity(field.len());
-    let mut rest = field.as_bytes();
-    while let Some((byte, after)) = rest.split_first() {
-        let octal = after.first_chunk::<3>().and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-        match (byte, octal) {
-            (b'\\', Some(value)) => {
-                plain.push(value);
-                rest = &after[3..];
-            }
-            _ => {
-                plain.push(*byte);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&plain).into_owned()
+    mountinfo::blocking_list(|mount| mount.mount_point.starts_with(&rootfs)).map_or(true, |mounts| !mounts.is_empty())
 }
 
 /// A handle of the very process that is meant; absent if it has ended.
@@ -245,9 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn mounts_are_found_by_their_unescaped_path() {
-        assert_eq!(unescape(r"/a\040b\134c\\"), r"/a b\c\\");
-        assert_eq!(unescape(r"/a\09\"), r"/a\09\");
+    fn mounts_are_found_at_and_below_the_root() {
         let none = Leftovers { id: "c1", bundle: Path::new("/no/such/bundle"), body: None };
         assert!(!is_mounted(&none));
         let root = JournalBody { rootfs: Some("/proc".into()), ..JournalBody::default() };
