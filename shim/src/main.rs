@@ -1,16 +1,79 @@
 //! `containerd-shim-x-v2`: see docs/architecture.md for the picture.
+use std::process::ExitCode;
+
+mod bootstrap;
 mod cgroup;
+mod commands;
+mod control;
 mod engine;
 mod frame;
 mod handover;
+mod invocation;
 mod journal;
+mod journal_body;
 mod keeper;
 mod logging;
 mod mountinfo;
 mod options;
 mod rootfs;
+mod run_dir;
 mod settings;
 mod stdio_uri;
 mod sys;
+mod worker;
 
-fn main() {}
+use invocation::Invocation;
+
+/// The command line makes no sense.
+const EXIT_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let invocation = match Invocation::parse(std::env::args_os().skip(1)) {
+        Ok(invocation) => invocation,
+        Err(error) => {
+            eprint!("containerd-shim-x-v2: {error}\n\n{}", invocation::HELP);
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    match invocation {
+        Invocation::Start(flags) => ended(&format!("start {}", flags.id), bootstrap::start(&flags)),
+        Invocation::Delete(flags) => ended(&format!("delete {}", flags.id), bootstrap::start(&flags)),
+        Invocation::Info => ended("info", bootstrap::info()),
+        Invocation::Version => ended("version", commands::version()),
+        Invocation::Help => ended("help", commands::help()),
+        Invocation::Keeper(settings) => inherited(|| {
+            let (clients, control) = (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?);
+            Ok(keeper::run(settings, clients, control))
+        }),
+        Invocation::Worker(settings) => inherited(|| Ok(worker::run(settings, sys::inherited::take_socket(3)?))),
+        Invocation::Ps(query) => ended("ps", {
+            drop(query);
+            commands::help()
+        }),
+        Invocation::Inspect { id, query } => ended(&format!("inspect {id}"), {
+            drop(query);
+            commands::help()
+        }),
+    }
+}
+
+/// Runs a mode that needs descriptors of whoever started it.
+fn inherited(run: impl FnOnce() -> std::io::Result<ExitCode>) -> ExitCode {
+    run().unwrap_or_else(|error| {
+        eprintln!("containerd-shim-x-v2: this command is run by other commands of this program, with sockets: {error}");
+        ExitCode::from(EXIT_USAGE)
+    })
+}
+
+/// Prints why a command failed, with all its causes: containerd shows this to its client.
+fn ended<E: std::error::Error>(command: &str, result: Result<(), E>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    let mut sentence = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        sentence = format!("{sentence}: {error}");
+        cause = error.source();
+    }
+    eprintln!("containerd-shim-x-v2: {command}: {sentence}");
+    ExitCode::FAILURE
+}

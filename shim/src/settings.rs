@@ -1,6 +1,8 @@
 //! What `start` tells the keeper, and the keeper its workers: the flags of their command lines.
 use std::path::PathBuf;
 
+use crate::invocation::{UsageError, is_flag, split_flag, value_of};
+
 /// The flags of a keeper and of its workers.
 ///
 /// They are containerd's own where containerd has one, so that `ps` shows a line that its tools recognise.
@@ -40,5 +42,87 @@ impl Settings {
         flag("bundle", self.bundle.display().to_string());
         flag("log-level", self.log_level.to_string().to_lowercase());
         arguments
+    }
+
+    /// Decodes arguments that [`Settings::to_arguments`] made. Unknown flags, each with a value, are skipped: a worker may be older
+    /// than its keeper.
+    ///
+    /// Errors: the flag that is missing or makes no sense.
+    pub(crate) fn from_arguments(arguments: &[String]) -> Result<Self, UsageError> {
+        let mut rest = arguments.iter();
+        let (mut namespace, mut id, mut containerd, mut ttrpc) = (None, None, None, None);
+        let (mut socket, mut control, mut bundle, mut level) = (None, None, None, log::LevelFilter::Info);
+        while let Some(argument) = rest.next() {
+            if !is_flag(argument) {
+                return Err(UsageError::UnknownFlag { flag: argument.clone() });
+            }
+            let (name, given) = split_flag(argument);
+            let mut text = |name| value_of(name, given, &mut rest);
+            match name {
+                "namespace" => namespace = Some(text("namespace")?),
+                "id" => id = Some(text("id")?),
+                "address" => containerd = Some(text("address")?),
+                "ttrpc-address" => ttrpc = Some(text("ttrpc-address")?).filter(|address| !address.is_empty()),
+                "socket" => socket = Some(text("socket")?),
+                "control" => control = Some(text("control")?),
+                "bundle" => bundle = Some(text("bundle")?),
+                "log-level" => {
+                    let value = text("log-level")?;
+                    let bad = || UsageError::BadValue { name: "log-level", value: value.clone(), why: "is not a level" };
+                    level = value.parse().map_err(|_| bad())?;
+                }
+                _ => drop(text("of an unknown name")?),
+            }
+        }
+        let need =
+            |name: &'static str, value: Option<String>| value.ok_or_else(|| UsageError::MissingFlag { action: "keeper".to_owned(), name });
+        Ok(Self {
+            id: need("id", id)?,
+            namespace: need("namespace", namespace)?,
+            containerd_address: containerd.unwrap_or_default(),
+            ttrpc_address: ttrpc,
+            shim_address: need("socket", socket)?,
+            control_path: need("control", control)?.into(),
+            bundle: need("bundle", bundle)?.into(),
+            log_level: level,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Settings {
+        Settings {
+            namespace: "n1".into(),
+            id: "-odd=id".into(),
+            containerd_address: String::new(),
+            ttrpc_address: Some("/run/c.sock.ttrpc".into()),
+            shim_address: "unix:///run/containerd/s/ab".into(),
+            control_path: "/run/containerd-shim-x/ab.sock".into(),
+            bundle: "/b/c 1".into(),
+            log_level: log::LevelFilter::Trace,
+        }
+    }
+
+    #[test]
+    fn settings_survive_the_command_line() {
+        for settings in [example(), Settings { ttrpc_address: None, log_level: log::LevelFilter::Off, ..example() }] {
+            assert_eq!(Settings::from_arguments(&settings.to_arguments()), Ok(settings));
+        }
+    }
+
+    #[test]
+    fn an_unknown_flag_of_a_later_keeper_is_skipped() {
+        let mut arguments = example().to_arguments();
+        arguments.extend(["-later".to_owned(), "x".to_owned()]);
+        assert_eq!(Settings::from_arguments(&arguments), Ok(example()));
+    }
+
+    #[test]
+    fn a_missing_flag_is_named() {
+        let arguments: Vec<String> = example().to_arguments().into_iter().skip(2).collect();
+        assert_eq!(Settings::from_arguments(&arguments).expect_err("no namespace").to_string(), "keeper needs the flag -namespace");
     }
 }

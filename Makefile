@@ -1,0 +1,53 @@
+# make run    the main job: a container that outlives the daemon and the shim's worker
+# make test   everything that must hold
+PREFIX ?= /usr/local
+CARGO ?= cargo
+TARGET_DIR := $(shell $(CARGO) metadata --format-version 1 --no-deps 2>/dev/null | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
+TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
+FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
+
+
+.PHONY: build build-faulty run test test-unit test-e2e lint install packages suites bench clean
+
+build:
+	$(CARGO) build --locked --release --package containerd-shim-x
+
+## runs a container, kills daemon and worker under it, shows that nothing was lost
+run: packages build
+	X_SHIM=$(SHIM) tests/tools/demo
+
+## unit tests, then end-to-end tests on stock containerd 1.6, 1.7 and 2.1
+test: test-unit test-e2e
+
+test-unit: packages
+	$(CARGO) test --locked --package containerd-shim-x --package x-proto
+
+test-e2e: packages suites build build-faulty
+	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --release --package shim-tests
+
+# A shim that kills its own worker at the message that a test chooses.
+build-faulty:
+	$(CARGO) build --locked --package containerd-shim-x --features fault-injection
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+install: build
+	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-x-v2
+
+## Debian packages that building and testing need
+packages:
+	tests/tools/install-packages
+
+## containerd, runc and crun of other Debian releases, in a cache folder
+suites: packages
+	tests/tools/fetch-suites
+
+## beside the stock shim: memory, latency, throughput
+bench: packages build
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin shim-bench -- --shim go=$$(command -v containerd-shim-runc-v2) --shim x=$(SHIM)
+
+clean:
+	$(CARGO) clean

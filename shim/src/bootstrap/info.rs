@@ -1,0 +1,70 @@
+//! `-info`: what the runtime is and can do.
+//!
+//! Owns the `RuntimeInfo` on standard output. containerd decodes it directly, without an `Any` around it, and asks for it before it
+//! allows a container with id-mapped mounts.
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
+
+use super::{Error, helper, start};
+use crate::commands::revision;
+use crate::engine::{CommandEngine, Engine, Verb};
+use crate::options::RuntimeOptions;
+
+const NAME: &str = "io.containerd.x.v2";
+
+/// The features of an OCI runtime, as JSON.
+const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// How long the engine may take to say what it can do.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Reads options from standard input, asks the engine that they choose for its features, and prints the whole.
+///
+/// Errors: options that are not understood; no engine. An engine that knows no features is described without them.
+pub(crate) fn info() -> Result<(), Error> {
+    let input = start::read_input()?;
+    let options = if input.is_empty() { None } else { Some(Any::parse_from_bytes(&input).map_err(|source| Error::Options { source })?) };
+    let engine = CommandEngine::choose(&RuntimeOptions::blocking_read(options.as_ref())?, "", false)?;
+    let info = describe(options, features(&engine));
+    let bytes = info.write_to_bytes().map_err(|error| Error::Stdout { source: io::Error::other(error) })?;
+    io::stdout().lock().write_all(&bytes).map_err(|source| Error::Stdout { source })
+}
+
+fn describe(options: Option<Any>, features: Option<Vec<u8>>) -> RuntimeInfo {
+    let mut version = RuntimeVersion::new();
+    version.version = env!("CARGO_PKG_VERSION").to_owned();
+    version.revision = revision().to_owned();
+    let mut info = RuntimeInfo::new();
+    info.name = NAME.to_owned();
+    info.version = MessageField::some(version);
+    info.options = options.into();
+    info.features = features.map(|value| Any { type_url: FEATURES_TYPE.to_owned(), value, ..Any::new() }).into();
+    info
+}
+
+/// What the engine says it can do, if that is JSON: containerd would choke on anything else.
+fn features(engine: &CommandEngine) -> Option<Vec<u8>> {
+    let exited = helper::run(&engine.features(), Instant::now() + PATIENCE).ok()?;
+    engine.interpret(Verb::Features, &exited).ok()?;
+    serde_json::from_slice::<serde::de::IgnoredAny>(&exited.output).ok()?;
+    Some(exited.output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_and_features_are_there_only_if_they_are_known() {
+        let info = describe(None, None);
+        assert_eq!(info.name, "io.containerd.x.v2");
+        assert!(info.options.is_none() && info.features.is_none());
+        let info = describe(Some(Any::new()), Some(b"{}".to_vec()));
+        assert!(info.options.is_some());
+        assert_eq!(info.features.type_url, FEATURES_TYPE);
+    }
+}

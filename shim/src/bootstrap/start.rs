@@ -1,0 +1,290 @@
+//! `start`: a shim for the bundle in the working directory.
+//!
+//! Owns the decision between a new keeper and the group's living one, and the making of a new one.
+//!
+//! **Invariant:** when the answer is given, both sockets listen, and no descriptor of this process is left in the keeper.
+use std::env;
+use std::ffi::{CString, OsStr};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use log::LevelFilter;
+
+use super::dialect::{Dialect, Question};
+use super::socket::{Lock, Sockets};
+use super::{Error, group, placement};
+use crate::control;
+use crate::handover::{ControlReply, ControlRequest, Snapshot};
+use crate::invocation::Flags;
+use crate::options::RuntimeOptions;
+use crate::run_dir::{self, Place, RunDir};
+use crate::settings::Settings;
+use crate::sys;
+
+/// The longest standard input that is read, in bytes.
+const MAX_INPUT_BYTES: u64 = 4 << 20;
+
+/// How long a `start` waits for another of the same group, and for the group's keeper.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Variables that reach the keeper, and through it the runtimes. The daemon's others may hold secrets, or tune Go programs.
+const VARIABLES: [&str; 5] = ["HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS"];
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Starts a shim, or joins the group's, and prints where containerd shall connect.
+pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
+    let deadline = Instant::now() + PATIENCE;
+    let question = Question::parse(&read_input()?, flags);
+    let bundle = bundle_of(flags)?;
+    let group = group::of_bundle(&bundle)?;
+    let daemon = question.grpc_address.as_deref().unwrap_or(&flags.address);
+    let run_dir = RunDir::from_environment();
+    let group_name = group.as_deref().unwrap_or(&flags.id);
+    let place = run_dir.place(daemon, &flags.namespace, group_name, question.socket_dir.as_deref())?;
+    run_dir::ensure_private(&run_dir.controls())?;
+    if let Some(folder) = place.socket.parent() {
+        run_dir::ensure_shared(folder)?;
+    }
+
+    let lock = Lock::take(&place.lock, deadline)?;
+    let shim = Shim { flags, bundle: &bundle, group: group_name, place: &place };
+    let (address, keeper) = match shim.join(deadline)? {
+        Some(living) => living,
+        None => shim.launch(&question, daemon)?,
+    };
+    drop(lock);
+
+    // containerd and people look here for the shim of a bundle.
+    write_file(&bundle.join("address"), address.as_bytes())?;
+    write_file(&bundle.join("shim.pid"), keeper.to_string().as_bytes())?;
+    print(question.dialect, &address)
+}
+
+/// The shim that is wanted.
+struct Shim<'a> {
+    flags: &'a Flags,
+    bundle: &'a Path,
+    group: &'a str,
+    place: &'a Place,
+}
+
+impl Shim<'_> {
+    /// Reserves a place in the living keeper, if there is one. Returns its address and pid.
+    fn join(&self, deadline: Instant) -> Result<Option<(String, u32)>, Error> {
+        loop {
+            let snapshot = match control::describe(&self.place.control, deadline) {
+                Ok(snapshot) => snapshot,
+                Err(error) if error.is_gone() => {
+                    // A socket without its fellow is litter, unless somebody else listens there.
+                    return match control::is_listening(&self.place.socket, Duration::from_millis(100)) {
+                        true if Instant::now() < deadline => {
+                            std::thread::sleep(Duration::from_millis(1));
+                            continue;
+                        }
+                        true => Err(Error::Foreign { path: self.place.socket.clone() }),
+                        false => Ok(None),
+                    };
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let keeper = snapshot.keeper_pid;
+            if snapshot.state.iter().any(|(id, _)| *id == self.flags.id) {
+                return Err(self.exists(keeper));
+            }
+            match control::ask(&self.place.control, &ControlRequest::Reserve { id: self.flags.id.clone() }, deadline) {
+                Ok(ControlReply::Done) => return Ok(Some((address_of(&snapshot, self.place), keeper))),
+                Ok(ControlReply::Refused { why }) if Instant::now() >= deadline => {
+                    return Err(Error::NotTaken { group: self.group.to_owned(), why });
+                }
+                // It is about to go: then there is room for another.
+                Ok(ControlReply::Refused { .. }) => self.await_end(keeper, deadline)?,
+                Ok(_) => return Err(control::Error::Unexpected { path: self.place.control.clone() }.into()),
+                Err(error) if error.is_gone() => self.await_end(keeper, deadline)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn exists(&self, keeper: u32) -> Error {
+        Error::AlreadyExists { id: self.flags.id.clone(), namespace: self.flags.namespace.clone(), bundle: self.bundle.to_owned(), keeper }
+    }
+
+    /// Waits for the end of a keeper that is leaving.
+    fn await_end(&self, keeper: u32, deadline: Instant) -> Result<(), Error> {
+        let Ok(process) = sys::process::open(keeper) else { return Ok(()) };
+        if super::wait::for_end(process.as_fd(), deadline) { Ok(()) } else { Err(Error::StillLeaving { group: self.group.to_owned() }) }
+    }
+
+    /// Makes a new keeper. Returns its address and pid.
+    fn launch(&self, question: &Question, daemon: &str) -> Result<(String, u32), Error> {
+        let sockets = Sockets::bind(self.place)?;
+        let address = format!("unix://{}", text_of(&self.place.socket)?);
+        let level = if self.flags.debug { LevelFilter::Debug } else { LevelFilter::Info };
+        let settings = Settings {
+            namespace: self.flags.namespace.clone(),
+            id: self.group.to_owned(),
+            containerd_address: daemon.to_owned(),
+            ttrpc_address: question.ttrpc_address.clone().or_else(|| variable("TTRPC_ADDRESS")),
+            shim_address: address.clone(),
+            control_path: self.place.control.clone(),
+            bundle: self.bundle.to_owned(),
+            log_level: question.log_level.map_or(level, |asked| asked.max(level)),
+        };
+        text_of(self.bundle)?;
+
+        placement::separate_cores()?;
+        placement::adjust_oom_score();
+        // Options that cannot be read are the container's to fail with, by name.
+        let options = RuntimeOptions::blocking_read(question.options.as_ref()).unwrap_or_default();
+        if let Some(cgroup) = &options.shim_cgroup {
+            placement::join_cgroup(cgroup)?;
+        }
+        let keeper = execute(&settings, &sockets)?;
+        sockets.keep();
+        Ok((address, keeper))
+    }
+}
+
+/// Starts the keeper and waits until it runs.
+fn execute(settings: &Settings, sockets: &Sockets) -> Result<u32, Error> {
+    let program = own_image();
+    let failed = |source| Error::Io { op: "execute", path: program.clone(), source };
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(|source| Error::Io {
+        op: "open",
+        path: "/dev/null".into(),
+        source,
+    })?;
+    let arguments = settings.to_arguments();
+    let argv = ["containerd-shim-x-v2"].into_iter().chain(arguments.iter().map(String::as_str)).chain(["keeper"]);
+    let nul = |error: std::ffi::NulError| failed(io::Error::new(io::ErrorKind::InvalidInput, error));
+    let started = sys::spawn::spawn(&sys::spawn::Command {
+        program: CString::new(program.as_os_str().as_bytes()).map_err(nul)?,
+        argv: argv.map(CString::new).collect::<Result<_, _>>().map_err(nul)?,
+        env: environment(),
+        // Not the bundle: a working directory would keep its file system busy for as long as the pod lives.
+        cwd: c"/".to_owned(),
+        descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), sockets.clients.as_fd(), sockets.control.as_fd()],
+        dies_with_parent: false,
+    })
+    .map_err(failed)?;
+    // The pipe closes at the exec; before that it may tell why there was none.
+    match super::wait::read_to_end(started.failure).map_err(failed)?.as_slice() {
+        [] => Ok(started.pid),
+        number => {
+            let number = number.first_chunk::<4>().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
+            Err(failed(io::Error::from_raw_os_error(number)))
+        }
+    }
+}
+
+/// The path of this very program. Where its file was replaced since, the path under which the kernel still has the old one.
+fn own_image() -> PathBuf {
+    const RUNNING: &str = "/proc/self/exe";
+    let named = fs::read_link(RUNNING).ok();
+    let same = |path: &PathBuf| match (fs::metadata(path), fs::metadata(RUNNING)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    };
+    // By its name where that is possible: it is what `ps` and `pgrep` show.
+    named.filter(same).unwrap_or_else(|| RUNNING.into())
+}
+
+fn environment() -> Vec<CString> {
+    let path = variable("PATH").unwrap_or_else(|| DEFAULT_PATH.to_owned());
+    let mut environment = vec![format!("PATH={path}").into_bytes()];
+    for (name, value) in env::vars_os() {
+        let known = name.to_str().is_some_and(|name| VARIABLES.contains(&name) || name.starts_with("X_SHIM_"));
+        if known {
+            environment.push([name.into_vec(), vec![b'='], value.into_vec()].concat());
+        }
+    }
+    environment.into_iter().filter_map(|entry| CString::new(entry).ok()).collect()
+}
+
+fn variable(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// Where a living keeper listens. Its command line says it: a daemon may have asked for another folder then than it does now.
+fn address_of(snapshot: &Snapshot, place: &Place) -> String {
+    let told = || {
+        let line = fs::read(format!("/proc/{}/cmdline", snapshot.keeper_pid)).ok()?;
+        let mut arguments = line.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_str().map(str::to_owned));
+        arguments.next()?;
+        let arguments: Vec<String> = arguments.collect::<Option<_>>()?;
+        let flags = arguments.iter().position(|word| word == "keeper")?;
+        Settings::from_arguments(&arguments[..flags]).ok().map(|settings| settings.shim_address)
+    };
+    told().unwrap_or_else(|| format!("unix://{}", place.socket.display()))
+}
+
+/// Reads what containerd says; nothing from a terminal, on which a person has typed the command.
+pub(super) fn read_input() -> Result<Vec<u8>, Error> {
+    let stdin = io::stdin();
+    let mut input = Vec::new();
+    if !stdin.is_terminal() {
+        stdin.lock().take(MAX_INPUT_BYTES + 1).read_to_end(&mut input).map_err(|source| Error::Stdin { source })?;
+    }
+    if input.len() as u64 > MAX_INPUT_BYTES {
+        return Err(Error::TooLong { what: "standard input".to_owned(), limit_bytes: MAX_INPUT_BYTES });
+    }
+    Ok(input)
+}
+
+fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {
+    if let Some(bundle) = flags.bundle.as_ref().filter(|bundle| bundle.is_absolute()) {
+        return Ok(bundle.clone());
+    }
+    env::current_dir().map_err(|source| Error::Io { op: "find", path: "the working directory".into(), source })
+}
+
+fn text_of(path: &Path) -> Result<&str, Error> {
+    path.to_str().ok_or_else(|| Error::NotText { path: path.to_owned() })
+}
+
+/// Replaces a file: a reader sees the old content or the new.
+fn write_file(path: &Path, content: &[u8]) -> Result<(), Error> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let fresh = path.with_file_name(name);
+    let write = || -> io::Result<()> {
+        let mut file: File = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&fresh)?;
+        file.write_all(content)?;
+        fs::rename(&fresh, path)
+    };
+    write().map_err(|source| Error::Io { op: "write", path: path.to_owned(), source })
+}
+
+fn print(dialect: Dialect, address: &str) -> Result<(), Error> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(&dialect.answer(address)).and_then(|()| stdout.flush()).map_err(|source| Error::Stdout { source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole() {
+        let path = env::temp_dir().join(format!("x-start-file-{}", std::process::id()));
+        for content in ["one", "", "three"] {
+            write_file(&path, content.as_bytes()).expect("is written");
+            assert_eq!(fs::read_to_string(&path).expect("is there"), content);
+        }
+        let _ = fs::remove_file(&path);
+    }
+
+    #[test]
+    fn only_what_runtimes_need_reaches_the_keeper() {
+        let names: Vec<String> =
+            environment().iter().map(|entry| entry.to_string_lossy().split('=').next().unwrap_or_default().to_owned()).collect();
+        assert_eq!(names.iter().filter(|name| *name == "PATH").count(), 1);
+        let known = |name: &String| name == "PATH" || VARIABLES.contains(&name.as_str()) || name.starts_with("X_SHIM_");
+        assert!(names.iter().all(known), "{names:?}");
+    }
+}

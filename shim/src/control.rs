@@ -1,0 +1,210 @@
+//! The client of a keeper's control socket.
+//!
+//! Owns one exchange: connect, one request, one reply. The messages are `handover`'s.
+//!
+//! **Invariant:** no exchange takes longer than its deadline, whatever state the keeper is in.
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::time::TimeVal;
+
+use crate::handover::{ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Malformed, Snapshot};
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// There is no socket, or nobody holds its other end: the keeper is gone.
+    #[error("no keeper listens on {}", path.display())]
+    NobodyThere { path: PathBuf },
+    /// The keeper went away in the middle.
+    #[error("the keeper on {} hung up", path.display())]
+    HungUp { path: PathBuf },
+    /// The keeper is there and did not answer in time.
+    #[error("the keeper on {} did not answer in time", path.display())]
+    Silent { path: PathBuf },
+    #[error("the keeper on {} gave an answer that is none", path.display())]
+    Malformed { path: PathBuf, source: Malformed },
+    #[error("the keeper on {} gave an answer to another question", path.display())]
+    Unexpected { path: PathBuf },
+    #[error("talk to the keeper on {}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+impl Error {
+    /// Whether this says that there is no keeper (any more), rather than one in trouble.
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self, Self::NobodyThere { .. } | Self::HungUp { .. })
+    }
+}
+
+/// Sends a request to the keeper that listens at `path` and waits for its reply.
+pub(crate) fn ask(path: &Path, request: &ControlRequest, deadline: Instant) -> Result<ControlReply, Error> {
+    let explain = |source: io::Error| {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NobodyThere { path },
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => Error::HungUp { path },
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::Silent { path },
+            _ => Error::Io { path, source },
+        }
+    };
+    let reply = exchange(path, request, deadline).map_err(explain)?;
+    ControlReply::decode(&reply).map_err(|source| Error::Malformed { path: path.to_owned(), source })
+}
+
+/// Asks a keeper for all it knows.
+pub(crate) fn describe(path: &Path, deadline: Instant) -> Result<Snapshot, Error> {
+    match ask(path, &ControlRequest::Describe, deadline)? {
+        ControlReply::Snapshot(snapshot) => Ok(*snapshot),
+        _ => Err(Error::Unexpected { path: path.to_owned() }),
+    }
+}
+
+/// Whether somebody accepts connections at `path`.
+pub(crate) fn is_listening(path: &Path, patience: Duration) -> bool {
+    match dial(path, patience) {
+        Ok(_) => true,
+        Err(error) => !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused),
+    }
+}
+
+fn exchange(path: &Path, request: &ControlRequest, deadline: Instant) -> io::Result<Vec<u8>> {
+    let mut stream = dial(path, left(deadline)?)?;
+    stream.set_write_timeout(Some(left(deadline)?))?;
+    stream.write_all(&request.encode())?;
+    let mut length = [0; 4];
+    read_exact(&mut stream, &mut length, deadline)?;
+    let length = u32::from_le_bytes(length) as usize;
+    if length > MAX_MESSAGE_BYTES {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "answer too long"));
+    }
+    let mut reply = vec![0; length];
+    read_exact(&mut stream, &mut reply, deadline)?;
+    Ok(reply)
+}
+
+/// Connects. A listener whose queue is full is waited for, but not longer than `patience`.
+fn dial(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let patience = patience.max(Duration::from_millis(1));
+    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::new(patience.as_secs() as i64, i64::from(patience.subsec_micros())))?;
+    let address = UnixAddr::new(path.as_os_str().as_bytes())?;
+    loop {
+        match connect(fd.as_raw_fd(), &address) {
+            Ok(()) => return Ok(UnixStream::from(fd)),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn read_exact(stream: &mut UnixStream, buffer: &mut [u8], deadline: Instant) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        stream.set_read_timeout(Some(left(deadline)?))?;
+        match stream.read(&mut buffer[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// The time until `deadline`, never zero: that would mean no limit.
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left < Duration::from_micros(1) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    fn socket_path(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("x-control-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        path
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(300)
+    }
+
+    /// A keeper that answers one connection with these bytes.
+    fn answering(name: &str, bytes: Vec<u8>) -> PathBuf {
+        let path = socket_path(name);
+        let listener = UnixListener::bind(&path).expect("a socket can be bound");
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("somebody connects");
+            let mut head = [0; 5];
+            let _ = stream.read_exact(&mut head);
+            let _ = stream.write_all(&bytes);
+        });
+        path
+    }
+
+    #[test]
+    fn a_reply_is_read_whole() {
+        let snapshot = Snapshot { group: "g".into(), state: vec![("c1".into(), vec![7; 100_000])], ..Snapshot::default() };
+        let path = answering("whole", ControlReply::Snapshot(Box::new(snapshot.clone())).encode());
+        assert_eq!(describe(&path, soon()).expect("a snapshot"), snapshot);
+        let path = answering("other", ControlReply::Done.encode());
+        assert!(matches!(describe(&path, soon()), Err(Error::Unexpected { .. })));
+    }
+
+    #[test]
+    fn a_keeper_that_is_gone_is_told_from_one_that_is_silent() {
+        let path = socket_path("none");
+        assert!(matches!(describe(&path, soon()), Err(Error::NobodyThere { .. })));
+        drop(UnixListener::bind(&path).expect("a socket can be bound"));
+        assert!(matches!(describe(&path, soon()), Err(Error::NobodyThere { .. })));
+        assert!(!is_listening(&path, Duration::from_millis(10)));
+
+        let path = socket_path("silent");
+        let listener = UnixListener::bind(&path).expect("a socket can be bound");
+        assert!(matches!(describe(&path, soon()), Err(Error::Silent { .. })));
+        assert!(is_listening(&path, Duration::from_millis(10)));
+        drop(listener);
+    }
+
+    #[test]
+    fn a_listener_whose_queue_is_full_holds_nobody_up() {
+        use nix::sys::socket::{Backlog, listen};
+        let path = socket_path("full");
+        let listener = UnixListener::bind(&path).expect("a socket can be bound");
+        listen(&listener, Backlog::new(0).expect("0 is a backlog")).expect("a backlog can be changed");
+        let mut held = Vec::new();
+        let begun = Instant::now();
+        while let Ok(stream) = dial(&path, Duration::from_millis(20)) {
+            held.push(stream);
+            assert!(held.len() < 10, "a backlog of 0 is full at once");
+        }
+        assert!(matches!(describe(&path, soon()), Err(Error::Silent { .. })));
+        assert!(begun.elapsed() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn answers_that_are_none_are_refused() {
+        let garbage: [(&str, Vec<u8>); 5] = [
+            ("torn", vec![50, 0, 0, 0, 1, 2]),
+            ("huge", vec![0xff, 0xff, 0xff, 0xff, 1]),
+            ("empty", vec![0, 0, 0, 0]),
+            ("kind", vec![1, 0, 0, 0, 99]),
+            ("short", vec![2, 0, 0, 0, 1, 0]),
+        ];
+        for (name, bytes) in garbage {
+            let path = answering(&format!("garbage-{name}"), bytes);
+            assert!(describe(&path, soon()).is_err(), "{name}");
+        }
+    }
+}

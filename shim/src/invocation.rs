@@ -1,0 +1,392 @@
+//! What this process was started to do.
+//!
+//! Owns the command line: `argv` becomes one [`Invocation`], or one sentence about what is wrong with it. Flags are written as Go
+//! writes them (`-id c1`, `-id=c1`, `--id c1`), since containerd is the one that calls.
+//!
+//! **Invariant:** parsing looks at the arguments alone and has no effect.
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::settings::Settings;
+
+/// One way to run this binary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Invocation {
+    /// containerd: start a shim for the bundle in the working directory, or join the group's.
+    Start(Flags),
+    /// containerd: clean up after a container, whether its shim is alive or not.
+    Delete(Flags),
+    /// containerd: describe the runtime; options on standard input.
+    Info,
+    Version,
+    Help,
+    /// `start`: become the keeper. Descriptor 3 listens for clients, 4 for commands.
+    Keeper(Settings),
+    /// The keeper: become a worker. Descriptor 3 leads to the keeper.
+    Worker(Settings),
+    /// A person: list the shims of this host.
+    Ps(Query),
+    /// A person: show everything that is known of a container.
+    Inspect {
+        id: String,
+        query: Query,
+    },
+}
+
+/// The flags that containerd gives to `start` and `delete`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Flags {
+    pub(crate) namespace: String,
+    pub(crate) id: String,
+    /// containerd's gRPC socket.
+    pub(crate) address: String,
+    /// The bundle; absent where it is the working directory.
+    pub(crate) bundle: Option<PathBuf>,
+    pub(crate) debug: bool,
+}
+
+/// What a person wants to see, and how.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Query {
+    pub(crate) json: bool,
+    /// Absent: all namespaces.
+    pub(crate) namespace: Option<String>,
+}
+
+/// A command line that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum UsageError {
+    #[error("argument {position} is not text in UTF-8")]
+    NotText { position: usize },
+    #[error("unknown flag {flag}")]
+    UnknownFlag { flag: String },
+    #[error("flag -{name} needs a value")]
+    MissingValue { name: &'static str },
+    #[error("flag -{name} is either true or false, not {value:?}")]
+    NotTruth { name: &'static str, value: String },
+    #[error("flag -{name} {why}: {value:?}")]
+    BadValue { name: &'static str, value: String, why: &'static str },
+    #[error("{action} needs the flag -{name}")]
+    MissingFlag { action: String, name: &'static str },
+    #[error("{action} does not take {argument:?}")]
+    Surplus { action: &'static str, argument: String },
+    #[error("inspect needs the id of a container")]
+    NothingToInspect,
+    #[error("unknown command {action:?}")]
+    UnknownAction { action: String },
+    #[error("no command was given")]
+    NoAction,
+}
+
+/// What `--help` prints, and `stderr` gets after a [`UsageError`].
+pub(crate) const HELP: &str = "\
+containerd-shim-x-v2: keeps containers running under containerd, and under its own crashes and upgrades.
+
+containerd starts it for containers of the runtime io.containerd.x.v2; nobody else needs to:
+
+    ctr run --runtime io.containerd.x.v2 docker.io/library/busybox:latest c1 sh
+
+For people:
+
+    containerd-shim-x-v2 ps [--json] [--namespace NAME]
+        lists the shims of this host with their containers and memory
+    containerd-shim-x-v2 inspect ID [--json] [--namespace NAME]
+        shows everything that is known of a container, also while its worker is dead
+    containerd-shim-x-v2 -v
+        prints the version
+    containerd-shim-x-v2 --help
+        prints this text
+
+For containerd:
+
+    containerd-shim-x-v2 -namespace NAME -id ID -address SOCKET [-bundle PATH] [-debug] start
+    containerd-shim-x-v2 -namespace NAME -id ID [-address SOCKET] [-bundle PATH] [-debug] delete
+    containerd-shim-x-v2 -info
+";
+
+/// Longest id, namespace or group that is accepted, in bytes: they become names of files.
+pub(crate) const MAX_NAME_BYTES: usize = 255;
+
+impl Invocation {
+    /// Reads the arguments, without the program's own name.
+    pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        let arguments = texts(arguments)?;
+        let mut raw = Raw::default();
+        let mut rest = arguments.iter();
+        let mut action = None;
+        while let Some(argument) = rest.next() {
+            if is_flag(argument) {
+                raw.take(argument, &mut rest)?;
+            } else {
+                action = Some(argument.as_str());
+                break;
+            }
+        }
+        if raw.help {
+            return Ok(Self::Help);
+        }
+        if raw.version {
+            return Ok(Self::Version);
+        }
+        if raw.info {
+            return Ok(Self::Info);
+        }
+        match action.ok_or(UsageError::NoAction)? {
+            // What follows the action of a daemon is ignored, as Go's shims do: daemons have been seen to append.
+            "start" => raw.flags("start", &["id", "namespace"]).map(Self::Start),
+            "delete" => raw.flags("delete", &["id", "namespace"]).map(Self::Delete),
+            "keeper" => Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()]).map(Self::Keeper),
+            "worker" => Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()]).map(Self::Worker),
+            "help" => Ok(Self::Help),
+            "version" => Ok(Self::Version),
+            "ps" => {
+                let words = raw.take_rest(rest)?;
+                match words.into_iter().next() {
+                    _ if raw.help => Ok(Self::Help),
+                    None => Ok(Self::Ps(raw.query())),
+                    Some(argument) => Err(UsageError::Surplus { action: "ps", argument }),
+                }
+            }
+            "inspect" => {
+                let mut words = raw.take_rest(rest)?.into_iter();
+                match (words.next(), words.next()) {
+                    _ if raw.help => Ok(Self::Help),
+                    (None, _) => Err(UsageError::NothingToInspect),
+                    (Some(id), None) => Ok(Self::Inspect { id, query: raw.query() }),
+                    (_, Some(argument)) => Err(UsageError::Surplus { action: "inspect", argument }),
+                }
+            }
+            other => Err(UsageError::UnknownAction { action: other.to_owned() }),
+        }
+    }
+}
+
+/// Whether `name` can be the name of a file: an id or a namespace becomes one.
+pub(crate) fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.len() <= MAX_NAME_BYTES && name != "." && name != ".." && !name.contains(['/', '\0'])
+}
+
+/// Every flag that any caller may give, before it is known what they are for.
+#[derive(Debug, Default)]
+struct Raw {
+    help: bool,
+    version: bool,
+    info: bool,
+    json: bool,
+    debug: bool,
+    namespace: Option<String>,
+    id: Option<String>,
+    address: Option<String>,
+    bundle: Option<String>,
+}
+
+impl Raw {
+    /// Takes one flag, and its value from `rest` where it has one.
+    fn take<'a>(&mut self, argument: &str, rest: &mut impl Iterator<Item = &'a String>) -> Result<(), UsageError> {
+        let (name, given) = split_flag(argument);
+        let mut text = |name: &'static str| value_of(name, given, rest);
+        match name {
+            "namespace" | "n" => self.namespace = Some(text("namespace")?),
+            "id" => self.id = Some(text("id")?),
+            "address" => self.address = Some(text("address")?),
+            "bundle" => self.bundle = Some(text("bundle")?),
+            // Accepted and not used: events go over ttrpc, sockets are handed down, and there is no debug socket.
+            "publish-binary" => drop(text("publish-binary")?),
+            "socket" => drop(text("socket")?),
+            "debug-socket" => drop(text("debug-socket")?),
+            // These two are the keeper's: `Settings` reads them.
+            "ttrpc-address" => drop(text("ttrpc-address")?),
+            "control" => drop(text("control")?),
+            "log-level" => drop(text("log-level")?),
+            "debug" => self.debug = truth_of("debug", given)?,
+            "json" => self.json = truth_of("json", given)?,
+            "info" => self.info = truth_of("info", given)?,
+            "v" | "version" => self.version = truth_of("v", given)?,
+            "h" | "help" => self.help = truth_of("help", given)?,
+            _ => return Err(UsageError::UnknownFlag { flag: argument.to_owned() }),
+        }
+        Ok(())
+    }
+
+    /// Takes flags and words in any order; returns the words.
+    fn take_rest<'a>(&mut self, mut rest: impl Iterator<Item = &'a String>) -> Result<Vec<String>, UsageError> {
+        let mut words = Vec::new();
+        while let Some(argument) = rest.next() {
+            if is_flag(argument) {
+                self.take(argument, &mut rest)?;
+            } else {
+                words.push(argument.clone());
+            }
+        }
+        Ok(words)
+    }
+
+    fn query(&self) -> Query {
+        Query { json: self.json, namespace: self.namespace.clone() }
+    }
+
+    fn flags(self, action: &str, needed: &[&'static str]) -> Result<Flags, UsageError> {
+        for name in needed {
+            let value = match *name {
+                "id" => &self.id,
+                _ => &self.namespace,
+            };
+            match value {
+                None => return Err(UsageError::MissingFlag { action: action.to_owned(), name }),
+                Some(value) if !is_name(value) => {
+                    let why = "must be a name of 1 to 255 bytes without a slash";
+                    return Err(UsageError::BadValue { name, value: shorten(value), why });
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(Flags {
+            namespace: self.namespace.unwrap_or_default(),
+            id: self.id.unwrap_or_default(),
+            address: self.address.unwrap_or_default(),
+            bundle: self.bundle.filter(|path| !path.is_empty()).map(PathBuf::from),
+            debug: self.debug,
+        })
+    }
+}
+
+/// Turns arguments into text.
+pub(crate) fn texts(arguments: impl IntoIterator<Item = OsString>) -> Result<Vec<String>, UsageError> {
+    let numbered = arguments.into_iter().enumerate();
+    numbered.map(|(index, argument)| argument.into_string().map_err(|_| UsageError::NotText { position: index + 1 })).collect()
+}
+
+pub(crate) fn is_flag(argument: &str) -> bool {
+    argument.len() > 1 && argument.starts_with('-')
+}
+
+/// Splits `-name`, `--name`, `-name=value` into name and value.
+pub(crate) fn split_flag(argument: &str) -> (&str, Option<&str>) {
+    let bare = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-')).unwrap_or(argument);
+    match bare.split_once('=') {
+        Some((name, value)) => (name, Some(value)),
+        None => (bare, None),
+    }
+}
+
+/// The value of a flag: behind its `=`, or the next argument.
+pub(crate) fn value_of<'a>(
+    name: &'static str,
+    given: Option<&str>,
+    rest: &mut impl Iterator<Item = &'a String>,
+) -> Result<String, UsageError> {
+    match given {
+        Some(value) => Ok(value.to_owned()),
+        None => rest.next().cloned().ok_or(UsageError::MissingValue { name }),
+    }
+}
+
+fn truth_of(name: &'static str, given: Option<&str>) -> Result<bool, UsageError> {
+    match given {
+        None | Some("true" | "1" | "t") => Ok(true),
+        Some("false" | "0" | "f") => Ok(false),
+        Some(value) => Err(UsageError::NotTruth { name, value: value.to_owned() }),
+    }
+}
+
+/// Cuts a value that is quoted in a sentence.
+fn shorten(value: &str) -> String {
+    match value.char_indices().nth(64) {
+        Some((at, _)) => format!("{}…", &value[..at]),
+        None => value.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Invocation, UsageError> {
+        Invocation::parse(line.split_whitespace().map(OsString::from))
+    }
+
+    fn c1() -> Flags {
+        Flags { namespace: "n1".into(), id: "c1".into(), address: "/run/c.sock".into(), bundle: None, debug: false }
+    }
+
+    #[test]
+    fn the_lines_of_real_daemons_are_understood() {
+        let start = Ok(Invocation::Start(c1()));
+        for line in [
+            "-namespace n1 -address /run/c.sock -publish-binary /usr/bin/containerd -id c1 start",
+            "--namespace n1 --address /run/c.sock --publish-binary /usr/bin/containerd --id c1 start",
+            "-namespace=n1 -address=/run/c.sock -publish-binary= -id=c1 -debug=false start",
+            "-namespace n1 -address /run/c.sock -id c1 start something new",
+        ] {
+            assert_eq!(parse(line), start, "{line}");
+        }
+        let delete = Flags { bundle: Some("/b/c1".into()), debug: true, ..c1() };
+        assert_eq!(
+            parse("-namespace n1 -address /run/c.sock -publish-binary /c -id c1 -bundle /b/c1 -debug delete"),
+            Ok(Invocation::Delete(delete))
+        );
+        assert_eq!(parse("-info"), Ok(Invocation::Info));
+        assert_eq!(parse("-v"), Ok(Invocation::Version));
+        assert_eq!(parse("--version"), Ok(Invocation::Version));
+    }
+
+    #[test]
+    fn commands_for_people_take_their_flags_anywhere() {
+        let query = Query { json: true, namespace: Some("n1".into()) };
+        assert_eq!(parse("ps"), Ok(Invocation::Ps(Query::default())));
+        assert_eq!(parse("ps --json --namespace n1"), Ok(Invocation::Ps(query.clone())));
+        assert_eq!(parse("--json -n n1 ps"), Ok(Invocation::Ps(query.clone())));
+        for line in ["inspect c1 --json --namespace=n1", "inspect --json -n n1 c1", "-n n1 inspect c1 --json"] {
+            assert_eq!(parse(line), Ok(Invocation::Inspect { id: "c1".into(), query: query.clone() }), "{line}");
+        }
+        for line in ["help", "--help", "-h", "ps --help", "inspect -h", "-namespace n1 -help start"] {
+            assert_eq!(parse(line), Ok(Invocation::Help), "{line}");
+        }
+    }
+
+    #[test]
+    fn wrong_use_is_named() {
+        for (line, sentence) in [
+            ("", "no command was given"),
+            ("-namespace n1 -id c1", "no command was given"),
+            ("frobnicate", "unknown command \"frobnicate\""),
+            ("-nonsense start", "unknown flag -nonsense"),
+            ("-namespace n1 start", "start needs the flag -id"),
+            ("-id c1 delete", "delete needs the flag -namespace"),
+            ("-id", "flag -id needs a value"),
+            ("-debug=maybe start", "flag -debug is either true or false, not \"maybe\""),
+            ("-namespace n1 -id a/b start", "flag -id must be a name of 1 to 255 bytes without a slash: \"a/b\""),
+            ("-namespace .. -id c1 start", "flag -namespace must be a name of 1 to 255 bytes without a slash: \"..\""),
+            ("-namespace n1 -id= start", "flag -id must be a name of 1 to 255 bytes without a slash: \"\""),
+            ("inspect", "inspect needs the id of a container"),
+            ("inspect a b", "inspect does not take \"b\""),
+            ("ps a", "ps does not take \"a\""),
+            ("-namespace n1 keeper", "keeper needs the flag -id"),
+        ] {
+            assert_eq!(parse(line).expect_err(line).to_string(), sentence, "{line}");
+        }
+        let long = format!("-namespace n1 -id {} start", "a".repeat(300));
+        let sentence = parse(&long).expect_err("300 characters").to_string();
+        assert!(sentence.starts_with("flag -id must be a name") && sentence.len() < 200, "{sentence}");
+    }
+
+    #[test]
+    fn arguments_that_are_not_text_are_named_by_their_position() {
+        use std::os::unix::ffi::OsStringExt;
+        let arguments = [OsString::from("-id"), OsString::from_vec(vec![0xff, 0xfe])];
+        assert_eq!(Invocation::parse(arguments), Err(UsageError::NotText { position: 2 }));
+    }
+
+    #[test]
+    fn no_line_of_odd_words_panics() {
+        let words =
+            ["-", "--", "-=", "--=x", "-id=", "-id", "start", "ps", "\u{0}", "é", "-é=é", "inspect", "keeper", "worker", "-v=", "="];
+        for a in words {
+            for b in words {
+                for c in words {
+                    let _ = Invocation::parse([a, b, c].map(OsString::from));
+                }
+            }
+        }
+    }
+}

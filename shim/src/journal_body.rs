@@ -1,0 +1,102 @@
+//! What a container's journal says in its body: all that `delete` needs to clean up after a dead keeper.
+//!
+//! Owns the JSON form of the body. The worker writes it (through the keeper), `delete` and `inspect` read it. The frame around it,
+//! and the exit slot beside it, are [`crate::journal`]'s.
+//!
+//! **Invariant:** fields are only ever added, each with a default: a journal of any earlier version can be read.
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the body that this binary writes.
+pub(crate) const VERSION: u32 = 1;
+
+/// The body of a journal. Engine and cgroup are values, so that one that this version cannot read does not spoil the rest. Written at create before the runtime runs, and again whenever more is known.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct JournalBody {
+    pub(crate) version: u32,
+    pub(crate) namespace: String,
+    /// The container's id.
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    /// The folder that the root filesystem is mounted on; absent where the shim mounted nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rootfs: Option<PathBuf>,
+    pub(crate) keeper: ProcessIdentity,
+    /// The keeper's control socket.
+    pub(crate) control_path: PathBuf,
+    /// The record of the engine that made the container: what `engine::CommandEngine` serialises to.
+    pub(crate) engine: serde_json::Value,
+    /// The container has no pid namespace of its own: killing init is not enough.
+    pub(crate) shared_pid_namespace: bool,
+    /// The container's cgroup, once known: what `cgroup::Cgroup` serialises to.
+    pub(crate) cgroup: serde_json::Value,
+    /// The container's init, once known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) init: Option<ProcessIdentity>,
+}
+
+/// A process that can be told from a later one with the same pid.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct ProcessIdentity {
+    pub(crate) pid: u32,
+    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot; 0 if it was gone when asked.
+    pub(crate) start_time: u64,
+}
+
+impl JournalBody {
+    /// Encodes the body.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a struct of strings and numbers has a JSON form")
+    }
+
+    /// Decodes a body that this or another version wrote.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(bytes)
+    }
+}
+
+impl ProcessIdentity {
+    /// Identifies the living (or zombie) process `pid`; absent if there is none.
+    pub(crate) fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        Some(Self { pid, start_time: start_time(&stat)? })
+    }
+
+    /// Whether this very process still exists, dead and unreaped included.
+    pub(crate) fn exists(self) -> bool {
+        Self::of(self.pid) == Some(self)
+    }
+}
+
+/// Takes the start time out of a line of `/proc/PID/stat`. The name of the program may hold spaces and parentheses.
+fn start_time(stat: &str) -> Option<u64> {
+    let (_, after_name) = stat.rsplit_once(')')?;
+    after_name.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn start_time_is_found_behind_a_name_with_parentheses() {
+        let stat = "42 (a) b (c)) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 777 1000 2 18446744073709551615";
+        assert_eq!(start_time(stat), Some(777));
+    }
+
+    #[test]
+    fn this_process_exists_and_its_like_with_another_start_does_not() {
+        let me = ProcessIdentity::of(std::process::id()).expect("this process has a line in /proc");
+        assert!(me.exists());
+        assert!(!ProcessIdentity { start_time: me.start_time + 1, ..me }.exists());
+    }
+
+    #[test]
+    fn a_body_with_fields_of_a_later_version_can_be_read() {
+        let body = JournalBody::decode(br#"{"version": 9, "id": "c1", "surprise": [1]}"#).expect("unknown fields are skipped");
+        assert_eq!((body.version, body.id.as_str()), (9, "c1"));
+    }
+}

@@ -1,0 +1,217 @@
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+
+use super::*;
+
+/// Streams with their loop, and a folder for fifos that goes with them.
+struct Bench {
+    poll: Poll,
+    streams: Streams,
+    folder: PathBuf,
+}
+
+impl Bench {
+    fn new(name: &str) -> Self {
+        let folder = std::env::temp_dir().join(format!("x-streams-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder in the temporary directory");
+        let poll = Poll::new().expect("an epoll set");
+        let streams = Streams::new(&poll).expect("an inotify instance");
+        Self { poll, streams, folder }
+    }
+
+    fn fifo(&self, name: &str) -> String {
+        let path = self.folder.join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("a fifo");
+        path.display().to_string()
+    }
+
+    fn stdio(&self, key: &str, stdin: bool, spill_bytes: u64) -> Stdio {
+        Stdio {
+            key: key.into(),
+            stdin: stdin.then(|| self.fifo("stdin")),
+            stdout: Output::Fifo(self.fifo("stdout")),
+            stderr: Output::None,
+            terminal: false,
+            uid: 0,
+            gid: 0,
+            spill_bytes,
+            spill_folder: self.folder.display().to_string(),
+        }
+    }
+
+    fn open(&mut self, stdio: Stdio) {
+        self.streams.open(stdio, &mut self.poll).expect("streams");
+    }
+
+    fn process_end(&mut self, stream: Stream) -> File {
+        self.streams.take_process_end("c", stream).expect("an end for the process").into()
+    }
+
+    fn reader(&self) -> File {
+        OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(self.folder.join("stdout")).expect("the fifo's reader")
+    }
+
+    /// Turns the loop until `done` or, as a failure, ten seconds.
+    fn until(&mut self, what: &str, mut done: impl FnMut(&Streams) -> bool) {
+        let limit = Instant::now() + Duration::from_secs(10);
+        while !done(&self.streams) {
+            assert!(Instant::now() < limit, "{what}: not within 10 s; streams: {:?}", self.streams.snapshot());
+            let deadline = self.streams.deadline(Instant::now()).unwrap_or(limit).min(Instant::now() + Duration::from_millis(20));
+            for source in self.poll.wait(Some(deadline)).expect("a wait") {
+                match source {
+                    Source::Stream(id) => self.streams.turn(id, Instant::now(), &mut self.poll),
+                    Source::Fifos => self.streams.fifos_touched(&mut self.poll),
+                    _ => {}
+                }
+            }
+            self.streams.tick(Instant::now(), &mut self.poll);
+        }
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// Reads what is there; `None` once it has ended.
+fn read_some(file: &mut File, into: &mut Vec<u8>) -> Option<usize> {
+    let mut buffer = [0; 65536];
+    match file.read(&mut buffer) {
+        Ok(0) => None,
+        Ok(count) => {
+            into.extend_from_slice(&buffer[..count]);
+            Some(count)
+        }
+        Err(_) => Some(0),
+    }
+}
+
+#[test]
+fn output_arrives_whole_and_then_ends() {
+    let mut bench = Bench::new("whole");
+    let stdio = bench.stdio("c", false, 0);
+    bench.open(stdio);
+    let mut reader = bench.reader();
+    let mut process = bench.process_end(Stream::Stdout);
+    let sent: Vec<u8> = (0..(1 << 20) + 1).map(|n: u32| (n % 251) as u8).collect();
+    let writer = std::thread::spawn({
+        let sent = sent.clone();
+        move || process.write_all(&sent)
+    });
+    let mut got = Vec::new();
+    bench.until("the end of the output", |_| read_some(&mut reader, &mut got).is_none() && !got.is_empty());
+    writer.join().expect("the writer").expect("all written");
+    assert!(got == sent, "{} of {} bytes, or in another order", got.len(), sent.len());
+    assert_eq!(bench.streams.bytes_moved, sent.len() as u64);
+}
+
+#[test]
+fn the_tail_waits_for_a_reader_that_comes_after_the_exit() {
+    let mut bench = Bench::new("tail");
+    let stdio = bench.stdio("c", false, 0);
+    bench.open(stdio);
+    bench.process_end(Stream::Stdout).write_all(b"last words").expect("room in the pipe");
+    bench.streams.exited("c", Instant::now(), &mut bench.poll);
+    bench.until("draining", |streams| streams.pumps.values().any(|pump| matches!(pump, Pump::Out(out) if out.is_draining())));
+    let mut reader = bench.reader();
+    let mut got = Vec::new();
+    bench.until("the end", |_| read_some(&mut reader, &mut got).is_none());
+    assert_eq!(got, b"last words");
+}
+
+#[test]
+fn an_output_that_was_read_before_its_reader_died_still_ends_for_the_next_reader() {
+    let mut bench = Bench::new("next");
+    let stdio = bench.stdio("c", false, 0);
+    bench.open(stdio);
+    let mut first = bench.reader();
+    let mut process = bench.process_end(Stream::Stdout);
+    process.write_all(b"early").expect("room in the pipe");
+    let mut got = Vec::new();
+    bench.until("the first bytes", |_| read_some(&mut first, &mut got).is_some() && got == b"early");
+    drop((first, process));
+    bench.streams.exited("c", Instant::now(), &mut bench.poll);
+    bench.until("draining", |streams| streams.pumps.values().any(|pump| matches!(pump, Pump::Out(out) if out.is_draining())));
+    let mut second = bench.reader();
+    bench.until("the end", |_| read_some(&mut second, &mut got).is_none());
+}
+
+#[test]
+fn somebody_who_keeps_the_output_open_does_not_hold_its_end_back() {
+    let mut bench = Bench::new("grandchild");
+    let stdio = bench.stdio("c", false, 0);
+    bench.open(stdio);
+    let mut reader = bench.reader();
+    let mut grandchild = bench.process_end(Stream::Stdout);
+    grandchild.write_all(b"before").expect("room in the pipe");
+    bench.streams.exited("c", Instant::now(), &mut bench.poll);
+    let since = Instant::now();
+    let mut got = Vec::new();
+    bench.until("the end", |_| read_some(&mut reader, &mut got).is_none());
+    assert_eq!(got, b"before");
+    assert!(since.elapsed() >= outgoing::QUIET_AFTER_EXIT);
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error_for_the_process() {
+    let mut bench = Bench::new("leaves");
+    let stdio = bench.stdio("c", false, 0);
+    bench.open(stdio);
+    drop(bench.reader());
+    let mut process = bench.process_end(Stream::Stdout);
+    process.write_all(b"to nobody").expect("the write does not fail");
+    bench.until("the fifo to hold it", |streams| streams.snapshot().iter().any(|stream| stream.waiting_bytes == 9));
+}
+
+#[test]
+fn without_a_reader_delete_drops_what_is_left_and_counts_it() {
+    let mut bench = Bench::new("delete");
+    let stdio = bench.stdio("c", false, 0);
+    bench.open(stdio);
+    bench.process_end(Stream::Stdout).write_all(b"unread").expect("room in the pipe");
+    bench.streams.exited("c", Instant::now(), &mut bench.poll);
+    bench.streams.release("c", Instant::now(), &mut bench.poll);
+    bench.until("everything to go", Streams::is_drained);
+    assert_eq!(bench.streams.bytes_lost, 6);
+}
+
+#[test]
+fn stdin_survives_a_client_that_comes_and_goes_and_ends_with_close() {
+    let mut bench = Bench::new("stdin");
+    let stdio = bench.stdio("c", true, 0);
+    bench.open(stdio);
+    let mut process = bench.process_end(Stream::Stdin);
+    set_nonblocking(&process.try_clone().expect("a copy").into()).expect("a flag");
+    let path = bench.folder.join("stdin");
+    let client = || OpenOptions::new().write(true).open(&path).expect("the client's end");
+    let mut got = Vec::new();
+    client().write_all(b"one ").expect("a write");
+    bench.until("the first write", |_| read_some(&mut process, &mut got).is_some() && got == b"one ");
+    client().write_all(b"two").expect("a write");
+    bench.streams.close_stdin("c", &mut bench.poll);
+    bench.streams.close_stdin("c", &mut bench.poll);
+    bench.until("the end of stdin", |_| read_some(&mut process, &mut got).is_none());
+    assert_eq!(got, b"one two");
+}
+
+#[test]
+fn with_spill_a_process_does_not_wait_for_its_reader_and_the_order_is_kept() {
+    let mut bench = Bench::new("spill");
+    let stdio = bench.stdio("c", false, 8 << 20);
+    bench.open(stdio);
+    let mut process = bench.process_end(Stream::Stdout);
+    let sent: Vec<u8> = (0..4 << 20).map(|n: u32| (n % 253) as u8).collect();
+    let writer = std::thread::spawn({
+        let sent = sent.clone();
+        move || process.write_all(&sent)
+    });
+    bench.until("the process to be done without a reader", |_| writer.is_finished());
+    let mut reader = bench.reader();
+    let mut got = Vec::new();
+    bench.until("the end of the output", |_| read_some(&mut reader, &mut got).is_none() && !got.is_empty());
+    assert!(got == sent, "{} of {} bytes, or in another order", got.len(), sent.len());
+}

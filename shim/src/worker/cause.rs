@@ -1,0 +1,109 @@
+//! What made the worker act, and the operations that it asks for because of it.
+//!
+//! **Invariant:** the steps of a handler are constants, so that the handler's replay asks for the same operations.
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use super::error::Error;
+use super::link::Link;
+use crate::handover::{self, Exited, Op, Outcome, Spawn, Step};
+
+/// A request or an exit that is being handled.
+#[derive(Debug, Clone)]
+pub(crate) struct Cause {
+    link: Rc<Link>,
+    number: handover::Cause,
+}
+
+/// The steps of all handlers. A number means the same in every version: a later one may go on with what an earlier one has begun.
+pub(crate) mod step {
+    use crate::handover::Step;
+
+    /// Marks the cause as begun.
+    pub(crate) const BEGIN: Step = 0;
+    pub(crate) const OPEN_STDIO: Step = 1;
+    /// Two loggers at most.
+    pub(crate) const LOGGERS: Step = 2;
+    pub(crate) const JOURNAL: Step = 4;
+    /// The verb of the engine that the request is about.
+    pub(crate) const ENGINE: Step = 5;
+    pub(crate) const JOURNAL_AGAIN: Step = 6;
+    pub(crate) const RESIZE: Step = 7;
+    pub(crate) const CLOSE_STDIN: Step = 8;
+    pub(crate) const SIGNAL: Step = 9;
+    pub(crate) const THAW: Step = 10;
+    pub(crate) const KILL_ALL: Step = 11;
+    /// What the engine made is removed after a failure.
+    pub(crate) const UNDO: Step = 12;
+    pub(crate) const ENGINE_DELETE: Step = 13;
+}
+
+impl Cause {
+    pub(crate) fn new(link: Rc<Link>, number: handover::Cause) -> Self {
+        Self { link, number }
+    }
+
+    pub(crate) fn number(&self) -> handover::Cause {
+        self.number
+    }
+
+    /// Marks the cause as begun, for [`Cause::was_begun`] in a later life.
+    pub(crate) fn begin(&self) {
+        drop(self.link.operation(self.number, step::BEGIN, Op::Once));
+    }
+
+    /// Whether an earlier worker began to handle it. If not, it counts as begun now.
+    pub(crate) async fn was_begun(&self) -> bool {
+        !matches!(self.link.operation(self.number, step::BEGIN, Op::Once).await.0, Outcome::Done)
+    }
+
+    /// Has an operation done that gives nothing but success.
+    pub(crate) async fn perform(&self, at: Step, op: Op) -> Result<(), Error> {
+        match self.link.operation(self.number, at, op).await.0 {
+            Outcome::Done => Ok(()),
+            Outcome::Failed { errno, what } => Err(failed(errno, what)),
+            Outcome::Exited(_) | Outcome::Ready { .. } | Outcome::Descriptor => Err(Error::Outcome { doing: "operation" }),
+        }
+    }
+
+    /// Runs a helper to its end.
+    pub(crate) async fn run(&self, at: Step, spawn: Spawn) -> Result<Exited, Error> {
+        match self.link.operation(self.number, at, Op::Spawn(spawn)).await.0 {
+            Outcome::Exited(exited) => Ok(exited),
+            Outcome::Failed { errno, what } => Err(failed(errno, what)),
+            Outcome::Done | Outcome::Ready { .. } | Outcome::Descriptor => Err(Error::Outcome { doing: "start a process" }),
+        }
+    }
+
+    /// Starts a helper that says when it is ready, and waits for that.
+    pub(crate) async fn start(&self, at: Step, spawn: Spawn) -> Result<Started, Error> {
+        match self.link.operation(self.number, at, Op::Spawn(spawn)).await.0 {
+            Outcome::Ready { byte } => Ok(Started::Ready { byte }),
+            Outcome::Exited(exited) => Ok(Started::Ended { status: exited.status }),
+            Outcome::Failed { errno, what } => Err(failed(errno, what)),
+            Outcome::Done | Outcome::Descriptor => Err(Error::Outcome { doing: "start a process" }),
+        }
+    }
+
+    /// Gets a descriptor; absent if the keeper no longer has it.
+    pub(crate) async fn descriptor(&self, at: Step, op: Op) -> Result<Option<OwnedFd>, Error> {
+        match self.link.operation(self.number, at, op).await {
+            (Outcome::Descriptor, Some(descriptor)) => Ok(Some(descriptor)),
+            (Outcome::Failed { errno: nix::libc::ENOENT, .. }, _) => Ok(None),
+            (Outcome::Failed { errno, what }, _) => Err(failed(errno, what)),
+            _ => Err(Error::Outcome { doing: "fetch a descriptor" }),
+        }
+    }
+}
+
+/// What a helper with a ready pipe did first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Started {
+    Ready { byte: bool },
+    Ended { status: u32 },
+}
+
+fn failed(errno: i32, what: String) -> Error {
+    Error::Keeper { what, source: io::Error::from_raw_os_error(errno) }
+}

@@ -1,0 +1,182 @@
+//! The calls that change a container that exists: pause, resume, checkpoint, update, and those about a terminal and stdin.
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use super::create::at;
+use super::{Announce, Change, Container, Event, Fact, Happening, ProcessKey, Reply, Request, Target};
+use crate::engine::{self, CommandEngine, CriuOptions, Engine, Verb};
+use crate::handover::{Op, Spawn};
+use crate::options::CheckpointOptions;
+use crate::worker::Worker;
+use crate::worker::cause::{Cause, step};
+use crate::worker::error::Error;
+
+/// What a client asks for.
+#[derive(Debug, Clone)]
+pub(in crate::worker) struct CheckpointCall {
+    pub(in crate::worker) id: String,
+    pub(in crate::worker) path: String,
+    pub(in crate::worker) options: CheckpointOptions,
+}
+
+/// What a client asks for.
+#[derive(Debug, Clone)]
+pub(in crate::worker) struct UpdateCall {
+    pub(in crate::worker) id: String,
+    /// A `LinuxResources` of the runtime specification as JSON.
+    pub(in crate::worker) resources: Option<Vec<u8>>,
+    pub(in crate::worker) annotations: BTreeMap<String, String>,
+}
+
+/// Freezes all processes of a container.
+pub(in crate::worker) async fn pause(worker: &Rc<Worker>, cause: &Cause, id: String) -> Result<Change, Error> {
+    let container = worker.registry.get(&id)?;
+    let key = ProcessKey::init(&container.id);
+    container.admit(&key, Request::Pause)?;
+    run(cause, &container, Verb::Pause, |engine, at| engine.pause(at)).await?;
+    let said = container.observe(&key, Fact::Paused);
+    Ok(told(&container, said))
+}
+
+/// Thaws all processes of a container.
+pub(in crate::worker) async fn resume(worker: &Rc<Worker>, cause: &Cause, id: String) -> Result<Change, Error> {
+    let container = worker.registry.get(&id)?;
+    let key = ProcessKey::init(&container.id);
+    container.admit(&key, Request::Resume)?;
+    run(cause, &container, Verb::Resume, |engine, at| engine.resume(at)).await?;
+    let said = container.observe(&key, Fact::Resumed);
+    Ok(told(&container, said))
+}
+
+/// Writes the state of a container's processes into files.
+pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, call: CheckpointCall) -> Result<Change, Error> {
+    let container = worker.registry.get(&call.id)?;
+    container.admit(&ProcessKey::init(&container.id), Request::Checkpoint)?;
+    let options = call.options;
+    let record = container.record().clone();
+    let named = (!call.path.is_empty()).then(|| PathBuf::from(&call.path));
+    let image_path = options.image_path.clone().or(named).or_else(|| record.options.criu_image_path.clone());
+    let Some(image_path) = image_path.filter(|path| path.is_absolute()) else {
+        return Err(Error::Value { what: "path of a checkpoint", value: call.path });
+    };
+    let work_path = options.work_path.clone().or_else(|| record.options.criu_work_path.clone());
+    let own_work_path = record.bundle.join("criu-work");
+    for folder in [&image_path, work_path.as_ref().unwrap_or(&own_work_path)] {
+        std::fs::create_dir_all(folder).map_err(|source| Error::Io { op: "make folder", path: folder.clone(), source })?;
+    }
+    let checkpoint = engine::Checkpoint {
+        image_path: &image_path,
+        work_path: work_path.as_ref().unwrap_or(&own_work_path),
+        exit: options.exit,
+        options: CriuOptions {
+            open_tcp: options.open_tcp,
+            external_unix_sockets: options.external_unix_sockets,
+            terminal: options.terminal,
+            file_locks: options.file_locks,
+            empty_namespaces: &options.empty_namespaces,
+            cgroups_mode: options.cgroups_mode.as_deref(),
+        },
+    };
+    run(cause, &container, Verb::Checkpoint, |engine, at| engine.checkpoint(at, &checkpoint)).await?;
+    if work_path.is_none()
+        && let Err(error) = std::fs::remove_dir_all(&own_work_path)
+    {
+        log::debug!(container:% = container.id, error:%; "cannot remove criu's files");
+    }
+    let path = image_path.display().to_string();
+    Ok(Change::reply(Reply::Empty).event(Event::new(&container, Happening::Checkpointed { path })))
+}
+
+/// Changes limits and annotations.
+pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: UpdateCall) -> Result<Change, Error> {
+    let container = worker.registry.get(&call.id)?;
+    container.admit(&ProcessKey::init(&container.id), Request::Update)?;
+    if let Some(resources) = call.resources {
+        let valid: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(&resources).map_err(|source| Error::Json { method: "Update", source })?;
+        drop(valid);
+        let file = container.record().bundle.join(format!("x-{}.resources", cause.number()));
+        std::fs::write(&file, &resources).map_err(|source| Error::Io { op: "write", path: file.clone(), source })?;
+        let result = run(cause, &container, Verb::Update, |engine, at| engine.update(at, &file)).await;
+        // A replay would write it again.
+        if let Err(error) = std::fs::remove_file(&file) {
+            log::debug!(container:% = container.id, error:%; "cannot remove a file of resources");
+        }
+        result?;
+    }
+    container.record_mut().annotations.extend(call.annotations);
+    Ok(Change::save(&container, Reply::Empty))
+}
+
+/// Sets the size of a terminal: now, or as soon as it exists. Without one there is nothing to do.
+pub(in crate::worker) async fn resize(
+    worker: &Rc<Worker>,
+    cause: &Cause,
+    target: Target,
+    rows: u16,
+    columns: u16,
+) -> Result<Change, Error> {
+    let container = worker.registry.get(&target.id)?;
+    let key = container.key(&target.exec)?;
+    if !container.process(&key, |process| process.stdio.terminal && process.exit().is_none())? {
+        return Ok(Change::reply(Reply::Empty));
+    }
+    if let Some(process) = container.record_mut().process_mut(&key) {
+        process.size = Some((rows, columns));
+    }
+    match cause.perform(step::RESIZE, Op::Resize { key: key.to_string(), rows, columns }).await {
+        Ok(()) => {}
+        // It has no streams yet, or no more.
+        Err(Error::Keeper { source, .. }) if is_absent(&source) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(Change::save(&container, Reply::Empty))
+}
+
+/// The client will write no more to stdin.
+pub(in crate::worker) async fn close_io(worker: &Rc<Worker>, cause: &Cause, target: Target, stdin: bool) -> Result<Change, Error> {
+    let container = worker.registry.get(&target.id)?;
+    let key = container.key(&target.exec)?;
+    if !stdin {
+        return Ok(Change::reply(Reply::Empty));
+    }
+    if let Some(process) = container.record_mut().process_mut(&key) {
+        process.stdin_closed = true;
+    }
+    cause.perform(step::CLOSE_STDIN, Op::CloseStdin { key: key.to_string() }).await?;
+    Ok(Change::save(&container, Reply::Empty))
+}
+
+/// Runs a verb of the container's engine that leaves no process behind.
+async fn run(
+    cause: &Cause,
+    container: &Rc<Container>,
+    verb: Verb,
+    build: impl FnOnce(&CommandEngine, &engine::Container<'_>) -> Spawn,
+) -> Result<(), Error> {
+    let (engine, spawn) = {
+        let record = container.record();
+        (record.engine.clone(), build(&record.engine, &at(&record)))
+    };
+    let exited = cause.run(step::ENGINE, spawn).await?;
+    Ok(engine.interpret(verb, &exited)?)
+}
+
+fn told(container: &Rc<Container>, said: &[Announce]) -> Change {
+    let mut change = Change::save(container, Reply::Empty);
+    for announce in said {
+        let happening = match announce {
+            Announce::Pause => Happening::Paused,
+            Announce::Resume => Happening::Resumed,
+            // Said by Start and by exits.
+            Announce::Start | Announce::Exit => continue,
+        };
+        change = change.event(Event::new(container, happening));
+    }
+    change
+}
+
+fn is_absent(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(nix::libc::ENOTTY | nix::libc::ENOENT))
+}

@@ -1,0 +1,126 @@
+//! What a handler decides: told to the keeper in one commit.
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use super::{Container, Deleted, Exit, Process, ProcessKey, StateOf, Streams};
+use crate::worker::error::Error;
+
+/// What shall be from now on. Applied whole.
+#[derive(Debug, Default)]
+pub(in crate::worker) struct Change {
+    /// A container whose record is new or has changed.
+    pub(in crate::worker) save: Option<Rc<Container>>,
+    /// A container that is no more.
+    pub(in crate::worker) remove: Option<Rc<Container>>,
+    /// A process that is a container's from now on, with its pid. The exit of init goes into the container's journal.
+    pub(in crate::worker) claim: Option<(ProcessKey, u32)>,
+    /// What the world is told, in this order.
+    pub(in crate::worker) events: Vec<Event>,
+    /// The answer to the request. A request without one is parked.
+    pub(in crate::worker) reply: Option<Result<Reply, Error>>,
+    /// The request waits for the end of this process.
+    pub(in crate::worker) park: Option<ProcessKey>,
+    /// Those who wait for the end of a process are told.
+    pub(in crate::worker) wakes: Vec<(ProcessKey, Result<Exit, Error>)>,
+    /// Processes that are forgotten.
+    pub(in crate::worker) releases: Vec<ProcessKey>,
+    /// The shim ends as soon as nothing holds it.
+    pub(in crate::worker) leave: bool,
+}
+
+impl Change {
+    /// Answers, and changes nothing.
+    pub(super) fn reply(reply: Reply) -> Self {
+        Self { reply: Some(Ok(reply)), ..Self::default() }
+    }
+
+    /// Refuses, and changes nothing.
+    pub(in crate::worker) fn refuse(error: Error) -> Self {
+        Self { reply: Some(Err(error)), ..Self::default() }
+    }
+
+    /// Saves a container and answers.
+    pub(super) fn save(container: &Rc<Container>, reply: Reply) -> Self {
+        Self { save: Some(Rc::clone(container)), reply: Some(Ok(reply)), ..Self::default() }
+    }
+
+    pub(super) fn event(mut self, event: Event) -> Self {
+        self.events.push(event);
+        self
+    }
+}
+
+/// The answer to a request.
+#[derive(Debug, Clone, PartialEq)]
+pub(in crate::worker) enum Reply {
+    Empty,
+    /// Of Create and Start; no pid where the process does not exist yet.
+    Pid(Option<u32>),
+    Deleted(Deleted),
+    /// To the command `delete`.
+    DeletedForCommand(Deleted),
+    State(Box<StateOf>),
+    /// Pids, each with the id of an added process.
+    Pids(Vec<(u32, Option<String>)>),
+    Exit(Exit),
+    Connect {
+        task_pid: Option<u32>,
+    },
+    Stats(protobuf::well_known_types::any::Any),
+}
+
+/// What the world is told of a container.
+#[derive(Debug, Clone, PartialEq)]
+pub(in crate::worker) struct Event {
+    pub(in crate::worker) container: String,
+    pub(in crate::worker) what: Happening,
+}
+
+/// What has happened.
+#[derive(Debug, Clone, PartialEq)]
+pub(in crate::worker) enum Happening {
+    Created {
+        bundle: PathBuf,
+        mounts: Vec<crate::rootfs::Mount>,
+        stdio: Streams,
+        checkpoint: String,
+        pid: Option<u32>,
+    },
+    Started {
+        pid: u32,
+    },
+    ExecAdded {
+        exec: String,
+    },
+    ExecStarted {
+        exec: String,
+        pid: u32,
+    },
+    /// `process` is the id of the container for init.
+    Exited {
+        process: String,
+        pid: u32,
+        exit: Exit,
+    },
+    /// Told of init only, as containerd's own shim does.
+    Deleted(Deleted),
+    Paused,
+    Resumed,
+    Checkpointed {
+        path: String,
+    },
+    OutOfMemory,
+}
+
+impl Event {
+    pub(super) fn new(container: &Container, what: Happening) -> Self {
+        Self { container: container.id.to_string(), what }
+    }
+
+    /// The end of a process.
+    pub(super) fn exited(key: &ProcessKey, process: &Process, exit: Exit) -> Self {
+        let id = key.exec.as_ref().map_or_else(|| key.container.to_string(), ToString::to_string);
+        let what = Happening::Exited { process: id, pid: process.pid.unwrap_or(0), exit };
+        Self { container: key.container.to_string(), what }
+    }
+}

@@ -1,0 +1,217 @@
+//! Create: a container comes into being, its init stopped before the user's program.
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use super::record::VERSION;
+use super::spec::Spec;
+use super::streams::Plan;
+use super::{Change, Container, ContainerId, Event, Happening, Process, ProcessKey, Record, Reply, Streams, journal};
+use crate::cgroup::Cgroup;
+use crate::engine::{self, CommandEngine, Engine, Verb};
+use crate::handover::Spawn;
+use crate::options::RuntimeOptions;
+use crate::rootfs::{self, Mount, Unmount};
+use crate::worker::Worker;
+use crate::worker::cause::{Cause, step};
+use crate::worker::error::Error;
+
+/// What a client asks for.
+#[derive(Debug, Clone)]
+pub(in crate::worker) struct CreateCall {
+    pub(in crate::worker) id: String,
+    pub(in crate::worker) bundle: PathBuf,
+    pub(in crate::worker) mounts: Vec<Mount>,
+    pub(in crate::worker) stdio: Streams,
+    /// Files of a checkpoint to make the container from; empty for none.
+    pub(in crate::worker) checkpoint: String,
+    pub(in crate::worker) options: RuntimeOptions,
+}
+
+/// Makes a container.
+pub(in crate::worker) async fn create(worker: &Rc<Worker>, cause: &Cause, call: CreateCall) -> Result<Change, Error> {
+    let id = ContainerId::new(&call.id)?;
+    // Held until the change is applied or given up: a second Create of this id is refused, and the shim does not leave.
+    let _reservation = worker.registry.reserve(&id)?;
+    let mut draft = Draft::new(worker, id, &call)?;
+    match draft.make(worker, cause, &call).await {
+        Ok(()) => {}
+        Err(error) => {
+            draft.undo(worker, cause).await;
+            return Ok(Change { releases: vec![draft.key], ..Change::refuse(error) });
+        }
+    }
+    let Draft { record, key, .. } = draft;
+    let (bundle, pid) = (record.bundle.clone(), record.init.pid);
+    let container = Container::new(record);
+    let created = Happening::Created { bundle, mounts: call.mounts, stdio: call.stdio, checkpoint: call.checkpoint, pid };
+    let event = Event::new(&container, created);
+    Ok(Change { claim: pid.map(|pid| (key, pid)), ..Change::save(&container, Reply::Pid(pid)) }.event(event))
+}
+
+/// A container in the making, and how far that has come.
+struct Draft {
+    key: ProcessKey,
+    record: Record,
+    spec: Spec,
+    plan: Plan,
+    engine_was_asked: bool,
+}
+
+impl Draft {
+    /// Checks all that can be checked without changing anything.
+    fn new(worker: &Worker, id: ContainerId, call: &CreateCall) -> Result<Self, Error> {
+        let bundle = call.bundle.clone();
+        if !bundle.is_absolute() {
+            return Err(Error::Value { what: "bundle", value: bundle.display().to_string() });
+        }
+        let spec = Spec::blocking_read(&bundle)?;
+        let options = call.options.clone();
+        for key in &options.unknown_keys {
+            log::warn!(container:% = id, key:%; "unknown option");
+        }
+        let key = ProcessKey::init(&id);
+        let plan = Plan::blocking_read(&key, &call.stdio, &options)?;
+        let debug = log::max_level() >= log::LevelFilter::Debug;
+        let engine = CommandEngine::choose(&options, &worker.settings.namespace, debug)?;
+        let restore = (!call.checkpoint.is_empty()).then(|| PathBuf::from(&call.checkpoint));
+        let record = Record {
+            version: VERSION,
+            mounted: (!call.mounts.is_empty()).then(|| spec.rootfs.clone()),
+            rootfs: spec.rootfs.clone(),
+            engine,
+            options,
+            shared_pid_namespace: spec.shared_pid_namespace,
+            cgroup: Cgroup::default(),
+            oom_kills: 0,
+            unknown_to_engine: restore.is_some(),
+            restore,
+            annotations: BTreeMap::new(),
+            init: Process::new(call.stdio.clone()),
+            execs: BTreeMap::new(),
+            id,
+            bundle,
+        };
+        Ok(Self { key, record, spec, plan, engine_was_asked: false })
+    }
+
+    async fn make(&mut self, worker: &Rc<Worker>, cause: &Cause, call: &CreateCall) -> Result<(), Error> {
+        blocking_write_address(&self.record.bundle, &worker.settings.shim_address)?;
+        if let Some(image) = &self.record.restore {
+            image.metadata().map_err(|source| Error::Io { op: "open checkpoint", path: image.clone(), source })?;
+        }
+        if let Some(target) = self.record.mounted.clone() {
+            let mounts = call.mounts.clone();
+            blocking(move || {
+                std::fs::create_dir_all(&target).map_err(|source| Error::Io { op: "make folder", path: target.clone(), source })?;
+                rootfs::blocking_mount_all(&target, &mounts).map_err(Error::from)
+            })
+            .await?;
+        }
+        self.spec.blocking_check_rootfs()?;
+        self.plan.open(worker, cause, &self.record).await?;
+        journal::write(worker, cause, step::JOURNAL, &self.record).await?;
+        if self.record.restore.is_some() {
+            return Ok(());
+        }
+        self.engine_was_asked = true;
+        let start = ProcessFiles::new(worker, cause, &self.record);
+        let create = engine::Create {
+            pid_file: &start.pid_file,
+            console_socket: self.record.init.stdio.terminal.then_some(&start.console_socket),
+            stdio_key: &self.key.to_string(),
+        };
+        let spawn = self.record.engine.create(&at(&self.record), &create);
+        let pid = start.run(cause, spawn, &self.record.engine, Verb::Create).await?;
+        self.record.init.pid = Some(pid);
+        self.record.init.files.push(start.pid_file);
+        find_cgroup(&mut self.record, pid);
+        journal::write(worker, cause, step::JOURNAL_AGAIN, &self.record).await
+    }
+
+    /// Takes back what was made. What cannot be taken back is logged: the error that led here is the one to tell.
+    async fn undo(&mut self, worker: &Rc<Worker>, cause: &Cause) {
+        let container = &self.record.id;
+        if self.engine_was_asked {
+            let spawn = self.record.engine.delete(&at(&self.record), true);
+            match cause.run(step::UNDO, spawn).await.and_then(|exited| Ok(self.record.engine.interpret(Verb::Delete, &exited)?)) {
+                Ok(()) | Err(Error::Engine(engine::EngineError::NoContainer { .. })) => {}
+                Err(error) => log::warn!(container:%, error:% = error.chain(); "cannot remove a container that was not completed"),
+            }
+        }
+        if let Some(target) = self.record.mounted.clone()
+            && let Err(error) = unmount(target, Unmount::Detach).await
+        {
+            log::warn!(container:%, error:% = error.chain(); "cannot unmount the root filesystem of a container that was not completed");
+        }
+        log::debug!(container:%, keeper = worker.keeper.get().pid; "creation undone");
+    }
+}
+
+/// The files by which a runtime tells about a process, named by the cause: one that another cause left behind cannot be mistaken.
+pub(super) struct ProcessFiles {
+    pub(super) pid_file: PathBuf,
+    pub(super) console_socket: PathBuf,
+}
+
+impl ProcessFiles {
+    pub(super) fn new(worker: &Worker, cause: &Cause, record: &Record) -> Self {
+        let folder = worker.settings.control_path.parent().unwrap_or(Path::new("/run"));
+        Self {
+            pid_file: record.bundle.join(format!("x-{}.pid", cause.number())),
+            // Short, whatever the bundle's path is: 108 bytes are all that a socket may have.
+            console_socket: folder.join(format!("c{}", cause.number())),
+        }
+    }
+
+    /// Runs a verb that leaves a process behind, and reads its pid.
+    pub(super) async fn run(&self, cause: &Cause, spawn: Spawn, engine: &CommandEngine, verb: Verb) -> Result<u32, Error> {
+        let wants_terminal = spawn.console_socket.is_some();
+        let exited = cause.run(step::ENGINE, spawn).await?;
+        engine.interpret(verb, &exited)?;
+        if wants_terminal && !exited.terminal {
+            return Err(Error::NoTerminal { socket: self.console_socket.clone() });
+        }
+        let path = self.pid_file.clone();
+        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { op: "read", path: path.clone(), source })?;
+        match text.trim().parse() {
+            Ok(0) | Err(_) => Err(Error::Value { what: "pid file", value: text }),
+            Ok(pid) => Ok(pid),
+        }
+    }
+}
+
+/// The container as the engine is told of it.
+pub(super) fn at(record: &Record) -> engine::Container<'_> {
+    engine::Container { id: record.id.as_str(), bundle: &record.bundle }
+}
+
+/// Notes where the engine put a container. Without a cgroup there are no metrics, but the container runs.
+pub(super) fn find_cgroup(record: &mut Record, pid: u32) {
+    match Cgroup::of_pid(pid) {
+        Ok(cgroup) => {
+            record.oom_kills = cgroup.oom_kills().unwrap_or(0);
+            record.cgroup = cgroup;
+        }
+        Err(error) => log::warn!(container:% = record.id, pid, error:%; "cannot find the cgroup"),
+    }
+}
+
+pub(super) async fn unmount(target: PathBuf, how: Unmount) -> Result<(), Error> {
+    blocking(move || rootfs::blocking_unmount_all(&target, how).map_err(Error::from)).await
+}
+
+/// Does work that a disk can hold up where it holds up nothing else.
+pub(super) async fn blocking(work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> Result<(), Error> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
+}
+
+/// Writes the file from which containerd learns where the shim listens: a container that joins a shim has no `start` of its own
+/// in every protocol.
+fn blocking_write_address(bundle: &Path, address: &str) -> Result<(), Error> {
+    let (path, draft) = (bundle.join("address"), bundle.join(".address"));
+    std::fs::write(&draft, address).and_then(|()| std::fs::rename(&draft, &path)).map_err(|source| Error::Io { op: "write", path, source })
+}

@@ -1,0 +1,230 @@
+//! Delete: what is left of a process is removed, and with init the container.
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::create::{at, unmount};
+use super::kill::kill_rest;
+use super::{Change, Container, ContainerId, Event, Exit, Happening, Phase, Process, ProcessKey, Reply, Request, Target, journal};
+use crate::engine::{Engine, EngineError, Verb};
+use crate::handover::Op;
+use crate::journal_body::JournalBody;
+use crate::rootfs::Unmount;
+use crate::worker::Worker;
+use crate::worker::cause::{Cause, step};
+use crate::worker::error::Error;
+
+/// What is told of a process that is no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::worker) struct Deleted {
+    /// Absent for one that never existed.
+    pub(in crate::worker) pid: Option<u32>,
+    /// Absent for one that never ran.
+    pub(in crate::worker) exit: Option<Exit>,
+}
+
+/// Deletes a process on a client's wish. One that runs is refused.
+pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target: Target) -> Result<Change, Error> {
+    let container = match worker.registry.get(&target.id) {
+        Ok(container) => container,
+        Err(error) => {
+            let is_init = target.exec.is_empty();
+            let deleted = is_init.then(|| from_journal(worker, &target.id)).flatten().ok_or(error)?;
+            return Ok(Change::reply(Reply::Deleted(deleted)));
+        }
+    };
+    let key = container.key(&target.exec)?;
+    if key.exec.is_some() {
+        return delete_added(&container, &key);
+    }
+    if let Some(deleted) = container.deleted_by_another().await {
+        return Ok(Change::reply(Reply::Deleted(deleted)));
+    }
+    container.admit(&key, Request::Delete)?;
+    let _turn = container.take_turn();
+    remove(cause, &container, Thoroughness::OrTellWhy).await
+}
+
+/// Deletes a container for the command `delete`: whatever it takes.
+pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &Cause, id: String) -> Result<Change, Error> {
+    worker.registry.until_created(&id, KILL_WITHIN).await;
+    let container = match worker.registry.get(&id) {
+        Ok(container) => container,
+        Err(error) => {
+            let reply = from_journal(worker, &id).map(Reply::DeletedForCommand).ok_or(error);
+            // Nobody will create it any more.
+            let releases = ContainerId::new(&id).map(|id| ProcessKey::init(&id)).into_iter().collect();
+            return Ok(Change { reply: Some(reply), releases, leave: worker.registry.is_empty(), ..Change::default() });
+        }
+    };
+    if let Some(deleted) = container.deleted_by_another().await {
+        return Ok(Change::reply(Reply::DeletedForCommand(deleted)));
+    }
+    let _turn = container.take_turn();
+    let key = ProcessKey::init(&container.id);
+    if container.record().init.exit().is_none() && container.record().init.pid.is_some() {
+        kill_init(cause, &container, &key).await;
+        kill_rest(cause, &container).await;
+        container.until("end of init", KILL_WITHIN, |record| record.init.exit().is_some()).await?;
+    }
+    let mut change = remove(cause, &container, Thoroughness::Whatever).await?;
+    if let Some(Ok(Reply::Deleted(deleted))) = change.reply {
+        change.reply = Some(Ok(Reply::DeletedForCommand(deleted)));
+    }
+    change.leave = worker.registry.count() == 1;
+    Ok(change)
+}
+
+/// Whether a removal stops at what does not work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Thoroughness {
+    /// It does: the client can try again.
+    OrTellWhy,
+    /// It does not: there is no next time.
+    Whatever,
+}
+
+async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> Result<Change, Error> {
+    let key = ProcessKey::init(&container.id);
+    if container.phase(&key)? == Phase::Created && container.record().init.pid.is_some() {
+        kill_init(cause, container, &key).await;
+        container.until("end of init", KILL_WITHIN, |record| record.init.exit().is_some()).await?;
+    }
+    if !container.record().unknown_to_engine {
+        match (engine_delete(cause, container).await, how) {
+            (Ok(()), _) => container.record_mut().unknown_to_engine = true,
+            (Err(error), Thoroughness::OrTellWhy) => return Err(error),
+            (Err(error), Thoroughness::Whatever) => {
+                log::warn!(container:% = container.id, error:% = error.chain(); "the engine cannot delete the container");
+            }
+        }
+    }
+    container.flush_pumps().await;
+    let mounted = container.record().mounted.clone();
+    if let Some(target) = mounted {
+        let flag = if how == Thoroughness::Whatever { Unmount::Detach } else { Unmount::Clean };
+        match (unmount(target, flag).await, how) {
+            (Ok(()), _) => {}
+            // Saved: the next try begins where this one ended.
+            (Err(error), Thoroughness::OrTellWhy) => return Ok(Change { save: Some(Rc::clone(container)), ..Change::refuse(error) }),
+            (Err(error), Thoroughness::Whatever) => {
+                log::warn!(container:% = container.id, error:% = error.chain(); "cannot unmount the root filesystem");
+            }
+        }
+    }
+    let record = container.record();
+    let deleted = Deleted::of(&record.init);
+    container.deleted.set(Some(deleted));
+    let wakes = record.keys().into_iter().filter_map(|key| Some((record.process(&key)?.exit(), key)));
+    let wakes = wakes.map(|(exit, key)| (key.clone(), exit.ok_or_else(|| super::gone(&key)))).collect();
+    for process in std::iter::once(&record.init).chain(record.execs.values()) {
+        blocking_remove_files(process);
+    }
+    log::info!(container:% = container.id; "container deleted");
+    Ok(Change {
+        remove: Some(Rc::clone(container)),
+        releases: record.keys(),
+        wakes,
+        ..Change::reply(Reply::Deleted(deleted)).event(Event::new(container, Happening::Deleted(deleted)))
+    })
+}
+
+fn delete_added(container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
+    container.admit(key, Request::Delete)?;
+    let process = key.exec.as_ref().and_then(|exec| container.record_mut().execs.remove(exec)).ok_or_else(|| super::gone(key))?;
+    blocking_remove_files(&process);
+    container.drop_pumps(key);
+    Ok(Change {
+        wakes: vec![(key.clone(), process.exit().ok_or_else(|| super::gone(key)))],
+        releases: vec![key.clone()],
+        ..Change::save(container, Reply::Deleted(Deleted::of(&process)))
+    })
+}
+
+/// Sends SIGKILL to init. One that is dead already is as good.
+async fn kill_init(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) {
+    if let Err(error) = cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal: nix::libc::SIGKILL }).await {
+        log::debug!(container:% = container.id, error:% = error.chain(); "cannot kill init");
+    }
+}
+
+async fn engine_delete(cause: &Cause, container: &Rc<Container>) -> Result<(), Error> {
+    // By force: a container whose init is dead has nothing to lose, and one that the engine has lost is none of its errors.
+    let (engine, spawn) = {
+        let record = container.record();
+        (record.engine.clone(), record.engine.delete(&at(&record), true))
+    };
+    let exited = cause.run(step::ENGINE_DELETE, spawn).await?;
+    match engine.interpret(Verb::Delete, &exited) {
+        // After a checkpoint that ended the container, or a Delete whose answer was lost.
+        Ok(()) | Err(EngineError::NoContainer { .. }) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What became of a container that was deleted already: a client that ran out of patience asks again. The journal stays in the
+/// bundle until the client removes it.
+fn from_journal(worker: &Worker, id: &str) -> Option<Deleted> {
+    let id = ContainerId::new(id).ok()?;
+    let bundle = worker.settings.bundle.parent().unwrap_or(Path::new("/")).join(id.as_str());
+    let contents = crate::journal::read(&journal::path(&bundle)).ok()?;
+    let body = JournalBody::decode(&contents.body?).ok()?;
+    let exit = contents.exit?;
+    let is_ours = body.id == id.as_str() && body.keeper == worker.keeper.get() && body.init.is_some_and(|init| init.pid == exit.pid);
+    is_ours.then_some(Deleted { pid: Some(exit.pid), exit: Some(Exit { status: exit.status, at_nanos: exit.at_nanos }) })
+}
+
+fn blocking_remove_files(process: &Process) {
+    for path in &process.files {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                log::debug!(path:% = path.display(), error:%; "cannot remove a file")
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Deleted {
+    fn of(process: &Process) -> Self {
+        Self { pid: process.pid, exit: process.exit() }
+    }
+}
+
+/// The right to delete a container's init; one at a time.
+struct Turn(Rc<Container>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.deleting.set(false);
+        self.0.changed.notify_waiters();
+    }
+}
+
+impl Container {
+    fn take_turn(self: &Rc<Self>) -> Turn {
+        self.deleting.set(true);
+        Turn(Rc::clone(self))
+    }
+
+    /// Waits while another Delete is under way. Returns its result, or nothing if the caller may try.
+    async fn deleted_by_another(&self) -> Option<Deleted> {
+        loop {
+            let changed = self.changed.notified();
+            if let Some(deleted) = self.deleted.get() {
+                return Some(deleted);
+            }
+            if !self.deleting.get() {
+                return None;
+            }
+            changed.await;
+        }
+    }
+
+    pub(super) fn refuse_while_deleting(&self) -> Result<(), Error> {
+        if self.deleting.get() { Err(Error::Deleting { id: self.id.clone() }) } else { Ok(()) }
+    }
+}
+
+/// How long a process may take to die of SIGKILL.
+const KILL_WITHIN: Duration = Duration::from_secs(3);

@@ -1,0 +1,52 @@
+//! Exec: a process is added to a container, to be started later.
+use std::path::{Path, PathBuf};
+
+use super::{Change, Event, ExecId, Happening, Process, ProcessKey, Reply, Request, Streams};
+use crate::worker::Worker;
+use crate::worker::error::Error;
+
+/// What a client asks for.
+#[derive(Debug, Clone)]
+pub(in crate::worker) struct ExecCall {
+    pub(in crate::worker) id: String,
+    pub(in crate::worker) exec: String,
+    pub(in crate::worker) stdio: Streams,
+    /// A `Process` of the runtime specification as JSON.
+    pub(in crate::worker) spec: Vec<u8>,
+}
+
+/// Adds a process.
+pub(in crate::worker) fn exec(worker: &Worker, call: ExecCall) -> Result<Change, Error> {
+    let container = worker.registry.get(&call.id)?;
+    let exec = ExecId::new(&call.exec)?;
+    let key = ProcessKey::exec(&container.id, &exec);
+    container.refuse_while_deleting()?;
+    container.admit(&ProcessKey::init(&container.id), Request::Exec)?;
+    if container.record().execs.contains_key(&exec) {
+        return Err(Error::ProcessExists { key });
+    }
+    // Refused now rather than at Start.
+    super::streams::Plan::blocking_read(&key, &call.stdio, &container.record().options)?;
+    let mut spec: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&call.spec).map_err(|source| Error::Json { method: "Exec", source })?;
+    spec.insert("terminal".into(), call.stdio.terminal.into());
+    let path = process_file(&container.record().bundle, &key);
+    let text = serde_json::to_vec(&spec).map_err(|source| Error::Json { method: "Exec", source })?;
+    blocking_write(&path, &text).map_err(|source| Error::Io { op: "write", path: path.clone(), source })?;
+    let process = Process { files: vec![path], ..Process::new(call.stdio) };
+    container.record_mut().execs.insert(exec, process);
+    let added = Event::new(&container, Happening::ExecAdded { exec: call.exec });
+    Ok(Change::save(&container, Reply::Empty).event(added))
+}
+
+/// Where the specification of an added process waits for its start.
+pub(super) fn process_file(bundle: &Path, key: &ProcessKey) -> PathBuf {
+    bundle.join(format!("x-exec-{}.json", key.exec.as_ref().map_or("", ExecId::as_str)))
+}
+
+/// Environment variables hold secrets: nobody else may read them.
+fn blocking_write(path: &Path, text: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(text)
+}

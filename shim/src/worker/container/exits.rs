@@ -1,0 +1,76 @@
+//! The exit of a process: told to the world, in its order.
+//!
+//! ```text
+//!  exit of an added process ─▶ (outputs flushed) ─▶ oom? ─▶ exit
+//!  exit of init ─▶ start told? ─▶ rest killed ─▶ added processes ended ─▶ oom? ─▶ exit
+//! ```
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::kill::kill_rest;
+use super::{Announce, Change, Container, Event, Exit, Fact, Happening, Phase, ProcessKey};
+use crate::worker::Worker;
+use crate::worker::cause::Cause;
+
+/// Takes in that a process has ended.
+pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: ProcessKey, exit: Exit) -> Change {
+    let Ok(container) = worker.registry.get(key.container.as_str()) else { return Change::default() };
+    if container.process(&key, |process| process.exit().is_some()).unwrap_or(true) {
+        return Change::default();
+    }
+    log::info!(container:% = key.container, exec:% = key.exec.as_ref().map_or("", |exec| exec.as_str()), status = exit.status; "process exited");
+    container.observe(&key, Fact::Reaped(exit));
+    // Its start is told first, by the request that is under way.
+    let started = container
+        .until("start", START_WITHIN, |record| record.process(&key).is_none_or(|process| !matches!(process.phase, Phase::Starting { .. })));
+    if let Err(error) = started.await {
+        log::error!(container:% = key.container, error:% = error.chain(); "the runtime does not end a start");
+    }
+    if key.exec.is_none() {
+        init_exited(cause, &container).await;
+    }
+    for pump in container.pumps_of(&key) {
+        pump.flush(FLUSH_WITHIN).await;
+    }
+    let mut change = Change { save: Some(Rc::clone(&container)), ..Change::default() };
+    change.events.extend(out_of_memory(&container));
+    if container.observe(&key, Fact::Settled).contains(&Announce::Exit) {
+        let event = container.process(&key, |process| Event::exited(&key, process, exit));
+        change.events.extend(event);
+    }
+    change.wakes.push((key, Ok(exit)));
+    change
+}
+
+/// Sees to it that nobody of the container outlives its init, nor is told of after it.
+async fn init_exited(cause: &Cause, container: &Rc<Container>) {
+    let is_alone = container.record().execs.values().all(|process| !process.phase.is_under_way());
+    if container.record().shared_pid_namespace {
+        kill_rest(cause, container).await;
+    } else if is_alone {
+        return;
+    }
+    let alone = container
+        .until("end of the added processes", EXECS_WITHIN, |record| record.execs.values().all(|process| !process.phase.is_under_way()));
+    if let Err(error) = alone.await {
+        log::warn!(container:% = container.id, error:% = error.chain(); "an added process outlives init");
+    }
+}
+
+/// What the kernel's counter says that was not told yet. The caller commits the record.
+pub(super) fn out_of_memory(container: &Container) -> Option<Event> {
+    let kills = container.record().cgroup.oom_kills()?;
+    if kills <= container.record().oom_kills {
+        return None;
+    }
+    container.record_mut().oom_kills = kills;
+    log::info!(container:% = container.id, kills; "out of memory");
+    Some(Event::new(container, Happening::OutOfMemory))
+}
+
+/// A runtime's start takes milliseconds; one that hangs must not keep an exit back for ever.
+const START_WITHIN: Duration = Duration::from_secs(600);
+/// How long the exit of init waits for those of the processes that were added.
+const EXECS_WITHIN: Duration = Duration::from_secs(10);
+/// How long an exit waits for its output to reach a file.
+pub(super) const FLUSH_WITHIN: Duration = Duration::from_secs(1);

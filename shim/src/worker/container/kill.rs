@@ -1,0 +1,89 @@
+//! Kill: a signal for a process, or for all of a container.
+use std::rc::Rc;
+
+use super::create::at;
+use super::{Change, Container, Phase, ProcessKey, Reply, Request, Target};
+use crate::cgroup::Cgroup;
+use crate::engine::{Engine, Verb};
+use crate::handover::Op;
+use crate::worker::Worker;
+use crate::worker::cause::{Cause, step};
+use crate::worker::error::Error;
+
+/// What a client asks for.
+#[derive(Debug, Clone)]
+pub(in crate::worker) struct KillCall {
+    pub(in crate::worker) target: Target,
+    pub(in crate::worker) signal: u32,
+    /// Every process of the container. Of an added process it means that one alone, as with containerd's own shim.
+    pub(in crate::worker) all: bool,
+}
+
+/// Signals.
+pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: KillCall) -> Result<Change, Error> {
+    let signal = match i32::try_from(call.signal) {
+        Ok(number @ 1..=64) => number,
+        _ => return Err(Error::Signal { number: call.signal }),
+    };
+    let container = worker.registry.get(&call.target.id)?;
+    let key = container.key(&call.target.exec)?;
+    container.admit(&key, Request::Kill)?;
+    if container.process(&key, |process| process.pid)?.is_none() {
+        return Err(Error::NotStarted { key });
+    }
+    let was_paused = container.record().init.phase == Phase::Paused;
+    let is_init = key.exec.is_none();
+    if call.all && is_init && signal != nix::libc::SIGKILL {
+        return by_engine(cause, &container, signal).await;
+    }
+    match cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal }).await {
+        Ok(()) => {}
+        Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => return Err(Error::Finished { key }),
+        Err(error) => return Err(error),
+    }
+    if signal == nix::libc::SIGKILL && is_init && (call.all || was_paused) {
+        // Of a frozen container nobody dies before it is thawed, and without init nobody else lives on.
+        kill_rest(cause, &container).await;
+    }
+    Ok(Change::reply(Reply::Empty))
+}
+
+/// Sends SIGKILL to everything in a container, frozen or not. What does not work is logged.
+pub(super) async fn kill_rest(cause: &Cause, container: &Rc<Container>) {
+    let (cgroup, engine) = {
+        let record = container.record();
+        (record.cgroup.clone(), record.engine.clone())
+    };
+    if cgroup != Cgroup::default() {
+        if let Err(error) = cgroup.kill_all() {
+            log::warn!(container:% = container.id, error:%; "cannot kill all processes of the cgroup");
+        }
+        return;
+    }
+    let spawns = {
+        let record = container.record();
+        [
+            (step::KILL_ALL, Verb::Kill, engine.kill(&at(&record), nix::libc::SIGKILL, true)),
+            (step::THAW, Verb::Resume, engine.resume(&at(&record))),
+        ]
+    };
+    for (step, verb, spawn) in spawns {
+        let result = cause.run(step, spawn).await.and_then(|exited| Ok(engine.interpret(verb, &exited)?));
+        if let Err(error) = result {
+            log::debug!(container:% = container.id, error:% = error.chain(); "cannot kill all processes by the engine");
+        }
+    }
+}
+
+async fn by_engine(cause: &Cause, container: &Rc<Container>, signal: i32) -> Result<Change, Error> {
+    let (engine, spawn) = {
+        let record = container.record();
+        (record.engine.clone(), record.engine.kill(&at(&record), signal, true))
+    };
+    let exited = cause.run(step::ENGINE, spawn).await?;
+    match engine.interpret(Verb::Kill, &exited) {
+        Ok(()) => Ok(Change::reply(Reply::Empty)),
+        Err(crate::engine::EngineError::NotRunning { .. }) => Err(Error::Finished { key: ProcessKey::init(&container.id) }),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,192 @@
+//! Containers: what is known of them, and what each call does.
+//!
+//! Owns the lifecycle of containers and their processes. Knows no protobuf: [`crate::worker::server`] translates.
+//!
+//! ```text
+//!  request ─▶ handler ── operations ──▶ keeper
+//!                │  ▲                     │
+//!                │  └────── outcomes ─────┘
+//!                └─▶ Change ─▶ one commit: record, events, answer
+//! ```
+//!
+//! A handler borrows the record for as long as it does not wait, so that no call holds up another one. What it decides is a
+//! [`Change`], which is applied whole. `docs/decisions/0003-handlers-not-actors.md` says why there is no task per container.
+//!
+//! **Invariant:** what a handler writes into a record before its [`Change`] is a phase in flight, which is never saved, or something
+//! that its replay writes again.
+use std::cell::{Cell, Ref, RefCell, RefMut};
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+mod calls;
+mod change;
+mod create;
+mod delete;
+mod exec;
+mod exits;
+mod id;
+mod journal;
+mod kill;
+mod phase;
+mod queries;
+mod record;
+mod spec;
+mod start;
+mod streams;
+mod tend;
+
+pub(super) use calls::{CheckpointCall, UpdateCall};
+pub(super) use calls::{checkpoint, close_io, pause, resize, resume, update};
+pub(super) use change::{Change, Event, Happening, Reply};
+pub(super) use create::{CreateCall, create};
+pub(super) use delete::{Deleted, delete, delete_for_command};
+pub(super) use exec::{ExecCall, exec};
+pub(super) use exits::exited;
+pub(super) use id::{ContainerId, ExecId, InvalidId, ProcessKey};
+pub(super) use journal::path as journal_path;
+pub(super) use kill::{KillCall, kill};
+pub(super) use phase::{Announce, Exit, Fact, Phase, Refused, Request};
+pub(super) use queries::{StateOf, Status, pids, recorded_pids, state_of, stats, wait};
+pub(super) use record::{Process, Record, Streams};
+pub(super) use spec::SpecError;
+pub(super) use start::start;
+pub(super) use tend::tend;
+
+use super::error::Error;
+use super::pump::Pump;
+
+/// The process that a client speaks of, in its own words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) id: String,
+    /// Empty for init.
+    pub(super) exec: String,
+}
+
+/// A container that exists.
+#[derive(Debug)]
+pub(super) struct Container {
+    pub(super) id: ContainerId,
+    record: RefCell<Record>,
+    /// Told whenever the record has changed.
+    changed: Notify,
+    /// A Delete of init is under way.
+    deleting: Cell<bool>,
+    /// How the Delete of init was answered.
+    deleted: Cell<Option<Deleted>>,
+    /// What accompanies the container while this worker lives.
+    company: RefCell<Company>,
+}
+
+/// What accompanies a container while this worker lives; made anew by the next one.
+#[derive(Debug, Default)]
+struct Company {
+    /// The watch for want of memory.
+    oom: Option<tokio::task::AbortHandle>,
+    /// Outputs that go into files.
+    pumps: Vec<(ProcessKey, Rc<Pump>)>,
+}
+
+impl Container {
+    pub(super) fn new(record: Record) -> Rc<Self> {
+        Rc::new(Self {
+            id: record.id.clone(),
+            record: RefCell::new(record),
+            changed: Notify::new(),
+            deleting: Cell::new(false),
+            deleted: Cell::new(None),
+            company: RefCell::default(),
+        })
+    }
+
+    pub(super) fn record(&self) -> Ref<'_, Record> {
+        self.record.borrow()
+    }
+
+    fn record_mut(&self) -> RefMut<'_, Record> {
+        self.record.borrow_mut()
+    }
+
+    /// Tells those who wait that the record has changed.
+    pub(super) fn changed(&self) {
+        self.changed.notify_waiters();
+    }
+
+    pub(super) fn is_deleted(&self) -> bool {
+        self.deleted.get().is_some()
+    }
+
+    /// The key of a process of this container, if there is such a process.
+    pub(super) fn key(&self, exec: &str) -> Result<ProcessKey, Error> {
+        if exec.is_empty() {
+            return Ok(ProcessKey::init(&self.id));
+        }
+        match self.record().execs.get_key_value(exec) {
+            Some((exec, _)) => Ok(ProcessKey::exec(&self.id, exec)),
+            None => Err(Error::NoProcess { id: self.id.clone(), exec: exec.to_owned() }),
+        }
+    }
+
+    /// Looks at a process that a key of [`Container::key`] names; absent if it was deleted in between.
+    fn process<T>(&self, key: &ProcessKey, look: impl FnOnce(&Process) -> T) -> Result<T, Error> {
+        self.record().process(key).map(look).ok_or_else(|| gone(key))
+    }
+
+    fn phase(&self, key: &ProcessKey) -> Result<Phase, Error> {
+        self.process(key, |process| process.phase)
+    }
+
+    /// Refuses a request that does not fit the phase of a process.
+    fn admit(&self, key: &ProcessKey, request: Request) -> Result<(), Error> {
+        self.phase(key)?.admit(request).map_err(|source| Error::Refused { key: key.clone(), source })
+    }
+
+    /// Folds in what happened to a process, and tells those who wait for it. Returns what the world has to be told.
+    fn observe(&self, key: &ProcessKey, fact: Fact) -> &'static [Announce] {
+        let mut said: &'static [Announce] = &[];
+        if let Some(process) = self.record_mut().process_mut(key) {
+            (process.phase, said) = process.phase.observe(fact);
+        }
+        self.changed.notify_waiters();
+        said
+    }
+
+    /// Waits until the record fits; the wait has a name and an end.
+    async fn until(&self, what: &str, within: Duration, fits: impl Fn(&Record) -> bool) -> Result<(), Error> {
+        let wait = async {
+            loop {
+                // Before the look, so that no change is missed.
+                let changed = self.changed.notified();
+                if fits(&self.record()) {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(within, wait)
+            .await
+            .map_err(|_| Error::TimedOut { waiting_for: format!("container {}: {what}", self.id), seconds: within.as_secs() })
+    }
+
+    /// The pumps of a process.
+    fn pumps_of(&self, key: &ProcessKey) -> Vec<Rc<Pump>> {
+        self.company.borrow().pumps.iter().filter(|(of, _)| of == key).map(|(_, pump)| Rc::clone(pump)).collect()
+    }
+}
+
+impl Drop for Company {
+    fn drop(&mut self) {
+        if let Some(task) = &self.oom {
+            task.abort();
+        }
+    }
+}
+
+fn gone(key: &ProcessKey) -> Error {
+    match &key.exec {
+        Some(exec) => Error::NoProcess { id: key.container.clone(), exec: exec.to_string() },
+        None => Error::NoContainer { id: key.container.to_string() },
+    }
+}

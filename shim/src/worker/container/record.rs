@@ -1,0 +1,121 @@
+//! What is known of a container and saved with the keeper: the next worker starts from it.
+//!
+//! **Invariant:** fields are only ever added, each with a default: another version of the worker reads it.
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{ContainerId, ExecId, Exit, Phase, ProcessKey};
+use crate::cgroup::Cgroup;
+use crate::engine::CommandEngine;
+use crate::options::RuntimeOptions;
+
+/// A container and its processes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) version: u32,
+    pub(crate) id: ContainerId,
+    pub(crate) bundle: PathBuf,
+    /// The root filesystem.
+    pub(crate) rootfs: PathBuf,
+    /// Where the shim mounted the root filesystem, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mounted: Option<PathBuf>,
+    pub(crate) engine: CommandEngine,
+    pub(crate) options: RuntimeOptions,
+    #[serde(default)]
+    pub(crate) shared_pid_namespace: bool,
+    #[serde(default)]
+    pub(crate) cgroup: Cgroup,
+    /// The kernel's count of killings for want of memory, as last published.
+    #[serde(default)]
+    pub(crate) oom_kills: u64,
+    /// The files of a checkpoint from which Start makes the container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) restore: Option<PathBuf>,
+    /// The engine knows nothing of the container: it was not restored yet, or is deleted.
+    #[serde(default)]
+    pub(crate) unknown_to_engine: bool,
+    /// As Update set them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) annotations: BTreeMap<String, String>,
+    pub(crate) init: Process,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) execs: BTreeMap<ExecId, Process>,
+}
+
+/// Version of the records that this binary writes.
+pub(crate) const VERSION: u32 = 1;
+
+/// A container's init, or a process that was added.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Process {
+    pub(crate) phase: Phase,
+    /// Its pid, from the moment it exists; kept after its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pid: Option<u32>,
+    pub(crate) stdio: Streams,
+    /// The terminal's size, if the client has set one: rows and columns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) size: Option<(u16, u16)>,
+    /// The client will write no more to stdin.
+    #[serde(default)]
+    pub(crate) stdin_closed: bool,
+    /// Files that were made for it, to be removed with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) files: Vec<PathBuf>,
+}
+
+/// The streams of a process in the client's own words.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Streams {
+    pub(crate) stdin: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) terminal: bool,
+}
+
+impl Process {
+    pub(crate) fn new(stdio: Streams) -> Self {
+        Self { phase: Phase::Created, pid: None, stdio, size: None, stdin_closed: false, files: Vec::new() }
+    }
+
+    /// How it ended, once that was told.
+    pub(crate) fn exit(&self) -> Option<Exit> {
+        self.phase.exit()
+    }
+}
+
+impl Record {
+    /// The process that a key names.
+    pub(crate) fn process(&self, key: &ProcessKey) -> Option<&Process> {
+        match &key.exec {
+            None => Some(&self.init),
+            Some(exec) => self.execs.get(exec),
+        }
+    }
+
+    pub(crate) fn process_mut(&mut self, key: &ProcessKey) -> Option<&mut Process> {
+        match &key.exec {
+            None => Some(&mut self.init),
+            Some(exec) => self.execs.get_mut(exec),
+        }
+    }
+
+    /// The keys of all its processes, init first.
+    pub(crate) fn keys(&self) -> Vec<ProcessKey> {
+        let mut keys = vec![ProcessKey::init(&self.id)];
+        keys.extend(self.execs.keys().map(|exec| ProcessKey::exec(&self.id, exec)));
+        keys
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a struct of strings and numbers has a JSON form")
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(bytes)
+    }
+}

@@ -1,0 +1,146 @@
+//! What the shim itself needs to know of a bundle's `config.json`. Everything else in it is the engine's.
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::worker::error::Code;
+
+/// The few fields of a runtime specification that matter here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Spec {
+    /// The root filesystem, absolute.
+    pub(crate) rootfs: PathBuf,
+    /// No pid namespace of its own: processes can outlive init.
+    pub(crate) shared_pid_namespace: bool,
+}
+
+/// A bundle that cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SpecError {
+    #[error("open {}", path.display())]
+    Missing { path: PathBuf, source: io::Error },
+    #[error("{}: longer than {MAX_BYTES} bytes", path.display())]
+    TooLong { path: PathBuf },
+    #[error("{} is not a runtime specification", path.display())]
+    Malformed { path: PathBuf, source: serde_json::Error },
+    #[error("{}: ociVersion {version:?} is not supported, only 1.x is", path.display())]
+    Version { path: PathBuf, version: String },
+    #[error("{}: root.path is missing", path.display())]
+    NoRoot { path: PathBuf },
+    #[error("root filesystem {}", path.display())]
+    NoRootfs { path: PathBuf, source: io::Error },
+}
+
+impl SpecError {
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::Missing { source, .. } | Self::NoRootfs { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
+            Self::Missing { .. } | Self::NoRootfs { .. } => Code::Internal,
+            Self::TooLong { .. } | Self::Malformed { .. } | Self::Version { .. } | Self::NoRoot { .. } => Code::InvalidArgument,
+        }
+    }
+}
+
+impl Spec {
+    /// Reads `config.json` of `bundle`, which lives on the daemon's own tmpfs.
+    pub(crate) fn blocking_read(bundle: &Path) -> Result<Self, SpecError> {
+        let path = bundle.join("config.json");
+        let missing = |source| SpecError::Missing { path: path.clone(), source };
+        let mut text = Vec::new();
+        File::open(&path).map_err(missing)?.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(missing)?;
+        if text.len() as u64 > MAX_BYTES {
+            return Err(SpecError::TooLong { path });
+        }
+        let config = serde_json::from_slice::<Config>(&text).map_err(|source| SpecError::Malformed { path: path.clone(), source })?;
+        if !config.oci_version.starts_with("1.") {
+            return Err(SpecError::Version { path, version: config.oci_version });
+        }
+        let Some(root) = config.root.map(|root| root.path).filter(|root| !root.as_os_str().is_empty()) else {
+            return Err(SpecError::NoRoot { path });
+        };
+        let has_own = |namespace: &Namespace| namespace.kind == "pid" && namespace.path.is_empty();
+        let shared_pid_namespace = !config.linux.and_then(|linux| linux.namespaces).is_some_and(|all| all.iter().any(has_own));
+        Ok(Self { rootfs: bundle.join(root), shared_pid_namespace })
+    }
+
+    /// Says so if the root filesystem, by now mounted, is not there.
+    pub(crate) fn blocking_check_rootfs(&self) -> Result<(), SpecError> {
+        match self.rootfs.metadata() {
+            Ok(about) if about.is_dir() => Ok(()),
+            Ok(_) => Err(SpecError::NoRootfs { path: self.rootfs.clone(), source: io::ErrorKind::NotADirectory.into() }),
+            Err(source) => Err(SpecError::NoRootfs { path: self.rootfs.clone(), source }),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Config {
+    oci_version: String,
+    root: Option<Root>,
+    linux: Option<Linux>,
+}
+
+#[derive(Deserialize)]
+struct Root {
+    #[serde(default)]
+    path: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Linux {
+    namespaces: Option<Vec<Namespace>>,
+}
+
+#[derive(Deserialize)]
+struct Namespace {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    path: String,
+}
+
+const MAX_BYTES: u64 = 16 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(config: &str) -> Result<Spec, SpecError> {
+        let bundle = std::env::temp_dir().join(format!("x-spec-{}-{:?}", std::process::id(), std::thread::current().id()));
+        std::fs::create_dir_all(&bundle).expect("a temporary folder");
+        std::fs::write(bundle.join("config.json"), config).expect("a file");
+        let spec = Spec::blocking_read(&bundle);
+        std::fs::remove_dir_all(&bundle).expect("removal");
+        spec.map(|spec| Spec { rootfs: spec.rootfs.strip_prefix(&bundle).map(Path::to_owned).unwrap_or(spec.rootfs), ..spec })
+    }
+
+    #[test]
+    fn a_pid_namespace_is_shared_unless_a_new_one_is_asked_for() {
+        for (namespaces, shared) in
+            [(r#"[{"type":"pid"}]"#, false), (r#"[{"type":"pid","path":"/proc/1/ns/pid"}]"#, true), (r#"[{"type":"ipc"}]"#, true)]
+        {
+            let text = format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},"linux":{{"namespaces":{namespaces}}}}}"#);
+            let expected = Spec { rootfs: "rootfs".into(), shared_pid_namespace: shared };
+            assert_eq!(read(&text).expect("a specification"), expected);
+        }
+    }
+
+    #[test]
+    fn a_bundle_that_cannot_be_run_is_refused_with_a_code() {
+        for (text, code) in [
+            ("", Code::InvalidArgument),
+            ("[]", Code::InvalidArgument),
+            (r#"{"root":{"path":"rootfs"}}"#, Code::InvalidArgument),
+            (r#"{"ociVersion":"2.0.0","root":{"path":"rootfs"}}"#, Code::InvalidArgument),
+            (r#"{"ociVersion":"1.0.0"}"#, Code::InvalidArgument),
+            (r#"{"ociVersion":"1.0.0","root":{}}"#, Code::InvalidArgument),
+        ] {
+            assert_eq!(read(text).expect_err(text).code(), code, "{text}");
+        }
+        let error = Spec::blocking_read(Path::new("/nowhere")).expect_err("there is no such bundle");
+        assert_eq!(error.code(), Code::NotFound);
+    }
+}

@@ -1,0 +1,114 @@
+//! Start: the user's program runs, as a container's init or as a process that was added to it.
+use std::rc::Rc;
+
+use super::create::{ProcessFiles, at, find_cgroup};
+use super::streams::Plan;
+use super::{Change, Container, Event, Fact, Happening, ProcessKey, Reply, Request, Target, journal};
+use crate::engine::{self, CriuOptions, Engine, Verb};
+use crate::handover::Op;
+use crate::worker::Worker;
+use crate::worker::cause::{Cause, step};
+use crate::worker::error::Error;
+
+/// Starts a process that was created or added.
+pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target: Target) -> Result<Change, Error> {
+    let container = worker.registry.get(&target.id)?;
+    let key = container.key(&target.exec)?;
+    container.refuse_while_deleting()?;
+    container.admit(&key, Request::Start)?;
+    if key.exec.is_some() {
+        container.admit(&ProcessKey::init(&container.id), Request::Exec)?;
+    }
+    container.observe(&key, Fact::StartAsked);
+    let result = match &key.exec {
+        Some(_) => start_added(worker, cause, &container, &key).await,
+        None if container.record().restore.is_some() => restore(worker, cause, &container, &key).await,
+        None => start_init(cause, &container).await,
+    };
+    match result {
+        Ok(change) => Ok(change),
+        Err(error) => {
+            container.observe(&key, Fact::StartFailed);
+            // So that it can be started again: an added process opens its streams at its start. Those of init stay.
+            let releases = if key.exec.is_some() { vec![key] } else { Vec::new() };
+            Ok(Change { releases, ..Change::refuse(error) })
+        }
+    }
+}
+
+async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, Error> {
+    let (engine, spawn) = {
+        let record = container.record();
+        (record.engine.clone(), record.engine.start(&at(&record)))
+    };
+    let exited = cause.run(step::ENGINE, spawn).await?;
+    engine.interpret(Verb::Start, &exited)?;
+    let pid = container.record().init.pid.unwrap_or(0);
+    container.observe(&ProcessKey::init(&container.id), Fact::Started);
+    Ok(Change::save(container, Reply::Pid(Some(pid))).event(Event::new(container, Happening::Started { pid })))
+}
+
+/// Makes the container from a checkpoint, running.
+async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
+    let record = container.record().clone();
+    let files = ProcessFiles::new(worker, cause, &record);
+    let restore = engine::Restore {
+        image_path: record.restore.as_deref().unwrap_or(&record.bundle),
+        work_path: record.options.criu_work_path.as_deref(),
+        pid_file: &files.pid_file,
+        console_socket: record.init.stdio.terminal.then_some(&files.console_socket),
+        stdio_key: &key.to_string(),
+        options: CriuOptions::default(),
+    };
+    let spawn = record.engine.restore(&at(&record), &restore);
+    let pid = files.run(cause, spawn, &record.engine, Verb::Restore).await?;
+    let restored = {
+        let mut record = container.record_mut();
+        find_cgroup(&mut record, pid);
+        record.init.pid = Some(pid);
+        record.init.files.push(files.pid_file);
+        record.unknown_to_engine = false;
+        record.restore = None;
+        record.clone()
+    };
+    // The container runs by now: without its pid in the journal it is still known to the engine.
+    if let Err(error) = journal::write(worker, cause, step::JOURNAL_AGAIN, &restored).await {
+        log::warn!(container:% = container.id, error:% = error.chain(); "cannot write the journal");
+    }
+    container.observe(key, Fact::Started);
+    let change = Change { claim: Some((key.clone(), pid)), ..Change::save(container, Reply::Pid(Some(pid))) };
+    Ok(change.event(Event::new(container, Happening::Started { pid })))
+}
+
+async fn start_added(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
+    let (record, process) = {
+        let record = container.record();
+        (record.clone(), record.process(key).cloned().ok_or_else(|| super::gone(key))?)
+    };
+    let plan = Plan::blocking_read(key, &process.stdio, &record.options)?;
+    plan.open(worker, cause, &record).await?;
+    let text = key.to_string();
+    if let Some((rows, columns)) = process.size {
+        cause.perform(step::RESIZE, Op::Resize { key: text.clone(), rows, columns }).await?;
+    }
+    if process.stdin_closed {
+        cause.perform(step::CLOSE_STDIN, Op::CloseStdin { key: text.clone() }).await?;
+    }
+    let files = ProcessFiles::new(worker, cause, &record);
+    let exec = engine::Exec {
+        process_file: &super::exec::process_file(&record.bundle, key),
+        pid_file: &files.pid_file,
+        console_socket: process.stdio.terminal.then_some(&files.console_socket),
+        stdio_key: &text,
+    };
+    let spawn = record.engine.exec(&at(&record), &exec);
+    let pid = files.run(cause, spawn, &record.engine, Verb::Exec).await?;
+    if let Some(process) = container.record_mut().process_mut(key) {
+        process.pid = Some(pid);
+        process.files.push(files.pid_file);
+    }
+    container.observe(key, Fact::Started);
+    let exec = key.exec.as_ref().map(ToString::to_string).unwrap_or_default();
+    let change = Change { claim: Some((key.clone(), pid)), ..Change::save(container, Reply::Pid(Some(pid))) };
+    Ok(change.event(Event::new(container, Happening::ExecStarted { exec, pid })))
+}

@@ -1,0 +1,144 @@
+//! The streams of a process about to start: what the keeper is asked to open, and the loggers that read from it.
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{ProcessKey, Record, Streams};
+use crate::handover::{Fd, Op, Output, Spawn, Stdio, Step, Stream};
+use crate::options::RuntimeOptions;
+use crate::stdio_uri::{Logger, StdioUri};
+use crate::worker::Worker;
+use crate::worker::cause::{Cause, Started, step};
+use crate::worker::error::Error;
+use crate::worker::pump;
+
+/// The streams of a process, read and checked.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    key: ProcessKey,
+    stdin: Option<PathBuf>,
+    stdout: StdioUri,
+    stderr: StdioUri,
+    terminal: bool,
+}
+
+/// A logger, and which outputs it reads.
+struct Hired {
+    logger: Logger,
+    stdout: bool,
+    stderr: bool,
+}
+
+impl Plan {
+    /// Reads what the client wants.
+    pub(super) fn read(key: &ProcessKey, streams: &Streams) -> Result<Self, Error> {
+        Ok(Self {
+            key: key.clone(),
+            stdin: StdioUri::parse_stdin(&streams.stdin)?,
+            stdout: StdioUri::parse("stdout", &streams.stdout)?,
+            // Both outputs of a terminal are one.
+            stderr: if streams.terminal { StdioUri::None } else { StdioUri::parse("stderr", &streams.stderr)? },
+            terminal: streams.terminal,
+        })
+    }
+
+    /// Reads what the client wants, and refuses a logger that must not run.
+    pub(super) fn blocking_read(key: &ProcessKey, streams: &Streams, options: &RuntimeOptions) -> Result<Self, Error> {
+        let plan = Self::read(key, streams)?;
+        for hired in plan.loggers() {
+            hired.logger.blocking_admit(&options.loggers)?;
+        }
+        Ok(plan)
+    }
+
+    /// The outputs that go into files, with their paths.
+    pub(super) fn files(&self) -> Vec<(Stream, PathBuf)> {
+        let file = |stream, uri: &StdioUri| match uri {
+            StdioUri::File(path) => Some((stream, path.clone())),
+            StdioUri::None | StdioUri::Fifo(_) | StdioUri::Binary(_) => None,
+        };
+        file(Stream::Stdout, &self.stdout).into_iter().chain(file(Stream::Stderr, &self.stderr)).collect()
+    }
+
+    fn loggers(&self) -> Vec<Hired> {
+        match (&self.stdout, &self.stderr) {
+            (StdioUri::Binary(logger), StdioUri::Binary(other)) if logger == other => {
+                vec![Hired { logger: logger.clone(), stdout: true, stderr: true }]
+            }
+            (stdout, stderr) => {
+                let hired = |uri: &StdioUri, is_stdout: bool| match uri {
+                    StdioUri::Binary(logger) => Some(Hired { logger: logger.clone(), stdout: is_stdout, stderr: !is_stdout }),
+                    StdioUri::None | StdioUri::Fifo(_) | StdioUri::File(_) => None,
+                };
+                hired(stdout, true).into_iter().chain(hired(stderr, false)).collect()
+            }
+        }
+    }
+
+    /// Has the streams opened and the loggers started. Whoever gets an error releases the key.
+    pub(super) async fn open(&self, worker: &Worker, cause: &Cause, record: &Record) -> Result<(), Error> {
+        for (_, path) in self.files() {
+            let file = path.clone();
+            let opened = tokio::task::spawn_blocking(move || pump::blocking_open(&file).map(drop)).await;
+            opened.map_err(std::io::Error::other).flatten().map_err(|source| Error::Io { op: "open", path, source })?;
+        }
+        cause.perform(step::OPEN_STDIO, Op::OpenStdio(self.stdio(record))).await?;
+        for (number, hired) in (0..).zip(self.loggers()) {
+            self.hire(worker, cause, step::LOGGERS + number, hired, record).await?;
+        }
+        Ok(())
+    }
+
+    fn stdio(&self, record: &Record) -> Stdio {
+        let output = |uri: &StdioUri| match uri {
+            StdioUri::None => Output::None,
+            StdioUri::Fifo(path) => Output::Fifo(text(path)),
+            StdioUri::File(_) | StdioUri::Binary(_) => Output::Pipe,
+        };
+        Stdio {
+            key: self.key.to_string(),
+            stdin: self.stdin.as_ref().map(text),
+            stdout: output(&self.stdout),
+            stderr: output(&self.stderr),
+            terminal: self.terminal,
+            uid: record.options.io_uid,
+            gid: record.options.io_gid,
+            spill_bytes: record.options.spill_bytes,
+            spill_folder: text(&record.bundle),
+        }
+    }
+
+    async fn hire(&self, worker: &Worker, cause: &Cause, at: Step, hired: Hired, record: &Record) -> Result<(), Error> {
+        let Hired { logger, stdout, stderr } = hired;
+        let key = self.key.to_string();
+        let read = |wanted, stream| if wanted { Fd::ReadEnd(key.clone(), stream) } else { Fd::Null };
+        // As containerd's own shim: of an added process, its own id.
+        let id = self.key.exec.as_ref().map_or_else(|| self.key.container.to_string(), ToString::to_string);
+        let own = [("CONTAINER_ID", id.as_str()), ("CONTAINER_NAMESPACE", worker.settings.namespace.as_str())];
+        let environment = own.into_iter().chain(logger.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        let spawn = Spawn {
+            key: key.clone(),
+            argv: [text(&logger.path)].iter().chain(&logger.arguments).map(|argument| argument.clone().into_bytes()).collect(),
+            env: environment.map(|(name, value)| format!("{name}={value}").into_bytes()).collect(),
+            cwd: text(&record.bundle),
+            fds: vec![Fd::Null, Fd::Null, Fd::Null, read(stdout, Stream::Stdout), read(stderr, Stream::Stderr), Fd::Ready],
+            reports_pid: false,
+            console_socket: None,
+        };
+        let path = logger.path.clone();
+        let ready = tokio::time::timeout(LOGGER_WITHIN, cause.start(at, spawn)).await.map_err(|_| Error::TimedOut {
+            waiting_for: format!("readiness of logger {}", path.display()),
+            seconds: LOGGER_WITHIN.as_secs(),
+        })??;
+        match ready {
+            Started::Ready { byte } if byte || !logger.ready_by_byte => Ok(()),
+            Started::Ready { .. } => Err(Error::LoggerSilent { path }),
+            Started::Ended { status } => Err(Error::LoggerEnded { path, status }),
+        }
+    }
+}
+
+fn text(path: &PathBuf) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+const LOGGER_WITHIN: Duration = Duration::from_secs(60);

@@ -1,0 +1,92 @@
+//! What accompanies a container while a worker lives, made to fit its record: after every change, and when a worker begins.
+use std::rc::Rc;
+
+use super::exits::out_of_memory;
+use super::streams::Plan;
+use super::{Change, Container, Phase, ProcessKey};
+use crate::cgroup::{Cgroup, OomWake};
+use crate::worker::Worker;
+use crate::worker::pump::Pump;
+
+/// Makes what should be there and is not.
+pub(in crate::worker) fn tend(worker: &Rc<Worker>, container: &Rc<Container>) {
+    watch_memory(worker, container);
+    pump_files(worker, container);
+}
+
+fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
+    let record = container.record();
+    let mut company = container.company.borrow_mut();
+    match record.init.phase {
+        Phase::Exited(_) => {
+            if let Some(task) = company.oom.take() {
+                task.abort();
+            }
+            return;
+        }
+        Phase::Created | Phase::Starting { .. } | Phase::Running | Phase::Paused | Phase::Dying(_) => {}
+    }
+    if company.oom.is_some() || record.cgroup == Cgroup::default() {
+        return;
+    }
+    let mut watch = match record.cgroup.watch_oom() {
+        Ok(watch) => watch,
+        Err(error) => {
+            // The counter is still looked at before each exit.
+            log::warn!(container:% = container.id, error:%; "cannot watch for want of memory");
+            return;
+        }
+    };
+    let (worker, watched) = (Rc::clone(worker), Rc::clone(container));
+    let task = tokio::task::spawn_local(async move {
+        loop {
+            // The counter may have grown before the watch was there.
+            if watched.record().init.exit().is_none()
+                && let Some(event) = out_of_memory(&watched)
+            {
+                worker.apply(None, Change { save: Some(Rc::clone(&watched)), ..Change::default() }.event(event));
+            }
+            match watch.changed().await {
+                OomWake::Changed => {}
+                OomWake::Gone => return,
+            }
+        }
+    });
+    company.oom = Some(task.abort_handle());
+}
+
+fn pump_files(worker: &Rc<Worker>, container: &Rc<Container>) {
+    let record = container.record();
+    for key in record.keys() {
+        let Some(process) = record.process(&key) else { continue };
+        let has_streams = key.exec.is_none() || process.phase != Phase::Created;
+        let is_known = container.company.borrow().pumps.iter().any(|(of, _)| *of == key);
+        if !has_streams || is_known {
+            continue;
+        }
+        // Read once already, when the streams were opened.
+        let Ok(plan) = Plan::read(&key, &process.stdio) else { continue };
+        let files = plan.files();
+        if files.is_empty() {
+            continue;
+        }
+        match Pump::start(worker, key.clone(), files) {
+            Ok(pump) => container.company.borrow_mut().pumps.push((key, pump)),
+            Err(error) => log::error!(container:% = key, error:%; "cannot make a pump: output stays in its pipe until the next worker"),
+        }
+    }
+}
+
+impl Container {
+    /// Waits, for a while, until what the container's processes have written is in the files.
+    pub(super) async fn flush_pumps(&self) {
+        let pumps: Vec<_> = self.company.borrow().pumps.iter().map(|(_, pump)| Rc::clone(pump)).collect();
+        for pump in pumps {
+            pump.flush(super::exits::FLUSH_WITHIN).await;
+        }
+    }
+
+    pub(super) fn drop_pumps(&self, key: &ProcessKey) {
+        self.company.borrow_mut().pumps.retain(|(of, _)| of != key);
+    }
+}

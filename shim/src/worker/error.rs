@@ -1,0 +1,144 @@
+//! Why a request fails.
+//!
+//! **Invariant:** this is the only place where an error becomes a code of the wire.
+use std::io;
+use std::path::PathBuf;
+
+use super::container::{ContainerId, InvalidId, ProcessKey, Refused, Request, SpecError};
+use crate::engine::{EngineError, EngineNotFound};
+use crate::options::OptionsError;
+use crate::rootfs::MountError;
+use crate::stdio_uri::{LoggerRefused, StdioError};
+
+/// A request that fails.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("container {id:?} not found")]
+    NoContainer { id: String },
+    #[error("process {exec:?} of container {id} not found")]
+    NoProcess { id: ContainerId, exec: String },
+    #[error("container {id} already exists")]
+    Exists { id: ContainerId },
+    #[error("process {key} already exists")]
+    ProcessExists { key: ProcessKey },
+    #[error("process {key}")]
+    Refused { key: ProcessKey, source: Refused },
+    #[error("process {key}: process already finished")]
+    Finished { key: ProcessKey },
+    #[error("process {key}: process not started")]
+    NotStarted { key: ProcessKey },
+    #[error("container {id} is being deleted")]
+    Deleting { id: ContainerId },
+    #[error("{source}")]
+    Id { source: InvalidId },
+    #[error("signal {number}: not between 1 and 64")]
+    Signal { number: u32 },
+    #[error("payload of {method}")]
+    Payload { method: &'static str, source: protobuf::Error },
+    #[error("request")]
+    Envelope { source: protobuf::Error },
+    #[error("payload of {method}")]
+    Json { method: &'static str, source: serde_json::Error },
+    #[error("{what} is not a valid value: {value:?}")]
+    Value { what: &'static str, value: String },
+    #[error("method {service}/{method} is not implemented")]
+    NoMethod { service: String, method: String },
+    #[error("{method} was not begun in the time that its client gave it")]
+    Expired { method: String },
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    #[error(transparent)]
+    LoggerRefused(#[from] LoggerRefused),
+    #[error("logger {}: ended before it was ready (status {status})", path.display())]
+    LoggerEnded { path: PathBuf, status: u32 },
+    #[error("logger {}: closed its ready pipe without a word", path.display())]
+    LoggerSilent { path: PathBuf },
+    #[error(transparent)]
+    NoEngine(#[from] EngineNotFound),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Rootfs(#[from] MountError),
+    #[error("{op} {}", path.display())]
+    Io { op: &'static str, path: PathBuf, source: io::Error },
+    /// An operation of the keeper.
+    #[error("{what}")]
+    Keeper { what: String, source: io::Error },
+    #[error("{doing}: the keeper answered something else")]
+    Outcome { doing: &'static str },
+    #[error("{waiting_for} took longer than {seconds} s")]
+    TimedOut { waiting_for: String, seconds: u64 },
+    #[error("no terminal arrived on {}", socket.display())]
+    NoTerminal { socket: PathBuf },
+}
+
+/// The codes of the wire that this shim uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Code {
+    Unknown,
+    InvalidArgument,
+    DeadlineExceeded,
+    NotFound,
+    AlreadyExists,
+    FailedPrecondition,
+    Unimplemented,
+    Internal,
+}
+
+impl Error {
+    /// What a program makes of it. No `_` arm: a new variant must choose.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::NoContainer { .. } | Self::NoProcess { .. } | Self::Finished { .. } => Code::NotFound,
+            Self::Exists { .. } | Self::ProcessExists { .. } => Code::AlreadyExists,
+            // containerd and its clients take "not found" for "already dead".
+            Self::Refused { source: Refused { request: Request::Kill, .. }, .. } => Code::NotFound,
+            Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } => Code::FailedPrecondition,
+            Self::Id { .. }
+            | Self::Signal { .. }
+            | Self::Payload { .. }
+            | Self::Envelope { .. }
+            | Self::Json { .. }
+            | Self::Value { .. }
+            | Self::Options(_)
+            | Self::Stdio(_)
+            | Self::LoggerRefused(_)
+            | Self::NoEngine(_) => Code::InvalidArgument,
+            Self::Spec(error) => error.code(),
+            Self::NoMethod { .. } => Code::Unimplemented,
+            Self::Expired { .. } | Self::TimedOut { .. } => Code::DeadlineExceeded,
+            Self::Engine(EngineError::NoContainer { .. }) => Code::NotFound,
+            Self::Engine(EngineError::NotRunning { .. }) => Code::FailedPrecondition,
+            Self::Engine(EngineError::Unsupported { .. }) => Code::Unimplemented,
+            // containerd's own shim says "unknown" of whatever a runtime complains about, and clients match the text after it.
+            Self::Engine(EngineError::Failed { .. }) => Code::Unknown,
+            Self::LoggerEnded { .. } | Self::LoggerSilent { .. } => Code::FailedPrecondition,
+            Self::Io { source, .. } | Self::Keeper { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
+            // As for a mount in use: the client may try again.
+            Self::Rootfs(MountError::Busy { .. }) => Code::FailedPrecondition,
+            Self::Rootfs(_) | Self::Io { .. } | Self::Keeper { .. } | Self::Outcome { .. } | Self::NoTerminal { .. } => Code::Internal,
+        }
+    }
+
+    /// What a client sees: this error and its sources, joined once by ": ".
+    pub(crate) fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            source = error.source();
+        }
+        text
+    }
+}
+
+impl From<InvalidId> for Error {
+    fn from(source: InvalidId) -> Self {
+        Self::Id { source }
+    }
+}

@@ -1,0 +1,212 @@
+//! The socket to the keeper.
+//!
+//! Owns the framing, the one queue of what is sent, and who waits for the outcome of which operation.
+//!
+//! **Invariant:** messages leave in the order in which they were given to [`Link::commit`] and [`Link::operation`], which never wait.
+//! What was given is as good as done: if this worker dies before it has left, the next one is given the same causes again.
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, oneshot};
+
+use super::fault::{Direction, Faults};
+use crate::handover::{Cause, Commit, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker, VERSION};
+use crate::sys::descriptors;
+
+/// What became of an operation, with the descriptor that came along.
+pub(crate) type Answer = (Outcome, Option<OwnedFd>);
+
+/// The end of a link. The worker leaves with it: there is nobody to work for.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LinkError {
+    #[error("the keeper is gone")]
+    Closed,
+    #[error("talk to the keeper")]
+    Io { source: io::Error },
+    #[error("message of the keeper: {length} bytes are more than {MAX_MESSAGE_BYTES}")]
+    TooLong { length: usize },
+    #[error("message of the keeper")]
+    Malformed { source: Malformed },
+}
+
+/// The sending side, and the table of those who wait.
+#[derive(Debug)]
+pub(crate) struct Link {
+    socket: UnixStream,
+    queue: RefCell<Vec<u8>>,
+    queued: Notify,
+    waiting: RefCell<BTreeMap<(Cause, Step), oneshot::Sender<Answer>>>,
+    faults: Faults,
+}
+
+impl Link {
+    /// Takes over the worker's end of the socketpair and says hello.
+    pub(crate) fn new(socket: UnixStream, build: &str, faults: Faults) -> Rc<Self> {
+        let link = Self { socket, queue: RefCell::default(), queued: Notify::new(), waiting: RefCell::default(), faults };
+        link.send(&ToKeeper::Hello { version: VERSION, build: build.to_owned() }.encode());
+        Rc::new(link)
+    }
+
+    /// Ends a step. See [`Commit`].
+    pub(crate) fn commit(&self, commit: Commit) {
+        self.send(&ToKeeper::Commit(commit).encode());
+    }
+
+    /// Asks for an operation at once; its outcome is waited for by awaiting what is returned.
+    ///
+    /// Dropping the wait does not take the operation back.
+    pub(crate) fn operation(&self, cause: Cause, step: Step, op: Op) -> impl Future<Output = Answer> + use<> {
+        let (sender, receiver) = oneshot::channel();
+        let before = self.waiting.borrow_mut().insert((cause, step), sender);
+        debug_assert!(before.is_none_or(|sender| sender.is_closed()), "step {step} of cause {cause} was asked for twice");
+        self.send(&ToKeeper::Operation { cause, step, op }.encode());
+        async move {
+            match receiver.await {
+                Ok(answer) => answer,
+                // Only the end of the link drops a sender, and the worker with it.
+                Err(_) => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Writes what is queued whenever the socket takes it. Runs as a task of its own; ends with the link.
+    pub(crate) async fn write_queue(self: Rc<Self>) {
+        loop {
+            while !self.queue.borrow().is_empty() {
+                if self.socket.writable().await.is_err() {
+                    return;
+                }
+                let mut queue = self.queue.borrow_mut();
+                match self.socket.try_write(&queue) {
+                    Ok(count) => drop(queue.drain(..count)),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(_) => return,
+                }
+                if queue.is_empty() && queue.capacity() > KEPT_BYTES {
+                    *queue = Vec::new();
+                }
+            }
+            self.queued.notified().await;
+        }
+    }
+
+    fn send(&self, frame: &[u8]) {
+        self.faults.around_send(&self.socket, &self.queue, frame);
+        let mut queue = self.queue.borrow_mut();
+        // Mostly the socket has room: no copy, no wake-up.
+        let sent = if queue.is_empty() { self.socket.try_write(frame).unwrap_or(0) } else { 0 };
+        if sent < frame.len() {
+            queue.extend_from_slice(&frame[sent..]);
+            self.queued.notify_one();
+        }
+        drop(queue);
+        self.faults.after_send(&self.socket, &self.queue);
+    }
+
+    fn finish(&self, cause: Cause, step: Step, answer: Answer) {
+        match self.waiting.borrow_mut().remove(&(cause, step)) {
+            Some(sender) => drop(sender.send(answer)),
+            None => log::debug!(cause, step; "outcome of an operation that nobody waits for"),
+        }
+    }
+}
+
+/// The receiving side.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    link: Rc<Link>,
+    /// What was read and not yet taken; `taken` bytes at its start are done with.
+    buffer: Vec<u8>,
+    taken: usize,
+    descriptors: VecDeque<OwnedFd>,
+}
+
+impl Incoming {
+    pub(crate) fn new(link: Rc<Link>) -> Self {
+        Self { link, buffer: Vec::new(), taken: 0, descriptors: VecDeque::new() }
+    }
+
+    /// Waits for the next message that is not the outcome of an operation; those are handed to who asked. Can be
+    /// dropped at any time without losing one.
+    pub(crate) async fn next(&mut self) -> Result<ToWorker, LinkError> {
+        loop {
+            while let Some(message) = self.take_frame()? {
+                match message {
+                    ToWorker::Done { cause, step, outcome } => {
+                        let descriptor = matches!(outcome, Outcome::Descriptor).then(|| self.descriptors.pop_front()).flatten();
+                        self.link.finish(cause, step, (outcome, descriptor));
+                        self.link.faults.after(Direction::In);
+                    }
+                    message => return Ok(message),
+                }
+            }
+            self.read().await?;
+        }
+    }
+
+    /// Tells the fault injection that the message that [`Incoming::next`] gave was acted on.
+    pub(crate) fn acted(&self) {
+        self.link.faults.after(Direction::In);
+    }
+
+    fn take_frame(&mut self) -> Result<Option<ToWorker>, LinkError> {
+        let rest = &self.buffer[self.taken..];
+        let Some(head) = rest.first_chunk::<4>() else { return Ok(None) };
+        let length = u32::from_le_bytes(*head) as usize;
+        if length > MAX_MESSAGE_BYTES {
+            return Err(LinkError::TooLong { length });
+        }
+        let Some(frame) = rest.get(4..4 + length) else { return Ok(None) };
+        self.link.faults.before(Direction::In);
+        let message = ToWorker::decode(frame).map_err(|source| LinkError::Malformed { source })?;
+        self.taken += 4 + length;
+        if self.taken == self.buffer.len() {
+            self.taken = 0;
+            self.buffer.clear();
+            self.buffer.shrink_to(KEPT_BYTES);
+        }
+        Ok(Some(message))
+    }
+
+    async fn read(&mut self) -> Result<(), LinkError> {
+        self.buffer.drain(..self.taken);
+        self.taken = 0;
+        let missing = match self.buffer.first_chunk::<4>() {
+            Some(head) => 4 + u32::from_le_bytes(*head) as usize - self.buffer.len(),
+            None => 4 - self.buffer.len(),
+        };
+        let wanted = self.link.faults.limit_read(&self.buffer, missing).unwrap_or_else(|| missing.max(READ_BYTES));
+        let start = self.buffer.len();
+        let result = loop {
+            // Nothing is half done while this waits, so that a wait for a message can be given up.
+            self.link.socket.readable().await.map_err(|source| LinkError::Io { source })?;
+            self.buffer.resize(start + wanted, 0);
+            let socket = &self.link.socket;
+            let result = socket.try_io(Interest::READABLE, || descriptors::receive(socket.as_fd(), &mut self.buffer[start..]));
+            match result {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.buffer.truncate(start),
+                result => break result,
+            }
+        };
+        let (count, descriptor) = match result {
+            Ok((0, _)) => return Err(LinkError::Closed),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(LinkError::Closed),
+            Err(source) => return Err(LinkError::Io { source }),
+        };
+        self.buffer.truncate(start + count);
+        self.descriptors.extend(descriptor);
+        self.link.faults.after_read(&self.buffer);
+        Ok(())
+    }
+}
+
+/// How much is read at once.
+const READ_BYTES: usize = 4 << 10;
+/// The largest buffer that is kept while nothing is in it.
+const KEPT_BYTES: usize = 16 << 10;

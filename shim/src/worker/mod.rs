@@ -1,0 +1,328 @@
+//! The worker: everything of the shim that has features, and may die at any time.
+//!
+//! Owns the meaning of requests and exits: the task service, the lifecycle of containers, what an event says. What cannot be done
+//! twice it has done by the keeper; what it decides it commits there.
+//!
+//! ```text
+//!  link ──Request──▶ server ──Call──▶ container ──Change──▶ apply ──Commit──▶ link
+//!   │                                    ▲  │
+//!   ├─────────────Exit───────────────────┘  └──operations──▶ link
+//!   └─State (at the start)──▶ registry
+//! ```
+//!
+//! One thread; a task for each request and each exit. A handler runs up to its first wait in the moment in which its message is
+//! taken from the link, so that what is admitted, and what is observed, follows the order of the messages.
+//!
+//! **Invariant:** a worker that dies leaves nothing undone that the next one would not do: side effects of its own can be repeated,
+//! everything else is an operation of the keeper.
+use std::cell::Cell;
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::task::{Context, Waker};
+use std::time::Duration;
+
+use tokio::task::LocalSet;
+
+mod cause;
+mod container;
+mod error;
+mod events;
+mod fault;
+mod link;
+mod pump;
+mod registry;
+mod server;
+
+use self::cause::Cause;
+use self::container::{Change, Container, Exit, ProcessKey, Record, Reply};
+use self::error::Error;
+use self::link::{Incoming, Link, LinkError};
+use self::registry::Registry;
+use self::server::{Call, Inbound};
+use crate::handover::{Claim, Commit, ProcessExit, Step, ToWorker};
+use crate::journal_body::ProcessIdentity;
+use crate::settings::Settings;
+
+/// Runs a worker on its end of the socketpair, until the keeper is gone.
+pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .thread_stack_size(BLOCKING_STACK_BYTES)
+        .thread_keep_alive(BLOCKING_KEEP_ALIVE)
+        .build();
+    let result = runtime.map_err(|source| LinkError::Io { source }).and_then(|runtime| {
+        let life = LocalSet::new();
+        life.block_on(&runtime, live(settings, link))
+    });
+    match result {
+        // Nobody is left to work for. Threads that a disk holds up end with the process.
+        Ok(()) | Err(LinkError::Closed) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!(error:%; "worker ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What all handlers share.
+#[derive(Debug)]
+struct Worker {
+    settings: Settings,
+    link: Rc<Link>,
+    registry: Registry,
+    keeper: Cell<ProcessIdentity>,
+    /// Steps of operations that belong to no cause.
+    own_steps: Cell<Step>,
+}
+
+async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
+    let faults = fault::Faults::from_environment(&settings.control_path);
+    let socket = UnixStream::from(link);
+    let socket = socket.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(socket));
+    let link = Link::new(socket.map_err(|source| LinkError::Io { source })?, env!("CARGO_PKG_VERSION"), faults);
+    tokio::task::spawn_local(Rc::clone(&link).write_queue());
+    let mut incoming = Incoming::new(Rc::clone(&link));
+    let worker = Rc::new(Worker { settings, link, registry: Registry::default(), keeper: Cell::default(), own_steps: Cell::new(0) });
+    worker.catch_up(&mut incoming).await?;
+    loop {
+        let message = incoming.next().await?;
+        worker.take(message);
+        incoming.acted();
+    }
+}
+
+impl Worker {
+    /// Takes in what is known, then what is unanswered, then what has happened.
+    async fn catch_up(self: &Rc<Self>, incoming: &mut Incoming) -> Result<(), LinkError> {
+        let mut backlog = Vec::new();
+        let mut doubtful = Vec::new();
+        loop {
+            match incoming.next().await? {
+                ToWorker::Welcome { keeper_pid, life, .. } => {
+                    self.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
+                    log::debug!(life, keeper = keeper_pid; "worker begins");
+                }
+                ToWorker::State { key, value } => match Record::decode(&value) {
+                    Ok(record) => self.registry.insert(&Container::new(record)),
+                    Err(error) => log::error!(container:% = key, error:%; "cannot read the state of a container"),
+                },
+                ToWorker::Request { cause, age_nanos, origin, payload } => {
+                    let inbound = Inbound::parse(&payload, Duration::from_nanos(age_nanos), origin);
+                    if inbound.left == Some(Duration::ZERO) && inbound.call.as_ref().is_ok_and(Call::must_be_ended) {
+                        let cause = self.cause(cause);
+                        doubtful.push((cause.number(), tokio::task::spawn_local(async move { cause.was_begun().await })));
+                    }
+                    backlog.push(Pending::Request(cause, inbound));
+                }
+                ToWorker::Exit { cause, exit } => backlog.push(Pending::Exit(cause, exit)),
+                ToWorker::CaughtUp => break,
+                ToWorker::Done { .. } => {}
+            }
+            incoming.acted();
+        }
+        // Whoever began what has expired must end it; the others must not begin it. What comes meanwhile comes later.
+        let mut begun = Vec::new();
+        for (cause, answer) in doubtful {
+            tokio::pin!(answer);
+            let was_begun = loop {
+                tokio::select! {
+                    biased;
+                    result = &mut answer => break result.unwrap_or(true),
+                    message = incoming.next() => match message? {
+                        ToWorker::Request { cause, age_nanos, origin, payload } => {
+                            let inbound = Inbound::parse(&payload, Duration::from_nanos(age_nanos), origin);
+                            backlog.push(Pending::Request(cause, inbound));
+                        }
+                        ToWorker::Exit { cause, exit } => backlog.push(Pending::Exit(cause, exit)),
+                        ToWorker::Welcome { .. } | ToWorker::State { .. } | ToWorker::CaughtUp | ToWorker::Done { .. } => {}
+                    },
+                }
+            };
+            if was_begun {
+                begun.push(cause);
+            }
+        }
+        for container in self.registry.all() {
+            container::tend(self, &container);
+        }
+        for pending in backlog {
+            match pending {
+                Pending::Request(cause, inbound) => {
+                    let was_begun = begun.contains(&cause);
+                    launch(Rc::clone(self).serve(self.cause(cause), inbound, was_begun));
+                }
+                Pending::Exit(cause, exit) => self.take(ToWorker::Exit { cause, exit }),
+            }
+        }
+        incoming.acted();
+        Ok(())
+    }
+
+    fn take(self: &Rc<Self>, message: ToWorker) {
+        match message {
+            ToWorker::Request { cause, age_nanos, origin, payload } => {
+                let inbound = Inbound::parse(&payload, Duration::from_nanos(age_nanos), origin);
+                launch(Rc::clone(self).serve(self.cause(cause), inbound, false));
+            }
+            ToWorker::Exit { cause, exit } => launch(Rc::clone(self).exited(self.cause(cause), exit)),
+            ToWorker::Welcome { .. } | ToWorker::State { .. } | ToWorker::CaughtUp | ToWorker::Done { .. } => {
+                log::warn!("a message out of turn");
+            }
+        }
+    }
+
+    fn cause(&self, number: crate::handover::Cause) -> Cause {
+        Cause::new(Rc::clone(&self.link), number)
+    }
+
+    /// For operations that belong to no request and no exit, and are not remembered.
+    fn own_cause(&self) -> Cause {
+        self.cause(0)
+    }
+
+    fn own_step(&self) -> Step {
+        self.own_steps.set(self.own_steps.get() + 1);
+        self.own_steps.get()
+    }
+
+    async fn serve(self: Rc<Self>, cause: Cause, inbound: Inbound, was_begun: bool) {
+        let Inbound { method, left, call } = inbound;
+        let result = match call {
+            Ok(_) if left == Some(Duration::ZERO) && !was_begun => Err(Error::Expired { method: method.clone() }),
+            Ok(call) => {
+                if call.must_be_ended() && !was_begun {
+                    cause.begin();
+                }
+                self.perform(&cause, call).await
+            }
+            Err(error) => Err(error),
+        };
+        let change = result.unwrap_or_else(Change::refuse);
+        if let Some(Err(error)) = &change.reply {
+            log::info!(method:%, error:% = error.chain(); "request refused");
+        }
+        self.apply(Some(Ending::Request(cause.number())), change);
+    }
+
+    async fn perform(self: &Rc<Self>, cause: &Cause, call: Call) -> Result<Change, Error> {
+        match call {
+            Call::State(target) => {
+                let container = self.registry.get(&target.id)?;
+                let key = container.key(&target.exec)?;
+                let state = container::state_of(&container.record(), &key);
+                let state = state.ok_or(Error::NoContainer { id: target.id })?;
+                Ok(Change { reply: Some(Ok(Reply::State(Box::new(state)))), ..Change::default() })
+            }
+            Call::Create(call) => container::create(self, cause, *call).await,
+            Call::Start(target) => container::start(self, cause, target).await,
+            Call::Delete(target) => container::delete(self, cause, target).await,
+            Call::Pids(id) => {
+                let pids = container::pids(&*self.registry.get(&id)?);
+                Ok(Change { reply: Some(Ok(Reply::Pids(pids))), ..Change::default() })
+            }
+            Call::Pause(id) => container::pause(self, cause, id).await,
+            Call::Resume(id) => container::resume(self, cause, id).await,
+            Call::Checkpoint(call) => container::checkpoint(self, cause, *call).await,
+            Call::Kill(call) => container::kill(self, cause, call).await,
+            Call::Exec(call) => container::exec(self, *call),
+            Call::Resize { target, rows, columns } => container::resize(self, cause, target, rows, columns).await,
+            Call::CloseIo { target, stdin } => container::close_io(self, cause, target, stdin).await,
+            Call::Update(call) => container::update(self, cause, call).await,
+            Call::Wait(target) => container::wait(self, &target),
+            Call::Stats(id) => container::stats(self, &id),
+            Call::Connect(id) => {
+                let task_pid = self.registry.get(&id).ok().and_then(|container| container.record().init.pid);
+                Ok(Change { reply: Some(Ok(Reply::Connect { task_pid })), ..Change::default() })
+            }
+            Call::Shutdown => Ok(Change { reply: Some(Ok(Reply::Empty)), leave: self.registry.is_empty(), ..Change::default() }),
+            Call::DeleteForCommand(id) => container::delete_for_command(self, cause, id).await,
+        }
+    }
+
+    async fn exited(self: Rc<Self>, cause: Cause, exit: ProcessExit) {
+        let change = match ProcessKey::parse(&exit.key) {
+            Ok(key) => container::exited(&self, &cause, key, Exit { status: exit.status, at_nanos: exit.at_nanos }).await,
+            Err(error) => {
+                log::warn!(key:% = exit.key, error:%; "exit of a process that this shim does not know");
+                Change::default()
+            }
+        };
+        self.apply(Some(Ending::Exit(cause.number())), change);
+    }
+
+    /// Tells the keeper what was decided, and lets it be so here.
+    fn apply(self: &Rc<Self>, ending: Option<Ending>, mut change: Change) {
+        let keeper_pid = self.keeper.get().pid;
+        let mut commit = Commit { leave: change.leave, ..Commit::default() };
+        // A container that was deleted while a handler waited is not brought back, nor heard of again.
+        if change.save.as_ref().is_some_and(|container| container.is_deleted()) {
+            (change.save, change.events) = (None, Vec::new());
+        }
+        if let Some(container) = &change.save {
+            let record = container.record();
+            commit.state.push((record.id.to_string(), Some(record.encode())));
+            commit.ready = server::ready(&record, keeper_pid);
+            commit.claims.extend(change.claim.map(|(key, pid)| Claim {
+                journal: key.exec.is_none().then(|| container::journal_path(&record.bundle).to_string_lossy().into_owned()),
+                key: key.to_string(),
+                pid,
+            }));
+        }
+        commit.state.extend(change.remove.iter().map(|container| (container.id.to_string(), None)));
+        commit.events = change.events.into_iter().map(|event| events::encode(event, &self.settings.namespace)).collect();
+        commit.wakes = change
+            .wakes
+            .into_iter()
+            .map(|(key, result)| (key.to_string(), server::response(result.map(Reply::Exit), keeper_pid)))
+            .collect();
+        commit.releases = change.releases.iter().map(ToString::to_string).collect();
+        match ending {
+            Some(Ending::Request(cause)) => {
+                commit.parks = change.park.iter().map(|key| (cause, key.to_string())).collect();
+                commit.answers = change.reply.map(|reply| (cause, server::response(reply, keeper_pid))).into_iter().collect();
+            }
+            Some(Ending::Exit(cause)) => commit.ends.push(cause),
+            None => {}
+        }
+        self.link.commit(commit);
+        if let Some(container) = &change.remove {
+            self.registry.remove(&container.id);
+            container.changed();
+        }
+        if let Some(container) = change.save {
+            self.registry.insert(&container);
+            container.changed();
+            container::tend(self, &container);
+        }
+    }
+}
+
+/// What came before a worker had caught up.
+enum Pending {
+    Request(crate::handover::Cause, Inbound),
+    Exit(crate::handover::Cause, ProcessExit),
+}
+
+/// What a change ends.
+#[derive(Debug, Clone, Copy)]
+enum Ending {
+    Request(crate::handover::Cause),
+    Exit(crate::handover::Cause),
+}
+
+/// Runs `work` up to its first wait now, and the rest as a task of its own.
+fn launch(work: impl Future<Output = ()> + 'static) {
+    let mut work = Box::pin(work);
+    // A wake-up before the task exists is not lost: a new task is polled in any case.
+    if work.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
+        drop(tokio::task::spawn_local(work));
+    }
+}
+
+/// Threads for work that a disk can hold up: mounts, files of output.
+const BLOCKING_STACK_BYTES: usize = 256 << 10;
+const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(1);

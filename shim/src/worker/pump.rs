@@ -1,0 +1,317 @@
+//! Outputs that go into files: `file://`.
+//!
+//! Owns a thread for each process that has such outputs, which splices from the pipe that the keeper holds to the file. A hung disk
+//! holds up that thread, and with it one container, never the keeper.
+//!
+//! ```text
+//!  container ─▶ pipe (the keeper holds it) ─▶ splice ─▶ file, at its end
+//! ```
+//!
+//! What a killed worker had not spliced is still in the pipe, for the next one. The file is never opened for appending: splice(2)
+//! refuses that; its end is sought before each turn instead, so that a file that somebody cut short goes on at its new end.
+//!
+//! On a full disk the container is held up for [`STALL_WITHIN`]; from then on its output is thrown away, counted and told of,
+//! until the disk takes it again: a workload is worth more than its log.
+//!
+//! **Invariant:** both outputs of a process that go into the same file go through one description of it.
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{SpliceFFlags, splice};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use tokio::sync::watch;
+
+use super::Worker;
+use super::container::ProcessKey;
+use crate::handover::{Op, Stream};
+
+/// The pump of a process, running. Dropping it moves what is there and ends it.
+#[derive(Debug)]
+pub(super) struct Pump {
+    orders: Arc<Orders>,
+    /// How many flushes are done; closed when everything is in the files.
+    flushed: watch::Receiver<u64>,
+}
+
+/// What a pump's thread is asked for.
+#[derive(Debug)]
+struct Orders {
+    bell: EventFd,
+    flushes: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl Pump {
+    /// Starts to move the outputs of a process into files.
+    pub(super) fn start(worker: &Rc<Worker>, key: ProcessKey, files: Vec<(Stream, PathBuf)>) -> io::Result<Rc<Self>> {
+        let (sender, flushed) = watch::channel(0);
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let orders = Arc::new(Orders { bell, flushes: AtomicU64::new(0), stop: AtomicBool::new(false) });
+        let pump = Rc::new(Self { orders: Arc::clone(&orders), flushed });
+        let worker = Rc::clone(worker);
+        tokio::task::spawn_local(async move {
+            let mut sources = Vec::new();
+            for (stream, path) in files {
+                match worker.own_cause().descriptor(worker.own_step(), Op::ReadEnd { key: key.to_string(), stream }).await {
+                    Ok(Some(end)) => sources.push((end, path)),
+                    Ok(None) => {}
+                    Err(error) => log::error!(container:% = key, error:% = error.chain(); "cannot get an output to move it"),
+                }
+            }
+            if sources.is_empty() {
+                return;
+            }
+            let name = key.to_string();
+            let run = move || Thread::new(name, sources, orders, sender).run();
+            if let Err(error) = std::thread::Builder::new().name("pump".into()).stack_size(STACK_BYTES).spawn(run) {
+                log::error!(container:% = key, error:%; "cannot start a pump");
+            }
+        });
+        Ok(pump)
+    }
+
+    /// Waits, for a while at most, until what was written so far is in the files.
+    pub(super) async fn flush(&self, within: Duration) {
+        let wanted = self.orders.flushes.fetch_add(1, Ordering::SeqCst) + 1;
+        self.orders.ring();
+        let mut flushed = self.flushed.clone();
+        if tokio::time::timeout(within, flushed.wait_for(|done| *done >= wanted)).await.is_err() {
+            log::warn!("outputs are slow to reach their files");
+        }
+    }
+}
+
+impl Drop for Pump {
+    fn drop(&mut self) {
+        self.orders.stop.store(true, Ordering::SeqCst);
+        self.orders.ring();
+    }
+}
+
+impl Orders {
+    fn ring(&self) {
+        // A full counter rings as well.
+        let _ = self.bell.write(1);
+    }
+}
+
+/// Opens a file for output, making it and its folder.
+pub(super) fn blocking_open(path: &Path) -> io::Result<File> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    File::options().write(true).create(true).truncate(false).mode(0o644).custom_flags(nix::libc::O_NOCTTY).open(path)
+}
+
+/// The work of a pump.
+struct Thread {
+    key: String,
+    sources: Vec<Source>,
+    targets: Vec<Target>,
+    orders: Arc<Orders>,
+    flushed: watch::Sender<u64>,
+}
+
+struct Source {
+    pipe: File,
+    target: usize,
+    ended: bool,
+}
+
+struct Target {
+    path: PathBuf,
+    file: Option<File>,
+    /// Since when it takes nothing, and when it is tried again.
+    failing: Option<(Instant, Instant)>,
+    lost_bytes: u64,
+}
+
+/// What became of a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Moved,
+    Empty,
+    Stalled,
+}
+
+impl Thread {
+    fn new(key: String, pipes: Vec<(OwnedFd, PathBuf)>, orders: Arc<Orders>, flushed: watch::Sender<u64>) -> Self {
+        let (mut sources, mut targets): (Vec<_>, Vec<Target>) = (Vec::new(), Vec::new());
+        for (pipe, path) in pipes {
+            let known = targets.iter().position(|target| target.path == path);
+            let target = known.unwrap_or_else(|| {
+                targets.push(Target { path, file: None, failing: None, lost_bytes: 0 });
+                targets.len() - 1
+            });
+            sources.push(Source { pipe: pipe.into(), target, ended: false });
+        }
+        Self { key, sources, targets, orders, flushed }
+    }
+
+    fn run(mut self) {
+        while self.sources.iter().any(|source| !source.ended) {
+            let stop = self.orders.stop.load(Ordering::SeqCst);
+            let flushes = self.orders.flushes.load(Ordering::SeqCst);
+            let mut stalled = false;
+            for index in 0..self.sources.len() {
+                while !self.sources[index].ended {
+                    match self.turn(index) {
+                        Turn::Moved => {}
+                        Turn::Empty => break,
+                        Turn::Stalled => {
+                            stalled = true;
+                            break;
+                        }
+                    }
+                }
+            }
+            if !stalled {
+                self.flushed.send_replace(flushes);
+            }
+            if stop {
+                break;
+            }
+            self.wait();
+        }
+        for target in &self.targets {
+            target.tell_loss(&self.key);
+        }
+    }
+
+    /// Waits for output, or for an order, or for a failing file's time.
+    fn wait(&self) {
+        let mut fds = vec![PollFd::new(self.orders.bell.as_fd(), PollFlags::POLLIN)];
+        let mut until: Option<Instant> = None;
+        for source in self.sources.iter().filter(|source| !source.ended) {
+            match self.targets[source.target].failing {
+                Some((_, retry_at)) => until = Some(until.map_or(retry_at, |until| until.min(retry_at))),
+                None => fds.push(PollFd::new(source.pipe.as_fd(), PollFlags::POLLIN)),
+            }
+        }
+        let timeout = until.map(|until| until.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
+        let timeout = timeout.and_then(|timeout| PollTimeout::try_from(timeout).ok()).unwrap_or(PollTimeout::NONE);
+        // Interrupted is as good as a wake.
+        let _ = poll(&mut fds, timeout);
+        let _ = self.orders.bell.read();
+    }
+
+    fn turn(&mut self, index: usize) -> Turn {
+        let source = &mut self.sources[index];
+        let target = &mut self.targets[source.target];
+        let now = Instant::now();
+        if target.failing.is_some_and(|(_, retry_at)| retry_at > now) {
+            return Turn::Stalled;
+        }
+        match target.take(&source.pipe) {
+            Ok(0) => {
+                source.ended = true;
+                Turn::Empty
+            }
+            Ok(_) => {
+                if target.failing.take().is_some() {
+                    target.tell_loss(&self.key);
+                    target.lost_bytes = 0;
+                    log::info!(container:% = self.key, path:% = target.path.display(); "file of output takes bytes again");
+                }
+                Turn::Moved
+            }
+            Err(Errno::EAGAIN) => Turn::Empty,
+            Err(Errno::EINTR) => Turn::Moved,
+            Err(error) => target.failed(&self.key, &source.pipe, error, now),
+        }
+    }
+}
+
+impl Target {
+    /// Moves what is in a pipe. 0: the pipe has ended.
+    fn take(&mut self, pipe: &File) -> Result<usize, Errno> {
+        if self.file.is_none() {
+            self.file = Some(blocking_open(&self.path).map_err(errno)?);
+        }
+        let Some(file) = &mut self.file else { return Err(Errno::EBADF) };
+        // A device has no end.
+        let _ = file.seek(SeekFrom::End(0));
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        match splice(pipe, None, &*file, None, TURN_BYTES, flags) {
+            // A file that cannot be spliced to: some devices and file systems.
+            Err(Errno::EINVAL) => copy(pipe, file),
+            result => result,
+        }
+    }
+
+    fn failed(&mut self, key: &str, pipe: &File, error: Errno, now: Instant) -> Turn {
+        let since = match self.failing {
+            Some((since, _)) => since,
+            None => {
+                log::warn!(container:% = key, path:% = self.path.display(), error:%; "cannot write output into its file, will retry");
+                now
+            }
+        };
+        self.failing = Some((since, now + RETRY_AFTER));
+        if now.duration_since(since) >= STALL_WITHIN {
+            if self.lost_bytes == 0 {
+                log::error!(container:% = key, path:% = self.path.display(), error:%; "output is thrown away until its file can be written");
+            }
+            self.lost_bytes += throw_away(pipe);
+        }
+        Turn::Stalled
+    }
+
+    fn tell_loss(&self, key: &str) {
+        if self.lost_bytes > 0 {
+            log::error!(container:% = key, path:% = self.path.display(), lost_bytes = self.lost_bytes; "output was lost");
+        }
+    }
+}
+
+/// Moves bytes through memory. A worker killed in between loses up to a page.
+fn copy(mut pipe: &File, file: &mut File) -> Result<usize, Errno> {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut fds, PollTimeout::ZERO)? == 0 {
+        return Err(Errno::EAGAIN);
+    }
+    let mut page = [0; 4096];
+    let count = pipe.read(&mut page).map_err(errno)?;
+    file.write_all(&page[..count]).map_err(errno)?;
+    Ok(count)
+}
+
+/// Empties a pipe, and says how much was in it.
+fn throw_away(mut pipe: &File) -> u64 {
+    let mut lost = 0;
+    let mut page = [0; 4096];
+    loop {
+        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::ZERO) {
+            Ok(1..) => {}
+            Ok(_) | Err(_) => return lost,
+        }
+        match pipe.read(&mut page) {
+            Ok(0) | Err(_) => return lost,
+            Ok(count) => lost += count as u64,
+        }
+        if lost >= TURN_BYTES as u64 {
+            return lost;
+        }
+    }
+}
+
+fn errno(error: io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::EIO))
+}
+
+/// The most that one splice moves.
+const TURN_BYTES: usize = 1 << 20;
+const STACK_BYTES: usize = 128 << 10;
+/// How long a container may be held up by a file that takes nothing.
+const STALL_WITHIN: Duration = Duration::from_secs(5);
+const RETRY_AFTER: Duration = Duration::from_millis(100);

@@ -1,0 +1,93 @@
+//! Which containers there are.
+//!
+//! **Invariant:** an id belongs to one container at a time, from the moment when its creation begins.
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::container::{Container, ContainerId};
+use super::error::Error;
+
+/// The containers of this shim.
+#[derive(Debug, Default)]
+pub(super) struct Registry {
+    slots: RefCell<BTreeMap<ContainerId, Option<Rc<Container>>>>,
+    /// Told when a creation has ended.
+    created: Notify,
+}
+
+/// An id whose container is being made. Dropped without a container, it is free again.
+#[derive(Debug)]
+pub(super) struct Reservation<'a> {
+    registry: &'a Registry,
+    id: ContainerId,
+}
+
+impl Registry {
+    /// Takes an id for a container that is being made.
+    pub(super) fn reserve(&self, id: &ContainerId) -> Result<Reservation<'_>, Error> {
+        let mut slots = self.slots.borrow_mut();
+        if slots.contains_key(id) {
+            return Err(Error::Exists { id: id.clone() });
+        }
+        slots.insert(id.clone(), None);
+        Ok(Reservation { registry: self, id: id.clone() })
+    }
+
+    pub(super) fn insert(&self, container: &Rc<Container>) {
+        self.slots.borrow_mut().insert(container.id.clone(), Some(Rc::clone(container)));
+        self.created.notify_waiters();
+    }
+
+    pub(super) fn remove(&self, id: &ContainerId) {
+        self.slots.borrow_mut().remove(id);
+    }
+
+    /// Finds a container that exists.
+    pub(super) fn get(&self, id: &str) -> Result<Rc<Container>, Error> {
+        self.slots.borrow().get(id).and_then(Clone::clone).ok_or_else(|| Error::NoContainer { id: id.to_owned() })
+    }
+
+    /// Waits, for a while at most, while a container of this id is being made.
+    pub(super) async fn until_created(&self, id: &str, within: Duration) {
+        let wait = async {
+            loop {
+                let created = self.created.notified();
+                if !matches!(self.slots.borrow().get(id), Some(None)) {
+                    return;
+                }
+                created.await;
+            }
+        };
+        if tokio::time::timeout(within, wait).await.is_err() {
+            log::warn!(container:% = id; "creation under way takes long");
+        }
+    }
+
+    /// How many there are, those in the making included.
+    pub(super) fn count(&self) -> usize {
+        self.slots.borrow().len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.count() == 0
+    }
+
+    pub(super) fn all(&self) -> Vec<Rc<Container>> {
+        self.slots.borrow().values().flatten().cloned().collect()
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        let mut slots = self.registry.slots.borrow_mut();
+        if matches!(slots.get(&self.id), Some(None)) {
+            slots.remove(&self.id);
+        }
+        drop(slots);
+        self.registry.created.notify_waiters();
+    }
+}

@@ -1,0 +1,127 @@
+//! Answers, put together; ready-made ones among them.
+use containerd_shim_protos::api;
+use protobuf::{EnumOrUnknown, MessageField};
+
+use super::TASK_SERVICES;
+use crate::handover::Ready;
+use crate::options::process_details;
+use crate::worker::container::{Deleted, Record, Reply, StateOf, Status, recorded_pids, state_of};
+use crate::worker::error::{Code, Error};
+use crate::worker::events::{bytes, exited_at, timestamp};
+
+/// Encodes an answer: a ttrpc `Response` message.
+pub(in crate::worker) fn response(result: Result<Reply, Error>, keeper_pid: u32) -> Vec<u8> {
+    let response = match result {
+        Ok(reply) => ttrpc::Response { payload: payload(reply, keeper_pid), ..Default::default() },
+        Err(error) => ttrpc::Response { status: MessageField::some(status(&error)), ..Default::default() },
+    };
+    bytes(&response)
+}
+
+/// Encodes the answers that the keeper may give while no worker does: to Connect, State and Pids.
+pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
+    let id = record.id.to_string();
+    let connect = api::ConnectRequest { id: id.clone(), ..Default::default() };
+    let pids = api::PidsRequest { id: id.clone(), ..Default::default() };
+    let mut answers = vec![
+        ("Connect", bytes(&connect), Reply::Connect { task_pid: record.init.pid }),
+        ("Pids", bytes(&pids), Reply::Pids(recorded_pids(record))),
+    ];
+    for key in record.keys().into_iter().take(1 + MAX_READY_EXECS) {
+        let Some(state) = state_of(record, &key) else { continue };
+        let request = api::StateRequest { id: id.clone(), exec_id: state.exec.clone(), ..Default::default() };
+        answers.push(("State", bytes(&request), Reply::State(Box::new(state))));
+    }
+    let mut ready = Vec::with_capacity(answers.len() * TASK_SERVICES.len());
+    for (method, payload, reply) in answers {
+        let answer = response(Ok(reply), keeper_pid);
+        ready.extend(TASK_SERVICES.map(|service| Ready {
+            key: id.clone(),
+            service: service.to_owned(),
+            method: method.to_owned(),
+            payload: payload.clone(),
+            answer: answer.clone(),
+        }));
+    }
+    ready
+}
+
+fn payload(reply: Reply, keeper_pid: u32) -> Vec<u8> {
+    match reply {
+        Reply::Empty => Vec::new(),
+        // Create's and Start's answers have the same form.
+        Reply::Pid(pid) => bytes(&api::StartResponse { pid: pid.unwrap_or(0), ..Default::default() }),
+        Reply::Deleted(Deleted { pid, exit }) => bytes(&api::DeleteResponse {
+            pid: pid.unwrap_or(0),
+            exit_status: exit.map_or(0, |exit| exit.status),
+            exited_at: exited_at(exit),
+            ..Default::default()
+        }),
+        Reply::DeletedForCommand(Deleted { pid, exit }) => {
+            let (status, at_nanos) = exit.map_or((0, 0), |exit| (exit.status, exit.at_nanos));
+            serde_json::json!({"pid": pid.unwrap_or(0), "status": status, "exited_at": at_nanos}).to_string().into_bytes()
+        }
+        Reply::State(state) => bytes(&state_response(*state)),
+        Reply::Pids(pids) => {
+            let process = |(pid, exec): (u32, Option<String>)| api::ProcessInfo {
+                pid,
+                info: exec.map(|exec| process_details(&exec)).into(),
+                ..Default::default()
+            };
+            bytes(&api::PidsResponse { processes: pids.into_iter().map(process).collect(), ..Default::default() })
+        }
+        Reply::Exit(exit) => bytes(&api::WaitResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(timestamp(exit.at_nanos)),
+            ..Default::default()
+        }),
+        Reply::Connect { task_pid } => bytes(&api::ConnectResponse {
+            shim_pid: keeper_pid,
+            task_pid: task_pid.unwrap_or(0),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        }),
+        Reply::Stats(metrics) => bytes(&api::StatsResponse { stats: MessageField::some(metrics), ..Default::default() }),
+    }
+}
+
+fn state_response(state: StateOf) -> api::StateResponse {
+    let status = match state.status {
+        Status::Created => api::Status::CREATED,
+        Status::Running => api::Status::RUNNING,
+        Status::Paused => api::Status::PAUSED,
+        Status::Stopped => api::Status::STOPPED,
+    };
+    api::StateResponse {
+        id: state.id,
+        bundle: state.bundle.to_string_lossy().into_owned(),
+        pid: state.pid.unwrap_or(0),
+        status: EnumOrUnknown::new(status),
+        stdin: state.stdio.stdin,
+        stdout: state.stdio.stdout,
+        stderr: state.stdio.stderr,
+        terminal: state.stdio.terminal,
+        exit_status: state.exit.map_or(0, |exit| exit.status),
+        exited_at: exited_at(state.exit),
+        exec_id: state.exec,
+        ..Default::default()
+    }
+}
+
+fn status(error: &Error) -> ttrpc::Status {
+    let code = match error.code() {
+        Code::Unknown => ttrpc::Code::UNKNOWN,
+        Code::InvalidArgument => ttrpc::Code::INVALID_ARGUMENT,
+        Code::DeadlineExceeded => ttrpc::Code::DEADLINE_EXCEEDED,
+        Code::NotFound => ttrpc::Code::NOT_FOUND,
+        Code::AlreadyExists => ttrpc::Code::ALREADY_EXISTS,
+        Code::FailedPrecondition => ttrpc::Code::FAILED_PRECONDITION,
+        Code::Unimplemented => ttrpc::Code::UNIMPLEMENTED,
+        Code::Internal => ttrpc::Code::INTERNAL,
+    };
+    ttrpc::Status { code: EnumOrUnknown::new(code), message: error.chain(), ..Default::default() }
+}
+
+/// Of a container with more added processes than this, only the first ones have a ready-made answer to State: they are made at each
+/// change, and daemons ask about init.
+const MAX_READY_EXECS: usize = 64;

@@ -1,0 +1,265 @@
+//! Requests, taken apart.
+use std::path::PathBuf;
+use std::time::Duration;
+
+use containerd_shim_protos::api;
+use protobuf::Message;
+use serde::Deserialize;
+
+use super::TASK_SERVICES;
+use crate::handover::{CONTROL_SERVICE, Origin};
+use crate::options::{CheckpointOptions, RuntimeOptions};
+use crate::rootfs::Mount;
+use crate::worker::container::{CheckpointCall, CreateCall, ExecCall, KillCall, Streams, Target, UpdateCall};
+use crate::worker::error::Error;
+
+/// What a client asks for.
+#[derive(Debug)]
+pub(in crate::worker) enum Call {
+    State(Target),
+    Create(Box<CreateCall>),
+    Start(Target),
+    Delete(Target),
+    Pids(String),
+    Pause(String),
+    Resume(String),
+    Checkpoint(Box<CheckpointCall>),
+    Kill(KillCall),
+    Exec(Box<ExecCall>),
+    Resize {
+        target: Target,
+        rows: u16,
+        columns: u16,
+    },
+    CloseIo {
+        target: Target,
+        stdin: bool,
+    },
+    Update(UpdateCall),
+    Wait(Target),
+    Stats(String),
+    Connect(String),
+    Shutdown,
+    /// The command `delete`, over the control socket.
+    DeleteForCommand(String),
+}
+
+impl Call {
+    /// Whether it must be gone on with once it was begun.
+    pub(in crate::worker) fn must_be_ended(&self) -> bool {
+        match self {
+            Self::Create(_)
+            | Self::Start(_)
+            | Self::Delete(_)
+            | Self::Pause(_)
+            | Self::Resume(_)
+            | Self::Checkpoint(_)
+            | Self::Kill(_)
+            | Self::Update(_)
+            | Self::DeleteForCommand(_) => true,
+            // These end in the breath in which they begin, or nothing is lost with them.
+            Self::State(_)
+            | Self::Pids(_)
+            | Self::Exec(_)
+            | Self::Resize { .. }
+            | Self::CloseIo { .. }
+            | Self::Wait(_)
+            | Self::Stats(_)
+            | Self::Connect(_)
+            | Self::Shutdown => false,
+        }
+    }
+}
+
+/// A request as it came.
+#[derive(Debug)]
+pub(in crate::worker) struct Inbound {
+    pub(in crate::worker) method: String,
+    /// The time that is left of what its client gave it; absent for a client that waits for ever.
+    pub(in crate::worker) left: Option<Duration>,
+    pub(in crate::worker) call: Result<Call, Error>,
+}
+
+impl Inbound {
+    /// Takes a request apart.
+    pub(in crate::worker) fn parse(payload: &[u8], age: Duration, origin: Origin) -> Self {
+        let request = match ttrpc::Request::parse_from_bytes(payload) {
+            Ok(request) => request,
+            Err(source) => return Self { method: String::new(), left: None, call: Err(Error::Envelope { source }) },
+        };
+        let timeout = u64::try_from(request.timeout_nano).ok().filter(|nanos| *nanos > 0).map(Duration::from_nanos);
+        let left = timeout.map(|timeout| timeout.saturating_sub(age));
+        let method = METHODS.iter().find(|method| method.name == request.method && method.is_served(&request.service, origin));
+        let call = match method {
+            Some(method) => (method.read)(&request.payload),
+            None => Err(Error::NoMethod { service: request.service, method: request.method.clone() }),
+        };
+        Self { method: request.method, left, call }
+    }
+}
+
+/// Which service a method belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Service {
+    Task,
+    Control,
+}
+
+struct Method {
+    service: Service,
+    name: &'static str,
+    read: fn(&[u8]) -> Result<Call, Error>,
+}
+
+impl Method {
+    fn is_served(&self, service: &str, origin: Origin) -> bool {
+        match self.service {
+            Service::Task => TASK_SERVICES.contains(&service),
+            Service::Control => service == CONTROL_SERVICE && origin == Origin::Control,
+        }
+    }
+}
+
+/// A method of the task service: its name, its message, and what that asks for.
+macro_rules! task {
+    ($name:literal, $message:ty, $read:expr) => {
+        Method {
+            service: Service::Task,
+            name: $name,
+            read: |payload| {
+                let read: fn($message) -> Result<Call, Error> = $read;
+                read(<$message>::parse_from_bytes(payload).map_err(|source| Error::Payload { method: $name, source })?)
+            },
+        }
+    };
+}
+
+/// Every method of every service.
+const METHODS: &[Method] = &[
+    task!("State", api::StateRequest, |m| Ok(Call::State(Target { id: m.id, exec: m.exec_id }))),
+    task!("Create", api::CreateTaskRequest, create),
+    task!("Start", api::StartRequest, |m| Ok(Call::Start(Target { id: m.id, exec: m.exec_id }))),
+    task!("Delete", api::DeleteRequest, |m| Ok(Call::Delete(Target { id: m.id, exec: m.exec_id }))),
+    task!("Pids", api::PidsRequest, |m| Ok(Call::Pids(m.id))),
+    task!("Pause", api::PauseRequest, |m| Ok(Call::Pause(m.id))),
+    task!("Resume", api::ResumeRequest, |m| Ok(Call::Resume(m.id))),
+    task!("Checkpoint", api::CheckpointTaskRequest, checkpoint),
+    task!("Kill", api::KillRequest, kill),
+    task!("Exec", api::ExecProcessRequest, exec),
+    task!("ResizePty", api::ResizePtyRequest, resize),
+    task!("CloseIO", api::CloseIORequest, |m| Ok(Call::CloseIo { target: Target { id: m.id, exec: m.exec_id }, stdin: m.stdin })),
+    task!("Update", api::UpdateTaskRequest, update),
+    task!("Wait", api::WaitRequest, |m| Ok(Call::Wait(Target { id: m.id, exec: m.exec_id }))),
+    task!("Stats", api::StatsRequest, |m| Ok(Call::Stats(m.id))),
+    task!("Connect", api::ConnectRequest, |m| Ok(Call::Connect(m.id))),
+    task!("Shutdown", api::ShutdownRequest, |_| Ok(Call::Shutdown)),
+    Method { service: Service::Control, name: "Delete", read: delete_for_command },
+];
+
+fn create(message: api::CreateTaskRequest) -> Result<Call, Error> {
+    let mount = |mount: api::Mount| Mount { kind: mount.type_, source: mount.source, target: mount.target, options: mount.options };
+    Ok(Call::Create(Box::new(CreateCall {
+        id: message.id,
+        bundle: PathBuf::from(message.bundle),
+        mounts: message.rootfs.into_iter().map(mount).collect(),
+        stdio: Streams { stdin: message.stdin, stdout: message.stdout, stderr: message.stderr, terminal: message.terminal },
+        checkpoint: message.checkpoint,
+        options: RuntimeOptions::blocking_read(message.options.as_ref())?,
+    })))
+}
+
+fn checkpoint(message: api::CheckpointTaskRequest) -> Result<Call, Error> {
+    let options = CheckpointOptions::read(message.options.as_ref())?;
+    Ok(Call::Checkpoint(Box::new(CheckpointCall { id: message.id, path: message.path, options })))
+}
+
+fn kill(message: api::KillRequest) -> Result<Call, Error> {
+    let target = Target { id: message.id, exec: message.exec_id };
+    Ok(Call::Kill(KillCall { target, signal: message.signal, all: message.all }))
+}
+
+fn exec(message: api::ExecProcessRequest) -> Result<Call, Error> {
+    Ok(Call::Exec(Box::new(ExecCall {
+        id: message.id,
+        exec: message.exec_id,
+        stdio: Streams { stdin: message.stdin, stdout: message.stdout, stderr: message.stderr, terminal: message.terminal },
+        spec: message.spec.into_option().map(|any| any.value).unwrap_or_default(),
+    })))
+}
+
+fn resize(message: api::ResizePtyRequest) -> Result<Call, Error> {
+    let side = |what, value: u32| u16::try_from(value).map_err(|_| Error::Value { what, value: value.to_string() });
+    let (rows, columns) = (side("height", message.height)?, side("width", message.width)?);
+    Ok(Call::Resize { target: Target { id: message.id, exec: message.exec_id }, rows, columns })
+}
+
+fn update(message: api::UpdateTaskRequest) -> Result<Call, Error> {
+    let resources = message.resources.into_option().map(|any| any.value);
+    Ok(Call::Update(UpdateCall { id: message.id, resources, annotations: message.annotations.into_iter().collect() }))
+}
+
+fn delete_for_command(payload: &[u8]) -> Result<Call, Error> {
+    #[derive(Deserialize)]
+    struct Delete {
+        id: String,
+    }
+    let delete: Delete = serde_json::from_slice(payload).map_err(|source| Error::Json { method: "Delete", source })?;
+    Ok(Call::DeleteForCommand(delete.id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::error::Code;
+
+    fn request(service: &str, method: &str, payload: Vec<u8>, timeout_nano: i64) -> Vec<u8> {
+        let request = ttrpc::Request { service: service.into(), method: method.into(), payload, timeout_nano, ..Default::default() };
+        request.write_to_bytes().expect("a complete message")
+    }
+
+    fn code(service: &str, method: &str, payload: &[u8], origin: Origin) -> Option<Code> {
+        let bytes = request(service, method, payload.to_vec(), 0);
+        Inbound::parse(&bytes, Duration::ZERO, origin).call.err().map(|error| error.code())
+    }
+
+    #[test]
+    fn every_method_of_the_task_service_is_served_under_both_names() {
+        let names: Vec<_> = METHODS.iter().filter(|method| method.service == Service::Task).map(|method| method.name).collect();
+        assert_eq!(names.len(), 17);
+        for service in TASK_SERVICES {
+            for name in &names {
+                assert_eq!(code(service, name, &[], Origin::Client), None, "{service}/{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_unknown_method_or_service_is_unimplemented() {
+        for (service, method) in [("containerd.task.v2.Task", "Fly"), ("containerd.task.v4.Task", "State"), ("", "")] {
+            assert_eq!(code(service, method, &[], Origin::Client), Some(Code::Unimplemented));
+        }
+    }
+
+    #[test]
+    fn the_control_service_is_for_commands_only() {
+        let payload = br#"{"id":"c1"}"#;
+        assert_eq!(code(CONTROL_SERVICE, "Delete", payload, Origin::Control), None);
+        assert_eq!(code(CONTROL_SERVICE, "Delete", b"{}", Origin::Control), Some(Code::InvalidArgument));
+        assert_eq!(code(CONTROL_SERVICE, "Delete", payload, Origin::Client), Some(Code::Unimplemented));
+    }
+
+    #[test]
+    fn a_payload_that_is_no_message_is_an_invalid_argument() {
+        assert_eq!(code(TASK_SERVICES[0], "State", &[0xff; 7], Origin::Client), Some(Code::InvalidArgument));
+        let call = Inbound::parse(&[0xff; 7], Duration::ZERO, Origin::Client).call;
+        assert_eq!(call.err().map(|error| error.code()), Some(Code::InvalidArgument));
+    }
+
+    #[test]
+    fn time_that_a_request_has_waited_is_taken_off_its_deadline() {
+        let left = |timeout, age| Inbound::parse(&request("", "", vec![], timeout), age, Origin::Client).left;
+        assert_eq!(left(0, Duration::from_secs(9)), None);
+        assert_eq!(left(5_000_000_000, Duration::from_secs(3)), Some(Duration::from_secs(2)));
+        assert_eq!(left(5_000_000_000, Duration::from_secs(9)), Some(Duration::ZERO));
+    }
+}

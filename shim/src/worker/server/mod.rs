@@ -1,0 +1,13 @@
+//! The wire: ttrpc messages, containerd's task services, and the shim's own control service.
+//!
+//! Owns the translation between messages and what [`super::container`] speaks of. The connections are the keeper's.
+//!
+//! **Invariant:** no type of the wire goes beyond this folder and [`super::events`].
+mod answer;
+mod call;
+
+pub(super) use answer::{ready, response};
+pub(super) use call::{Call, Inbound};
+
+/// The names of the task service: v2 up to containerd 1.7, v3 from 2.0 on. They differ in nothing else.
+const TASK_SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
