@@ -16,8 +16,8 @@ use containerd_client::services::v1::{
     PauseTaskRequest, PublishRequest, ResizePtyRequest, ResumeTaskRequest, StartRequest, SubscribeRequest,
     UpdateTaskRequest, WaitRequest, WaitResponse,
 };
-use containerd_client::types::Metric;
 use containerd_client::types::v1::{Process, ProcessInfo};
+use containerd_client::types::{Descriptor, Metric};
 use prost_types::Any;
 use tonic::{Code, Request, Response, Status};
 
@@ -191,14 +191,14 @@ impl Client {
         self.call("pids", self.api.tasks().list_pids(request)).await.map(|answer| answer.processes)
     }
 
-    /// Writes a checkpoint.
-    pub async fn checkpoint(&self, id: &str, options: Any) -> Answer<()> {
+    /// Writes a checkpoint: into the content store, which names it, or where the options say.
+    pub async fn checkpoint(&self, id: &str, options: Any) -> Answer<Vec<Descriptor>> {
         let request = CheckpointTaskRequest {
             container_id: id.to_owned(),
             options: Some(options),
             ..CheckpointTaskRequest::default()
         };
-        self.call("checkpoint", self.api.tasks().checkpoint(self.request(request))).await.map(drop)
+        self.call("checkpoint", self.api.tasks().checkpoint(self.request(request))).await.map(|answer| answer.descriptors)
     }
 
     /// Changes limits.

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::services::v1::{CreateTaskRequest, DeleteResponse, ExecProcessRequest};
-use containerd_client::types::{Descriptor, Mount};
 use containerd_client::types::v1::{Process as State, Status as Phase};
+use containerd_client::types::{Descriptor, Mount};
 use prost_types::Any;
 use serde_json::json;
 
@@ -213,6 +213,7 @@ pub struct Container {
     cx: Context,
     /// The pid of init.
     pub pid: u32,
+    metadata: bool,
 }
 
 impl Deref for Container {
@@ -251,6 +252,12 @@ impl Container {
         self.cx.daemon().bundle(self.cx.client().namespace(), &self.id)
     }
 
+    /// Deletes the metadata, so that the id is free again.
+    pub async fn remove(mut self) -> Answer<()> {
+        self.metadata = false;
+        self.client.delete_container(&self.id).await
+    }
+
     /// Kills init, waits for it and deletes the task.
     pub async fn destroy(&self) -> Result<u32> {
         self.kill(9).await?;
@@ -260,7 +267,10 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // metadata of a deleted task is of no interest, and that of a live one is what the runner finds and reports
+        if !self.metadata {
+            return;
+        }
+        // of no interest any more; a task that is still there is found and reported by the runner
         let (client, id) = (self.client.clone(), self.id.clone());
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move { client.delete_container(&id).await });
@@ -279,7 +289,7 @@ pub struct Builder {
     runtime_type: String,
     options: Option<Any>,
     rootfs: Vec<Mount>,
-    checkpoint: Option<PathBuf>,
+    checkpoint: Option<Descriptor>,
 }
 
 impl Builder {
@@ -364,7 +374,7 @@ impl Builder {
 
     /// Restores it from a checkpoint instead of starting its program.
     #[must_use]
-    pub fn restore(mut self, image: PathBuf) -> Self {
+    pub fn restore(mut self, image: Descriptor) -> Self {
         self.checkpoint = Some(image);
         self
     }
@@ -378,7 +388,12 @@ impl Builder {
             .create_container(&self.id, &self.runtime_type, self.options.clone(), any_json(messages::SPEC, &self.spec.0))
             .await
             .context("create metadata")?;
-        self.create_task().await
+        let id = self.id.clone();
+        let created = self.create_task().await;
+        if created.is_err() {
+            let _of_a_task_that_never_was = client.delete_container(&id).await;
+        }
+        created
     }
 
     /// Creates the task of a container whose metadata is there.
@@ -393,18 +408,13 @@ impl Builder {
             stdout,
             stderr,
             terminal: self.terminal,
-            checkpoint: self.checkpoint.map(|_image| Descriptor::default()),
+            checkpoint: self.checkpoint,
             options: self.options,
             runtime_path: String::new(),
         };
         let init = Process { client: client.clone(), id: self.id.clone(), exec: String::new(), io };
-        match client.create_task(request).await {
-            Ok(pid) => Ok(Container { init, cx: self.cx, pid }),
-            Err(status) => {
-                let _its_metadata = client.delete_container(&self.id).await;
-                Err(anyhow::Error::new(status))
-            }
-        }
+        let pid = client.create_task(request).await?;
+        Ok(Container { init, cx: self.cx, pid, metadata: true })
     }
 
     /// Creates and starts.

@@ -7,15 +7,17 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use tonic::Code;
 
 use crate::client::Client;
-use crate::container::Builder;
+use crate::container::{Builder, code_of};
 use crate::daemon::Daemon;
 use crate::events::Events;
 use crate::eventually::eventually;
 use crate::gate::Gate;
 use crate::suite::{Runtime, Shim, Suite};
-use crate::{isolation, proc};
+use crate::isolation;
+use crate::proc::{self, Process};
 
 /// The surroundings of one test; cheap to clone.
 #[derive(Debug, Clone)]
@@ -106,6 +108,18 @@ impl Context {
         Events::subscribe(self.client()).await
     }
 
+    /// The events of a container that has been deleted; the stock shim of 2.1 now and then leaves before the last one is out.
+    pub async fn history(&self, events: &Events, id: &str) -> Result<Vec<String>> {
+        if self.shim().is_ours() {
+            return events.of_until(id, "delete").await;
+        }
+        events.until("the exit of init", |_| !events.exits(id, "").is_empty()).await?;
+        let mut told = events.of(id);
+        told.retain(|event| event != "delete");
+        told.push("delete".to_owned());
+        Ok(told)
+    }
+
     /// A gated runtime in front of the real one.
     pub fn gate(&self) -> Result<Gate> {
         Gate::new(&self.folder().join("gate"), &self.program("gated-runtime"), &self.runtime_binary())
@@ -123,21 +137,30 @@ impl Context {
         self.client().reconnected().await
     }
 
-    /// The pid of the shim that serves a container: the keeper of ours.
-    pub fn shim_pid(&self, id: &str) -> Result<i32> {
+    /// The shims of this namespace: the keepers of ours.
+    pub fn shims(&self) -> Vec<Process> {
         let (namespace, name) = (self.client().namespace(), self.shim().binary_name());
-        let mut found: Vec<_> = proc::all()
-            .into_values()
-            .filter(|process| {
-                let mut words = process.command.split(' ');
-                words.next().is_some_and(|program| program.ends_with(&name))
-                    && process.command.contains(&format!("-namespace {namespace} "))
-                    && process.command.contains(&format!("-id {id} "))
-                    && process.parent == 1
-            })
-            .collect();
+        let ours = |process: &Process| {
+            let program = process.command.split(' ').next().unwrap_or_default();
+            process.parent == 1 && program.ends_with(&name) && proc::mentions(process.pid, namespace)
+        };
+        proc::all().into_values().filter(ours).collect()
+    }
+
+    /// The pid of the shim that was started for a container or group.
+    pub fn shim_pid(&self, id: &str) -> Result<i32> {
+        let mut found = self.shims();
+        found.retain(|shim| shim.command.split(' ').any(|word| word == id));
         ensure!(found.len() == 1, "not one shim of {id}: {found:?}");
         Ok(found.remove(0).pid)
+    }
+
+    /// Checks that something was refused with `code`; the stock shim says Unknown where its state machine refuses.
+    pub fn refuses<T>(&self, result: std::result::Result<T, impl Into<anyhow::Error>>, code: Code) -> Result<()> {
+        let found = code_of(result)?;
+        let excused = !self.shim().is_ours() && found == Code::Unknown;
+        ensure!(found == code || excused, "refused with {found:?}, not with {code:?}");
+        Ok(())
     }
 
     /// What of this namespace still exists.
@@ -173,16 +196,18 @@ impl Context {
         })
         .await
     }
+}
 
-    /// Kills what is left of this namespace.
-    pub fn clean_up(&self) {
-        let namespace = self.client().namespace();
+/// Kills what is left of the namespace, however the test ended.
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let namespace = self.client.namespace();
         isolation::remove_cgroups(&format!("{}/{namespace}", isolation::cgroup()));
         for pid in proc::all().into_keys() {
             if pid != 1 && proc::mentions(pid, namespace) {
                 proc::kill_hard(pid);
             }
         }
-        let _the_run_folder_goes_anyway = fs::remove_dir_all(self.folder());
+        let _the_run_folder_goes_anyway = fs::remove_dir_all(&self.folder);
     }
 }
