@@ -57,7 +57,6 @@ pub(crate) async fn close_io_is_harmless_before_start_twice_and_after_exit(cx: C
     container.close_stdin().await?;
     container.close_stdin().await?;
     container.start().await?;
-    drop(container.io.stdin().await);
     ensure!(container.wait().await? == 0);
     container.close_stdin().await?;
     ensure!(container.delete().await?.exit_status == 0);
