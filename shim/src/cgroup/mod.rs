@@ -3,16 +3,48 @@
 //! Owns which folders it consists of, and what can be read from and done to them: metrics, processes, kills by the kernel for
 //! want of memory. Makes and removes none: that is the engine's.
 //!
-//! **Invariant:** a folder that the shim itself is in, or above it, is never taken for a container's: a container without a cgroup of
-//! its own has no metrics and is not killed by cgroup. A cgroup that is gone reads as empty.
-use std::io;
+//! **Invariant:** a folder that the shim itself is in, or one above it, is never taken for a container's: a container without a cgroup
+//! of its own has no metrics and is not killed by cgroup. A cgroup that is gone reads as empty.
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
+use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde::{Deserialize, Serialize};
 
+mod files;
+mod hierarchy;
+mod kill;
+mod v1;
+mod v2;
+mod watch;
+
+pub(crate) use watch::{OomWake, OomWatch};
+
 /// The folders of a container's cgroup. Recorded in the container's state.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Cgroup {}
+pub(crate) enum Cgroup {
+    /// The container has none of its own.
+    #[default]
+    None,
+    /// cgroup v1: a folder for each controller and named hierarchy, and for the unified hierarchy beside them (`unified`) if it is there.
+    V1(BTreeMap<String, PathBuf>),
+    /// cgroup v2.
+    V2(PathBuf),
+}
+
+/// What cannot be found out about, or done to, a cgroup.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CgroupError {
+    #[error("{op} {}", path.display())]
+    Io { op: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("cgroup of process {pid}: {what} is not a path of a cgroup")]
+    Malformed { pid: u32, what: String },
+    #[error("kill every process of {}: {left} keep appearing", path.display())]
+    KeepAppearing { path: PathBuf, left: usize },
+    #[error("the container has no memory cgroup of its own")]
+    NoMemory,
+}
 
 /// Whether the processes of a cgroup are stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,59 +56,111 @@ pub(crate) enum Freezer {
 
 impl Cgroup {
     /// Finds the cgroup of `pid`: a container's init that has not run the user's program yet, so that it sits where the engine put it.
-    pub(crate) fn of_pid(pid: u32) -> io::Result<Self> {
-        let _ = pid;
-        Ok(Self::default())
+    ///
+    /// Errors: Io with NotFound or ESRCH if there is no such process.
+    pub(crate) fn of_pid(pid: u32) -> Result<Self, CgroupError> {
+        hierarchy::of_pid(pid)
     }
 
-    /// The metrics in the message that containerd expects on this kind of host (`io.containerd.cgroups.v1.Metrics` or `…v2…`).
+    /// The metrics in the message that containerd expects on this kind of host: `io.containerd.cgroups.v1.Metrics` or `…v2…`.
     /// What cannot be read is left out: without a cgroup the message is empty.
     pub(crate) fn metrics(&self) -> Any {
-        Any::default()
+        let (kind, value) = match self {
+            Self::V1(folders) => (V1_METRICS, v1::metrics(folders).write_to_bytes()),
+            Self::V2(folder) => (V2_METRICS, v2::metrics(folder).write_to_bytes()),
+            Self::None if hierarchy::is_unified() => (V2_METRICS, Ok(Vec::new())),
+            Self::None => (V1_METRICS, Ok(Vec::new())),
+        };
+        let value = value.expect("a message without required fields is always complete");
+        Any { type_url: kind.to_owned(), value, ..Default::default() }
     }
 
-    /// Every process in it and below it, in no order. Zombies may be among them.
+    /// Every process in it and below it, in no order.
     pub(crate) fn pids(&self) -> Vec<u32> {
-        Vec::new()
+        self.processes().map(files::pids_below).unwrap_or_default()
     }
 
-    /// Sends SIGKILL to every process in it and below it, thawing it if needed. They are dying afterwards, not dead.
-    pub(crate) fn kill_all(&self) -> io::Result<()> {
-        Ok(())
+    /// Sends SIGKILL to every process in it and below it, frozen or not. They are dying afterwards, not dead.
+    pub(crate) fn kill_all(&self) -> Result<(), CgroupError> {
+        kill::kill_all(self)
     }
 
     /// How many processes the kernel has killed in it for want of memory. `None` if that cannot be known (any more).
     pub(crate) fn oom_kills(&self) -> Option<u64> {
-        None
+        match self {
+            Self::None => None,
+            // v1 counts for each folder apart.
+            Self::V1(folders) => {
+                let folder = folders.get("memory")?;
+                files::read(folder, "memory.oom_control")?;
+                let mut kills = 0;
+                files::each_below(folder, &mut |folder| {
+                    kills += files::read(folder, "memory.oom_control").map_or(0, |text| files::value(&text, "oom_kill"));
+                });
+                Some(kills)
+            }
+            Self::V2(folder) => files::read(folder, "memory.events").map(|text| files::value(&text, "oom_kill")),
+        }
     }
 
     /// Whether its processes are stopped. `None` if that cannot be known (any more).
     pub(crate) fn freezer(&self) -> Option<Freezer> {
-        None
+        match self {
+            Self::None => None,
+            Self::V1(folders) => match files::read(folders.get("freezer")?, "freezer.state")?.trim() {
+                "THAWED" => Some(Freezer::Thawed),
+                "FREEZING" => Some(Freezer::Freezing),
+                "FROZEN" => Some(Freezer::Frozen),
+                _ => None,
+            },
+            Self::V2(folder) => {
+                let is_frozen = files::value(&files::read(folder, "cgroup.events")?, "frozen") == 1;
+                let is_wanted = files::number(folder, "cgroup.freeze")? == 1;
+                Some(match (is_frozen, is_wanted) {
+                    (true, _) => Freezer::Frozen,
+                    (false, true) => Freezer::Freezing,
+                    (false, false) => Freezer::Thawed,
+                })
+            }
+        }
     }
 
     /// Watches for want of memory. Begin to watch first, then read [`Cgroup::oom_kills`]: so nothing is missed.
-    pub(crate) fn watch_oom(&self) -> io::Result<OomWatch> {
-        Err(io::ErrorKind::Unsupported.into())
+    ///
+    /// Must be called within a tokio runtime with I/O and time enabled.
+    pub(crate) fn watch_oom(&self) -> Result<OomWatch, CgroupError> {
+        match self {
+            Self::None => Err(CgroupError::NoMemory),
+            Self::V1(folders) => OomWatch::begin_v1(folders.get("memory").ok_or(CgroupError::NoMemory)?),
+            Self::V2(folder) => OomWatch::begin_v2(folder),
+        }
+    }
+
+    /// Whether any of it is still there.
+    pub(crate) fn exists(&self) -> bool {
+        match self {
+            Self::None => false,
+            Self::V1(folders) => folders.values().any(|folder| folder.is_dir()),
+            Self::V2(folder) => folder.is_dir(),
+        }
+    }
+
+    /// The folder whose list of processes is looked at.
+    fn processes(&self) -> Option<&Path> {
+        match self {
+            Self::None => None,
+            Self::V1(folders) => V1_WITH_PROCESSES.iter().find_map(|name| folders.get(*name)).or_else(|| folders.values().next()),
+            Self::V2(folder) => Some(folder),
+        }
+        .map(PathBuf::as_path)
     }
 }
 
-/// Wakes when [`Cgroup::oom_kills`] may have grown. The counter is the truth; wakes may come without reason.
-#[derive(Debug)]
-pub(crate) struct OomWatch {}
+/// Every process of a container is in each of them; the first is the one that stops them all.
+const V1_WITH_PROCESSES: [&str; 6] = ["freezer", "pids", "devices", "memory", "cpu", "systemd"];
 
-/// What an [`OomWatch`] says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum OomWake {
-    /// Look at the counter.
-    Changed,
-    /// The cgroup is gone: the watch has ended.
-    Gone,
-}
+const V1_METRICS: &str = "io.containerd.cgroups.v1.Metrics";
+const V2_METRICS: &str = "io.containerd.cgroups.v2.Metrics";
 
-impl OomWatch {
-    /// Waits for the next wake. Can be dropped at any time without missing one.
-    pub(crate) async fn changed(&mut self) -> OomWake {
-        OomWake::Gone
-    }
-}
+#[cfg(test)]
+mod tests;

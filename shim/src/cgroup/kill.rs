@@ -1,0 +1,79 @@
+//! The end of every process of a cgroup.
+//!
+//! **Invariant:** a signal goes through a handle of a process that was in the cgroup after the handle was opened, so a number that is
+//! given to another process meanwhile hits nobody.
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use nix::libc;
+
+use super::{Cgroup, CgroupError, files};
+use crate::sys;
+
+/// See [`Cgroup::kill_all`].
+pub(super) fn kill_all(cgroup: &Cgroup) -> Result<(), CgroupError> {
+    let (unified, freezer) = match cgroup {
+        Cgroup::None => return Ok(()),
+        Cgroup::V1(folders) => (folders.get("unified"), folders.get("freezer")),
+        Cgroup::V2(folder) => (Some(folder), None),
+    };
+    // One write, since Linux 5.14. Processes of a v1 container need not all be in its unified folder.
+    let is_done = unified.is_some_and(|folder| fs::write(folder.join("cgroup.kill"), "1").is_ok());
+    if is_done && matches!(cgroup, Cgroup::V2(_)) {
+        return Ok(());
+    }
+    let Some(folder) = cgroup.processes() else { return Ok(()) };
+    let mut killed = BTreeSet::new();
+    let mut left = 0;
+    for _ in 0..MAX_ROUNDS {
+        // While they are stopped they fork no others. Frozen processes of v1 die once they are thawed; those of v2 at once.
+        set_frozen(freezer.map(|folder| folder.as_path()), true);
+        let round = kill_once(folder, &mut killed);
+        set_frozen(freezer.map(|folder| folder.as_path()), false);
+        left = round?;
+        if left == 0 {
+            return Ok(());
+        }
+    }
+    Err(CgroupError::KeepAppearing { path: folder.to_owned(), left })
+}
+
+/// Signals those that have not been signalled yet, and gives their number.
+fn kill_once(folder: &Path, killed: &mut BTreeSet<u32>) -> Result<usize, CgroupError> {
+    let handles: Vec<_> = files::pids_below(folder)
+        .into_iter()
+        .filter(|pid| !killed.contains(pid))
+        .filter_map(|pid| Some((pid, sys::process::open(pid).ok()?)))
+        .collect();
+    if handles.is_empty() {
+        return Ok(0);
+    }
+    let still: BTreeSet<u32> = files::pids_below(folder).into_iter().collect();
+    let mut count = 0;
+    for (pid, handle) in handles.iter().filter(|(pid, _)| still.contains(pid)) {
+        match sys::process::signal(handle.as_fd(), libc::SIGKILL) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(signal_error(*pid, error)),
+            Ok(()) | Err(_) => {}
+        }
+        killed.insert(*pid);
+        count += 1;
+    }
+    Ok(count)
+}
+
+fn signal_error(pid: u32, source: io::Error) -> CgroupError {
+    CgroupError::Io { op: "send SIGKILL to", path: format!("/proc/{pid}").into(), source }
+}
+
+fn set_frozen(freezer: Option<&Path>, is_frozen: bool) {
+    if let Some(folder) = freezer {
+        // Without a freezer the rounds have to be faster than the forks.
+        let _ = fs::write(folder.join("freezer.state"), if is_frozen { "FROZEN" } else { "THAWED" });
+    }
+}
+
+/// How often new processes may appear. Those that are stopped make none, so two rounds are the rule.
+const MAX_ROUNDS: usize = 1000;

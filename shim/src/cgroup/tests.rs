@@ -1,0 +1,230 @@
+//! A real cgroup, of whichever kind the host has. They need root.
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::{cgroups, cgroups_v2};
+
+use super::*;
+
+/// A cgroup that an engine might have made.
+struct Made {
+    folders: Vec<PathBuf>,
+    children: Vec<Child>,
+}
+
+impl Made {
+    fn new() -> Option<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return None;
+        }
+        let name = format!("x-test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let top = Path::new("/sys/fs/cgroup");
+        let folders: Vec<PathBuf> = if hierarchy::is_unified() {
+            vec![top.join(name)]
+        } else {
+            top.read_dir()
+                .expect("hierarchies")
+                .flatten()
+                .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+                .map(|e| e.path().join(&name))
+                .collect()
+        };
+        for folder in &folders {
+            if let Err(error) = fs::create_dir(folder) {
+                eprintln!("skipped: cannot make {}: {error}", folder.display());
+                return None;
+            }
+            // A v1 cpuset takes no process before it has been told where they may run.
+            for file in ["cpuset.cpus", "cpuset.mems"].into_iter().filter(|file| folder.join(file).exists() && !hierarchy::is_unified()) {
+                let above = fs::read_to_string(folder.parent().expect("a hierarchy").join(file)).expect("a cpuset");
+                fs::write(folder.join(file), above).expect("a cpuset");
+            }
+        }
+        Some(Self { folders, children: Vec::new() })
+    }
+
+    /// Starts a shell command in it, in the folder `below`.
+    fn start(&mut self, below: &str, command: &str) -> u32 {
+        let joins =
+            self.folders.iter().map(|folder| format!("echo $$ > {}/cgroup.procs; ", folder.join(below).display())).collect::<String>();
+        let child = Command::new("/bin/sh").args(["-c", &format!("{joins} {command}")]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        self.children.push(child.expect("a shell"));
+        let pid = self.children.last().expect("just pushed").id();
+        eventually(|| pids_in(&self.folders[self.folders.len() - 1]).contains(&pid), "the process has joined");
+        pid
+    }
+
+    fn write(&self, file: &str, text: &str) {
+        let folder = self.folders.iter().find(|folder| folder.join(file).exists()).expect("a controller");
+        fs::write(folder.join(file), text).expect("a setting");
+    }
+
+    fn wait(&mut self) {
+        for mut child in self.children.drain(..) {
+            child.wait().expect("an end");
+        }
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for child in &mut self.children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for folder in &self.folders {
+            files::pids_below(folder).into_iter().for_each(|pid| drop(sys_kill(pid)));
+            let mut all = Vec::new();
+            files::each_below(folder, &mut |folder| all.push(folder.to_owned()));
+            for folder in all.iter().rev() {
+                eventually(|| fs::remove_dir(folder).is_ok() || !folder.exists(), "the cgroup can be removed");
+            }
+        }
+    }
+}
+
+fn sys_kill(pid: u32) -> nix::Result<()> {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL)
+}
+
+fn pids_in(folder: &Path) -> Vec<u32> {
+    files::pids_below(folder)
+}
+
+fn eventually(mut is_true: impl FnMut() -> bool, what: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_true() {
+        assert!(Instant::now() < deadline, "not within a minute: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn the_metrics_of_a_real_cgroup_are_of_the_hosts_kind_and_not_empty() {
+    let Some(mut made) = Made::new() else { return };
+    let pid = made.start("", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; exec sleep 1000");
+    let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
+    let record = serde_json::to_string(&cgroup).expect("serialisable");
+    assert_eq!(serde_json::from_str::<Cgroup>(&record).expect("readable"), cgroup);
+    assert!(cgroup.exists());
+    assert_eq!(cgroup.pids(), [pid]);
+    assert_eq!(cgroup.freezer(), Some(Freezer::Thawed));
+    assert_eq!(cgroup.oom_kills(), Some(0));
+    eventually(|| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep"), "it has counted");
+    let any = cgroup.metrics();
+    if hierarchy::is_unified() {
+        assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
+        let m = cgroups_v2::metrics::Metrics::parse_from_bytes(&any.value).expect("decodable");
+        assert!(m.pids.current == 1 && m.cpu.usage_usec > 0 && m.memory.usage > 0 && m.memory_events.is_some(), "{m}");
+    } else {
+        assert_eq!(any.type_url, "io.containerd.cgroups.v1.Metrics");
+        let m = cgroups::metrics::Metrics::parse_from_bytes(&any.value).expect("decodable");
+        assert!(m.pids.current == 1 && m.cpu.usage.total > 0 && m.memory.usage.usage > 0 && m.memory_oom_control.is_some(), "{m}");
+        assert!(m.cpu.usage.per_cpu.iter().sum::<u64>() > 0 && m.memory.usage.limit > 0 && m.blkio.is_some() && m.cpu.throttling.is_some());
+    }
+    let kind = any.type_url;
+    made.children.iter_mut().for_each(|child| child.kill().expect("a signal"));
+    made.wait();
+    assert!(!cgroup.metrics().value.is_empty(), "until it is removed there are metrics");
+    drop(made);
+    let any = cgroup.metrics();
+    assert_eq!((any.type_url, any.value, cgroup.pids(), cgroup.oom_kills(), cgroup.exists()), (kind, vec![], vec![], None, false));
+    cgroup.kill_all().expect("nothing to do");
+}
+
+#[test]
+fn the_shims_own_cgroup_is_nobodys() {
+    let cgroup = Cgroup::of_pid(std::process::id()).expect("a process");
+    assert_eq!((cgroup.clone(), cgroup.pids(), cgroup.exists()), (Cgroup::None, vec![], false));
+    cgroup.kill_all().expect("nothing to do, for this process is still here");
+    assert!(Cgroup::of_pid(u32::MAX >> 2).is_err());
+}
+
+#[test]
+fn every_process_is_killed_below_it_and_while_frozen_too() {
+    for is_frozen in [false, true] {
+        let Some(mut made) = Made::new() else { return };
+        let pid = made.start("", "exec sleep 1000");
+        let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
+        if let Some(folder) = cgroup.processes() {
+            fs::create_dir(folder.join("below")).expect("a cgroup below");
+        }
+        let inner = made.start("", "for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; wait");
+        eventually(|| cgroup.pids().len() >= 10, "all have started");
+        fs::write(cgroup.processes().expect("a folder").join("below/cgroup.procs"), inner.to_string()).expect("a move");
+        assert_eq!(cgroup.pids().len(), 10);
+        if is_frozen {
+            made.write(
+                if hierarchy::is_unified() { "cgroup.freeze" } else { "freezer.state" },
+                if hierarchy::is_unified() { "1" } else { "FROZEN" },
+            );
+            eventually(|| cgroup.freezer() == Some(Freezer::Frozen), "it is frozen");
+        }
+        cgroup.kill_all().expect("a kill");
+        eventually(
+            || {
+                made.children.iter_mut().for_each(|child| drop(child.try_wait()));
+                cgroup.pids().is_empty()
+            },
+            "all are dead",
+        );
+    }
+}
+
+#[test]
+fn a_fork_bomb_is_killed() {
+    let Some(mut made) = Made::new() else { return };
+    made.write("pids.max", "60");
+    let pid = made.start("", "f() { while :; do f & done 2>/dev/null; }; f");
+    let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
+    eventually(|| cgroup.pids().len() > 30, "it has grown");
+    cgroup.kill_all().expect("a kill");
+    eventually(
+        || {
+            made.children.iter_mut().for_each(|child| drop(child.try_wait()));
+            cgroup.pids().is_empty()
+        },
+        "all are dead",
+    );
+}
+
+#[test]
+fn a_kill_for_want_of_memory_wakes_the_watch_and_is_counted() {
+    let Some(mut made) = Made::new() else { return };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().expect("a runtime");
+    let gate = std::env::temp_dir().join(format!("x-oom-{}", std::process::id()));
+    nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).expect("a fifo");
+    let pid = made.start("", &format!("read line < {}; head -c 200000000 /dev/zero | tail; exec sleep 1000", gate.display()));
+    let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
+    if hierarchy::is_unified() {
+        made.write("memory.max", "20000000");
+        made.write("memory.swap.max", "0");
+    } else {
+        made.write("memory.limit_in_bytes", "20000000");
+        made.write("memory.memsw.limit_in_bytes", "20000000");
+    }
+    runtime.block_on(async {
+        let mut watch = cgroup.watch_oom().expect("a watch");
+        assert_eq!(cgroup.oom_kills(), Some(0));
+        let early = tokio::time::timeout(Duration::from_millis(50), watch.changed()).await;
+        assert!(early.is_err(), "nothing has happened yet");
+        fs::write(&gate, "\n").expect("a line");
+        let deadline = Duration::from_secs(60);
+        while cgroup.oom_kills() == Some(0) {
+            assert_eq!(tokio::time::timeout(deadline, watch.changed()).await.expect("a wake"), OomWake::Changed);
+        }
+        assert_eq!(cgroup.oom_kills(), Some(1));
+        made.children.iter_mut().for_each(|child| drop(child.kill()));
+        drop(made);
+        if !hierarchy::is_unified() {
+            while tokio::time::timeout(deadline, watch.changed()).await.expect("a wake") == OomWake::Changed {}
+        }
+        assert_eq!(cgroup.oom_kills(), None);
+        assert!(cgroup.watch_oom().is_err());
+    });
+    fs::remove_file(&gate).expect("removal");
+}
