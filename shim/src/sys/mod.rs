@@ -6,6 +6,7 @@ pub(crate) mod descriptors;
 pub(crate) mod inherited;
 pub(crate) mod mount;
 pub(crate) mod process;
+pub(crate) mod ready;
 pub(crate) mod socket;
 pub(crate) mod spawn;
 pub(crate) mod terminal;
