@@ -51,6 +51,8 @@ pub(crate) struct Query {
     pub(crate) json: bool,
     /// Absent: all namespaces.
     pub(crate) namespace: Option<String>,
+    /// Where to read the journal of a container whose shim is dead.
+    pub(crate) bundle: Option<PathBuf>,
 }
 
 /// A command line that makes no sense.
@@ -78,6 +80,13 @@ pub(crate) enum UsageError {
     NoAction,
 }
 
+impl UsageError {
+    /// Whether the line as such is understood and only a value in it is refused: then the help would hide the sentence.
+    pub(crate) fn is_of_a_value(&self) -> bool {
+        matches!(self, Self::BadValue { .. } | Self::NotTruth { .. })
+    }
+}
+
 /// What `--help` prints, and `stderr` gets after a [`UsageError`].
 pub(crate) const HELP: &str = "\
 containerd-shim-x-v2: keeps containers running under containerd, and under its own crashes and upgrades.
@@ -92,6 +101,8 @@ For people:
         lists the shims of this host with their containers and memory
     containerd-shim-x-v2 inspect ID [--json] [--namespace NAME]
         shows everything that is known of a container, also while its worker is dead
+    containerd-shim-x-v2 inspect ID --bundle PATH [--json]
+        shows what is recorded in a bundle whose shim is dead altogether
     containerd-shim-x-v2 -v
         prints the version
     containerd-shim-x-v2 --help
@@ -222,7 +233,7 @@ impl Raw {
     }
 
     fn query(&self) -> Query {
-        Query { json: self.json, namespace: self.namespace.clone() }
+        Query { json: self.json, namespace: self.namespace.clone(), bundle: self.bundle.clone().map(PathBuf::from) }
     }
 
     fn flags(self, action: &str, needed: &[&'static str]) -> Result<Flags, UsageError> {
@@ -332,7 +343,7 @@ mod tests {
 
     #[test]
     fn commands_for_people_take_their_flags_anywhere() {
-        let query = Query { json: true, namespace: Some("n1".into()) };
+        let query = Query { json: true, namespace: Some("n1".into()), bundle: None };
         assert_eq!(parse("ps"), Ok(Invocation::Ps(Query::default())));
         assert_eq!(parse("ps --json --namespace n1"), Ok(Invocation::Ps(query.clone())));
         assert_eq!(parse("--json -n n1 ps"), Ok(Invocation::Ps(query.clone())));

@@ -31,13 +31,14 @@ fn main() -> ExitCode {
     let invocation = match Invocation::parse(std::env::args_os().skip(1)) {
         Ok(invocation) => invocation,
         Err(error) => {
-            eprint!("containerd-shim-x-v2: {error}\n\n{}", invocation::HELP);
+            let help = if error.is_of_a_value() { "" } else { invocation::HELP };
+            eprintln!("containerd-shim-x-v2: {error}\n\n{help}");
             return ExitCode::from(EXIT_USAGE);
         }
     };
     match invocation {
         Invocation::Start(flags) => ended(&format!("start {}", flags.id), bootstrap::start(&flags)),
-        Invocation::Delete(flags) => ended(&format!("delete {}", flags.id), bootstrap::start(&flags)),
+        Invocation::Delete(flags) => ended(&format!("delete {}", flags.id), bootstrap::delete(&flags)),
         Invocation::Info => ended("info", bootstrap::info()),
         Invocation::Version => ended("version", commands::version()),
         Invocation::Help => ended("help", commands::help()),
@@ -46,14 +47,8 @@ fn main() -> ExitCode {
             Ok(keeper::run(settings, clients, control))
         }),
         Invocation::Worker(settings) => inherited(|| Ok(worker::run(settings, sys::inherited::take_socket(3)?))),
-        Invocation::Ps(query) => ended("ps", {
-            drop(query);
-            commands::help()
-        }),
-        Invocation::Inspect { id, query } => ended(&format!("inspect {id}"), {
-            drop(query);
-            commands::help()
-        }),
+        Invocation::Ps(query) => ended("ps", commands::ps(&query)),
+        Invocation::Inspect { id, query } => ended(&format!("inspect {id}"), commands::inspect(&id, &query)),
     }
 }
 

@@ -16,6 +16,8 @@ use std::path::PathBuf;
 
 use crate::{control, run_dir};
 
+mod by_hand;
+mod delete;
 mod dialect;
 mod group;
 mod helper;
@@ -25,6 +27,7 @@ mod socket;
 mod start;
 pub(crate) mod wait;
 
+pub(crate) use delete::delete;
 pub(crate) use info::info;
 pub(crate) use start::start;
 
@@ -53,6 +56,8 @@ pub(crate) enum Error {
     NotTaken { group: String, why: String },
     #[error("the shim of group {group} is leaving and does not get done")]
     StillLeaving { group: String },
+    #[error("process {pid} of container {id} is still there though it was killed")]
+    StillAlive { id: String, pid: u32 },
     #[error("join the cgroup {group}, which the option ShimCgroup names")]
     ShimCgroup { group: String, source: io::Error },
     #[error("no hierarchy has the cgroup {group}, which the option ShimCgroup names")]
@@ -65,6 +70,8 @@ pub(crate) enum Error {
     RuntimeOptions(#[from] crate::options::OptionsError),
     #[error(transparent)]
     Engine(#[from] crate::engine::EngineNotFound),
+    #[error(transparent)]
+    Mount(#[from] crate::rootfs::MountError),
     #[error(transparent)]
     RunDir(#[from] run_dir::Error),
     #[error(transparent)]

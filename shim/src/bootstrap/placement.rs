@@ -13,7 +13,7 @@ use std::path::{Component, Path, PathBuf};
 use nix::errno::Errno;
 
 use super::Error;
-use crate::sys;
+use crate::{mountinfo, sys};
 
 const MAX_SCORE: i32 = 1000;
 
@@ -51,8 +51,7 @@ pub(crate) fn separate_cores() -> Result<(), Error> {
 pub(crate) fn join_cgroup(group: &str) -> Result<(), Error> {
     let failed = |source| Error::ShimCgroup { group: group.to_owned(), source };
     let Some(below) = relative(group) else { return Err(failed(io::ErrorKind::InvalidInput.into())) };
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(failed)?;
-    let hierarchies = hierarchies(&mounts);
+    let hierarchies = hierarchies().map_err(failed)?;
     let only_unified = hierarchies.iter().all(|hierarchy| hierarchy.unified);
     let mut joined = false;
     // In a mixed system the unified hierarchy has no controllers, and containerd's shim leaves it alone.
@@ -80,42 +79,20 @@ fn relative(group: &str) -> Option<PathBuf> {
     Some(below)
 }
 
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct Hierarchy {
     folder: PathBuf,
     unified: bool,
 }
 
-/// Finds the mounted hierarchies in the text of `/proc/self/mountinfo`.
-fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
-    let line = |line: &str| {
-        let (place, kind) = line.split_once(" - ")?;
-        let folder = PathBuf::from(place.split(' ').nth(4)?);
-        match kind.split(' ').next()? {
-            "cgroup" => Some(Hierarchy { folder, unified: false }),
-            "cgroup2" => Some(Hierarchy { folder, unified: true }),
-            _ => None,
-        }
-    };
-    mountinfo.lines().filter_map(line).collect()
+fn hierarchies() -> io::Result<Vec<Hierarchy>> {
+    let mounts = mountinfo::blocking_list(|mount| matches!(mount.kind.as_str(), "cgroup" | "cgroup2"))?;
+    Ok(mounts.into_iter().map(|mount| Hierarchy { folder: mount.mount_point, unified: mount.kind == "cgroup2" }).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hierarchies_are_found_among_the_mounts() {
-        let mountinfo = "\
-22 1 0:20 / /proc rw,relatime - proc proc rw
-30 23 0:26 / /sys/fs/cgroup/cpu rw shared:9 - cgroup cgroup rw,cpu
-31 23 0:27 / /sys/fs/cgroup/unified rw master:1 shared:3 - cgroup2 cgroup2 rw
-nonsense
-";
-        let found = hierarchies(mountinfo);
-        let expected = [("/sys/fs/cgroup/cpu", false), ("/sys/fs/cgroup/unified", true)];
-        assert_eq!(found, expected.map(|(folder, unified)| Hierarchy { folder: folder.into(), unified }));
-    }
 
     #[test]
     fn a_cgroup_stays_below_its_root() {

@@ -93,8 +93,8 @@ impl Shim<'_> {
                 Err(error) => return Err(error.into()),
             };
             let keeper = snapshot.keeper_pid;
-            if snapshot.state.iter().any(|(id, _)| *id == self.flags.id) {
-                return Err(self.exists(keeper));
+            if let Some((_, state)) = snapshot.state.iter().find(|(id, _)| *id == self.flags.id) {
+                return Err(self.exists(keeper, state));
             }
             match control::ask(&self.place.control, &ControlRequest::Reserve { id: self.flags.id.clone() }, deadline) {
                 Ok(ControlReply::Done) => return Ok(Some((address_of(&snapshot, self.place), keeper))),
@@ -110,8 +110,10 @@ impl Shim<'_> {
         }
     }
 
-    fn exists(&self, keeper: u32) -> Error {
-        Error::AlreadyExists { id: self.flags.id.clone(), namespace: self.flags.namespace.clone(), bundle: self.bundle.to_owned(), keeper }
+    fn exists(&self, keeper: u32, state: &[u8]) -> Error {
+        let state: serde_json::Value = serde_json::from_slice(state).unwrap_or_default();
+        let bundle = state.get("bundle").and_then(serde_json::Value::as_str).map_or_else(|| self.bundle.to_owned(), PathBuf::from);
+        Error::AlreadyExists { id: self.flags.id.clone(), namespace: self.flags.namespace.clone(), bundle, keeper }
     }
 
     /// Waits for the end of a keeper that is leaving.
@@ -236,7 +238,7 @@ pub(super) fn read_input() -> Result<Vec<u8>, Error> {
     Ok(input)
 }
 
-fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {
+pub(super) fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {
     if let Some(bundle) = flags.bundle.as_ref().filter(|bundle| bundle.is_absolute()) {
         return Ok(bundle.clone());
     }

@@ -1,9 +1,21 @@
 //! The commands for people.
+//!
+//! Owns what is shown of the shims of a host, as a table or as JSON. All of it comes from the keepers' control sockets, the journals
+//! and `/proc`: no worker is needed, and none is woken.
+//!
+//! **Invariant:** a shim that is dead or does not answer is shown as such and holds nobody up. Fields of the JSON are only ever added.
 use std::io::{self, Write};
 
-use crate::control;
 use crate::invocation::HELP;
 use crate::run_dir;
+
+mod inspect;
+mod ps;
+mod survey;
+mod table;
+
+pub(crate) use inspect::inspect;
+pub(crate) use ps::ps;
 
 /// Why a command for people failed.
 #[derive(Debug, thiserror::Error)]
@@ -12,14 +24,23 @@ pub(crate) enum Error {
     Stdout(#[from] io::Error),
     #[error(transparent)]
     RunDir(#[from] run_dir::Error),
-    #[error("no shim of this host knows a container {id}{}", in_namespace(namespace.as_deref()))]
-    NoContainer { id: String, namespace: Option<String> },
-    #[error(transparent)]
-    Control(#[from] control::Error),
+    #[error("no shim of this host knows a container {id}{}{}", in_namespace(namespace.as_deref()), but_silent(*silent))]
+    NoContainer { id: String, namespace: Option<String>, silent: usize },
+    #[error("there is a container {id} in each of the namespaces {namespaces}: choose one with --namespace")]
+    Ambiguous { id: String, namespaces: String },
+    #[error("read {}", path.display())]
+    Journal { path: std::path::PathBuf, source: io::Error },
 }
 
 fn in_namespace(namespace: Option<&str>) -> String {
     namespace.map_or_else(String::new, |namespace| format!(" in the namespace {namespace}"))
+}
+
+fn but_silent(silent: usize) -> String {
+    match silent {
+        0 => String::new(),
+        count => format!("; {count} did not answer"),
+    }
 }
 
 /// Prints who we are, in the form of containerd's own shim.
@@ -39,4 +60,11 @@ pub(crate) fn revision() -> &'static str {
 /// Prints what the command line can be.
 pub(crate) fn help() -> Result<(), Error> {
     Ok(io::stdout().lock().write_all(HELP.as_bytes())?)
+}
+
+/// Prints JSON for programs.
+fn print_json(value: &serde_json::Value) -> Result<(), Error> {
+    let mut stdout = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut stdout, value).map_err(io::Error::from)?;
+    Ok(writeln!(stdout)?)
 }

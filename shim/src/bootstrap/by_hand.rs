@@ -1,0 +1,234 @@
+//! Cleaning up after a container without a worker.
+//!
+//! Owns the killing, the engine's last word and the unmounting, from what the journal says.
+//!
+//! **Invariant:** repeating any of it does no harm.
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::libc;
+use serde::Deserialize;
+
+use super::{Error, helper, wait};
+use crate::cgroup::Cgroup;
+use crate::engine::{CommandEngine, Container, Engine, EngineError, Verb};
+use crate::journal_body::{JournalBody, ProcessIdentity};
+use crate::mountinfo;
+use crate::rootfs::{self, MountError, Unmount};
+use crate::sys;
+
+/// What may be left of a container.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Leftovers<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) bundle: &'a Path,
+    /// Absent where there is no journal: then nothing of ours has ever run.
+    pub(crate) body: Option<&'a JournalBody>,
+}
+
+impl Leftovers<'_> {
+    fn init(&self) -> Option<ProcessIdentity> {
+        self.body?.init
+    }
+
+    fn cgroup(&self) -> Option<Cgroup> {
+        let recorded = &self.body?.cgroup;
+        if recorded.is_null() { None } else { Cgroup::deserialize(recorded).ok() }
+    }
+
+    fn engine(&self) -> Option<CommandEngine> {
+        CommandEngine::deserialize(&self.body?.engine).ok()
+    }
+
+    fn rootfs(&self) -> PathBuf {
+        self.body.and_then(|body| body.rootfs.clone()).unwrap_or_else(|| self.bundle.join("rootfs"))
+    }
+}
+
+/// Whether nothing is left: no process, no mount, and nothing that the engine keeps.
+pub(crate) fn is_clean(leftovers: &Leftovers<'_>) -> bool {
+    // Every OCI runtime keeps a container in a folder of its name.
+    let is_kept = leftovers.engine().is_some_and(|engine| engine.root().join(leftovers.id).exists());
+    !is_kept && !is_mounted(leftovers) && !is_alive(leftovers)
+}
+
+/// How init ended, if it did and nobody has reaped it: 0–255, or 128 + signal number.
+pub(crate) fn end_of_zombie(leftovers: &Leftovers<'_>) -> Option<u32> {
+    let init = leftovers.init()?;
+    let stat = fs::read_to_string(format!("/proc/{}/stat", init.pid)).ok()?;
+    let status = status_of_zombie(&stat)?;
+    init.exists().then_some(status)
+}
+
+/// Takes the exit status out of a zombie's line of `/proc/PID/stat`: field 3 is the state, 52 the status as wait(2) gives it.
+fn status_of_zombie(stat: &str) -> Option<u32> {
+    let (_, after_name) = stat.rsplit_once(')')?;
+    let mut fields = after_name.split_ascii_whitespace();
+    if fields.next()? != "Z" {
+        return None;
+    }
+    let status: u32 = fields.nth(48)?.parse().ok()?;
+    Some(if status & 0x7f == 0 { status >> 8 & 0xff } else { 128 + (status & 0x7f) })
+}
+
+/// Whether a process of the container lives.
+fn is_alive(leftovers: &Leftovers<'_>) -> bool {
+    leftovers.init().and_then(handle).is_some() || leftovers.cgroup().is_some_and(|cgroup| cgroup.pids().into_iter().any(is_running))
+}
+
+/// Kills every process of the container and waits for their end.
+///
+/// Errors: [`Error::StillAlive`] if one does not die in time, as in an uninterruptible sleep.
+pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), Error> {
+    let deadline = deadline.checked_sub(Duration::from_millis(800)).unwrap_or(deadline);
+    let init = leftovers.init().and_then(handle);
+    let cgroup = leftovers.cgroup();
+    if let Some(init) = &init {
+        let _ = sys::process::signal(init.as_fd(), libc::SIGKILL);
+    }
+    loop {
+        // Whoever was forked in the meantime is found the next time round. This also thaws what is paused.
+        let living: Vec<u32> =
+            cgroup.as_ref().map_or_else(Vec::new, |cgroup| cgroup.pids().into_iter().filter(|pid| is_running(*pid)).collect());
+        if let (Some(cgroup), false) = (&cgroup, living.is_empty()) {
+            let _ = cgroup.kill_all();
+        }
+        let turn = deadline.min(Instant::now() + Duration::from_millis(20));
+        let init_ended = init.as_ref().is_none_or(|init| wait::for_end(init.as_fd(), turn));
+        match living.first() {
+            None if init_ended => return Ok(()),
+            Some(pid) => {
+                if let Ok(process) = sys::process::open(*pid) {
+                    wait::for_end(process.as_fd(), turn);
+                }
+            }
+            None => {}
+        }
+        if Instant::now() >= deadline {
+            let pid = living.first().copied().or_else(|| leftovers.init().map(|init| init.pid)).unwrap_or(0);
+            return Err(Error::StillAlive { id: leftovers.id.to_owned(), pid });
+        }
+    }
+}
+
+/// Has the engine forget the container, and unmounts its root filesystem.
+///
+/// Errors: the mounts cannot be undone. What the engine has to complain of is a warning: there may be nothing left to forget.
+pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), Error> {
+    if let Some(engine) = leftovers.engine() {
+        let order = engine.delete(&Container { id: leftovers.id, bundle: leftovers.bundle }, true);
+        let complaint = match helper::run(&order, deadline) {
+            Ok(exited) => match engine.interpret(Verb::Delete, &exited) {
+                Ok(()) | Err(EngineError::NoContainer { .. }) => None,
+                Err(error) => Some(error.to_string()),
+            },
+            Err(error) => Some(format!("{}: {error}", engine.binary().display())),
+        };
+        if let Some(complaint) = complaint {
+            eprintln!("containerd-shim-x-v2: delete {}: {complaint}", leftovers.id);
+        }
+    }
+    let rootfs = leftovers.rootfs();
+    match rootfs::blocking_unmount_all(&rootfs, Unmount::Clean) {
+        // Somebody of the host sits in it: it shall not keep containerd from forgetting the container.
+        Err(MountError::Busy { .. }) => rootfs::blocking_unmount_all(&rootfs, Unmount::Detach)?,
+        other => other?,
+    }
+    Ok(())
+}
+
+/// Whether something is mounted at or below the root filesystem. Not to know it counts as yes.
+fn is_mounted(leftovers: &Leftovers<'_>) -> bool {
+    let rootfs = leftovers.rootfs();
+    mountinfo::blocking_list(|mount| mount.mount_point.starts_with(&rootfs)).map_or(true, |mounts| !mounts.is_empty())
+}
+
+/// A handle of the very process that is meant; absent if it has ended.
+fn handle(process: ProcessIdentity) -> Option<OwnedFd> {
+    let handle = sys::process::open(process.pid).ok()?;
+    // Compared after the handle was opened: from then on the number cannot come to mean another.
+    if !process.exists() {
+        return None;
+    }
+    // A zombie has ended, whoever is to reap it.
+    match wait::for_input(handle.as_fd(), Some(Instant::now())) {
+        Ok(false) => Some(handle),
+        Ok(true) | Err(_) => None,
+    }
+}
+
+/// Whether a process is there and not a zombie.
+fn is_running(pid: u32) -> bool {
+    let open: io::Result<OwnedFd> = sys::process::open(pid);
+    open.is_ok_and(|handle| !wait::for_input(handle.as_fd(), Some(Instant::now())).unwrap_or(true))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    fn sleeper() -> Child {
+        Command::new("/bin/sleep").arg("1000").spawn().expect("sleep can be started")
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(3)
+    }
+
+    fn body(init: ProcessIdentity) -> JournalBody {
+        JournalBody { init: Some(init), ..JournalBody::default() }
+    }
+
+    #[test]
+    fn the_process_of_the_journal_is_killed_though_nobody_reaps_it() {
+        let mut child = sleeper();
+        let body = body(ProcessIdentity::of(child.id()).expect("is there"));
+        let leftovers = Leftovers { id: "c1", bundle: Path::new("/nowhere"), body: Some(&body) };
+        assert!(is_alive(&leftovers));
+        assert_eq!(end_of_zombie(&leftovers), None);
+        kill(&leftovers, soon()).expect("dies");
+        assert_eq!(end_of_zombie(&leftovers), Some(137));
+        assert!(!is_alive(&leftovers));
+        kill(&leftovers, soon()).expect("is dead");
+        let _ = child.wait();
+        kill(&leftovers, soon()).expect("is gone");
+        assert_eq!(end_of_zombie(&leftovers), None);
+    }
+
+    #[test]
+    fn a_zombie_tells_how_it_ended() {
+        let mut child = Command::new("/bin/sh").args(["-c", "exit 3"]).spawn().expect("sh can be started");
+        let body = body(ProcessIdentity::of(child.id()).expect("is there"));
+        let leftovers = Leftovers { id: "c1", bundle: Path::new("/nowhere"), body: Some(&body) };
+        let handle = sys::process::open(child.id()).expect("is our child");
+        assert!(wait::for_end(handle.as_fd(), soon()));
+        assert_eq!(end_of_zombie(&leftovers), Some(3));
+        let _ = child.wait();
+    }
+
+    #[test]
+    fn a_process_that_only_has_the_number_is_left_alone() {
+        let mut child = sleeper();
+        let identity = ProcessIdentity::of(child.id()).expect("is there");
+        let body = body(ProcessIdentity { start_time: identity.start_time.wrapping_sub(1), ..identity });
+        let leftovers = Leftovers { id: "c1", bundle: Path::new("/nowhere"), body: Some(&body) };
+        assert!(!is_alive(&leftovers));
+        kill(&leftovers, soon()).expect("there is nothing to kill");
+        assert!(child.try_wait().expect("is our child").is_none(), "it lives");
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+
+    #[test]
+    fn mounts_are_found_at_and_below_the_root() {
+        let none = Leftovers { id: "c1", bundle: Path::new("/no/such/bundle"), body: None };
+        assert!(!is_mounted(&none));
+        let root = JournalBody { rootfs: Some("/proc".into()), ..JournalBody::default() };
+        assert!(is_mounted(&Leftovers { body: Some(&root), ..none }));
+    }
+}

@@ -1,0 +1,254 @@
+//! `delete`: whatever became of a container, it is gone afterwards, and containerd is told how it ended.
+//!
+//! Owns the order in which the truth is asked for. containerd runs this after every deletion and when a shim does not answer, and
+//! waits five seconds at most.
+//!
+//! ```text
+//!  journal says how it ended, keeper does not know it ─────────────────▶ answer from the record
+//!  keeper knows it, or may ─▶ keeper: Delete ─┬─ done ─────────────────▶ answer from the record
+//!                                             └─ fails, or no answer ─┐
+//!  keeper dead ───────────────────────────────────────────────────────┴▶ by hand, answer from the record
+//!  no journal: no container was ever made ─────────────────────────────▶ unmount, 137 now
+//! ```
+//!
+//! **Invariant:** no process is signalled unless it is certainly the container's: by a handle, after its start time was compared. A
+//! second run gives the same answer.
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::well_known_types::timestamp::Timestamp;
+use protobuf::{Message, MessageField};
+
+use super::by_hand::{self, Leftovers};
+use super::socket::{self, Lock};
+use super::{Error, group, start};
+use crate::control;
+use crate::handover::{CONTROL_SERVICE, ControlReply, ControlRequest, Snapshot};
+use crate::invocation::Flags;
+use crate::journal::{self, Contents, RecordedExit};
+use crate::journal_body::JournalBody;
+use crate::run_dir::{Place, RunDir};
+
+/// containerd kills a `delete` that takes longer than 5 s. From there on backwards: time for our own hands, for the worker, and for a
+/// keeper to say what it knows.
+const WITHIN: Duration = Duration::from_millis(3900);
+const WORKER_WITHIN: Duration = Duration::from_millis(2300);
+const KEEPER_WITHIN: Duration = Duration::from_millis(600);
+
+/// The status of a container whose end nobody has seen, as containerd's own shim gives it: killed.
+const UNKNOWN_STATUS: u32 = 128 + 9;
+
+/// Removes what is left of a container and prints how it ended.
+pub(crate) fn delete(flags: &Flags) -> Result<(), Error> {
+    let begun = Instant::now();
+    let bundle = start::bundle_of(flags)?;
+    let deletion = Deletion::new(flags, &bundle, begun)?;
+    let exit = deletion.perform()?;
+    print(exit)
+}
+
+struct Deletion<'a> {
+    flags: &'a Flags,
+    bundle: &'a Path,
+    begun: Instant,
+    /// What the journal said when we came.
+    found: Contents,
+    body: Option<JournalBody>,
+    /// Absent where nobody can know: there is no journal, and no configuration that tells the group.
+    control: Option<PathBuf>,
+}
+
+/// What a keeper says about a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keeper {
+    /// There is none, or not the one that made the container.
+    Dead,
+    /// It is there and does not answer.
+    Silent,
+    /// It has never heard of it, or has deleted it.
+    KnowsNothing,
+    /// It has it, or does something that may concern it.
+    MayKnow,
+}
+
+impl<'a> Deletion<'a> {
+    fn new(flags: &'a Flags, bundle: &'a Path, begun: Instant) -> Result<Self, Error> {
+        let found = match journal::read(&bundle.join(journal::FILE_NAME)) {
+            Ok(found) => found,
+            // Not a journal: then there is nothing to learn from it.
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => Contents::default(),
+            Err(source) => return Err(Error::Io { op: "read", path: bundle.join(journal::FILE_NAME), source }),
+        };
+        let body = found.body.as_deref().and_then(|bytes| JournalBody::decode(bytes).ok());
+        let control = match &body {
+            Some(body) => Some(body.control_path.clone()),
+            None => place_of(flags, bundle).map(|place| place.control),
+        };
+        Ok(Self { flags, bundle, begun, found, body, control })
+    }
+
+    fn perform(&self) -> Result<RecordedExit, Error> {
+        let keeper = self.ask_keeper();
+        match (keeper, self.recorded()) {
+            (Keeper::KnowsNothing, Some(exit)) => return Ok(exit),
+            // It has left, as keepers do after the last deletion.
+            (Keeper::Dead, Some(exit)) if by_hand::is_clean(&self.leftovers()) => return Ok(exit),
+            (Keeper::MayKnow, _) => {
+                if let Some(told) = self.ask_worker()
+                    && let Some(exit) = self.recorded_now().or(told)
+                {
+                    return Ok(exit);
+                }
+            }
+            _ => {}
+        }
+        let leftovers = self.leftovers();
+        let deadline = self.begun + WITHIN;
+        // A keeper that hangs has not reaped it: the kernel still knows.
+        let seen = by_hand::end_of_zombie(&leftovers);
+        by_hand::kill(&leftovers, deadline)?;
+        let exit = self.true_end(keeper, seen.unwrap_or(UNKNOWN_STATUS), deadline);
+        by_hand::clean(&leftovers, deadline)?;
+        if self.body.is_some() && self.recorded_now().is_none() {
+            self.record(exit);
+        }
+        if keeper == Keeper::Dead {
+            self.remove_sockets();
+        }
+        Ok(exit)
+    }
+
+    /// The exit in the journal that we found.
+    fn recorded(&self) -> Option<RecordedExit> {
+        self.found.exit
+    }
+
+    /// The exit in the journal as it is now.
+    fn recorded_now(&self) -> Option<RecordedExit> {
+        journal::read(&self.bundle.join(journal::FILE_NAME)).ok()?.exit
+    }
+
+    fn ask_keeper(&self) -> Keeper {
+        let Some(control) = &self.control else { return Keeper::Dead };
+        match control::describe(control, self.begun + KEEPER_WITHIN) {
+            Ok(snapshot) => self.judge(&snapshot),
+            Err(error) if error.is_gone() => Keeper::Dead,
+            Err(_) => Keeper::Silent,
+        }
+    }
+
+    fn judge(&self, snapshot: &Snapshot) -> Keeper {
+        let id = &self.flags.id;
+        let knows = snapshot.state.iter().any(|(key, _)| key == id) || snapshot.reservations.contains(id);
+        // A Create that is under way has left nothing in the state so far.
+        let may_make_it = snapshot.requests.iter().any(|request| request.method == "Create");
+        match &self.body {
+            _ if knows || may_make_it => Keeper::MayKnow,
+            // Another keeper has the place of the dead one.
+            Some(body) if body.keeper.pid != snapshot.keeper_pid => Keeper::Dead,
+            _ => Keeper::KnowsNothing,
+        }
+    }
+
+    /// Has the worker delete the container, in its turn among the container's other requests. Absent if it does not say that it did;
+    /// else what it says about the end.
+    fn ask_worker(&self) -> Option<Option<RecordedExit>> {
+        let control = self.control.as_ref()?;
+        let request = ttrpc::Request {
+            service: CONTROL_SERVICE.to_owned(),
+            method: "Delete".to_owned(),
+            payload: serde_json::json!({ "id": self.flags.id }).to_string().into_bytes(),
+            timeout_nano: i64::try_from(WORKER_WITHIN.as_nanos()).unwrap_or(i64::MAX),
+            ..ttrpc::Request::new()
+        };
+        let payload = request.write_to_bytes().ok()?;
+        let reply = control::ask(control, &ControlRequest::Ask { payload }, self.begun + WORKER_WITHIN).ok()?;
+        let ControlReply::Answer { response } = reply else { return None };
+        let response = ttrpc::Response::parse_from_bytes(&response).ok()?;
+        (response.status.code.value() == 0).then(|| told_exit(&response.payload))
+    }
+
+    fn leftovers(&self) -> Leftovers<'_> {
+        Leftovers { id: &self.flags.id, bundle: self.bundle, body: self.body.as_ref() }
+    }
+
+    /// How the container ended: as its keeper saw it, or at our hands. A living keeper needs a moment to see it.
+    fn true_end(&self, keeper: Keeper, otherwise: u32, deadline: Instant) -> RecordedExit {
+        let pid = self.body.as_ref().and_then(|body| body.init).map_or(0, |init| init.pid);
+        let will_be_recorded = pid != 0 && matches!(keeper, Keeper::KnowsNothing | Keeper::MayKnow);
+        loop {
+            if let Some(exit) = self.recorded_now() {
+                return exit;
+            }
+            if !will_be_recorded || Instant::now() >= deadline.min(self.begun + WITHIN * 3 / 4) {
+                return RecordedExit { pid, status: otherwise, at_nanos: now_nanos() };
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Writes down what we answer: a second run shall say the same.
+    fn record(&self, exit: RecordedExit) {
+        let written = journal::Journal::open(&self.bundle.join(journal::FILE_NAME)).and_then(|journal| journal.write_exit(exit));
+        if let Err(error) = written {
+            eprintln!("containerd-shim-x-v2: delete {}: the journal does not take the exit: {error}", self.flags.id);
+        }
+    }
+
+    /// Removes the sockets of a keeper that is dead, unless another has their place by now.
+    fn remove_sockets(&self) {
+        let Some(place) = self.place() else { return };
+        let Ok(_lock) = Lock::take(&place.lock, Instant::now() + Duration::from_millis(100)) else { return };
+        if !control::is_listening(&place.control, Duration::from_millis(50)) {
+            let _ = socket::remove_stale(&place);
+        }
+    }
+
+    /// Where the dead keeper's sockets are. The bundle tells the clients' one, which a daemon may have put anywhere.
+    fn place(&self) -> Option<Place> {
+        let control = self.control.clone()?;
+        let name = control.file_stem()?;
+        let told = std::fs::read_to_string(self.bundle.join("address")).ok();
+        let told = told.as_deref().and_then(|address| address.strip_prefix("unix://")).map(PathBuf::from);
+        // The path comes from a file: nothing is removed but a socket of the shim's own name.
+        let told = told.filter(|socket| socket.file_name() == Some(name));
+        let socket = told.unwrap_or_else(|| RunDir::from_environment().sockets().join(name));
+        Some(Place { socket, lock: control.with_extension("lock"), control })
+    }
+}
+
+/// Where the shim of a container is to be found that has no journal: it was never created.
+fn place_of(flags: &Flags, bundle: &Path) -> Option<Place> {
+    let group = group::of_bundle(bundle).unwrap_or_default();
+    let group = group.as_deref().unwrap_or(&flags.id);
+    RunDir::from_environment().place(&flags.address, &flags.namespace, group, None).ok()
+}
+
+/// What the worker's answer says of the end: JSON, every part of it optional.
+fn told_exit(payload: &[u8]) -> Option<RecordedExit> {
+    let told: serde_json::Value = serde_json::from_slice(payload).ok()?;
+    let number = |name: &str| told.get(name).and_then(serde_json::Value::as_i64);
+    Some(RecordedExit {
+        pid: number("pid").and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0),
+        status: u32::try_from(number("status")?).ok()?,
+        at_nanos: number("at_nanos").unwrap_or_else(now_nanos),
+    })
+}
+
+fn now_nanos() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_nanos()).unwrap_or(i64::MAX))
+}
+
+fn print(exit: RecordedExit) -> Result<(), Error> {
+    let mut stamp = Timestamp::new();
+    stamp.seconds = exit.at_nanos.div_euclid(1_000_000_000);
+    stamp.nanos = exit.at_nanos.rem_euclid(1_000_000_000) as i32;
+    let mut response = DeleteResponse::new();
+    response.pid = exit.pid;
+    response.exit_status = exit.status;
+    response.exited_at = MessageField::some(stamp);
+    let bytes = response.write_to_bytes().map_err(|error| Error::Stdout { source: io::Error::other(error) })?;
+    io::stdout().lock().write_all(&bytes).map_err(|source| Error::Stdout { source })
+}

@@ -1,0 +1,144 @@
+//! All shims of this host, asked at the same time.
+use std::fs;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::Error;
+use crate::control;
+use crate::handover::Snapshot;
+use crate::invocation::Query;
+use crate::run_dir::RunDir;
+
+/// How long a keeper may take to say what it knows. It does nothing else meanwhile, so it takes well under a millisecond.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// So many are asked at once.
+const AT_ONCE: usize = 32;
+
+/// What was found at one control socket.
+#[derive(Debug)]
+pub(crate) struct Shim {
+    pub(crate) control: PathBuf,
+    pub(crate) found: Found,
+}
+
+#[derive(Debug)]
+pub(crate) enum Found {
+    Alive(Box<Snapshot>),
+    /// Somebody listens, but does not answer, or not so that we understand it.
+    Silent(control::Error),
+    /// A socket that a dead keeper has left behind.
+    Dead,
+}
+
+/// Asks every keeper of this host. Those of other namespaces than the query's are left out, the dead and the silent only where it
+/// names none: nobody knows theirs.
+pub(crate) fn survey(query: &Query) -> Result<Vec<Shim>, Error> {
+    let controls = RunDir::from_environment().list_controls()?;
+    let mut shims = Vec::with_capacity(controls.len());
+    for some in controls.chunks(AT_ONCE) {
+        thread::scope(|scope| {
+            let asked: Vec<_> = some.iter().map(|control| scope.spawn(move || ask(control.clone()))).collect();
+            // A thread that panicked has nothing to say; `ask` does not.
+            shims.extend(asked.into_iter().filter_map(|thread| thread.join().ok()));
+        });
+    }
+    shims.retain(|shim| match (&query.namespace, &shim.found) {
+        (Some(namespace), Found::Alive(snapshot)) => snapshot.namespace == *namespace,
+        (Some(_), Found::Silent(_)) => true,
+        (Some(_), Found::Dead) => false,
+        (None, _) => true,
+    });
+    shims.sort_by_key(|shim| match &shim.found {
+        Found::Alive(snapshot) => (0, snapshot.namespace.clone(), snapshot.group.clone()),
+        Found::Silent(_) => (1, String::new(), String::new()),
+        Found::Dead => (2, String::new(), String::new()),
+    });
+    Ok(shims)
+}
+
+fn ask(control: PathBuf) -> Shim {
+    let found = match control::describe(&control, Instant::now() + PATIENCE) {
+        Ok(snapshot) => Found::Alive(Box::new(snapshot)),
+        Err(error) if error.is_gone() => Found::Dead,
+        Err(error) => Found::Silent(error),
+    };
+    Shim { control, found }
+}
+
+/// What one process accounts for, in KiB: its own pages and its share of those it has in common with others.
+pub(crate) fn pss_kib(pid: u32) -> Option<u64> {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix("kB")?.trim().parse().ok())
+}
+
+/// Keeper and worker as JSON.
+pub(crate) fn processes_json(snapshot: &Snapshot) -> (Value, Value) {
+    let keeper = json!({
+        "pid": snapshot.keeper_pid,
+        "build": snapshot.keeper_build,
+        "uptime_seconds": snapshot.uptime_seconds,
+        "pss_kib": pss_kib(snapshot.keeper_pid),
+    });
+    let worker =
+        snapshot.worker_pid.map_or(Value::Null, |pid| json!({ "pid": pid, "build": snapshot.worker_build, "pss_kib": pss_kib(pid) }));
+    (keeper, worker)
+}
+
+/// A container in a worker's words, as far as they can be understood: the worker may be another version than we.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Container {
+    pub(crate) id: String,
+    /// `created`, `running`, `paused`, `exited` … or `?`.
+    pub(crate) state: String,
+    pub(crate) pid: Option<u64>,
+    pub(crate) execs: usize,
+}
+
+impl Container {
+    /// Reads an entry of the keeper's state.
+    pub(crate) fn read(id: &str, value: &[u8]) -> Self {
+        let value: Value = serde_json::from_slice(value).unwrap_or_default();
+        let init = value.get("init").unwrap_or(&Value::Null);
+        Self {
+            id: id.to_owned(),
+            state: phase_of(init),
+            pid: init.get("pid").and_then(Value::as_u64),
+            execs: value.get("execs").and_then(Value::as_object).map_or(0, serde_json::Map::len),
+        }
+    }
+}
+
+/// The phase of a process: a word, or an object whose only key is the word.
+pub(crate) fn phase_of(process: &Value) -> String {
+    match process.get("phase") {
+        Some(Value::String(word)) => word.clone(),
+        Some(Value::Object(phase)) => phase.keys().next().cloned().unwrap_or_else(|| "?".to_owned()),
+        _ => "?".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_is_read_as_far_as_its_words_are_known() {
+        let read = |value: &str| Container::read("c1", value.as_bytes());
+        let is = |state: &str, pid, execs| Container { id: "c1".into(), state: state.into(), pid, execs };
+        assert_eq!(read(r#"{"init": {"phase": "running", "pid": 7}, "execs": {"e1": {}}}"#), is("running", Some(7), 1));
+        assert_eq!(read(r#"{"init": {"phase": {"exited": {"status": 3}}, "pid": 7}}"#), is("exited", Some(7), 0));
+        for odd in ["", "[]", "{}", r#"{"init": 3}"#, r#"{"init": {"phase": {}, "pid": -1}, "execs": []}"#, "\u{0}"] {
+            assert_eq!(read(odd), is("?", None, 0), "{odd}");
+        }
+    }
+
+    #[test]
+    fn memory_of_this_process_is_known_and_of_none_is_not() {
+        assert!(pss_kib(std::process::id()).is_some_and(|kib| kib > 0));
+        assert_eq!(pss_kib(0), None);
+    }
+}

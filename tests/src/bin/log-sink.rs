@@ -1,0 +1,48 @@
+//! A logger for `binary://` URIs: copies stdout and stderr of the container into files.
+//!
+//! `binary:///path/to/log-sink?folder=/where` writes `/where/stdout`, `/where/stderr` and its environment to
+//! `/where/environment`. With `dies=ready` it ends before it says that it is ready, with `dies=later` right after.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread;
+
+use nix::sys::signal::{SigSet, Signal};
+
+fn main() -> io::Result<ExitCode> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    // containerd passes the query as alternating keys and values
+    let query: BTreeMap<_, _> = words.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+    let folder = Path::new(query.get("folder").map_or("/", String::as_str));
+    let dies = query.get("dies").map_or("", String::as_str);
+    if dies == "ready" {
+        return Ok(ExitCode::FAILURE);
+    }
+    // the stock shim says SIGTERM as soon as the container is gone; loggers go on until their pipes end
+    let mut termination = SigSet::empty();
+    termination.add(Signal::SIGTERM);
+    termination.thread_block()?;
+    let environment: Vec<String> = std::env::vars().map(|(key, value)| format!("{key}={value}\n")).collect();
+    fs::write(folder.join("environment"), environment.concat())?;
+    // opened by path, so that no descriptor has to be taken on trust
+    let mut out = File::open("/proc/self/fd/3")?;
+    let mut err = File::open("/proc/self/fd/4")?;
+    let (mut out_file, mut err_file) = (File::create(folder.join("stdout"))?, File::create(folder.join("stderr"))?);
+    close_ready_pipe();
+    if dies == "later" {
+        return Ok(ExitCode::FAILURE);
+    }
+    let copy_err = thread::spawn(move || io::copy(&mut err, &mut err_file));
+    io::copy(&mut out, &mut out_file)?;
+    let _already_printed_by_the_harness = copy_err.join();
+    fs::write(folder.join("done"), "")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Says that it is ready: by closing descriptor 5.
+fn close_ready_pipe() {
+    let _nothing_to_do_about_it = nix::unistd::close(5);
+}

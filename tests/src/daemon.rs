@@ -1,0 +1,198 @@
+//! One containerd in a folder of its own: root, state, sockets, configuration, log.
+//!
+//! ```text
+//! (none) ─start▶ running ─kill or stop▶ down ─restart▶ running     drop: everything of it is killed
+//! ```
+
+use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::client::Client;
+use crate::eventually::{SOON, eventually, eventually_true};
+use crate::suite::{Shim, Suite};
+use crate::{isolation, proc};
+
+/// A containerd of one's own.
+#[derive(Debug)]
+pub struct Daemon {
+    suite: Suite,
+    folder: PathBuf,
+    process: Mutex<Option<Child>>,
+}
+
+impl Daemon {
+    /// Starts one and waits until it answers.
+    ///
+    /// Its PATH begins with a folder that holds `shim` under the name that its runtime type asks for.
+    pub async fn start(suite: Suite, shim: &Shim) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let folder = Path::new(isolation::RUN).join(format!("d{number}"));
+        fs::create_dir_all(folder.join("bin"))?;
+        if let Some(binary) = &shim.binary {
+            symlink(binary, folder.join("bin").join(shim.binary_name()))?;
+        }
+        fs::write(folder.join("config.toml"), configuration(suite, &folder))?;
+        let daemon = Self { suite, folder, process: Mutex::new(None) };
+        daemon.spawn()?;
+        daemon.answering().await?;
+        Ok(daemon)
+    }
+
+    /// The version it runs.
+    pub fn suite(&self) -> Suite {
+        self.suite
+    }
+
+    /// Its folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The folder that comes first in its PATH, with the shim in it.
+    pub fn bin(&self) -> PathBuf {
+        self.folder.join("bin")
+    }
+
+    /// The PATH that it and its shims have.
+    pub fn path(&self) -> String {
+        format!("{}:{}:/usr/sbin:/usr/bin:/sbin:/bin", self.bin().display(), self.suite.bin().display())
+    }
+
+    /// Its gRPC socket.
+    pub fn address(&self) -> PathBuf {
+        self.folder.join("c.sock")
+    }
+
+    /// Its log.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// The folder of a container's bundle.
+    pub fn bundle(&self, namespace: &str, id: &str) -> PathBuf {
+        self.folder.join("state/io.containerd.runtime.v2.task").join(namespace).join(id)
+    }
+
+    /// A client of it.
+    pub async fn client(&self, namespace: &str) -> Result<Client> {
+        let client = Client::connect(&self.address(), namespace).await?;
+        client.create_namespace().await?;
+        Ok(client)
+    }
+
+    /// Ends it with SIGKILL, as a crash does.
+    pub fn kill(&self) -> Result<()> {
+        self.end(Signal::SIGKILL)
+    }
+
+    /// Ends it with SIGTERM, as an upgrade does.
+    pub fn stop(&self) -> Result<()> {
+        self.end(Signal::SIGTERM)
+    }
+
+    /// Starts it again on the same folder, and waits until it answers.
+    pub async fn restart(&self) -> Result<()> {
+        self.spawn()?;
+        self.answering().await
+    }
+
+    /// Its pid, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.lock().expect("no panic under this lock").as_ref().map(Child::id)
+    }
+
+    fn end(&self, signal: Signal) -> Result<()> {
+        let child = self.process.lock().expect("no panic under this lock").take();
+        if let Some(mut child) = child {
+            kill(Pid::from_raw(child.id().cast_signed()), signal)?;
+            child.wait()?;
+            isolation::forget(child.id());
+        }
+        Ok(())
+    }
+
+    fn spawn(&self) -> Result<()> {
+        let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
+        let child = Command::new(self.suite.program("containerd"))
+            .arg("--config")
+            .arg(self.folder.join("config.toml"))
+            .env_clear()
+            .env("PATH", self.path())
+            .env("HOME", "/root")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .with_context(|| format!("start {}", self.suite))?;
+        isolation::keep(child.id());
+        *self.process.lock().expect("no panic under this lock") = Some(child);
+        Ok(())
+    }
+
+    async fn answering(&self) -> Result<()> {
+        let what = format!("{} answers", self.suite);
+        eventually(what, Duration::from_secs(30), async || {
+            Client::connect(&self.address(), "default").await?.version().await?;
+            Ok(())
+        })
+        .await
+        .with_context(|| self.log())
+    }
+
+    /// Waits until no process but the daemon itself has anything to do with it.
+    pub async fn is_alone(&self) -> Result<()> {
+        let own = self.pid().map_or(0, u32::cast_signed);
+        eventually_true("no shim of this daemon is left", SOON, || self.strangers().all(|pid| pid == own)).await
+    }
+
+    fn strangers(&self) -> impl Iterator<Item = i32> {
+        let folder = format!("{}/", self.folder.display());
+        proc::all().into_keys().filter(move |pid| *pid != 1 && proc::mentions(*pid, &folder))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _already_dead = self.kill();
+        self.strangers().for_each(proc::kill_hard);
+    }
+}
+
+fn configuration(suite: Suite, folder: &Path) -> String {
+    let (version, disabled) = match suite {
+        Suite::Bookworm | Suite::Trixie => (2, r#""io.containerd.grpc.v1.cri""#),
+        Suite::Forky => (
+            3,
+            r#""io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+               "io.containerd.podsandbox.controller.v1.podsandbox", "io.containerd.nri.v1.nri""#,
+        ),
+    };
+    let level = if std::env::var_os("X_TESTS_DEBUG").is_some() { "debug" } else { "info" };
+    format!(
+        r#"version = {version}
+root = "{folder}/root"
+state = "{folder}/state"
+disabled_plugins = [{disabled}, "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
+  "io.containerd.snapshotter.v1.blockfile", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
+[grpc]
+address = "{folder}/c.sock"
+[debug]
+address = "{folder}/debug.sock"
+level = "{level}"
+[plugins."io.containerd.internal.v1.opt"]
+path = "{folder}/opt"
+"#,
+        folder = folder.display()
+    )
+}

@@ -1,0 +1,43 @@
+//! Waiting for something to become true: with a name, with a deadline, and with what was last seen when it did not.
+
+use std::fmt::Display;
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow};
+
+/// The deadline of what ought to happen at once, generous because the machine is shared.
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// Calls `probe` until it succeeds, and returns what it returned.
+///
+/// Errors: the last error of `probe` once `deadline` has passed.
+pub async fn eventually<T>(
+    what: impl Display,
+    deadline: Duration,
+    mut probe: impl AsyncFnMut() -> Result<T>,
+) -> Result<T> {
+    let begin = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    loop {
+        let last = match probe().await {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        if begin.elapsed() > deadline {
+            return Err(last.context(format!("not within {deadline:?}: {what}; last seen")));
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+}
+
+/// Like [`eventually`], of a plain condition.
+pub async fn eventually_true(what: impl Display, deadline: Duration, mut probe: impl FnMut() -> bool) -> Result<()> {
+    eventually(what, deadline, async || if probe() { Ok(()) } else { Err(anyhow!("still false")) }).await
+}
+
+/// Waits for `future` no longer than `deadline`.
+pub async fn within<T>(what: impl Display, deadline: Duration, future: impl Future<Output = T>) -> Result<T> {
+    tokio::time::timeout(deadline, future).await.with_context(|| format!("not within {deadline:?}: {what}"))
+}

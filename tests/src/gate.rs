@@ -1,0 +1,97 @@
+//! An OCI runtime that does what a test tells it to: the controlling side of the `gated-runtime` program.
+//!
+//! The program is copied into a folder of the test and reads its orders from the files beside it, by verb
+//! (create, start, exec, kill, delete …):
+//!
+//! | file | meaning |
+//! | --- | --- |
+//! | `real` | path of the real runtime |
+//! | `hold.VERB` | block before the real runtime runs, until the file is gone |
+//! | `after.VERB` | block after it has run |
+//! | `fail.VERB` | print the content on stderr and fail |
+//! | `shout.VERB` | print that many bytes on stderr first |
+//! | `calls` | appended by the program: one line `VERB arguments` per call |
+//! | `held.VERB` | made by the program while it blocks |
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::eventually::{SOON, eventually};
+
+/// A copy of the gated runtime and its orders.
+#[derive(Debug)]
+pub struct Gate {
+    folder: PathBuf,
+}
+
+impl Gate {
+    /// Puts a copy of `program` into `folder`, in front of the runtime `real`.
+    pub fn new(folder: &Path, program: &Path, real: &Path) -> Result<Self> {
+        fs::create_dir_all(folder)?;
+        fs::copy(program, folder.join("runtime")).with_context(|| format!("copy {}", program.display()))?;
+        fs::write(folder.join("real"), real.to_str().context("a path in UTF-8")?)?;
+        Ok(Self { folder: folder.to_owned() })
+    }
+
+    /// The path to give as BinaryName.
+    pub fn binary(&self) -> PathBuf {
+        self.folder.join("runtime")
+    }
+
+    /// Blocks the next calls of `verb` before they do anything.
+    pub fn hold(&self, verb: &str) -> Result<()> {
+        Ok(fs::write(self.folder.join(format!("hold.{verb}")), "")?)
+    }
+
+    /// Blocks the next calls of `verb` after the real runtime has done its work.
+    pub fn hold_after(&self, verb: &str) -> Result<()> {
+        Ok(fs::write(self.folder.join(format!("after.{verb}")), "")?)
+    }
+
+    /// Lets them go on, and no longer blocks.
+    pub fn release(&self, verb: &str) -> Result<()> {
+        for kind in ["hold", "after"] {
+            let file = self.folder.join(format!("{kind}.{verb}"));
+            if file.exists() {
+                fs::remove_file(file)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until a call of `verb` is blocked.
+    pub async fn held(&self, verb: &str) -> Result<()> {
+        eventually(format!("the runtime is held at {verb}"), SOON, async || {
+            ensure!(self.folder.join(format!("held.{verb}")).exists(), "calls so far: {:?}", self.calls());
+            Ok(())
+        })
+        .await
+    }
+
+    /// Makes the next calls of `verb` fail with `message`, or succeed again.
+    pub fn fail(&self, verb: &str, message: Option<&str>) -> Result<()> {
+        let file = self.folder.join(format!("fail.{verb}"));
+        match message {
+            Some(message) => fs::write(file, message)?,
+            None => fs::remove_file(file)?,
+        }
+        Ok(())
+    }
+
+    /// Makes the next calls of `verb` print that many bytes on stderr first.
+    pub fn shout(&self, verb: &str, bytes: usize) -> Result<()> {
+        Ok(fs::write(self.folder.join(format!("shout.{verb}")), bytes.to_string())?)
+    }
+
+    /// The calls so far, each as `VERB arguments`.
+    pub fn calls(&self) -> Vec<String> {
+        fs::read_to_string(self.folder.join("calls")).unwrap_or_default().lines().map(str::to_owned).collect()
+    }
+
+    /// How often `verb` was called.
+    pub fn count(&self, verb: &str) -> usize {
+        self.calls().iter().filter(|call| call.split(' ').next() == Some(verb)).count()
+    }
+}

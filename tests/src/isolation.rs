@@ -1,0 +1,145 @@
+//! The namespaces in which a whole run lives, and the role of init in them.
+//!
+//! ```text
+//!  cargo ─▶ outer ──unshare(pid, mount)──▶ inner = pid 1 of the run
+//!             │ waits, then removes          │ own /proc, own tmpfs on /run, reaps orphans
+//!             ▼ what cgroups are left        ▼ daemons, shims, containers
+//! ```
+//! So every process, mount, socket and fifo that the run can see is its own, other users of the machine are
+//! neither seen nor disturbed, and when the run ends, however it ends, the kernel takes everything with it.
+//! Only cgroups are the host's: each run has one folder of its own in every hierarchy.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, ExitStatus};
+use std::sync::{LazyLock, Mutex};
+use std::time::Duration;
+use std::{env, fs, thread};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::proc;
+
+const MARK: &str = "X_TESTS_INNER";
+
+/// The folder of the run, on the run's own tmpfs.
+pub const RUN: &str = "/run/x-tests";
+
+/// Runs `inside` as pid 1 of namespaces of its own, and returns its exit code.
+///
+/// Errors: without root, or when the kernel refuses the namespaces.
+pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
+    if env::var_os(MARK).is_some() {
+        become_init()?;
+        return Ok(inside());
+    }
+    ensure!(nix::unistd::geteuid().is_root(), "these tests need root: they start daemons and containers");
+    let cgroup = format!("x-tests-{}", std::process::id());
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).context("new pid and mount namespaces")?;
+    let status = Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(MARK, &cgroup).env("RUST_LIB_BACKTRACE", "1").status()?;
+    remove_cgroups(&cgroup);
+    Ok(exit_code(status))
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(101))
+}
+
+/// The name of the run's own cgroup in every hierarchy.
+pub fn cgroup() -> String {
+    env::var(MARK).unwrap_or_else(|_| "x-tests".to_owned())
+}
+
+fn become_init() -> Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with the outer process")?;
+    ensure!(std::process::id() == 1, "{MARK} is for internal use");
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make mounts private")?;
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("mount /proc")?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount /run")?;
+    fs::create_dir_all(RUN)?;
+    thread::Builder::new().name("init".to_owned()).spawn(reap_orphans)?;
+    Ok(())
+}
+
+static OWN: LazyLock<Mutex<BTreeSet<i32>>> = LazyLock::new(Mutex::default);
+static ORPHANS: LazyLock<Mutex<Vec<String>>> = LazyLock::new(Mutex::default);
+
+/// Says that `pid` is waited for by whoever started it.
+pub fn keep(pid: u32) {
+    OWN.lock().expect("no panic under this lock").insert(pid.cast_signed());
+}
+
+/// Says that `pid` has been waited for.
+pub fn forget(pid: u32) {
+    OWN.lock().expect("no panic under this lock").remove(&pid.cast_signed());
+}
+
+/// The names of the processes that ended as children of init: their parent had died, or did not wait for them.
+pub fn orphans() -> Vec<String> {
+    ORPHANS.lock().expect("no panic under this lock").clone()
+}
+
+/// What init does: waits for whoever lost its parent. Children of the test itself are left for a second to whoever waits for them.
+fn reap_orphans() {
+    let mut seen: BTreeMap<i32, u32> = BTreeMap::new();
+    loop {
+        let zombies: Vec<_> = proc::all().into_values().filter(|p| p.parent == 1 && p.is_zombie()).collect();
+        seen.retain(|pid, _| zombies.iter().any(|zombie| zombie.pid == *pid));
+        for zombie in zombies {
+            let rounds = seen.entry(zombie.pid).or_default();
+            *rounds += 1;
+            if *rounds < 10 || OWN.lock().expect("no panic under this lock").contains(&zombie.pid) {
+                continue;
+            }
+            if let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) =
+                waitpid(Pid::from_raw(zombie.pid), Some(WaitPidFlag::WNOHANG))
+            {
+                ORPHANS.lock().expect("no panic under this lock").push(zombie.comm);
+            }
+        }
+        thread::sleep(Duration::from_millis(100)); // the clock of init, nobody waits for it
+    }
+}
+
+/// The run's own folder in every cgroup hierarchy, where it exists.
+pub fn cgroup_folders(name: &str) -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    let mut folders: Vec<PathBuf> = vec![root.join(name)];
+    folders.extend(fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path().join(name)));
+    folders.retain(|folder| folder.is_dir());
+    folders
+}
+
+/// Kills what is in the cgroups of that name and removes them, as far as the kernel allows.
+pub fn remove_cgroups(name: &str) {
+    for folder in cgroup_folders(name) {
+        remove_cgroup(&folder);
+    }
+}
+
+fn remove_cgroup(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroup(&entry.path());
+        }
+    }
+    let _v1_only = fs::write(folder.join("freezer.state"), "THAWED");
+    for _attempt in 0..50 {
+        for pid in fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default().lines() {
+            // 0 is a process of another pid namespace, never ours to kill
+            if let Some(pid) = pid.parse().ok().filter(|pid| *pid > 0) {
+                proc::kill_hard(pid);
+            }
+        }
+        if fs::remove_dir(folder).is_ok() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(10)); // a killed process leaves its cgroup a little later
+    }
+}

@@ -1,0 +1,35 @@
+//! Black-box tests of a containerd shim, any shim: they start real daemons, speak containerd's gRPC API to them,
+//! and look at the kernel. Nothing here links the shim or the supervisor.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`runner`] | the matrix of containerd version × runtime, skips, deadlines |
+//! | [`isolation`] | the pid and mount namespaces in which a whole run lives, and the role of init there |
+//! | [`suite`] | where the daemons and runtimes of each Debian suite are |
+//! | [`daemon`] | one containerd in a folder of its own, killed and restarted at will |
+//! | [`client`] | containerd's gRPC API, every call with a deadline |
+//! | [`container`] | a container under test: spec, stdio, task, execs |
+//! | [`context`] | what a test is given |
+//! | [`events`] | the daemon's events, collected |
+//! | [`stdio`] | fifos owned by the test |
+//! | [`gate`] | a runtime that blocks, fails or shouts on demand |
+//! | [`audit`] | what is left behind |
+//!
+//! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
+
+pub mod audit;
+pub mod client;
+pub mod container;
+pub mod context;
+pub mod daemon;
+pub mod events;
+pub mod eventually;
+pub mod gate;
+pub mod isolation;
+pub mod messages;
+pub mod proc;
+pub mod rootfs;
+pub mod runner;
+pub mod spec;
+pub mod stdio;
+pub mod suite;

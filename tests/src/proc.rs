@@ -1,0 +1,128 @@
+//! What `/proc` says about processes.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// One process as `/proc/PID/stat` and `/proc/PID/cmdline` show it.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// Its pid in the namespace of the run.
+    pub pid: i32,
+    /// Its parent's pid.
+    pub parent: i32,
+    /// One letter, `Z` for a zombie.
+    pub state: char,
+    /// The kernel's short name.
+    pub comm: String,
+    /// Arguments joined by a space; empty for a zombie.
+    pub command: String,
+    /// Clock ticks after boot; together with the pid this names one process for ever.
+    pub start: u64,
+}
+
+impl Process {
+    /// Reads one process.
+    ///
+    /// Errors: when there is none with that pid any more.
+    pub fn read(pid: i32) -> Result<Self> {
+        let stat = stat(pid)?;
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        Ok(Self {
+            pid,
+            parent: stat.field(4).parse()?,
+            state: stat.field(3).chars().next().unwrap_or('?'),
+            command: String::from_utf8_lossy(&command).replace('\0', " ").trim().to_owned(),
+            start: stat.field(22).parse()?,
+            comm: stat.comm,
+        })
+    }
+
+    /// Whether it has ended without having been waited for.
+    pub fn is_zombie(&self) -> bool {
+        self.state == 'Z'
+    }
+}
+
+/// `/proc/PID/stat`, with the fields numbered as in proc(5).
+#[derive(Debug)]
+pub struct Stat {
+    comm: String,
+    rest: Vec<String>,
+}
+
+impl Stat {
+    /// The field with that number, 3 or more.
+    pub fn field(&self, number: usize) -> &str {
+        self.rest.get(number - 3).map_or("", String::as_str)
+    }
+}
+
+/// Reads `/proc/PID/stat`.
+pub fn stat(pid: i32) -> Result<Stat> {
+    let path = format!("/proc/{pid}/stat");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let (open, close) = (text.find('(').context("no comm")?, text.rfind(')').context("no comm")?);
+    Ok(Stat {
+        comm: text[open + 1..close].to_owned(),
+        rest: text[close + 1..].split_whitespace().map(str::to_owned).collect(),
+    })
+}
+
+/// Every process of the run's pid namespace, by pid.
+pub fn all() -> BTreeMap<i32, Process> {
+    let Ok(entries) = fs::read_dir("/proc") else { return BTreeMap::new() };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| Process::read(pid).ok())
+        .map(|process| (process.pid, process))
+        .collect()
+}
+
+/// Whether a process with that pid exists and is not a zombie.
+pub fn is_alive(pid: i32) -> bool {
+    Process::read(pid).is_ok_and(|process| !matches!(process.state, 'Z' | 'X'))
+}
+
+/// The living children of `pid`.
+pub fn children(pid: i32) -> Vec<Process> {
+    all().into_values().filter(|process| process.parent == pid && !process.is_zombie()).collect()
+}
+
+/// Whether the environment or the command line of `pid` contains `text`.
+pub fn mentions(pid: i32, text: &str) -> bool {
+    ["environ", "cmdline"].iter().any(|file| {
+        fs::read(format!("/proc/{pid}/{file}"))
+            .is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text))
+    })
+}
+
+/// The value of one line of `/proc/PID/status`.
+pub fn status_field(pid: i32, name: &str) -> Result<String> {
+    let path = format!("/proc/{pid}/status");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .map(|value| value.trim().to_owned())
+        .with_context(|| format!("{path} has no {name}"))
+}
+
+/// The open files of `pid`, by number.
+pub fn open_files(pid: i32) -> Result<BTreeMap<i32, PathBuf>> {
+    let folder = format!("/proc/{pid}/fd");
+    Ok(fs::read_dir(&folder)
+        .with_context(|| format!("read {folder}"))?
+        .flatten()
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?)))
+        .collect())
+}
+
+/// Sends SIGKILL; a process that is gone already is fine.
+pub fn kill_hard(pid: i32) {
+    let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
+}

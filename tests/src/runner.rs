@@ -1,0 +1,281 @@
+//! The matrix: each case once per combination of containerd version and OCI runtime that it asks for,
+//! with a deadline, a reason when it is skipped, and a look at what it left behind.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::sync::{Arc, LazyLock, Mutex, RwLock};
+use std::time::{Duration, Instant};
+use std::{env, fmt};
+
+use anyhow::{Context as _, Result};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use tokio::runtime::Runtime as Executor;
+
+use crate::audit::Audit;
+use crate::context::Context;
+use crate::daemon::Daemon;
+use crate::isolation;
+use crate::suite::{self, Runtime, Shim, Suite};
+
+/// The body of a case.
+pub type Body = fn(Context) -> Pin<Box<dyn Future<Output = Result<()>>>>;
+
+/// For which combinations a case runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Every containerd with every runtime.
+    Full,
+    /// Every containerd, with runc on the oldest and crun on the others: what the daemon makes of the shim.
+    Daemons,
+    /// The oldest containerd with both runtimes, each in its oldest and newest version: what the runtime makes of the shim.
+    Runtimes,
+    /// The newest containerd with both runtimes: what nothing older can do here.
+    Newest,
+    /// One combination: what only the shim itself decides.
+    Once,
+}
+
+impl Scope {
+    fn combinations(self) -> Vec<(Suite, Runtime)> {
+        let all = Suite::ALL.into_iter().flat_map(|suite| Runtime::ALL.map(|runtime| (suite, runtime)));
+        all.filter(|combination| self.holds(*combination)).collect()
+    }
+
+    fn holds(self, (suite, runtime): (Suite, Runtime)) -> bool {
+        match self {
+            Self::Full => true,
+            Self::Daemons => (suite == Suite::Bookworm) == (runtime == Runtime::Runc),
+            Self::Runtimes => suite != Suite::Trixie,
+            Self::Newest => suite == Suite::Forky,
+            Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Crun),
+        }
+    }
+}
+
+/// One test function.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// `module::sentence`
+    pub name: &'static str,
+    /// Its combinations.
+    pub scope: Scope,
+    /// Its deadline.
+    pub deadline: Duration,
+    /// Whether nothing else may run at the same time.
+    pub alone: bool,
+    /// What it does.
+    pub body: Body,
+}
+
+impl Case {
+    /// A case with the usual deadline that others may run beside.
+    pub const fn new(name: &'static str, scope: Scope, body: Body) -> Self {
+        Self { name, scope, deadline: Duration::from_secs(60), alone: false, body }
+    }
+
+    /// Gives it another deadline.
+    #[must_use]
+    pub const fn within(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Lets nothing else run at the same time.
+    #[must_use]
+    pub const fn alone(mut self) -> Self {
+        self.alone = true;
+        self
+    }
+}
+
+/// Lists the cases of a module: `cases![lifecycle, Scope::Full: a, b; Scope::Once: c]`.
+#[macro_export]
+macro_rules! cases {
+    ($module:ident, $($scope:expr => $($name:ident),+ $(,)?);+ $(;)?) => {
+        vec![$($($crate::runner::Case::new(
+            concat!(stringify!($module), "::", stringify!($name)),
+            $scope,
+            |cx| Box::pin($module::$name(cx)),
+        )),+),+]
+    };
+}
+
+/// The reason why a case can't run here; see [`skip`].
+#[derive(Debug)]
+pub struct Skip(String);
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "skipped: {}", self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+/// What the stock shim is known to do otherwise: a part of a test's full name, and what happens instead.
+/// A run on the stock shim skips these, unless `X_STOCK_ALL` is set.
+pub type Known = (&'static str, &'static str);
+
+/// Ends a case without a verdict.
+pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
+    Err(anyhow::Error::new(Skip(reason.into())))
+}
+
+/// Drives async code for the threads of the test harness.
+pub static EXECUTOR: LazyLock<Executor> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads can be started")
+});
+
+static DAEMONS: Mutex<BTreeMap<Suite, Arc<Daemon>>> = Mutex::new(BTreeMap::new());
+static ALONE: RwLock<()> = RwLock::new(());
+static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// Runs `cases` the way `cargo test` and nextest expect it; `programs` is the folder with this package's helper programs.
+pub fn main(cases: &[Case], known: &'static [Known], programs: &Path) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // two threads keep two processors busy; more only make deadlines meaningless
+    arguments.test_threads.get_or_insert(2);
+    if arguments.list {
+        let nothing = Shim { runtime_type: String::new(), binary: None };
+        return libtest_mimic::run(&arguments, trials(cases, known, &nothing, programs)).exit_code();
+    }
+    match prepare().and_then(|shim| isolation::run(|| run(&arguments, cases, known, &shim, programs))) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("cannot run: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn prepare() -> Result<Shim> {
+    if env::var_os("X_TESTS_INNER").is_none() && nix::unistd::geteuid().is_root() {
+        suite::fetch()?;
+    }
+    Shim::on_trial()
+}
+
+fn run(arguments: &Arguments, cases: &[Case], known: &'static [Known], shim: &Shim, programs: &Path) -> ExitCode {
+    let before = Audit::take(&[]);
+    let conclusion = libtest_mimic::run(arguments, trials(cases, known, shim, programs));
+    report_times();
+    let mut code = conclusion.exit_code();
+    let daemons = std::mem::take(&mut *DAEMONS.lock().expect("no panic under this lock"));
+    for daemon in daemons.values() {
+        let _its_end_is_not_on_trial = daemon.stop();
+    }
+    if !conclusion.has_failed() {
+        let settled = Audit::nothing_more_than(&before, &[], Duration::from_secs(10));
+        if let Err(error) = EXECUTOR.block_on(settled) {
+            eprintln!("after the last test: {error:#}");
+            code = ExitCode::from(101);
+        }
+    }
+    code
+}
+
+fn report_times() {
+    if env::var_os("X_TESTS_TIMES").is_some() {
+        let mut times = std::mem::take(&mut *TIMES.lock().expect("no panic under this lock"));
+        times.sort();
+        let total: Duration = times.iter().map(|(time, _)| *time).sum();
+        for (time, name) in times.iter().rev().take(30) {
+            eprintln!("{:7.2} s  {name}", time.as_secs_f64());
+        }
+        eprintln!("{:7.2} s  all of them", total.as_secs_f64());
+    }
+}
+
+fn trials(cases: &[Case], known: &'static [Known], shim: &Shim, programs: &Path) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for case in cases {
+        for (suite, runtime) in case.scope.combinations() {
+            let name = format!("{suite}::{runtime}::{}", case.name);
+            let trial = One { name: name.clone(), case: *case, suite, runtime, shim: shim.clone(), programs: programs.into(), known };
+            trials.push(Trial::ignorable_test(name, move || trial.run()));
+        }
+    }
+    trials
+}
+
+/// One case in one combination.
+struct One {
+    name: String,
+    case: Case,
+    suite: Suite,
+    runtime: Runtime,
+    shim: Shim,
+    programs: PathBuf,
+    known: &'static [Known],
+}
+
+impl One {
+    fn run(self) -> std::result::Result<Completion, Failed> {
+        if self.shim == Shim::stock() && env::var_os("X_STOCK_ALL").is_none() {
+            if let Some((_, reason)) = self.known.iter().find(|(part, _)| self.name.contains(part)) {
+                return Ok(Completion::ignored_with(format!("the stock shim: {reason}")));
+            }
+        }
+        let (_shared, _alone);
+        if self.case.alone {
+            _alone = ALONE.write();
+        } else {
+            _shared = ALONE.read();
+        }
+        let begin = Instant::now();
+        let verdict = catch_unwind(AssertUnwindSafe(|| EXECUTOR.block_on(self.verdict())));
+        TIMES.lock().expect("no panic under this lock").push((begin.elapsed(), self.name.clone()));
+        match verdict {
+            Ok(Ok(())) => Ok(Completion::Completed),
+            Ok(Err(error)) => match error.downcast_ref::<Skip>() {
+                Some(Skip(reason)) => Ok(Completion::ignored_with(reason)),
+                None => Err(Failed::from(explain(&error))),
+            },
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+
+    async fn verdict(&self) -> Result<()> {
+        let daemon = shared_daemon(self.suite, &self.shim).await?;
+        let cx = Context::new(daemon, self.runtime, self.shim.clone(), &self.programs).await?;
+        tokio::time::timeout(self.case.deadline, (self.case.body)(cx.clone()))
+            .await
+            .with_context(|| format!("the whole test: not within {:?}", self.case.deadline))
+            .flatten()
+            .with_context(|| format!("the daemon's log of {}:\n{}", self.name, about(&cx)))?;
+        cx.leaves_nothing().await
+    }
+}
+
+/// The error with its sources, and the lines of the test that it came from.
+fn explain(error: &anyhow::Error) -> String {
+    let mut text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
+    let backtrace = error.backtrace().to_string();
+    for place in backtrace.lines().filter(|line| line.contains("tests/containerd/") || line.contains("tests/docker")) {
+        text.push_str("\n  ");
+        text.push_str(place.trim());
+    }
+    text
+}
+
+/// The last lines of the daemon's log that are about the test.
+fn about(cx: &Context) -> String {
+    let log = cx.daemon().log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains(cx.client().namespace()) || line.contains("level=fatal")).collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
+
+async fn shared_daemon(suite: Suite, shim: &Shim) -> Result<Arc<Daemon>> {
+    static STARTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    let _one_at_a_time = STARTING.lock().await;
+    if let Some(daemon) = DAEMONS.lock().expect("no panic under this lock").get(&suite) {
+        return Ok(Arc::clone(daemon));
+    }
+    let daemon = Arc::new(Daemon::start(suite, shim).await?);
+    DAEMONS.lock().expect("no panic under this lock").insert(suite, Arc::clone(&daemon));
+    Ok(daemon)
+}

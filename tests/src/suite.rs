@@ -1,0 +1,160 @@
+//! Where the daemons and runtimes of each Debian suite are, and which shim is on trial.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fmt};
+
+use anyhow::{Context as _, Result, ensure};
+
+/// A containerd version, by the Debian suite that it comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Suite {
+    /// containerd 1.6
+    Bookworm,
+    /// containerd 1.7 and Docker 26
+    Trixie,
+    /// containerd 2.1 and criu
+    Forky,
+}
+
+impl Suite {
+    /// All of them, oldest first.
+    pub const ALL: [Self; 3] = [Self::Bookworm, Self::Trixie, Self::Forky];
+
+    /// The folder with its programs.
+    pub fn bin(self) -> PathBuf {
+        let name = match self {
+            Self::Bookworm => "bookworm",
+            Self::Trixie => "trixie",
+            Self::Forky => "forky",
+        };
+        cache().join(name).join("bin")
+    }
+
+    /// One of its programs.
+    pub fn program(self, name: &str) -> PathBuf {
+        self.bin().join(name)
+    }
+
+    /// The version of containerd, as in names of tests.
+    pub fn version(self) -> &'static str {
+        match self {
+            Self::Bookworm => "1.6",
+            Self::Trixie => "1.7",
+            Self::Forky => "2.1",
+        }
+    }
+}
+
+impl fmt::Display for Suite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "containerd-{}", self.version())
+    }
+}
+
+/// An OCI runtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Runtime {
+    /// opencontainers/runc
+    Runc,
+    /// containers/crun
+    Crun,
+}
+
+impl Runtime {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Runc, Self::Crun];
+
+    /// The program's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+        }
+    }
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The runtime type of the shim that this repository builds.
+pub const OUR_TYPE: &str = "io.containerd.x.v2";
+/// The runtime type of containerd's own shim.
+pub const STOCK_TYPE: &str = "io.containerd.runc.v2";
+
+/// The shim on trial: `X_SHIM` and `X_RUNTIME_TYPE`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shim {
+    /// The name that containers give as their runtime.
+    pub runtime_type: String,
+    /// The binary; none for the stock shim that comes with each daemon.
+    pub binary: Option<PathBuf>,
+}
+
+impl Shim {
+    /// What the environment says; by default the release build of this workspace.
+    ///
+    /// Errors: when the binary does not exist.
+    pub fn on_trial() -> Result<Self> {
+        let runtime_type = env::var("X_RUNTIME_TYPE").unwrap_or_else(|_| OUR_TYPE.to_owned());
+        let binary = match env::var_os("X_SHIM") {
+            Some(path) => Some(PathBuf::from(path)),
+            None if runtime_type == STOCK_TYPE => None,
+            None => Some(target_folder().join("x86_64-unknown-linux-gnu/release").join(binary_name(&runtime_type))),
+        };
+        if let Some(path) = &binary {
+            ensure!(path.is_file(), "no shim at {}: build it, or name one with X_SHIM", path.display());
+        }
+        Ok(Self { runtime_type, binary: binary.map(|path| path.canonicalize()).transpose()? })
+    }
+
+    /// The stock shim that comes with each daemon.
+    pub fn stock() -> Self {
+        Self { runtime_type: STOCK_TYPE.to_owned(), binary: None }
+    }
+
+    /// Whether it is the shim of this repository, made of a keeper and a worker.
+    pub fn is_ours(&self) -> bool {
+        self.runtime_type == OUR_TYPE
+    }
+
+    /// The file name under which a daemon looks for it in PATH.
+    pub fn binary_name(&self) -> String {
+        binary_name(&self.runtime_type)
+    }
+}
+
+/// `io.containerd.NAME.vN` is served by `containerd-shim-NAME-vN`.
+fn binary_name(runtime_type: &str) -> String {
+    let mut parts = runtime_type.rsplit('.');
+    let (version, name) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    format!("containerd-shim-{name}-{version}")
+}
+
+fn target_folder() -> PathBuf {
+    match env::var_os("CARGO_TARGET_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"),
+    }
+}
+
+/// The folder that `tools/fetch-suites` fills.
+pub fn cache() -> PathBuf {
+    if let Some(folder) = env::var_os("X_TESTS_CACHE") {
+        return folder.into();
+    }
+    let base = env::var_os("XDG_CACHE_HOME")
+        .map_or_else(|| PathBuf::from(env::var_os("HOME").unwrap_or_default()).join(".cache"), PathBuf::from);
+    base.join("x-tests")
+}
+
+/// Runs `tools/fetch-suites`, which does nothing when nothing is missing.
+pub fn fetch() -> Result<()> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/fetch-suites");
+    let status = Command::new(&script).status().with_context(|| format!("run {}", script.display()))?;
+    ensure!(status.success(), "{} failed: {status}", script.display());
+    Ok(())
+}

@@ -1,0 +1,208 @@
+//! The shim under stock containerd 1.6, 1.7 and 2.1, with runc and crun. Needs root.
+//!
+//! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
+
+#[path = "containerd/attributes.rs"]
+mod attributes;
+#[path = "containerd/checkpoint.rs"]
+mod checkpoint;
+#[path = "containerd/churn.rs"]
+mod churn;
+#[path = "containerd/crash.rs"]
+mod crash;
+#[path = "containerd/ctr.rs"]
+mod ctr;
+#[path = "containerd/execs.rs"]
+mod execs;
+#[path = "containerd/kinds.rs"]
+mod kinds;
+#[path = "containerd/lifecycle.rs"]
+mod lifecycle;
+#[path = "containerd/resources.rs"]
+mod resources;
+#[path = "containerd/stdio.rs"]
+mod stdio;
+#[path = "containerd/stock.rs"]
+mod stock;
+#[path = "containerd/worker.rs"]
+mod worker;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use shim_tests::cases;
+use shim_tests::runner::{self, Case, Scope};
+
+fn main() -> ExitCode {
+    let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
+    let cases = [lifecycle_cases(), exec_cases(), stdio_cases(), kind_cases(), crash_cases()].concat();
+    runner::main(&cases, stock::KNOWN, programs)
+}
+
+fn lifecycle_cases() -> Vec<Case> {
+    cases![lifecycle,
+        Scope::Full =>
+            the_exit_code_is_the_same_in_wait_state_delete_and_event,
+            events_come_in_order_and_once,
+            a_signal_is_told_as_128_more,
+            delete_works_in_created_and_stopped_and_is_refused_in_between,
+            refusals_have_the_code_that_clients_act_on;
+        Scope::Daemons =>
+            many_wait_before_and_after_the_exit,
+            a_wait_on_a_created_container_ends_with_its_exit,
+            the_longest_id_works,
+            an_id_is_free_again_after_delete,
+            options_of_an_unknown_type_are_refused,
+            options_that_cri_sends_to_other_runtimes_are_accepted,
+            no_options_mean_a_runtime_from_path,
+            a_group_lives_in_one_shim_until_its_last_member_is_deleted,
+            sockets_are_for_root_alone;
+        Scope::Runtimes =>
+            a_killed_created_container_ends_with_137,
+            a_missing_program_is_named_and_leaves_nothing,
+            a_missing_root_file_system_is_refused,
+            two_root_file_system_mounts_are_stacked_and_both_unmounted,
+            the_runtimes_own_message_reaches_the_client,
+            a_runtime_that_shouts_blocks_nothing,
+            one_containers_slow_create_delays_no_other,
+    ]
+}
+
+fn exec_cases() -> Vec<Case> {
+    cases![execs,
+        Scope::Full =>
+            an_exec_has_its_own_output_and_exit_code,
+            an_exec_with_a_terminal_has_one;
+        Scope::Daemons =>
+            an_exec_id_is_free_again_after_delete,
+            an_exec_is_killed_alone,
+            execs_end_before_init_does,
+            pids_name_every_process_and_its_exec,
+            an_exec_may_begin_before_init;
+        Scope::Runtimes =>
+            an_exec_gets_its_user_folder_and_environment,
+            an_exec_of_a_missing_program_fails_and_can_be_deleted,
+            no_open_file_but_stdio_reaches_a_container;
+        Scope::Once =>
+            two_hundred_short_execs_are_told_in_order_each,
+    ]
+}
+
+fn stdio_cases() -> Vec<Case> {
+    cases![stdio,
+        Scope::Full =>
+            stdin_reaches_the_container_and_ends_with_close_io,
+            a_terminal_has_the_size_that_was_asked_for;
+        Scope::Daemons =>
+            stdout_and_stderr_are_kept_apart,
+            a_reader_that_comes_late_gets_everything,
+            fifos_that_nobody_ever_opens_wedge_nothing,
+            a_file_gets_both_streams,
+            a_logger_gets_everything_and_knows_the_container,
+            an_unknown_scheme_is_refused;
+        Scope::Runtimes =>
+            a_container_without_stdio_runs,
+            close_io_is_harmless_before_start_twice_and_after_exit,
+            a_terminals_last_output_is_not_cut,
+            a_reader_that_leaves_breaks_no_pipe;
+        Scope::Once =>
+            a_megabyte_of_stdin_arrives,
+            a_slow_reader_gets_every_byte_around_a_megabyte,
+            a_grandchild_that_holds_the_pipe_delays_no_wait,
+            a_file_is_not_given_to_the_container,
+            a_logger_that_dies_before_it_is_ready_wedges_nothing,
+            a_logger_that_dies_later_does_not_stop_the_container,
+            a_gigabyte_is_not_buffered_for_a_slow_reader,
+    ]
+}
+
+fn kind_cases() -> Vec<Case> {
+    [
+        cases![kinds,
+            Scope::Runtimes =>
+                a_private_pid_namespace_begins_with_init,
+                a_container_in_the_hosts_pid_namespace_leaves_no_survivor,
+                a_container_joins_anothers_pid_namespace_and_leaves_no_survivor,
+                root_in_a_user_namespace_is_nobody_outside,
+                hooks_run_when_they_should,
+                a_failing_hook_fails_the_start_and_leaves_nothing;
+            Scope::Once =>
+                a_shim_whose_binary_is_replaced_keeps_its_containers,
+        ],
+        cases![resources,
+            Scope::Full =>
+                the_end_of_memory_is_told_before_the_exit;
+            Scope::Daemons =>
+                a_container_killed_while_paused_ends,
+                statistics_are_there_until_delete;
+            Scope::Runtimes =>
+                a_paused_container_stands_still_and_goes_on,
+                kill_all_reaches_every_process,
+                an_update_changes_the_limit,
+                the_end_of_memory_of_an_exec_is_told_too,
+                cgroups_are_gone_after_delete,
+        ],
+        cases![attributes,
+            Scope::Runtimes =>
+                init_and_exec_inherit_what_the_stock_shim_hands_on,
+                init_and_exec_without_stdio_inherit_the_same,
+                init_and_exec_with_a_terminal_inherit_the_same;
+            Scope::Once =>
+                the_environment_of_the_runtime_holds_no_secret_of_the_daemon,
+        ],
+    ]
+    .concat()
+}
+
+fn crash_cases() -> Vec<Case> {
+    [
+        cases![crash,
+            Scope::Daemons =>
+                a_container_runs_on_while_the_daemon_is_down,
+                an_exit_while_the_daemon_is_down_is_told_afterwards,
+                an_exit_while_the_daemon_is_upgraded_is_told_afterwards,
+                an_exec_survives_the_daemon,
+                a_created_container_survives_the_daemon,
+                a_paused_container_survives_the_daemon,
+                a_daemon_killed_during_create_leaves_a_whole_container_or_none,
+                a_daemon_killed_after_create_was_done_leaves_a_whole_container_or_none,
+                a_daemon_killed_during_start_loses_no_exit,
+                a_daemon_killed_during_exec_loses_no_container,
+                a_daemon_killed_during_delete_leaves_nothing,
+                a_group_survives_the_daemon,
+                output_goes_on_without_a_gap_over_a_restart,
+        ],
+        cases![worker,
+            Scope::Daemons =>
+                a_killed_worker_is_not_noticed_by_a_running_container,
+                a_killed_worker_is_not_noticed_by_a_pending_wait,
+                a_killed_worker_is_not_noticed_by_a_create_in_flight;
+            Scope::Runtimes =>
+                a_killed_worker_is_not_noticed_by_an_exec_in_flight,
+                a_killed_worker_is_not_noticed_by_a_delete_in_flight,
+                a_worker_killed_with_the_daemon_down_loses_no_exit;
+            Scope::Once =>
+                a_killed_worker_costs_no_line_of_output,
+                a_stopped_worker_leaves_the_daemon_able_to_load,
+                a_killed_keeper_ends_its_containers_with_true_exit_codes,
+        ],
+        cases![ctr,
+            Scope::Daemons =>
+                ctr_imports_an_image_and_runs_it,
+                ctr_execs_with_a_terminal_and_kills,
+        ],
+        cases![checkpoint,
+            Scope::Newest =>
+                a_container_goes_on_from_its_checkpoint,
+                a_checkpoint_without_exit_disturbs_nothing,
+        ],
+        cases![churn,
+            Scope::Once =>
+                nothing_grows_over_many_containers,
+        ]
+        .into_iter()
+        .map(|case| case.alone().within(churn::deadline()))
+        .collect(),
+    ]
+    .concat()
+}

@@ -1,0 +1,78 @@
+//! Checkpoint and restore, where criu runs.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use shim_tests::container::{Container, Stdio};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually};
+use shim_tests::messages::{CheckpointOptions, any};
+use shim_tests::runner::skip;
+
+/// Counts in a file of its own tmpfs, so that the count is a part of the checkpoint.
+const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /tmp/i; sleep 0.05; done";
+
+fn needs_criu(cx: &Context) -> Result<()> {
+    let criu = cx.suite().program("criu");
+    match Command::new(&criu).arg("check").output() {
+        Err(error) => skip(format!("{} does not start: {error}", criu.display())),
+        Ok(output) if !output.status.success() => {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            skip(format!("criu check: {}", text.lines().last().unwrap_or_default()))
+        }
+        Ok(_runs) => Ok(()),
+    }
+}
+
+/// How far a container has counted.
+async fn count(container: &Container, exec: &str) -> Result<u32> {
+    let exec = container.exec(exec, &["cat", "/tmp/i"]).stdio(Stdio::OUTPUT).start().await?;
+    ensure!(exec.finish().await? == 0);
+    let text = exec.io.out().to_end().await?;
+    text.trim().parse().with_context(|| format!("{text:?}"))
+}
+
+async fn counted_to(container: &Container, goal: u32) -> Result<u32> {
+    eventually(format!("a count of {goal}"), SOON, async || {
+        let count = count(container, "c").await?;
+        ensure!(count >= goal, "{count}");
+        Ok(count)
+    })
+    .await
+}
+
+pub(crate) async fn a_container_goes_on_from_its_checkpoint(cx: Context) -> Result<()> {
+    needs_criu(&cx)?;
+    let container = cx.container(&["sh", "-c", COUNT]).id("saved").start().await?;
+    let before = counted_to(&container, 20).await?;
+    let options = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
+    let descriptors = cx.client().checkpoint("saved", any(&options)).await?;
+    let image = descriptors.into_iter().find(|found| found.media_type.contains("criu")).context("no checkpoint in the store")?;
+    container.wait().await?;
+    container.delete().await?;
+    container.remove().await?;
+    let restored = cx.container(&["sh", "-c", COUNT]).id("saved").restore(image).create().await?;
+    restored.start().await?;
+    let after = count(&restored, "after").await?;
+    ensure!(after >= before, "counted to {before} before and to {after} after");
+    counted_to(&restored, after + 5).await?;
+    ensure!(restored.destroy().await? == 137);
+    Ok(())
+}
+
+pub(crate) async fn a_checkpoint_without_exit_disturbs_nothing(cx: Context) -> Result<()> {
+    needs_criu(&cx)?;
+    let image = cx.folder().join("image");
+    let work = cx.folder().join("work");
+    std::fs::create_dir_all(&image)?;
+    std::fs::create_dir_all(&work)?;
+    let container = cx.container(&["sh", "-c", COUNT]).start().await?;
+    let before = counted_to(&container, 2).await?;
+    let options =
+        CheckpointOptions { exit: false, image_path: image.display().to_string(), work_path: work.display().to_string() };
+    cx.client().checkpoint(&container.id, any(&options)).await?;
+    ensure!(image.join("inventory.img").exists(), "no image in {}", image.display());
+    counted_to(&container, before + 5).await?;
+    ensure!(container.destroy().await? == 137);
+    Ok(())
+}

@@ -1,0 +1,331 @@
+//! The daemon is killed with SIGKILL at each step of a container's life and started again.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::types::v1::Status as Phase;
+use shim_tests::container::{Builder, Container, Process, Stdio, code_of};
+use shim_tests::context::Context;
+use shim_tests::events::Events;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::proc;
+use tokio::task::LocalSet;
+use tonic::Code;
+
+/// Ends with 3 as soon as it is told so.
+const ON_COMMAND: [&str; 3] = ["sh", "-c", "echo up; read go; exit 3"];
+
+/// That the container still is what it was.
+async fn is_the_same(container: &Container) -> Result<()> {
+    let state = container.state().await?;
+    ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
+    Ok(())
+}
+
+/// That everyone who is asked says that it ended with `status`, and that nobody has told otherwise.
+async fn ended_with(container: &Process, events: &Events, status: u32) -> Result<()> {
+    let state = container.phase(Phase::Stopped).await?;
+    ensure!(state.exit_status == status, "state: {state:?}");
+    let waited = container.wait().await?;
+    ensure!(waited == status, "wait says {waited}");
+    let deleted = container.delete().await?;
+    ensure!(deleted.exit_status == status, "delete says {deleted:?}");
+    told_only(events, container, status)
+}
+
+/// That no exit event says anything else. That one says it can't be demanded: it may come before anyone can subscribe again.
+fn told_only(events: &Events, process: &Process, status: u32) -> Result<()> {
+    let exits = events.exits(&process.id, &process.exec);
+    ensure!(exits.iter().all(|exit| exit.status == status), "{exits:?}");
+    Ok(())
+}
+
+pub(crate) async fn a_container_runs_on_while_the_daemon_is_down(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
+    container.io.out().until("up").await?;
+    for _crash in 0..2 {
+        cx.crash_daemon().await?;
+        is_the_same(&container).await?;
+    }
+    let events = cx.events().await?;
+    ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ended_with(&container, &events, 3).await?;
+    ensure!(events.exits(&container.id, "").len() == 1, "{:?}", events.all());
+    cx.leaves_nothing().await
+}
+
+async fn exits_while_down(cx: Context, end: impl Fn(&Context) -> Result<()>) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
+    container.io.out().until("up").await?;
+    let mut stdin = container.io.stdin().await?;
+    let events = cx.events().await?;
+    end(&cx)?;
+    stdin.write_all(b"go\n")?;
+    let pid = container.pid.cast_signed();
+    eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+    cx.revive_daemon().await?;
+    events.resubscribe(cx.client()).await?;
+    ended_with(&container, &events, 3).await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn an_exit_while_the_daemon_is_down_is_told_afterwards(cx: Context) -> Result<()> {
+    exits_while_down(cx, |cx| cx.daemon().kill()).await
+}
+
+pub(crate) async fn an_exit_while_the_daemon_is_upgraded_is_told_afterwards(cx: Context) -> Result<()> {
+    exits_while_down(cx, |cx| cx.daemon().stop()).await
+}
+
+pub(crate) async fn an_exec_survives_the_daemon(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let exec = container.exec("e", &["sh", "-c", "read x; echo got $x; exit 5"]).stdio(Stdio::ALL).start().await?;
+    let mut stdin = exec.io.stdin().await?;
+    cx.crash_daemon().await?;
+    let events = cx.events().await?;
+    stdin.write_all(b"it\n")?;
+    exec.io.out().until("got it").await?;
+    ended_with(&exec, &events, 5).await?;
+    container.destroy().await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_created_container_survives_the_daemon(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&["sh", "-c", "exit 3"]).create().await?;
+    let other = cx.container(&["sleep", "1000"]).create().await?;
+    cx.crash_daemon().await?;
+    let state = container.state().await?;
+    ensure!(state.status() == Phase::Created && state.pid == container.pid, "{state:?}");
+    let events = cx.events().await?;
+    container.start().await?;
+    ended_with(&container, &events, 3).await?;
+    other.delete().await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_paused_container_survives_the_daemon(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    cx.client().pause(&container.id).await?;
+    cx.crash_daemon().await?;
+    ensure!(container.state().await?.status() == Phase::Paused);
+    cx.client().resume(&container.id).await?;
+    ensure!(container.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
+/// Runs `create`, which a gated runtime blocks, while `meanwhile` kills the daemon.
+async fn create_meanwhile(create: Builder, meanwhile: impl AsyncFnOnce() -> Result<()>) -> Result<()> {
+    let local = LocalSet::new();
+    local
+        .run_until(async move {
+            let create = tokio::task::spawn_local(create.create());
+            meanwhile().await?;
+            // its connection died with the daemon; what came of it is asked of the next daemon
+            create.await?.err().map_or(Ok(()), |_| Ok(()))
+        })
+        .await
+}
+
+/// That there is a whole container with that id, or none and the id is free; either runs to its end.
+async fn whole_or_none(cx: &Context, id: &str, again: impl Fn() -> Builder) -> Result<()> {
+    let task = eventually("the daemon has made up its mind", SOON, async || match cx.client().state(id, "").await {
+        Ok(state) => {
+            ensure!(state.status() == Phase::Created, "{state:?}");
+            Ok(Some(state))
+        }
+        Err(status) => {
+            ensure!(status.code() == Code::NotFound, "{status:?}");
+            Ok(None)
+        }
+    })
+    .await?;
+    if let Some(state) = task {
+        ensure!(proc::is_alive(state.pid.cast_signed()), "{state:?}");
+        let pid = cx.client().start(id, "").await?;
+        ensure!(pid == state.pid);
+        ensure!(cx.client().wait(id, "").await?.exit_status == 3);
+        ensure!(cx.client().delete(id).await?.exit_status == 3);
+    } else {
+        // what the shim was about to do may still be on its way out
+        let container = eventually("the id is free again", SOON, async || again().create_task().await).await?;
+        ensure!(container.run().await? == 3);
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_daemon_killed_during_create_leaves_a_whole_container_or_none(cx: Context) -> Result<()> {
+    for restart_first in [false, true] {
+        let cx = cx.with_own_daemon().await?;
+        let gate = cx.gate()?;
+        let build = || cx.container(&["sh", "-c", "exit 3"]).id("half").runtime_binary(&gate.binary());
+        gate.hold("create")?;
+        create_meanwhile(build(), async || {
+            gate.held("create").await?;
+            cx.daemon().kill()?;
+            if restart_first {
+                cx.revive_daemon().await?;
+            }
+            gate.release("create")?;
+            if !restart_first {
+                cx.revive_daemon().await?;
+            }
+            Ok(())
+        })
+        .await?;
+        whole_or_none(&cx, "half", build).await.with_context(|| format!("restarted first: {restart_first}"))?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_daemon_killed_after_create_was_done_leaves_a_whole_container_or_none(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let gate = cx.gate()?;
+    let build = || cx.container(&["sh", "-c", "exit 3"]).id("half").runtime_binary(&gate.binary());
+    gate.hold_after("create")?;
+    create_meanwhile(build(), async || {
+        gate.held("create").await?;
+        cx.daemon().kill()?;
+        gate.release("create")?;
+        cx.revive_daemon().await
+    })
+    .await?;
+    whole_or_none(&cx, "half", build).await
+}
+
+pub(crate) async fn a_daemon_killed_during_start_loses_no_exit(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let gate = cx.gate()?;
+    let events = cx.events().await?;
+    let container = cx.container(&["sh", "-c", "exit 3"]).runtime_binary(&gate.binary()).create().await?;
+    gate.hold("start")?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let start = tokio::spawn(async move { client.start(&id, "").await });
+    gate.held("start").await?;
+    cx.daemon().kill()?;
+    start.await?.err().context("the connection died")?;
+    gate.release("start")?;
+    cx.revive_daemon().await?;
+    events.resubscribe(cx.client()).await?;
+    // a request whose client has gone is carried out or given up; if given up, it can be made again
+    let state = eventually("created or stopped", SOON, async || {
+        let state = container.state().await?;
+        ensure!(state.status() != Phase::Running, "{state:?}");
+        Ok(state)
+    })
+    .await?;
+    if state.status() == Phase::Created {
+        container.start().await?;
+    }
+    ended_with(&container, &events, 3).await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_daemon_killed_during_exec_loses_no_container(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let gate = cx.gate()?;
+    let container = cx.container(&["sleep", "1000"]).runtime_binary(&gate.binary()).start().await?;
+    let exec = container.exec("e", &["sh", "-c", "exit 5"]).add().await?;
+    gate.hold("exec")?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let start = tokio::spawn(async move { client.start(&id, "e").await });
+    gate.held("exec").await?;
+    cx.daemon().kill()?;
+    start.await?.err().context("the connection died")?;
+    gate.release("exec")?;
+    cx.revive_daemon().await?;
+    is_the_same(&container).await?;
+    // a request whose client has gone is carried out or given up; either way the exec can be got rid of
+    eventually("the exec can be deleted", SOON, async || {
+        let state = exec.state().await?;
+        if state.status() == Phase::Stopped {
+            ensure!(state.exit_status == 5, "{state:?}");
+        }
+        exec.delete().await?;
+        Ok(())
+    })
+    .await?;
+    ensure!(container.exec("e", &["sh", "-c", "exit 6"]).run().await? == 6);
+    ensure!(container.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_daemon_killed_during_delete_leaves_nothing(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let gate = cx.gate()?;
+    let events = cx.events().await?;
+    let container = cx.container(&["sh", "-c", "exit 3"]).runtime_binary(&gate.binary()).start().await?;
+    ensure!(container.wait().await? == 3);
+    gate.hold("delete")?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let delete = tokio::spawn(async move { client.delete(&id).await });
+    if cx.shim().is_ours() {
+        // the shim may do without the runtime's delete, or do it before it tells of the exit
+        let _may_not_come = gate.held("delete").await;
+    } else {
+        gate.held("delete").await?;
+    }
+    cx.daemon().kill()?;
+    let _its_connection_died = delete.await?;
+    gate.release("delete")?;
+    cx.revive_daemon().await?;
+    events.resubscribe(cx.client()).await?;
+    eventually("it is deleted, or can be", SOON, async || match container.delete().await {
+        Ok(deleted) => {
+            ensure!(deleted.exit_status == 3, "{deleted:?}");
+            Ok(())
+        }
+        Err(status) => {
+            ensure!(status.code() == Code::NotFound, "{status:?}");
+            Ok(())
+        }
+    })
+    .await?;
+    ensure!(code_of(container.state().await)? == Code::NotFound);
+    told_only(&events, &container, 3)?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_group_survives_the_daemon(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let member = |spec: shim_tests::spec::Spec| spec.annotation("io.kubernetes.cri.sandbox-id", "pod");
+    let first = cx.container(&["sleep", "1000"]).id("pod").spec(member).start().await?;
+    let second = cx.container(&ON_COMMAND).spec(member).stdio(Stdio::ALL).start().await?;
+    second.io.out().until("up").await?;
+    cx.crash_daemon().await?;
+    is_the_same(&first).await?;
+    is_the_same(&second).await?;
+    let third = cx.container(&["sh", "-c", "exit 7"]).spec(member).create().await?;
+    ensure!(cx.shims().len() == 1, "{:?}", cx.shims());
+    ensure!(third.run().await? == 7);
+    second.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(second.finish().await? == 3);
+    ensure!(first.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn output_goes_on_without_a_gap_over_a_restart(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let script = "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); [ $((i % 100)) = 0 ] && read go; done; exit 3";
+    let container = cx.container(&["sh", "-c", script]).stdio(Stdio::ALL).start().await?;
+    let mut stdin = container.io.stdin().await?;
+    for hundred in 0..30 {
+        container.io.out().until(&format!("line {}\n", hundred * 100 + 99)).await?;
+        if hundred == 10 {
+            cx.daemon().kill()?;
+        } else if hundred == 20 {
+            cx.revive_daemon().await?;
+        }
+        stdin.write_all(b"go\n")?;
+    }
+    ensure!(container.finish().await? == 3);
+    let text = container.io.out().to_end_within(Duration::from_secs(20)).await?;
+    let expected: String = (0..3000).map(|number| format!("line {number}\n")).collect();
+    ensure!(text == expected, "{} bytes instead of {}", text.len(), expected.len());
+    cx.leaves_nothing().await
+}

@@ -1,0 +1,152 @@
+//! Pause, kill, update, statistics, and the end of memory.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use containerd_client::types::v1::Status as Phase;
+use prost::Message as _;
+use serde_json::json;
+use shim_tests::container::{Container, Stdio};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually};
+use shim_tests::isolation;
+use shim_tests::messages::{METRICS_V1, MetricsV1, RESOURCES, any_json};
+
+const LIMIT: u64 = 64 << 20;
+
+pub(crate) async fn a_paused_container_stands_still_and_goes_on(cx: Context) -> Result<()> {
+    let events = cx.events().await?;
+    let script = "while read line; do echo got $line; done; exit 3";
+    let container = cx.container(&["sh", "-c", script]).stdio(Stdio::ALL).start().await?;
+    let mut stdin = container.io.stdin().await?;
+    stdin.write_all(b"one\n")?;
+    container.io.out().until("got one").await?;
+    cx.client().pause(&container.id).await?;
+    ensure!(container.state().await?.status() == Phase::Paused);
+    stdin.write_all(b"two\n")?;
+    eventually("it is frozen", SOON, async || {
+        ensure!(frozen(&container)?, "not frozen");
+        Ok(())
+    })
+    .await?;
+    cx.client().resume(&container.id).await?;
+    container.io.out().until("got two").await?;
+    ensure!(container.state().await?.status() == Phase::Running);
+    drop(stdin);
+    container.close_stdin().await?;
+    ensure!(container.finish().await? == 3);
+    let told = cx.history(&events, &container.id).await?;
+    ensure!(told == ["create", "start", "paused", "resumed", "exit", "delete"], "{told:?}");
+    Ok(())
+}
+
+fn frozen(container: &Container) -> Result<bool> {
+    let folder = cgroup_of(container, "freezer")?;
+    Ok(fs::read_to_string(folder.join("freezer.state"))?.trim() == "FROZEN")
+}
+
+/// The folder of a container's cgroup in one hierarchy.
+fn cgroup_of(container: &Container, controller: &str) -> Result<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{}/cgroup", container.pid))?;
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        if let (Some(controllers), Some(path)) = (fields.next(), fields.next())
+            && controllers.split(',').any(|name| name == controller)
+        {
+            let path = path.trim_start_matches('/');
+            return Ok(PathBuf::from("/sys/fs/cgroup").join(controller).join(path));
+        }
+    }
+    bail!("no cgroup of {controller}: {text}")
+}
+
+pub(crate) async fn a_container_killed_while_paused_ends(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    cx.client().pause(&container.id).await?;
+    container.kill(9).await?;
+    let client = cx.client();
+    // containerd's clients resume a paused container after a kill; on cgroup v2 it is not even needed
+    let _it_may_have_ended = client.resume(&container.id).await;
+    ensure!(container.wait().await? == 137);
+    ensure!(container.delete().await?.exit_status == 137);
+    Ok(())
+}
+
+pub(crate) async fn kill_all_reaches_every_process(cx: Context) -> Result<()> {
+    let script = "sleep 1000 & sleep 1000 & echo ready; wait";
+    let container = cx.container(&["sh", "-c", script]).spec(|spec| spec.host_pids()).stdio(Stdio::OUTPUT);
+    let container = container.start().await?;
+    container.io.out().until("ready").await?;
+    let exec = container.exec("e", &["sleep", "1000"]).start().await?;
+    container.kill_all(9).await?;
+    ensure!(exec.finish().await? == 137);
+    ensure!(container.finish().await? == 137);
+    Ok(())
+}
+
+pub(crate) async fn statistics_are_there_until_delete(cx: Context) -> Result<()> {
+    let spec = |spec: shim_tests::spec::Spec| spec.memory_limit(LIMIT);
+    let container = cx.container(&["sh", "-c", "read go"]).spec(spec).stdio(Stdio::ALL).start().await?;
+    let metrics = metrics(&cx, &container).await?;
+    ensure!(metrics.pids.as_ref().is_some_and(|pids| pids.current == 1), "{metrics:?}");
+    ensure!(metrics.memory.as_ref().and_then(|memory| memory.usage.as_ref()).is_some_and(|m| m.limit == LIMIT), "{metrics:?}");
+    ensure!(metrics.cpu.as_ref().and_then(|cpu| cpu.usage.as_ref()).is_some_and(|usage| usage.total > 0), "{metrics:?}");
+    container.io.stdin().await?.write_all(b"go\n")?;
+    container.wait().await?;
+    if cx.shim().is_ours() {
+        cx.client().metrics(&container.id).await.context("after the exit")?;
+    }
+    container.delete().await?;
+    Ok(())
+}
+
+async fn metrics(cx: &Context, container: &Container) -> Result<MetricsV1> {
+    let data = cx.client().metrics(&container.id).await?.data.context("no data")?;
+    ensure!(data.type_url.ends_with(METRICS_V1), "{}", data.type_url);
+    Ok(MetricsV1::decode(&data.value[..])?)
+}
+
+pub(crate) async fn an_update_changes_the_limit(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).spec(|spec| spec.memory_limit(LIMIT)).start().await?;
+    let resources = any_json(RESOURCES, &json!({ "memory": { "limit": 2 * LIMIT } }));
+    cx.client().update(&container.id, resources).await?;
+    let found = fs::read_to_string(cgroup_of(&container, "memory")?.join("memory.limit_in_bytes"))?;
+    ensure!(found.trim() == (2 * LIMIT).to_string(), "{found}");
+    let metrics = metrics(&cx, &container).await?;
+    let limit = metrics.memory.and_then(|memory| memory.usage).context("no memory")?.limit;
+    ensure!(limit == 2 * LIMIT, "{limit}");
+    container.destroy().await?;
+    Ok(())
+}
+
+pub(crate) async fn the_end_of_memory_is_told_before_the_exit(cx: Context) -> Result<()> {
+    let rounds = if cx.shim().is_ours() { 10 } else { 1 };
+    for _round in 0..rounds {
+        let events = cx.events().await?;
+        let container = cx.container(&["tail", "/dev/zero"]).spec(|spec| spec.memory_limit(16 << 20));
+        let container = container.start().await?;
+        ensure!(container.finish().await? == 137);
+        let told = cx.history(&events, &container.id).await?;
+        ensure!(told == ["create", "start", "oom", "exit", "delete"], "{told:?}");
+    }
+    Ok(())
+}
+
+pub(crate) async fn the_end_of_memory_of_an_exec_is_told_too(cx: Context) -> Result<()> {
+    let events = cx.events().await?;
+    let container = cx.container(&["sleep", "1000"]).spec(|spec| spec.memory_limit(16 << 20)).start().await?;
+    ensure!(container.exec("e", &["tail", "/dev/zero"]).run().await? == 137);
+    events.until("oom", |all| all.iter().any(|event| event.topic == "oom")).await?;
+    container.destroy().await?;
+    Ok(())
+}
+
+pub(crate) async fn cgroups_are_gone_after_delete(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let folder = cgroup_of(&container, "memory")?;
+    ensure!(folder.is_dir() && folder.display().to_string().contains(&isolation::cgroup()), "{}", folder.display());
+    container.destroy().await?;
+    ensure!(!folder.exists(), "{} is left", folder.display());
+    Ok(())
+}
