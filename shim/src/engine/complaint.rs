@@ -74,8 +74,8 @@ fn shorten(text: String) -> String {
     if text.len() <= MAX_MESSAGE_BYTES {
         return text;
     }
-    let head = text.floor_char_boundary(MAX_MESSAGE_BYTES / 2);
-    let tail = text.ceil_char_boundary(text.len() - MAX_MESSAGE_BYTES / 2);
+    let boundary = |at: usize| (at..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+    let (head, tail) = (boundary(MAX_MESSAGE_BYTES / 2), boundary(text.len() - MAX_MESSAGE_BYTES / 2));
     format!("{} … {} … {}", &text[..head], tail - head, &text[tail..])
 }
 
