@@ -200,7 +200,9 @@ fn environment() -> Vec<CString> {
     let path = variable("PATH").unwrap_or_else(|| DEFAULT_PATH.to_owned());
     let mut environment = vec![format!("PATH={path}").into_bytes()];
     for (name, value) in env::vars_os() {
-        let known = name.to_str().is_some_and(|name| VARIABLES.contains(&name) || name.starts_with("X_SHIM_"));
+        let is_known = |name: &str| VARIABLES.contains(&name) || name.starts_with("X_SHIM_");
+        let is_fault = cfg!(feature = "fault-injection") && name == "X_FAULT";
+        let known = is_fault || name.to_str().is_some_and(is_known);
         if known {
             environment.push([name.into_vec(), vec![b'='], value.into_vec()].concat());
         }
