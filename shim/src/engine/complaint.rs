@@ -11,9 +11,9 @@ use serde::Deserialize;
 use super::{EngineError, Verb};
 use crate::handover::Exited;
 
-/// One line of the log of runc or crun.
+/// One entry of the log of runc or crun.
 #[derive(Deserialize)]
-struct Line {
+struct Entry {
     #[serde(default)]
     level: String,
     #[serde(default)]
@@ -43,13 +43,25 @@ pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
 fn message(bytes: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(bytes);
     let (mut errors, mut others) = (Vec::new(), Vec::new());
-    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        match serde_json::from_str::<Line>(line) {
-            Ok(line) if matches!(line.level.as_str(), "error" | "fatal" | "panic") => errors.push(line.msg.trim().to_owned()),
-            // A warning, or what `--debug` adds, explains nothing by itself.
-            Ok(_) => {}
-            Err(_) => others.push(line.to_owned()),
-        }
+    let mut rest = text.trim_ascii_start();
+    while !rest.is_empty() {
+        // Newer versions of crun spread an entry over lines.
+        let mut entries = serde_json::Deserializer::from_str(rest).into_iter::<Entry>();
+        let end = match entries.next() {
+            Some(Ok(entry)) => {
+                // A warning, or what `--debug` adds, explains nothing by itself.
+                if matches!(entry.level.as_str(), "error" | "fatal" | "panic") {
+                    errors.push(entry.msg.trim().to_owned());
+                }
+                entries.byte_offset()
+            }
+            _ => {
+                let line = rest.lines().next().unwrap_or_default();
+                others.push(line.trim_ascii_end().to_owned());
+                line.len()
+            }
+        };
+        rest = rest[end..].trim_ascii_start();
     }
     errors.retain(|message| !message.is_empty());
     errors.dedup();
@@ -78,7 +90,7 @@ fn is_about_a_missing_container(message: &str) -> bool {
     message.ends_with("container does not exist")
         || message.contains("container `") && message.contains("does not exist")
         || message.ends_with("/status`: No such file or directory")
-        || message.starts_with("cannot open directory '") && message.ends_with("': No such file or directory")
+        || message.starts_with("cannot open directory ") && message.ends_with(": No such file or directory")
 }
 
 fn is_about_a_container_at_rest(message: &str) -> bool {
@@ -133,6 +145,15 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_may_spread_over_lines_among_others_and_among_text() {
+        let log = "{\n  \"msg\": \"excerpt from `\\/w\\/restore.log`\",\n  \"level\": \"error\"\n}\nnoise\n{\"level\":\"error\",\"msg\":\"restore failed\"}{\n\"level\": \"info\"\n}\n";
+        assert_eq!(
+            complaint(1, log, "").to_string(),
+            "OCI runtime exec failed: restore failed (before that: excerpt from `/w/restore.log`)"
+        );
+    }
+
+    #[test]
     fn what_is_not_json_is_taken_as_it_is() {
         for (log, output, expected) in [
             ("panic: boom\ngoroutine 1\n", "", "panic: boom; goroutine 1"),
@@ -155,6 +176,8 @@ mod tests {
             ("exec failed: container does not exist", "none"),
             ("error opening file `/run/x/c1/status`: No such file or directory", "none"),
             ("cannot open directory '/run/x/c1': No such file or directory", "none"),
+            ("cannot open directory `/run/x/c1`: No such file or directory", "none"),
+            ("container `c1` does not exist: open `/run/x/c1/status`: No such file or directory", "none"),
             ("container `c1` does not exist", "none"),
             ("container not running", "rest"),
             ("cannot kill container: os: process already finished", "rest"),
