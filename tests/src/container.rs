@@ -375,16 +375,20 @@ impl Builder {
     /// Errors: a refusal is a [`tonic::Status`]; see [`code_of`].
     pub async fn create(self) -> Result<Container> {
         let client = self.cx.client().clone();
-        client
-            .create_container(&self.id, &self.runtime_type, self.options.clone(), any_json(messages::SPEC, &self.spec.0))
-            .await
-            .context("create metadata")?;
         let id = self.id.clone();
-        let created = self.create_task().await;
+        let created = self.metadata().await?.create_task().await;
         if created.is_err() {
             let _of_a_task_that_never_was = client.delete_container(&id).await;
         }
         created
+    }
+
+    /// Creates the metadata alone.
+    pub async fn metadata(self) -> Result<Self> {
+        let spec = any_json(messages::SPEC, &self.spec.0);
+        let client = self.cx.client();
+        client.create_container(&self.id, &self.runtime_type, self.options.clone(), spec).await.context("create metadata")?;
+        Ok(self)
     }
 
     /// Creates the task of a container whose metadata is there.

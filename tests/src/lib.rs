@@ -10,6 +10,7 @@
 //! | [`client`] | containerd's gRPC API, every call with a deadline |
 //! | [`container`] | a container under test: spec, stdio, task, execs |
 //! | [`context`] | what a test is given |
+//! | [`docker`] | a dockerd on top of a daemon |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
 //! | [`gate`] | a runtime that blocks, fails or shouts on demand |
@@ -22,6 +23,7 @@ pub mod client;
 pub mod container;
 pub mod context;
 pub mod daemon;
+pub mod docker;
 pub mod events;
 pub mod eventually;
 pub mod gate;

@@ -35,6 +35,8 @@ pub enum Scope {
     Runtimes,
     /// The newest containerd with both runtimes: what nothing older can do here.
     Newest,
+    /// The containerd that Docker 26 came with.
+    Docker,
     /// One combination: what only the shim itself decides.
     Once,
 }
@@ -51,6 +53,7 @@ impl Scope {
             Self::Daemons => (suite == Suite::Bookworm) == (runtime == Runtime::Runc),
             Self::Runtimes => suite != Suite::Trixie,
             Self::Newest => suite == Suite::Forky,
+            Self::Docker => (suite, runtime) == (Suite::Trixie, Runtime::Runc),
             Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Crun),
         }
     }

@@ -189,7 +189,7 @@ fn crash_cases() -> Vec<Case> {
         cases![ctr,
             Scope::Daemons =>
                 ctr_imports_an_image_and_runs_it,
-                ctr_execs_with_a_terminal_and_kills,
+                ctr_execs_and_kills,
         ],
         cases![checkpoint,
             Scope::Newest =>

@@ -64,7 +64,7 @@ pub(crate) async fn ctr_imports_an_image_and_runs_it(cx: Context) -> Result<()> 
     Ok(())
 }
 
-pub(crate) async fn ctr_execs_with_a_terminal_and_kills(cx: Context) -> Result<()> {
+pub(crate) async fn ctr_execs_and_kills(cx: Context) -> Result<()> {
     import(&cx)?;
     let runtime = &cx.shim().runtime_type;
     run(ctr(&cx).args(["run", "--detach", "--runtime", runtime, "--cgroup", &cgroup(&cx, "long"), IMAGE, "long", "sleep", "1000"]))?;

@@ -17,6 +17,7 @@ pub(crate) const KNOWN: &[Known] = &[
     ("stdio::a_gigabyte_is_not_buffered_for_a_slow_reader", "create waits for a reader"),
     ("stdio::a_reader_that_leaves_breaks_no_pipe", "what was not read at the exit is lost"),
     ("containerd-1.6::runc::stdio::a_file_gets_both_streams", "the second stream's lines are lost"),
+    ("containerd-2.1::crun::checkpoint::a_container_goes_on", "delete fails, as crun has already removed its state"),
     ("containerd-1.6::runc::crash::a_daemon_killed_during_create", "the id is neither there nor free"),
     ("containerd-1.6::runc::crash::a_daemon_killed_after_create", "the id is neither there nor free"),
     ("containerd-1.7::crun::crash::an_exit_while_the_daemon_is", "the exit code is lost"),

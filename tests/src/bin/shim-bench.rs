@@ -1,0 +1,420 @@
+//! Measures shims side by side, interleaved in one run, through a real containerd. Needs root.
+//!
+//! ```text
+//! shim-bench --shim ours=target/…/containerd-shim-x-v2 --shim go=stock [--containerd 1.6|1.7|2.1] [--runtime runc|crun]
+//!            [--containers 100] [--rounds 30] [--skip memory,latency,load,stdout] [--json]
+//! ```
+//! `stock` is the shim that comes with that containerd. A shim's runtime type follows from its file name.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Map, Value, json};
+use shim_tests::container::{Container, Stdio};
+use shim_tests::context::Context;
+use shim_tests::daemon::Daemon;
+use shim_tests::messages::{Options, any};
+use shim_tests::runner::EXECUTOR;
+use shim_tests::stdio::Pace;
+use shim_tests::suite::{self, Runtime, Shim, Suite};
+use shim_tests::{isolation, proc};
+use tokio::task::{JoinSet, LocalSet};
+
+const GIB: u64 = 1 << 30;
+
+fn main() -> ExitCode {
+    let result = arguments().and_then(|plan| {
+        if std::env::var_os("X_TESTS_INNER").is_none() {
+            suite::fetch()?;
+        }
+        isolation::run(|| match EXECUTOR.block_on(measure(&plan)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("shim-bench: {error:#}");
+                ExitCode::FAILURE
+            }
+        })
+    });
+    result.unwrap_or_else(|error| {
+        eprintln!("shim-bench: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
+/// What to measure.
+struct Plan {
+    shims: Vec<(String, Shim)>,
+    suite: Suite,
+    runtime: Runtime,
+    containers: usize,
+    rounds: usize,
+    skip: String,
+    json: bool,
+}
+
+fn arguments() -> Result<Plan> {
+    let mut plan = Plan {
+        shims: Vec::new(),
+        suite: Suite::Bookworm,
+        runtime: Runtime::Runc,
+        containers: 100,
+        rounds: 30,
+        skip: String::new(),
+        json: false,
+    };
+    let mut rest = std::env::args().skip(1);
+    while let Some(flag) = rest.next() {
+        let mut value = || rest.next().with_context(|| format!("{flag} needs a value"));
+        match flag.as_str() {
+            "--shim" => {
+                let value = value()?;
+                let (name, path) = value.split_once('=').context("--shim is NAME=PATH")?;
+                plan.shims.push((name.to_owned(), shim(path)?));
+            }
+            "--containerd" => {
+                let value = value()?;
+                plan.suite = Suite::ALL.into_iter().find(|suite| suite.version() == value).context("1.6, 1.7 or 2.1")?;
+            }
+            "--runtime" => {
+                let value = value()?;
+                plan.runtime = Runtime::ALL.into_iter().find(|runtime| runtime.name() == value).context("runc or crun")?;
+            }
+            "--containers" => plan.containers = value()?.parse()?,
+            "--rounds" => plan.rounds = value()?.parse()?,
+            "--skip" => plan.skip = value()?,
+            "--json" => plan.json = true,
+            other => bail!("unknown argument {other}; see the head of tests/src/bin/shim-bench.rs"),
+        }
+    }
+    ensure!(!plan.shims.is_empty(), "name at least one --shim NAME=PATH");
+    ensure!(plan.containers > 0 && plan.rounds > 0, "nothing to measure");
+    Ok(plan)
+}
+
+fn shim(path: &str) -> Result<Shim> {
+    if path == "stock" {
+        return Ok(Shim::stock());
+    }
+    let binary = PathBuf::from(path).canonicalize().with_context(|| path.to_owned())?;
+    let name = Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let name = name.strip_prefix("containerd-shim-").context("a shim is called containerd-shim-NAME-vN")?;
+    let (name, version) = name.rsplit_once('-').context("a shim is called containerd-shim-NAME-vN")?;
+    Ok(Shim { runtime_type: format!("io.containerd.{name}.{version}"), binary: Some(binary) })
+}
+
+/// One shim under measurement.
+struct Subject {
+    name: String,
+    cx: Context,
+    figures: Map<String, Value>,
+}
+
+impl Subject {
+    fn note(&mut self, name: &str, value: f64) {
+        self.figures.insert(name.to_owned(), json!(value));
+    }
+}
+
+async fn measure(plan: &Plan) -> Result<()> {
+    let programs = std::env::current_exe()?.parent().context("a file is in a folder")?.to_owned();
+    let mut subjects = Vec::new();
+    for (name, shim) in &plan.shims {
+        let daemon = Arc::new(Daemon::start(plan.suite, shim).await?);
+        let cx = Context::new(daemon, plan.runtime, shim.clone(), &programs).await?;
+        subjects.push(Subject { name: name.clone(), cx, figures: Map::new() });
+    }
+    let wanted = |what: &str| !plan.skip.split(',').any(|skipped| skipped == what);
+    if wanted("latency") {
+        eprintln!("latency …");
+        latency(&mut subjects, plan.rounds).await?;
+    }
+    if wanted("load") {
+        eprintln!("eight clients …");
+        load(&mut subjects).await?;
+    }
+    if wanted("stdout") {
+        eprintln!("a GiB of stdout …");
+        stdout(&mut subjects).await?;
+    }
+    if wanted("memory") {
+        eprintln!("{} idle containers each …", plan.containers);
+        memory(&mut subjects, plan.containers).await?;
+    }
+    if plan.json {
+        let all: Map<_, _> = subjects.into_iter().map(|subject| (subject.name, Value::Object(subject.figures))).collect();
+        println!("{}", serde_json::to_string_pretty(&all)?);
+    } else {
+        print_table(plan, &subjects);
+    }
+    Ok(())
+}
+
+fn print_table(plan: &Plan, subjects: &[Subject]) {
+    println!("{}, {}, {} idle containers, median of {} rounds\n", plan.suite, plan.runtime, plan.containers, plan.rounds);
+    println!("| | {} |", subjects.iter().map(|subject| subject.name.as_str()).collect::<Vec<_>>().join(" | "));
+    println!("| --- |{}", " ---: |".repeat(subjects.len()));
+    let mut names: Vec<&String> = Vec::new();
+    for name in subjects.iter().flat_map(|subject| subject.figures.keys()) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    for name in names {
+        let cell = |subject: &Subject| match subject.figures.get(name).and_then(Value::as_f64) {
+            Some(value) if value >= 100.0 => format!("{value:.0}"),
+            Some(value) if value >= 10.0 => format!("{value:.1}"),
+            Some(value) => format!("{value:.2}"),
+            None => String::new(),
+        };
+        println!("| {name} | {} |", subjects.iter().map(cell).collect::<Vec<_>>().join(" | "));
+    }
+}
+
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    times[times.len() / 2].as_secs_f64() * 1e3
+}
+
+async fn latency(subjects: &mut [Subject], rounds: usize) -> Result<()> {
+    let mut runs = vec![Vec::new(); subjects.len()];
+    let mut execs = vec![Vec::new(); subjects.len()];
+    let mut hosts = Vec::new();
+    for subject in subjects.iter() {
+        run_true(&subject.cx).await?; // what is slow only the first time is not measured
+        hosts.push(subject.cx.container(&["sleep", "100000"]).start().await?);
+    }
+    for round in 0..rounds {
+        for (index, subject) in subjects.iter().enumerate() {
+            runs[index].push(run_true(&subject.cx).await?);
+            let begin = Instant::now();
+            ensure!(hosts[index].exec(&format!("e{round}"), &["/bin/true"]).run().await? == 0);
+            execs[index].push(begin.elapsed());
+        }
+    }
+    for host in &hosts {
+        host.destroy().await?;
+    }
+    for ((subject, runs), execs) in subjects.iter_mut().zip(runs).zip(execs) {
+        subject.note("1 /bin/true, create to deleted, ms", median(runs));
+        subject.note("2 exec of /bin/true, added to deleted, ms", median(execs));
+    }
+    Ok(())
+}
+
+/// The time from create to deleted; metadata is made before and removed after.
+async fn run_true(cx: &Context) -> Result<Duration> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let id = format!("true{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    let container = cx.container(&["/bin/true"]).id(&id).metadata().await?;
+    let begin = Instant::now();
+    let container = container.create_task().await?;
+    ensure!(container.run().await? == 0);
+    let time = begin.elapsed();
+    container.remove().await?;
+    Ok(time)
+}
+
+async fn load(subjects: &mut [Subject]) -> Result<()> {
+    let each = 10;
+    let mut rates = vec![Vec::new(); subjects.len()];
+    for _round in 0..3 {
+        for (index, subject) in subjects.iter().enumerate() {
+            let begin = Instant::now();
+            let clients = async {
+                let mut clients = JoinSet::new();
+                for _client in 0..8 {
+                    let cx = subject.cx.clone();
+                    clients.spawn_local(async move {
+                        for _container in 0..each {
+                            run_true(&cx).await?;
+                        }
+                        anyhow::Ok(())
+                    });
+                }
+                while let Some(done) = clients.join_next().await {
+                    done??;
+                }
+                anyhow::Ok(())
+            };
+            LocalSet::new().run_until(clients).await?;
+            rates[index].push(f64::from(8 * each) / begin.elapsed().as_secs_f64());
+        }
+    }
+    for (subject, mut rates) in subjects.iter_mut().zip(rates) {
+        rates.sort_by(f64::total_cmp);
+        subject.note("3 eight clients at once, containers/s", rates[rates.len() / 2]);
+    }
+    Ok(())
+}
+
+async fn stdout(subjects: &mut [Subject]) -> Result<()> {
+    let mut speeds = vec![Vec::new(); subjects.len()];
+    let mut costs = vec![Vec::new(); subjects.len()];
+    for _round in 0..3 {
+        for (index, subject) in subjects.iter().enumerate() {
+            let stdio = Stdio::Fifos { stdin: false, pace: Some(Pace::Count) };
+            let script = format!("dd if=/dev/zero bs=64k count={} 2>/dev/null", GIB / (64 << 10));
+            let container = subject.cx.container(&["sh", "-c", &script]).stdio(stdio).create().await?;
+            let shim = subject.cx.shim_pid(&container.id)?;
+            let before = processor_time(shim)?;
+            let begin = Instant::now();
+            container.start().await?;
+            shim_tests::eventually::eventually_true("a GiB", Duration::from_secs(60), || container.io.out().count() == GIB).await?;
+            speeds[index].push(1024.0 / begin.elapsed().as_secs_f64());
+            costs[index].push(processor_time(shim)? - before);
+            ensure!(container.finish().await? == 0);
+        }
+    }
+    for ((subject, mut speeds), mut costs) in subjects.iter_mut().zip(speeds).zip(costs) {
+        speeds.sort_by(f64::total_cmp);
+        costs.sort_by(f64::total_cmp);
+        subject.note("4 1 GiB of stdout through a fifo, MiB/s", speeds[speeds.len() / 2]);
+        subject.note("5 1 GiB of stdout, processor time of the shim, s", costs[costs.len() / 2]);
+    }
+    Ok(())
+}
+
+/// Processor seconds of a shim and the processes that belong to it: not those of containers.
+fn processor_time(shim: i32) -> Result<f64> {
+    let mut ticks = 0;
+    for pid in own_processes(shim) {
+        let stat = proc::stat(pid)?;
+        ticks += stat.field(14).parse::<u64>()? + stat.field(15).parse::<u64>()?;
+    }
+    Ok(ticks as f64 / 100.0)
+}
+
+/// The shim's process, and its worker if it has one.
+fn own_processes(shim: i32) -> Vec<i32> {
+    let is_worker = |child: &proc::Process| child.command.split(' ').any(|word| word == "worker");
+    let workers = proc::children(shim).into_iter().filter(is_worker).map(|child| child.pid);
+    std::iter::once(shim).chain(workers).collect()
+}
+
+async fn memory(subjects: &mut [Subject], containers: usize) -> Result<()> {
+    let mut all: Vec<(Vec<Container>, Vec<PathBuf>, u64)> = Vec::new();
+    for (index, subject) in subjects.iter().enumerate() {
+        let cgroup = format!("/{}/shims{index}", isolation::cgroup());
+        let folders = make_cgroups(&cgroup)?;
+        let before = accounted(&folders);
+        let mut started = Vec::new();
+        for _number in 0..containers {
+            let options = Options {
+                binary_name: subject.cx.runtime_binary().display().to_string(),
+                shim_cgroup: cgroup.clone(),
+                ..Options::default()
+            };
+            let container = subject.cx.container(&["sleep", "100000"]).stdio(Stdio::None).options(Some(any(&options)));
+            started.push(container.start().await?);
+        }
+        all.push((started, folders, before));
+    }
+    // collectors and idle timers do their work in the first seconds after the last request
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    for (subject, (_, folders, before)) in subjects.iter_mut().zip(&all) {
+        let shims = subject.cx.shims();
+        ensure!(shims.len() == containers, "{} shims for {containers} containers", shims.len());
+        let mut keepers = Footprint::default();
+        let mut workers = Footprint::default();
+        for shim in &shims {
+            for pid in own_processes(shim.pid) {
+                let footprint = if pid == shim.pid { &mut keepers } else { &mut workers };
+                footprint.add(pid)?;
+            }
+        }
+        let per = containers as f64;
+        keepers.note(subject, "6 keeper, or the whole shim", per);
+        if workers.processes > 0 {
+            workers.note(subject, "7 worker", per);
+        }
+        if !folders.is_empty() {
+            let grown = accounted(folders).saturating_sub(*before);
+            subject.note("8 accounted to the shims' cgroup without page cache, KiB per container", grown as f64 / 1024.0 / per);
+        }
+    }
+    for (started, _, _) in &all {
+        for container in started {
+            container.destroy().await?;
+        }
+    }
+    Ok(())
+}
+
+/// Sums over processes of one kind.
+#[derive(Debug, Default)]
+struct Footprint {
+    processes: u64,
+    pss: u64,
+    anonymous: u64,
+    tables: u64,
+    threads: u64,
+}
+
+impl Footprint {
+    fn add(&mut self, pid: i32) -> Result<()> {
+        let path = format!("/proc/{pid}/smaps_rollup");
+        let text = fs::read_to_string(&path).with_context(|| path)?;
+        let field = |name: &str| {
+            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            value.and_then(|value| value.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0)
+        };
+        self.processes += 1;
+        self.pss += field("Pss");
+        self.anonymous += field("Anonymous");
+        self.tables += proc::status_field(pid, "VmPTE")?.trim_end_matches(" kB").trim().parse::<u64>()?;
+        self.threads += proc::status_field(pid, "Threads")?.parse::<u64>()?;
+        Ok(())
+    }
+
+    fn note(&self, subject: &mut Subject, whose: &str, containers: f64) {
+        for (what, sum) in
+            [("PSS, KiB", self.pss), ("anonymous, KiB", self.anonymous), ("page tables, KiB", self.tables), ("threads", self.threads)]
+        {
+            subject.note(&format!("{whose}: {what} per container"), sum as f64 / containers);
+        }
+    }
+}
+
+/// Makes a cgroup of that path in every v1 hierarchy, ready to be joined, and returns the folders of the memory controller.
+fn make_cgroups(path: &str) -> Result<Vec<PathBuf>> {
+    let mut memory = Vec::new();
+    for entry in fs::read_dir("/sys/fs/cgroup")?.flatten().filter(|entry| entry.path().join("cgroup.procs").exists()) {
+        let mut folder = entry.path();
+        for part in path.split('/').filter(|part| !part.is_empty()) {
+            let parent = folder.clone();
+            folder.push(part);
+            match fs::create_dir(&folder) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error.into()),
+                _ => {}
+            }
+            // nothing can join a cpuset without processors and memory nodes
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                if let Ok(value) = fs::read_to_string(parent.join(file)) {
+                    fs::write(folder.join(file), value.trim())?;
+                }
+            }
+        }
+        if folder.join("memory.usage_in_bytes").exists() {
+            memory.push(folder);
+        }
+    }
+    Ok(memory)
+}
+
+/// Bytes accounted to those cgroups, without page cache.
+fn accounted(folders: &[PathBuf]) -> u64 {
+    folders.iter().map(|folder| usage_without_cache(folder).unwrap_or(0)).sum()
+}
+
+fn usage_without_cache(folder: &Path) -> Result<u64> {
+    let usage: u64 = fs::read_to_string(folder.join("memory.usage_in_bytes"))?.trim().parse()?;
+    let stat = fs::read_to_string(folder.join("memory.stat"))?;
+    let cache = stat.lines().find_map(|line| line.strip_prefix("total_cache ")).and_then(|value| value.parse::<u64>().ok());
+    Ok(usage.saturating_sub(cache.unwrap_or(0)))
+}

@@ -1,0 +1,150 @@
+//! A dockerd of one's own on top of a [`Daemon`](crate::daemon::Daemon), and its command line client.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, umount2};
+
+use crate::context::Context;
+use crate::eventually::eventually;
+use crate::suite::Suite;
+use crate::{isolation, rootfs};
+
+/// The image that every container is made from.
+pub const IMAGE: &str = "busybox";
+
+/// Docker 26.
+#[derive(Debug)]
+pub struct Docker {
+    cx: Context,
+    folder: PathBuf,
+    process: Mutex<Option<Child>>,
+}
+
+impl Docker {
+    /// Starts dockerd on a containerd of its own and imports the image.
+    pub async fn start(cx: &Context) -> Result<Self> {
+        let cx = cx.with_own_daemon().await?;
+        let folder = cx.daemon().folder().join("docker");
+        fs::create_dir_all(&folder)?;
+        // dockerd wants the file that it is told of, or else reads the host's
+        fs::write(folder.join("daemon.json"), "{}")?;
+        let docker = Self { cx, folder, process: Mutex::new(None) };
+        docker.revive().await?;
+        let archive = docker.folder.join("busybox.tar");
+        let status = Command::new("tar").arg("-C").arg(rootfs::shared()?).arg("-cf").arg(&archive).arg(".").status()?;
+        ensure!(status.success(), "tar: {status}");
+        docker.run(&["import", &archive.display().to_string(), IMAGE])?;
+        Ok(docker)
+    }
+
+    /// The surroundings, with the containerd below.
+    pub fn context(&self) -> &Context {
+        &self.cx
+    }
+
+    fn program(name: &str) -> PathBuf {
+        Suite::Trixie.program(name)
+    }
+
+    fn socket(&self) -> String {
+        format!("unix://{}/docker.sock", self.folder.display())
+    }
+
+    /// Starts dockerd, again if need be, and waits until it answers.
+    pub async fn revive(&self) -> Result<()> {
+        let folder = self.folder.display();
+        let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
+        let child = Command::new(Self::program("dockerd"))
+            .args(["--containerd", &self.cx.daemon().address().display().to_string()])
+            .args(["--host", &self.socket()])
+            .args(["--data-root", &format!("{folder}/data"), "--exec-root", &format!("{folder}/exec")])
+            .args(["--pidfile", &format!("{folder}/pid"), "--config-file", &format!("{folder}/daemon.json")])
+            .args(["--cgroup-parent", &self.cx.cgroup_path("docker"), "--exec-opt", "native.cgroupdriver=cgroupfs"])
+            .args(["--userland-proxy=false", "--iptables=false", "--ip6tables=false", "--bridge=none", "--live-restore"])
+            .env_clear()
+            .env("PATH", self.cx.daemon().path())
+            .env("HOME", "/root")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("start dockerd")?;
+        isolation::keep(child.id());
+        *self.process.lock().expect("no panic under this lock") = Some(child);
+        eventually("dockerd answers", Duration::from_secs(30), async || self.run(&["version"]).map(drop))
+            .await
+            .with_context(|| fs::read_to_string(self.folder.join("log")).unwrap_or_default())
+    }
+
+    /// Ends dockerd with SIGKILL.
+    pub fn kill(&self) -> Result<()> {
+        if let Some(mut child) = self.process.lock().expect("no panic under this lock").take() {
+            child.kill()?;
+            child.wait()?;
+            isolation::forget(child.id());
+        }
+        // a pid file names a process that may by now be another
+        match fs::remove_file(self.folder.join("pid")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A command of the client, to be run.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(Self::program("docker"));
+        command.env("DOCKER_CONFIG", &self.folder).args(["--host", &self.socket()]).args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command of the client, whatever its exit status.
+    pub fn output(&self, arguments: &[&str]) -> Result<Output> {
+        Ok(self.command(arguments).output()?)
+    }
+
+    /// Runs a command of the client and returns what it printed on stdout, without the last newline.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.output(arguments)?;
+        let err = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "docker {arguments:?}: {}: {err}", output.status);
+        Ok(String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned())
+    }
+
+    /// Creates and starts a container without network, with the shim on trial.
+    pub fn container(&self, options: &[&str], command: &[&str]) -> Result<Output> {
+        let mut arguments = vec!["run", "--network", "none", "--runtime", self.cx.shim().runtime_type.as_str()];
+        arguments.extend(options);
+        arguments.push(IMAGE);
+        arguments.extend(command);
+        self.output(&arguments)
+    }
+
+    /// One field of `docker inspect`.
+    pub fn inspect(&self, name: &str, field: &str) -> Result<String> {
+        self.run(&["inspect", "--format", &format!("{{{{{field}}}}}"), name])
+    }
+
+    /// Removes every container, and waits until the shims have gone too.
+    pub async fn leaves_nothing(&self) -> Result<()> {
+        let names = self.run(&["ps", "--all", "--quiet"])?;
+        for name in names.lines() {
+            self.run(&["rm", "--force", name])?;
+        }
+        self.kill()?;
+        self.cx.daemon().is_alone().await
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        let _already_dead = self.kill();
+        // dockerd mounts its data folder on itself, and leaves its sockets
+        let _never_mounted = umount2(&self.folder.join("data"), MntFlags::MNT_DETACH);
+        let _the_run_folder_goes_anyway = fs::remove_dir_all(&self.folder);
+    }
+}
