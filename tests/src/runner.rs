@@ -129,8 +129,9 @@ pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
 }
 
 /// Drives async code for the threads of the test harness.
-pub static EXECUTOR: LazyLock<Executor> =
-    LazyLock::new(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads can be started"));
+pub static EXECUTOR: LazyLock<Executor> = LazyLock::new(|| {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads can be started")
+});
 
 static DAEMONS: Mutex<BTreeMap<Suite, Arc<Daemon>>> = Mutex::new(BTreeMap::new());
 static ALONE: RwLock<()> = RwLock::new(());
