@@ -299,6 +299,21 @@ fn a_bundle_that_is_none_gives_one_sentence_and_leaves_nothing() {
 }
 
 #[test]
+fn no_keeper_is_left_where_the_bundle_cannot_be_written() {
+    let host = Host::new();
+    let bundle = host.bundle("c1", None);
+    fs::create_dir(bundle.join("address")).expect("a folder can be made");
+    let sentence = failed(&host.action("c1", "start").output().expect("executes"), 1);
+    assert!(sentence.contains("write ") && sentence.contains("/address"), "{sentence}");
+    assert_eq!(host.ps()["shims"].as_array().map(Vec::len), Some(0));
+    let ours = format!("{}/containerd", host.run.display());
+    eventually("the keeper is gone", || {
+        let lines = numbers_in("/proc").into_iter().filter_map(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
+        !lines.into_iter().any(|line| String::from_utf8_lossy(&line).contains(&ours))
+    });
+}
+
+#[test]
 fn a_folder_that_others_can_reach_is_refused() {
     let host = Host::new();
     host.bundle("c1", None);
