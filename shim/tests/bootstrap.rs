@@ -240,14 +240,9 @@ fn starts_at_the_same_time_make_one_keeper() {
     let shims = host.ps();
     assert_eq!(shims["shims"].as_array().map(Vec::len), Some(1), "{shims}");
     assert_eq!(shims["shims"][0]["group"], "pod");
-    let mut awaited: Vec<&str> =
-        shims["shims"][0]["containers"].as_array().expect("a list").iter().filter_map(|container| container["id"].as_str()).collect();
-    awaited.sort_unstable();
-    let mut expected: Vec<&str> = ids.iter().map(String::as_str).filter(|id| awaited.contains(id)).collect();
-    expected.sort_unstable();
-    // The one that made the keeper has no reservation, the others do.
-    assert_eq!(awaited, expected);
-    assert!(awaited.len() >= ids.len() - 1, "{awaited:?}");
+    // The one that made the keeper needs no place there, the others have one each.
+    let awaited = shims["shims"][0]["containers"].as_array().expect("a list");
+    assert_eq!(awaited.len(), ids.len() - 1, "{shims}");
 }
 
 #[test]
