@@ -156,7 +156,9 @@ pub(crate) async fn a_grandchild_that_holds_the_pipe_delays_no_wait(cx: Context)
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let shim = cx.shim_pid(&container.id)?;
     let mut files = Vec::new();
-    for number in 0..5 {
+    // the stock shim takes ten seconds for each
+    let rounds = if cx.shim().is_ours() { 5 } else { 1 };
+    for number in 0..rounds {
         let exec = container.exec(&format!("e{number}"), &["sh", "-c", "sleep 1000 & echo done"]);
         let exec = exec.stdio(Stdio::OUTPUT).start().await?;
         let begin = Instant::now();
@@ -238,7 +240,7 @@ pub(crate) async fn an_unknown_scheme_is_refused(cx: Context) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn a_gigabyte_is_not_buffered_for_a_slow_reader(cx: Context) -> Result<()> {
+pub(crate) async fn a_slow_reader_is_waited_for_and_nothing_is_buffered(cx: Context) -> Result<()> {
     let container = cx.container(&["sh", "-c", "head -c 100000000 /dev/zero; exit 3"]).stdio(UNREAD);
     let mut container = container.start().await?;
     let shim = cx.shim_pid(&container.id)?;
