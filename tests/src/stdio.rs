@@ -181,6 +181,12 @@ impl Writer {
         .await
     }
 
+    /// Opens the fifo whether or not anybody reads it yet.
+    pub fn open_early(path: &Path) -> Result<Self> {
+        let file = open_nonblocking(path, OpenOptions::new().read(true).write(true));
+        file.map(Self).with_context(|| format!("open {} for writing", path.display()))
+    }
+
     /// Writes everything; waits while the fifo is full.
     pub fn write_all(&mut self, mut bytes: &[u8]) -> Result<()> {
         let begin = Instant::now();

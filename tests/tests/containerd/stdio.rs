@@ -8,7 +8,7 @@ use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
 use shim_tests::runner::skip;
-use shim_tests::stdio::Pace;
+use shim_tests::stdio::{Pace, Writer};
 
 /// Fifos that nobody reads yet.
 const UNREAD: Stdio = Stdio::Fifos { stdin: false, pace: None };
@@ -54,9 +54,11 @@ pub(crate) async fn a_megabyte_of_stdin_arrives(cx: Context) -> Result<()> {
 
 pub(crate) async fn close_io_is_harmless_before_start_twice_and_after_exit(cx: Context) -> Result<()> {
     let container = cx.container(&["cat"]).stdio(Stdio::ALL).create().await?;
+    let stdin = Writer::open_early(container.io.paths()[0].as_ref())?;
     container.close_stdin().await?;
     container.close_stdin().await?;
     container.start().await?;
+    drop(stdin);
     ensure!(container.wait().await? == 0);
     container.close_stdin().await?;
     ensure!(container.delete().await?.exit_status == 0);
