@@ -24,7 +24,7 @@ test-unit: packages
 	$(CARGO) test --locked --package containerd-shim-x --package x-proto
 
 test-e2e: packages suites build build-faulty
-	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --release --package shim-tests
+	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:

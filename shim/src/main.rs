@@ -46,7 +46,11 @@ fn main() -> ExitCode {
             let (clients, control) = (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?);
             Ok(keeper::run(settings, clients, control))
         }),
-        Invocation::Worker(settings) => inherited(|| Ok(worker::run(settings, sys::inherited::take_socket(3)?))),
+        Invocation::Worker(settings) => inherited(|| {
+            // Executed through a descriptor, it would be called by the descriptor's number.
+            nix::sys::prctl::set_name(c"containerd-shim")?;
+            Ok(worker::run(settings, sys::inherited::take_socket(3)?))
+        }),
         Invocation::Ps(query) => ended("ps", commands::ps(&query)),
         Invocation::Inspect { id, query } => ended(&format!("inspect {id}"), commands::inspect(&id, &query)),
     }

@@ -7,7 +7,7 @@
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -218,6 +218,8 @@ const MAX_URI_BYTES: usize = 8 << 10;
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn logger(path: &str, arguments: &[&str], environment: &[(&str, &str)], ready_by_byte: bool) -> StdioUri {

@@ -93,8 +93,9 @@ impl<'a> Deletion<'a> {
         let keeper = self.ask_keeper();
         match (keeper, self.recorded()) {
             (Keeper::KnowsNothing, Some(exit)) => return Ok(exit),
-            // It has left, as keepers do after the last deletion.
-            (Keeper::Dead, Some(exit)) if by_hand::is_clean(&self.leftovers()) => return Ok(exit),
+            // The keeper has left, as keepers do after the last deletion. Or we were here before, and the worker is still not able
+            // to drop its record.
+            (_, Some(exit)) if by_hand::is_clean(&self.leftovers()) => return Ok(exit),
             (Keeper::MayKnow, _) => {
                 if let Some(told) = self.ask_worker()
                     && let Some(exit) = self.recorded_now().or(told)

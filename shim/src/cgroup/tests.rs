@@ -77,7 +77,9 @@ impl Drop for Made {
             let _ = child.wait();
         }
         for folder in &self.folders {
-            files::pids_below(folder).into_iter().for_each(|pid| drop(sys_kill(pid)));
+            for pid in files::pids_below(folder) {
+                let _ = sys_kill(pid);
+            }
             let mut all = Vec::new();
             files::each_below(folder, &mut |folder| all.push(folder.to_owned()));
             for folder in all.iter().rev() {

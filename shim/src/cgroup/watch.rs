@@ -13,6 +13,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout_at};
 
 use super::CgroupError;
+use crate::sys;
 
 /// Wakes when [`super::Cgroup::oom_kills`] may have grown. Wakes may come without reason.
 #[derive(Debug)]
@@ -59,7 +60,7 @@ impl OomWatch {
     }
 
     fn begin(folder: &Path, fd: OwnedFd, has_echoes: bool) -> Result<Self, CgroupError> {
-        let fd = AsyncFd::with_interest(fd, tokio::io::Interest::READABLE).map_err(failed("watch", folder))?;
+        let fd = sys::ready::to_read(fd).map_err(failed("watch", folder))?;
         Ok(Self { folder: folder.to_owned(), fd, has_echoes, echo: None })
     }
 

@@ -43,12 +43,20 @@ pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
 fn message(bytes: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(bytes);
     let (mut errors, mut others) = (Vec::new(), Vec::new());
-    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        match serde_json::from_str::<Line>(line) {
-            Ok(line) if matches!(line.level.as_str(), "error" | "fatal" | "panic") => errors.push(line.msg.trim().to_owned()),
+    let mut rest = text.trim_start();
+    while !rest.is_empty() {
+        // A value may take several lines (crun since 1.2x), and text may stand between values.
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Line>();
+        if let Some(Ok(line)) = values.next() {
             // A warning, or what `--debug` adds, explains nothing by itself.
-            Ok(_) => {}
-            Err(_) => others.push(line.to_owned()),
+            if matches!(line.level.as_str(), "error" | "fatal" | "panic") {
+                errors.push(line.msg.trim().to_owned());
+            }
+            rest = rest[values.byte_offset()..].trim_start();
+        } else {
+            let (line, after) = rest.split_once('\n').unwrap_or((rest, ""));
+            others.push(line.trim_end().to_owned());
+            rest = after.trim_start();
         }
     }
     errors.retain(|message| !message.is_empty());
@@ -66,8 +74,8 @@ fn shorten(text: String) -> String {
     if text.len() <= MAX_MESSAGE_BYTES {
         return text;
     }
-    let head = text.floor_char_boundary(MAX_MESSAGE_BYTES / 2);
-    let tail = text.ceil_char_boundary(text.len() - MAX_MESSAGE_BYTES / 2);
+    let boundary = |at: usize| (at..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+    let (head, tail) = (boundary(MAX_MESSAGE_BYTES / 2), boundary(text.len() - MAX_MESSAGE_BYTES / 2));
     format!("{} … {} … {}", &text[..head], tail - head, &text[tail..])
 }
 
@@ -110,6 +118,12 @@ mod tests {
 
     fn complaint(status: u32, log: &str, output: &str) -> EngineError {
         read(Path::new("/usr/bin/rt"), Verb::Exec, &exited(status, log, output))
+    }
+
+    #[test]
+    fn a_message_that_takes_several_lines_is_one_message() {
+        let log = "{\n  \"msg\": \"executable file `\\/no` not found\",\n  \"level\": \"error\"\n}\nafterthought\n";
+        assert_eq!(message(log.as_bytes()), Some("executable file `/no` not found".to_owned()));
     }
 
     #[test]

@@ -1,6 +1,17 @@
 //! The options of a mount, as in fstab: which are flags of mount(2), which are for the file system.
 use nix::mount::MsFlags;
 
+/// Which users and groups of a file system appear as which others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Maps {
+    pub(super) uid: String,
+    pub(super) gid: String,
+}
+
+/// Maps that cannot be read, or one without the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BadMap;
+
 /// Options, sorted out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Options {
@@ -14,8 +25,8 @@ pub(super) struct Options {
     pub(super) data: Vec<String>,
     /// The source is a file: mount it through a loop device.
     pub(super) is_loop: bool,
-    /// `uidmap=` and `gidmap=` were there.
-    pub(super) is_idmapped: bool,
+    /// `uidmap=` and `gidmap=`: whose files are whose, in the format of `/proc/PID/uid_map`.
+    pub(super) maps: Option<Result<Maps, BadMap>>,
     /// An option that only containerd's mount manager understands.
     pub(super) managers: Option<String>,
 }
@@ -25,7 +36,8 @@ impl Options {
     pub(super) fn parse(options: &[String]) -> Self {
         let none = MsFlags::empty();
         let mut parsed =
-            Self { flags: none, cleared: none, propagation: none, data: Vec::new(), is_loop: false, is_idmapped: false, managers: None };
+            Self { flags: none, cleared: none, propagation: none, data: Vec::new(), is_loop: false, maps: None, managers: None };
+        let (mut uid, mut gid) = (None, None);
         for option in options.iter().flat_map(|option| split(option)) {
             if let Some((_, flag, sets)) = FLAGS.iter().find(|(name, ..)| *name == option) {
                 parsed.flags.set(*flag, *sets);
@@ -34,8 +46,10 @@ impl Options {
                 parsed.propagation = *flags;
             } else if option == "loop" {
                 parsed.is_loop = true;
-            } else if option.starts_with("uidmap=") || option.starts_with("gidmap=") {
-                parsed.is_idmapped = true;
+            } else if let Some(map) = option.strip_prefix("uidmap=") {
+                uid = Some(read_map(map));
+            } else if let Some(map) = option.strip_prefix("gidmap=") {
+                gid = Some(read_map(map));
             } else if option.starts_with("X-containerd.") {
                 parsed.managers = Some(option.to_owned());
             } else if !matches!(option, "defaults" | "") && !option.starts_with("x-") && !option.starts_with("X-") {
@@ -43,8 +57,23 @@ impl Options {
                 parsed.data.push(option.to_owned());
             }
         }
+        parsed.maps = match (uid, gid) {
+            (None, None) => None,
+            (Some(Some(uid)), Some(Some(gid))) => Some(Ok(Maps { uid, gid })),
+            _ => Some(Err(BadMap)),
+        };
         parsed
     }
+}
+
+/// `0:1000:65536,…` becomes a line `0 1000 65536` for each.
+fn read_map(map: &str) -> Option<String> {
+    let line = |range: &str| {
+        let numbers: Vec<u32> = range.split(':').map(|number| number.parse().ok()).collect::<Option<_>>()?;
+        let [inside, outside, count] = numbers[..] else { return None };
+        Some(format!("{inside} {outside} {count}\n"))
+    };
+    map.split(',').map(line).collect()
 }
 
 /// `ro,nodev` in one string is two options; what has a value may contain commas of its own.
@@ -147,9 +176,21 @@ mod tests {
         assert_eq!((parsed.flags, parsed.cleared), (flags, MsFlags::MS_NOSUID));
         assert_eq!(parsed.propagation, MsFlags::MS_SLAVE | MsFlags::MS_REC);
         assert_eq!(parsed.data, strings(&["size=1m", "upperdir=/a,b"]));
-        assert!(!parsed.is_loop && !parsed.is_idmapped && parsed.managers.is_none());
-        let parsed = Options::parse(&strings(&["loop", "uidmap=0:1:1", "gidmap=0:1:1", "X-containerd.mkfs.size=1"]));
-        assert!(parsed.is_loop && parsed.is_idmapped && parsed.managers.is_some() && parsed.data.is_empty());
+        assert!(!parsed.is_loop && parsed.maps.is_none() && parsed.managers.is_none());
+        let parsed = Options::parse(&strings(&["loop", "X-containerd.mkfs.size=1"]));
+        assert!(parsed.is_loop && parsed.managers.is_some() && parsed.data.is_empty());
+    }
+
+    #[test]
+    fn maps_come_in_pairs() {
+        let maps = |options: &[&str]| Options::parse(&strings(options)).maps;
+        let expected = Maps { uid: "0 1000 10\n10 5000 1\n".into(), gid: "0 1 2\n".into() };
+        assert_eq!(maps(&["uidmap=0:1000:10,10:5000:1", "gidmap=0:1:2"]), Some(Ok(expected)));
+        for wrong in
+            [&["uidmap=0:1:2"][..], &["uidmap=0:1:2", "gidmap=0:1"], &["uidmap=", "gidmap=0:1:2"], &["uidmap=0:-1:2", "gidmap=0:1:2"]]
+        {
+            assert_eq!(maps(wrong), Some(Err(BadMap)), "{wrong:?}");
+        }
     }
 
     #[test]

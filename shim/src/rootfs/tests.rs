@@ -1,6 +1,9 @@
 //! Real mounts, each test in a mount namespace of its own. They need root.
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::symlink;
+
+use nix::mount::mount;
+use nix::sched::{CloneFlags, unshare};
 
 use super::*;
 
@@ -238,5 +241,55 @@ fn what_cannot_be_mounted_is_refused_with_a_sentence() {
             refusal(wanted("overlay", Path::new("overlay"), "", &["lowerdir=/x"])),
             format!("mount overlay at {shown}: tmpfs is mounted there already")
         );
+    });
+}
+
+#[test]
+fn files_belong_to_other_users_where_the_maps_say_so() {
+    use std::os::unix::fs::MetadataExt;
+    in_private_namespace(|base| {
+        folders(base, &["lower", "lower2", "upper", "work", "b"]);
+        fs::write(base.join("lower/hello"), "hi").expect("a file");
+        fs::write(base.join("lower2/deep"), "hi").expect("a file");
+        let rootfs = base.join("b/rootfs");
+        let at = |name: &str| base.join(name).display().to_string();
+        let maps = ["uidmap=0:1000:100", "gidmap=0:2000:50,50:9000:50"];
+        let overlay = [
+            &format!("lowerdir={}:{}", at("lower"), at("lower2"))[..],
+            &format!("upperdir={}", at("upper")),
+            &format!("workdir={}", at("work")),
+            maps[0],
+            maps[1],
+        ];
+        // What a death in the middle leaves behind does no harm.
+        folders(base, &["b/x-staging/0"]);
+        mount(Some("tmpfs"), &base.join("b/x-staging/0"), Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("a tmpfs");
+        for (mount, file, kind) in [
+            (wanted("overlay", Path::new("overlay"), "", &overlay), "deep", "overlay"),
+            (wanted("bind", &base.join("lower"), "", &["bind", "ro", maps[0], maps[1]]), "hello", "tmpfs"),
+            (wanted("tmpfs", Path::new("tmpfs"), "", &["size=64k", maps[0], maps[1]]), ".", "tmpfs"),
+        ] {
+            for _ in 0..2 {
+                match blocking_mount_all(&rootfs, std::slice::from_ref(&mount)) {
+                    Err(MountError::System { op: "map the users of", source: Errno::EINVAL, .. }) => {
+                        eprintln!("skipped: this kernel does not map users of tmpfs");
+                        return;
+                    }
+                    other => other.expect("mounts"),
+                }
+            }
+            assert_eq!(seen(&base.join("b")), [(rootfs.display().to_string(), kind.to_owned())]);
+            let about = rootfs.join(file).metadata().expect("the file");
+            assert_eq!((about.uid(), about.gid()), (1000, 2000), "{mount:?}");
+            assert!(!base.join("b/x-staging").exists());
+            unmount(&rootfs);
+        }
+        let bad = wanted("bind", &base.join("lower"), "", &["bind", maps[0]]);
+        let error = blocking_mount_all(&rootfs, &[bad]).expect_err("a refusal").to_string();
+        assert!(error.ends_with("must both be given, as INSIDE:OUTSIDE:COUNT, more of them separated by commas"), "{error}");
+        folders(base, &["b/x-staging/0"]);
+        mount(Some("tmpfs"), &base.join("b/x-staging/0"), Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("a tmpfs");
+        unmount(&rootfs);
+        assert!(seen(&base.join("b")).is_empty() && !base.join("b/x-staging").exists());
     });
 }

@@ -3,9 +3,11 @@
 //! **Invariant:** `unsafe` lives here only; every function here has a safe signature and gives an `io::Result`.
 pub(crate) mod core_scheduling;
 pub(crate) mod descriptors;
+pub(crate) mod idmap;
 pub(crate) mod inherited;
 pub(crate) mod mount;
 pub(crate) mod process;
+pub(crate) mod ready;
 pub(crate) mod socket;
 pub(crate) mod spawn;
 pub(crate) mod terminal;

@@ -1,11 +1,11 @@
 //! A logger for `binary://` URIs: copies stdout and stderr of the container into files.
 //!
 //! `binary:///path/to/log-sink?folder=/where` writes `/where/stdout`, `/where/stderr` and its environment to
-//! `/where/environment`. With `dies=ready` it ends before it says that it is ready, with `dies=later` right after.
+//! `/where/environment`. With `dies=ready` it ends before it says that it is ready, with `dies=later` at the first byte.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
@@ -33,6 +33,8 @@ fn main() -> io::Result<ExitCode> {
     let (mut out_file, mut err_file) = (File::create(folder.join("stdout"))?, File::create(folder.join("stderr"))?);
     close_ready_pipe();
     if dies == "later" {
+        // not at once: nobody could tell that from dying before it was ready
+        out.read_exact(&mut [0])?;
         return Ok(ExitCode::FAILURE);
     }
     let copy_err = thread::spawn(move || io::copy(&mut err, &mut err_file));

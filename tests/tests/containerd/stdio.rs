@@ -232,7 +232,8 @@ pub(crate) async fn a_logger_that_dies_before_it_is_ready_wedges_nothing(cx: Con
 
 pub(crate) async fn a_logger_that_dies_later_does_not_stop_the_container(cx: Context) -> Result<()> {
     let uri = format!("binary://{}?dies=later&folder={}", cx.program("log-sink").display(), cx.folder().display());
-    let container = cx.container(&["sh", "-c", "exit 3"]).stdio(Stdio::uri(&uri));
+    // more than the pipe holds: without its logger, the container must not wait for anybody
+    let container = cx.container(&["sh", "-c", "head -c 1048577 /dev/zero; exit 3"]).stdio(Stdio::uri(&uri));
     ensure!(container.run().await? == 3);
     Ok(())
 }

@@ -159,8 +159,8 @@ impl ProcessFiles {
         let folder = worker.settings.control_path.parent().unwrap_or(Path::new("/run"));
         Self {
             pid_file: record.bundle.join(format!("x-{}.pid", cause.number())),
-            // Short, whatever the bundle's path is: 108 bytes are all that a socket may have.
-            console_socket: folder.join(format!("c{}", cause.number())),
+            // Short, whatever the bundle's path is: 108 bytes are all that a socket may have. All keepers share the folder.
+            console_socket: folder.join(format!("c{}-{}", worker.keeper.get().pid, cause.number())),
         }
     }
 

@@ -1,0 +1,60 @@
+//! How mounts are unmade.
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{OpenHow, ResolveFlag, openat2};
+use nix::mount::{MntFlags, umount2};
+
+use super::{FOLDER, MountError, Unmount, errno, link_to, list, open_folder, system};
+
+/// Unmounts everything that is mounted at or below `folder`, which is directly in a bundle and may be missing.
+pub(super) fn unmount_below(folder: &Path, how: Unmount) -> Result<(), MountError> {
+    let (Some(bundle), Some(name)) = (folder.parent(), folder.file_name()) else {
+        return Err(system("unmount", folder)(Errno::EINVAL));
+    };
+    let bundle = match bundle.canonicalize() {
+        Ok(bundle) => bundle,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(system("resolve", bundle)(errno(&error))),
+    };
+    let top = bundle.join(name);
+    let bundle_fd = open_folder(&bundle)?;
+    let mut before = usize::MAX;
+    for _ in 0..MAX_ROUNDS {
+        let mut entries = list(|entry| entry.mount_point.starts_with(&top))?;
+        if entries.is_empty() {
+            return Ok(());
+        }
+        // A mount may hide others below it, so that only the next round reaches those. A round that changes nothing is the last.
+        let is_last = entries.len() >= before;
+        before = entries.len();
+        // The deepest first, and at one place the last first: the sort keeps the kernel's order, and is walked backwards.
+        entries.sort_by_key(|entry| entry.mount_point.components().count());
+        for entry in entries.iter().rev() {
+            let relative = entry.mount_point.strip_prefix(&bundle).unwrap_or(&entry.mount_point);
+            match unmount_one(&bundle_fd, relative, how) {
+                Err(Errno::EBUSY) if is_last => return Err(MountError::Busy { path: entry.mount_point.clone() }),
+                Err(source) if is_last => return Err(system("unmount", &entry.mount_point)(source)),
+                Ok(()) | Err(_) => {}
+            }
+        }
+    }
+    Err(MountError::Busy { path: top })
+}
+
+/// Unmounts what is mounted at `relative`, whose folder is reached from the bundle without any link.
+///
+/// The mount itself must not be open meanwhile: that would keep it busy. So its folder is, and the name is not followed.
+fn unmount_one(bundle: &OwnedFd, relative: &Path, how: Unmount) -> Result<(), Errno> {
+    let (folder, name) = (relative.parent().ok_or(Errno::EINVAL)?, relative.file_name().ok_or(Errno::EINVAL)?);
+    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let folder = openat2(bundle, folder, OpenHow::new().flags(FOLDER).resolve(resolve))?;
+    let detach = if how == Unmount::Detach { MntFlags::MNT_DETACH } else { MntFlags::empty() };
+    umount2(&link_to(&folder).join(name), MntFlags::UMOUNT_NOFOLLOW | detach)
+}
+
+/// How many mounts may hide each other at one place, or appear while others are unmounted.
+const MAX_ROUNDS: usize = 1000;

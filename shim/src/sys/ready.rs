@@ -1,0 +1,15 @@
+//! Descriptors that tasks wait for.
+#![allow(unsafe_code)]
+use std::io;
+use std::os::fd::OwnedFd;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Lets a task wait until `fd`, which must be non-blocking, can be read.
+///
+/// Must be called within a tokio runtime with I/O enabled.
+pub(crate) fn to_read(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is open and keeps its number for as long as it lives, and the `AsyncFd` owns it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+}
