@@ -22,6 +22,11 @@ const MAX_UNANSWERED: usize = 8192;
 /// Frames taken from one client before others get a turn.
 const FRAMES_A_TURN: usize = 64;
 
+/// Bytes read from one client before others get a turn.
+const BYTES_A_TURN: usize = 256 << 10;
+/// A client with no more than this unanswered is read from also while the worker has much to catch up with.
+const MODEST_BYTES: usize = 64 << 10;
+
 /// Where an answer goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Caller {
@@ -162,10 +167,12 @@ impl Relay {
         let mut incoming = client.take_frames(id, FRAMES_A_TURN);
         let mut alive = client.output.flush(&client.socket).is_ok();
         let mut buffer = [0; 4096];
-        while alive && incoming.len() < FRAMES_A_TURN && !client.is_full() {
+        let mut left = BYTES_A_TURN;
+        while alive && left > 0 && incoming.len() < FRAMES_A_TURN && !client.is_full() {
             match client.socket.read(&mut buffer) {
                 Ok(0) => alive = false,
                 Ok(count) => {
+                    left = left.saturating_sub(count);
                     client.input.extend_from_slice(&buffer[..count]);
                     incoming.extend(client.take_frames(id, FRAMES_A_TURN - incoming.len()));
                 }
@@ -174,7 +181,7 @@ impl Relay {
                 Err(_) => alive = false,
             }
         }
-        if alive && incoming.len() >= FRAMES_A_TURN {
+        if alive && (left == 0 || incoming.len() >= FRAMES_A_TURN) {
             poll.again(Source::Client(id));
         }
         // Refusals that were made while reading.
@@ -209,6 +216,11 @@ impl Relay {
                 poll.again(Source::Client(caller.client));
             }
         }
+    }
+
+    /// Whether a client waits for little enough that its next requests do no harm.
+    pub(crate) fn is_modest(&self, client: u32) -> bool {
+        self.clients.get(&client).is_none_or(|client| client.unanswered_bytes <= MODEST_BYTES)
     }
 
     pub(crate) fn is_connected(&self, client: u32) -> bool {
