@@ -276,7 +276,9 @@ impl One {
 pub(crate) fn explain(error: &anyhow::Error) -> String {
     let mut text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
     let backtrace = error.backtrace().to_string();
-    for place in backtrace.lines().filter(|line| ["tests/containerd/", "tests/docker", "tests/protocol"].iter().any(|test| line.contains(test))) {
+    for place in
+        backtrace.lines().filter(|line| ["tests/containerd/", "tests/docker", "tests/protocol"].iter().any(|test| line.contains(test)))
+    {
         text.push_str("\n  ");
         text.push_str(place.trim());
     }

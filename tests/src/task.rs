@@ -128,8 +128,7 @@ impl Task {
 
     /// Sets a terminal's size.
     pub async fn resize(&self, id: &str, exec: &str) -> Answer<()> {
-        let request =
-            api::ResizePtyRequest { id: id.to_owned(), exec_id: exec.to_owned(), width: 80, height: 24, ..Default::default() };
+        let request = api::ResizePtyRequest { id: id.to_owned(), exec_id: exec.to_owned(), width: 80, height: 24, ..Default::default() };
         self.call::<api::Empty>("ResizePty", &request, DEADLINE).await.map(drop)
     }
 

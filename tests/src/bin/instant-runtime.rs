@@ -17,8 +17,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo, setsid};
 
 /// Flags that take a value.
-const WITH_VALUE: [&str; 8] =
-    ["--root", "--log", "--log-format", "--bundle", "--pid-file", "--process", "--console-socket", "--criu"];
+const WITH_VALUE: [&str; 8] = ["--root", "--log", "--log-format", "--bundle", "--pid-file", "--process", "--console-socket", "--criu"];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
