@@ -119,15 +119,17 @@ pub(crate) async fn a_paused_container_survives_the_daemon(cx: Context) -> Resul
     cx.leaves_nothing().await
 }
 
-/// Runs `create`, which a gated runtime blocks, while `meanwhile` kills the daemon.
-async fn create_meanwhile(create: Builder, meanwhile: impl AsyncFnOnce() -> Result<()>) -> Result<()> {
+/// Creates a task, which a gated runtime blocks, while `meanwhile` kills the daemon.
+async fn create_meanwhile(container: Builder, meanwhile: impl AsyncFnOnce() -> Result<()>) -> Result<()> {
+    let container = container.metadata().await?;
     let local = LocalSet::new();
     local
         .run_until(async move {
-            let create = tokio::task::spawn_local(create.create());
+            let create = tokio::task::spawn_local(container.create_task());
             meanwhile().await?;
             // its connection died with the daemon; what came of it is asked of the next daemon
-            create.await?.err().map_or(Ok(()), |_| Ok(()))
+            ensure!(create.await?.is_err(), "a dead daemon has answered");
+            Ok(())
         })
         .await
 }
