@@ -137,14 +137,15 @@ async fn create_meanwhile(container: Builder, meanwhile: impl AsyncFnOnce() -> R
 /// That there is a whole container with that id, or none and the id is free; either runs to its end.
 async fn whole_or_none(cx: &Context, id: &str, again: impl Fn() -> Builder) -> Result<()> {
     // what was on its way when the daemon died may still arrive, so it is asked for until one of both is there
-    let pid = eventually("a whole container, or a free id", SOON, async || match cx.client().state(id, "").await {
+    let (pid, _container) = eventually("a whole container, or a free id", SOON, async || match cx.client().state(id, "").await {
         Ok(state) => {
             ensure!(state.status() == Phase::Created, "{state:?}");
-            Ok(state.pid)
+            Ok((state.pid, None))
         }
         Err(status) => {
             ensure!(status.code() == Code::NotFound, "{status:?}");
-            Ok(again().create_task().await?.pid)
+            let container = again().create_task().await?;
+            Ok((container.pid, Some(container)))
         }
     })
     .await?;
