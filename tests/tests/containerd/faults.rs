@@ -55,6 +55,7 @@ async fn every_message(cx: &Context, direction: &str, when: &str) -> Result<()> 
     for message in 1..=ENOUGH {
         let fault = format!("1:{direction}:{message}:{when}");
         let lives = one_life(cx, &shim, &fault).await.with_context(|| format!("X_FAULT={fault}"))?;
+        ensure!(lives > 0, "X_FAULT={fault}: no life was counted: is this shim built with fault-injection?");
         if lives == 1 {
             ensure!(message > 10, "only {} messages were seen: faults are not injected", message - 1);
             return Ok(());
