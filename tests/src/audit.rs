@@ -54,7 +54,8 @@ fn processes(but: &[u32], found: &mut BTreeSet<String>) {
     for process in proc::all().into_values() {
         let known = process.pid == 1 || but.contains(&process.pid.cast_unsigned());
         // init waits for its own zombies in its own time; how many there were is in isolation::orphans()
-        if !known && !(process.is_zombie() && process.parent == 1) {
+        let buried = process.is_zombie() && process.parent == 1;
+        if !known && !buried {
             let kind = if process.is_zombie() { "zombie" } else { "process" };
             let (pid, parent, comm) = (process.pid, process.parent, process.comm);
             found.insert(format!("{kind} {pid} {comm} (child of {parent}) {}", process.command));

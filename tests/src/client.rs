@@ -10,11 +10,10 @@ use anyhow::{Context as _, Result};
 use containerd_client as api;
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::{
-    CheckpointTaskRequest, CloseIoRequest, Container, CreateContainerRequest, CreateNamespaceRequest,
-    CreateTaskRequest, DeleteContainerRequest, DeleteProcessRequest, DeleteResponse, DeleteTaskRequest,
-    ExecProcessRequest, GetRequest, KillRequest, ListPidsRequest, ListTasksRequest, MetricsRequest, Namespace,
-    PauseTaskRequest, PublishRequest, ResizePtyRequest, ResumeTaskRequest, StartRequest, SubscribeRequest,
-    UpdateTaskRequest, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIoRequest, Container, CreateContainerRequest, CreateNamespaceRequest, CreateTaskRequest,
+    DeleteContainerRequest, DeleteProcessRequest, DeleteResponse, DeleteTaskRequest, ExecProcessRequest, GetRequest, KillRequest,
+    ListPidsRequest, ListTasksRequest, MetricsRequest, Namespace, PauseTaskRequest, PublishRequest, ResizePtyRequest, ResumeTaskRequest,
+    StartRequest, SubscribeRequest, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_client::types::v1::{Process, ProcessInfo};
 use containerd_client::types::{Descriptor, Metric};
@@ -150,8 +149,7 @@ impl Client {
 
     /// Sends a signal.
     pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Answer<()> {
-        let request =
-            self.request(KillRequest { container_id: id.to_owned(), exec_id: exec.to_owned(), signal, all });
+        let request = self.request(KillRequest { container_id: id.to_owned(), exec_id: exec.to_owned(), signal, all });
         self.call("kill", self.api.tasks().kill(request)).await
     }
 
@@ -162,15 +160,13 @@ impl Client {
 
     /// Resizes a terminal.
     pub async fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Answer<()> {
-        let request =
-            self.request(ResizePtyRequest { container_id: id.to_owned(), exec_id: exec.to_owned(), width, height });
+        let request = self.request(ResizePtyRequest { container_id: id.to_owned(), exec_id: exec.to_owned(), width, height });
         self.call("resize", self.api.tasks().resize_pty(request)).await
     }
 
     /// Closes stdin.
     pub async fn close_stdin(&self, id: &str, exec: &str) -> Answer<()> {
-        let request =
-            self.request(CloseIoRequest { container_id: id.to_owned(), exec_id: exec.to_owned(), stdin: true });
+        let request = self.request(CloseIoRequest { container_id: id.to_owned(), exec_id: exec.to_owned(), stdin: true });
         self.call("close io", self.api.tasks().close_io(request)).await
     }
 
@@ -193,21 +189,13 @@ impl Client {
 
     /// Writes a checkpoint: into the content store, which names it, or where the options say.
     pub async fn checkpoint(&self, id: &str, options: Any) -> Answer<Vec<Descriptor>> {
-        let request = CheckpointTaskRequest {
-            container_id: id.to_owned(),
-            options: Some(options),
-            ..CheckpointTaskRequest::default()
-        };
+        let request = CheckpointTaskRequest { container_id: id.to_owned(), options: Some(options), ..CheckpointTaskRequest::default() };
         self.call("checkpoint", self.api.tasks().checkpoint(self.request(request))).await.map(|answer| answer.descriptors)
     }
 
     /// Changes limits.
     pub async fn update(&self, id: &str, resources: Any) -> Answer<()> {
-        let request = UpdateTaskRequest {
-            container_id: id.to_owned(),
-            resources: Some(resources),
-            ..UpdateTaskRequest::default()
-        };
+        let request = UpdateTaskRequest { container_id: id.to_owned(), resources: Some(resources), ..UpdateTaskRequest::default() };
         self.call("update", self.api.tasks().update(self.request(request))).await
     }
 

@@ -79,9 +79,7 @@ impl Io {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         match stdio {
             Stdio::None => Ok(Self::default()),
-            Stdio::Given(stdin, stdout, stderr) => {
-                Ok(Self { paths: [stdin.clone(), stdout.clone(), stderr.clone()], ..Self::default() })
-            }
+            Stdio::Given(stdin, stdout, stderr) => Ok(Self { paths: [stdin.clone(), stdout.clone(), stderr.clone()], ..Self::default() }),
             Stdio::Fifos { stdin, pace } => {
                 let folder = cx.folder().join(format!("io{}", NEXT.fetch_add(1, Ordering::Relaxed)));
                 fs::create_dir_all(&folder)?;
@@ -154,11 +152,7 @@ impl Process {
 
     /// Deletes it and returns what it ended with.
     pub async fn delete(&self) -> Answer<DeleteResponse> {
-        if self.exec.is_empty() {
-            self.client.delete(&self.id).await
-        } else {
-            self.client.delete_exec(&self.id, &self.exec).await
-        }
+        if self.exec.is_empty() { self.client.delete(&self.id).await } else { self.client.delete_exec(&self.id, &self.exec).await }
     }
 
     /// Its state.
@@ -298,10 +292,7 @@ impl Builder {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let id = format!("c{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let spec = Spec::new(args, &cx.cgroup_path(&id));
-        let options = Options {
-            binary_name: cx.runtime_binary().display().to_string(),
-            ..Options::default()
-        };
+        let options = Options { binary_name: cx.runtime_binary().display().to_string(), ..Options::default() };
         Ok(Self {
             cx: cx.clone(),
             id,

@@ -15,9 +15,9 @@ use crate::daemon::Daemon;
 use crate::events::Events;
 use crate::eventually::eventually;
 use crate::gate::Gate;
-use crate::suite::{Runtime, Shim, Suite};
 use crate::isolation;
 use crate::proc::{self, Process};
+use crate::suite::{Runtime, Shim, Suite};
 
 /// The surroundings of one test; cheap to clone.
 #[derive(Debug, Clone)]

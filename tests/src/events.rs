@@ -108,12 +108,7 @@ impl Events {
     }
 
     /// Like [`Self::until`], with a deadline.
-    pub async fn until_within(
-        &self,
-        what: &str,
-        deadline: Duration,
-        enough: impl Fn(&[Event]) -> bool,
-    ) -> Result<Vec<Event>> {
+    pub async fn until_within(&self, what: &str, deadline: Duration, enough: impl Fn(&[Event]) -> bool) -> Result<Vec<Event>> {
         eventually(format!("events: {what}"), deadline, async || {
             let all = self.all();
             ensure!(enough(&all), "{all:#?}");

@@ -12,11 +12,7 @@ pub const SOON: Duration = Duration::from_secs(10);
 /// Calls `probe` until it succeeds, and returns what it returned.
 ///
 /// Errors: the last error of `probe` once `deadline` has passed.
-pub async fn eventually<T>(
-    what: impl Display,
-    deadline: Duration,
-    mut probe: impl AsyncFnMut() -> Result<T>,
-) -> Result<T> {
+pub async fn eventually<T>(what: impl Display, deadline: Duration, mut probe: impl AsyncFnMut() -> Result<T>) -> Result<T> {
     let begin = Instant::now();
     let mut pause = Duration::from_millis(1);
     loop {

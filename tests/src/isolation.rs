@@ -41,7 +41,8 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
     ensure!(nix::unistd::geteuid().is_root(), "these tests need root: they start daemons and containers");
     let cgroup = format!("x-tests-{}", std::process::id());
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).context("new pid and mount namespaces")?;
-    let status = Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(MARK, &cgroup).env("RUST_LIB_BACKTRACE", "1").status()?;
+    let status =
+        Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(MARK, &cgroup).env("RUST_LIB_BACKTRACE", "1").status()?;
     remove_cgroups(&cgroup);
     Ok(exit_code(status))
 }
@@ -97,9 +98,7 @@ fn reap_orphans() {
             if *rounds < 10 || OWN.lock().expect("no panic under this lock").contains(&zombie.pid) {
                 continue;
             }
-            if let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) =
-                waitpid(Pid::from_raw(zombie.pid), Some(WaitPidFlag::WNOHANG))
-            {
+            if let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) = waitpid(Pid::from_raw(zombie.pid), Some(WaitPidFlag::WNOHANG)) {
                 ORPHANS.lock().expect("no panic under this lock").push(zombie.comm);
             }
         }

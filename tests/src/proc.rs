@@ -67,10 +67,7 @@ pub fn stat(pid: i32) -> Result<Stat> {
     let path = format!("/proc/{pid}/stat");
     let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
     let (open, close) = (text.find('(').context("no comm")?, text.rfind(')').context("no comm")?);
-    Ok(Stat {
-        comm: text[open + 1..close].to_owned(),
-        rest: text[close + 1..].split_whitespace().map(str::to_owned).collect(),
-    })
+    Ok(Stat { comm: text[open + 1..close].to_owned(), rest: text[close + 1..].split_whitespace().map(str::to_owned).collect() })
 }
 
 /// Every process of the run's pid namespace, by pid.
@@ -96,10 +93,9 @@ pub fn children(pid: i32) -> Vec<Process> {
 
 /// Whether the environment or the command line of `pid` contains `text`.
 pub fn mentions(pid: i32, text: &str) -> bool {
-    ["environ", "cmdline"].iter().any(|file| {
-        fs::read(format!("/proc/{pid}/{file}"))
-            .is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text))
-    })
+    ["environ", "cmdline"]
+        .iter()
+        .any(|file| fs::read(format!("/proc/{pid}/{file}")).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text)))
 }
 
 /// The value of one line of `/proc/PID/status`.

@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock, Mutex, RwLock};
 use std::time::{Duration, Instant};
 use std::{env, fmt};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use tokio::runtime::Runtime as Executor;
 
@@ -29,10 +29,8 @@ pub type Body = fn(Context) -> Pin<Box<dyn Future<Output = Result<()>>>>;
 pub enum Scope {
     /// Every containerd with every runtime.
     Full,
-    /// Every containerd, with runc on the oldest and crun on the others: what the daemon makes of the shim.
+    /// Every containerd, where the runtime is not the test's to choose.
     Daemons,
-    /// The oldest containerd with both runtimes, each in its oldest and newest version: what the runtime makes of the shim.
-    Runtimes,
     /// The newest containerd with both runtimes: what nothing older can do here.
     Newest,
     /// The containerd that Docker 26 came with.
@@ -51,7 +49,6 @@ impl Scope {
         match self {
             Self::Full => true,
             Self::Daemons => (suite == Suite::Bookworm) == (runtime == Runtime::Runc),
-            Self::Runtimes => suite != Suite::Trixie,
             Self::Newest => suite == Suite::Forky,
             Self::Docker => (suite, runtime) == (Suite::Trixie, Runtime::Runc),
             Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Crun),
@@ -119,9 +116,16 @@ impl fmt::Display for Skip {
 
 impl std::error::Error for Skip {}
 
-/// What the stock shim is known to do otherwise: a part of a test's full name, and what happens instead.
-/// A run on the stock shim skips these, unless `X_STOCK_ALL` is set.
-pub type Known = (&'static str, &'static str);
+/// Something that the stock shim is known to do otherwise. A run on it skips the test, unless `X_STOCK_ALL` is set.
+#[derive(Debug, Clone, Copy)]
+pub struct Known {
+    /// The containerd versions whose shim does so.
+    pub versions: &'static [&'static str],
+    /// The test, `module::sentence`.
+    pub test: &'static str,
+    /// What it does instead.
+    pub instead: &'static str,
+}
 
 /// Ends a case without a verdict.
 pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
@@ -129,9 +133,8 @@ pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
 }
 
 /// Drives async code for the threads of the test harness.
-pub static EXECUTOR: LazyLock<Executor> = LazyLock::new(|| {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads can be started")
-});
+pub static EXECUTOR: LazyLock<Executor> =
+    LazyLock::new(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("threads can be started"));
 
 static DAEMONS: Mutex<BTreeMap<Suite, Arc<Daemon>>> = Mutex::new(BTreeMap::new());
 static ALONE: RwLock<()> = RwLock::new(());
@@ -219,8 +222,9 @@ struct One {
 impl One {
     fn run(self) -> std::result::Result<Completion, Failed> {
         if self.shim == Shim::stock() && env::var_os("X_STOCK_ALL").is_none() {
-            if let Some((_, reason)) = self.known.iter().find(|(part, _)| self.name.contains(part)) {
-                return Ok(Completion::ignored_with(format!("the stock shim: {reason}")));
+            let known = |known: &&Known| known.test == self.case.name && known.versions.contains(&self.suite.version());
+            if let Some(known) = self.known.iter().find(known) {
+                return Ok(Completion::ignored_with(format!("the stock shim: {}", known.instead)));
             }
         }
         let (_shared, _alone);
@@ -245,10 +249,8 @@ impl One {
     async fn verdict(&self) -> Result<()> {
         let daemon = shared_daemon(self.suite, &self.shim).await?;
         let cx = Context::new(daemon, self.runtime, self.shim.clone(), &self.programs).await?;
-        tokio::time::timeout(self.case.deadline, (self.case.body)(cx.clone()))
-            .await
-            .with_context(|| format!("the whole test: not within {:?}", self.case.deadline))
-            .flatten()
+        let body = tokio::time::timeout(self.case.deadline, (self.case.body)(cx.clone())).await;
+        body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", self.case.deadline)))
             .with_context(|| format!("the daemon's log of {}:\n{}", self.name, about(&cx)))?;
         cx.leaves_nothing().await
     }

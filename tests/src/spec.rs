@@ -4,8 +4,20 @@ use serde_json::{Value, json};
 
 /// Capabilities of an ordinary container.
 const CAPABILITIES: [&str; 14] = [
-    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SETGID",
-    "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "CAP_FOWNER",
+    "CAP_MKNOD",
+    "CAP_NET_RAW",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETFCAP",
+    "CAP_SETPCAP",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT",
+    "CAP_KILL",
+    "CAP_AUDIT_WRITE",
 ];
 
 /// An OCI runtime spec under construction.
@@ -61,8 +73,7 @@ impl Spec {
     /// Joins the pid namespace of another process.
     #[must_use]
     pub fn join_pids(self, pid: u32) -> Self {
-        self.host_pids()
-            .with(|spec| namespaces(spec).push(json!({ "type": "pid", "path": format!("/proc/{pid}/ns/pid") })))
+        self.host_pids().with(|spec| namespaces(spec).push(json!({ "type": "pid", "path": format!("/proc/{pid}/ns/pid") })))
     }
 
     /// A user namespace that maps root to `first`, and a network namespace, without which sysfs can't be mounted there.

@@ -61,8 +61,7 @@ pub struct Reader {
 impl Reader {
     /// Opens the fifo and begins to read. It waits for a first writer, and ends when the last one has left.
     pub fn open(path: &Path, pace: Pace) -> Result<Self> {
-        let file = open_nonblocking(path, OpenOptions::new().read(true))
-            .with_context(|| format!("open {} for reading", path.display()))?;
+        let file = open_nonblocking(path, OpenOptions::new().read(true)).with_context(|| format!("open {} for reading", path.display()))?;
         let seen = Arc::new(Mutex::new(Seen::default()));
         let theirs = Arc::clone(&seen);
         let thread = thread::Builder::new().name("reader".to_owned()).spawn(move || read_loop(file, pace, &theirs))?;
@@ -180,6 +179,12 @@ impl Writer {
             Ok(Self(open_nonblocking(path, OpenOptions::new().write(true))?))
         })
         .await
+    }
+
+    /// Opens the fifo whether or not anybody reads it yet.
+    pub fn open_early(path: &Path) -> Result<Self> {
+        let file = open_nonblocking(path, OpenOptions::new().read(true).write(true));
+        file.map(Self).with_context(|| format!("open {} for writing", path.display()))
     }
 
     /// Writes everything; waits while the fifo is full.

@@ -146,8 +146,8 @@ pub fn cache() -> PathBuf {
     if let Some(folder) = env::var_os("X_TESTS_CACHE") {
         return folder.into();
     }
-    let base = env::var_os("XDG_CACHE_HOME")
-        .map_or_else(|| PathBuf::from(env::var_os("HOME").unwrap_or_default()).join(".cache"), PathBuf::from);
+    let base =
+        env::var_os("XDG_CACHE_HOME").map_or_else(|| PathBuf::from(env::var_os("HOME").unwrap_or_default()).join(".cache"), PathBuf::from);
     base.join("x-tests")
 }
 

@@ -46,25 +46,24 @@ fn lifecycle_cases() -> Vec<Case> {
             events_come_in_order_and_once,
             a_signal_is_told_as_128_more,
             delete_works_in_created_and_stopped_and_is_refused_in_between,
-            refusals_have_the_code_that_clients_act_on;
-        Scope::Daemons =>
+            refusals_have_the_code_that_clients_act_on,
             many_wait_before_and_after_the_exit,
             a_wait_on_a_created_container_ends_with_its_exit,
             the_longest_id_works,
             an_id_is_free_again_after_delete,
             options_of_an_unknown_type_are_refused,
             options_that_cri_sends_to_other_runtimes_are_accepted,
-            no_options_mean_a_runtime_from_path,
             a_group_lives_in_one_shim_until_its_last_member_is_deleted,
-            sockets_are_for_root_alone;
-        Scope::Runtimes =>
+            sockets_are_for_root_alone,
             a_killed_created_container_ends_with_137,
             a_missing_program_is_named_and_leaves_nothing,
             a_missing_root_file_system_is_refused,
             two_root_file_system_mounts_are_stacked_and_both_unmounted,
             the_runtimes_own_message_reaches_the_client,
             a_runtime_that_shouts_blocks_nothing,
-            one_containers_slow_create_delays_no_other,
+            one_containers_slow_create_delays_no_other;
+        Scope::Daemons =>
+            no_options_mean_a_runtime_from_path,
     ]
 }
 
@@ -72,14 +71,12 @@ fn exec_cases() -> Vec<Case> {
     cases![execs,
         Scope::Full =>
             an_exec_has_its_own_output_and_exit_code,
-            an_exec_with_a_terminal_has_one;
-        Scope::Daemons =>
+            an_exec_with_a_terminal_has_one,
             an_exec_id_is_free_again_after_delete,
             an_exec_is_killed_alone,
             execs_end_before_init_does,
             pids_name_every_process_and_its_exec,
-            an_exec_may_begin_before_init;
-        Scope::Runtimes =>
+            an_exec_may_begin_before_init,
             an_exec_gets_its_user_folder_and_environment,
             an_exec_of_a_missing_program_fails_and_can_be_deleted,
             no_open_file_but_stdio_reaches_a_container;
@@ -92,15 +89,13 @@ fn stdio_cases() -> Vec<Case> {
     cases![stdio,
         Scope::Full =>
             stdin_reaches_the_container_and_ends_with_close_io,
-            a_terminal_has_the_size_that_was_asked_for;
-        Scope::Daemons =>
+            a_terminal_has_the_size_that_was_asked_for,
             stdout_and_stderr_are_kept_apart,
             a_reader_that_comes_late_gets_everything,
             fifos_that_nobody_ever_opens_wedge_nothing,
             a_file_gets_both_streams,
             a_logger_gets_everything_and_knows_the_container,
-            an_unknown_scheme_is_refused;
-        Scope::Runtimes =>
+            an_unknown_scheme_is_refused,
             a_container_without_stdio_runs,
             close_io_is_harmless_before_start_twice_and_after_exit,
             a_terminals_last_output_is_not_cut,
@@ -112,14 +107,14 @@ fn stdio_cases() -> Vec<Case> {
             a_file_is_not_given_to_the_container,
             a_logger_that_dies_before_it_is_ready_wedges_nothing,
             a_logger_that_dies_later_does_not_stop_the_container,
-            a_gigabyte_is_not_buffered_for_a_slow_reader,
+            a_slow_reader_is_waited_for_and_nothing_is_buffered,
     ]
 }
 
 fn kind_cases() -> Vec<Case> {
     [
         cases![kinds,
-            Scope::Runtimes =>
+            Scope::Full =>
                 a_private_pid_namespace_begins_with_init,
                 a_container_in_the_hosts_pid_namespace_leaves_no_survivor,
                 a_container_joins_anothers_pid_namespace_and_leaves_no_survivor,
@@ -131,11 +126,9 @@ fn kind_cases() -> Vec<Case> {
         ],
         cases![resources,
             Scope::Full =>
-                the_end_of_memory_is_told_before_the_exit;
-            Scope::Daemons =>
+                the_end_of_memory_is_told_before_the_exit,
                 a_container_killed_while_paused_ends,
-                statistics_are_there_until_delete;
-            Scope::Runtimes =>
+                statistics_are_there_until_delete,
                 a_paused_container_stands_still_and_goes_on,
                 kill_all_reaches_every_process,
                 an_update_changes_the_limit,
@@ -143,7 +136,7 @@ fn kind_cases() -> Vec<Case> {
                 cgroups_are_gone_after_delete,
         ],
         cases![attributes,
-            Scope::Runtimes =>
+            Scope::Full =>
                 init_and_exec_inherit_what_the_stock_shim_hands_on,
                 init_and_exec_without_stdio_inherit_the_same,
                 init_and_exec_with_a_terminal_inherit_the_same;
@@ -157,7 +150,7 @@ fn kind_cases() -> Vec<Case> {
 fn crash_cases() -> Vec<Case> {
     [
         cases![crash,
-            Scope::Daemons =>
+            Scope::Full =>
                 a_container_runs_on_while_the_daemon_is_down,
                 an_exit_while_the_daemon_is_down_is_told_afterwards,
                 an_exit_while_the_daemon_is_upgraded_is_told_afterwards,
@@ -173,11 +166,10 @@ fn crash_cases() -> Vec<Case> {
                 output_goes_on_without_a_gap_over_a_restart,
         ],
         cases![worker,
-            Scope::Daemons =>
+            Scope::Full =>
                 a_killed_worker_is_not_noticed_by_a_running_container,
                 a_killed_worker_is_not_noticed_by_a_pending_wait,
-                a_killed_worker_is_not_noticed_by_a_create_in_flight;
-            Scope::Runtimes =>
+                a_killed_worker_is_not_noticed_by_a_create_in_flight,
                 a_killed_worker_is_not_noticed_by_an_exec_in_flight,
                 a_killed_worker_is_not_noticed_by_a_delete_in_flight,
                 a_worker_killed_with_the_daemon_down_loses_no_exit;

@@ -13,9 +13,29 @@ use shim_tests::suite::STOCK_TYPE;
 fn attributes(pid: i32) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     for name in [
-        "Umask", "Groups", "Uid", "Gid", "NStgid", "SigQ", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "CapInh",
-        "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Cpus_allowed", "Mems_allowed", "THP_enabled",
-        "Speculation_Store_Bypass", "SpeculationIndirectBranch",
+        "Umask",
+        "Groups",
+        "Uid",
+        "Gid",
+        "NStgid",
+        "SigQ",
+        "SigPnd",
+        "ShdPnd",
+        "SigBlk",
+        "SigIgn",
+        "SigCgt",
+        "CapInh",
+        "CapPrm",
+        "CapEff",
+        "CapBnd",
+        "CapAmb",
+        "NoNewPrivs",
+        "Seccomp",
+        "Cpus_allowed",
+        "Mems_allowed",
+        "THP_enabled",
+        "Speculation_Store_Bypass",
+        "SpeculationIndirectBranch",
     ] {
         found.insert(name.to_owned(), proc::status_field(pid, name).unwrap_or_default());
     }

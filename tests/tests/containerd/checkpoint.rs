@@ -68,8 +68,7 @@ pub(crate) async fn a_checkpoint_without_exit_disturbs_nothing(cx: Context) -> R
     std::fs::create_dir_all(&work)?;
     let container = cx.container(&["sh", "-c", COUNT]).start().await?;
     let before = counted_to(&container, 2).await?;
-    let options =
-        CheckpointOptions { exit: false, image_path: image.display().to_string(), work_path: work.display().to_string() };
+    let options = CheckpointOptions { exit: false, image_path: image.display().to_string(), work_path: work.display().to_string() };
     cx.client().checkpoint(&container.id, any(&options)).await?;
     ensure!(image.join("inventory.img").exists(), "no image in {}", image.display());
     counted_to(&container, before + 5).await?;

@@ -48,16 +48,13 @@ pub(crate) async fn nothing_grows_over_many_containers(cx: Context) -> Result<()
     let (written, read) = (counts.written.load(Ordering::Relaxed), counts.read.load(Ordering::Relaxed));
     ensure!(written == read, "{written} bytes written, {read} read");
     let all = events
-        .until("an exit event for each process", |all| {
-            all.iter().filter(|event| event.topic == "exit").count() as u64 >= started
-        })
+        .until("an exit event for each process", |all| all.iter().filter(|event| event.topic == "exit").count() as u64 >= started)
         .await?;
     let told = all.iter().filter(|event| event.topic == "exit").count() as u64;
     ensure!(told == started, "{told} exits told of {started} processes");
     Audit::nothing_more_than(&before, &stay, SOON).await?;
     // a shim ends as a child of init; anything else that does so was not waited for
-    let strangers: Vec<_> =
-        isolation::orphans().into_iter().skip(orphans).filter(|comm| !comm.starts_with("containerd-shim")).collect();
+    let strangers: Vec<_> = isolation::orphans().into_iter().skip(orphans).filter(|comm| !comm.starts_with("containerd-shim")).collect();
     ensure!(strangers.is_empty(), "not waited for by their shim: {strangers:?}");
     Ok(())
 }

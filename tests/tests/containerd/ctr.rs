@@ -53,7 +53,8 @@ fn cgroup(cx: &Context, id: &str) -> String {
 pub(crate) async fn ctr_imports_an_image_and_runs_it(cx: Context) -> Result<()> {
     import(&cx)?;
     let runtime = &cx.shim().runtime_type;
-    let out = run(ctr(&cx).args(["run", "--rm", "--runtime", runtime, "--cgroup", &cgroup(&cx, "hello"), IMAGE, "hello", "echo", "hello"]))?;
+    let out =
+        run(ctr(&cx).args(["run", "--rm", "--runtime", runtime, "--cgroup", &cgroup(&cx, "hello"), IMAGE, "hello", "echo", "hello"]))?;
     ensure!(out == "hello\n", "{out:?}");
     let failed = ctr(&cx)
         .args(["run", "--rm", "--runtime", runtime, "--cgroup", &cgroup(&cx, "failing"), IMAGE, "failing", "sh", "-c", "exit 3"])

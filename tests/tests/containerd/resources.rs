@@ -87,7 +87,8 @@ pub(crate) async fn kill_all_reaches_every_process(cx: Context) -> Result<()> {
 
 pub(crate) async fn statistics_are_there_until_delete(cx: Context) -> Result<()> {
     let spec = |spec: shim_tests::spec::Spec| spec.memory_limit(LIMIT);
-    let container = cx.container(&["sh", "-c", "read go"]).spec(spec).stdio(Stdio::ALL).start().await?;
+    let container = cx.container(&["sh", "-c", "echo up; read go"]).spec(spec).stdio(Stdio::ALL).start().await?;
+    container.io.out().until("up").await?;
     let metrics = metrics(&cx, &container).await?;
     ensure!(metrics.pids.as_ref().is_some_and(|pids| pids.current == 1), "{metrics:?}");
     ensure!(metrics.memory.as_ref().and_then(|memory| memory.usage.as_ref()).is_some_and(|m| m.limit == LIMIT), "{metrics:?}");

@@ -8,7 +8,7 @@ use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
 use shim_tests::runner::skip;
-use shim_tests::stdio::Pace;
+use shim_tests::stdio::{Pace, Writer};
 
 /// Fifos that nobody reads yet.
 const UNREAD: Stdio = Stdio::Fifos { stdin: false, pace: None };
@@ -54,9 +54,11 @@ pub(crate) async fn a_megabyte_of_stdin_arrives(cx: Context) -> Result<()> {
 
 pub(crate) async fn close_io_is_harmless_before_start_twice_and_after_exit(cx: Context) -> Result<()> {
     let container = cx.container(&["cat"]).stdio(Stdio::ALL).create().await?;
+    let stdin = Writer::open_early(container.io.paths()[0].as_ref())?;
     container.close_stdin().await?;
     container.close_stdin().await?;
     container.start().await?;
+    drop(stdin);
     ensure!(container.wait().await? == 0);
     container.close_stdin().await?;
     ensure!(container.delete().await?.exit_status == 0);
@@ -156,7 +158,9 @@ pub(crate) async fn a_grandchild_that_holds_the_pipe_delays_no_wait(cx: Context)
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let shim = cx.shim_pid(&container.id)?;
     let mut files = Vec::new();
-    for number in 0..5 {
+    // the stock shim takes ten seconds for each
+    let rounds = if cx.shim().is_ours() { 5 } else { 1 };
+    for number in 0..rounds {
         let exec = container.exec(&format!("e{number}"), &["sh", "-c", "sleep 1000 & echo done"]);
         let exec = exec.stdio(Stdio::OUTPUT).start().await?;
         let begin = Instant::now();
@@ -239,7 +243,7 @@ pub(crate) async fn an_unknown_scheme_is_refused(cx: Context) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn a_gigabyte_is_not_buffered_for_a_slow_reader(cx: Context) -> Result<()> {
+pub(crate) async fn a_slow_reader_is_waited_for_and_nothing_is_buffered(cx: Context) -> Result<()> {
     let container = cx.container(&["sh", "-c", "head -c 100000000 /dev/zero; exit 3"]).stdio(UNREAD);
     let mut container = container.start().await?;
     let shim = cx.shim_pid(&container.id)?;

@@ -80,7 +80,11 @@ pub(crate) async fn a_killed_worker_is_not_noticed_by_a_create_in_flight(cx: Con
     for after in [false, true] {
         let gate = cx.gate()?;
         let container = cx.container(&["sh", "-c", "exit 3"]).runtime_binary(&gate.binary());
-        if after { gate.hold_after("create")? } else { gate.hold("create")? }
+        if after {
+            gate.hold_after("create")?
+        } else {
+            gate.hold("create")?
+        }
         let local = LocalSet::new();
         let container = local
             .run_until(async {
@@ -204,9 +208,7 @@ pub(crate) async fn a_killed_keeper_ends_its_containers_with_true_exit_codes(cx:
         let events = events.clone();
         async move {
             events
-                .until_within("its exit", Duration::from_secs(15), |_| {
-                    events.exits(&id, "").iter().any(|exit| exit.status == status)
-                })
+                .until_within("its exit", Duration::from_secs(15), |_| events.exits(&id, "").iter().any(|exit| exit.status == status))
                 .await
         }
     };
