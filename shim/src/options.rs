@@ -55,8 +55,8 @@ pub(crate) enum OptionsError {
     Message { type_url: String, source: protobuf::Error },
     #[error("read options from {}", path.display())]
     File { path: PathBuf, source: io::Error },
-    #[error("options in {origin}")]
-    Toml { origin: String, source: toml::de::Error },
+    #[error("options in {origin}, line {line}: {why}")]
+    Toml { origin: String, line: usize, why: String },
     #[error("option {key} in {origin}: expected {expected}, found {found}")]
     Value { key: String, origin: String, expected: &'static str, found: String },
     #[error("option {key}: path {value:?} is not absolute")]
@@ -126,7 +126,12 @@ impl RuntimeOptions {
     }
 
     fn from_toml(text: &[u8], origin: &str) -> Result<Self, OptionsError> {
-        let table: toml::Table = toml::from_slice(text).map_err(|source| OptionsError::Toml { origin: origin.to_owned(), source })?;
+        let table: toml::Table = toml::from_slice(text).map_err(|error| {
+            // Its own words take several lines and show the text, which may be anything.
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+            OptionsError::Toml { origin: origin.to_owned(), line, why: error.message().replace('\n', ", ") }
+        })?;
         let mut options = Self::default();
         for (key, value) in table {
             let entry = Entry { key: &key, value: &value, origin };

@@ -33,7 +33,7 @@ struct Annotations {
 pub(crate) fn of_bundle(bundle: &Path) -> Result<Option<String>, Error> {
     let path = bundle.join("config.json");
     let failed = |source| Error::Io { op: "read", path: path.clone(), source };
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(32 << 10);
     File::open(&path).and_then(|file| file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut bytes)).map_err(failed)?;
     if bytes.len() as u64 > MAX_CONFIG_BYTES {
         return Err(Error::TooLong { what: path.display().to_string(), limit_bytes: MAX_CONFIG_BYTES });

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
+use nix::libc;
 
 use super::dialect::{Dialect, Question};
 use super::socket::{Lock, Sockets};
@@ -24,7 +25,7 @@ use crate::invocation::Flags;
 use crate::options::RuntimeOptions;
 use crate::run_dir::{self, Place, RunDir};
 use crate::settings::Settings;
-use crate::sys;
+use crate::sys::{self, spawn::Started};
 
 /// The longest standard input that is read, in bytes.
 const MAX_INPUT_BYTES: u64 = 4 << 20;
@@ -53,15 +54,11 @@ pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
 
     let lock = Lock::take(&place.lock, deadline)?;
     let shim = Shim { flags, bundle: &bundle, group: group_name, place: &place };
-    let (address, keeper) = match shim.join(deadline)? {
-        Some(living) => living,
+    let address = match shim.join(deadline)? {
+        Some((address, keeper)) => shim.note(&address, keeper).map(|()| address)?,
         None => shim.launch(&question, daemon)?,
     };
     drop(lock);
-
-    // containerd and people look here for the shim of a bundle.
-    write_file(&bundle.join("address"), address.as_bytes())?;
-    write_file(&bundle.join("shim.pid"), keeper.to_string().as_bytes())?;
     print(question.dialect, &address)
 }
 
@@ -122,8 +119,14 @@ impl Shim<'_> {
         if super::wait::for_end(process.as_fd(), deadline) { Ok(()) } else { Err(Error::StillLeaving { group: self.group.to_owned() }) }
     }
 
-    /// Makes a new keeper. Returns its address and pid.
-    fn launch(&self, question: &Question, daemon: &str) -> Result<(String, u32), Error> {
+    /// Writes down where containerd and people find the shim of this bundle.
+    fn note(&self, address: &str, keeper: u32) -> Result<(), Error> {
+        write_file(&self.bundle.join("address"), address.as_bytes())?;
+        write_file(&self.bundle.join("shim.pid"), keeper.to_string().as_bytes())
+    }
+
+    /// Makes a new keeper. Returns its address.
+    fn launch(&self, question: &Question, daemon: &str) -> Result<String, Error> {
         let sockets = Sockets::bind(self.place)?;
         let address = format!("unix://{}", text_of(&self.place.socket)?);
         let level = if self.flags.debug { LevelFilter::Debug } else { LevelFilter::Info };
@@ -146,14 +149,23 @@ impl Shim<'_> {
         if let Some(cgroup) = &options.shim_cgroup {
             placement::join_cgroup(cgroup)?;
         }
-        let keeper = execute(&settings, &sockets)?;
+        let started = execute(&settings, &sockets)?;
+        // While it is being executed.
+        let keeper = started.pid;
+        let noted = self.note(&address, keeper);
+        await_execution(started)?;
+        if let Err(error) = noted {
+            // Nobody was told of it, and its sockets go now. It is our child: the number is still its own.
+            let _ = sys::process::open(keeper).and_then(|keeper| sys::process::signal(keeper.as_fd(), libc::SIGKILL));
+            return Err(error);
+        }
         sockets.keep();
-        Ok((address, keeper))
+        Ok(address)
     }
 }
 
-/// Starts the keeper and waits until it runs.
-fn execute(settings: &Settings, sockets: &Sockets) -> Result<u32, Error> {
+/// Starts the keeper.
+fn execute(settings: &Settings, sockets: &Sockets) -> Result<Started, Error> {
     let program = own_image();
     let failed = |source| Error::Io { op: "execute", path: program.clone(), source };
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(|source| Error::Io {
@@ -164,7 +176,7 @@ fn execute(settings: &Settings, sockets: &Sockets) -> Result<u32, Error> {
     let arguments = settings.to_arguments();
     let argv = ["containerd-shim-x-v2"].into_iter().chain(arguments.iter().map(String::as_str)).chain(["keeper"]);
     let nul = |error: std::ffi::NulError| failed(io::Error::new(io::ErrorKind::InvalidInput, error));
-    let started = sys::spawn::spawn(&sys::spawn::Command {
+    sys::spawn::spawn(&sys::spawn::Command {
         program: CString::new(program.as_os_str().as_bytes()).map_err(nul)?,
         argv: argv.map(CString::new).collect::<Result<_, _>>().map_err(nul)?,
         env: environment(),
@@ -173,10 +185,15 @@ fn execute(settings: &Settings, sockets: &Sockets) -> Result<u32, Error> {
         descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), sockets.clients.as_fd(), sockets.control.as_fd()],
         dies_with_parent: false,
     })
-    .map_err(failed)?;
+    .map_err(failed)
+}
+
+/// Waits until the keeper's program runs.
+fn await_execution(started: Started) -> Result<(), Error> {
+    let failed = |source| Error::Io { op: "execute", path: own_image(), source };
     // The pipe closes at the exec; before that it may tell why there was none.
     match super::wait::read_to_end(started.failure).map_err(failed)?.as_slice() {
-        [] => Ok(started.pid),
+        [] => Ok(()),
         number => {
             let number = number.first_chunk::<4>().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
             Err(failed(io::Error::from_raw_os_error(number)))

@@ -86,7 +86,7 @@ fn is_about_a_missing_container(message: &str) -> bool {
     message.ends_with("container does not exist")
         || message.contains("container `") && message.contains("does not exist")
         || message.ends_with("/status`: No such file or directory")
-        || message.starts_with("cannot open directory '") && message.ends_with("': No such file or directory")
+        || message.starts_with("cannot open directory ") && message.ends_with(": No such file or directory")
 }
 
 fn is_about_a_container_at_rest(message: &str) -> bool {
@@ -169,6 +169,8 @@ mod tests {
             ("exec failed: container does not exist", "none"),
             ("error opening file `/run/x/c1/status`: No such file or directory", "none"),
             ("cannot open directory '/run/x/c1': No such file or directory", "none"),
+            ("cannot open directory `/run/x/c1`: No such file or directory", "none"),
+            ("container `c1` does not exist: open `/run/x/c1/status`: No such file or directory", "none"),
             ("container `c1` does not exist", "none"),
             ("container not running", "rest"),
             ("cannot kill container: os: process already finished", "rest"),

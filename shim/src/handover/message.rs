@@ -68,6 +68,8 @@ pub(crate) enum Op {
     /// Hands the worker a copy of the read end of an output opened as [`Output::Pipe`]. Not remembered: each ask gives a new copy.
     /// → `Descriptor`, or `Failed` with ENOENT.
     ReadEnd { key: String, stream: Stream },
+    /// Kills the helpers that work for a process, or for a container and its execs. → `Done`; their own operations end as killed.
+    EndHelpers { key: String },
 }
 
 /// A process to start. It gets exactly the descriptors named here, default signal dispositions, an empty mask, a session of its own.
@@ -354,6 +356,9 @@ impl Op {
                 w.u8(7).str(path).bytes(body);
             }
             Self::ReadEnd { key, stream } => stream.write(w.u8(8).str(key)),
+            Self::EndHelpers { key } => {
+                w.u8(9).str(key);
+            }
         }
     }
 
@@ -367,6 +372,7 @@ impl Op {
             6 => Self::Resize { key: r.string()?, rows: r.u16()?, columns: r.u16()? },
             7 => Self::WriteJournal { path: r.string()?, body: r.bytes()? },
             8 => Self::ReadEnd { key: r.string()?, stream: Stream::read(r)? },
+            9 => Self::EndHelpers { key: r.string()? },
             _ => return Err(Malformed { what: "an operation" }),
         })
     }

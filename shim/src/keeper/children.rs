@@ -16,8 +16,10 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use log::{debug, error, warn};
+use log::{debug, error, info, warn};
 use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::capture::Capture;
 use super::poll::{Poll, Source};
@@ -278,6 +280,16 @@ impl Children {
         match claimed.and_then(|claimed| claimed.handle.as_ref()) {
             Some(handle) => sys::process::signal(handle.as_fd(), signal),
             None => Err(Errno::ESRCH.into()),
+        }
+    }
+
+    /// Kills the helpers of a process, or of a container with its execs.
+    pub(crate) fn end_helpers(&self, key: &str) {
+        let concerns = |helper: &Helper| helper.key.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        for pid in self.helpers.iter().filter(|(_, helper)| concerns(helper)).map(|(pid, _)| *pid) {
+            info!(container:% = key, pid; "killing a helper");
+            // Our child and not reaped: the number is its own.
+            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
         }
     }
 

@@ -293,6 +293,10 @@ impl Keeper {
             Op::WriteJournal { path, body } => Journal::open(path.as_ref())
                 .and_then(|journal| journal.write_body(&body))
                 .map_err(|error| (format!("write journal {path}"), error)),
+            Op::EndHelpers { key } => {
+                self.children.end_helpers(&key);
+                Ok(())
+            }
             Op::ReadEnd { .. } => Err(("remember a descriptor".into(), Errno::EINVAL.into())),
         };
         Some(match result {

@@ -109,7 +109,10 @@ fn what_is_not_understood_is_refused_with_a_sentence() {
         ),
         (any(RUNC_OPTIONS, vec![0xff]), "decode options of type containerd.runc.v1.Options"),
         (any("runtimeoptions.v1.Options", vec![0x1a, 99]), "decode options of type runtimeoptions.v1.Options"),
-        (generic("", "= 1"), "options in the body of runtimeoptions.v1.Options"),
+        (
+            generic("", "A = 1\n= 1"),
+            "options in the body of runtimeoptions.v1.Options, line 2: unquoted keys cannot be empty, expected letters, numbers, `-`, `_`",
+        ),
         (generic("", "IoUid = -1"), "option IoUid in the body of runtimeoptions.v1.Options: expected a user id, found -1"),
         (
             generic("", "SystemdCgroup = \"yes\""),

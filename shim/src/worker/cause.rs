@@ -37,6 +37,7 @@ pub(crate) mod step {
     /// What the engine made is removed after a failure.
     pub(crate) const UNDO: Step = 12;
     pub(crate) const ENGINE_DELETE: Step = 13;
+    pub(crate) const END_HELPERS: Step = 14;
 }
 
 impl Cause {

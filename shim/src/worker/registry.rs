@@ -51,12 +51,17 @@ impl Registry {
         self.slots.borrow().get(id).and_then(Clone::clone).ok_or_else(|| Error::NoContainer { id: id.to_owned() })
     }
 
+    /// Whether a container of this id is being made.
+    pub(super) fn is_in_the_making(&self, id: &str) -> bool {
+        matches!(self.slots.borrow().get(id), Some(None))
+    }
+
     /// Waits, for a while at most, while a container of this id is being made.
     pub(super) async fn until_created(&self, id: &str, within: Duration) {
         let wait = async {
             loop {
                 let created = self.created.notified();
-                if !matches!(self.slots.borrow().get(id), Some(None)) {
+                if !self.is_in_the_making(id) {
                     return;
                 }
                 created.await;

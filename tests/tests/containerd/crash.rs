@@ -133,28 +133,29 @@ async fn create_meanwhile(create: Builder, meanwhile: impl AsyncFnOnce() -> Resu
 }
 
 /// That there is a whole container with that id, or none and the id is free; either runs to its end.
+///
+/// What the shim was about to do may still be on its way out, so a task that is not found yet may be there in a moment.
 async fn whole_or_none(cx: &Context, id: &str, again: impl Fn() -> Builder) -> Result<()> {
-    let task = eventually("the daemon has made up its mind", SOON, async || match cx.client().state(id, "").await {
+    let made_anew = eventually("a whole container, or a free id", SOON, async || match cx.client().state(id, "").await {
         Ok(state) => {
             ensure!(state.status() == Phase::Created, "{state:?}");
-            Ok(Some(state))
+            Ok(None)
         }
         Err(status) => {
             ensure!(status.code() == Code::NotFound, "{status:?}");
-            Ok(None)
+            Ok(Some(again().create_task().await?))
         }
     })
     .await?;
-    if let Some(state) = task {
+    if let Some(container) = made_anew {
+        ensure!(container.run().await? == 3);
+    } else {
+        let state = cx.client().state(id, "").await?;
         ensure!(proc::is_alive(state.pid.cast_signed()), "{state:?}");
         let pid = cx.client().start(id, "").await?;
         ensure!(pid == state.pid);
         ensure!(cx.client().wait(id, "").await?.exit_status == 3);
         ensure!(cx.client().delete(id).await?.exit_status == 3);
-    } else {
-        // what the shim was about to do may still be on its way out
-        let container = eventually("the id is free again", SOON, async || again().create_task().await).await?;
-        ensure!(container.run().await? == 3);
     }
     cx.leaves_nothing().await
 }
