@@ -29,8 +29,8 @@ pub(crate) enum Error {
     NotStarted { key: ProcessKey },
     #[error("container {id} is being deleted")]
     Deleting { id: ContainerId },
-    #[error("{source}")]
-    Id { source: InvalidId },
+    #[error(transparent)]
+    Id(#[from] InvalidId),
     #[error("signal {number}: not between 1 and 64")]
     Signal { number: u32 },
     #[error("payload of {method}")]
@@ -98,7 +98,7 @@ impl Error {
             // containerd and its clients take "not found" for "already dead".
             Self::Refused { source: Refused { request: Request::Kill, .. }, .. } => Code::NotFound,
             Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } => Code::FailedPrecondition,
-            Self::Id { .. }
+            Self::Id(_)
             | Self::Signal { .. }
             | Self::Payload { .. }
             | Self::Envelope { .. }
@@ -134,12 +134,6 @@ impl Error {
             source = error.source();
         }
         text
-    }
-}
-
-impl From<InvalidId> for Error {
-    fn from(source: InvalidId) -> Self {
-        Self::Id { source }
     }
 }
 

@@ -32,10 +32,10 @@ pub(in crate::worker) enum Status {
 pub(in crate::worker) fn state_of(record: &Record, key: &ProcessKey) -> Option<StateOf> {
     let process = record.process(key)?;
     let status = match process.phase {
-        Phase::Created | Phase::Starting { .. } => Status::Created,
         // What is stopped for a client is what it was told of.
-        Phase::Running | Phase::Dying(_) if record.init.phase == Phase::Paused => Status::Paused,
-        Phase::Running | Phase::Dying(_) => Status::Running,
+        Phase::Created | Phase::Starting { .. } | Phase::Dying { started: false, .. } => Status::Created,
+        Phase::Running | Phase::Dying { started: true, .. } if record.init.phase == Phase::Paused => Status::Paused,
+        Phase::Running | Phase::Dying { started: true, .. } => Status::Running,
         Phase::Paused => Status::Paused,
         Phase::Exited(_) => Status::Stopped,
     };
