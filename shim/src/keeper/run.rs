@@ -126,7 +126,7 @@ impl Keeper {
                     }
                 }
                 for message in self.supervisor.receive(life, &mut self.poll) {
-                    self.from_worker(message);
+                    self.take(message);
                 }
             }
             Source::Client(id) => self.client(id, now),
@@ -224,13 +224,29 @@ impl Keeper {
                 };
                 self.control.reply(id, &reply);
             }
+            ControlRequest::Forget { id: container } => {
+                self.forget(&container, now);
+                self.control.reply(id, &ControlReply::Done);
+            }
             ControlRequest::Ask { payload } => self.open_request(Asker::Commander(id), payload, now),
+        }
+    }
+
+    /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
+    fn forget(&mut self, container: &str, now: Instant) {
+        if self.ledger.forget_container(container) {
+            warn!(container:%; "removed by hand, forgetting it");
+            self.children.end_helpers(container);
+            self.children.release(container);
+            self.streams.release(container, now, &mut self.poll);
+            // A worker that lives has it in mind still; the next one has not.
+            self.supervisor.kill();
         }
     }
 
     // --- the worker --------------------------------------------------------------------------------------------------
 
-    fn from_worker(&mut self, message: ToKeeper) {
+    fn take(&mut self, message: ToKeeper) {
         match message {
             ToKeeper::Hello { version, build } => {
                 if !self.supervisor.hello(version, build) {
@@ -374,7 +390,7 @@ impl Keeper {
     // --- the end -----------------------------------------------------------------------------------------------------
 
     fn may_leave(&mut self) -> bool {
-        if !self.ledger.may_leave() {
+        if !self.ledger.may_leave(self.supervisor.is_hopeless()) {
             self.leaving_since = None;
             return false;
         }

@@ -175,6 +175,11 @@ impl Supervisor {
         self.life.as_ref().is_some_and(|life| life.build.is_some())
     }
 
+    /// Whether one life after the other gets nothing done.
+    pub(crate) fn is_hopeless(&self) -> bool {
+        self.fruitless > FREE_RETRIES
+    }
+
     pub(crate) fn pid(&self) -> Option<u32> {
         self.life.as_ref().map(|life| life.pid)
     }
