@@ -219,10 +219,7 @@ impl Worker {
             Call::Create(call) => container::create(self, cause, *call).await,
             Call::Start(target) => container::start(self, cause, target).await,
             Call::Delete(target) => container::delete(self, cause, target).await,
-            Call::Pids(id) => {
-                let pids = container::pids(&*self.registry.get(&id)?);
-                Ok(Change { reply: Some(Ok(Reply::Pids(pids))), ..Change::default() })
-            }
+            Call::Pids(id) => container::pids(self, cause, &id).await,
             Call::Pause(id) => container::pause(self, cause, id).await,
             Call::Resume(id) => container::resume(self, cause, id).await,
             Call::Checkpoint(call) => container::checkpoint(self, cause, *call).await,
