@@ -19,9 +19,8 @@ pub(crate) enum Direction {
 #[cfg(not(feature = "fault-injection"))]
 mod inert {
     use std::cell::RefCell;
+    use std::os::fd::OwnedFd;
     use std::path::Path;
-
-    use tokio::net::UnixStream;
 
     use super::Direction;
 
@@ -33,8 +32,8 @@ mod inert {
         pub(crate) fn from_environment(_control_path: &Path) -> Self {
             Self
         }
-        pub(crate) fn around_send(&self, _socket: &UnixStream, _queue: &RefCell<Vec<u8>>, _frame: &[u8]) {}
-        pub(crate) fn after_send(&self, _socket: &UnixStream, _queue: &RefCell<Vec<u8>>) {}
+        pub(crate) fn around_send(&self, _socket: &OwnedFd, _queue: &RefCell<Vec<u8>>, _frame: &[u8]) {}
+        pub(crate) fn after_send(&self, _socket: &OwnedFd, _queue: &RefCell<Vec<u8>>) {}
         pub(crate) fn before(&self, _direction: Direction) {}
         pub(crate) fn after(&self, _direction: Direction) {}
         pub(crate) fn limit_read(&self, _buffer: &[u8], _missing: usize) -> Option<usize> {
@@ -48,14 +47,14 @@ mod inert {
 mod active {
     use std::cell::{Cell, RefCell};
     use std::fs;
+    use std::os::fd::{AsFd, OwnedFd};
     use std::path::Path;
 
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::signal::{Signal, raise};
-    use std::os::fd::AsFd;
-    use tokio::net::UnixStream;
 
     use super::Direction;
+    use crate::worker::link::write;
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum When {
@@ -93,7 +92,7 @@ mod active {
             self.plan.filter(|plan| plan.direction == direction && plan.at == count).map(|plan| plan.when)
         }
 
-        pub(crate) fn around_send(&self, socket: &UnixStream, queue: &RefCell<Vec<u8>>, frame: &[u8]) {
+        pub(crate) fn around_send(&self, socket: &OwnedFd, queue: &RefCell<Vec<u8>>, frame: &[u8]) {
             self.sent.set(self.sent.get() + 1);
             match self.is_now(Direction::Out, self.sent.get()) {
                 Some(When::Before) => {
@@ -110,7 +109,7 @@ mod active {
             }
         }
 
-        pub(crate) fn after_send(&self, socket: &UnixStream, queue: &RefCell<Vec<u8>>) {
+        pub(crate) fn after_send(&self, socket: &OwnedFd, queue: &RefCell<Vec<u8>>) {
             if self.is_now(Direction::Out, self.sent.get()) == Some(When::After) {
                 flush(socket, &mut queue.borrow_mut());
                 die();
@@ -166,9 +165,9 @@ mod active {
         Some((lives, Plan { direction, at, when }))
     }
 
-    fn flush(socket: &UnixStream, queue: &mut Vec<u8>) {
+    fn flush(socket: &OwnedFd, queue: &mut Vec<u8>) {
         while !queue.is_empty() {
-            match socket.try_write(queue) {
+            match write(socket, queue) {
                 Ok(count) => drop(queue.drain(..count)),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
