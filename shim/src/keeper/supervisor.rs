@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 
 use super::capture::Capture;
+use super::inbox::{Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::handover::{MAX_MESSAGE_BYTES, ToKeeper, ToWorker, VERSION};
@@ -214,16 +215,11 @@ impl Supervisor {
             return messages;
         }
         let Some(life) = &mut self.life else { return messages };
-        let mut buffer = [0; 4096];
         loop {
-            match io::Read::read(&mut &life.link, &mut buffer) {
-                // The rest is torn; the process's end follows.
-                Ok(0) => return messages,
-                Ok(count) => life.input.extend_from_slice(&buffer[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return messages,
-            }
+            let read = read_some(&life.link, &mut life.input);
             match take_messages(&mut life.input, &mut messages) {
+                // Of what has ended the rest is torn; the process's end follows.
+                Ok(()) if !matches!(read, Ok(Read::Some)) => return messages,
                 Ok(()) if messages.len() < 64 => {}
                 Ok(()) => {
                     poll.again(Source::Worker(id));
