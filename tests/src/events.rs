@@ -72,13 +72,17 @@ impl Events {
             if envelope.topic == PROBE {
                 *self.probes.lock().expect("no panic under this lock") += 1;
             } else if let Some(event) = decode(&envelope) {
-                self.list.lock().expect("no panic under this lock").push(event);
+                self.push(event);
             }
         }
     }
 
     fn probes(&self) -> usize {
         *self.probes.lock().expect("no panic under this lock")
+    }
+
+    pub(crate) fn push(&self, event: Event) {
+        self.list.lock().expect("no panic under this lock").push(event);
     }
 
     /// Everything so far.
@@ -125,7 +129,8 @@ impl Events {
     }
 }
 
-fn decode(envelope: &Envelope) -> Option<Event> {
+/// Reads an event about a task.
+pub(crate) fn decode(envelope: &Envelope) -> Option<Event> {
     let topic = envelope.topic.strip_prefix("/tasks/")?.to_owned();
     let bytes = envelope.event.as_ref().map_or(&[][..], |event| &event.value);
     let (container, exec, pid, status) = match topic.as_str() {

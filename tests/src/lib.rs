@@ -14,6 +14,11 @@
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
 //! | [`gate`] | a runtime that blocks, fails or shouts on demand |
+//! | [`direct`] | the runner of cases that drive a shim without a daemon |
+//! | [`stand`] | such a case's surroundings: bundles, `start` and `delete`, containers |
+//! | [`ttrpc`] | frames, broken ones too, and calls |
+//! | [`task`] | containerd's task service |
+//! | [`fake_containerd`] | the taker of events, who may refuse, stay silent or vanish |
 //! | [`audit`] | what is left behind |
 //!
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
@@ -23,9 +28,11 @@ pub mod client;
 pub mod container;
 pub mod context;
 pub mod daemon;
+pub mod direct;
 pub mod docker;
 pub mod events;
 pub mod eventually;
+pub mod fake_containerd;
 pub mod gate;
 pub mod isolation;
 pub mod messages;
@@ -33,5 +40,8 @@ pub mod proc;
 pub mod rootfs;
 pub mod runner;
 pub mod spec;
+pub mod stand;
 pub mod stdio;
 pub mod suite;
+pub mod task;
+pub mod ttrpc;

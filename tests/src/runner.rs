@@ -108,6 +108,12 @@ macro_rules! cases {
 #[derive(Debug)]
 pub struct Skip(String);
 
+impl Skip {
+    pub(crate) fn reason(&self) -> &str {
+        &self.0
+    }
+}
+
 impl fmt::Display for Skip {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "skipped: {}", self.0)
@@ -159,7 +165,7 @@ pub fn main(cases: &[Case], known: &'static [Known], programs: &Path) -> ExitCod
 }
 
 fn prepare() -> Result<Shim> {
-    if env::var_os("X_TESTS_INNER").is_none() && nix::unistd::geteuid().is_root() {
+    if !is_inside() && nix::unistd::geteuid().is_root() {
         suite::fetch()?;
     }
     Shim::on_trial()
@@ -184,7 +190,17 @@ fn run(arguments: &Arguments, cases: &[Case], known: &'static [Known], shim: &Sh
     code
 }
 
-fn report_times() {
+/// Whether this process is the one in the run's namespaces.
+pub(crate) fn is_inside() -> bool {
+    env::var_os("X_TESTS_INNER").is_some()
+}
+
+/// Remembers how long a test took, for `X_TESTS_TIMES`.
+pub(crate) fn note_time(time: Duration, name: &str) {
+    TIMES.lock().expect("no panic under this lock").push((time, name.to_owned()));
+}
+
+pub(crate) fn report_times() {
     if env::var_os("X_TESTS_TIMES").is_some() {
         let mut times = std::mem::take(&mut *TIMES.lock().expect("no panic under this lock"));
         times.sort();
@@ -235,7 +251,7 @@ impl One {
         }
         let begin = Instant::now();
         let verdict = catch_unwind(AssertUnwindSafe(|| EXECUTOR.block_on(self.verdict())));
-        TIMES.lock().expect("no panic under this lock").push((begin.elapsed(), self.name.clone()));
+        note_time(begin.elapsed(), &self.name);
         match verdict {
             Ok(Ok(())) => Ok(Completion::Completed),
             Ok(Err(error)) => match error.downcast_ref::<Skip>() {
@@ -257,10 +273,12 @@ impl One {
 }
 
 /// The error with its sources, and the lines of the test that it came from.
-fn explain(error: &anyhow::Error) -> String {
+pub(crate) fn explain(error: &anyhow::Error) -> String {
     let mut text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
     let backtrace = error.backtrace().to_string();
-    for place in backtrace.lines().filter(|line| line.contains("tests/containerd/") || line.contains("tests/docker")) {
+    for place in
+        backtrace.lines().filter(|line| ["tests/containerd/", "tests/docker", "tests/protocol"].iter().any(|test| line.contains(test)))
+    {
         text.push_str("\n  ");
         text.push_str(place.trim());
     }

@@ -2,7 +2,7 @@
 use std::io;
 
 /// The most bytes of one read.
-const READ_BYTES: usize = 4096;
+pub(crate) const READ_BYTES: usize = 4096;
 
 /// What a read has come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

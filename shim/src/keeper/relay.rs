@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::{debug, warn};
 
-use super::inbox::{Read, read_some};
+use super::inbox::{READ_BYTES, Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::frame::{self, Code, Header};
@@ -22,6 +22,11 @@ const MAX_UNANSWERED_BYTES: usize = 16 << 20;
 const MAX_UNANSWERED: usize = 8192;
 /// Frames taken from one client before others get a turn.
 const FRAMES_A_TURN: usize = 64;
+
+/// Bytes read from one client before others get a turn.
+const BYTES_A_TURN: usize = 256 << 10;
+/// A client with no more than this unanswered is read from also while the worker has much to catch up with.
+const MODEST_BYTES: usize = 64 << 10;
 
 /// Where an answer goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,7 +167,9 @@ impl Relay {
         let Some(client) = self.clients.get_mut(&id) else { return (Vec::new(), false) };
         let mut incoming = client.take_frames(id, FRAMES_A_TURN);
         let mut alive = client.output.flush(&client.socket).is_ok();
-        while alive && incoming.len() < FRAMES_A_TURN && !client.is_full() {
+        let mut left = BYTES_A_TURN;
+        while alive && left > 0 && incoming.len() < FRAMES_A_TURN && !client.is_full() {
+            left = left.saturating_sub(READ_BYTES);
             let read = read_some(&client.socket, &mut client.input);
             incoming.extend(client.take_frames(id, FRAMES_A_TURN - incoming.len()));
             match read {
@@ -171,7 +178,7 @@ impl Relay {
                 Ok(Read::End) | Err(_) => alive = false,
             }
         }
-        if alive && incoming.len() >= FRAMES_A_TURN {
+        if alive && (left == 0 || incoming.len() >= FRAMES_A_TURN) {
             poll.again(Source::Client(id));
         }
         // Refusals that were made while reading.
@@ -206,6 +213,11 @@ impl Relay {
                 poll.again(Source::Client(caller.client));
             }
         }
+    }
+
+    /// Whether a client waits for little enough that its next requests do no harm.
+    pub(crate) fn is_modest(&self, client: u32) -> bool {
+        self.clients.get(&client).is_none_or(|client| client.unanswered_bytes <= MODEST_BYTES)
     }
 
     pub(crate) fn is_connected(&self, client: u32) -> bool {

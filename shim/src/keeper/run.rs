@@ -28,7 +28,7 @@ use crate::sys;
 const LEAVE_WITHIN: Duration = Duration::from_secs(12);
 /// So long after the last activity the keeper gives memory back.
 const TRIM_AFTER: Duration = Duration::from_millis(500);
-/// A worker with so much unread is not given more requests; what clients send waits in their sockets.
+/// A worker with so much unread is given nothing more of clients that have much unanswered; what they send waits in their sockets.
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
 
 /// Runs until the last container was deleted and the client has said Shutdown.
@@ -191,8 +191,11 @@ impl Keeper {
     // --- clients -----------------------------------------------------------------------------------------------------
 
     fn client(&mut self, id: u32, now: Instant) {
-        if self.supervisor.backlog_bytes() > MAX_BACKLOG_BYTES {
-            self.paused.push(id);
+        // The others are read from: what they ask may have a ready-made answer.
+        if self.supervisor.backlog_bytes() > MAX_BACKLOG_BYTES && !self.relay.is_modest(id) {
+            if !self.paused.contains(&id) {
+                self.paused.push(id);
+            }
             return;
         }
         let (requests, is_connected) = self.relay.turn(id, &mut self.poll);

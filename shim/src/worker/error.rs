@@ -13,9 +13,9 @@ use crate::stdio_uri::{LoggerRefused, StdioError};
 /// A request that fails.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("container {id:?} not found")]
+    #[error("container {:?} not found", excerpt(.id))]
     NoContainer { id: String },
-    #[error("process {exec:?} of container {id} not found")]
+    #[error("process {:?} of container {id} not found", excerpt(.exec))]
     NoProcess { id: ContainerId, exec: String },
     #[error("container {id} already exists")]
     Exists { id: ContainerId },
@@ -27,6 +27,9 @@ pub(crate) enum Error {
     Finished { key: ProcessKey },
     #[error("process {key}: process not started")]
     NotStarted { key: ProcessKey },
+    /// What is known of it would not fit into what keeper and worker tell each other.
+    #[error("container {id}: what is to be remembered of it has {bytes} bytes, more than {limit}")]
+    TooMuch { id: ContainerId, bytes: usize, limit: usize },
     #[error("container {id} is being deleted")]
     Deleting { id: ContainerId },
     #[error(transparent)]
@@ -39,9 +42,9 @@ pub(crate) enum Error {
     Envelope { source: protobuf::Error },
     #[error("payload of {method}")]
     Json { method: &'static str, source: serde_json::Error },
-    #[error("{what} is not a valid value: {value:?}")]
+    #[error("{what} is not a valid value: {:?}", excerpt(.value))]
     Value { what: &'static str, value: String },
-    #[error("method {service}/{method} is not implemented")]
+    #[error("method {}/{} is not implemented", excerpt(.service), excerpt(.method))]
     NoMethod { service: String, method: String },
     #[error("{method} was not begun in the time that its client gave it")]
     Expired { method: String },
@@ -84,6 +87,7 @@ pub(crate) enum Code {
     DeadlineExceeded,
     NotFound,
     AlreadyExists,
+    ResourceExhausted,
     FailedPrecondition,
     Unimplemented,
     Internal,
@@ -109,6 +113,7 @@ impl Error {
             | Self::LoggerRefused(_)
             | Self::NoEngine(_) => Code::InvalidArgument,
             Self::Spec(error) => error.code(),
+            Self::TooMuch { .. } => Code::ResourceExhausted,
             Self::NoMethod { .. } => Code::Unimplemented,
             Self::Expired { .. } | Self::TimedOut { .. } => Code::DeadlineExceeded,
             Self::Engine(EngineError::NoContainer { .. }) => Code::NotFound,
@@ -136,6 +141,17 @@ impl Error {
         text
     }
 }
+
+/// As much of a client's own words as is worth repeating: they may be megabytes.
+fn excerpt(text: &str) -> String {
+    match text.char_indices().nth(EXCERPT_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// Longer than any valid name.
+const EXCERPT_CHARS: usize = 100;
 
 #[cfg(test)]
 mod tests {

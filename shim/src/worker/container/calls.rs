@@ -92,6 +92,8 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
 pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: UpdateCall) -> Result<Change, Error> {
     let container = worker.registry.get(&call.id)?;
     container.admit(&ProcessKey::init(&container.id), Request::Update)?;
+    let annotations = serde_json::to_vec(&call.annotations).map_err(|source| Error::Json { method: "Update", source })?;
+    container.record().check_size(annotations.len())?;
     if let Some(resources) = call.resources {
         let valid: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(&resources).map_err(|source| Error::Json { method: "Update", source })?;

@@ -92,6 +92,7 @@ impl Draft {
             id,
             bundle,
         };
+        record.check_size(0)?;
         Ok(Self { key, record, spec, plan, engine_was_asked: false })
     }
 

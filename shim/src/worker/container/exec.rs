@@ -27,6 +27,8 @@ pub(in crate::worker) fn exec(worker: &Worker, call: ExecCall) -> Result<Change,
     }
     // Refused now rather than at Start.
     super::streams::Plan::blocking_read(&key, &call.stdio, &container.record().options)?;
+    let streams = [&call.stdio.stdin, &call.stdio.stdout, &call.stdio.stderr];
+    container.record().check_size(streams.iter().map(|text| text.len()).sum())?;
     let mut spec: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&call.spec).map_err(|source| Error::Json { method: "Exec", source })?;
     spec.insert("terminal".into(), call.stdio.terminal.into());

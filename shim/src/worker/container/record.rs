@@ -10,6 +10,7 @@ use super::{ContainerId, ExecId, Exit, Phase, ProcessKey};
 use crate::cgroup::Cgroup;
 use crate::engine::CommandEngine;
 use crate::options::RuntimeOptions;
+use crate::worker::error::Error;
 
 /// A container and its processes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -44,6 +45,9 @@ pub(crate) struct Record {
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) execs: BTreeMap<ExecId, Process>,
 }
+
+/// The longest encoded record.
+const MAX_BYTES: usize = 1 << 20;
 
 /// Version of the records that this binary writes.
 pub(crate) const VERSION: u32 = 1;
@@ -109,6 +113,14 @@ impl Record {
         let mut keys = vec![ProcessKey::init(&self.id)];
         keys.extend(self.execs.keys().map(|exec| ProcessKey::exec(&self.id, exec)));
         keys
+    }
+
+    /// Refuses a record that would not fit into a commit, where it stands beside ready-made answers and events.
+    ///
+    /// A worker that sends a longer message is killed for it, and so would be the next one, which does the same.
+    pub(crate) fn check_size(&self, added_bytes: usize) -> Result<(), Error> {
+        let bytes = self.encode().len() + added_bytes;
+        if bytes <= MAX_BYTES { Ok(()) } else { Err(Error::TooMuch { id: self.id.clone(), bytes, limit: MAX_BYTES }) }
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {

@@ -115,13 +115,21 @@ fn status(error: &Error) -> ttrpc::Status {
         Code::DeadlineExceeded => ttrpc::Code::DEADLINE_EXCEEDED,
         Code::NotFound => ttrpc::Code::NOT_FOUND,
         Code::AlreadyExists => ttrpc::Code::ALREADY_EXISTS,
+        Code::ResourceExhausted => ttrpc::Code::RESOURCE_EXHAUSTED,
         Code::FailedPrecondition => ttrpc::Code::FAILED_PRECONDITION,
         Code::Unimplemented => ttrpc::Code::UNIMPLEMENTED,
         Code::Internal => ttrpc::Code::INTERNAL,
     };
-    ttrpc::Status { code: EnumOrUnknown::new(code), message: error.chain(), ..Default::default() }
+    let mut message = error.chain();
+    if message.len() > MAX_SENTENCE_BYTES {
+        message.truncate(message.floor_char_boundary(MAX_SENTENCE_BYTES));
+        message.push('…');
+    }
+    ttrpc::Status { code: EnumOrUnknown::new(code), message, ..Default::default() }
 }
 
 /// Of a container with more added processes than this, only the first ones have a ready-made answer to State: they are made at each
 /// change, and daemons ask about init.
 const MAX_READY_EXECS: usize = 64;
+/// The longest error that a client is told: more than any runtime says, less than what a client can make us quote.
+const MAX_SENTENCE_BYTES: usize = 64 << 10;

@@ -1,0 +1,65 @@
+//! The shim without a daemon: its commands, its socket, its events, and whatever else can be done to it. Needs root.
+//!
+//! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
+
+#[path = "protocol/bad_input.rs"]
+mod bad_input;
+#[path = "protocol/floods.rs"]
+mod floods;
+#[path = "protocol/frames.rs"]
+mod frames;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use shim_tests::direct::{self, Case};
+use shim_tests::direct_cases;
+
+fn main() -> ExitCode {
+    let programs = Path::new(env!("CARGO_BIN_EXE_instant-runtime")).parent().expect("a file is in a folder");
+    let cases = [bad_input_cases()].concat();
+    direct::main(&cases, programs)
+}
+
+/// Why a case is about our shim alone.
+const BOUNDS: &str = "no other shim bounds what clients cost";
+const WORKER: &str = "no other shim has a worker";
+
+fn bad_input_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    cases.extend(direct_cases![bad_input:
+        a_bundle_that_cannot_be_run_is_refused_with_a_sentence,
+        a_request_that_cannot_be_carried_out_is_refused_with_a_sentence,
+        a_text_that_is_no_id_is_refused_everywhere,
+        an_exec_that_cannot_be_is_refused_and_leaves_nothing,
+        requests_of_a_client_that_has_gone_are_carried_out,
+    ]);
+    cases.extend(
+        direct_cases![bad_input:
+            garbage_on_the_control_socket_harms_nobody,
+            texts_of_megabytes_are_refused_and_not_repeated,
+            too_many_added_processes_are_refused_until_one_is_deleted,
+        ]
+        .map(|case| case.ours_only(WORKER)),
+    );
+    cases.extend(direct_cases![frames:
+        a_frame_that_is_cut_off_harms_nobody,
+        a_length_beyond_the_limit_is_refused_and_the_connection_goes_on,
+        garbage_is_answered_and_the_connection_goes_on,
+        stream_ids_and_frame_types_that_make_no_sense_are_answered,
+        a_client_of_one_byte_at_a_time_is_served_beside_the_others,
+    ]);
+    cases.extend(direct_cases![floods: four_gibibytes_of_nothing_delay_nobody, three_hundred_connections_are_served_or_closed_at_once]);
+    cases.extend(
+        direct_cases![floods:
+            a_million_small_requests_are_answered_each_and_cost_no_memory,
+            a_hundred_thousand_abandoned_waits_are_cheap_and_answered_each,
+            a_client_that_never_reads_its_answers_costs_a_bounded_amount,
+        ]
+        .map(|case| case.alone().ours_only(BOUNDS).within(Duration::from_secs(120))),
+    );
+    cases
+        .extend(direct_cases![floods: a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer].map(|case| case.ours_only(WORKER)));
+    cases
+}

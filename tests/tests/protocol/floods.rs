@@ -1,0 +1,277 @@
+//! Too much of everything: it costs a bounded amount of memory, and nobody else's time.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::api;
+use shim_tests::eventually::{SOON, eventually, within};
+use shim_tests::proc;
+use shim_tests::stand::{Stand, Witness, private_kib};
+use shim_tests::task::{Task, V2, wait};
+use shim_tests::ttrpc::{CallError, Code, Frame, REQUEST, RESPONSE, Wire, header, refusal};
+use tokio::io::AsyncWriteExt as _;
+
+use crate::frames::{answers, state_of};
+
+/// Clients that say they will send 4 GiB and do so, as fast as they can, get no more than their turn.
+pub(crate) async fn four_gibibytes_of_nothing_delay_nobody(stand: Stand) -> Result<()> {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    let witness = Witness::start(&stand).await?;
+    let mut floods = Vec::new();
+    for _ in 0..2 {
+        let mut socket = UnixStream::connect(witness.socket())?;
+        socket.set_write_timeout(Some(SOON))?;
+        socket.set_read_timeout(Some(SOON))?;
+        socket.write_all(&header(u32::MAX, 1, REQUEST))?;
+        // a thread, since only one that does nothing else is faster than the shim
+        floods.push(std::thread::spawn(move || {
+            let block = vec![0x5a; 1 << 20];
+            let begin = Instant::now();
+            let mut sent = 0;
+            // as much as goes in a few seconds; the rest is more of the same
+            while begin.elapsed() < Duration::from_secs(3) && sent < u32::MAX as usize - block.len() {
+                socket.write_all(&block)?;
+                sent += block.len();
+            }
+            // the refusal came when the length did
+            let mut head = [0; 10];
+            socket.read_exact(&mut head)?;
+            anyhow::Ok((sent, head))
+        }));
+    }
+    let mut rounds = 0;
+    while floods.iter().any(|flood| !flood.is_finished()) {
+        witness.is_untouched().await?;
+        rounds += 1;
+    }
+    for flood in floods {
+        let (sent, head) = flood.join().expect("it does not panic")?;
+        ensure!(rounds > 3 && sent > 16 << 20, "{rounds} rounds beside {sent} bytes");
+        ensure!(head[4..9] == [0, 0, 0, 1, RESPONSE], "{head:?}");
+    }
+    witness.dismiss().await
+}
+
+/// Sends `total` requests as fast as they are taken, reads as many answers, and looks at the witness all the while.
+async fn flood(witness: &Witness, total: u32, frame: impl Fn(u32) -> Vec<u8> + Send + 'static) -> Result<Duration> {
+    let begin = Instant::now();
+    let (mut incoming, mut writer) = Wire::connect(witness.socket()).await?.split();
+    let sender = tokio::spawn(async move {
+        let mut block = Vec::new();
+        for number in 0..total {
+            block.extend(frame(1 + 2 * number));
+            if block.len() > 1 << 16 || number + 1 == total {
+                within("send requests", Duration::from_secs(60), writer.write_all(&block)).await??;
+                block.clear();
+            }
+        }
+        anyhow::Ok(writer)
+    });
+    let receiver = tokio::spawn(async move {
+        let mut answered = vec![false; total as usize];
+        for _ in 0..total {
+            let frame = incoming.receive().await?.context("hung up")?;
+            let seen = answered.get_mut(frame.stream as usize / 2).context("an answer to nothing")?;
+            ensure!(!*seen, "stream {} is answered twice", frame.stream);
+            *seen = true;
+            ensure!(refusal(frame.answer())?.0 == Code::NotFound);
+        }
+        anyhow::Ok(())
+    });
+    while !receiver.is_finished() {
+        witness.is_untouched().await?;
+    }
+    receiver.await??;
+    drop(sender.await??);
+    Ok(begin.elapsed())
+}
+
+pub(crate) async fn a_million_small_requests_are_answered_each_and_cost_no_memory(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
+    let state = |stream| Frame::request(stream, V2, "State", &state_of("nobody")).encode();
+    // so that what is kept for later is there
+    flood(&witness, 10_000, state).await?;
+    let before = (private_kib(keeper)?, private_kib(worker)?);
+    let total = 1_000_000;
+    let took = flood(&witness, total, state).await?;
+    let after = (private_kib(keeper)?, private_kib(worker)?);
+    eprintln!("{total} requests in {:.1} s; KiB of keeper and worker: {before:?}, then {after:?}", took.as_secs_f64());
+    ensure!(witness.container.worker_pid().await? == worker, "another worker");
+    ensure!(after.0 < before.0 + 2048 && after.1 < before.1 + 2048, "grown from {before:?} to {after:?} KiB");
+    witness.dismiss().await
+}
+
+pub(crate) async fn a_hundred_thousand_abandoned_waits_are_cheap_and_answered_each(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
+    let sleeper = witness.sibling("sleeper", &["sh", "-c", "read go; exit 3"]);
+    let fifo = stand.folder().join("go");
+    shim_tests::stdio::fifo(&fifo)?;
+    let sleeper = sleeper.stdio(&fifo.display().to_string(), "", "").run_in(&witness.container.task).await?;
+    let before = (private_kib(keeper)?, private_kib(worker)?);
+    let total = 100_000_u32;
+    let waits = |total: u32| {
+        let mut bytes = Vec::new();
+        for number in 0..total {
+            bytes.extend(Frame::request(1 + 2 * number, V2, "Wait", &wait("sleeper", "")).encode());
+        }
+        bytes
+    };
+    // a client that goes away again takes its own with it
+    let mut gone = Wire::connect(witness.socket()).await?;
+    gone.send(&waits(total)).await?;
+    answers(&mut gone, 1 + 2 * total).await?;
+    let held = (private_kib(keeper)?, private_kib(worker)?);
+    eprintln!("{total} Waits: KiB of keeper and worker: {before:?}, then {held:?}");
+    ensure!(held.0 < before.0 + 8192 && held.1 < before.1 + 4096, "grown from {before:?} to {held:?} KiB");
+    drop(gone);
+    eventually("memory of waits is given back", SOON, async || {
+        let kib = private_kib(keeper)?;
+        // what the allocator keeps to itself is not for us
+        ensure!(kib < before.0 + 4096, "{kib} KiB, {} before", before.0);
+        Ok(())
+    })
+    .await?;
+    // and one that stays is answered
+    let mut stays = Wire::connect(witness.socket()).await?;
+    stays.send(&waits(total)).await?;
+    answers(&mut stays, 1 + 2 * total).await?;
+    witness.is_untouched().await?;
+    shim_tests::stdio::Writer::open(&fifo).await?.write_all(b"go\n")?;
+    for _ in 0..total {
+        let frame = stays.receive().await?.context("hung up")?;
+        let answer: api::WaitResponse = protobuf::Message::parse_from_bytes(&frame.answer()?)?;
+        ensure!(answer.exit_status == 3, "{answer:?}");
+    }
+    ensure!(sleeper.finish().await? == 3);
+    witness.dismiss().await
+}
+
+pub(crate) async fn three_hundred_connections_are_served_or_closed_at_once(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    for _round in 0..2 {
+        let mut wires = Vec::new();
+        for _ in 0..300 {
+            wires.push(Wire::connect(witness.socket()).await?);
+        }
+        let (mut served, mut closed) = (0, 0);
+        for wire in &mut wires {
+            // one that was closed may break the pipe
+            let answer = match wire.send(&Frame::request(1, V2, "State", &state_of("witness")).encode()).await {
+                Ok(()) => wire.answer(1).await?,
+                Err(_) => Err(CallError::Closed),
+            };
+            match answer {
+                Ok(_) => served += 1,
+                Err(CallError::Closed) => closed += 1,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        ensure!(served >= 200 && served + closed == 300, "{served} served, {closed} closed");
+        // whoever was connected before is none the worse for it
+        let second = Duration::from_secs(1);
+        witness.container.task.state_within("witness", "", second).await?;
+        drop(wires);
+        eventually("there is room again", SOON, async || {
+            let task = Task::connect(witness.socket()).await?;
+            Ok(task.state_within("witness", "", second).await?)
+        })
+        .await?;
+    }
+    witness.dismiss().await
+}
+
+pub(crate) async fn a_client_that_never_reads_its_answers_costs_a_bounded_amount(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
+    let before = (private_kib(keeper)?, private_kib(worker)?);
+    let mut deaf = Vec::new();
+    // Stats has the longest answer of all
+    let stats = api::StatsRequest { id: "witness".to_owned(), ..Default::default() };
+    for client in 0..2 {
+        let mut wire = Wire::connect(witness.socket()).await?;
+        let mut stream = 1;
+        let mut bytes = Vec::new();
+        let begin = Instant::now();
+        // until nothing more is taken, or so much that it would be noticed
+        let mut stuck_since = None;
+        let mut total = 0;
+        while total < 64 << 20 && begin.elapsed() < SOON {
+            if bytes.is_empty() {
+                for _ in 0..100 {
+                    let frame =
+                        if client == 0 { Frame::request(stream, V2, "Stats", &stats) } else { Frame::request(2, V2, "State", &stats) };
+                    bytes.extend(frame.encode());
+                    stream += 2;
+                }
+            }
+            let count = wire.try_send(&bytes)?;
+            bytes.drain(..count);
+            total += count;
+            if count > 0 {
+                stuck_since = None;
+            } else if stuck_since.get_or_insert_with(Instant::now).elapsed() > Duration::from_millis(300) {
+                break;
+            } else {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        witness.is_untouched().await?;
+        deaf.push(wire);
+    }
+    let after = (private_kib(keeper)?, private_kib(worker)?);
+    eprintln!("two deaf clients: KiB of keeper and worker: {before:?}, then {after:?}");
+    // 16 MiB of answers each, and their bookkeeping
+    ensure!(after.0 < before.0 + (80 << 10) && after.1 < before.1 + (16 << 10), "grown from {before:?} to {after:?} KiB");
+    drop(deaf);
+    eventually("memory of deaf clients is given back", SOON, async || {
+        let kib = private_kib(keeper)?;
+        ensure!(kib < before.0 + 8192, "{kib} KiB, {} before", before.0);
+        Ok(())
+    })
+    .await?;
+    witness.dismiss().await
+}
+
+/// Many connections, each with requests that fill its allowance, and a worker that does not take them.
+pub(crate) async fn a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
+    let before = private_kib(keeper)?;
+    shim_tests::stand::signal(worker, nix::sys::signal::Signal::SIGSTOP)?;
+    let mut floods = Vec::new();
+    for _ in 0..4 {
+        let mut wire = Wire::connect(witness.socket()).await?;
+        let mut bytes = Vec::new();
+        for number in 0..9000 {
+            bytes.extend(
+                Frame::request(1 + 2 * number, V2, "Kill", &api::KillRequest { id: "x".repeat(1000), ..Default::default() }).encode(),
+            );
+        }
+        let begin = Instant::now();
+        while !bytes.is_empty() && begin.elapsed() < Duration::from_millis(500) {
+            let count = wire.try_send(&bytes)?;
+            bytes.drain(..count);
+            tokio::task::yield_now().await;
+        }
+        floods.push(wire);
+    }
+    for task in [witness.container.task.clone(), Task::connect(witness.socket()).await?] {
+        let state = task.state_within("witness", "", Duration::from_secs(1)).await;
+        ensure!(state.is_ok(), "{state:?}");
+    }
+    let after = private_kib(keeper)?;
+    ensure!(after < before + (64 << 10), "grown from {before} to {after} KiB");
+    drop(floods);
+    shim_tests::stand::signal(worker, nix::sys::signal::Signal::SIGCONT)?;
+    eventually("the worker has caught up", SOON, async || {
+        let pids = witness.container.task.stats("witness").await;
+        ensure!(pids.is_ok(), "{pids:?}");
+        Ok(())
+    })
+    .await?;
+    ensure!(proc::is_alive(worker));
+    witness.dismiss().await
+}
