@@ -14,7 +14,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, oneshot};
 
-use super::fault::{Direction, Faults};
+use super::fault::Faults;
 use crate::handover::{Cause, Commit, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker, VERSION};
 use crate::sys::descriptors;
 
@@ -96,7 +96,7 @@ impl Link {
     }
 
     fn send(&self, frame: &[u8]) {
-        self.faults.around_send(&self.socket, &self.queue, frame);
+        self.faults.sending(&self.socket, &self.queue, frame);
         let mut queue = self.queue.borrow_mut();
         // Mostly the socket has room: no copy, no wake-up.
         let sent = if queue.is_empty() { self.socket.try_write(frame).unwrap_or(0) } else { 0 };
@@ -105,7 +105,7 @@ impl Link {
             self.queued.notify_one();
         }
         drop(queue);
-        self.faults.after_send(&self.socket, &self.queue);
+        self.faults.sent(&self.socket, &self.queue);
     }
 
     fn finish(&self, cause: Cause, step: Step, answer: Answer) {
@@ -140,7 +140,7 @@ impl Incoming {
                     ToWorker::Done { cause, step, outcome } => {
                         let descriptor = matches!(outcome, Outcome::Descriptor).then(|| self.descriptors.pop_front()).flatten();
                         self.link.finish(cause, step, (outcome, descriptor));
-                        self.link.faults.after(Direction::In);
+                        self.link.faults.acted();
                     }
                     message => return Ok(message),
                 }
@@ -151,7 +151,7 @@ impl Incoming {
 
     /// Tells the fault injection that the message that [`Incoming::next`] gave was acted on.
     pub(crate) fn acted(&self) {
-        self.link.faults.after(Direction::In);
+        self.link.faults.acted();
     }
 
     fn take_frame(&mut self) -> Result<Option<ToWorker>, LinkError> {
@@ -162,8 +162,8 @@ impl Incoming {
             return Err(LinkError::TooLong { length });
         }
         let Some(frame) = rest.get(4..4 + length) else { return Ok(None) };
-        self.link.faults.before(Direction::In);
         let message = ToWorker::decode(frame).map_err(|source| LinkError::Malformed { source })?;
+        self.link.faults.received(&message);
         self.taken += 4 + length;
         if self.taken == self.buffer.len() {
             self.taken = 0;
@@ -201,7 +201,7 @@ impl Incoming {
         };
         self.buffer.truncate(start + count);
         self.descriptors.extend(descriptor);
-        self.link.faults.after_read(&self.buffer);
+        self.link.faults.read(&self.buffer);
         Ok(())
     }
 }

@@ -80,7 +80,7 @@ struct Worker {
 }
 
 async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
-    let faults = fault::Faults::from_environment(&settings.control_path);
+    let faults = fault::Faults::from_environment(&settings.id);
     let socket = UnixStream::from(link);
     let socket = socket.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(socket));
     let link = Link::new(socket.map_err(|source| LinkError::Io { source })?, env!("CARGO_PKG_VERSION"), faults);
