@@ -26,6 +26,7 @@ use crate::{isolation, proc};
 pub struct Daemon {
     suite: Suite,
     folder: PathBuf,
+    environment: Vec<(String, String)>,
     process: Mutex<Option<Child>>,
 }
 
@@ -34,6 +35,11 @@ impl Daemon {
     ///
     /// Its PATH begins with a folder that holds `shim` under the name that its runtime type asks for.
     pub async fn start(suite: Suite, shim: &Shim) -> Result<Self> {
+        Self::start_with(suite, shim, &[]).await
+    }
+
+    /// The same with more environment, which its shims inherit.
+    pub async fn start_with(suite: Suite, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = Path::new(isolation::RUN).join(format!("d{number}"));
@@ -43,7 +49,8 @@ impl Daemon {
             symlink(binary, folder.join("bin").join(shim.binary_name()))?;
         }
         fs::write(folder.join("config.toml"), configuration(suite, &folder))?;
-        let daemon = Self { suite, folder, process: Mutex::new(None) };
+        let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let daemon = Self { suite, folder, environment, process: Mutex::new(None) };
         daemon.spawn()?;
         daemon.answering().await?;
         Ok(daemon)
@@ -136,6 +143,7 @@ impl Daemon {
             .env("PATH", self.path())
             .env("HOME", "/root")
             .env("X_FAULT", self.faults())
+            .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

@@ -259,7 +259,7 @@ impl One {
         let cx = Context::new(daemon, self.runtime, self.shim.clone(), &self.programs).await?;
         let body = tokio::time::timeout(self.case.deadline, (self.case.body)(cx.clone())).await;
         body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", self.case.deadline)))
-            .with_context(|| format!("the daemon's log of {}:\n{}", self.name, about(&cx)))?;
+            .with_context(|| format!("the daemon's log:\n{}", cx.logs()))?;
         cx.leaves_nothing().await
     }
 }
@@ -273,13 +273,6 @@ fn explain(error: &anyhow::Error) -> String {
         text.push_str(place.trim());
     }
     text
-}
-
-/// The last lines of the daemon's log that are about the test.
-fn about(cx: &Context) -> String {
-    let log = cx.daemon().log();
-    let lines: Vec<_> = log.lines().filter(|line| line.contains(cx.client().namespace()) || line.contains("level=fatal")).collect();
-    lines[lines.len().saturating_sub(15)..].join("\n")
 }
 
 async fn shared_daemon(suite: Suite, shim: &Shim) -> Result<Arc<Daemon>> {

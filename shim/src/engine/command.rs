@@ -198,13 +198,6 @@ impl Engine for CommandEngine {
         arguments.finish(at.id)
     }
 
-    fn pids(&self, at: &Container<'_>) -> Spawn {
-        let mut arguments = self.begin(at.id, at.bundle, "ps");
-        arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Null];
-        arguments.pair("--format", "json");
-        arguments.finish(at.id)
-    }
-
     fn features(&self) -> Spawn {
         let mut arguments = self.begin("", Path::new("/"), "features");
         arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Null];
@@ -213,15 +206,6 @@ impl Engine for CommandEngine {
 
     fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError> {
         if exited.status == 0 { Ok(()) } else { Err(complaint::read(&self.binary, verb, exited)) }
-    }
-
-    fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError> {
-        self.interpret(Verb::Pids, exited)?;
-        // `null` is what runc says of an empty cgroup.
-        serde_json::from_slice::<Option<Vec<u32>>>(&exited.output).map(Option::unwrap_or_default).map_err(|error| EngineError::Failed {
-            verb: Verb::Pids,
-            message: format!("{} printed no list of process ids: {error}", self.binary.display()),
-        })
     }
 }
 

@@ -41,15 +41,11 @@ pub(crate) trait Engine {
     fn checkpoint(&self, at: &Container<'_>, checkpoint: &Checkpoint<'_>) -> Spawn;
     /// Makes a container from such files: it runs afterwards, its init's pid in the pid file.
     fn restore(&self, at: &Container<'_>, restore: &Restore<'_>) -> Spawn;
-    /// Lists the processes of the container on its output: see [`Engine::interpret_pids`].
-    fn pids(&self, at: &Container<'_>) -> Spawn;
     /// Says what the engine can do, as JSON on its output.
     fn features(&self) -> Spawn;
 
     /// Says whether a verb worked.
     fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError>;
-    /// The process ids that [`Engine::pids`] found.
-    fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError>;
 }
 
 /// The container that a verb is about.
@@ -135,7 +131,6 @@ pub(crate) enum Verb {
     Update,
     Checkpoint,
     Restore,
-    Pids,
     Features,
 }
 
@@ -153,7 +148,6 @@ impl Verb {
             Self::Update => "update",
             Self::Checkpoint => "checkpoint",
             Self::Restore => "restore",
-            Self::Pids => "ps",
             Self::Features => "features",
         }
     }

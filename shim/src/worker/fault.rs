@@ -15,8 +15,7 @@ pub(crate) use inert::Faults;
 #[cfg(not(feature = "fault-injection"))]
 mod inert {
     use std::cell::RefCell;
-
-    use tokio::net::UnixStream;
+    use std::os::fd::OwnedFd;
 
     use crate::handover::ToWorker;
 
@@ -28,8 +27,8 @@ mod inert {
         pub(crate) fn from_environment(_id: &str) -> Self {
             Self
         }
-        pub(crate) fn sending(&self, _socket: &UnixStream, _queue: &RefCell<Vec<u8>>, _frame: &[u8]) {}
-        pub(crate) fn sent(&self, _socket: &UnixStream, _queue: &RefCell<Vec<u8>>) {}
+        pub(crate) fn sending(&self, _socket: &OwnedFd, _queue: &RefCell<Vec<u8>>, _frame: &[u8]) {}
+        pub(crate) fn sent(&self, _socket: &OwnedFd, _queue: &RefCell<Vec<u8>>) {}
         pub(crate) fn received(&self, _message: &ToWorker) {}
         pub(crate) fn acted(&self) {}
         pub(crate) fn limit_read(&self, _buffer: &[u8], _missing: usize) -> Option<usize> {
@@ -44,14 +43,13 @@ mod active {
     use std::cell::{Cell, RefCell};
     use std::fs::{self, File};
     use std::io::Write;
-    use std::os::fd::{AsFd, AsRawFd};
+    use std::os::fd::{AsFd, AsRawFd, OwnedFd};
     use std::path::{Path, PathBuf};
 
     use nix::errno::Errno;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::signal::{Signal, raise};
     use nix::sys::socket::{MsgFlags, send};
-    use tokio::net::UnixStream;
 
     use crate::handover::{ToKeeper, ToWorker};
 
@@ -114,7 +112,7 @@ mod active {
         }
 
         /// A message is about to leave.
-        pub(crate) fn sending(&self, socket: &UnixStream, queue: &RefCell<Vec<u8>>, frame: &[u8]) {
+        pub(crate) fn sending(&self, socket: &OwnedFd, queue: &RefCell<Vec<u8>>, frame: &[u8]) {
             self.sent.set(self.sent.get() + 1);
             let half = match self.is_now(Direction::Out, self.sent.get()) {
                 Some(When::Before) => 0,
@@ -131,7 +129,7 @@ mod active {
         }
 
         /// A message has left, or is queued.
-        pub(crate) fn sent(&self, socket: &UnixStream, queue: &RefCell<Vec<u8>>) {
+        pub(crate) fn sent(&self, socket: &OwnedFd, queue: &RefCell<Vec<u8>>) {
             if self.is_now(Direction::Out, self.sent.get()) == Some(When::After) {
                 flush(socket, &mut queue.borrow_mut());
                 self.die();
@@ -220,8 +218,7 @@ mod active {
         }
     }
 
-    /// Past the runtime, which at the hello does not know yet that the socket can be written to.
-    fn flush(socket: &UnixStream, queue: &mut Vec<u8>) {
+    fn flush(socket: &OwnedFd, queue: &mut Vec<u8>) {
         while !queue.is_empty() {
             match send(socket.as_raw_fd(), queue, MsgFlags::MSG_NOSIGNAL) {
                 Ok(count) => drop(queue.drain(..count)),

@@ -70,7 +70,6 @@ fn every_verb_has_its_arguments() {
             e.restore(&at(), &Restore { work_path: Some(Path::new("/w")), console_socket: Some(Path::new("/s")), ..restore }),
             "restore --bundle /bundle --image-path /i --work-path /w --pid-file /p --detach --console-socket /s c1",
         ),
-        (e.pids(&at()), "ps --format json c1"),
         (e.features(), "features"),
     ] {
         assert_eq!(line(&spawn), format!("{BEGIN} {expected}"));
@@ -100,15 +99,6 @@ fn only_verbs_that_leave_a_process_behind_get_its_streams() {
     assert_eq!((spawn.fds, spawn.console_socket.as_deref()), (vec![Fd::Null, Fd::Output, Fd::Output], Some("/s")));
     let spawn = e.start(&at());
     assert!(!spawn.reports_pid && spawn.fds == [Fd::Null, Fd::Output, Fd::Output]);
-}
-
-#[test]
-fn process_ids_are_read_from_both_dialects() {
-    let read = |output: &str| engine().interpret_pids(&Exited { output: output.into(), ..Exited::default() });
-    assert_eq!(read("[1,2]"), Ok(vec![1, 2]));
-    assert_eq!(read("[\n  1,\n  2\n]\n"), Ok(vec![1, 2]));
-    assert_eq!(read("null\n"), Ok(vec![]));
-    assert!(read("PID\n1").is_err());
 }
 
 fn folder_with(names: &[&str]) -> PathBuf {

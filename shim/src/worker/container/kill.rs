@@ -27,7 +27,9 @@ pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: Ki
     };
     let container = worker.registry.get(&call.target.id)?;
     let key = container.key(&call.target.exec)?;
-    container.admit(&key, Request::Kill)?;
+    if container.phase(&key)?.admit(Request::Kill).is_err() {
+        return Err(Error::Finished { key });
+    }
     if container.process(&key, |process| process.pid)?.is_none() {
         return Err(Error::NotStarted { key });
     }
