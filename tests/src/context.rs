@@ -69,6 +69,11 @@ impl Context {
         Self::beside(daemon, self.0.runtime, shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
     }
 
+    /// The same in another namespace of the same daemon.
+    pub async fn with_own_namespace(&self) -> Result<Self> {
+        Self::new(Arc::clone(&self.0.daemon), self.0.runtime, self.0.shim.clone(), &self.0.programs).await
+    }
+
     /// The Debian suite.
     pub fn suite(&self) -> Suite {
         self.0.suite

@@ -44,6 +44,7 @@ impl Daemon {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = Path::new(isolation::RUN).join(format!("d{number}"));
         fs::create_dir_all(folder.join("bin"))?;
+        fs::create_dir_all(folder.join("faults"))?;
         if let Some(binary) = &shim.binary {
             symlink(binary, folder.join("bin").join(shim.binary_name()))?;
         }
@@ -73,6 +74,11 @@ impl Daemon {
     /// The PATH that it and its shims have.
     pub fn path(&self) -> String {
         format!("{}:{}:/usr/sbin:/usr/bin:/sbin:/bin", self.bin().display(), self.suite.bin().display())
+    }
+
+    /// The folder in which a shim that is built for it looks where its worker shall die: see `shim/src/worker/fault.rs`.
+    pub fn faults(&self) -> PathBuf {
+        self.folder.join("faults")
     }
 
     /// Its gRPC socket.
@@ -136,6 +142,7 @@ impl Daemon {
             .env_clear()
             .env("PATH", self.path())
             .env("HOME", "/root")
+            .env("X_FAULT", self.faults())
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

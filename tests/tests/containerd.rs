@@ -14,8 +14,6 @@ mod crash;
 mod ctr;
 #[path = "containerd/execs.rs"]
 mod execs;
-#[path = "containerd/faults.rs"]
-mod faults;
 #[path = "containerd/kinds.rs"]
 mod kinds;
 #[path = "containerd/lifecycle.rs"]
@@ -181,18 +179,6 @@ fn crash_cases() -> Vec<Case> {
                 a_stopped_worker_leaves_the_daemon_able_to_load,
                 a_killed_keeper_ends_its_containers_with_true_exit_codes,
         ],
-        cases![faults,
-            Scope::Once =>
-                a_worker_that_dies_before_it_sends_is_not_noticed,
-                a_worker_that_dies_while_it_sends_is_not_noticed,
-                a_worker_that_dies_after_it_sent_is_not_noticed,
-                a_worker_that_dies_before_it_acts_is_not_noticed,
-                a_worker_that_dies_while_it_reads_is_not_noticed,
-                a_worker_that_dies_after_it_acted_is_not_noticed,
-        ]
-        .into_iter()
-        .map(|case| case.within(Duration::from_secs(300)))
-        .collect(),
         cases![ctr,
             Scope::Daemons =>
                 ctr_imports_an_image_and_runs_it,

@@ -306,7 +306,9 @@ mod tests {
         let names: Vec<String> =
             environment().iter().map(|entry| entry.to_string_lossy().split('=').next().unwrap_or_default().to_owned()).collect();
         assert_eq!(names.iter().filter(|name| *name == "PATH").count(), 1);
-        let known = |name: &String| name == "PATH" || VARIABLES.contains(&name.as_str()) || name.starts_with("X_SHIM_");
+        let known = |name: &String| {
+            matches!(name.as_str(), "PATH" | "GLIBC_TUNABLES") || VARIABLES.contains(&name.as_str()) || name.starts_with("X_SHIM_")
+        };
         assert!(names.iter().all(known), "{names:?}");
     }
 }

@@ -15,7 +15,7 @@ use nix::sys::socket::{MsgFlags, send};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 
-use super::fault::{Direction, Faults};
+use super::fault::Faults;
 use crate::handover::{Cause, Commit, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker, VERSION};
 use crate::sys;
 
@@ -102,7 +102,7 @@ impl Link {
     }
 
     fn send(&self, frame: &[u8]) {
-        self.faults.around_send(self.socket.get_ref(), &self.queue, frame);
+        self.faults.sending(self.socket.get_ref(), &self.queue, frame);
         let mut queue = self.queue.borrow_mut();
         // Mostly the socket has room: no copy, no wake-up.
         let sent = if queue.is_empty() { write(self.socket.get_ref(), frame).unwrap_or(0) } else { 0 };
@@ -111,7 +111,7 @@ impl Link {
             self.queued.notify_one();
         }
         drop(queue);
-        self.faults.after_send(self.socket.get_ref(), &self.queue);
+        self.faults.sent(self.socket.get_ref(), &self.queue);
     }
 
     fn finish(&self, cause: Cause, step: Step, answer: Answer) {
@@ -146,7 +146,7 @@ impl Incoming {
                     ToWorker::Done { cause, step, outcome } => {
                         let descriptor = matches!(outcome, Outcome::Descriptor).then(|| self.descriptors.pop_front()).flatten();
                         self.link.finish(cause, step, (outcome, descriptor));
-                        self.link.faults.after(Direction::In);
+                        self.link.faults.acted();
                     }
                     message => return Ok(message),
                 }
@@ -157,7 +157,7 @@ impl Incoming {
 
     /// Tells the fault injection that the message that [`Incoming::next`] gave was acted on.
     pub(crate) fn acted(&self) {
-        self.link.faults.after(Direction::In);
+        self.link.faults.acted();
     }
 
     fn take_frame(&mut self) -> Result<Option<ToWorker>, LinkError> {
@@ -168,8 +168,8 @@ impl Incoming {
             return Err(LinkError::TooLong { length });
         }
         let Some(frame) = rest.get(4..4 + length) else { return Ok(None) };
-        self.link.faults.before(Direction::In);
         let message = ToWorker::decode(frame).map_err(|source| LinkError::Malformed { source })?;
+        self.link.faults.received(&message);
         self.taken += 4 + length;
         if self.taken == self.buffer.len() {
             self.taken = 0;
@@ -205,7 +205,7 @@ impl Incoming {
         };
         self.buffer.truncate(start + count);
         self.descriptors.extend(descriptor);
-        self.link.faults.after_read(&self.buffer);
+        self.link.faults.read(&self.buffer);
         Ok(())
     }
 }

@@ -79,7 +79,7 @@ struct Worker {
 }
 
 async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
-    let faults = fault::Faults::from_environment(&settings.control_path);
+    let faults = fault::Faults::from_environment(&settings.id);
     let link = Link::new(link, env!("CARGO_PKG_VERSION"), faults).map_err(|source| LinkError::Io { source })?;
     tokio::task::spawn_local(Rc::clone(&link).write_queue());
     let mut incoming = Incoming::new(Rc::clone(&link));
