@@ -29,7 +29,6 @@ mod worker;
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use shim_tests::cases;
 use shim_tests::runner::{self, Case, Scope};
