@@ -130,10 +130,27 @@ mod tests {
 
     use super::*;
 
-    fn socket_path(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("x-control-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
-        path
+    /// Where a test's keeper listens; removed with it.
+    struct Socket(PathBuf);
+
+    impl Socket {
+        fn new(name: &str) -> Self {
+            Self(std::env::temp_dir().join(format!("x-control-{name}-{}", std::process::id())))
+        }
+    }
+
+    impl Drop for Socket {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    impl std::ops::Deref for Socket {
+        type Target = Path;
+
+        fn deref(&self) -> &Path {
+            &self.0
+        }
     }
 
     fn soon() -> Instant {
@@ -141,9 +158,9 @@ mod tests {
     }
 
     /// A keeper that answers one connection with these bytes.
-    fn answering(name: &str, bytes: Vec<u8>) -> PathBuf {
-        let path = socket_path(name);
-        let listener = UnixListener::bind(&path).expect("a socket can be bound");
+    fn answering(name: &str, bytes: Vec<u8>) -> Socket {
+        let path = Socket::new(name);
+        let listener = UnixListener::bind(&*path).expect("a socket can be bound");
         thread::spawn(move || {
             let (mut stream, _) = listener.accept().expect("somebody connects");
             let mut head = [0; 5];
@@ -164,14 +181,14 @@ mod tests {
 
     #[test]
     fn a_keeper_that_is_gone_is_told_from_one_that_is_silent() {
-        let path = socket_path("none");
+        let path = Socket::new("none");
         assert!(matches!(describe(&path, soon()), Err(Error::NobodyThere { .. })));
-        drop(UnixListener::bind(&path).expect("a socket can be bound"));
+        drop(UnixListener::bind(&*path).expect("a socket can be bound"));
         assert!(matches!(describe(&path, soon()), Err(Error::NobodyThere { .. })));
         assert!(!is_listening(&path, Duration::from_millis(10)));
 
-        let path = socket_path("silent");
-        let listener = UnixListener::bind(&path).expect("a socket can be bound");
+        let path = Socket::new("silent");
+        let listener = UnixListener::bind(&*path).expect("a socket can be bound");
         assert!(matches!(describe(&path, soon()), Err(Error::Silent { .. })));
         assert!(is_listening(&path, Duration::from_millis(10)));
         drop(listener);
@@ -180,8 +197,8 @@ mod tests {
     #[test]
     fn a_listener_whose_queue_is_full_holds_nobody_up() {
         use nix::sys::socket::{Backlog, listen};
-        let path = socket_path("full");
-        let listener = UnixListener::bind(&path).expect("a socket can be bound");
+        let path = Socket::new("full");
+        let listener = UnixListener::bind(&*path).expect("a socket can be bound");
         listen(&listener, Backlog::new(0).expect("0 is a backlog")).expect("a backlog can be changed");
         let mut held = Vec::new();
         let begun = Instant::now();

@@ -43,12 +43,14 @@ fn main() -> ExitCode {
         Invocation::Version => ended("version", commands::version()),
         Invocation::Help => ended("help", commands::help()),
         Invocation::Keeper(settings) => inherited(|| {
+            logging::install(Some(&settings.bundle), settings.log_level);
             let (clients, control) = (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?);
             Ok(keeper::run(settings, clients, control))
         }),
         Invocation::Worker(settings) => inherited(|| {
             // Executed through a descriptor, it would be called by the descriptor's number.
             nix::sys::prctl::set_name(c"containerd-shim")?;
+            logging::install(Some(&settings.bundle), settings.log_level);
             Ok(worker::run(settings, sys::inherited::take_socket(3)?))
         }),
         Invocation::Ps(query) => ended("ps", commands::ps(&query)),

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use containerd_client as api;
+use containerd_client::services::v1::CreateRequest as CreateLeaseRequest;
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::{
     CheckpointTaskRequest, CloseIoRequest, Container, CreateContainerRequest, CreateNamespaceRequest, CreateTaskRequest,
@@ -33,6 +34,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 pub struct Client {
     api: Arc<api::Client>,
     namespace: Arc<str>,
+    lease: Option<Arc<str>>,
 }
 
 impl fmt::Debug for Client {
@@ -45,13 +47,14 @@ impl Client {
     /// Connects to the daemon at `address`.
     pub async fn connect(address: &Path, namespace: &str) -> Result<Self> {
         let api = api::Client::from_path(address).await.with_context(|| format!("connect {}", address.display()))?;
-        Ok(Self { api: Arc::new(api), namespace: namespace.into() })
+        Ok(Self { api: Arc::new(api), namespace: namespace.into(), lease: None })
     }
 
-    /// The same connection in another namespace.
-    #[must_use]
-    pub fn in_namespace(&self, namespace: &str) -> Self {
-        Self { api: Arc::clone(&self.api), namespace: namespace.into() }
+    /// The same connection with a new lease: what its calls put into the content store is not collected while the lease is there.
+    pub async fn with_lease(&self, id: &str) -> Answer<Self> {
+        let request = self.request(CreateLeaseRequest { id: id.to_owned(), ..CreateLeaseRequest::default() });
+        self.call("create lease", self.api.leases().create(request)).await?;
+        Ok(Self { lease: Some(id.into()), ..self.clone() })
     }
 
     /// The namespace of every call.
@@ -63,6 +66,9 @@ impl Client {
         let mut request = Request::new(message);
         let namespace = self.namespace.parse().expect("tests name namespaces in ASCII");
         request.metadata_mut().insert("containerd-namespace", namespace);
+        if let Some(lease) = &self.lease {
+            request.metadata_mut().insert("containerd-lease", lease.parse().expect("tests name leases in ASCII"));
+        }
         request
     }
 

@@ -404,7 +404,8 @@ impl Builder {
             stderr,
             terminal: self.terminal,
             checkpoint: self.checkpoint,
-            options: self.options,
+            // as CRI does it: a task without options has those of its container
+            options: None,
             runtime_path: String::new(),
         };
         let init = Process { client: client.clone(), id: self.id.clone(), exec: String::new(), io };

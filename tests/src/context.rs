@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -32,11 +32,19 @@ struct Inner {
     client: Client,
     folder: PathBuf,
     programs: PathBuf,
+    logs: Logs,
 }
+
+/// The log and the namespace of each daemon that a test has used.
+type Logs = Arc<Mutex<Vec<(PathBuf, String)>>>;
 
 impl Context {
     /// A context on `daemon`.
     pub async fn new(daemon: Arc<Daemon>, runtime: Runtime, shim: Shim, programs: &Path) -> Result<Self> {
+        Self::beside(daemon, runtime, shim, programs, Logs::default()).await
+    }
+
+    async fn beside(daemon: Arc<Daemon>, runtime: Runtime, shim: Shim, programs: &Path, logs: Logs) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         // of fixed width, so that no name is a part of another
         let namespace = format!("n{:04}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -44,13 +52,26 @@ impl Context {
         fs::create_dir_all(&folder)?;
         let client = daemon.client(&namespace).await?;
         let suite = daemon.suite();
-        Ok(Self(Arc::new(Inner { suite, runtime, shim, daemon, client, folder, programs: programs.to_owned() })))
+        let log = (daemon.folder().join("log"), namespace);
+        logs.lock().expect("no panic under this lock").push(log);
+        Ok(Self(Arc::new(Inner { suite, runtime, shim, daemon, client, folder, programs: programs.to_owned(), logs })))
     }
 
     /// The same on a daemon that nobody else uses, and that may therefore be killed.
     pub async fn with_own_daemon(&self) -> Result<Self> {
         let daemon = Arc::new(Daemon::start(self.0.suite, &self.0.shim).await?);
-        Self::new(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs).await
+        Self::beside(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
+    }
+
+    /// The same with another shim and more environment for it.
+    pub async fn with_own_shim(&self, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
+        let daemon = Arc::new(Daemon::start_with(self.0.suite, shim, environment).await?);
+        Self::beside(daemon, self.0.runtime, shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
+    }
+
+    /// The same in another namespace of the same daemon.
+    pub async fn with_own_namespace(&self) -> Result<Self> {
+        Self::new(Arc::clone(&self.0.daemon), self.0.runtime, self.0.shim.clone(), &self.0.programs).await
     }
 
     /// The Debian suite.
@@ -76,6 +97,20 @@ impl Context {
     /// The daemon.
     pub fn daemon(&self) -> &Daemon {
         &self.0.daemon
+    }
+
+    /// The last lines about the test in the logs of the daemons that it used.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        for (path, namespace) in self.0.logs.lock().expect("no panic under this lock").iter() {
+            let log = fs::read_to_string(path).unwrap_or_default();
+            let lines: Vec<_> = log.lines().filter(|line| line.contains(namespace)).collect();
+            for line in &lines[lines.len().saturating_sub(15)..] {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+        text
     }
 
     /// A client in the test's namespace.

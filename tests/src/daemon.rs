@@ -26,6 +26,7 @@ use crate::{isolation, proc};
 pub struct Daemon {
     suite: Suite,
     folder: PathBuf,
+    environment: Vec<(String, String)>,
     process: Mutex<Option<Child>>,
 }
 
@@ -34,15 +35,22 @@ impl Daemon {
     ///
     /// Its PATH begins with a folder that holds `shim` under the name that its runtime type asks for.
     pub async fn start(suite: Suite, shim: &Shim) -> Result<Self> {
+        Self::start_with(suite, shim, &[]).await
+    }
+
+    /// The same with more environment, which its shims inherit.
+    pub async fn start_with(suite: Suite, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = Path::new(isolation::RUN).join(format!("d{number}"));
         fs::create_dir_all(folder.join("bin"))?;
+        fs::create_dir_all(folder.join("faults"))?;
         if let Some(binary) = &shim.binary {
             symlink(binary, folder.join("bin").join(shim.binary_name()))?;
         }
         fs::write(folder.join("config.toml"), configuration(suite, &folder))?;
-        let daemon = Self { suite, folder, process: Mutex::new(None) };
+        let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let daemon = Self { suite, folder, environment, process: Mutex::new(None) };
         daemon.spawn()?;
         daemon.answering().await?;
         Ok(daemon)
@@ -66,6 +74,11 @@ impl Daemon {
     /// The PATH that it and its shims have.
     pub fn path(&self) -> String {
         format!("{}:{}:/usr/sbin:/usr/bin:/sbin:/bin", self.bin().display(), self.suite.bin().display())
+    }
+
+    /// The folder in which a shim that is built for it looks where its worker shall die: see `shim/src/worker/fault.rs`.
+    pub fn faults(&self) -> PathBuf {
+        self.folder.join("faults")
     }
 
     /// Its gRPC socket.
@@ -129,6 +142,8 @@ impl Daemon {
             .env_clear()
             .env("PATH", self.path())
             .env("HOME", "/root")
+            .env("X_FAULT", self.faults())
+            .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

@@ -66,6 +66,17 @@ impl Events {
         .await
     }
 
+    /// Waits until everything that the daemon was told so far has been heard.
+    pub async fn catch_up(&self, client: &Client) -> Result<()> {
+        let before = self.probes();
+        client.publish(PROBE, Any::default()).await?;
+        eventually("the daemon's last event", SOON, async || {
+            ensure!(self.probes() > before, "no probe heard");
+            Ok(())
+        })
+        .await
+    }
+
     async fn collect(self, client: Client) {
         let Ok(mut stream) = client.subscribe().await else { return };
         while let Ok(Some(envelope)) = stream.message().await {

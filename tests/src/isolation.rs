@@ -26,6 +26,8 @@ use nix::unistd::Pid;
 use crate::proc;
 
 const MARK: &str = "X_TESTS_INNER";
+/// A run's cgroups are called that and the pid of its outer process.
+const PREFIX: &str = "x-tests-";
 
 /// The folder of the run, on the run's own tmpfs.
 pub const RUN: &str = "/run/x-tests";
@@ -39,7 +41,8 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
         return Ok(inside());
     }
     ensure!(nix::unistd::geteuid().is_root(), "these tests need root: they start daemons and containers");
-    let cgroup = format!("x-tests-{}", std::process::id());
+    remove_cgroups_of_the_dead();
+    let cgroup = format!("{PREFIX}{}", std::process::id());
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).context("new pid and mount namespaces")?;
     let status =
         Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(MARK, &cgroup).env("RUST_LIB_BACKTRACE", "1").status()?;
@@ -119,6 +122,19 @@ pub fn cgroup_folders(name: &str) -> Vec<PathBuf> {
 pub fn remove_cgroups(name: &str) {
     for folder in cgroup_folders(name) {
         remove_cgroup(&folder);
+    }
+}
+
+/// Removes what a run left that was killed before it could do so itself.
+fn remove_cgroups_of_the_dead() {
+    for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+        for entry in fs::read_dir(hierarchy.path()).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let outer = name.strip_prefix(PREFIX).and_then(|pid| pid.parse().ok());
+            if outer.is_some_and(|pid| !proc::is_alive(pid)) {
+                remove_cgroup(&entry.path());
+            }
+        }
     }
 }
 

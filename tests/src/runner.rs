@@ -31,6 +31,8 @@ pub enum Scope {
     Full,
     /// Every containerd, where the runtime is not the test's to choose.
     Daemons,
+    /// The oldest containerd with runc and the newest with crun: what takes long.
+    Ends,
     /// The newest containerd with both runtimes: what nothing older can do here.
     Newest,
     /// The containerd that Docker 26 came with.
@@ -49,6 +51,7 @@ impl Scope {
         match self {
             Self::Full => true,
             Self::Daemons => (suite == Suite::Bookworm) == (runtime == Runtime::Runc),
+            Self::Ends => matches!((suite, runtime), (Suite::Bookworm, Runtime::Runc) | (Suite::Forky, Runtime::Crun)),
             Self::Newest => suite == Suite::Forky,
             Self::Docker => (suite, runtime) == (Suite::Trixie, Runtime::Runc),
             Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Crun),
@@ -148,6 +151,11 @@ static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 
 /// Runs `cases` the way `cargo test` and nextest expect it; `programs` is the folder with this package's helper programs.
 pub fn main(cases: &[Case], known: &'static [Known], programs: &Path) -> ExitCode {
+    main_on(Shim::on_trial, cases, known, programs)
+}
+
+/// Like [`main`], with the shim that `find` finds.
+pub fn main_on(find: fn() -> Result<Shim>, cases: &[Case], known: &'static [Known], programs: &Path) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // two threads keep two processors busy; more only make deadlines meaningless
     arguments.test_threads.get_or_insert(2);
@@ -155,7 +163,7 @@ pub fn main(cases: &[Case], known: &'static [Known], programs: &Path) -> ExitCod
         let nothing = Shim { runtime_type: String::new(), binary: None };
         return libtest_mimic::run(&arguments, trials(cases, known, &nothing, programs)).exit_code();
     }
-    match prepare().and_then(|shim| isolation::run(|| run(&arguments, cases, known, &shim, programs))) {
+    match prepare(find).and_then(|shim| isolation::run(|| run(&arguments, cases, known, &shim, programs))) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("cannot run: {error:#}");
@@ -164,11 +172,11 @@ pub fn main(cases: &[Case], known: &'static [Known], programs: &Path) -> ExitCod
     }
 }
 
-fn prepare() -> Result<Shim> {
+fn prepare(find: fn() -> Result<Shim>) -> Result<Shim> {
     if !is_inside() && nix::unistd::geteuid().is_root() {
         suite::fetch()?;
     }
-    Shim::on_trial()
+    find()
 }
 
 fn run(arguments: &Arguments, cases: &[Case], known: &'static [Known], shim: &Shim, programs: &Path) -> ExitCode {
@@ -267,7 +275,7 @@ impl One {
         let cx = Context::new(daemon, self.runtime, self.shim.clone(), &self.programs).await?;
         let body = tokio::time::timeout(self.case.deadline, (self.case.body)(cx.clone())).await;
         body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", self.case.deadline)))
-            .with_context(|| format!("the daemon's log of {}:\n{}", self.name, about(&cx)))?;
+            .with_context(|| format!("the daemon's log:\n{}", cx.logs()))?;
         cx.leaves_nothing().await
     }
 }
@@ -276,20 +284,12 @@ impl One {
 pub(crate) fn explain(error: &anyhow::Error) -> String {
     let mut text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
     let backtrace = error.backtrace().to_string();
-    for place in
-        backtrace.lines().filter(|line| ["tests/containerd/", "tests/docker", "tests/protocol"].iter().any(|test| line.contains(test)))
-    {
+    let targets = ["tests/containerd/", "tests/docker", "tests/protocol", "tests/faults/"];
+    for place in backtrace.lines().filter(|line| targets.iter().any(|target| line.contains(target))) {
         text.push_str("\n  ");
         text.push_str(place.trim());
     }
     text
-}
-
-/// The last lines of the daemon's log that are about the test.
-fn about(cx: &Context) -> String {
-    let log = cx.daemon().log();
-    let lines: Vec<_> = log.lines().filter(|line| line.contains(cx.client().namespace()) || line.contains("level=fatal")).collect();
-    lines[lines.len().saturating_sub(15)..].join("\n")
 }
 
 async fn shared_daemon(suite: Suite, shim: &Shim) -> Result<Arc<Daemon>> {

@@ -111,6 +111,16 @@ impl Shim {
         Ok(Self { runtime_type, binary: binary.map(|path| path.canonicalize()).transpose()? })
     }
 
+    /// Our own, built to kill its worker where a test says: `X_SHIM_FAULTY`, by default the debug build of this workspace.
+    ///
+    /// Errors: when the binary does not exist.
+    pub fn faulty() -> Result<Self> {
+        let named = env::var_os("X_SHIM_FAULTY").map(PathBuf::from);
+        let path = named.unwrap_or_else(|| target_folder().join("x86_64-unknown-linux-gnu/debug").join(binary_name(OUR_TYPE)));
+        ensure!(path.is_file(), "no shim at {}: build it with --features fault-injection, or name one with X_SHIM_FAULTY", path.display());
+        Ok(Self { runtime_type: OUR_TYPE.to_owned(), binary: Some(path.canonicalize()?) })
+    }
+
     /// The stock shim that comes with each daemon.
     pub fn stock() -> Self {
         Self { runtime_type: STOCK_TYPE.to_owned(), binary: None }

@@ -53,7 +53,9 @@ mod cases {
         let output = docker.container(&["--rm"], &["sh", "-c", "echo oops >&2; exit 3"])?;
         ensure!(output.status.code() == Some(3) && output.stderr == b"oops\n", "{output:?}");
         let output = docker.container(&["--rm"], &["/no/such/program"])?;
-        ensure!(output.status.code() == Some(127), "{output:?}");
+        // 127 if the client finds its own words in the runtime's message: it knows runc's, not crun's
+        ensure!(matches!(output.status.code(), Some(125 | 127)), "{output:?}");
+        ensure!(String::from_utf8_lossy(&output.stderr).contains("/no/such/program"), "{output:?}");
         docker.leaves_nothing().await
     }
 

@@ -117,8 +117,19 @@ impl<'a> Deletion<'a> {
         }
         if keeper == Keeper::Dead {
             self.remove_sockets();
+        } else {
+            self.tell_keeper();
         }
         Ok(exit)
+    }
+
+    /// Has the keeper forget what was removed without it, so that it does not stay for a container that is gone. One that does not
+    /// answer is asked by the next `delete`, or ends by hand: the container is gone in any case.
+    fn tell_keeper(&self) {
+        if let Some(control) = &self.control {
+            let request = ControlRequest::Forget { id: self.flags.id.clone() };
+            let _ = control::ask(control, &request, self.begun + WITHIN);
+        }
     }
 
     /// The exit in the journal that we found.

@@ -136,11 +136,22 @@ mod tests {
 
     use super::*;
 
-    fn place(name: &str) -> Place {
-        let folder = std::env::temp_dir().join(format!("x-socket-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(&folder).expect("a folder can be made");
-        Place { socket: folder.join("s"), control: folder.join("c"), lock: folder.join("l") }
+    /// A folder of a test's own; removed with it.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> (Self, Place) {
+            let folder = std::env::temp_dir().join(format!("x-socket-{name}-{}", std::process::id()));
+            fs::create_dir_all(&folder).expect("a folder can be made");
+            let place = Place { socket: folder.join("s"), control: folder.join("c"), lock: folder.join("l") };
+            (Self(folder), place)
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
     }
 
     fn soon() -> Instant {
@@ -149,7 +160,7 @@ mod tests {
 
     #[test]
     fn sockets_are_for_their_owner_alone_and_gone_when_not_kept() {
-        let place = place("modes");
+        let (_scratch, place) = Scratch::new("modes");
         let sockets = Sockets::bind(&place).expect("binds");
         for path in [&place.socket, &place.control] {
             assert_eq!(fs::metadata(path).expect("is there").mode() & 0o777, 0o600);
@@ -163,7 +174,7 @@ mod tests {
 
     #[test]
     fn stale_sockets_and_other_litter_are_replaced() {
-        let place = place("stale");
+        let (_scratch, place) = Scratch::new("stale");
         Sockets::bind(&place).expect("binds").keep();
         assert!(UnixStream::connect(&place.socket).is_err(), "nobody listens any more");
         let _sockets = Sockets::bind(&place).expect("binds again");
@@ -172,7 +183,7 @@ mod tests {
 
     #[test]
     fn only_one_at_a_time_holds_the_lock_though_its_file_comes_and_goes() {
-        let place = place("lock");
+        let (_scratch, place) = Scratch::new("lock");
         let inside = AtomicUsize::new(0);
         thread::scope(|scope| {
             for _ in 0..8 {
@@ -191,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_lock_that_is_held_too_long_is_given_up() {
-        let place = place("held");
+        let (_scratch, place) = Scratch::new("held");
         let _lock = Lock::take(&place.lock, soon()).expect("is free");
         let deadline = Instant::now() + Duration::from_millis(20);
         assert!(matches!(Lock::take(&place.lock, deadline), Err(Error::Locked { .. })));

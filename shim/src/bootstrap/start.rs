@@ -215,7 +215,8 @@ fn own_image() -> PathBuf {
 
 fn environment() -> Vec<CString> {
     let path = variable("PATH").unwrap_or_else(|| DEFAULT_PATH.to_owned());
-    let mut environment = vec![format!("PATH={path}").into_bytes()];
+    // A cache of small blocks per thread is of no use to a process that waits; it keeps pages from being given back.
+    let mut environment = vec![format!("PATH={path}").into_bytes(), b"GLIBC_TUNABLES=glibc.malloc.tcache_count=0".to_vec()];
     for (name, value) in env::vars_os() {
         let is_known = |name: &str| VARIABLES.contains(&name) || name.starts_with("X_SHIM_");
         let is_fault = cfg!(feature = "fault-injection") && name == "X_FAULT";
@@ -305,7 +306,9 @@ mod tests {
         let names: Vec<String> =
             environment().iter().map(|entry| entry.to_string_lossy().split('=').next().unwrap_or_default().to_owned()).collect();
         assert_eq!(names.iter().filter(|name| *name == "PATH").count(), 1);
-        let known = |name: &String| name == "PATH" || VARIABLES.contains(&name.as_str()) || name.starts_with("X_SHIM_");
+        let known = |name: &String| {
+            matches!(name.as_str(), "PATH" | "GLIBC_TUNABLES") || VARIABLES.contains(&name.as_str()) || name.starts_with("X_SHIM_")
+        };
         assert!(names.iter().all(known), "{names:?}");
     }
 }

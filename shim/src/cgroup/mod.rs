@@ -46,14 +46,6 @@ pub(crate) enum CgroupError {
     NoMemory,
 }
 
-/// Whether the processes of a cgroup are stopped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Freezer {
-    Thawed,
-    Freezing,
-    Frozen,
-}
-
 impl Cgroup {
     /// Finds the cgroup of `pid`: a container's init that has not run the user's program yet, so that it sits where the engine put it.
     ///
@@ -103,28 +95,6 @@ impl Cgroup {
         }
     }
 
-    /// Whether its processes are stopped. `None` if that cannot be known (any more).
-    pub(crate) fn freezer(&self) -> Option<Freezer> {
-        match self {
-            Self::None => None,
-            Self::V1(folders) => match files::read(folders.get("freezer")?, "freezer.state")?.trim() {
-                "THAWED" => Some(Freezer::Thawed),
-                "FREEZING" => Some(Freezer::Freezing),
-                "FROZEN" => Some(Freezer::Frozen),
-                _ => None,
-            },
-            Self::V2(folder) => {
-                let is_frozen = files::value(&files::read(folder, "cgroup.events")?, "frozen") == 1;
-                let is_wanted = files::number(folder, "cgroup.freeze")? == 1;
-                Some(match (is_frozen, is_wanted) {
-                    (true, _) => Freezer::Frozen,
-                    (false, true) => Freezer::Freezing,
-                    (false, false) => Freezer::Thawed,
-                })
-            }
-        }
-    }
-
     /// Watches for want of memory. Begin to watch first, then read [`Cgroup::oom_kills`]: so nothing is missed.
     ///
     /// Must be called within a tokio runtime with I/O and time enabled.
@@ -133,15 +103,6 @@ impl Cgroup {
             Self::None => Err(CgroupError::NoMemory),
             Self::V1(folders) => OomWatch::begin_v1(folders.get("memory").ok_or(CgroupError::NoMemory)?),
             Self::V2(folder) => OomWatch::begin_v2(folder),
-        }
-    }
-
-    /// Whether any of it is still there.
-    pub(crate) fn exists(&self) -> bool {
-        match self {
-            Self::None => false,
-            Self::V1(folders) => folders.values().any(|folder| folder.is_dir()),
-            Self::V2(folder) => folder.is_dir(),
         }
     }
 

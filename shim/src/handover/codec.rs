@@ -176,9 +176,4 @@ impl<'a> Reader<'a> {
     pub(crate) fn option<T>(&mut self, read: impl FnOnce(&mut Self) -> Result<T, Malformed>) -> Result<Option<T>, Malformed> {
         if self.bool()? { read(self).map(Some) } else { Ok(None) }
     }
-
-    /// Whether everything was read. Later versions may append fields, so a rest is not an error.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
 }

@@ -8,6 +8,9 @@ pub(crate) enum ControlRequest {
     Describe,
     /// A place for a container that is about to be created in this group. → `Done`, or `Refused` when the keeper is leaving.
     Reserve { id: String },
+    /// A container was removed by hand, or will not be made: its record and its place go, and the keeper with them if they were the
+    /// last. → `Done`
+    Forget { id: String },
     /// Handed to the worker as a request of origin `Control`: a ttrpc `Request` message. → `Answer`
     Ask { payload: Vec<u8> },
 }
@@ -102,6 +105,10 @@ impl ControlRequest {
                 w = Writer::message(3);
                 w.bytes(payload);
             }
+            Self::Forget { id } => {
+                w = Writer::message(4);
+                w.str(id);
+            }
         }
         w.finish()
     }
@@ -113,6 +120,7 @@ impl ControlRequest {
             1 => Self::Describe,
             2 => Self::Reserve { id: r.string()? },
             3 => Self::Ask { payload: r.bytes()? },
+            4 => Self::Forget { id: r.string()? },
             _ => return Err(Malformed { what: "a control request" }),
         })
     }

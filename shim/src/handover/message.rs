@@ -542,10 +542,14 @@ impl Outcome {
 impl Commit {
     fn write(&self, w: &mut Writer) {
         w.list(&self.state, |w, (key, value)| {
-            w.str(key).option(value.as_ref(), |w, v| drop(w.bytes(v)));
+            w.str(key).option(value.as_ref(), |w, v| {
+                w.bytes(v);
+            });
         })
         .list(&self.claims, |w, c| {
-            w.str(&c.key).u32(c.pid).option(c.journal.as_ref(), |w, j| drop(w.str(j)));
+            w.str(&c.key).u32(c.pid).option(c.journal.as_ref(), |w, j| {
+                w.str(j);
+            });
         })
         .list(&self.events, |w, e| {
             w.bytes(e);

@@ -1,11 +1,12 @@
 //! What a helper writes: its log, its output, its sign that it is ready.
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::OwnedFd;
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
+use super::inbox::{Read, read_some};
 use super::poll::{Poll, Source};
 use crate::handover::MAX_OUTPUT_BYTES;
 
@@ -37,19 +38,14 @@ impl Capture {
 
     /// Takes what is there.
     pub(crate) fn read(&mut self) {
-        let mut buffer = [0; 4096];
         while !self.closed {
-            match self.pipe.read(&mut buffer) {
-                Ok(0) => self.closed = true,
-                Ok(count) => {
-                    if self.bytes.len() + count > 2 * MAX_OUTPUT_BYTES {
-                        self.bytes.drain(..self.bytes.len() - MAX_OUTPUT_BYTES);
-                    }
-                    self.bytes.extend_from_slice(&buffer[..count]);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => self.closed = true,
+            match read_some(&self.pipe, &mut self.bytes) {
+                Ok(Read::Some) => {}
+                Ok(Read::Empty) => return,
+                Ok(Read::End) | Err(_) => self.closed = true,
+            }
+            if self.bytes.len() > 2 * MAX_OUTPUT_BYTES {
+                self.bytes.drain(..self.bytes.len() - MAX_OUTPUT_BYTES);
             }
         }
     }

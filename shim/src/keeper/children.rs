@@ -93,8 +93,9 @@ pub(crate) enum Found {
 /// All children.
 #[derive(Debug, Default)]
 pub(crate) struct Children {
-    helpers: BTreeMap<u32, Helper>,
-    claimed: BTreeMap<u32, Claimed>,
+    // Boxed: a map has room for eleven values from its first one on.
+    helpers: BTreeMap<u32, Box<Helper>>,
+    claimed: BTreeMap<u32, Box<Claimed>>,
     /// Claims whose process was gone already: their exits are due.
     vanished: Vec<u32>,
     pub(crate) started: u64,
@@ -170,7 +171,7 @@ impl Children {
         }
         let failure = Capture::from_pipe(started.failure);
         let helper = Helper { cause, step, key: order.key, program, failure, log, output, ready, reported: false, console, reads };
-        self.helpers.insert(pid, helper);
+        self.helpers.insert(pid, Box::new(helper));
         Ok(())
     }
 
@@ -214,7 +215,7 @@ impl Children {
             }
         }
         self.started += 1;
-        self.claimed.insert(claim.pid, Claimed { key: claim.key, handle, journal, foreign });
+        self.claimed.insert(claim.pid, Box::new(Claimed { key: claim.key, handle, journal, foreign }));
     }
 
     /// Looks for children that have ended. `awaits_pid`: zombies that nobody has claimed must stay.

@@ -1,10 +1,11 @@
 //! The control socket: what the commands of this binary ask a keeper, with or without a worker.
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::warn;
 
+use super::inbox::{Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use super::relay::accept_all;
@@ -90,15 +91,12 @@ impl Commander {
     /// Errors: the peer is gone, or says what nobody understands.
     fn turn(&mut self) -> io::Result<Option<ControlRequest>> {
         self.output.flush(&self.socket)?;
-        let mut buffer = [0; 1024];
         loop {
-            match self.socket.read(&mut buffer) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) if self.asked => return Err(io::ErrorKind::InvalidData.into()),
-                Ok(count) => self.input.extend_from_slice(&buffer[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) => return Err(error),
+            match read_some(&self.socket, &mut self.input)? {
+                Read::End => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Read::Empty => return Ok(None),
+                Read::Some if self.asked => return Err(io::ErrorKind::InvalidData.into()),
+                Read::Some => {}
             }
             let Some((length, rest)) = self.input.split_first_chunk::<4>() else { continue };
             let length = u32::from_le_bytes(*length) as usize;

@@ -195,6 +195,18 @@ impl Ledger {
         settled
     }
 
+    /// Drops what is known of a container and the place that was kept for it. The keeper leaves if that was all. Returns whether
+    /// there was any state.
+    pub(crate) fn forget_container(&mut self, id: &str) -> bool {
+        self.reservations.remove(id);
+        self.ready.retain(|ready| ready.key != id);
+        let is_of_it = |key: &str| key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        self.causes.retain(|_, open| !matches!(&open.what, What::Exit(exit) if is_of_it(&exit.key)));
+        let had_state = self.state.remove(id).is_some();
+        self.leave |= self.state.is_empty();
+        had_state
+    }
+
     /// Forgets the parked callers of a connection that is gone. Requests under way go on: what they do must be done.
     pub(crate) fn forget(&mut self, is_gone: impl Fn(Asker) -> bool) {
         self.parked.retain(|_, askers| {
@@ -254,12 +266,12 @@ impl Ledger {
         self.reservations.retain(|_, until| *until > now);
     }
 
-    /// Whether the keeper was told to leave and nothing here holds it.
-    pub(crate) fn may_leave(&self) -> bool {
-        self.leave && self.state.is_empty() && self.reservations.is_empty() && self.causes.is_empty()
+    /// Whether the keeper was told to leave and nothing here holds it. Without hope for a worker, nobody will answer what is open.
+    pub(crate) fn may_leave(&self, is_hopeless: bool) -> bool {
+        self.leave && self.state.is_empty() && self.reservations.is_empty() && (self.causes.is_empty() || is_hopeless)
     }
 
-    /// Gives a place up, and the keeper with it if that was all: the container of this name was deleted before it was created.
+    /// Gives a place up: the container of this name was deleted before it was created.
     pub(crate) fn release_reservation(&mut self, id: &str) {
         self.reservations.remove(id);
     }
@@ -450,15 +462,15 @@ mod tests {
     #[test]
     fn the_keeper_leaves_only_when_told_to_and_nothing_holds_it() {
         let mut ledger = Ledger::default();
-        assert!(!ledger.may_leave());
+        assert!(!ledger.may_leave(false));
         ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() });
         ledger.commit(&mut Commit { leave: true, ..Commit::default() });
-        assert!(!ledger.may_leave(), "a container is left");
+        assert!(!ledger.may_leave(false), "a container is left");
         let now = Instant::now();
         ledger.reserve("d".into(), now);
         ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
-        assert!(!ledger.may_leave(), "a place is reserved");
+        assert!(!ledger.may_leave(false), "a place is reserved");
         ledger.expire(now + RESERVATION);
-        assert!(ledger.may_leave());
+        assert!(ledger.may_leave(false));
     }
 }

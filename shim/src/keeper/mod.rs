@@ -14,6 +14,7 @@
 mod capture;
 mod children;
 mod control;
+mod inbox;
 mod ledger;
 mod outbox;
 mod poll;

@@ -94,12 +94,6 @@ impl Poll {
         Ok(self.epoll.add(fd, EpollEvent::new(flags, source.token()))?)
     }
 
-    /// Stops watching `fd`. Needed where a copy of the descriptor lives on elsewhere.
-    pub(crate) fn remove(&self, fd: impl AsFd) {
-        // Not watched any more is what was wanted.
-        let _ = self.epoll.delete(fd);
-    }
-
     /// Gives `source` another turn.
     pub(crate) fn again(&mut self, source: Source) {
         if !self.again.contains(&source) {

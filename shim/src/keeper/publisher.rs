@@ -8,12 +8,13 @@
 //!   Sending ──(connection lost, refused, or silent)──▶ Waiting ──(back-off)──▶ Sending
 //! ```
 use std::collections::VecDeque;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
+use super::inbox::{Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::frame::{self, Header};
@@ -135,14 +136,11 @@ impl Publisher {
 impl Connection {
     /// Errors: UnexpectedEof when the daemon has closed.
     fn read(&mut self) -> io::Result<()> {
-        let mut buffer = [0; 1024];
         loop {
-            match self.socket.read(&mut buffer) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => self.input.extend_from_slice(&buffer[..count]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            match read_some(&self.socket, &mut self.input)? {
+                Read::Some => {}
+                Read::Empty => return Ok(()),
+                Read::End => return Err(io::ErrorKind::UnexpectedEof.into()),
             }
             if self.input.len() > frame::MAX_PAYLOAD_BYTES {
                 return Err(io::ErrorKind::InvalidData.into());

@@ -4,11 +4,12 @@
 //!
 //! **Invariant:** a client that floods, stalls or lies about a length costs a bounded amount of memory and nobody else's time.
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::{debug, warn};
 
+use super::inbox::{READ_BYTES, Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::frame::{self, Code, Header};
@@ -125,7 +126,7 @@ impl Client {
 #[derive(Debug)]
 pub(crate) struct Relay {
     listener: UnixListener,
-    clients: BTreeMap<u32, Client>,
+    clients: BTreeMap<u32, Box<Client>>,
     last_id: u32,
 }
 
@@ -157,7 +158,7 @@ impl Relay {
                 unanswered: 0,
                 unanswered_bytes: 0,
             };
-            self.clients.insert(self.last_id, client);
+            self.clients.insert(self.last_id, Box::new(client));
         }
     }
 
@@ -166,19 +167,15 @@ impl Relay {
         let Some(client) = self.clients.get_mut(&id) else { return (Vec::new(), false) };
         let mut incoming = client.take_frames(id, FRAMES_A_TURN);
         let mut alive = client.output.flush(&client.socket).is_ok();
-        let mut buffer = [0; 4096];
         let mut left = BYTES_A_TURN;
         while alive && left > 0 && incoming.len() < FRAMES_A_TURN && !client.is_full() {
-            match client.socket.read(&mut buffer) {
-                Ok(0) => alive = false,
-                Ok(count) => {
-                    left = left.saturating_sub(count);
-                    client.input.extend_from_slice(&buffer[..count]);
-                    incoming.extend(client.take_frames(id, FRAMES_A_TURN - incoming.len()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => alive = false,
+            left = left.saturating_sub(READ_BYTES);
+            let read = read_some(&client.socket, &mut client.input);
+            incoming.extend(client.take_frames(id, FRAMES_A_TURN - incoming.len()));
+            match read {
+                Ok(Read::Some) => {}
+                Ok(Read::Empty) => break,
+                Ok(Read::End) | Err(_) => alive = false,
             }
         }
         if alive && (left == 0 || incoming.len() >= FRAMES_A_TURN) {

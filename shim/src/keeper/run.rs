@@ -22,9 +22,12 @@ use crate::frame::RequestView;
 use crate::handover::{Cause, Commit, ControlReply, ControlRequest, Op, Outcome, RequestSnapshot, Snapshot, Step, ToKeeper, ToWorker};
 use crate::journal::Journal;
 use crate::settings::Settings;
+use crate::sys;
 
 /// Told to leave, the keeper gives the last events and bytes so long to go out.
 const LEAVE_WITHIN: Duration = Duration::from_secs(12);
+/// So long after the last activity the keeper gives memory back.
+const TRIM_AFTER: Duration = Duration::from_millis(500);
 /// A worker with so much unread is given nothing more of clients that have much unanswered; what they send waits in their sockets.
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
 
@@ -56,6 +59,8 @@ struct Keeper {
     leaving_since: Option<Instant>,
     /// Clients that are not read from until the worker has caught up.
     paused: Vec<u32>,
+    /// When to give memory back, if anything has happened since the last time.
+    trim_at: Option<Instant>,
 }
 
 impl Keeper {
@@ -82,6 +87,7 @@ impl Keeper {
             born: Instant::now(),
             leaving_since: None,
             paused: Vec::new(),
+            trim_at: None,
             settings,
             poll,
             signals,
@@ -96,7 +102,12 @@ impl Keeper {
                 self.leave();
                 return Ok(());
             }
-            for source in self.poll.wait(self.deadline())? {
+            let sources = self.poll.wait(self.deadline())?;
+            // Streams use no memory, and a container that writes all the time shall not make us trim all the time.
+            if sources.iter().any(|source| !matches!(source, Source::Stream(_))) {
+                self.trim_at = Some(Instant::now() + TRIM_AFTER);
+            }
+            for source in sources {
                 self.dispatch(source);
             }
             self.tick();
@@ -126,7 +137,7 @@ impl Keeper {
                     }
                 }
                 for message in self.supervisor.receive(life, &mut self.poll) {
-                    self.from_worker(message);
+                    self.take(message);
                 }
             }
             Source::Client(id) => self.client(id, now),
@@ -148,6 +159,10 @@ impl Keeper {
     /// What is due by the clock, and what the last turns have made possible.
     fn tick(&mut self) {
         let now = Instant::now();
+        if self.trim_at.is_some_and(|at| at <= now) {
+            self.trim_at = None;
+            sys::memory::trim();
+        }
         self.supervisor.ensure(now, &self.poll);
         self.ledger.expire(now);
         for due in self.ledger.overdue(now, !self.supervisor.is_serving()) {
@@ -166,6 +181,7 @@ impl Keeper {
             self.streams.deadline(now),
             self.publisher.deadline(),
             self.leaving_since.map(|since| since + LEAVE_WITHIN),
+            self.trim_at,
         ]
         .into_iter()
         .flatten()
@@ -227,13 +243,29 @@ impl Keeper {
                 };
                 self.control.reply(id, &reply);
             }
+            ControlRequest::Forget { id: container } => {
+                self.forget(&container, now);
+                self.control.reply(id, &ControlReply::Done);
+            }
             ControlRequest::Ask { payload } => self.open_request(Asker::Commander(id), payload, now),
+        }
+    }
+
+    /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
+    fn forget(&mut self, container: &str, now: Instant) {
+        if self.ledger.forget_container(container) {
+            warn!(container:%; "removed by hand, forgetting it");
+            self.children.end_helpers(container);
+            self.children.release(container);
+            self.streams.release(container, now, &mut self.poll);
+            // A worker that lives has it in mind still; the next one has not.
+            self.supervisor.kill();
         }
     }
 
     // --- the worker --------------------------------------------------------------------------------------------------
 
-    fn from_worker(&mut self, message: ToKeeper) {
+    fn take(&mut self, message: ToKeeper) {
         match message {
             ToKeeper::Hello { version, build } => {
                 if !self.supervisor.hello(version, build) {
@@ -377,7 +409,7 @@ impl Keeper {
     // --- the end -----------------------------------------------------------------------------------------------------
 
     fn may_leave(&mut self) -> bool {
-        if !self.ledger.may_leave() {
+        if !self.ledger.may_leave(self.supervisor.is_hopeless()) {
             self.leaving_since = None;
             return false;
         }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 
 use super::capture::Capture;
+use super::inbox::{Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::handover::{MAX_MESSAGE_BYTES, ToKeeper, ToWorker, VERSION};
@@ -175,6 +176,11 @@ impl Supervisor {
         self.life.as_ref().is_some_and(|life| life.build.is_some())
     }
 
+    /// Whether one life after the other gets nothing done.
+    pub(crate) fn is_hopeless(&self) -> bool {
+        self.fruitless > FREE_RETRIES
+    }
+
     pub(crate) fn pid(&self) -> Option<u32> {
         self.life.as_ref().map(|life| life.pid)
     }
@@ -209,16 +215,11 @@ impl Supervisor {
             return messages;
         }
         let Some(life) = &mut self.life else { return messages };
-        let mut buffer = [0; 4096];
         loop {
-            match io::Read::read(&mut &life.link, &mut buffer) {
-                // The rest is torn; the process's end follows.
-                Ok(0) => return messages,
-                Ok(count) => life.input.extend_from_slice(&buffer[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return messages,
-            }
+            let read = read_some(&life.link, &mut life.input);
             match take_messages(&mut life.input, &mut messages) {
+                // Of what has ended the rest is torn; the process's end follows.
+                Ok(()) if !matches!(read, Ok(Read::Some)) => return messages,
                 Ok(()) if messages.len() < 64 => {}
                 Ok(()) => {
                     poll.again(Source::Worker(id));

@@ -46,22 +46,6 @@ pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: i32, read: bool, write: bool) ->
         .map(File::into)
 }
 
-/// Marks every descriptor from `first` on close-on-exec, so that nothing that this process was handed by accident goes further.
-pub(crate) fn seal_from(first: u32) -> io::Result<()> {
-    // SAFETY: with CLOSE_RANGE_CLOEXEC the call closes nothing; it only sets a flag on descriptors.
-    let result = unsafe { libc::close_range(first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32) };
-    nix::errno::Errno::result(result)?;
-    Ok(())
-}
-
-/// Closes every descriptor from `first` on. Only for the start of a process, before it has opened anything.
-pub(crate) fn close_from(first: u32) -> io::Result<()> {
-    // SAFETY: the caller has just been started and holds no `OwnedFd` with such a number.
-    let result = unsafe { libc::close_range(first, u32::MAX, 0) };
-    nix::errno::Errno::result(result)?;
-    Ok(())
-}
-
 /// Copies a descriptor, close-on-exec.
 pub(crate) fn duplicate(fd: impl AsFd) -> io::Result<OwnedFd> {
     fd.as_fd().try_clone_to_owned()

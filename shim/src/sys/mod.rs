@@ -5,6 +5,7 @@ pub(crate) mod core_scheduling;
 pub(crate) mod descriptors;
 pub(crate) mod idmap;
 pub(crate) mod inherited;
+pub(crate) mod memory;
 pub(crate) mod mount;
 pub(crate) mod process;
 pub(crate) mod ready;

@@ -74,7 +74,7 @@ unsafe fn execute(
     report: RawFd,
     parent: libc::pid_t,
 ) -> ! {
-    // SAFETY (whole function): every call is async-signal-safe and gets integers or pointers to data that outlives it.
+    // SAFETY: every call here is async-signal-safe and gets integers or pointers to data that outlives it.
     unsafe {
         let fail = |report: RawFd| -> ! {
             let number = *libc::__errno_location();

@@ -32,8 +32,8 @@ pub(crate) enum Error {
     TooMuch { id: ContainerId, bytes: usize, limit: usize },
     #[error("container {id} is being deleted")]
     Deleting { id: ContainerId },
-    #[error("{source}")]
-    Id { source: InvalidId },
+    #[error(transparent)]
+    Id(#[from] InvalidId),
     #[error("signal {number}: not between 1 and 64")]
     Signal { number: u32 },
     #[error("payload of {method}")]
@@ -102,7 +102,7 @@ impl Error {
             // containerd and its clients take "not found" for "already dead".
             Self::Refused { source: Refused { request: Request::Kill, .. }, .. } => Code::NotFound,
             Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } => Code::FailedPrecondition,
-            Self::Id { .. }
+            Self::Id(_)
             | Self::Signal { .. }
             | Self::Payload { .. }
             | Self::Envelope { .. }
@@ -153,8 +153,47 @@ fn excerpt(text: &str) -> String {
 /// Longer than any valid name.
 const EXCERPT_CHARS: usize = 100;
 
-impl From<InvalidId> for Error {
-    fn from(source: InvalidId) -> Self {
-        Self::Id { source }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Verb;
+    use crate::worker::container::Phase;
+
+    fn key() -> ProcessKey {
+        ProcessKey::parse("c1").expect("a valid key")
+    }
+
+    fn refused(request: Request) -> Error {
+        Error::Refused { key: key(), source: Refused { request, phase: Phase::Running } }
+    }
+
+    #[test]
+    fn errors_have_the_codes_that_clients_act_on() {
+        let io = |kind: io::ErrorKind| Error::Io { op: "open", path: "/x".into(), source: kind.into() };
+        let engine = |make: fn(Verb, String) -> EngineError| Error::Engine(make(Verb::Start, "no".into()));
+        for (error, code) in [
+            (Error::NoContainer { id: "c1".into() }, Code::NotFound),
+            (Error::ProcessExists { key: key() }, Code::AlreadyExists),
+            (refused(Request::Delete), Code::FailedPrecondition),
+            // A process that cannot be killed is dead.
+            (refused(Request::Kill), Code::NotFound),
+            (Error::Signal { number: 99 }, Code::InvalidArgument),
+            (Error::Expired { method: "Create".into() }, Code::DeadlineExceeded),
+            (Error::NoMethod { service: "s".into(), method: "m".into() }, Code::Unimplemented),
+            (io(io::ErrorKind::NotFound), Code::NotFound),
+            (io(io::ErrorKind::StorageFull), Code::Internal),
+            (Error::Rootfs(MountError::Busy { path: "/x".into() }), Code::FailedPrecondition),
+            (engine(|verb, message| EngineError::Failed { verb, message }), Code::Unknown),
+            (engine(|verb, message| EngineError::NoContainer { verb, message }), Code::NotFound),
+        ] {
+            assert_eq!(error.code(), code, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_client_sees_an_error_with_its_sources() {
+        assert_eq!(refused(Request::Delete).chain(), "process c1: cannot delete while running");
+        let error = Error::Keeper { what: "send signal 9 to c1".into(), source: io::Error::from_raw_os_error(1) };
+        assert_eq!(error.chain(), "send signal 9 to c1: Operation not permitted (os error 1)");
     }
 }

@@ -1,61 +1,63 @@
 //! Deaths of the worker at chosen messages, for the tests. Does nothing unless built with the feature `fault-injection`.
 //!
-//! `X_FAULT=LIVES:DIRECTION:N:WHEN` makes the first LIVES workers of a keeper kill themselves at their N-th message, counted from 1,
-//! that they send (`out`, the first is the hello) or receive (`in`), `before` it, with half of it written or read (`torn`), or
-//! `after` it. Lives are counted in a file beside the control socket, since the hello is sent before the keeper has told the life.
+//! `X_FAULT` names a folder. In it, the file that is called like the container or group that the shim was started for holds the
+//! plan: words `DIRECTION:N:WHEN`, the first for the first life, the second for the second, and so on. A life kills itself at the
+//! N-th message, counted from 1, that it sends (`out`, the first is the hello) or receives (`in`), `before` it, with half of it
+//! written or read (`torn`), or `after` it. Lives that the plan has no word for live on; without a plan, nothing is done.
+//!
+//! `PLAN.trace` beside the plan gets a line per life (`life`), per message that was sent or received whole (`out commit`), and per
+//! death (`dies`).
 #[cfg(feature = "fault-injection")]
 pub(crate) use active::Faults;
 #[cfg(not(feature = "fault-injection"))]
 pub(crate) use inert::Faults;
 
-/// Which messages are counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Direction {
-    In,
-    #[cfg_attr(not(feature = "fault-injection"), expect(dead_code, reason = "sending is looked at by the active kind only"))]
-    Out,
-}
-
 #[cfg(not(feature = "fault-injection"))]
 mod inert {
     use std::cell::RefCell;
-    use std::path::Path;
+    use std::os::fd::OwnedFd;
 
-    use tokio::net::UnixStream;
-
-    use super::Direction;
+    use crate::handover::ToWorker;
 
     /// No faults.
     #[derive(Debug)]
     pub(crate) struct Faults;
 
     impl Faults {
-        pub(crate) fn from_environment(_control_path: &Path) -> Self {
+        pub(crate) fn from_environment(_id: &str) -> Self {
             Self
         }
-        pub(crate) fn around_send(&self, _socket: &UnixStream, _queue: &RefCell<Vec<u8>>, _frame: &[u8]) {}
-        pub(crate) fn after_send(&self, _socket: &UnixStream, _queue: &RefCell<Vec<u8>>) {}
-        pub(crate) fn before(&self, _direction: Direction) {}
-        pub(crate) fn after(&self, _direction: Direction) {}
+        pub(crate) fn sending(&self, _socket: &OwnedFd, _queue: &RefCell<Vec<u8>>, _frame: &[u8]) {}
+        pub(crate) fn sent(&self, _socket: &OwnedFd, _queue: &RefCell<Vec<u8>>) {}
+        pub(crate) fn received(&self, _message: &ToWorker) {}
+        pub(crate) fn acted(&self) {}
         pub(crate) fn limit_read(&self, _buffer: &[u8], _missing: usize) -> Option<usize> {
             None
         }
-        pub(crate) fn after_read(&self, _buffer: &[u8]) {}
+        pub(crate) fn read(&self, _buffer: &[u8]) {}
     }
 }
 
 #[cfg(feature = "fault-injection")]
 mod active {
     use std::cell::{Cell, RefCell};
-    use std::fs;
-    use std::path::Path;
+    use std::fs::{self, File};
+    use std::io::Write;
+    use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+    use std::path::{Path, PathBuf};
 
+    use nix::errno::Errno;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::signal::{Signal, raise};
-    use std::os::fd::AsFd;
-    use tokio::net::UnixStream;
+    use nix::sys::socket::{MsgFlags, send};
 
-    use super::Direction;
+    use crate::handover::{ToKeeper, ToWorker};
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Direction {
+        In,
+        Out,
+    }
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum When {
@@ -65,7 +67,7 @@ mod active {
     }
 
     #[derive(Debug, Clone, Copy)]
-    struct Plan {
+    struct Fault {
         direction: Direction,
         at: u32,
         when: When,
@@ -74,83 +76,106 @@ mod active {
     /// Where this life ends, and how far it has come.
     #[derive(Debug, Default)]
     pub(crate) struct Faults {
-        plan: Option<Plan>,
+        trace: Option<File>,
+        fault: Option<Fault>,
         sent: Cell<u32>,
         received: Cell<u32>,
     }
 
     impl Faults {
-        /// Reads the plan and counts this life.
-        pub(crate) fn from_environment(control_path: &Path) -> Self {
-            let Some((lives, plan)) = std::env::var("X_FAULT").ok().and_then(|text| parse(&text)) else { return Self::default() };
-            let counter = control_path.with_extension("lives");
-            let life = fs::read_to_string(&counter).ok().and_then(|text| text.trim().parse::<u32>().ok()).unwrap_or(0) + 1;
-            let counted = fs::write(&counter, life.to_string()).is_ok();
-            Self { plan: (counted && life <= lives).then_some(plan), ..Self::default() }
+        /// Reads the plan for the shim that was started for `id`, and counts this life.
+        pub(crate) fn from_environment(id: &str) -> Self {
+            std::env::var_os("X_FAULT").and_then(|folder| Self::read_plan(&PathBuf::from(folder).join(id))).unwrap_or_default()
         }
 
-        fn is_now(&self, direction: Direction, count: u32) -> Option<When> {
-            self.plan.filter(|plan| plan.direction == direction && plan.at == count).map(|plan| plan.when)
+        fn read_plan(path: &Path) -> Option<Self> {
+            let plan = fs::read_to_string(path).ok()?;
+            let trace_path = path.with_extension("trace");
+            let earlier = fs::read_to_string(&trace_path).unwrap_or_default();
+            let life = earlier.lines().filter(|line| *line == "life").count();
+            let trace = File::options().append(true).create(true).open(trace_path).ok()?;
+            let fault = plan.split_whitespace().nth(life).map(|word| parse(word).expect("a plan is made of DIRECTION:N:WHEN"));
+            let faults = Self { trace: Some(trace), fault, ..Self::default() };
+            faults.note("life");
+            Some(faults)
         }
 
-        pub(crate) fn around_send(&self, socket: &UnixStream, queue: &RefCell<Vec<u8>>, frame: &[u8]) {
-            self.sent.set(self.sent.get() + 1);
-            match self.is_now(Direction::Out, self.sent.get()) {
-                Some(When::Before) => {
-                    flush(socket, &mut queue.borrow_mut());
-                    die();
-                }
-                Some(When::Torn) => {
-                    let mut queue = queue.borrow_mut();
-                    queue.extend_from_slice(&frame[..frame.len() / 2]);
-                    flush(socket, &mut queue);
-                    die();
-                }
-                Some(When::After) | None => {}
+        /// In one write, so that no line is torn.
+        fn note(&self, line: &str) {
+            if let Some(mut trace) = self.trace.as_ref() {
+                trace.write_all(format!("{line}\n").as_bytes()).expect("a trace can be written");
             }
         }
 
-        pub(crate) fn after_send(&self, socket: &UnixStream, queue: &RefCell<Vec<u8>>) {
+        fn is_now(&self, direction: Direction, count: u32) -> Option<When> {
+            self.fault.filter(|fault| fault.direction == direction && fault.at == count).map(|fault| fault.when)
+        }
+
+        /// A message is about to leave.
+        pub(crate) fn sending(&self, socket: &OwnedFd, queue: &RefCell<Vec<u8>>, frame: &[u8]) {
+            self.sent.set(self.sent.get() + 1);
+            let half = match self.is_now(Direction::Out, self.sent.get()) {
+                Some(When::Before) => 0,
+                Some(When::Torn) => frame.len() / 2,
+                Some(When::After) | None => {
+                    self.note(&format!("out {}", outgoing(frame)));
+                    return;
+                }
+            };
+            let mut queue = queue.borrow_mut();
+            queue.extend_from_slice(&frame[..half]);
+            flush(socket, &mut queue);
+            self.die();
+        }
+
+        /// A message has left, or is queued.
+        pub(crate) fn sent(&self, socket: &OwnedFd, queue: &RefCell<Vec<u8>>) {
             if self.is_now(Direction::Out, self.sent.get()) == Some(When::After) {
                 flush(socket, &mut queue.borrow_mut());
-                die();
+                self.die();
             }
         }
 
         /// A whole message has come and nobody has acted on it.
-        pub(crate) fn before(&self, direction: Direction) {
-            if direction == Direction::In {
-                self.received.set(self.received.get() + 1);
-                if self.is_now(Direction::In, self.received.get()) == Some(When::Before) {
-                    die();
-                }
+        pub(crate) fn received(&self, message: &ToWorker) {
+            self.received.set(self.received.get() + 1);
+            if self.is_now(Direction::In, self.received.get()) == Some(When::Before) {
+                self.die();
             }
+            self.note(&format!("in {}", incoming(message)));
         }
 
         /// The message was acted on, as far as that went without waiting.
-        pub(crate) fn after(&self, direction: Direction) {
-            if direction == Direction::In && self.is_now(Direction::In, self.received.get()) == Some(When::After) {
-                die();
+        pub(crate) fn acted(&self) {
+            if self.is_now(Direction::In, self.received.get()) == Some(When::After) {
+                self.die();
             }
         }
 
         /// Reads message by message, and half of the one that shall be torn.
         pub(crate) fn limit_read(&self, buffer: &[u8], missing: usize) -> Option<usize> {
-            self.plan?;
+            self.fault?;
             let torn = self.is_now(Direction::In, self.received.get() + 1) == Some(When::Torn);
             Some(if torn && buffer.len() >= 4 { (missing / 2).max(1) } else { missing })
         }
 
-        pub(crate) fn after_read(&self, buffer: &[u8]) {
+        /// A part of a message has been read.
+        pub(crate) fn read(&self, buffer: &[u8]) {
             if buffer.len() > 4 && self.is_now(Direction::In, self.received.get() + 1) == Some(When::Torn) {
-                die();
+                self.die();
             }
+        }
+
+        fn die(&self) -> ! {
+            self.note("dies");
+            // A failure of raise(3) leaves the loop.
+            while raise(Signal::SIGKILL).is_ok() {}
+            std::process::abort()
         }
     }
 
-    fn parse(text: &str) -> Option<(u32, Plan)> {
-        let mut parts = text.split(':');
-        let lives = parts.next()?.parse().ok()?;
+    fn parse(word: &str) -> Option<Fault> {
+        let mut parts = word.split(':');
         let direction = match parts.next()? {
             "in" => Direction::In,
             "out" => Direction::Out,
@@ -163,14 +188,41 @@ mod active {
             "after" => When::After,
             _ => return None,
         };
-        Some((lives, Plan { direction, at, when }))
+        Some(Fault { direction, at, when })
     }
 
-    fn flush(socket: &UnixStream, queue: &mut Vec<u8>) {
+    fn outgoing(frame: &[u8]) -> String {
+        match ToKeeper::decode(frame.get(4..).unwrap_or_default()) {
+            Ok(ToKeeper::Hello { .. }) => "hello".into(),
+            Ok(ToKeeper::Operation { cause, step, .. }) => format!("operation {cause}.{step}"),
+            Ok(ToKeeper::Commit(commit)) => {
+                let parks = commit.parks.iter().map(|(cause, _)| *cause);
+                let causes: Vec<_> = commit.answers.iter().map(|(cause, _)| *cause).chain(commit.ends).chain(parks).collect();
+                format!("commit {causes:?}")
+            }
+            Err(error) => format!("nonsense: {error}"),
+        }
+    }
+
+    fn incoming(message: &ToWorker) -> String {
+        match message {
+            ToWorker::Welcome { .. } => "welcome".into(),
+            ToWorker::State { key, .. } => format!("state {key}"),
+            ToWorker::Request { cause, payload, .. } => {
+                let method = crate::frame::RequestView::parse(payload).map(|view| String::from_utf8_lossy(view.method).into_owned());
+                format!("request {cause} {}", method.unwrap_or_default())
+            }
+            ToWorker::Exit { cause, exit } => format!("exit {cause} {}", exit.key),
+            ToWorker::CaughtUp => "caught-up".into(),
+            ToWorker::Done { cause, step, .. } => format!("done {cause}.{step}"),
+        }
+    }
+
+    fn flush(socket: &OwnedFd, queue: &mut Vec<u8>) {
         while !queue.is_empty() {
-            match socket.try_write(queue) {
+            match send(socket.as_raw_fd(), queue, MsgFlags::MSG_NOSIGNAL) {
                 Ok(count) => drop(queue.drain(..count)),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                Err(Errno::EAGAIN) => {
                     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
                     if poll(&mut fds, PollTimeout::NONE).is_err() {
                         return;
@@ -179,11 +231,5 @@ mod active {
                 Err(_) => return,
             }
         }
-    }
-
-    fn die() -> ! {
-        // A failure of raise(3) leaves the loop.
-        while raise(Signal::SIGKILL).is_ok() {}
-        std::process::abort()
     }
 }

@@ -7,16 +7,17 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 
-use tokio::io::Interest;
-use tokio::net::UnixStream;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{MsgFlags, send};
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 
-use super::fault::{Direction, Faults};
+use super::fault::Faults;
 use crate::handover::{Cause, Commit, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker, VERSION};
-use crate::sys::descriptors;
+use crate::sys;
 
 /// What became of an operation, with the descriptor that came along.
 pub(crate) type Answer = (Outcome, Option<OwnedFd>);
@@ -37,7 +38,8 @@ pub(crate) enum LinkError {
 /// The sending side, and the table of those who wait.
 #[derive(Debug)]
 pub(crate) struct Link {
-    socket: UnixStream,
+    /// Watched for what comes only: it nearly always has room, and that would be told after each message that the keeper takes.
+    socket: AsyncFd<OwnedFd>,
     queue: RefCell<Vec<u8>>,
     queued: Notify,
     waiting: RefCell<BTreeMap<(Cause, Step), oneshot::Sender<Answer>>>,
@@ -46,10 +48,12 @@ pub(crate) struct Link {
 
 impl Link {
     /// Takes over the worker's end of the socketpair and says hello.
-    pub(crate) fn new(socket: UnixStream, build: &str, faults: Faults) -> Rc<Self> {
+    pub(crate) fn new(socket: OwnedFd, build: &str, faults: Faults) -> io::Result<Rc<Self>> {
+        fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let socket = sys::ready::to_read(socket)?;
         let link = Self { socket, queue: RefCell::default(), queued: Notify::new(), waiting: RefCell::default(), faults };
         link.send(&ToKeeper::Hello { version: VERSION, build: build.to_owned() }.encode());
-        Rc::new(link)
+        Ok(Rc::new(link))
     }
 
     /// Ends a step. See [`Commit`].
@@ -75,37 +79,39 @@ impl Link {
     }
 
     /// Writes what is queued whenever the socket takes it. Runs as a task of its own; ends with the link.
-    pub(crate) async fn write_queue(self: Rc<Self>) {
+    pub(crate) async fn write_queue(self: Rc<Self>) -> io::Result<()> {
         loop {
+            self.queued.notified().await;
+            if self.queue.borrow().is_empty() {
+                continue;
+            }
+            let socket = sys::ready::to_write(sys::descriptors::duplicate(self.socket.get_ref())?)?;
             while !self.queue.borrow().is_empty() {
-                if self.socket.writable().await.is_err() {
-                    return;
-                }
+                let mut room = socket.writable().await?;
                 let mut queue = self.queue.borrow_mut();
-                match self.socket.try_write(&queue) {
+                match write(self.socket.get_ref(), &queue) {
                     Ok(count) => drop(queue.drain(..count)),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(_) => return,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => room.clear_ready(),
+                    Err(error) => return Err(error),
                 }
                 if queue.is_empty() && queue.capacity() > KEPT_BYTES {
                     *queue = Vec::new();
                 }
             }
-            self.queued.notified().await;
         }
     }
 
     fn send(&self, frame: &[u8]) {
-        self.faults.around_send(&self.socket, &self.queue, frame);
+        self.faults.sending(self.socket.get_ref(), &self.queue, frame);
         let mut queue = self.queue.borrow_mut();
         // Mostly the socket has room: no copy, no wake-up.
-        let sent = if queue.is_empty() { self.socket.try_write(frame).unwrap_or(0) } else { 0 };
+        let sent = if queue.is_empty() { write(self.socket.get_ref(), frame).unwrap_or(0) } else { 0 };
         if sent < frame.len() {
             queue.extend_from_slice(&frame[sent..]);
             self.queued.notify_one();
         }
         drop(queue);
-        self.faults.after_send(&self.socket, &self.queue);
+        self.faults.sent(self.socket.get_ref(), &self.queue);
     }
 
     fn finish(&self, cause: Cause, step: Step, answer: Answer) {
@@ -140,7 +146,7 @@ impl Incoming {
                     ToWorker::Done { cause, step, outcome } => {
                         let descriptor = matches!(outcome, Outcome::Descriptor).then(|| self.descriptors.pop_front()).flatten();
                         self.link.finish(cause, step, (outcome, descriptor));
-                        self.link.faults.after(Direction::In);
+                        self.link.faults.acted();
                     }
                     message => return Ok(message),
                 }
@@ -151,7 +157,7 @@ impl Incoming {
 
     /// Tells the fault injection that the message that [`Incoming::next`] gave was acted on.
     pub(crate) fn acted(&self) {
-        self.link.faults.after(Direction::In);
+        self.link.faults.acted();
     }
 
     fn take_frame(&mut self) -> Result<Option<ToWorker>, LinkError> {
@@ -162,8 +168,8 @@ impl Incoming {
             return Err(LinkError::TooLong { length });
         }
         let Some(frame) = rest.get(4..4 + length) else { return Ok(None) };
-        self.link.faults.before(Direction::In);
         let message = ToWorker::decode(frame).map_err(|source| LinkError::Malformed { source })?;
+        self.link.faults.received(&message);
         self.taken += 4 + length;
         if self.taken == self.buffer.len() {
             self.taken = 0;
@@ -184,13 +190,11 @@ impl Incoming {
         let start = self.buffer.len();
         let result = loop {
             // Nothing is half done while this waits, so that a wait for a message can be given up.
-            self.link.socket.readable().await.map_err(|source| LinkError::Io { source })?;
+            let mut readable = self.link.socket.readable().await.map_err(|source| LinkError::Io { source })?;
             self.buffer.resize(start + wanted, 0);
-            let socket = &self.link.socket;
-            let result = socket.try_io(Interest::READABLE, || descriptors::receive(socket.as_fd(), &mut self.buffer[start..]));
-            match result {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.buffer.truncate(start),
-                result => break result,
+            match readable.try_io(|socket| sys::descriptors::receive(socket.as_fd(), &mut self.buffer[start..])) {
+                Err(_would_block) => self.buffer.truncate(start),
+                Ok(result) => break result,
             }
         };
         let (count, descriptor) = match result {
@@ -201,9 +205,14 @@ impl Incoming {
         };
         self.buffer.truncate(start + count);
         self.descriptors.extend(descriptor);
-        self.link.faults.after_read(&self.buffer);
+        self.link.faults.read(&self.buffer);
         Ok(())
     }
+}
+
+/// Writes what the socket takes.
+pub(super) fn write(socket: &OwnedFd, bytes: &[u8]) -> io::Result<usize> {
+    Ok(send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)?)
 }
 
 /// How much is read at once.

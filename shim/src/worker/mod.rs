@@ -18,7 +18,6 @@
 use std::cell::Cell;
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::task::{Context, Waker};
@@ -38,7 +37,7 @@ mod server;
 
 use self::cause::Cause;
 use self::container::{Change, Container, Exit, ProcessKey, Record, Reply};
-use self::error::Error;
+use self::error::{Code, Error};
 use self::link::{Incoming, Link, LinkError};
 use self::registry::Registry;
 use self::server::{Call, Inbound};
@@ -80,10 +79,8 @@ struct Worker {
 }
 
 async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
-    let faults = fault::Faults::from_environment(&settings.control_path);
-    let socket = UnixStream::from(link);
-    let socket = socket.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(socket));
-    let link = Link::new(socket.map_err(|source| LinkError::Io { source })?, env!("CARGO_PKG_VERSION"), faults);
+    let faults = fault::Faults::from_environment(&settings.id);
+    let link = Link::new(link, env!("CARGO_PKG_VERSION"), faults).map_err(|source| LinkError::Io { source })?;
     tokio::task::spawn_local(Rc::clone(&link).write_queue());
     let mut incoming = Incoming::new(Rc::clone(&link));
     let worker = Rc::new(Worker { settings, link, registry: Registry::default(), keeper: Cell::default(), own_steps: Cell::new(0) });
@@ -203,7 +200,9 @@ impl Worker {
         };
         let change = result.unwrap_or_else(Change::refuse);
         if let Some(Err(error)) = &change.reply {
-            log::info!(method:%, error:% = error.chain(); "request refused");
+            // Daemons ask about what is no more all day long.
+            let level = if error.code() == Code::NotFound { log::Level::Debug } else { log::Level::Info };
+            log::log!(level, method:%, error:% = error.chain(); "request refused");
         }
         self.apply(Some(Ending::Request(cause.number())), change);
     }
@@ -220,10 +219,7 @@ impl Worker {
             Call::Create(call) => container::create(self, cause, *call).await,
             Call::Start(target) => container::start(self, cause, target).await,
             Call::Delete(target) => container::delete(self, cause, target).await,
-            Call::Pids(id) => {
-                let pids = container::pids(&*self.registry.get(&id)?);
-                Ok(Change { reply: Some(Ok(Reply::Pids(pids))), ..Change::default() })
-            }
+            Call::Pids(id) => container::pids(self, cause, &id).await,
             Call::Pause(id) => container::pause(self, cause, id).await,
             Call::Resume(id) => container::resume(self, cause, id).await,
             Call::Checkpoint(call) => container::checkpoint(self, cause, *call).await,

@@ -191,7 +191,7 @@ async fn latency(subjects: &mut [Subject], rounds: usize) -> Result<()> {
     }
     for round in 0..rounds {
         for (index, subject) in subjects.iter().enumerate() {
-            runs[index].push(run_true(&subject.cx).await?);
+            runs[index].push(run_true(&subject.cx).await?.to_vec());
             let begin = Instant::now();
             ensure!(hosts[index].exec(&format!("e{round}"), &["/bin/true"]).run().await? == 0);
             execs[index].push(begin.elapsed());
@@ -201,23 +201,35 @@ async fn latency(subjects: &mut [Subject], rounds: usize) -> Result<()> {
         host.destroy().await?;
     }
     for ((subject, runs), execs) in subjects.iter_mut().zip(runs).zip(execs) {
-        subject.note("1 /bin/true, create to deleted, ms", median(runs));
+        let step = |step: usize| median(runs.iter().map(|run: &Vec<Duration>| run[step]).collect());
+        subject.note("1 /bin/true, create to deleted, ms", median(runs.iter().map(|run| run.iter().sum()).collect()));
+        for (index, name) in STEPS.iter().enumerate() {
+            subject.note(&format!("1.{} of it {name}, ms", index + 1), step(index));
+        }
         subject.note("2 exec of /bin/true, added to deleted, ms", median(execs));
     }
     Ok(())
 }
 
-/// The time from create to deleted; metadata is made before and removed after.
-async fn run_true(cx: &Context) -> Result<Duration> {
+/// The steps of a container's life that [`run_true`] times.
+const STEPS: [&str; 4] = ["create", "start", "until its exit is told", "delete"];
+
+/// The times of the steps from create to deleted; metadata is made before and removed after.
+async fn run_true(cx: &Context) -> Result<[Duration; 4]> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let id = format!("true{}", NEXT.fetch_add(1, Ordering::Relaxed));
     let container = cx.container(&["/bin/true"]).id(&id).metadata().await?;
     let begin = Instant::now();
     let container = container.create_task().await?;
-    ensure!(container.run().await? == 0);
-    let time = begin.elapsed();
+    let created = begin.elapsed();
+    container.start().await?;
+    let started = begin.elapsed();
+    ensure!(container.wait().await? == 0);
+    let ended = begin.elapsed();
+    container.delete().await?;
+    let deleted = begin.elapsed();
     container.remove().await?;
-    Ok(time)
+    Ok([created, started - created, ended - started, deleted - ended])
 }
 
 async fn load(subjects: &mut [Subject]) -> Result<()> {

@@ -9,7 +9,8 @@ use shim_tests::context::Context;
 use shim_tests::proc;
 use shim_tests::suite::STOCK_TYPE;
 
-/// Everything that a process inherits and that the kernel shows.
+/// Everything that a process inherits and that the kernel shows; but for pending signals, since runc's Go runtime leaves a SIGURG
+/// of its own pending now and then.
 fn attributes(pid: i32) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     for name in [
@@ -19,8 +20,6 @@ fn attributes(pid: i32) -> Result<BTreeMap<String, String>> {
         "Gid",
         "NStgid",
         "SigQ",
-        "SigPnd",
-        "ShdPnd",
         "SigBlk",
         "SigIgn",
         "SigCgt",

@@ -46,7 +46,8 @@ pub(crate) async fn a_container_goes_on_from_its_checkpoint(cx: Context) -> Resu
     let container = cx.container(&["sh", "-c", COUNT]).id("saved").start().await?;
     let before = counted_to(&container, 20).await?;
     let options = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
-    let descriptors = cx.client().checkpoint("saved", any(&options)).await?;
+    let leased = cx.client().with_lease("checkpoint").await?;
+    let descriptors = leased.checkpoint("saved", any(&options)).await?;
     let image = descriptors.into_iter().find(|found| found.media_type.contains("criu")).context("no checkpoint in the store")?;
     container.wait().await?;
     container.delete().await?;

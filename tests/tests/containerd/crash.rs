@@ -213,16 +213,16 @@ pub(crate) async fn a_daemon_killed_during_start_loses_no_exit(cx: Context) -> R
     gate.release("start")?;
     cx.revive_daemon().await?;
     events.resubscribe(cx.client()).await?;
-    // a request whose client has gone is carried out or given up; if given up, it can be made again
-    let state = eventually("created or stopped", SOON, async || {
+    // a request whose client has gone is carried out, still under way, or given up; if given up, it can be made again
+    eventually("it was started and has ended", SOON, async || {
         let state = container.state().await?;
-        ensure!(state.status() != Phase::Running, "{state:?}");
-        Ok(state)
+        if state.status() == Phase::Created {
+            container.start().await?;
+        }
+        ensure!(state.status() == Phase::Stopped, "{state:?}");
+        Ok(())
     })
     .await?;
-    if state.status() == Phase::Created {
-        container.start().await?;
-    }
     ended_with(&container, &events, 3).await?;
     cx.leaves_nothing().await
 }

@@ -52,8 +52,14 @@ pub(in crate::worker) async fn resume(worker: &Rc<Worker>, cause: &Cause, id: St
 /// Writes the state of a container's processes into files.
 pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, call: CheckpointCall) -> Result<Change, Error> {
     let container = worker.registry.get(&call.id)?;
-    container.admit(&ProcessKey::init(&container.id), Request::Checkpoint)?;
+    let key = ProcessKey::init(&container.id);
     let options = call.options;
+    let mut refusal = container.admit(&key, Request::Checkpoint).err();
+    // Asked for all the same: an earlier worker may have had it made, and the container ended with it.
+    let may_be_done = options.exit && container.process(&key, |process| process.exit().is_some())?;
+    if let Some(refusal) = refusal.take_if(|_| !may_be_done) {
+        return Err(refusal);
+    }
     let record = container.record().clone();
     let named = (!call.path.is_empty()).then(|| PathBuf::from(&call.path));
     let image_path = options.image_path.clone().or(named).or_else(|| record.options.criu_image_path.clone());
@@ -78,7 +84,8 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
             cgroups_mode: options.cgroups_mode.as_deref(),
         },
     };
-    run(cause, &container, Verb::Checkpoint, |engine, at| engine.checkpoint(at, &checkpoint)).await?;
+    let made = run(cause, &container, Verb::Checkpoint, |engine, at| engine.checkpoint(at, &checkpoint)).await;
+    made.map_err(|error| refusal.unwrap_or(error))?;
     if work_path.is_none()
         && let Err(error) = std::fs::remove_dir_all(&own_work_path)
     {

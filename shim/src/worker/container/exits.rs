@@ -69,7 +69,7 @@ pub(super) fn out_of_memory(container: &Container) -> Option<Event> {
 }
 
 /// A runtime's start takes milliseconds; one that hangs must not keep an exit back for ever.
-const START_WITHIN: Duration = Duration::from_secs(600);
+pub(super) const START_WITHIN: Duration = Duration::from_secs(600);
 /// How long the exit of init waits for those of the processes that were added.
 const EXECS_WITHIN: Duration = Duration::from_secs(10);
 /// How long an exit waits for its output to reach a file.

@@ -27,14 +27,16 @@ pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: Ki
     };
     let container = worker.registry.get(&call.target.id)?;
     let key = container.key(&call.target.exec)?;
-    container.admit(&key, Request::Kill)?;
+    // Asked for all the same: an earlier worker may have sent this very signal, and the exit that came of it was taken in before the
+    // answer. Then the keeper says that it was done.
+    let has_ended = container.phase(&key)?.admit(Request::Kill).is_err();
     if container.process(&key, |process| process.pid)?.is_none() {
         return Err(Error::NotStarted { key });
     }
     let was_paused = container.record().init.phase == Phase::Paused;
     let is_init = key.exec.is_none();
     if call.all && is_init && signal != nix::libc::SIGKILL {
-        return by_engine(cause, &container, signal).await;
+        return by_engine(cause, &container, signal).await.map_err(|error| if has_ended { Error::Finished { key } } else { error });
     }
     match cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal }).await {
         Ok(()) => {}

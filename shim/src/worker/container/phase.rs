@@ -43,7 +43,12 @@ pub(crate) enum Phase {
     },
     Running,
     Paused,
-    Dying(Exit),
+    /// It has ended, and that is still to be told.
+    Dying {
+        exit: Exit,
+        /// Whether its start was told.
+        started: bool,
+    },
     Exited(Exit),
 }
 
@@ -113,15 +118,16 @@ impl Phase {
         use {Announce as A, Fact as F, Phase as P};
         match (self, fact) {
             (P::Exited(exit), _) => (P::Exited(exit), &[]),
-            (P::Dying(exit), F::Settled) => (P::Exited(exit), &[A::Exit]),
-            (P::Dying(exit), _) => (P::Dying(exit), &[]),
+            (P::Dying { exit, .. }, F::Settled) => (P::Exited(exit), &[A::Exit]),
+            (P::Dying { .. }, _) => (self, &[]),
             (P::Created, F::StartAsked) => (P::Starting { early: None }, &[]),
-            (P::Created | P::Running | P::Paused, F::Reaped(exit)) => (P::Dying(exit), &[]),
+            (P::Created, F::Reaped(exit)) => (P::Dying { exit, started: false }, &[]),
+            (P::Running | P::Paused, F::Reaped(exit)) => (P::Dying { exit, started: true }, &[]),
             (P::Starting { early }, F::Reaped(exit)) => (P::Starting { early: early.or(Some(exit)) }, &[]),
             (P::Starting { early: None }, F::Started) => (P::Running, &[A::Start]),
-            (P::Starting { early: Some(exit) }, F::Started) => (P::Dying(exit), &[A::Start]),
+            (P::Starting { early: Some(exit) }, F::Started) => (P::Dying { exit, started: true }, &[A::Start]),
             (P::Starting { early: None }, F::StartFailed) => (P::Created, &[]),
-            (P::Starting { early: Some(exit) }, F::StartFailed) => (P::Dying(exit), &[]),
+            (P::Starting { early: Some(exit) }, F::StartFailed) => (P::Dying { exit, started: false }, &[]),
             (P::Running, F::Paused) => (P::Paused, &[A::Pause]),
             (P::Paused, F::Resumed) => (P::Running, &[A::Resume]),
             (P::Created, F::Started | F::StartFailed | F::Paused | F::Resumed | F::Settled)
@@ -135,14 +141,14 @@ impl Phase {
     pub(crate) fn exit(self) -> Option<Exit> {
         match self {
             Self::Exited(exit) => Some(exit),
-            Self::Created | Self::Starting { .. } | Self::Running | Self::Paused | Self::Dying(_) => None,
+            Self::Created | Self::Starting { .. } | Self::Running | Self::Paused | Self::Dying { .. } => None,
         }
     }
 
     /// Whether its exit is still to be told.
     pub(crate) fn is_under_way(self) -> bool {
         match self {
-            Self::Starting { .. } | Self::Running | Self::Paused | Self::Dying(_) => true,
+            Self::Starting { .. } | Self::Running | Self::Paused | Self::Dying { .. } => true,
             Self::Created | Self::Exited(_) => false,
         }
     }
@@ -153,7 +159,7 @@ impl Phase {
             Self::Starting { .. } => "starting",
             Self::Running => "running",
             Self::Paused => "paused",
-            Self::Dying(_) | Self::Exited(_) => "stopped",
+            Self::Dying { .. } | Self::Exited(_) => "stopped",
         }
     }
 }
@@ -186,9 +192,9 @@ enum Saved {
 impl From<Phase> for Saved {
     fn from(phase: Phase) -> Self {
         match phase {
-            // The start request, or the exit, is still open and comes again. What was saved before an exit makes no difference to it.
-            Phase::Created | Phase::Starting { .. } => Self::Created,
-            Phase::Running | Phase::Dying(_) => Self::Running,
+            // The request to start, or the exit, is still open and comes again.
+            Phase::Created | Phase::Starting { .. } | Phase::Dying { started: false, .. } => Self::Created,
+            Phase::Running | Phase::Dying { started: true, .. } => Self::Running,
             Phase::Paused => Self::Paused,
             Phase::Exited(exit) => Self::Exited(exit),
         }
@@ -219,7 +225,7 @@ mod tests {
         Phase::Starting { early: Some(EXIT) },
         Phase::Running,
         Phase::Paused,
-        Phase::Dying(EXIT),
+        Phase::Dying { exit: EXIT, started: true },
         Phase::Exited(EXIT),
     ];
 
@@ -258,21 +264,22 @@ mod tests {
         let (phase, said) = phase.observe(Fact::Reaped(EXIT));
         assert_eq!((phase, said), (Phase::Starting { early: Some(EXIT) }, &[] as &[_]));
         let (phase, said) = phase.observe(Fact::Started);
-        assert_eq!((phase, said), (Phase::Dying(EXIT), &[Announce::Start] as &[_]));
+        assert_eq!((phase, said), (Phase::Dying { exit: EXIT, started: true }, &[Announce::Start] as &[_]));
         assert_eq!(phase.observe(Fact::Settled), (Phase::Exited(EXIT), &[Announce::Exit] as &[_]));
     }
 
     #[test]
     fn exit_reaped_during_a_start_that_fails_is_announced() {
         let (phase, said) = Phase::Starting { early: Some(EXIT) }.observe(Fact::StartFailed);
-        assert_eq!((phase, said), (Phase::Dying(EXIT), &[] as &[_]));
+        assert_eq!((phase, said), (Phase::Dying { exit: EXIT, started: false }, &[] as &[_]));
     }
 
     #[test]
     fn a_phase_in_flight_is_saved_as_the_one_it_came_from() {
         for (phase, saved) in [
             (Phase::Starting { early: Some(EXIT) }, Phase::Created),
-            (Phase::Dying(EXIT), Phase::Running),
+            (Phase::Dying { exit: EXIT, started: true }, Phase::Running),
+            (Phase::Dying { exit: EXIT, started: false }, Phase::Created),
             (Phase::Paused, Phase::Paused),
             (Phase::Exited(EXIT), Phase::Exited(EXIT)),
         ] {

@@ -1,8 +1,13 @@
-//! The calls that change nothing: State, Pids, Stats, Wait. From records and the kernel, without asking anybody.
+//! The calls that change nothing: State, Pids, Stats, Wait. Answered from records and the kernel.
 use std::path::PathBuf;
+use std::rc::Rc;
 
+use super::create::at;
 use super::{Change, Container, Phase, ProcessKey, Record, Reply, Streams, Target};
+use crate::cgroup::Cgroup;
+use crate::engine::Engine;
 use crate::worker::Worker;
+use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
 /// What State tells of a process.
@@ -32,10 +37,10 @@ pub(in crate::worker) enum Status {
 pub(in crate::worker) fn state_of(record: &Record, key: &ProcessKey) -> Option<StateOf> {
     let process = record.process(key)?;
     let status = match process.phase {
-        Phase::Created | Phase::Starting { .. } => Status::Created,
         // What is stopped for a client is what it was told of.
-        Phase::Running | Phase::Dying(_) if record.init.phase == Phase::Paused => Status::Paused,
-        Phase::Running | Phase::Dying(_) => Status::Running,
+        Phase::Created | Phase::Starting { .. } | Phase::Dying { started: false, .. } => Status::Created,
+        Phase::Running | Phase::Dying { started: true, .. } if record.init.phase == Phase::Paused => Status::Paused,
+        Phase::Running | Phase::Dying { started: true, .. } => Status::Running,
         Phase::Paused => Status::Paused,
         Phase::Exited(_) => Status::Stopped,
     };
@@ -59,18 +64,37 @@ pub(in crate::worker) fn recorded_pids(record: &Record) -> Vec<(u32, Option<Stri
     init.into_iter().chain(added).collect()
 }
 
-/// Lists the processes of a container: those of the records, then whoever else is in its cgroup.
-pub(in crate::worker) fn pids(container: &Container) -> Vec<(u32, Option<String>)> {
-    let record = container.record();
-    let mut pids = recorded_pids(&record);
-    let mut others = record.cgroup.pids();
+/// Lists the processes of a container: those of the records, then whoever else is in its cgroup. Never fails for a container that exists.
+pub(in crate::worker) async fn pids(worker: &Rc<Worker>, cause: &Cause, id: &str) -> Result<Change, Error> {
+    let container = worker.registry.get(id)?;
+    let mut others = match others(cause, &container).await {
+        Ok(others) => others,
+        Err(error) => {
+            log::debug!(container:% = container.id, error:% = error.chain(); "cannot list the processes beside the recorded ones");
+            Vec::new()
+        }
+    };
     others.sort_unstable();
+    let mut pids = recorded_pids(&container.record());
     for pid in others {
         if pids.iter().all(|(known, _)| *known != pid) {
             pids.push((pid, None));
         }
     }
-    pids
+    Ok(Change::reply(Reply::Pids(pids)))
+}
+
+async fn others(cause: &Cause, container: &Container) -> Result<Vec<u32>, Error> {
+    let (engine, spawn) = {
+        let record = container.record();
+        if record.cgroup != Cgroup::default() || !record.init.phase.is_under_way() {
+            return Ok(record.cgroup.pids());
+        }
+        // Without a cgroup of its own only the engine knows, if anybody does.
+        (record.engine.clone(), record.engine.pids(&at(&record)))
+    };
+    let exited = cause.run(step::ENGINE, spawn).await?;
+    Ok(engine.interpret_pids(&exited)?)
 }
 
 /// The metrics of a container, until it is deleted.

@@ -2,8 +2,9 @@
 use std::rc::Rc;
 
 use super::create::{ProcessFiles, at, find_cgroup};
+use super::exits::START_WITHIN;
 use super::streams::Plan;
-use super::{Change, Container, Event, Fact, Happening, ProcessKey, Reply, Request, Target, journal};
+use super::{Change, Container, Event, Fact, Happening, Phase, ProcessKey, Record, Reply, Request, Target, journal};
 use crate::engine::{self, CriuOptions, Engine, Verb};
 use crate::handover::Op;
 use crate::worker::Worker;
@@ -15,6 +16,9 @@ pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target:
     let container = worker.registry.get(&target.id)?;
     let key = container.key(&target.exec)?;
     container.refuse_while_deleting()?;
+    if let Some(pid) = started_by_another(&container, &key).await? {
+        return Ok(Change::reply(Reply::Pid(Some(pid))));
+    }
     container.admit(&key, Request::Start)?;
     if key.exec.is_some() {
         container.admit(&ProcessKey::init(&container.id), Request::Exec)?;
@@ -34,6 +38,18 @@ pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target:
             Ok(Change { releases, ..Change::refuse(error) })
         }
     }
+}
+
+/// Waits while another Start of the process is under way, and returns its pid if that has worked: a client that ran out of patience,
+/// or was killed, asks again and is told the same.
+async fn started_by_another(container: &Rc<Container>, key: &ProcessKey) -> Result<Option<u32>, Error> {
+    let is_starting = |phase| matches!(phase, Phase::Starting { .. });
+    if !is_starting(container.phase(key)?) {
+        return Ok(None);
+    }
+    let ended = |record: &Record| record.process(key).is_none_or(|process| !is_starting(process.phase));
+    container.until("start", START_WITHIN, ended).await?;
+    container.process(key, |process| process.pid.filter(|_| process.phase != Phase::Created))
 }
 
 async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, Error> {

@@ -1,5 +1,5 @@
 //! The streams of a process about to start: what the keeper is asked to open, and the loggers that read from it.
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{ProcessKey, Record, Streams};
@@ -96,7 +96,7 @@ impl Plan {
         };
         Stdio {
             key: self.key.to_string(),
-            stdin: self.stdin.as_ref().map(text),
+            stdin: self.stdin.as_deref().map(text),
             stdout: output(&self.stdout),
             stderr: output(&self.stderr),
             terminal: self.terminal,
@@ -137,7 +137,7 @@ impl Plan {
     }
 }
 
-fn text(path: &PathBuf) -> String {
+fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 

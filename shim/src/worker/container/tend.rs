@@ -24,7 +24,7 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
             }
             return;
         }
-        Phase::Created | Phase::Starting { .. } | Phase::Running | Phase::Paused | Phase::Dying(_) => {}
+        Phase::Created | Phase::Starting { .. } | Phase::Running | Phase::Paused | Phase::Dying { .. } => {}
     }
     if company.oom.is_some() || record.cgroup == Cgroup::default() {
         return;

@@ -1,0 +1,26 @@
+//! Memory that is not needed any more.
+#![allow(unsafe_code)]
+use nix::libc;
+
+const PAGE_BYTES: usize = 4096;
+/// Frames that are still in use below the one that asks, generously.
+const IN_USE_BYTES: usize = 2 * PAGE_BYTES;
+/// As deep as the stack may have been.
+const DEPTH_BYTES: usize = 256 << 10;
+
+/// Gives free pages of the heap and of the stack back to the kernel. They stay else: a process that waits for months would hold for
+/// ever what its busiest moment took. Only for a process of one thread.
+pub(crate) fn trim() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call takes an integer and changes nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+    let marker = 0u8;
+    let end = (&raw const marker as usize - IN_USE_BYTES) & !(PAGE_BYTES - 1);
+    // SAFETY: whatever lies below the stack pointer, by more than the frames of this call, is dead: the next call writes before it
+    // reads. What is not mapped of the range is skipped by the kernel with ENOMEM.
+    unsafe {
+        libc::madvise((end - DEPTH_BYTES) as *mut libc::c_void, DEPTH_BYTES, libc::MADV_DONTNEED);
+    }
+}

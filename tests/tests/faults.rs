@@ -1,0 +1,41 @@
+//! The worker dies before, in the middle of and after every message between keeper and worker, and at random moments: nobody
+//! notices. The main proof of this shim. Needs root.
+//!
+//! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` says how many runs with random deaths there
+//! are, `X_SEED` which.
+
+#[path = "faults/campaign.rs"]
+mod campaign;
+#[path = "faults/lane.rs"]
+mod lane;
+#[path = "faults/run.rs"]
+mod run;
+#[path = "faults/scenarios.rs"]
+mod scenarios;
+#[path = "faults/sweep.rs"]
+mod sweep;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use shim_tests::runner::{self, Case, Scope};
+use shim_tests::suite::Shim;
+
+fn main() -> ExitCode {
+    let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
+    let mut cases = vec![
+        Case::new("every_message::life", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::LIFE))),
+        Case::new("every_message::pause", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::PAUSE))),
+        Case::new("every_message::terminal", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::TERMINAL))),
+        Case::new("every_message::file", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::FILE))),
+        Case::new("every_message::failing_create", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::FAILING_CREATE))),
+        Case::new("every_message::failing_start", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::FAILING_START))),
+        Case::new("every_message::pod", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::POD))),
+        Case::new("campaign::random_deaths_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_deaths(cx))),
+    ];
+    for case in &mut cases {
+        *case = case.within(Duration::from_secs(240));
+    }
+    runner::main_on(Shim::faulty, &cases, &[], programs)
+}

@@ -1,0 +1,270 @@
+//! One run of a scenario, and what it was seen to do: answers, events, calls of the runtime, what the keeper holds.
+//!
+//! Ids and pids are written as names, so that two runs that went the same way have the same record.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use shim_tests::container::{Builder, Container, ExecBuilder, Process};
+use shim_tests::context::Context;
+use shim_tests::events::Event;
+use shim_tests::eventually::{SOON, eventually};
+use shim_tests::gate::Gate;
+use shim_tests::proc;
+
+/// What a run was seen to do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Record {
+    lines: Vec<String>,
+    /// What the keeper held at each place where a scenario looked.
+    held: BTreeMap<&'static str, String>,
+}
+
+impl Record {
+    /// Checks that `other` is the same.
+    ///
+    /// Errors: what is different.
+    pub(crate) fn agrees_with(&self, other: &Self) -> Result<()> {
+        if self == other {
+            return Ok(());
+        }
+        let same = self.lines.iter().zip(&other.lines).take_while(|(a, b)| a == b).count();
+        bail!("after {same} lines:\n  without deaths {:#?}\n  now {:#?}", &self.lines[same..], &other.lines[same..])
+    }
+
+    /// The lines that begin with `word`, without it.
+    pub(crate) fn of(&self, word: &str) -> Vec<&str> {
+        self.lines.iter().filter_map(|line| line.strip_prefix(word)).map(str::trim).collect()
+    }
+}
+
+/// A run under way.
+pub(crate) struct Run {
+    pub(crate) cx: Context,
+    pub(crate) gate: Rc<Gate>,
+    /// The container, and the group where there is one.
+    pub(crate) id: String,
+    /// The run without deaths, once there is one.
+    model: Option<Rc<Record>>,
+    seen: RefCell<Record>,
+    pids: RefCell<BTreeMap<u32, String>>,
+    sockets: RefCell<Vec<PathBuf>>,
+    /// How many lines the trace had when the part began that the scenario is about.
+    begun_at: Cell<usize>,
+}
+
+impl Run {
+    pub(crate) fn new(cx: &Context, gate: &Rc<Gate>, id: String, model: Option<Rc<Record>>) -> Self {
+        let (cx, gate) = (cx.clone(), Rc::clone(gate));
+        Self {
+            cx,
+            gate,
+            id,
+            model,
+            seen: RefCell::default(),
+            pids: RefCell::default(),
+            sockets: RefCell::default(),
+            begun_at: Cell::new(0),
+        }
+    }
+
+    /// Takes something down.
+    pub(crate) fn note(&self, line: impl Display) {
+        self.seen.borrow_mut().lines.push(line.to_string().replace(&self.id, "ID"));
+    }
+
+    /// What was taken down.
+    pub(crate) fn record(self) -> Record {
+        self.seen.into_inner()
+    }
+
+    /// The path of the trace that the shim writes.
+    pub(crate) fn trace_path(&self) -> PathBuf {
+        self.cx.daemon().faults().join(format!("{}.trace", self.id))
+    }
+
+    /// Says that what came before is another scenario's business.
+    pub(crate) fn begin(&self) -> Result<()> {
+        self.begun_at.set(std::fs::read_to_string(self.trace_path())?.lines().count());
+        Ok(())
+    }
+
+    pub(crate) fn begun_at(&self) -> usize {
+        self.begun_at.get()
+    }
+
+    /// A container of this run.
+    pub(crate) fn container(&self, args: &[&str]) -> Builder {
+        self.cx.container(args).id(&self.id).runtime_binary(&self.gate.binary())
+    }
+
+    /// Another container of this run.
+    pub(crate) fn member(&self, name: &str, args: &[&str]) -> Builder {
+        self.cx.container(args).id(&format!("{}-{name}", self.id)).runtime_binary(&self.gate.binary())
+    }
+
+    /// Creates.
+    pub(crate) async fn create(&self, builder: Builder, name: &str) -> Result<Container> {
+        let container = builder.create().await?;
+        self.name(container.pid, name);
+        self.note(format!("create {name}"));
+        Ok(container)
+    }
+
+    /// Adds.
+    pub(crate) async fn add(&self, builder: ExecBuilder) -> Result<Process> {
+        let process = builder.add().await?;
+        self.note(format!("add {}", process.exec));
+        Ok(process)
+    }
+
+    /// Starts.
+    pub(crate) async fn start(&self, process: &Process, name: &str) -> Result<()> {
+        let pid = process.start().await?;
+        self.name(pid, name);
+        self.note(format!("start {name}: pid of {}", self.named(pid)));
+        Ok(())
+    }
+
+    /// Takes down a call that answers nothing.
+    pub(crate) fn done(&self, call: &str, answer: Result<(), impl Into<anyhow::Error>>) -> Result<()> {
+        answer.map_err(|error| error.into().context(call.to_owned()))?;
+        self.note(call);
+        Ok(())
+    }
+
+    /// Takes down a refusal.
+    pub(crate) fn refused<T>(&self, call: &str, answer: Result<T, impl Into<anyhow::Error>>) -> Result<()> {
+        match answer {
+            Ok(_) => bail!("{call} was accepted"),
+            Err(error) => {
+                self.note(format!("{call}: {:#}", error.into()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes down what State says.
+    pub(crate) async fn state(&self, process: &Process) -> Result<()> {
+        let state = process.state().await?;
+        self.note(format!("state {}: {:?} pid of {} status {}", process.exec, state.status(), self.named(state.pid), state.exit_status));
+        Ok(())
+    }
+
+    /// Takes down what Pids says of processes that we know; those that they have started come and go.
+    pub(crate) async fn pids(&self, container: &Container) -> Result<()> {
+        let known = self.pids.borrow().clone();
+        let told = self.cx.client().pids(&container.id).await?;
+        let mut pids: Vec<_> = told.iter().filter_map(|process| known.get(&process.pid)).collect();
+        pids.sort();
+        self.note(format!("pids {pids:?}"));
+        Ok(())
+    }
+
+    /// Waits for the end, asks State, deletes, and takes down what the three say.
+    pub(crate) async fn finish(&self, process: &Process, name: &str) -> Result<()> {
+        let waited = self.cx.client().wait(&process.id, &process.exec).await?;
+        self.note(format!("wait {name}: {}", waited.exit_status));
+        let state = process.state().await?;
+        self.note(format!("state {name}: {:?} pid of {} status {}", state.status(), self.named(state.pid), state.exit_status));
+        let deleted = process.delete().await?;
+        self.note(format!("delete {name}: pid of {} status {}", self.named(deleted.pid), deleted.exit_status));
+        ensure!(
+            waited.exited_at == state.exited_at && waited.exited_at == deleted.exited_at,
+            "{name} exited at {:?}, {:?}, {:?}",
+            waited.exited_at,
+            state.exited_at,
+            deleted.exited_at
+        );
+        Ok(())
+    }
+
+    /// Takes down an event.
+    pub(crate) fn event(&self, event: &Event) {
+        let Event { topic, container, exec, pid, status, .. } = event;
+        let who = if exec.is_empty() { container } else { exec };
+        self.note(format!("event {topic} {who} pid of {} status {status}", self.named(*pid)));
+    }
+
+    /// Takes down what the keeper holds, once that is at rest: open files by kind, and children.
+    pub(crate) async fn held(&self, place: &'static str) -> Result<()> {
+        let keeper = self.cx.shim_pid(&self.id)?;
+        self.remember_sockets(keeper);
+        let held = match self.model.as_ref().and_then(|model| model.held.get(place)) {
+            Some(wanted) => {
+                eventually(format!("the keeper holds what it does without deaths, {place}"), SOON, async || {
+                    let now = holdings(keeper)?;
+                    ensure!(now == *wanted, "\n  without deaths: {wanted}\n  now:            {now}");
+                    Ok(now)
+                })
+                .await?
+            }
+            None => at_rest(keeper).await?,
+        };
+        self.seen.borrow_mut().held.insert(place, held);
+        Ok(())
+    }
+
+    /// The keeper's sockets that are still there.
+    pub(crate) fn sockets_left(&self) -> Vec<String> {
+        self.sockets.borrow().iter().filter(|path| path.exists()).map(|path| path.display().to_string()).collect()
+    }
+
+    fn remember_sockets(&self, keeper: i32) {
+        let Ok(process) = proc::Process::read(keeper) else { return };
+        let words: Vec<_> = process.command.split(' ').collect();
+        let after = |flag: &str| words.iter().skip_while(|word| **word != flag).nth(1);
+        let paths = ["-socket", "-control"].into_iter().filter_map(after).map(|path| path.trim_start_matches("unix://").into());
+        *self.sockets.borrow_mut() = paths.collect();
+    }
+
+    fn name(&self, pid: u32, name: &str) {
+        self.pids.borrow_mut().entry(pid).or_insert_with(|| name.to_owned());
+    }
+
+    fn named(&self, pid: u32) -> String {
+        match pid {
+            0 => "nobody".to_owned(),
+            pid => self.pids.borrow().get(&pid).cloned().unwrap_or_else(|| "a stranger".to_owned()),
+        }
+    }
+}
+
+/// What a keeper holds when that has not changed for a while.
+async fn at_rest(keeper: i32) -> Result<String> {
+    let (mut last, mut since) = (String::new(), Instant::now());
+    eventually("what the keeper holds does not change", SOON, async || {
+        let now = holdings(keeper)?;
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        ensure!(since.elapsed() > Duration::from_millis(200), "{last}");
+        Ok(last.clone())
+    })
+    .await
+}
+
+fn holdings(keeper: i32) -> Result<String> {
+    let mut counts = BTreeMap::<String, usize>::new();
+    for target in proc::open_files(keeper)?.into_values() {
+        let target = target.display().to_string();
+        // of files the name alone, since their folders are the run's own; of the others what they are, without the number
+        let kind = match target.split_once(':') {
+            Some(("anon_inode", kind)) => kind.to_owned(),
+            Some((kind, _)) => kind.to_owned(),
+            None => target.rsplit('/').next().unwrap_or_default().to_owned(),
+        };
+        *counts.entry(kind).or_default() += 1;
+    }
+    let children = proc::all().into_values().filter(|process| process.parent == keeper);
+    for child in children {
+        let kind = if child.is_zombie() { "zombie" } else { "child" };
+        *counts.entry(format!("{kind} {}", child.comm)).or_default() += 1;
+    }
+    Ok(counts.iter().map(|(kind, count)| format!("{count} {kind}")).collect::<Vec<_>>().join(", "))
+}

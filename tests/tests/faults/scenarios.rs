@@ -1,0 +1,268 @@
+//! What is done while workers die: each scenario a small life, every answer of which is taken down.
+
+use std::fs;
+use std::future::Future;
+use std::pin::Pin;
+
+use anyhow::{Result, ensure};
+use shim_tests::container::{Container, Stdio};
+use shim_tests::spec::Spec;
+
+use crate::run::Run;
+
+/// A scenario.
+pub(crate) struct Scenario {
+    pub(crate) name: &'static str,
+    pub(crate) body: for<'a> fn(&'a Run) -> Pin<Box<dyn Future<Output = Result<()>> + 'a>>,
+    /// What the daemon must have told, in this order.
+    pub(crate) events: &'static [&'static str],
+    /// What the runtime must have been called for, in this order.
+    pub(crate) calls: &'static [&'static str],
+}
+
+/// All of them, for campaigns.
+pub(crate) const ALL: [&Scenario; 7] = [&LIFE, &PAUSE, &TERMINAL, &FILE, &FAILING_CREATE, &FAILING_START, &POD];
+
+/// Create, start, exec, stdin, stdout, kill, wait, delete.
+pub(crate) const LIFE: Scenario = Scenario {
+    name: "life",
+    body: |run| Box::pin(life(run)),
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "exec-added e pid of nobody status 0",
+        "exec-started e pid of e status 0",
+        "exit e pid of e status 4",
+        "exit ID pid of init status 3",
+        "delete ID pid of init status 3",
+    ],
+    calls: &["create", "start", "exec", "delete"],
+};
+
+async fn life(run: &Run) -> Result<()> {
+    let script = "trap 'seq 3001 6000; exit 3' TERM; seq 1 3000; sleep 1000 & wait";
+    let container = run.create(run.container(&["sh", "-c", script]).stdio(Stdio::OUTPUT), "init").await?;
+    run.start(&container, "init").await?;
+    container.io.out().until("\n3000\n").await?;
+    run.state(&container).await?;
+    let exec = run.add(container.exec("e", &["sh", "-c", "seq 1 1000; cat; exit 4"]).stdio(Stdio::ALL)).await?;
+    run.start(&exec, "e").await?;
+    run.pids(&container).await?;
+    let mut stdin = exec.io.stdin().await?;
+    stdin.write_all(b"the end\n")?;
+    drop(stdin);
+    run.done("close stdin of e", exec.close_stdin().await)?;
+    run.finish(&exec, "e").await?;
+    is_complete(&exec.io.out().to_end().await?, &format!("{}the end\n", lines(1, 1000)))?;
+    run.held("after the exec").await?;
+    let (client, id) = (run.cx.client().clone(), container.id.clone());
+    let parked = tokio::spawn(async move { client.wait(&id, "").await });
+    run.done("kill", container.kill(15).await)?;
+    let parked = parked.await??;
+    run.note(format!("parked wait: {}", parked.exit_status));
+    run.finish(&container, "init").await?;
+    is_complete(&container.io.out().to_end().await?, &lines(1, 6000))?;
+    is_complete(&container.io.err().to_end().await?, "")
+}
+
+/// Pause, resume, kill while paused.
+pub(crate) const PAUSE: Scenario = Scenario {
+    name: "pause",
+    body: |run| Box::pin(pause(run)),
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "paused ID pid of nobody status 0",
+        "resumed ID pid of nobody status 0",
+        "paused ID pid of nobody status 0",
+        "exit ID pid of init status 137",
+        "delete ID pid of init status 137",
+    ],
+    calls: &["create", "start", "pause", "resume", "pause", "delete"],
+};
+
+async fn pause(run: &Run) -> Result<()> {
+    let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
+    run.start(&container, "init").await?;
+    run.begin()?;
+    run.done("pause", run.cx.client().pause(&container.id).await)?;
+    run.state(&container).await?;
+    run.refused("exec while paused", container.exec("e", &["true"]).add().await)?;
+    run.done("resume", run.cx.client().resume(&container.id).await)?;
+    run.state(&container).await?;
+    run.held("after the resume").await?;
+    run.done("pause", run.cx.client().pause(&container.id).await)?;
+    run.done("kill", container.kill(9).await)?;
+    run.finish(&container, "init").await
+}
+
+/// Terminals of init and of an exec.
+pub(crate) const TERMINAL: Scenario = Scenario {
+    name: "terminal",
+    body: |run| Box::pin(terminal(run)),
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "exec-added e pid of nobody status 0",
+        "exec-started e pid of e status 0",
+        "exit e pid of e status 4",
+        "exit ID pid of init status 3",
+        "delete ID pid of init status 3",
+    ],
+    calls: &["create", "start", "exec", "delete"],
+};
+
+async fn terminal(run: &Run) -> Result<()> {
+    let builder = run.container(&["sh", "-c", "seq 1 500; read go; exit 3"]).terminal().stdio(Stdio::ALL);
+    let container = run.create(builder, "init").await?;
+    run.start(&container, "init").await?;
+    container.io.out().until("\n500\r\n").await?;
+    let script = "seq 1 500; read go; stty size; seq 501 1000; exit 4";
+    let exec = run.add(container.exec("e", &["sh", "-c", script]).terminal().stdio(Stdio::ALL)).await?;
+    run.done("resize e before it is there", exec.resize(120, 50).await)?;
+    run.start(&exec, "e").await?;
+    exec.io.out().until("\n500\r\n").await?;
+    run.done("resize e", exec.resize(100, 40).await)?;
+    exec.io.stdin().await?.write_all(b"go\n")?;
+    run.finish(&exec, "e").await?;
+    let expected = format!("{}go\n40 100\n{}", lines(1, 500), lines(501, 1000));
+    is_complete(&exec.io.out().to_end().await?, &expected.replace('\n', "\r\n"))?;
+    run.held("after the exec").await?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    run.finish(&container, "init").await?;
+    is_complete(&container.io.out().to_end().await?, &format!("{}go\n", lines(1, 500)).replace('\n', "\r\n"))
+}
+
+/// Output into files.
+pub(crate) const FILE: Scenario = Scenario {
+    name: "file",
+    body: |run| Box::pin(file(run)),
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "exec-added e pid of nobody status 0",
+        "exec-started e pid of e status 0",
+        "exit e pid of e status 4",
+        "exit ID pid of init status 3",
+        "delete ID pid of init status 3",
+    ],
+    calls: &["create", "start", "exec", "delete"],
+};
+
+async fn file(run: &Run) -> Result<()> {
+    let path = |name: &str| run.cx.folder().join(format!("{}-{name}.log", run.id));
+    let script = "trap 'seq 20001 40000; exit 3' TERM; seq 1 20000; sleep 1000 & wait";
+    let stdio = Stdio::uri(format!("file://{}", path("init").display()));
+    let container = run.create(run.container(&["sh", "-c", script]).stdio(stdio), "init").await?;
+    run.start(&container, "init").await?;
+    let stdio = Stdio::uri(format!("file://{}", path("e").display()));
+    let exec = run.add(container.exec("e", &["sh", "-c", "seq 1 20000; exit 4"]).stdio(stdio)).await?;
+    run.start(&exec, "e").await?;
+    run.finish(&exec, "e").await?;
+    // in the file when the exit is told
+    is_complete(&fs::read_to_string(path("e"))?, &lines(1, 20000))?;
+    run.held("after the exec").await?;
+    run.done("kill", container.kill(15).await)?;
+    run.finish(&container, "init").await?;
+    is_complete(&fs::read_to_string(path("init"))?, &lines(1, 40000))?;
+    fs::remove_file(path("init"))?;
+    fs::remove_file(path("e"))?;
+    Ok(())
+}
+
+/// A runtime that fails at create.
+pub(crate) const FAILING_CREATE: Scenario = Scenario {
+    name: "failing create",
+    body: |run| Box::pin(failing_create(run)),
+    events: &[],
+    // the worker takes back what there may be, and so does the command that the daemon runs after every failure
+    calls: &["create", "delete", "delete"],
+};
+
+async fn failing_create(run: &Run) -> Result<()> {
+    run.gate.fail("create", Some("no such luck"))?;
+    let created = run.container(&["true"]).stdio(Stdio::OUTPUT).create().await;
+    run.refused("create", created.map(drop))
+}
+
+/// A runtime that fails at start, and an exec of a program that does not exist.
+pub(crate) const FAILING_START: Scenario = Scenario {
+    name: "failing start",
+    body: |run| Box::pin(failing_start(run)),
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "exec-added e pid of nobody status 0",
+        "exit ID pid of init status 137",
+        "delete ID pid of init status 137",
+    ],
+    calls: &["create", "start", "start", "exec", "delete"],
+};
+
+async fn failing_start(run: &Run) -> Result<()> {
+    let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
+    run.begin()?;
+    run.gate.fail("start", Some("no such luck"))?;
+    run.refused("start", container.start().await)?;
+    run.state(&container).await?;
+    run.gate.fail("start", None)?;
+    run.start(&container, "init").await?;
+    let exec = run.add(container.exec("e", &["/bin/not-there"]).stdio(Stdio::OUTPUT)).await?;
+    run.refused("start e", exec.start().await)?;
+    run.state(&exec).await?;
+    run.done("delete e", exec.delete().await.map(drop))?;
+    run.held("after the exec").await?;
+    run.done("kill", container.kill(9).await)?;
+    run.finish(&container, "init").await
+}
+
+/// Three containers in one shim, the first of which goes first.
+pub(crate) const POD: Scenario = Scenario {
+    name: "pod",
+    body: |run| Box::pin(pod(run)),
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "create ID-b pid of b status 0",
+        "create ID-c pid of c status 0",
+        "start ID-c pid of c status 0",
+        "exit ID-c pid of c status 3",
+        "delete ID-c pid of c status 3",
+        "exit ID pid of init status 137",
+        "delete ID pid of init status 137",
+        "exit ID-b pid of b status 137",
+        "delete ID-b pid of b status 137",
+    ],
+    calls: &["create", "start", "create", "create", "start", "delete", "delete", "delete"],
+};
+
+async fn pod(run: &Run) -> Result<()> {
+    let member = |spec: Spec| spec.annotation("io.kubernetes.cri.sandbox-id", &run.id);
+    let first = run.create(run.container(&["sleep", "1000"]).spec(member), "init").await?;
+    run.start(&first, "init").await?;
+    run.begin()?;
+    let second: Container = run.create(run.member("b", &["sleep", "1000"]).spec(member), "b").await?;
+    let script = "seq 1 1000; exit 3";
+    let third = run.create(run.member("c", &["sh", "-c", script]).stdio(Stdio::OUTPUT).spec(member), "c").await?;
+    run.start(&third, "c").await?;
+    run.finish(&third, "c").await?;
+    is_complete(&third.io.out().to_end().await?, &lines(1, 1000))?;
+    run.held("after the third").await?;
+    run.done("kill init", first.kill(9).await)?;
+    run.finish(&first, "init").await?;
+    run.held("after the first").await?;
+    // created, never started
+    run.done("delete b", second.delete().await.map(drop))
+}
+
+fn lines(first: u32, last: u32) -> String {
+    (first..=last).map(|number| format!("{number}\n")).collect()
+}
+
+/// That nothing is missing and nothing is there twice.
+fn is_complete(text: &str, expected: &str) -> Result<()> {
+    let same = text.bytes().zip(expected.bytes()).take_while(|(a, b)| a == b).count();
+    let rest = |text: &str| String::from_utf8_lossy(&text.as_bytes()[same..text.len().min(same + 60)]).into_owned();
+    ensure!(text == expected, "{} bytes of {}: after {same} {:?} instead of {:?}", text.len(), expected.len(), rest(text), rest(expected));
+    Ok(())
+}

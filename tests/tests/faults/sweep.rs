@@ -1,0 +1,58 @@
+//! A death before, in the middle of and after every message, in both directions.
+
+use std::rc::Rc;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use shim_tests::context::Context;
+use tokio::task::LocalSet;
+
+use crate::lane::{self, Lane, nothing};
+use crate::scenarios::Scenario;
+
+/// Runs of a scenario side by side: most of a run is waiting.
+const LANES: usize = 3;
+
+/// Runs the scenario once without deaths, and then once for each place to die.
+pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> Result<()> {
+    let begin = Instant::now();
+    let first = Lane::new(&cx).await?;
+    let model = LocalSet::new().run_until(lane::model(&first, scenario)).await?;
+    drop(first);
+    let mut plans = Vec::new();
+    let (mut sent, mut received) = (0, 0);
+    for (at, line) in model.trace.0.iter().enumerate() {
+        let (direction, number) = match line.split(' ').next() {
+            Some("out") => {
+                sent += 1;
+                ("out", sent)
+            }
+            Some("in") => {
+                received += 1;
+                ("in", received)
+            }
+            _ => continue,
+        };
+        if at >= model.begun_at {
+            plans.extend(["before", "torn", "after"].map(|when| (format!("{direction}:{number}:{when}"), line.clone())));
+        }
+    }
+    // With the last word of the last worker the keeper leaves, and takes the worker along: there is no after.
+    let last = [format!("out:{sent}:after"), format!("in:{received}:after")];
+    plans.retain(|(plan, _)| !last.contains(plan));
+    let faults = plans.len();
+    let record = Rc::new(model.record);
+    let failures = lane::work(&cx, LANES, plans, move |lane, (plan, message)| {
+        let record = Rc::clone(&record);
+        Box::pin(async move {
+            let outcome = lane.run(scenario, &plan, Some(&record), nothing).await?;
+            let deaths = outcome.trace.deaths();
+            ensure!(deaths == 1, "{} at [{plan}] ({message}): {deaths} deaths: {:#?}", scenario.name, outcome.trace);
+            Ok(())
+        })
+    })
+    .await?;
+    let name = scenario.name;
+    eprintln!("{} {} {name}: {sent} out, {received} in, {faults} faults, {:.1} s", cx.suite(), cx.runtime(), begin.elapsed().as_secs_f64());
+    lane::verdict(&failures)
+}
