@@ -424,9 +424,17 @@ impl Bundle {
         Ok(api::DeleteResponse::parse_from_bytes(&output.stdout)?)
     }
 
-    /// The pid of the shim, as `start` has noted it.
+    /// The pid of its shim: as `start` has noted it, else the one that there is, or that bears its id.
     pub fn shim_pid(&self) -> Result<i32> {
-        Ok(fs::read_to_string(self.folder.join("shim.pid")).context("shim.pid")?.trim().parse()?)
+        if let Ok(noted) = fs::read_to_string(self.folder.join("shim.pid")) {
+            return Ok(noted.trim().parse()?);
+        }
+        let mut shims = self.stand.shims();
+        if shims.len() > 1 {
+            shims.retain(|shim| shim.command.split(' ').any(|word| word == self.id));
+        }
+        ensure!(shims.len() == 1, "not one shim of {}: {shims:?}", self.id);
+        Ok(shims.remove(0).pid)
     }
 }
 

@@ -22,6 +22,8 @@ mod logging;
 mod retries;
 #[path = "protocol/shutdown.rs"]
 mod shutdown;
+#[path = "protocol/stock.rs"]
+mod stock;
 #[path = "protocol/streams.rs"]
 mod streams;
 
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         stream_cases(),
     ]
     .concat();
+    let cases: Vec<Case> = cases.into_iter().map(stock::mark).collect();
     direct::main(&cases, programs)
 }
 

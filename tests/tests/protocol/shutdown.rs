@@ -112,6 +112,7 @@ pub(crate) async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> 
     let exec = containerd_shim_protos::api::ExecProcessRequest {
         stdin: stdin.display().to_string(),
         stdout: stdout.display().to_string(),
+        stderr: stdout.display().to_string(),
         ..container.bundle.exec_request("e", &["cat"])
     };
     container.task.exec(&exec).await?;

@@ -41,7 +41,8 @@ async fn writes_and_ends(anchor: &Container, size: u64, terminal: bool, with_std
     let reader = Reader::open(&stdout, Pace::Slow { chunk: 20_000, pause: Duration::from_millis(1) })?;
     let script = format!("head -c {size} /dev/zero; exit 3");
     let bundle = stand.bundle(&id, &["sh", "-c", &script]).group("pod");
-    let bundle = bundle.stdio(&if with_stdin { text(&stdin) } else { String::new() }, &text(&stdout), "");
+    // the stock shim wants stderr wherever there is stdout
+    let bundle = bundle.stdio(&if with_stdin { text(&stdin) } else { String::new() }, &text(&stdout), &text(&stdout));
     let bundle = if terminal { bundle.terminal() } else { bundle };
     let container = bundle.run_in(&anchor.task).await?;
     ensure!(container.finish().await? == 3);
@@ -64,6 +65,7 @@ pub(crate) async fn grandchildren_that_hold_the_output_cost_nothing_lasting(stan
             readers.push(Reader::open(&path, Pace::Keep)?);
             let add = api::ExecProcessRequest {
                 stdout: text(&path),
+                stderr: text(&path),
                 ..container.bundle.exec_request(&exec, &["sh", "-c", "sleep 1000 & echo said; exit 2"])
             };
             container.task.exec(&add).await?;
