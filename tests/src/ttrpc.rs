@@ -225,9 +225,12 @@ impl Wire {
         Ok(Self { reader: Incoming { socket: reader, input: Vec::new() }, writer })
     }
 
-    /// Sends bytes.
+    /// Sends bytes; the deadline is for each part of them.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<()> {
-        Ok(within("send", DEADLINE, self.writer.write_all(bytes)).await??)
+        for part in bytes.chunks(1 << 16) {
+            within("send", DEADLINE, self.writer.write_all(part)).await??;
+        }
+        Ok(())
     }
 
     /// Sends as much as the peer takes at once, and says how much that was.

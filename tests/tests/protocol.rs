@@ -80,6 +80,7 @@ fn bad_input_cases() -> Vec<Case> {
     cases.extend(
         direct_cases![bad_input:
             garbage_on_the_control_socket_harms_nobody,
+            values_that_make_no_sense_are_refused,
             texts_of_megabytes_are_refused_and_not_repeated,
             too_many_added_processes_are_refused_until_one_is_deleted,
         ]
@@ -91,6 +92,7 @@ fn bad_input_cases() -> Vec<Case> {
         garbage_is_answered_and_the_connection_goes_on,
         stream_ids_and_frame_types_that_make_no_sense_are_answered,
         a_client_of_one_byte_at_a_time_is_served_beside_the_others,
+        frames_cut_anywhere_are_put_together,
     ]);
     cases.extend(direct_cases![floods: four_gibibytes_of_nothing_delay_nobody, three_hundred_connections_are_served_or_closed_at_once]);
     cases.extend(
@@ -102,7 +104,7 @@ fn bad_input_cases() -> Vec<Case> {
         .map(|case| case.alone().ours_only(BOUNDS).within(Duration::from_secs(120))),
     );
     cases
-        .extend(direct_cases![floods: a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer].map(|case| case.ours_only(WORKER)));
+        .extend(direct_cases![floods: a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer, a_flood_over_dying_workers_is_answered_once_each].map(|case| case.ours_only(WORKER)));
     cases
 }
 
@@ -160,6 +162,7 @@ fn bootstrap_cases() -> Vec<Case> {
             a_daemon_of_2_3_is_answered_in_its_own_words_and_served,
             a_socket_folder_fits_to_the_last_byte_and_not_beyond,
             a_place_that_was_promised_keeps_the_shim,
+            a_start_beside_a_shim_that_is_leaving_gets_one_that_stays,
             no_secret_of_the_daemon_reaches_the_runtime,
             what_is_no_socket_is_not_replaced,
         ]

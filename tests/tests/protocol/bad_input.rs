@@ -323,3 +323,32 @@ pub(crate) async fn too_many_added_processes_are_refused_until_one_is_deleted(st
     task.exec(&add(added)).await?;
     witness.dismiss().await
 }
+
+pub(crate) async fn values_that_make_no_sense_are_refused(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let task = &witness.container.task;
+    for signal in [0, 65, 1000, u32::MAX] {
+        let (code, message) = refusal(task.kill("witness", "", signal).await)?;
+        ensure!(code == Code::InvalidArgument && message.contains(&signal.to_string()), "signal {signal}: {code:?} {message}");
+    }
+    for (width, height) in [(u32::MAX, 24), (80, 1 << 16)] {
+        let resize = api::ResizePtyRequest { id: "witness".to_owned(), width, height, ..Default::default() };
+        ensure!(ttrpc::code_of(task.call::<api::Empty>("ResizePty", &resize, SOON).await)? == Code::InvalidArgument);
+    }
+    for resources in [&b""[..], b"{", b"[1]", &[0xff; 50]] {
+        let resources = Any { type_url: shim_tests::messages::RESOURCES.to_owned(), value: resources.to_vec(), ..Any::default() };
+        let update = api::UpdateTaskRequest { id: "witness".to_owned(), resources: MessageField::some(resources), ..Default::default() };
+        let (code, message) = refusal(task.call::<api::Empty>("Update", &update, SOON).await)?;
+        ensure!(code == Code::InvalidArgument && !message.is_empty(), "{code:?} {message}");
+    }
+    for path in ["", "relative", "../up"] {
+        let checkpoint = api::CheckpointTaskRequest { id: "witness".to_owned(), path: path.to_owned(), ..Default::default() };
+        ensure!(ttrpc::code_of(task.call::<api::Empty>("Checkpoint", &checkpoint, SOON).await)? == Code::InvalidArgument, "{path:?}");
+    }
+    // one that a real-time system may send; not to init, for which its kernel would ignore it
+    witness.container.exec("e", &["sleep", "1000"]).await?;
+    task.kill("witness", "e", 37).await?;
+    ensure!(task.wait("witness", "e").await? == 128 + 37);
+    task.delete("witness", "e").await?;
+    witness.dismiss().await
+}

@@ -10,6 +10,7 @@ use protobuf::Message as _;
 use shim_tests::eventually::SOON;
 use shim_tests::stand::{self, Stand};
 use shim_tests::task::Task;
+use shim_tests::ttrpc::CallError;
 
 pub(crate) async fn whatever_stands_on_standard_input_the_answer_can_be_dialled(stand: Stand) -> Result<()> {
     let options = stand.bundle("options", &["true"]).options().write_to_bytes()?;
@@ -242,4 +243,33 @@ pub(crate) async fn what_is_no_socket_is_not_replaced(stand: Stand) -> Result<()
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(()),
     }
+}
+
+/// The last member of a group goes while the next one comes: it gets the shim that is leaving, if that stays, or a new one.
+pub(crate) async fn a_start_beside_a_shim_that_is_leaving_gets_one_that_stays(stand: Stand) -> Result<()> {
+    let mut last = stand.instant("c0", &["true"]).group("pod").run().await?;
+    let (mut same, mut new) = (0, 0);
+    for round in 1..60 {
+        let next = stand.instant(&format!("c{round}"), &["true"]).group("pod");
+        let leaving = async {
+            last.finish().await?;
+            match last.task.shutdown(&last.id).await {
+                Ok(()) | Err(CallError::Closed) => anyhow::Ok(()),
+                Err(error) => Err(error.into()),
+            }
+        };
+        let (left, socket) = tokio::join!(leaving, next.start_shim());
+        left?;
+        let task = Task::connect(&socket?).await.with_context(|| format!("round {round}: connect"))?;
+        let next = next.run_in(&task).await.with_context(|| format!("round {round}"))?;
+        if next.shim_pid()? == last.shim_pid()? {
+            same += 1
+        } else {
+            new += 1
+        }
+        last = next;
+    }
+    ensure!(same + new == 59, "{same} joined, {new} began anew");
+    last.finish().await?;
+    stand::leave(&last.task, last.shim_pid()?, "c").await
 }

@@ -304,3 +304,28 @@ pub(crate) async fn a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_an
     ensure!(proc::is_alive(worker));
     witness.dismiss().await
 }
+
+/// Workers die in the middle of it, again and again: each request is answered, and once.
+pub(crate) async fn a_flood_over_dying_workers_is_answered_once_each(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let keeper = witness.container.shim_pid()?;
+    let killer = tokio::spawn(async move {
+        for _ in 0..8 {
+            for child in proc::children(keeper).into_iter().filter(|child| child.command.contains(" worker")) {
+                proc::kill_hard(child.pid);
+            }
+            // rare enough for something to be done in between: one that has done nothing is not replaced at once
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    });
+    let template = Frame::request(0, V2, "State", &state_of("nobody")).encode();
+    let answered = flood(&witness, 10_000, move |stream| {
+        let mut frame = template.clone();
+        frame[4..8].copy_from_slice(&stream.to_be_bytes());
+        frame
+    });
+    let answered = answered.await;
+    killer.abort();
+    answered?;
+    witness.dismiss().await
+}

@@ -183,3 +183,31 @@ pub(crate) async fn a_client_of_one_byte_at_a_time_is_served_beside_the_others(s
     ensure!(slow.await??.is_ok() && rounds > 0, "{rounds} rounds");
     witness.dismiss().await
 }
+
+/// Where one write ends says nothing about where a frame does.
+pub(crate) async fn frames_cut_anywhere_are_put_together(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let mut wire = Wire::connect(witness.socket()).await?;
+    let (mut bytes, mut stream, total) = (Vec::new(), 1, 300_u32);
+    for number in 0..total {
+        // of lengths that fit no buffer
+        let mut request = state_of("witness");
+        request.special_fields.mut_unknown_fields().add_length_delimited(99, vec![b'x'; (number * number) as usize]);
+        bytes.extend(Frame::request(stream, V2, "State", &request).encode());
+        stream += 2;
+    }
+    let (mut seed, mut rest) = (0x9e37_79b9_7f4a_7c15_u64, bytes.as_slice());
+    while !rest.is_empty() {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        let (part, others) = rest.split_at(rest.len().min(1 + (seed % 50_000) as usize));
+        wire.send(part).await?;
+        rest = others;
+    }
+    for _ in 0..total {
+        let frame = wire.receive().await?.context("hung up")?;
+        ensure!(frame.answer().is_ok(), "{:?}", frame.answer());
+    }
+    witness.dismiss().await
+}
