@@ -145,6 +145,6 @@ async fn verdict(case: &Case, shim: &Shim, programs: &Path) -> Result<()> {
     let stand = Stand::new(shim, programs)?;
     let body = tokio::time::timeout(case.deadline, (case.body)(stand.clone())).await;
     body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", case.deadline)))
-        .with_context(|| format!("on the stand {}", stand.namespace()))?;
+        .with_context(|| format!("on the stand {}, whose shims said at last:\n{}", stand.namespace(), stand.last_words()))?;
     stand.leaves_nothing().await
 }

@@ -5,12 +5,13 @@
 //! ```
 //! Everything of a stand bears its namespace: what is left of it is found, reported and killed.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -44,7 +45,8 @@ struct Inner {
     folder: PathBuf,
     namespace: String,
     containerd: FakeContainerd,
-    beginning: std::time::Instant,
+    /// What shims log, by container.
+    logs: Mutex<BTreeMap<String, Reader>>,
 }
 
 impl Stand {
@@ -60,8 +62,8 @@ impl Stand {
             Some(binary) => binary.clone(),
             None => Suite::Bookworm.program(&shim.binary_name()),
         };
-        let (shim, programs, beginning) = (shim.clone(), programs.to_owned(), std::time::Instant::now());
-        Ok(Self(Arc::new(Inner { shim, binary, programs, folder, namespace, containerd, beginning })))
+        let (shim, programs, logs) = (shim.clone(), programs.to_owned(), Mutex::default());
+        Ok(Self(Arc::new(Inner { shim, binary, programs, folder, namespace, containerd, logs })))
     }
 
     /// The same with another shim.
@@ -123,6 +125,7 @@ impl Stand {
             stdio: [String::new(), String::new(), String::new()],
             terminal: false,
             mounts: vec![bind_mount(&crate::rootfs::shared().expect("the shared root file system can be made"))],
+            log_is_read: true,
         }
     }
 
@@ -194,9 +197,17 @@ impl Stand {
         .await
     }
 
-    /// What the shims of this stand have logged and nobody has read.
-    pub fn age(&self) -> Duration {
-        self.0.beginning.elapsed()
+    /// What the shim that was started for a container has logged.
+    pub fn log_of(&self, id: &str) -> String {
+        self.0.logs.lock().expect("no panic under this lock").get(id).map_or_else(String::new, Reader::text)
+    }
+
+    /// The last lines that all shims have logged.
+    pub(crate) fn last_words(&self) -> String {
+        let logs = self.0.logs.lock().expect("no panic under this lock");
+        let lines = logs.iter().flat_map(|(id, log)| log.text().lines().map(|line| format!("{id}: {line}\n")).collect::<Vec<_>>());
+        let lines: Vec<_> = lines.collect();
+        lines[lines.len().saturating_sub(12)..].concat()
     }
 }
 
@@ -240,9 +251,17 @@ pub struct Bundle {
     stdio: [String; 3],
     terminal: bool,
     mounts: Vec<Mount>,
+    log_is_read: bool,
 }
 
 impl Bundle {
+    /// Leaves the fifo of the shim's log without a reader.
+    #[must_use]
+    pub fn without_log_reader(mut self) -> Self {
+        self.log_is_read = false;
+        self
+    }
+
     /// Changes the spec.
     #[must_use]
     pub fn spec(mut self, change: impl FnOnce(Spec) -> Spec) -> Self {
@@ -350,6 +369,11 @@ impl Bundle {
     /// Runs `start` with more flags and with something on standard input, and returns where the shim listens.
     pub async fn start_shim_with(&self, flags: &[&str], input: &[u8]) -> Result<PathBuf> {
         self.write()?;
+        if self.log_is_read {
+            // containerd reads it before it runs `start`, and the stock shim waits for that
+            let mut logs = self.stand.0.logs.lock().expect("no panic under this lock");
+            logs.insert(self.id.clone(), Reader::open(&self.folder.join("log"), Pace::Keep)?);
+        }
         let output = run(self.command("start", flags), input).await?;
         ensure!(output.status.success(), "start: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
         // containerd reads both streams as one

@@ -2,12 +2,18 @@
 //!
 //! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
 
+#[path = "protocol/answers.rs"]
+mod answers;
 #[path = "protocol/bad_input.rs"]
 mod bad_input;
+#[path = "protocol/events.rs"]
+mod events;
 #[path = "protocol/floods.rs"]
 mod floods;
 #[path = "protocol/frames.rs"]
 mod frames;
+#[path = "protocol/shutdown.rs"]
+mod shutdown;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -18,13 +24,26 @@ use shim_tests::direct_cases;
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_instant-runtime")).parent().expect("a file is in a folder");
-    let cases = [bad_input_cases()].concat();
+    let cases = [answer_cases(), bad_input_cases(), event_cases(), shutdown_cases()].concat();
     direct::main(&cases, programs)
 }
 
 /// Why a case is about our shim alone.
 const BOUNDS: &str = "no other shim bounds what clients cost";
 const WORKER: &str = "no other shim has a worker";
+
+const INSTANT: &str = "the stock shim wants a cgroup that the instant runtime does not make";
+
+fn answer_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    cases.extend(direct_cases![answers: every_call_in_every_state_answers_as_the_stock_shim_does]);
+    cases.extend(
+        direct_cases![answers: both_names_of_the_service_give_the_same_answers]
+            .map(|case| case.ours_only("the stock shim of 1.6 serves one name")),
+    );
+    cases.extend(direct_cases![answers: ready_made_answers_are_those_of_the_worker].map(|case| case.ours_only(WORKER)));
+    cases
+}
 
 fn bad_input_cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -61,5 +80,45 @@ fn bad_input_cases() -> Vec<Case> {
     );
     cases
         .extend(direct_cases![floods: a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer].map(|case| case.ours_only(WORKER)));
+    cases
+}
+
+fn event_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    cases.extend(direct_cases![events:
+        the_end_of_init_is_told_though_execs_are_under_way,
+    ]);
+    cases.extend(
+        direct_cases![events:
+            every_event_arrives_once_and_in_order_however_it_is_refused,
+            an_event_under_way_when_containerd_dies_comes_again_at_its_place,
+            an_event_without_an_acknowledgement_holds_back_the_next_ones,
+            an_event_that_is_refused_for_good_holds_nothing_back,
+        ]
+        .map(|case| case.ours_only("the stock shim gives events up")),
+    );
+    cases.extend(
+        direct_cases![events:
+            two_thousand_short_execs_are_told_as_added_started_and_exited_each,
+            processes_that_end_together_are_told_with_init_last,
+            exits_are_told_while_the_runtime_is_busy_with_a_signal,
+        ]
+        .map(|case| case.ours_only(INSTANT)),
+    );
+    cases
+}
+
+fn shutdown_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    cases.extend(direct_cases![shutdown: an_exec_with_stdin_left_open_keeps_no_shim]);
+    cases.extend(
+        direct_cases![shutdown:
+            a_shim_leaves_with_its_last_container_and_not_before,
+            delete_and_shutdown_at_once_leave_nothing_a_hundred_times,
+            a_group_that_is_deleted_all_at_once_leaves_nothing,
+            a_shim_that_leaves_tells_its_last_events_first,
+        ]
+        .map(|case| case.ours_only(INSTANT)),
+    );
     cases
 }

@@ -13,10 +13,13 @@ use shim_tests::spec::Spec;
 
 use crate::run::Run;
 
+/// A scenario under way.
+pub(crate) type Drive<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
+
 /// A scenario.
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
-    pub(crate) body: for<'a> fn(&'a Run) -> Pin<Box<dyn Future<Output = Result<()>> + 'a>>,
+    pub(crate) body: for<'a> fn(&'a Run) -> Drive<'a>,
     /// Whether the scenario says itself from when on workers die: [`Run::arm`].
     pub(crate) late: bool,
     /// What the daemon must have told, in this order.
@@ -282,7 +285,10 @@ async fn kill_all(run: &Run) -> Result<()> {
     run.done("update", run.cx.client().update(&container.id, resources).await)?;
     run.held("after the update").await?;
     run.done("kill all", container.kill_all(15).await)?;
-    run.refused("kill what has ended", { container.wait().await?; container.kill(15).await })?;
+    run.refused("kill what has ended", {
+        container.wait().await?;
+        container.kill(15).await
+    })?;
     run.finish(&container, "init").await
 }
 
