@@ -176,16 +176,15 @@ impl Children {
     }
 
     /// Reads what a helper has written. Returns its outcome if it has become ready.
-    pub(crate) fn read(&mut self, pid: u32) -> Option<Found> {
+    pub(crate) fn read(&mut self, pid: u32, poll: &mut Poll) -> Option<Found> {
         let helper = self.helpers.get_mut(&pid)?;
-        if let Some((log, _)) = &mut helper.log {
-            log.read();
+        let log = helper.log.as_mut().map(|(log, _)| log);
+        for capture in [log, helper.output.as_mut(), helper.ready.as_mut()].into_iter().flatten() {
+            if capture.read() {
+                poll.again(Source::Helper(pid));
+            }
         }
-        if let Some(output) = &mut helper.output {
-            output.read();
-        }
-        let ready = helper.ready.as_mut()?;
-        ready.read();
+        let ready = helper.ready.as_ref()?;
         if !ready.has_bytes() && !ready.is_closed() {
             return None;
         }
