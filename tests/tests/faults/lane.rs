@@ -144,7 +144,7 @@ pub(crate) async fn work<J: 'static>(
     jobs: Vec<J>,
     perform: impl for<'a> Fn(&'a Lane, J) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + 'a>> + 'static,
 ) -> Result<Vec<anyhow::Error>> {
-    const ENOUGH: usize = 5;
+    const ENOUGH: usize = 500;
     let jobs = Rc::new(RefCell::new(jobs.into_iter()));
     let failures = Rc::new(RefCell::new(Vec::new()));
     let perform = Rc::new(perform);

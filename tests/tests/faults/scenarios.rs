@@ -9,6 +9,7 @@ use serde_json::json;
 use shim_tests::container::{Container, Stdio};
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::messages::{CheckpointOptions, RESOURCES, any, any_json};
+use shim_tests::proc;
 use shim_tests::spec::Spec;
 
 use crate::run::Run;
@@ -29,8 +30,8 @@ pub(crate) struct Scenario {
 }
 
 /// All of them, for campaigns.
-pub(crate) const ALL: [&Scenario; 10] =
-    [&LIFE, &PAUSE, &TERMINAL, &FILE, &LOGGER, &FAILING_CREATE, &FAILING_START, &KILL_ALL, &SHARED_PIDS, &POD];
+pub(crate) const ALL: [&Scenario; 11] =
+    [&LIFE, &SHORT, &PAUSE, &TERMINAL, &FILE, &LOGGER, &FAILING_CREATE, &FAILING_START, &KILL_ALL, &SHARED_PIDS, &POD];
 
 /// Create, start, exec, stdin, stdout, kill, wait, delete.
 pub(crate) const LIFE: Scenario = Scenario {
@@ -73,6 +74,56 @@ async fn life(run: &Run) -> Result<()> {
     run.finish(&container, "init").await?;
     is_complete(&container.io.out().to_end().await?, &lines(1, 6000))?;
     is_complete(&container.io.err().to_end().await?, "")
+}
+
+/// Processes that have ended before the runtime says that they were started.
+pub(crate) const SHORT: Scenario = Scenario {
+    name: "short",
+    body: |run| Box::pin(short(run)),
+    late: false,
+    events: &[
+        "create ID pid of init status 0",
+        "exec-added e pid of nobody status 0",
+        "exec-started e pid of e status 0",
+        "exit e pid of e status 4",
+        "start ID pid of init status 0",
+        "exit ID pid of init status 3",
+        "delete ID pid of init status 3",
+    ],
+    calls: &["create", "exec", "start", "delete"],
+};
+
+async fn short(run: &Run) -> Result<()> {
+    let script = "seq 1 1000; exit 3";
+    let container = run.create(run.container(&["sh", "-c", script]).stdio(Stdio::OUTPUT), "init").await?;
+    run.begin()?;
+    let exec = run.add(container.exec("e", &["sh", "-c", "seq 1 1000; exit 4"]).stdio(Stdio::OUTPUT)).await?;
+    held_after(run, "exec", run.start(&exec, "e"), async || exec.io.out().until("\n1000\n").await.map(drop)).await?;
+    run.finish(&exec, "e").await?;
+    is_complete(&exec.io.out().to_end().await?, &lines(1, 1000))?;
+    let pid = container.pid.cast_signed();
+    let is_over = async || eventually_true("the keeper has seen its end", SOON, || proc::Process::read(pid).is_err()).await;
+    held_after(run, "start", run.start(&container, "init"), is_over).await?;
+    run.held("after the start").await?;
+    run.finish(&container, "init").await?;
+    is_complete(&container.io.out().to_end().await?, &lines(1, 1000))
+}
+
+/// Makes a call of which the runtime tells only after `until`.
+async fn held_after(
+    run: &Run,
+    verb: &str,
+    call: impl Future<Output = Result<()>>,
+    until: impl AsyncFnOnce() -> Result<()>,
+) -> Result<()> {
+    run.gate.hold_after(verb)?;
+    let release = async {
+        run.gate.held(verb).await?;
+        until().await?;
+        run.gate.release(verb)
+    };
+    let (called, released) = tokio::join!(call, release);
+    called.and(released)
 }
 
 /// Pause, resume, kill while paused.
