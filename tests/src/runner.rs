@@ -33,6 +33,8 @@ pub enum Scope {
     Daemons,
     /// The oldest containerd with runc and the newest with crun: what takes long.
     Ends,
+    /// The oldest containerd with runc: what takes long and has little to do with either.
+    Oldest,
     /// The newest containerd with both runtimes: what nothing older can do here.
     Newest,
     /// The containerd that Docker 26 came with.
@@ -52,6 +54,7 @@ impl Scope {
             Self::Full => true,
             Self::Daemons => (suite == Suite::Bookworm) == (runtime == Runtime::Runc),
             Self::Ends => matches!((suite, runtime), (Suite::Bookworm, Runtime::Runc) | (Suite::Forky, Runtime::Crun)),
+            Self::Oldest => (suite, runtime) == (Suite::Bookworm, Runtime::Runc),
             Self::Newest => suite == Suite::Forky,
             Self::Docker => (suite, runtime) == (Suite::Trixie, Runtime::Runc),
             Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Crun),

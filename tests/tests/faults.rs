@@ -2,7 +2,7 @@
 //! notices. The main proof of this shim. Needs root.
 //!
 //! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` says how many runs with random deaths there
-//! are, `X_SEED` which.
+//! are, `X_SEED` which; `X_FAULTS_ALL` has every scenario run with both runtimes.
 
 #[path = "faults/campaign.rs"]
 mod campaign;
@@ -24,18 +24,28 @@ use shim_tests::suite::Shim;
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let mut cases = vec![
-        Case::new("every_message::life", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::LIFE))),
-        Case::new("every_message::pause", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::PAUSE))),
-        Case::new("every_message::terminal", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::TERMINAL))),
-        Case::new("every_message::file", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::FILE))),
-        Case::new("every_message::failing_create", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::FAILING_CREATE))),
-        Case::new("every_message::failing_start", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::FAILING_START))),
-        Case::new("every_message::pod", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &scenarios::POD))),
-        Case::new("campaign::random_deaths_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_deaths(cx))),
-    ];
-    for case in &mut cases {
-        *case = case.within(Duration::from_secs(240));
-    }
+    let cases = cases().map(|case| case.within(Duration::from_secs(240)));
     runner::main_on(Shim::faulty, &cases, &[], programs)
+}
+
+/// One for each scenario. What the runtime has little part in is done with one of them alone, unless `X_FAULTS_ALL` is set.
+fn cases() -> [Case; 14] {
+    use scenarios as s;
+    let one = if std::env::var_os("X_FAULTS_ALL").is_some() { Scope::Ends } else { Scope::Oldest };
+    [
+        Case::new("every_message::life", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::LIFE))),
+        Case::new("every_message::short", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::SHORT))),
+        Case::new("every_message::pause", one, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
+        Case::new("every_message::terminal", one, |cx| Box::pin(sweep::every_message(cx, &s::TERMINAL))),
+        Case::new("every_message::file", one, |cx| Box::pin(sweep::every_message(cx, &s::FILE))),
+        Case::new("every_message::logger", one, |cx| Box::pin(sweep::every_message(cx, &s::LOGGER))),
+        Case::new("every_message::failing_create", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_CREATE))),
+        Case::new("every_message::failing_start", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_START))),
+        Case::new("every_message::kill_all", one, |cx| Box::pin(sweep::every_message(cx, &s::KILL_ALL))),
+        Case::new("every_message::shared_pids", one, |cx| Box::pin(sweep::every_message(cx, &s::SHARED_PIDS))),
+        Case::new("every_message::pod", one, |cx| Box::pin(sweep::every_message(cx, &s::POD))),
+        Case::new("every_message::checkpoint", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::CHECKPOINT))),
+        Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
+        Case::new("campaign::random_deaths_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_deaths(cx))),
+    ]
 }

@@ -72,7 +72,7 @@ pub(crate) enum Op {
     EndHelpers { key: String },
 }
 
-/// A process to start. It gets exactly the descriptors named here, default signal dispositions, an empty mask, a session of its own.
+/// A process to start. It gets exactly the descriptors named here, default signal dispositions, an empty mask, a process group of its own.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Spawn {
     /// What it works for: a container, or `container/exec`. Shown by `ps`; helpers of a container end with it.

@@ -81,7 +81,9 @@ unsafe fn execute(
             libc::write(report, (&raw const number).cast(), size_of::<libc::c_int>());
             libc::_exit(127)
         };
-        libc::setsid();
+        // A group, so that what a terminal sends to containerd's is not for us. Not a session: the kernel's autogroup would schedule
+        // each helper as a stranger to its keeper, which costs milliseconds on a busy machine.
+        libc::setpgid(0, 0);
         if command.dies_with_parent {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong, 0, 0, 0);
             if libc::getppid() != parent {

@@ -78,23 +78,22 @@ impl Lane {
     ) -> Result<Outcome> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let id = format!("f{:05}", NEXT.fetch_add(1, Ordering::Relaxed));
-        let plan_path = self.cx.daemon().faults().join(&id);
-        fs::write(&plan_path, plan)?;
-        let run = Run::new(&self.cx, &self.gate, id, model.cloned());
+        let run = Run::new(&self.cx, &self.gate, id, plan, model.cloned());
+        if !scenario.late {
+            run.arm()?;
+        }
         let result = self.watched(scenario, &run, beside).await;
         for verb in ["create", "start"] {
             let _it_need_not_be_there = self.gate.fail(verb, None);
         }
         let trace = Trace::read(&run);
-        fs::remove_file(plan_path)?;
-        let _need_not_be_there = fs::remove_file(run.trace_path());
-        let trace = trace?;
+        run.disarm();
         if let Err(error) = result {
-            let around = trace.around_death();
+            let around = trace.unwrap_or_default().around_death();
             return Err(error.context(format!("{} with deaths [{plan}] in {}, around the death:\n    {around}", scenario.name, run.id)));
         }
         let begun_at = run.begun_at();
-        let outcome = Outcome { record: run.record(), trace, begun_at };
+        let outcome = Outcome { record: run.record(), trace: trace?, begun_at };
         if let Some(model) = model {
             model.agrees_with(&outcome.record).with_context(|| {
                 format!("{} with deaths [{plan}], around the death:\n    {}", scenario.name, outcome.trace.around_death())
@@ -145,7 +144,7 @@ pub(crate) async fn work<J: 'static>(
     jobs: Vec<J>,
     perform: impl for<'a> Fn(&'a Lane, J) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + 'a>> + 'static,
 ) -> Result<Vec<anyhow::Error>> {
-    const ENOUGH: usize = 5;
+    const ENOUGH: usize = 500;
     let jobs = Rc::new(RefCell::new(jobs.into_iter()));
     let failures = Rc::new(RefCell::new(Vec::new()));
     let perform = Rc::new(perform);

@@ -5,6 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::fs;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -49,6 +50,8 @@ pub(crate) struct Run {
     pub(crate) gate: Rc<Gate>,
     /// The container, and the group where there is one.
     pub(crate) id: String,
+    /// Where workers die.
+    plan: String,
     /// The run without deaths, once there is one.
     model: Option<Rc<Record>>,
     seen: RefCell<Record>,
@@ -59,12 +62,13 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    pub(crate) fn new(cx: &Context, gate: &Rc<Gate>, id: String, model: Option<Rc<Record>>) -> Self {
-        let (cx, gate) = (cx.clone(), Rc::clone(gate));
+    pub(crate) fn new(cx: &Context, gate: &Rc<Gate>, id: String, plan: &str, model: Option<Rc<Record>>) -> Self {
+        let (cx, gate, plan) = (cx.clone(), Rc::clone(gate), plan.to_owned());
         Self {
             cx,
             gate,
             id,
+            plan,
             model,
             seen: RefCell::default(),
             pids: RefCell::default(),
@@ -85,12 +89,28 @@ impl Run {
 
     /// The path of the trace that the shim writes.
     pub(crate) fn trace_path(&self) -> PathBuf {
-        self.cx.daemon().faults().join(format!("{}.trace", self.id))
+        self.plan_path().with_extension("trace")
+    }
+
+    /// Puts the plan where shims look for it when their worker begins.
+    pub(crate) fn arm(&self) -> Result<()> {
+        Ok(fs::write(self.plan_path(), &self.plan)?)
+    }
+
+    /// Removes the plan, and what the shim has written about it.
+    pub(crate) fn disarm(&self) {
+        for path in [self.plan_path(), self.trace_path()] {
+            let _it_need_not_be_there = fs::remove_file(path);
+        }
+    }
+
+    fn plan_path(&self) -> PathBuf {
+        self.cx.daemon().faults().join(&self.id)
     }
 
     /// Says that what came before is another scenario's business.
     pub(crate) fn begin(&self) -> Result<()> {
-        self.begun_at.set(std::fs::read_to_string(self.trace_path())?.lines().count());
+        self.begun_at.set(fs::read_to_string(self.trace_path())?.lines().count());
         Ok(())
     }
 
@@ -224,6 +244,9 @@ impl Run {
     }
 
     fn name(&self, pid: u32, name: &str) {
+        if pid == 0 {
+            return;
+        }
         self.pids.borrow_mut().entry(pid).or_insert_with(|| name.to_owned());
     }
 

@@ -4,16 +4,25 @@ use std::fs;
 use std::future::Future;
 use std::pin::Pin;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
 use shim_tests::container::{Container, Stdio};
+use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::messages::{CheckpointOptions, RESOURCES, any, any_json};
+use shim_tests::proc;
 use shim_tests::spec::Spec;
 
 use crate::run::Run;
 
+/// A scenario under way.
+pub(crate) type Drive<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
+
 /// A scenario.
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
-    pub(crate) body: for<'a> fn(&'a Run) -> Pin<Box<dyn Future<Output = Result<()>> + 'a>>,
+    pub(crate) body: for<'a> fn(&'a Run) -> Drive<'a>,
+    /// Whether the scenario says itself from when on workers die: [`Run::arm`].
+    pub(crate) late: bool,
     /// What the daemon must have told, in this order.
     pub(crate) events: &'static [&'static str],
     /// What the runtime must have been called for, in this order.
@@ -21,12 +30,14 @@ pub(crate) struct Scenario {
 }
 
 /// All of them, for campaigns.
-pub(crate) const ALL: [&Scenario; 7] = [&LIFE, &PAUSE, &TERMINAL, &FILE, &FAILING_CREATE, &FAILING_START, &POD];
+pub(crate) const ALL: [&Scenario; 11] =
+    [&LIFE, &SHORT, &PAUSE, &TERMINAL, &FILE, &LOGGER, &FAILING_CREATE, &FAILING_START, &KILL_ALL, &SHARED_PIDS, &POD];
 
 /// Create, start, exec, stdin, stdout, kill, wait, delete.
 pub(crate) const LIFE: Scenario = Scenario {
     name: "life",
     body: |run| Box::pin(life(run)),
+    late: false,
     events: &[
         "create ID pid of init status 0",
         "start ID pid of init status 0",
@@ -65,10 +76,56 @@ async fn life(run: &Run) -> Result<()> {
     is_complete(&container.io.err().to_end().await?, "")
 }
 
+/// Processes that have ended before the runtime says that they were started.
+pub(crate) const SHORT: Scenario = Scenario {
+    name: "short",
+    body: |run| Box::pin(short(run)),
+    late: false,
+    events: &[
+        "create ID pid of init status 0",
+        "exec-added e pid of nobody status 0",
+        "exec-started e pid of e status 0",
+        "exit e pid of e status 4",
+        "start ID pid of init status 0",
+        "exit ID pid of init status 3",
+        "delete ID pid of init status 3",
+    ],
+    calls: &["create", "exec", "start", "delete"],
+};
+
+async fn short(run: &Run) -> Result<()> {
+    let script = "seq 1 1000; exit 3";
+    let container = run.create(run.container(&["sh", "-c", script]).stdio(Stdio::OUTPUT), "init").await?;
+    run.begin()?;
+    let exec = run.add(container.exec("e", &["sh", "-c", "seq 1 1000; exit 4"]).stdio(Stdio::OUTPUT)).await?;
+    held_after(run, "exec", run.start(&exec, "e"), async || exec.io.out().until("\n1000\n").await.map(drop)).await?;
+    run.finish(&exec, "e").await?;
+    is_complete(&exec.io.out().to_end().await?, &lines(1, 1000))?;
+    let pid = container.pid.cast_signed();
+    let is_over = async || eventually_true("the keeper has seen its end", SOON, || proc::Process::read(pid).is_err()).await;
+    held_after(run, "start", run.start(&container, "init"), is_over).await?;
+    run.held("after the start").await?;
+    run.finish(&container, "init").await?;
+    is_complete(&container.io.out().to_end().await?, &lines(1, 1000))
+}
+
+/// Makes a call of which the runtime tells only after `until`.
+async fn held_after(run: &Run, verb: &str, call: impl Future<Output = Result<()>>, until: impl AsyncFnOnce() -> Result<()>) -> Result<()> {
+    run.gate.hold_after(verb)?;
+    let release = async {
+        run.gate.held(verb).await?;
+        until().await?;
+        run.gate.release(verb)
+    };
+    let (called, released) = tokio::join!(call, release);
+    called.and(released)
+}
+
 /// Pause, resume, kill while paused.
 pub(crate) const PAUSE: Scenario = Scenario {
     name: "pause",
     body: |run| Box::pin(pause(run)),
+    late: false,
     events: &[
         "create ID pid of init status 0",
         "start ID pid of init status 0",
@@ -100,6 +157,7 @@ async fn pause(run: &Run) -> Result<()> {
 pub(crate) const TERMINAL: Scenario = Scenario {
     name: "terminal",
     body: |run| Box::pin(terminal(run)),
+    late: false,
     events: &[
         "create ID pid of init status 0",
         "start ID pid of init status 0",
@@ -137,6 +195,7 @@ async fn terminal(run: &Run) -> Result<()> {
 pub(crate) const FILE: Scenario = Scenario {
     name: "file",
     body: |run| Box::pin(file(run)),
+    late: false,
     events: &[
         "create ID pid of init status 0",
         "start ID pid of init status 0",
@@ -174,6 +233,7 @@ async fn file(run: &Run) -> Result<()> {
 pub(crate) const FAILING_CREATE: Scenario = Scenario {
     name: "failing create",
     body: |run| Box::pin(failing_create(run)),
+    late: false,
     events: &[],
     // the worker takes back what there may be, and so does the command that the daemon runs after every failure
     calls: &["create", "delete", "delete"],
@@ -189,6 +249,7 @@ async fn failing_create(run: &Run) -> Result<()> {
 pub(crate) const FAILING_START: Scenario = Scenario {
     name: "failing start",
     body: |run| Box::pin(failing_start(run)),
+    late: false,
     events: &[
         "create ID pid of init status 0",
         "start ID pid of init status 0",
@@ -216,10 +277,163 @@ async fn failing_start(run: &Run) -> Result<()> {
     run.finish(&container, "init").await
 }
 
+/// Output to a logger.
+pub(crate) const LOGGER: Scenario = Scenario {
+    name: "logger",
+    body: |run| Box::pin(logger(run)),
+    late: false,
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "exit ID pid of init status 3",
+        "delete ID pid of init status 3",
+    ],
+    calls: &["create", "start", "delete"],
+};
+
+async fn logger(run: &Run) -> Result<()> {
+    let folder = run.cx.folder().join(format!("{}-logs", run.id));
+    fs::create_dir_all(&folder)?;
+    let uri = format!("binary://{}?folder={}", run.cx.program("log-sink").display(), folder.display());
+    let builder = run.container(&["sh", "-c", "seq 1 20000; exit 3"]).stdio(Stdio::uri(&uri));
+    let container = run.create(builder, "init").await?;
+    run.start(&container, "init").await?;
+    run.finish(&container, "init").await?;
+    eventually_true("the logger is done", SOON, || folder.join("done").exists()).await?;
+    is_complete(&fs::read_to_string(folder.join("stdout"))?, &lines(1, 20000))?;
+    is_complete(&fs::read_to_string(folder.join("stderr"))?, "")?;
+    Ok(fs::remove_dir_all(folder)?)
+}
+
+/// New limits, and a signal for every process, which the runtime sends.
+pub(crate) const KILL_ALL: Scenario = Scenario {
+    name: "kill all",
+    body: |run| Box::pin(kill_all(run)),
+    late: false,
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "exit ID pid of init status 3",
+        "delete ID pid of init status 3",
+    ],
+    calls: &["create", "start", "update", "kill", "delete"],
+};
+
+async fn kill_all(run: &Run) -> Result<()> {
+    const LIMIT: u64 = 64 << 20;
+    let script = "trap 'exit 3' TERM; echo up; sleep 1000 & wait";
+    let builder = run.container(&["sh", "-c", script]).spec(|spec| spec.memory_limit(LIMIT)).stdio(Stdio::OUTPUT);
+    let container = run.create(builder, "init").await?;
+    run.start(&container, "init").await?;
+    container.io.out().until("up").await?;
+    run.begin()?;
+    let resources = any_json(RESOURCES, &json!({ "memory": { "limit": 2 * LIMIT } }));
+    run.done("update", run.cx.client().update(&container.id, resources).await)?;
+    run.held("after the update").await?;
+    run.done("kill all", container.kill_all(15).await)?;
+    run.refused("kill what has ended", {
+        container.wait().await?;
+        container.kill(15).await
+    })?;
+    run.finish(&container, "init").await
+}
+
+/// A container in the host's pid namespace, whose processes nobody kills but the shim when init ends.
+pub(crate) const SHARED_PIDS: Scenario = Scenario {
+    name: "shared pids",
+    body: |run| Box::pin(shared_pids(run)),
+    late: false,
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "exec-added e pid of nobody status 0",
+        "exec-started e pid of e status 0",
+        "exit e pid of e status 137",
+        "exit ID pid of init status 3",
+        "delete ID pid of init status 3",
+    ],
+    calls: &["create", "start", "exec", "delete"],
+};
+
+async fn shared_pids(run: &Run) -> Result<()> {
+    let script = "sleep 1000 & read go; exit 3";
+    let builder = run.container(&["sh", "-c", script]).spec(Spec::host_pids).stdio(Stdio::ALL);
+    let container = run.create(builder, "init").await?;
+    run.start(&container, "init").await?;
+    run.begin()?;
+    let exec = run.add(container.exec("e", &["sh", "-c", "sleep 1000 & sleep 1000"])).await?;
+    run.start(&exec, "e").await?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    run.finish(&container, "init").await
+}
+
+/// A checkpoint that ends the container.
+pub(crate) const CHECKPOINT: Scenario = Scenario {
+    name: "checkpoint",
+    body: |run| Box::pin(checkpoint(run)),
+    late: false,
+    events: &[
+        "create ID pid of init status 0",
+        "start ID pid of init status 0",
+        "exit ID pid of init status 137",
+        "checkpointed ID pid of nobody status 0",
+        "delete ID pid of init status 137",
+    ],
+    calls: &["create", "start", "checkpoint", "delete"],
+};
+
+async fn checkpoint(run: &Run) -> Result<()> {
+    let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
+    run.start(&container, "init").await?;
+    run.begin()?;
+    let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
+    run.done("checkpoint", run.cx.client().checkpoint(&container.id, options).await.map(drop))?;
+    run.finish(&container, "init").await
+}
+
+/// A container that goes on from a checkpoint.
+pub(crate) const RESTORE: Scenario = Scenario {
+    name: "restore",
+    body: |run| Box::pin(restore(run)),
+    late: true,
+    events: &[
+        "create ID pid of saved status 0",
+        "start ID pid of saved status 0",
+        "exit ID pid of saved status 137",
+        "checkpointed ID pid of nobody status 0",
+        "delete ID pid of saved status 137",
+        "create ID pid of nobody status 0",
+        "start ID pid of init status 0",
+        "exit ID pid of init status 137",
+        "delete ID pid of init status 137",
+    ],
+    calls: &["create", "start", "checkpoint", "delete", "restore", "delete"],
+};
+
+async fn restore(run: &Run) -> Result<()> {
+    let container = run.create(run.container(&["sleep", "1000"]), "saved").await?;
+    run.start(&container, "saved").await?;
+    let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
+    // the content of nobody is collected at any time
+    let leased = run.cx.client().with_lease(&run.id).await?;
+    let descriptors = leased.checkpoint(&container.id, options).await?;
+    let image = descriptors.into_iter().find(|found| found.media_type.contains("criu")).context("no checkpoint in the store")?;
+    run.finish(&container, "saved").await?;
+    container.remove().await?;
+    run.cx.leaves_nothing().await?;
+    run.arm()?;
+    let restored = run.create(run.container(&["sleep", "1000"]).restore(image), "nobody").await?;
+    run.start(&restored, "init").await?;
+    run.held("after the restore").await?;
+    run.done("kill", restored.kill(9).await)?;
+    run.finish(&restored, "init").await
+}
+
 /// Three containers in one shim, the first of which goes first.
 pub(crate) const POD: Scenario = Scenario {
     name: "pod",
     body: |run| Box::pin(pod(run)),
+    late: false,
     events: &[
         "create ID pid of init status 0",
         "start ID pid of init status 0",

@@ -11,7 +11,7 @@ use crate::lane::{self, Lane, nothing};
 use crate::scenarios::Scenario;
 
 /// Runs of a scenario side by side: most of a run is waiting.
-const LANES: usize = 3;
+const LANES: usize = 4;
 
 /// Runs the scenario once without deaths, and then once for each place to die.
 pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> Result<()> {
