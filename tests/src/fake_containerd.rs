@@ -31,6 +31,8 @@ pub enum Manner {
     },
     /// Hangs up when half of the event has come.
     HangUpEarly,
+    /// Answers with bytes that are no answer.
+    Garbage,
     /// Does not answer.
     Silent,
 }
@@ -124,6 +126,11 @@ async fn serve(mut socket: UnixStream, shared: Arc<Shared>) {
             return;
         }
         while let Some(frame) = take_frame(&mut input) {
+            if shared.manner() == Manner::Garbage {
+                shared.tries.lock().expect("no panic under this lock").push("garbage".to_owned());
+                let _it_may_hang_up = socket.write_all(&[0xff; 32]).await;
+                continue;
+            }
             let Some(answer) = shared.meet(&frame) else { return };
             if let Some(answer) = answer
                 && socket.write_all(&answer.encode()).await.is_err()
@@ -145,7 +152,7 @@ impl Shared {
         let taken = match manner {
             Manner::Accept => true,
             Manner::HangUp { taken } => taken,
-            Manner::Refuse(_) | Manner::HangUpEarly | Manner::Silent => false,
+            Manner::Refuse(_) | Manner::HangUpEarly | Manner::Garbage | Manner::Silent => false,
         };
         let read = self.read(frame, taken);
         let code = match (&read, manner) {
@@ -159,7 +166,7 @@ impl Shared {
         let payload = response.write_to_bytes().expect("a message without required fields is always complete");
         match manner {
             Manner::HangUp { .. } | Manner::HangUpEarly => None,
-            Manner::Silent => Some(None),
+            Manner::Silent | Manner::Garbage => Some(None),
             Manner::Accept | Manner::Refuse(_) => Some(Some(Frame { stream: frame.stream, kind: RESPONSE, payload })),
         }
     }

@@ -152,6 +152,9 @@ impl Connection {
     fn take_response(&mut self, stream: u32) -> io::Result<Option<u64>> {
         loop {
             let Some(header) = Header::parse(&self.input) else { return Ok(None) };
+            if header.payload_bytes as usize > frame::MAX_PAYLOAD_BYTES {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
             let end = frame::HEADER_BYTES + header.payload_bytes as usize;
             let Some(payload) = self.input.get(frame::HEADER_BYTES..end) else { return Ok(None) };
             let code = frame::response_code(payload);

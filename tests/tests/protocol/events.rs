@@ -128,6 +128,23 @@ pub(crate) async fn an_event_without_an_acknowledgement_holds_back_the_next_ones
     shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
+/// What answers is not containerd, or it is beside itself.
+pub(crate) async fn an_event_that_is_answered_with_garbage_is_told_again(stand: Stand) -> Result<()> {
+    let fake = stand.containerd();
+    fake.behave(Manner::Garbage);
+    let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
+    eventually("it is told again", SOON, async || {
+        ensure!(fake.tries() >= 3, "{} tries", fake.tries());
+        Ok(())
+    })
+    .await?;
+    fake.behave(Manner::Accept);
+    ensure!(container.destroy().await? == 137);
+    let told = fake.events().of_until("c1", "delete").await?;
+    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+}
+
 /// A containerd that refuses an event as such will refuse it for ever: the others have to come through.
 pub(crate) async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
