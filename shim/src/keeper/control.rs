@@ -39,8 +39,10 @@ impl Control {
         Ok(Self { listener, commanders: BTreeMap::new(), last_id: 0 })
     }
 
-    pub(crate) fn accept(&mut self, poll: &Poll) {
-        for socket in accept_all(&self.listener) {
+    /// Takes new connections in. Errors as of [`super::relay::Relay::accept`].
+    pub(crate) fn accept(&mut self, poll: &Poll) -> io::Result<()> {
+        let (sockets, result) = accept_all(&self.listener);
+        for socket in sockets {
             if self.commanders.len() >= MAX_COMMANDERS {
                 warn!(limit = MAX_COMMANDERS; "command refused, too many are connected");
                 continue;
@@ -54,6 +56,7 @@ impl Control {
                 Err(error) => warn!(error:%; "command refused, cannot watch it"),
             }
         }
+        result
     }
 
     /// Reads and writes what can be read and written. Returns the request once it is whole.

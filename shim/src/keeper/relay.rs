@@ -138,8 +138,11 @@ impl Relay {
     }
 
     /// Takes new connections in.
-    pub(crate) fn accept(&mut self, poll: &Poll) {
-        for socket in accept_all(&self.listener) {
+    ///
+    /// Errors: others wait and cannot be taken in now, for want of descriptors or memory.
+    pub(crate) fn accept(&mut self, poll: &Poll) -> io::Result<()> {
+        let (sockets, result) = accept_all(&self.listener);
+        for socket in sockets {
             if self.clients.len() >= MAX_CLIENTS {
                 warn!(limit = MAX_CLIENTS; "connection refused, too many are open");
                 continue;
@@ -160,6 +163,7 @@ impl Relay {
             };
             self.clients.insert(self.last_id, Box::new(client));
         }
+        result
     }
 
     /// Reads and writes what can be read and written. Returns requests, and whether the client is still there.
@@ -234,8 +238,8 @@ impl Relay {
     }
 }
 
-/// Takes every connection that waits; errors end it until the next one comes.
-pub(crate) fn accept_all(listener: &UnixListener) -> Vec<UnixStream> {
+/// Takes every connection that waits, until there is none or an error: then others wait, and nothing will tell of them.
+pub(crate) fn accept_all(listener: &UnixListener) -> (Vec<UnixStream>, io::Result<()>) {
     let mut sockets = Vec::new();
     loop {
         match listener.accept() {
@@ -245,11 +249,8 @@ pub(crate) fn accept_all(listener: &UnixListener) -> Vec<UnixStream> {
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return sockets,
-            Err(error) => {
-                warn!(error:%; "cannot accept a connection");
-                return sockets;
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (sockets, Ok(())),
+            Err(error) => return (sockets, Err(error)),
         }
     }
 }

@@ -30,6 +30,8 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(12);
 const TRIM_AFTER: Duration = Duration::from_millis(500);
 /// A worker with so much unread is given nothing more of clients that have much unanswered; what they send waits in their sockets.
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
+/// When it is tried again to accept connections, for which there was no descriptor or no memory.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 /// Runs until the last container was deleted and the client has said Shutdown.
 ///
@@ -61,6 +63,8 @@ struct Keeper {
     paused: Vec<u32>,
     /// When to give memory back, if anything has happened since the last time.
     trim_at: Option<Instant>,
+    /// Connections wait that could not be accepted.
+    accept_at: Option<Instant>,
 }
 
 impl Keeper {
@@ -88,6 +92,7 @@ impl Keeper {
             leaving_since: None,
             paused: Vec::new(),
             trim_at: None,
+            accept_at: None,
             settings,
             poll,
             signals,
@@ -125,8 +130,7 @@ impl Keeper {
                 }
                 self.reap();
             }
-            Source::Listener => self.relay.accept(&self.poll),
-            Source::ControlListener => self.control.accept(&self.poll),
+            Source::Listener | Source::ControlListener => self.accept(now),
             Source::Publisher => self.publisher.turn(now, &self.poll),
             Source::Fifos => self.streams.fifos_touched(&mut self.poll),
             Source::Worker(life) => {
@@ -163,6 +167,9 @@ impl Keeper {
             self.trim_at = None;
             sys::memory::trim();
         }
+        if self.accept_at.is_some_and(|at| at <= now) {
+            self.accept(now);
+        }
         self.supervisor.ensure(now, &self.poll);
         self.ledger.expire(now);
         for due in self.ledger.overdue(now, !self.supervisor.is_serving()) {
@@ -182,6 +189,7 @@ impl Keeper {
             self.publisher.deadline(),
             self.leaving_since.map(|since| since + LEAVE_WITHIN),
             self.trim_at,
+            self.accept_at,
         ]
         .into_iter()
         .flatten()
@@ -204,6 +212,18 @@ impl Keeper {
         }
         if !is_connected {
             self.ledger.forget(|asker| matches!(asker, Asker::Client(caller) if caller.client == id));
+        }
+    }
+
+    /// Takes new connections in. Those that cannot be are tried again: a listener tells once of each.
+    fn accept(&mut self, now: Instant) {
+        let was_well = self.accept_at.take().is_none();
+        let (clients, commanders) = (self.relay.accept(&self.poll), self.control.accept(&self.poll));
+        if let Err(error) = clients.and(commanders) {
+            if was_well {
+                warn!(error:%; "cannot accept a connection, will retry");
+            }
+            self.accept_at = Some(now + ACCEPT_AGAIN_AFTER);
         }
     }
 
