@@ -104,7 +104,7 @@ fn bad_input_cases() -> Vec<Case> {
         .map(|case| case.alone().ours_only(BOUNDS).within(Duration::from_secs(120))),
     );
     cases
-        .extend(direct_cases![floods: a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer, a_flood_over_dying_workers_is_answered_once_each].map(|case| case.ours_only(WORKER)));
+        .extend(direct_cases![floods: a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer, a_flood_over_dying_workers_is_answered_once_each, a_shim_without_descriptors_serves_those_it_has_and_later_the_others, commands_work_on_a_shim_that_knows_a_lot].map(|case| case.ours_only(WORKER)));
     cases
 }
 
@@ -119,6 +119,7 @@ fn event_cases() -> Vec<Case> {
             an_event_under_way_when_containerd_dies_comes_again_at_its_place,
             an_event_without_an_acknowledgement_holds_back_the_next_ones,
             an_event_that_is_refused_for_good_holds_nothing_back,
+            an_event_that_is_answered_with_garbage_is_told_again,
         ]
         .map(|case| case.ours_only("the stock shim gives events up")),
     );

@@ -19,7 +19,9 @@ use super::relay::Relay;
 use super::streams::Streams;
 use super::supervisor::Supervisor;
 use crate::frame::RequestView;
-use crate::handover::{Cause, Commit, ControlReply, ControlRequest, Op, Outcome, RequestSnapshot, Snapshot, Step, ToKeeper, ToWorker};
+use crate::handover::{
+    Cause, Commit, ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Op, Outcome, RequestSnapshot, Snapshot, Step, ToKeeper, ToWorker,
+};
 use crate::journal::Journal;
 use crate::settings::Settings;
 use crate::sys;
@@ -32,6 +34,8 @@ const TRIM_AFTER: Duration = Duration::from_millis(500);
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
 /// When it is tried again to accept connections, for which there was no descriptor or no memory.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// How much state a snapshot holds: less than a message, which is for other things too.
+const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
 
 /// Runs until the last container was deleted and the client has said Shutdown.
 ///
@@ -456,6 +460,17 @@ impl Keeper {
 
     // --- for people --------------------------------------------------------------------------------------------------
 
+    /// Every container, with what is known of it as far as that fits into one message: who is there matters most.
+    fn state_for_people(&self) -> Vec<(String, Vec<u8>)> {
+        let mut left = SNAPSHOT_STATE_BYTES;
+        let fitting = self.ledger.state().iter().map(|(key, value)| {
+            let fits = value.len() <= left;
+            left -= if fits { value.len() } else { 0 };
+            (key.clone(), if fits { value.clone() } else { Vec::new() })
+        });
+        fitting.collect()
+    }
+
     fn snapshot(&self, now: Instant) -> Snapshot {
         let requests = self.ledger.causes().iter().map(|(cause, open)| {
             let (method, age_nanos) = match &open.what {
@@ -482,7 +497,7 @@ impl Keeper {
             worker_build: self.supervisor.build().unwrap_or_default().into(),
             lives: self.supervisor.lives,
             uptime_seconds: now.saturating_duration_since(self.born).as_secs(),
-            state: self.ledger.state().iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            state: self.state_for_people(),
             processes: self.children.snapshot(),
             requests: requests.collect(),
             streams: self.streams.snapshot(),

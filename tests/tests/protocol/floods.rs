@@ -329,3 +329,68 @@ pub(crate) async fn a_flood_over_dying_workers_is_answered_once_each(stand: Stan
     answered?;
     witness.dismiss().await
 }
+
+/// Whoever connects while the shim can open nothing more is served as soon as it can.
+pub(crate) async fn a_shim_without_descriptors_serves_those_it_has_and_later_the_others(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let keeper = witness.container.shim_pid()?;
+    let limit = |files: &str| -> Result<()> {
+        let status = std::process::Command::new("prlimit").args(["--pid", &keeper.to_string(), &format!("--nofile={files}:")]).status()?;
+        ensure!(status.success(), "prlimit: {status}");
+        Ok(())
+    };
+    let before = proc::status_field(keeper, "FDSize")?;
+    limit(&proc::open_files(keeper)?.len().to_string())?;
+    let mut waiting = Vec::new();
+    for _ in 0..3 {
+        let mut wire = Wire::connect(witness.socket()).await?;
+        wire.send(&Frame::request(1, V2, "State", &state_of("witness")).encode()).await?;
+        waiting.push(wire);
+    }
+    for _ in 0..3 {
+        let state = witness.container.task.state_within("witness", "", a_second()).await?;
+        ensure!(state.pid == witness.container.pid);
+    }
+    // what needs a descriptor is refused, and can be tried again
+    let exec = witness.container.exec("e", &["true"]).await;
+    ensure!(exec.is_err(), "an exec without a descriptor");
+    limit("1024")?;
+    for mut wire in waiting {
+        ensure!(within("the answer", a_second() * 2, wire.answer(1)).await??.is_ok(), "{before}");
+    }
+    let task = &witness.container.task;
+    task.start("witness", "e").await?;
+    ensure!(task.wait("witness", "e").await? == 0);
+    task.delete("witness", "e").await?;
+    witness.dismiss().await
+}
+
+/// More is known of a group's containers than fits one message: the commands work all the same.
+pub(crate) async fn commands_work_on_a_shim_that_knows_a_lot(stand: Stand) -> Result<()> {
+    let witness = Witness::start(&stand).await?;
+    let task = &witness.container.task;
+    let mut members = Vec::new();
+    for number in 0..8 {
+        let member = witness.sibling(&format!("c{number}"), &["sleep", "1000"]).run_in(task).await?;
+        let annotations = std::collections::HashMap::from([("a".to_owned(), "x".repeat(900_000))]);
+        let update = api::UpdateTaskRequest { id: member.id.clone(), annotations, ..Default::default() };
+        task.call::<api::Empty>("Update", &update, SOON).await?;
+        members.push(member);
+    }
+    let output = within("ps", SOON, stand.command(&["ps", "--json"]).output()).await??;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for member in &members {
+        ensure!(text.contains(&format!("\"{}\"", member.id)), "{} is not in {text}", member.id);
+    }
+    let late = witness.sibling("late", &["sh", "-c", "exit 3"]);
+    ensure!(late.start_shim().await? == witness.socket());
+    ensure!(late.run_in(task).await?.finish().await? == 3);
+    let first = members.remove(0);
+    ensure!(first.bundle.delete_command().await?.exit_status == 137);
+    ensure!(!proc::is_alive(first.pid.cast_signed()));
+    for member in members {
+        member.destroy().await?;
+    }
+    witness.dismiss().await
+}
