@@ -174,7 +174,7 @@ fn the_keeper_has_nothing_of_the_daemon() {
     assert!(environment.contains("PATH="), "{environment}");
     let stat = fs::read_to_string(proc("stat")).expect("is there");
     let fields: Vec<&str> = stat.rsplit_once(") ").expect("a name").1.split(' ').collect();
-    assert_eq!(fields[3], keeper.to_string(), "a session of its own");
+    assert_eq!(fields[2], keeper.to_string(), "a process group of its own");
     let daemon: i32 = fs::read_to_string("/proc/self/oom_score_adj").expect("is there").trim().parse().expect("a number");
     let score: i32 = fs::read_to_string(proc("oom_score_adj")).expect("is there").trim().parse().expect("a number");
     assert_eq!(score, (daemon + 1).min(1000));
