@@ -9,7 +9,7 @@
 //! ```
 //!
 //! **Invariant:** an operation of an open cause is performed once; whoever asks again is told its outcome.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::relay::Caller;
@@ -34,8 +34,6 @@ pub(crate) enum Asker {
 pub(crate) struct Open {
     pub(crate) what: What,
     pub(crate) operations: Vec<(Step, Option<Outcome>)>,
-    /// A process was started for it that reports the pid of a child: zombies that nobody has claimed must stay.
-    pub(crate) reports_pid: bool,
 }
 
 #[derive(Debug)]
@@ -72,6 +70,8 @@ pub(crate) struct Ledger {
     causes: BTreeMap<Cause, Open>,
     /// When requests with a ready-made answer are given it. Apart from the causes, of which a flood makes thousands.
     ready_due: BTreeMap<Cause, Instant>,
+    /// Causes for which a process was started that reports the pid of a child: zombies that nobody has claimed must stay.
+    naming: BTreeSet<Cause>,
     state: BTreeMap<String, Vec<u8>>,
     parked: BTreeMap<String, Vec<Asker>>,
     ready: Vec<Ready>,
@@ -97,12 +97,13 @@ impl Ledger {
 
     fn open(&mut self, what: What) -> Cause {
         self.last_cause += 1;
-        self.causes.insert(self.last_cause, Open { what, operations: Vec::new(), reports_pid: false });
+        self.causes.insert(self.last_cause, Open { what, operations: Vec::new() });
         self.last_cause
     }
 
     fn close(&mut self, cause: Cause) -> Option<Open> {
         self.ready_due.remove(&cause);
+        self.naming.remove(&cause);
         self.causes.remove(&cause)
     }
 
@@ -142,7 +143,9 @@ impl Ledger {
             Some((_, None)) => Asked::Pending,
             None => {
                 open.operations.push((step, None));
-                open.reports_pid |= reports_pid;
+                if reports_pid {
+                    self.naming.insert(cause);
+                }
                 Asked::New
             }
         }
@@ -158,7 +161,7 @@ impl Ledger {
 
     /// Whether an operation under way may still name a pid.
     pub(crate) fn awaits_pid(&self) -> bool {
-        self.causes.values().any(|open| open.reports_pid)
+        !self.naming.is_empty()
     }
 
     /// Applies the parts of a commit that concern the ledger and returns the answers that are due.
@@ -246,7 +249,7 @@ impl Ledger {
             let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.causes.get(&cause) else { continue };
             if let Some(response) = self.ready_answer(payload).map(<[u8]>::to_vec) {
                 due.push(Due { asker: *asker, request_bytes: Some(payload.len()), response });
-                self.causes.remove(&cause);
+                self.close(cause);
             }
         }
         due

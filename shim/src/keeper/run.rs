@@ -367,6 +367,7 @@ impl Keeper {
     fn commit(&mut self, mut commit: Commit) {
         self.supervisor.committed();
         let now = Instant::now();
+        let (claims, awaited_pid) = (!commit.claims.is_empty(), self.ledger.awaits_pid());
         for claim in std::mem::take(&mut commit.claims) {
             self.children.claim(claim, &self.poll);
         }
@@ -393,7 +394,9 @@ impl Keeper {
         }
         self.publisher.turn(now, &self.poll);
         // A claimed process may have ended already, and zombies that were kept for this commit may go.
-        self.reap();
+        if claims || (awaited_pid && !self.ledger.awaits_pid()) {
+            self.reap();
+        }
     }
 
     // --- processes ---------------------------------------------------------------------------------------------------
