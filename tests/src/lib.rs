@@ -15,7 +15,9 @@
 //! | [`stdio`] | fifos owned by the test |
 //! | [`gate`] | a runtime that blocks, fails or shouts on demand |
 //! | [`direct`] | the runner of cases that drive a shim without a daemon |
-//! | [`stand`] | such a case's surroundings: bundles, `start` and `delete`, containers |
+//! | [`stand`] | such a case's surroundings |
+//! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
+//! | [`witness`] | a container that has to go on whatever is done to its shim |
 //! | [`ttrpc`] | frames, broken ones too, and calls |
 //! | [`task`] | containerd's task service |
 //! | [`fake_containerd`] | the taker of events, who may refuse, stay silent or vanish |
@@ -24,6 +26,7 @@
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
 
 pub mod audit;
+pub mod bundle;
 pub mod client;
 pub mod container;
 pub mod context;
@@ -45,3 +48,4 @@ pub mod stdio;
 pub mod suite;
 pub mod task;
 pub mod ttrpc;
+pub mod witness;

@@ -122,3 +122,15 @@ pub fn open_files(pid: i32) -> Result<BTreeMap<i32, PathBuf>> {
 pub fn kill_hard(pid: i32) {
     let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
 }
+
+/// Sends a signal.
+///
+/// Errors: when there is no such process.
+pub fn signal(pid: i32, signal: Signal) -> Result<()> {
+    kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to {pid}"))
+}
+
+/// Memory that nobody shares with it, in KiB.
+pub fn private_kib(pid: i32) -> Result<u64> {
+    Ok(status_field(pid, "RssAnon")?.trim_end_matches(" kB").parse()?)
+}

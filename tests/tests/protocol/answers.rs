@@ -6,8 +6,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
 use protobuf::Message;
+use shim_tests::bundle::Container;
 use shim_tests::eventually::{SOON, eventually};
-use shim_tests::stand::{Container, Stand};
+use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
 use shim_tests::task::{Task, V2, V3, wait};
 use shim_tests::ttrpc::{Answer, CallError};
@@ -232,7 +233,7 @@ pub(crate) async fn both_names_of_the_service_give_the_same_answers(stand: Stand
     v3.kill("c1", "", 9).await?;
     ensure!(waiting.status(SOON).await? == 137 && v3.wait("c1", "").await? == 137);
     ensure!(v3.delete("c1", "").await?.exit_status == 137);
-    shim_tests::stand::leave(&v3, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&v3, container.shim_pid()?, "c1").await
 }
 
 /// What `Connect`, `State` and `Pids` say without a worker has to be what they say with one.
@@ -264,11 +265,11 @@ pub(crate) async fn ready_made_answers_are_those_of_the_worker(stand: Stand) -> 
         has_exec |= step == "with an exec";
         let fresh = all(task, has_exec).await?;
         let worker = container.worker_pid().await?;
-        shim_tests::stand::signal(worker, nix::sys::signal::Signal::SIGSTOP)?;
+        shim_tests::proc::signal(worker, nix::sys::signal::Signal::SIGSTOP)?;
         let ready = all(task, has_exec).await;
-        shim_tests::stand::signal(worker, nix::sys::signal::Signal::SIGCONT)?;
+        shim_tests::proc::signal(worker, nix::sys::signal::Signal::SIGCONT)?;
         ensure!(ready? == fresh, "{step}: not the same");
     }
     eventually("deleted", SOON, async || Ok(task.delete("c1", "").await?)).await?;
-    shim_tests::stand::leave(task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(task, container.shim_pid()?, "c1").await
 }

@@ -9,11 +9,13 @@ use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use shim_tests::bundle::Container;
 use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::spec;
-use shim_tests::stand::{Container, Stand, Witness};
+use shim_tests::stand::Stand;
 use shim_tests::task::V2;
 use shim_tests::ttrpc::{self, Code, Connection, refusal};
+use shim_tests::witness::Witness;
 
 pub(crate) async fn a_bundle_that_cannot_be_run_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;

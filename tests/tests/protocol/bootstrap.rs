@@ -7,8 +7,9 @@ use std::{fs, io};
 use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message as _;
+use shim_tests::bundle;
 use shim_tests::eventually::SOON;
-use shim_tests::stand::{self, Stand};
+use shim_tests::stand::Stand;
 use shim_tests::task::Task;
 use shim_tests::ttrpc::CallError;
 
@@ -22,7 +23,7 @@ pub(crate) async fn whatever_stands_on_standard_input_the_answer_can_be_dialled(
             let task = Task::connect(&bundle.start_shim_with(flags, input).await?).await?;
             let container = bundle.run_in(&task).await?;
             ensure!(container.finish().await? == 3, "{number}");
-            stand::leave(&task, container.shim_pid()?, &container.id).await?;
+            bundle::leave(&task, container.shim_pid()?, &container.id).await?;
         }
     }
     Ok(())
@@ -43,7 +44,7 @@ pub(crate) async fn a_daemon_of_2_3_is_answered_in_its_own_words_and_served(stan
     };
     let mut command = bundle.command("start", &[]);
     command.env_remove("TTRPC_ADDRESS");
-    let output = stand::run(command, &params.write_to_bytes()?).await?;
+    let output = bundle::run(command, &params.write_to_bytes()?).await?;
     ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     let result = BootstrapResult::parse_from_bytes(&output.stdout)?;
     ensure!(result.version == 2 && result.protocol == "ttrpc", "{result:?}");
@@ -53,7 +54,7 @@ pub(crate) async fn a_daemon_of_2_3_is_answered_in_its_own_words_and_served(stan
     let container = bundle.run_in(&task).await?;
     ensure!(container.finish().await? == 3);
     stand.containerd().events().of_until("c1", "delete").await?;
-    stand::leave(&task, container.shim_pid()?, "c1").await
+    bundle::leave(&task, container.shim_pid()?, "c1").await
 }
 
 pub(crate) async fn a_socket_folder_fits_to_the_last_byte_and_not_beyond(stand: Stand) -> Result<()> {
@@ -71,14 +72,14 @@ pub(crate) async fn a_socket_folder_fits_to_the_last_byte_and_not_beyond(stand: 
             socket_dir: Some(named(length)),
             ..Default::default()
         };
-        let output = stand::run(bundle.command("start", &[]), &params.write_to_bytes()?).await?;
+        let output = bundle::run(bundle.command("start", &[]), &params.write_to_bytes()?).await?;
         if fits {
             ensure!(output.status.success(), "{output:?}");
             let address = BootstrapResult::parse_from_bytes(&output.stdout)?.address;
             let socket = address.strip_prefix("unix://").context("not an address")?;
             ensure!(socket.len() == 107, "{} bytes", socket.len());
             let task = Task::connect(Path::new(socket)).await?;
-            stand::leave(&task, bundle.shim_pid()?, "c").await?;
+            bundle::leave(&task, bundle.shim_pid()?, "c").await?;
         } else {
             let sentence = String::from_utf8_lossy(&output.stderr).into_owned();
             ensure!(!output.status.success() && sentence.contains("107") && sentence.lines().count() == 1, "{sentence}");
@@ -118,7 +119,7 @@ pub(crate) async fn two_starts_of_a_group_at_once_make_one_shim(stand: Stand) ->
             let container = bundle.run_in(&Task::connect(&socket).await?).await?;
             ensure!(container.finish().await? == 5);
         }
-        stand::leave(&Task::connect(&socket).await?, shim, "c").await?;
+        bundle::leave(&Task::connect(&socket).await?, shim, "c").await?;
     }
     Ok(())
 }
@@ -133,7 +134,7 @@ pub(crate) async fn a_place_that_was_promised_keeps_the_shim(stand: Stand) -> Re
     let task = Task::connect(&socket).await?;
     let second = second.run_in(&task).await?;
     ensure!(second.finish().await? == 5);
-    stand::leave(&task, first.shim_pid()?, "c2").await
+    bundle::leave(&task, first.shim_pid()?, "c2").await
 }
 
 pub(crate) async fn sockets_are_private_and_none_is_abstract(stand: Stand) -> Result<()> {
@@ -225,17 +226,17 @@ pub(crate) async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) ->
     for secret in ["SECRET_OF_THE_DAEMON", "GOMAXPROCS", "TTRPC_ADDRESS", "GRPC_ADDRESS", "MAX_SHIM_VERSION", "NOTIFY_SOCKET"] {
         ensure!(!said.contains(secret), "{said}");
     }
-    stand::leave(&task, bundle.shim_pid()?, "c1").await
+    bundle::leave(&task, bundle.shim_pid()?, "c1").await
 }
 
 /// A path where a socket should be is not removed unless it is one, and a shim that cannot listen says so.
 pub(crate) async fn what_is_no_socket_is_not_replaced(stand: Stand) -> Result<()> {
     let bundle = stand.bundle("c1", &["true"]);
     let socket = bundle.start_shim().await?;
-    stand::leave(&Task::connect(&socket).await?, bundle.shim_pid()?, "c1").await?;
+    bundle::leave(&Task::connect(&socket).await?, bundle.shim_pid()?, "c1").await?;
     fs::create_dir(&socket)?;
     fs::write(socket.join("precious"), "")?;
-    let output = stand::run(bundle.command("start", &[]), &[]).await?;
+    let output = bundle::run(bundle.command("start", &[]), &[]).await?;
     let sentence = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(!output.status.success() && sentence.contains(&socket.display().to_string()), "{sentence}");
     ensure!(socket.join("precious").exists());
@@ -271,5 +272,5 @@ pub(crate) async fn a_start_beside_a_shim_that_is_leaving_gets_one_that_stays(st
     }
     ensure!(same + new == 59, "{same} joined, {new} began anew");
     last.finish().await?;
-    stand::leave(&last.task, last.shim_pid()?, "c").await
+    bundle::leave(&last.task, last.shim_pid()?, "c").await
 }

@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use protobuf::Message as _;
+use shim_tests::bundle::{Container, worker_of};
 use shim_tests::eventually::{SOON, a_second, eventually_true};
 use shim_tests::proc;
-use shim_tests::stand::{Container, Stand, signal, worker_of};
+use shim_tests::proc::signal;
+use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
 use shim_tests::ttrpc::{CallError, Code};
 
@@ -87,7 +89,7 @@ pub(crate) async fn the_same_id_works_again_after_the_shim_was_killed(stand: Sta
     let second = stand.bundle("c1", &["sh", "-c", "exit 4"]).run().await?;
     ensure!(second.task.socket() == socket);
     ensure!(second.finish().await? == 4);
-    shim_tests::stand::leave(&second.task, second.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&second.task, second.shim_pid()?, "c1").await
 }
 
 /// The shim does not answer: `delete` does what is to be done by itself.
@@ -113,7 +115,7 @@ pub(crate) async fn delete_beside_a_stopped_shim_kills_the_container_in_time(sta
             Err(CallError::Closed) => {}
             Err(error) => ensure!(error.code() == Some(Code::NotFound), "{error}"),
         }
-        shim_tests::stand::leave(&container.task, shim, &container.id).await?;
+        shim_tests::bundle::leave(&container.task, shim, &container.id).await?;
     }
     Ok(())
 }

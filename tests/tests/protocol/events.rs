@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use shim_tests::bundle::Container;
 use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::fake_containerd::Manner;
-use shim_tests::stand::{Container, Stand};
+use shim_tests::stand::Stand;
 use shim_tests::stdio;
 use shim_tests::ttrpc::Code;
 use tokio::task::JoinSet;
@@ -77,7 +78,7 @@ pub(crate) async fn every_event_arrives_once_and_in_order_however_it_is_refused(
     expected.extend(["exit".to_owned(), "delete".to_owned()]);
     let told = fake.events().of_until("c1", "delete").await?;
     ensure!(told == expected, "{told:#?}");
-    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 /// Whether the event was taken, nobody can know: it comes again, at its place, and nothing else does.
@@ -102,7 +103,7 @@ pub(crate) async fn an_event_under_way_when_containerd_dies_comes_again_at_its_p
     told.dedup();
     expected.extend(["exec-added(e)", "exec-started(e)", "exit(e)", "exit", "delete"].map(str::to_owned));
     ensure!(told == expected, "{told:?}");
-    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 /// A containerd that takes an event and never says so is waited for, and when it dies, told again.
@@ -125,7 +126,7 @@ pub(crate) async fn an_event_without_an_acknowledgement_holds_back_the_next_ones
     expected.extend(["exit".to_owned(), "delete".to_owned()]);
     let told = fake.events().of_until("c1", "delete").await?;
     ensure!(told == expected, "{told:?}");
-    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 /// What answers is not containerd, or it is beside itself.
@@ -142,7 +143,7 @@ pub(crate) async fn an_event_that_is_answered_with_garbage_is_told_again(stand: 
     ensure!(container.destroy().await? == 137);
     let told = fake.events().of_until("c1", "delete").await?;
     ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
-    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 /// A containerd that refuses an event as such will refuse it for ever: the others have to come through.
@@ -160,7 +161,7 @@ pub(crate) async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: 
     ensure!(container.destroy().await? == 137);
     let told = fake.events().of_until("c1", "delete").await?;
     ensure!(told == ["start", "exit", "delete"], "{told:?}");
-    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 pub(crate) async fn two_thousand_short_execs_are_told_as_added_started_and_exited_each(stand: Stand) -> Result<()> {
@@ -194,7 +195,7 @@ pub(crate) async fn two_thousand_short_execs_are_told_as_added_started_and_exite
         let at = ["exec-added", "exec-started", "exit"].map(|topic| positions.get(&*format!("{topic}(e{number})")));
         ensure!(at[0].is_some() && at[0] < at[1] && at[1] < at[2], "e{number}: {at:?}");
     }
-    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 /// Init and a process that was added end at the same moment, by the same cause.
@@ -255,7 +256,7 @@ pub(crate) async fn the_end_of_init_is_told_though_execs_are_under_way(stand: St
     let told = stand.containerd().events().of_until("c1", "delete").await?;
     ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "{told:?}");
     ensure!(told.iter().rev().nth(1).is_some_and(|event| event == "exit"), "{told:?}");
-    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 /// A signal for all that the runtime takes its time over, while processes end by the hundred.
@@ -283,5 +284,5 @@ pub(crate) async fn exits_are_told_while_the_runtime_is_busy_with_a_signal(stand
     ensure!(container.finish().await? == 143);
     stand.containerd().events().of_until("c1", "delete").await?;
     ensure!(exits() == total + 1, "{}", exits());
-    shim_tests::stand::leave(&container.task, container.shim_pid()?, "c1").await
+    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }

@@ -6,9 +6,11 @@ use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
 use shim_tests::eventually::{SOON, a_second, eventually, within};
 use shim_tests::proc;
-use shim_tests::stand::{Stand, Witness, private_kib};
+use shim_tests::proc::private_kib;
+use shim_tests::stand::Stand;
 use shim_tests::task::{Task, V2, wait};
 use shim_tests::ttrpc::{CallError, Code, Frame, REQUEST, RESPONSE, Wire, header, refusal};
+use shim_tests::witness::Witness;
 use tokio::io::AsyncWriteExt as _;
 
 use crate::frames::{answers, state_of};
@@ -269,7 +271,7 @@ pub(crate) async fn a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_an
     let witness = Witness::start(&stand).await?;
     let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
     let before = private_kib(keeper)?;
-    shim_tests::stand::signal(worker, nix::sys::signal::Signal::SIGSTOP)?;
+    shim_tests::proc::signal(worker, nix::sys::signal::Signal::SIGSTOP)?;
     let mut floods = Vec::new();
     for _ in 0..4 {
         let mut wire = Wire::connect(witness.socket()).await?;
@@ -294,7 +296,7 @@ pub(crate) async fn a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_an
     let after = private_kib(keeper)?;
     ensure!(after < before + (64 << 10), "grown from {before} to {after} KiB");
     drop(floods);
-    shim_tests::stand::signal(worker, nix::sys::signal::Signal::SIGCONT)?;
+    shim_tests::proc::signal(worker, nix::sys::signal::Signal::SIGCONT)?;
     eventually("the worker has caught up", SOON, async || {
         let pids = witness.container.task.stats("witness").await;
         ensure!(pids.is_ok(), "{pids:?}");

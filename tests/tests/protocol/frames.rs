@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
-use shim_tests::stand::{Stand, Witness};
+use shim_tests::stand::Stand;
 use shim_tests::task::{V2, V3};
 use shim_tests::ttrpc::{CallError, Code, DATA, Frame, MAX_PAYLOAD_BYTES, REQUEST, RESPONSE, Wire, header, refusal};
+use shim_tests::witness::Witness;
 
 pub(crate) fn state_of(id: &str) -> api::StateRequest {
     api::StateRequest { id: id.to_owned(), ..Default::default() }

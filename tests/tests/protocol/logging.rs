@@ -1,8 +1,9 @@
 //! The shim's own log: it is there for whoever reads it, and in nobody's way.
 
 use anyhow::{Context as _, Result, ensure};
+use shim_tests::bundle::Container;
 use shim_tests::eventually::{SOON, a_second, eventually};
-use shim_tests::stand::{Container, Stand};
+use shim_tests::stand::Stand;
 use shim_tests::stdio::{Pace, Reader};
 use shim_tests::task::Task;
 use shim_tests::ttrpc::Code;

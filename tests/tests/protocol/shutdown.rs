@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use shim_tests::bundle::Container;
 use shim_tests::eventually::{SOON, a_second, eventually_true, within};
 use shim_tests::proc;
-use shim_tests::stand::{Container, Stand};
+use shim_tests::stand::Stand;
 use shim_tests::task::Task;
 use shim_tests::ttrpc::{Answer, CallError};
 use tokio::task::JoinSet;

@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use containerd_shim_protos::api;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use shim_tests::bundle::{Container, leave};
 use shim_tests::eventually::{SOON, a_second, eventually, within};
 use shim_tests::proc;
-use shim_tests::stand::{Container, Stand, Witness, leave};
+use shim_tests::stand::Stand;
 use shim_tests::stdio::{self, Pace, Reader, Writer};
 use shim_tests::ttrpc::refusal;
+use shim_tests::witness::Witness;
 
 fn text(path: &Path) -> String {
     path.display().to_string()
