@@ -8,7 +8,7 @@ SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
 
-.PHONY: build build-faulty run test test-unit test-e2e lint install packages suites bench clean
+.PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 lint install packages suites bench clean
 
 build:
 	$(CARGO) build --locked --release --package containerd-shim-x
@@ -25,6 +25,11 @@ test-unit: packages
 
 test-e2e: packages suites build build-faulty
 	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests
+
+## on cgroup v2 without v1, in an emulated guest: some minutes, so not part of `test`
+test-cgroup2: packages build
+	tests/tools/cgroup2-vm $(addprefix --with ,$(SHIM) $(shell command -v containerd ctr runc crun)) \
+		tests/tools/cgroup2-check $(SHIM) $(shell command -v runc crun)
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:

@@ -22,6 +22,7 @@ pub(crate) const FILE_NAME: &str = "x-journal";
 
 const MAGIC: &[u8; 16] = b"x-shim journal 1";
 const SLOT_AT: u64 = 16;
+const SLOT_BYTES: usize = 48;
 const BODY_SUM_AT: u64 = 64;
 const BODY_AT: u64 = 96;
 /// The longest body that is written or read.
@@ -60,13 +61,15 @@ impl Journal {
         Ok(Self(file))
     }
 
-    /// Replaces the body; what it says is the worker's business.
+    /// Replaces the body; what it says is the worker's business. An exit that is there is that of another container, which had the
+    /// bundle before: it goes first.
     ///
     /// Errors: InvalidInput if it is longer than [`MAX_BODY_BYTES`].
     pub(crate) fn write_body(&self, body: &[u8]) -> io::Result<()> {
         if body.len() > MAX_BODY_BYTES {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "journal body too long"));
         }
+        self.0.write_all_at(&[0; SLOT_BYTES], SLOT_AT)?;
         // The sum goes last: a body without its sum is no body.
         self.0.write_all_at(body, BODY_AT)?;
         let mut head = Writer::value();

@@ -9,6 +9,13 @@ use anyhow::{Context as _, Result, anyhow};
 /// The deadline of what ought to happen at once, generous because the machine is shared.
 pub const SOON: Duration = Duration::from_secs(10);
 
+/// How long what is promised within a second may take: a second. Where everybody waits for a processor, time proves little: five.
+pub fn a_second() -> Duration {
+    let pressure = std::fs::read_to_string("/proc/pressure/cpu").unwrap_or_default();
+    let waiting = pressure.split_once("avg10=").and_then(|(_, rest)| rest.split(' ').next()?.parse::<f32>().ok());
+    Duration::from_secs(if waiting.is_some_and(|percent| percent > 60.0) { 5 } else { 1 })
+}
+
 /// Calls `probe` until it succeeds, and returns what it returned.
 ///
 /// Errors: the last error of `probe` once `deadline` has passed.

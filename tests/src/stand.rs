@@ -24,7 +24,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use tokio::io::AsyncWriteExt as _;
 
-use crate::eventually::{SOON, eventually, eventually_true, within};
+use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
 use crate::fake_containerd::FakeContainerd;
 use crate::gate::Gate;
 use crate::spec::{self, Spec};
@@ -586,7 +586,7 @@ impl Witness {
 
     async fn goes_on(&self) -> Result<()> {
         let before = self.numbers.count();
-        eventually("the witness counts on", Duration::from_secs(2), async || {
+        eventually("the witness counts on", a_second() * 2, async || {
             ensure!(self.numbers.count() > before, "{before} bytes");
             Ok(())
         })
@@ -596,7 +596,7 @@ impl Witness {
     /// Checks that nothing has happened to it: it answers State within a second on the old connection and on a new one, is the same
     /// process, counts on, and has left no number out.
     pub async fn is_untouched(&self) -> Result<()> {
-        let second = Duration::from_secs(1);
+        let second = a_second();
         for task in [self.container.task.clone(), self.container.task.another().await?] {
             let state = task.state_within("witness", "", second).await.context("state of the witness")?;
             ensure!(state.pid == self.container.pid && state.status.value() == 2, "{state:?}");

@@ -267,6 +267,19 @@ impl Wire {
 }
 
 impl Incoming {
+    /// Waits for the next frames and looks at each; false when the peer has hung up. For many small ones.
+    pub async fn receive_all(&mut self, mut look: impl FnMut(u32, &[u8]) -> Result<()>) -> Result<bool> {
+        let read = within("receive frames", DEADLINE, self.socket.read_buf(&mut self.input)).await??;
+        let mut at = 0;
+        while let Some((stream, _kind, payload)) = first_frame(&self.input[at..]) {
+            look(stream, payload)?;
+            at += HEADER_BYTES + payload.len();
+        }
+        self.input.drain(..at);
+        self.input.reserve(1 << 17);
+        Ok(read > 0)
+    }
+
     /// Waits for the next frame; none when the peer has hung up.
     pub async fn receive(&mut self) -> Result<Option<Frame>> {
         loop {
@@ -286,12 +299,17 @@ impl Incoming {
 
 /// Takes a whole frame out of what was read.
 pub(crate) fn take_frame(input: &mut Vec<u8>) -> Option<Frame> {
-    let head: [u8; HEADER_BYTES] = input.get(..HEADER_BYTES)?.try_into().expect("as many as asked for");
-    let [a, b, c, d, e, f, g, h, kind, _flags] = head;
-    let end = HEADER_BYTES + u32::from_be_bytes([a, b, c, d]) as usize;
-    let payload = input.get(HEADER_BYTES..end)?.to_vec();
-    input.drain(..end);
-    Some(Frame { stream: u32::from_be_bytes([e, f, g, h]), kind, payload })
+    let (stream, kind, payload) = first_frame(input)?;
+    let frame = Frame { stream, kind, payload: payload.to_vec() };
+    input.drain(..HEADER_BYTES + frame.payload.len());
+    Some(frame)
+}
+
+/// The frame that `input` begins with, if it is whole: stream, type and payload.
+fn first_frame(input: &[u8]) -> Option<(u32, u8, &[u8])> {
+    let ([a, b, c, d, e, f, g, h, kind, _flags], rest) = input.split_first_chunk::<HEADER_BYTES>()?;
+    let payload = rest.get(..u32::from_be_bytes([*a, *b, *c, *d]) as usize)?;
+    Some((u32::from_be_bytes([*e, *f, *g, *h]), *kind, payload))
 }
 
 /// A client as containerd is one: any number of calls at once. Cheap to clone; the last one closes it.

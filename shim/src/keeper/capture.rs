@@ -6,9 +6,12 @@ use std::os::fd::OwnedFd;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
-use super::inbox::{Read, read_some};
+use super::inbox::{READ_BYTES, Read, read_some};
 use super::poll::{Poll, Source};
 use crate::handover::MAX_OUTPUT_BYTES;
+
+/// The most bytes of one turn: who writes faster than they are read would have the keeper to himself.
+const TURN_BYTES: usize = 256 << 10;
 
 /// A pipe that is read as it fills, so that its writer never waits. Of more than [`MAX_OUTPUT_BYTES`], the end is kept.
 #[derive(Debug)]
@@ -36,18 +39,24 @@ impl Capture {
         poll.add_reader(&self.pipe, source)
     }
 
-    /// Takes what is there.
-    pub(crate) fn read(&mut self) {
+    /// Takes what is there, up to the bound of a turn. Returns whether there may be more.
+    pub(crate) fn read(&mut self) -> bool {
+        let mut left = TURN_BYTES;
         while !self.closed {
+            if left == 0 {
+                return true;
+            }
+            left = left.saturating_sub(READ_BYTES);
             match read_some(&self.pipe, &mut self.bytes) {
                 Ok(Read::Some) => {}
-                Ok(Read::Empty) => return,
+                Ok(Read::Empty) => return false,
                 Ok(Read::End) | Err(_) => self.closed = true,
             }
             if self.bytes.len() > 2 * MAX_OUTPUT_BYTES {
                 self.bytes.drain(..self.bytes.len() - MAX_OUTPUT_BYTES);
             }
         }
+        false
     }
 
     /// What was read so far is not empty.
@@ -59,9 +68,10 @@ impl Capture {
         self.closed
     }
 
-    /// Takes what is left and gives up.
+    /// Takes what is left and gives up. What the helper itself wrote is in the pipe by now, and a pipe holds no more than a turn takes;
+    /// a descendant of it that goes on writing is not waited for.
     pub(crate) fn finish(mut self) -> Vec<u8> {
-        self.read();
+        let _ = self.read();
         let excess = self.bytes.len().saturating_sub(MAX_OUTPUT_BYTES);
         self.bytes.drain(..excess);
         self.bytes

@@ -70,7 +70,7 @@ impl Drop for Console {
 #[derive(Debug)]
 struct Claimed {
     key: String,
-    /// Absent if it was gone when it was claimed.
+    /// Absent if it was gone when it was claimed, or no descriptor was left.
     handle: Option<OwnedFd>,
     journal: Option<Journal>,
     /// Not our child: its end is seen through the handle, its status is unknown.
@@ -176,16 +176,15 @@ impl Children {
     }
 
     /// Reads what a helper has written. Returns its outcome if it has become ready.
-    pub(crate) fn read(&mut self, pid: u32) -> Option<Found> {
+    pub(crate) fn read(&mut self, pid: u32, poll: &mut Poll) -> Option<Found> {
         let helper = self.helpers.get_mut(&pid)?;
-        if let Some((log, _)) = &mut helper.log {
-            log.read();
+        let log = helper.log.as_mut().map(|(log, _)| log);
+        for capture in [log, helper.output.as_mut(), helper.ready.as_mut()].into_iter().flatten() {
+            if capture.read() {
+                poll.again(Source::Helper(pid));
+            }
         }
-        if let Some(output) = &mut helper.output {
-            output.read();
-        }
-        let ready = helper.ready.as_mut()?;
-        ready.read();
+        let ready = helper.ready.as_ref()?;
         if !ready.has_bytes() && !ready.is_closed() {
             return None;
         }
@@ -277,10 +276,12 @@ impl Children {
 
     /// Signals a claimed process.
     pub(crate) fn signal(&self, key: &str, signal: i32) -> io::Result<()> {
-        let claimed = self.claimed.values().find(|claimed| claimed.key == key);
-        match claimed.and_then(|claimed| claimed.handle.as_ref()) {
+        let Some((pid, claimed)) = self.claimed.iter().find(|(_, claimed)| claimed.key == key) else { return Err(Errno::ESRCH.into()) };
+        match &claimed.handle {
             Some(handle) => sys::process::signal(handle.as_fd(), signal),
-            None => Err(Errno::ESRCH.into()),
+            None if claimed.foreign => Err(Errno::ESRCH.into()),
+            // There was no descriptor left for a handle. Our child and not reaped: a new one is its own.
+            None => sys::process::signal(sys::process::open(*pid)?.as_fd(), signal),
         }
     }
 

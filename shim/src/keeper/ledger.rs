@@ -40,7 +40,7 @@ pub(crate) struct Open {
 
 #[derive(Debug)]
 pub(crate) enum What {
-    Request { asker: Asker, payload: Vec<u8>, arrived: Instant, ready_at: Option<Instant> },
+    Request { asker: Asker, payload: Vec<u8>, arrived: Instant },
     Exit(ProcessExit),
 }
 
@@ -70,6 +70,8 @@ pub(crate) struct Due {
 pub(crate) struct Ledger {
     last_cause: Cause,
     causes: BTreeMap<Cause, Open>,
+    /// When requests with a ready-made answer are given it. Apart from the causes, of which a flood makes thousands.
+    ready_due: BTreeMap<Cause, Instant>,
     state: BTreeMap<String, Vec<u8>>,
     parked: BTreeMap<String, Vec<Asker>>,
     ready: Vec<Ready>,
@@ -80,8 +82,12 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// Opens a cause for a request.
     pub(crate) fn open_request(&mut self, asker: Asker, payload: Vec<u8>, now: Instant) -> Cause {
-        let ready_at = self.ready_answer(&payload).map(|_| now + READY_AFTER);
-        self.open(What::Request { asker, payload, arrived: now, ready_at })
+        let has_ready_answer = self.ready_answer(&payload).is_some();
+        let cause = self.open(What::Request { asker, payload, arrived: now });
+        if has_ready_answer {
+            self.ready_due.insert(cause, now + READY_AFTER);
+        }
+        cause
     }
 
     /// Opens a cause for an exit.
@@ -93,6 +99,11 @@ impl Ledger {
         self.last_cause += 1;
         self.causes.insert(self.last_cause, Open { what, operations: Vec::new(), reports_pid: false });
         self.last_cause
+    }
+
+    fn close(&mut self, cause: Cause) -> Option<Open> {
+        self.ready_due.remove(&cause);
+        self.causes.remove(&cause)
     }
 
     /// The message that tells a worker of a cause.
@@ -165,7 +176,7 @@ impl Ledger {
         }
         let mut due = Vec::new();
         for (cause, response) in std::mem::take(&mut commit.answers) {
-            if let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.causes.remove(&cause) {
+            if let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.close(cause) {
                 due.push(Due { asker, request_bytes: Some(payload.len()), response });
             }
         }
@@ -174,7 +185,7 @@ impl Ledger {
             due.extend(askers.into_iter().map(|asker| Due { asker, request_bytes: None, response: response.clone() }));
         }
         for cause in std::mem::take(&mut commit.ends) {
-            self.causes.remove(&cause);
+            self.close(cause);
         }
         self.ready.append(&mut commit.ready);
         self.leave |= commit.leave;
@@ -185,7 +196,7 @@ impl Ledger {
     pub(crate) fn park(&mut self, parks: Vec<(Cause, String)>, is_connected: impl Fn(Asker) -> bool) -> Vec<(Asker, usize)> {
         let mut settled = Vec::new();
         for (cause, key) in parks {
-            if let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.causes.remove(&cause) {
+            if let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.close(cause) {
                 settled.push((asker, payload.len()));
                 if is_connected(asker) {
                     self.parked.entry(key).or_default().push(asker);
@@ -228,20 +239,14 @@ impl Ledger {
 
     /// Answers that are due because the worker has taken too long, or because there is none (`at_once`).
     pub(crate) fn overdue(&mut self, now: Instant, at_once: bool) -> Vec<Due> {
-        let late: Vec<Cause> = self
-            .causes
-            .iter()
-            .filter(|(_, open)| matches!(open.what, What::Request { ready_at: Some(at), .. } if at_once || at <= now))
-            .map(|(cause, _)| *cause)
-            .collect();
+        let late: Vec<Cause> = self.ready_due.iter().filter(|(_, at)| at_once || **at <= now).map(|(cause, _)| *cause).collect();
         let mut due = Vec::new();
         for cause in late {
-            let Some(Open { what: What::Request { asker, payload, ready_at, .. }, .. }) = self.causes.get_mut(&cause) else { continue };
-            *ready_at = None;
-            let (asker, payload) = (*asker, payload.clone());
-            if let Some(response) = self.ready_answer(&payload).map(<[u8]>::to_vec) {
+            self.ready_due.remove(&cause);
+            let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.causes.get(&cause) else { continue };
+            if let Some(response) = self.ready_answer(payload).map(<[u8]>::to_vec) {
+                due.push(Due { asker: *asker, request_bytes: Some(payload.len()), response });
                 self.causes.remove(&cause);
-                due.push(Due { asker, request_bytes: Some(payload.len()), response });
             }
         }
         due
@@ -249,11 +254,7 @@ impl Ledger {
 
     /// When [`Ledger::overdue`] or [`Ledger::expire`] have something to do.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        let late = self.causes.values().filter_map(|open| match open.what {
-            What::Request { ready_at, .. } => ready_at,
-            What::Exit(_) => None,
-        });
-        late.chain(self.reservations.values().copied()).min()
+        self.ready_due.values().chain(self.reservations.values()).min().copied()
     }
 
     /// Keeps a place for a container. Refused once the keeper was told to leave and nothing holds it.

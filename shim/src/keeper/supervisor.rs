@@ -38,6 +38,8 @@ struct Life {
     build: Option<String>,
     born: Instant,
     failure: Capture,
+    /// It was killed by us: nothing that it says counts any more.
+    condemned: bool,
 }
 
 /// See the module.
@@ -77,7 +79,7 @@ impl Supervisor {
     /// Starts a worker if there is none and its time has come.
     pub(crate) fn ensure(&mut self, now: Instant, poll: &Poll) {
         if let Some(life) = &self.life {
-            if life.build.is_none() && now >= life.born + HELLO_WITHIN {
+            if life.build.is_none() && !life.condemned && now >= life.born + HELLO_WITHIN {
                 warn!(pid = life.pid; "the worker has not said hello, killing it");
                 self.kill();
             }
@@ -115,6 +117,7 @@ impl Supervisor {
             build: None,
             born: now,
             failure: Capture::from_pipe(started.failure),
+            condemned: false,
         });
         Ok(())
     }
@@ -126,9 +129,10 @@ impl Supervisor {
         self.retry_at = Some(now + wait);
     }
 
-    /// Kills the worker; its death is seen like any other.
-    pub(crate) fn kill(&self) {
-        if let Some(life) = &self.life {
+    /// Kills the worker; its death is seen like any other. What it has said and we have not read is as if it had died before.
+    pub(crate) fn kill(&mut self) {
+        if let Some(life) = &mut self.life {
+            life.condemned = true;
             // It is our child and not reaped: the number is its own.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(life.pid as i32), nix::sys::signal::Signal::SIGKILL);
         }
@@ -173,7 +177,7 @@ impl Supervisor {
 
     /// Whether there is a worker that has been told everything.
     pub(crate) fn is_serving(&self) -> bool {
-        self.life.as_ref().is_some_and(|life| life.build.is_some())
+        self.life.as_ref().is_some_and(|life| life.build.is_some() && !life.condemned)
     }
 
     /// Whether one life after the other gets nothing done.
@@ -214,7 +218,7 @@ impl Supervisor {
         if id != self.lives {
             return messages;
         }
-        let Some(life) = &mut self.life else { return messages };
+        let Some(life) = self.life.as_mut().filter(|life| !life.condemned) else { return messages };
         loop {
             let read = read_some(&life.link, &mut life.input);
             match take_messages(&mut life.input, &mut messages) {
@@ -237,7 +241,7 @@ impl Supervisor {
     /// When [`Supervisor::ensure`] has something to do.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.life {
-            Some(life) if life.build.is_none() => Some(life.born + HELLO_WITHIN),
+            Some(life) if life.build.is_none() && !life.condemned => Some(life.born + HELLO_WITHIN),
             Some(_) => None,
             None => self.retry_at,
         }

@@ -10,6 +10,9 @@ const DEPTH_BYTES: usize = 256 << 10;
 
 /// Gives free pages of the heap and of the stack back to the kernel. They stay else: a process that waits for months would hold for
 /// ever what its busiest moment took. Only for a process of one thread.
+///
+/// Never inlined: the marker must be in a frame of its own, and not above the live variables of a caller with a large one.
+#[inline(never)]
 pub(crate) fn trim() {
     #[cfg(target_env = "gnu")]
     // SAFETY: the call takes an integer and changes nothing that is in use.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use shim_tests::eventually::{SOON, eventually_true, within};
+use shim_tests::eventually::{SOON, a_second, eventually_true, within};
 use shim_tests::proc;
 use shim_tests::stand::{Container, Stand};
 use shim_tests::task::Task;
@@ -22,7 +22,7 @@ fn answered_or_gone<T>(answer: Answer<T>) -> Answer<Option<T>> {
 async fn gone_within_a_second(shim: i32) -> Result<()> {
     let begin = Instant::now();
     eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await?;
-    ensure!(begin.elapsed() < Duration::from_secs(1), "it took {:?}", begin.elapsed());
+    ensure!(begin.elapsed() < a_second(), "it took {:?}", begin.elapsed());
     Ok(())
 }
 

@@ -1,0 +1,248 @@
+//! Parts of a shim that die, stop or cannot start: what is asked is answered, what ended has its true exit code.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use protobuf::Message as _;
+use shim_tests::eventually::{SOON, a_second, eventually_true};
+use shim_tests::proc;
+use shim_tests::stand::{Container, Stand, signal, worker_of};
+use shim_tests::suite::Shim;
+use shim_tests::ttrpc::Code;
+
+/// Kills a shim and waits until it is dead.
+async fn kill_shim(shim: i32) -> Result<()> {
+    proc::kill_hard(shim);
+    eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await
+}
+
+pub(crate) async fn an_exit_code_outlives_the_shim_and_delete_tells_it_each_time(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
+    ensure!(container.task.wait("c1", "").await? == 3);
+    let state = container.task.state("c1", "").await?;
+    kill_shim(container.shim_pid()?).await?;
+    let mut answers = Vec::new();
+    for _ in 0..3 {
+        let begin = Instant::now();
+        let deleted = container.bundle.delete_command().await?;
+        ensure!(begin.elapsed() < Duration::from_secs(5), "it took {:?}", begin.elapsed());
+        ensure!(deleted.exit_status == 3 && deleted.pid == container.pid, "{deleted:?}");
+        answers.push(deleted);
+    }
+    ensure!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+    // to the nanosecond
+    ensure!(answers[0].exited_at == state.exited_at, "{:?} and {:?}", answers[0].exited_at, state.exited_at);
+    Ok(())
+}
+
+pub(crate) async fn delete_kills_what_a_dead_shim_has_left(stand: Stand) -> Result<()> {
+    let paths = ["running", "created", "paused", "exec"];
+    for id in paths {
+        let container = stand.bundle(id, &["sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000"]).create().await?;
+        if id != "created" {
+            container.start().await?;
+        }
+        match id {
+            "paused" => container.task.pause(id).await?,
+            "exec" => drop(container.exec("e", &["sleep", "1000"]).await?),
+            _ => {}
+        }
+        kill_shim(container.shim_pid()?).await?;
+        let begin = Instant::now();
+        let deleted = container.bundle.delete_command().await?;
+        ensure!(begin.elapsed() < Duration::from_secs(5), "{id}: it took {:?}", begin.elapsed());
+        ensure!(deleted.exit_status == 137, "{id}: {deleted:?}");
+        let pid = container.pid.cast_signed();
+        ensure!(!proc::is_alive(pid), "{id}: its init lives");
+        ensure!(container.bundle.delete_command().await? == deleted || !stand.shim().is_ours(), "{id}: the second answer is another");
+    }
+    Ok(())
+}
+
+/// Nobody but the kernel has seen the end: the shim was dead, and then the container ended by itself.
+pub(crate) async fn an_end_that_nobody_has_seen_is_told_as_killed(stand: Stand) -> Result<()> {
+    let gate = stand.folder().join("gate");
+    shim_tests::stdio::fifo(&gate)?;
+    let container = stand.bundle("c1", &["sh", "-c", "read go; exit 3"]).stdio(&gate.display().to_string(), "", "").run().await?;
+    kill_shim(container.shim_pid()?).await?;
+    // its stdin has ended with the shim, so it ends, and init of the run reaps it
+    let pid = container.pid.cast_signed();
+    eventually_true("it has ended and is gone", SOON, || proc::Process::read(pid).is_err()).await?;
+    let deleted = container.bundle.delete_command().await?;
+    ensure!(deleted.exit_status == 137, "{deleted:?}");
+    Ok(())
+}
+
+pub(crate) async fn the_same_id_works_again_after_the_shim_was_killed(stand: Stand) -> Result<()> {
+    let first = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let socket = first.task.socket().to_owned();
+    kill_shim(first.shim_pid()?).await?;
+    ensure!(socket.exists(), "a killed shim leaves its socket");
+    ensure!(first.bundle.delete_command().await?.exit_status == 137);
+    // containerd removes the bundle, and makes another of the same name
+    fs::remove_dir_all(&first.bundle.folder)?;
+    let second = stand.bundle("c1", &["sh", "-c", "exit 4"]).run().await?;
+    ensure!(second.task.socket() == socket);
+    ensure!(second.finish().await? == 4);
+    shim_tests::stand::leave(&second.task, second.shim_pid()?, "c1").await
+}
+
+/// The shim does not answer: `delete` does what is to be done by itself.
+pub(crate) async fn delete_beside_a_stopped_shim_kills_the_container_in_time(stand: Stand) -> Result<()> {
+    let running = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let ended = stand.bundle("c2", &["sh", "-c", "exit 3"]).run().await?;
+    ensure!(ended.task.wait("c2", "").await? == 3);
+    for (container, status) in [(&running, 137), (&ended, 3)] {
+        let shim = container.shim_pid()?;
+        signal(shim, Signal::SIGSTOP)?;
+        let begin = Instant::now();
+        let deleted = container.bundle.delete_command().await;
+        let took = begin.elapsed();
+        signal(shim, Signal::SIGCONT)?;
+        ensure!(deleted?.exit_status == status);
+        ensure!(took < Duration::from_secs(5), "it took {took:?}");
+        let pid = container.pid.cast_signed();
+        ensure!(!proc::is_alive(pid), "its init lives");
+        // and what is asked of the shim when it is back makes sense
+        match container.task.delete(&container.id, "").await {
+            Ok(deleted) => ensure!(deleted.exit_status == status, "{deleted:?}"),
+            Err(error) => ensure!(error.code() == Some(Code::NotFound), "{error}"),
+        }
+        shim_tests::stand::leave(&container.task, shim, &container.id).await?;
+    }
+    Ok(())
+}
+
+/// `delete` after a normal deletion, the shim alive or just gone: containerd runs it every time.
+pub(crate) async fn delete_after_a_deletion_says_the_same_and_harms_nobody(stand: Stand) -> Result<()> {
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).group("pod");
+    container.start_shim().await?;
+    let container = container.run_in(&anchor.task).await?;
+    ensure!(container.finish().await? == 3);
+    ensure!(container.bundle.delete_command().await?.exit_status == 3);
+    ensure!(anchor.task.state("anchor", "").await?.pid == anchor.pid && proc::is_alive(anchor.pid.cast_signed()));
+    ensure!(anchor.shut_down().await? == 137);
+    for bundle in [&container.bundle, &anchor.bundle] {
+        let deleted = bundle.delete_command().await?;
+        let expected = if bundle.id == "c1" { 3 } else { 137 };
+        ensure!(deleted.exit_status == expected, "{}: {deleted:?}", bundle.id);
+    }
+    Ok(())
+}
+
+/// What containerd asks when it starts, and allows a second for.
+async fn answers_at_once(container: &Container) -> Result<()> {
+    let (task, id, second) = (container.task.another().await?, container.id.as_str(), a_second());
+    let (connect, state, pids) =
+        tokio::join!(task.connect_within(id, second), task.state_within(id, "", second), task.pids_within(id, second));
+    let (connect, state, pids) = (connect.context("Connect")?, state.context("State")?, pids.context("Pids")?);
+    ensure!(connect.shim_pid.cast_signed() == container.shim_pid()? && connect.task_pid == container.pid, "{connect:?}");
+    ensure!(state.pid == container.pid && pids.contains(&container.pid), "{state:?} {pids:?}");
+    Ok(())
+}
+
+pub(crate) async fn what_containerd_asks_at_its_start_is_answered_without_a_worker(stand: Stand) -> Result<()> {
+    // of a program of its own, which is made impossible to execute
+    let program = stand.folder().join(stand.shim().binary_name());
+    fs::copy(stand.binary(), &program)?;
+    let stand = stand.with_shim(&Shim { binary: Some(program.clone()), ..stand.shim().clone() })?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let keeper = container.shim_pid()?;
+    answers_at_once(&container).await?;
+
+    let worker = container.worker_pid().await?;
+    signal(worker, Signal::SIGSTOP)?;
+    answers_at_once(&container).await.context("while the worker is stopped")?;
+    signal(worker, Signal::SIGCONT)?;
+    answers_at_once(&container).await?;
+
+    fs::set_permissions(&program, Permissions::from_mode(0o600))?;
+    proc::kill_hard(worker);
+    eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await?;
+    let waiting = container.task.begin_wait("c1", "").await?;
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(2) {
+        answers_at_once(&container).await.context("while no worker can be executed")?;
+    }
+    ensure!(proc::children(keeper).iter().all(|child| !child.command.contains(" worker")), "there is a worker");
+    // what needs one waits for it
+    fs::set_permissions(&program, Permissions::from_mode(0o755))?;
+    container.task.kill("c1", "", 9).await?;
+    ensure!(waiting.status(SOON).await? == 137);
+    worker_of(keeper).await?;
+    container.shut_down().await?;
+    stand.leaves_nothing().await
+}
+
+/// A worker that is killed whenever there is one: what the keeper can say it says, and nothing is lost when it ends.
+pub(crate) async fn a_worker_that_dies_all_the_time_keeps_nobody_from_an_answer(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let keeper = container.shim_pid()?;
+    let killer = tokio::spawn(async move {
+        let mut killed = 0;
+        loop {
+            for child in proc::children(keeper).into_iter().filter(|child| child.command.contains(" worker")) {
+                proc::kill_hard(child.pid);
+                killed += 1;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await; // as often as it is worth it
+            if killed > 100_000 {
+                return;
+            }
+        }
+    });
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(2) {
+        answers_at_once(&container).await?;
+    }
+    let other = container.task.another().await?;
+    let exec = tokio::spawn(async move { other.state("c1", "nobody").await });
+    killer.abort();
+    ensure!(exec.await?.is_err_and(|error| error.code() == Some(Code::NotFound)));
+    ensure!(container.run("e", &["sh", "-c", "exit 6"]).await? == 6);
+    container.shut_down().await.map(drop)
+}
+
+/// `delete` finds no answer from a worker that hangs.
+pub(crate) async fn delete_beside_a_stopped_worker_kills_the_container_in_time(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let worker = container.worker_pid().await?;
+    signal(worker, Signal::SIGSTOP)?;
+    let begin = Instant::now();
+    let first = container.bundle.delete_command().await;
+    let took = begin.elapsed();
+    let second = container.bundle.delete_command().await;
+    // a shim that was left with nothing may have ended, and its worker with it
+    let _gone_or_not = signal(worker, Signal::SIGCONT);
+    ensure!(first?.exit_status == 137 && second?.exit_status == 137);
+    ensure!(took < Duration::from_secs(5), "it took {took:?}");
+    let shim = container.shim_pid()?;
+    let _it_may_have_left = container.task.delete("c1", "").await;
+    let _as_before = container.task.shutdown("c1").await;
+    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+}
+
+/// The disk is full when the container ends: its exit code is recorded all the same.
+pub(crate) async fn an_exit_is_recorded_on_a_full_disk(stand: Stand) -> Result<()> {
+    use nix::mount::{MsFlags, mount};
+    let disk = stand.folder().join("b");
+    mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=256k"))?;
+    let fifo = stand.folder().join("go");
+    shim_tests::stdio::fifo(&fifo)?;
+    let container = stand.bundle("c1", &["sh", "-c", "read go; exit 3"]).stdio(&fifo.display().to_string(), "", "").run().await?;
+    let full = fs::write(disk.join("filler"), vec![0; 1 << 20]);
+    ensure!(full.is_err(), "the disk is not full");
+    shim_tests::stdio::Writer::open(&fifo).await?.write_all(b"go\n")?;
+    ensure!(container.task.wait("c1", "").await? == 3);
+    kill_shim(container.shim_pid()?).await?;
+    let deleted = container.bundle.delete_command().await?;
+    ensure!(deleted.exit_status == 3, "{deleted:?}");
+    let written = deleted.write_to_bytes()?;
+    ensure!(container.bundle.delete_command().await?.write_to_bytes()? == written);
+    nix::mount::umount2(&disk, nix::mount::MntFlags::MNT_DETACH)?;
+    Ok(())
+}
