@@ -2,7 +2,7 @@
 //! notices. The main proof of this shim. Needs root.
 //!
 //! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` says how many runs with random deaths there
-//! are, `X_SEED` which; `X_FAULTS_ALL` has every scenario run with both runtimes.
+//! are, `X_SEED` which; `X_PLAN` has scenarios run so often with one plan instead of with all; `X_FAULTS_ALL` has every scenario run with both runtimes.
 
 #[path = "faults/campaign.rs"]
 mod campaign;

@@ -83,6 +83,7 @@ impl Lane {
             run.arm()?;
         }
         let result = self.watched(scenario, &run, beside).await;
+        let scene = if result.is_err() { run.scene() } else { String::new() };
         for verb in ["create", "start", "exec"] {
             let _it_need_not_be_there = self.gate.fail(verb, None);
             self.gate.release(verb)?;
@@ -91,7 +92,7 @@ impl Lane {
         run.disarm();
         if let Err(error) = result {
             let around = trace.unwrap_or_default().around_death();
-            return Err(error.context(format!("{} with deaths [{plan}] in {}, around the death:\n    {around}", scenario.name, run.id)));
+            return Err(error.context(format!("{} with deaths [{plan}] in {}, around the death:\n    {around}\n  afterwards:\n    {scene}", scenario.name, run.id)));
         }
         let begun_at = run.begun_at();
         let outcome = Outcome { record: run.record(), trace: trace?, begun_at };
