@@ -24,7 +24,7 @@ use shim_tests::suite::Shim;
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases = cases().map(|case| case.within(Duration::from_secs(240)));
+    let cases = cases().map(|case| case.within(Duration::from_secs(600)));
     runner::main_on(Shim::faulty, &cases, &[], programs)
 }
 
