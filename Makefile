@@ -28,8 +28,8 @@ test-e2e: packages suites build build-faulty
 
 ## on cgroup v2 without v1, in an emulated guest: some minutes, so not part of `test`
 test-cgroup2: packages build
-	tests/tools/cgroup2-vm $(addprefix --with ,$(SHIM) $(shell command -v containerd ctr runc crun)) \
-		tests/tools/cgroup2-check $(SHIM) $(shell command -v runc crun)
+	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
+		tests/tools/cgroup2-check $(SHIM) runc crun
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:

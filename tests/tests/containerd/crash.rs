@@ -52,6 +52,7 @@ pub(crate) async fn a_container_runs_on_while_the_daemon_is_down(cx: Context) ->
     ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
     container.io.stdin().await?.write_all(b"go\n")?;
     ended_with(&container, &events, 3).await?;
+    eventually_true("the exit event", SOON, || !events.exits(&container.id, "").is_empty()).await?;
     ensure!(events.exits(&container.id, "").len() == 1, "{:?}", events.all());
     cx.leaves_nothing().await
 }

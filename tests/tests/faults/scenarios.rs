@@ -110,12 +110,7 @@ async fn short(run: &Run) -> Result<()> {
 }
 
 /// Makes a call of which the runtime tells only after `until`.
-async fn held_after(
-    run: &Run,
-    verb: &str,
-    call: impl Future<Output = Result<()>>,
-    until: impl AsyncFnOnce() -> Result<()>,
-) -> Result<()> {
+async fn held_after(run: &Run, verb: &str, call: impl Future<Output = Result<()>>, until: impl AsyncFnOnce() -> Result<()>) -> Result<()> {
     run.gate.hold_after(verb)?;
     let release = async {
         run.gate.held(verb).await?;

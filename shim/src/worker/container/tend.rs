@@ -1,7 +1,7 @@
 //! What accompanies a container while a worker lives, made to fit its record: after every change, and when a worker begins.
 use std::rc::Rc;
 
-use super::exits::out_of_memory;
+use super::exits::{START_WITHIN, out_of_memory};
 use super::streams::Plan;
 use super::{Change, Container, Phase, ProcessKey};
 use crate::cgroup::{Cgroup, OomWake};
@@ -40,6 +40,11 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
     let (worker, watched) = (Rc::clone(worker), Rc::clone(container));
     let task = tokio::task::spawn_local(async move {
         loop {
+            // What happens while a start is under way is told after the start.
+            let is_settled = |record: &super::Record| !matches!(record.init.phase, Phase::Starting { .. });
+            if let Err(error) = watched.until("start", START_WITHIN, is_settled).await {
+                log::warn!(container:% = watched.id, error:% = error.chain(); "telling of want of memory before the start");
+            }
             // The counter may have grown before the watch was there.
             if watched.record().init.exit().is_none()
                 && let Some(event) = out_of_memory(&watched)
