@@ -220,6 +220,9 @@ async fn file(run: &Run) -> Result<()> {
     run.finish(&exec, "e").await?;
     // in the file when the exit is told
     is_complete(&fs::read_to_string(path("e"))?, &lines(1, 20000))?;
+    // a signal before the trap is there would be lost
+    let is_written = || fs::read_to_string(path("init")).is_ok_and(|text| text.ends_with("\n20000\n"));
+    eventually_true("what init writes is in its file", SOON, is_written).await?;
     run.held("after the exec").await?;
     run.done("kill", container.kill(15).await)?;
     run.finish(&container, "init").await?;
