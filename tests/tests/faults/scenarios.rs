@@ -388,6 +388,7 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
 async fn checkpoint(run: &Run) -> Result<()> {
     let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
     run.start(&container, "init").await?;
+    is_executed(&container).await?;
     run.begin()?;
     let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
     run.done("checkpoint", run.cx.client().checkpoint(&container.id, options).await.map(drop))?;
@@ -416,6 +417,7 @@ pub(crate) const RESTORE: Scenario = Scenario {
 async fn restore(run: &Run) -> Result<()> {
     let container = run.create(run.container(&["sleep", "1000"]), "saved").await?;
     run.start(&container, "saved").await?;
+    is_executed(&container).await?;
     let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
     // the content of nobody is collected at any time
     let leased = run.cx.client().with_lease(&run.id).await?;
@@ -470,6 +472,12 @@ async fn pod(run: &Run) -> Result<()> {
     run.held("after the first").await?;
     // created, never started
     run.done("delete b", second.delete().await.map(drop))
+}
+
+/// Waits until init is the user's program: a runtime that is about to execute it has descriptors that criu cannot save.
+async fn is_executed(container: &Container) -> Result<()> {
+    let pid = container.pid.cast_signed();
+    eventually_true("init is sleep", SOON, || proc::Process::read(pid).is_ok_and(|process| process.comm == "sleep")).await
 }
 
 fn lines(first: u32, last: u32) -> String {
