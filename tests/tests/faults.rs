@@ -34,7 +34,7 @@ fn cases() -> [Case; 14] {
     let one = if std::env::var_os("X_FAULTS_ALL").is_some() { Scope::Ends } else { Scope::Oldest };
     [
         Case::new("every_message::life", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::LIFE))),
-        Case::new("every_message::short", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::SHORT))),
+        Case::new("every_message::short", one, |cx| Box::pin(sweep::every_message(cx, &s::SHORT))),
         Case::new("every_message::pause", one, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
         Case::new("every_message::terminal", one, |cx| Box::pin(sweep::every_message(cx, &s::TERMINAL))),
         Case::new("every_message::file", one, |cx| Box::pin(sweep::every_message(cx, &s::FILE))),

@@ -10,6 +10,7 @@ use shim_tests::container::{Container, Stdio};
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::messages::{CheckpointOptions, RESOURCES, any, any_json};
 use shim_tests::proc;
+use shim_tests::runner::needs_criu;
 use shim_tests::spec::Spec;
 
 use crate::run::Run;
@@ -386,6 +387,7 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
 };
 
 async fn checkpoint(run: &Run) -> Result<()> {
+    needs_criu(run.cx.suite())?;
     let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
     run.start(&container, "init").await?;
     is_executed(&container).await?;
@@ -415,6 +417,7 @@ pub(crate) const RESTORE: Scenario = Scenario {
 };
 
 async fn restore(run: &Run) -> Result<()> {
+    needs_criu(run.cx.suite())?;
     let container = run.create(run.container(&["sleep", "1000"]), "saved").await?;
     run.start(&container, "saved").await?;
     is_executed(&container).await?;
@@ -459,8 +462,8 @@ async fn pod(run: &Run) -> Result<()> {
     let member = |spec: Spec| spec.annotation("io.kubernetes.cri.sandbox-id", &run.id);
     let first = run.create(run.container(&["sleep", "1000"]).spec(member), "init").await?;
     run.start(&first, "init").await?;
+    let second = run.create(run.member("b", &["sleep", "1000"]).spec(member), "b").await?;
     run.begin()?;
-    let second: Container = run.create(run.member("b", &["sleep", "1000"]).spec(member), "b").await?;
     let script = "seq 1 1000; exit 3";
     let third = run.create(run.member("c", &["sh", "-c", script]).stdio(Stdio::OUTPUT).spec(member), "c").await?;
     run.start(&third, "c").await?;
