@@ -92,7 +92,10 @@ impl Lane {
         run.disarm();
         if let Err(error) = result {
             let around = trace.unwrap_or_default().around_death();
-            return Err(error.context(format!("{} with deaths [{plan}] in {}, around the death:\n    {around}\n  afterwards:\n    {scene}", scenario.name, run.id)));
+            return Err(error.context(format!(
+                "{} with deaths [{plan}] in {}, around the death:\n    {around}\n  afterwards:\n    {scene}",
+                scenario.name, run.id
+            )));
         }
         let begun_at = run.begun_at();
         let outcome = Outcome { record: run.record(), trace: trace?, begun_at };

@@ -236,7 +236,9 @@ impl Run {
         let all = proc::all();
         for shim in self.cx.shims() {
             lines.push(format!("keeper {}: {}", shim.pid, holdings(shim.pid).unwrap_or_default()));
-            let below = |process: &&proc::Process| process.parent == shim.pid || all.get(&process.parent).is_some_and(|parent| parent.parent == shim.pid);
+            let below = |process: &&proc::Process| {
+                process.parent == shim.pid || all.get(&process.parent).is_some_and(|parent| parent.parent == shim.pid)
+            };
             for process in all.values().filter(below) {
                 let wait = fs::read_to_string(format!("/proc/{}/wchan", process.pid)).unwrap_or_default();
                 lines.push(format!("{} {} of {}, {} in {wait}", process.pid, process.comm, process.parent, process.state));

@@ -53,7 +53,12 @@ pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> R
             let outcome = lane.run(scenario, &plan, Some(&record), nothing).await?;
             let deaths = outcome.trace.deaths();
             let planned = plan.split(' ').count();
-            ensure!(deaths == planned || env::var_os("X_PLAN").is_some(), "{} at [{plan}] ({message}): {deaths} deaths: {:#?}", scenario.name, outcome.trace);
+            ensure!(
+                deaths == planned || env::var_os("X_PLAN").is_some(),
+                "{} at [{plan}] ({message}): {deaths} deaths: {:#?}",
+                scenario.name,
+                outcome.trace
+            );
             Ok(())
         })
     })
