@@ -6,7 +6,7 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::{Arc, LazyLock, Mutex, RwLock};
 use std::time::{Duration, Instant};
 use std::{env, fmt};
@@ -142,6 +142,19 @@ pub struct Known {
 /// Ends a case without a verdict.
 pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
     Err(anyhow::Error::new(Skip(reason.into())))
+}
+
+/// Ends a case without a verdict where criu does not work.
+pub fn needs_criu(suite: Suite) -> Result<()> {
+    let criu = suite.program("criu");
+    match Command::new(&criu).arg("check").output() {
+        Err(error) => skip(format!("{} does not start: {error}", criu.display())),
+        Ok(output) if !output.status.success() => {
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            skip(format!("criu check: {}", text.lines().last().unwrap_or_default()))
+        }
+        Ok(_runs) => Ok(()),
+    }
 }
 
 /// Drives async code for the threads of the test harness.

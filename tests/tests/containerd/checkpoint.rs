@@ -1,28 +1,14 @@
 //! Checkpoint and restore, where criu runs.
 
-use std::process::Command;
-
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::messages::{CheckpointOptions, any};
-use shim_tests::runner::skip;
+use shim_tests::runner::needs_criu;
 
 /// Counts in a file of its own tmpfs, so that the count is a part of the checkpoint.
 const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /tmp/i; sleep 0.05; done";
-
-fn needs_criu(cx: &Context) -> Result<()> {
-    let criu = cx.suite().program("criu");
-    match Command::new(&criu).arg("check").output() {
-        Err(error) => skip(format!("{} does not start: {error}", criu.display())),
-        Ok(output) if !output.status.success() => {
-            let text = String::from_utf8_lossy(&output.stderr).into_owned();
-            skip(format!("criu check: {}", text.lines().last().unwrap_or_default()))
-        }
-        Ok(_runs) => Ok(()),
-    }
-}
 
 /// How far a container has counted.
 async fn count(container: &Container, exec: &str) -> Result<u32> {
@@ -42,7 +28,7 @@ async fn counted_to(container: &Container, goal: u32) -> Result<u32> {
 }
 
 pub(crate) async fn a_container_goes_on_from_its_checkpoint(cx: Context) -> Result<()> {
-    needs_criu(&cx)?;
+    needs_criu(cx.suite())?;
     let container = cx.container(&["sh", "-c", COUNT]).id("saved").start().await?;
     let before = counted_to(&container, 20).await?;
     let options = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
@@ -62,7 +48,7 @@ pub(crate) async fn a_container_goes_on_from_its_checkpoint(cx: Context) -> Resu
 }
 
 pub(crate) async fn a_checkpoint_without_exit_disturbs_nothing(cx: Context) -> Result<()> {
-    needs_criu(&cx)?;
+    needs_criu(cx.suite())?;
     let image = cx.folder().join("image");
     let work = cx.folder().join("work");
     std::fs::create_dir_all(&image)?;

@@ -15,7 +15,7 @@ use crate::run::Record;
 use crate::scenarios::{self, Scenario};
 
 /// `X_CAMPAIGN` runs for each combination, 30 without it.
-fn runs() -> u64 {
+pub(crate) fn runs() -> usize {
     env::var("X_CAMPAIGN").ok().and_then(|text| text.parse().ok()).unwrap_or(30)
 }
 
@@ -56,7 +56,7 @@ pub(crate) async fn random_deaths(cx: Context) -> Result<()> {
         models.into_iter().map(|(scenario, model)| (scenario, model.trace.0.len() as u64, Rc::new(model.record))).collect();
     let mut jobs = Vec::new();
     for number in 0..runs() {
-        let (scenario, messages, model) = &models[usize::try_from(number)? % models.len()];
+        let (scenario, messages, model) = &models[number % models.len()];
         let kills = (0..1 + random.below(4)).map(|_| Duration::from_millis(random.below(150))).collect();
         let words: Vec<_> = (0..1 + random.below(3)).map(|_| word(&mut random, messages / 2)).collect();
         let (plan, kills) = if random.below(2) == 0 { (words.join(" "), Vec::new()) } else { (String::new(), kills) };

@@ -83,14 +83,19 @@ impl Lane {
             run.arm()?;
         }
         let result = self.watched(scenario, &run, beside).await;
-        for verb in ["create", "start"] {
+        let scene = if result.is_err() { run.scene() } else { String::new() };
+        for verb in ["create", "start", "exec"] {
             let _it_need_not_be_there = self.gate.fail(verb, None);
+            self.gate.release(verb)?;
         }
         let trace = Trace::read(&run);
         run.disarm();
         if let Err(error) = result {
             let around = trace.unwrap_or_default().around_death();
-            return Err(error.context(format!("{} with deaths [{plan}] in {}, around the death:\n    {around}", scenario.name, run.id)));
+            return Err(error.context(format!(
+                "{} with deaths [{plan}] in {}, around the death:\n    {around}\n  afterwards:\n    {scene}",
+                scenario.name, run.id
+            )));
         }
         let begun_at = run.begun_at();
         let outcome = Outcome { record: run.record(), trace: trace?, begun_at };
@@ -144,7 +149,7 @@ pub(crate) async fn work<J: 'static>(
     jobs: Vec<J>,
     perform: impl for<'a> Fn(&'a Lane, J) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + 'a>> + 'static,
 ) -> Result<Vec<anyhow::Error>> {
-    const ENOUGH: usize = 500;
+    const ENOUGH: usize = 5;
     let jobs = Rc::new(RefCell::new(jobs.into_iter()));
     let failures = Rc::new(RefCell::new(Vec::new()));
     let perform = Rc::new(perform);

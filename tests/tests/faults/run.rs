@@ -230,6 +230,26 @@ impl Run {
         Ok(())
     }
 
+    /// What is there to see when something has gone wrong: processes, and what the shim has logged.
+    pub(crate) fn scene(&self) -> String {
+        let mut lines = Vec::new();
+        let all = proc::all();
+        for shim in self.cx.shims() {
+            lines.push(format!("keeper {}: {}", shim.pid, holdings(shim.pid).unwrap_or_default()));
+            let below = |process: &&proc::Process| {
+                process.parent == shim.pid || all.get(&process.parent).is_some_and(|parent| parent.parent == shim.pid)
+            };
+            for process in all.values().filter(below) {
+                let wait = fs::read_to_string(format!("/proc/{}/wchan", process.pid)).unwrap_or_default();
+                lines.push(format!("{} {} of {}, {} in {wait}", process.pid, process.comm, process.parent, process.state));
+            }
+        }
+        let log = self.cx.daemon().log();
+        let about: Vec<_> = log.lines().filter(|line| line.contains(&self.id)).collect();
+        lines.extend(about[about.len().saturating_sub(20)..].iter().map(|line| (*line).to_owned()));
+        lines.join("\n    ")
+    }
+
     /// The keeper's sockets that are still there.
     pub(crate) fn sockets_left(&self) -> Vec<String> {
         self.sockets.borrow().iter().filter(|path| path.exists()).map(|path| path.display().to_string()).collect()

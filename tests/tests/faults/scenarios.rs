@@ -10,6 +10,7 @@ use shim_tests::container::{Container, Stdio};
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::messages::{CheckpointOptions, RESOURCES, any, any_json};
 use shim_tests::proc;
+use shim_tests::runner::needs_criu;
 use shim_tests::spec::Spec;
 
 use crate::run::Run;
@@ -220,6 +221,9 @@ async fn file(run: &Run) -> Result<()> {
     run.finish(&exec, "e").await?;
     // in the file when the exit is told
     is_complete(&fs::read_to_string(path("e"))?, &lines(1, 20000))?;
+    // a signal before the trap is there would be lost
+    let is_written = || fs::read_to_string(path("init")).is_ok_and(|text| text.ends_with("\n20000\n"));
+    eventually_true("what init writes is in its file", SOON, is_written).await?;
     run.held("after the exec").await?;
     run.done("kill", container.kill(15).await)?;
     run.finish(&container, "init").await?;
@@ -383,8 +387,10 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
 };
 
 async fn checkpoint(run: &Run) -> Result<()> {
+    needs_criu(run.cx.suite())?;
     let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
     run.start(&container, "init").await?;
+    is_executed(&container).await?;
     run.begin()?;
     let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
     run.done("checkpoint", run.cx.client().checkpoint(&container.id, options).await.map(drop))?;
@@ -411,8 +417,10 @@ pub(crate) const RESTORE: Scenario = Scenario {
 };
 
 async fn restore(run: &Run) -> Result<()> {
+    needs_criu(run.cx.suite())?;
     let container = run.create(run.container(&["sleep", "1000"]), "saved").await?;
     run.start(&container, "saved").await?;
+    is_executed(&container).await?;
     let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
     // the content of nobody is collected at any time
     let leased = run.cx.client().with_lease(&run.id).await?;
@@ -454,8 +462,8 @@ async fn pod(run: &Run) -> Result<()> {
     let member = |spec: Spec| spec.annotation("io.kubernetes.cri.sandbox-id", &run.id);
     let first = run.create(run.container(&["sleep", "1000"]).spec(member), "init").await?;
     run.start(&first, "init").await?;
+    let second = run.create(run.member("b", &["sleep", "1000"]).spec(member), "b").await?;
     run.begin()?;
-    let second: Container = run.create(run.member("b", &["sleep", "1000"]).spec(member), "b").await?;
     let script = "seq 1 1000; exit 3";
     let third = run.create(run.member("c", &["sh", "-c", script]).stdio(Stdio::OUTPUT).spec(member), "c").await?;
     run.start(&third, "c").await?;
@@ -467,6 +475,12 @@ async fn pod(run: &Run) -> Result<()> {
     run.held("after the first").await?;
     // created, never started
     run.done("delete b", second.delete().await.map(drop))
+}
+
+/// Waits until init is the user's program: a runtime that is about to execute it has descriptors that criu cannot save.
+async fn is_executed(container: &Container) -> Result<()> {
+    let pid = container.pid.cast_signed();
+    eventually_true("init is sleep", SOON, || proc::Process::read(pid).is_ok_and(|process| process.comm == "sleep")).await
 }
 
 fn lines(first: u32, last: u32) -> String {
