@@ -21,6 +21,7 @@ mod run_dir;
 mod settings;
 mod stdio_uri;
 mod sys;
+mod whole_file;
 mod worker;
 
 use invocation::Invocation;

@@ -6,7 +6,7 @@ use super::{Malformed, Reader, Writer};
 pub(crate) enum ControlRequest {
     /// Everything that is known. → `Snapshot`
     Describe,
-    /// A place for a container that is about to be created in this group. → `Done`, or `Refused` when the keeper is leaving.
+    /// A place for a container that is about to be created in this group. → `Done`.
     Reserve { id: String },
     /// A container was removed by hand, or will not be made: its record and its place go, and the keeper with them if they were the
     /// last. → `Done`

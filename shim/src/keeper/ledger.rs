@@ -310,7 +310,7 @@ impl Ledger {
         self.ready_due.values().chain(self.reservations.values()).min().copied()
     }
 
-    /// Keeps a place for a container. Refused once the keeper was told to leave and nothing holds it.
+    /// Keeps a place for a container.
     pub(crate) fn reserve(&mut self, id: String, now: Instant) {
         self.reservations.insert(id, now + RESERVATION);
     }

@@ -368,13 +368,9 @@ impl Keeper {
                 self.control.reply(id, &ControlReply::Snapshot(snapshot));
             }
             ControlRequest::Reserve { id: container } => {
-                let reply = if self.leaving_since.is_some() {
-                    ControlReply::Refused { why: "the shim is leaving".into() }
-                } else {
-                    self.ledger.reserve(container, now);
-                    ControlReply::Done
-                };
-                self.control.reply(id, &reply);
+                // One that is leaving stays for it.
+                self.ledger.reserve(container, now);
+                self.control.reply(id, &ControlReply::Done);
             }
             ControlRequest::Forget { id: container } => {
                 self.forget(&container, now);

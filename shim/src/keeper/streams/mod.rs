@@ -338,7 +338,7 @@ impl Streams {
                 *bytes += moved;
                 let lost = *bytes;
                 match stop {
-                    splice::Stop::Turn => poll.again(Source::Stream(id)),
+                    splice::Stop::Turn if deleted.is_none() => poll.again(Source::Stream(id)),
                     splice::Stop::Idle if deleted.is_none() => {}
                     _ => self.finish(id, lost),
                 }

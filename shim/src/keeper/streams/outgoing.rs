@@ -90,7 +90,10 @@ impl Outgoing {
 
     /// Moves what can be moved. `exited`, `deleted`: since when.
     pub(super) fn turn(&mut self, now: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> Turn {
-        if let Some(stop) = self.flow() {
+        if deleted.is_some_and(|at| now >= at + DRAIN_AFTER_DELETE) {
+            // Somebody may still write, and as fast as it is moved.
+            self.source = None;
+        } else if let Some(stop) = self.flow() {
             match stop {
                 Stop::Turn => return Turn::Again,
                 Stop::Idle => {}
@@ -167,7 +170,7 @@ impl Outgoing {
         let Some(exited) = exited.or(deleted) else { return false };
         let source_is_empty = self.source.as_ref().is_none_or(|source| waiting_bytes(source.as_fd()).unwrap_or(0) == 0);
         let quiet = now >= self.last_moved.max(exited) + QUIET_AFTER_EXIT;
-        (source_is_empty && (quiet || now >= exited + LIMIT_AFTER_EXIT)) || deleted.is_some_and(|at| now >= at + DRAIN_AFTER_DELETE)
+        source_is_empty && (quiet || now >= exited + LIMIT_AFTER_EXIT)
     }
 
     /// Only the fifo's content and its reader matter now.
