@@ -182,7 +182,8 @@ impl Invocation {
             "keeper" => {
                 let settings = Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()])?;
                 let words: Vec<&str> = rest.map(String::as_str).collect();
-                let number = |word: &str| word.parse::<i32>().map_err(|_| UsageError::Surplus { action: "keeper", argument: word.to_owned() });
+                let number =
+                    |word: &str| word.parse::<i32>().map_err(|_| UsageError::Surplus { action: "keeper", argument: word.to_owned() });
                 Ok(match words[..] {
                     ["resume", state] => Self::Resume { settings, state: number(state)?, before: None },
                     ["resume", state, before] => Self::Resume { settings, state: number(state)?, before: Some(number(before)?) },
@@ -420,7 +421,8 @@ mod tests {
         }
         let order = UpgradeOrder { ids: vec!["c1".into(), "c2".into()], ..UpgradeOrder::default() };
         assert_eq!(parse("upgrade c1 c2"), Ok(Invocation::Upgrade(order)));
-        let order = UpgradeOrder { all: true, to: Some("/new".into()), worker_only: true, at_once: Some(9), query, ..UpgradeOrder::default() };
+        let order =
+            UpgradeOrder { all: true, to: Some("/new".into()), worker_only: true, at_once: Some(9), query, ..UpgradeOrder::default() };
         assert_eq!(parse("upgrade --all --to /new --at-once=9 -n n1 --json --worker-only"), Ok(Invocation::Upgrade(order)));
         for line in ["upgrade --help", "help", "--help", "-h", "ps --help", "inspect -h", "-namespace n1 -help start"] {
             assert_eq!(parse(line), Ok(Invocation::Help), "{line}");

@@ -55,9 +55,7 @@ fn main() -> ExitCode {
             let (state, before) = (sys::inherited::take(state)?, before.map(sys::inherited::take).transpose()?);
             Ok(keeper::resume(settings, state, before))
         }),
-        Invocation::Rehearse(settings) => {
-            inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take(3)?, sys::inherited::take(4)?)))
-        }
+        Invocation::Rehearse(settings) => inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take(3)?, sys::inherited::take(4)?))),
         Invocation::Worker(settings) => inherited(|| {
             // Executed through a descriptor, it would be called by the descriptor's number.
             nix::sys::prctl::set_name(c"containerd-shim")?;

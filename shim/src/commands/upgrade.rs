@@ -254,11 +254,13 @@ impl Summary {
     }
 
     fn is_success(&self) -> bool {
-        self.silent == 0 && self.counts.iter().all(|(verdict, count)| matches!(verdict, Verdict::Upgraded | Verdict::Unchanged) || *count == 0)
+        self.silent == 0
+            && self.counts.iter().all(|(verdict, count)| matches!(verdict, Verdict::Upgraded | Verdict::Unchanged) || *count == 0)
     }
 
     fn to_json(&self) -> Value {
-        let mut value = json!({ "silent": self.silent, "longest_pause_ms": self.pause.as_secs_f64() * 1e3, "took_ms": self.took.as_secs_f64() * 1e3 });
+        let mut value =
+            json!({ "silent": self.silent, "longest_pause_ms": self.pause.as_secs_f64() * 1e3, "took_ms": self.took.as_secs_f64() * 1e3 });
         for (verdict, count) in self.counts {
             value[verdict.word()] = json!(count);
         }

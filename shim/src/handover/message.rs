@@ -193,13 +193,24 @@ pub(crate) struct Exited {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ToKeeper {
     /// The first message. `versions`: what this worker speaks.
-    Hello { versions: Versions, build: String },
-    Operation { cause: Cause, step: Step, op: Op },
+    Hello {
+        versions: Versions,
+        build: String,
+    },
+    Operation {
+        cause: Cause,
+        step: Step,
+        op: Op,
+    },
     Commit(Commit),
     /// Whether this worker can go on with the state that it was shown, or why not.
-    Fit { refusal: Option<String> },
+    Fit {
+        refusal: Option<String>,
+    },
     /// The sign of life that was asked for.
-    Pong { number: u32 },
+    Pong {
+        number: u32,
+    },
 }
 
 /// The end of a step. Applied whole, in the order of the fields.

@@ -20,7 +20,7 @@ use crate::handover::Cause;
 
 /// So many workers must have died over a cause before it is tried.
 const DEATHS: u32 = 2;
-/// So long those on trial have to kill their worker.
+/// So long those on trial have to kill their worker, and until it has given a sign of life after it was told of them.
 const TRIAL: Duration = Duration::from_secs(3);
 /// A SIGKILL from outside is no proof: so many workers must be killed over a cause that is on trial alone.
 const KILLS_ALONE: u32 = 3;
@@ -94,15 +94,15 @@ impl Blame {
         Some(alone)
     }
 
-    /// Chooses what a worker that serves is told of next.
-    pub(crate) fn next(&mut self, open: &Open<'_>, now: Instant) -> Vec<Cause> {
+    /// Chooses what a worker that serves is told of next. `is_lively`: it was heard since it was told anything.
+    pub(crate) fn next(&mut self, open: &Open<'_>, is_lively: bool, now: Instant) -> Vec<Cause> {
         if self.suspects.is_empty() {
             return open.requests().chain(open.exits()).collect();
         }
         self.suspects.retain(|cause, _| (open.is_open)(*cause));
         if let Some(trial) = &mut self.trial {
             trial.causes.retain(|cause| self.suspects.contains_key(cause));
-            if !trial.causes.is_empty() && now < trial.until {
+            if !trial.causes.is_empty() && (now < trial.until || !is_lively) {
                 return Vec::new();
             }
             for innocent in &trial.causes {
@@ -147,11 +147,12 @@ impl Blame {
     }
 
     /// When [`Blame::next`] may say something else though nothing happens.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        match &self.trial {
+    pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
+        let until = match &self.trial {
             Some(trial) => Some(trial.until),
             None => self.suspects.values().filter_map(|suspect| suspect.withheld_until).min(),
-        }
+        };
+        until.filter(|until| *until > now)
     }
 }
 
@@ -187,8 +188,11 @@ mod tests {
 
         fn next(&mut self) -> Vec<Cause> {
             let open = self.open.clone();
-            let told =
-                self.blame.next(&Open { untold: &self.untold, exits: &self.exits, is_open: &|cause| open.contains(&cause) }, self.now);
+            let told = self.blame.next(
+                &Open { untold: &self.untold, exits: &self.exits, is_open: &|cause| open.contains(&cause) },
+                true,
+                self.now,
+            );
             self.untold.retain(|cause| !told.contains(cause));
             told
         }
@@ -262,11 +266,24 @@ mod tests {
         assert_eq!(world.run(Fault::Its, &[5], &[]), [5]);
         assert_eq!(world.open.iter().copied().collect::<Vec<_>>(), [5]);
         assert_eq!(world.blame.withheld(world.now).collect::<Vec<_>>(), [5]);
-        world.now = world.blame.deadline().expect("it comes again");
+        world.now = world.blame.deadline(world.now).expect("it comes again");
         assert_eq!(world.next(), [5]);
         assert_eq!(world.die(Fault::Its), Some(5));
         world.blame.forgive();
         assert_eq!(world.next(), [5]);
+    }
+
+    #[test]
+    fn nobody_is_innocent_before_the_worker_is_heard() {
+        let mut world = World::new(1..4, 0..0);
+        for _ in 0..2 {
+            world.next();
+            world.die(Fault::Its);
+        }
+        assert_eq!(world.next(), [1, 2]);
+        let open = Open { untold: &world.untold, exits: &world.exits, is_open: &|_| true };
+        assert!(world.blame.next(&open, false, world.now + TRIAL).is_empty());
+        assert_eq!(world.blame.next(&open, true, world.now + TRIAL), [3]);
     }
 
     #[test]

@@ -101,14 +101,14 @@ impl Commander {
     fn turn(&mut self) -> io::Result<Option<ControlRequest>> {
         self.output.flush(&self.socket)?;
         loop {
-            let length = self.input.len();
-            self.input.resize(length + READ_BYTES, 0);
-            let read = sys::descriptors::receive(self.socket.as_fd(), &mut self.input[length..]);
-            self.input.truncate(length + read.as_ref().map_or(0, |(count, _)| *count));
-            match read {
+            let mut buffer = [0; READ_BYTES];
+            match sys::descriptors::receive(self.socket.as_fd(), &mut buffer) {
                 Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) if self.asked => return Err(io::ErrorKind::InvalidData.into()),
-                Ok((_, attached)) => self.attached = self.attached.take().or(attached),
+                Ok((count, attached)) => {
+                    self.input.extend_from_slice(&buffer[..count]);
+                    self.attached = self.attached.take().or(attached);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),

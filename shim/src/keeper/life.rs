@@ -195,6 +195,11 @@ impl Life {
         }
     }
 
+    /// Whether it was sent something since it was last heard.
+    pub(crate) fn is_owing(&self) -> bool {
+        self.owing
+    }
+
     /// Queues a message.
     pub(crate) fn send(&mut self, message: &ToWorker, descriptor: Option<OwnedFd>, now: Instant) {
         if self.doomed.is_some() {

@@ -18,11 +18,11 @@ use super::children::{Children, Found};
 use super::control::Control;
 use super::image::{self, Descriptors, Error, Saver, Sections};
 use super::ledger::{Asked, Asker, Due, Ledger, What};
+use super::life::{End, Executable};
 use super::poll::{Poll, Source};
 use super::publisher::Publisher;
 use super::relay::Relay;
 use super::streams::Streams;
-use super::life::{End, Executable};
 use super::supervisor::{Ended, Supervisor};
 use super::upgrade::{SETTLED_WITHIN, Stage, Upgrade};
 use crate::disguise::{self, Place};
@@ -275,7 +275,7 @@ impl Keeper {
         [
             self.supervisor.deadline(self.ledger.is_busy()),
             self.upgrade_deadline(),
-            self.blame.deadline().filter(|_| self.supervisor.is_serving()),
+            self.blame.deadline(now).filter(|_| self.supervisor.is_serving()),
             self.ledger.deadline(),
             self.streams.deadline(now),
             self.publisher.deadline(),
@@ -331,7 +331,7 @@ impl Keeper {
         }
         let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
         let open = Open { untold: self.ledger.untold(), exits: self.ledger.exits(), is_open: &is_open };
-        for cause in self.blame.next(&open, now) {
+        for cause in self.blame.next(&open, self.supervisor.is_lively(), now) {
             if let Some(message) = self.ledger.announce(cause, now) {
                 self.supervisor.send(&message, None, now);
             }

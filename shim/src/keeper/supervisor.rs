@@ -146,7 +146,8 @@ impl Supervisor {
     /// Puts the program before in its place again, if it is still kept and works with this keeper.
     fn roll_back(&mut self, end: &End) -> bool {
         let ours = crate::disguise::versions();
-        let Some((previous, _)) = self.previous.take_if(|(previous, _)| previous.versions.is_some_and(|theirs| ours.agree(theirs).is_some()))
+        let Some((previous, _)) =
+            self.previous.take_if(|(previous, _)| previous.versions.is_some_and(|theirs| ours.agree(theirs).is_some()))
         else {
             return false;
         };
@@ -203,6 +204,11 @@ impl Supervisor {
     /// Whether there is a worker that has been told everything.
     pub(crate) fn is_serving(&self) -> bool {
         self.life.as_ref().is_some_and(|life| life.hello.is_some() && !life.is_doomed())
+    }
+
+    /// Whether the worker was heard since it was told anything.
+    pub(crate) fn is_lively(&self) -> bool {
+        self.life.as_ref().is_some_and(|life| !life.is_owing())
     }
 
     /// Whether one life after the other gets nothing done.

@@ -334,8 +334,7 @@ impl Keeper {
         let result = self.save(upgrade).and_then(|(state, mut kept)| {
             let own = Executable::own()?;
             kept.extend([state.as_raw_fd(), own.file.as_raw_fd()]);
-            let arguments =
-                self.image_arguments(&["resume", &state.as_raw_fd().to_string(), &own.file.as_raw_fd().to_string()])?;
+            let arguments = self.image_arguments(&["resume", &state.as_raw_fd().to_string(), &own.file.as_raw_fd().to_string()])?;
             sys::exec::execute(upgrade.executable.file.as_fd(), &arguments, &environment()?, &kept)
         });
         upgrade.report.keeper = PartResult::Unasked;

@@ -325,9 +325,10 @@ impl Worker {
 fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
     let newest = disguise::record_version(RECORD_VERSION);
     match Record::decode(value) {
-        Ok(record) if record.version > newest => {
-            Some(format!("the record of container {key} has version {}, and version {newest} is the newest that can be read", record.version))
-        }
+        Ok(record) if record.version > newest => Some(format!(
+            "the record of container {key} has version {}, and version {newest} is the newest that can be read",
+            record.version
+        )),
         Ok(_) => None,
         Err(error) => Some(format!("cannot read the record of container {key}: {error}")),
     }

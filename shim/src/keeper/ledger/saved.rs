@@ -77,9 +77,8 @@ impl Ledger {
             Ok((key, askers))
         })?;
         ledger.parked = parked.into_iter().collect();
-        ledger.ready = l.each(|l| {
-            Ok(Ready { key: l.string()?, service: l.string()?, method: l.string()?, payload: l.bytes()?, answer: l.bytes()? })
-        })?;
+        ledger.ready =
+            l.each(|l| Ok(Ready { key: l.string()?, service: l.string()?, method: l.string()?, payload: l.bytes()?, answer: l.bytes()? }))?;
         ledger.reservations = l.each(|l| Ok((l.string()?, l.instant()?)))?.into_iter().collect();
         ledger.begin_life();
         Ok(ledger)

@@ -74,8 +74,7 @@ impl Outgoing {
 
     pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
         let (source, sink) = (l.optional_fd()?, l.fd()?);
-        let spill =
-            if l.bool()? { Some(Spill { file: l.fd()?.into(), limit: l.u64()?, head: l.i64()?, tail: l.i64()? }) } else { None };
+        let spill = if l.bool()? { Some(Spill { file: l.fd()?.into(), limit: l.u64()?, head: l.i64()?, tail: l.i64()? }) } else { None };
         let (target, bytes, draining) = (l.string()?, l.u64()?, l.bool()?);
         Ok(Self { source, sink, spill, target, bytes, draining, last_moved: l.instant()? })
     }
