@@ -61,7 +61,9 @@ impl OomWatch {
 
     fn begin(folder: &Path, fd: OwnedFd, has_echoes: bool) -> Result<Self, CgroupError> {
         let fd = sys::ready::to_read(fd).map_err(failed("watch", folder))?;
-        Ok(Self { folder: folder.to_owned(), fd, has_echoes, echo: None })
+        // What a watch before this one was woken by may not have been counted yet.
+        let echo = if has_echoes { Self::echo(0) } else { None };
+        Ok(Self { folder: folder.to_owned(), fd, has_echoes, echo })
     }
 
     /// Waits for the next wake. Can be dropped at any time without missing one.
@@ -90,6 +92,11 @@ impl OomWatch {
                 Err(_) => {}
             }
         }
+    }
+
+    /// Gives the descriptor away. It can be read when [`OomWatch::changed`] would have returned.
+    pub(crate) fn into_descriptor(self) -> OwnedFd {
+        self.fd.into_inner()
     }
 
     fn state(&self) -> OomWake {
