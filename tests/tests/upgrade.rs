@@ -47,9 +47,10 @@ fn main() -> ExitCode {
                 a_request_that_hangs_its_worker_is_given_up_and_the_others_live,
                 an_exit_that_kills_is_told_by_another_build,
                 a_slow_operation_is_not_taken_for_a_hang,
-                an_idle_worker_is_not_asked_for_signs_of_life,
         ]
         .map_within(long),
+        // other tests ask every shim of the host
+        cases![bad_workers, Scope::Once => an_idle_worker_is_not_asked_for_signs_of_life].into_iter().map(runner::Case::alone).collect(),
         cases![rest,
             Scope::Ends => a_request_a_fact_or_an_event_brings_a_worker_back;
             Scope::Once =>

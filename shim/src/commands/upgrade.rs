@@ -78,7 +78,7 @@ pub(crate) fn upgrade(order: &UpgradeOrder) -> Result<bool, Error> {
         }
     });
     let mut targets = targets.into_inner().unwrap_or_default();
-    targets.sort_by(|a, b| a.name().cmp(&b.name()));
+    targets.sort_by_key(Target::name);
     let summary = Summary::of(&targets, silent, begun.elapsed());
     if order.query.json {
         print_json(&json!({ "shims": targets.iter().map(Target::to_json).collect::<Vec<_>>(), "summary": summary.to_json() }))?;
@@ -261,7 +261,10 @@ impl Summary {
 
     fn is_success(&self) -> bool {
         self.silent == 0
-            && self.counts.iter().all(|(verdict, count)| matches!(verdict, Verdict::Upgraded | Verdict::Unchanged | Verdict::Gone) || *count == 0)
+            && self
+                .counts
+                .iter()
+                .all(|(verdict, count)| matches!(verdict, Verdict::Upgraded | Verdict::Unchanged | Verdict::Gone) || *count == 0)
     }
 
     fn to_json(&self) -> Value {
