@@ -19,6 +19,7 @@ use nix::libc;
 
 use super::fifo;
 use super::splice::{Stop, TURN_BYTES, move_bytes};
+use crate::keeper::image::{Error, Loader, Saver};
 use crate::sys::descriptors::waiting_bytes;
 
 /// After a process has ended, somebody else may still hold its output: so long it may stay quiet before it is given up.
@@ -57,6 +58,25 @@ pub(super) enum Turn {
 impl Outgoing {
     pub(super) fn new(source: OwnedFd, sink: OwnedFd, target: String, spill: Option<Spill>) -> Self {
         Self { source: Some(source), sink, spill, target, bytes: 0, last_moved: Instant::now(), draining: false }
+    }
+
+    pub(super) fn save(&self, s: &mut Saver) {
+        s.optional_fd(self.source.as_ref());
+        s.fd(&self.sink);
+        s.bool(self.spill.is_some());
+        if let Some(spill) = &self.spill {
+            s.fd(&spill.file);
+            s.u64(spill.limit).i64(spill.head).i64(spill.tail);
+        }
+        s.str(&self.target).u64(self.bytes).bool(self.draining);
+        s.instant(self.last_moved);
+    }
+
+    pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
+        let (source, sink) = (l.optional_fd()?, l.fd()?);
+        let spill = if l.bool()? { Some(Spill { file: l.fd()?.into(), limit: l.u64()?, head: l.i64()?, tail: l.i64()? }) } else { None };
+        let (target, bytes, draining) = (l.string()?, l.u64()?, l.bool()?);
+        Ok(Self { source, sink, spill, target, bytes, draining, last_moved: l.instant()? })
     }
 
     pub(super) fn source(&self) -> Option<&OwnedFd> {
