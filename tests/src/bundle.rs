@@ -23,7 +23,7 @@ use crate::spec::{self, Spec};
 use crate::stand::Stand;
 use crate::stdio;
 use crate::task::{Task, any_json};
-use crate::{isolation, messages, proc, rootfs};
+use crate::{isolation, messages, proc, rootfs, trace};
 
 fn bind_mount(source: &Path) -> Mount {
     Mount {
@@ -262,7 +262,9 @@ pub async fn run(mut command: tokio::process::Command, input: &[u8]) -> Result<O
     drop(stdin);
     let output = within("a command of the shim", Duration::from_secs(30), child.wait_with_output()).await;
     isolation::forget(pid);
-    Ok(output??)
+    let output = output??;
+    trace::note("command", format_args!("{:?}: {output:?}", command.as_std().get_args()));
+    Ok(output)
 }
 
 /// A container that exists.

@@ -1,5 +1,6 @@
 //! containerd's task service, spoken to a shim directly.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use containerd_shim_protos::api;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
+use crate::trace;
 use crate::ttrpc::{Answer, CallError, Connection, DEADLINE, Frame};
 
 /// The service up to containerd 1.7.
@@ -52,10 +54,16 @@ impl Task {
     }
 
     /// Calls any method, and waits no longer than `deadline`.
-    pub async fn call<A: Message>(&self, method: &str, message: &impl Message, deadline: Duration) -> Answer<A> {
+    pub async fn call<A: Message + Display>(&self, method: &str, message: &(impl Message + Display), deadline: Duration) -> Answer<A> {
         let payload = message.write_to_bytes().expect("a message without required fields is always complete");
-        let answer = self.connection.call(self.service, method, payload, deadline).await?;
-        Ok(A::parse_from_bytes(&answer).expect("the answer is the method's message"))
+        trace::note("call", format_args!("{method} {message}"));
+        let answer = self.connection.call(self.service, method, payload, deadline).await;
+        let answer = answer.map(|answer| A::parse_from_bytes(&answer).expect("the answer is the method's message"));
+        match &answer {
+            Ok(answer) => trace::note("answer", format_args!("{method} {answer}")),
+            Err(error) => trace::note("answer", format_args!("{method} {error}")),
+        }
+        answer
     }
 
     /// The state of a process.
