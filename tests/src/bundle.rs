@@ -22,7 +22,7 @@ use crate::eventually::{SOON, eventually, eventually_true, within};
 use crate::spec::{self, Spec};
 use crate::stand::Stand;
 use crate::stdio;
-use crate::task::{Task, any_json};
+use crate::task::{self, Task, V2, V3, any_json};
 use crate::{isolation, messages, proc, rootfs, trace};
 
 fn bind_mount(source: &Path) -> Mount {
@@ -119,6 +119,7 @@ impl Bundle {
     /// Writes the bundle down as containerd does.
     pub fn write(&self) -> Result<&Self> {
         fs::create_dir_all(self.folder.join("rootfs"))?;
+        fs::create_dir_all(self.folder.join("work"))?;
         fs::write(self.folder.join("config.json"), self.spec.0.to_string())?;
         if !self.folder.join("log").exists() {
             stdio::fifo(&self.folder.join("log"))?;
@@ -189,9 +190,7 @@ impl Bundle {
         ensure!(output.status.success(), "start: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
         // containerd reads both streams as one
         ensure!(output.stderr.is_empty(), "start says {:?}", String::from_utf8_lossy(&output.stderr));
-        let address = String::from_utf8(output.stdout)?;
-        let Some(path) = address.trim().strip_prefix("unix://") else { bail!("not an address: {address:?}") };
-        Ok(PathBuf::from(path))
+        read_address(&output.stdout)
     }
 
     /// Starts a shim for it, or joins the group's, and connects.
@@ -247,6 +246,18 @@ impl Bundle {
         ensure!(shims.len() == 1, "not one shim of {}: {shims:?}", self.id);
         Ok(shims.remove(0).pid)
     }
+}
+
+/// Where `start` says that the shim listens: an address, or JSON with a version of the protocol, by which clients speak from then on.
+pub fn read_address(answer: &[u8]) -> Result<PathBuf> {
+    let text = std::str::from_utf8(answer)?.trim();
+    let (address, version) = match serde_json::from_str::<serde_json::Value>(text) {
+        Ok(json) => (json["address"].as_str().unwrap_or_default().to_owned(), json["version"].as_u64().unwrap_or(2)),
+        Err(_) => (text.to_owned(), 2),
+    };
+    let Some(path) = address.strip_prefix("unix://") else { bail!("not an address: {text:?}") };
+    task::remember(Path::new(path), if version >= 3 { V3 } else { V2 });
+    Ok(PathBuf::from(path))
 }
 
 /// Runs a command of the shim with that on its standard input.

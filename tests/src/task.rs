@@ -1,7 +1,9 @@
 //! containerd's task service, spoken to a shim directly.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -17,6 +19,18 @@ pub const V2: &str = "containerd.task.v2.Task";
 /// The service from 2.0 on.
 pub const V3: &str = "containerd.task.v3.Task";
 
+static SERVICES: Mutex<BTreeMap<PathBuf, &str>> = Mutex::new(BTreeMap::new());
+
+/// Says which service clients of a socket are to speak; without a word it is [`V2`].
+pub(crate) fn remember(socket: &Path, service: &'static str) {
+    SERVICES.lock().expect("no panic under this lock").insert(socket.to_owned(), service);
+}
+
+/// The service that clients of a socket are to speak.
+pub fn service_at(socket: &Path) -> &'static str {
+    SERVICES.lock().expect("no panic under this lock").get(socket).copied().unwrap_or(V2)
+}
+
 /// A client of a shim's task service; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Task {
@@ -28,7 +42,7 @@ pub struct Task {
 impl Task {
     /// Connects to the shim that listens at `socket`.
     pub async fn connect(socket: &Path) -> Result<Self> {
-        Ok(Self { connection: Connection::connect(socket).await?, socket: socket.to_owned(), service: V2 })
+        Ok(Self { connection: Connection::connect(socket).await?, socket: socket.to_owned(), service: service_at(socket) })
     }
 
     /// A connection of its own to the same shim.
@@ -41,6 +55,11 @@ impl Task {
     pub fn service(mut self, service: &'static str) -> Self {
         self.service = service;
         self
+    }
+
+    /// The name of the service that it speaks.
+    pub fn service_name(&self) -> &'static str {
+        self.service
     }
 
     /// Where the shim listens.

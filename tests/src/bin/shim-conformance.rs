@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use shim_tests::conformance::child::{self, Subject};
 use shim_tests::conformance::expect::Expectations;
 use shim_tests::conformance::run::{self, Plan, Results};
-use shim_tests::conformance::{Case, cases, clauses, report};
+use shim_tests::conformance::{Case, cases, clauses, faults, report};
 
 const HELP: &str = "\
 shim-conformance: starts a containerd shim as containerd does, drives it, and says clause by clause what holds
@@ -19,6 +19,8 @@ shim-conformance: starts a containerd shim as containerd does, drives it, and sa
                        [--json FILE] [--junit FILE] [--logs FOLDER]
   shim-conformance compare --shim A --shim B [--engine …] [--filter …] [--jobs N]
   shim-conformance table RESULTS.json…       several runs as one table in Markdown
+  shim-conformance faults --shim PATH [--engine …] [--filter …] [--jobs N]
+                       which cases see which fault of a man in the middle, in Markdown; takes long
 
   --engine   the OCI runtime that the shim is told to use; by default crun, else runc
   --filter   only cases whose name or clause contains PATTERN; one that begins with = is the whole name
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         Some((word, rest)) if word == "run" => Options::read(rest).and_then(|options| run_one(&options)),
         Some((word, rest)) if word == "compare" => Options::read(rest).and_then(|options| compare(&options)),
         Some((word, rest)) if word == "table" => table(rest),
+        Some((word, rest)) if word == "faults" => Options::read(rest).and_then(|options| all_faults(&options)),
         Some((word, _)) if ["help", "--help", "-h"].contains(&word.as_str()) => {
             println!("{HELP}");
             Ok(true)
@@ -126,7 +129,7 @@ impl Options {
         ensure!(shim.is_file(), "no shim at {}", shim.display());
         ensure!(["/bin/busybox", "/usr/bin/busybox"].iter().any(|path| Path::new(path).exists()), "no /bin/busybox: containers are made of it");
         let programs = env::current_exe()?.parent().context("a program is in a folder")?.to_owned();
-        for name in ["gated-runtime", "log-sink"] {
+        for name in [child::PROGRAM, "gated-runtime", "log-sink"] {
             ensure!(programs.join(name).is_file(), "no {name} beside this program: cargo install puts them there");
         }
         let cases = self.cases()?;
@@ -189,6 +192,23 @@ fn compare(options: &Options) -> Result<bool> {
     let (one, other) = (perform(options, one)?, perform(options, other)?);
     print!("{}", report::comparison(&one, &other));
     Ok(true)
+}
+
+/// A whole run for each fault.
+fn all_faults(options: &Options) -> Result<bool> {
+    let mut plan = options.plan(options.shim()?)?;
+    let real = plan.subject.shim.clone();
+    let place = env::temp_dir().join(format!("man-in-the-middle-{}", std::process::id()));
+    let mut table = faults::Table::default();
+    for fault in faults::ALL {
+        plan.subject.shim = faults::install(&place, &plan.subject.programs.join("man-in-the-middle"), &real, fault.name)?;
+        let results = run::run(&plan, |_| ())?;
+        eprintln!("{}", table.add(fault, &results));
+    }
+    fs::remove_dir_all(&place)?;
+    let _some_cases_have_failed = fs::remove_dir_all(&plan.logs);
+    print!("{}", table.markdown());
+    Ok(table.is_complete())
 }
 
 fn table(paths: &[String]) -> Result<bool> {

@@ -14,6 +14,7 @@ pub mod cases;
 pub mod child;
 pub mod clauses;
 pub mod expect;
+pub mod faults;
 
 pub mod report;
 pub mod run;

@@ -12,7 +12,7 @@ use crate::conformance::Case;
 use crate::eventually::SOON;
 use crate::stand::Stand;
 use crate::task::{Task, V2, V3, wait};
-use crate::ttrpc::{Answer, CallError, Code};
+use crate::ttrpc::{Answer, CallError, Code, code_of, refusal};
 
 pub(super) fn cases() -> Vec<Case> {
     clauses![calls:
@@ -20,8 +20,8 @@ pub(super) fn cases() -> Vec<Case> {
         "T2" => the_task_service_of_v3_is_served, both_names_of_the_service_give_the_same_answers;
         "T3" => what_is_unknown_is_not_implemented;
         "T4" => nobody, created, running, paused, exited, exec_added, exec_running, exec_exited;
-        "T5" => a_second_of_a_name_already_exists;
-        "T6" => codes_when_created, codes_when_running, codes_when_paused, codes_when_exited, codes_of_execs;
+        "T5" => a_second_container_of_a_name_is_refused, a_second_exec_of_a_name_already_exists;
+        "T6" => codes_when_created, codes_when_running, codes_when_paused, codes_when_exited, codes_of_execs, the_code_of_a_second_container_is_already_exists;
     ]
 }
 
@@ -281,14 +281,27 @@ async fn codes_of_execs(stand: Stand) -> Result<()> {
     column(&stand, "exec exited", true).await
 }
 
-async fn a_second_of_a_name_already_exists(stand: Stand) -> Result<()> {
+async fn a_second_container_of_a_name_is_refused(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
-    let again = container.task.create(&container.bundle.request()).await;
-    ensure!(again.as_ref().err().and_then(CallError::code) == Some(Code::AlreadyExists), "{again:?}");
-    container.exec("e", &["sleep", "1000"]).await?;
-    let again = container.task.exec(&container.bundle.exec_request("e", &["true"])).await;
-    ensure!(again.as_ref().err().and_then(CallError::code) == Some(Code::AlreadyExists), "{again:?}");
+    drop(refusal(container.task.create(&container.bundle.request()).await)?);
     ensure!(container.task.state("c1", "").await?.pid == container.pid, "the first one is another now");
+    container.shut_down().await.map(drop)
+}
+
+async fn the_code_of_a_second_container_is_already_exists(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let code = code_of(container.task.create(&container.bundle.request()).await)?;
+    container.shut_down().await?;
+    ensure!(code == Code::AlreadyExists, "{code:?}");
+    Ok(())
+}
+
+async fn a_second_exec_of_a_name_already_exists(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let first = container.exec("e", &["sleep", "1000"]).await?;
+    let code = code_of(container.task.exec(&container.bundle.exec_request("e", &["true"])).await)?;
+    ensure!(code == Code::AlreadyExists, "{code:?}");
+    ensure!(container.task.state("c1", "e").await?.pid == first, "the first one is another now");
     container.shut_down().await.map(drop)
 }
 
@@ -357,7 +370,7 @@ async fn both_names_of_the_service_give_the_same_answers(stand: Stand) -> Result
 async fn what_is_unknown_is_not_implemented(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let task = Task::connect(container.task.socket()).await?;
-    for (service, method) in [(V2, "Fly"), ("containerd.task.v9.Task", "State")] {
+    for (service, method) in [(task.service_name(), "Fly"), ("containerd.task.v9.Task", "State")] {
         let answer = task.connection().call(service, method, Vec::new(), SOON).await;
         ensure!(answer.as_ref().err().and_then(CallError::code) == Some(Code::Unimplemented), "{service}/{method}: {answer:?}");
     }

@@ -7,14 +7,14 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use protobuf::Message as _;
 
-use super::sleeper;
+use super::{Streams, sleeper};
 use crate::bundle::leave;
 use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, eventually, eventually_true, within};
 use crate::proc::{self, signal};
 use crate::stand::Stand;
-use crate::task::{Task, V2};
+use crate::task::Task;
 use crate::ttrpc::{CallError, Code};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -31,6 +31,7 @@ pub(super) fn cases() -> Vec<Case> {
         "D10" => a_killed_shim_ends_a_whole_pod;
         "D11" => an_exit_is_recorded_on_a_full_disk;
         "D12" => delete_ends_a_create_that_is_under_way;
+        "D13" => delete_removes_the_socket_of_a_dead_shim;
     ]
 }
 
@@ -58,7 +59,7 @@ async fn delete_kills_what_a_dead_shim_has_left(stand: Stand) -> Result<()> {
         ensure!(begin.elapsed() < Duration::from_secs(5), "{id}: it took {:?}", begin.elapsed());
         ensure!(deleted.exit_status == 137, "{id}: {deleted:?}");
         let pid = container.pid.cast_signed();
-        ensure!(!proc::is_alive(pid), "{id}: its init lives");
+        eventually_true(format!("{id}: its init is dead"), Duration::from_secs(2), || !proc::is_alive(pid)).await?;
     }
     Ok(())
 }
@@ -71,6 +72,14 @@ async fn delete_unmounts_the_root_file_system(stand: Stand) -> Result<()> {
     kill_shim(container.shim_pid()?).await?;
     container.bundle.delete_command().await?;
     ensure!(!is_mounted()?, "it is still mounted");
+    Ok(())
+}
+
+async fn delete_removes_the_socket_of_a_dead_shim(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    kill_shim(container.shim_pid()?).await?;
+    container.bundle.delete_command().await?;
+    ensure!(!container.task.socket().exists(), "{} is left", container.task.socket().display());
     Ok(())
 }
 
@@ -193,7 +202,8 @@ async fn a_killed_shim_ends_a_whole_pod(stand: Stand) -> Result<()> {
     for container in &pod {
         let deleted = container.bundle.delete_command().await?;
         ensure!(deleted.exit_status == 137, "{}: {deleted:?}", container.id);
-        ensure!(!proc::is_alive(container.pid.cast_signed()), "{}: its init lives", container.id);
+        let pid = container.pid.cast_signed();
+        eventually_true(format!("{}: its init is dead", container.id), Duration::from_secs(2), || !proc::is_alive(pid)).await?;
     }
     Ok(())
 }
@@ -203,18 +213,15 @@ async fn an_exit_is_recorded_on_a_full_disk(stand: Stand) -> Result<()> {
     use nix::mount::{MsFlags, mount};
     let disk = stand.folder().join("b");
     mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=256k"))?;
-    let fifo = stand.folder().join("go");
-    crate::stdio::fifo(&fifo)?;
-    let container = stand.bundle("c1", &["sh", "-c", "read go; exit 3"]).stdio(&fifo.display().to_string(), "", "").run().await?;
+    let streams = Streams::new(&stand, "io")?;
+    let container = streams.all(stand.bundle("c1", &["sh", "-c", "read go; exit 3"])).run().await?;
     let full = fs::write(disk.join("filler"), vec![0; 1 << 20]);
     ensure!(full.is_err(), "the disk is not full");
-    crate::stdio::Writer::open(&fifo).await?.write_all(b"go\n")?;
+    streams.writer().await?.write_all(b"go\n")?;
     ensure!(container.task.wait("c1", "").await? == 3);
     kill_shim(container.shim_pid()?).await?;
     let deleted = container.bundle.delete_command().await?;
     ensure!(deleted.exit_status == 3, "{deleted:?}");
-    let written = deleted.write_to_bytes()?;
-    ensure!(container.bundle.delete_command().await?.write_to_bytes()? == written);
     nix::mount::umount2(&disk, nix::mount::MntFlags::MNT_DETACH)?;
     Ok(())
 }
@@ -229,7 +236,7 @@ async fn delete_ends_a_create_that_is_under_way(stand: Stand) -> Result<()> {
         } else {
             gate.hold("create")?
         }
-        let create = task.connection().begin(V2, "Create", bundle.request().write_to_bytes()?).await?;
+        let create = task.connection().begin(task.service_name(), "Create", bundle.request().write_to_bytes()?).await?;
         gate.held("create").await?;
         let begin = Instant::now();
         ensure!(bundle.delete_command().await?.exit_status == 137);

@@ -15,7 +15,7 @@ mod terminals;
 mod trouble;
 mod wire;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use containerd_shim_protos::api;
@@ -119,8 +119,7 @@ async fn start_through(stand: &Stand, bundle: &Bundle, script: &str) -> Result<T
     }
     let output = bundle::run(command, &[]).await?;
     ensure!(output.status.success(), "{output:?}");
-    let address = String::from_utf8(output.stdout)?;
-    Task::connect(Path::new(address.trim().trim_start_matches("unix://"))).await
+    Task::connect(&bundle::read_address(&output.stdout)?).await
 }
 
 /// A container that sleeps, running.

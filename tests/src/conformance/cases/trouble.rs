@@ -13,7 +13,7 @@ use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
 use crate::stand::Stand;
-use crate::task::{Task, V2};
+use crate::task::Task;
 use crate::ttrpc::{CallError, Frame, Wire};
 use crate::{isolation, proc};
 
@@ -94,7 +94,7 @@ async fn a_delete_that_was_given_up_can_be_asked_for_again(stand: Stand) -> Resu
     // with a deadline of its own, of which the shim is told
     let mut wire = Wire::connect(container.task.socket()).await?;
     let delete = api::DeleteRequest { id: "c1".to_owned(), ..Default::default() }.write_to_bytes()?;
-    wire.send(&Frame::request_of_bytes(1, V2, "Delete", delete, Some(Duration::from_millis(200))).encode()).await?;
+    wire.send(&Frame::request_of_bytes(1, container.task.service_name(), "Delete", delete, Some(Duration::from_millis(200))).encode()).await?;
     gate.held("delete").await?;
     drop(wire);
     let second = container.task.delete_within("c1", "", Duration::from_millis(300)).await;
@@ -116,7 +116,7 @@ async fn a_create_that_is_asked_for_again_makes_one_container(stand: Stand) -> R
     let bundle = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary());
     let task = bundle.shim().await?;
     gate.hold("create")?;
-    let first = task.connection().begin(V2, "Create", bundle.request().write_to_bytes()?).await?;
+    let first = task.connection().begin(task.service_name(), "Create", bundle.request().write_to_bytes()?).await?;
     gate.held("create").await?;
     let socket = task.socket().to_owned();
     drop((first, task));
@@ -148,7 +148,7 @@ async fn a_create_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Resul
     let bundle = stand.bundle("orphan", &["sleep", "1000"]).group("pod");
     bundle.write()?;
     let leaver = anchor.task.another().await?;
-    drop(leaver.connection().begin(V2, "Create", bundle.request().write_to_bytes()?).await?);
+    drop(leaver.connection().begin(leaver.service_name(), "Create", bundle.request().write_to_bytes()?).await?);
     drop(leaver);
     let task = &anchor.task;
     eventually("it is there, or can be made", SOON, async || {

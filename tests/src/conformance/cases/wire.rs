@@ -9,7 +9,7 @@ use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, a_second, eventually};
 use crate::stand::Stand;
-use crate::task::{Task, V2, V3};
+use crate::task::{Task, wait};
 use crate::ttrpc::{CallError, Code, DATA, Frame, MAX_PAYLOAD_BYTES, REQUEST, RESPONSE, Wire, header, refusal};
 use crate::witness::Witness;
 
@@ -30,9 +30,14 @@ fn state_of(id: &str) -> api::StateRequest {
     api::StateRequest { id: id.to_owned(), ..Default::default() }
 }
 
+/// The service that the witness's shim speaks.
+fn spoken(witness: &Witness) -> &'static str {
+    witness.container.task.service_name()
+}
+
 /// The answer to a request that nothing is wrong with.
-async fn answers(wire: &mut Wire, stream: u32) -> Result<()> {
-    let answer = wire.call(stream, V2, "State", &state_of("witness")).await?;
+async fn answers(wire: &mut Wire, service: &str, stream: u32) -> Result<()> {
+    let answer = wire.call(stream, service, "State", &state_of("witness")).await?;
     ensure!(answer.is_ok(), "a good request afterwards: {answer:?}");
     Ok(())
 }
@@ -46,7 +51,7 @@ async fn frames_cut_anywhere_are_put_together(stand: Stand) -> Result<()> {
         // of lengths that fit no buffer
         let mut request = state_of("witness");
         request.special_fields.mut_unknown_fields().add_length_delimited(99, vec![b'x'; (number * number) as usize]);
-        bytes.extend(Frame::request(stream, V2, "State", &request).encode());
+        bytes.extend(Frame::request(stream, spoken(&witness), "State", &request).encode());
         stream += 2;
     }
     let (mut seed, mut rest) = (0x9e37_79b9_7f4a_7c15_u64, bytes.as_slice());
@@ -67,7 +72,7 @@ async fn frames_cut_anywhere_are_put_together(stand: Stand) -> Result<()> {
 
 async fn a_frame_that_is_cut_off_harms_nobody(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
-    let whole = Frame::request(1, V2, "State", &state_of("witness")).encode();
+    let whole = Frame::request(1, spoken(&witness), "State", &state_of("witness")).encode();
     for length in 0..whole.len() {
         let mut wire = Wire::connect(witness.socket()).await?;
         wire.send(&whole[..length]).await?;
@@ -87,7 +92,7 @@ async fn a_frame_that_is_cut_off_harms_nobody(stand: Stand) -> Result<()> {
 async fn a_slow_client_is_served_beside_the_others(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let mut wire = Wire::connect(witness.socket()).await?;
-    let frame = Frame::request(1, V2, "State", &state_of("witness")).encode();
+    let frame = Frame::request(1, spoken(&witness), "State", &state_of("witness")).encode();
     let slow = tokio::spawn(async move {
         for byte in frame {
             wire.send(&[byte]).await?;
@@ -108,9 +113,9 @@ async fn a_slow_client_is_served_beside_the_others(stand: Stand) -> Result<()> {
 async fn answers_come_as_they_are_ready(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let mut wire = Wire::connect(witness.socket()).await?;
-    wire.send(&Frame::request(1, V2, "Wait", &crate::task::wait("witness", "")).encode()).await?;
+    wire.send(&Frame::request(1, spoken(&witness), "Wait", &wait("witness", "")).encode()).await?;
     for stream in [3, 5, 7] {
-        answers(&mut wire, stream).await?;
+        answers(&mut wire, spoken(&witness), stream).await?;
     }
     witness.dismiss().await?;
     let waited = wire.answer(1).await?.context("the Wait")?;
@@ -123,7 +128,7 @@ async fn a_length_beyond_the_limit_is_refused_and_the_connection_goes_on(stand: 
     let witness = Witness::start(&stand).await?;
     let mut wire = Wire::connect(witness.socket()).await?;
     // exactly the limit is taken: mostly of a field that nobody knows
-    let mut longest = Frame::request(1, V2, "State", &state_of("witness"));
+    let mut longest = Frame::request(1, spoken(&witness), "State", &state_of("witness"));
     let rest = MAX_PAYLOAD_BYTES - longest.payload.len() - 6;
     longest.payload.extend([0xfa, 0x01]);
     let mut length = rest as u32;
@@ -142,7 +147,7 @@ async fn a_length_beyond_the_limit_is_refused_and_the_connection_goes_on(stand: 
         let (code, message) = refusal(wire.answer(stream).await?)?;
         ensure!(code == Code::ResourceExhausted, "{code:?} {message}");
     }
-    answers(&mut wire, 7).await?;
+    answers(&mut wire, spoken(&witness), 7).await?;
     witness.dismiss().await
 }
 
@@ -164,19 +169,19 @@ async fn garbage_is_answered_and_the_connection_goes_on(stand: Stand) -> Result<
     // a Request of something that is no message
     for method in ["State", "Create", "Start", "Delete", "Kill", "Exec", "Wait", "Update", "Stats", "Shutdown"] {
         let stream = next();
-        wire.send(&Frame::request_of_bytes(stream, V2, method, vec![0xff; 7], None).encode()).await?;
+        wire.send(&Frame::request_of_bytes(stream, spoken(&witness), method, vec![0xff; 7], None).encode()).await?;
         let (code, message) = refusal(wire.answer(stream).await?)?;
         ensure!(code != Code::Ok, "{method}: {message}");
     }
     let long = "S".repeat(100_000);
     for (service, method) in [
-        (V2, "Fly"),
-        (V3, "state"),
-        (V2, ""),
+        (spoken(&witness), "Fly"),
+        (spoken(&witness), "state"),
+        (spoken(&witness), ""),
         ("containerd.task.v4.Task", "State"),
         ("", "State"),
         ("", ""),
-        (V2, "State\0"),
+        (spoken(&witness), "State\0"),
         (&long, &long),
     ] {
         let stream = next();
@@ -187,7 +192,7 @@ async fn garbage_is_answered_and_the_connection_goes_on(stand: Stand) -> Result<
     // time that is over, or never was
     for timeout in [i64::MIN, -1, 1, i64::MAX] {
         let request = containerd_shim_protos::ttrpc::Request {
-            service: V2.to_owned(),
+            service: spoken(&witness).to_owned(),
             method: "State".to_owned(),
             payload: protobuf::Message::write_to_bytes(&state_of("witness"))?,
             timeout_nano: timeout,
@@ -201,7 +206,7 @@ async fn garbage_is_answered_and_the_connection_goes_on(stand: Stand) -> Result<
             Err(error) => anyhow::bail!("timeout {timeout}: {error}"),
         }
     }
-    answers(&mut wire, next()).await?;
+    answers(&mut wire, spoken(&witness), next()).await?;
     witness.dismiss().await
 }
 
@@ -211,24 +216,24 @@ async fn stream_ids_and_frame_types_that_make_no_sense_are_answered(stand: Stand
     // even, nought
     for stream in [0, 2, u32::MAX - 1] {
         let mut wire = Wire::connect(witness.socket()).await?;
-        let (code, message) = refusal(wire.call(stream, V2, "State", &state).await?)?;
+        let (code, message) = refusal(wire.call(stream, spoken(&witness), "State", &state).await?)?;
         ensure!(code == Code::InvalidArgument, "{stream}: {code:?} {message}");
-        answers(&mut wire, 1).await?;
+        answers(&mut wire, spoken(&witness), 1).await?;
     }
     // used before, or lower than one that was
     let mut wire = Wire::connect(witness.socket()).await?;
-    answers(&mut wire, 101).await?;
+    answers(&mut wire, spoken(&witness), 101).await?;
     for stream in [101, 99, 1] {
-        let (code, message) = refusal(wire.call(stream, V2, "State", &state).await?)?;
+        let (code, message) = refusal(wire.call(stream, spoken(&witness), "State", &state).await?)?;
         ensure!(code == Code::InvalidArgument && !message.is_empty(), "{stream}: {code:?} {message}");
     }
-    answers(&mut wire, 103).await?;
-    answers(&mut wire, u32::MAX).await?;
+    answers(&mut wire, spoken(&witness), 103).await?;
+    answers(&mut wire, spoken(&witness), u32::MAX).await?;
     // no request
     for kind in [0, RESPONSE, DATA, 4, 0xff] {
         let mut wire = Wire::connect(witness.socket()).await?;
-        wire.send(&Frame { kind, ..Frame::request(1, V2, "State", &state) }.encode()).await?;
-        wire.send(&Frame::request(3, V2, "State", &state).encode()).await?;
+        wire.send(&Frame { kind, ..Frame::request(1, spoken(&witness), "State", &state) }.encode()).await?;
+        wire.send(&Frame::request(3, spoken(&witness), "State", &state).encode()).await?;
         let mut refused = false;
         loop {
             let frame = wire.receive().await?.with_context(|| format!("hung up upon a frame of type {kind}"))?;
@@ -252,7 +257,7 @@ async fn three_hundred_connections_are_served_or_closed_at_once(stand: Stand) ->
         let (mut served, mut closed) = (0, 0);
         for wire in &mut wires {
             // one that was closed may break the pipe
-            let answer = match wire.send(&Frame::request(1, V2, "State", &state_of("witness")).encode()).await {
+            let answer = match wire.send(&Frame::request(1, spoken(&witness), "State", &state_of("witness")).encode()).await {
                 Ok(()) => wire.answer(1).await?,
                 Err(_) => Err(CallError::Closed),
             };
