@@ -145,9 +145,8 @@ pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
 }
 
 /// Ends a case without a verdict where criu does not work.
-pub fn needs_criu(suite: Suite) -> Result<()> {
-    let criu = suite.program("criu");
-    match Command::new(&criu).arg("check").output() {
+pub fn needs_criu(criu: &Path) -> Result<()> {
+    match Command::new(criu).arg("check").output() {
         Err(error) => skip(format!("{} does not start: {error}", criu.display())),
         Ok(output) if !output.status.success() => {
             let text = String::from_utf8_lossy(&output.stderr).into_owned();

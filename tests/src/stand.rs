@@ -114,10 +114,15 @@ impl Stand {
         self.bundle(id, args).runtime(&self.program("instant-runtime")).mounts(Vec::new())
     }
 
+    /// Where programs are looked for: beside the OCI runtime first.
+    pub fn path(&self) -> String {
+        format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.0.engine.parent().unwrap_or(Path::new("/usr/bin")).display())
+    }
+
     /// The program, with the environment that containerd gives it.
     pub fn command(&self, arguments: &[&str]) -> tokio::process::Command {
         let mut command = tokio::process::Command::new(self.binary());
-        command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("TTRPC_ADDRESS", self.containerd().path());
+        command.args(arguments).env_clear().env("PATH", self.path()).env("TTRPC_ADDRESS", self.containerd().path());
         command.env("GRPC_ADDRESS", self.grpc()).env("MAX_SHIM_VERSION", "2").env("GOMAXPROCS", "2").env("SECRET_OF_THE_DAEMON", "1");
         command.stdin(Stdio::null()).kill_on_drop(true);
         command

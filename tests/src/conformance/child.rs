@@ -124,12 +124,12 @@ fn judge(case: &Case, subject: &Subject, folder: &Path) -> Verdict {
 }
 
 async fn try_judge(case: &Case, subject: &Subject, folder: &Path) -> Result<()> {
-    for need in case.needs {
-        need.check()?;
-    }
     trace::open(&folder.join("trace"))?;
     let shim = Shim { runtime_type: String::new(), binary: Some(subject.shim.clone()) };
     let stand = Stand::with_engine(&shim, &subject.programs, &subject.engine)?;
+    for need in case.needs {
+        need.check(&stand.path())?;
+    }
     let body = tokio::time::timeout(case.deadline, (case.body)(stand.clone())).await;
     let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline)));
     fs::write(folder.join("shim.log"), stand.logs())?;

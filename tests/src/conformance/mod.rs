@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::runner::skip;
+use crate::runner::{needs_criu, skip};
 use crate::stand::Stand;
 
 /// The body of a case.
@@ -35,8 +35,6 @@ pub type Body = fn(Stand) -> Pin<Box<dyn Future<Output = Result<()>>>>;
 /// What a machine must offer before a case can say anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
-    /// Controllers on the unified hierarchy.
-    CgroupV2,
     /// Controllers on hierarchies of their own.
     CgroupV1,
     /// A criu that works.
@@ -44,14 +42,17 @@ pub enum Need {
 }
 
 impl Need {
-    /// Skips the case when it is not there.
-    fn check(self) -> Result<()> {
+    /// Skips the case when it is not there, for shims and runtimes that look for programs in `path`.
+    fn check(self, path: &str) -> Result<()> {
         let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
         match self {
-            Self::CgroupV2 if !unified => skip("this host has cgroup v1"),
             Self::CgroupV1 if unified => skip("this host has cgroup v2"),
-            Self::Criu => crate::runner::needs_criu(crate::suite::Suite::Forky),
-            Self::CgroupV1 | Self::CgroupV2 => Ok(()),
+            Self::Criu => {
+                let mut programs = path.split(':').map(|folder| Path::new(folder).join("criu"));
+                let Some(criu) = programs.find(|program| program.is_file()) else { return skip("no criu") };
+                needs_criu(&criu)
+            }
+            Self::CgroupV1 => Ok(()),
         }
     }
 }

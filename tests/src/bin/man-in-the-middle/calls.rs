@@ -139,9 +139,10 @@ impl Link {
             }
             _ => {}
         }
-        if request.method == "Create" {
-            let bundle = api::CreateTaskRequest::parse_from_bytes(&request.payload)?.bundle;
-            self.bundles.lock().expect("no panic under this lock").push(bundle.into());
+        if request.method == "Create"
+            && let Ok(create) = api::CreateTaskRequest::parse_from_bytes(&request.payload)
+        {
+            self.bundles.lock().expect("no panic under this lock").push(create.bundle.into());
         }
         let mut open = self.open.lock().expect("no panic under this lock");
         open.insert(frame.stream, request.method.clone());

@@ -142,8 +142,12 @@ async fn create_start_and_connect_agree_on_pids(stand: Stand) -> Result<()> {
     ensure!(connect.task_pid == container.pid, "{connect}");
     ensure!(proc::is_alive(connect.shim_pid.cast_signed()) && connect.shim_pid != container.pid, "{connect}");
     ensure!(connect.shim_pid.cast_signed() == container.shim_pid()?, "{connect}, but the shim is {}", container.shim_pid()?);
-    let init = proc::Process::read(container.pid.cast_signed())?;
-    ensure!(init.command == "sleep 1000", "{init:?}");
+    eventually("init is the program", SOON, async || {
+        let init = proc::Process::read(container.pid.cast_signed())?;
+        ensure!(init.command == "sleep 1000", "{init:?}");
+        Ok(())
+    })
+    .await?;
     container.shut_down().await.map(drop)
 }
 
@@ -227,19 +231,20 @@ async fn an_id_is_free_again_after_delete(stand: Stand) -> Result<()> {
     anchor.shut_down().await.map(drop)
 }
 
+/// Init traps the signal and goes on, so nobody else ends because of it.
 async fn kill_all_reaches_every_process(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
-    let script = "sleep 1000 & sleep 1000 & echo ready; wait";
-    let bundle = streams.output(stand.bundle("c1", &["sh", "-c", script]).spec(|spec| spec.host_pids()));
-    let container = bundle.run().await?;
+    let script = "trap 'echo told' TERM; sleep 3000 & echo ready; while :; do sleep 0.1; done";
+    let container = streams.output(stand.bundle("c1", &["sh", "-c", script])).run().await?;
     streams.out.until("ready").await?;
     container.exec("e", &["sleep", "1000"]).await?;
-    let request = api::KillRequest { id: "c1".to_owned(), signal: 9, all: true, ..Default::default() };
+    let request = api::KillRequest { id: "c1".to_owned(), signal: 15, all: true, ..Default::default() };
     container.task.call::<api::Empty>("Kill", &request, SOON).await?;
-    ensure!(container.task.wait("c1", "e").await? == 137);
-    ensure!(container.finish().await? == 137);
-    leave(&container.task, container.shim_pid()?, "c1").await?;
-    no_survivor("sleep 1000").await
+    ensure!(container.task.wait_within("c1", "e", SOON).await? == 143);
+    streams.out.until("told").await?;
+    no_survivor("sleep 3000").await?;
+    ensure!(container.task.state("c1", "").await?.status.value() == RUNNING, "init has ended");
+    container.shut_down().await.map(drop)
 }
 
 async fn no_survivor(command: &str) -> Result<()> {

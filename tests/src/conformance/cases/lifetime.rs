@@ -127,8 +127,10 @@ async fn delete_and_shutdown_at_once_are_answered(stand: Stand) -> Result<()> {
     Ok(())
 }
 
+/// Another member's Shutdown may be faster than the answer to this one's Delete.
 async fn end(container: Container) -> Result<()> {
-    container.finish().await?;
+    answered_or_gone(container.task.wait(&container.id, "").await)?;
+    answered_or_gone(container.task.delete(&container.id, "").await)?;
     answered_or_gone(container.task.shutdown(&container.id).await)?;
     Ok(())
 }
