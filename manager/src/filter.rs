@@ -298,9 +298,20 @@ mod tests {
 
     #[test]
     fn what_is_no_filter_is_refused_with_its_place() {
-        for filter in
-            ["==x", "id=x", "id==", "id==x,", "id==\"x", "id == x", "labels.", "id~=/x", "id~=(", "id==\"\\q\"", "id===x", "id==\"\\ud800\""]
-        {
+        for filter in [
+            "==x",
+            "id=x",
+            "id==",
+            "id==x,",
+            "id==\"x",
+            "id == x",
+            "labels.",
+            "id~=/x",
+            "id~=(",
+            "id==\"\\q\"",
+            "id===x",
+            "id==\"\\ud800\"",
+        ] {
             let error = Filter::parse(&[filter]).expect_err(filter);
             assert_eq!(error.code(), tonic::Code::InvalidArgument);
             assert!(error.to_string().contains("at character"), "{error}");

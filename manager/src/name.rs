@@ -38,8 +38,7 @@ pub(crate) fn identifier(what: &str, id: &str) -> Result<()> {
         let shown: String = id.chars().take(MAX_IDENTIFIER_BYTES).collect();
         return Err(Error::Invalid(format!("{what}: identifier {shown:?}… is longer than {MAX_IDENTIFIER_BYTES} characters")));
     }
-    let parts_are_plain =
-        id.split(['.', '_', '-']).all(|part| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric()));
+    let parts_are_plain = id.split(['.', '_', '-']).all(|part| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric()));
     if parts_are_plain {
         Ok(())
     } else {

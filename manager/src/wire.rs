@@ -2,9 +2,9 @@
 
 use containerd_client::types::Mount;
 use containerd_shim_protos::types::mount::Mount as ShimMount;
+use prost_types::{Any, Timestamp};
 use protobuf::MessageField;
 use protobuf::well_known_types::{any, timestamp};
-use prost_types::{Any, Timestamp};
 
 /// To a shim.
 pub(crate) fn to_shim(any: Any) -> any::Any {

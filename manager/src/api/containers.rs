@@ -94,8 +94,7 @@ pub(super) async fn update(manager: Arc<Manager>, call: Call, request: UpdateCon
     let updated = manager
         .store
         .write(move |db| {
-            let mut container =
-                containers::get(db, place.as_str(), &new.id)?.ok_or_else(|| not_found(&place, &new.id))?;
+            let mut container = containers::get(db, place.as_str(), &new.id)?.ok_or_else(|| not_found(&place, &new.id))?;
             apply(&mut container, &new, paths.as_deref())?;
             validate(&container)?;
             container.updated_at = Some(timestamp::now());
@@ -173,10 +172,7 @@ pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteCon
     let namespace = call.namespace()?;
     name::identifier("container id", &request.id)?;
     let (place, id) = (namespace.clone(), request.id.clone());
-    manager
-        .store
-        .write(move |db| if containers::remove(db, place.as_str(), &id)? { Ok(()) } else { Err(not_found(&place, &id)) })
-        .await?;
+    manager.store.write(move |db| if containers::remove(db, place.as_str(), &id)? { Ok(()) } else { Err(not_found(&place, &id)) }).await?;
     manager.events.publish(&namespace, "/containers/delete", &ContainerDelete { id: request.id });
     Ok(())
 }
@@ -210,7 +206,8 @@ mod tests {
 
     #[test]
     fn an_update_changes_what_its_mask_names_and_nothing_else() {
-        let new = Container { id: "c".into(), labels: [("b.c".to_owned(), "3".to_owned())].into(), image: "j".into(), ..Container::default() };
+        let new =
+            Container { id: "c".into(), labels: [("b.c".to_owned(), "3".to_owned())].into(), image: "j".into(), ..Container::default() };
         let labels = updated(&new, &["labels.b.c"]).expect("allowed").labels;
         assert_eq!((labels["a"].as_str(), labels["b.c"].as_str()), ("1", "3"));
         assert_eq!(updated(&new, &["labels.a"]).expect("allowed").labels.len(), 1);

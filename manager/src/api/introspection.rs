@@ -5,9 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use containerd_client::services::v1::{
-    Plugin, PluginInfoRequest, PluginInfoResponse, PluginsRequest, PluginsResponse, ServerResponse,
-};
+use containerd_client::services::v1::{Plugin, PluginInfoRequest, PluginInfoResponse, PluginsRequest, PluginsResponse, ServerResponse};
 use containerd_client::types::Platform;
 use prost::Message as _;
 use prost_types::Any;

@@ -33,7 +33,9 @@ fn must_exist(db: &Connection, namespace: &str, id: &str) -> Result<()> {
 
 pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateRequest) -> Result<CreateResponse> {
     let namespace = call.namespace()?;
-    name::identifier("lease id", &request.id)?;
+    if request.id.is_empty() || request.id.len() > MAX_ID_BYTES {
+        return Err(Error::Invalid(format!("lease id of {} bytes", request.id.len())));
+    }
     name::labels(&request.labels)?;
     let lease = Lease { id: request.id, created_at: Some(timestamp::now()), labels: mask::without_empty(request.labels) };
     let new = lease.clone();
@@ -118,4 +120,6 @@ fn resource(resource: Option<WireResource>) -> Result<Resource> {
     Ok(Resource { kind: resource.r#type, id: resource.id })
 }
 
+/// Clients make up ids that are no identifiers.
+const MAX_ID_BYTES: usize = 256;
 const MAX_RESOURCE_BYTES: usize = 4096;

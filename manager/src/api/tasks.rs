@@ -87,7 +87,9 @@ pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateTas
 
 /// The folder of a checkpoint, when a client names one in the options of runc's shim.
 fn restore_path(options: Option<&prost_types::Any>) -> Result<String> {
-    let Some(options) = options.filter(|options| options.type_url.ends_with("containerd.runc.v1.Options")) else { return Ok(String::new()) };
+    let Some(options) = options.filter(|options| options.type_url.ends_with("containerd.runc.v1.Options")) else {
+        return Ok(String::new());
+    };
     let options = oci::Options::parse_from_bytes(&options.value).map_err(|error| Error::Invalid(format!("runtime options: {error}")))?;
     Ok(options.criu_image_path)
 }
@@ -304,8 +306,7 @@ pub(super) async fn checkpoint(manager: Arc<Manager>, call: Call, request: Check
         return Err(Error::Unimplemented("a checkpoint as an image: there is no content store; name a folder in the options".to_owned()));
     }
     let options = wire::to_shim_field(request.options);
-    let checkpoint =
-        shim::CheckpointTaskRequest { id: task.id.clone(), path, options, ..shim::CheckpointTaskRequest::default() };
+    let checkpoint = shim::CheckpointTaskRequest { id: task.id.clone(), path, options, ..shim::CheckpointTaskRequest::default() };
     ask::<shim::Empty>(&task, "Checkpoint", &checkpoint, VERY_LONG).await?;
     Ok(CheckpointTaskResponse::default())
 }

@@ -97,7 +97,8 @@ impl Tasks {
         mut request: CreateTaskRequest,
     ) -> Result<(Shim, u32), (Option<Shim>, Error)> {
         shim_log::copy(task.bundle.path()).map_err(|error| (None, error))?;
-        let address = self.programs.start(program, &task.bundle, &task.namespace, &task.id, options).await.map_err(|error| (None, error))?;
+        let address =
+            self.programs.start(program, &task.bundle, &task.namespace, &task.id, options).await.map_err(|error| (None, error))?;
         task.bundle.write_address(&address).map_err(|error| (None, error))?;
         let shim = Shim::connect(&address, &task.namespace).await.map_err(|error| (None, error))?;
         request.id.clone_from(&task.id);

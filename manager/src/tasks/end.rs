@@ -86,7 +86,8 @@ impl Tasks {
     async fn dismiss_gracefully(&self, task: &Task, shim: &Shim) {
         let request = ShutdownRequest { id: task.id.clone(), ..ShutdownRequest::default() };
         let asked = shim.call::<Empty>("Shutdown", &request, Some(SHUTDOWN)).await;
-        let is_shared = || self.all().values().any(|other| matches!(&*other.phase.borrow(), Phase::Live(live) if live.address() == shim.address()));
+        let is_shared =
+            || self.all().values().any(|other| matches!(&*other.phase.borrow(), Phase::Live(live) if live.address() == shim.address()));
         if !matches!(asked, Err(Unanswered::Lost)) && !is_shared() {
             // an id that is used again at once shall not meet the old shim; one that stays all the same is waited for no longer
             let _ = tokio::time::timeout(LEAVE, shim.closed()).await;

@@ -200,7 +200,8 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     if output.status.success() {
         return Ok(output);
     }
-    let said: String = String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).chars().take(2000).collect();
+    let said: String =
+        String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).chars().take(2000).collect();
     Err(Error::Launch(format!("{}: {}: {}", program.display(), output.status, said.trim())))
 }
 

@@ -104,7 +104,8 @@ impl Shim {
             timeout_nano: limit.map_or(0, |limit| i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX)),
             ..Request::default()
         };
-        let late = || Unanswered::Late(Error::Unavailable(format!("the shim did not answer {method} within {:?}", limit.unwrap_or_default())));
+        let late =
+            || Unanswered::Late(Error::Unavailable(format!("the shim did not answer {method} within {:?}", limit.unwrap_or_default())));
         let answer = async {
             tokio::select! {
                 biased;
