@@ -1,8 +1,9 @@
 //! What all services share.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{IoContext as _, Result};
 use crate::events::Exchange;
 use crate::settings::Settings;
 use crate::store::Store;
@@ -30,14 +31,13 @@ impl Manager {
 }
 
 fn uuid(settings: &Settings) -> Result<String> {
-    use crate::error::IoContext as _;
     let path = settings.root.join("uuid");
-    if let Ok(uuid) = std::fs::read_to_string(&path) {
-        if uuid.trim().len() == 36 {
-            return Ok(uuid.trim().to_owned());
-        }
+    if let Ok(uuid) = std::fs::read_to_string(&path)
+        && uuid.trim().len() == 36
+    {
+        return Ok(uuid.trim().to_owned());
     }
-    let kernel = std::path::Path::new("/proc/sys/kernel/random/uuid");
+    let kernel = Path::new("/proc/sys/kernel/random/uuid");
     let uuid = std::fs::read_to_string(kernel).on("read", kernel)?;
     std::fs::write(&path, uuid.trim()).on("write", &path)?;
     Ok(uuid.trim().to_owned())

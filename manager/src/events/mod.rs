@@ -52,7 +52,7 @@ impl Exchange {
     }
 
     /// Tells everybody of something that happened now.
-    pub(crate) fn publish(&self, namespace: &Namespace, topic: &str, event: &(impl Message + Name)) {
+    pub(crate) fn publish(&self, namespace: &Namespace, topic: &str, event: &impl Name) {
         let event = Any { type_url: full_name(event), value: event.encode_to_vec() };
         self.forward(Envelope {
             timestamp: Some(timestamp::now()),

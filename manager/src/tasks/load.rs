@@ -122,10 +122,10 @@ impl Tasks {
         if let Some(shim) = shim {
             self.dismiss(task, shim).await;
         }
-        if let Some(program) = task.bundle.program() {
-            if let Err(error) = self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await {
-                warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
-            }
+        if let Some(program) = task.bundle.program()
+            && let Err(error) = self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await
+        {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
         }
         self.remove_bundle(task).await;
         self.forget(task);
