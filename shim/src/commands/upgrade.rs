@@ -76,7 +76,7 @@ pub(crate) fn upgrade(order: &UpgradeOrder) -> Result<bool, Error> {
         }
     });
     let mut targets = targets.into_inner().unwrap_or_default();
-    targets.sort_by(|a, b| a.name().cmp(&b.name()));
+    targets.sort_by_key(Target::name);
     let summary = Summary::of(&targets, silent, begun.elapsed());
     if order.query.json {
         print_json(&json!({ "shims": targets.iter().map(Target::to_json).collect::<Vec<_>>(), "summary": summary.to_json() }))?;

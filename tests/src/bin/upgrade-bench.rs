@@ -70,7 +70,11 @@ async fn measure(plan: &Plan) -> Result<()> {
     let stand = Stand::new(&shim, own.parent().context("a file is in a folder")?)?;
     let copies = [copy(&stand, "a")?, copy(&stand, "b")?];
     let result = if plan.shims > 0 { many(&stand, &copies[0], plan.shims).await? } else { rounds(&stand, &copies, plan.rounds).await? };
-    if plan.json { println!("{result:#}") } else { print(&result) }
+    if plan.json {
+        println!("{result:#}")
+    } else {
+        print(&result)
+    }
     stand.leaves_nothing().await
 }
 

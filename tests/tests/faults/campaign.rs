@@ -75,7 +75,8 @@ pub(crate) async fn random_deaths(cx: Context) -> Result<()> {
     let builds = other_builds(&cx)?;
     for number in 0..runs() {
         let (scenario, messages, model) = &models[number % models.len()];
-        let troubles = (0..1 + random.below(4)).map(|_| (Duration::from_millis(random.below(150)), trouble(&mut random, &builds))).collect();
+        let troubles =
+            (0..1 + random.below(4)).map(|_| (Duration::from_millis(random.below(150)), trouble(&mut random, &builds))).collect();
         let words: Vec<_> = (0..1 + random.below(3)).map(|_| word(&mut random, messages / 2)).collect();
         let (plan, troubles) = if random.below(2) == 0 { (words.join(" "), Vec::new()) } else { (String::new(), troubles) };
         jobs.push(Job { scenario, model: Rc::clone(model), plan, troubles });
@@ -124,9 +125,7 @@ fn trouble(random: &mut Random, builds: &[PathBuf; 2]) -> Trouble {
     match random.below(5) {
         0 | 1 => Trouble::Kill,
         2 => Trouble::Stop(Duration::from_millis(random.below(300))),
-        which => {
-            Trouble::Upgrade { to: builds[usize::try_from(random.below(2)).unwrap_or(0)].clone(), worker_only: which == 3 }
-        }
+        which => Trouble::Upgrade { to: builds[usize::try_from(random.below(2)).unwrap_or(0)].clone(), worker_only: which == 3 },
     }
 }
 

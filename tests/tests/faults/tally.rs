@@ -64,6 +64,9 @@ impl Sub for Tally<u64> {
 impl fmt::Display for Tally<u64> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { kills, stops, upgrades, answers, events, exits, bytes } = self;
-        write!(f, "{kills} kills, {stops} stops and {upgrades} upgrades from outside; {answers} answers, {events} events, {exits} exits and {bytes} bytes")
+        write!(
+            f,
+            "{kills} kills, {stops} stops and {upgrades} upgrades from outside; {answers} answers, {events} events, {exits} exits and {bytes} bytes"
+        )
     }
 }
