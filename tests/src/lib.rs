@@ -23,6 +23,8 @@
 //! | [`task`] | containerd's task service |
 //! | [`fake_containerd`] | the taker of events, who may refuse, stay silent or vanish |
 //! | [`audit`] | what is left behind |
+//! | [`conformance`] | the clauses of the protocol and the cases that prove them |
+//! | [`trace`] | what happened in a case, line by line |
 //!
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
 
@@ -30,6 +32,7 @@ pub mod audit;
 pub mod builds;
 pub mod bundle;
 pub mod client;
+pub mod conformance;
 pub mod container;
 pub mod context;
 pub mod daemon;
@@ -49,5 +52,6 @@ pub mod stand;
 pub mod stdio;
 pub mod suite;
 pub mod task;
+pub mod trace;
 pub mod ttrpc;
 pub mod witness;

@@ -388,7 +388,7 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
 };
 
 async fn checkpoint(run: &Run) -> Result<()> {
-    needs_criu(run.cx.suite())?;
+    needs_criu(&run.cx.suite().program("criu"))?;
     let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
     run.start(&container, "init").await?;
     is_executed(&container).await?;
@@ -418,7 +418,7 @@ pub(crate) const RESTORE: Scenario = Scenario {
 };
 
 async fn restore(run: &Run) -> Result<()> {
-    needs_criu(run.cx.suite())?;
+    needs_criu(&run.cx.suite().program("criu"))?;
     let container = run.create(run.container(&["sleep", "1000"]), "saved").await?;
     run.start(&container, "saved").await?;
     is_executed(&container).await?;
