@@ -168,7 +168,7 @@ impl Keeper {
             control: Control::new(control, &poll)?,
             ledger: Ledger::default(),
             children: Children::default(),
-            streams: Streams::new(&poll)?,
+            streams: Streams::new(),
             publisher: Publisher::new(settings.ttrpc_address.as_deref()),
             supervisor,
             blame: Blame::default(),
