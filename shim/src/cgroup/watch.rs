@@ -61,9 +61,12 @@ impl OomWatch {
 
     fn begin(folder: &Path, fd: OwnedFd, has_echoes: bool) -> Result<Self, CgroupError> {
         let fd = sys::ready::to_read(fd).map_err(failed("watch", folder))?;
-        // What a watch before this one was woken by may not have been counted yet.
-        let echo = if has_echoes { Self::echo(0) } else { None };
-        Ok(Self { folder: folder.to_owned(), fd, has_echoes, echo })
+        Ok(Self { folder: folder.to_owned(), fd, has_echoes, echo: None })
+    }
+
+    /// Has it wake as if something had just happened: what a watch before this one was woken by may not have been counted yet.
+    pub(crate) fn follow(&mut self) {
+        self.echo = if self.has_echoes { Self::echo(0) } else { None };
     }
 
     /// Waits for the next wake. Can be dropped at any time without missing one.
