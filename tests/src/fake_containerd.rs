@@ -59,7 +59,8 @@ struct Shared {
 impl FakeContainerd {
     /// Listens at `path` and accepts.
     pub fn listen(path: &Path) -> Result<Self> {
-        let shared = Shared { manner: Mutex::new(Manner::Accept), events: Events::default(), tries: Mutex::default(), namespaces: Mutex::default() };
+        let shared =
+            Shared { manner: Mutex::new(Manner::Accept), events: Events::default(), tries: Mutex::default(), namespaces: Mutex::default() };
         let fake = Self { path: path.to_owned(), shared: Arc::new(shared), listener: Mutex::new(None) };
         fake.come_back()?;
         Ok(fake)

@@ -36,7 +36,8 @@ fn programs() -> PathBuf {
 }
 
 fn about_the_document() -> Vec<Trial> {
-    let tests: [(&str, fn() -> Result<()>); 4] = [
+    type Test = (&'static str, fn() -> Result<()>);
+    let tests: [Test; 4] = [
         ("document::every_case_names_a_clause_of_the_document", every_case_names_a_clause_of_the_document),
         ("document::every_clause_has_a_case_and_a_source", every_clause_has_a_case_and_a_source),
         ("document::the_table_of_calls_is_the_one_that_is_tested", the_table_of_calls_is_the_one_that_is_tested),
@@ -117,13 +118,15 @@ fn with_each_engine(shim: &Path) -> Vec<Trial> {
         let subject = Subject { shim: shim.to_owned(), engine: Suite::Bookworm.program(runtime.name()), programs: programs() };
         for case in cases::all() {
             let subject = subject.clone();
-            trials.push(Trial::ignorable_test(format!("{runtime}::{}", case.name), move || match perform(&case, &subject, runtime.name()) {
-                Verdict::Passed => Ok(Completion::Completed),
-                Verdict::Skipped(why) => Ok(Completion::ignored_with(why)),
-                Verdict::Failed(_) if clauses::find(case.clause).is_some_and(|clause| clause.level == Level::May) => {
-                    Ok(Completion::ignored_with("nobody depends on it"))
+            trials.push(Trial::ignorable_test(format!("{runtime}::{}", case.name), move || {
+                match perform(&case, &subject, runtime.name()) {
+                    Verdict::Passed => Ok(Completion::Completed),
+                    Verdict::Skipped(why) => Ok(Completion::ignored_with(why)),
+                    Verdict::Failed(_) if clauses::find(case.clause).is_some_and(|clause| clause.level == Level::May) => {
+                        Ok(Completion::ignored_with("nobody depends on it"))
+                    }
+                    Verdict::Failed(why) => Err(Failed::from(format!("{why}\nlogs: {}", logs().display()))),
                 }
-                Verdict::Failed(why) => Err(Failed::from(format!("{why}\nlogs: {}", logs().display()))),
             }));
         }
     }
@@ -146,9 +149,11 @@ fn with_each_fault(shim: &Path) -> Vec<Trial> {
     let mut trials = Vec::new();
     for fault in faults::ALL {
         let through = through.clone();
-        trials.push(Trial::test(format!("fault::{}_is_seen", fault.name), move || match through(fault.name, fault.case).map_err(failed)? {
-            Verdict::Failed(_) => Ok(()),
-            other => Err(Failed::from(format!("{} says {other:?}, though {}", fault.case, fault.text))),
+        trials.push(Trial::test(format!("fault::{}_is_seen", fault.name), move || {
+            match through(fault.name, fault.case).map_err(failed)? {
+                Verdict::Failed(_) => Ok(()),
+                other => Err(Failed::from(format!("{} says {other:?}, though {}", fault.case, fault.text))),
+            }
         }));
     }
     trials.push(Trial::test("fault::without_a_fault_nobody_is_seen", move || {

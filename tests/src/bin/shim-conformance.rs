@@ -127,7 +127,10 @@ impl Options {
     fn plan(&self, shim: &Path) -> Result<Plan> {
         ensure!(nix::unistd::geteuid().is_root(), "this needs root: it starts shims, containers and namespaces");
         ensure!(shim.is_file(), "no shim at {}", shim.display());
-        ensure!(["/bin/busybox", "/usr/bin/busybox"].iter().any(|path| Path::new(path).exists()), "no /bin/busybox: containers are made of it");
+        ensure!(
+            ["/bin/busybox", "/usr/bin/busybox"].iter().any(|path| Path::new(path).exists()),
+            "no /bin/busybox: containers are made of it"
+        );
         let programs = env::current_exe()?.parent().context("a program is in a folder")?.to_owned();
         for name in [child::PROGRAM, "gated-runtime", "log-sink"] {
             ensure!(programs.join(name).is_file(), "no {name} beside this program: cargo install puts them there");

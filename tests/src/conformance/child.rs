@@ -97,7 +97,8 @@ fn inside(arguments: &[String]) -> ExitCode {
     let [shim, engine, programs, folder, name] = arguments else { return ExitCode::from(2) };
     let subject = Subject { shim: shim.into(), engine: engine.into(), programs: programs.into() };
     let folder = Path::new(folder);
-    let verdict = cases::find(name).map(|case| judge(&case, &subject, folder)).unwrap_or(Verdict::Failed(format!("there is no case {name}")));
+    let verdict =
+        cases::find(name).map(|case| judge(&case, &subject, folder)).unwrap_or(Verdict::Failed(format!("there is no case {name}")));
     let bytes = serde_json::to_vec(&verdict).expect("strings alone");
     match fs::write(folder.join(VERDICT), bytes) {
         Ok(()) => ExitCode::SUCCESS,

@@ -66,7 +66,11 @@ pub const ALL: &[Fault] = &[
     fault("no-address", "the file address is not there", "bootstrap.the_address_is_left_in_the_bundle"),
     fault("no-group", "each start has an address of its own", "bootstrap.a_second_start_in_a_group_answers_the_living_shims_address"),
     fault("hang-up-on-garbage", "what is no request ends the connection", "wire.garbage_is_answered_and_the_connection_goes_on"),
-    fault("hang-up-on-length", "a frame that is too long ends the connection", "wire.a_length_beyond_the_limit_is_refused_and_the_connection_goes_on"),
+    fault(
+        "hang-up-on-length",
+        "a frame that is too long ends the connection",
+        "wire.a_length_beyond_the_limit_is_refused_and_the_connection_goes_on",
+    ),
     fault("in-order", "a connection's next request waits for the answer to the one before", "wire.answers_come_as_they_are_ready"),
 ];
 
@@ -93,7 +97,12 @@ impl Table {
         let failed = results.outcomes.iter().filter(|outcome| matches!(outcome.verdict, Verdict::Failed(_)));
         let failed = failed.filter(|outcome| outcome.level() != Level::May && !NOT_THROUGH_HIM.contains(&outcome.case.as_str()));
         let failed: Vec<_> = failed.map(|outcome| outcome.case.clone()).collect();
-        let said = format!("{}: {} cases, {}", fault.name, failed.len(), if failed.iter().any(|case| case == fault.case) { "caught" } else { "NOT CAUGHT" });
+        let said = format!(
+            "{}: {} cases, {}",
+            fault.name,
+            failed.len(),
+            if failed.iter().any(|case| case == fault.case) { "caught" } else { "NOT CAUGHT" }
+        );
         self.0.push((*fault, failed));
         said
     }

@@ -77,7 +77,9 @@ pub fn summary(results: &Results) -> String {
         }
     };
     list(&mut text, "broken", &|outcome| matches!(outcome.verdict, Verdict::Failed(_)) && !outcome.is_fine());
-    list(&mut text, "known to fail, and passed: the list is out of date", &|outcome| outcome.verdict == Verdict::Passed && !outcome.is_fine());
+    list(&mut text, "known to fail, and passed: the list is out of date", &|outcome| {
+        outcome.verdict == Verdict::Passed && !outcome.is_fine()
+    });
     text
 }
 

@@ -111,7 +111,11 @@ impl Link {
         }
         let at_the_end = || self.has_ended(&request.payload);
         match (self.shared.fault.as_str(), request.method.as_str()) {
-            ("no-close-io", "CloseIO") | ("no-resize", "ResizePty") | ("no-pause", "Pause") | ("no-update", "Update") | ("stay", "Shutdown") => {
+            ("no-close-io", "CloseIO")
+            | ("no-resize", "ResizePty")
+            | ("no-pause", "Pause")
+            | ("no-update", "Update")
+            | ("stay", "Shutdown") => {
                 return self.answer(frame.stream, &api::Empty::default());
             }
             ("silent-stats", "Stats") => return Ok(()),

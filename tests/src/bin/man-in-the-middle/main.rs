@@ -114,7 +114,8 @@ fn start(arguments: &[String]) -> Result<ExitCode> {
         "no-address" => fs::remove_file("address")?,
         _ => fs::write("address", &address)?,
     }
-    io::stdout().write_all(String::from_utf8_lossy(&output.stdout).replace(&socket.display().to_string(), &own.display().to_string()).as_bytes())?;
+    io::stdout()
+        .write_all(String::from_utf8_lossy(&output.stdout).replace(&socket.display().to_string(), &own.display().to_string()).as_bytes())?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,7 +1,7 @@
 //! The commands: `start`, `delete`, `-info` and `-v`, as each containerd gives them.
 
-use std::path::Path;
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
@@ -13,9 +13,9 @@ use crate::bundle::{self, Bundle, leave};
 use crate::clauses;
 use crate::conformance::{Case, Need};
 use crate::eventually::{SOON, eventually, eventually_true};
+use crate::isolation;
 use crate::stand::Stand;
 use crate::task::Task;
-use crate::isolation;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = clauses![bootstrap:
@@ -33,7 +33,8 @@ pub(super) fn cases() -> Vec<Case> {
         "C13" => a_log_that_nobody_reads_wedges_nothing;
         "C14" => a_path_that_is_too_long_is_refused;
     ];
-    cases.extend(clauses![bootstrap: "C12" => the_shim_is_put_where_shim_cgroup_says].into_iter().map(|case| case.needs(&[Need::CgroupV1])));
+    cases
+        .extend(clauses![bootstrap: "C12" => the_shim_is_put_where_shim_cgroup_says].into_iter().map(|case| case.needs(&[Need::CgroupV1])));
     cases
 }
 

@@ -208,14 +208,10 @@ async fn an_event_that_is_refused_for_a_while_is_told_later(stand: Stand) -> Res
     let fake = stand.containerd();
     let container = sleeper(&stand, "c1").await?;
     let mut expected = fake.events().of_until("c1", "start").await?;
-    for (round, manner) in [
-        Manner::Refuse(Code::Unavailable),
-        Manner::HangUp { taken: false },
-        Manner::HangUpEarly,
-        Manner::Refuse(Code::Unknown),
-    ]
-    .into_iter()
-    .enumerate()
+    for (round, manner) in
+        [Manner::Refuse(Code::Unavailable), Manner::HangUp { taken: false }, Manner::HangUpEarly, Manner::Refuse(Code::Unknown)]
+            .into_iter()
+            .enumerate()
     {
         fake.behave(manner);
         let before = fake.tries();

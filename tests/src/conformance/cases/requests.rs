@@ -88,11 +88,7 @@ async fn a_request_that_cannot_be_carried_out_is_refused(stand: Stand) -> Result
             api::CreateTaskRequest { options: any("containerd.runc.v1.Options", &[0xff; 9]), ..good.clone() },
             "containerd.runc.v1.Options",
         ),
-        (
-            "a runtime that is not there",
-            api::CreateTaskRequest { options: no_runtime.clone(), ..good.clone() },
-            "/no/such/runtime",
-        ),
+        ("a runtime that is not there", api::CreateTaskRequest { options: no_runtime.clone(), ..good.clone() }, "/no/such/runtime"),
         ("a scheme that is none", api::CreateTaskRequest { stdout: "carrier-pigeon:///x".into(), ..good.clone() }, "carrier-pigeon"),
         ("a fifo that is not there", api::CreateTaskRequest { stdout: "/no/such/fifo".into(), ..good.clone() }, "/no/such/fifo"),
         (

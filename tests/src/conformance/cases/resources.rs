@@ -43,7 +43,9 @@ fn cgroup_of(container: &Container, controller: &str) -> Result<PathBuf> {
         let root = PathBuf::from("/sys/fs/cgroup");
         let root = match controllers.is_empty() {
             true if root.join("cgroup.controllers").exists() => root,
-            false if controllers.split(',').any(|name| name == controller) => root.join(controllers.split(',').next().unwrap_or(controller)),
+            false if controllers.split(',').any(|name| name == controller) => {
+                root.join(controllers.split(',').next().unwrap_or(controller))
+            }
             _ => continue,
         };
         let folder = root.join(path.trim_start_matches('/'));

@@ -94,7 +94,8 @@ async fn a_delete_that_was_given_up_can_be_asked_for_again(stand: Stand) -> Resu
     // with a deadline of its own, of which the shim is told
     let mut wire = Wire::connect(container.task.socket()).await?;
     let delete = api::DeleteRequest { id: "c1".to_owned(), ..Default::default() }.write_to_bytes()?;
-    wire.send(&Frame::request_of_bytes(1, container.task.service_name(), "Delete", delete, Some(Duration::from_millis(200))).encode()).await?;
+    wire.send(&Frame::request_of_bytes(1, container.task.service_name(), "Delete", delete, Some(Duration::from_millis(200))).encode())
+        .await?;
     gate.held("delete").await?;
     drop(wire);
     let second = container.task.delete_within("c1", "", Duration::from_millis(300)).await;
@@ -199,7 +200,8 @@ async fn a_runtime_that_shouts_blocks_nothing(stand: Stand) -> Result<()> {
 /// A signal for all that the runtime takes its time over, while processes end by the dozen.
 async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
-    let container = stand.bundle("c1", &["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"]).runtime(&gate.binary()).run().await?;
+    let container =
+        stand.bundle("c1", &["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"]).runtime(&gate.binary()).run().await?;
     gate.hold("kill")?;
     let request = api::KillRequest { id: "c1".into(), signal: 15, all: true, ..Default::default() };
     let task = container.task.another().await?;
