@@ -9,7 +9,7 @@ SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
 
-.PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 conformance conformance-docs lint install packages suites bench clean
+.PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 campaign conformance conformance-docs lint install packages suites bench bench-upgrade clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -46,6 +46,16 @@ conformance-tool:
 ## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; takes half an hour
 conformance-docs: packages suites build conformance-tool
 	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
+
+## N runs with random deaths, stops and upgrades of the worker, on the oldest and the newest containerd; X_SEED chooses which
+N ?= 1000
+campaign: packages suites build-faulty
+	X_SHIM_FAULTY=$(FAULTY_SHIM) X_CAMPAIGN=$(N) X_CAMPAIGN_WITHIN=$$(( $(N) * 10 + 600 )) $(CARGO) test --locked --package shim-tests --test faults -- campaign
+
+## how long a client waits while its shim is upgraded, and one upgrade of 1,000 shims
+bench-upgrade: packages build
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rounds 2000
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --shims 1000
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 
 use crate::client::Client;
 use crate::eventually::{SOON, eventually, eventually_true};
-use crate::suite::{Shim, Suite};
+use crate::suite::{self, Shim, Suite};
 use crate::{isolation, proc};
 
 /// A containerd of one's own.
@@ -136,9 +136,8 @@ impl Daemon {
 
     fn spawn(&self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
-        let child = Command::new(self.suite.program("containerd"))
-            .arg("--config")
-            .arg(self.folder.join("config.toml"))
+        let child = self
+            .program()
             .env_clear()
             .env("PATH", self.path())
             .env("HOME", "/root")
@@ -152,6 +151,19 @@ impl Daemon {
         isolation::keep(child.id());
         *self.process.lock().expect("no panic under this lock") = Some(child);
         Ok(())
+    }
+
+    /// containerd, or x-manager in its place.
+    fn program(&self) -> Command {
+        let Some(manager) = suite::manager() else {
+            let mut command = Command::new(self.suite.program("containerd"));
+            command.arg("--config").arg(self.folder.join("config.toml"));
+            return command;
+        };
+        let mut command = Command::new(manager);
+        command.arg("--root").arg(self.folder.join("root")).arg("--state").arg(self.folder.join("state"));
+        command.arg("--address").arg(self.address()).args(["--log-level", level()]);
+        command
     }
 
     async fn answering(&self) -> Result<()> {
@@ -183,6 +195,10 @@ impl Drop for Daemon {
     }
 }
 
+fn level() -> &'static str {
+    if std::env::var_os("X_TESTS_DEBUG").is_some() { "debug" } else { "info" }
+}
+
 fn configuration(suite: Suite, folder: &Path) -> String {
     let (version, disabled) = match suite {
         Suite::Bookworm | Suite::Trixie => (2, r#""io.containerd.grpc.v1.cri""#),
@@ -192,7 +208,7 @@ fn configuration(suite: Suite, folder: &Path) -> String {
                "io.containerd.podsandbox.controller.v1.podsandbox", "io.containerd.nri.v1.nri""#,
         ),
     };
-    let level = if std::env::var_os("X_TESTS_DEBUG").is_some() { "debug" } else { "info" };
+    let level = level();
     format!(
         r#"version = {version}
 root = "{folder}/root"

@@ -16,6 +16,7 @@
 //! | [`gate`] | a runtime that blocks, fails or shouts on demand |
 //! | [`direct`] | the runner of cases that drive a shim without a daemon |
 //! | [`stand`] | such a case's surroundings |
+//! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
 //! | [`witness`] | a container that has to go on whatever is done to its shim |
 //! | [`ttrpc`] | frames, broken ones too, and calls |
@@ -28,6 +29,7 @@
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
 
 pub mod audit;
+pub mod builds;
 pub mod bundle;
 pub mod client;
 pub mod conformance;

@@ -144,6 +144,11 @@ pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
     Err(anyhow::Error::new(Skip(reason.into())))
 }
 
+/// Ends a case without a verdict on a daemon that has no images and no content store.
+pub fn needs_images() -> Result<()> {
+    if suite::manager().is_some() { skip("x-manager keeps no images") } else { Ok(()) }
+}
+
 /// Ends a case without a verdict where criu does not work.
 pub fn needs_criu(criu: &Path) -> Result<()> {
     match Command::new(criu).arg("check").output() {

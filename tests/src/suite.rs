@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::{env, fmt};
 
 use anyhow::{Context as _, Result, ensure};
@@ -48,8 +49,27 @@ impl Suite {
 
 impl fmt::Display for Suite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "containerd-{}", self.version())
+        let daemon = if manager().is_some() { "x-manager-beside" } else { "containerd" };
+        write!(f, "{daemon}-{}", self.version())
     }
+}
+
+static MANAGER: OnceLock<Option<PathBuf>> = OnceLock::new();
+
+/// The x-manager that stands in for every containerd, with the suite's runtimes, shims and clients: `X_DAEMON`; none without it.
+pub fn manager() -> Option<&'static Path> {
+    MANAGER.get_or_init(|| env::var_os("X_DAEMON").map(PathBuf::from)).as_deref()
+}
+
+/// Has x-manager stand in for containerd even without `X_DAEMON`: by default it is the release build of this workspace.
+///
+/// Errors: when the binary does not exist.
+pub fn use_manager() -> Result<()> {
+    let release = || target_folder().join("x86_64-unknown-linux-gnu/release/x-manager");
+    let path = env::var_os("X_DAEMON").map_or_else(release, PathBuf::from);
+    ensure!(path.is_file(), "no x-manager at {}: build it, or name one with X_DAEMON", path.display());
+    MANAGER.get_or_init(|| Some(path));
+    Ok(())
 }
 
 /// An OCI runtime.

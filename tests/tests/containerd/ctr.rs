@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use anyhow::{Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
+use shim_tests::runner::needs_images;
 use shim_tests::{isolation, rootfs};
 
 const IMAGE: &str = "example.test/busybox:1";
@@ -51,6 +52,7 @@ fn cgroup(cx: &Context, id: &str) -> String {
 }
 
 pub(crate) async fn ctr_imports_an_image_and_runs_it(cx: Context) -> Result<()> {
+    needs_images()?;
     import(&cx)?;
     let runtime = &cx.shim().runtime_type;
     let out =
@@ -65,6 +67,7 @@ pub(crate) async fn ctr_imports_an_image_and_runs_it(cx: Context) -> Result<()> 
 }
 
 pub(crate) async fn ctr_execs_and_kills(cx: Context) -> Result<()> {
+    needs_images()?;
     import(&cx)?;
     let runtime = &cx.shim().runtime_type;
     run(ctr(&cx).args(["run", "--detach", "--runtime", runtime, "--cgroup", &cgroup(&cx, "long"), IMAGE, "long", "sleep", "1000"]))?;

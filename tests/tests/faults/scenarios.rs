@@ -14,6 +14,7 @@ use shim_tests::runner::needs_criu;
 use shim_tests::spec::Spec;
 
 use crate::run::Run;
+use crate::tally::Tally;
 
 /// A scenario under way.
 pub(crate) type Drive<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
@@ -489,6 +490,7 @@ fn lines(first: u32, last: u32) -> String {
 
 /// That nothing is missing and nothing is there twice.
 fn is_complete(text: &str, expected: &str) -> Result<()> {
+    Tally::add(|tally| &tally.bytes, text.len() as u64);
     let same = text.bytes().zip(expected.bytes()).take_while(|(a, b)| a == b).count();
     let rest = |text: &str| String::from_utf8_lossy(&text.as_bytes()[same..text.len().min(same + 60)]).into_owned();
     ensure!(text == expected, "{} bytes of {}: after {same} {:?} instead of {:?}", text.len(), expected.len(), rest(text), rest(expected));

@@ -237,7 +237,7 @@ pub(crate) async fn exits_are_told_while_the_runtime_is_busy_with_a_signal(stand
     gate.hold("kill")?;
     let (task, request) =
         (container.task.clone(), containerd_shim_protos::api::KillRequest { id: "c1".into(), signal: 15, all: true, ..Default::default() });
-    let kill = tokio::spawn(async move { task.call::<containerd_shim_protos::api::Empty>("Kill", &request, SOON).await });
+    let kill = tokio::spawn(async move { task.call::<containerd_shim_protos::api::Empty>("Kill", &request, SOON * 6).await });
     gate.held("kill").await?;
     let total = 200;
     for number in 0..total {

@@ -7,12 +7,13 @@
 mod fifo;
 mod incoming;
 mod outgoing;
+mod saved;
 mod splice;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -160,22 +161,9 @@ impl Streams {
 
     fn start(&mut self, pump: Pump, poll: &mut Poll) -> io::Result<u32> {
         self.last_pump += 1;
-        let source = Source::Stream(self.last_pump);
-        match &pump {
-            Pump::Out(out) => {
-                if let Some(from) = out.source() {
-                    poll.add_reader(from, source)?;
-                }
-                poll.add_writer(out.sink(), source)?;
-            }
-            Pump::In(input) => {
-                poll.add_reader(input.source(), source)?;
-                poll.add_writer(input.sink(), source)?;
-            }
-            Pump::Discard { source: from, .. } => poll.add_reader(from, source)?,
-        }
+        pump.watch(self.last_pump, poll)?;
         self.pumps.insert(self.last_pump, pump);
-        poll.again(source);
+        poll.again(Source::Stream(self.last_pump));
         Ok(self.last_pump)
     }
 
@@ -332,12 +320,8 @@ impl Streams {
                     outgoing::Turn::Again => poll.again(Source::Stream(id)),
                     outgoing::Turn::Finished { lost } => self.finish(id, lost),
                     outgoing::Turn::Waits if out.is_draining() && !was_draining => {
-                        // Readers come and read without an edge on our end; the file's own watch tells.
-                        let path = format!("/proc/self/fd/{}", out.sink().as_raw_fd());
-                        match self.inotify.add_watch(path.as_str(), AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ACCESS) {
-                            Ok(watch) => self.watches.push((watch, id)),
-                            Err(error) => warn!(error:%; "cannot watch a fifo, looking at it every second"),
-                        }
+                        let number = out.sink().as_raw_fd();
+                        self.watch_fifo(id, number);
                         // What happened before the watch is seen by another look.
                         poll.again(Source::Stream(id));
                     }
@@ -354,11 +338,20 @@ impl Streams {
                 *bytes += moved;
                 let lost = *bytes;
                 match stop {
-                    splice::Stop::Turn => poll.again(Source::Stream(id)),
+                    splice::Stop::Turn if deleted.is_none() => poll.again(Source::Stream(id)),
                     splice::Stop::Idle if deleted.is_none() => {}
                     _ => self.finish(id, lost),
                 }
             }
+        }
+    }
+
+    /// Has readers that come and read tell of themselves: they make no edge on our end.
+    fn watch_fifo(&mut self, id: u32, number: RawFd) {
+        let path = format!("/proc/self/fd/{number}");
+        match self.inotify.add_watch(path.as_str(), AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ACCESS) {
+            Ok(watch) => self.watches.push((watch, id)),
+            Err(error) => warn!(error:%; "cannot watch a fifo, looking at it every second"),
         }
     }
 

@@ -49,7 +49,7 @@ pub(super) use journal::path as journal_path;
 pub(super) use kill::{KillCall, kill};
 pub(super) use phase::{Announce, Exit, Fact, Phase, Refused, Request};
 pub(super) use queries::{StateOf, Status, pids, recorded_pids, state_of, stats, wait};
-pub(super) use record::{Process, Record, Streams};
+pub(super) use record::{Process, Record, Streams, VERSION as RECORD_VERSION};
 pub(super) use spec::SpecError;
 pub(super) use start::start;
 pub(super) use tend::tend;

@@ -1,0 +1,246 @@
+//! `containerd.services.containers.v1.Containers`
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use containerd_client::events::container_create::Runtime as EventRuntime;
+use containerd_client::events::{ContainerCreate, ContainerDelete, ContainerUpdate};
+use containerd_client::services::v1::{
+    Container, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, GetContainerRequest, GetContainerResponse,
+    ListContainerMessage, ListContainersRequest, ListContainersResponse, UpdateContainerRequest, UpdateContainerResponse,
+};
+use tokio_stream::Stream;
+use tonic::Status;
+
+use super::call::Call;
+use super::mask;
+use crate::error::{Error, Result};
+use crate::filter::{Fields, Filter, label, text};
+use crate::manager::Manager;
+use crate::name::Namespace;
+use crate::store::{containers, namespaces};
+use crate::{name, timestamp};
+
+impl Fields for Container {
+    fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
+        match path {
+            ["id"] => text(&self.id),
+            ["image"] => text(&self.image),
+            ["runtime", "name"] => text(&self.runtime.as_ref()?.name),
+            ["labels", key @ ..] => label(&self.labels, key),
+            _ => None,
+        }
+    }
+}
+
+pub(crate) fn not_found(namespace: &Namespace, id: &str) -> Error {
+    Error::NotFound(format!("container {id:?} in namespace {:?}", namespace.as_str()))
+}
+
+pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetContainerRequest) -> Result<GetContainerResponse> {
+    let (namespace, id) = (call.namespace()?, request.id);
+    name::identifier("container id", &id)?;
+    let get = move |db: &_| containers::get(db, namespace.as_str(), &id)?.ok_or_else(|| not_found(&namespace, &id));
+    Ok(GetContainerResponse { container: Some(manager.store.read(get).await?) })
+}
+
+async fn found(manager: &Manager, call: &Call, request: ListContainersRequest) -> Result<Vec<Container>> {
+    let (namespace, filter) = (call.namespace()?, Filter::parse(&request.filters)?);
+    manager.store.read(move |db| containers::list(db, namespace.as_str(), |container| filter.accepts(container))).await
+}
+
+pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListContainersRequest) -> Result<ListContainersResponse> {
+    Ok(ListContainersResponse { containers: found(&manager, &call, request).await? })
+}
+
+pub(super) async fn list_stream(
+    manager: Arc<Manager>,
+    call: Call,
+    request: ListContainersRequest,
+) -> Result<impl Stream<Item = Result<ListContainerMessage, Status>>> {
+    let found = found(&manager, &call, request).await?;
+    Ok(tokio_stream::iter(found.into_iter().map(|container| Ok(ListContainerMessage { container: Some(container) }))))
+}
+
+pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
+    let namespace = call.namespace()?;
+    let mut container = request.container.ok_or_else(|| Error::Invalid("container must be set".to_owned()))?;
+    container.labels = mask::without_empty(container.labels);
+    validate(&container)?;
+    let now = timestamp::now();
+    (container.created_at, container.updated_at) = (Some(now), Some(now));
+    let (new, place) = (container.clone(), namespace.clone());
+    manager
+        .store
+        .write(move |db| {
+            if containers::get(db, place.as_str(), &new.id)?.is_some() {
+                return Err(Error::AlreadyExists(format!("container {:?}", new.id)));
+            }
+            namespaces::ensure(db, place.as_str())?;
+            containers::put(db, place.as_str(), &new.id, &new)
+        })
+        .await?;
+    let runtime = container.runtime.clone().map(|runtime| EventRuntime { name: runtime.name, options: runtime.options });
+    let event = ContainerCreate { id: container.id.clone(), image: container.image.clone(), runtime };
+    manager.events.publish(&namespace, "/containers/create", &event);
+    Ok(CreateContainerResponse { container: Some(container) })
+}
+
+pub(super) async fn update(manager: Arc<Manager>, call: Call, request: UpdateContainerRequest) -> Result<UpdateContainerResponse> {
+    let namespace = call.namespace()?;
+    let new = request.container.ok_or_else(|| Error::Invalid("container must be set".to_owned()))?;
+    name::identifier("container id", &new.id)?;
+    let (paths, place) = (mask::paths(request.update_mask), namespace.clone());
+    let updated = manager
+        .store
+        .write(move |db| {
+            let mut container = containers::get(db, place.as_str(), &new.id)?.ok_or_else(|| not_found(&place, &new.id))?;
+            apply(&mut container, &new, paths.as_deref())?;
+            validate(&container)?;
+            container.updated_at = Some(timestamp::now());
+            containers::put(db, place.as_str(), &new.id, &container)?;
+            Ok(container)
+        })
+        .await?;
+    let event = ContainerUpdate {
+        id: updated.id.clone(),
+        image: updated.image.clone(),
+        labels: updated.labels.clone(),
+        snapshot_key: updated.snapshot_key.clone(),
+    };
+    manager.events.publish(&namespace, "/containers/update", &event);
+    Ok(UpdateContainerResponse { container: Some(updated) })
+}
+
+/// Takes what the paths name from `new`; without paths everything that may change, and the rest must be the same.
+fn apply(container: &mut Container, new: &Container, paths: Option<&[String]>) -> Result<()> {
+    let Some(paths) = paths else {
+        let runtime_of = |container: &Container| container.runtime.as_ref().map(|runtime| runtime.name.clone()).unwrap_or_default();
+        if new.snapshotter != container.snapshotter {
+            return Err(Error::Invalid("container.Snapshotter field is immutable".to_owned()));
+        }
+        if runtime_of(new) != runtime_of(container) {
+            return Err(Error::Invalid("container.Runtime.Name field is immutable".to_owned()));
+        }
+        let all = ["labels", "spec", "extensions", "image", "snapshotkey"].map(ToOwned::to_owned);
+        return apply(container, new, Some(&all));
+    };
+    for path in paths {
+        match path.split_once('.').unwrap_or((path, "")) {
+            ("labels", "") => container.labels = mask::without_empty(new.labels.clone()),
+            ("labels", key) => mask::update_label(&mut container.labels, key, &new.labels),
+            ("extensions", "") => container.extensions.clone_from(&new.extensions),
+            ("extensions", key) => {
+                match new.extensions.get(key) {
+                    Some(extension) => container.extensions.insert(key.to_owned(), extension.clone()),
+                    None => container.extensions.remove(key),
+                };
+            }
+            ("spec", "") => container.spec.clone_from(&new.spec),
+            ("image", "") => container.image.clone_from(&new.image),
+            ("snapshotkey" | "snapshot_key", "") => container.snapshot_key.clone_from(&new.snapshot_key),
+            _ => return Err(Error::Invalid(format!("cannot update field {path:?} of container {:?}", new.id))),
+        }
+    }
+    Ok(())
+}
+
+fn validate(container: &Container) -> Result<()> {
+    name::identifier("container.ID", &container.id)?;
+    for (key, extension) in &container.extensions {
+        if key.is_empty() {
+            return Err(Error::Invalid("container.Extensions keys must not be empty".to_owned()));
+        }
+        if extension.type_url.is_empty() {
+            return Err(Error::Invalid(format!("container.Extensions[{key:?}].TypeURL must be set")));
+        }
+    }
+    name::labels(&container.labels)?;
+    if container.runtime.as_ref().is_none_or(|runtime| runtime.name.is_empty()) {
+        return Err(Error::Invalid("container.Runtime.Name must be set".to_owned()));
+    }
+    if container.spec.is_none() {
+        return Err(Error::Invalid("container.Spec must be set".to_owned()));
+    }
+    if !container.snapshot_key.is_empty() && container.snapshotter.is_empty() {
+        return Err(Error::Invalid("container.Snapshotter must be set if container.SnapshotKey is set".to_owned()));
+    }
+    Ok(())
+}
+
+pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteContainerRequest) -> Result<()> {
+    let namespace = call.namespace()?;
+    name::identifier("container id", &request.id)?;
+    let (place, id) = (namespace.clone(), request.id.clone());
+    manager.store.write(move |db| if containers::remove(db, place.as_str(), &id)? { Ok(()) } else { Err(not_found(&place, &id)) }).await?;
+    manager.events.publish(&namespace, "/containers/delete", &ContainerDelete { id: request.id });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_client::services::v1::container::Runtime;
+    use prost_types::Any;
+
+    use super::*;
+
+    fn container() -> Container {
+        Container {
+            id: "c".into(),
+            labels: [("a".to_owned(), "1".to_owned()), ("b.c".to_owned(), "2".to_owned())].into(),
+            image: "i".into(),
+            runtime: Some(Runtime { name: "r".into(), options: None }),
+            spec: Some(Any::default()),
+            extensions: [("x".to_owned(), Any { type_url: "t".into(), value: vec![1] })].into(),
+            ..Container::default()
+        }
+    }
+
+    fn updated(new: &Container, paths: &[&str]) -> Result<Container> {
+        let paths: Vec<_> = paths.iter().map(|path| (*path).to_owned()).collect();
+        let mut container = container();
+        apply(&mut container, new, (!paths.is_empty()).then_some(&paths[..]))?;
+        validate(&container)?;
+        Ok(container)
+    }
+
+    #[test]
+    fn an_update_changes_what_its_mask_names_and_nothing_else() {
+        let new =
+            Container { id: "c".into(), labels: [("b.c".to_owned(), "3".to_owned())].into(), image: "j".into(), ..Container::default() };
+        let labels = updated(&new, &["labels.b.c"]).expect("allowed").labels;
+        assert_eq!((labels["a"].as_str(), labels["b.c"].as_str()), ("1", "3"));
+        assert_eq!(updated(&new, &["labels.a"]).expect("allowed").labels.len(), 1);
+        assert_eq!(updated(&new, &["labels"]).expect("allowed").labels, new.labels);
+        let changed = updated(&new, &["image", "extensions.x"]).expect("allowed");
+        assert_eq!((changed.image.as_str(), changed.extensions.len(), changed.labels.len()), ("j", 0, 2));
+        assert!(updated(&new, &["runtime"]).is_err());
+        assert!(updated(&new, &["image.x"]).is_err());
+        assert!(updated(&new, &["spec"]).is_err(), "a container has a spec");
+    }
+
+    #[test]
+    fn an_update_without_a_mask_is_refused_where_it_would_change_what_is_fixed() {
+        let new = Container { image: "j".into(), labels: [].into(), ..container() };
+        let changed = updated(&new, &[]).expect("allowed");
+        assert_eq!((changed.image.as_str(), changed.labels.len()), ("j", 0));
+        let runtime = Some(Runtime { name: "other".into(), options: None });
+        assert!(updated(&Container { runtime, ..new.clone() }, &[]).is_err());
+        assert!(updated(&Container { snapshotter: "s".into(), ..new }, &[]).is_err());
+    }
+
+    #[test]
+    fn what_no_container_can_be_is_refused() {
+        assert!(validate(&container()).is_ok());
+        for bad in [
+            Container { id: "a/b".into(), ..container() },
+            Container { runtime: None, ..container() },
+            Container { spec: None, ..container() },
+            Container { snapshot_key: "k".into(), ..container() },
+            Container { extensions: [(String::new(), Any { type_url: "t".into(), value: vec![] })].into(), ..container() },
+            Container { labels: [("k".to_owned(), "v".repeat(5000))].into(), ..container() },
+        ] {
+            assert_eq!(validate(&bad).expect_err("bad").code(), tonic::Code::InvalidArgument);
+        }
+    }
+}

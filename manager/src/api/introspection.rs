@@ -1,0 +1,85 @@
+//! `containerd.services.introspection.v1.Introspection`
+
+use std::borrow::Cow;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use containerd_client::services::v1::{Plugin, PluginInfoRequest, PluginInfoResponse, PluginsRequest, PluginsResponse, ServerResponse};
+use containerd_client::types::Platform;
+use prost::Message as _;
+use prost_types::Any;
+
+use super::call::Call;
+use crate::error::{Error, IoContext as _, Result};
+use crate::filter::{Fields, Filter, text};
+use crate::manager::Manager;
+use crate::wire;
+
+impl Fields for Plugin {
+    fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
+        match path {
+            ["type"] => text(&self.r#type),
+            ["id"] => text(&self.id),
+            ["capabilities"] => text(self.capabilities.first()?),
+            _ => None,
+        }
+    }
+}
+
+/// What containerd would call the parts of this daemon.
+fn all() -> Vec<Plugin> {
+    let plugin = |kind: &str, id: &str| Plugin { r#type: kind.to_owned(), id: id.to_owned(), ..Plugin::default() };
+    let mut runtime = plugin(RUNTIME_TYPE, RUNTIME_ID);
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    runtime.platforms = vec![Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), ..Platform::default() }];
+    let mut plugins = vec![plugin("io.containerd.event.v1", "exchange"), plugin("io.containerd.metadata.v1", "sqlite"), runtime];
+    let services = ["containers", "events", "healthcheck", "introspection", "leases", "namespaces", "tasks", "version"];
+    plugins.extend(services.map(|service| plugin("io.containerd.grpc.v1", service)));
+    plugins.push(plugin("io.containerd.ttrpc.v1", "events"));
+    plugins
+}
+
+pub(super) async fn plugins(_manager: Arc<Manager>, _call: Call, request: PluginsRequest) -> Result<PluginsResponse> {
+    let filter = Filter::parse(&request.filters)?;
+    let mut plugins = all();
+    plugins.retain(|plugin| filter.accepts(plugin));
+    Ok(PluginsResponse { plugins })
+}
+
+pub(super) async fn server(manager: Arc<Manager>, _call: Call, _request: ()) -> Result<ServerResponse> {
+    let namespace = Path::new("/proc/self/ns/pid");
+    let pidns = std::fs::metadata(namespace).on("look at", namespace)?.ino();
+    Ok(ServerResponse { uuid: manager.uuid.clone(), pid: std::process::id().into(), pidns, deprecations: Vec::new() })
+}
+
+pub(super) async fn plugin_info(manager: Arc<Manager>, _call: Call, request: PluginInfoRequest) -> Result<PluginInfoResponse> {
+    let found = all().into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
+    let plugin = found.ok_or_else(|| Error::NotFound(format!("plugin {:?} {:?}", request.r#type, request.id)))?;
+    let mut extra = None;
+    if let Some(options) = request.options.filter(|_| plugin.r#type == RUNTIME_TYPE) {
+        let asked = RuntimeRequest::decode(&*options.value).map_err(|error| Error::Invalid(format!("runtime request: {error}")))?;
+        let runtime = if asked.runtime_path.is_empty() { DEFAULT_RUNTIME } else { &asked.runtime_path };
+        let options = asked.options.filter(|options| !options.type_url.is_empty()).map(wire::to_shim);
+        let value = manager.tasks.runtime_info(runtime, options.as_ref()).await?;
+        extra = Some(Any { type_url: "containerd.types.RuntimeInfo".to_owned(), value });
+    }
+    Ok(PluginInfoResponse { plugin: Some(plugin), extra })
+}
+
+/// `containerd.types.RuntimeRequest`: which runtime is meant, and with which options.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RuntimeRequest {
+    #[prost(string, tag = "1")]
+    runtime_path: String,
+    #[prost(message, optional, tag = "2")]
+    options: Option<Any>,
+}
+
+const RUNTIME_TYPE: &str = "io.containerd.runtime.v2";
+const RUNTIME_ID: &str = "task";
+const DEFAULT_RUNTIME: &str = "io.containerd.runc.v2";

@@ -1,0 +1,125 @@
+//! `containerd.services.leases.v1.Leases`
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use containerd_client::services::v1::{
+    AddResourceRequest, CreateRequest, CreateResponse, DeleteRequest, DeleteResourceRequest, Lease, ListRequest, ListResourcesRequest,
+    ListResourcesResponse, ListResponse, Resource as WireResource,
+};
+use rusqlite::Connection;
+
+use super::call::Call;
+use super::mask;
+use crate::error::{Error, Result};
+use crate::filter::{Fields, Filter, label, text};
+use crate::manager::Manager;
+use crate::store::{Resource, leases, namespaces, resources};
+use crate::{name, timestamp};
+
+impl Fields for Lease {
+    fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
+        match path {
+            ["id"] => text(&self.id),
+            ["labels", key @ ..] => label(&self.labels, key),
+            _ => None,
+        }
+    }
+}
+
+fn must_exist(db: &Connection, namespace: &str, id: &str) -> Result<()> {
+    leases::get(db, namespace, id)?.map(drop).ok_or_else(|| Error::NotFound(format!("lease {id:?}")))
+}
+
+pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateRequest) -> Result<CreateResponse> {
+    let namespace = call.namespace()?;
+    if request.id.is_empty() || request.id.len() > MAX_ID_BYTES {
+        return Err(Error::Invalid(format!("lease id of {} bytes", request.id.len())));
+    }
+    name::labels(&request.labels)?;
+    let lease = Lease { id: request.id, created_at: Some(timestamp::now()), labels: mask::without_empty(request.labels) };
+    let new = lease.clone();
+    manager
+        .store
+        .write(move |db| {
+            if leases::get(db, namespace.as_str(), &new.id)?.is_some() {
+                return Err(Error::AlreadyExists(format!("lease {:?}", new.id)));
+            }
+            namespaces::ensure(db, namespace.as_str())?;
+            leases::put(db, namespace.as_str(), &new.id, &new)
+        })
+        .await?;
+    Ok(CreateResponse { lease: Some(lease) })
+}
+
+/// Nothing is collected yet when a lease goes, so whether that shall be waited for makes no difference.
+pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteRequest) -> Result<()> {
+    let namespace = call.namespace()?;
+    manager
+        .store
+        .write(move |db| {
+            must_exist(db, namespace.as_str(), &request.id)?;
+            leases::remove(db, namespace.as_str(), &request.id).map(drop)
+        })
+        .await
+}
+
+pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListRequest) -> Result<ListResponse> {
+    let (namespace, filter) = (call.namespace()?, Filter::parse(&request.filters)?);
+    let leases = manager.store.read(move |db| leases::list(db, namespace.as_str(), |lease| filter.accepts(lease))).await?;
+    Ok(ListResponse { leases })
+}
+
+pub(super) async fn add_resource(manager: Arc<Manager>, call: Call, request: AddResourceRequest) -> Result<()> {
+    let (namespace, resource) = (call.namespace()?, resource(request.resource)?);
+    manager
+        .store
+        .write(move |db| {
+            must_exist(db, namespace.as_str(), &request.id)?;
+            resources::add(db, namespace.as_str(), &request.id, &resource)
+        })
+        .await
+}
+
+pub(super) async fn delete_resource(manager: Arc<Manager>, call: Call, request: DeleteResourceRequest) -> Result<()> {
+    let (namespace, resource) = (call.namespace()?, resource(request.resource)?);
+    manager
+        .store
+        .write(move |db| {
+            must_exist(db, namespace.as_str(), &request.id)?;
+            resources::remove(db, namespace.as_str(), &request.id, &resource)
+        })
+        .await
+}
+
+pub(super) async fn list_resources(manager: Arc<Manager>, call: Call, request: ListResourcesRequest) -> Result<ListResourcesResponse> {
+    let namespace = call.namespace()?;
+    let held = manager
+        .store
+        .read(move |db| {
+            must_exist(db, namespace.as_str(), &request.id)?;
+            resources::list(db, namespace.as_str(), &request.id)
+        })
+        .await?;
+    Ok(ListResourcesResponse { resources: held.into_iter().map(|held| WireResource { id: held.id, r#type: held.kind }).collect() })
+}
+
+/// What a lease can hold: `content`, `ingests`, `images` or `snapshots/NAME`.
+fn resource(resource: Option<WireResource>) -> Result<Resource> {
+    let resource = resource.ok_or_else(|| Error::Invalid("resource must be set".to_owned()))?;
+    let known = match resource.r#type.split_once('/') {
+        None => matches!(resource.r#type.as_str(), "content" | "ingests" | "images"),
+        Some((kind, snapshotter)) => kind == "snapshots" && name::identifier("snapshotter", snapshotter).is_ok(),
+    };
+    if !known {
+        return Err(Error::Unimplemented(format!("lease resource of type {:?}", resource.r#type)));
+    }
+    if resource.id.is_empty() || resource.id.len() > MAX_RESOURCE_BYTES {
+        return Err(Error::Invalid(format!("lease resource id of {} bytes", resource.id.len())));
+    }
+    Ok(Resource { kind: resource.r#type, id: resource.id })
+}
+
+/// Clients make up ids that are no identifiers.
+const MAX_ID_BYTES: usize = 256;
+const MAX_RESOURCE_BYTES: usize = 4096;

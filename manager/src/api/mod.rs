@@ -1,0 +1,21 @@
+//! The gRPC API: containerd's services on a unix socket.
+//!
+//! ```text
+//! socket ─▶ connection (serve) ─▶ method by path (route) ─▶ service ─▶ store, tasks, events
+//! ```
+//! Messages are those of the `containerd-client` crate. **Invariant:** a service checks what it is given before it changes anything.
+
+mod call;
+mod containers;
+mod events;
+mod health;
+mod introspection;
+mod leases;
+mod mask;
+mod namespaces;
+mod route;
+mod serve;
+mod tasks;
+mod version;
+
+pub(crate) use serve::serve;

@@ -1,0 +1,101 @@
+//! `containerd.services.namespaces.v1.Namespaces`
+
+use std::sync::Arc;
+
+use containerd_client::events::{NamespaceCreate, NamespaceDelete, NamespaceUpdate};
+use containerd_client::services::v1::{
+    CreateNamespaceRequest, CreateNamespaceResponse, DeleteNamespaceRequest, GetNamespaceRequest, GetNamespaceResponse,
+    ListNamespacesRequest, ListNamespacesResponse, Namespace as Record, UpdateNamespaceRequest, UpdateNamespaceResponse,
+};
+
+use super::call::Call;
+use super::mask;
+use crate::error::{Error, Result};
+use crate::manager::Manager;
+use crate::name::{self, Namespace};
+use crate::store::{containers, leases, namespaces};
+
+fn not_found(name: &str) -> Error {
+    Error::NotFound(format!("namespace {name:?}"))
+}
+
+pub(super) async fn get(manager: Arc<Manager>, _call: Call, request: GetNamespaceRequest) -> Result<GetNamespaceResponse> {
+    let name = Namespace::parse(&request.name)?;
+    let found = manager.store.read(move |db| namespaces::get(db, name.as_str())?.ok_or_else(|| not_found(name.as_str()))).await?;
+    Ok(GetNamespaceResponse { namespace: Some(found) })
+}
+
+pub(super) async fn list(manager: Arc<Manager>, _call: Call, _request: ListNamespacesRequest) -> Result<ListNamespacesResponse> {
+    Ok(ListNamespacesResponse { namespaces: manager.store.read(namespaces::list).await? })
+}
+
+pub(super) async fn create(manager: Arc<Manager>, _call: Call, request: CreateNamespaceRequest) -> Result<CreateNamespaceResponse> {
+    let mut record = request.namespace.ok_or_else(|| Error::Invalid("namespace must be set".to_owned()))?;
+    let namespace = Namespace::parse(&record.name)?;
+    record.labels = mask::without_empty(record.labels);
+    name::labels(&record.labels)?;
+    let new = record.clone();
+    manager
+        .store
+        .write(move |db| match namespaces::get(db, &new.name)? {
+            Some(_) => Err(Error::AlreadyExists(format!("namespace {:?}", new.name))),
+            None => namespaces::put(db, &new),
+        })
+        .await?;
+    let event = NamespaceCreate { name: record.name.clone(), labels: record.labels.clone() };
+    manager.events.publish(&namespace, "/namespaces/create", &event);
+    Ok(CreateNamespaceResponse { namespace: Some(record) })
+}
+
+pub(super) async fn update(manager: Arc<Manager>, _call: Call, request: UpdateNamespaceRequest) -> Result<UpdateNamespaceResponse> {
+    let new = request.namespace.ok_or_else(|| Error::Invalid("namespace must be set".to_owned()))?;
+    let namespace = Namespace::parse(&new.name)?;
+    let paths = mask::paths(request.update_mask);
+    let updated = manager
+        .store
+        .write(move |db| {
+            let mut record = namespaces::get(db, &new.name)?.ok_or_else(|| not_found(&new.name))?;
+            apply(&mut record, &new, paths.as_deref())?;
+            namespaces::put(db, &record)?;
+            Ok(record)
+        })
+        .await?;
+    let event = NamespaceUpdate { name: updated.name.clone(), labels: updated.labels.clone() };
+    manager.events.publish(&namespace, "/namespaces/update", &event);
+    Ok(UpdateNamespaceResponse { namespace: Some(updated) })
+}
+
+fn apply(record: &mut Record, new: &Record, paths: Option<&[String]>) -> Result<()> {
+    let all = ["labels".to_owned()];
+    for path in paths.unwrap_or(&all) {
+        match path.strip_prefix("labels") {
+            Some("") => record.labels = mask::without_empty(new.labels.clone()),
+            Some(key) if key.starts_with('.') => mask::update_label(&mut record.labels, &key[1..], &new.labels),
+            _ => return Err(Error::Invalid(format!("cannot update field {path:?} of namespace {:?}", new.name))),
+        }
+    }
+    name::labels(&record.labels)
+}
+
+pub(super) async fn delete(manager: Arc<Manager>, _call: Call, request: DeleteNamespaceRequest) -> Result<()> {
+    let namespace = Namespace::parse(&request.name)?;
+    let name = request.name.clone();
+    manager
+        .store
+        .write(move |db| {
+            let mut holds = Vec::new();
+            if !containers::is_empty(db, &name)? {
+                holds.push("containers");
+            }
+            if !leases::is_empty(db, &name)? {
+                holds.push("leases");
+            }
+            if !holds.is_empty() {
+                return Err(Error::Precondition(format!("namespace {name:?} must be empty, but it still has {}", holds.join(", "))));
+            }
+            if namespaces::remove(db, &name)? { Ok(()) } else { Err(not_found(&name)) }
+        })
+        .await?;
+    manager.events.publish(&namespace, "/namespaces/delete", &NamespaceDelete { name: request.name });
+    Ok(())
+}

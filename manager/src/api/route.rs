@@ -1,0 +1,179 @@
+//! Which method serves which path.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use hyper::body::Incoming;
+use prost::Message;
+use tokio_stream::Stream;
+use tonic::body::Body;
+use tonic::server::Grpc;
+use tonic::{Request, Response, Status};
+use tonic_prost::ProstCodec;
+use tower_service::Service;
+
+use super::call::Call;
+use super::{containers, events, health, introspection, leases, namespaces, tasks, version};
+use crate::error::Result;
+use crate::manager::Manager;
+
+type Answer = http::Response<Body>;
+
+/// Serves one request.
+///
+/// What changes something is carried to its end, even if the client hangs up; what only looks or waits ends with its client.
+pub(super) async fn route(manager: Arc<Manager>, request: http::Request<Incoming>) -> Answer {
+    let path = request.uri().path().to_owned();
+    let (service, method) = path.strip_prefix('/').and_then(|path| path.split_once('/')).unwrap_or_default();
+    let m = manager;
+    let r = request;
+    match service {
+        "containerd.services.containers.v1.Containers" => match method {
+            "Get" => look(m, r, containers::get).await,
+            "List" => look(m, r, containers::list).await,
+            "ListStream" => stream(m, r, containers::list_stream).await,
+            "Create" => change(m, r, containers::create).await,
+            "Update" => change(m, r, containers::update).await,
+            "Delete" => change(m, r, containers::delete).await,
+            _ => unknown(&path),
+        },
+        "containerd.services.tasks.v1.Tasks" => match method {
+            "Create" => change(m, r, tasks::create).await,
+            "Start" => change(m, r, tasks::start).await,
+            "Delete" => change(m, r, tasks::delete).await,
+            "DeleteProcess" => change(m, r, tasks::delete_process).await,
+            "Get" => look(m, r, tasks::get).await,
+            "List" => look(m, r, tasks::list).await,
+            "Kill" => change(m, r, tasks::kill).await,
+            "Exec" => change(m, r, tasks::exec).await,
+            "ResizePty" => change(m, r, tasks::resize_pty).await,
+            "CloseIO" => change(m, r, tasks::close_io).await,
+            "Pause" => change(m, r, tasks::pause).await,
+            "Resume" => change(m, r, tasks::resume).await,
+            "ListPids" => look(m, r, tasks::list_pids).await,
+            "Checkpoint" => change(m, r, tasks::checkpoint).await,
+            "Update" => change(m, r, tasks::update).await,
+            "Metrics" => look(m, r, tasks::metrics).await,
+            "Wait" => look(m, r, tasks::wait).await,
+            _ => unknown(&path),
+        },
+        "containerd.services.events.v1.Events" => match method {
+            "Publish" => look(m, r, events::publish).await,
+            "Forward" => change(m, r, events::forward).await,
+            "Subscribe" => stream(m, r, events::subscribe).await,
+            _ => unknown(&path),
+        },
+        "containerd.services.namespaces.v1.Namespaces" => match method {
+            "Get" => look(m, r, namespaces::get).await,
+            "List" => look(m, r, namespaces::list).await,
+            "Create" => change(m, r, namespaces::create).await,
+            "Update" => change(m, r, namespaces::update).await,
+            "Delete" => change(m, r, namespaces::delete).await,
+            _ => unknown(&path),
+        },
+        "containerd.services.leases.v1.Leases" => match method {
+            "Create" => change(m, r, leases::create).await,
+            "Delete" => change(m, r, leases::delete).await,
+            "List" => look(m, r, leases::list).await,
+            "AddResource" => change(m, r, leases::add_resource).await,
+            "DeleteResource" => change(m, r, leases::delete_resource).await,
+            "ListResources" => look(m, r, leases::list_resources).await,
+            _ => unknown(&path),
+        },
+        "containerd.services.introspection.v1.Introspection" => match method {
+            "Plugins" => look(m, r, introspection::plugins).await,
+            "Server" => look(m, r, introspection::server).await,
+            "PluginInfo" => look(m, r, introspection::plugin_info).await,
+            _ => unknown(&path),
+        },
+        "containerd.services.version.v1.Version" => match method {
+            "Version" => look(m, r, version::version).await,
+            _ => unknown(&path),
+        },
+        "grpc.health.v1.Health" => match method {
+            "Check" => look(m, r, health::check).await,
+            "Watch" => stream(m, r, health::watch).await,
+            _ => unknown(&path),
+        },
+        _ => unknown(&path),
+    }
+}
+
+fn unknown(path: &str) -> Answer {
+    Status::unimplemented(format!("x-manager does not serve {path}")).into_http()
+}
+
+/// A call that ends with its client.
+async fn look<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
+where
+    Q: Message + Default + 'static,
+    A: Message + Default + 'static,
+    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    F: Future<Output = Result<A>> + Send + 'static,
+{
+    grpc().unary(Handler { manager, handler, finish: |call: F| call }, request).await
+}
+
+/// A call that is carried to its end.
+async fn change<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
+where
+    Q: Message + Default + 'static,
+    A: Message + Default + 'static,
+    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    F: Future<Output = Result<A>> + Send + 'static,
+{
+    let finish = |call: F| async {
+        let ended = tokio::spawn(call).await;
+        ended.unwrap_or_else(|error| Err(crate::error::Error::Launch(format!("a request ended without an answer: {error}"))))
+    };
+    grpc().unary(Handler { manager, handler, finish }, request).await
+}
+
+/// A call that is answered by a stream.
+async fn stream<Q, A, S, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
+where
+    Q: Message + Default + 'static,
+    A: Message + Default + 'static,
+    S: Stream<Item = Result<A, Status>> + Send + 'static,
+    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    F: Future<Output = Result<S>> + Send + 'static,
+{
+    grpc().server_streaming(Handler { manager, handler, finish: |call: F| call }, request).await
+}
+
+fn grpc<A: Message + Default + 'static, Q: Message + Default + 'static>() -> Grpc<ProstCodec<A, Q>> {
+    Grpc::new(ProstCodec::default()).max_decoding_message_size(MESSAGE_BYTES)
+}
+
+/// A method in the shape in which tonic calls it.
+struct Handler<H, E> {
+    manager: Arc<Manager>,
+    handler: H,
+    finish: E,
+}
+
+impl<Q, A, H, F, E, G> Service<Request<Q>> for Handler<H, E>
+where
+    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    E: FnMut(F) -> G,
+    G: Future<Output = Result<A>> + Send + 'static,
+{
+    type Response = Response<A>;
+    type Error = Status;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Status>> + Send>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Q>) -> Self::Future {
+        let call = Call::of(request.metadata());
+        let answer = (self.finish)((self.handler)(Arc::clone(&self.manager), call, request.into_inner()));
+        Box::pin(async move { Ok(Response::new(answer.await?)) })
+    }
+}
+
+/// The longest request; containerd's clients expect that much.
+const MESSAGE_BYTES: usize = 16 << 20;

@@ -1,0 +1,382 @@
+//! `containerd.services.tasks.v1.Tasks`
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_client::services::v1::{
+    CheckpointTaskRequest, CheckpointTaskResponse, CloseIoRequest, CreateTaskRequest, CreateTaskResponse, DeleteProcessRequest,
+    DeleteResponse, DeleteTaskRequest, ExecProcessRequest, GetRequest, GetResponse, KillRequest, ListPidsRequest, ListPidsResponse,
+    ListTasksRequest, ListTasksResponse, MetricsRequest, MetricsResponse, PauseTaskRequest, ResizePtyRequest, ResumeTaskRequest,
+    StartRequest, StartResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use containerd_client::types::Metric;
+use containerd_client::types::v1::{Process, ProcessInfo, Status as ProcessStatus};
+use containerd_shim_protos::api as shim;
+use containerd_shim_protos::shim::oci;
+use protobuf::Message;
+use tokio::task::JoinSet;
+
+use super::call::Call;
+use super::containers;
+use crate::error::{Error, Result};
+use crate::filter::{Fields, Filter, text};
+use crate::manager::Manager;
+use crate::store::{Exit, execs, exits};
+use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
+use crate::{name, store, timestamp, wire};
+
+impl Fields for Task {
+    fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
+        match path {
+            ["id"] => text(&self.id),
+            ["namespace"] => text(self.namespace.as_str()),
+            _ => None,
+        }
+    }
+}
+
+fn find(manager: &Manager, call: &Call, id: &str) -> Result<Arc<Task>> {
+    manager.tasks.find(&call.namespace()?, id)
+}
+
+/// The shim of a task that has one.
+async fn shim_of(task: &Task) -> Result<Shim> {
+    match task.settled().await? {
+        Phase::Live(shim) => Ok(shim),
+        Phase::Ended(_) => Err(Error::Precondition(format!("task {} has ended with its shim", task.id))),
+        Phase::Hidden | Phase::Loading | Phase::Cleaning | Phase::Gone => Err(Error::NotFound(format!("task {}", task.id))),
+    }
+}
+
+async fn ask<A: Message>(task: &Task, method: &'static str, request: &impl Message, limit: Duration) -> Result<A> {
+    Ok(shim_of(task).await?.call(method, request, Some(limit)).await?)
+}
+
+pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
+    let (namespace, id) = (call.namespace()?, request.container_id);
+    name::identifier("container id", &id)?;
+    let (place, name) = (namespace.clone(), id.clone());
+    let get = move |db: &_| store::containers::get(db, place.as_str(), &name)?.ok_or_else(|| containers::not_found(&place, &name));
+    let container = manager.store.read(get).await?;
+    let runtime = container.runtime.unwrap_or_default();
+    let options = runtime.options.filter(|options| !options.type_url.is_empty());
+    let task_options = request.options.filter(|options| !options.type_url.is_empty()).or_else(|| options.clone());
+    if let Some(checkpoint) = request.checkpoint.filter(|checkpoint| !checkpoint.digest.is_empty()) {
+        return Err(Error::Unimplemented(format!("a task from checkpoint {}: there is no content store", checkpoint.digest)));
+    }
+    let create = shim::CreateTaskRequest {
+        rootfs: request.rootfs.into_iter().map(wire::mount_to_shim).collect(),
+        terminal: request.terminal,
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+        checkpoint: restore_path(task_options.as_ref())?,
+        options: wire::to_shim_field(task_options),
+        ..shim::CreateTaskRequest::default()
+    };
+    let new = NewTask {
+        runtime: if request.runtime_path.is_empty() { runtime.name } else { request.runtime_path },
+        options: options.map(wire::to_shim),
+        spec: container.spec.unwrap_or_default().value,
+        request: create,
+    };
+    let pid = manager.tasks.create(&namespace, &id, new).await?;
+    Ok(CreateTaskResponse { container_id: id, pid })
+}
+
+/// The folder of a checkpoint, when a client names one in the options of runc's shim.
+fn restore_path(options: Option<&prost_types::Any>) -> Result<String> {
+    let Some(options) = options.filter(|options| options.type_url.ends_with("containerd.runc.v1.Options")) else {
+        return Ok(String::new());
+    };
+    let options = oci::Options::parse_from_bytes(&options.value).map_err(|error| Error::Invalid(format!("runtime options: {error}")))?;
+    Ok(options.criu_image_path)
+}
+
+pub(super) async fn start(manager: Arc<Manager>, call: Call, request: StartRequest) -> Result<StartResponse> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let start = shim::StartRequest { id: task.id.clone(), exec_id: request.exec_id, ..shim::StartRequest::default() };
+    let answer: shim::StartResponse = ask(&task, "Start", &start, LONG).await?;
+    Ok(StartResponse { pid: answer.pid })
+}
+
+pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteTaskRequest) -> Result<DeleteResponse> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let exit = manager.tasks.delete(&task).await?;
+    Ok(DeleteResponse { id: task.id.clone(), pid: exit.pid, exit_status: exit.status, exited_at: Some(timestamp::from_nanos(exit.at)) })
+}
+
+pub(super) async fn delete_process(manager: Arc<Manager>, call: Call, request: DeleteProcessRequest) -> Result<DeleteResponse> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let exec = request.exec_id;
+    let delete = shim::DeleteRequest { id: task.id.clone(), exec_id: exec.clone(), ..shim::DeleteRequest::default() };
+    let answer: shim::DeleteResponse = ask(&task, "Delete", &delete, LONG).await?;
+    let (namespace, id, name, now) = (task.namespace.clone(), task.id.clone(), exec.clone(), timestamp::to_nanos(&timestamp::now()));
+    manager
+        .store
+        .note(move |db| {
+            execs::remove(db, namespace.as_str(), &id, &name)?;
+            exits::collect(db, namespace.as_str(), &id, Some(&name), now)
+        })
+        .await?;
+    Ok(DeleteResponse {
+        id: exec,
+        pid: answer.pid,
+        exit_status: answer.exit_status,
+        exited_at: wire::time_from_shim(answer.exited_at.into_option()),
+    })
+}
+
+pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetRequest) -> Result<GetResponse> {
+    let task = find(&manager, &call, &request.container_id)?;
+    Ok(GetResponse { process: Some(process(&task, &request.exec_id).await?) })
+}
+
+/// How a process is; one whose shim does not say in time is of unknown status.
+async fn process(task: &Task, exec: &str) -> Result<Process> {
+    let unknown = || Process { container_id: task.id.clone(), id: task.id.clone(), ..Process::default() };
+    let state = match task.settled().await {
+        Ok(Phase::Live(live)) => {
+            let request = shim::StateRequest { id: task.id.clone(), exec_id: exec.to_owned(), ..shim::StateRequest::default() };
+            live.call::<shim::StateResponse>("State", &request, Some(STATE)).await
+        }
+        Ok(Phase::Ended(exit)) if exec.is_empty() => return Ok(ended(task, exit)),
+        Ok(_) => return Err(Error::NotFound(format!("process {exec} of task {}", task.id))),
+        Err(Error::Unavailable(_)) if exec.is_empty() => return Ok(unknown()),
+        Err(error) => return Err(error),
+    };
+    let state = match state {
+        Ok(state) => state,
+        Err(Unanswered::Late(_)) if exec.is_empty() => return Ok(unknown()),
+        Err(Unanswered::Lost) => {
+            task.left().await;
+            return match task.settled().await? {
+                Phase::Ended(exit) if exec.is_empty() => Ok(ended(task, exit)),
+                _ => Err(Error::NotFound(format!("process {exec} of task {}", task.id))),
+            };
+        }
+        Err(reason) => return Err(reason.into()),
+    };
+    Ok(Process {
+        container_id: task.id.clone(),
+        id: if exec.is_empty() { task.id.clone() } else { exec.to_owned() },
+        pid: state.pid,
+        status: status(state.status.enum_value().unwrap_or(shim::Status::UNKNOWN)).into(),
+        stdin: state.stdin,
+        stdout: state.stdout,
+        stderr: state.stderr,
+        terminal: state.terminal,
+        exit_status: state.exit_status,
+        exited_at: wire::time_from_shim(state.exited_at.into_option()),
+    })
+}
+
+fn ended(task: &Task, exit: Exit) -> Process {
+    Process {
+        container_id: task.id.clone(),
+        id: task.id.clone(),
+        pid: exit.pid,
+        status: ProcessStatus::Stopped.into(),
+        exit_status: exit.status,
+        exited_at: Some(timestamp::from_nanos(exit.at)),
+        ..Process::default()
+    }
+}
+
+fn status(status: shim::Status) -> ProcessStatus {
+    match status {
+        shim::Status::UNKNOWN => ProcessStatus::Unknown,
+        shim::Status::CREATED => ProcessStatus::Created,
+        shim::Status::RUNNING => ProcessStatus::Running,
+        shim::Status::STOPPED => ProcessStatus::Stopped,
+        shim::Status::PAUSED => ProcessStatus::Paused,
+        shim::Status::PAUSING => ProcessStatus::Pausing,
+    }
+}
+
+pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListTasksRequest) -> Result<ListTasksResponse> {
+    let (namespace, filter) = (call.namespace()?, Filter::parse(&[request.filter])?);
+    let mut tasks = manager.tasks.list(&namespace);
+    tasks.retain(|task| filter.accepts(&**task));
+    // asked all at once: one that does not answer delays no other
+    let mut asked = JoinSet::new();
+    for task in tasks {
+        asked.spawn(async move { process(&task, "").await });
+    }
+    let mut tasks: Vec<_> = asked.join_all().await.into_iter().filter_map(Result::ok).collect();
+    tasks.sort_by(|one, other| one.id.cmp(&other.id));
+    Ok(ListTasksResponse { tasks })
+}
+
+pub(super) async fn kill(manager: Arc<Manager>, call: Call, request: KillRequest) -> Result<()> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let kill = shim::KillRequest {
+        id: task.id.clone(),
+        exec_id: request.exec_id,
+        signal: request.signal,
+        all: request.all,
+        ..shim::KillRequest::default()
+    };
+    if let Phase::Ended(_) = task.settled().await? {
+        return Err(Error::NotFound(format!("process of task {} already finished", task.id)));
+    }
+    ask::<shim::Empty>(&task, "Kill", &kill, LONG).await.map(drop)
+}
+
+pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcessRequest) -> Result<()> {
+    let exec = request.exec_id;
+    name::identifier("exec id", &exec)?;
+    let task = find(&manager, &call, &request.container_id)?;
+    let shim = shim_of(&task).await?;
+    let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
+    // noted before it is there: after a death of this process its exit is asked for
+    manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?;
+    let add = shim::ExecProcessRequest {
+        id: task.id.clone(),
+        exec_id: exec.clone(),
+        terminal: request.terminal,
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+        spec: wire::to_shim_field(request.spec),
+        ..shim::ExecProcessRequest::default()
+    };
+    match shim.call::<shim::Empty>("Exec", &add, Some(LONG)).await {
+        Err(Unanswered::Refused(error)) => {
+            if error.code() != tonic::Code::AlreadyExists {
+                let (namespace, id) = (task.namespace.clone(), task.id.clone());
+                manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await?;
+            }
+            Err(error)
+        }
+        answer => Ok(answer.map(drop)?),
+    }
+}
+
+pub(super) async fn resize_pty(manager: Arc<Manager>, call: Call, request: ResizePtyRequest) -> Result<()> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let resize = shim::ResizePtyRequest {
+        id: task.id.clone(),
+        exec_id: request.exec_id,
+        width: request.width,
+        height: request.height,
+        ..shim::ResizePtyRequest::default()
+    };
+    ask::<shim::Empty>(&task, "ResizePty", &resize, SHORT).await.map(drop)
+}
+
+pub(super) async fn close_io(manager: Arc<Manager>, call: Call, request: CloseIoRequest) -> Result<()> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let close =
+        shim::CloseIORequest { id: task.id.clone(), exec_id: request.exec_id, stdin: request.stdin, ..shim::CloseIORequest::default() };
+    ask::<shim::Empty>(&task, "CloseIO", &close, SHORT).await.map(drop)
+}
+
+pub(super) async fn pause(manager: Arc<Manager>, call: Call, request: PauseTaskRequest) -> Result<()> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let pause = shim::PauseRequest { id: task.id.clone(), ..shim::PauseRequest::default() };
+    ask::<shim::Empty>(&task, "Pause", &pause, LONG).await.map(drop)
+}
+
+pub(super) async fn resume(manager: Arc<Manager>, call: Call, request: ResumeTaskRequest) -> Result<()> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let resume = shim::ResumeRequest { id: task.id.clone(), ..shim::ResumeRequest::default() };
+    ask::<shim::Empty>(&task, "Resume", &resume, LONG).await.map(drop)
+}
+
+pub(super) async fn list_pids(manager: Arc<Manager>, call: Call, request: ListPidsRequest) -> Result<ListPidsResponse> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let pids = shim::PidsRequest { id: task.id.clone(), ..shim::PidsRequest::default() };
+    let answer: shim::PidsResponse = ask(&task, "Pids", &pids, SHORT).await?;
+    let info = |process: shim::ProcessInfo| ProcessInfo { pid: process.pid, info: process.info.into_option().map(wire::from_shim) };
+    Ok(ListPidsResponse { processes: answer.processes.into_iter().map(info).collect() })
+}
+
+pub(super) async fn checkpoint(manager: Arc<Manager>, call: Call, request: CheckpointTaskRequest) -> Result<CheckpointTaskResponse> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let path = match request.options.as_ref().filter(|options| options.type_url.ends_with("containerd.runc.v1.CheckpointOptions")) {
+        Some(options) => {
+            let options = oci::CheckpointOptions::parse_from_bytes(&options.value);
+            options.map_err(|error| Error::Invalid(format!("checkpoint options: {error}")))?.image_path
+        }
+        None => String::new(),
+    };
+    if path.is_empty() {
+        return Err(Error::Unimplemented("a checkpoint as an image: there is no content store; name a folder in the options".to_owned()));
+    }
+    let options = wire::to_shim_field(request.options);
+    let checkpoint = shim::CheckpointTaskRequest { id: task.id.clone(), path, options, ..shim::CheckpointTaskRequest::default() };
+    ask::<shim::Empty>(&task, "Checkpoint", &checkpoint, VERY_LONG).await?;
+    Ok(CheckpointTaskResponse::default())
+}
+
+pub(super) async fn update(manager: Arc<Manager>, call: Call, request: UpdateTaskRequest) -> Result<()> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let update = shim::UpdateTaskRequest {
+        id: task.id.clone(),
+        resources: wire::to_shim_field(request.resources),
+        annotations: request.annotations,
+        ..shim::UpdateTaskRequest::default()
+    };
+    ask::<shim::Empty>(&task, "Update", &update, LONG).await.map(drop)
+}
+
+pub(super) async fn metrics(manager: Arc<Manager>, call: Call, request: MetricsRequest) -> Result<MetricsResponse> {
+    let (namespace, filter) = (call.namespace()?, Filter::parse(&request.filters)?);
+    let mut tasks = manager.tasks.list(&namespace);
+    tasks.retain(|task| filter.accepts(&**task));
+    let mut asked = JoinSet::new();
+    for task in tasks {
+        asked.spawn(async move {
+            let stats = shim::StatsRequest { id: task.id.clone(), ..shim::StatsRequest::default() };
+            let timestamp = Some(timestamp::now());
+            let answer: Result<shim::StatsResponse> = ask(&task, "Stats", &stats, STATE).await;
+            let data = answer.ok()?.stats.into_option().map(wire::from_shim);
+            Some(Metric { timestamp, id: task.id.clone(), data })
+        });
+    }
+    // a task without any, like one that has just ended, is left out
+    let mut metrics: Vec<_> = asked.join_all().await.into_iter().flatten().collect();
+    metrics.sort_by(|one, other| one.id.cmp(&other.id));
+    Ok(MetricsResponse { metrics })
+}
+
+pub(super) async fn wait(manager: Arc<Manager>, call: Call, request: WaitRequest) -> Result<WaitResponse> {
+    let task = find(&manager, &call, &request.container_id)?;
+    let exec = request.exec_id;
+    let answer = |exit: Exit| WaitResponse { exit_status: exit.status, exited_at: Some(timestamp::from_nanos(exit.at)) };
+    loop {
+        match task.settled().await {
+            Ok(Phase::Live(live)) => {
+                let request = shim::WaitRequest { id: task.id.clone(), exec_id: exec.clone(), ..shim::WaitRequest::default() };
+                match live.call::<shim::WaitResponse>("Wait", &request, None).await {
+                    Err(Unanswered::Lost) => task.left().await,
+                    answer => {
+                        let answer = answer?;
+                        let exited_at = wire::time_from_shim(answer.exited_at.into_option());
+                        return Ok(WaitResponse { exit_status: answer.exit_status, exited_at });
+                    }
+                }
+            }
+            Ok(Phase::Ended(exit)) if exec.is_empty() => return Ok(answer(exit)),
+            Ok(_) => {
+                let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
+                let told = manager.store.read(move |db| exits::last(db, namespace.as_str(), &id, &name)).await?;
+                return told.map(answer).ok_or_else(|| Error::NotFound(format!("process {exec} of task {}", task.id)));
+            }
+            // it may take as long as it takes
+            Err(Error::Unavailable(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// For what a shim has at hand.
+const STATE: Duration = Duration::from_secs(2);
+/// For what it does by itself.
+const SHORT: Duration = Duration::from_secs(10);
+/// For what its runtime does.
+const LONG: Duration = Duration::from_secs(120);
+/// For what may write all of a container's memory.
+const VERY_LONG: Duration = Duration::from_secs(3600);

@@ -1,0 +1,18 @@
+//! `containerd.services.version.v1.Version`
+
+use std::sync::Arc;
+
+use containerd_client::services::v1::VersionResponse;
+
+use super::call::Call;
+use crate::error::Result;
+use crate::manager::Manager;
+
+pub(super) async fn version(_manager: Arc<Manager>, _call: Call, _request: ()) -> Result<VersionResponse> {
+    Ok(VersionResponse { version: VERSION.to_owned(), revision: REVISION.to_owned() })
+}
+
+/// What clients show as the daemon's version.
+pub(crate) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "+x-manager");
+/// Clients take an empty revision for an error.
+const REVISION: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,337 @@
+//! containerd's filter language.
+//!
+//! ```text
+//! filter   := selector ("," selector)*           all of them must hold
+//! selector := path [("==" | "!=" | "~=") value]   a path alone: it is there
+//! path     := field ("." field)*
+//! field    := quoted | [A-Za-z0-9_]+
+//! value    := quoted | anything without "," and white space
+//! quoted   := Go's "…"; after ~= also /…/ and |…|, where a backslash keeps the quote's end away
+//! ```
+//! Of several filters one must hold; none, or an empty one, holds for everything. docs/filters.md names the fields of each kind of object.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::hash::BuildHasher;
+use std::iter::Peekable;
+use std::str::Chars;
+
+use regex_lite::{Regex, RegexBuilder};
+
+use crate::error::{Error, Result};
+
+/// What filters look at.
+pub(crate) trait Fields {
+    /// The value under a path; none where there is none.
+    fn field(&self, path: &[&str]) -> Option<Cow<'_, str>>;
+}
+
+/// The value of a map under what is left of a path; its keys may have dots.
+pub(crate) fn label<'a, S: BuildHasher>(labels: &'a HashMap<String, String, S>, path: &[&str]) -> Option<Cow<'a, str>> {
+    labels.get(&path.join(".")).map(|value| Cow::Borrowed(value.as_str()))
+}
+
+/// A value that counts as absent when it is empty.
+pub(crate) fn text(value: &str) -> Option<Cow<'_, str>> {
+    (!value.is_empty()).then_some(Cow::Borrowed(value))
+}
+
+/// Some filters, of which one must hold.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Filter(Vec<Vec<Selector>>);
+
+#[derive(Debug, Clone)]
+struct Selector {
+    path: Vec<String>,
+    test: Test,
+}
+
+#[derive(Debug, Clone)]
+enum Test {
+    Present,
+    Equal(String),
+    NotEqual(String),
+    Matches(Regex),
+}
+
+impl Filter {
+    /// Reads what a client sends.
+    ///
+    /// Errors: [`Error::Invalid`] with the filter and the place.
+    pub(crate) fn parse<T: AsRef<str>>(filters: &[T]) -> Result<Self> {
+        if filters.len() > MAX_FILTERS {
+            return Err(Error::Invalid(format!("{} filters, but {MAX_FILTERS} are the most", filters.len())));
+        }
+        filters.iter().map(|filter| parse(filter.as_ref())).collect::<Result<_>>().map(Self)
+    }
+
+    /// Whether it holds for an object.
+    pub(crate) fn accepts(&self, object: &impl Fields) -> bool {
+        self.0.is_empty() || self.0.iter().any(|all| all.iter().all(|selector| selector.accepts(object)))
+    }
+}
+
+impl Selector {
+    fn accepts(&self, object: &impl Fields) -> bool {
+        let path: Vec<_> = self.path.iter().map(String::as_str).collect();
+        let value = object.field(&path);
+        match &self.test {
+            Test::Present => value.is_some(),
+            Test::Equal(wanted) => value.is_some_and(|value| value == *wanted),
+            Test::NotEqual(unwanted) => value.as_deref().unwrap_or_default() != unwanted,
+            Test::Matches(pattern) => pattern.is_match(value.as_deref().unwrap_or_default()),
+        }
+    }
+}
+
+fn parse(filter: &str) -> Result<Vec<Selector>> {
+    if filter.len() > MAX_FILTER_BYTES {
+        return Err(Error::Invalid(format!("a filter of {} bytes, but {MAX_FILTER_BYTES} are the most", filter.len())));
+    }
+    let mut parser = Parser { rest: filter.chars().peekable(), at: 0 };
+    if filter.is_empty() {
+        return Ok(Vec::new());
+    }
+    parser.selectors().map_err(|expected| Error::Invalid(format!("filter {filter:?}: {expected} at character {}", parser.at)))
+}
+
+struct Parser<'a> {
+    rest: Peekable<Chars<'a>>,
+    /// Characters read so far.
+    at: usize,
+}
+
+impl Parser<'_> {
+    fn next(&mut self) -> Option<char> {
+        self.at += 1;
+        self.rest.next()
+    }
+
+    fn take_while(&mut self, accept: impl Fn(char) -> bool) -> String {
+        let mut text = String::new();
+        while let Some(c) = self.rest.next_if(|c| accept(*c)) {
+            self.at += 1;
+            text.push(c);
+        }
+        text
+    }
+
+    fn selectors(&mut self) -> Result<Vec<Selector>, String> {
+        let mut selectors = vec![self.selector()?];
+        loop {
+            match self.next() {
+                None => return Ok(selectors),
+                Some(',') => selectors.push(self.selector()?),
+                Some(c) => return Err(format!("expected a comma or the end, not {c:?},")),
+            }
+        }
+    }
+
+    fn selector(&mut self) -> Result<Selector, String> {
+        let mut path = vec![self.path_part()?];
+        while self.rest.next_if_eq(&'.').is_some() {
+            self.at += 1;
+            path.push(self.path_part()?);
+        }
+        let operator = self.take_while(|c| matches!(c, '=' | '!' | '~'));
+        let test = match operator.as_str() {
+            "" => Test::Present,
+            "==" => Test::Equal(self.value(false)?),
+            "!=" => Test::NotEqual(self.value(false)?),
+            "~=" => {
+                let pattern = self.value(true)?;
+                let regex = RegexBuilder::new(&pattern).size_limit(MAX_PATTERN_BYTES).build();
+                Test::Matches(regex.map_err(|error| format!("pattern {pattern:?}: {error},"))?)
+            }
+            other => return Err(format!("expected ==, != or ~=, not {other:?},")),
+        };
+        Ok(Selector { path, test })
+    }
+
+    fn path_part(&mut self) -> Result<String, String> {
+        if self.rest.peek() == Some(&'"') {
+            return self.quoted();
+        }
+        let part = self.take_while(|c| c.is_ascii_alphanumeric() || c == '_');
+        if part.is_empty() { Err("expected the name of a field".to_owned()) } else { Ok(part) }
+    }
+
+    fn value(&mut self, is_pattern: bool) -> Result<String, String> {
+        match self.rest.peek() {
+            Some('"') => self.quoted(),
+            Some('/' | '|') if is_pattern => self.delimited(),
+            _ => {
+                let value = self.take_while(|c| c != ',' && !c.is_whitespace());
+                if value.is_empty() { Err("expected a value".to_owned()) } else { Ok(value) }
+            }
+        }
+    }
+
+    /// A pattern between slashes or bars.
+    fn delimited(&mut self) -> Result<String, String> {
+        let end = self.next();
+        let mut text = String::new();
+        while let Some(c) = self.next() {
+            match c {
+                c if Some(c) == end => return Ok(text),
+                '\\' if self.rest.peek().copied() == end => text.extend(self.next()),
+                c => text.push(c),
+            }
+        }
+        Err("expected the end of the pattern".to_owned())
+    }
+
+    /// A string as Go writes it.
+    fn quoted(&mut self) -> Result<String, String> {
+        self.next();
+        let mut text = String::new();
+        while let Some(c) = self.next() {
+            match c {
+                '"' => return Ok(text),
+                '\\' => text.push(self.escaped()?),
+                c => text.push(c),
+            }
+        }
+        Err("expected the end of the quoted text".to_owned())
+    }
+
+    fn escaped(&mut self) -> Result<char, String> {
+        let simple = match self.next() {
+            Some('a') => '\x07',
+            Some('b') => '\x08',
+            Some('f') => '\x0c',
+            Some('n') => '\n',
+            Some('r') => '\r',
+            Some('t') => '\t',
+            Some('v') => '\x0b',
+            Some(c @ ('\\' | '"' | '\'')) => c,
+            Some('x') => return self.number(2, 16, 0),
+            Some('u') => return self.number(4, 16, 0),
+            Some('U') => return self.number(8, 16, 0),
+            Some(c @ '0'..='7') => return self.number(2, 8, c.to_digit(8).unwrap_or_default()),
+            _ => return Err("expected an escape that Go knows".to_owned()),
+        };
+        Ok(simple)
+    }
+
+    fn number(&mut self, digits: usize, radix: u32, first: u32) -> Result<char, String> {
+        let mut number = first;
+        for _digit in 0..digits {
+            let digit = self.next().and_then(|c| c.to_digit(radix)).ok_or("expected a digit of an escape")?;
+            number = number.checked_mul(radix).and_then(|number| number.checked_add(digit)).ok_or("no such character")?;
+        }
+        char::from_u32(number).ok_or_else(|| "no such character".to_owned())
+    }
+}
+
+/// The most filters of one request.
+const MAX_FILTERS: usize = 256;
+/// The longest filter.
+const MAX_FILTER_BYTES: usize = 8192;
+/// The most memory that a pattern may take.
+const MAX_PATTERN_BYTES: usize = 256 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Object(HashMap<String, String>);
+
+    impl Fields for Object {
+        fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
+            match path {
+                ["id"] => text("foo"),
+                ["image"] => text(""),
+                ["labels", key @ ..] => label(&self.0, key),
+                _ => None,
+            }
+        }
+    }
+
+    fn holds(filters: &[&str]) -> bool {
+        let labels = [("env", "prod"), ("a.b/c", "x,y"), ("empty", ""), ("n", "7\n")];
+        let object = Object(labels.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
+        Filter::parse(filters).unwrap_or_else(|error| panic!("{filters:?}: {error}")).accepts(&object)
+    }
+
+    #[test]
+    fn filters_that_hold() {
+        for filter in [
+            "",
+            "id",
+            "id==foo",
+            "id==\"foo\"",
+            "id!=bar",
+            "id~=^f",
+            "id~=/^fo+$/",
+            "id~=|^fo+$|",
+            "labels.env==prod",
+            "labels.env==prod,id==foo",
+            "labels.\"a.b/c\"==\"x,y\"",
+            "labels.empty",
+            "labels.n==\"7\\n\"",
+            "labels.n==\"\\x37\\u000a\"",
+            "image!=x",
+            "labels.none!=x",
+            "labels.env~=/(dev|prod)/",
+            "labels.\"a.b/c\"~=/x,/",
+        ] {
+            assert!(holds(&[filter]), "{filter}");
+        }
+    }
+
+    #[test]
+    fn filters_that_do_not_hold() {
+        for filter in
+            ["id==bar", "id!=foo", "image", "labels.none", "labels.env==prod,id==bar", "none==x", "image==x", "id~=^o", "labels.env==\"\""]
+        {
+            assert!(!holds(&[filter]), "{filter}");
+        }
+    }
+
+    #[test]
+    fn of_several_filters_one_must_hold() {
+        assert!(holds(&[]));
+        assert!(holds(&["id==bar", "id==foo"]));
+        assert!(!holds(&["id==bar", "id==baz"]));
+    }
+
+    #[test]
+    fn what_is_no_filter_is_refused_with_its_place() {
+        for filter in [
+            "==x",
+            "id=x",
+            "id==",
+            "id==x,",
+            "id==\"x",
+            "id == x",
+            "labels.",
+            "id~=/x",
+            "id~=(",
+            "id==\"\\q\"",
+            "id===x",
+            "id==\"\\ud800\"",
+        ] {
+            let error = Filter::parse(&[filter]).expect_err(filter);
+            assert_eq!(error.code(), tonic::Code::InvalidArgument);
+            assert!(error.to_string().contains("at character"), "{error}");
+        }
+        assert!(Filter::parse(&["a".repeat(10_000)]).is_err());
+        assert!(Filter::parse(&vec!["id"; 300]).is_err());
+    }
+
+    #[test]
+    fn nothing_makes_the_parser_panic() {
+        let alphabet: Vec<char> = "a.\"\\/|=!~,x7u ü\n".chars().collect();
+        let mut seed = 7_u64;
+        for _attempt in 0..20_000 {
+            let mut filter = String::new();
+            for _letter in 0..(seed % 12) {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                filter.push(alphabet[usize::try_from(seed >> 40).expect("24 bits") % alphabet.len()]);
+            }
+            seed = seed.wrapping_add(1);
+            let _any_verdict = Filter::parse(&[filter]);
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The metadata store: everything that must outlive this process, in one SQLite file.
+//!
+//! ```text
+//! callers ──jobs──▶ one thread, one connection ──▶ meta.db, meta.db-wal
+//! ```
+//! What is acknowledged to a client is written with [`Store::write`] and survives a power failure. What only this process needs after
+//! its own death is written with [`Store::note`], which waits for no disk. docs/decisions/0006-sqlite-for-metadata.md has the reasons.
+//!
+//! **Invariant:** a job is one transaction. It is committed whole or not at all.
+
+mod objects;
+mod processes;
+mod schema;
+
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::thread;
+
+use rusqlite::{Connection, TransactionBehavior};
+use tokio::sync::{mpsc, oneshot};
+
+pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
+pub(crate) use processes::{Exit, ended, execs, exits};
+
+use crate::error::{Error, IoContext as _, Result};
+
+/// A handle on the store; cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Store {
+    jobs: mpsc::Sender<Job>,
+}
+
+type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+
+impl Store {
+    /// Opens the store, makes it if there is none, and brings an older one up to date.
+    ///
+    /// Errors: with a sentence, when the file is something else, damaged, or of a newer version.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        fs::DirBuilder::new().recursive(true).mode(0o711).create(folder).on("make folder", folder)?;
+        fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path).on("open metadata store", path)?;
+        let mut connection = Connection::open(path).doing("open")?;
+        schema::prepare(&mut connection, path)?;
+        let (jobs, mut queue) = mpsc::channel::<Job>(QUEUE);
+        let run = move || {
+            while let Some(job) = queue.blocking_recv() {
+                job(&mut connection);
+            }
+        };
+        thread::Builder::new().name("store".to_owned()).stack_size(STACK_BYTES).spawn(run).on("start thread for", path)?;
+        Ok(Self { jobs })
+    }
+
+    /// Reads.
+    pub(crate) async fn read<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        self.run(|connection| {
+            let transaction = connection.transaction().doing("begin")?;
+            job(&transaction)
+        })
+        .await
+    }
+
+    /// Changes something so that it survives everything but the loss of the disk.
+    ///
+    /// Errors: nothing has changed.
+    pub(crate) async fn write<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        self.run(|connection| transact(connection, "FULL", job)).await
+    }
+
+    /// Changes something so that it survives the death of this process; after a power failure it may not have happened.
+    ///
+    /// Errors: nothing has changed.
+    pub(crate) async fn note<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        self.run(|connection| transact(connection, "NORMAL", job)).await
+    }
+
+    async fn run<T: Send + 'static>(&self, job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        let (answer, answered) = oneshot::channel();
+        let job: Job = Box::new(move |connection| {
+            // whoever asked may have gone; the change stands
+            let _ = answer.send(job(connection));
+        });
+        let stopped = || Error::Unavailable("the metadata store has stopped".to_owned());
+        self.jobs.send(job).await.map_err(|_| stopped())?;
+        answered.await.map_err(|_| stopped())?
+    }
+}
+
+fn transact<T>(connection: &mut Connection, synchronous: &str, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+    connection.pragma_update(None, "synchronous", synchronous).doing("choose durability")?;
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).doing("begin")?;
+    let result = job(&transaction)?;
+    transaction.commit().doing("commit")?;
+    Ok(result)
+}
+
+/// Names what was done when SQLite failed.
+trait Doing<T> {
+    fn doing(self, op: &'static str) -> Result<T>;
+}
+
+impl<T> Doing<T> for rusqlite::Result<T> {
+    fn doing(self, op: &'static str) -> Result<T> {
+        self.map_err(|source| Error::Store { op, source })
+    }
+}
+
+/// Jobs that may wait; further callers wait for a place.
+const QUEUE: usize = 256;
+/// SQLite needs little.
+const STACK_BYTES: usize = 256 << 10;

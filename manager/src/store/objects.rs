@@ -1,0 +1,152 @@
+//! What the API keeps: namespaces, containers, leases and what leases hold.
+//!
+//! Each object is stored as its protobuf message. These functions know no rules; the services do.
+
+use prost::Message;
+use rusqlite::{Connection, OptionalExtension as _, params};
+
+use super::Doing as _;
+use crate::error::{Error, Result};
+
+fn decode<M: Message + Default>(what: &str, bytes: &[u8]) -> Result<M> {
+    M::decode(bytes).map_err(|error| Error::Record(format!("{what} ({error})")))
+}
+
+/// Functions on one table of objects that live in namespaces.
+macro_rules! table {
+    ($module:ident, $message:ty, $table:literal) => {
+        pub(crate) mod $module {
+            use super::*;
+
+            /// The object of that id.
+            pub(crate) fn get(db: &Connection, namespace: &str, id: &str) -> Result<Option<$message>> {
+                let sql = concat!("SELECT record FROM ", $table, " WHERE namespace = ? AND id = ?");
+                let mut select = db.prepare_cached(sql).doing("prepare")?;
+                let record: Option<Vec<u8>> = select.query_row([namespace, id], |row| row.get(0)).optional().doing("read")?;
+                record.map(|bytes| decode(&format!("{} {id}", $table), &bytes)).transpose()
+            }
+
+            /// Every object of the namespace that `keep` keeps, by id.
+            pub(crate) fn list(db: &Connection, namespace: &str, keep: impl Fn(&$message) -> bool) -> Result<Vec<$message>> {
+                let sql = concat!("SELECT record FROM ", $table, " WHERE namespace = ? ORDER BY id");
+                let mut select = db.prepare_cached(sql).doing("prepare")?;
+                let mut rows = select.query([namespace]).doing("read")?;
+                let mut found = Vec::new();
+                while let Some(row) = rows.next().doing("read")? {
+                    let object = decode($table, row.get_ref(0).and_then(|value| Ok(value.as_blob()?)).doing("read")?)?;
+                    if keep(&object) {
+                        found.push(object);
+                    }
+                }
+                Ok(found)
+            }
+
+            /// Inserts, or replaces what has that id.
+            pub(crate) fn put(db: &Connection, namespace: &str, id: &str, object: &$message) -> Result<()> {
+                let sql = concat!(
+                    "INSERT INTO ",
+                    $table,
+                    " (namespace, id, record) VALUES (?, ?, ?) ON CONFLICT (namespace, id) DO UPDATE SET record = excluded.record"
+                );
+                let mut insert = db.prepare_cached(sql).doing("prepare")?;
+                insert.execute(params![namespace, id, object.encode_to_vec()]).doing("write")?;
+                Ok(())
+            }
+
+            /// Whether there was one to remove.
+            pub(crate) fn remove(db: &Connection, namespace: &str, id: &str) -> Result<bool> {
+                let sql = concat!("DELETE FROM ", $table, " WHERE namespace = ? AND id = ?");
+                let mut delete = db.prepare_cached(sql).doing("prepare")?;
+                Ok(delete.execute([namespace, id]).doing("remove")? > 0)
+            }
+
+            /// Whether the namespace has none.
+            pub(crate) fn is_empty(db: &Connection, namespace: &str) -> Result<bool> {
+                let sql = concat!("SELECT NOT EXISTS (SELECT 1 FROM ", $table, " WHERE namespace = ?)");
+                db.prepare_cached(sql).and_then(|mut select| select.query_row([namespace], |row| row.get(0))).doing("read")
+            }
+        }
+    };
+}
+
+table!(containers, containerd_client::services::v1::Container, "containers");
+table!(leases, containerd_client::services::v1::Lease, "leases");
+
+pub(crate) mod namespaces {
+    use containerd_client::services::v1::Namespace;
+
+    use super::*;
+
+    /// The namespace of that name.
+    pub(crate) fn get(db: &Connection, name: &str) -> Result<Option<Namespace>> {
+        let mut select = db.prepare_cached("SELECT record FROM namespaces WHERE name = ?").doing("prepare")?;
+        let record: Option<Vec<u8>> = select.query_row([name], |row| row.get(0)).optional().doing("read")?;
+        record.map(|bytes| decode(&format!("namespace {name}"), &bytes)).transpose()
+    }
+
+    /// All of them, by name.
+    pub(crate) fn list(db: &Connection) -> Result<Vec<Namespace>> {
+        let mut select = db.prepare_cached("SELECT record FROM namespaces ORDER BY name").doing("prepare")?;
+        let rows = select.query_map([], |row| row.get::<_, Vec<u8>>(0)).doing("read")?;
+        rows.map(|record| decode("namespaces", &record.doing("read")?)).collect()
+    }
+
+    /// Inserts, or replaces the one of that name.
+    pub(crate) fn put(db: &Connection, namespace: &Namespace) -> Result<()> {
+        let sql = "INSERT INTO namespaces (name, record) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET record = excluded.record";
+        let mut insert = db.prepare_cached(sql).doing("prepare")?;
+        insert.execute(params![namespace.name, namespace.encode_to_vec()]).doing("write")?;
+        Ok(())
+    }
+
+    /// Makes one without labels, unless it is there.
+    pub(crate) fn ensure(db: &Connection, name: &str) -> Result<()> {
+        let namespace = Namespace { name: name.to_owned(), ..Namespace::default() };
+        let mut insert = db.prepare_cached("INSERT OR IGNORE INTO namespaces (name, record) VALUES (?, ?)").doing("prepare")?;
+        insert.execute(params![name, namespace.encode_to_vec()]).doing("write")?;
+        Ok(())
+    }
+
+    /// Whether there was one to remove.
+    pub(crate) fn remove(db: &Connection, name: &str) -> Result<bool> {
+        let mut delete = db.prepare_cached("DELETE FROM namespaces WHERE name = ?").doing("prepare")?;
+        Ok(delete.execute([name]).doing("remove")? > 0)
+    }
+}
+
+/// Something that a lease keeps from being collected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Resource {
+    /// `content`, `snapshots/NAME`, …
+    pub(crate) kind: String,
+    /// Which of them.
+    pub(crate) id: String,
+}
+
+pub(crate) mod resources {
+    use super::*;
+
+    /// What a lease holds.
+    pub(crate) fn list(db: &Connection, namespace: &str, lease: &str) -> Result<Vec<Resource>> {
+        let sql = "SELECT type, id FROM lease_resources WHERE namespace = ? AND lease = ? ORDER BY type, id";
+        let mut select = db.prepare_cached(sql).doing("prepare")?;
+        let rows = select.query_map([namespace, lease], |row| Ok(Resource { kind: row.get(0)?, id: row.get(1)? })).doing("read")?;
+        rows.collect::<rusqlite::Result<_>>().doing("read")
+    }
+
+    /// Adds one; that it is there already is fine.
+    pub(crate) fn add(db: &Connection, namespace: &str, lease: &str, resource: &Resource) -> Result<()> {
+        let sql = "INSERT OR IGNORE INTO lease_resources (namespace, lease, type, id) VALUES (?, ?, ?, ?)";
+        let mut insert = db.prepare_cached(sql).doing("prepare")?;
+        insert.execute([namespace, lease, &resource.kind, &resource.id]).doing("write")?;
+        Ok(())
+    }
+
+    /// Removes one; that it is not there is fine.
+    pub(crate) fn remove(db: &Connection, namespace: &str, lease: &str, resource: &Resource) -> Result<()> {
+        let sql = "DELETE FROM lease_resources WHERE namespace = ? AND lease = ? AND type = ? AND id = ?";
+        let mut delete = db.prepare_cached(sql).doing("prepare")?;
+        delete.execute([namespace, lease, &resource.kind, &resource.id]).doing("remove")?;
+        Ok(())
+    }
+}

@@ -1,0 +1,126 @@
+//! What this process must know of tasks after its own death, beyond what their shims know.
+//!
+//! `execs`: which were added, so that their exits can be asked for. `exits`: which were told to subscribers, so that none is told twice.
+//! `ended`: how tasks ended whose shim is dead, until somebody collects it.
+
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+
+use super::Doing as _;
+use crate::error::Result;
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Exit {
+    /// The process.
+    pub(crate) pid: u32,
+    /// 0–255, or 128 + signal number.
+    pub(crate) status: u32,
+    /// When, in nanoseconds since 1970.
+    pub(crate) at: i64,
+}
+
+impl Exit {
+    fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self { pid: row.get(0)?, status: row.get(1)?, at: row.get(2)? })
+    }
+}
+
+pub(crate) mod execs {
+    use super::*;
+
+    /// Remembers that an exec was added.
+    pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<()> {
+        let mut insert = db.prepare_cached("INSERT OR IGNORE INTO execs (namespace, id, exec) VALUES (?, ?, ?)").doing("prepare")?;
+        insert.execute([namespace, id, exec]).doing("write")?;
+        Ok(())
+    }
+
+    /// Forgets one.
+    pub(crate) fn remove(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<()> {
+        let mut delete = db.prepare_cached("DELETE FROM execs WHERE namespace = ? AND id = ? AND exec = ?").doing("prepare")?;
+        delete.execute([namespace, id, exec]).doing("remove")?;
+        Ok(())
+    }
+
+    /// Those of a task.
+    pub(crate) fn list(db: &Connection, namespace: &str, id: &str) -> Result<Vec<String>> {
+        let mut select = db.prepare_cached("SELECT exec FROM execs WHERE namespace = ? AND id = ?").doing("prepare")?;
+        let rows = select.query_map([namespace, id], |row| row.get(0)).doing("read")?;
+        rows.collect::<rusqlite::Result<_>>().doing("read")
+    }
+
+    /// Forgets those of a task.
+    pub(crate) fn clear(db: &Connection, namespace: &str, id: &str) -> Result<()> {
+        let mut delete = db.prepare_cached("DELETE FROM execs WHERE namespace = ? AND id = ?").doing("prepare")?;
+        delete.execute([namespace, id]).doing("remove")?;
+        Ok(())
+    }
+}
+
+pub(crate) mod exits {
+    use super::*;
+
+    /// Whether this exit was told before. A shim's own clock readings of one exit may differ a little.
+    pub(crate) fn is_told(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit) -> Result<bool> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM exits WHERE namespace = ? AND id = ? AND exec = ? AND pid = ? AND at BETWEEN ? AND ?)";
+        let mut select = db.prepare_cached(sql).doing("prepare")?;
+        let (from, to) = (exit.at.saturating_sub(SAME_EXIT_NANOS), exit.at.saturating_add(SAME_EXIT_NANOS));
+        select.query_row(params![namespace, id, exec, exit.pid, from, to], |row| row.get(0)).doing("read")
+    }
+
+    /// How a process ended, if that was told and nobody has deleted it; init's `exec` is empty.
+    pub(crate) fn last(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<Option<Exit>> {
+        let sql = "SELECT pid, status, at FROM exits WHERE namespace = ? AND id = ? AND exec = ? AND collected IS NULL ORDER BY at DESC";
+        let mut select = db.prepare_cached(sql).doing("prepare")?;
+        select.query_row([namespace, id, exec], Exit::from_row).optional().doing("read")
+    }
+
+    /// Remembers that an exit was told.
+    pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit) -> Result<()> {
+        let sql = "INSERT OR IGNORE INTO exits (namespace, id, exec, pid, status, at) VALUES (?, ?, ?, ?, ?, ?)";
+        let mut insert = db.prepare_cached(sql).doing("prepare")?;
+        insert.execute(params![namespace, id, exec, exit.pid, exit.status, exit.at]).doing("write")?;
+        Ok(())
+    }
+
+    /// Lets those of a deleted exec, or of a whole deleted task, go after a while; a shim may tell them again until then.
+    pub(crate) fn collect(db: &Connection, namespace: &str, id: &str, exec: Option<&str>, now: i64) -> Result<()> {
+        let sql = "UPDATE exits SET collected = ? WHERE namespace = ? AND id = ? AND exec = coalesce(?, exec) AND collected IS NULL";
+        let mut update = db.prepare_cached(sql).doing("prepare")?;
+        update.execute(params![now, namespace, id, exec]).doing("write")?;
+        let mut delete = db.prepare_cached("DELETE FROM exits WHERE collected < ?").doing("prepare")?;
+        delete.execute([now.saturating_sub(KEPT_NANOS)]).doing("remove")?;
+        Ok(())
+    }
+
+    /// Two readings of the clock for one exit are nearer than that; two exits of one pid in one exec id are not.
+    const SAME_EXIT_NANOS: i64 = 2_000_000_000;
+    /// For so long after its deletion the exit of a process is remembered.
+    const KEPT_NANOS: i64 = 600_000_000_000;
+}
+
+pub(crate) mod ended {
+    use super::*;
+
+    /// Remembers how a task ended whose shim is dead.
+    pub(crate) fn put(db: &Connection, namespace: &str, id: &str, exit: Exit) -> Result<()> {
+        let sql = "INSERT OR REPLACE INTO ended (namespace, id, pid, status, at) VALUES (?, ?, ?, ?, ?)";
+        let mut insert = db.prepare_cached(sql).doing("prepare")?;
+        insert.execute(params![namespace, id, exit.pid, exit.status, exit.at]).doing("write")?;
+        Ok(())
+    }
+
+    /// Takes it away.
+    pub(crate) fn take(db: &Connection, namespace: &str, id: &str) -> Result<Option<Exit>> {
+        let sql = "DELETE FROM ended WHERE namespace = ? AND id = ? RETURNING pid, status, at";
+        let mut delete = db.prepare_cached(sql).doing("prepare")?;
+        delete.query_row([namespace, id], Exit::from_row).optional().doing("remove")
+    }
+
+    /// All of them: namespace, id, how.
+    pub(crate) fn list(db: &Connection) -> Result<Vec<(String, String, Exit)>> {
+        let mut select = db.prepare_cached("SELECT pid, status, at, namespace, id FROM ended").doing("prepare")?;
+        let rows = select.query_map([], |row| Ok((row.get(3)?, row.get(4)?, Exit::from_row(row)?))).doing("read")?;
+        rows.collect::<rusqlite::Result<_>>().doing("read")
+    }
+}

@@ -1,0 +1,250 @@
+//! The folder of a task, as containerd lays it out and shims expect it.
+//!
+//! ```text
+//! STATE/io.containerd.runtime.v2.task/NAMESPACE/ID/
+//!   config.json         the spec           address           where the shim serves, as text
+//!   rootfs/             for its mounts     bootstrap.json    the same, with version and protocol
+//!   work ─▶ ROOT/…/ID   outlives a reboot  shim-binary-path  the program that was started
+//!   log                 a fifo             …                 what the shim puts there
+//! ```
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown, symlink};
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, umount2};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{IoContext as _, Result};
+use crate::name::Namespace;
+use crate::settings::Settings;
+
+/// Where a shim serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Address {
+    /// Of the task service: 2 or 3.
+    pub(crate) version: i32,
+    /// `unix:///path`, or `/path`.
+    pub(crate) address: String,
+    /// `ttrpc`.
+    pub(crate) protocol: String,
+}
+
+/// A task's folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Bundle {
+    path: PathBuf,
+    work: PathBuf,
+}
+
+impl Bundle {
+    /// Where a task's folder is, or would be.
+    pub(crate) fn of(settings: &Settings, namespace: &Namespace, id: &str) -> Self {
+        let below = |folder: PathBuf| folder.join(namespace.as_str()).join(id);
+        Self { path: below(settings.bundles()), work: below(settings.works()) }
+    }
+
+    /// The folder.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes it. `spec` is the JSON of config.json.
+    ///
+    /// Errors: nothing is left of it.
+    pub(crate) fn blocking_create(&self, spec: &[u8]) -> Result<()> {
+        let made = self.make(spec);
+        if made.is_err() {
+            // the first error is the one that counts
+            let _ = self.blocking_remove();
+        }
+        made
+    }
+
+    fn make(&self, spec: &[u8]) -> Result<()> {
+        for folder in [&self.path, &self.work] {
+            let parent = folder.parent().unwrap_or(Path::new("/"));
+            DirBuilder::new().recursive(true).mode(0o711).create(parent).on("make folder", parent)?;
+        }
+        // what is left of an earlier life of the id is nobody's any more
+        remove_tree(&self.work)?;
+        DirBuilder::new().mode(0o700).create(&self.path).on("make bundle", &self.path)?;
+        if let Some(gid) = group_of_root(spec) {
+            chown(&self.path, None, Some(gid)).on("give away bundle", &self.path)?;
+            fs::set_permissions(&self.path, fs::Permissions::from_mode(0o710)).on("open up bundle", &self.path)?;
+        }
+        let rootfs = self.path.join("rootfs");
+        DirBuilder::new().mode(0o711).create(&rootfs).on("make folder", &rootfs)?;
+        DirBuilder::new().mode(0o711).create(&self.work).on("make work folder", &self.work)?;
+        let link = self.path.join("work");
+        symlink(&self.work, &link).on("make link", &link)?;
+        let config = self.path.join("config.json");
+        fs::write(&config, spec).on("write", &config)
+    }
+
+    /// Notes which program is about to be started.
+    pub(crate) fn write_program(&self, program: &Path) -> Result<()> {
+        let path = self.path.join(PROGRAM);
+        fs::write(&path, program.as_os_str().as_encoded_bytes()).on("write", &path)
+    }
+
+    /// Which program was started; none if none was.
+    pub(crate) fn program(&self) -> Option<PathBuf> {
+        fs::read_to_string(self.path.join(PROGRAM)).ok().map(PathBuf::from)
+    }
+
+    /// Notes where the shim serves. Both files are replaced in one step each: a reader never sees half of one.
+    pub(crate) fn write_address(&self, address: &Address) -> Result<()> {
+        let json = serde_json::to_vec(address).expect("it has no map and no foreign type");
+        self.replace("bootstrap.json", &json)?;
+        self.replace("address", address.address.as_bytes())
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let (new, path) = (self.path.join(format!(".{name}")), self.path.join(name));
+        fs::write(&new, bytes).on("write", &new)?;
+        fs::rename(&new, &path).on("replace", &path)
+    }
+
+    /// Where the shim serves; none when that was never noted.
+    pub(crate) fn address(&self) -> Option<Address> {
+        let json = fs::read(self.path.join("bootstrap.json")).ok();
+        json.and_then(|json| serde_json::from_slice(&json).ok()).or_else(|| {
+            let address = fs::read_to_string(self.path.join("address")).ok()?;
+            (!address.is_empty()).then(|| Address { version: 2, address, protocol: "ttrpc".to_owned() })
+        })
+    }
+
+    /// Removes it with what is mounted in it, the work folder too. That there is none is fine.
+    pub(crate) fn blocking_remove(&self) -> Result<()> {
+        unmount_below(&self.path);
+        let parent = self.path.parent().unwrap_or(Path::new("/"));
+        let name = self.path.file_name().unwrap_or_default();
+        // first out of the way, so that the id is free, or still whole
+        let hidden = parent.join(format!(".{}", name.to_string_lossy()));
+        remove_tree(&hidden)?;
+        match fs::rename(&self.path, &hidden) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            renamed => renamed.on("remove bundle", &self.path)?,
+        }
+        remove_tree(&hidden)?;
+        remove_tree(&self.work)
+    }
+}
+
+/// Removes a folder and everything in it; stays on its file system, so that a mount is never emptied.
+fn remove_tree(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.on("remove", folder),
+    }
+}
+
+/// Unmounts everything below a folder, what was mounted last first.
+fn unmount_below(folder: &Path) {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points: Vec<_> = table.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped).collect();
+    for point in points.iter().rev().filter(|point| Path::new(point).starts_with(folder)) {
+        // one that stays makes the removal of the folder fail, which says so
+        let _ = umount2(Path::new(point), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    }
+}
+
+/// A path of mountinfo, where blanks and the like are octal.
+fn unescaped(path: &str) -> String {
+    let mut parts = path.split('\\');
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(code) => {
+                text.push(char::from(code));
+                text.push_str(&part[3..]);
+            }
+            None => text.push_str(part),
+        }
+    }
+    text
+}
+
+/// In a user namespace: the group that its root is outside.
+fn group_of_root(spec: &[u8]) -> Option<u32> {
+    #[derive(Deserialize)]
+    struct Spec {
+        linux: Option<Linux>,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Linux {
+        #[serde(default)]
+        namespaces: Vec<LinuxNamespace>,
+        #[serde(default)]
+        gid_mappings: Vec<Mapping>,
+    }
+    #[derive(Deserialize)]
+    struct LinuxNamespace {
+        r#type: String,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Mapping {
+        #[serde(rename = "containerID")]
+        container_id: u32,
+        #[serde(rename = "hostID")]
+        host_id: u32,
+    }
+    let linux = serde_json::from_slice::<Spec>(spec).ok()?.linux?;
+    linux.namespaces.iter().find(|namespace| namespace.r#type == "user")?;
+    linux.gid_mappings.iter().find(|mapping| mapping.container_id == 0).map(|mapping| mapping.host_id)
+}
+
+const PROGRAM: &str = "shim-binary-path";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(name: &str) -> (PathBuf, Bundle) {
+        let folder = std::env::temp_dir().join(format!("x-manager-bundle-{name}-{}", std::process::id()));
+        let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
+        let bundle = Bundle::of(&settings, &Namespace::parse("ns").expect("a name"), "c1");
+        (folder, bundle)
+    }
+
+    #[test]
+    fn a_bundle_is_laid_out_as_shims_expect_it_and_leaves_nothing() {
+        let (folder, bundle) = folder("layout");
+        bundle.blocking_create(b"{}").expect("a bundle");
+        let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
+        assert_eq!((mode(bundle.path()), mode(&bundle.path().join("rootfs"))), (0o700, 0o711));
+        assert!(bundle.path().join("work").is_dir());
+        assert_eq!(bundle.address(), None);
+        let address = Address { version: 3, address: "unix:///s".into(), protocol: "ttrpc".into() };
+        bundle.write_address(&address).expect("written");
+        assert_eq!(bundle.address(), Some(address));
+        assert_eq!(fs::read_to_string(bundle.path().join("address")).expect("text"), "unix:///s");
+        fs::remove_file(bundle.path().join("bootstrap.json")).expect("removal");
+        assert_eq!(bundle.address().map(|address| address.version), Some(2));
+        assert!(bundle.blocking_create(b"{}").is_err(), "taken");
+        bundle.blocking_remove().expect("removed");
+        bundle.blocking_remove().expect("and again");
+        assert_eq!(fs::read_dir(bundle.path().parent().expect("a parent")).expect("a folder").count(), 0);
+        fs::remove_dir_all(folder).expect("removal");
+    }
+
+    #[test]
+    fn root_of_a_user_namespace_may_enter() {
+        let spec = r#"{"linux":{"namespaces":[{"type":"user"}],"gidMappings":[{"containerID":0,"hostID":4711,"size":10}]}}"#;
+        assert_eq!(group_of_root(spec.as_bytes()), Some(4711));
+        for other in [r#"{"linux":{"gidMappings":[{"containerID":0,"hostID":4711,"size":10}]}}"#, "{}", "no json"] {
+            assert_eq!(group_of_root(other.as_bytes()), None);
+        }
+    }
+
+    #[test]
+    fn blanks_in_mount_points_are_understood() {
+        assert_eq!(unescaped(r"/a\040b\011c"), "/a b\tc");
+        assert_eq!(unescaped(r"/a\b"), "/ab");
+    }
+}

@@ -1,0 +1,180 @@
+//! The end of a task: deleted by a client, or left behind by a dead shim.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_client::events::{TaskDelete, TaskExit};
+use containerd_shim_protos::api::{DeleteRequest, DeleteResponse, Empty, ShutdownRequest};
+use log::{info, warn};
+
+use super::program::Ended;
+use super::{Phase, Shim, Task, Tasks, Unanswered, blocking};
+use crate::error::{Error, Result};
+use crate::store::{Exit, ended, execs, exits};
+use crate::timestamp;
+
+impl Tasks {
+    /// Deletes a task and returns how it ended.
+    ///
+    /// Errors: [`Error::NotFound`], or the shim's refusal while it runs.
+    pub(crate) async fn delete(&self, task: &Arc<Task>) -> Result<Exit> {
+        loop {
+            match task.settled().await? {
+                Phase::Ended(exit) => {
+                    self.collect(task, exit).await?;
+                    return Ok(exit);
+                }
+                Phase::Live(shim) => {
+                    let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
+                    match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
+                        Ok(answer) if self.take_leave(task, &shim).await? => return Ok(exit_of(&answer)),
+                        // it died over its answer
+                        Ok(_) | Err(Unanswered::Lost) => task.left().await,
+                        Err(Unanswered::Refused(error)) if error.is_not_found() => {
+                            self.take_leave(task, &shim).await?;
+                            return Err(task.not_found());
+                        }
+                        Err(reason) => return Err(reason.into()),
+                    }
+                }
+                Phase::Hidden | Phase::Loading | Phase::Cleaning | Phase::Gone => return Err(task.not_found()),
+            }
+        }
+    }
+
+    /// What follows when a shim has deleted its task: it may go, and its bundle goes. False when somebody else has begun to end the task.
+    async fn take_leave(&self, task: &Arc<Task>, shim: &Shim) -> Result<bool> {
+        // from here on the connection's end is no news
+        if !task.leaves_live(Phase::Hidden) {
+            return Ok(false);
+        }
+        self.dismiss_gracefully(task, shim).await;
+        self.remove_bundle(task).await;
+        self.forget_processes(task).await?;
+        self.forget(task);
+        info!(namespace:% = task.namespace, container = task.id.as_str(); "task deleted");
+        Ok(true)
+    }
+
+    async fn forget_processes(&self, task: &Task) -> Result<()> {
+        let (namespace, id, now) = (task.namespace.clone(), task.id.clone(), timestamp::to_nanos(&timestamp::now()));
+        self.store
+            .note(move |db| {
+                execs::clear(db, namespace.as_str(), &id)?;
+                ended::take(db, namespace.as_str(), &id)?;
+                exits::collect(db, namespace.as_str(), &id, None, now)
+            })
+            .await
+    }
+
+    /// Hands out how a task ended whose shim is dead, and forgets it.
+    pub(super) async fn collect(&self, task: &Task, exit: Exit) -> Result<()> {
+        self.forget_processes(task).await?;
+        let event = TaskDelete {
+            container_id: task.id.clone(),
+            pid: exit.pid,
+            exit_status: exit.status,
+            exited_at: Some(timestamp::from_nanos(exit.at)),
+            id: String::new(),
+        };
+        self.events.publish(&task.namespace, "/tasks/delete", &event);
+        self.forget(task);
+        Ok(())
+    }
+
+    /// Asks a shim to go that has nothing more to do for this task, and waits for it; one that has other tasks stays.
+    async fn dismiss_gracefully(&self, task: &Task, shim: &Shim) {
+        let request = ShutdownRequest { id: task.id.clone(), ..ShutdownRequest::default() };
+        let asked = shim.call::<Empty>("Shutdown", &request, Some(SHUTDOWN)).await;
+        let is_shared =
+            || self.all().values().any(|other| matches!(&*other.phase.borrow(), Phase::Live(live) if live.address() == shim.address()));
+        if !matches!(asked, Err(Unanswered::Lost)) && !is_shared() {
+            // an id that is used again at once shall not meet the old shim; one that stays all the same is waited for no longer
+            let _ = tokio::time::timeout(LEAVE, shim.closed()).await;
+        }
+    }
+
+    /// The same for a task that may still be something to its shim.
+    pub(super) async fn dismiss(&self, task: &Task, shim: &Shim) {
+        let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
+        // one that was never made is not found; whatever is left is for the program's `delete`
+        let _ = shim.call::<DeleteResponse>("Delete", &request, Some(SHUTDOWN)).await;
+        self.dismiss_gracefully(task, shim).await;
+    }
+
+    pub(super) async fn remove_bundle(&self, task: &Task) {
+        let bundle = task.bundle.clone();
+        if let Err(error) = blocking(move || bundle.blocking_remove()).await {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot remove a bundle");
+        }
+    }
+
+    /// Cleans up after a dead shim: finds out how its task ended, tells it, and keeps it until somebody collects it.
+    pub(super) async fn clean_up(&self, task: &Arc<Task>) {
+        task.phase.send_replace(Phase::Cleaning);
+        let exit = self.last_words(task).await;
+        self.tell_exit(task, "", exit).await;
+        self.remove_bundle(task).await;
+        info!(namespace:% = task.namespace, container = task.id.as_str(), pid = exit.pid, status = exit.status; "a dead shim's task was cleaned up");
+        task.phase.send_replace(Phase::Ended(exit));
+    }
+
+    /// How the task of a dead shim ended. Its record is in the store before its bundle goes.
+    async fn last_words(&self, task: &Task) -> Exit {
+        let answer = match task.bundle.program() {
+            Some(program) => self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await,
+            None => Err(Error::Launch("nobody knows which program its shim was".to_owned())),
+        };
+        let answer = answer.unwrap_or_else(|error| {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot ask how a dead shim's task ended");
+            Ended { pid: 0, status: KILLED, at: None }
+        });
+        let now = timestamp::to_nanos(&timestamp::now());
+        let (namespace, id) = (task.namespace.clone(), task.id.clone());
+        let recorded = self
+            .store
+            .note(move |db| {
+                // what was told before stays true
+                let told = exits::last(db, namespace.as_str(), &id, "")?;
+                let at = answer.at.filter(|at| *at > 0).unwrap_or(now);
+                let exit = told.unwrap_or(Exit { pid: answer.pid, status: answer.status, at });
+                ended::put(db, namespace.as_str(), &id, exit)?;
+                Ok(exit)
+            })
+            .await;
+        recorded.unwrap_or_else(|error| {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot record how a task ended");
+            Exit { pid: answer.pid, status: answer.status, at: answer.at.unwrap_or(now) }
+        })
+    }
+
+    /// Tells an exit that no shim has told.
+    pub(super) async fn tell_exit(&self, task: &Task, exec: &str, exit: Exit) {
+        let event = TaskExit {
+            container_id: task.id.clone(),
+            id: if exec.is_empty() { task.id.clone() } else { exec.to_owned() },
+            pid: exit.pid,
+            exit_status: exit.status,
+            exited_at: Some(timestamp::from_nanos(exit.at)),
+        };
+        let (told, namespace) = (event.clone(), task.namespace.clone());
+        let tell = || self.events.publish(&namespace, "/tasks/exit", &told);
+        if let Err(error) = self.once(&task.namespace, &event, tell).await {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot record an exit");
+        }
+    }
+}
+
+fn exit_of(answer: &DeleteResponse) -> Exit {
+    let at = answer.exited_at.as_ref().map(|at| at.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(at.nanos)));
+    Exit { pid: answer.pid, status: answer.exit_status, at: at.unwrap_or_default() }
+}
+
+/// 128 + SIGKILL: what is said of a task when nobody knows.
+const KILLED: u32 = 137;
+/// A deletion takes no longer: the runtime's hooks are part of it.
+const DELETE: Duration = Duration::from_secs(120);
+/// To ask a shim to go.
+const SHUTDOWN: Duration = Duration::from_secs(3);
+/// For it to go.
+const LEAVE: Duration = Duration::from_millis(1500);

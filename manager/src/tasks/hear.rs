@@ -1,0 +1,44 @@
+//! What shims tell.
+
+use containerd_client::events::TaskExit;
+use containerd_client::types::Envelope;
+use prost::Message as _;
+
+use super::Tasks;
+use crate::error::{Error, Result};
+use crate::name::Namespace;
+use crate::store::{Exit, exits};
+use crate::timestamp;
+
+impl Tasks {
+    /// Passes an event on. An exit is passed on once, however often it is told.
+    ///
+    /// Errors: it is for the shim to tell it again.
+    pub(crate) async fn hear(&self, envelope: Envelope) -> Result<()> {
+        let is_exit = envelope.event.as_ref().is_some_and(|event| event.type_url.ends_with(EXIT));
+        if !is_exit {
+            self.events.forward(envelope);
+            return Ok(());
+        }
+        let exit = TaskExit::decode(envelope.event.as_ref().map(|event| &*event.value).unwrap_or_default())
+            .map_err(|error| Error::Invalid(format!("event {EXIT}: {error}")))?;
+        let namespace = Namespace::parse(&envelope.namespace)?;
+        self.once(&namespace, &exit, || self.events.forward(envelope)).await
+    }
+
+    /// Tells an exit unless it was told before, then records that.
+    pub(super) async fn once(&self, namespace: &Namespace, event: &TaskExit, tell: impl FnOnce()) -> Result<()> {
+        let exec = if event.id == event.container_id { String::new() } else { event.id.clone() };
+        let at = event.exited_at.as_ref().map_or(0, timestamp::to_nanos);
+        let exit = Exit { pid: event.pid, status: event.exit_status, at };
+        let (place, id) = (namespace.clone(), event.container_id.clone());
+        let (again, name) = (place.clone(), (id.clone(), exec.clone()));
+        if self.store.read(move |db| exits::is_told(db, place.as_str(), &id, &exec, exit)).await? {
+            return Ok(());
+        }
+        tell();
+        self.store.note(move |db| exits::add(db, again.as_str(), &name.0, &name.1, exit)).await
+    }
+}
+
+const EXIT: &str = "containerd.events.TaskExit";

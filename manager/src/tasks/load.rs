@@ -1,0 +1,178 @@
+//! The start of this process: shims of the last one are found, reached, and asked what happened meanwhile.
+//!
+//! Each task is loaded by itself, all at once: a shim that does not answer delays nobody.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
+use log::{info, warn};
+
+use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log};
+use crate::error::{IoContext as _, Result};
+use crate::name::{self, Namespace};
+use crate::store::{Exit, ended, execs};
+
+impl Tasks {
+    /// Registers every task that there was, and begins to load them; whoever asks for one waits for it.
+    ///
+    /// Errors: when it cannot be known which there were.
+    pub(crate) async fn load(self: &Arc<Self>) -> Result<()> {
+        let mut ended: HashMap<_, _> =
+            self.store.read(ended::list).await?.into_iter().map(|(namespace, id, exit)| ((namespace, id), exit)).collect();
+        let folder = self.settings.bundles();
+        let bundles = blocking(move || bundles(&folder)).await?;
+        let mut loading = Vec::new();
+        {
+            let mut all = self.all();
+            for (namespace, id) in bundles {
+                let exit = ended.remove(&(namespace.to_string(), id.clone()));
+                let task = Task::new(&self.settings, namespace, id, Phase::Loading);
+                all.insert(task.key(), Arc::clone(&task));
+                loading.push((task, exit));
+            }
+            for ((namespace, id), exit) in ended {
+                let task = Task::new(&self.settings, Namespace::parse(&namespace)?, id, Phase::Ended(exit));
+                all.insert(task.key(), task);
+            }
+        }
+        info!(tasks = loading.len(); "looking for the shims of earlier tasks");
+        for (task, exit) in loading {
+            tokio::spawn(Arc::clone(self).load_one(task, exit));
+        }
+        Ok(())
+    }
+
+    async fn load_one(self: Arc<Self>, task: Arc<Task>, ended: Option<Exit>) {
+        if let Some(exit) = ended {
+            // it was cleaned up but for its bundle
+            self.tell_exit(&task, "", exit).await;
+            self.remove_bundle(&task).await;
+            task.phase.send_replace(Phase::Ended(exit));
+            return;
+        }
+        if task.bundle.program().is_none() {
+            // nothing was ever started for it
+            self.remove_bundle(&task).await;
+            self.forget(&task);
+            return;
+        }
+        if let Err(error) = shim_log::copy(task.bundle.path()) {
+            warn!(container = task.id.as_str(), error = error.chain(); "cannot read the log of a shim");
+        }
+        let shim = match task.bundle.address() {
+            Some(address) => Shim::connect(&address, &task.namespace).await,
+            None => {
+                // its creation was never acknowledged
+                return self.sweep(&task, None).await;
+            }
+        };
+        match shim {
+            Ok(shim) => {
+                task.phase.send_replace(Phase::Live(shim.clone()));
+                tokio::spawn(Arc::clone(&self).watch(Arc::clone(&task), shim.clone()));
+                self.reconcile(&task, &shim).await;
+            }
+            Err(error) => {
+                warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim is dead");
+                self.clean_up(&task).await;
+            }
+        }
+    }
+
+    /// Asks until there is an answer: whether the task is there, and which of its processes have ended.
+    async fn reconcile(self: &Arc<Self>, task: &Arc<Task>, shim: &Shim) {
+        let mut pause = AGAIN;
+        let init = loop {
+            match state(task, shim, "").await {
+                Ok(state) => break state,
+                Err(Unanswered::Refused(error)) if error.is_not_found() => return self.sweep(task, Some(shim)).await,
+                Err(Unanswered::Lost) => return,
+                Err(Unanswered::Refused(error) | Unanswered::Late(error)) => {
+                    warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim does not say how its task is");
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        };
+        let mut exited = Vec::new();
+        let (namespace, id) = (task.namespace.clone(), task.id.clone());
+        for exec in self.store.read(move |db| execs::list(db, namespace.as_str(), &id)).await.unwrap_or_default() {
+            if let Ok(state) = state(task, shim, &exec).await {
+                exited.extend(exit_of(&state).map(|exit| (exec, exit)));
+            }
+        }
+        exited.extend(exit_of(&init).map(|exit| (String::new(), exit)));
+        if !exited.is_empty() {
+            // its shim may be about to tell it itself, after what happened before
+            tokio::time::sleep(OWN_WORDS).await;
+            for (exec, exit) in exited {
+                self.tell_exit(task, &exec, exit).await;
+            }
+        }
+    }
+
+    /// Cleans up what a shim does not know: a creation or deletion that was under way.
+    async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
+        task.phase.send_replace(Phase::Cleaning);
+        if let Some(shim) = shim {
+            self.dismiss(task, shim).await;
+        }
+        if let Some(program) = task.bundle.program()
+            && let Err(error) = self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await
+        {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
+        }
+        self.remove_bundle(task).await;
+        self.forget(task);
+    }
+}
+
+async fn state(task: &Task, shim: &Shim, exec: &str) -> Result<StateResponse, Unanswered> {
+    let request = StateRequest { id: task.id.clone(), exec_id: exec.to_owned(), ..StateRequest::default() };
+    shim.call("State", &request, Some(STATE)).await
+}
+
+fn exit_of(state: &StateResponse) -> Option<Exit> {
+    let at = state.exited_at.as_ref()?;
+    let at = at.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(at.nanos));
+    (state.status.enum_value() == Ok(Status::STOPPED)).then_some(Exit { pid: state.pid, status: state.exit_status, at })
+}
+
+/// The namespaces and ids of which there is a folder. Half-removed ones are removed.
+fn bundles(folder: &Path) -> Result<Vec<(Namespace, String)>> {
+    let mut found = Vec::new();
+    for (namespace, path) in folders(folder)? {
+        let Ok(namespace) = Namespace::parse(&namespace) else { continue };
+        for (id, path) in folders(&path)? {
+            if id.starts_with('.') {
+                // what cannot be removed now is in nobody's way
+                let _ = fs::remove_dir_all(path);
+            } else if name::identifier("task", &id).is_ok() {
+                found.push((namespace.clone(), id));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn folders(folder: &Path) -> Result<Vec<(String, std::path::PathBuf)>> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.on("read folder", folder)?,
+    };
+    let folders = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    Ok(folders.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path())).collect())
+}
+
+/// For a shim to say how a process is.
+const STATE: Duration = Duration::from_secs(5);
+/// Before it is asked again; doubled each time.
+const AGAIN: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Shims send events again that nobody took, containerd's own after five seconds at most.
+const OWN_WORDS: Duration = Duration::from_secs(6);

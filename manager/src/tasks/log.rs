@@ -1,0 +1,49 @@
+//! The fifo `log` of a bundle: what a shim writes there appears on this process' stderr.
+
+use std::io::{self, Write as _};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sys::stat::Mode;
+use tokio::io::Interest;
+use tokio::net::unix::pipe::{OpenOptions, Receiver};
+
+use crate::error::{IoContext as _, Result};
+
+/// Copies from now on, until nobody can write there any more. Makes the fifo if there is none.
+pub(super) fn copy(bundle: &Path) -> Result<()> {
+    let path = bundle.join("log");
+    match nix::unistd::mkfifo(&path, Mode::S_IRWXU) {
+        Ok(()) | Err(Errno::EEXIST) => {}
+        Err(error) => return Err(error).on("make fifo", &path),
+    }
+    // a shim opens it for writing and must find a reader, later ones too
+    let receiver = OpenOptions::new().read_write(true).open_receiver(&path).on("open fifo", &path)?;
+    tokio::spawn(copy_until_removed(receiver, path));
+    Ok(())
+}
+
+async fn copy_until_removed(receiver: Receiver, path: std::path::PathBuf) {
+    loop {
+        // as this end is open for writing too, it never ends by itself
+        let ready = tokio::time::timeout(LOOK_AGAIN, receiver.ready(Interest::READABLE)).await;
+        match ready {
+            Ok(Ok(_)) => {
+                let mut buffer = [0; 4096];
+                match receiver.try_read(&mut buffer) {
+                    Ok(0) => return,
+                    // nothing is left to tell it to when stderr is gone
+                    Ok(count) => drop(io::stderr().write_all(&buffer[..count])),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(_) => return,
+                }
+            }
+            Ok(Err(_)) => return,
+            Err(_elapsed) if path.exists() => {}
+            Err(_elapsed) => return,
+        }
+    }
+}
+
+/// So soon after its removal an unused fifo is closed.
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(30);

@@ -1,0 +1,177 @@
+//! Tasks: the containers that have, or had, a shim.
+//!
+//! ```text
+//!            ┌─▶ Hidden ──▶ Live ──shim dies──▶ Cleaning ──▶ Ended ──collected──▶ Gone
+//!  nothing ──┤               ▲ │                   ▲
+//!            └─▶ Loading ────┘ └─deleted─▶ Hidden ─┼─▶ Gone
+//!                   └────────────shim is dead──────┘
+//! ```
+//! What a task is doing is its shim's to say; this module knows which shims there are, how to reach them, and what is left of dead ones.
+//!
+//! **Invariant:** an exit is told to subscribers before it is recorded, and recorded before its shim may forget it: a death of this
+//! process in between may tell it twice, never not at all.
+
+mod bundle;
+mod create;
+mod end;
+mod hear;
+mod load;
+mod log;
+mod program;
+mod shim;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch as channel;
+
+pub(crate) use create::NewTask;
+pub(crate) use shim::{Shim, Unanswered};
+
+use crate::error::{Error, Result};
+use crate::events::Exchange;
+use crate::name::Namespace;
+use crate::settings::Settings;
+use crate::store::{Exit, Store};
+use bundle::Bundle;
+use program::Programs;
+
+/// All tasks.
+#[derive(Debug)]
+pub(crate) struct Tasks {
+    settings: Settings,
+    store: Store,
+    events: Arc<Exchange>,
+    programs: Programs,
+    all: Mutex<BTreeMap<Key, Arc<Task>>>,
+}
+
+type Key = (Namespace, String);
+
+/// One of them.
+#[derive(Debug)]
+pub(crate) struct Task {
+    pub(crate) namespace: Namespace,
+    pub(crate) id: String,
+    bundle: Bundle,
+    phase: channel::Sender<Phase>,
+}
+
+/// Where a task is in its life, as far as this process is concerned.
+#[derive(Debug, Clone)]
+pub(crate) enum Phase {
+    /// Its shim is being started, or sent away; for clients it does not exist.
+    Hidden,
+    /// This process has just started and looks for its shim.
+    Loading,
+    /// Its shim can be asked.
+    Live(Shim),
+    /// Its shim is dead, and `delete` finds out how it ended.
+    Cleaning,
+    /// Its shim is dead; this is kept until somebody collects it.
+    Ended(Exit),
+    /// It does not exist any more.
+    Gone,
+}
+
+impl Task {
+    fn new(settings: &Settings, namespace: Namespace, id: String, phase: Phase) -> Arc<Self> {
+        let bundle = Bundle::of(settings, &namespace, &id);
+        Arc::new(Self { namespace, id, bundle, phase: channel::Sender::new(phase) })
+    }
+
+    fn key(&self) -> Key {
+        (self.namespace.clone(), self.id.clone())
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.phase.borrow().clone()
+    }
+
+    fn not_found(&self) -> Error {
+        not_found(&self.id)
+    }
+
+    /// Waits until it is known whether there is a shim; for clients that want to use it.
+    ///
+    /// Errors: [`Error::NotFound`] for one that does not exist yet or any more.
+    pub(crate) async fn settled(&self) -> Result<Phase> {
+        let mut phase = self.phase.subscribe();
+        let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading | Phase::Cleaning));
+        match tokio::time::timeout(SETTLE, settled).await {
+            Ok(Ok(phase)) => match &*phase {
+                Phase::Hidden | Phase::Gone => Err(self.not_found()),
+                phase => Ok(phase.clone()),
+            },
+            Ok(Err(_)) => Err(self.not_found()),
+            Err(_elapsed) => Err(Error::Unavailable(format!("the shim of task {} is being looked for", self.id))),
+        }
+    }
+
+    /// Takes a live task out of its shim's hands. False when somebody else has.
+    fn leaves_live(&self, next: Phase) -> bool {
+        self.phase.send_if_modified(|phase| {
+            let is_live = matches!(phase, Phase::Live(_));
+            if is_live {
+                *phase = next;
+            }
+            is_live
+        })
+    }
+
+    /// Waits while the task is in the hands of this shim.
+    pub(crate) async fn left(&self) {
+        let mut phase = self.phase.subscribe();
+        // an error means that the task is gone, which is what is waited for
+        let _ = phase.wait_for(|phase| !matches!(phase, Phase::Live(_))).await;
+    }
+}
+
+fn not_found(id: &str) -> Error {
+    let shown: String = id.chars().take(100).collect();
+    Error::NotFound(format!("task {shown}"))
+}
+
+impl Tasks {
+    /// None yet: see [`Tasks::load`].
+    pub(crate) fn new(settings: &Settings, store: Store, events: Arc<Exchange>) -> Self {
+        Self { settings: settings.clone(), store, events, programs: Programs::new(settings), all: Mutex::default() }
+    }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<Task>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The task of that id.
+    pub(crate) fn find(&self, namespace: &Namespace, id: &str) -> Result<Arc<Task>> {
+        self.all().get(&(namespace.clone(), id.to_owned())).cloned().ok_or_else(|| not_found(id))
+    }
+
+    /// Those of a namespace that exist for clients, by id.
+    pub(crate) fn list(&self, namespace: &Namespace) -> Vec<Arc<Task>> {
+        let all = self.all();
+        let tasks = all.values().filter(|task| task.namespace == *namespace);
+        tasks.filter(|task| !matches!(*task.phase.borrow(), Phase::Hidden | Phase::Gone)).cloned().collect()
+    }
+
+    /// The program of a runtime, asked about itself: a `RuntimeInfo`.
+    pub(crate) async fn runtime_info(&self, runtime: &str, options: Option<&protobuf::well_known_types::any::Any>) -> Result<Vec<u8>> {
+        self.programs.info(&program::find(runtime)?, options).await
+    }
+
+    fn forget(&self, task: &Task) {
+        self.all().remove(&task.key());
+        task.phase.send_replace(Phase::Gone);
+    }
+}
+
+/// Runs something that waits for the disk or the mount table.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let ended = tokio::task::spawn_blocking(work).await;
+    ended.unwrap_or_else(|error| Err(Error::Launch(format!("a thread ended without a result: {error}"))))
+}
+
+/// Clients wait that long for a shim that is being looked for.
+const SETTLE: Duration = Duration::from_secs(10);
