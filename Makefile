@@ -1,5 +1,6 @@
 # make run    the main job: a container that outlives the daemon and the shim's worker
 # make test   everything that must hold
+# make conformance   what containerd asks of a shim, clause by clause, and what ours makes of it
 PREFIX ?= /usr/local
 CARGO ?= cargo
 TARGET_DIR := $(shell $(CARGO) metadata --format-version 1 --no-deps 2>/dev/null | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
@@ -8,7 +9,9 @@ SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
 
-.PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 campaign lint install packages suites bench bench-upgrade clean
+.PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 campaign conformance conformance-docs lint install packages suites bench bench-upgrade clean
+
+CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
 build:
 	$(CARGO) build --locked --release --package containerd-shim-x
@@ -30,6 +33,19 @@ test-e2e: packages suites build build-faulty
 test-cgroup2: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) runc crun
+
+## the protocol's clauses, on our shim, with both OCI runtimes
+conformance: packages build conformance-tool
+	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine crun
+	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine runc
+
+.PHONY: conformance-tool
+conformance-tool:
+	$(CARGO) build --locked --package shim-tests --bins
+
+## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; takes half an hour
+conformance-docs: packages suites build conformance-tool
+	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
 
 ## N runs with random deaths, stops and upgrades of the worker, on the oldest and the newest containerd; X_SEED chooses which
 N ?= 1000
