@@ -26,7 +26,7 @@ pub(crate) fn run(settings: Settings) -> Result<()> {
 
 async fn serve(settings: Settings) -> Result<()> {
     let _only_one = claim(&settings.root)?;
-    let manager = Arc::new(Manager::open(&settings)?);
+    let manager = Arc::new(Manager::open(&settings).await?);
     let clients = sockets::listen(&settings.address, settings.gid)?;
     let shims = sockets::listen(&settings.ttrpc_address(), 0)?;
     manager.tasks.load().await?;
