@@ -69,7 +69,7 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     manager.store.limit(settings.limits.store_bytes).await?;
     let not_yet = manager.gate.close(std::time::Duration::ZERO).await;
     manager.tasks.load().await?;
-    if let Some(mut predecessor) = predecessor {
+    if let Some(predecessor) = predecessor {
         predecessor.ready().await?;
     }
     drop(not_yet);

@@ -4,12 +4,12 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
 use super::words::{Silence, Words};
-use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, YOURS};
+use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, SERVING, YOURS};
 use crate::error::{Error, IoContext as _, Result};
 use crate::gate::{Closed, Gate};
 use crate::invocation::TAKE_OVER;
@@ -41,7 +41,10 @@ pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path) -> Result<u32> {
     let migrates = match successor.hear(PREPARE).await?.as_str() {
         PREPARED => false,
         PREPARED_TO_MIGRATE => true,
-        word => return Err(successor.failure(Silence::Nonsense(word.to_owned()))),
+        word => {
+            let nonsense = Silence::Nonsense(word.to_owned());
+            return Err(successor.failure(nonsense).await);
+        }
     };
     let closed = estate.gate.close(DRAIN).await.ok_or_else(|| {
         Error::Unavailable(format!("called off, as calls that change something did not end within {DRAIN:?}; try it again"))
@@ -91,39 +94,54 @@ impl Successor {
                 Some(sentence) => Err(Error::Launch(format!("{} did not take over: {sentence}", self.path.display()))),
                 None => Ok(word),
             },
-            Err(silence) => Err(self.failure(silence)),
+            Err(silence) => Err(self.failure(silence).await),
         }
     }
 
-    fn failure(&mut self, silence: Silence) -> Error {
-        // its end and the end of its words are not quite the same moment
-        let how = match (&silence, self.child.try_wait()) {
-            (Silence::Ended, Ok(Some(status))) => format!(" ({status})"),
-            _ => String::new(),
-        };
+    async fn failure(&mut self, silence: Silence) -> Error {
+        let mut how = String::new();
+        if let Silence::Ended = silence {
+            // its end and the end of its words are not quite the same moment
+            let deadline = Instant::now() + LAST_BREATH;
+            while how.is_empty() && Instant::now() < deadline {
+                match self.child.try_wait() {
+                    Ok(Some(status)) => how = format!(" ({status})"),
+                    _ => tokio::time::sleep(LAST_BREATH / 100).await,
+                }
+            }
+        }
         Error::Launch(format!("{} did not take over: {silence}{how}", self.path.display()))
+    }
+
+    async fn expect(&mut self, expected: &str, limit: Duration) -> Result<()> {
+        match self.hear(limit).await? {
+            word if word == expected => Ok(()),
+            word => Err(self.failure(Silence::Nonsense(word)).await),
+        }
+    }
+
+    /// Says something; that it has ended is heard.
+    async fn say(&mut self, word: &str) -> Result<()> {
+        match self.words.say(word).await {
+            Err(error) => Err(self.failure(error.into()).await),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Lets it take over; then nobody gets through the gate any more.
     async fn move_in(&mut self, closed: Closed, gate: &Gate) -> Result<u32, (Error, Closed)> {
         let moving = async {
-            self.words.say(YOURS).await.on("talk to", &self.path)?;
-            match self.hear(OPEN).await?.as_str() {
-                READY => {}
-                word => return Err(self.failure(Silence::Nonsense(word.to_owned()))),
-            }
-            // only the main process may say that it is ready
-            notify::tell(&format!("MAINPID={}", self.child.id()));
-            let told = self.words.say(SERVE).await.on("talk to", &self.path);
-            if told.is_err() {
-                notify::tell(&format!("MAINPID={}", std::process::id()));
-            }
-            told
+            self.say(YOURS).await?;
+            self.expect(READY, OPEN).await?;
+            self.say(SERVE).await?;
+            self.expect(SERVING, BEGIN).await
         };
         match moving.await {
             Ok(()) => {
                 gate.retire();
                 self.has_taken_over = true;
+                // only the main process may say which one that is, and that one that it is ready
+                notify::tell(&format!("MAINPID={}", self.child.id()));
                 Ok(self.child.id())
             }
             Err(error) => Err((error, closed)),
@@ -174,3 +192,7 @@ const PREPARE: Duration = Duration::from_secs(10);
 const DRAIN: Duration = Duration::from_secs(10);
 /// For a successor to open the store and to find the shims.
 const OPEN: Duration = Duration::from_secs(30);
+/// For it to begin.
+const BEGIN: Duration = Duration::from_secs(5);
+/// For its status, once it is silent for ever.
+const LAST_BREATH: Duration = Duration::from_secs(1);

@@ -7,13 +7,15 @@
 //!   closes the gate: changes wait
 //!   copies the store if it will change ─── yours ───▶ opens the store, finds the shims
 //!                                      ◀── ready ────
-//!   retires                            ─── serve ───▶ accepts; whoever connected meanwhile is in the sockets' queues
+//!                                      ─── serve ───▶
+//!   retires                            ◀── serving ── accepts; whoever connected meanwhile is in the sockets' queues
 //!   refuses what waits, so that clients ask again; ends when calls in flight have ended
 //! ```
 //! A word that does not come in time, and `failed`, end the new process; the running one puts the store back if it had to, opens the
 //! gate, and has missed nothing. docs/decisions/0008-upgrade-side-by-side.md has the reasons.
 //!
-//! **Invariant:** until `serve` the running process can go on as if nothing had happened; from then on it does nothing more.
+//! **Invariant:** until `serving` the running process can go on as if nothing had happened, as the new one has changed nothing but the store's
+//! tables; from then on it does nothing more.
 
 mod hand_over;
 mod take_over;
@@ -32,7 +34,9 @@ const PREPARED_TO_MIGRATE: &str = "prepared to migrate";
 const YOURS: &str = "yours";
 /// From the new process: it could serve now.
 const READY: &str = "ready";
-/// From the running process: it has ended its own service.
+/// From the running process: it may begin.
 const SERVE: &str = "serve";
+/// From the new process: it has begun.
+const SERVING: &str = "serving";
 /// From the new process, with a sentence: it gives up.
 const FAILED: &str = "failed ";

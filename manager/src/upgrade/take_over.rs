@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::words::{Silence, Words};
-use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, YOURS};
+use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, SERVING, YOURS};
 use crate::error::{Error, IoContext as _, Result};
 use crate::sockets::Inherited;
 use crate::sys::descriptors;
@@ -40,18 +40,22 @@ impl Predecessor {
     }
 
     /// Says that this process could serve, and waits until it may.
-    pub(crate) async fn ready(&mut self) -> Result<()> {
-        self.say(READY, SERVE).await
+    pub(crate) async fn ready(mut self) -> Result<()> {
+        self.say(READY, SERVE).await?;
+        self.words.say(SERVING).await.map_err(|error| gone(error.into()))
     }
 
     async fn say(&mut self, word: &str, answer: &str) -> Result<()> {
-        let gone = |reason: Silence| Error::Unavailable(format!("the process that was to hand over did not: {reason}"));
         self.words.say(word).await.map_err(|error| gone(error.into()))?;
         match self.words.hear(ANSWERED).await.map_err(gone)? {
             word if word == answer => Ok(()),
             word => Err(gone(Silence::Nonsense(word))),
         }
     }
+}
+
+fn gone(reason: Silence) -> Error {
+    Error::Unavailable(format!("the process that was to hand over did not: {reason}"))
 }
 
 /// Tells the running process why this one gives up.

@@ -26,7 +26,17 @@ pub(super) enum Silence {
     Nonsense(String),
     /// The socket fails.
     #[error(transparent)]
-    Io(#[from] io::Error),
+    Io(io::Error),
+}
+
+impl From<io::Error> for Silence {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            // it has not even read what it was told
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => Self::Ended,
+            _ => Self::Io(error),
+        }
+    }
 }
 
 impl Words {
