@@ -30,7 +30,7 @@ pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
     let served = runtime.on("start the executor of", Path::new("x-manager"))?.block_on(async {
         let start = match inherited {
             None => Start::after_another(settings).await?,
-            Some(inherited) => Start::alone(settings, inherited)?,
+            Some(inherited) => Start::alone(settings, inherited).await?,
         };
         serve(settings, start, &program).await
     });
@@ -49,17 +49,17 @@ struct Start {
 }
 
 impl Start {
-    fn alone(settings: &Settings, inherited: Inherited) -> Result<Self> {
+    async fn alone(settings: &Settings, inherited: Inherited) -> Result<Self> {
         let lock = claim(&settings.root)?;
         let sockets = Sockets::open(settings, inherited)?;
-        Ok(Self { lock, sockets, manager: Arc::new(Manager::open(settings)?), predecessor: None })
+        Ok(Self { lock, sockets, manager: Arc::new(Manager::open(settings).await?), predecessor: None })
     }
 
     async fn after_another(settings: &Settings) -> Result<Self> {
         let (mut predecessor, lock, inherited) = Predecessor::meet()?;
         let sockets = Sockets::open(settings, inherited)?;
         predecessor.prepared(store::rehearse(&settings.store())?).await?;
-        let manager = Arc::new(Manager::open(settings)?);
+        let manager = Arc::new(Manager::open(settings).await?);
         Ok(Self { lock, sockets, manager, predecessor: Some(predecessor) })
     }
 }

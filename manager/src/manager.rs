@@ -8,7 +8,7 @@ use crate::error::{IoContext as _, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::settings::Settings;
-use crate::store::Store;
+use crate::store::{self, Store};
 use crate::tasks::Tasks;
 
 /// The daemon's parts.
@@ -27,9 +27,14 @@ pub(crate) struct Manager {
 
 impl Manager {
     /// Opens the store.
-    pub(crate) fn open(settings: &Settings) -> Result<Self> {
+    pub(crate) async fn open(settings: &Settings) -> Result<Self> {
         let store = Store::open(&settings.store())?;
-        let uuid = uuid(settings)?;
+        let (new, boot) = (kernel_id("uuid")?, kernel_id("boot_id")?);
+        let about = move |db: &_| {
+            store::new_boot(db, &boot)?;
+            store::uuid(db, &new)
+        };
+        let uuid = store.write(about).await?;
         let gate = Gate::default();
         let events = Arc::new(Exchange::new(settings.limits));
         let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone()));
@@ -37,15 +42,8 @@ impl Manager {
     }
 }
 
-fn uuid(settings: &Settings) -> Result<String> {
-    let path = settings.root.join("uuid");
-    if let Ok(uuid) = std::fs::read_to_string(&path)
-        && uuid.trim().len() == 36
-    {
-        return Ok(uuid.trim().to_owned());
-    }
-    let kernel = Path::new("/proc/sys/kernel/random/uuid");
-    let uuid = std::fs::read_to_string(kernel).on("read", kernel)?;
-    std::fs::write(&path, uuid.trim()).on("write", &path)?;
-    Ok(uuid.trim().to_owned())
+/// One of the identifiers that the kernel gives.
+fn kernel_id(name: &str) -> Result<String> {
+    let path = Path::new("/proc/sys/kernel/random").join(name);
+    Ok(std::fs::read_to_string(&path).on("read", &path)?.trim().to_owned())
 }

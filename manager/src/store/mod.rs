@@ -8,6 +8,7 @@
 //!
 //! **Invariant:** a job is one transaction. It is committed whole or not at all.
 
+mod facts;
 mod objects;
 mod processes;
 mod schema;
@@ -21,6 +22,7 @@ use std::thread;
 use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
+pub(crate) use facts::{new_boot, uuid};
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
 pub(crate) use processes::{Exit, ended, execs, exits};
 pub(crate) use upkeep::{backup, check, rehearse};

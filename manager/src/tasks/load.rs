@@ -15,7 +15,7 @@ use log::{info, warn};
 use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log};
 use crate::error::{IoContext as _, Result};
 use crate::name::{self, Namespace};
-use crate::store::{Exit, ended, execs};
+use crate::store::{Exit, ended, execs, exits};
 
 impl Tasks {
     /// Registers every task that there was, and begins to load them; whoever asks for one waits for it.
@@ -122,7 +122,8 @@ impl Tasks {
         }
     }
 
-    /// Cleans up what a shim does not know: a creation or deletion that was under way.
+    /// Cleans up what a shim does not know: a creation or deletion that was under way. How it ended is kept for whoever deleted it and
+    /// got no answer.
     async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
         task.phase.send_replace(Phase::Cleaning);
         if let Some(shim) = shim {
@@ -133,8 +134,20 @@ impl Tasks {
         {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
         }
+        let (namespace, id) = (task.namespace.clone(), task.id.clone());
+        let told = self.store.note(move |db| {
+            let told = exits::last(db, namespace.as_str(), &id, "")?;
+            if let Some(exit) = told {
+                ended::put(db, namespace.as_str(), &id, exit)?;
+            }
+            Ok(told)
+        });
+        let told = told.await.unwrap_or_default();
         self.remove_bundle(task).await;
-        self.forget(task);
+        match told {
+            Some(exit) => drop(task.phase.send_replace(Phase::Ended(exit))),
+            None => self.forget(task),
+        }
     }
 }
 
