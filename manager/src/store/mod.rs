@@ -8,9 +8,11 @@
 //!
 //! **Invariant:** a job is one transaction. It is committed whole or not at all.
 
+mod facts;
 mod objects;
 mod processes;
 mod schema;
+mod upkeep;
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -20,8 +22,10 @@ use std::thread;
 use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
+pub(crate) use facts::{new_boot, uuid};
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
 pub(crate) use processes::{Exit, ended, execs, exits};
+pub(crate) use upkeep::{backup, check, rehearse};
 
 use crate::error::{Error, IoContext as _, Result};
 

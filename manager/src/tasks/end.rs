@@ -10,6 +10,7 @@ use log::{info, warn};
 use super::program::Ended;
 use super::{Phase, Shim, Task, Tasks, Unanswered, blocking};
 use crate::error::{Error, Result};
+use crate::name::Namespace;
 use crate::store::{Exit, ended, execs, exits};
 use crate::timestamp;
 
@@ -65,6 +66,15 @@ impl Tasks {
                 exits::collect(db, namespace.as_str(), &id, None, now)
             })
             .await
+    }
+
+    /// Forgets a task of which only its end is left, because its container goes.
+    pub(crate) async fn collect_with_container(&self, namespace: &Namespace, id: &str) -> Result<()> {
+        let Ok(task) = self.find(namespace, id) else { return Ok(()) };
+        match task.phase() {
+            Phase::Ended(exit) => self.collect(&task, exit).await,
+            Phase::Hidden | Phase::Loading | Phase::Live(_) | Phase::Cleaning | Phase::Gone => Ok(()),
+        }
     }
 
     /// Hands out how a task ended whose shim is dead, and forgets it.

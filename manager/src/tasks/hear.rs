@@ -17,6 +17,7 @@ impl Tasks {
     pub(crate) async fn hear(&self, envelope: Envelope) -> Result<()> {
         let is_exit = envelope.event.as_ref().is_some_and(|event| event.type_url.ends_with(EXIT));
         if !is_exit {
+            self.still_serves()?;
             self.events.forward(envelope);
             return Ok(());
         }
@@ -36,8 +37,14 @@ impl Tasks {
         if self.store.read(move |db| exits::is_told(db, place.as_str(), &id, &exec, exit)).await? {
             return Ok(());
         }
+        self.still_serves()?;
         tell();
         self.store.note(move |db| exits::add(db, again.as_str(), &name.0, &name.1, exit)).await
+    }
+
+    /// Nobody listens to a process any more that another has taken over from.
+    fn still_serves(&self) -> Result<()> {
+        if self.gate.is_retired() { Err(Error::Unavailable("this x-manager has ended; tell the next one".to_owned())) } else { Ok(()) }
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::{Case, cases};
@@ -84,7 +85,9 @@ fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict>
 
 /// What that process does. `arguments` are those after [`PERFORM`].
 pub fn main(arguments: &[String]) -> ExitCode {
-    match isolation::run(|| inside(arguments)) {
+    // whoever asked for the case may be killed
+    let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with whoever asked for the case");
+    match tied.and_then(|()| isolation::run(|| inside(arguments))) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("{error:#}");

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
+use tokio::io::AsyncWriteExt as _;
 
 use crate::clauses;
 use crate::conformance::Case;
-use crate::eventually::{SOON, a_second, eventually};
+use crate::eventually::{SOON, a_second, eventually, within};
 use crate::stand::Stand;
 use crate::task::{Task, wait};
 use crate::ttrpc::{CallError, Code, DATA, Frame, MAX_PAYLOAD_BYTES, REQUEST, RESPONSE, Wire, header, refusal};
@@ -45,7 +46,7 @@ async fn answers(wire: &mut Wire, service: &str, stream: u32) -> Result<()> {
 /// Where one write ends says nothing about where a frame does.
 async fn frames_cut_anywhere_are_put_together(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
-    let mut wire = Wire::connect(witness.socket()).await?;
+    let wire = Wire::connect(witness.socket()).await?;
     let (mut bytes, mut stream, total) = (Vec::new(), 1, 300_u32);
     for number in 0..total {
         // of lengths that fit no buffer
@@ -54,19 +55,24 @@ async fn frames_cut_anywhere_are_put_together(stand: Stand) -> Result<()> {
         bytes.extend(Frame::request(stream, spoken(&witness), "State", &request).encode());
         stream += 2;
     }
-    let (mut seed, mut rest) = (0x9e37_79b9_7f4a_7c15_u64, bytes.as_slice());
-    while !rest.is_empty() {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        let (part, others) = rest.split_at(rest.len().min(1 + (seed % 50_000) as usize));
-        wire.send(part).await?;
-        rest = others;
-    }
+    let (mut incoming, mut writer) = wire.split();
+    let sender = tokio::spawn(async move {
+        let (mut seed, mut rest) = (0x9e37_79b9_7f4a_7c15_u64, bytes.as_slice());
+        while !rest.is_empty() {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            let (part, others) = rest.split_at(rest.len().min(1 + (seed % 50_000) as usize));
+            within("send", SOON, writer.write_all(part)).await??;
+            rest = others;
+        }
+        anyhow::Ok(writer)
+    });
     for _ in 0..total {
-        let frame = wire.receive().await?.context("hung up")?;
+        let frame = incoming.receive().await?.context("hung up")?;
         ensure!(frame.answer().is_ok(), "{:?}", frame.answer());
     }
+    drop(sender.await??);
     witness.dismiss().await
 }
 
