@@ -34,7 +34,9 @@ const PING_EVERY: Duration = Duration::from_secs(5);
 /// So long a sign of life may take, for a worker that does not run meanwhile.
 const PONG_WITHIN: Duration = Duration::from_secs(5);
 /// The same for one that does: the processor's time that it may use. On a machine without a free processor that is long.
-const PONG_WITHIN_CPU: Duration = Duration::from_secs(3);
+const PONG_WITHIN_CPU: Duration = Duration::from_secs(2);
+/// How often a worker that runs is looked at, once its time without running would be over.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// And so long it may take in any case.
 const PONG_AT_MOST: Duration = Duration::from_secs(60);
 
@@ -115,8 +117,8 @@ struct Ping {
     at: Instant,
     /// The processor's time that the worker had used then.
     used: Duration,
-    /// When it was looked at last, and what it had used then.
-    looked: Instant,
+    /// When it is looked at next, and what it had used the last time.
+    look_at: Instant,
     used_then: Duration,
 }
 
@@ -315,7 +317,7 @@ impl Life {
             let is_out_of_time = used.saturating_sub(ping.used) >= PONG_WITHIN_CPU || now >= ping.at + PONG_AT_MOST;
             if has_run && !is_out_of_time {
                 // It has not had a processor for itself.
-                (ping.looked, ping.used_then) = (now, used);
+                (ping.look_at, ping.used_then) = (now + LOOK_AGAIN, used);
                 return;
             }
             let within = now.saturating_duration_since(ping.at).as_secs();
@@ -323,7 +325,7 @@ impl Life {
             self.kill(Fault::Its, format!("it gave no sign of life within {within} s"));
         } else {
             let used = sys::process::cpu_time(self.pid);
-            self.ping = Some(Ping { at: now, used, looked: now, used_then: used });
+            self.ping = Some(Ping { at: now, used, look_at: now + PONG_WITHIN, used_then: used });
             self.send(&ToWorker::Ping { number: 0 }, None, now);
         }
     }
@@ -337,7 +339,7 @@ impl Life {
             return Some(self.born + HELLO_WITHIN);
         }
         match self.ping {
-            Some(ping) => Some(ping.looked + PONG_WITHIN),
+            Some(ping) => Some(ping.look_at),
             None if self.owing => Some(self.quiet_since + PING_AFTER),
             None => is_busy.then(|| self.quiet_since + PING_EVERY),
         }
