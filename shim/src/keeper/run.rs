@@ -251,6 +251,7 @@ impl Keeper {
 
     /// What is due by the clock, and what the last turns have made possible.
     fn tick(&mut self) {
+        self.go_on();
         let now = Instant::now();
         if self.trim_at.is_some_and(|at| at <= now) {
             self.trim_at = None;
@@ -559,7 +560,7 @@ impl Keeper {
         } else if let Some(guilty) = self.blame.ended(told, end, now) {
             self.guilty(guilty, end);
         }
-        self.worker_left(now);
+        self.worker_left();
     }
 
     /// One worker after the other dies over a cause. A request is answered; an exit is a fact, and waits for another worker.

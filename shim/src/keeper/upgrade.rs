@@ -52,12 +52,16 @@ pub(super) enum Stage {
     Trial { until: Instant },
     /// It is, and the one before ends.
     Ending { since: Instant },
+    /// That has ended. The new one is told everything once everything that the one before has said was dealt with.
+    Ended { since: Instant },
     /// A new worker catches up. `since`: when the one before was killed.
     Settling { since: Instant, until: Instant },
     /// A child of the new image reads a copy of the state.
     Rehearsal { pid: u32, until: Instant, verdict: Capture, failure: Capture, is_late: bool },
     /// It can, and the worker ends.
     Leaving { since: Instant },
+    /// It has ended. The image is replaced once everything of this turn was dealt with: what was reaped already is nowhere but in our hands.
+    Left { since: Instant },
 }
 
 impl Keeper {
@@ -94,7 +98,7 @@ impl Keeper {
     pub(super) fn upgrade_deadline(&self) -> Option<Instant> {
         match self.upgrade.as_ref()?.stage {
             Stage::Trial { until } | Stage::Settling { until, .. } | Stage::Rehearsal { until, is_late: false, .. } => Some(until),
-            Stage::Ending { .. } | Stage::Rehearsal { .. } | Stage::Leaving { .. } => None,
+            _ => None,
         }
     }
 
@@ -120,7 +124,7 @@ impl Keeper {
                     self.end_upgrade(upgrade);
                 }
             }
-            Some(Stage::Ending { .. } | Stage::Leaving { .. }) | None => {}
+            _ => {}
         }
     }
 
@@ -160,27 +164,33 @@ impl Keeper {
         }
         match self.supervisor.pid() {
             Some(_) => self.supervisor.kill(),
-            None => self.worker_left(since),
+            None => self.worker_left(),
         }
     }
 
     /// No worker is left, as was wanted.
-    pub(super) fn worker_left(&mut self, now: Instant) {
-        match self.upgrade.as_ref().map(|upgrade| &upgrade.stage) {
-            Some(Stage::Ending { since }) => {
-                let since = *since;
-                self.cut_over(since, now);
-            }
-            Some(Stage::Leaving { .. }) => {
-                let Some(mut upgrade) = self.upgrade.take() else { return };
-                let error = match self.replace_image(&mut upgrade) {
-                    Ok(never) => match never {},
-                    Err(error) => error,
-                };
-                self.keep_keeper(upgrade, format!("cannot replace the image: {error}"));
-            }
-            _ => {}
+    pub(super) fn worker_left(&mut self) {
+        let next = match self.upgrade.as_ref().map(|upgrade| &upgrade.stage) {
+            Some(Stage::Ending { since }) => Stage::Ended { since: *since },
+            Some(Stage::Leaving { since }) => Stage::Left { since: *since },
+            _ => return,
+        };
+        if let Some(upgrade) = &mut self.upgrade {
+            upgrade.stage = next;
         }
+    }
+
+    /// Goes on with the new worker or as the new image, if that is what is left to do. To be called when nothing is half done.
+    pub(super) fn go_on(&mut self) {
+        if let Some(Upgrade { stage: Stage::Ended { since }, .. }) = self.upgrade {
+            self.cut_over(since, Instant::now());
+        }
+        let Some(mut upgrade) = self.upgrade.take_if(|upgrade| matches!(upgrade.stage, Stage::Left { .. })) else { return };
+        let error = match self.replace_image(&mut upgrade) {
+            Ok(never) => match never {},
+            Err(error) => error,
+        };
+        self.keep_keeper(upgrade, format!("cannot replace the image: {error}"));
     }
 
     fn cut_over(&mut self, since: Instant, now: Instant) {
@@ -308,7 +318,7 @@ impl Keeper {
                 self.upgrade = Some(upgrade);
                 match self.supervisor.pid() {
                     Some(_) => self.supervisor.kill(),
-                    None => self.worker_left(now),
+                    None => self.worker_left(),
                 }
                 return true;
             }

@@ -98,7 +98,11 @@ impl Upgrade {
         s.bool(self.keeper_too);
         s.record(|s| self.report.write(s));
         s.instant(match self.stage {
-            Stage::Leaving { since } | Stage::Ending { since } | Stage::Settling { since, .. } => since,
+            Stage::Left { since }
+            | Stage::Leaving { since }
+            | Stage::Ended { since }
+            | Stage::Ending { since }
+            | Stage::Settling { since, .. } => since,
             Stage::Trial { until } | Stage::Rehearsal { until, .. } => until,
         });
     }
