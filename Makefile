@@ -52,10 +52,11 @@ N ?= 1000
 campaign: packages suites build-faulty
 	X_SHIM_FAULTY=$(FAULTY_SHIM) X_CAMPAIGN=$(N) X_CAMPAIGN_WITHIN=$$(( $(N) * 10 + 600 )) $(CARGO) test --locked --package shim-tests --test faults -- campaign
 
-## how long a client waits while its shim is upgraded, and one upgrade of 1,000 shims
+## how long a client waits while its shim is upgraded, one upgrade of 1,000 shims, what a worker's rest gives and costs
 bench-upgrade: packages build
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rounds 2000
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --shims 1000
+	X_SHIM=$(SHIM) X_SHIM_IDLE_SECONDS=5 $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rest 50
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:
