@@ -7,14 +7,14 @@ TARGET_DIR := $(shell $(CARGO) metadata --format-version 1 --no-deps 2>/dev/null
 TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
-
+MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 
 .PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 campaign conformance conformance-docs lint install packages suites bench bench-upgrade clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
 build:
-	$(CARGO) build --locked --release --package containerd-shim-x
+	$(CARGO) build --locked --release --package containerd-shim-x --package x-manager
 
 ## runs a container, kills daemon and worker under it, shows that nothing was lost
 run: packages build
@@ -24,7 +24,7 @@ run: packages build
 test: test-unit test-e2e
 
 test-unit: packages
-	$(CARGO) test --locked --package containerd-shim-x --package x-proto
+	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager
 
 test-e2e: packages suites build build-faulty
 	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests
@@ -73,6 +73,7 @@ lint:
 
 install: build
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-x-v2
+	install -D -m 755 $(MANAGER) $(DESTDIR)$(PREFIX)/bin/x-manager
 
 ## Debian packages that building and testing need
 packages:

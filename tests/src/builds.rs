@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::errno::Errno;
 use serde_json::Value;
 
 use crate::context::Context;
@@ -20,6 +21,11 @@ pub fn make(shim: &Path, path: &Path, words: &str) -> Result<PathBuf> {
     let mut file = File::options().append(true).open(&fresh)?;
     file.write_all(format!("\nx-disguise: {words}\n").as_bytes())?;
     drop(file);
+    // a child that was forked meanwhile may hold it open for writing until it executes its own program
+    while let Err(error) = std::process::Command::new(&fresh).arg("-v").stdout(Stdio::null()).status() {
+        ensure!(error.raw_os_error() == Some(Errno::ETXTBSY as i32), "execute {}: {error}", fresh.display());
+        std::thread::yield_now();
+    }
     // replaced in place, as operators do it
     fs::rename(&fresh, path)?;
     Ok(path.to_owned())

@@ -6,6 +6,8 @@
 mod bad_builds;
 #[path = "upgrade/bad_workers.rs"]
 mod bad_workers;
+#[path = "upgrade/rest.rs"]
+mod rest;
 #[path = "upgrade/steps.rs"]
 mod steps;
 
@@ -45,7 +47,15 @@ fn main() -> ExitCode {
                 a_request_that_hangs_its_worker_is_given_up_and_the_others_live,
                 an_exit_that_kills_is_told_by_another_build,
                 a_slow_operation_is_not_taken_for_a_hang,
-                an_idle_worker_is_not_asked_for_signs_of_life,
+        ]
+        .map_within(long),
+        // other tests ask every shim of the host
+        cases![bad_workers, Scope::Once => an_idle_worker_is_not_asked_for_signs_of_life].into_iter().map(runner::Case::alone).collect(),
+        cases![rest,
+            Scope::Ends => a_request_a_fact_or_an_event_brings_a_worker_back;
+            Scope::Once =>
+                a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemon,
+                a_worker_that_moves_outputs_does_not_rest,
         ]
         .map_within(long),
     ]

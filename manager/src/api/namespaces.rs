@@ -19,10 +19,12 @@ fn not_found(name: &str) -> Error {
     Error::NotFound(format!("namespace {name:?}"))
 }
 
+/// As with containerd, one that nobody has made yet has no labels: clients ask for defaults before they use it.
 pub(super) async fn get(manager: Arc<Manager>, _call: Call, request: GetNamespaceRequest) -> Result<GetNamespaceResponse> {
-    let name = Namespace::parse(&request.name)?;
-    let found = manager.store.read(move |db| namespaces::get(db, name.as_str())?.ok_or_else(|| not_found(name.as_str()))).await?;
-    Ok(GetNamespaceResponse { namespace: Some(found) })
+    Namespace::parse(&request.name)?;
+    let name = request.name.clone();
+    let found = manager.store.read(move |db| namespaces::get(db, &name)).await?;
+    Ok(GetNamespaceResponse { namespace: Some(found.unwrap_or(Record { name: request.name, ..Record::default() })) })
 }
 
 pub(super) async fn list(manager: Arc<Manager>, _call: Call, _request: ListNamespacesRequest) -> Result<ListNamespacesResponse> {

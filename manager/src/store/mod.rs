@@ -8,9 +8,11 @@
 //!
 //! **Invariant:** a job is one transaction. It is committed whole or not at all.
 
+mod facts;
 mod objects;
 mod processes;
 mod schema;
+mod upkeep;
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -19,9 +21,12 @@ use std::thread;
 
 use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
+use tonic::Code;
 
+pub(crate) use facts::{new_boot, uuid};
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
 pub(crate) use processes::{Exit, ended, execs, exits};
+pub(crate) use upkeep::{backup, check, rehearse};
 
 use crate::error::{Error, IoContext as _, Result};
 
@@ -90,6 +95,17 @@ impl Store {
 
 fn transact<T>(connection: &mut Connection, synchronous: &str, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
     connection.pragma_update(None, "synchronous", synchronous).doing("choose durability")?;
+    let result = attempt(connection, job);
+    if let Err(error) = &result
+        && error.code() == Code::ResourceExhausted
+    {
+        // what the log holds twice may be the space that the next one needs; whether it was enough shows then
+        let _ = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(()));
+    }
+    result
+}
+
+fn attempt<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).doing("begin")?;
     let result = job(&transaction)?;
     transaction.commit().doing("commit")?;

@@ -15,7 +15,7 @@ use log::{info, warn};
 use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log};
 use crate::error::{IoContext as _, Result};
 use crate::name::{self, Namespace};
-use crate::store::{Exit, ended, execs};
+use crate::store::{Exit, ended, execs, exits};
 
 impl Tasks {
     /// Registers every task that there was, and begins to load them; whoever asks for one waits for it.
@@ -48,6 +48,8 @@ impl Tasks {
     }
 
     async fn load_one(self: Arc<Self>, task: Arc<Task>, ended: Option<Exit>) {
+        // held until it is known whether there is something to clean up
+        let Some(pass) = self.gate.enter().await else { return };
         if let Some(exit) = ended {
             // it was cleaned up but for its bundle
             self.tell_exit(&task, "", exit).await;
@@ -75,6 +77,7 @@ impl Tasks {
             Ok(shim) => {
                 task.phase.send_replace(Phase::Live(shim.clone()));
                 tokio::spawn(Arc::clone(&self).watch(Arc::clone(&task), shim.clone()));
+                drop(pass);
                 self.reconcile(&task, &shim).await;
             }
             Err(error) => {
@@ -90,7 +93,10 @@ impl Tasks {
         let init = loop {
             match state(task, shim, "").await {
                 Ok(state) => break state,
-                Err(Unanswered::Refused(error)) if error.is_not_found() => return self.sweep(task, Some(shim)).await,
+                Err(Unanswered::Refused(error)) if error.is_not_found() => {
+                    let Some(_pass) = self.gate.enter().await else { return };
+                    return self.sweep(task, Some(shim)).await;
+                }
                 Err(Unanswered::Lost) => return,
                 Err(Unanswered::Refused(error) | Unanswered::Late(error)) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim does not say how its task is");
@@ -116,9 +122,20 @@ impl Tasks {
         }
     }
 
-    /// Cleans up what a shim does not know: a creation or deletion that was under way.
+    /// Cleans up what a shim does not know: a creation or deletion that was under way. How it ended is kept for whoever deleted it and
+    /// got no answer.
     async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
         task.phase.send_replace(Phase::Cleaning);
+        let (namespace, id) = (task.namespace.clone(), task.id.clone());
+        // what is told from here on is of a task that nobody was given
+        let told = self.store.note(move |db| {
+            let told = exits::last(db, namespace.as_str(), &id, "")?;
+            if let Some(exit) = told {
+                ended::put(db, namespace.as_str(), &id, exit)?;
+            }
+            Ok(told)
+        });
+        let told = told.await.unwrap_or_default();
         if let Some(shim) = shim {
             self.dismiss(task, shim).await;
         }
@@ -128,7 +145,10 @@ impl Tasks {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
         }
         self.remove_bundle(task).await;
-        self.forget(task);
+        match told {
+            Some(exit) => drop(task.phase.send_replace(Phase::Ended(exit))),
+            None => self.forget(task),
+        }
     }
 }
 

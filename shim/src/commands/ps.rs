@@ -40,6 +40,7 @@ fn to_json(shim: &Shim) -> Value {
                 "keeper": keeper,
                 "worker": worker,
                 "worker_lives": snapshot.lives,
+                "worker_asleep": snapshot.asleep,
                 "upgrade": snapshot.upgrade.as_ref().map(report_json),
                 "remark": remark_on(snapshot),
                 "containers": containers.collect::<Vec<_>>(),
@@ -82,7 +83,7 @@ fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
         snapshot.namespace.clone(),
         snapshot.group.clone(),
         snapshot.keeper_pid.to_string(),
-        worker.map_or_else(none, |pid| pid.to_string()),
+        worker.map_or_else(|| if snapshot.asleep { "asleep".to_owned() } else { none() }, |pid| pid.to_string()),
         version,
         memory,
     ];

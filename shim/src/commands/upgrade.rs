@@ -39,6 +39,8 @@ enum Verdict {
     Unchanged,
     /// Something of it runs the old program.
     RolledBack,
+    /// It ended with its last container meanwhile.
+    Gone,
     /// Nobody can say.
     Failed,
 }
@@ -135,6 +137,8 @@ impl Target {
 
     fn verdict(&self) -> Verdict {
         match &self.result {
+            // One that leaves takes its socket away; one that dies does not.
+            Err(error) if error.is_gone() && !self.control.exists() => Verdict::Gone,
             Err(_) => Verdict::Failed,
             Ok(report) => verdict(report),
         }
@@ -143,6 +147,7 @@ impl Target {
     /// Why it is not what was wanted.
     fn why(&self) -> Option<String> {
         match &self.result {
+            Err(_) if self.verdict() == Verdict::Gone => None,
             Err(error) => Some(chain(error)),
             Ok(report) => why(report),
         }
@@ -227,6 +232,7 @@ impl Verdict {
             Self::Upgraded => "upgraded",
             Self::Unchanged => "unchanged",
             Self::RolledBack => "rolled-back",
+            Self::Gone => "gone",
             Self::Failed => "failed",
         }
     }
@@ -234,7 +240,7 @@ impl Verdict {
 
 /// How many of which.
 struct Summary {
-    counts: [(Verdict, usize); 4],
+    counts: [(Verdict, usize); 5],
     /// Keepers that did not say what they are.
     silent: usize,
     pause: Duration,
@@ -246,7 +252,7 @@ impl Summary {
         let count = |verdict| (verdict, targets.iter().filter(|target| target.verdict() == verdict).count());
         let pauses = targets.iter().filter_map(|target| target.result.as_ref().ok()).map(|report| report.pause_nanos);
         Self {
-            counts: [Verdict::Upgraded, Verdict::Unchanged, Verdict::RolledBack, Verdict::Failed].map(count),
+            counts: [Verdict::Upgraded, Verdict::Unchanged, Verdict::RolledBack, Verdict::Gone, Verdict::Failed].map(count),
             silent,
             pause: Duration::from_nanos(pauses.max().unwrap_or(0)),
             took,
@@ -255,7 +261,10 @@ impl Summary {
 
     fn is_success(&self) -> bool {
         self.silent == 0
-            && self.counts.iter().all(|(verdict, count)| matches!(verdict, Verdict::Upgraded | Verdict::Unchanged) || *count == 0)
+            && self
+                .counts
+                .iter()
+                .all(|(verdict, count)| matches!(verdict, Verdict::Upgraded | Verdict::Unchanged | Verdict::Gone) || *count == 0)
     }
 
     fn to_json(&self) -> Value {
@@ -309,7 +318,7 @@ mod tests {
         let summary = Summary::of(&targets, 0, Duration::ZERO);
         assert!(!summary.is_success());
         let text = summary.to_text(&targets);
-        assert!(text.starts_with("upgraded 1, unchanged 1, rolled-back 3, failed 0, silent 0, longest pause 2.5 ms\n"), "{text}");
+        assert!(text.starts_with("upgraded 1, unchanged 1, rolled-back 3, gone 0, failed 0, silent 0, longest pause 2.5 ms\n"), "{text}");
         assert_eq!(text.matches("signal 11").count(), 1, "{text}");
         assert!(text.contains("n1/c n1/d") && text.contains("the keeper was kept: no"), "{text}");
         targets.truncate(2);

@@ -103,6 +103,8 @@ pub(crate) struct Snapshot {
     pub(crate) upgrade: Option<UpgradeReport>,
     /// Exits that no worker lives through, withheld for now.
     pub(crate) withheld: Vec<String>,
+    /// There is no worker because none is needed.
+    pub(crate) asleep: bool,
 }
 
 /// A child of the keeper.
@@ -261,7 +263,8 @@ impl Snapshot {
             .option(self.upgrade.as_ref(), |w, report| report.write(w))
             .list(&self.withheld, |w, exit| {
                 w.str(exit);
-            });
+            })
+            .bool(self.asleep);
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
@@ -316,6 +319,7 @@ impl Snapshot {
             previous_build: r.string()?,
             upgrade: r.option(UpgradeReport::read)?,
             withheld: r.list(Reader::string)?,
+            asleep: r.bool()?,
             ..first
         })
     }

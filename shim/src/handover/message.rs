@@ -28,6 +28,8 @@ pub(crate) enum ToWorker {
     Tried,
     /// Asks for a sign of life. → [`ToKeeper::Pong`]
     Ping { number: u32 },
+    /// Nothing is to be done: may this worker end until something is? → [`ToKeeper::Watch`]*, [`ToKeeper::Rest`]
+    MayRest,
 }
 
 /// Who asks.
@@ -211,6 +213,12 @@ pub(crate) enum ToKeeper {
     Pong {
         number: u32,
     },
+    /// A descriptor is attached that can be read when a worker is needed again.
+    Watch,
+    /// Whether this worker may end for a while.
+    Rest {
+        may: bool,
+    },
 }
 
 /// The end of a step. Applied whole, in the order of the fields.
@@ -302,6 +310,7 @@ impl ToWorker {
                 w = Writer::message(9);
                 w.u32(*number);
             }
+            Self::MayRest => w = Writer::message(10),
         }
         w.finish()
     }
@@ -330,6 +339,7 @@ impl ToWorker {
             7 => Self::Try { key: r.string()?, value: r.bytes()? },
             8 => Self::Tried,
             9 => Self::Ping { number: r.u32()? },
+            10 => Self::MayRest,
             _ => return Err(Malformed { what: "a message for a worker" }),
         })
     }
@@ -363,6 +373,11 @@ impl ToKeeper {
                 w = Writer::message(5);
                 w.u32(*number);
             }
+            Self::Watch => w = Writer::message(6),
+            Self::Rest { may } => {
+                w = Writer::message(7);
+                w.bool(*may);
+            }
         }
         w.finish()
     }
@@ -379,6 +394,8 @@ impl ToKeeper {
             3 => Self::Commit(Commit::read(&mut r)?),
             4 => Self::Fit { refusal: r.option(Reader::string)? },
             5 => Self::Pong { number: r.u32()? },
+            6 => Self::Watch,
+            7 => Self::Rest { may: r.bool()? },
             _ => return Err(Malformed { what: "a message for a keeper" }),
         })
     }

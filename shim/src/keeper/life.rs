@@ -7,6 +7,7 @@
 //! ```
 //!
 //! **Invariant:** the deadline is on the worker's messages, never on how long a request takes; an idle worker is not asked anything.
+use std::collections::VecDeque;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 
 use super::capture::Capture;
-use super::inbox::{Read, read_some};
+use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::handover::{MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions};
@@ -32,6 +33,9 @@ const PING_AFTER: Duration = Duration::from_secs(1);
 const PING_EVERY: Duration = Duration::from_secs(5);
 /// So long a sign of life may take.
 const PONG_WITHIN: Duration = Duration::from_secs(5);
+
+/// The most descriptors of a worker that wait for their messages.
+const MAX_ATTACHED: usize = 4096;
 
 /// A program that workers, or the keeper's next image, are made of. Held open: its file may be replaced or removed.
 #[derive(Debug)]
@@ -119,6 +123,10 @@ pub(crate) struct Life {
     /// It was sent something since it was last heard.
     owing: bool,
     pinged_at: Option<Instant>,
+    /// It was asked whether it may rest, and nothing has happened since.
+    asked_to_rest: bool,
+    /// Descriptors that came along with messages.
+    attached: VecDeque<OwnedFd>,
 }
 
 impl Life {
@@ -151,6 +159,8 @@ impl Life {
             quiet_since: now,
             owing: false,
             pinged_at: None,
+            asked_to_rest: false,
+            attached: VecDeque::new(),
         })
     }
 
@@ -205,6 +215,7 @@ impl Life {
         if self.doomed.is_some() {
             return;
         }
+        self.asked_to_rest = matches!(message, ToWorker::MayRest);
         if !self.owing {
             self.quiet_since = now;
             self.owing = true;
@@ -231,10 +242,16 @@ impl Life {
     pub(crate) fn receive(&mut self, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
         let mut messages = Vec::new();
         while self.doomed.is_none() {
-            let read = read_some(&self.link, &mut self.input);
+            let mut buffer = [0; READ_BYTES];
+            let read = sys::descriptors::receive(self.link.as_fd(), &mut buffer);
+            let is_over = !matches!(&read, Ok((1.., _)));
+            if let Ok((count, attached)) = read {
+                self.input.extend_from_slice(&buffer[..count]);
+                self.attached.extend(attached.filter(|_| self.attached.len() < MAX_ATTACHED));
+            }
             match take_messages(&mut self.input, &mut messages) {
                 // Of what has ended the rest is torn; the process's end follows.
-                Ok(()) if !matches!(read, Ok(Read::Some)) => break,
+                Ok(()) if is_over => break,
                 Ok(()) if messages.len() < 64 => {}
                 Ok(()) => {
                     poll.again(Source::Worker(self.number));
@@ -243,10 +260,31 @@ impl Life {
                 Err(error) => self.kill(Fault::Its, format!("it breaks the format: {error}")),
             }
         }
+        if messages.iter().any(|message| matches!(message, ToKeeper::Commit(_))) {
+            self.asked_to_rest = false;
+        }
         if !messages.is_empty() {
             (self.quiet_since, self.owing, self.pinged_at) = (now, false, None);
         }
         messages
+    }
+
+    /// The descriptor of the next message that has one.
+    pub(crate) fn take_attached(&mut self) -> Option<OwnedFd> {
+        self.attached.pop_front()
+    }
+
+    /// Asks whether it may rest, if it has been idle for `spell`.
+    pub(crate) fn ask_to_rest(&mut self, spell: Duration, now: Instant) {
+        if self.rest_deadline(spell).is_some_and(|at| at <= now) {
+            self.send(&ToWorker::MayRest, None, now);
+        }
+    }
+
+    /// When [`Life::ask_to_rest`] has something to do, if nothing is unanswered.
+    pub(crate) fn rest_deadline(&self, spell: Duration) -> Option<Instant> {
+        let is_idle = self.hello.is_some() && self.doomed.is_none() && !self.owing && !self.asked_to_rest;
+        is_idle.then(|| self.quiet_since + spell)
     }
 
     /// Asks for a sign of life when one is due, and kills a worker that gives none. `is_busy`: something is unanswered.

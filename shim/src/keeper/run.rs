@@ -168,7 +168,7 @@ impl Keeper {
             control: Control::new(control, &poll)?,
             ledger: Ledger::default(),
             children: Children::default(),
-            streams: Streams::new(&poll)?,
+            streams: Streams::new(),
             publisher: Publisher::new(settings.ttrpc_address.as_deref()),
             supervisor,
             blame: Blame::default(),
@@ -240,6 +240,7 @@ impl Keeper {
                 }
             }
             Source::Stream(id) => self.streams.turn(id, now, &mut self.poll),
+            Source::Watch => self.supervisor.wake(),
             Source::Foreign(pid) => {
                 for found in self.children.foreign_ended(pid) {
                     self.found(found);
@@ -258,13 +259,14 @@ impl Keeper {
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
         }
+        // Before a worker is brought back for what needs none.
+        for due in self.ledger.overdue(now, !self.supervisor.is_serving()) {
+            self.answer(due);
+        }
         self.supervisor.ensure(now, self.ledger.is_busy(), &self.poll);
         self.tick_upgrade(now);
         self.tell(now);
         self.ledger.expire(now);
-        for due in self.ledger.overdue(now, !self.supervisor.is_serving()) {
-            self.answer(due);
-        }
         self.streams.tick(now, &mut self.poll);
         self.publisher.turn(now, &self.poll);
         self.supervisor.flush(now);
@@ -407,6 +409,11 @@ impl Keeper {
                 }
             }
             ToKeeper::Fit { .. } => {}
+            ToKeeper::Watch => self.supervisor.watch(),
+            ToKeeper::Rest { may } => {
+                let is_needed = self.ledger.is_busy() || self.upgrade.is_some();
+                self.supervisor.rest(may, is_needed, &self.poll);
+            }
             ToKeeper::Pong { number } => self.ponged(number, Instant::now()),
             ToKeeper::Operation { cause, step, op } => self.operation(cause, step, op),
             ToKeeper::Commit(commit) => self.commit(commit),
@@ -648,6 +655,7 @@ impl Keeper {
             worker_version: self.supervisor.build().map_or(0, |(_, version)| version),
             worker_path: self.supervisor.executable.path.clone(),
             fruitless: self.supervisor.fruitless,
+            asleep: self.supervisor.is_asleep(),
             last_end: self.supervisor.last_end.clone().unwrap_or_default(),
             previous_build: self.supervisor.previous.as_ref().map(|(previous, _)| previous.build.clone()).unwrap_or_default(),
             upgrade: self.last_upgrade.clone(),

@@ -4,6 +4,8 @@
 //!  Absent ──(start)──▶ Starting ──(hello)──▶ Serving ──(dies, hangs, or breaks the format)──▶ Absent ──(back-off)──▶ …
 //!                                              ▲ cut-over
 //!          candidate: Starting ──(hello)──▶ Trying ──(fit)
+//!
+//!  Serving ──(idle for a spell, and may rest)──▶ Asleep ──(anything to do, or a watch)──▶ Absent
 //! ```
 //!
 //! **Invariant:** a life that got nothing done makes the next one wait longer; one that committed anything does not.
@@ -16,10 +18,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use log::{error, info, warn};
+use log::{debug, error, info, warn};
 
 use super::life::{End, Executable, Fault, Life, Program};
-use super::poll::Poll;
+use super::poll::{Poll, Source};
 use crate::handover::{ToKeeper, ToWorker, Versions};
 use crate::settings::Settings;
 
@@ -58,6 +60,23 @@ pub(crate) struct Supervisor {
     pub(super) retry_at: Option<Instant>,
     /// How the last worker ended that was not wanted to.
     pub(super) last_end: Option<String>,
+    /// After how long an idle worker may rest; absent: never.
+    spell: Option<Duration>,
+    /// What the worker that serves has handed over for its rest.
+    watches: Vec<OwnedFd>,
+    /// There is no worker, and need be none.
+    asleep: bool,
+}
+
+/// Names the seconds after which an idle worker may rest; 0: never.
+const SPELL_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
+const DEFAULT_SPELL: Duration = Duration::from_secs(60);
+/// A worker may still look for a killing that the kernel has not counted yet.
+const LEAST_SPELL: Duration = Duration::from_secs(5);
+
+fn spell() -> Option<Duration> {
+    let named = std::env::var(SPELL_VARIABLE).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
+    Some(named.unwrap_or(DEFAULT_SPELL)).filter(|spell| !spell.is_zero()).map(|spell| spell.max(LEAST_SPELL))
 }
 
 impl Supervisor {
@@ -81,6 +100,9 @@ impl Supervisor {
             fruitless: 0,
             retry_at: None,
             last_end: None,
+            spell: spell(),
+            watches: Vec::new(),
+            asleep: false,
         })
     }
 
@@ -93,8 +115,15 @@ impl Supervisor {
             candidate.check(now, true);
         }
         if let Some(life) = &mut self.life {
+            if let (Some(spell), false) = (self.spell, is_busy) {
+                life.ask_to_rest(spell, now);
+            }
             return life.check(now, is_busy);
         }
+        if self.asleep && !is_busy {
+            return;
+        }
+        self.wake();
         if self.retry_at.is_some_and(|at| at > now) {
             return;
         }
@@ -158,6 +187,36 @@ impl Supervisor {
         true
     }
 
+    /// The worker hands over what tells when one is needed again.
+    pub(crate) fn watch(&mut self) {
+        self.watches.extend(self.life.as_mut().and_then(Life::take_attached));
+    }
+
+    /// The worker has said whether it may rest. It does, unless it is needed after all.
+    pub(crate) fn rest(&mut self, may: bool, is_needed: bool, poll: &Poll) {
+        let watched = || self.watches.iter().all(|watch| poll.add_reader(watch, Source::Watch).is_ok());
+        if !may || is_needed || !watched() {
+            self.watches.clear();
+            return;
+        }
+        debug!(life = self.lives; "the worker rests");
+        self.asleep = true;
+        if let Some(life) = &mut self.life {
+            life.kill(Fault::Ours, "it rests".into());
+        }
+    }
+
+    /// A worker is needed again.
+    pub(crate) fn wake(&mut self) {
+        self.asleep = false;
+        self.watches.clear();
+    }
+
+    /// Whether there is no worker because none is needed.
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.asleep
+    }
+
     /// Starts a worker of another program beside the one that serves.
     pub(crate) fn try_out(&mut self, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<()> {
         self.last_number += 1;
@@ -173,6 +232,7 @@ impl Supervisor {
     pub(crate) fn cut_over(&mut self, executable: Executable, now: Instant) {
         let Some(candidate) = self.candidate.take() else { return };
         self.life = Some(candidate);
+        self.wake();
         let previous = std::mem::replace(&mut self.executable, executable);
         self.previous = Some((previous, now + PROBATION));
         self.lives += 1;
@@ -268,8 +328,11 @@ impl Supervisor {
     /// When [`Supervisor::ensure`] has something to do.
     pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
         let life = match &self.life {
-            Some(life) => life.deadline(is_busy),
-            None => self.retry_at,
+            Some(life) => {
+                let rest = self.spell.filter(|_| !is_busy).and_then(|spell| life.rest_deadline(spell));
+                life.deadline(is_busy).into_iter().chain(rest).min()
+            }
+            None => self.retry_at.filter(|_| !self.asleep),
         };
         let candidate = self.candidate.as_ref().and_then(|candidate| candidate.deadline(true));
         [life, candidate, self.previous.as_ref().map(|(_, until)| *until)].into_iter().flatten().min()

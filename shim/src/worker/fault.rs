@@ -202,6 +202,7 @@ mod active {
             }
             Ok(ToKeeper::Fit { .. }) => "fit".into(),
             Ok(ToKeeper::Pong { .. }) => "pong".into(),
+            Ok(ToKeeper::Watch | ToKeeper::Rest { .. }) => "rest".into(),
             Err(error) => format!("nonsense: {error}"),
         }
     }
@@ -220,6 +221,7 @@ mod active {
             ToWorker::Try { key, .. } => format!("try {key}"),
             ToWorker::Tried => "tried".into(),
             ToWorker::Ping { .. } => "ping".into(),
+            ToWorker::MayRest => "may-rest".into(),
         }
     }
 

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 
@@ -64,6 +64,21 @@ impl Link {
     /// Says whether this worker can take over, or why not.
     pub(crate) fn fit(&self, refusal: Option<String>) {
         self.put(&ToKeeper::Fit { refusal }.encode());
+    }
+
+    /// Says whether this worker may end for a while.
+    pub(crate) fn rest(&self, may: bool) {
+        self.put(&ToKeeper::Rest { may }.encode());
+    }
+
+    /// Hands over what tells when a worker is needed again. Returns whether it could be, at once.
+    pub(crate) fn watch(&self, descriptor: &OwnedFd) -> bool {
+        let frame = ToKeeper::Watch.encode();
+        let numbers = [descriptor.as_raw_fd()];
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        let slices = [io::IoSlice::new(&frame)];
+        let sent = || sendmsg::<()>(self.socket.get_ref().as_raw_fd(), &slices, &[ControlMessage::ScmRights(&numbers)], flags, None);
+        self.queue.borrow().is_empty() && sent().is_ok_and(|count| count == frame.len())
     }
 
     /// Asks for an operation at once; its outcome is waited for by awaiting what is returned.
@@ -179,7 +194,7 @@ impl Incoming {
         let Some(frame) = rest.get(4..4 + length) else { return Ok(None) };
         let message = ToWorker::decode(frame).map_err(|source| LinkError::Malformed { source })?;
         // When these come is a matter of time alone: faults are counted without them.
-        if !matches!(message, ToWorker::Ping { .. } | ToWorker::Try { .. } | ToWorker::Tried) {
+        if !matches!(message, ToWorker::Ping { .. } | ToWorker::Try { .. } | ToWorker::Tried | ToWorker::MayRest) {
             self.link.faults.received(&message);
         }
         self.taken += 4 + length;

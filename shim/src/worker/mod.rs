@@ -132,7 +132,7 @@ impl Worker {
                 }
                 ToWorker::Exit { cause, exit } => backlog.push(Pending::Exit(cause, exit)),
                 ToWorker::CaughtUp => break,
-                ToWorker::Done { .. } | ToWorker::Ping { .. } => {}
+                ToWorker::Done { .. } | ToWorker::Ping { .. } | ToWorker::MayRest => {}
             }
             incoming.acted();
         }
@@ -185,6 +185,7 @@ impl Worker {
                 disguise::meet_exit(&exit.key);
                 launch(Rc::clone(self).exited(self.cause(cause), exit));
             }
+            ToWorker::MayRest => self.link.rest(container::may_rest(self)),
             _ => log::warn!("a message out of turn"),
         }
     }

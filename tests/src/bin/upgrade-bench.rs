@@ -4,7 +4,8 @@
 //! upgrade-bench [--rounds 1000] [--shims 0] [--json]
 //! ```
 //! `X_SHIM` names the shim. In each round a client calls without a pause what only a worker can answer, while the shim goes on as a copy
-//! of its program; the longest call is the round's pause. One half of the rounds replaces the worker, the other the keeper too.
+//! of its program; the longest call is the round's pause. One half of the rounds replaces the worker, the other the keeper too; as many
+//! again ask the shim for nothing but `ps`, which shows how long a call takes on this machine anyway.
 //! `--shims` upgrades that many containers' shims in one go instead.
 
 use std::path::{Path, PathBuf};
@@ -68,7 +69,7 @@ async fn measure(plan: &Plan) -> Result<()> {
     let shim = Shim::on_trial()?;
     let own = std::env::current_exe()?;
     let stand = Stand::new(&shim, own.parent().context("a file is in a folder")?)?;
-    let copies = [copy(&stand, "a")?, copy(&stand, "b")?];
+    let copies = [copy(&stand, "first")?, copy(&stand, "second")?];
     let result = if plan.shims > 0 { many(&stand, &copies[0], plan.shims).await? } else { rounds(&stand, &copies, plan.rounds).await? };
     if plan.json {
         println!("{result:#}")
@@ -88,11 +89,16 @@ fn copy(stand: &Stand, name: &str) -> Result<PathBuf> {
 async fn rounds(stand: &Stand, copies: &[PathBuf; 2], rounds: usize) -> Result<Value> {
     let container = stand.instant("c1", &["sleep", "100000"]).run().await?;
     let mut result = json!({});
+    let mut idle = Vec::new();
+    for _ in 0..rounds / 2 {
+        idle.push(beside_calls(&container, ps(stand)).await?.0);
+    }
+    result["nothing"] = json!({ "rounds": idle.len(), "seen by a client": figures(idle)? });
     for (kind, words) in [("worker", &["--worker-only"][..]), ("worker and keeper", &[])] {
         let mut pauses = Vec::new();
         let mut told = Vec::new();
         for round in 0..rounds / 2 {
-            let (pause, report) = upgrade_once(&container, &copies[round % 2], words).await?;
+            let (pause, report) = beside_calls(&container, upgrade(stand, &copies[round % 2], words)).await?;
             pauses.push(pause);
             told.push(Duration::from_secs_f64(report["summary"]["longest_pause_ms"].as_f64().context("no pause")? / 1e3));
         }
@@ -102,11 +108,11 @@ async fn rounds(stand: &Stand, copies: &[PathBuf; 2], rounds: usize) -> Result<V
     Ok(result)
 }
 
-/// Upgrades a shim under a client. Returns its longest call, and what the command has said.
-async fn upgrade_once(container: &Container, program: &Path, words: &[&str]) -> Result<(Duration, Value)> {
+/// Has a client call while something is done. Returns its longest call, and what has come of it.
+async fn beside_calls(container: &Container, something: impl Future<Output = Result<Value>>) -> Result<(Duration, Value)> {
     let stop = Arc::new(AtomicBool::new(false));
     let calls = tokio::spawn(call_until(container.task.clone(), Arc::clone(&stop)));
-    let report = upgrade(container.stand(), program, words).await;
+    let report = something.await;
     stop.store(true, Ordering::Relaxed);
     Ok((calls.await??, report?))
 }
@@ -120,6 +126,12 @@ async fn call_until(task: shim_tests::task::Task, stop: Arc<AtomicBool>) -> Resu
         ensure!(answer.is_err_and(|error| error.code() == Some(Code::NotFound)), "there is a process that nobody has made");
     }
     Ok(longest)
+}
+
+async fn ps(stand: &Stand) -> Result<Value> {
+    let mut command = tokio::process::Command::new(stand.binary());
+    let output = command.args(["ps", "--json", "--namespace", stand.namespace()]).kill_on_drop(true).output().await?;
+    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 async fn upgrade(stand: &Stand, program: &Path, words: &[&str]) -> Result<Value> {

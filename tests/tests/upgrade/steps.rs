@@ -33,6 +33,8 @@ struct Scene {
     waits: Vec<JoinHandle<Result<u32>>>,
     /// Lines written to the terminal so far.
     lines: Cell<u32>,
+    /// How many descriptors the keeper of the paused container had after its first upgrade.
+    descriptors: Cell<usize>,
 }
 
 async fn everything(outer: Context) -> Result<()> {
@@ -56,7 +58,18 @@ async fn everything(outer: Context) -> Result<()> {
             waits.push(tokio::task::spawn_local(async move { Ok(client.wait_for_ever(&id, "").await?.into_inner().exit_status) }));
         }
     }
-    let scene = Scene { cx: cx.clone(), gate, writer, terminal, paused, busy: Rc::clone(&busy), keepers, waits, lines: Cell::new(0) };
+    let scene = Scene {
+        cx: cx.clone(),
+        gate,
+        writer,
+        terminal,
+        paused,
+        busy: Rc::clone(&busy),
+        keepers,
+        waits,
+        lines: Cell::new(0),
+        descriptors: Cell::new(0),
+    };
 
     let stop = Rc::new(Cell::new(false));
     let execs = tokio::task::spawn_local(exec_until(Rc::clone(&busy), Rc::clone(&stop)));
@@ -150,6 +163,15 @@ impl Scene {
             self.writer.io.out().count() > before + 1000
         })
         .await?;
+        let count = shim_tests::proc::open_files(self.keepers[2])?.len();
+        if name != "old" && self.descriptors.get() == 0 {
+            self.descriptors.set(count);
+        }
+        ensure!(
+            self.descriptors.get() == 0 || count == self.descriptors.get(),
+            "{count} descriptors, there were {}",
+            self.descriptors.get()
+        );
         ensure!(self.waits.iter().all(|wait| !wait.is_finished()), "a wait has ended");
         Ok(())
     }

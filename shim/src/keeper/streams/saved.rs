@@ -36,7 +36,7 @@ impl Streams {
     }
 
     pub(crate) fn load(l: &mut Loader<'_, '_>, poll: &mut Poll) -> Result<Self, Error> {
-        let mut streams = Self::new(poll)?;
+        let mut streams = Self::new();
         (streams.last_pump, streams.bytes_moved, streams.bytes_lost) = (l.u32()?, l.u64()?, l.u64()?);
         streams.entries = l.each(Entry::load)?;
         let pumps = l.each(|l| {
@@ -59,7 +59,7 @@ impl Streams {
         for (id, pump, draining) in pumps {
             streams.pumps.insert(id, pump);
             if let Some(number) = draining.filter(|_| !l.is_rehearsal()) {
-                streams.watch_fifo(id, number);
+                streams.watch_fifo(id, number, poll);
             }
         }
         Ok(streams)

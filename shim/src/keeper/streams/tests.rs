@@ -17,7 +17,7 @@ impl Bench {
         let folder = std::env::temp_dir().join(format!("x-streams-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder in the temporary directory");
         let poll = Poll::new().expect("an epoll set");
-        let streams = Streams::new(&poll).expect("an inotify instance");
+        let streams = Streams::new();
         Self { poll, streams, folder }
     }
 

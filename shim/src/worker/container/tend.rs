@@ -42,6 +42,7 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
             return;
         }
     };
+    watch.follow();
     let (worker, watched) = (Rc::clone(worker), Rc::clone(container));
     let task = tokio::task::spawn_local(async move {
         let mut pause = FIRST_PAUSE;

@@ -1,0 +1,5 @@
+//! System calls that neither `std` nor `nix` gives safely.
+//!
+//! **Invariant:** `unsafe` lives here only; every function here has a safe signature.
+
+pub(crate) mod descriptors;
