@@ -43,6 +43,18 @@ conformance: packages build conformance-tool
 conformance-tool:
 	$(CARGO) build --locked --package shim-tests --bins
 
+## containers and processes for MINUTES while everything around them fails, then an audit; X_SEED repeats a run
+MINUTES ?= 10
+.PHONY: soak
+soak: packages suites build
+	X_SHIM=$(SHIM) X_SOAK_SECONDS=$$(( $(MINUTES) * 60 )) $(CARGO) test --locked --package shim-tests --test soak
+
+## ROUNDS mutated inputs for each parser of bytes from outside; X_SEED chooses which
+ROUNDS ?= 1000000
+.PHONY: fuzz
+fuzz:
+	X_FUZZ_ROUNDS=$(ROUNDS) $(CARGO) test --locked --release --package containerd-shim-x --bin containerd-shim-x-v2 no_bytes
+
 ## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; takes half an hour
 conformance-docs: packages suites build conformance-tool
 	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs

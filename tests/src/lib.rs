@@ -10,6 +10,7 @@
 //! | [`client`] | containerd's gRPC API, every call with a deadline |
 //! | [`container`] | a container under test: spec, stdio, task, execs |
 //! | [`context`] | what a test is given |
+//! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
 //! | [`docker`] | a dockerd on top of a daemon |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
@@ -35,6 +36,7 @@ pub mod client;
 pub mod conformance;
 pub mod container;
 pub mod context;
+pub mod cri;
 pub mod daemon;
 pub mod direct;
 pub mod docker;
