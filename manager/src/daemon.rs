@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::info;
 use nix::fcntl::{Flock, FlockArg};
@@ -25,10 +26,10 @@ pub(crate) fn run(settings: Settings) -> Result<()> {
 }
 
 async fn serve(settings: Settings) -> Result<()> {
-    let _only_one = claim(&settings.root)?;
+    let _only_one = patiently(|| claim(&settings.root)).await?;
     let manager = Arc::new(Manager::open(&settings).await?);
-    let clients = sockets::listen(&settings.address, settings.gid)?;
-    let shims = sockets::listen(&settings.ttrpc_address(), 0)?;
+    let clients = patiently(|| sockets::listen(&settings.address, settings.gid)).await?;
+    let shims = patiently(|| sockets::listen(&settings.ttrpc_address(), 0)).await?;
     manager.tasks.load().await?;
     let mut events = forward::serve(shims, Arc::clone(&manager.tasks)).await?;
     let (stop, stopped) = watch::channel(false);
@@ -48,6 +49,18 @@ async fn serve(settings: Settings) -> Result<()> {
     Ok(())
 }
 
+/// Tries again for a moment: a daemon that was killed while it started a program leaves a copy of itself, with its lock and its sockets,
+/// until that program begins.
+async fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
+    let begin = Instant::now();
+    loop {
+        match attempt() {
+            Err(Error::Precondition(_)) if begin.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
+            result => return result,
+        }
+    }
+}
+
 /// Makes sure that no other daemon works on the same data.
 fn claim(root: &Path) -> Result<Flock<File>> {
     std::fs::create_dir_all(root).on("make folder", root)?;
@@ -57,6 +70,9 @@ fn claim(root: &Path) -> Result<Flock<File>> {
         .map_err(|_| Error::Precondition(format!("another x-manager works on {}", root.display())))
 }
 
+/// How long what a dead daemon holds is waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(10);
 /// For work that waits for the disk; they end when they have nothing to do.
 const BLOCKING_THREADS: usize = 16;
 /// Of each of them.

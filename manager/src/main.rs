@@ -16,6 +16,7 @@ mod name;
 mod settings;
 mod sockets;
 mod store;
+mod sys;
 mod tasks;
 mod timestamp;
 mod wire;
