@@ -62,7 +62,13 @@ impl Client {
         &self.namespace
     }
 
-    fn request<T>(&self, message: T) -> Request<T> {
+    /// All of the API; requests for it come from [`Self::request`].
+    pub fn api(&self) -> &api::Client {
+        &self.api
+    }
+
+    /// A request in this namespace.
+    pub fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         let namespace = self.namespace.parse().expect("tests name namespaces in ASCII");
         request.metadata_mut().insert("containerd-namespace", namespace);

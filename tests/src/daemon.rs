@@ -172,7 +172,8 @@ impl Daemon {
         Ok(())
     }
 
-    fn spawn(&self) -> Result<()> {
+    /// Starts it, without waiting for anything.
+    pub fn spawn(&self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
         let child = self
             .program()
