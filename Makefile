@@ -9,7 +9,7 @@ MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
 
-.PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 lint install packages suites bench bench-manager clean
+.PHONY: build build-faulty build-manager test-manager run test test-unit test-e2e test-cgroup2 lint install packages suites bench bench-manager clean
 
 build:
 	$(CARGO) build --locked --release --package containerd-shim-x --package x-manager
@@ -24,18 +24,27 @@ else
 endif
 
 ## unit tests, then end-to-end tests on stock containerd 1.6, 1.7 and 2.1
-test: test-unit test-e2e
+test: test-unit test-e2e test-manager
 
 test-unit: packages
-	$(CARGO) test --locked --package containerd-shim-x --package x-manager --package x-proto
+	$(CARGO) test --locked --package containerd-shim-x --package x-proto
+	$(CARGO) test --locked --package x-manager
 
 test-e2e: packages suites build build-faulty
-	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests
+	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
+		--test containerd --test docker --test faults --test protocol
+
+## the same tests with x-manager in containerd's place, and its own
+test-manager: packages suites build build-manager
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
 
 ## on cgroup v2 without v1, in an emulated guest: some minutes, so not part of `test`
 test-cgroup2: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) runc crun
+
+build-manager:
+	$(CARGO) build --locked --release --package x-manager
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:

@@ -101,20 +101,24 @@ async fn measure(plan: Plan) -> Result<Value> {
     tokio::time::sleep(Duration::from_secs(3)).await;
     let idle = memory(&daemon)?;
 
+    eprintln!("{}: lives, events", cx.suite());
     let mut lives = Vec::new();
     for _round in 0..plan.rounds {
         let begin = Instant::now();
         ensure!(cx.container(&["true"]).run().await? == 0);
         lives.push(begin.elapsed().as_secs_f64() * 1000.0);
     }
+    eprintln!("events");
     let events = events_per_second(cx.client()).await?;
 
+    eprintln!("{} containers", plan.containers);
     let mut containers = Vec::new();
     for _container in 0..plan.containers {
         containers.push(cx.container(&["sleep", "100000"]).start().await?);
     }
     tokio::time::sleep(Duration::from_secs(3)).await;
     let full = memory(&daemon)?;
+    eprintln!("restart");
     daemon.kill()?;
     let begin = Instant::now();
     let answered = first_answer(&daemon).await?;
@@ -127,14 +131,11 @@ async fn measure(plan: Plan) -> Result<Value> {
     })
     .await?;
     let all = begin.elapsed();
+    eprintln!("end");
     tokio::time::sleep(Duration::from_secs(3)).await;
     let again = memory(&daemon)?;
-    let mut ends = JoinSet::new();
     for container in containers {
-        ends.spawn_local(async move { container.destroy().await.map(drop) });
-    }
-    while let Some(ended) = ends.join_next().await {
-        ended??;
+        container.destroy().await?;
     }
     Ok(json!({
         "first": median(&mut starts), "idle": idle, "life": median(&mut lives), "events": events, "full": full, "again": again,
