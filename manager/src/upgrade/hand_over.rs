@@ -52,7 +52,9 @@ pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path) -> Result<u32> {
     let copy = if migrates { Some(Copied::of(estate).await?) } else { None };
     match successor.move_in(closed, estate.gate).await {
         Ok(pid) => {
-            copy.map(Copied::remove);
+            if let Some(copy) = copy {
+                copy.remove();
+            }
             Ok(pid)
         }
         Err((error, closed)) => {

@@ -132,7 +132,8 @@ pub(crate) async fn an_exit_around_an_upgrade_is_told(cx: Context) -> Result<()>
             stdin.write_all(b"go\n")
         };
         let (upgraded, ended) = tokio::join!(upgraded(cx.daemon()), end);
-        (upgraded?, ended?);
+        upgraded?;
+        ended?;
         cx.client().reconnected().await?;
         let state = container.phase(Phase::Stopped).await?;
         ensure!(state.exit_status == 3, "{state:?}");
