@@ -8,11 +8,9 @@ TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
-MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 
-.PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 campaign conformance conformance-docs lint install packages suites bench bench-upgrade clean
-
-.PHONY: test-manager bench-manager
+.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 campaign soak fuzz conformance conformance-docs conformance-tool
+.PHONY: lint install packages suites bench bench-upgrade bench-manager clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -52,19 +50,16 @@ conformance: packages build conformance-tool
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine crun
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine runc
 
-.PHONY: conformance-tool
 conformance-tool:
 	$(CARGO) build --locked --package shim-tests --bins
 
 ## containers and processes for MINUTES while everything around them fails, then an audit; X_SEED repeats a run
 MINUTES ?= 10
-.PHONY: soak
 soak: packages suites build
 	X_SHIM=$(SHIM) X_SOAK_SECONDS=$$(( $(MINUTES) * 60 )) $(CARGO) test --locked --package shim-tests --test soak
 
 ## ROUNDS mutated inputs for each parser of bytes from outside; X_SEED chooses which
 ROUNDS ?= 1000000
-.PHONY: fuzz
 fuzz:
 	X_FUZZ_ROUNDS=$(ROUNDS) $(CARGO) test --locked --release --package containerd-shim-x --bin containerd-shim-x-v2 no_bytes
 
