@@ -1,5 +1,6 @@
 # make run    the main job: containers that outlive their daemon, its replacement, and the shim's worker
 # make test   everything that must hold
+# make conformance   what containerd asks of a shim, clause by clause, and what ours makes of it
 PREFIX ?= /usr/local
 CARGO ?= cargo
 TARGET_DIR := $(shell $(CARGO) metadata --format-version 1 --no-deps 2>/dev/null | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
@@ -8,8 +9,10 @@ SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
+.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 campaign soak fuzz conformance conformance-docs conformance-tool
+.PHONY: lint install packages suites bench bench-upgrade bench-manager clean
 
-.PHONY: build build-faulty build-manager test-manager run test test-unit test-e2e test-cgroup2 lint install packages suites bench bench-manager clean
+CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
 build:
 	$(CARGO) build --locked --release --package containerd-shim-x --package x-manager
@@ -27,15 +30,14 @@ endif
 test: test-unit test-e2e test-manager
 
 test-unit: packages
-	$(CARGO) test --locked --package containerd-shim-x --package x-proto
-	$(CARGO) test --locked --package x-manager
+	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager
 
 test-e2e: packages suites build build-faulty
 	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
-		--test containerd --test docker --test faults --test protocol
+		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
 
 ## the same tests with x-manager in containerd's place, and its own
-test-manager: packages suites build build-manager
+test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
 
 ## on cgroup v2 without v1, in an emulated guest: some minutes, so not part of `test`
@@ -43,8 +45,38 @@ test-cgroup2: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) runc crun
 
-build-manager:
-	$(CARGO) build --locked --release --package x-manager
+## the protocol's clauses, on our shim, with both OCI runtimes
+conformance: packages build conformance-tool
+	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine crun
+	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine runc
+
+conformance-tool:
+	$(CARGO) build --locked --package shim-tests --bins
+
+## containers and processes for MINUTES while everything around them fails, then an audit; X_SEED repeats a run
+MINUTES ?= 10
+soak: packages suites build
+	X_SHIM=$(SHIM) X_SOAK_SECONDS=$$(( $(MINUTES) * 60 )) $(CARGO) test --locked --package shim-tests --test soak
+
+## ROUNDS mutated inputs for each parser of bytes from outside; X_SEED chooses which
+ROUNDS ?= 1000000
+fuzz:
+	X_FUZZ_ROUNDS=$(ROUNDS) $(CARGO) test --locked --release --package containerd-shim-x --bin containerd-shim-x-v2 no_bytes
+
+## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; takes half an hour
+conformance-docs: packages suites build conformance-tool
+	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
+
+## N runs with random deaths, stops and upgrades of the worker, on the oldest and the newest containerd; X_SEED chooses which
+N ?= 1000
+campaign: packages suites build-faulty
+	X_SHIM_FAULTY=$(FAULTY_SHIM) X_CAMPAIGN=$(N) X_CAMPAIGN_WITHIN=$$(( $(N) * 10 + 600 )) $(CARGO) test --locked --package shim-tests --test faults -- campaign
+
+## how long a client waits while its shim is upgraded, one upgrade of 1,000 shims, what a worker's rest gives and costs
+bench-upgrade: packages build
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rounds 2000
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --shims 1000
+	X_SHIM=$(SHIM) X_SHIM_IDLE_SECONDS=5 $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rest 50
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:

@@ -45,8 +45,22 @@ impl Daemon {
         Self::start_with(suite, shim, &[]).await
     }
 
+    /// The same with its CRI plugin, and with what `more` adds to the configuration.
+    pub async fn start_for_pods(suite: Suite, shim: &Shim, more: impl FnOnce(&Path) -> String) -> Result<Self> {
+        Self::start_configured(suite, shim, &[], |folder| format!("{}{}", base_configuration(suite, folder, ""), more(folder))).await
+    }
+
     /// The same with more environment, which its shims inherit.
     pub async fn start_with(suite: Suite, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
+        Self::start_configured(suite, shim, environment, |folder| configuration(suite, folder)).await
+    }
+
+    async fn start_configured(
+        suite: Suite,
+        shim: &Shim,
+        environment: &[(&str, &str)],
+        configuration: impl FnOnce(&Path) -> String,
+    ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = Path::new(isolation::RUN).join(format!("d{number}"));
@@ -55,7 +69,7 @@ impl Daemon {
         if let Some(binary) = &shim.binary {
             symlink(binary, folder.join("bin").join(shim.binary_name()))?;
         }
-        fs::write(folder.join("config.toml"), configuration(suite, &folder))?;
+        fs::write(folder.join("config.toml"), configuration(&folder))?;
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let daemon = Self { suite, folder, environment, process: Mutex::new(None) };
         daemon.spawn()?;
@@ -239,20 +253,25 @@ fn level() -> &'static str {
 }
 
 fn configuration(suite: Suite, folder: &Path) -> String {
-    let (version, disabled) = match suite {
-        Suite::Bookworm | Suite::Trixie => (2, r#""io.containerd.grpc.v1.cri""#),
-        Suite::Forky => (
-            3,
+    let pods = match suite {
+        Suite::Bookworm | Suite::Trixie => r#""io.containerd.grpc.v1.cri", "#,
+        Suite::Forky => {
             r#""io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
-               "io.containerd.podsandbox.controller.v1.podsandbox", "io.containerd.nri.v1.nri""#,
-        ),
+               "io.containerd.podsandbox.controller.v1.podsandbox", "io.containerd.nri.v1.nri", "#
+        }
     };
+    base_configuration(suite, folder, pods)
+}
+
+/// The configuration without the plugins that `disabled` lists.
+fn base_configuration(suite: Suite, folder: &Path, disabled: &str) -> String {
+    let version = if suite == Suite::Forky { 3 } else { 2 };
     let level = level();
     format!(
         r#"version = {version}
 root = "{folder}/root"
 state = "{folder}/state"
-disabled_plugins = [{disabled}, "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+disabled_plugins = [{disabled}"io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
   "io.containerd.snapshotter.v1.blockfile", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
 [grpc]

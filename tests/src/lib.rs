@@ -10,6 +10,7 @@
 //! | [`client`] | containerd's gRPC API, every call with a deadline |
 //! | [`container`] | a container under test: spec, stdio, task, execs |
 //! | [`context`] | what a test is given |
+//! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
 //! | [`operator`] | what an operator does with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
 //! | [`events`] | the daemon's events, collected |
@@ -17,20 +18,26 @@
 //! | [`gate`] | a runtime that blocks, fails or shouts on demand |
 //! | [`direct`] | the runner of cases that drive a shim without a daemon |
 //! | [`stand`] | such a case's surroundings |
+//! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
 //! | [`witness`] | a container that has to go on whatever is done to its shim |
 //! | [`ttrpc`] | frames, broken ones too, and calls |
 //! | [`task`] | containerd's task service |
 //! | [`fake_containerd`] | the taker of events, who may refuse, stay silent or vanish |
 //! | [`audit`] | what is left behind |
+//! | [`conformance`] | the clauses of the protocol and the cases that prove them |
+//! | [`trace`] | what happened in a case, line by line |
 //!
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
 
 pub mod audit;
+pub mod builds;
 pub mod bundle;
 pub mod client;
+pub mod conformance;
 pub mod container;
 pub mod context;
+pub mod cri;
 pub mod daemon;
 pub mod direct;
 pub mod docker;
@@ -49,5 +56,6 @@ pub mod stand;
 pub mod stdio;
 pub mod suite;
 pub mod task;
+pub mod trace;
 pub mod ttrpc;
 pub mod witness;
