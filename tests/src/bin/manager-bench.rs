@@ -113,8 +113,9 @@ async fn measure(plan: Plan) -> Result<Value> {
 
     eprintln!("{} containers", plan.containers);
     let mut containers = Vec::new();
-    for _container in 0..plan.containers {
-        containers.push(cx.container(&["sleep", "100000"]).start().await?);
+    for number in 0..plan.containers {
+        let started = cx.container(&["sleep", "100000"]).start().await;
+        containers.push(started.with_context(|| format!("container {number}\n{}", last_lines(&daemon.log())))?);
     }
     tokio::time::sleep(Duration::from_secs(3)).await;
     let full = memory(&daemon)?;
@@ -202,6 +203,11 @@ async fn events_per_second(cx: &Context) -> Result<f64> {
     }
     let rate = f64::from(heard) / begin.elapsed().as_secs_f64();
     Ok(rate)
+}
+
+fn last_lines(log: &str) -> String {
+    let lines: Vec<_> = log.lines().collect();
+    lines[lines.len().saturating_sub(10)..].join("\n")
 }
 
 fn median(values: &mut [f64]) -> f64 {

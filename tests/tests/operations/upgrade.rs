@@ -89,7 +89,7 @@ pub(crate) async fn no_connection_is_refused_over_upgrades(cx: Context) -> Resul
             let state = client.state(&container.id, "").await;
             // one that was accepted at the last moment is sent away so that it asks again
             let state = match state {
-                Err(status) if status.code() == Code::Unavailable || status.message().contains("refused") => {
+                Err(status) if status.code() == Code::Unavailable || status.message().contains("transport error") => {
                     Client::connect(&cx.daemon().address(), cx.client().namespace()).await?.state(&container.id, "").await?
                 }
                 state => state?,
