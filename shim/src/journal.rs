@@ -148,3 +148,33 @@ fn read_body(bytes: &[u8]) -> Result<Option<Vec<u8>>, Malformed> {
 fn sum(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_bytes_in_a_journal_make_its_reader_panic_and_a_torn_one_says_nothing() {
+        let folder = std::env::temp_dir().join(format!("x-journal-fuzz-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let path = folder.join(FILE_NAME);
+        let journal = Journal::open(&path).expect("a journal");
+        let exit = RecordedExit { pid: 7, status: 3, at_nanos: 5 };
+        journal.write_body(br#"{"version":1,"id":"c1"}"#).expect("a body");
+        journal.write_exit(exit).expect("an exit");
+        let whole = std::fs::read(&path).expect("its bytes");
+        let contents = read(&path).expect("a journal");
+        assert_eq!(contents.exit, Some(exit));
+        let torn = folder.join("torn");
+        crate::fuzz::each(std::slice::from_ref(&whole), |bytes| {
+            std::fs::write(&torn, bytes).expect("a file");
+            let Ok(found) = read(&torn) else { return };
+            // a sum of 32 bits does not lie by accident
+            assert!(found.exit.is_none_or(|found| found == exit), "{found:?}");
+            if let Some(body) = found.body {
+                let _ = crate::journal_body::JournalBody::decode(&body);
+            }
+        });
+        std::fs::remove_dir_all(&folder).expect("removal");
+    }
+}

@@ -8,6 +8,8 @@ mod control;
 mod disguise;
 mod engine;
 mod frame;
+#[cfg(test)]
+mod fuzz;
 mod handover;
 mod invocation;
 mod journal;

@@ -62,7 +62,13 @@ impl Client {
         &self.namespace
     }
 
-    fn request<T>(&self, message: T) -> Request<T> {
+    /// All of the API; requests for it come from [`Self::request`].
+    pub fn api(&self) -> &api::Client {
+        &self.api
+    }
+
+    /// A request in this namespace.
+    pub fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         let namespace = self.namespace.parse().expect("tests name namespaces in ASCII");
         request.metadata_mut().insert("containerd-namespace", namespace);
@@ -224,13 +230,13 @@ impl Client {
     }
 
     /// Opens the stream of this namespace's events.
-    pub(crate) async fn subscribe(&self) -> Answer<tonic::Streaming<api::types::Envelope>> {
+    pub async fn subscribe(&self) -> Answer<tonic::Streaming<api::types::Envelope>> {
         let filters = vec![format!("namespace=={}", self.namespace)];
         Ok(self.api.events().subscribe(self.request(SubscribeRequest { filters })).await?.into_inner())
     }
 
     /// Publishes an event.
-    pub(crate) async fn publish(&self, topic: &str, event: Any) -> Answer<()> {
+    pub async fn publish(&self, topic: &str, event: Any) -> Answer<()> {
         let request = self.request(PublishRequest { topic: topic.to_owned(), event: Some(event) });
         self.call("publish", self.api.events().publish(request)).await
     }

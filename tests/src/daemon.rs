@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -27,7 +27,14 @@ pub struct Daemon {
     suite: Suite,
     folder: PathBuf,
     environment: Vec<(String, String)>,
-    process: Mutex<Option<Child>>,
+    process: Mutex<Option<Running>>,
+}
+
+#[derive(Debug)]
+enum Running {
+    Child(Child),
+    /// A process that has taken over from a child.
+    Successor(i32),
 }
 
 impl Daemon {
@@ -38,8 +45,22 @@ impl Daemon {
         Self::start_with(suite, shim, &[]).await
     }
 
+    /// The same with its CRI plugin, and with what `more` adds to the configuration.
+    pub async fn start_for_pods(suite: Suite, shim: &Shim, more: impl FnOnce(&Path) -> String) -> Result<Self> {
+        Self::start_configured(suite, shim, &[], |folder| format!("{}{}", base_configuration(suite, folder, ""), more(folder))).await
+    }
+
     /// The same with more environment, which its shims inherit.
     pub async fn start_with(suite: Suite, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
+        Self::start_configured(suite, shim, environment, |folder| configuration(suite, folder)).await
+    }
+
+    async fn start_configured(
+        suite: Suite,
+        shim: &Shim,
+        environment: &[(&str, &str)],
+        configuration: impl FnOnce(&Path) -> String,
+    ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = Path::new(isolation::RUN).join(format!("d{number}"));
@@ -48,7 +69,7 @@ impl Daemon {
         if let Some(binary) = &shim.binary {
             symlink(binary, folder.join("bin").join(shim.binary_name()))?;
         }
-        fs::write(folder.join("config.toml"), configuration(suite, &folder))?;
+        fs::write(folder.join("config.toml"), configuration(&folder))?;
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let daemon = Self { suite, folder, environment, process: Mutex::new(None) };
         daemon.spawn()?;
@@ -121,20 +142,52 @@ impl Daemon {
 
     /// Its pid, while it runs.
     pub fn pid(&self) -> Option<u32> {
-        self.process.lock().expect("no panic under this lock").as_ref().map(Child::id)
+        self.process.lock().expect("no panic under this lock").as_ref().map(|running| match running {
+            Running::Child(child) => child.id(),
+            Running::Successor(pid) => pid.cast_unsigned(),
+        })
     }
 
     fn end(&self, signal: Signal) -> Result<()> {
-        let child = self.process.lock().expect("no panic under this lock").take();
-        if let Some(mut child) = child {
-            kill(Pid::from_raw(child.id().cast_signed()), signal)?;
-            child.wait()?;
-            isolation::forget(child.id());
+        let running = self.process.lock().expect("no panic under this lock").take();
+        match running {
+            None => {}
+            Some(Running::Child(mut child)) => {
+                kill(Pid::from_raw(child.id().cast_signed()), signal)?;
+                child.wait()?;
+                isolation::forget(child.id());
+            }
+            Some(Running::Successor(pid)) => {
+                kill(Pid::from_raw(pid), signal)?;
+                let begin = Instant::now();
+                while proc::is_alive(pid) {
+                    ensure!(begin.elapsed() < SOON, "process {pid} does not end");
+                    std::thread::sleep(Duration::from_millis(5)); // a look at a process that is nobody's child here
+                }
+            }
         }
         Ok(())
     }
 
-    fn spawn(&self) -> Result<()> {
+    /// Says that process `pid` has taken over, and waits for the end of the one before.
+    pub async fn is_succeeded_by(&self, pid: i32) -> Result<()> {
+        let before = self.process.lock().expect("no panic under this lock").replace(Running::Successor(pid));
+        match before {
+            None => bail!("nothing ran before {pid}"),
+            Some(Running::Child(mut child)) => {
+                let status = eventually("the process before has ended", SOON, async || child.try_wait()?.context("it runs")).await?;
+                isolation::forget(child.id());
+                ensure!(status.success(), "the process before ended with {status}");
+            }
+            Some(Running::Successor(old)) => {
+                eventually_true("the process before has ended", SOON, || !proc::is_alive(old)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts it, without waiting for anything.
+    pub fn spawn(&self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
         let child = self
             .program()
@@ -149,7 +202,7 @@ impl Daemon {
             .spawn()
             .with_context(|| format!("start {}", self.suite))?;
         isolation::keep(child.id());
-        *self.process.lock().expect("no panic under this lock") = Some(child);
+        *self.process.lock().expect("no panic under this lock") = Some(Running::Child(child));
         Ok(())
     }
 
@@ -200,20 +253,25 @@ fn level() -> &'static str {
 }
 
 fn configuration(suite: Suite, folder: &Path) -> String {
-    let (version, disabled) = match suite {
-        Suite::Bookworm | Suite::Trixie => (2, r#""io.containerd.grpc.v1.cri""#),
-        Suite::Forky => (
-            3,
+    let pods = match suite {
+        Suite::Bookworm | Suite::Trixie => r#""io.containerd.grpc.v1.cri", "#,
+        Suite::Forky => {
             r#""io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
-               "io.containerd.podsandbox.controller.v1.podsandbox", "io.containerd.nri.v1.nri""#,
-        ),
+               "io.containerd.podsandbox.controller.v1.podsandbox", "io.containerd.nri.v1.nri", "#
+        }
     };
+    base_configuration(suite, folder, pods)
+}
+
+/// The configuration without the plugins that `disabled` lists.
+fn base_configuration(suite: Suite, folder: &Path, disabled: &str) -> String {
+    let version = if suite == Suite::Forky { 3 } else { 2 };
     let level = level();
     format!(
         r#"version = {version}
 root = "{folder}/root"
 state = "{folder}/state"
-disabled_plugins = [{disabled}, "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+disabled_plugins = [{disabled}"io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
   "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
   "io.containerd.snapshotter.v1.blockfile", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
 [grpc]

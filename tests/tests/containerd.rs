@@ -178,7 +178,9 @@ fn crash_cases() -> Vec<Case> {
             Scope::Once =>
                 a_killed_worker_costs_no_line_of_output,
                 a_stopped_worker_leaves_the_daemon_able_to_load,
-                a_killed_keeper_ends_its_containers_with_true_exit_codes,
+                a_killed_keeper_ends_its_containers_with_true_exit_codes;
+            Scope::Daemons =>
+                a_killed_keeper_ends_each_member_of_its_group_with_its_true_exit_code,
         ],
         cases![ctr,
             Scope::Daemons =>

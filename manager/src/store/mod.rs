@@ -21,6 +21,7 @@ use std::thread;
 
 use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
+use tonic::Code;
 
 pub(crate) use facts::{new_boot, uuid};
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
@@ -94,6 +95,17 @@ impl Store {
 
 fn transact<T>(connection: &mut Connection, synchronous: &str, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
     connection.pragma_update(None, "synchronous", synchronous).doing("choose durability")?;
+    let result = attempt(connection, job);
+    if let Err(error) = &result
+        && error.code() == Code::ResourceExhausted
+    {
+        // what the log holds twice may be the space that the next one needs; whether it was enough shows then
+        let _ = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(()));
+    }
+    result
+}
+
+fn attempt<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).doing("begin")?;
     let result = job(&transaction)?;
     transaction.commit().doing("commit")?;

@@ -39,7 +39,7 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<()> {
     let version = check(connection, path)?;
     connection.busy_timeout(Duration::from_secs(5)).doing("set time-out")?;
     connection
-        .execute_batch("PRAGMA journal_mode = WAL; PRAGMA cache_size = -256; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY")
+        .execute_batch("PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 256; PRAGMA cache_size = -256; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY")
         .doing("set up")?;
     for (index, migration) in (1_i64..).zip(MIGRATIONS).filter(|(index, _)| *index > version) {
         let transaction = connection.transaction().doing("begin migration")?;

@@ -160,7 +160,7 @@ mod tests {
     }
 
     async fn names(store: &Store) -> Vec<String> {
-        store.read(|db| namespaces::list(db)).await.expect("read").into_iter().map(|namespace| namespace.name).collect()
+        store.read(namespaces::list).await.expect("read").into_iter().map(|namespace| namespace.name).collect()
     }
 
     #[tokio::test]

@@ -59,7 +59,7 @@ impl Tasks {
                 }
             };
             match old.settled().await {
-                Ok(Phase::Ended(exit)) => self.collect(&old, exit).await?,
+                Ok(Phase::Ended(exit)) => self.collect(&old, exit).await,
                 Err(Error::NotFound(_)) if matches!(old.phase(), Phase::Gone) => {}
                 _ => return Err(taken()),
             }
@@ -68,6 +68,7 @@ impl Tasks {
     }
 
     async fn bring_up(self: &Arc<Self>, task: &Arc<Task>, program: &Path, new: NewTask) -> Result<u32> {
+        self.forget_earlier(&task.namespace, &task.id).await?;
         let bundle = task.bundle.clone();
         let (spec, path) = (new.spec, program.to_owned());
         blocking(move || {

@@ -22,17 +22,17 @@ impl Tasks {
         loop {
             match task.settled().await? {
                 Phase::Ended(exit) => {
-                    self.collect(task, exit).await?;
+                    self.collect(task, exit).await;
                     return Ok(exit);
                 }
                 Phase::Live(shim) => {
                     let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
                     match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
-                        Ok(answer) if self.take_leave(task, &shim).await? => return Ok(exit_of(&answer)),
+                        Ok(answer) if self.take_leave(task, &shim).await => return Ok(exit_of(&answer)),
                         // it died over its answer
                         Ok(_) | Err(Unanswered::Lost) => task.left().await,
                         Err(Unanswered::Refused(error)) if error.is_not_found() => {
-                            self.take_leave(task, &shim).await?;
+                            self.take_leave(task, &shim).await;
                             return Err(task.not_found());
                         }
                         Err(reason) => return Err(reason.into()),
@@ -44,21 +44,29 @@ impl Tasks {
     }
 
     /// What follows when a shim has deleted its task: it may go, and its bundle goes. False when somebody else has begun to end the task.
-    async fn take_leave(&self, task: &Arc<Task>, shim: &Shim) -> Result<bool> {
+    async fn take_leave(&self, task: &Arc<Task>, shim: &Shim) -> bool {
         // from here on the connection's end is no news
         if !task.leaves_live(Phase::Hidden) {
-            return Ok(false);
+            return false;
         }
         self.dismiss_gracefully(task, shim).await;
         self.remove_bundle(task).await;
-        self.forget_processes(task).await?;
+        self.forget_processes(task).await;
         self.forget(task);
         info!(namespace:% = task.namespace, container = task.id.as_str(); "task deleted");
-        Ok(true)
+        true
     }
 
-    async fn forget_processes(&self, task: &Task) -> Result<()> {
-        let (namespace, id, now) = (task.namespace.clone(), task.id.clone(), timestamp::to_nanos(&timestamp::now()));
+    /// Forgets what is noted of a task that is gone. What a full disk leaves is forgotten with the next task of that id.
+    async fn forget_processes(&self, task: &Task) {
+        if let Err(error) = self.forget_earlier(&task.namespace, &task.id).await {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget a task");
+        }
+    }
+
+    /// Forgets what is noted of earlier tasks of that id.
+    pub(super) async fn forget_earlier(&self, namespace: &Namespace, id: &str) -> Result<()> {
+        let (namespace, id, now) = (namespace.clone(), id.to_owned(), timestamp::to_nanos(&timestamp::now()));
         self.store
             .note(move |db| {
                 execs::clear(db, namespace.as_str(), &id)?;
@@ -69,17 +77,17 @@ impl Tasks {
     }
 
     /// Forgets a task of which only its end is left, because its container goes.
-    pub(crate) async fn collect_with_container(&self, namespace: &Namespace, id: &str) -> Result<()> {
-        let Ok(task) = self.find(namespace, id) else { return Ok(()) };
-        match task.phase() {
-            Phase::Ended(exit) => self.collect(&task, exit).await,
-            Phase::Hidden | Phase::Loading | Phase::Live(_) | Phase::Cleaning | Phase::Gone => Ok(()),
+    pub(crate) async fn collect_with_container(&self, namespace: &Namespace, id: &str) {
+        if let Ok(task) = self.find(namespace, id)
+            && let Phase::Ended(exit) = task.phase()
+        {
+            self.collect(&task, exit).await;
         }
     }
 
     /// Hands out how a task ended whose shim is dead, and forgets it.
-    pub(super) async fn collect(&self, task: &Task, exit: Exit) -> Result<()> {
-        self.forget_processes(task).await?;
+    pub(super) async fn collect(&self, task: &Task, exit: Exit) {
+        self.forget_processes(task).await;
         let event = TaskDelete {
             container_id: task.id.clone(),
             pid: exit.pid,
@@ -89,7 +97,6 @@ impl Tasks {
         };
         self.events.publish(&task.namespace, "/tasks/delete", &event);
         self.forget(task);
-        Ok(())
     }
 
     /// Asks a shim to go that has nothing more to do for this task, and waits for it; one that has other tasks stays.
@@ -170,7 +177,7 @@ impl Tasks {
         let (told, namespace) = (event.clone(), task.namespace.clone());
         let tell = || self.events.publish(&namespace, "/tasks/exit", &told);
         if let Err(error) = self.once(&task.namespace, &event, tell).await {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot record an exit");
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot tell an exit");
         }
     }
 }

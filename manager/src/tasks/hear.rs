@@ -2,6 +2,7 @@
 
 use containerd_client::events::TaskExit;
 use containerd_client::types::Envelope;
+use log::warn;
 use prost::Message as _;
 
 use super::Tasks;
@@ -34,12 +35,18 @@ impl Tasks {
         let exit = Exit { pid: event.pid, status: event.exit_status, at };
         let (place, id) = (namespace.clone(), event.container_id.clone());
         let (again, name) = (place.clone(), (id.clone(), exec.clone()));
+        let container = id.clone();
         if self.store.read(move |db| exits::is_told(db, place.as_str(), &id, &exec, exit)).await? {
             return Ok(());
         }
         self.still_serves()?;
         tell();
-        self.store.note(move |db| exits::add(db, again.as_str(), &name.0, &name.1, exit)).await
+        let recorded = self.store.note(move |db| exits::add(db, again.as_str(), &name.0, &name.1, exit)).await;
+        if let Err(error) = recorded {
+            // a full disk: told as it is, it shall not be told with every new attempt of its shim
+            warn!(namespace:%, container, error = error.chain(); "cannot record that an exit was told");
+        }
+        Ok(())
     }
 
     /// Nobody listens to a process any more that another has taken over from.

@@ -126,15 +126,8 @@ impl Tasks {
     /// got no answer.
     async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
         task.phase.send_replace(Phase::Cleaning);
-        if let Some(shim) = shim {
-            self.dismiss(task, shim).await;
-        }
-        if let Some(program) = task.bundle.program()
-            && let Err(error) = self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await
-        {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
-        }
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
+        // what is told from here on is of a task that nobody was given
         let told = self.store.note(move |db| {
             let told = exits::last(db, namespace.as_str(), &id, "")?;
             if let Some(exit) = told {
@@ -143,6 +136,14 @@ impl Tasks {
             Ok(told)
         });
         let told = told.await.unwrap_or_default();
+        if let Some(shim) = shim {
+            self.dismiss(task, shim).await;
+        }
+        if let Some(program) = task.bundle.program()
+            && let Err(error) = self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await
+        {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
+        }
         self.remove_bundle(task).await;
         match told {
             Some(exit) => drop(task.phase.send_replace(Phase::Ended(exit))),

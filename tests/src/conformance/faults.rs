@@ -57,7 +57,7 @@ pub const ALL: &[Fault] = &[
     fault("no-resize", "ResizePty is answered and not done", "terminals.a_terminal_has_the_size_that_was_asked_for"),
     fault("no-pause", "Pause is answered and not done", "resources.a_paused_container_stands_still_and_goes_on"),
     fault("no-update", "Update is answered and not done", "resources.an_update_changes_the_limit"),
-    fault("kill-init-only", "Kill forgets that it was for all", "lifecycle.kill_all_reaches_every_process"),
+    fault("kill-init-only", "Kill forgets that it was for all", "lifecycle.a_signal_for_all_reaches_every_process"),
     fault("kill-wrong-process", "Kill of an exec reaches init", "execs.an_exec_is_killed_alone"),
     fault("stay", "Shutdown is answered and not done", "lifetime.a_shim_leaves_when_it_is_told_to"),
     fault("leave-early", "Shutdown ends the shim, containers or not", "lifetime.a_shim_stays_while_a_container_is_left"),
@@ -95,7 +95,9 @@ impl Table {
     /// Adds the run with a fault, and says what was seen.
     pub fn add(&mut self, fault: &Fault, results: &Results) -> String {
         let failed = results.outcomes.iter().filter(|outcome| matches!(outcome.verdict, Verdict::Failed(_)));
-        let failed = failed.filter(|outcome| outcome.level() != Level::May && !NOT_THROUGH_HIM.contains(&outcome.case.as_str()));
+        let failed = failed.filter(|outcome| {
+            (outcome.level() != Level::May || outcome.case == fault.case) && !NOT_THROUGH_HIM.contains(&outcome.case.as_str())
+        });
         let failed: Vec<_> = failed.map(|outcome| outcome.case.clone()).collect();
         let said = format!(
             "{}: {} cases, {}",

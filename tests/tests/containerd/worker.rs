@@ -216,3 +216,23 @@ pub(crate) async fn a_killed_keeper_ends_its_containers_with_true_exit_codes(cx:
     told(running.id.clone(), 137).await?;
     cx.leaves_nothing().await
 }
+
+/// containerd runs `delete` for each member, also for those that came without a `start` of their own.
+pub(crate) async fn a_killed_keeper_ends_each_member_of_its_group_with_its_true_exit_code(cx: Context) -> Result<()> {
+    ours_only(&cx)?;
+    let events = cx.events().await?;
+    let member = |spec: shim_tests::spec::Spec| spec.annotation("io.kubernetes.cri.sandbox-id", "pod");
+    let first = cx.container(&["sleep", "1000"]).id("pod").spec(member).start().await?;
+    let second = cx.container(&["sleep", "1000"]).spec(member).start().await?;
+    let ended = cx.container(&["sh", "-c", "exit 3"]).spec(member).start().await?;
+    ensure!(ended.wait().await? == 3);
+    ensure!(cx.shims().len() == 1, "{:?}", cx.shims());
+    proc::kill_hard(cx.shim_pid("pod")?);
+    for (container, status) in [(&first, 137), (&second, 137), (&ended, 3)] {
+        let pid = container.pid.cast_signed();
+        eventually_true("the container of a dead keeper is killed", SOON, || !proc::is_alive(pid)).await?;
+        let told = |_: &[_]| events.exits(&container.id, "").iter().any(|exit| exit.status == status);
+        events.until_within("its exit", Duration::from_secs(15), told).await?;
+    }
+    cx.leaves_nothing().await
+}

@@ -143,4 +143,18 @@ mod tests {
         let error = Spec::blocking_read(Path::new("/nowhere")).expect_err("there is no such bundle");
         assert_eq!(error.code(), Code::NotFound);
     }
+
+    #[test]
+    fn no_bytes_in_a_configuration_make_its_reader_panic() {
+        let bundle = std::env::temp_dir().join(format!("x-spec-fuzz-{}", std::process::id()));
+        std::fs::create_dir_all(&bundle).expect("a folder");
+        let good = br#"{"ociVersion":"1.0.2","root":{"path":"rootfs"},"linux":{"namespaces":[{"type":"pid","path":""},{"type":"mount"}]}}"#;
+        crate::fuzz::each(&[good.to_vec(), b"[[[{\"a\":1e999}]]]".to_vec()], |bytes| {
+            std::fs::write(bundle.join("config.json"), bytes).expect("a file");
+            if let Ok(spec) = Spec::blocking_read(&bundle) {
+                let _ = spec.blocking_check_rootfs();
+            }
+        });
+        std::fs::remove_dir_all(&bundle).expect("removal");
+    }
 }

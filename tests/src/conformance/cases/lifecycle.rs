@@ -32,9 +32,10 @@ pub(super) fn cases() -> Vec<Case> {
         "L7" => a_created_container_can_be_killed, a_created_container_can_be_deleted;
         "L8" => a_failed_create_leaves_nothing_and_says_why, a_failed_start_says_why;
         "L9" => an_id_is_free_again_after_delete;
-        "L10" => kill_all_reaches_every_process;
+        "L10" => kill_all_ends_every_process;
         "L11" => a_container_in_the_hosts_pid_namespace_leaves_no_survivor, a_container_in_anothers_pid_namespace_leaves_no_survivor;
         "L12" => the_longest_id_works;
+        "L13" => a_signal_for_all_reaches_every_process;
     ]
 }
 
@@ -231,21 +232,38 @@ async fn an_id_is_free_again_after_delete(stand: Stand) -> Result<()> {
     anchor.shut_down().await.map(drop)
 }
 
+async fn kill_all_ends_every_process(stand: Stand) -> Result<()> {
+    let streams = Streams::new(&stand, "io")?;
+    let script = "sleep 3000 & sleep 3000 & echo ready; wait";
+    let container = streams.output(stand.bundle("c1", &["sh", "-c", script]).spec(|spec| spec.host_pids())).run().await?;
+    streams.out.until("ready").await?;
+    container.exec("e", &["sleep", "3000"]).await?;
+    kill_all(&container, 9).await?;
+    ensure!(container.task.wait_within("c1", "e", SOON).await? == 137);
+    ensure!(container.finish().await? == 137);
+    no_survivor("sleep 3000").await?;
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
+
 /// Init traps the signal and goes on, so nobody else ends because of it.
-async fn kill_all_reaches_every_process(stand: Stand) -> Result<()> {
+async fn a_signal_for_all_reaches_every_process(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let script = "trap 'echo told' TERM; sleep 3000 & echo ready; while :; do sleep 0.1; done";
-    // with a pid namespace of its own, newer runtimes leave it to the kernel to end the others with init
     let container = streams.output(stand.bundle("c1", &["sh", "-c", script]).spec(|spec| spec.host_pids())).run().await?;
     streams.out.until("ready").await?;
     container.exec("e", &["sleep", "1000"]).await?;
-    let request = api::KillRequest { id: "c1".to_owned(), signal: 15, all: true, ..Default::default() };
-    container.task.call::<api::Empty>("Kill", &request, SOON).await?;
+    kill_all(&container, 15).await?;
     ensure!(container.task.wait_within("c1", "e", SOON).await? == 143);
     streams.out.until("told").await?;
     no_survivor("sleep 3000").await?;
     ensure!(container.task.state("c1", "").await?.status.value() == RUNNING, "init has ended");
     container.shut_down().await.map(drop)
+}
+
+async fn kill_all(container: &Container, signal: u32) -> Result<()> {
+    let request = api::KillRequest { id: container.id.clone(), signal, all: true, ..Default::default() };
+    container.task.call::<api::Empty>("Kill", &request, SOON).await?;
+    Ok(())
 }
 
 async fn no_survivor(command: &str) -> Result<()> {

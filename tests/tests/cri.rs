@@ -1,0 +1,153 @@
+//! Pods: stock containerd with its CRI plugin, and the shim on trial as a runtime handler, configured as the README says. Needs root.
+//!
+//! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use shim_tests::cases;
+use shim_tests::context::Context;
+use shim_tests::cri::{Cri, RUNNING};
+use shim_tests::eventually::{SOON, eventually};
+use shim_tests::runner::{self, Scope};
+
+fn main() -> ExitCode {
+    let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
+    let cases = cases![pods,
+        Scope::Full =>
+            a_container_of_a_pod_runs_and_is_looked_into,
+            exit_codes_and_reasons_reach_the_kubelet,
+            all_containers_of_a_pod_live_in_one_shim,
+            a_pod_outlives_containerd,
+            an_exit_while_containerd_is_down_is_known_afterwards,
+    ];
+    let cases: Vec<_> = cases.into_iter().map(|case| case.within(Duration::from_secs(180))).collect();
+    runner::main(&cases, &[], programs)
+}
+
+mod pods {
+    use super::*;
+
+    pub(crate) async fn a_container_of_a_pod_runs_and_is_looked_into(cx: Context) -> Result<()> {
+        let cri = Cri::start(&cx).await?;
+        let pod = cri.run_pod("pod").await?;
+        let id = cri.run(&pod, "app", &["sh", "-c", "echo hello; echo oops >&2; exec sleep 1000"]).await?;
+        ensure!(cri.status(&id).await?.state == RUNNING);
+        let (code, said) = cri.exec(&id, &["sh", "-c", "echo inside; exit 4"]).await?;
+        ensure!(code == 4 && said == "inside\n", "{code} {said:?}");
+        for _probe in 0..5 {
+            ensure!(cri.exec(&id, &["true"]).await?.0 == 0);
+        }
+        let (cpu, memory) = cri.stats(&id).await?;
+        ensure!(cpu > 0 && memory > 0, "{cpu} ns, {memory} bytes");
+        eventually("both lines are logged", SOON, async || {
+            let log = cri.log(&pod, "app");
+            ensure!(log.contains("hello\n") && log.contains("oops\n"), "{log:?}");
+            Ok(())
+        })
+        .await?;
+        cri.stop(&id, 1).await?;
+        let status = cri.ended(&id).await?;
+        // a pid namespace's first process ignores what it does not handle
+        ensure!([137, 143].contains(&status.exit_code), "{status:?}");
+        cri.remove(&id).await?;
+        cri.end_pod(&pod).await?;
+        cri.leaves_nothing().await
+    }
+
+    pub(crate) async fn exit_codes_and_reasons_reach_the_kubelet(cx: Context) -> Result<()> {
+        let cri = Cri::start(&cx).await?;
+        let pod = cri.run_pod("pod").await?;
+        for (name, code, reason) in [("fine", 0, "Completed"), ("failed", 3, "Error")] {
+            let id = cri.run(&pod, name, &["sh", "-c", &format!("exit {code}")]).await?;
+            let status = cri.ended(&id).await?;
+            ensure!(status.exit_code == code && status.reason == reason, "{status:?}");
+            ensure!(status.finished_at > 0 && status.started_at > 0, "{status:?}");
+        }
+        let id = cri.create(&pod, "greedy", &["tail", "/dev/zero"], 16 << 20).await?;
+        cri.start_container(&id).await?;
+        let status = cri.ended(&id).await?;
+        ensure!(status.exit_code == 137 && status.reason == "OOMKilled", "{status:?}");
+        let id = cri.run(&pod, "polite", &["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"]).await?;
+        // once it listens
+        cri.exec(&id, &["sh", "-c", "until grep -q 'SigCgt:.*4...$' /proc/1/status; do :; done"]).await?;
+        cri.stop(&id, 10).await?;
+        ensure!(cri.ended(&id).await?.exit_code == 7);
+        cri.end_pod(&pod).await?;
+        cri.leaves_nothing().await
+    }
+
+    pub(crate) async fn all_containers_of_a_pod_live_in_one_shim(cx: Context) -> Result<()> {
+        let cri = Cri::start(&cx).await?;
+        let (pod, other) = (cri.run_pod("pod").await?, cri.run_pod("other").await?);
+        for name in ["one", "two", "three"] {
+            cri.run(&pod, name, &["sleep", "1000"]).await?;
+        }
+        let shims = cri.shims();
+        ensure!(shims.len() == 2, "of two pods: {shims:?}");
+        cri.end_pod(&pod).await?;
+        eventually("the other pod's shim is left", SOON, async || {
+            let shims = cri.shims();
+            ensure!(shims.len() == 1, "{shims:?}");
+            Ok(())
+        })
+        .await?;
+        let id = cri.run(&other, "late", &["sh", "-c", "exit 5"]).await?;
+        ensure!(cri.ended(&id).await?.exit_code == 5);
+        cri.end_pod(&other).await?;
+        cri.leaves_nothing().await
+    }
+
+    pub(crate) async fn a_pod_outlives_containerd(cx: Context) -> Result<()> {
+        let cri = Cri::start(&cx).await?;
+        let pod = cri.run_pod("pod").await?;
+        let script = "i=0; while :; do i=$((i+1)); echo line $i; sleep 0.05; done";
+        let id = cri.run(&pod, "app", &["sh", "-c", script]).await?;
+        let before = cri.status(&id).await?;
+        for _restart in 0..2 {
+            cri.crash(async { Ok(()) }).await?;
+            let after = eventually("the plugin is there again", SOON, async || cri.status(&id).await).await?;
+            ensure!(after.state == RUNNING && after.started_at == before.started_at, "{before:?}, then {after:?}");
+            ensure!(cri.exec(&id, &["sh", "-c", "exit 6"]).await?.0 == 6);
+        }
+        let count = cri.log(&pod, "app").lines().count();
+        eventually("it logs on", SOON, async || {
+            let log = cri.log(&pod, "app");
+            ensure!(log.lines().count() > count + 5, "{count} lines before, {} now", log.lines().count());
+            for (index, line) in log.lines().enumerate() {
+                ensure!(line == format!("line {}", index + 1), "{line:?} in the place of {}", index + 1);
+            }
+            Ok(())
+        })
+        .await?;
+        let second = cri.run(&pod, "second", &["sh", "-c", "exit 5"]).await?;
+        ensure!(cri.ended(&second).await?.exit_code == 5);
+        cri.end_pod(&pod).await?;
+        cri.leaves_nothing().await
+    }
+
+    pub(crate) async fn an_exit_while_containerd_is_down_is_known_afterwards(cx: Context) -> Result<()> {
+        let cri = Cri::start(&cx).await?;
+        let pod = cri.run_pod("pod").await?;
+        let gate = "until [ -e /tmp/go ]; do sleep 0.02; done; exit 3";
+        let id = cri.run(&pod, "app", &["sh", "-c", gate]).await?;
+        let init = shim_tests::proc::all().into_values().find(|process| process.command.contains("/tmp/go")).map(|process| process.pid);
+        let init = init.expect("it runs");
+        cri.crash(async {
+            std::fs::write(format!("/proc/{init}/root/tmp/go"), "")?;
+            shim_tests::eventually::eventually_true("it has ended", SOON, || !shim_tests::proc::is_alive(init)).await
+        })
+        .await?;
+        let status = eventually("the plugin knows", SOON * 2, async || {
+            let status = cri.status(&id).await?;
+            ensure!(status.state != RUNNING, "{status:?}");
+            Ok(status)
+        })
+        .await?;
+        ensure!(status.exit_code == 3 && status.reason == "Error", "{status:?}");
+        cri.end_pod(&pod).await?;
+        cri.leaves_nothing().await
+    }
+}

@@ -1,0 +1,69 @@
+//! x-manager: containerd's API with its own clients and by hand, and SIGKILL at random instants. Needs root.
+//!
+//! `X_DAEMON` names the binary. The tests of `containerd.rs` and `docker.rs` run on it too, when `X_DAEMON` is set for them.
+
+#[path = "manager/api.rs"]
+mod api;
+#[path = "manager/ctr.rs"]
+mod ctr;
+#[path = "manager/kills.rs"]
+mod kills;
+#[path = "manager/restart.rs"]
+mod restart;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use shim_tests::cases;
+use shim_tests::runner::{self, Case, Scope};
+use shim_tests::suite;
+
+fn main() -> ExitCode {
+    if let Err(error) = suite::use_manager() {
+        eprintln!("cannot run: {error:#}");
+        return ExitCode::from(2);
+    }
+    let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
+    let cases = [api_cases(), ctr_cases(), restart_cases(), kill_cases()].concat();
+    runner::main(&cases, &[], programs)
+}
+
+fn api_cases() -> Vec<Case> {
+    cases![api,
+        Scope::Once =>
+            namespaces_are_kept_apart,
+            a_namespace_is_deleted_only_when_it_is_empty,
+            a_container_is_updated_as_its_mask_says,
+            filters_select_containers_leases_plugins_and_events,
+            leases_hold_resources,
+            what_makes_no_sense_is_refused_with_a_code,
+            services_of_images_are_unimplemented,
+            a_subscriber_that_never_reads_is_dropped_and_delays_nobody,
+            the_server_says_that_it_is_well,
+            a_call_that_its_client_gave_up_is_carried_to_its_end,
+    ]
+}
+
+fn ctr_cases() -> Vec<Case> {
+    cases![ctr, Scope::Once => every_subcommand_does_what_it_does_with_containerd]
+        .into_iter()
+        .map(|case| case.within(std::time::Duration::from_secs(240)))
+        .collect()
+}
+
+fn restart_cases() -> Vec<Case> {
+    cases![restart,
+        Scope::Daemons =>
+            an_exit_while_the_daemon_was_down_is_told_once;
+        Scope::Once =>
+            a_shim_that_does_not_answer_delays_nobody,
+            how_a_task_of_a_dead_shim_ended_is_kept_until_it_is_collected,
+            sockets_are_for_root_and_one_daemon,
+            a_store_of_a_newer_version_is_refused,
+            a_full_disk_refuses_and_loses_nothing,
+    ]
+}
+
+fn kill_cases() -> Vec<Case> {
+    cases![kills, Scope::Ends => random_deaths_of_the_daemon_lose_nothing].into_iter().map(|case| case.within(kills::deadline())).collect()
+}

@@ -1,0 +1,292 @@
+//! The API, call by call, where it is more than a way to a shim.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::events::TaskStart;
+use containerd_client::services::v1::container::Runtime;
+use containerd_client::services::v1::{
+    AddResourceRequest, Container, CreateContainerRequest, CreateRequest, DeleteContainerRequest, DeleteNamespaceRequest, DeleteRequest,
+    DeleteResourceRequest, GetContainerRequest, GetRequest, ListContainersRequest, ListImagesRequest, ListNamespacesRequest, ListRequest,
+    ListResourcesRequest, PluginsRequest, PublishRequest, Resource, SubscribeRequest, UpdateContainerRequest,
+};
+use prost::Message as _;
+use prost_types::{Any, FieldMask};
+use shim_tests::client::Client;
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually, eventually_true, within};
+use tonic::{Code, Request, Status};
+
+fn container(id: &str) -> Container {
+    Container {
+        id: id.to_owned(),
+        runtime: Some(Runtime { name: "io.containerd.x.v2".to_owned(), options: None }),
+        spec: Some(Any { type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".to_owned(), value: b"{}".to_vec() }),
+        ..Container::default()
+    }
+}
+
+fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+async fn create(client: &Client, container: Container) -> Result<Container, Status> {
+    let request = client.request(CreateContainerRequest { container: Some(container) });
+    Ok(client.api().containers().create(request).await?.into_inner().container.unwrap_or_default())
+}
+
+async fn list(client: &Client, filters: &[&str]) -> Result<Vec<String>, Status> {
+    let filters = filters.iter().map(|filter| (*filter).to_owned()).collect();
+    let request = client.request(ListContainersRequest { filters });
+    let found = client.api().containers().list(request).await?.into_inner();
+    Ok(found.containers.into_iter().map(|container| container.id).collect())
+}
+
+async fn delete(client: &Client, id: &str) -> Result<(), Status> {
+    client.api().containers().delete(client.request(DeleteContainerRequest { id: id.to_owned() })).await.map(drop)
+}
+
+fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, words: &str) -> Result<()> {
+    let status = answer.err().context("it was accepted")?;
+    ensure!(status.code() == code && status.message().contains(words), "{status:?} instead of {code:?} with {words:?}");
+    Ok(())
+}
+
+fn as_status(error: anyhow::Error) -> Status {
+    error.downcast().unwrap_or_else(|error| Status::internal(format!("{error:#}")))
+}
+
+pub(crate) async fn namespaces_are_kept_apart(cx: Context) -> Result<()> {
+    let other = cx.with_own_namespace().await?;
+    let (here, there) = (cx.client(), other.client());
+    create(here, container("same")).await?;
+    create(there, Container { image: "another".into(), ..container("same") }).await?;
+    create(there, container("alone")).await?;
+    ensure!(list(here, &[]).await? == ["same"] && list(there, &[]).await? == ["alone", "same"]);
+    let get = here.request(GetContainerRequest { id: "alone".into() });
+    let words = format!("container \"alone\" in namespace {:?}: not found", here.namespace());
+    refused(here.api().containers().get(get).await, Code::NotFound, &words)?;
+    refused(create(here, container("same")).await, Code::AlreadyExists, "container \"same\": already exists")?;
+    let running = cx.container(&["sleep", "1000"]).id("task").start().await?;
+    refused(there.state("task", "").await, Code::NotFound, "task task: not found")?;
+    ensure!(there.list().await?.is_empty() && here.list().await?.len() == 1);
+    delete(here, "same").await?;
+    ensure!(list(there, &["id==same"]).await? == ["same"]);
+    for id in ["same", "alone"] {
+        delete(there, id).await?;
+    }
+    ensure!(running.destroy().await? == 137);
+    Ok(())
+}
+
+pub(crate) async fn a_namespace_is_deleted_only_when_it_is_empty(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let name = client.namespace().to_owned();
+    let delete_it = async || client.api().namespaces().delete(Request::new(DeleteNamespaceRequest { name: name.clone() })).await;
+    create(client, container("c")).await?;
+    client.with_lease("l").await?;
+    refused(delete_it().await, Code::FailedPrecondition, "must be empty, but it still has containers, leases")?;
+    delete(client, "c").await?;
+    client.api().leases().delete(client.request(DeleteRequest { id: "l".into(), sync: true })).await?;
+    delete_it().await?;
+    refused(delete_it().await, Code::NotFound, "not found")?;
+    let names = client.api().namespaces().list(Request::new(ListNamespacesRequest::default())).await?.into_inner().namespaces;
+    ensure!(names.iter().all(|namespace| namespace.name != name), "{names:?}");
+    // using it makes it
+    create(client, container("c")).await?;
+    delete(client, "c").await?;
+    client.api().namespaces().get(Request::new(containerd_client::services::v1::GetNamespaceRequest { name })).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_container_is_updated_as_its_mask_says(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let made = create(client, Container { labels: labels(&[("a", "1"), ("b", "2")]), image: "i".into(), ..container("c") }).await?;
+    ensure!(made.created_at.is_some() && made.created_at == made.updated_at);
+    let update = async |container: Container, paths: &[&str]| -> Result<Container, Status> {
+        let paths: Vec<_> = paths.iter().map(|path| (*path).to_owned()).collect();
+        let update_mask = (!paths.is_empty()).then_some(FieldMask { paths });
+        let request = client.request(UpdateContainerRequest { container: Some(container), update_mask });
+        Ok(client.api().containers().update(request).await?.into_inner().container.unwrap_or_default())
+    };
+    let new = Container { labels: labels(&[("b", "3"), ("c", "4")]), image: "j".into(), ..container("c") };
+    let updated = update(new.clone(), &["labels.b"]).await?;
+    ensure!(updated.labels == labels(&[("a", "1"), ("b", "3")]) && updated.image == "i", "{updated:?}");
+    ensure!(updated.created_at == made.created_at && updated.updated_at != made.updated_at);
+    ensure!(update(new.clone(), &["labels.a", "image"]).await?.labels == labels(&[("b", "3")]), "a label that is not given is removed");
+    let updated = update(new.clone(), &[]).await?;
+    ensure!(updated.labels == new.labels && updated.image == "j", "{updated:?}");
+    refused(update(new.clone(), &["runtime.name"]).await, Code::InvalidArgument, "cannot update field")?;
+    refused(update(Container { runtime: None, ..new.clone() }, &[]).await, Code::InvalidArgument, "immutable")?;
+    refused(update(container("none"), &["image"]).await, Code::NotFound, "not found")?;
+    ensure!(
+        client.api().containers().get(client.request(GetContainerRequest { id: "c".into() })).await?.into_inner().container
+            == Some(updated)
+    );
+    delete(client, "c").await?;
+    Ok(())
+}
+
+pub(crate) async fn filters_select_containers_leases_plugins_and_events(cx: Context) -> Result<()> {
+    let client = cx.client();
+    create(client, Container { labels: labels(&[("env", "prod"), ("x.y/z", "1")]), image: "one".into(), ..container("a") }).await?;
+    create(client, Container { labels: labels(&[("env", "dev")]), image: "two".into(), ..container("b") }).await?;
+    for (filters, found) in [
+        (&["id==a"][..], &["a"][..]),
+        (&["labels.env==prod,image==two"], &[]),
+        (&["labels.env==prod", "image==two"], &["a", "b"]),
+        (&["labels.\"x.y/z\""], &["a"]),
+        (&["image~=/^t/"], &["b"]),
+        (&["runtime.name==io.containerd.x.v2,id!=a"], &["b"]),
+    ] {
+        ensure!(list(client, filters).await? == found, "{filters:?}");
+    }
+    refused(list(client, &["id=a"]).await, Code::InvalidArgument, "at character")?;
+    let mut stream = client.api().containers().list_stream(client.request(ListContainersRequest::default())).await?.into_inner();
+    let mut streamed = Vec::new();
+    while let Some(message) = stream.message().await? {
+        streamed.push(message.container.unwrap_or_default().id);
+    }
+    ensure!(streamed == ["a", "b"]);
+    let make = CreateRequest { id: "l1".into(), labels: labels(&[("gc", "no")]) };
+    client.api().leases().create(client.request(make)).await?;
+    client.api().leases().create(client.request(CreateRequest { id: "l2".into(), ..CreateRequest::default() })).await?;
+    let found = client.api().leases().list(client.request(ListRequest { filters: vec!["labels.gc==no".into()] })).await?.into_inner();
+    ensure!(found.leases.len() == 1 && found.leases[0].id == "l1", "{found:?}");
+    let plugins = PluginsRequest { filters: vec!["type==io.containerd.runtime.v2".into()] };
+    let plugins = client.api().introspection().plugins(Request::new(plugins)).await?.into_inner().plugins;
+    ensure!(plugins.len() == 1 && plugins[0].id == "task", "{plugins:?}");
+    let filters = vec![format!("topic==\"/x/y\",namespace=={},event.container_id==wanted", client.namespace())];
+    let mut events = client.api().events().subscribe(client.request(SubscribeRequest { filters })).await?.into_inner();
+    for id in ["other", "wanted"] {
+        let event = TaskStart { container_id: id.into(), pid: 7 };
+        let event = Any { type_url: "containerd.events.TaskStart".into(), value: event.encode_to_vec() };
+        client.api().events().publish(client.request(PublishRequest { topic: "/x/y".into(), event: Some(event) })).await?;
+    }
+    let heard = within("the event", SOON, events.message()).await??.context("an event")?;
+    ensure!(TaskStart::decode(&*heard.event.unwrap_or_default().value)?.container_id == "wanted");
+    for id in ["a", "b"] {
+        delete(client, id).await?;
+    }
+    for id in ["l1", "l2"] {
+        client.api().leases().delete(client.request(DeleteRequest { id: id.into(), sync: false })).await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn leases_hold_resources(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let mut leases = client.api().leases();
+    client.with_lease("l").await?;
+    let resource = |kind: &str| Some(Resource { id: "sha256:1".into(), r#type: kind.into() });
+    for kind in ["content", "snapshots/overlayfs", "content"] {
+        leases.add_resource(client.request(AddResourceRequest { id: "l".into(), resource: resource(kind) })).await?;
+    }
+    let held = async || -> Result<usize> {
+        let request = client.request(ListResourcesRequest { id: "l".into() });
+        Ok(client.api().leases().list_resources(request).await?.into_inner().resources.len())
+    };
+    ensure!(held().await? == 2);
+    leases.delete_resource(client.request(DeleteResourceRequest { id: "l".into(), resource: resource("content") })).await?;
+    ensure!(held().await? == 1);
+    let add = AddResourceRequest { id: "l".into(), resource: resource("volumes") };
+    refused(leases.add_resource(client.request(add)).await, Code::Unimplemented, "volumes")?;
+    let add = AddResourceRequest { id: "none".into(), resource: resource("content") };
+    refused(leases.add_resource(client.request(add)).await, Code::NotFound, "lease \"none\"")?;
+    refused(client.with_lease("l").await.map(drop), Code::AlreadyExists, "already exists")?;
+    leases.delete(client.request(DeleteRequest { id: "l".into(), sync: true })).await?;
+    refused(held().await.map_err(as_status), Code::NotFound, "lease")?;
+    Ok(())
+}
+
+pub(crate) async fn what_makes_no_sense_is_refused_with_a_code(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let api = client.api();
+    refused(api.tasks().get(Request::new(GetRequest::default())).await, Code::FailedPrecondition, "namespace is required")?;
+    let mut request = Request::new(GetRequest::default());
+    request.metadata_mut().insert("containerd-namespace", "a/b".parse()?);
+    refused(api.tasks().get(request).await, Code::InvalidArgument, "namespace: identifier \"a/b\"")?;
+    refused(client.state("none", "").await, Code::NotFound, "task none: not found")?;
+    refused(client.start("none", "").await, Code::NotFound, "task none: not found")?;
+    refused(client.delete_container("none").await, Code::NotFound, "container \"none\" in namespace")?;
+    refused(client.delete_container(&"x".repeat(10_000)).await, Code::InvalidArgument, "longer than 76")?;
+    refused(create(client, Container { spec: None, ..container("c") }).await, Code::InvalidArgument, "container.Spec must be set")?;
+    refused(create(client, container("../c")).await, Code::InvalidArgument, "identifier")?;
+    let publish = PublishRequest { topic: "no slash".into(), event: None };
+    refused(api.events().publish(client.request(publish)).await, Code::InvalidArgument, "must start with '/'")?;
+    let huge = Container { image: "x".repeat(17 << 20), ..container("c") };
+    refused(create(client, huge).await, Code::OutOfRange, "too large")?;
+    for (runtime, code, words) in [
+        ("io.containerd.none.v2", Code::FailedPrecondition, "no containerd-shim-none-v2 in PATH"),
+        ("/none/shim", Code::FailedPrecondition, "is not installed"),
+        ("nonsense", Code::InvalidArgument, "it should be like io.containerd.runc.v2"),
+        ("/bin/true", Code::Unknown, "its answer cannot be read"),
+        ("/bin/false", Code::Unknown, "exit status: 1"),
+    ] {
+        let made = cx.container(&["true"]).runtime_type(runtime).create().await;
+        refused(made.map(drop).map_err(as_status), code, words)?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn services_of_images_are_unimplemented(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let list = client.api().images().list(client.request(ListImagesRequest::default())).await;
+    refused(list, Code::Unimplemented, "x-manager does not serve /containerd.services.images.v1.Images/List")
+}
+
+pub(crate) async fn a_subscriber_that_never_reads_is_dropped_and_delays_nobody(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let client = cx.client();
+    let mut slow = client.api().events().subscribe(client.request(SubscribeRequest::default())).await?.into_inner();
+    let events = cx.events().await?;
+    let filler = Any { type_url: "x".into(), value: vec![0; 100_000] };
+    for _event in 0..200 {
+        let publish = PublishRequest { topic: "/filler".into(), event: Some(filler.clone()) };
+        within("a publish", SOON, client.api().events().publish(client.request(publish))).await??;
+    }
+    let container = cx.container(&["sh", "-c", "exit 3"]).start().await?;
+    ensure!(container.wait().await? == 3);
+    eventually_true("who reads hears everything", SOON, || !events.exits(&container.id, "").is_empty()).await?;
+    container.delete().await?;
+    let mut read = 0;
+    let error = loop {
+        match within("the stream goes on", SOON, slow.message()).await? {
+            Ok(Some(_)) => read += 1,
+            Ok(None) => anyhow::bail!("the stream ended without an error after {read} events"),
+            Err(status) => break status,
+        }
+    };
+    ensure!(error.code() == Code::ResourceExhausted && error.message().contains("waiting to be read"), "{error:?}");
+    ensure!(read < 100, "{read} events were kept for it");
+    Ok(())
+}
+
+pub(crate) async fn the_server_says_that_it_is_well(cx: Context) -> Result<()> {
+    let server = cx.client().api().introspection().server(Request::new(())).await?.into_inner();
+    ensure!(Some(server.pid) == cx.daemon().pid().map(u64::from) && server.uuid.len() == 36, "{server:?}");
+    let own = cx.with_own_daemon().await?;
+    let uuid = async || -> Result<String> { Ok(own.client().api().introspection().server(Request::new(())).await?.into_inner().uuid) };
+    let before = uuid().await?;
+    own.crash_daemon().await?;
+    ensure!(uuid().await? == before, "it is the same one after a restart");
+    Ok(())
+}
+
+pub(crate) async fn a_call_that_its_client_gave_up_is_carried_to_its_end(cx: Context) -> Result<()> {
+    let gate = cx.gate()?;
+    gate.hold("create")?;
+    let container = cx.container(&["sleep", "1000"]).id("given-up").runtime_binary(&gate.binary()).metadata().await?;
+    let creating = tokio::time::timeout(Duration::from_secs(2), container.create_task()).await;
+    ensure!(creating.is_err(), "the gate is closed");
+    gate.held("create").await?;
+    gate.release("create")?;
+    let client = cx.client();
+    eventually("it is there all the same", SOON, async || Ok(client.state("given-up", "").await.map(drop)?)).await?;
+    client.kill("given-up", "", 9, true).await?;
+    ensure!(client.wait("given-up", "").await?.exit_status == 137);
+    client.delete("given-up").await?;
+    client.delete_container("given-up").await?;
+    Ok(())
+}

@@ -1,0 +1,378 @@
+//! containerd's own command line client, of each version: every subcommand that needs no image. docs/ctr.md is the table of it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use shim_tests::context::Context;
+use shim_tests::eventually::SOON;
+use shim_tests::suite::Suite;
+use shim_tests::{isolation, rootfs};
+
+/// One version of ctr, in a namespace of its own.
+struct Ctr<'a> {
+    cx: &'a Context,
+    suite: Suite,
+    namespace: String,
+}
+
+/// A subcommand, and what it must do; versions that do not have it are told by name.
+type Row = (&'static str, &'static [Suite], fn(&Ctr<'_>) -> Result<()>);
+
+const ALL: &[Suite] = &Suite::ALL;
+const NEWEST: &[Suite] = &[Suite::Forky];
+
+const ROWS: &[Row] = &[
+    ("version", ALL, version),
+    ("info", NEWEST, info),
+    ("plugins ls", ALL, plugins),
+    ("plugins inspect-runtime", NEWEST, inspect_runtime),
+    ("namespaces create, label, ls, remove", ALL, namespaces),
+    ("leases create, ls, delete", ALL, leases),
+    ("containers create, info, label, ls, delete", ALL, containers),
+    ("run --rootfs", ALL, run_prints),
+    ("run --rootfs, exit status", ALL, run_exit_status),
+    ("run --rootfs, stdin from a pipe", ALL, run_stdin),
+    ("run --rootfs --tty", ALL, run_tty),
+    ("run --rootfs --null-io", ALL, run_null_io),
+    ("run --rootfs --log-uri file://", ALL, run_log_uri),
+    ("run --rootfs --detach; tasks ls, ps, metrics", ALL, run_detached),
+    ("tasks exec, exec --tty, exec --detach", ALL, exec),
+    ("tasks pause, resume", ALL, pause),
+    ("tasks start, attach, kill, delete", ALL, tasks),
+    ("tasks checkpoint is refused in a sentence", ALL, checkpoint),
+    ("events", ALL, events),
+    ("images ls is refused in a sentence", ALL, images),
+];
+
+pub(crate) async fn every_subcommand_does_what_it_does_with_containerd(cx: Context) -> Result<()> {
+    let mut seen: BTreeMap<(usize, Suite), &str> = BTreeMap::new();
+    let mut wrong = Vec::new();
+    for (number, (name, versions, check)) in ROWS.iter().enumerate() {
+        for suite in Suite::ALL {
+            let verdict = if versions.contains(&suite) {
+                let namespace = format!("{}-{}-{number}", cx.client().namespace(), suite.version());
+                let ctr = Ctr { cx: &cx, suite, namespace };
+                match check(&ctr) {
+                    Ok(()) => "yes",
+                    Err(error) => {
+                        wrong.push(format!("{name}, {}: {error:#}", suite.version()));
+                        "NO"
+                    }
+                }
+            } else {
+                "no such command"
+            };
+            seen.insert((number, suite), verdict);
+        }
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+    let mut table = HEAD.to_owned();
+    for (number, (name, _, _)) in ROWS.iter().enumerate() {
+        let cells = Suite::ALL.map(|suite| seen[&(number, suite)]).join(" | ");
+        table.push_str(&format!("| `{name}` | {cells} |\n"));
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/ctr.md");
+    if std::env::var_os("X_WRITE_DOCS").is_some() {
+        fs::write(&path, &table)?;
+    }
+    ensure!(fs::read_to_string(&path).unwrap_or_default() == table, "docs/ctr.md is out of date: run with X_WRITE_DOCS=1");
+    Ok(())
+}
+
+const HEAD: &str = "\
+# ctr on x-manager
+
+What containerd's own client does with `x-manager`, by its version. Written by `tests/tests/manager/ctr.rs`, which checks what each row prints and does.
+
+| | ctr 1.6 | ctr 1.7 | ctr 2.1 |
+| --- | --- | --- | --- |
+";
+
+impl Ctr<'_> {
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after=1", "20"]).arg(self.suite.program("ctr"));
+        command.args(["--address", &self.cx.daemon().address().display().to_string(), "--namespace", &self.namespace]);
+        command.args(words).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs it and returns what it printed.
+    fn run(&self, words: &[&str]) -> Result<String> {
+        finish(self.command(words))
+    }
+
+    /// Runs it in a terminal.
+    fn run_in_terminal(&self, words: &[&str]) -> Result<String> {
+        let ctr = self.command(words);
+        let line: Vec<_> = std::iter::once(ctr.get_program()).chain(ctr.get_args()).map(|word| format!("'{}'", word.display())).collect();
+        let mut command = Command::new("script");
+        command.args(["--quiet", "--return", "--command", &line.join(" "), "/dev/null"]).stdin(Stdio::null());
+        finish(command)
+    }
+
+    fn refused(&self, words: &[&str], why: &str) -> Result<()> {
+        let output = self.command(words).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && said.contains(why), "{words:?}: {output:?}");
+        Ok(())
+    }
+
+    /// The words of a `run`.
+    fn container<'w>(&self, flags: &[&'w str], id: &'w str, program: &[&'w str]) -> Result<Vec<String>> {
+        let mut words = vec!["run".to_owned(), "--rootfs".to_owned(), "--env".to_owned(), "PATH=/bin".to_owned()];
+        words.extend(["--runtime".to_owned(), self.cx.shim().runtime_type.clone(), "--cgroup".to_owned(), self.cgroup(id)]);
+        words.extend(flags.iter().map(|word| (*word).to_owned()));
+        words.extend([rootfs::shared()?.display().to_string(), id.to_owned()]);
+        words.extend(program.iter().map(|word| (*word).to_owned()));
+        Ok(words)
+    }
+
+    fn run_container(&self, flags: &[&str], id: &str, program: &[&str]) -> Result<String> {
+        let words = self.container(flags, id, program)?;
+        self.run(&words.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn cgroup(&self, id: &str) -> String {
+        format!("/{}/{}/{}-{id}", isolation::cgroup(), self.cx.client().namespace(), self.namespace)
+    }
+
+    /// A container that sleeps, for as long as `use_it` runs.
+    fn with_container(&self, id: &str, use_it: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.run_container(&["--detach"], id, &["sleep", "1000"])?;
+        let used = use_it();
+        let killed = self.run(&["tasks", "kill", "--signal", "KILL", "--all", id]);
+        let deleted = retry(|| self.run(&["tasks", "delete", id]));
+        let removed = self.run(&["containers", "delete", id]);
+        used?;
+        killed?;
+        // a task that was killed makes ctr end with its status
+        deleted?;
+        removed.map(drop)
+    }
+
+    fn start(&self, words: &[&str]) -> Result<Child> {
+        Ok(self.command(words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?)
+    }
+}
+
+/// Runs a command and returns what it printed on stdout.
+fn finish(mut command: Command) -> Result<String> {
+    let output = command.output()?;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned());
+    let ended_by_signal = err.contains("exit with non-zero exit code");
+    ensure!(output.status.success() || ended_by_signal, "{command:?}: {}: {out}{err}", output.status);
+    Ok(out)
+}
+
+fn retry<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let begin = std::time::Instant::now();
+    loop {
+        match attempt() {
+            Err(_) if begin.elapsed() < SOON => std::thread::sleep(std::time::Duration::from_millis(20)),
+            result => return result,
+        }
+    }
+}
+
+fn has(text: &str, words: &[&str]) -> Result<()> {
+    ensure!(words.iter().all(|word| text.contains(word)), "{words:?} are not all in {text:?}");
+    Ok(())
+}
+
+fn version(ctr: &Ctr<'_>) -> Result<()> {
+    has(&ctr.run(&["version"])?, &["Server:", "+x-manager", "UUID:"])
+}
+
+fn info(ctr: &Ctr<'_>) -> Result<()> {
+    has(&ctr.run(&["info"])?, &["\"uuid\"", "\"pid\""])
+}
+
+fn plugins(ctr: &Ctr<'_>) -> Result<()> {
+    has(&ctr.run(&["plugins", "ls"])?, &["io.containerd.runtime.v2", "io.containerd.grpc.v1", "tasks", "ok"])?;
+    has(&ctr.run(&["plugins", "ls", "--detailed", "id==tasks"])?, &["io.containerd.grpc.v1"])
+}
+
+fn inspect_runtime(ctr: &Ctr<'_>) -> Result<()> {
+    has(&ctr.run(&["plugins", "inspect-runtime", "--runtime", &ctr.cx.shim().runtime_type])?, &["\"Name\"", "\"Features\""])
+}
+
+fn namespaces(ctr: &Ctr<'_>) -> Result<()> {
+    let name = &ctr.namespace;
+    ctr.run(&["namespaces", "create", name, "a=1"])?;
+    ctr.refused(&["namespaces", "create", name], "already exists")?;
+    ctr.run(&["namespaces", "label", name, "a=", "b=2"])?;
+    let listed = ctr.run(&["namespaces", "ls"])?;
+    let line = listed.lines().find(|line| line.starts_with(name.as_str())).context("not listed")?;
+    ensure!(line.contains("b=2") && !line.contains("a="), "{line:?}");
+    ctr.run(&["namespaces", "remove", name])?;
+    let listed = ctr.run(&["namespaces", "ls"])?;
+    ensure!(!listed.contains(name.as_str()), "{listed:?}");
+    Ok(())
+}
+
+fn leases(ctr: &Ctr<'_>) -> Result<()> {
+    let id = ctr.run(&["leases", "create", "--id", "mine", "a=1"])?;
+    ensure!(id.trim() == "mine", "{id:?}");
+    let other = ctr.run(&["leases", "create"])?;
+    has(&ctr.run(&["leases", "ls"])?, &["mine", "a=1", other.trim()])?;
+    ensure!(ctr.run(&["leases", "ls", "--quiet", "id==mine"])?.trim() == "mine");
+    ctr.run(&["leases", "delete", "mine", other.trim()])?;
+    ensure!(ctr.run(&["leases", "ls", "--quiet"])?.is_empty());
+    Ok(())
+}
+
+fn containers(ctr: &Ctr<'_>) -> Result<()> {
+    let config = ctr.cx.folder().join(format!("{}.json", ctr.namespace));
+    fs::write(&config, r#"{"ociVersion":"1.0.2","process":{"cwd":"/","args":["true"]},"root":{"path":"rootfs"}}"#)?;
+    let config = config.display().to_string();
+    ctr.run(&["containers", "create", "--config", &config, "--label", "a=1", "--runtime", &ctr.cx.shim().runtime_type, "c"])?;
+    ctr.refused(&["containers", "create", "--config", &config, "c"], "already exists")?;
+    let info: serde_json::Value = serde_json::from_str(&ctr.run(&["containers", "info", "c"])?)?;
+    ensure!(info["ID"] == "c" && info["Labels"]["a"] == "1" && info["Spec"]["process"]["args"][0] == "true", "{info}");
+    ctr.run(&["containers", "label", "c", "a=", "b=2"])?;
+    let info: serde_json::Value = serde_json::from_str(&ctr.run(&["containers", "info", "c"])?)?;
+    ensure!(info["Labels"] == serde_json::json!({ "b": "2" }), "{info}");
+    has(&ctr.run(&["containers", "ls", "labels.b==2"])?, &["c ", &ctr.cx.shim().runtime_type])?;
+    ensure!(ctr.run(&["containers", "ls", "--quiet", "labels.b==3"])?.is_empty());
+    ctr.run(&["containers", "delete", "c"])?;
+    ctr.refused(&["containers", "info", "c"], "not found")
+}
+
+fn run_prints(ctr: &Ctr<'_>) -> Result<()> {
+    let out = ctr.run_container(&["--rm"], "c", &["echo", "hello"])?;
+    ensure!(out == "hello\n", "{out:?}");
+    ensure!(ctr.run(&["containers", "ls", "--quiet"])?.is_empty());
+    Ok(())
+}
+
+fn run_exit_status(ctr: &Ctr<'_>) -> Result<()> {
+    let words = ctr.container(&["--rm"], "c", &["sh", "-c", "echo to stderr >&2; exit 3"])?;
+    let output = ctr.command(&words.iter().map(String::as_str).collect::<Vec<_>>()).output()?;
+    ensure!(output.status.code() == Some(3) && output.stderr.starts_with(b"to stderr\n"), "{output:?}");
+    Ok(())
+}
+
+fn run_stdin(ctr: &Ctr<'_>) -> Result<()> {
+    let words = ctr.container(&["--rm"], "c", &["cat"])?;
+    let mut child = ctr.start(&words.iter().map(String::as_str).collect::<Vec<_>>())?;
+    // an end that comes before the task is there is not passed on by ctr
+    let mut stdin = child.stdin.take().context("a pipe")?;
+    stdin.write_all(b"one\n")?;
+    let mut out = BufReader::new(child.stdout.take().context("a pipe")?).lines();
+    ensure!(out.next().transpose()?.as_deref() == Some("one"));
+    stdin.write_all(b"two\n")?;
+    drop(stdin);
+    ensure!(out.next().transpose()?.as_deref() == Some("two") && out.next().is_none());
+    let status = child.wait()?;
+    ensure!(status.success(), "{status}");
+    Ok(())
+}
+
+fn run_tty(ctr: &Ctr<'_>) -> Result<()> {
+    let words = ctr.container(&["--rm", "--tty"], "c", &["sh", "-c", "test -t 0 && test -t 1 && echo terminal"])?;
+    has(&ctr.run_in_terminal(&words.iter().map(String::as_str).collect::<Vec<_>>())?, &["terminal\r"])
+}
+
+fn run_null_io(ctr: &Ctr<'_>) -> Result<()> {
+    let out = ctr.run_container(&["--rm", "--null-io"], "c", &["echo", "hello"])?;
+    ensure!(out.is_empty(), "{out:?}");
+    Ok(())
+}
+
+fn run_log_uri(ctr: &Ctr<'_>) -> Result<()> {
+    let log = ctr.cx.folder().join(format!("{}.log", ctr.namespace));
+    let uri = format!("file://{}", log.display());
+    ctr.run_container(&["--rm", "--log-uri", &uri], "c", &["echo", "hello"])?;
+    ensure!(fs::read_to_string(&log)? == "hello\n");
+    Ok(())
+}
+
+fn run_detached(ctr: &Ctr<'_>) -> Result<()> {
+    ctr.with_container("c", || {
+        let listed = ctr.run(&["tasks", "ls"])?;
+        has(&listed, &["RUNNING"])?;
+        let pid = listed.lines().find_map(|line| line.strip_prefix("c ")?.split_whitespace().next()).context("not listed")?.to_owned();
+        has(&ctr.run(&["tasks", "ps", "c"])?, &[&pid])?;
+        ensure!(ctr.run(&["tasks", "ls", "--quiet"])?.trim() == "c");
+        has(&ctr.run(&["tasks", "metrics", "c"])?, &["METRIC", "memory.usage_in_bytes"])
+    })
+}
+
+fn exec(ctr: &Ctr<'_>) -> Result<()> {
+    ctr.with_container("c", || {
+        let out = ctr.run(&["tasks", "exec", "--exec-id", "e1", "c", "sh", "-c", "echo in; exit 0"])?;
+        ensure!(out == "in\n", "{out:?}");
+        let failed = ctr.command(&["tasks", "exec", "--exec-id", "e2", "c", "sh", "-c", "exit 5"]).output()?;
+        ensure!(failed.status.code() == Some(5), "{failed:?}");
+        let terminal =
+            ctr.run_in_terminal(&["tasks", "exec", "--tty", "--exec-id", "e3", "c", "sh", "-c", "test -t 0 && echo terminal"])?;
+        has(&terminal, &["terminal\r"])?;
+        ctr.run(&["tasks", "exec", "--detach", "--exec-id", "e4", "c", "sleep", "1000"])?;
+        let listed = ctr.run(&["tasks", "ps", "c"])?;
+        ensure!(listed.lines().count() == 3, "{listed:?}");
+        Ok(())
+    })
+}
+
+fn pause(ctr: &Ctr<'_>) -> Result<()> {
+    ctr.with_container("c", || {
+        ctr.run(&["tasks", "pause", "c"])?;
+        has(&ctr.run(&["tasks", "ls"])?, &["PAUSED"])?;
+        ctr.run(&["tasks", "resume", "c"])?;
+        has(&ctr.run(&["tasks", "ls"])?, &["RUNNING"])
+    })
+}
+
+fn tasks(ctr: &Ctr<'_>) -> Result<()> {
+    ctr.with_container("c", || {
+        ctr.run(&["tasks", "kill", "--signal", "KILL", "c"])?;
+        retry(|| has(&ctr.run(&["tasks", "ls"])?, &["STOPPED"]))?;
+        ctr.run(&["tasks", "delete", "c"])?;
+        ctr.refused(&["tasks", "kill", "c"], "not found")?;
+        // the spec of a rootfs is in its container: it can be started again
+        ctr.run(&["tasks", "start", "--detach", "c"])?;
+        let mut attached = ctr.start(&["tasks", "attach", "c"])?;
+        ctr.run(&["tasks", "kill", "--signal", "KILL", "c"])?;
+        let status = attached.wait()?;
+        ensure!(status.code() == Some(137), "attach ended with {status}");
+        // which deletes what it was attached to
+        ctr.run(&["tasks", "start", "--detach", "c"])?;
+        Ok(())
+    })
+}
+
+fn checkpoint(ctr: &Ctr<'_>) -> Result<()> {
+    ctr.with_container("c", || {
+        let output = ctr.command(&["tasks", "checkpoint", "c"]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && (said.contains("no content store") || said.contains("does not serve")), "{output:?}");
+        has(&ctr.run(&["tasks", "ls"])?, &["RUNNING"])
+    })
+}
+
+fn events(ctr: &Ctr<'_>) -> Result<()> {
+    let file = ctr.cx.folder().join(format!("{}-events", ctr.namespace));
+    let mut listening = ctr.command(&["events"]).stdout(fs::File::create(&file)?).spawn()?;
+    let mut number = 0;
+    // a subscription says nothing when it is in place
+    let heard = retry(|| {
+        number += 1;
+        ctr.run_container(&["--rm"], &format!("c{number}"), &["true"])?;
+        let told = fs::read_to_string(&file)?;
+        has(&told, &["/containers/create", "/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete", "/containers/delete"])
+    });
+    kill(Pid::from_raw(listening.id().cast_signed()), Signal::SIGTERM)?;
+    listening.wait()?;
+    heard
+}
+
+fn images(ctr: &Ctr<'_>) -> Result<()> {
+    ctr.refused(&["images", "ls"], "x-manager does not serve /containerd.services.images.v1.Images/List")
+}

@@ -1,0 +1,262 @@
+//! SIGKILL at random instants of a daemon under load: what it had acknowledged is there afterwards, and no exit is lost or doubled.
+
+use std::env;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use containerd_client::types::v1::Status as Phase;
+use shim_tests::container::{Container, Stdio};
+use shim_tests::context::Context;
+use shim_tests::events::{Event, Events};
+use shim_tests::eventually::{SOON, eventually};
+use tokio::task::{JoinSet, LocalSet};
+use tonic::{Code, Status};
+
+/// `X_KILLS` deaths, 25 without it.
+fn kills() -> u64 {
+    number("X_KILLS").unwrap_or(25)
+}
+
+fn number(name: &str) -> Option<u64> {
+    env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// Two seconds for each, and a minute.
+pub(crate) fn deadline() -> Duration {
+    Duration::from_secs(60 + 2 * kills())
+}
+
+/// Numbers that look random and are the same for the same seed.
+#[derive(Debug, Clone)]
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+}
+
+pub(crate) async fn random_deaths_of_the_daemon_lose_nothing(cx: Context) -> Result<()> {
+    let seed = number("X_SEED").unwrap_or(1);
+    let stock = "io.containerd.runc.v2".to_owned();
+    for runtime in [cx.shim().runtime_type.clone(), stock] {
+        let cx = cx.with_own_daemon().await?;
+        campaign(&cx, &runtime, seed).await.with_context(|| format!("{runtime}, X_SEED={seed}"))?;
+        eventually("nothing is left", SOON, async || cx.leaves_nothing().await).await?;
+    }
+    Ok(())
+}
+
+async fn campaign(cx: &Context, runtime: &str, seed: u64) -> Result<()> {
+    let events = cx.events().await?;
+    let steady = cx.container(&["sleep", "1000"]).id("steady").runtime_type(runtime).start().await?;
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let local = LocalSet::new();
+    local
+        .run_until(async {
+            let mut lanes = JoinSet::new();
+            for lane in 0..LANES {
+                let lane = Lane { cx: cx.clone(), runtime: runtime.to_owned(), events: events.clone(), number: lane };
+                lanes.spawn_local(lane.run(stopped.clone()));
+            }
+            let mut dice = Dice(seed);
+            for _death in 0..kills() / 2 {
+                tokio::time::sleep(Duration::from_millis(dice.below(400))).await;
+                cx.crash_daemon().await?;
+                events.resubscribe(cx.client()).await?;
+                let state = steady.state().await?;
+                ensure!(state.status() == Phase::Running && state.pid == steady.pid, "{state:?}");
+                if let Some(ended) = lanes.try_join_next() {
+                    ended??;
+                    bail!("a lane ended early");
+                }
+            }
+            stop.send_replace(true);
+            let mut rounds = 0;
+            while let Some(lane) = lanes.join_next().await {
+                rounds += lane??;
+            }
+            ensure!(rounds > 0, "no lane has got round even once");
+            Ok(())
+        })
+        .await?;
+    ensure!(steady.destroy().await? == 137);
+    Ok(())
+}
+
+/// A client that runs one container after the other and believes what it is told.
+struct Lane {
+    cx: Context,
+    runtime: String,
+    events: Events,
+    number: u64,
+}
+
+impl Lane {
+    async fn run(self, stop: tokio::sync::watch::Receiver<bool>) -> Result<u64> {
+        let mut rounds = 0;
+        while !*stop.borrow() {
+            let id = format!("l{}r{rounds}", self.number);
+            self.round(&id, u32::try_from(rounds % 90)?).await.with_context(|| format!("container {id}"))?;
+            rounds += 1;
+        }
+        Ok(rounds)
+    }
+
+    async fn round(&self, id: &str, status: u32) -> Result<()> {
+        let client = self.cx.client();
+        let script = format!("read go; exit {status}");
+        let build = || self.cx.container(&["sh", "-c", &script]).id(id).runtime_type(&self.runtime).stdio(Stdio::ALL);
+        // metadata: made once, whether or not it was said so
+        again(async || unless(build().metadata().await.map(drop).map_err(as_status), Code::AlreadyExists)).await?;
+        // a task that was not acknowledged is there, or not; one that is must be whole
+        let container = loop {
+            match build().create_task().await {
+                Ok(container) => break Some(container),
+                Err(error) => {
+                    let status = as_status(error);
+                    if status.code() == Code::AlreadyExists {
+                        let state = again(async || client.state(id, "").await).await;
+                        if state.is_ok_and(|state| state.status() == Phase::Created) {
+                            break None;
+                        }
+                    } else if !is_a_death(&status) {
+                        bail!("create: {status:?}");
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        };
+        self.acknowledged(id, "created").await?;
+        let container = match container {
+            Some(container) => container,
+            // its fifos are those of the attempt that got no answer; the container is ended as it is
+            None => {
+                again(async || unless(client.delete(id).await.map(drop), Code::NotFound)).await?;
+                again(async || unless(client.delete_container(id).await, Code::NotFound)).await?;
+                return Ok(());
+            }
+        };
+        ensure!(self.start(id, "").await?, "it can be started again");
+        self.exec(&container, status + 100).await.context("exec")?;
+        container.io.stdin().await?.write_all(b"go\n")?;
+        let waited = again(async || client.wait(id, "").await).await.context("wait")?;
+        ensure!(waited.exit_status == status, "wait: {waited:?}");
+        self.acknowledged(id, "ended").await?;
+        self.delete(id, status).await?;
+        again(async || unless(client.delete_container(id).await, Code::NotFound)).await.context("delete container")?;
+        self.told_once(id, "", status, container.pid)
+    }
+
+    /// Runs an exec. One whose start was cut off is thrown away: the stock shim cannot start it again.
+    async fn exec(&self, container: &Container, status: u32) -> Result<()> {
+        let (client, id) = (self.cx.client(), &container.id);
+        for number in 0.. {
+            let name = format!("e{number}");
+            let build = || container.exec(&name, &["sh", "-c", &format!("exit {status}")]);
+            again(async || unless(build().add().await.map(drop).map_err(as_status), Code::AlreadyExists)).await?;
+            let started = self.start(id, &name).await?;
+            if started {
+                let waited = again(async || client.wait(id, &name).await).await?;
+                ensure!(waited.exit_status == status, "{waited:?}");
+            }
+            again(async || unless(client.delete_exec(id, &name).await.map(drop), Code::NotFound)).await?;
+            if started {
+                return self.told_once(id, &name, status, 0);
+            }
+        }
+        Ok(())
+    }
+
+    /// That of no process two exits were told, and of `pid`, or whoever it was, the right one. A creation that was never
+    /// acknowledged may have been ended under the same id.
+    fn told_once(&self, id: &str, exec: &str, status: u32, pid: u32) -> Result<()> {
+        let exits = self.events.exits(id, exec);
+        let of_one_pid = |pid: u32| exits.iter().filter(|exit| exit.pid == pid).count();
+        ensure!(exits.iter().all(|exit| of_one_pid(exit.pid) == 1), "told twice: {exits:?}");
+        let right = |exit: &Event| exit.status == status || (pid != 0 && exit.pid != pid);
+        ensure!(exits.iter().all(right), "not {status}: {exits:?}");
+        Ok(())
+    }
+
+    /// Starts a process. False when an attempt that got no answer was cut off before it did anything.
+    async fn start(&self, id: &str, exec: &str) -> Result<bool> {
+        let client = self.cx.client();
+        loop {
+            match client.start(id, exec).await {
+                Err(status) if is_a_death(&status) => {}
+                answer => return answer.map(|_pid| true).with_context(|| format!("start {exec:?}")),
+            }
+            let begun = eventually("it has begun", Duration::from_secs(2), async || {
+                let state = again(async || client.state(id, exec).await).await?;
+                ensure!(state.status() != Phase::Created, "{state:?}");
+                Ok(())
+            });
+            match begun.await {
+                Ok(()) => return Ok(true),
+                Err(error) if error.chain().any(|cause| cause.is::<Status>()) => return Err(error),
+                Err(_still_created) if exec.is_empty() => {}
+                Err(_still_created) => return Ok(false),
+            }
+        }
+    }
+
+    /// Deletes the task; only an attempt that got no answer may have been the one that did it.
+    async fn delete(&self, id: &str, status: u32) -> Result<()> {
+        let client = self.cx.client();
+        let mut may_be_gone = false;
+        loop {
+            match client.delete(id).await {
+                Ok(deleted) => {
+                    ensure!(deleted.exit_status == status, "delete: {deleted:?}");
+                    return Ok(());
+                }
+                Err(status) if is_a_death(&status) => may_be_gone = true,
+                Err(status) if may_be_gone && status.code() == Code::NotFound => return Ok(()),
+                Err(status) => bail!("delete: {status:?}"),
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// That what was acknowledged is there.
+    async fn acknowledged(&self, id: &str, what: &str) -> Result<()> {
+        let client = self.cx.client();
+        let state = again(async || client.state(id, "").await).await.with_context(|| format!("{what}, but not there"))?;
+        let expected = if what == "ended" { Phase::Stopped } else { Phase::Created };
+        ensure!(state.status() == expected, "{what}: {state:?}");
+        Ok(())
+    }
+}
+
+/// Calls until an answer comes that is not the daemon's death.
+async fn again<T>(mut call: impl AsyncFnMut() -> Result<T, Status>) -> Result<T, Status> {
+    loop {
+        match call().await {
+            Err(status) if is_a_death(&status) => tokio::time::sleep(PAUSE).await,
+            answer => return answer,
+        }
+    }
+}
+
+fn unless(answer: Result<(), Status>, code: Code) -> Result<(), Status> {
+    answer.or_else(|status| if status.code() == code { Ok(()) } else { Err(status) })
+}
+
+fn is_a_death(status: &Status) -> bool {
+    // tonic says Unknown of a connection that breaks in the middle of an answer
+    let is_of_the_connection =
+        status.code() == Code::Unknown && ["transport", "h2", "broken", "connection"].iter().any(|word| status.message().contains(word));
+    matches!(status.code(), Code::Unavailable | Code::Cancelled) || is_of_the_connection
+}
+
+fn as_status(error: anyhow::Error) -> Status {
+    match error.downcast::<Status>() {
+        Ok(status) => status,
+        Err(error) => Status::internal(format!("{error:#}")),
+    }
+}
+
+const LANES: u64 = 3;
+const PAUSE: Duration = Duration::from_millis(10);

@@ -1,0 +1,202 @@
+//! What a start finds, and when it refuses.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::types::v1::Status as Phase;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use shim_tests::container::{Stdio, code_of};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::{proc, suite};
+use tonic::Code;
+
+/// The same with the shim that comes with this suite, which gives up sending an event after some tries.
+pub(crate) async fn an_exit_while_the_daemon_was_down_is_told_once(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    for runtime in [cx.shim().runtime_type.clone(), "io.containerd.runc.v2".to_owned()] {
+        let container = cx.container(&["sh", "-c", "read go; exit 3"]).runtime_type(&runtime).stdio(Stdio::ALL).start().await?;
+        let exec = container.exec("e", &["sh", "-c", "read go; exit 5"]).stdio(Stdio::ALL).start().await?;
+        let (mut stdin, mut exec_stdin) = (container.io.stdin().await?, exec.io.stdin().await?);
+        let events = cx.events().await?;
+        cx.daemon().kill()?;
+        exec_stdin.write_all(b"go\n")?;
+        // the exec goes before the container can take it along
+        tokio::time::timeout(SOON, exec.io.out().to_end()).await??;
+        stdin.write_all(b"go\n")?;
+        let pid = container.pid.cast_signed();
+        eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+        cx.revive_daemon().await?;
+        events.resubscribe(cx.client()).await?;
+        let told = |exec: &'static str| !events.exits(&container.id, exec).is_empty();
+        // whoever sends it: the shim, sooner or later, or the daemon in its place; a shim of ours may have done so before anyone listened
+        if runtime == "io.containerd.runc.v2" {
+            eventually_true("the exits are told", Duration::from_secs(20), || told("") && told("e")).await?;
+        }
+        ensure!(exec.wait().await? == 5 && container.wait().await? == 3);
+        tokio::time::sleep(Duration::from_secs(7)).await; // longer than the daemon leaves a shim to tell it by itself
+        events.catch_up(cx.client()).await?;
+        for (name, status) in [("", 3), ("e", 5)] {
+            let exits = events.exits(&container.id, name);
+            ensure!(exits.len() <= 1 && exits.iter().all(|exit| exit.status == status), "{runtime}: {exits:?}");
+        }
+        exec.delete().await?;
+        ensure!(container.delete().await?.exit_status == 3);
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_shim_that_does_not_answer_delays_nobody(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let silent = cx.container(&["sleep", "1000"]).start().await?;
+    let other = cx.container(&["sleep", "1000"]).start().await?;
+    let keeper = Pid::from_raw(cx.shim_pid(&silent.id)?);
+    kill(keeper, Signal::SIGSTOP)?;
+    cx.daemon().kill()?;
+    let begin = Instant::now();
+    cx.revive_daemon().await?;
+    ensure!(other.state().await?.status() == Phase::Running);
+    ensure!(begin.elapsed() < Duration::from_secs(2), "the other task was known after {:?}", begin.elapsed());
+    let begin = Instant::now();
+    let listed = cx.client().list().await?;
+    let status_of = |id: &str| listed.iter().find(|task| task.id == id).map(containerd_client::types::v1::Process::status);
+    ensure!(status_of(&other.id) == Some(Phase::Running) && status_of(&silent.id) == Some(Phase::Unknown), "{listed:?}");
+    ensure!(begin.elapsed() < Duration::from_secs(5), "listing took {:?}", begin.elapsed());
+    kill(keeper, Signal::SIGCONT)?;
+    eventually("the silent one runs on", SOON, async || {
+        let state = silent.state().await?;
+        ensure!(state.status() == Phase::Running && state.pid == silent.pid, "{state:?}");
+        Ok(())
+    })
+    .await?;
+    for container in [silent, other] {
+        ensure!(container.destroy().await? == 137);
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn how_a_task_of_a_dead_shim_ended_is_kept_until_it_is_collected(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let events = cx.events().await?;
+    let collected = cx.container(&["sh", "-c", "exit 3"]).start().await?;
+    let replaced = cx.container(&["sh", "-c", "exit 4"]).start().await?;
+    ensure!(collected.wait().await? == 3 && replaced.wait().await? == 4);
+    let running = cx.container(&["sleep", "1000"]).start().await?;
+    let waiting = {
+        let (client, id) = (cx.client().clone(), running.id.clone());
+        tokio::spawn(async move { client.wait(&id, "").await })
+    };
+    for container in [&collected, &replaced, &running] {
+        proc::kill_hard(cx.shim_pid(&container.id)?);
+    }
+    ensure!(waiting.await??.exit_status == 137, "a pending wait is answered");
+    for daemon_dies in [false, true] {
+        if daemon_dies {
+            cx.crash_daemon().await?;
+        }
+        for (container, status) in [(&collected, 3), (&replaced, 4), (&running, 137)] {
+            let state = container.phase(Phase::Stopped).await?;
+            ensure!(state.exit_status == status, "{state:?}");
+            ensure!(container.wait().await? == status);
+        }
+    }
+    ensure!(events.exits(&collected.id, "").len() == 1, "{:?}", events.exits(&collected.id, ""));
+    ensure!(collected.delete().await?.exit_status == 3);
+    ensure!(code_of(collected.delete().await)? == Code::NotFound);
+    ensure!(running.delete().await?.exit_status == 137);
+    let again = cx.container(&["sh", "-c", "exit 4"]).id(&replaced.id).create_task().await?;
+    ensure!(again.pid != replaced.pid && again.run().await? == 4);
+    cx.leaves_nothing().await
+}
+
+/// Starts another one and returns how that ended.
+fn start(root: &Path, state: &Path, address: &Path) -> Result<Output> {
+    let manager = suite::manager().context("x-manager is on trial")?;
+    let mut command = Command::new("timeout");
+    command.arg("10").arg(manager).arg("--root").arg(root).arg("--state").arg(state).arg("--address").arg(address);
+    Ok(command.output()?)
+}
+
+fn refused(output: &Output, why: &str) -> Result<()> {
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(1) && said.contains(why), "{output:?}");
+    Ok(())
+}
+
+pub(crate) async fn sockets_are_for_root_and_one_daemon(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let daemon = cx.daemon();
+    for path in [daemon.address(), daemon.folder().join("c.sock.ttrpc")] {
+        let mode = fs::metadata(&path)?.permissions().mode() & 0o777;
+        ensure!(mode == 0o660, "{}: {mode:o}", path.display());
+    }
+    let folder = cx.folder();
+    refused(&start(&folder.join("root"), &folder.join("state"), &daemon.address())?, "somebody serves at")?;
+    refused(&start(&daemon.folder().join("root"), &folder.join("state"), &folder.join("other.sock"))?, "another x-manager works on")?;
+    cx.client().version().await?;
+    Ok(())
+}
+
+pub(crate) async fn a_store_of_a_newer_version_is_refused(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    cx.daemon().stop()?;
+    let store = cx.daemon().folder().join("root/meta.db");
+    let mut bytes = fs::read(&store)?;
+    // where SQLite's file format keeps what an application calls its version
+    bytes[60..64].copy_from_slice(&99_u32.to_be_bytes());
+    fs::write(&store, &bytes)?;
+    let folder = cx.daemon().folder();
+    refused(&start(&folder.join("root"), &folder.join("state"), &folder.join("c.sock"))?, "is of version 99, from a newer x-manager")?;
+    ensure!(fs::read(&store)? == bytes, "it was changed");
+    Ok(())
+}
+
+pub(crate) async fn a_full_disk_refuses_and_loses_nothing(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    cx.daemon().stop()?;
+    let root = cx.daemon().folder().join("root");
+    fs::rename(&root, cx.folder().join("root"))?;
+    fs::create_dir(&root)?;
+    nix::mount::mount(Some("tmpfs"), &root, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=8m"))?;
+    cx.revive_daemon().await?;
+    let result = full(&cx, &root).await;
+    cx.daemon().stop()?;
+    nix::mount::umount(&root)?;
+    result
+}
+
+async fn full(cx: &Context, root: &Path) -> Result<()> {
+    let running = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+    let mut stdin = running.io.stdin().await?;
+    let ballast = root.join("ballast");
+    fs::write(&ballast, vec![0; 4 << 20])?;
+    let mut kept = Vec::new();
+    let refusal = loop {
+        let id = format!("kept{}", kept.len());
+        match cx.container(&["sh", "-c", &format!("exit 1; {}", "x".repeat(20_000))]).id(&id).metadata().await {
+            Ok(_) => kept.push(id),
+            Err(error) => break error,
+        }
+        ensure!(kept.len() < 500, "the disk does not fill up");
+    };
+    ensure!(code_of::<()>(Err(refusal))? == Code::ResourceExhausted);
+    // what is left goes too
+    while fs::write(&ballast, vec![0; fs::metadata(&ballast).map_or(0, |about| usize::try_from(about.len()).unwrap_or(0)) + 1024]).is_ok() {
+    }
+    // running tasks are told of and deleted all the same
+    stdin.write_all(b"go\n")?;
+    ensure!(running.wait().await? == 3);
+    fs::remove_file(&ballast)?;
+    cx.crash_daemon().await?;
+    for id in &kept {
+        cx.client().delete_container(id).await.with_context(|| format!("{id} was acknowledged"))?;
+    }
+    ensure!(running.delete().await?.exit_status == 3);
+    ensure!(cx.container(&["sh", "-c", "exit 6"]).run().await? == 6, "it goes on");
+    eventually("nothing is left", SOON, async || cx.leaves_nothing().await).await
+}
