@@ -1,19 +1,20 @@
 # make run    the main job: a container that outlives the daemon and the shim's worker
 # make test   everything that must hold
+# make conformance   what containerd asks of a shim, clause by clause, and what ours makes of it
 PREFIX ?= /usr/local
 CARGO ?= cargo
 TARGET_DIR := $(shell $(CARGO) metadata --format-version 1 --no-deps 2>/dev/null | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
 TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
-
-
 MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 
-.PHONY: build build-faulty build-manager test-manager run test test-unit test-e2e test-cgroup2 lint install packages suites bench clean
+.PHONY: build build-faulty run test test-manager test-unit test-e2e test-cgroup2 campaign conformance conformance-docs lint install packages suites bench bench-upgrade clean
+
+CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
 build:
-	$(CARGO) build --locked --release --package containerd-shim-x
+	$(CARGO) build --locked --release --package containerd-shim-x --package x-manager
 
 ## runs a container, kills daemon and worker under it, shows that nothing was lost
 run: packages build
@@ -23,24 +24,42 @@ run: packages build
 test: test-unit test-e2e test-manager
 
 test-unit: packages
-	$(CARGO) test --locked --package containerd-shim-x --package x-proto
-	$(CARGO) test --locked --package x-manager
+	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager
 
 test-e2e: packages suites build build-faulty
-	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
-		--test containerd --test docker --test faults --test protocol
+	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests
 
-## the same tests with x-manager in containerd's place, and its own
-test-manager: packages suites build build-manager
-	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test containerd --test docker
+## the tests of containerd and Docker once more, with x-manager in containerd's place
+test-manager: packages suites build
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd --test docker
 
 ## on cgroup v2 without v1, in an emulated guest: some minutes, so not part of `test`
 test-cgroup2: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) runc crun
 
-build-manager:
-	$(CARGO) build --locked --release --package x-manager
+## the protocol's clauses, on our shim, with both OCI runtimes
+conformance: packages build conformance-tool
+	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine crun
+	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine runc
+
+.PHONY: conformance-tool
+conformance-tool:
+	$(CARGO) build --locked --package shim-tests --bins
+
+## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; takes half an hour
+conformance-docs: packages suites build conformance-tool
+	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
+
+## N runs with random deaths, stops and upgrades of the worker, on the oldest and the newest containerd; X_SEED chooses which
+N ?= 1000
+campaign: packages suites build-faulty
+	X_SHIM_FAULTY=$(FAULTY_SHIM) X_CAMPAIGN=$(N) X_CAMPAIGN_WITHIN=$$(( $(N) * 10 + 600 )) $(CARGO) test --locked --package shim-tests --test faults -- campaign
+
+## how long a client waits while its shim is upgraded, and one upgrade of 1,000 shims
+bench-upgrade: packages build
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rounds 2000
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --shims 1000
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:
@@ -52,6 +71,7 @@ lint:
 
 install: build
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-x-v2
+	install -D -m 755 $(MANAGER) $(DESTDIR)$(PREFIX)/bin/x-manager
 
 ## Debian packages that building and testing need
 packages:

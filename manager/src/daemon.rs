@@ -1,52 +1,163 @@
-//! The daemon's life: open, listen, load, serve, stop.
+//! The daemon's life: open, listen, load, serve, and stop or be replaced.
 
 use std::fs::File;
-use std::path::Path;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::info;
-use nix::fcntl::{Flock, FlockArg};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use log::{info, warn};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
 
+use crate::control::Order;
 use crate::error::{Error, IoContext as _, Result};
 use crate::manager::Manager;
 use crate::settings::Settings;
-use crate::{api, forward, logging, sockets};
+use crate::sockets::{self, Inherited, Sockets};
+use crate::upgrade::{self, Estate, Predecessor};
+use crate::{api, control, forward, logging, metrics, notify, restart, store};
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT, or until another process has taken over. `takes_over` when this one is such a process.
 ///
 /// Errors: when it cannot start; with a sentence for whoever reads the service's log.
-pub(crate) fn run(settings: Settings) -> Result<()> {
+pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
     logging::install(settings.log_level);
+    // before it may be replaced by another file
+    let program = own_program();
+    let inherited = if takes_over { None } else { Some(Inherited::from_service_manager()?) };
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS).thread_stack_size(STACK_BYTES).build();
-    runtime.on("start the executor of", Path::new("x-manager"))?.block_on(serve(settings))
+    let served = runtime.on("start the executor of", Path::new("x-manager"))?.block_on(async {
+        let start = match inherited {
+            None => Start::after_another(settings).await?,
+            Some(inherited) => Start::alone(settings, inherited).await?,
+        };
+        serve(settings, start, &program).await
+    });
+    if let Err(error) = &served {
+        notify::tell(&format!("STATUS={}", error.chain()));
+    }
+    served
 }
 
-async fn serve(settings: Settings) -> Result<()> {
-    let _only_one = patiently(|| claim(&settings.root)).await?;
-    let manager = Arc::new(Manager::open(&settings).await?);
-    let clients = patiently(|| sockets::listen(&settings.address, settings.gid)).await?;
-    let shims = patiently(|| sockets::listen(&settings.ttrpc_address(), 0)).await?;
-    manager.tasks.load().await?;
-    let mut events = forward::serve(shims, Arc::clone(&manager.tasks)).await?;
-    let (stop, stopped) = watch::channel(false);
-    let api = tokio::spawn(api::serve(clients, manager, stopped));
-    info!(address:% = settings.address.display(), version = env!("CARGO_PKG_VERSION"); "serving");
-    let mut terminate = signal(SignalKind::terminate()).on("wait for SIGTERM of", &settings.address)?;
-    let mut interrupt = signal(SignalKind::interrupt()).on("wait for SIGINT of", &settings.address)?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// What is there before anything is served.
+struct Start {
+    lock: OwnedFd,
+    sockets: Sockets,
+    manager: Arc<Manager>,
+    predecessor: Option<Predecessor>,
+}
+
+impl Start {
+    async fn alone(settings: &Settings, inherited: Inherited) -> Result<Self> {
+        let lock = patiently(|| claim(&settings.root)).await?;
+        let sockets = Sockets::open(settings, inherited)?;
+        Ok(Self { lock, sockets, manager: Arc::new(Manager::open(settings).await?), predecessor: None })
     }
-    info!("stopping; shims and their containers stay");
+
+    async fn after_another(settings: &Settings) -> Result<Self> {
+        let (mut predecessor, lock, inherited) = Predecessor::meet()?;
+        let sockets = Sockets::open(settings, inherited)?;
+        predecessor.prepared(store::rehearse(&settings.store())?).await?;
+        let manager = Arc::new(Manager::open(settings).await?);
+        Ok(Self { lock, sockets, manager, predecessor: Some(predecessor) })
+    }
+}
+
+async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> {
+    let Start { lock, sockets, manager, predecessor } = start;
+    manager.store.limit(settings.limits.store_bytes).await?;
+    let not_yet = manager.gate.close(Duration::ZERO).await;
+    manager.tasks.load().await?;
+    if let Some(predecessor) = predecessor {
+        predecessor.ready().await?;
+    }
+    drop(not_yet);
+    let mut events = forward::serve(sockets::accepting(&sockets.shims)?, Arc::clone(&manager.tasks)).await?;
+    let (stop, stopped) = watch::channel(false);
+    let api = tokio::spawn(api::serve(sockets::accepting(&sockets.clients)?, Arc::clone(&manager), settings.limits, stopped));
+    let (send, orders) = mpsc::channel(1);
+    tokio::spawn(control::serve(sockets::accepting(&sockets.control)?, send));
+    if let Some(listener) = &sockets.metrics {
+        tokio::spawn(metrics::serve(metrics::Listener::of(listener)?, Arc::clone(&manager)));
+    }
+    if let Some(interval) = settings.restart_interval {
+        tokio::spawn(restart::watch(Arc::clone(&manager), interval));
+    }
+    let mut wishes = Wishes::new(orders)?;
+    info!(address:% = settings.address.display(), version = env!("CARGO_PKG_VERSION"), pid = std::process::id(); "serving");
+    notify::tell(&format!("READY=1\nSTATUS=serving at {}", settings.address.display()));
+    let store_file = settings.store();
+    let estate = Estate { lock: lock.as_fd(), sockets: &sockets, store: &manager.store, store_file: &store_file, gate: &manager.gate };
+    while let Some(order) = wishes.order().await {
+        let path = order.as_ref().and_then(|order| order.program.clone()).unwrap_or_else(|| program.to_owned());
+        let handed_over = tokio::select! {
+            handed_over = upgrade::hand_over(estate, &path) => handed_over,
+            () = wishes.stop() => break,
+        };
+        let is_over = handed_over.is_ok();
+        match &handed_over {
+            Ok(pid) => info!(pid; "another process has taken over"),
+            Err(error) => warn!(error = error.chain(); "no other process takes over, this one goes on"),
+        }
+        if let Some(order) = order {
+            // whoever asked may have gone
+            let _ = order.answer.send(handed_over);
+        }
+        if is_over {
+            break;
+        }
+    }
+    if !manager.gate.is_retired() {
+        info!("stopping; shims and their containers stay");
+        notify::tell("STOPPING=1");
+        // those that are carried to their end have that much more time than those that are not
+        drop(manager.gate.close(LAST_CHANGES).await);
+        manager.gate.retire();
+    }
     stop.send_replace(true);
+    events.stop_listen().await;
     // it was told to end, and says nothing
     let _ = api.await;
-    events.stop_listen().await;
     Ok(())
+}
+
+/// What this process is asked for from outside.
+struct Wishes {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    orders: mpsc::Receiver<Order>,
+}
+
+impl Wishes {
+    fn new(orders: mpsc::Receiver<Order>) -> Result<Self> {
+        let listen = |kind| signal(kind).on("wait for signals to", Path::new("x-manager"));
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hangup: listen(SignalKind::hangup())?,
+            orders,
+        })
+    }
+
+    /// The next wish to be replaced, with whoever has it if that can be answered; none when it is to stop.
+    async fn order(&mut self) -> Option<Option<Order>> {
+        tokio::select! {
+            _ = self.terminate.recv() => None,
+            _ = self.interrupt.recv() => None,
+            _ = self.hangup.recv() => Some(None),
+            Some(order) = self.orders.recv() => Some(Some(order)),
+        }
+    }
+
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 /// Tries again for a moment: a daemon that was killed while it started a program leaves a copy of itself, with its lock and its sockets,
@@ -61,13 +172,24 @@ async fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
     }
 }
 
-/// Makes sure that no other daemon works on the same data.
-fn claim(root: &Path) -> Result<Flock<File>> {
+/// Makes sure that no other daemon works on the same data. The lock lasts until the last copy of the descriptor is closed.
+fn claim(root: &Path) -> Result<OwnedFd> {
     std::fs::create_dir_all(root).on("make folder", root)?;
     let path = root.join("lock");
     let file = File::options().create(true).append(true).open(&path).on("open", &path)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| Error::Precondition(format!("another x-manager works on {}", root.display())))
+    file.try_lock().map_err(|_| Error::Precondition(format!("another x-manager works on {}", root.display())))?;
+    Ok(file.into())
+}
+
+/// The name by which this program was started, as a path: what is there later is its successor.
+fn own_program() -> PathBuf {
+    let name = PathBuf::from(std::env::args_os().next().unwrap_or_default());
+    if name.components().count() > 1 || name.is_absolute() {
+        return std::path::absolute(&name).unwrap_or(name);
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|folder| folder.join(&name)).find(|file| file.is_file());
+    found.or_else(|| std::env::current_exe().ok()).unwrap_or(name)
 }
 
 /// How long what a dead daemon holds is waited for.
@@ -77,3 +199,5 @@ const PAUSE: Duration = Duration::from_millis(10);
 const BLOCKING_THREADS: usize = 16;
 /// Of each of them.
 const STACK_BYTES: usize = 256 << 10;
+/// When stopping, for calls that change something.
+const LAST_CHANGES: Duration = Duration::from_secs(10);

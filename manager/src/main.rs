@@ -3,25 +3,33 @@
 use std::process::ExitCode;
 
 mod api;
+mod config;
+mod control;
 mod daemon;
 mod error;
 mod events;
 mod filter;
 mod forward;
+mod gate;
 mod guarded;
 mod invocation;
 mod logging;
 mod manager;
+mod metrics;
 mod name;
+mod notify;
+mod restart;
 mod settings;
 mod sockets;
 mod store;
 mod sys;
 mod tasks;
 mod timestamp;
+mod upgrade;
 mod wire;
 
-use invocation::Invocation;
+use error::{Error, Result};
+use invocation::{Invocation, UsageError};
 
 /// The command line makes no sense.
 const EXIT_USAGE: u8 = 2;
@@ -30,26 +38,52 @@ fn main() -> ExitCode {
     let invocation = match Invocation::parse(std::env::args_os().skip(1)) {
         Ok(invocation) => invocation,
         Err(error) => {
-            eprintln!("x-manager: {error}\n\n{}", invocation::HELP);
+            if std::env::args_os().any(|word| word == invocation::TAKE_OVER) {
+                upgrade::report_failure(&error.to_string());
+            }
+            eprintln!("x-manager: {error}");
+            if !matches!(error, UsageError::Config(_)) {
+                eprint!("\n{}", invocation::HELP);
+            }
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    let ended = match invocation {
-        Invocation::Serve(settings) => daemon::run(settings),
-        Invocation::Version => {
-            println!("x-manager {}", env!("CARGO_PKG_VERSION"));
-            Ok(())
-        }
-        Invocation::Help => {
-            print!("{}", invocation::HELP);
-            Ok(())
-        }
-    };
-    match ended {
+    match run(invocation) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("x-manager: {}", error.chain());
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(invocation: Invocation) -> Result<()> {
+    match invocation {
+        Invocation::Serve(settings) => daemon::run(&settings, false)?,
+        Invocation::TakeOver(settings) => {
+            daemon::run(&settings, true).inspect_err(|error| upgrade::report_failure(&error.chain()))?;
+        }
+        Invocation::Upgrade(settings, program) => {
+            let pid = control::upgrade(&settings.control_address(), program.as_deref())?;
+            println!("process {pid} has taken over");
+        }
+        Invocation::Backup(settings, file) => {
+            store::backup(&settings.store(), &file)?;
+            println!("{} is a copy of {}", file.display(), settings.store().display());
+        }
+        Invocation::Check(settings) => {
+            let wrong = store::check(&settings.store())?;
+            if !wrong.is_empty() {
+                return Err(Error::Precondition(format!("{} is not sound:\n  {}", settings.store().display(), wrong.join("\n  "))));
+            }
+            println!("{} is sound", settings.store().display());
+        }
+        Invocation::ConfigDefault => print!("{}", config::DEFAULT),
+        Invocation::ConfigCheck(settings) => {
+            println!("the configuration can be used; the API would be served at {}", settings.address.display())
+        }
+        Invocation::Version => println!("x-manager {}", env!("CARGO_PKG_VERSION")),
+        Invocation::Help => print!("{}", invocation::HELP),
+    }
+    Ok(())
 }

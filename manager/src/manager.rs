@@ -2,9 +2,11 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use crate::error::{IoContext as _, Result};
 use crate::events::Exchange;
+use crate::gate::Gate;
 use crate::settings::Settings;
 use crate::store::{self, Store};
 use crate::tasks::Tasks;
@@ -15,6 +17,10 @@ pub(crate) struct Manager {
     pub(crate) store: Store,
     pub(crate) events: Arc<Exchange>,
     pub(crate) tasks: Arc<Tasks>,
+    /// Passed by whatever changes something.
+    pub(crate) gate: Gate,
+    /// What the restart monitor has started.
+    pub(crate) restarts: AtomicU64,
     /// Told to whoever asks for the server: the same for as long as the store is.
     pub(crate) uuid: String,
 }
@@ -29,9 +35,10 @@ impl Manager {
             store::uuid(db, &new)
         };
         let uuid = store.write(about).await?;
-        let events = Arc::<Exchange>::default();
-        let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events)));
-        Ok(Self { store, events, tasks, uuid })
+        let gate = Gate::default();
+        let events = Arc::new(Exchange::new(settings.limits));
+        let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone()));
+        Ok(Self { store, events, tasks, gate, restarts: AtomicU64::new(0), uuid })
     }
 }
 

@@ -1,6 +1,7 @@
-//! Where everything is kept and served.
+//! Where everything is kept and served, and how much clients may make this process hold.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use log::LevelFilter;
 
@@ -17,6 +18,40 @@ pub(crate) struct Settings {
     pub(crate) gid: u32,
     /// What is logged.
     pub(crate) log_level: LevelFilter,
+    /// Where metrics are served, if anywhere.
+    pub(crate) metrics: Option<MetricsAddress>,
+    /// How often the restart monitor looks at what it has not been told of; none turns it off.
+    pub(crate) restart_interval: Option<Duration>,
+    /// What clients may make this process hold.
+    pub(crate) limits: Limits,
+}
+
+/// Where metrics are served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum MetricsAddress {
+    /// An address and port.
+    Tcp(std::net::SocketAddr),
+    /// A unix socket.
+    Unix(PathBuf),
+}
+
+/// What clients may make this process hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Connections of clients.
+    pub(crate) connections: usize,
+    /// Clients that listen to events.
+    pub(crate) subscribers: usize,
+    /// Bytes of events that wait for one of them.
+    pub(crate) event_queue_bytes: usize,
+    /// Bytes of the metadata store.
+    pub(crate) store_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections: 1024, subscribers: 256, event_queue_bytes: 4 << 20, store_bytes: 1 << 30 }
+    }
 }
 
 impl Default for Settings {
@@ -27,6 +62,9 @@ impl Default for Settings {
             address: "/run/x-manager/x-manager.sock".into(),
             gid: 0,
             log_level: LevelFilter::Info,
+            metrics: None,
+            restart_interval: Some(Duration::from_secs(10)),
+            limits: Limits::default(),
         }
     }
 }
@@ -37,6 +75,11 @@ impl Settings {
         let mut address = self.address.clone().into_os_string();
         address.push(".ttrpc");
         address.into()
+    }
+
+    /// The socket for `x-manager upgrade`, root's alone.
+    pub(crate) fn control_address(&self) -> PathBuf {
+        self.state.join("control.sock")
     }
 
     /// The file of the metadata store.

@@ -4,17 +4,19 @@
 //!
 //! **Invariant:** no exchange takes longer than its deadline, whatever state the keeper is in.
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, setsockopt, socket, sockopt,
+};
 use nix::sys::time::TimeVal;
 
-use crate::handover::{ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Malformed, Snapshot};
+use crate::handover::{ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Malformed, Snapshot, UpgradeReport};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -31,6 +33,8 @@ pub(crate) enum Error {
     Malformed { path: PathBuf, source: Malformed },
     #[error("the keeper on {} gave an answer to another question", path.display())]
     Unexpected { path: PathBuf },
+    #[error("the keeper on {} refuses: {why}", path.display())]
+    Refused { path: PathBuf, why: String },
     #[error("talk to the keeper on {}", path.display())]
     Io { path: PathBuf, source: io::Error },
 }
@@ -44,6 +48,19 @@ impl Error {
 
 /// Sends a request to the keeper that listens at `path` and waits for its reply.
 pub(crate) fn ask(path: &Path, request: &ControlRequest, deadline: Instant) -> Result<ControlReply, Error> {
+    ask_with(path, request, None, deadline)
+}
+
+/// Has a keeper go on as another program.
+pub(crate) fn upgrade(path: &Path, request: &ControlRequest, program: BorrowedFd<'_>, deadline: Instant) -> Result<UpgradeReport, Error> {
+    match ask_with(path, request, Some(program), deadline)? {
+        ControlReply::Upgraded(report) => Ok(*report),
+        ControlReply::Refused { why } => Err(Error::Refused { path: path.to_owned(), why }),
+        _ => Err(Error::Unexpected { path: path.to_owned() }),
+    }
+}
+
+fn ask_with(path: &Path, request: &ControlRequest, attached: Option<BorrowedFd<'_>>, deadline: Instant) -> Result<ControlReply, Error> {
     let explain = |source: io::Error| {
         let path = path.to_owned();
         match source.kind() {
@@ -53,7 +70,7 @@ pub(crate) fn ask(path: &Path, request: &ControlRequest, deadline: Instant) -> R
             _ => Error::Io { path, source },
         }
     };
-    let reply = exchange(path, request, deadline).map_err(explain)?;
+    let reply = exchange(path, request, attached, deadline).map_err(explain)?;
     ControlReply::decode(&reply).map_err(|source| Error::Malformed { path: path.to_owned(), source })
 }
 
@@ -73,10 +90,15 @@ pub(crate) fn is_listening(path: &Path, patience: Duration) -> bool {
     }
 }
 
-fn exchange(path: &Path, request: &ControlRequest, deadline: Instant) -> io::Result<Vec<u8>> {
+fn exchange(path: &Path, request: &ControlRequest, attached: Option<BorrowedFd<'_>>, deadline: Instant) -> io::Result<Vec<u8>> {
     let mut stream = dial(path, left(deadline)?)?;
     stream.set_write_timeout(Some(left(deadline)?))?;
-    stream.write_all(&request.encode())?;
+    let request = request.encode();
+    let numbers: Vec<_> = attached.iter().map(AsRawFd::as_raw_fd).collect();
+    let controls = [ControlMessage::ScmRights(&numbers)];
+    let controls = if numbers.is_empty() { &controls[..0] } else { &controls[..] };
+    let sent = sendmsg::<()>(stream.as_raw_fd(), &[io::IoSlice::new(&request)], controls, MsgFlags::MSG_NOSIGNAL, None)?;
+    stream.write_all(&request[sent..])?;
     let mut length = [0; 4];
     read_exact(&mut stream, &mut length, deadline)?;
     let length = u32::from_le_bytes(length) as usize;

@@ -21,6 +21,7 @@ pub(crate) const RESPONSE: u8 = 2;
 pub(crate) enum Code {
     InvalidArgument = 3,
     ResourceExhausted = 8,
+    Internal = 13,
 }
 
 /// A frame's header: 4 bytes of length, 4 of stream id, both big-endian, type, flags.

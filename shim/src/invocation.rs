@@ -22,10 +22,21 @@ pub(crate) enum Invocation {
     Help,
     /// `start`: become the keeper. Descriptor 3 listens for clients, 4 for commands.
     Keeper(Settings),
+    /// A keeper: go on as another image of itself. Descriptor `state` is what the image before has saved, `before` its program; none
+    /// on the way back to it.
+    Resume {
+        settings: Settings,
+        state: i32,
+        before: Option<i32>,
+    },
+    /// A keeper: try whether this image could go on from the state in descriptor 3, and say so on 4.
+    Rehearse(Settings),
     /// The keeper: become a worker. Descriptor 3 leads to the keeper.
     Worker(Settings),
     /// A person: list the shims of this host.
     Ps(Query),
+    /// A person: have shims go on as another program, with everything they have.
+    Upgrade(UpgradeOrder),
     /// A person: show everything that is known of a container.
     Inspect {
         id: String,
@@ -55,6 +66,20 @@ pub(crate) struct Query {
     pub(crate) bundle: Option<PathBuf>,
 }
 
+/// Which shims are to be upgraded, and to what.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct UpgradeOrder {
+    /// Ids of containers or groups; with `all`, none.
+    pub(crate) ids: Vec<String>,
+    pub(crate) all: bool,
+    /// Absent: this very program.
+    pub(crate) to: Option<PathBuf>,
+    pub(crate) worker_only: bool,
+    /// How many shims at once.
+    pub(crate) at_once: Option<usize>,
+    pub(crate) query: Query,
+}
+
 /// A command line that makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UsageError {
@@ -76,6 +101,10 @@ pub(crate) enum UsageError {
     NothingToInspect,
     #[error("unknown command {action:?}")]
     UnknownAction { action: String },
+    #[error("upgrade needs ids of containers, or --all")]
+    NothingToUpgrade,
+    #[error("upgrade takes either ids of containers or --all")]
+    AllAndSome,
     #[error("no command was given")]
     NoAction,
 }
@@ -103,6 +132,10 @@ For people:
         shows everything that is known of a container, also while its worker is dead
     containerd-shim-x-v2 inspect ID --bundle PATH [--json]
         shows what is recorded in a bundle whose shim is dead altogether
+    containerd-shim-x-v2 upgrade ID... | --all [--to PATH] [--worker-only] [--at-once N] [--json] [--namespace NAME]
+        has shims go on as the program at PATH, or as this one, while their containers run; a new program that does not work is
+        not taken, or replaced by the old one, and the reason is shown. Ends with 0 if all shims run the program now, else with 1.
+        Downgrades are done in the same way. The keeper is replaced too, unless --worker-only. 4 shims are upgraded at once
     containerd-shim-x-v2 -v
         prints the version
     containerd-shim-x-v2 --help
@@ -146,7 +179,18 @@ impl Invocation {
             // What follows the action of a daemon is ignored, as Go's shims do: daemons have been seen to append.
             "start" => raw.flags("start", &["id", "namespace"]).map(Self::Start),
             "delete" => raw.flags("delete", &["id", "namespace"]).map(Self::Delete),
-            "keeper" => Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()]).map(Self::Keeper),
+            "keeper" => {
+                let settings = Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()])?;
+                let words: Vec<&str> = rest.map(String::as_str).collect();
+                let number =
+                    |word: &str| word.parse::<i32>().map_err(|_| UsageError::Surplus { action: "keeper", argument: word.to_owned() });
+                Ok(match words[..] {
+                    ["resume", state] => Self::Resume { settings, state: number(state)?, before: None },
+                    ["resume", state, before] => Self::Resume { settings, state: number(state)?, before: Some(number(before)?) },
+                    ["rehearse"] => Self::Rehearse(settings),
+                    _ => Self::Keeper(settings),
+                })
+            }
             "worker" => Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()]).map(Self::Worker),
             "help" => Ok(Self::Help),
             "version" => Ok(Self::Version),
@@ -156,6 +200,18 @@ impl Invocation {
                     _ if raw.help => Ok(Self::Help),
                     None => Ok(Self::Ps(raw.query())),
                     Some(argument) => Err(UsageError::Surplus { action: "ps", argument }),
+                }
+            }
+            "upgrade" => {
+                let ids = raw.take_rest(rest)?;
+                match (raw.all, ids.is_empty()) {
+                    _ if raw.help => Ok(Self::Help),
+                    (false, true) => Err(UsageError::NothingToUpgrade),
+                    (true, false) => Err(UsageError::AllAndSome),
+                    (all, _) => {
+                        let (to, worker_only, at_once) = (raw.to.clone().map(PathBuf::from), raw.worker_only, raw.at_once);
+                        Ok(Self::Upgrade(UpgradeOrder { ids, all, to, worker_only, at_once, query: raw.query() }))
+                    }
                 }
             }
             "inspect" => {
@@ -185,6 +241,10 @@ struct Raw {
     info: bool,
     json: bool,
     debug: bool,
+    all: bool,
+    worker_only: bool,
+    at_once: Option<usize>,
+    to: Option<String>,
     namespace: Option<String>,
     id: Option<String>,
     address: Option<String>,
@@ -210,6 +270,15 @@ impl Raw {
             "control" => drop(text("control")?),
             "log-level" => drop(text("log-level")?),
             "debug" => self.debug = truth_of("debug", given)?,
+            "all" => self.all = truth_of("all", given)?,
+            "worker-only" => self.worker_only = truth_of("worker-only", given)?,
+            "to" => self.to = Some(text("to")?),
+            "at-once" => {
+                let value = text("at-once")?;
+                let why = "must be a number from 1 to 256";
+                let refused = || UsageError::BadValue { name: "at-once", value: shorten(&value), why };
+                self.at_once = Some(value.parse().ok().filter(|count| (1..=256).contains(count)).ok_or_else(refused)?);
+            }
             "json" => self.json = truth_of("json", given)?,
             "info" => self.info = truth_of("info", given)?,
             "v" | "version" => self.version = truth_of("v", given)?,
@@ -350,7 +419,12 @@ mod tests {
         for line in ["inspect c1 --json --namespace=n1", "inspect --json -n n1 c1", "-n n1 inspect c1 --json"] {
             assert_eq!(parse(line), Ok(Invocation::Inspect { id: "c1".into(), query: query.clone() }), "{line}");
         }
-        for line in ["help", "--help", "-h", "ps --help", "inspect -h", "-namespace n1 -help start"] {
+        let order = UpgradeOrder { ids: vec!["c1".into(), "c2".into()], ..UpgradeOrder::default() };
+        assert_eq!(parse("upgrade c1 c2"), Ok(Invocation::Upgrade(order)));
+        let order =
+            UpgradeOrder { all: true, to: Some("/new".into()), worker_only: true, at_once: Some(9), query, ..UpgradeOrder::default() };
+        assert_eq!(parse("upgrade --all --to /new --at-once=9 -n n1 --json --worker-only"), Ok(Invocation::Upgrade(order)));
+        for line in ["upgrade --help", "help", "--help", "-h", "ps --help", "inspect -h", "-namespace n1 -help start"] {
             assert_eq!(parse(line), Ok(Invocation::Help), "{line}");
         }
     }
@@ -371,6 +445,9 @@ mod tests {
             ("-namespace n1 -id= start", "flag -id must be a name of 1 to 255 bytes without a slash: \"\""),
             ("inspect", "inspect needs the id of a container"),
             ("inspect a b", "inspect does not take \"b\""),
+            ("upgrade", "upgrade needs ids of containers, or --all"),
+            ("upgrade --all c1", "upgrade takes either ids of containers or --all"),
+            ("upgrade --all --at-once 0", "flag -at-once must be a number from 1 to 256: \"0\""),
             ("ps a", "ps does not take \"a\""),
             ("-namespace n1 keeper", "keeper needs the flag -id"),
         ] {

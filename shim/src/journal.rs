@@ -12,6 +12,7 @@
 //! `pwrite` of whole records; a torn record is seen by its sum and counts as absent.
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -41,6 +42,19 @@ pub(crate) struct RecordedExit {
 /// A journal that is open for writing.
 #[derive(Debug)]
 pub(crate) struct Journal(File);
+
+impl From<OwnedFd> for Journal {
+    /// A journal that was opened before.
+    fn from(file: OwnedFd) -> Self {
+        Self(file.into())
+    }
+}
+
+impl AsFd for Journal {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl Journal {
     /// Opens or creates the journal at `path` and allocates the exit slot.

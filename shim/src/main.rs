@@ -5,6 +5,7 @@ mod bootstrap;
 mod cgroup;
 mod commands;
 mod control;
+mod disguise;
 mod engine;
 mod frame;
 mod handover;
@@ -20,6 +21,7 @@ mod run_dir;
 mod settings;
 mod stdio_uri;
 mod sys;
+mod whole_file;
 mod worker;
 
 use invocation::Invocation;
@@ -47,12 +49,24 @@ fn main() -> ExitCode {
             let (clients, control) = (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?);
             Ok(keeper::run(settings, clients, control))
         }),
+        Invocation::Resume { settings, state, before } => inherited(|| {
+            nix::sys::prctl::set_name(c"containerd-shim")?;
+            logging::install(Some(&settings.bundle), settings.log_level);
+            let (state, before) = (sys::inherited::take(state)?, before.map(sys::inherited::take).transpose()?);
+            Ok(keeper::resume(settings, state, before))
+        }),
+        Invocation::Rehearse(settings) => inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take(3)?, sys::inherited::take(4)?))),
         Invocation::Worker(settings) => inherited(|| {
             // Executed through a descriptor, it would be called by the descriptor's number.
             nix::sys::prctl::set_name(c"containerd-shim")?;
             logging::install(Some(&settings.bundle), settings.log_level);
             Ok(worker::run(settings, sys::inherited::take_socket(3)?))
         }),
+        Invocation::Upgrade(order) => match commands::upgrade(&order) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(error) => ended("upgrade", Err(error)),
+        },
         Invocation::Ps(query) => ended("ps", commands::ps(&query)),
         Invocation::Inspect { id, query } => ended(&format!("inspect {id}"), commands::inspect(&id, &query)),
     }

@@ -181,6 +181,20 @@ fn the_keeper_has_nothing_of_the_daemon() {
 }
 
 #[test]
+fn a_keeper_that_may_open_few_descriptors_has_a_worker() {
+    let host = Host::new();
+    let bundle = host.bundle("c1", None);
+    let start = host.action("c1", "start");
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "ulimit -n 60; exec \"$0\" \"$@\"", SHIM]).args(start.get_args()).current_dir(bundle);
+    command.envs(start.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    succeeded(command.stdin(Stdio::null()).output().expect("executes"));
+    let limits = fs::read_to_string(format!("/proc/{}/limits", host.keeper_of("c1"))).expect("is there");
+    assert!(limits.lines().any(|line| line.starts_with("Max open files") && line.contains(" 60 ")), "{limits}");
+    eventually("a worker serves", || host.ps()["shims"][0]["worker"]["build"].as_str().is_some_and(|build| !build.is_empty()));
+}
+
+#[test]
 fn a_daemon_of_2_3_is_answered_in_protobuf_and_chooses_the_folder() {
     let host = Host::new();
     host.bundle("c1", None);

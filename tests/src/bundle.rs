@@ -22,8 +22,8 @@ use crate::eventually::{SOON, eventually, eventually_true, within};
 use crate::spec::{self, Spec};
 use crate::stand::Stand;
 use crate::stdio;
-use crate::task::{Task, any_json};
-use crate::{isolation, messages, proc, rootfs};
+use crate::task::{self, Task, V2, V3, any_json};
+use crate::{isolation, messages, proc, rootfs, trace};
 
 fn bind_mount(source: &Path) -> Mount {
     Mount {
@@ -119,6 +119,7 @@ impl Bundle {
     /// Writes the bundle down as containerd does.
     pub fn write(&self) -> Result<&Self> {
         fs::create_dir_all(self.folder.join("rootfs"))?;
+        fs::create_dir_all(self.folder.join("work"))?;
         fs::write(self.folder.join("config.json"), self.spec.0.to_string())?;
         if !self.folder.join("log").exists() {
             stdio::fifo(&self.folder.join("log"))?;
@@ -189,9 +190,7 @@ impl Bundle {
         ensure!(output.status.success(), "start: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
         // containerd reads both streams as one
         ensure!(output.stderr.is_empty(), "start says {:?}", String::from_utf8_lossy(&output.stderr));
-        let address = String::from_utf8(output.stdout)?;
-        let Some(path) = address.trim().strip_prefix("unix://") else { bail!("not an address: {address:?}") };
-        Ok(PathBuf::from(path))
+        read_address(&output.stdout)
     }
 
     /// Starts a shim for it, or joins the group's, and connects.
@@ -249,6 +248,18 @@ impl Bundle {
     }
 }
 
+/// Where `start` says that the shim listens: an address, or JSON with a version of the protocol, by which clients speak from then on.
+pub fn read_address(answer: &[u8]) -> Result<PathBuf> {
+    let text = std::str::from_utf8(answer)?.trim();
+    let (address, version) = match serde_json::from_str::<serde_json::Value>(text) {
+        Ok(json) => (json["address"].as_str().unwrap_or_default().to_owned(), json["version"].as_u64().unwrap_or(2)),
+        Err(_) => (text.to_owned(), 2),
+    };
+    let Some(path) = address.strip_prefix("unix://") else { bail!("not an address: {text:?}") };
+    task::remember(Path::new(path), if version >= 3 { V3 } else { V2 });
+    Ok(PathBuf::from(path))
+}
+
 /// Runs a command of the shim with that on its standard input.
 pub async fn run(mut command: tokio::process::Command, input: &[u8]) -> Result<Output> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -262,7 +273,9 @@ pub async fn run(mut command: tokio::process::Command, input: &[u8]) -> Result<O
     drop(stdin);
     let output = within("a command of the shim", Duration::from_secs(30), child.wait_with_output()).await;
     isolation::forget(pid);
-    Ok(output??)
+    let output = output??;
+    trace::note("command", format_args!("{:?}: {output:?}", command.as_std().get_args()));
+    Ok(output)
 }
 
 /// A container that exists.

@@ -32,14 +32,12 @@ pub struct Case {
     pub deadline: Duration,
     /// Whether nothing else may run at the same time: it measures.
     pub alone: bool,
-    /// Why another shim than ours cannot be asked for it.
-    pub ours_only: Option<&'static str>,
 }
 
 impl Case {
-    /// A case with the usual deadline, for any shim.
+    /// A case with the usual deadline.
     pub const fn new(name: &'static str, body: Body) -> Self {
-        Self { name, body, deadline: Duration::from_secs(60), alone: false, ours_only: None }
+        Self { name, body, deadline: Duration::from_secs(60), alone: false }
     }
 
     /// Lets nothing else run at the same time.
@@ -53,13 +51,6 @@ impl Case {
     #[must_use]
     pub const fn within(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
-        self
-    }
-
-    /// Says why it is about our shim alone.
-    #[must_use]
-    pub const fn ours_only(mut self, why: &'static str) -> Self {
-        self.ours_only = Some(why);
         self
     }
 }
@@ -119,9 +110,6 @@ fn trials(cases: &[Case], shim: &Shim, programs: &Path) -> Vec<Trial> {
 }
 
 fn perform(case: &Case, shim: &Shim, programs: &Path) -> std::result::Result<Completion, Failed> {
-    if let Some(why) = case.ours_only.filter(|_| !shim.is_ours()) {
-        return Ok(Completion::ignored_with(why));
-    }
     let (_shared, _alone);
     if case.alone {
         _alone = ALONE.write();

@@ -1,5 +1,6 @@
 //! What a shim sees of containerd: the service that takes events. It accepts, refuses, stays silent or vanishes as a test wants.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -15,6 +16,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::events::{Events, decode};
+use crate::trace;
 use crate::ttrpc::{Code, Frame, RESPONSE, take_frame};
 
 /// How it meets an event.
@@ -51,12 +53,14 @@ struct Shared {
     events: Events,
     /// Requests that have come, whatever became of them.
     tries: Mutex<Vec<String>>,
+    namespaces: Mutex<BTreeSet<String>>,
 }
 
 impl FakeContainerd {
     /// Listens at `path` and accepts.
     pub fn listen(path: &Path) -> Result<Self> {
-        let shared = Shared { manner: Mutex::new(Manner::Accept), events: Events::default(), tries: Mutex::default() };
+        let shared =
+            Shared { manner: Mutex::new(Manner::Accept), events: Events::default(), tries: Mutex::default(), namespaces: Mutex::default() };
         let fake = Self { path: path.to_owned(), shared: Arc::new(shared), listener: Mutex::new(None) };
         fake.come_back()?;
         Ok(fake)
@@ -91,6 +95,11 @@ impl FakeContainerd {
     /// What it has taken.
     pub fn events(&self) -> &Events {
         &self.shared.events
+    }
+
+    /// The namespaces of what it has taken.
+    pub fn namespaces(&self) -> BTreeSet<String> {
+        self.shared.namespaces.lock().expect("no panic under this lock").clone()
     }
 
     /// How often an event has come, taken or not.
@@ -180,7 +189,9 @@ impl Shared {
         let envelope = Envelope::decode(&*envelope.write_to_bytes()?)?;
         let event = decode(&envelope).with_context(|| format!("cannot read {}", envelope.topic))?;
         self.tries.lock().expect("no panic under this lock").push(format!("{event:?}"));
+        trace::note("event", format_args!("{event:?}{}", if taken { "" } else { ", not taken" }));
         if taken {
+            self.namespaces.lock().expect("no panic under this lock").insert(envelope.namespace.clone());
             self.events.push(event);
         }
         Ok(())

@@ -16,18 +16,23 @@
 //! | [`gate`] | a runtime that blocks, fails or shouts on demand |
 //! | [`direct`] | the runner of cases that drive a shim without a daemon |
 //! | [`stand`] | such a case's surroundings |
+//! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
 //! | [`witness`] | a container that has to go on whatever is done to its shim |
 //! | [`ttrpc`] | frames, broken ones too, and calls |
 //! | [`task`] | containerd's task service |
 //! | [`fake_containerd`] | the taker of events, who may refuse, stay silent or vanish |
 //! | [`audit`] | what is left behind |
+//! | [`conformance`] | the clauses of the protocol and the cases that prove them |
+//! | [`trace`] | what happened in a case, line by line |
 //!
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
 
 pub mod audit;
+pub mod builds;
 pub mod bundle;
 pub mod client;
+pub mod conformance;
 pub mod container;
 pub mod context;
 pub mod daemon;
@@ -47,5 +52,6 @@ pub mod stand;
 pub mod stdio;
 pub mod suite;
 pub mod task;
+pub mod trace;
 pub mod ttrpc;
 pub mod witness;

@@ -150,9 +150,8 @@ pub fn needs_images() -> Result<()> {
 }
 
 /// Ends a case without a verdict where criu does not work.
-pub fn needs_criu(suite: Suite) -> Result<()> {
-    let criu = suite.program("criu");
-    match Command::new(&criu).arg("check").output() {
+pub fn needs_criu(criu: &Path) -> Result<()> {
+    match Command::new(criu).arg("check").output() {
         Err(error) => skip(format!("{} does not start: {error}", criu.display())),
         Ok(output) if !output.status.success() => {
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -305,7 +304,7 @@ impl One {
 pub(crate) fn explain(error: &anyhow::Error) -> String {
     let mut text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
     let backtrace = error.backtrace().to_string();
-    let targets = ["tests/containerd/", "tests/docker", "tests/protocol", "tests/faults/"];
+    let targets = ["conformance/cases/", "tests/containerd/", "tests/docker", "tests/protocol", "tests/faults/"];
     for place in backtrace.lines().filter(|line| targets.iter().any(|target| line.contains(target))) {
         text.push_str("\n  ");
         text.push_str(place.trim());

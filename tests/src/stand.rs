@@ -27,6 +27,7 @@ struct Inner {
     shim: Shim,
     binary: PathBuf,
     programs: PathBuf,
+    engine: PathBuf,
     folder: PathBuf,
     namespace: String,
     containerd: FakeContainerd,
@@ -35,8 +36,13 @@ struct Inner {
 }
 
 impl Stand {
-    /// A stand for the shim on trial, whose helper programs are in `programs`.
+    /// A stand for the shim on trial with the faster OCI runtime; the helper programs are in `programs`.
     pub fn new(shim: &Shim, programs: &Path) -> Result<Self> {
+        Self::with_engine(shim, programs, &Suite::Bookworm.program(Runtime::Crun.name()))
+    }
+
+    /// A stand for the shim on trial with the OCI runtime `engine`.
+    pub fn with_engine(shim: &Shim, programs: &Path, engine: &Path) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         // of fixed width, so that no name is a part of another
         let namespace = format!("p{:04}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -47,13 +53,13 @@ impl Stand {
             Some(binary) => binary.clone(),
             None => Suite::Bookworm.program(&shim.binary_name()),
         };
-        let (shim, programs, logs) = (shim.clone(), programs.to_owned(), Mutex::default());
-        Ok(Self(Arc::new(Inner { shim, binary, programs, folder, namespace, containerd, logs })))
+        let (shim, programs, engine, logs) = (shim.clone(), programs.to_owned(), engine.to_owned(), Mutex::default());
+        Ok(Self(Arc::new(Inner { shim, binary, programs, engine, folder, namespace, containerd, logs })))
     }
 
     /// The same with another shim.
     pub fn with_shim(&self, shim: &Shim) -> Result<Self> {
-        Self::new(shim, &self.0.programs)
+        Self::with_engine(shim, &self.0.programs, &self.0.engine)
     }
 
     /// The shim on trial.
@@ -86,9 +92,9 @@ impl Stand {
         self.0.programs.join(name)
     }
 
-    /// The OCI runtime: the faster one.
+    /// The OCI runtime.
     pub fn runtime(&self) -> PathBuf {
-        Suite::Bookworm.program(Runtime::Crun.name())
+        self.0.engine.clone()
     }
 
     /// A gated runtime in front of another.
@@ -108,10 +114,15 @@ impl Stand {
         self.bundle(id, args).runtime(&self.program("instant-runtime")).mounts(Vec::new())
     }
 
+    /// Where programs are looked for: beside the OCI runtime first.
+    pub fn path(&self) -> String {
+        format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.0.engine.parent().unwrap_or(Path::new("/usr/bin")).display())
+    }
+
     /// The program, with the environment that containerd gives it.
     pub fn command(&self, arguments: &[&str]) -> tokio::process::Command {
         let mut command = tokio::process::Command::new(self.binary());
-        command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("TTRPC_ADDRESS", self.containerd().path());
+        command.args(arguments).env_clear().env("PATH", self.path()).env("TTRPC_ADDRESS", self.containerd().path());
         command.env("GRPC_ADDRESS", self.grpc()).env("MAX_SHIM_VERSION", "2").env("GOMAXPROCS", "2").env("SECRET_OF_THE_DAEMON", "1");
         command.stdin(Stdio::null()).kill_on_drop(true);
         command
@@ -124,9 +135,10 @@ impl Stand {
 
     /// The shims of this stand: the keepers of ours.
     pub fn shims(&self) -> Vec<proc::Process> {
+        let name = self.binary().file_name().unwrap_or_default().to_string_lossy().into_owned();
         let ours = |process: &proc::Process| {
             process.parent == 1
-                && process.command.contains("containerd-shim-")
+                && (process.command.contains("containerd-shim-") || process.command.split(' ').next().is_some_and(|it| it.ends_with(&name)))
                 && proc::mentions(process.pid, self.namespace())
                 && !process.is_zombie()
         };
@@ -171,7 +183,7 @@ impl Stand {
     }
 
     /// Reads a shim's log from now on, as containerd does.
-    pub(crate) fn read_log_of(&self, id: &str, fifo: &Path) -> Result<()> {
+    pub fn read_log_of(&self, id: &str, fifo: &Path) -> Result<()> {
         let reader = Reader::open(fifo, Pace::Keep)?;
         self.0.logs.lock().expect("no panic under this lock").insert(id.to_owned(), reader);
         Ok(())
@@ -180,6 +192,12 @@ impl Stand {
     /// What the shim that was started for a container has logged.
     pub fn log_of(&self, id: &str) -> String {
         self.0.logs.lock().expect("no panic under this lock").get(id).map_or_else(String::new, Reader::text)
+    }
+
+    /// What all shims have logged.
+    pub fn logs(&self) -> String {
+        let logs = self.0.logs.lock().expect("no panic under this lock");
+        logs.iter().map(|(id, log)| format!("== of {id}\n{}\n", log.text())).collect()
     }
 
     /// The last lines that all shims have logged.

@@ -1,6 +1,9 @@
 //! containerd's task service, spoken to a shim directly.
 
+use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -8,12 +11,25 @@ use containerd_shim_protos::api;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
+use crate::trace;
 use crate::ttrpc::{Answer, CallError, Connection, DEADLINE, Frame};
 
 /// The service up to containerd 1.7.
 pub const V2: &str = "containerd.task.v2.Task";
 /// The service from 2.0 on.
 pub const V3: &str = "containerd.task.v3.Task";
+
+static SERVICES: Mutex<BTreeMap<PathBuf, &str>> = Mutex::new(BTreeMap::new());
+
+/// Says which service clients of a socket are to speak; without a word it is [`V2`].
+pub(crate) fn remember(socket: &Path, service: &'static str) {
+    SERVICES.lock().expect("no panic under this lock").insert(socket.to_owned(), service);
+}
+
+/// The service that clients of a socket are to speak.
+pub fn service_at(socket: &Path) -> &'static str {
+    SERVICES.lock().expect("no panic under this lock").get(socket).copied().unwrap_or(V2)
+}
 
 /// A client of a shim's task service; cheap to clone.
 #[derive(Debug, Clone)]
@@ -26,7 +42,7 @@ pub struct Task {
 impl Task {
     /// Connects to the shim that listens at `socket`.
     pub async fn connect(socket: &Path) -> Result<Self> {
-        Ok(Self { connection: Connection::connect(socket).await?, socket: socket.to_owned(), service: V2 })
+        Ok(Self { connection: Connection::connect(socket).await?, socket: socket.to_owned(), service: service_at(socket) })
     }
 
     /// A connection of its own to the same shim.
@@ -41,6 +57,11 @@ impl Task {
         self
     }
 
+    /// The name of the service that it speaks.
+    pub fn service_name(&self) -> &'static str {
+        self.service
+    }
+
     /// Where the shim listens.
     pub fn socket(&self) -> &Path {
         &self.socket
@@ -52,10 +73,16 @@ impl Task {
     }
 
     /// Calls any method, and waits no longer than `deadline`.
-    pub async fn call<A: Message>(&self, method: &str, message: &impl Message, deadline: Duration) -> Answer<A> {
+    pub async fn call<A: Message + Display>(&self, method: &str, message: &(impl Message + Display), deadline: Duration) -> Answer<A> {
         let payload = message.write_to_bytes().expect("a message without required fields is always complete");
-        let answer = self.connection.call(self.service, method, payload, deadline).await?;
-        Ok(A::parse_from_bytes(&answer).expect("the answer is the method's message"))
+        trace::note("call", format_args!("{method} {message}"));
+        let answer = self.connection.call(self.service, method, payload, deadline).await;
+        let answer = answer.map(|answer| A::parse_from_bytes(&answer).expect("the answer is the method's message"));
+        match &answer {
+            Ok(answer) => trace::note("answer", format_args!("{method} {answer}")),
+            Err(error) => trace::note("answer", format_args!("{method} {error}")),
+        }
+        answer
     }
 
     /// The state of a process.

@@ -301,7 +301,7 @@ impl Incoming {
 }
 
 /// Takes a whole frame out of what was read.
-pub(crate) fn take_frame(input: &mut Vec<u8>) -> Option<Frame> {
+pub fn take_frame(input: &mut Vec<u8>) -> Option<Frame> {
     let (stream, kind, payload) = first_frame(input)?;
     let frame = Frame { stream, kind, payload: payload.to_vec() };
     input.drain(..HEADER_BYTES + frame.payload.len());

@@ -107,6 +107,8 @@ fn stdio_cases() -> Vec<Case> {
             a_file_is_not_given_to_the_container,
             a_logger_that_dies_before_it_is_ready_wedges_nothing,
             a_logger_that_dies_later_does_not_stop_the_container,
+            a_logger_of_the_second_kind_is_ready_with_a_byte_and_not_without,
+            output_spills_while_nobody_reads_where_that_is_asked_for,
             a_slow_reader_is_waited_for_and_nothing_is_buffered,
     ]
 }

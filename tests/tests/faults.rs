@@ -1,5 +1,5 @@
-//! The worker dies before, in the middle of and after every message between keeper and worker, and at random moments: nobody
-//! notices. The main proof of this shim. Needs root.
+//! The worker dies before, in the middle of and after every message between keeper and worker, and at random moments, is stopped, and
+//! upgraded: nobody notices. The main proof of this shim. Needs root.
 //!
 //! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` says how many runs with random deaths there
 //! are, `X_SEED` which; `X_PLAN` has scenarios run so often with one plan instead of with all; `X_FAULTS_ALL` has every scenario run with both runtimes.
@@ -14,6 +14,8 @@ mod run;
 mod scenarios;
 #[path = "faults/sweep.rs"]
 mod sweep;
+#[path = "faults/tally.rs"]
+mod tally;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -24,7 +26,8 @@ use shim_tests::suite::Shim;
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases = cases().map(|case| case.within(Duration::from_secs(600)));
+    let within = std::env::var("X_CAMPAIGN_WITHIN").ok().and_then(|text| text.parse().ok()).unwrap_or(600);
+    let cases = cases().map(|case| case.within(Duration::from_secs(within)));
     runner::main_on(Shim::faulty, &cases, &[], programs)
 }
 

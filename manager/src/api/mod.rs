@@ -13,6 +13,7 @@ mod introspection;
 mod leases;
 mod mask;
 mod namespaces;
+mod retire;
 mod route;
 mod serve;
 mod tasks;

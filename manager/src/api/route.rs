@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use hyper::body::Incoming;
@@ -15,15 +16,21 @@ use tonic_prost::ProstCodec;
 use tower_service::Service;
 
 use super::call::Call;
+use super::retire::UntilRetired;
 use super::{containers, events, health, introspection, leases, namespaces, tasks, version};
 use crate::error::Result;
 use crate::manager::Manager;
 
-type Answer = http::Response<Body>;
+/// A response, or a stream's reset.
+type Answer = Result<http::Response<Body>, h2::Error>;
 
 /// Serves one request.
 ///
 /// What changes something is carried to its end, even if the client hangs up; what only looks or waits ends with its client.
+///
+/// When this process retires, what still waits is reset with REFUSED_STREAM: nothing was done, and clients may ask again as if they
+/// never had. gRPC's own do so by themselves, over a new connection, which the next process accepts. Streams of answers end with an error,
+/// as what their clients miss in between would be missed in silence.
 pub(super) async fn route(manager: Arc<Manager>, request: http::Request<Incoming>) -> Answer {
     let path = request.uri().path().to_owned();
     let (service, method) = path.strip_prefix('/').and_then(|path| path.split_once('/')).unwrap_or_default();
@@ -56,7 +63,7 @@ pub(super) async fn route(manager: Arc<Manager>, request: http::Request<Incoming
             "Checkpoint" => change(m, r, tasks::checkpoint).await,
             "Update" => change(m, r, tasks::update).await,
             "Metrics" => look(m, r, tasks::metrics).await,
-            "Wait" => look(m, r, tasks::wait).await,
+            "Wait" => park(m, r, tasks::wait).await,
             _ => unknown(&path),
         },
         "containerd.services.events.v1.Events" => match method {
@@ -102,7 +109,7 @@ pub(super) async fn route(manager: Arc<Manager>, request: http::Request<Incoming
 }
 
 fn unknown(path: &str) -> Answer {
-    Status::unimplemented(format!("x-manager does not serve {path}")).into_http()
+    Ok(Status::unimplemented(format!("x-manager does not serve {path}")).into_http())
 }
 
 /// A call that ends with its client.
@@ -113,10 +120,26 @@ where
     H: FnMut(Arc<Manager>, Call, Q) -> F,
     F: Future<Output = Result<A>> + Send + 'static,
 {
-    grpc().unary(Handler { manager, handler, finish: |call: F| call }, request).await
+    Ok(grpc().unary(Handler { manager, handler, finish: |call: F| call }, request).await)
 }
 
-/// A call that is carried to its end.
+/// The same for one that may last as long as a container.
+async fn park<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
+where
+    Q: Message + Default + 'static,
+    A: Message + Default + 'static,
+    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    F: Future<Output = Result<A>> + Send + 'static,
+{
+    let gate = manager.gate.clone();
+    tokio::select! {
+        biased;
+        answer = look(manager, request, handler) => answer,
+        () = gate.retired() => Err(refused()),
+    }
+}
+
+/// A call that is carried to its end, once nobody takes over.
 async fn change<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
 where
     Q: Message + Default + 'static,
@@ -124,15 +147,30 @@ where
     H: FnMut(Arc<Manager>, Call, Q) -> F,
     F: Future<Output = Result<A>> + Send + 'static,
 {
-    let finish = |call: F| async {
-        let ended = tokio::spawn(call).await;
-        ended.unwrap_or_else(|error| Err(crate::error::Error::Launch(format!("a request ended without an answer: {error}"))))
+    let is_refused = Arc::new(AtomicBool::new(false));
+    let (gate, refuse) = (manager.gate.clone(), Arc::clone(&is_refused));
+    let finish = move |call: F| {
+        let (gate, refuse) = (gate.clone(), Arc::clone(&refuse));
+        async move {
+            let Some(pass) = gate.enter().await else {
+                refuse.store(true, Ordering::Relaxed);
+                return Err(crate::error::Error::Unavailable("this process has retired".to_owned()));
+            };
+            let carried = async move {
+                let ended = call.await;
+                drop(pass);
+                ended
+            };
+            let ended = tokio::spawn(carried).await;
+            ended.unwrap_or_else(|error| Err(crate::error::Error::Launch(format!("a request ended without an answer: {error}"))))
+        }
     };
-    grpc().unary(Handler { manager, handler, finish }, request).await
+    let answer = grpc().unary(Handler { manager, handler, finish }, request).await;
+    if is_refused.load(Ordering::Relaxed) { Err(refused()) } else { Ok(answer) }
 }
 
 /// A call that is answered by a stream.
-async fn stream<Q, A, S, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
+async fn stream<Q, A, S, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, mut handler: H) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,
@@ -140,7 +178,16 @@ where
     H: FnMut(Arc<Manager>, Call, Q) -> F,
     F: Future<Output = Result<S>> + Send + 'static,
 {
-    grpc().server_streaming(Handler { manager, handler, finish: |call: F| call }, request).await
+    let gate = manager.gate.clone();
+    let handler = |manager, call, request| {
+        let (answer, gate) = (handler(manager, call, request), gate.clone());
+        async move { Ok(UntilRetired::new(answer.await?, gate)) }
+    };
+    Ok(grpc().server_streaming(Handler { manager, handler, finish: |call| call }, request).await)
+}
+
+fn refused() -> h2::Error {
+    h2::Reason::REFUSED_STREAM.into()
 }
 
 fn grpc<A: Message + Default + 'static, Q: Message + Default + 'static>() -> Grpc<ProstCodec<A, Q>> {

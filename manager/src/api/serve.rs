@@ -13,10 +13,11 @@ use tokio::task::JoinSet;
 
 use super::route::route;
 use crate::manager::Manager;
+use crate::settings::Limits;
 
 /// Serves everyone who connects, until `stop` turns true; then calls in flight have a while to end.
-pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, mut stop: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits: Limits, mut stop: watch::Receiver<bool>) {
+    let places = Arc::new(Semaphore::new(limits.connections));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -29,7 +30,7 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, mut sto
                             drop(place);
                         });
                     }
-                    Err(_full) => warn!(connections = MAX_CONNECTIONS; "a client is turned away, too many are connected"),
+                    Err(_full) => warn!(connections = limits.connections; "a client is turned away, too many are connected"),
                 },
                 Err(error) => {
                     // without a free descriptor nothing can be accepted; others have to end first
@@ -51,7 +52,7 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, mut sto
 async fn connection(socket: UnixStream, manager: Arc<Manager>, mut stop: watch::Receiver<bool>) {
     let service = service_fn(move |request| {
         let manager = Arc::clone(&manager);
-        async move { Ok::<_, std::convert::Infallible>(route(manager, request).await) }
+        route(manager, request)
     });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
@@ -76,8 +77,6 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-/// The most connections.
-const MAX_CONNECTIONS: usize = 1024;
 /// The most calls of one connection that are under way: clients leave a Wait open for each container. Further ones wait.
 const MAX_STREAMS: u32 = 16384;
 /// The longest headers of a call.

@@ -10,7 +10,7 @@
 mod fields;
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
@@ -24,12 +24,15 @@ use tokio_stream::Stream;
 use crate::error::{Error, Result};
 use crate::filter::Filter;
 use crate::name::Namespace;
+use crate::settings::Limits;
 use crate::timestamp;
 
 /// Everybody who listens.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Exchange {
     subscribers: Mutex<Vec<Subscriber>>,
+    limits: Limits,
+    published: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -47,6 +50,11 @@ enum Item {
 }
 
 impl Exchange {
+    /// Nobody listens yet.
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self { subscribers: Mutex::default(), limits, published: AtomicU64::new(0) }
+    }
+
     fn subscribers(&self) -> MutexGuard<'_, Vec<Subscriber>> {
         self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -64,6 +72,7 @@ impl Exchange {
 
     /// Tells everybody what somebody else has put into an envelope.
     pub(crate) fn forward(&self, envelope: Envelope) {
+        self.published.fetch_add(1, Ordering::Relaxed);
         let bytes = envelope.encoded_len() + OVERHEAD_BYTES;
         let envelope = Arc::new(envelope);
         self.subscribers().retain(|subscriber| {
@@ -71,7 +80,7 @@ impl Exchange {
                 return !subscriber.queue.is_closed();
             }
             let waiting = subscriber.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes;
-            if waiting > QUEUE_BYTES {
+            if waiting > self.limits.event_queue_bytes {
                 warn!(waiting; "a subscriber reads too slowly and is dropped");
                 let _it_may_be_gone = subscriber.queue.send(Item::TooSlow);
                 return false;
@@ -80,14 +89,24 @@ impl Exchange {
         });
     }
 
+    /// How many events there were.
+    pub(crate) fn published(&self) -> u64 {
+        self.published.load(Ordering::Relaxed)
+    }
+
+    /// How many listen.
+    pub(crate) fn count(&self) -> usize {
+        self.subscribers().len()
+    }
+
     /// Listens from now on.
     ///
     /// Errors: [`Error::Exhausted`] when too many do.
     pub(crate) fn subscribe(&self, filter: Filter) -> Result<Subscription> {
         let mut subscribers = self.subscribers();
         subscribers.retain(|subscriber| !subscriber.queue.is_closed());
-        if subscribers.len() >= MAX_SUBSCRIBERS {
-            return Err(Error::Exhausted(format!("{MAX_SUBSCRIBERS} clients are subscribed to events, which is the most")));
+        if subscribers.len() >= self.limits.subscribers {
+            return Err(Error::Exhausted(format!("{} clients are subscribed to events, which is the most", self.limits.subscribers)));
         }
         let (queue, items) = mpsc::unbounded_channel();
         let waiting = Arc::default();
@@ -113,7 +132,7 @@ impl Stream for Subscription {
                 Some(Ok(Arc::unwrap_or_clone(envelope)))
             }
             Item::TooSlow => {
-                let sentence = format!("more than {QUEUE_BYTES} bytes of events were waiting to be read; those after them are lost");
+                let sentence = "too many events were waiting to be read; those after them are lost".to_owned();
                 Some(Err(Error::Exhausted(sentence).into()))
             }
         })
@@ -147,14 +166,10 @@ fn full_name<M: Name>(_message: &M) -> String {
     M::full_name()
 }
 
-/// What may wait for one subscriber.
-const QUEUE_BYTES: usize = 4 << 20;
 /// What an event costs beside its own bytes.
 const OVERHEAD_BYTES: usize = 128;
 /// The longest event.
 const EVENT_BYTES: usize = 1 << 20;
-/// The most subscribers.
-const MAX_SUBSCRIBERS: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -179,7 +194,7 @@ mod tests {
 
     #[tokio::test]
     async fn each_subscriber_hears_what_its_filter_accepts_in_order() {
-        let exchange = Exchange::default();
+        let exchange = Exchange::new(Limits::default());
         let mut all = exchange.subscribe(Filter::default()).expect("a place");
         let some = Filter::parse(&["topic==\"/tasks/exit\",event.container_id==b", "namespace==other"]).expect("a filter");
         let mut some = exchange.subscribe(some).expect("a place");
@@ -192,14 +207,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_subscriber_that_never_reads_is_dropped_with_an_error_and_costs_no_more() {
-        let exchange = Exchange::default();
+        let exchange = Exchange::new(Limits::default());
         let mut slow = exchange.subscribe(Filter::default()).expect("a place");
         let long = "x".repeat(100_000);
         for _event in 0..100 {
             exit(&exchange, &long);
         }
         assert!(exchange.subscribers().is_empty());
-        assert!(slow.waiting.load(Ordering::Relaxed) < QUEUE_BYTES + 200_000);
+        assert!(slow.waiting.load(Ordering::Relaxed) < Limits::default().event_queue_bytes + 200_000);
         let mut count = 0;
         let last = loop {
             match slow.next().await {
@@ -214,8 +229,9 @@ mod tests {
 
     #[tokio::test]
     async fn the_number_of_subscribers_is_bounded_and_places_come_back() {
-        let exchange = Exchange::default();
-        let mut held: Vec<_> = (0..MAX_SUBSCRIBERS).map(|_| exchange.subscribe(Filter::default()).expect("a place")).collect();
+        let exchange = Exchange::new(Limits::default());
+        let mut held: Vec<_> =
+            (0..Limits::default().subscribers).map(|_| exchange.subscribe(Filter::default()).expect("a place")).collect();
         assert!(exchange.subscribe(Filter::default()).is_err());
         held.pop();
         assert!(exchange.subscribe(Filter::default()).is_ok());

@@ -12,6 +12,7 @@ mod facts;
 mod objects;
 mod processes;
 mod schema;
+mod upkeep;
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -25,6 +26,7 @@ use tonic::Code;
 pub(crate) use facts::{new_boot, uuid};
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
 pub(crate) use processes::{Exit, ended, execs, exits};
+pub(crate) use upkeep::{backup, check, rehearse};
 
 use crate::error::{Error, IoContext as _, Result};
 

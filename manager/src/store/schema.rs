@@ -8,25 +8,35 @@ use rusqlite::{Connection, ErrorCode};
 use super::Doing as _;
 use crate::error::{Error, Result};
 
-/// Makes a connection fit for use: settings, identity, version.
-pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<()> {
-    let number = |connection: &Connection, name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0));
-    let version = match number(connection, "user_version") {
+/// The version that this program works with.
+pub(super) const NEWEST: i64 = MIGRATIONS.len() as i64;
+
+/// Says of which version a store is; a new one is of version 0.
+///
+/// Errors: [`Error::Precondition`] when it is something else, or of a newer version.
+pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64> {
+    let number = |name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0));
+    let version = match number("user_version") {
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::NotADatabase) => return Err(foreign(path)),
         version => version.doing("read version")?,
     };
-    let application = number(connection, "application_id").doing("read identity")?;
-    let is_new = version == 0 && number(connection, "schema_version").doing("read identity")? == 0;
+    let application = number("application_id").doing("read identity")?;
+    let is_new = version == 0 && number("schema_version").doing("read identity")? == 0;
     if !is_new && application != APPLICATION_ID {
         return Err(foreign(path));
     }
-    let newest = i64::try_from(MIGRATIONS.len()).unwrap_or(i64::MAX);
-    if version > newest {
+    if version > NEWEST {
         return Err(Error::Precondition(format!(
-            "metadata store {} is of version {version}, from a newer x-manager; this one knows versions up to {newest}",
+            "metadata store {} is of version {version}, from a newer x-manager; this one knows versions up to {NEWEST}",
             path.display()
         )));
     }
+    Ok(version)
+}
+
+/// Makes a connection fit for use: settings, identity, version.
+pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<()> {
+    let version = check(connection, path)?;
     connection.busy_timeout(Duration::from_secs(5)).doing("set time-out")?;
     connection
         .execute_batch("PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 256; PRAGMA cache_size = -256; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY")

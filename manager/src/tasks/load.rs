@@ -48,6 +48,8 @@ impl Tasks {
     }
 
     async fn load_one(self: Arc<Self>, task: Arc<Task>, ended: Option<Exit>) {
+        // held until it is known whether there is something to clean up
+        let Some(pass) = self.gate.enter().await else { return };
         if let Some(exit) = ended {
             // it was cleaned up but for its bundle
             self.tell_exit(&task, "", exit).await;
@@ -75,6 +77,7 @@ impl Tasks {
             Ok(shim) => {
                 task.phase.send_replace(Phase::Live(shim.clone()));
                 tokio::spawn(Arc::clone(&self).watch(Arc::clone(&task), shim.clone()));
+                drop(pass);
                 self.reconcile(&task, &shim).await;
             }
             Err(error) => {
@@ -90,7 +93,10 @@ impl Tasks {
         let init = loop {
             match state(task, shim, "").await {
                 Ok(state) => break state,
-                Err(Unanswered::Refused(error)) if error.is_not_found() => return self.sweep(task, Some(shim)).await,
+                Err(Unanswered::Refused(error)) if error.is_not_found() => {
+                    let Some(_pass) = self.gate.enter().await else { return };
+                    return self.sweep(task, Some(shim)).await;
+                }
                 Err(Unanswered::Lost) => return,
                 Err(Unanswered::Refused(error) | Unanswered::Late(error)) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim does not say how its task is");

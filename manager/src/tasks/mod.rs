@@ -32,6 +32,7 @@ pub(crate) use shim::{Shim, Unanswered};
 
 use crate::error::{Error, Result};
 use crate::events::Exchange;
+use crate::gate::Gate;
 use crate::name::Namespace;
 use crate::settings::Settings;
 use crate::store::{Exit, Store};
@@ -44,6 +45,7 @@ pub(crate) struct Tasks {
     settings: Settings,
     store: Store,
     events: Arc<Exchange>,
+    gate: Gate,
     programs: Programs,
     all: Mutex<BTreeMap<Key, Arc<Task>>>,
 }
@@ -136,8 +138,8 @@ fn not_found(id: &str) -> Error {
 
 impl Tasks {
     /// None yet: see [`Tasks::load`].
-    pub(crate) fn new(settings: &Settings, store: Store, events: Arc<Exchange>) -> Self {
-        Self { settings: settings.clone(), store, events, programs: Programs::new(settings), all: Mutex::default() }
+    pub(crate) fn new(settings: &Settings, store: Store, events: Arc<Exchange>, gate: Gate) -> Self {
+        Self { settings: settings.clone(), store, events, gate, programs: Programs::new(settings), all: Mutex::default() }
     }
 
     fn all(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<Task>>> {
@@ -154,6 +156,22 @@ impl Tasks {
         let all = self.all();
         let tasks = all.values().filter(|task| task.namespace == *namespace);
         tasks.filter(|task| !matches!(*task.phase.borrow(), Phase::Hidden | Phase::Gone)).cloned().collect()
+    }
+
+    /// How many there are, by what they are doing.
+    pub(crate) fn counts(&self) -> BTreeMap<&'static str, usize> {
+        let mut counts = BTreeMap::from(["starting_or_ending", "loading", "live", "cleaning", "ended"].map(|name| (name, 0)));
+        for task in self.all().values() {
+            let name = match *task.phase.borrow() {
+                Phase::Hidden | Phase::Gone => "starting_or_ending",
+                Phase::Loading => "loading",
+                Phase::Live(_) => "live",
+                Phase::Cleaning => "cleaning",
+                Phase::Ended(_) => "ended",
+            };
+            *counts.entry(name).or_default() += 1;
+        }
+        counts
     }
 
     /// The program of a runtime, asked about itself: a `RuntimeInfo`.

@@ -5,11 +5,11 @@
 //! **Invariant:** when the answer is given, both sockets listen, and no descriptor of this process is left in the keeper.
 use std::env;
 use std::ffi::{CString, OsStr};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use crate::options::RuntimeOptions;
 use crate::run_dir::{self, Place, RunDir};
 use crate::settings::Settings;
 use crate::sys::{self, spawn::Started};
+use crate::whole_file::blocking_replace;
 
 /// The longest standard input that is read, in bytes.
 const MAX_INPUT_BYTES: u64 = 4 << 20;
@@ -269,17 +270,8 @@ fn text_of(path: &Path) -> Result<&str, Error> {
     path.to_str().ok_or_else(|| Error::NotText { path: path.to_owned() })
 }
 
-/// Replaces a file: a reader sees the old content or the new.
 fn write_file(path: &Path, content: &[u8]) -> Result<(), Error> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".new");
-    let fresh = path.with_file_name(name);
-    let write = || -> io::Result<()> {
-        let mut file: File = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&fresh)?;
-        file.write_all(content)?;
-        fs::rename(&fresh, path)
-    };
-    write().map_err(|source| Error::Io { op: "write", path: path.to_owned(), source })
+    blocking_replace(path, content, 0o644).map_err(|source| Error::Io { op: "write", path: path.to_owned(), source })
 }
 
 fn print(dialect: Dialect, address: &str) -> Result<(), Error> {
@@ -290,16 +282,6 @@ fn print(dialect: Dialect, address: &str) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_file_is_replaced_whole() {
-        let path = env::temp_dir().join(format!("x-start-file-{}", std::process::id()));
-        for content in ["one", "", "three"] {
-            write_file(&path, content.as_bytes()).expect("is written");
-            assert_eq!(fs::read_to_string(&path).expect("is there"), content);
-        }
-        let _ = fs::remove_file(&path);
-    }
 
     #[test]
     fn only_what_runtimes_need_reaches_the_keeper() {

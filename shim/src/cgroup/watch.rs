@@ -64,6 +64,11 @@ impl OomWatch {
         Ok(Self { folder: folder.to_owned(), fd, has_echoes, echo: None })
     }
 
+    /// Has it wake as if something had just happened: what a watch before this one was woken by may not have been counted yet.
+    pub(crate) fn follow(&mut self) {
+        self.echo = if self.has_echoes { Self::echo(0) } else { None };
+    }
+
     /// Waits for the next wake. Can be dropped at any time without missing one.
     ///
     /// On v2 the removal of a cgroup makes no wake of its own on every kernel: drop the watch with the container.
@@ -90,6 +95,11 @@ impl OomWatch {
                 Err(_) => {}
             }
         }
+    }
+
+    /// Gives the descriptor away. It can be read when [`OomWatch::changed`] would have returned.
+    pub(crate) fn into_descriptor(self) -> OwnedFd {
+        self.fd.into_inner()
     }
 
     fn state(&self) -> OomWake {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::survey::{Found, phase_of, processes_json, survey};
+use super::upgrade::report_json;
 use super::{Error, print_json, table};
 use crate::handover::Snapshot;
 use crate::invocation::Query;
@@ -101,6 +102,13 @@ fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
             "connections": snapshot.connections,
             "processes_started": snapshot.processes_started,
             "exits_seen": snapshot.exits_seen,
+            "worker_version": snapshot.worker_version,
+            "worker_path": snapshot.worker_path,
+            "previous_build": snapshot.previous_build,
+            "fruitless": snapshot.fruitless,
+            "last_end": snapshot.last_end,
+            "withheld": snapshot.withheld,
+            "upgrade": snapshot.upgrade.as_ref().map(report_json),
         },
         "journal": journal,
     })
@@ -131,7 +139,23 @@ fn to_text(all: &Value) -> String {
             vec!["worker".into(), format!("{} (life {})", process_line(&all["worker"]), show(&all["worker_lives"]))],
             vec!["events".into(), format!("{} queued, {} sent", show(&shim["events_queued"]), show(&shim["events_sent"]))],
             vec!["connections".into(), show(&shim["connections"])],
+            vec!["program".into(), show(&shim["worker_path"])],
         ];
+        for (name, field) in [("program before", "previous_build"), ("last end", "last_end")] {
+            if shim[field].as_str().is_some_and(|text| !text.is_empty()) {
+                rows.push(vec![name.into(), show(&shim[field])]);
+            }
+        }
+        for part in ["worker", "keeper"] {
+            let result = &shim["upgrade"][part];
+            if result.is_object() {
+                let why = result["why"].as_str().map(|why| format!(": {why}")).unwrap_or_default();
+                rows.push(vec![format!("upgrade of {part}"), format!("{}{why}", show(&result["result"]))]);
+            }
+        }
+        for exit in shim["withheld"].as_array().into_iter().flatten() {
+            rows.push(vec!["withheld".into(), format!("{}, which no worker lives through", show(exit))]);
+        }
         for (name, field) in [("bundle", "bundle"), ("root", "rootfs")] {
             rows.push(vec![name.into(), show(&all["state"][field])]);
         }

@@ -13,9 +13,11 @@ mod inspect;
 mod ps;
 mod survey;
 mod table;
+mod upgrade;
 
 pub(crate) use inspect::inspect;
 pub(crate) use ps::ps;
+pub(crate) use upgrade::upgrade;
 
 /// Why a command for people failed.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +30,12 @@ pub(crate) enum Error {
     NoContainer { id: String, namespace: Option<String>, silent: usize },
     #[error("there is a container {id} in each of the namespaces {namespaces}: choose one with --namespace")]
     Ambiguous { id: String, namespaces: String },
+    #[error("no shim of this host knows {ids}{}{}", in_namespace(namespace.as_deref()), but_silent(*silent))]
+    NotAll { ids: String, namespace: Option<String>, silent: usize },
+    #[error("upgrade to {}: {why}", path.display())]
+    NoProgram { path: std::path::PathBuf, why: &'static str },
+    #[error("upgrade to {}", path.display())]
+    Program { path: std::path::PathBuf, source: io::Error },
     #[error("read {}", path.display())]
     Journal { path: std::path::PathBuf, source: io::Error },
 }

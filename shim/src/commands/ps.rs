@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use serde_json::{Value, json};
 
 use super::survey::{Container, Found, Shim, processes_json, pss_kib, survey};
+use super::upgrade::{report_json, why};
 use super::{Error, print_json, table};
 use crate::handover::Snapshot;
 use crate::invocation::Query;
@@ -39,6 +40,9 @@ fn to_json(shim: &Shim) -> Value {
                 "keeper": keeper,
                 "worker": worker,
                 "worker_lives": snapshot.lives,
+                "worker_asleep": snapshot.asleep,
+                "upgrade": snapshot.upgrade.as_ref().map(report_json),
+                "remark": remark_on(snapshot),
                 "containers": containers.collect::<Vec<_>>(),
             })
         }
@@ -48,7 +52,7 @@ fn to_json(shim: &Shim) -> Value {
 }
 
 fn to_rows(shims: &[Shim]) -> Vec<Vec<String>> {
-    let titles = ["NAMESPACE", "GROUP", "KEEPER", "WORKER", "VERSION", "MEMORY", "CONTAINER", "STATE", "PID"];
+    let titles = ["NAMESPACE", "GROUP", "KEEPER", "WORKER", "VERSION", "MEMORY", "CONTAINER", "STATE", "PID", "REMARK"];
     let mut rows = vec![titles.map(str::to_owned).to_vec()];
     for shim in shims {
         match &shim.found {
@@ -79,7 +83,7 @@ fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
         snapshot.namespace.clone(),
         snapshot.group.clone(),
         snapshot.keeper_pid.to_string(),
-        worker.map_or_else(none, |pid| pid.to_string()),
+        worker.map_or_else(|| if snapshot.asleep { "asleep".to_owned() } else { none() }, |pid| pid.to_string()),
         version,
         memory,
     ];
@@ -92,7 +96,18 @@ fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
     if rows.is_empty() {
         rows.push(shim.into_iter().chain([none(), none(), none()]).collect());
     }
+    rows[0].extend(remark_on(snapshot));
     rows
+}
+
+/// What somebody should look at.
+fn remark_on(snapshot: &Snapshot) -> Option<String> {
+    let mut remarks: Vec<String> = snapshot.upgrade.as_ref().and_then(why).into_iter().collect();
+    if snapshot.fruitless > 3 {
+        remarks.push(format!("no worker gets anything done ({}): {}", snapshot.fruitless, snapshot.last_end));
+    }
+    remarks.extend(snapshot.withheld.iter().map(|exit| format!("no worker lives through the {exit}")));
+    (!remarks.is_empty()).then(|| remarks.join("; "))
 }
 
 fn remark(shim: &Shim, remark: &str) -> Vec<String> {

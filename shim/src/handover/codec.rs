@@ -107,6 +107,11 @@ impl<'a> Reader<'a> {
         Self(bytes)
     }
 
+    /// Whether everything was read.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     fn take(&mut self, count: usize, what: &'static str) -> Result<&'a [u8], Malformed> {
         let (head, rest) = self.0.split_at_checked(count).ok_or(Malformed { what })?;
         self.0 = rest;

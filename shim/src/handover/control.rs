@@ -6,13 +6,16 @@ use super::{Malformed, Reader, Writer};
 pub(crate) enum ControlRequest {
     /// Everything that is known. → `Snapshot`
     Describe,
-    /// A place for a container that is about to be created in this group. → `Done`, or `Refused` when the keeper is leaving.
+    /// A place for a container that is about to be created in this group. → `Done`.
     Reserve { id: String },
     /// A container was removed by hand, or will not be made: its record and its place go, and the keeper with them if they were the
     /// last. → `Done`
     Forget { id: String },
     /// Handed to the worker as a request of origin `Control`: a ttrpc `Request` message. → `Answer`
     Ask { payload: Vec<u8> },
+    /// Another program for the worker and, if wanted, for the keeper: the descriptor attached to this message. `path` is for people.
+    /// → `Upgraded`, or `Refused` while another upgrade is under way.
+    Upgrade { path: String, keeper_too: bool },
 }
 
 /// From a keeper to a command.
@@ -27,6 +30,38 @@ pub(crate) enum ControlReply {
     Answer {
         response: Vec<u8>,
     },
+    /// What came of an upgrade.
+    Upgraded(Box<UpgradeReport>),
+}
+
+/// What came of an upgrade.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct UpgradeReport {
+    /// What the worker called itself before, and what the new one calls itself; empty if it never said.
+    pub(crate) from: String,
+    pub(crate) to: String,
+    pub(crate) path: String,
+    /// Unix time.
+    pub(crate) at_seconds: u64,
+    pub(crate) worker: PartResult,
+    pub(crate) keeper: PartResult,
+    /// The longest time for which no worker answered.
+    pub(crate) pause_nanos: u64,
+}
+
+/// What came of the upgrade of one part.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) enum PartResult {
+    /// It was not asked for, or not come to.
+    #[default]
+    Unasked,
+    /// It was that program already.
+    Unchanged,
+    Upgraded,
+    /// The new one never took over, for this.
+    Kept(String),
+    /// The new one took over and failed, for this.
+    RolledBack(String),
 }
 
 /// What a keeper knows, for people. Later versions append fields; a reader fills in what an older keeper left out.
@@ -55,6 +90,21 @@ pub(crate) struct Snapshot {
     pub(crate) processes_started: u64,
     pub(crate) exits_seen: u64,
     pub(crate) connections: u32,
+    /// The version of the messages that keeper and worker speak; 0 while there is no worker.
+    pub(crate) worker_version: u16,
+    /// The program of the worker.
+    pub(crate) worker_path: String,
+    /// How many workers in a row got nothing done.
+    pub(crate) fruitless: u32,
+    /// How the last worker ended that was not wanted to; empty if none did.
+    pub(crate) last_end: String,
+    /// The program before, while it is kept.
+    pub(crate) previous_build: String,
+    pub(crate) upgrade: Option<UpgradeReport>,
+    /// Exits that no worker lives through, withheld for now.
+    pub(crate) withheld: Vec<String>,
+    /// There is no worker because none is needed.
+    pub(crate) asleep: bool,
 }
 
 /// A child of the keeper.
@@ -109,6 +159,10 @@ impl ControlRequest {
                 w = Writer::message(4);
                 w.str(id);
             }
+            Self::Upgrade { path, keeper_too } => {
+                w = Writer::message(5);
+                w.str(path).bool(*keeper_too);
+            }
         }
         w.finish()
     }
@@ -121,6 +175,7 @@ impl ControlRequest {
             2 => Self::Reserve { id: r.string()? },
             3 => Self::Ask { payload: r.bytes()? },
             4 => Self::Forget { id: r.string()? },
+            5 => Self::Upgrade { path: r.string()?, keeper_too: r.bool()? },
             _ => return Err(Malformed { what: "a control request" }),
         })
     }
@@ -143,6 +198,10 @@ impl ControlReply {
                 w = Writer::message(4);
                 w.bytes(response);
             }
+            Self::Upgraded(report) => {
+                w = Writer::message(5);
+                report.write(&mut w);
+            }
         }
         w.finish()
     }
@@ -155,6 +214,7 @@ impl ControlReply {
             2 => Self::Done,
             3 => Self::Refused { why: r.string()? },
             4 => Self::Answer { response: r.bytes()? },
+            5 => Self::Upgraded(Box::new(UpgradeReport::read(&mut r)?)),
             _ => return Err(Malformed { what: "a control reply" }),
         })
     }
@@ -194,11 +254,21 @@ impl Snapshot {
             })
             .u64(self.processes_started)
             .u64(self.exits_seen)
-            .u32(self.connections);
+            .u32(self.connections)
+            .u16(self.worker_version)
+            .str(&self.worker_path)
+            .u32(self.fruitless)
+            .str(&self.last_end)
+            .str(&self.previous_build)
+            .option(self.upgrade.as_ref(), |w, report| report.write(w))
+            .list(&self.withheld, |w, exit| {
+                w.str(exit);
+            })
+            .bool(self.asleep);
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
-        Ok(Self {
+        let first = Self {
             namespace: r.string()?,
             group: r.string()?,
             keeper_pid: r.u32()?,
@@ -235,6 +305,66 @@ impl Snapshot {
             processes_started: r.u64()?,
             exits_seen: r.u64()?,
             connections: r.u32()?,
+            ..Self::default()
+        };
+        // What keepers have said from the first version on ends here.
+        if r.is_empty() {
+            return Ok(first);
+        }
+        Ok(Self {
+            worker_version: r.u16()?,
+            worker_path: r.string()?,
+            fruitless: r.u32()?,
+            last_end: r.string()?,
+            previous_build: r.string()?,
+            upgrade: r.option(UpgradeReport::read)?,
+            withheld: r.list(Reader::string)?,
+            asleep: r.bool()?,
+            ..first
+        })
+    }
+}
+
+impl UpgradeReport {
+    pub(crate) fn write(&self, w: &mut Writer) {
+        w.str(&self.from).str(&self.to).str(&self.path).u64(self.at_seconds);
+        self.worker.write(w);
+        self.keeper.write(w);
+        w.u64(self.pause_nanos);
+    }
+
+    pub(crate) fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(Self {
+            from: r.string()?,
+            to: r.string()?,
+            path: r.string()?,
+            at_seconds: r.u64()?,
+            worker: PartResult::read(r)?,
+            keeper: PartResult::read(r)?,
+            pause_nanos: r.u64()?,
+        })
+    }
+}
+
+impl PartResult {
+    fn write(&self, w: &mut Writer) {
+        match self {
+            Self::Unasked => w.u8(0),
+            Self::Unchanged => w.u8(1),
+            Self::Upgraded => w.u8(2),
+            Self::Kept(why) => w.u8(3).str(why),
+            Self::RolledBack(why) => w.u8(4).str(why),
+        };
+    }
+
+    fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(match r.u8()? {
+            0 => Self::Unasked,
+            1 => Self::Unchanged,
+            2 => Self::Upgraded,
+            3 => Self::Kept(r.string()?),
+            4 => Self::RolledBack(r.string()?),
+            _ => return Err(Malformed { what: "the result of an upgrade" }),
         })
     }
 }

@@ -1,5 +1,5 @@
 //! The messages themselves and their encodings.
-use super::{Malformed, Reader, Writer};
+use super::{Malformed, Reader, Versions, Writer};
 
 /// What made the worker act: a request or an exit. Numbered by the keeper, never reused in its life.
 pub(crate) type Cause = u64;
@@ -10,7 +10,7 @@ pub(crate) type Step = u32;
 /// From keeper to worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ToWorker {
-    /// Who the keeper is. `life` counts workers from 1.
+    /// Who the keeper is, and the version that both speak from now on. `life` counts workers from 1.
     Welcome { version: u16, keeper_pid: u32, life: u32 },
     /// One entry of the committed state.
     State { key: String, value: Vec<u8> },
@@ -22,6 +22,14 @@ pub(crate) enum ToWorker {
     CaughtUp,
     /// What became of an operation. [`Outcome::Descriptor`] has a descriptor attached to the message.
     Done { cause: Cause, step: Step, outcome: Outcome },
+    /// One entry of the state, to be read on trial: before the Welcome, to a worker that may take over.
+    Try { key: String, value: Vec<u8> },
+    /// That was all of the state. → [`ToKeeper::Fit`]
+    Tried,
+    /// Asks for a sign of life. → [`ToKeeper::Pong`]
+    Ping { number: u32 },
+    /// Nothing is to be done: may this worker end until something is? → [`ToKeeper::Watch`]*, [`ToKeeper::Rest`]
+    MayRest,
 }
 
 /// Who asks.
@@ -186,9 +194,31 @@ pub(crate) struct Exited {
 /// From worker to keeper.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ToKeeper {
-    Hello { version: u16, build: String },
-    Operation { cause: Cause, step: Step, op: Op },
+    /// The first message. `versions`: what this worker speaks.
+    Hello {
+        versions: Versions,
+        build: String,
+    },
+    Operation {
+        cause: Cause,
+        step: Step,
+        op: Op,
+    },
     Commit(Commit),
+    /// Whether this worker can go on with the state that it was shown, or why not.
+    Fit {
+        refusal: Option<String>,
+    },
+    /// The sign of life that was asked for.
+    Pong {
+        number: u32,
+    },
+    /// A descriptor is attached that can be read when a worker is needed again.
+    Watch,
+    /// Whether this worker may end for a while.
+    Rest {
+        may: bool,
+    },
 }
 
 /// The end of a step. Applied whole, in the order of the fields.
@@ -271,6 +301,16 @@ impl ToWorker {
                 w.u64(*cause).u32(*step);
                 outcome.write(&mut w);
             }
+            Self::Try { key, value } => {
+                w = Writer::message(7);
+                w.str(key).bytes(value);
+            }
+            Self::Tried => w = Writer::message(8),
+            Self::Ping { number } => {
+                w = Writer::message(9);
+                w.u32(*number);
+            }
+            Self::MayRest => w = Writer::message(10),
         }
         w.finish()
     }
@@ -296,6 +336,10 @@ impl ToWorker {
             }
             5 => Self::CaughtUp,
             6 => Self::Done { cause: r.u64()?, step: r.u32()?, outcome: Outcome::read(&mut r)? },
+            7 => Self::Try { key: r.string()?, value: r.bytes()? },
+            8 => Self::Tried,
+            9 => Self::Ping { number: r.u32()? },
+            10 => Self::MayRest,
             _ => return Err(Malformed { what: "a message for a worker" }),
         })
     }
@@ -306,9 +350,9 @@ impl ToKeeper {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut w;
         match self {
-            Self::Hello { version, build } => {
+            Self::Hello { versions, build } => {
                 w = Writer::message(1);
-                w.u16(*version).str(build);
+                w.u16(versions.newest).str(build).u16(versions.oldest);
             }
             Self::Operation { cause, step, op } => {
                 w = Writer::message(2);
@@ -319,6 +363,21 @@ impl ToKeeper {
                 w = Writer::message(3);
                 commit.write(&mut w);
             }
+            Self::Fit { refusal } => {
+                w = Writer::message(4);
+                w.option(refusal.as_ref(), |w, why| {
+                    w.str(why);
+                });
+            }
+            Self::Pong { number } => {
+                w = Writer::message(5);
+                w.u32(*number);
+            }
+            Self::Watch => w = Writer::message(6),
+            Self::Rest { may } => {
+                w = Writer::message(7);
+                w.bool(*may);
+            }
         }
         w.finish()
     }
@@ -327,9 +386,16 @@ impl ToKeeper {
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut r = Reader::new(bytes);
         Ok(match r.u8()? {
-            1 => Self::Hello { version: r.u16()?, build: r.string()? },
+            1 => {
+                let (newest, build) = (r.u16()?, r.string()?);
+                Self::Hello { versions: Versions { oldest: r.u16()?, newest }, build }
+            }
             2 => Self::Operation { cause: r.u64()?, step: r.u32()?, op: Op::read(&mut r)? },
             3 => Self::Commit(Commit::read(&mut r)?),
+            4 => Self::Fit { refusal: r.option(Reader::string)? },
+            5 => Self::Pong { number: r.u32()? },
+            6 => Self::Watch,
+            7 => Self::Rest { may: r.bool()? },
             _ => return Err(Malformed { what: "a message for a keeper" }),
         })
     }
@@ -507,7 +573,7 @@ impl Output {
 }
 
 impl Outcome {
-    fn write(&self, w: &mut Writer) {
+    pub(crate) fn write(&self, w: &mut Writer) {
         match self {
             Self::Done => {
                 w.u8(1);
@@ -527,7 +593,7 @@ impl Outcome {
         }
     }
 
-    fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
+    pub(crate) fn read(r: &mut Reader<'_>) -> Result<Self, Malformed> {
         Ok(match r.u8()? {
             1 => Self::Done,
             2 => Self::Failed { errno: r.i32()?, what: r.string()? },

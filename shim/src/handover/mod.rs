@@ -5,12 +5,16 @@
 //!
 //! ```text
 //!  keeper                                              worker
-//!    │ ◀──────────────── Hello {version, build} ─────────┤   first, within a deadline
+//!    │ ◀─────────────── Hello {versions, build} ─────────┤   first, within a deadline
+//!    ├─ Try*, Tried ────────────────────────────────────▶│   only beside a worker that serves: can it take over?
+//!    │ ◀──────────────────────────── Fit {refusal} ──────┤
 //!    ├─ Welcome, State*, Request*, Exit*, CaughtUp ─────▶│   in this order: what is known, what is unanswered, what happened
 //!    ├─ Request | Exit ─────────────────────────────────▶│   as they come
 //!    │ ◀──── Operation {cause, step, op} ────────────────┤   what cannot be done twice
 //!    ├───── Done {cause, step, outcome} ────────────────▶│   the same answer whenever it is asked again
 //!    │ ◀──── Commit {…} ─────────────────────────────────┤   all of it or nothing; ends causes
+//!    ├─ Ping ───────────────────────────────────────────▶│   only while something is unanswered
+//!    │ ◀───────────────────────────────────────── Pong ──┤
 //! ```
 //!
 //! A **cause** is what made the worker act: a client's request or the exit of a process. The keeper numbers causes and keeps each
@@ -21,13 +25,12 @@
 mod codec;
 mod control;
 mod message;
+mod version;
 
 pub(crate) use codec::{Malformed, Reader, Writer};
 pub(crate) use control::*;
 pub(crate) use message::*;
-
-/// Version of the messages. A keeper works with workers of its own version; docs/handover.md says how that changes.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) use version::Versions;
 
 /// The longest message either side accepts, in bytes: a ttrpc message (4 MiB) and what surrounds it.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 6 << 20;

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
+use super::image::{Error, Loader, Saver};
 use super::inbox::{READ_BYTES, Read, read_some};
 use super::poll::{Poll, Source};
 use crate::handover::MAX_OUTPUT_BYTES;
@@ -33,6 +34,15 @@ impl Capture {
     /// Reads from a pipe that does not block.
     pub(crate) fn from_pipe(pipe: OwnedFd) -> Self {
         Self { pipe: pipe.into(), bytes: Vec::new(), closed: false }
+    }
+
+    pub(crate) fn save(&self, s: &mut Saver) {
+        s.fd(&self.pipe);
+        s.bytes(&self.bytes).bool(self.closed);
+    }
+
+    pub(crate) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
+        Ok(Self { pipe: l.fd()?.into(), bytes: l.bytes()?, closed: l.bool()? })
     }
 
     pub(crate) fn watch(&self, poll: &Poll, source: Source) -> io::Result<()> {

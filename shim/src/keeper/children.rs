@@ -8,6 +8,8 @@
 //!  other:   orphan  ─▶ claimed by a commit ─▶ ended: a cause
 //!                   └▶ ended unclaimed: kept a zombie while an operation may still name its pid, then reaped
 //! ```
+mod saved;
+
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::io;
@@ -85,7 +87,7 @@ pub(crate) enum Found {
     /// A claimed process ended.
     Exit(ProcessExit),
     /// A child that is no helper and not claimed: the worker, if its pid says so.
-    Other { pid: u32 },
+    Other { pid: u32, status: u32 },
     /// A process that read outputs has ended.
     ReaderGone { key: String, stream: Stream },
 }
@@ -218,13 +220,14 @@ impl Children {
     }
 
     /// Looks for children that have ended. `awaits_pid`: zombies that nobody has claimed must stay.
-    pub(crate) fn reap(&mut self, awaits_pid: bool, worker: Option<u32>, streams: &mut Streams, poll: &mut Poll) -> Vec<Found> {
+    /// `ours`: other children that are never claimed.
+    pub(crate) fn reap(&mut self, awaits_pid: bool, ours: &[u32], streams: &mut Streams, poll: &mut Poll) -> Vec<Found> {
         let mut found = Vec::new();
         for pid in std::mem::take(&mut self.vanished) {
             self.exited(pid, UNKNOWN_STATUS, &mut found);
         }
         if awaits_pid {
-            let known: Vec<u32> = self.helpers.keys().chain(self.claimed.keys()).copied().chain(worker).collect();
+            let known: Vec<u32> = self.helpers.keys().chain(self.claimed.keys()).chain(ours).copied().collect();
             for pid in known {
                 if let Ok(Some(ended)) = sys::process::peek(Some(pid)) {
                     self.ended(ended, streams, poll, &mut found);
@@ -254,7 +257,7 @@ impl Children {
         } else if self.claimed.contains_key(&ended.pid) {
             self.exited(ended.pid, ended.status, found);
         } else {
-            found.push(Found::Other { pid: ended.pid });
+            found.push(Found::Other { pid: ended.pid, status: ended.status });
         }
         if let Err(error) = sys::process::reap(ended.pid) {
             warn!(pid = ended.pid, error:%; "cannot reap a child");

@@ -1,15 +1,19 @@
 //! The control socket: what the commands of this binary ask a keeper, with or without a worker.
+mod saved;
+
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::warn;
 
-use super::inbox::{Read, read_some};
+use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use super::relay::accept_all;
 use crate::handover::{ControlReply, ControlRequest};
+use crate::sys;
 
 /// The most commands at once.
 const MAX_COMMANDERS: usize = 64;
@@ -19,6 +23,8 @@ const MAX_REQUEST_BYTES: usize = 64 << 10;
 #[derive(Debug)]
 struct Commander {
     socket: UnixStream,
+    /// The descriptor that came along.
+    attached: Option<OwnedFd>,
     input: Vec<u8>,
     output: Outbox,
     asked: bool,
@@ -50,7 +56,7 @@ impl Control {
             self.last_id += 1;
             match poll.add(&socket, Source::Commander(self.last_id)) {
                 Ok(()) => {
-                    let commander = Commander { socket, input: Vec::new(), output: Outbox::default(), asked: false };
+                    let commander = Commander { socket, attached: None, input: Vec::new(), output: Outbox::default(), asked: false };
                     self.commanders.insert(self.last_id, commander);
                 }
                 Err(error) => warn!(error:%; "command refused, cannot watch it"),
@@ -59,11 +65,11 @@ impl Control {
         result
     }
 
-    /// Reads and writes what can be read and written. Returns the request once it is whole.
-    pub(crate) fn turn(&mut self, id: u32) -> Option<ControlRequest> {
+    /// Reads and writes what can be read and written. Returns the request once it is whole, with the descriptor that came along.
+    pub(crate) fn turn(&mut self, id: u32) -> Option<(ControlRequest, Option<OwnedFd>)> {
         let commander = self.commanders.get_mut(&id)?;
         match commander.turn() {
-            Ok(request) => request,
+            Ok(request) => request.map(|request| (request, commander.attached.take())),
             Err(_) => {
                 self.commanders.remove(&id);
                 None
@@ -95,11 +101,17 @@ impl Commander {
     fn turn(&mut self) -> io::Result<Option<ControlRequest>> {
         self.output.flush(&self.socket)?;
         loop {
-            match read_some(&self.socket, &mut self.input)? {
-                Read::End => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Read::Empty => return Ok(None),
-                Read::Some if self.asked => return Err(io::ErrorKind::InvalidData.into()),
-                Read::Some => {}
+            let mut buffer = [0; READ_BYTES];
+            match sys::descriptors::receive(self.socket.as_fd(), &mut buffer) {
+                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) if self.asked => return Err(io::ErrorKind::InvalidData.into()),
+                Ok((count, attached)) => {
+                    self.input.extend_from_slice(&buffer[..count]);
+                    self.attached = self.attached.take().or(attached);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
             }
             let Some((length, rest)) = self.input.split_first_chunk::<4>() else { continue };
             let length = u32::from_le_bytes(*length) as usize;

@@ -1,4 +1,5 @@
-//! Bytes that arrive: read onto the heap, not over the stack, whose touched pages stay with a process for ever.
+//! Bytes that arrive: the heap gets those that did, no more. A buffer in which they might have arrived would leave a hole there that
+//! keeps its pages in use; the stack below its live frames is given back.
 use std::io;
 
 /// The most bytes of one read.
@@ -16,13 +17,13 @@ pub(crate) enum Read {
 
 /// Appends what one read gives.
 pub(crate) fn read_some(mut source: impl io::Read, into: &mut Vec<u8>) -> io::Result<Read> {
-    let length = into.len();
-    into.resize(length + READ_BYTES, 0);
-    let result = source.read(&mut into[length..]);
-    into.truncate(length + result.as_ref().copied().unwrap_or(0));
-    match result {
+    let mut buffer = [0; READ_BYTES];
+    match source.read(&mut buffer) {
         Ok(0) => Ok(Read::End),
-        Ok(_) => Ok(Read::Some),
+        Ok(count) => {
+            into.extend_from_slice(&buffer[..count]);
+            Ok(Read::Some)
+        }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Read::Empty),
         // The next turn of the caller's loop.
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Read::Some),

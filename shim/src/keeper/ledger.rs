@@ -9,6 +9,8 @@
 //! ```
 //!
 //! **Invariant:** an operation of an open cause is performed once; whoever asks again is told its outcome.
+mod saved;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -42,6 +44,18 @@ pub(crate) enum What {
     Exit(ProcessExit),
 }
 
+impl What {
+    /// The method of a request, or whose exit it is; for people.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Self::Request { payload, .. } => {
+                RequestView::parse(payload).map_or("?".into(), |view| String::from_utf8_lossy(view.method).into_owned())
+            }
+            Self::Exit(exit) => format!("exit of {}", exit.key),
+        }
+    }
+}
+
 /// What becomes of an operation that is asked for.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Asked {
@@ -68,6 +82,10 @@ pub(crate) struct Due {
 pub(crate) struct Ledger {
     last_cause: Cause,
     causes: BTreeMap<Cause, Open>,
+    /// Of the causes, those that are exits.
+    exits: BTreeSet<Cause>,
+    /// Of the causes, those that the worker was not told of.
+    untold: BTreeSet<Cause>,
     /// When requests with a ready-made answer are given it. Apart from the causes, of which a flood makes thousands.
     ready_due: BTreeMap<Cause, Instant>,
     /// Causes for which a process was started that reports the pid of a child: zombies that nobody has claimed must stay.
@@ -92,11 +110,14 @@ impl Ledger {
 
     /// Opens a cause for an exit.
     pub(crate) fn open_exit(&mut self, exit: ProcessExit) -> Cause {
-        self.open(What::Exit(exit))
+        let cause = self.open(What::Exit(exit));
+        self.exits.insert(cause);
+        cause
     }
 
     fn open(&mut self, what: What) -> Cause {
         self.last_cause += 1;
+        self.untold.insert(self.last_cause);
         self.causes.insert(self.last_cause, Open { what, operations: Vec::new() });
         self.last_cause
     }
@@ -104,11 +125,48 @@ impl Ledger {
     fn close(&mut self, cause: Cause) -> Option<Open> {
         self.ready_due.remove(&cause);
         self.naming.remove(&cause);
+        self.exits.remove(&cause);
+        self.untold.remove(&cause);
         self.causes.remove(&cause)
     }
 
-    /// The message that tells a worker of a cause.
-    pub(crate) fn announce(&self, cause: Cause, now: Instant) -> Option<ToWorker> {
+    /// Ends a request that no worker can be asked to answer.
+    pub(crate) fn give_up(&mut self, cause: Cause, response: Vec<u8>) -> Option<Due> {
+        if self.exits.contains(&cause) {
+            return None;
+        }
+        match self.close(cause)?.what {
+            What::Request { asker, payload, .. } => Some(Due { asker, request_bytes: Some(payload.len()), response }),
+            What::Exit(_) => None,
+        }
+    }
+
+    /// A worker begins that was told of nothing.
+    pub(crate) fn begin_life(&mut self) {
+        self.untold = self.causes.keys().copied().collect();
+    }
+
+    /// What the worker was told of and has not ended.
+    pub(crate) fn told(&self) -> Vec<Cause> {
+        self.causes.keys().filter(|cause| !self.untold.contains(cause)).copied().collect()
+    }
+
+    /// Whether anything is open that a worker has to deal with.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.causes.is_empty()
+    }
+
+    pub(crate) fn untold(&self) -> &BTreeSet<Cause> {
+        &self.untold
+    }
+
+    pub(crate) fn exits(&self) -> &BTreeSet<Cause> {
+        &self.exits
+    }
+
+    /// The message that tells a worker of a cause, which counts as told then.
+    pub(crate) fn announce(&mut self, cause: Cause, now: Instant) -> Option<ToWorker> {
+        self.untold.remove(&cause);
         Some(match &self.causes.get(&cause)?.what {
             What::Request { asker, payload, arrived, .. } => ToWorker::Request {
                 cause,
@@ -121,18 +179,6 @@ impl Ledger {
             },
             What::Exit(exit) => ToWorker::Exit { cause, exit: exit.clone() },
         })
-    }
-
-    /// Everything that a new worker must know, in the order that lets it go on: state, requests, exits.
-    pub(crate) fn replay(&self, now: Instant) -> Vec<ToWorker> {
-        let mut messages: Vec<_> =
-            self.state.iter().map(|(key, value)| ToWorker::State { key: key.clone(), value: value.clone() }).collect();
-        let is_request = |open: &Open| matches!(open.what, What::Request { .. });
-        let requests = self.causes.iter().filter(|(_, open)| is_request(open));
-        let exits = self.causes.iter().filter(|(_, open)| !is_request(open));
-        messages.extend(requests.chain(exits).filter_map(|(cause, _)| self.announce(*cause, now)));
-        messages.push(ToWorker::CaughtUp);
-        messages
     }
 
     /// Looks an operation up, and notes that it was asked for.
@@ -215,7 +261,11 @@ impl Ledger {
         self.reservations.remove(id);
         self.ready.retain(|ready| ready.key != id);
         let is_of_it = |key: &str| key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-        self.causes.retain(|_, open| !matches!(&open.what, What::Exit(exit) if is_of_it(&exit.key)));
+        let is_exit_of_it = |open: &Open| matches!(&open.what, What::Exit(exit) if is_of_it(&exit.key));
+        let exits: Vec<Cause> = self.causes.iter().filter(|(_, open)| is_exit_of_it(open)).map(|(cause, _)| *cause).collect();
+        for exit in exits {
+            self.close(exit);
+        }
         let had_state = self.state.remove(id).is_some();
         self.leave |= self.state.is_empty();
         had_state
@@ -260,7 +310,7 @@ impl Ledger {
         self.ready_due.values().chain(self.reservations.values()).min().copied()
     }
 
-    /// Keeps a place for a container. Refused once the keeper was told to leave and nothing holds it.
+    /// Keeps a place for a container.
     pub(crate) fn reserve(&mut self, id: String, now: Instant) {
         self.reservations.insert(id, now + RESERVATION);
     }
@@ -360,15 +410,7 @@ mod tests {
 
     /// Runs a dummy worker that dies after `budget` messages. Returns whether it got everything done.
     fn live(world: &mut World, mut budget: u64) -> bool {
-        let causes: Vec<Cause> = world
-            .ledger
-            .replay(Instant::now())
-            .iter()
-            .filter_map(|message| match message {
-                ToWorker::Request { cause, .. } => Some(*cause),
-                _ => None,
-            })
-            .collect();
+        let causes: Vec<Cause> = world.ledger.causes().keys().copied().collect();
         for cause in causes {
             for step in 0..OPERATIONS {
                 while world.operation(cause, step).is_none() {
@@ -412,27 +454,6 @@ mod tests {
             assert!(world.answered.values().all(|count| *count == 1), "round {rounds}: {:?}", world.answered);
             assert_eq!(world.ledger.state().len() as u64, requests, "round {rounds}");
         }
-    }
-
-    #[test]
-    fn a_new_worker_is_told_state_then_requests_then_exits() {
-        let mut ledger = Ledger::default();
-        let exit = ProcessExit { key: "c".into(), pid: 7, status: 3, at_nanos: 1 };
-        ledger.open_exit(exit.clone());
-        ledger.open_request(caller(1), vec![9], Instant::now());
-        ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() });
-        let kinds: Vec<u8> = ledger
-            .replay(Instant::now())
-            .iter()
-            .map(|message| match message {
-                ToWorker::State { .. } => 1,
-                ToWorker::Request { .. } => 2,
-                ToWorker::Exit { .. } => 3,
-                ToWorker::CaughtUp => 4,
-                ToWorker::Welcome { .. } | ToWorker::Done { .. } => 0,
-            })
-            .collect();
-        assert_eq!(kinds, [1, 2, 3, 4]);
     }
 
     #[test]

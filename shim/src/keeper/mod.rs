@@ -7,15 +7,20 @@
 //!  clients ⇄ relay ─▶ ledger ⇄ supervisor ⇄ worker
 //!                       │ operations        │ commits
 //!             children, streams        publisher ─▶ containerd
+//!
+//!  upgrade: another program for the worker, then, by way of `image`, for the keeper itself
 //! ```
 //!
 //! **Invariant:** nothing here waits for anybody: not for a client, a disk, a daemon, a runtime or the worker.
 //! **Invariant:** what containers inherit is not touched: no limit, niceness, affinity, timer slack of its own.
+mod blame;
 mod capture;
 mod children;
 mod control;
+mod image;
 mod inbox;
 mod ledger;
+mod life;
 mod outbox;
 mod poll;
 mod publisher;
@@ -23,5 +28,6 @@ mod relay;
 mod run;
 mod streams;
 mod supervisor;
+mod upgrade;
 
-pub(crate) use run::run;
+pub(crate) use run::{rehearse, resume, run};

@@ -21,6 +21,25 @@ impl Outbox {
         self.messages.push_back((message, descriptor));
     }
 
+    /// A queue of bytes that were on their way already.
+    pub(crate) fn of(bytes: Vec<u8>) -> Self {
+        let mut outbox = Self::default();
+        if !bytes.is_empty() {
+            outbox.push(bytes, None);
+        }
+        outbox
+    }
+
+    /// What has not gone out, without the descriptors.
+    pub(crate) fn unsent(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.bytes);
+        for (message, _) in &self.messages {
+            bytes.extend_from_slice(message);
+        }
+        bytes.drain(..self.sent);
+        bytes
+    }
+
     /// Bytes that have not gone out.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes

@@ -23,6 +23,8 @@ pub(crate) enum Source {
     Helper(u32),
     /// A stream by its number.
     Stream(u32),
+    /// What a worker that rests has watched.
+    Watch,
     /// A claimed process that is not our child: its pid.
     Foreign(u32),
 }
@@ -41,6 +43,7 @@ impl Source {
             Self::Helper(id) => (8, id),
             Self::Stream(id) => (9, id),
             Self::Foreign(id) => (10, id),
+            Self::Watch => (11, 0),
         };
         u64::from(id) | class << 32
     }
@@ -59,6 +62,7 @@ impl Source {
             8 => Self::Helper(id),
             9 => Self::Stream(id),
             10 => Self::Foreign(id),
+            11 => Self::Watch,
             _ => return None,
         })
     }

@@ -7,6 +7,8 @@
 //!  Idle ──(event)──▶ Sending ──(acknowledged)──▶ next
 //!   Sending ──(connection lost, refused, or silent)──▶ Waiting ──(back-off)──▶ Sending
 //! ```
+mod saved;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::unix::net::UnixStream;

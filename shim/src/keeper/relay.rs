@@ -3,6 +3,8 @@
 //! Owns every connection on the shim's socket. A frame is read whole and its payload handed on unopened; an answer is written whole.
 //!
 //! **Invariant:** a client that floods, stalls or lies about a length costs a bounded amount of memory and nobody else's time.
+mod saved;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};

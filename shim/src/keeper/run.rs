@@ -1,6 +1,9 @@
 //! The loop: who is told what, and when the keeper leaves.
-use std::io;
-use std::os::fd::OwnedFd;
+mod saved;
+
+use std::ffi::CString;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -10,17 +13,23 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use super::blame::{Blame, Open};
 use super::children::{Children, Found};
 use super::control::Control;
+use super::image::{self, Descriptors, Error, Saver, Sections};
 use super::ledger::{Asked, Asker, Due, Ledger, What};
+use super::life::{End, Executable};
 use super::poll::{Poll, Source};
 use super::publisher::Publisher;
 use super::relay::Relay;
 use super::streams::Streams;
-use super::supervisor::Supervisor;
-use crate::frame::RequestView;
+use super::supervisor::{Ended, Supervisor};
+use super::upgrade::{SETTLED_WITHIN, Stage, Upgrade};
+use crate::disguise::{self, Place};
+use crate::frame::{self, Code};
 use crate::handover::{
-    Cause, Commit, ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Op, Outcome, RequestSnapshot, Snapshot, Step, ToKeeper, ToWorker,
+    Cause, Commit, ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Op, Outcome, PartResult, RequestSnapshot, Snapshot, Step, ToKeeper,
+    ToWorker, UpgradeReport,
 };
 use crate::journal::Journal;
 use crate::settings::Settings;
@@ -41,7 +50,52 @@ const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
 ///
 /// `listener`, `control`: bound and listening already. Errors are logged; the exit code is for whoever started it by hand.
 pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd) -> ExitCode {
-    match Keeper::new(settings, listener.into(), control.into()).and_then(|mut keeper| keeper.serve()) {
+    info!(pid = std::process::id(); "keeper started");
+    end(Keeper::new(settings, listener.into(), control.into()).and_then(|mut keeper| keeper.serve()))
+}
+
+/// Goes on from the state of the image before.
+///
+/// `state`: what that has saved. `before`: its program, to go back to if the state cannot be read; none if this is the way back.
+/// Nothing is taken over before everything was read once.
+pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>) -> ExitCode {
+    disguise::misbehave(Place::Resume);
+    let is_back = before.is_none();
+    let read = read_state(&state).and_then(|bytes| Keeper::load(settings.clone(), &bytes, &mut Descriptors::rehearsed()).map(|_| bytes));
+    let bytes = match (read, &before) {
+        (Ok(bytes), _) => bytes,
+        (Err(error), Some(before)) => {
+            error!(error:% = chain(&error); "the new image cannot go on, going back to the one before");
+            return end(go_back(&settings, &state, before));
+        }
+        (Err(error), None) => {
+            error!(error:% = chain(&error); "the keeper cannot go on");
+            return ExitCode::FAILURE;
+        }
+    };
+    drop((state, before));
+    end(Keeper::load(settings, &bytes, &mut Descriptors::inherited()).map_err(io::Error::other).and_then(|mut keeper| {
+        keeper.resumed(is_back);
+        keeper.serve()
+    }))
+}
+
+/// Says on `verdict` whether this image could go on from a state. Touches nothing.
+pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> ExitCode {
+    disguise::misbehave(Place::Rehearsal);
+    let result = read_state(&state).and_then(|bytes| Keeper::load(settings, &bytes, &mut Descriptors::rehearsed()));
+    let words = match &result {
+        Ok(_) => image::ACCEPTS.to_owned(),
+        Err(error) => format!("{}{}", image::REFUSES, chain(error)),
+    };
+    match std::fs::File::from(verdict).write_all(words.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn end(result: io::Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!(error:%; "the keeper ends");
@@ -50,18 +104,50 @@ pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd) -> Ex
     }
 }
 
-struct Keeper {
-    settings: Settings,
-    poll: Poll,
+fn read_state(state: &OwnedFd) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    let file = std::fs::File::from(sys::descriptors::duplicate(state)?);
+    file.take(image::MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Executes the image before, with everything that this one was given and has not touched.
+fn go_back(settings: &Settings, state: &OwnedFd, before: &OwnedFd) -> io::Result<()> {
+    nix::unistd::lseek(state, 0, nix::unistd::Whence::SeekSet)?;
+    let name = std::env::args().next().unwrap_or_default();
+    let words = std::iter::once(name).chain(settings.to_arguments()).chain(["keeper", "resume"].map(str::to_owned));
+    let words = words.chain([state.as_raw_fd().to_string()]);
+    let arguments = words.map(CString::new).collect::<Result<Vec<_>, _>>()?;
+    let environment = std::env::vars().map(|(name, value)| CString::new(format!("{name}={value}"))).collect::<Result<Vec<_>, _>>()?;
+    match sys::exec::execute(before.as_fd(), &arguments, &environment, &[state.as_raw_fd()])? {}
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut sentence = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        sentence = format!("{sentence}: {error}");
+        cause = error.source();
+    }
+    sentence
+}
+
+pub(super) struct Keeper {
+    pub(super) settings: Settings,
+    pub(super) poll: Poll,
     signals: SignalFd,
-    relay: Relay,
-    control: Control,
-    ledger: Ledger,
-    children: Children,
-    streams: Streams,
-    publisher: Publisher,
-    supervisor: Supervisor,
-    born: Instant,
+    pub(super) relay: Relay,
+    pub(super) control: Control,
+    pub(super) ledger: Ledger,
+    pub(super) children: Children,
+    pub(super) streams: Streams,
+    pub(super) publisher: Publisher,
+    pub(super) supervisor: Supervisor,
+    pub(super) blame: Blame,
+    pub(super) upgrade: Option<Upgrade>,
+    /// What came of the last one.
+    pub(super) last_upgrade: Option<UpgradeReport>,
+    pub(super) born: Instant,
     leaving_since: Option<Instant>,
     /// Clients that are not read from until the worker has caught up.
     paused: Vec<u32>,
@@ -74,24 +160,20 @@ struct Keeper {
 impl Keeper {
     fn new(settings: Settings, listener: UnixListener, control: UnixListener) -> io::Result<Self> {
         nix::sys::prctl::set_child_subreaper(true)?;
-        let mut mask = SigSet::empty();
-        for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2]
-        {
-            mask.add(signal);
-        }
-        mask.thread_block()?;
-        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         let poll = Poll::new()?;
-        poll.add_reader(&signals, Source::Signals)?;
+        let signals = block_signals(&poll)?;
         let supervisor = Supervisor::new(&settings)?;
         Ok(Self {
             relay: Relay::new(listener, &poll)?,
             control: Control::new(control, &poll)?,
             ledger: Ledger::default(),
             children: Children::default(),
-            streams: Streams::new(&poll)?,
+            streams: Streams::new(),
             publisher: Publisher::new(settings.ttrpc_address.as_deref()),
             supervisor,
+            blame: Blame::default(),
+            upgrade: None,
+            last_upgrade: None,
             born: Instant::now(),
             leaving_since: None,
             paused: Vec::new(),
@@ -104,8 +186,7 @@ impl Keeper {
     }
 
     fn serve(&mut self) -> io::Result<()> {
-        info!(pid = std::process::id(); "keeper started");
-        self.supervisor.ensure(Instant::now(), &self.poll);
+        self.supervisor.ensure(Instant::now(), self.ledger.is_busy(), &self.poll);
         loop {
             if self.may_leave() {
                 self.leave();
@@ -138,14 +219,17 @@ impl Keeper {
             Source::Publisher => self.publisher.turn(now, &self.poll),
             Source::Fifos => self.streams.fifos_touched(&mut self.poll),
             Source::Worker(life) => {
-                self.supervisor.flush();
+                self.supervisor.flush(now);
                 if self.supervisor.backlog_bytes() <= MAX_BACKLOG_BYTES {
                     for id in self.paused.drain(..) {
                         self.poll.again(Source::Client(id));
                     }
                 }
-                for message in self.supervisor.receive(life, &mut self.poll) {
+                for message in self.supervisor.receive(life, now, &mut self.poll) {
                     self.take(message);
+                }
+                for message in self.supervisor.receive_from_candidate(life, now, &mut self.poll) {
+                    self.candidate_said(message, now);
                 }
             }
             Source::Client(id) => self.client(id, now),
@@ -156,6 +240,7 @@ impl Keeper {
                 }
             }
             Source::Stream(id) => self.streams.turn(id, now, &mut self.poll),
+            Source::Watch => self.supervisor.wake(),
             Source::Foreign(pid) => {
                 for found in self.children.foreign_ended(pid) {
                     self.found(found);
@@ -174,20 +259,25 @@ impl Keeper {
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
         }
-        self.supervisor.ensure(now, &self.poll);
-        self.ledger.expire(now);
+        // Before a worker is brought back for what needs none.
         for due in self.ledger.overdue(now, !self.supervisor.is_serving()) {
             self.answer(due);
         }
+        self.supervisor.ensure(now, self.ledger.is_busy(), &self.poll);
+        self.tick_upgrade(now);
+        self.tell(now);
+        self.ledger.expire(now);
         self.streams.tick(now, &mut self.poll);
         self.publisher.turn(now, &self.poll);
-        self.supervisor.flush();
+        self.supervisor.flush(now);
     }
 
     fn deadline(&self) -> Option<Instant> {
         let now = Instant::now();
         [
-            self.supervisor.deadline(),
+            self.supervisor.deadline(self.ledger.is_busy()),
+            self.upgrade_deadline(),
+            self.blame.deadline(now).filter(|_| self.supervisor.is_serving()),
             self.ledger.deadline(),
             self.streams.deadline(now),
             self.publisher.deadline(),
@@ -232,16 +322,37 @@ impl Keeper {
     }
 
     fn open_request(&mut self, asker: Asker, payload: Vec<u8>, now: Instant) {
-        let cause = self.ledger.open_request(asker, payload, now);
-        self.tell_worker(cause, now);
+        self.ledger.open_request(asker, payload, now);
+        self.tell(now);
     }
 
-    fn tell_worker(&mut self, cause: Cause, now: Instant) {
-        if self.supervisor.is_serving()
-            && let Some(message) = self.ledger.announce(cause, now)
-        {
-            self.supervisor.send(&message, None);
+    /// Tells the worker what it was not told of and may be.
+    fn tell(&mut self, now: Instant) {
+        if !self.supervisor.is_serving() {
+            return;
         }
+        let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
+        let open = Open { untold: self.ledger.untold(), exits: self.ledger.exits(), is_open: &is_open };
+        for cause in self.blame.next(&open, self.supervisor.is_lively(), now) {
+            if let Some(message) = self.ledger.announce(cause, now) {
+                self.supervisor.send(&message, None, now);
+            }
+        }
+    }
+
+    /// Tells a worker that has said hello everything, in the order that lets it go on: state, requests, exits.
+    pub(super) fn welcome(&mut self, now: Instant) {
+        if !self.supervisor.welcome(now) {
+            return;
+        }
+        for (key, value) in self.ledger.state() {
+            self.supervisor.send(&ToWorker::State { key: key.clone(), value: value.clone() }, None, now);
+        }
+        self.ledger.begin_life();
+        self.tell(now);
+        self.supervisor.send(&ToWorker::CaughtUp, None, now);
+        self.ask_whether_settled(now);
+        self.supervisor.flush(now);
     }
 
     fn answer(&mut self, due: Due) {
@@ -252,25 +363,25 @@ impl Keeper {
     }
 
     fn commander(&mut self, id: u32, now: Instant) {
-        let Some(request) = self.control.turn(id) else { return };
+        let Some((request, attached)) = self.control.turn(id) else { return };
         match request {
             ControlRequest::Describe => {
                 let snapshot = Box::new(self.snapshot(now));
                 self.control.reply(id, &ControlReply::Snapshot(snapshot));
             }
             ControlRequest::Reserve { id: container } => {
-                let reply = if self.leaving_since.is_some() {
-                    ControlReply::Refused { why: "the shim is leaving".into() }
-                } else {
-                    self.ledger.reserve(container, now);
-                    ControlReply::Done
-                };
-                self.control.reply(id, &reply);
+                // One that is leaving stays for it.
+                self.ledger.reserve(container, now);
+                self.control.reply(id, &ControlReply::Done);
             }
             ControlRequest::Forget { id: container } => {
                 self.forget(&container, now);
                 self.control.reply(id, &ControlReply::Done);
             }
+            ControlRequest::Upgrade { path, keeper_too } => match attached {
+                Some(file) => self.begin_upgrade(id, file, path, keeper_too, now),
+                None => self.control.reply(id, &ControlReply::Refused { why: "no program came along".into() }),
+            },
             ControlRequest::Ask { payload } => self.open_request(Asker::Commander(id), payload, now),
         }
     }
@@ -289,17 +400,21 @@ impl Keeper {
 
     // --- the worker --------------------------------------------------------------------------------------------------
 
-    fn take(&mut self, message: ToKeeper) {
+    pub(super) fn take(&mut self, message: ToKeeper) {
         match message {
-            ToKeeper::Hello { version, build } => {
-                if !self.supervisor.hello(version, build) {
-                    self.supervisor.kill();
-                    return;
-                }
-                for message in self.ledger.replay(Instant::now()) {
-                    self.supervisor.send(&message, None);
+            ToKeeper::Hello { versions, build } => {
+                let now = Instant::now();
+                if self.supervisor.hello(versions, build, now) {
+                    self.welcome(now);
                 }
             }
+            ToKeeper::Fit { .. } => {}
+            ToKeeper::Watch => self.supervisor.watch(),
+            ToKeeper::Rest { may } => {
+                let is_needed = self.ledger.is_busy() || self.upgrade.is_some();
+                self.supervisor.rest(may, is_needed, &self.poll);
+            }
+            ToKeeper::Pong { number } => self.ponged(number, Instant::now()),
             ToKeeper::Operation { cause, step, op } => self.operation(cause, step, op),
             ToKeeper::Commit(commit) => self.commit(commit),
         }
@@ -312,7 +427,7 @@ impl Keeper {
                 Ok(end) => (Outcome::Descriptor, Some(end)),
                 Err(error) => (failed(&error, format!("read end of {stream:?} of {key}")), None),
             };
-            self.supervisor.send(&ToWorker::Done { cause, step, outcome }, descriptor);
+            self.supervisor.send(&ToWorker::Done { cause, step, outcome }, descriptor, Instant::now());
             return;
         }
         let reports_pid = matches!(&op, Op::Spawn(spawn) if spawn.reports_pid);
@@ -329,7 +444,7 @@ impl Keeper {
             }
         };
         if let Some(outcome) = outcome {
-            self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None);
+            self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, Instant::now());
         }
     }
 
@@ -402,7 +517,8 @@ impl Keeper {
     // --- processes ---------------------------------------------------------------------------------------------------
 
     fn reap(&mut self) {
-        let found = self.children.reap(self.ledger.awaits_pid(), self.supervisor.pid(), &mut self.streams, &mut self.poll);
+        let ours: Vec<u32> = self.supervisor.pids().chain(self.rehearsal_pid()).collect();
+        let found = self.children.reap(self.ledger.awaits_pid(), &ours, &mut self.streams, &mut self.poll);
         for found in found {
             self.found(found);
         }
@@ -413,23 +529,50 @@ impl Keeper {
         match found {
             Found::Outcome { cause, step, outcome } => {
                 if self.ledger.settle(cause, step, &outcome) {
-                    self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None);
+                    self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, now);
                 }
             }
             Found::Exit(exit) => {
                 self.streams.exited(&exit.key, now, &mut self.poll);
-                let cause = self.ledger.open_exit(exit);
-                self.tell_worker(cause, now);
+                self.ledger.open_exit(exit);
+                self.tell(now);
             }
-            Found::Other { pid } => {
-                if self.supervisor.ended(pid, now) {
-                    // Its unread messages went with it.
-                    for id in self.paused.drain(..) {
-                        self.poll.again(Source::Client(id));
-                    }
+            Found::Other { pid, status } => match self.supervisor.ended(pid, status, now) {
+                Ended::Worker { end, rolled_back } => self.worker_ended(&end, rolled_back, now),
+                Ended::Candidate(end) => self.candidate_ended(end),
+                Ended::Other => {
+                    self.rehearsal_ended(pid, status);
                 }
-            }
+            },
             Found::ReaderGone { key, stream } => self.streams.reader_gone(&key, stream, &mut self.poll),
+        }
+    }
+
+    fn worker_ended(&mut self, end: &End, rolled_back: bool, now: Instant) {
+        // Its unread messages went with it.
+        for id in self.paused.drain(..) {
+            self.poll.again(Source::Client(id));
+        }
+        let told = self.ledger.told();
+        self.ledger.begin_life();
+        if rolled_back {
+            self.rolled_back(end);
+        } else if let Some(guilty) = self.blame.ended(told, end, now) {
+            self.guilty(guilty, end);
+        }
+        self.worker_left(now);
+    }
+
+    /// One worker after the other dies over a cause. A request is answered; an exit is a fact, and waits for another worker.
+    fn guilty(&mut self, cause: Cause, end: &End) {
+        let method = self.ledger.causes().get(&cause).map(|open| open.what.name()).unwrap_or_default();
+        let why = format!("every worker of this shim dies over this request ({method}; last by: {}), so it is given up", end.why);
+        match self.ledger.give_up(cause, frame::error_response(Code::Internal, &why)) {
+            Some(due) => {
+                error!(method:%, why:% = end.why; "every worker dies over a request, it is answered with an error");
+                self.answer(due);
+            }
+            None => error!(what:% = method, why:% = end.why; "every worker dies over an exit, it is withheld for a while"),
         }
     }
 
@@ -476,28 +619,26 @@ impl Keeper {
 
     fn snapshot(&self, now: Instant) -> Snapshot {
         let requests = self.ledger.causes().iter().map(|(cause, open)| {
-            let (method, age_nanos) = match &open.what {
-                What::Request { payload, arrived, .. } => {
-                    let method = RequestView::parse(payload).map_or("?".into(), |view| String::from_utf8_lossy(view.method).into_owned());
-                    (method, now.saturating_duration_since(*arrived).as_nanos() as u64)
-                }
-                What::Exit(exit) => (format!("exit of {}", exit.key), 0),
+            let age_nanos = match &open.what {
+                What::Request { arrived, .. } => now.saturating_duration_since(*arrived).as_nanos() as u64,
+                What::Exit(_) => 0,
             };
             RequestSnapshot {
                 cause: *cause,
-                method,
+                method: open.what.name(),
                 age_nanos,
                 operations: open.operations.len() as u32,
                 operations_done: open.operations.iter().filter(|(_, outcome)| outcome.is_some()).count() as u32,
             }
         });
+        let withheld = self.blame.withheld(now).filter_map(|cause| self.ledger.causes().get(&cause)).map(|open| open.what.name());
         Snapshot {
             namespace: self.settings.namespace.clone(),
             group: self.settings.id.clone(),
             keeper_pid: std::process::id(),
-            keeper_build: env!("CARGO_PKG_VERSION").into(),
+            keeper_build: disguise::build().into(),
             worker_pid: self.supervisor.pid(),
-            worker_build: self.supervisor.build().unwrap_or_default().into(),
+            worker_build: self.supervisor.build().map_or("", |(build, _)| build).into(),
             lives: self.supervisor.lives,
             uptime_seconds: now.saturating_duration_since(self.born).as_secs(),
             state: self.state_for_people(),
@@ -511,8 +652,27 @@ impl Keeper {
             processes_started: self.children.started,
             exits_seen: self.children.exits_seen,
             connections: self.relay.count() as u32,
+            worker_version: self.supervisor.build().map_or(0, |(_, version)| version),
+            worker_path: self.supervisor.executable.path.clone(),
+            fruitless: self.supervisor.fruitless,
+            asleep: self.supervisor.is_asleep(),
+            last_end: self.supervisor.last_end.clone().unwrap_or_default(),
+            previous_build: self.supervisor.previous.as_ref().map(|(previous, _)| previous.build.clone()).unwrap_or_default(),
+            upgrade: self.last_upgrade.clone(),
+            withheld: withheld.collect(),
         }
     }
+}
+
+fn block_signals(poll: &Poll) -> io::Result<SignalFd> {
+    let mut mask = SigSet::empty();
+    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2] {
+        mask.add(signal);
+    }
+    mask.thread_block()?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    poll.add_reader(&signals, Source::Signals)?;
+    Ok(signals)
 }
 
 fn failed(error: &io::Error, what: String) -> Outcome {

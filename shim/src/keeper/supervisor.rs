@@ -1,125 +1,142 @@
-//! The worker: its lives and the link to the one that lives.
+//! The worker: its lives, the one beside it that may take over, and the programs that they are made of.
 //!
 //! ```text
-//!  Absent ──(start)──▶ Starting ──(hello)──▶ Serving ──(dies, or breaks the format)──▶ Absent ──(back-off)──▶ …
+//!  Absent ──(start)──▶ Starting ──(hello)──▶ Serving ──(dies, hangs, or breaks the format)──▶ Absent ──(back-off)──▶ …
+//!                                              ▲ cut-over
+//!          candidate: Starting ──(hello)──▶ Trying ──(fit)
+//!
+//!  Serving ──(idle for a spell, and may rest)──▶ Asleep ──(anything to do, or a watch)──▶ Absent
 //! ```
 //!
 //! **Invariant:** a life that got nothing done makes the next one wait longer; one that committed anything does not.
+//! **Invariant:** a candidate that does not say that it is fit never takes over, and the worker beside it is not touched.
+//! **Invariant:** for a while after the cut-over the program before is kept, and comes back when a worker of the new one fails.
+mod saved;
+
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{debug, error, info, warn};
 
-use super::capture::Capture;
-use super::inbox::{Read, read_some};
-use super::outbox::Outbox;
+use super::life::{End, Executable, Fault, Life, Program};
 use super::poll::{Poll, Source};
-use crate::handover::{MAX_MESSAGE_BYTES, ToKeeper, ToWorker, VERSION};
+use crate::handover::{ToKeeper, ToWorker, Versions};
 use crate::settings::Settings;
-use crate::sys;
 
-/// A worker that has not said hello by then is killed.
-const HELLO_WITHIN: Duration = Duration::from_secs(10);
 /// So many lives in a row may achieve nothing before the next one has to wait.
 const FREE_RETRIES: u32 = 3;
 const FIRST_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
+/// So long a new program is on probation.
+pub(super) const PROBATION: Duration = Duration::from_secs(300);
 
-#[derive(Debug)]
-struct Life {
-    pid: u32,
-    link: UnixStream,
-    input: Vec<u8>,
-    output: Outbox,
-    /// What it said it is; `None` until its hello.
-    build: Option<String>,
-    born: Instant,
-    failure: Capture,
-    /// It was killed by us: nothing that it says counts any more.
-    condemned: bool,
+/// Whose end was seen.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// Nobody's of ours.
+    Other,
+    Candidate(End),
+    /// `rolled_back`: its program failed on probation, and the one before it is in its place again.
+    Worker {
+        end: End,
+        rolled_back: bool,
+    },
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
-    program: CString,
-    arguments: Vec<CString>,
-    environment: Vec<CString>,
-    /// Our own executable, held open: it may be replaced or removed under us.
-    executable: OwnedFd,
+    program: Program,
+    pub(super) executable: Executable,
+    /// What was there before, and until when it is kept.
+    pub(super) previous: Option<(Executable, Instant)>,
     life: Option<Life>,
-    pub(crate) lives: u32,
-    fruitless: u32,
-    retry_at: Option<Instant>,
+    candidate: Option<Life>,
+    pub(super) last_number: u32,
+    pub(super) lives: u32,
+    pub(super) fruitless: u32,
+    pub(super) retry_at: Option<Instant>,
+    /// How the last worker ended that was not wanted to.
+    pub(super) last_end: Option<String>,
+    /// After how long an idle worker may rest; absent: never.
+    spell: Option<Duration>,
+    /// What the worker that serves has handed over for its rest.
+    watches: Vec<OwnedFd>,
+    /// There is no worker, and need be none.
+    asleep: bool,
+}
+
+/// Names the seconds after which an idle worker may rest; 0: never.
+const SPELL_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
+const DEFAULT_SPELL: Duration = Duration::from_secs(60);
+/// A worker may still look for a killing that the kernel has not counted yet.
+const LEAST_SPELL: Duration = Duration::from_secs(5);
+
+fn spell() -> Option<Duration> {
+    let named = std::env::var(SPELL_VARIABLE).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
+    Some(named.unwrap_or(DEFAULT_SPELL)).filter(|spell| !spell.is_zero()).map(|spell| spell.max(LEAST_SPELL))
 }
 
 impl Supervisor {
     pub(crate) fn new(settings: &Settings) -> io::Result<Self> {
-        let executable: OwnedFd = std::fs::File::open("/proc/self/exe")?.into();
         let text = |text: String| CString::new(text).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
         let name = std::env::args().next().unwrap_or_else(|| "containerd-shim-x-v2".into());
         let arguments = std::iter::once(name).chain(settings.to_arguments()).chain(["worker".into()]);
         let environment = std::env::vars().map(|(name, value)| format!("{name}={value}"));
-        Ok(Self {
-            // Resolved by the child, whose descriptors are still a copy of ours then.
-            program: text(format!("/proc/self/fd/{}", executable.as_raw_fd()))?,
+        let program = Program {
             arguments: arguments.map(text).collect::<Result<_, _>>()?,
             environment: environment.map(text).collect::<Result<_, _>>()?,
-            executable,
+        };
+        Ok(Self {
+            program,
+            executable: Executable::own()?,
+            previous: None,
             life: None,
+            candidate: None,
+            last_number: 0,
             lives: 0,
             fruitless: 0,
             retry_at: None,
+            last_end: None,
+            spell: spell(),
+            watches: Vec::new(),
+            asleep: false,
         })
     }
 
-    /// Starts a worker if there is none and its time has come.
-    pub(crate) fn ensure(&mut self, now: Instant, poll: &Poll) {
-        if let Some(life) = &self.life {
-            if life.build.is_none() && !life.condemned && now >= life.born + HELLO_WITHIN {
-                warn!(pid = life.pid; "the worker has not said hello, killing it");
-                self.kill();
+    /// Starts a worker if there is none and its time has come, and notices one that hangs. `is_busy`: something is unanswered.
+    pub(crate) fn ensure(&mut self, now: Instant, is_busy: bool, poll: &Poll) {
+        if self.previous.as_ref().is_some_and(|(_, until)| *until <= now) {
+            self.previous = None;
+        }
+        if let Some(candidate) = &mut self.candidate {
+            candidate.check(now, true);
+        }
+        if let Some(life) = &mut self.life {
+            if let (Some(spell), false) = (self.spell, is_busy) {
+                life.ask_to_rest(spell, now);
             }
+            return life.check(now, is_busy);
+        }
+        if self.asleep && !is_busy {
             return;
         }
+        self.wake();
         if self.retry_at.is_some_and(|at| at > now) {
             return;
         }
         self.lives += 1;
-        if let Err(error) = self.start(now, poll) {
-            warn!(error:%; "cannot start a worker, will retry");
-            self.failed(now);
+        self.last_number += 1;
+        match Life::start(self.last_number, &self.program, &self.executable, now, poll) {
+            Ok(life) => self.life = Some(life),
+            Err(error) => {
+                warn!(error:%; "cannot start a worker, will retry");
+                self.last_end = Some(format!("it cannot be started: {error}"));
+                self.failed(now);
+            }
         }
-    }
-
-    fn start(&mut self, now: Instant, poll: &Poll) -> io::Result<()> {
-        let (ours, theirs) = UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        let null: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/null")?.into();
-        let command = sys::spawn::Command {
-            program: self.program.clone(),
-            argv: self.arguments.clone(),
-            env: self.environment.clone(),
-            cwd: c"/".into(),
-            descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), theirs.as_fd()],
-            dies_with_parent: true,
-        };
-        let started = sys::spawn::spawn(&command)?;
-        poll.add(&ours, Source::Worker(self.lives))?;
-        self.life = Some(Life {
-            pid: started.pid,
-            link: ours,
-            input: Vec::new(),
-            output: Outbox::default(),
-            build: None,
-            born: now,
-            failure: Capture::from_pipe(started.failure),
-            condemned: false,
-        });
-        Ok(())
     }
 
     fn failed(&mut self, now: Instant) {
@@ -129,32 +146,98 @@ impl Supervisor {
         self.retry_at = Some(now + wait);
     }
 
-    /// Kills the worker; its death is seen like any other. What it has said and we have not read is as if it had died before.
+    /// Kills the worker because that is wanted.
     pub(crate) fn kill(&mut self) {
         if let Some(life) = &mut self.life {
-            life.condemned = true;
-            // It is our child and not reaped: the number is its own.
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(life.pid as i32), nix::sys::signal::Signal::SIGKILL);
+            life.kill(Fault::Ours, "it was wanted to".into());
         }
     }
 
-    /// A child has ended. Returns whether it was the worker.
-    pub(crate) fn ended(&mut self, pid: u32, now: Instant) -> bool {
-        if self.life.as_ref().is_none_or(|life| life.pid != pid) {
-            return false;
+    /// A child has ended.
+    pub(crate) fn ended(&mut self, pid: u32, status: u32, now: Instant) -> Ended {
+        if let Some(candidate) = self.candidate.take_if(|candidate| candidate.pid == pid) {
+            return Ended::Candidate(candidate.end(status));
         }
-        if let Some(life) = self.life.take() {
-            let failure = life.failure.finish();
-            match failure.first_chunk() {
-                Some(errno) => {
-                    let error = io::Error::from_raw_os_error(i32::from_ne_bytes(*errno));
-                    warn!(error:%, executable = self.executable.as_raw_fd(); "cannot execute a worker");
-                }
-                None => info!(pid, life = self.lives; "the worker has ended, starting the next one"),
-            }
+        let Some(life) = self.life.take_if(|life| life.pid == pid) else { return Ended::Other };
+        let end = life.end(status);
+        if end.fault == Fault::Ours {
+            return Ended::Worker { end, rolled_back: false };
         }
         self.failed(now);
+        self.last_end = Some(end.why.clone());
+        let rolled_back = self.roll_back(&end);
+        if !rolled_back {
+            info!(pid, life = self.lives, why:% = end.why; "the worker has ended, starting the next one");
+        }
+        Ended::Worker { end, rolled_back }
+    }
+
+    /// Puts the program before in its place again, if it is still kept and works with this keeper.
+    fn roll_back(&mut self, end: &End) -> bool {
+        let ours = crate::disguise::versions();
+        let Some((previous, _)) =
+            self.previous.take_if(|(previous, _)| previous.versions.is_some_and(|theirs| ours.agree(theirs).is_some()))
+        else {
+            return false;
+        };
+        error!(why:% = end.why, from:% = self.executable.build, to:% = previous.build; "a new worker has failed, going back to the one before");
+        self.executable = previous;
+        self.fruitless = 0;
+        self.retry_at = None;
         true
+    }
+
+    /// The worker hands over what tells when one is needed again.
+    pub(crate) fn watch(&mut self) {
+        self.watches.extend(self.life.as_mut().and_then(Life::take_attached));
+    }
+
+    /// The worker has said whether it may rest. It does, unless it is needed after all.
+    pub(crate) fn rest(&mut self, may: bool, is_needed: bool, poll: &Poll) {
+        let watched = || self.watches.iter().all(|watch| poll.add_reader(watch, Source::Watch).is_ok());
+        if !may || is_needed || !watched() {
+            self.watches.clear();
+            return;
+        }
+        debug!(life = self.lives; "the worker rests");
+        self.asleep = true;
+        if let Some(life) = &mut self.life {
+            life.kill(Fault::Ours, "it rests".into());
+        }
+    }
+
+    /// A worker is needed again.
+    pub(crate) fn wake(&mut self) {
+        self.asleep = false;
+        self.watches.clear();
+    }
+
+    /// Whether there is no worker because none is needed.
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.asleep
+    }
+
+    /// Starts a worker of another program beside the one that serves.
+    pub(crate) fn try_out(&mut self, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<()> {
+        self.last_number += 1;
+        self.candidate = Some(Life::start(self.last_number, &self.program, executable, now, poll)?);
+        Ok(())
+    }
+
+    pub(crate) fn candidate(&mut self) -> Option<&mut Life> {
+        self.candidate.as_mut()
+    }
+
+    /// Lets the candidate take over from a worker that has ended.
+    pub(crate) fn cut_over(&mut self, executable: Executable, now: Instant) {
+        let Some(candidate) = self.candidate.take() else { return };
+        self.life = Some(candidate);
+        self.wake();
+        let previous = std::mem::replace(&mut self.executable, executable);
+        self.previous = Some((previous, now + PROBATION));
+        self.lives += 1;
+        self.fruitless = 0;
+        self.retry_at = None;
     }
 
     /// Something was committed: the worker is of use.
@@ -163,21 +246,29 @@ impl Supervisor {
     }
 
     /// The worker has said hello. Returns whether it may stay.
-    pub(crate) fn hello(&mut self, version: u16, build: String) -> bool {
+    pub(crate) fn hello(&mut self, versions: Versions, build: String, now: Instant) -> bool {
+        let Some(life) = self.life.as_mut().filter(|life| life.hello.is_none()) else { return false };
+        (self.executable.versions, self.executable.build) = (Some(versions), build.clone());
+        life.greet(versions, build) && self.welcome(now)
+    }
+
+    /// Tells the worker who we are. Returns whether there is one.
+    pub(crate) fn welcome(&mut self, now: Instant) -> bool {
         let Some(life) = &mut self.life else { return false };
-        if version != VERSION {
-            warn!(version, expected = VERSION; "the worker speaks another version, killing it");
-            return false;
-        }
-        life.build = Some(build);
-        let welcome = ToWorker::Welcome { version: VERSION, keeper_pid: std::process::id(), life: self.lives };
-        life.output.push(welcome.encode(), None);
+        let Some(hello) = &life.hello else { return false };
+        let welcome = ToWorker::Welcome { version: hello.version, keeper_pid: std::process::id(), life: self.lives };
+        life.send(&welcome, None, now);
         true
     }
 
     /// Whether there is a worker that has been told everything.
     pub(crate) fn is_serving(&self) -> bool {
-        self.life.as_ref().is_some_and(|life| life.build.is_some() && !life.condemned)
+        self.life.as_ref().is_some_and(|life| life.hello.is_some() && !life.is_doomed())
+    }
+
+    /// Whether the worker was heard since it was told anything.
+    pub(crate) fn is_lively(&self) -> bool {
+        self.life.as_ref().is_some_and(|life| !life.is_owing())
     }
 
     /// Whether one life after the other gets nothing done.
@@ -189,79 +280,61 @@ impl Supervisor {
         self.life.as_ref().map(|life| life.pid)
     }
 
-    pub(crate) fn build(&self) -> Option<&str> {
-        self.life.as_ref()?.build.as_deref()
+    /// Every child that is or was a worker.
+    pub(crate) fn pids(&self) -> impl Iterator<Item = u32> {
+        [&self.life, &self.candidate].into_iter().flatten().map(|life| life.pid)
+    }
+
+    /// What the worker calls itself, and the version that it speaks.
+    pub(crate) fn build(&self) -> Option<(&str, u16)> {
+        let hello = self.life.as_ref()?.hello.as_ref()?;
+        Some((&hello.build, hello.version))
     }
 
     /// Queues a message, if there is somebody to read it; a later life is told by the replay.
-    pub(crate) fn send(&mut self, message: &ToWorker, descriptor: Option<OwnedFd>) {
-        if let Some(life) = self.life.as_mut().filter(|life| life.build.is_some()) {
-            life.output.push(message.encode(), descriptor);
+    pub(crate) fn send(&mut self, message: &ToWorker, descriptor: Option<OwnedFd>, now: Instant) {
+        if let Some(life) = self.life.as_mut().filter(|life| life.hello.is_some()) {
+            life.send(message, descriptor, now);
         }
     }
 
-    /// Writes what can be written. A worker that is gone is noticed by its end.
-    pub(crate) fn flush(&mut self) {
-        if let Some(life) = &mut self.life {
-            let _ = life.output.flush(&life.link);
+    /// Writes what can be written.
+    pub(crate) fn flush(&mut self, now: Instant) {
+        for life in [&mut self.life, &mut self.candidate].into_iter().flatten() {
+            life.flush(now);
         }
     }
 
     /// Bytes that the worker has not taken yet.
     pub(crate) fn backlog_bytes(&self) -> usize {
-        self.life.as_ref().map_or(0, |life| life.output.bytes())
+        self.life.as_ref().map_or(0, Life::backlog_bytes)
     }
 
-    /// Reads whole messages. A worker that breaks the format is killed: what it meant cannot be known.
-    pub(crate) fn receive(&mut self, id: u32, poll: &mut Poll) -> Vec<ToKeeper> {
-        let mut messages = Vec::new();
-        if id != self.lives {
-            return messages;
-        }
-        let Some(life) = self.life.as_mut().filter(|life| !life.condemned) else { return messages };
-        loop {
-            let read = read_some(&life.link, &mut life.input);
-            match take_messages(&mut life.input, &mut messages) {
-                // Of what has ended the rest is torn; the process's end follows.
-                Ok(()) if !matches!(read, Ok(Read::Some)) => return messages,
-                Ok(()) if messages.len() < 64 => {}
-                Ok(()) => {
-                    poll.again(Source::Worker(id));
-                    return messages;
-                }
-                Err(error) => {
-                    warn!(pid = life.pid, error:%; "the worker breaks the format, killing it");
-                    self.kill();
-                    return messages;
-                }
-            }
-        }
+    /// What the worker of this number has said; nothing of one that is gone, or is a candidate.
+    pub(crate) fn receive(&mut self, number: u32, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
+        self.life.as_mut().filter(|life| life.number == number).map(|life| life.receive(now, poll)).unwrap_or_default()
+    }
+
+    /// The same of the candidate.
+    pub(crate) fn receive_from_candidate(&mut self, number: u32, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
+        self.candidate.as_mut().filter(|life| life.number == number).map(|life| life.receive(now, poll)).unwrap_or_default()
+    }
+
+    /// The number of the worker that serves.
+    pub(crate) fn number(&self) -> Option<u32> {
+        self.life.as_ref().map(|life| life.number)
     }
 
     /// When [`Supervisor::ensure`] has something to do.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        match &self.life {
-            Some(life) if life.build.is_none() && !life.condemned => Some(life.born + HELLO_WITHIN),
-            Some(_) => None,
-            None => self.retry_at,
-        }
+    pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
+        let life = match &self.life {
+            Some(life) => {
+                let rest = self.spell.filter(|_| !is_busy).and_then(|spell| life.rest_deadline(spell));
+                life.deadline(is_busy).into_iter().chain(rest).min()
+            }
+            None => self.retry_at.filter(|_| !self.asleep),
+        };
+        let candidate = self.candidate.as_ref().and_then(|candidate| candidate.deadline(true));
+        [life, candidate, self.previous.as_ref().map(|(_, until)| *until)].into_iter().flatten().min()
     }
-}
-
-fn take_messages(input: &mut Vec<u8>, messages: &mut Vec<ToKeeper>) -> Result<(), crate::handover::Malformed> {
-    let mut at = 0;
-    while let Some((length, rest)) = input[at..].split_first_chunk::<4>() {
-        let length = u32::from_le_bytes(*length) as usize;
-        if length > MAX_MESSAGE_BYTES {
-            return Err(crate::handover::Malformed { what: "a message of bounded length" });
-        }
-        let Some(message) = rest.get(..length) else { break };
-        messages.push(ToKeeper::decode(message)?);
-        at += 4 + length;
-    }
-    input.drain(..at);
-    if input.is_empty() {
-        *input = Vec::new();
-    }
-    Ok(())
 }

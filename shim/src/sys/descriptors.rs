@@ -8,10 +8,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::libc;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
+/// The most descriptors that the kernel attaches to one message: SCM_MAX_FD.
+const MAX_ATTACHED: usize = 253;
+
 /// Reads from a socket, with the descriptor that may be attached. Returns the number of bytes (0 at the end) and the first descriptor;
 /// further ones are closed.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 4]);
+    // Room for all that a message can carry: what does not fit would be lost, and what does fit would leak with the error about it.
+    let mut space = nix::cmsg_space!([std::os::fd::RawFd; MAX_ATTACHED]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT)?;
     let mut first = None;
@@ -49,4 +53,37 @@ pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: i32, read: bool, write: bool) ->
 /// Copies a descriptor, close-on-exec.
 pub(crate) fn duplicate(fd: impl AsFd) -> io::Result<OwnedFd> {
     fd.as_fd().try_clone_to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+    use std::os::fd::RawFd;
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::socket::{ControlMessage, sendmsg};
+
+    use super::*;
+
+    #[test]
+    fn of_many_attached_descriptors_one_is_kept_and_none_is_left() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+        let (mut pipes, mut numbers): (Vec<_>, Vec<RawFd>) = (Vec::new(), Vec::new());
+        for _ in 0..MAX_ATTACHED {
+            let (read, write) = std::io::pipe().expect("a pipe");
+            numbers.push(write.as_raw_fd());
+            pipes.push((read, Some(write)));
+        }
+        let attached = [ControlMessage::ScmRights(&numbers)];
+        sendmsg::<()>(theirs.as_raw_fd(), &[IoSlice::new(b"x")], &attached, MsgFlags::empty(), None).expect("is sent");
+        let (count, kept) = receive(ours.as_fd(), &mut [0; 8]).expect("is received");
+        assert_eq!((count, kept.is_some()), (1, true));
+        drop(kept);
+        for (mut read, write) in pipes {
+            drop(write);
+            let mut rest = Vec::new();
+            // Ends only when nobody holds the other end.
+            io::Read::read_to_end(&mut read, &mut rest).expect("ends");
+        }
+    }
 }

@@ -6,6 +6,18 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::libc;
 
+/// Takes the descriptor with this number and marks it close-on-exec. To be called once for a number, of those that the image before has
+/// handed over.
+///
+/// Errors: EBADF if it did not.
+pub(crate) fn take(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes integers and changes one flag; a number that is not open gives EBADF.
+    let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+    Errno::result(result)?;
+    // SAFETY: it is open, and the caller promises that nobody else owns the number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 /// Takes the descriptor with this number and marks it close-on-exec. To be called once for a number, before anything else is opened.
 ///
 /// Errors: EBADF if this process was not started with such a descriptor, ENOTSOCK if it is no socket.

@@ -3,8 +3,8 @@
 use nix::libc;
 
 const PAGE_BYTES: usize = 4096;
-/// Frames that are still in use below the one that asks, generously.
-const IN_USE_BYTES: usize = 2 * PAGE_BYTES;
+/// What may be in use below the marker: the rest of its frame, the red zone, and the frame of the call to the kernel.
+const IN_USE_BYTES: usize = 1024;
 /// As deep as the stack may have been.
 const DEPTH_BYTES: usize = 256 << 10;
 

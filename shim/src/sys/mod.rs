@@ -3,6 +3,7 @@
 //! **Invariant:** `unsafe` lives here only; every function here has a safe signature and gives an `io::Result`.
 pub(crate) mod core_scheduling;
 pub(crate) mod descriptors;
+pub(crate) mod exec;
 pub(crate) mod idmap;
 pub(crate) mod inherited;
 pub(crate) mod memory;

@@ -90,13 +90,13 @@ unsafe fn execute(
                 libc::_exit(127);
             }
         }
-        // Out of the way of the numbers 0…15 first, so that no source is overwritten before it is used.
-        let report = libc::fcntl(report, libc::F_DUPFD_CLOEXEC, 64);
+        // Out of the way of the numbers that the program gets, so that none is overwritten before it is used.
+        let report = libc::fcntl(report, libc::F_DUPFD_CLOEXEC, count as libc::c_int);
         if report < 0 {
             libc::_exit(127);
         }
         for source in sources.iter_mut().take(count) {
-            *source = libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, 64);
+            *source = libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, count as libc::c_int);
             if *source < 0 {
                 fail(report);
             }

@@ -38,6 +38,8 @@ pub(crate) mod step {
     pub(crate) const UNDO: Step = 12;
     pub(crate) const ENGINE_DELETE: Step = 13;
     pub(crate) const END_HELPERS: Step = 14;
+    /// What could not be deleted is deleted by force.
+    pub(crate) const ENGINE_DELETE_BY_FORCE: Step = 15;
 }
 
 impl Cause {

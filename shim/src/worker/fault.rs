@@ -200,6 +200,9 @@ mod active {
                 let causes: Vec<_> = commit.answers.iter().map(|(cause, _)| *cause).chain(commit.ends).chain(parks).collect();
                 format!("commit {causes:?}")
             }
+            Ok(ToKeeper::Fit { .. }) => "fit".into(),
+            Ok(ToKeeper::Pong { .. }) => "pong".into(),
+            Ok(ToKeeper::Watch | ToKeeper::Rest { .. }) => "rest".into(),
             Err(error) => format!("nonsense: {error}"),
         }
     }
@@ -215,6 +218,10 @@ mod active {
             ToWorker::Exit { cause, exit } => format!("exit {cause} {}", exit.key),
             ToWorker::CaughtUp => "caught-up".into(),
             ToWorker::Done { cause, step, .. } => format!("done {cause}.{step}"),
+            ToWorker::Try { key, .. } => format!("try {key}"),
+            ToWorker::Tried => "tried".into(),
+            ToWorker::Ping { .. } => "ping".into(),
+            ToWorker::MayRest => "may-rest".into(),
         }
     }
 

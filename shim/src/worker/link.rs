@@ -11,13 +11,13 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 
 use super::fault::Faults;
-use crate::handover::{Cause, Commit, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker, VERSION};
-use crate::sys;
+use crate::handover::{Cause, Commit, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker};
+use crate::{disguise, sys};
 
 /// What became of an operation, with the descriptor that came along.
 pub(crate) type Answer = (Outcome, Option<OwnedFd>);
@@ -48,17 +48,37 @@ pub(crate) struct Link {
 
 impl Link {
     /// Takes over the worker's end of the socketpair and says hello.
-    pub(crate) fn new(socket: OwnedFd, build: &str, faults: Faults) -> io::Result<Rc<Self>> {
+    pub(crate) fn new(socket: OwnedFd, faults: Faults) -> io::Result<Rc<Self>> {
         fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let socket = sys::ready::to_read(socket)?;
         let link = Self { socket, queue: RefCell::default(), queued: Notify::new(), waiting: RefCell::default(), faults };
-        link.send(&ToKeeper::Hello { version: VERSION, build: build.to_owned() }.encode());
+        link.send(&ToKeeper::Hello { versions: disguise::versions(), build: disguise::build().to_owned() }.encode());
         Ok(Rc::new(link))
     }
 
     /// Ends a step. See [`Commit`].
     pub(crate) fn commit(&self, commit: Commit) {
         self.send(&ToKeeper::Commit(commit).encode());
+    }
+
+    /// Says whether this worker can take over, or why not.
+    pub(crate) fn fit(&self, refusal: Option<String>) {
+        self.put(&ToKeeper::Fit { refusal }.encode());
+    }
+
+    /// Says whether this worker may end for a while.
+    pub(crate) fn rest(&self, may: bool) {
+        self.put(&ToKeeper::Rest { may }.encode());
+    }
+
+    /// Hands over what tells when a worker is needed again. Returns whether it could be, at once.
+    pub(crate) fn watch(&self, descriptor: &OwnedFd) -> bool {
+        let frame = ToKeeper::Watch.encode();
+        let numbers = [descriptor.as_raw_fd()];
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        let slices = [io::IoSlice::new(&frame)];
+        let sent = || sendmsg::<()>(self.socket.get_ref().as_raw_fd(), &slices, &[ControlMessage::ScmRights(&numbers)], flags, None);
+        self.queue.borrow().is_empty() && sent().is_ok_and(|count| count == frame.len())
     }
 
     /// Asks for an operation at once; its outcome is waited for by awaiting what is returned.
@@ -103,6 +123,11 @@ impl Link {
 
     fn send(&self, frame: &[u8]) {
         self.faults.sending(self.socket.get_ref(), &self.queue, frame);
+        self.put(frame);
+        self.faults.sent(self.socket.get_ref(), &self.queue);
+    }
+
+    fn put(&self, frame: &[u8]) {
         let mut queue = self.queue.borrow_mut();
         // Mostly the socket has room: no copy, no wake-up.
         let sent = if queue.is_empty() { write(self.socket.get_ref(), frame).unwrap_or(0) } else { 0 };
@@ -110,8 +135,6 @@ impl Link {
             queue.extend_from_slice(&frame[sent..]);
             self.queued.notify_one();
         }
-        drop(queue);
-        self.faults.sent(self.socket.get_ref(), &self.queue);
     }
 
     fn finish(&self, cause: Cause, step: Step, answer: Answer) {
@@ -148,6 +171,7 @@ impl Incoming {
                         self.link.finish(cause, step, (outcome, descriptor));
                         self.link.faults.acted();
                     }
+                    ToWorker::Ping { number } => self.link.put(&ToKeeper::Pong { number }.encode()),
                     message => return Ok(message),
                 }
             }
@@ -169,7 +193,10 @@ impl Incoming {
         }
         let Some(frame) = rest.get(4..4 + length) else { return Ok(None) };
         let message = ToWorker::decode(frame).map_err(|source| LinkError::Malformed { source })?;
-        self.link.faults.received(&message);
+        // When these come is a matter of time alone: faults are counted without them.
+        if !matches!(message, ToWorker::Ping { .. } | ToWorker::Try { .. } | ToWorker::Tried | ToWorker::MayRest) {
+            self.link.faults.received(&message);
+        }
         self.taken += 4 + length;
         if self.taken == self.buffer.len() {
             self.taken = 0;

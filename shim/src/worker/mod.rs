@@ -36,11 +36,12 @@ mod registry;
 mod server;
 
 use self::cause::Cause;
-use self::container::{Change, Container, Exit, ProcessKey, Record, Reply};
+use self::container::{Change, Container, Exit, ProcessKey, RECORD_VERSION, Record, Reply};
 use self::error::{Code, Error};
 use self::link::{Incoming, Link, LinkError};
 use self::registry::Registry;
 use self::server::{Call, Inbound};
+use crate::disguise::{self, Place};
 use crate::handover::{Claim, Commit, ProcessExit, Step, ToWorker};
 use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
@@ -80,7 +81,8 @@ struct Worker {
 
 async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
     let faults = fault::Faults::from_environment(&settings.id);
-    let link = Link::new(link, env!("CARGO_PKG_VERSION"), faults).map_err(|source| LinkError::Io { source })?;
+    disguise::misbehave(Place::Hello);
+    let link = Link::new(link, faults).map_err(|source| LinkError::Io { source })?;
     tokio::task::spawn_local(Rc::clone(&link).write_queue());
     let mut incoming = Incoming::new(Rc::clone(&link));
     let worker = Rc::new(Worker { settings, link, registry: Registry::default(), keeper: Cell::default(), own_steps: Cell::new(0) });
@@ -97,9 +99,21 @@ impl Worker {
     async fn catch_up(self: &Rc<Self>, incoming: &mut Incoming) -> Result<(), LinkError> {
         let mut backlog = Vec::new();
         let mut doubtful = Vec::new();
+        let mut refusal = None;
         loop {
             match incoming.next().await? {
+                ToWorker::Try { key, value } => {
+                    refusal = refusal.or_else(|| refusal_of(&key, &value));
+                    continue;
+                }
+                ToWorker::Tried => {
+                    disguise::misbehave(Place::Fit);
+                    self.link.fit(refusal.take());
+                    continue;
+                }
                 ToWorker::Welcome { keeper_pid, life, .. } => {
+                    disguise::misbehave(Place::Welcome);
+                    disguise::misbehave(Place::Later);
                     self.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
                     log::debug!(life, keeper = keeper_pid; "worker begins");
                 }
@@ -108,6 +122,7 @@ impl Worker {
                     Err(error) => log::error!(container:% = key, error:%; "cannot read the state of a container"),
                 },
                 ToWorker::Request { cause, age_nanos, origin, payload } => {
+                    disguise::meet_request(&payload);
                     let inbound = Inbound::parse(&payload, Duration::from_nanos(age_nanos), origin);
                     if inbound.left == Some(Duration::ZERO) && inbound.call.as_ref().is_ok_and(Call::must_be_ended) {
                         let cause = self.cause(cause);
@@ -117,7 +132,7 @@ impl Worker {
                 }
                 ToWorker::Exit { cause, exit } => backlog.push(Pending::Exit(cause, exit)),
                 ToWorker::CaughtUp => break,
-                ToWorker::Done { .. } => {}
+                ToWorker::Done { .. } | ToWorker::Ping { .. } | ToWorker::MayRest => {}
             }
             incoming.acted();
         }
@@ -135,7 +150,7 @@ impl Worker {
                             backlog.push(Pending::Request(cause, inbound));
                         }
                         ToWorker::Exit { cause, exit } => backlog.push(Pending::Exit(cause, exit)),
-                        ToWorker::Welcome { .. } | ToWorker::State { .. } | ToWorker::CaughtUp | ToWorker::Done { .. } => {}
+                        _ => {}
                     },
                 }
             };
@@ -162,13 +177,16 @@ impl Worker {
     fn take(self: &Rc<Self>, message: ToWorker) {
         match message {
             ToWorker::Request { cause, age_nanos, origin, payload } => {
+                disguise::meet_request(&payload);
                 let inbound = Inbound::parse(&payload, Duration::from_nanos(age_nanos), origin);
-                launch(Rc::clone(self).serve(self.cause(cause), inbound, false));
+                launch(Rc::clone(self).serve_late(self.cause(cause), inbound));
             }
-            ToWorker::Exit { cause, exit } => launch(Rc::clone(self).exited(self.cause(cause), exit)),
-            ToWorker::Welcome { .. } | ToWorker::State { .. } | ToWorker::CaughtUp | ToWorker::Done { .. } => {
-                log::warn!("a message out of turn");
+            ToWorker::Exit { cause, exit } => {
+                disguise::meet_exit(&exit.key);
+                launch(Rc::clone(self).exited(self.cause(cause), exit));
             }
+            ToWorker::MayRest => self.link.rest(container::may_rest(self)),
+            _ => log::warn!("a message out of turn"),
         }
     }
 
@@ -184,6 +202,13 @@ impl Worker {
     fn own_step(&self) -> Step {
         self.own_steps.set(self.own_steps.get() + 1);
         self.own_steps.get()
+    }
+
+    /// Serves a request that came after all that was known. The keeper may have held it back, so it may have expired and been begun.
+    async fn serve_late(self: Rc<Self>, cause: Cause, inbound: Inbound) {
+        let is_doubtful = inbound.left == Some(Duration::ZERO) && inbound.call.as_ref().is_ok_and(Call::must_be_ended);
+        let was_begun = is_doubtful && cause.was_begun().await;
+        self.serve(cause, inbound, was_begun).await;
     }
 
     async fn serve(self: Rc<Self>, cause: Cause, inbound: Inbound, was_begun: bool) {
@@ -294,6 +319,19 @@ impl Worker {
             container.changed();
             container::tend(self, &container);
         }
+    }
+}
+
+/// Why this worker cannot go on with an entry of the state, if so.
+fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
+    let newest = disguise::record_version(RECORD_VERSION);
+    match Record::decode(value) {
+        Ok(record) if record.version > newest => Some(format!(
+            "the record of container {key} has version {}, and version {newest} is the newest that can be read",
+            record.version
+        )),
+        Ok(_) => None,
+        Err(error) => Some(format!("cannot read the record of container {key}: {error}")),
     }
 }
 

@@ -1,7 +1,8 @@
 //! A logger for `binary://` URIs: copies stdout and stderr of the container into files.
 //!
 //! `binary:///path/to/log-sink?folder=/where` writes `/where/stdout`, `/where/stderr` and its environment to
-//! `/where/environment`. With `dies=ready` it ends before it says that it is ready, with `dies=later` at the first byte.
+//! `/where/environment`. With `dies=ready` it ends before it says that it is ready, with `dies=later` at the first byte. With
+//! `ready=byte` it says so as `binary-v2://` wants it: with a byte.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -31,6 +32,9 @@ fn main() -> io::Result<ExitCode> {
     let mut out = File::open("/proc/self/fd/3")?;
     let mut err = File::open("/proc/self/fd/4")?;
     let (mut out_file, mut err_file) = (File::create(folder.join("stdout"))?, File::create(folder.join("stderr"))?);
+    if query.get("ready").is_some_and(|how| how == "byte") {
+        fs::write("/proc/self/fd/5", [0])?;
+    }
     close_ready_pipe();
     if dies == "later" {
         // not at once: nobody could tell that from dying before it was ready

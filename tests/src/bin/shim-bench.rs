@@ -192,21 +192,22 @@ async fn latency(subjects: &mut [Subject], rounds: usize) -> Result<()> {
     for round in 0..rounds {
         for (index, subject) in subjects.iter().enumerate() {
             runs[index].push(run_true(&subject.cx).await?.to_vec());
-            let begin = Instant::now();
-            ensure!(hosts[index].exec(&format!("e{round}"), &["/bin/true"]).run().await? == 0);
-            execs[index].push(begin.elapsed());
+            execs[index].push(run_exec(&hosts[index], &format!("e{round}")).await?.to_vec());
         }
     }
     for host in &hosts {
         host.destroy().await?;
     }
     for ((subject, runs), execs) in subjects.iter_mut().zip(runs).zip(execs) {
-        let step = |step: usize| median(runs.iter().map(|run: &Vec<Duration>| run[step]).collect());
-        subject.note("1 /bin/true, create to deleted, ms", median(runs.iter().map(|run| run.iter().sum()).collect()));
-        for (index, name) in STEPS.iter().enumerate() {
-            subject.note(&format!("1.{} of it {name}, ms", index + 1), step(index));
+        for (number, what, steps, runs) in [("1", "create to deleted", STEPS, runs), ("2", "exec, added to deleted", EXEC_STEPS, execs)] {
+            subject.note(
+                &format!("{number} /bin/true, {what}, ms"),
+                median(runs.iter().map(|run: &Vec<Duration>| run.iter().sum()).collect()),
+            );
+            for (index, name) in steps.iter().enumerate() {
+                subject.note(&format!("{number}.{} of it {name}, ms", index + 1), median(runs.iter().map(|run| run[index]).collect()));
+            }
         }
-        subject.note("2 exec of /bin/true, added to deleted, ms", median(execs));
     }
     Ok(())
 }
@@ -230,6 +231,23 @@ async fn run_true(cx: &Context) -> Result<[Duration; 4]> {
     let deleted = begin.elapsed();
     container.remove().await?;
     Ok([created, started - created, ended - started, deleted - ended])
+}
+
+/// The steps of an added process's life that [`run_exec`] times.
+const EXEC_STEPS: [&str; 4] = ["add", "start", "until its exit is told", "delete"];
+
+/// The times of the steps from added to deleted.
+async fn run_exec(host: &Container, exec: &str) -> Result<[Duration; 4]> {
+    let begin = Instant::now();
+    let process = host.exec(exec, &["/bin/true"]).add().await?;
+    let added = begin.elapsed();
+    process.start().await?;
+    let started = begin.elapsed();
+    ensure!(process.wait().await? == 0);
+    let ended = begin.elapsed();
+    process.delete().await?;
+    let deleted = begin.elapsed();
+    Ok([added, started - added, ended - started, deleted - ended])
 }
 
 async fn load(subjects: &mut [Subject]) -> Result<()> {

@@ -29,7 +29,7 @@ async fn counted_to(container: &Container, goal: u32) -> Result<u32> {
 
 pub(crate) async fn a_container_goes_on_from_its_checkpoint(cx: Context) -> Result<()> {
     needs_images()?;
-    needs_criu(cx.suite())?;
+    needs_criu(&cx.suite().program("criu"))?;
     let container = cx.container(&["sh", "-c", COUNT]).id("saved").start().await?;
     let before = counted_to(&container, 20).await?;
     let options = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
@@ -49,7 +49,7 @@ pub(crate) async fn a_container_goes_on_from_its_checkpoint(cx: Context) -> Resu
 }
 
 pub(crate) async fn a_checkpoint_without_exit_disturbs_nothing(cx: Context) -> Result<()> {
-    needs_criu(cx.suite())?;
+    needs_criu(&cx.suite().program("criu"))?;
     let image = cx.folder().join("image");
     let work = cx.folder().join("work");
     std::fs::create_dir_all(&image)?;

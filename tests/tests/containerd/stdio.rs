@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
+use shim_tests::messages::{GenericOptions, any};
 use shim_tests::runner::skip;
 use shim_tests::stdio::{Pace, Writer};
 
@@ -235,6 +236,40 @@ pub(crate) async fn a_logger_that_dies_later_does_not_stop_the_container(cx: Con
     // more than the pipe holds: without its logger, the container must not wait for anybody
     let container = cx.container(&["sh", "-c", "head -c 1048577 /dev/zero; exit 3"]).stdio(Stdio::uri(&uri));
     ensure!(container.run().await? == 3);
+    Ok(())
+}
+
+pub(crate) async fn a_logger_of_the_second_kind_is_ready_with_a_byte_and_not_without(cx: Context) -> Result<()> {
+    if !cx.shim().is_ours() {
+        return skip("stock shims know no loggers of that kind yet");
+    }
+    let folder = cx.folder().join("logs");
+    fs::create_dir_all(&folder)?;
+    let uri = format!("binary-v2://{}?folder={}", cx.program("log-sink").display(), folder.display());
+    let container = cx.container(&["sh", "-c", "echo out; exit 3"]).stdio(Stdio::uri(format!("{uri}&ready=byte")));
+    ensure!(container.run().await? == 3);
+    eventually_true("the logger is done", SOON, || folder.join("done").exists()).await?;
+    ensure!(fs::read_to_string(folder.join("stdout"))? == "out\n");
+    let Err(error) = cx.container(&["true"]).stdio(Stdio::uri(&uri)).create().await else { anyhow::bail!("it was taken for ready") };
+    ensure!(format!("{error:#}").contains("log-sink"), "{error:#}");
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn output_spills_while_nobody_reads_where_that_is_asked_for(cx: Context) -> Result<()> {
+    if !cx.shim().is_ours() {
+        return skip("the option is this shim's own");
+    }
+    let options = GenericOptions { config_body: b"SpillBytes = 4000000".to_vec(), ..GenericOptions::default() };
+    // far more than pipe and fifo hold, and less than they and the file do
+    let script = "i=0; while [ $i -lt 300000 ]; do echo $i; i=$((i+1)); done; exit 3";
+    let container = cx.container(&["sh", "-c", script]).options(Some(any(&options))).stdio(UNREAD);
+    let mut container = container.start().await?;
+    ensure!(container.wait().await? == 3);
+    container.io_mut().read(Pace::Keep)?;
+    container.io.out().until("\n299999\n").await?;
+    container.delete().await?;
+    let text = container.io.out().to_end().await?;
+    ensure!(text.lines().enumerate().all(|(number, line)| line == number.to_string()) && text.lines().count() == 300_000);
     Ok(())
 }
 

@@ -1,11 +1,16 @@
-//! Deaths at random: from outside at any moment, and several in a row at messages.
+//! Trouble at random: workers killed and stopped from outside at any moment, shims upgraded and downgraded, and several deaths in a row
+//! at messages.
 
 use std::env;
+use std::fs;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
+use shim_tests::builds;
 use shim_tests::context::Context;
 use shim_tests::proc;
 use tokio::task::LocalSet;
@@ -13,6 +18,7 @@ use tokio::task::LocalSet;
 use crate::lane::{self, Lane};
 use crate::run::Record;
 use crate::scenarios::{self, Scenario};
+use crate::tally::{Tally, tally};
 
 /// `X_CAMPAIGN` runs for each combination, 30 without it.
 pub(crate) fn runs() -> usize {
@@ -31,14 +37,25 @@ impl Random {
     }
 }
 
-/// How the workers of one run die.
+/// What happens to the workers of one run.
 struct Job {
     scenario: &'static Scenario,
     model: Rc<Record>,
-    /// At messages, one word per life.
+    /// Deaths at messages, one word per life.
     plan: String,
     /// From outside, each so long after the last.
-    kills: Vec<Duration>,
+    troubles: Vec<(Duration, Trouble)>,
+}
+
+/// What is done to a shim from outside.
+#[derive(Clone)]
+enum Trouble {
+    /// Its worker is killed.
+    Kill,
+    /// Its worker is stopped for so long.
+    Stop(Duration),
+    /// It goes on as another build.
+    Upgrade { to: PathBuf, worker_only: bool },
 }
 
 /// Runs scenarios in turn, each with deaths of its own.
@@ -55,19 +72,22 @@ pub(crate) async fn random_deaths(cx: Context) -> Result<()> {
     let models: Vec<_> =
         models.into_iter().map(|(scenario, model)| (scenario, model.trace.0.len() as u64, Rc::new(model.record))).collect();
     let mut jobs = Vec::new();
+    let builds = other_builds(&cx)?;
     for number in 0..runs() {
         let (scenario, messages, model) = &models[number % models.len()];
-        let kills = (0..1 + random.below(4)).map(|_| Duration::from_millis(random.below(150))).collect();
+        let troubles =
+            (0..1 + random.below(4)).map(|_| (Duration::from_millis(random.below(150)), trouble(&mut random, &builds))).collect();
         let words: Vec<_> = (0..1 + random.below(3)).map(|_| word(&mut random, messages / 2)).collect();
-        let (plan, kills) = if random.below(2) == 0 { (words.join(" "), Vec::new()) } else { (String::new(), kills) };
-        jobs.push(Job { scenario, model: Rc::clone(model), plan, kills });
+        let (plan, troubles) = if random.below(2) == 0 { (words.join(" "), Vec::new()) } else { (String::new(), troubles) };
+        jobs.push(Job { scenario, model: Rc::clone(model), plan, troubles });
     }
     static DEATHS: AtomicU32 = AtomicU32::new(0);
     let before = DEATHS.load(Ordering::Relaxed);
+    let tallied = tally();
     let count = jobs.len();
     let failures = lane::work(&cx, 3, jobs, |lane, job| {
         Box::pin(async move {
-            let outcome = lane.run(job.scenario, &job.plan, Some(&job.model), async |cx| kill_workers(cx, &job.kills).await).await?;
+            let outcome = lane.run(job.scenario, &job.plan, Some(&job.model), async |cx| make_trouble(cx, &job.troubles).await).await?;
             DEATHS.fetch_add(u32::try_from(outcome.trace.lives())? - 1, Ordering::Relaxed);
             Ok(())
         })
@@ -75,9 +95,10 @@ pub(crate) async fn random_deaths(cx: Context) -> Result<()> {
     .await?;
     let deaths = DEATHS.load(Ordering::Relaxed) - before;
     eprintln!(
-        "{} {} campaign: seed {seed}, {count} runs, {deaths} deaths survived, {:.1} s",
+        "{} {} campaign: seed {seed}, {count} runs, {deaths} deaths survived, {} and nothing else: none lost, none doubled; {:.1} s",
         cx.suite(),
         cx.runtime(),
+        tally() - tallied,
         begin.elapsed().as_secs_f64()
     );
     lane::verdict(&failures)
@@ -89,11 +110,52 @@ fn word(random: &mut Random, messages: u64) -> String {
     format!("{direction}:{}:{when}", 1 + random.below(messages.max(1)))
 }
 
-async fn kill_workers(cx: &Context, after: &[Duration]) {
-    for pause in after {
+/// Copies of the shim under other names, as upgrades and downgrades to each other.
+fn other_builds(cx: &Context) -> Result<[PathBuf; 2]> {
+    let shim = cx.shim().binary.clone().context("our shim is a file")?;
+    let make = |name: &str| {
+        let folder = cx.folder().join(name);
+        fs::create_dir_all(&folder)?;
+        builds::make(&shim, &folder.join(cx.shim().binary_name()), &format!("build={name}"))
+    };
+    Ok([make("a")?, make("b")?])
+}
+
+fn trouble(random: &mut Random, builds: &[PathBuf; 2]) -> Trouble {
+    match random.below(5) {
+        0 | 1 => Trouble::Kill,
+        2 => Trouble::Stop(Duration::from_millis(random.below(300))),
+        which => Trouble::Upgrade { to: builds[usize::try_from(random.below(2)).unwrap_or(0)].clone(), worker_only: which == 3 },
+    }
+}
+
+async fn make_trouble(cx: &Context, troubles: &[(Duration, Trouble)]) {
+    for (pause, trouble) in troubles {
         tokio::time::sleep(*pause).await; // the moment is what is random
-        if let Ok(worker) = lane::some_worker(cx).await {
-            proc::kill_hard(worker);
+        match trouble {
+            Trouble::Upgrade { to, worker_only } => {
+                let words: &[&str] = if *worker_only { &["--all", "--worker-only"] } else { &["--all"] };
+                // the shim may be gone by then
+                if builds::upgrade(cx, to, words).await.is_ok() {
+                    Tally::add(|tally| &tally.upgrades, 1);
+                }
+            }
+            Trouble::Kill => {
+                if let Ok(worker) = lane::some_worker(cx).await {
+                    proc::kill_hard(worker);
+                    Tally::add(|tally| &tally.kills, 1);
+                }
+            }
+            Trouble::Stop(time) => {
+                if let Ok(worker) = lane::some_worker(cx).await
+                    && proc::signal(worker, Signal::SIGSTOP).is_ok()
+                {
+                    tokio::time::sleep(*time).await; // so long is it stopped
+                    // it may be gone by then
+                    let _gone = proc::signal(worker, Signal::SIGCONT);
+                    Tally::add(|tally| &tally.stops, 1);
+                }
+            }
         }
     }
 }

@@ -98,6 +98,7 @@ impl Lane {
             )));
         }
         let begun_at = run.begun_at();
+        run.count();
         let outcome = Outcome { record: run.record(), trace: trace?, begun_at };
         if let Some(model) = model {
             model.agrees_with(&outcome.record).with_context(|| {

@@ -18,6 +18,8 @@ use shim_tests::eventually::{SOON, eventually};
 use shim_tests::gate::Gate;
 use shim_tests::proc;
 
+use crate::tally::Tally;
+
 /// What a run was seen to do.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Record {
@@ -80,6 +82,15 @@ impl Run {
     /// Takes something down.
     pub(crate) fn note(&self, line: impl Display) {
         self.seen.borrow_mut().lines.push(line.to_string().replace(&self.id, "ID"));
+    }
+
+    /// Adds what was taken down to the tally.
+    pub(crate) fn count(&self) {
+        let seen = self.seen.borrow();
+        let of = |word: &str| seen.lines.iter().filter(|line| line.starts_with(word)).count() as u64;
+        Tally::add(|tally| &tally.events, of("event "));
+        Tally::add(|tally| &tally.exits, of("event exit"));
+        Tally::add(|tally| &tally.answers, seen.lines.len() as u64 - of("event ") - of("call "));
     }
 
     /// What was taken down.
@@ -302,6 +313,10 @@ fn holdings(keeper: i32) -> Result<String> {
             Some((kind, _)) => kind.to_owned(),
             None => target.rsplit('/').next().unwrap_or_default().to_owned(),
         };
+        // programs: one, or two after an upgrade
+        if kind.starts_with("containerd-shim-") {
+            continue;
+        }
         *counts.entry(kind).or_default() += 1;
     }
     let children = proc::all().into_values().filter(|process| process.parent == keeper);

@@ -14,6 +14,7 @@ use shim_tests::runner::needs_criu;
 use shim_tests::spec::Spec;
 
 use crate::run::Run;
+use crate::tally::Tally;
 
 /// A scenario under way.
 pub(crate) type Drive<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
@@ -387,7 +388,7 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
 };
 
 async fn checkpoint(run: &Run) -> Result<()> {
-    needs_criu(run.cx.suite())?;
+    needs_criu(&run.cx.suite().program("criu"))?;
     let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
     run.start(&container, "init").await?;
     is_executed(&container).await?;
@@ -417,7 +418,7 @@ pub(crate) const RESTORE: Scenario = Scenario {
 };
 
 async fn restore(run: &Run) -> Result<()> {
-    needs_criu(run.cx.suite())?;
+    needs_criu(&run.cx.suite().program("criu"))?;
     let container = run.create(run.container(&["sleep", "1000"]), "saved").await?;
     run.start(&container, "saved").await?;
     is_executed(&container).await?;
@@ -489,6 +490,7 @@ fn lines(first: u32, last: u32) -> String {
 
 /// That nothing is missing and nothing is there twice.
 fn is_complete(text: &str, expected: &str) -> Result<()> {
+    Tally::add(|tally| &tally.bytes, text.len() as u64);
     let same = text.bytes().zip(expected.bytes()).take_while(|(a, b)| a == b).count();
     let rest = |text: &str| String::from_utf8_lossy(&text.as_bytes()[same..text.len().min(same + 60)]).into_owned();
     ensure!(text == expected, "{} bytes of {}: after {same} {:?} instead of {:?}", text.len(), expected.len(), rest(text), rest(expected));

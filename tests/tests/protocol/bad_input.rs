@@ -13,14 +13,12 @@ use shim_tests::bundle::Container;
 use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::spec;
 use shim_tests::stand::Stand;
-use shim_tests::task::V2;
-use shim_tests::ttrpc::{self, Code, Connection, refusal};
+use shim_tests::ttrpc::{self, Code, refusal};
 use shim_tests::witness::Witness;
 
 pub(crate) async fn a_bundle_that_cannot_be_run_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let task = &witness.container.task;
-    let ours = stand.shim().is_ours();
     let bundle = witness.sibling("bad", &["true"]);
     let root = "\"root\":{\"path\":\"rootfs\"}";
     let other_version = format!("{{\"ociVersion\":\"7.0.0\",{root}}}");
@@ -44,11 +42,9 @@ pub(crate) async fn a_bundle_that_cannot_be_run_is_refused_with_a_sentence(stand
             None => fs::remove_file(&path)?,
         }
         let (found, message) = refusal(task.create(&bundle.request()).await)?;
-        if ours {
-            let config = config.map(|config| &config[..config.len().min(40)]);
-            ensure!(found == code && message.contains(words), "{config:?}: {found:?} {message}");
-            ensure!(message.lines().count() == 1, "{config:?}: {message}");
-        }
+        let config = config.map(|config| &config[..config.len().min(40)]);
+        ensure!(found == code && message.contains(words), "{config:?}: {found:?} {message}");
+        ensure!(message.lines().count() == 1, "{config:?}: {message}");
     }
     // and the id is free
     let repaired = bundle.create_in(task).await?;
@@ -94,15 +90,13 @@ pub(crate) async fn a_request_that_cannot_be_carried_out_is_refused_with_a_sente
     ];
     for (what, request, words) in cases {
         let (code, message) = refusal(task.create(&request).await).context(what)?;
-        if stand.shim().is_ours() {
-            ensure!(message.contains(words) && message.lines().count() == 1, "{what}: {code:?} {message}");
-        }
+        ensure!(message.contains(words) && message.lines().count() == 1, "{what}: {code:?} {message}");
         ensure!(task.state("bad", "").await.is_err(), "{what}: something was made");
     }
     // no root file system at all: the bundle's folder for it is gone, and nothing is mounted there
     fs::remove_dir(bundle.folder.join("rootfs"))?;
     let (_, message) = refusal(task.create(&api::CreateTaskRequest { rootfs: Vec::new(), ..good.clone() }).await)?;
-    ensure!(!stand.shim().is_ours() || message.contains("rootfs"), "{message}");
+    ensure!(message.contains("rootfs"), "{message}");
     ensure!(task.create(&good).await.is_ok(), "the id is free again");
     task.kill("bad", "", 9).await?;
     task.wait("bad", "").await?;
@@ -233,23 +227,6 @@ pub(crate) async fn garbage_on_the_control_socket_harms_nobody(stand: Stand) -> 
         Ok(())
     })
     .await?;
-    witness.dismiss().await
-}
-
-pub(crate) async fn requests_of_a_client_that_has_gone_are_carried_out(stand: Stand) -> Result<()> {
-    let witness = Witness::start(&stand).await?;
-    let bundle = witness.sibling("orphan", &["sleep", "1000"]);
-    bundle.write()?;
-    let connection = Connection::connect(witness.socket()).await?;
-    let payload = protobuf::Message::write_to_bytes(&bundle.request())?;
-    drop(connection.begin(V2, "Create", payload).await?);
-    drop(connection);
-    let task = &witness.container.task;
-    eventually("it is there all the same", SOON, async || Ok(task.state("orphan", "").await?)).await?;
-    task.start("orphan", "").await?;
-    task.kill("orphan", "", 9).await?;
-    ensure!(task.wait("orphan", "").await? == 137);
-    task.delete("orphan", "").await?;
     witness.dismiss().await
 }
 

@@ -4,7 +4,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::{fs, io};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message as _;
 use shim_tests::bundle;
@@ -12,50 +12,6 @@ use shim_tests::eventually::SOON;
 use shim_tests::stand::Stand;
 use shim_tests::task::Task;
 use shim_tests::ttrpc::CallError;
-
-pub(crate) async fn whatever_stands_on_standard_input_the_answer_can_be_dialled(stand: Stand) -> Result<()> {
-    let options = stand.bundle("options", &["true"]).options().write_to_bytes()?;
-    let inputs: [&[u8]; 4] = [&[], &options, b"garbage", &[0xff; 100_000]];
-    let ours = stand.shim().is_ours();
-    for (number, input) in inputs.into_iter().enumerate().filter(|(number, _)| ours || *number < 2) {
-        for (way, flags) in [&[][..], &["-debug"]].into_iter().enumerate() {
-            let bundle = stand.bundle(&format!("c{number}-{way}"), &["sh", "-c", "exit 3"]);
-            let task = Task::connect(&bundle.start_shim_with(flags, input).await?).await?;
-            let container = bundle.run_in(&task).await?;
-            ensure!(container.finish().await? == 3, "{number}");
-            bundle::leave(&task, container.shim_pid()?, &container.id).await?;
-        }
-    }
-    Ok(())
-}
-
-pub(crate) async fn a_daemon_of_2_3_is_answered_in_its_own_words_and_served(stand: Stand) -> Result<()> {
-    let bundle = stand.bundle("c1", &["sh", "-c", "exit 3"]);
-    bundle.write()?;
-    // short, as it is a part of a socket's path
-    let sockets = stand.folder().join("s");
-    let params = BootstrapParams {
-        instance_id: "c1".to_owned(),
-        namespace: stand.namespace().to_owned(),
-        containerd_grpc_address: "/somewhere/else.sock".to_owned(),
-        containerd_ttrpc_address: stand.containerd().path().display().to_string(),
-        socket_dir: Some(sockets.display().to_string()),
-        ..Default::default()
-    };
-    let mut command = bundle.command("start", &[]);
-    command.env_remove("TTRPC_ADDRESS");
-    let output = bundle::run(command, &params.write_to_bytes()?).await?;
-    ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
-    let result = BootstrapResult::parse_from_bytes(&output.stdout)?;
-    ensure!(result.version == 2 && result.protocol == "ttrpc", "{result:?}");
-    let socket = result.address.strip_prefix("unix://").context("not an address")?;
-    ensure!(Path::new(socket).parent() == Some(&sockets), "{socket}");
-    let task = Task::connect(Path::new(socket)).await?;
-    let container = bundle.run_in(&task).await?;
-    ensure!(container.finish().await? == 3);
-    stand.containerd().events().of_until("c1", "delete").await?;
-    bundle::leave(&task, container.shim_pid()?, "c1").await
-}
 
 pub(crate) async fn a_socket_folder_fits_to_the_last_byte_and_not_beyond(stand: Stand) -> Result<()> {
     let named = |length: usize| {
@@ -89,61 +45,11 @@ pub(crate) async fn a_socket_folder_fits_to_the_last_byte_and_not_beyond(stand: 
     Ok(())
 }
 
-pub(crate) async fn a_second_start_in_a_group_answers_the_living_shims_address(stand: Stand) -> Result<()> {
-    let first = stand.bundle("c1", &["sleep", "1000"]).group("pod").run().await?;
-    for number in 2..5 {
-        let bundle = stand.bundle(&format!("c{number}"), &["sh", "-c", "exit 5"]).group("pod");
-        ensure!(bundle.start_shim().await? == first.task.socket());
-        if stand.shim().is_ours() {
-            ensure!(bundle.shim_pid()? == first.shim_pid()?);
-        }
-        let container = bundle.run_in(&Task::connect(first.task.socket()).await?).await?;
-        let address = fs::read_to_string(container.bundle.folder.join("address")).unwrap_or_default();
-        ensure!(address.ends_with(&first.task.socket().display().to_string()) || !stand.shim().is_ours(), "{address:?}");
-        ensure!(container.finish().await? == 5);
-    }
-    ensure!(stand.shims().len() == 1, "{:?}", stand.shims());
-    first.shut_down().await.map(drop)
-}
-
-pub(crate) async fn two_starts_of_a_group_at_once_make_one_shim(stand: Stand) -> Result<()> {
-    for round in 0..5 {
-        let group = format!("pod{round}");
-        let bundles = [1, 2].map(|number| stand.bundle(&format!("c{round}-{number}"), &["sh", "-c", "exit 5"]).group(&group));
-        let (one, other) = tokio::join!(bundles[0].start_shim(), bundles[1].start_shim());
-        let socket = one?;
-        ensure!(socket == other?);
-        ensure!(stand.shims().len() == 1, "{:?}", stand.shims());
-        let shim = bundles[0].shim_pid()?;
-        for bundle in bundles {
-            let container = bundle.run_in(&Task::connect(&socket).await?).await?;
-            ensure!(container.finish().await? == 5);
-        }
-        bundle::leave(&Task::connect(&socket).await?, shim, "c").await?;
-    }
-    Ok(())
-}
-
-/// A shim that was asked to leave goes on for whoever has been promised a place in it.
-pub(crate) async fn a_place_that_was_promised_keeps_the_shim(stand: Stand) -> Result<()> {
-    let first = stand.bundle("c1", &["true"]).group("pod").run().await?;
-    let second = stand.bundle("c2", &["sh", "-c", "exit 5"]).group("pod");
-    let socket = second.start_shim().await?;
-    first.finish().await?;
-    first.task.shutdown("c1").await?;
-    let task = Task::connect(&socket).await?;
-    let second = second.run_in(&task).await?;
-    ensure!(second.finish().await? == 5);
-    bundle::leave(&task, first.shim_pid()?, "c2").await
-}
-
 pub(crate) async fn sockets_are_private_and_none_is_abstract(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let name = container.task.socket().file_name().context("a name")?.to_owned();
     let mut sockets = vec![container.task.socket().to_owned()];
-    if stand.shim().is_ours() {
-        sockets.push(Path::new("/run/containerd-shim-x").join(name).with_extension("sock"));
-    }
+    sockets.push(Path::new("/run/containerd-shim-x").join(name).with_extension("sock"));
     for socket in &sockets {
         let about = fs::metadata(socket).with_context(|| socket.display().to_string())?;
         ensure!(
@@ -157,7 +63,7 @@ pub(crate) async fn sockets_are_private_and_none_is_abstract(stand: Stand) -> Re
         ensure!(folder.is_dir() && folder.mode() & 0o022 == 0 && folder.uid() == 0, "{:o}", folder.mode());
     }
     let private = fs::metadata("/run/containerd-shim-x").map(|folder| folder.mode() & 0o777);
-    ensure!(!stand.shim().is_ours() || private? == 0o700);
+    ensure!(private? == 0o700);
     for line in fs::read_to_string("/proc/net/unix")?.lines() {
         let path = line.split_whitespace().nth(7).unwrap_or_default();
         ensure!(!(path.starts_with('@') && path.contains("shim")), "{line}");
@@ -199,34 +105,10 @@ pub(crate) async fn a_container_has_three_descriptors_and_none_is_a_file_of_the_
         .await?;
         let files = shim_tests::proc::open_files(pid)?;
         ensure!(files.keys().copied().collect::<Vec<_>>() == [0, 1, 2], "{files:?}");
-        if stand.shim().is_ours() {
-            let kinds: Vec<_> = files.values().map(|target| target.display().to_string()).collect();
-            ensure!(kinds[0] == "/dev/null" && kinds[1..].iter().all(|kind| kind.starts_with("pipe:")), "{kinds:?}");
-        }
+        let kinds: Vec<_> = files.values().map(|target| target.display().to_string()).collect();
+        ensure!(kinds[0] == "/dev/null" && kinds[1..].iter().all(|kind| kind.starts_with("pipe:")), "{kinds:?}");
     }
     container.shut_down().await.map(drop)
-}
-
-/// The runtime prints its environment as its error: nothing of the daemon's is in it.
-pub(crate) async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()> {
-    let runtime = stand.folder().join("runtime");
-    fs::write(&runtime, "#!/bin/sh\n/usr/bin/env >&2\nls -l /proc/$$/fd >&2\nexit 1\n")?;
-    fs::set_permissions(&runtime, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let log = fs::File::open("/etc/hostname").or_else(|_| fs::File::open("/etc/passwd"))?;
-    let output = stand.folder().join("out");
-    shim_tests::stdio::fifo(&output)?;
-    let reader = shim_tests::stdio::Reader::open(&output, shim_tests::stdio::Pace::Keep)?;
-    let path = output.display().to_string();
-    let bundle = stand.bundle("c1", &["true"]).runtime(&runtime).stdio("", &path, &path);
-    let task = bundle.shim().await?;
-    let Err(error) = task.create(&bundle.request()).await else { bail!("it was accepted") };
-    drop(log);
-    let said = format!("{error} {}", reader.to_end().await?);
-    ensure!(said.contains("PATH="), "{said}");
-    for secret in ["SECRET_OF_THE_DAEMON", "GOMAXPROCS", "TTRPC_ADDRESS", "GRPC_ADDRESS", "MAX_SHIM_VERSION", "NOTIFY_SOCKET"] {
-        ensure!(!said.contains(secret), "{said}");
-    }
-    bundle::leave(&task, bundle.shim_pid()?, "c1").await
 }
 
 /// A path where a socket should be is not removed unless it is one, and a shim that cannot listen says so.

@@ -40,30 +40,6 @@ pub(crate) async fn an_exit_code_outlives_the_shim_and_delete_tells_it_each_time
     Ok(())
 }
 
-pub(crate) async fn delete_kills_what_a_dead_shim_has_left(stand: Stand) -> Result<()> {
-    let paths = ["running", "created", "paused", "exec"];
-    for id in paths {
-        let container = stand.bundle(id, &["sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000"]).create().await?;
-        if id != "created" {
-            container.start().await?;
-        }
-        match id {
-            "paused" => container.task.pause(id).await?,
-            "exec" => drop(container.exec("e", &["sleep", "1000"]).await?),
-            _ => {}
-        }
-        kill_shim(container.shim_pid()?).await?;
-        let begin = Instant::now();
-        let deleted = container.bundle.delete_command().await?;
-        ensure!(begin.elapsed() < Duration::from_secs(5), "{id}: it took {:?}", begin.elapsed());
-        ensure!(deleted.exit_status == 137, "{id}: {deleted:?}");
-        let pid = container.pid.cast_signed();
-        ensure!(!proc::is_alive(pid), "{id}: its init lives");
-        ensure!(container.bundle.delete_command().await? == deleted || !stand.shim().is_ours(), "{id}: the second answer is another");
-    }
-    Ok(())
-}
-
 /// Nobody but the kernel has seen the end: the shim was dead, and then the container ended by itself.
 pub(crate) async fn an_end_that_nobody_has_seen_is_told_as_killed(stand: Stand) -> Result<()> {
     let gate = stand.folder().join("gate");

@@ -230,35 +230,6 @@ pub(crate) async fn processes_that_end_together_are_told_with_init_last(stand: S
     anchor.shut_down().await.map(drop)
 }
 
-/// The runtime is busy with one exec when init dies; a second one is asked for meanwhile.
-pub(crate) async fn the_end_of_init_is_told_though_execs_are_under_way(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
-    let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).run().await?;
-    container.add("e1", &["true"]).await?;
-    container.add("e2", &["true"]).await?;
-    gate.hold("exec")?;
-    let (task, other) = (container.task.clone(), container.task.clone());
-    let first = tokio::spawn(async move { task.start("c1", "e1").await });
-    gate.held("exec").await?;
-    container.task.kill("c1", "", 9).await?;
-    let second = tokio::spawn(async move { other.start("c1", "e2").await });
-    let waiting = container.task.begin_wait("c1", "").await?;
-    gate.release("exec")?;
-    for start in [first, second] {
-        // neither can be started in a container that is dead, or it was before that
-        let _either = within("start", SOON, start).await??;
-    }
-    ensure!(waiting.status(SOON).await? == 137);
-    for exec in ["e1", "e2"] {
-        container.task.delete("c1", exec).await?;
-    }
-    ensure!(container.task.delete("c1", "").await?.exit_status == 137);
-    let told = stand.containerd().events().of_until("c1", "delete").await?;
-    ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "{told:?}");
-    ensure!(told.iter().rev().nth(1).is_some_and(|event| event == "exit"), "{told:?}");
-    shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
-}
-
 /// A signal for all that the runtime takes its time over, while processes end by the hundred.
 pub(crate) async fn exits_are_told_while_the_runtime_is_busy_with_a_signal(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.program("instant-runtime"))?;
@@ -266,7 +237,7 @@ pub(crate) async fn exits_are_told_while_the_runtime_is_busy_with_a_signal(stand
     gate.hold("kill")?;
     let (task, request) =
         (container.task.clone(), containerd_shim_protos::api::KillRequest { id: "c1".into(), signal: 15, all: true, ..Default::default() });
-    let kill = tokio::spawn(async move { task.call::<containerd_shim_protos::api::Empty>("Kill", &request, SOON).await });
+    let kill = tokio::spawn(async move { task.call::<containerd_shim_protos::api::Empty>("Kill", &request, SOON * 6).await });
     gate.held("kill").await?;
     let total = 200;
     for number in 0..total {

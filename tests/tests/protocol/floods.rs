@@ -9,7 +9,7 @@ use shim_tests::proc;
 use shim_tests::proc::private_kib;
 use shim_tests::stand::Stand;
 use shim_tests::task::{Task, V2, wait};
-use shim_tests::ttrpc::{CallError, Code, Frame, REQUEST, RESPONSE, Wire, header, refusal};
+use shim_tests::ttrpc::{Code, Frame, REQUEST, RESPONSE, Wire, header, refusal};
 use shim_tests::witness::Witness;
 use tokio::io::AsyncWriteExt as _;
 
@@ -180,40 +180,6 @@ pub(crate) async fn a_hundred_thousand_abandoned_waits_are_cheap_and_answered_ea
         ensure!(is_connected.await?, "hung up after {count} answers");
     }
     ensure!(sleeper.finish().await? == 3);
-    witness.dismiss().await
-}
-
-pub(crate) async fn three_hundred_connections_are_served_or_closed_at_once(stand: Stand) -> Result<()> {
-    let witness = Witness::start(&stand).await?;
-    for _round in 0..2 {
-        let mut wires = Vec::new();
-        for _ in 0..300 {
-            wires.push(Wire::connect(witness.socket()).await?);
-        }
-        let (mut served, mut closed) = (0, 0);
-        for wire in &mut wires {
-            // one that was closed may break the pipe
-            let answer = match wire.send(&Frame::request(1, V2, "State", &state_of("witness")).encode()).await {
-                Ok(()) => wire.answer(1).await?,
-                Err(_) => Err(CallError::Closed),
-            };
-            match answer {
-                Ok(_) => served += 1,
-                Err(CallError::Closed) => closed += 1,
-                Err(error) => return Err(error.into()),
-            }
-        }
-        ensure!(served >= 200 && served + closed == 300, "{served} served, {closed} closed");
-        // whoever was connected before is none the worse for it
-        let second = a_second();
-        witness.container.task.state_within("witness", "", second).await?;
-        drop(wires);
-        eventually("there is room again", SOON, async || {
-            let task = Task::connect(witness.socket()).await?;
-            Ok(task.state_within("witness", "", second).await?)
-        })
-        .await?;
-    }
     witness.dismiss().await
 }
 

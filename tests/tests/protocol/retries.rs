@@ -12,8 +12,8 @@ use shim_tests::bundle::leave;
 use shim_tests::eventually::{SOON, a_second, eventually, eventually_true, within};
 use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
-use shim_tests::task::{Task, V2};
-use shim_tests::ttrpc::{CallError, Code, Frame, Wire, code_of, refusal};
+use shim_tests::task::V2;
+use shim_tests::ttrpc::{CallError, Code, Frame, Wire, refusal};
 use shim_tests::{isolation, proc};
 
 pub(crate) async fn a_delete_that_was_given_up_is_answered_to_whoever_asks_again(stand: Stand) -> Result<()> {
@@ -67,28 +67,6 @@ pub(crate) async fn a_root_file_system_in_use_fails_delete_until_it_is_free(stan
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     ensure!(!mounts.contains(&rootfs.display().to_string()), "it is mounted");
     leave(&container.task, container.shim_pid()?, "c1").await
-}
-
-/// containerd dies in the middle of Create and asks for the same again when it is back.
-pub(crate) async fn a_create_that_is_asked_for_again_makes_one_container(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
-    let bundle = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary());
-    let task = bundle.shim().await?;
-    gate.hold("create")?;
-    let first = task.connection().begin(V2, "Create", bundle.request().write_to_bytes()?).await?;
-    gate.held("create").await?;
-    drop((first, task));
-    let task = Task::connect(&bundle.start_shim().await?).await?;
-    ensure!(code_of(within("a second Create", SOON, task.create(&bundle.request())).await?)? == Code::AlreadyExists);
-    ensure!(code_of(task.state_within("c1", "", a_second()).await)? == Code::NotFound);
-    gate.release("create")?;
-    eventually("the first one is there", SOON, async || Ok(task.state("c1", "").await?)).await?;
-    ensure!(gate.count("create") == 1, "{:?}", gate.calls());
-    task.start("c1", "").await?;
-    task.kill("c1", "", 9).await?;
-    ensure!(task.wait("c1", "").await? == 137);
-    task.delete("c1", "").await?;
-    leave(&task, bundle.shim_pid()?, "c1").await
 }
 
 pub(crate) async fn delete_ends_a_create_that_is_under_way(stand: Stand) -> Result<()> {

@@ -1,6 +1,6 @@
 //! When a shim leaves: not before the last container is deleted, and then at once.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use shim_tests::bundle::Container;
@@ -101,48 +101,4 @@ async fn end(container: Container) -> Result<()> {
     container.finish().await?;
     answered_or_gone(container.task.shutdown(&container.id).await)?;
     Ok(())
-}
-
-/// stdin is open on both sides and nobody closes it.
-pub(crate) async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> Result<()> {
-    let (stdin, stdout) = (stand.folder().join("0"), stand.folder().join("1"));
-    shim_tests::stdio::fifo(&stdin)?;
-    shim_tests::stdio::fifo(&stdout)?;
-    let reader = shim_tests::stdio::Reader::open(&stdout, shim_tests::stdio::Pace::Keep)?;
-    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
-    let exec = containerd_shim_protos::api::ExecProcessRequest {
-        stdin: stdin.display().to_string(),
-        stdout: stdout.display().to_string(),
-        stderr: stdout.display().to_string(),
-        ..container.bundle.exec_request("e", &["cat"])
-    };
-    container.task.exec(&exec).await?;
-    container.task.start("c1", "e").await?;
-    let mut writer = shim_tests::stdio::Writer::open(&stdin).await?;
-    writer.write_all(b"hello\n")?;
-    reader.until("hello").await?;
-    let shim = container.shim_pid()?;
-    ensure!(container.destroy().await? == 137);
-    answered_or_gone(container.task.shutdown("c1").await)?;
-    gone_within_a_second(shim).await?;
-    drop(writer);
-    Ok(())
-}
-
-/// A shim that is told to leave gives its last events the time that they need.
-pub(crate) async fn a_shim_that_leaves_tells_its_last_events_first(stand: Stand) -> Result<()> {
-    let container = stand.instant("c1", &["true"]).run().await?;
-    let shim = container.shim_pid()?;
-    stand.containerd().events().of_until("c1", "exit").await?;
-    stand.containerd().vanish();
-    container.finish().await?;
-    answered_or_gone(container.task.shutdown("c1").await)?;
-    tokio::time::sleep(Duration::from_millis(500)).await; // for so long nobody is there
-    ensure!(proc::is_alive(shim), "it did not wait");
-    stand.containerd().come_back()?;
-    let mut told = stand.containerd().events().of_until("c1", "delete").await?;
-    // the one that was under way when nobody was there any more may come twice
-    told.dedup();
-    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use containerd_shim_protos::api;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use shim_tests::bundle::{Container, leave};
+use shim_tests::bundle::leave;
 use shim_tests::eventually::{SOON, a_second, eventually, within};
 use shim_tests::proc;
 use shim_tests::stand::Stand;
@@ -18,39 +18,6 @@ use shim_tests::witness::Witness;
 
 fn text(path: &Path) -> String {
     path.display().to_string()
-}
-
-/// The last bytes are not cut, whatever their number is, with a reader that is not the fastest.
-pub(crate) async fn every_byte_before_the_end_arrives(stand: Stand) -> Result<()> {
-    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
-    for size in [1 << 12, 1 << 16, 1 << 20].map(|size: u64| [size - 1, size, size + 1]).concat() {
-        tokio::try_join!(
-            writes_and_ends(&anchor, size, false, false),
-            writes_and_ends(&anchor, size, false, true),
-            writes_and_ends(&anchor, size, true, false),
-            writes_and_ends(&anchor, size, true, true),
-        )?;
-    }
-    anchor.shut_down().await.map(drop)
-}
-
-async fn writes_and_ends(anchor: &Container, size: u64, terminal: bool, with_stdin: bool) -> Result<()> {
-    let stand = anchor.stand();
-    let id = format!("c{size}-{terminal}-{with_stdin}");
-    let (stdin, stdout) = (stand.folder().join(format!("{id}.0")), stand.folder().join(format!("{id}.1")));
-    stdio::fifo(&stdin)?;
-    stdio::fifo(&stdout)?;
-    let reader = Reader::open(&stdout, Pace::Slow { chunk: 20_000, pause: Duration::from_millis(1) })?;
-    let script = format!("head -c {size} /dev/zero; exit 3");
-    let bundle = stand.bundle(&id, &["sh", "-c", &script]).group("pod");
-    // the stock shim wants stderr wherever there is stdout
-    let bundle = bundle.stdio(&if with_stdin { text(&stdin) } else { String::new() }, &text(&stdout), &text(&stdout));
-    let bundle = if terminal { bundle.terminal() } else { bundle };
-    let container = bundle.run_in(&anchor.task).await?;
-    ensure!(container.finish().await? == 3);
-    reader.to_end().await?;
-    ensure!(reader.count() == size, "{id}: {} of {size} bytes", reader.count());
-    Ok(())
 }
 
 /// A background process of an exec holds its output open: nobody waits for it for ever, and nothing is kept because of it.
@@ -126,27 +93,6 @@ pub(crate) async fn a_full_disk_does_not_stop_a_container_for_good(stand: Stand)
     .await?;
     umount2(&disk, MntFlags::MNT_DETACH)?;
     leave(&container.task, container.shim_pid()?, "c1").await
-}
-
-pub(crate) async fn close_io_after_a_start_that_failed_is_harmless(stand: Stand) -> Result<()> {
-    let stdin = stand.folder().join("0");
-    stdio::fifo(&stdin)?;
-    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
-    let add = |args: &[&str]| api::ExecProcessRequest { stdin: text(&stdin), ..container.bundle.exec_request("e", args) };
-    container.task.exec(&add(&["/no/such/program"])).await?;
-    let (_, message) = refusal(container.task.start("c1", "e").await)?;
-    ensure!(message.contains("/no/such/program"), "{message}");
-    for _ in 0..2 {
-        within("CloseIO", SOON, container.task.close_stdin("c1", "e")).await??;
-    }
-    container.task.delete("c1", "e").await?;
-    // and the fifo serves the next one
-    container.task.exec(&add(&["sh", "-c", "read line; [ $line = hello ]"])).await?;
-    container.task.start("c1", "e").await?;
-    Writer::open(&stdin).await?.write_all(b"hello\n")?;
-    ensure!(container.task.wait("c1", "e").await? == 0);
-    container.task.delete("c1", "e").await?;
-    container.shut_down().await.map(drop)
 }
 
 /// A program for `binary://` that is a script.

@@ -1,5 +1,5 @@
 //! The client's fifos.
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -13,12 +13,12 @@ use crate::sys;
 ///
 /// Errors: NotFound; InvalidInput if it is something else than a fifo.
 pub(super) fn open(path: &str) -> io::Result<OwnedFd> {
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOFOLLOW).open(path)?;
-    check(file)
-}
-
-fn check(file: File) -> io::Result<OwnedFd> {
-    if file.metadata()?.file_type().is_fifo() { Ok(file.into()) } else { Err(io::Error::new(io::ErrorKind::InvalidInput, "not a fifo")) }
+    // Looked at before it is opened: to open a device can have effects of its own.
+    let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC | libc::O_NOFOLLOW).open(path)?;
+    if !found.metadata()?.file_type().is_fifo() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a fifo"));
+    }
+    sys::descriptors::reopen(found.as_fd(), libc::O_NONBLOCK, true, true)
 }
 
 /// Gives the read end of a fifo up, so that its readers' coming and going is seen. What is in it stays.

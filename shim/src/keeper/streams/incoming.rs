@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use super::fifo;
 use super::splice::{Stop, TURN_BYTES, move_bytes};
+use crate::keeper::image::{Error, Loader, Saver};
 
 /// See the module.
 #[derive(Debug)]
@@ -32,6 +33,16 @@ pub(super) enum Turn {
 impl Incoming {
     pub(super) fn new(source: OwnedFd, sink: OwnedFd, target: String) -> Self {
         Self { source, sink, closing: false, target, bytes: 0 }
+    }
+
+    pub(super) fn save(&self, s: &mut Saver) {
+        s.fd(&self.source);
+        s.fd(&self.sink);
+        s.bool(self.closing).str(&self.target).u64(self.bytes);
+    }
+
+    pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
+        Ok(Self { source: l.fd()?, sink: l.fd()?, closing: l.bool()?, target: l.string()?, bytes: l.u64()? })
     }
 
     pub(super) fn source(&self) -> &OwnedFd {

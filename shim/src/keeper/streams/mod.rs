@@ -7,12 +7,13 @@
 mod fifo;
 mod incoming;
 mod outgoing;
+mod saved;
 mod splice;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -71,8 +72,8 @@ pub(crate) struct Streams {
     entries: Vec<Entry>,
     pumps: BTreeMap<u32, Pump>,
     last_pump: u32,
-    /// Tells of readers that open a fifo or read from it.
-    inotify: Inotify,
+    /// Tells of readers that open a fifo or read from it, while there is one to watch: a host has 128 of these by default.
+    inotify: Option<Inotify>,
     watches: Vec<(WatchDescriptor, u32)>,
     /// Counters of pumps that are finished: bytes from processes, bytes lost.
     pub(crate) bytes_moved: u64,
@@ -80,10 +81,16 @@ pub(crate) struct Streams {
 }
 
 impl Streams {
-    pub(crate) fn new(poll: &Poll) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        poll.add_reader(&inotify, Source::Fifos)?;
-        Ok(Self { entries: Vec::new(), pumps: BTreeMap::new(), last_pump: 0, inotify, watches: Vec::new(), bytes_moved: 0, bytes_lost: 0 })
+    pub(crate) fn new() -> Self {
+        Self {
+            entries: Vec::new(),
+            pumps: BTreeMap::new(),
+            last_pump: 0,
+            inotify: None,
+            watches: Vec::new(),
+            bytes_moved: 0,
+            bytes_lost: 0,
+        }
     }
 
     /// Makes the streams of a process.
@@ -160,22 +167,9 @@ impl Streams {
 
     fn start(&mut self, pump: Pump, poll: &mut Poll) -> io::Result<u32> {
         self.last_pump += 1;
-        let source = Source::Stream(self.last_pump);
-        match &pump {
-            Pump::Out(out) => {
-                if let Some(from) = out.source() {
-                    poll.add_reader(from, source)?;
-                }
-                poll.add_writer(out.sink(), source)?;
-            }
-            Pump::In(input) => {
-                poll.add_reader(input.source(), source)?;
-                poll.add_writer(input.sink(), source)?;
-            }
-            Pump::Discard { source: from, .. } => poll.add_reader(from, source)?,
-        }
+        pump.watch(self.last_pump, poll)?;
         self.pumps.insert(self.last_pump, pump);
-        poll.again(source);
+        poll.again(Source::Stream(self.last_pump));
         Ok(self.last_pump)
     }
 
@@ -332,12 +326,8 @@ impl Streams {
                     outgoing::Turn::Again => poll.again(Source::Stream(id)),
                     outgoing::Turn::Finished { lost } => self.finish(id, lost),
                     outgoing::Turn::Waits if out.is_draining() && !was_draining => {
-                        // Readers come and read without an edge on our end; the file's own watch tells.
-                        let path = format!("/proc/self/fd/{}", out.sink().as_raw_fd());
-                        match self.inotify.add_watch(path.as_str(), AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ACCESS) {
-                            Ok(watch) => self.watches.push((watch, id)),
-                            Err(error) => warn!(error:%; "cannot watch a fifo, looking at it every second"),
-                        }
+                        let number = out.sink().as_raw_fd();
+                        self.watch_fifo(id, number, poll);
                         // What happened before the watch is seen by another look.
                         poll.again(Source::Stream(id));
                     }
@@ -354,7 +344,7 @@ impl Streams {
                 *bytes += moved;
                 let lost = *bytes;
                 match stop {
-                    splice::Stop::Turn => poll.again(Source::Stream(id)),
+                    splice::Stop::Turn if deleted.is_none() => poll.again(Source::Stream(id)),
                     splice::Stop::Idle if deleted.is_none() => {}
                     _ => self.finish(id, lost),
                 }
@@ -362,9 +352,30 @@ impl Streams {
         }
     }
 
+    /// Has readers that come and read tell of themselves: they make no edge on our end.
+    fn watch_fifo(&mut self, id: u32, number: RawFd, poll: &Poll) {
+        let path = format!("/proc/self/fd/{number}");
+        let watched = self
+            .ensure_inotify(poll)
+            .and_then(|inotify| Ok(inotify.add_watch(path.as_str(), AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ACCESS)?));
+        match watched {
+            Ok(watch) => self.watches.push((watch, id)),
+            Err(error) => warn!(error:%; "cannot watch a fifo, looking at it every second"),
+        }
+    }
+
+    fn ensure_inotify(&mut self, poll: &Poll) -> io::Result<&Inotify> {
+        if self.inotify.is_none() {
+            let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+            poll.add_reader(&inotify, Source::Fifos)?;
+            self.inotify = Some(inotify);
+        }
+        self.inotify.as_ref().ok_or_else(|| Errno::EBADF.into())
+    }
+
     /// A fifo was opened or read by somebody.
     pub(crate) fn fifos_touched(&mut self, poll: &mut Poll) {
-        while let Ok(events) = self.inotify.read_events() {
+        while let Some(events) = self.inotify.as_ref().and_then(|inotify| inotify.read_events().ok()) {
             for event in events {
                 for (_, id) in self.watches.iter().filter(|(watch, _)| *watch == event.wd) {
                     poll.again(Source::Stream(*id));
@@ -378,9 +389,12 @@ impl Streams {
         if let Some(at) = self.watches.iter().position(|(_, watched)| *watched == id) {
             let (watch, _) = self.watches.swap_remove(at);
             // Two streams may share a fifo, and so its watch.
-            if self.watches.iter().all(|(other, _)| *other != watch) {
+            if let Some(inotify) = self.inotify.as_ref().filter(|_| self.watches.iter().all(|(other, _)| *other != watch)) {
                 // The fifo itself may be gone.
-                let _ = self.inotify.rm_watch(watch);
+                let _ = inotify.rm_watch(watch);
+            }
+            if self.watches.is_empty() {
+                self.inotify = None;
             }
         }
         if let Pump::Out(out) = &pump {

@@ -19,6 +19,7 @@ use nix::libc;
 
 use super::fifo;
 use super::splice::{Stop, TURN_BYTES, move_bytes};
+use crate::keeper::image::{Error, Loader, Saver};
 use crate::sys::descriptors::waiting_bytes;
 
 /// After a process has ended, somebody else may still hold its output: so long it may stay quiet before it is given up.
@@ -59,6 +60,25 @@ impl Outgoing {
         Self { source: Some(source), sink, spill, target, bytes: 0, last_moved: Instant::now(), draining: false }
     }
 
+    pub(super) fn save(&self, s: &mut Saver) {
+        s.optional_fd(self.source.as_ref());
+        s.fd(&self.sink);
+        s.bool(self.spill.is_some());
+        if let Some(spill) = &self.spill {
+            s.fd(&spill.file);
+            s.u64(spill.limit).i64(spill.head).i64(spill.tail);
+        }
+        s.str(&self.target).u64(self.bytes).bool(self.draining);
+        s.instant(self.last_moved);
+    }
+
+    pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
+        let (source, sink) = (l.optional_fd()?, l.fd()?);
+        let spill = if l.bool()? { Some(Spill { file: l.fd()?.into(), limit: l.u64()?, head: l.i64()?, tail: l.i64()? }) } else { None };
+        let (target, bytes, draining) = (l.string()?, l.u64()?, l.bool()?);
+        Ok(Self { source, sink, spill, target, bytes, draining, last_moved: l.instant()? })
+    }
+
     pub(super) fn source(&self) -> Option<&OwnedFd> {
         self.source.as_ref()
     }
@@ -69,7 +89,10 @@ impl Outgoing {
 
     /// Moves what can be moved. `exited`, `deleted`: since when.
     pub(super) fn turn(&mut self, now: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> Turn {
-        if let Some(stop) = self.flow() {
+        if deleted.is_some_and(|at| now >= at + DRAIN_AFTER_DELETE) {
+            // Somebody may still write, and as fast as it is moved.
+            self.source = None;
+        } else if let Some(stop) = self.flow() {
             match stop {
                 Stop::Turn => return Turn::Again,
                 Stop::Idle => {}
@@ -146,7 +169,7 @@ impl Outgoing {
         let Some(exited) = exited.or(deleted) else { return false };
         let source_is_empty = self.source.as_ref().is_none_or(|source| waiting_bytes(source.as_fd()).unwrap_or(0) == 0);
         let quiet = now >= self.last_moved.max(exited) + QUIET_AFTER_EXIT;
-        (source_is_empty && (quiet || now >= exited + LIMIT_AFTER_EXIT)) || deleted.is_some_and(|at| now >= at + DRAIN_AFTER_DELETE)
+        source_is_empty && (quiet || now >= exited + LIMIT_AFTER_EXIT)
     }
 
     /// Only the fifo's content and its reader matter now.

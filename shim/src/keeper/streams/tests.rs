@@ -17,7 +17,7 @@ impl Bench {
         let folder = std::env::temp_dir().join(format!("x-streams-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder in the temporary directory");
         let poll = Poll::new().expect("an epoll set");
-        let streams = Streams::new(&poll).expect("an inotify instance");
+        let streams = Streams::new();
         Self { poll, streams, folder }
     }
 
@@ -214,4 +214,30 @@ fn with_spill_a_process_does_not_wait_for_its_reader_and_the_order_is_kept() {
     let mut got = Vec::new();
     bench.until("the end of the output", |_| read_some(&mut reader, &mut got).is_none() && !got.is_empty());
     assert!(got == sent, "{} of {} bytes, or in another order", got.len(), sent.len());
+}
+
+#[test]
+fn who_writes_for_ever_does_not_hold_the_streams_of_a_deleted_container() {
+    let mut bench = Bench::new("endless");
+    bench.open(bench.stdio("c", false, 0));
+    let mut process = bench.process_end(Stream::Stdout);
+    let mut reader = bench.reader();
+    let reading = std::thread::spawn(move || {
+        let mut page = [0; 1 << 16];
+        loop {
+            match reader.read(&mut page) {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+    });
+    let writing = std::thread::spawn(move || while process.write_all(&[b'x'; 4096]).is_ok() {});
+    bench.until("bytes flow", |streams| streams.snapshot().iter().any(|stream| stream.bytes > 0));
+    let long_ago = Instant::now().checked_sub(outgoing::DRAIN_AFTER_DELETE).expect("a machine that is up for a while");
+    bench.streams.release("c", long_ago, &mut bench.poll);
+    bench.until("the streams are given up", Streams::is_drained);
+    for thread in [writing, reading] {
+        thread.join().expect("ends with its pipe");
+    }
 }

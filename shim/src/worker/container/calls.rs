@@ -8,6 +8,7 @@ use super::{Announce, Change, Container, Event, Fact, Happening, ProcessKey, Rep
 use crate::engine::{self, CommandEngine, CriuOptions, Engine, Verb};
 use crate::handover::{Op, Spawn};
 use crate::options::CheckpointOptions;
+use crate::whole_file::blocking_replace;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
@@ -106,7 +107,8 @@ pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: 
             serde_json::from_slice(&resources).map_err(|source| Error::Json { method: "Update", source })?;
         drop(valid);
         let file = container.record().bundle.join(format!("x-{}.resources", cause.number()));
-        std::fs::write(&file, &resources).map_err(|source| Error::Io { op: "write", path: file.clone(), source })?;
+        // A runtime that an earlier worker asked for may be reading it.
+        blocking_replace(&file, &resources, 0o600).map_err(|source| Error::Io { op: "write", path: file.clone(), source })?;
         let result = run(cause, &container, Verb::Update, |engine, at| engine.update(at, &file)).await;
         // A replay would write it again.
         if let Err(error) = std::fs::remove_file(&file) {

@@ -12,6 +12,7 @@ use crate::engine::{self, CommandEngine, Engine, Verb};
 use crate::handover::Spawn;
 use crate::options::RuntimeOptions;
 use crate::rootfs::{self, Mount, Unmount};
+use crate::whole_file::blocking_replace;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
@@ -213,6 +214,6 @@ pub(super) async fn blocking(work: impl FnOnce() -> Result<(), Error> + Send + '
 /// Writes the file from which containerd learns where the shim listens: a container that joins a shim has no `start` of its own
 /// in every protocol.
 fn blocking_write_address(bundle: &Path, address: &str) -> Result<(), Error> {
-    let (path, draft) = (bundle.join("address"), bundle.join(".address"));
-    std::fs::write(&draft, address).and_then(|()| std::fs::rename(&draft, &path)).map_err(|source| Error::Io { op: "write", path, source })
+    let path = bundle.join("address");
+    blocking_replace(&path, address.as_bytes(), 0o644).map_err(|source| Error::Io { op: "write", path, source })
 }

@@ -7,7 +7,7 @@ use super::create::{at, unmount};
 use super::kill::kill_rest;
 use super::{Change, Container, ContainerId, Event, Exit, Happening, Phase, Process, ProcessKey, Reply, Request, Target, journal};
 use crate::engine::{Engine, EngineError, Verb};
-use crate::handover::Op;
+use crate::handover::{Op, Step};
 use crate::journal_body::JournalBody;
 use crate::rootfs::Unmount;
 use crate::worker::Worker;
@@ -152,13 +152,23 @@ async fn kill_init(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) {
     }
 }
 
+/// By force only when it does not work without: runc since 1.2 waits 100 ms for processes to die, also where there are none.
 async fn engine_delete(cause: &Cause, container: &Rc<Container>) -> Result<(), Error> {
-    // By force: a container whose init is dead has nothing to lose, and one that the engine has lost is none of its errors.
+    match engine_delete_by(cause, step::ENGINE_DELETE, container, false).await {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            log::debug!(container:% = container.id, error:% = error.chain(); "cannot delete it, will by force");
+            engine_delete_by(cause, step::ENGINE_DELETE_BY_FORCE, container, true).await
+        }
+    }
+}
+
+async fn engine_delete_by(cause: &Cause, step: Step, container: &Rc<Container>, force: bool) -> Result<(), Error> {
     let (engine, spawn) = {
         let record = container.record();
-        (record.engine.clone(), record.engine.delete(&at(&record), true))
+        (record.engine.clone(), record.engine.delete(&at(&record), force))
     };
-    let exited = cause.run(step::ENGINE_DELETE, spawn).await?;
+    let exited = cause.run(step, spawn).await?;
     match engine.interpret(Verb::Delete, &exited) {
         // After a checkpoint that ended the container, or a Delete whose answer was lost.
         Ok(()) | Err(EngineError::NoContainer { .. }) => Ok(()),

@@ -2,6 +2,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Change, Event, ExecId, Happening, Process, ProcessKey, Reply, Request, Streams};
+use crate::whole_file::blocking_replace;
 use crate::worker::Worker;
 use crate::worker::error::Error;
 
@@ -34,7 +35,8 @@ pub(in crate::worker) fn exec(worker: &Worker, call: ExecCall) -> Result<Change,
     spec.insert("terminal".into(), call.stdio.terminal.into());
     let path = process_file(&container.record().bundle, &key);
     let text = serde_json::to_vec(&spec).map_err(|source| Error::Json { method: "Exec", source })?;
-    blocking_write(&path, &text).map_err(|source| Error::Io { op: "write", path: path.clone(), source })?;
+    // Environment variables hold secrets: nobody else may read them.
+    blocking_replace(&path, &text, 0o600).map_err(|source| Error::Io { op: "write", path: path.clone(), source })?;
     let process = Process { files: vec![path], ..Process::new(call.stdio) };
     container.record_mut().execs.insert(exec, process);
     let added = Event::new(&container, Happening::ExecAdded { exec: call.exec });
@@ -44,11 +46,4 @@ pub(in crate::worker) fn exec(worker: &Worker, call: ExecCall) -> Result<Change,
 /// Where the specification of an added process waits for its start.
 pub(super) fn process_file(bundle: &Path, key: &ProcessKey) -> PathBuf {
     bundle.join(format!("x-exec-{}.json", key.exec.as_ref().map_or("", ExecId::as_str)))
-}
-
-/// Environment variables hold secrets: nobody else may read them.
-fn blocking_write(path: &Path, text: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(text)
 }

@@ -1,5 +1,6 @@
 //! What accompanies a container while a worker lives, made to fit its record: after every change, and when a worker begins.
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use super::exits::{START_WITHIN, out_of_memory};
 use super::streams::Plan;
@@ -7,6 +8,10 @@ use super::{Change, Container, Phase, ProcessKey};
 use crate::cgroup::{Cgroup, OomWake};
 use crate::worker::Worker;
 use crate::worker::pump::Pump;
+
+/// How long nothing is told of after want of memory was, at first and in the end. The exit is always preceded by what was not told yet.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LAST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Makes what should be there and is not.
 pub(in crate::worker) fn tend(worker: &Rc<Worker>, container: &Rc<Container>) {
@@ -37,8 +42,10 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
             return;
         }
     };
+    watch.follow();
     let (worker, watched) = (Rc::clone(worker), Rc::clone(container));
     let task = tokio::task::spawn_local(async move {
+        let mut pause = FIRST_PAUSE;
         loop {
             // What happens while a start is under way is told after the start.
             let is_settled = |record: &super::Record| !matches!(record.init.phase, Phase::Starting { .. });
@@ -50,10 +57,17 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
                 && let Some(event) = out_of_memory(&watched)
             {
                 worker.apply(None, Change { save: Some(Rc::clone(&watched)), ..Change::default() }.event(event));
+                // What is killed meanwhile is told of together: events wait in memory while the daemon is away.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LAST_PAUSE);
             }
+            let since = Instant::now();
             match watch.changed().await {
                 OomWake::Changed => {}
                 OomWake::Gone => return,
+            }
+            if since.elapsed() >= LAST_PAUSE {
+                pause = FIRST_PAUSE;
             }
         }
     });

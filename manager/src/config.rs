@@ -1,0 +1,216 @@
+//! The configuration file, TOML.
+//!
+//! **Invariant:** what is not understood is refused with the key and its line; nothing in a file is passed over.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use log::LevelFilter;
+use serde::Deserialize;
+
+use crate::settings::{MetricsAddress, Settings};
+
+/// Every key with its default, commented.
+pub(crate) const DEFAULT: &str = include_str!("../default.toml");
+
+/// Why a file cannot be used.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// It cannot be read.
+    #[error("{}: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel says.
+        reason: String,
+    },
+    /// A line makes no sense.
+    #[error("{}, line {line}: {reason}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// Why.
+        reason: String,
+    },
+    /// A value makes no sense.
+    #[error("{}: {key} {value:?}: should be {expected}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What it says.
+        value: String,
+        /// What it could say.
+        expected: &'static str,
+    },
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    root: Option<PathBuf>,
+    state: Option<PathBuf>,
+    address: Option<PathBuf>,
+    gid: Option<u32>,
+    log_level: Option<String>,
+    metrics: Metrics,
+    restart: Restart,
+    limits: Limits,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Metrics {
+    address: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Restart {
+    enabled: Option<bool>,
+    interval: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Limits {
+    connections: Option<u32>,
+    subscribers: Option<u32>,
+    event_queue_bytes: Option<u32>,
+    store_bytes: Option<u64>,
+}
+
+/// Reads a file over the defaults.
+pub(crate) fn read(path: &Path) -> Result<Settings, ConfigError> {
+    let text = std::fs::read_to_string(path);
+    let text = text.map_err(|error| ConfigError::Unreadable { path: path.to_owned(), reason: error.to_string() })?;
+    parse(path, &text)
+}
+
+fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
+    let file: File = toml::from_str(text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start);
+        let line = text.bytes().take(start).filter(|byte| *byte == b'\n').count() + 1;
+        ConfigError::Line { path: path.to_owned(), line, reason: error.message().replace('\n', " ") }
+    })?;
+    let bad = |key, value: &dyn std::fmt::Display, expected| ConfigError::Value {
+        path: path.to_owned(),
+        key,
+        value: value.to_string(),
+        expected,
+    };
+    let mut settings = Settings::default();
+    let paths = [
+        ("root", file.root, &mut settings.root),
+        ("state", file.state, &mut settings.state),
+        ("address", file.address, &mut settings.address),
+    ];
+    for (key, value, place) in paths {
+        if let Some(value) = value {
+            if !value.is_absolute() {
+                return Err(bad(key, &value.display(), "an absolute path"));
+            }
+            *place = value;
+        }
+    }
+    settings.gid = file.gid.unwrap_or(settings.gid);
+    if let Some(level) = file.log_level {
+        settings.log_level =
+            level.parse::<LevelFilter>().map_err(|_| bad("log_level", &level, "one of off, error, warn, info, debug, trace"))?;
+    }
+    let metrics = file.metrics.address;
+    settings.metrics = match metrics.strip_prefix("unix://") {
+        _ if metrics.is_empty() => None,
+        Some(path) if path.starts_with('/') => Some(MetricsAddress::Unix(path.into())),
+        _ => {
+            let address = metrics.parse().map_err(|_| bad("metrics.address", &metrics, "like 127.0.0.1:9120 or unix:///run/a.sock"))?;
+            Some(MetricsAddress::Tcp(address))
+        }
+    };
+    let default_interval = settings.restart_interval.map_or(0, |interval| u32::try_from(interval.as_secs()).unwrap_or(u32::MAX));
+    let interval = file.restart.interval.unwrap_or(default_interval);
+    if interval == 0 {
+        return Err(bad("restart.interval", &interval, "at least one second"));
+    }
+    settings.restart_interval = file.restart.enabled.unwrap_or(true).then(|| Duration::from_secs(interval.into()));
+    let limits = &mut settings.limits;
+    let counts = [
+        ("limits.connections", file.limits.connections, &mut limits.connections, 1),
+        ("limits.subscribers", file.limits.subscribers, &mut limits.subscribers, 1),
+        // the longest event must fit
+        ("limits.event_queue_bytes", file.limits.event_queue_bytes, &mut limits.event_queue_bytes, 2 << 20),
+    ];
+    for (key, value, place, least) in counts {
+        if let Some(value) = value {
+            *place = usize::try_from(value).unwrap_or(usize::MAX);
+            if *place < least {
+                return Err(bad(key, &value, if least == 1 { "at least 1" } else { "at least 2097152" }));
+            }
+        }
+    }
+    limits.store_bytes = file.limits.store_bytes.unwrap_or(limits.store_bytes);
+    if limits.store_bytes < LEAST_STORE_BYTES {
+        return Err(bad("limits.store_bytes", &limits.store_bytes, "at least 1048576"));
+    }
+    Ok(settings)
+}
+
+const LEAST_STORE_BYTES: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sentence(text: &str) -> String {
+        parse(Path::new("/c.toml"), text).expect_err(text).to_string()
+    }
+
+    #[test]
+    fn the_default_file_says_what_is_the_default_anyway_and_names_every_key() {
+        assert_eq!(parse(Path::new("/c.toml"), DEFAULT), Ok(Settings::default()));
+        let said: String = DEFAULT.lines().map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line)).fold(
+            String::new(),
+            |mut all, line| {
+                all.push_str(line);
+                all.push('\n');
+                all
+            },
+        );
+        assert_eq!(parse(Path::new("/c.toml"), &said), Ok(Settings::default()));
+        let keys = said.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
+        assert_eq!(keys, 12);
+    }
+
+    #[test]
+    fn a_typo_is_refused_with_its_key_and_line() {
+        let error = sentence("root = \"/a\"\n\n[limits]\nconections = 7\n");
+        assert!(error.starts_with("/c.toml, line 4: unknown field `conections`"), "{error}");
+        assert!(error.contains("connections"), "{error}");
+        assert!(sentence("gid = \"many\"").starts_with("/c.toml, line 1: invalid type"));
+        assert!(sentence("a = 1\nroot = [").starts_with("/c.toml, line"));
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_used_is_refused_with_what_could_be() {
+        assert_eq!(sentence("root = \"relative\""), "/c.toml: root \"relative\": should be an absolute path");
+        assert_eq!(
+            sentence("[metrics]\naddress = \"here\""),
+            "/c.toml: metrics.address \"here\": should be like 127.0.0.1:9120 or unix:///run/a.sock"
+        );
+        for bad in ["log_level = \"loud\"", "[restart]\ninterval = 0", "[limits]\nsubscribers = 0", "[limits]\nstore_bytes = 1"] {
+            assert!(sentence(bad).contains("should be"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_a_file_says_is_taken() {
+        let text = "state = \"/s\"\nlog_level = \"debug\"\n[metrics]\naddress = \"unix:///m\"\n[restart]\nenabled = false\n[limits]\nstore_bytes = 2000000";
+        let settings = parse(Path::new("/c.toml"), text).expect("all of it is right");
+        assert_eq!(settings.metrics, Some(MetricsAddress::Unix("/m".into())));
+        assert_eq!((settings.restart_interval, settings.limits.store_bytes), (None, 2_000_000));
+        assert_eq!((settings.state.to_str(), settings.log_level), (Some("/s"), LevelFilter::Debug));
+    }
+}

@@ -1,0 +1,146 @@
+//! Metrics over HTTP, in the text format of Prometheus. Whatever path is asked for, this is the answer.
+
+use std::fmt::Write as _;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use log::{debug, warn};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::Semaphore;
+
+use crate::error::{IoContext as _, Result};
+use crate::manager::Manager;
+use crate::sockets::{self, MetricsListener};
+
+/// Where they are asked for.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    /// An address and port.
+    Tcp(TcpListener),
+    /// A unix socket.
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// A second handle on a socket, for the executor.
+    pub(crate) fn of(listener: &MetricsListener) -> Result<Self> {
+        match listener {
+            MetricsListener::Tcp(listener) => {
+                let listener = listener.try_clone().and_then(TcpListener::from_std);
+                listener.map(Self::Tcp).on("serve metrics at", std::path::Path::new("a port"))
+            }
+            MetricsListener::Unix(listener) => sockets::accepting(listener).map(Self::Unix),
+        }
+    }
+
+    async fn accept(&self) -> io::Result<Box<dyn Socket>> {
+        match self {
+            Self::Tcp(listener) => listener.accept().await.map(|(socket, _)| Box::new(socket) as Box<dyn Socket>),
+            Self::Unix(listener) => listener.accept().await.map(|(socket, _)| Box::new(socket) as Box<dyn Socket>),
+        }
+    }
+}
+
+trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
+
+/// Answers until this process retires.
+pub(crate) async fn serve(listener: Listener, manager: Arc<Manager>) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let started = SystemTime::now();
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = manager.gate.retired() => return,
+        };
+        match accepted {
+            Ok(mut socket) => {
+                let page = page(&manager, started);
+                tokio::spawn(async move {
+                    if let Ok(Err(error)) = tokio::time::timeout(SLOWEST, answer(&mut *socket, &page)).await {
+                        debug!(error:%; "metrics were asked for and not taken");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                warn!(error:%; "cannot accept a connection for metrics");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+            }
+        }
+    }
+}
+
+async fn answer(socket: &mut dyn Socket, page: &str) -> io::Result<()> {
+    let mut request = Vec::new();
+    while !request.windows(4).any(|bytes| bytes == b"\r\n\r\n") {
+        let mut part = [0; 512];
+        let count = socket.read(&mut part).await?;
+        request.extend_from_slice(&part[..count]);
+        if count == 0 || request.len() > REQUEST_BYTES {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+    }
+    let head = if request.starts_with(b"GET ") {
+        format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{page}",
+            page.len()
+        )
+    } else {
+        "HTTP/1.1 405 Method Not Allowed\r\nAllow: GET\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_owned()
+    };
+    socket.write_all(head.as_bytes()).await?;
+    socket.shutdown().await
+}
+
+fn page(manager: &Manager, started: SystemTime) -> String {
+    let mut page = String::new();
+    let mut add = |name: &str, kind: &str, help: &str, values: &[(String, f64)]| {
+        // writing to a string does not fail
+        let _ = write!(page, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+        for (labels, value) in values {
+            let _ = writeln!(page, "{name}{labels} {value}");
+        }
+    };
+    let one = |value: f64| [(String::new(), value)];
+    let version = [(format!("{{version=\"{}\"}}", env!("CARGO_PKG_VERSION")), 1.0)];
+    add("x_manager_info", "gauge", "The version that runs.", &version);
+    let tasks: Vec<_> = manager.tasks.counts().into_iter().map(|(phase, count)| (format!("{{phase=\"{phase}\"}}"), count as f64)).collect();
+    add("x_manager_tasks", "gauge", "Tasks, by what this process knows of their shims.", &tasks);
+    add("x_manager_subscribers", "gauge", "Clients that listen to events.", &one(manager.events.count() as f64));
+    add("x_manager_events_total", "counter", "Events that were published.", &one(manager.events.published() as f64));
+    let restarts = manager.restarts.load(std::sync::atomic::Ordering::Relaxed);
+    add("x_manager_restarts_total", "counter", "Containers that the restart monitor has started.", &one(restarts as f64));
+    let since = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    add("process_start_time_seconds", "gauge", "When this process began to serve, in seconds since 1970.", &one(since));
+    if let Some((virtual_bytes, resident_bytes)) = memory() {
+        add("process_virtual_memory_bytes", "gauge", "Address space.", &one(virtual_bytes));
+        add("process_resident_memory_bytes", "gauge", "Resident memory.", &one(resident_bytes));
+    }
+    if let Ok(open) = std::fs::read_dir("/proc/self/fd") {
+        // one is that of the folder itself
+        add("process_open_fds", "gauge", "Open descriptors.", &one(open.count().saturating_sub(1) as f64));
+    }
+    page
+}
+
+fn memory() -> Option<(f64, f64)> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let bytes = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim().strip_suffix(" kB")?.parse::<f64>().ok().map(|kib| kib * 1024.0)
+    };
+    Some((bytes("VmSize:")?, bytes("VmRSS:")?))
+}
+
+/// The most connections at a time; further ones wait.
+const MAX_CONNECTIONS: usize = 8;
+/// The longest head of a request.
+const REQUEST_BYTES: usize = 16 << 10;
+/// To ask and to take the answer.
+const SLOWEST: Duration = Duration::from_secs(5);
+/// After a failed accept.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);

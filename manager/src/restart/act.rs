@@ -1,0 +1,149 @@
+//! What the restart monitor does to a task.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use containerd_client::events::ContainerUpdate;
+use containerd_client::services::v1::Container;
+use containerd_shim_protos::api::{
+    CreateTaskRequest, Empty, KillRequest, StartRequest, StartResponse, StateRequest, StateResponse, Status, WaitRequest, WaitResponse,
+};
+use log::info;
+use serde::Deserialize;
+
+use super::policy::{self, Decision, Observed};
+use crate::error::{Error, Result};
+use crate::manager::Manager;
+use crate::name::Namespace;
+use crate::store::containers;
+use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
+use crate::{timestamp, wire};
+
+/// How a container's task is.
+pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) -> Observed {
+    let Ok(task) = manager.tasks.find(namespace, id) else { return Observed::Nothing };
+    let shim = match task.phase() {
+        Phase::Live(shim) => shim,
+        Phase::Ended(exit) => return Observed::Exited(exit.status),
+        // the end of each of them is an event, or is seen in the next round
+        Phase::Hidden | Phase::Loading | Phase::Cleaning | Phase::Gone => return Observed::Undecided,
+    };
+    let request = StateRequest { id: id.to_owned(), ..StateRequest::default() };
+    match shim.call::<StateResponse>("State", &request, Some(STATE)).await {
+        Ok(state) => match state.status.enum_value() {
+            Ok(Status::RUNNING) => Observed::Running,
+            Ok(Status::STOPPED) => Observed::Exited(state.exit_status),
+            Ok(Status::CREATED | Status::PAUSED | Status::PAUSING | Status::UNKNOWN) | Err(_) => Observed::Undecided,
+        },
+        Err(_) => Observed::Undecided,
+    }
+}
+
+/// Starts a container again, or ends its task.
+pub(super) async fn act(manager: &Arc<Manager>, namespace: &Namespace, container: Container, decision: Decision) -> Result<()> {
+    // another process will see to it
+    let Some(_pass) = manager.gate.enter().await else { return Ok(()) };
+    match decision {
+        Decision::Leave => Ok(()),
+        Decision::Stop => end(manager, namespace, &container.id).await,
+        Decision::Start => start(manager, namespace, container).await,
+    }
+}
+
+async fn start(manager: &Arc<Manager>, namespace: &Namespace, container: Container) -> Result<()> {
+    if !container.snapshot_key.is_empty() {
+        return Err(Error::Unimplemented(format!("its root is snapshot {:?} of {:?}", container.snapshot_key, container.snapshotter)));
+    }
+    let id = container.id.clone();
+    let count = policy::count(&container.labels) + 1;
+    note_count(manager, namespace, &id, count).await?;
+    end(manager, namespace, &id).await?;
+    let spec = container.spec.map(|spec| spec.value).unwrap_or_default();
+    let output = container.labels.get(policy::LOG_URI).cloned().unwrap_or_default();
+    let terminal = has_terminal(&spec);
+    let runtime = container.runtime.unwrap_or_default();
+    let options = runtime.options.filter(|options| !options.type_url.is_empty());
+    let request = CreateTaskRequest {
+        terminal,
+        // a terminal has one output
+        stderr: if terminal { String::new() } else { output.clone() },
+        stdout: output,
+        options: wire::to_shim_field(options.clone()),
+        ..CreateTaskRequest::default()
+    };
+    let new = NewTask { runtime: runtime.name, options: options.map(wire::to_shim), spec, request };
+    manager.tasks.create(namespace, &id, new).await?;
+    let task = manager.tasks.find(namespace, &id)?;
+    let start = StartRequest { id: id.clone(), ..StartRequest::default() };
+    shim_of(&task).await?.call::<StartResponse>("Start", &start, Some(LONG)).await?;
+    manager.restarts.fetch_add(1, Ordering::Relaxed);
+    info!(namespace:%, container = id, count; "container started again");
+    Ok(())
+}
+
+/// Writes down how often a container was started again.
+async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u64) -> Result<()> {
+    let (place, name) = (namespace.clone(), id.to_owned());
+    let updated = manager
+        .store
+        .write(move |db| {
+            let container = containers::get(db, place.as_str(), &name)?;
+            let mut container = container.ok_or_else(|| Error::NotFound(format!("container {name}")))?;
+            container.labels.insert(policy::COUNT.to_owned(), count.to_string());
+            container.updated_at = Some(timestamp::now());
+            containers::put(db, place.as_str(), &name, &container)?;
+            Ok(container)
+        })
+        .await?;
+    let event = ContainerUpdate { id: updated.id, image: updated.image, labels: updated.labels, snapshot_key: updated.snapshot_key };
+    manager.events.publish(namespace, "/containers/update", &event);
+    Ok(())
+}
+
+/// Kills what there is of a task and deletes it; that there is none is fine.
+async fn end(manager: &Manager, namespace: &Namespace, id: &str) -> Result<()> {
+    let Ok(task) = manager.tasks.find(namespace, id) else { return Ok(()) };
+    if let Ok(Phase::Live(shim)) = task.settled().await {
+        let kill = KillRequest { id: id.to_owned(), signal: SIGKILL, all: true, ..KillRequest::default() };
+        match shim.call::<Empty>("Kill", &kill, Some(LONG)).await {
+            Ok(_) => {
+                let wait = WaitRequest { id: id.to_owned(), ..WaitRequest::default() };
+                shim.call::<WaitResponse>("Wait", &wait, Some(LONG)).await?;
+            }
+            // it has ended, and its deletion says whether that is so
+            Err(Unanswered::Refused(_) | Unanswered::Lost) => {}
+            Err(reason) => return Err(reason.into()),
+        }
+    }
+    match manager.tasks.delete(&task).await {
+        Err(error) if !error.is_not_found() => Err(error),
+        _ => Ok(()),
+    }
+}
+
+async fn shim_of(task: &Task) -> Result<Shim> {
+    match task.settled().await? {
+        Phase::Live(shim) => Ok(shim),
+        _ => Err(Error::Unavailable(format!("the shim of task {} has ended", task.id))),
+    }
+}
+
+fn has_terminal(spec: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Spec {
+        process: Option<Process>,
+    }
+    #[derive(Deserialize)]
+    struct Process {
+        #[serde(default)]
+        terminal: bool,
+    }
+    serde_json::from_slice::<Spec>(spec).ok().and_then(|spec| spec.process).is_some_and(|process| process.terminal)
+}
+
+const SIGKILL: u32 = 9;
+/// For a shim to say how a task is.
+const STATE: Duration = Duration::from_secs(2);
+/// For what its runtime does.
+const LONG: Duration = Duration::from_secs(120);

@@ -1,0 +1,254 @@
+//! What is done with the store as a whole: copied, put back, checked, tried out.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use containerd_client::services::v1::{Container, Lease, Namespace};
+use prost::Message;
+use rusqlite::backup::Backup;
+use rusqlite::{Connection, OpenFlags};
+
+use super::{Doing as _, Store, schema};
+use crate::error::{Error, IoContext as _, Result};
+
+impl Store {
+    /// Sets the size beyond which nothing can be added.
+    pub(crate) async fn limit(&self, bytes: u64) -> Result<()> {
+        self.run(move |connection| {
+            let page: i64 = connection.query_row("PRAGMA page_size", [], |row| row.get(0)).doing("read page size")?;
+            let pages = i64::try_from(bytes).unwrap_or(i64::MAX) / page.max(1);
+            connection.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).doing("set size")
+        })
+        .await
+    }
+
+    /// Copies everything to a file.
+    pub(crate) async fn copy_to(&self, path: PathBuf) -> Result<()> {
+        self.run(move |connection| copy(connection, &path)).await
+    }
+
+    /// Makes everything as it is in a copy.
+    pub(crate) async fn put_back(&self, path: PathBuf) -> Result<()> {
+        self.run(move |connection| {
+            let copy = open(&path)?;
+            Backup::new(&copy, connection).and_then(|backup| backup.step(ALL).map(drop)).doing("put back")
+        })
+        .await
+    }
+}
+
+/// Copies the store at `path` to a new file, also while a daemon works on it.
+///
+/// Errors: [`Error::Precondition`] when the file is there; nothing is left of a copy that failed.
+pub(crate) fn backup(path: &Path, to: &Path) -> Result<()> {
+    let store = open(path)?;
+    if to.symlink_metadata().is_ok() {
+        return Err(Error::Precondition(format!("{} is there already", to.display())));
+    }
+    copy(&store, to)
+}
+
+/// Whether the store at `path` would have to be migrated, after trying that on a copy in memory.
+///
+/// Errors: why it could not be used.
+pub(crate) fn rehearse(path: &Path) -> Result<bool> {
+    if !path.exists() {
+        return Ok(false);
+    }
+    let store = open(path)?;
+    if schema::check(&store, path)? == schema::NEWEST {
+        return Ok(false);
+    }
+    let mut trial = Connection::open_in_memory().doing("open in memory")?;
+    Backup::new(&store, &mut trial).and_then(|backup| backup.step(ALL).map(drop)).doing("copy")?;
+    schema::prepare(&mut trial, path)?;
+    Ok(true)
+}
+
+/// Everything that is wrong with the store at `path`, a sentence each.
+///
+/// Errors: when it is no store, or one of another version.
+pub(crate) fn check(path: &Path) -> Result<Vec<String>> {
+    let store = open(path)?;
+    let version = schema::check(&store, path)?;
+    if version != schema::NEWEST {
+        let sentence =
+            format!("{} is of version {version}, which a daemon of this version would bring to {}", path.display(), schema::NEWEST);
+        return Ok(vec![sentence]);
+    }
+    let sentences = |sql: &str| -> Result<Vec<String>> {
+        let mut select = store.prepare(sql).doing("check")?;
+        let rows = select.query_map([], |row| row.get(0)).doing("check")?;
+        rows.collect::<rusqlite::Result<_>>().doing("check")
+    };
+    let mut wrong = sentences("SELECT * FROM pragma_integrity_check WHERE integrity_check <> 'ok'")?;
+    wrong.extend(sentences("SELECT \"table\" || ' has a row that belongs to nothing in ' || parent FROM pragma_foreign_key_check")?);
+    for table in ["containers", "leases"] {
+        wrong.extend(sentences(&format!(
+            "SELECT '{table} ' || id || ' is in namespace ' || namespace || ', which does not exist' FROM {table}
+             WHERE namespace NOT IN (SELECT name FROM namespaces)"
+        ))?);
+    }
+    records::<Namespace>(&store, "SELECT 'namespace ' || name, record FROM namespaces", &mut wrong)?;
+    records::<Container>(&store, "SELECT 'container ' || id || ' in ' || namespace, record FROM containers", &mut wrong)?;
+    records::<Lease>(&store, "SELECT 'lease ' || id || ' in ' || namespace, record FROM leases", &mut wrong)?;
+    Ok(wrong)
+}
+
+fn records<M: Message + Default>(store: &Connection, sql: &str, wrong: &mut Vec<String>) -> Result<()> {
+    let mut select = store.prepare(sql).doing("check")?;
+    let mut rows = select.query([]).doing("check")?;
+    while let Some(row) = rows.next().doing("check")? {
+        let (name, record): (String, Vec<u8>) = (row.get(0).doing("check")?, row.get(1).doing("check")?);
+        if let Err(error) = M::decode(&*record) {
+            wrong.push(format!("{name} cannot be read: {error}"));
+        }
+    }
+    Ok(())
+}
+
+/// Opens a store to look at it.
+fn open(path: &Path) -> Result<Connection> {
+    fs::metadata(path).on("open metadata store", path)?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let store = Connection::open_with_flags(path, flags).doing("open")?;
+    store.busy_timeout(std::time::Duration::from_secs(5)).doing("set time-out")?;
+    Ok(store)
+}
+
+fn copy(store: &Connection, to: &Path) -> Result<()> {
+    let mut unfinished = to.to_owned().into_os_string();
+    unfinished.push(".unfinished");
+    let unfinished = PathBuf::from(unfinished);
+    let copied = write_copy(store, &unfinished).and_then(|()| fs::rename(&unfinished, to).on("name copy", to));
+    if copied.is_err() {
+        // the first error is the one that counts
+        let _ = fs::remove_file(&unfinished);
+    }
+    copied
+}
+
+fn write_copy(store: &Connection, path: &Path) -> Result<()> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let file = fs::OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(path).on("make copy", path)?;
+    let mut copy = Connection::open(path).doing("open copy")?;
+    Backup::new(store, &mut copy).and_then(|backup| backup.step(ALL).map(drop)).doing("copy")?;
+    // a copy is one file
+    copy.query_row("PRAGMA journal_mode = DELETE", [], |_| Ok(())).doing("close copy")?;
+    copy.close().map_err(|(_, source)| Error::Store { op: "close copy", source })?;
+    file.sync_all().on("write copy", path)
+}
+
+/// Pages: in one step nobody else writes in between.
+const ALL: i32 = -1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::namespaces;
+
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("x-manager-upkeep-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a temporary folder");
+        folder
+    }
+
+    async fn filled(path: &Path) -> Store {
+        let store = Store::open(path).expect("a new store");
+        store.write(|db| namespaces::ensure(db, "one")).await.expect("written");
+        store
+    }
+
+    async fn names(store: &Store) -> Vec<String> {
+        store.read(namespaces::list).await.expect("read").into_iter().map(|namespace| namespace.name).collect()
+    }
+
+    #[tokio::test]
+    async fn a_copy_made_while_the_store_is_open_has_everything_and_is_sound() {
+        let folder = folder("copy");
+        let (path, copy) = (folder.join("meta.db"), folder.join("copy.db"));
+        let store = filled(&path).await;
+        backup(&path, &copy).expect("a copy");
+        assert!(matches!(backup(&path, &copy), Err(Error::Precondition(_))), "nothing is overwritten");
+        assert_eq!(check(&copy).expect("a store"), Vec::<String>::new());
+        assert_eq!(names(&Store::open(&copy).expect("a store")).await, ["one"]);
+        assert!(backup(&folder.join("none.db"), &folder.join("x.db")).is_err());
+        drop(store);
+        fs::remove_dir_all(folder).expect("removal");
+    }
+
+    #[tokio::test]
+    async fn what_another_process_made_of_the_store_is_undone_by_its_copy() {
+        let folder = folder("undo");
+        let (path, copy) = (folder.join("meta.db"), folder.join("copy.db"));
+        let store = filled(&path).await;
+        store.copy_to(copy.clone()).await.expect("a copy");
+        let other = Connection::open(&path).expect("a store");
+        other.execute_batch("DROP TABLE namespaces; PRAGMA user_version = 99").expect("a newer version");
+        drop(other);
+        store.put_back(copy).await.expect("as it was");
+        assert_eq!(names(&store).await, ["one"]);
+        store.write(|db| namespaces::ensure(db, "two")).await.expect("it goes on");
+        drop(store);
+        assert_eq!(check(&path).expect("a store"), Vec::<String>::new());
+        fs::remove_dir_all(folder).expect("removal");
+    }
+
+    #[tokio::test]
+    async fn what_is_wrong_with_a_store_is_said() {
+        let folder = folder("wrong");
+        let path = folder.join("meta.db");
+        drop(filled(&path).await);
+        let other = Connection::open(&path).expect("a store");
+        other
+            .execute_batch(
+                "PRAGMA foreign_keys = OFF;
+                 INSERT INTO containers VALUES ('nowhere', 'c1', x'ff');
+                 INSERT INTO lease_resources VALUES ('one', 'none', 'content', 'x')",
+            )
+            .expect("damage");
+        drop(other);
+        let wrong = check(&path).expect("a store").join("\n");
+        for part in ["belongs to nothing in leases", "containers c1 is in namespace nowhere", "container c1 in nowhere cannot be read"] {
+            assert!(wrong.contains(part), "{wrong}");
+        }
+        fs::remove_dir_all(folder).expect("removal");
+    }
+
+    #[tokio::test]
+    async fn a_full_store_says_so_and_takes_on_again_when_something_goes() {
+        let folder = folder("full");
+        let store = filled(&folder.join("meta.db")).await;
+        store.limit(1 << 20).await.expect("a limit");
+        let long = |n: usize| format!("{n}{}", "x".repeat(10_000));
+        let mut count = 0;
+        let error = loop {
+            let name = long(count);
+            match store.write(move |db| namespaces::ensure(db, &name)).await {
+                Ok(()) => count += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!((10..100).contains(&count), "{count}");
+        assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{}", error.chain());
+        assert_eq!(names(&store).await.len(), count + 1, "what was acknowledged is there");
+        let gone = long(0);
+        store.write(move |db| namespaces::remove(db, &gone)).await.expect("removing needs no room");
+        drop(store);
+        fs::remove_dir_all(folder).expect("removal");
+    }
+
+    #[tokio::test]
+    async fn a_store_is_rehearsed_without_being_touched() {
+        let folder = folder("rehearse");
+        let path = folder.join("meta.db");
+        assert!(!rehearse(&path).expect("none is fine"));
+        drop(filled(&path).await);
+        assert!(!rehearse(&path).expect("of this version"));
+        let other = Connection::open(&path).expect("a store");
+        other.pragma_update(None, "user_version", 99).expect("newer");
+        drop(other);
+        assert!(rehearse(&path).expect_err("newer").to_string().contains("from a newer x-manager"));
+        fs::remove_dir_all(folder).expect("removal");
+    }
+}

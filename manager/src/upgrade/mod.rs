@@ -1,0 +1,42 @@
+//! One process takes over from another, and no client is refused.
+//!
+//! ```text
+//!   running process                                   new process
+//!   start it, hand it lock and sockets ─────────────▶ reads settings, finds its sockets, rehearses the store
+//!   serves on                          ◀── prepared ─
+//!   closes the gate: changes wait
+//!   copies the store if it will change ─── yours ───▶ opens the store, finds the shims
+//!                                      ◀── ready ────
+//!                                      ─── serve ───▶
+//!   retires                            ◀── serving ── accepts; whoever connected meanwhile is in the sockets' queues
+//!   refuses what waits, so that clients ask again; ends when calls in flight have ended
+//! ```
+//! A word that does not come in time, and `failed`, end the new process; the running one puts the store back if it had to, opens the
+//! gate, and has missed nothing. docs/decisions/0008-upgrade-side-by-side.md has the reasons.
+//!
+//! **Invariant:** until `serving` the running process can go on as if nothing had happened, as the new one has changed nothing but the store's
+//! tables; from then on it does nothing more.
+
+mod hand_over;
+mod take_over;
+mod words;
+
+pub(crate) use hand_over::{Estate, hand_over};
+pub(crate) use take_over::{Predecessor, report_failure};
+
+/// The first word, with which lock and sockets come. A process that understands another one only is no successor.
+const GREETING: &str = "x-manager hands over, version 1";
+/// From the new process: all is well, and the store's tables stay as they are.
+const PREPARED: &str = "prepared";
+/// From the new process: all is well, and the store's tables will change.
+const PREPARED_TO_MIGRATE: &str = "prepared to migrate";
+/// From the running process: nothing changes any more.
+const YOURS: &str = "yours";
+/// From the new process: it could serve now.
+const READY: &str = "ready";
+/// From the running process: it may begin.
+const SERVE: &str = "serve";
+/// From the new process: it has begun.
+const SERVING: &str = "serving";
+/// From the new process, with a sentence: it gives up.
+const FAILED: &str = "failed ";

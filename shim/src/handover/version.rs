@@ -1,0 +1,47 @@
+//! Which keeper works with which worker.
+//!
+//! A build speaks a range of versions. Two builds work together if their ranges meet, in the newest version that both speak.
+//! `docs/upgrade.md` says when the numbers change.
+
+/// A range of versions, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Versions {
+    pub(crate) oldest: u16,
+    pub(crate) newest: u16,
+}
+
+impl Versions {
+    /// What this build speaks, as keeper and as worker.
+    pub(crate) const OURS: Self = Self { oldest: 1, newest: 1 };
+
+    /// The version in which two builds work together, if there is one.
+    pub(crate) fn agree(self, other: Self) -> Option<u16> {
+        let newest = self.newest.min(other.newest);
+        (newest >= self.oldest.max(other.oldest)).then_some(newest)
+    }
+}
+
+impl std::fmt::Display for Versions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.oldest == self.newest { write!(f, "{}", self.newest) } else { write!(f, "{} to {}", self.oldest, self.newest) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn builds_agree_on_the_newest_version_that_both_speak() {
+        let of = |oldest, newest| Versions { oldest, newest };
+        for (a, b, agreed) in [
+            (of(1, 1), of(1, 1), Some(1)),
+            (of(1, 3), of(2, 5), Some(3)),
+            (of(1, 5), of(2, 3), Some(3)),
+            (of(1, 2), of(3, 4), None),
+            (of(4, 4), of(1, 3), None),
+        ] {
+            assert_eq!((a.agree(b), b.agree(a)), (agreed, agreed), "{a} and {b}");
+        }
+    }
+}

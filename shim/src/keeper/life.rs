@@ -1,0 +1,338 @@
+//! One worker: its process, the link to it, and how it is noticed that it hangs.
+//!
+//! ```text
+//!  quiet ──(something was sent, or is unanswered)──▶ owing ──(nothing heard)──▶ pinged ──(nothing heard)──▶ hangs: killed
+//!    ▲                                                 │                          │
+//!    └───────────── any message, or bytes taken ───────┴──────────────────────────┘
+//! ```
+//!
+//! **Invariant:** the deadline is on the worker's messages, never on how long a request takes; an idle worker is not asked anything.
+use std::collections::VecDeque;
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+use super::capture::Capture;
+use super::inbox::READ_BYTES;
+use super::outbox::Outbox;
+use super::poll::{Poll, Source};
+use crate::handover::{MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions};
+use crate::sys;
+
+/// A worker that has not said hello by then is killed.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// So long a worker may say nothing to what it was sent before it is asked for a sign of life.
+const PING_AFTER: Duration = Duration::from_secs(1);
+/// The same for one that has answered everything but what takes long.
+const PING_EVERY: Duration = Duration::from_secs(5);
+/// So long a sign of life may take.
+const PONG_WITHIN: Duration = Duration::from_secs(5);
+
+/// The most descriptors of a worker that wait for their messages.
+const MAX_ATTACHED: usize = 4096;
+
+/// A program that workers, or the keeper's next image, are made of. Held open: its file may be replaced or removed.
+#[derive(Debug)]
+pub(crate) struct Executable {
+    pub(crate) file: OwnedFd,
+    /// Where it was found, for people.
+    pub(crate) path: String,
+    /// What its workers speak, once one has said hello.
+    pub(crate) versions: Option<Versions>,
+    /// What its workers call themselves.
+    pub(crate) build: String,
+}
+
+impl Executable {
+    /// The program that this process runs.
+    pub(crate) fn own() -> io::Result<Self> {
+        let path = std::fs::read_link("/proc/self/exe").map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+        let build = crate::disguise::build().to_owned();
+        Ok(Self { file: File::open("/proc/self/exe")?.into(), path, versions: Some(crate::disguise::versions()), build })
+    }
+
+    /// Whether both are the same file. One that runs cannot be written to, so its content is the same too.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        let identity = |file: &OwnedFd| {
+            let meta = file.try_clone().map(File::from).and_then(|file| file.metadata()).ok()?;
+            Some((meta.dev(), meta.ino()))
+        };
+        identity(&self.file).is_some_and(|own| identity(&other.file) == Some(own))
+    }
+
+    pub(crate) fn duplicate(&self) -> io::Result<Self> {
+        let file = sys::descriptors::duplicate(&self.file)?;
+        Ok(Self { file, path: self.path.clone(), versions: self.versions, build: self.build.clone() })
+    }
+}
+
+/// With what a worker is executed.
+#[derive(Debug)]
+pub(crate) struct Program {
+    pub(crate) arguments: Vec<CString>,
+    pub(crate) environment: Vec<CString>,
+}
+
+/// How a worker has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct End {
+    pub(crate) fault: Fault,
+    /// In words: `signal 11`.
+    pub(crate) why: String,
+}
+
+/// Whose doing the end of a worker was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// We wanted it to end.
+    Ours,
+    /// SIGKILL from outside: a person, or want of memory.
+    Stranger,
+    /// Its own: it crashed, hung, broke the format, or could not be executed.
+    Its,
+}
+
+#[derive(Debug)]
+pub(crate) struct Hello {
+    /// What both speak.
+    pub(crate) version: u16,
+    pub(crate) build: String,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Life {
+    pub(crate) number: u32,
+    pub(crate) pid: u32,
+    pub(crate) hello: Option<Hello>,
+    link: UnixStream,
+    input: Vec<u8>,
+    output: Outbox,
+    born: Instant,
+    failure: Capture,
+    /// It was killed by us, for this: nothing that it says counts any more.
+    doomed: Option<End>,
+    /// When it was last heard, or began to owe us something.
+    quiet_since: Instant,
+    /// It was sent something since it was last heard.
+    owing: bool,
+    pinged_at: Option<Instant>,
+    /// It was asked whether it may rest, and nothing has happened since.
+    asked_to_rest: bool,
+    /// Descriptors that came along with messages.
+    attached: VecDeque<OwnedFd>,
+}
+
+impl Life {
+    /// Starts a worker.
+    pub(crate) fn start(number: u32, program: &Program, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let null: OwnedFd = File::options().read(true).write(true).open("/dev/null")?.into();
+        let command = sys::spawn::Command {
+            // Resolved by the child, whose descriptors are still a copy of ours then.
+            program: CString::new(format!("/proc/self/fd/{}", executable.file.as_raw_fd()))?,
+            argv: program.arguments.clone(),
+            env: program.environment.clone(),
+            cwd: c"/".into(),
+            descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), theirs.as_fd()],
+            dies_with_parent: true,
+        };
+        let started = sys::spawn::spawn(&command)?;
+        poll.add(&ours, Source::Worker(number))?;
+        Ok(Self {
+            number,
+            pid: started.pid,
+            hello: None,
+            link: ours,
+            input: Vec::new(),
+            output: Outbox::default(),
+            born: now,
+            failure: Capture::from_pipe(started.failure),
+            doomed: None,
+            quiet_since: now,
+            owing: false,
+            pinged_at: None,
+            asked_to_rest: false,
+            attached: VecDeque::new(),
+        })
+    }
+
+    /// Kills it; its end is seen like any other. What it has said and we have not read is as if it had died before.
+    pub(crate) fn kill(&mut self, fault: Fault, why: String) {
+        if self.doomed.is_none() {
+            self.doomed = Some(End { fault, why });
+            // It is our child and not reaped: the number is its own.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid as i32), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+
+    pub(crate) fn is_doomed(&self) -> bool {
+        self.doomed.is_some()
+    }
+
+    /// Tells how it has ended, once it has. `status` as in [`sys::process::Ended`].
+    pub(crate) fn end(self, status: u32) -> End {
+        if let Some(errno) = self.failure.finish().first_chunk() {
+            let error = io::Error::from_raw_os_error(i32::from_ne_bytes(*errno));
+            return End { fault: Fault::Its, why: format!("it cannot be executed: {error}") };
+        }
+        self.doomed.unwrap_or_else(|| match status {
+            137 => End { fault: Fault::Stranger, why: "signal 9".into() },
+            129.. => End { fault: Fault::Its, why: format!("signal {}", status - 128) },
+            _ => End { fault: Fault::Its, why: format!("exit status {status}") },
+        })
+    }
+
+    /// Agrees on a version with it. Returns whether there is one.
+    pub(crate) fn greet(&mut self, theirs: Versions, build: String) -> bool {
+        let ours = crate::disguise::versions();
+        match ours.agree(theirs) {
+            Some(version) => {
+                self.hello = Some(Hello { version, build });
+                true
+            }
+            None => {
+                self.kill(Fault::Its, format!("it speaks version {theirs} of the messages, this keeper version {ours}"));
+                false
+            }
+        }
+    }
+
+    /// Whether it was sent something since it was last heard.
+    pub(crate) fn is_owing(&self) -> bool {
+        self.owing
+    }
+
+    /// Queues a message.
+    pub(crate) fn send(&mut self, message: &ToWorker, descriptor: Option<OwnedFd>, now: Instant) {
+        if self.doomed.is_some() {
+            return;
+        }
+        self.asked_to_rest = matches!(message, ToWorker::MayRest);
+        if !self.owing {
+            self.quiet_since = now;
+            self.owing = true;
+        }
+        self.output.push(message.encode(), descriptor);
+    }
+
+    /// Writes what can be written. A worker that is gone is noticed by its end.
+    pub(crate) fn flush(&mut self, now: Instant) {
+        let before = self.output.bytes();
+        let _ = self.output.flush(&self.link);
+        if self.output.bytes() < before && self.pinged_at.is_none() {
+            // Whoever reads does not hang; whether it acts on what it reads, the ping behind it tells.
+            self.quiet_since = now;
+        }
+    }
+
+    /// Bytes that it has not taken yet.
+    pub(crate) fn backlog_bytes(&self) -> usize {
+        self.output.bytes()
+    }
+
+    /// Reads whole messages. A worker that breaks the format is killed: what it meant cannot be known.
+    pub(crate) fn receive(&mut self, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
+        let mut messages = Vec::new();
+        while self.doomed.is_none() {
+            let mut buffer = [0; READ_BYTES];
+            let read = sys::descriptors::receive(self.link.as_fd(), &mut buffer);
+            let is_over = !matches!(&read, Ok((1.., _)));
+            if let Ok((count, attached)) = read {
+                self.input.extend_from_slice(&buffer[..count]);
+                self.attached.extend(attached.filter(|_| self.attached.len() < MAX_ATTACHED));
+            }
+            match take_messages(&mut self.input, &mut messages) {
+                // Of what has ended the rest is torn; the process's end follows.
+                Ok(()) if is_over => break,
+                Ok(()) if messages.len() < 64 => {}
+                Ok(()) => {
+                    poll.again(Source::Worker(self.number));
+                    break;
+                }
+                Err(error) => self.kill(Fault::Its, format!("it breaks the format: {error}")),
+            }
+        }
+        if messages.iter().any(|message| matches!(message, ToKeeper::Commit(_))) {
+            self.asked_to_rest = false;
+        }
+        if !messages.is_empty() {
+            (self.quiet_since, self.owing, self.pinged_at) = (now, false, None);
+        }
+        messages
+    }
+
+    /// The descriptor of the next message that has one.
+    pub(crate) fn take_attached(&mut self) -> Option<OwnedFd> {
+        self.attached.pop_front()
+    }
+
+    /// Asks whether it may rest, if it has been idle for `spell`.
+    pub(crate) fn ask_to_rest(&mut self, spell: Duration, now: Instant) {
+        if self.rest_deadline(spell).is_some_and(|at| at <= now) {
+            self.send(&ToWorker::MayRest, None, now);
+        }
+    }
+
+    /// When [`Life::ask_to_rest`] has something to do, if nothing is unanswered.
+    pub(crate) fn rest_deadline(&self, spell: Duration) -> Option<Instant> {
+        let is_idle = self.hello.is_some() && self.doomed.is_none() && !self.owing && !self.asked_to_rest;
+        is_idle.then(|| self.quiet_since + spell)
+    }
+
+    /// Asks for a sign of life when one is due, and kills a worker that gives none. `is_busy`: something is unanswered.
+    pub(crate) fn check(&mut self, now: Instant, is_busy: bool) {
+        if self.deadline(is_busy).is_none_or(|at| at > now) {
+            return;
+        }
+        if self.hello.is_none() {
+            self.kill(Fault::Its, format!("it has not said hello within {HELLO_WITHIN:?}"));
+        } else if self.pinged_at.is_some() {
+            warn!(pid = self.pid, life = self.number; "the worker hangs, killing it");
+            self.kill(Fault::Its, format!("it gave no sign of life within {PONG_WITHIN:?}"));
+        } else {
+            self.pinged_at = Some(now);
+            self.send(&ToWorker::Ping { number: 0 }, None, now);
+        }
+    }
+
+    /// When [`Life::check`] has something to do.
+    pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
+        if self.doomed.is_some() {
+            return None;
+        }
+        if self.hello.is_none() {
+            return Some(self.born + HELLO_WITHIN);
+        }
+        match self.pinged_at {
+            Some(at) => Some(at + PONG_WITHIN),
+            None if self.owing => Some(self.quiet_since + PING_AFTER),
+            None => is_busy.then(|| self.quiet_since + PING_EVERY),
+        }
+    }
+}
+
+fn take_messages(input: &mut Vec<u8>, messages: &mut Vec<ToKeeper>) -> Result<(), Malformed> {
+    let mut at = 0;
+    while let Some((length, rest)) = input[at..].split_first_chunk::<4>() {
+        let length = u32::from_le_bytes(*length) as usize;
+        if length > MAX_MESSAGE_BYTES {
+            return Err(Malformed { what: "a message of bounded length" });
+        }
+        let Some(message) = rest.get(..length) else { break };
+        messages.push(ToKeeper::decode(message)?);
+        at += 4 + length;
+    }
+    input.drain(..at);
+    if input.is_empty() {
+        *input = Vec::new();
+    }
+    Ok(())
+}

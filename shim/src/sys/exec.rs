@@ -1,0 +1,30 @@
+//! Going on as another program: same process, same children, and exactly the descriptors that are wanted.
+#![allow(unsafe_code)]
+use std::convert::Infallible;
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::libc;
+
+/// Executes `program`, to which the descriptors in `kept` go over under their numbers. Every other one must be close-on-exec.
+///
+/// Returns only if that failed; then nothing has changed. For a process of one thread: none must fork meanwhile.
+pub(crate) fn execute(program: BorrowedFd<'_>, argv: &[CString], env: &[CString], kept: &[RawFd]) -> io::Result<Infallible> {
+    let path = CString::new(format!("/proc/self/fd/{}", program.as_raw_fd()))?;
+    for number in kept {
+        set_flags(*number, 0)?;
+    }
+    let result = nix::unistd::execve(&path, argv, env);
+    for number in kept {
+        set_flags(*number, libc::FD_CLOEXEC)?;
+    }
+    Ok(result?)
+}
+
+fn set_flags(number: RawFd, flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: the call takes integers and changes one flag; a number that is not open gives EBADF.
+    Errno::result(unsafe { libc::fcntl(number, libc::F_SETFD, flags) })?;
+    Ok(())
+}

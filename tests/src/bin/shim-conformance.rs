@@ -1,0 +1,228 @@
+//! Judges a containerd shim, any shim, clause by clause. `shim-conformance help` says how.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::{env, fs};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use shim_tests::conformance::child::{self, Subject};
+use shim_tests::conformance::expect::Expectations;
+use shim_tests::conformance::run::{self, Plan, Results};
+use shim_tests::conformance::{Case, cases, clauses, faults, report};
+
+const HELP: &str = "\
+shim-conformance: starts a containerd shim as containerd does, drives it, and says clause by clause what holds
+
+  shim-conformance list [--filter PATTERN]
+  shim-conformance run --shim PATH [--engine runc|crun|PATH] [--filter PATTERN]… [--expect FILE] [--jobs N]
+                       [--json FILE] [--junit FILE] [--logs FOLDER]
+  shim-conformance compare --shim A --shim B [--engine …] [--filter …] [--jobs N]
+  shim-conformance table RESULTS.json…       several runs as one table in Markdown
+  shim-conformance faults --shim PATH [--engine …] [--filter …] [--jobs N]
+                       which cases see which fault of a man in the middle, in Markdown; takes long
+
+  --engine   the OCI runtime that the shim is told to use; by default crun, else runc
+  --filter   only cases whose name or clause contains PATTERN; one that begins with = is the whole name
+  --expect   known deviations, each with a reason: they do not count as failures, and must fail
+  --jobs     cases at a time; by default one per processor
+  --logs     a folder with a folder for each failed case: the failure, the shim's log, a trace of calls and events
+
+Needs root, an OCI runtime, and a static busybox (Debian: busybox-static). Every case has a process, pid and mount namespaces,
+cgroups and a deadline of its own, and what the shim leaves behind ends with them.
+Exit status: 0 when every MUST and SHOULD holds or is a known deviation, 1 when not, 2 when it cannot be tried.";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = match env::args_os().skip(1).map(OsString::into_string).collect() {
+        Ok(arguments) => arguments,
+        Err(argument) => return cannot(&anyhow::anyhow!("an argument that is no UTF-8: {}", argument.display())),
+    };
+    let result = match arguments.split_first() {
+        Some((word, rest)) if word == child::PERFORM => return child::main(rest),
+        Some((word, rest)) if word == "list" => Options::read(rest).and_then(|options| list(&options)),
+        Some((word, rest)) if word == "run" => Options::read(rest).and_then(|options| run_one(&options)),
+        Some((word, rest)) if word == "compare" => Options::read(rest).and_then(|options| compare(&options)),
+        Some((word, rest)) if word == "table" => table(rest),
+        Some((word, rest)) if word == "faults" => Options::read(rest).and_then(|options| all_faults(&options)),
+        Some((word, _)) if ["help", "--help", "-h"].contains(&word.as_str()) => {
+            println!("{HELP}");
+            Ok(true)
+        }
+        Some((word, _)) => Err(anyhow::anyhow!("no command {word:?}; shim-conformance help says what there is")),
+        None => Err(anyhow::anyhow!("no command; shim-conformance help says what there is")),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => cannot(&error),
+    }
+}
+
+fn cannot(error: &anyhow::Error) -> ExitCode {
+    eprintln!("shim-conformance: {error:#}");
+    ExitCode::from(2)
+}
+
+#[derive(Debug, Default)]
+struct Options {
+    shims: Vec<PathBuf>,
+    engine: Option<String>,
+    filters: Vec<String>,
+    expect: Option<PathBuf>,
+    jobs: Option<usize>,
+    json: Option<PathBuf>,
+    junit: Option<PathBuf>,
+    logs: Option<PathBuf>,
+}
+
+impl Options {
+    fn read(arguments: &[String]) -> Result<Self> {
+        let mut options = Self::default();
+        let mut rest = arguments.iter();
+        while let Some(argument) = rest.next() {
+            let (flag, value) = match argument.split_once('=').filter(|(flag, _)| flag.starts_with("--")) {
+                Some((flag, value)) => (flag, value.to_owned()),
+                None => (argument.as_str(), rest.next().with_context(|| format!("{argument} needs a value"))?.clone()),
+            };
+            match flag {
+                "--shim" => options.shims.push(value.into()),
+                "--engine" => options.engine = Some(value),
+                "--filter" => options.filters.push(value),
+                "--expect" => options.expect = Some(value.into()),
+                "--jobs" => options.jobs = Some(value.parse().with_context(|| format!("--jobs {value}"))?),
+                "--json" => options.json = Some(value.into()),
+                "--junit" => options.junit = Some(value.into()),
+                "--logs" => options.logs = Some(value.into()),
+                _ => bail!("no option {flag}; shim-conformance help says what there is"),
+            }
+        }
+        Ok(options)
+    }
+
+    fn cases(&self) -> Result<Vec<Case>> {
+        let chosen = |case: &Case, filter: &String| match filter.strip_prefix('=') {
+            Some(name) => case.name == name,
+            None => case.name.contains(filter.as_str()) || case.clause == filter,
+        };
+        let mut cases = cases::all();
+        cases.retain(|case| self.filters.is_empty() || self.filters.iter().any(|filter| chosen(case, filter)));
+        ensure!(!cases.is_empty(), "no case is called anything like {:?}", self.filters);
+        Ok(cases)
+    }
+
+    /// The OCI runtime: as it is named, found in PATH if it has no slash.
+    fn engine(&self) -> Result<PathBuf> {
+        let names = self.engine.as_ref().map_or_else(|| vec!["crun", "runc"], |name| vec![name.as_str()]);
+        let path = env::var_os("PATH").unwrap_or_default();
+        let mut folders: Vec<_> = env::split_paths(&path).collect();
+        folders.extend(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from));
+        let find = |name: &&str| match name.contains('/') {
+            true => Some(PathBuf::from(name)).filter(|path| path.is_file()),
+            false => folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file()),
+        };
+        let found = names.iter().find_map(find).with_context(|| format!("no OCI runtime: {} is not there", names.join(" and ")))?;
+        Ok(std::path::absolute(found)?)
+    }
+
+    fn plan(&self, shim: &Path) -> Result<Plan> {
+        ensure!(nix::unistd::geteuid().is_root(), "this needs root: it starts shims, containers and namespaces");
+        ensure!(shim.is_file(), "no shim at {}", shim.display());
+        ensure!(
+            ["/bin/busybox", "/usr/bin/busybox"].iter().any(|path| Path::new(path).exists()),
+            "no /bin/busybox: containers are made of it"
+        );
+        let programs = env::current_exe()?.parent().context("a program is in a folder")?.to_owned();
+        for name in [child::PROGRAM, "gated-runtime", "log-sink"] {
+            ensure!(programs.join(name).is_file(), "no {name} beside this program: cargo install puts them there");
+        }
+        let cases = self.cases()?;
+        let expectations = self.expect.as_deref().map(|path| Expectations::read(path, &cases::all())).transpose()?.unwrap_or_default();
+        let logs = self.logs.clone().unwrap_or_else(|| env::temp_dir().join(format!("shim-conformance-{}", std::process::id())));
+        ensure!(!logs.starts_with("/run") && !logs.starts_with("/proc"), "logs cannot be kept in {}: cases do not see it", logs.display());
+        Ok(Plan {
+            subject: Subject { shim: shim.canonicalize()?, engine: self.engine()?, programs },
+            cases,
+            expectations,
+            jobs: self.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)),
+            logs: std::path::absolute(logs)?,
+        })
+    }
+
+    fn shim(&self) -> Result<&Path> {
+        match &self.shims[..] {
+            [shim] => Ok(shim),
+            shims => bail!("{} shims are named with --shim; one is needed", shims.len()),
+        }
+    }
+}
+
+fn list(options: &Options) -> Result<bool> {
+    let mut last = "";
+    for case in options.cases()? {
+        if let Some(clause) = clauses::find(case.clause).filter(|clause| clause.id != last) {
+            println!("{} {} {} [{}]", clause.id, clause.level, clause.text, clause.source);
+            last = clause.id;
+        }
+        println!("    {}", case.name);
+    }
+    Ok(true)
+}
+
+fn perform(options: &Options, shim: &Path) -> Result<Results> {
+    let plan = options.plan(shim)?;
+    println!("{} cases on {} with {}", plan.cases.len(), shim.display(), plan.subject.engine.display());
+    let results = run::run(&plan, |outcome| println!("{}", report::progress(outcome)))?;
+    // a folder without a failure is removed
+    if fs::remove_dir(&plan.logs).is_err() {
+        println!("logs of what failed: {}", plan.logs.display());
+    }
+    Ok(results)
+}
+
+fn run_one(options: &Options) -> Result<bool> {
+    let results = perform(options, options.shim()?)?;
+    print!("{}", report::summary(&results));
+    for (path, text) in [(&options.json, serde_json::to_string_pretty(&results)?), (&options.junit, report::junit(&results))] {
+        if let Some(path) = path {
+            fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+        }
+    }
+    Ok(results.is_fine())
+}
+
+fn compare(options: &Options) -> Result<bool> {
+    let [one, other] = &options.shims[..] else { bail!("{} shims are named with --shim; two are needed", options.shims.len()) };
+    let (one, other) = (perform(options, one)?, perform(options, other)?);
+    print!("{}", report::comparison(&one, &other));
+    Ok(true)
+}
+
+/// A whole run for each fault.
+fn all_faults(options: &Options) -> Result<bool> {
+    let mut plan = options.plan(options.shim()?)?;
+    let real = plan.subject.shim.clone();
+    let place = env::temp_dir().join(format!("man-in-the-middle-{}", std::process::id()));
+    let mut table = faults::Table::default();
+    for fault in faults::ALL {
+        plan.subject.shim = faults::install(&place, &plan.subject.programs.join("man-in-the-middle"), &real, fault.name)?;
+        let results = run::run(&plan, |_| ())?;
+        eprintln!("{}", table.add(fault, &results));
+    }
+    fs::remove_dir_all(&place)?;
+    let _some_cases_have_failed = fs::remove_dir_all(&plan.logs);
+    print!("{}", table.markdown());
+    Ok(table.is_complete())
+}
+
+fn table(paths: &[String]) -> Result<bool> {
+    let mut runs: Vec<Results> = Vec::new();
+    for path in paths {
+        let text = fs::read(path).with_context(|| format!("read {path}"))?;
+        runs.push(serde_json::from_slice(&text).with_context(|| format!("read {path}"))?);
+    }
+    let first = runs.first().context("no results are named")?;
+    let date = Command::new("date").args(["-u", "+%Y-%m-%d", "-d", &format!("@{}", first.at)]).output()?.stdout;
+    println!("{}, {}.\n", String::from_utf8_lossy(&date).trim(), first.host);
+    print!("{}", report::markdown(&runs));
+    Ok(true)
+}

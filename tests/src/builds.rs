@@ -1,0 +1,76 @@
+//! Other builds of our shim: copies of one built for tests, which are told what to be by a line at their end.
+//! See `shim/src/disguise.rs`.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::errno::Errno;
+use serde_json::Value;
+
+use crate::context::Context;
+
+/// Copies `shim` to `path`, as a build that `words` describe: `build=2 newest=3`.
+pub fn make(shim: &Path, path: &Path, words: &str) -> Result<PathBuf> {
+    let fresh = path.with_extension("new");
+    fs::copy(shim, &fresh).with_context(|| format!("copy {}", shim.display()))?;
+    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
+    let mut file = File::options().append(true).open(&fresh)?;
+    file.write_all(format!("\nx-disguise: {words}\n").as_bytes())?;
+    drop(file);
+    // a child that was forked meanwhile may hold it open for writing until it executes its own program
+    while let Err(error) = std::process::Command::new(&fresh).arg("-v").stdout(Stdio::null()).status() {
+        ensure!(error.raw_os_error() == Some(Errno::ETXTBSY as i32), "execute {}: {error}", fresh.display());
+        std::thread::yield_now();
+    }
+    // replaced in place, as operators do it
+    fs::rename(&fresh, path)?;
+    Ok(path.to_owned())
+}
+
+/// What `upgrade` has said of one shim, and whether it was content.
+#[derive(Debug)]
+pub struct Upgraded {
+    /// The exit status.
+    pub status: i32,
+    /// What it has printed: `shims` and `summary`.
+    pub said: Value,
+}
+
+impl Upgraded {
+    /// What became of the only shim.
+    pub fn only(&self) -> Result<&Value> {
+        let shims = self.said["shims"].as_array().context("no shims")?;
+        ensure!(shims.len() == 1, "not one shim: {:#}", self.said);
+        Ok(&shims[0])
+    }
+
+    /// Checks that everything was upgraded.
+    pub fn is_done(&self) -> Result<()> {
+        let done = self.said["shims"].as_array().is_some_and(|shims| shims.iter().all(|shim| shim["result"] == "upgraded"));
+        ensure!(self.status == 0 && done, "{self:#?}");
+        Ok(())
+    }
+}
+
+/// Runs `upgrade` for shims of the test's namespace.
+pub async fn upgrade(cx: &Context, program: &Path, words: &[&str]) -> Result<Upgraded> {
+    let mut command = tokio::process::Command::new(program);
+    command.args(["upgrade", "--json", "--namespace", cx.client().namespace()]).args(words).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await?;
+    let status = output.status.code().context("upgrade was killed")?;
+    let said = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    Ok(Upgraded { status, said })
+}
+
+/// What `ps` says of the shims of the test's namespace.
+pub async fn ps(cx: &Context, program: &Path) -> Result<Vec<Value>> {
+    let mut command = tokio::process::Command::new(program);
+    let output = command.args(["ps", "--json", "--namespace", cx.client().namespace()]).stdin(Stdio::null()).output().await?;
+    ensure!(output.status.success(), "ps: {}", String::from_utf8_lossy(&output.stderr));
+    let said: Value = serde_json::from_slice(&output.stdout)?;
+    Ok(said["shims"].as_array().context("no shims")?.clone())
+}

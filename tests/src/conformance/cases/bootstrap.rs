@@ -1,0 +1,238 @@
+//! The commands: `start`, `delete`, `-info` and `-v`, as each containerd gives them.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use containerd_shim_protos::shim::oci::Options;
+use protobuf::Message as _;
+
+use super::{sleeper, text};
+use crate::bundle::{self, Bundle, leave};
+use crate::clauses;
+use crate::conformance::{Case, Need};
+use crate::eventually::{SOON, eventually, eventually_true};
+use crate::isolation;
+use crate::stand::Stand;
+use crate::task::Task;
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = clauses![bootstrap:
+        "C1" => start_answers_an_address_that_can_be_dialled;
+        "C2" => options_on_standard_input_are_taken;
+        "C3" => bootstrap_params_are_answered_in_kind;
+        "C4" => garbage_on_standard_input_is_no_reason_to_fail;
+        "C5" => the_address_is_left_in_the_bundle;
+        "C6" => a_second_start_in_a_group_answers_the_living_shims_address, a_pod_lives_in_one_shim;
+        "C7" => two_starts_of_a_group_at_once_make_one_shim;
+        "C8" => a_member_promised_a_place_finds_it;
+        "C9" => the_version_is_printed;
+        "C10" => info_names_the_runtime;
+        "C11" => the_shim_is_easier_to_kill_than_its_daemon;
+        "C13" => a_log_that_nobody_reads_wedges_nothing;
+        "C14" => a_path_that_is_too_long_is_refused;
+    ];
+    cases
+        .extend(clauses![bootstrap: "C12" => the_shim_is_put_where_shim_cgroup_says].into_iter().map(|case| case.needs(&[Need::CgroupV1])));
+    cases
+}
+
+/// Starts a shim with that on standard input, and lets it run a container.
+async fn serves(bundle: Bundle, flags: &[&str], input: &[u8]) -> Result<()> {
+    let task = Task::connect(&bundle.start_shim_with(flags, input).await?).await?;
+    let container = bundle.run_in(&task).await?;
+    ensure!(container.finish().await? == 3);
+    leave(&task, container.shim_pid()?, &container.id).await
+}
+
+async fn start_answers_an_address_that_can_be_dialled(stand: Stand) -> Result<()> {
+    serves(stand.bundle("c1", &["sh", "-c", "exit 3"]), &[], &[]).await?;
+    serves(stand.bundle("c2", &["sh", "-c", "exit 3"]), &["-debug"], &[]).await
+}
+
+async fn options_on_standard_input_are_taken(stand: Stand) -> Result<()> {
+    let bundle = stand.bundle("c1", &["sh", "-c", "exit 3"]);
+    let options = bundle.options().write_to_bytes()?;
+    serves(bundle, &[], &options).await
+}
+
+async fn garbage_on_standard_input_is_no_reason_to_fail(stand: Stand) -> Result<()> {
+    for (number, input) in [&b"garbage"[..], &[0xff; 100_000]].into_iter().enumerate() {
+        serves(stand.bundle(&format!("c{number}"), &["sh", "-c", "exit 3"]), &[], input).await?;
+    }
+    Ok(())
+}
+
+async fn bootstrap_params_are_answered_in_kind(stand: Stand) -> Result<()> {
+    let bundle = stand.bundle("c1", &["sh", "-c", "exit 3"]);
+    bundle.write()?;
+    // short, as it is a part of a socket's path
+    let sockets = stand.folder().join("s");
+    let params = BootstrapParams {
+        instance_id: "c1".to_owned(),
+        namespace: stand.namespace().to_owned(),
+        containerd_grpc_address: "/somewhere/else.sock".to_owned(),
+        containerd_ttrpc_address: stand.containerd().path().display().to_string(),
+        socket_dir: Some(sockets.display().to_string()),
+        ..Default::default()
+    };
+    let mut command = bundle.command("start", &[]);
+    command.env_remove("TTRPC_ADDRESS");
+    let output = bundle::run(command, &params.write_to_bytes()?).await?;
+    ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let result = BootstrapResult::parse_from_bytes(&output.stdout)?;
+    ensure!([2, 3].contains(&result.version) && result.protocol == "ttrpc", "{result:?}");
+    let socket = result.address.strip_prefix("unix://").context("not an address")?;
+    ensure!(Path::new(socket).parent() == Some(&sockets), "{socket}");
+    let task = Task::connect(Path::new(socket)).await?;
+    let container = bundle.run_in(&task).await?;
+    ensure!(container.finish().await? == 3);
+    stand.containerd().events().of_until("c1", "delete").await?;
+    bundle::leave(&task, container.shim_pid()?, "c1").await
+}
+
+/// containerd 1.6 reads it there when it starts again.
+async fn the_address_is_left_in_the_bundle(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let address = fs::read_to_string(container.bundle.folder.join("address")).context("no file called address in the bundle")?;
+    let address = address.trim();
+    ensure!(address.trim_start_matches("unix://") == text(container.task.socket()), "{address:?}");
+    container.shut_down().await.map(drop)
+}
+
+async fn a_second_start_in_a_group_answers_the_living_shims_address(stand: Stand) -> Result<()> {
+    let first = stand.bundle("c1", &["sleep", "1000"]).group("pod").run().await?;
+    for number in 2..5 {
+        let bundle = stand.bundle(&format!("c{number}"), &["sh", "-c", "exit 5"]).group("pod");
+        ensure!(bundle.start_shim().await? == first.task.socket());
+        let container = bundle.run_in(&Task::connect(first.task.socket()).await?).await?;
+        ensure!(container.finish().await? == 5);
+    }
+    ensure!(stand.shims().len() == 1, "{:?}", stand.shims());
+    first.shut_down().await.map(drop)
+}
+
+/// As the kubelet's containers are marked.
+async fn a_pod_lives_in_one_shim(stand: Stand) -> Result<()> {
+    let member = |id: &str, args: &[&str]| stand.bundle(id, args).spec(|spec| spec.annotation("io.kubernetes.cri.sandbox-id", "pod"));
+    let pause = member("pod", &["sleep", "1000"]).run().await?;
+    let second = member("c2", &["sh", "-c", "exit 5"]);
+    ensure!(second.start_shim().await? == pause.task.socket());
+    let second = second.run_in(&Task::connect(pause.task.socket()).await?).await?;
+    ensure!(second.finish().await? == 5);
+    pause.shut_down().await.map(drop)
+}
+
+async fn two_starts_of_a_group_at_once_make_one_shim(stand: Stand) -> Result<()> {
+    for round in 0..5 {
+        let group = format!("pod{round}");
+        let bundles = [1, 2].map(|number| stand.bundle(&format!("c{round}-{number}"), &["sh", "-c", "exit 5"]).group(&group));
+        let (one, other) = tokio::join!(bundles[0].start_shim(), bundles[1].start_shim());
+        let socket = one?;
+        ensure!(socket == other?);
+        ensure!(stand.shims().len() == 1, "{:?}", stand.shims());
+        let shim = bundles[0].shim_pid()?;
+        for bundle in bundles {
+            let container = bundle.run_in(&Task::connect(&socket).await?).await?;
+            ensure!(container.finish().await? == 5);
+        }
+        bundle::leave(&Task::connect(&socket).await?, shim, "c").await?;
+    }
+    Ok(())
+}
+
+/// A shim that was asked to leave goes on for whoever has been promised a place in it.
+async fn a_member_promised_a_place_finds_it(stand: Stand) -> Result<()> {
+    let first = stand.bundle("c1", &["true"]).group("pod").run().await?;
+    let second = stand.bundle("c2", &["sh", "-c", "exit 5"]).group("pod");
+    let socket = second.start_shim().await?;
+    first.finish().await?;
+    first.task.shutdown("c1").await?;
+    let task = Task::connect(&socket).await?;
+    let second = second.run_in(&task).await?;
+    ensure!(second.finish().await? == 5);
+    bundle::leave(&task, first.shim_pid()?, "c2").await
+}
+
+async fn the_version_is_printed(stand: Stand) -> Result<()> {
+    let output = bundle::run(stand.command(&["-v"]), &[]).await?;
+    ensure!(output.status.success() && !output.stdout.trim_ascii().is_empty(), "{output:?}");
+    Ok(())
+}
+
+async fn info_names_the_runtime(stand: Stand) -> Result<()> {
+    let options = stand.bundle("c1", &["true"]).options().write_to_bytes()?;
+    let output = bundle::run(stand.command(&["-info"]), &options).await?;
+    ensure!(output.status.success(), "{output:?}");
+    let info = containerd_shim_protos::types::introspection::RuntimeInfo::parse_from_bytes(&output.stdout)?;
+    ensure!(!info.name.is_empty(), "{info:?}");
+    Ok(())
+}
+
+/// What runs out of memory first has to be a container, then its shim, then the daemon.
+async fn the_shim_is_easier_to_kill_than_its_daemon(stand: Stand) -> Result<()> {
+    // this process is the daemon
+    fs::write("/proc/self/oom_score_adj", "500")?;
+    let container = sleeper(&stand, "c1").await?;
+    let score = |pid: i32| anyhow::Ok(fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse::<i32>()?);
+    let (shim, init) = (score(container.shim_pid()?)?, score(container.pid.cast_signed())?);
+    ensure!(shim > 500 && init >= shim, "the daemon has 500, the shim {shim}, the container {init}");
+    container.shut_down().await.map(drop)
+}
+
+async fn the_shim_is_put_where_shim_cgroup_says(stand: Stand) -> Result<()> {
+    let name = format!("/{}/{}-shims", isolation::cgroup(), stand.namespace());
+    let folders: Vec<_> = ["memory", "pids", "freezer"].map(|controller| format!("/sys/fs/cgroup/{controller}{name}")).into();
+    folders.iter().try_for_each(fs::create_dir_all)?;
+    let options = Options { shim_cgroup: name.clone(), binary_name: text(&stand.runtime()), ..Options::default() };
+    let any = protobuf::well_known_types::any::Any {
+        type_url: "containerd.runc.v1.Options".to_owned(),
+        value: options.write_to_bytes()?,
+        ..Default::default()
+    };
+    let bundle = stand.bundle("c1", &["sleep", "1000"]);
+    let task = Task::connect(&bundle.start_shim_with(&[], &any.write_to_bytes()?).await?).await?;
+    let shim = bundle.shim_pid()?;
+    let place = fs::read_to_string(format!("/proc/{shim}/cgroup"))?;
+    let container = bundle.run_in(&task).await?;
+    let theirs = fs::read_to_string(format!("/proc/{}/cgroup", container.pid))?;
+    container.shut_down().await?;
+    let in_memory = |text: &str| text.lines().any(|line| line.contains(":memory:") && line.ends_with(&name));
+    ensure!(in_memory(&place), "{place}");
+    ensure!(!in_memory(&theirs), "the container is there too: {theirs}");
+    eventually("the cgroups are free", SOON, async || Ok(folders.iter().try_for_each(fs::remove_dir)?)).await
+}
+
+/// Nobody reads the fifo called `log`, and there is more to say than it holds.
+async fn a_log_that_nobody_reads_wedges_nothing(stand: Stand) -> Result<()> {
+    let bundle = stand.bundle("c1", &["sleep", "1000"]).without_log_reader();
+    let task = Task::connect(&bundle.start_shim_with(&["-debug"], &[]).await?).await?;
+    let container = bundle.run_in(&task).await?;
+    for _ in 0..2000 {
+        ensure!(task.kill("nobody", "", 9).await.is_err());
+    }
+    ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
+    container.shut_down().await.map(drop)
+}
+
+/// The kernel takes 107 bytes of a socket's path.
+async fn a_path_that_is_too_long_is_refused(stand: Stand) -> Result<()> {
+    let bundle = stand.bundle("c1", &["true"]);
+    bundle.write()?;
+    stand.read_log_of("c1", &bundle.folder.join("log"))?;
+    let params = BootstrapParams {
+        instance_id: bundle.id.clone(),
+        namespace: stand.namespace().to_owned(),
+        socket_dir: Some(format!("{}/{}", stand.folder().display(), "x".repeat(100))),
+        ..Default::default()
+    };
+    let output = bundle::run(bundle.command("start", &[]), &params.write_to_bytes()?).await?;
+    if output.status.success() {
+        // one that does not know the message listens elsewhere
+        let task = Task::connect(&bundle::read_address(&output.stdout)?).await.context("its answer cannot be dialled")?;
+        return leave(&task, bundle.shim_pid()?, "c1").await;
+    }
+    ensure!(!output.stderr.is_empty() || !output.stdout.is_empty(), "it failed without a word");
+    eventually_true("no shim is left", SOON, || stand.shims().is_empty()).await
+}

@@ -1,0 +1,414 @@
+//! Every call in every state, as a table.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use containerd_shim_protos::api;
+
+use crate::bundle::{Container, leave};
+use crate::clauses;
+use crate::conformance::Case;
+use crate::eventually::SOON;
+use crate::stand::Stand;
+use crate::task::{Task, V2, V3, wait};
+use crate::ttrpc::{Answer, CallError, Code, code_of, refusal};
+
+pub(super) fn cases() -> Vec<Case> {
+    clauses![calls:
+        "T1" => the_task_service_of_v2_is_served;
+        "T2" => the_task_service_of_v3_is_served, both_names_of_the_service_give_the_same_answers;
+        "T3" => what_is_unknown_is_not_implemented;
+        "T4" => nobody, created, running, paused, exited, exec_added, exec_running, exec_exited;
+        "T5" => a_second_container_of_a_name_is_refused, a_second_exec_of_a_name_already_exists;
+        "T6" => codes_when_created, codes_when_running, codes_when_paused, codes_when_exited, codes_of_execs, the_code_of_a_second_container_is_already_exists;
+    ]
+}
+
+/// The states of a container, and of a process that was added to a running one.
+const STATES: [&str; 8] = ["nobody", "created", "running", "paused", "exited", "exec added", "exec running", "exec exited"];
+
+/// The calls; those after `Wait` change something, and get a container of their own.
+const CALLS: [&str; 15] = [
+    "State",
+    "Pids",
+    "ResizePty",
+    "CloseIO",
+    "Update",
+    "Stats",
+    "Connect",
+    "Shutdown",
+    "Wait",
+    "Start",
+    "Delete",
+    "Pause",
+    "Resume",
+    "Kill",
+    "Exec",
+];
+/// Where the calls that leave everything as it is end.
+const LOOKS: usize = 9;
+
+/// What each of [`CALLS`] answers in each of [`STATES`]. A lower-case word is a refusal for which only T6 says with which code.
+///
+/// | | |
+/// | --- | --- |
+/// | `ok` | accepted |
+/// | `wait` | no answer until the process ends |
+/// | `NotFound` | refused with that code |
+/// | `precondition` | refused, with FailedPrecondition as the better code |
+/// | `any` | accepted or refused, but answered |
+/// | `-` | not asked: the call is of no process that was added |
+const ANSWERS: [(&str, [&str; 15]); 8] = [
+    (
+        "nobody",
+        [
+            "NotFound", "NotFound", "NotFound", "NotFound", "NotFound", "NotFound", "any", "ok", "NotFound", "NotFound", "NotFound",
+            "NotFound", "NotFound", "NotFound", "NotFound",
+        ],
+    ),
+    ("created", ["ok", "ok", "ok", "ok", "ok", "ok", "ok", "ok", "wait", "ok", "ok", "precondition", "precondition", "ok", "any"]),
+    ("running", ["ok", "ok", "ok", "ok", "ok", "ok", "ok", "ok", "wait", "precondition", "precondition", "ok", "precondition", "ok", "ok"]),
+    (
+        "paused",
+        [
+            "ok",
+            "ok",
+            "ok",
+            "ok",
+            "any",
+            "ok",
+            "ok",
+            "ok",
+            "wait",
+            "precondition",
+            "precondition",
+            "precondition",
+            "ok",
+            "ok",
+            "precondition",
+        ],
+    ),
+    (
+        "exited",
+        [
+            "ok",
+            "ok",
+            "any",
+            "ok",
+            "any",
+            "any",
+            "ok",
+            "ok",
+            "ok",
+            "precondition",
+            "ok",
+            "precondition",
+            "precondition",
+            "NotFound",
+            "precondition",
+        ],
+    ),
+    ("exec added", ["ok", "-", "any", "ok", "-", "-", "-", "-", "wait", "ok", "ok", "-", "-", "any", "AlreadyExists"]),
+    ("exec running", ["ok", "-", "ok", "ok", "-", "-", "-", "-", "wait", "precondition", "precondition", "-", "-", "ok", "AlreadyExists"]),
+    ("exec exited", ["ok", "-", "any", "ok", "-", "-", "-", "-", "ok", "precondition", "ok", "-", "-", "NotFound", "AlreadyExists"]),
+];
+
+/// The table as Markdown, for the document.
+pub fn markdown() -> String {
+    let mut text = format!("| | {} |\n| --- |{}\n", STATES.join(" | "), " --- |".repeat(STATES.len()));
+    for (index, call) in CALLS.iter().enumerate() {
+        let cells: Vec<_> = ANSWERS.iter().map(|(_, answers)| answers[index].replace('-', "")).collect();
+        let _cannot_fail = writeln!(text, "| {call} | {} |", cells.join(" | "));
+    }
+    text
+}
+
+/// A container in some state, beside an anchor that keeps the shim.
+struct Subject {
+    container: Option<Container>,
+    exec: &'static str,
+}
+
+/// Brings a container into a state.
+async fn bring(anchor: &Container, state: &str, number: usize) -> Result<Subject> {
+    if state == "nobody" {
+        return Ok(Subject { container: None, exec: "" });
+    }
+    let bundle = anchor.stand().bundle(&format!("c{number}"), &["sleep", "1000"]).group("pod");
+    let container = bundle.create_in(&anchor.task).await?;
+    let (task, id) = (&container.task, container.id.as_str());
+    if state != "created" {
+        container.start().await?;
+    }
+    match state {
+        "paused" => task.pause(id).await?,
+        "exited" => {
+            task.kill(id, "", 9).await?;
+            task.wait(id, "").await?;
+        }
+        "exec added" => container.add("e", &["sleep", "1000"]).await?,
+        "exec running" => drop(container.exec("e", &["sleep", "1000"]).await?),
+        "exec exited" => {
+            container.exec("e", &["true"]).await?;
+            task.wait(id, "e").await?;
+        }
+        _ => {}
+    }
+    let exec = if state.starts_with("exec") { "e" } else { "" };
+    Ok(Subject { container: Some(container), exec })
+}
+
+/// What came of a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Outcome {
+    Accepted,
+    Pending,
+    Refused(Code),
+}
+
+async fn ask(anchor: &Container, subject: &Subject, call: &str) -> Result<Outcome> {
+    let task = &anchor.task;
+    let bundle = subject.container.as_ref().map_or(&anchor.bundle, |container| &container.bundle);
+    let id = subject.container.as_ref().map_or("nobody", |container| &container.id);
+    let exec = subject.exec;
+    let answer = match call {
+        "State" => task.state(id, exec).await.map(drop),
+        "Start" => task.start(id, exec).await.map(drop),
+        "Delete" => task.delete(id, exec).await.map(drop),
+        "Pids" => task.pids(id).await.map(drop),
+        "Pause" => task.pause(id).await,
+        "Resume" => task.resume(id).await,
+        "Kill" => task.kill(id, exec, 9).await,
+        "Exec" => {
+            let exec = if exec.is_empty() { "new" } else { exec };
+            task.exec(&api::ExecProcessRequest { id: id.to_owned(), ..bundle.exec_request(exec, &["true"]) }).await
+        }
+        "ResizePty" => task.resize(id, exec).await,
+        "CloseIO" => task.close_stdin(id, exec).await,
+        "Update" => task.update(id, &serde_json::json!({})).await,
+        "Stats" => task.stats(id).await.map(drop),
+        "Connect" => task.connect_to(id).await.map(drop),
+        "Shutdown" => task.shutdown(id).await,
+        "Wait" => {
+            // one that is answered is answered at once
+            let answer = task.begin_wait(id, exec).await?.status(Duration::from_millis(150)).await;
+            if answer == Err(CallError::Silent) {
+                return Ok(Outcome::Pending);
+            }
+            answer.map(drop)
+        }
+        _ => bail!("no call {call}"),
+    };
+    match answer {
+        Ok(()) => Ok(Outcome::Accepted),
+        Err(CallError::Refused { code, .. }) => Ok(Outcome::Refused(code)),
+        Err(error) => Err(error).with_context(|| format!("{call} of {id}/{exec}")),
+    }
+}
+
+async fn clean_up(subject: Subject) -> Result<()> {
+    let Some(container) = subject.container else { return Ok(()) };
+    let (task, id) = (&container.task, container.id.as_str());
+    if task.state(id, "").await.is_err() {
+        return Ok(());
+    }
+    let _unless_paused = task.resume(id).await;
+    let _unless_dead = task.kill(id, "", 9).await;
+    task.wait(id, "").await?;
+    task.delete(id, "").await?;
+    Ok(())
+}
+
+/// Whether an answer is as the table has it; `codes` says how exactly.
+fn fits(expected: &str, found: &Outcome, codes: bool) -> bool {
+    match (expected, found) {
+        ("any", _) | ("ok", Outcome::Accepted) | ("wait", Outcome::Pending) => true,
+        ("precondition", Outcome::Refused(code)) => !codes || *code == Code::FailedPrecondition,
+        (name, Outcome::Refused(code)) => name == format!("{code:?}"),
+        _ => false,
+    }
+}
+
+/// Asks everything in one state.
+async fn column(stand: &Stand, state: &str, codes: bool) -> Result<()> {
+    let (_, answers) = ANSWERS.iter().find(|(name, _)| *name == state).context("a state of the table")?;
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    let mut wrong = Vec::new();
+    let mut subject = Some(bring(&anchor, state, 0).await?);
+    for (index, (call, expected)) in CALLS.iter().zip(answers).enumerate().filter(|(_, (_, expected))| **expected != "-") {
+        if codes && *expected != "precondition" {
+            continue;
+        }
+        if index >= LOOKS {
+            // the one before is spent
+            if let Some(spent) = subject.take() {
+                clean_up(spent).await?;
+            }
+        }
+        let current = match subject.take() {
+            Some(current) => current,
+            None => bring(&anchor, state, index).await.with_context(|| format!("{state}, for {call}"))?,
+        };
+        let found = ask(&anchor, &current, call).await.with_context(|| format!("{state}: {call}"))?;
+        if !fits(expected, &found, codes) {
+            wrong.push(format!("{call}: {expected} expected, {found:?} found"));
+        }
+        subject = Some(current);
+    }
+    if let Some(spent) = subject {
+        clean_up(spent).await?;
+    }
+    anchor.shut_down().await?;
+    ensure!(wrong.is_empty(), "{state}: {}", wrong.join("; "));
+    Ok(())
+}
+
+async fn nobody(stand: Stand) -> Result<()> {
+    column(&stand, "nobody", false).await
+}
+
+async fn created(stand: Stand) -> Result<()> {
+    column(&stand, "created", false).await
+}
+
+async fn running(stand: Stand) -> Result<()> {
+    column(&stand, "running", false).await
+}
+
+async fn paused(stand: Stand) -> Result<()> {
+    column(&stand, "paused", false).await
+}
+
+async fn exited(stand: Stand) -> Result<()> {
+    column(&stand, "exited", false).await
+}
+
+async fn exec_added(stand: Stand) -> Result<()> {
+    column(&stand, "exec added", false).await
+}
+
+async fn exec_running(stand: Stand) -> Result<()> {
+    column(&stand, "exec running", false).await
+}
+
+async fn exec_exited(stand: Stand) -> Result<()> {
+    column(&stand, "exec exited", false).await
+}
+
+async fn codes_when_created(stand: Stand) -> Result<()> {
+    column(&stand, "created", true).await
+}
+
+async fn codes_when_running(stand: Stand) -> Result<()> {
+    column(&stand, "running", true).await
+}
+
+async fn codes_when_paused(stand: Stand) -> Result<()> {
+    column(&stand, "paused", true).await
+}
+
+async fn codes_when_exited(stand: Stand) -> Result<()> {
+    column(&stand, "exited", true).await
+}
+
+async fn codes_of_execs(stand: Stand) -> Result<()> {
+    column(&stand, "exec running", true).await?;
+    column(&stand, "exec exited", true).await
+}
+
+async fn a_second_container_of_a_name_is_refused(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    drop(refusal(container.task.create(&container.bundle.request()).await)?);
+    ensure!(container.task.state("c1", "").await?.pid == container.pid, "the first one is another now");
+    container.shut_down().await.map(drop)
+}
+
+async fn the_code_of_a_second_container_is_already_exists(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let code = code_of(container.task.create(&container.bundle.request()).await)?;
+    container.shut_down().await?;
+    ensure!(code == Code::AlreadyExists, "{code:?}");
+    Ok(())
+}
+
+async fn a_second_exec_of_a_name_already_exists(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let first = container.exec("e", &["sleep", "1000"]).await?;
+    let code = code_of(container.task.exec(&container.bundle.exec_request("e", &["true"])).await)?;
+    ensure!(code == Code::AlreadyExists, "{code:?}");
+    ensure!(container.task.state("c1", "e").await?.pid == first, "the first one is another now");
+    container.shut_down().await.map(drop)
+}
+
+/// A life under one name of the service.
+async fn life(stand: Stand, service: &'static str) -> Result<()> {
+    let bundle = stand.bundle("c1", &["sleep", "1000"]);
+    let task = bundle.shim().await?.service(service);
+    let container = bundle.run_in(&task).await?;
+    ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
+    ensure!(task.connect_to("c1").await?.task_pid == container.pid);
+    container.shut_down().await.map(drop)
+}
+
+async fn the_task_service_of_v2_is_served(stand: Stand) -> Result<()> {
+    life(stand, V2).await
+}
+
+async fn the_task_service_of_v3_is_served(stand: Stand) -> Result<()> {
+    life(stand, V3).await
+}
+
+/// What one daemon has begun, another may have to end.
+async fn both_names_of_the_service_give_the_same_answers(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    container.exec("e", &["sleep", "1000"]).await?;
+    let bytes = |message: &dyn protobuf::MessageDyn| message.write_to_bytes_dyn().expect("complete");
+    let mut requests = Vec::new();
+    for (id, exec) in [("c1", ""), ("c1", "e"), ("c1", "nobody"), ("nobody", "")] {
+        let (id, exec_id) = (id.to_owned(), exec.to_owned());
+        requests.extend([
+            ("State", bytes(&api::StateRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() })),
+            ("Start", bytes(&api::StartRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() })),
+            ("Delete", bytes(&api::DeleteRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() })),
+            ("Pids", bytes(&api::PidsRequest { id: id.clone(), ..Default::default() })),
+            ("Resume", bytes(&api::ResumeRequest { id: id.clone(), ..Default::default() })),
+            ("Connect", bytes(&api::ConnectRequest { id: id.clone(), ..Default::default() })),
+            ("Shutdown", bytes(&api::ShutdownRequest { id: id.clone(), ..Default::default() })),
+        ]);
+        if id != "c1" {
+            requests.push(("Wait", bytes(&wait(&id, &exec_id))));
+        }
+    }
+    let nameless = |answer: Answer<Vec<u8>>| match answer {
+        // the name of the service may be repeated
+        Err(CallError::Refused { code, message }) => Err(CallError::Refused { code, message: message.replace(V3, V2) }),
+        answer => answer,
+    };
+    let connection = container.task.connection();
+    for (method, payload) in requests {
+        let mut answers = Vec::new();
+        for service in [V2, V3] {
+            answers.push(nameless(connection.call(service, method, payload.clone(), SOON).await));
+        }
+        ensure!(answers[0] == answers[1], "{method} {payload:?}: {answers:?}");
+        ensure!(!matches!(answers[0], Err(CallError::Silent | CallError::Closed)), "{method}: {answers:?}");
+    }
+    // one begins under one name what the other ends
+    let v3 = container.task.clone().service(V3);
+    let waiting = container.task.begin_wait("c1", "").await?;
+    v3.kill("c1", "", 9).await?;
+    ensure!(waiting.status(SOON).await? == 137 && v3.wait("c1", "").await? == 137);
+    ensure!(v3.delete("c1", "").await?.exit_status == 137);
+    leave(&v3, container.shim_pid()?, "c1").await
+}
+
+async fn what_is_unknown_is_not_implemented(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let task = Task::connect(container.task.socket()).await?;
+    for (service, method) in [(task.service_name(), "Fly"), ("containerd.task.v9.Task", "State")] {
+        let answer = task.connection().call(service, method, Vec::new(), SOON).await;
+        ensure!(answer.as_ref().err().and_then(CallError::code) == Some(Code::Unimplemented), "{service}/{method}: {answer:?}");
+    }
+    container.shut_down().await.map(drop)
+}

@@ -1,0 +1,141 @@
+//! Processes that are added to a container.
+
+use std::fs;
+
+use anyhow::{Result, bail, ensure};
+use containerd_shim_protos::api;
+use protobuf::MessageField;
+
+use super::{Streams, sleeper};
+use crate::bundle::leave;
+use crate::clauses;
+use crate::conformance::Case;
+use crate::eventually::SOON;
+use crate::runner::skip;
+use crate::stand::Stand;
+use crate::task::any_json;
+use crate::ttrpc::{Code, code_of};
+use crate::{messages, proc, spec};
+
+pub(super) fn cases() -> Vec<Case> {
+    clauses![execs:
+        "P1" => an_exec_has_its_own_output_and_exit_code;
+        "P2" => an_exec_gets_its_user_folder_and_environment;
+        "P3" => an_exec_is_killed_alone;
+        "P4" => an_exec_of_a_missing_program_fails_and_can_be_deleted;
+        "P5" => an_exec_id_is_free_again_after_delete;
+        "P6" => execs_end_with_their_container;
+        "P7" => an_exit_is_credited_to_who_has_the_pid_now;
+    ]
+}
+
+async fn an_exec_has_its_own_output_and_exit_code(stand: Stand) -> Result<()> {
+    let streams = Streams::new(&stand, "io")?;
+    let container = sleeper(&stand, "c1").await?;
+    let script = "read line; echo out $line; echo err >&2; exit 4";
+    container.task.exec(&streams.exec(container.bundle.exec_request("e", &["sh", "-c", script]))).await?;
+    let pid = container.task.start("c1", "e").await?;
+    let state = container.task.state("c1", "e").await?;
+    ensure!(state.pid == pid, "{state}");
+    streams.writer().await?.write_all(b"hello\n")?;
+    ensure!(container.task.wait("c1", "e").await? == 4);
+    let deleted = container.task.delete("c1", "e").await?;
+    ensure!(deleted.exit_status == 4 && deleted.pid == pid, "{deleted}");
+    ensure!(streams.out.to_end().await? == "out hello\n");
+    ensure!(streams.err.to_end().await? == "err\n");
+    ensure!(container.task.state("c1", "").await?.status.value() == 2, "init does not run any more");
+    container.shut_down().await.map(drop)
+}
+
+async fn an_exec_gets_its_user_folder_and_environment(stand: Stand) -> Result<()> {
+    let streams = Streams::new(&stand, "io")?;
+    let container = sleeper(&stand, "c1").await?;
+    let mut process = spec::process(&["sh", "-c", "id -u; pwd; echo $COLOUR"]);
+    process["user"]["uid"] = 1000.into();
+    process["cwd"] = "/tmp".into();
+    process["env"] = serde_json::json!(["PATH=/bin", "COLOUR=blue"]);
+    let request = streams.exec(container.bundle.exec_request("e", &[]));
+    container.task.exec(&api::ExecProcessRequest { spec: MessageField::some(any_json(messages::PROCESS, &process)), ..request }).await?;
+    container.task.start("c1", "e").await?;
+    ensure!(container.task.wait("c1", "e").await? == 0);
+    container.task.delete("c1", "e").await?;
+    let text = streams.out.to_end().await?;
+    ensure!(text == "1000\n/tmp\nblue\n", "{text:?}");
+    container.shut_down().await.map(drop)
+}
+
+async fn an_exec_is_killed_alone(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let (_, other) = (container.exec("e", &["sleep", "1000"]).await?, container.exec("o", &["sleep", "1000"]).await?);
+    container.task.kill("c1", "e", 9).await?;
+    ensure!(container.task.wait("c1", "e").await? == 137);
+    container.task.delete("c1", "e").await?;
+    ensure!(proc::is_alive(other.cast_signed()) && proc::is_alive(container.pid.cast_signed()), "another process was killed, too");
+    ensure!(code_of(container.task.kill("c1", "e", 9).await)? == Code::NotFound);
+    container.shut_down().await.map(drop)
+}
+
+async fn an_exec_of_a_missing_program_fails_and_can_be_deleted(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    container.add("e", &["/no/such/program"]).await?;
+    let Err(error) = container.task.start("c1", "e").await else { bail!("it was accepted") };
+    ensure!(error.to_string().contains("/no/such/program"), "{error}");
+    container.task.delete("c1", "e").await?;
+    ensure!(container.run("e", &["sh", "-c", "exit 3"]).await? == 3);
+    container.shut_down().await.map(drop)
+}
+
+async fn an_exec_id_is_free_again_after_delete(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    for status in 0..3 {
+        ensure!(container.run("again", &["sh", "-c", &format!("exit {status}")]).await? == status);
+    }
+    // and of one that never ran
+    container.add("again", &["true"]).await?;
+    container.task.delete("c1", "again").await?;
+    ensure!(container.run("again", &["true"]).await? == 0);
+    container.shut_down().await.map(drop)
+}
+
+async fn execs_end_with_their_container(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let mut waits = Vec::new();
+    for exec in ["e1", "e2", "e3"] {
+        container.exec(exec, &["sleep", "1000"]).await?;
+        waits.push(container.task.begin_wait("c1", exec).await?);
+    }
+    container.task.kill("c1", "", 9).await?;
+    for waiting in waits {
+        ensure!(waiting.status(SOON).await? == 137);
+    }
+    ensure!(container.finish().await? == 137);
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+/// A pid comes again while the exit of its first owner is still told.
+async fn an_exit_is_credited_to_who_has_the_pid_now(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let task = &container.task;
+    let first = container.exec("first", &["sh", "-c", "exit 3"]).await?;
+    ensure!(task.wait("c1", "first").await? == 3);
+    for attempt in 0..60 {
+        // the runtime takes a few pids for itself first
+        fs::write("/proc/sys/kernel/ns_last_pid", (first - 1 - attempt % 12).to_string())?;
+        let exec = format!("e{attempt}");
+        let pid = container.exec(&exec, &["sh", "-c", "sleep 0.05; exit 4"]).await?;
+        ensure!(task.wait("c1", &exec).await? == 4, "the second owner of pid {pid}");
+        if pid == first {
+            ensure!(task.wait("c1", "first").await? == 3 && task.state("c1", "first").await?.exit_status == 3, "the first owner of {pid}");
+            let events = stand.containerd().events();
+            events.until("both exits", |_| !events.exits("c1", &exec).is_empty()).await?;
+            for (exec, status) in [("first", 3), (exec.as_str(), 4)] {
+                let exits = events.exits("c1", exec);
+                ensure!(exits.len() == 1 && exits[0].status == status, "{exits:?}");
+            }
+            return container.shut_down().await.map(drop);
+        }
+        task.delete("c1", &exec).await?;
+    }
+    container.shut_down().await?;
+    skip("no pid came again")
+}

@@ -1,0 +1,244 @@
+//! How long a shim lives, what it survives, and what it leaves.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use tokio::task::JoinSet;
+
+use super::{Streams, sleeper};
+use crate::bundle::Container;
+use crate::clauses;
+use crate::conformance::Case;
+use crate::eventually::{SOON, eventually, eventually_true, within};
+use crate::proc;
+use crate::stand::Stand;
+use crate::suite::Shim;
+use crate::task::Task;
+use crate::ttrpc::{Answer, CallError};
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = clauses![lifetime:
+        "G1" => a_new_connection_finds_everything_as_it_was;
+        "G2" => a_shim_stays_while_a_container_is_left;
+        "G3" => a_shim_leaves_when_it_is_told_to, its_socket_is_gone_with_it;
+        "G4" => delete_and_shutdown_at_once_are_answered;
+        "G5" => a_group_that_is_deleted_all_at_once_leaves_nothing;
+        "G6" => an_exec_with_stdin_left_open_keeps_no_shim;
+        "G7" => the_last_events_are_told_before_it_leaves;
+        "G8" => a_binary_that_is_gone_is_not_missed;
+    ];
+    cases.extend(clauses![lifetime: "G9" => nothing_grows].into_iter().map(|case| case.within(Duration::from_secs(120))));
+    cases
+}
+
+/// An answer, or the end of a shim that had nothing left to do.
+fn answered_or_gone<T>(answer: Answer<T>) -> Answer<Option<T>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(CallError::Closed) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+async fn gone(shim: i32) -> Result<()> {
+    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+}
+
+/// As after a restart of the daemon: nothing of the old connections is left.
+async fn a_new_connection_finds_everything_as_it_was(stand: Stand) -> Result<()> {
+    let streams = Streams::new(&stand, "io")?;
+    let container = streams.all(stand.bundle("c1", &["sh", "-c", "read line; echo got $line; exit 3"])).run().await?;
+    container.exec("e", &["sleep", "1000"]).await?;
+    let shim = container.shim_pid()?;
+    let before = container.task.state("c1", "").await?;
+    let socket = container.task.socket().to_owned();
+    // a Wait is under way when the connection ends
+    drop(container.task.begin_wait("c1", "").await?);
+    let Container { task, pid, bundle, .. } = container;
+    drop(task);
+    let task = Task::connect(&socket).await?;
+    ensure!(task.state("c1", "").await? == before, "State is another");
+    ensure!(task.state("c1", "e").await?.status.value() == 2, "the exec");
+    let connect = task.connect_to("c1").await?;
+    ensure!(connect.task_pid == pid && connect.shim_pid.cast_signed() == shim, "{connect}");
+    ensure!(task.pids("c1").await?.contains(&pid));
+    streams.writer().await?.write_all(b"it\n")?;
+    ensure!(task.wait("c1", "").await? == 3);
+    ensure!(streams.out.until("got it").await?.contains("got it"));
+    let container = Container { task, id: "c1".to_owned(), pid, bundle };
+    ensure!(container.finish().await? == 3);
+    crate::bundle::leave(&container.task, shim, "c1").await
+}
+
+async fn a_shim_stays_while_a_container_is_left(stand: Stand) -> Result<()> {
+    let first = stand.bundle("c1", &["sleep", "1000"]).group("pod").run().await?;
+    let second = stand.bundle("c2", &["sleep", "1000"]).group("pod").run_in(&first.task).await?;
+    let shim = first.shim_pid()?;
+    // as when the pause container of a pod goes first
+    first.task.shutdown("c1").await?;
+    first.destroy().await?;
+    first.task.shutdown("c1").await?;
+    for _ in 0..20 {
+        ensure!(second.task.state("c2", "").await?.pid == second.pid);
+    }
+    ensure!(proc::is_alive(shim) && second.run("e", &["sh", "-c", "exit 4"]).await? == 4);
+    second.destroy().await?;
+    crate::bundle::leave(&second.task, shim, "c2").await
+}
+
+async fn a_shim_leaves_when_it_is_told_to(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["true"]).run().await?;
+    let shim = container.shim_pid()?;
+    container.finish().await?;
+    answered_or_gone(container.task.shutdown("c1").await)?;
+    gone(shim).await
+}
+
+async fn its_socket_is_gone_with_it(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["true"]).run().await?;
+    let shim = container.shim_pid()?;
+    container.finish().await?;
+    answered_or_gone(container.task.shutdown("c1").await)?;
+    gone(shim).await?;
+    eventually_true("the socket is gone", SOON, || !container.task.socket().exists()).await
+}
+
+async fn delete_and_shutdown_at_once_are_answered(stand: Stand) -> Result<()> {
+    for round in 0..20 {
+        let container = stand.bundle(&format!("c{round}"), &["true"]).run().await?;
+        let (shim, id) = (container.shim_pid()?, container.id.as_str());
+        let other = container.task.another().await?;
+        container.task.wait(id, "").await?;
+        // on one connection, on two, and with a State and a Wait in between
+        let (deleted, shut, state, waited) = match round % 2 {
+            0 => tokio::join!(container.task.delete(id, ""), container.task.shutdown(id), other.state(id, ""), other.wait(id, "")),
+            _ => tokio::join!(container.task.delete(id, ""), other.shutdown(id), container.task.state(id, ""), other.wait(id, "")),
+        };
+        ensure!(deleted?.exit_status == 0);
+        answered_or_gone(shut)?;
+        for answer in [state.map(drop), waited.map(drop)] {
+            ensure!(!matches!(answer, Err(CallError::Silent)), "no answer");
+        }
+        // that Shutdown may have come first; one that comes after the answer to Delete is obeyed
+        answered_or_gone(other.shutdown(id).await)?;
+        gone(shim).await?;
+    }
+    Ok(())
+}
+
+/// Another member's Shutdown may be faster than the answer to this one's Delete.
+async fn end(container: Container) -> Result<()> {
+    answered_or_gone(container.task.wait(&container.id, "").await)?;
+    answered_or_gone(container.task.delete(&container.id, "").await)?;
+    answered_or_gone(container.task.shutdown(&container.id).await)?;
+    Ok(())
+}
+
+/// As with a pod that is removed: everybody deletes and says Shutdown at the same time.
+async fn a_group_that_is_deleted_all_at_once_leaves_nothing(stand: Stand) -> Result<()> {
+    for round in 0..5 {
+        let first = stand.bundle(&format!("c{round}-0"), &["true"]).group(&format!("pod{round}")).run().await?;
+        let shim = first.shim_pid()?;
+        let mut ends = JoinSet::new();
+        for number in 1..6 {
+            let bundle = stand.bundle(&format!("c{round}-{number}"), &["true"]).group(&format!("pod{round}"));
+            let task = Task::connect(&bundle.start_shim().await?).await?;
+            let member = bundle.run_in(&task).await?;
+            ends.spawn(end(member));
+        }
+        ends.spawn(end(first));
+        while let Some(end) = within("the end of a member", SOON, ends.join_next()).await? {
+            end??;
+        }
+        gone(shim).await?;
+    }
+    Ok(())
+}
+
+/// stdin is open on both sides and nobody closes it.
+async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> Result<()> {
+    let streams = Streams::new(&stand, "io")?;
+    let container = sleeper(&stand, "c1").await?;
+    container.task.exec(&streams.exec(container.bundle.exec_request("e", &["cat"]))).await?;
+    container.task.start("c1", "e").await?;
+    let mut writer = streams.writer().await?;
+    writer.write_all(b"hello\n")?;
+    streams.out.until("hello").await?;
+    let shim = container.shim_pid()?;
+    ensure!(container.destroy().await? == 137);
+    answered_or_gone(container.task.shutdown("c1").await)?;
+    gone(shim).await?;
+    drop(writer);
+    Ok(())
+}
+
+/// The daemon is away while the last container is deleted.
+async fn the_last_events_are_told_before_it_leaves(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let shim = container.shim_pid()?;
+    stand.containerd().events().of_until("c1", "start").await?;
+    stand.containerd().vanish();
+    ensure!(container.destroy().await? == 137);
+    answered_or_gone(container.task.shutdown("c1").await)?;
+    tokio::time::sleep(Duration::from_millis(500)).await; // for so long nobody is there
+    stand.containerd().come_back()?;
+    let mut told = stand.containerd().events().of_until("c1", "delete").await?;
+    // the one that was under way when nobody was there any more may come twice
+    told.dedup();
+    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    gone(shim).await
+}
+
+/// An upgrade replaces the file, and moves the old one away.
+async fn a_binary_that_is_gone_is_not_missed(stand: Stand) -> Result<()> {
+    let program = stand.folder().join(stand.binary().file_name().context("a file")?);
+    fs::copy(stand.binary(), &program)?;
+    let other = stand.with_shim(&Shim { binary: Some(program.clone()), ..stand.shim().clone() })?;
+    let streams = Streams::new(&other, "io")?;
+    let container = streams.all(other.bundle("c1", &["sh", "-c", "read line; echo got $line; exit 3"]).group("pod")).run().await?;
+    fs::rename(&program, stand.folder().join("moved"))?;
+    ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
+    let second = other.bundle("c2", &["sh", "-c", "exit 5"]).group("pod").run_in(&container.task).await?;
+    ensure!(second.finish().await? == 5);
+    streams.writer().await?.write_all(b"it\n")?;
+    ensure!(container.finish().await? == 3);
+    ensure!(streams.out.to_end().await? == "got it\n");
+    let shim = container.shim_pid()?;
+    answered_or_gone(container.task.shutdown("c1").await)?;
+    gone(shim).await?;
+    other.leaves_nothing().await
+}
+
+/// Containers and execs by the dozen, in one shim.
+async fn nothing_grows(stand: Stand) -> Result<()> {
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    let shim = anchor.shim_pid()?;
+    let mut after = Vec::new();
+    for round in 0..3 {
+        for number in 0..10 {
+            let id = format!("c{round}-{number}");
+            let streams = Streams::new(&stand, &id)?;
+            let bundle = streams.all(stand.bundle(&id, &["sh", "-c", "sleep 1000 & read line; exit 3"]).group("pod"));
+            let container = bundle.run_in(&anchor.task).await?;
+            ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
+            streams.writer().await?.write_all(b"\n")?;
+            ensure!(container.finish().await? == 3);
+            streams.out.to_end().await?;
+            streams.err.to_end().await?;
+        }
+        let zombies = || proc::all().into_values().filter(|process| process.parent == shim && process.is_zombie()).count();
+        eventually_true("no zombie of the shim", SOON, || zombies() == 0).await?;
+        let threads = proc::status_field(shim, "Threads")?;
+        after.push((proc::open_files(shim)?.len(), threads.parse::<usize>()?, proc::private_kib(shim)?));
+    }
+    let [(files, threads, kib), .., (files_now, threads_now, kib_now)] = after[..] else { anyhow::bail!("three rounds") };
+    ensure!(files_now <= files + 2 && threads_now <= threads + 8 && kib_now <= kib + 4096, "files, threads, KiB: {after:?}");
+    eventually("its mounts are gone", SOON, async || {
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        ensure!(mounts.matches(&format!("/{}/b/c", stand.namespace())).count() == 0, "{mounts}");
+        Ok(())
+    })
+    .await?;
+    anchor.shut_down().await.map(drop)
+}

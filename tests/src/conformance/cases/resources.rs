@@ -1,0 +1,179 @@
+//! Pause, limits, statistics, the end of memory, checkpoints.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use containerd_shim_protos::api;
+use serde_json::json;
+
+use super::{Streams, sleeper, text};
+use crate::bundle::{Container, leave};
+use crate::clauses;
+use crate::conformance::{Case, Need};
+use crate::eventually::{SOON, eventually};
+use crate::messages::{METRICS_V1, METRICS_V2, MetricsV1};
+use crate::proc;
+use crate::runner::skip;
+use crate::stand::Stand;
+
+const LIMIT: u64 = 64 << 20;
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = clauses![resources:
+        "R1" => a_paused_container_stands_still_and_goes_on;
+        "R2" => a_container_killed_while_paused_ends;
+        "R3" => statistics_are_of_the_hosts_kind;
+        "R4" => statistics_are_there_until_delete;
+        "R5" => an_update_changes_the_limit;
+        "R6" => the_end_of_memory_is_told_before_the_exit, the_end_of_memory_of_an_exec_is_told;
+        "R7" => cgroups_are_gone_after_delete;
+    ];
+    cases.extend(clauses![resources: "R8" => a_checkpoint_is_written].into_iter().map(|case| case.needs(&[Need::Criu])));
+    cases
+}
+
+/// The folder of a container's cgroup: of one v1 hierarchy, or of the unified one.
+fn cgroup_of(container: &Container, controller: &str) -> Result<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{}/cgroup", container.pid))?;
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let root = PathBuf::from("/sys/fs/cgroup");
+        let root = match controllers.is_empty() {
+            true if root.join("cgroup.controllers").exists() => root,
+            false if controllers.split(',').any(|name| name == controller) => {
+                root.join(controllers.split(',').next().unwrap_or(controller))
+            }
+            _ => continue,
+        };
+        let folder = root.join(path.trim_start_matches('/'));
+        if folder.is_dir() {
+            return Ok(folder);
+        }
+    }
+    bail!("no cgroup of {controller}: {text}")
+}
+
+async fn a_paused_container_stands_still_and_goes_on(stand: Stand) -> Result<()> {
+    let streams = Streams::new(&stand, "io")?;
+    let script = "while read line; do echo got $line; done; exit 3";
+    let container = streams.all(stand.bundle("c1", &["sh", "-c", script])).run().await?;
+    let mut stdin = streams.writer().await?;
+    stdin.write_all(b"one\n")?;
+    streams.out.until("got one").await?;
+    container.task.pause("c1").await?;
+    ensure!(container.task.state("c1", "").await?.status.value() == 4, "it is not told as paused");
+    let folder = cgroup_of(&container, "freezer")?;
+    // some runtimes do not wait for the kernel
+    eventually("it is frozen", SOON, async || {
+        let frozen = fs::read_to_string(folder.join("freezer.state")).map(|state| state.trim() == "FROZEN");
+        let frozen = frozen.or_else(|_| fs::read_to_string(folder.join("cgroup.events")).map(|events| events.contains("frozen 1")));
+        ensure!(frozen?, "not yet");
+        Ok(())
+    })
+    .await?;
+    stdin.write_all(b"two\n")?;
+    container.task.resume("c1").await?;
+    streams.out.until("got two").await?;
+    ensure!(container.task.state("c1", "").await?.status.value() == 2, "it is not told as running");
+    drop(stdin);
+    container.task.close_stdin("c1", "").await?;
+    ensure!(container.finish().await? == 3);
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+async fn a_container_killed_while_paused_ends(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    container.task.pause("c1").await?;
+    container.task.kill("c1", "", 9).await?;
+    // containerd's clients resume a paused container after a kill; on cgroup v2 it is not even needed
+    let _it_may_have_ended = container.task.resume("c1").await;
+    ensure!(container.finish().await? == 137);
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+async fn statistics_are_of_the_hosts_kind(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).spec(|spec| spec.memory_limit(LIMIT)).run().await?;
+    let stats = container.task.stats("c1").await?.stats.into_option().context("an answer without statistics")?;
+    if PathBuf::from("/sys/fs/cgroup/cgroup.controllers").exists() {
+        ensure!(stats.type_url.ends_with(METRICS_V2) && !stats.value.is_empty(), "{}", stats.type_url);
+    } else {
+        ensure!(stats.type_url.ends_with(METRICS_V1), "{}", stats.type_url);
+        let metrics = <MetricsV1 as prost::Message>::decode(&stats.value[..])?;
+        ensure!(metrics.pids.as_ref().is_some_and(|pids| pids.current == 1), "{metrics:?}");
+        ensure!(metrics.memory.as_ref().and_then(|memory| memory.usage.as_ref()).is_some_and(|usage| usage.limit == LIMIT), "{metrics:?}");
+        ensure!(metrics.cpu.as_ref().and_then(|cpu| cpu.usage.as_ref()).is_some_and(|usage| usage.total > 0), "{metrics:?}");
+    }
+    container.shut_down().await.map(drop)
+}
+
+async fn statistics_are_there_until_delete(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    container.task.kill("c1", "", 9).await?;
+    container.task.wait("c1", "").await?;
+    container.task.stats("c1").await.context("after the exit")?;
+    ensure!(container.finish().await? == 137);
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+async fn an_update_changes_the_limit(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).spec(|spec| spec.memory_limit(LIMIT)).run().await?;
+    container.task.update("c1", &json!({ "memory": { "limit": 2 * LIMIT } })).await?;
+    let folder = cgroup_of(&container, "memory")?;
+    let found = ["memory.limit_in_bytes", "memory.max"].iter().find_map(|file| fs::read_to_string(folder.join(file)).ok());
+    ensure!(found.as_deref().map(str::trim) == Some((2 * LIMIT).to_string().as_str()), "{found:?}");
+    container.shut_down().await.map(drop)
+}
+
+async fn the_end_of_memory_is_told_before_the_exit(stand: Stand) -> Result<()> {
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    for round in 0..10 {
+        let id = format!("c{round}");
+        let bundle = stand.bundle(&id, &["tail", "/dev/zero"]).group("pod").spec(|spec| spec.memory_limit(16 << 20));
+        let container = bundle.run_in(&anchor.task).await?;
+        ensure!(container.finish().await? == 137);
+        let mut told = stand.containerd().events().of_until(&id, "delete").await?;
+        // one for each process that was killed
+        told.dedup();
+        ensure!(told == ["create", "start", "oom", "exit", "delete"], "round {round}: {told:?}");
+    }
+    anchor.shut_down().await.map(drop)
+}
+
+async fn the_end_of_memory_of_an_exec_is_told(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).spec(|spec| spec.memory_limit(16 << 20)).run().await?;
+    ensure!(container.run("e", &["tail", "/dev/zero"]).await? == 137);
+    stand.containerd().events().until("oom", |all| all.iter().any(|event| event.topic == "oom")).await?;
+    container.shut_down().await.map(drop)
+}
+
+async fn cgroups_are_gone_after_delete(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let folder = cgroup_of(&container, "memory")?;
+    ensure!(container.shut_down().await? == 137);
+    ensure!(!folder.exists(), "{} is left", folder.display());
+    Ok(())
+}
+
+async fn a_checkpoint_is_written(stand: Stand) -> Result<()> {
+    let help = Command::new(stand.runtime()).args(["checkpoint", "--help"]).output()?;
+    if !help.status.success() {
+        return skip("the OCI runtime has no checkpoint");
+    }
+    let container = sleeper(&stand, "c1").await?;
+    let image = stand.folder().join("image");
+    fs::create_dir(&image)?;
+    let request = api::CheckpointTaskRequest { id: "c1".to_owned(), path: text(&image), ..Default::default() };
+    container.task.call::<api::Empty>("Checkpoint", &request, SOON * 3).await?;
+    ensure!(image.join("inventory.img").exists(), "no image in {}", image.display());
+    eventually("it is told", SOON, async || {
+        ensure!(stand.containerd().events().of("c1").contains(&"checkpointed".to_owned()));
+        Ok(())
+    })
+    .await?;
+    // without the wish to end it, it goes on
+    ensure!(proc::is_alive(container.pid.cast_signed()), "it has ended");
+    container.shut_down().await.map(drop)
+}

@@ -1,0 +1,136 @@
+//! What others can reach of a shim, and what a container gets of the host.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::api;
+
+use super::{sleeper, start_through, text};
+use crate::bundle::leave;
+use crate::clauses;
+use crate::conformance::Case;
+use crate::eventually::{SOON, eventually};
+use crate::proc;
+use crate::stand::Stand;
+use crate::ttrpc::refusal;
+
+pub(super) fn cases() -> Vec<Case> {
+    clauses![security:
+        "X1" => sockets_are_for_root_alone;
+        "X2" => a_container_has_three_descriptors;
+        "X3" => a_file_is_not_given_to_the_container;
+        "X4" => no_secret_of_the_daemon_reaches_the_runtime;
+        "X5" => a_container_inherits_nothing_of_the_shims_thrift;
+    ]
+}
+
+async fn sockets_are_for_root_alone(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let socket = container.task.socket();
+    let about = fs::metadata(socket).with_context(|| text(socket))?;
+    ensure!(about.file_type().is_socket() && about.uid() == 0, "{}", socket.display());
+    ensure!(about.mode() & 0o077 == 0, "{}: mode {:o}", socket.display(), about.mode() & 0o777);
+    let folder = fs::symlink_metadata(socket.parent().context("a folder")?)?;
+    ensure!(folder.is_dir() && folder.mode() & 0o022 == 0 && folder.uid() == 0, "its folder: mode {:o}", folder.mode() & 0o7777);
+    // whatever the shim listens on has a path, and one that only root can reach
+    let unix = fs::read_to_string("/proc/net/unix")?;
+    for (number, target) in proc::open_files(container.shim_pid()?)? {
+        let target = target.display().to_string();
+        let Some(inode) = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) else { continue };
+        let line = unix.lines().find(|line| line.split_whitespace().nth(6) == Some(inode));
+        // flags 00010000: it listens
+        let Some(line) = line.filter(|line| line.contains(" 00010000 ")) else { continue };
+        let path = line.split_whitespace().nth(7).unwrap_or("@");
+        ensure!(!path.starts_with('@'), "descriptor {number} listens on an abstract socket: {line}");
+        ensure!(fs::metadata(path)?.mode() & 0o077 == 0, "descriptor {number} listens for everybody: {line}");
+    }
+    container.shut_down().await.map(drop)
+}
+
+/// The daemon passes a descriptor of its own on by mistake, and a file takes the output.
+async fn a_container_has_three_descriptors(stand: Stand) -> Result<()> {
+    let log = stand.folder().join("out.log");
+    let uri = format!("file://{}", log.display());
+    let bundle = stand.bundle("c1", &["sleep", "1000"]).stdio("", &uri, &uri);
+    let task = start_through(&stand, &bundle, "exec 9</etc/passwd; exec \"$@\"").await?;
+    let container = bundle.run_in(&task).await?;
+    let exec = api::ExecProcessRequest { stdout: uri.clone(), stderr: uri, ..container.bundle.exec_request("e", &["sleep", "1000"]) };
+    container.task.exec(&exec).await?;
+    let exec = container.task.start("c1", "e").await?;
+    for pid in [container.pid, exec] {
+        let files = files_of_the_program(pid.cast_signed()).await?;
+        ensure!(files.len() == 3, "{files:?}");
+    }
+    container.shut_down().await.map(drop)
+}
+
+/// The targets of a process's descriptors, once it is the program itself.
+async fn files_of_the_program(pid: i32) -> Result<Vec<String>> {
+    eventually("it is the program itself", SOON, async || {
+        let command = proc::Process::read(pid)?.command;
+        ensure!(command == "sleep 1000", "{command}");
+        Ok(())
+    })
+    .await?;
+    Ok(proc::open_files(pid)?.values().map(|target| target.display().to_string()).collect())
+}
+
+/// Else it could truncate what it has written, and change its mode.
+async fn a_file_is_not_given_to_the_container(stand: Stand) -> Result<()> {
+    let log = stand.folder().join("out.log");
+    fs::write(&log, "before\n")?;
+    fs::set_permissions(&log, fs::Permissions::from_mode(0o640))?;
+    let uri = format!("file://{}", log.display());
+    let script = "chmod 777 /proc/self/fd/1; echo x > /dev/stdout; echo y; exit 3";
+    let container = stand.bundle("c1", &["sh", "-c", script]).stdio("", &uri, &uri).run().await?;
+    ensure!(container.finish().await? == 3);
+    leave(&container.task, container.shim_pid()?, "c1").await?;
+    let written = fs::read_to_string(&log)?;
+    ensure!(written.starts_with("before\n") && written.ends_with("y\n"), "{written:?}");
+    ensure!(fs::metadata(&log)?.mode() & 0o777 == 0o640, "its mode is changed");
+    Ok(())
+}
+
+/// The runtime writes its environment down, and fails.
+async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()> {
+    let runtime = stand.folder().join("runtime");
+    fs::write(&runtime, "#!/bin/sh\n/usr/bin/env > $0.environment\nexit 1\n")?;
+    fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755))?;
+    let bundle = stand.bundle("c1", &["true"]).runtime(&runtime);
+    let task = bundle.shim().await?;
+    drop(refusal(task.create(&bundle.request()).await)?);
+    leave(&task, bundle.shim_pid()?, "c1").await?;
+    let environment = fs::read_to_string(runtime.with_extension("environment"))?;
+    ensure!(environment.contains("PATH="), "{environment}");
+    for secret in ["SECRET_OF_THE_DAEMON", "GOMAXPROCS", "TTRPC_ADDRESS", "NOTIFY_SOCKET"] {
+        ensure!(!environment.contains(secret), "{secret} is there: {environment}");
+    }
+    Ok(())
+}
+
+/// Niceness, processors, limits, timer slack: as of the daemon, which is this process.
+async fn a_container_inherits_nothing_of_the_shims_thrift(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let exec = container.exec("e", &["sleep", "1000"]).await?;
+    let own = inherited(1)?;
+    for (who, pid) in [("init", container.pid), ("exec", exec)] {
+        files_of_the_program(pid.cast_signed()).await?;
+        let found = inherited(pid.cast_signed())?;
+        ensure!(found == own, "{who} has {found:?}, the daemon {own:?}");
+    }
+    container.shut_down().await.map(drop)
+}
+
+fn inherited(pid: i32) -> Result<Vec<String>> {
+    let stat = proc::stat(pid)?;
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).with_context(|| file.to_owned());
+    Ok(vec![
+        format!("niceness {}", stat.field(19)),
+        format!("policy {}", stat.field(41)),
+        format!("processors {}", proc::status_field(pid, "Cpus_allowed_list")?),
+        format!("huge pages {}", proc::status_field(pid, "THP_enabled").unwrap_or_default()),
+        format!("timer slack {}", read("timerslack_ns")?.trim()),
+        format!("limits {}", read("limits")?),
+    ])
+}

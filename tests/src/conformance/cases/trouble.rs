@@ -1,0 +1,229 @@
+//! Runtimes that take their time, fail or shout, and clients that run out of patience.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use containerd_shim_protos::api;
+use protobuf::Message as _;
+
+use crate::bundle::leave;
+use crate::clauses;
+use crate::conformance::Case;
+use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
+use crate::stand::Stand;
+use crate::task::Task;
+use crate::ttrpc::{CallError, Frame, Wire};
+use crate::{isolation, proc};
+
+pub(super) fn cases() -> Vec<Case> {
+    clauses![trouble:
+        "H1" => a_slow_create_delays_no_sibling;
+        "H2" => a_slow_start_holds_up_nothing_else;
+        "H3" => a_delete_that_was_given_up_can_be_asked_for_again;
+        "H4" => a_create_that_is_asked_for_again_makes_one_container;
+        "H5" => a_create_whose_client_has_gone_is_done_or_undone;
+        "H6" => a_root_file_system_in_use_fails_delete_until_it_is_free;
+        "H7" => a_runtime_that_shouts_blocks_nothing;
+        "H8" => a_slow_kill_delays_no_exit;
+    ]
+}
+
+/// containerd gives State two seconds when it starts.
+async fn a_slow_create_delays_no_sibling(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    gate.hold("create")?;
+    let slow = stand.bundle("slow", &["sh", "-c", "exit 3"]).group("pod").runtime(&gate.binary());
+    let task = anchor.task.another().await?;
+    let create = tokio::spawn(async move { slow.create_in(&task).await });
+    gate.held("create").await?;
+    let (task, limit) = (anchor.task.another().await?, Duration::from_secs(2));
+    let asked = async {
+        let state = task.state_within("anchor", "", limit).await?;
+        let pids = task.pids_within("anchor", limit).await?;
+        task.connect_within("anchor", limit).await?;
+        anyhow::Ok((state.pid, pids))
+    };
+    let asked = asked.await;
+    gate.release("create")?;
+    let slow = within("the slow Create", SOON, create).await???;
+    slow.start().await?;
+    ensure!(slow.finish().await? == 3);
+    anchor.shut_down().await?;
+    let (pid, pids) = asked?;
+    ensure!(pid == anchor.pid && pids.contains(&anchor.pid));
+    Ok(())
+}
+
+/// The runtime takes its time over Start: the container can be looked at, killed and waited for meanwhile.
+async fn a_slow_start_holds_up_nothing_else(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).create().await?;
+    gate.hold_after("start")?;
+    let task = container.task.clone();
+    let start = tokio::spawn(async move { task.start("c1", "").await });
+    gate.held("start").await?;
+    let (task, second) = (&container.task, a_second());
+    task.state_within("c1", "", second).await?;
+    ensure!(task.pids_within("c1", second).await?.contains(&container.pid));
+    within("stats", second, task.stats("c1")).await??;
+    within("update", second, task.update("c1", &serde_json::json!({}))).await??;
+    let waiting = task.begin_wait("c1", "").await?;
+    within("kill", second, task.kill("c1", "", 9)).await??;
+    let pid = container.pid.cast_signed();
+    eventually_true("it is dead", SOON, || !proc::is_alive(pid)).await?;
+    ensure!(!start.is_finished());
+    gate.release("start")?;
+    // it had been started when it was killed
+    within("start", SOON, start).await???;
+    ensure!(waiting.status(SOON).await? == 137);
+    task.delete("c1", "").await?;
+    let told = stand.containerd().events().of_until("c1", "delete").await?;
+    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    leave(task, container.shim_pid()?, "c1").await
+}
+
+/// The first Delete's client has gone, the second one's patience ends; a third finds out how it went.
+async fn a_delete_that_was_given_up_can_be_asked_for_again(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
+    ensure!(container.task.wait("c1", "").await? == 3);
+    gate.hold("delete")?;
+    // with a deadline of its own, of which the shim is told
+    let mut wire = Wire::connect(container.task.socket()).await?;
+    let delete = api::DeleteRequest { id: "c1".to_owned(), ..Default::default() }.write_to_bytes()?;
+    wire.send(&Frame::request_of_bytes(1, container.task.service_name(), "Delete", delete, Some(Duration::from_millis(200))).encode())
+        .await?;
+    gate.held("delete").await?;
+    drop(wire);
+    let second = container.task.delete_within("c1", "", Duration::from_millis(300)).await;
+    let task = container.task.clone();
+    let third = tokio::spawn(async move { task.delete("c1", "").await });
+    gate.release("delete")?;
+    let deleted = within("the third Delete", SOON, third).await??;
+    ensure!(second == Err(CallError::Silent) || second.is_err(), "{second:?}");
+    let deleted = deleted?;
+    ensure!(deleted.exit_status == 3 && deleted.pid == container.pid, "{deleted}");
+    let told = stand.containerd().events().of_until("c1", "delete").await?;
+    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+/// The daemon dies in the middle of Create and asks for the same again when it is back.
+async fn a_create_that_is_asked_for_again_makes_one_container(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    let bundle = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary());
+    let task = bundle.shim().await?;
+    gate.hold("create")?;
+    let first = task.connection().begin(task.service_name(), "Create", bundle.request().write_to_bytes()?).await?;
+    gate.held("create").await?;
+    let socket = task.socket().to_owned();
+    drop((first, task));
+    let task = Task::connect(&socket).await?;
+    let second = tokio::spawn({
+        let (task, request) = (task.clone(), bundle.request());
+        async move { task.create(&request).await }
+    });
+    gate.release("create")?;
+    let second = within("a second Create", SOON, second).await??;
+    // the one or the other has made it, or it was undone and can be made
+    let pid = match second {
+        Ok(pid) => pid,
+        Err(_) => match eventually("the first one is there", SOON, async || Ok(task.state("c1", "").await?)).await {
+            Ok(state) => state.pid,
+            Err(_) => task.create(&bundle.request()).await?,
+        },
+    };
+    ensure!(task.start("c1", "").await? == pid, "another one was started");
+    task.kill("c1", "", 9).await?;
+    ensure!(task.wait("c1", "").await? == 137);
+    task.delete("c1", "").await?;
+    leave(&task, bundle.shim_pid()?, "c1").await
+}
+
+/// Afterwards it is there, or its id is free: nothing between.
+async fn a_create_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Result<()> {
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    let bundle = stand.bundle("orphan", &["sleep", "1000"]).group("pod");
+    bundle.write()?;
+    let leaver = anchor.task.another().await?;
+    drop(leaver.connection().begin(leaver.service_name(), "Create", bundle.request().write_to_bytes()?).await?);
+    drop(leaver);
+    let task = &anchor.task;
+    eventually("it is there, or can be made", SOON, async || {
+        if task.state("orphan", "").await.is_err() {
+            task.create(&bundle.request()).await?;
+        }
+        Ok(())
+    })
+    .await?;
+    task.start("orphan", "").await?;
+    task.kill("orphan", "", 9).await?;
+    ensure!(task.wait("orphan", "").await? == 137);
+    task.delete("orphan", "").await?;
+    anchor.shut_down().await.map(drop)
+}
+
+async fn a_root_file_system_in_use_fails_delete_until_it_is_free(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
+    ensure!(container.task.wait("c1", "").await? == 3);
+    let rootfs = container.bundle.folder.join("rootfs");
+    let mut holder = Command::new("/bin/sleep").arg("1000").current_dir(&rootfs).stdin(Stdio::null()).spawn()?;
+    isolation::keep(holder.id());
+    let first = container.task.delete("c1", "").await;
+    let state = container.task.state("c1", "").await;
+    holder.kill()?;
+    holder.wait()?;
+    isolation::forget(holder.id());
+    if first.is_err() {
+        ensure!(state?.exit_status == 3, "it is not known any more");
+        ensure!(container.task.delete("c1", "").await?.exit_status == 3);
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    ensure!(!mounts.contains(&rootfs.display().to_string()), "it is mounted");
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+async fn a_runtime_that_shouts_blocks_nothing(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    for verb in ["create", "start", "exec", "kill", "delete"] {
+        gate.shout(verb, 1 << 20)?;
+    }
+    let container = within("run", SOON, stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).run()).await??;
+    ensure!(within("exec", SOON, container.run("e", &["sh", "-c", "exit 4"])).await?? == 4);
+    ensure!(within("the end", SOON, container.shut_down()).await?? == 137);
+    Ok(())
+}
+
+/// A signal for all that the runtime takes its time over, while processes end by the dozen.
+async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    let container =
+        stand.bundle("c1", &["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"]).runtime(&gate.binary()).run().await?;
+    gate.hold("kill")?;
+    let request = api::KillRequest { id: "c1".into(), signal: 15, all: true, ..Default::default() };
+    let task = container.task.another().await?;
+    let kill = tokio::spawn(async move { task.call::<api::Empty>("Kill", &request, SOON * 3).await });
+    let held = gate.held("kill").await;
+    let total = 40;
+    for number in 0..total {
+        ensure!(within("an exec", SOON, container.run(&format!("e{number}"), &["true"])).await?? == 0);
+    }
+    let exits = || stand.containerd().events().of("c1").iter().filter(|event| event.starts_with("exit")).count();
+    eventually("every exit is told", SOON, async || {
+        ensure!(exits() == total, "{}", exits());
+        Ok(())
+    })
+    .await?;
+    gate.release("kill")?;
+    kill.await??;
+    // a shim that needs no runtime for a signal is none the worse for it
+    drop(held);
+    let status = container.finish().await?;
+    ensure!([7, 143].contains(&status), "{status}");
+    stand.containerd().events().of_until("c1", "delete").await?;
+    ensure!(exits() == total + 1, "{}", exits());
+    leave(&container.task, container.shim_pid()?, "c1").await
+}

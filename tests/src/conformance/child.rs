@@ -1,0 +1,155 @@
+//! One case, in a process and namespaces of its own: whatever a shim does, it ends with them.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
+
+use super::{Case, cases};
+use crate::eventually::{SOON, eventually};
+use crate::runner::{EXECUTOR, Skip, explain};
+use crate::stand::Stand;
+use crate::suite::Shim;
+use crate::{isolation, trace};
+
+/// What came of a case.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verdict", content = "detail", rename_all = "lowercase")]
+pub enum Verdict {
+    /// The clause holds.
+    Passed,
+    /// It does not, and why.
+    Failed(String),
+    /// This machine cannot tell, and why.
+    Skipped(String),
+}
+
+/// What a case runs on.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// The shim's binary.
+    pub shim: PathBuf,
+    /// The OCI runtime's binary.
+    pub engine: PathBuf,
+    /// Where the helper programs of this package are.
+    pub programs: PathBuf,
+}
+
+/// The word by which this program is told to perform one case.
+pub const PERFORM: &str = "perform";
+/// The program that performs it, beside the other helper programs.
+pub const PROGRAM: &str = "shim-conformance";
+const VERDICT: &str = "verdict.json";
+
+/// Performs a case in another process, which writes into `folder`. It ends at the case's deadline at the latest, and takes everything with it.
+pub fn perform(case: &Case, subject: &Subject, folder: &Path) -> (Verdict, Duration) {
+    let begin = Instant::now();
+    let verdict = try_perform(case, subject, folder).unwrap_or_else(|error| Verdict::Failed(format!("{error:#}")));
+    (verdict, begin.elapsed())
+}
+
+fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict> {
+    fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
+    let output = fs::File::create(folder.join("output"))?;
+    let mut child = Command::new(subject.programs.join(PROGRAM))
+        .arg(PERFORM)
+        .args([&subject.shim, &subject.engine, &subject.programs])
+        .args([folder, Path::new(case.name)])
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .spawn()?;
+    // it has a deadline of its own; this one is for a case that does not keep it
+    let deadline = Instant::now() + case.deadline + Duration::from_secs(20);
+    while child.try_wait()?.is_none() {
+        if Instant::now() > deadline {
+            child.kill()?;
+            child.wait()?;
+            return Ok(Verdict::Failed("the case did not end by itself, and was killed with all that it had started".to_owned()));
+        }
+        std::thread::sleep(Duration::from_millis(5)); // the kernel has no wait with a deadline for a child
+    }
+    match fs::read(folder.join(VERDICT)) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes)?),
+        Err(_) => {
+            let said = fs::read_to_string(folder.join("output")).unwrap_or_default();
+            Ok(Verdict::Failed(format!("the case's own process ended without a verdict: {}", said.trim())))
+        }
+    }
+}
+
+/// What that process does. `arguments` are those after [`PERFORM`].
+pub fn main(arguments: &[String]) -> ExitCode {
+    // whoever asked for the case may be killed
+    let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with whoever asked for the case");
+    match tied.and_then(|()| isolation::run(|| inside(arguments))) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn inside(arguments: &[String]) -> ExitCode {
+    let [shim, engine, programs, folder, name] = arguments else { return ExitCode::from(2) };
+    let subject = Subject { shim: shim.into(), engine: engine.into(), programs: programs.into() };
+    let folder = Path::new(folder);
+    let verdict =
+        cases::find(name).map(|case| judge(&case, &subject, folder)).unwrap_or(Verdict::Failed(format!("there is no case {name}")));
+    let bytes = serde_json::to_vec(&verdict).expect("strings alone");
+    match fs::write(folder.join(VERDICT), bytes) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("write the verdict: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn judge(case: &Case, subject: &Subject, folder: &Path) -> Verdict {
+    let verdict = catch_unwind(AssertUnwindSafe(|| EXECUTOR.block_on(try_judge(case, subject, folder))));
+    match verdict {
+        Ok(Ok(())) => Verdict::Passed,
+        Ok(Err(error)) => match error.downcast_ref::<Skip>() {
+            Some(skip) => Verdict::Skipped(skip.reason().to_owned()),
+            None => Verdict::Failed(explain(&error)),
+        },
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+            Verdict::Failed(format!("the case panicked: {}", said.unwrap_or_default()))
+        }
+    }
+}
+
+async fn try_judge(case: &Case, subject: &Subject, folder: &Path) -> Result<()> {
+    trace::open(&folder.join("trace"))?;
+    let shim = Shim { runtime_type: String::new(), binary: Some(subject.shim.clone()) };
+    let stand = Stand::with_engine(&shim, &subject.programs, &subject.engine)?;
+    for need in case.needs {
+        need.check(&stand.path())?;
+    }
+    let body = tokio::time::timeout(case.deadline, (case.body)(stand.clone())).await;
+    let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline)));
+    fs::write(folder.join("shim.log"), stand.logs())?;
+    result?;
+    let left = leaves_nothing(&stand).await;
+    fs::write(folder.join("shim.log"), stand.logs())?;
+    left
+}
+
+/// Of sockets, clauses of their own speak.
+async fn leaves_nothing(stand: &Stand) -> Result<()> {
+    eventually("nothing of the case is left behind", SOON, async || {
+        let mut left = stand.leftovers();
+        left.retain(|what| !what.starts_with("socket "));
+        ensure!(left.is_empty(), "{left:#?}");
+        Ok(())
+    })
+    .await
+}

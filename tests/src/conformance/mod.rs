@@ -1,0 +1,111 @@
+//! The conformance suite: what containerd's shim protocol asks for, clause by clause, and what a shim makes of it.
+//!
+//! ```text
+//!  docs/protocol.md ── clauses ──┐
+//!  cases/* ─────────── registry ─┴▶ run ──one process each──▶ child: namespaces, a stand, the body, an audit
+//!                                    │                          writes its verdict, the shim's log and a trace
+//!                                    ▼
+//!                         progress, summary, JSON, JUnit, tables
+//! ```
+//! **Invariant:** a case knows nothing of the shim but its path. What a known shim does otherwise stands in a file of
+//! [`expect`]ations with a reason, never in a case.
+
+pub mod cases;
+pub mod child;
+pub mod clauses;
+pub mod expect;
+pub mod faults;
+
+pub mod report;
+pub mod run;
+
+use std::future::Future;
+use std::path::Path;
+use std::pin::Pin;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::runner::{needs_criu, skip};
+use crate::stand::Stand;
+
+/// The body of a case.
+pub type Body = fn(Stand) -> Pin<Box<dyn Future<Output = Result<()>>>>;
+
+/// What a machine must offer before a case can say anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// Controllers on hierarchies of their own.
+    CgroupV1,
+    /// A criu that works.
+    Criu,
+}
+
+impl Need {
+    /// Skips the case when it is not there, for shims and runtimes that look for programs in `path`.
+    fn check(self, path: &str) -> Result<()> {
+        let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+        match self {
+            Self::CgroupV1 if unified => skip("this host has cgroup v2"),
+            Self::Criu => {
+                let mut programs = path.split(':').map(|folder| Path::new(folder).join("criu"));
+                let Some(criu) = programs.find(|program| program.is_file()) else { return skip("no criu") };
+                needs_criu(&criu)
+            }
+            Self::CgroupV1 => Ok(()),
+        }
+    }
+}
+
+/// One thing that is true of a good shim.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// `area.sentence`
+    pub name: &'static str,
+    /// The clause that it proves.
+    pub clause: &'static str,
+    /// What it needs beside root and an OCI runtime.
+    pub needs: &'static [Need],
+    /// Its deadline.
+    pub deadline: Duration,
+    /// What it does.
+    pub body: Body,
+}
+
+impl Case {
+    /// A case with the usual deadline.
+    pub const fn new(clause: &'static str, name: &'static str, body: Body) -> Self {
+        Self { name, clause, needs: &[], deadline: Duration::from_secs(60), body }
+    }
+
+    /// Gives it another deadline.
+    #[must_use]
+    pub const fn within(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Says what it needs.
+    #[must_use]
+    pub const fn needs(mut self, needs: &'static [Need]) -> Self {
+        self.needs = needs;
+        self
+    }
+
+    /// The part of the name before the dot.
+    pub fn area(&self) -> &'static str {
+        self.name.split_once('.').map_or(self.name, |(area, _)| area)
+    }
+}
+
+/// Lists the cases of a module by clause: `clauses![stdio: "S1" => a, b; "S2" => c]`.
+#[macro_export]
+macro_rules! clauses {
+    ($module:ident: $($clause:literal => $($name:ident),+ $(,)?);+ $(;)?) => {
+        vec![$($($crate::conformance::Case::new(
+            $clause,
+            concat!(stringify!($module), ".", stringify!($name)),
+            |stand| Box::pin($name(stand)),
+        )),+),+]
+    };
+}

@@ -1,0 +1,172 @@
+//! The conformance suite, on our shim and with nothing excused, and on itself: it says what the document says, and it can fail.
+//! Needs root. `X_SHIM` names the shim's binary.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, ensure};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use shim_tests::conformance::child::{self, Subject, Verdict};
+use shim_tests::conformance::clauses::Level;
+use shim_tests::conformance::expect::Expectations;
+use shim_tests::conformance::{Case, cases, clauses, faults};
+use shim_tests::suite::{self, Runtime, Shim, Suite};
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // more than processors: most of the time they wait
+    arguments.test_threads.get_or_insert(4);
+    let shim = match (arguments.list, suite::fetch().and_then(|()| Shim::on_trial())) {
+        (_, Ok(Shim { binary: Some(binary), .. })) => binary,
+        (true, _) => PathBuf::new(),
+        (false, Ok(_)) => return cannot("no shim: name its binary with X_SHIM"),
+        (false, Err(error)) => return cannot(&format!("{error:#}")),
+    };
+    let trials = [about_the_document(), with_each_engine(&shim), with_each_fault(&shim)].into_iter().flatten().collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn cannot(why: &str) -> ExitCode {
+    eprintln!("cannot run: {why}");
+    ExitCode::from(2)
+}
+
+fn programs() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_shim-conformance")).parent().expect("a file is in a folder").to_owned()
+}
+
+fn about_the_document() -> Vec<Trial> {
+    type Test = (&'static str, fn() -> Result<()>);
+    let tests: [Test; 4] = [
+        ("document::every_case_names_a_clause_of_the_document", every_case_names_a_clause_of_the_document),
+        ("document::every_clause_has_a_case_and_a_source", every_clause_has_a_case_and_a_source),
+        ("document::the_table_of_calls_is_the_one_that_is_tested", the_table_of_calls_is_the_one_that_is_tested),
+        ("document::known_deviations_have_reasons_and_cases", known_deviations_have_reasons_and_cases),
+    ];
+    tests.into_iter().map(|(name, test)| Trial::test(name, move || test().map_err(failed))).collect()
+}
+
+fn failed(error: anyhow::Error) -> Failed {
+    Failed::from(format!("{error:#}"))
+}
+
+fn every_case_names_a_clause_of_the_document() -> Result<()> {
+    let mut names: Vec<_> = cases::all().iter().map(|case| case.name).collect();
+    let total = names.len();
+    names.sort_unstable();
+    names.dedup();
+    ensure!(names.len() == total, "two cases have one name");
+    for case in cases::all() {
+        ensure!(clauses::find(case.clause).is_some(), "{}: there is no clause {}", case.name, case.clause);
+    }
+    for fault in faults::ALL {
+        ensure!(cases::find(fault.case).is_some(), "{}: there is no case {}", fault.name, fault.case);
+    }
+    Ok(())
+}
+
+fn every_clause_has_a_case_and_a_source() -> Result<()> {
+    let musts = clauses::all().iter().filter(|clause| clause.level == Level::Must).count();
+    ensure!(musts > 50, "{musts} clauses with MUST: the document was not read");
+    for (index, clause) in clauses::all().iter().enumerate() {
+        ensure!(cases::all().iter().any(|case| case.clause == clause.id), "no case proves {} {}", clause.id, clause.text);
+        ensure!(!clause.source.is_empty(), "{} has no source", clause.id);
+        ensure!(clauses::all()[..index].iter().all(|other| other.id != clause.id), "{} is there twice", clause.id);
+    }
+    Ok(())
+}
+
+fn the_table_of_calls_is_the_one_that_is_tested() -> Result<()> {
+    let between = |begin, end| clauses::DOCUMENT.split_once(begin)?.1.split_once(end).map(|(text, _)| text);
+    let written = between("<!-- calls: begin -->", "<!-- calls: end -->").context("no table of calls in the document")?;
+    let tested = cases::table_of_calls();
+    ensure!(written.trim() == tested.trim(), "the document has\n{written}\nand this is tested:\n{tested}");
+    Ok(())
+}
+
+fn known_deviations_have_reasons_and_cases() -> Result<()> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("expect");
+    for entry in std::fs::read_dir(&folder)? {
+        let path = entry?.path();
+        let expectations = Expectations::read(&path, &cases::all())?;
+        ensure!(expectations.is_empty() || !path.ends_with("x.toml"), "nothing is excused in our own shim");
+    }
+    ensure!(folder.join("x.toml").exists(), "no {}", folder.join("x.toml").display());
+    Ok(())
+}
+
+fn logs() -> PathBuf {
+    std::env::temp_dir().join(format!("conformance-{}", std::process::id()))
+}
+
+fn perform(case: &Case, subject: &Subject, run: &str) -> Verdict {
+    let folder = logs().join(run).join(case.name);
+    let (verdict, _) = child::perform(case, subject, &folder);
+    if !matches!(verdict, Verdict::Failed(_)) {
+        // and its parents, when it was the last one
+        let _nobody_needs_it = std::fs::remove_dir_all(&folder);
+        for parent in folder.ancestors().skip(1).take(2) {
+            let _others_are_there = std::fs::remove_dir(parent);
+        }
+    }
+    verdict
+}
+
+fn with_each_engine(shim: &Path) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for runtime in Runtime::ALL {
+        let subject = Subject { shim: shim.to_owned(), engine: Suite::Bookworm.program(runtime.name()), programs: programs() };
+        for case in cases::all() {
+            let subject = subject.clone();
+            trials.push(Trial::ignorable_test(format!("{runtime}::{}", case.name), move || {
+                match perform(&case, &subject, runtime.name()) {
+                    Verdict::Passed => Ok(Completion::Completed),
+                    Verdict::Skipped(why) => Ok(Completion::ignored_with(why)),
+                    Verdict::Failed(_) if clauses::find(case.clause).is_some_and(|clause| clause.level == Level::May) => {
+                        Ok(Completion::ignored_with("nobody depends on it"))
+                    }
+                    Verdict::Failed(why) => Err(Failed::from(format!("{why}\nlogs: {}", logs().display()))),
+                }
+            }));
+        }
+    }
+    trials
+}
+
+/// What a good shim's cases say when somebody meddles with it.
+fn with_each_fault(shim: &Path) -> Vec<Trial> {
+    let shim = shim.to_owned();
+    let through = move |fault: &str, case: &str| -> Result<Verdict> {
+        let case = cases::find(case).context("a case")?;
+        let place = logs().join("fault").join(fault).join(case.name);
+        let shim = faults::install(&place, &programs().join("man-in-the-middle"), &shim, fault)?;
+        let subject = Subject { shim, engine: Suite::Bookworm.program(Runtime::Crun.name()), programs: programs() };
+        let verdict = perform(&case, &subject, &format!("logs/{fault}"));
+        std::fs::remove_dir_all(logs().join("fault").join(fault))?;
+        let _of_a_failure_that_was_wanted = std::fs::remove_dir_all(logs().join("logs").join(fault));
+        Ok(verdict)
+    };
+    let mut trials = Vec::new();
+    for fault in faults::ALL {
+        let through = through.clone();
+        trials.push(Trial::test(format!("fault::{}_is_seen", fault.name), move || {
+            match through(fault.name, fault.case).map_err(failed)? {
+                Verdict::Failed(_) => Ok(()),
+                other => Err(Failed::from(format!("{} says {other:?}, though {}", fault.case, fault.text))),
+            }
+        }));
+    }
+    trials.push(Trial::test("fault::without_a_fault_nobody_is_seen", move || {
+        let mut names: Vec<_> = faults::ALL.iter().map(|fault| fault.case).collect();
+        names.sort_unstable();
+        names.dedup();
+        for name in names {
+            let verdict = through("none", name).map_err(failed)?;
+            if verdict != Verdict::Passed {
+                return Err(Failed::from(format!("{name} through a man who does nothing: {verdict:?}")));
+            }
+        }
+        Ok(())
+    }));
+    trials
+}

@@ -1,0 +1,87 @@
+//! Our shim goes on as another build of itself, and lives with workers that crash, hang or cannot start. Needs root.
+//!
+//! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`.
+
+#[path = "upgrade/bad_builds.rs"]
+mod bad_builds;
+#[path = "upgrade/bad_workers.rs"]
+mod bad_workers;
+#[path = "upgrade/rest.rs"]
+mod rest;
+#[path = "upgrade/steps.rs"]
+mod steps;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use shim_tests::builds;
+use shim_tests::cases;
+use shim_tests::context::Context;
+use shim_tests::runner::{self, Scope};
+use shim_tests::suite::Shim;
+
+fn main() -> ExitCode {
+    let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
+    let long = Duration::from_secs(180);
+    let cases = [
+        cases![steps, Scope::Daemons => new_old_new_broken_new_under_everything].map_within(long),
+        cases![bad_builds,
+            Scope::Once =>
+                a_worker_that_does_not_work_never_takes_over,
+                a_worker_that_fails_on_probation_is_replaced_by_the_one_before,
+                a_keeper_that_does_not_work_never_takes_over,
+                what_is_no_shim_is_refused,
+                the_same_program_changes_nothing,
+                only_the_shims_that_are_named_are_upgraded,
+                many_shims_are_upgraded_a_few_at_a_time,
+        ]
+        .map_within(long),
+        cases![bad_workers,
+            Scope::Ends =>
+                a_stopped_worker_is_replaced,
+                what_containerd_needs_is_answered_while_no_worker_starts;
+            Scope::Once =>
+                a_request_that_kills_is_given_up_and_the_others_live,
+                a_request_that_hangs_its_worker_is_given_up_and_the_others_live,
+                an_exit_that_kills_is_told_by_another_build,
+                a_slow_operation_is_not_taken_for_a_hang,
+        ]
+        .map_within(long),
+        // other tests ask every shim of the host
+        cases![bad_workers, Scope::Once => an_idle_worker_is_not_asked_for_signs_of_life].into_iter().map(runner::Case::alone).collect(),
+        cases![rest,
+            Scope::Ends => a_request_a_fact_or_an_event_brings_a_worker_back;
+            Scope::Once =>
+                a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemon,
+                a_worker_that_moves_outputs_does_not_rest,
+        ]
+        .map_within(long),
+    ]
+    .concat();
+    runner::main_on(Shim::faulty, &cases, &[], programs)
+}
+
+/// Gives all cases a deadline.
+trait MapWithin {
+    fn map_within(self, deadline: Duration) -> Self;
+}
+
+impl MapWithin for Vec<runner::Case> {
+    fn map_within(self, deadline: Duration) -> Self {
+        self.into_iter().map(|case| case.within(deadline)).collect()
+    }
+}
+
+/// A daemon of one's own whose shims are a build that `words` describe.
+async fn on_build(cx: &Context, words: &str) -> Result<Context> {
+    let binary = build(cx, "first", words)?;
+    cx.with_own_shim(&Shim { binary: Some(binary), ..cx.shim().clone() }, &[]).await
+}
+
+/// A build in the test's folder.
+fn build(cx: &Context, name: &str, words: &str) -> Result<std::path::PathBuf> {
+    let shim = Shim::faulty()?.binary.expect("ours is a file");
+    builds::make(&shim, &cx.folder().join(name), words)
+}

@@ -1,0 +1,194 @@
+//! Builds that do not work are not taken, or not kept; the reason is said.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+use shim_tests::builds::{self, Upgraded};
+use shim_tests::container::{Container, Stdio};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually};
+
+use crate::{build, on_build};
+
+/// A container that must not notice anything.
+struct Witness {
+    cx: Context,
+    container: Container,
+    keeper: i32,
+    execs: u32,
+}
+
+impl Witness {
+    async fn new(cx: &Context) -> Result<Self> {
+        let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+        let keeper = cx.shim_pid(&container.id)?;
+        Ok(Self { cx: cx.clone(), container, keeper, execs: 0 })
+    }
+
+    /// Checks that it has noticed nothing, and that its shim is that build.
+    async fn holds(&mut self, keeper: &str, worker: &str) -> Result<Value> {
+        ensure!(self.cx.shim_pid(&self.container.id)? == self.keeper, "another keeper");
+        ensure!(self.container.state().await?.pid == self.container.pid);
+        self.execs += 1;
+        ensure!(self.container.exec(&format!("e{}", self.execs), &["sh", "-c", "exit 4"]).run().await? == 4);
+        let shims = builds::ps(&self.cx, self.cx.shim().binary.as_ref().context("ours")?).await?;
+        let shim = shims.into_iter().find(|shim| shim["group"] == *self.container.id).context("ps does not show the shim")?;
+        ensure!(shim["keeper"]["build"] == keeper && shim["worker"]["build"] == worker, "{shim:#}");
+        Ok(shim)
+    }
+
+    async fn ends(self) -> Result<()> {
+        self.container.io.stdin().await?.write_all(b"go\n")?;
+        ensure!(self.container.finish().await? == 3);
+        self.cx.leaves_nothing().await
+    }
+}
+
+fn is_rolled_back(upgraded: &Upgraded, why: &str) -> Result<()> {
+    let shim = upgraded.only()?;
+    let said = shim["why"].as_str().unwrap_or_default();
+    ensure!(upgraded.status == 1 && shim["result"] == "rolled-back" && said.contains(why), "{why:?} is not in {shim:#}");
+    Ok(())
+}
+
+pub(crate) async fn a_worker_that_does_not_work_never_takes_over(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    for (words, why) in [
+        ("at=hello do=crash", "signal 6"),
+        ("at=hello do=exit", "exit status 7"),
+        ("at=hello do=hang", "has not said"),
+        ("at=fit do=crash", "signal 6"),
+        ("at=fit do=hang", "no sign of life"),
+        ("records=0", "the record of container"),
+        ("oldest=7 newest=9", "it speaks version 7 to 9 of the messages, this keeper version 1"),
+    ] {
+        let program = build(&cx, "new", &format!("build=bad {words}"))?;
+        let shim = cx.shim().binary.clone().context("ours")?;
+        let upgraded = builds::upgrade(&cx, &shim, &["--all", "--to", &program.display().to_string()]).await?;
+        is_rolled_back(&upgraded, why).with_context(|| words.to_owned())?;
+        let shown = witness.holds("old", "old").await?;
+        ensure!(shown["remark"].as_str().is_some_and(|remark| remark.contains(why)), "{shown:#}");
+        ensure!(shown["worker_lives"] == 1, "the worker before was touched: {shown:#}");
+    }
+    witness.ends().await
+}
+
+pub(crate) async fn a_worker_that_fails_on_probation_is_replaced_by_the_one_before(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    for (words, is_late) in
+        [("at=welcome do=crash", false), ("at=later do=crash", true), ("at=later do=exit", true), ("at=later do=kill", true)]
+    {
+        let program = build(&cx, "new", &format!("build=bad {words}"))?;
+        let upgraded = builds::upgrade(&cx, &program, &["--all", "--worker-only"]).await?;
+        if is_late {
+            upgraded.is_done()?;
+            eventually("the worker before is back", SOON, async || {
+                let shown = builds::ps(&cx, &program).await?.remove(0);
+                ensure!(shown["worker"]["build"] == "old" && shown["upgrade"]["worker"]["result"] == "rolled-back", "{shown:#}");
+                Ok(())
+            })
+            .await?;
+        } else {
+            is_rolled_back(&upgraded, "the worker was rolled back: signal 6")?;
+        }
+        witness.holds("old", "old").await.with_context(|| words.to_owned())?;
+    }
+    // the keeper has no probation: its worker goes back alone
+    let program = build(&cx, "new", "build=bad at=later do=crash")?;
+    builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
+    eventually("the worker before is back", SOON, async || witness.holds("bad", "old").await).await?;
+    witness.ends().await
+}
+
+pub(crate) async fn a_keeper_that_does_not_work_never_takes_over(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    for (words, why) in [
+        ("at=rehearsal do=crash", "its rehearsal ended with status 134"),
+        ("at=rehearsal do=exit", "its rehearsal ended with status 7"),
+        ("at=rehearsal do=hang", "its rehearsal took longer than 10s"),
+        ("image=0", "the keeper's state has version 1"),
+    ] {
+        let program = build(&cx, "new", &format!("build=bad {words}"))?;
+        let upgraded = builds::upgrade(&cx, &program, &["--all"]).await?;
+        is_rolled_back(&upgraded, why).with_context(|| words.to_owned())?;
+        ensure!(upgraded.only()?["report"]["worker"]["result"] == "upgraded", "{upgraded:#?}");
+        witness.holds("old", "bad").await.with_context(|| words.to_owned())?;
+        let old = cx.shim().binary.clone().context("ours")?;
+        builds::upgrade(&cx, &old, &["--all"]).await?.is_done()?;
+        witness.holds("old", "old").await?;
+    }
+    witness.ends().await
+}
+
+pub(crate) async fn what_is_no_shim_is_refused(cx: Context) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    let shim = cx.shim().binary.clone().context("ours")?;
+    let path = cx.folder().join("program");
+    fs::write(&path, "neither an executable nor a script")?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    let upgraded = builds::upgrade(&cx, &shim, &["--all", "--to", &path.display().to_string()]).await?;
+    is_rolled_back(&upgraded, "cannot be executed: Exec format error")?;
+    let upgraded = builds::upgrade(&cx, &shim, &["--all", "--to", "/bin/true"]).await?;
+    is_rolled_back(&upgraded, "the worker was kept")?;
+    for (path, mode) in [(path.as_path(), 0o644), (std::path::Path::new("/"), 0), (std::path::Path::new("/not-there"), 0)] {
+        if mode != 0 {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+        }
+        ensure!(builds::upgrade(&cx, &shim, &["--all", "--to", &path.display().to_string()]).await.is_err(), "{}", path.display());
+    }
+    witness.holds("old", "old").await?;
+    witness.ends().await
+}
+
+pub(crate) async fn the_same_program_changes_nothing(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    let shim = cx.shim().binary.clone().context("ours")?;
+    let upgraded = builds::upgrade(&cx, &shim, &["--all"]).await?;
+    ensure!(upgraded.status == 0 && upgraded.only()?["result"] == "unchanged", "{upgraded:#?}");
+    ensure!(witness.holds("old", "old").await?["worker_lives"] == 1);
+    witness.ends().await
+}
+
+pub(crate) async fn only_the_shims_that_are_named_are_upgraded(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let (mut a, mut b) = (Witness::new(&cx).await?, Witness::new(&cx).await?);
+    let program = build(&cx, "new", "build=new")?;
+    let upgraded = builds::upgrade(&cx, &program, &[&a.container.id]).await?;
+    upgraded.is_done()?;
+    ensure!(upgraded.only()?["group"] == *a.container.id, "{upgraded:#?}");
+    a.holds("new", "new").await?;
+    b.holds("old", "old").await?;
+    ensure!(builds::upgrade(&cx, &program, &[&a.container.id, "nobody"]).await.is_err(), "an unknown id is accepted");
+    for witness in [a, b] {
+        witness.container.io.stdin().await?.write_all(b"go\n")?;
+        ensure!(witness.container.finish().await? == 3);
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn many_shims_are_upgraded_a_few_at_a_time(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut containers = Vec::new();
+    for _ in 0..20 {
+        containers.push(cx.container(&["sleep", "1000"]).start().await?);
+    }
+    let program = build(&cx, "new", "build=new")?;
+    let upgraded = builds::upgrade(&cx, &program, &["--all", "--at-once", "3"]).await?;
+    upgraded.is_done()?;
+    ensure!(upgraded.said["summary"]["upgraded"] == 20, "{upgraded:#?}");
+    let pause = upgraded.said["summary"]["longest_pause_ms"].as_f64().context("no pause")?;
+    ensure!(Duration::from_secs_f64(pause / 1e3) < Duration::from_secs(2), "a pause of {pause} ms");
+    for container in containers {
+        ensure!(container.state().await?.pid == container.pid);
+        ensure!(container.destroy().await? == 137);
+    }
+    cx.leaves_nothing().await
+}

@@ -1,0 +1,185 @@
+//! Workers that hang, that die over a request or an exit, and that cannot start.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::types::v1::Status as Phase;
+use nix::sys::signal::Signal;
+use shim_tests::builds;
+use shim_tests::bundle::worker_of;
+use shim_tests::container::Stdio;
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::proc;
+
+use crate::{build, on_build};
+
+/// Longer than the shim takes to notice that a worker hangs.
+const NOTICED: Duration = Duration::from_secs(30);
+
+pub(crate) async fn a_stopped_worker_is_replaced(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
+    for round in 0..2 {
+        let worker = worker_of(keeper).await?;
+        proc::signal(worker, Signal::SIGSTOP)?;
+        let begin = Instant::now();
+        let exec = tokio::time::timeout(NOTICED, container.exec(&format!("e{round}"), &["sh", "-c", "exit 4"]).run());
+        ensure!(exec.await.context("the stopped worker is not noticed")?? == 4);
+        ensure!(!proc::is_alive(worker), "the stopped worker lives");
+        ensure!(begin.elapsed() > Duration::from_secs(1), "it was not stopped");
+    }
+    ensure!(container.destroy().await? == 137);
+    ensure!(wait.await??.into_inner().exit_status == 137);
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_request_that_kills_is_given_up_and_the_others_live(cx: Context) -> Result<()> {
+    for how in ["crash", "exit", "kill"] {
+        given_up(&cx, how).await.with_context(|| how.to_owned())?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_request_that_hangs_its_worker_is_given_up_and_the_others_live(cx: Context) -> Result<()> {
+    given_up(&cx, "hang").await
+}
+
+async fn given_up(cx: &Context, how: &str) -> Result<()> {
+    let cx = on_build(cx, &format!("build=bad request=poison do={how}")).await?;
+    let gate = cx.gate()?;
+    let container = cx.container(&["sleep", "1000"]).runtime_binary(&gate.binary()).start().await?;
+    // one that is under way all the time, and one that only waits
+    let slow = container.exec("slow", &["sh", "-c", "exit 5"]).add().await?;
+    gate.hold("exec")?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let start = tokio::spawn(async move { client.start(&id, "slow").await });
+    gate.held("exec").await?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
+    let refused = tokio::time::timeout(Duration::from_secs(60), container.exec("poison", &["true"]).add()).await.context("no answer")?;
+    let said = format!("{:#}", refused.err().context("it was accepted")?);
+    ensure!(said.contains("every worker of this shim dies over this request (Exec"), "{said}");
+    gate.release("exec")?;
+    start.await??;
+    ensure!(slow.finish().await? == 5);
+    ensure!(gate.count("exec") == 1, "{:?}", gate.calls());
+    ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
+    ensure!(container.destroy().await? == 137);
+    ensure!(wait.await??.into_inner().exit_status == 137);
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn an_exit_that_kills_is_told_by_another_build(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=bad exit=poison do=crash").await?;
+    let events = cx.events().await?;
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let poison = container.exec("poison", &["sh", "-c", "exit 6"]).start().await?;
+    let program = build(&cx, "good", "build=good")?;
+    eventually("the exit is withheld", SOON, async || {
+        let shown = builds::ps(&cx, &program).await?.remove(0);
+        ensure!(shown["remark"].as_str().is_some_and(|remark| remark.contains("/poison")), "{shown:#}");
+        Ok(())
+    })
+    .await?;
+    ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
+    ensure!(events.exits(&container.id, "poison").is_empty());
+    builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
+    ensure!(poison.finish().await? == 6);
+    ensure!(container.destroy().await? == 137);
+    cx.history(&events, &container.id).await?;
+    let exits = events.exits(&container.id, "poison");
+    ensure!(exits.len() == 1 && exits[0].status == 6, "{exits:?}");
+    cx.leaves_nothing().await
+}
+
+/// Neither a runtime that takes long nor a client that waits is the worker's fault.
+pub(crate) async fn a_slow_operation_is_not_taken_for_a_hang(cx: Context) -> Result<()> {
+    let gate = cx.gate()?;
+    let container = cx.container(&["sleep", "1000"]).runtime_binary(&gate.binary()).start().await?;
+    let worker = worker_of(cx.shim_pid(&container.id)?).await?;
+    let exec = container.exec("e", &["sh", "-c", "exit 5"]).add().await?;
+    gate.hold("exec")?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let start = tokio::spawn(async move { client.start(&id, "e").await });
+    gate.held("exec").await?;
+    // longer than two signs of life may take
+    tokio::time::sleep(Duration::from_secs(14)).await;
+    ensure!(proc::is_alive(worker), "the worker was killed");
+    gate.release("exec")?;
+    start.await??;
+    ensure!(exec.finish().await? == 5);
+    ensure!(worker_of(cx.shim_pid(&container.id)?).await? == worker, "another worker");
+    ensure!(container.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn an_idle_worker_is_not_asked_for_signs_of_life(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
+    let keeper = cx.shim_pid(&container.id)?;
+    let worker = worker_of(keeper).await?;
+    let switches = || -> Result<u64> {
+        let mut sum = 0;
+        for pid in [keeper, worker] {
+            for kind in ["voluntary_ctxt_switches", "nonvoluntary_ctxt_switches"] {
+                sum += proc::status_field(pid, kind)?.parse::<u64>()?;
+            }
+        }
+        Ok(sum)
+    };
+    let mut last = switches()?;
+    let mut quiet_since = Instant::now();
+    // what the start has left to do is done after a second
+    eventually_true("eight seconds without a wake-up", Duration::from_secs(30), || {
+        let now = switches().unwrap_or_default();
+        if now != last {
+            (last, quiet_since) = (now, Instant::now());
+        }
+        quiet_since.elapsed() > Duration::from_secs(8)
+    })
+    .await?;
+    ensure!(container.destroy().await? == 137);
+    ensure!(wait.await??.into_inner().exit_status == 137);
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn what_containerd_needs_is_answered_while_no_worker_starts(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let program: PathBuf = cx.shim().binary.clone().context("ours")?;
+    let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let worker = worker_of(keeper).await?;
+    fs::set_permissions(&program, Permissions::from_mode(0o600))?;
+    proc::kill_hard(worker);
+    eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await?;
+    // the daemon finds the shim, its container and its pids, and kills nobody
+    cx.crash_daemon().await?;
+    let state = container.state().await?;
+    ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
+    ensure!(cx.client().pids(&container.id).await?.iter().any(|process| process.pid == container.pid));
+    let person = build(&cx, "person", "build=person")?;
+    let shown = eventually("ps says why", SOON, async || {
+        let shown = builds::ps(&cx, &person).await?.remove(0);
+        ensure!(shown["remark"].as_str().is_some_and(|remark| remark.contains("cannot be executed: Permission denied")), "{shown:#}");
+        Ok(shown)
+    })
+    .await?;
+    ensure!(shown["containers"][0]["state"] == "running", "{shown:#}");
+    let inspected = tokio::process::Command::new(&person).args(["inspect", &container.id, "-n", cx.client().namespace()]).output().await?;
+    let text = String::from_utf8_lossy(&inspected.stdout);
+    ensure!(inspected.status.success() && text.contains("Permission denied"), "{text}");
+    // an upgrade is a way out
+    builds::upgrade(&cx, &person, &["--all"]).await?.is_done()?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
+    fs::set_permissions(&program, Permissions::from_mode(0o755))?;
+    cx.leaves_nothing().await
+}

@@ -1,0 +1,90 @@
+//! A worker with nothing to do rests; whatever needs one brings one back.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::types::v1::Status as Phase;
+use shim_tests::builds;
+use shim_tests::container::{Container, Stdio};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually};
+
+/// The shortest spell that there is.
+const SPELL: (&str, &str) = ("X_SHIM_IDLE_SECONDS", "5");
+
+async fn rests(cx: &Context, container: &Container) -> Result<()> {
+    let program: PathBuf = cx.shim().binary.clone().context("ours")?;
+    eventually("the worker rests", Duration::from_secs(30), async || {
+        let shims = builds::ps(cx, &program).await?;
+        let shim = shims.iter().find(|shim| shim["group"] == *container.id).context("ps does not show it")?;
+        ensure!(shim["worker_asleep"] == true && shim["worker"].is_null(), "{shim:#}");
+        Ok(())
+    })
+    .await
+}
+
+pub(crate) async fn a_request_a_fact_or_an_event_brings_a_worker_back(cx: Context) -> Result<()> {
+    let cx = cx.with_own_shim(cx.shim(), &[SPELL]).await?;
+    let events = cx.events().await?;
+    let script = "read go; (tail /dev/zero); read go; exit 3";
+    let container = cx.container(&["sh", "-c", script]).spec(|spec| spec.memory_limit(16 << 20)).stdio(Stdio::ALL).start().await?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
+    rests(&cx, &container).await?;
+    // what is known needs no worker
+    let state = container.state().await?;
+    ensure!(state.pid == container.pid && state.status() == Phase::Running, "{state:?}");
+    rests(&cx, &container).await?;
+
+    ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
+    rests(&cx, &container).await?;
+
+    let mut stdin = container.io.stdin().await?;
+    stdin.write_all(b"go\n")?;
+    events.until("oom", |all| all.iter().any(|event| event.topic == "oom")).await?;
+    rests(&cx, &container).await?;
+
+    stdin.write_all(b"go\n")?;
+    let waited = tokio::time::timeout(SOON, wait).await.context("no worker tells the exit")???;
+    ensure!(waited.into_inner().exit_status == 3);
+    ensure!(container.finish().await? == 3);
+    let told = cx.history(&events, &container.id).await?;
+    ensure!(told == ["create", "start", "exec-added(e)", "exec-started(e)", "exit(e)", "oom", "exit", "delete"], "{told:?}");
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemon(cx: Context) -> Result<()> {
+    let shim = shim_tests::suite::Shim { binary: Some(crate::build(&cx, "first", "build=old")?), ..cx.shim().clone() };
+    let cx = cx.with_own_shim(&shim, &[SPELL]).await?;
+    let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+    rests(&cx, &container).await?;
+    cx.crash_daemon().await?;
+    ensure!(container.state().await?.pid == container.pid);
+    rests(&cx, &container).await?;
+    let program = crate::build(&cx, "new", "build=new")?;
+    builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
+    rests(&cx, &container).await?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
+    cx.leaves_nothing().await
+}
+
+/// The bytes of a file go through the worker.
+pub(crate) async fn a_worker_that_moves_outputs_does_not_rest(cx: Context) -> Result<()> {
+    let cx = cx.with_own_shim(cx.shim(), &[SPELL]).await?;
+    let path = cx.folder().join("log");
+    let stdio = Stdio::uri(format!("file://{}", path.display()));
+    let container = cx.container(&["sh", "-c", "while :; do echo tick; sleep 1; done"]).stdio(stdio).start().await?;
+    let program: PathBuf = cx.shim().binary.clone().context("ours")?;
+    let ticks = || std::fs::read_to_string(&path).unwrap_or_default().lines().count();
+    eventually("ten lines over twice the spell", Duration::from_secs(30), async || {
+        let shim = builds::ps(&cx, &program).await?.remove(0);
+        ensure!(shim["worker_asleep"] == false && shim["worker_lives"] == 1, "{shim:#}");
+        ensure!(ticks() >= 10, "{} lines", ticks());
+        Ok(())
+    })
+    .await?;
+    ensure!(container.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
