@@ -129,23 +129,29 @@ impl Tasks {
     /// Cleans up after a dead shim: finds out how its task ended, tells it, and keeps it until somebody collects it.
     pub(super) async fn clean_up(&self, task: &Arc<Task>) {
         task.phase.send_replace(Phase::Cleaning);
-        let exit = self.last_words(task).await;
+        let Some(exit) = self.last_words(task).await else {
+            self.remove_bundle(task).await;
+            return self.forget(task);
+        };
         self.tell_exit(task, "", exit).await;
         self.remove_bundle(task).await;
         info!(namespace:% = task.namespace, container = task.id.as_str(), pid = exit.pid, status = exit.status; "a dead shim's task was cleaned up");
         task.phase.send_replace(Phase::Ended(exit));
     }
 
-    /// How the task of a dead shim ended. Its record is in the store before its bundle goes.
-    async fn last_words(&self, task: &Task) -> Exit {
+    /// How the task of a dead shim ended; none if its shim died before it had made anything. Its record is in the store before its bundle
+    /// goes.
+    async fn last_words(&self, task: &Task) -> Option<Exit> {
         let answer = match task.bundle.program() {
             Some(program) => self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await,
             None => Err(Error::Launch("nobody knows which program its shim was".to_owned())),
         };
         let answer = answer.unwrap_or_else(|error| {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot ask how a dead shim's task ended");
-            Ended { pid: 0, status: KILLED, at: None }
+            Ended { pid: UNKNOWN, status: KILLED, at: None }
         });
+        // containerd's own shims say -1 when there never was a process
+        let was_made = answer.pid != 0 && i32::try_from(answer.pid).is_ok();
         let now = timestamp::to_nanos(&timestamp::now());
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         let recorded = self
@@ -154,14 +160,16 @@ impl Tasks {
                 // what was told before stays true
                 let told = exits::last(db, namespace.as_str(), &id, "")?;
                 let at = answer.at.filter(|at| *at > 0).unwrap_or(now);
-                let exit = told.unwrap_or(Exit { pid: answer.pid, status: answer.status, at });
-                ended::put(db, namespace.as_str(), &id, exit)?;
+                let exit = told.or_else(|| was_made.then_some(Exit { pid: answer.pid, status: answer.status, at }));
+                if let Some(exit) = exit {
+                    ended::put(db, namespace.as_str(), &id, exit)?;
+                }
                 Ok(exit)
             })
             .await;
         recorded.unwrap_or_else(|error| {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot record how a task ended");
-            Exit { pid: answer.pid, status: answer.status, at: answer.at.unwrap_or(now) }
+            was_made.then_some(Exit { pid: answer.pid, status: answer.status, at: answer.at.unwrap_or(now) })
         })
     }
 
@@ -187,6 +195,8 @@ fn exit_of(answer: &DeleteResponse) -> Exit {
     Exit { pid: answer.pid, status: answer.exit_status, at: at.unwrap_or_default() }
 }
 
+/// No process has that pid: stands for the one that nobody can name any more.
+const UNKNOWN: u32 = i32::MAX.cast_unsigned();
 /// 128 + SIGKILL: what is said of a task when nobody knows.
 const KILLED: u32 = 137;
 /// A deletion takes no longer: the runtime's hooks are part of it.
