@@ -2,5 +2,5 @@
 //!
 //! **Invariant:** `unsafe` lives here only; every function here has a safe signature.
 
+pub(crate) mod children;
 pub(crate) mod descriptors;
-pub(crate) mod process;

@@ -1,4 +1,4 @@
-//! Processes.
+//! Processes that this one starts.
 #![allow(unsafe_code)]
 
 use std::io;
