@@ -9,7 +9,7 @@ SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
-.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 campaign soak fuzz conformance conformance-docs conformance-tool
+.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
 .PHONY: lint install packages suites bench bench-upgrade bench-manager clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
@@ -49,6 +49,15 @@ test-cgroup2: packages build
 conformance: packages build conformance-tool
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine crun
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine runc
+
+## the clauses that depend on cgroups, and the first of every kind, on cgroup v2 in an emulated guest: a quarter of an hour
+CGROUP2_CLAUSES := resources. L1 L2 L10 P1 P3 T4 S1 D1 D2 E1
+conformance-cgroup2: packages build conformance-tool
+	for engine in crun runc; do \
+		tools=$(TARGET_DIR)/$(TRIPLE)/debug; \
+		tests/tools/cgroup2-vm --with $$tools/gated-runtime --with $$tools/log-sink --with $(SHIM) --with $$engine \
+			$$tools/shim-conformance run --shim $(SHIM) --engine $$engine --jobs 1 $(addprefix --filter ,$(CGROUP2_CLAUSES)) || exit 1; \
+	done
 
 conformance-tool:
 	$(CARGO) build --locked --package shim-tests --bins

@@ -16,6 +16,7 @@ use shim_tests::bundle::{Bundle, Container};
 use shim_tests::direct::{self, Case};
 use shim_tests::direct_cases;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
+use shim_tests::isolation;
 use shim_tests::proc;
 use shim_tests::stand::Stand;
 use shim_tests::stdio::{Pace, Reader, fifo};
@@ -129,7 +130,10 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                 count(&counts.absences);
             }
             1 => {
-                let all: Vec<_> = proc::all().into_values().filter(|process| process.comm == engine && !process.is_zombie()).collect();
+                // not what is about to become a container's process, which has a pid in the container as well
+                let is_helper = |pid| proc::status_field(pid, "NSpid").is_ok_and(|pids| pids.split_whitespace().count() == 1);
+                let helpers = proc::all().into_values().filter(|process| process.comm == engine && !process.is_zombie());
+                let all: Vec<_> = helpers.filter(|process| is_helper(process.pid)).collect();
                 if !all.is_empty() {
                     proc::kill_hard(all[dice.below(all.len() as u64) as usize].pid);
                     count(&counts.runtimes);
@@ -281,6 +285,8 @@ async fn undo(soak: &Soak, bundle: &Bundle) -> Result<()> {
     }
     eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await?;
     let _of_the_disk = fs::remove_file(soak.disk.join(&bundle.id));
+    // a runtime that was killed in the middle of create has told nobody of the cgroups that it had made: they are empty, and left
+    isolation::remove_cgroups(&format!("{}/{}/{}", isolation::cgroup(), soak.stand.namespace(), bundle.id));
     clear(bundle)
 }
 
