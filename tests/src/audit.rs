@@ -67,7 +67,8 @@ fn processes(but: &[u32], found: &mut BTreeSet<String>) {
 fn walk(folder: &Path, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let (path, Ok(kind)) = (entry.path(), entry.file_type()) else { continue };
-        if kind.is_socket() && folder.parent() == Some(Path::new(isolation::RUN)) {
+        let daemon = if folder.ends_with("state") { folder.parent().unwrap_or(folder) } else { folder };
+        if kind.is_socket() && daemon.parent() == Some(Path::new(isolation::RUN)) {
             // a daemon's own, which it may leave when it is killed
         } else if kind.is_socket() {
             found.insert(format!("socket {}", path.display()));

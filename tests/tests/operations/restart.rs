@@ -13,7 +13,7 @@ use tonic::Code;
 const LATER: Duration = Duration::from_secs(30);
 
 fn run(cx: &Context, id: &str, labels: &[&str], script: &str) -> Result<()> {
-    let mut flags = vec!["--detach".to_owned()];
+    let mut flags = ["--detach", "--null-io"].map(str::to_owned).to_vec();
     flags.extend(labels.iter().flat_map(|label| ["--label".to_owned(), format!("containerd.io/restart.{label}")]));
     let flags: Vec<_> = flags.iter().map(String::as_str).collect();
     printed(ctr_run(cx, id, &flags)?.args(["/bin/sh", "-c", script])).map(drop)
@@ -76,7 +76,7 @@ pub(crate) async fn failures_are_counted_and_end_at_the_number_of_the_policy(cx:
     let lives = cx.folder().join("lives");
     let mount = format!("type=bind,src={},dst=/mnt,options=rbind", cx.folder().display());
     let labels = ["--label", "containerd.io/restart.status=running", "--label", "containerd.io/restart.policy=on-failure:2"];
-    let flags = [["--detach", "--mount", &mount].as_slice(), &labels].concat();
+    let flags = [["--detach", "--null-io", "--mount", &mount].as_slice(), &labels].concat();
     printed(ctr_run(&cx, "fails", &flags)?.args(["/bin/sh", "-c", "echo life >> /mnt/lives; exit 5"]))?;
     let begin = std::time::Instant::now();
     eventually("it has lived three times", LATER, async || {
