@@ -166,7 +166,7 @@ mod tests {
         let contents = read(&path).expect("a journal");
         assert_eq!(contents.exit, Some(exit));
         let torn = folder.join("torn");
-        crate::fuzz::each(&[whole.clone()], |bytes| {
+        crate::fuzz::each(std::slice::from_ref(&whole), |bytes| {
             std::fs::write(&torn, bytes).expect("a file");
             let Ok(found) = read(&torn) else { return };
             // a sum of 32 bits does not lie by accident
