@@ -1,4 +1,4 @@
-# make run    the main job: a container that outlives the daemon and the shim's worker
+# make run    the main job: containers that outlive their daemon, its replacement, and the shim's worker
 # make test   everything that must hold
 # make conformance   what containerd asks of a shim, clause by clause, and what ours makes of it
 PREFIX ?= /usr/local
@@ -6,28 +6,39 @@ CARGO ?= cargo
 TARGET_DIR := $(shell $(CARGO) metadata --format-version 1 --no-deps 2>/dev/null | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
 TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
-FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
+FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
-.PHONY: build build-faulty run test test-unit test-e2e test-cgroup2 campaign conformance conformance-docs lint install packages suites bench bench-upgrade clean
+.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
+.PHONY: lint install packages suites bench bench-upgrade bench-manager clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
 build:
 	$(CARGO) build --locked --release --package containerd-shim-x --package x-manager
 
-## runs a container, kills daemon and worker under it, shows that nothing was lost
+## runs containers under x-manager, kills and replaces it and kills the shim's worker, shows that nothing was lost;
+## with DAEMON=containerd: a container under stock containerd, killed likewise
 run: packages build
+ifeq ($(DAEMON),containerd)
 	X_SHIM=$(SHIM) tests/tools/demo
+else
+	X_MANAGER=$(MANAGER) X_SHIM=$(SHIM) tests/tools/demo-manager
+endif
 
 ## unit tests, then end-to-end tests on stock containerd 1.6, 1.7 and 2.1
-test: test-unit test-e2e
+test: test-unit test-e2e test-manager
 
 test-unit: packages
 	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager
 
 test-e2e: packages suites build build-faulty
-	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests
+	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
+		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
+
+## the same tests with x-manager in containerd's place, and its own
+test-manager: packages suites build
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
 
 ## on cgroup v2 without v1, in an emulated guest: some minutes, so not part of `test`
 test-cgroup2: packages build
@@ -42,25 +53,21 @@ conformance: packages build conformance-tool
 ## the clauses that depend on cgroups, and the first of every kind, on cgroup v2 in an emulated guest: some minutes. Emulated, runc takes
 ## longer than the deadlines allow.
 CGROUP2_CLAUSES := resources. L1 L2 P1 S1 D1 E1
-.PHONY: conformance-cgroup2
 conformance-cgroup2: packages build conformance-tool
 	tools=$(TARGET_DIR)/$(TRIPLE)/debug; \
 	tests/tools/cgroup2-vm --with $$tools/gated-runtime --with $$tools/log-sink --with $(SHIM) --with crun \
 		$$tools/shim-conformance run --shim $(SHIM) --engine crun --jobs 1 $(addprefix --filter ,$(CGROUP2_CLAUSES))
 
-.PHONY: conformance-tool
 conformance-tool:
 	$(CARGO) build --locked --package shim-tests --bins
 
 ## containers and processes for MINUTES while everything around them fails, then an audit; X_SEED repeats a run
 MINUTES ?= 10
-.PHONY: soak
 soak: packages suites build
 	X_SHIM=$(SHIM) X_SOAK_SECONDS=$$(( $(MINUTES) * 60 )) $(CARGO) test --locked --package shim-tests --test soak
 
 ## ROUNDS mutated inputs for each parser of bytes from outside; X_SEED chooses which
 ROUNDS ?= 1000000
-.PHONY: fuzz
 fuzz:
 	X_FUZZ_ROUNDS=$(ROUNDS) $(CARGO) test --locked --release --package containerd-shim-x --bin containerd-shim-x-v2 no_bytes
 
@@ -73,10 +80,11 @@ N ?= 1000
 campaign: packages suites build-faulty
 	X_SHIM_FAULTY=$(FAULTY_SHIM) X_CAMPAIGN=$(N) X_CAMPAIGN_WITHIN=$$(( $(N) * 10 + 600 )) $(CARGO) test --locked --package shim-tests --test faults -- campaign
 
-## how long a client waits while its shim is upgraded, and one upgrade of 1,000 shims
+## how long a client waits while its shim is upgraded, one upgrade of 1,000 shims, what a worker's rest gives and costs
 bench-upgrade: packages build
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rounds 2000
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --shims 1000
+	X_SHIM=$(SHIM) X_SHIM_IDLE_SECONDS=5 $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rest 50
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:
@@ -89,6 +97,10 @@ lint:
 install: build
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-x-v2
 	install -D -m 755 $(MANAGER) $(DESTDIR)$(PREFIX)/bin/x-manager
+	install -D -m 644 manager/default.toml $(DESTDIR)$(PREFIX)/share/doc/x-manager/config.toml
+	install -D -m 644 manager/systemd/x-manager.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.socket
+	mkdir -p $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's,@PREFIX@,$(PREFIX),' manager/systemd/x-manager.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.service
 
 ## Debian packages that building and testing need
 packages:
@@ -97,6 +109,10 @@ packages:
 ## containerd, runc and crun of other Debian releases, in a cache folder
 suites: packages
 	tests/tools/fetch-suites
+
+## x-manager beside containerd 2.1: memory, start, restart, churn
+bench-manager: packages suites build
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --bin manager-bench -- --containers 100
 
 ## beside the stock shim: memory, latency, throughput
 bench: packages build

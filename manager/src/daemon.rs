@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -50,7 +51,7 @@ struct Start {
 
 impl Start {
     async fn alone(settings: &Settings, inherited: Inherited) -> Result<Self> {
-        let lock = claim(&settings.root)?;
+        let lock = patiently(|| claim(&settings.root)).await?;
         let sockets = Sockets::open(settings, inherited)?;
         Ok(Self { lock, sockets, manager: Arc::new(Manager::open(settings).await?), predecessor: None })
     }
@@ -67,7 +68,7 @@ impl Start {
 async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> {
     let Start { lock, sockets, manager, predecessor } = start;
     manager.store.limit(settings.limits.store_bytes).await?;
-    let not_yet = manager.gate.close(std::time::Duration::ZERO).await;
+    let not_yet = manager.gate.close(Duration::ZERO).await;
     manager.tasks.load().await?;
     if let Some(predecessor) = predecessor {
         predecessor.ready().await?;
@@ -159,6 +160,18 @@ impl Wishes {
     }
 }
 
+/// Tries again for a moment: a daemon that was killed while it started a program leaves a copy of itself, with its lock and its sockets,
+/// until that program begins.
+async fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
+    let begin = Instant::now();
+    loop {
+        match attempt() {
+            Err(Error::Precondition(_)) if begin.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
+            result => return result,
+        }
+    }
+}
+
 /// Makes sure that no other daemon works on the same data. The lock lasts until the last copy of the descriptor is closed.
 fn claim(root: &Path) -> Result<OwnedFd> {
     std::fs::create_dir_all(root).on("make folder", root)?;
@@ -179,9 +192,12 @@ fn own_program() -> PathBuf {
     found.or_else(|| std::env::current_exe().ok()).unwrap_or(name)
 }
 
+/// How long what a dead daemon holds is waited for.
+const PATIENCE: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(10);
 /// For work that waits for the disk; they end when they have nothing to do.
 const BLOCKING_THREADS: usize = 16;
 /// Of each of them.
 const STACK_BYTES: usize = 256 << 10;
 /// When stopping, for calls that change something.
-const LAST_CHANGES: std::time::Duration = std::time::Duration::from_secs(10);
+const LAST_CHANGES: Duration = Duration::from_secs(10);

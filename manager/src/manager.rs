@@ -43,7 +43,7 @@ impl Manager {
 }
 
 /// One of the identifiers that the kernel gives.
-fn kernel_id(name: &str) -> Result<String> {
+pub(crate) fn kernel_id(name: &str) -> Result<String> {
     let path = Path::new("/proc/sys/kernel/random").join(name);
     Ok(std::fs::read_to_string(&path).on("read", &path)?.trim().to_owned())
 }

@@ -135,7 +135,7 @@ For people:
     containerd-shim-x-v2 upgrade ID... | --all [--to PATH] [--worker-only] [--at-once N] [--json] [--namespace NAME]
         has shims go on as the program at PATH, or as this one, while their containers run; a new program that does not work is
         not taken, or replaced by the old one, and the reason is shown. Ends with 0 if all shims run the program now, else with 1.
-        Downgrades are done in the same way. The keeper is replaced too, unless --worker-only. 4 shims are upgraded at once
+        Downgrades are done in the same way. The keeper is replaced too, unless --worker-only. As many shims are upgraded at once as there are processors, 8 at most
     containerd-shim-x-v2 -v
         prints the version
     containerd-shim-x-v2 --help

@@ -230,13 +230,13 @@ impl Client {
     }
 
     /// Opens the stream of this namespace's events.
-    pub(crate) async fn subscribe(&self) -> Answer<tonic::Streaming<api::types::Envelope>> {
+    pub async fn subscribe(&self) -> Answer<tonic::Streaming<api::types::Envelope>> {
         let filters = vec![format!("namespace=={}", self.namespace)];
         Ok(self.api.events().subscribe(self.request(SubscribeRequest { filters })).await?.into_inner())
     }
 
     /// Publishes an event.
-    pub(crate) async fn publish(&self, topic: &str, event: Any) -> Answer<()> {
+    pub async fn publish(&self, topic: &str, event: Any) -> Answer<()> {
         let request = self.request(PublishRequest { topic: topic.to_owned(), event: Some(event) });
         self.call("publish", self.api.events().publish(request)).await
     }

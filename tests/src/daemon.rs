@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -27,7 +27,14 @@ pub struct Daemon {
     suite: Suite,
     folder: PathBuf,
     environment: Vec<(String, String)>,
-    process: Mutex<Option<Child>>,
+    process: Mutex<Option<Running>>,
+}
+
+#[derive(Debug)]
+enum Running {
+    Child(Child),
+    /// A process that has taken over from a child.
+    Successor(i32),
 }
 
 impl Daemon {
@@ -135,20 +142,52 @@ impl Daemon {
 
     /// Its pid, while it runs.
     pub fn pid(&self) -> Option<u32> {
-        self.process.lock().expect("no panic under this lock").as_ref().map(Child::id)
+        self.process.lock().expect("no panic under this lock").as_ref().map(|running| match running {
+            Running::Child(child) => child.id(),
+            Running::Successor(pid) => pid.cast_unsigned(),
+        })
     }
 
     fn end(&self, signal: Signal) -> Result<()> {
-        let child = self.process.lock().expect("no panic under this lock").take();
-        if let Some(mut child) = child {
-            kill(Pid::from_raw(child.id().cast_signed()), signal)?;
-            child.wait()?;
-            isolation::forget(child.id());
+        let running = self.process.lock().expect("no panic under this lock").take();
+        match running {
+            None => {}
+            Some(Running::Child(mut child)) => {
+                kill(Pid::from_raw(child.id().cast_signed()), signal)?;
+                child.wait()?;
+                isolation::forget(child.id());
+            }
+            Some(Running::Successor(pid)) => {
+                kill(Pid::from_raw(pid), signal)?;
+                let begin = Instant::now();
+                while proc::is_alive(pid) {
+                    ensure!(begin.elapsed() < SOON, "process {pid} does not end");
+                    std::thread::sleep(Duration::from_millis(5)); // a look at a process that is nobody's child here
+                }
+            }
         }
         Ok(())
     }
 
-    fn spawn(&self) -> Result<()> {
+    /// Says that process `pid` has taken over, and waits for the end of the one before.
+    pub async fn is_succeeded_by(&self, pid: i32) -> Result<()> {
+        let before = self.process.lock().expect("no panic under this lock").replace(Running::Successor(pid));
+        match before {
+            None => bail!("nothing ran before {pid}"),
+            Some(Running::Child(mut child)) => {
+                let status = eventually("the process before has ended", SOON, async || child.try_wait()?.context("it runs")).await?;
+                isolation::forget(child.id());
+                ensure!(status.success(), "the process before ended with {status}");
+            }
+            Some(Running::Successor(old)) => {
+                eventually_true("the process before has ended", SOON, || !proc::is_alive(old)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts it, without waiting for anything.
+    pub fn spawn(&self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
         let child = self
             .program()
@@ -163,7 +202,7 @@ impl Daemon {
             .spawn()
             .with_context(|| format!("start {}", self.suite))?;
         isolation::keep(child.id());
-        *self.process.lock().expect("no panic under this lock") = Some(child);
+        *self.process.lock().expect("no panic under this lock") = Some(Running::Child(child));
         Ok(())
     }
 

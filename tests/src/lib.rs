@@ -11,6 +11,7 @@
 //! | [`container`] | a container under test: spec, stdio, task, execs |
 //! | [`context`] | what a test is given |
 //! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
+//! | [`operator`] | what an operator does with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
@@ -46,6 +47,7 @@ pub mod fake_containerd;
 pub mod gate;
 pub mod isolation;
 pub mod messages;
+pub mod operator;
 pub mod proc;
 pub mod rootfs;
 pub mod runner;

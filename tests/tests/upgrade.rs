@@ -56,6 +56,7 @@ fn main() -> ExitCode {
             Scope::Once =>
                 a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemon,
                 a_worker_that_moves_outputs_does_not_rest,
+                a_keeper_takes_an_inotify_instance_only_while_output_waits_for_its_reader,
         ]
         .map_within(long),
     ]

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::filter::{Fields, Filter, label, text};
 use crate::manager::Manager;
 use crate::store::{Resource, leases, namespaces, resources};
-use crate::{name, timestamp};
+use crate::{manager, name, timestamp};
 
 impl Fields for Lease {
     fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
@@ -33,11 +33,13 @@ fn must_exist(db: &Connection, namespace: &str, id: &str) -> Result<()> {
 
 pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateRequest) -> Result<CreateResponse> {
     let namespace = call.namespace()?;
-    if request.id.is_empty() || request.id.len() > MAX_ID_BYTES {
+    if request.id.len() > MAX_ID_BYTES {
         return Err(Error::Invalid(format!("lease id of {} bytes", request.id.len())));
     }
     name::labels(&request.labels)?;
-    let lease = Lease { id: request.id, created_at: Some(timestamp::now()), labels: mask::without_empty(request.labels) };
+    // without an id a client wants one made up
+    let id = if request.id.is_empty() { manager::kernel_id("uuid")? } else { request.id };
+    let lease = Lease { id, created_at: Some(timestamp::now()), labels: mask::without_empty(request.labels) };
     let new = lease.clone();
     manager
         .store

@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 
 use hyper::body::Incoming;
 use prost::Message;
+use tokio::sync::watch;
 use tokio_stream::Stream;
 use tonic::body::Body;
 use tonic::server::Grpc;
@@ -24,6 +25,9 @@ use crate::manager::Manager;
 /// A response, or a stream's reset.
 type Answer = Result<http::Response<Body>, h2::Error>;
 
+/// Turns true when the client has been told that its connection ends.
+type Leaving = watch::Receiver<bool>;
+
 /// Serves one request.
 ///
 /// What changes something is carried to its end, even if the client hangs up; what only looks or waits ends with its client.
@@ -31,7 +35,7 @@ type Answer = Result<http::Response<Body>, h2::Error>;
 /// When this process retires, what still waits is reset with REFUSED_STREAM: nothing was done, and clients may ask again as if they
 /// never had. gRPC's own do so by themselves, over a new connection, which the next process accepts. Streams of answers end with an error,
 /// as what their clients miss in between would be missed in silence.
-pub(super) async fn route(manager: Arc<Manager>, request: http::Request<Incoming>) -> Answer {
+pub(super) async fn route(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Incoming>) -> Answer {
     let path = request.uri().path().to_owned();
     let (service, method) = path.strip_prefix('/').and_then(|path| path.split_once('/')).unwrap_or_default();
     let m = manager;
@@ -41,51 +45,51 @@ pub(super) async fn route(manager: Arc<Manager>, request: http::Request<Incoming
             "Get" => look(m, r, containers::get).await,
             "List" => look(m, r, containers::list).await,
             "ListStream" => stream(m, r, containers::list_stream).await,
-            "Create" => change(m, r, containers::create).await,
-            "Update" => change(m, r, containers::update).await,
-            "Delete" => change(m, r, containers::delete).await,
+            "Create" => change(m, leaving, r, containers::create).await,
+            "Update" => change(m, leaving, r, containers::update).await,
+            "Delete" => change(m, leaving, r, containers::delete).await,
             _ => unknown(&path),
         },
         "containerd.services.tasks.v1.Tasks" => match method {
-            "Create" => change(m, r, tasks::create).await,
-            "Start" => change(m, r, tasks::start).await,
-            "Delete" => change(m, r, tasks::delete).await,
-            "DeleteProcess" => change(m, r, tasks::delete_process).await,
+            "Create" => change(m, leaving, r, tasks::create).await,
+            "Start" => change(m, leaving, r, tasks::start).await,
+            "Delete" => change(m, leaving, r, tasks::delete).await,
+            "DeleteProcess" => change(m, leaving, r, tasks::delete_process).await,
             "Get" => look(m, r, tasks::get).await,
             "List" => look(m, r, tasks::list).await,
-            "Kill" => change(m, r, tasks::kill).await,
-            "Exec" => change(m, r, tasks::exec).await,
-            "ResizePty" => change(m, r, tasks::resize_pty).await,
-            "CloseIO" => change(m, r, tasks::close_io).await,
-            "Pause" => change(m, r, tasks::pause).await,
-            "Resume" => change(m, r, tasks::resume).await,
+            "Kill" => change(m, leaving, r, tasks::kill).await,
+            "Exec" => change(m, leaving, r, tasks::exec).await,
+            "ResizePty" => change(m, leaving, r, tasks::resize_pty).await,
+            "CloseIO" => change(m, leaving, r, tasks::close_io).await,
+            "Pause" => change(m, leaving, r, tasks::pause).await,
+            "Resume" => change(m, leaving, r, tasks::resume).await,
             "ListPids" => look(m, r, tasks::list_pids).await,
-            "Checkpoint" => change(m, r, tasks::checkpoint).await,
-            "Update" => change(m, r, tasks::update).await,
+            "Checkpoint" => change(m, leaving, r, tasks::checkpoint).await,
+            "Update" => change(m, leaving, r, tasks::update).await,
             "Metrics" => look(m, r, tasks::metrics).await,
-            "Wait" => park(m, r, tasks::wait).await,
+            "Wait" => park(m, leaving, r, tasks::wait).await,
             _ => unknown(&path),
         },
         "containerd.services.events.v1.Events" => match method {
             "Publish" => look(m, r, events::publish).await,
-            "Forward" => change(m, r, events::forward).await,
+            "Forward" => change(m, leaving, r, events::forward).await,
             "Subscribe" => stream(m, r, events::subscribe).await,
             _ => unknown(&path),
         },
         "containerd.services.namespaces.v1.Namespaces" => match method {
             "Get" => look(m, r, namespaces::get).await,
             "List" => look(m, r, namespaces::list).await,
-            "Create" => change(m, r, namespaces::create).await,
-            "Update" => change(m, r, namespaces::update).await,
-            "Delete" => change(m, r, namespaces::delete).await,
+            "Create" => change(m, leaving, r, namespaces::create).await,
+            "Update" => change(m, leaving, r, namespaces::update).await,
+            "Delete" => change(m, leaving, r, namespaces::delete).await,
             _ => unknown(&path),
         },
         "containerd.services.leases.v1.Leases" => match method {
-            "Create" => change(m, r, leases::create).await,
-            "Delete" => change(m, r, leases::delete).await,
+            "Create" => change(m, leaving, r, leases::create).await,
+            "Delete" => change(m, leaving, r, leases::delete).await,
             "List" => look(m, r, leases::list).await,
-            "AddResource" => change(m, r, leases::add_resource).await,
-            "DeleteResource" => change(m, r, leases::delete_resource).await,
+            "AddResource" => change(m, leaving, r, leases::add_resource).await,
+            "DeleteResource" => change(m, leaving, r, leases::delete_resource).await,
             "ListResources" => look(m, r, leases::list_resources).await,
             _ => unknown(&path),
         },
@@ -124,23 +128,22 @@ where
 }
 
 /// The same for one that may last as long as a container.
-async fn park<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
+async fn park<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Incoming>, handler: H) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,
     H: FnMut(Arc<Manager>, Call, Q) -> F,
     F: Future<Output = Result<A>> + Send + 'static,
 {
-    let gate = manager.gate.clone();
     tokio::select! {
         biased;
         answer = look(manager, request, handler) => answer,
-        () = gate.retired() => Err(refused()),
+        refused = refused(leaving) => Err(refused),
     }
 }
 
 /// A call that is carried to its end, once nobody takes over.
-async fn change<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
+async fn change<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Incoming>, handler: H) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,
@@ -166,7 +169,7 @@ where
         }
     };
     let answer = grpc().unary(Handler { manager, handler, finish }, request).await;
-    if is_refused.load(Ordering::Relaxed) { Err(refused()) } else { Ok(answer) }
+    if is_refused.load(Ordering::Relaxed) { Err(refused(leaving).await) } else { Ok(answer) }
 }
 
 /// A call that is answered by a stream.
@@ -186,7 +189,10 @@ where
     Ok(grpc().server_streaming(Handler { manager, handler, finish: |call| call }, request).await)
 }
 
-fn refused() -> h2::Error {
+/// What a call is refused with, once its client knows that the connection ends.
+async fn refused(mut leaving: Leaving) -> h2::Error {
+    // without a connection it does not matter
+    let _ = leaving.wait_for(|leaving| *leaving).await;
     h2::Reason::REFUSED_STREAM.into()
 }
 

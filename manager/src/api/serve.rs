@@ -1,6 +1,8 @@
 //! Connections of clients.
 
+use std::future::{Future as _, poll_fn};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use hyper::server::conn::http2;
@@ -50,10 +52,8 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits:
 }
 
 async fn connection(socket: UnixStream, manager: Arc<Manager>, mut stop: watch::Receiver<bool>) {
-    let service = service_fn(move |request| {
-        let manager = Arc::clone(&manager);
-        route(manager, request)
-    });
+    let (leave, leaving) = watch::channel(false);
+    let service = service_fn(move |request| route(Arc::clone(&manager), leaving.clone(), request));
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
@@ -64,7 +64,14 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, mut stop: watch::
         ended = connection.as_mut() => ended,
         () = stopped(&mut stop) => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            // a client must have heard that this connection ends before a call is refused, or it asks again on this one
+            match poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await {
+                Poll::Ready(ended) => ended,
+                Poll::Pending => {
+                    leave.send_replace(true);
+                    connection.await
+                }
+            }
         }
     };
     if let Err(error) = ended {

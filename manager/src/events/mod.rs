@@ -37,6 +37,8 @@ pub(crate) struct Exchange {
 
 #[derive(Debug)]
 struct Subscriber {
+    /// This process itself.
+    is_own: bool,
     filter: Filter,
     queue: mpsc::UnboundedSender<Item>,
     /// Bytes in the queue.
@@ -94,24 +96,32 @@ impl Exchange {
         self.published.load(Ordering::Relaxed)
     }
 
-    /// How many listen.
+    /// How many clients listen.
     pub(crate) fn count(&self) -> usize {
-        self.subscribers().len()
+        self.subscribers().iter().filter(|subscriber| !subscriber.is_own).count()
     }
 
-    /// Listens from now on.
+    /// Listens from now on, for a client.
     ///
     /// Errors: [`Error::Exhausted`] when too many do.
     pub(crate) fn subscribe(&self, filter: Filter) -> Result<Subscription> {
-        let mut subscribers = self.subscribers();
-        subscribers.retain(|subscriber| !subscriber.queue.is_closed());
-        if subscribers.len() >= self.limits.subscribers {
+        self.subscribers().retain(|subscriber| !subscriber.queue.is_closed());
+        if self.count() >= self.limits.subscribers {
             return Err(Error::Exhausted(format!("{} clients are subscribed to events, which is the most", self.limits.subscribers)));
         }
+        Ok(self.listen(filter, false))
+    }
+
+    /// Listens from now on, for this process itself.
+    pub(crate) fn overhear(&self, filter: Filter) -> Subscription {
+        self.listen(filter, true)
+    }
+
+    fn listen(&self, filter: Filter, is_own: bool) -> Subscription {
         let (queue, items) = mpsc::unbounded_channel();
         let waiting = Arc::default();
-        subscribers.push(Subscriber { filter, queue, waiting: Arc::clone(&waiting) });
-        Ok(Subscription { items, waiting })
+        self.subscribers().push(Subscriber { is_own, filter, queue, waiting: Arc::clone(&waiting) });
+        Subscription { items, waiting }
     }
 }
 

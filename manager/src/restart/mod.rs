@@ -69,25 +69,19 @@ struct History {
 impl Monitor {
     async fn run(&mut self) {
         let filter = Filter::parse(&["topic==/tasks/exit", "topic==/containers/update"]).unwrap_or_default();
-        let mut events = self.manager.events.subscribe(filter.clone());
+        let mut events = self.manager.events.overhear(filter.clone());
         let mut next_round = Instant::now();
         loop {
             let wake = self.known.values().filter_map(|history| history.due).min().map_or(next_round, |first| first.min(next_round));
-            let event = async {
-                match &mut events {
-                    Ok(events) => events.next().await,
-                    Err(_) => std::future::pending().await,
-                }
-            };
             tokio::select! {
-                event = event => match event {
+                event = events.next() => match event {
                     Some(Ok(envelope)) => {
                         if let Some(key) = container_of(&envelope) {
                             self.look(&key).await;
                         }
                     }
                     // dropped for being slow: the next round sees what was missed
-                    _ => events = self.manager.events.subscribe(filter.clone()),
+                    _ => events = self.manager.events.overhear(filter.clone()),
                 },
                 Some(ended) = self.acting.join_next() => {
                     match ended {

@@ -3,3 +3,4 @@
 //! **Invariant:** `unsafe` lives here only; every function here has a safe signature.
 
 pub(crate) mod descriptors;
+pub(crate) mod process;

@@ -32,6 +32,7 @@ use super::bundle::{Address, Bundle};
 use crate::error::{Error, IoContext as _, Result};
 use crate::name::Namespace;
 use crate::settings::Settings;
+use crate::sys;
 
 /// Finds the program of a runtime: an absolute path as it is, `io.containerd.NAME.vN` as `containerd-shim-NAME-vN` in PATH or
 /// beside this program.
@@ -184,6 +185,8 @@ impl Programs {
 async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Duration) -> Result<Output> {
     let stdin = if input.is_empty() { Stdio::null() } else { Stdio::piped() };
     command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    // one that went on by itself would get in the way of what the next life of this process does for the same task
+    sys::process::die_with_us(&mut command);
     let mut child = command.spawn().on("run", program)?;
     let stdin = child.stdin.take();
     let fed = async {

@@ -37,7 +37,7 @@ pub(crate) struct Estate<'a> {
 /// Errors: why it did not; this process goes on.
 pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path) -> Result<u32> {
     info!(program:% = path.display(); "starting a successor");
-    let mut successor = Successor::start(path, estate)?;
+    let mut successor = Successor::start(path, estate).await?;
     let migrates = match successor.hear(PREPARE).await?.as_str() {
         PREPARED => false,
         PREPARED_TO_MIGRATE => true,
@@ -78,16 +78,17 @@ struct Successor {
 }
 
 impl Successor {
-    fn start(path: &Path, estate: Estate<'_>) -> Result<Self> {
+    async fn start(path: &Path, estate: Estate<'_>) -> Result<Self> {
         let (own, its) = UnixStream::pair().on("make a socket for", path)?;
         let arguments = std::env::args_os().skip(1).filter(|argument| argument != TAKE_OVER);
         let child = Command::new(path).args(arguments).arg(TAKE_OVER).stdin(OwnedFd::from(its)).spawn().on("run", path)?;
         let words = Words::new(own.try_clone().on("make a socket for", path)?).on("make a socket for", path)?;
-        let successor = Self { child, path: path.to_owned(), words, has_taken_over: false };
+        let mut successor = Self { child, path: path.to_owned(), words, has_taken_over: false };
         let descriptors: Vec<_> = [estate.lock].into_iter().chain(estate.sockets.all()).collect();
-        let greeted = crate::sys::descriptors::send(own.as_fd(), format!("{GREETING}\n").as_bytes(), &descriptors);
-        greeted.on("hand the sockets to", path)?;
-        Ok(successor)
+        match crate::sys::descriptors::send(own.as_fd(), format!("{GREETING}\n").as_bytes(), &descriptors) {
+            Err(error) => Err(successor.failure(error.into()).await),
+            Ok(()) => Ok(successor),
+        }
     }
 
     async fn hear(&mut self, limit: Duration) -> Result<String> {

@@ -21,8 +21,8 @@ use crate::invocation::UpgradeOrder;
 
 /// How long a keeper may take: longer than it gives itself for each step.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// So many shims are upgraded at once where the order does not say.
-const AT_ONCE: usize = 4;
+/// The most shims that are upgraded at once where the order does not say.
+const MOST_AT_ONCE: usize = 8;
 
 /// A shim, and what became of it.
 struct Target {
@@ -73,7 +73,7 @@ pub(crate) fn upgrade(order: &UpgradeOrder) -> Result<bool, Error> {
     };
     let begun = Instant::now();
     thread::scope(|scope| {
-        for _ in 0..order.at_once.unwrap_or(AT_ONCE).min(total) {
+        for _ in 0..order.at_once.unwrap_or_else(at_once).min(total) {
             scope.spawn(work);
         }
     });
@@ -86,6 +86,11 @@ pub(crate) fn upgrade(order: &UpgradeOrder) -> Result<bool, Error> {
         io::stdout().lock().write_all(summary.to_text(&targets).as_bytes())?;
     }
     Ok(summary.is_success())
+}
+
+/// As many as there are processors: more would only wait for each other, and clients with them.
+fn at_once() -> usize {
+    thread::available_parallelism().map_or(1, usize::from).min(MOST_AT_ONCE)
 }
 
 fn own_path() -> PathBuf {

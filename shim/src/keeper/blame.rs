@@ -12,6 +12,7 @@
 //! ```
 //!
 //! **Invariant:** a request is told before the exits that came after it, also when some are held back.
+//! **Invariant:** while a trial is on, a look costs nothing that grows with what is open: a flood may be on trial.
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -69,6 +70,7 @@ impl Blame {
             return None;
         }
         let told: BTreeSet<Cause> = told.into_iter().collect();
+        self.suspects.retain(|cause, suspect| told.contains(cause) || suspect.deaths >= DEATHS);
         let tried: Vec<Cause> = trial.iter().flat_map(|trial| trial.causes.intersection(&told)).copied().collect();
         let alone = match tried[..] {
             [] => {
@@ -99,16 +101,17 @@ impl Blame {
         if self.suspects.is_empty() {
             return open.requests().chain(open.exits()).collect();
         }
-        self.suspects.retain(|cause, _| (open.is_open)(*cause));
         if let Some(trial) = &mut self.trial {
-            trial.causes.retain(|cause| self.suspects.contains_key(cause));
+            while let Some(first) = trial.causes.first().filter(|first| !(open.is_open)(**first)).copied() {
+                trial.causes.remove(&first);
+                self.suspects.remove(&first);
+            }
             if !trial.causes.is_empty() && (now < trial.until || !is_lively) {
                 return Vec::new();
             }
-            for innocent in &trial.causes {
-                self.suspects.remove(innocent);
+            for innocent in self.trial.take().into_iter().flat_map(|trial| trial.causes) {
+                self.suspects.remove(&innocent);
             }
-            self.trial = None;
         }
         for untold in [open.requests().collect::<Vec<_>>(), open.exits().collect()] {
             let held: Vec<Cause> = untold.iter().filter(|cause| self.is_to_be_tried(**cause, now)).copied().collect();
@@ -125,6 +128,7 @@ impl Blame {
             return causes.into_iter().collect();
         }
         self.width = None;
+        self.suspects.retain(|cause, _| (open.is_open)(*cause));
         Vec::new()
     }
 
@@ -134,6 +138,11 @@ impl Blame {
 
     fn is_withheld(&self, cause: Cause, now: Instant) -> bool {
         self.suspects.get(&cause).and_then(|suspect| suspect.withheld_until).is_some_and(|until| until > now)
+    }
+
+    /// Whether a trial is on.
+    pub(crate) fn is_trying(&self) -> bool {
+        self.trial.is_some()
     }
 
     /// Another program gets to see everything.

@@ -31,8 +31,14 @@ const HELLO_WITHIN: Duration = Duration::from_secs(10);
 const PING_AFTER: Duration = Duration::from_secs(1);
 /// The same for one that has answered everything but what takes long.
 const PING_EVERY: Duration = Duration::from_secs(5);
-/// So long a sign of life may take.
+/// So long a sign of life may take, for a worker that does not run meanwhile.
 const PONG_WITHIN: Duration = Duration::from_secs(5);
+/// The same for one that does: the processor's time that it may use. On a machine without a free processor that is long.
+const PONG_WITHIN_CPU: Duration = Duration::from_secs(2);
+/// How often a worker that runs is looked at, once its time without running would be over.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// And so long it may take in any case.
+const PONG_AT_MOST: Duration = Duration::from_secs(60);
 
 /// The most descriptors of a worker that wait for their messages.
 const MAX_ATTACHED: usize = 4096;
@@ -105,6 +111,17 @@ pub(crate) struct Hello {
     pub(crate) build: String,
 }
 
+/// A sign of life that was asked for.
+#[derive(Debug, Clone, Copy)]
+struct Ping {
+    at: Instant,
+    /// The processor's time that the worker had used then.
+    used: Duration,
+    /// When it is looked at next, and what it had used the last time.
+    look_at: Instant,
+    used_then: Duration,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Life {
@@ -122,7 +139,7 @@ pub(crate) struct Life {
     quiet_since: Instant,
     /// It was sent something since it was last heard.
     owing: bool,
-    pinged_at: Option<Instant>,
+    ping: Option<Ping>,
     /// It was asked whether it may rest, and nothing has happened since.
     asked_to_rest: bool,
     /// Descriptors that came along with messages.
@@ -158,7 +175,7 @@ impl Life {
             doomed: None,
             quiet_since: now,
             owing: false,
-            pinged_at: None,
+            ping: None,
             asked_to_rest: false,
             attached: VecDeque::new(),
         })
@@ -227,7 +244,7 @@ impl Life {
     pub(crate) fn flush(&mut self, now: Instant) {
         let before = self.output.bytes();
         let _ = self.output.flush(&self.link);
-        if self.output.bytes() < before && self.pinged_at.is_none() {
+        if self.output.bytes() < before && self.ping.is_none() {
             // Whoever reads does not hang; whether it acts on what it reads, the ping behind it tells.
             self.quiet_since = now;
         }
@@ -264,7 +281,7 @@ impl Life {
             self.asked_to_rest = false;
         }
         if !messages.is_empty() {
-            (self.quiet_since, self.owing, self.pinged_at) = (now, false, None);
+            (self.quiet_since, self.owing, self.ping) = (now, false, None);
         }
         messages
     }
@@ -294,11 +311,21 @@ impl Life {
         }
         if self.hello.is_none() {
             self.kill(Fault::Its, format!("it has not said hello within {HELLO_WITHIN:?}"));
-        } else if self.pinged_at.is_some() {
-            warn!(pid = self.pid, life = self.number; "the worker hangs, killing it");
-            self.kill(Fault::Its, format!("it gave no sign of life within {PONG_WITHIN:?}"));
+        } else if let Some(ping) = &mut self.ping {
+            let used = sys::process::cpu_time(self.pid);
+            let has_run = used > ping.used_then;
+            let is_out_of_time = used.saturating_sub(ping.used) >= PONG_WITHIN_CPU || now >= ping.at + PONG_AT_MOST;
+            if has_run && !is_out_of_time {
+                // It has not had a processor for itself.
+                (ping.look_at, ping.used_then) = (now + LOOK_AGAIN, used);
+                return;
+            }
+            let within = now.saturating_duration_since(ping.at).as_secs();
+            warn!(pid = self.pid, life = self.number, within; "the worker hangs, killing it");
+            self.kill(Fault::Its, format!("it gave no sign of life within {within} s"));
         } else {
-            self.pinged_at = Some(now);
+            let used = sys::process::cpu_time(self.pid);
+            self.ping = Some(Ping { at: now, used, look_at: now + PONG_WITHIN, used_then: used });
             self.send(&ToWorker::Ping { number: 0 }, None, now);
         }
     }
@@ -311,8 +338,8 @@ impl Life {
         if self.hello.is_none() {
             return Some(self.born + HELLO_WITHIN);
         }
-        match self.pinged_at {
-            Some(at) => Some(at + PONG_WITHIN),
+        match self.ping {
+            Some(ping) => Some(ping.look_at),
             None if self.owing => Some(self.quiet_since + PING_AFTER),
             None => is_busy.then(|| self.quiet_since + PING_EVERY),
         }

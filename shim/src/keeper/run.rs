@@ -302,8 +302,9 @@ impl Keeper {
         }
         let (requests, is_connected) = self.relay.turn(id, &mut self.poll);
         for request in requests {
-            self.open_request(Asker::Client(request.caller), request.payload, now);
+            self.ledger.open_request(Asker::Client(request.caller), request.payload, now);
         }
+        self.tell(now);
         if !is_connected {
             self.ledger.forget(|asker| matches!(asker, Asker::Client(caller) if caller.client == id));
         }
@@ -321,14 +322,9 @@ impl Keeper {
         }
     }
 
-    fn open_request(&mut self, asker: Asker, payload: Vec<u8>, now: Instant) {
-        self.ledger.open_request(asker, payload, now);
-        self.tell(now);
-    }
-
     /// Tells the worker what it was not told of and may be.
     fn tell(&mut self, now: Instant) {
-        if !self.supervisor.is_serving() {
+        if !self.supervisor.is_serving() || (self.ledger.untold().is_empty() && !self.blame.is_trying()) {
             return;
         }
         let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
@@ -382,7 +378,10 @@ impl Keeper {
                 Some(file) => self.begin_upgrade(id, file, path, keeper_too, now),
                 None => self.control.reply(id, &ControlReply::Refused { why: "no program came along".into() }),
             },
-            ControlRequest::Ask { payload } => self.open_request(Asker::Commander(id), payload, now),
+            ControlRequest::Ask { payload } => {
+                self.ledger.open_request(Asker::Commander(id), payload, now);
+                self.tell(now);
+            }
         }
     }
 

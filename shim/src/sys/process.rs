@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
@@ -25,6 +26,12 @@ pub(crate) fn signal(process: BorrowedFd<'_>, number: i32) -> io::Result<()> {
     let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), number, std::ptr::null::<libc::siginfo_t>(), 0) };
     Errno::result(result)?;
     Ok(())
+}
+
+/// The processor's time that a process has used; zero if there is none.
+pub(crate) fn cpu_time(pid: u32) -> Duration {
+    let clock = nix::time::clock_getcpuclockid(nix::unistd::Pid::from_raw(pid as i32));
+    clock.and_then(nix::time::clock_gettime).map_or(Duration::ZERO, Duration::from)
 }
 
 /// A child that has ended and is still a zombie.

@@ -1,12 +1,13 @@
 //! Measures how long a client waits while a shim is upgraded under it. Needs root.
 //!
 //! ```text
-//! upgrade-bench [--rounds 1000] [--shims 0] [--json]
+//! upgrade-bench [--rounds 1000] [--shims 0] [--rest 0] [--json]
 //! ```
 //! `X_SHIM` names the shim. In each round a client calls without a pause what only a worker can answer, while the shim goes on as a copy
 //! of its program; the longest call is the round's pause. One half of the rounds replaces the worker, the other the keeper too; as many
 //! again ask the shim for nothing but `ps`, which shows how long a call takes on this machine anyway.
-//! `--shims` upgrades that many containers' shims in one go instead.
+//! `--shims` upgrades that many containers' shims in one go instead. `--rest` measures what it gives and costs that idle workers rest, with so
+//! many shims; `X_SHIM_IDLE_SECONDS` is best set to 5.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use shim_tests::bundle::Container;
+use shim_tests::eventually::eventually;
 use shim_tests::isolation;
 use shim_tests::runner::EXECUTOR;
 use shim_tests::stand::Stand;
@@ -45,18 +47,20 @@ fn main() -> ExitCode {
 struct Plan {
     rounds: usize,
     shims: usize,
+    rest: usize,
     json: bool,
 }
 
 impl Plan {
     fn read() -> Result<Self> {
-        let mut plan = Self { rounds: 1000, shims: 0, json: false };
+        let mut plan = Self { rounds: 1000, shims: 0, rest: 0, json: false };
         let mut rest = std::env::args().skip(1);
         while let Some(flag) = rest.next() {
             let mut value = || rest.next().with_context(|| format!("{flag} needs a value"))?.parse().with_context(|| flag.clone());
             match flag.as_str() {
                 "--rounds" => plan.rounds = value()?,
                 "--shims" => plan.shims = value()?,
+                "--rest" => plan.rest = value()?,
                 "--json" => plan.json = true,
                 _ => bail!("unknown flag {flag}"),
             }
@@ -70,7 +74,11 @@ async fn measure(plan: &Plan) -> Result<()> {
     let own = std::env::current_exe()?;
     let stand = Stand::new(&shim, own.parent().context("a file is in a folder")?)?;
     let copies = [copy(&stand, "first")?, copy(&stand, "second")?];
-    let result = if plan.shims > 0 { many(&stand, &copies[0], plan.shims).await? } else { rounds(&stand, &copies, plan.rounds).await? };
+    let result = match plan {
+        Plan { rest: 1.., .. } => rest(&stand, plan.rest).await?,
+        Plan { shims: 1.., .. } => many(&stand, &copies[0], plan.shims).await?,
+        _ => rounds(&stand, &copies, plan.rounds).await?,
+    };
     if plan.json {
         println!("{result:#}")
     } else {
@@ -162,6 +170,52 @@ async fn many(stand: &Stand, program: &Path, count: usize) -> Result<Value> {
         container.shut_down().await?;
     }
     Ok(json!({ "all": { "shims": count, "took_ms": took.as_secs_f64() * 1e3, "told by the keeper": figures(pauses)? } }))
+}
+
+/// Memory of shims with and without a worker, and how long the first call takes that needs one.
+async fn rest(stand: &Stand, count: usize) -> Result<Value> {
+    let mut containers = Vec::new();
+    for number in 0..count {
+        containers.push(stand.instant(&format!("c{number}"), &["sleep", "100000"]).run().await?);
+    }
+    let (mut awake, mut asleep, mut warm, mut cold) = (0.0, 0.0, Vec::new(), Vec::new());
+    for _ in 0..4 {
+        for container in &containers {
+            cold.push(call(container).await?);
+            warm.push(call(container).await?);
+        }
+        awake = memory_kib(&ps(stand).await?)?;
+        eventually("all workers rest", Duration::from_secs(60), async || {
+            let said = ps(stand).await?;
+            let left = said["shims"].as_array().context("no shims")?.iter().filter(|shim| shim["worker_asleep"] != true).count();
+            asleep = memory_kib(&said)?;
+            ensure!(left == 0, "{left} do not");
+            Ok(())
+        })
+        .await?;
+    }
+    // before the first round nobody had rested
+    cold.drain(..count);
+    for container in &containers {
+        container.shut_down().await?;
+    }
+    let share = |kib: f64| kib / count as f64;
+    Ok(json!({ "rest": {
+        "shims": count, "KiB of PSS a shim, awake": share(awake), "KiB of PSS a shim, asleep": share(asleep),
+        "a call": figures(warm)?, "a call that wakes": figures(cold)?,
+    } }))
+}
+
+async fn call(container: &Container) -> Result<Duration> {
+    let begin = Instant::now();
+    let answer = container.task.state(&container.id, "nobody").await;
+    ensure!(answer.is_err_and(|error| error.code() == Some(Code::NotFound)), "there is a process that nobody has made");
+    Ok(begin.elapsed())
+}
+
+fn memory_kib(said: &Value) -> Result<f64> {
+    let shims = said["shims"].as_array().context("no shims")?;
+    Ok(shims.iter().flat_map(|shim| [&shim["keeper"], &shim["worker"]]).filter_map(|process| process["pss_kib"].as_f64()).sum())
 }
 
 fn figures(mut times: Vec<Duration>) -> Result<Value> {

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use containerd_client::types::v1::Status as Phase;
-use shim_tests::container::Stdio;
+use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
-use shim_tests::events::Events;
+use shim_tests::events::{Event, Events};
 use shim_tests::eventually::{SOON, eventually};
 use tokio::task::{JoinSet, LocalSet};
 use tonic::{Code, Status};
@@ -138,42 +138,66 @@ impl Lane {
                 return Ok(());
             }
         };
-        self.start(id, "").await?;
-        let exec = async {
-            let process = |exec: &str| container.exec(exec, &["sh", "-c", &format!("exit {}", status + 100)]);
-            again(async || unless(process("e").add().await.map(drop).map_err(as_status), Code::AlreadyExists)).await?;
-            self.start(id, "e").await?;
-            let waited = again(async || client.wait(id, "e").await).await?;
-            ensure!(waited.exit_status == status + 100, "exec: {waited:?}");
-            again(async || unless(client.delete_exec(id, "e").await.map(drop), Code::NotFound)).await?;
-            Ok(())
-        };
-        exec.await.context("exec")?;
+        ensure!(self.start(id, "").await?, "it can be started again");
+        self.exec(&container, status + 100).await.context("exec")?;
         container.io.stdin().await?.write_all(b"go\n")?;
         let waited = again(async || client.wait(id, "").await).await.context("wait")?;
         ensure!(waited.exit_status == status, "wait: {waited:?}");
         self.acknowledged(id, "ended").await?;
         self.delete(id, status).await?;
         again(async || unless(client.delete_container(id).await, Code::NotFound)).await.context("delete container")?;
-        for (exec, status) in [("", status), ("e", status + 100)] {
-            let exits = self.events.exits(id, exec);
-            ensure!(exits.len() <= 1 && exits.iter().all(|exit| exit.status == status), "{exits:?}");
+        self.told_once(id, "", status, container.pid)
+    }
+
+    /// Runs an exec. One whose start was cut off is thrown away: the stock shim cannot start it again.
+    async fn exec(&self, container: &Container, status: u32) -> Result<()> {
+        let (client, id) = (self.cx.client(), &container.id);
+        for number in 0.. {
+            let name = format!("e{number}");
+            let build = || container.exec(&name, &["sh", "-c", &format!("exit {status}")]);
+            again(async || unless(build().add().await.map(drop).map_err(as_status), Code::AlreadyExists)).await?;
+            let started = self.start(id, &name).await?;
+            if started {
+                let waited = again(async || client.wait(id, &name).await).await?;
+                ensure!(waited.exit_status == status, "{waited:?}");
+            }
+            again(async || unless(client.delete_exec(id, &name).await.map(drop), Code::NotFound)).await?;
+            if started {
+                return self.told_once(id, &name, status, 0);
+            }
         }
         Ok(())
     }
 
-    /// Starts a process, once: whether an attempt without an answer did so, its state says.
-    async fn start(&self, id: &str, exec: &str) -> Result<()> {
+    /// That of no process two exits were told, and of `pid`, or whoever it was, the right one. A creation that was never
+    /// acknowledged may have been ended under the same id.
+    fn told_once(&self, id: &str, exec: &str, status: u32, pid: u32) -> Result<()> {
+        let exits = self.events.exits(id, exec);
+        let of_one_pid = |pid: u32| exits.iter().filter(|exit| exit.pid == pid).count();
+        ensure!(exits.iter().all(|exit| of_one_pid(exit.pid) == 1), "told twice: {exits:?}");
+        let right = |exit: &Event| exit.status == status || (pid != 0 && exit.pid != pid);
+        ensure!(exits.iter().all(right), "not {status}: {exits:?}");
+        Ok(())
+    }
+
+    /// Starts a process. False when an attempt that got no answer was cut off before it did anything.
+    async fn start(&self, id: &str, exec: &str) -> Result<bool> {
         let client = self.cx.client();
         loop {
             match client.start(id, exec).await {
-                Ok(_pid) => return Ok(()),
-                Err(status) if is_a_death(&status) => tokio::time::sleep(PAUSE).await,
-                Err(status) => {
-                    let state = again(async || client.state(id, exec).await).await?;
-                    ensure!(state.status() != Phase::Created, "start {exec:?}: {status:?}, state: {state:?}");
-                    return Ok(());
-                }
+                Err(status) if is_a_death(&status) => {}
+                answer => return answer.map(|_pid| true).with_context(|| format!("start {exec:?}")),
+            }
+            let begun = eventually("it has begun", Duration::from_secs(2), async || {
+                let state = again(async || client.state(id, exec).await).await?;
+                ensure!(state.status() != Phase::Created, "{state:?}");
+                Ok(())
+            });
+            match begun.await {
+                Ok(()) => return Ok(true),
+                Err(error) if error.chain().any(|cause| cause.is::<Status>()) => return Err(error),
+                Err(_still_created) if exec.is_empty() => {}
+                Err(_still_created) => return Ok(false),
             }
         }
     }

@@ -109,8 +109,8 @@ pub(crate) async fn how_a_task_of_a_dead_shim_ended_is_kept_until_it_is_collecte
     ensure!(collected.delete().await?.exit_status == 3);
     ensure!(code_of(collected.delete().await)? == Code::NotFound);
     ensure!(running.delete().await?.exit_status == 137);
-    let again = cx.container(&["sh", "-c", "exit 5"]).id(&replaced.id).create_task().await?;
-    ensure!(again.run().await? == 5);
+    let again = cx.container(&["sh", "-c", "exit 4"]).id(&replaced.id).create_task().await?;
+    ensure!(again.pid != replaced.pid && again.run().await? == 4);
     cx.leaves_nothing().await
 }
 
@@ -162,7 +162,7 @@ pub(crate) async fn a_full_disk_refuses_and_loses_nothing(cx: Context) -> Result
     let root = cx.daemon().folder().join("root");
     fs::rename(&root, cx.folder().join("root"))?;
     fs::create_dir(&root)?;
-    nix::mount::mount(Some("tmpfs"), &root, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=1m"))?;
+    nix::mount::mount(Some("tmpfs"), &root, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=8m"))?;
     cx.revive_daemon().await?;
     let result = full(&cx, &root).await;
     cx.daemon().stop()?;
@@ -174,6 +174,7 @@ async fn full(cx: &Context, root: &Path) -> Result<()> {
     let running = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
     let mut stdin = running.io.stdin().await?;
     let ballast = root.join("ballast");
+    fs::write(&ballast, vec![0; 4 << 20])?;
     let mut kept = Vec::new();
     let refusal = loop {
         let id = format!("kept{}", kept.len());
@@ -181,7 +182,7 @@ async fn full(cx: &Context, root: &Path) -> Result<()> {
             Ok(_) => kept.push(id),
             Err(error) => break error,
         }
-        ensure!(kept.len() < 200, "the disk does not fill up");
+        ensure!(kept.len() < 500, "the disk does not fill up");
     };
     ensure!(code_of::<()>(Err(refusal))? == Code::ResourceExhausted);
     // what is left goes too

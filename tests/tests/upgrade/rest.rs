@@ -88,3 +88,31 @@ pub(crate) async fn a_worker_that_moves_outputs_does_not_rest(cx: Context) -> Re
     ensure!(container.destroy().await? == 137);
     cx.leaves_nothing().await
 }
+
+/// A host has 128 of them by default, and may have more shims.
+pub(crate) async fn a_keeper_takes_an_inotify_instance_only_while_output_waits_for_its_reader(cx: Context) -> Result<()> {
+    let container = cx.container(&["sh", "-c", "read go; echo left; exit 3"]);
+    let mut container = container.stdio(Stdio::Fifos { stdin: true, pace: None }).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let instances = || -> Result<usize> {
+        let files = shim_tests::proc::open_files(keeper)?;
+        Ok(files.values().filter(|target| target.display().to_string().contains("inotify")).count())
+    };
+    ensure!(instances()? == 0, "{:?}", shim_tests::proc::open_files(keeper)?);
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.wait().await? == 3);
+    let is = |wanted: usize| async move {
+        eventually(format!("{wanted} instances"), SOON, async || {
+            let found = instances()?;
+            ensure!(found == wanted, "{found}");
+            Ok(())
+        })
+        .await
+    };
+    is(1).await?;
+    container.io_mut().read(shim_tests::stdio::Pace::Keep)?;
+    ensure!(container.io.out().to_end().await? == "left\n");
+    is(0).await?;
+    container.delete().await?;
+    cx.leaves_nothing().await
+}

@@ -1,0 +1,93 @@
+//! x-manager as its operator meets it: upgrades, restarts of containers, bad input, files and service managers. Needs root.
+//!
+//! `X_DAEMON` names the binary.
+
+#[path = "operations/files.rs"]
+mod files;
+#[path = "operations/limits.rs"]
+mod limits;
+#[path = "operations/restart.rs"]
+mod restart;
+#[path = "operations/service.rs"]
+mod service;
+#[path = "operations/upgrade.rs"]
+mod upgrade;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use shim_tests::cases;
+use shim_tests::runner::{self, Case, Scope};
+use shim_tests::suite;
+
+fn main() -> ExitCode {
+    if let Err(error) = suite::use_manager() {
+        eprintln!("cannot run: {error:#}");
+        return ExitCode::from(2);
+    }
+    let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
+    let cases = [upgrade_cases(), restart_cases(), service_cases(), file_cases(), limit_cases()].concat();
+    runner::main(&cases, &[], programs)
+}
+
+fn upgrade_cases() -> Vec<Case> {
+    let cases = cases![upgrade,
+        Scope::Daemons =>
+            a_stock_client_that_waits_does_not_notice_an_upgrade,
+            no_run_of_a_stock_client_fails_over_upgrades;
+        Scope::Once =>
+            no_connection_is_refused_over_upgrades,
+            an_exit_around_an_upgrade_is_told,
+            a_call_that_changes_something_is_waited_for,
+            an_upgrade_is_called_off_when_a_call_takes_too_long,
+            what_does_not_take_over_changes_nothing,
+            a_successor_that_dies_at_any_step_changes_nothing,
+            a_hangup_signal_is_an_upgrade,
+            a_stream_of_events_ends_with_an_error_after_what_was_told,
+            the_daemon_stops_while_a_successor_hangs,
+    ];
+    cases.into_iter().map(|case| case.within(Duration::from_secs(120))).collect()
+}
+
+fn restart_cases() -> Vec<Case> {
+    let cases = cases![restart,
+        Scope::Once =>
+            a_container_is_started_again_after_it_was_killed,
+            failures_are_counted_and_end_at_the_number_of_the_policy,
+            a_container_that_was_stopped_on_purpose_stays_so,
+            a_container_that_shall_be_stopped_is_stopped,
+            a_container_is_started_that_was_to_run_when_the_daemon_came_up,
+    ];
+    cases.into_iter().map(|case| case.within(Duration::from_secs(90))).collect()
+}
+
+fn service_cases() -> Vec<Case> {
+    cases![service,
+        Scope::Once =>
+            the_service_manager_is_told_when_it_serves_and_who_does,
+            sockets_of_the_service_manager_are_served_and_kept,
+            a_stop_lets_calls_end_and_containers_run,
+            metrics_are_served_where_they_are_wanted,
+    ]
+}
+
+fn file_cases() -> Vec<Case> {
+    cases![files,
+        Scope::Once =>
+            a_typo_in_the_configuration_is_refused_with_its_line,
+            the_default_configuration_can_be_used,
+            a_store_of_a_newer_version_is_refused_and_left_alone,
+            a_place_that_is_taken_is_refused,
+            a_backup_of_a_busy_store_has_what_was_acknowledged,
+    ]
+}
+
+fn limit_cases() -> Vec<Case> {
+    cases![limits,
+        Scope::Once =>
+            a_full_disk_refuses_what_is_new_and_loses_nothing,
+            a_client_that_never_reads_its_events_is_dropped_with_an_error,
+            too_many_clients_are_turned_away_and_the_others_served,
+    ]
+}

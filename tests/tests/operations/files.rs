@@ -1,0 +1,131 @@
+//! Configuration, store and places of which something is wrong.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result, ensure};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::operator::{Own, printed, said};
+use shim_tests::proc;
+
+/// That a command fails with one clear sentence.
+async fn fails(command: Command, sentence: &str) -> Result<()> {
+    let mut command = tokio::process::Command::from(command);
+    let output =
+        tokio::time::timeout(SOON, command.kill_on_drop(true).output()).await.with_context(|| format!("{command:?} goes on"))??;
+    let text = said(&output);
+    ensure!(!output.status.success() && text.contains(sentence), "{command:?}: {:?}, not {sentence:?}", text);
+    ensure!(text.lines().filter(|line| !line.contains("level=info")).count() == 1, "more than one sentence: {text}");
+    Ok(())
+}
+
+pub(crate) async fn a_typo_in_the_configuration_is_refused_with_its_line(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    own.start().await?;
+    let pid = own.pid();
+    own.configure("[limits]\nconections = 7\n")?;
+    let sentence = format!("{}/config.toml, line 5: unknown field `conections`", own.folder().display());
+    fails(own.command(&["config", "check"])?, &sentence).await?;
+    fails(own.command(&[])?, &sentence).await?;
+    // the running one notices before it gives anything away
+    proc::signal(pid.map_or(0, u32::cast_signed), nix::sys::signal::Signal::SIGHUP)?;
+    eventually_true("its log says so", SOON, || {
+        own.log().contains("no other process takes over") && own.log().contains("unknown field `conections`")
+    })
+    .await?;
+    own.client().await?;
+    own.configure("[limits]\nconnections = 7\n")?;
+    printed(&mut own.command(&["config", "check"])?)?;
+    printed(&mut own.command(&["upgrade"])?)?;
+    ensure!(own.ended().await?);
+    own.client().await.map(drop)
+}
+
+pub(crate) async fn the_default_configuration_can_be_used(cx: Context) -> Result<()> {
+    let own = Own::new(&cx.folder().join("own"), "")?;
+    let text = printed(&mut own.command(&["config", "default"])?)?;
+    let file = cx.folder().join("default.toml");
+    fs::write(&file, text)?;
+    let said = printed(own.command(&["config", "check"])?.arg(&file))?;
+    ensure!(said.contains("/run/x-manager/x-manager.sock"), "{said}");
+    Ok(())
+}
+
+pub(crate) async fn a_store_of_a_newer_version_is_refused_and_left_alone(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    own.start().await?;
+    // bytes 60 to 63 of an SQLite file are the version that its program has given it
+    let root = own.folder().join("root");
+    let (store, copy) = (root.join("meta.db"), root.join("copy"));
+    printed(own.command(&["backup"])?.arg(&copy))?;
+    proc::signal(own.pid().map_or(0, u32::cast_signed), nix::sys::signal::Signal::SIGTERM)?;
+    ensure!(own.ended().await?);
+    for entry in fs::read_dir(&root)?.flatten() {
+        if entry.file_name().to_string_lossy().starts_with("meta.db-") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    let mut bytes = fs::read(&copy)?;
+    ensure!(bytes.starts_with(b"SQLite format 3\0") && bytes.len() > 100);
+    bytes[60..64].copy_from_slice(&99_u32.to_be_bytes());
+    fs::write(&store, &bytes)?;
+    let sentence = "is of version 99, from a newer x-manager";
+    fails(own.command(&[])?, sentence).await?;
+    fails(own.command(&["check"])?, sentence).await?;
+    ensure!(fs::read(&store)? == bytes, "it was touched");
+    Ok(())
+}
+
+pub(crate) async fn a_place_that_is_taken_is_refused(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    own.start().await?;
+    fails(own.command(&[])?, "another x-manager works on").await?;
+    let other = cx.folder().join("other");
+    let other = Own::new(&other, "")?;
+    let _somebody = UnixListener::bind(other.address())?;
+    fails(other.command(&[])?, &format!("somebody serves at {} already", other.address().display())).await?;
+    let third = Own::new(&cx.folder().join("third"), "")?;
+    fs::write(third.address(), "precious")?;
+    fails(third.command(&[])?, "is there and no socket").await?;
+    ensure!(fs::read_to_string(third.address())? == "precious");
+    fails(third.command(&["upgrade"])?, "no x-manager takes orders at").await?;
+    own.client().await.map(drop)
+}
+
+pub(crate) async fn a_backup_of_a_busy_store_has_what_was_acknowledged(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let client = own.start().await?;
+    let enough = AtomicBool::new(false);
+    let writer = async {
+        let mut count = 0;
+        while !enough.load(Ordering::Relaxed) {
+            client.create_container(&format!("c{count}"), "io.containerd.x.v2", None, prost_types::Any::default()).await?;
+            count += 1;
+        }
+        Ok::<_, anyhow::Error>(count)
+    };
+    let backups = async {
+        for number in 0..5 {
+            let file = cx.folder().join(format!("copy{number}"));
+            client.create_container(&format!("known{number}"), "io.containerd.x.v2", None, prost_types::Any::default()).await?;
+            let mut command = tokio::process::Command::from(own.command(&["backup"])?);
+            let output = command.arg(&file).output().await?;
+            ensure!(output.status.success(), "{}", said(&output));
+            // a folder in which the copy is the store
+            let restored = Own::new(&cx.folder().join(format!("restored{number}")), "")?;
+            fs::create_dir_all(restored.folder().join("root"))?;
+            fs::copy(&file, restored.folder().join("root/meta.db"))?;
+            printed(&mut restored.command(&["check"])?)?;
+            ensure!(fs::read(&file)?.windows(6).any(|bytes| bytes == format!("known{number}").as_bytes()), "{number} is not in it");
+        }
+        enough.store(true, Ordering::Relaxed);
+        Ok(())
+    };
+    let (written, ()) = tokio::try_join!(writer, backups)?;
+    ensure!(written > 5, "{written}");
+    fails(own.command(&["backup", &cx.folder().join("copy0").display().to_string()])?, "is there already").await?;
+    printed(&mut own.command(&["check"])?).map(drop)
+}

@@ -1,0 +1,103 @@
+//! What clients ask for and cannot have.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use prost_types::Any;
+use shim_tests::context::Context;
+use shim_tests::eventually::SOON;
+use shim_tests::operator::{Own, printed};
+use shim_tests::proc;
+use tonic::Code;
+
+fn spec(bytes: usize) -> Any {
+    Any { type_url: "example.test/spec".to_owned(), value: vec![b'x'; bytes] }
+}
+
+pub(crate) async fn a_full_disk_refuses_what_is_new_and_loses_nothing(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let root = own.folder().join("root");
+    fs::create_dir_all(&root)?;
+    mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
+    let result = fill(&mut own).await;
+    drop(own);
+    umount2(&root, MntFlags::MNT_DETACH)?;
+    result
+}
+
+async fn fill(own: &mut Own) -> Result<()> {
+    fs::write(own.folder().join("root/ballast"), vec![1; 1_500_000])?;
+    let client = own.start().await?;
+    let mut count = 0;
+    let status = loop {
+        match client.create_container(&format!("c{count}"), "io.containerd.x.v2", None, spec(20_000)).await {
+            Ok(()) => count += 1,
+            Err(status) => break status,
+        }
+        ensure!(count < 1000, "it is never full");
+    };
+    ensure!(status.code() == Code::ResourceExhausted, "{status:?}");
+    ensure!(status.message().contains("full"), "{status:?}");
+    ensure!(count > 10, "{count}");
+    // reading goes on, a restart and an upgrade are no problem, and nothing that was acknowledged is missing
+    printed(&mut own.command(&["upgrade"])?)?;
+    ensure!(own.ended().await?, "{}", own.log());
+    let client = own.client().await?;
+    for id in 0..count {
+        let status = client.create_container(&format!("c{id}"), "io.containerd.x.v2", None, spec(1)).await.expect_err("taken");
+        ensure!(status.code() == Code::AlreadyExists, "c{id}: {status:?}");
+    }
+    // somebody makes room
+    fs::remove_file(own.folder().join("root/ballast"))?;
+    for id in 0..count / 2 {
+        client.delete_container(&format!("c{id}")).await?;
+    }
+    client.create_container("new", "io.containerd.x.v2", None, spec(1000)).await?;
+    printed(&mut own.command(&["check"])?).map(drop)
+}
+
+pub(crate) async fn a_client_that_never_reads_its_events_is_dropped_with_an_error(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let client = own.start().await?;
+    let pid = own.pid().map_or(0, u32::cast_signed);
+    let mut silent = own.client().await?.subscribe().await?;
+    let before = proc::private_kib(pid)?;
+    for _event in 0..100 {
+        tokio::time::timeout(Duration::from_secs(2), client.publish("/test/long", spec(500_000))).await??;
+    }
+    let grown = proc::private_kib(pid)?.saturating_sub(before);
+    ensure!(grown < 16 << 10, "it holds {grown} KiB more");
+    let mut heard = 0;
+    let last = loop {
+        match tokio::time::timeout(SOON, silent.message()).await? {
+            Ok(Some(_)) => heard += 1,
+            last => break last,
+        }
+    };
+    ensure!((2..30).contains(&heard), "{heard}");
+    ensure!(last.as_ref().is_err_and(|status| status.code() == Code::ResourceExhausted), "{last:?}");
+    Ok(())
+}
+
+pub(crate) async fn too_many_clients_are_turned_away_and_the_others_served(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "[limits]\nconnections = 5\nsubscribers = 2\n")?;
+    let first = own.start().await?;
+    let mut held = Vec::new();
+    let refused = loop {
+        match own.client().await {
+            Ok(client) => held.push(client),
+            Err(error) => break error,
+        }
+        ensure!(held.len() < 10, "they are never too many");
+    };
+    ensure!((3..6).contains(&held.len()), "{} and then {refused:#}", held.len());
+    first.version().await?;
+    held.clear();
+    let client = shim_tests::eventually::eventually("a place is free again", SOON, async || own.client().await).await?;
+    let _two = (client.subscribe().await?, client.subscribe().await?);
+    let status = client.subscribe().await.err();
+    ensure!(status.as_ref().is_some_and(|status| status.code() == Code::ResourceExhausted), "{status:?}");
+    Ok(())
+}

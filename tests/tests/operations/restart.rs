@@ -1,0 +1,140 @@
+//! Containers with restart labels.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::types::v1::Status as Phase;
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually};
+use shim_tests::operator::{ctr, ctr_run, printed};
+use tonic::Code;
+
+/// Pauses are added to what the machine needs.
+const LATER: Duration = Duration::from_secs(30);
+
+fn run(cx: &Context, id: &str, labels: &[&str], script: &str) -> Result<()> {
+    let mut flags = vec!["--detach".to_owned()];
+    flags.extend(labels.iter().flat_map(|label| ["--label".to_owned(), format!("containerd.io/restart.{label}")]));
+    let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+    printed(ctr_run(cx, id, &flags)?.args(["/bin/sh", "-c", script])).map(drop)
+}
+
+fn label(cx: &Context, id: &str, label: &str) -> Result<()> {
+    printed(ctr(cx).args(["containers", "label", id]).arg(format!("containerd.io/restart.{label}"))).map(drop)
+}
+
+fn count(cx: &Context, id: &str) -> Result<u32> {
+    let info: serde_json::Value = serde_json::from_str(&printed(ctr(cx).args(["containers", "info", id]))?)?;
+    let count = info["Labels"]["containerd.io/restart.count"].as_str().unwrap_or("0");
+    count.parse().with_context(|| count.to_owned())
+}
+
+async fn running(cx: &Context, id: &str, but: u32) -> Result<u32> {
+    eventually(format!("{id} runs as another process than {but}"), LATER, async || {
+        let state = cx.client().state(id, "").await?;
+        ensure!(state.status() == Phase::Running && state.pid != but, "{state:?}");
+        Ok(state.pid)
+    })
+    .await
+}
+
+async fn remove(cx: &Context, id: &str) -> Result<()> {
+    label(cx, id, "status=stopped")?;
+    eventually("it is stopped", SOON, async || match cx.client().state(id, "").await {
+        Err(status) if status.code() == Code::NotFound => Ok(()),
+        Ok(state) if state.status() == Phase::Stopped => cx.client().delete(id).await.map(drop).map_err(Into::into),
+        state => anyhow::bail!("{state:?}"),
+    })
+    .await?;
+    printed(ctr(cx).args(["containers", "delete", id])).map(drop)
+}
+
+pub(crate) async fn a_container_is_started_again_after_it_was_killed(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let log = cx.folder().join("log");
+    let labels = ["status=running".to_owned(), format!("loguri=file://{}", log.display())];
+    let labels: Vec<_> = labels.iter().map(String::as_str).collect();
+    run(&cx, "always", &labels, "echo up; sleep 1000")?;
+    let mut pid = running(&cx, "always", 0).await?;
+    for round in 1..=2 {
+        cx.client().kill("always", "", 9, false).await?;
+        pid = running(&cx, "always", pid).await?;
+        ensure!(count(&cx, "always")? == round);
+    }
+    eventually("its output is in the file", SOON, async || {
+        let text = std::fs::read_to_string(&log)?;
+        ensure!(text == "up\nup\n", "{text:?}");
+        Ok(())
+    })
+    .await?;
+    remove(&cx, "always").await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn failures_are_counted_and_end_at_the_number_of_the_policy(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let lives = cx.folder().join("lives");
+    let mount = format!("type=bind,src={},dst=/mnt,options=rbind", cx.folder().display());
+    let labels = ["--label", "containerd.io/restart.status=running", "--label", "containerd.io/restart.policy=on-failure:2"];
+    let flags = [["--detach", "--mount", &mount].as_slice(), &labels].concat();
+    printed(ctr_run(&cx, "fails", &flags)?.args(["/bin/sh", "-c", "echo life >> /mnt/lives; exit 5"]))?;
+    let begin = std::time::Instant::now();
+    eventually("it has lived three times", LATER, async || {
+        let text = std::fs::read_to_string(&lives)?;
+        ensure!(text.lines().count() == 3, "{text:?}");
+        Ok(())
+    })
+    .await?;
+    ensure!(begin.elapsed() > Duration::from_millis(2500), "no pauses: {:?}", begin.elapsed());
+    eventually("it is over", SOON, async || {
+        let state = cx.client().state("fails", "").await?;
+        ensure!(state.status() == Phase::Stopped && state.exit_status == 5, "{state:?}");
+        Ok(())
+    })
+    .await?;
+    // nothing follows: a pause would be four seconds
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    ensure!(std::fs::read_to_string(&lives)?.lines().count() == 3 && count(&cx, "fails")? == 2);
+    remove(&cx, "fails").await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_container_that_was_stopped_on_purpose_stays_so(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let labels = ["status=running", "policy=unless-stopped"];
+    run(&cx, "lasting", &labels, "sleep 1000")?;
+    run(&cx, "stopped", &labels, "sleep 1000")?;
+    let (lasting, _) = (running(&cx, "lasting", 0).await?, running(&cx, "stopped", 0).await?);
+    label(&cx, "stopped", "explicitly-stopped=true")?;
+    for id in ["lasting", "stopped"] {
+        cx.client().kill(id, "", 9, false).await?;
+    }
+    running(&cx, "lasting", lasting).await?;
+    ensure!(cx.client().state("stopped", "").await?.status() == Phase::Stopped && count(&cx, "stopped")? == 0);
+    for id in ["lasting", "stopped"] {
+        remove(&cx, id).await?;
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_container_that_shall_be_stopped_is_stopped(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    run(&cx, "turned", &["status=running"], "sleep 1000")?;
+    running(&cx, "turned", 0).await?;
+    remove(&cx, "turned").await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_container_is_started_that_was_to_run_when_the_daemon_came_up(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    run(&cx, "again", &["status=running"], "sleep 1000")?;
+    let pid = running(&cx, "again", 0).await?;
+    cx.daemon().kill()?;
+    // its shim goes as well, as in a reboot
+    shim_tests::proc::kill_hard(cx.shim_pid("again")?);
+    cx.revive_daemon().await?;
+    running(&cx, "again", pid).await?;
+    ensure!(count(&cx, "again")? == 1);
+    remove(&cx, "again").await?;
+    cx.leaves_nothing().await
+}

@@ -1,0 +1,323 @@
+//! One process takes over from another, or does not.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio as Io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::types::v1::Status as Phase;
+use shim_tests::client::Client;
+use shim_tests::container::{Container, Stdio};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::operator::{ctr, ctr_run, printed, said, script, upgrade, upgraded};
+use shim_tests::proc;
+use tokio::process::Command;
+use tokio::task::LocalSet;
+use tonic::Code;
+
+/// Ends with 3 as soon as it is told so.
+const ON_COMMAND: [&str; 3] = ["sh", "-c", "echo up; read go; exit 3"];
+
+async fn is_the_same(container: &Container) -> Result<()> {
+    let state = container.state().await?;
+    ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
+    Ok(())
+}
+
+pub(crate) async fn a_stock_client_that_waits_does_not_notice_an_upgrade(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let mut waiting = Command::from(ctr_run(&cx, "waited", &[])?);
+    let mut waiting =
+        waiting.args(["/bin/sh", "-c", "echo up; read go; echo done; exit 7"]).stdin(Io::piped()).stdout(Io::piped()).spawn()?;
+    eventually("it runs", SOON, async || {
+        ensure!(cx.client().state("waited", "").await?.status() == Phase::Running);
+        Ok(())
+    })
+    .await?;
+    // its client begins to wait before it starts the task
+    upgraded(cx.daemon()).await?;
+    ensure!(waiting.try_wait()?.is_none(), "it has ended");
+    drop(waiting.stdin.take());
+    let output = tokio::time::timeout(SOON, waiting.wait_with_output()).await??;
+    ensure!(output.status.code() == Some(7) && said(&output) == "up\ndone\n", "{output:?}\n{}", cx.daemon().log());
+    printed(ctr(&cx).args(["containers", "delete", "waited"]))?;
+    Ok(())
+}
+
+pub(crate) async fn no_run_of_a_stock_client_fails_over_upgrades(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let (enough, runs) = (AtomicBool::new(false), [AtomicUsize::new(0), AtomicUsize::new(0)]);
+    let runner = async |number: usize| {
+        while !enough.load(Ordering::Relaxed) {
+            let count = runs[number].load(Ordering::Relaxed);
+            let id = format!("run-{number}-{count}");
+            let mut command = Command::from(ctr_run(&cx, &id, &["--rm"])?);
+            let output = command.args(["/bin/sh", "-c", &format!("exit {}", count % 100)]).output().await?;
+            ensure!(output.status.code() == i32::try_from(count % 100).ok(), "{id}: {}: {}", output.status, said(&output));
+            runs[number].fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    let upgrades = async {
+        for _upgrade in 0..4 {
+            // a client asks again by itself once for each call, so no call shall see two
+            let before: Vec<_> = runs.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+            upgraded(cx.daemon()).await?;
+            eventually("both clients go on", SOON, async || {
+                ensure!(runs.iter().zip(&before).all(|(count, before)| count.load(Ordering::Relaxed) >= before + 2));
+                Ok(())
+            })
+            .await?;
+        }
+        enough.store(true, Ordering::Relaxed);
+        Ok(())
+    };
+    let all: Result<_> = tokio::try_join!(runner(0), runner(1), upgrades);
+    all.with_context(|| cx.daemon().log())?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn no_connection_is_refused_over_upgrades(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
+    let (enough, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let asker = async || {
+        while !enough.load(Ordering::Relaxed) {
+            let client = Client::connect(&cx.daemon().address(), cx.client().namespace()).await?;
+            let state = client.state(&container.id, "").await;
+            // one that was accepted at the last moment is sent away so that it asks again
+            let state = match state {
+                Err(status) if status.code() == Code::Unavailable || status.message().contains("transport error") => {
+                    Client::connect(&cx.daemon().address(), cx.client().namespace()).await?.state(&container.id, "").await?
+                }
+                state => state?,
+            };
+            ensure!(state.pid == container.pid, "{state:?}");
+            asked.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    let upgrades = async {
+        let mut longest = Duration::ZERO;
+        for _upgrade in 0..15 {
+            let begin = Instant::now();
+            upgraded(cx.daemon()).await?;
+            longest = longest.max(begin.elapsed());
+        }
+        enough.store(true, Ordering::Relaxed);
+        eprintln!("the slowest of 15 upgrades, to the end of the old process: {longest:?}");
+        Ok(())
+    };
+    let all: Result<_> = tokio::try_join!(asker(), asker(), asker(), upgrades);
+    all.with_context(|| cx.daemon().log())?;
+    ensure!(asked.load(Ordering::Relaxed) > 50, "{asked:?}");
+    cx.client().reconnected().await?;
+    is_the_same(&container).await?;
+    container.destroy().await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn an_exit_around_an_upgrade_is_told(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    for round in 0..6 {
+        let container = cx.container(&ON_COMMAND).id(&format!("c{round}")).stdio(Stdio::ALL).start().await?;
+        container.io.out().until("up").await?;
+        let events = cx.events().await?;
+        let mut stdin = container.io.stdin().await?;
+        let end = async {
+            // from before the new process is started until after the old one is gone
+            tokio::time::sleep(Duration::from_millis(round * 8)).await;
+            stdin.write_all(b"go\n")
+        };
+        let (upgraded, ended) = tokio::join!(upgraded(cx.daemon()), end);
+        upgraded?;
+        ended?;
+        cx.client().reconnected().await?;
+        let state = container.phase(Phase::Stopped).await?;
+        ensure!(state.exit_status == 3, "{state:?}");
+        ensure!(container.wait().await? == 3);
+        ensure!(container.delete().await?.exit_status == 3);
+        ensure!(events.exits(&container.id, "").len() <= 1, "{:?}", events.all());
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_call_that_changes_something_is_waited_for(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let gate = cx.gate()?;
+    gate.hold("create")?;
+    let local = LocalSet::new();
+    local
+        .run_until(async {
+            let slow = cx.container(&ON_COMMAND).id("slow").stdio(Stdio::ALL).runtime_binary(&gate.binary());
+            let slow = tokio::task::spawn_local(slow.create());
+            gate.held("create").await?;
+            let mut upgrading = Command::from(upgrade(cx.daemon())?).stdout(Io::piped()).stderr(Io::piped()).spawn()?;
+            eventually("the new process is there", SOON, async || {
+                ensure!(cx.daemon().log().contains("starting a successor"));
+                Ok(())
+            })
+            .await?;
+            // a stock client that wants a change meanwhile waits and is then served, by whichever of both
+            let mut second = Command::from(ctr(&cx)).args(["namespaces", "create", "meanwhile"]).spawn()?;
+            ensure!(cx.client().list().await?.is_empty(), "reading goes on");
+            ensure!(upgrading.try_wait()?.is_none(), "it did not wait");
+            gate.release("create")?;
+            let slow = slow.await??;
+            let output = upgrading.wait_with_output().await?;
+            ensure!(output.status.success(), "{}", said(&output));
+            let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+            cx.daemon().is_succeeded_by(pid).await?;
+            ensure!(second.wait().await?.success(), "the client that came meanwhile failed\n{}", cx.daemon().log());
+            cx.client().reconnected().await?;
+            slow.start().await?;
+            slow.io.stdin().await?.write_all(b"go\n")?;
+            ensure!(slow.finish().await? == 3);
+            Ok::<_, anyhow::Error>(())
+        })
+        .await?;
+    printed(ctr(&cx).args(["namespaces", "remove", "meanwhile"]))?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn an_upgrade_is_called_off_when_a_call_takes_too_long(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let before = cx.daemon().pid();
+    let gate = cx.gate()?;
+    gate.hold("create")?;
+    let local = LocalSet::new();
+    local
+        .run_until(async {
+            let slow = cx.container(&ON_COMMAND).id("slow").stdio(Stdio::ALL).runtime_binary(&gate.binary());
+            let slow = tokio::task::spawn_local(slow.create());
+            gate.held("create").await?;
+            let output = Command::from(upgrade(cx.daemon())?).output().await?;
+            ensure!(!output.status.success() && said(&output).contains("called off"), "{}", said(&output));
+            ensure!(cx.daemon().pid() == before && cx.daemon().log().contains("called off"));
+            gate.release("create")?;
+            slow.await??.destroy().await?;
+            Ok::<_, anyhow::Error>(())
+        })
+        .await?;
+    upgraded(cx.daemon()).await?;
+    cx.client().reconnected().await?;
+    cx.leaves_nothing().await
+}
+
+/// That the same process serves, changes included.
+async fn goes_on(cx: &Context, container: &Container) -> Result<()> {
+    let pid = cx.daemon().pid().context("a daemon")?;
+    ensure!(proc::is_alive(pid.cast_signed()), "the daemon has ended\n{}", cx.daemon().log());
+    is_the_same(container).await?;
+    ensure!(container.exec("e", &["true"]).run().await? == 0);
+    let successors = proc::children(pid.cast_signed());
+    ensure!(successors.is_empty(), "left: {successors:?}");
+    Ok(())
+}
+
+async fn fails(cx: &Context, container: &Container, binary: &Path, reason: &str) -> Result<()> {
+    let output = Command::from(upgrade(cx.daemon())?).arg("--binary").arg(binary).output().await?;
+    ensure!(!output.status.success() && said(&output).contains(reason), "{}: {:?}", binary.display(), said(&output));
+    ensure!(cx.daemon().log().contains(reason), "{}", cx.daemon().log());
+    goes_on(cx, container).await.with_context(|| format!("after {}", binary.display()))
+}
+
+pub(crate) async fn what_does_not_take_over_changes_nothing(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
+    let real = shim_tests::operator::binary()?.display().to_string();
+    let folder = cx.folder();
+    let plain = folder.join("plain");
+    std::fs::write(&plain, "no program")?;
+    let cases: [(PathBuf, &str); 7] = [
+        (folder.join("missing"), "No such file or directory"),
+        (plain, "Permission denied"),
+        (script(folder, "fails", "#!/bin/sh\nexit 3\n")?, "it ended without a word (exit status: 3)"),
+        (script(folder, "crashes", "#!/bin/sh\nkill -SEGV $$\n")?, "it ended without a word (signal: 11"),
+        (script(folder, "talks", "#!/bin/sh\necho hello >&0\nsleep 100\n")?, "it said "),
+        (
+            script(folder, "moves", &format!("#!/bin/sh\nexec {real} \"$@\" --address /run/elsewhere.sock\n"))?,
+            "does not serve at /run/elsewhere.sock",
+        ),
+        (script(folder, "hangs", "#!/bin/sh\nexec sleep 100\n")?, "it said nothing for 10s"),
+    ];
+    for (binary, reason) in &cases {
+        fails(&cx, &container, binary, reason).await?;
+    }
+    container.destroy().await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_successor_that_dies_at_any_step_changes_nothing(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
+    let mut words = String::from("#!/bin/sh\nread greeting <&0\n");
+    for (step, word) in ["prepared", "prepared to migrate", "ready"].into_iter().enumerate() {
+        let text = match word {
+            "ready" => format!("{words}echo prepared >&0; read yours <&0; echo ready >&0; read serve <&0; exit 4\n"),
+            word => format!("{words}echo {word} >&0; read yours <&0; exit 4\n"),
+        };
+        let program = script(cx.folder(), &format!("step{step}"), &text)?;
+        fails(&cx, &container, &program, "it ended without a word (exit status: 4)").await?;
+    }
+    words.push_str("echo prepared >&0; read yours <&0; echo serving >&0; sleep 100\n");
+    fails(&cx, &container, &script(cx.folder(), "hurries", &words)?, "it said ").await?;
+    upgraded(cx.daemon()).await?;
+    cx.client().reconnected().await?;
+    container.destroy().await?;
+    ensure!(!cx.daemon().folder().join("root/meta.before-upgrade").exists(), "a copy is left");
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_hangup_signal_is_an_upgrade(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
+    let old = cx.daemon().pid().context("a daemon")?.cast_signed();
+    proc::signal(old, nix::sys::signal::Signal::SIGHUP)?;
+    let taken = "another process has taken over";
+    eventually_true("another process has taken over", SOON, || cx.daemon().log().contains(taken)).await?;
+    let log = cx.daemon().log();
+    let pid = log.split(taken).nth(1).and_then(|rest| rest.split("pid=").nth(1)?.split_whitespace().next()?.parse().ok());
+    cx.daemon().is_succeeded_by(pid.context("a pid")?).await?;
+    cx.client().reconnected().await?;
+    is_the_same(&container).await?;
+    container.destroy().await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_stream_of_events_ends_with_an_error_after_what_was_told(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let mut stream = cx.client().subscribe().await?;
+    for number in 0..100 {
+        cx.client().publish(&format!("/test/n{number}"), prost_types::Any::default()).await?;
+    }
+    upgraded(cx.daemon()).await?;
+    let mut heard = 0;
+    let last = loop {
+        match tokio::time::timeout(SOON, stream.message()).await? {
+            Ok(Some(envelope)) if envelope.topic.starts_with("/test/") => heard += 1,
+            Ok(Some(_)) => {}
+            last => break last,
+        }
+    };
+    ensure!(heard == 100, "{heard}");
+    ensure!(last.as_ref().is_err_and(|status| status.code() == Code::Unavailable), "{last:?}");
+    cx.client().reconnected().await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn the_daemon_stops_while_a_successor_hangs(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let hangs = script(cx.folder(), "hangs", "#!/bin/sh\nexec sleep 100\n")?;
+    let mut upgrading = Command::from(upgrade(cx.daemon())?).arg("--binary").arg(hangs).stderr(Io::piped()).spawn()?;
+    let pid = cx.daemon().pid().context("a daemon")?.cast_signed();
+    eventually_true("the new process is there", SOON, || !proc::children(pid).is_empty()).await?;
+    let successor = proc::children(pid)[0].pid;
+    cx.daemon().stop()?;
+    ensure!(!proc::is_alive(successor), "it is left");
+    ensure!(!upgrading.wait().await?.success());
+    cx.revive_daemon().await?;
+    cx.leaves_nothing().await
+}
