@@ -251,7 +251,10 @@ fn configuration(cx: &Context) -> Result<String> {
     let block = block.trim_start_matches(version).replace("io.containerd.x.v2", &cx.shim().runtime_type);
     let plugin = if cx.suite() == Suite::Forky { "io.containerd.cri.v1.runtime" } else { "io.containerd.grpc.v1.cri" };
     let image = match cx.suite() {
-        Suite::Forky => format!("[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{IMAGE}\"\n"),
+        // its socket would be the host's own
+        Suite::Forky => format!(
+            "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{IMAGE}\"\n[plugins.\"io.containerd.nri.v1.nri\"]\n  disable = true\n"
+        ),
         Suite::Bookworm | Suite::Trixie => String::new(),
     };
     let own = match cx.suite() {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use shim_tests::cases;
 use shim_tests::context::Context;
 use shim_tests::cri::{Cri, RUNNING};
@@ -133,8 +133,12 @@ mod pods {
         let pod = cri.run_pod("pod").await?;
         let gate = "until [ -e /tmp/go ]; do sleep 0.02; done; exit 3";
         let id = cri.run(&pod, "app", &["sh", "-c", gate]).await?;
-        let init = shim_tests::proc::all().into_values().find(|process| process.command.contains("/tmp/go")).map(|process| process.pid);
-        let init = init.expect("it runs");
+        let init = eventually("its program runs", SOON, async || {
+            let mut all = shim_tests::proc::all().into_values();
+            let init = all.find(|process| process.comm == "sh" && process.command.contains("/tmp/go"));
+            init.map(|process| process.pid).context("not yet")
+        })
+        .await?;
         cri.crash(async {
             std::fs::write(format!("/proc/{init}/root/tmp/go"), "")?;
             shim_tests::eventually::eventually_true("it has ended", SOON, || !shim_tests::proc::is_alive(init)).await

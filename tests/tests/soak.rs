@@ -225,7 +225,8 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     } else {
         bundle
     };
-    let Some(container) = begin(&bundle).await? else { return undo(soak, &bundle).await };
+    let begun = begin(&bundle).await.with_context(|| format!("its shim said:\n{}", stand.log_of(id)));
+    let Some(container) = begun? else { return undo(soak, &bundle).await };
     if dice.one_in(10) {
         return die(soak, container, status).await;
     }
