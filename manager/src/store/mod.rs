@@ -4,7 +4,7 @@
 //! callers ──jobs──▶ one thread, one connection ──▶ meta.db, meta.db-wal
 //! ```
 //! What is acknowledged to a client is written with [`Store::write`] and survives a power failure. What only this process needs after
-//! its own death is written with [`Store::note`], which waits for no disk. docs/decisions/0006-sqlite-for-metadata.md has the reasons.
+//! its own death is written with [`Store::note`], which waits for no disk. docs/decisions/0009-sqlite-for-metadata.md has the reasons.
 //!
 //! **Invariant:** a job is one transaction. It is committed whole or not at all.
 

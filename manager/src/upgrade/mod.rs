@@ -12,7 +12,7 @@
 //!   refuses what waits, so that clients ask again; ends when calls in flight have ended
 //! ```
 //! A word that does not come in time, and `failed`, end the new process; the running one puts the store back if it had to, opens the
-//! gate, and has missed nothing. docs/decisions/0008-upgrade-side-by-side.md has the reasons.
+//! gate, and has missed nothing. docs/decisions/0010-upgrade-side-by-side.md has the reasons.
 //!
 //! **Invariant:** until `serving` the running process can go on as if nothing had happened, as the new one has changed nothing but the store's
 //! tables; from then on it does nothing more.
