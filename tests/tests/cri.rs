@@ -131,16 +131,17 @@ mod pods {
     pub(crate) async fn an_exit_while_containerd_is_down_is_known_afterwards(cx: Context) -> Result<()> {
         let cri = Cri::start(&cx).await?;
         let pod = cri.run_pod("pod").await?;
-        let gate = "until [ -e /tmp/go ]; do sleep 0.02; done; exit 3";
-        let id = cri.run(&pod, "app", &["sh", "-c", gate]).await?;
+        // a name of its own: the same test runs beside this one on other daemons
+        let gate = format!("/tmp/go-{}", cx.client().namespace());
+        let id = cri.run(&pod, "app", &["sh", "-c", &format!("until [ -e {gate} ]; do sleep 0.02; done; exit 3")]).await?;
         let init = eventually("its program runs", SOON, async || {
             let mut all = shim_tests::proc::all().into_values();
-            let init = all.find(|process| process.comm == "sh" && process.command.contains("/tmp/go"));
+            let init = all.find(|process| process.comm == "sh" && process.command.contains(&gate));
             init.map(|process| process.pid).context("not yet")
         })
         .await?;
         cri.crash(async {
-            std::fs::write(format!("/proc/{init}/root/tmp/go"), "")?;
+            std::fs::write(format!("/proc/{init}/root{gate}"), "")?;
             shim_tests::eventually::eventually_true("it has ended", SOON, || !shim_tests::proc::is_alive(init)).await
         })
         .await?;
