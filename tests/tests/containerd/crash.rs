@@ -125,7 +125,8 @@ async fn create_meanwhile(create: Builder, meanwhile: impl AsyncFnOnce() -> Resu
     let local = LocalSet::new();
     local
         .run_until(async move {
-            let create = tokio::task::spawn_local(create.create());
+            // the metadata stays, whatever becomes of the task
+            let create = tokio::task::spawn_local(create.metadata().await?.create_task());
             meanwhile().await?;
             // its connection died with the daemon; what came of it is asked of the next daemon
             create.await?.err().map_or(Ok(()), |_| Ok(()))
