@@ -27,7 +27,7 @@ else
 endif
 
 ## unit tests, then end-to-end tests on stock containerd 1.6, 1.7 and 2.1
-test: test-unit test-e2e test-manager
+test: test-unit test-e2e
 
 test-unit: packages
 	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager
@@ -36,7 +36,7 @@ test-e2e: packages suites build build-faulty
 	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
 		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
 
-## the same tests with x-manager in containerd's place, and its own
+## the tests of containerd and Docker with x-manager in containerd's place, and its own; not part of `test` yet
 test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
 
