@@ -158,12 +158,14 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    fn new(settings: Settings, listener: UnixListener, control: UnixListener) -> io::Result<Self> {
+    /// Never inlined, and boxed: the frames of the loop are those that stay on the stack for as long as the keeper lives.
+    #[inline(never)]
+    fn new(settings: Settings, listener: UnixListener, control: UnixListener) -> io::Result<Box<Self>> {
         nix::sys::prctl::set_child_subreaper(true)?;
         let poll = Poll::new()?;
         let signals = block_signals(&poll)?;
         let supervisor = Supervisor::new(&settings)?;
-        Ok(Self {
+        Ok(Box::new(Self {
             relay: Relay::new(listener, &poll)?,
             control: Control::new(control, &poll)?,
             ledger: Ledger::default(),
@@ -182,7 +184,7 @@ impl Keeper {
             settings,
             poll,
             signals,
-        })
+        }))
     }
 
     fn serve(&mut self) -> io::Result<()> {
@@ -201,9 +203,15 @@ impl Keeper {
                 self.dispatch(source);
             }
             self.tick();
+            if self.trim_at.is_some_and(|at| at <= Instant::now()) {
+                self.trim_at = None;
+                sys::memory::trim();
+            }
         }
     }
 
+    /// Never inlined: see [`Keeper::new`].
+    #[inline(never)]
     fn dispatch(&mut self, source: Source) {
         let now = Instant::now();
         match source {
@@ -249,14 +257,11 @@ impl Keeper {
         }
     }
 
-    /// What is due by the clock, and what the last turns have made possible.
+    /// What is due by the clock, and what the last turns have made possible. Never inlined: see [`Keeper::new`].
+    #[inline(never)]
     fn tick(&mut self) {
         self.go_on();
         let now = Instant::now();
-        if self.trim_at.is_some_and(|at| at <= now) {
-            self.trim_at = None;
-            sys::memory::trim();
-        }
         if self.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
         }

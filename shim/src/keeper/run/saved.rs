@@ -45,15 +45,16 @@ impl Keeper {
         Ok((file.into(), kept))
     }
 
-    /// Makes a keeper from what another image has saved.
-    pub(super) fn load(settings: Settings, bytes: &[u8], descriptors: &mut Descriptors) -> Result<Self, Error> {
+    /// Makes a keeper from what another image has saved. Never inlined, and boxed: see [`Keeper::new`].
+    #[inline(never)]
+    pub(super) fn load(settings: Settings, bytes: &[u8], descriptors: &mut Descriptors) -> Result<Box<Self>, Error> {
         let now = Instant::now();
         let sections = Sections::read(bytes, &tag::ALL)?;
         let mut poll = Poll::new()?;
         let signals = block_signals(&poll)?;
         let mut l = sections.loader(tag::KEEPER, now, descriptors)?;
         let (born, last_upgrade) = (l.instant()?, l.option(UpgradeReport::read)?);
-        Ok(Self {
+        Ok(Box::new(Self {
             relay: Relay::load(&mut sections.loader(tag::RELAY, now, descriptors)?, &mut poll)?,
             control: Control::load(&mut sections.loader(tag::CONTROL, now, descriptors)?, &mut poll)?,
             ledger: Ledger::load(&mut sections.loader(tag::LEDGER, now, descriptors)?)?,
@@ -76,7 +77,7 @@ impl Keeper {
             settings,
             poll,
             signals,
-        })
+        }))
     }
 
     /// This image has taken over, or, if `is_back`, is the one before that has everything again.
