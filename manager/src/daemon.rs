@@ -10,12 +10,14 @@ use log::{info, warn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
+use crate::api::Course;
 use crate::control::Order;
 use crate::error::{Error, IoContext as _, Result};
 use crate::manager::Manager;
 use crate::settings::Settings;
 use crate::sockets::{self, Inherited, Sockets};
 use crate::upgrade::{self, Estate, Predecessor};
+use crate::sys::children;
 use crate::{api, control, forward, logging, metrics, notify, restart, store};
 
 /// Serves until SIGTERM or SIGINT, or until another process has taken over. `takes_over` when this one is such a process.
@@ -26,6 +28,9 @@ pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
     // before it may be replaced by another file
     let program = own_program();
     let inherited = if takes_over { None } else { Some(Inherited::from_service_manager()?) };
+    if let Err(error) = children::raise_open_files() {
+        warn!(error:%; "cannot raise the limit on open files");
+    }
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS).thread_stack_size(STACK_BYTES).build();
     let served = runtime.on("start the executor of", Path::new("x-manager"))?.block_on(async {
@@ -75,8 +80,8 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     }
     drop(not_yet);
     let mut events = forward::serve(sockets::accepting(&sockets.shims)?, Arc::clone(&manager.tasks)).await?;
-    let (stop, stopped) = watch::channel(false);
-    let api = tokio::spawn(api::serve(sockets::accepting(&sockets.clients)?, Arc::clone(&manager), settings.limits, stopped));
+    let (course, its_course) = watch::channel(Course::Serves);
+    let api = tokio::spawn(api::serve(sockets::accepting(&sockets.clients)?, Arc::clone(&manager), settings.limits, its_course));
     let (send, orders) = mpsc::channel(1);
     tokio::spawn(control::serve(sockets::accepting(&sockets.control)?, send));
     if let Some(listener) = &sockets.metrics {
@@ -109,17 +114,23 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
             break;
         }
     }
-    if !manager.gate.is_retired() {
+    let ends = if manager.gate.is_retired() { Course::Yields } else { Course::Stops };
+    if ends == Course::Stops {
         info!("stopping; shims and their containers stay");
         notify::tell("STOPPING=1");
         // those that are carried to their end have that much more time than those that are not
         drop(manager.gate.close(LAST_CHANGES).await);
         manager.gate.retire();
     }
-    stop.send_replace(true);
+    course.send_replace(ends);
     events.stop_listen().await;
     // it was told to end, and says nothing
     let _ = api.await;
+    if ends == Course::Stops
+        && let Err(error) = manager.store.settle().await
+    {
+        warn!(error = error.chain(); "what changed last stays in the log of the metadata store, where the next start finds it");
+    }
     Ok(())
 }
 

@@ -19,4 +19,4 @@ mod serve;
 mod tasks;
 mod version;
 
-pub(crate) use serve::serve;
+pub(crate) use serve::{Course, serve};

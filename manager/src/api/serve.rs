@@ -10,15 +10,29 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use log::{debug, warn};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::route::route;
 use crate::manager::Manager;
 use crate::settings::Limits;
 
-/// Serves everyone who connects, until `stop` turns true; then calls in flight have a while to end.
-pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits: Limits, mut stop: watch::Receiver<bool>) {
+/// How this process goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Course {
+    /// It serves.
+    Serves,
+    /// It ends, and nobody serves after it for now.
+    Stops,
+    /// It ends, and another process serves already.
+    Yields,
+}
+
+/// Serves everyone who connects, for as long as the `course` is to; then calls in flight have a while to end.
+///
+/// A connection that was accepted before another process took over has its first call answered before it is told to end: a client that is still
+/// busy with connecting, as gRPC's own is until it has seen this end's settings, would take its end for a failure to connect.
+pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits: Limits, mut course: watch::Receiver<Course>) {
     let places = Arc::new(Semaphore::new(limits.connections));
     let mut connections = JoinSet::new();
     loop {
@@ -26,7 +40,7 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits:
             accepted = listener.accept() => match accepted {
                 Ok((socket, _peer)) => match Arc::clone(&places).try_acquire_owned() {
                     Ok(place) => {
-                        let connection = connection(socket, Arc::clone(&manager), stop.clone());
+                        let connection = connection(socket, Arc::clone(&manager), course.clone());
                         connections.spawn(async move {
                             connection.await;
                             drop(place);
@@ -41,28 +55,40 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits:
                 }
             },
             Some(_ended) = connections.join_next() => {}
-            () = stopped(&mut stop) => break,
+            _ends = end(&mut course) => break,
         }
     }
     drop(listener);
     let all = async { while connections.join_next().await.is_some() {} };
-    if tokio::time::timeout(DRAIN, all).await.is_err() {
+    let limit = if *course.borrow() == Course::Yields { DRAIN_BESIDE_ANOTHER } else { DRAIN };
+    if tokio::time::timeout(limit, all).await.is_err() {
         debug!("calls in flight were cut off");
     }
 }
 
-async fn connection(socket: UnixStream, manager: Arc<Manager>, mut stop: watch::Receiver<bool>) {
+async fn connection(socket: UnixStream, manager: Arc<Manager>, mut course: watch::Receiver<Course>) {
     let (leave, leaving) = watch::channel(false);
-    let service = service_fn(move |request| route(Arc::clone(&manager), leaving.clone(), request));
+    let begun = Arc::new(Notify::new());
+    let first = Arc::clone(&begun);
+    let service = service_fn(move |request| {
+        first.notify_one();
+        route(Arc::clone(&manager), leaving.clone(), request)
+    });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEADER_BYTES)
         .serve_connection(TokioIo::new(socket), service);
     let mut connection = std::pin::pin!(connection);
+    let ends = async {
+        if end(&mut course).await == Course::Yields {
+            // a client that says nothing at all is no longer busy with connecting
+            let _ = tokio::time::timeout(FIRST_CALL, begun.notified()).await;
+        }
+    };
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
-        () = stopped(&mut stop) => {
+        () = ends => {
             connection.as_mut().graceful_shutdown();
             // a client must have heard that this connection ends before a call is refused, or it asks again on this one
             match poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await {
@@ -79,16 +105,21 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, mut stop: watch::
     }
 }
 
-async fn stopped(stop: &mut watch::Receiver<bool>) {
+/// Waits until this process is to end.
+async fn end(course: &mut watch::Receiver<Course>) -> Course {
     // without a sender nobody can say that it goes on
-    let _ = stop.wait_for(|stop| *stop).await;
+    course.wait_for(|course| *course != Course::Serves).await.map_or(Course::Stops, |course| *course)
 }
 
 /// The most calls of one connection that are under way: clients leave a Wait open for each container. Further ones wait.
 const MAX_STREAMS: u32 = 16384;
 /// The longest headers of a call.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
-/// Calls in flight may take that long to end.
+/// Calls in flight may take that long to end when this process stops.
 const DRAIN: Duration = Duration::from_secs(2);
+/// The same while another process serves: nobody waits for this one, so that every call that only looks can end by itself.
+const DRAIN_BESIDE_ANOTHER: Duration = Duration::from_secs(15);
+/// For the first call of a connection, once another process serves.
+const FIRST_CALL: Duration = Duration::from_secs(3);
 /// After a failed accept.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);

@@ -81,6 +81,11 @@ impl Store {
         self.run(|connection| transact(connection, "NORMAL", job)).await
     }
 
+    /// Moves everything from the log into the file, so that the file alone is the store: before this process stops.
+    pub(crate) async fn settle(&self) -> Result<()> {
+        self.run(|connection| connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(())).doing("settle")).await
+    }
+
     async fn run<T: Send + 'static>(&self, job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static) -> Result<T> {
         let (answer, answered) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
