@@ -182,8 +182,8 @@ impl Tasks {
             exit_status: exit.status,
             exited_at: Some(timestamp::from_nanos(exit.at)),
         };
-        let (told, namespace) = (event.clone(), task.namespace.clone());
-        let tell = || self.events.publish(&namespace, "/tasks/exit", &told);
+        let (events, told, namespace) = (Arc::clone(&self.events), event.clone(), task.namespace.clone());
+        let tell = move || events.publish(&namespace, "/tasks/exit", &told);
         if let Err(error) = self.once(&task.namespace, &event, tell).await {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot tell an exit");
         }

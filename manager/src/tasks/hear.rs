@@ -1,5 +1,8 @@
 //! What shims tell.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use containerd_client::events::TaskExit;
 use containerd_client::types::Envelope;
 use log::warn;
@@ -18,41 +21,54 @@ impl Tasks {
     pub(crate) async fn hear(&self, envelope: Envelope) -> Result<()> {
         let is_exit = envelope.event.as_ref().is_some_and(|event| event.type_url.ends_with(EXIT));
         if !is_exit {
-            self.still_serves()?;
+            if self.gate.is_retired() {
+                return Err(retired());
+            }
             self.events.forward(envelope);
             return Ok(());
         }
         let exit = TaskExit::decode(envelope.event.as_ref().map(|event| &*event.value).unwrap_or_default())
             .map_err(|error| Error::Invalid(format!("event {EXIT}: {error}")))?;
         let namespace = Namespace::parse(&envelope.namespace)?;
-        self.once(&namespace, &exit, || self.events.forward(envelope)).await
+        let _pass = self.gate.enter().await.ok_or_else(retired)?;
+        let events = Arc::clone(&self.events);
+        self.once(&namespace, &exit, move || events.forward(envelope)).await
     }
 
-    /// Tells an exit unless it was told before, then records that.
-    pub(super) async fn once(&self, namespace: &Namespace, event: &TaskExit, tell: impl FnOnce()) -> Result<()> {
+    /// Tells an exit unless it was told before.
+    ///
+    /// Whether it was, the telling, and the record of it are one transaction, so that of two who tell one exit at the same moment the second is too
+    /// late, and all that a death can come in between is the commit.
+    pub(super) async fn once(&self, namespace: &Namespace, event: &TaskExit, tell: impl FnOnce() + Send + 'static) -> Result<()> {
         let exec = if event.id == event.container_id { String::new() } else { event.id.clone() };
         let at = event.exited_at.as_ref().map_or(0, timestamp::to_nanos);
         let exit = Exit { pid: event.pid, status: event.exit_status, at };
         let (place, id) = (namespace.clone(), event.container_id.clone());
-        let (again, name) = (place.clone(), (id.clone(), exec.clone()));
-        let container = id.clone();
-        if self.store.read(move |db| exits::is_told(db, place.as_str(), &id, &exec, exit)).await? {
-            return Ok(());
+        let is_told = Arc::new(AtomicBool::new(false));
+        let has_told = Arc::clone(&is_told);
+        let recorded = self.store.note(move |db| {
+            if exits::is_told(db, place.as_str(), &id, &exec, exit)? {
+                return Ok(());
+            }
+            let added = exits::add(db, place.as_str(), &id, &exec, exit);
+            tell();
+            has_told.store(true, Ordering::Relaxed);
+            added
+        });
+        match recorded.await {
+            Err(error) if is_told.load(Ordering::Relaxed) => {
+                // a full disk: told as it is, it shall not be told with every new attempt of its shim
+                warn!(namespace:%, container = event.container_id.as_str(), error = error.chain(); "cannot record that an exit was told");
+                Ok(())
+            }
+            recorded => recorded,
         }
-        self.still_serves()?;
-        tell();
-        let recorded = self.store.note(move |db| exits::add(db, again.as_str(), &name.0, &name.1, exit)).await;
-        if let Err(error) = recorded {
-            // a full disk: told as it is, it shall not be told with every new attempt of its shim
-            warn!(namespace:%, container, error = error.chain(); "cannot record that an exit was told");
-        }
-        Ok(())
     }
+}
 
-    /// Nobody listens to a process any more that another has taken over from.
-    fn still_serves(&self) -> Result<()> {
-        if self.gate.is_retired() { Err(Error::Unavailable("this x-manager has ended; tell the next one".to_owned())) } else { Ok(()) }
-    }
+/// Nobody listens to a process any more that another has taken over from.
+fn retired() -> Error {
+    Error::Unavailable("this x-manager has ended; tell the next one".to_owned())
 }
 
 const EXIT: &str = "containerd.events.TaskExit";

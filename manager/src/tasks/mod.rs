@@ -8,8 +8,8 @@
 //! ```
 //! What a task is doing is its shim's to say; this module knows which shims there are, how to reach them, and what is left of dead ones.
 //!
-//! **Invariant:** an exit is told to subscribers before it is recorded, and recorded before its shim may forget it: a death of this
-//! process in between may tell it twice, never not at all.
+//! **Invariant:** an exit is told to subscribers in the transaction that records it, which is committed before its shim may forget it: a death of
+//! this process during the commit may tell it twice, and it is never forgotten.
 
 mod bundle;
 mod create;
