@@ -2,16 +2,38 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::unix::process::parent_id;
+use std::os::unix::process::{CommandExt as _, parent_id};
+use std::sync::OnceLock;
 
 use nix::sys::prctl;
+use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 use nix::sys::signal::Signal;
-use tokio::process::Command;
+
+/// The soft and the hard limit on open files that this process was started with, once it has raised its own.
+static FILES: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
+
+/// Lets this process open as many files as it may. What it starts with [`inherits_nothing_of_ours`] is not concerned.
+pub(crate) fn raise_open_files() -> io::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    // the first time it is raised counts
+    let _ = FILES.set((soft, hard));
+    Ok(())
+}
+
+/// Gives a program the limit on open files that this process was started with: a high soft limit breaks programs that use select(2), or that
+/// close everything up to it, and the processes of containers inherit it.
+pub(crate) fn inherits_nothing_of_ours(command: &mut std::process::Command) {
+    let Some((soft, hard)) = FILES.get().copied() else { return };
+    let restore = move || Ok(setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?);
+    // SAFETY: between fork and exec the closure makes one system call; it neither allocates, locks nor unwinds.
+    unsafe { command.pre_exec(restore) };
+}
 
 /// Has a program die with this process, even by SIGKILL. The programs that it starts in turn are not concerned.
 ///
 /// It must be started from the main thread: the kernel means the thread that started it.
-pub(crate) fn die_with_us(command: &mut Command) {
+pub(crate) fn die_with_us(command: &mut std::process::Command) {
     let us = std::process::id();
     let die = move || {
         prctl::set_pdeathsig(Signal::SIGKILL)?;

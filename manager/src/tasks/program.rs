@@ -177,6 +177,7 @@ impl Programs {
         command.env("TTRPC_ADDRESS", self.settings.ttrpc_address()).env("GRPC_ADDRESS", &self.settings.address);
         // service managers' variables are for this process alone
         command.env("NAMESPACE", namespace.as_str()).env("MAX_SHIM_VERSION", "2").env("GOMAXPROCS", "2").env_remove("NOTIFY_SOCKET");
+        command.env_remove("LISTEN_FDS").env_remove("LISTEN_PID").env_remove("LISTEN_FDNAMES");
         finish(program, command, input, limit).await
     }
 }
@@ -186,7 +187,8 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     let stdin = if input.is_empty() { Stdio::null() } else { Stdio::piped() };
     command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     // one that went on by itself would get in the way of what the next life of this process does for the same task
-    children::die_with_us(&mut command);
+    children::die_with_us(command.as_std_mut());
+    children::inherits_nothing_of_ours(command.as_std_mut());
     let mut child = command.spawn().on("run", program)?;
     let stdin = child.stdin.take();
     let fed = async {

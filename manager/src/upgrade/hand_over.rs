@@ -16,6 +16,7 @@ use crate::invocation::TAKE_OVER;
 use crate::notify;
 use crate::sockets::Sockets;
 use crate::store::Store;
+use crate::sys::children;
 
 /// What is handed over.
 #[derive(Debug, Clone, Copy)]
@@ -81,7 +82,10 @@ impl Successor {
     async fn start(path: &Path, estate: Estate<'_>) -> Result<Self> {
         let (own, its) = UnixStream::pair().on("make a socket for", path)?;
         let arguments = std::env::args_os().skip(1).filter(|argument| argument != TAKE_OVER);
-        let child = Command::new(path).args(arguments).arg(TAKE_OVER).stdin(OwnedFd::from(its)).spawn().on("run", path)?;
+        let mut command = Command::new(path);
+        command.args(arguments).arg(TAKE_OVER).stdin(OwnedFd::from(its));
+        children::inherits_nothing_of_ours(&mut command);
+        let child = command.spawn().on("run", path)?;
         let words = Words::new(own.try_clone().on("make a socket for", path)?).on("make a socket for", path)?;
         let mut successor = Self { child, path: path.to_owned(), words, has_taken_over: false };
         let descriptors: Vec<_> = [estate.lock].into_iter().chain(estate.sockets.all()).collect();
