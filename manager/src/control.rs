@@ -18,6 +18,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::error::{Error, IoContext as _, Result};
+use crate::gate::Gate;
 
 /// What somebody wants of the daemon.
 #[derive(Debug)]
@@ -28,12 +29,17 @@ pub(crate) struct Order {
     pub(crate) answer: oneshot::Sender<Result<u32>>,
 }
 
-/// Takes orders for ever.
-pub(crate) async fn serve(listener: UnixListener, orders: mpsc::Sender<Order>) {
+/// Takes orders until this process retires: then they are for the next one.
+pub(crate) async fn serve(listener: UnixListener, orders: mpsc::Sender<Order>, gate: Gate) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        match listener.accept().await {
+        let accepted = tokio::select! {
+            biased;
+            () = gate.retired() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
             Ok((socket, _root)) => {
                 let orders = orders.clone();
                 tokio::spawn(async move {
@@ -76,6 +82,20 @@ async fn converse(socket: tokio::net::UnixStream, orders: mpsc::Sender<Order>) -
 ///
 /// Errors: why that one did not take over.
 pub(crate) fn upgrade(address: &Path, program: Option<&Path>) -> Result<u32> {
+    for _attempt in 0..ATTEMPTS {
+        let answer = ask(address, program)?;
+        if let Some(sentence) = answer.strip_prefix(ERROR) {
+            return Err(Error::Launch(sentence.trim_end().to_owned()));
+        }
+        if let Some(pid) = answer.strip_prefix(OK).and_then(|pid| pid.trim_end().parse().ok()) {
+            return Ok(pid);
+        }
+        // it was about to be replaced by another order: this one is for the next process
+    }
+    Err(Error::Launch("the daemon ended without an answer; its log says more".to_owned()))
+}
+
+fn ask(address: &Path, program: Option<&Path>) -> Result<String> {
     let mut socket = UnixStream::connect(address).on("no x-manager takes orders at", address)?;
     socket.set_read_timeout(Some(ANSWERED)).on("wait for", address)?;
     let mut order = std::ffi::OsString::from(UPGRADE);
@@ -84,14 +104,12 @@ pub(crate) fn upgrade(address: &Path, program: Option<&Path>) -> Result<u32> {
         order.push(program);
     }
     order.push("\n");
-    socket.write_all(&order.into_vec()).on("send an order to", address)?;
     let mut answer = String::new();
-    socket.read_to_string(&mut answer).on("wait for the answer of", address)?;
-    if let Some(sentence) = answer.strip_prefix(ERROR) {
-        return Err(Error::Launch(sentence.trim_end().to_owned()));
+    let asked = socket.write_all(&order.into_vec()).and_then(|()| socket.read_to_string(&mut answer));
+    match asked {
+        Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(String::new()),
+        asked => asked.on("wait for the answer of", address).map(|_bytes| answer),
     }
-    let pid = answer.strip_prefix(OK).and_then(|pid| pid.trim_end().parse().ok());
-    pid.ok_or_else(|| Error::Launch("the daemon ended without an answer; its log says more".to_owned()))
 }
 
 const UPGRADE: &str = "upgrade";
@@ -99,6 +117,8 @@ const OK: &str = "ok ";
 const ERROR: &str = "error ";
 /// The most connections at a time; further ones wait.
 const MAX_CONNECTIONS: usize = 8;
+/// An order that a process takes in its last moment is given again to the next.
+const ATTEMPTS: usize = 3;
 /// The longest order.
 const LINE_BYTES: u64 = 5000;
 /// To say what one wants.

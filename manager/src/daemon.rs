@@ -16,8 +16,8 @@ use crate::error::{Error, IoContext as _, Result};
 use crate::manager::Manager;
 use crate::settings::Settings;
 use crate::sockets::{self, Inherited, Sockets};
-use crate::upgrade::{self, Estate, Predecessor};
 use crate::sys::children;
+use crate::upgrade::{self, Estate, Predecessor};
 use crate::{api, control, forward, logging, metrics, notify, restart, store};
 
 /// Serves until SIGTERM or SIGINT, or until another process has taken over. `takes_over` when this one is such a process.
@@ -83,7 +83,7 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     let (course, its_course) = watch::channel(Course::Serves);
     let api = tokio::spawn(api::serve(sockets::accepting(&sockets.clients)?, Arc::clone(&manager), settings.limits, its_course));
     let (send, orders) = mpsc::channel(1);
-    tokio::spawn(control::serve(sockets::accepting(&sockets.control)?, send));
+    tokio::spawn(control::serve(sockets::accepting(&sockets.control)?, send, manager.gate.clone()));
     if let Some(listener) = &sockets.metrics {
         tokio::spawn(metrics::serve(metrics::Listener::of(listener)?, Arc::clone(&manager)));
     }
@@ -97,10 +97,12 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     let estate = Estate { lock: lock.as_fd(), sockets: &sockets, store: &manager.store, store_file: &store_file, gate: &manager.gate };
     while let Some(order) = wishes.order().await {
         let path = order.as_ref().and_then(|order| order.program.clone()).unwrap_or_else(|| program.to_owned());
-        let handed_over = tokio::select! {
-            handed_over = upgrade::hand_over(estate, &path) => handed_over,
-            () = wishes.stop() => break,
+        let mut is_told_to_stop = false;
+        let stop = async {
+            wishes.stop().await;
+            is_told_to_stop = true;
         };
+        let handed_over = upgrade::hand_over(estate, &path, stop).await;
         let is_over = handed_over.is_ok();
         match &handed_over {
             Ok(pid) => info!(pid; "another process has taken over"),
@@ -110,10 +112,12 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
             // whoever asked may have gone
             let _ = order.answer.send(handed_over);
         }
-        if is_over {
+        if is_over || is_told_to_stop {
             break;
         }
     }
+    // whoever is too late asks the next process
+    drop(wishes);
     let ends = if manager.gate.is_retired() { Course::Yields } else { Course::Stops };
     if ends == Course::Stops {
         info!("stopping; shims and their containers stay");

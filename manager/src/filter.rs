@@ -62,7 +62,12 @@ impl Filter {
         if filters.len() > MAX_FILTERS {
             return Err(Error::Invalid(format!("{} filters, but {MAX_FILTERS} are the most", filters.len())));
         }
-        filters.iter().map(|filter| parse(filter.as_ref())).collect::<Result<_>>().map(Self)
+        let all = filters.iter().map(|filter| parse(filter.as_ref())).collect::<Result<Vec<_>>>()?;
+        let patterns = all.iter().flatten().filter(|selector| matches!(selector.test, Test::Matches(_))).count();
+        if patterns > MAX_PATTERNS {
+            return Err(Error::Invalid(format!("{patterns} patterns in filters, but {MAX_PATTERNS} are the most")));
+        }
+        Ok(Self(all))
     }
 
     /// Whether it holds for an object.
@@ -79,7 +84,10 @@ impl Selector {
             Test::Present => value.is_some(),
             Test::Equal(wanted) => value.is_some_and(|value| value == *wanted),
             Test::NotEqual(unwanted) => value.as_deref().unwrap_or_default() != unwanted,
-            Test::Matches(pattern) => pattern.is_match(value.as_deref().unwrap_or_default()),
+            Test::Matches(pattern) => {
+                let value = value.as_deref().unwrap_or_default();
+                pattern.is_match(&value[..value.floor_char_boundary(MAX_VALUE_BYTES)])
+            }
         }
     }
 }
@@ -229,7 +237,11 @@ const MAX_FILTERS: usize = 256;
 /// The longest filter.
 const MAX_FILTER_BYTES: usize = 8192;
 /// The most memory that a pattern may take.
-const MAX_PATTERN_BYTES: usize = 256 << 10;
+const MAX_PATTERN_BYTES: usize = 32 << 10;
+/// The most patterns of one request: what one costs grows with its own length times that of the value, and others wait meanwhile.
+const MAX_PATTERNS: usize = 16;
+/// Of a longer value, what comes after that many bytes is not looked at by patterns; no label is longer.
+const MAX_VALUE_BYTES: usize = 4096;
 
 #[cfg(test)]
 mod tests {

@@ -6,68 +6,108 @@
 //! ```
 //! **Invariant:** what changes tasks or the store has a [`Pass`]; so between close and open nothing does.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock, watch};
+use tokio::sync::watch;
 
 /// The gate.
 #[derive(Debug, Clone)]
 pub(crate) struct Gate {
-    inside: Arc<RwLock<()>>,
-    retired: watch::Sender<bool>,
+    state: watch::Sender<State>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct State {
+    /// How many passes are out.
+    inside: usize,
+    is_closed: bool,
+    is_retired: bool,
 }
 
 /// The right to change something, for as long as it is held.
 #[derive(Debug)]
 pub(crate) struct Pass {
-    _inside: OwnedRwLockReadGuard<()>,
+    gate: Gate,
 }
 
-/// Nobody is inside, for as long as it is held.
+/// Nobody enters any more, for as long as it is held.
 #[derive(Debug)]
 pub(crate) struct Closed {
-    _alone: OwnedRwLockWriteGuard<()>,
+    gate: Gate,
 }
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { inside: Arc::default(), retired: watch::Sender::new(false) }
+        Self { state: watch::Sender::default() }
     }
 }
 
 impl Gate {
     /// Waits while it is closed; none when it will never open again.
     pub(crate) async fn enter(&self) -> Option<Pass> {
-        let pass = tokio::select! {
-            biased;
-            () = self.retired() => return None,
-            inside = Arc::clone(&self.inside).read_owned() => Pass { _inside: inside },
-        };
-        (!self.is_retired()).then_some(pass)
+        self.enter_if(|state| !state.is_closed).await
     }
 
-    /// Lets nobody in any more and waits for those inside; none when they take longer than `limit`, and it is open again.
+    /// The same for what somebody inside may be waiting for: it may enter as long as anybody is.
+    pub(crate) async fn follow(&self) -> Option<Pass> {
+        self.enter_if(|state| !state.is_closed || state.inside > 0).await
+    }
+
+    async fn enter_if(&self, may_enter: impl Fn(&State) -> bool) -> Option<Pass> {
+        let mut changes = self.state.subscribe();
+        loop {
+            let entered = self.state.send_if_modified(|state| {
+                let enters = may_enter(state) && !state.is_retired;
+                state.inside += usize::from(enters);
+                enters
+            });
+            if entered {
+                return Some(Pass { gate: self.clone() });
+            }
+            // the sender is part of the gate
+            let state = *changes.wait_for(|state| state.is_retired || may_enter(state)).await.ok()?;
+            if state.is_retired {
+                return None;
+            }
+        }
+    }
+
+    /// Lets nobody in any more and waits for those inside; none when they take longer than `limit`, and it is open again. To be closed by one at a
+    /// time.
     pub(crate) async fn close(&self, limit: Duration) -> Option<Closed> {
-        let alone = tokio::time::timeout(limit, Arc::clone(&self.inside).write_owned()).await.ok()?;
-        Some(Closed { _alone: alone })
+        self.state.send_modify(|state| state.is_closed = true);
+        let closed = Closed { gate: self.clone() };
+        let mut changes = self.state.subscribe();
+        let left = tokio::time::timeout(limit, changes.wait_for(|state| state.inside == 0)).await;
+        left.is_ok().then_some(closed)
     }
 
     /// Turns everybody away for good.
     pub(crate) fn retire(&self) {
-        self.retired.send_replace(true);
+        self.state.send_modify(|state| state.is_retired = true);
     }
 
     /// Whether it was retired.
     pub(crate) fn is_retired(&self) -> bool {
-        *self.retired.borrow()
+        self.state.borrow().is_retired
     }
 
     /// Waits until it is retired.
     pub(crate) async fn retired(&self) {
-        let mut retired = self.retired.subscribe();
         // the sender is part of the gate
-        let _ = retired.wait_for(|retired| *retired).await;
+        let _ = self.state.subscribe().wait_for(|state| state.is_retired).await;
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.gate.state.send_modify(|state| state.inside -= 1);
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.gate.state.send_modify(|state| state.is_closed = false);
     }
 }
 
@@ -90,6 +130,24 @@ mod tests {
         assert!(timeout(MOMENT, gate.enter()).await.is_err(), "closed");
         drop(closed);
         assert!(timeout(MOMENT, gate.enter()).await.expect("open again").is_some());
+    }
+
+    #[tokio::test]
+    async fn what_somebody_inside_waits_for_gets_through_a_gate_that_closes() {
+        let gate = Gate::default();
+        let inside = gate.enter().await.expect("open");
+        let closing = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.close(Duration::from_secs(60)).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(timeout(MOMENT, gate.enter()).await.is_err(), "closing");
+        drop(timeout(MOMENT, gate.follow()).await.expect("somebody is inside"));
+        drop(inside);
+        let closed = closing.await.expect("no panic").expect("nobody is inside");
+        assert!(timeout(MOMENT, gate.follow()).await.is_err(), "closed");
+        drop(closed);
+        assert!(timeout(MOMENT, gate.follow()).await.expect("open again").is_some());
     }
 
     #[tokio::test]

@@ -14,6 +14,7 @@ use containerd_client::types::Metric;
 use containerd_client::types::v1::{Process, ProcessInfo, Status as ProcessStatus};
 use containerd_shim_protos::api as shim;
 use containerd_shim_protos::shim::oci;
+use log::warn;
 use protobuf::Message;
 use tokio::task::JoinSet;
 
@@ -113,13 +114,14 @@ pub(super) async fn delete_process(manager: Arc<Manager>, call: Call, request: D
     let delete = shim::DeleteRequest { id: task.id.clone(), exec_id: exec.clone(), ..shim::DeleteRequest::default() };
     let answer: shim::DeleteResponse = ask(&task, "Delete", &delete, LONG).await?;
     let (namespace, id, name, now) = (task.namespace.clone(), task.id.clone(), exec.clone(), timestamp::to_nanos(&timestamp::now()));
-    manager
-        .store
-        .note(move |db| {
-            execs::remove(db, namespace.as_str(), &id, &name)?;
-            exits::collect(db, namespace.as_str(), &id, Some(&name), now)
-        })
-        .await?;
+    let forgotten = manager.store.note(move |db| {
+        execs::remove(db, namespace.as_str(), &id, &name)?;
+        exits::collect(db, namespace.as_str(), &id, Some(&name), now)
+    });
+    // a full disk: it is deleted all the same
+    if let Err(error) = forgotten.await {
+        warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget an exec");
+    }
     Ok(DeleteResponse {
         id: exec,
         pid: answer.pid,
@@ -246,7 +248,8 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
         Err(Unanswered::Refused(error)) => {
             if error.code() != tonic::Code::AlreadyExists {
                 let (namespace, id) = (task.namespace.clone(), task.id.clone());
-                manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await?;
+                // one that is noted and not there is not found when it is asked for
+                let _ = manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await;
             }
             Err(error)
         }

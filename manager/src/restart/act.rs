@@ -9,14 +9,14 @@ use containerd_client::services::v1::Container;
 use containerd_shim_protos::api::{
     CreateTaskRequest, Empty, KillRequest, StartRequest, StartResponse, StateRequest, StateResponse, Status, WaitRequest, WaitResponse,
 };
-use log::info;
+use log::{info, warn};
 use serde::Deserialize;
 
 use super::policy::{self, Decision, Observed};
 use crate::error::{Error, Result};
 use crate::manager::Manager;
 use crate::name::Namespace;
-use crate::store::containers;
+use crate::store::{containers, restarts};
 use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
 use crate::{timestamp, wire};
 
@@ -34,7 +34,8 @@ pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) 
         Ok(state) => match state.status.enum_value() {
             Ok(Status::RUNNING) => Observed::Running,
             Ok(Status::STOPPED) => Observed::Exited(state.exit_status),
-            Ok(Status::CREATED | Status::PAUSED | Status::PAUSING | Status::UNKNOWN) | Err(_) => Observed::Undecided,
+            Ok(Status::CREATED) => Observed::Created,
+            Ok(Status::PAUSED | Status::PAUSING | Status::UNKNOWN) | Err(_) => Observed::Undecided,
         },
         Err(_) => Observed::Undecided,
     }
@@ -52,6 +53,21 @@ pub(super) async fn act(manager: &Arc<Manager>, namespace: &Namespace, container
 }
 
 async fn start(manager: &Arc<Manager>, namespace: &Namespace, container: Container) -> Result<()> {
+    let id = container.id.clone();
+    let started = create_and_start(manager, namespace, container).await;
+    is_settled(manager, namespace, &id).await;
+    started
+}
+
+/// Notes that nothing half-made is left of an attempt.
+pub(super) async fn is_settled(manager: &Manager, namespace: &Namespace, id: &str) {
+    let (place, name) = (namespace.clone(), id.to_owned());
+    if let Err(error) = manager.store.note(move |db| restarts::end(db, place.as_str(), &name)).await {
+        warn!(namespace:%, container = id, error = error.chain(); "cannot note the end of a restart");
+    }
+}
+
+async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, container: Container) -> Result<()> {
     if !container.snapshot_key.is_empty() {
         return Err(Error::Unimplemented(format!("its root is snapshot {:?} of {:?}", container.snapshot_key, container.snapshotter)));
     }
@@ -76,13 +92,21 @@ async fn start(manager: &Arc<Manager>, namespace: &Namespace, container: Contain
     manager.tasks.create(namespace, &id, new).await?;
     let task = manager.tasks.find(namespace, &id)?;
     let start = StartRequest { id: id.clone(), ..StartRequest::default() };
-    shim_of(&task).await?.call::<StartResponse>("Start", &start, Some(LONG)).await?;
+    let started = match shim_of(&task).await {
+        Ok(shim) => shim.call::<StartResponse>("Start", &start, Some(LONG)).await.map_err(Error::from),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = started {
+        // what is half-made is nobody else's; the next attempt meets what is left
+        let _ = end(manager, namespace, &id).await;
+        return Err(error);
+    }
     manager.restarts.fetch_add(1, Ordering::Relaxed);
     info!(namespace:%, container = id, count; "container started again");
     Ok(())
 }
 
-/// Writes down how often a container was started again.
+/// Writes down how often a container was started again, and that it is about to be.
 async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u64) -> Result<()> {
     let (place, name) = (namespace.clone(), id.to_owned());
     let updated = manager
@@ -93,6 +117,7 @@ async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u
             container.labels.insert(policy::COUNT.to_owned(), count.to_string());
             container.updated_at = Some(timestamp::now());
             containers::put(db, place.as_str(), &name, &container)?;
+            restarts::begin(db, place.as_str(), &name)?;
             Ok(container)
         })
         .await?;

@@ -27,15 +27,21 @@ use tokio_stream::StreamExt as _;
 use crate::filter::Filter;
 use crate::manager::Manager;
 use crate::name::Namespace;
-use crate::store::{containers, namespaces};
-use policy::{Decision, Observed};
+use crate::store::{containers, namespaces, restarts};
+use policy::{Decision, Observed, Wish};
 
 type Key = (Namespace, String);
 
 /// Watches until this process retires.
 pub(crate) async fn watch(manager: Arc<Manager>, interval: Duration) {
+    let unfinished = manager.store.read(restarts::list).await.unwrap_or_else(|error| {
+        warn!(error = error.chain(); "the restart monitor does not know what it was about when the last process ended");
+        Vec::new()
+    });
+    let unfinished = unfinished.into_iter().filter_map(|(namespace, id)| Some((Namespace::parse(&namespace).ok()?, id))).collect();
+    let manager_of_it = Arc::clone(&manager);
     let mut monitor =
-        Monitor { manager: Arc::clone(&manager), interval, known: HashMap::new(), busy: HashSet::new(), acting: JoinSet::new() };
+        Monitor { manager: manager_of_it, interval, known: HashMap::new(), unfinished, busy: HashMap::new(), acting: JoinSet::new() };
     tokio::select! {
         () = manager.gate.retired() => {}
         () = monitor.run() => {}
@@ -48,9 +54,19 @@ struct Monitor {
     manager: Arc<Manager>,
     interval: Duration,
     known: HashMap<Key, History>,
-    /// Those for which something is being done.
-    busy: HashSet<Key>,
-    acting: JoinSet<Key>,
+    /// Those that an earlier process was about to start when it died.
+    unfinished: HashSet<Key>,
+    /// Those that are being looked at, or for which something is being done; true for those at which somebody must look again then.
+    busy: HashMap<Key, bool>,
+    acting: JoinSet<(Key, Step)>,
+}
+
+/// What was done for a container, beside everything else: a shim that does not answer delays nobody.
+enum Step {
+    /// Its shim was asked.
+    Observed(Box<Container>, Observed),
+    /// It was started or stopped, if it could be.
+    Acted(bool),
 }
 
 /// What is remembered of a container.
@@ -72,7 +88,9 @@ impl Monitor {
         let mut events = self.manager.events.overhear(filter.clone());
         let mut next_round = Instant::now();
         loop {
-            let wake = self.known.values().filter_map(|history| history.due).min().map_or(next_round, |first| first.min(next_round));
+            // for those that are busy it is time when they are not
+            let due = self.known.iter().filter(|(key, _)| !self.busy.contains_key(key)).filter_map(|(_, history)| history.due);
+            let wake = due.min().map_or(next_round, |first| first.min(next_round));
             tokio::select! {
                 event = events.next() => match event {
                     Some(Ok(envelope)) => {
@@ -85,10 +103,7 @@ impl Monitor {
                 },
                 Some(ended) = self.acting.join_next() => {
                     match ended {
-                        Ok(key) => {
-                            self.busy.remove(&key);
-                            self.look(&key).await;
-                        }
+                        Ok((key, step)) => self.go_on(key, step).await,
                         Err(panic) => error!(error:% = panic; "a restart was not carried to its end"),
                     }
                 }
@@ -121,7 +136,7 @@ impl Monitor {
                 let keys: HashSet<Key> = labelled.iter().map(|(namespace, container)| (namespace.clone(), container.id.clone())).collect();
                 self.known.retain(|key, _| keys.contains(key));
                 for (namespace, container) in labelled {
-                    self.consider((namespace, container.id.clone()), container).await;
+                    self.consider((namespace, container.id.clone()), container);
                 }
             }
             Err(error) => warn!(error = error.chain(); "the restart monitor cannot read containers"),
@@ -131,7 +146,7 @@ impl Monitor {
     async fn look(&mut self, key: &Key) {
         let (namespace, id) = key.clone();
         match self.manager.store.read(move |db| containers::get(db, namespace.as_str(), &id)).await {
-            Ok(Some(container)) if has_wish(&container) => self.consider(key.clone(), container).await,
+            Ok(Some(container)) if has_wish(&container) => self.consider(key.clone(), container),
             Ok(_) => drop(self.known.remove(key)),
             Err(error) => {
                 warn!(error = error.chain(); "the restart monitor cannot read a container");
@@ -140,14 +155,15 @@ impl Monitor {
         }
     }
 
-    /// Does what follows from a container's labels and its task.
-    async fn consider(&mut self, key: Key, container: Container) {
-        if self.busy.contains(&key) {
+    /// Asks how the task of a container is, if its labels want something of it.
+    fn consider(&mut self, key: Key, container: Container) {
+        if let Some(look_again) = self.busy.get_mut(&key) {
+            *look_again = true;
             return;
         }
         let history = self.known.entry(key.clone()).or_default();
-        let wish = match policy::wish(&container.labels) {
-            Ok(Some(wish)) => wish,
+        match policy::wish(&container.labels) {
+            Ok(Some(_)) => {}
             Ok(None) => return,
             Err(sentence) => {
                 if !std::mem::replace(&mut history.is_reported, true) {
@@ -155,10 +171,42 @@ impl Monitor {
                 }
                 return;
             }
+        }
+        let (manager, watched) = (Arc::clone(&self.manager), key.clone());
+        self.busy.insert(key, false);
+        self.acting.spawn(async move {
+            let observed = act::observe(&manager, &watched.0, &watched.1).await;
+            (watched, Step::Observed(Box::new(container), observed))
+        });
+    }
+
+    /// Does what follows from how its task is.
+    async fn go_on(&mut self, key: Key, step: Step) {
+        let look_again = self.busy.remove(&key).unwrap_or(false);
+        match step {
+            _ if look_again => self.look(&key).await,
+            Step::Observed(container, observed) => self.decide(key, *container, observed).await,
+            Step::Acted(true) => self.look(&key).await,
+            Step::Acted(false) => {
+                let history = self.known.entry(key).or_default();
+                history.due.get_or_insert(Instant::now() + self.interval);
+            }
+        }
+    }
+
+    async fn decide(&mut self, key: Key, container: Container, observed: Observed) {
+        let Ok(Some(wish)) = policy::wish(&container.labels) else { return };
+        let is_half_made = observed != Observed::Undecided && self.unfinished.remove(&key);
+        let decision = match (wish, observed) {
+            (Wish::Running(_), Observed::Created) if is_half_made => Decision::Start,
+            _ => policy::decide(wish, observed, &container.labels),
         };
-        let observed = act::observe(&self.manager, &key.0, &key.1).await;
-        let decision = policy::decide(wish, observed, &container.labels);
+        if is_half_made && decision != Decision::Start {
+            act::is_settled(&self.manager, &key.0, &key.1).await;
+        }
+        let history = self.known.entry(key.clone()).or_default();
         let is_time = match decision {
+            Decision::Start if is_half_made => true,
             Decision::Start => history.may_start(observed, self.interval),
             Decision::Stop | Decision::Leave => {
                 history.due = None;
@@ -169,13 +217,13 @@ impl Monitor {
             return;
         }
         let manager = Arc::clone(&self.manager);
-        self.busy.insert(key.clone());
+        self.busy.insert(key.clone(), false);
         self.acting.spawn(async move {
             let done = act::act(&manager, &key.0, container, decision).await;
-            if let Err(error) = done {
+            if let Err(error) = &done {
                 warn!(namespace:% = key.0, container = key.1.as_str(), error = error.chain(); "the restart monitor has no success");
             }
-            key
+            (key, Step::Acted(done.is_ok()))
         });
     }
 }

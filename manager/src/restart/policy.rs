@@ -35,8 +35,10 @@ pub(super) enum Policy {
 pub(super) enum Observed {
     /// No task.
     Nothing,
-    /// It is somebody's to start, to resume, or its shim does not say.
+    /// It is somebody's to resume, or its shim does not say.
     Undecided,
+    /// It is somebody's to start.
+    Created,
     Running,
     /// With this status.
     Exited(u32),
@@ -89,7 +91,7 @@ pub(super) fn count(labels: &HashMap<String, String>) -> u64 {
 pub(super) fn decide(wish: Wish, observed: Observed, labels: &HashMap<String, String>) -> Decision {
     match (wish, observed) {
         (Wish::Stopped, Observed::Running) => Decision::Stop,
-        (Wish::Stopped, _) | (Wish::Running(_), Observed::Running | Observed::Undecided) => Decision::Leave,
+        (Wish::Stopped, _) | (Wish::Running(_), Observed::Running | Observed::Undecided | Observed::Created) => Decision::Leave,
         (Wish::Running(policy), Observed::Nothing | Observed::Exited(_)) => {
             let starts = match policy {
                 Policy::Always => true,
@@ -134,7 +136,7 @@ mod tests {
     #[test]
     fn each_policy_starts_what_it_should() {
         use Decision::{Leave, Start};
-        use Observed::{Exited, Nothing, Running, Undecided};
+        use Observed::{Created, Exited, Nothing, Running, Undecided};
         let running = ("status", "running");
         for (rest, exited_0, exited_3, nothing) in [
             (&[][..], Start, Start, Start),
@@ -151,7 +153,7 @@ mod tests {
             let all: Vec<_> = rest.iter().copied().chain([running]).collect();
             let found = [Exited(0), Exited(3), Nothing].map(|observed| decision(&all, observed));
             assert_eq!(found, [exited_0, exited_3, nothing], "{rest:?}");
-            assert_eq!([Running, Undecided].map(|observed| decision(&all, observed)), [Leave, Leave], "{rest:?}");
+            assert_eq!([Running, Undecided, Created].map(|observed| decision(&all, observed)), [Leave; 3], "{rest:?}");
         }
     }
 

@@ -26,7 +26,42 @@ pub(crate) fn uuid(db: &Connection, new: &str) -> Result<String> {
 pub(crate) fn new_boot(db: &Connection, boot: &str) -> Result<()> {
     if get(db, "boot")?.as_deref() != Some(boot) {
         db.execute_batch("DELETE FROM execs; DELETE FROM exits; DELETE FROM ended").doing("forget tasks")?;
+        db.execute("DELETE FROM facts WHERE name GLOB ?", [format!("{RESTARTING}*")]).doing("forget restarts")?;
         set(db, "boot", boot)?;
     }
     Ok(())
 }
+
+/// Which tasks somebody is making for the restart monitor: one that is found half-made after a death of this process is nobody else's.
+pub(crate) mod restarts {
+    use super::*;
+
+    /// Says that it begins.
+    pub(crate) fn begin(db: &Connection, namespace: &str, id: &str) -> Result<()> {
+        set(db, &name(namespace, id), "")
+    }
+
+    /// Says that it has ended.
+    pub(crate) fn end(db: &Connection, namespace: &str, id: &str) -> Result<()> {
+        db.execute("DELETE FROM facts WHERE name = ?", [name(namespace, id)]).doing("write").map(drop)
+    }
+
+    /// Those that did not end: namespace and id.
+    pub(crate) fn list(db: &Connection) -> Result<Vec<(String, String)>> {
+        let mut select = db.prepare("SELECT name FROM facts WHERE name GLOB ?").doing("prepare")?;
+        let names = select.query_map([format!("{RESTARTING}*")], |row| row.get::<_, String>(0)).doing("read")?;
+        let names = names.collect::<rusqlite::Result<Vec<_>>>().doing("read")?;
+        Ok(names
+            .iter()
+            .filter_map(|name| name.strip_prefix(RESTARTING)?.split_once(' '))
+            .map(|(a, b)| (a.to_owned(), b.to_owned()))
+            .collect())
+    }
+
+    /// Neither namespaces nor ids have blanks.
+    fn name(namespace: &str, id: &str) -> String {
+        format!("{RESTARTING}{namespace} {id}")
+    }
+}
+
+const RESTARTING: &str = "restarting ";

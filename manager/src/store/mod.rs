@@ -23,7 +23,7 @@ use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Code;
 
-pub(crate) use facts::{new_boot, uuid};
+pub(crate) use facts::{new_boot, restarts, uuid};
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
 pub(crate) use processes::{Exit, ended, execs, exits};
 pub(crate) use upkeep::{backup, check, rehearse};

@@ -59,7 +59,8 @@ impl Tasks {
                 }
             };
             match old.settled().await {
-                Ok(Phase::Ended(exit)) => self.collect(&old, exit).await,
+                // unless somebody else has collected it
+                Ok(Phase::Ended(exit)) => drop(self.collect(&old, exit).await),
                 Err(Error::NotFound(_)) if matches!(old.phase(), Phase::Gone) => {}
                 _ => return Err(taken()),
             }
@@ -100,8 +101,10 @@ impl Tasks {
         shim_log::copy(task.bundle.path()).map_err(|error| (None, error))?;
         let address =
             self.programs.start(program, &task.bundle, &task.namespace, &task.id, options).await.map_err(|error| (None, error))?;
-        task.bundle.write_address(&address).map_err(|error| (None, error))?;
         let shim = Shim::connect(&address, &task.namespace).await.map_err(|error| (None, error))?;
+        if let Err(error) = task.bundle.write_address(&address) {
+            return Err((Some(shim), error));
+        }
         request.id.clone_from(&task.id);
         request.bundle = task.bundle.path().to_string_lossy().into_owned();
         match shim.call::<CreateTaskResponse>("Create", &request, Some(CREATE)).await {

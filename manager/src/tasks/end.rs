@@ -21,10 +21,8 @@ impl Tasks {
     pub(crate) async fn delete(&self, task: &Arc<Task>) -> Result<Exit> {
         loop {
             match task.settled().await? {
-                Phase::Ended(exit) => {
-                    self.collect(task, exit).await;
-                    return Ok(exit);
-                }
+                Phase::Ended(exit) if self.collect(task, exit).await => return Ok(exit),
+                Phase::Ended(_) => return Err(task.not_found()),
                 Phase::Live(shim) => {
                     let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
                     match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
@@ -85,8 +83,11 @@ impl Tasks {
         }
     }
 
-    /// Hands out how a task ended whose shim is dead, and forgets it.
-    pub(super) async fn collect(&self, task: &Task, exit: Exit) {
+    /// Hands out how a task ended whose shim is dead, and forgets it. False when somebody else has.
+    pub(super) async fn collect(&self, task: &Arc<Task>, exit: Exit) -> bool {
+        if !task.leaves_ended() {
+            return false;
+        }
         self.forget_processes(task).await;
         let event = TaskDelete {
             container_id: task.id.clone(),
@@ -97,6 +98,7 @@ impl Tasks {
         };
         self.events.publish(&task.namespace, "/tasks/delete", &event);
         self.forget(task);
+        true
     }
 
     /// Asks a shim to go that has nothing more to do for this task, and waits for it; one that has other tasks stays.

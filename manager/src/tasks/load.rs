@@ -12,8 +12,8 @@ use std::time::Duration;
 use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
-use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log};
-use crate::error::{IoContext as _, Result};
+use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, bundle, log as shim_log};
+use crate::error::{Error, IoContext as _, Result};
 use crate::name::{self, Namespace};
 use crate::store::{Exit, ended, execs, exits};
 
@@ -66,11 +66,26 @@ impl Tasks {
         if let Err(error) = shim_log::copy(task.bundle.path()) {
             warn!(container = task.id.as_str(), error = error.chain(); "cannot read the log of a shim");
         }
-        let shim = match task.bundle.address() {
-            Some(address) => Shim::connect(&address, &task.namespace).await,
-            None => {
-                // its creation was never acknowledged
-                return self.sweep(&task, None).await;
+        let Some(address) = task.bundle.address() else {
+            // its creation was never acknowledged
+            return self.sweep(&task, None).await;
+        };
+        let mut pass = Some(pass);
+        let mut pause = AGAIN;
+        let shim = loop {
+            match Shim::connect(&address, &task.namespace).await {
+                Err(error) if !is_death(&error) => {
+                    warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be well");
+                }
+                answer => break answer,
+            }
+            // an upgrade does not wait for it; whoever serves then looks for it anew
+            drop(pass.take());
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            pass = self.gate.enter().await;
+            if pass.is_none() {
+                return;
             }
         };
         match shim {
@@ -125,7 +140,12 @@ impl Tasks {
     /// Cleans up what a shim does not know: a creation or deletion that was under way. How it ended is kept for whoever deleted it and
     /// got no answer.
     async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
-        task.phase.send_replace(Phase::Cleaning);
+        if shim.is_none() {
+            task.phase.send_replace(Phase::Cleaning);
+        } else if !task.leaves_live(Phase::Cleaning) {
+            // a client has deleted it meanwhile, and the id may be somebody else's
+            return;
+        }
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         // what is told from here on is of a task that nobody was given
         let told = self.store.note(move |db| {
@@ -152,6 +172,13 @@ impl Tasks {
     }
 }
 
+/// Whether an attempt to connect shows that nobody listens there any more: everything else is a shortage of this process or of the machine, or a
+/// shim that it does not understand, and no reason to end a container.
+fn is_death(error: &Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error, Error::Io { source, .. } if matches!(source.kind(), ConnectionRefused | NotFound))
+}
+
 async fn state(task: &Task, shim: &Shim, exec: &str) -> Result<StateResponse, Unanswered> {
     let request = StateRequest { id: task.id.clone(), exec_id: exec.to_owned(), ..StateRequest::default() };
     shim.call("State", &request, Some(STATE)).await
@@ -171,7 +198,7 @@ fn bundles(folder: &Path) -> Result<Vec<(Namespace, String)>> {
         for (id, path) in folders(&path)? {
             if id.starts_with('.') {
                 // what cannot be removed now is in nobody's way
-                let _ = fs::remove_dir_all(path);
+                let _ = bundle::remove_tree(&path);
             } else if name::identifier("task", &id).is_ok() {
                 found.push((namespace.clone(), id));
             }

@@ -39,10 +39,16 @@ async fn copy_until_removed(receiver: Receiver, path: std::path::PathBuf) {
                 }
             }
             Ok(Err(_)) => return,
-            Err(_elapsed) if path.exists() => {}
+            Err(_elapsed) if is_at(&receiver, &path) => {}
             Err(_elapsed) => return,
         }
     }
+}
+
+/// Whether the fifo is still the one that has this path: that of a later task of the same id is another.
+fn is_at(receiver: &Receiver, path: &Path) -> bool {
+    let (Ok(own), Ok(there)) = (nix::sys::stat::fstat(receiver), nix::sys::stat::stat(path)) else { return false };
+    (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)
 }
 
 /// So soon after its removal an unused fifo is closed.

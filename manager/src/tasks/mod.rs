@@ -123,6 +123,17 @@ impl Task {
         })
     }
 
+    /// Takes what is left of a task whose shim is dead. False when somebody else has.
+    fn leaves_ended(&self) -> bool {
+        self.phase.send_if_modified(|phase| {
+            let is_ended = matches!(phase, Phase::Ended(_));
+            if is_ended {
+                *phase = Phase::Hidden;
+            }
+            is_ended
+        })
+    }
+
     /// Waits while the task is in the hands of this shim.
     pub(crate) async fn left(&self) {
         let mut phase = self.phase.subscribe();
@@ -179,8 +190,14 @@ impl Tasks {
         self.programs.info(&program::find(runtime)?, options).await
     }
 
-    fn forget(&self, task: &Task) {
-        self.all().remove(&task.key());
+    /// Its id is free; one that was taken again stays so.
+    fn forget(&self, task: &Arc<Task>) {
+        {
+            let mut all = self.all();
+            if all.get(&task.key()).is_some_and(|other| Arc::ptr_eq(other, task)) {
+                all.remove(&task.key());
+            }
+        }
         task.phase.send_replace(Phase::Gone);
     }
 }

@@ -14,6 +14,7 @@
 //! The newer one is tried first. A program that fails over it is asked again in the older one, and remembered.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
@@ -25,7 +26,7 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, Ex
 use log::LevelFilter;
 use protobuf::well_known_types::any::Any;
 use protobuf::{EnumOrUnknown, Message, MessageField};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
 use super::bundle::{Address, Bundle};
@@ -191,14 +192,18 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     children::inherits_nothing_of_ours(command.as_std_mut());
     let mut child = command.spawn().on("run", program)?;
     let stdin = child.stdin.take();
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let fed = async {
         if let Some(mut stdin) = stdin {
             // a program that does not read may have said why
             let _ = stdin.write_all(&input).await;
         }
     };
-    let both = async { tokio::join!(fed, child.wait_with_output()).1 };
-    let output = tokio::time::timeout(limit, both)
+    let all = async {
+        let ((), stdout, stderr) = tokio::join!(fed, said(stdout), said(stderr));
+        io::Result::Ok(Output { stdout: stdout?, stderr: stderr?, status: child.wait().await? })
+    };
+    let output = tokio::time::timeout(limit, all)
         .await
         .map_err(|_| Error::Unavailable(format!("{} did not end within {limit:?}", program.display())))?
         .on("run", program)?;
@@ -208,6 +213,21 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     let said: String =
         String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).chars().take(2000).collect();
     Err(Error::Launch(format!("{}: {}: {}", program.display(), output.status, said.trim())))
+}
+
+/// Everything that a program says.
+///
+/// Errors: when it does not stop talking.
+async fn said(output: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(output) = output {
+        output.take(OUTPUT_BYTES + 1).read_to_end(&mut bytes).await?;
+    }
+    if u64::try_from(bytes.len()).is_ok_and(|length| length <= OUTPUT_BYTES) {
+        Ok(bytes)
+    } else {
+        Err(io::Error::other(format!("it says more than {OUTPUT_BYTES} bytes")))
+    }
 }
 
 /// Reads the answer to `start`, whatever the dialect.
@@ -231,6 +251,8 @@ fn answer(program: &Path, output: &Output) -> Result<Address> {
     Ok(Address { version: result.version, address: result.address, protocol: result.protocol })
 }
 
+/// The most that a program may say.
+const OUTPUT_BYTES: u64 = 4 << 20;
 /// A `start` takes no longer.
 const START: Duration = Duration::from_secs(30);
 /// A `delete` takes no longer: shims promise four seconds, and containerd allows five on a machine that is not as busy.

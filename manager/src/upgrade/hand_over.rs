@@ -33,13 +33,19 @@ pub(crate) struct Estate<'a> {
     pub(crate) gate: &'a Gate,
 }
 
-/// Has the program at `path` take over, and returns its pid. From then on this process serves nobody.
+/// Has the program at `path` take over, unless this process is told to `stop` meanwhile, and returns its pid. From then on this process serves
+/// nobody.
 ///
 /// Errors: why it did not; this process goes on.
-pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path) -> Result<u32> {
+pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path, stop: impl Future<Output = ()>) -> Result<u32> {
+    let mut stop = std::pin::pin!(stop);
     info!(program:% = path.display(); "starting a successor");
     let mut successor = Successor::start(path, estate).await?;
-    let migrates = match successor.hear(PREPARE).await?.as_str() {
+    let prepared = tokio::select! {
+        word = successor.hear(PREPARE) => word?,
+        () = stop.as_mut() => return Err(stopped()),
+    };
+    let migrates = match prepared.as_str() {
         PREPARED => false,
         PREPARED_TO_MIGRATE => true,
         word => {
@@ -47,11 +53,15 @@ pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path) -> Result<u32> {
             return Err(successor.failure(nonsense).await);
         }
     };
-    let closed = estate.gate.close(DRAIN).await.ok_or_else(|| {
+    let closed = tokio::select! {
+        closed = estate.gate.close(DRAIN) => closed,
+        () = stop.as_mut() => return Err(stopped()),
+    };
+    let closed = closed.ok_or_else(|| {
         Error::Unavailable(format!("called off, as calls that change something did not end within {DRAIN:?}; try it again"))
     })?;
     let copy = if migrates { Some(Copied::of(estate).await?) } else { None };
-    match successor.move_in(closed, estate.gate).await {
+    match successor.move_in(closed, estate.gate, stop).await {
         Ok(pid) => {
             if let Some(copy) = copy {
                 copy.remove();
@@ -67,6 +77,10 @@ pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path) -> Result<u32> {
             Err(error)
         }
     }
+}
+
+fn stopped() -> Error {
+    Error::Unavailable("called off, as this process was told to stop".to_owned())
 }
 
 /// The process that is to take over. It is killed unless it has.
@@ -136,14 +150,18 @@ impl Successor {
     }
 
     /// Lets it take over; then nobody gets through the gate any more.
-    async fn move_in(&mut self, closed: Closed, gate: &Gate) -> Result<u32, (Error, Closed)> {
+    async fn move_in(&mut self, closed: Closed, gate: &Gate, stop: impl Future<Output = ()>) -> Result<u32, (Error, Closed)> {
         let moving = async {
             self.say(YOURS).await?;
             self.expect(READY, OPEN).await?;
             self.say(SERVE).await?;
             self.expect(SERVING, BEGIN).await
         };
-        match moving.await {
+        let moved = tokio::select! {
+            moved = moving => moved,
+            () = stop => Err(stopped()),
+        };
+        match moved {
             Ok(()) => {
                 gate.retire();
                 self.has_taken_over = true;
