@@ -57,6 +57,8 @@ fn restart_cases() -> Vec<Case> {
             an_exit_while_the_daemon_was_down_is_told_once;
         Scope::Once =>
             a_shim_that_does_not_answer_delays_nobody,
+            a_start_with_too_few_descriptors_ends_no_container,
+            who_makes_and_who_deletes_what_a_dead_shim_left_do_not_meet,
             how_a_task_of_a_dead_shim_ended_is_kept_until_it_is_collected,
             sockets_are_for_root_and_one_daemon,
             a_store_of_a_newer_version_is_refused,
@@ -65,5 +67,8 @@ fn restart_cases() -> Vec<Case> {
 }
 
 fn kill_cases() -> Vec<Case> {
-    cases![kills, Scope::Ends => random_deaths_of_the_daemon_lose_nothing].into_iter().map(|case| case.within(kills::deadline())).collect()
+    cases![kills, Scope::Daemons => random_deaths_of_the_daemon_lose_nothing]
+        .into_iter()
+        .map(|case| case.within(kills::deadline()))
+        .collect()
 }

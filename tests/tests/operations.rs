@@ -45,6 +45,7 @@ fn upgrade_cases() -> Vec<Case> {
             a_successor_that_dies_at_any_step_changes_nothing,
             a_hangup_signal_is_an_upgrade,
             a_stream_of_events_ends_with_an_error_after_what_was_told,
+            upgrades_may_follow_each_other_at_once,
             the_daemon_stops_while_a_successor_hangs,
     ];
     cases.into_iter().map(|case| case.within(Duration::from_secs(120))).collect()
@@ -58,6 +59,8 @@ fn restart_cases() -> Vec<Case> {
             a_container_that_was_stopped_on_purpose_stays_so,
             a_container_that_shall_be_stopped_is_stopped,
             a_container_is_started_that_was_to_run_when_the_daemon_came_up,
+            a_death_of_the_daemon_over_a_new_start_is_made_good,
+            a_container_is_started_again_while_other_shims_do_not_answer,
     ];
     cases.into_iter().map(|case| case.within(Duration::from_secs(90))).collect()
 }

@@ -24,6 +24,7 @@ pub(crate) async fn an_exit_while_the_daemon_was_down_is_told_once(cx: Context) 
         let exec = container.exec("e", &["sh", "-c", "read go; exit 5"]).stdio(Stdio::ALL).start().await?;
         let (mut stdin, mut exec_stdin) = (container.io.stdin().await?, exec.io.stdin().await?);
         let events = cx.events().await?;
+        let shim = cx.shim_pid(&container.id)?;
         cx.daemon().kill()?;
         exec_stdin.write_all(b"go\n")?;
         // the exec goes before the container can take it along
@@ -31,22 +32,86 @@ pub(crate) async fn an_exit_while_the_daemon_was_down_is_told_once(cx: Context) 
         stdin.write_all(b"go\n")?;
         let pid = container.pid.cast_signed();
         eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+        // a shim that tells an exit before the test listens again tells it to nobody
+        proc::signal(shim, Signal::SIGSTOP)?;
         cx.revive_daemon().await?;
         events.resubscribe(cx.client()).await?;
+        proc::signal(shim, Signal::SIGCONT)?;
+        // whoever sends it: the shim, sooner or later, or the daemon in its place
         let told = |exec: &'static str| !events.exits(&container.id, exec).is_empty();
-        // whoever sends it: the shim, sooner or later, or the daemon in its place; a shim of ours may have done so before anyone listened
-        if runtime == "io.containerd.runc.v2" {
-            eventually_true("the exits are told", Duration::from_secs(20), || told("") && told("e")).await?;
-        }
+        eventually_true("the exits are told", Duration::from_secs(30), || told("") && told("e")).await.with_context(|| runtime.clone())?;
         ensure!(exec.wait().await? == 5 && container.wait().await? == 3);
         tokio::time::sleep(Duration::from_secs(7)).await; // longer than the daemon leaves a shim to tell it by itself
         events.catch_up(cx.client()).await?;
         for (name, status) in [("", 3), ("e", 5)] {
             let exits = events.exits(&container.id, name);
-            ensure!(exits.len() <= 1 && exits.iter().all(|exit| exit.status == status), "{runtime}: {exits:?}");
+            ensure!(exits.len() == 1 && exits[0].status == status, "{runtime}: {exits:?}");
         }
         exec.delete().await?;
         ensure!(container.delete().await?.exit_status == 3);
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_start_with_too_few_descriptors_ends_no_container(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let mut containers = Vec::new();
+    for _container in 0..8 {
+        containers.push(cx.container(&["sleep", "1000"]).start().await?);
+    }
+    cx.daemon().kill()?;
+    let folder = cx.daemon().folder();
+    let log = cx.folder().join("poor.log");
+    let mut poor = Command::new("sh");
+    poor.args(["-c", "ulimit -n 24; exec \"$0\" \"$@\""]).arg(suite::manager().context("x-manager is on trial")?);
+    poor.arg("--root").arg(folder.join("root")).arg("--state").arg(folder.join("state")).arg("--address").arg(folder.join("c.sock"));
+    let mut poor = poor.stderr(fs::File::create(&log)?).spawn()?;
+    shim_tests::isolation::keep(poor.id());
+    let said = eventually("it cannot reach them all", SOON, async || {
+        let text = fs::read_to_string(&log)?;
+        ensure!(text.contains("Too many open files"), "{text}");
+        Ok(())
+    })
+    .await;
+    poor.kill()?;
+    poor.wait()?;
+    said?;
+    cx.revive_daemon().await?;
+    for container in &containers {
+        let state = container.phase(Phase::Running).await?;
+        ensure!(state.pid == container.pid, "{state:?}");
+    }
+    for container in containers {
+        ensure!(container.destroy().await? == 137);
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn who_makes_and_who_deletes_what_a_dead_shim_left_do_not_meet(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    for round in 0..8_u64 {
+        let old = cx.container(&["sleep", "1000"]).id("again").start().await?;
+        proc::kill_hard(cx.shim_pid(&old.id)?);
+        old.phase(Phase::Stopped).await?;
+        let deletions = async {
+            tokio::time::sleep(Duration::from_micros(round * 150)).await; // somewhere in the creation
+            tokio::join!(old.delete(), old.delete())
+        };
+        let (made, deleted) = tokio::join!(cx.container(&["sleep", "1000"]).id("again").create_task(), deletions);
+        let first_is_right = deleted.0.as_ref().is_ok_and(|answer| answer.exit_status == 137);
+        ensure!(!first_is_right || deleted.1.is_err(), "both have deleted it: {deleted:?}");
+        match made {
+            Ok(made) => {
+                // a deletion may have met the new one, and only then is it gone
+                match made.state().await {
+                    Ok(state) => ensure!(state.status() == Phase::Created, "{state:?}"),
+                    Err(status) => ensure!(status.code() == Code::NotFound && (deleted.0.is_ok() || deleted.1.is_ok()), "{status:?}"),
+                }
+            }
+            Err(error) => ensure!(code_of::<()>(Err(error))? == Code::AlreadyExists),
+        }
+        let _ = cx.client().delete("again").await;
+        cx.client().delete_container("again").await?;
     }
     cx.leaves_nothing().await
 }
@@ -173,6 +238,8 @@ pub(crate) async fn a_full_disk_refuses_and_loses_nothing(cx: Context) -> Result
 async fn full(cx: &Context, root: &Path) -> Result<()> {
     let running = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
     let mut stdin = running.io.stdin().await?;
+    let exec = running.exec("e", &["sh", "-c", "exit 5"]).start().await?;
+    ensure!(exec.wait().await? == 5);
     let ballast = root.join("ballast");
     fs::write(&ballast, vec![0; 4 << 20])?;
     let mut kept = Vec::new();
@@ -189,6 +256,7 @@ async fn full(cx: &Context, root: &Path) -> Result<()> {
     while fs::write(&ballast, vec![0; fs::metadata(&ballast).map_or(0, |about| usize::try_from(about.len()).unwrap_or(0)) + 1024]).is_ok() {
     }
     // running tasks are told of and deleted all the same
+    ensure!(exec.delete().await?.exit_status == 5);
     stdin.write_all(b"go\n")?;
     ensure!(running.wait().await? == 3);
     fs::remove_file(&ballast)?;

@@ -138,3 +138,47 @@ pub(crate) async fn a_container_is_started_that_was_to_run_when_the_daemon_came_
     remove(&cx, "again").await?;
     cx.leaves_nothing().await
 }
+
+pub(crate) async fn a_death_of_the_daemon_over_a_new_start_is_made_good(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let gate = cx.gate()?;
+    let container = cx.container(&["sleep", "1000"]).id("half").runtime_binary(&gate.binary()).start().await?;
+    label(&cx, "half", "status=running")?;
+    gate.hold("create")?;
+    container.kill(9).await?;
+    gate.held("create").await?;
+    cx.daemon().kill()?;
+    gate.release("create")?;
+    cx.revive_daemon().await?;
+    running(&cx, "half", container.pid).await?;
+    remove(&cx, "half").await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_container_is_started_again_while_other_shims_do_not_answer(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let ids = ["silent0", "silent1", "silent2", "silent3", "silent4", "well"];
+    for id in ids {
+        run(&cx, id, &["status=running"], "sleep 1000")?;
+    }
+    let pid = running(&cx, "well", 0).await?;
+    let silent: Vec<_> = ids[..5].iter().map(|id| cx.shim_pid(id)).collect::<Result<_>>()?;
+    for shim in &silent {
+        shim_tests::proc::signal(*shim, nix::sys::signal::Signal::SIGSTOP)?;
+    }
+    // in the middle of a round in which all of them are asked
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    cx.client().kill("well", "", 9, false).await?;
+    let begin = std::time::Instant::now();
+    let again = running(&cx, "well", pid).await;
+    let took = begin.elapsed();
+    for shim in &silent {
+        shim_tests::proc::signal(*shim, nix::sys::signal::Signal::SIGCONT)?;
+    }
+    again?;
+    ensure!(took < Duration::from_secs(5), "it was started after {took:?}");
+    for id in ids {
+        remove(&cx, id).await?;
+    }
+    cx.leaves_nothing().await
+}

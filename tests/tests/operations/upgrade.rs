@@ -86,14 +86,8 @@ pub(crate) async fn no_connection_is_refused_over_upgrades(cx: Context) -> Resul
     let asker = async || {
         while !enough.load(Ordering::Relaxed) {
             let client = Client::connect(&cx.daemon().address(), cx.client().namespace()).await?;
-            let state = client.state(&container.id, "").await;
-            // one that was accepted at the last moment is sent away so that it asks again
-            let state = match state {
-                Err(status) if status.code() == Code::Unavailable || status.message().contains("transport error") => {
-                    Client::connect(&cx.daemon().address(), cx.client().namespace()).await?.state(&container.id, "").await?
-                }
-                state => state?,
-            };
+            // its first call is answered, by whichever process
+            let state = client.state(&container.id, "").await?;
             ensure!(state.pid == container.pid, "{state:?}");
             asked.fetch_add(1, Ordering::Relaxed);
         }
@@ -304,6 +298,26 @@ pub(crate) async fn a_stream_of_events_ends_with_an_error_after_what_was_told(cx
     };
     ensure!(heard == 100, "{heard}");
     ensure!(last.as_ref().is_err_and(|status| status.code() == Code::Unavailable), "{last:?}");
+    cx.client().reconnected().await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn upgrades_may_follow_each_other_at_once(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    for _upgrade in 0..8 {
+        // on each process hangs a client that does not leave by itself
+        let silent = cx.daemon().client(cx.client().namespace()).await?;
+        let _events = silent.subscribe().await?;
+        let output = Command::from(upgrade(cx.daemon())?).output().await?;
+        ensure!(output.status.success(), "{}\n{}", said(&output), cx.daemon().log());
+        let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+        let next = Command::from(upgrade(cx.daemon())?).output().await?;
+        ensure!(next.status.success(), "{}\n{}", said(&next), cx.daemon().log());
+        let last = said(&next).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+        ensure!(pid != last);
+        cx.daemon().is_succeeded_by(last).await?;
+        eventually_true("the process between has ended", SOON, || !proc::is_alive(pid)).await?;
+    }
     cx.client().reconnected().await?;
     cx.leaves_nothing().await
 }
