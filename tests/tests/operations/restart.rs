@@ -142,7 +142,10 @@ pub(crate) async fn a_container_is_started_that_was_to_run_when_the_daemon_came_
 pub(crate) async fn a_death_of_the_daemon_over_a_new_start_is_made_good(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let gate = cx.gate()?;
-    let container = cx.container(&["sleep", "1000"]).id("half").runtime_binary(&gate.binary()).start().await?;
+    // whoever starts it again knows of no other root than that of the spec
+    let root = shim_tests::rootfs::shared()?;
+    let container = cx.container(&["sleep", "1000"]).id("half").runtime_binary(&gate.binary()).rootfs(Vec::new());
+    let container = container.spec(|spec| spec.with(|spec| spec["root"]["path"] = root.display().to_string().into())).start().await?;
     label(&cx, "half", "status=running")?;
     gate.hold("create")?;
     container.kill(9).await?;
@@ -152,6 +155,7 @@ pub(crate) async fn a_death_of_the_daemon_over_a_new_start_is_made_good(cx: Cont
     cx.revive_daemon().await?;
     running(&cx, "half", container.pid).await?;
     remove(&cx, "half").await?;
+    drop(container);
     cx.leaves_nothing().await
 }
 
