@@ -141,7 +141,7 @@ impl Lane {
         };
         if !self.start(id, "").await? {
             // it runs and its shim takes it for created: see `start`
-            let comm = proc::stat(container.pid.cast_signed())?.comm;
+            let comm = proc::Process::read(container.pid.cast_signed())?.comm;
             ensure!(comm == "sh", "{comm} cannot be started again");
             proc::kill_hard(container.pid.cast_signed());
             again(async || unless(client.delete(id).await.map(drop), Code::NotFound)).await?;
