@@ -62,12 +62,8 @@ impl Filter {
         if filters.len() > MAX_FILTERS {
             return Err(Error::Invalid(format!("{} filters, but {MAX_FILTERS} are the most", filters.len())));
         }
-        let all = filters.iter().map(|filter| parse(filter.as_ref())).collect::<Result<Vec<_>>>()?;
-        let patterns = all.iter().flatten().filter(|selector| matches!(selector.test, Test::Matches(_))).count();
-        if patterns > MAX_PATTERNS {
-            return Err(Error::Invalid(format!("{patterns} patterns in filters, but {MAX_PATTERNS} are the most")));
-        }
-        Ok(Self(all))
+        let mut budget = Budget { selectors: MAX_SELECTORS, patterns: MAX_PATTERNS };
+        filters.iter().map(|filter| parse(filter.as_ref(), &mut budget)).collect::<Result<_>>().map(Self)
     }
 
     /// Whether it holds for an object.
@@ -92,11 +88,24 @@ impl Selector {
     }
 }
 
-fn parse(filter: &str) -> Result<Vec<Selector>> {
+/// How much more one request may ask for.
+struct Budget {
+    selectors: usize,
+    patterns: usize,
+}
+
+impl Budget {
+    fn take(left: &mut usize, what: &str, most: usize) -> Result<(), String> {
+        *left = left.checked_sub(1).ok_or_else(|| format!("more than {most} {what} in one request,"))?;
+        Ok(())
+    }
+}
+
+fn parse(filter: &str, budget: &mut Budget) -> Result<Vec<Selector>> {
     if filter.len() > MAX_FILTER_BYTES {
         return Err(Error::Invalid(format!("a filter of {} bytes, but {MAX_FILTER_BYTES} are the most", filter.len())));
     }
-    let mut parser = Parser { rest: filter.chars().peekable(), at: 0 };
+    let mut parser = Parser { rest: filter.chars().peekable(), at: 0, budget };
     if filter.is_empty() {
         return Ok(Vec::new());
     }
@@ -104,6 +113,7 @@ fn parse(filter: &str) -> Result<Vec<Selector>> {
 }
 
 struct Parser<'a> {
+    budget: &'a mut Budget,
     rest: Peekable<Chars<'a>>,
     /// Characters read so far.
     at: usize,
@@ -136,6 +146,7 @@ impl Parser<'_> {
     }
 
     fn selector(&mut self) -> Result<Selector, String> {
+        Budget::take(&mut self.budget.selectors, "conditions", MAX_SELECTORS)?;
         let mut path = vec![self.path_part()?];
         while self.rest.next_if_eq(&'.').is_some() {
             self.at += 1;
@@ -147,6 +158,7 @@ impl Parser<'_> {
             "==" => Test::Equal(self.value(false)?),
             "!=" => Test::NotEqual(self.value(false)?),
             "~=" => {
+                Budget::take(&mut self.budget.patterns, "patterns", MAX_PATTERNS)?;
                 let pattern = self.value(true)?;
                 let regex = RegexBuilder::new(&pattern).size_limit(MAX_PATTERN_BYTES).build();
                 Test::Matches(regex.map_err(|error| format!("pattern {pattern:?}: {error},"))?)
@@ -234,6 +246,8 @@ impl Parser<'_> {
 
 /// The most filters of one request.
 const MAX_FILTERS: usize = 256;
+/// The most conditions of one request.
+const MAX_SELECTORS: usize = 1024;
 /// The longest filter.
 const MAX_FILTER_BYTES: usize = 8192;
 /// The most memory that a pattern may take.
@@ -330,6 +344,19 @@ mod tests {
         }
         assert!(Filter::parse(&["a".repeat(10_000)]).is_err());
         assert!(Filter::parse(&vec!["id"; 300]).is_err());
+    }
+
+    #[test]
+    fn what_one_request_may_make_others_wait_for_is_bounded() {
+        let patterns = |count| vec!["labels.a~=/(x?){50}/".to_owned(); count];
+        assert!(Filter::parse(&patterns(MAX_PATTERNS)).is_ok());
+        let error = Filter::parse(&patterns(MAX_PATTERNS + 1)).expect_err("too many").to_string();
+        assert!(error.contains("16 patterns"), "{error}");
+        let error = Filter::parse(&["id,".repeat(2000) + "id"]).expect_err("too many").to_string();
+        assert!(error.contains("1024 conditions"), "{error}");
+        assert!(Filter::parse(&["id~=/(x?){100000}/"]).is_err(), "too large");
+        let long = Object([("n".to_owned(), "é".repeat(MAX_VALUE_BYTES))].into());
+        assert!(Filter::parse(&["labels.n~=/^é+$/"]).expect("a filter").accepts(&long));
     }
 
     #[test]

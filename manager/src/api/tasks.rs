@@ -118,9 +118,9 @@ pub(super) async fn delete_process(manager: Arc<Manager>, call: Call, request: D
         execs::remove(db, namespace.as_str(), &id, &name)?;
         exits::collect(db, namespace.as_str(), &id, Some(&name), now)
     });
-    // a full disk: it is deleted all the same
     if let Err(error) = forgotten.await {
-        warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget an exec");
+        // the process is deleted all the same, and its exit is the client's; what stays goes with the task
+        warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget a process");
     }
     Ok(DeleteResponse {
         id: exec,
@@ -233,7 +233,7 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
     let shim = shim_of(&task).await?;
     let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
     // noted before it is there: after a death of this process its exit is asked for
-    manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?;
+    let is_new = manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?;
     let add = shim::ExecProcessRequest {
         id: task.id.clone(),
         exec_id: exec.clone(),
@@ -246,9 +246,9 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
     };
     match shim.call::<shim::Empty>("Exec", &add, Some(LONG)).await {
         Err(Unanswered::Refused(error)) => {
-            if error.code() != tonic::Code::AlreadyExists {
+            if is_new && error.code() != tonic::Code::AlreadyExists {
                 let (namespace, id) = (task.namespace.clone(), task.id.clone());
-                // one that is noted and not there is not found when it is asked for
+                // a note too many is asked for in vain, and goes with the task
                 let _ = manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await;
             }
             Err(error)

@@ -8,16 +8,15 @@
 //!   log                 a fifo             …                 what the shim puts there
 //! ```
 
-use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
+use super::mounts;
 use crate::error::{IoContext as _, Result};
 use crate::name::Namespace;
 use crate::settings::Settings;
@@ -54,7 +53,7 @@ impl Bundle {
 
     /// Makes it. `spec` is the JSON of config.json.
     ///
-    /// Errors: nothing is left of it; what was there before is untouched.
+    /// Errors: nothing is left of it; one that was there before is not touched.
     pub(crate) fn blocking_create(&self, spec: &[u8]) -> Result<()> {
         for folder in [&self.path, &self.work] {
             let parent = folder.parent().unwrap_or(Path::new("/"));
@@ -70,14 +69,14 @@ impl Bundle {
     }
 
     fn fill(&self, spec: &[u8]) -> Result<()> {
-        // what is left of an earlier life of the id is nobody's any more
-        remove_tree(&self.work)?;
         if let Some(gid) = group_of_root(spec) {
             chown(&self.path, None, Some(gid)).on("give away bundle", &self.path)?;
             fs::set_permissions(&self.path, fs::Permissions::from_mode(0o710)).on("open up bundle", &self.path)?;
         }
         let rootfs = self.path.join("rootfs");
         DirBuilder::new().mode(0o711).create(&rootfs).on("make folder", &rootfs)?;
+        // what is left of an earlier life of the id is nobody's any more
+        mounts::remove_tree(&self.work)?;
         DirBuilder::new().mode(0o711).create(&self.work).on("make work folder", &self.work)?;
         let link = self.path.join("work");
         symlink(&self.work, &link).on("make link", &link)?;
@@ -119,77 +118,21 @@ impl Bundle {
     }
 
     /// Removes it with what is mounted in it, the work folder too. That there is none is fine.
-    ///
-    /// Errors: nothing below a mount is ever removed; with one that stays, the bundle stays too.
     pub(crate) fn blocking_remove(&self) -> Result<()> {
         let parent = self.path.parent().unwrap_or(Path::new("/"));
         let name = self.path.file_name().unwrap_or_default();
-        // first out of the way, so that the id is free, or still whole
-        let hidden = parent.join(format!(".{}", name.to_string_lossy()));
-        remove_tree(&hidden)?;
-        unmount_below(&self.path)?;
+        // first out of the way, so that the id is free, or still whole; with its mounts, which go before its files
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        // what cannot be removed is in nobody's way, until the next start tries it again
+        let hidden = parent.join(format!(".{}.{}.{number}", name.to_string_lossy(), std::process::id()));
         match fs::rename(&self.path, &hidden) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             renamed => renamed.on("remove bundle", &self.path)?,
         }
-        remove_tree(&hidden)?;
-        remove_tree(&self.work)
+        mounts::remove_tree(&hidden)?;
+        mounts::remove_tree(&self.work)
     }
-}
-
-/// Removes a folder and everything in it, once nothing is mounted there any more.
-pub(super) fn remove_tree(folder: &Path) -> Result<()> {
-    unmount_below(folder)?;
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed.on("remove", folder),
-    }
-}
-
-/// Unmounts everything below a folder, what was mounted last first.
-///
-/// Errors: when something is mounted there all the same, or that cannot be known: then nothing there may be removed.
-fn unmount_below(folder: &Path) -> Result<()> {
-    // the table has no symbolic links
-    let folder = match folder.canonicalize() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        real => real.on("look for mounts below", folder)?,
-    };
-    for point in mounted_below(&folder)?.iter().rev() {
-        umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).on("unmount", point)?;
-    }
-    match mounted_below(&folder)?.first() {
-        None => Ok(()),
-        Some(point) => Err(io::Error::from(io::ErrorKind::ResourceBusy)).on("unmount", point),
-    }
-}
-
-/// Where something is mounted in a folder whose path has no links.
-fn mounted_below(folder: &Path) -> Result<Vec<PathBuf>> {
-    let table = Path::new("/proc/self/mountinfo");
-    let bytes = fs::read(table).on("read", table)?;
-    let points = bytes.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4)).map(unescaped);
-    Ok(points.filter(|point| point.starts_with(folder)).collect())
-}
-
-/// A path of mountinfo, where blanks and the like are octal.
-fn unescaped(path: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(path.len());
-    let mut rest = path;
-    while let Some((first, others)) = rest.split_first() {
-        let digits = others.get(..3).filter(|_| *first == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &others[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = others;
-            }
-        }
-    }
-    PathBuf::from(OsString::from_vec(bytes))
 }
 
 /// In a user namespace: the group that its root is outside.
@@ -227,11 +170,6 @@ const PROGRAM: &str = "shim-binary-path";
 
 #[cfg(test)]
 mod tests {
-    use std::ffi::OsStr;
-    use std::os::unix::ffi::OsStrExt as _;
-
-    use nix::mount::{MsFlags, mount};
-
     use super::*;
 
     fn folder(name: &str) -> (PathBuf, Bundle) {
@@ -255,35 +193,11 @@ mod tests {
         assert_eq!(fs::read_to_string(bundle.path().join("address")).expect("text"), "unix:///s");
         fs::remove_file(bundle.path().join("bootstrap.json")).expect("removal");
         assert_eq!(bundle.address().map(|address| address.version), Some(2));
+        assert!(bundle.blocking_create(b"{}").is_err(), "taken");
+        assert!(bundle.path().join("address").exists() && bundle.path().join("work").is_dir(), "and not touched");
         bundle.blocking_remove().expect("removed");
         bundle.blocking_remove().expect("and again");
         assert_eq!(fs::read_dir(bundle.path().parent().expect("a parent")).expect("a folder").count(), 0);
-        fs::remove_dir_all(folder).expect("removal");
-    }
-
-    #[test]
-    fn a_mount_in_a_bundle_is_unmounted_and_never_emptied() {
-        if !nix::unistd::geteuid().is_root() {
-            return;
-        }
-        let (folder, bundle) = folder("mounts");
-        fs::create_dir_all(folder.join("real/state")).expect("folders");
-        // by way of a link, and beside a mount whose name is no text
-        symlink(folder.join("real/state"), folder.join("state")).expect("a link");
-        let source = folder.join("source");
-        fs::create_dir_all(&source).expect("a folder");
-        fs::write(source.join("precious"), "kept").expect("a file");
-        let strange = folder.join(OsStr::from_bytes(b"strange\xff"));
-        fs::create_dir_all(&strange).expect("a folder");
-        let bind = |from: &Path, to: &Path| mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>);
-        bind(&source, &strange).expect("a mount");
-        bundle.blocking_create(b"{}").expect("a bundle");
-        assert!(bundle.blocking_create(b"{}").is_err() && bundle.path().join("config.json").exists(), "whose it is stays");
-        bind(&source, &bundle.path().join("rootfs")).expect("a mount");
-        bundle.blocking_remove().expect("removed");
-        assert!(!bundle.path().exists());
-        umount2(&strange, MntFlags::MNT_DETACH).expect("unmounted");
-        assert_eq!(fs::read_to_string(source.join("precious")).expect("a file"), "kept");
         fs::remove_dir_all(folder).expect("removal");
     }
 
@@ -294,12 +208,5 @@ mod tests {
         for other in [r#"{"linux":{"gidMappings":[{"containerID":0,"hostID":4711,"size":10}]}}"#, "{}", "no json"] {
             assert_eq!(group_of_root(other.as_bytes()), None);
         }
-    }
-
-    #[test]
-    fn blanks_in_mount_points_are_understood() {
-        assert_eq!(unescaped(br"/a\040b\011c"), Path::new("/a b\tc"));
-        assert_eq!(unescaped(br"/a\b"), Path::new(r"/a\b"));
-        assert_eq!(unescaped(b"/a\xff\\"), Path::new(OsStr::from_bytes(b"/a\xff\\")));
     }
 }

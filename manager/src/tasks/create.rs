@@ -59,8 +59,11 @@ impl Tasks {
                 }
             };
             match old.settled().await {
-                // unless somebody else has collected it
-                Ok(Phase::Ended(exit)) => drop(self.collect(&old, exit).await),
+                Ok(Phase::Ended(exit)) => {
+                    if !self.collect(&old, exit).await {
+                        old.gone().await;
+                    }
+                }
                 Err(Error::NotFound(_)) if matches!(old.phase(), Phase::Gone) => {}
                 _ => return Err(taken()),
             }

@@ -21,8 +21,9 @@ impl Tasks {
     pub(crate) async fn delete(&self, task: &Arc<Task>) -> Result<Exit> {
         loop {
             match task.settled().await? {
-                Phase::Ended(exit) if self.collect(task, exit).await => return Ok(exit),
-                Phase::Ended(_) => return Err(task.not_found()),
+                Phase::Ended(exit) => {
+                    return if self.collect(task, exit).await { Ok(exit) } else { Err(task.not_found()) };
+                }
                 Phase::Live(shim) => {
                     let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
                     match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
@@ -83,8 +84,8 @@ impl Tasks {
         }
     }
 
-    /// Hands out how a task ended whose shim is dead, and forgets it. False when somebody else has.
-    pub(super) async fn collect(&self, task: &Arc<Task>, exit: Exit) -> bool {
+    /// Hands out how a task ended whose shim is dead, and forgets it. False when somebody else does.
+    pub(super) async fn collect(&self, task: &Task, exit: Exit) -> bool {
         if !task.leaves_ended() {
             return false;
         }
@@ -159,8 +160,9 @@ impl Tasks {
         let recorded = self
             .store
             .note(move |db| {
-                // what was told before stays true
-                let told = exits::last(db, namespace.as_str(), &id, "")?;
+                // what was told before of this process stays true
+                let told =
+                    exits::last(db, namespace.as_str(), &id, "")?.filter(|told| !was_made || [told.pid, UNKNOWN].contains(&answer.pid));
                 let at = answer.at.filter(|at| *at > 0).unwrap_or(now);
                 let exit = told.or_else(|| was_made.then_some(Exit { pid: answer.pid, status: answer.status, at }));
                 if let Some(exit) = exit {

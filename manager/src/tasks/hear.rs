@@ -46,17 +46,14 @@ impl Tasks {
         let (place, id) = (namespace.clone(), event.container_id.clone());
         // of a task that is gone it is kept for a while only, and not taken for the end of a later task of the same id
         let is_late = self.find(namespace, &event.container_id).is_err();
-        let now = timestamp::to_nanos(&timestamp::now());
+        let collected = is_late.then(|| timestamp::to_nanos(&timestamp::now()));
         let is_told = Arc::new(AtomicBool::new(false));
         let has_told = Arc::clone(&is_told);
         let recorded = self.store.note(move |db| {
             if exits::is_told(db, place.as_str(), &id, &exec, exit)? {
                 return Ok(());
             }
-            let added = exits::add(db, place.as_str(), &id, &exec, exit).and_then(|()| match is_late {
-                true => exits::collect(db, place.as_str(), &id, Some(&exec), now),
-                false => Ok(()),
-            });
+            let added = exits::add(db, place.as_str(), &id, &exec, exit, collected);
             tell();
             has_told.store(true, Ordering::Relaxed);
             added

@@ -17,6 +17,7 @@ mod end;
 mod hear;
 mod load;
 mod log;
+mod mounts;
 mod program;
 mod shim;
 mod watch;
@@ -114,24 +115,29 @@ impl Task {
 
     /// Takes a live task out of its shim's hands. False when somebody else has.
     fn leaves_live(&self, next: Phase) -> bool {
+        self.leaves(|phase| matches!(phase, Phase::Live(_)), next)
+    }
+
+    /// Takes away what is kept of a task whose shim is dead. False when somebody else has.
+    fn leaves_ended(&self) -> bool {
+        self.leaves(|phase| matches!(phase, Phase::Ended(_)), Phase::Hidden)
+    }
+
+    fn leaves(&self, is_there: impl FnOnce(&Phase) -> bool, next: Phase) -> bool {
         self.phase.send_if_modified(|phase| {
-            let is_live = matches!(phase, Phase::Live(_));
-            if is_live {
+            let leaves = is_there(phase);
+            if leaves {
                 *phase = next;
             }
-            is_live
+            leaves
         })
     }
 
-    /// Takes what is left of a task whose shim is dead. False when somebody else has.
-    fn leaves_ended(&self) -> bool {
-        self.phase.send_if_modified(|phase| {
-            let is_ended = matches!(phase, Phase::Ended(_));
-            if is_ended {
-                *phase = Phase::Hidden;
-            }
-            is_ended
-        })
+    /// Waits until it does not exist any more.
+    async fn gone(&self) {
+        let mut phase = self.phase.subscribe();
+        // an error means that it is
+        let _ = phase.wait_for(|phase| matches!(phase, Phase::Gone)).await;
     }
 
     /// Waits while the task is in the hands of this shim.
@@ -190,11 +196,11 @@ impl Tasks {
         self.programs.info(&program::find(runtime)?, options).await
     }
 
-    /// Its id is free; one that was taken again stays so.
-    fn forget(&self, task: &Arc<Task>) {
+    fn forget(&self, task: &Task) {
         {
             let mut all = self.all();
-            if all.get(&task.key()).is_some_and(|other| Arc::ptr_eq(other, task)) {
+            // the id may be another task's by now
+            if all.get(&task.key()).is_some_and(|found| std::ptr::eq(&**found, task)) {
                 all.remove(&task.key());
             }
         }
