@@ -109,6 +109,12 @@ pub(crate) mod ended {
         Ok(())
     }
 
+    /// How a task ended, if that is remembered.
+    pub(crate) fn get(db: &Connection, namespace: &str, id: &str) -> Result<Option<Exit>> {
+        let mut select = db.prepare_cached("SELECT pid, status, at FROM ended WHERE namespace = ? AND id = ?").doing("prepare")?;
+        select.query_row([namespace, id], Exit::from_row).optional().doing("read")
+    }
+
     /// Takes it away.
     pub(crate) fn take(db: &Connection, namespace: &str, id: &str) -> Result<Option<Exit>> {
         let sql = "DELETE FROM ended WHERE namespace = ? AND id = ? RETURNING pid, status, at";

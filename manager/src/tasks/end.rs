@@ -27,9 +27,16 @@ impl Tasks {
                 Phase::Live(shim) => {
                     let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
                     match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
-                        Ok(answer) if self.take_leave(task, &shim).await => return Ok(exit_of(&answer)),
-                        // it died over its answer
-                        Ok(_) | Err(Unanswered::Lost) => task.left().await,
+                        Ok(answer) => {
+                            let exit = exit_of(&answer);
+                            self.note_end(task, exit).await;
+                            if self.take_leave(task, &shim).await {
+                                return Ok(exit);
+                            }
+                            // it died over its answer
+                            task.left().await;
+                        }
+                        Err(Unanswered::Lost) => task.left().await,
                         Err(Unanswered::Refused(error)) if error.is_not_found() => {
                             self.take_leave(task, &shim).await;
                             return Err(task.not_found());
@@ -39,6 +46,14 @@ impl Tasks {
                 }
                 Phase::Hidden | Phase::Loading | Phase::Cleaning | Phase::Gone => return Err(task.not_found()),
             }
+        }
+    }
+
+    /// Notes how a task ended that its shim has just deleted: if this process dies before its client knows, nobody else could say it.
+    async fn note_end(&self, task: &Task, exit: Exit) {
+        let (namespace, id) = (task.namespace.clone(), task.id.clone());
+        if let Err(error) = self.store.note(move |db| ended::put(db, namespace.as_str(), &id, exit)).await {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot note how a task ended");
         }
     }
 
@@ -103,7 +118,7 @@ impl Tasks {
     }
 
     /// Asks a shim to go that has nothing more to do for this task, and waits for it; one that has other tasks stays.
-    async fn dismiss_gracefully(&self, task: &Task, shim: &Shim) {
+    pub(super) async fn dismiss_gracefully(&self, task: &Task, shim: &Shim) {
         let request = ShutdownRequest { id: task.id.clone(), ..ShutdownRequest::default() };
         let asked = shim.call::<Empty>("Shutdown", &request, Some(SHUTDOWN)).await;
         let is_shared =
@@ -164,6 +179,7 @@ impl Tasks {
                 let told =
                     exits::last(db, namespace.as_str(), &id, "")?.filter(|told| !was_made || [told.pid, UNKNOWN].contains(&answer.pid));
                 let at = answer.at.filter(|at| *at > 0).unwrap_or(now);
+                let told = ended::get(db, namespace.as_str(), &id)?.or(told);
                 let exit = told.or_else(|| was_made.then_some(Exit { pid: answer.pid, status: answer.status, at }));
                 if let Some(exit) = exit {
                     ended::put(db, namespace.as_str(), &id, exit)?;

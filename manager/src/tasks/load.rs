@@ -24,8 +24,8 @@ impl Tasks {
     pub(crate) async fn load(self: &Arc<Self>) -> Result<()> {
         let mut ended: HashMap<_, _> =
             self.store.read(ended::list).await?.into_iter().map(|(namespace, id, exit)| ((namespace, id), exit)).collect();
-        let folder = self.settings.bundles();
-        let bundles = blocking(move || bundles(&folder)).await?;
+        let (folder, works) = (self.settings.bundles(), self.settings.works());
+        let bundles = blocking(move || bundles(&folder, &works)).await?;
         let mut loading = Vec::new();
         {
             let mut all = self.all();
@@ -51,7 +51,12 @@ impl Tasks {
         // held until it is known whether there is something to clean up
         let Some(pass) = self.gate.enter().await else { return };
         if let Some(exit) = ended {
-            // it was cleaned up but for its bundle
+            // it was cleaned up, or deleted by its shim, but for its bundle
+            if let Some(address) = task.bundle.address()
+                && let Ok(shim) = Shim::connect(&address, &task.namespace).await
+            {
+                self.dismiss_gracefully(&task, &shim).await;
+            }
             self.tell_exit(&task, "", exit).await;
             self.remove_bundle(&task).await;
             task.phase.send_replace(Phase::Ended(exit));
@@ -189,8 +194,8 @@ fn exit_of(state: &StateResponse) -> Option<Exit> {
     (state.status.enum_value() == Ok(Status::STOPPED)).then_some(Exit { pid: state.pid, status: state.exit_status, at })
 }
 
-/// The namespaces and ids of which there is a folder. Half-removed ones are removed.
-fn bundles(folder: &Path) -> Result<Vec<(Namespace, String)>> {
+/// The namespaces and ids of which there is a folder. Half-removed ones are removed, and work folders without a bundle.
+fn bundles(folder: &Path, works: &Path) -> Result<Vec<(Namespace, String)>> {
     let mut found = Vec::new();
     for (namespace, path) in folders(folder)? {
         let Ok(namespace) = Namespace::parse(&namespace) else { continue };
@@ -200,6 +205,14 @@ fn bundles(folder: &Path) -> Result<Vec<(Namespace, String)>> {
                 let _ = mounts::remove_tree(&path);
             } else if name::identifier("task", &id).is_ok() {
                 found.push((namespace.clone(), id));
+            }
+        }
+    }
+    for (namespace, path) in folders(works)? {
+        for (id, path) in folders(&path)? {
+            if !folder.join(&namespace).join(id).exists() {
+                // as above
+                let _ = mounts::remove_tree(&path);
             }
         }
     }
