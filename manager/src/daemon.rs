@@ -15,7 +15,7 @@ use crate::control::Order;
 use crate::error::{Error, IoContext as _, Result};
 use crate::manager::Manager;
 use crate::settings::Settings;
-use crate::sockets::{self, Inherited, Sockets};
+use crate::sockets::{Inherited, Sockets, accepting};
 use crate::sys::children;
 use crate::upgrade::{self, Estate, Predecessor};
 use crate::{api, control, forward, logging, metrics, notify, restart, store};
@@ -75,22 +75,25 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     manager.store.limit(settings.limits.store_bytes).await?;
     let not_yet = manager.gate.close(Duration::ZERO).await;
     manager.tasks.load().await?;
+    // everything that can fail, before the process that serves so far is told that it need not go on
+    let (clients, shims, control) = (accepting(&sockets.clients)?, accepting(&sockets.shims)?, accepting(&sockets.control)?);
+    let metrics = sockets.metrics.as_ref().map(metrics::Listener::of).transpose()?;
+    let (send, orders) = mpsc::channel(1);
+    let mut wishes = Wishes::new(orders)?;
     if let Some(predecessor) = predecessor {
         predecessor.ready().await?;
     }
     drop(not_yet);
-    let mut events = forward::serve(sockets::accepting(&sockets.shims)?, Arc::clone(&manager.tasks)).await?;
+    let mut events = forward::serve(shims, Arc::clone(&manager.tasks)).await?;
     let (course, its_course) = watch::channel(Course::Serves);
-    let api = tokio::spawn(api::serve(sockets::accepting(&sockets.clients)?, Arc::clone(&manager), settings.limits, its_course));
-    let (send, orders) = mpsc::channel(1);
-    tokio::spawn(control::serve(sockets::accepting(&sockets.control)?, send, manager.gate.clone()));
-    if let Some(listener) = &sockets.metrics {
-        tokio::spawn(metrics::serve(metrics::Listener::of(listener)?, Arc::clone(&manager)));
+    let api = tokio::spawn(api::serve(clients, Arc::clone(&manager), settings.limits, its_course));
+    tokio::spawn(control::serve(control, send, manager.gate.clone()));
+    if let Some(listener) = metrics {
+        tokio::spawn(metrics::serve(listener, Arc::clone(&manager)));
     }
     if let Some(interval) = settings.restart_interval {
         tokio::spawn(restart::watch(Arc::clone(&manager), interval));
     }
-    let mut wishes = Wishes::new(orders)?;
     info!(address:% = settings.address.display(), version = env!("CARGO_PKG_VERSION"), pid = std::process::id(); "serving");
     notify::tell(&format!("READY=1\nSTATUS=serving at {}", settings.address.display()));
     let store_file = settings.store();

@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_client::types::Envelope;
 use containerd_shim_protos::api::{Empty, ForwardRequest};
 use containerd_shim_protos::shim_async::{Events, create_events};
 use containerd_shim_protos::ttrpc::{self, Code, get_status};
+use log::warn;
 use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 use tokio_stream::StreamExt as _;
@@ -24,10 +26,18 @@ use crate::wire;
 /// Serves whoever connects, for as long as the server is kept.
 pub(crate) async fn serve(listener: UnixListener, tasks: Arc<Tasks>) -> Result<Server> {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let accepted = UnixListenerStream::new(listener).filter_map(move |accepted| match accepted {
+    let accepted = UnixListenerStream::new(listener).then(async |accepted| {
+        if let Err(error) = &accepted {
+            // without a free descriptor nothing can be accepted; others have to end first
+            warn!(error:%; "cannot accept a connection of a shim");
+            tokio::time::sleep(ACCEPT_AGAIN).await;
+        }
+        accepted
+    });
+    let accepted = accepted.filter_map(move |accepted| {
         // beyond the last place a connection is closed at once
-        Ok(socket) => Arc::clone(&places).try_acquire_owned().ok().map(|place| Ok(Guarded::new(socket, place))),
-        Err(error) => Some(Err(error)),
+        let place = Arc::clone(&places).try_acquire_owned().ok()?;
+        Some(Ok(Guarded::new(accepted.ok()?, place)))
     });
     let services: HashMap<_, _> = create_events(Arc::new(Forward { tasks }));
     let mut server = Server::new().add_listener(Listener::new(accepted)).register_service(services);
@@ -69,3 +79,5 @@ fn status(error: &Error) -> ttrpc::Status {
 
 /// The most shims that send events at the same moment; each keeps its connection.
 const MAX_CONNECTIONS: usize = 16384;
+/// After a failed accept.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);

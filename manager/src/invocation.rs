@@ -17,6 +17,8 @@ pub(crate) enum Invocation {
     Upgrade(Settings, Option<PathBuf>),
     /// Copy the store to a file.
     Backup(Settings, PathBuf),
+    /// Tell the running daemon of an event, which standard input holds.
+    Publish(Settings, EventName),
     /// Say whether the store is sound.
     Check(Settings),
     /// Print the default configuration.
@@ -27,6 +29,13 @@ pub(crate) enum Invocation {
     Version,
     /// Say how to use it.
     Help,
+}
+
+/// What an event is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct EventName {
+    pub(crate) namespace: String,
+    pub(crate) topic: String,
 }
 
 /// Why a command line makes no sense.
@@ -85,6 +94,12 @@ impl Invocation {
                     let file = argument.take().ok_or_else(|| UsageError::NoValue("backup".to_owned()))?;
                     Self::Backup(flags.settings(default_config)?, file.into())
                 }
+                (Some("publish"), _) => {
+                    let named = |flag: &str, value: Option<String>| value.ok_or_else(|| UsageError::NoValue(flag.to_owned()));
+                    let topic = named("publish --topic", flags.topic.take())?;
+                    let event = EventName { namespace: named("publish --namespace", flags.namespace.take())?, topic };
+                    Self::Publish(flags.settings(default_config)?, event)
+                }
                 (Some("check"), _) => Self::Check(flags.settings(default_config)?),
                 (Some("config"), Some("default")) => {
                     argument = None;
@@ -102,7 +117,8 @@ impl Invocation {
                 (Some("help"), _) => Self::Help,
                 _ => return Err(UsageError::Unknown(name.unwrap_or_default())),
             };
-        match argument.or_else(|| command.next()).or_else(|| flags.binary.map(OsString::from)) {
+        let of_another = flags.binary.map(OsString::from).or(flags.topic.map(OsString::from)).or(flags.namespace.map(OsString::from));
+        match argument.or_else(|| command.next()).or(of_another) {
             None => Ok(invocation),
             Some(word) => Err(UsageError::Unknown(word)),
         }
@@ -119,12 +135,14 @@ struct Flags {
     gid: Option<u32>,
     log_level: Option<log::LevelFilter>,
     binary: Option<PathBuf>,
+    topic: Option<String>,
+    namespace: Option<String>,
     take_over: bool,
 }
 
 impl Flags {
     fn take(&mut self, flag: &str, value: Option<OsString>) -> Result<(), UsageError> {
-        if !["--config", "--root", "--state", "--address", "--binary", "--gid", "--log-level"].contains(&flag) {
+        if !["--config", "--root", "--state", "--address", "--binary", "--gid", "--log-level", "--topic", "--namespace"].contains(&flag) {
             return Err(UsageError::Unknown(flag.into()));
         }
         let value = value.ok_or_else(|| UsageError::NoValue(flag.to_owned()))?;
@@ -134,6 +152,8 @@ impl Flags {
             "--state" => self.state = Some(absolute(flag, value)?),
             "--address" => self.address = Some(absolute(flag, value)?),
             "--binary" => self.binary = Some(absolute(flag, value)?),
+            "--topic" => self.topic = Some(parsed(flag, value, "text")?),
+            "--namespace" => self.namespace = Some(parsed(flag, value, "text")?),
             "--gid" => self.gid = Some(parsed(flag, value, "the number of a group")?),
             _ => self.log_level = Some(parsed(flag, value, "one of off, error, warn, info, debug, trace")?),
         }
@@ -182,6 +202,8 @@ x-manager: a supervisor of containers that speaks containerd's API
                                              where the daemon's own was; no call is refused, and it stays if that fails
   x-manager [FLAGS] backup FILE              copy the metadata store, also while the daemon runs
   x-manager [FLAGS] check                    say whether the metadata store is sound
+  x-manager [FLAGS] publish --topic TOPIC --namespace NAMESPACE
+                                             tell the daemon of the event on standard input, as some shims do
   x-manager config default                   print a configuration file that says the defaults
   x-manager config check [FILE]              say whether a configuration file can be used
   x-manager version

@@ -18,6 +18,7 @@ mod manager;
 mod metrics;
 mod name;
 mod notify;
+mod publish;
 mod restart;
 mod settings;
 mod sockets;
@@ -71,6 +72,7 @@ fn run(invocation: Invocation) -> Result<()> {
             store::backup(&settings.store(), &file)?;
             println!("{} is a copy of {}", file.display(), settings.store().display());
         }
+        Invocation::Publish(settings, event) => publish::publish(&settings.ttrpc_address(), &event.namespace, &event.topic)?,
         Invocation::Check(settings) => {
             let wrong = store::check(&settings.store())?;
             if !wrong.is_empty() {

@@ -46,8 +46,12 @@ pub(crate) fn identifier(what: &str, id: &str) -> Result<()> {
     }
 }
 
-/// Refuses labels that are too long, as containerd does.
+/// Refuses labels that are too long, as containerd does, and too much of them: each event of an update repeats them all.
 pub(crate) fn labels(labels: &HashMap<String, String>) -> Result<()> {
+    let all: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if all > MAX_LABELS_BYTES {
+        return Err(Error::Invalid(format!("labels of {all} bytes, but {MAX_LABELS_BYTES} are the most")));
+    }
     for (key, value) in labels {
         let length = key.len() + value.len();
         if length > MAX_LABEL_BYTES {
@@ -62,6 +66,8 @@ pub(crate) fn labels(labels: &HashMap<String, String>) -> Result<()> {
 
 const MAX_IDENTIFIER_BYTES: usize = 76;
 const MAX_LABEL_BYTES: usize = 4096;
+/// Of all labels of an object.
+const MAX_LABELS_BYTES: usize = 256 << 10;
 
 #[cfg(test)]
 mod tests {

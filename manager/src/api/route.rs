@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
-use hyper::body::Incoming;
 use prost::Message;
 use tokio::sync::watch;
 use tokio_stream::Stream;
@@ -16,6 +15,7 @@ use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 use tower_service::Service;
 
+use super::body::Metered;
 use super::call::Call;
 use super::retire::UntilRetired;
 use super::{containers, events, health, introspection, leases, namespaces, tasks, version};
@@ -35,7 +35,7 @@ type Leaving = watch::Receiver<bool>;
 /// When this process retires, what still waits is reset with REFUSED_STREAM: nothing was done, and clients may ask again as if they
 /// never had. gRPC's own do so by themselves, over a new connection, which the next process accepts. Streams of answers end with an error,
 /// as what their clients miss in between would be missed in silence.
-pub(super) async fn route(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Incoming>) -> Answer {
+pub(super) async fn route(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>) -> Answer {
     let path = request.uri().path().to_owned();
     let (service, method) = path.strip_prefix('/').and_then(|path| path.split_once('/')).unwrap_or_default();
     let m = manager;
@@ -117,7 +117,7 @@ fn unknown(path: &str) -> Answer {
 }
 
 /// A call that ends with its client.
-async fn look<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, handler: H) -> Answer
+async fn look<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Metered>, handler: H) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,
@@ -128,7 +128,7 @@ where
 }
 
 /// The same for one that may last as long as a container.
-async fn park<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Incoming>, handler: H) -> Answer
+async fn park<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,
@@ -143,7 +143,7 @@ where
 }
 
 /// A call that is carried to its end, once nobody takes over.
-async fn change<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Incoming>, handler: H) -> Answer
+async fn change<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,
@@ -173,7 +173,7 @@ where
 }
 
 /// A call that is answered by a stream.
-async fn stream<Q, A, S, H, F>(manager: Arc<Manager>, request: http::Request<Incoming>, mut handler: H) -> Answer
+async fn stream<Q, A, S, H, F>(manager: Arc<Manager>, request: http::Request<Metered>, mut handler: H) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -13,6 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::body::{Metered, Unfinished};
 use super::route::route;
 use crate::manager::Manager;
 use crate::settings::Limits;
@@ -70,8 +72,10 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, mut course: watch
     let (leave, leaving) = watch::channel(false);
     let begun = Arc::new(Notify::new());
     let first = Arc::clone(&begun);
-    let service = service_fn(move |request| {
+    let unfinished = Unfinished::default();
+    let service = service_fn(move |request: http::Request<Incoming>| {
         first.notify_one();
+        let request = request.map(|body| Metered::new(body, unfinished.clone()));
         route(Arc::clone(&manager), leaving.clone(), request)
     });
     let connection = http2::Builder::new(TokioExecutor::new())

@@ -111,6 +111,8 @@ pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteTas
 pub(super) async fn delete_process(manager: Arc<Manager>, call: Call, request: DeleteProcessRequest) -> Result<DeleteResponse> {
     let task = find(&manager, &call, &request.container_id)?;
     let exec = request.exec_id;
+    // without one a shim would take init
+    name::identifier("exec id", &exec)?;
     let delete = shim::DeleteRequest { id: task.id.clone(), exec_id: exec.clone(), ..shim::DeleteRequest::default() };
     let answer: shim::DeleteResponse = ask(&task, "Delete", &delete, LONG).await?;
     let (namespace, id, name, now) = (task.namespace.clone(), task.id.clone(), exec.clone(), timestamp::to_nanos(&timestamp::now()));

@@ -82,7 +82,8 @@ impl Exchange {
                 return !subscriber.queue.is_closed();
             }
             let waiting = subscriber.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes;
-            if waiting > self.limits.event_queue_bytes {
+            // one that has read everything is not slow, however long the event
+            if waiting > self.limits.event_queue_bytes && waiting > bytes {
                 warn!(waiting; "a subscriber reads too slowly and is dropped");
                 let _it_may_be_gone = subscriber.queue.send(Item::TooSlow);
                 return false;

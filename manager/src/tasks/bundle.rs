@@ -8,8 +8,10 @@
 //!   log                 a fifo             …                 what the shim puts there
 //! ```
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -91,8 +93,19 @@ impl Bundle {
     }
 
     /// Which program was started; none if none was.
-    pub(crate) fn program(&self) -> Option<PathBuf> {
-        fs::read_to_string(self.path.join(PROGRAM)).ok().map(PathBuf::from)
+    ///
+    /// Errors: nobody can say.
+    pub(crate) fn program(&self) -> Result<Option<PathBuf>> {
+        let program = self.read(PROGRAM)?;
+        Ok(program.map(|bytes| PathBuf::from(OsString::from_vec(bytes))))
+    }
+
+    fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        let path = self.path.join(name);
+        match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            read => read.on("read", &path).map(Some),
+        }
     }
 
     /// Notes where the shim serves. Both files are replaced in one step each: a reader never sees half of one.
@@ -109,12 +122,16 @@ impl Bundle {
     }
 
     /// Where the shim serves; none when that was never noted.
-    pub(crate) fn address(&self) -> Option<Address> {
-        let json = fs::read(self.path.join("bootstrap.json")).ok();
-        json.and_then(|json| serde_json::from_slice(&json).ok()).or_else(|| {
-            let address = fs::read_to_string(self.path.join("address")).ok()?;
-            (!address.is_empty()).then(|| Address { version: 2, address, protocol: "ttrpc".to_owned() })
-        })
+    ///
+    /// Errors: nobody can say.
+    pub(crate) fn address(&self) -> Result<Option<Address>> {
+        if let Some(json) = self.read("bootstrap.json")?
+            && let Ok(address) = serde_json::from_slice(&json)
+        {
+            return Ok(Some(address));
+        }
+        let text = self.read("address")?.and_then(|bytes| String::from_utf8(bytes).ok()).filter(|text| !text.is_empty());
+        Ok(text.map(|address| Address { version: 2, address, protocol: "ttrpc".to_owned() }))
     }
 
     /// Removes it with what is mounted in it, the work folder too. That there is none is fine.
@@ -186,13 +203,13 @@ mod tests {
         let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
         assert_eq!((mode(bundle.path()), mode(&bundle.path().join("rootfs"))), (0o700, 0o711));
         assert!(bundle.path().join("work").is_dir());
-        assert_eq!(bundle.address(), None);
+        assert_eq!(bundle.address().expect("readable"), None);
         let address = Address { version: 3, address: "unix:///s".into(), protocol: "ttrpc".into() };
         bundle.write_address(&address).expect("written");
-        assert_eq!(bundle.address(), Some(address));
+        assert_eq!(bundle.address().expect("readable"), Some(address));
         assert_eq!(fs::read_to_string(bundle.path().join("address")).expect("text"), "unix:///s");
         fs::remove_file(bundle.path().join("bootstrap.json")).expect("removal");
-        assert_eq!(bundle.address().map(|address| address.version), Some(2));
+        assert_eq!(bundle.address().expect("readable").map(|address| address.version), Some(2));
         assert!(bundle.blocking_create(b"{}").is_err(), "taken");
         assert!(bundle.path().join("address").exists() && bundle.path().join("work").is_dir(), "and not touched");
         bundle.blocking_remove().expect("removed");

@@ -161,8 +161,9 @@ impl Tasks {
     /// goes.
     async fn last_words(&self, task: &Task) -> Option<Exit> {
         let answer = match task.bundle.program() {
-            Some(program) => self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await,
-            None => Err(Error::Launch("nobody knows which program its shim was".to_owned())),
+            Ok(Some(program)) => self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await,
+            Ok(None) => Err(Error::Launch("nobody knows which program its shim was".to_owned())),
+            Err(error) => Err(error),
         };
         let answer = answer.unwrap_or_else(|error| {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot ask how a dead shim's task ended");

@@ -12,6 +12,7 @@ use std::time::Duration;
 use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
+use super::shim::CONNECTING;
 use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, mounts};
 use crate::error::{Error, IoContext as _, Result};
 use crate::name::{self, Namespace};
@@ -52,7 +53,7 @@ impl Tasks {
         let Some(pass) = self.gate.enter().await else { return };
         if let Some(exit) = ended {
             // it was cleaned up, or deleted by its shim, but for its bundle
-            if let Some(address) = task.bundle.address()
+            if let Ok(Some(address)) = task.bundle.address()
                 && let Ok(shim) = Shim::connect(&address, &task.namespace).await
             {
                 self.dismiss_gracefully(&task, &shim).await;
@@ -62,27 +63,22 @@ impl Tasks {
             task.phase.send_replace(Phase::Ended(exit));
             return;
         }
-        if task.bundle.program().is_none() {
-            // nothing was ever started for it
-            self.remove_bundle(&task).await;
-            self.forget(&task);
-            return;
-        }
-        if let Err(error) = shim_log::copy(task.bundle.path()) {
-            warn!(container = task.id.as_str(), error = error.chain(); "cannot read the log of a shim");
-        }
-        let Some(address) = task.bundle.address() else {
-            // its creation was never acknowledged
-            return self.sweep(&task, None).await;
-        };
         let mut pass = Some(pass);
         let mut pause = AGAIN;
         let shim = loop {
-            match Shim::connect(&address, &task.namespace).await {
-                Err(error) if !is_death(&error) => {
+            match Self::reach(&task).await {
+                Ok(Found::Nothing) => {
+                    // nothing was ever started for it
+                    self.remove_bundle(&task).await;
+                    return self.forget(&task);
+                }
+                // its creation was never acknowledged
+                Ok(Found::Unacknowledged) => return self.sweep(&task, None).await,
+                Ok(Found::Shim(shim)) => break Ok(shim),
+                Err(error) if is_death(&error) => break Err(error),
+                Err(error) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be well");
                 }
-                answer => break answer,
             }
             // an upgrade does not wait for it; whoever serves then looks for it anew
             drop(pass.take());
@@ -93,6 +89,9 @@ impl Tasks {
                 return;
             }
         };
+        if let Err(error) = shim_log::copy(task.bundle.path()) {
+            warn!(container = task.id.as_str(), error = error.chain(); "cannot read the log of a shim");
+        }
         match shim {
             Ok(shim) => {
                 task.phase.send_replace(Phase::Live(shim.clone()));
@@ -104,6 +103,16 @@ impl Tasks {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim is dead");
                 self.clean_up(&task).await;
             }
+        }
+    }
+
+    async fn reach(task: &Task) -> Result<Found> {
+        if task.bundle.program()?.is_none() {
+            return Ok(Found::Nothing);
+        }
+        match task.bundle.address()? {
+            Some(address) => Shim::connect(&address, &task.namespace).await.map(Found::Shim),
+            None => Ok(Found::Unacknowledged),
         }
     }
 
@@ -163,7 +172,7 @@ impl Tasks {
         if let Some(shim) = shim {
             self.dismiss(task, shim).await;
         }
-        if let Some(program) = task.bundle.program()
+        if let Ok(Some(program)) = task.bundle.program()
             && let Err(error) = self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await
         {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
@@ -176,11 +185,18 @@ impl Tasks {
     }
 }
 
+/// What a bundle leads to.
+enum Found {
+    Nothing,
+    Unacknowledged,
+    Shim(Shim),
+}
+
 /// Whether an attempt to connect shows that nobody listens there any more: everything else is a shortage of this process or of the machine, or a
 /// shim that it does not understand, and no reason to end a container.
 fn is_death(error: &Error) -> bool {
     use io::ErrorKind::{ConnectionRefused, NotFound};
-    matches!(error, Error::Io { source, .. } if matches!(source.kind(), ConnectionRefused | NotFound))
+    matches!(error, Error::Io { op, source, .. } if *op == CONNECTING && matches!(source.kind(), ConnectionRefused | NotFound))
 }
 
 async fn state(task: &Task, shim: &Shim, exec: &str) -> Result<StateResponse, Unanswered> {

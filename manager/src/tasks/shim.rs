@@ -70,7 +70,7 @@ impl Shim {
         let path = socket_path(&address.address)?;
         let connecting = tokio::time::timeout(CONNECT, UnixStream::connect(&path)).await;
         let socket = connecting.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
-        let socket = socket.map_err(|source| Error::Io { op: "connect to shim at", path, source })?;
+        let socket = socket.map_err(|source| Error::Io { op: CONNECTING, path, source })?;
         let (guard, open) = watch::channel(());
         let client = Client::new(Socket::new(Guarded::new(socket, guard)));
         Ok(Self { client, service, namespace: namespace.clone(), address: address.address.clone(), open })
@@ -147,6 +147,8 @@ fn socket_path(address: &str) -> Result<PathBuf> {
     Err(Error::Launch(format!("a shim says it serves at {shown:?}, which is not the path of a socket")))
 }
 
+/// What an error says of an attempt to connect.
+pub(super) const CONNECTING: &str = "connect to shim at";
 /// The longest message of ttrpc.
 const MESSAGE_BYTES: u64 = 4 << 20;
 /// To connect: a shim that lives but does not accept has a queue for it.

@@ -147,7 +147,9 @@ impl Lane {
             again(async || unless(client.delete(id).await.map(drop), Code::NotFound)).await?;
             return Ok(again(async || unless(client.delete_container(id).await, Code::NotFound)).await?);
         }
-        self.exec(&container, status + 100).await.context("exec")?;
+        if let Err(error) = self.exec(&container, status + 100).await {
+            return Err(error.context(format!("exec; init: {:?}; told: {:?}", container.state().await, self.events.of(id))));
+        }
         container.io.stdin().await?.write_all(b"go\n")?;
         let waited = again(async || client.wait(id, "").await).await.context("wait")?;
         ensure!(waited.exit_status == status, "wait: {waited:?}");
