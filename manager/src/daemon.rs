@@ -133,10 +133,8 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     events.stop_listen().await;
     // it was told to end, and says nothing
     let _ = api.await;
-    if ends == Course::Stops
-        && let Err(error) = manager.store.settle().await
-    {
-        warn!(error = error.chain(); "what changed last stays in the log of the metadata store, where the next start finds it");
+    if ends == Course::Stops && !matches!(tokio::time::timeout(SETTLE, manager.store.settle()).await, Ok(Ok(()))) {
+        warn!("what changed last stays in the log of the metadata store, where the next start finds it");
     }
     Ok(())
 }
@@ -217,5 +215,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 const BLOCKING_THREADS: usize = 16;
 /// Of each of them.
 const STACK_BYTES: usize = 256 << 10;
+/// When stopping, for the store to tidy up.
+const SETTLE: Duration = Duration::from_secs(2);
 /// When stopping, for calls that change something.
 const LAST_CHANGES: Duration = Duration::from_secs(10);

@@ -14,6 +14,8 @@ use tokio::sync::watch;
 #[derive(Debug, Clone)]
 pub(crate) struct Gate {
     state: watch::Sender<State>,
+    /// One of its own, as every open stream waits for it.
+    retired: watch::Sender<bool>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -38,7 +40,7 @@ pub(crate) struct Closed {
 
 impl Default for Gate {
     fn default() -> Self {
-        Self { state: watch::Sender::default() }
+        Self { state: watch::Sender::default(), retired: watch::Sender::default() }
     }
 }
 
@@ -85,17 +87,18 @@ impl Gate {
     /// Turns everybody away for good.
     pub(crate) fn retire(&self) {
         self.state.send_modify(|state| state.is_retired = true);
+        self.retired.send_replace(true);
     }
 
     /// Whether it was retired.
     pub(crate) fn is_retired(&self) -> bool {
-        self.state.borrow().is_retired
+        *self.retired.borrow()
     }
 
     /// Waits until it is retired.
     pub(crate) async fn retired(&self) {
         // the sender is part of the gate
-        let _ = self.state.subscribe().wait_for(|state| state.is_retired).await;
+        let _ = self.retired.subscribe().wait_for(|retired| *retired).await;
     }
 }
 

@@ -92,5 +92,6 @@ fn limit_cases() -> Vec<Case> {
             a_full_disk_refuses_what_is_new_and_loses_nothing,
             a_client_that_never_reads_its_events_is_dropped_with_an_error,
             too_many_clients_are_turned_away_and_the_others_served,
+            ten_thousand_idle_connections_delay_nobody,
     ]
 }

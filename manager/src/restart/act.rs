@@ -41,20 +41,26 @@ pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) 
     }
 }
 
-/// Starts a container again, or ends its task.
-pub(super) async fn act(manager: &Arc<Manager>, namespace: &Namespace, container: Container, decision: Decision) -> Result<()> {
+/// Starts a container again, or ends its task. `is_half_made` when an earlier process has begun to.
+pub(super) async fn act(
+    manager: &Arc<Manager>,
+    namespace: &Namespace,
+    container: Container,
+    decision: Decision,
+    is_half_made: bool,
+) -> Result<()> {
     // another process will see to it
     let Some(_pass) = manager.gate.enter().await else { return Ok(()) };
     match decision {
         Decision::Leave => Ok(()),
         Decision::Stop => end(manager, namespace, &container.id).await,
-        Decision::Start => start(manager, namespace, container).await,
+        Decision::Start => start(manager, namespace, container, is_half_made).await,
     }
 }
 
-async fn start(manager: &Arc<Manager>, namespace: &Namespace, container: Container) -> Result<()> {
+async fn start(manager: &Arc<Manager>, namespace: &Namespace, container: Container, is_half_made: bool) -> Result<()> {
     let id = container.id.clone();
-    let started = create_and_start(manager, namespace, container).await;
+    let started = create_and_start(manager, namespace, container, is_half_made).await;
     is_settled(manager, namespace, &id).await;
     started
 }
@@ -67,12 +73,13 @@ pub(super) async fn is_settled(manager: &Manager, namespace: &Namespace, id: &st
     }
 }
 
-async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, container: Container) -> Result<()> {
+async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, container: Container, is_half_made: bool) -> Result<()> {
     if !container.snapshot_key.is_empty() {
         return Err(Error::Unimplemented(format!("its root is snapshot {:?} of {:?}", container.snapshot_key, container.snapshotter)));
     }
     let id = container.id.clone();
-    let count = policy::count(&container.labels) + 1;
+    // what an earlier process was about is counted already
+    let count = policy::count(&container.labels) + u64::from(!is_half_made);
     note_count(manager, namespace, &id, count).await?;
     end(manager, namespace, &id).await?;
     let spec = container.spec.map(|spec| spec.value).unwrap_or_default();

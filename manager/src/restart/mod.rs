@@ -198,7 +198,7 @@ impl Monitor {
         let Ok(Some(wish)) = policy::wish(&container.labels) else { return };
         let is_half_made = observed != Observed::Undecided && self.unfinished.remove(&key);
         let decision = match (wish, observed) {
-            (Wish::Running(_), Observed::Created) if is_half_made => Decision::Start,
+            (Wish::Running(_), Observed::Created | Observed::Nothing) if is_half_made => Decision::Start,
             _ => policy::decide(wish, observed, &container.labels),
         };
         if is_half_made && decision != Decision::Start {
@@ -219,7 +219,7 @@ impl Monitor {
         let manager = Arc::clone(&self.manager);
         self.busy.insert(key.clone(), false);
         self.acting.spawn(async move {
-            let done = act::act(&manager, &key.0, container, decision).await;
+            let done = act::act(&manager, &key.0, container, decision, is_half_made).await;
             if let Err(error) = &done {
                 warn!(namespace:% = key.0, container = key.1.as_str(), error = error.chain(); "the restart monitor has no success");
             }

@@ -15,6 +15,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
@@ -140,9 +141,10 @@ impl Bundle {
         let name = self.path.file_name().unwrap_or_default();
         // first out of the way, so that the id is free, or still whole; with its mounts, which go before its files
         static NEXT: AtomicU64 = AtomicU64::new(0);
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         // what cannot be removed is in nobody's way, until the next start tries it again
-        let hidden = parent.join(format!(".{}.{}.{number}", name.to_string_lossy(), std::process::id()));
+        let hidden = parent.join(format!(".{}.{now}.{number}", name.to_string_lossy()));
         match fs::rename(&self.path, &hidden) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             renamed => renamed.on("remove bundle", &self.path)?,

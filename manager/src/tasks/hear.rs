@@ -30,7 +30,8 @@ impl Tasks {
         let exit = TaskExit::decode(envelope.event.as_ref().map(|event| &*event.value).unwrap_or_default())
             .map_err(|error| Error::Invalid(format!("event {EXIT}: {error}")))?;
         let namespace = Namespace::parse(&envelope.namespace)?;
-        let _pass = self.gate.enter().await.ok_or_else(retired)?;
+        // a shim waits for a few seconds, a call that an upgrade waits for may take longer
+        let _pass = self.gate.follow().await.ok_or_else(retired)?;
         let events = Arc::clone(&self.events);
         self.once(&namespace, &exit, move || events.forward(envelope)).await
     }

@@ -145,6 +145,8 @@ impl Tasks {
         if !exited.is_empty() {
             // its shim may be about to tell it itself, after what happened before
             tokio::time::sleep(OWN_WORDS).await;
+            // after an upgrade it is the next process that has subscribers
+            let Some(_pass) = self.gate.enter().await else { return };
             for (exec, exit) in exited {
                 self.tell_exit(task, &exec, exit).await;
             }

@@ -1,21 +1,25 @@
 //! The API, call by call, where it is more than a way to a shim.
 
 use std::collections::HashMap;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::events::TaskStart;
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::{
-    AddResourceRequest, Container, CreateContainerRequest, CreateRequest, DeleteContainerRequest, DeleteNamespaceRequest, DeleteRequest,
-    DeleteResourceRequest, GetContainerRequest, GetRequest, ListContainersRequest, ListImagesRequest, ListNamespacesRequest, ListRequest,
-    ListResourcesRequest, PluginsRequest, PublishRequest, Resource, SubscribeRequest, UpdateContainerRequest,
+    AddResourceRequest, Container, CreateContainerRequest, CreateNamespaceRequest, CreateRequest, DeleteContainerRequest,
+    DeleteNamespaceRequest, DeleteRequest, DeleteResourceRequest, GetContainerRequest, GetRequest, ListContainersRequest,
+    ListImagesRequest, ListNamespacesRequest, ListRequest, ListResourcesRequest, Namespace, PluginsRequest, PublishRequest, Resource,
+    SubscribeRequest, UpdateContainerRequest,
 };
 use prost::Message as _;
 use prost_types::{Any, FieldMask};
 use shim_tests::client::Client;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
+use shim_tests::suite;
 use tonic::{Code, Request, Status};
 
 fn container(id: &str) -> Container {
@@ -288,5 +292,126 @@ pub(crate) async fn a_call_that_its_client_gave_up_is_carried_to_its_end(cx: Con
     ensure!(client.wait("given-up", "").await?.exit_status == 137);
     client.delete("given-up").await?;
     client.delete_container("given-up").await?;
+    Ok(())
+}
+
+pub(crate) async fn a_name_that_could_be_a_path_is_refused_everywhere(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let api = client.api();
+    let running = cx.container(&["sleep", "1000"]).start().await?;
+    for name in ["", ".", "..", "../c", "a/../b", "a/b", "/", "a\0b", "a\nb", "a b", "-a", "a-", "a..b", "é", "%2e%2e"] {
+        let named = |what: &str| format!("{what} {name:?}");
+        let words = "identifier";
+        refused(create(client, container(name)).await, Code::InvalidArgument, words).with_context(|| named("container"))?;
+        let namespace = Namespace { name: name.to_owned(), ..Namespace::default() };
+        let made = api.namespaces().create(client.request(CreateNamespaceRequest { namespace: Some(namespace) })).await;
+        refused(made, Code::InvalidArgument, words).with_context(|| named("namespace"))?;
+        refused(running.exec(name, &["true"]).add().await.map_err(as_status), Code::InvalidArgument, words)
+            .with_context(|| named("exec"))?;
+        // a shim that is asked to delete the exec of no name deletes init
+        refused(client.delete_exec(&running.id, name).await, Code::InvalidArgument, words).with_context(|| named("delete exec"))?;
+        let topic = PublishRequest { topic: format!("/{name}"), event: None };
+        let published = api.events().publish(client.request(topic)).await;
+        ensure!(name == "a/b" || published.is_err_and(|status| status.code() == Code::InvalidArgument), "{}", named("topic"));
+    }
+    ensure!(running.state().await?.pid == running.pid);
+    ensure!(running.destroy().await? == 137);
+    Ok(())
+}
+
+pub(crate) async fn labels_are_bounded_all_together_and_a_long_update_drops_nobody(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let client = cx.client();
+    let many = |count: usize| (0..count).map(|number| (format!("label{number}"), "x".repeat(4000))).collect::<HashMap<_, _>>();
+    refused(create(client, Container { labels: many(70), ..container("c") }).await, Code::InvalidArgument, "labels of ")?;
+    create(client, Container { labels: many(60), ..container("c") }).await?;
+    let events = cx.events().await?;
+    for round in 0..20 {
+        let update = Container { labels: labels(&[("label0", &round.to_string())]), ..container("c") };
+        let update_mask = Some(FieldMask { paths: vec!["labels.label0".to_owned()] });
+        let request = UpdateContainerRequest { container: Some(update), update_mask };
+        api_update(client, request).await?;
+        events.catch_up(client).await?;
+    }
+    delete(client, "c").await?;
+    Ok(())
+}
+
+async fn api_update(client: &Client, request: UpdateContainerRequest) -> Result<(), Status> {
+    client.api().containers().update(client.request(request)).await.map(drop)
+}
+
+/// An HTTP/2 client that begins requests and never ends them.
+pub(crate) async fn requests_that_are_never_finished_are_refused_before_they_cost_much(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let pid = cx.daemon().pid().context("a daemon")?.cast_signed();
+    let before = shim_tests::proc::private_kib(pid)?;
+    let socket = tokio::net::UnixStream::connect(cx.daemon().address()).await?;
+    let (mut sender, connection) = h2::client::handshake(socket).await?;
+    tokio::spawn(connection);
+    let mut bodies = Vec::new();
+    let mut answers = Vec::new();
+    for _request in 0..12 {
+        sender = sender.ready().await?;
+        let request = http::Request::post("http://x/containerd.services.containers.v1.Containers/Create");
+        let request =
+            request.header("content-type", "application/grpc").header("te", "trailers").header("containerd-namespace", "n").body(())?;
+        let (answer, mut body) = sender.send_request(request, false)?;
+        // a message of 15 MiB is announced, and all but its last byte comes
+        let mut bytes = vec![0, 0, 0xf0, 0, 0];
+        bytes.resize(15 << 20, b'x');
+        body.send_data(bytes.into(), false)?;
+        bodies.push(body);
+        answers.push(answer);
+    }
+    let mut refusals = 0;
+    for answer in answers {
+        if let Ok(answer) = tokio::time::timeout(Duration::from_secs(2), answer).await {
+            let status = answer?.headers().get("grpc-status").and_then(|status| status.to_str().ok().map(ToOwned::to_owned));
+            ensure!(status.as_deref() == Some("8"), "{status:?}");
+            refusals += 1;
+        }
+    }
+    ensure!(refusals >= 8, "only {refusals} of 12 were refused");
+    let grown = shim_tests::proc::private_kib(pid)?.saturating_sub(before);
+    ensure!(grown < 80 << 10, "it holds {grown} KiB more");
+    // another client is served, with a request of some length
+    create(cx.client(), Container { image: "x".repeat(3 << 20), ..container("long") }).await?;
+    delete(cx.client(), "long").await?;
+    drop(bodies);
+    Ok(())
+}
+
+pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> Result<()> {
+    let mut heard = cx.client().subscribe().await?;
+    let publish = |words: &[&str], bytes: &[u8]| {
+        let mut command = Command::new(suite::manager().context("x-manager is on trial")?);
+        // as containerd's own binary is run by a shim
+        command.arg("--address").arg(cx.daemon().address()).args(words);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let _it_may_not_read = child.stdin.take().context("a pipe")?.write_all(bytes);
+        child.wait_with_output().context("publish")
+    };
+    let event = Any { type_url: "example.test/event".to_owned(), value: b"text".to_vec() };
+    let namespace = cx.client().namespace();
+    let output = publish(&["publish", "--topic", "/from/shim", "--namespace", namespace], &event.encode_to_vec())?;
+    ensure!(output.status.success(), "{output:?}");
+    let envelope = loop {
+        let envelope = within("the event", SOON, heard.message()).await??.context("the stream ended")?;
+        if envelope.topic == "/from/shim" {
+            break envelope;
+        }
+    };
+    ensure!(envelope.event == Some(event) && envelope.namespace == namespace && envelope.timestamp.is_some(), "{envelope:?}");
+    for (words, bytes, status, said) in [
+        (&["publish", "--topic", "none", "--namespace", namespace][..], &b""[..], 1, "must start with '/'"),
+        (&["publish", "--topic", "/a", "--namespace", "../n"], b"", 1, "identifier"),
+        (&["publish", "--topic", "/a", "--namespace", namespace], b"\xff\xff", 1, "is no event"),
+        (&["publish", "--namespace", namespace], b"", 2, "--topic needs a value"),
+    ] {
+        let output = publish(words, bytes)?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(status) && text.contains(said), "{words:?}: {output:?}");
+    }
     Ok(())
 }

@@ -140,10 +140,11 @@ impl Lane {
             }
         };
         if !self.start(id, "").await? {
-            // it runs and its shim takes it for created: see `start`
-            let comm = proc::Process::read(container.pid.cast_signed())?.comm;
-            ensure!(comm == "sh", "{comm} cannot be started again");
-            proc::kill_hard(container.pid.cast_signed());
+            // it runs and its shim takes it for created, or it has ended: see `start`
+            if let Ok(process) = proc::Process::read(container.pid.cast_signed()) {
+                ensure!(process.comm == "sh" || process.is_zombie(), "{process:?} cannot be started again");
+                proc::kill_hard(container.pid.cast_signed());
+            }
             again(async || unless(client.delete(id).await.map(drop), Code::NotFound)).await?;
             return Ok(again(async || unless(client.delete_container(id).await, Code::NotFound)).await?);
         }
@@ -191,8 +192,8 @@ impl Lane {
     }
 
     /// Starts a process. False when it cannot be started, as an attempt was cut off: an exec before the shim did anything. Of init the stock shim ends
-    /// `runc start` when the daemon's connection ends; where that has read from the fifo on which init waits, but not yet removed it, the container
-    /// runs, and every further `runc start` waits at that fifo.
+    /// `runc start` when the daemon's connection ends. Where that has read from the fifo on which init waits, but not yet removed it, the container
+    /// runs, and every further `runc start` waits at that fifo for ever; where it has opened but not read it, init fails with status 1.
     async fn start(&self, id: &str, exec: &str) -> Result<bool> {
         let client = self.cx.client();
         let is_ours = self.runtime == self.cx.shim().runtime_type;
@@ -205,11 +206,14 @@ impl Lane {
             }
             let begun = eventually("it has begun", Duration::from_secs(2), async || {
                 let state = again(async || client.state(id, exec).await).await?;
-                ensure!(state.status() != Phase::Created, "{state:?}");
-                Ok(())
+                // a stock shim says nothing while it starts a process
+                ensure!(![Phase::Created, Phase::Unknown].contains(&state.status()), "{state:?}");
+                Ok(state)
             });
             match begun.await {
-                Ok(()) => return Ok(true),
+                // init had a read end of its fifo no more
+                Ok(state) if !is_ours && exec.is_empty() && state.status() == Phase::Stopped && state.exit_status == 1 => return Ok(false),
+                Ok(_) => return Ok(true),
                 Err(error) if error.chain().any(|cause| cause.is::<Status>()) => return Err(error),
                 Err(_still_created) if exec.is_empty() => {}
                 Err(_still_created) => return Ok(false),

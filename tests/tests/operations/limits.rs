@@ -101,3 +101,36 @@ pub(crate) async fn too_many_clients_are_turned_away_and_the_others_served(cx: C
     ensure!(status.as_ref().is_some_and(|status| status.code() == Code::ResourceExhausted), "{status:?}");
     Ok(())
 }
+
+pub(crate) async fn ten_thousand_idle_connections_delay_nobody(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let first = own.start().await?;
+    let pid = own.pid().map_or(0, u32::cast_signed);
+    let before = proc::private_kib(pid)?;
+    let mut idle = Vec::new();
+    for _connection in 0..10_000 {
+        idle.push(tokio::net::UnixStream::connect(own.address()).await?);
+    }
+    // one that is connected already is served meanwhile
+    tokio::time::timeout(Duration::from_secs(2), first.version()).await??;
+    let mut turned_away = 0;
+    for connection in &idle {
+        let mut byte = [0];
+        // what is turned away is closed; what is kept has been sent settings
+        if matches!(
+            tokio::time::timeout(SOON, async {
+                connection.readable().await?;
+                connection.try_read(&mut byte)
+            })
+            .await?,
+            Ok(0) | Err(_)
+        ) {
+            turned_away += 1;
+        }
+    }
+    ensure!((8_900..=9_000).contains(&turned_away), "{turned_away} of 10,000 were turned away");
+    let grown = proc::private_kib(pid)?.saturating_sub(before);
+    ensure!(grown < 64 << 10, "it holds {grown} KiB more");
+    drop(idle);
+    shim_tests::eventually::eventually("a place is free again", SOON, async || own.client().await).await.map(drop)
+}
