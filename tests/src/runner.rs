@@ -18,8 +18,8 @@ use tokio::runtime::Runtime as Executor;
 use crate::audit::Audit;
 use crate::context::Context;
 use crate::daemon::Daemon;
-use crate::isolation;
 use crate::suite::{self, Runtime, Shim, Suite};
+use crate::{eventually, isolation};
 
 /// The body of a case.
 pub type Body = fn(Context) -> Pin<Box<dyn Future<Output = Result<()>>>>;
@@ -293,7 +293,7 @@ impl One {
     async fn verdict(&self) -> Result<()> {
         let daemon = shared_daemon(self.suite, &self.shim).await?;
         let cx = Context::new(daemon, self.runtime, self.shim.clone(), &self.programs).await?;
-        let body = tokio::time::timeout(self.case.deadline, (self.case.body)(cx.clone())).await;
+        let body = eventually::timeout(self.case.deadline, (self.case.body)(cx.clone())).await;
         body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", self.case.deadline)))
             .with_context(|| format!("the daemon's log:\n{}", cx.logs()))?;
         cx.leaves_nothing().await

@@ -16,11 +16,11 @@ use shim_tests::bundle::{Bundle, Container};
 use shim_tests::direct::{self, Case};
 use shim_tests::direct_cases;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
-use shim_tests::isolation;
 use shim_tests::proc;
 use shim_tests::stand::Stand;
 use shim_tests::stdio::{Pace, Reader, fifo};
 use shim_tests::ttrpc::CallError;
+use shim_tests::{cgroups, isolation};
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
@@ -287,7 +287,7 @@ async fn undo(soak: &Soak, bundle: &Bundle) -> Result<()> {
     eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await?;
     let _of_the_disk = fs::remove_file(soak.disk.join(&bundle.id));
     // a runtime that was killed in the middle of create has told nobody of the cgroups that it had made: they are empty, and left
-    isolation::remove_cgroups(&format!("{}/{}/{}", isolation::cgroup(), soak.stand.namespace(), bundle.id));
+    cgroups::remove(&format!("{}/{}/{}", isolation::cgroup(), soak.stand.namespace(), bundle.id));
     clear(bundle)
 }
 
