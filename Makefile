@@ -66,10 +66,16 @@ MINUTES ?= 10
 soak: packages suites build
 	X_SHIM=$(SHIM) X_SOAK_SECONDS=$$(( $(MINUTES) * 60 )) $(CARGO) test --locked --package shim-tests --test soak
 
-## ROUNDS mutated inputs for each parser of bytes from outside; X_SEED chooses which
-ROUNDS ?= 1000000
+## each parser of bytes from outside for FUZZ_SECONDS, guided by coverage; what is too much for one is in fuzz/artifacts, what it learnt
+## in fuzz/found. Unit tests replay fuzz/corpus, with mutations, in `test`. No sanitizer, so no nightly compiler: no parser has unsafe code.
+FUZZ_SECONDS ?= 300
+FUZZ_TARGETS := frame bootstrap options config journal handover
+CARGO_FUZZ_VERSION := 0.13.2
 fuzz:
-	X_FUZZ_ROUNDS=$(ROUNDS) $(CARGO) test --locked --release --package containerd-shim-x --bin containerd-shim-x-v2 no_bytes
+	$(CARGO) fuzz --version >/dev/null 2>&1 || $(CARGO) install --locked cargo-fuzz@$(CARGO_FUZZ_VERSION)
+	cd fuzz && for target in $(FUZZ_TARGETS); do \
+		mkdir -p found/$$target && $(CARGO) fuzz run --sanitizer none $$target found/$$target corpus/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 || exit 1; done
 
 ## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; takes half an hour
 conformance-docs: packages suites build conformance-tool
