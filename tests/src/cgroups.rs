@@ -85,11 +85,33 @@ pub(crate) fn show(chosen: Version) -> Result<()> {
 /// Why cgroups here lack `controller`; nothing if they have it.
 pub fn lacks(controller: &str) -> Option<String> {
     if Version::here() == Version::V1 {
+        let controller = if controller == "io" { "blkio" } else { controller };
         return (!Path::new(ROOT).join(controller).is_dir()).then(|| format!("no cgroup v1 hierarchy has the {controller} controller"));
     }
     let file = Path::new(ROOT).join("cgroup.controllers");
     let there = fs::read_to_string(&file).unwrap_or_default().split_whitespace().any(|name| name == controller);
     (!there).then(|| format!("cgroup v2 has no {controller} controller here: it is not in {}", file.display()))
+}
+
+/// The folder of the cgroup that `pid` is in: of the v1 hierarchy with `controller`, or of the unified one.
+pub fn of(pid: u32, controller: &str) -> Result<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    for line in text.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let root = match Version::here() {
+            Version::V2 if controllers.is_empty() => PathBuf::from(ROOT),
+            Version::V1 if controllers.split(',').any(|name| name == controller) => {
+                Path::new(ROOT).join(controllers.split(',').next().unwrap_or(controller))
+            }
+            _ => continue,
+        };
+        let folder = root.join(path.trim_start_matches('/'));
+        if folder.is_dir() {
+            return Ok(folder);
+        }
+    }
+    bail!("no cgroup of {controller}: {text}")
 }
 
 /// The folders called `name` in every hierarchy, where they exist.

@@ -21,6 +21,7 @@ use crate::context::Context;
 use crate::daemon::Daemon;
 use crate::eventually::{self, SOON, eventually};
 use crate::proc::{self, Process};
+use crate::runner::needs_controller;
 use crate::suite::Suite;
 use crate::{cgroups, rootfs};
 
@@ -49,6 +50,8 @@ pub struct Pod {
 impl Cri {
     /// Starts one, with the configuration of the README, and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
+        // of which every pod gets a share
+        needs_controller("cpu")?;
         let handler = configuration(cx)?;
         let daemon = Daemon::start_for_pods(cx.suite(), cx.shim(), |_folder| handler).await?;
         let cri = Self { cx: cx.clone(), daemon: Arc::new(daemon) };

@@ -19,7 +19,7 @@ use crate::audit::Audit;
 use crate::context::Context;
 use crate::daemon::Daemon;
 use crate::suite::{self, Runtime, Shim, Suite};
-use crate::{eventually, isolation};
+use crate::{cgroups, eventually, isolation};
 
 /// The body of a case.
 pub type Body = fn(Context) -> Pin<Box<dyn Future<Output = Result<()>>>>;
@@ -147,6 +147,11 @@ pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
 /// Ends a case without a verdict on a daemon that has no images and no content store.
 pub fn needs_images() -> Result<()> {
     if suite::manager().is_some() { skip("x-manager keeps no images") } else { Ok(()) }
+}
+
+/// Ends a case without a verdict where cgroups lack a controller.
+pub fn needs_controller(name: &str) -> Result<()> {
+    cgroups::lacks(name).map_or(Ok(()), skip)
 }
 
 /// Ends a case without a verdict where criu does not work.

@@ -26,8 +26,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::cgroups;
-use crate::runner::{needs_criu, skip};
+use crate::runner::{needs_controller, needs_criu, skip};
 use crate::stand::Stand;
 
 /// The body of a case.
@@ -46,7 +45,7 @@ impl Need {
     /// Skips the case when it is not there, for shims and runtimes that look for programs in `path`.
     fn check(self, path: &str) -> Result<()> {
         match self {
-            Self::Controller(name) => cgroups::lacks(name).map_or(Ok(()), skip),
+            Self::Controller(name) => needs_controller(name),
             Self::Criu => {
                 let mut programs = path.split(':').map(|folder| Path::new(folder).join("criu"));
                 let Some(criu) = programs.find(|program| program.is_file()) else { return skip("no criu") };
