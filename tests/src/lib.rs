@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | [`runner`] | the matrix of containerd version × runtime, skips, deadlines |
 //! | [`isolation`] | the pid and mount namespaces in which a whole run lives, and the role of init there |
+//! | [`cgroups`] | which cgroups a run sees, and its own folders in them |
 //! | [`suite`] | where the daemons and runtimes of each Debian suite are |
 //! | [`daemon`] | one containerd in a folder of its own, killed and restarted at will |
 //! | [`client`] | containerd's gRPC API, every call with a deadline |
@@ -33,6 +34,7 @@
 pub mod audit;
 pub mod builds;
 pub mod bundle;
+pub mod cgroups;
 pub mod client;
 pub mod conformance;
 pub mod container;

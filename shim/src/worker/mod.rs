@@ -26,7 +26,7 @@ use std::time::Duration;
 use tokio::task::LocalSet;
 
 mod cause;
-mod container;
+pub(crate) mod container;
 mod error;
 mod events;
 mod fault;

@@ -11,7 +11,8 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::{Case, cases};
-use crate::eventually::{SOON, eventually};
+use crate::cgroups::{self, Version};
+use crate::eventually::{self, PATIENCE, SOON, eventually};
 use crate::runner::{EXECUTOR, Skip, explain};
 use crate::stand::Stand;
 use crate::suite::Shim;
@@ -38,6 +39,19 @@ pub struct Subject {
     pub engine: PathBuf,
     /// Where the helper programs of this package are.
     pub programs: PathBuf,
+    /// What cgroups it sees.
+    pub cgroups: Version,
+    /// The factor by which all deadlines are longer.
+    pub patience: u32,
+}
+
+impl Subject {
+    /// A subject on what [`cgroups::CHOICE`] and [`PATIENCE`] say.
+    ///
+    /// Errors: there are no such cgroups.
+    pub fn new(shim: PathBuf, engine: PathBuf, programs: PathBuf) -> Result<Self> {
+        Ok(Self { shim, engine, programs, cgroups: Version::chosen()?, patience: eventually::patience() })
+    }
 }
 
 /// The word by which this program is told to perform one case.
@@ -60,12 +74,14 @@ fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict>
         .arg(PERFORM)
         .args([&subject.shim, &subject.engine, &subject.programs])
         .args([folder, Path::new(case.name)])
+        .env(cgroups::CHOICE, subject.cgroups.to_string())
+        .env(PATIENCE, subject.patience.to_string())
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
         .spawn()?;
     // it has a deadline of its own; this one is for a case that does not keep it
-    let deadline = Instant::now() + case.deadline + Duration::from_secs(20);
+    let deadline = Instant::now() + (case.deadline + Duration::from_secs(20)) * subject.patience;
     while child.try_wait()?.is_none() {
         if Instant::now() > deadline {
             child.kill()?;
@@ -98,10 +114,13 @@ pub fn main(arguments: &[String]) -> ExitCode {
 
 fn inside(arguments: &[String]) -> ExitCode {
     let [shim, engine, programs, folder, name] = arguments else { return ExitCode::from(2) };
-    let subject = Subject { shim: shim.into(), engine: engine.into(), programs: programs.into() };
     let folder = Path::new(folder);
-    let verdict =
-        cases::find(name).map(|case| judge(&case, &subject, folder)).unwrap_or(Verdict::Failed(format!("there is no case {name}")));
+    let subject = Subject::new(shim.into(), engine.into(), programs.into());
+    let verdict = match (cases::find(name), subject) {
+        (Some(case), Ok(subject)) => judge(&case, &subject, folder),
+        (None, _) => Verdict::Failed(format!("there is no case {name}")),
+        (_, Err(error)) => Verdict::Failed(format!("{error:#}")),
+    };
     let bytes = serde_json::to_vec(&verdict).expect("strings alone");
     match fs::write(folder.join(VERDICT), bytes) {
         Ok(()) => ExitCode::SUCCESS,
@@ -134,8 +153,8 @@ async fn try_judge(case: &Case, subject: &Subject, folder: &Path) -> Result<()> 
     for need in case.needs {
         need.check(&stand.path())?;
     }
-    let body = tokio::time::timeout(case.deadline, (case.body)(stand.clone())).await;
-    let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline)));
+    let body = eventually::timeout(case.deadline, (case.body)(stand.clone())).await;
+    let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline * eventually::patience())));
     fs::write(folder.join("shim.log"), stand.logs())?;
     result?;
     let left = leaves_nothing(&stand).await;

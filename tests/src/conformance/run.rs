@@ -15,6 +15,7 @@ use super::child::{self, Subject, Verdict};
 use super::clauses::{self, Level};
 use super::expect::Expectations;
 use super::{Case, report};
+use crate::cgroups::Version;
 
 /// Everything that a run needs to know.
 #[derive(Debug)]
@@ -109,7 +110,13 @@ pub fn run(plan: &Plan, told: impl Fn(&Outcome) + Sync) -> Result<Results> {
     });
     let outcomes = done.into_inner().expect("no panic under this lock").into_values().collect();
     let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    Ok(Results { shim: version(&plan.subject.shim, "-v"), engine: version(&plan.subject.engine, "--version"), host: host(), at, outcomes })
+    Ok(Results {
+        shim: version(&plan.subject.shim, "-v"),
+        engine: version(&plan.subject.engine, "--version"),
+        host: host(plan.subject.cgroups),
+        at,
+        outcomes,
+    })
 }
 
 fn perform(plan: &Plan, case: &Case, engine: &str) -> Outcome {
@@ -144,8 +151,7 @@ pub fn version(program: &Path, flag: &str) -> String {
     said.map_or_else(|| name.clone(), |said| format!("{name} {said}"))
 }
 
-fn host() -> String {
+fn host(cgroups: Version) -> String {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    format!("Linux {}, cgroup v{}", kernel.trim(), if unified { 2 } else { 1 })
+    format!("Linux {}, cgroup v{cgroups}", kernel.trim())
 }
