@@ -217,7 +217,7 @@ impl Keeper {
         match source {
             Source::Signals => {
                 while let Ok(Some(signal)) = self.signals.read_signal() {
-                    if signal.ssi_signo != Signal::SIGCHLD as u32 {
+                    if ![Signal::SIGCHLD as u32, Signal::SIGXFSZ as u32].contains(&signal.ssi_signo) {
                         info!(signal = signal.ssi_signo; "signal ignored: a shim ends with its containers");
                     }
                 }
@@ -669,11 +669,12 @@ impl Keeper {
     }
 }
 
+/// With SIGXFSZ blocked, a write beyond the limit for files fails like any other.
+const BLOCKED: [Signal; 8] =
+    [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGXFSZ];
+
 fn block_signals(poll: &Poll) -> io::Result<SignalFd> {
-    let mut mask = SigSet::empty();
-    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2] {
-        mask.add(signal);
-    }
+    let mask: SigSet = BLOCKED.into_iter().collect();
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     poll.add_reader(&signals, Source::Signals)?;

@@ -98,7 +98,7 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                 tokio::time::sleep(Duration::from_millis(dice.below(1000))).await;
                 match dice.below(4) {
                     0 => kill_a_shim(soak, &mut dice),
-                    1 => drop(hurt_a_worker(&cx.shims(), &mut dice).await),
+                    1 => kill_or_stop_a_worker(soak, &mut dice).await,
                     _ => {}
                 }
                 cx.revive_daemon().await.context("containerd after its death")?;
@@ -111,14 +111,18 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                 }
             }
             4 => kill_a_shim(soak, &mut dice),
-            _ => match hurt_a_worker(&cx.shims(), &mut dice).await {
-                Some(Worker::Killed) => count(&counts.workers),
-                Some(Worker::Stopped) => count(&counts.stops),
-                None => {}
-            },
+            _ => kill_or_stop_a_worker(soak, &mut dice).await,
         }
     }
     Ok(())
+}
+
+async fn kill_or_stop_a_worker(soak: &Soak, dice: &mut Dice) {
+    match hurt_a_worker(&soak.cx.shims(), dice).await {
+        Some(Worker::Killed) => count(&soak.counts.workers),
+        Some(Worker::Stopped) => count(&soak.counts.stops),
+        None => {}
+    }
 }
 
 fn kill_a_shim(soak: &Soak, dice: &mut Dice) {
