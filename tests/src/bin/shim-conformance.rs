@@ -133,7 +133,8 @@ impl Options {
 
     fn plan(&self, shim: &Path) -> Result<Plan> {
         ensure!(nix::unistd::geteuid().is_root(), "this needs root: it starts shims, containers and namespaces");
-        ensure!(shim.is_file(), "no shim at {}", shim.display());
+        ensure!(shim.exists(), "no shim at {}", shim.display());
+        ensure!(shim.is_file(), "{} is not a program", shim.display());
         ensure!(
             ["/bin/busybox", "/usr/bin/busybox"].iter().any(|path| Path::new(path).exists()),
             "no /bin/busybox: containers are made of it"

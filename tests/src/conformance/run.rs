@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::Stdio;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,7 +15,10 @@ use super::child::{self, Subject, Verdict};
 use super::clauses::{self, Level};
 use super::expect::Expectations;
 use super::{Case, report};
+use crate::bundle;
 use crate::cgroups::Version;
+use crate::eventually::{SOON, within};
+use crate::runner::EXECUTOR;
 
 /// Everything that a run needs to know.
 #[derive(Debug)]
@@ -144,8 +147,12 @@ fn round(time: Duration) -> f64 {
 /// What a program says of itself, on one line; its file name if it says nothing.
 pub fn version(program: &Path, flag: &str) -> String {
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let output = Command::new(program).arg(flag).output().map(|output| output.stdout).unwrap_or_default();
-    let said = String::from_utf8_lossy(&output).into_owned();
+    let output = EXECUTOR.block_on(async {
+        let mut command = tokio::process::Command::new(program);
+        command.arg(flag).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+        within("what it says of itself", SOON, bundle::output_of(&mut command.spawn()?)).await?
+    });
+    let said = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
     let words = said.lines().map(str::trim).filter(|line| line.to_lowercase().contains("version"));
     let said = words.map(|line| line.rsplit_once(char::is_whitespace).map_or(line, |(_, word)| word).trim_start_matches('v')).next();
     said.map_or_else(|| name.clone(), |said| format!("{name} {said}"))

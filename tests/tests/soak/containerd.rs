@@ -224,15 +224,11 @@ async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Di
 async fn undo(soak: &Soak, id: &str) -> Result<()> {
     let client = soak.cx.client();
     eventually("no task", SOON * 3, async || {
-        match client.kill(id, "", 9, true).await {
-            Err(gone) if gone.code() == Code::NotFound && !is_silence(&gone) => return Ok(()),
-            Err(error) if is_silence(&error) => return Err(error.into()),
-            _ => {}
-        }
+        // one that has ended cannot be killed, and one that never was cannot either
+        let _either = client.kill(id, "", 9, true).await;
         match client.delete(id).await {
-            Err(gone) if gone.code() == Code::NotFound => Ok(()),
-            Err(error) => Err(error.into()),
-            Ok(_) => Ok(()),
+            Err(error) if error.code() != Code::NotFound => Err(error.into()),
+            _ => Ok(()),
         }
     })
     .await?;
