@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     };
     let result = match arguments.split_first() {
         Some((word, rest)) if word == child::PERFORM => return child::main(rest),
+        Some((word, rest)) if word == child::ASK => return child::answer(rest),
         Some((word, rest)) if word == "list" => Options::read(rest).and_then(|options| list(&options)),
         Some((word, rest)) if word == "run" => Options::read(rest).and_then(|options| run_one(&options)),
         Some((word, rest)) if word == "compare" => Options::read(rest).and_then(|options| compare(&options)),

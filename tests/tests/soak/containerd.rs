@@ -174,9 +174,16 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     // some live for as long as an exec or a restart of the daemon needs
     let script = format!("head -c {bytes} /dev/zero; sleep {}.{}; exit {status}", dice.below(2), dice.below(10));
     let builder = soak.cx.container(&["sh", "-c", &script]).id(id).stdio(Stdio::Fifos { stdin: false, pace: Some(Pace::Count) });
-    let Ok(container) = builder.start().await else {
-        count(&soak.counts.undone);
-        return undo(soak, id).await;
+    // metadata that went before their task would leave containerd with a task that nobody can name: undo takes both, in their order
+    let created = async { builder.metadata().await?.create_task().await };
+    let container = match created.await {
+        Ok(container) if container.start().await.is_ok() => container,
+        begun => {
+            count(&soak.counts.undone);
+            let undone = undo(soak, id).await;
+            drop(begun);
+            return undone;
+        }
     };
     for exec in 0..dice.below(3) {
         run_exec(soak, &container, exec, dice).await?;
