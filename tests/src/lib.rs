@@ -21,6 +21,8 @@
 //! | [`stand`] | such a case's surroundings |
 //! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
+//! | [`ordeals`] | what several suites put a shim through |
+//! | [`refusals`] | what is refused, and what a shim says to it |
 //! | [`witness`] | a container that has to go on whatever is done to its shim |
 //! | [`ttrpc`] | frames, broken ones too, and calls |
 //! | [`task`] | containerd's task service |
@@ -50,7 +52,9 @@ pub mod gate;
 pub mod isolation;
 pub mod messages;
 pub mod operator;
+pub mod ordeals;
 pub mod proc;
+pub mod refusals;
 pub mod rootfs;
 pub mod runner;
 pub mod spec;

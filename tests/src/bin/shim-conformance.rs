@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     };
     let result = match arguments.split_first() {
         Some((word, rest)) if word == child::PERFORM => return child::main(rest),
+        Some((word, rest)) if word == child::ASK => return child::answer(rest),
         Some((word, rest)) if word == "list" => Options::read(rest).and_then(|options| list(&options)),
         Some((word, rest)) if word == "run" => Options::read(rest).and_then(|options| run_one(&options)),
         Some((word, rest)) if word == "compare" => Options::read(rest).and_then(|options| compare(&options)),
@@ -133,7 +134,8 @@ impl Options {
 
     fn plan(&self, shim: &Path) -> Result<Plan> {
         ensure!(nix::unistd::geteuid().is_root(), "this needs root: it starts shims, containers and namespaces");
-        ensure!(shim.is_file(), "no shim at {}", shim.display());
+        ensure!(shim.exists(), "no shim at {}", shim.display());
+        ensure!(shim.is_file(), "{} is not a program", shim.display());
         ensure!(
             ["/bin/busybox", "/usr/bin/busybox"].iter().any(|path| Path::new(path).exists()),
             "no /bin/busybox: containers are made of it"

@@ -11,8 +11,9 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::{Case, cases};
+use crate::bundle;
 use crate::cgroups::{self, Version};
-use crate::eventually::{self, PATIENCE, SOON, eventually};
+use crate::eventually::{self, PATIENCE, SOON, eventually, within};
 use crate::runner::{EXECUTOR, Skip, explain};
 use crate::stand::Stand;
 use crate::suite::Shim;
@@ -99,17 +100,46 @@ fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict>
     }
 }
 
-/// What that process does. `arguments` are those after [`PERFORM`].
-pub fn main(arguments: &[String]) -> ExitCode {
-    // whoever asked for the case may be killed
-    let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with whoever asked for the case");
-    match tied.and_then(|()| isolation::run(|| inside(arguments))) {
+/// The word by which it is told to ask a program what it says to a flag.
+pub const ASK: &str = "ask";
+
+/// What `program` prints when it is started with `flag`, in namespaces of its own, which end with whatever it has started.
+///
+/// Errors: it prints nothing in time, or too much.
+pub fn ask(subject: &Subject, program: &Path, flag: &str) -> Result<String> {
+    EXECUTOR.block_on(async {
+        let mut command = tokio::process::Command::new(subject.programs.join(PROGRAM));
+        command.arg(ASK).arg(program).arg(flag).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+        let output = within("what it says of itself", SOON, bundle::output_of(&mut command.spawn()?)).await??;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    })
+}
+
+/// What the process does that was started by [`ask`].
+pub fn answer(arguments: &[String]) -> ExitCode {
+    let [program, flag] = arguments else { return ExitCode::from(2) };
+    run_tied(|| match Command::new(program).arg(flag).stdin(Stdio::null()).status() {
+        Ok(_whatever) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    })
+}
+
+/// Runs `inside` in namespaces of its own, which end when whoever has started this process does.
+fn run_tied(inside: impl FnOnce() -> ExitCode) -> ExitCode {
+    // whoever asked may be killed
+    let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with whoever asked");
+    match tied.and_then(|()| isolation::run(inside)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("{error:#}");
             ExitCode::from(2)
         }
     }
+}
+
+/// What that process does. `arguments` are those after [`PERFORM`].
+pub fn main(arguments: &[String]) -> ExitCode {
+    run_tied(|| inside(arguments))
 }
 
 fn inside(arguments: &[String]) -> ExitCode {

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -109,11 +108,12 @@ pub fn run(plan: &Plan, told: impl Fn(&Outcome) + Sync) -> Result<Results> {
         }
     });
     let outcomes = done.into_inner().expect("no panic under this lock").into_values().collect();
+    let subject = &plan.subject;
     let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     Ok(Results {
-        shim: version(&plan.subject.shim, "-v"),
-        engine: version(&plan.subject.engine, "--version"),
-        host: host(plan.subject.cgroups),
+        shim: version(subject, &subject.shim, "-v"),
+        engine: version(subject, &subject.engine, "--version"),
+        host: host(subject.cgroups),
         at,
         outcomes,
     })
@@ -142,10 +142,9 @@ fn round(time: Duration) -> f64 {
 }
 
 /// What a program says of itself, on one line; its file name if it says nothing.
-pub fn version(program: &Path, flag: &str) -> String {
+fn version(subject: &Subject, program: &Path, flag: &str) -> String {
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let output = Command::new(program).arg(flag).output().map(|output| output.stdout).unwrap_or_default();
-    let said = String::from_utf8_lossy(&output).into_owned();
+    let said = child::ask(subject, program, flag).unwrap_or_default();
     let words = said.lines().map(str::trim).filter(|line| line.to_lowercase().contains("version"));
     let said = words.map(|line| line.rsplit_once(char::is_whitespace).map_or(line, |(_, word)| word).trim_start_matches('v')).next();
     said.map_or_else(|| name.clone(), |said| format!("{name} {said}"))

@@ -178,9 +178,16 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     // some live for as long as an exec or a restart of the daemon needs
     let script = format!("head -c {bytes} /dev/zero; sleep {}.{}; exit {status}", dice.below(2), dice.below(10));
     let builder = soak.cx.container(&["sh", "-c", &script]).id(id).stdio(Stdio::Fifos { stdin: false, pace: Some(Pace::Count) });
-    let Ok(container) = builder.start().await else {
-        count(&soak.counts.undone);
-        return undo(soak, id).await;
+    // metadata that went before their task would leave containerd with a task that nobody can name: undo takes both, in their order
+    let created = async { builder.metadata().await?.create_task().await };
+    let container = match created.await {
+        Ok(container) if container.start().await.is_ok() => container,
+        begun => {
+            count(&soak.counts.undone);
+            let undone = undo(soak, id).await;
+            drop(begun);
+            return undone;
+        }
     };
     for exec in 0..dice.below(3) {
         run_exec(soak, &container, exec, dice).await?;
@@ -228,15 +235,11 @@ async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Di
 async fn undo(soak: &Soak, id: &str) -> Result<()> {
     let client = soak.cx.client();
     eventually("no task", SOON * 3, async || {
-        match client.kill(id, "", 9, true).await {
-            Err(gone) if gone.code() == Code::NotFound && !is_silence(&gone) => return Ok(()),
-            Err(error) if is_silence(&error) => return Err(error.into()),
-            _ => {}
-        }
+        // one that has ended cannot be killed, and one that never was cannot either
+        let _either = client.kill(id, "", 9, true).await;
         match client.delete(id).await {
-            Err(gone) if gone.code() == Code::NotFound => Ok(()),
-            Err(error) => Err(error.into()),
-            Ok(_) => Ok(()),
+            Err(error) if error.code() != Code::NotFound => Err(error.into()),
+            _ => Ok(()),
         }
     })
     .await?;
