@@ -393,7 +393,12 @@ impl Keeper {
 
     /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
     fn forget(&mut self, container: &str, now: Instant) {
-        if self.ledger.forget_container(container) {
+        let why = format!("container {container} was removed by hand: nobody will tell of its end");
+        let (had_state, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
+        for due in waiting {
+            self.answer(due);
+        }
+        if had_state {
             warn!(container:%; "removed by hand, forgetting it");
             self.children.end_helpers(container);
             self.children.release(container);

@@ -15,7 +15,9 @@ use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::runner::skip;
+use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
+use shim_tests::ttrpc::Code;
 use shim_tests::{builds, cgroups, isolation, proc};
 
 use crate::{build, on_build};
@@ -187,4 +189,55 @@ async fn limit_files(pid: i32, bytes: &str) -> Result<()> {
     let status = command.arg(format!("--pid={pid}")).arg(format!("--fsize={bytes}:unlimited")).status().await?;
     ensure!(status.success(), "prlimit: {status}");
     Ok(())
+}
+
+/// A stand whose shims are of a program of their own, which can be made impossible to execute.
+fn stand_of_its_own(cx: &Context) -> Result<Stand> {
+    let program = cx.folder().join(cx.shim().binary_name());
+    builds::make(&Shim::faulty()?.binary.context("ours is a file")?, &program, "build=old")?;
+    let shim = Shim { binary: Some(program), ..cx.shim().clone() };
+    Stand::new(&shim, cx.program("gated-runtime").parent().context("a file is in a folder")?)
+}
+
+/// What has no worker that could clean up, `delete` removes by hand; in a pod the shim and its clients live on.
+pub(crate) async fn a_wait_for_what_was_removed_by_hand_is_answered(cx: Context) -> Result<()> {
+    let stand = stand_of_its_own(&cx)?;
+    let pod = stand.bundle("pod", &["sleep", "1000"]).group("pod").run().await?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).group("pod").run_in(&pod.task).await?;
+    let waiting = pod.task.begin_wait("c1", "").await?;
+    let keeper = pod.shim_pid()?;
+    let worker = worker_of(keeper).await?;
+    eventually("the wait is parked", SOON, async || {
+        let mut command = stand.command(&["inspect", "--json", "c1", "--namespace", stand.namespace()]);
+        let said: serde_json::Value = serde_json::from_slice(&command.output().await?.stdout)?;
+        ensure!(said["waiters"][0]["count"] == 1, "{:#}", said["waiters"]);
+        Ok(())
+    })
+    .await?;
+    fs::set_permissions(stand.binary(), Permissions::from_mode(0o600))?;
+    proc::kill_hard(worker);
+    builds::make(&Shim::faulty()?.binary.context("ours is a file")?, stand.binary(), "build=next")?;
+    ensure!(container.bundle.delete_command().await?.exit_status == 137);
+    let told = waiting.status(SOON).await;
+    ensure!(told.as_ref().is_err_and(|error| error.code() == Some(Code::NotFound)), "{told:?}");
+    // the other one lives on, and ends when a worker can be had
+    ensure!(pod.task.state("pod", "").await?.pid == pod.pid && proc::is_alive(pod.pid.cast_signed()));
+    let mut upgrade = tokio::process::Command::new(stand.binary());
+    let output = upgrade.args(["upgrade", "--all", "--namespace", stand.namespace()]).output().await?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(pod.shut_down().await? == 137);
+    stand.leaves_nothing().await
+}
+
+pub(crate) async fn delete_tells_what_the_worker_knows_where_there_is_no_journal(cx: Context) -> Result<()> {
+    let stand = Stand::new(cx.shim(), cx.program("gated-runtime").parent().context("a file is in a folder")?)?;
+    let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
+    ensure!(container.task.wait("c1", "").await? == 3);
+    let state = container.task.state("c1", "").await?;
+    fs::remove_file(container.bundle.folder.join("x-journal"))?;
+    let deleted = container.bundle.delete_command().await?;
+    ensure!(deleted.exit_status == 3 && deleted.pid == container.pid && deleted.exited_at == state.exited_at, "{deleted:?} {state:?}");
+    let shim = container.shim_pid()?;
+    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await?;
+    stand.leaves_nothing().await
 }
