@@ -9,7 +9,7 @@ SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
-.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-cgroup2-guest campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
+.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
 .PHONY: lint install packages suites bench bench-memory bench-upgrade bench-manager clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
@@ -26,8 +26,8 @@ else
 	X_MANAGER=$(MANAGER) X_SHIM=$(SHIM) tests/tools/demo-manager
 endif
 
-## unit tests, then end-to-end tests on stock containerd 1.6, 1.7 and 2.1
-test: test-unit test-e2e
+## unit tests, then end-to-end tests on stock containerd 1.6, 1.7 and 2.1, then with x-manager in its place
+test: test-unit test-e2e test-manager
 
 test-unit: packages
 	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager
@@ -37,9 +37,14 @@ test-e2e: packages suites build build-faulty
 		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
 	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd"
 
-## the tests of containerd and Docker with x-manager in containerd's place, and its own; not part of `test` yet
+## the tests of containerd and Docker with x-manager in containerd's place, and its own; X_KILLS=500 X_SEED=N for more deaths of it than 25
 test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
+
+## x-manager's units under the host's systemd, as pid 1 of namespaces of its own: activation, reload, crash, stop, scopes of systemd's
+test-systemd: suites build
+	tests/tools/install-packages systemd dbus
+	X_MANAGER=$(MANAGER) X_SHIM=$(SHIM) tests/tools/systemd-check
 
 ## on cgroup v2: natively, and what needs controllers that this host has on v1 in an emulated guest: too slow to be part of `test`
 test-cgroup2: test-cgroup2-native test-cgroup2-guest conformance-cgroup2
@@ -130,9 +135,11 @@ packages:
 suites: packages
 	tests/tools/fetch-suites
 
-## x-manager beside containerd 2.1: memory, start, restart, churn
+## x-manager beside containerd 2.1: memory, start, restart, churn; CONTAINERS=1000 takes some three minutes
+CONTAINERS ?= 100
 bench-manager: packages suites build
-	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --bin manager-bench -- --containers 100
+	$(CARGO) build --locked --release --package shim-tests --bin manager-bench --bin instant-runtime
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --bin manager-bench -- --containers $(CONTAINERS)
 
 ## beside the stock shim: memory, latency, throughput
 bench: packages build

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 /// The gate.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Gate {
     state: watch::Sender<State>,
     /// One of its own, as every open stream waits for it.
@@ -36,12 +36,6 @@ pub(crate) struct Pass {
 #[derive(Debug)]
 pub(crate) struct Closed {
     gate: Gate,
-}
-
-impl Default for Gate {
-    fn default() -> Self {
-        Self { state: watch::Sender::default(), retired: watch::Sender::default() }
-    }
 }
 
 impl Gate {
