@@ -147,6 +147,8 @@ pub(crate) async fn a_death_of_the_daemon_over_a_new_start_is_made_good(cx: Cont
     let root = shim_tests::rootfs::shared()?;
     let container = cx.container(&["sleep", "1000"]).id("half").runtime_binary(&gate.binary()).rootfs(Vec::new());
     let container = container.spec(|spec| spec.with(|spec| spec["root"]["path"] = root.display().to_string().into())).start().await?;
+    // of a container that has no task any more nobody could tell that it had failed
+    label(&cx, "half", "policy=on-failure")?;
     label(&cx, "half", "status=running")?;
     gate.hold("create")?;
     container.kill(9).await?;
