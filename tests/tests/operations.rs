@@ -93,5 +93,6 @@ fn limit_cases() -> Vec<Case> {
             a_client_that_never_reads_its_events_is_dropped_with_an_error,
             too_many_clients_are_turned_away_and_the_others_served,
             ten_thousand_idle_connections_delay_nobody,
+            the_limit_on_open_files_is_raised_for_the_daemon_alone,
     ]
 }

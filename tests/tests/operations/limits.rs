@@ -3,12 +3,13 @@
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::services::v1::CreateTaskRequest;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use prost_types::Any;
 use shim_tests::context::Context;
 use shim_tests::eventually::SOON;
-use shim_tests::operator::{Own, printed};
+use shim_tests::operator::{Own, binary, printed, script};
 use shim_tests::proc;
 use tonic::Code;
 
@@ -133,4 +134,31 @@ pub(crate) async fn ten_thousand_idle_connections_delay_nobody(cx: Context) -> R
     ensure!(grown < 64 << 10, "it holds {grown} KiB more");
     drop(idle);
     shim_tests::eventually::eventually("a place is free again", SOON, async || own.client().await).await.map(drop)
+}
+
+pub(crate) async fn the_limit_on_open_files_is_raised_for_the_daemon_alone(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let seen = own.folder().join("seen");
+    let shim = script(own.folder(), "shim", &format!("#!/bin/sh\nulimit -Sn >> {}\nexit 1\n", seen.display()))?;
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "ulimit -Sn 1000; exec \"$0\" \"$@\""]).arg(binary()?).arg("--config").arg(own.folder().join("config.toml"));
+    let client = own.start_as(command).await?;
+    client.create_namespace().await?;
+    client.create_container("c", &shim.display().to_string(), None, spec(2)).await?;
+    for _process in 0..2 {
+        let pid = proc::all()
+            .into_values()
+            .find(|process| process.comm == "x-manager" && proc::mentions(process.pid, &own.folder().display().to_string()));
+        let limits = fs::read_to_string(format!("/proc/{}/limits", pid.context("it runs")?.pid))?;
+        let own_limit = limits.lines().find(|line| line.starts_with("Max open files")).context("a limit")?.split_whitespace().nth(3);
+        ensure!(own_limit.is_some_and(|limit| limit != "1000"), "{own_limit:?}");
+        let client = own.client().await?;
+        let request = CreateTaskRequest { container_id: "c".to_owned(), ..CreateTaskRequest::default() };
+        ensure!(client.create_task(request).await.is_err(), "the shim does not start");
+        let text = fs::read_to_string(&seen)?;
+        ensure!(!text.is_empty() && text.lines().all(|limit| limit == "1000"), "{text:?}");
+        // what takes over has its program's limit raised, and knows the first one all the same
+        printed(&mut own.command(&["upgrade"])?)?;
+    }
+    Ok(())
 }
