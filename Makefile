@@ -10,7 +10,7 @@ MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
 .PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-cgroup2-guest campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install packages suites bench bench-upgrade bench-manager clean
+.PHONY: lint install packages suites bench bench-memory bench-upgrade bench-manager clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -137,6 +137,13 @@ bench-manager: packages suites build
 ## beside the stock shim: memory, latency, throughput
 bench: packages build
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin shim-bench -- --shim go=$$(command -v containerd-shim-runc-v2) --shim x=$(SHIM)
+
+## memory of CONTAINERS containers' shims beside the stock shim, then one upgrade of all of ours; and what is left of 100 whose workers rest
+CONTAINERS ?= 1000
+BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin shim-bench -- --runtime crun --skip latency,load,stdout
+bench-memory: packages suites build
+	$(BENCH) --shim go=stock --shim x=$(SHIM) --containers $(CONTAINERS) --upgrade
+	$(BENCH) --shim x=$(SHIM) --containers 100 --rest
 
 clean:
 	$(CARGO) clean

@@ -20,6 +20,7 @@ pub(crate) const RESPONSE: u8 = 2;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Code {
     InvalidArgument = 3,
+    NotFound = 5,
     ResourceExhausted = 8,
     Internal = 13,
 }

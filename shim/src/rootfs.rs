@@ -104,6 +104,11 @@ pub(crate) fn blocking_unmount_all(rootfs: &Path, how: Unmount) -> Result<(), Mo
     unmake::unmount_below(rootfs, how)
 }
 
+/// Whether anything is mounted at or below `rootfs`.
+pub(crate) fn blocking_is_mounted(rootfs: &Path) -> Result<bool, MountError> {
+    unmake::is_mounted(rootfs)
+}
+
 /// Where a mount goes: a folder or file that is held open, so that its name cannot be bent meanwhile.
 struct Place {
     fd: OwnedFd,

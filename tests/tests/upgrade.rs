@@ -6,6 +6,12 @@
 mod bad_builds;
 #[path = "upgrade/bad_workers.rs"]
 mod bad_workers;
+#[path = "upgrade/deaths.rs"]
+mod deaths;
+#[path = "upgrade/full_disk.rs"]
+mod full_disk;
+#[path = "upgrade/keeper.rs"]
+mod keeper;
 #[path = "upgrade/rest.rs"]
 mod rest;
 #[path = "upgrade/steps.rs"]
@@ -39,16 +45,28 @@ fn main() -> ExitCode {
         ]
         .map_within(long),
         cases![bad_workers,
-            Scope::Ends =>
-                a_stopped_worker_is_replaced,
-                what_containerd_needs_is_answered_while_no_worker_starts;
+            Scope::Daemons => what_containerd_needs_is_answered_while_no_worker_starts;
+            Scope::Ends => a_stopped_worker_is_replaced;
             Scope::Once =>
                 a_request_that_kills_is_given_up_and_the_others_live,
                 a_request_that_hangs_its_worker_is_given_up_and_the_others_live,
                 an_exit_that_kills_is_told_by_another_build,
                 a_slow_operation_is_not_taken_for_a_hang,
+                a_shutdown_that_a_worker_was_too_slow_for_is_carried_out,
         ]
         .map_within(long),
+        cases![deaths,
+            Scope::Ends => a_worker_that_crashes_is_replaced_under_what_is_under_way, delete_works_while_no_worker_starts;
+            Scope::Once => a_worker_out_of_memory_is_replaced, a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is,
+                a_wait_for_what_was_removed_by_hand_is_answered, delete_tells_what_the_worker_knows_where_there_is_no_journal,
+        ]
+        .map_within(long),
+        cases![full_disk,
+            Scope::Ends => a_full_disk_is_noticed_by_what_needs_room_alone, without_room_for_sockets_what_runs_goes_on;
+            Scope::Once => a_create_on_a_disk_that_fills_up_is_done_or_undone,
+        ]
+        .map_within(long),
+        cases![keeper, Scope::Daemons => a_pod_whose_keeper_dies_ends_once_and_another_can_be_made].map_within(long),
         // other tests ask every shim of the host
         cases![bad_workers, Scope::Once => an_idle_worker_is_not_asked_for_signs_of_life].into_iter().map(runner::Case::alone).collect(),
         cases![rest,

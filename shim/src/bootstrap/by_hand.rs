@@ -16,7 +16,6 @@ use super::{Error, helper, wait};
 use crate::cgroup::Cgroup;
 use crate::engine::{CommandEngine, Container, Engine, EngineError, Verb};
 use crate::journal_body::{JournalBody, ProcessIdentity};
-use crate::mountinfo;
 use crate::rootfs::{self, MountError, Unmount};
 use crate::sys;
 
@@ -142,8 +141,7 @@ pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), 
 
 /// Whether something is mounted at or below the root filesystem. Not to know it counts as yes.
 fn is_mounted(leftovers: &Leftovers<'_>) -> bool {
-    let rootfs = leftovers.rootfs();
-    mountinfo::blocking_list(|mount| mount.mount_point.starts_with(&rootfs)).map_or(true, |mounts| !mounts.is_empty())
+    rootfs::blocking_is_mounted(&leftovers.rootfs()).unwrap_or(true)
 }
 
 /// A handle of the very process that is meant; absent if it has ended.

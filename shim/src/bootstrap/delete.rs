@@ -25,7 +25,7 @@ use super::by_hand::{self, Leftovers};
 use super::socket::{self, Lock};
 use super::{Error, group, start};
 use crate::control;
-use crate::handover::{CONTROL_SERVICE, ControlReply, ControlRequest, Snapshot};
+use crate::handover::{CONTROL_SERVICE, ControlReply, ControlRequest, Snapshot, ToldEnd};
 use crate::invocation::Flags;
 use crate::journal::{self, Contents, RecordedExit};
 use crate::journal_body::JournalBody;
@@ -247,15 +247,10 @@ fn place_of(flags: &Flags, bundle: &Path) -> Option<Place> {
     RunDir::from_environment().place(&flags.address, &flags.namespace, group, None).ok()
 }
 
-/// What the worker's answer says of the end: JSON, every part of it optional.
+/// What the worker's answer says of the end. Absent for a container that never ran.
 fn told_exit(payload: &[u8]) -> Option<RecordedExit> {
-    let told: serde_json::Value = serde_json::from_slice(payload).ok()?;
-    let number = |name: &str| told.get(name).and_then(serde_json::Value::as_i64);
-    Some(RecordedExit {
-        pid: number("pid").and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0),
-        status: u32::try_from(number("status")?).ok()?,
-        at_nanos: number("at_nanos").unwrap_or_else(now_nanos),
-    })
+    let told = ToldEnd::decode(payload)?;
+    Some(RecordedExit { pid: told.pid.unwrap_or(0), status: told.status?, at_nanos: told.at_nanos.unwrap_or_else(now_nanos) })
 }
 
 fn now_nanos() -> i64 {

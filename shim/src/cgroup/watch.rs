@@ -4,11 +4,12 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout_at};
 
@@ -19,11 +20,22 @@ use crate::sys;
 #[derive(Debug)]
 pub(crate) struct OomWatch {
     folder: PathBuf,
-    fd: AsyncFd<OwnedFd>,
-    /// v1 wakes before the kernel has chosen whom to kill, and so before it counts: each wake has echoes.
-    has_echoes: bool,
-    /// When the next echo is due, and which it is.
-    echo: Option<(Instant, usize)>,
+    bell: Bell,
+}
+
+/// What the kernel rings.
+#[derive(Debug)]
+enum Bell {
+    /// v1 wakes before the kernel has chosen whom to kill, and so before it counts: each wake has echoes. `echo`: when the next one is
+    /// due, and which it is.
+    V1 {
+        event: AsyncFd<OwnedFd>,
+        echo: Option<(Instant, usize)>,
+    },
+    V2 {
+        memory: AsyncFd<File>,
+        group: AsyncFd<File>,
+    },
 }
 
 /// What an [`OomWatch`] says.
@@ -44,84 +56,92 @@ impl OomWatch {
         let order = format!("{} {}", event.as_raw_fd(), control.as_raw_fd());
         let path = folder.join("cgroup.event_control");
         fs::write(&path, order).map_err(failed("write", &path))?;
-        Self::begin(folder, event.into(), true)
+        let event = sys::ready::to_read(event.into()).map_err(failed("watch", folder))?;
+        Ok(Self { folder: folder.to_owned(), bell: Bell::V1 { event, echo: None } })
     }
 
-    /// Source: cgroup-v2.rst, "memory.events": a change makes a file modified event. That of cgroup.events comes when the last process
-    /// has gone, which is when the counter is looked at for the last time.
+    /// Source: cgroup-v2.rst, "memory.events": a change makes a file modified event, which poll(2) tells as POLLPRI until the file is
+    /// read again. That of cgroup.events comes when the last process has gone, which is when the counter is looked at for the last time.
+    /// An inotify instance would do as well, but a user has 128 of them.
     pub(super) fn begin_v2(folder: &Path) -> Result<Self, CgroupError> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(failed("watch", folder))?;
-        for name in ["memory.events", "cgroup.events"] {
+        let open = |name| {
             let path = folder.join(name);
-            let flags = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_DELETE_SELF;
-            inotify.add_watch(&path, flags).map_err(failed("watch", &path))?;
-        }
-        Self::begin(folder, inotify.into(), false)
-    }
-
-    fn begin(folder: &Path, fd: OwnedFd, has_echoes: bool) -> Result<Self, CgroupError> {
-        let fd = sys::ready::to_read(fd).map_err(failed("watch", folder))?;
-        Ok(Self { folder: folder.to_owned(), fd, has_echoes, echo: None })
+            let file = File::open(&path).map_err(failed("open", &path))?;
+            silence(&file).map_err(failed("read", &path))?;
+            sys::ready::to_hear(file).map_err(failed("watch", &path))
+        };
+        let bell = Bell::V2 { memory: open("memory.events")?, group: open("cgroup.events")? };
+        Ok(Self { folder: folder.to_owned(), bell })
     }
 
     /// Has it wake as if something had just happened: what a watch before this one was woken by may not have been counted yet.
     pub(crate) fn follow(&mut self) {
-        self.echo = if self.has_echoes { Self::echo(0) } else { None };
+        match &mut self.bell {
+            Bell::V1 { echo, .. } => *echo = echo_number(0),
+            Bell::V2 { .. } => {}
+        }
     }
 
     /// Waits for the next wake. Can be dropped at any time without missing one.
     ///
     /// On v2 the removal of a cgroup makes no wake of its own on every kernel: drop the watch with the container.
     pub(crate) async fn changed(&mut self) -> OomWake {
-        loop {
-            let ready = match self.echo {
-                None => self.fd.readable().await,
-                Some((at, number)) => match timeout_at(at, self.fd.readable()).await {
-                    Ok(ready) => ready,
-                    Err(_) => {
-                        self.echo = Self::echo(number + 1);
-                        return self.state();
-                    }
-                },
-            };
-            let Ok(mut ready) = ready else { return OomWake::Gone };
-            match ready.try_io(|fd| empty(fd.get_ref())) {
-                Ok(Ok(())) => {
-                    self.echo = if self.has_echoes { Self::echo(0) } else { None };
-                    return self.state();
-                }
-                Ok(Err(_)) => return OomWake::Gone,
-                // Woken in vain.
-                Err(_) => {}
-            }
+        let heard = match &mut self.bell {
+            Bell::V1 { event, echo } => hear_v1(event, echo).await,
+            Bell::V2 { memory, group } => tokio::select! {
+                heard = hear_v2(memory) => heard,
+                heard = hear_v2(group) => heard,
+            },
+        };
+        if heard.is_ok() && self.folder.is_dir() { OomWake::Changed } else { OomWake::Gone }
+    }
+
+    /// Gives the descriptors away. One of them is ready when [`OomWatch::changed`] would have returned: a file, which can always be read,
+    /// has something of priority then.
+    pub(crate) fn into_descriptors(self) -> Vec<OwnedFd> {
+        match self.bell {
+            Bell::V1 { event, .. } => vec![event.into_inner()],
+            Bell::V2 { memory, group } => vec![memory.into_inner().into(), group.into_inner().into()],
         }
-    }
-
-    /// Gives the descriptor away. It can be read when [`OomWatch::changed`] would have returned.
-    pub(crate) fn into_descriptor(self) -> OwnedFd {
-        self.fd.into_inner()
-    }
-
-    fn state(&self) -> OomWake {
-        if self.folder.is_dir() { OomWake::Changed } else { OomWake::Gone }
-    }
-
-    fn echo(number: usize) -> Option<(Instant, usize)> {
-        ECHOES.get(number).map(|delay| (Instant::now() + *delay, number))
     }
 }
 
-/// Reads all that waits, which is of no interest by itself.
-fn empty(fd: &OwnedFd) -> io::Result<()> {
-    let mut buffer = [0; 1024];
-    nix::unistd::read(fd, &mut buffer)?;
+async fn hear_v1(event: &AsyncFd<OwnedFd>, echo: &mut Option<(Instant, usize)>) -> io::Result<()> {
     loop {
-        match nix::unistd::read(fd, &mut buffer) {
-            Ok(1..) => {}
-            Ok(0) | Err(nix::errno::Errno::EAGAIN) => return Ok(()),
-            Err(error) => return Err(error.into()),
+        let mut ready = match *echo {
+            None => event.readable().await?,
+            Some((at, number)) => match timeout_at(at, event.readable()).await {
+                Ok(ready) => ready?,
+                Err(_) => {
+                    *echo = echo_number(number + 1);
+                    return Ok(());
+                }
+            },
+        };
+        // The count is of no interest. Where there is none, it was woken in vain.
+        let mut count = [0; 8];
+        if let Ok(read) = ready.try_io(|event| Ok(nix::unistd::read(event.get_ref(), &mut count)?)) {
+            read?;
+            *echo = echo_number(0);
+            return Ok(());
         }
     }
+}
+
+async fn hear_v2(file: &AsyncFd<File>) -> io::Result<()> {
+    // Before the file is read: what comes after that rings again.
+    file.ready(Interest::PRIORITY).await?.clear_ready();
+    silence(file.get_ref())
+}
+
+/// Reads a file of events from its beginning: what has happened so far does not ring any more.
+fn silence(file: &File) -> io::Result<()> {
+    let mut text = [0; 1024];
+    file.read_at(&mut text, 0).map(drop)
+}
+
+fn echo_number(number: usize) -> Option<(Instant, usize)> {
+    ECHOES.get(number).map(|delay| (Instant::now() + *delay, number))
 }
 
 fn failed<E: Into<io::Error>>(op: &'static str, path: &Path) -> impl FnOnce(E) -> CgroupError {

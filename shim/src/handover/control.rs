@@ -1,4 +1,6 @@
 //! What the commands of this binary say to a keeper over its control socket. One request a connection, framed like the messages.
+use serde::{Deserialize, Serialize};
+
 use super::{Malformed, Reader, Writer};
 
 /// From a command to a keeper.
@@ -32,6 +34,27 @@ pub(crate) enum ControlReply {
     },
     /// What came of an upgrade.
     Upgraded(Box<UpgradeReport>),
+}
+
+/// How a container ended: what the worker answers to a command that has it deleted. JSON; fields are only ever added.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct ToldEnd {
+    pub(crate) pid: Option<u32>,
+    /// Absent for one that never ran.
+    pub(crate) status: Option<u32>,
+    /// Unix time.
+    pub(crate) at_nanos: Option<i64>,
+}
+
+impl ToldEnd {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a struct of numbers has a JSON form")
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        serde_json::from_slice(bytes).ok()
+    }
 }
 
 /// What came of an upgrade.

@@ -256,8 +256,8 @@ impl Ledger {
     }
 
     /// Drops what is known of a container and the place that was kept for it. The keeper leaves if that was all. Returns whether
-    /// there was any state.
-    pub(crate) fn forget_container(&mut self, id: &str) -> bool {
+    /// there was any state, and `response` for everybody who waits for one of its processes: nobody will tell of their ends.
+    pub(crate) fn forget_container(&mut self, id: &str, response: &[u8]) -> (bool, Vec<Due>) {
         self.reservations.remove(id);
         self.ready.retain(|ready| ready.key != id);
         let is_of_it = |key: &str| key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
@@ -266,9 +266,13 @@ impl Ledger {
         for exit in exits {
             self.close(exit);
         }
+        let mut due = Vec::new();
+        for (_, askers) in self.parked.extract_if(.., |key, _| is_of_it(key)) {
+            due.extend(askers.into_iter().map(|asker| Due { asker, request_bytes: None, response: response.to_vec() }));
+        }
         let had_state = self.state.remove(id).is_some();
         self.leave |= self.state.is_empty();
-        had_state
+        (had_state, due)
     }
 
     /// Forgets the parked callers of a connection that is gone. Requests under way go on: what they do must be done.
@@ -497,5 +501,24 @@ mod tests {
         assert!(!ledger.may_leave(false), "a place is reserved");
         ledger.expire(now + RESERVATION);
         assert!(ledger.may_leave(false));
+    }
+
+    #[test]
+    fn who_waits_for_a_container_that_is_forgotten_is_told() {
+        let mut ledger = Ledger::default();
+        let now = Instant::now();
+        let mut park = |key: &str, commander: u32| {
+            let cause = ledger.open_request(Asker::Commander(commander), Vec::new(), now);
+            ledger.park(vec![(cause, key.to_owned())], |_| true);
+        };
+        park("c1", 1);
+        park("c1/e", 2);
+        park("c10", 3);
+        let (had_state, due) = ledger.forget_container("c1", b"gone");
+        let mut told: Vec<Asker> = due.iter().map(|due| due.asker).collect();
+        told.sort_by_key(|asker| format!("{asker:?}"));
+        assert!(!had_state && due.iter().all(|due| due.response == b"gone"));
+        assert_eq!(told, [Asker::Commander(1), Asker::Commander(2)]);
+        assert_eq!(ledger.parked().collect::<Vec<_>>(), [("c10", 1)]);
     }
 }

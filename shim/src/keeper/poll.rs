@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::stat::SFlag;
 
 /// What woke the keeper: a class and an id within it. An event of something that is gone finds nobody, and is dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,6 +97,13 @@ impl Poll {
     pub(crate) fn add_reader(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
         Ok(self.epoll.add(fd, EpollEvent::new(flags, source.token()))?)
+    }
+
+    /// Watches `fd` for news: for something to read, or of priority where it is a file, which can always be read.
+    pub(crate) fn add_watch(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        let is_file = SFlag::from_bits_truncate(nix::sys::stat::fstat(&fd)?.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFREG;
+        let flags = if is_file { EpollFlags::EPOLLPRI } else { EpollFlags::EPOLLIN };
+        Ok(self.epoll.add(fd, EpollEvent::new(flags | EpollFlags::EPOLLET, source.token()))?)
     }
 
     /// Gives `source` another turn.

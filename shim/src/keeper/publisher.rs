@@ -25,8 +25,12 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// A daemon that has taken an event and says nothing is asked again over a new connection.
 const SILENCE: Duration = Duration::from_secs(60);
-/// Status codes that say that the event itself is wrong: it will not get better. InvalidArgument, Unimplemented.
-const HOPELESS: [u64; 2] = [3, 12];
+/// Status codes that say that the event itself is wrong: it will not get better.
+const INVALID_ARGUMENT: u64 = 3;
+const UNIMPLEMENTED: u64 = 12;
+/// The daemon has no room: for a longer event than this it never has, for others perhaps later.
+const RESOURCE_EXHAUSTED: u64 = 8;
+const LONG_BYTES: usize = 256 << 10;
 
 #[derive(Debug)]
 struct Connection {
@@ -101,10 +105,11 @@ impl Publisher {
             self.connection = Some(Connection { socket, input: Vec::new(), output: Outbox::default(), last_stream: 0, awaited: None });
         }
         let Some(connection) = &mut self.connection else { return Ok(()) };
-        connection.read()?;
+        // What came before the end counts: an event that was acknowledged is not told again.
+        let has_ended = connection.read()?;
         if let Some((stream, since)) = connection.awaited {
             match connection.take_response(stream)? {
-                Some(code) if code == 0 || HOPELESS.contains(&code) => {
+                Some(code) if code == 0 || self.queue.front().is_some_and(|event| is_hopeless(code, event)) => {
                     if code != 0 {
                         warn!(code; "the daemon refuses an event for good, dropping it");
                     }
@@ -117,6 +122,9 @@ impl Publisher {
                 None if now >= since + SILENCE => return Err(io::Error::from(io::ErrorKind::TimedOut)),
                 None => {}
             }
+        }
+        if has_ended {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
         if let (None, Some(event)) = (connection.awaited, self.queue.front()) {
             // A client's stream ids are odd and rise.
@@ -135,14 +143,22 @@ impl Publisher {
     }
 }
 
+fn is_hopeless(code: u64, event: &[u8]) -> bool {
+    match code {
+        INVALID_ARGUMENT | UNIMPLEMENTED => true,
+        RESOURCE_EXHAUSTED => event.len() > LONG_BYTES,
+        _ => false,
+    }
+}
+
 impl Connection {
-    /// Errors: UnexpectedEof when the daemon has closed.
-    fn read(&mut self) -> io::Result<()> {
+    /// Reads what has come. Returns whether the daemon has closed behind it.
+    fn read(&mut self) -> io::Result<bool> {
         loop {
             match read_some(&self.socket, &mut self.input)? {
                 Read::Some => {}
-                Read::Empty => return Ok(()),
-                Read::End => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Read::Empty => return Ok(false),
+                Read::End => return Ok(true),
             }
             if self.input.len() > frame::MAX_PAYLOAD_BYTES {
                 return Err(io::ErrorKind::InvalidData.into());
@@ -165,5 +181,65 @@ impl Connection {
                 return code.map(Some).ok_or_else(|| io::ErrorKind::InvalidData.into());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    /// Waits for the next request, answers it with a status code, and closes at once. Returns its payload.
+    fn answer_and_close(listener: &UnixListener, code: u8) -> Vec<u8> {
+        let (mut socket, _) = listener.accept().expect("a connection");
+        let mut head = [0; frame::HEADER_BYTES];
+        socket.read_exact(&mut head).expect("a header");
+        let header = Header::parse(&head).expect("a header");
+        let mut payload = vec![0; header.payload_bytes as usize];
+        socket.read_exact(&mut payload).expect("a payload");
+        // Response { status: Status { code } }
+        let response = [0x0a, 0x02, 0x08, code];
+        socket.write_all(&frame::encode(header.stream, frame::RESPONSE, &response)).expect("an answer");
+        payload
+    }
+
+    /// Gives a publisher turns until its queue is empty, while a daemon answers `codes`, one to a connection.
+    fn publish(name: &str, events: &[Vec<u8>], codes: &'static [u8]) -> Vec<Vec<u8>> {
+        let path = std::env::temp_dir().join(format!("x-publisher-{name}-{}", std::process::id()));
+        let _gone_or_not = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let daemon = std::thread::spawn(move || codes.iter().map(|code| answer_and_close(&listener, *code)).collect());
+        let mut poll = Poll::new().expect("an epoll set");
+        let mut publisher = Publisher::new(Some(&path.display().to_string()));
+        for event in events {
+            publisher.push(event.clone());
+        }
+        let limit = Instant::now() + Duration::from_secs(10);
+        while publisher.len() > 0 {
+            assert!(Instant::now() < limit, "{} events are left", publisher.len());
+            publisher.turn(Instant::now(), &poll);
+            // An acknowledgement and the end behind it are met together.
+            std::thread::sleep(Duration::from_millis(30));
+            poll.wait(Some(Instant::now())).expect("a wait");
+        }
+        std::fs::remove_file(&path).expect("is there");
+        daemon.join().expect("no panic")
+    }
+
+    #[test]
+    fn an_event_that_was_acknowledged_with_the_end_of_the_connection_is_not_told_again() {
+        let events = [b"one".to_vec(), b"two".to_vec()];
+        assert_eq!(publish("end", &events, &[0, 0]), events);
+    }
+
+    #[test]
+    fn an_event_that_is_too_long_for_the_daemon_holds_nothing_back() {
+        let long = vec![b'x'; LONG_BYTES + 1];
+        let events = [long.clone(), b"two".to_vec()];
+        // The short one comes again: there may be room for it later.
+        let told = publish("long", &events, &[RESOURCE_EXHAUSTED as u8, RESOURCE_EXHAUSTED as u8, 0]);
+        assert!(told == [long, b"two".to_vec(), b"two".to_vec()], "{} events", told.len());
     }
 }

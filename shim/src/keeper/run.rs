@@ -217,7 +217,7 @@ impl Keeper {
         match source {
             Source::Signals => {
                 while let Ok(Some(signal)) = self.signals.read_signal() {
-                    if signal.ssi_signo != Signal::SIGCHLD as u32 {
+                    if ![Signal::SIGCHLD as u32, Signal::SIGXFSZ as u32].contains(&signal.ssi_signo) {
                         info!(signal = signal.ssi_signo; "signal ignored: a shim ends with its containers");
                     }
                 }
@@ -393,7 +393,12 @@ impl Keeper {
 
     /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
     fn forget(&mut self, container: &str, now: Instant) {
-        if self.ledger.forget_container(container) {
+        let why = format!("container {container} was removed by hand: nobody will tell of its end");
+        let (had_state, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
+        for due in waiting {
+            self.answer(due);
+        }
+        if had_state {
             warn!(container:%; "removed by hand, forgetting it");
             self.children.end_helpers(container);
             self.children.release(container);
@@ -669,11 +674,12 @@ impl Keeper {
     }
 }
 
+/// With SIGXFSZ blocked, a write beyond the limit for files fails like any other.
+const BLOCKED: [Signal; 8] =
+    [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGXFSZ];
+
 fn block_signals(poll: &Poll) -> io::Result<SignalFd> {
-    let mut mask = SigSet::empty();
-    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2] {
-        mask.add(signal);
-    }
+    let mask: SigSet = BLOCKED.into_iter().collect();
     mask.thread_block()?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     poll.add_reader(&signals, Source::Signals)?;

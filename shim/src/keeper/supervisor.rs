@@ -194,7 +194,7 @@ impl Supervisor {
 
     /// The worker has said whether it may rest. It does, unless it is needed after all.
     pub(crate) fn rest(&mut self, may: bool, is_needed: bool, poll: &Poll) {
-        let watched = || self.watches.iter().all(|watch| poll.add_reader(watch, Source::Watch).is_ok());
+        let watched = || self.watches.iter().all(|watch| poll.add_watch(watch, Source::Watch).is_ok());
         if !may || is_needed || !watched() {
             self.watches.clear();
             return;

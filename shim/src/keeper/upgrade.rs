@@ -201,6 +201,8 @@ impl Keeper {
                 if let Some(candidate) = self.supervisor.candidate() {
                     candidate.kill(Fault::Its, format!("cannot hold its program open: {error}"));
                 }
+                // Until its end is seen.
+                upgrade.stage = Stage::Trial { until: now + FIT_WITHIN };
                 return;
             }
         };

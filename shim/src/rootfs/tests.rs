@@ -293,3 +293,17 @@ fn files_belong_to_other_users_where_the_maps_say_so() {
         assert!(seen(&base.join("b")).is_empty() && !base.join("b/x-staging").exists());
     });
 }
+
+#[test]
+fn a_mount_below_a_link_is_known_by_its_real_place() {
+    in_private_namespace(|base| {
+        folders(base, &["real/c1", "source"]);
+        symlink(base.join("real"), base.join("link")).expect("a link");
+        let rootfs = base.join("link/c1/rootfs");
+        assert!(!blocking_is_mounted(&rootfs).expect("a list"));
+        blocking_mount_all(&rootfs, &[wanted("bind", &base.join("source"), "", &["rbind"])]).expect("a mount");
+        assert!(blocking_is_mounted(&rootfs).expect("a list"));
+        unmount(&rootfs);
+        assert!(!blocking_is_mounted(&rootfs).expect("a list"));
+    });
+}

@@ -1,7 +1,7 @@
 //! How mounts are unmade.
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OpenHow, ResolveFlag, openat2};
@@ -11,15 +11,7 @@ use super::{FOLDER, MountError, Unmount, errno, link_to, list, open_folder, syst
 
 /// Unmounts everything that is mounted at or below `folder`, which is directly in a bundle and may be missing.
 pub(super) fn unmount_below(folder: &Path, how: Unmount) -> Result<(), MountError> {
-    let (Some(bundle), Some(name)) = (folder.parent(), folder.file_name()) else {
-        return Err(system("unmount", folder)(Errno::EINVAL));
-    };
-    let bundle = match bundle.canonicalize() {
-        Ok(bundle) => bundle,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(system("resolve", bundle)(errno(&error))),
-    };
-    let top = bundle.join(name);
+    let Some((bundle, top)) = resolve(folder)? else { return Ok(()) };
     let bundle_fd = open_folder(&bundle)?;
     let mut before = usize::MAX;
     for _ in 0..MAX_ROUNDS {
@@ -42,6 +34,27 @@ pub(super) fn unmount_below(folder: &Path, how: Unmount) -> Result<(), MountErro
         }
     }
     Err(MountError::Busy { path: top })
+}
+
+/// Whether anything is mounted at or below `folder`.
+pub(super) fn is_mounted(folder: &Path) -> Result<bool, MountError> {
+    let Some((_, top)) = resolve(folder)? else { return Ok(false) };
+    Ok(!list(|entry| entry.mount_point.starts_with(&top))?.is_empty())
+}
+
+/// The real paths of the bundle and of `folder` in it, as the kernel names mounts. Absent if there is no such bundle.
+fn resolve(folder: &Path) -> Result<Option<(PathBuf, PathBuf)>, MountError> {
+    let (Some(bundle), Some(name)) = (folder.parent(), folder.file_name()) else {
+        return Err(system("resolve", folder)(Errno::EINVAL));
+    };
+    match bundle.canonicalize() {
+        Ok(bundle) => {
+            let top = bundle.join(name);
+            Ok(Some((bundle, top)))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(system("resolve", bundle)(errno(&error))),
+    }
 }
 
 /// Unmounts what is mounted at `relative`, whose folder is reached from the bundle without any link.

@@ -15,11 +15,12 @@ use nix::unistd::{Pid, pipe2};
 pub(crate) fn blocking_user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
     let (ready_read, ready_write) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     let ready = ready_write.as_raw_fd();
+    let parent = std::process::id();
     // SAFETY: other threads may hold any lock at this moment. The child therefore allocates nothing, takes no lock, runs no
     // destructor and no code but the system calls of `be_in_a_user_namespace`, which never returns.
     let child = Errno::result(unsafe { libc::fork() })?;
     if child == 0 {
-        be_in_a_user_namespace(ready);
+        be_in_a_user_namespace(ready, parent);
     }
     drop(ready_write);
     let opened = wait_for_byte(ready_read.as_fd()).and_then(|()| {
@@ -34,10 +35,14 @@ pub(crate) fn blocking_user_namespace(uid_map: &str, gid_map: &str) -> io::Resul
 }
 
 /// What the child of a fork does: enters a user namespace, says so, and stays until it is killed. No allocation, no locks here.
-fn be_in_a_user_namespace(ready: i32) -> ! {
+fn be_in_a_user_namespace(ready: i32, parent: u32) -> ! {
     // SAFETY: plain system calls on integers and on a constant byte; none of them touches memory of other threads.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        // It may have died before that.
+        if libc::getppid() as u32 != parent {
+            libc::_exit(1);
+        }
         if libc::unshare(libc::CLONE_NEWUSER) == 0 {
             libc::write(ready, c"1".as_ptr().cast(), 1);
             loop {

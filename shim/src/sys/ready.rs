@@ -1,5 +1,6 @@
 //! Descriptors that tasks wait for.
 #![allow(unsafe_code)]
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -18,4 +19,10 @@ pub(crate) fn to_read(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 pub(crate) fn to_write(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: as above.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::WRITABLE) }?)
+}
+
+/// Lets a task wait until there is something of priority to read from `file`, which can always be read.
+pub(crate) fn to_hear(file: File) -> io::Result<AsyncFd<File>> {
+    // SAFETY: a `File` owns its descriptor as an `OwnedFd` does.
+    Ok(unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?)
 }

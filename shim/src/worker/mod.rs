@@ -23,6 +23,7 @@ use std::rc::Rc;
 use std::task::{Context, Waker};
 use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
 use tokio::task::LocalSet;
 
 mod cause;
@@ -48,6 +49,7 @@ use crate::settings::Settings;
 
 /// Runs a worker on its end of the socketpair, until the keeper is gone.
 pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
+    block_limit_of_files();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -65,6 +67,13 @@ pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
             log::error!(error:%; "worker ends");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Lets a write beyond the limit for files fail like one to a full disk. For all threads: they are made later.
+fn block_limit_of_files() {
+    if let Err(error) = SigSet::from_iter([Signal::SIGXFSZ]).thread_block() {
+        log::warn!(error:%; "cannot block SIGXFSZ");
     }
 }
 
@@ -214,7 +223,9 @@ impl Worker {
     async fn serve(self: Rc<Self>, cause: Cause, inbound: Inbound, was_begun: bool) {
         let Inbound { method, left, call } = inbound;
         let result = match call {
-            Ok(_) if left == Some(Duration::ZERO) && !was_begun => Err(Error::Expired { method: method.clone() }),
+            Ok(call) if left == Some(Duration::ZERO) && !was_begun && !call.is_never_too_late() => {
+                Err(Error::Expired { method: method.clone() })
+            }
             Ok(call) => {
                 if call.must_be_ended() && !was_begun {
                     cause.begin();

@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{SpliceFFlags, splice};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::watch;
@@ -109,7 +109,12 @@ pub(super) fn blocking_open(path: &Path) -> io::Result<File> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    File::options().write(true).create(true).truncate(false).mode(0o644).custom_flags(nix::libc::O_NOCTTY).open(path)
+    // A fifo without a reader would hold the thread up for ever: so it fails with ENXIO.
+    let flags = nix::libc::O_NOCTTY | nix::libc::O_NONBLOCK;
+    let file = File::options().write(true).create(true).truncate(false).mode(0o644).custom_flags(flags).open(path)?;
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+    fcntl(&file, FcntlArg::F_SETFL(flags & !OFlag::O_NONBLOCK))?;
+    Ok(file)
 }
 
 /// The work of a pump.
@@ -161,20 +166,7 @@ impl Thread {
         while self.sources.iter().any(|source| !source.ended) {
             let stop = self.orders.stop.load(Ordering::SeqCst);
             let flushes = self.orders.flushes.load(Ordering::SeqCst);
-            let mut stalled = false;
-            for index in 0..self.sources.len() {
-                while !self.sources[index].ended {
-                    match self.turn(index) {
-                        Turn::Moved => {}
-                        Turn::Empty => break,
-                        Turn::Stalled => {
-                            stalled = true;
-                            break;
-                        }
-                    }
-                }
-            }
-            if !stalled {
+            if self.round() {
                 self.flushed.send_replace(flushes);
             }
             if stop {
@@ -185,6 +177,29 @@ impl Thread {
         for target in &self.targets {
             target.tell_loss(&self.key);
         }
+    }
+
+    /// Moves what is in the pipes. Returns whether everything that was in them has gone into the files.
+    ///
+    /// Who writes as fast as it is moved keeps neither the other output nor an order waiting.
+    fn round(&mut self) -> bool {
+        let mut stalled = false;
+        for index in 0..self.sources.len() {
+            for _ in 0..TURNS {
+                if self.sources[index].ended {
+                    break;
+                }
+                match self.turn(index) {
+                    Turn::Moved => {}
+                    Turn::Empty => break,
+                    Turn::Stalled => {
+                        stalled = true;
+                        break;
+                    }
+                }
+            }
+        }
+        !stalled
     }
 
     /// Waits for output, or for an order, or for a failing file's time.
@@ -311,7 +326,38 @@ fn errno(error: io::Error) -> Errno {
 
 /// The most that one splice moves.
 const TURN_BYTES: usize = 1 << 20;
+/// How often one output is moved before the other has its turn: more often than a pipe can be full.
+const TURNS: usize = 16;
 const STACK_BYTES: usize = 128 << 10;
 /// How long a container may be held up by a file that takes nothing.
 const STALL_WITHIN: Duration = Duration::from_secs(5);
 const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_without_end_does_not_keep_the_other_waiting() {
+        let folder = std::env::temp_dir().join(format!("x-pump-{}", std::process::id()));
+        let (read, mut write) = std::io::pipe().expect("a pipe");
+        fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("a flag");
+        write.write_all(b"the other").expect("room");
+        let endless = File::open("/dev/zero").expect("a device");
+        let pipes = vec![(endless.into(), "/dev/null".into()), (read.into(), folder.join("log"))];
+        let orders = Orders { bell: EventFd::new().expect("an eventfd"), flushes: AtomicU64::new(0), stop: AtomicBool::new(false) };
+        let mut thread = Thread::new("c1".into(), pipes, Arc::new(orders), watch::channel(0).0);
+        assert!(thread.round());
+        assert_eq!(std::fs::read(folder.join("log")).expect("a file"), b"the other");
+        std::fs::remove_dir_all(&folder).expect("removal");
+    }
+
+    #[test]
+    fn a_fifo_that_nobody_reads_is_refused_at_once() {
+        let path = std::env::temp_dir().join(format!("x-pump-fifo-{}", std::process::id()));
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("a fifo");
+        let refused = blocking_open(&path).expect_err("it has no reader");
+        assert_eq!(refused.raw_os_error(), Some(nix::libc::ENXIO));
+        std::fs::remove_file(&path).expect("removal");
+    }
+}

@@ -4,10 +4,13 @@
 //! of its life. Wait and Delete say the exit in any case, and a shim that was killed is the only excuse for another one.
 
 use std::collections::BTreeMap;
-use std::env;
+use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use std::{env, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use shim_tests::audit::Audit;
@@ -41,6 +44,8 @@ struct Counts {
     workers: AtomicU64,
     stops: AtomicU64,
     shims: AtomicU64,
+    /// Killed shims whose sockets were left.
+    sockets: AtomicU64,
 }
 
 /// What all lanes share.
@@ -67,6 +72,7 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     let lane = |lane| lane_of(&soak, lane, Dice::new(seed, lane));
     let (chaos, (), one, two, three, four) =
         tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
+    soak.remove_sockets_of_the_killed();
     println!("soak: {:?}", soak.counts);
     for result in [chaos, one, two, three, four] {
         result.with_context(|| format!("X_SEED={seed}, the daemon's log:\n{}", soak.cx.logs()))?;
@@ -100,9 +106,7 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                 tokio::time::sleep(Duration::from_millis(dice.below(1000))).await;
                 match dice.below(4) {
                     0 => kill_a_shim(soak, &mut dice),
-                    1 => {
-                        let _not_counted = hurt_a_worker(&cx.shims(), &mut dice).await;
-                    }
+                    1 => kill_or_stop_a_worker(soak, &mut dice).await,
                     _ => {}
                 }
                 cx.revive_daemon().await.context("containerd after its death")?;
@@ -115,14 +119,18 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                 }
             }
             4 => kill_a_shim(soak, &mut dice),
-            _ => match hurt_a_worker(&cx.shims(), &mut dice).await {
-                Some(Worker::Killed) => count(&counts.workers),
-                Some(Worker::Stopped) => count(&counts.stops),
-                None => {}
-            },
+            _ => kill_or_stop_a_worker(soak, &mut dice).await,
         }
     }
     Ok(())
+}
+
+async fn kill_or_stop_a_worker(soak: &Soak, dice: &mut Dice) {
+    match hurt_a_worker(&soak.cx.shims(), dice).await {
+        Some(Worker::Killed) => count(&soak.counts.workers),
+        Some(Worker::Stopped) => count(&soak.counts.stops),
+        None => {}
+    }
 }
 
 fn kill_a_shim(soak: &Soak, dice: &mut Dice) {
@@ -137,6 +145,20 @@ fn kill_a_shim(soak: &Soak, dice: &mut Dice) {
 impl Soak {
     fn is_bereft(&self, id: &str) -> bool {
         self.bereft.lock().expect("no panic under this lock").contains_key(id)
+    }
+
+    /// A shim that is on its way out when it is killed leaves its sockets: containerd has run `delete` already, and nobody else will.
+    fn remove_sockets_of_the_killed(&self) {
+        for command in self.bereft.lock().expect("no panic under this lock").values() {
+            let paths = command.split(' ').map(|word| word.trim_start_matches("unix://")).map(Path::new);
+            let sockets = paths.filter(|path| fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket()));
+            // of the daemon's, which are named there too, somebody takes connections
+            let dead: Vec<_> = sockets.filter(|path| UnixStream::connect(path).is_err()).collect();
+            if !dead.is_empty() {
+                count(&self.counts.sockets);
+                dead.into_iter().for_each(|path| drop(fs::remove_file(path)));
+            }
+        }
     }
 
     /// Of each killed shim its command line, and what was told of its container.

@@ -7,13 +7,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::Status as Phase;
+use containerd_shim_protos::api::ShutdownRequest;
 use nix::sys::signal::Signal;
+use protobuf::Message as _;
 use shim_tests::builds;
 use shim_tests::bundle::worker_of;
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc;
+use shim_tests::stand::Stand;
+use shim_tests::ttrpc::{Frame, Wire};
 
 use crate::{build, on_build};
 
@@ -182,4 +186,19 @@ pub(crate) async fn what_containerd_needs_is_answered_while_no_worker_starts(cx:
     ensure!(container.finish().await? == 3);
     fs::set_permissions(&program, Permissions::from_mode(0o755))?;
     cx.leaves_nothing().await
+}
+
+/// Its client, containerd, asks once and never again.
+pub(crate) async fn a_shutdown_that_a_worker_was_too_slow_for_is_carried_out(cx: Context) -> Result<()> {
+    let stand = Stand::new(cx.shim(), cx.program("gated-runtime").parent().context("a file is in a folder")?)?;
+    let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
+    ensure!(container.finish().await? == 3);
+    let (shim, worker) = (container.shim_pid()?, container.worker_pid().await?);
+    proc::signal(worker, Signal::SIGSTOP)?;
+    let request = ShutdownRequest { id: container.id.clone(), ..Default::default() }.write_to_bytes()?;
+    let patience = Some(Duration::from_secs(1));
+    let frame = Frame::request_of_bytes(1, container.task.service_name(), "Shutdown", request, patience);
+    Wire::connect(container.task.socket()).await?.send(&frame.encode()).await?;
+    eventually_true("the shim has left", NOTICED, || !proc::is_alive(shim)).await?;
+    stand.leaves_nothing().await
 }

@@ -107,7 +107,7 @@ impl Streams {
         };
         let fifos = [stdio.stdin.as_ref().map(open).transpose()?, fifo_of(&stdio.stdout)?, fifo_of(&stdio.stderr)?];
         let mut entry = Entry {
-            key: stdio.key,
+            key: stdio.key.clone(),
             process_ends: [None, None, None],
             read_ends: [None, None, None],
             pumps: [None; 3],
@@ -117,22 +117,30 @@ impl Streams {
             size: None,
             stdin_closed: false,
             spill_bytes: stdio.spill_bytes,
-            spill_folder: stdio.spill_folder,
+            spill_folder: stdio.spill_folder.clone(),
             exited: None,
             deleted: None,
         };
+        if let Err(error) = self.make_ends(&mut entry, &stdio, poll) {
+            self.take_back(entry.pumps);
+            return Err((format!("make a pipe for {}", entry.key), error));
+        }
+        self.entries.push(entry);
+        Ok(())
+    }
+
+    /// Makes the pipes of a process, or of its terminal, and begins to move their bytes.
+    fn make_ends(&mut self, entry: &mut Entry, stdio: &Stdio, poll: &mut Poll) -> io::Result<()> {
         if stdio.terminal {
             // The terminal's one output goes to stdout; a logger or the worker reads it through a pipe.
             if stdio.stdout == Output::Pipe {
-                let failed = |error: io::Error| (format!("make a pipe for {}", entry.key), error);
-                let (read, write) = pipe((stdio.uid, stdio.gid)).map_err(failed)?;
-                set_nonblocking(&write).map_err(failed)?;
+                let (read, write) = pipe((stdio.uid, stdio.gid))?;
+                set_nonblocking(&write)?;
                 entry.read_ends[Stream::Stdout as usize] = Some(read);
                 entry.fifos[Stream::Stdout as usize] = Some((write, "a reader of its own".into()));
             }
         } else {
             let owner = (stdio.uid, stdio.gid);
-            let failed = |error: io::Error| (format!("make a pipe for {}", entry.key), error);
             for (index, stream) in [Stream::Stdin, Stream::Stdout, Stream::Stderr].into_iter().enumerate() {
                 let is_pipe = match stream {
                     Stream::Stdin => false,
@@ -142,27 +150,33 @@ impl Streams {
                 if !is_pipe && entry.fifos[index].is_none() {
                     continue;
                 }
-                let (read, write) = pipe(owner).map_err(failed)?;
+                let (read, write) = pipe(owner)?;
                 let (process_end, our_end) = if stream == Stream::Stdin { (read, write) } else { (write, read) };
                 entry.process_ends[index] = Some(process_end);
                 if is_pipe {
                     entry.read_ends[index] = Some(our_end);
                     continue;
                 }
-                set_nonblocking(&our_end).map_err(failed)?;
+                set_nonblocking(&our_end)?;
                 if let Some((fifo, target)) = entry.fifos[index].take() {
                     let pump = if stream == Stream::Stdin {
                         Pump::In(Incoming::new(fifo, our_end, target))
                     } else {
-                        let spill = make_spill(&entry).map_err(failed)?;
+                        let spill = make_spill(entry)?;
                         Pump::Out(Outgoing::new(our_end, fifo, target, spill))
                     };
-                    entry.pumps[index] = Some(self.start(pump, poll).map_err(failed)?);
+                    entry.pumps[index] = Some(self.start(pump, poll)?);
                 }
             }
         }
-        self.entries.push(entry);
         Ok(())
+    }
+
+    /// Ends what was begun and came to nothing.
+    fn take_back(&mut self, pumps: [Option<u32>; 3]) {
+        for id in pumps.into_iter().flatten() {
+            self.finish(id, 0);
+        }
     }
 
     fn start(&mut self, pump: Pump, poll: &mut Poll) -> io::Result<u32> {
@@ -196,12 +210,12 @@ impl Streams {
         let mut fifos = std::mem::take(&mut entry.fifos);
         let size = entry.size;
         let stdin_closed = entry.stdin_closed;
+        let mut pumps = [None; 3];
         let result = (|| {
             set_nonblocking(&terminal)?;
             if let Some((rows, columns)) = size {
                 sys::terminal::resize(terminal.as_fd(), rows, columns)?;
             }
-            let mut pumps = [None; 3];
             if let Some((fifo, target)) = fifos[1].take() {
                 let spill = make_spill(&self.entries[index])?;
                 let out = Outgoing::new(sys::descriptors::duplicate(&terminal)?, fifo, target, spill);
@@ -210,10 +224,10 @@ impl Streams {
             if let Some((fifo, target)) = fifos[0].take() {
                 pumps[0] = Some(self.start(Pump::In(Incoming::new(fifo, sys::descriptors::duplicate(&terminal)?, target)), poll)?);
             }
-            io::Result::Ok(pumps)
+            io::Result::Ok(())
         })();
         match result {
-            Ok(pumps) => {
+            Ok(()) => {
                 self.entries[index].pumps = pumps;
                 self.entries[index].terminal = Some(terminal);
                 if stdin_closed {
@@ -223,6 +237,7 @@ impl Streams {
             }
             Err(error) => {
                 warn!(container:% = key, error:%; "cannot take a terminal in");
+                self.take_back(pumps);
                 false
             }
         }

@@ -15,6 +15,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use log::warn;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
 
 use super::fifo;
@@ -24,6 +25,8 @@ use crate::sys::descriptors::waiting_bytes;
 
 /// After a process has ended, somebody else may still hold its output: so long it may stay quiet before it is given up.
 pub(super) const QUIET_AFTER_EXIT: Duration = Duration::from_millis(500);
+/// Less is not given back. A smaller page would do no harm.
+const PAGE: libc::loff_t = 4096;
 /// And so long it may go on in all, as far as its reader takes the bytes.
 pub(super) const LIMIT_AFTER_EXIT: Duration = Duration::from_secs(10);
 /// After Delete, a reader that is there has so long to take what is left. Without a reader, nobody will come.
@@ -74,7 +77,7 @@ impl Outgoing {
 
     pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
         let (source, sink) = (l.optional_fd()?, l.fd()?);
-        let spill = if l.bool()? { Some(Spill { file: l.fd()?.into(), limit: l.u64()?, head: l.i64()?, tail: l.i64()? }) } else { None };
+        let spill = if l.bool()? { Some(Spill::load(l)?) } else { None };
         let (target, bytes, draining) = (l.string()?, l.u64()?, l.bool()?);
         Ok(Self { source, sink, spill, target, bytes, draining, last_moved: l.instant()? })
     }
@@ -192,6 +195,11 @@ impl Outgoing {
         self.spill.as_ref().map_or(0, Spill::len)
     }
 
+    #[cfg(test)]
+    pub(super) fn spill_file(&self) -> Option<&File> {
+        self.spill.as_ref().map(|spill| &spill.file)
+    }
+
     /// Whether it waits for its reader to come, or to read: only a look at the fifo tells.
     pub(super) fn is_draining(&self) -> bool {
         self.draining
@@ -210,19 +218,27 @@ impl Outgoing {
 }
 
 /// A file that takes output while the fifo is full.
+///
+/// What was taken out of it is given back to the file system: with a slow reader it is hardly ever empty.
 #[derive(Debug)]
 pub(super) struct Spill {
     file: File,
     limit: u64,
     head: libc::loff_t,
     tail: libc::loff_t,
+    /// The file system gives nothing back before the file is empty.
+    is_solid: bool,
 }
 
 impl Spill {
     /// Makes a file without a name in `folder`.
     pub(super) fn new(folder: &Path, limit: u64) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(folder)?;
-        Ok(Self { file, limit, head: 0, tail: 0 })
+        Ok(Self { file, limit, head: 0, tail: 0, is_solid: false })
+    }
+
+    fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
+        Ok(Self { file: l.fd()?.into(), limit: l.u64()?, head: l.i64()?, tail: l.i64()?, is_solid: false })
     }
 
     fn len(&self) -> u64 {
@@ -238,6 +254,7 @@ impl Spill {
         let limit = (self.len() as usize).min(TURN_BYTES);
         let (moved, stop) = move_bytes(self.file.as_fd(), Some(&mut self.head), sink.as_fd(), None, limit);
         if !self.is_empty() {
+            self.give_back();
             return (moved, Some(stop));
         }
         (self.head, self.tail) = (0, 0);
@@ -246,9 +263,18 @@ impl Spill {
         (moved, Some(Stop::Turn))
     }
 
+    fn give_back(&mut self) {
+        let taken = self.head / PAGE * PAGE;
+        if taken > 0 && !self.is_solid {
+            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            self.is_solid = fallocate(&self.file, hole, 0, taken).is_err();
+        }
+    }
+
     /// Takes what the process has written, up to the limit.
     fn fill_from(&mut self, source: &OwnedFd) -> Stop {
-        let room = self.limit.saturating_sub(self.len()).min(TURN_BYTES as u64) as usize;
+        let held = if self.is_solid { self.tail as u64 } else { self.len() };
+        let room = self.limit.saturating_sub(held).min(TURN_BYTES as u64) as usize;
         if room == 0 {
             return Stop::Idle;
         }

@@ -217,6 +217,28 @@ fn with_spill_a_process_does_not_wait_for_its_reader_and_the_order_is_kept() {
 }
 
 #[test]
+fn a_spill_that_is_never_empty_holds_no_more_than_its_limit() {
+    use std::os::unix::fs::MetadataExt;
+    let mut bench = Bench::new("slow");
+    let limit = 1 << 20;
+    bench.open(bench.stdio("c", false, limit));
+    let mut process = bench.process_end(Stream::Stdout);
+    let mut reader = bench.reader();
+    // Always full, so that the file is filled as fast as it is emptied.
+    std::thread::spawn(move || while process.write_all(&[b'x'; 1 << 16]).is_ok() {});
+    let (mut got, mut most) = (0, 0);
+    let mut part = [0; 1 << 14];
+    bench.until("twenty times the limit to go through", |streams| {
+        got += reader.read(&mut part).unwrap_or(0) as u64;
+        if let Some(Pump::Out(out)) = streams.pumps.values().next() {
+            most = most.max(out.spill_file().map_or(0, |file| file.metadata().expect("an open file").blocks() * 512));
+        }
+        got > 20 * limit
+    });
+    assert!(most > limit / 2 && most <= limit + (64 << 10), "{most} bytes on the disk");
+}
+
+#[test]
 fn who_writes_for_ever_does_not_hold_the_streams_of_a_deleted_container() {
     let mut bench = Bench::new("endless");
     bench.open(bench.stdio("c", false, 0));
@@ -240,4 +262,14 @@ fn who_writes_for_ever_does_not_hold_the_streams_of_a_deleted_container() {
     for thread in [writing, reading] {
         thread.join().expect("ends with its pipe");
     }
+}
+
+#[test]
+fn streams_that_cannot_all_be_made_leave_nothing_behind() {
+    let mut bench = Bench::new("half");
+    let stdio = bench.stdio("c", true, 0);
+    let hopeless = Stdio { spill_bytes: 1 << 20, spill_folder: "/nowhere".into(), ..stdio.clone() };
+    bench.streams.open(hopeless, &mut bench.poll).expect_err("there is no folder for the spill");
+    assert!(bench.streams.pumps.is_empty() && bench.streams.is_drained(), "{:?}", bench.streams);
+    bench.open(stdio);
 }

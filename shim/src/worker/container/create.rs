@@ -93,7 +93,9 @@ impl Draft {
             id,
             bundle,
         };
-        record.check_size(0)?;
+        // An event repeats them.
+        let mounts = call.mounts.iter().flat_map(|mount| mount.options.iter().chain([&mount.kind, &mount.source, &mount.target]));
+        record.check_size(mounts.map(String::len).sum())?;
         Ok(Self { key, record, spec, plan, engine_was_asked: false })
     }
 

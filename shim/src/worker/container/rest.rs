@@ -21,9 +21,10 @@ fn hand_over(worker: &Worker, container: &Rc<Container>) -> bool {
     if has_ended || record.cgroup == Cgroup::default() {
         return true;
     }
-    // Where there is no watch now, there was none before.
-    let Ok(watch) = record.cgroup.watch_oom() else { return true };
-    let descriptor = watch.into_descriptor();
+    // Where it cannot be watched now, this worker may be the one who can.
+    let Ok(watch) = record.cgroup.watch_oom() else { return container.company.borrow().oom.is_none() };
+    let descriptors = watch.into_descriptors();
     // What came before this watch must be told by this worker.
-    record.cgroup.oom_kills().is_none_or(|kills| kills <= record.oom_kills) && worker.link.watch(&descriptor)
+    let is_told = record.cgroup.oom_kills().is_none_or(|kills| kills <= record.oom_kills);
+    is_told && descriptors.iter().all(|descriptor| worker.link.watch(descriptor))
 }

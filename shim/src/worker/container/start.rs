@@ -78,19 +78,21 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
     };
     let spawn = record.engine.restore(&at(&record), &restore);
     let pid = files.run(cause, spawn, &record.engine, Verb::Restore).await?;
-    let restored = {
-        let mut record = container.record_mut();
-        find_cgroup(&mut record, pid);
+    // Into a copy: what another request saves meanwhile must still say that there is something to restore, for this one's replay.
+    let restored = |record: &mut Record| {
+        find_cgroup(record, pid);
         record.init.pid = Some(pid);
-        record.init.files.push(files.pid_file);
+        record.init.files.push(files.pid_file.clone());
         record.unknown_to_engine = false;
         record.restore = None;
-        record.clone()
     };
+    let mut copy = container.record().clone();
+    restored(&mut copy);
     // The container runs by now: without its pid in the journal it is still known to the engine.
-    if let Err(error) = journal::write(worker, cause, step::JOURNAL_AGAIN, &restored).await {
+    if let Err(error) = journal::write(worker, cause, step::JOURNAL_AGAIN, &copy).await {
         log::warn!(container:% = container.id, error:% = error.chain(); "cannot write the journal");
     }
+    restored(&mut container.record_mut());
     container.observe(key, Fact::Started);
     let change = Change { claim: Some((key.clone(), pid)), ..Change::save(container, Reply::Pid(Some(pid))) };
     Ok(change.event(Event::new(container, Happening::Started { pid })))

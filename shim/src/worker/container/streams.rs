@@ -83,7 +83,11 @@ impl Plan {
         }
         cause.perform(step::OPEN_STDIO, Op::OpenStdio(self.stdio(record))).await?;
         for (number, hired) in (0..).zip(self.loggers()) {
-            self.hire(worker, cause, step::LOGGERS + number, hired, record).await?;
+            if let Err(error) = self.hire(worker, cause, step::LOGGERS + number, hired, record).await {
+                // Whoever is not ready would wait for output that never comes.
+                cause.perform(step::END_HELPERS, Op::EndHelpers { key: self.key.to_string() }).await?;
+                return Err(error);
+            }
         }
         Ok(())
     }

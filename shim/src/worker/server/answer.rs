@@ -3,7 +3,7 @@ use containerd_shim_protos::api;
 use protobuf::{EnumOrUnknown, MessageField};
 
 use super::TASK_SERVICES;
-use crate::handover::Ready;
+use crate::handover::{Ready, ToldEnd};
 use crate::options::process_details;
 use crate::worker::container::{Deleted, Record, Reply, StateOf, Status, recorded_pids, state_of};
 use crate::worker::error::{Code, Error};
@@ -58,8 +58,7 @@ fn payload(reply: Reply, keeper_pid: u32) -> Vec<u8> {
             ..Default::default()
         }),
         Reply::DeletedForCommand(Deleted { pid, exit }) => {
-            let (status, at_nanos) = exit.map_or((0, 0), |exit| (exit.status, exit.at_nanos));
-            serde_json::json!({"pid": pid.unwrap_or(0), "status": status, "exited_at": at_nanos}).to_string().into_bytes()
+            ToldEnd { pid, status: exit.map(|exit| exit.status), at_nanos: exit.map(|exit| exit.at_nanos) }.encode()
         }
         Reply::State(state) => bytes(&state_response(*state)),
         Reply::Pids(pids) => {

@@ -69,6 +69,11 @@ impl Call {
             | Self::Shutdown => false,
         }
     }
+
+    /// Whether it is carried out though its client has given up waiting: nobody else will ever tell this shim to leave.
+    pub(in crate::worker) fn is_never_too_late(&self) -> bool {
+        matches!(self, Self::Shutdown)
+    }
 }
 
 /// A request as it came.

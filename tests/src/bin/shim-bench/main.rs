@@ -2,11 +2,14 @@
 //!
 //! ```text
 //! shim-bench --shim ours=target/…/containerd-shim-x-v2 --shim go=stock [--containerd 1.6|1.7|2.1] [--runtime runc|crun]
-//!            [--containers 100] [--rounds 30] [--skip memory,latency,load,stdout] [--json]
+//!            [--containers 100] [--rounds 30] [--skip memory,latency,load,stdout] [--upgrade] [--rest] [--json]
 //! ```
 //! `stock` is the shim that comes with that containerd. A shim's runtime type follows from its file name.
+//! Of a shim with keepers, `--upgrade` upgrades all those whose memory was measured, in one go, and `--rest` measures them once more when all
+//! their workers rest.
 
-use std::fs;
+mod memory;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,7 +21,6 @@ use serde_json::{Map, Value, json};
 use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::daemon::Daemon;
-use shim_tests::messages::{Options, any};
 use shim_tests::runner::EXECUTOR;
 use shim_tests::stdio::Pace;
 use shim_tests::suite::{self, Runtime, Shim, Suite};
@@ -54,6 +56,8 @@ struct Plan {
     containers: usize,
     rounds: usize,
     skip: String,
+    upgrade: bool,
+    rest: bool,
     json: bool,
 }
 
@@ -65,6 +69,8 @@ fn arguments() -> Result<Plan> {
         containers: 100,
         rounds: 30,
         skip: String::new(),
+        upgrade: false,
+        rest: false,
         json: false,
     };
     let mut rest = std::env::args().skip(1);
@@ -87,6 +93,8 @@ fn arguments() -> Result<Plan> {
             "--containers" => plan.containers = value()?.parse()?,
             "--rounds" => plan.rounds = value()?.parse()?,
             "--skip" => plan.skip = value()?,
+            "--upgrade" => plan.upgrade = true,
+            "--rest" => plan.rest = true,
             "--json" => plan.json = true,
             other => bail!("unknown argument {other}; see the head of tests/src/bin/shim-bench.rs"),
         }
@@ -143,7 +151,7 @@ async fn measure(plan: &Plan) -> Result<()> {
     }
     if wanted("memory") {
         eprintln!("{} idle containers each …", plan.containers);
-        memory(&mut subjects, plan.containers).await?;
+        memory::measure(&mut subjects, plan).await?;
     }
     if plan.json {
         let all: Map<_, _> = subjects.into_iter().map(|subject| (subject.name, Value::Object(subject.figures))).collect();
@@ -325,126 +333,4 @@ fn own_processes(shim: i32) -> Vec<i32> {
     let is_worker = |child: &proc::Process| child.command.split(' ').any(|word| word == "worker");
     let workers = proc::children(shim).into_iter().filter(is_worker).map(|child| child.pid);
     std::iter::once(shim).chain(workers).collect()
-}
-
-async fn memory(subjects: &mut [Subject], containers: usize) -> Result<()> {
-    let mut all: Vec<(Vec<Container>, Vec<PathBuf>, u64)> = Vec::new();
-    for (index, subject) in subjects.iter().enumerate() {
-        let cgroup = format!("/{}/shims{index}", isolation::cgroup());
-        let folders = make_cgroups(&cgroup)?;
-        let before = accounted(&folders);
-        let mut started = Vec::new();
-        for _number in 0..containers {
-            let options = Options {
-                binary_name: subject.cx.runtime_binary().display().to_string(),
-                shim_cgroup: cgroup.clone(),
-                ..Options::default()
-            };
-            let container = subject.cx.container(&["sleep", "100000"]).stdio(Stdio::None).options(Some(any(&options)));
-            started.push(container.start().await?);
-        }
-        all.push((started, folders, before));
-    }
-    // collectors and idle timers do their work in the first seconds after the last request
-    tokio::time::sleep(Duration::from_secs(5)).await;
-    for (subject, (_, folders, before)) in subjects.iter_mut().zip(&all) {
-        let shims = subject.cx.shims();
-        ensure!(shims.len() == containers, "{} shims for {containers} containers", shims.len());
-        let mut keepers = Footprint::default();
-        let mut workers = Footprint::default();
-        for shim in &shims {
-            for pid in own_processes(shim.pid) {
-                let footprint = if pid == shim.pid { &mut keepers } else { &mut workers };
-                footprint.add(pid)?;
-            }
-        }
-        let per = containers as f64;
-        keepers.note(subject, "6 keeper, or the whole shim", per);
-        if workers.processes > 0 {
-            workers.note(subject, "7 worker", per);
-        }
-        if !folders.is_empty() {
-            let grown = accounted(folders).saturating_sub(*before);
-            subject.note("8 accounted to the shims' cgroup without page cache, KiB per container", grown as f64 / 1024.0 / per);
-        }
-    }
-    for (started, _, _) in &all {
-        for container in started {
-            container.destroy().await?;
-        }
-    }
-    Ok(())
-}
-
-/// Sums over processes of one kind.
-#[derive(Debug, Default)]
-struct Footprint {
-    processes: u64,
-    pss: u64,
-    anonymous: u64,
-    tables: u64,
-    threads: u64,
-}
-
-impl Footprint {
-    fn add(&mut self, pid: i32) -> Result<()> {
-        let path = format!("/proc/{pid}/smaps_rollup");
-        let text = fs::read_to_string(&path).with_context(|| path)?;
-        let field = |name: &str| {
-            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            value.and_then(|value| value.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0)
-        };
-        self.processes += 1;
-        self.pss += field("Pss");
-        self.anonymous += field("Anonymous");
-        self.tables += proc::status_field(pid, "VmPTE")?.trim_end_matches(" kB").trim().parse::<u64>()?;
-        self.threads += proc::status_field(pid, "Threads")?.parse::<u64>()?;
-        Ok(())
-    }
-
-    fn note(&self, subject: &mut Subject, whose: &str, containers: f64) {
-        for (what, sum) in
-            [("PSS, KiB", self.pss), ("anonymous, KiB", self.anonymous), ("page tables, KiB", self.tables), ("threads", self.threads)]
-        {
-            subject.note(&format!("{whose}: {what} per container"), sum as f64 / containers);
-        }
-    }
-}
-
-/// Makes a cgroup of that path in every v1 hierarchy, ready to be joined, and returns the folders of the memory controller.
-fn make_cgroups(path: &str) -> Result<Vec<PathBuf>> {
-    let mut memory = Vec::new();
-    for entry in fs::read_dir("/sys/fs/cgroup")?.flatten().filter(|entry| entry.path().join("cgroup.procs").exists()) {
-        let mut folder = entry.path();
-        for part in path.split('/').filter(|part| !part.is_empty()) {
-            let parent = folder.clone();
-            folder.push(part);
-            match fs::create_dir(&folder) {
-                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error.into()),
-                _ => {}
-            }
-            // nothing can join a cpuset without processors and memory nodes
-            for file in ["cpuset.cpus", "cpuset.mems"] {
-                if let Ok(value) = fs::read_to_string(parent.join(file)) {
-                    fs::write(folder.join(file), value.trim())?;
-                }
-            }
-        }
-        if folder.join("memory.usage_in_bytes").exists() {
-            memory.push(folder);
-        }
-    }
-    Ok(memory)
-}
-
-/// Bytes accounted to those cgroups, without page cache.
-fn accounted(folders: &[PathBuf]) -> u64 {
-    folders.iter().map(|folder| usage_without_cache(folder).unwrap_or(0)).sum()
-}
-
-fn usage_without_cache(folder: &Path) -> Result<u64> {
-    let usage: u64 = fs::read_to_string(folder.join("memory.usage_in_bytes"))?.trim().parse()?;
-    let stat = fs::read_to_string(folder.join("memory.stat"))?;
-    let cache = stat.lines().find_map(|line| line.strip_prefix("total_cache ")).and_then(|value| value.parse::<u64>().ok());
-    Ok(usage.saturating_sub(cache.unwrap_or(0)))
 }

@@ -1,0 +1,243 @@
+//! Workers that end for whatever reason, and a worker that cannot be started: containers live on, and what is asked is answered.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::process::Stdio as Standard;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::api::DeleteResponse;
+use nix::sys::signal::Signal;
+use protobuf::Message as _;
+use shim_tests::bundle::worker_of;
+use shim_tests::container::Stdio;
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::runner::skip;
+use shim_tests::stand::Stand;
+use shim_tests::suite::Shim;
+use shim_tests::ttrpc::Code;
+use shim_tests::{builds, cgroups, isolation, proc};
+
+use crate::{build, on_build};
+
+/// What `inspect` says of a shim.
+async fn inspected(cx: &Context, id: &str) -> Result<serde_json::Value> {
+    let mut command = tokio::process::Command::new(cx.shim().binary.as_ref().context("ours")?);
+    let output = command.args(["inspect", "--json", id, "--namespace", cx.client().namespace()]).output().await?;
+    ensure!(output.status.success(), "inspect: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+pub(crate) async fn a_worker_that_crashes_is_replaced_under_what_is_under_way(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let events = cx.events().await?;
+    let gate = cx.gate()?;
+    let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).runtime_binary(&gate.binary()).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
+    let signals = [Signal::SIGSEGV, Signal::SIGABRT, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGTERM, Signal::SIGKILL];
+    for (number, signal) in (1..).zip(signals) {
+        let name = format!("e{number}");
+        let exec = container.exec(&name, &["sh", "-c", "exit 4"]).add().await?;
+        gate.hold("exec")?;
+        let (client, id) = (cx.client().clone(), container.id.clone());
+        let start = tokio::spawn(async move { client.start(&id, &name).await });
+        gate.held("exec").await?;
+        let worker = worker_of(keeper).await?;
+        // one that the processor has not raised ends nothing the first time
+        let ended = || !proc::is_alive(worker) || proc::signal(worker, signal).is_err();
+        eventually_true("the worker is dead", SOON, ended).await?;
+        gate.release("exec")?;
+        start.await?.with_context(|| format!("start over {signal}"))?;
+        ensure!(exec.finish().await? == 4, "{signal}");
+        ensure!(gate.count("exec") == number, "{signal}: {:?}", gate.calls());
+        let shown = inspected(&cx, &container.id).await?;
+        ensure!(shown["shim"]["last_end"] == format!("signal {}", signal as i32), "{:#}", shown["shim"]);
+        let state = container.state().await?;
+        ensure!(state.pid == container.pid && cx.shim_pid(&container.id)? == keeper, "{state:?}");
+    }
+    ensure!(!wait.is_finished(), "the wait has ended");
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
+    ensure!(wait.await??.into_inner().exit_status == 3);
+    let told = cx.history(&events, &container.id).await?;
+    ensure!(told.iter().filter(|event| event.starts_with("exit(")).count() == signals.len(), "{told:?}");
+    ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "{told:?}");
+    cx.leaves_nothing().await
+}
+
+/// A cgroup in which a process can have next to no memory.
+struct Narrow(PathBuf);
+
+impl Narrow {
+    fn new(cx: &Context) -> Result<Self> {
+        let folders = cgroups::folders(&isolation::cgroup());
+        let Some(memory) = folders.into_iter().find(|folder| folder.join("memory.limit_in_bytes").exists()) else {
+            return skip("there is no controller of memory of cgroup v1");
+        };
+        let folder = memory.join(cx.client().namespace()).join("narrow");
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join("memory.limit_in_bytes"), (256 << 10).to_string())?;
+        Ok(Self(folder))
+    }
+
+    fn take(&self, pid: i32) -> Result<()> {
+        fs::write(self.0.join("cgroup.procs"), pid.to_string()).with_context(|| format!("move {pid}"))
+    }
+
+    fn kills(&self) -> Result<u64> {
+        let text = fs::read_to_string(self.0.join("memory.oom_control"))?;
+        let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill ")).context("the kernel does not count")?;
+        Ok(kills.parse()?)
+    }
+}
+
+pub(crate) async fn a_worker_out_of_memory_is_replaced(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let narrow = Narrow::new(&cx)?;
+    for round in 1..=3 {
+        let worker = worker_of(keeper).await?;
+        narrow.take(worker)?;
+        // more than it can hold there; the next worker begins where the keeper is
+        let exec = container.exec(&format!("e{round}"), &["sh", "-c", "exit 4"]).process(|process| {
+            let ballast = (0..4).map(|number| serde_json::json!(format!("BALLAST{number}={}", "x".repeat(100 << 10))));
+            process["env"].as_array_mut().expect("a process has an environment").extend(ballast);
+        });
+        ensure!(exec.run().await? == 4);
+        ensure!(!proc::is_alive(worker) && narrow.kills()? == round, "{} kills after {round} rounds", narrow.kills()?);
+        let state = container.state().await?;
+        ensure!(state.pid == container.pid && cx.shim_pid(&container.id)? == keeper, "{state:?}");
+    }
+    fs::remove_dir(&narrow.0)?;
+    ensure!(container.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
+/// containerd runs `delete` when it gives a shim up.
+pub(crate) async fn delete_works_while_no_worker_starts(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let program = cx.shim().binary.clone().context("ours")?;
+    let running = cx.container(&["sleep", "1000"]).start().await?;
+    let ended = cx.container(&["sh", "-c", "exit 3"]).start().await?;
+    ensure!(ended.wait().await? == 3);
+    fs::set_permissions(&program, Permissions::from_mode(0o600))?;
+    for container in [&running, &ended] {
+        let worker = worker_of(cx.shim_pid(&container.id)?).await?;
+        proc::kill_hard(worker);
+    }
+    // their program is replaced, and they cannot execute the one that they hold open
+    builds::make(&Shim::faulty()?.binary.context("ours is a file")?, &program, "build=next")?;
+    cx.crash_daemon().await?;
+    for (container, status) in [(&running, 137), (&ended, 3)] {
+        let bundle = container.bundle();
+        let mut command = tokio::process::Command::new(&program);
+        command.args(["-namespace", cx.client().namespace(), "-id", &container.id, "-address"]).arg(cx.daemon().address());
+        command.arg("-bundle").arg(&bundle).arg("delete").current_dir(&bundle).stdin(Standard::null()).kill_on_drop(true);
+        let begin = Instant::now();
+        let output = command.output().await?;
+        let took = begin.elapsed();
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let said = DeleteResponse::parse_from_bytes(&output.stdout)?;
+        ensure!(said.exit_status == status && said.pid == container.pid, "{said:?}");
+        ensure!(took < Duration::from_secs(5), "it took {took:?}");
+        let pid = container.pid.cast_signed();
+        eventually_true("its init is gone", SOON, || !proc::is_alive(pid)).await?;
+    }
+    // what is left of them in the daemon's books goes by its own means
+    for (container, status) in [(&running, 137), (&ended, 3)] {
+        eventually("the daemon deletes the task", SOON, async || match container.delete().await {
+            Ok(deleted) => {
+                ensure!(deleted.exit_status == status, "{deleted:?}");
+                Ok(())
+            }
+            Err(error) if error.code() == tonic::Code::NotFound => Ok(()),
+            Err(error) => Err(error.into()),
+        })
+        .await?;
+    }
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let program = build(&cx, "new", "build=new")?;
+    // room for what ends a container, none for the keeper's state
+    limit_files(keeper, "96").await?;
+    let upgraded = builds::upgrade(&cx, &program, &["--all"]).await?;
+    let shim = upgraded.only()?;
+    let why = shim["why"].as_str().unwrap_or_default();
+    ensure!(shim["result"] == "rolled-back" && why.contains("the keeper was kept: cannot rehearse: File too large"), "{shim:#}");
+    ensure!(shim["report"]["worker"]["result"] == "upgraded", "{shim:#}");
+    let state = container.state().await?;
+    ensure!(state.pid == container.pid && cx.shim_pid(&container.id)? == keeper, "{state:?}");
+    limit_files(keeper, "unlimited").await?;
+    builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
+    cx.leaves_nothing().await
+}
+
+/// Limits the size of the files that a process writes, in bytes.
+async fn limit_files(pid: i32, bytes: &str) -> Result<()> {
+    let mut command = tokio::process::Command::new("prlimit");
+    let status = command.arg(format!("--pid={pid}")).arg(format!("--fsize={bytes}:unlimited")).status().await?;
+    ensure!(status.success(), "prlimit: {status}");
+    Ok(())
+}
+
+/// A stand whose shims are of a program of their own, which can be made impossible to execute.
+fn stand_of_its_own(cx: &Context) -> Result<Stand> {
+    let program = cx.folder().join(cx.shim().binary_name());
+    builds::make(&Shim::faulty()?.binary.context("ours is a file")?, &program, "build=old")?;
+    let shim = Shim { binary: Some(program), ..cx.shim().clone() };
+    Stand::new(&shim, cx.program("gated-runtime").parent().context("a file is in a folder")?)
+}
+
+/// What has no worker that could clean up, `delete` removes by hand; in a pod the shim and its clients live on.
+pub(crate) async fn a_wait_for_what_was_removed_by_hand_is_answered(cx: Context) -> Result<()> {
+    let stand = stand_of_its_own(&cx)?;
+    let pod = stand.bundle("pod", &["sleep", "1000"]).group("pod").run().await?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).group("pod").run_in(&pod.task).await?;
+    let waiting = pod.task.begin_wait("c1", "").await?;
+    let keeper = pod.shim_pid()?;
+    let worker = worker_of(keeper).await?;
+    eventually("the wait is parked", SOON, async || {
+        let mut command = stand.command(&["inspect", "--json", "c1", "--namespace", stand.namespace()]);
+        let said: serde_json::Value = serde_json::from_slice(&command.output().await?.stdout)?;
+        ensure!(said["waiters"][0]["count"] == 1, "{:#}", said["waiters"]);
+        Ok(())
+    })
+    .await?;
+    fs::set_permissions(stand.binary(), Permissions::from_mode(0o600))?;
+    proc::kill_hard(worker);
+    builds::make(&Shim::faulty()?.binary.context("ours is a file")?, stand.binary(), "build=next")?;
+    ensure!(container.bundle.delete_command().await?.exit_status == 137);
+    let told = waiting.status(SOON).await;
+    ensure!(told.as_ref().is_err_and(|error| error.code() == Some(Code::NotFound)), "{told:?}");
+    // the other one lives on, and ends when a worker can be had
+    ensure!(pod.task.state("pod", "").await?.pid == pod.pid && proc::is_alive(pod.pid.cast_signed()));
+    let mut upgrade = tokio::process::Command::new(stand.binary());
+    let output = upgrade.args(["upgrade", "--all", "--namespace", stand.namespace()]).output().await?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(pod.shut_down().await? == 137);
+    stand.leaves_nothing().await
+}
+
+pub(crate) async fn delete_tells_what_the_worker_knows_where_there_is_no_journal(cx: Context) -> Result<()> {
+    let stand = Stand::new(cx.shim(), cx.program("gated-runtime").parent().context("a file is in a folder")?)?;
+    let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
+    ensure!(container.task.wait("c1", "").await? == 3);
+    let state = container.task.state("c1", "").await?;
+    fs::remove_file(container.bundle.folder.join("x-journal"))?;
+    let deleted = container.bundle.delete_command().await?;
+    ensure!(deleted.exit_status == 3 && deleted.pid == container.pid && deleted.exited_at == state.exited_at, "{deleted:?} {state:?}");
+    let shim = container.shim_pid()?;
+    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await?;
+    stand.leaves_nothing().await
+}

@@ -1,0 +1,176 @@
+//! No room is left where the bundles are, or where the sockets are: what needs room is refused, nothing else is noticed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use shim_tests::builds;
+use shim_tests::bundle::worker_of;
+use shim_tests::container::Stdio;
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::proc;
+use shim_tests::stand::Stand;
+
+use crate::{build, on_build};
+
+const PAGE: usize = 4096;
+
+/// A small file system.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(at: &Path, options: &str) -> Result<Self> {
+        fs::create_dir_all(at)?;
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options))?;
+        Ok(Self(at.to_owned()))
+    }
+
+    /// Fills it but for so many pages.
+    fn fill(&self, but: usize) -> Result<()> {
+        self.free()?;
+        let stat = nix::sys::statvfs::statvfs(&self.0)?;
+        let bytes = (stat.blocks_available() * stat.fragment_size()) as usize;
+        fs::write(self.0.join("filler"), vec![0; bytes - but * PAGE])?;
+        let left = nix::sys::statvfs::statvfs(&self.0)?.blocks_available() as usize;
+        ensure!(left == but, "{left} pages are left, not {but}");
+        Ok(())
+    }
+
+    /// Leaves no room for another file, socket or folder.
+    fn use_up_names(&self) -> Result<()> {
+        for number in 0..10_000 {
+            if fs::create_dir(self.0.join(format!("filler{number}"))).is_err() {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("there is always room for another folder")
+    }
+
+    fn free_names(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.0)?.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("filler")) {
+            fs::remove_dir(entry.path())?;
+        }
+        Ok(())
+    }
+
+    fn free(&self) -> Result<()> {
+        match fs::remove_file(self.0.join("filler")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _the_run_goes_anyway = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+pub(crate) async fn a_full_disk_is_noticed_by_what_needs_room_alone(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let disk = Disk::mount(&cx.daemon().bundle(cx.client().namespace(), ""), "size=1m")?;
+    let events = cx.events().await?;
+    let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let waiting = container.exec("waiting", &["sh", "-c", "exit 5"]).stdio(Stdio::OUTPUT).add().await?;
+    disk.fill(0)?;
+    let program = build(&cx, "new", "build=new")?;
+    for round in 0..2 {
+        let refused = container.exec("late", &["sh", "-c", "exit 6"]).add().await.err().context("it was accepted")?;
+        ensure!(format!("{refused:#}").contains("No space left on device"), "{refused:#}");
+        let worker = worker_of(keeper).await?;
+        proc::kill_hard(worker);
+        eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await?;
+        let state = container.state().await?;
+        ensure!(state.pid == container.pid && cx.shim_pid(&container.id)? == keeper, "{state:?}");
+        let to = if round == 0 { program.clone() } else { cx.shim().binary.clone().context("ours")? };
+        builds::upgrade(&cx, &to, &["--all"]).await?.is_done().with_context(|| format!("upgrade {round}"))?;
+    }
+    // the runtime has no room for the pid
+    let refused = waiting.start().await.err().context("it was started")?;
+    ensure!(refused.message().to_lowercase().contains("no space left on device"), "{refused:?}");
+    disk.free()?;
+    for (exec, status) in [("late", 6), ("later", 7)] {
+        ensure!(container.exec(exec, &["sh", "-c", &format!("exit {status}")]).run().await? == status);
+    }
+    waiting.delete().await?;
+    disk.fill(0)?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
+    let told = cx.history(&events, &container.id).await?;
+    ensure!(told.ends_with(&["exit".to_owned(), "delete".to_owned()]), "{told:?}");
+    drop(disk);
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_create_on_a_disk_that_fills_up_is_done_or_undone(cx: Context) -> Result<()> {
+    let stand = Stand::new(cx.shim(), cx.program("gated-runtime").parent().context("a file is in a folder")?)?;
+    let disk = Disk::mount(&stand.folder().join("b"), "size=1m")?;
+    let (mut done, mut undone) = (0, 0);
+    for pages in 0..12 {
+        disk.free()?;
+        let id = format!("c{pages}");
+        let bundle = stand.bundle(&id, &["sh", "-c", "exit 3"]);
+        let task = bundle.shim().await?;
+        let shim = bundle.shim_pid()?;
+        disk.fill(pages)?;
+        match bundle.clone().create_in(&task).await {
+            Ok(container) => {
+                done += 1;
+                container.start().await?;
+                ensure!(container.finish().await? == 3);
+            }
+            Err(error) => {
+                undone += 1;
+                ensure!(format!("{error:#}").contains("No space left on device"), "{pages} pages left: {error:#}");
+                // when there is room it can be created
+                disk.free()?;
+                let container = bundle.clone().create_in(&task).await.context("once there is room")?;
+                container.start().await?;
+                ensure!(container.finish().await? == 3);
+            }
+        }
+        shim_tests::bundle::leave(&task, shim, &id).await?;
+    }
+    ensure!(done > 0 && undone > 0, "{done} done, {undone} undone");
+    drop(disk);
+    stand.leaves_nothing().await
+}
+
+pub(crate) async fn without_room_for_sockets_what_runs_goes_on(cx: Context) -> Result<()> {
+    // a socket's path is short
+    let folder = Path::new("/run").join(cx.client().namespace());
+    let disk = Disk::mount(&folder, "mode=755,nr_inodes=64")?;
+    let shim = shim_tests::suite::Shim { binary: Some(build(&cx, "first", "build=old")?), ..cx.shim().clone() };
+    let run_dir = ("X_SHIM_RUN_DIR", folder.to_str().context("a folder of the test has a plain name")?);
+    let cx = cx.with_own_shim(&shim, &[run_dir]).await?;
+    let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    disk.use_up_names()?;
+    let refused = cx.container(&["true"]).create().await.err().context("another shim was started")?;
+    ensure!(format!("{refused:#}").contains("No space left on device"), "{refused:#}");
+    ensure!(cx.shims().len() == 1, "{:?}", cx.shims());
+    // a terminal is delivered through a socket, everything else needs none
+    let terminal = container.exec("tty", &["true"]).terminal().stdio(Stdio::OUTPUT).add().await?;
+    let refused = terminal.start().await.err().context("it was started")?;
+    ensure!(refused.message().contains("No space left on device"), "{refused:?}");
+    terminal.delete().await?;
+    ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
+    proc::kill_hard(worker_of(keeper).await?);
+    cx.crash_daemon().await?;
+    ensure!(container.state().await?.pid == container.pid && cx.shim_pid(&container.id)? == keeper);
+    let program = build(&cx, "new", "build=new")?;
+    let mut command = tokio::process::Command::new(&program);
+    let output = command.args(["upgrade", "--all", "--json"]).env(run_dir.0, run_dir.1).kill_on_drop(true).output().await?;
+    ensure!(output.status.success(), "{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    disk.free_names()?;
+    let terminal = container.exec("tty", &["sh", "-c", "exit 5"]).terminal().stdio(Stdio::OUTPUT).add().await?;
+    ensure!(terminal.run().await? == 5);
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
+    ensure!(cx.container(&["sh", "-c", "exit 6"]).run().await? == 6);
+    cx.leaves_nothing().await
+}

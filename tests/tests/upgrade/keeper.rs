@@ -1,0 +1,73 @@
+//! A keeper dies, the one fatal case: its containers end, once, and the daemon recovers by itself.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
+use shim_tests::context::Context;
+use shim_tests::cri::{Cri, RUNNING};
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::proc;
+
+pub(crate) async fn a_pod_whose_keeper_dies_ends_once_and_another_can_be_made(cx: Context) -> Result<()> {
+    let cri = Cri::start(&cx).await?;
+    let pod = cri.run_pod("pod").await?;
+    let known = cri.run(&pod, "known", &["sh", "-c", "exit 3"]).await?;
+    ensure!(cri.ended(&known).await?.exit_code == 3);
+    let gate = format!("/tmp/go-{}", cx.client().namespace());
+    let mut lives = Vec::new();
+    for name in ["one", "two"] {
+        lives.push(cri.run(&pod, name, &["sh", "-c", "echo begun; exec sleep 98765"]).await?);
+    }
+    let script = format!("echo begun; until [ -e {gate} ]; do usleep 20000; done; exit 5");
+    let untold = cri.run(&pod, "untold", &["sh", "-c", &script]).await?;
+    let shims = cri.shims();
+    let [shim] = &shims[..] else { anyhow::bail!("not one shim: {shims:?}") };
+    for name in ["one", "two", "untold"] {
+        eventually_true(format!("{name} has begun"), SOON, || cri.log(&pod, name) == "begun\n").await?;
+    }
+    let inits: Vec<_> = proc::children(shim.pid).into_iter().filter(|child| !child.command.contains(" worker")).collect();
+    // the pause container and three more
+    ensure!(inits.len() == 4, "{inits:?}");
+
+    // an exit of which the daemon hears nothing before the keeper dies
+    let daemon = cri.daemon().pid().context("the daemon runs")?.cast_signed();
+    let ends = inits.iter().find(|init| init.command.contains(&gate)).context("one waits at the gate")?;
+    proc::signal(daemon, Signal::SIGSTOP)?;
+    std::fs::write(format!("/proc/{}/root{gate}", ends.pid), "")?;
+    let over = eventually_true("it has ended", SOON, || !proc::is_alive(ends.pid)).await;
+    // recorded before it is reaped
+    let reaped = eventually_true("the keeper has seen it", SOON, || proc::Process::read(ends.pid).is_err()).await;
+    proc::kill_hard(shim.pid);
+    proc::signal(daemon, Signal::SIGCONT)?;
+    over.and(reaped)?;
+
+    for init in &inits {
+        eventually_true(format!("{} is gone", init.command), SOON, || {
+            proc::Process::read(init.pid).map_or(true, |process| process.start != init.start)
+        })
+        .await?;
+    }
+    // of a shim that hangs up before an exit was told, the plugin says 255
+    for (id, codes) in [(&known, &[3][..]), (&untold, &[5]), (&lives[0], &[137, 255]), (&lives[1], &[137, 255])] {
+        eventually("the daemon knows by itself", Duration::from_secs(30), async || {
+            let said = cri.status(id).await?;
+            ensure!(said.state != RUNNING && codes.contains(&said.exit_code), "{said:?}, not {codes:?}");
+            Ok(())
+        })
+        .await?;
+    }
+    // containerd 2.1 takes it into its books
+    if let Ok(late) = cri.create(&pod, "late", &["true"], 0).await {
+        ensure!(cri.start_container(&late).await.is_err(), "a container is started in a dead pod");
+    }
+    let next = cri.run_pod("next").await?;
+    let id = cri.run(&next, "app", &["sh", "-c", "exit 6"]).await?;
+    ensure!(cri.ended(&id).await?.exit_code == 6);
+    cri.end_pod(&next).await?;
+    cri.end_pod(&pod).await?;
+    for name in ["one", "two", "untold"] {
+        ensure!(cri.log(&pod, name) == "begun\n", "{name} has begun more than once: {:?}", cri.log(&pod, name));
+    }
+    cri.leaves_nothing().await
+}
