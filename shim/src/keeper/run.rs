@@ -269,6 +269,9 @@ impl Keeper {
         for due in self.ledger.overdue(now, !self.supervisor.is_serving()) {
             self.answer(due);
         }
+        if let Some(ended) = self.supervisor.give_up(now) {
+            self.ended(ended, now);
+        }
         self.supervisor.ensure(now, self.ledger.is_busy(), &self.poll);
         self.tick_upgrade(now);
         self.tell(now);
@@ -548,13 +551,20 @@ impl Keeper {
                 self.tell(now);
             }
             Found::Other { pid, status } => match self.supervisor.ended(pid, status, now) {
-                Ended::Worker { end, rolled_back } => self.worker_ended(&end, rolled_back, now),
-                Ended::Candidate(end) => self.candidate_ended(end),
                 Ended::Other => {
                     self.rehearsal_ended(pid, status);
                 }
+                ended => self.ended(ended, now),
             },
             Found::ReaderGone { key, stream } => self.streams.reader_gone(&key, stream, &mut self.poll),
+        }
+    }
+
+    fn ended(&mut self, ended: Ended, now: Instant) {
+        match ended {
+            Ended::Worker { end, rolled_back } => self.worker_ended(&end, rolled_back, now),
+            Ended::Candidate(end) => self.candidate_ended(end),
+            Ended::Other => {}
         }
     }
 
