@@ -206,6 +206,9 @@ impl Keeper {
             if self.trim_at.is_some_and(|at| at <= Instant::now()) {
                 self.trim_at = None;
                 sys::memory::trim();
+                if self.supervisor.is_asleep() {
+                    sys::memory::leave_program();
+                }
             }
         }
     }
@@ -266,7 +269,11 @@ impl Keeper {
             self.accept(now);
         }
         // Before a worker is brought back for what needs none.
-        for due in self.ledger.overdue(now, !self.supervisor.is_serving()) {
+        for (due, pending) in self.ledger.overdue(now, !self.supervisor.is_serving()) {
+            for (cause, step) in pending {
+                let outcome = failed(&Errno::ECANCELED.into(), "operation of a request that was answered meanwhile".into());
+                self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, now);
+            }
             self.answer(due);
         }
         if let Some(ended) = self.supervisor.give_up(now) {

@@ -10,7 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,8 @@ use crate::sys::descriptors::waiting_bytes;
 
 /// After a process has ended, somebody else may still hold its output: so long it may stay quiet before it is given up.
 pub(super) const QUIET_AFTER_EXIT: Duration = Duration::from_millis(500);
-/// So much of what a reader has taken may be in a pipe of its own: the most that pipes hold by default.
-const SPLICED_ON_BYTES: libc::loff_t = 1 << 20;
+/// So much is copied at once: what a fifo holds.
+const PART_BYTES: usize = 64 << 10;
 /// Less is not worth a call.
 const AT_ONCE_BYTES: libc::loff_t = 256 << 10;
 /// And so long it may go on in all, as far as its reader takes the bytes.
@@ -257,9 +257,9 @@ impl Spill {
     /// Moves spilled bytes on. No stop means that the file is empty again.
     fn empty_into(&mut self, sink: &OwnedFd) -> (u64, Option<Stop>) {
         let limit = (self.len() as usize).min(TURN_BYTES);
-        let (moved, stop) = move_bytes(self.file.as_fd(), Some(&mut self.head), sink.as_fd(), None, limit);
+        let (moved, stop) = self.copy_into(sink, limit);
         if !self.is_empty() {
-            self.give_back(sink);
+            self.give_back();
             return (moved, Some(stop));
         }
         (self.head, self.tail, self.given_back) = (0, 0, 0);
@@ -268,15 +268,36 @@ impl Spill {
         (moved, Some(Stop::Turn))
     }
 
-    /// Gives back what the reader has taken. What is in the fifo are the pages of the file themselves: they must not be touched, nor
-    /// those that a reader may have spliced on.
-    fn give_back(&mut self, sink: &OwnedFd) {
-        let in_fifo = waiting_bytes(sink.as_fd()).map_or(self.head, |bytes| bytes as libc::loff_t);
-        let taken = self.head - in_fifo - SPLICED_ON_BYTES;
-        if taken >= self.given_back + AT_ONCE_BYTES && !self.is_solid {
+    /// Copies: splice(2) would put the pages of the file themselves into the fifo, and what is given back of the file may change them.
+    fn copy_into(&mut self, sink: &OwnedFd, limit: usize) -> (u64, Stop) {
+        let mut moved = 0;
+        let mut part = vec![0; limit.min(PART_BYTES)];
+        while moved < limit {
+            let wanted = part.len().min(limit - moved);
+            let written = self.file.read_at(&mut part[..wanted], self.head as u64).and_then(|count| match count {
+                0 => Err(io::ErrorKind::UnexpectedEof.into()),
+                count => Ok(nix::unistd::write(sink, &part[..count])?),
+            });
+            match written {
+                Ok(count) => {
+                    moved += count;
+                    self.head += count as libc::loff_t;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (moved as u64, Stop::Idle),
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return (moved as u64, Stop::Closed),
+                Err(error) => return (moved as u64, Stop::Failed(error)),
+            }
+        }
+        (moved as u64, Stop::Turn)
+    }
+
+    /// Gives back what was copied out of the file.
+    fn give_back(&mut self) {
+        if self.head >= self.given_back + AT_ONCE_BYTES && !self.is_solid {
             let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            self.is_solid = fallocate(&self.file, hole, 0, taken).is_err();
-            self.given_back = taken;
+            self.is_solid = fallocate(&self.file, hole, 0, self.head).is_err();
+            self.given_back = self.head;
         }
     }
 
