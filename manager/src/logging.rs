@@ -10,8 +10,7 @@ use std::time::SystemTime;
 
 use log::kv::{Key, Value, VisitSource};
 use log::{Level, LevelFilter, Log, Metadata, Record};
-
-use crate::timestamp;
+use prost_types::Timestamp;
 
 /// Makes every `log` macro write to stderr. The first call counts.
 pub(crate) fn install(level: LevelFilter) {
@@ -46,7 +45,7 @@ fn line(record: &Record<'_>, now: SystemTime) -> String {
         Level::Debug => "debug",
         Level::Trace => "trace",
     };
-    let mut line = Line(format!("time=\"{}\" level={level} msg={:?}", timestamp::rfc3339(now), record.args().to_string()));
+    let mut line = Line(format!("time=\"{}\" level={level} msg={:?}", Timestamp::from(now), record.args().to_string()));
     // a source that fails has been visited as far as it goes; the line is still worth having
     let _ = record.key_values().visit(&mut line);
     line.0.push('\n');

@@ -170,31 +170,3 @@ impl<'a> Iterator for Fields<'a> {
         Some(field)
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use protobuf::Message as _;
-
-    use super::*;
-
-    #[test]
-    fn no_bytes_make_the_relay_panic_and_what_it_finds_is_what_the_full_parser_finds() {
-        let request = ttrpc::Request {
-            service: "containerd.task.v2.Task".to_owned(),
-            method: "State".to_owned(),
-            payload: b"\x0a\x02c1".to_vec(),
-            timeout_nano: 5,
-            ..Default::default()
-        };
-        let request = request.write_to_bytes().expect("encodes");
-        let corpus = [request.clone(), error_response(Code::Internal, "no"), encode(3, REQUEST, &request), Vec::new()];
-        crate::fuzz::each(&corpus, |bytes| {
-            let _ = Header::parse(bytes);
-            let _ = response_code(bytes);
-            if let (Some(view), Ok(full)) = (RequestView::parse(bytes), ttrpc::Request::parse_from_bytes(bytes)) {
-                assert_eq!((view.service, view.method), (full.service.as_bytes(), full.method.as_bytes()), "{bytes:?}");
-                assert_eq!(view.payload, full.payload, "{bytes:?}");
-            }
-        });
-    }
-}

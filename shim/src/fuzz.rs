@@ -1,59 +1,180 @@
-//! Bytes that nobody would send, for whatever parses bytes from outside: derived from good ones, the same in every run.
+//! Whatever parses bytes from outside, and what holds of it for any bytes: that it does not panic, and what its function says.
 //!
-//! `X_FUZZ_ROUNDS` says how many for each parser, 20,000 by default; `X_SEED` which.
+//! The targets in `fuzz/` drive these by coverage; the tests replay `fuzz/corpus` and what mutation makes of it, the same in every run.
+//! `X_FUZZ_ROUNDS` says how many inputs for each, 20,000 by default; `X_SEED` which.
+use std::path::Path;
 
-/// Numbers that are lengths, counts and limits where parsers go wrong.
-const NUMBERS: [u32; 10] = [0, 1, 0x7f, 0x80, 0xff, 0xffff, 4 << 20, (4 << 20) + 1, 0x7fff_ffff, u32::MAX];
+use containerd_shim_protos::protobuf::Message as _;
+use containerd_shim_protos::ttrpc;
+use protobuf::well_known_types::any::Any;
 
-/// Calls `parse` with each of `corpus`, and with what mutation makes of them. What it may not do is panic.
-pub(crate) fn each(corpus: &[Vec<u8>], mut parse: impl FnMut(&[u8])) {
-    let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
-    let mut dice = Dice(number("X_SEED", 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-    corpus.iter().for_each(|bytes| parse(bytes));
-    for _ in 0..number("X_FUZZ_ROUNDS", 20_000) {
-        let mut bytes = corpus[dice.below(corpus.len())].clone();
-        for _ in 0..1 + dice.below(4) {
-            mutate(&mut bytes, corpus, &mut dice);
-        }
-        parse(&bytes);
+use crate::bootstrap::dialect::Question;
+use crate::frame::{Header, RequestView, response_code};
+use crate::handover::{ControlReply, ControlRequest, ToKeeper, ToWorker};
+use crate::invocation::Flags;
+use crate::journal;
+use crate::journal_body::JournalBody;
+use crate::options::{CheckpointOptions, RuntimeOptions};
+use crate::stdio_uri::StdioUri;
+use crate::worker::container::spec::Spec;
+
+/// A frame of ttrpc, as the relay looks at it: what it finds is what the full parser finds.
+pub fn frame(bytes: &[u8]) {
+    let _ = Header::parse(bytes);
+    let _ = response_code(bytes);
+    if let (Some(view), Ok(full)) = (RequestView::parse(bytes), ttrpc::Request::parse_from_bytes(bytes)) {
+        assert_eq!((view.service, view.method), (full.service.as_bytes(), full.method.as_bytes()), "{bytes:?}");
+        assert_eq!(view.payload, full.payload, "{bytes:?}");
     }
 }
 
-fn mutate(bytes: &mut Vec<u8>, corpus: &[Vec<u8>], dice: &mut Dice) {
-    let at = dice.below(bytes.len() + 1);
-    let end = at + dice.below(bytes.len() + 1 - at);
-    match dice.below(8) {
-        0 => bytes.truncate(at),
-        1 => drop(bytes.drain(at..end)),
-        2 => bytes.insert(at, dice.below(256) as u8),
-        3 => {
-            let part = bytes[at..end].to_vec();
-            bytes.splice(at..at, part);
-        }
-        4 => {
-            let other = &corpus[dice.below(corpus.len())];
-            let from = dice.below(other.len() + 1);
-            bytes.splice(at..end, other[from..].iter().copied());
-        }
-        5 => {
-            let number = NUMBERS[dice.below(NUMBERS.len())];
-            let number = if dice.below(2) == 0 { number.to_be_bytes() } else { number.to_le_bytes() };
-            bytes.splice(at..bytes.len().min(at + 4), number);
-        }
-        _ if at < bytes.len() => bytes[at] ^= 1 << dice.below(8),
-        _ => bytes.push(0xff),
+/// Standard input of `start`: it has an answer, whatever it says.
+pub fn bootstrap(bytes: &[u8]) {
+    let flags = Flags { id: "c1".into(), namespace: "n1".into(), ..Flags::default() };
+    let question = Question::parse(bytes, &flags);
+    assert!(!question.dialect.answer("unix:///a").is_empty());
+    if let Some(options) = &question.options {
+        let _ = RuntimeOptions::blocking_read(Some(options));
     }
-    // parsers are bounded, and so is this
-    bytes.truncate(1 << 16);
 }
 
-struct Dice(u64);
+/// The options of a runtime and of a checkpoint, and where stdio goes.
+pub fn options(bytes: &[u8]) {
+    for name in ["containerd.runc.v1.Options", "runtimeoptions.v1.Options", "containerd.runc.v1.CheckpointOptions"] {
+        let any = Any { type_url: name.to_owned(), value: bytes.to_vec(), ..Default::default() };
+        let _ = RuntimeOptions::blocking_read(Some(&any));
+        let _ = CheckpointOptions::read(Some(&any));
+    }
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = StdioUri::parse("stdout", text);
+        let _ = StdioUri::parse_stdin(text);
+    }
+}
 
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) as usize % limit
+/// The `config.json` of a bundle.
+pub fn config(bytes: &[u8]) {
+    let _ = Spec::parse(bytes, Path::new("/b"));
+}
+
+/// The journal of a container.
+pub fn journal(bytes: &[u8]) {
+    let Ok(found) = journal::parse(bytes) else { return };
+    if let Some(body) = found.body {
+        assert!(body.len() <= journal::MAX_BODY_BYTES, "{}", body.len());
+        let _ = JournalBody::decode(&body);
+    }
+}
+
+/// What keeper, worker and commands say to each other: what is read can be written and read again.
+pub fn handover(bytes: &[u8]) {
+    if let Ok(message) = ToWorker::decode(bytes) {
+        assert_eq!(ToWorker::decode(&message.encode()[4..]), Ok(message));
+    }
+    if let Ok(message) = ToKeeper::decode(bytes) {
+        assert_eq!(ToKeeper::decode(&message.encode()[4..]), Ok(message));
+    }
+    let _ = ControlRequest::decode(bytes);
+    let _ = ControlReply::decode(bytes);
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    /// Numbers that are lengths, counts and limits where parsers go wrong.
+    const NUMBERS: [u32; 10] = [0, 1, 0x7f, 0x80, 0xff, 0xffff, 4 << 20, (4 << 20) + 1, 0x7fff_ffff, u32::MAX];
+
+    #[test]
+    fn no_bytes_make_the_relay_panic_and_what_it_finds_is_what_the_full_parser_finds() {
+        each(&corpus("frame"), super::frame);
+    }
+
+    #[test]
+    fn no_bytes_on_standard_input_make_start_panic() {
+        each(&corpus("bootstrap"), super::bootstrap);
+    }
+
+    #[test]
+    fn no_bytes_in_options_make_their_reader_panic() {
+        each(&corpus("options"), super::options);
+    }
+
+    #[test]
+    fn no_bytes_in_a_configuration_make_its_reader_panic() {
+        each(&corpus("config"), super::config);
+    }
+
+    #[test]
+    fn no_bytes_in_a_journal_make_its_reader_panic() {
+        each(&corpus("journal"), super::journal);
+    }
+
+    #[test]
+    fn no_bytes_on_a_socket_make_keeper_or_worker_panic_and_what_is_read_can_be_written_and_read_again() {
+        each(&corpus("handover"), super::handover);
+    }
+
+    /// What is kept for a target of `fuzz/`: good inputs, and those that once were too much.
+    fn corpus(target: &str) -> Vec<Vec<u8>> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
+        let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("read {}: {error}", folder.display()));
+        let mut paths: Vec<_> = entries.map(|entry| entry.expect("an entry").path()).collect();
+        paths.sort();
+        assert!(!paths.is_empty(), "nothing in {}", folder.display());
+        paths.iter().map(|path| fs::read(path).expect("a file")).collect()
+    }
+
+    /// Calls `parse` with each of `corpus`, and with what mutation makes of them.
+    pub(crate) fn each(corpus: &[Vec<u8>], mut parse: impl FnMut(&[u8])) {
+        let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+        let mut dice = Dice(number("X_SEED", 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        corpus.iter().for_each(|bytes| parse(bytes));
+        for _ in 0..number("X_FUZZ_ROUNDS", 20_000) {
+            let mut bytes = corpus[dice.below(corpus.len())].clone();
+            for _ in 0..1 + dice.below(4) {
+                mutate(&mut bytes, corpus, &mut dice);
+            }
+            parse(&bytes);
+        }
+    }
+
+    fn mutate(bytes: &mut Vec<u8>, corpus: &[Vec<u8>], dice: &mut Dice) {
+        let at = dice.below(bytes.len() + 1);
+        let end = at + dice.below(bytes.len() + 1 - at);
+        match dice.below(8) {
+            0 => bytes.truncate(at),
+            1 => drop(bytes.drain(at..end)),
+            2 => bytes.insert(at, dice.below(256) as u8),
+            3 => {
+                let part = bytes[at..end].to_vec();
+                bytes.splice(at..at, part);
+            }
+            4 => {
+                let other = &corpus[dice.below(corpus.len())];
+                let from = dice.below(other.len() + 1);
+                bytes.splice(at..end, other[from..].iter().copied());
+            }
+            5 => {
+                let number = NUMBERS[dice.below(NUMBERS.len())];
+                let number = if dice.below(2) == 0 { number.to_be_bytes() } else { number.to_le_bytes() };
+                bytes.splice(at..bytes.len().min(at + 4), number);
+            }
+            _ if at < bytes.len() => bytes[at] ^= 1 << dice.below(8),
+            _ => bytes.push(0xff),
+        }
+        // parsers are bounded, and so is this
+        bytes.truncate(1 << 16);
+    }
+
+    struct Dice(u64);
+
+    impl Dice {
+        fn below(&mut self, limit: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 >> 11) as usize % limit
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use crate::eventually::eventually;
-use crate::{isolation, proc};
+use crate::{cgroups, isolation, proc};
 
 /// The things that a container may leave behind, by kind and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,7 +26,7 @@ impl Audit {
         for mount in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
             found.insert(format!("mount {}", mount.split(' ').nth(4).unwrap_or_default()));
         }
-        for folder in isolation::cgroup_folders(&isolation::cgroup()) {
+        for folder in cgroups::folders(&isolation::cgroup()) {
             cgroups(&folder, &mut found);
         }
         Self(found)

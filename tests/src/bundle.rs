@@ -16,7 +16,7 @@ use containerd_shim_protos::shim::oci::Options;
 use containerd_shim_protos::types::mount::Mount;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::eventually::{SOON, eventually, eventually_true, within};
 use crate::spec::{self, Spec};
@@ -264,18 +264,42 @@ pub fn read_address(answer: &[u8]) -> Result<PathBuf> {
 pub async fn run(mut command: tokio::process::Command, input: &[u8]) -> Result<Output> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.as_std_mut().process_group(0);
-    let mut child = command.spawn()?;
+    // a copy of a program cannot run while a process lives that was forked while it was written
+    let spawned = eventually("nobody writes to the program", SOON, async || match command.spawn() {
+        Err(busy) if busy.kind() == std::io::ErrorKind::ExecutableFileBusy => Err(busy.into()),
+        other => Ok(other),
+    });
+    let mut child = spawned.await??;
     let pid = child.id().unwrap_or_default();
     isolation::keep(pid);
     let mut stdin = child.stdin.take().expect("it was asked for");
     // it may answer without reading: then this pipe breaks
     let _its_own_business = stdin.write_all(input).await;
     drop(stdin);
-    let output = within("a command of the shim", Duration::from_secs(30), child.wait_with_output()).await;
+    let output = within("a command of the shim", Duration::from_secs(30), output_of(&mut child)).await;
     isolation::forget(pid);
     let output = output??;
     trace::note("command", format_args!("{:?}: {output:?}", command.as_std().get_args()));
     Ok(output)
+}
+
+/// No command of a shim has more to say.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// What a process prints until it ends.
+///
+/// Errors: it is too much.
+pub async fn output_of(child: &mut tokio::process::Child) -> Result<Output> {
+    async fn all(stream: Option<impl AsyncRead + Unpin>) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        if let Some(stream) = stream {
+            stream.take(MOST_BYTES + 1).read_to_end(&mut bytes).await?;
+        }
+        ensure!(bytes.len() as u64 <= MOST_BYTES, "it prints without end: more than {MOST_BYTES} bytes");
+        Ok(bytes)
+    }
+    let (stdout, stderr) = tokio::try_join!(all(child.stdout.take()), all(child.stderr.take()))?;
+    Ok(Output { status: child.wait().await?, stdout, stderr })
 }
 
 /// A container that exists.

@@ -21,7 +21,7 @@ use containerd_client::types::{Descriptor, Metric};
 use prost_types::Any;
 use tonic::{Code, Request, Response, Status};
 
-use crate::eventually::{SOON, eventually};
+use crate::eventually::{self, SOON, eventually};
 
 /// What a call comes back with: tests look at the code of a refusal.
 pub type Answer<T> = std::result::Result<T, Status>;
@@ -79,7 +79,7 @@ impl Client {
     }
 
     async fn call<T>(&self, name: &str, call: impl Future<Output = Answer<Response<T>>>) -> Answer<T> {
-        match tokio::time::timeout(DEADLINE, call).await {
+        match eventually::timeout(DEADLINE, call).await {
             Ok(answer) => answer.map(Response::into_inner),
             Err(_elapsed) => Err(Status::deadline_exceeded(format!("{name}: no answer within {DEADLINE:?}"))),
         }

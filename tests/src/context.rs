@@ -15,9 +15,9 @@ use crate::daemon::Daemon;
 use crate::events::Events;
 use crate::eventually::eventually;
 use crate::gate::Gate;
-use crate::isolation;
 use crate::proc::{self, Process};
 use crate::suite::{Runtime, Shim, Suite};
+use crate::{cgroups, isolation};
 
 /// The surroundings of one test; cheap to clone.
 #[derive(Debug, Clone)]
@@ -86,7 +86,7 @@ impl Context {
 
     /// The OCI runtime's program.
     pub fn runtime_binary(&self) -> PathBuf {
-        self.0.suite.program(self.0.runtime.name())
+        self.0.suite.runtime(self.0.runtime)
     }
 
     /// The shim on trial.
@@ -207,7 +207,7 @@ impl Context {
                 left.push(format!("process {} {}", process.pid, process.command));
             }
         }
-        for folder in isolation::cgroup_folders(&isolation::cgroup()) {
+        for folder in cgroups::folders(&isolation::cgroup()) {
             for entry in fs::read_dir(folder.join(namespace)).into_iter().flatten().flatten() {
                 if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     left.push(format!("cgroup {}", entry.path().display()));
@@ -237,7 +237,7 @@ impl Context {
 impl Drop for Inner {
     fn drop(&mut self) {
         let namespace = self.client.namespace();
-        isolation::remove_cgroups(&format!("{}/{namespace}", isolation::cgroup()));
+        cgroups::remove(&format!("{}/{namespace}", isolation::cgroup()));
         for pid in proc::all().into_keys() {
             if pid != 1 && proc::mentions(pid, namespace) {
                 proc::kill_hard(pid);

@@ -19,10 +19,11 @@ use tonic_prost::ProstCodec;
 
 use crate::context::Context;
 use crate::daemon::Daemon;
-use crate::eventually::{SOON, eventually};
+use crate::eventually::{self, SOON, eventually};
 use crate::proc::{self, Process};
+use crate::runner::needs_controller;
 use crate::suite::Suite;
-use crate::{isolation, rootfs};
+use crate::{cgroups, rootfs};
 
 /// The image of every container, of the pause container too.
 const IMAGE: &str = "localhost/busybox:1";
@@ -49,6 +50,8 @@ pub struct Pod {
 impl Cri {
     /// Starts one, with the configuration of the README, and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
+        // of which every pod gets a share
+        needs_controller("cpu")?;
         let handler = configuration(cx)?;
         let daemon = Daemon::start_for_pods(cx.suite(), cx.shim(), |_folder| handler).await?;
         let cri = Self { cx: cx.clone(), daemon: Arc::new(daemon) };
@@ -86,7 +89,7 @@ impl Cri {
         client.ready().await?;
         let path = PathAndQuery::from_static(method);
         let call = client.unary(tonic::Request::new(request), path, ProstCodec::default());
-        let answer = tokio::time::timeout(Duration::from_secs(40), call).await.with_context(|| format!("{method}: no answer"))?;
+        let answer = eventually::timeout(Duration::from_secs(40), call).await.with_context(|| format!("{method}: no answer"))?;
         Ok(answer.with_context(|| method.to_owned())?.into_inner())
     }
 
@@ -231,7 +234,7 @@ impl Cri {
         })
         .await?;
         // the pods' own cgroups are the kubelet's to remove
-        isolation::remove_cgroups(self.cx.cgroup_path("").trim_matches('/'));
+        cgroups::remove(self.cx.cgroup_path("").trim_matches('/'));
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 
 use crate::client::Client;
 use crate::eventually::{SOON, eventually, eventually_true};
-use crate::suite::{self, Shim, Suite};
+use crate::suite::{self, Runtime, Shim, Suite};
 use crate::{isolation, proc};
 
 /// A containerd of one's own.
@@ -68,6 +68,11 @@ impl Daemon {
         fs::create_dir_all(folder.join("faults"))?;
         if let Some(binary) = &shim.binary {
             symlink(binary, folder.join("bin").join(shim.binary_name()))?;
+        }
+        // where the suite's own does not work
+        let crun = suite.runtime(Runtime::Crun);
+        if crun != suite.program(Runtime::Crun.name()) {
+            symlink(crun, folder.join("bin").join(Runtime::Crun.name()))?;
         }
         fs::write(folder.join("config.toml"), configuration(&folder))?;
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();

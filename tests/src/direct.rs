@@ -16,7 +16,7 @@ use crate::audit::Audit;
 use crate::runner::{EXECUTOR, Skip, explain, note_time, report_times};
 use crate::stand::Stand;
 use crate::suite::{self, Shim};
-use crate::{isolation, runner};
+use crate::{eventually, isolation, runner};
 
 /// The body of a case.
 pub type Body = fn(Stand) -> Pin<Box<dyn Future<Output = Result<()>>>>;
@@ -131,7 +131,7 @@ fn perform(case: &Case, shim: &Shim, programs: &Path) -> std::result::Result<Com
 
 async fn verdict(case: &Case, shim: &Shim, programs: &Path) -> Result<()> {
     let stand = Stand::new(shim, programs)?;
-    let body = tokio::time::timeout(case.deadline, (case.body)(stand.clone())).await;
+    let body = eventually::timeout(case.deadline, (case.body)(stand.clone())).await;
     body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", case.deadline)))
         .with_context(|| format!("on the stand {}, whose shims said at last:\n{}", stand.namespace(), stand.last_words()))?;
     stand.leaves_nothing().await

@@ -11,6 +11,7 @@ use nix::mount::{MntFlags, umount2};
 
 use crate::context::Context;
 use crate::eventually::eventually;
+use crate::runner::needs_controller;
 use crate::suite::Suite;
 use crate::{isolation, rootfs};
 
@@ -28,6 +29,8 @@ pub struct Docker {
 impl Docker {
     /// Starts dockerd on a containerd of its own and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
+        // which it has the runtime set for every container
+        needs_controller("io")?;
         let cx = cx.with_own_daemon().await?;
         let folder = cx.daemon().folder().join("docker");
         fs::create_dir_all(&folder)?;

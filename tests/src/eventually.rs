@@ -1,26 +1,38 @@
 //! Waiting for something to become true: with a name, with a deadline, and with what was last seen when it did not.
 
+use std::env;
 use std::fmt::Display;
 use std::future::Future;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
+use tokio::time::error::Elapsed;
 
 /// The deadline of what ought to happen at once, generous because the machine is shared.
 pub const SOON: Duration = Duration::from_secs(10);
+
+/// The environment variable with the factor by which all deadlines are longer: for machines that are emulated.
+pub const PATIENCE: &str = "X_PATIENCE";
+
+/// What [`PATIENCE`] says, 1 if it says nothing.
+pub fn patience() -> u32 {
+    static FACTOR: LazyLock<u32> = LazyLock::new(|| env::var(PATIENCE).ok().and_then(|text| text.parse().ok()).unwrap_or(1).max(1));
+    *FACTOR
+}
 
 /// How long what is promised within a second may take: a second. Where everybody waits for a processor, time proves little: five.
 pub fn a_second() -> Duration {
     let pressure = std::fs::read_to_string("/proc/pressure/cpu").unwrap_or_default();
     let waiting = pressure.split_once("avg10=").and_then(|(_, rest)| rest.split(' ').next()?.parse::<f32>().ok());
-    Duration::from_secs(if waiting.is_some_and(|percent| percent > 60.0) { 5 } else { 1 })
+    Duration::from_secs(if waiting.is_some_and(|percent| percent > 60.0) { 5 } else { 1 }) * patience()
 }
 
 /// Calls `probe` until it succeeds, and returns what it returned.
 ///
 /// Errors: the last error of `probe` once `deadline` has passed.
 pub async fn eventually<T>(what: impl Display, deadline: Duration, mut probe: impl AsyncFnMut() -> Result<T>) -> Result<T> {
-    let begin = Instant::now();
+    let (begin, deadline) = (Instant::now(), deadline * patience());
     let mut pause = Duration::from_millis(1);
     loop {
         let last = match probe().await {
@@ -42,5 +54,10 @@ pub async fn eventually_true(what: impl Display, deadline: Duration, mut probe: 
 
 /// Waits for `future` no longer than `deadline`.
 pub async fn within<T>(what: impl Display, deadline: Duration, future: impl Future<Output = T>) -> Result<T> {
-    tokio::time::timeout(deadline, future).await.with_context(|| format!("not within {deadline:?}: {what}"))
+    timeout(deadline, future).await.with_context(|| format!("not within {:?}: {what}", deadline * patience()))
+}
+
+/// Waits for `future` no longer than `deadline`, as [`patience`] stretches it.
+pub async fn timeout<F: Future>(deadline: Duration, future: F) -> std::result::Result<F::Output, Elapsed> {
+    tokio::time::timeout(deadline * patience(), future).await
 }

@@ -7,10 +7,9 @@
 //! ```
 //! So every process, mount, socket and fifo that the run can see is its own, other users of the machine are
 //! neither seen nor disturbed, and when the run ends, however it ends, the kernel takes everything with it.
-//! Only cgroups are the host's: each run has one folder of its own in every hierarchy.
+//! Only cgroups are the host's: each run has one folder of its own in every hierarchy that it sees; see [`cgroups`].
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus};
 use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
@@ -23,6 +22,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use crate::cgroups::{self, Version};
 use crate::proc;
 
 const MARK: &str = "X_TESTS_INNER";
@@ -41,12 +41,17 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
         return Ok(inside());
     }
     ensure!(nix::unistd::geteuid().is_root(), "these tests need root: they start daemons and containers");
-    remove_cgroups_of_the_dead();
+    let version = Version::chosen()?;
+    cgroups::remove_of_the_dead(PREFIX);
     let cgroup = format!("{PREFIX}{}", std::process::id());
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).context("new pid and mount namespaces")?;
-    let status =
-        Command::new(env::current_exe()?).args(env::args_os().skip(1)).env(MARK, &cgroup).env("RUST_LIB_BACKTRACE", "1").status()?;
-    remove_cgroups(&cgroup);
+    let status = Command::new(env::current_exe()?)
+        .args(env::args_os().skip(1))
+        .env(MARK, &cgroup)
+        .env(cgroups::CHOICE, version.to_string())
+        .env("RUST_LIB_BACKTRACE", "1")
+        .status()?;
+    cgroups::remove(&cgroup);
     Ok(exit_code(status))
 }
 
@@ -64,6 +69,7 @@ fn become_init() -> Result<()> {
     ensure!(std::process::id() == 1, "{MARK} is for internal use");
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make mounts private")?;
+    cgroups::show(Version::chosen()?)?;
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("mount /proc")?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount /run")?;
     fs::create_dir_all(RUN)?;
@@ -106,55 +112,5 @@ fn reap_orphans() {
             }
         }
         thread::sleep(Duration::from_millis(100)); // the clock of init, nobody waits for it
-    }
-}
-
-/// The run's own folder in every cgroup hierarchy, where it exists.
-pub fn cgroup_folders(name: &str) -> Vec<PathBuf> {
-    let root = Path::new("/sys/fs/cgroup");
-    let mut folders: Vec<PathBuf> = vec![root.join(name)];
-    folders.extend(fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path().join(name)));
-    folders.retain(|folder| folder.is_dir());
-    folders
-}
-
-/// Kills what is in the cgroups of that name and removes them, as far as the kernel allows.
-pub fn remove_cgroups(name: &str) {
-    for folder in cgroup_folders(name) {
-        remove_cgroup(&folder);
-    }
-}
-
-/// Removes what a run left that was killed before it could do so itself.
-fn remove_cgroups_of_the_dead() {
-    for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-        for entry in fs::read_dir(hierarchy.path()).into_iter().flatten().flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let outer = name.strip_prefix(PREFIX).and_then(|pid| pid.parse().ok());
-            if outer.is_some_and(|pid| !proc::is_alive(pid)) {
-                remove_cgroup(&entry.path());
-            }
-        }
-    }
-}
-
-fn remove_cgroup(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_cgroup(&entry.path());
-        }
-    }
-    let _v1_only = fs::write(folder.join("freezer.state"), "THAWED");
-    for _attempt in 0..50 {
-        for pid in fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default().lines() {
-            // 0 is a process of another pid namespace, never ours to kill
-            if let Some(pid) = pid.parse().ok().filter(|pid| *pid > 0) {
-                proc::kill_hard(pid);
-            }
-        }
-        if fs::remove_dir(folder).is_ok() {
-            return;
-        }
-        thread::sleep(Duration::from_millis(10)); // a killed process leaves its cgroup a little later
     }
 }

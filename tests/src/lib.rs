@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | [`runner`] | the matrix of containerd version × runtime, skips, deadlines |
 //! | [`isolation`] | the pid and mount namespaces in which a whole run lives, and the role of init there |
+//! | [`cgroups`] | which cgroups a run sees, and its own folders in them |
 //! | [`suite`] | where the daemons and runtimes of each Debian suite are |
 //! | [`daemon`] | one containerd in a folder of its own, killed and restarted at will |
 //! | [`client`] | containerd's gRPC API, every call with a deadline |
@@ -20,6 +21,8 @@
 //! | [`stand`] | such a case's surroundings |
 //! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
+//! | [`ordeals`] | what several suites put a shim through |
+//! | [`refusals`] | what is refused, and what a shim says to it |
 //! | [`witness`] | a container that has to go on whatever is done to its shim |
 //! | [`ttrpc`] | frames, broken ones too, and calls |
 //! | [`task`] | containerd's task service |
@@ -33,6 +36,7 @@
 pub mod audit;
 pub mod builds;
 pub mod bundle;
+pub mod cgroups;
 pub mod client;
 pub mod conformance;
 pub mod container;
@@ -48,7 +52,9 @@ pub mod gate;
 pub mod isolation;
 pub mod messages;
 pub mod operator;
+pub mod ordeals;
 pub mod proc;
+pub mod refusals;
 pub mod rootfs;
 pub mod runner;
 pub mod spec;

@@ -134,3 +134,10 @@ pub fn signal(pid: i32, signal: Signal) -> Result<()> {
 pub fn private_kib(pid: i32) -> Result<u64> {
     Ok(status_field(pid, "RssAnon")?.trim_end_matches(" kB").parse()?)
 }
+
+/// Whether this process has CAP_SYS_RESOURCE.
+pub fn may_raise_limits() -> bool {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let effective = status_field(std::process::id().cast_signed(), "CapEff").unwrap_or_default();
+    u64::from_str_radix(&effective, 16).is_ok_and(|set| set & (1 << CAP_SYS_RESOURCE) != 0)
+}

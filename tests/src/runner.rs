@@ -18,8 +18,8 @@ use tokio::runtime::Runtime as Executor;
 use crate::audit::Audit;
 use crate::context::Context;
 use crate::daemon::Daemon;
-use crate::isolation;
 use crate::suite::{self, Runtime, Shim, Suite};
+use crate::{cgroups, eventually, isolation};
 
 /// The body of a case.
 pub type Body = fn(Context) -> Pin<Box<dyn Future<Output = Result<()>>>>;
@@ -147,6 +147,11 @@ pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
 /// Ends a case without a verdict on a daemon that has no images and no content store.
 pub fn needs_images() -> Result<()> {
     if suite::manager().is_some() { skip("x-manager keeps no images") } else { Ok(()) }
+}
+
+/// Ends a case without a verdict where cgroups lack a controller.
+pub fn needs_controller(name: &str) -> Result<()> {
+    cgroups::lacks(name).map_or(Ok(()), skip)
 }
 
 /// Ends a case without a verdict where criu does not work.
@@ -293,7 +298,7 @@ impl One {
     async fn verdict(&self) -> Result<()> {
         let daemon = shared_daemon(self.suite, &self.shim).await?;
         let cx = Context::new(daemon, self.runtime, self.shim.clone(), &self.programs).await?;
-        let body = tokio::time::timeout(self.case.deadline, (self.case.body)(cx.clone())).await;
+        let body = eventually::timeout(self.case.deadline, (self.case.body)(cx.clone())).await;
         body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", self.case.deadline)))
             .with_context(|| format!("the daemon's log:\n{}", cx.logs()))?;
         cx.leaves_nothing().await

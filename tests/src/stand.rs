@@ -16,7 +16,7 @@ use crate::fake_containerd::FakeContainerd;
 use crate::gate::Gate;
 use crate::stdio::{Pace, Reader};
 use crate::suite::{Runtime, Shim, Suite};
-use crate::{isolation, proc};
+use crate::{cgroups, isolation, proc};
 
 /// The surroundings of one test; cheap to clone.
 #[derive(Debug, Clone)]
@@ -38,7 +38,7 @@ struct Inner {
 impl Stand {
     /// A stand for the shim on trial with the faster OCI runtime; the helper programs are in `programs`.
     pub fn new(shim: &Shim, programs: &Path) -> Result<Self> {
-        Self::with_engine(shim, programs, &Suite::Bookworm.program(Runtime::Crun.name()))
+        Self::with_engine(shim, programs, &Suite::Bookworm.runtime(Runtime::Crun))
     }
 
     /// A stand for the shim on trial with the OCI runtime `engine`.
@@ -155,7 +155,7 @@ impl Stand {
                 left.push(format!("process {} {}", process.pid, process.command));
             }
         }
-        for folder in isolation::cgroup_folders(&isolation::cgroup()) {
+        for folder in cgroups::folders(&isolation::cgroup()) {
             for entry in fs::read_dir(folder.join(self.namespace())).into_iter().flatten().flatten() {
                 if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                     left.push(format!("cgroup {}", entry.path().display()));
@@ -214,7 +214,7 @@ impl Stand {
 /// Kills what is left, however the test ended.
 impl Drop for Inner {
     fn drop(&mut self) {
-        isolation::remove_cgroups(&format!("{}/{}", isolation::cgroup(), self.namespace));
+        cgroups::remove(&format!("{}/{}", isolation::cgroup(), self.namespace));
         for pid in proc::all().into_keys() {
             if pid != 1 && proc::mentions(pid, &self.namespace) {
                 proc::kill_hard(pid);

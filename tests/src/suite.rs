@@ -7,6 +7,9 @@ use std::{env, fmt};
 
 use anyhow::{Context as _, Result, ensure};
 
+use crate::cgroups::Version;
+use crate::proc;
+
 /// A containerd version, by the Debian suite that it comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Suite {
@@ -35,6 +38,14 @@ impl Suite {
     /// One of its programs.
     pub fn program(self, name: &str) -> PathBuf {
         self.bin().join(name)
+    }
+
+    /// Its OCI runtime. On cgroup v2 crun 1.8 raises its own RLIMIT_MEMLOCK for a device filter, which needs CAP_SYS_RESOURCE: without
+    /// it, the next suite's takes its place.
+    pub fn runtime(self, runtime: Runtime) -> PathBuf {
+        let is_unable = || Version::chosen().is_ok_and(|chosen| chosen == Version::V2) && !proc::may_raise_limits();
+        let suite = if (self, runtime) == (Self::Bookworm, Runtime::Crun) && is_unable() { Self::Trixie } else { self };
+        suite.program(runtime.name())
     }
 
     /// The version of containerd, as in names of tests.

@@ -11,8 +11,8 @@ use containerd_shim_protos::api;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
-use crate::trace;
 use crate::ttrpc::{Answer, CallError, Connection, DEADLINE, Frame};
+use crate::{eventually, trace};
 
 /// The service up to containerd 1.7.
 pub const V2: &str = "containerd.task.v2.Task";
@@ -219,7 +219,7 @@ pub struct PendingWait(tokio::sync::oneshot::Receiver<Frame>);
 impl PendingWait {
     /// Waits for its answer, the exit status.
     pub async fn status(self, deadline: Duration) -> Answer<u32> {
-        let frame = tokio::time::timeout(deadline, self.0).await.map_err(|_| CallError::Silent)?.map_err(|_| CallError::Closed)?;
+        let frame = eventually::timeout(deadline, self.0).await.map_err(|_| CallError::Silent)?.map_err(|_| CallError::Closed)?;
         let answer = frame.answer()?;
         Ok(api::WaitResponse::parse_from_bytes(&answer).expect("the answer is the method's message").exit_status)
     }

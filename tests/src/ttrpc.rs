@@ -22,7 +22,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex as AsyncMutex, oneshot};
 use tokio::task::AbortHandle;
 
-use crate::eventually::within;
+use crate::eventually::{self, within};
 
 /// Length of a frame's header, in bytes.
 pub const HEADER_BYTES: usize = 10;
@@ -362,7 +362,7 @@ impl Connection {
     /// Calls a method with its message encoded, and waits no longer than `deadline`.
     pub async fn call(&self, service: &str, method: &str, payload: Vec<u8>, deadline: Duration) -> Answer<Vec<u8>> {
         let call = self.begin(service, method, payload).await?;
-        match tokio::time::timeout(deadline, call).await {
+        match eventually::timeout(deadline, call).await {
             Ok(Ok(frame)) => frame.answer(),
             Ok(Err(_)) => Err(CallError::Closed),
             Err(_) => Err(CallError::Silent),
@@ -383,7 +383,7 @@ impl Connection {
             waiting.calls.insert(stream, sender);
         }
         let frame = Frame::request_of_bytes(stream, service, method, payload, None).encode();
-        match tokio::time::timeout(DEADLINE, writer.0.write_all(&frame)).await {
+        match eventually::timeout(DEADLINE, writer.0.write_all(&frame)).await {
             Ok(Ok(())) => Ok(receiver),
             Ok(Err(_)) => Err(CallError::Closed),
             Err(_) => Err(CallError::Silent),

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use shim_tests::cgroups::Version;
 use shim_tests::conformance::child::{self, Subject, Verdict};
 use shim_tests::conformance::clauses::Level;
 use shim_tests::conformance::expect::Expectations;
@@ -22,6 +23,9 @@ fn main() -> ExitCode {
         (false, Ok(_)) => return cannot("no shim: name its binary with X_SHIM"),
         (false, Err(error)) => return cannot(&format!("{error:#}")),
     };
+    if let Err(error) = Version::chosen() {
+        return cannot(&format!("{error:#}"));
+    }
     let trials = [about_the_document(), with_each_engine(&shim), with_each_fault(&shim)].into_iter().flatten().collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -33,6 +37,10 @@ fn cannot(why: &str) -> ExitCode {
 
 fn programs() -> PathBuf {
     Path::new(env!("CARGO_BIN_EXE_shim-conformance")).parent().expect("a file is in a folder").to_owned()
+}
+
+fn subject(shim: PathBuf, runtime: Runtime) -> Subject {
+    Subject::new(shim, Suite::Bookworm.runtime(runtime), programs()).expect("there are such cgroups: that was looked at first")
 }
 
 fn about_the_document() -> Vec<Trial> {
@@ -115,7 +123,7 @@ fn perform(case: &Case, subject: &Subject, run: &str) -> Verdict {
 fn with_each_engine(shim: &Path) -> Vec<Trial> {
     let mut trials = Vec::new();
     for runtime in Runtime::ALL {
-        let subject = Subject { shim: shim.to_owned(), engine: Suite::Bookworm.program(runtime.name()), programs: programs() };
+        let subject = subject(shim.to_owned(), runtime);
         for case in cases::all() {
             let subject = subject.clone();
             trials.push(Trial::ignorable_test(format!("{runtime}::{}", case.name), move || {
@@ -140,7 +148,7 @@ fn with_each_fault(shim: &Path) -> Vec<Trial> {
         let case = cases::find(case).context("a case")?;
         let place = logs().join("fault").join(fault).join(case.name);
         let shim = faults::install(&place, &programs().join("man-in-the-middle"), &shim, fault)?;
-        let subject = Subject { shim, engine: Suite::Bookworm.program(Runtime::Crun.name()), programs: programs() };
+        let subject = subject(shim, Runtime::Crun);
         let verdict = perform(&case, &subject, &format!("logs/{fault}"));
         std::fs::remove_dir_all(logs().join("fault").join(fault))?;
         let _of_a_failure_that_was_wanted = std::fs::remove_dir_all(logs().join("logs").join(fault));

@@ -1,30 +1,29 @@
 //! Containers and processes without end, while everything around them fails: for as long as one likes, then an audit. Needs root.
 //!
-//! `X_SOAK_SECONDS` says how long (20 by default), `X_SEED` which run; `X_SHIM` names the shim's binary. A run says its seed.
+//! `X_SOAK_SECONDS` says how long for each test (20 by default), `X_SEED` which run, `X_SOAK_CONTAINERD` on which containerd (`1.6`, `1.7`
+//! or `2.1`, the default); `X_SHIM` names the shim's binary. A run says its seed.
+
+#[path = "soak/containerd.rs"]
+mod containerd;
+#[path = "soak/shim.rs"]
+mod shim;
 
 use std::env;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
-use shim_tests::bundle::{Bundle, Container};
 use shim_tests::direct::{self, Case};
 use shim_tests::direct_cases;
-use shim_tests::eventually::{SOON, eventually, eventually_true, within};
-use shim_tests::isolation;
-use shim_tests::proc;
-use shim_tests::stand::Stand;
-use shim_tests::stdio::{Pace, Reader, fifo};
-use shim_tests::ttrpc::CallError;
+use shim_tests::proc::{self, Process};
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases: Vec<Case> = direct_cases![soak: every_exit_is_told_once_and_no_byte_is_lost_whatever_fails].to_vec();
+    let mut cases: Vec<Case> = direct_cases![shim: every_exit_is_told_once_and_no_byte_is_lost_whatever_fails].to_vec();
+    // it looks at everything that is left
+    cases.extend(direct_cases![containerd: every_exit_is_known_and_nothing_is_left_whatever_is_killed].map(Case::alone));
     let cases: Vec<_> = cases.into_iter().map(|case| case.within(seconds() + Duration::from_secs(180))).collect();
     direct::main(&cases, programs)
 }
@@ -35,6 +34,23 @@ fn number(name: &str) -> Option<u64> {
 
 fn seconds() -> Duration {
     Duration::from_secs(number("X_SOAK_SECONDS").unwrap_or(20))
+}
+
+/// The seed of this run, which is said.
+fn seed() -> u64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seed = number("X_SEED").unwrap_or(since_1970.as_secs());
+    println!("soak: X_SEED={seed} repeats this run, for {:?}", seconds());
+    seed
+}
+
+/// Sets `over` when the time is up, or somebody else has.
+async fn timer(over: &AtomicBool) {
+    let begin = Instant::now();
+    while begin.elapsed() < seconds() && !over.load(Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_millis(100)).await; // how long it lasts is what is asked for
+    }
+    over.store(true, Ordering::Relaxed);
 }
 
 /// A sequence that its seed decides.
@@ -57,305 +73,46 @@ impl Dice {
     fn one_in(&mut self, count: u64) -> bool {
         self.below(count) == 0
     }
-}
 
-/// What was done so far.
-#[derive(Debug, Default)]
-struct Counts {
-    containers: AtomicU64,
-    execs: AtomicU64,
-    bytes: AtomicU64,
-    absences: AtomicU64,
-    runtimes: AtomicU64,
-    workers: AtomicU64,
-    stops: AtomicU64,
-    shims: AtomicU64,
-    disks: AtomicU64,
-    readers: AtomicU64,
-    logs: AtomicU64,
+    fn one_of<T>(&mut self, all: Vec<T>) -> Option<T> {
+        if all.is_empty() {
+            return None;
+        }
+        let chosen = self.below(all.len() as u64) as usize;
+        all.into_iter().nth(chosen)
+    }
 }
 
 fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// What all lanes share.
-struct Soak {
-    stand: Stand,
-    counts: Counts,
-    disk: PathBuf,
-    over: AtomicBool,
+/// Kills a process of the OCI runtime `engine` that is at work. Returns whether there was one.
+fn kill_a_runtime(engine: &Path, dice: &mut Dice) -> bool {
+    let name = engine.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    // not what is about to become a container's process, which has a pid in the container as well
+    let is_helper = |pid| proc::status_field(pid, "NSpid").is_ok_and(|pids| pids.split_whitespace().count() == 1);
+    let helpers = proc::all().into_values().filter(|process| process.comm == name && !process.is_zombie());
+    let found = dice.one_of(helpers.filter(|process| is_helper(process.pid)).collect());
+    found.map(|process| proc::kill_hard(process.pid)).is_some()
 }
 
-mod soak {
-    use super::*;
+/// What became of a worker.
+enum Worker {
+    Killed,
+    Stopped,
+}
 
-    pub(crate) async fn every_exit_is_told_once_and_no_byte_is_lost_whatever_fails(stand: Stand) -> Result<()> {
-        let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
-        let seed = number("X_SEED").unwrap_or(since_1970.as_secs());
-        println!("soak: X_SEED={seed} repeats this run, for {:?}", seconds());
-        let disk = stand.folder().join("disk");
-        fs::create_dir(&disk)?;
-        mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=1m"))?;
-        let soak = Soak { stand, counts: Counts::default(), disk, over: AtomicBool::new(false) };
-        let timer = async {
-            let begin = Instant::now();
-            while begin.elapsed() < seconds() && !soak.over.load(Ordering::Relaxed) {
-                tokio::time::sleep(Duration::from_millis(100)).await; // how long it lasts is what is asked for
-            }
-            soak.over.store(true, Ordering::Relaxed);
-        };
-        let lane = |lane| lane_of(&soak, lane, Dice::new(seed, lane));
-        let (chaos, (), one, two, three, four) = tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer, lane(0), lane(1), lane(2), lane(3));
-        println!("soak: {:?}", soak.counts);
-        for result in [chaos, one, two, three, four] {
-            result.with_context(|| format!("X_SEED={seed}"))?;
-        }
-        umount2(&soak.disk, MntFlags::MNT_DETACH)?;
-        soak.stand.leaves_nothing().await
+/// Kills a worker of one of `shims`, or stops it for a while.
+async fn hurt_a_worker(shims: &[Process], dice: &mut Dice) -> Option<Worker> {
+    let workers = shims.iter().flat_map(|shim| proc::children(shim.pid)).filter(|child| child.command.contains(" worker"));
+    let worker = dice.one_of(workers.collect())?.pid;
+    if !dice.one_in(3) {
+        proc::kill_hard(worker);
+        return Some(Worker::Killed);
     }
-}
-
-/// Makes things fail, one at a time.
-async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
-    let (stand, counts) = (&soak.stand, &soak.counts);
-    let engine = stand.runtime().file_name().unwrap_or_default().to_string_lossy().into_owned();
-    while !soak.over.load(Ordering::Relaxed) {
-        tokio::time::sleep(Duration::from_millis(50 + dice.below(400))).await; // what fails, fails at some time
-        match dice.below(6) {
-            0 => {
-                stand.containerd().vanish();
-                tokio::time::sleep(Duration::from_millis(dice.below(1500))).await;
-                stand.containerd().come_back()?;
-                count(&counts.absences);
-            }
-            1 => {
-                // not what is about to become a container's process, which has a pid in the container as well
-                let is_helper = |pid| proc::status_field(pid, "NSpid").is_ok_and(|pids| pids.split_whitespace().count() == 1);
-                let helpers = proc::all().into_values().filter(|process| process.comm == engine && !process.is_zombie());
-                let all: Vec<_> = helpers.filter(|process| is_helper(process.pid)).collect();
-                if !all.is_empty() {
-                    proc::kill_hard(all[dice.below(all.len() as u64) as usize].pid);
-                    count(&counts.runtimes);
-                }
-            }
-            2 | 3 => {
-                let workers: Vec<_> = stand.shims().iter().flat_map(|shim| proc::children(shim.pid)).collect();
-                let workers: Vec<_> = workers.into_iter().filter(|child| child.command.contains(" worker")).collect();
-                if workers.is_empty() {
-                    continue;
-                }
-                let worker = workers[dice.below(workers.len() as u64) as usize].pid;
-                if dice.one_in(3) {
-                    let _gone = proc::signal(worker, Signal::SIGSTOP);
-                    tokio::time::sleep(Duration::from_millis(dice.below(500))).await;
-                    let _gone = proc::signal(worker, Signal::SIGCONT);
-                    count(&counts.stops);
-                } else {
-                    proc::kill_hard(worker);
-                    count(&counts.workers);
-                }
-            }
-            _ => {
-                let _full = fs::write(soak.disk.join("filler"), vec![0; 2 << 20]);
-                tokio::time::sleep(Duration::from_millis(dice.below(700))).await;
-                let _there_is_none = fs::remove_file(soak.disk.join("filler"));
-                count(&counts.disks);
-            }
-        }
-    }
-    Ok(())
-}
-
-async fn lane_of(soak: &Soak, lane: u64, mut dice: Dice) -> Result<()> {
-    for number in 0.. {
-        if soak.over.load(Ordering::Relaxed) {
-            break;
-        }
-        let id = format!("c{lane}-{number}");
-        one_life(soak, &id, &mut dice)
-            .await
-            .inspect_err(|_| soak.over.store(true, Ordering::Relaxed))
-            .with_context(|| format!("{id}: {:?}", soak.stand.containerd().events().of(&id)))?;
-        count(&soak.counts.containers);
-    }
-    Ok(())
-}
-
-/// Where a container's output goes.
-enum Output {
-    Nowhere,
-    Read(Reader),
-    Left,
-    Disk,
-}
-
-/// A container from its creation to its end, however often something has to be asked for again.
-async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
-    let stand = &soak.stand;
-    let (status, bytes) = (1 + dice.below(99) as u32, dice.below(300_000));
-    // some live for as long as an exec needs
-    let script = format!("head -c {bytes} /dev/zero; sleep 0.{}; exit {status}", dice.below(10));
-    let bundle = stand.bundle(id, &["sh", "-c", &script]);
-    let path = stand.folder().join(id);
-    let (bundle, output) = match dice.below(6) {
-        0 => (bundle, Output::Nowhere),
-        1 => {
-            let uri = format!("file://{}", soak.disk.join(id).display());
-            (bundle.stdio("", &uri, &uri), Output::Disk)
-        }
-        kind => {
-            fifo(&path)?;
-            let pace = if kind == 2 { Pace::Slow { chunk: 30_000, pause: Duration::from_millis(2) } } else { Pace::Count };
-            let mut reader = Reader::open(&path, pace)?;
-            let text = path.display().to_string();
-            let output = if kind == 3 {
-                reader.leave();
-                count(&soak.counts.readers);
-                Output::Left
-            } else {
-                Output::Read(reader)
-            };
-            (bundle.stdio("", &text, &text), output)
-        }
-    };
-    let bundle = if dice.one_in(8) {
-        count(&soak.counts.logs);
-        bundle.without_log_reader()
-    } else {
-        bundle
-    };
-    let begun = begin(&bundle).await.with_context(|| format!("its shim said:\n{}", stand.log_of(id)));
-    let Some(container) = begun? else { return undo(soak, &bundle).await };
-    if dice.one_in(10) {
-        return die(soak, container, status).await;
-    }
-    for exec in 0..dice.below(3) {
-        run_exec(soak, &container, exec, dice).await?;
-    }
-    // without a reader it waits for one
-    let late = if matches!(output, Output::Left) { Some(Reader::open(&path, Pace::Count)?) } else { None };
-    let task = &container.task;
-    let ended = eventually("the end", SOON * 3, async || Ok(task.wait_within(id, "", SOON * 2).await?)).await?;
-    ensure!(ended == status, "Wait says {ended}, not {status}");
-    // its runtime may be killed as well
-    let deleted = eventually("deleted", SOON * 3, async || Ok(task.delete(id, "").await?)).await?;
-    ensure!(deleted.exit_status == status, "Delete says {}, not {status}", deleted.exit_status);
-    if let Output::Read(reader) = &output {
-        reader.to_end_within(SOON * 3).await?;
-        ensure!(reader.count() == bytes, "{} of {bytes} bytes", reader.count());
-        soak.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-    drop(late);
-    leave(&container).await?;
-    told(soak, id, status).await?;
-    let _of_the_disk = fs::remove_file(soak.disk.join(id));
-    clear(&bundle)
-}
-
-/// Starts a shim, creates the container and starts it; nothing when the runtime was killed on the way.
-async fn begin(bundle: &Bundle) -> Result<Option<Container>> {
-    let task = bundle.shim().await?;
-    let container = match within("Create", SOON * 3, bundle.clone().create_in(&task)).await? {
-        Ok(container) => container,
-        Err(error) => return refused(&error).map(|()| None),
-    };
-    match within("Start", SOON * 3, container.start()).await? {
-        Ok(()) => Ok(Some(container)),
-        Err(error) => refused(&error).map(|()| None),
-    }
-}
-
-/// An answer is one, whatever it says; silence is none.
-fn refused(error: &anyhow::Error) -> Result<()> {
-    match error.downcast_ref::<CallError>() {
-        Some(CallError::Refused { .. }) => Ok(()),
-        _ => bail!("no answer: {error:#}"),
-    }
-}
-
-/// What containerd does when Create or Start has failed.
-async fn undo(soak: &Soak, bundle: &Bundle) -> Result<()> {
-    let shim = bundle.shim_pid()?;
-    eventually("delete", SOON * 3, async || bundle.delete_command().await).await?;
-    if proc::is_alive(shim) {
-        let task = shim_tests::task::Task::connect(&socket(bundle)?).await;
-        if let Ok(task) = task {
-            let _it_may_be_on_its_way = task.shutdown(&bundle.id).await;
-        }
-    }
-    eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await?;
-    let _of_the_disk = fs::remove_file(soak.disk.join(&bundle.id));
-    // a runtime that was killed in the middle of create has told nobody of the cgroups that it had made: they are empty, and left
-    isolation::remove_cgroups(&format!("{}/{}/{}", isolation::cgroup(), soak.stand.namespace(), bundle.id));
-    clear(bundle)
-}
-
-fn socket(bundle: &Bundle) -> Result<PathBuf> {
-    let address = fs::read_to_string(bundle.folder.join("address"))?;
-    Ok(PathBuf::from(address.trim().trim_start_matches("unix://")))
-}
-
-/// The shim is killed.
-async fn die(soak: &Soak, container: Container, status: u32) -> Result<()> {
-    let shim = container.shim_pid()?;
-    proc::kill_hard(shim);
-    count(&soak.counts.shims);
-    eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await?;
-    let deleted = eventually("delete", SOON * 3, async || container.bundle.delete_command().await).await?;
-    ensure!([status, 137].contains(&deleted.exit_status), "delete says {}, not {status} or 137", deleted.exit_status);
-    ensure!(!proc::is_alive(container.pid.cast_signed()), "its init lives");
-    let _of_the_disk = fs::remove_file(soak.disk.join(&container.id));
-    clear(&container.bundle)
-}
-
-async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Dice) -> Result<()> {
-    let (exec, status) = (format!("e{number}"), dice.below(100) as u32);
-    let (task, id) = (&container.task, container.id.as_str());
-    let request = container.bundle.exec_request(&exec, &["sh", "-c", &format!("exit {status}")]);
-    let begun = match within("Exec", SOON * 3, task.exec(&request)).await? {
-        Ok(()) => within("Start of an exec", SOON * 3, task.start(id, &exec)).await?,
-        Err(error) => Err(error),
-    };
-    match begun {
-        Ok(_) => {
-            let ended = eventually("the end of an exec", SOON * 3, async || Ok(task.wait_within(id, &exec, SOON * 2).await?)).await?;
-            // init may end first, and takes it along
-            ensure!([status, 137].contains(&ended), "{exec}: {ended}, not {status}");
-            count(&soak.counts.execs);
-        }
-        // the container has ended, or the runtime was killed
-        Err(CallError::Refused { .. }) => {}
-        Err(error) => bail!("{exec}: {error}"),
-    }
-    Ok(())
-}
-
-async fn leave(container: &Container) -> Result<()> {
-    let shim = container.shim_pid()?;
-    match container.task.shutdown(&container.id).await {
-        Ok(()) | Err(CallError::Closed) => {}
-        Err(error) => return Err(error.into()),
-    }
-    eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await
-}
-
-/// The exit was told, once but for the event that was under way when nobody was there, and truly.
-async fn told(soak: &Soak, id: &str, status: u32) -> Result<()> {
-    let events = soak.stand.containerd().events();
-    eventually("the deletion is told", SOON * 3, async || {
-        let told = events.of(id);
-        ensure!(told.last().is_some_and(|event| event == "delete"), "{told:?}");
-        Ok(())
-    })
-    .await?;
-    let mut told = events.of(id);
-    told.dedup();
-    ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "{told:?}");
-    ensure!(events.exits(id, "").iter().all(|exit| exit.status == status), "{:?}", events.exits(id, ""));
-    Ok(())
-}
-
-fn clear(bundle: &Bundle) -> Result<()> {
-    fs::remove_dir_all(&bundle.folder).with_context(|| format!("remove {}", bundle.folder.display()))
+    let _gone = proc::signal(worker, Signal::SIGSTOP);
+    tokio::time::sleep(Duration::from_millis(dice.below(500))).await;
+    let _gone = proc::signal(worker, Signal::SIGCONT);
+    Some(Worker::Stopped)
 }

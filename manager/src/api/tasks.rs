@@ -14,6 +14,7 @@ use containerd_client::types::Metric;
 use containerd_client::types::v1::{Process, ProcessInfo, Status as ProcessStatus};
 use containerd_shim_protos::api as shim;
 use containerd_shim_protos::shim::oci;
+use log::warn;
 use protobuf::Message;
 use tokio::task::JoinSet;
 
@@ -113,13 +114,14 @@ pub(super) async fn delete_process(manager: Arc<Manager>, call: Call, request: D
     let delete = shim::DeleteRequest { id: task.id.clone(), exec_id: exec.clone(), ..shim::DeleteRequest::default() };
     let answer: shim::DeleteResponse = ask(&task, "Delete", &delete, LONG).await?;
     let (namespace, id, name, now) = (task.namespace.clone(), task.id.clone(), exec.clone(), timestamp::to_nanos(&timestamp::now()));
-    manager
-        .store
-        .note(move |db| {
-            execs::remove(db, namespace.as_str(), &id, &name)?;
-            exits::collect(db, namespace.as_str(), &id, Some(&name), now)
-        })
-        .await?;
+    let forgotten = manager.store.note(move |db| {
+        execs::remove(db, namespace.as_str(), &id, &name)?;
+        exits::collect(db, namespace.as_str(), &id, Some(&name), now)
+    });
+    if let Err(error) = forgotten.await {
+        // the process is deleted all the same, and its exit is the client's; what stays goes with the task
+        warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget a process");
+    }
     Ok(DeleteResponse {
         id: exec,
         pid: answer.pid,
@@ -231,7 +233,7 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
     let shim = shim_of(&task).await?;
     let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
     // noted before it is there: after a death of this process its exit is asked for
-    manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?;
+    let is_new = manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?;
     let add = shim::ExecProcessRequest {
         id: task.id.clone(),
         exec_id: exec.clone(),
@@ -244,9 +246,10 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
     };
     match shim.call::<shim::Empty>("Exec", &add, Some(LONG)).await {
         Err(Unanswered::Refused(error)) => {
-            if error.code() != tonic::Code::AlreadyExists {
+            if is_new && error.code() != tonic::Code::AlreadyExists {
                 let (namespace, id) = (task.namespace.clone(), task.id.clone());
-                manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await?;
+                // a note too many is asked for in vain, and goes with the task
+                let _ = manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await;
             }
             Err(error)
         }

@@ -28,11 +28,10 @@ impl Exit {
 pub(crate) mod execs {
     use super::*;
 
-    /// Remembers that an exec was added.
-    pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<()> {
+    /// Remembers that an exec was added. False when that was known.
+    pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<bool> {
         let mut insert = db.prepare_cached("INSERT OR IGNORE INTO execs (namespace, id, exec) VALUES (?, ?, ?)").doing("prepare")?;
-        insert.execute([namespace, id, exec]).doing("write")?;
-        Ok(())
+        Ok(insert.execute([namespace, id, exec]).doing("write")? > 0)
     }
 
     /// Forgets one.
@@ -75,11 +74,11 @@ pub(crate) mod exits {
         select.query_row([namespace, id, exec], Exit::from_row).optional().doing("read")
     }
 
-    /// Remembers that an exit was told.
-    pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit) -> Result<()> {
-        let sql = "INSERT OR IGNORE INTO exits (namespace, id, exec, pid, status, at) VALUES (?, ?, ?, ?, ?, ?)";
+    /// Remembers that an exit was told; when `collected` says since when nobody has its task any more, for a while.
+    pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit, collected: Option<i64>) -> Result<()> {
+        let sql = "INSERT OR IGNORE INTO exits (namespace, id, exec, pid, status, at, collected) VALUES (?, ?, ?, ?, ?, ?, ?)";
         let mut insert = db.prepare_cached(sql).doing("prepare")?;
-        insert.execute(params![namespace, id, exec, exit.pid, exit.status, exit.at]).doing("write")?;
+        insert.execute(params![namespace, id, exec, exit.pid, exit.status, exit.at, collected]).doing("write")?;
         Ok(())
     }
 

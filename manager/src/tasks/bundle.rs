@@ -13,9 +13,9 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
+use super::mounts;
 use crate::error::{IoContext as _, Result};
 use crate::name::Namespace;
 use crate::settings::Settings;
@@ -52,30 +52,30 @@ impl Bundle {
 
     /// Makes it. `spec` is the JSON of config.json.
     ///
-    /// Errors: nothing is left of it.
+    /// Errors: nothing is left of it; one that was there before is not touched.
     pub(crate) fn blocking_create(&self, spec: &[u8]) -> Result<()> {
-        let made = self.make(spec);
-        if made.is_err() {
-            // the first error is the one that counts
-            let _ = self.blocking_remove();
-        }
-        made
-    }
-
-    fn make(&self, spec: &[u8]) -> Result<()> {
         for folder in [&self.path, &self.work] {
             let parent = folder.parent().unwrap_or(Path::new("/"));
             DirBuilder::new().recursive(true).mode(0o711).create(parent).on("make folder", parent)?;
         }
-        // what is left of an earlier life of the id is nobody's any more
-        remove_tree(&self.work)?;
         DirBuilder::new().mode(0o700).create(&self.path).on("make bundle", &self.path)?;
+        let filled = self.fill(spec);
+        if filled.is_err() {
+            // the first error is the one that counts
+            let _ = self.blocking_remove();
+        }
+        filled
+    }
+
+    fn fill(&self, spec: &[u8]) -> Result<()> {
         if let Some(gid) = group_of_root(spec) {
             chown(&self.path, None, Some(gid)).on("give away bundle", &self.path)?;
             fs::set_permissions(&self.path, fs::Permissions::from_mode(0o710)).on("open up bundle", &self.path)?;
         }
         let rootfs = self.path.join("rootfs");
         DirBuilder::new().mode(0o711).create(&rootfs).on("make folder", &rootfs)?;
+        // what is left of an earlier life of the id is nobody's any more
+        mounts::remove_tree(&self.work)?;
         DirBuilder::new().mode(0o711).create(&self.work).on("make work folder", &self.work)?;
         let link = self.path.join("work");
         symlink(&self.work, &link).on("make link", &link)?;
@@ -118,54 +118,18 @@ impl Bundle {
 
     /// Removes it with what is mounted in it, the work folder too. That there is none is fine.
     pub(crate) fn blocking_remove(&self) -> Result<()> {
-        unmount_below(&self.path);
         let parent = self.path.parent().unwrap_or(Path::new("/"));
         let name = self.path.file_name().unwrap_or_default();
-        // first out of the way, so that the id is free, or still whole
+        // first out of the way, so that the id is free, or still whole; with its mounts, which go before its files
         let hidden = parent.join(format!(".{}", name.to_string_lossy()));
-        remove_tree(&hidden)?;
+        mounts::remove_tree(&hidden)?;
         match fs::rename(&self.path, &hidden) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             renamed => renamed.on("remove bundle", &self.path)?,
         }
-        remove_tree(&hidden)?;
-        remove_tree(&self.work)
+        mounts::remove_tree(&hidden)?;
+        mounts::remove_tree(&self.work)
     }
-}
-
-/// Removes a folder and everything in it; stays on its file system, so that a mount is never emptied.
-fn remove_tree(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed.on("remove", folder),
-    }
-}
-
-/// Unmounts everything below a folder, what was mounted last first.
-fn unmount_below(folder: &Path) {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points: Vec<_> = table.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped).collect();
-    for point in points.iter().rev().filter(|point| Path::new(point).starts_with(folder)) {
-        // one that stays makes the removal of the folder fail, which says so
-        let _ = umount2(Path::new(point), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-    }
-}
-
-/// A path of mountinfo, where blanks and the like are octal.
-fn unescaped(path: &str) -> String {
-    let mut parts = path.split('\\');
-    let mut text = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(code) => {
-                text.push(char::from(code));
-                text.push_str(&part[3..]);
-            }
-            None => text.push_str(part),
-        }
-    }
-    text
 }
 
 /// In a user namespace: the group that its root is outside.
@@ -227,6 +191,7 @@ mod tests {
         fs::remove_file(bundle.path().join("bootstrap.json")).expect("removal");
         assert_eq!(bundle.address().map(|address| address.version), Some(2));
         assert!(bundle.blocking_create(b"{}").is_err(), "taken");
+        assert!(bundle.path().join("address").exists() && bundle.path().join("work").is_dir(), "and not touched");
         bundle.blocking_remove().expect("removed");
         bundle.blocking_remove().expect("and again");
         assert_eq!(fs::read_dir(bundle.path().parent().expect("a parent")).expect("a folder").count(), 0);
@@ -240,11 +205,5 @@ mod tests {
         for other in [r#"{"linux":{"gidMappings":[{"containerID":0,"hostID":4711,"size":10}]}}"#, "{}", "no json"] {
             assert_eq!(group_of_root(other.as_bytes()), None);
         }
-    }
-
-    #[test]
-    fn blanks_in_mount_points_are_understood() {
-        assert_eq!(unescaped(r"/a\040b\011c"), "/a b\tc");
-        assert_eq!(unescaped(r"/a\b"), "/ab");
     }
 }

@@ -59,7 +59,11 @@ impl Tasks {
                 }
             };
             match old.settled().await {
-                Ok(Phase::Ended(exit)) => self.collect(&old, exit).await,
+                Ok(Phase::Ended(exit)) => {
+                    if !self.collect(&old, exit).await {
+                        old.gone().await;
+                    }
+                }
                 Err(Error::NotFound(_)) if matches!(old.phase(), Phase::Gone) => {}
                 _ => return Err(taken()),
             }

@@ -22,8 +22,7 @@ impl Tasks {
         loop {
             match task.settled().await? {
                 Phase::Ended(exit) => {
-                    self.collect(task, exit).await;
-                    return Ok(exit);
+                    return if self.collect(task, exit).await { Ok(exit) } else { Err(task.not_found()) };
                 }
                 Phase::Live(shim) => {
                     let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
@@ -85,8 +84,11 @@ impl Tasks {
         }
     }
 
-    /// Hands out how a task ended whose shim is dead, and forgets it.
-    pub(super) async fn collect(&self, task: &Task, exit: Exit) {
+    /// Hands out how a task ended whose shim is dead, and forgets it. False when somebody else does.
+    pub(super) async fn collect(&self, task: &Task, exit: Exit) -> bool {
+        if !task.leaves_ended() {
+            return false;
+        }
         self.forget_processes(task).await;
         let event = TaskDelete {
             container_id: task.id.clone(),
@@ -97,6 +99,7 @@ impl Tasks {
         };
         self.events.publish(&task.namespace, "/tasks/delete", &event);
         self.forget(task);
+        true
     }
 
     /// Asks a shim to go that has nothing more to do for this task, and waits for it; one that has other tasks stays.
@@ -157,8 +160,9 @@ impl Tasks {
         let recorded = self
             .store
             .note(move |db| {
-                // what was told before stays true
-                let told = exits::last(db, namespace.as_str(), &id, "")?;
+                // what was told before of this process stays true
+                let told =
+                    exits::last(db, namespace.as_str(), &id, "")?.filter(|told| !was_made || [told.pid, UNKNOWN].contains(&answer.pid));
                 let at = answer.at.filter(|at| *at > 0).unwrap_or(now);
                 let exit = told.or_else(|| was_made.then_some(Exit { pid: answer.pid, status: answer.status, at }));
                 if let Some(exit) = exit {

@@ -1,9 +1,12 @@
 //! What shims tell.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+
 use containerd_client::events::TaskExit;
 use containerd_client::types::Envelope;
 use log::warn;
 use prost::Message as _;
+use tokio::sync::Mutex;
 
 use super::Tasks;
 use crate::error::{Error, Result};
@@ -36,12 +39,16 @@ impl Tasks {
         let (place, id) = (namespace.clone(), event.container_id.clone());
         let (again, name) = (place.clone(), (id.clone(), exec.clone()));
         let container = id.clone();
+        // a shim that had no answer tells it again while it is being told
+        let _one_at_a_time = self.telling.of(namespace, &event.container_id).lock().await;
         if self.store.read(move |db| exits::is_told(db, place.as_str(), &id, &exec, exit)).await? {
             return Ok(());
         }
         self.still_serves()?;
         tell();
-        let recorded = self.store.note(move |db| exits::add(db, again.as_str(), &name.0, &name.1, exit)).await;
+        let is_late = self.find(namespace, &container).is_err();
+        let collected = is_late.then(|| timestamp::to_nanos(&timestamp::now()));
+        let recorded = self.store.note(move |db| exits::add(db, again.as_str(), &name.0, &name.1, exit, collected)).await;
         if let Err(error) = recorded {
             // a full disk: told as it is, it shall not be told with every new attempt of its shim
             warn!(namespace:%, container, error = error.chain(); "cannot record that an exit was told");
@@ -54,5 +61,24 @@ impl Tasks {
         if self.gate.is_retired() { Err(Error::Unavailable("this x-manager has ended; tell the next one".to_owned())) } else { Ok(()) }
     }
 }
+
+/// Locks for exits that are being told: those of one task have one.
+#[derive(Debug)]
+pub(super) struct Telling([Mutex<()>; LOCKS]);
+
+impl Telling {
+    pub(super) const fn new() -> Self {
+        Self([const { Mutex::const_new(()) }; LOCKS])
+    }
+
+    fn of(&self, namespace: &Namespace, id: &str) -> &Mutex<()> {
+        let mut hasher = DefaultHasher::new();
+        (namespace.as_str(), id).hash(&mut hasher);
+        &self.0[usize::try_from(hasher.finish() % LOCKS as u64).unwrap_or_default()]
+    }
+}
+
+/// So many tasks may have exits told at one time, at best.
+const LOCKS: usize = 64;
 
 const EXIT: &str = "containerd.events.TaskExit";

@@ -12,7 +12,7 @@ use std::time::Duration;
 use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
-use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log};
+use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, mounts};
 use crate::error::{IoContext as _, Result};
 use crate::name::{self, Namespace};
 use crate::store::{Exit, ended, execs, exits};
@@ -125,6 +125,10 @@ impl Tasks {
     /// Cleans up what a shim does not know: a creation or deletion that was under way. How it ended is kept for whoever deleted it and
     /// got no answer.
     async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
+        if shim.is_some() && !task.leaves_live(Phase::Cleaning) {
+            // a client's Delete, or the end of the shim, was faster
+            return;
+        }
         task.phase.send_replace(Phase::Cleaning);
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         // what is told from here on is of a task that nobody was given
@@ -171,7 +175,7 @@ fn bundles(folder: &Path) -> Result<Vec<(Namespace, String)>> {
         for (id, path) in folders(&path)? {
             if id.starts_with('.') {
                 // what cannot be removed now is in nobody's way
-                let _ = fs::remove_dir_all(path);
+                let _ = mounts::remove_tree(&path);
             } else if name::identifier("task", &id).is_ok() {
                 found.push((namespace.clone(), id));
             }

@@ -1,10 +1,11 @@
 //! The fifo `log` of a bundle: what a shim writes there appears on this process' stderr.
 
 use std::io::{self, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat, stat};
 use tokio::io::Interest;
 use tokio::net::unix::pipe::{OpenOptions, Receiver};
 
@@ -23,7 +24,7 @@ pub(super) fn copy(bundle: &Path) -> Result<()> {
     Ok(())
 }
 
-async fn copy_until_removed(receiver: Receiver, path: std::path::PathBuf) {
+async fn copy_until_removed(receiver: Receiver, path: PathBuf) {
     loop {
         // as this end is open for writing too, it never ends by itself
         let ready = tokio::time::timeout(LOOK_AGAIN, receiver.ready(Interest::READABLE)).await;
@@ -39,11 +40,17 @@ async fn copy_until_removed(receiver: Receiver, path: std::path::PathBuf) {
                 }
             }
             Ok(Err(_)) => return,
-            Err(_elapsed) if path.exists() => {}
+            Err(_elapsed) if is_at(&receiver, &path) => {}
             Err(_elapsed) => return,
         }
     }
 }
 
+/// Whether this very fifo is still there: a task of the same id has another one.
+fn is_at(receiver: &Receiver, path: &Path) -> bool {
+    let (Ok(open), Ok(found)) = (fstat(receiver), stat(path)) else { return false };
+    (open.st_dev, open.st_ino) == (found.st_dev, found.st_ino)
+}
+
 /// So soon after its removal an unused fifo is closed.
-const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_secs(30);
+const LOOK_AGAIN: Duration = Duration::from_secs(30);

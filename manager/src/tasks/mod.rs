@@ -17,6 +17,7 @@ mod end;
 mod hear;
 mod load;
 mod log;
+mod mounts;
 mod program;
 mod shim;
 mod watch;
@@ -37,6 +38,7 @@ use crate::name::Namespace;
 use crate::settings::Settings;
 use crate::store::{Exit, Store};
 use bundle::Bundle;
+use hear::Telling;
 use program::Programs;
 
 /// All tasks.
@@ -48,6 +50,7 @@ pub(crate) struct Tasks {
     gate: Gate,
     programs: Programs,
     all: Mutex<BTreeMap<Key, Arc<Task>>>,
+    telling: Telling,
 }
 
 type Key = (Namespace, String);
@@ -114,13 +117,29 @@ impl Task {
 
     /// Takes a live task out of its shim's hands. False when somebody else has.
     fn leaves_live(&self, next: Phase) -> bool {
+        self.leaves(|phase| matches!(phase, Phase::Live(_)), next)
+    }
+
+    /// Takes away what is kept of a task whose shim is dead. False when somebody else has.
+    fn leaves_ended(&self) -> bool {
+        self.leaves(|phase| matches!(phase, Phase::Ended(_)), Phase::Hidden)
+    }
+
+    fn leaves(&self, is_there: impl FnOnce(&Phase) -> bool, next: Phase) -> bool {
         self.phase.send_if_modified(|phase| {
-            let is_live = matches!(phase, Phase::Live(_));
-            if is_live {
+            let leaves = is_there(phase);
+            if leaves {
                 *phase = next;
             }
-            is_live
+            leaves
         })
+    }
+
+    /// Waits until it does not exist any more.
+    async fn gone(&self) {
+        let mut phase = self.phase.subscribe();
+        // an error means that it is
+        let _ = phase.wait_for(|phase| matches!(phase, Phase::Gone)).await;
     }
 
     /// Waits while the task is in the hands of this shim.
@@ -139,7 +158,15 @@ fn not_found(id: &str) -> Error {
 impl Tasks {
     /// None yet: see [`Tasks::load`].
     pub(crate) fn new(settings: &Settings, store: Store, events: Arc<Exchange>, gate: Gate) -> Self {
-        Self { settings: settings.clone(), store, events, gate, programs: Programs::new(settings), all: Mutex::default() }
+        Self {
+            settings: settings.clone(),
+            store,
+            events,
+            gate,
+            programs: Programs::new(settings),
+            all: Mutex::default(),
+            telling: Telling::new(),
+        }
     }
 
     fn all(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<Task>>> {
@@ -180,7 +207,13 @@ impl Tasks {
     }
 
     fn forget(&self, task: &Task) {
-        self.all().remove(&task.key());
+        {
+            let mut all = self.all();
+            // the id may be another task's by now
+            if all.get(&task.key()).is_some_and(|found| std::ptr::eq(&**found, task)) {
+                all.remove(&task.key());
+            }
+        }
         task.phase.send_replace(Phase::Gone);
     }
 }

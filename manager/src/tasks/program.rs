@@ -14,6 +14,7 @@
 //! The newer one is tried first. A program that fails over it is asked again in the older one, and remembered.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
@@ -25,7 +26,7 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, Ex
 use log::LevelFilter;
 use protobuf::well_known_types::any::Any;
 use protobuf::{EnumOrUnknown, Message, MessageField};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
 use super::bundle::{Address, Bundle};
@@ -195,8 +196,13 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
             let _ = stdin.write_all(&input).await;
         }
     };
-    let both = async { tokio::join!(fed, child.wait_with_output()).1 };
-    let output = tokio::time::timeout(limit, both)
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    // one that says more than that is ended by the pipe that nobody reads any more
+    let ended = async {
+        let ((), stdout, stderr) = tokio::join!(fed, beginning(stdout), beginning(stderr));
+        io::Result::Ok(Output { status: child.wait().await?, stdout: stdout?, stderr: stderr? })
+    };
+    let output = tokio::time::timeout(limit, ended)
         .await
         .map_err(|_| Error::Unavailable(format!("{} did not end within {limit:?}", program.display())))?
         .on("run", program)?;
@@ -206,6 +212,14 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     let said: String =
         String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).chars().take(2000).collect();
     Err(Error::Launch(format!("{}: {}: {}", program.display(), output.status, said.trim())))
+}
+
+async fn beginning(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(pipe) = pipe {
+        pipe.take(SAID_BYTES).read_to_end(&mut bytes).await?;
+    }
+    Ok(bytes)
 }
 
 /// Reads the answer to `start`, whatever the dialect.
@@ -229,6 +243,8 @@ fn answer(program: &Path, output: &Output) -> Result<Address> {
     Ok(Address { version: result.version, address: result.address, protocol: result.protocol })
 }
 
+/// Of each stream of a program; answers are far shorter.
+const SAID_BYTES: u64 = 1 << 20;
 /// A `start` takes no longer.
 const START: Duration = Duration::from_secs(30);
 /// A `delete` takes no longer: shims promise four seconds, and containerd allows five on a machine that is not as busy.

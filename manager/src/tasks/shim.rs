@@ -104,6 +104,11 @@ impl Shim {
             timeout_nano: limit.map_or(0, |limit| i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX)),
             ..Request::default()
         };
+        let bytes = request.compute_size();
+        if bytes > MESSAGE_BYTES {
+            let sentence = format!("{method} takes {bytes} bytes, and a shim takes {MESSAGE_BYTES} at most");
+            return Err(Unanswered::Refused(Error::Exhausted(sentence)));
+        }
         let late =
             || Unanswered::Late(Error::Unavailable(format!("the shim did not answer {method} within {:?}", limit.unwrap_or_default())));
         let answer = async {
@@ -142,6 +147,8 @@ fn socket_path(address: &str) -> Result<PathBuf> {
     Err(Error::Launch(format!("a shim says it serves at {shown:?}, which is not the path of a socket")))
 }
 
+/// The longest message of ttrpc.
+const MESSAGE_BYTES: u64 = 4 << 20;
 /// To connect: a shim that lives but does not accept has a queue for it.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Beyond a call's own limit.

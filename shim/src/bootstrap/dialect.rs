@@ -237,13 +237,4 @@ mod tests {
             }
         }
     }
-
-    #[test]
-    fn no_bytes_on_standard_input_make_start_panic() {
-        let corpus = [options().write_to_bytes().expect("encodes"), params().write_to_bytes().expect("encodes"), b"{}".to_vec()];
-        crate::fuzz::each(&corpus, |bytes| {
-            let question = Question::parse(bytes, &flags());
-            assert!(!question.dialect.answer("unix:///a").is_empty());
-        });
-    }
 }

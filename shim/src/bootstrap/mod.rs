@@ -18,7 +18,7 @@ use crate::{control, run_dir};
 
 mod by_hand;
 mod delete;
-mod dialect;
+pub(crate) mod dialect;
 mod group;
 mod helper;
 mod info;

@@ -34,38 +34,3 @@ pub(crate) use version::Versions;
 
 /// The longest message either side accepts, in bytes: a ttrpc message (4 MiB) and what surrounds it.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 6 << 20;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_bytes_on_a_socket_make_keeper_or_worker_panic_and_what_is_read_can_be_written_and_read_again() {
-        let exit = ProcessExit { key: "c1".to_owned(), pid: 7, status: 3, at_nanos: 5 };
-        let commit = Commit {
-            state: vec![("c1".to_owned(), Some(vec![1, 2]))],
-            events: vec![vec![3]],
-            answers: vec![(4, vec![5])],
-            ends: vec![6],
-            releases: vec!["c1".to_owned()],
-            ..Commit::default()
-        };
-        let corpus = [
-            ToWorker::Exit { cause: 9, exit }.encode(),
-            ToKeeper::Commit(commit).encode(),
-            ControlRequest::Reserve { id: "c1".to_owned() }.encode(),
-        ];
-        // without the length that frames a message
-        let corpus = corpus.map(|message| message[4..].to_vec());
-        crate::fuzz::each(&corpus, |bytes| {
-            if let Ok(message) = ToWorker::decode(bytes) {
-                assert_eq!(ToWorker::decode(&message.encode()[4..]), Ok(message));
-            }
-            if let Ok(message) = ToKeeper::decode(bytes) {
-                assert_eq!(ToKeeper::decode(&message.encode()[4..]), Ok(message));
-            }
-            let _ = ControlRequest::decode(bytes);
-            let _ = ControlReply::decode(bytes);
-        });
-    }
-}

@@ -154,15 +154,3 @@ fn process_details_name_the_exec() {
     assert_eq!(any.type_url, "containerd.runc.v1.ProcessDetails");
     assert_eq!(oci::ProcessDetails::parse_from_bytes(&any.value).expect("decodable").exec_id, "e1");
 }
-
-#[test]
-fn no_bytes_in_options_make_their_reader_panic() {
-    let all = oci::Options { binary_name: "/b".into(), root: "/r".into(), shim_cgroup: "/s".into(), io_uid: 7, ..Default::default() };
-    let corpus = [all.write_to_bytes().expect("encodes"), b"BinaryName = \"/b\"\nSpillBytes = 4\nLoggers = [\"/l\"]".to_vec()];
-    for name in [RUNC_OPTIONS, "runtimeoptions.v1.Options", CHECKPOINT_OPTIONS] {
-        crate::fuzz::each(&corpus, |bytes| {
-            let _ = RuntimeOptions::blocking_read(Some(&any(name, bytes.to_vec())));
-            let _ = CheckpointOptions::read(Some(&any(name, bytes.to_vec())));
-        });
-    }
-}

@@ -27,7 +27,7 @@ use nix::sys::signal::{SigSet, Signal};
 use tokio::task::LocalSet;
 
 mod cause;
-mod container;
+pub(crate) mod container;
 mod error;
 mod events;
 mod fault;

@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 use std::{env, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use shim_tests::cgroups::Version;
 use shim_tests::conformance::child::{self, Subject};
 use shim_tests::conformance::expect::Expectations;
 use shim_tests::conformance::run::{self, Plan, Results};
@@ -16,8 +17,8 @@ shim-conformance: starts a containerd shim as containerd does, drives it, and sa
 
   shim-conformance list [--filter PATTERN]
   shim-conformance run --shim PATH [--engine runc|crun|PATH] [--filter PATTERN]… [--expect FILE] [--jobs N]
-                       [--json FILE] [--junit FILE] [--logs FOLDER]
-  shim-conformance compare --shim A --shim B [--engine …] [--filter …] [--jobs N]
+                       [--cgroup 1|2] [--patience N] [--json FILE] [--junit FILE] [--logs FOLDER]
+  shim-conformance compare --shim A --shim B [--engine …] [--filter …] [--jobs N] [--cgroup …] [--patience N]
   shim-conformance table RESULTS.json…       several runs as one table in Markdown
   shim-conformance faults --shim PATH [--engine …] [--filter …] [--jobs N]
                        which cases see which fault of a man in the middle, in Markdown; takes some minutes
@@ -26,6 +27,8 @@ shim-conformance: starts a containerd shim as containerd does, drives it, and sa
   --filter   only cases whose name or clause contains PATTERN; one that begins with = is the whole name
   --expect   known deviations, each with a reason: they do not count as failures, and must fail
   --jobs     cases at a time; by default one per processor
+  --cgroup   what the shim sees: on a host with v1, 2 is its unified hierarchy alone, with the controllers that v1 leaves there
+  --patience every deadline is so many times as long: 10 on an emulated machine
   --logs     a folder with a folder for each failed case: the failure, the shim's log, a trace of calls and events
 
 Needs root, an OCI runtime, and a static busybox (Debian: busybox-static). Every case has a process, pid and mount namespaces,
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
     };
     let result = match arguments.split_first() {
         Some((word, rest)) if word == child::PERFORM => return child::main(rest),
+        Some((word, rest)) if word == child::ASK => return child::answer(rest),
         Some((word, rest)) if word == "list" => Options::read(rest).and_then(|options| list(&options)),
         Some((word, rest)) if word == "run" => Options::read(rest).and_then(|options| run_one(&options)),
         Some((word, rest)) if word == "compare" => Options::read(rest).and_then(|options| compare(&options)),
@@ -73,6 +77,8 @@ struct Options {
     json: Option<PathBuf>,
     junit: Option<PathBuf>,
     logs: Option<PathBuf>,
+    cgroups: Option<Version>,
+    patience: Option<u32>,
 }
 
 impl Options {
@@ -92,6 +98,8 @@ impl Options {
                 "--jobs" => options.jobs = Some(value.parse().with_context(|| format!("--jobs {value}"))?),
                 "--json" => options.json = Some(value.into()),
                 "--junit" => options.junit = Some(value.into()),
+                "--cgroup" => options.cgroups = Some(Version::available(&value).with_context(|| format!("--cgroup {value}"))?),
+                "--patience" => options.patience = Some(value.parse().with_context(|| format!("--patience {value}"))?),
                 "--logs" => options.logs = Some(value.into()),
                 _ => bail!("no option {flag}; shim-conformance help says what there is"),
             }
@@ -126,7 +134,8 @@ impl Options {
 
     fn plan(&self, shim: &Path) -> Result<Plan> {
         ensure!(nix::unistd::geteuid().is_root(), "this needs root: it starts shims, containers and namespaces");
-        ensure!(shim.is_file(), "no shim at {}", shim.display());
+        ensure!(shim.exists(), "no shim at {}", shim.display());
+        ensure!(shim.is_file(), "{} is not a program", shim.display());
         ensure!(
             ["/bin/busybox", "/usr/bin/busybox"].iter().any(|path| Path::new(path).exists()),
             "no /bin/busybox: containers are made of it"
@@ -139,8 +148,11 @@ impl Options {
         let expectations = self.expect.as_deref().map(|path| Expectations::read(path, &cases::all())).transpose()?.unwrap_or_default();
         let logs = self.logs.clone().unwrap_or_else(|| env::temp_dir().join(format!("shim-conformance-{}", std::process::id())));
         ensure!(!logs.starts_with("/run") && !logs.starts_with("/proc"), "logs cannot be kept in {}: cases do not see it", logs.display());
+        let mut subject = Subject::new(shim.canonicalize()?, self.engine()?, programs)?;
+        subject.cgroups = self.cgroups.unwrap_or(subject.cgroups);
+        subject.patience = self.patience.unwrap_or(subject.patience);
         Ok(Plan {
-            subject: Subject { shim: shim.canonicalize()?, engine: self.engine()?, programs },
+            subject,
             cases,
             expectations,
             jobs: self.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)),
@@ -170,7 +182,8 @@ fn list(options: &Options) -> Result<bool> {
 
 fn perform(options: &Options, shim: &Path) -> Result<Results> {
     let plan = options.plan(shim)?;
-    println!("{} cases on {} with {}", plan.cases.len(), shim.display(), plan.subject.engine.display());
+    let subject = &plan.subject;
+    println!("{} cases on {} with {}, cgroup v{}", plan.cases.len(), shim.display(), subject.engine.display(), subject.cgroups);
     let results = run::run(&plan, |outcome| println!("{}", report::progress(outcome)))?;
     // a folder without a failure is removed
     if fs::remove_dir(&plan.logs).is_err() {

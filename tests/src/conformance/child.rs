@@ -11,7 +11,9 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::{Case, cases};
-use crate::eventually::{SOON, eventually};
+use crate::bundle;
+use crate::cgroups::{self, Version};
+use crate::eventually::{self, PATIENCE, SOON, eventually, within};
 use crate::runner::{EXECUTOR, Skip, explain};
 use crate::stand::Stand;
 use crate::suite::Shim;
@@ -38,6 +40,19 @@ pub struct Subject {
     pub engine: PathBuf,
     /// Where the helper programs of this package are.
     pub programs: PathBuf,
+    /// What cgroups it sees.
+    pub cgroups: Version,
+    /// The factor by which all deadlines are longer.
+    pub patience: u32,
+}
+
+impl Subject {
+    /// A subject on what [`cgroups::CHOICE`] and [`PATIENCE`] say.
+    ///
+    /// Errors: there are no such cgroups.
+    pub fn new(shim: PathBuf, engine: PathBuf, programs: PathBuf) -> Result<Self> {
+        Ok(Self { shim, engine, programs, cgroups: Version::chosen()?, patience: eventually::patience() })
+    }
 }
 
 /// The word by which this program is told to perform one case.
@@ -60,12 +75,14 @@ fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict>
         .arg(PERFORM)
         .args([&subject.shim, &subject.engine, &subject.programs])
         .args([folder, Path::new(case.name)])
+        .env(cgroups::CHOICE, subject.cgroups.to_string())
+        .env(PATIENCE, subject.patience.to_string())
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
         .spawn()?;
     // it has a deadline of its own; this one is for a case that does not keep it
-    let deadline = Instant::now() + case.deadline + Duration::from_secs(20);
+    let deadline = Instant::now() + (case.deadline + Duration::from_secs(20)) * subject.patience;
     while child.try_wait()?.is_none() {
         if Instant::now() > deadline {
             child.kill()?;
@@ -83,11 +100,35 @@ fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict>
     }
 }
 
-/// What that process does. `arguments` are those after [`PERFORM`].
-pub fn main(arguments: &[String]) -> ExitCode {
-    // whoever asked for the case may be killed
-    let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with whoever asked for the case");
-    match tied.and_then(|()| isolation::run(|| inside(arguments))) {
+/// The word by which it is told to ask a program what it says to a flag.
+pub const ASK: &str = "ask";
+
+/// What `program` prints when it is started with `flag`, in namespaces of its own, which end with whatever it has started.
+///
+/// Errors: it prints nothing in time, or too much.
+pub fn ask(subject: &Subject, program: &Path, flag: &str) -> Result<String> {
+    EXECUTOR.block_on(async {
+        let mut command = tokio::process::Command::new(subject.programs.join(PROGRAM));
+        command.arg(ASK).arg(program).arg(flag).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+        let output = within("what it says of itself", SOON, bundle::output_of(&mut command.spawn()?)).await??;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    })
+}
+
+/// What the process does that was started by [`ask`].
+pub fn answer(arguments: &[String]) -> ExitCode {
+    let [program, flag] = arguments else { return ExitCode::from(2) };
+    run_tied(|| match Command::new(program).arg(flag).stdin(Stdio::null()).status() {
+        Ok(_whatever) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    })
+}
+
+/// Runs `inside` in namespaces of its own, which end when whoever has started this process does.
+fn run_tied(inside: impl FnOnce() -> ExitCode) -> ExitCode {
+    // whoever asked may be killed
+    let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with whoever asked");
+    match tied.and_then(|()| isolation::run(inside)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("{error:#}");
@@ -96,12 +137,20 @@ pub fn main(arguments: &[String]) -> ExitCode {
     }
 }
 
+/// What that process does. `arguments` are those after [`PERFORM`].
+pub fn main(arguments: &[String]) -> ExitCode {
+    run_tied(|| inside(arguments))
+}
+
 fn inside(arguments: &[String]) -> ExitCode {
     let [shim, engine, programs, folder, name] = arguments else { return ExitCode::from(2) };
-    let subject = Subject { shim: shim.into(), engine: engine.into(), programs: programs.into() };
     let folder = Path::new(folder);
-    let verdict =
-        cases::find(name).map(|case| judge(&case, &subject, folder)).unwrap_or(Verdict::Failed(format!("there is no case {name}")));
+    let subject = Subject::new(shim.into(), engine.into(), programs.into());
+    let verdict = match (cases::find(name), subject) {
+        (Some(case), Ok(subject)) => judge(&case, &subject, folder),
+        (None, _) => Verdict::Failed(format!("there is no case {name}")),
+        (_, Err(error)) => Verdict::Failed(format!("{error:#}")),
+    };
     let bytes = serde_json::to_vec(&verdict).expect("strings alone");
     match fs::write(folder.join(VERDICT), bytes) {
         Ok(()) => ExitCode::SUCCESS,
@@ -134,8 +183,8 @@ async fn try_judge(case: &Case, subject: &Subject, folder: &Path) -> Result<()> 
     for need in case.needs {
         need.check(&stand.path())?;
     }
-    let body = tokio::time::timeout(case.deadline, (case.body)(stand.clone())).await;
-    let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline)));
+    let body = eventually::timeout(case.deadline, (case.body)(stand.clone())).await;
+    let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline * eventually::patience())));
     fs::write(folder.join("shim.log"), stand.logs())?;
     result?;
     let left = leaves_nothing(&stand).await;

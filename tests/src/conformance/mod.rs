@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::runner::{needs_criu, skip};
+use crate::runner::{needs_controller, needs_criu, skip};
 use crate::stand::Stand;
 
 /// The body of a case.
@@ -35,8 +35,8 @@ pub type Body = fn(Stand) -> Pin<Box<dyn Future<Output = Result<()>>>>;
 /// What a machine must offer before a case can say anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
-    /// Controllers on hierarchies of their own.
-    CgroupV1,
+    /// A controller in the cgroups that it sees.
+    Controller(&'static str),
     /// A criu that works.
     Criu,
 }
@@ -44,15 +44,13 @@ pub enum Need {
 impl Need {
     /// Skips the case when it is not there, for shims and runtimes that look for programs in `path`.
     fn check(self, path: &str) -> Result<()> {
-        let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
         match self {
-            Self::CgroupV1 if unified => skip("this host has cgroup v2"),
+            Self::Controller(name) => needs_controller(name),
             Self::Criu => {
                 let mut programs = path.split(':').map(|folder| Path::new(folder).join("criu"));
                 let Some(criu) = programs.find(|program| program.is_file()) else { return skip("no criu") };
                 needs_criu(&criu)
             }
-            Self::CgroupV1 => Ok(()),
         }
     }
 }

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,6 +14,7 @@ use super::child::{self, Subject, Verdict};
 use super::clauses::{self, Level};
 use super::expect::Expectations;
 use super::{Case, report};
+use crate::cgroups::Version;
 
 /// Everything that a run needs to know.
 #[derive(Debug)]
@@ -108,8 +108,15 @@ pub fn run(plan: &Plan, told: impl Fn(&Outcome) + Sync) -> Result<Results> {
         }
     });
     let outcomes = done.into_inner().expect("no panic under this lock").into_values().collect();
+    let subject = &plan.subject;
     let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    Ok(Results { shim: version(&plan.subject.shim, "-v"), engine: version(&plan.subject.engine, "--version"), host: host(), at, outcomes })
+    Ok(Results {
+        shim: version(subject, &subject.shim, "-v"),
+        engine: version(subject, &subject.engine, "--version"),
+        host: host(subject.cgroups),
+        at,
+        outcomes,
+    })
 }
 
 fn perform(plan: &Plan, case: &Case, engine: &str) -> Outcome {
@@ -135,17 +142,15 @@ fn round(time: Duration) -> f64 {
 }
 
 /// What a program says of itself, on one line; its file name if it says nothing.
-pub fn version(program: &Path, flag: &str) -> String {
+fn version(subject: &Subject, program: &Path, flag: &str) -> String {
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let output = Command::new(program).arg(flag).output().map(|output| output.stdout).unwrap_or_default();
-    let said = String::from_utf8_lossy(&output).into_owned();
+    let said = child::ask(subject, program, flag).unwrap_or_default();
     let words = said.lines().map(str::trim).filter(|line| line.to_lowercase().contains("version"));
     let said = words.map(|line| line.rsplit_once(char::is_whitespace).map_or(line, |(_, word)| word).trim_start_matches('v')).next();
     said.map_or_else(|| name.clone(), |said| format!("{name} {said}"))
 }
 
-fn host() -> String {
+fn host(cgroups: Version) -> String {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let unified = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-    format!("Linux {}, cgroup v{}", kernel.trim(), if unified { 2 } else { 1 })
+    format!("Linux {}, cgroup v{cgroups}", kernel.trim())
 }

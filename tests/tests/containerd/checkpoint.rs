@@ -5,7 +5,7 @@ use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::messages::{CheckpointOptions, any};
-use shim_tests::runner::{needs_criu, needs_images};
+use shim_tests::runner::{needs_controller, needs_criu, needs_images};
 
 /// Counts in a file of its own tmpfs, so that the count is a part of the checkpoint.
 const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /tmp/i; sleep 0.05; done";
@@ -29,6 +29,8 @@ async fn counted_to(container: &Container, goal: u32) -> Result<u32> {
 
 pub(crate) async fn a_container_goes_on_from_its_checkpoint(cx: Context) -> Result<()> {
     needs_images()?;
+    // which criu wants to set as it was, even where it cannot be
+    needs_controller("cpuset")?;
     needs_criu(&cx.suite().program("criu"))?;
     let container = cx.container(&["sh", "-c", COUNT]).id("saved").start().await?;
     let before = counted_to(&container, 20).await?;

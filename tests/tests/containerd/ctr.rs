@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use anyhow::{Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
-use shim_tests::runner::needs_images;
+use shim_tests::runner::{needs_controller, needs_images};
 use shim_tests::{isolation, rootfs};
 
 const IMAGE: &str = "example.test/busybox:1";
@@ -53,6 +53,8 @@ fn cgroup(cx: &Context, id: &str) -> String {
 
 pub(crate) async fn ctr_imports_an_image_and_runs_it(cx: Context) -> Result<()> {
     needs_images()?;
+    // of which ctr gives each container a share
+    needs_controller("cpu")?;
     import(&cx)?;
     let runtime = &cx.shim().runtime_type;
     let out =
@@ -68,6 +70,8 @@ pub(crate) async fn ctr_imports_an_image_and_runs_it(cx: Context) -> Result<()> 
 
 pub(crate) async fn ctr_execs_and_kills(cx: Context) -> Result<()> {
     needs_images()?;
+    // of which ctr gives each container a share
+    needs_controller("cpu")?;
     import(&cx)?;
     let runtime = &cx.shim().runtime_type;
     run(ctr(&cx).args(["run", "--detach", "--runtime", runtime, "--cgroup", &cgroup(&cx, "long"), IMAGE, "long", "sleep", "1000"]))?;

@@ -1,17 +1,19 @@
 //! Pause, kill, update, statistics, and the end of memory.
 
 use std::fs;
-use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::Status as Phase;
+use containerd_shim_protos::cgroups_v2::metrics::Metrics as MetricsV2;
 use prost::Message as _;
 use serde_json::json;
+use shim_tests::cgroups::{self, Version};
 use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::isolation;
-use shim_tests::messages::{METRICS_V1, MetricsV1, RESOURCES, any_json};
+use shim_tests::messages::{METRICS_V1, METRICS_V2, MetricsV1, RESOURCES, any_json};
+use shim_tests::runner::needs_controller;
 
 const LIMIT: u64 = 64 << 20;
 
@@ -42,23 +44,11 @@ pub(crate) async fn a_paused_container_stands_still_and_goes_on(cx: Context) -> 
 }
 
 fn frozen(container: &Container) -> Result<bool> {
-    let folder = cgroup_of(container, "freezer")?;
-    Ok(fs::read_to_string(folder.join("freezer.state"))?.trim() == "FROZEN")
-}
-
-/// The folder of a container's cgroup in one hierarchy.
-fn cgroup_of(container: &Container, controller: &str) -> Result<PathBuf> {
-    let text = fs::read_to_string(format!("/proc/{}/cgroup", container.pid))?;
-    for line in text.lines() {
-        let mut fields = line.splitn(3, ':').skip(1);
-        if let (Some(controllers), Some(path)) = (fields.next(), fields.next())
-            && controllers.split(',').any(|name| name == controller)
-        {
-            let path = path.trim_start_matches('/');
-            return Ok(PathBuf::from("/sys/fs/cgroup").join(controller).join(path));
-        }
+    let folder = cgroups::of(container.pid, "freezer")?;
+    match Version::here() {
+        Version::V1 => Ok(fs::read_to_string(folder.join("freezer.state"))?.trim() == "FROZEN"),
+        Version::V2 => Ok(fs::read_to_string(folder.join("cgroup.events"))?.lines().any(|line| line == "frozen 1")),
     }
-    bail!("no cgroup of {controller}: {text}")
 }
 
 pub(crate) async fn a_container_killed_while_paused_ends(cx: Context) -> Result<()> {
@@ -86,13 +76,12 @@ pub(crate) async fn kill_all_reaches_every_process(cx: Context) -> Result<()> {
 }
 
 pub(crate) async fn statistics_are_there_until_delete(cx: Context) -> Result<()> {
+    needs_controller("memory")?;
     let spec = |spec: shim_tests::spec::Spec| spec.memory_limit(LIMIT);
     let container = cx.container(&["sh", "-c", "echo up; read go"]).spec(spec).stdio(Stdio::ALL).start().await?;
     container.io.out().until("up").await?;
-    let metrics = metrics(&cx, &container).await?;
-    ensure!(metrics.pids.as_ref().is_some_and(|pids| pids.current == 1), "{metrics:?}");
-    ensure!(metrics.memory.as_ref().and_then(|memory| memory.usage.as_ref()).is_some_and(|m| m.limit == LIMIT), "{metrics:?}");
-    ensure!(metrics.cpu.as_ref().and_then(|cpu| cpu.usage.as_ref()).is_some_and(|usage| usage.total > 0), "{metrics:?}");
+    let measured = measure(&cx, &container).await?;
+    ensure!(measured.pids == 1 && measured.memory_limit_bytes == LIMIT && measured.cpu_is_counted, "{measured:?}");
     container.io.stdin().await?.write_all(b"go\n")?;
     container.wait().await?;
     if cx.shim().is_ours() {
@@ -102,26 +91,46 @@ pub(crate) async fn statistics_are_there_until_delete(cx: Context) -> Result<()>
     Ok(())
 }
 
-async fn metrics(cx: &Context, container: &Container) -> Result<MetricsV1> {
+/// What statistics say, whatever their kind.
+#[derive(Debug)]
+struct Measured {
+    pids: u64,
+    memory_limit_bytes: u64,
+    cpu_is_counted: bool,
+}
+
+async fn measure(cx: &Context, container: &Container) -> Result<Measured> {
     let data = cx.client().metrics(&container.id).await?.data.context("no data")?;
+    if Version::here() == Version::V2 {
+        ensure!(data.type_url.ends_with(METRICS_V2), "{}", data.type_url);
+        let metrics = <MetricsV2 as protobuf::Message>::parse_from_bytes(&data.value)?;
+        let (pids, memory_limit_bytes) = (metrics.pids.current, metrics.memory.usage_limit);
+        return Ok(Measured { pids, memory_limit_bytes, cpu_is_counted: metrics.cpu.usage_usec > 0 });
+    }
     ensure!(data.type_url.ends_with(METRICS_V1), "{}", data.type_url);
-    Ok(MetricsV1::decode(&data.value[..])?)
+    let metrics = MetricsV1::decode(&data.value[..])?;
+    let memory = metrics.memory.and_then(|memory| memory.usage).context("no memory")?;
+    let cpu = metrics.cpu.and_then(|cpu| cpu.usage).context("no processor time")?;
+    let pids = metrics.pids.context("no pids")?.current;
+    Ok(Measured { pids, memory_limit_bytes: memory.limit, cpu_is_counted: cpu.total > 0 })
 }
 
 pub(crate) async fn an_update_changes_the_limit(cx: Context) -> Result<()> {
+    needs_controller("memory")?;
     let container = cx.container(&["sleep", "1000"]).spec(|spec| spec.memory_limit(LIMIT)).start().await?;
     let resources = any_json(RESOURCES, &json!({ "memory": { "limit": 2 * LIMIT } }));
     cx.client().update(&container.id, resources).await?;
-    let found = fs::read_to_string(cgroup_of(&container, "memory")?.join("memory.limit_in_bytes"))?;
+    let file = if Version::here() == Version::V2 { "memory.max" } else { "memory.limit_in_bytes" };
+    let found = fs::read_to_string(cgroups::of(container.pid, "memory")?.join(file))?;
     ensure!(found.trim() == (2 * LIMIT).to_string(), "{found}");
-    let metrics = metrics(&cx, &container).await?;
-    let limit = metrics.memory.and_then(|memory| memory.usage).context("no memory")?.limit;
-    ensure!(limit == 2 * LIMIT, "{limit}");
+    let measured = measure(&cx, &container).await?;
+    ensure!(measured.memory_limit_bytes == 2 * LIMIT, "{measured:?}");
     container.destroy().await?;
     Ok(())
 }
 
 pub(crate) async fn the_end_of_memory_is_told_before_the_exit(cx: Context) -> Result<()> {
+    needs_controller("memory")?;
     let rounds = if cx.shim().is_ours() { 10 } else { 1 };
     for _round in 0..rounds {
         let events = cx.events().await?;
@@ -135,6 +144,7 @@ pub(crate) async fn the_end_of_memory_is_told_before_the_exit(cx: Context) -> Re
 }
 
 pub(crate) async fn the_end_of_memory_of_an_exec_is_told_too(cx: Context) -> Result<()> {
+    needs_controller("memory")?;
     let events = cx.events().await?;
     let container = cx.container(&["sleep", "1000"]).spec(|spec| spec.memory_limit(16 << 20)).start().await?;
     ensure!(container.exec("e", &["tail", "/dev/zero"]).run().await? == 137);
@@ -145,7 +155,7 @@ pub(crate) async fn the_end_of_memory_of_an_exec_is_told_too(cx: Context) -> Res
 
 pub(crate) async fn cgroups_are_gone_after_delete(cx: Context) -> Result<()> {
     let container = cx.container(&["sleep", "1000"]).start().await?;
-    let folder = cgroup_of(&container, "memory")?;
+    let folder = cgroups::of(container.pid, "memory")?;
     ensure!(folder.is_dir() && folder.display().to_string().contains(&isolation::cgroup()), "{}", folder.display());
     container.destroy().await?;
     ensure!(!folder.exists(), "{} is left", folder.display());

@@ -1,6 +1,5 @@
-//! Requests that cannot be carried out: each gets one clear error, and a container of the same shim does not notice.
+//! Requests that cannot be carried out: what our shim says to each, and how much of it it bears.
 
-use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,171 +10,67 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use shim_tests::bundle::Container;
 use shim_tests::eventually::{SOON, eventually, within};
-use shim_tests::spec;
+use shim_tests::refusals::{Refusal, requests};
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{self, Code, refusal};
 use shim_tests::witness::Witness;
 
-pub(crate) async fn a_bundle_that_cannot_be_run_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
-    let witness = Witness::start(&stand).await?;
-    let task = &witness.container.task;
-    let bundle = witness.sibling("bad", &["true"]);
-    let root = "\"root\":{\"path\":\"rootfs\"}";
-    let other_version = format!("{{\"ociVersion\":\"7.0.0\",{root}}}");
-    let no_version = format!("{{{root}}}");
-    let nested = format!("{{\"ociVersion\":\"1.0.2\",\"x\":{}{}}}", "[".repeat(10_000), "]".repeat(10_000));
-    for (config, code, words) in [
-        (None, Code::NotFound, "config.json"),
-        (Some("{\"ociVersion\": "), Code::InvalidArgument, "config.json"),
-        (Some(""), Code::InvalidArgument, "config.json"),
-        (Some("[]"), Code::InvalidArgument, "config.json"),
-        (Some("\0\u{1}"), Code::InvalidArgument, "config.json"),
-        (Some(nested.as_str()), Code::InvalidArgument, "config.json"),
-        (Some(other_version.as_str()), Code::InvalidArgument, "7.0.0"),
-        (Some(no_version.as_str()), Code::InvalidArgument, "ociVersion"),
-        (Some("{\"ociVersion\":\"1.0.2\"}"), Code::InvalidArgument, "root.path"),
-    ] {
-        bundle.write()?;
-        let path = bundle.folder.join("config.json");
-        match config {
-            Some(config) => fs::write(&path, config)?,
-            None => fs::remove_file(&path)?,
-        }
-        let (found, message) = refusal(task.create(&bundle.request()).await)?;
-        let config = config.map(|config| &config[..config.len().min(40)]);
-        ensure!(found == code && message.contains(words), "{config:?}: {found:?} {message}");
-        ensure!(message.lines().count() == 1, "{config:?}: {message}");
+/// Everything that was said is one line, and no longer than a person reads.
+fn are_sentences(said: &[Refusal]) -> Result<()> {
+    for refused in said {
+        ensure!(refused.message.lines().count() == 1 && refused.message.len() < 500, "{refused:?}");
     }
-    // and the id is free
-    let repaired = bundle.create_in(task).await?;
-    ensure!(repaired.destroy().await? == 137);
-    witness.dismiss().await
+    Ok(())
 }
 
-pub(crate) async fn a_request_that_cannot_be_carried_out_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
-    let witness = Witness::start(&stand).await?;
-    let task = &witness.container.task;
-    let bundle = witness.sibling("bad", &["true"]);
-    bundle.write()?;
-    let good = bundle.request();
-    let gone = |path: &str| vec![containerd_shim_protos::types::mount::Mount { source: path.to_owned(), ..good.rootfs[0].clone() }];
-    let any = |name: &str, value: &[u8]| MessageField::some(Any { type_url: name.to_owned(), value: value.to_vec(), ..Any::default() });
-    let cases = [
-        ("a bundle that is not there", api::CreateTaskRequest { bundle: "/no/such/bundle".into(), ..good.clone() }, "/no/such/bundle"),
-        ("no bundle", api::CreateTaskRequest { bundle: String::new(), ..good.clone() }, "bundle"),
-        ("a relative bundle", api::CreateTaskRequest { bundle: "b/bad".into(), ..good.clone() }, "bundle"),
-        ("a mount that cannot be", api::CreateTaskRequest { rootfs: gone("/no/such/folder"), ..good.clone() }, "/no/such/folder"),
-        (
-            "options of an unknown type",
-            api::CreateTaskRequest { options: any("no.such.Options", b"\x0a\x01x"), ..good.clone() },
-            "no.such.Options",
-        ),
-        (
-            "options that are none",
-            api::CreateTaskRequest { options: any("containerd.runc.v1.Options", &[0xff; 9]), ..good.clone() },
-            "containerd.runc.v1.Options",
-        ),
-        (
-            "a runtime that is not there",
-            api::CreateTaskRequest { options: runtime("/no/such/runtime"), ..good.clone() },
-            "/no/such/runtime",
-        ),
-        ("a scheme that is none", api::CreateTaskRequest { stdout: "carrier-pigeon:///x".into(), ..good.clone() }, "carrier-pigeon"),
-        ("a fifo that is not there", api::CreateTaskRequest { stdout: "/no/such/fifo".into(), ..good.clone() }, "/no/such/fifo"),
-        (
-            "a checkpoint that is not there",
-            api::CreateTaskRequest { checkpoint: "/no/such/image".into(), ..good.clone() },
-            "/no/such/image",
-        ),
-    ];
-    for (what, request, words) in cases {
-        let (code, message) = refusal(task.create(&request).await).context(what)?;
-        ensure!(message.contains(words) && message.lines().count() == 1, "{what}: {code:?} {message}");
-        ensure!(task.state("bad", "").await.is_err(), "{what}: something was made");
+pub(crate) async fn what_is_wrong_with_a_bundle_is_named(stand: Stand) -> Result<()> {
+    let said = requests::of_bundles(&stand).await?;
+    are_sentences(&said)?;
+    for refused in said {
+        let (code, words) = match refused.what {
+            "missing" => (Code::NotFound, "config.json"),
+            "another version" => (Code::InvalidArgument, "7.0.0"),
+            "no version" => (Code::InvalidArgument, "ociVersion"),
+            "no root" => (Code::InvalidArgument, "root.path"),
+            _ => (Code::InvalidArgument, "config.json"),
+        };
+        ensure!(refused.code == code && refused.message.contains(words), "{refused:?}");
     }
-    // no root file system at all: the bundle's folder for it is gone, and nothing is mounted there
-    fs::remove_dir(bundle.folder.join("rootfs"))?;
-    let (_, message) = refusal(task.create(&api::CreateTaskRequest { rootfs: Vec::new(), ..good.clone() }).await)?;
-    ensure!(message.contains("rootfs"), "{message}");
-    ensure!(task.create(&good).await.is_ok(), "the id is free again");
-    task.kill("bad", "", 9).await?;
-    task.wait("bad", "").await?;
-    task.delete("bad", "").await?;
-    witness.dismiss().await
+    Ok(())
 }
 
-fn runtime(binary: &str) -> MessageField<Any> {
-    use containerd_shim_protos::shim::oci::Options;
-    use protobuf::Message as _;
-    let options = Options { binary_name: binary.to_owned(), ..Options::default() };
-    let value = options.write_to_bytes().expect("a message without required fields is always complete");
-    MessageField::some(Any { type_url: "containerd.runc.v1.Options".to_owned(), value, ..Any::default() })
+pub(crate) async fn what_is_wrong_with_a_create_is_said_in_a_sentence(stand: Stand) -> Result<()> {
+    let said = requests::of_creates(&stand).await?;
+    are_sentences(&said)?;
+    let last = said.last().context("one without a root file system")?;
+    ensure!(last.message.contains("rootfs"), "{last:?}");
+    Ok(())
 }
 
-pub(crate) async fn a_text_that_is_no_id_is_refused_everywhere(stand: Stand) -> Result<()> {
-    let witness = Witness::start(&stand).await?;
-    let task = &witness.container.task;
-    let long = "a".repeat(300);
-    for id in ["", ".", "..", "a/b", "../witness", "/etc", "a\0b", "-rf", "a b", "ä", "witness/", long.as_str()] {
-        let bundle = witness.sibling("named", &["true"]);
-        bundle.write()?;
-        let (code, message) = refusal(task.create(&api::CreateTaskRequest { id: id.to_owned(), ..bundle.request() }).await)?;
-        ensure!(code == Code::InvalidArgument && message.lines().count() == 1 && message.len() < 500, "create {id:?}: {code:?} {message}");
-        let exec = api::ExecProcessRequest { exec_id: id.to_owned(), ..witness.container.bundle.exec_request("e", &["true"]) };
-        let (code, message) = refusal(task.exec(&exec).await)?;
-        ensure!(code == Code::InvalidArgument && message.lines().count() == 1 && message.len() < 500, "exec {id:?}: {code:?} {message}");
-        let codes = [
-            ttrpc::code_of(task.state(id, "").await)?,
-            ttrpc::code_of(task.start(id, "").await)?,
-            ttrpc::code_of(task.delete(id, "").await)?,
-            ttrpc::code_of(task.kill(id, "", 9).await)?,
-            ttrpc::code_of(task.pids(id).await)?,
-            ttrpc::code_of(task.wait_within(id, "", SOON).await)?,
-            ttrpc::code_of(task.stats(id).await)?,
-            ttrpc::code_of(task.pause(id).await)?,
-        ];
-        ensure!(codes.iter().all(|code| *code == Code::NotFound), "{id:?}: {codes:?}");
-        if !id.is_empty() {
-            ensure!(ttrpc::code_of(task.state("witness", id).await)? == Code::NotFound, "exec {id:?}");
-            ensure!(ttrpc::code_of(task.delete("witness", id).await)? == Code::NotFound, "exec {id:?}");
-        }
-    }
-    let entries = fs::read_dir(stand.folder().join("b"))?.flatten().map(|entry| entry.file_name());
-    let mut names: Vec<_> = entries.map(|name| name.to_string_lossy().into_owned()).collect();
-    names.sort();
-    ensure!(names == ["named", "witness"], "{names:?}");
-    witness.dismiss().await
+pub(crate) async fn what_is_wrong_with_an_id_is_said_in_a_sentence(stand: Stand) -> Result<()> {
+    are_sentences(&requests::of_ids(&stand).await?)
 }
 
-pub(crate) async fn an_exec_that_cannot_be_is_refused_and_leaves_nothing(stand: Stand) -> Result<()> {
-    let witness = Witness::start(&stand).await?;
-    let task = &witness.container.task;
-    let bundle = &witness.container.bundle;
-    let with = |bytes: &[u8]| {
-        let spec = Any { type_url: shim_tests::messages::PROCESS.to_owned(), value: bytes.to_vec(), ..Any::default() };
-        api::ExecProcessRequest { spec: MessageField::some(spec), ..bundle.exec_request("e", &[]) }
-    };
-    let mut refused = vec![with(b""), with(b"{"), with(b"[]"), with(&[0xff; 100])];
-    refused.push(api::ExecProcessRequest { spec: MessageField::none(), ..bundle.exec_request("e", &[]) });
-    refused.push(api::ExecProcessRequest { stdout: "carrier-pigeon:///x".into(), ..bundle.exec_request("e", &["true"]) });
-    for request in refused {
-        let (code, message) = refusal(task.exec(&request).await)?;
-        ensure!(message.lines().count() == 1, "{code:?} {message}");
-        ensure!(ttrpc::code_of(task.state("witness", "e").await)? == Code::NotFound);
+pub(crate) async fn what_is_wrong_with_an_exec_is_said_in_a_sentence(stand: Stand) -> Result<()> {
+    let said = requests::of_execs(&stand).await?;
+    // the runtime has words of its own
+    are_sentences(&said.into_iter().filter(|refused| refused.what == "exec").collect::<Vec<_>>())
+}
+
+pub(crate) async fn values_that_make_no_sense_are_invalid_arguments(stand: Stand) -> Result<()> {
+    let said = requests::of_values(&stand).await?;
+    ensure!(said.iter().filter(|refused| refused.what == "size").count() == 2, "a size was accepted: {said:?}");
+    for refused in said {
+        let number = refused.what.strip_prefix("signal ").unwrap_or_default();
+        ensure!(refused.code == Code::InvalidArgument && !refused.message.is_empty() && refused.message.contains(number), "{refused:?}");
     }
-    // what only the runtime can find wrong fails its start, and the exec can be deleted
-    for process in [serde_json::json!({}), serde_json::json!({"args": [], "cwd": "/"}), {
-        let mut process = spec::process(&["true"]);
-        process["cwd"] = "nowhere".into();
-        process
-    }] {
-        task.exec(&with(process.to_string().as_bytes())).await?;
-        let (code, message) = refusal(task.start("witness", "e").await)?;
-        ensure!(!message.is_empty(), "{code:?}");
-        task.delete("witness", "e").await?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    for path in ["", "relative", "../up"] {
+        let checkpoint = api::CheckpointTaskRequest { id: "c1".to_owned(), path: path.to_owned(), ..Default::default() };
+        let refused = container.task.call::<api::Empty>("Checkpoint", &checkpoint, SOON).await;
+        ensure!(ttrpc::code_of(refused)? == Code::InvalidArgument, "{path:?}");
     }
-    ensure!(witness.container.run("e", &["sh", "-c", "exit 5"]).await? == 5);
-    witness.dismiss().await
+    container.shut_down().await.map(drop)
 }
 
 /// Our control socket: `/run/containerd-shim-x/NAME.sock` beside `…/s/NAME`.
@@ -300,34 +195,5 @@ pub(crate) async fn too_many_added_processes_are_refused_until_one_is_deleted(st
         let _of_one_that_was_never_started = task.delete("witness", &format!("e{number}")).await?;
     }
     task.exec(&add(added)).await?;
-    witness.dismiss().await
-}
-
-pub(crate) async fn values_that_make_no_sense_are_refused(stand: Stand) -> Result<()> {
-    let witness = Witness::start(&stand).await?;
-    let task = &witness.container.task;
-    for signal in [0, 65, 1000, u32::MAX] {
-        let (code, message) = refusal(task.kill("witness", "", signal).await)?;
-        ensure!(code == Code::InvalidArgument && message.contains(&signal.to_string()), "signal {signal}: {code:?} {message}");
-    }
-    for (width, height) in [(u32::MAX, 24), (80, 1 << 16)] {
-        let resize = api::ResizePtyRequest { id: "witness".to_owned(), width, height, ..Default::default() };
-        ensure!(ttrpc::code_of(task.call::<api::Empty>("ResizePty", &resize, SOON).await)? == Code::InvalidArgument);
-    }
-    for resources in [&b""[..], b"{", b"[1]", &[0xff; 50]] {
-        let resources = Any { type_url: shim_tests::messages::RESOURCES.to_owned(), value: resources.to_vec(), ..Any::default() };
-        let update = api::UpdateTaskRequest { id: "witness".to_owned(), resources: MessageField::some(resources), ..Default::default() };
-        let (code, message) = refusal(task.call::<api::Empty>("Update", &update, SOON).await)?;
-        ensure!(code == Code::InvalidArgument && !message.is_empty(), "{code:?} {message}");
-    }
-    for path in ["", "relative", "../up"] {
-        let checkpoint = api::CheckpointTaskRequest { id: "witness".to_owned(), path: path.to_owned(), ..Default::default() };
-        ensure!(ttrpc::code_of(task.call::<api::Empty>("Checkpoint", &checkpoint, SOON).await)? == Code::InvalidArgument, "{path:?}");
-    }
-    // one that a real-time system may send; not to init, for which its kernel would ignore it
-    witness.container.exec("e", &["sleep", "1000"]).await?;
-    task.kill("witness", "e", 37).await?;
-    ensure!(task.wait("witness", "e").await? == 128 + 37);
-    task.delete("witness", "e").await?;
     witness.dismiss().await
 }

@@ -7,13 +7,12 @@ use containerd_shim_protos::api;
 use shim_tests::eventually::{SOON, a_second, eventually, within};
 use shim_tests::proc;
 use shim_tests::proc::private_kib;
+use shim_tests::refusals::frames::{answers, state_of};
 use shim_tests::stand::Stand;
 use shim_tests::task::{Task, V2, wait};
 use shim_tests::ttrpc::{Code, Frame, REQUEST, RESPONSE, Wire, header, refusal};
 use shim_tests::witness::Witness;
 use tokio::io::AsyncWriteExt as _;
-
-use crate::frames::{answers, state_of};
 
 /// Clients that say they will send 4 GiB and do so, as fast as they can, get no more than their turn.
 pub(crate) async fn four_gibibytes_of_nothing_delay_nobody(stand: Stand) -> Result<()> {
@@ -150,7 +149,7 @@ pub(crate) async fn a_hundred_thousand_abandoned_waits_are_cheap_and_answered_ea
     // a client that goes away again takes its own with it
     let mut gone = Wire::connect(witness.socket()).await?;
     gone.send(&waits(total)).await?;
-    answers(&mut gone, 1 + 2 * total).await?;
+    answers(&mut gone, V2, 1 + 2 * total).await?;
     let held = (private_kib(keeper)?, private_kib(worker)?);
     eprintln!("{total} Waits: KiB of keeper and worker: {before:?}, then {held:?}");
     ensure!(held.0 < before.0 + 8192 && held.1 < before.1 + 4096, "grown from {before:?} to {held:?} KiB");
@@ -164,7 +163,7 @@ pub(crate) async fn a_hundred_thousand_abandoned_waits_are_cheap_and_answered_ea
     // and one that stays is answered
     let mut stays = Wire::connect(witness.socket()).await?;
     stays.send(&waits(total)).await?;
-    answers(&mut stays, 1 + 2 * total).await?;
+    answers(&mut stays, V2, 1 + 2 * total).await?;
     witness.is_untouched().await?;
     shim_tests::stdio::Writer::open(&fifo).await?.write_all(b"go\n")?;
     let (mut incoming, _writer) = stays.split();

@@ -18,7 +18,7 @@ use shim_tests::runner::skip;
 use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
 use shim_tests::ttrpc::Code;
-use shim_tests::{builds, isolation, proc};
+use shim_tests::{builds, cgroups, isolation, proc};
 
 use crate::{build, on_build};
 
@@ -74,7 +74,7 @@ struct Narrow(PathBuf);
 
 impl Narrow {
     fn new(cx: &Context) -> Result<Self> {
-        let folders = isolation::cgroup_folders(&isolation::cgroup());
+        let folders = cgroups::folders(&isolation::cgroup());
         let Some(memory) = folders.into_iter().find(|folder| folder.join("memory.limit_in_bytes").exists()) else {
             return skip("there is no controller of memory of cgroup v1");
         };

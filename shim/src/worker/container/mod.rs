@@ -33,7 +33,7 @@ mod phase;
 mod queries;
 mod record;
 mod rest;
-mod spec;
+pub(crate) mod spec;
 mod start;
 mod streams;
 mod tend;

@@ -10,15 +10,16 @@ use protobuf::Message as _;
 
 use super::{sleeper, text};
 use crate::bundle::{self, Bundle, leave};
+use crate::cgroups::Version;
 use crate::clauses;
-use crate::conformance::{Case, Need};
+use crate::conformance::Case;
 use crate::eventually::{SOON, eventually, eventually_true};
 use crate::isolation;
 use crate::stand::Stand;
 use crate::task::Task;
 
 pub(super) fn cases() -> Vec<Case> {
-    let mut cases = clauses![bootstrap:
+    clauses![bootstrap:
         "C1" => start_answers_an_address_that_can_be_dialled;
         "C2" => options_on_standard_input_are_taken;
         "C3" => bootstrap_params_are_answered_in_kind;
@@ -30,12 +31,10 @@ pub(super) fn cases() -> Vec<Case> {
         "C9" => the_version_is_printed;
         "C10" => info_names_the_runtime;
         "C11" => the_shim_is_easier_to_kill_than_its_daemon;
+        "C12" => the_shim_is_put_where_shim_cgroup_says;
         "C13" => a_log_that_nobody_reads_wedges_nothing;
         "C14" => a_path_that_is_too_long_is_refused;
-    ];
-    cases
-        .extend(clauses![bootstrap: "C12" => the_shim_is_put_where_shim_cgroup_says].into_iter().map(|case| case.needs(&[Need::CgroupV1])));
-    cases
+    ]
 }
 
 /// Starts a shim with that on standard input, and lets it run a container.
@@ -182,10 +181,11 @@ async fn the_shim_is_easier_to_kill_than_its_daemon(stand: Stand) -> Result<()> 
 }
 
 async fn the_shim_is_put_where_shim_cgroup_says(stand: Stand) -> Result<()> {
-    let name = format!("/{}/{}-shims", isolation::cgroup(), stand.namespace());
-    let folders: Vec<_> = ["memory", "pids", "freezer"].map(|controller| format!("/sys/fs/cgroup/{controller}{name}")).into();
+    let name = format!("{}/{}-shims", isolation::cgroup(), stand.namespace());
+    let hierarchies: &[&str] = if Version::here() == Version::V1 { &["memory/", "pids/", "freezer/"] } else { &[""] };
+    let folders: Vec<_> = hierarchies.iter().map(|hierarchy| format!("/sys/fs/cgroup/{hierarchy}{name}")).collect();
     folders.iter().try_for_each(fs::create_dir_all)?;
-    let options = Options { shim_cgroup: name.clone(), binary_name: text(&stand.runtime()), ..Options::default() };
+    let options = Options { shim_cgroup: format!("/{name}"), binary_name: text(&stand.runtime()), ..Options::default() };
     let any = protobuf::well_known_types::any::Any {
         type_url: "containerd.runc.v1.Options".to_owned(),
         value: options.write_to_bytes()?,
@@ -198,9 +198,10 @@ async fn the_shim_is_put_where_shim_cgroup_says(stand: Stand) -> Result<()> {
     let container = bundle.run_in(&task).await?;
     let theirs = fs::read_to_string(format!("/proc/{}/cgroup", container.pid))?;
     container.shut_down().await?;
-    let in_memory = |text: &str| text.lines().any(|line| line.contains(":memory:") && line.ends_with(&name));
-    ensure!(in_memory(&place), "{place}");
-    ensure!(!in_memory(&theirs), "the container is there too: {theirs}");
+    let controller = if Version::here() == Version::V1 { ":memory:" } else { "0::" };
+    let is_there = |text: &str| text.lines().any(|line| line.contains(controller) && line.ends_with(&name));
+    ensure!(is_there(&place), "{place}");
+    ensure!(!is_there(&theirs), "the container is there too: {theirs}");
     eventually("the cgroups are free", SOON, async || Ok(folders.iter().try_for_each(fs::remove_dir)?)).await
 }
 

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use tokio::task::JoinSet;
+use anyhow::{Result, ensure};
 
 use super::sleeper;
 use crate::bundle::{Container, leave};
@@ -11,6 +10,7 @@ use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, eventually, within};
 use crate::fake_containerd::Manner;
+use crate::ordeals;
 use crate::stand::Stand;
 use crate::ttrpc::Code;
 
@@ -45,37 +45,9 @@ async fn a_life_is_told_once_and_in_order(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-/// Two hundred of the shortest, a few at a time.
 async fn each_exec_is_told_as_added_started_and_exited(stand: Stand) -> Result<()> {
-    let total = 200;
     let container = sleeper(&stand, "c1").await?;
-    let mut runs = JoinSet::new();
-    let mut statuses = 0;
-    for number in 0..total {
-        let (task, request) = (container.task.clone(), container.bundle.exec_request(&format!("e{number}"), &["true"]));
-        runs.spawn(async move {
-            task.exec(&request).await?;
-            task.start("c1", &request.exec_id).await?;
-            let status = task.wait("c1", &request.exec_id).await?;
-            task.delete("c1", &request.exec_id).await?;
-            anyhow::Ok(status)
-        });
-        if runs.len() >= 4 {
-            statuses += runs.join_next().await.context("it was spawned")???;
-        }
-    }
-    while let Some(status) = runs.join_next().await {
-        statuses += status??;
-    }
-    ensure!(statuses == 0, "{statuses}");
-    ensure!(container.destroy().await? == 137);
-    let told = stand.containerd().events().of_until("c1", "delete").await?;
-    for number in 0..total {
-        let of_it: Vec<_> = told.iter().filter(|event| event.ends_with(&format!("(e{number})"))).map(String::as_str).collect();
-        let expected = ["exec-added", "exec-started", "exit"].map(|topic| format!("{topic}(e{number})"));
-        ensure!(of_it.len() >= 3 && of_it[..3] == expected, "e{number}: {of_it:?}");
-        ensure!(of_it[3..].iter().all(|event| event.starts_with("delete")) && of_it.len() <= 4, "e{number}: {of_it:?}");
-    }
+    ordeals::short_execs(&container, 200, 4).await?;
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 

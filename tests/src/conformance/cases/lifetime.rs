@@ -105,7 +105,7 @@ async fn its_socket_is_gone_with_it(stand: Stand) -> Result<()> {
 }
 
 async fn delete_and_shutdown_at_once_are_answered(stand: Stand) -> Result<()> {
-    for round in 0..20 {
+    for round in 0..50 {
         let container = stand.bundle(&format!("c{round}"), &["true"]).run().await?;
         let (shim, id) = (container.shim_pid()?, container.id.as_str());
         let other = container.task.another().await?;
@@ -141,7 +141,7 @@ async fn a_group_that_is_deleted_all_at_once_leaves_nothing(stand: Stand) -> Res
         let first = stand.bundle(&format!("c{round}-0"), &["true"]).group(&format!("pod{round}")).run().await?;
         let shim = first.shim_pid()?;
         let mut ends = JoinSet::new();
-        for number in 1..6 {
+        for number in 1..10 {
             let bundle = stand.bundle(&format!("c{round}-{number}"), &["true"]).group(&format!("pod{round}"));
             let task = Task::connect(&bundle.start_shim().await?).await?;
             let member = bundle.run_in(&task).await?;

@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::{Streams, sleeper, text, unread};
 use crate::bundle::{Container, leave};
 use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
+use crate::ordeals;
 use crate::proc;
 use crate::stand::Stand;
-use crate::stdio::{self, Pace, Reader, Writer};
+use crate::stdio::{Pace, Reader, Writer};
 use crate::ttrpc::refusal;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -226,7 +226,7 @@ async fn a_grandchild_that_holds_the_output_costs_nothing_lasting(stand: Stand) 
     let mut files = Vec::new();
     for round in 0..3 {
         let mut all = Vec::new();
-        for number in 0..10 {
+        for number in 0..15 {
             let exec = format!("e{round}-{number}");
             let streams = Streams::new(&stand, &exec)?;
             let request = container.bundle.exec_request(&exec, &["sh", "-c", "sleep 1000 & echo said; exit 2"]);
@@ -261,32 +261,7 @@ async fn a_file_gets_both_streams(stand: Stand) -> Result<()> {
 }
 
 async fn a_full_disk_does_not_stop_a_container_for_good(stand: Stand) -> Result<()> {
-    let disk = stand.folder().join("disk");
-    fs::create_dir(&disk)?;
-    mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))?;
-    let filler = disk.join("filler");
-    let _full = fs::write(&filler, vec![0; 1 << 20]);
-    let (log, go) = (disk.join("out"), stand.folder().join("go"));
-    stdio::fifo(&go)?;
-    // more than a pipe holds
-    let script = "i=0; while [ $i -lt 4000 ]; do i=$((i+1)); echo line $i of those that nobody will see; done; read go; echo last; exit 3";
-    let uri = format!("file://{}", text(&log));
-    let container = stand.bundle("c1", &["sh", "-c", script]).stdio(&text(&go), &uri, &uri).run().await?;
-    let pid = container.pid.cast_signed();
-    eventually("it gets past what nobody can write", Duration::from_secs(15), async || {
-        let place = fs::read_to_string(format!("/proc/{pid}/wchan"))?;
-        ensure!(place.contains("pipe_read") || place.contains("poll"), "{place}");
-        Ok(())
-    })
-    .await?;
-    fs::remove_file(&filler)?;
-    Writer::open(&go).await?.write_all(b"go\n")?;
-    ensure!(container.finish().await? == 3);
-    let written = fs::read_to_string(&log)?;
-    ensure!(written.ends_with("last\n"), "{:?}", &written[written.len().saturating_sub(100)..]);
-    leave(&container.task, container.shim_pid()?, "c1").await?;
-    umount2(&disk, MntFlags::MNT_DETACH)?;
-    Ok(())
+    ordeals::full_disk(&stand).await
 }
 
 async fn a_logger_gets_everything_and_knows_the_container(stand: Stand) -> Result<()> {

@@ -207,7 +207,7 @@ async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
     let task = container.task.another().await?;
     let kill = tokio::spawn(async move { task.call::<api::Empty>("Kill", &request, SOON * 3).await });
     let held = gate.held("kill").await;
-    let total = 40;
+    let total = 100;
     for number in 0..total {
         ensure!(within("an exec", SOON, container.run(&format!("e{number}"), &["true"])).await?? == 0);
     }

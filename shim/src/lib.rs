@@ -1,0 +1,97 @@
+//! `containerd-shim-x-v2`: see docs/architecture.md for the picture. A library only for the sake of `fuzz/`.
+use std::process::ExitCode;
+
+mod bootstrap;
+mod cgroup;
+mod commands;
+mod control;
+mod disguise;
+mod engine;
+mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+mod handover;
+mod invocation;
+mod journal;
+mod journal_body;
+mod keeper;
+mod logging;
+mod mountinfo;
+mod options;
+mod rootfs;
+mod run_dir;
+mod settings;
+mod stdio_uri;
+mod sys;
+mod whole_file;
+mod worker;
+
+use invocation::Invocation;
+
+/// The command line makes no sense.
+const EXIT_USAGE: u8 = 2;
+
+/// What the program does: everything.
+pub fn main() -> ExitCode {
+    let invocation = match Invocation::parse(std::env::args_os().skip(1)) {
+        Ok(invocation) => invocation,
+        Err(error) => {
+            let help = if error.is_of_a_value() { "" } else { invocation::HELP };
+            eprintln!("containerd-shim-x-v2: {error}\n\n{help}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    match invocation {
+        Invocation::Start(flags) => ended(&format!("start {}", flags.id), bootstrap::start(&flags)),
+        Invocation::Delete(flags) => ended(&format!("delete {}", flags.id), bootstrap::delete(&flags)),
+        Invocation::Info => ended("info", bootstrap::info()),
+        Invocation::Version => ended("version", commands::version()),
+        Invocation::Help => ended("help", commands::help()),
+        Invocation::Keeper(settings) => inherited(|| {
+            logging::install(Some(&settings.bundle), settings.log_level);
+            let (clients, control) = (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?);
+            Ok(keeper::run(settings, clients, control))
+        }),
+        Invocation::Resume { settings, state, before } => inherited(|| {
+            nix::sys::prctl::set_name(c"containerd-shim")?;
+            logging::install(Some(&settings.bundle), settings.log_level);
+            let (state, before) = (sys::inherited::take(state)?, before.map(sys::inherited::take).transpose()?);
+            Ok(keeper::resume(settings, state, before))
+        }),
+        Invocation::Rehearse(settings) => inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take(3)?, sys::inherited::take(4)?))),
+        Invocation::Worker(settings) => inherited(|| {
+            // Executed through a descriptor, it would be called by the descriptor's number.
+            nix::sys::prctl::set_name(c"containerd-shim")?;
+            logging::install(Some(&settings.bundle), settings.log_level);
+            Ok(worker::run(settings, sys::inherited::take_socket(3)?))
+        }),
+        Invocation::Upgrade(order) => match commands::upgrade(&order) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(error) => ended("upgrade", Err(error)),
+        },
+        Invocation::Ps(query) => ended("ps", commands::ps(&query)),
+        Invocation::Inspect { id, query } => ended(&format!("inspect {id}"), commands::inspect(&id, &query)),
+    }
+}
+
+/// Runs a mode that needs descriptors of whoever started it.
+fn inherited(run: impl FnOnce() -> std::io::Result<ExitCode>) -> ExitCode {
+    run().unwrap_or_else(|error| {
+        eprintln!("containerd-shim-x-v2: this command is run by other commands of this program, with sockets: {error}");
+        ExitCode::from(EXIT_USAGE)
+    })
+}
+
+/// Prints why a command failed, with all its causes: containerd shows this to its client.
+fn ended<E: std::error::Error>(command: &str, result: Result<(), E>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    let mut sentence = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        sentence = format!("{sentence}: {error}");
+        cause = error.source();
+    }
+    eprintln!("containerd-shim-x-v2: {command}: {sentence}");
+    ExitCode::FAILURE
+}

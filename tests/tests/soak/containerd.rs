@@ -1,0 +1,280 @@
+//! A real containerd: killed, and everything below it too. Whatever a client is told is true, and what is left is nothing.
+//!
+//! What a daemon tells while nobody listens is told to nobody: the events of a container are counted where the daemon lived through all
+//! of its life. Wait and Delete say the exit in any case, and a shim that was killed is the only excuse for another one.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use shim_tests::audit::Audit;
+use shim_tests::client::Answer;
+use shim_tests::container::{Container, Stdio};
+use shim_tests::context::Context;
+use shim_tests::daemon::Daemon;
+use shim_tests::events::Events;
+use shim_tests::eventually::{SOON, eventually};
+use shim_tests::stand::Stand;
+use shim_tests::stdio::Pace;
+use shim_tests::suite::{Runtime, Suite};
+use shim_tests::{cgroups, proc};
+use tonic::{Code, Status};
+
+use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, seed, timer};
+
+/// What was done so far.
+#[derive(Debug, Default)]
+struct Counts {
+    containers: AtomicU64,
+    /// Containers whose creation was interrupted.
+    undone: AtomicU64,
+    execs: AtomicU64,
+    bytes: AtomicU64,
+    /// Containers whose events were counted.
+    told: AtomicU64,
+    /// Deaths of containerd, with which the reader of every shim's log goes.
+    daemons: AtomicU64,
+    runtimes: AtomicU64,
+    workers: AtomicU64,
+    stops: AtomicU64,
+    shims: AtomicU64,
+}
+
+/// What all lanes share.
+struct Soak {
+    cx: Context,
+    events: Events,
+    counts: Counts,
+    /// Containers whose shim was killed.
+    bereft: Mutex<BTreeSet<String>>,
+    /// Deaths and revivals of the daemon.
+    eras: AtomicU64,
+    over: AtomicBool,
+}
+
+pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(stand: Stand) -> Result<()> {
+    let (seed, before) = (seed(), Audit::take(&[]));
+    let daemon = Arc::new(Daemon::start(suite()?, stand.shim()).await?);
+    let programs = stand.program("gated-runtime").parent().context("a file is in a folder")?.to_owned();
+    let runtime = if Dice::new(seed, 98).one_in(2) { Runtime::Runc } else { Runtime::Crun };
+    let cx = Context::new(Arc::clone(&daemon), runtime, stand.shim().clone(), &programs).await?;
+    println!("soak: {} with {runtime}", daemon.suite());
+    let (events, counts) = (cx.events().await?, Counts::default());
+    let soak = Soak { cx, events, counts, bereft: Mutex::default(), eras: AtomicU64::new(0), over: AtomicBool::new(false) };
+    let lane = |lane| lane_of(&soak, lane, Dice::new(seed, lane));
+    let (chaos, (), one, two, three, four) =
+        tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
+    println!("soak: {:?}", soak.counts);
+    for result in [chaos, one, two, three, four] {
+        result.with_context(|| format!("X_SEED={seed}, the daemon's log:\n{}", soak.cx.logs()))?;
+    }
+    let tasks = soak.cx.client().list().await?;
+    ensure!(tasks.is_empty(), "containerd knows of {tasks:?}");
+    soak.cx.leaves_nothing().await?;
+    daemon.stop()?;
+    drop((soak, daemon));
+    Audit::nothing_more_than(&before, &[], SOON).await
+}
+
+fn suite() -> Result<Suite> {
+    let version = env::var("X_SOAK_CONTAINERD").unwrap_or_else(|_| Suite::Forky.version().to_owned());
+    let found = Suite::ALL.into_iter().find(|suite| suite.version() == version);
+    found.with_context(|| format!("X_SOAK_CONTAINERD={version}: there are 1.6, 1.7 and 2.1"))
+}
+
+/// Kills one thing at a time; with the daemon, now and then a shim or a worker that nobody looks after then.
+async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
+    let (cx, counts) = (&soak.cx, &soak.counts);
+    while !soak.over.load(Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_millis(100 + dice.below(600))).await; // what is killed, is killed at some time
+        match dice.below(8) {
+            0 | 1 => {
+                soak.eras.fetch_add(1, Ordering::SeqCst);
+                cx.daemon().kill()?;
+                count(&counts.daemons);
+                tokio::time::sleep(Duration::from_millis(dice.below(1000))).await;
+                match dice.below(4) {
+                    0 => kill_a_shim(soak, &mut dice),
+                    1 => kill_or_stop_a_worker(soak, &mut dice).await,
+                    _ => {}
+                }
+                cx.revive_daemon().await.context("containerd after its death")?;
+                soak.events.resubscribe(cx.client()).await?;
+                soak.eras.fetch_add(1, Ordering::SeqCst);
+            }
+            2 | 3 => {
+                if kill_a_runtime(&cx.runtime_binary(), &mut dice) {
+                    count(&counts.runtimes);
+                }
+            }
+            4 => kill_a_shim(soak, &mut dice),
+            _ => kill_or_stop_a_worker(soak, &mut dice).await,
+        }
+    }
+    Ok(())
+}
+
+async fn kill_or_stop_a_worker(soak: &Soak, dice: &mut Dice) {
+    match hurt_a_worker(&soak.cx.shims(), dice).await {
+        Some(Worker::Killed) => count(&soak.counts.workers),
+        Some(Worker::Stopped) => count(&soak.counts.stops),
+        None => {}
+    }
+}
+
+fn kill_a_shim(soak: &Soak, dice: &mut Dice) {
+    let Some(shim) = dice.one_of(soak.cx.shims()) else { return };
+    let words: Vec<_> = shim.command.split(' ').collect();
+    let Some(id) = words.iter().skip_while(|word| **word != "-id").nth(1) else { return };
+    soak.bereft.lock().expect("no panic under this lock").insert((*id).to_owned());
+    proc::kill_hard(shim.pid);
+    count(&soak.counts.shims);
+}
+
+impl Soak {
+    fn is_bereft(&self, id: &str) -> bool {
+        self.bereft.lock().expect("no panic under this lock").contains(id)
+    }
+
+    fn era(&self) -> u64 {
+        self.eras.load(Ordering::SeqCst)
+    }
+}
+
+async fn lane_of(soak: &Soak, lane: u64, mut dice: Dice) -> Result<()> {
+    for number in 0.. {
+        if soak.over.load(Ordering::Relaxed) {
+            break;
+        }
+        let id = format!("c{lane}-{number}");
+        one_life(soak, &id, &mut dice)
+            .await
+            .inspect_err(|_| soak.over.store(true, Ordering::Relaxed))
+            .with_context(|| format!("{id}: {:?}, its shim was killed: {}", soak.events.of(&id), soak.is_bereft(&id)))?;
+    }
+    Ok(())
+}
+
+/// Asks until somebody answers. A refusal is an answer; the end of a connection, to the daemon or from there to a shim, is none.
+async fn answered<T>(what: &str, mut ask: impl AsyncFnMut() -> Answer<T>) -> Result<Answer<T>> {
+    eventually(what, SOON * 3, async || match ask().await {
+        Err(status) if is_silence(&status) => Err(status.into()),
+        answer => Ok(answer),
+    })
+    .await
+}
+
+fn is_silence(status: &Status) -> bool {
+    let words = ["ttrpc: closed", "transport", "error reading from server", "connection refused", "h2 protocol error"];
+    matches!(status.code(), Code::Unavailable | Code::Cancelled) || words.iter().any(|words| status.message().contains(words))
+}
+
+/// A container from its creation to its end, however often something has to be asked for again.
+async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
+    let (era, status, bytes) = (soak.era(), 1 + dice.below(99) as u32, dice.below(300_000));
+    // some live for as long as an exec or a restart of the daemon needs
+    let script = format!("head -c {bytes} /dev/zero; sleep {}.{}; exit {status}", dice.below(2), dice.below(10));
+    let builder = soak.cx.container(&["sh", "-c", &script]).id(id).stdio(Stdio::Fifos { stdin: false, pace: Some(Pace::Count) });
+    // metadata that went before their task would leave containerd with a task that nobody can name: undo takes both, in their order
+    let created = async { builder.metadata().await?.create_task().await };
+    let container = match created.await {
+        Ok(container) if container.start().await.is_ok() => container,
+        begun => {
+            count(&soak.counts.undone);
+            let undone = undo(soak, id).await;
+            drop(begun);
+            return undone;
+        }
+    };
+    for exec in 0..dice.below(3) {
+        run_exec(soak, &container, exec, dice).await?;
+    }
+    let true_status = |found: u32| found == status || (found == 137 && soak.is_bereft(id));
+    match answered("Wait", async || container.wait().await).await? {
+        Ok(found) => ensure!(true_status(found), "Wait says {found}, not {status}"),
+        Err(refused) => ensure!(soak.is_bereft(id), "Wait: {refused}"),
+    }
+    // its runtime may be killed as well, and the daemon after it was done
+    let deleted = eventually("deleted", SOON * 3, async || match container.delete().await {
+        Ok(deleted) => Ok(Some(deleted.exit_status)),
+        Err(gone) if gone.code() == Code::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    });
+    match deleted.await? {
+        Some(found) => ensure!(true_status(found), "Delete says {found}, not {status}"),
+        None => ensure!(soak.is_bereft(id) || soak.era() != era, "it was not there to be deleted"),
+    }
+    container.io.out().to_end_within(SOON * 3).await?;
+    let read = container.io.out().count();
+    ensure!(read == bytes || (read < bytes && soak.is_bereft(id)), "{read} of {bytes} bytes");
+    soak.counts.bytes.fetch_add(read, Ordering::Relaxed);
+    forget(soak, id).await?;
+    count(&soak.counts.containers);
+    told(soak, id, status, era).await
+}
+
+async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Dice) -> Result<()> {
+    let (exec, status) = (format!("e{number}"), dice.below(100) as u32);
+    let Ok(process) = container.exec(&exec, &["sh", "-c", &format!("exit {status}")]).start().await else {
+        // the container has ended, or something was killed
+        return Ok(());
+    };
+    match answered("the end of an exec", async || process.wait().await).await? {
+        // init may end first, and takes it along
+        Ok(found) => ensure!([status, 137].contains(&found), "{exec}: {found}, not {status}"),
+        Err(refused) => ensure!(soak.is_bereft(&container.id), "{exec}: {refused}"),
+    }
+    count(&soak.counts.execs);
+    Ok(())
+}
+
+/// What a client does that does not know how far its creation got.
+async fn undo(soak: &Soak, id: &str) -> Result<()> {
+    let client = soak.cx.client();
+    eventually("no task", SOON * 3, async || {
+        // one that has ended cannot be killed, and one that never was cannot either
+        let _either = client.kill(id, "", 9, true).await;
+        match client.delete(id).await {
+            Err(error) if error.code() != Code::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    })
+    .await?;
+    forget(soak, id).await?;
+    // a runtime that was killed in the middle of create has told nobody of the cgroups that it had made: they are empty, and left
+    cgroups::remove(soak.cx.cgroup_path(id).trim_matches('/'));
+    Ok(())
+}
+
+/// Deletes the metadata.
+async fn forget(soak: &Soak, id: &str) -> Result<()> {
+    eventually("no metadata", SOON * 3, async || match soak.cx.client().delete_container(id).await {
+        Err(error) if error.code() != Code::NotFound => Err(error.into()),
+        _ => Ok(()),
+    })
+    .await
+}
+
+/// The exit was told, once and truly, where somebody listened all the time.
+async fn told(soak: &Soak, id: &str, status: u32, era: u64) -> Result<()> {
+    if !era.is_multiple_of(2) {
+        return Ok(());
+    }
+    let deletion = soak.events.of_until(id, "delete").await;
+    if soak.era() != era {
+        return Ok(());
+    }
+    let told = deletion?;
+    let exits = soak.events.exits(id, "");
+    if soak.is_bereft(id) {
+        // the shim may have told it before it was killed; the daemon tells it then too
+        ensure!(!exits.is_empty() && exits.iter().all(|exit| [status, 137].contains(&exit.status)), "{exits:?}");
+    } else if exits.len() != 1 || exits[0].status != status {
+        bail!("not one exit with {status}: {told:?}, {exits:?}");
+    }
+    count(&soak.counts.told);
+    Ok(())
+}
