@@ -3,7 +3,7 @@
 //! What a daemon tells while nobody listens is told to nobody: the events of a container are counted where the daemon lived through all
 //! of its life. Wait and Delete say the exit in any case, and a shim that was killed is the only excuse for another one.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::env;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -48,8 +48,8 @@ struct Soak {
     cx: Context,
     events: Events,
     counts: Counts,
-    /// Containers whose shim was killed.
-    bereft: Mutex<BTreeSet<String>>,
+    /// Containers whose shim was killed, with its command line.
+    bereft: Mutex<BTreeMap<String, String>>,
     /// Deaths and revivals of the daemon.
     eras: AtomicU64,
     over: AtomicBool,
@@ -74,9 +74,11 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     let tasks = soak.cx.client().list().await?;
     ensure!(tasks.is_empty(), "containerd knows of {tasks:?}");
     soak.cx.leaves_nothing().await?;
+    let (killed, log) = (soak.bereft_and_told(), daemon.log());
     daemon.stop()?;
     drop((soak, daemon));
-    Audit::nothing_more_than(&before, &[], SOON).await
+    let left = Audit::nothing_more_than(&before, &[], SOON).await;
+    left.with_context(|| format!("X_SEED={seed}, killed shims: {killed:#?}, the daemon's log:\n{log}"))
 }
 
 fn suite() -> Result<Suite> {
@@ -129,14 +131,20 @@ fn kill_a_shim(soak: &Soak, dice: &mut Dice) {
     let Some(shim) = dice.one_of(soak.cx.shims()) else { return };
     let words: Vec<_> = shim.command.split(' ').collect();
     let Some(id) = words.iter().skip_while(|word| **word != "-id").nth(1) else { return };
-    soak.bereft.lock().expect("no panic under this lock").insert((*id).to_owned());
+    soak.bereft.lock().expect("no panic under this lock").insert((*id).to_owned(), shim.command.clone());
     proc::kill_hard(shim.pid);
     count(&soak.counts.shims);
 }
 
 impl Soak {
     fn is_bereft(&self, id: &str) -> bool {
-        self.bereft.lock().expect("no panic under this lock").contains(id)
+        self.bereft.lock().expect("no panic under this lock").contains_key(id)
+    }
+
+    /// Of each killed shim its command line, and what was told of its container.
+    fn bereft_and_told(&self) -> Vec<(String, Vec<String>)> {
+        let bereft = self.bereft.lock().expect("no panic under this lock");
+        bereft.iter().map(|(id, command)| (command.clone(), self.events.of(id))).collect()
     }
 
     fn era(&self) -> u64 {
