@@ -18,7 +18,7 @@ use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::runner::skip;
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Frame, Wire};
-use shim_tests::{isolation, proc};
+use shim_tests::{cgroups, isolation, proc};
 
 use crate::{build, on_build};
 
@@ -209,7 +209,7 @@ struct Frozen(PathBuf);
 
 impl Frozen {
     fn new(cx: &Context) -> Result<Self> {
-        let folders = isolation::cgroup_folders(&isolation::cgroup());
+        let folders = cgroups::folders(&isolation::cgroup());
         let Some(freezer) = folders.into_iter().find(|folder| folder.join("freezer.state").exists()) else {
             return skip("there is no freezer of cgroup v1");
         };
