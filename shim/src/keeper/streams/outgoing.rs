@@ -147,7 +147,7 @@ impl Outgoing {
             return Some(stop);
         }
         let source = self.source.as_ref()?;
-        let (moved, stop) = move_bytes(source.as_fd(), None, self.sink.as_fd(), None, TURN_BYTES);
+        let (moved, stop) = move_bytes(source.as_fd(), self.sink.as_fd(), None, TURN_BYTES);
         let source_waits = waiting_bytes(source.as_fd()).unwrap_or(0) > 0;
         if let (Stop::Idle, true, Some(spill)) = (&stop, source_waits, &mut self.spill) {
             let stop = spill.fill_from(source);
@@ -308,7 +308,7 @@ impl Spill {
         if room == 0 {
             return Stop::Idle;
         }
-        match move_bytes(source.as_fd(), None, self.file.as_fd(), Some(&mut self.tail), room) {
+        match move_bytes(source.as_fd(), self.file.as_fd(), Some(&mut self.tail), room) {
             // A full disk: the process waits, as without a file.
             (_, Stop::Failed(_)) => Stop::Idle,
             (_, stop) => stop,
