@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         .map_within(long),
         cases![bad_workers,
             Scope::Daemons => what_containerd_needs_is_answered_while_no_worker_starts;
-            Scope::Ends => a_stopped_worker_is_replaced;
+            Scope::Ends => a_stopped_worker_is_replaced, a_worker_that_cannot_die_is_done_without;
             Scope::Once =>
                 a_request_that_kills_is_given_up_and_the_others_live,
                 a_request_that_hangs_its_worker_is_given_up_and_the_others_live,

@@ -95,7 +95,13 @@ impl<'a> Deletion<'a> {
             (Keeper::KnowsNothing, Some(exit)) => return Ok(exit),
             // The keeper has left, as keepers do after the last deletion. Or we were here before, and the worker is still not able
             // to drop its record.
-            (_, Some(exit)) if by_hand::is_clean(&self.leftovers()) => return Ok(exit),
+            (keeper, Some(exit)) if by_hand::is_clean(&self.leftovers()) => {
+                // Unless it was killed on its way.
+                if keeper == Keeper::Dead {
+                    self.remove_sockets();
+                }
+                return Ok(exit);
+            }
             (Keeper::MayKnow, _) => {
                 if let Some(told) = self.ask_worker()
                     && let Some(exit) = self.recorded_now().or(told)
@@ -212,6 +218,9 @@ impl<'a> Deletion<'a> {
     /// Removes the sockets of a keeper that is dead, unless another has their place by now.
     fn remove_sockets(&self) {
         let Some(place) = self.place() else { return };
+        if !place.socket.exists() && !place.control.exists() {
+            return;
+        }
         let Ok(_lock) = Lock::take(&place.lock, Instant::now() + Duration::from_millis(100)) else { return };
         if !control::is_listening(&place.control, Duration::from_millis(50)) {
             let _ = socket::remove_stale(&place);

@@ -294,15 +294,17 @@ impl Ledger {
             .map(|ready| ready.answer.as_slice())
     }
 
-    /// Answers that are due because the worker has taken too long, or because there is none (`at_once`).
-    pub(crate) fn overdue(&mut self, now: Instant, at_once: bool) -> Vec<Due> {
+    /// Answers that are due because the worker has taken too long, or because there is none (`at_once`). With each, the operations of
+    /// its cause of which the outcome is still to come: nobody will be told of it.
+    pub(crate) fn overdue(&mut self, now: Instant, at_once: bool) -> Vec<(Due, Vec<(Cause, Step)>)> {
         let late: Vec<Cause> = self.ready_due.iter().filter(|(_, at)| at_once || **at <= now).map(|(cause, _)| *cause).collect();
         let mut due = Vec::new();
         for cause in late {
             self.ready_due.remove(&cause);
-            let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.causes.get(&cause) else { continue };
+            let Some(Open { what: What::Request { asker, payload, .. }, operations }) = self.causes.get(&cause) else { continue };
             if let Some(response) = self.ready_answer(payload).map(<[u8]>::to_vec) {
-                due.push(Due { asker: *asker, request_bytes: Some(payload.len()), response });
+                let pending = operations.iter().filter(|(_, outcome)| outcome.is_none()).map(|(step, _)| (cause, *step)).collect();
+                due.push((Due { asker: *asker, request_bytes: Some(payload.len()), response }, pending));
                 self.close(cause);
             }
         }
@@ -480,10 +482,15 @@ mod tests {
         let ready = Ready { key: "c".into(), service: "s".into(), method: "m".into(), payload: vec![], answer: vec![42] };
         ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ready: vec![ready], ..Commit::default() });
         let now = Instant::now();
-        ledger.open_request(caller(1), request.clone(), now);
+        let cause = ledger.open_request(caller(1), request.clone(), now);
         assert_eq!(ledger.overdue(now, false), []);
+        // Of what the worker has asked for by then, one outcome is still to come.
+        ledger.ask(cause, 4, false);
+        ledger.settle(cause, 4, &Outcome::Done);
+        ledger.ask(cause, 5, false);
         let due = ledger.overdue(now + READY_AFTER, false);
-        assert_eq!(due.iter().map(|due| due.response.clone()).collect::<Vec<_>>(), [vec![42]]);
+        assert_eq!(due.iter().map(|(due, _)| due.response.clone()).collect::<Vec<_>>(), [vec![42]]);
+        assert_eq!(due[0].1, [(cause, 5)]);
         ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![2]))], ..Commit::default() });
         assert_eq!(ledger.ready_answer(&request), None);
     }

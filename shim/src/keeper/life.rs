@@ -40,6 +40,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// And so long it may take in any case.
 const PONG_AT_MOST: Duration = Duration::from_secs(60);
 
+/// So long a worker that was killed may take to end. A thread of it may sleep where no signal reaches it, over a disk that hangs.
+const ENDS_WITHIN: Duration = Duration::from_secs(3);
+
 /// The most descriptors of a worker that wait for their messages.
 const MAX_ATTACHED: usize = 4096;
 
@@ -133,8 +136,8 @@ pub(crate) struct Life {
     output: Outbox,
     born: Instant,
     failure: Capture,
-    /// It was killed by us, for this: nothing that it says counts any more.
-    doomed: Option<End>,
+    /// It was killed by us, for this, and then: nothing that it says counts any more.
+    doomed: Option<(End, Instant)>,
     /// When it was last heard, or began to owe us something.
     quiet_since: Instant,
     /// It was sent something since it was last heard.
@@ -184,7 +187,7 @@ impl Life {
     /// Kills it; its end is seen like any other. What it has said and we have not read is as if it had died before.
     pub(crate) fn kill(&mut self, fault: Fault, why: String) {
         if self.doomed.is_none() {
-            self.doomed = Some(End { fault, why });
+            self.doomed = Some((End { fault, why }, Instant::now()));
             // It is our child and not reaped: the number is its own.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid as i32), nix::sys::signal::Signal::SIGKILL);
         }
@@ -194,13 +197,18 @@ impl Life {
         self.doomed.is_some()
     }
 
+    /// Whether it was killed long ago and has not ended.
+    pub(crate) fn is_stuck(&self, now: Instant) -> bool {
+        self.doomed.as_ref().is_some_and(|(_, at)| now >= *at + ENDS_WITHIN)
+    }
+
     /// Tells how it has ended, once it has. `status` as in [`sys::process::Ended`].
     pub(crate) fn end(self, status: u32) -> End {
         if let Some(errno) = self.failure.finish().first_chunk() {
             let error = io::Error::from_raw_os_error(i32::from_ne_bytes(*errno));
             return End { fault: Fault::Its, why: format!("it cannot be executed: {error}") };
         }
-        self.doomed.unwrap_or_else(|| match status {
+        self.doomed.map(|(end, _)| end).unwrap_or_else(|| match status {
             137 => End { fault: Fault::Stranger, why: "signal 9".into() },
             129.. => End { fault: Fault::Its, why: format!("signal {}", status - 128) },
             _ => End { fault: Fault::Its, why: format!("exit status {status}") },
@@ -306,7 +314,7 @@ impl Life {
 
     /// Asks for a sign of life when one is due, and kills a worker that gives none. `is_busy`: something is unanswered.
     pub(crate) fn check(&mut self, now: Instant, is_busy: bool) {
-        if self.deadline(is_busy).is_none_or(|at| at > now) {
+        if self.doomed.is_some() || self.deadline(is_busy).is_none_or(|at| at > now) {
             return;
         }
         if self.hello.is_none() {
@@ -332,8 +340,8 @@ impl Life {
 
     /// When [`Life::check`] has something to do.
     pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
-        if self.doomed.is_some() {
-            return None;
+        if let Some((_, at)) = &self.doomed {
+            return Some(*at + ENDS_WITHIN);
         }
         if self.hello.is_none() {
             return Some(self.born + HELLO_WITHIN);

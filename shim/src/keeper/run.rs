@@ -206,6 +206,9 @@ impl Keeper {
             if self.trim_at.is_some_and(|at| at <= Instant::now()) {
                 self.trim_at = None;
                 sys::memory::trim();
+                if self.supervisor.is_asleep() {
+                    sys::memory::leave_program();
+                }
             }
         }
     }
@@ -266,8 +269,15 @@ impl Keeper {
             self.accept(now);
         }
         // Before a worker is brought back for what needs none.
-        for due in self.ledger.overdue(now, !self.supervisor.is_serving()) {
+        for (due, pending) in self.ledger.overdue(now, !self.supervisor.is_serving()) {
+            for (cause, step) in pending {
+                let outcome = failed(&Errno::ECANCELED.into(), "operation of a request that was answered meanwhile".into());
+                self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, now);
+            }
             self.answer(due);
+        }
+        if let Some(ended) = self.supervisor.give_up(now) {
+            self.ended(ended, now);
         }
         self.supervisor.ensure(now, self.ledger.is_busy(), &self.poll);
         self.tick_upgrade(now);
@@ -548,13 +558,20 @@ impl Keeper {
                 self.tell(now);
             }
             Found::Other { pid, status } => match self.supervisor.ended(pid, status, now) {
-                Ended::Worker { end, rolled_back } => self.worker_ended(&end, rolled_back, now),
-                Ended::Candidate(end) => self.candidate_ended(end),
                 Ended::Other => {
                     self.rehearsal_ended(pid, status);
                 }
+                ended => self.ended(ended, now),
             },
             Found::ReaderGone { key, stream } => self.streams.reader_gone(&key, stream, &mut self.poll),
+        }
+    }
+
+    fn ended(&mut self, ended: Ended, now: Instant) {
+        match ended {
+            Ended::Worker { end, rolled_back } => self.worker_ended(&end, rolled_back, now),
+            Ended::Candidate(end) => self.candidate_ended(end),
+            Ended::Other => {}
         }
     }
 

@@ -54,6 +54,8 @@ pub(crate) struct Supervisor {
     pub(super) previous: Option<(Executable, Instant)>,
     life: Option<Life>,
     candidate: Option<Life>,
+    /// Workers that were killed and cannot end yet. They have no link any more.
+    stuck: Vec<u32>,
     pub(super) last_number: u32,
     pub(super) lives: u32,
     pub(super) fruitless: u32,
@@ -73,6 +75,9 @@ const SPELL_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
 const DEFAULT_SPELL: Duration = Duration::from_secs(60);
 /// A worker may still look for a killing that the kernel has not counted yet.
 const LEAST_SPELL: Duration = Duration::from_secs(5);
+
+/// The status of a process that was killed.
+const KILLED: u32 = 128 + 9;
 
 fn spell() -> Option<Duration> {
     let named = std::env::var(SPELL_VARIABLE).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
@@ -95,6 +100,7 @@ impl Supervisor {
             previous: None,
             life: None,
             candidate: None,
+            stuck: Vec::new(),
             last_number: 0,
             lives: 0,
             fruitless: 0,
@@ -104,6 +110,20 @@ impl Supervisor {
             watches: Vec::new(),
             asleep: false,
         })
+    }
+
+    /// Gives up waiting for the end of a worker that was killed and cannot die: the next one goes on without it.
+    pub(crate) fn give_up(&mut self, now: Instant) -> Option<Ended> {
+        let life = match self.candidate.take_if(|life| life.is_stuck(now)) {
+            Some(candidate) => {
+                self.stuck.push(candidate.pid);
+                return Some(Ended::Candidate(candidate.end(KILLED)));
+            }
+            None => self.life.take_if(|life| life.is_stuck(now))?,
+        };
+        warn!(pid = life.pid; "the worker was killed and does not end, going on without it");
+        self.stuck.push(life.pid);
+        Some(self.life_ended(life, KILLED, now))
     }
 
     /// Starts a worker if there is none and its time has come, and notices one that hangs. `is_busy`: something is unanswered.
@@ -158,7 +178,15 @@ impl Supervisor {
         if let Some(candidate) = self.candidate.take_if(|candidate| candidate.pid == pid) {
             return Ended::Candidate(candidate.end(status));
         }
-        let Some(life) = self.life.take_if(|life| life.pid == pid) else { return Ended::Other };
+        self.stuck.retain(|stuck| *stuck != pid);
+        match self.life.take_if(|life| life.pid == pid) {
+            Some(life) => self.life_ended(life, status, now),
+            None => Ended::Other,
+        }
+    }
+
+    fn life_ended(&mut self, life: Life, status: u32, now: Instant) -> Ended {
+        let pid = life.pid;
         let end = life.end(status);
         if end.fault == Fault::Ours {
             return Ended::Worker { end, rolled_back: false };
@@ -282,7 +310,7 @@ impl Supervisor {
 
     /// Every child that is or was a worker.
     pub(crate) fn pids(&self) -> impl Iterator<Item = u32> {
-        [&self.life, &self.candidate].into_iter().flatten().map(|life| life.pid)
+        [&self.life, &self.candidate].into_iter().flatten().map(|life| life.pid).chain(self.stuck.iter().copied())
     }
 
     /// What the worker calls itself, and the version that it speaks.

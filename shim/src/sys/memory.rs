@@ -27,3 +27,21 @@ pub(crate) fn trim() {
         libc::madvise((end - DEPTH_BYTES) as *mut libc::c_void, DEPTH_BYTES, libc::MADV_DONTNEED);
     }
 }
+
+unsafe extern "C" {
+    /// Where the program begins in memory, and the end of its code. Defined by the linker.
+    static __executable_start: u8;
+    static etext: u8;
+}
+
+/// Takes code and constants of the program out of this process's view; they come back page by page when they are touched, out of the page
+/// cache. For a process that is about to wait for long: what it has mapped is its share of the program, and keeps the program in memory.
+pub(crate) fn leave_program() {
+    let start = &raw const __executable_start as usize;
+    let end = &raw const etext as usize & !(PAGE_BYTES - 1);
+    // SAFETY: both segments are mapped read-only from the executable's file, which cannot be written while it runs: nothing in them can be
+    // lost. The pages of this very function are mapped again on the way back.
+    unsafe {
+        libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED);
+    }
+}

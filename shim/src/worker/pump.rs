@@ -33,6 +33,7 @@ use tokio::sync::watch;
 use super::Worker;
 use super::container::ProcessKey;
 use crate::handover::{Op, Stream};
+use crate::sys;
 
 /// The pump of a process, running. Dropping it moves what is there and ends it.
 #[derive(Debug)]
@@ -143,7 +144,8 @@ struct Target {
 /// What became of a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Turn {
-    Moved,
+    /// So many bytes.
+    Moved(usize),
     Empty,
     Stalled,
 }
@@ -181,17 +183,15 @@ impl Thread {
 
     /// Moves what is in the pipes. Returns whether everything that was in them has gone into the files.
     ///
-    /// Who writes as fast as it is moved keeps neither the other output nor an order waiting.
+    /// No more than that: who writes as fast as it is moved keeps neither the other output nor an order waiting.
     fn round(&mut self) -> bool {
         let mut stalled = false;
         for index in 0..self.sources.len() {
-            for _ in 0..TURNS {
-                if self.sources[index].ended {
-                    break;
-                }
+            let mut left = sys::descriptors::waiting_bytes(self.sources[index].pipe.as_fd()).unwrap_or(0);
+            while !self.sources[index].ended {
                 match self.turn(index) {
-                    Turn::Moved => {}
-                    Turn::Empty => break,
+                    Turn::Moved(count) if count < left => left -= count,
+                    Turn::Moved(_) | Turn::Empty => break,
                     Turn::Stalled => {
                         stalled = true;
                         break;
@@ -231,16 +231,16 @@ impl Thread {
                 source.ended = true;
                 Turn::Empty
             }
-            Ok(_) => {
+            Ok(count) => {
                 if target.failing.take().is_some() {
                     target.tell_loss(&self.key);
                     target.lost_bytes = 0;
                     log::info!(container:% = self.key, path:% = target.path.display(); "file of output takes bytes again");
                 }
-                Turn::Moved
+                Turn::Moved(count)
             }
             Err(Errno::EAGAIN) => Turn::Empty,
-            Err(Errno::EINTR) => Turn::Moved,
+            Err(Errno::EINTR) => Turn::Moved(0),
             Err(error) => target.failed(&self.key, &source.pipe, error, now),
         }
     }
@@ -326,8 +326,6 @@ fn errno(error: io::Error) -> Errno {
 
 /// The most that one splice moves.
 const TURN_BYTES: usize = 1 << 20;
-/// How often one output is moved before the other has its turn: more often than a pipe can be full.
-const TURNS: usize = 16;
 const STACK_BYTES: usize = 128 << 10;
 /// How long a container may be held up by a file that takes nothing.
 const STALL_WITHIN: Duration = Duration::from_secs(5);

@@ -3,11 +3,14 @@
 //! What a daemon tells while nobody listens is told to nobody: the events of a container are counted where the daemon lived through all
 //! of its life. Wait and Delete say the exit in any case, and a shim that was killed is the only excuse for another one.
 
-use std::collections::BTreeSet;
-use std::env;
+use std::collections::BTreeMap;
+use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use std::{env, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use shim_tests::audit::Audit;
@@ -41,6 +44,8 @@ struct Counts {
     workers: AtomicU64,
     stops: AtomicU64,
     shims: AtomicU64,
+    /// Killed shims whose sockets were left.
+    sockets: AtomicU64,
 }
 
 /// What all lanes share.
@@ -48,8 +53,8 @@ struct Soak {
     cx: Context,
     events: Events,
     counts: Counts,
-    /// Containers whose shim was killed.
-    bereft: Mutex<BTreeSet<String>>,
+    /// Containers whose shim was killed, with its command line.
+    bereft: Mutex<BTreeMap<String, String>>,
     /// Deaths and revivals of the daemon.
     eras: AtomicU64,
     over: AtomicBool,
@@ -67,6 +72,7 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     let lane = |lane| lane_of(&soak, lane, Dice::new(seed, lane));
     let (chaos, (), one, two, three, four) =
         tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
+    soak.remove_sockets_of_the_killed();
     println!("soak: {:?}", soak.counts);
     for result in [chaos, one, two, three, four] {
         result.with_context(|| format!("X_SEED={seed}, the daemon's log:\n{}", soak.cx.logs()))?;
@@ -74,9 +80,11 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     let tasks = soak.cx.client().list().await?;
     ensure!(tasks.is_empty(), "containerd knows of {tasks:?}");
     soak.cx.leaves_nothing().await?;
+    let (killed, log) = (soak.bereft_and_told(), daemon.log());
     daemon.stop()?;
     drop((soak, daemon));
-    Audit::nothing_more_than(&before, &[], SOON).await
+    let left = Audit::nothing_more_than(&before, &[], SOON).await;
+    left.with_context(|| format!("X_SEED={seed}, killed shims: {killed:#?}, the daemon's log:\n{log}"))
 }
 
 fn suite() -> Result<Suite> {
@@ -129,14 +137,34 @@ fn kill_a_shim(soak: &Soak, dice: &mut Dice) {
     let Some(shim) = dice.one_of(soak.cx.shims()) else { return };
     let words: Vec<_> = shim.command.split(' ').collect();
     let Some(id) = words.iter().skip_while(|word| **word != "-id").nth(1) else { return };
-    soak.bereft.lock().expect("no panic under this lock").insert((*id).to_owned());
+    soak.bereft.lock().expect("no panic under this lock").insert((*id).to_owned(), shim.command.clone());
     proc::kill_hard(shim.pid);
     count(&soak.counts.shims);
 }
 
 impl Soak {
     fn is_bereft(&self, id: &str) -> bool {
-        self.bereft.lock().expect("no panic under this lock").contains(id)
+        self.bereft.lock().expect("no panic under this lock").contains_key(id)
+    }
+
+    /// A shim that is on its way out when it is killed leaves its sockets: containerd has run `delete` already, and nobody else will.
+    fn remove_sockets_of_the_killed(&self) {
+        for command in self.bereft.lock().expect("no panic under this lock").values() {
+            let paths = command.split(' ').map(|word| word.trim_start_matches("unix://")).map(Path::new);
+            let sockets = paths.filter(|path| fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket()));
+            // of the daemon's, which are named there too, somebody takes connections
+            let dead: Vec<_> = sockets.filter(|path| UnixStream::connect(path).is_err()).collect();
+            if !dead.is_empty() {
+                count(&self.counts.sockets);
+                dead.into_iter().for_each(|path| drop(fs::remove_file(path)));
+            }
+        }
+    }
+
+    /// Of each killed shim its command line, and what was told of its container.
+    fn bereft_and_told(&self) -> Vec<(String, Vec<String>)> {
+        let bereft = self.bereft.lock().expect("no panic under this lock");
+        bereft.iter().map(|(id, command)| (command.clone(), self.events.of(id))).collect()
     }
 
     fn era(&self) -> u64 {

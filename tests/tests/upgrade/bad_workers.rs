@@ -15,9 +15,10 @@ use shim_tests::bundle::worker_of;
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::proc;
+use shim_tests::runner::skip;
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Frame, Wire};
+use shim_tests::{cgroups, isolation, proc};
 
 use crate::{build, on_build};
 
@@ -201,4 +202,68 @@ pub(crate) async fn a_shutdown_that_a_worker_was_too_slow_for_is_carried_out(cx:
     Wire::connect(container.task.socket()).await?.send(&frame.encode()).await?;
     eventually_true("the shim has left", NOTICED, || !proc::is_alive(shim)).await?;
     stand.leaves_nothing().await
+}
+
+/// A cgroup of v1 in which nobody runs, not even to die.
+struct Frozen(PathBuf);
+
+impl Frozen {
+    fn new(cx: &Context) -> Result<Self> {
+        let folders = cgroups::folders(&isolation::cgroup());
+        let Some(freezer) = folders.into_iter().find(|folder| folder.join("freezer.state").exists()) else {
+            return skip("there is no freezer of cgroup v1");
+        };
+        let folder = freezer.join(cx.client().namespace()).join("frozen");
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join("freezer.state"), "FROZEN")?;
+        Ok(Self(folder))
+    }
+
+    fn take(&self, pid: i32) -> Result<()> {
+        fs::write(self.0.join("cgroup.procs"), pid.to_string()).with_context(|| format!("move {pid}"))
+    }
+
+    async fn thaw(&self) -> Result<()> {
+        fs::write(self.0.join("freezer.state"), "THAWED")?;
+        eventually("everybody in it has died", SOON, async || Ok(fs::remove_dir(&self.0)?)).await
+    }
+}
+
+/// As one of whose threads waits for a disk that hangs.
+pub(crate) async fn a_worker_that_cannot_die_is_done_without(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let frozen = Frozen::new(&cx)?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
+    let first = worker_of(keeper).await?;
+    frozen.take(first)?;
+    proc::kill_hard(first);
+    let exec = tokio::time::timeout(NOTICED, container.exec("e1", &["sh", "-c", "exit 4"]).run());
+    ensure!(exec.await.context("nobody goes on without it")?? == 4);
+    let is_there = |pid: i32| proc::Process::read(pid).is_ok();
+    ensure!(is_there(first), "it could die");
+    let second = worker_of_others(keeper, &[first]).await?;
+    frozen.take(second)?;
+    let program = build(&cx, "new", "build=new")?;
+    builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
+    ensure!(is_there(second), "it could die");
+    ensure!(container.exec("e2", &["sh", "-c", "exit 5"]).run().await? == 5);
+    frozen.thaw().await?;
+    for pid in [first, second] {
+        eventually_true("it is reaped", SOON, || !is_there(pid)).await?;
+    }
+    ensure!(container.destroy().await? == 137);
+    ensure!(wait.await??.into_inner().exit_status == 137);
+    cx.leaves_nothing().await
+}
+
+/// The worker of a keeper that is none of these.
+async fn worker_of_others(keeper: i32, not: &[i32]) -> Result<i32> {
+    eventually("the keeper has another worker", SOON, async || {
+        let is_it = |child: &proc::Process| !not.contains(&child.pid) && child.command.split(' ').any(|word| word == "worker");
+        proc::children(keeper).into_iter().find(is_it).map(|child| child.pid).context("no other child is called worker")
+    })
+    .await
 }

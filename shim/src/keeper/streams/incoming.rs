@@ -55,7 +55,7 @@ impl Incoming {
 
     /// Moves what can be moved.
     pub(super) fn turn(&mut self) -> Turn {
-        let (moved, stop) = move_bytes(self.source.as_fd(), None, self.sink.as_fd(), None, TURN_BYTES);
+        let (moved, stop) = move_bytes(self.source.as_fd(), self.sink.as_fd(), None, TURN_BYTES);
         self.bytes += moved;
         match stop {
             Stop::Idle => Turn::Waits,

@@ -355,7 +355,7 @@ impl Streams {
                 incoming::Turn::Waits => {}
             },
             Pump::Discard { source, sink, bytes } => {
-                let (moved, stop) = splice::move_bytes(source.as_fd(), None, sink.as_fd(), None, splice::TURN_BYTES);
+                let (moved, stop) = splice::move_bytes(source.as_fd(), sink.as_fd(), None, splice::TURN_BYTES);
                 *bytes += moved;
                 let lost = *bytes;
                 match stop {

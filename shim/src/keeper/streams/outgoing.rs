@@ -10,7 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -25,8 +25,10 @@ use crate::sys::descriptors::waiting_bytes;
 
 /// After a process has ended, somebody else may still hold its output: so long it may stay quiet before it is given up.
 pub(super) const QUIET_AFTER_EXIT: Duration = Duration::from_millis(500);
-/// Less is not given back. A smaller page would do no harm.
-const PAGE: libc::loff_t = 4096;
+/// So much is copied at once: what a fifo holds.
+const PART_BYTES: usize = 64 << 10;
+/// Less is not worth a call.
+const AT_ONCE_BYTES: libc::loff_t = 256 << 10;
 /// And so long it may go on in all, as far as its reader takes the bytes.
 pub(super) const LIMIT_AFTER_EXIT: Duration = Duration::from_secs(10);
 /// After Delete, a reader that is there has so long to take what is left. Without a reader, nobody will come.
@@ -145,7 +147,7 @@ impl Outgoing {
             return Some(stop);
         }
         let source = self.source.as_ref()?;
-        let (moved, stop) = move_bytes(source.as_fd(), None, self.sink.as_fd(), None, TURN_BYTES);
+        let (moved, stop) = move_bytes(source.as_fd(), self.sink.as_fd(), None, TURN_BYTES);
         let source_waits = waiting_bytes(source.as_fd()).unwrap_or(0) > 0;
         if let (Stop::Idle, true, Some(spill)) = (&stop, source_waits, &mut self.spill) {
             let stop = spill.fill_from(source);
@@ -226,6 +228,8 @@ pub(super) struct Spill {
     limit: u64,
     head: libc::loff_t,
     tail: libc::loff_t,
+    /// What was given back so far.
+    given_back: libc::loff_t,
     /// The file system gives nothing back before the file is empty.
     is_solid: bool,
 }
@@ -234,11 +238,12 @@ impl Spill {
     /// Makes a file without a name in `folder`.
     pub(super) fn new(folder: &Path, limit: u64) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(folder)?;
-        Ok(Self { file, limit, head: 0, tail: 0, is_solid: false })
+        Ok(Self { file, limit, head: 0, tail: 0, given_back: 0, is_solid: false })
     }
 
     fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
-        Ok(Self { file: l.fd()?.into(), limit: l.u64()?, head: l.i64()?, tail: l.i64()?, is_solid: false })
+        let (file, limit, head, tail) = (l.fd()?.into(), l.u64()?, l.i64()?, l.i64()?);
+        Ok(Self { file, limit, head, tail, given_back: 0, is_solid: false })
     }
 
     fn len(&self) -> u64 {
@@ -252,22 +257,47 @@ impl Spill {
     /// Moves spilled bytes on. No stop means that the file is empty again.
     fn empty_into(&mut self, sink: &OwnedFd) -> (u64, Option<Stop>) {
         let limit = (self.len() as usize).min(TURN_BYTES);
-        let (moved, stop) = move_bytes(self.file.as_fd(), Some(&mut self.head), sink.as_fd(), None, limit);
+        let (moved, stop) = self.copy_into(sink, limit);
         if !self.is_empty() {
             self.give_back();
             return (moved, Some(stop));
         }
-        (self.head, self.tail) = (0, 0);
+        (self.head, self.tail, self.given_back) = (0, 0, 0);
         // The space comes back with the next truncation, if not with this one.
         let _ = self.file.set_len(0);
         (moved, Some(Stop::Turn))
     }
 
+    /// Copies: splice(2) would put the pages of the file themselves into the fifo, and what is given back of the file may change them.
+    fn copy_into(&mut self, sink: &OwnedFd, limit: usize) -> (u64, Stop) {
+        let mut moved = 0;
+        let mut part = vec![0; limit.min(PART_BYTES)];
+        while moved < limit {
+            let wanted = part.len().min(limit - moved);
+            let written = self.file.read_at(&mut part[..wanted], self.head as u64).and_then(|count| match count {
+                0 => Err(io::ErrorKind::UnexpectedEof.into()),
+                count => Ok(nix::unistd::write(sink, &part[..count])?),
+            });
+            match written {
+                Ok(count) => {
+                    moved += count;
+                    self.head += count as libc::loff_t;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (moved as u64, Stop::Idle),
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return (moved as u64, Stop::Closed),
+                Err(error) => return (moved as u64, Stop::Failed(error)),
+            }
+        }
+        (moved as u64, Stop::Turn)
+    }
+
+    /// Gives back what was copied out of the file.
     fn give_back(&mut self) {
-        let taken = self.head / PAGE * PAGE;
-        if taken > 0 && !self.is_solid {
+        if self.head >= self.given_back + AT_ONCE_BYTES && !self.is_solid {
             let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            self.is_solid = fallocate(&self.file, hole, 0, taken).is_err();
+            self.is_solid = fallocate(&self.file, hole, 0, self.head).is_err();
+            self.given_back = self.head;
         }
     }
 
@@ -278,7 +308,7 @@ impl Spill {
         if room == 0 {
             return Stop::Idle;
         }
-        match move_bytes(source.as_fd(), None, self.file.as_fd(), Some(&mut self.tail), room) {
+        match move_bytes(source.as_fd(), self.file.as_fd(), Some(&mut self.tail), room) {
             // A full disk: the process waits, as without a file.
             (_, Stop::Failed(_)) => Stop::Idle,
             (_, stop) => stop,

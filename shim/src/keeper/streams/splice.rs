@@ -26,10 +26,9 @@ pub(super) enum Stop {
     Failed(io::Error),
 }
 
-/// Moves bytes until something stops it. `offsets`: positions for a side that is a file. Returns the number of bytes moved.
+/// Moves bytes until something stops it. `sink_at`: the position in a sink that is a file. Returns the number of bytes moved.
 pub(super) fn move_bytes(
     source: BorrowedFd<'_>,
-    mut source_at: Option<&mut libc::loff_t>,
     sink: BorrowedFd<'_>,
     mut sink_at: Option<&mut libc::loff_t>,
     limit: usize,
@@ -37,7 +36,7 @@ pub(super) fn move_bytes(
     let mut moved = 0;
     while moved < limit {
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
-        match splice(source, source_at.as_deref_mut(), sink, sink_at.as_deref_mut(), limit - moved, flags) {
+        match splice(source, None, sink, sink_at.as_deref_mut(), limit - moved, flags) {
             Ok(0) => return (moved as u64, Stop::End),
             Ok(count) => moved += count,
             Err(Errno::EINTR) => {}

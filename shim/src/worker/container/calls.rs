@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use super::create::at;
+use super::create::{at, blocking};
 use super::{Announce, Change, Container, Event, Fact, Happening, ProcessKey, Reply, Request, Target};
 use crate::engine::{self, CommandEngine, CriuOptions, Engine, Verb};
 use crate::handover::{Op, Spawn};
@@ -69,9 +69,13 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
     };
     let work_path = options.work_path.clone().or_else(|| record.options.criu_work_path.clone());
     let own_work_path = record.bundle.join("criu-work");
-    for folder in [&image_path, work_path.as_ref().unwrap_or(&own_work_path)] {
-        std::fs::create_dir_all(folder).map_err(|source| Error::Io { op: "make folder", path: folder.clone(), source })?;
-    }
+    let folders = [image_path.clone(), work_path.as_ref().unwrap_or(&own_work_path).clone()];
+    blocking(move || {
+        let make =
+            |folder: PathBuf| std::fs::create_dir_all(&folder).map_err(|source| Error::Io { op: "make folder", path: folder, source });
+        folders.into_iter().try_for_each(make)
+    })
+    .await?;
     let checkpoint = engine::Checkpoint {
         image_path: &image_path,
         work_path: work_path.as_ref().unwrap_or(&own_work_path),

@@ -101,8 +101,12 @@ impl Draft {
 
     async fn make(&mut self, worker: &Rc<Worker>, cause: &Cause, call: &CreateCall) -> Result<(), Error> {
         blocking_write_address(&self.record.bundle, &worker.settings.shim_address)?;
-        if let Some(image) = &self.record.restore {
-            image.metadata().map_err(|source| Error::Io { op: "open checkpoint", path: image.clone(), source })?;
+        if let Some(path) = self.record.restore.clone() {
+            blocking(move || match path.metadata() {
+                Ok(_) => Ok(()),
+                Err(source) => Err(Error::Io { op: "open checkpoint", path, source }),
+            })
+            .await?;
         }
         if let Some(target) = self.record.mounted.clone() {
             let mounts = call.mounts.clone();

@@ -85,7 +85,9 @@ impl Plan {
         for (number, hired) in (0..).zip(self.loggers()) {
             if let Err(error) = self.hire(worker, cause, step::LOGGERS + number, hired, record).await {
                 // Whoever is not ready would wait for output that never comes.
-                cause.perform(step::END_HELPERS, Op::EndHelpers { key: self.key.to_string() }).await?;
+                if let Err(error) = cause.perform(step::END_HELPERS, Op::EndHelpers { key: self.key.to_string() }).await {
+                    log::warn!(container:% = self.key, error:% = error.chain(); "cannot end a logger");
+                }
                 return Err(error);
             }
         }

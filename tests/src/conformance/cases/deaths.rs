@@ -76,10 +76,16 @@ async fn delete_unmounts_the_root_file_system(stand: Stand) -> Result<()> {
 }
 
 async fn delete_removes_the_socket_of_a_dead_shim(stand: Stand) -> Result<()> {
-    let container = sleeper(&stand, "c1").await?;
-    kill_shim(container.shim_pid()?).await?;
-    container.bundle.delete_command().await?;
-    ensure!(!container.task.socket().exists(), "{} is left", container.task.socket().display());
+    for id in ["running", "deleted"] {
+        let container = sleeper(&stand, id).await?;
+        if id == "deleted" {
+            // it is killed before it is told to leave
+            ensure!(container.destroy().await? == 137);
+        }
+        kill_shim(container.shim_pid()?).await?;
+        container.bundle.delete_command().await?;
+        ensure!(!container.task.socket().exists(), "{id}: {} is left", container.task.socket().display());
+    }
     Ok(())
 }
 
