@@ -314,7 +314,10 @@ fn exec(ctr: &Ctr<'_>) -> Result<()> {
         let terminal =
             ctr.run_in_terminal(&["tasks", "exec", "--tty", "--exec-id", "e3", "c", "sh", "-c", "test -t 0 && echo terminal"])?;
         has(&terminal, &["terminal\r"])?;
-        ctr.run(&["tasks", "exec", "--detach", "--exec-id", "e4", "c", "sleep", "1000"])?;
+        // who detaches leaves the fifos where they are
+        let fifos = ctr.cx.folder().join("fifos").display().to_string();
+        fs::create_dir_all(&fifos)?;
+        ctr.run(&["tasks", "exec", "--detach", "--fifo-dir", &fifos, "--exec-id", "e4", "c", "sleep", "1000"])?;
         let listed = ctr.run(&["tasks", "ps", "c"])?;
         ensure!(listed.lines().count() == 3, "{listed:?}");
         Ok(())

@@ -112,6 +112,7 @@ impl Lane {
         // metadata: made once, whether or not it was said so
         again(async || unless(build().metadata().await.map(drop).map_err(as_status), Code::AlreadyExists)).await?;
         // a task that was not acknowledged is there, or not; one that is must be whole
+        let mut silences = 0;
         let container = loop {
             match build().create_task().await {
                 Ok(container) => break Some(container),
@@ -119,8 +120,13 @@ impl Lane {
                     let status = as_status(error);
                     if status.code() == Code::AlreadyExists {
                         let state = again(async || client.state(id, "").await).await;
-                        if state.is_ok_and(|state| state.status() == Phase::Created) {
-                            break None;
+                        match state.map(|state| state.status()) {
+                            Ok(Phase::Created) => break None,
+                            Ok(Phase::Unknown) if self.runtime != self.cx.shim().runtime_type => silences += 1,
+                            _ => silences = 0,
+                        }
+                        if silences == 3 {
+                            self.end_stock_shim(id);
                         }
                     } else if !is_a_death(&status) {
                         bail!("create: {status:?}");
@@ -189,6 +195,17 @@ impl Lane {
         let right = |exit: &Event| exit.status == status || (pid != 0 && exit.pid != pid);
         ensure!(exits.iter().all(right), "not {status}: {exits:?}");
         Ok(())
+    }
+
+    /// A stock shim whose creation was cut off may wait for its runtime's output for ever, which the killed runtime's child holds, and answers nothing
+    /// meanwhile: somebody has to end it.
+    fn end_stock_shim(&self, id: &str) {
+        let namespace = self.cx.client().namespace();
+        for shim in proc::all().into_values().filter(|process| process.command.contains("containerd-shim-runc-v2")) {
+            if [namespace, id].iter().all(|word| shim.command.split(' ').any(|argument| argument == *word)) {
+                proc::kill_hard(shim.pid);
+            }
+        }
     }
 
     /// Starts a process. False when it cannot be started, as an attempt was cut off: an exec before the shim did anything. Of init the stock shim ends
