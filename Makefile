@@ -37,7 +37,7 @@ test-e2e: packages suites build build-faulty
 		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
 	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd"
 
-## the tests of containerd and Docker with x-manager in containerd's place, and its own; X_KILLS=500 X_SEED=N for more deaths of it than 25
+## the tests of containerd and Docker with x-manager in containerd's place, and its own; X_KILLS=500 X_SEED=N for more deaths of it, with the stock shims too
 test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
 
