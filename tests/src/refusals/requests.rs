@@ -8,12 +8,12 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 
 use super::Refusal;
-use crate::eventually::SOON;
+use crate::eventually::{SOON, eventually};
 use crate::messages::{PROCESS, RESOURCES};
-use crate::spec;
 use crate::stand::Stand;
 use crate::ttrpc::{self, Code};
 use crate::witness::Witness;
+use crate::{proc, spec};
 
 /// Create of bundles whose `config.json` cannot be run.
 pub async fn of_bundles(stand: &Stand) -> Result<Vec<Refusal>> {
@@ -198,7 +198,14 @@ pub async fn of_values(stand: &Stand) -> Result<Vec<Refusal>> {
         said.push(Refusal::of("resources", task.call::<api::Empty>("Update", &update, SOON).await)?);
     }
     // not to init, for which its kernel would ignore it
-    witness.container.exec("e", &["sleep", "1000"]).await?;
+    let pid = witness.container.exec("e", &["sleep", "1000"]).await?;
+    // until then it is the runtime, which may take the signal for itself
+    eventually("it sleeps", SOON, async || {
+        let name = proc::Process::read(pid.cast_signed())?.comm;
+        ensure!(name == "sleep", "{name}");
+        Ok(())
+    })
+    .await?;
     task.kill("witness", "e", 37).await?;
     ensure!(task.wait("witness", "e").await? == 128 + 37);
     task.delete("witness", "e").await?;
