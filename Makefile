@@ -136,7 +136,7 @@ suites: packages
 	tests/tools/fetch-suites
 
 ## x-manager beside containerd 2.1: memory, start, restart, churn; CONTAINERS=1000 takes some three minutes
-CONTAINERS ?= 100
+bench-manager: CONTAINERS ?= 100
 bench-manager: packages suites build
 	$(CARGO) build --locked --release --package shim-tests --bin manager-bench --bin instant-runtime
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --bin manager-bench -- --containers $(CONTAINERS)
@@ -146,8 +146,8 @@ bench: packages build
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin shim-bench -- --shim go=$$(command -v containerd-shim-runc-v2) --shim x=$(SHIM)
 
 ## memory of CONTAINERS containers' shims beside the stock shim, then one upgrade of all of ours; and what is left of 100 whose workers rest
-CONTAINERS ?= 1000
 BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin shim-bench -- --runtime crun --skip latency,load,stdout
+bench-memory: CONTAINERS ?= 1000
 bench-memory: packages suites build
 	$(BENCH) --shim go=stock --shim x=$(SHIM) --containers $(CONTAINERS) --upgrade
 	$(BENCH) --shim x=$(SHIM) --containers 100 --rest
