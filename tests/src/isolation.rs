@@ -95,6 +95,14 @@ pub fn orphans() -> Vec<String> {
     ORPHANS.lock().expect("no panic under this lock").clone()
 }
 
+/// The names of the processes that have ended as children of init and are not among the [`orphans`] yet.
+pub fn unreaped() -> Vec<String> {
+    let own = OWN.lock().expect("no panic under this lock").clone();
+    let _nobody_is_reaped = ORPHANS.lock().expect("no panic under this lock");
+    let zombies = proc::all().into_values().filter(|p| p.parent == 1 && p.is_zombie() && !own.contains(&p.pid));
+    zombies.map(|zombie| zombie.comm).collect()
+}
+
 /// What init does: waits for whoever lost its parent. Children of the test itself are left for a second to whoever waits for them.
 fn reap_orphans() {
     let mut seen: BTreeMap<i32, u32> = BTreeMap::new();
@@ -107,8 +115,9 @@ fn reap_orphans() {
             if *rounds < 10 || OWN.lock().expect("no panic under this lock").contains(&zombie.pid) {
                 continue;
             }
+            let mut orphans = ORPHANS.lock().expect("no panic under this lock");
             if let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) = waitpid(Pid::from_raw(zombie.pid), Some(WaitPidFlag::WNOHANG)) {
-                ORPHANS.lock().expect("no panic under this lock").push(zombie.comm);
+                orphans.push(zombie.comm);
             }
         }
         thread::sleep(Duration::from_millis(100)); // the clock of init, nobody waits for it

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use shim_tests::audit::Audit;
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
-use shim_tests::eventually::SOON;
+use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::isolation;
 use shim_tests::proc;
 use tokio::task::{JoinSet, LocalSet};
@@ -38,6 +38,8 @@ pub(crate) async fn nothing_grows_over_many_containers(cx: Context) -> Result<()
     // whatever comes once and stays, comes with the first
     one(cx.clone(), 0, Arc::default()).await?;
     cx.leaves_nothing().await?;
+    // what earlier tests have left to init comes to it a little later
+    eventually_true("init has waited for everyone", SOON, || isolation::unreaped().is_empty()).await?;
     let stay = [daemon];
     let (before, orphans) = (Audit::take(&stay), isolation::orphans().len());
     let events = cx.events().await?;
