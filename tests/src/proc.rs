@@ -1,8 +1,9 @@
 //! What `/proc` says about processes.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
+use std::{fs, thread};
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::{Signal, kill};
@@ -30,8 +31,8 @@ impl Process {
     ///
     /// Errors: when there is none with that pid any more.
     pub fn read(pid: i32) -> Result<Self> {
+        let command = words(pid, "cmdline");
         let stat = stat(pid)?;
-        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         Ok(Self {
             pid,
             parent: stat.field(4).parse()?,
@@ -70,6 +71,20 @@ pub fn stat(pid: i32) -> Result<Stat> {
     Ok(Stat { comm: text[open + 1..close].to_owned(), rest: text[close + 1..].split_whitespace().map(str::to_owned).collect() })
 }
 
+/// The bytes of `/proc/PID/cmdline` or `/proc/PID/environ`; empty for a zombie.
+///
+/// Both are empty too for the moment in which a process replaces its image, as a keeper does that is upgraded: they are read again then.
+fn words(pid: i32, file: &str) -> Vec<u8> {
+    for _attempt in 0..20 {
+        let words = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        if !words.is_empty() || !stat(pid).is_ok_and(|stat| !matches!(stat.field(3), "Z" | "X")) {
+            return words;
+        }
+        thread::sleep(Duration::from_micros(100)); // an execve takes less
+    }
+    Vec::new()
+}
+
 /// Every process of the run's pid namespace, by pid.
 pub fn all() -> BTreeMap<i32, Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return BTreeMap::new() };
@@ -93,9 +108,7 @@ pub fn children(pid: i32) -> Vec<Process> {
 
 /// Whether the environment or the command line of `pid` contains `text`.
 pub fn mentions(pid: i32, text: &str) -> bool {
-    ["environ", "cmdline"]
-        .iter()
-        .any(|file| fs::read(format!("/proc/{pid}/{file}")).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(text)))
+    ["environ", "cmdline"].iter().any(|file| String::from_utf8_lossy(&words(pid, file)).contains(text))
 }
 
 /// The value of one line of `/proc/PID/status`.
@@ -140,4 +153,22 @@ pub fn may_raise_limits() -> bool {
     const CAP_SYS_RESOURCE: u32 = 24;
     let effective = status_field(std::process::id().cast_signed(), "CapEff").unwrap_or_default();
     u64::from_str_radix(&effective, 16).is_ok_and(|set| set & (1 << CAP_SYS_RESOURCE) != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_replaces_its_image_is_never_seen_without_its_command() {
+        let forever = r#"exec sh -c "$1" forever "$1""#;
+        let mut child = Command::new("sh").args(["-c", forever, "forever", forever]).spawn().expect("a shell");
+        let pid = child.id().cast_signed();
+        let blind = (0..20_000).find(|_| !Process::read(pid).expect("it lives").command.contains("forever"));
+        child.kill().expect("it lives");
+        child.wait().expect("it is ours");
+        assert_eq!(blind, None, "the first time that it had no command");
+    }
 }
