@@ -58,8 +58,21 @@ pub(crate) async fn a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemo
     let shim = shim_tests::suite::Shim { binary: Some(crate::build(&cx, "first", "build=old")?), ..cx.shim().clone() };
     let cx = cx.with_own_shim(&shim, &[SPELL]).await?;
     let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    // of a file system in memory, as this build's is, pages count as shared memory
+    let mapped_kib = || -> Result<u64> {
+        let kib = |name| anyhow::Ok(shim_tests::proc::status_field(keeper, name)?.trim_end_matches(" kB").parse::<u64>()?);
+        Ok(kib("RssFile")? + kib("RssShmem")?)
+    };
     ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
+    let awake = mapped_kib()?;
     rests(&cx, &container).await?;
+    eventually("the keeper leaves its program", SOON, async || {
+        let asleep = mapped_kib()?;
+        ensure!(asleep < awake / 2, "{asleep} KiB are mapped, of {awake}");
+        Ok(())
+    })
+    .await?;
     cx.crash_daemon().await?;
     ensure!(container.state().await?.pid == container.pid);
     rests(&cx, &container).await?;
