@@ -197,7 +197,8 @@ impl Keeper {
             let sources = self.poll.wait(self.deadline())?;
             // Streams use no memory, and a container that writes all the time shall not make us trim all the time.
             if sources.iter().any(|source| !matches!(source, Source::Stream(_))) {
-                self.trim_at = Some(Instant::now() + TRIM_AFTER);
+                // Not put off by what comes later: somebody who asks all shims all the time would keep them big.
+                self.trim_at.get_or_insert_with(|| Instant::now() + TRIM_AFTER);
             }
             for source in sources {
                 self.dispatch(source);
