@@ -96,11 +96,14 @@ What containerd's own client does with `x-manager`, by its version. Written by `
 
 impl Ctr<'_> {
     fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new("timeout");
-        command.args(["--kill-after=1", "20"]).arg(self.suite.program("ctr"));
-        command.args(["--address", &self.cx.daemon().address().display().to_string(), "--namespace", &self.namespace]);
-        command.args(words).stdin(Stdio::null());
+        let mut command = bounded();
+        command.arg(self.suite.program("ctr")).args(self.globals()).args(words);
         command
+    }
+
+    fn globals(&self) -> [String; 4] {
+        let address = self.cx.daemon().address().display().to_string();
+        ["--address".to_owned(), address, "--namespace".to_owned(), self.namespace.clone()]
     }
 
     /// Runs it and returns what it printed.
@@ -108,12 +111,14 @@ impl Ctr<'_> {
         finish(self.command(words))
     }
 
-    /// Runs it in a terminal.
+    /// Runs it in a terminal, in the foreground: `timeout` makes a process group of its own, so it stays outside.
     fn run_in_terminal(&self, words: &[&str]) -> Result<String> {
-        let ctr = self.command(words);
-        let line: Vec<_> = std::iter::once(ctr.get_program()).chain(ctr.get_args()).map(|word| format!("'{}'", word.display())).collect();
-        let mut command = Command::new("script");
-        command.args(["--quiet", "--return", "--command", &line.join(" "), "/dev/null"]).stdin(Stdio::null());
+        let mut line = format!("'{}'", self.suite.program("ctr").display());
+        for word in self.globals().iter().map(String::as_str).chain(words.iter().copied()) {
+            line.push_str(&format!(" '{word}'"));
+        }
+        let mut command = bounded();
+        command.args(["script", "--quiet", "--return", "--command", &line, "/dev/null"]);
         finish(command)
     }
 
@@ -160,6 +165,13 @@ impl Ctr<'_> {
     fn start(&self, words: &[&str]) -> Result<Child> {
         Ok(self.command(words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?)
     }
+}
+
+/// A command, to be appended, that is ended after 20 s.
+fn bounded() -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=1", "20"]).stdin(Stdio::null());
+    command
 }
 
 /// Runs a command and returns what it printed on stdout.
