@@ -81,6 +81,20 @@ impl Store {
         self.run(|connection| transact(connection, "NORMAL", job)).await
     }
 
+    /// The same, and does `then` when it is known whether it is so, before any other job.
+    pub(crate) async fn note_and_then<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        then: impl FnOnce() + Send + 'static,
+    ) -> Result<T> {
+        self.run(|connection| {
+            let noted = transact(connection, "NORMAL", job);
+            then();
+            noted
+        })
+        .await
+    }
+
     /// Moves everything from the log into the file, so that the file alone is the store: before this process stops.
     pub(crate) async fn settle(&self) -> Result<()> {
         self.run(|connection| connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(())).doing("settle")).await
@@ -132,3 +146,26 @@ impl<T> Doing<T> for rusqlite::Result<T> {
 const QUEUE: usize = 256;
 /// SQLite needs little.
 const STACK_BYTES: usize = 256 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_follows_a_note_finds_it_committed_and_other_jobs_come_later() {
+        let folder = std::env::temp_dir().join(format!("x-manager-store-{}", std::process::id()));
+        let path = folder.join("meta.db");
+        let store = Store::open(&path).expect("a new store");
+        let (found, finds) = std::sync::mpsc::channel();
+        let then = move || {
+            let other = Connection::open(path).expect("a store");
+            found.send(namespaces::list(&other).expect("read").len()).expect("somebody listens");
+        };
+        let noted = store.note_and_then(|db| namespaces::ensure(db, "one"), then);
+        let (noted, later) = tokio::join!(noted, store.note(|db| namespaces::ensure(db, "two")));
+        assert!(noted.is_ok() && later.is_ok());
+        assert_eq!(finds.recv(), Ok(1));
+        drop(store);
+        fs::remove_dir_all(folder).expect("removal");
+    }
+}

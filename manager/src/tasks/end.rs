@@ -44,7 +44,7 @@ impl Tasks {
                         Err(reason) => return Err(reason.into()),
                     }
                 }
-                Phase::Hidden | Phase::Loading | Phase::Cleaning | Phase::Gone => return Err(task.not_found()),
+                Phase::Hidden | Phase::Loading(_) | Phase::Cleaning | Phase::Gone => return Err(task.not_found()),
             }
         }
     }

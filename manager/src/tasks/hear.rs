@@ -38,8 +38,8 @@ impl Tasks {
 
     /// Tells an exit unless it was told before.
     ///
-    /// Whether it was, the telling, and the record of it are one transaction, so that of two who tell one exit at the same moment the second is too
-    /// late, and all that a death can come in between is the commit.
+    /// It is recorded, then told, and nothing else comes in between: of two who tell one exit at the same moment the second is too late, and
+    /// whatever a death comes in between, nobody hears it twice. Who loses the connection then has to look at the task, as after any loss of it.
     pub(super) async fn once(&self, namespace: &Namespace, event: &TaskExit, tell: impl FnOnce() + Send + 'static) -> Result<()> {
         let exec = if event.id == event.container_id { String::new() } else { event.id.clone() };
         let at = event.exited_at.as_ref().map_or(0, timestamp::to_nanos);
@@ -48,19 +48,22 @@ impl Tasks {
         // of a task that is gone it is kept for a while only, and not taken for the end of a later task of the same id
         let is_late = self.find(namespace, &event.container_id).is_err();
         let collected = is_late.then(|| timestamp::to_nanos(&timestamp::now()));
-        let is_told = Arc::new(AtomicBool::new(false));
-        let has_told = Arc::clone(&is_told);
-        let recorded = self.store.note(move |db| {
+        let is_new = Arc::new(AtomicBool::new(false));
+        let (found_new, tells) = (Arc::clone(&is_new), Arc::clone(&is_new));
+        let record = move |db: &_| {
             if exits::is_told(db, place.as_str(), &id, &exec, exit)? {
                 return Ok(());
             }
-            let added = exits::add(db, place.as_str(), &id, &exec, exit, collected);
-            tell();
-            has_told.store(true, Ordering::Relaxed);
-            added
-        });
-        match recorded.await {
-            Err(error) if is_told.load(Ordering::Relaxed) => {
+            found_new.store(true, Ordering::Relaxed);
+            exits::add(db, place.as_str(), &id, &exec, exit, collected)
+        };
+        let then = move || {
+            if tells.load(Ordering::Relaxed) {
+                tell();
+            }
+        };
+        match self.store.note_and_then(record, then).await {
+            Err(error) if is_new.load(Ordering::Relaxed) => {
                 // a full disk: told as it is, it shall not be told with every new attempt of its shim
                 warn!(namespace:%, container = event.container_id.as_str(), error = error.chain(); "cannot record that an exit was told");
                 Ok(())

@@ -32,7 +32,7 @@ impl Tasks {
             let mut all = self.all();
             for (namespace, id) in bundles {
                 let exit = ended.remove(&(namespace.to_string(), id.clone()));
-                let task = Task::new(&self.settings, namespace, id, Phase::Loading);
+                let task = Task::new(&self.settings, namespace, id, Phase::Loading(None));
                 all.insert(task.key(), Arc::clone(&task));
                 loading.push((task, exit));
             }
@@ -78,6 +78,7 @@ impl Tasks {
                 Err(error) if is_death(&error) => break Err(error),
                 Err(error) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be well");
+                    task.phase.send_replace(Phase::Loading(Some(error.chain().into())));
                 }
             }
             // an upgrade does not wait for it; whoever serves then looks for it anew

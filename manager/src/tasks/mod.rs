@@ -8,8 +8,7 @@
 //! ```
 //! What a task is doing is its shim's to say; this module knows which shims there are, how to reach them, and what is left of dead ones.
 //!
-//! **Invariant:** an exit is told to subscribers in the transaction that records it, which is committed before its shim may forget it: a death of
-//! this process during the commit may tell it twice, and it is never forgotten.
+//! **Invariant:** an exit is recorded, then told to subscribers, and only then may its shim forget it: see `hear`.
 
 mod bundle;
 mod create;
@@ -67,8 +66,8 @@ pub(crate) struct Task {
 pub(crate) enum Phase {
     /// Its shim is being started, or sent away; for clients it does not exist.
     Hidden,
-    /// This process has just started and looks for its shim.
-    Loading,
+    /// This process has just started and looks for its shim; why it has not found it, if it has tried.
+    Loading(Option<Arc<str>>),
     /// Its shim can be asked.
     Live(Shim),
     /// Its shim is dead, and `delete` finds out how it ended.
@@ -102,14 +101,17 @@ impl Task {
     /// Errors: [`Error::NotFound`] for one that does not exist yet or any more.
     pub(crate) async fn settled(&self) -> Result<Phase> {
         let mut phase = self.phase.subscribe();
-        let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading | Phase::Cleaning));
+        let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading(_) | Phase::Cleaning));
         match tokio::time::timeout(SETTLE, settled).await {
             Ok(Ok(phase)) => match &*phase {
                 Phase::Hidden | Phase::Gone => Err(self.not_found()),
                 phase => Ok(phase.clone()),
             },
             Ok(Err(_)) => Err(self.not_found()),
-            Err(_elapsed) => Err(Error::Unavailable(format!("the shim of task {} is being looked for", self.id))),
+            Err(_elapsed) => Err(Error::Unavailable(match self.phase() {
+                Phase::Loading(Some(why)) => format!("the shim of task {} cannot be reached, which is tried again: {why}", self.id),
+                _ => format!("the shim of task {} is being looked for", self.id),
+            })),
         }
     }
 
@@ -181,7 +183,7 @@ impl Tasks {
         for task in self.all().values() {
             let name = match *task.phase.borrow() {
                 Phase::Hidden | Phase::Gone => "starting_or_ending",
-                Phase::Loading => "loading",
+                Phase::Loading(_) => "loading",
                 Phase::Live(_) => "live",
                 Phase::Cleaning => "cleaning",
                 Phase::Ended(_) => "ended",

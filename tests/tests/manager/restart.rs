@@ -88,6 +88,30 @@ pub(crate) async fn a_start_with_too_few_descriptors_ends_no_container(cx: Conte
     cx.leaves_nothing().await
 }
 
+pub(crate) async fn a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let file = container.bundle().join("bootstrap.json");
+    cx.daemon().kill()?;
+    let address = fs::read_to_string(&file)?;
+    fs::write(&file, address.replace("\"version\":3", "\"version\":9"))?;
+    cx.revive_daemon().await?;
+    let status = container.state().await.expect_err("nobody knows that version");
+    ensure!(status.code() == Code::Unavailable && status.message().contains("speaks version 9"), "{status:?}");
+    let status = container.delete().await.expect_err("the same");
+    ensure!(status.code() == Code::Unavailable && status.message().contains("speaks version 9"), "{status:?}");
+    ensure!(proc::is_alive(container.pid.cast_signed()));
+    fs::write(&file, address)?;
+    eventually("it is reached", Duration::from_secs(30), async || {
+        let state = container.state().await?;
+        ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
+        Ok(())
+    })
+    .await?;
+    ensure!(container.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
 pub(crate) async fn who_makes_and_who_deletes_what_a_dead_shim_left_do_not_meet(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     for round in 0..8_u64 {
