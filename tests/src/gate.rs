@@ -11,12 +11,12 @@
 //! | `fail.VERB` | print the content on stderr and fail |
 //! | `shout.VERB` | print that many bytes on stderr first |
 //! | `calls` | appended by the program: one line `VERB arguments` per call |
-//! | `held.VERB` | made by the program while it blocks |
+//! | `held.VERB` | made by the program while it blocks: its pid |
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use crate::eventually::{SOON, eventually};
 
@@ -42,12 +42,22 @@ impl Gate {
 
     /// Blocks the next calls of `verb` before they do anything.
     pub fn hold(&self, verb: &str) -> Result<()> {
-        Ok(fs::write(self.folder.join(format!("hold.{verb}")), "")?)
+        self.order("hold", verb)
     }
 
     /// Blocks the next calls of `verb` after the real runtime has done its work.
     pub fn hold_after(&self, verb: &str) -> Result<()> {
-        Ok(fs::write(self.folder.join(format!("after.{verb}")), "")?)
+        self.order("after", verb)
+    }
+
+    fn order(&self, kind: &str, verb: &str) -> Result<()> {
+        // of a call that was killed while it was blocked
+        drop(fs::remove_file(self.mark(verb)));
+        Ok(fs::write(self.folder.join(format!("{kind}.{verb}")), "")?)
+    }
+
+    fn mark(&self, verb: &str) -> PathBuf {
+        self.folder.join(format!("held.{verb}"))
     }
 
     /// Lets them go on, and no longer blocks.
@@ -61,11 +71,11 @@ impl Gate {
         Ok(())
     }
 
-    /// Waits until a call of `verb` is blocked.
-    pub async fn held(&self, verb: &str) -> Result<()> {
+    /// Waits until a call of `verb` is blocked, and returns its pid.
+    pub async fn held(&self, verb: &str) -> Result<i32> {
         eventually(format!("the runtime is held at {verb}"), SOON, async || {
-            ensure!(self.folder.join(format!("held.{verb}")).exists(), "calls so far: {:?}", self.calls());
-            Ok(())
+            let mark = fs::read_to_string(self.mark(verb)).unwrap_or_default();
+            mark.parse().ok().with_context(|| format!("calls so far: {:?}", self.calls()))
         })
         .await
     }

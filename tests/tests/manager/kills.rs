@@ -1,4 +1,6 @@
 //! SIGKILL at random instants of a daemon under load: what it had acknowledged is there afterwards, and no exit is lost or doubled.
+//!
+//! A stock shim is allowed what its daemon's death makes of it under any daemon: clauses H3, H9 and H10 of docs/protocol.md, which it breaks.
 
 use std::env;
 use std::time::Duration;
@@ -124,7 +126,7 @@ impl Lane {
                         let state = again(async || client.state(id, "").await).await;
                         match state.map(|state| state.status()) {
                             Ok(Phase::Created) => break None,
-                            Ok(Phase::Unknown) if self.runtime != self.cx.shim().runtime_type => silences += 1,
+                            Ok(Phase::Unknown) if !self.is_ours() => silences += 1,
                             _ => silences = 0,
                         }
                         if silences == 3 {
@@ -142,9 +144,8 @@ impl Lane {
             Some(container) => container,
             // its fifos are those of the attempt that got no answer; the container is ended as it is
             None => {
-                again(async || unless(client.delete(id).await.map(drop), Code::NotFound)).await?;
-                again(async || unless(client.delete_container(id).await, Code::NotFound)).await?;
-                return Ok(());
+                self.delete(id, None).await?;
+                return Ok(again(async || unless(client.delete_container(id).await, Code::NotFound)).await?);
             }
         };
         if !self.start(id, "").await? {
@@ -153,7 +154,7 @@ impl Lane {
                 ensure!(process.comm == "sh" || process.is_zombie(), "{process:?} cannot be started again");
                 proc::kill_hard(container.pid.cast_signed());
             }
-            again(async || unless(client.delete(id).await.map(drop), Code::NotFound)).await?;
+            self.delete(id, None).await?;
             return Ok(again(async || unless(client.delete_container(id).await, Code::NotFound)).await?);
         }
         if let Err(error) = self.exec(&container, status + 100).await {
@@ -163,7 +164,7 @@ impl Lane {
         let waited = again(async || client.wait(id, "").await).await.context("wait")?;
         ensure!(waited.exit_status == status, "wait: {waited:?}");
         self.acknowledged(id, "ended").await?;
-        self.delete(id, status).await?;
+        self.delete(id, Some(status)).await?;
         again(async || unless(client.delete_container(id).await, Code::NotFound)).await.context("delete container")?;
         self.told_once(id, "", status, container.pid)
     }
@@ -215,7 +216,7 @@ impl Lane {
     /// runs, and every further `runc start` waits at that fifo for ever; where it has opened but not read it, init fails with status 1.
     async fn start(&self, id: &str, exec: &str) -> Result<bool> {
         let client = self.cx.client();
-        let is_ours = self.runtime == self.cx.shim().runtime_type;
+        let is_ours = self.is_ours();
         let mut is_cut_off = false;
         loop {
             match client.start(id, exec).await {
@@ -244,22 +245,30 @@ impl Lane {
         }
     }
 
-    /// Deletes the task; only an attempt that got no answer may have been the one that did it.
-    async fn delete(&self, id: &str, status: u32) -> Result<()> {
+    /// Deletes the task, which ended with `status` unless that does not matter; only an attempt that got no answer may have been the one that did it.
+    /// The stock shim ends `crun delete` when the daemon's connection ends, and never gets on if that had all but ended: its own end is the way out.
+    async fn delete(&self, id: &str, status: Option<u32>) -> Result<()> {
         let client = self.cx.client();
-        let mut may_be_gone = false;
+        let mut is_cut_off = false;
         loop {
             match client.delete(id).await {
                 Ok(deleted) => {
-                    ensure!(deleted.exit_status == status, "delete: {deleted:?}");
+                    ensure!(status.is_none_or(|status| status == deleted.exit_status), "delete: {deleted:?}");
                     return Ok(());
                 }
-                Err(status) if is_a_death(&status) => may_be_gone = true,
-                Err(status) if may_be_gone && status.code() == Code::NotFound => return Ok(()),
+                Err(status) if is_a_death(&status) => is_cut_off = true,
+                Err(answer) if (is_cut_off || status.is_none()) && answer.code() == Code::NotFound => return Ok(()),
+                Err(status) if is_cut_off && !self.is_ours() && status.message().contains("cannot open directory") => {
+                    self.end_stock_shim(id)
+                }
                 Err(status) => bail!("delete: {status:?}"),
             }
             tokio::time::sleep(PAUSE).await;
         }
+    }
+
+    fn is_ours(&self) -> bool {
+        self.runtime == self.cx.shim().runtime_type
     }
 
     /// That what was acknowledged is there.

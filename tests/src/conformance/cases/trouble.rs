@@ -4,7 +4,7 @@ use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use containerd_shim_protos::api;
 use protobuf::Message as _;
 
@@ -12,9 +12,10 @@ use crate::bundle::leave;
 use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
+use crate::gate::Gate;
 use crate::stand::Stand;
 use crate::task::Task;
-use crate::ttrpc::{CallError, Frame, Wire};
+use crate::ttrpc::{CallError, Code, Frame, Wire};
 use crate::{isolation, proc};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -27,6 +28,8 @@ pub(super) fn cases() -> Vec<Case> {
         "H6" => a_root_file_system_in_use_fails_delete_until_it_is_free;
         "H7" => a_runtime_that_shouts_blocks_nothing;
         "H8" => a_slow_kill_delays_no_exit;
+        "H9" => a_start_whose_client_has_gone_is_done_or_undone;
+        "H10" => a_delete_whose_client_has_gone_is_done_or_undone;
     ]
 }
 
@@ -166,6 +169,69 @@ async fn a_create_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Resul
     anchor.shut_down().await.map(drop)
 }
 
+/// The container runs, or can be started.
+async fn a_start_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    for (id, hold) in MOMENTS {
+        let container = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary()).create().await?;
+        let task = &container.task;
+        let request = api::StartRequest { id: id.to_owned(), ..Default::default() };
+        hold(&gate, "start")?;
+        leave_during(&gate, "start", task, "Start", request.write_to_bytes()?).await?;
+        eventually("it runs, or can be started", SOON, async || {
+            if task.state(id, "").await?.status.enum_value() != Ok(api::Status::RUNNING) {
+                task.start(id, "").await?;
+            }
+            Ok(())
+        })
+        .await
+        .with_context(|| format!("the client left {id} it was done"))?;
+        task.kill(id, "", 9).await?;
+        ensure!(task.wait(id, "").await? == 137);
+        task.delete(id, "").await?;
+        let told = stand.containerd().events().of_until(id, "delete").await?;
+        ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+        leave(task, container.shim_pid()?, id).await?;
+    }
+    Ok(())
+}
+
+/// The task is gone, or can be deleted.
+async fn a_delete_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    for (id, hold) in MOMENTS {
+        let container = stand.bundle(id, &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
+        let task = &container.task;
+        ensure!(task.wait(id, "").await? == 3);
+        let request = api::DeleteRequest { id: id.to_owned(), ..Default::default() };
+        hold(&gate, "delete")?;
+        leave_during(&gate, "delete", task, "Delete", request.write_to_bytes()?).await?;
+        eventually("it is gone, or can be deleted", SOON, async || match task.delete(id, "").await {
+            Ok(deleted) if deleted.exit_status != 3 => Err(anyhow!("{deleted}")),
+            Err(error) if error.code() != Some(Code::NotFound) => Err(error.into()),
+            _ => Ok(()),
+        })
+        .await
+        .with_context(|| format!("the client left {id} it was done"))?;
+        leave(task, container.shim_pid()?, id).await?;
+    }
+    Ok(())
+}
+
+/// When the client leaves: before the OCI runtime has begun, and when it has just ended.
+const MOMENTS: [(&str, fn(&Gate, &str) -> Result<()>); 2] = [("before", Gate::hold), ("after", Gate::hold_after)];
+
+/// Calls a method, and hangs up when its runtime is held at `verb`, which then may go on.
+async fn leave_during(gate: &Gate, verb: &str, task: &Task, method: &str, request: Vec<u8>) -> Result<()> {
+    let leaver = task.another().await?;
+    let call = leaver.connection().begin(leaver.service_name(), method, request).await?;
+    let runtime = gate.held(verb).await?;
+    drop((call, leaver));
+    // a shim that ends its runtime over that does it at once
+    let _carried_on = eventually_true("the runtime is ended", AT_ONCE, || !proc::is_alive(runtime)).await;
+    gate.release(verb)
+}
+
 async fn a_root_file_system_in_use_fails_delete_until_it_is_free(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
     ensure!(container.task.wait("c1", "").await? == 3);
@@ -227,3 +293,6 @@ async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
     ensure!(exits() == total + 1, "{}", exits());
     leave(&container.task, container.shim_pid()?, "c1").await
 }
+
+/// Longer than it takes to notice that a client has left.
+const AT_ONCE: Duration = Duration::from_millis(100);
