@@ -1,37 +1,33 @@
 //! The loop: who is told what, and when the keeper leaves.
+mod begin;
+mod people;
+mod processes;
+mod requests;
 mod saved;
+mod work;
 
-use std::ffi::CString;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+pub(crate) use begin::{rehearse, resume, run};
+
+use std::io;
 use std::os::unix::net::UnixListener;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use log::{error, info, warn};
+use log::{info, warn};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use super::blame::{Blame, Open};
-use super::children::{Children, Found};
+use super::blame::Blame;
+use super::children::Children;
 use super::control::Control;
-use super::image::{self, Descriptors, Error, Saver, Sections};
-use super::ledger::{Asked, Asker, Due, Ledger, What};
-use super::life::{End, Executable};
+use super::ledger::Ledger;
 use super::poll::{Poll, Source};
 use super::publisher::Publisher;
 use super::relay::Relay;
 use super::streams::Streams;
-use super::supervisor::{Ended, Supervisor};
-use super::upgrade::{SETTLED_WITHIN, Stage, Upgrade};
-use crate::disguise::{self, Place};
-use crate::frame::{self, Code};
-use crate::handover::{
-    Cause, Commit, ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Op, Outcome, PartResult, RequestSnapshot, Snapshot, Step, ToKeeper,
-    ToWorker, UpgradeReport,
-};
-use crate::journal::Journal;
+use super::supervisor::Supervisor;
+use super::upgrade::Upgrade;
+use crate::handover::{Outcome, ToWorker, UpgradeReport};
 use crate::settings::Settings;
 use crate::sys;
 
@@ -41,97 +37,8 @@ const LEAVE_WITHIN: Duration = Duration::from_secs(12);
 const TRIM_AFTER: Duration = Duration::from_millis(500);
 /// A worker with so much unread is given nothing more of clients that have much unanswered; what they send waits in their sockets.
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
-/// When it is tried again to accept connections, for which there was no descriptor or no memory.
-const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
-/// How much state a snapshot holds: less than a message, which is for other things too.
-const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
 
-/// Runs until the last container was deleted and the client has said Shutdown.
-///
-/// `listener`, `control`: bound and listening already. Errors are logged; the exit code is for whoever started it by hand.
-pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd) -> ExitCode {
-    info!(pid = std::process::id(); "keeper started");
-    end(Keeper::new(settings, listener.into(), control.into()).and_then(|mut keeper| keeper.serve()))
-}
-
-/// Goes on from the state of the image before.
-///
-/// `state`: what that has saved. `before`: its program, to go back to if the state cannot be read; none if this is the way back.
-/// Nothing is taken over before everything was read once.
-pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>) -> ExitCode {
-    disguise::misbehave(Place::Resume);
-    let is_back = before.is_none();
-    let read = read_state(&state).and_then(|bytes| Keeper::load(settings.clone(), &bytes, &mut Descriptors::rehearsed()).map(|_| bytes));
-    let bytes = match (read, &before) {
-        (Ok(bytes), _) => bytes,
-        (Err(error), Some(before)) => {
-            error!(error:% = chain(&error); "the new image cannot go on, going back to the one before");
-            return end(go_back(&settings, &state, before));
-        }
-        (Err(error), None) => {
-            error!(error:% = chain(&error); "the keeper cannot go on");
-            return ExitCode::FAILURE;
-        }
-    };
-    drop((state, before));
-    end(Keeper::load(settings, &bytes, &mut Descriptors::inherited()).map_err(io::Error::other).and_then(|mut keeper| {
-        keeper.resumed(is_back);
-        keeper.serve()
-    }))
-}
-
-/// Says on `verdict` whether this image could go on from a state. Touches nothing.
-pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> ExitCode {
-    disguise::misbehave(Place::Rehearsal);
-    let result = read_state(&state).and_then(|bytes| Keeper::load(settings, &bytes, &mut Descriptors::rehearsed()));
-    let words = match &result {
-        Ok(_) => image::ACCEPTS.to_owned(),
-        Err(error) => format!("{}{}", image::REFUSES, chain(error)),
-    };
-    match std::fs::File::from(verdict).write_all(words.as_bytes()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    }
-}
-
-fn end(result: io::Result<()>) -> ExitCode {
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            error!(error:%; "the keeper ends");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn read_state(state: &OwnedFd) -> Result<Vec<u8>, Error> {
-    let mut bytes = Vec::new();
-    let file = std::fs::File::from(sys::descriptors::duplicate(state)?);
-    file.take(image::MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// Executes the image before, with everything that this one was given and has not touched.
-fn go_back(settings: &Settings, state: &OwnedFd, before: &OwnedFd) -> io::Result<()> {
-    nix::unistd::lseek(state, 0, nix::unistd::Whence::SeekSet)?;
-    let name = std::env::args().next().unwrap_or_default();
-    let words = std::iter::once(name).chain(settings.to_arguments()).chain(["keeper", "resume"].map(str::to_owned));
-    let words = words.chain([state.as_raw_fd().to_string()]);
-    let arguments = words.map(CString::new).collect::<Result<Vec<_>, _>>()?;
-    let environment = std::env::vars().map(|(name, value)| CString::new(format!("{name}={value}"))).collect::<Result<Vec<_>, _>>()?;
-    match sys::exec::execute(before.as_fd(), &arguments, &environment, &[state.as_raw_fd()])? {}
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut sentence = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        sentence = format!("{sentence}: {error}");
-        cause = error.source();
-    }
-    sentence
-}
-
+/// All parts, and what only the loop knows.
 pub(super) struct Keeper {
     pub(super) settings: Settings,
     pub(super) poll: Poll,
@@ -307,305 +214,6 @@ impl Keeper {
         .min()
     }
 
-    // --- clients -----------------------------------------------------------------------------------------------------
-
-    fn client(&mut self, id: u32, now: Instant) {
-        // The others are read from: what they ask may have a ready-made answer.
-        if self.supervisor.backlog_bytes() > MAX_BACKLOG_BYTES && !self.relay.is_modest(id) {
-            if !self.paused.contains(&id) {
-                self.paused.push(id);
-            }
-            return;
-        }
-        let (requests, is_connected) = self.relay.turn(id, &mut self.poll);
-        for request in requests {
-            self.ledger.open_request(Asker::Client(request.caller), request.payload, now);
-        }
-        self.tell(now);
-        if !is_connected {
-            self.ledger.forget(|asker| matches!(asker, Asker::Client(caller) if caller.client == id));
-        }
-    }
-
-    /// Takes new connections in. Those that cannot be are tried again: a listener tells once of each.
-    fn accept(&mut self, now: Instant) {
-        let was_well = self.accept_at.take().is_none();
-        let (clients, commanders) = (self.relay.accept(&self.poll), self.control.accept(&self.poll));
-        if let Err(error) = clients.and(commanders) {
-            if was_well {
-                warn!(error:%; "cannot accept a connection, will retry");
-            }
-            self.accept_at = Some(now + ACCEPT_AGAIN_AFTER);
-        }
-    }
-
-    /// Tells the worker what it was not told of and may be.
-    fn tell(&mut self, now: Instant) {
-        if !self.supervisor.is_serving() || (self.ledger.untold().is_empty() && !self.blame.is_trying()) {
-            return;
-        }
-        let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
-        let open = Open { untold: self.ledger.untold(), exits: self.ledger.exits(), is_open: &is_open };
-        for cause in self.blame.next(&open, self.supervisor.is_lively(), now) {
-            if let Some(message) = self.ledger.announce(cause, now) {
-                self.supervisor.send(&message, None, now);
-            }
-        }
-    }
-
-    /// Tells a worker that has said hello everything, in the order that lets it go on: state, requests, exits.
-    pub(super) fn welcome(&mut self, now: Instant) {
-        if !self.supervisor.welcome(now) {
-            return;
-        }
-        for (key, value) in self.ledger.state() {
-            self.supervisor.send(&ToWorker::State { key: key.clone(), value: value.clone() }, None, now);
-        }
-        self.ledger.begin_life();
-        self.tell(now);
-        self.supervisor.send(&ToWorker::CaughtUp, None, now);
-        self.ask_whether_settled(now);
-        self.supervisor.flush(now);
-    }
-
-    fn answer(&mut self, due: Due) {
-        match due.asker {
-            Asker::Client(caller) => self.relay.answer(caller, due.request_bytes, &due.response, &mut self.poll),
-            Asker::Commander(id) => self.control.reply(id, &ControlReply::Answer { response: due.response }),
-        }
-    }
-
-    fn commander(&mut self, id: u32, now: Instant) {
-        let Some((request, attached)) = self.control.turn(id) else { return };
-        match request {
-            ControlRequest::Describe => {
-                let snapshot = Box::new(self.snapshot(now));
-                self.control.reply(id, &ControlReply::Snapshot(snapshot));
-            }
-            ControlRequest::Reserve { id: container } => {
-                // One that is leaving stays for it.
-                self.ledger.reserve(container, now);
-                self.control.reply(id, &ControlReply::Done);
-            }
-            ControlRequest::Forget { id: container } => {
-                self.forget(&container, now);
-                self.control.reply(id, &ControlReply::Done);
-            }
-            ControlRequest::Upgrade { path, keeper_too } => match attached {
-                Some(file) => self.begin_upgrade(id, file, path, keeper_too, now),
-                None => self.control.reply(id, &ControlReply::Refused { why: "no program came along".into() }),
-            },
-            ControlRequest::Ask { payload } => {
-                self.ledger.open_request(Asker::Commander(id), payload, now);
-                self.tell(now);
-            }
-        }
-    }
-
-    /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
-    fn forget(&mut self, container: &str, now: Instant) {
-        let why = format!("container {container} was removed by hand: nobody will tell of its end");
-        let (had_state, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
-        for due in waiting {
-            self.answer(due);
-        }
-        if had_state {
-            warn!(container:%; "removed by hand, forgetting it");
-            self.children.end_helpers(container);
-            self.children.release(container);
-            self.streams.release(container, now, &mut self.poll);
-            // A worker that lives has it in mind still; the next one has not.
-            self.supervisor.kill();
-        }
-    }
-
-    // --- the worker --------------------------------------------------------------------------------------------------
-
-    pub(super) fn take(&mut self, message: ToKeeper) {
-        match message {
-            ToKeeper::Hello { versions, build } => {
-                let now = Instant::now();
-                if self.supervisor.hello(versions, build, now) {
-                    self.welcome(now);
-                }
-            }
-            ToKeeper::Fit { .. } => {}
-            ToKeeper::Watch => self.supervisor.watch(),
-            ToKeeper::Rest { may } => {
-                let is_needed = self.ledger.is_busy() || self.upgrade.is_some();
-                self.supervisor.rest(may, is_needed, &self.poll);
-            }
-            ToKeeper::Pong { number } => self.ponged(number, Instant::now()),
-            ToKeeper::Operation { cause, step, op } => self.operation(cause, step, op),
-            ToKeeper::Commit(commit) => self.commit(commit),
-        }
-    }
-
-    fn operation(&mut self, cause: Cause, step: Step, op: Op) {
-        // Handing out a descriptor changes nothing and cannot be remembered.
-        if let Op::ReadEnd { key, stream } = op {
-            let (outcome, descriptor) = match self.streams.read_end(&key, stream) {
-                Ok(end) => (Outcome::Descriptor, Some(end)),
-                Err(error) => (failed(&error, format!("read end of {stream:?} of {key}")), None),
-            };
-            self.supervisor.send(&ToWorker::Done { cause, step, outcome }, descriptor, Instant::now());
-            return;
-        }
-        let reports_pid = matches!(&op, Op::Spawn(spawn) if spawn.reports_pid);
-        let outcome = match self.ledger.ask(cause, step, reports_pid) {
-            Asked::Known(outcome) => Some(if op == Op::Once { failed(&Errno::EALREADY.into(), "once".into()) } else { outcome }),
-            Asked::Pending => None,
-            Asked::Over => Some(failed(&Errno::EINVAL.into(), format!("operation of cause {cause}, which is over"))),
-            Asked::New => {
-                let outcome = self.perform(cause, step, op);
-                if let Some(outcome) = &outcome {
-                    self.ledger.settle(cause, step, outcome);
-                }
-                outcome
-            }
-        };
-        if let Some(outcome) = outcome {
-            self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, Instant::now());
-        }
-    }
-
-    /// Performs an operation for the first and only time. `None`: the outcome will come.
-    fn perform(&mut self, cause: Cause, step: Step, op: Op) -> Option<Outcome> {
-        let result = match op {
-            Op::Spawn(order) => return self.children.start(cause, step, order, &mut self.streams, &self.poll).err(),
-            Op::Signal { key, signal } => {
-                self.children.signal(&key, signal).map_err(|error| (format!("send signal {signal} to {key}"), error))
-            }
-            Op::Once => Ok(()),
-            Op::OpenStdio(stdio) => self.streams.open(stdio, &mut self.poll),
-            Op::CloseStdin { key } => {
-                self.streams.close_stdin(&key, &mut self.poll);
-                Ok(())
-            }
-            Op::Resize { key, rows, columns } => {
-                self.streams.resize(&key, rows, columns).map_err(|error| (format!("resize the terminal of {key}"), error))
-            }
-            Op::WriteJournal { path, body } => Journal::open(path.as_ref())
-                .and_then(|journal| journal.write_body(&body))
-                .map_err(|error| (format!("write journal {path}"), error)),
-            Op::EndHelpers { key } => {
-                self.children.end_helpers(&key);
-                Ok(())
-            }
-            Op::ReadEnd { .. } => Err(("remember a descriptor".into(), Errno::EINVAL.into())),
-        };
-        Some(match result {
-            Ok(()) => Outcome::Done,
-            Err((what, error)) => failed(&error, what),
-        })
-    }
-
-    fn commit(&mut self, mut commit: Commit) {
-        self.supervisor.committed();
-        let now = Instant::now();
-        let (claims, awaited_pid) = (!commit.claims.is_empty(), self.ledger.awaits_pid());
-        for claim in std::mem::take(&mut commit.claims) {
-            self.children.claim(claim, &self.poll);
-        }
-        for event in std::mem::take(&mut commit.events) {
-            self.publisher.push(event);
-        }
-        for due in self.ledger.commit(&mut commit) {
-            self.answer(due);
-        }
-        let (relay, control) = (&self.relay, &self.control);
-        let is_connected = |asker| match asker {
-            Asker::Client(caller) => relay.is_connected(caller.client),
-            Asker::Commander(id) => control.is_connected(id),
-        };
-        for (asker, bytes) in self.ledger.park(std::mem::take(&mut commit.parks), is_connected) {
-            if let Asker::Client(caller) = asker {
-                self.relay.settle(caller, Some(bytes), &mut self.poll);
-            }
-        }
-        for key in std::mem::take(&mut commit.releases) {
-            self.children.release(&key);
-            self.streams.release(&key, now, &mut self.poll);
-            self.ledger.release_reservation(&key);
-        }
-        self.publisher.turn(now, &self.poll);
-        // A claimed process may have ended already, and zombies that were kept for this commit may go.
-        if claims || (awaited_pid && !self.ledger.awaits_pid()) {
-            self.reap();
-        }
-    }
-
-    // --- processes ---------------------------------------------------------------------------------------------------
-
-    fn reap(&mut self) {
-        let ours: Vec<u32> = self.supervisor.pids().chain(self.rehearsal_pid()).collect();
-        let found = self.children.reap(self.ledger.awaits_pid(), &ours, &mut self.streams, &mut self.poll);
-        for found in found {
-            self.found(found);
-        }
-    }
-
-    fn found(&mut self, found: Found) {
-        let now = Instant::now();
-        match found {
-            Found::Outcome { cause, step, outcome } => {
-                if self.ledger.settle(cause, step, &outcome) {
-                    self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, now);
-                }
-            }
-            Found::Exit(exit) => {
-                self.streams.exited(&exit.key, now, &mut self.poll);
-                self.ledger.open_exit(exit);
-                self.tell(now);
-            }
-            Found::Other { pid, status } => match self.supervisor.ended(pid, status, now) {
-                Ended::Other => {
-                    self.rehearsal_ended(pid, status);
-                }
-                ended => self.ended(ended, now),
-            },
-            Found::ReaderGone { key, stream } => self.streams.reader_gone(&key, stream, &mut self.poll),
-        }
-    }
-
-    fn ended(&mut self, ended: Ended, now: Instant) {
-        match ended {
-            Ended::Worker { end, rolled_back } => self.worker_ended(&end, rolled_back, now),
-            Ended::Candidate(end) => self.candidate_ended(end),
-            Ended::Other => {}
-        }
-    }
-
-    fn worker_ended(&mut self, end: &End, rolled_back: bool, now: Instant) {
-        // Its unread messages went with it.
-        for id in self.paused.drain(..) {
-            self.poll.again(Source::Client(id));
-        }
-        let told = self.ledger.told();
-        self.ledger.begin_life();
-        if rolled_back {
-            self.rolled_back(end);
-        } else if let Some(guilty) = self.blame.ended(told, end, now) {
-            self.guilty(guilty, end);
-        }
-        self.worker_left();
-    }
-
-    /// One worker after the other dies over a cause. A request is answered; an exit is a fact, and waits for another worker.
-    fn guilty(&mut self, cause: Cause, end: &End) {
-        let method = self.ledger.causes().get(&cause).map(|open| open.what.name()).unwrap_or_default();
-        let why = format!("every worker of this shim dies over this request ({method}; last by: {}), so it is given up", end.why);
-        match self.ledger.give_up(cause, frame::error_response(Code::Internal, &why)) {
-            Some(due) => {
-                error!(method:%, why:% = end.why; "every worker dies over a request, it is answered with an error");
-                self.answer(due);
-            }
-            None => error!(what:% = method, why:% = end.why; "every worker dies over an exit, it is withheld for a while"),
-        }
-    }
-
-    // --- the end -----------------------------------------------------------------------------------------------------
-
     fn may_leave(&mut self) -> bool {
         if !self.ledger.may_leave(self.supervisor.is_hopeless()) {
             self.leaving_since = None;
@@ -630,65 +238,6 @@ impl Keeper {
         }
         self.supervisor.kill();
         info!(processes = self.children.started, exits = self.children.exits_seen, bytes = self.streams.bytes_moved, lost = self.streams.bytes_lost; "keeper leaves");
-    }
-
-    // --- for people --------------------------------------------------------------------------------------------------
-
-    /// Every container, with what is known of it as far as that fits into one message: who is there matters most.
-    fn state_for_people(&self) -> Vec<(String, Vec<u8>)> {
-        let mut left = SNAPSHOT_STATE_BYTES;
-        let fitting = self.ledger.state().iter().map(|(key, value)| {
-            let fits = value.len() <= left;
-            left -= if fits { value.len() } else { 0 };
-            (key.clone(), if fits { value.clone() } else { Vec::new() })
-        });
-        fitting.collect()
-    }
-
-    fn snapshot(&self, now: Instant) -> Snapshot {
-        let requests = self.ledger.causes().iter().map(|(cause, open)| {
-            let age_nanos = match &open.what {
-                What::Request { arrived, .. } => now.saturating_duration_since(*arrived).as_nanos() as u64,
-                What::Exit(_) => 0,
-            };
-            RequestSnapshot {
-                cause: *cause,
-                method: open.what.name(),
-                age_nanos,
-                operations: open.operations.len() as u32,
-                operations_done: open.operations.iter().filter(|(_, outcome)| outcome.is_some()).count() as u32,
-            }
-        });
-        let withheld = self.blame.withheld(now).filter_map(|cause| self.ledger.causes().get(&cause)).map(|open| open.what.name());
-        Snapshot {
-            namespace: self.settings.namespace.clone(),
-            group: self.settings.id.clone(),
-            keeper_pid: std::process::id(),
-            keeper_build: disguise::build().into(),
-            worker_pid: self.supervisor.pid(),
-            worker_build: self.supervisor.build().map_or("", |(build, _)| build).into(),
-            lives: self.supervisor.lives,
-            uptime_seconds: now.saturating_duration_since(self.born).as_secs(),
-            state: self.state_for_people(),
-            processes: self.children.snapshot(),
-            requests: requests.collect(),
-            streams: self.streams.snapshot(),
-            waiters: self.ledger.parked().map(|(key, count)| (key.to_owned(), count as u32)).collect(),
-            events_queued: self.publisher.len() as u32,
-            events_sent: self.publisher.sent,
-            reservations: self.ledger.reservations().map(str::to_owned).collect(),
-            processes_started: self.children.started,
-            exits_seen: self.children.exits_seen,
-            connections: self.relay.count() as u32,
-            worker_version: self.supervisor.build().map_or(0, |(_, version)| version),
-            worker_path: self.supervisor.executable.path.clone(),
-            fruitless: self.supervisor.fruitless,
-            asleep: self.supervisor.is_asleep(),
-            last_end: self.supervisor.last_end.clone().unwrap_or_default(),
-            previous_build: self.supervisor.previous.as_ref().map(|(previous, _)| previous.build.clone()).unwrap_or_default(),
-            upgrade: self.last_upgrade.clone(),
-            withheld: withheld.collect(),
-        }
     }
 }
 

@@ -149,11 +149,7 @@ impl Lane {
             }
         };
         if !self.start(id, "").await? {
-            // it runs and its shim takes it for created, or it has ended: see `start`
-            if let Ok(process) = proc::Process::read(container.pid.cast_signed()) {
-                ensure!(process.comm == "sh" || process.is_zombie(), "{process:?} cannot be started again");
-                proc::kill_hard(container.pid.cast_signed());
-            }
+            proc::kill_hard(container.pid.cast_signed());
             self.delete(id, None).await?;
             return Ok(again(async || unless(client.delete_container(id).await, Code::NotFound)).await?);
         }
@@ -211,33 +207,24 @@ impl Lane {
         }
     }
 
-    /// Starts a process. False when it cannot be started, as an attempt was cut off: an exec before the shim did anything. Of init the stock shim ends
-    /// `runc start` when the daemon's connection ends. Where that has read from the fifo on which init waits, but not yet removed it, the container
-    /// runs, and every further `runc start` waits at that fifo for ever; where it has opened but not read it, init fails with status 1.
+    /// Starts a process. False when an attempt was cut off and it is not known what a stock shim made of it: that ends `runc start` when the daemon's
+    /// connection ends, so that init waits for ever, fails with status 1, or runs while its shim takes it for created. An exec may not have begun.
     async fn start(&self, id: &str, exec: &str) -> Result<bool> {
         let client = self.cx.client();
-        let is_ours = self.is_ours();
-        let mut is_cut_off = false;
         loop {
             match client.start(id, exec).await {
-                Err(status) if is_a_death(&status) => is_cut_off = true,
-                Err(status)
-                    if is_cut_off && !is_ours && (status.code() == Code::DeadlineExceeded || status.message().contains("exec.fifo")) =>
-                {
-                    return Ok(false);
-                }
+                Err(status) if is_a_death(&status) && exec.is_empty() && !self.is_ours() => return Ok(false),
+                Err(status) if is_a_death(&status) => {}
                 answer => return answer.map(|_pid| true).with_context(|| format!("start {exec:?}")),
             }
             let begun = eventually("it has begun", Duration::from_secs(2), async || {
                 let state = again(async || client.state(id, exec).await).await?;
                 // a stock shim says nothing while it starts a process
                 ensure!(![Phase::Created, Phase::Unknown].contains(&state.status()), "{state:?}");
-                Ok(state)
+                Ok(())
             });
             match begun.await {
-                // init had a read end of its fifo no more
-                Ok(state) if !is_ours && exec.is_empty() && state.status() == Phase::Stopped && state.exit_status == 1 => return Ok(false),
-                Ok(_) => return Ok(true),
+                Ok(()) => return Ok(true),
                 Err(error) if error.chain().any(|cause| cause.is::<Status>()) => return Err(error),
                 Err(_still_created) if exec.is_empty() => {}
                 Err(_still_created) => return Ok(false),

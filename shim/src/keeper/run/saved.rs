@@ -4,9 +4,24 @@ use std::io::{self, Seek, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::time::Instant;
 
+use log::info;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::*;
+use super::{Keeper, TRIM_AFTER, block_signals};
+use crate::handover::{PartResult, UpgradeReport};
+use crate::keeper::blame::Blame;
+use crate::keeper::children::Children;
+use crate::keeper::control::Control;
+use crate::keeper::image::{Descriptors, Error, Saver, Sections};
+use crate::keeper::ledger::Ledger;
+use crate::keeper::life::Executable;
+use crate::keeper::poll::Poll;
+use crate::keeper::publisher::Publisher;
+use crate::keeper::relay::Relay;
+use crate::keeper::streams::Streams;
+use crate::keeper::supervisor::Supervisor;
+use crate::keeper::upgrade::{SETTLED_WITHIN, Stage, Upgrade};
+use crate::settings::Settings;
 
 /// The sections of the state.
 mod tag {

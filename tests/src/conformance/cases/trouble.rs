@@ -218,8 +218,10 @@ async fn a_delete_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Resul
     Ok(())
 }
 
+type Hold = fn(&Gate, &str) -> Result<()>;
+
 /// When the client leaves: before the OCI runtime has begun, and when it has just ended.
-const MOMENTS: [(&str, fn(&Gate, &str) -> Result<()>); 2] = [("before", Gate::hold), ("after", Gate::hold_after)];
+const MOMENTS: [(&str, Hold); 2] = [("before", Gate::hold), ("after", Gate::hold_after)];
 
 /// Calls a method, and hangs up when its runtime is held at `verb`, which then may go on.
 async fn leave_during(gate: &Gate, verb: &str, task: &Task, method: &str, request: Vec<u8>) -> Result<()> {

@@ -1,0 +1,69 @@
+//! What is said to people who ask how it is.
+use std::time::Instant;
+
+use super::Keeper;
+use crate::disguise;
+use crate::handover::{MAX_MESSAGE_BYTES, RequestSnapshot, Snapshot};
+use crate::keeper::ledger::What;
+
+/// How much state a snapshot holds: less than a message, which is for other things too.
+const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
+
+impl Keeper {
+    /// Every container, with what is known of it as far as that fits into one message: who is there matters most.
+    pub(super) fn state_for_people(&self) -> Vec<(String, Vec<u8>)> {
+        let mut left = SNAPSHOT_STATE_BYTES;
+        let fitting = self.ledger.state().iter().map(|(key, value)| {
+            let fits = value.len() <= left;
+            left -= if fits { value.len() } else { 0 };
+            (key.clone(), if fits { value.clone() } else { Vec::new() })
+        });
+        fitting.collect()
+    }
+
+    pub(super) fn snapshot(&self, now: Instant) -> Snapshot {
+        let requests = self.ledger.causes().iter().map(|(cause, open)| {
+            let age_nanos = match &open.what {
+                What::Request { arrived, .. } => now.saturating_duration_since(*arrived).as_nanos() as u64,
+                What::Exit(_) => 0,
+            };
+            RequestSnapshot {
+                cause: *cause,
+                method: open.what.name(),
+                age_nanos,
+                operations: open.operations.len() as u32,
+                operations_done: open.operations.iter().filter(|(_, outcome)| outcome.is_some()).count() as u32,
+            }
+        });
+        let withheld = self.blame.withheld(now).filter_map(|cause| self.ledger.causes().get(&cause)).map(|open| open.what.name());
+        Snapshot {
+            namespace: self.settings.namespace.clone(),
+            group: self.settings.id.clone(),
+            keeper_pid: std::process::id(),
+            keeper_build: disguise::build().into(),
+            worker_pid: self.supervisor.pid(),
+            worker_build: self.supervisor.build().map_or("", |(build, _)| build).into(),
+            lives: self.supervisor.lives,
+            uptime_seconds: now.saturating_duration_since(self.born).as_secs(),
+            state: self.state_for_people(),
+            processes: self.children.snapshot(),
+            requests: requests.collect(),
+            streams: self.streams.snapshot(),
+            waiters: self.ledger.parked().map(|(key, count)| (key.to_owned(), count as u32)).collect(),
+            events_queued: self.publisher.len() as u32,
+            events_sent: self.publisher.sent,
+            reservations: self.ledger.reservations().map(str::to_owned).collect(),
+            processes_started: self.children.started,
+            exits_seen: self.children.exits_seen,
+            connections: self.relay.count() as u32,
+            worker_version: self.supervisor.build().map_or(0, |(_, version)| version),
+            worker_path: self.supervisor.executable.path.clone(),
+            fruitless: self.supervisor.fruitless,
+            asleep: self.supervisor.is_asleep(),
+            last_end: self.supervisor.last_end.clone().unwrap_or_default(),
+            previous_build: self.supervisor.previous.as_ref().map(|(previous, _)| previous.build.clone()).unwrap_or_default(),
+            upgrade: self.last_upgrade.clone(),
+            withheld: withheld.collect(),
+        }
+    }
+}

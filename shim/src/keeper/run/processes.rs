@@ -1,0 +1,81 @@
+//! Processes that end, the worker among them.
+use std::time::Instant;
+
+use log::error;
+
+use super::Keeper;
+use crate::frame::{self, Code};
+use crate::handover::{Cause, ToWorker};
+use crate::keeper::children::Found;
+use crate::keeper::life::End;
+use crate::keeper::poll::Source;
+use crate::keeper::supervisor::Ended;
+
+impl Keeper {
+    pub(super) fn reap(&mut self) {
+        let ours: Vec<u32> = self.supervisor.pids().chain(self.rehearsal_pid()).collect();
+        let found = self.children.reap(self.ledger.awaits_pid(), &ours, &mut self.streams, &mut self.poll);
+        for found in found {
+            self.found(found);
+        }
+    }
+
+    pub(super) fn found(&mut self, found: Found) {
+        let now = Instant::now();
+        match found {
+            Found::Outcome { cause, step, outcome } => {
+                if self.ledger.settle(cause, step, &outcome) {
+                    self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, now);
+                }
+            }
+            Found::Exit(exit) => {
+                self.streams.exited(&exit.key, now, &mut self.poll);
+                self.ledger.open_exit(exit);
+                self.tell(now);
+            }
+            Found::Other { pid, status } => match self.supervisor.ended(pid, status, now) {
+                Ended::Other => {
+                    self.rehearsal_ended(pid, status);
+                }
+                ended => self.ended(ended, now),
+            },
+            Found::ReaderGone { key, stream } => self.streams.reader_gone(&key, stream, &mut self.poll),
+        }
+    }
+
+    pub(super) fn ended(&mut self, ended: Ended, now: Instant) {
+        match ended {
+            Ended::Worker { end, rolled_back } => self.worker_ended(&end, rolled_back, now),
+            Ended::Candidate(end) => self.candidate_ended(end),
+            Ended::Other => {}
+        }
+    }
+
+    pub(super) fn worker_ended(&mut self, end: &End, rolled_back: bool, now: Instant) {
+        // Its unread messages went with it.
+        for id in self.paused.drain(..) {
+            self.poll.again(Source::Client(id));
+        }
+        let told = self.ledger.told();
+        self.ledger.begin_life();
+        if rolled_back {
+            self.rolled_back(end);
+        } else if let Some(guilty) = self.blame.ended(told, end, now) {
+            self.guilty(guilty, end);
+        }
+        self.worker_left();
+    }
+
+    /// One worker after the other dies over a cause. A request is answered; an exit is a fact, and waits for another worker.
+    pub(super) fn guilty(&mut self, cause: Cause, end: &End) {
+        let method = self.ledger.causes().get(&cause).map(|open| open.what.name()).unwrap_or_default();
+        let why = format!("every worker of this shim dies over this request ({method}; last by: {}), so it is given up", end.why);
+        match self.ledger.give_up(cause, frame::error_response(Code::Internal, &why)) {
+            Some(due) => {
+                error!(method:%, why:% = end.why; "every worker dies over a request, it is answered with an error");
+                self.answer(due);
+            }
+            None => error!(what:% = method, why:% = end.why; "every worker dies over an exit, it is withheld for a while"),
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What is asked, by clients and by commanders, and who is told of it.
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+use super::{Keeper, MAX_BACKLOG_BYTES};
+use crate::frame::{self, Code};
+use crate::handover::{Cause, ControlReply, ControlRequest, ToWorker};
+use crate::keeper::blame::Open;
+use crate::keeper::ledger::{Asker, Due};
+
+/// When it is tried again to accept connections, for which there was no descriptor or no memory.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+
+impl Keeper {
+    pub(super) fn client(&mut self, id: u32, now: Instant) {
+        // The others are read from: what they ask may have a ready-made answer.
+        if self.supervisor.backlog_bytes() > MAX_BACKLOG_BYTES && !self.relay.is_modest(id) {
+            if !self.paused.contains(&id) {
+                self.paused.push(id);
+            }
+            return;
+        }
+        let (requests, is_connected) = self.relay.turn(id, &mut self.poll);
+        for request in requests {
+            self.ledger.open_request(Asker::Client(request.caller), request.payload, now);
+        }
+        self.tell(now);
+        if !is_connected {
+            self.ledger.forget(|asker| matches!(asker, Asker::Client(caller) if caller.client == id));
+        }
+    }
+
+    /// Takes new connections in. Those that cannot be are tried again: a listener tells once of each.
+    pub(super) fn accept(&mut self, now: Instant) {
+        let was_well = self.accept_at.take().is_none();
+        let (clients, commanders) = (self.relay.accept(&self.poll), self.control.accept(&self.poll));
+        if let Err(error) = clients.and(commanders) {
+            if was_well {
+                warn!(error:%; "cannot accept a connection, will retry");
+            }
+            self.accept_at = Some(now + ACCEPT_AGAIN_AFTER);
+        }
+    }
+
+    /// Tells the worker what it was not told of and may be.
+    pub(super) fn tell(&mut self, now: Instant) {
+        if !self.supervisor.is_serving() || (self.ledger.untold().is_empty() && !self.blame.is_trying()) {
+            return;
+        }
+        let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
+        let open = Open { untold: self.ledger.untold(), exits: self.ledger.exits(), is_open: &is_open };
+        for cause in self.blame.next(&open, self.supervisor.is_lively(), now) {
+            if let Some(message) = self.ledger.announce(cause, now) {
+                self.supervisor.send(&message, None, now);
+            }
+        }
+    }
+
+    /// Tells a worker that has said hello everything, in the order that lets it go on: state, requests, exits.
+    pub(in crate::keeper) fn welcome(&mut self, now: Instant) {
+        if !self.supervisor.welcome(now) {
+            return;
+        }
+        for (key, value) in self.ledger.state() {
+            self.supervisor.send(&ToWorker::State { key: key.clone(), value: value.clone() }, None, now);
+        }
+        self.ledger.begin_life();
+        self.tell(now);
+        self.supervisor.send(&ToWorker::CaughtUp, None, now);
+        self.ask_whether_settled(now);
+        self.supervisor.flush(now);
+    }
+
+    pub(super) fn answer(&mut self, due: Due) {
+        match due.asker {
+            Asker::Client(caller) => self.relay.answer(caller, due.request_bytes, &due.response, &mut self.poll),
+            Asker::Commander(id) => self.control.reply(id, &ControlReply::Answer { response: due.response }),
+        }
+    }
+
+    pub(super) fn commander(&mut self, id: u32, now: Instant) {
+        let Some((request, attached)) = self.control.turn(id) else { return };
+        match request {
+            ControlRequest::Describe => {
+                let snapshot = Box::new(self.snapshot(now));
+                self.control.reply(id, &ControlReply::Snapshot(snapshot));
+            }
+            ControlRequest::Reserve { id: container } => {
+                // One that is leaving stays for it.
+                self.ledger.reserve(container, now);
+                self.control.reply(id, &ControlReply::Done);
+            }
+            ControlRequest::Forget { id: container } => {
+                self.forget(&container, now);
+                self.control.reply(id, &ControlReply::Done);
+            }
+            ControlRequest::Upgrade { path, keeper_too } => match attached {
+                Some(file) => self.begin_upgrade(id, file, path, keeper_too, now),
+                None => self.control.reply(id, &ControlReply::Refused { why: "no program came along".into() }),
+            },
+            ControlRequest::Ask { payload } => {
+                self.ledger.open_request(Asker::Commander(id), payload, now);
+                self.tell(now);
+            }
+        }
+    }
+
+    /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
+    pub(super) fn forget(&mut self, container: &str, now: Instant) {
+        let why = format!("container {container} was removed by hand: nobody will tell of its end");
+        let (had_state, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
+        for due in waiting {
+            self.answer(due);
+        }
+        if had_state {
+            warn!(container:%; "removed by hand, forgetting it");
+            self.children.end_helpers(container);
+            self.children.release(container);
+            self.streams.release(container, now, &mut self.poll);
+            // A worker that lives has it in mind still; the next one has not.
+            self.supervisor.kill();
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What the worker wants to have done.
+use std::time::Instant;
+
+use nix::errno::Errno;
+
+use super::{Keeper, failed};
+use crate::handover::{Cause, Commit, Op, Outcome, Step, ToKeeper, ToWorker};
+use crate::journal::Journal;
+use crate::keeper::ledger::{Asked, Asker};
+
+impl Keeper {
+    pub(in crate::keeper) fn take(&mut self, message: ToKeeper) {
+        match message {
+            ToKeeper::Hello { versions, build } => {
+                let now = Instant::now();
+                if self.supervisor.hello(versions, build, now) {
+                    self.welcome(now);
+                }
+            }
+            ToKeeper::Fit { .. } => {}
+            ToKeeper::Watch => self.supervisor.watch(),
+            ToKeeper::Rest { may } => {
+                let is_needed = self.ledger.is_busy() || self.upgrade.is_some();
+                self.supervisor.rest(may, is_needed, &self.poll);
+            }
+            ToKeeper::Pong { number } => self.ponged(number, Instant::now()),
+            ToKeeper::Operation { cause, step, op } => self.operation(cause, step, op),
+            ToKeeper::Commit(commit) => self.commit(commit),
+        }
+    }
+
+    pub(super) fn operation(&mut self, cause: Cause, step: Step, op: Op) {
+        // Handing out a descriptor changes nothing and cannot be remembered.
+        if let Op::ReadEnd { key, stream } = op {
+            let (outcome, descriptor) = match self.streams.read_end(&key, stream) {
+                Ok(end) => (Outcome::Descriptor, Some(end)),
+                Err(error) => (failed(&error, format!("read end of {stream:?} of {key}")), None),
+            };
+            self.supervisor.send(&ToWorker::Done { cause, step, outcome }, descriptor, Instant::now());
+            return;
+        }
+        let reports_pid = matches!(&op, Op::Spawn(spawn) if spawn.reports_pid);
+        let outcome = match self.ledger.ask(cause, step, reports_pid) {
+            Asked::Known(outcome) => Some(if op == Op::Once { failed(&Errno::EALREADY.into(), "once".into()) } else { outcome }),
+            Asked::Pending => None,
+            Asked::Over => Some(failed(&Errno::EINVAL.into(), format!("operation of cause {cause}, which is over"))),
+            Asked::New => {
+                let outcome = self.perform(cause, step, op);
+                if let Some(outcome) = &outcome {
+                    self.ledger.settle(cause, step, outcome);
+                }
+                outcome
+            }
+        };
+        if let Some(outcome) = outcome {
+            self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, Instant::now());
+        }
+    }
+
+    /// Performs an operation for the first and only time. `None`: the outcome will come.
+    pub(super) fn perform(&mut self, cause: Cause, step: Step, op: Op) -> Option<Outcome> {
+        let result = match op {
+            Op::Spawn(order) => return self.children.start(cause, step, order, &mut self.streams, &self.poll).err(),
+            Op::Signal { key, signal } => {
+                self.children.signal(&key, signal).map_err(|error| (format!("send signal {signal} to {key}"), error))
+            }
+            Op::Once => Ok(()),
+            Op::OpenStdio(stdio) => self.streams.open(stdio, &mut self.poll),
+            Op::CloseStdin { key } => {
+                self.streams.close_stdin(&key, &mut self.poll);
+                Ok(())
+            }
+            Op::Resize { key, rows, columns } => {
+                self.streams.resize(&key, rows, columns).map_err(|error| (format!("resize the terminal of {key}"), error))
+            }
+            Op::WriteJournal { path, body } => Journal::open(path.as_ref())
+                .and_then(|journal| journal.write_body(&body))
+                .map_err(|error| (format!("write journal {path}"), error)),
+            Op::EndHelpers { key } => {
+                self.children.end_helpers(&key);
+                Ok(())
+            }
+            Op::ReadEnd { .. } => Err(("remember a descriptor".into(), Errno::EINVAL.into())),
+        };
+        Some(match result {
+            Ok(()) => Outcome::Done,
+            Err((what, error)) => failed(&error, what),
+        })
+    }
+
+    pub(super) fn commit(&mut self, mut commit: Commit) {
+        self.supervisor.committed();
+        let now = Instant::now();
+        let (claims, awaited_pid) = (!commit.claims.is_empty(), self.ledger.awaits_pid());
+        for claim in std::mem::take(&mut commit.claims) {
+            self.children.claim(claim, &self.poll);
+        }
+        for event in std::mem::take(&mut commit.events) {
+            self.publisher.push(event);
+        }
+        for due in self.ledger.commit(&mut commit) {
+            self.answer(due);
+        }
+        let (relay, control) = (&self.relay, &self.control);
+        let is_connected = |asker| match asker {
+            Asker::Client(caller) => relay.is_connected(caller.client),
+            Asker::Commander(id) => control.is_connected(id),
+        };
+        for (asker, bytes) in self.ledger.park(std::mem::take(&mut commit.parks), is_connected) {
+            if let Asker::Client(caller) = asker {
+                self.relay.settle(caller, Some(bytes), &mut self.poll);
+            }
+        }
+        for key in std::mem::take(&mut commit.releases) {
+            self.children.release(&key);
+            self.streams.release(&key, now, &mut self.poll);
+            self.ledger.release_reservation(&key);
+        }
+        self.publisher.turn(now, &self.poll);
+        // A claimed process may have ended already, and zombies that were kept for this commit may go.
+        if claims || (awaited_pid && !self.ledger.awaits_pid()) {
+            self.reap();
+        }
+    }
+}
