@@ -17,7 +17,9 @@ use std::{env, fmt, fs, thread};
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::proc;
+use crate::eventually::{SOON, eventually};
+use crate::runner::skip;
+use crate::{isolation, proc};
 
 /// The environment variable that chooses: `1` or `2`.
 pub const CHOICE: &str = "X_CGROUP";
@@ -124,6 +126,43 @@ pub fn folders(name: &str) -> Vec<PathBuf> {
 fn hierarchies() -> Vec<PathBuf> {
     let all = fs::read_dir(ROOT).into_iter().flatten().flatten().map(|entry| entry.path());
     [PathBuf::from(ROOT)].into_iter().chain(all).collect()
+}
+
+/// A cgroup of v1 below the run's own, into which a test puts processes.
+#[derive(Debug)]
+pub struct Own(PathBuf);
+
+impl Own {
+    /// One of the hierarchy whose cgroups have `file`, with `value` in it; skips where there is none.
+    pub fn with(name: &str, file: &str, value: &str) -> Result<Self> {
+        let Some(parent) = folders(&isolation::cgroup()).into_iter().find(|folder| folder.join(file).exists()) else {
+            return skip(format!("there is no {file} of cgroup v1"));
+        };
+        let own = Self(parent.join(name));
+        fs::create_dir_all(&own.0)?;
+        own.set(file, value)?;
+        Ok(own)
+    }
+
+    /// Writes one of its files.
+    pub fn set(&self, file: &str, value: &str) -> Result<()> {
+        fs::write(self.0.join(file), value).with_context(|| format!("{value} to {file}"))
+    }
+
+    /// Reads one of its files.
+    pub fn get(&self, file: &str) -> Result<String> {
+        fs::read_to_string(self.0.join(file)).with_context(|| file.to_owned())
+    }
+
+    /// Moves a process in.
+    pub fn take(&self, pid: i32) -> Result<()> {
+        self.set("cgroup.procs", &pid.to_string())
+    }
+
+    /// Removes it when the last process in it has died.
+    pub async fn emptied(&self) -> Result<()> {
+        eventually("everybody in it has died", SOON, async || Ok(fs::remove_dir(&self.0)?)).await
+    }
 }
 
 /// Kills what is in the cgroups of that name and removes them, as far as the kernel allows.

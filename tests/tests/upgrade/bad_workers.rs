@@ -12,13 +12,13 @@ use nix::sys::signal::Signal;
 use protobuf::Message as _;
 use shim_tests::builds;
 use shim_tests::bundle::worker_of;
+use shim_tests::cgroups::Own;
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::runner::skip;
+use shim_tests::proc;
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Frame, Wire};
-use shim_tests::{cgroups, isolation, proc};
 
 use crate::{build, on_build};
 
@@ -204,36 +204,11 @@ pub(crate) async fn a_shutdown_that_a_worker_was_too_slow_for_is_carried_out(cx:
     stand.leaves_nothing().await
 }
 
-/// A cgroup of v1 in which nobody runs, not even to die.
-struct Frozen(PathBuf);
-
-impl Frozen {
-    fn new(cx: &Context) -> Result<Self> {
-        let folders = cgroups::folders(&isolation::cgroup());
-        let Some(freezer) = folders.into_iter().find(|folder| folder.join("freezer.state").exists()) else {
-            return skip("there is no freezer of cgroup v1");
-        };
-        let folder = freezer.join(cx.client().namespace()).join("frozen");
-        fs::create_dir_all(&folder)?;
-        fs::write(folder.join("freezer.state"), "FROZEN")?;
-        Ok(Self(folder))
-    }
-
-    fn take(&self, pid: i32) -> Result<()> {
-        fs::write(self.0.join("cgroup.procs"), pid.to_string()).with_context(|| format!("move {pid}"))
-    }
-
-    async fn thaw(&self) -> Result<()> {
-        fs::write(self.0.join("freezer.state"), "THAWED")?;
-        eventually("everybody in it has died", SOON, async || Ok(fs::remove_dir(&self.0)?)).await
-    }
-}
-
 /// As one of whose threads waits for a disk that hangs.
 pub(crate) async fn a_worker_that_cannot_die_is_done_without(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
-    let frozen = Frozen::new(&cx)?;
+    let frozen = Own::with(&format!("{}-frozen", cx.client().namespace()), "freezer.state", "FROZEN")?;
     let keeper = cx.shim_pid(&container.id)?;
     let (client, id) = (cx.client().clone(), container.id.clone());
     let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
@@ -250,7 +225,8 @@ pub(crate) async fn a_worker_that_cannot_die_is_done_without(cx: Context) -> Res
     builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
     ensure!(is_there(second), "it could die");
     ensure!(container.exec("e2", &["sh", "-c", "exit 5"]).run().await? == 5);
-    frozen.thaw().await?;
+    frozen.set("freezer.state", "THAWED")?;
+    frozen.emptied().await?;
     for pid in [first, second] {
         eventually_true("it is reaped", SOON, || !is_there(pid)).await?;
     }

@@ -2,7 +2,6 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
 use std::process::Stdio as Standard;
 use std::time::{Duration, Instant};
 
@@ -11,14 +10,14 @@ use containerd_shim_protos::api::DeleteResponse;
 use nix::sys::signal::Signal;
 use protobuf::Message as _;
 use shim_tests::bundle::worker_of;
+use shim_tests::cgroups::Own;
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::runner::skip;
 use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
 use shim_tests::ttrpc::Code;
-use shim_tests::{builds, cgroups, isolation, proc};
+use shim_tests::{builds, proc};
 
 use crate::{build, on_build};
 
@@ -69,36 +68,11 @@ pub(crate) async fn a_worker_that_crashes_is_replaced_under_what_is_under_way(cx
     cx.leaves_nothing().await
 }
 
-/// A cgroup in which a process can have next to no memory.
-struct Narrow(PathBuf);
-
-impl Narrow {
-    fn new(cx: &Context) -> Result<Self> {
-        let folders = cgroups::folders(&isolation::cgroup());
-        let Some(memory) = folders.into_iter().find(|folder| folder.join("memory.limit_in_bytes").exists()) else {
-            return skip("there is no controller of memory of cgroup v1");
-        };
-        let folder = memory.join(cx.client().namespace()).join("narrow");
-        fs::create_dir_all(&folder)?;
-        fs::write(folder.join("memory.limit_in_bytes"), (256 << 10).to_string())?;
-        Ok(Self(folder))
-    }
-
-    fn take(&self, pid: i32) -> Result<()> {
-        fs::write(self.0.join("cgroup.procs"), pid.to_string()).with_context(|| format!("move {pid}"))
-    }
-
-    fn kills(&self) -> Result<u64> {
-        let text = fs::read_to_string(self.0.join("memory.oom_control"))?;
-        let kills = text.lines().find_map(|line| line.strip_prefix("oom_kill ")).context("the kernel does not count")?;
-        Ok(kills.parse()?)
-    }
-}
-
+/// In a cgroup in which a process can have next to no memory.
 pub(crate) async fn a_worker_out_of_memory_is_replaced(cx: Context) -> Result<()> {
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let keeper = cx.shim_pid(&container.id)?;
-    let narrow = Narrow::new(&cx)?;
+    let narrow = Own::with(&format!("{}-narrow", cx.client().namespace()), "memory.limit_in_bytes", "256K")?;
     for round in 1..=3 {
         let worker = worker_of(keeper).await?;
         narrow.take(worker)?;
@@ -108,11 +82,12 @@ pub(crate) async fn a_worker_out_of_memory_is_replaced(cx: Context) -> Result<()
             process["env"].as_array_mut().expect("a process has an environment").extend(ballast);
         });
         ensure!(exec.run().await? == 4);
-        ensure!(!proc::is_alive(worker) && narrow.kills()? == round, "{} kills after {round} rounds", narrow.kills()?);
+        let kills = narrow.get("memory.oom_control")?;
+        ensure!(!proc::is_alive(worker) && kills.lines().any(|line| line == format!("oom_kill {round}")), "after {round} rounds: {kills}");
         let state = container.state().await?;
         ensure!(state.pid == container.pid && cx.shim_pid(&container.id)? == keeper, "{state:?}");
     }
-    fs::remove_dir(&narrow.0)?;
+    narrow.emptied().await?;
     ensure!(container.destroy().await? == 137);
     cx.leaves_nothing().await
 }
