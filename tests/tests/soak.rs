@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use shim_tests::direct::{self, Case};
 use shim_tests::direct_cases;
@@ -51,6 +52,18 @@ async fn timer(over: &AtomicBool) {
         tokio::time::sleep(Duration::from_millis(100)).await; // how long it lasts is what is asked for
     }
     over.store(true, Ordering::Relaxed);
+}
+
+/// One container after the other, until the time is up or something has gone wrong.
+async fn lives(over: &AtomicBool, lane: u64, mut dice: Dice, live: impl AsyncFn(&str, &mut Dice) -> Result<()>) -> Result<()> {
+    for number in 0.. {
+        if over.load(Ordering::Relaxed) {
+            break;
+        }
+        let id = format!("c{lane}-{number}");
+        live(&id, &mut dice).await.inspect_err(|_| over.store(true, Ordering::Relaxed)).context(id)?;
+    }
+    Ok(())
 }
 
 /// A sequence that its seed decides.

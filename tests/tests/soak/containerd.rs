@@ -26,7 +26,7 @@ use shim_tests::suite::{Runtime, Suite};
 use shim_tests::{cgroups, proc};
 use tonic::{Code, Status};
 
-use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, seed, timer};
+use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, timer};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -69,7 +69,11 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     println!("soak: {} with {runtime}", daemon.suite());
     let (events, counts) = (cx.events().await?, Counts::default());
     let soak = Soak { cx, events, counts, bereft: Mutex::default(), eras: AtomicU64::new(0), over: AtomicBool::new(false) };
-    let lane = |lane| lane_of(&soak, lane, Dice::new(seed, lane));
+    let live = async |id: &str, dice: &mut Dice| {
+        let lived = one_life(&soak, id, dice).await;
+        lived.with_context(|| format!("{:?}, its shim was killed: {}", soak.events.of(id), soak.is_bereft(id)))
+    };
+    let lane = |lane| lives(&soak.over, lane, Dice::new(seed, lane), live);
     let (chaos, (), one, two, three, four) =
         tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
     soak.remove_sockets_of_the_killed();
@@ -170,20 +174,6 @@ impl Soak {
     fn era(&self) -> u64 {
         self.eras.load(Ordering::SeqCst)
     }
-}
-
-async fn lane_of(soak: &Soak, lane: u64, mut dice: Dice) -> Result<()> {
-    for number in 0.. {
-        if soak.over.load(Ordering::Relaxed) {
-            break;
-        }
-        let id = format!("c{lane}-{number}");
-        one_life(soak, &id, &mut dice)
-            .await
-            .inspect_err(|_| soak.over.store(true, Ordering::Relaxed))
-            .with_context(|| format!("{id}: {:?}, its shim was killed: {}", soak.events.of(&id), soak.is_bereft(&id)))?;
-    }
-    Ok(())
 }
 
 /// Asks until somebody answers. A refusal is an answer; the end of a connection, to the daemon or from there to a shim, is none.

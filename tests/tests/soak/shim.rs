@@ -14,7 +14,7 @@ use shim_tests::stdio::{Pace, Reader, fifo};
 use shim_tests::ttrpc::CallError;
 use shim_tests::{cgroups, isolation, proc};
 
-use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, seed, timer};
+use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, timer};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -46,7 +46,13 @@ pub(crate) async fn every_exit_is_told_once_and_no_byte_is_lost_whatever_fails(s
     fs::create_dir(&disk)?;
     mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=1m"))?;
     let soak = Soak { stand, counts: Counts::default(), disk, over: AtomicBool::new(false) };
-    let lane = |lane| lane_of(&soak, lane, Dice::new(seed, lane));
+    let live = async |id: &str, dice: &mut Dice| {
+        let lived = one_life(&soak, id, dice).await;
+        lived.with_context(|| format!("{:?}", soak.stand.containerd().events().of(id)))?;
+        count(&soak.counts.containers);
+        Ok(())
+    };
+    let lane = |lane| lives(&soak.over, lane, Dice::new(seed, lane), live);
     let (chaos, (), one, two, three, four) =
         tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
     println!("soak: {:?}", soak.counts);
@@ -86,21 +92,6 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                 count(&counts.disks);
             }
         }
-    }
-    Ok(())
-}
-
-async fn lane_of(soak: &Soak, lane: u64, mut dice: Dice) -> Result<()> {
-    for number in 0.. {
-        if soak.over.load(Ordering::Relaxed) {
-            break;
-        }
-        let id = format!("c{lane}-{number}");
-        one_life(soak, &id, &mut dice)
-            .await
-            .inspect_err(|_| soak.over.store(true, Ordering::Relaxed))
-            .with_context(|| format!("{id}: {:?}", soak.stand.containerd().events().of(&id)))?;
-        count(&soak.counts.containers);
     }
     Ok(())
 }
