@@ -4,7 +4,7 @@
 //! A test makes other builds of the shim by copying it and appending a line to the copy, which an executable may end with:
 //! `x-disguise: NAME=VALUE …`. Names: `build`; `oldest` and `newest`, the versions of the messages; `records`, the newest version of
 //! containers' records that it reads; `image`, the same for a keeper's state; `at` and `do`: where it misbehaves (`hello`, `fit`, `welcome`,
-//! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`); `request` and `exit`: a text which makes it misbehave in
+//! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`); `rehearsal`: how it does there besides; `request` and `exit`: a text which makes it misbehave in
 //! the request whose bytes, or in the exit whose key, contain it.
 #[cfg(feature = "fault-injection")]
 pub(crate) use active::{build, image_version, meet_exit, meet_request, misbehave, record_version, versions};
@@ -33,9 +33,9 @@ mod inert {
     use super::Place;
     use crate::handover::Versions;
 
-    /// The version of this build, for people.
+    /// The version of this build and its commit, for people.
     pub(crate) fn build() -> &'static str {
-        env!("CARGO_PKG_VERSION")
+        env!("X_BUILD")
     }
 
     pub(crate) fn versions() -> Versions {
@@ -94,7 +94,7 @@ mod active {
     }
 
     pub(crate) fn build() -> &'static str {
-        value("build").unwrap_or(env!("CARGO_PKG_VERSION"))
+        value("build").unwrap_or(env!("X_BUILD"))
     }
 
     pub(crate) fn versions() -> Versions {
@@ -119,6 +119,9 @@ mod active {
             Place::Rehearsal => "rehearsal",
             Place::Resume => "resume",
         };
+        if let (Place::Rehearsal, Some(how)) = (place, value("rehearsal")) {
+            perform(Some(how));
+        }
         if value("at") != Some(name) {
             return;
         }

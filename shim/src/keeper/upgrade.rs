@@ -5,6 +5,7 @@
 //!             │ crashes, hangs, refuses                          │ fails                          │ anything else              │
 //!             ▼                                                  ▼                                ▼                            ▼
 //!           kept                                            rolled back            kept, the worker stays upgraded      the new image, Settling
+//! A worker that fails between Settling and the new image is rolled back, and the keeper is kept.
 //! ```
 //!
 //! **Invariant:** whatever comes of it, whoever has asked is told, and so are the log, `ps` and `inspect`.
@@ -28,6 +29,8 @@ use crate::sys;
 const FIT_WITHIN: Duration = Duration::from_secs(10);
 /// So long an image may take to read a copy of the state.
 const REHEARSED_WITHIN: Duration = Duration::from_secs(10);
+/// So long one that was killed over that may take to end: it is not waited for any longer, whatever disk its program lies on.
+const ENDS_WITHIN: Duration = Duration::from_secs(3);
 /// The ping by which a worker shows that it has caught up after a cut-over.
 const SETTLED: u32 = 1;
 
@@ -97,7 +100,7 @@ impl Keeper {
     /// When [`Keeper::tick_upgrade`] has something to do.
     pub(super) fn upgrade_deadline(&self) -> Option<Instant> {
         match self.upgrade.as_ref()?.stage {
-            Stage::Trial { until } | Stage::Settling { until, .. } | Stage::Rehearsal { until, is_late: false, .. } => Some(until),
+            Stage::Trial { until } | Stage::Settling { until, .. } | Stage::Rehearsal { until, .. } => Some(until),
             _ => None,
         }
     }
@@ -114,14 +117,23 @@ impl Keeper {
                     candidate.kill(Fault::Its, format!("it has not said within {FIT_WITHIN:?} that it can take over"));
                 }
             }
-            Some(Stage::Rehearsal { pid, is_late, .. }) => {
-                *is_late = true;
-                // Our child and not reaped: the number is its own.
-                let _ = kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
+            Some(Stage::Rehearsal { pid, until, is_late, .. }) if !*is_late => {
+                (*is_late, *until) = (true, now + ENDS_WITHIN);
+                end_rehearsal(*pid);
+            }
+            Some(Stage::Rehearsal { .. }) => {
+                if let Some(upgrade) = self.upgrade.take() {
+                    self.keep_keeper(upgrade, format!("its rehearsal took longer than {REHEARSED_WITHIN:?}, and does not end"));
+                }
             }
             Some(Stage::Settling { .. }) => {
                 if let Some(upgrade) = self.upgrade.take() {
-                    self.end_upgrade(upgrade);
+                    let is_left_out = upgrade.keeper_too && upgrade.report.keeper == PartResult::Unasked;
+                    if is_left_out {
+                        self.keep_keeper(upgrade, format!("the new worker gave no sign of life within {SETTLED_WITHIN:?}"));
+                    } else {
+                        self.end_upgrade(upgrade);
+                    }
                 }
             }
             _ => {}
@@ -245,17 +257,23 @@ impl Keeper {
     /// The worker has ended, and its program was replaced by the one before.
     pub(super) fn rolled_back(&mut self, end: &End) {
         self.blame.forgive();
-        match self.upgrade.take_if(|upgrade| matches!(upgrade.stage, Stage::Settling { .. })) {
-            Some(mut upgrade) => {
-                upgrade.report.worker = PartResult::RolledBack(end.why.clone());
-                self.end_upgrade(upgrade);
+        // Before that, it is the worker of an earlier upgrade.
+        let is_cut_over =
+            |upgrade: &mut Upgrade| !matches!(upgrade.stage, Stage::Trial { .. } | Stage::Ending { .. } | Stage::Ended { .. });
+        let Some(mut upgrade) = self.upgrade.take_if(is_cut_over) else {
+            if let Some(report) = &mut self.last_upgrade {
+                report.worker = PartResult::RolledBack(end.why.clone());
             }
-            None => {
-                if let Some(report) = &mut self.last_upgrade {
-                    report.worker = PartResult::RolledBack(end.why.clone());
-                }
-            }
+            return;
+        };
+        upgrade.report.worker = PartResult::RolledBack(end.why.clone());
+        if let Stage::Settling { .. } = upgrade.stage {
+            return self.end_upgrade(upgrade);
         }
+        if let Stage::Rehearsal { pid, .. } = upgrade.stage {
+            end_rehearsal(pid);
+        }
+        self.keep_keeper(upgrade, "its worker was rolled back".into());
     }
 
     fn keep_worker(&mut self, mut upgrade: Upgrade, why: String) {
@@ -374,6 +392,12 @@ impl Keeper {
         self.control.reply(upgrade.asker, &ControlReply::Upgraded(Box::new(report.clone())));
         self.last_upgrade = Some(report);
     }
+}
+
+/// The number is its own as long as it is our child and not reaped.
+fn end_rehearsal(pid: u32) {
+    // It may have ended.
+    let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
 }
 
 fn environment() -> io::Result<Vec<CString>> {

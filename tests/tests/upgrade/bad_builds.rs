@@ -6,9 +6,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use shim_tests::builds::{self, Upgraded};
+use shim_tests::cgroups::Own;
 use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
+use shim_tests::proc::{self, Process};
 
 use crate::{build, on_build};
 
@@ -103,6 +105,39 @@ pub(crate) async fn a_worker_that_fails_on_probation_is_replaced_by_the_one_befo
     let program = build(&cx, "new", "build=bad at=later do=crash")?;
     builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
     eventually("the worker before is back", SOON, async || witness.holds("bad", "old").await).await?;
+    witness.ends().await
+}
+
+pub(crate) async fn a_worker_that_fails_while_the_keeper_is_rehearsed_takes_the_whole_upgrade_back(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    let program = build(&cx, "new", "build=bad at=later do=crash rehearsal=hang")?;
+    let upgraded = builds::upgrade(&cx, &program, &["--all"]).await?;
+    is_rolled_back(&upgraded, "the worker was rolled back: signal 6")?;
+    is_rolled_back(&upgraded, "the keeper was kept: its worker was rolled back")?;
+    witness.holds("old", "old").await?;
+    witness.ends().await
+}
+
+pub(crate) async fn a_rehearsal_that_cannot_die_is_done_without(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    let frozen = Own::with(&format!("{}-frozen", cx.client().namespace()), "freezer.state", "FROZEN")?;
+    let program = build(&cx, "new", "build=bad at=rehearsal do=hang")?;
+    let keeper = witness.keeper;
+    let freeze = eventually("it is rehearsed", SOON, async || {
+        let is_it = |process: &Process| process.parent == keeper && process.command.split(' ').any(|word| word == "rehearse");
+        frozen.take(proc::all().into_values().find(is_it).context("not yet")?.pid)
+    });
+    let (upgraded, frozen_in_time) = tokio::join!(builds::upgrade(&cx, &program, &["--all"]), freeze);
+    frozen_in_time?;
+    is_rolled_back(&upgraded?, "and does not end")?;
+    witness.holds("old", "bad").await?;
+    let good = build(&cx, "good", "build=good")?;
+    builds::upgrade(&cx, &good, &["--all"]).await?.is_done()?;
+    witness.holds("good", "good").await?;
+    frozen.set("freezer.state", "THAWED")?;
+    frozen.emptied().await?;
     witness.ends().await
 }
 
