@@ -17,6 +17,7 @@ use containerd_shim_protos::shim::oci;
 use log::warn;
 use protobuf::Message;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use super::call::Call;
 use super::containers;
@@ -139,7 +140,6 @@ pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetRequest) 
 
 /// How a process is; one whose shim does not say in time is of unknown status.
 async fn process(task: &Task, exec: &str) -> Result<Process> {
-    let unknown = || Process { container_id: task.id.clone(), id: task.id.clone(), ..Process::default() };
     let state = match task.settled().await {
         Ok(Phase::Live(live)) => {
             let request = shim::StateRequest { id: task.id.clone(), exec_id: exec.to_owned(), ..shim::StateRequest::default() };
@@ -147,12 +147,12 @@ async fn process(task: &Task, exec: &str) -> Result<Process> {
         }
         Ok(Phase::Ended(exit)) if exec.is_empty() => return Ok(ended(task, exit)),
         Ok(_) => return Err(Error::NotFound(format!("process {exec} of task {}", task.id))),
-        Err(Error::Unavailable(_)) if exec.is_empty() => return Ok(unknown()),
+        Err(Error::Unavailable(_)) if exec.is_empty() => return Ok(unknown(task)),
         Err(error) => return Err(error),
     };
     let state = match state {
         Ok(state) => state,
-        Err(Unanswered::Late(_)) if exec.is_empty() => return Ok(unknown()),
+        Err(Unanswered::Late(_)) if exec.is_empty() => return Ok(unknown(task)),
         Err(Unanswered::Lost) => {
             task.left().await;
             return match task.settled().await? {
@@ -174,6 +174,10 @@ async fn process(task: &Task, exec: &str) -> Result<Process> {
         exit_status: state.exit_status,
         exited_at: wire::time_from_shim(state.exited_at.into_option()),
     })
+}
+
+fn unknown(task: &Task) -> Process {
+    Process { container_id: task.id.clone(), id: task.id.clone(), ..Process::default() }
 }
 
 fn ended(task: &Task, exit: Exit) -> Process {
@@ -206,9 +210,12 @@ pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListTasksRe
     // asked all at once: one that does not answer delays no other
     let mut asked = JoinSet::new();
     for task in tasks {
-        asked.spawn(async move { process(&task, "").await });
+        asked.spawn(async move {
+            let process = timeout(STATE, process(&task, "")).await;
+            process.map_or_else(|_late| Some(unknown(&task)), Result::ok)
+        });
     }
-    let mut tasks: Vec<_> = asked.join_all().await.into_iter().filter_map(Result::ok).collect();
+    let mut tasks: Vec<_> = asked.join_all().await.into_iter().flatten().collect();
     tasks.sort_by(|one, other| one.id.cmp(&other.id));
     Ok(ListTasksResponse { tasks })
 }
@@ -336,7 +343,7 @@ pub(super) async fn metrics(manager: Arc<Manager>, call: Call, request: MetricsR
         asked.spawn(async move {
             let stats = shim::StatsRequest { id: task.id.clone(), ..shim::StatsRequest::default() };
             let timestamp = Some(timestamp::now());
-            let answer: Result<shim::StatsResponse> = ask(&task, "Stats", &stats, STATE).await;
+            let answer: Result<shim::StatsResponse> = timeout(STATE, ask(&task, "Stats", &stats, STATE)).await.ok()?;
             let data = answer.ok()?.stats.into_option().map(wire::from_shim);
             Some(Metric { timestamp, id: task.id.clone(), data })
         });

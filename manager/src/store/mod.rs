@@ -81,7 +81,7 @@ impl Store {
         self.run(|connection| transact(connection, "NORMAL", job)).await
     }
 
-    /// The same, and does `then` when it is known whether it is so, before any other job.
+    /// The same, and then does `then`, whether or not it could be noted, before any other job: it must be short.
     pub(crate) async fn note_and_then<T: Send + 'static>(
         &self,
         job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,

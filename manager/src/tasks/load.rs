@@ -229,7 +229,8 @@ fn bundles(folder: &Path, works: &Path) -> Result<Vec<(Namespace, String)>> {
     }
     for (namespace, path) in folders(works)? {
         for (id, path) in folders(&path)? {
-            if !folder.join(&namespace).join(id).exists() {
+            let bundle = folder.join(&namespace).join(id);
+            if !bundle.try_exists().on("look for", &bundle)? {
                 // as above
                 let _ = mounts::remove_tree(&path);
             }
@@ -243,8 +244,14 @@ fn folders(folder: &Path) -> Result<Vec<(String, std::path::PathBuf)>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.on("read folder", folder)?,
     };
-    let folders = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    Ok(folders.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path())).collect())
+    let mut folders = Vec::new();
+    for entry in entries {
+        let entry = entry.on("read folder", folder)?;
+        if entry.file_type().on("look at", &entry.path())?.is_dir() {
+            folders.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
+        }
+    }
+    Ok(folders)
 }
 
 /// For a shim to say how a process is.

@@ -108,6 +108,8 @@ impl Programs {
         }
         match start(self.parameters(namespace, id, options)).await {
             Ok(address) => Ok(address),
+            // one that does not end, or could not be run, says nothing about the dialect
+            Err(newer @ (Error::Unavailable(_) | Error::Io { .. })) => Err(newer),
             Err(newer) => {
                 // whoever does not know the dialect takes the parameters for broken options
                 let address = start(options_alone()).await.map_err(|older| if options.is_some() { older } else { newer })?;

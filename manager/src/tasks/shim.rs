@@ -57,7 +57,7 @@ impl From<Unanswered> for Error {
 impl Shim {
     /// Connects.
     ///
-    /// Errors: [`Error::Invalid`] for an address that cannot be used, [`Error::Io`] when nobody listens there.
+    /// Errors: [`Error::Unimplemented`] or [`Error::Launch`] for an address that cannot be used, [`Error::Io`] when nobody listens there.
     pub(crate) async fn connect(address: &Address, namespace: &Namespace) -> Result<Self> {
         let service = match (address.version, address.protocol.as_str()) {
             (2, "ttrpc") => "containerd.task.v2.Task",

@@ -2,8 +2,8 @@
 //!
 //! A stock shim is allowed what its daemon's death makes of it under any daemon: clauses H3, H9 and H10 of docs/protocol.md, which it breaks.
 
-use std::env;
 use std::time::{Duration, Instant};
+use std::{env, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use containerd_client::types::v1::Status as Phase;
@@ -150,7 +150,11 @@ impl Lane {
             }
         };
         if !self.start(id, "").await? {
-            proc::kill_hard(container.pid.cast_signed());
+            let (init, cgroup) = (container.pid.cast_signed(), self.cx.cgroup_path(id));
+            // if it has failed already, the number may be another's
+            if fs::read_to_string(format!("/proc/{init}/cgroup")).is_ok_and(|cgroups| cgroups.lines().any(|line| line.ends_with(&cgroup))) {
+                proc::kill_hard(init);
+            }
             self.delete(id, None).await?;
             return Ok(again(async || unless(client.delete_container(id).await, Code::NotFound)).await?);
         }
@@ -250,7 +254,7 @@ impl Lane {
                     self.end_stock_shim(id)
                 }
                 // the end of what was killed may not be noticed yet
-                Err(_running) if status.is_none() && begin.elapsed() < SOON => {}
+                Err(answer) if status.is_none() && !self.is_ours() && is_running(&answer) && begin.elapsed() < SOON => {}
                 Err(status) => bail!("delete: {status:?}"),
             }
             tokio::time::sleep(PAUSE).await;
@@ -283,6 +287,11 @@ async fn again<T>(mut call: impl AsyncFnMut() -> Result<T, Status>) -> Result<T,
 
 fn unless(answer: Result<(), Status>, code: Code) -> Result<(), Status> {
     answer.or_else(|status| if status.code() == code { Ok(()) } else { Err(status) })
+}
+
+/// Whether a stock shim will not delete what it takes for alive.
+fn is_running(status: &Status) -> bool {
+    ["running", "stopped"].iter().any(|word| status.message().contains(word))
 }
 
 fn is_a_death(status: &Status) -> bool {

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_client::types::v1::Status as Phase;
+use containerd_client::types::v1::{Process, Status as Phase};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use shim_tests::container::{Stdio, code_of};
@@ -90,12 +90,16 @@ pub(crate) async fn a_start_with_too_few_descriptors_ends_no_container(cx: Conte
 
 pub(crate) async fn a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
+    let sibling = cx.container(&["sleep", "1000"]).start().await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let file = container.bundle().join("bootstrap.json");
     cx.daemon().kill()?;
     let address = fs::read_to_string(&file)?;
     fs::write(&file, address.replace("\"version\":3", "\"version\":9"))?;
     cx.revive_daemon().await?;
+    let listed = tokio::time::timeout(Duration::from_secs(5), cx.client().list()).await.context("it delays the others")??;
+    let phase = |id: &str| listed.iter().find(|task| task.id == id).map(Process::status);
+    ensure!(phase(&sibling.id) == Some(Phase::Running) && phase(&container.id) == Some(Phase::Unknown), "{listed:?}");
     let status = container.state().await.expect_err("nobody knows that version");
     ensure!(status.code() == Code::Unavailable && status.message().contains("speaks version 9"), "{status:?}");
     let status = container.delete().await.expect_err("the same");
@@ -108,7 +112,7 @@ pub(crate) async fn a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can(
         Ok(())
     })
     .await?;
-    ensure!(container.destroy().await? == 137);
+    ensure!(container.destroy().await? == 137 && sibling.destroy().await? == 137);
     cx.leaves_nothing().await
 }
 
