@@ -9,8 +9,13 @@ SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 FAULTY_SHIM := $(TARGET_DIR)/$(TRIPLE)/debug/containerd-shim-x-v2
 
+# which commit the programs are of: `ps` and `-v` show it
+X_REVISION ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null)
+X_REVISION := $(X_REVISION)
+export X_REVISION
+
 .PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install packages suites bench bench-memory bench-upgrade bench-manager clean
+.PHONY: lint install uninstall packages suites bench bench-memory bench-upgrade bench-manager clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -119,13 +124,21 @@ lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
-install: build
-	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-x-v2
-	install -D -m 755 $(MANAGER) $(DESTDIR)$(PREFIX)/bin/x-manager
+## a program in use is replaced in one step: whoever runs it meanwhile finds the old one or the new one
+BIN = $(DESTDIR)$(PREFIX)/bin
+install: packages build
+	install -D -m 755 $(SHIM) $(BIN)/.containerd-shim-x-v2.new && mv -f $(BIN)/.containerd-shim-x-v2.new $(BIN)/containerd-shim-x-v2
+	install -D -m 755 $(MANAGER) $(BIN)/.x-manager.new && mv -f $(BIN)/.x-manager.new $(BIN)/x-manager
 	install -D -m 644 manager/default.toml $(DESTDIR)$(PREFIX)/share/doc/x-manager/config.toml
 	install -D -m 644 manager/systemd/x-manager.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.socket
 	mkdir -p $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's,@PREFIX@,$(PREFIX),' manager/systemd/x-manager.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.service
+
+## what `install` has installed; docs/operations.md says what to see to before that
+uninstall:
+	rm -f $(BIN)/containerd-shim-x-v2 $(BIN)/x-manager $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.socket \
+		$(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.service $(DESTDIR)$(PREFIX)/share/doc/x-manager/config.toml
+	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/x-manager
 
 ## Debian packages that building and testing need
 packages:

@@ -40,7 +40,7 @@ impl Gate {
         self.folder.join("runtime")
     }
 
-    /// Blocks the next calls of `verb` before they do anything.
+    /// Blocks the next calls of `verb` before they do anything. None may be blocked already.
     pub fn hold(&self, verb: &str) -> Result<()> {
         self.order("hold", verb)
     }

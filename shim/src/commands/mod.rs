@@ -62,7 +62,7 @@ pub(crate) fn version() -> Result<(), Error> {
 
 /// The commit that this binary was built from, if the build said so.
 pub(crate) fn revision() -> &'static str {
-    option_env!("X_REVISION").unwrap_or("unknown")
+    env!("X_BUILD").split_once('+').map_or("unknown", |(_version, revision)| revision)
 }
 
 /// Prints what the command line can be.

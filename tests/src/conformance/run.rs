@@ -152,5 +152,6 @@ fn version(subject: &Subject, program: &Path, flag: &str) -> String {
 
 fn host(cgroups: Version) -> String {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("Linux {}, cgroup v{cgroups}", kernel.trim())
+    let version = kernel.trim().split('-').next().unwrap_or_default();
+    format!("Linux {version}, cgroup v{cgroups}")
 }

@@ -11,7 +11,7 @@ const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
 
 impl Keeper {
     /// Every container, with what is known of it as far as that fits into one message: who is there matters most.
-    pub(super) fn state_for_people(&self) -> Vec<(String, Vec<u8>)> {
+    fn state_for_people(&self) -> Vec<(String, Vec<u8>)> {
         let mut left = SNAPSHOT_STATE_BYTES;
         let fitting = self.ledger.state().iter().map(|(key, value)| {
             let fits = value.len() <= left;

@@ -51,7 +51,7 @@ impl Keeper {
         }
     }
 
-    pub(super) fn worker_ended(&mut self, end: &End, rolled_back: bool, now: Instant) {
+    fn worker_ended(&mut self, end: &End, rolled_back: bool, now: Instant) {
         // Its unread messages went with it.
         for id in self.paused.drain(..) {
             self.poll.again(Source::Client(id));
@@ -67,7 +67,7 @@ impl Keeper {
     }
 
     /// One worker after the other dies over a cause. A request is answered; an exit is a fact, and waits for another worker.
-    pub(super) fn guilty(&mut self, cause: Cause, end: &End) {
+    fn guilty(&mut self, cause: Cause, end: &End) {
         let method = self.ledger.causes().get(&cause).map(|open| open.what.name()).unwrap_or_default();
         let why = format!("every worker of this shim dies over this request ({method}; last by: {}), so it is given up", end.why);
         match self.ledger.give_up(cause, frame::error_response(Code::Internal, &why)) {

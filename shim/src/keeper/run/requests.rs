@@ -107,7 +107,7 @@ impl Keeper {
     }
 
     /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
-    pub(super) fn forget(&mut self, container: &str, now: Instant) {
+    fn forget(&mut self, container: &str, now: Instant) {
         let why = format!("container {container} was removed by hand: nobody will tell of its end");
         let (had_state, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
         for due in waiting {

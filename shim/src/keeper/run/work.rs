@@ -29,7 +29,7 @@ impl Keeper {
         }
     }
 
-    pub(super) fn operation(&mut self, cause: Cause, step: Step, op: Op) {
+    fn operation(&mut self, cause: Cause, step: Step, op: Op) {
         // Handing out a descriptor changes nothing and cannot be remembered.
         if let Op::ReadEnd { key, stream } = op {
             let (outcome, descriptor) = match self.streams.read_end(&key, stream) {
@@ -58,7 +58,7 @@ impl Keeper {
     }
 
     /// Performs an operation for the first and only time. `None`: the outcome will come.
-    pub(super) fn perform(&mut self, cause: Cause, step: Step, op: Op) -> Option<Outcome> {
+    fn perform(&mut self, cause: Cause, step: Step, op: Op) -> Option<Outcome> {
         let result = match op {
             Op::Spawn(order) => return self.children.start(cause, step, order, &mut self.streams, &self.poll).err(),
             Op::Signal { key, signal } => {
@@ -88,7 +88,7 @@ impl Keeper {
         })
     }
 
-    pub(super) fn commit(&mut self, mut commit: Commit) {
+    fn commit(&mut self, mut commit: Commit) {
         self.supervisor.committed();
         let now = Instant::now();
         let (claims, awaited_pid) = (!commit.claims.is_empty(), self.ledger.awaits_pid());

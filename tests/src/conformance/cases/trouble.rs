@@ -213,6 +213,8 @@ async fn a_delete_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Resul
         })
         .await
         .with_context(|| format!("the client left {id} it was done"))?;
+        let told = stand.containerd().events().of_until(id, "delete").await?;
+        ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
         leave(task, container.shim_pid()?, id).await?;
     }
     Ok(())
