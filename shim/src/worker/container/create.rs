@@ -71,6 +71,9 @@ impl Draft {
         for key in &options.unknown_keys {
             log::warn!(container:% = id, key:%; "unknown option");
         }
+        if spec.names_unit && !options.systemd_cgroup {
+            log::warn!(container:% = id; "its cgroup is named as a unit of systemd's, and the option SystemdCgroup is not set: no slice holds it");
+        }
         let key = ProcessKey::init(&id);
         let plan = Plan::blocking_read(&key, &call.stdio, &options)?;
         let debug = log::max_level() >= log::LevelFilter::Debug;

@@ -14,6 +14,8 @@ pub(crate) struct Spec {
     pub(crate) rootfs: PathBuf,
     /// No pid namespace of its own: processes can outlive init.
     pub(crate) shared_pid_namespace: bool,
+    /// Its cgroup is named as a unit of systemd's: `SLICE:PREFIX:NAME`.
+    pub(crate) names_unit: bool,
 }
 
 /// A bundle that cannot be run.
@@ -67,8 +69,10 @@ impl Spec {
             return Err(SpecError::NoRoot { path });
         };
         let has_own = |namespace: &Namespace| namespace.kind == "pid" && namespace.path.is_empty();
-        let shared_pid_namespace = !config.linux.and_then(|linux| linux.namespaces).is_some_and(|all| all.iter().any(has_own));
-        Ok(Self { rootfs: bundle.join(root), shared_pid_namespace })
+        let linux = config.linux.unwrap_or_default();
+        let shared_pid_namespace = !linux.namespaces.is_some_and(|all| all.iter().any(has_own));
+        let names_unit = linux.cgroups_path.is_some_and(|path| !path.starts_with('/') && path.split(':').count() == 3);
+        Ok(Self { rootfs: bundle.join(root), shared_pid_namespace, names_unit })
     }
 
     /// Says so if the root filesystem, by now mounted, is not there.
@@ -95,9 +99,11 @@ struct Root {
     path: PathBuf,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Linux {
     namespaces: Option<Vec<Namespace>>,
+    cgroups_path: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -129,8 +135,18 @@ mod tests {
             [(r#"[{"type":"pid"}]"#, false), (r#"[{"type":"pid","path":"/proc/1/ns/pid"}]"#, true), (r#"[{"type":"ipc"}]"#, true)]
         {
             let text = format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},"linux":{{"namespaces":{namespaces}}}}}"#);
-            let expected = Spec { rootfs: "rootfs".into(), shared_pid_namespace: shared };
+            let expected = Spec { rootfs: "rootfs".into(), shared_pid_namespace: shared, names_unit: false };
             assert_eq!(read(&text).expect("a specification"), expected);
+        }
+    }
+
+    #[test]
+    fn a_unit_of_systemd_is_told_from_a_path() {
+        for (path, names_unit) in
+            [("kubepods.slice:cri-containerd:c1", true), (":runc:c1", true), ("/kubepods/pod:1:2", false), ("c1", false)]
+        {
+            let text = format!(r#"{{"ociVersion":"1.0.2","root":{{"path":"rootfs"}},"linux":{{"cgroupsPath":"{path}"}}}}"#);
+            assert_eq!(read(&text).expect("a specification").names_unit, names_unit, "{path}");
         }
     }
 
