@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::filter::{Fields, Filter, text};
 use crate::manager::Manager;
 use crate::store::{Exit, execs, exits};
+use crate::tasks::limits::{LONG, SHORT, STATE, VERY_LONG};
 use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
 use crate::{name, store, timestamp, wire};
 
@@ -383,12 +384,3 @@ pub(super) async fn wait(manager: Arc<Manager>, call: Call, request: WaitRequest
         }
     }
 }
-
-/// For what a shim has at hand.
-const STATE: Duration = Duration::from_secs(2);
-/// For what it does by itself.
-const SHORT: Duration = Duration::from_secs(10);
-/// For what its runtime does.
-const LONG: Duration = Duration::from_secs(120);
-/// For what may write all of a container's memory.
-const VERY_LONG: Duration = Duration::from_secs(3600);

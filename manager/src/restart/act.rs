@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use containerd_client::events::ContainerUpdate;
 use containerd_client::services::v1::Container;
@@ -17,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::manager::Manager;
 use crate::name::Namespace;
 use crate::store::{containers, restarts};
+use crate::tasks::limits::{LONG, STATE};
 use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
 use crate::{timestamp, wire};
 
@@ -175,7 +175,3 @@ fn has_terminal(spec: &[u8]) -> bool {
 }
 
 const SIGKILL: u32 = 9;
-/// For a shim to say how a task is.
-const STATE: Duration = Duration::from_secs(2);
-/// For what its runtime does.
-const LONG: Duration = Duration::from_secs(120);

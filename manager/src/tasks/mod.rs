@@ -14,6 +14,7 @@ mod bundle;
 mod create;
 mod end;
 mod hear;
+pub(crate) mod limits;
 mod load;
 mod log;
 mod mounts;

@@ -13,9 +13,11 @@ impl Tasks {
             () = shim.closed() => {}
             () = task.left() => return,
         }
-        // from then on another process sees to it
-        // until then whoever has a pass may wait for the end of this task
-        let Some(_pass) = self.gate.follow().await else { return };
+        // whoever has a pass may wait for the end of this task
+        let Some(_pass) = self.gate.follow().await else {
+            // another process sees to it
+            return;
+        };
         // a client's Delete may have begun at the same moment
         if task.leaves_live(Phase::Cleaning) {
             warn!(namespace:% = task.namespace, container = task.id.as_str(); "a shim has ended");
