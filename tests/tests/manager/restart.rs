@@ -95,7 +95,9 @@ pub(crate) async fn a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can(
     let file = container.bundle().join("bootstrap.json");
     cx.daemon().kill()?;
     let address = fs::read_to_string(&file)?;
-    fs::write(&file, address.replace("\"version\":3", "\"version\":9"))?;
+    let mut strange: serde_json::Value = serde_json::from_str(&address)?;
+    strange["version"] = 9.into();
+    fs::write(&file, strange.to_string())?;
     cx.revive_daemon().await?;
     let listed = tokio::time::timeout(Duration::from_secs(5), cx.client().list()).await.context("it delays the others")??;
     let phase = |id: &str| listed.iter().find(|task| task.id == id).map(Process::status);
