@@ -4,8 +4,8 @@
 //! A test makes other builds of the shim by copying it and appending a line to the copy, which an executable may end with:
 //! `x-disguise: NAME=VALUE …`. Names: `build`; `oldest` and `newest`, the versions of the messages; `records`, the newest version of
 //! containers' records that it reads; `image`, the same for a keeper's state; `at` and `do`: where it misbehaves (`hello`, `fit`, `welcome`,
-//! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`); `rehearsal`: how it does there besides; `request` and `exit`: a text which makes it misbehave in
-//! the request whose bytes, or in the exit whose key, contain it.
+//! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`); `rehearsal`: how it does there
+//! besides; `request` and `exit`: a text which makes it misbehave in the request whose bytes, or in the exit whose key, contain it.
 #[cfg(feature = "fault-injection")]
 pub(crate) use active::{build, image_version, meet_exit, meet_request, misbehave, record_version, versions};
 #[cfg(not(feature = "fault-injection"))]

@@ -264,9 +264,17 @@ fn configuration(cx: &Context) -> Result<String> {
         Suite::Forky => String::new(),
         Suite::Bookworm | Suite::Trixie => format!("  sandbox_image = \"{IMAGE}\"\n"),
     };
+    let binary = format!("BinaryName = \"{}\"", cx.runtime_binary().display());
+    let options = if cx.suite() == Suite::Bookworm {
+        // all that this one hands on, as the README has it
+        let file = cx.folder().join("x.toml");
+        fs::write(&file, binary)?;
+        format!("ConfigPath = \"{}\"", file.display())
+    } else {
+        binary
+    };
     Ok(format!(
-        "[plugins.\"{plugin}\"]\n  restrict_oom_score_adj = true\n{own}{block}\n[plugins.\"{plugin}\".containerd.runtimes.{HANDLER}.options]\n  BinaryName = \"{}\"\n{image}",
-        cx.runtime_binary().display()
+        "[plugins.\"{plugin}\"]\n  restrict_oom_score_adj = true\n{own}{block}\n[plugins.\"{plugin}\".containerd.runtimes.{HANDLER}.options]\n  {options}\n{image}"
     ))
 }
 
