@@ -3,6 +3,7 @@ use std::process::ExitCode;
 
 mod bootstrap;
 mod cgroup;
+mod chain;
 mod commands;
 mod control;
 mod disguise;

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::survey::{Found, survey};
 use super::{Error, print_json, table};
+use crate::chain::chain;
 use crate::control;
 use crate::handover::{ControlRequest, PartResult, Snapshot, UpgradeReport};
 use crate::invocation::UpgradeOrder;
@@ -178,13 +179,6 @@ impl Target {
             "report": self.result.as_ref().ok().map(report_json),
             "took_ms": self.took.as_secs_f64() * 1e3,
         })
-    }
-}
-
-fn chain(error: &control::Error) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
     }
 }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::container::{ContainerId, InvalidId, ProcessKey, Refused, Request, SpecError};
+use crate::chain::chain;
 use crate::engine::{EngineError, EngineNotFound};
 use crate::options::OptionsError;
 use crate::rootfs::MountError;
@@ -131,14 +132,7 @@ impl Error {
 
     /// What a client sees: this error and its sources, joined once by ": ".
     pub(crate) fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut source = std::error::Error::source(self);
-        while let Some(error) = source {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            source = error.source();
-        }
-        text
+        chain(self)
     }
 }
 

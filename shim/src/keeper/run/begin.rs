@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use log::{error, info};
 
 use super::Keeper;
+use crate::chain::chain;
 use crate::disguise::{self, Place};
 use crate::keeper::image::{self, Descriptors, Error};
 use crate::settings::Settings;
@@ -86,14 +87,4 @@ fn go_back(settings: &Settings, state: &OwnedFd, before: &OwnedFd) -> io::Result
     let arguments = words.map(CString::new).collect::<Result<Vec<_>, _>>()?;
     let environment = std::env::vars().map(|(name, value)| CString::new(format!("{name}={value}"))).collect::<Result<Vec<_>, _>>()?;
     match sys::exec::execute(before.as_fd(), &arguments, &environment, &[state.as_raw_fd()])? {}
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut sentence = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        sentence = format!("{sentence}: {error}");
-        cause = error.source();
-    }
-    sentence
 }
