@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use anyhow::{Context as _, Result};
@@ -129,6 +129,17 @@ pub fn open_files(pid: i32) -> Result<BTreeMap<i32, PathBuf>> {
         .flatten()
         .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, fs::read_link(entry.path()).ok()?)))
         .collect())
+}
+
+/// The fewest descriptors that a shim has at once over a tenth of a second. Commands of other tests ask every shim of the host, and
+/// are connected to it for a moment.
+pub async fn fewest_open_files(shim: i32) -> Result<usize> {
+    let (begin, mut fewest) = (Instant::now(), usize::MAX);
+    while begin.elapsed() < Duration::from_millis(100) {
+        fewest = fewest.min(open_files(shim)?.len());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(fewest)
 }
 
 /// Sends SIGKILL; a process that is gone already is fine.

@@ -310,7 +310,7 @@ pub(crate) async fn a_shim_without_descriptors_serves_those_it_has_and_later_the
         Ok(())
     };
     let before = proc::status_field(keeper, "FDSize")?;
-    limit(&proc::open_files(keeper)?.len().to_string())?;
+    limit(&proc::fewest_open_files(keeper).await?.to_string())?;
     let mut waiting = Vec::new();
     for _ in 0..3 {
         let mut wire = Wire::connect(witness.socket()).await?;
