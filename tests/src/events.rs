@@ -140,6 +140,13 @@ impl Events {
     }
 }
 
+/// Checks that `count` processes of a container were told to end, init the last of them. `told`: as [`Events::of`] names events.
+pub fn init_is_the_last_of(count: usize, told: &[String]) -> Result<()> {
+    let exits: Vec<_> = told.iter().filter(|event| event.starts_with("exit")).collect();
+    ensure!(exits.len() == count && exits.last().is_some_and(|last| *last == "exit"), "{told:?}");
+    Ok(())
+}
+
 /// Reads an event about a task.
 pub(crate) fn decode(envelope: &Envelope) -> Option<Event> {
     let topic = envelope.topic.strip_prefix("/tasks/")?.to_owned();

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
                 a_worker_that_fails_on_probation_is_replaced_by_the_one_before,
                 a_keeper_that_does_not_work_never_takes_over,
                 a_worker_that_fails_while_the_keeper_is_rehearsed_takes_the_whole_upgrade_back,
+                a_new_worker_that_is_silent_for_want_of_a_processor_keeps_the_keeper,
                 a_rehearsal_that_cannot_die_is_done_without,
                 what_is_no_shim_is_refused,
                 the_same_program_changes_nothing,

@@ -63,6 +63,15 @@ impl Made {
         fs::write(folder.join(file), text).expect("a setting");
     }
 
+    /// Waits until no process is left in `cgroup`.
+    fn are_dead(&mut self, cgroup: &Cgroup) {
+        let is_empty = || {
+            self.children.iter_mut().for_each(|child| drop(child.try_wait()));
+            cgroup.pids().is_empty()
+        };
+        eventually(is_empty, "all are dead");
+    }
+
     fn wait(&mut self) {
         for mut child in self.children.drain(..) {
             child.wait().expect("an end");
@@ -166,20 +175,12 @@ fn every_process_is_killed_below_it_and_while_frozen_too() {
         fs::write(cgroup.processes().expect("a folder").join("below/cgroup.procs"), inner.to_string()).expect("a move");
         assert_eq!(cgroup.pids().len(), 10);
         if is_frozen {
-            made.write(
-                if hierarchy::is_unified() { "cgroup.freeze" } else { "freezer.state" },
-                if hierarchy::is_unified() { "1" } else { "FROZEN" },
-            );
+            let (file, frozen) = if hierarchy::is_unified() { ("cgroup.freeze", "1") } else { ("freezer.state", "FROZEN") };
+            made.write(file, frozen);
             eventually(|| is_frozen_now(&cgroup), "it is frozen");
         }
         cgroup.kill_all().expect("a kill");
-        eventually(
-            || {
-                made.children.iter_mut().for_each(|child| drop(child.try_wait()));
-                cgroup.pids().is_empty()
-            },
-            "all are dead",
-        );
+        made.are_dead(&cgroup);
     }
 }
 
@@ -190,13 +191,7 @@ fn processes_that_fork_all_the_time_are_killed() {
     let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
     eventually(|| cgroup.pids().len() > 30, "it has grown");
     cgroup.kill_all().expect("a kill");
-    eventually(
-        || {
-            made.children.iter_mut().for_each(|child| drop(child.try_wait()));
-            cgroup.pids().is_empty()
-        },
-        "all are dead",
-    );
+    made.are_dead(&cgroup);
 }
 
 #[test]

@@ -55,6 +55,12 @@ pub(super) struct Keeper {
     /// What came of the last one.
     pub(super) last_upgrade: Option<UpgradeReport>,
     pub(super) born: Instant,
+    chores: Chores,
+}
+
+/// What the loop itself is about to do. Another image finds that out again.
+#[derive(Default)]
+struct Chores {
     leaving_since: Option<Instant>,
     /// Clients that are not read from until the worker has caught up.
     paused: Vec<u32>,
@@ -84,10 +90,7 @@ impl Keeper {
             upgrade: None,
             last_upgrade: None,
             born: Instant::now(),
-            leaving_since: None,
-            paused: Vec::new(),
-            trim_at: None,
-            accept_at: None,
+            chores: Chores::default(),
             settings,
             poll,
             signals,
@@ -105,14 +108,14 @@ impl Keeper {
             // Streams use no memory, and a container that writes all the time shall not make us trim all the time.
             if sources.iter().any(|source| !matches!(source, Source::Stream(_))) {
                 // Not put off by what comes later: somebody who asks all shims all the time would keep them big.
-                self.trim_at.get_or_insert_with(|| Instant::now() + TRIM_AFTER);
+                self.chores.trim_at.get_or_insert_with(|| Instant::now() + TRIM_AFTER);
             }
             for source in sources {
                 self.dispatch(source);
             }
             self.tick();
-            if self.trim_at.is_some_and(|at| at <= Instant::now()) {
-                self.trim_at = None;
+            if self.chores.trim_at.is_some_and(|at| at <= Instant::now()) {
+                self.chores.trim_at = None;
                 sys::memory::trim();
                 if self.supervisor.is_asleep() {
                     sys::memory::leave_program();
@@ -140,7 +143,7 @@ impl Keeper {
             Source::Worker(life) => {
                 self.supervisor.flush(now);
                 if self.supervisor.backlog_bytes() <= MAX_BACKLOG_BYTES {
-                    for id in self.paused.drain(..) {
+                    for id in self.chores.paused.drain(..) {
                         self.poll.again(Source::Client(id));
                     }
                 }
@@ -173,7 +176,7 @@ impl Keeper {
     fn tick(&mut self) {
         self.go_on();
         let now = Instant::now();
-        if self.accept_at.is_some_and(|at| at <= now) {
+        if self.chores.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
         }
         // Before a worker is brought back for what needs none.
@@ -205,9 +208,9 @@ impl Keeper {
             self.ledger.deadline(),
             self.streams.deadline(now),
             self.publisher.deadline(),
-            self.leaving_since.map(|since| since + LEAVE_WITHIN),
-            self.trim_at,
-            self.accept_at,
+            self.chores.leaving_since.map(|since| since + LEAVE_WITHIN),
+            self.chores.trim_at,
+            self.chores.accept_at,
         ]
         .into_iter()
         .flatten()
@@ -216,10 +219,10 @@ impl Keeper {
 
     fn may_leave(&mut self) -> bool {
         if !self.ledger.may_leave(self.supervisor.is_hopeless()) {
-            self.leaving_since = None;
+            self.chores.leaving_since = None;
             return false;
         }
-        let since = *self.leaving_since.get_or_insert_with(Instant::now);
+        let since = *self.chores.leaving_since.get_or_insert_with(Instant::now);
         let all_is_out = self.publisher.len() == 0 && self.streams.is_drained() && self.relay.is_flushed() && self.control.is_flushed();
         all_is_out || since.elapsed() >= LEAVE_WITHIN
     }

@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use prost::Message as _;
 use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
+use shim_tests::events::init_is_the_last_of;
 use shim_tests::messages::ProcessDetails;
 use tokio::task::JoinSet;
 use tonic::Code;
@@ -103,10 +104,7 @@ pub(crate) async fn execs_end_before_init_does(cx: Context) -> Result<()> {
     }
     container.delete().await?;
     events.until("six exits", |all| all.iter().filter(|event| event.topic == "exit").count() == 6).await?;
-    let mut exits = events.of(&container.id);
-    exits.retain(|event| event.starts_with("exit"));
-    ensure!(exits.last().is_some_and(|last| last == "exit"), "{exits:?}");
-    Ok(())
+    init_is_the_last_of(6, &events.of(&container.id))
 }
 
 pub(crate) async fn pids_name_every_process_and_its_exec(cx: Context) -> Result<()> {

@@ -40,9 +40,9 @@ impl Record {
         bail!("after {same} lines:\n  without deaths {:#?}\n  now {:#?}", &self.lines[same..], &other.lines[same..])
     }
 
-    /// The lines that begin with `word`, without it.
-    pub(crate) fn of(&self, word: &str) -> Vec<&str> {
-        self.lines.iter().filter_map(|line| line.strip_prefix(word)).map(str::trim).collect()
+    /// The lines that begin with `word`, without it, with commas between them.
+    pub(crate) fn of(&self, word: &str) -> String {
+        self.lines.iter().filter_map(|line| line.strip_prefix(word)).map(str::trim).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -219,7 +219,8 @@ impl Run {
     pub(crate) fn event(&self, event: &Event) {
         let Event { topic, container, exec, pid, status, .. } = event;
         let who = if exec.is_empty() { container } else { exec };
-        self.note(format!("event {topic} {who} pid of {} status {status}", self.named(*pid)));
+        let status = if *status == 0 { String::new() } else { format!(" {status}") };
+        self.note(format!("event {topic} {who}/{}{status}", self.named(*pid)));
     }
 
     /// Takes down what the keeper holds, once that is at rest: open files by kind, and children.

@@ -25,10 +25,10 @@ pub(crate) struct Scenario {
     pub(crate) body: for<'a> fn(&'a Run) -> Drive<'a>,
     /// Whether the scenario says itself from when on workers die: [`Run::arm`].
     pub(crate) late: bool,
-    /// What the daemon must have told, in this order.
-    pub(crate) events: &'static [&'static str],
+    /// What the daemon must have told, in this order: topic, who, the name of its pid, and its exit status unless 0.
+    pub(crate) events: &'static str,
     /// What the runtime must have been called for, in this order.
-    pub(crate) calls: &'static [&'static str],
+    pub(crate) calls: &'static str,
 }
 
 /// All of them, for campaigns.
@@ -40,16 +40,8 @@ pub(crate) const LIFE: Scenario = Scenario {
     name: "life",
     body: |run| Box::pin(life(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "exec-added e pid of nobody status 0",
-        "exec-started e pid of e status 0",
-        "exit e pid of e status 4",
-        "exit ID pid of init status 3",
-        "delete ID pid of init status 3",
-    ],
-    calls: &["create", "start", "exec", "delete"],
+    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    calls: "create, start, exec, delete",
 };
 
 async fn life(run: &Run) -> Result<()> {
@@ -83,16 +75,8 @@ pub(crate) const SHORT: Scenario = Scenario {
     name: "short",
     body: |run| Box::pin(short(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "exec-added e pid of nobody status 0",
-        "exec-started e pid of e status 0",
-        "exit e pid of e status 4",
-        "start ID pid of init status 0",
-        "exit ID pid of init status 3",
-        "delete ID pid of init status 3",
-    ],
-    calls: &["create", "exec", "start", "delete"],
+    events: "create ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, start ID/init, exit ID/init 3, delete ID/init 3",
+    calls: "create, exec, start, delete",
 };
 
 async fn short(run: &Run) -> Result<()> {
@@ -128,16 +112,9 @@ pub(crate) const PAUSE: Scenario = Scenario {
     name: "pause",
     body: |run| Box::pin(pause(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "paused ID pid of nobody status 0",
-        "resumed ID pid of nobody status 0",
-        "paused ID pid of nobody status 0",
-        "exit ID pid of init status 137",
-        "delete ID pid of init status 137",
-    ],
-    calls: &["create", "start", "pause", "resume", "pause", "delete"],
+    events: "create ID/init, start ID/init, paused ID/nobody, resumed ID/nobody, paused ID/nobody, exit ID/init 137, \
+             delete ID/init 137",
+    calls: "create, start, pause, resume, pause, delete",
 };
 
 async fn pause(run: &Run) -> Result<()> {
@@ -160,16 +137,8 @@ pub(crate) const TERMINAL: Scenario = Scenario {
     name: "terminal",
     body: |run| Box::pin(terminal(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "exec-added e pid of nobody status 0",
-        "exec-started e pid of e status 0",
-        "exit e pid of e status 4",
-        "exit ID pid of init status 3",
-        "delete ID pid of init status 3",
-    ],
-    calls: &["create", "start", "exec", "delete"],
+    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    calls: "create, start, exec, delete",
 };
 
 async fn terminal(run: &Run) -> Result<()> {
@@ -198,16 +167,8 @@ pub(crate) const FILE: Scenario = Scenario {
     name: "file",
     body: |run| Box::pin(file(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "exec-added e pid of nobody status 0",
-        "exec-started e pid of e status 0",
-        "exit e pid of e status 4",
-        "exit ID pid of init status 3",
-        "delete ID pid of init status 3",
-    ],
-    calls: &["create", "start", "exec", "delete"],
+    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    calls: "create, start, exec, delete",
 };
 
 async fn file(run: &Run) -> Result<()> {
@@ -239,9 +200,9 @@ pub(crate) const FAILING_CREATE: Scenario = Scenario {
     name: "failing create",
     body: |run| Box::pin(failing_create(run)),
     late: false,
-    events: &[],
+    events: "",
     // the worker takes back what there may be, and so does the command that the daemon runs after every failure
-    calls: &["create", "delete", "delete"],
+    calls: "create, delete, delete",
 };
 
 async fn failing_create(run: &Run) -> Result<()> {
@@ -255,14 +216,8 @@ pub(crate) const FAILING_START: Scenario = Scenario {
     name: "failing start",
     body: |run| Box::pin(failing_start(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "exec-added e pid of nobody status 0",
-        "exit ID pid of init status 137",
-        "delete ID pid of init status 137",
-    ],
-    calls: &["create", "start", "start", "exec", "delete"],
+    events: "create ID/init, start ID/init, exec-added e/nobody, exit ID/init 137, delete ID/init 137",
+    calls: "create, start, start, exec, delete",
 };
 
 async fn failing_start(run: &Run) -> Result<()> {
@@ -287,13 +242,8 @@ pub(crate) const LOGGER: Scenario = Scenario {
     name: "logger",
     body: |run| Box::pin(logger(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "exit ID pid of init status 3",
-        "delete ID pid of init status 3",
-    ],
-    calls: &["create", "start", "delete"],
+    events: "create ID/init, start ID/init, exit ID/init 3, delete ID/init 3",
+    calls: "create, start, delete",
 };
 
 async fn logger(run: &Run) -> Result<()> {
@@ -315,13 +265,8 @@ pub(crate) const KILL_ALL: Scenario = Scenario {
     name: "kill all",
     body: |run| Box::pin(kill_all(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "exit ID pid of init status 3",
-        "delete ID pid of init status 3",
-    ],
-    calls: &["create", "start", "update", "kill", "delete"],
+    events: "create ID/init, start ID/init, exit ID/init 3, delete ID/init 3",
+    calls: "create, start, update, kill, delete",
 };
 
 async fn kill_all(run: &Run) -> Result<()> {
@@ -348,16 +293,8 @@ pub(crate) const SHARED_PIDS: Scenario = Scenario {
     name: "shared pids",
     body: |run| Box::pin(shared_pids(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "exec-added e pid of nobody status 0",
-        "exec-started e pid of e status 0",
-        "exit e pid of e status 137",
-        "exit ID pid of init status 3",
-        "delete ID pid of init status 3",
-    ],
-    calls: &["create", "start", "exec", "delete"],
+    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 137, exit ID/init 3, delete ID/init 3",
+    calls: "create, start, exec, delete",
 };
 
 async fn shared_pids(run: &Run) -> Result<()> {
@@ -377,14 +314,8 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
     name: "checkpoint",
     body: |run| Box::pin(checkpoint(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "exit ID pid of init status 137",
-        "checkpointed ID pid of nobody status 0",
-        "delete ID pid of init status 137",
-    ],
-    calls: &["create", "start", "checkpoint", "delete"],
+    events: "create ID/init, start ID/init, exit ID/init 137, checkpointed ID/nobody, delete ID/init 137",
+    calls: "create, start, checkpoint, delete",
 };
 
 async fn checkpoint(run: &Run) -> Result<()> {
@@ -403,18 +334,9 @@ pub(crate) const RESTORE: Scenario = Scenario {
     name: "restore",
     body: |run| Box::pin(restore(run)),
     late: true,
-    events: &[
-        "create ID pid of saved status 0",
-        "start ID pid of saved status 0",
-        "exit ID pid of saved status 137",
-        "checkpointed ID pid of nobody status 0",
-        "delete ID pid of saved status 137",
-        "create ID pid of nobody status 0",
-        "start ID pid of init status 0",
-        "exit ID pid of init status 137",
-        "delete ID pid of init status 137",
-    ],
-    calls: &["create", "start", "checkpoint", "delete", "restore", "delete"],
+    events: "create ID/saved, start ID/saved, exit ID/saved 137, checkpointed ID/nobody, delete ID/saved 137, create ID/nobody, \
+             start ID/init, exit ID/init 137, delete ID/init 137",
+    calls: "create, start, checkpoint, delete, restore, delete",
 };
 
 async fn restore(run: &Run) -> Result<()> {
@@ -443,20 +365,9 @@ pub(crate) const POD: Scenario = Scenario {
     name: "pod",
     body: |run| Box::pin(pod(run)),
     late: false,
-    events: &[
-        "create ID pid of init status 0",
-        "start ID pid of init status 0",
-        "create ID-b pid of b status 0",
-        "create ID-c pid of c status 0",
-        "start ID-c pid of c status 0",
-        "exit ID-c pid of c status 3",
-        "delete ID-c pid of c status 3",
-        "exit ID pid of init status 137",
-        "delete ID pid of init status 137",
-        "exit ID-b pid of b status 137",
-        "delete ID-b pid of b status 137",
-    ],
-    calls: &["create", "start", "create", "create", "start", "delete", "delete", "delete"],
+    events: "create ID/init, start ID/init, create ID-b/b, create ID-c/c, start ID-c/c, exit ID-c/c 3, delete ID-c/c 3, \
+             exit ID/init 137, delete ID/init 137, exit ID-b/b 137, delete ID-b/b 137",
+    calls: "create, start, create, create, start, delete, delete, delete",
 };
 
 async fn pod(run: &Run) -> Result<()> {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use shim_tests::bundle::Container;
+use shim_tests::events::init_is_the_last_of;
 use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::fake_containerd::Manner;
 use shim_tests::ordeals;
@@ -175,8 +176,7 @@ pub(crate) async fn processes_that_end_together_are_told_with_init_last(stand: S
         within("the end", SOON, container.task.wait(&id, "")).await??;
         container.task.delete(&id, "").await?;
         let told = stand.containerd().events().of_until(&id, "delete").await?;
-        let exits: Vec<_> = told.iter().filter(|event| event.starts_with("exit")).collect();
-        ensure!(exits.len() == 3 && *exits[2] == "exit", "{told:?}");
+        init_is_the_last_of(3, &told)?;
     }
     anchor.shut_down().await.map(drop)
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use log::info;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Keeper, TRIM_AFTER, block_signals};
+use super::{Chores, Keeper, TRIM_AFTER, block_signals};
 use crate::handover::{PartResult, UpgradeReport};
 use crate::keeper::blame::Blame;
 use crate::keeper::children::Children;
@@ -85,10 +85,7 @@ impl Keeper {
             blame: Blame::default(),
             last_upgrade,
             born,
-            leaving_since: None,
-            paused: Vec::new(),
-            trim_at: None,
-            accept_at: None,
+            chores: Chores::default(),
             settings,
             poll,
             signals,
@@ -102,7 +99,7 @@ impl Keeper {
         if let Some(upgrade) = self.upgrade.as_mut().filter(|_| is_back) {
             upgrade.report.keeper = PartResult::Kept("it could not go on from the state after all".into());
         }
-        self.trim_at = Some(now + TRIM_AFTER);
+        self.chores.trim_at = Some(now + TRIM_AFTER);
         self.reap();
     }
 }

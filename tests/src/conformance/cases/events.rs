@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use super::sleeper;
 use crate::bundle::{Container, leave};
 use crate::clauses;
 use crate::conformance::Case;
+use crate::events::init_is_the_last_of;
 use crate::eventually::{SOON, eventually, within};
 use crate::fake_containerd::Manner;
 use crate::ordeals;
@@ -122,8 +123,7 @@ async fn execs_are_told_to_end_before_init(stand: Stand) -> Result<()> {
         within("the end", SOON, container.task.wait(&id, "")).await??;
         container.task.delete(&id, "").await?;
         let told = stand.containerd().events().of_until(&id, "delete").await?;
-        let exits: Vec<_> = told.iter().filter(|event| event.starts_with("exit")).collect();
-        ensure!(exits.len() == 3 && *exits[2] == "exit", "round {round}: {told:?}");
+        init_is_the_last_of(3, &told).with_context(|| format!("round {round}"))?;
     }
     anchor.shut_down().await.map(drop)
 }
