@@ -92,6 +92,7 @@ fn main() -> ExitCode {
     cases.extend(direct_cases![deaths:
         an_end_that_nobody_has_seen_is_told_as_killed,
         delete_after_a_deletion_says_what_delete_said,
+        what_a_runtime_has_started_does_not_outlive_its_create,
         what_containerd_asks_at_its_start_is_answered_without_a_worker,
         a_worker_that_dies_all_the_time_keeps_nobody_from_an_answer,
         delete_beside_a_stopped_worker_kills_the_container_in_time,

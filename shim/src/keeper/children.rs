@@ -8,6 +8,7 @@
 //!  other:   orphan  ─▶ claimed by a commit ─▶ ended: a cause
 //!                   └▶ ended unclaimed: kept a zombie while an operation may still name its pid, then reaped
 //! ```
+mod family;
 mod saved;
 
 use std::collections::BTreeMap;
@@ -20,8 +21,6 @@ use std::time::SystemTime;
 
 use log::{debug, error, info, warn};
 use nix::errno::Errno;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use super::capture::Capture;
 use super::poll::{Poll, Source};
@@ -288,13 +287,12 @@ impl Children {
         }
     }
 
-    /// Kills the helpers of a process, or of a container with its execs.
+    /// Kills the helpers of a process, or of a container with its execs, and what they have started.
     pub(crate) fn end_helpers(&self, key: &str) {
         let concerns = |helper: &Helper| helper.key.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         for pid in self.helpers.iter().filter(|(_, helper)| concerns(helper)).map(|(pid, _)| *pid) {
             info!(container:% = key, pid; "killing a helper");
-            // Our child and not reaped: the number is its own.
-            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
+            family::kill(pid);
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use shim_tests::bundle::{Container, worker_of};
-use shim_tests::eventually::{SOON, a_second, eventually_true};
+use shim_tests::eventually::{SOON, a_second, eventually, eventually_true, within};
 use shim_tests::proc;
 use shim_tests::proc::signal;
 use shim_tests::stand::Stand;
@@ -43,6 +43,28 @@ pub(crate) async fn delete_after_a_deletion_says_what_delete_said(stand: Stand) 
     anchor.shut_down().await?;
     ensure!(container.bundle.delete_command().await?.exit_status == 3, "without a shim");
     ensure!(anchor.bundle.delete_command().await?.exit_status == 137);
+    Ok(())
+}
+
+/// A runtime that is killed in the middle of a create leaves processes behind that go on setting the container up: what they make would
+/// lie in the bundle, below the root file system that is unmounted meanwhile, and keep the daemon from removing it.
+pub(crate) async fn what_a_runtime_has_started_does_not_outlive_its_create(stand: Stand) -> Result<()> {
+    let (runtime, mark) = (stand.folder().join("runtime"), stand.folder().join("mark"));
+    // one in a session of its own, as runc's, and one below that
+    let left = format!("sleep 1000 & echo $$ $! > {0}.part; mv {0}.part {0}; wait", mark.display());
+    let create = format!("setsid sh -c '{left}' & exec sleep 1000");
+    fs::write(&runtime, format!("#!/bin/sh\ncase \" $* \" in *' create '*) {create};; esac\nexec {} \"$@\"\n", stand.runtime().display()))?;
+    fs::set_permissions(&runtime, Permissions::from_mode(0o755))?;
+    let bundle = stand.bundle("c1", &["true"]).runtime(&runtime);
+    let (task, request) = (bundle.shim().await?, bundle.request());
+    let create = tokio::spawn(async move { task.create(&request).await });
+    let pids = eventually("the runtime has started something", SOON, async || Ok(fs::read_to_string(&mark)?)).await?;
+    ensure!(bundle.delete_command().await?.exit_status == 137);
+    let pids = pids.split_whitespace().map(str::parse).collect::<Result<Vec<i32>, _>>()?;
+    ensure!(pids.len() == 2, "{pids:?}");
+    eventually_true("it is dead", SOON, || pids.iter().all(|pid| !proc::is_alive(*pid))).await?;
+    let refused = within("create", SOON, create).await??;
+    ensure!(refused.is_err(), "a container was made");
     Ok(())
 }
 

@@ -1,0 +1,173 @@
+use super::*;
+
+/// Small, seeded and good enough to choose where a worker dies.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+}
+
+const OPERATIONS: Step = 3;
+
+/// A keeper around a ledger: it counts what was done, in the place of the world.
+#[derive(Default)]
+struct World {
+    ledger: Ledger,
+    performed: BTreeMap<(Cause, Step), u32>,
+    answered: BTreeMap<Cause, u32>,
+    /// Operations that were asked for and whose outcome has not come.
+    under_way: Vec<(Cause, Step)>,
+}
+
+impl World {
+    fn operation(&mut self, cause: Cause, step: Step) -> Option<Outcome> {
+        match self.ledger.ask(cause, step, false) {
+            Asked::Known(outcome) => Some(outcome),
+            Asked::Pending => None,
+            Asked::Over => panic!("operation of a cause that is over"),
+            Asked::New => {
+                *self.performed.entry((cause, step)).or_default() += 1;
+                self.under_way.push((cause, step));
+                None
+            }
+        }
+    }
+
+    fn finish_one(&mut self) {
+        if let Some((cause, step)) = self.under_way.pop() {
+            self.ledger.settle(cause, step, &Outcome::Done);
+        }
+    }
+
+    fn commit(&mut self, cause: Cause) {
+        let mut commit = Commit {
+            state: vec![(format!("c{cause}"), Some(vec![1]))],
+            answers: vec![(cause, cause.to_le_bytes().to_vec())],
+            ..Commit::default()
+        };
+        for due in self.ledger.commit(&mut commit) {
+            assert_eq!(due.response, cause.to_le_bytes());
+            *self.answered.entry(cause).or_default() += 1;
+        }
+    }
+}
+
+/// Runs a dummy worker that dies after `budget` messages. Returns whether it got everything done.
+fn live(world: &mut World, mut budget: u64) -> bool {
+    let causes: Vec<Cause> = world.ledger.causes().keys().copied().collect();
+    for cause in causes {
+        for step in 0..OPERATIONS {
+            while world.operation(cause, step).is_none() {
+                if budget == 0 {
+                    return false;
+                }
+                budget -= 1;
+                world.finish_one();
+            }
+        }
+        if budget == 0 {
+            return false;
+        }
+        budget -= 1;
+        world.commit(cause);
+    }
+    true
+}
+
+fn caller(stream: u32) -> Asker {
+    Asker::Client(Caller { client: 1, stream })
+}
+
+#[test]
+fn ten_thousand_deaths_of_the_worker_do_nothing_twice_and_lose_no_answer() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let (mut deaths, mut rounds) = (0, 0);
+    while deaths < 10_000 {
+        rounds += 1;
+        let mut world = World::default();
+        let requests = 1 + random.below(8);
+        for stream in 0..requests {
+            world.ledger.open_request(caller(stream as u32), vec![], Instant::now());
+        }
+        while !live(&mut world, random.below(6)) {
+            deaths += 1;
+        }
+        assert!(world.performed.values().all(|count| *count == 1), "round {rounds}: {:?}", world.performed);
+        assert_eq!(world.performed.len() as u64, requests * u64::from(OPERATIONS), "round {rounds}");
+        assert_eq!(world.answered.len() as u64, requests, "round {rounds}");
+        assert!(world.answered.values().all(|count| *count == 1), "round {rounds}: {:?}", world.answered);
+        assert_eq!(world.ledger.state().len() as u64, requests, "round {rounds}");
+    }
+}
+
+#[test]
+fn an_outcome_is_told_again_and_a_cause_that_is_over_refuses() {
+    let mut ledger = Ledger::default();
+    let cause = ledger.open_request(caller(1), vec![], Instant::now());
+    assert_eq!(ledger.ask(cause, 0, false), Asked::New);
+    assert_eq!(ledger.ask(cause, 0, false), Asked::Pending);
+    assert!(ledger.settle(cause, 0, &Outcome::Done));
+    assert_eq!(ledger.ask(cause, 0, false), Asked::Known(Outcome::Done));
+    ledger.commit(&mut Commit { answers: vec![(cause, vec![])], ..Commit::default() });
+    assert_eq!(ledger.ask(cause, 1, false), Asked::Over);
+}
+
+#[test]
+fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_changes() {
+    let mut ledger = Ledger::default();
+    // service "s", method "m", no payload
+    let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];
+    let ready = Ready { key: "c".into(), service: "s".into(), method: "m".into(), payload: vec![], answer: vec![42] };
+    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ready: vec![ready], ..Commit::default() });
+    let now = Instant::now();
+    let cause = ledger.open_request(caller(1), request.clone(), now);
+    assert_eq!(ledger.overdue(now, false), []);
+    // Of what the worker has asked for by then, one outcome is still to come.
+    ledger.ask(cause, 4, false);
+    ledger.settle(cause, 4, &Outcome::Done);
+    ledger.ask(cause, 5, false);
+    let due = ledger.overdue(now + READY_AFTER, false);
+    assert_eq!(due.iter().map(|(due, _)| due.response.clone()).collect::<Vec<_>>(), [vec![42]]);
+    assert_eq!(due[0].1, [(cause, 5)]);
+    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![2]))], ..Commit::default() });
+    assert_eq!(ledger.ready_answer(&request), None);
+}
+
+#[test]
+fn the_keeper_leaves_only_when_told_to_and_nothing_holds_it() {
+    let mut ledger = Ledger::default();
+    assert!(!ledger.may_leave(false));
+    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() });
+    ledger.commit(&mut Commit { leave: true, ..Commit::default() });
+    assert!(!ledger.may_leave(false), "a container is left");
+    let now = Instant::now();
+    ledger.reserve("d".into(), now);
+    ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
+    assert!(!ledger.may_leave(false), "a place is reserved");
+    ledger.expire(now + RESERVATION);
+    assert!(ledger.may_leave(false));
+}
+
+#[test]
+fn who_waits_for_a_container_that_is_forgotten_is_told() {
+    let mut ledger = Ledger::default();
+    let now = Instant::now();
+    let mut park = |key: &str, commander: u32| {
+        let cause = ledger.open_request(Asker::Commander(commander), Vec::new(), now);
+        ledger.park(vec![(cause, key.to_owned())], |_| true);
+    };
+    park("c1", 1);
+    park("c1/e", 2);
+    park("c10", 3);
+    let (had_state, due) = ledger.forget_container("c1", b"gone");
+    let mut told: Vec<Asker> = due.iter().map(|due| due.asker).collect();
+    told.sort_by_key(|asker| format!("{asker:?}"));
+    assert!(!had_state && due.iter().all(|due| due.response == b"gone"));
+    assert_eq!(told, [Asker::Commander(1), Asker::Commander(2)]);
+    assert_eq!(ledger.parked().collect::<Vec<_>>(), [("c10", 1)]);
+}
