@@ -260,7 +260,7 @@ async fn logger(run: &Run) -> Result<()> {
     Ok(fs::remove_dir_all(folder)?)
 }
 
-/// New limits, and a signal for every process, which the runtime sends.
+/// New limits, what is used of them, and a signal for every process, which the runtime sends.
 pub(crate) const KILL_ALL: Scenario = Scenario {
     name: "kill all",
     body: |run| Box::pin(kill_all(run)),
@@ -279,6 +279,7 @@ async fn kill_all(run: &Run) -> Result<()> {
     run.begin()?;
     let resources = any_json(RESOURCES, &json!({ "memory": { "limit": 2 * LIMIT } }));
     run.done("update", run.cx.client().update(&container.id, resources).await)?;
+    run.done("metrics", run.cx.client().metrics(&container.id).await.map(drop))?;
     run.held("after the update").await?;
     run.done("kill all", container.kill_all(15).await)?;
     run.refused("kill what has ended", {
