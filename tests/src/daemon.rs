@@ -199,6 +199,8 @@ impl Daemon {
             .env_clear()
             .env("PATH", self.path())
             .env("HOME", "/root")
+            // containerd leaves there what a container was restored from
+            .env("TMPDIR", &self.folder)
             .env("X_FAULT", self.faults())
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())

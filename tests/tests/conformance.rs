@@ -27,7 +27,11 @@ fn main() -> ExitCode {
         return cannot(&format!("{error:#}"));
     }
     let trials = [about_the_document(), with_each_engine(&shim), with_each_fault(&shim)].into_iter().flatten().collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if !conclusion.has_failed() {
+        let _nothing_was_written = std::fs::remove_dir_all(logs());
+    }
+    conclusion.exit_code()
 }
 
 fn cannot(why: &str) -> ExitCode {
@@ -111,11 +115,7 @@ fn perform(case: &Case, subject: &Subject, run: &str) -> Verdict {
     let folder = logs().join(run).join(case.name);
     let (verdict, _) = child::perform(case, subject, &folder);
     if !matches!(verdict, Verdict::Failed(_)) {
-        // and its parents, when it was the last one
         let _nobody_needs_it = std::fs::remove_dir_all(&folder);
-        for parent in folder.ancestors().skip(1).take(2) {
-            let _others_are_there = std::fs::remove_dir(parent);
-        }
     }
     verdict
 }
