@@ -81,6 +81,9 @@ impl Error {
             Self::Shim { code, .. } => Code::from(*code),
             Self::Launch(_) => Code::Unknown,
             Self::Store { source, .. } if is_full(source) => Code::ResourceExhausted,
+            Self::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+                Code::ResourceExhausted
+            }
             Self::Store { .. } | Self::Record(_) | Self::Io { .. } => Code::Internal,
         }
     }

@@ -63,6 +63,7 @@ fn restart_cases() -> Vec<Case> {
             a_shim_that_does_not_answer_delays_nobody,
             a_start_with_too_few_descriptors_ends_no_container,
             a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can,
+            a_dead_shims_container_is_not_told_dead_while_its_program_cannot_say_so,
             who_makes_and_who_deletes_what_a_dead_shim_left_do_not_meet,
             how_a_task_of_a_dead_shim_ended_is_kept_until_it_is_collected,
             sockets_are_for_root_and_one_daemon,

@@ -48,7 +48,7 @@ async fn shim_of(task: &Task) -> Result<Shim> {
     match task.settled().await? {
         Phase::Live(shim) => Ok(shim),
         Phase::Ended(_) => Err(Error::Precondition(format!("task {} has ended with its shim", task.id))),
-        Phase::Hidden | Phase::Loading(_) | Phase::Cleaning | Phase::Gone => Err(Error::NotFound(format!("task {}", task.id))),
+        Phase::Hidden | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Gone => Err(Error::NotFound(format!("task {}", task.id))),
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) 
         Phase::Live(shim) => shim,
         Phase::Ended(exit) => return Observed::Exited(exit.status),
         // the end of each of them is an event, or is seen in the next round
-        Phase::Hidden | Phase::Loading(_) | Phase::Cleaning | Phase::Gone => return Observed::Undecided,
+        Phase::Hidden | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Gone => return Observed::Undecided,
     };
     let request = StateRequest { id: id.to_owned(), ..StateRequest::default() };
     match shim.call::<StateResponse>("State", &request, Some(STATE)).await {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse};
-use log::{info, warn};
+use log::info;
 use protobuf::well_known_types::any::Any;
 
+use super::end::Left;
 use super::{Phase, Shim, Task, Tasks, blocking, log as shim_log, program};
 use crate::error::{Error, Result};
 use crate::name::Namespace;
@@ -32,16 +33,9 @@ impl Tasks {
     pub(crate) async fn create(self: &Arc<Self>, namespace: &Namespace, id: &str, new: NewTask) -> Result<u32> {
         let program = program::find(&new.runtime)?;
         let task = self.reserve(namespace, id).await?;
-        match self.bring_up(&task, &program, new).await {
-            Ok(pid) => {
-                info!(namespace:%, container = id, pid; "task created");
-                Ok(pid)
-            }
-            Err(error) => {
-                self.forget(&task);
-                Err(error)
-            }
-        }
+        let pid = self.bring_up(&task, &program, new).await?;
+        info!(namespace:%, container = id, pid; "task created");
+        Ok(pid)
     }
 
     /// Takes the id. A task whose shim is dead makes room.
@@ -65,21 +59,18 @@ impl Tasks {
                     }
                 }
                 Err(Error::NotFound(_)) if matches!(old.phase(), Phase::Gone) => {}
-                _ => return Err(taken()),
+                Err(unknown @ Error::Unavailable(_)) => return Err(unknown),
+                Ok(_) | Err(_) => return Err(taken()),
             }
         }
         Err(taken())
     }
 
     async fn bring_up(self: &Arc<Self>, task: &Arc<Task>, program: &Path, new: NewTask) -> Result<u32> {
-        self.forget_earlier(&task.namespace, &task.id).await?;
-        let bundle = task.bundle.clone();
-        let (spec, path) = (new.spec, program.to_owned());
-        blocking(move || {
-            bundle.blocking_create(&spec)?;
-            bundle.write_program(&path)
-        })
-        .await?;
+        if let Err(error) = self.prepare(task, program, new.spec).await {
+            self.forget(task);
+            return Err(error);
+        }
         let made = self.launch(task, program, new.options.as_ref(), new.request).await;
         match made {
             Ok((shim, pid)) => {
@@ -88,10 +79,20 @@ impl Tasks {
                 Ok(pid)
             }
             Err((shim, error)) => {
-                self.discard(task, program, shim).await;
+                self.discard(task, shim).await;
                 Err(error)
             }
         }
+    }
+
+    async fn prepare(&self, task: &Task, program: &Path, spec: Vec<u8>) -> Result<()> {
+        self.forget_earlier(&task.namespace, &task.id).await?;
+        let (bundle, program) = (task.bundle.clone(), program.to_owned());
+        blocking(move || {
+            bundle.blocking_create(&spec)?;
+            bundle.write_program(&program)
+        })
+        .await
     }
 
     async fn launch(
@@ -116,15 +117,16 @@ impl Tasks {
         }
     }
 
-    /// Undoes a creation that failed, as far as it went.
-    async fn discard(&self, task: &Task, program: &Path, shim: Option<Shim>) {
+    /// Undoes a creation that failed, as far as it went. What cannot be undone at once is tried again while others are served.
+    async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>) {
         if let Some(shim) = shim {
             self.dismiss(task, &shim).await;
         }
-        if let Err(error) = self.programs.delete(program, &task.bundle, &task.namespace, &task.id).await {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a failed creation");
+        let left = Left::Unacknowledged(None);
+        if self.try_to_clean_up(task, left, 0).await.is_err() {
+            let (tasks, task) = (Arc::clone(self), Arc::clone(task));
+            tokio::spawn(async move { tasks.clean_up(&task, left, None).await });
         }
-        self.remove_bundle(task).await;
     }
 }
 

@@ -8,8 +8,9 @@ use containerd_shim_protos::api::{DeleteRequest, DeleteResponse, Empty, Shutdown
 use log::{info, warn};
 
 use super::program::Ended;
-use super::{Phase, Shim, Task, Tasks, Unanswered, blocking};
+use super::{AGAIN, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking};
 use crate::error::{Error, Result};
+use crate::gate::Pass;
 use crate::name::Namespace;
 use crate::store::{Exit, ended, execs, exits};
 use crate::timestamp;
@@ -30,11 +31,13 @@ impl Tasks {
                         Ok(answer) => {
                             let exit = exit_of(&answer);
                             self.note_end(task, exit).await;
-                            if self.take_leave(task, &shim).await {
-                                return Ok(exit);
+                            // otherwise it died over its answer, or was found not to know the task any more
+                            if !self.take_leave(task, &shim).await
+                                && let Ok(Phase::Ended(noted)) = task.settled().await
+                            {
+                                self.collect(task, noted).await;
                             }
-                            // it died over its answer
-                            task.left().await;
+                            return Ok(exit);
                         }
                         Err(Unanswered::Lost) => task.left().await,
                         Err(Unanswered::Refused(error)) if error.is_not_found() => {
@@ -44,7 +47,7 @@ impl Tasks {
                         Err(reason) => return Err(reason.into()),
                     }
                 }
-                Phase::Hidden | Phase::Loading(_) | Phase::Cleaning | Phase::Gone => return Err(task.not_found()),
+                Phase::Hidden | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Gone => return Err(task.not_found()),
             }
         }
     }
@@ -144,31 +147,71 @@ impl Tasks {
         }
     }
 
-    /// Cleans up after a dead shim: finds out how its task ended, tells it, and keeps it until somebody collects it.
-    pub(super) async fn clean_up(&self, task: &Arc<Task>) {
-        task.phase.send_replace(Phase::Cleaning);
-        let Some(exit) = self.last_words(task).await else {
-            self.remove_bundle(task).await;
-            return self.forget(task);
+    /// Cleans up what a shim has left that is of no use any more, until that works: where its program was too slow or could not be run, there may be
+    /// a container that is alive. `pass`: none when the first attempt has failed.
+    pub(super) async fn clean_up(&self, task: &Task, left: Left, mut pass: Option<Pass>) {
+        let (mut pause, mut refusals) = (AGAIN, 0);
+        loop {
+            if pass.is_some() {
+                match self.try_to_clean_up(task, left, refusals).await {
+                    Ok(()) => return,
+                    Err(error) => refusals += u32::from(is_refusal(&error)),
+                }
+            }
+            // an upgrade does not wait for it; whoever serves then sees to it
+            drop(pass.take());
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+            pass = self.gate.enter().await;
+            if pass.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// One attempt. `refusals`: how often the shim's program has said no.
+    ///
+    /// Errors: why it is to be tried again.
+    pub(super) async fn try_to_clean_up(&self, task: &Task, left: Left, refusals: u32) -> Result<()> {
+        let answer = match task.bundle.program() {
+            Ok(Some(program)) => self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await.map(Some),
+            Ok(None) => Ok(None),
+            Err(error) => Err(error),
         };
-        self.tell_exit(task, "", exit).await;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) if is_refusal(&error) && refusals >= left.refusals() => {
+                warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task, giving up");
+                None
+            }
+            Err(error) => {
+                warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task, will retry");
+                task.phase.send_replace(Phase::Cleaning(Some(error.chain().into())));
+                return Err(error);
+            }
+        };
+        let exit = match left {
+            Left::Unacknowledged(told) => told,
+            Left::Dead => {
+                let exit = self.last_words(task, answer.unwrap_or(Ended { pid: UNKNOWN, status: KILLED, at: None })).await;
+                if let Some(exit) = exit {
+                    self.tell_exit(task, "", exit).await;
+                    info!(namespace:% = task.namespace, container = task.id.as_str(), pid = exit.pid, status = exit.status; "a dead shim's task was cleaned up");
+                }
+                exit
+            }
+        };
         self.remove_bundle(task).await;
-        info!(namespace:% = task.namespace, container = task.id.as_str(), pid = exit.pid, status = exit.status; "a dead shim's task was cleaned up");
-        task.phase.send_replace(Phase::Ended(exit));
+        match exit {
+            Some(exit) => drop(task.phase.send_replace(Phase::Ended(exit))),
+            None => self.forget(task),
+        }
+        Ok(())
     }
 
     /// How the task of a dead shim ended; none if its shim died before it had made anything. Its record is in the store before its bundle
     /// goes.
-    async fn last_words(&self, task: &Task) -> Option<Exit> {
-        let answer = match task.bundle.program() {
-            Ok(Some(program)) => self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await,
-            Ok(None) => Err(Error::Launch("nobody knows which program its shim was".to_owned())),
-            Err(error) => Err(error),
-        };
-        let answer = answer.unwrap_or_else(|error| {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot ask how a dead shim's task ended");
-            Ended { pid: UNKNOWN, status: KILLED, at: None }
-        });
+    async fn last_words(&self, task: &Task, answer: Ended) -> Option<Exit> {
         // containerd's own shims say -1 when there never was a process
         let was_made = answer.pid != 0 && i32::try_from(answer.pid).is_ok();
         let now = timestamp::to_nanos(&timestamp::now());
@@ -208,6 +251,36 @@ impl Tasks {
         if let Err(error) = self.once(&task.namespace, &event, tell).await {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot tell an exit");
         }
+    }
+}
+
+/// What a shim has left.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Left {
+    /// A task whose shim is dead: how it ended is told, and kept until somebody collects it.
+    Dead,
+    /// A creation or deletion that was under way: how it ended, if anybody was told.
+    Unacknowledged(Option<Exit>),
+}
+
+impl Left {
+    /// How often the program may refuse before that is taken for an answer: for half a minute. One of a creation that failed may be no
+    /// shim's at all.
+    fn refusals(self) -> u32 {
+        match self {
+            Self::Dead => 6,
+            Self::Unacknowledged(_) => 0,
+        }
+    }
+}
+
+/// Whether a shim's program said no, or is none. Everything else is a shortage, of time too.
+fn is_refusal(error: &Error) -> bool {
+    use std::io::ErrorKind::{NotFound, PermissionDenied};
+    match error {
+        Error::Launch(_) => true,
+        Error::Io { source, .. } => matches!(source.kind(), NotFound | PermissionDenied) || source.raw_os_error() == Some(nix::libc::ENOEXEC),
+        _ => false,
     }
 }
 

@@ -12,9 +12,11 @@ use std::time::Duration;
 use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
+use super::end::Left;
 use super::shim::CONNECTING;
-use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, mounts};
+use super::{AGAIN, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, mounts};
 use crate::error::{Error, IoContext as _, Result};
+use crate::gate::Pass;
 use crate::name::{self, Namespace};
 use crate::store::{Exit, ended, execs, exits};
 
@@ -73,7 +75,7 @@ impl Tasks {
                     return self.forget(&task);
                 }
                 // its creation was never acknowledged
-                Ok(Found::Unacknowledged) => return self.sweep(&task, None).await,
+                Ok(Found::Unacknowledged) => return self.sweep(&task, None, pass).await,
                 Ok(Found::Shim(shim)) => break Ok(shim),
                 Err(error) if is_death(&error) => break Err(error),
                 Err(error) => {
@@ -102,7 +104,7 @@ impl Tasks {
             }
             Err(error) => {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim is dead");
-                self.clean_up(&task).await;
+                self.clean_up(&task, Left::Dead, pass).await;
             }
         }
     }
@@ -120,52 +122,69 @@ impl Tasks {
     /// Asks until there is an answer: whether the task is there, and which of its processes have ended.
     async fn reconcile(self: &Arc<Self>, task: &Arc<Task>, shim: &Shim) {
         let mut pause = AGAIN;
-        let init = loop {
-            match state(task, shim, "").await {
-                Ok(state) => break state,
-                Err(Unanswered::Refused(error)) if error.is_not_found() => {
-                    let Some(_pass) = self.gate.enter().await else { return };
-                    return self.sweep(task, Some(shim)).await;
-                }
-                Err(Unanswered::Lost) => return,
-                Err(Unanswered::Refused(error) | Unanswered::Late(error)) => {
-                    warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim does not say how its task is");
-                }
-            }
+        let mut again = async || {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         };
-        let mut exited = Vec::new();
-        let (namespace, id) = (task.namespace.clone(), task.id.clone());
-        for exec in self.store.read(move |db| execs::list(db, namespace.as_str(), &id)).await.unwrap_or_default() {
-            if let Ok(state) = state(task, shim, &exec).await {
-                exited.extend(exit_of(&state).map(|exit| (exec, exit)));
+        let mut unknown = loop {
+            let (namespace, id) = (task.namespace.clone(), task.id.clone());
+            match self.store.read(move |db| execs::list(db, namespace.as_str(), &id)).await {
+                Ok(execs) => break execs,
+                Err(error) => {
+                    warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot read which processes a task has");
+                }
             }
-        }
-        exited.extend(exit_of(&init).map(|exit| (String::new(), exit)));
-        if !exited.is_empty() {
-            // its shim may be about to tell it itself, after what happened before
-            tokio::time::sleep(OWN_WORDS).await;
-            // after an upgrade it is the next process that has subscribers
-            let Some(_pass) = self.gate.enter().await else { return };
-            for (exec, exit) in exited {
-                self.tell_exit(task, &exec, exit).await;
+            again().await;
+        };
+        // init is told of last
+        unknown.push(String::new());
+        loop {
+            let (mut exited, mut silent) = (Vec::new(), Vec::new());
+            for exec in unknown {
+                match state(task, shim, &exec).await {
+                    Ok(state) => exited.extend(exit_of(&state).map(|exit| (exec, exit))),
+                    Err(Unanswered::Refused(error)) if error.is_not_found() && exec.is_empty() => {
+                        let pass = self.gate.enter().await;
+                        return self.sweep(task, Some(shim), pass).await;
+                    }
+                    Err(Unanswered::Refused(error)) if error.is_not_found() => {}
+                    Err(Unanswered::Lost) => return,
+                    Err(Unanswered::Refused(error) | Unanswered::Late(error)) => {
+                        warn!(namespace:% = task.namespace, container = task.id.as_str(), exec = exec.as_str(), error = error.chain(); "a shim does not say how its task is");
+                        silent.push(exec);
+                    }
+                }
             }
+            if !exited.is_empty() {
+                // its shim may be about to tell it itself, after what happened before
+                tokio::time::sleep(OWN_WORDS).await;
+                // after an upgrade it is the next process that has subscribers
+                let Some(_pass) = self.gate.enter().await else { return };
+                for (exec, exit) in exited {
+                    self.tell_exit(task, &exec, exit).await;
+                }
+            }
+            if silent.is_empty() {
+                return;
+            }
+            unknown = silent;
+            again().await;
         }
     }
 
     /// Cleans up what a shim does not know: a creation or deletion that was under way. How it ended is kept for whoever deleted it and
-    /// got no answer.
-    async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
-        if shim.is_some() && !task.leaves_live(Phase::Cleaning) {
-            // a client's Delete, or the end of the shim, was faster
+    /// got no answer. Without a pass, another process sees to it.
+    async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>, pass: Option<Pass>) {
+        if pass.is_none() || (shim.is_some() && !task.leaves_live(Phase::Cleaning(None))) {
+            // or a client's Delete, or the end of the shim, was faster
             return;
         }
-        task.phase.send_replace(Phase::Cleaning);
+        task.phase.send_replace(Phase::Cleaning(None));
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         // what is told from here on is of a task that nobody was given
         let told = self.store.note(move |db| {
-            let told = exits::last(db, namespace.as_str(), &id, "")?;
+            let told = ended::get(db, namespace.as_str(), &id)?;
+            let told = told.map_or_else(|| exits::last(db, namespace.as_str(), &id, ""), |told| Ok(Some(told)))?;
             if let Some(exit) = told {
                 ended::put(db, namespace.as_str(), &id, exit)?;
             }
@@ -175,16 +194,7 @@ impl Tasks {
         if let Some(shim) = shim {
             self.dismiss(task, shim).await;
         }
-        if let Ok(Some(program)) = task.bundle.program()
-            && let Err(error) = self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await
-        {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task that was under way");
-        }
-        self.remove_bundle(task).await;
-        match told {
-            Some(exit) => drop(task.phase.send_replace(Phase::Ended(exit))),
-            None => self.forget(task),
-        }
+        self.clean_up(task, Left::Unacknowledged(told), pass).await;
     }
 }
 
@@ -256,8 +266,5 @@ fn folders(folder: &Path) -> Result<Vec<(String, std::path::PathBuf)>> {
 
 /// For a shim to say how a process is.
 const STATE: Duration = Duration::from_secs(5);
-/// Before it is asked again; doubled each time.
-const AGAIN: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Shims send events again that nobody took, containerd's own after five seconds at most.
 const OWN_WORDS: Duration = Duration::from_secs(6);

@@ -71,8 +71,8 @@ pub(crate) enum Phase {
     Loading(Option<Arc<str>>),
     /// Its shim can be asked.
     Live(Shim),
-    /// Its shim is dead, and `delete` finds out how it ended.
-    Cleaning,
+    /// Its shim is dead, and `delete` finds out how it ended; why it has not, if it has tried.
+    Cleaning(Option<Arc<str>>),
     /// Its shim is dead; this is kept until somebody collects it.
     Ended(Exit),
     /// It does not exist any more.
@@ -102,7 +102,7 @@ impl Task {
     /// Errors: [`Error::NotFound`] for one that does not exist yet or any more.
     pub(crate) async fn settled(&self) -> Result<Phase> {
         let mut phase = self.phase.subscribe();
-        let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading(_) | Phase::Cleaning));
+        let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading(_) | Phase::Cleaning(_)));
         match tokio::time::timeout(SETTLE, settled).await {
             Ok(Ok(phase)) => match &*phase {
                 Phase::Hidden | Phase::Gone => Err(self.not_found()),
@@ -111,6 +111,9 @@ impl Task {
             Ok(Err(_)) => Err(self.not_found()),
             Err(_elapsed) => Err(Error::Unavailable(match self.phase() {
                 Phase::Loading(Some(why)) => format!("the shim of task {} cannot be reached, which is tried again: {why}", self.id),
+                Phase::Cleaning(Some(why)) => {
+                    format!("the shim of task {} is dead, and cleaning up after it is tried again: {why}", self.id)
+                }
                 _ => format!("the shim of task {} is being looked for", self.id),
             })),
         }
@@ -186,7 +189,7 @@ impl Tasks {
                 Phase::Hidden | Phase::Gone => "starting_or_ending",
                 Phase::Loading(_) => "loading",
                 Phase::Live(_) => "live",
-                Phase::Cleaning => "cleaning",
+                Phase::Cleaning(_) => "cleaning",
                 Phase::Ended(_) => "ended",
             };
             *counts.entry(name).or_default() += 1;
@@ -217,5 +220,8 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     ended.unwrap_or_else(|error| Err(Error::Launch(format!("a thread ended without a result: {error}"))))
 }
 
+/// Before the next attempt at what a shim, or its program, did not do; doubled each time.
+const AGAIN: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Clients wait that long for a shim that is being looked for.
 const SETTLE: Duration = Duration::from_secs(10);

@@ -28,6 +28,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
+use tokio::sync::Semaphore;
 
 use super::bundle::{Address, Bundle};
 use crate::error::{Error, IoContext as _, Result};
@@ -79,12 +80,15 @@ pub(crate) struct Programs {
     own: PathBuf,
     /// Programs that do not understand the newer dialect: path, inode, change time.
     older: Mutex<HashMap<PathBuf, (u64, i64)>>,
+    /// One for each `delete` that may run at the same time.
+    deletions: Semaphore,
 }
 
 impl Programs {
     pub(crate) fn new(settings: &Settings) -> Self {
         let own = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("x-manager"));
-        Self { settings: settings.clone(), own, older: Mutex::default() }
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { settings: settings.clone(), own, older: Mutex::default(), deletions: Semaphore::new(2 * processors) }
     }
 
     /// Starts a shim for a bundle, or finds the one that shall have it.
@@ -141,8 +145,9 @@ impl Programs {
         parameters.write_to_bytes().unwrap_or_default()
     }
 
-    /// Cleans up after a dead shim.
+    /// Cleans up after a dead shim. A few at a time: of a thousand at once, each would take longer than it may.
     pub(crate) async fn delete(&self, program: &Path, bundle: &Bundle, namespace: &Namespace, id: &str) -> Result<Ended> {
+        let _turn = self.deletions.acquire().await;
         let path = bundle.path().to_string_lossy();
         let output = self.run(program, bundle, namespace, id, &["-bundle", &path, "delete"], Vec::new(), DELETE).await?;
         let answer = DeleteResponse::parse_from_bytes(&output.stdout)

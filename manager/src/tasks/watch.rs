@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use log::warn;
 
+use super::end::Left;
 use super::{Phase, Shim, Task, Tasks};
 
 impl Tasks {
@@ -14,14 +15,14 @@ impl Tasks {
             () = task.left() => return,
         }
         // whoever has a pass may wait for the end of this task
-        let Some(_pass) = self.gate.follow().await else {
+        let Some(pass) = self.gate.follow().await else {
             // another process sees to it
             return;
         };
         // a client's Delete may have begun at the same moment
-        if task.leaves_live(Phase::Cleaning) {
+        if task.leaves_live(Phase::Cleaning(None)) {
             warn!(namespace:% = task.namespace, container = task.id.as_str(); "a shim has ended");
-            self.clean_up(&task).await;
+            self.clean_up(&task, Left::Dead, Some(pass)).await;
         }
     }
 }

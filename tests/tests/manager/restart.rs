@@ -116,6 +116,46 @@ pub(crate) async fn a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can(
     cx.leaves_nothing().await
 }
 
+pub(crate) async fn a_dead_shims_container_is_not_told_dead_while_its_program_cannot_say_so(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let events = cx.events().await?;
+    let (attempts, may) = (cx.folder().join("attempts"), cx.folder().join("may"));
+    let shim = cx.shim().binary.clone().context("our shim is a file")?;
+    let program = cx.folder().join(cx.shim().binary_name());
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *delete*) if [ ! -e {may} ]; then echo >> {attempts}; echo no such luck >&2; exit 1; fi ;; esac\nexec {shim} \"$@\"\n",
+        may = may.display(),
+        attempts = attempts.display(),
+        shim = shim.display()
+    );
+    fs::write(&program, script)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let container = cx.container(&["sleep", "1000"]).runtime_type(&program.to_string_lossy()).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    proc::kill_hard(keeper);
+    let tries = || fs::read_to_string(&attempts).map_or(0, |lines| lines.lines().count());
+    eventually_true("it is tried again", SOON, || tries() >= 2).await?;
+    let listed = cx.client().list().await?;
+    ensure!(listed.iter().any(|task| task.id == container.id && task.status() == Phase::Unknown), "{listed:?}");
+    ensure!(proc::is_alive(container.pid.cast_signed()) && container.bundle().exists());
+    ensure!(events.exits(&container.id, "").is_empty(), "{:?}", events.exits(&container.id, ""));
+    let (refused, taken) = tokio::join!(container.delete(), cx.container(&["true"]).id(&container.id).create_task());
+    let refused = refused.expect_err("it is not known how it ended");
+    ensure!(refused.code() == Code::Unavailable && refused.message().contains("no such luck"), "{refused:?}");
+    ensure!(code_of(taken)? == Code::Unavailable);
+    fs::write(&may, "")?;
+    eventually("it is cleaned up", Duration::from_secs(60), async || {
+        let listed = cx.client().list().await?;
+        ensure!(listed.iter().any(|task| task.id == container.id && task.status() == Phase::Stopped), "{listed:?}");
+        Ok(())
+    })
+    .await?;
+    ensure!(!proc::is_alive(container.pid.cast_signed()));
+    ensure!(container.delete().await?.exit_status == 137);
+    ensure!(events.exits(&container.id, "").len() == 1, "{:?}", events.exits(&container.id, ""));
+    cx.leaves_nothing().await
+}
+
 pub(crate) async fn who_makes_and_who_deletes_what_a_dead_shim_left_do_not_meet(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     for round in 0..8_u64 {
