@@ -279,7 +279,9 @@ fn is_refusal(error: &Error) -> bool {
     use std::io::ErrorKind::{NotFound, PermissionDenied};
     match error {
         Error::Launch(_) => true,
-        Error::Io { source, .. } => matches!(source.kind(), NotFound | PermissionDenied) || source.raw_os_error() == Some(nix::libc::ENOEXEC),
+        Error::Io { source, .. } => {
+            matches!(source.kind(), NotFound | PermissionDenied) || source.raw_os_error() == Some(nix::libc::ENOEXEC)
+        }
         _ => false,
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! A stock shim is allowed what its daemon's death makes of it under any daemon: clauses H3, H9 and H10 of docs/protocol.md, which it breaks.
 
+use std::cell::Cell;
+use std::process::Command;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use std::{env, fs};
 
@@ -10,8 +13,8 @@ use containerd_client::types::v1::Status as Phase;
 use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::events::{Event, Events};
-use shim_tests::eventually::{SOON, eventually};
-use shim_tests::proc;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::{proc, suite};
 use tokio::task::{JoinSet, LocalSet};
 use tonic::{Code, Status};
 
@@ -58,19 +61,25 @@ async fn campaign(cx: &Context, runtime: &str, deaths: u64, seed: u64) -> Result
     let events = cx.events().await?;
     let steady = cx.container(&["sleep", "1000"]).id("steady").runtime_type(runtime).start().await?;
     let (stop, stopped) = tokio::sync::watch::channel(false);
+    let tally = Rc::new(Tally::default());
     let local = LocalSet::new();
     local
         .run_until(async {
             let mut lanes = JoinSet::new();
             for lane in 0..LANES {
-                let lane = Lane { cx: cx.clone(), runtime: runtime.to_owned(), events: events.clone(), number: lane };
+                let lane =
+                    Lane { cx: cx.clone(), runtime: runtime.to_owned(), events: events.clone(), tally: Rc::clone(&tally), number: lane };
                 lanes.spawn_local(lane.run(stopped.clone()));
             }
             let mut dice = Dice(seed);
             for _death in 0..deaths {
                 tokio::time::sleep(Duration::from_millis(dice.below(400))).await;
-                cx.crash_daemon().await?;
+                tally.deaths.set(tally.deaths.get() + 1);
+                cx.daemon().kill()?;
+                store_is_sound(cx).await?;
+                cx.revive_daemon().await?;
                 events.resubscribe(cx.client()).await?;
+                tally.revivals.set(tally.revivals.get() + 1);
                 let state = steady.state().await?;
                 ensure!(state.status() == Phase::Running && state.pid == steady.pid, "{state:?}");
                 if let Some(ended) = lanes.try_join_next() {
@@ -84,6 +93,16 @@ async fn campaign(cx: &Context, runtime: &str, deaths: u64, seed: u64) -> Result
                 rounds += lane??;
             }
             ensure!(rounds > 0, "no lane has got round even once");
+            let Tally { deaths, heard, missed, .. } = &*tally;
+            eprintln!(
+                "{} {runtime}: seed {seed}, {} deaths, a sound store after each, {rounds} containers; of {} exits {} were heard once, and over {} the subscriber's \
+                 daemon died",
+                cx.suite(),
+                deaths.get(),
+                heard.get() + missed.get(),
+                heard.get(),
+                missed.get()
+            );
             Ok(())
         })
         .await?;
@@ -91,11 +110,41 @@ async fn campaign(cx: &Context, runtime: &str, deaths: u64, seed: u64) -> Result
     Ok(())
 }
 
+/// That `x-manager check` finds nothing wrong with what a dead daemon has left.
+async fn store_is_sound(cx: &Context) -> Result<()> {
+    let manager = suite::manager().context("x-manager is on trial")?;
+    let root = cx.daemon().folder().join("root");
+    let output = tokio::task::spawn_blocking(move || Command::new(manager).arg("--root").arg(root).arg("check").output()).await??;
+    ensure!(output.status.success(), "check: {} {}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// What has happened so far.
+#[derive(Default)]
+struct Tally {
+    /// Of the daemon.
+    deaths: Cell<u64>,
+    /// How often a subscription was in place again after one.
+    revivals: Cell<u64>,
+    /// Exits that were told.
+    heard: Cell<u64>,
+    /// Exits that nobody was told, as whoever would have been told lost the connection meanwhile.
+    missed: Cell<u64>,
+}
+
+impl Tally {
+    /// How many deaths there were, if a subscription is in place.
+    fn quiet(&self) -> Option<u64> {
+        (self.deaths == self.revivals).then_some(self.deaths.get())
+    }
+}
+
 /// A client that runs one container after the other and believes what it is told.
 struct Lane {
     cx: Context,
     runtime: String,
     events: Events,
+    tally: Rc<Tally>,
     number: u64,
 }
 
@@ -161,13 +210,14 @@ impl Lane {
         if let Err(error) = self.exec(&container, status + 100).await {
             return Err(error.context(format!("exec; init: {:?}; told: {:?}", container.state().await, self.events.of(id))));
         }
+        let quiet = self.tally.quiet();
         container.io.stdin().await?.write_all(b"go\n")?;
         let waited = again(async || client.wait(id, "").await).await.context("wait")?;
         ensure!(waited.exit_status == status, "wait: {waited:?}");
         self.acknowledged(id, "ended").await?;
         self.delete(id, Some(status)).await?;
         again(async || unless(client.delete_container(id).await, Code::NotFound)).await.context("delete container")?;
-        self.told_once(id, "", status, container.pid)
+        self.told_once(id, "", status, container.pid, quiet).await
     }
 
     /// Runs an exec. One whose start was cut off is thrown away: the stock shim cannot start it again.
@@ -177,6 +227,7 @@ impl Lane {
             let name = format!("e{number}");
             let build = || container.exec(&name, &["sh", "-c", &format!("exit {status}")]);
             again(async || unless(build().add().await.map(drop).map_err(as_status), Code::AlreadyExists)).await?;
+            let quiet = self.tally.quiet();
             let started = self.start(id, &name).await?;
             if started {
                 let waited = again(async || client.wait(id, &name).await).await?;
@@ -184,15 +235,21 @@ impl Lane {
             }
             again(async || unless(client.delete_exec(id, &name).await.map(drop), Code::NotFound)).await?;
             if started {
-                return self.told_once(id, &name, status, 0);
+                return self.told_once(id, &name, status, 0, quiet).await;
             }
         }
         Ok(())
     }
 
     /// That of no process two exits were told, and of `pid`, or whoever it was, the right one. A creation that was never
-    /// acknowledged may have been ended under the same id.
-    fn told_once(&self, id: &str, exec: &str, status: u32, pid: u32) -> Result<()> {
+    /// acknowledged may have been ended under the same id. One was told unless the daemon died since there were so many deaths, as `quiet` says.
+    async fn told_once(&self, id: &str, exec: &str, status: u32, pid: u32, quiet: Option<u64>) -> Result<()> {
+        let is_it = |exit: &Event| exit.status == status && (pid == 0 || exit.pid == pid);
+        let heard = || self.events.exits(id, exec).iter().any(is_it);
+        let has_died = || quiet.is_none() || quiet != self.tally.quiet();
+        eventually_true(format!("the exit of {id}/{exec} is told"), SOON, || heard() || has_died()).await?;
+        let counter = if heard() { &self.tally.heard } else { &self.tally.missed };
+        counter.set(counter.get() + 1);
         let exits = self.events.exits(id, exec);
         let of_one_pid = |pid: u32| exits.iter().filter(|exit| exit.pid == pid).count();
         ensure!(exits.iter().all(|exit| of_one_pid(exit.pid) == 1), "told twice: {exits:?}");
