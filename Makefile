@@ -42,9 +42,11 @@ test-e2e: packages suites build build-faulty
 		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
 	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd"
 
-## the tests of containerd and Docker with x-manager in containerd's place, and its own; X_KILLS=500 X_SEED=N for more deaths of it, with the stock shims too
+## the tests of containerd and Docker with x-manager in containerd's place, its own, and lives under it with the shims of containerd 1.6, 1.7 and 2.1;
+## X_KILLS=500 X_SEED=N for more deaths of it, with those shims too
 test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
+	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
 
 ## x-manager's units under the host's systemd, as pid 1 of namespaces of its own: activation, reload, crash, stop, scopes of systemd's
 test-systemd: suites build
