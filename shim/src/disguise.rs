@@ -4,12 +4,12 @@
 //! A test makes other builds of the shim by copying it and appending a line to the copy, which an executable may end with:
 //! `x-disguise: NAME=VALUE …`. Names: `build`; `oldest` and `newest`, the versions of the messages; `records`, the newest version of
 //! containers' records that it reads; `image`, the same for a keeper's state; `at` and `do`: where it misbehaves (`hello`, `fit`, `welcome`,
-//! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`); `rehearsal`: how it does there
+//! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`, at `resume` `refuse`); `rehearsal`: how it does there
 //! besides; `request` and `exit`: a text which makes it misbehave in the request whose bytes, or in the exit whose key, contain it.
 #[cfg(feature = "fault-injection")]
-pub(crate) use active::{build, image_version, meet_exit, meet_request, misbehave, record_version, versions};
+pub(crate) use active::{build, image_version, meet_exit, meet_request, misbehave, record_version, refuse, versions};
 #[cfg(not(feature = "fault-injection"))]
-pub(crate) use inert::{build, image_version, meet_exit, meet_request, misbehave, record_version, versions};
+pub(crate) use inert::{build, image_version, meet_exit, meet_request, misbehave, record_version, refuse, versions};
 
 /// Where a build may misbehave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,10 @@ mod inert {
     }
 
     pub(crate) fn misbehave(_place: Place) {}
+
+    pub(crate) fn refuse(_place: Place) -> Result<(), &'static str> {
+        Ok(())
+    }
 
     pub(crate) fn meet_request(_payload: &[u8]) {}
 
@@ -122,7 +126,7 @@ mod active {
         if let (Place::Rehearsal, Some(how)) = (place, value("rehearsal")) {
             perform(Some(how));
         }
-        if value("at") != Some(name) {
+        if value("at") != Some(name) || value("do") == Some("refuse") {
             return;
         }
         match (place, value("do")) {
@@ -133,6 +137,12 @@ mod active {
             })),
             (_, how) => perform(how),
         }
+    }
+
+    /// Whether it claims not to understand what it is given.
+    pub(crate) fn refuse(place: Place) -> Result<(), &'static str> {
+        let refuses = place == Place::Resume && value("at") == Some("resume") && value("do") == Some("refuse");
+        if refuses { Err("as this build is told to say") } else { Ok(()) }
     }
 
     pub(crate) fn meet_request(payload: &[u8]) {

@@ -21,7 +21,7 @@ use crate::handover::{ControlRequest, PartResult, Snapshot, UpgradeReport};
 use crate::invocation::UpgradeOrder;
 
 /// How long a keeper may take: longer than it gives itself for each step.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(90);
 /// The most shims that are upgraded at once where the order does not say.
 const MOST_AT_ONCE: usize = 8;
 

@@ -31,6 +31,8 @@ use crate::sys;
 
 /// The status of a process whose end nobody can know: somebody else reaped it.
 const UNKNOWN_STATUS: u32 = 255;
+/// So many children are reaped in one turn: a container in the host's pid namespace may leave more behind than there is time for.
+const REAPED_AT_ONCE: usize = 1024;
 
 /// A process that the keeper started.
 #[derive(Debug)]
@@ -159,7 +161,8 @@ impl Children {
             env: order.env.into_iter().map(text).collect::<Result<_, _>>()?,
             cwd: text(order.cwd.into_bytes())?,
             descriptors: given.iter().map(AsFd::as_fd).collect(),
-            dies_with_parent: false,
+            // what nobody would claim the process of must not make one; a logger has to read to the end
+            dies_with_parent: order.reports_pid,
         };
         let started = sys::spawn::spawn(&command).map_err(failed)?;
         self.started += 1;
@@ -233,9 +236,11 @@ impl Children {
                 }
             }
         } else {
-            while let Ok(Some(ended)) = sys::process::peek(None) {
+            for _child in 0..REAPED_AT_ONCE {
+                let Ok(Some(ended)) = sys::process::peek(None) else { return found };
                 self.ended(ended, streams, poll, &mut found);
             }
+            poll.again(Source::Signals);
         }
         found
     }
@@ -284,6 +289,13 @@ impl Children {
             None if claimed.foreign => Err(Errno::ESRCH.into()),
             // There was no descriptor left for a handle. Our child and not reaped: a new one is its own.
             None => sys::process::signal(sys::process::open(*pid)?.as_fd(), signal),
+        }
+    }
+
+    /// Kills the helpers of a request that was given up, and what they have started.
+    pub(crate) fn end_helpers_of(&self, cause: Cause) {
+        for pid in self.helpers.iter().filter(|(_, helper)| helper.cause == cause).map(|(pid, _)| *pid) {
+            family::kill(pid);
         }
     }
 

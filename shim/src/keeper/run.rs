@@ -189,6 +189,8 @@ impl Keeper {
         }
         if let Some(ended) = self.supervisor.give_up(now) {
             self.ended(ended, now);
+            // before another worker of the program that goes is started
+            self.go_on();
         }
         self.supervisor.ensure(now, self.ledger.is_busy(), &self.poll);
         self.tick_upgrade(now);

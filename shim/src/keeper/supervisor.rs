@@ -24,6 +24,7 @@ use super::life::{End, Executable, Fault, Life, Program};
 use super::poll::{Poll, Source};
 use crate::handover::{ToKeeper, ToWorker, Versions};
 use crate::settings::Settings;
+use crate::sys;
 
 /// So many lives in a row may achieve nothing before the next one has to wait.
 const FREE_RETRIES: u32 = 3;
@@ -75,12 +76,17 @@ const SPELL_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
 const DEFAULT_SPELL: Duration = Duration::from_secs(60);
 /// A worker may still look for a killing that the kernel has not counted yet.
 const LEAST_SPELL: Duration = Duration::from_secs(5);
+/// Beyond any machine's life, and still a time that a clock can reach.
+const LONGEST_SPELL: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// The status of a process that was killed.
 const KILLED: u32 = 128 + 9;
 
 fn spell() -> Option<Duration> {
-    let named = std::env::var(SPELL_VARIABLE).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
+    let named = std::env::var(SPELL_VARIABLE)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .map(|seconds: u64| Duration::from_secs(seconds).min(LONGEST_SPELL));
     Some(named.unwrap_or(DEFAULT_SPELL)).filter(|spell| !spell.is_zero()).map(|spell| spell.max(LEAST_SPELL))
 }
 
@@ -89,11 +95,7 @@ impl Supervisor {
         let text = |text: String| CString::new(text).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
         let name = std::env::args().next().unwrap_or_else(|| "containerd-shim-x-v2".into());
         let arguments = std::iter::once(name).chain(settings.to_arguments()).chain(["worker".into()]);
-        let environment = std::env::vars().map(|(name, value)| format!("{name}={value}"));
-        let program = Program {
-            arguments: arguments.map(text).collect::<Result<_, _>>()?,
-            environment: environment.map(text).collect::<Result<_, _>>()?,
-        };
+        let program = Program { arguments: arguments.map(text).collect::<Result<_, _>>()?, environment: sys::exec::environment() };
         Ok(Self {
             program,
             executable: Executable::own()?,
@@ -203,11 +205,11 @@ impl Supervisor {
     /// Puts the program before in its place again, if it is still kept and works with this keeper.
     fn roll_back(&mut self, end: &End) -> bool {
         let ours = crate::disguise::versions();
-        let Some((previous, _)) =
-            self.previous.take_if(|(previous, _)| previous.versions.is_some_and(|theirs| ours.agree(theirs).is_some()))
-        else {
+        let Some((previous, _)) = self.previous.take() else { return false };
+        if previous.versions.is_none_or(|theirs| ours.agree(theirs).is_none()) {
+            error!(why:% = end.why, to:% = previous.build; "a new worker has failed, and the one before speaks no version of this keeper's");
             return false;
-        };
+        }
         error!(why:% = end.why, from:% = self.executable.build, to:% = previous.build; "a new worker has failed, going back to the one before");
         self.executable = previous;
         self.fruitless = 0;

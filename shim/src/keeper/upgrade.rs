@@ -314,7 +314,7 @@ impl Keeper {
         let started = sys::spawn::spawn(&sys::spawn::Command {
             program: CString::new(format!("/proc/self/fd/{}", upgrade.executable.file.as_raw_fd()))?,
             argv: self.image_arguments(&["rehearse"])?,
-            env: environment()?,
+            env: sys::exec::environment(),
             cwd: c"/".into(),
             descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), copy.as_fd(), write.as_fd()],
             dies_with_parent: true,
@@ -365,7 +365,7 @@ impl Keeper {
             let own = Executable::own()?;
             kept.extend([state.as_raw_fd(), own.file.as_raw_fd()]);
             let arguments = self.image_arguments(&["resume", &state.as_raw_fd().to_string(), &own.file.as_raw_fd().to_string()])?;
-            sys::exec::execute(upgrade.executable.file.as_fd(), &arguments, &environment()?, &kept)
+            sys::exec::execute(upgrade.executable.file.as_fd(), &arguments, &sys::exec::environment(), &kept)
         });
         upgrade.report.keeper = PartResult::Unasked;
         result
@@ -398,8 +398,4 @@ impl Keeper {
 fn end_rehearsal(pid: u32) {
     // It may have ended.
     let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
-}
-
-fn environment() -> io::Result<Vec<CString>> {
-    Ok(std::env::vars().map(|(name, value)| CString::new(format!("{name}={value}"))).collect::<Result<_, _>>()?)
 }

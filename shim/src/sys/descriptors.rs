@@ -6,7 +6,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::libc;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+
+/// Runs something that needs many descriptors with the limit on them as high as it may be. Children inherit limits: none may be started in it.
+pub(crate) fn with_raised_limit<T>(work: impl FnOnce() -> T) -> T {
+    let limits = getrlimit(Resource::RLIMIT_NOFILE).ok().filter(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, *hard, *hard).is_ok());
+    let result = work();
+    if let Some((soft, hard)) = limits {
+        // to lower it is always allowed
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, soft, hard);
+    }
+    result
+}
 
 /// The most descriptors that the kernel attaches to one message: SCM_MAX_FD.
 const MAX_ATTACHED: usize = 253;

@@ -4,9 +4,16 @@ use std::convert::Infallible;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
 use nix::libc;
+
+/// Our own environment, whatever bytes it has, as a program is given it.
+pub(crate) fn environment() -> Vec<CString> {
+    let entries = std::env::vars_os().map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat());
+    entries.filter_map(|entry| CString::new(entry).ok()).collect()
+}
 
 /// Executes `program`, to which the descriptors in `kept` go over under their numbers. Every other one must be close-on-exec.
 ///

@@ -127,6 +127,10 @@ impl Worker {
                     log::debug!(life, keeper = keeper_pid; "worker begins");
                 }
                 ToWorker::State { key, value } => match Record::decode(&value) {
+                    _ if let Some(version) = Record::newer_version(&value) => {
+                        log::error!(container:% = key, version; "the state of a container is of a newer build, and waits for one");
+                        self.registry.set_aside(key);
+                    }
                     Ok(record) => self.registry.insert(&Container::new(record)),
                     Err(error) => log::error!(container:% = key, error:%; "cannot read the state of a container"),
                 },
@@ -336,11 +340,10 @@ impl Worker {
 /// Why this worker cannot go on with an entry of the state, if so.
 fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
     let newest = disguise::record_version(RECORD_VERSION);
+    if let Some(version) = Record::newer_version(value) {
+        return Some(format!("the record of container {key} has version {version}, and version {newest} is the newest that can be read"));
+    }
     match Record::decode(value) {
-        Ok(record) if record.version > newest => Some(format!(
-            "the record of container {key} has version {}, and version {newest} is the newest that can be read",
-            record.version
-        )),
         Ok(_) => None,
         Err(error) => Some(format!("cannot read the record of container {key}: {error}")),
     }

@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** an id belongs to one container at a time, from the moment when its creation begins.
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -15,6 +15,8 @@ use super::error::Error;
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     slots: RefCell<BTreeMap<ContainerId, Option<Rc<Container>>>>,
+    /// Containers whose records this build cannot read, by the id.
+    set_aside: RefCell<BTreeSet<String>>,
     /// Told when a creation has ended.
     created: Notify,
 }
@@ -51,6 +53,15 @@ impl Registry {
         self.slots.borrow().get(id).and_then(Clone::clone).ok_or_else(|| Error::NoContainer { id: id.to_owned() })
     }
 
+    /// Notes that there is a container of which nothing is known but that.
+    pub(super) fn set_aside(&self, id: String) {
+        self.set_aside.borrow_mut().insert(id);
+    }
+
+    pub(super) fn is_set_aside(&self, id: &str) -> bool {
+        self.set_aside.borrow().contains(id)
+    }
+
     /// Whether a container of this id is being made.
     pub(super) fn is_in_the_making(&self, id: &str) -> bool {
         matches!(self.slots.borrow().get(id), Some(None))
@@ -72,9 +83,9 @@ impl Registry {
         }
     }
 
-    /// How many there are, those in the making included.
+    /// How many there are, with those in the making and those of which nothing else is known.
     pub(super) fn count(&self) -> usize {
-        self.slots.borrow().len()
+        self.slots.borrow().len() + self.set_aside.borrow().len()
     }
 
     pub(super) fn is_empty(&self) -> bool {

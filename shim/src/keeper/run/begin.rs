@@ -24,11 +24,18 @@ pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd) -> Ex
 /// Goes on from the state of the image before.
 ///
 /// `state`: what that has saved. `before`: its program, to go back to if the state cannot be read; none if this is the way back.
-/// Nothing is taken over before everything was read once.
+/// Nothing is taken over before everything was read once; on the way back by whom has written it, and there is nobody left to go back to.
 pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>) -> ExitCode {
     disguise::misbehave(Place::Resume);
     let is_back = before.is_none();
-    let read = read_state(&state).and_then(|bytes| Keeper::load(settings.clone(), &bytes, &mut Descriptors::rehearsed()).map(|_| bytes));
+    let read = read_state(&state).and_then(|bytes| {
+        if !is_back {
+            disguise::refuse(Place::Resume).map_err(|what| Error::Damaged { what })?;
+            // beside the descriptors that were inherited
+            sys::descriptors::with_raised_limit(|| Keeper::load(settings.clone(), &bytes, &mut Descriptors::rehearsed()).map(drop))?;
+        }
+        Ok(bytes)
+    });
     let bytes = match (read, &before) {
         (Ok(bytes), _) => bytes,
         (Err(error), Some(before)) => {
@@ -50,9 +57,15 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
 /// Says on `verdict` whether this image could go on from a state. Touches nothing.
 pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> ExitCode {
     disguise::misbehave(Place::Rehearsal);
-    let result = read_state(&state).and_then(|bytes| Keeper::load(settings, &bytes, &mut Descriptors::rehearsed()));
+    let result = read_state(&state).and_then(|bytes| {
+        sys::descriptors::with_raised_limit(|| {
+            // as many descriptors as the new image inherits, which reads the state once beside them
+            let _inherited = Keeper::load(settings.clone(), &bytes, &mut Descriptors::rehearsed())?;
+            Keeper::load(settings, &bytes, &mut Descriptors::rehearsed()).map(drop)
+        })
+    });
     let words = match &result {
-        Ok(_) => image::ACCEPTS.to_owned(),
+        Ok(()) => image::ACCEPTS.to_owned(),
         Err(error) => format!("{}{}", image::REFUSES, chain(error)),
     };
     match std::fs::File::from(verdict).write_all(words.as_bytes()) {
@@ -85,6 +98,5 @@ fn go_back(settings: &Settings, state: &OwnedFd, before: &OwnedFd) -> io::Result
     let words = std::iter::once(name).chain(settings.to_arguments()).chain(["keeper", "resume"].map(str::to_owned));
     let words = words.chain([state.as_raw_fd().to_string()]);
     let arguments = words.map(CString::new).collect::<Result<Vec<_>, _>>()?;
-    let environment = std::env::vars().map(|(name, value)| CString::new(format!("{name}={value}"))).collect::<Result<Vec<_>, _>>()?;
-    match sys::exec::execute(before.as_fd(), &arguments, &environment, &[state.as_raw_fd()])? {}
+    match sys::exec::execute(before.as_fd(), &arguments, &sys::exec::environment(), &[state.as_raw_fd()])? {}
 }

@@ -73,6 +73,7 @@ impl Keeper {
         match self.ledger.give_up(cause, frame::error_response(Code::Internal, &why)) {
             Some(due) => {
                 error!(method:%, why:% = end.why; "every worker dies over a request, it is answered with an error");
+                self.children.end_helpers_of(cause);
                 self.answer(due);
             }
             None => error!(what:% = method, why:% = end.why; "every worker dies over an exit, it is withheld for a while"),

@@ -8,22 +8,25 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kill::kill_rest;
-use super::{Announce, Change, Container, Event, Exit, Fact, Happening, Phase, ProcessKey};
+use super::{Announce, Change, Container, Event, Exit, Fact, Happening, Phase, ProcessKey, Record};
 use crate::worker::Worker;
 use crate::worker::cause::Cause;
 
 /// Takes in that a process has ended.
 pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: ProcessKey, exit: Exit) -> Change {
+    if worker.registry.is_set_aside(key.container.as_str()) {
+        // for a worker that can read what it is about
+        return std::future::pending().await;
+    }
     let Ok(container) = worker.registry.get(key.container.as_str()) else { return Change::default() };
     if container.process(&key, |process| process.exit().is_some()).unwrap_or(true) {
         return Change::default();
     }
     log::info!(container:% = key.container, exec:% = key.exec.as_ref().map_or("", |exec| exec.as_str()), status = exit.status; "process exited");
     container.observe(&key, Fact::Reaped(exit));
-    // Its start is told first, by the request that is under way.
-    let started = container
-        .until("start", START_WITHIN, |record| record.process(&key).is_none_or(|process| !matches!(process.phase, Phase::Starting { .. })));
-    if let Err(error) = started.await {
+    // Its start is told first, by the request that is under way, however long that takes: an exit that is given up is never told.
+    let has_started = |record: &Record| record.process(&key).is_none_or(|process| !matches!(process.phase, Phase::Starting { .. }));
+    while let Err(error) = container.until("start", START_WITHIN, has_started).await {
         log::error!(container:% = key.container, error:% = error.chain(); "the runtime does not end a start");
     }
     if key.exec.is_none() {

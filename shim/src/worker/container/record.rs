@@ -127,7 +127,19 @@ impl Record {
         serde_json::to_vec(self).expect("a struct of strings and numbers has a JSON form")
     }
 
+    /// Reads a record of this version or an older one; what is saved from now on is of this one.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(bytes)
+        let record: Self = serde_json::from_slice(bytes)?;
+        Ok(Self { version: VERSION, ..record })
+    }
+
+    /// The version of a record that is too new for this build.
+    pub(crate) fn newer_version(bytes: &[u8]) -> Option<u32> {
+        #[derive(Deserialize)]
+        struct Head {
+            version: u32,
+        }
+        let head: Head = serde_json::from_slice(bytes).ok()?;
+        (head.version > crate::disguise::record_version(VERSION)).then_some(head.version)
     }
 }
