@@ -1,7 +1,8 @@
 //! The daemon's life: open, listen, load, serve, and stop or be replaced.
 
-use std::fs::File;
+use std::fs::{DirBuilder, File, Permissions};
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -63,6 +64,7 @@ impl Start {
 
     async fn after_another(settings: &Settings) -> Result<Self> {
         let (mut predecessor, lock, inherited) = Predecessor::meet()?;
+        let lock = for_root_alone(lock.into(), &settings.root.join(LOCK))?;
         let sockets = Sockets::open(settings, inherited)?;
         predecessor.prepared(store::rehearse(&settings.store())?).await?;
         let manager = Arc::new(Manager::open(settings).await?);
@@ -190,11 +192,17 @@ async fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
 
 /// Makes sure that no other daemon works on the same data. The lock lasts until the last copy of the descriptor is closed.
 fn claim(root: &Path) -> Result<OwnedFd> {
-    std::fs::create_dir_all(root).on("make folder", root)?;
-    let path = root.join("lock");
-    let file = File::options().create(true).append(true).open(&path).on("open", &path)?;
+    DirBuilder::new().recursive(true).mode(0o711).create(root).on("make folder", root)?;
+    let path = root.join(LOCK);
+    let file = File::options().create(true).append(true).mode(0o600).open(&path).on("open", &path)?;
     file.try_lock().map_err(|_| Error::Precondition(format!("another x-manager works on {}", root.display())))?;
-    Ok(file.into())
+    for_root_alone(file, &path)
+}
+
+/// Corrects the mode of a lock: whoever can open it can keep every x-manager from starting.
+fn for_root_alone(lock: File, path: &Path) -> Result<OwnedFd> {
+    lock.set_permissions(Permissions::from_mode(0o600)).on("set mode of", path)?;
+    Ok(lock.into())
 }
 
 /// The name by which this program was started, as a path: what is there later is its successor.
@@ -208,6 +216,8 @@ fn own_program() -> PathBuf {
     found.or_else(|| std::env::current_exe().ok()).unwrap_or(name)
 }
 
+/// The file, in the root folder, whose lock says who works there.
+const LOCK: &str = "lock";
 /// How long what a dead daemon holds is waited for.
 const PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(10);

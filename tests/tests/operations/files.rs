@@ -1,7 +1,9 @@
 //! Configuration, store and places of which something is wrong.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -42,6 +44,33 @@ pub(crate) async fn a_typo_in_the_configuration_is_refused_with_its_line(cx: Con
     printed(&mut own.command(&["upgrade"])?)?;
     ensure!(own.ended().await?);
     own.client().await.map(drop)
+}
+
+pub(crate) async fn what_others_could_lock_is_for_root_alone(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let root = own.folder().join("root");
+    let mode =
+        |path: &Path| -> Result<u32> { Ok(fs::metadata(path).with_context(|| path.display().to_string())?.permissions().mode() & 0o7777) };
+    for round in ["new", "there already"] {
+        own.start().await?;
+        let client = own.client().await?;
+        client.create_container(&round.replace(' ', "-"), "io.containerd.x.v2", None, prost_types::Any::default()).await?;
+        for name in ["lock", "meta.db", "meta.db-wal", "meta.db-shm"] {
+            let path = root.join(name);
+            ensure!(mode(&path)? == 0o600, "{round}: {name}: {:o}", mode(&path)?);
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+        }
+        let copy = cx.folder().join(format!("copy of {round}"));
+        printed(own.command(&["backup"])?.arg(&copy))?;
+        let state = own.folder().join("state");
+        for (path, right) in [(&copy, 0o600), (&root, 0o711), (&state, 0o711), (&state.join("control.sock"), 0o600)] {
+            ensure!(mode(path)? == right, "{round}: {}: {:o}", path.display(), mode(path)?);
+        }
+        // not SIGTERM, after which there is no log of the store
+        proc::kill_hard(own.pid().map_or(0, u32::cast_signed));
+        own.ended().await?;
+    }
+    Ok(())
 }
 
 pub(crate) async fn the_default_configuration_can_be_used(cx: Context) -> Result<()> {
