@@ -35,11 +35,13 @@ pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS).thread_stack_size(STACK_BYTES).build();
     let served = runtime.on("start the executor of", Path::new("x-manager"))?.block_on(async {
+        // one that comes while this process starts is an order like any other, and not its end
+        let hangup = signal(SignalKind::hangup()).on("wait for signals to", Path::new("x-manager"))?;
         let start = match inherited {
             None => Start::after_another(settings).await?,
             Some(inherited) => Start::alone(settings, inherited).await?,
         };
-        serve(settings, start, &program).await
+        serve(settings, start, hangup, &program).await
     });
     if let Err(error) = &served {
         notify::tell(&format!("STATUS={}", error.chain()));
@@ -72,7 +74,7 @@ impl Start {
     }
 }
 
-async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> {
+async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path) -> Result<()> {
     let Start { lock, sockets, manager, predecessor } = start;
     manager.store.limit(settings.limits.store_bytes).await?;
     let not_yet = manager.gate.close(Duration::ZERO).await;
@@ -81,7 +83,7 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     let (clients, shims, control) = (accepting(&sockets.clients)?, accepting(&sockets.shims)?, accepting(&sockets.control)?);
     let metrics = sockets.metrics.as_ref().map(metrics::Listener::of).transpose()?;
     let (send, orders) = mpsc::channel(1);
-    let mut wishes = Wishes::new(orders)?;
+    let mut wishes = Wishes::new(hangup, orders)?;
     if let Some(predecessor) = predecessor {
         predecessor.ready().await?;
     }
@@ -150,14 +152,9 @@ struct Wishes {
 }
 
 impl Wishes {
-    fn new(orders: mpsc::Receiver<Order>) -> Result<Self> {
+    fn new(hangup: Signal, orders: mpsc::Receiver<Order>) -> Result<Self> {
         let listen = |kind| signal(kind).on("wait for signals to", Path::new("x-manager"));
-        Ok(Self {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-            hangup: listen(SignalKind::hangup())?,
-            orders,
-        })
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())?, hangup, orders })
     }
 
     /// The next wish to be replaced, with whoever has it if that can be answered; none when it is to stop.

@@ -80,6 +80,7 @@ fn file_cases() -> Vec<Case> {
         Scope::Once =>
             a_typo_in_the_configuration_is_refused_with_its_line,
             what_others_could_lock_is_for_root_alone,
+            a_hangup_while_it_starts_is_an_upgrade_when_it_has,
             the_default_configuration_can_be_used,
             a_store_of_a_newer_version_is_refused_and_left_alone,
             a_place_that_is_taken_is_refused,

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::context::Context;
-use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::operator::{Own, printed, said};
 use shim_tests::proc;
 
@@ -71,6 +71,43 @@ pub(crate) async fn what_others_could_lock_is_for_root_alone(cx: Context) -> Res
         own.ended().await?;
     }
     Ok(())
+}
+
+pub(crate) async fn a_hangup_while_it_starts_is_an_upgrade_when_it_has(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let root = own.folder().join("root");
+    fs::create_dir(&root)?;
+    // which keeps it from going on for a moment
+    let lock = fs::File::create(root.join("lock"))?;
+    lock.try_lock()?;
+    let client = {
+        let starting = own.start();
+        let hangs_up = async {
+            let text = format!("{}/config.toml", cx.folder().join("own").display());
+            let pid = eventually("it starts", SOON, async || {
+                let waits = |pid: &i32| proc::mentions(*pid, &text) && fs::read_dir(format!("/proc/{pid}/fd")).is_ok();
+                proc::all().into_keys().find(|pid| *pid != std::process::id().cast_signed() && waits(pid)).context("no process")
+            })
+            .await?;
+            eventually("it waits for hangups", SOON, async || {
+                let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+                let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).context("a line")?;
+                ensure!(u64::from_str_radix(caught.trim(), 16)? & 1 == 1, "{caught}");
+                Ok(())
+            })
+            .await?;
+            proc::signal(pid, nix::sys::signal::Signal::SIGHUP)?;
+            lock.unlock()?;
+            Ok::<_, anyhow::Error>(())
+        };
+        let (started, hung_up) = tokio::join!(starting, hangs_up);
+        hung_up?;
+        started?
+    };
+    ensure!(own.ended().await?, "{}", own.log());
+    client.version().await?;
+    ensure!(own.log().contains("another process has taken over"), "{}", own.log());
+    own.client().await.map(drop)
 }
 
 pub(crate) async fn the_default_configuration_can_be_used(cx: Context) -> Result<()> {
