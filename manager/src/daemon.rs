@@ -135,8 +135,10 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     }
     course.send_replace(ends);
     events.stop_listen().await;
+    // shims connect again, to whoever serves then; those that get no answer say it again there
+    let hang_up = async { drop(tokio::time::timeout(HANG_UP, events.disconnect()).await) };
     // it was told to end, and says nothing
-    let _ = api.await;
+    let _ = tokio::join!(api, hang_up);
     if ends == Course::Stops && !matches!(tokio::time::timeout(SETTLE, manager.store.settle()).await, Ok(Ok(()))) {
         warn!("what changed last stays in the log of the metadata store, where the next start finds it");
     }
@@ -222,6 +224,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 const BLOCKING_THREADS: usize = 16;
 /// Of each of them.
 const STACK_BYTES: usize = 256 << 10;
+/// At the end, for events of shims that are being answered.
+const HANG_UP: Duration = Duration::from_secs(2);
 /// When stopping, for the store to tidy up.
 const SETTLE: Duration = Duration::from_secs(2);
 /// When stopping, for calls that change something.

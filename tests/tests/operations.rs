@@ -37,6 +37,7 @@ fn upgrade_cases() -> Vec<Case> {
             a_stock_client_that_waits_does_not_notice_an_upgrade,
             no_run_of_a_stock_client_fails_over_upgrades;
         Scope::Once =>
+            shims_are_not_kept_by_a_process_that_still_answers_somebody_else,
             no_connection_is_refused_over_upgrades,
             an_exit_around_an_upgrade_is_told,
             a_call_that_changes_something_is_waited_for,
