@@ -44,6 +44,7 @@ fn api_cases() -> Vec<Case> {
             services_of_images_are_unimplemented,
             a_subscriber_that_never_reads_is_dropped_and_delays_nobody,
             the_server_says_that_it_is_well,
+            health_is_told_in_each_way,
             a_call_that_its_client_gave_up_is_carried_to_its_end,
     ]
 }

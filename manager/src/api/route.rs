@@ -106,6 +106,7 @@ pub(super) async fn route(manager: Arc<Manager>, leaving: Leaving, request: http
         "grpc.health.v1.Health" => match method {
             "Check" => look(m, r, health::check).await,
             "Watch" => stream(m, r, health::watch).await,
+            "List" => look(m, r, health::list).await,
             _ => unknown(&path),
         },
         _ => unknown(&path),

@@ -278,6 +278,48 @@ pub(crate) async fn the_server_says_that_it_is_well(cx: Context) -> Result<()> {
     Ok(())
 }
 
+/// `grpc.health.v1` asks with one field and answers with one, or with a map of such answers.
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthRequest {
+    #[prost(string, tag = "1")]
+    service: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Health {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthList {
+    #[prost(map = "string, message", tag = "1")]
+    statuses: HashMap<String, Health>,
+}
+
+pub(crate) async fn health_is_told_in_each_way(cx: Context) -> Result<()> {
+    let mut grpc = tonic::client::Grpc::new(cx.client().api().channel().clone());
+    let ask = |service: &str| Request::new(HealthRequest { service: service.to_owned() });
+    let path = |method| http::uri::PathAndQuery::from_static(method);
+    let codec = tonic_prost::ProstCodec::<HealthRequest, Health>::default;
+    grpc.ready().await?;
+    let answer = grpc.unary(ask(""), path("/grpc.health.v1.Health/Check"), codec()).await?.into_inner();
+    ensure!(answer.status == 1, "{answer:?}");
+    grpc.ready().await?;
+    refused(grpc.unary(ask("none"), path("/grpc.health.v1.Health/Check"), codec()).await, Code::NotFound, "\"none\"")?;
+    for (service, status) in [("", 1), ("none", 3)] {
+        grpc.ready().await?;
+        let mut told = grpc.server_streaming(ask(service), path("/grpc.health.v1.Health/Watch"), codec()).await?.into_inner();
+        let first = within("the first health", SOON, told.message()).await??;
+        ensure!(first == Some(Health { status }), "{service:?}: {first:?}");
+    }
+    let codec = tonic_prost::ProstCodec::<HealthRequest, HealthList>::default;
+    grpc.ready().await?;
+    let list = grpc.unary(ask(""), path("/grpc.health.v1.Health/List"), codec()).await?.into_inner();
+    ensure!(list.statuses == HashMap::from([(String::new(), Health { status: 1 })]), "{list:?}");
+    Ok(())
+}
+
 pub(crate) async fn a_call_that_its_client_gave_up_is_carried_to_its_end(cx: Context) -> Result<()> {
     let gate = cx.gate()?;
     gate.hold("create")?;
