@@ -220,7 +220,7 @@ pub(crate) async fn what_makes_no_sense_is_refused_with_a_code(cx: Context) -> R
     let publish = PublishRequest { topic: "no slash".into(), event: None };
     refused(api.events().publish(client.request(publish)).await, Code::InvalidArgument, "must start with '/'")?;
     let huge = Container { image: "x".repeat(17 << 20), ..container("c") };
-    refused(create(client, huge).await, Code::OutOfRange, "too large")?;
+    refused(create(client, huge).await, Code::ResourceExhausted, "larger than max")?;
     for (runtime, code, words) in [
         ("io.containerd.none.v2", Code::FailedPrecondition, "no containerd-shim-none-v2 in PATH"),
         ("/none/shim", Code::FailedPrecondition, "is not installed"),
