@@ -45,6 +45,7 @@ fn api_cases() -> Vec<Case> {
             a_subscriber_that_never_reads_is_dropped_and_delays_nobody,
             the_server_says_that_it_is_well,
             health_is_told_in_each_way,
+            a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_that_its_client_gave_up_is_carried_to_its_end,
     ]
 }

@@ -9,13 +9,14 @@ use containerd_client::services::v1::{
     Container, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, GetContainerRequest, GetContainerResponse,
     ListContainerMessage, ListContainersRequest, ListContainersResponse, UpdateContainerRequest, UpdateContainerResponse,
 };
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
 
 use super::call::Call;
 use super::mask;
+use super::search::Search;
 use crate::error::{Error, Result};
-use crate::filter::{Fields, Filter, label, text};
+use crate::filter::{Fields, label, text};
 use crate::manager::Manager;
 use crate::name::Namespace;
 use crate::store::{containers, namespaces};
@@ -44,13 +45,12 @@ pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetContainer
     Ok(GetContainerResponse { container: Some(manager.store.read(get).await?) })
 }
 
-async fn found(manager: &Manager, call: &Call, request: ListContainersRequest) -> Result<Vec<Container>> {
-    let (namespace, filter) = (call.namespace()?, Filter::parse(&request.filters)?);
-    manager.store.read(move |db| containers::list(db, namespace.as_str(), |container| filter.accepts(container))).await
+fn search(manager: Arc<Manager>, call: &Call, filters: &[String]) -> Result<Search<Container>> {
+    Search::new(manager, call.namespace()?, filters, containers::page, |container| &container.id)
 }
 
 pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListContainersRequest) -> Result<ListContainersResponse> {
-    Ok(ListContainersResponse { containers: found(&manager, &call, request).await? })
+    Ok(ListContainersResponse { containers: search(manager, &call, &request.filters)?.all().await? })
 }
 
 pub(super) async fn list_stream(
@@ -58,8 +58,8 @@ pub(super) async fn list_stream(
     call: Call,
     request: ListContainersRequest,
 ) -> Result<impl Stream<Item = Result<ListContainerMessage, Status>>> {
-    let found = found(&manager, &call, request).await?;
-    Ok(tokio_stream::iter(found.into_iter().map(|container| Ok(ListContainerMessage { container: Some(container) }))))
+    let found = search(manager, &call, &request.filters)?.each().await?;
+    Ok(found.map(|container| Ok(ListContainerMessage { container: Some(container?) })))
 }
 
 pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateContainerRequest) -> Result<CreateContainerResponse> {

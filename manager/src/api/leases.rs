@@ -11,8 +11,9 @@ use rusqlite::Connection;
 
 use super::call::Call;
 use super::mask;
+use super::search::Search;
 use crate::error::{Error, Result};
-use crate::filter::{Fields, Filter, label, text};
+use crate::filter::{Fields, label, text};
 use crate::manager::Manager;
 use crate::store::{Resource, leases, namespaces, resources};
 use crate::{manager, name, timestamp};
@@ -67,9 +68,8 @@ pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteReq
 }
 
 pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListRequest) -> Result<ListResponse> {
-    let (namespace, filter) = (call.namespace()?, Filter::parse(&request.filters)?);
-    let leases = manager.store.read(move |db| leases::list(db, namespace.as_str(), |lease| filter.accepts(lease))).await?;
-    Ok(ListResponse { leases })
+    let search = Search::new(manager, call.namespace()?, &request.filters, leases::page, |lease| &lease.id)?;
+    Ok(ListResponse { leases: search.all().await? })
 }
 
 pub(super) async fn add_resource(manager: Arc<Manager>, call: Call, request: AddResourceRequest) -> Result<()> {

@@ -320,6 +320,28 @@ pub(crate) async fn health_is_told_in_each_way(cx: Context) -> Result<()> {
     Ok(())
 }
 
+pub(crate) async fn a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let ids: Vec<_> = (0..6).map(|number| format!("long{number}")).collect();
+    for id in &ids {
+        create(client, Container { image: "x".repeat(3 << 20), ..container(id) }).await?;
+    }
+    let all = client.request(ListContainersRequest::default());
+    let answer = client.api().containers().max_decoding_message_size(64 << 20).list(all).await;
+    refused(answer.map(|answer| answer.into_inner().containers.len()), Code::ResourceExhausted, "a list of more than")?;
+    let mut stream = client.api().containers().list_stream(client.request(ListContainersRequest::default())).await?.into_inner();
+    let mut streamed = Vec::new();
+    while let Some(message) = within("the next one", SOON, stream.message()).await?? {
+        streamed.push(message.container.unwrap_or_default().id);
+    }
+    ensure!(streamed == ids, "{streamed:?}");
+    ensure!(list(client, &["id==long3"]).await? == ["long3"]);
+    for id in &ids {
+        delete(client, id).await?;
+    }
+    Ok(())
+}
+
 pub(crate) async fn a_call_that_its_client_gave_up_is_carried_to_its_end(cx: Context) -> Result<()> {
     let gate = cx.gate()?;
     gate.hold("create")?;
