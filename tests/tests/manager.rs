@@ -33,6 +33,7 @@ fn api_cases() -> Vec<Case> {
         Scope::Once =>
             namespaces_are_kept_apart,
             a_namespace_is_deleted_only_when_it_is_empty,
+            a_namespace_is_made_by_whoever_labels_it,
             a_container_is_updated_as_its_mask_says,
             filters_select_containers_leases_plugins_and_events,
             leases_hold_resources,

@@ -87,10 +87,9 @@ table!(containers, Container, "containers", {
     }
 });
 table!(leases, Lease, "leases", {
-    /// Whether the namespace has none.
-    pub(crate) fn is_empty(db: &Connection, namespace: &str) -> Result<bool> {
-        let sql = "SELECT NOT EXISTS (SELECT 1 FROM leases WHERE namespace = ?)";
-        db.prepare_cached(sql).and_then(|mut select| select.query_row([namespace], |row| row.get(0))).doing("read")
+    /// Removes those of the namespace, and what they hold.
+    pub(crate) fn remove_all(db: &Connection, namespace: &str) -> Result<()> {
+        db.execute("DELETE FROM leases WHERE namespace = ?", [namespace]).doing("remove").map(drop)
     }
 });
 

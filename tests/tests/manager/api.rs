@@ -12,7 +12,7 @@ use containerd_client::services::v1::{
     AddResourceRequest, Container, CreateContainerRequest, CreateNamespaceRequest, CreateRequest, DeleteContainerRequest,
     DeleteNamespaceRequest, DeleteRequest, DeleteResourceRequest, GetContainerRequest, GetRequest, ListContainersRequest,
     ListImagesRequest, ListNamespacesRequest, ListRequest, ListResourcesRequest, Namespace, PluginsRequest, PublishRequest, Resource,
-    SubscribeRequest, UpdateContainerRequest,
+    SubscribeRequest, UpdateContainerRequest, UpdateNamespaceRequest,
 };
 use prost::Message as _;
 use prost_types::{Any, FieldMask};
@@ -90,9 +90,11 @@ pub(crate) async fn a_namespace_is_deleted_only_when_it_is_empty(cx: Context) ->
     let delete_it = async || client.api().namespaces().delete(Request::new(DeleteNamespaceRequest { name: name.clone() })).await;
     create(client, container("c")).await?;
     client.with_lease("l").await?;
-    refused(delete_it().await, Code::FailedPrecondition, "must be empty, but it still has containers, leases")?;
+    refused(delete_it().await, Code::FailedPrecondition, "must be empty, but it still has containers")?;
     delete(client, "c").await?;
-    client.api().leases().delete(client.request(DeleteRequest { id: "l".into(), sync: true })).await?;
+    // leases keep things in it, but not the namespace
+    delete_it().await?;
+    client.with_lease("l").await.context("the old one is gone")?;
     delete_it().await?;
     refused(delete_it().await, Code::NotFound, "not found")?;
     let names = client.api().namespaces().list(Request::new(ListNamespacesRequest::default())).await?.into_inner().namespaces;
@@ -101,6 +103,25 @@ pub(crate) async fn a_namespace_is_deleted_only_when_it_is_empty(cx: Context) ->
     create(client, container("c")).await?;
     delete(client, "c").await?;
     client.api().namespaces().get(Request::new(containerd_client::services::v1::GetNamespaceRequest { name })).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_namespace_is_made_by_whoever_labels_it(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let name = format!("{}-labelled", client.namespace());
+    let update = async |paths: &[&str], pairs: &[(&str, &str)]| -> Result<HashMap<String, String>, Status> {
+        let namespace = Some(Namespace { name: name.clone(), labels: labels(pairs) });
+        let update_mask = Some(FieldMask { paths: paths.iter().map(|path| (*path).to_owned()).collect() });
+        let request = Request::new(UpdateNamespaceRequest { namespace, update_mask });
+        let updated = client.api().namespaces().update(request).await?.into_inner().namespace;
+        Ok(updated.unwrap_or_default().labels)
+    };
+    ensure!(update(&["labels.a"], &[("a", "1"), ("b", "2")]).await? == labels(&[("a", "1")]));
+    ensure!(update(&["labels."], &[]).await? == labels(&[("a", "1")]), "the label of no name stays absent");
+    refused(update(&["labels."], &[("", "3")]).await, Code::InvalidArgument, "must not be empty")?;
+    let names = client.api().namespaces().list(Request::new(ListNamespacesRequest::default())).await?.into_inner().namespaces;
+    ensure!(names.iter().any(|namespace| namespace.name == name), "{names:?}");
+    client.api().namespaces().delete(Request::new(DeleteNamespaceRequest { name })).await?;
     Ok(())
 }
 
@@ -119,6 +140,8 @@ pub(crate) async fn a_container_is_updated_as_its_mask_says(cx: Context) -> Resu
     ensure!(updated.labels == labels(&[("a", "1"), ("b", "3")]) && updated.image == "i", "{updated:?}");
     ensure!(updated.created_at == made.created_at && updated.updated_at != made.updated_at);
     ensure!(update(new.clone(), &["labels.a", "image"]).await?.labels == labels(&[("b", "3")]), "a label that is not given is removed");
+    ensure!(update(new.clone(), &["labels."]).await?.labels == labels(&[("b", "3")]), "the label of no name stays absent");
+    refused(update(new.clone(), &["extensions."]).await, Code::InvalidArgument, "must not be empty")?;
     let updated = update(new.clone(), &[]).await?;
     ensure!(updated.labels == new.labels && updated.image == "j", "{updated:?}");
     refused(update(new.clone(), &["runtime.name"]).await, Code::InvalidArgument, "cannot update field")?;
@@ -183,7 +206,8 @@ pub(crate) async fn leases_hold_resources(cx: Context) -> Result<()> {
     let client = cx.client();
     let mut leases = client.api().leases();
     client.with_lease("l").await?;
-    let resource = |kind: &str| Some(Resource { id: "sha256:1".into(), r#type: kind.into() });
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let resource = |kind: &str| Some(Resource { id: digest.clone(), r#type: kind.into() });
     for kind in ["content", "snapshots/overlayfs", "content"] {
         leases.add_resource(client.request(AddResourceRequest { id: "l".into(), resource: resource(kind) })).await?;
     }
@@ -196,6 +220,11 @@ pub(crate) async fn leases_hold_resources(cx: Context) -> Result<()> {
     ensure!(held().await? == 1);
     let add = AddResourceRequest { id: "l".into(), resource: resource("volumes") };
     refused(leases.add_resource(client.request(add)).await, Code::Unimplemented, "volumes")?;
+    for (kind, id) in [("content", "sha256:1"), ("content/x", digest.as_str()), ("snapshots", "s")] {
+        let resource = Some(Resource { id: id.into(), r#type: kind.into() });
+        let add = AddResourceRequest { id: "l".into(), resource };
+        refused(leases.add_resource(client.request(add)).await, Code::InvalidArgument, "resource").with_context(|| kind.to_owned())?;
+    }
     let add = AddResourceRequest { id: "none".into(), resource: resource("content") };
     refused(leases.add_resource(client.request(add)).await, Code::NotFound, "lease \"none\"")?;
     refused(client.with_lease("l").await.map(drop), Code::AlreadyExists, "already exists")?;
@@ -214,7 +243,9 @@ pub(crate) async fn what_makes_no_sense_is_refused_with_a_code(cx: Context) -> R
     refused(client.state("none", "").await, Code::NotFound, "task none: not found")?;
     refused(client.start("none", "").await, Code::NotFound, "task none: not found")?;
     refused(client.delete_container("none").await, Code::NotFound, "container \"none\" in namespace")?;
-    refused(client.delete_container(&"x".repeat(10_000)).await, Code::InvalidArgument, "longer than 76")?;
+    refused(client.delete_container("../c").await, Code::NotFound, "container \"../c\" in namespace")?;
+    let get = GetContainerRequest { id: String::new() };
+    refused(api.containers().get(client.request(get)).await, Code::NotFound, "container \"\" in namespace")?;
     refused(create(client, Container { spec: None, ..container("c") }).await, Code::InvalidArgument, "container.Spec must be set")?;
     refused(create(client, container("../c")).await, Code::InvalidArgument, "identifier")?;
     let publish = PublishRequest { topic: "no slash".into(), event: None };
