@@ -1,7 +1,8 @@
 //! The daemon's life: open, listen, load, serve, and stop or be replaced.
 
-use std::fs::File;
+use std::fs::{DirBuilder, File, Permissions};
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,11 +35,13 @@ pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS).thread_stack_size(STACK_BYTES).build();
     let served = runtime.on("start the executor of", Path::new("x-manager"))?.block_on(async {
+        // one that comes while this process starts is an order like any other, and not its end
+        let hangup = signal(SignalKind::hangup()).on("wait for signals to", Path::new("x-manager"))?;
         let start = match inherited {
             None => Start::after_another(settings).await?,
             Some(inherited) => Start::alone(settings, inherited).await?,
         };
-        serve(settings, start, &program).await
+        serve(settings, start, hangup, &program).await
     });
     if let Err(error) = &served {
         notify::tell(&format!("STATUS={}", error.chain()));
@@ -63,6 +66,7 @@ impl Start {
 
     async fn after_another(settings: &Settings) -> Result<Self> {
         let (mut predecessor, lock, inherited) = Predecessor::meet()?;
+        let lock = for_root_alone(lock.into(), &settings.root.join(LOCK))?;
         let sockets = Sockets::open(settings, inherited)?;
         predecessor.prepared(store::rehearse(&settings.store())?).await?;
         let manager = Arc::new(Manager::open(settings).await?);
@@ -70,7 +74,7 @@ impl Start {
     }
 }
 
-async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> {
+async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path) -> Result<()> {
     let Start { lock, sockets, manager, predecessor } = start;
     manager.store.limit(settings.limits.store_bytes).await?;
     let not_yet = manager.gate.close(Duration::ZERO).await;
@@ -79,7 +83,7 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     let (clients, shims, control) = (accepting(&sockets.clients)?, accepting(&sockets.shims)?, accepting(&sockets.control)?);
     let metrics = sockets.metrics.as_ref().map(metrics::Listener::of).transpose()?;
     let (send, orders) = mpsc::channel(1);
-    let mut wishes = Wishes::new(orders)?;
+    let mut wishes = Wishes::new(hangup, orders)?;
     if let Some(predecessor) = predecessor {
         predecessor.ready().await?;
     }
@@ -131,8 +135,10 @@ async fn serve(settings: &Settings, start: Start, program: &Path) -> Result<()> 
     }
     course.send_replace(ends);
     events.stop_listen().await;
+    // shims connect again, to whoever serves then; those that get no answer say it again there
+    let hang_up = async { drop(tokio::time::timeout(HANG_UP, events.disconnect()).await) };
     // it was told to end, and says nothing
-    let _ = api.await;
+    let _ = tokio::join!(api, hang_up);
     if ends == Course::Stops && !matches!(tokio::time::timeout(SETTLE, manager.store.settle()).await, Ok(Ok(()))) {
         warn!("what changed last stays in the log of the metadata store, where the next start finds it");
     }
@@ -148,14 +154,9 @@ struct Wishes {
 }
 
 impl Wishes {
-    fn new(orders: mpsc::Receiver<Order>) -> Result<Self> {
+    fn new(hangup: Signal, orders: mpsc::Receiver<Order>) -> Result<Self> {
         let listen = |kind| signal(kind).on("wait for signals to", Path::new("x-manager"));
-        Ok(Self {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
-            hangup: listen(SignalKind::hangup())?,
-            orders,
-        })
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())?, hangup, orders })
     }
 
     /// The next wish to be replaced, with whoever has it if that can be answered; none when it is to stop.
@@ -190,11 +191,17 @@ async fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
 
 /// Makes sure that no other daemon works on the same data. The lock lasts until the last copy of the descriptor is closed.
 fn claim(root: &Path) -> Result<OwnedFd> {
-    std::fs::create_dir_all(root).on("make folder", root)?;
-    let path = root.join("lock");
-    let file = File::options().create(true).append(true).open(&path).on("open", &path)?;
+    DirBuilder::new().recursive(true).mode(0o711).create(root).on("make folder", root)?;
+    let path = root.join(LOCK);
+    let file = File::options().create(true).append(true).mode(0o600).open(&path).on("open", &path)?;
     file.try_lock().map_err(|_| Error::Precondition(format!("another x-manager works on {}", root.display())))?;
-    Ok(file.into())
+    for_root_alone(file, &path)
+}
+
+/// Corrects the mode of a lock: whoever can open it can keep every x-manager from starting.
+fn for_root_alone(lock: File, path: &Path) -> Result<OwnedFd> {
+    lock.set_permissions(Permissions::from_mode(0o600)).on("set mode of", path)?;
+    Ok(lock.into())
 }
 
 /// The name by which this program was started, as a path: what is there later is its successor.
@@ -208,6 +215,8 @@ fn own_program() -> PathBuf {
     found.or_else(|| std::env::current_exe().ok()).unwrap_or(name)
 }
 
+/// The file, in the root folder, whose lock says who works there.
+const LOCK: &str = "lock";
 /// How long what a dead daemon holds is waited for.
 const PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(10);
@@ -215,6 +224,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 const BLOCKING_THREADS: usize = 16;
 /// Of each of them.
 const STACK_BYTES: usize = 256 << 10;
+/// At the end, for events of shims that are being answered.
+const HANG_UP: Duration = Duration::from_secs(2);
 /// When stopping, for the store to tidy up.
 const SETTLE: Duration = Duration::from_secs(2);
 /// When stopping, for calls that change something.

@@ -66,6 +66,11 @@ impl Filter {
         filters.iter().map(|filter| parse(filter.as_ref(), &mut budget)).collect::<Result<_>>().map(Self)
     }
 
+    /// Whether it holds for any object.
+    pub(crate) fn is_for_everything(&self) -> bool {
+        self.0.is_empty() || self.0.iter().any(Vec::is_empty)
+    }
+
     /// Whether it holds for an object.
     pub(crate) fn accepts(&self, object: &impl Fields) -> bool {
         self.0.is_empty() || self.0.iter().any(|all| all.iter().all(|selector| selector.accepts(object)))

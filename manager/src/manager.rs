@@ -4,6 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use tokio::sync::Semaphore;
+
 use crate::error::{IoContext as _, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
@@ -19,6 +21,8 @@ pub(crate) struct Manager {
     pub(crate) tasks: Arc<Tasks>,
     /// Passed by whatever changes something.
     pub(crate) gate: Gate,
+    /// Passed by lists that evaluate filters: others may need threads as well.
+    pub(crate) filtering: Semaphore,
     /// What the restart monitor has started.
     pub(crate) restarts: AtomicU64,
     /// Told to whoever asks for the server: the same for as long as the store is.
@@ -38,7 +42,7 @@ impl Manager {
         let gate = Gate::default();
         let events = Arc::new(Exchange::new(settings.limits));
         let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone()));
-        Ok(Self { store, events, tasks, gate, restarts: AtomicU64::new(0), uuid })
+        Ok(Self { store, events, tasks, gate, filtering: Semaphore::new(FILTERING), restarts: AtomicU64::new(0), uuid })
     }
 }
 
@@ -47,3 +51,6 @@ pub(crate) fn kernel_id(name: &str) -> Result<String> {
     let path = Path::new("/proc/sys/kernel/random").join(name);
     Ok(std::fs::read_to_string(&path).on("read", &path)?.trim().to_owned())
 }
+
+/// Lists that evaluate filters at the same moment.
+const FILTERING: usize = 2;

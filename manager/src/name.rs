@@ -46,13 +46,16 @@ pub(crate) fn identifier(what: &str, id: &str) -> Result<()> {
     }
 }
 
-/// Refuses labels that are too long, as containerd does, and too much of them: each event of an update repeats them all.
+/// Refuses labels that are too long or have no key, as containerd does, and too much of them: each event of an update repeats them all.
 pub(crate) fn labels(labels: &HashMap<String, String>) -> Result<()> {
     let all: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
     if all > MAX_LABELS_BYTES {
         return Err(Error::Invalid(format!("labels of {all} bytes, but {MAX_LABELS_BYTES} are the most")));
     }
     for (key, value) in labels {
+        if key.is_empty() {
+            return Err(Error::Invalid("label keys must not be empty".to_owned()));
+        }
         let length = key.len() + value.len();
         if length > MAX_LABEL_BYTES {
             let shown: String = key.chars().take(10).collect();
@@ -88,5 +91,6 @@ mod tests {
         let of = |length: usize| HashMap::from([("key".to_owned(), "v".repeat(length - 3))]);
         assert!(labels(&of(4096)).is_ok());
         assert!(labels(&of(4097)).is_err());
+        assert!(labels(&HashMap::from([(String::new(), "v".to_owned())])).is_err());
     }
 }

@@ -3,10 +3,13 @@
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _, chown};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use crate::error::{Error, IoContext as _, Result};
 use crate::settings::{MetricsAddress, Settings};
@@ -143,7 +146,7 @@ fn listen(path: &Path, gid: u32, mode: u32) -> Result<UnixListener> {
         Ok(about) if !about.file_type().is_socket() => {
             return Err(Error::Precondition(format!("{} is there and no socket", path.display())));
         }
-        Ok(_) if UnixStream::connect(path).is_ok() => {
+        Ok(_) if is_served(path)? => {
             return Err(Error::Precondition(format!("somebody serves at {} already", path.display())));
         }
         Ok(_) => fs::remove_file(path).on("remove old socket", path)?,
@@ -160,6 +163,19 @@ fn listen(path: &Path, gid: u32, mode: u32) -> Result<UnixListener> {
     Ok(listener)
 }
 
+/// Whether anybody listens at a socket, also somebody who is too busy to accept.
+fn is_served(path: &Path) -> Result<bool> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).on("make a socket for", path)?;
+    let address = UnixAddr::new(path).on("look at", path)?;
+    match connect(client.as_raw_fd(), &address) {
+        // EAGAIN: so many wait already that no more can
+        Ok(()) | Err(Errno::EAGAIN) => Ok(true),
+        Err(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(false),
+        Err(error) => Err(error).on("connect to", path),
+    }
+}
+
 fn hidden(path: &Path) -> std::path::PathBuf {
     let mut hidden = path.to_owned().into_os_string();
     hidden.push(".new");
@@ -173,6 +189,10 @@ const OWN: u32 = 0o600;
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::socket::{Backlog, bind};
+
     use super::*;
 
     fn folder(name: &str) -> std::path::PathBuf {
@@ -192,6 +212,12 @@ mod tests {
             drop(listener);
             drop(listen(&path, 0, SHARED).expect("litter is removed"));
         }
+        let busy = folder.join("busy");
+        let somebody = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+        bind(somebody.as_raw_fd(), &UnixAddr::new(&busy).expect("a short path")).expect("a free place");
+        nix::sys::socket::listen(&somebody, Backlog::new(0).expect("a number")).expect("a socket");
+        let _waits_to_be_accepted = UnixStream::connect(&busy).expect("room for one");
+        assert!(matches!(listen(&busy, 0, SHARED), Err(Error::Precondition(_))), "it does not accept, but is there");
         let file = folder.join("file");
         fs::write(&file, "precious").expect("a file");
         assert!(matches!(listen(&file, 0, SHARED), Err(Error::Precondition(_))));

@@ -33,6 +33,7 @@ fn api_cases() -> Vec<Case> {
         Scope::Once =>
             namespaces_are_kept_apart,
             a_namespace_is_deleted_only_when_it_is_empty,
+            a_namespace_is_made_by_whoever_labels_it,
             a_container_is_updated_as_its_mask_says,
             filters_select_containers_leases_plugins_and_events,
             leases_hold_resources,
@@ -44,6 +45,8 @@ fn api_cases() -> Vec<Case> {
             services_of_images_are_unimplemented,
             a_subscriber_that_never_reads_is_dropped_and_delays_nobody,
             the_server_says_that_it_is_well,
+            health_is_told_in_each_way,
+            a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_that_its_client_gave_up_is_carried_to_its_end,
     ]
 }

@@ -37,6 +37,7 @@ fn upgrade_cases() -> Vec<Case> {
             a_stock_client_that_waits_does_not_notice_an_upgrade,
             no_run_of_a_stock_client_fails_over_upgrades;
         Scope::Once =>
+            shims_are_not_kept_by_a_process_that_still_answers_somebody_else,
             no_connection_is_refused_over_upgrades,
             an_exit_around_an_upgrade_is_told,
             a_call_that_changes_something_is_waited_for,
@@ -79,6 +80,8 @@ fn file_cases() -> Vec<Case> {
     cases![files,
         Scope::Once =>
             a_typo_in_the_configuration_is_refused_with_its_line,
+            what_others_could_lock_is_for_root_alone,
+            a_hangup_while_it_starts_is_an_upgrade_when_it_has,
             the_default_configuration_can_be_used,
             a_store_of_a_newer_version_is_refused_and_left_alone,
             a_place_that_is_taken_is_refused,

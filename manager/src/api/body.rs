@@ -1,73 +1,299 @@
-//! The body of a request, as far as one client may make this process wait for it, and hold it.
+//! The body of a request, as far as one client may make this process wait for it, and all together may make it hold.
+//!
+//! ```text
+//! length of the message ─▶ refused, if too long ─▶ share of the budget, waited for ─▶ the message ─▶ handler ─▶ answer: the share goes back
+//! ```
+//! **Invariant:** a request takes its whole share at once, before it is read: those that wait for theirs hold nothing that another waits for.
 
+use std::fmt::Display;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tonic::Status;
 
-/// What one connection has sent of requests that are not yet complete.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Unfinished(Arc<AtomicUsize>);
-
-/// A body that counts itself, and comes to an end in time.
-pub(super) struct Metered {
-    body: Incoming,
-    all: Unfinished,
-    own: usize,
-    late: Pin<Box<Sleep>>,
+/// What the requests of all clients may hold: short ones get through while others wait for long ones.
+#[derive(Debug, Clone)]
+pub(super) struct Budget {
+    short: Arc<Semaphore>,
+    long: Arc<Semaphore>,
 }
 
-impl Metered {
-    pub(super) fn new(body: Incoming, all: Unfinished) -> Self {
-        Self { body, all, own: 0, late: Box::pin(tokio::time::sleep(COMPLETE)) }
+impl Default for Budget {
+    fn default() -> Self {
+        Self { short: Arc::new(Semaphore::new(SHORT_BUDGET_BYTES)), long: Arc::new(Semaphore::new(LONG_BUDGET_BYTES)) }
     }
 }
 
-impl Body for Metered {
+impl Budget {
+    /// Where a request of that length takes its share.
+    fn of(&self, bytes: usize) -> Arc<Semaphore> {
+        Arc::clone(if bytes <= SHORT_BYTES { &self.short } else { &self.long })
+    }
+}
+
+/// What one request holds of it, once its length is known, for as long as there is a copy of this.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Share {
+    permit: Arc<OnceLock<OwnedSemaphorePermit>>,
+}
+
+/// What one connection has announced of requests that are not yet complete.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Unfinished(Arc<AtomicUsize>);
+
+type Acquiring = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
+
+/// A body that is one message, keeps within the bounds, and comes to an end in time.
+pub(super) struct Metered<B = Incoming> {
+    body: B,
+    budget: Budget,
+    share: Share,
+    all: Unfinished,
+    /// What it says before the message, as far as that is there: whether it is compressed, and its length.
+    head: Vec<u8>,
+    /// Of head and message, once that is known.
+    announced: usize,
+    received: usize,
+    /// What came while there was no room for the message.
+    waiting: Option<(Acquiring, Frame<Bytes>)>,
+    late: Pin<Box<Sleep>>,
+}
+
+impl<B> Metered<B> {
+    pub(super) fn new(body: B, budget: Budget, all: Unfinished) -> Self {
+        let late = Box::pin(tokio::time::sleep(COMPLETE));
+        Self { body, budget, share: Share::default(), all, head: Vec::new(), announced: 0, received: 0, waiting: None, late }
+    }
+
+    /// What it holds of the budget: to be kept until the request is answered.
+    pub(super) fn share(&self) -> Share {
+        self.share.clone()
+    }
+
+    /// Counts what has come.
+    ///
+    /// Errors: it is too much.
+    fn count(&mut self, data: &[u8]) -> Result<(), Status> {
+        self.received += data.len();
+        if self.announced == 0 {
+            self.head.extend(&data[..data.len().min(HEAD_BYTES - self.head.len())]);
+            let [_is_compressed, a, b, c, d] = self.head[..] else { return Ok(()) };
+            let length = u32::from_be_bytes([a, b, c, d]) as usize;
+            if length > MESSAGE_BYTES {
+                let sentence = format!("received message larger than max ({length} vs. {MESSAGE_BYTES})");
+                return Err(Status::resource_exhausted(sentence));
+            }
+            self.announced = HEAD_BYTES + length;
+            let all = self.all.0.fetch_add(self.announced, Ordering::Relaxed) + self.announced;
+            if all > UNFINISHED_BYTES {
+                let sentence = format!("incomplete requests of {all} bytes over one connection, but {UNFINISHED_BYTES} are the most");
+                return Err(Status::resource_exhausted(sentence));
+            }
+        }
+        if self.received > self.announced {
+            return Err(Status::invalid_argument("a request is one message, and something comes after it"));
+        }
+        Ok(())
+    }
+
+    /// Takes the share, or begins to wait for it with what has come.
+    fn take(&mut self, frame: Frame<Bytes>) -> Option<Frame<Bytes>> {
+        let (budget, bytes) = (self.budget.of(self.announced), u32::try_from(self.announced).unwrap_or(u32::MAX));
+        match Arc::clone(&budget).try_acquire_many_owned(bytes) {
+            Ok(permit) => {
+                self.hold(permit);
+                Some(frame)
+            }
+            Err(_full) => {
+                self.waiting = Some((Box::pin(budget.acquire_many_owned(bytes)), frame));
+                None
+            }
+        }
+    }
+
+    fn hold(&self, permit: OwnedSemaphorePermit) {
+        // there is one head, and so one permit
+        let _ = self.share.permit.set(permit);
+    }
+}
+
+impl<B> Body for Metered<B>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: Display,
+{
     type Data = Bytes;
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
-        let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
-            ready!(this.late.as_mut().poll(cx));
-            return Poll::Ready(Some(Err(Status::deadline_exceeded(format!("a request that was not complete after {COMPLETE:?}")))));
-        };
-        let frame = frame.map(|frame| frame.map_err(|error| Status::unavailable(error.to_string())));
-        if let Some(Ok(frame)) = &frame
-            && let Some(data) = frame.data_ref()
-        {
-            this.own += data.len();
-            let all = this.all.0.fetch_add(data.len(), Ordering::Relaxed) + data.len();
-            if all > UNFINISHED_BYTES {
-                let sentence = format!("incomplete requests of {all} bytes over one connection, but {UNFINISHED_BYTES} are the most");
+        loop {
+            if let Some((mut acquiring, frame)) = this.waiting.take() {
+                if let Poll::Ready(permit) = acquiring.as_mut().poll(cx) {
+                    // nobody closes the budget
+                    permit.into_iter().for_each(|permit| this.hold(permit));
+                    return Poll::Ready(Some(Ok(frame)));
+                }
+                this.waiting = Some((acquiring, frame));
+                ready!(this.late.as_mut().poll(cx));
+                let sentence =
+                    format!("no room for a request of {} bytes in {COMPLETE:?}: those of all clients are too long", this.announced);
                 return Poll::Ready(Some(Err(Status::resource_exhausted(sentence))));
             }
+            let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
+                ready!(this.late.as_mut().poll(cx));
+                return Poll::Ready(Some(Err(Status::deadline_exceeded(format!("a request that was not complete after {COMPLETE:?}")))));
+            };
+            let frame = match frame {
+                Some(Ok(frame)) => frame,
+                Some(Err(error)) => return Poll::Ready(Some(Err(Status::unavailable(error.to_string())))),
+                None => return Poll::Ready(None),
+            };
+            if let Some(data) = frame.data_ref()
+                && let Err(status) = this.count(data)
+            {
+                return Poll::Ready(Some(Err(status)));
+            }
+            if this.announced == 0 || this.share.permit.get().is_some() {
+                return Poll::Ready(Some(Ok(frame)));
+            }
+            if let Some(frame) = this.take(frame) {
+                return Poll::Ready(Some(Ok(frame)));
+            }
         }
-        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.waiting.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        SizeHint::default()
     }
 }
 
-impl Drop for Metered {
+impl<B> Drop for Metered<B> {
     fn drop(&mut self) {
-        self.all.0.fetch_sub(self.own, Ordering::Relaxed);
+        self.all.0.fetch_sub(self.announced, Ordering::Relaxed);
     }
 }
 
+/// The longest request, and the longest answer: as much as containerd and its clients take.
+pub(super) const MESSAGE_BYTES: usize = 16 << 20;
 /// For a request to arrive.
 const COMPLETE: Duration = Duration::from_secs(30);
 /// Of one connection: a longest request, and another that begins.
 const UNFINISHED_BYTES: usize = 32 << 20;
+/// The longest request that is a short one.
+const SHORT_BYTES: usize = 64 << 10;
+/// Of all short requests that are not answered yet.
+const SHORT_BUDGET_BYTES: usize = 32 << 20;
+/// Of all others.
+const LONG_BUDGET_BYTES: usize = 224 << 20;
+/// What comes before a message.
+const HEAD_BYTES: usize = 5;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::convert::Infallible;
+    use std::future::poll_fn;
+
+    use tonic::Code;
+
+    use super::*;
+
+    /// What comes, and then nothing more.
+    struct Chunks(VecDeque<Bytes>);
+
+    impl Body for Chunks {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            self.0.pop_front().map_or(Poll::Pending, |bytes| Poll::Ready(Some(Ok(Frame::data(bytes)))))
+        }
+    }
+
+    fn budget(bytes: usize) -> Budget {
+        Budget { short: Arc::new(Semaphore::new(100)), long: Arc::new(Semaphore::new(bytes)) }
+    }
+
+    fn left(budget: &Budget) -> usize {
+        budget.long.available_permits()
+    }
+
+    /// A request that announces a message of that length; of which, in two pieces, `message` comes.
+    fn request(budget: &Budget, length: u32, message: &'static [u8]) -> Metered<Chunks> {
+        let head = [&[0][..], &length.to_be_bytes()].concat();
+        let rest = [&head[2..], message].concat();
+        Metered::new(Chunks([head[..2].to_vec().into(), rest.into()].into()), budget.clone(), Unfinished::default())
+    }
+
+    async fn next(request: &mut Metered<Chunks>) -> Result<usize, Status> {
+        let frame = poll_fn(|cx| Pin::new(&mut *request).poll_frame(cx)).await.expect("it goes on")?;
+        Ok(frame.data_ref().map_or(0, Bytes::len))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_takes_its_share_at_once_and_keeps_it_until_it_is_answered() {
+        let budget = budget(1_000_000);
+        let mut first = request(&budget, 799_995, b"begins");
+        assert_eq!((next(&mut first).await.expect("room"), left(&budget)), (2, 1_000_000));
+        assert_eq!((next(&mut first).await.expect("room"), left(&budget)), (9, 200_000));
+        let mut second = request(&budget, 799_995, b"");
+        assert_eq!(next(&mut second).await.expect("no length yet"), 2);
+        let answering = first.share();
+        drop(first);
+        assert_eq!(left(&budget), 200_000, "a request that is being answered is there");
+        let gone = async {
+            tokio::time::sleep(COMPLETE / 2).await;
+            drop(answering);
+        };
+        assert_eq!(tokio::join!(next(&mut second), gone).0.expect("room"), 3);
+        drop(second);
+        assert_eq!(left(&budget), 1_000_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_for_which_there_is_no_room_is_refused_in_time_and_holds_nothing() {
+        let budget = budget(1_000_000);
+        let mut first = request(&budget, 799_995, b"");
+        let mut second = request(&budget, 799_995, b"");
+        for (request, pieces) in [(&mut first, 2), (&mut second, 1)] {
+            for _piece in 0..pieces {
+                next(request).await.expect("room");
+            }
+        }
+        let short = async {
+            let mut short = request(&budget, 95, b"");
+            (next(&mut short).await.expect("room"), next(&mut short).await.expect("room for it"), tokio::time::Instant::now())
+        };
+        let begin = tokio::time::Instant::now();
+        let (refused, (.., got_through)) = tokio::join!(next(&mut second), short);
+        assert_eq!((got_through, begin.elapsed() >= COMPLETE), (begin, true));
+        let status = refused.expect_err("no room");
+        assert!(status.code() == Code::ResourceExhausted && status.message().contains("no room"), "{status:?}");
+        assert_eq!(next(&mut first).await.expect_err("it does not go on").code(), Code::DeadlineExceeded);
+        drop((first, second));
+        assert_eq!(left(&budget), 1_000_000);
+    }
+
+    #[tokio::test]
+    async fn what_is_too_long_is_refused_by_its_first_bytes() {
+        let budget = Budget::default();
+        let mut long = request(&budget, u32::MAX, b"");
+        next(&mut long).await.expect("no length yet");
+        let status = next(&mut long).await.expect_err("too long");
+        assert!(status.code() == Code::ResourceExhausted && status.message().contains("larger than max"), "{status:?}");
+        let mut two = request(&budget, 3, b"onetwo");
+        next(&mut two).await.expect("no length yet");
+        assert_eq!(next(&mut two).await.expect_err("two messages").code(), Code::InvalidArgument);
+    }
+}

@@ -1,20 +1,23 @@
 //! What a call says beside its message.
 
-use tonic::metadata::MetadataMap;
+use tonic::Request;
 
+use super::body::Share;
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 
-/// The metadata of a call.
-#[derive(Debug, Clone)]
+/// The metadata of a call, and what its request holds of the budget: to be kept until it is answered.
+#[derive(Debug)]
 pub(super) struct Call {
     namespace: Option<String>,
+    _share: Share,
 }
 
 impl Call {
-    pub(super) fn of(metadata: &MetadataMap) -> Self {
-        let namespace = metadata.get("containerd-namespace").and_then(|value| value.to_str().ok());
-        Self { namespace: namespace.map(ToOwned::to_owned) }
+    pub(super) fn of<Q>(request: &Request<Q>) -> Self {
+        let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
+        let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
+        Self { namespace: namespace.map(ToOwned::to_owned), _share: share }
     }
 
     /// The namespace that it is about.

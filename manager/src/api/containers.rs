@@ -9,13 +9,14 @@ use containerd_client::services::v1::{
     Container, CreateContainerRequest, CreateContainerResponse, DeleteContainerRequest, GetContainerRequest, GetContainerResponse,
     ListContainerMessage, ListContainersRequest, ListContainersResponse, UpdateContainerRequest, UpdateContainerResponse,
 };
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
 
 use super::call::Call;
 use super::mask;
+use super::search::Search;
 use crate::error::{Error, Result};
-use crate::filter::{Fields, Filter, label, text};
+use crate::filter::{Fields, label, text};
 use crate::manager::Manager;
 use crate::name::Namespace;
 use crate::store::{containers, namespaces};
@@ -39,18 +40,16 @@ pub(crate) fn not_found(namespace: &Namespace, id: &str) -> Error {
 
 pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetContainerRequest) -> Result<GetContainerResponse> {
     let (namespace, id) = (call.namespace()?, request.id);
-    name::identifier("container id", &id)?;
     let get = move |db: &_| containers::get(db, namespace.as_str(), &id)?.ok_or_else(|| not_found(&namespace, &id));
     Ok(GetContainerResponse { container: Some(manager.store.read(get).await?) })
 }
 
-async fn found(manager: &Manager, call: &Call, request: ListContainersRequest) -> Result<Vec<Container>> {
-    let (namespace, filter) = (call.namespace()?, Filter::parse(&request.filters)?);
-    manager.store.read(move |db| containers::list(db, namespace.as_str(), |container| filter.accepts(container))).await
+fn search(manager: Arc<Manager>, call: &Call, filters: &[String]) -> Result<Search<Container>> {
+    Search::new(manager, call.namespace()?, filters, containers::page, |container| &container.id)
 }
 
 pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListContainersRequest) -> Result<ListContainersResponse> {
-    Ok(ListContainersResponse { containers: found(&manager, &call, request).await? })
+    Ok(ListContainersResponse { containers: search(manager, &call, &request.filters)?.all().await? })
 }
 
 pub(super) async fn list_stream(
@@ -58,8 +57,8 @@ pub(super) async fn list_stream(
     call: Call,
     request: ListContainersRequest,
 ) -> Result<impl Stream<Item = Result<ListContainerMessage, Status>>> {
-    let found = found(&manager, &call, request).await?;
-    Ok(tokio_stream::iter(found.into_iter().map(|container| Ok(ListContainerMessage { container: Some(container) }))))
+    let found = search(manager, &call, &request.filters)?.each().await?;
+    Ok(found.map(|container| Ok(ListContainerMessage { container: Some(container?) })))
 }
 
 pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
@@ -126,19 +125,20 @@ fn apply(container: &mut Container, new: &Container, paths: Option<&[String]>) -
         return apply(container, new, Some(&all));
     };
     for path in paths {
-        match path.split_once('.').unwrap_or((path, "")) {
-            ("labels", "") => container.labels = mask::without_empty(new.labels.clone()),
-            ("labels", key) => mask::update_label(&mut container.labels, key, &new.labels),
-            ("extensions", "") => container.extensions.clone_from(&new.extensions),
-            ("extensions", key) => {
+        match path.split_once('.').map_or((path.as_str(), None), |(field, key)| (field, Some(key))) {
+            ("labels", None) => container.labels = mask::without_empty(new.labels.clone()),
+            ("labels", Some(key)) => mask::update_label(&mut container.labels, key, &new.labels),
+            ("extensions", None) => container.extensions.clone_from(&new.extensions),
+            ("extensions", Some("")) => return Err(Error::Invalid("container.Extensions keys must not be empty".to_owned())),
+            ("extensions", Some(key)) => {
                 match new.extensions.get(key) {
                     Some(extension) => container.extensions.insert(key.to_owned(), extension.clone()),
                     None => container.extensions.remove(key),
                 };
             }
-            ("spec", "") => container.spec.clone_from(&new.spec),
-            ("image", "") => container.image.clone_from(&new.image),
-            ("snapshotkey" | "snapshot_key", "") => container.snapshot_key.clone_from(&new.snapshot_key),
+            ("spec", None) => container.spec.clone_from(&new.spec),
+            ("image", None) => container.image.clone_from(&new.image),
+            ("snapshotkey" | "snapshot_key", None) => container.snapshot_key.clone_from(&new.snapshot_key),
             _ => return Err(Error::Invalid(format!("cannot update field {path:?} of container {:?}", new.id))),
         }
     }
@@ -170,7 +170,6 @@ fn validate(container: &Container) -> Result<()> {
 
 pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteContainerRequest) -> Result<()> {
     let namespace = call.namespace()?;
-    name::identifier("container id", &request.id)?;
     let (place, id) = (namespace.clone(), request.id.clone());
     manager.store.write(move |db| if containers::remove(db, place.as_str(), &id)? { Ok(()) } else { Err(not_found(&place, &id)) }).await?;
     manager.tasks.collect_with_container(&namespace, &request.id).await;
@@ -215,6 +214,10 @@ mod tests {
         assert_eq!(updated(&new, &["labels"]).expect("allowed").labels, new.labels);
         let changed = updated(&new, &["image", "extensions.x"]).expect("allowed");
         assert_eq!((changed.image.as_str(), changed.extensions.len(), changed.labels.len()), ("j", 0, 2));
+        assert_eq!(updated(&new, &["labels."]).expect("the label of no name stays absent"), container());
+        let unnamed = Container { labels: [(String::new(), "3".to_owned())].into(), ..new.clone() };
+        assert_eq!(updated(&unnamed, &["labels."]).expect_err("no name").code(), tonic::Code::InvalidArgument);
+        assert_eq!(updated(&new, &["extensions."]).expect_err("no name").code(), tonic::Code::InvalidArgument);
         assert!(updated(&new, &["runtime"]).is_err());
         assert!(updated(&new, &["image.x"]).is_err());
         assert!(updated(&new, &["spec"]).is_err(), "a container has a spec");

@@ -21,7 +21,6 @@ impl Fields for Plugin {
         match path {
             ["type"] => text(&self.r#type),
             ["id"] => text(&self.id),
-            ["capabilities"] => text(self.capabilities.first()?),
             _ => None,
         }
     }

@@ -11,8 +11,9 @@ use rusqlite::Connection;
 
 use super::call::Call;
 use super::mask;
+use super::search::Search;
 use crate::error::{Error, Result};
-use crate::filter::{Fields, Filter, label, text};
+use crate::filter::{Fields, label, text};
 use crate::manager::Manager;
 use crate::store::{Resource, leases, namespaces, resources};
 use crate::{manager, name, timestamp};
@@ -67,9 +68,8 @@ pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteReq
 }
 
 pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListRequest) -> Result<ListResponse> {
-    let (namespace, filter) = (call.namespace()?, Filter::parse(&request.filters)?);
-    let leases = manager.store.read(move |db| leases::list(db, namespace.as_str(), |lease| filter.accepts(lease))).await?;
-    Ok(ListResponse { leases })
+    let search = Search::new(manager, call.namespace()?, &request.filters, leases::page, |lease| &lease.id)?;
+    Ok(ListResponse { leases: search.all().await? })
 }
 
 pub(super) async fn add_resource(manager: Arc<Manager>, call: Call, request: AddResourceRequest) -> Result<()> {
@@ -109,19 +109,67 @@ pub(super) async fn list_resources(manager: Arc<Manager>, call: Call, request: L
 /// What a lease can hold: `content`, `ingests`, `images` or `snapshots/NAME`.
 fn resource(resource: Option<WireResource>) -> Result<Resource> {
     let resource = resource.ok_or_else(|| Error::Invalid("resource must be set".to_owned()))?;
-    let known = match resource.r#type.split_once('/') {
-        None => matches!(resource.r#type.as_str(), "content" | "ingests" | "images"),
-        Some((kind, snapshotter)) => kind == "snapshots" && name::identifier("snapshotter", snapshotter).is_ok(),
+    let parts: Vec<_> = resource.r#type.split('/').collect();
+    let is_possible = match parts[..] {
+        ["content" | "ingests" | "images"] => true,
+        ["snapshots", snapshotter] => name::identifier("snapshotter", snapshotter).is_ok(),
+        ["content" | "ingests" | "images" | "snapshots", ..] => false,
+        _ => return Err(Error::Unimplemented(format!("lease resource of type {:?}", resource.r#type))),
     };
-    if !known {
-        return Err(Error::Unimplemented(format!("lease resource of type {:?}", resource.r#type)));
+    if !is_possible {
+        return Err(Error::Invalid(format!("lease resource of type {:?}", resource.r#type)));
     }
     if resource.id.is_empty() || resource.id.len() > MAX_RESOURCE_BYTES {
         return Err(Error::Invalid(format!("lease resource id of {} bytes", resource.id.len())));
     }
+    if resource.r#type == "content" && !is_digest(&resource.id) {
+        return Err(Error::Invalid(format!("content resource id {:?} is no digest", resource.id)));
+    }
     Ok(Resource { kind: resource.r#type, id: resource.id })
+}
+
+/// Whether it is a name of content, of an algorithm that containerd knows.
+fn is_digest(id: &str) -> bool {
+    let digits = match id.split_once(':') {
+        Some(("sha256", digits)) if digits.len() == 64 => digits,
+        Some(("sha384", digits)) if digits.len() == 96 => digits,
+        Some(("sha512", digits)) if digits.len() == 128 => digits,
+        _ => return false,
+    };
+    digits.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Clients make up ids that are no identifiers.
 const MAX_ID_BYTES: usize = 256;
 const MAX_RESOURCE_BYTES: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    #[test]
+    fn what_a_lease_can_hold_is_what_containerd_lets_it() {
+        let digest = format!("sha256:{}", "0f".repeat(32));
+        let held = |kind: &str, id: &str| resource(Some(WireResource { id: id.to_owned(), r#type: kind.to_owned() }));
+        for kind in ["content", "ingests", "images", "snapshots/overlayfs"] {
+            assert!(held(kind, &digest).is_ok(), "{kind}");
+        }
+        for (kind, id, code) in [
+            ("content", "sha256:1", Code::InvalidArgument),
+            ("content", "md5:00", Code::InvalidArgument),
+            ("content", &digest.to_uppercase(), Code::InvalidArgument),
+            ("content/x", &digest, Code::InvalidArgument),
+            ("images/x", "i", Code::InvalidArgument),
+            ("snapshots", "s", Code::InvalidArgument),
+            ("snapshots/a/b", "s", Code::InvalidArgument),
+            ("snapshots/", "s", Code::InvalidArgument),
+            ("ingests", "", Code::InvalidArgument),
+            ("volumes", "v", Code::Unimplemented),
+            ("", "v", Code::Unimplemented),
+        ] {
+            assert_eq!(held(kind, id).map(drop).expect_err(kind).code(), code, "{kind} {id}");
+        }
+    }
+}

@@ -16,6 +16,7 @@ mod mask;
 mod namespaces;
 mod retire;
 mod route;
+mod search;
 mod serve;
 mod tasks;
 mod version;

@@ -56,7 +56,8 @@ pub(super) async fn update(manager: Arc<Manager>, _call: Call, request: UpdateNa
     let updated = manager
         .store
         .write(move |db| {
-            let mut record = namespaces::get(db, &new.name)?.ok_or_else(|| not_found(&new.name))?;
+            // as with containerd, whoever labels one makes it
+            let mut record = namespaces::get(db, &new.name)?.unwrap_or_else(|| Record { name: new.name.clone(), ..Record::default() });
             apply(&mut record, &new, paths.as_deref())?;
             namespaces::put(db, &record)?;
             Ok(record)
@@ -85,16 +86,11 @@ pub(super) async fn delete(manager: Arc<Manager>, _call: Call, request: DeleteNa
     manager
         .store
         .write(move |db| {
-            let mut holds = Vec::new();
             if !containers::is_empty(db, &name)? {
-                holds.push("containers");
+                return Err(Error::Precondition(format!("namespace {name:?} must be empty, but it still has containers")));
             }
-            if !leases::is_empty(db, &name)? {
-                holds.push("leases");
-            }
-            if !holds.is_empty() {
-                return Err(Error::Precondition(format!("namespace {name:?} must be empty, but it still has {}", holds.join(", "))));
-            }
+            // as with containerd, leases are no reason to keep it, and go along
+            leases::remove_all(db, &name)?;
             if namespaces::remove(db, &name)? { Ok(()) } else { Err(not_found(&name)) }
         })
         .await?;

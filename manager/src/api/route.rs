@@ -15,11 +15,11 @@ use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 use tower_service::Service;
 
-use super::body::Metered;
+use super::body::{MESSAGE_BYTES, Metered};
 use super::call::Call;
 use super::retire::UntilRetired;
 use super::{containers, events, health, introspection, leases, namespaces, tasks, version};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::manager::Manager;
 
 /// A response, or a stream's reset.
@@ -106,6 +106,7 @@ pub(super) async fn route(manager: Arc<Manager>, leaving: Leaving, request: http
         "grpc.health.v1.Health" => match method {
             "Check" => look(m, r, health::check).await,
             "Watch" => stream(m, r, health::watch).await,
+            "List" => look(m, r, health::list).await,
             _ => unknown(&path),
         },
         _ => unknown(&path),
@@ -124,7 +125,7 @@ where
     H: FnMut(Arc<Manager>, Call, Q) -> F,
     F: Future<Output = Result<A>> + Send + 'static,
 {
-    Ok(grpc().unary(Handler { manager, handler, finish: |call: F| call }, request).await)
+    Ok(grpc().unary(Handler { manager, handler, finish: bounded::<A, F> }, request).await)
 }
 
 /// The same for one that may last as long as a container.
@@ -157,15 +158,15 @@ where
         async move {
             let Some(pass) = gate.enter().await else {
                 refuse.store(true, Ordering::Relaxed);
-                return Err(crate::error::Error::Unavailable("this process has retired".to_owned()));
+                return Err(Error::Unavailable("this process has retired".to_owned()));
             };
             let carried = async move {
-                let ended = call.await;
+                let ended = bounded(call).await;
                 drop(pass);
                 ended
             };
             let ended = tokio::spawn(carried).await;
-            ended.unwrap_or_else(|error| Err(crate::error::Error::Launch(format!("a request ended without an answer: {error}"))))
+            ended.unwrap_or_else(|error| Err(Error::Launch(format!("a request ended without an answer: {error}"))))
         }
     };
     let answer = grpc().unary(Handler { manager, handler, finish }, request).await;
@@ -189,6 +190,15 @@ where
     Ok(grpc().server_streaming(Handler { manager, handler, finish: |call| call }, request).await)
 }
 
+/// Refuses an answer that no client takes.
+async fn bounded<A: Message, F: Future<Output = Result<A>>>(call: F) -> Result<A> {
+    let answer = call.await?;
+    match answer.encoded_len() {
+        ..=MESSAGE_BYTES => Ok(answer),
+        length => Err(Error::Exhausted(format!("trying to send message larger than max ({length} vs. {MESSAGE_BYTES})"))),
+    }
+}
+
 /// What a call is refused with, once its client knows that the connection ends.
 async fn refused(mut leaving: Leaving) -> h2::Error {
     // without a connection it does not matter
@@ -197,7 +207,7 @@ async fn refused(mut leaving: Leaving) -> h2::Error {
 }
 
 fn grpc<A: Message + Default + 'static, Q: Message + Default + 'static>() -> Grpc<ProstCodec<A, Q>> {
-    Grpc::new(ProstCodec::default()).max_decoding_message_size(MESSAGE_BYTES)
+    Grpc::new(ProstCodec::default()).max_decoding_message_size(MESSAGE_BYTES).max_encoding_message_size(MESSAGE_BYTES)
 }
 
 /// A method in the shape in which tonic calls it.
@@ -222,11 +232,8 @@ where
     }
 
     fn call(&mut self, request: Request<Q>) -> Self::Future {
-        let call = Call::of(request.metadata());
+        let call = Call::of(&request);
         let answer = (self.finish)((self.handler)(Arc::clone(&self.manager), call, request.into_inner()));
         Box::pin(async move { Ok(Response::new(answer.await?)) })
     }
 }
-
-/// The longest request; containerd's clients expect that much.
-const MESSAGE_BYTES: usize = 16 << 20;

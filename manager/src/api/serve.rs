@@ -14,7 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::body::{Metered, Unfinished};
+use super::body::{Budget, Metered, Unfinished};
 use super::route::route;
 use crate::manager::Manager;
 use crate::settings::Limits;
@@ -35,14 +35,14 @@ pub(crate) enum Course {
 /// A connection that was accepted before another process took over has its first call answered before it is told to end: a client that is still
 /// busy with connecting, as gRPC's own is until it has seen this end's settings, would take its end for a failure to connect.
 pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits: Limits, mut course: watch::Receiver<Course>) {
-    let places = Arc::new(Semaphore::new(limits.connections));
+    let (places, budget) = (Arc::new(Semaphore::new(limits.connections)), Budget::default());
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((socket, _peer)) => match Arc::clone(&places).try_acquire_owned() {
                     Ok(place) => {
-                        let connection = connection(socket, Arc::clone(&manager), course.clone());
+                        let connection = connection(socket, Arc::clone(&manager), budget.clone(), course.clone());
                         connections.spawn(async move {
                             connection.await;
                             drop(place);
@@ -68,20 +68,24 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits:
     }
 }
 
-async fn connection(socket: UnixStream, manager: Arc<Manager>, mut course: watch::Receiver<Course>) {
+async fn connection(socket: UnixStream, manager: Arc<Manager>, budget: Budget, mut course: watch::Receiver<Course>) {
     let (leave, leaving) = watch::channel(false);
     let begun = Arc::new(Notify::new());
     let first = Arc::clone(&begun);
     let unfinished = Unfinished::default();
     let service = service_fn(move |request: http::Request<Incoming>| {
         first.notify_one();
-        let request = request.map(|body| Metered::new(body, unfinished.clone()));
+        let mut request = request.map(|body| Metered::new(body, budget.clone(), unfinished.clone()));
+        let share = request.body().share();
+        request.extensions_mut().insert(share);
         route(Arc::clone(&manager), leaving.clone(), request)
     });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEADER_BYTES)
+        .initial_stream_window_size(UNREAD_BYTES)
+        .initial_connection_window_size(MAX_UNREAD_BYTES)
         .serve_connection(TokioIo::new(socket), service);
     let mut connection = std::pin::pin!(connection);
     let ends = async {
@@ -119,6 +123,10 @@ async fn end(course: &mut watch::Receiver<Course>) -> Course {
 const MAX_STREAMS: u32 = 16384;
 /// The longest headers of a call.
 const MAX_HEADER_BYTES: u32 = 16 << 10;
+/// What a client may send of a request before it is read.
+const UNREAD_BYTES: u32 = 64 << 10;
+/// The same of all requests of a connection.
+const MAX_UNREAD_BYTES: u32 = 256 << 10;
 /// Calls in flight may take that long to end when this process stops.
 const DRAIN: Duration = Duration::from_secs(2);
 /// The same while another process serves: nobody waits for this one, so that every call that only looks can end by itself.

@@ -35,7 +35,8 @@ pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) 
             Ok(Status::RUNNING) => Observed::Running,
             Ok(Status::STOPPED) => Observed::Exited(state.exit_status),
             Ok(Status::CREATED) => Observed::Created,
-            Ok(Status::PAUSED | Status::PAUSING | Status::UNKNOWN) | Err(_) => Observed::Undecided,
+            Ok(Status::PAUSED | Status::PAUSING) => Observed::Paused,
+            Ok(Status::UNKNOWN) | Err(_) => Observed::Undecided,
         },
         Err(_) => Observed::Undecided,
     }
@@ -77,13 +78,13 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
     if !container.snapshot_key.is_empty() {
         return Err(Error::Unimplemented(format!("its root is snapshot {:?} of {:?}", container.snapshot_key, container.snapshotter)));
     }
+    let output = policy::output(&container.labels).map_err(Error::Invalid)?;
     let id = container.id.clone();
     // what an earlier process was about is counted already
     let count = policy::count(&container.labels) + u64::from(!is_half_made);
     note_count(manager, namespace, &id, count).await?;
     end(manager, namespace, &id).await?;
     let spec = container.spec.map(|spec| spec.value).unwrap_or_default();
-    let output = container.labels.get(policy::LOG_URI).cloned().unwrap_or_default();
     let terminal = has_terminal(&spec);
     let runtime = container.runtime.unwrap_or_default();
     let options = runtime.options.filter(|options| !options.type_url.is_empty());

@@ -7,6 +7,7 @@
 //! | `count` | how often it was started again |
 //! | `explicitly-stopped` | `true`: whoever stopped it wants that to last |
 //! | `loguri` | where its output goes |
+//! | `logpath` | the same as a file, when there is no `loguri`: containerd 1.4 to 1.7 |
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -35,10 +36,12 @@ pub(super) enum Policy {
 pub(super) enum Observed {
     /// No task.
     Nothing,
-    /// It is somebody's to resume, or its shim does not say.
+    /// Its shim does not say.
     Undecided,
     /// It is somebody's to start.
     Created,
+    /// It is somebody's to resume.
+    Paused,
     Running,
     /// With this status.
     Exited(u32),
@@ -82,6 +85,23 @@ fn policy(text: &str) -> Result<Policy, String> {
     }
 }
 
+/// Where its output goes; empty when nowhere.
+///
+/// Errors: a sentence.
+pub(super) fn output(labels: &HashMap<String, String>) -> Result<String, String> {
+    let of = |label| labels.get(label).filter(|value| !value.is_empty());
+    match (of(LOG_URI), of(LOG_PATH)) {
+        (Some(uri), _) => Ok(uri.clone()),
+        (None, None) => Ok(String::new()),
+        (None, Some(path)) if path.starts_with('/') => {
+            let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+            let escaped = path.bytes().map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") });
+            Ok(format!("file://{}", escaped.collect::<String>()))
+        }
+        (None, Some(path)) => Err(format!("label {LOG_PATH} says {path:?}: should be an absolute path")),
+    }
+}
+
 /// How often it was started again.
 pub(super) fn count(labels: &HashMap<String, String>) -> u64 {
     labels.get(COUNT).and_then(|count| count.parse().ok()).unwrap_or(0)
@@ -90,8 +110,9 @@ pub(super) fn count(labels: &HashMap<String, String>) -> u64 {
 /// What follows.
 pub(super) fn decide(wish: Wish, observed: Observed, labels: &HashMap<String, String>) -> Decision {
     match (wish, observed) {
-        (Wish::Stopped, Observed::Running) => Decision::Stop,
-        (Wish::Stopped, _) | (Wish::Running(_), Observed::Running | Observed::Undecided | Observed::Created) => Decision::Leave,
+        (Wish::Stopped, Observed::Running | Observed::Created | Observed::Paused) => Decision::Stop,
+        (Wish::Stopped, Observed::Nothing | Observed::Undecided | Observed::Exited(_))
+        | (Wish::Running(_), Observed::Running | Observed::Undecided | Observed::Created | Observed::Paused) => Decision::Leave,
         (Wish::Running(policy), Observed::Nothing | Observed::Exited(_)) => {
             let starts = match policy {
                 Policy::Always => true,
@@ -115,7 +136,8 @@ const STATUS: &str = "containerd.io/restart.status";
 const POLICY: &str = "containerd.io/restart.policy";
 pub(super) const COUNT: &str = "containerd.io/restart.count";
 const EXPLICITLY_STOPPED: &str = "containerd.io/restart.explicitly-stopped";
-pub(super) const LOG_URI: &str = "containerd.io/restart.loguri";
+const LOG_URI: &str = "containerd.io/restart.loguri";
+const LOG_PATH: &str = "containerd.io/restart.logpath";
 const SHORTEST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(60);
 
@@ -136,7 +158,7 @@ mod tests {
     #[test]
     fn each_policy_starts_what_it_should() {
         use Decision::{Leave, Start};
-        use Observed::{Created, Exited, Nothing, Running, Undecided};
+        use Observed::{Created, Exited, Nothing, Paused, Running, Undecided};
         let running = ("status", "running");
         for (rest, exited_0, exited_3, nothing) in [
             (&[][..], Start, Start, Start),
@@ -153,14 +175,16 @@ mod tests {
             let all: Vec<_> = rest.iter().copied().chain([running]).collect();
             let found = [Exited(0), Exited(3), Nothing].map(|observed| decision(&all, observed));
             assert_eq!(found, [exited_0, exited_3, nothing], "{rest:?}");
-            assert_eq!([Running, Undecided, Created].map(|observed| decision(&all, observed)), [Leave; 3], "{rest:?}");
+            assert_eq!([Running, Undecided, Created, Paused].map(|observed| decision(&all, observed)), [Leave; 4], "{rest:?}");
         }
     }
 
     #[test]
-    fn what_shall_be_stopped_is_stopped_and_nothing_else() {
+    fn what_shall_be_stopped_is_stopped_also_before_it_runs_and_while_it_is_paused() {
         let stopped = [("status", "stopped"), ("policy", "always")];
-        assert_eq!(decision(&stopped, Observed::Running), Decision::Stop);
+        for observed in [Observed::Running, Observed::Created, Observed::Paused] {
+            assert_eq!(decision(&stopped, observed), Decision::Stop);
+        }
         for observed in [Observed::Nothing, Observed::Undecided, Observed::Exited(1)] {
             assert_eq!(decision(&stopped, observed), Decision::Leave);
         }
@@ -173,6 +197,15 @@ mod tests {
             assert!(wish(&labels(&[("status", "running"), ("policy", bad)])).is_err(), "{bad}");
         }
         assert!(wish(&labels(&[("status", "dancing")])).is_err());
+    }
+
+    #[test]
+    fn output_goes_to_a_uri_or_a_file() {
+        let output = |pairs: &[_]| output(&labels(pairs));
+        assert_eq!(output(&[]), Ok(String::new()));
+        assert_eq!(output(&[("loguri", "binary:///a?b"), ("logpath", "/c")]), Ok("binary:///a?b".to_owned()));
+        assert_eq!(output(&[("loguri", ""), ("logpath", "/var/log/a b%é")]), Ok("file:///var/log/a%20b%25%C3%A9".to_owned()));
+        assert!(output(&[("logpath", "c")]).is_err());
     }
 
     #[test]

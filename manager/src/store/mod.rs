@@ -14,10 +14,10 @@ mod processes;
 mod schema;
 mod upkeep;
 
-use std::fs;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 use std::thread;
+use std::{fs, io};
 
 use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
@@ -46,6 +46,9 @@ impl Store {
         let folder = path.parent().unwrap_or(Path::new("/"));
         fs::DirBuilder::new().recursive(true).mode(0o711).create(folder).on("make folder", folder)?;
         fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path).on("open metadata store", path)?;
+        for suffix in ["", "-wal", "-shm"] {
+            for_root_alone(&with_suffix(path, suffix))?;
+        }
         let mut connection = Connection::open(path).doing("open")?;
         schema::prepare(&mut connection, path)?;
         let (jobs, mut queue) = mpsc::channel::<Job>(QUEUE);
@@ -110,6 +113,21 @@ impl Store {
         self.jobs.send(job).await.map_err(|_| stopped())?;
         answered.await.map_err(|_| stopped())?
     }
+}
+
+/// Corrects the mode of a file, if it is there: a backup may have been put in place by any means, and whoever can open the store can lock it.
+fn for_root_alone(path: &Path) -> Result<()> {
+    match fs::set_permissions(path, fs::Permissions::from_mode(0o600)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).on("set mode of", path),
+        _ => Ok(()),
+    }
+}
+
+/// The name of a file that SQLite keeps beside the store.
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.to_owned().into_os_string();
+    name.push(suffix);
+    name.into()
 }
 
 fn transact<T>(connection: &mut Connection, synchronous: &str, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {

@@ -2,6 +2,7 @@
 //!
 //! Each object is stored as its protobuf message. These functions know no rules; the services do.
 
+use containerd_client::services::v1::{Container, Lease};
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
@@ -14,7 +15,7 @@ fn decode<M: Message + Default>(what: &str, bytes: &[u8]) -> Result<M> {
 
 /// Functions on one table of objects that live in namespaces.
 macro_rules! table {
-    ($module:ident, $message:ty, $table:literal) => {
+    ($module:ident, $message:ty, $table:literal, { $($more:item)* }) => {
         pub(crate) mod $module {
             use super::*;
 
@@ -26,17 +27,16 @@ macro_rules! table {
                 record.map(|bytes| decode(&format!("{} {id}", $table), &bytes)).transpose()
             }
 
-            /// Every object of the namespace that `keep` keeps, by id.
-            pub(crate) fn list(db: &Connection, namespace: &str, keep: impl Fn(&$message) -> bool) -> Result<Vec<$message>> {
-                let sql = concat!("SELECT record FROM ", $table, " WHERE namespace = ? ORDER BY id");
+            /// Objects of the namespace, by id, from the first one after `after` on: about so many bytes of them. None when there are no more.
+            pub(crate) fn page(db: &Connection, namespace: &str, after: &str, bytes: usize) -> Result<Vec<$message>> {
+                let sql = concat!("SELECT record FROM ", $table, " WHERE namespace = ? AND id > ? ORDER BY id");
                 let mut select = db.prepare_cached(sql).doing("prepare")?;
-                let mut rows = select.query([namespace]).doing("read")?;
-                let mut found = Vec::new();
-                while let Some(row) = rows.next().doing("read")? {
-                    let object = decode($table, row.get_ref(0).and_then(|value| Ok(value.as_blob()?)).doing("read")?)?;
-                    if keep(&object) {
-                        found.push(object);
-                    }
+                let mut rows = select.query([namespace, after]).doing("read")?;
+                let (mut found, mut read) = (Vec::new(), 0);
+                while read < bytes && let Some(row) = rows.next().doing("read")? {
+                    let record = row.get_ref(0).and_then(|value| Ok(value.as_blob()?)).doing("read")?;
+                    read += record.len();
+                    found.push(decode($table, record)?);
                 }
                 Ok(found)
             }
@@ -60,17 +60,38 @@ macro_rules! table {
                 Ok(delete.execute([namespace, id]).doing("remove")? > 0)
             }
 
-            /// Whether the namespace has none.
-            pub(crate) fn is_empty(db: &Connection, namespace: &str) -> Result<bool> {
-                let sql = concat!("SELECT NOT EXISTS (SELECT 1 FROM ", $table, " WHERE namespace = ?)");
-                db.prepare_cached(sql).and_then(|mut select| select.query_row([namespace], |row| row.get(0))).doing("read")
-            }
+            $($more)*
         }
     };
 }
 
-table!(containers, containerd_client::services::v1::Container, "containers");
-table!(leases, containerd_client::services::v1::Lease, "leases");
+table!(containers, Container, "containers", {
+    /// Whether the namespace has none.
+    pub(crate) fn is_empty(db: &Connection, namespace: &str) -> Result<bool> {
+        let sql = "SELECT NOT EXISTS (SELECT 1 FROM containers WHERE namespace = ?)";
+        db.prepare_cached(sql).and_then(|mut select| select.query_row([namespace], |row| row.get(0))).doing("read")
+    }
+
+    /// Every object of the namespace that `keep` keeps, by id.
+    pub(crate) fn list(db: &Connection, namespace: &str, keep: impl Fn(&Container) -> bool) -> Result<Vec<Container>> {
+        let mut select = db.prepare_cached("SELECT record FROM containers WHERE namespace = ? ORDER BY id").doing("prepare")?;
+        let mut rows = select.query([namespace]).doing("read")?;
+        let mut found = Vec::new();
+        while let Some(row) = rows.next().doing("read")? {
+            let container = decode("containers", row.get_ref(0).and_then(|value| Ok(value.as_blob()?)).doing("read")?)?;
+            if keep(&container) {
+                found.push(container);
+            }
+        }
+        Ok(found)
+    }
+});
+table!(leases, Lease, "leases", {
+    /// Removes those of the namespace, and what they hold.
+    pub(crate) fn remove_all(db: &Connection, namespace: &str) -> Result<()> {
+        db.execute("DELETE FROM leases WHERE namespace = ?", [namespace]).doing("remove").map(drop)
+    }
+});
 
 pub(crate) mod namespaces {
     use containerd_client::services::v1::Namespace;

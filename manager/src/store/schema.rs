@@ -15,6 +15,10 @@ pub(super) const NEWEST: i64 = MIGRATIONS.len() as i64;
 ///
 /// Errors: [`Error::Precondition`] when it is something else, or of a newer version.
 pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64> {
+    check_up_to(NEWEST, connection, path)
+}
+
+fn check_up_to(newest: i64, connection: &Connection, path: &Path) -> Result<i64> {
     let number = |name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0));
     let version = match number("user_version") {
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::NotADatabase) => return Err(foreign(path)),
@@ -25,9 +29,9 @@ pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64> {
     if !is_new && application != APPLICATION_ID {
         return Err(foreign(path));
     }
-    if version > NEWEST {
+    if version > newest {
         return Err(Error::Precondition(format!(
-            "metadata store {} is of version {version}, from a newer x-manager; this one knows versions up to {NEWEST}",
+            "metadata store {} is of version {version}, from a newer x-manager; this one knows versions up to {newest}",
             path.display()
         )));
     }
@@ -36,12 +40,16 @@ pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64> {
 
 /// Makes a connection fit for use: settings, identity, version.
 pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<()> {
-    let version = check(connection, path)?;
+    prepare_by(MIGRATIONS, connection, path)
+}
+
+fn prepare_by(migrations: &[&str], connection: &mut Connection, path: &Path) -> Result<()> {
+    let version = check_up_to(migrations.len() as i64, connection, path)?;
     connection.busy_timeout(Duration::from_secs(5)).doing("set time-out")?;
     connection
         .execute_batch("PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 256; PRAGMA cache_size = -256; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY")
         .doing("set up")?;
-    for (index, migration) in (1_i64..).zip(MIGRATIONS).filter(|(index, _)| *index > version) {
+    for (index, migration) in (1_i64..).zip(migrations).filter(|(index, _)| *index > version) {
         let transaction = connection.transaction().doing("begin migration")?;
         transaction.execute_batch(migration).doing("migrate")?;
         transaction.pragma_update(None, "application_id", APPLICATION_ID).doing("write identity")?;
@@ -112,6 +120,68 @@ mod tests {
         Connection::open(&path).expect("it is SQLite's").pragma_update(None, "user_version", 99).expect("a change");
         let error = Store::open(&path).expect_err("newer").to_string();
         assert!(error.contains("is of version 99, from a newer x-manager; this one knows versions up to 1"), "{error}");
+        std::fs::remove_dir_all(folder).expect("removal");
+    }
+
+    /// A store of version 1 with a namespace and a lease that holds something.
+    fn old(path: &Path) -> Connection {
+        let mut store = Connection::open(path).expect("a file");
+        prepare_by(&MIGRATIONS[..1], &mut store, path).expect("a new store");
+        let fill = "INSERT INTO namespaces VALUES ('one', x''); INSERT INTO leases VALUES ('one', 'l', x'');
+                    INSERT INTO lease_resources VALUES ('one', 'l', 'images', 'i')";
+        store.execute_batch(fill).expect("room");
+        store
+    }
+
+    fn number(store: &Connection, sql: &str) -> i64 {
+        store.query_row(sql, [], |row| row.get(0)).expect(sql)
+    }
+
+    const NEXT: &str = "ALTER TABLE namespaces ADD COLUMN note TEXT NOT NULL DEFAULT 'new'; CREATE TABLE notes (a TEXT) STRICT";
+
+    #[test]
+    fn a_store_of_an_older_version_is_brought_forward_and_keeps_what_is_in_it() {
+        let folder = folder("forward");
+        let path = folder.join("meta.db");
+        let migrations = [MIGRATIONS[0], NEXT, "INSERT INTO notes SELECT name || note FROM namespaces"];
+        drop(old(&path));
+        for _opened_again in 0..2 {
+            let mut store = Connection::open(&path).expect("a store");
+            prepare_by(&migrations, &mut store, &path).expect("a way forward");
+            assert_eq!(number(&store, "PRAGMA user_version"), 3);
+            assert_eq!(number(&store, "PRAGMA application_id"), APPLICATION_ID);
+            assert_eq!(number(&store, "SELECT count(*) FROM lease_resources JOIN leases USING (namespace)"), 1);
+            assert_eq!(number(&store, "SELECT count(*) FROM notes WHERE a = 'onenew'"), 1, "each of them once");
+        }
+        // the older program refuses what the newer one has made of it
+        let mut store = Connection::open(&path).expect("a store");
+        let error = prepare_by(&migrations[..2], &mut store, &path).expect_err("newer").to_string();
+        assert!(error.contains("is of version 3, from a newer x-manager; this one knows versions up to 2"), "{error}");
+        drop(store);
+        // a new one goes the same way
+        let new = folder.join("new.db");
+        let mut store = Connection::open(&new).expect("a file");
+        prepare_by(&migrations, &mut store, &new).expect("a new store");
+        assert_eq!((number(&store, "PRAGMA user_version"), number(&store, "SELECT count(*) FROM notes")), (3, 0));
+        std::fs::remove_dir_all(folder).expect("removal");
+    }
+
+    #[test]
+    fn a_migration_that_fails_leaves_the_store_as_it_was() {
+        let folder = folder("backward");
+        let path = folder.join("meta.db");
+        drop(old(&path));
+        let fails = format!("{NEXT}; DELETE FROM leases; INSERT INTO none VALUES (1)");
+        let mut store = Connection::open(&path).expect("a store");
+        let error = prepare_by(&[MIGRATIONS[0], &fails], &mut store, &path).expect_err("no such table").chain();
+        assert!(error.contains("migrate") && error.contains("none"), "{error}");
+        drop(store);
+        let mut store = Connection::open(&path).expect("a store");
+        prepare_by(&MIGRATIONS[..1], &mut store, &path).expect("of the old version");
+        assert_eq!(number(&store, "PRAGMA user_version"), 1);
+        assert_eq!(number(&store, "SELECT count(*) FROM lease_resources JOIN leases USING (namespace)"), 1);
+        assert_eq!(number(&store, "SELECT count(*) FROM pragma_table_info('namespaces')"), 2);
+        assert_eq!(number(&store, "SELECT count(*) FROM sqlite_schema WHERE name = 'notes'"), 0);
         std::fs::remove_dir_all(folder).expect("removal");
     }
 

@@ -12,7 +12,7 @@ use containerd_client::services::v1::{
     AddResourceRequest, Container, CreateContainerRequest, CreateNamespaceRequest, CreateRequest, DeleteContainerRequest,
     DeleteNamespaceRequest, DeleteRequest, DeleteResourceRequest, GetContainerRequest, GetRequest, ListContainersRequest,
     ListImagesRequest, ListNamespacesRequest, ListRequest, ListResourcesRequest, Namespace, PluginsRequest, PublishRequest, Resource,
-    SubscribeRequest, UpdateContainerRequest,
+    SubscribeRequest, UpdateContainerRequest, UpdateNamespaceRequest,
 };
 use prost::Message as _;
 use prost_types::{Any, FieldMask};
@@ -90,9 +90,11 @@ pub(crate) async fn a_namespace_is_deleted_only_when_it_is_empty(cx: Context) ->
     let delete_it = async || client.api().namespaces().delete(Request::new(DeleteNamespaceRequest { name: name.clone() })).await;
     create(client, container("c")).await?;
     client.with_lease("l").await?;
-    refused(delete_it().await, Code::FailedPrecondition, "must be empty, but it still has containers, leases")?;
+    refused(delete_it().await, Code::FailedPrecondition, "must be empty, but it still has containers")?;
     delete(client, "c").await?;
-    client.api().leases().delete(client.request(DeleteRequest { id: "l".into(), sync: true })).await?;
+    // leases keep things in it, but not the namespace
+    delete_it().await?;
+    client.with_lease("l").await.context("the old one is gone")?;
     delete_it().await?;
     refused(delete_it().await, Code::NotFound, "not found")?;
     let names = client.api().namespaces().list(Request::new(ListNamespacesRequest::default())).await?.into_inner().namespaces;
@@ -101,6 +103,25 @@ pub(crate) async fn a_namespace_is_deleted_only_when_it_is_empty(cx: Context) ->
     create(client, container("c")).await?;
     delete(client, "c").await?;
     client.api().namespaces().get(Request::new(containerd_client::services::v1::GetNamespaceRequest { name })).await?;
+    Ok(())
+}
+
+pub(crate) async fn a_namespace_is_made_by_whoever_labels_it(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let name = format!("{}-labelled", client.namespace());
+    let update = async |paths: &[&str], pairs: &[(&str, &str)]| -> Result<HashMap<String, String>, Status> {
+        let namespace = Some(Namespace { name: name.clone(), labels: labels(pairs) });
+        let update_mask = Some(FieldMask { paths: paths.iter().map(|path| (*path).to_owned()).collect() });
+        let request = Request::new(UpdateNamespaceRequest { namespace, update_mask });
+        let updated = client.api().namespaces().update(request).await?.into_inner().namespace;
+        Ok(updated.unwrap_or_default().labels)
+    };
+    ensure!(update(&["labels.a"], &[("a", "1"), ("b", "2")]).await? == labels(&[("a", "1")]));
+    ensure!(update(&["labels."], &[]).await? == labels(&[("a", "1")]), "the label of no name stays absent");
+    refused(update(&["labels."], &[("", "3")]).await, Code::InvalidArgument, "must not be empty")?;
+    let names = client.api().namespaces().list(Request::new(ListNamespacesRequest::default())).await?.into_inner().namespaces;
+    ensure!(names.iter().any(|namespace| namespace.name == name), "{names:?}");
+    client.api().namespaces().delete(Request::new(DeleteNamespaceRequest { name })).await?;
     Ok(())
 }
 
@@ -119,6 +140,8 @@ pub(crate) async fn a_container_is_updated_as_its_mask_says(cx: Context) -> Resu
     ensure!(updated.labels == labels(&[("a", "1"), ("b", "3")]) && updated.image == "i", "{updated:?}");
     ensure!(updated.created_at == made.created_at && updated.updated_at != made.updated_at);
     ensure!(update(new.clone(), &["labels.a", "image"]).await?.labels == labels(&[("b", "3")]), "a label that is not given is removed");
+    ensure!(update(new.clone(), &["labels."]).await?.labels == labels(&[("b", "3")]), "the label of no name stays absent");
+    refused(update(new.clone(), &["extensions."]).await, Code::InvalidArgument, "must not be empty")?;
     let updated = update(new.clone(), &[]).await?;
     ensure!(updated.labels == new.labels && updated.image == "j", "{updated:?}");
     refused(update(new.clone(), &["runtime.name"]).await, Code::InvalidArgument, "cannot update field")?;
@@ -183,7 +206,8 @@ pub(crate) async fn leases_hold_resources(cx: Context) -> Result<()> {
     let client = cx.client();
     let mut leases = client.api().leases();
     client.with_lease("l").await?;
-    let resource = |kind: &str| Some(Resource { id: "sha256:1".into(), r#type: kind.into() });
+    let digest = format!("sha256:{}", "0".repeat(64));
+    let resource = |kind: &str| Some(Resource { id: digest.clone(), r#type: kind.into() });
     for kind in ["content", "snapshots/overlayfs", "content"] {
         leases.add_resource(client.request(AddResourceRequest { id: "l".into(), resource: resource(kind) })).await?;
     }
@@ -196,6 +220,11 @@ pub(crate) async fn leases_hold_resources(cx: Context) -> Result<()> {
     ensure!(held().await? == 1);
     let add = AddResourceRequest { id: "l".into(), resource: resource("volumes") };
     refused(leases.add_resource(client.request(add)).await, Code::Unimplemented, "volumes")?;
+    for (kind, id) in [("content", "sha256:1"), ("content/x", digest.as_str()), ("snapshots", "s")] {
+        let resource = Some(Resource { id: id.into(), r#type: kind.into() });
+        let add = AddResourceRequest { id: "l".into(), resource };
+        refused(leases.add_resource(client.request(add)).await, Code::InvalidArgument, "resource").with_context(|| kind.to_owned())?;
+    }
     let add = AddResourceRequest { id: "none".into(), resource: resource("content") };
     refused(leases.add_resource(client.request(add)).await, Code::NotFound, "lease \"none\"")?;
     refused(client.with_lease("l").await.map(drop), Code::AlreadyExists, "already exists")?;
@@ -214,13 +243,15 @@ pub(crate) async fn what_makes_no_sense_is_refused_with_a_code(cx: Context) -> R
     refused(client.state("none", "").await, Code::NotFound, "task none: not found")?;
     refused(client.start("none", "").await, Code::NotFound, "task none: not found")?;
     refused(client.delete_container("none").await, Code::NotFound, "container \"none\" in namespace")?;
-    refused(client.delete_container(&"x".repeat(10_000)).await, Code::InvalidArgument, "longer than 76")?;
+    refused(client.delete_container("../c").await, Code::NotFound, "container \"../c\" in namespace")?;
+    let get = GetContainerRequest { id: String::new() };
+    refused(api.containers().get(client.request(get)).await, Code::NotFound, "container \"\" in namespace")?;
     refused(create(client, Container { spec: None, ..container("c") }).await, Code::InvalidArgument, "container.Spec must be set")?;
     refused(create(client, container("../c")).await, Code::InvalidArgument, "identifier")?;
     let publish = PublishRequest { topic: "no slash".into(), event: None };
     refused(api.events().publish(client.request(publish)).await, Code::InvalidArgument, "must start with '/'")?;
     let huge = Container { image: "x".repeat(17 << 20), ..container("c") };
-    refused(create(client, huge).await, Code::OutOfRange, "too large")?;
+    refused(create(client, huge).await, Code::ResourceExhausted, "larger than max")?;
     for (runtime, code, words) in [
         ("io.containerd.none.v2", Code::FailedPrecondition, "no containerd-shim-none-v2 in PATH"),
         ("/none/shim", Code::FailedPrecondition, "is not installed"),
@@ -275,6 +306,70 @@ pub(crate) async fn the_server_says_that_it_is_well(cx: Context) -> Result<()> {
     let before = uuid().await?;
     own.crash_daemon().await?;
     ensure!(uuid().await? == before, "it is the same one after a restart");
+    Ok(())
+}
+
+/// `grpc.health.v1` asks with one field and answers with one, or with a map of such answers.
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthRequest {
+    #[prost(string, tag = "1")]
+    service: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Health {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthList {
+    #[prost(map = "string, message", tag = "1")]
+    statuses: HashMap<String, Health>,
+}
+
+pub(crate) async fn health_is_told_in_each_way(cx: Context) -> Result<()> {
+    let mut grpc = tonic::client::Grpc::new(cx.client().api().channel().clone());
+    let ask = |service: &str| Request::new(HealthRequest { service: service.to_owned() });
+    let path = |method| http::uri::PathAndQuery::from_static(method);
+    let codec = tonic_prost::ProstCodec::<HealthRequest, Health>::default;
+    grpc.ready().await?;
+    let answer = grpc.unary(ask(""), path("/grpc.health.v1.Health/Check"), codec()).await?.into_inner();
+    ensure!(answer.status == 1, "{answer:?}");
+    grpc.ready().await?;
+    refused(grpc.unary(ask("none"), path("/grpc.health.v1.Health/Check"), codec()).await, Code::NotFound, "\"none\"")?;
+    for (service, status) in [("", 1), ("none", 3)] {
+        grpc.ready().await?;
+        let mut told = grpc.server_streaming(ask(service), path("/grpc.health.v1.Health/Watch"), codec()).await?.into_inner();
+        let first = within("the first health", SOON, told.message()).await??;
+        ensure!(first == Some(Health { status }), "{service:?}: {first:?}");
+    }
+    let codec = tonic_prost::ProstCodec::<HealthRequest, HealthList>::default;
+    grpc.ready().await?;
+    let list = grpc.unary(ask(""), path("/grpc.health.v1.Health/List"), codec()).await?.into_inner();
+    ensure!(list.statuses == HashMap::from([(String::new(), Health { status: 1 })]), "{list:?}");
+    Ok(())
+}
+
+pub(crate) async fn a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed(cx: Context) -> Result<()> {
+    let client = cx.client();
+    let ids: Vec<_> = (0..6).map(|number| format!("long{number}")).collect();
+    for id in &ids {
+        create(client, Container { image: "x".repeat(3 << 20), ..container(id) }).await?;
+    }
+    let all = client.request(ListContainersRequest::default());
+    let answer = client.api().containers().max_decoding_message_size(64 << 20).list(all).await;
+    refused(answer.map(|answer| answer.into_inner().containers.len()), Code::ResourceExhausted, "a list of more than")?;
+    let mut stream = client.api().containers().list_stream(client.request(ListContainersRequest::default())).await?.into_inner();
+    let mut streamed = Vec::new();
+    while let Some(message) = within("the next one", SOON, stream.message()).await?? {
+        streamed.push(message.container.unwrap_or_default().id);
+    }
+    ensure!(streamed == ids, "{streamed:?}");
+    ensure!(list(client, &["id==long3"]).await? == ["long3"]);
+    for id in &ids {
+        delete(client, id).await?;
+    }
     Ok(())
 }
 

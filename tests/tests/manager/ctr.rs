@@ -41,12 +41,15 @@ const ROWS: &[Row] = &[
     ("run --rootfs --tty", ALL, run_tty),
     ("run --rootfs --null-io", ALL, run_null_io),
     ("run --rootfs --log-uri file://", ALL, run_log_uri),
+    ("run --rootfs --log-uri binary://", ALL, run_log_binary),
     ("run --rootfs --detach; tasks ls, ps, metrics", ALL, run_detached),
     ("tasks exec, exec --tty, exec --detach", ALL, exec),
     ("tasks pause, resume", ALL, pause),
     ("tasks start, attach, kill, delete", ALL, tasks),
     ("tasks checkpoint is refused in a sentence", ALL, checkpoint),
     ("events", ALL, events),
+    ("events, with filters", ALL, some_events),
+    ("deprecations list", NEWEST, deprecations),
     ("images ls is refused in a sentence", ALL, images),
 ];
 
@@ -306,6 +309,17 @@ fn run_log_uri(ctr: &Ctr<'_>) -> Result<()> {
     Ok(())
 }
 
+fn run_log_binary(ctr: &Ctr<'_>) -> Result<()> {
+    let folder = ctr.cx.folder().join(format!("{}-sink", ctr.namespace));
+    fs::create_dir(&folder)?;
+    let uri = format!("binary://{}?folder={}", ctr.cx.program("log-sink").display(), folder.display());
+    ctr.run_container(&["--rm", "--log-uri", &uri], "c", &["sh", "-c", "echo hello; echo to stderr >&2"])?;
+    retry(|| fs::metadata(folder.join("done")).context("the logger goes on"))?;
+    let read = |name: &str| fs::read_to_string(folder.join(name)).context(name.to_owned());
+    ensure!(read("stdout")? == "hello\n" && read("stderr")? == "to stderr\n");
+    has(&read("environment")?, &["CONTAINER_ID=c\n", &format!("CONTAINER_NAMESPACE={}\n", ctr.namespace)])
+}
+
 fn run_detached(ctr: &Ctr<'_>) -> Result<()> {
     ctr.with_container("c", || {
         let listed = ctr.run(&["tasks", "ls"])?;
@@ -386,6 +400,32 @@ fn events(ctr: &Ctr<'_>) -> Result<()> {
     kill(Pid::from_raw(listening.id().cast_signed()), Signal::SIGTERM)?;
     listening.wait()?;
     heard
+}
+
+fn some_events(ctr: &Ctr<'_>) -> Result<()> {
+    let file = ctr.cx.folder().join(format!("{}-some-events", ctr.namespace));
+    let filters = ["topic==/tasks/exit,event.container_id~=/^c[0-9]+$/", "topic==/containers/delete"];
+    let mut listening = ctr.command(&["events", filters[0], filters[1]]).stdout(fs::File::create(&file)?).spawn()?;
+    let mut number = 0;
+    let heard = retry(|| {
+        number += 1;
+        ctr.run_container(&["--rm"], &format!("c{number}"), &["true"])?;
+        has(&fs::read_to_string(&file)?, &["/tasks/exit", "/containers/delete"])
+    });
+    kill(Pid::from_raw(listening.id().cast_signed()), Signal::SIGTERM)?;
+    listening.wait()?;
+    heard?;
+    let told = fs::read_to_string(&file)?;
+    ensure!(told.lines().all(|line| line.contains("/tasks/exit") || line.contains("/containers/delete")), "{told}");
+    Ok(())
+}
+
+fn deprecations(ctr: &Ctr<'_>) -> Result<()> {
+    let listed = ctr.run(&["deprecations", "list"])?;
+    ensure!(listed.lines().count() <= 1, "{listed:?}");
+    let listed = ctr.run(&["deprecations", "list", "--format", "json"])?;
+    ensure!(listed.trim().is_empty(), "{listed:?}");
+    Ok(())
 }
 
 fn images(ctr: &Ctr<'_>) -> Result<()> {

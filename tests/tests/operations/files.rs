@@ -1,13 +1,15 @@
 //! Configuration, store and places of which something is wrong.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::context::Context;
-use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::operator::{Own, printed, said};
 use shim_tests::proc;
 
@@ -41,6 +43,70 @@ pub(crate) async fn a_typo_in_the_configuration_is_refused_with_its_line(cx: Con
     printed(&mut own.command(&["config", "check"])?)?;
     printed(&mut own.command(&["upgrade"])?)?;
     ensure!(own.ended().await?);
+    own.client().await.map(drop)
+}
+
+pub(crate) async fn what_others_could_lock_is_for_root_alone(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let root = own.folder().join("root");
+    let mode =
+        |path: &Path| -> Result<u32> { Ok(fs::metadata(path).with_context(|| path.display().to_string())?.permissions().mode() & 0o7777) };
+    for round in ["new", "there already"] {
+        own.start().await?;
+        let client = own.client().await?;
+        client.create_container(&round.replace(' ', "-"), "io.containerd.x.v2", None, prost_types::Any::default()).await?;
+        for name in ["lock", "meta.db", "meta.db-wal", "meta.db-shm"] {
+            let path = root.join(name);
+            ensure!(mode(&path)? == 0o600, "{round}: {name}: {:o}", mode(&path)?);
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+        }
+        let copy = cx.folder().join(format!("copy of {round}"));
+        printed(own.command(&["backup"])?.arg(&copy))?;
+        let state = own.folder().join("state");
+        for (path, right) in [(&copy, 0o600), (&root, 0o711), (&state, 0o711), (&state.join("control.sock"), 0o600)] {
+            ensure!(mode(path)? == right, "{round}: {}: {:o}", path.display(), mode(path)?);
+        }
+        // not SIGTERM, after which there is no log of the store
+        proc::kill_hard(own.pid().map_or(0, u32::cast_signed));
+        own.ended().await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_hangup_while_it_starts_is_an_upgrade_when_it_has(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let root = own.folder().join("root");
+    fs::create_dir(&root)?;
+    // which keeps it from going on for a moment
+    let lock = fs::File::create(root.join("lock"))?;
+    lock.try_lock()?;
+    let client = {
+        let starting = own.start();
+        let hangs_up = async {
+            let text = format!("{}/config.toml", cx.folder().join("own").display());
+            let pid = eventually("it starts", SOON, async || {
+                let waits = |pid: &i32| proc::mentions(*pid, &text) && fs::read_dir(format!("/proc/{pid}/fd")).is_ok();
+                proc::all().into_keys().find(|pid| *pid != std::process::id().cast_signed() && waits(pid)).context("no process")
+            })
+            .await?;
+            eventually("it waits for hangups", SOON, async || {
+                let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+                let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).context("a line")?;
+                ensure!(u64::from_str_radix(caught.trim(), 16)? & 1 == 1, "{caught}");
+                Ok(())
+            })
+            .await?;
+            proc::signal(pid, nix::sys::signal::Signal::SIGHUP)?;
+            lock.unlock()?;
+            Ok::<_, anyhow::Error>(())
+        };
+        let (started, hung_up) = tokio::join!(starting, hangs_up);
+        hung_up?;
+        started?
+    };
+    ensure!(own.ended().await?, "{}", own.log());
+    client.version().await?;
+    ensure!(own.log().contains("another process has taken over"), "{}", own.log());
     own.client().await.map(drop)
 }
 

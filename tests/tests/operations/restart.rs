@@ -51,15 +51,22 @@ async fn remove(cx: &Context, id: &str) -> Result<()> {
 
 pub(crate) async fn a_container_is_started_again_after_it_was_killed(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
-    let log = cx.folder().join("log");
-    let labels = ["status=running".to_owned(), format!("loguri=file://{}", log.display())];
+    for (id, label) in [("uri", "loguri=file://"), ("path", "logpath=")] {
+        is_started_again(&cx, id, label).await?;
+    }
+    cx.leaves_nothing().await
+}
+
+async fn is_started_again(cx: &Context, id: &str, label: &str) -> Result<()> {
+    let log = cx.folder().join(format!("log-of-{id}"));
+    let labels = ["status=running".to_owned(), format!("{label}{}", log.display())];
     let labels: Vec<_> = labels.iter().map(String::as_str).collect();
-    run(&cx, "always", &labels, "echo up; sleep 1000")?;
-    let mut pid = running(&cx, "always", 0).await?;
+    run(cx, id, &labels, "echo up; sleep 1000")?;
+    let mut pid = running(cx, id, 0).await?;
     for round in 1..=2 {
-        cx.client().kill("always", "", 9, false).await?;
-        pid = running(&cx, "always", pid).await?;
-        ensure!(count(&cx, "always")? == round);
+        cx.client().kill(id, "", 9, false).await?;
+        pid = running(cx, id, pid).await?;
+        ensure!(count(cx, id)? == round);
         // it has got that far before it is killed again
         eventually("its output is in the file", SOON, async || {
             let text = std::fs::read_to_string(&log)?;
@@ -68,8 +75,7 @@ pub(crate) async fn a_container_is_started_again_after_it_was_killed(cx: Context
         })
         .await?;
     }
-    remove(&cx, "always").await?;
-    cx.leaves_nothing().await
+    remove(cx, id).await
 }
 
 pub(crate) async fn failures_are_counted_and_end_at_the_number_of_the_policy(cx: Context) -> Result<()> {
@@ -123,6 +129,13 @@ pub(crate) async fn a_container_that_shall_be_stopped_is_stopped(cx: Context) ->
     run(&cx, "turned", &["status=running"], "sleep 1000")?;
     running(&cx, "turned", 0).await?;
     remove(&cx, "turned").await?;
+    run(&cx, "paused", &["status=running"], "sleep 1000")?;
+    running(&cx, "paused", 0).await?;
+    cx.client().pause("paused").await?;
+    remove(&cx, "paused").await?;
+    let created = cx.container(&["sleep", "1000"]).id("created").create().await?;
+    remove(&cx, "created").await?;
+    drop(created);
     cx.leaves_nothing().await
 }
 

@@ -11,7 +11,7 @@ use shim_tests::client::Client;
 use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::operator::{ctr, ctr_run, printed, said, script, upgrade, upgraded};
+use shim_tests::operator::{Own, ctr, ctr_run, printed, said, script, upgrade, upgraded};
 use shim_tests::proc;
 use tokio::process::Command;
 use tokio::task::LocalSet;
@@ -43,6 +43,29 @@ pub(crate) async fn a_stock_client_that_waits_does_not_notice_an_upgrade(cx: Con
     let output = tokio::time::timeout(SOON, waiting.wait_with_output()).await??;
     ensure!(output.status.code() == Some(7) && said(&output) == "up\ndone\n", "{output:?}\n{}", cx.daemon().log());
     printed(ctr(&cx).args(["containers", "delete", "waited"]))?;
+    Ok(())
+}
+
+pub(crate) async fn shims_are_not_kept_by_a_process_that_still_answers_somebody_else(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let client = own.start().await?;
+    let connect = async |name: &str| tokio::net::UnixStream::connect(own.folder().join(name)).await;
+    // a request that does not come to its end keeps the old process for a while
+    let (mut sender, connection) = h2::client::handshake(connect("x.sock").await?).await?;
+    tokio::spawn(connection);
+    sender = sender.ready().await?;
+    let request = http::Request::post("http://x/containerd.services.version.v1.Version/Version");
+    let request = request.header("content-type", "application/grpc").header("te", "trailers").body(())?;
+    let (_answer, _body) = sender.send_request(request, false)?;
+    let mut shim = connect("x.sock.ttrpc").await?;
+    // it was accepted, as one that comes later is answered
+    drop(connect("x.sock.ttrpc").await?);
+    client.version().await?;
+    printed(&mut own.command(&["upgrade"])?)?;
+    let begin = Instant::now();
+    let end = tokio::time::timeout(Duration::from_secs(7), tokio::io::AsyncReadExt::read(&mut shim, &mut [0])).await;
+    ensure!(matches!(end, Ok(Ok(0))), "{end:?} after {:?}", begin.elapsed());
+    ensure!(own.pid().is_some_and(|pid| proc::is_alive(pid.cast_signed())), "it had no reason to stay");
     Ok(())
 }
 

@@ -1,0 +1,210 @@
+//! Lists of what filters hold for.
+//!
+//! ```text
+//! store: a page ─▶ a thread beside: the filters, within a time ─▶ answer, within its bound
+//!          ▲──────────────── the next page ◀─┘
+//! ```
+//! **Invariant:** filters are evaluated neither by the store's thread, for which exits of tasks wait, nor by the executor's.
+//!
+//! What is there all the time is found once; what comes or goes meanwhile may be found or not.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::error;
+use prost::Message;
+use rusqlite::Connection;
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::body::MESSAGE_BYTES;
+use crate::error::{Error, Result};
+use crate::filter::{Fields, Filter};
+use crate::manager::Manager;
+use crate::name::Namespace;
+
+/// Reads about so many bytes of objects of a namespace from the first after an id on.
+type Page<M> = fn(&Connection, &str, &str, usize) -> Result<Vec<M>>;
+
+/// A list that is being made.
+pub(super) struct Search<M> {
+    manager: Arc<Manager>,
+    namespace: Namespace,
+    filter: Filter,
+    page: Page<M>,
+    id: fn(&M) -> &String,
+    /// The last one that was looked at.
+    after: String,
+    /// What is left of the time for filters.
+    left: Duration,
+}
+
+impl<M: Message + Fields + 'static> Search<M> {
+    /// One from the first object on.
+    ///
+    /// Errors: the filters make no sense.
+    pub(super) fn new(
+        manager: Arc<Manager>,
+        namespace: Namespace,
+        filters: &[String],
+        page: Page<M>,
+        id: fn(&M) -> &String,
+    ) -> Result<Self> {
+        let filter = Filter::parse(filters)?;
+        Ok(Self { manager, namespace, filter, page, id, after: String::new(), left: FILTERING })
+    }
+
+    /// Everything in one answer.
+    ///
+    /// Errors: [`Error::Exhausted`] when it is too long for one.
+    pub(super) async fn all(mut self) -> Result<Vec<M>> {
+        let (mut all, mut bytes) = (Vec::new(), 0);
+        while let Some(found) = self.next().await? {
+            bytes += found.iter().map(Message::encoded_len).sum::<usize>();
+            if bytes > MESSAGE_BYTES {
+                return Err(Error::Exhausted(format!("a list of more than {MESSAGE_BYTES} bytes")));
+            }
+            all.extend(found);
+        }
+        Ok(all)
+    }
+
+    /// One after the other, as fast as they are read.
+    ///
+    /// Errors: what went wrong before the first.
+    pub(super) async fn each(mut self) -> Result<impl Stream<Item = Result<M>>> {
+        let mut next = self.next().await?;
+        let (send, found) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Some(page) = next {
+                for object in page {
+                    if send.send(Ok(object)).await.is_err() {
+                        return;
+                    }
+                }
+                next = match self.next().await {
+                    Ok(next) => next,
+                    Err(error) => {
+                        // whoever asked may have gone
+                        let _ = send.send(Err(error)).await;
+                        return;
+                    }
+                };
+            }
+        });
+        Ok(ReceiverStream::new(found))
+    }
+
+    /// What the filters hold for of the next page; none after the last.
+    async fn next(&mut self) -> Result<Option<Vec<M>>> {
+        let (page, namespace, after) = (self.page, self.namespace.clone(), self.after.clone());
+        let found = self.manager.store.read(move |db| page(db, namespace.as_str(), &after, PAGE_BYTES)).await?;
+        let Some(last) = found.last() else { return Ok(None) };
+        self.after = (self.id)(last).clone();
+        if self.filter.is_for_everything() {
+            return Ok(Some(found));
+        }
+        // there is no end of the semaphore
+        let _turn = self.manager.filtering.acquire().await;
+        let (filter, left) = (self.filter.clone(), self.left);
+        let kept = tokio::task::spawn_blocking(move || keep(found, &filter, left)).await.unwrap_or_else(|panic| {
+            error!(error:% = panic; "filters were not evaluated");
+            Err(Error::Launch("filters were not evaluated".to_owned()))
+        });
+        let (kept, left) = kept?;
+        self.left = left;
+        Ok(Some(kept))
+    }
+}
+
+/// Those for which the filter holds, and what is left of the time.
+fn keep<M: Fields>(mut found: Vec<M>, filter: &Filter, left: Duration) -> Result<(Vec<M>, Duration)> {
+    let begin = Instant::now();
+    found.retain(|object| begin.elapsed() <= left && filter.accepts(object));
+    match left.checked_sub(begin.elapsed()) {
+        Some(left) => Ok((found, left)),
+        None => Err(Error::Exhausted(format!("filters that take longer than {FILTERING:?}"))),
+    }
+}
+
+/// What is read of the store at once, while its other callers wait.
+const PAGE_BYTES: usize = 256 << 10;
+/// For the filters of one list.
+const FILTERING: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use containerd_client::services::v1::Container;
+    use prost_types::Any;
+
+    use super::*;
+    use crate::settings::Settings;
+    use crate::store::{containers, namespaces};
+
+    fn folder(name: &str) -> std::path::PathBuf {
+        std::env::temp_dir().join(format!("x-manager-search-{name}-{}", std::process::id()))
+    }
+
+    async fn filled(name: &str, count: usize, label: &str) -> Arc<Manager> {
+        let folder = folder(name);
+        let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
+        let manager = Arc::new(Manager::open(&settings).await.expect("a new store"));
+        let label = label.to_owned();
+        let fill = move |db: &Connection| {
+            namespaces::ensure(db, "n")?;
+            for number in 0..count {
+                let labels = HashMap::from([("long".to_owned(), label.clone())]);
+                let container = Container { id: format!("c{number:04}"), labels, spec: Some(Any::default()), ..Container::default() };
+                containers::put(db, "n", &container.id, &container)?;
+            }
+            Ok(())
+        };
+        manager.store.note(fill).await.expect("room");
+        manager
+    }
+
+    fn search(manager: &Arc<Manager>, filters: &[String]) -> Search<Container> {
+        let namespace = Namespace::parse("n").expect("a name");
+        Search::new(Arc::clone(manager), namespace, filters, containers::page, |container| &container.id).expect("filters")
+    }
+
+    #[tokio::test]
+    async fn everything_is_found_once_over_pages_and_what_is_too_long_for_one_answer_is_said_to_be() {
+        let manager = filled("pages", 5000, &"x".repeat(4000)).await;
+        let error = search(&manager, &[]).all().await.expect_err("20 MB").to_string();
+        assert!(error.contains("a list of more than"), "{error}");
+        let found = search(&manager, &["id~=/^c.[05]00$/".to_owned()]).all().await.expect("a list");
+        let ids: Vec<_> = found.iter().map(|container| container.id.as_str()).collect();
+        assert_eq!(ids, ["c0000", "c0500", "c1000", "c1500", "c2000", "c2500", "c3000", "c3500", "c4000", "c4500"]);
+        let mut each = std::pin::pin!(search(&manager, &[]).each().await.expect("a list"));
+        let mut count = 0;
+        while let Some(container) = tokio_stream::StreamExt::next(&mut each).await {
+            assert_eq!(container.expect("an object").id, format!("c{count:04}"));
+            count += 1;
+        }
+        assert_eq!(count, 5000);
+        std::fs::remove_dir_all(folder("pages")).expect("removal");
+    }
+
+    #[tokio::test]
+    async fn filters_that_take_long_delay_neither_the_store_nor_anybody_else_and_are_given_up() {
+        let manager = filled("slow", 1000, &"x".repeat(4000)).await;
+        let slow: Vec<_> = (0..16).map(|number| format!("labels.long~=/(x?){{50}}y{number}/")).collect();
+        let searching = tokio::spawn(search(&manager, &slow).all());
+        let (mut longest, mut count) = (Duration::ZERO, 0);
+        while !searching.is_finished() {
+            let begin = Instant::now();
+            manager.store.note(|db| namespaces::ensure(db, "n")).await.expect("room");
+            longest = longest.max(begin.elapsed());
+            count += 1;
+        }
+        println!("{count} notes meanwhile, the longest took {longest:?}");
+        let error = searching.await.expect("no panic").expect_err("too slow");
+        assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{}", error.chain());
+        assert!(longest < Duration::from_secs(3), "{longest:?}");
+        std::fs::remove_dir_all(folder("slow")).expect("removal");
+    }
+}
