@@ -14,7 +14,7 @@ X_REVISION ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>
 X_REVISION := $(X_REVISION)
 export X_REVISION
 
-.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
+.PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
 .PHONY: lint install uninstall packages suites bench bench-memory bench-upgrade bench-manager clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
@@ -106,6 +106,10 @@ fuzz:
 ## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; takes half an hour
 conformance-docs: packages suites build conformance-tool
 	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
+
+## a worker's death at every message of every scenario, on the oldest and the newest containerd: `test` has some of them on one alone
+faults: packages suites build-faulty
+	X_SHIM_FAULTY=$(FAULTY_SHIM) X_FAULTS_ALL=1 $(CARGO) test --locked --package shim-tests --test faults -- every_message
 
 ## N runs with random deaths, stops and upgrades of the worker, on the oldest and the newest containerd; X_SEED chooses which
 N ?= 1000

@@ -38,6 +38,8 @@ fn main() -> ExitCode {
                 a_worker_that_does_not_work_never_takes_over,
                 a_worker_that_fails_on_probation_is_replaced_by_the_one_before,
                 a_keeper_that_does_not_work_never_takes_over,
+                an_image_that_cannot_go_on_after_all_goes_back,
+                a_keeper_with_few_descriptors_left_is_kept_or_upgraded_but_lives,
                 a_worker_that_fails_while_the_keeper_is_rehearsed_takes_the_whole_upgrade_back,
                 a_new_worker_that_is_silent_for_want_of_a_processor_keeps_the_keeper,
                 a_rehearsal_that_cannot_die_is_done_without,
@@ -69,7 +71,12 @@ fn main() -> ExitCode {
             Scope::Once => a_create_on_a_disk_that_fills_up_is_done_or_undone,
         ]
         .map_within(long),
-        cases![keeper, Scope::Daemons => a_pod_whose_keeper_dies_ends_once_and_another_can_be_made].map_within(long),
+        cases![keeper,
+            Scope::Daemons => a_pod_whose_keeper_dies_ends_once_and_another_can_be_made;
+            Scope::Ends => a_runtime_under_way_ends_with_its_keeper;
+            Scope::Once => a_spell_beyond_the_clock_never_comes,
+        ]
+        .map_within(long),
         // other tests ask every shim of the host
         cases![bad_workers, Scope::Once => an_idle_worker_is_not_asked_for_signs_of_life].into_iter().map(runner::Case::alone).collect(),
         cases![rest,

@@ -183,6 +183,63 @@ pub(crate) async fn a_keeper_that_does_not_work_never_takes_over(cx: Context) ->
     witness.ends().await
 }
 
+pub(crate) async fn an_image_that_cannot_go_on_after_all_goes_back(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    let program = build(&cx, "new", "build=bad at=resume do=refuse")?;
+    let (client, id) = (cx.client().clone(), witness.container.id.clone());
+    let waiting = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
+    let upgraded = builds::upgrade(&cx, &program, &["--all"]).await?;
+    is_rolled_back(&upgraded, "it could not go on from the state after all")?;
+    witness.holds("old", "bad").await?;
+    let old = cx.shim().binary.clone().context("ours")?;
+    builds::upgrade(&cx, &old, &["--all"]).await?.is_done()?;
+    witness.holds("old", "old").await?;
+    ensure!(!waiting.is_finished());
+    witness.ends().await?;
+    ensure!(waiting.await??.into_inner().exit_status == 3);
+    Ok(())
+}
+
+/// The new image reads the state on trial beside everything that it has inherited: twice as many descriptors.
+pub(crate) async fn a_keeper_with_few_descriptors_left_is_kept_or_upgraded_but_lives(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let mut witness = Witness::new(&cx).await?;
+    let mut execs = Vec::new();
+    for number in 0..12 {
+        let exec = witness.container.exec(&format!("many{number}"), &["cat"]).stdio(Stdio::ALL).add().await?;
+        exec.start().await?;
+        execs.push(exec);
+    }
+    let few = proc::open_files(witness.keeper)?.len() + 30;
+    limit_descriptors(witness.keeper, &format!("{few}:")).await?;
+    let program = build(&cx, "new", "build=new")?;
+    builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
+    let limits = fs::read_to_string(format!("/proc/{}/limits", witness.keeper))?;
+    let soft = limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
+    ensure!(soft == Some(few.to_string().as_str()), "not put back: {limits}");
+    witness.holds("new", "new").await?;
+    limit_descriptors(witness.keeper, &format!("{few}:{few}")).await?;
+    let old = cx.shim().binary.clone().context("ours")?;
+    let upgraded = builds::upgrade(&cx, &old, &["--all"]).await?;
+    is_rolled_back(&upgraded, "Too many open files")?;
+    witness.holds("new", "old").await?;
+    for exec in execs {
+        exec.io.stdin().await?.write_all(b"still there\n")?;
+        exec.io.out().until("still there\n").await?;
+        exec.kill(9).await?;
+        ensure!(exec.finish().await? == 137);
+    }
+    witness.ends().await
+}
+
+async fn limit_descriptors(pid: i32, limits: &str) -> Result<()> {
+    let mut command = tokio::process::Command::new("prlimit");
+    let status = command.arg(format!("--pid={pid}")).arg(format!("--nofile={limits}")).status().await?;
+    ensure!(status.success(), "prlimit: {status}");
+    Ok(())
+}
+
 pub(crate) async fn what_is_no_shim_is_refused(cx: Context) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     let cx = on_build(&cx, "build=old").await?;
