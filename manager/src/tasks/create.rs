@@ -119,13 +119,16 @@ impl Tasks {
 
     /// Undoes a creation that failed, as far as it went. What cannot be undone at once is tried again while others are served.
     async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>) {
+        let left = if shim.is_some() { Left::Unacknowledged(None) } else { Left::Unstarted };
         if let Some(shim) = shim {
             self.dismiss(task, &shim).await;
         }
-        let left = Left::Unacknowledged(None);
-        if self.try_to_clean_up(task, left, 0).await.is_err() {
+        let turn = self.programs.turn().await;
+        let attempt = self.try_to_clean_up(task, left, 0).await;
+        drop(turn);
+        if attempt.is_err() {
             let (tasks, task) = (Arc::clone(self), Arc::clone(task));
-            tokio::spawn(async move { tasks.clean_up(&task, left, None).await });
+            tokio::spawn(async move { tasks.clean_up(&task, left).await });
         }
     }
 }

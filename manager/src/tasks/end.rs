@@ -10,7 +10,6 @@ use log::{info, warn};
 use super::program::Ended;
 use super::{AGAIN, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking};
 use crate::error::{Error, Result};
-use crate::gate::Pass;
 use crate::name::Namespace;
 use crate::store::{Exit, ended, execs, exits};
 use crate::timestamp;
@@ -148,24 +147,20 @@ impl Tasks {
     }
 
     /// Cleans up what a shim has left that is of no use any more, until that works: where its program was too slow or could not be run, there may be
-    /// a container that is alive. `pass`: none when the first attempt has failed.
-    pub(super) async fn clean_up(&self, task: &Task, left: Left, mut pass: Option<Pass>) {
+    /// a container that is alive. An upgrade waits for one attempt at most; whoever serves then finds the bundle.
+    pub(super) async fn clean_up(&self, task: &Task, left: Left) {
         let (mut pause, mut refusals) = (AGAIN, 0);
         loop {
-            if pass.is_some() {
-                match self.try_to_clean_up(task, left, refusals).await {
-                    Ok(()) => return,
-                    Err(error) => refusals += u32::from(is_refusal(&error)),
-                }
+            let turn = self.programs.turn().await;
+            // whoever has a pass may wait for the end of this task
+            let Some(pass) = self.gate.follow().await else { return };
+            match self.try_to_clean_up(task, left, refusals).await {
+                Ok(()) => return,
+                Err(error) => refusals += u32::from(is_refusal(&error)),
             }
-            // an upgrade does not wait for it; whoever serves then sees to it
-            drop(pass.take());
+            drop((turn, pass));
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
-            pass = self.gate.enter().await;
-            if pass.is_none() {
-                return;
-            }
         }
     }
 
@@ -191,7 +186,13 @@ impl Tasks {
             }
         };
         let exit = match left {
-            Left::Unacknowledged(told) => told,
+            Left::Unstarted => None,
+            Left::Unacknowledged(told) => {
+                if let Some(exit) = told {
+                    self.note_end(task, exit).await;
+                }
+                told
+            }
             Left::Dead => {
                 let exit = self.last_words(task, answer.unwrap_or(Ended { pid: UNKNOWN, status: KILLED, at: None })).await;
                 if let Some(exit) = exit {
@@ -261,15 +262,16 @@ pub(super) enum Left {
     Dead,
     /// A creation or deletion that was under way: how it ended, if anybody was told.
     Unacknowledged(Option<Exit>),
+    /// A creation whose program has not even started a shim.
+    Unstarted,
 }
 
 impl Left {
-    /// How often the program may refuse before that is taken for an answer: for half a minute. One of a creation that failed may be no
-    /// shim's at all.
+    /// How often the program may refuse before that is taken for an answer: for some ten minutes. One that starts nothing may be no shim's.
     fn refusals(self) -> u32 {
         match self {
-            Self::Dead => 6,
-            Self::Unacknowledged(_) => 0,
+            Self::Dead | Self::Unacknowledged(_) => 25,
+            Self::Unstarted => 0,
         }
     }
 }

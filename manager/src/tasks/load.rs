@@ -16,7 +16,6 @@ use super::end::Left;
 use super::shim::CONNECTING;
 use super::{AGAIN, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, mounts};
 use crate::error::{Error, IoContext as _, Result};
-use crate::gate::Pass;
 use crate::name::{self, Namespace};
 use crate::store::{Exit, ended, execs, exits};
 
@@ -75,7 +74,10 @@ impl Tasks {
                     return self.forget(&task);
                 }
                 // its creation was never acknowledged
-                Ok(Found::Unacknowledged) => return self.sweep(&task, None, pass).await,
+                Ok(Found::Unacknowledged) => {
+                    drop(pass);
+                    return self.sweep(&task, None).await;
+                }
                 Ok(Found::Shim(shim)) => break Ok(shim),
                 Err(error) if is_death(&error) => break Err(error),
                 Err(error) => {
@@ -104,7 +106,9 @@ impl Tasks {
             }
             Err(error) => {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim is dead");
-                self.clean_up(&task, Left::Dead, pass).await;
+                task.phase.send_replace(Phase::Cleaning(None));
+                drop(pass);
+                self.clean_up(&task, Left::Dead).await;
             }
         }
     }
@@ -144,8 +148,7 @@ impl Tasks {
                 match state(task, shim, &exec).await {
                     Ok(state) => exited.extend(exit_of(&state).map(|exit| (exec, exit))),
                     Err(Unanswered::Refused(error)) if error.is_not_found() && exec.is_empty() => {
-                        let pass = self.gate.enter().await;
-                        return self.sweep(task, Some(shim), pass).await;
+                        return self.sweep(task, Some(shim)).await;
                     }
                     Err(Unanswered::Refused(error)) if error.is_not_found() => {}
                     Err(Unanswered::Lost) => return,
@@ -173,28 +176,26 @@ impl Tasks {
     }
 
     /// Cleans up what a shim does not know: a creation or deletion that was under way. How it ended is kept for whoever deleted it and
-    /// got no answer. Without a pass, another process sees to it.
-    async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>, pass: Option<Pass>) {
-        if pass.is_none() || (shim.is_some() && !task.leaves_live(Phase::Cleaning(None))) {
-            // or a client's Delete, or the end of the shim, was faster
+    /// got no answer.
+    async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
+        let Some(pass) = self.gate.enter().await else { return };
+        if shim.is_some() && !task.leaves_live(Phase::Cleaning(None)) {
+            // a client's Delete, or the end of the shim, was faster
             return;
         }
         task.phase.send_replace(Phase::Cleaning(None));
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         // what is told from here on is of a task that nobody was given
-        let told = self.store.note(move |db| {
-            let told = ended::get(db, namespace.as_str(), &id)?;
-            let told = told.map_or_else(|| exits::last(db, namespace.as_str(), &id, ""), |told| Ok(Some(told)))?;
-            if let Some(exit) = told {
-                ended::put(db, namespace.as_str(), &id, exit)?;
-            }
-            Ok(told)
+        let told = self.store.read(move |db| match ended::get(db, namespace.as_str(), &id)? {
+            Some(told) => Ok(Some(told)),
+            None => exits::last(db, namespace.as_str(), &id, ""),
         });
         let told = told.await.unwrap_or_default();
         if let Some(shim) = shim {
             self.dismiss(task, shim).await;
         }
-        self.clean_up(task, Left::Unacknowledged(told), pass).await;
+        drop(pass);
+        self.clean_up(task, Left::Unacknowledged(told)).await;
     }
 }
 

@@ -28,7 +28,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::bundle::{Address, Bundle};
 use crate::error::{Error, IoContext as _, Result};
@@ -145,9 +145,14 @@ impl Programs {
         parameters.write_to_bytes().unwrap_or_default()
     }
 
-    /// Cleans up after a dead shim. A few at a time: of a thousand at once, each would take longer than it may.
+    /// Waits for a turn to run [`Programs::delete`]. A few at a time: of a thousand at once, each would take longer than it may.
+    pub(crate) async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        // nobody closes it
+        self.deletions.acquire().await.ok()
+    }
+
+    /// Cleans up after a dead shim.
     pub(crate) async fn delete(&self, program: &Path, bundle: &Bundle, namespace: &Namespace, id: &str) -> Result<Ended> {
-        let _turn = self.deletions.acquire().await;
         let path = bundle.path().to_string_lossy();
         let output = self.run(program, bundle, namespace, id, &["-bundle", &path, "delete"], Vec::new(), DELETE).await?;
         let answer = DeleteResponse::parse_from_bytes(&output.stdout)

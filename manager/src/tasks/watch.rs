@@ -21,8 +21,9 @@ impl Tasks {
         };
         // a client's Delete may have begun at the same moment
         if task.leaves_live(Phase::Cleaning(None)) {
+            drop(pass);
             warn!(namespace:% = task.namespace, container = task.id.as_str(); "a shim has ended");
-            self.clean_up(&task, Left::Dead, Some(pass)).await;
+            self.clean_up(&task, Left::Dead).await;
         }
     }
 }
