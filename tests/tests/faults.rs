@@ -32,7 +32,7 @@ fn main() -> ExitCode {
 }
 
 /// One for each scenario. What the runtime has little part in is done with one of them alone, unless `X_FAULTS_ALL` is set.
-fn cases() -> [Case; 14] {
+fn cases() -> [Case; 15] {
     use scenarios as s;
     let one = if std::env::var_os("X_FAULTS_ALL").is_some() { Scope::Ends } else { Scope::Oldest };
     [
@@ -47,6 +47,7 @@ fn cases() -> [Case; 14] {
         Case::new("every_message::kill_all", one, |cx| Box::pin(sweep::every_message(cx, &s::KILL_ALL))),
         Case::new("every_message::shared_pids", one, |cx| Box::pin(sweep::every_message(cx, &s::SHARED_PIDS))),
         Case::new("every_message::pod", one, |cx| Box::pin(sweep::every_message(cx, &s::POD))),
+        Case::new("every_message::upgrade", one, |cx| Box::pin(sweep::every_message(cx, &s::UPGRADE))),
         Case::new("every_message::checkpoint", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::CHECKPOINT))),
         Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
         Case::new("campaign::random_deaths_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_deaths(cx))),

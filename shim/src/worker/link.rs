@@ -63,7 +63,7 @@ impl Link {
 
     /// Says whether this worker can take over, or why not.
     pub(crate) fn fit(&self, refusal: Option<String>) {
-        self.put(&ToKeeper::Fit { refusal }.encode());
+        self.send(&ToKeeper::Fit { refusal }.encode());
     }
 
     /// Says whether this worker may end for a while.
@@ -194,7 +194,7 @@ impl Incoming {
         let Some(frame) = rest.get(4..4 + length) else { return Ok(None) };
         let message = ToWorker::decode(frame).map_err(|source| LinkError::Malformed { source })?;
         // When these come is a matter of time alone: faults are counted without them.
-        if !matches!(message, ToWorker::Ping { .. } | ToWorker::Try { .. } | ToWorker::Tried | ToWorker::MayRest) {
+        if !matches!(message, ToWorker::Ping { .. } | ToWorker::MayRest) {
             self.link.faults.received(&message);
         }
         self.taken += 4 + length;

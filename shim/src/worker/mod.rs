@@ -113,12 +113,10 @@ impl Worker {
             match incoming.next().await? {
                 ToWorker::Try { key, value } => {
                     refusal = refusal.or_else(|| refusal_of(&key, &value));
-                    continue;
                 }
                 ToWorker::Tried => {
                     disguise::misbehave(Place::Fit);
                     self.link.fit(refusal.take());
-                    continue;
                 }
                 ToWorker::Welcome { keeper_pid, life, .. } => {
                     disguise::misbehave(Place::Welcome);
@@ -126,13 +124,13 @@ impl Worker {
                     self.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
                     log::debug!(life, keeper = keeper_pid; "worker begins");
                 }
-                ToWorker::State { key, value } => match Record::decode(&value) {
-                    _ if let Some(version) = Record::newer_version(&value) => {
+                ToWorker::State { key, value } => match (Record::newer_version(&value), Record::decode(&value)) {
+                    (Some(version), _) => {
                         log::error!(container:% = key, version; "the state of a container is of a newer build, and waits for one");
                         self.registry.set_aside(key);
                     }
-                    Ok(record) => self.registry.insert(&Container::new(record)),
-                    Err(error) => log::error!(container:% = key, error:%; "cannot read the state of a container"),
+                    (None, Ok(record)) => self.registry.insert(&Container::new(record)),
+                    (None, Err(error)) => log::error!(container:% = key, error:%; "cannot read the state of a container"),
                 },
                 ToWorker::Request { cause, age_nanos, origin, payload } => {
                     disguise::meet_request(&payload);

@@ -135,7 +135,7 @@ pub(crate) async fn model(lane: &Lane, scenario: &Scenario) -> Result<Outcome> {
     let outcome = lane.run(scenario, "", None, nothing).await.context("without deaths")?;
     ensure!(outcome.record.of("event ") == scenario.events, "events without deaths: {}", outcome.record.of("event "));
     ensure!(outcome.record.of("call ") == scenario.calls, "calls without deaths: {}", outcome.record.of("call "));
-    ensure!(outcome.trace.lives() == 1 && outcome.trace.deaths() == 0, "without deaths: {:#?}", outcome.trace);
+    ensure!(outcome.trace.lives() == scenario.lives && outcome.trace.deaths() == 0, "without deaths: {:#?}", outcome.trace);
     Ok(outcome)
 }
 

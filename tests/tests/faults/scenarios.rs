@@ -6,6 +6,7 @@ use std::pin::Pin;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
+use shim_tests::builds;
 use shim_tests::container::{Container, Stdio};
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::messages::{CheckpointOptions, RESOURCES, any, any_json};
@@ -25,6 +26,8 @@ pub(crate) struct Scenario {
     pub(crate) body: for<'a> fn(&'a Run) -> Drive<'a>,
     /// Whether the scenario says itself from when on workers die: [`Run::arm`].
     pub(crate) late: bool,
+    /// How many workers there are without deaths.
+    pub(crate) lives: usize,
     /// What the daemon must have told, in this order: topic, who, the name of its pid, and its exit status unless 0.
     pub(crate) events: &'static str,
     /// What the runtime must have been called for, in this order.
@@ -40,6 +43,7 @@ pub(crate) const LIFE: Scenario = Scenario {
     name: "life",
     body: |run| Box::pin(life(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
@@ -75,6 +79,7 @@ pub(crate) const SHORT: Scenario = Scenario {
     name: "short",
     body: |run| Box::pin(short(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, start ID/init, exit ID/init 3, delete ID/init 3",
     calls: "create, exec, start, delete",
 };
@@ -112,6 +117,7 @@ pub(crate) const PAUSE: Scenario = Scenario {
     name: "pause",
     body: |run| Box::pin(pause(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, paused ID/nobody, resumed ID/nobody, paused ID/nobody, exit ID/init 137, \
              delete ID/init 137",
     calls: "create, start, pause, resume, pause, delete",
@@ -137,6 +143,7 @@ pub(crate) const TERMINAL: Scenario = Scenario {
     name: "terminal",
     body: |run| Box::pin(terminal(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
@@ -167,6 +174,7 @@ pub(crate) const FILE: Scenario = Scenario {
     name: "file",
     body: |run| Box::pin(file(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
@@ -200,6 +208,7 @@ pub(crate) const FAILING_CREATE: Scenario = Scenario {
     name: "failing create",
     body: |run| Box::pin(failing_create(run)),
     late: false,
+    lives: 1,
     events: "",
     // the worker takes back what there may be, and so does the command that the daemon runs after every failure
     calls: "create, delete, delete",
@@ -216,6 +225,7 @@ pub(crate) const FAILING_START: Scenario = Scenario {
     name: "failing start",
     body: |run| Box::pin(failing_start(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, exec-added e/nobody, exit ID/init 137, delete ID/init 137",
     calls: "create, start, start, exec, delete",
 };
@@ -242,6 +252,7 @@ pub(crate) const LOGGER: Scenario = Scenario {
     name: "logger",
     body: |run| Box::pin(logger(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, exit ID/init 3, delete ID/init 3",
     calls: "create, start, delete",
 };
@@ -265,6 +276,7 @@ pub(crate) const KILL_ALL: Scenario = Scenario {
     name: "kill all",
     body: |run| Box::pin(kill_all(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, exit ID/init 3, delete ID/init 3",
     calls: "create, start, update, kill, delete",
 };
@@ -294,6 +306,7 @@ pub(crate) const SHARED_PIDS: Scenario = Scenario {
     name: "shared pids",
     body: |run| Box::pin(shared_pids(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 137, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
@@ -315,6 +328,7 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
     name: "checkpoint",
     body: |run| Box::pin(checkpoint(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, exit ID/init 137, checkpointed ID/nobody, delete ID/init 137",
     calls: "create, start, checkpoint, delete",
 };
@@ -335,6 +349,7 @@ pub(crate) const RESTORE: Scenario = Scenario {
     name: "restore",
     body: |run| Box::pin(restore(run)),
     late: true,
+    lives: 1,
     events: "create ID/saved, start ID/saved, exit ID/saved 137, checkpointed ID/nobody, delete ID/saved 137, create ID/nobody, \
              start ID/init, exit ID/init 137, delete ID/init 137",
     calls: "create, start, checkpoint, delete, restore, delete",
@@ -366,6 +381,7 @@ pub(crate) const POD: Scenario = Scenario {
     name: "pod",
     body: |run| Box::pin(pod(run)),
     late: false,
+    lives: 1,
     events: "create ID/init, start ID/init, create ID-b/b, create ID-c/c, start ID-c/c, exit ID-c/c 3, delete ID-c/c 3, \
              exit ID/init 137, delete ID/init 137, exit ID-b/b 137, delete ID-b/b 137",
     calls: "create, start, create, create, start, delete, delete, delete",
@@ -388,6 +404,47 @@ async fn pod(run: &Run) -> Result<()> {
     run.held("after the first").await?;
     // created, never started
     run.done("delete b", second.delete().await.map(drop))
+}
+
+/// Another build takes over, worker and keeper, while a client waits and a process reads.
+pub(crate) const UPGRADE: Scenario = Scenario {
+    name: "upgrade",
+    body: |run| Box::pin(upgrade(run)),
+    late: false,
+    lives: 3,
+    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    calls: "create, start, exec, delete",
+};
+
+async fn upgrade(run: &Run) -> Result<()> {
+    let script = "trap 'seq 3001 6000; exit 3' TERM; seq 1 3000; sleep 1000 & wait";
+    let container = run.create(run.container(&["sh", "-c", script]).stdio(Stdio::OUTPUT), "init").await?;
+    run.start(&container, "init").await?;
+    container.io.out().until("\n3000\n").await?;
+    let exec = run.add(container.exec("e", &["sh", "-c", "seq 1 1000; cat; exit 4"]).stdio(Stdio::ALL)).await?;
+    run.start(&exec, "e").await?;
+    let (client, id) = (run.cx.client().clone(), container.id.clone());
+    let parked = tokio::spawn(async move { client.wait(&id, "").await });
+    let program = run.cx.folder().join("another-build");
+    if !program.exists() {
+        let shim = run.cx.shim().binary.as_ref().context("our shim is a file")?;
+        builds::make(shim, &program, "build=another")?;
+    }
+    run.begin()?;
+    // whether it is taken depends on who dies
+    builds::upgrade(&run.cx, &program, &["--all"]).await?;
+    run.state(&container).await?;
+    run.pids(&container).await?;
+    let mut stdin = exec.io.stdin().await?;
+    stdin.write_all(b"the end\n")?;
+    drop(stdin);
+    run.done("close stdin of e", exec.close_stdin().await)?;
+    run.finish(&exec, "e").await?;
+    is_complete(&exec.io.out().to_end().await?, &format!("{}the end\n", lines(1, 1000)))?;
+    run.done("kill", container.kill(15).await)?;
+    run.note(format!("parked wait: {}", parked.await??.exit_status));
+    run.finish(&container, "init").await?;
+    is_complete(&container.io.out().to_end().await?, &lines(1, 6000))
 }
 
 /// Waits until init is the user's program: a runtime that is about to execute it has descriptors that criu cannot save.
