@@ -180,8 +180,11 @@ fn list(options: &Options) -> Result<bool> {
     Ok(true)
 }
 
-fn perform(options: &Options, shim: &Path) -> Result<Results> {
-    let plan = options.plan(shim)?;
+/// `part`: of the folder for logs.
+fn perform(options: &Options, shim: &Path, part: &str) -> Result<Results> {
+    let mut plan = options.plan(shim)?;
+    let logs = plan.logs.clone();
+    plan.logs.push(part);
     let subject = &plan.subject;
     println!("{} cases on {} with {}, cgroup v{}", plan.cases.len(), shim.display(), subject.engine.display(), subject.cgroups);
     let results = run::run(&plan, |outcome| println!("{}", report::progress(outcome)))?;
@@ -189,11 +192,12 @@ fn perform(options: &Options, shim: &Path) -> Result<Results> {
     if fs::remove_dir(&plan.logs).is_err() {
         println!("logs of what failed: {}", plan.logs.display());
     }
+    let _another_run_has_failures = fs::remove_dir(logs);
     Ok(results)
 }
 
 fn run_one(options: &Options) -> Result<bool> {
-    let results = perform(options, options.shim()?)?;
+    let results = perform(options, options.shim()?, "")?;
     print!("{}", report::summary(&results));
     for (path, text) in [(&options.json, serde_json::to_string_pretty(&results)?), (&options.junit, report::junit(&results))] {
         if let Some(path) = path {
@@ -205,7 +209,11 @@ fn run_one(options: &Options) -> Result<bool> {
 
 fn compare(options: &Options) -> Result<bool> {
     let [one, other] = &options.shims[..] else { bail!("{} shims are named with --shim; two are needed", options.shims.len()) };
-    let (one, other) = (perform(options, one)?, perform(options, other)?);
+    ensure!(
+        options.json.is_none() && options.junit.is_none(),
+        "compare writes no results: have `run` do it for each shim, and make a `table` of them"
+    );
+    let (one, other) = (perform(options, one, "first")?, perform(options, other, "second")?);
     print!("{}", report::comparison(&one, &other));
     Ok(true)
 }
