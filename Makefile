@@ -87,10 +87,14 @@ conformance-cgroup2: packages build conformance-tool
 conformance-tool:
 	$(CARGO) build --locked --package shim-tests --bins
 
-## containers and processes for MINUTES while everything around them fails, then an audit; X_SEED repeats a run
+## containers and processes for MINUTES while everything around them fails, then an audit: the shim with a daemon that is a test's, then with
+## containerd 2.1, 1.7 and 1.6; X_SEED repeats what is chosen in a run
 MINUTES ?= 10
+SOAK = X_SHIM=$(SHIM) X_SOAK_SECONDS=$$(( $(MINUTES) * 15 )) $(CARGO) test --locked --package shim-tests --test soak
 soak: packages suites build
-	X_SHIM=$(SHIM) X_SOAK_SECONDS=$$(( $(MINUTES) * 60 )) $(CARGO) test --locked --package shim-tests --test soak
+	$(SOAK)
+	X_SOAK_CONTAINERD=1.7 $(SOAK) -- every_exit_is_known
+	X_SOAK_CONTAINERD=1.6 $(SOAK) -- every_exit_is_known
 
 ## each parser of bytes from outside for FUZZ_SECONDS, guided by coverage; what is too much for one is in fuzz/artifacts, what it learnt
 ## in fuzz/found. Unit tests replay fuzz/corpus, with mutations, in `test`. No sanitizer, so no nightly compiler: no parser has unsafe code.

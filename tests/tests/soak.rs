@@ -37,6 +37,11 @@ fn seconds() -> Duration {
     Duration::from_secs(number("X_SOAK_SECONDS").unwrap_or(20))
 }
 
+/// How many of these there were in all.
+fn sum(counters: &[&AtomicU64]) -> u64 {
+    counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum()
+}
+
 /// The seed of this run, which is said.
 fn seed() -> u64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

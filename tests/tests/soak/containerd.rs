@@ -26,7 +26,7 @@ use shim_tests::suite::{Runtime, Suite};
 use shim_tests::{cgroups, proc};
 use tonic::{Code, Status};
 
-use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, timer};
+use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, sum, timer};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -77,7 +77,8 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     let (chaos, (), one, two, three, four) =
         tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
     soak.remove_sockets_of_the_killed();
-    println!("soak: {:?}", soak.counts);
+    let Counts { daemons, runtimes, workers, stops, shims, .. } = &soak.counts;
+    println!("soak: {} faults survived: {:?}", sum(&[daemons, runtimes, workers, stops, shims]), soak.counts);
     for result in [chaos, one, two, three, four] {
         result.with_context(|| format!("X_SEED={seed}, the daemon's log:\n{}", soak.cx.logs()))?;
     }

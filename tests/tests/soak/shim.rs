@@ -14,7 +14,7 @@ use shim_tests::stdio::{Pace, Reader, fifo};
 use shim_tests::ttrpc::CallError;
 use shim_tests::{cgroups, isolation, proc};
 
-use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, timer};
+use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, sum, timer};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -55,7 +55,9 @@ pub(crate) async fn every_exit_is_told_once_and_no_byte_is_lost_whatever_fails(s
     let lane = |lane| lives(&soak.over, lane, Dice::new(seed, lane), live);
     let (chaos, (), one, two, three, four) =
         tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
-    println!("soak: {:?}", soak.counts);
+    let Counts { absences, runtimes, workers, stops, shims, disks, readers, logs, .. } = &soak.counts;
+    let faults = sum(&[absences, runtimes, workers, stops, shims, disks, readers, logs]);
+    println!("soak: {faults} faults survived: {:?}", soak.counts);
     for result in [chaos, one, two, three, four] {
         result.with_context(|| format!("X_SEED={seed}"))?;
     }
@@ -155,7 +157,8 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     // its runtime may be killed as well
     let deleted = eventually("deleted", SOON * 3, async || Ok(task.delete(id, "").await?)).await?;
     ensure!(deleted.exit_status == status, "Delete says {}, not {status}", deleted.exit_status);
-    if let Output::Read(reader) = &output {
+    let reader = if let Output::Read(reader) = &output { Some(reader) } else { late.as_ref() };
+    if let Some(reader) = reader {
         reader.to_end_within(SOON * 3).await?;
         ensure!(reader.count() == bytes, "{} of {bytes} bytes", reader.count());
         soak.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
