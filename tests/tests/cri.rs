@@ -2,7 +2,9 @@
 //!
 //! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
 
-use std::path::Path;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -10,7 +12,8 @@ use anyhow::{Context as _, Result, ensure};
 use shim_tests::cases;
 use shim_tests::context::Context;
 use shim_tests::cri::{Cri, RUNNING};
-use shim_tests::eventually::{SOON, eventually};
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::proc;
 use shim_tests::runner::{self, Scope};
 
 fn main() -> ExitCode {
@@ -29,6 +32,16 @@ fn main() -> ExitCode {
 
 mod pods {
     use super::*;
+
+    /// The pid of the shell that is told of `path`, in a container.
+    async fn program_with(path: &str) -> Result<i32> {
+        eventually("its program runs", SOON, async || {
+            let mut all = proc::all().into_values();
+            let init = all.find(|process| process.comm == "sh" && process.command.contains(path));
+            init.map(|process| process.pid).context("not yet")
+        })
+        .await
+    }
 
     pub(crate) async fn a_container_of_a_pod_runs_and_is_looked_into(cx: Context) -> Result<()> {
         let cri = Cri::start(&cx).await?;
@@ -103,25 +116,46 @@ mod pods {
     pub(crate) async fn a_pod_outlives_containerd(cx: Context) -> Result<()> {
         let cri = Cri::start(&cx).await?;
         let pod = cri.run_pod("pod").await?;
-        let script = "i=0; while :; do i=$((i+1)); echo line $i; sleep 0.05; done";
-        let id = cri.run(&pod, "app", &["sh", "-c", script]).await?;
+        // it says what the test feeds it: a daemon that is killed takes with it what it has read and not yet written to the log
+        let feed = format!("/tmp/feed-{}", cx.client().namespace());
+        let script = format!("mkfifo {feed}; exec 0<>{feed}; rm {feed}; cat; :");
+        let id = cri.run(&pod, "app", &["sh", "-c", &script]).await?;
+        let init = program_with(&feed).await?;
+        let stdin = PathBuf::from(format!("/proc/{init}/fd/0"));
+        let is_fed = || fs::read_link(&stdin).is_ok_and(|target| target.ends_with(format!("{} (deleted)", feed.trim_start_matches('/'))));
+        eventually_true("it can be fed", SOON, is_fed).await?;
+        let mut fed = String::new();
+        let mut say = |times: usize| -> Result<String> {
+            let from = fed.lines().count();
+            let lines: String = (from..from + times).map(|number| format!("line {number}\n")).collect();
+            // both ways: nothing waits for a reader
+            fs::File::options().read(true).write(true).open(&stdin)?.write_all(lines.as_bytes())?;
+            fed += &lines;
+            Ok(fed.clone())
+        };
+        let logged = async |fed: String| {
+            eventually("all is logged, once", SOON, async || {
+                let log = cri.log(&pod, "app");
+                ensure!(log == fed, "{log:?} of {fed:?}");
+                Ok(())
+            })
+            .await
+        };
         let before = cri.status(&id).await?;
         for _restart in 0..2 {
-            cri.crash(async { Ok(()) }).await?;
+            logged(say(5)?).await?;
+            let mut fed = String::new();
+            cri.crash(async {
+                fed = say(500)?;
+                Ok(())
+            })
+            .await?;
             let after = eventually("the plugin is there again", SOON, async || cri.status(&id).await).await?;
             ensure!(after.state == RUNNING && after.started_at == before.started_at, "{before:?}, then {after:?}");
             ensure!(cri.exec(&id, &["sh", "-c", "exit 6"]).await?.0 == 6);
+            logged(fed).await?;
         }
-        let count = cri.log(&pod, "app").lines().count();
-        eventually("it logs on", SOON, async || {
-            let log = cri.log(&pod, "app");
-            ensure!(log.lines().count() > count + 5, "{count} lines before, {} now", log.lines().count());
-            for (index, line) in log.lines().enumerate() {
-                ensure!(line == format!("line {}", index + 1), "{line:?} in the place of {}", index + 1);
-            }
-            Ok(())
-        })
-        .await?;
+        logged(say(5)?).await?;
         let second = cri.run(&pod, "second", &["sh", "-c", "exit 5"]).await?;
         ensure!(cri.ended(&second).await?.exit_code == 5);
         cri.end_pod(&pod).await?;
@@ -134,15 +168,10 @@ mod pods {
         // a name of its own: the same test runs beside this one on other daemons
         let gate = format!("/tmp/go-{}", cx.client().namespace());
         let id = cri.run(&pod, "app", &["sh", "-c", &format!("until [ -e {gate} ]; do sleep 0.02; done; exit 3")]).await?;
-        let init = eventually("its program runs", SOON, async || {
-            let mut all = shim_tests::proc::all().into_values();
-            let init = all.find(|process| process.comm == "sh" && process.command.contains(&gate));
-            init.map(|process| process.pid).context("not yet")
-        })
-        .await?;
+        let init = program_with(&gate).await?;
         cri.crash(async {
-            std::fs::write(format!("/proc/{init}/root{gate}"), "")?;
-            shim_tests::eventually::eventually_true("it has ended", SOON, || !shim_tests::proc::is_alive(init)).await
+            fs::write(format!("/proc/{init}/root{gate}"), "")?;
+            eventually_true("it has ended", SOON, || !proc::is_alive(init)).await
         })
         .await?;
         let status = eventually("the plugin knows", SOON * 2, async || {

@@ -62,7 +62,7 @@ fn main() -> ExitCode {
         .map_within(long),
         cases![deaths,
             Scope::Ends => a_worker_that_crashes_is_replaced_under_what_is_under_way, delete_works_while_no_worker_starts;
-            Scope::Once => a_worker_out_of_memory_is_replaced, a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is,
+            Scope::Once => nothing_that_is_saved_grows_with_the_processes_that_were_added, a_worker_out_of_memory_is_replaced, a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is,
                 a_wait_for_what_was_removed_by_hand_is_answered, delete_tells_what_the_worker_knows_where_there_is_no_journal,
         ]
         .map_within(long),

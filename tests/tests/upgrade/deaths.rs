@@ -158,6 +158,35 @@ pub(crate) async fn a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is(cx: C
     cx.leaves_nothing().await
 }
 
+pub(crate) async fn nothing_that_is_saved_grows_with_the_processes_that_were_added(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let journal = container.bundle().join("x-journal");
+    // what a new worker, or a new image, would be given
+    let saved = async || {
+        let said = inspected(&cx, &container.id).await?;
+        ensure!(said["shim"]["requests"].as_array().is_some_and(Vec::is_empty), "{said:#}");
+        let state = said["state"].to_string().len();
+        ensure!(state > 100, "{said:#}");
+        let memory: u64 = proc::status_field(keeper, "RssAnon")?.trim_end_matches(" kB").parse()?;
+        Ok((state, fs::metadata(&journal)?.len(), proc::fewest_open_files(keeper).await?, memory))
+    };
+    let (mut number, mut measured) = (0, Vec::new());
+    for until in [100, 700] {
+        while number < until {
+            number += 1;
+            let exec = container.exec(&format!("e{number:05}"), &["sh", "-c", "echo hello; exit 4"]).stdio(Stdio::OUTPUT);
+            ensure!(exec.add().await?.run().await? == 4);
+        }
+        measured.push(saved().await?);
+    }
+    let [before, after] = measured[..] else { unreachable!("two were asked for") };
+    ensure!((before.0, before.1, before.2) == (after.0, after.1, after.2), "{before:?}, then {after:?}");
+    ensure!(after.3 <= before.3 + 128, "{before:?}, then {after:?}");
+    ensure!(container.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
 /// Limits the size of the files that a process writes, in bytes.
 async fn limit_files(pid: i32, bytes: &str) -> Result<()> {
     let mut command = tokio::process::Command::new("prlimit");
