@@ -6,12 +6,14 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
 use serde_json::Value;
 
 use crate::context::Context;
+use crate::eventually::eventually;
 
 /// Copies `shim` to `path`, as a build that `words` describe: `build=2 newest=3`.
 pub fn make(shim: &Path, path: &Path, words: &str) -> Result<PathBuf> {
@@ -73,4 +75,16 @@ pub async fn ps(cx: &Context, program: &Path) -> Result<Vec<Value>> {
     ensure!(output.status.success(), "ps: {}", String::from_utf8_lossy(&output.stderr));
     let said: Value = serde_json::from_slice(&output.stdout)?;
     Ok(said["shims"].as_array().context("no shims")?.clone())
+}
+
+/// Waits until the worker of the shim of that id rests.
+pub async fn rests(cx: &Context, id: &str) -> Result<()> {
+    let program = cx.shim().binary.as_ref().context("ours is a file")?;
+    eventually("the worker rests", Duration::from_secs(30), async || {
+        let shims = ps(cx, program).await?;
+        let shim = shims.iter().find(|shim| shim["group"] == *id).context("ps does not show it")?;
+        ensure!(shim["worker_asleep"] == true && shim["worker"].is_null(), "{shim:#}");
+        Ok(())
+    })
+    .await
 }

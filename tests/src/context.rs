@@ -2,15 +2,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::api::DeleteResponse;
+use protobuf::Message as _;
 use tonic::Code;
 
 use crate::client::Client;
-use crate::container::{Builder, code_of};
+use crate::container::{Builder, Container, code_of};
 use crate::daemon::Daemon;
 use crate::events::Events;
 use crate::eventually::eventually;
@@ -188,6 +191,17 @@ impl Context {
         found.retain(|shim| shim.command.split(' ').any(|word| word == id));
         ensure!(found.len() == 1, "not one shim of {id}: {found:?}");
         Ok(found.remove(0).pid)
+    }
+
+    /// Runs the shim's command `delete` in the bundle of a container, as the daemon does for a shim that it believes dead.
+    pub async fn delete_command(&self, container: &Container) -> Result<DeleteResponse> {
+        let (program, bundle) = (self.shim().binary.as_ref().context("the shim is no file")?, container.bundle());
+        let mut command = tokio::process::Command::new(program);
+        command.args(["-namespace", self.client().namespace(), "-id", &container.id, "-address"]).arg(self.daemon().address());
+        command.arg("-bundle").arg(&bundle).arg("delete").current_dir(&bundle).stdin(Stdio::null()).kill_on_drop(true);
+        let output = command.output().await?;
+        ensure!(output.status.success(), "delete: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(DeleteResponse::parse_from_bytes(&output.stdout)?)
     }
 
     /// Checks that something was refused with `code`; the stock shim says Unknown where its state machine refuses.

@@ -27,15 +27,17 @@ use shim_tests::suite::Shim;
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
     let within = std::env::var("X_CAMPAIGN_WITHIN").ok().and_then(|text| text.parse().ok()).unwrap_or(600);
-    let cases = cases().map(|case| case.within(Duration::from_secs(within)));
+    let cases: Vec<_> = cases().into_iter().map(|case| case.within(Duration::from_secs(within))).collect();
     runner::main_on(Shim::faulty, &cases, &[], programs)
 }
 
-/// One for each scenario. What the runtime has little part in is done with one of them alone, unless `X_FAULTS_ALL` is set.
-fn cases() -> [Case; 15] {
+/// One for each scenario. What the runtime has little part in is done with one of them alone, and what has little that is its own not at all,
+/// unless `X_FAULTS_ALL` is set.
+fn cases() -> Vec<Case> {
     use scenarios as s;
-    let one = if std::env::var_os("X_FAULTS_ALL").is_some() { Scope::Ends } else { Scope::Oldest };
-    [
+    let all = std::env::var_os("X_FAULTS_ALL").is_some();
+    let one = if all { Scope::Ends } else { Scope::Oldest };
+    let mut cases = vec![
         Case::new("every_message::life", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::LIFE))),
         Case::new("every_message::short", one, |cx| Box::pin(sweep::every_message(cx, &s::SHORT))),
         Case::new("every_message::pause", one, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
@@ -51,5 +53,18 @@ fn cases() -> [Case; 15] {
         Case::new("every_message::checkpoint", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::CHECKPOINT))),
         Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
         Case::new("campaign::random_deaths_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_deaths(cx))),
-    ]
+    ];
+    if all {
+        cases.extend([
+            Case::new("every_message::signals", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::SIGNALS))),
+            Case::new("every_message::command", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::COMMAND))),
+            Case::new("every_message::rest", Scope::Oldest, |cx| {
+                Box::pin(async move {
+                    let cx = cx.with_own_shim(cx.shim(), &[("X_SHIM_IDLE_SECONDS", "5")]).await?;
+                    sweep::every_message(cx, &s::REST).await
+                })
+            }),
+        ]);
+    }
+    cases
 }

@@ -98,13 +98,14 @@ impl Keeper {
     }
 
     fn serve(&mut self) -> io::Result<()> {
-        self.supervisor.ensure(Instant::now(), self.ledger.is_busy(), &self.poll);
+        // an image that goes on has things that became due meanwhile
+        let mut ticked = self.tick();
         loop {
             if self.may_leave() {
                 self.leave();
                 return Ok(());
             }
-            let sources = self.poll.wait(self.deadline())?;
+            let sources = self.poll.wait(self.deadline(ticked))?;
             // Streams use no memory, and a container that writes all the time shall not make us trim all the time.
             if sources.iter().any(|source| !matches!(source, Source::Stream(_))) {
                 // Not put off by what comes later: somebody who asks all shims all the time would keep them big.
@@ -113,7 +114,7 @@ impl Keeper {
             for source in sources {
                 self.dispatch(source);
             }
-            self.tick();
+            ticked = self.tick();
             if self.chores.trim_at.is_some_and(|at| at <= Instant::now()) {
                 self.chores.trim_at = None;
                 sys::memory::trim();
@@ -171,9 +172,10 @@ impl Keeper {
         }
     }
 
-    /// What is due by the clock, and what the last turns have made possible. Never inlined: see [`Keeper::new`].
+    /// What is due by the clock, and what the last turns have made possible. Returns which time it took it to be. Never inlined: see
+    /// [`Keeper::new`].
     #[inline(never)]
-    fn tick(&mut self) {
+    fn tick(&mut self) -> Instant {
         self.go_on();
         let now = Instant::now();
         if self.chores.accept_at.is_some_and(|at| at <= now) {
@@ -199,16 +201,18 @@ impl Keeper {
         self.streams.tick(now, &mut self.poll);
         self.publisher.turn(now, &self.poll);
         self.supervisor.flush(now);
+        now
     }
 
-    fn deadline(&self) -> Option<Instant> {
-        let now = Instant::now();
+    /// When there is something to do by the clock. `ticked`: as of when everything was done that was due; what has become due since then
+    /// is due at once, and must not be taken for done.
+    fn deadline(&self, ticked: Instant) -> Option<Instant> {
         [
             self.supervisor.deadline(self.ledger.is_busy()),
             self.upgrade_deadline(),
-            self.blame.deadline(now).filter(|_| self.supervisor.is_serving()),
+            self.blame.deadline(ticked).filter(|_| self.supervisor.is_serving()),
             self.ledger.deadline(),
-            self.streams.deadline(now),
+            self.streams.deadline(ticked),
             self.publisher.deadline(),
             self.chores.leaving_since.map(|since| since + LEAVE_WITHIN),
             self.chores.trim_at,

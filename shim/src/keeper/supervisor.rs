@@ -13,7 +13,7 @@
 //! **Invariant:** for a while after the cut-over the program before is kept, and comes back when a worker of the new one fails.
 mod saved;
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -82,12 +82,26 @@ const LONGEST_SPELL: Duration = Duration::from_secs(u32::MAX as u64);
 /// The status of a process that was killed.
 const KILLED: u32 = 128 + 9;
 
-fn spell() -> Option<Duration> {
-    let named = std::env::var(SPELL_VARIABLE)
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .map(|seconds: u64| Duration::from_secs(seconds).min(LONGEST_SPELL));
-    Some(named.unwrap_or(DEFAULT_SPELL)).filter(|spell| !spell.is_zero()).map(|spell| spell.max(LEAST_SPELL))
+/// After how long an idle worker may rest, by the text of the variable.
+///
+/// Errors: it is no number.
+fn spell_of(text: Option<&OsStr>) -> Result<Option<Duration>, &OsStr> {
+    let named = match text {
+        Some(text) => {
+            let seconds: u64 = text.to_str().and_then(|text| text.trim().parse().ok()).ok_or(text)?;
+            Duration::from_secs(seconds).min(LONGEST_SPELL)
+        }
+        None => DEFAULT_SPELL,
+    };
+    Ok(Some(named).filter(|spell| !spell.is_zero()).map(|spell| spell.max(LEAST_SPELL)))
+}
+
+/// How long the next worker has to wait, after so many that achieved nothing.
+fn back_off(fruitless: u32) -> Duration {
+    match fruitless.saturating_sub(FREE_RETRIES).min(16) {
+        0 => Duration::ZERO,
+        doublings => (FIRST_BACKOFF * (1 << (doublings - 1))).min(MAX_BACKOFF),
+    }
 }
 
 impl Supervisor {
@@ -95,6 +109,12 @@ impl Supervisor {
         let text = |text: String| CString::new(text).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
         let name = std::env::args().next().unwrap_or_else(|| "containerd-shim-x-v2".into());
         let arguments = std::iter::once(name).chain(settings.to_arguments()).chain(["worker".into()]);
+        let spell = std::env::var_os(SPELL_VARIABLE);
+        let spell = spell_of(spell.as_deref()).unwrap_or_else(|text| {
+            let text = text.display();
+            warn!(text:%; "{SPELL_VARIABLE} is no number of seconds, taking {} s", DEFAULT_SPELL.as_secs());
+            Some(DEFAULT_SPELL)
+        });
         let program = Program { arguments: arguments.map(text).collect::<Result<_, _>>()?, environment: sys::exec::environment() };
         Ok(Self {
             program,
@@ -108,7 +128,7 @@ impl Supervisor {
             fruitless: 0,
             retry_at: None,
             last_end: None,
-            spell: spell(),
+            spell,
             watches: Vec::new(),
             asleep: false,
         })
@@ -163,9 +183,7 @@ impl Supervisor {
 
     fn failed(&mut self, now: Instant) {
         self.fruitless += 1;
-        let doublings = self.fruitless.saturating_sub(FREE_RETRIES).min(16);
-        let wait = if doublings == 0 { Duration::ZERO } else { (FIRST_BACKOFF * (1 << (doublings - 1))).min(MAX_BACKOFF) };
-        self.retry_at = Some(now + wait);
+        self.retry_at = Some(now + back_off(self.fruitless));
     }
 
     /// Kills the worker because that is wanted.
@@ -366,5 +384,31 @@ impl Supervisor {
         };
         let candidate = self.candidate.as_ref().and_then(|candidate| candidate.deadline(true));
         [life, candidate, self.previous.as_ref().map(|(_, until)| *until)].into_iter().flatten().min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_achieves_nothing_waits_longer_each_time_up_to_a_bound() {
+        let waits: Vec<_> = (1..40).map(back_off).collect();
+        assert_eq!(waits[..3], [Duration::ZERO; 3]);
+        assert_eq!(waits[3..6], [10, 20, 40].map(Duration::from_millis));
+        assert!(waits.is_sorted() && waits[13..].iter().all(|wait| *wait == MAX_BACKOFF), "{waits:?}");
+    }
+
+    #[test]
+    fn the_spell_is_what_the_variable_says_within_bounds() {
+        let of = |text: &'static str| spell_of(Some(OsStr::new(text)));
+        assert_eq!(spell_of(None), Ok(Some(DEFAULT_SPELL)));
+        assert_eq!(of("0"), Ok(None));
+        assert_eq!(of("1"), Ok(Some(LEAST_SPELL)));
+        assert_eq!(of(" 90\n"), Ok(Some(Duration::from_secs(90))));
+        assert_eq!(of("18446744073709551615"), Ok(Some(LONGEST_SPELL)));
+        for text in ["", "never", "-1", "1.5", "18446744073709551616"] {
+            assert_eq!(of(text), Err(OsStr::new(text)));
+        }
     }
 }

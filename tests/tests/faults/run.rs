@@ -282,7 +282,8 @@ impl Run {
         self.pids.borrow_mut().entry(pid).or_insert_with(|| name.to_owned());
     }
 
-    fn named(&self, pid: u32) -> String {
+    /// The name of a pid.
+    pub(crate) fn named(&self, pid: u32) -> String {
         match pid {
             0 => "nobody".to_owned(),
             pid => self.pids.borrow().get(&pid).cloned().unwrap_or_else(|| "a stranger".to_owned()),

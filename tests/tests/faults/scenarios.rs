@@ -35,8 +35,8 @@ pub(crate) struct Scenario {
 }
 
 /// All of them, for campaigns.
-pub(crate) const ALL: [&Scenario; 11] =
-    [&LIFE, &SHORT, &PAUSE, &TERMINAL, &FILE, &LOGGER, &FAILING_CREATE, &FAILING_START, &KILL_ALL, &SHARED_PIDS, &POD];
+pub(crate) const ALL: [&Scenario; 12] =
+    [&LIFE, &SHORT, &PAUSE, &SIGNALS, &TERMINAL, &FILE, &LOGGER, &FAILING_CREATE, &FAILING_START, &KILL_ALL, &SHARED_PIDS, &POD];
 
 /// Create, start, exec, stdin, stdout, kill, wait, delete.
 pub(crate) const LIFE: Scenario = Scenario {
@@ -134,6 +134,44 @@ async fn pause(run: &Run) -> Result<()> {
     run.state(&container).await?;
     run.held("after the resume").await?;
     run.done("pause", run.cx.client().pause(&container.id).await)?;
+    run.done("kill", container.kill(9).await)?;
+    run.finish(&container, "init").await
+}
+
+/// Signals for one exec and not for another, while clients wait for both.
+pub(crate) const SIGNALS: Scenario = Scenario {
+    name: "signals",
+    body: |run| Box::pin(signals(run)),
+    late: false,
+    lives: 1,
+    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exec-added f/nobody, exec-started f/f, exit e/e 4, \
+             exit f/f 137, exit ID/init 137, delete ID/init 137",
+    calls: "create, start, exec, exec, delete",
+};
+
+async fn signals(run: &Run) -> Result<()> {
+    let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
+    run.start(&container, "init").await?;
+    run.begin()?;
+    let script = "trap 'seq 1 1000; exit 4' TERM; echo up; sleep 1000 & wait";
+    let mut waits = Vec::new();
+    for name in ["e", "f"] {
+        let exec = run.add(container.exec(name, &["sh", "-c", script]).stdio(Stdio::OUTPUT)).await?;
+        let (client, id) = (run.cx.client().clone(), container.id.clone());
+        let wait = tokio::spawn(async move { client.wait(&id, name).await });
+        run.start(&exec, name).await?;
+        exec.io.out().until("up\n").await?;
+        waits.push((name, exec, wait));
+    }
+    for ((name, exec, wait), (signal, output)) in waits.into_iter().zip([(15, lines(1, 1000)), (9, String::new())]) {
+        run.done(&format!("kill {name}"), exec.kill(signal).await)?;
+        run.note(format!("parked wait of {name}: {}", wait.await??.exit_status));
+        run.refused(&format!("kill {name}, which has ended"), exec.kill(signal).await)?;
+        run.finish(&exec, name).await?;
+        is_complete(&exec.io.out().to_end().await?, &format!("up\n{output}"))?;
+        run.refused(&format!("state of {name}, which is gone"), exec.state().await)?;
+    }
+    run.held("after the execs").await?;
     run.done("kill", container.kill(9).await)?;
     run.finish(&container, "init").await
 }
@@ -404,6 +442,75 @@ async fn pod(run: &Run) -> Result<()> {
     run.held("after the first").await?;
     // created, never started
     run.done("delete b", second.delete().await.map(drop))
+}
+
+/// The command that containerd runs when it believes a shim dead, while a client waits for init and another for an exec.
+pub(crate) const COMMAND: Scenario = Scenario {
+    name: "command",
+    body: |run| Box::pin(command(run)),
+    late: false,
+    lives: 1,
+    events: "create ID/init, start ID/init, create ID-b/b, start ID-b/b, exec-added e/nobody, exec-started e/e, exit e/e 137, \
+             exit ID-b/b 137, delete ID-b/b 137, exit ID/init 137, delete ID/init 137",
+    calls: "create, start, create, start, exec, delete, delete",
+};
+
+async fn command(run: &Run) -> Result<()> {
+    let member = |spec: Spec| spec.annotation("io.kubernetes.cri.sandbox-id", &run.id);
+    // it stays, and its shim with it
+    let first = run.create(run.container(&["sleep", "1000"]).spec(member), "init").await?;
+    run.start(&first, "init").await?;
+    let second = run.create(run.member("b", &["sleep", "1000"]).spec(member), "b").await?;
+    run.start(&second, "b").await?;
+    let exec = run.add(second.exec("e", &["sleep", "1000"])).await?;
+    run.start(&exec, "e").await?;
+    let waits = ["", "e"].map(|exec| {
+        let (client, id) = (run.cx.client().clone(), second.id.clone());
+        tokio::spawn(async move { client.wait(&id, exec).await })
+    });
+    run.begin()?;
+    let told = run.cx.delete_command(&second).await?;
+    run.note(format!("the command says {} of {}", told.exit_status, run.named(told.pid)));
+    for wait in waits {
+        run.note(format!("parked wait: {:?}", wait.await?.map(|answer| answer.exit_status).map_err(|error| error.code())));
+    }
+    run.refused("state of b, which is gone", second.state().await)?;
+    // what goes from the daemon's books then has ended as it was said to have
+    let deleted = second.delete().await?;
+    run.note(format!("delete b: {} of {}", deleted.exit_status, run.named(deleted.pid)));
+    run.held("after the command").await?;
+    run.state(&first).await?;
+    run.done("kill init", first.kill(9).await)?;
+    run.finish(&first, "init").await
+}
+
+/// The worker rests, and is brought back by a request, and by an exit; for a shim with a short spell.
+pub(crate) const REST: Scenario = Scenario {
+    name: "rest",
+    body: |run| Box::pin(rest(run)),
+    late: false,
+    lives: 3,
+    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    calls: "create, start, exec, delete",
+};
+
+async fn rest(run: &Run) -> Result<()> {
+    let container = run.create(run.container(&["sh", "-c", "seq 1 1000; read go; exit 3"]).stdio(Stdio::ALL), "init").await?;
+    run.start(&container, "init").await?;
+    container.io.out().until("\n1000\n").await?;
+    let (client, id) = (run.cx.client().clone(), container.id.clone());
+    let parked = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
+    run.begin()?;
+    builds::rests(&run.cx, &container.id).await?;
+    let exec = run.add(container.exec("e", &["sh", "-c", "exit 4"])).await?;
+    run.start(&exec, "e").await?;
+    run.finish(&exec, "e").await?;
+    builds::rests(&run.cx, &container.id).await?;
+    run.held("at rest").await?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    run.note(format!("parked wait: {}", parked.await??.into_inner().exit_status));
+    run.finish(&container, "init").await?;
+    is_complete(&container.io.out().to_end().await?, &lines(1, 1000))
 }
 
 /// Another build takes over, worker and keeper, while a client waits and a process reads.

@@ -2,13 +2,10 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::Stdio as Standard;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_shim_protos::api::DeleteResponse;
 use nix::sys::signal::Signal;
-use protobuf::Message as _;
 use shim_tests::bundle::worker_of;
 use shim_tests::cgroups::Own;
 use shim_tests::container::Stdio;
@@ -108,15 +105,9 @@ pub(crate) async fn delete_works_while_no_worker_starts(cx: Context) -> Result<(
     builds::make(&Shim::faulty()?.binary.context("ours is a file")?, &program, "build=next")?;
     cx.crash_daemon().await?;
     for (container, status) in [(&running, 137), (&ended, 3)] {
-        let bundle = container.bundle();
-        let mut command = tokio::process::Command::new(&program);
-        command.args(["-namespace", cx.client().namespace(), "-id", &container.id, "-address"]).arg(cx.daemon().address());
-        command.arg("-bundle").arg(&bundle).arg("delete").current_dir(&bundle).stdin(Standard::null()).kill_on_drop(true);
         let begin = Instant::now();
-        let output = command.output().await?;
+        let said = cx.delete_command(container).await?;
         let took = begin.elapsed();
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let said = DeleteResponse::parse_from_bytes(&output.stdout)?;
         ensure!(said.exit_status == status && said.pid == container.pid, "{said:?}");
         ensure!(took < Duration::from_secs(5), "it took {took:?}");
         let pid = container.pid.cast_signed();

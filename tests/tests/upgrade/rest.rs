@@ -6,23 +6,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::Status as Phase;
 use shim_tests::builds;
-use shim_tests::container::{Container, Stdio};
+use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 
 /// The shortest spell that there is.
 const SPELL: (&str, &str) = ("X_SHIM_IDLE_SECONDS", "5");
-
-async fn rests(cx: &Context, container: &Container) -> Result<()> {
-    let program: PathBuf = cx.shim().binary.clone().context("ours")?;
-    eventually("the worker rests", Duration::from_secs(30), async || {
-        let shims = builds::ps(cx, &program).await?;
-        let shim = shims.iter().find(|shim| shim["group"] == *container.id).context("ps does not show it")?;
-        ensure!(shim["worker_asleep"] == true && shim["worker"].is_null(), "{shim:#}");
-        Ok(())
-    })
-    .await
-}
 
 pub(crate) async fn a_request_a_fact_or_an_event_brings_a_worker_back(cx: Context) -> Result<()> {
     let cx = cx.with_own_shim(cx.shim(), &[SPELL]).await?;
@@ -31,19 +20,19 @@ pub(crate) async fn a_request_a_fact_or_an_event_brings_a_worker_back(cx: Contex
     let container = cx.container(&["sh", "-c", script]).spec(|spec| spec.memory_limit(16 << 20)).stdio(Stdio::ALL).start().await?;
     let (client, id) = (cx.client().clone(), container.id.clone());
     let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
-    rests(&cx, &container).await?;
+    builds::rests(&cx, &container.id).await?;
     // what is known needs no worker
     let state = container.state().await?;
     ensure!(state.pid == container.pid && state.status() == Phase::Running, "{state:?}");
-    rests(&cx, &container).await?;
+    builds::rests(&cx, &container.id).await?;
 
     ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
-    rests(&cx, &container).await?;
+    builds::rests(&cx, &container.id).await?;
 
     let mut stdin = container.io.stdin().await?;
     stdin.write_all(b"go\n")?;
     events.until("oom", |all| all.iter().any(|event| event.topic == "oom")).await?;
-    rests(&cx, &container).await?;
+    builds::rests(&cx, &container.id).await?;
 
     stdin.write_all(b"go\n")?;
     let waited = tokio::time::timeout(SOON, wait).await.context("no worker tells the exit")???;
@@ -66,7 +55,7 @@ pub(crate) async fn a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemo
     };
     ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
     let awake = mapped_kib()?;
-    rests(&cx, &container).await?;
+    builds::rests(&cx, &container.id).await?;
     eventually("the keeper leaves its program", SOON, async || {
         let asleep = mapped_kib()?;
         ensure!(asleep < awake / 2, "{asleep} KiB are mapped, of {awake}");
@@ -75,10 +64,10 @@ pub(crate) async fn a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemo
     .await?;
     cx.crash_daemon().await?;
     ensure!(container.state().await?.pid == container.pid);
-    rests(&cx, &container).await?;
+    builds::rests(&cx, &container.id).await?;
     let program = crate::build(&cx, "new", "build=new")?;
     builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
-    rests(&cx, &container).await?;
+    builds::rests(&cx, &container.id).await?;
     container.io.stdin().await?.write_all(b"go\n")?;
     ensure!(container.finish().await? == 3);
     cx.leaves_nothing().await

@@ -448,15 +448,15 @@ impl Streams {
         }
     }
 
-    /// When [`Streams::tick`] has something to do.
-    pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
+    /// When [`Streams::tick`] has something to do that was not due at `ticked`, its last time.
+    pub(crate) fn deadline(&self, ticked: Instant) -> Option<Instant> {
         self.pumps
             .iter()
             .filter_map(|(id, pump)| {
                 let Pump::Out(out) = pump else { return None };
                 let entry = self.entries.iter().find(|entry| entry.pumps.contains(&Some(*id)))?;
-                let own = out.deadline(now, entry.exited, entry.deleted);
-                let look = (out.is_draining() && !self.watches.iter().any(|(_, watched)| watched == id)).then_some(now + LOOK_AGAIN);
+                let own = out.deadline(ticked, entry.exited, entry.deleted);
+                let look = (out.is_draining() && !self.watches.iter().any(|(_, watched)| watched == id)).then_some(ticked + LOOK_AGAIN);
                 [own, look].into_iter().flatten().min()
             })
             .min()

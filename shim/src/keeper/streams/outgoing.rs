@@ -207,15 +207,15 @@ impl Outgoing {
         self.draining
     }
 
-    /// When the next turn is due though nothing happens.
-    pub(super) fn deadline(&self, now: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> Option<Instant> {
+    /// When the next turn is due though nothing happens, after one at `turned`.
+    pub(super) fn deadline(&self, turned: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> Option<Instant> {
         let after_exit = exited.or(deleted).filter(|_| self.source.is_some()).map(|at| {
             let quiet = self.last_moved.max(at) + QUIET_AFTER_EXIT;
             // Past it, the output waits for its reader; the limit is looked at once more, then the reader's edge tells.
-            if quiet > now { quiet } else { at + LIMIT_AFTER_EXIT }
+            if quiet > turned { quiet } else { at + LIMIT_AFTER_EXIT }
         });
         let after_delete = deleted.map(|at| at + DRAIN_AFTER_DELETE);
-        [after_exit, after_delete].into_iter().flatten().filter(|at| *at > now).min()
+        [after_exit, after_delete].into_iter().flatten().filter(|at| *at > turned).min()
     }
 }
 

@@ -55,10 +55,11 @@ impl Bench {
 
     /// Turns the loop until `done` or, as a failure, ten seconds.
     fn until(&mut self, what: &str, mut done: impl FnMut(&Streams) -> bool) {
-        let limit = Instant::now() + Duration::from_secs(10);
+        let mut ticked = Instant::now();
+        let limit = ticked + Duration::from_secs(10);
         while !done(&self.streams) {
             assert!(Instant::now() < limit, "{what}: not within 10 s; streams: {:?}", self.streams.snapshot());
-            let deadline = self.streams.deadline(Instant::now()).unwrap_or(limit).min(Instant::now() + Duration::from_millis(20));
+            let deadline = self.streams.deadline(ticked).unwrap_or(limit).min(Instant::now() + Duration::from_millis(20));
             for source in self.poll.wait(Some(deadline)).expect("a wait") {
                 match source {
                     Source::Stream(id) => self.streams.turn(id, Instant::now(), &mut self.poll),
@@ -66,7 +67,8 @@ impl Bench {
                     _ => {}
                 }
             }
-            self.streams.tick(Instant::now(), &mut self.poll);
+            ticked = Instant::now();
+            self.streams.tick(ticked, &mut self.poll);
         }
     }
 }
