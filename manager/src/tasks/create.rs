@@ -9,7 +9,7 @@ use log::info;
 use protobuf::well_known_types::any::Any;
 
 use super::end::Left;
-use super::{Phase, Shim, Task, Tasks, blocking, log as shim_log, program};
+use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, program};
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 
@@ -78,9 +78,9 @@ impl Tasks {
                 tokio::spawn(Arc::clone(self).watch(Arc::clone(task), shim));
                 Ok(pid)
             }
-            Err((shim, error)) => {
-                self.discard(task, shim).await;
-                Err(error)
+            Err(failure) => {
+                self.discard(task, failure.shim, failure.was_refused).await;
+                Err(failure.error)
             }
         }
     }
@@ -101,28 +101,32 @@ impl Tasks {
         program: &Path,
         options: Option<&Any>,
         mut request: CreateTaskRequest,
-    ) -> Result<(Shim, u32), (Option<Shim>, Error)> {
-        shim_log::copy(task.bundle.path()).map_err(|error| (None, error))?;
-        let address =
-            self.programs.start(program, &task.bundle, &task.namespace, &task.id, options).await.map_err(|error| (None, error))?;
-        let shim = Shim::connect(&address, &task.namespace).await.map_err(|error| (None, error))?;
+    ) -> Result<(Shim, u32), Failure> {
+        let without_shim = |error| Failure { shim: None, was_refused: false, error };
+        shim_log::copy(task.bundle.path()).map_err(without_shim)?;
+        let address = self.programs.start(program, &task.bundle, &task.namespace, &task.id, options).await.map_err(without_shim)?;
+        let shim = Shim::connect(&address, &task.namespace).await.map_err(without_shim)?;
         if let Err(error) = task.bundle.write_address(&address) {
-            return Err((Some(shim), error));
+            return Err(Failure { shim: Some(shim), was_refused: false, error });
         }
         request.id.clone_from(&task.id);
         request.bundle = task.bundle.path().to_string_lossy().into_owned();
         match shim.call::<CreateTaskResponse>("Create", &request, Some(CREATE)).await {
             Ok(answer) => Ok((shim, answer.pid)),
-            Err(reason) => Err((Some(shim), reason.into())),
+            Err(reason) => {
+                Err(Failure { shim: Some(shim), was_refused: matches!(reason, Unanswered::Refused(_)), error: reason.into() })
+            }
         }
     }
 
     /// Undoes a creation that failed, as far as it went. What cannot be undone at once is tried again while others are served.
-    async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>) {
-        let left = if shim.is_some() { Left::Unacknowledged(None) } else { Left::Unstarted };
-        if let Some(shim) = shim {
-            self.dismiss(task, &shim).await;
-        }
+    async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>, was_refused: bool) {
+        // a shim that has refused and then knows of no task has made nothing, and the program of 1.7 fails to delete that
+        let may_be_there = match &shim {
+            Some(shim) => self.dismiss(task, shim).await || !was_refused,
+            None => false,
+        };
+        let left = if may_be_there { Left::Unacknowledged(None) } else { Left::Unmade };
         let turn = self.programs.turn().await;
         let attempt = self.try_to_clean_up(task, left, 0).await;
         drop(turn);
@@ -131,6 +135,15 @@ impl Tasks {
             tokio::spawn(async move { tasks.clean_up(&task, left).await });
         }
     }
+}
+
+/// Why there is no task.
+struct Failure {
+    /// The shim that was started for it.
+    shim: Option<Shim>,
+    /// Whether it was the shim that said no.
+    was_refused: bool,
+    error: Error,
 }
 
 /// A creation takes no longer: hooks and checkpoints are part of it.

@@ -131,12 +131,13 @@ impl Tasks {
         }
     }
 
-    /// The same for a task that may still be something to its shim.
-    pub(super) async fn dismiss(&self, task: &Task, shim: &Shim) {
+    /// The same for a task that may still be something to its shim. Returns whether it may have been: false if the shim knows of none. What
+    /// is left is for the program's `delete`.
+    pub(super) async fn dismiss(&self, task: &Task, shim: &Shim) -> bool {
         let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
-        // one that was never made is not found; whatever is left is for the program's `delete`
-        let _ = shim.call::<DeleteResponse>("Delete", &request, Some(SHUTDOWN)).await;
+        let deleted = shim.call::<DeleteResponse>("Delete", &request, Some(SHUTDOWN)).await;
         self.dismiss_gracefully(task, shim).await;
+        !matches!(deleted, Err(Unanswered::Refused(error)) if error.is_not_found())
     }
 
     pub(super) async fn remove_bundle(&self, task: &Task) {
@@ -186,7 +187,7 @@ impl Tasks {
             }
         };
         let exit = match left {
-            Left::Unstarted => None,
+            Left::Unmade => None,
             Left::Unacknowledged(told) => {
                 if let Some(exit) = told {
                     self.note_end(task, exit).await;
@@ -262,8 +263,8 @@ pub(super) enum Left {
     Dead,
     /// A creation or deletion that was under way: how it ended, if anybody was told.
     Unacknowledged(Option<Exit>),
-    /// A creation whose program has not even started a shim.
-    Unstarted,
+    /// A creation for which nothing was made: the program has not even started a shim, or that has refused and knows of no task.
+    Unmade,
 }
 
 impl Left {
@@ -271,7 +272,7 @@ impl Left {
     fn refusals(self) -> u32 {
         match self {
             Self::Dead | Self::Unacknowledged(_) => 25,
-            Self::Unstarted => 0,
+            Self::Unmade => 0,
         }
     }
 }

@@ -43,9 +43,12 @@ const ROWS: &[Row] = &[
     ("run --rootfs --log-uri file://", ALL, run_log_uri),
     ("run --rootfs --log-uri binary://", ALL, run_log_binary),
     ("run --rootfs --detach; tasks ls, ps, metrics", ALL, run_detached),
+    ("run --rootfs --pid-file, --fifo-dir", ALL, run_files),
     ("tasks exec, exec --tty, exec --detach", ALL, exec),
+    ("tasks exec --log-uri, --cwd, --user; kill --exec-id", ALL, exec_flags),
     ("tasks pause, resume", ALL, pause),
     ("tasks start, attach, kill, delete", ALL, tasks),
+    ("tasks start --null-io, --log-uri, --pid-file, --fifo-dir", ALL, start_flags),
     ("tasks checkpoint is refused in a sentence", ALL, checkpoint),
     ("events", ALL, events),
     ("events, with filters", ALL, some_events),
@@ -163,6 +166,11 @@ impl Ctr<'_> {
         // a task that was killed makes ctr end with its status
         deleted?;
         removed.map(drop)
+    }
+
+    /// The path of a file or folder of its own.
+    fn file(&self, name: &str) -> String {
+        self.cx.folder().join(format!("{}-{name}", self.namespace)).display().to_string()
     }
 
     fn start(&self, words: &[&str]) -> Result<Child> {
@@ -348,6 +356,52 @@ fn exec(ctr: &Ctr<'_>) -> Result<()> {
         ensure!(listed.lines().count() == 3, "{listed:?}");
         Ok(())
     })
+}
+
+fn exec_flags(ctr: &Ctr<'_>) -> Result<()> {
+    ctr.with_container("c", || {
+        let log = ctr.file("exec.log");
+        ctr.run(&["tasks", "exec", "--log-uri", &format!("file://{log}"), "--exec-id", "e1", "c", "sh", "-c", "echo hello"])?;
+        ensure!(fs::read_to_string(&log)? == "hello\n");
+        let out = ctr.run(&["tasks", "exec", "--cwd", "/bin", "--user", "7:8", "--exec-id", "e2", "c", "sh", "-c", "pwd; id -u; id -g"])?;
+        ensure!(out == "/bin\n7\n8\n", "{out:?}");
+        let mut running = ctr.start(&["tasks", "exec", "--exec-id", "e3", "c", "sleep", "1000"])?;
+        retry(|| ctr.run(&["tasks", "kill", "--signal", "KILL", "--exec-id", "e3", "c"]))?;
+        let status = running.wait()?;
+        ensure!(status.code() == Some(137), "the exec ended with {status}");
+        has(&ctr.run(&["tasks", "ls"])?, &["RUNNING"])
+    })
+}
+
+fn run_files(ctr: &Ctr<'_>) -> Result<()> {
+    let (pid, fifos) = (ctr.file("pid"), ctr.file("fifos"));
+    fs::create_dir_all(&fifos)?;
+    let out = ctr.run_container(&["--rm", "--pid-file", &pid, "--fifo-dir", &fifos], "c", &["echo", "hello"])?;
+    ensure!(out == "hello\n", "{out:?}");
+    ensure!(fs::read_to_string(&pid)?.trim().parse::<i32>()? > 1);
+    Ok(())
+}
+
+fn start_flags(ctr: &Ctr<'_>) -> Result<()> {
+    let config = ctr.file("start.json");
+    let spec = serde_json::json!({
+        "ociVersion": "1.0.2",
+        "process": { "cwd": "/", "args": ["sh", "-c", "echo hello"], "env": ["PATH=/bin"], "user": { "uid": 0, "gid": 0 } },
+        "root": { "path": rootfs::shared()?, "readonly": true },
+        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+        "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }], "cgroupsPath": ctr.cgroup("c") },
+    });
+    fs::write(&config, spec.to_string())?;
+    ctr.run(&["containers", "create", "--config", &config, "--runtime", &ctr.cx.shim().runtime_type, "c"])?;
+    let (pid, fifos, log) = (ctr.file("start.pid"), ctr.file("start-fifos"), ctr.file("start.log"));
+    fs::create_dir_all(&fifos)?;
+    let out = ctr.run(&["tasks", "start", "--pid-file", &pid, "--fifo-dir", &fifos, "c"])?;
+    ensure!(out == "hello\n" && fs::read_to_string(&pid)?.trim().parse::<i32>()? > 1, "{out:?}");
+    let out = ctr.run(&["tasks", "start", "--null-io", "c"])?;
+    ensure!(out.is_empty(), "{out:?}");
+    let out = ctr.run(&["tasks", "start", "--log-uri", &format!("file://{log}"), "c"])?;
+    ensure!(out.is_empty() && fs::read_to_string(&log)? == "hello\n", "{out:?}");
+    ctr.run(&["containers", "delete", "c"]).map(drop)
 }
 
 fn pause(ctr: &Ctr<'_>) -> Result<()> {
