@@ -113,9 +113,7 @@ impl Tasks {
         request.bundle = task.bundle.path().to_string_lossy().into_owned();
         match shim.call::<CreateTaskResponse>("Create", &request, Some(CREATE)).await {
             Ok(answer) => Ok((shim, answer.pid)),
-            Err(reason) => {
-                Err(Failure { shim: Some(shim), was_refused: matches!(reason, Unanswered::Refused(_)), error: reason.into() })
-            }
+            Err(reason) => Err(Failure { shim: Some(shim), was_refused: matches!(reason, Unanswered::Refused(_)), error: reason.into() }),
         }
     }
 

@@ -19,6 +19,7 @@ impl Tasks {
     ///
     /// Errors: [`Error::NotFound`], or the shim's refusal while it runs.
     pub(crate) async fn delete(&self, task: &Arc<Task>) -> Result<Exit> {
+        let _the_other_is_through = task.deletion.lock().await;
         loop {
             match task.settled().await? {
                 Phase::Ended(exit) => {

@@ -60,6 +60,8 @@ pub(crate) struct Task {
     pub(crate) id: String,
     bundle: Bundle,
     phase: channel::Sender<Phase>,
+    /// Held by the one client that deletes: of two, a shim tells only one how the task ended.
+    deletion: tokio::sync::Mutex<()>,
 }
 
 /// Where a task is in its life, as far as this process is concerned.
@@ -82,7 +84,7 @@ pub(crate) enum Phase {
 impl Task {
     fn new(settings: &Settings, namespace: Namespace, id: String, phase: Phase) -> Arc<Self> {
         let bundle = Bundle::of(settings, &namespace, &id);
-        Arc::new(Self { namespace, id, bundle, phase: channel::Sender::new(phase) })
+        Arc::new(Self { namespace, id, bundle, phase: channel::Sender::new(phase), deletion: tokio::sync::Mutex::default() })
     }
 
     fn key(&self) -> Key {
