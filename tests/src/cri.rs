@@ -50,9 +50,15 @@ pub struct Pod {
 impl Cri {
     /// Starts one, with the configuration of the README, and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
+        Self::start_with(cx, "").await
+    }
+
+    /// The same, with a further line of the README's among the options of the runtime.
+    pub async fn start_with(cx: &Context, option: &str) -> Result<Self> {
         // of which every pod gets a share
         needs_controller("cpu")?;
-        let handler = configuration(cx)?;
+        ensure!(README.lines().any(|line| line.trim() == option), "the README does not have {option:?}");
+        let handler = configuration(cx, option)?;
         let daemon = Daemon::start_for_pods(cx.suite(), cx.shim(), |_folder| handler).await?;
         let cri = Self { cx: cx.clone(), daemon: Arc::new(daemon) };
         cri.import()?;
@@ -95,6 +101,26 @@ impl Cri {
 
     /// Runs a pod on the host's network.
     pub async fn run_pod(&self, name: &str) -> Result<Pod> {
+        let (config, request) = self.pod(name)?;
+        // the plugin hears of an image some time after it was imported
+        let answer = eventually("the pod runs", SOON, async || self.call::<PodId>(method::RUN_POD, request.clone()).await).await;
+        let answer = answer.with_context(|| self.complaints())?;
+        Ok(Pod { id: answer.id, config })
+    }
+
+    /// Waits until a pod is refused for one of those reasons.
+    pub async fn no_pod_runs(&self, name: &str, reasons: &[&str]) -> Result<()> {
+        let (_, request) = self.pod(name)?;
+        eventually("the pod is refused", SOON, async || {
+            let ran = self.call::<PodId>(method::RUN_POD, request.clone()).await.map(|pod| pod.id);
+            let said = ran.err().map(|error| format!("{error:#}")).context("the pod runs")?;
+            ensure!(reasons.iter().any(|reason| said.contains(reason)), "{said}");
+            Ok(())
+        })
+        .await
+    }
+
+    fn pod(&self, name: &str) -> Result<(PodConfig, RunPodRequest)> {
         let logs = self.cx.folder().join("logs").join(name);
         fs::create_dir_all(&logs)?;
         let namespaces = NamespaceOption { network: NODE, pid: CONTAINER, ipc: 0 };
@@ -107,10 +133,7 @@ impl Cri {
             }),
         };
         let request = RunPodRequest { config: Some(config.clone()), runtime_handler: HANDLER.to_owned() };
-        // the plugin hears of an image some time after it was imported
-        let answer = eventually("the pod runs", SOON, async || self.call::<PodId>(method::RUN_POD, request.clone()).await).await;
-        let answer = answer.with_context(|| self.complaints())?;
-        Ok(Pod { id: answer.id, config })
+        Ok((config, request))
     }
 
     /// What the daemon has complained of.
@@ -246,7 +269,7 @@ fn run(command: &mut Command) -> Result<String> {
 }
 
 /// What the README has for this version of containerd, and which OCI runtime.
-fn configuration(cx: &Context) -> Result<String> {
+fn configuration(cx: &Context, option: &str) -> Result<String> {
     let version = if cx.suite() == Suite::Forky { "version = 3" } else { "version = 2" };
     let blocks = README.split("```toml\n").skip(1).filter_map(|rest| rest.split_once("```")).map(|(block, _)| block);
     let block =
@@ -264,14 +287,14 @@ fn configuration(cx: &Context) -> Result<String> {
         Suite::Forky => String::new(),
         Suite::Bookworm | Suite::Trixie => format!("  sandbox_image = \"{IMAGE}\"\n"),
     };
-    let binary = format!("BinaryName = \"{}\"", cx.runtime_binary().display());
+    let options = format!("BinaryName = \"{}\"\n  {option}", cx.runtime_binary().display());
     let options = if cx.suite() == Suite::Bookworm {
         // all that this one hands on, as the README has it
         let file = cx.folder().join("x.toml");
-        fs::write(&file, binary)?;
+        fs::write(&file, options)?;
         format!("ConfigPath = \"{}\"", file.display())
     } else {
-        binary
+        options
     };
     Ok(format!(
         "[plugins.\"{plugin}\"]\n  restrict_oom_score_adj = true\n{own}{block}\n[plugins.\"{plugin}\".containerd.runtimes.{HANDLER}.options]\n  {options}\n{image}"

@@ -14,7 +14,7 @@ use shim_tests::context::Context;
 use shim_tests::cri::{Cri, RUNNING};
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc;
-use shim_tests::runner::{self, Scope};
+use shim_tests::runner::{self, Scope, skip};
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
@@ -24,7 +24,8 @@ fn main() -> ExitCode {
             exit_codes_and_reasons_reach_the_kubelet,
             all_containers_of_a_pod_live_in_one_shim,
             a_pod_outlives_containerd,
-            an_exit_while_containerd_is_down_is_known_afterwards,
+            an_exit_while_containerd_is_down_is_known_afterwards;
+        Scope::Daemons => the_cgroup_driver_of_the_readme_is_asked_for;
     ];
     let cases: Vec<_> = cases.into_iter().map(|case| case.within(Duration::from_secs(180))).collect();
     runner::main(&cases, &[], programs)
@@ -182,6 +183,17 @@ mod pods {
         .await?;
         ensure!(status.exit_code == 3 && status.reason == "Error", "{status:?}");
         cri.end_pod(&pod).await?;
+        cri.leaves_nothing().await
+    }
+
+    /// Whether it then works is for a host that systemd runs: tests/tools/systemd-check.
+    pub(crate) async fn the_cgroup_driver_of_the_readme_is_asked_for(cx: Context) -> Result<()> {
+        if Path::new("/run/systemd/system").exists() {
+            return skip("systemd runs here, and would do it");
+        }
+        let cri = Cri::start_with(&cx, "SystemdCgroup = true").await?;
+        // as runc says it, and crun
+        cri.no_pod_runs("pod", &["systemd", "sd-bus"]).await?;
         cri.leaves_nothing().await
     }
 }
