@@ -228,7 +228,7 @@ impl Wire {
     /// Sends bytes; the deadline is for each part of them.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<()> {
         for part in bytes.chunks(1 << 16) {
-            within("send", DEADLINE, self.writer.write_all(part)).await??;
+            within("send", DEADLINE, self.writer.write_all(part)).await?.context("the connection has ended")?;
         }
         Ok(())
     }

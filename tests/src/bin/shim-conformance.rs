@@ -221,7 +221,7 @@ fn compare(options: &Options) -> Result<bool> {
 /// A run for each fault: of the cases that claim to see one, unless others are asked for.
 fn all_faults(options: &Options) -> Result<bool> {
     let mut plan = options.plan(options.shim()?)?;
-    plan.cases.retain(|case| !options.filters.is_empty() || faults::ALL.iter().any(|fault| fault.case == case.name));
+    plan.cases.retain(|case| !options.filters.is_empty() || faults::ALL.iter().any(|fault| fault.is_claimed_by(case.name)));
     let real = plan.subject.shim.clone();
     let place = env::temp_dir().join(format!("man-in-the-middle-{}", std::process::id()));
     let mut table = faults::Table::default();

@@ -11,6 +11,7 @@ use crate::bundle::Container;
 use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, eventually, eventually_true, within};
+use crate::fake_containerd::Manner;
 use crate::proc;
 use crate::stand::Stand;
 use crate::suite::Shim;
@@ -173,19 +174,22 @@ async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> Result<()> 
     Ok(())
 }
 
-/// The daemon is away while the last container is deleted.
+/// The daemon takes none while the last container is deleted, and for a while after that.
 async fn the_last_events_are_told_before_it_leaves(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
-    let shim = container.shim_pid()?;
-    stand.containerd().events().of_until("c1", "start").await?;
-    stand.containerd().vanish();
+    let (shim, fake) = (container.shim_pid()?, stand.containerd());
+    fake.events().of_until("c1", "start").await?;
+    fake.behave(Manner::HangUpEarly);
     ensure!(container.destroy().await? == 137);
     answered_or_gone(container.task.shutdown("c1").await)?;
-    tokio::time::sleep(Duration::from_millis(500)).await; // for so long nobody is there
-    stand.containerd().come_back()?;
-    let mut told = stand.containerd().events().of_until("c1", "delete").await?;
-    // the one that was under way when nobody was there any more may come twice
-    told.dedup();
+    let before = fake.tries();
+    eventually("it tries on after Shutdown", SOON, async || {
+        ensure!(fake.tries() > before + 1, "{} tries", fake.tries() - before);
+        Ok(())
+    })
+    .await?;
+    fake.behave(Manner::Accept);
+    let told = fake.events().of_until("c1", "delete").await?;
     ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
     gone(shim).await
 }
