@@ -109,9 +109,9 @@ impl Stand {
         Bundle::new(self, id, args).expect("the shared root file system can be made")
     }
 
-    /// A process to be that has nothing of a container but the name. See `bin/instant-runtime.rs`.
+    /// A process to be that has nothing of a container but the name. See `bin/gated-runtime/instant.rs`.
     pub fn instant(&self, id: &str, args: &[&str]) -> Bundle {
-        self.bundle(id, args).runtime(&self.program("instant-runtime")).mounts(Vec::new())
+        self.bundle(id, args).runtime(&self.program("gated-runtime")).mounts(Vec::new())
     }
 
     /// Where programs are looked for: beside the OCI runtime first.
