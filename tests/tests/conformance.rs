@@ -1,5 +1,8 @@
-//! The conformance suite, on our shim and with nothing excused, and on itself: it says what the document says, and it can fail.
+//! The conformance suite, on our shim and with nothing excused, and on itself: it says what the document says, and it can fail; and its tool.
 //! Needs root. `X_SHIM` names the shim's binary.
+
+#[path = "conformance/tool.rs"]
+mod tool;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -27,7 +30,8 @@ fn main() -> ExitCode {
     if let Err(error) = Version::chosen() {
         return cannot(&format!("{error:#}"));
     }
-    let trials = [about_the_document(), with_each_engine(&shim), with_each_fault(&shim)].into_iter().flatten().collect();
+    let trials =
+        [about_the_document(), tool::trials(&shim), with_each_engine(&shim), with_each_fault(&shim)].into_iter().flatten().collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !conclusion.has_failed() {
         let _nothing_was_written = std::fs::remove_dir_all(logs());

@@ -90,10 +90,10 @@ fn delete(arguments: &[String]) -> Result<ExitCode> {
     }
 }
 
-/// The file that says that the container of a command was deleted.
+/// The file that says that the container of a command was deleted, beside the bundles.
 fn mark_of(arguments: &[String]) -> Result<PathBuf> {
     let id = arguments.iter().skip_while(|argument| *argument != "-id").nth(1).context("no id")?;
-    Ok(env::current_exe()?.with_file_name(format!("deleted-{id}")))
+    Ok(Path::new("..").join(format!("deleted-{id}")))
 }
 
 fn say(answer: &impl Message) -> Result<ExitCode> {
