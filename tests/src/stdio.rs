@@ -122,6 +122,11 @@ impl Reader {
         }
     }
 
+    /// Opens the fifo anew, as who comes back does.
+    pub fn again(&self, pace: Pace) -> Result<Self> {
+        Self::open(&self.path, pace)
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Seen> {
         self.seen.lock().expect("no panic under this lock")
     }

@@ -14,7 +14,7 @@ use shim_tests::stdio::{Pace, Reader, fifo};
 use shim_tests::ttrpc::CallError;
 use shim_tests::{cgroups, isolation, proc};
 
-use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, sum, timer};
+use super::{Dice, Worker, count, fill_the_disk, hurt_a_worker, kill_a_runtime, lives, seed, sum, timer};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -59,7 +59,7 @@ pub(crate) async fn every_exit_is_told_once_and_no_byte_is_lost_whatever_fails(s
     let lane = |lane| lives(&soak.over, lane, Dice::new(seed, lane), live);
     let (chaos, disk, (), one, two, three, four) = tokio::join!(
         chaos(&soak, Dice::new(seed, 99)),
-        fill_the_disk(&soak, Dice::new(seed, 98)),
+        fill_the_disk(&soak.over, &soak.disk, &soak.counts.disks, Dice::new(seed, 97)),
         timer(&soak.over),
         lane(0),
         lane(1),
@@ -99,19 +99,6 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                 None => {}
             },
         }
-    }
-    Ok(())
-}
-
-/// Fills the disk for a while: sometimes longer than a shim has a container wait.
-async fn fill_the_disk(soak: &Soak, mut dice: Dice) -> Result<()> {
-    while !soak.over.load(Ordering::Relaxed) {
-        tokio::time::sleep(Duration::from_millis(dice.below(1000))).await;
-        let _full = fs::write(soak.disk.join("filler"), vec![0; 2 << 20]);
-        let spell = if dice.one_in(3) { 5_500 } else { 0 } + dice.below(700);
-        tokio::time::sleep(Duration::from_millis(spell)).await;
-        fs::remove_file(soak.disk.join("filler"))?;
-        count(&soak.counts.disks);
     }
     Ok(())
 }
@@ -186,7 +173,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
             tokio::time::sleep(Duration::from_millis(dice.below(60))).await; // who comes and goes, does so at some time
             reader.leave();
             read += reader.count();
-            *reader = Reader::open(&path, Pace::Slow { chunk: 1000 + dice.below(9000) as usize, pause: Duration::from_millis(1) })?;
+            *reader = reader.again(Pace::Slow { chunk: 1000 + dice.below(9000) as usize, pause: Duration::from_millis(1) })?;
             count(&soak.counts.readers);
         }
     }
