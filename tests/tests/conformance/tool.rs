@@ -227,6 +227,7 @@ fn what_it_cannot_do_it_says_in_one_line(place: &Place) -> Result<()> {
         (&["run", "--shim", &good, "--expect", &silent], "has no reason"),
         (&["compare", "--shim", &good], "1 shims are named with --shim; two are needed"),
         (&["compare", "--shim", &good, "--shim", &good, "--json", "x"], "compare writes no results"),
+        (&["faults", "--shim", &good, "--fault", "nobodys"], "no fault is called nobodys"),
         (&["table"], "no results are named"),
         (&["table", "/no/such/results"], "read /no/such/results"),
     ];
