@@ -59,6 +59,21 @@ async fn timer(over: &AtomicBool) {
     over.store(true, Ordering::Relaxed);
 }
 
+/// Four lanes of containers, `chaos` beside them, and a disk that is full at times, until the time is up or something has gone wrong.
+/// `disk`: where it is, and how often it was full.
+async fn until_over(
+    over: &AtomicBool,
+    seed: u64,
+    (disk, times): (&Path, &AtomicU64),
+    chaos: impl Future<Output = Result<()>>,
+    live: impl AsyncFn(&str, &mut Dice) -> Result<()>,
+) -> [Result<()>; 6] {
+    let lane = |lane| lives(over, lane, Dice::new(seed, lane), &live);
+    let full = fill_the_disk(over, disk, times, Dice::new(seed, 97));
+    let (chaos, full, (), one, two, three, four) = tokio::join!(chaos, full, timer(over), lane(0), lane(1), lane(2), lane(3));
+    [chaos, full, one, two, three, four]
+}
+
 /// One container after the other, until the time is up or something has gone wrong.
 async fn lives(over: &AtomicBool, lane: u64, mut dice: Dice, live: impl AsyncFn(&str, &mut Dice) -> Result<()>) -> Result<()> {
     for number in 0.. {

@@ -27,7 +27,7 @@ use shim_tests::suite::{Runtime, Suite};
 use shim_tests::{cgroups, proc};
 use tonic::{Code, Status};
 
-use super::{Dice, FILLER, Worker, count, fill_the_disk, hurt_a_worker, kill_a_runtime, lives, seed, sum, timer};
+use super::{Dice, FILLER, Worker, count, hurt_a_worker, kill_a_runtime, seed, sum, until_over};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -84,20 +84,12 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
         let lived = one_life(&soak, id, dice).await;
         lived.with_context(|| format!("{:?}, its shim was killed: {}", soak.events.of(id), soak.is_bereft(id)))
     };
-    let lane = |lane| lives(&soak.over, lane, Dice::new(seed, lane), live);
-    let (chaos, disk, (), one, two, three, four) = tokio::join!(
-        chaos(&soak, Dice::new(seed, 99)),
-        fill_the_disk(&soak.over, &soak.disk, &soak.counts.disks, Dice::new(seed, 97)),
-        timer(&soak.over),
-        lane(0),
-        lane(1),
-        lane(2),
-        lane(3)
-    );
+    let disk = (soak.disk.as_path(), &soak.counts.disks);
+    let results = until_over(&soak.over, seed, disk, chaos(&soak, Dice::new(seed, 99)), live).await;
     soak.remove_sockets_of_the_killed();
     let Counts { daemons, runtimes, workers, stops, shims, disks, readers, .. } = &soak.counts;
     println!("soak: {} faults survived: {:?}", sum(&[daemons, runtimes, workers, stops, shims, disks, readers]), soak.counts);
-    for result in [chaos, disk, one, two, three, four] {
+    for result in results {
         result.with_context(|| format!("X_SEED={seed}, the daemon's log:\n{}", soak.cx.logs()))?;
     }
     umount2(&soak.disk, MntFlags::MNT_DETACH)?;

@@ -14,7 +14,7 @@ use shim_tests::stdio::{Pace, Reader, fifo};
 use shim_tests::ttrpc::CallError;
 use shim_tests::{cgroups, isolation, proc};
 
-use super::{Dice, Worker, count, fill_the_disk, hurt_a_worker, kill_a_runtime, lives, seed, sum, timer};
+use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, seed, sum, until_over};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -56,20 +56,12 @@ pub(crate) async fn every_exit_is_told_once_and_no_byte_is_lost_whatever_fails(s
         count(&soak.counts.containers);
         Ok(())
     };
-    let lane = |lane| lives(&soak.over, lane, Dice::new(seed, lane), live);
-    let (chaos, disk, (), one, two, three, four) = tokio::join!(
-        chaos(&soak, Dice::new(seed, 99)),
-        fill_the_disk(&soak.over, &soak.disk, &soak.counts.disks, Dice::new(seed, 97)),
-        timer(&soak.over),
-        lane(0),
-        lane(1),
-        lane(2),
-        lane(3)
-    );
+    let disk = (soak.disk.as_path(), &soak.counts.disks);
+    let results = until_over(&soak.over, seed, disk, chaos(&soak, Dice::new(seed, 99)), live).await;
     let Counts { absences, runtimes, workers, stops, shims, disks, readers, logs, stalled, .. } = &soak.counts;
     let faults = sum(&[absences, runtimes, workers, stops, shims, disks, readers, logs, stalled]);
     println!("soak: {faults} faults survived: {:?}", soak.counts);
-    for result in [chaos, disk, one, two, three, four] {
+    for result in results {
         result.with_context(|| format!("X_SEED={seed}"))?;
     }
     umount2(&soak.disk, MntFlags::MNT_DETACH)?;
