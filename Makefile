@@ -15,7 +15,7 @@ X_REVISION := $(X_REVISION)
 export X_REVISION
 
 .PHONY: build build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install uninstall packages suites bench bench-memory bench-upgrade bench-manager clean
+.PHONY: lint install uninstall packages suites bench bench-memory bench-upgrade bench-manager bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -107,7 +107,7 @@ fuzz:
 		mkdir -p found/$$target && $(CARGO) fuzz run --sanitizer none $$target found/$$target corpus/$$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 || exit 1; done
 
-## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; takes half an hour
+## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; and docs/faults.md; takes an hour
 conformance-docs: packages suites build conformance-tool
 	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
 
@@ -121,10 +121,14 @@ campaign: packages suites build-faulty
 	X_SHIM_FAULTY=$(FAULTY_SHIM) X_CAMPAIGN=$(N) X_CAMPAIGN_WITHIN=$$(( $(N) * 10 + 600 )) $(CARGO) test --locked --package shim-tests --test faults -- campaign
 
 ## how long a client waits while its shim is upgraded, one upgrade of 1,000 shims, what a worker's rest gives and costs
-bench-upgrade: packages build
-	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rounds 2000
-	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --shims 1000
-	X_SHIM=$(SHIM) X_SHIM_IDLE_SECONDS=5 $(CARGO) run --locked --release --package shim-tests --bin upgrade-bench -- --rest 50
+bench-upgrade: packages build bench-tools
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin upgrade-bench -- --rounds 2000
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin upgrade-bench -- --shims 1000
+	X_SHIM=$(SHIM) X_SHIM_IDLE_SECONDS=5 $(CARGO) run --locked --release --package shim-tests --features bench --bin upgrade-bench -- --rest 50
+
+# the benchmarks, with the doubles beside them
+bench-tools:
+	$(CARGO) build --locked --release --package shim-tests --features bench --bins
 
 # A shim that kills its own worker at the message that a test chooses.
 build-faulty:
@@ -132,7 +136,7 @@ build-faulty:
 
 lint:
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets --features shim-tests/bench -- -D warnings
 
 ## a program in use is replaced in one step: whoever runs it meanwhile finds the old one or the new one
 BIN = $(DESTDIR)$(PREFIX)/bin
@@ -160,18 +164,17 @@ suites: packages
 
 ## x-manager beside containerd 2.1: memory, start, restart, churn; CONTAINERS=1000 takes some three minutes
 bench-manager: CONTAINERS ?= 100
-bench-manager: packages suites build
-	$(CARGO) build --locked --release --package shim-tests --bin manager-bench --bin instant-runtime
-	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --bin manager-bench -- --containers $(CONTAINERS)
+bench-manager: packages suites build bench-tools
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin manager-bench -- --containers $(CONTAINERS)
 
 ## beside the stock shim: memory, latency, throughput
-bench: packages build
-	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin shim-bench -- --shim go=$$(command -v containerd-shim-runc-v2) --shim x=$(SHIM)
+bench: packages build bench-tools
+	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench -- --shim go=$$(command -v containerd-shim-runc-v2) --shim x=$(SHIM)
 
 ## memory of CONTAINERS containers' shims beside the stock shim, then one upgrade of all of ours; and what is left of 100 whose workers rest
-BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --bin shim-bench -- --runtime crun --skip latency,load,stdout
+BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench -- --runtime crun --skip latency,load,stdout
 bench-memory: CONTAINERS ?= 1000
-bench-memory: packages suites build
+bench-memory: packages suites build bench-tools
 	$(BENCH) --shim go=stock --shim x=$(SHIM) --containers $(CONTAINERS) --upgrade
 	$(BENCH) --shim x=$(SHIM) --containers 100 --rest
 

@@ -8,7 +8,7 @@
 mod build;
 
 use std::fs;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -216,6 +216,12 @@ impl Deref for Container {
 
     fn deref(&self) -> &Process {
         &self.init
+    }
+}
+
+impl DerefMut for Container {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.init
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::{AbortHandle, JoinSet};
 
-use crate::events::{Events, decode};
+use crate::events::{Event, Events, decode};
 use crate::trace;
 use crate::ttrpc::{Code, Frame, RESPONSE, take_frame};
 
@@ -54,13 +54,20 @@ struct Shared {
     /// Requests that have come, whatever became of them.
     tries: Mutex<Vec<String>>,
     namespaces: Mutex<BTreeSet<String>>,
+    /// Those that were taken and whose sender was told so.
+    acknowledged: Mutex<Vec<Event>>,
 }
 
 impl FakeContainerd {
     /// Listens at `path` and accepts.
     pub fn listen(path: &Path) -> Result<Self> {
-        let shared =
-            Shared { manner: Mutex::new(Manner::Accept), events: Events::default(), tries: Mutex::default(), namespaces: Mutex::default() };
+        let shared = Shared {
+            manner: Mutex::new(Manner::Accept),
+            events: Events::default(),
+            tries: Mutex::default(),
+            namespaces: Mutex::default(),
+            acknowledged: Mutex::default(),
+        };
         let fake = Self { path: path.to_owned(), shared: Arc::new(shared), listener: Mutex::new(None) };
         fake.come_back()?;
         Ok(fake)
@@ -102,6 +109,15 @@ impl FakeContainerd {
         self.shared.namespaces.lock().expect("no panic under this lock").clone()
     }
 
+    /// The events of a container whose sender was told more than once that they were taken: nobody has asked for them again.
+    pub fn told_again(&self, container: &str) -> Vec<Event> {
+        let acknowledged = self.shared.acknowledged.lock().expect("no panic under this lock");
+        let of_it: Vec<_> = acknowledged.iter().filter(|event| event.container == container).collect();
+        let name = |event: &Event| (event.topic.clone(), event.exec.clone());
+        let again = of_it.iter().enumerate().filter(|(at, event)| of_it[..*at].iter().any(|other| name(other) == name(event)));
+        again.map(|(_, event)| (*event).clone()).collect()
+    }
+
     /// How often an event has come, taken or not.
     pub fn tries(&self) -> usize {
         self.shared.tries.lock().expect("no panic under this lock").len()
@@ -140,12 +156,13 @@ async fn serve(mut socket: UnixStream, shared: Arc<Shared>) {
                 let _it_may_hang_up = socket.write_all(&[0xff; 32]).await;
                 continue;
             }
-            let Some(answer) = shared.meet(&frame) else { return };
+            let Some((answer, taken)) = shared.meet(&frame) else { return };
             if let Some(answer) = answer
                 && socket.write_all(&answer.encode()).await.is_err()
             {
                 return;
             }
+            shared.acknowledged.lock().expect("no panic under this lock").extend(taken);
         }
     }
 }
@@ -155,8 +172,8 @@ impl Shared {
         *self.manner.lock().expect("no panic under this lock")
     }
 
-    /// What is answered; nothing at all, or a hang-up.
-    fn meet(&self, frame: &Frame) -> Option<Option<Frame>> {
+    /// What is answered, if anything, and the event that this takes; nothing at all for a hang-up.
+    fn meet(&self, frame: &Frame) -> Option<(Option<Frame>, Option<Event>)> {
         let manner = self.manner();
         let taken = match manner {
             Manner::Accept => true,
@@ -166,21 +183,24 @@ impl Shared {
         let read = self.read(frame, taken);
         let code = match (&read, manner) {
             (Err(_), _) => Code::InvalidArgument,
-            (Ok(()), Manner::Refuse(code)) => code,
-            (Ok(()), _) => Code::Ok,
+            (Ok(_), Manner::Refuse(code)) => code,
+            (Ok(_), _) => Code::Ok,
         };
+        let event = read.as_ref().ok().cloned();
         let message = read.err().map_or_else(String::new, |error| format!("{error:#}"));
         let status = Status { code: EnumOrUnknown::from_i32(code as i32), message, ..Status::default() };
         let response = Response { status: MessageField::some(status), ..Response::default() };
         let payload = response.write_to_bytes().expect("a message without required fields is always complete");
         match manner {
             Manner::HangUp { .. } | Manner::HangUpEarly => None,
-            Manner::Silent | Manner::Garbage => Some(None),
-            Manner::Accept | Manner::Refuse(_) => Some(Some(Frame { stream: frame.stream, kind: RESPONSE, payload })),
+            Manner::Silent | Manner::Garbage => Some((None, None)),
+            Manner::Accept | Manner::Refuse(_) => {
+                Some((Some(Frame { stream: frame.stream, kind: RESPONSE, payload }), event.filter(|_| manner == Manner::Accept)))
+            }
         }
     }
 
-    fn read(&self, frame: &Frame, taken: bool) -> Result<()> {
+    fn read(&self, frame: &Frame, taken: bool) -> Result<Event> {
         let request = Request::parse_from_bytes(&frame.payload)?;
         anyhow::ensure!(request.service == "containerd.services.events.ttrpc.v1.Events" && request.method == "Forward", "{request:?}");
         let forward = ForwardRequest::parse_from_bytes(&request.payload)?;
@@ -192,8 +212,8 @@ impl Shared {
         trace::note("event", format_args!("{event:?}{}", if taken { "" } else { ", not taken" }));
         if taken {
             self.namespaces.lock().expect("no panic under this lock").insert(envelope.namespace.clone());
-            self.events.push(event);
+            self.events.push(event.clone());
         }
-        Ok(())
+        Ok(event)
     }
 }

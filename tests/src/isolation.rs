@@ -64,6 +64,11 @@ pub fn cgroup() -> String {
     env::var(MARK).unwrap_or_else(|_| "x-tests".to_owned())
 }
 
+/// Removes the cgroups of a run whose outer process was `pid`, and kills who is in them: for a run that was killed.
+pub fn remove_cgroups_of(pid: u32) {
+    cgroups::remove(&format!("{PREFIX}{pid}"));
+}
+
 fn become_init() -> Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with the outer process")?;
     ensure!(std::process::id() == 1, "{MARK} is for internal use");

@@ -16,7 +16,7 @@ use crate::fake_containerd::FakeContainerd;
 use crate::gate::Gate;
 use crate::stdio::{Pace, Reader};
 use crate::suite::{Runtime, Shim, Suite};
-use crate::{cgroups, isolation, proc};
+use crate::{cgroups, isolation, proc, trace};
 
 /// The surroundings of one test; cheap to clone.
 #[derive(Debug, Clone)]
@@ -109,9 +109,9 @@ impl Stand {
         Bundle::new(self, id, args).expect("the shared root file system can be made")
     }
 
-    /// A process to be that has nothing of a container but the name. See `bin/instant-runtime.rs`.
+    /// A process to be that has nothing of a container but the name. See `bin/gated-runtime/instant.rs`.
     pub fn instant(&self, id: &str, args: &[&str]) -> Bundle {
-        self.bundle(id, args).runtime(&self.program("instant-runtime")).mounts(Vec::new())
+        self.bundle(id, args).runtime(&self.program("gated-runtime")).mounts(Vec::new())
     }
 
     /// Where programs are looked for: beside the OCI runtime first.
@@ -186,7 +186,8 @@ impl Stand {
 
     /// Reads a shim's log from now on, as containerd does.
     pub fn read_log_of(&self, id: &str, fifo: &Path) -> Result<()> {
-        let reader = Reader::open(fifo, Pace::Keep)?;
+        let of = id.to_owned();
+        let reader = Reader::open_and_show(fifo, Pace::Keep, move |bytes| trace::copy_log(&of, bytes))?;
         self.0.logs.lock().expect("no panic under this lock").insert(id.to_owned(), reader);
         Ok(())
     }
@@ -194,12 +195,6 @@ impl Stand {
     /// What the shim that was started for a container has logged.
     pub fn log_of(&self, id: &str) -> String {
         self.0.logs.lock().expect("no panic under this lock").get(id).map_or_else(String::new, Reader::text)
-    }
-
-    /// What all shims have logged.
-    pub fn logs(&self) -> String {
-        let logs = self.0.logs.lock().expect("no panic under this lock");
-        logs.iter().map(|(id, log)| format!("== of {id}\n{}\n", log.text())).collect()
     }
 
     /// The last lines that all shims have logged.

@@ -61,10 +61,15 @@ pub struct Reader {
 impl Reader {
     /// Opens the fifo and begins to read. It waits for a first writer, and ends when the last one has left.
     pub fn open(path: &Path, pace: Pace) -> Result<Self> {
+        Self::open_and_show(path, pace, |_| ())
+    }
+
+    /// Like [`Self::open`]; `show` sees what comes as it comes.
+    pub fn open_and_show(path: &Path, pace: Pace, show: impl FnMut(&[u8]) + Send + 'static) -> Result<Self> {
         let file = open_nonblocking(path, OpenOptions::new().read(true)).with_context(|| format!("open {} for reading", path.display()))?;
         let seen = Arc::new(Mutex::new(Seen::default()));
         let theirs = Arc::clone(&seen);
-        let thread = thread::Builder::new().name("reader".to_owned()).spawn(move || read_loop(file, pace, &theirs))?;
+        let thread = thread::Builder::new().name("reader".to_owned()).spawn(move || read_loop(file, pace, &theirs, show))?;
         Ok(Self { path: path.to_owned(), seen, thread: Some(thread) })
     }
 
@@ -117,6 +122,11 @@ impl Reader {
         }
     }
 
+    /// Opens the fifo anew, as who comes back does.
+    pub fn again(&self, pace: Pace) -> Result<Self> {
+        Self::open(&self.path, pace)
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Seen> {
         self.seen.lock().expect("no panic under this lock")
     }
@@ -132,7 +142,7 @@ fn tail(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(200)..]).into_owned()
 }
 
-fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>) {
+fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>, mut show: impl FnMut(&[u8])) {
     let size = match pace {
         Pace::Slow { chunk, .. } => chunk,
         Pace::Keep | Pace::Count => 1 << 16,
@@ -153,6 +163,7 @@ fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>) {
                 return;
             }
             Ok(read) => {
+                show(&buffer[..read]);
                 let mut seen = seen.lock().expect("no panic under this lock");
                 seen.count += read as u64;
                 if matches!(pace, Pace::Keep) {

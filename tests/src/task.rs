@@ -11,7 +11,7 @@ use containerd_shim_protos::api;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 
-use crate::ttrpc::{Answer, CallError, Connection, DEADLINE, Frame};
+use crate::ttrpc::{Answer, CallError, Connection, DEADLINE, Frame, read_answer};
 use crate::{eventually, trace};
 
 /// The service up to containerd 1.7.
@@ -77,7 +77,7 @@ impl Task {
         let payload = message.write_to_bytes().expect("a message without required fields is always complete");
         trace::note("call", format_args!("{method} {message}"));
         let answer = self.connection.call(self.service, method, payload, deadline).await;
-        let answer = answer.map(|answer| A::parse_from_bytes(&answer).expect("the answer is the method's message"));
+        let answer = answer.and_then(|answer| read_answer::<A>(&answer));
         match &answer {
             Ok(answer) => trace::note("answer", format_args!("{method} {answer}")),
             Err(error) => trace::note("answer", format_args!("{method} {error}")),
@@ -220,8 +220,7 @@ impl PendingWait {
     /// Waits for its answer, the exit status.
     pub async fn status(self, deadline: Duration) -> Answer<u32> {
         let frame = eventually::timeout(deadline, self.0).await.map_err(|_| CallError::Silent)?.map_err(|_| CallError::Closed)?;
-        let answer = frame.answer()?;
-        Ok(api::WaitResponse::parse_from_bytes(&answer).expect("the answer is the method's message").exit_status)
+        Ok(read_answer::<api::WaitResponse>(&frame.answer()?)?.exit_status)
     }
 }
 

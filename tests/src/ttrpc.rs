@@ -98,6 +98,8 @@ pub enum CallError {
     Closed,
     /// Nothing came in time.
     Silent,
+    /// What came is not the method's message, and why.
+    Garbage(String),
 }
 
 impl CallError {
@@ -105,7 +107,7 @@ impl CallError {
     pub fn code(&self) -> Option<Code> {
         match self {
             Self::Refused { code, .. } => Some(*code),
-            Self::Closed | Self::Silent => None,
+            Self::Closed | Self::Silent | Self::Garbage(_) => None,
         }
     }
 }
@@ -116,6 +118,7 @@ impl fmt::Display for CallError {
             Self::Refused { code, message } => write!(f, "{code:?}: {message}"),
             Self::Closed => f.write_str("the connection has ended"),
             Self::Silent => f.write_str("no answer in time"),
+            Self::Garbage(why) => write!(f, "the answer is not the method's message: {why}"),
         }
     }
 }
@@ -124,6 +127,11 @@ impl std::error::Error for CallError {}
 
 /// What a call comes back with.
 pub type Answer<T> = std::result::Result<T, CallError>;
+
+/// Reads a method's message.
+pub fn read_answer<A: Message>(payload: &[u8]) -> Answer<A> {
+    A::parse_from_bytes(payload).map_err(|error| CallError::Garbage(error.to_string()))
+}
 
 /// The status of a refusal.
 ///
@@ -228,7 +236,7 @@ impl Wire {
     /// Sends bytes; the deadline is for each part of them.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<()> {
         for part in bytes.chunks(1 << 16) {
-            within("send", DEADLINE, self.writer.write_all(part)).await??;
+            within("send", DEADLINE, self.writer.write_all(part)).await?.context("the connection has ended")?;
         }
         Ok(())
     }

@@ -1,6 +1,10 @@
-//! The conformance suite, on our shim and with nothing excused, and on itself: it says what the document says, and it can fail.
+//! The conformance suite, on our shim and with nothing excused, and on itself: it says what the document says, and it can fail; and its tool.
 //! Needs root. `X_SHIM` names the shim's binary.
 
+#[path = "conformance/tool.rs"]
+mod tool;
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -26,7 +30,8 @@ fn main() -> ExitCode {
     if let Err(error) = Version::chosen() {
         return cannot(&format!("{error:#}"));
     }
-    let trials = [about_the_document(), with_each_engine(&shim), with_each_fault(&shim)].into_iter().flatten().collect();
+    let trials =
+        [about_the_document(), tool::trials(&shim), with_each_engine(&shim), with_each_fault(&shim)].into_iter().flatten().collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !conclusion.has_failed() {
         let _nothing_was_written = std::fs::remove_dir_all(logs());
@@ -49,11 +54,13 @@ fn subject(shim: PathBuf, runtime: Runtime) -> Subject {
 
 fn about_the_document() -> Vec<Trial> {
     type Test = (&'static str, fn() -> Result<()>);
-    let tests: [Test; 4] = [
+    let tests: [Test; 6] = [
         ("document::every_case_names_a_clause_of_the_document", every_case_names_a_clause_of_the_document),
         ("document::every_clause_has_a_case_and_a_source", every_clause_has_a_case_and_a_source),
         ("document::the_table_of_calls_is_the_one_that_is_tested", the_table_of_calls_is_the_one_that_is_tested),
         ("document::known_deviations_have_reasons_and_cases", known_deviations_have_reasons_and_cases),
+        ("document::every_must_has_a_fault", every_must_has_a_fault),
+        ("document::the_table_of_faults_is_of_these_and_each_is_seen_by_few", the_table_of_faults_is_of_these_and_each_is_seen_by_few),
     ];
     tests.into_iter().map(|(name, test)| Trial::test(name, move || test().map_err(failed))).collect()
 }
@@ -71,10 +78,26 @@ fn every_case_names_a_clause_of_the_document() -> Result<()> {
     for case in cases::all() {
         ensure!(clauses::find(case.clause).is_some(), "{}: there is no clause {}", case.name, case.clause);
     }
-    for fault in faults::ALL {
-        ensure!(cases::find(fault.case).is_some(), "{}: there is no case {}", fault.name, fault.case);
+    for (fault, (case, words)) in faults::ALL.iter().flat_map(|fault| fault.seen.iter().map(move |seen| (fault, seen))) {
+        ensure!(cases::find(case).is_some(), "{}: there is no case {case}", fault.name);
+        ensure!(!words.is_empty(), "{}: any failure of {case} will do", fault.name);
     }
     Ok(())
+}
+
+/// Without one, nobody has seen that its cases can fail.
+fn every_must_has_a_fault() -> Result<()> {
+    let proves = |clause: &str, case: &str| cases::find(case).is_some_and(|case| case.clause == clause);
+    for clause in clauses::all().iter().filter(|clause| clause.level == Level::Must) {
+        let seen = faults::ALL.iter().any(|fault| fault.seen.iter().any(|(case, _)| proves(clause.id, case)));
+        ensure!(seen, "no fault is seen by a case of {} {}", clause.id, clause.text);
+    }
+    Ok(())
+}
+
+fn the_table_of_faults_is_of_these_and_each_is_seen_by_few() -> Result<()> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/faults.md");
+    faults::check_document(&std::fs::read_to_string(path)?)
 }
 
 fn every_clause_has_a_case_and_a_source() -> Result<()> {
@@ -150,31 +173,25 @@ fn with_each_fault(shim: &Path) -> Vec<Trial> {
         let shim = faults::install(&place, &programs().join("man-in-the-middle"), &shim, fault)?;
         let subject = subject(shim, Runtime::Crun);
         let verdict = perform(&case, &subject, &format!("logs/{fault}"));
-        std::fs::remove_dir_all(logs().join("fault").join(fault))?;
-        let _of_a_failure_that_was_wanted = std::fs::remove_dir_all(logs().join("logs").join(fault));
+        std::fs::remove_dir_all(place)?;
+        let _of_a_failure_that_was_wanted = std::fs::remove_dir_all(logs().join("logs").join(fault).join(case.name));
         Ok(verdict)
     };
     let mut trials = Vec::new();
-    for fault in faults::ALL {
+    let mut claimants = BTreeSet::new();
+    for (fault, (case, _)) in faults::ALL.iter().flat_map(|fault| fault.seen.iter().map(move |seen| (fault, seen))) {
+        claimants.insert(*case);
         let through = through.clone();
-        trials.push(Trial::test(format!("fault::{}_is_seen", fault.name), move || {
-            match through(fault.name, fault.case).map_err(failed)? {
-                Verdict::Failed(_) => Ok(()),
-                other => Err(Failed::from(format!("{} says {other:?}, though {}", fault.case, fault.text))),
-            }
+        trials.push(Trial::test(format!("fault::{}_is_seen_by_{case}", fault.name), move || {
+            through(fault.name, case).and_then(|verdict| fault.check(case, &verdict)).map_err(failed)
         }));
     }
-    trials.push(Trial::test("fault::without_a_fault_nobody_is_seen", move || {
-        let mut names: Vec<_> = faults::ALL.iter().map(|fault| fault.case).collect();
-        names.sort_unstable();
-        names.dedup();
-        for name in names {
-            let verdict = through("none", name).map_err(failed)?;
-            if verdict != Verdict::Passed {
-                return Err(Failed::from(format!("{name} through a man who does nothing: {verdict:?}")));
-            }
-        }
-        Ok(())
-    }));
+    for case in claimants {
+        let through = through.clone();
+        trials.push(Trial::test(format!("fault::none_is_seen_by_{case}"), move || match through("none", case).map_err(failed)? {
+            Verdict::Passed => Ok(()),
+            verdict => Err(Failed::from(format!("through a man who does nothing: {verdict:?}"))),
+        }));
+    }
     trials
 }

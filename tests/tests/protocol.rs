@@ -34,7 +34,7 @@ use shim_tests::direct;
 use shim_tests::direct_cases;
 
 fn main() -> ExitCode {
-    let programs = Path::new(env!("CARGO_BIN_EXE_instant-runtime")).parent().expect("a file is in a folder");
+    let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
     let mut cases = Vec::new();
     cases.extend(direct_cases![answers: ready_made_answers_are_those_of_the_worker]);
     cases.extend(direct_cases![bad_input:

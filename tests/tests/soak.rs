@@ -8,11 +8,11 @@ mod containerd;
 #[path = "soak/shim.rs"]
 mod shim;
 
-use std::env;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{env, fs};
 
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
@@ -57,6 +57,21 @@ async fn timer(over: &AtomicBool) {
         tokio::time::sleep(Duration::from_millis(100)).await; // how long it lasts is what is asked for
     }
     over.store(true, Ordering::Relaxed);
+}
+
+/// Four lanes of containers, `chaos` beside them, and a disk that is full at times, until the time is up or something has gone wrong.
+/// `disk`: where it is, and how often it was full.
+async fn until_over(
+    over: &AtomicBool,
+    seed: u64,
+    (disk, times): (&Path, &AtomicU64),
+    chaos: impl Future<Output = Result<()>>,
+    live: impl AsyncFn(&str, &mut Dice) -> Result<()>,
+) -> [Result<()>; 6] {
+    let lane = |lane| lives(over, lane, Dice::new(seed, lane), &live);
+    let full = fill_the_disk(over, disk, times, Dice::new(seed, 97));
+    let (chaos, full, (), one, two, three, four) = tokio::join!(chaos, full, timer(over), lane(0), lane(1), lane(2), lane(3));
+    [chaos, full, one, two, three, four]
 }
 
 /// One container after the other, until the time is up or something has gone wrong.
@@ -113,6 +128,22 @@ fn kill_a_runtime(engine: &Path, dice: &mut Dice) -> bool {
     let helpers = proc::all().into_values().filter(|process| process.comm == name && !process.is_zombie());
     let found = dice.one_of(helpers.filter(|process| is_helper(process.pid)).collect());
     found.map(|process| proc::kill_hard(process.pid)).is_some()
+}
+
+/// What fills a disk.
+const FILLER: &str = "filler";
+
+/// Fills the disk for a while, again and again: sometimes longer than a shim has a container wait.
+async fn fill_the_disk(over: &AtomicBool, disk: &Path, times: &AtomicU64, mut dice: Dice) -> Result<()> {
+    while !over.load(Ordering::Relaxed) {
+        tokio::time::sleep(Duration::from_millis(dice.below(1000))).await; // it is full at some time, for some time
+        let _full = fs::write(disk.join(FILLER), vec![0; 8 << 20]);
+        let spell = if dice.one_in(3) { 5_500 } else { 0 } + dice.below(700);
+        tokio::time::sleep(Duration::from_millis(spell)).await;
+        fs::remove_file(disk.join(FILLER))?;
+        count(times);
+    }
+    Ok(())
 }
 
 /// What became of a worker.

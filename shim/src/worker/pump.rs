@@ -89,16 +89,30 @@ impl Pump {
             log::warn!("outputs are slow to reach their files");
         }
     }
+
+    /// Moves what is there, and waits for a while at most until that is done and what could not be moved is told of.
+    pub(super) async fn end(&self, within: Duration) {
+        self.orders.stop();
+        let mut flushed = self.flushed.clone();
+        let ended = async { while flushed.changed().await.is_ok() {} };
+        if tokio::time::timeout(within, ended).await.is_err() {
+            log::warn!("outputs do not reach their files");
+        }
+    }
 }
 
 impl Drop for Pump {
     fn drop(&mut self) {
-        self.orders.stop.store(true, Ordering::SeqCst);
-        self.orders.ring();
+        self.orders.stop();
     }
 }
 
 impl Orders {
+    fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.ring();
+    }
+
     fn ring(&self) {
         // A full counter rings as well.
         let _ = self.bell.write(1);
@@ -168,6 +182,9 @@ impl Thread {
         while self.sources.iter().any(|source| !source.ended) {
             let stop = self.orders.stop.load(Ordering::SeqCst);
             let flushes = self.orders.flushes.load(Ordering::SeqCst);
+            if stop {
+                self.targets.iter_mut().for_each(Target::retry_at_once);
+            }
             if self.round() {
                 self.flushed.send_replace(flushes);
             }
@@ -176,8 +193,16 @@ impl Thread {
             }
             self.wait();
         }
+        self.lose_the_rest();
         for target in &self.targets {
             target.tell_loss(&self.key);
+        }
+    }
+
+    /// Counts what is left in the pipes: nobody will move it any more.
+    fn lose_the_rest(&mut self) {
+        for source in self.sources.iter().filter(|source| !source.ended) {
+            self.targets[source.target].lost_bytes += sys::descriptors::waiting_bytes(source.pipe.as_fd()).unwrap_or(0) as u64;
         }
     }
 
@@ -281,6 +306,10 @@ impl Target {
         Turn::Stalled
     }
 
+    fn retry_at_once(&mut self) {
+        self.failing = self.failing.map(|(since, _)| (since, Instant::now()));
+    }
+
     fn tell_loss(&self, key: &str) {
         if self.lost_bytes > 0 {
             log::error!(container:% = key, path:% = self.path.display(), lost_bytes = self.lost_bytes; "output was lost");
@@ -348,6 +377,19 @@ mod tests {
         assert!(thread.round());
         assert_eq!(std::fs::read(folder.join("log")).expect("a file"), b"the other");
         std::fs::remove_dir_all(&folder).expect("removal");
+    }
+
+    #[test]
+    fn what_is_not_moved_at_the_end_is_counted_as_lost() {
+        let (read, mut write) = std::io::pipe().expect("a pipe");
+        fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("a flag");
+        write.write_all(b"the end").expect("room");
+        let orders = Orders { bell: EventFd::new().expect("an eventfd"), flushes: AtomicU64::new(0), stop: AtomicBool::new(false) };
+        let pipes = vec![(read.into(), "/dev/null/is-no-folder".into())];
+        let mut thread = Thread::new("c1".into(), pipes, Arc::new(orders), watch::channel(0).0);
+        assert!(!thread.round());
+        thread.lose_the_rest();
+        assert_eq!(thread.targets[0].lost_bytes, 7);
     }
 
     #[test]

@@ -114,7 +114,7 @@ async fn measure(plan: Plan) -> Result<Value> {
 
     eprintln!("{} containers", plan.containers);
     // a runtime that makes nothing around a process: what is measured is the daemon's share
-    let runtime = programs.join("instant-runtime");
+    let runtime = programs.join("gated-runtime");
     let create = async |_number: usize| {
         cx.container(&["sleep", "100000"])
             .rootfs(Vec::new())

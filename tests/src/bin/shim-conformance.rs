@@ -1,6 +1,7 @@
 //! Judges a containerd shim, any shim, clause by clause. `shim-conformance help` says how.
 
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::{env, fs};
@@ -20,8 +21,8 @@ shim-conformance: starts a containerd shim as containerd does, drives it, and sa
                        [--cgroup 1|2] [--patience N] [--json FILE] [--junit FILE] [--logs FOLDER]
   shim-conformance compare --shim A --shim B [--engine …] [--filter …] [--jobs N] [--cgroup …] [--patience N]
   shim-conformance table RESULTS.json…       several runs as one table in Markdown
-  shim-conformance faults --shim PATH [--engine …] [--filter …] [--jobs N]
-                       which cases see which fault of a man in the middle, in Markdown; takes some minutes
+  shim-conformance faults --shim PATH [--fault NAME]… [--engine …] [--filter …] [--jobs N]
+                       which cases see which fault of a man in the middle, in Markdown; all of them take half an hour
 
   --engine   the OCI runtime that the shim is told to use; by default crun, else runc
   --filter   only cases whose name or clause contains PATTERN; one that begins with = is the whole name
@@ -35,6 +36,8 @@ Needs root, an OCI runtime, and a static busybox (Debian: busybox-static). Every
 cgroups and a deadline of its own, and what the shim leaves behind ends with them.
 Exit status: 0 when every MUST and SHOULD holds or is a known deviation, 1 when not, 2 when it cannot be tried.";
 
+const HELP_WORDS: [&str; 3] = ["help", "--help", "-h"];
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = match env::args_os().skip(1).map(OsString::into_string).collect() {
         Ok(arguments) => arguments,
@@ -43,15 +46,15 @@ fn main() -> ExitCode {
     let result = match arguments.split_first() {
         Some((word, rest)) if word == child::PERFORM => return child::main(rest),
         Some((word, rest)) if word == child::ASK => return child::answer(rest),
+        Some((word, rest)) if HELP_WORDS.contains(&word.as_str()) || rest.iter().any(|word| HELP_WORDS[1..].contains(&word.as_str())) => {
+            println!("{HELP}");
+            Ok(true)
+        }
         Some((word, rest)) if word == "list" => Options::read(rest).and_then(|options| list(&options)),
         Some((word, rest)) if word == "run" => Options::read(rest).and_then(|options| run_one(&options)),
         Some((word, rest)) if word == "compare" => Options::read(rest).and_then(|options| compare(&options)),
         Some((word, rest)) if word == "table" => table(rest),
         Some((word, rest)) if word == "faults" => Options::read(rest).and_then(|options| all_faults(&options)),
-        Some((word, _)) if ["help", "--help", "-h"].contains(&word.as_str()) => {
-            println!("{HELP}");
-            Ok(true)
-        }
         Some((word, _)) => Err(anyhow::anyhow!("no command {word:?}; shim-conformance help says what there is")),
         None => Err(anyhow::anyhow!("no command; shim-conformance help says what there is")),
     };
@@ -67,11 +70,20 @@ fn cannot(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
+fn number(flag: &str, value: &str) -> Result<usize> {
+    value.parse().ok().filter(|number| *number > 0).with_context(|| format!("{flag} takes a number from 1 on, not {value:?}"))
+}
+
+fn is_program(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|about| about.is_file() && about.mode() & 0o111 != 0)
+}
+
 #[derive(Debug, Default)]
 struct Options {
     shims: Vec<PathBuf>,
     engine: Option<String>,
     filters: Vec<String>,
+    faults: Vec<String>,
     expect: Option<PathBuf>,
     jobs: Option<usize>,
     json: Option<PathBuf>,
@@ -94,12 +106,13 @@ impl Options {
                 "--shim" => options.shims.push(value.into()),
                 "--engine" => options.engine = Some(value),
                 "--filter" => options.filters.push(value),
+                "--fault" => options.faults.push(value),
                 "--expect" => options.expect = Some(value.into()),
-                "--jobs" => options.jobs = Some(value.parse().with_context(|| format!("--jobs {value}"))?),
+                "--jobs" => options.jobs = Some(number(flag, &value)?),
                 "--json" => options.json = Some(value.into()),
                 "--junit" => options.junit = Some(value.into()),
                 "--cgroup" => options.cgroups = Some(Version::available(&value).with_context(|| format!("--cgroup {value}"))?),
-                "--patience" => options.patience = Some(value.parse().with_context(|| format!("--patience {value}"))?),
+                "--patience" => options.patience = Some(u32::try_from(number(flag, &value)?).context("--patience")?),
                 "--logs" => options.logs = Some(value.into()),
                 _ => bail!("no option {flag}; shim-conformance help says what there is"),
             }
@@ -125,17 +138,18 @@ impl Options {
         let mut folders: Vec<_> = env::split_paths(&path).collect();
         folders.extend(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from));
         let find = |name: &&str| match name.contains('/') {
-            true => Some(PathBuf::from(name)).filter(|path| path.is_file()),
-            false => folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file()),
+            true => Some(PathBuf::from(name)).filter(|path| is_program(path)),
+            false => folders.iter().map(|folder| folder.join(name)).find(|path| is_program(path)),
         };
-        let found = names.iter().find_map(find).with_context(|| format!("no OCI runtime: {} is not there", names.join(" and ")))?;
+        let found =
+            names.iter().find_map(find).with_context(|| format!("no OCI runtime: {} is not there, or no program", names.join(" and ")))?;
         Ok(std::path::absolute(found)?)
     }
 
     fn plan(&self, shim: &Path) -> Result<Plan> {
         ensure!(nix::unistd::geteuid().is_root(), "this needs root: it starts shims, containers and namespaces");
         ensure!(shim.exists(), "no shim at {}", shim.display());
-        ensure!(shim.is_file(), "{} is not a program", shim.display());
+        ensure!(is_program(shim), "{} is not a program: no file that may be executed", shim.display());
         ensure!(
             ["/bin/busybox", "/usr/bin/busybox"].iter().any(|path| Path::new(path).exists()),
             "no /bin/busybox: containers are made of it"
@@ -221,11 +235,14 @@ fn compare(options: &Options) -> Result<bool> {
 /// A run for each fault: of the cases that claim to see one, unless others are asked for.
 fn all_faults(options: &Options) -> Result<bool> {
     let mut plan = options.plan(options.shim()?)?;
-    plan.cases.retain(|case| !options.filters.is_empty() || faults::ALL.iter().any(|fault| fault.case == case.name));
+    plan.cases.retain(|case| !options.filters.is_empty() || faults::ALL.iter().any(|fault| fault.is_claimed_by(case.name)));
     let real = plan.subject.shim.clone();
     let place = env::temp_dir().join(format!("man-in-the-middle-{}", std::process::id()));
     let mut table = faults::Table::default();
-    for fault in faults::ALL {
+    for name in &options.faults {
+        ensure!(faults::ALL.iter().any(|fault| fault.name == name), "no fault is called {name}");
+    }
+    for fault in faults::ALL.iter().filter(|fault| options.faults.is_empty() || options.faults.iter().any(|name| name == fault.name)) {
         plan.subject.shim = faults::install(&place, &plan.subject.programs.join("man-in-the-middle"), &real, fault.name)?;
         let results = run::run(&plan, |_| ())?;
         eprintln!("{}", table.add(fault, &results));

@@ -63,12 +63,18 @@ const VERDICT: &str = "verdict.json";
 
 /// Performs a case in another process, which writes into `folder`. It ends at the case's deadline at the latest, and takes everything with it.
 pub fn perform(case: &Case, subject: &Subject, folder: &Path) -> (Verdict, Duration) {
+    // it has a deadline of its own; this one is for a case that does not keep it
+    perform_within((case.deadline + Duration::from_secs(20)) * subject.patience, case, subject, folder)
+}
+
+/// Like [`perform`], with another deadline.
+pub fn perform_within(deadline: Duration, case: &Case, subject: &Subject, folder: &Path) -> (Verdict, Duration) {
     let begin = Instant::now();
-    let verdict = try_perform(case, subject, folder).unwrap_or_else(|error| Verdict::Failed(format!("{error:#}")));
+    let verdict = try_perform(begin + deadline, case, subject, folder).unwrap_or_else(|error| Verdict::Failed(format!("{error:#}")));
     (verdict, begin.elapsed())
 }
 
-fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict> {
+fn try_perform(deadline: Instant, case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict> {
     fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
     let output = fs::File::create(folder.join("output"))?;
     let mut child = Command::new(subject.programs.join(PROGRAM))
@@ -81,12 +87,12 @@ fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict>
         .stdout(output.try_clone()?)
         .stderr(output)
         .spawn()?;
-    // it has a deadline of its own; this one is for a case that does not keep it
-    let deadline = Instant::now() + (case.deadline + Duration::from_secs(20)) * subject.patience;
     while child.try_wait()?.is_none() {
         if Instant::now() > deadline {
             child.kill()?;
             child.wait()?;
+            // its namespaces end with it, but nobody else removes these
+            isolation::remove_cgroups_of(child.id());
             return Ok(Verdict::Failed("the case did not end by itself, and was killed with all that it had started".to_owned()));
         }
         std::thread::sleep(Duration::from_millis(5)); // the kernel has no wait with a deadline for a child
@@ -177,19 +183,15 @@ fn judge(case: &Case, subject: &Subject, folder: &Path) -> Verdict {
 }
 
 async fn try_judge(case: &Case, subject: &Subject, folder: &Path) -> Result<()> {
-    trace::open(&folder.join("trace"))?;
+    trace::open(folder)?;
     let shim = Shim { runtime_type: String::new(), binary: Some(subject.shim.clone()) };
     let stand = Stand::with_engine(&shim, &subject.programs, &subject.engine)?;
     for need in case.needs {
         need.check(&stand.path())?;
     }
     let body = eventually::timeout(case.deadline, (case.body)(stand.clone())).await;
-    let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline * eventually::patience())));
-    fs::write(folder.join("shim.log"), stand.logs())?;
-    result?;
-    let left = leaves_nothing(&stand).await;
-    fs::write(folder.join("shim.log"), stand.logs())?;
-    left
+    body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline * eventually::patience())))?;
+    leaves_nothing(&stand).await
 }
 
 /// Of sockets, clauses of their own speak.

@@ -11,7 +11,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use serde::Deserialize;
 
 use super::Case;
@@ -45,7 +45,10 @@ impl Expectations {
     /// Errors: what is wrong with it, and where.
     pub fn read(path: &Path, cases: &[Case]) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
-        let expectations: Self = toml::from_str(&text).with_context(|| format!("read {}", path.display()))?;
+        let expectations: Self = toml::from_str(&text).map_err(|error| {
+            let line = 1 + text[..error.span().map_or(0, |span| span.start)].matches('\n').count();
+            anyhow!("{}: line {line}: {}", path.display(), error.message())
+        })?;
         for deviation in &expectations.deviation {
             ensure!(cases.iter().any(|case| case.name == deviation.case), "{}: there is no case {}", path.display(), deviation.case);
             ensure!(!deviation.reason.is_empty(), "{}: {} has no reason", path.display(), deviation.case);

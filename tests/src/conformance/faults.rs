@@ -7,71 +7,338 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::child::Verdict;
 use super::clauses::Level;
 use super::run::Results;
 
-/// One fault, its name, what it is, and the case that has to fail.
+/// One fault: its name, what it is, and what it has to be seen by.
 #[derive(Debug, Clone, Copy)]
 pub struct Fault {
     /// What the man in the middle is told.
     pub name: &'static str,
     /// For people.
     pub text: &'static str,
-    /// The case that claims to see it.
-    pub case: &'static str,
+    /// The cases that have to fail, each with words that its failure has to contain.
+    pub seen: &'static [(&'static str, &'static str)],
+    /// Why nearly everybody sees it.
+    pub broad: Option<&'static str>,
 }
 
-const fn fault(name: &'static str, text: &'static str, case: &'static str) -> Fault {
-    Fault { name, text, case }
+const fn fault(name: &'static str, text: &'static str, seen: &'static [(&'static str, &'static str)]) -> Fault {
+    Fault { name, text, seen, broad: None }
 }
+
+impl Fault {
+    const fn broad(mut self, why: &'static str) -> Self {
+        self.broad = Some(why);
+        self
+    }
+
+    /// Whether a case claims to see it.
+    pub fn is_claimed_by(&self, case: &str) -> bool {
+        self.seen.iter().any(|(name, _)| *name == case)
+    }
+
+    /// The cases that claim to see it, in Markdown.
+    fn seen_by(&self) -> String {
+        names(self.seen.iter().map(|(case, _)| *case))
+    }
+
+    /// Whether what has become of a case that claims to see it is because of it.
+    ///
+    /// Errors: what became of it instead.
+    pub fn check(&self, case: &str, verdict: &Verdict) -> Result<()> {
+        let (_, words) = self.seen.iter().find(|(name, _)| *name == case).context("no case that claims to see it")?;
+        match verdict {
+            Verdict::Failed(why) if why.contains(words) => Ok(()),
+            Verdict::Failed(why) => bail!("{case} fails without a word of {words:?}: {why}"),
+            other => bail!("{case} says {other:?}, though {}", self.text),
+        }
+    }
+}
+
+/// No fault is seen by more cases than these beside those that claim to see it, unless it is [`Fault::broad`]: who sees everything proves nothing.
+pub const MOST_OTHERS: usize = 8;
 
 /// All of them.
 pub const ALL: &[Fault] = &[
-    fault("drop-exit", "the exit event of init is not passed on", "events.a_life_is_told_once_and_in_order"),
-    fault("double-exit", "exit events are told twice", "lifecycle.the_exit_code_is_the_same_wherever_it_is_told"),
-    fault("late-start", "the start event comes after the next one", "events.a_life_is_told_once_and_in_order"),
-    fault("late-exec-started", "exec-started comes after the next event", "events.each_exec_is_told_as_added_started_and_exited"),
-    fault("wrong-event-pid", "exec-started names another pid", "events.events_name_the_namespace_and_the_process"),
-    fault("wrong-namespace", "events bear another namespace", "events.events_name_the_namespace_and_the_process"),
-    fault("drop-paused", "the paused event is not passed on", "events.pause_and_resume_are_told"),
-    fault("drop-oom", "the event of the end of memory is not passed on", "resources.the_end_of_memory_is_told_before_the_exit"),
-    fault("give-events-up", "an event that is refused is not told again", "events.an_event_that_is_refused_for_a_while_is_told_later"),
-    fault("wait-137", "Wait says 137 whatever it was", "lifecycle.the_exit_code_is_the_same_wherever_it_is_told"),
-    fault("delete-137", "the command delete says 137 whatever it was", "deaths.an_exit_code_outlives_the_shim"),
-    fault("delete-nothing", "the command delete does nothing", "deaths.delete_kills_what_a_dead_shim_has_left"),
-    fault("wrong-exit-time", "State says another time of the end", "lifecycle.the_exit_code_is_the_same_wherever_it_is_told"),
-    fault("wrong-task-pid", "Connect names another pid", "lifecycle.create_start_and_connect_agree_on_pids"),
-    fault("wrong-code", "NotFound becomes Unknown", "calls.nobody"),
-    fault("wrong-refusal", "FailedPrecondition becomes Unknown", "calls.codes_when_running"),
-    fault("internal", "Unimplemented becomes Internal", "calls.what_is_unknown_is_not_implemented"),
-    fault("silent-stats", "Stats is accepted and never answered", "resources.statistics_are_of_the_hosts_kind"),
-    fault("no-stats-at-the-end", "Stats is refused once init has ended", "resources.statistics_are_there_until_delete"),
-    fault("no-pids-at-the-end", "Pids is empty once init has ended", "lifecycle.pids_name_init_until_delete"),
-    fault("no-v3", "the service of v3 is not there", "calls.the_task_service_of_v3_is_served"),
-    fault("lost-byte", "the last byte of stdout is lost", "stdio.every_byte_before_the_end_arrives"),
-    fault("late-end", "stdout is closed fifteen seconds late", "stdio.stdout_and_stderr_are_kept_apart_and_end"),
-    fault("no-close-io", "CloseIO is answered and not done", "stdio.stdin_arrives_and_ends_with_close_io"),
-    fault("no-resize", "ResizePty is answered and not done", "terminals.a_terminal_has_the_size_that_was_asked_for"),
-    fault("no-pause", "Pause is answered and not done", "resources.a_paused_container_stands_still_and_goes_on"),
-    fault("no-update", "Update is answered and not done", "resources.an_update_changes_the_limit"),
-    fault("kill-init-only", "Kill forgets that it was for all", "lifecycle.a_signal_for_all_reaches_every_process"),
-    fault("kill-wrong-process", "Kill of an exec reaches init", "execs.an_exec_is_killed_alone"),
-    fault("stay", "Shutdown is answered and not done", "lifetime.a_shim_leaves_when_it_is_told_to"),
-    fault("leave-early", "Shutdown ends the shim, containers or not", "lifetime.a_shim_stays_while_a_container_is_left"),
-    fault("leak", "a descriptor is lost with each Create", "lifetime.nothing_grows"),
-    fault("open-socket", "the socket is for everybody", "security.sockets_are_for_root_alone"),
-    fault("no-address", "the file address is not there", "bootstrap.the_address_is_left_in_the_bundle"),
-    fault("no-group", "each start has an address of its own", "bootstrap.a_second_start_in_a_group_answers_the_living_shims_address"),
-    fault("hang-up-on-garbage", "what is no request ends the connection", "wire.garbage_is_answered_and_the_connection_goes_on"),
+    fault(
+        "drop-exit",
+        "the exit event of init is not passed on",
+        &[
+            ("events.a_life_is_told_once_and_in_order", "[\"create\", \"start\", \"delete\"]"),
+            ("events.the_end_of_init_is_told_though_execs_are_under_way", "\"delete\"]"),
+        ],
+    ),
+    fault("double-exit", "exit events are told twice", &[("lifecycle.the_exit_code_is_the_same_wherever_it_is_told", "events: [exit")]),
+    fault(
+        "late-start",
+        "the start event comes after the next one",
+        &[("events.a_life_is_told_once_and_in_order", "[\"create\", \"exit\", \"start\"")],
+    ),
+    fault(
+        "late-exec-started",
+        "exec-started comes after the next event",
+        &[("events.each_exec_is_told_as_added_started_and_exited", "exit(e")],
+    ),
+    fault(
+        "drop-create",
+        "the create event is not passed on",
+        &[("events.a_container_that_never_started_is_told_as_created_and_deleted", "[\"exit\", \"delete\"]")],
+    ),
+    fault(
+        "first-owner",
+        "the exit of a process is told of the first one that had its pid",
+        &[("execs.an_exit_is_credited_to_who_has_the_pid_now", "exit c1/first")],
+    ),
+    fault(
+        "wrong-event-pid",
+        "exec-started names another pid",
+        &[("events.events_name_the_namespace_and_the_process", "exec-started c1/e")],
+    ),
+    fault("wrong-namespace", "events bear another namespace", &[("events.events_name_the_namespace_and_the_process", "elsewhere")]),
+    fault("drop-paused", "the paused event is not passed on", &[("events.pause_and_resume_are_told", "\"start\", \"resumed\"")]),
+    fault(
+        "drop-oom",
+        "the event of the end of memory is not passed on",
+        &[("resources.the_end_of_memory_is_told_before_the_exit", "[\"create\", \"start\", \"exit\", \"delete\"]")],
+    ),
+    fault(
+        "give-events-up",
+        "an event that is refused is not told again",
+        &[("events.an_event_that_is_refused_for_a_while_is_told_later", "\"start\", \"e")],
+    ),
+    fault(
+        "events-first",
+        "an answer waits until the daemon has taken the last event",
+        &[("events.a_daemon_that_takes_its_time_over_events_delays_no_call", "though events wait")],
+    ),
+    fault("wait-137", "Wait says 137 whatever it was", &[("lifecycle.the_exit_code_is_the_same_wherever_it_is_told", "137 vs 0")])
+        .broad("every end is waited for"),
+    fault("bare-signal", "Wait says 15 for an end by SIGTERM", &[("lifecycle.a_signal_is_told_as_128_more", "of an exec")]),
+    fault(
+        "killed-execs-end-well",
+        "Wait says 0 of an added process that was killed",
+        &[("execs.execs_end_with_their_container", "0 vs 137")],
+    ),
+    fault("delete-137", "the command delete says 137 whatever it was", &[("deaths.an_exit_code_outlives_the_shim", "exit_status: 137")]),
+    fault("delete-nothing", "the command delete does nothing", &[("deaths.delete_kills_what_a_dead_shim_has_left", "its init is dead")]),
+    fault(
+        "delete-no-member",
+        "the command delete does nothing to members of a group",
+        &[("deaths.a_killed_shim_ends_a_whole_pod", "its init is dead")],
+    ),
+    fault(
+        "delete-the-shim",
+        "the command delete ends the shim",
+        &[("deaths.delete_after_a_deletion_harms_nobody", "the connection has ended")],
+    ),
+    fault(
+        "delete-for-ever",
+        "the command delete uses a name up",
+        &[("deaths.the_same_id_works_again_after_the_shim_was_killed", "this name is used up")],
+    ),
+    fault(
+        "late-unmount",
+        "the command delete unmounts the root file system a second late",
+        &[("deaths.delete_unmounts_the_root_file_system", "it is still mounted")],
+    ),
+    fault(
+        "ghost",
+        "of a shim that was killed something accepts connections",
+        &[("deaths.a_dead_shim_accepts_nothing", "somebody accepts")],
+    ),
+    fault(
+        "wrong-exit-time",
+        "State says another time of the end",
+        &[("lifecycle.the_exit_code_is_the_same_wherever_it_is_told", "State: ")],
+    ),
+    fault(
+        "early-running",
+        "State says that a created container runs",
+        &[("lifecycle.state_tells_phase_pid_bundle_and_stdio", "phase 1 expected")],
+    ),
+    fault(
+        "wrong-exec-pid",
+        "State of an added process says another pid",
+        &[("execs.an_exec_has_its_own_output_and_exit_code", "State says another pid")],
+    ),
+    fault("wrong-task-pid", "Connect names another pid", &[("lifecycle.create_start_and_connect_agree_on_pids", "task_pid")]),
+    fault("wrong-code", "NotFound becomes Unknown", &[("calls.nobody", "NotFound expected, Refused(Unknown) found")]),
+    fault(
+        "wrong-refusal",
+        "FailedPrecondition becomes Unknown",
+        &[("calls.codes_when_running", "precondition expected, Refused(Unknown) found")],
+    ),
+    fault("internal", "Unimplemented becomes Internal", &[("calls.what_is_unknown_is_not_implemented", "Internal")]),
+    fault(
+        "create-never-fails",
+        "a Create that fails is answered as done",
+        &[
+            ("calls.a_second_container_of_a_name_is_refused", "it was accepted"),
+            ("lifecycle.a_failed_create_leaves_nothing_and_says_why", "it was accepted"),
+            ("requests.a_bundle_that_cannot_be_run_is_refused", "it was accepted"),
+            ("trouble.a_create_that_is_asked_for_again_makes_one_container", "not the one that was made"),
+        ],
+    ),
+    fault(
+        "exec-never-fails",
+        "an Exec or a Start that fails is answered as done",
+        &[
+            ("execs.an_exec_of_a_missing_program_fails_and_can_be_deleted", "it was accepted"),
+            ("requests.an_exec_that_cannot_be_is_refused_and_leaves_nothing", "it was accepted"),
+        ],
+    ),
+    fault("silent-stats", "Stats is accepted and never answered", &[("resources.statistics_are_of_the_hosts_kind", "no answer in time")]),
+    fault(
+        "no-stats-at-the-end",
+        "Stats is refused once init has ended",
+        &[("resources.statistics_are_there_until_delete", "after the exit")],
+    ),
+    fault("no-pids-at-the-end", "Pids is empty once init has ended", &[("lifecycle.pids_name_init_until_delete", "[]")]),
+    fault(
+        "no-kill-before-start",
+        "Kill of a created container is refused",
+        &[("lifecycle.a_created_container_can_be_killed", "FailedPrecondition")],
+    ),
+    fault(
+        "no-kill-when-paused",
+        "Kill of a paused container is refused",
+        &[("resources.a_container_killed_while_paused_ends", "FailedPrecondition")],
+    ),
+    fault(
+        "no-wait-before-start",
+        "Wait for a created container is refused",
+        &[("lifecycle.a_wait_on_a_created_container_ends_with_its_exit", "FailedPrecondition")],
+    ),
+    fault("no-kill-for-all", "Kill for all is refused", &[("lifecycle.kill_all_ends_every_process", "Unimplemented")]),
+    fault("one-life", "an id is not free after Delete", &[("lifecycle.an_id_is_free_again_after_delete", "AlreadyExists")]),
+    fault(
+        "one-exec",
+        "an added process's id is not free after Delete",
+        &[("execs.an_exec_id_is_free_again_after_delete", "AlreadyExists")],
+    ),
+    fault("short-ids", "an id of more than 64 characters is refused", &[("lifecycle.the_longest_id_works", "InvalidArgument")]),
+    fault("no-v2", "the service of v2 is not there", &[("calls.the_task_service_of_v2_is_served", "Unimplemented")])
+        .broad("it is the one that the cases speak"),
+    fault("no-v3", "the service of v3 is not there", &[("calls.the_task_service_of_v3_is_served", "Unimplemented")]),
+    fault(
+        "lost-byte",
+        "the last byte of stdout is lost",
+        &[("stdio.every_byte_before_the_end_arrives", "0 of 1 bytes"), ("terminals.a_terminals_last_output_is_not_cut", "line 4999\\r")],
+    ),
+    fault("late-end", "stdout is closed fifteen seconds late", &[("stdio.stdout_and_stderr_are_kept_apart_and_end", "still open")]),
+    fault(
+        "impatient",
+        "what a reader does not take at once is thrown away",
+        &[("stdio.a_slow_reader_is_waited_for_in_bounded_memory", "back-pressure")],
+    ),
+    fault("no-close-io", "CloseIO is answered and not done", &[("stdio.stdin_arrives_and_ends_with_close_io", "no answer in time")]),
+    fault("close-io-once", "a second CloseIO is refused", &[("stdio.close_io_is_harmless_at_any_time", "a second time")]),
+    fault("no-resize", "ResizePty is answered and not done", &[("terminals.a_terminal_has_the_size_that_was_asked_for", "\"42 111\"")]),
+    fault(
+        "no-exec-terminal",
+        "an added process gets no terminal",
+        &[("terminals.an_exec_with_a_terminal_has_one", "State does not say so")],
+    ),
+    fault("exec-as-root", "an added process is root's", &[("execs.an_exec_gets_its_user_folder_and_environment", "\"0\\n")]),
+    fault(
+        "no-pause",
+        "Pause is answered and not done",
+        &[("resources.a_paused_container_stands_still_and_goes_on", "it is not told as paused")],
+    ),
+    fault("no-update", "Update is answered and not done", &[("resources.an_update_changes_the_limit", "67108864")]),
+    fault("late-cgroup", "a container's cgroups are gone a second late", &[("resources.cgroups_are_gone_after_delete", "is left")]),
+    fault(
+        "kill-init-only",
+        "Kill forgets that it was for all",
+        &[("lifecycle.a_signal_for_all_reaches_every_process", "no answer in time")],
+    ),
+    fault("kill-wrong-process", "Kill of an exec reaches init", &[("execs.an_exec_is_killed_alone", "another process was killed")]),
+    fault(
+        "survivor",
+        "a process of a container outlives it",
+        &[("lifecycle.a_container_in_the_hosts_pid_namespace_leaves_no_survivor", "no process of it is left")],
+    ),
+    fault("busy-with-kill", "while a Kill is under way nothing is waited for", &[("trouble.a_slow_kill_delays_no_exit", "Unavailable")]),
+    fault(
+        "one-create-at-a-time",
+        "while a Create is under way State is not answered",
+        &[("trouble.a_slow_create_delays_no_sibling", "no answer in time")],
+    ),
+    fault(
+        "stay",
+        "Shutdown is answered and not done",
+        &[
+            ("lifetime.a_shim_leaves_when_it_is_told_to", "the shim has left"),
+            ("lifetime.a_group_that_is_deleted_all_at_once_leaves_nothing", "the shim has left"),
+        ],
+    )
+    .broad("every case ends with it"),
+    fault(
+        "leave-early",
+        "Shutdown ends the shim, containers or not",
+        &[
+            ("lifetime.a_shim_stays_while_a_container_is_left", "the connection has ended"),
+            ("lifetime.delete_and_shutdown_at_once_are_answered", "the connection has ended"),
+        ],
+    ),
+    fault(
+        "forget-execs",
+        "an added process is forgotten with the connection that it was added on",
+        &[("lifetime.a_new_connection_finds_everything_as_it_was", "NotFound")],
+    ),
+    fault("leak", "a descriptor is lost with each Create", &[("lifetime.nothing_grows", "its descriptors are closed")]),
+    fault(
+        "leak-to-container",
+        "a container is given a descriptor of somebody's file",
+        &[("security.a_container_has_three_descriptors", "/etc/passwd")],
+    ),
+    fault("open-socket", "the socket is for everybody", &[("security.sockets_are_for_root_alone", "mode 666")]),
+    fault(
+        "chatty-debug",
+        "start -debug says something on standard error",
+        &[("bootstrap.start_answers_an_address_that_can_be_dialled", "start says")],
+    ),
+    fault("no-options", "start fails because of options", &[("bootstrap.options_on_standard_input_are_taken", "no options are taken")]),
+    fault(
+        "wrong-protocol",
+        "the answer to BootstrapParams names another protocol",
+        &[("bootstrap.bootstrap_params_are_answered_in_kind", "\"grpc\"")],
+    ),
+    fault("no-address", "the file address is not there", &[("bootstrap.the_address_is_left_in_the_bundle", "no file called address")]),
+    fault(
+        "no-group",
+        "each start has an address of its own",
+        &[("bootstrap.a_second_start_in_a_group_answers_the_living_shims_address", "bundle.start_shim().await?")],
+    ),
+    fault(
+        "whole-frames-only",
+        "a frame that does not come all at once ends the connection",
+        &[("wire.frames_cut_anywhere_are_put_together", "hung up"), ("wire.a_slow_client_is_served_beside_the_others", "Broken pipe")],
+    ),
+    fault(
+        "half-frame-blocks",
+        "while half a frame has come no request is met",
+        &[("wire.a_frame_that_is_cut_off_harms_nobody", "state of the witness")],
+    ),
+    fault(
+        "hang-up-on-garbage",
+        "what is no request ends the connection",
+        &[("wire.garbage_is_answered_and_the_connection_goes_on", "the connection has ended")],
+    ),
     fault(
         "hang-up-on-length",
         "a frame that is too long ends the connection",
-        "wire.a_length_beyond_the_limit_is_refused_and_the_connection_goes_on",
+        &[("wire.a_length_beyond_the_limit_is_refused_and_the_connection_goes_on", "the connection has ended")],
     ),
-    fault("in-order", "a connection's next request waits for the answer to the one before", "wire.answers_come_as_they_are_ready"),
+    fault(
+        "in-order",
+        "a connection's next request waits for the answer to the one before",
+        &[("wire.answers_come_as_they_are_ready", "receive a frame")],
+    ),
 ];
 
 /// Puts a man in the middle in front of the shim `real` into `folder`, and returns where it is to be found.
@@ -89,40 +356,82 @@ pub const NOT_THROUGH_HIM: &[&str] = &["lifetime.a_binary_that_is_gone_is_not_mi
 
 /// Which cases have seen which fault.
 #[derive(Debug, Default)]
-pub struct Table(Vec<(Fault, Vec<String>)>);
+pub struct Table(Vec<Row>);
+
+#[derive(Debug)]
+struct Row {
+    fault: Fault,
+    /// Why the cases that claim to see it do not.
+    missed: Vec<String>,
+    others: Vec<String>,
+}
 
 impl Table {
     /// Adds the run with a fault, and says what was seen.
     pub fn add(&mut self, fault: &Fault, results: &Results) -> String {
-        let failed = results.outcomes.iter().filter(|outcome| matches!(outcome.verdict, Verdict::Failed(_)));
-        let failed = failed.filter(|outcome| {
-            (outcome.level() != Level::May || outcome.case == fault.case) && !NOT_THROUGH_HIM.contains(&outcome.case.as_str())
-        });
-        let failed: Vec<_> = failed.map(|outcome| outcome.case.clone()).collect();
-        let said = format!(
-            "{}: {} cases, {}",
-            fault.name,
-            failed.len(),
-            if failed.iter().any(|case| case == fault.case) { "caught" } else { "NOT CAUGHT" }
-        );
-        self.0.push((*fault, failed));
+        let (mut missed, mut others) = (Vec::new(), Vec::new());
+        for outcome in results.outcomes.iter().filter(|outcome| !NOT_THROUGH_HIM.contains(&outcome.case.as_str())) {
+            if fault.is_claimed_by(&outcome.case) {
+                missed.extend(fault.check(&outcome.case, &outcome.verdict).err().map(|error| format!("{error:#}")));
+            } else if matches!(outcome.verdict, Verdict::Failed(_)) && outcome.level() != Level::May {
+                others.push(outcome.case.clone());
+            }
+        }
+        let row = Row { fault: *fault, missed, others };
+        let said = format!("{}: {}, and by {} others", fault.name, row.wrong().unwrap_or_else(|| "caught".to_owned()), row.others.len());
+        self.0.push(row);
         said
     }
 
-    /// Whether each fault was seen by the case that claims to see it.
+    /// Whether each fault was seen by the cases that claim to see it, and by few others.
     pub fn is_complete(&self) -> bool {
-        self.0.iter().all(|(fault, failed)| failed.iter().any(|case| case == fault.case))
+        self.0.iter().all(|row| row.wrong().is_none())
     }
 
     /// A row for each fault.
     pub fn markdown(&self) -> String {
         let mut text = "| fault | what it is | seen by | and by |\n| --- | --- | --- | --- |\n".to_owned();
-        for (fault, failed) in &self.0 {
-            let seen = if failed.iter().any(|case| case == fault.case) { format!("`{}`", fault.case) } else { "**nobody**".to_owned() };
-            let others: Vec<_> = failed.iter().filter(|case| *case != fault.case).map(|case| format!("`{case}`")).collect();
-            let others = if others.len() > 8 { format!("{} others", others.len()) } else { others.join(", ") };
-            let _cannot_fail = writeln!(text, "| {} | {} | {seen} | {others} |", fault.name, fault.text);
+        for row in &self.0 {
+            let seen = if row.missed.is_empty() { row.fault.seen_by() } else { "**not by all who claim to see it**".to_owned() };
+            let others = match row.fault.broad {
+                Some(why) if row.others.len() > MOST_OTHERS => format!("{} others: {why}", row.others.len()),
+                _ => names(row.others.iter().map(String::as_str)),
+            };
+            let _cannot_fail = writeln!(text, "| {} | {} | {seen} | {others} |", row.fault.name, row.fault.text);
         }
         text
     }
+}
+
+impl Row {
+    fn wrong(&self) -> Option<String> {
+        let too_many = self.others.len() > MOST_OTHERS && self.fault.broad.is_none();
+        match (self.missed.first(), too_many) {
+            (Some(missed), _) => Some(format!("NOT CAUGHT: {missed}")),
+            (None, true) => Some(format!("caught by TOO MANY: {}", self.others.join(", "))),
+            (None, false) => None,
+        }
+    }
+}
+
+fn names<'a>(cases: impl Iterator<Item = &'a str>) -> String {
+    cases.map(|case| format!("`{case}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// What is wrong with the table in a document: it is not of [`ALL`], or some fault was seen by too many.
+pub fn check_document(document: &str) -> Result<()> {
+    let rows: Vec<Vec<&str>> = document
+        .lines()
+        .filter(|line| line.starts_with("| "))
+        .map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())
+        .collect();
+    for fault in ALL {
+        let row = rows.iter().find(|row| row[0] == fault.name).with_context(|| format!("{} is not in the document", fault.name))?;
+        ensure!(row[1..3] == [fault.text, &fault.seen_by()], "{} is another in the document: {row:?}", fault.name);
+        let others = row.get(3).map_or(0, |others| others.matches('`').count() / 2);
+        ensure!(others <= MOST_OTHERS, "{} is seen by {others} others", fault.name);
+    }
+    // two lines are its head
+    ensure!(rows.len() == ALL.len() + 2, "the document has {} faults, there are {}", rows.len() - 2, ALL.len());
+    Ok(())
 }

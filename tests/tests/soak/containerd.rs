@@ -6,13 +6,14 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use std::{env, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use shim_tests::audit::Audit;
 use shim_tests::client::Answer;
 use shim_tests::container::{Container, Stdio};
@@ -26,7 +27,7 @@ use shim_tests::suite::{Runtime, Suite};
 use shim_tests::{cgroups, proc};
 use tonic::{Code, Status};
 
-use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, sum, timer};
+use super::{Dice, FILLER, Worker, count, hurt_a_worker, kill_a_runtime, seed, sum, until_over};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -46,6 +47,10 @@ struct Counts {
     shims: AtomicU64,
     /// Killed shims whose sockets were left.
     sockets: AtomicU64,
+    /// Times for which the disk of some outputs was full.
+    disks: AtomicU64,
+    /// Readers who left and came back.
+    readers: AtomicU64,
 }
 
 /// What all lanes share.
@@ -55,6 +60,8 @@ struct Soak {
     counts: Counts,
     /// Containers whose shim was killed, with its command line.
     bereft: Mutex<BTreeMap<String, String>>,
+    /// Where some containers write into a file.
+    disk: PathBuf,
     /// Deaths and revivals of the daemon.
     eras: AtomicU64,
     over: AtomicBool,
@@ -68,20 +75,24 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     let cx = Context::new(Arc::clone(&daemon), runtime, stand.shim().clone(), &programs).await?;
     println!("soak: {} with {runtime}", daemon.suite());
     let (events, counts) = (cx.events().await?, Counts::default());
-    let soak = Soak { cx, events, counts, bereft: Mutex::default(), eras: AtomicU64::new(0), over: AtomicBool::new(false) };
+    let disk = cx.folder().join("disk");
+    fs::create_dir(&disk)?;
+    // more than what all write
+    mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
+    let soak = Soak { cx, events, counts, bereft: Mutex::default(), disk, eras: AtomicU64::new(0), over: AtomicBool::new(false) };
     let live = async |id: &str, dice: &mut Dice| {
         let lived = one_life(&soak, id, dice).await;
         lived.with_context(|| format!("{:?}, its shim was killed: {}", soak.events.of(id), soak.is_bereft(id)))
     };
-    let lane = |lane| lives(&soak.over, lane, Dice::new(seed, lane), live);
-    let (chaos, (), one, two, three, four) =
-        tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
+    let disk = (soak.disk.as_path(), &soak.counts.disks);
+    let results = until_over(&soak.over, seed, disk, chaos(&soak, Dice::new(seed, 99)), live).await;
     soak.remove_sockets_of_the_killed();
-    let Counts { daemons, runtimes, workers, stops, shims, .. } = &soak.counts;
-    println!("soak: {} faults survived: {:?}", sum(&[daemons, runtimes, workers, stops, shims]), soak.counts);
-    for result in [chaos, one, two, three, four] {
+    let Counts { daemons, runtimes, workers, stops, shims, disks, readers, .. } = &soak.counts;
+    println!("soak: {} faults survived: {:?}", sum(&[daemons, runtimes, workers, stops, shims, disks, readers]), soak.counts);
+    for result in results {
         result.with_context(|| format!("X_SEED={seed}, the daemon's log:\n{}", soak.cx.logs()))?;
     }
+    umount2(&soak.disk, MntFlags::MNT_DETACH)?;
     let tasks = soak.cx.client().list().await?;
     ensure!(tasks.is_empty(), "containerd knows of {tasks:?}");
     soak.cx.leaves_nothing().await?;
@@ -196,20 +207,36 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     let (era, status, bytes) = (soak.era(), 1 + dice.below(99) as u32, dice.below(300_000));
     // some live for as long as an exec or a restart of the daemon needs
     let script = format!("head -c {bytes} /dev/zero; sleep {}.{}; exit {status}", dice.below(2), dice.below(10));
-    let builder = soak.cx.container(&["sh", "-c", &script]).id(id).stdio(Stdio::Fifos { stdin: false, pace: Some(Pace::Count) });
+    let (file, fills) = (soak.disk.join(id), soak.counts.disks.load(Ordering::Relaxed));
+    let stdio = match dice.one_in(4) {
+        true => Stdio::uri(format!("file://{}", file.display())),
+        false => Stdio::Fifos { stdin: false, pace: Some(Pace::Count) },
+    };
+    let builder = soak.cx.container(&["sh", "-c", &script]).id(id).stdio(stdio);
     // metadata that went before their task would leave containerd with a task that nobody can name: undo takes both, in their order
     let created = async { builder.metadata().await?.create_task().await };
-    let container = match created.await {
+    let mut container = match created.await {
         Ok(container) if container.start().await.is_ok() => container,
         begun => {
             count(&soak.counts.undone);
             let undone = undo(soak, id).await;
             drop(begun);
+            let _there_may_be_one = fs::remove_file(&file);
             return undone;
         }
     };
     for exec in 0..dice.below(3) {
         run_exec(soak, &container, exec, dice).await?;
+    }
+    let mut read = 0;
+    if let Some(reader) = container.io.stdout.as_mut().filter(|_| dice.one_in(3)) {
+        for _turn in 0..1 + dice.below(4) {
+            tokio::time::sleep(Duration::from_millis(dice.below(60))).await; // who comes and goes, does so at some time
+            reader.leave();
+            read += reader.count();
+            *reader = reader.again(Pace::Slow { chunk: 1000 + dice.below(9000) as usize, pause: Duration::from_millis(1) })?;
+            count(&soak.counts.readers);
+        }
     }
     let true_status = |found: u32| found == status || (found == 137 && soak.is_bereft(id));
     match answered("Wait", async || container.wait().await).await? {
@@ -226,9 +253,22 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
         Some(found) => ensure!(true_status(found), "Delete says {found}, not {status}"),
         None => ensure!(soak.is_bereft(id) || soak.era() != era, "it was not there to be deleted"),
     }
-    container.io.out().to_end_within(SOON * 3).await?;
-    let read = container.io.out().count();
-    ensure!(read == bytes || (read < bytes && soak.is_bereft(id)), "{read} of {bytes} bytes");
+    if let Some(reader) = &container.io.stdout {
+        // one who comes back when everything was read and the writer has left finds nobody
+        eventually("the end of the output", SOON * 3, async || {
+            let is_over = reader.ended() || read > 0 && (read + reader.count() == bytes || soak.is_bereft(id));
+            ensure!(is_over, "{read} and {} of {bytes} bytes", reader.count());
+            Ok(())
+        })
+        .await?;
+        read += reader.count();
+    } else {
+        read = fs::metadata(&file).map_or(0, |about| about.len());
+        let _there_may_be_none = fs::remove_file(&file);
+    }
+    // what a full disk has cost, the shim has told to a log that dies with the daemon
+    let was_full = container.io.stdout.is_none() && (soak.disk.join(FILLER).exists() || soak.counts.disks.load(Ordering::Relaxed) != fills);
+    ensure!(read == bytes || (read < bytes && (soak.is_bereft(id) || was_full)), "{read} of {bytes} bytes");
     soak.counts.bytes.fetch_add(read, Ordering::Relaxed);
     forget(soak, id).await?;
     count(&soak.counts.containers);

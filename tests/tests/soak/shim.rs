@@ -14,7 +14,7 @@ use shim_tests::stdio::{Pace, Reader, fifo};
 use shim_tests::ttrpc::CallError;
 use shim_tests::{cgroups, isolation, proc};
 
-use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, lives, seed, sum, timer};
+use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, seed, sum, until_over};
 
 /// What was done so far.
 #[derive(Debug, Default)]
@@ -28,8 +28,12 @@ struct Counts {
     stops: AtomicU64,
     shims: AtomicU64,
     disks: AtomicU64,
+    /// Bytes that a shim has told to be lost on a full disk.
+    lost: AtomicU64,
     readers: AtomicU64,
     logs: AtomicU64,
+    /// Logs that somebody has open, and does not read.
+    stalled: AtomicU64,
 }
 
 /// What all lanes share.
@@ -52,13 +56,12 @@ pub(crate) async fn every_exit_is_told_once_and_no_byte_is_lost_whatever_fails(s
         count(&soak.counts.containers);
         Ok(())
     };
-    let lane = |lane| lives(&soak.over, lane, Dice::new(seed, lane), live);
-    let (chaos, (), one, two, three, four) =
-        tokio::join!(chaos(&soak, Dice::new(seed, 99)), timer(&soak.over), lane(0), lane(1), lane(2), lane(3));
-    let Counts { absences, runtimes, workers, stops, shims, disks, readers, logs, .. } = &soak.counts;
-    let faults = sum(&[absences, runtimes, workers, stops, shims, disks, readers, logs]);
+    let disk = (soak.disk.as_path(), &soak.counts.disks);
+    let results = until_over(&soak.over, seed, disk, chaos(&soak, Dice::new(seed, 99)), live).await;
+    let Counts { absences, runtimes, workers, stops, shims, disks, readers, logs, stalled, .. } = &soak.counts;
+    let faults = sum(&[absences, runtimes, workers, stops, shims, disks, readers, logs, stalled]);
     println!("soak: {faults} faults survived: {:?}", soak.counts);
-    for result in [chaos, one, two, three, four] {
+    for result in results {
         result.with_context(|| format!("X_SEED={seed}"))?;
     }
     umount2(&soak.disk, MntFlags::MNT_DETACH)?;
@@ -70,7 +73,7 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
     let (stand, counts) = (&soak.stand, &soak.counts);
     while !soak.over.load(Ordering::Relaxed) {
         tokio::time::sleep(Duration::from_millis(50 + dice.below(400))).await; // what fails, fails at some time
-        match dice.below(6) {
+        match dice.below(4) {
             0 => {
                 stand.containerd().vanish();
                 tokio::time::sleep(Duration::from_millis(dice.below(1500))).await;
@@ -82,17 +85,11 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                     count(&counts.runtimes);
                 }
             }
-            2 | 3 => match hurt_a_worker(&stand.shims(), &mut dice).await {
+            _ => match hurt_a_worker(&stand.shims(), &mut dice).await {
                 Some(Worker::Killed) => count(&counts.workers),
                 Some(Worker::Stopped) => count(&counts.stops),
                 None => {}
             },
-            _ => {
-                let _full = fs::write(soak.disk.join("filler"), vec![0; 2 << 20]);
-                tokio::time::sleep(Duration::from_millis(dice.below(700))).await;
-                let _there_is_none = fs::remove_file(soak.disk.join("filler"));
-                count(&counts.disks);
-            }
         }
     }
     Ok(())
@@ -101,7 +98,9 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
 /// Where a container's output goes.
 enum Output {
     Nowhere,
-    Read(Reader),
+    /// A reader who stays, or comes and goes.
+    Read(Reader, bool),
+    /// A reader who comes at the end alone.
     Left,
     Disk,
 }
@@ -114,7 +113,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     let script = format!("head -c {bytes} /dev/zero; sleep 0.{}; exit {status}", dice.below(10));
     let bundle = stand.bundle(id, &["sh", "-c", &script]);
     let path = stand.folder().join(id);
-    let (bundle, output) = match dice.below(6) {
+    let (bundle, mut output) = match dice.below(7) {
         0 => (bundle, Output::Nowhere),
         1 => {
             let uri = format!("file://{}", soak.disk.join(id).display());
@@ -130,24 +129,45 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
                 count(&soak.counts.readers);
                 Output::Left
             } else {
-                Output::Read(reader)
+                Output::Read(reader, kind == 4)
             };
             (bundle.stdio("", &text, &text), output)
         }
     };
-    let bundle = if dice.one_in(8) {
-        count(&soak.counts.logs);
-        bundle.without_log_reader()
-    } else {
-        bundle
+    let mut stalled = None;
+    let bundle = match dice.below(16) {
+        // what is lost on the disk, the log says
+        _ if matches!(output, Output::Disk) => bundle,
+        0 | 1 => {
+            count(&soak.counts.logs);
+            bundle.without_log_reader()
+        }
+        2 | 3 => {
+            count(&soak.counts.stalled);
+            bundle.write()?;
+            stalled = Some(fs::File::options().read(true).write(true).open(bundle.folder.join("log"))?);
+            bundle.without_log_reader()
+        }
+        _ => bundle,
     };
     let begun = begin(&bundle).await.with_context(|| format!("its shim said:\n{}", stand.log_of(id)));
     let Some(container) = begun? else { return undo(soak, &bundle).await };
     if dice.one_in(10) {
         return die(soak, container, status).await;
     }
+    let mut execs = Vec::new();
     for exec in 0..dice.below(3) {
-        run_exec(soak, &container, exec, dice).await?;
+        execs.extend(run_exec(soak, &container, exec, dice).await?);
+    }
+    let mut read = 0;
+    if let Output::Read(reader, true) = &mut output {
+        for _turn in 0..1 + dice.below(4) {
+            tokio::time::sleep(Duration::from_millis(dice.below(60))).await; // who comes and goes, does so at some time
+            reader.leave();
+            read += reader.count();
+            *reader = reader.again(Pace::Slow { chunk: 1000 + dice.below(9000) as usize, pause: Duration::from_millis(1) })?;
+            count(&soak.counts.readers);
+        }
     }
     // without a reader it waits for one
     let late = if matches!(output, Output::Left) { Some(Reader::open(&path, Pace::Count)?) } else { None };
@@ -157,15 +177,25 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     // its runtime may be killed as well
     let deleted = eventually("deleted", SOON * 3, async || Ok(task.delete(id, "").await?)).await?;
     ensure!(deleted.exit_status == status, "Delete says {}, not {status}", deleted.exit_status);
-    let reader = if let Output::Read(reader) = &output { Some(reader) } else { late.as_ref() };
+    let reader = if let Output::Read(reader, _) = &output { Some(reader) } else { late.as_ref() };
     if let Some(reader) = reader {
-        reader.to_end_within(SOON * 3).await?;
-        ensure!(reader.count() == bytes, "{} of {bytes} bytes", reader.count());
+        // one who comes back when everything was read and the writer has left finds nobody
+        eventually("the end of the output", SOON * 3, async || {
+            ensure!(reader.ended() || read > 0 && read + reader.count() == bytes, "{read} and {} of {bytes} bytes", reader.count());
+            Ok(())
+        })
+        .await?;
+        read += reader.count();
+        ensure!(read == bytes, "{read} of {bytes} bytes");
         soak.counts.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
     drop(late);
     leave(&container).await?;
-    told(soak, id, status).await?;
+    drop(stalled);
+    told(soak, id, status, &execs).await?;
+    if matches!(output, Output::Disk) {
+        accounted(soak, id, bytes).await?;
+    }
     let _of_the_disk = fs::remove_file(soak.disk.join(id));
     clear(&bundle)
 }
@@ -226,7 +256,8 @@ async fn die(soak: &Soak, container: Container, status: u32) -> Result<()> {
     clear(&container.bundle)
 }
 
-async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Dice) -> Result<()> {
+/// Returns its name and status, if there was one.
+async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Dice) -> Result<Option<(String, u32)>> {
     let (exec, status) = (format!("e{number}"), dice.below(100) as u32);
     let (task, id) = (&container.task, container.id.as_str());
     let request = container.bundle.exec_request(&exec, &["sh", "-c", &format!("exit {status}")]);
@@ -240,12 +271,12 @@ async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Di
             // init may end first, and takes it along
             ensure!([status, 137].contains(&ended), "{exec}: {ended}, not {status}");
             count(&soak.counts.execs);
+            Ok(Some((exec, ended)))
         }
         // the container has ended, or the runtime was killed
-        Err(CallError::Refused { .. }) => {}
+        Err(CallError::Refused { .. }) => Ok(None),
         Err(error) => bail!("{exec}: {error}"),
     }
-    Ok(())
 }
 
 async fn leave(container: &Container) -> Result<()> {
@@ -257,8 +288,8 @@ async fn leave(container: &Container) -> Result<()> {
     eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await
 }
 
-/// The exit was told, once but for the event that was under way when nobody was there, and truly.
-async fn told(soak: &Soak, id: &str, status: u32) -> Result<()> {
+/// Every exit was told, truly, and once: but for what nobody has said to be taken, which comes again.
+async fn told(soak: &Soak, id: &str, status: u32, execs: &[(String, u32)]) -> Result<()> {
     let events = soak.stand.containerd().events();
     eventually("the deletion is told", SOON * 3, async || {
         let told = events.of(id);
@@ -266,11 +297,35 @@ async fn told(soak: &Soak, id: &str, status: u32) -> Result<()> {
         Ok(())
     })
     .await?;
+    for (exec, status) in [(String::new(), status)].iter().chain(execs) {
+        let exits = events.exits(id, exec);
+        ensure!(!exits.is_empty() && exits.iter().all(|exit| exit.status == *status), "{exec}: {exits:?}, not {status}");
+    }
+    let again = soak.stand.containerd().told_again(id);
+    ensure!(again.is_empty(), "told again, though taken: {again:?}");
     let mut told = events.of(id);
     told.dedup();
-    ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "{told:?}");
-    ensure!(events.exits(id, "").iter().all(|exit| exit.status == status), "{:?}", events.exits(id, ""));
+    ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "out of their order: {told:?}");
     Ok(())
+}
+
+/// What is not in the file, the shim has told to be lost. With a worker that is killed while it throws output away goes the number.
+async fn accounted(soak: &Soak, id: &str, bytes: u64) -> Result<()> {
+    eventually("every byte is accounted for", SOON, async || {
+        let kept = fs::metadata(soak.disk.join(id)).map_or(0, |about| about.len());
+        let log = soak.stand.log_of(id);
+        let lost: Vec<u64> = log
+            .split("lost_bytes=")
+            .skip(1)
+            .filter_map(|rest| rest.split(|end: char| !end.is_ascii_digit()).next()?.parse().ok())
+            .collect();
+        let known = kept + lost.iter().sum::<u64>();
+        let is_uncounted = log.split_once("output is thrown away").is_some_and(|(_, then)| then.contains("the worker has ended"));
+        ensure!(known == bytes || known < bytes && is_uncounted, "{bytes} bytes, {kept} kept, {lost:?} lost; the shim said:\n{log}");
+        soak.counts.lost.fetch_add(lost.iter().sum(), Ordering::Relaxed);
+        Ok(())
+    })
+    .await
 }
 
 fn clear(bundle: &Bundle) -> Result<()> {

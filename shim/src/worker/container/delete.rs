@@ -116,6 +116,7 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
             }
         }
     }
+    container.end_pumps().await;
     let record = container.record();
     let deleted = Deleted::of(&record.init);
     container.deleted.set(Some(deleted));

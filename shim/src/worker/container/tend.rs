@@ -105,6 +105,14 @@ impl Container {
         }
     }
 
+    /// Ends all pumps: what they have not moved by now is lost, and told to be.
+    pub(super) async fn end_pumps(&self) {
+        let pumps: Vec<_> = self.company.borrow().pumps.iter().map(|(_, pump)| Rc::clone(pump)).collect();
+        for pump in pumps {
+            pump.end(super::exits::FLUSH_WITHIN).await;
+        }
+    }
+
     pub(super) fn drop_pumps(&self, key: &ProcessKey) {
         self.company.borrow_mut().pumps.retain(|(of, _)| of != key);
     }

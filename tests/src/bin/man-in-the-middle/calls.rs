@@ -1,48 +1,130 @@
-//! Between clients and the shim.
+//! Between clients and the shim: frames in both directions. What a fault makes of them stands in [`requests`] and [`answers`].
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
 use anyhow::Result;
 use containerd_shim_protos::api;
 use containerd_shim_protos::ttrpc::{Code, Request, Response, Status};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use protobuf::{EnumOrUnknown, Message, MessageField};
-use shim_tests::task::V3;
 use shim_tests::ttrpc::{Frame, HEADER_BYTES, MAX_PAYLOAD_BYTES, REQUEST, RESPONSE, take_frame};
 
-use super::stdout;
+use super::{answers, requests};
 
 /// What all connections know.
 pub(super) struct Shared {
-    fault: String,
+    pub(super) fault: String,
     real: PathBuf,
     own: PathBuf,
-    lost: Mutex<Vec<File>>,
+    /// How many are at what.
+    busy: Mutex<BTreeMap<String, usize>>,
+    idle: Condvar,
+    /// What was done, of which container and process, and last on which connection.
+    pub(super) done: Mutex<BTreeMap<[String; 3], usize>>,
+    pub(super) lost: Mutex<Vec<File>>,
 }
 
 impl Shared {
-    pub(super) fn new(fault: &str, real: &Path, own: &Path) -> Arc<Self> {
-        Arc::new(Self { fault: fault.to_owned(), real: real.to_owned(), own: own.to_owned(), lost: Mutex::default() })
+    pub(super) fn new(fault: &str, real: &str, own: &str) -> Arc<Self> {
+        let (busy, idle, done, lost) = (Mutex::default(), Condvar::new(), Mutex::default(), Mutex::default());
+        Arc::new(Self { fault: fault.to_owned(), real: real.into(), own: own.into(), busy, idle, done, lost })
+    }
+
+    pub(super) fn is(&self, fault: &str) -> bool {
+        self.fault == fault
+    }
+
+    /// Says that somebody is at something, for as long as it is kept.
+    pub(super) fn begin(self: &Arc<Self>, what: &str) -> Busy {
+        *self.busy.lock().expect("no panic under this lock").entry(what.to_owned()).or_default() += 1;
+        Busy { shared: Arc::clone(self), what: what.to_owned() }
+    }
+
+    pub(super) fn is_busy(&self, what: &str) -> bool {
+        self.busy.lock().expect("no panic under this lock").get(what).is_some_and(|count| *count > 0)
+    }
+
+    /// Waits until nobody is at it.
+    pub(super) fn wait(&self, what: &str) {
+        let busy = self.busy.lock().expect("no panic under this lock");
+        drop(self.idle.wait_while(busy, |busy| busy.get(what).is_some_and(|count| *count > 0)));
+    }
+
+    /// On which connection something was done last.
+    pub(super) fn done(&self, call: &Call, method: &str) -> Option<usize> {
+        let key = [method, &call.id, &call.exec].map(str::to_owned);
+        self.done.lock().expect("no panic under this lock").get(&key).copied()
+    }
+
+    /// Asks the shim something itself, on a connection of its own.
+    pub(super) fn ask<A: Message>(&self, method: &str, message: &impl Message) -> Result<A> {
+        let mut shim = UnixStream::connect(&self.real)?;
+        shim.write_all(&Frame::request(1, shim_tests::task::V2, method, message).encode())?;
+        let frame = read_frame(&mut shim, &mut Vec::new())?.ok_or_else(|| anyhow::anyhow!("it hung up"))?;
+        Ok(A::parse_from_bytes(&frame.answer()?)?)
+    }
+
+    /// What the shim says of the process of a call.
+    pub(super) fn state(&self, call: &Call) -> Option<api::StateResponse> {
+        let request = api::StateRequest { id: call.id.clone(), exec_id: call.exec.clone(), ..Default::default() };
+        self.ask("State", &request).ok()
+    }
+}
+
+/// Somebody is at something.
+pub(super) struct Busy {
+    shared: Arc<Shared>,
+    what: String,
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let mut busy = self.shared.busy.lock().expect("no panic under this lock");
+        *busy.entry(self.what.clone()).or_default() -= 1;
+        self.shared.idle.notify_all();
+    }
+}
+
+/// A request, as far as faults look at it.
+pub(super) struct Call {
+    pub(super) service: String,
+    pub(super) method: String,
+    pub(super) payload: Vec<u8>,
+    pub(super) id: String,
+    /// Empty for a container's.
+    pub(super) exec: String,
+    /// Folders to be there when it is answered.
+    pub(super) folders: Vec<PathBuf>,
+}
+
+/// The methods whose second field is the id of a process.
+const OF_PROCESSES: [&str; 8] = ["State", "Start", "Delete", "Kill", "Exec", "ResizePty", "CloseIO", "Wait"];
+
+impl Call {
+    fn of(request: &Request) -> Self {
+        let (method, payload) = (request.method.clone(), request.payload.clone());
+        let (id, exec) = match api::StateRequest::parse_from_bytes(&payload) {
+            Ok(names) if OF_PROCESSES.contains(&method.as_str()) => (names.id, names.exec_id),
+            _ => (api::PidsRequest::parse_from_bytes(&payload).map(|names| names.id).unwrap_or_default(), String::new()),
+        };
+        Self { service: request.service.clone(), method, payload, id, exec, folders: Vec::new() }
     }
 }
 
 /// One client's connection.
-struct Link {
-    shared: Arc<Shared>,
+pub(super) struct Link {
+    pub(super) shared: Arc<Shared>,
+    pub(super) number: usize,
     client: Mutex<UnixStream>,
     shim: UnixStream,
-    /// The methods of the requests under way.
-    open: Mutex<BTreeMap<u32, String>>,
-    /// The bundles of containers that were created on it.
-    bundles: Mutex<Vec<PathBuf>>,
-    answered: Condvar,
+    /// The requests under way.
+    open: Mutex<BTreeMap<u32, (Call, [Busy; 2])>>,
 }
 
 pub(super) fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
@@ -53,9 +135,16 @@ pub(super) fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
 }
 
 fn serve(mut client: UnixStream, shared: Arc<Shared>) -> Result<()> {
-    let shim = UnixStream::connect(&shared.real)?;
+    static LINKS: AtomicUsize = AtomicUsize::new(0);
+    let Ok(shim) = UnixStream::connect(&shared.real) else {
+        if shared.is("ghost") {
+            io::copy(&mut client, &mut io::sink())?;
+        }
+        return Ok(());
+    };
     let (mut from_shim, writer) = (shim.try_clone()?, Mutex::new(client.try_clone()?));
-    let link = Arc::new(Link { shared, client: writer, shim, open: Mutex::default(), bundles: Mutex::default(), answered: Condvar::new() });
+    let number = LINKS.fetch_add(1, Ordering::Relaxed);
+    let link = Arc::new(Link { shared, number, client: writer, shim, open: Mutex::default() });
     let other = Arc::clone(&link);
     let answers = thread::spawn(move || {
         let _hung_up = other.answers(&mut from_shim);
@@ -69,17 +158,18 @@ fn serve(mut client: UnixStream, shared: Arc<Shared>) -> Result<()> {
 }
 
 impl Link {
-    fn is(&self, fault: &str) -> bool {
-        self.shared.fault == fault
+    /// What it is called among those who are [`Busy`].
+    pub(super) fn name(&self) -> String {
+        format!("connection {}", self.number)
     }
 
     /// Passes requests on, and what is none too.
     fn requests(&self, client: &mut UnixStream) -> Result<()> {
-        let (mut input, mut shim) = (Vec::new(), &self.shim);
+        let (mut input, mut shim, mut half) = (Vec::new(), &self.shim, None);
         loop {
             let length = input.first_chunk::<4>().map(|bytes| u32::from_be_bytes(*bytes) as usize);
             if let Some(length) = length.filter(|length| *length > MAX_PAYLOAD_BYTES) {
-                if self.is("hang-up-on-length") {
+                if self.shared.is("hang-up-on-length") {
                     return Ok(());
                 }
                 let whole = HEADER_BYTES + length;
@@ -90,8 +180,15 @@ impl Link {
                 continue;
             }
             if let Some(frame) = take_frame(&mut input) {
+                half = None;
                 self.request(frame)?;
                 continue;
+            }
+            if !input.is_empty() {
+                if self.shared.is("whole-frames-only") {
+                    return Ok(());
+                }
+                half.get_or_insert_with(|| self.shared.begin(requests::HALF_A_FRAME));
             }
             if read_more(client, &mut input)? == 0 {
                 shim.write_all(&input)?;
@@ -103,63 +200,20 @@ impl Link {
     fn request(&self, mut frame: Frame) -> Result<()> {
         let request = Request::parse_from_bytes(&frame.payload).ok().filter(|_| frame.kind == REQUEST);
         let Some(mut request) = request.filter(|request| !request.method.is_empty()) else {
-            anyhow::ensure!(!self.is("hang-up-on-garbage"), "the fault");
+            anyhow::ensure!(!self.shared.is("hang-up-on-garbage"), "the fault");
             return self.pass(&frame);
         };
-        if self.is("no-v3") && request.service == V3 {
-            return self.refuse(frame.stream, Code::UNIMPLEMENTED);
+        let mut call = Call::of(&request);
+        match requests::meet(self, &mut call) {
+            requests::Met::Passed => {}
+            requests::Met::Kept => return Ok(()),
+            requests::Met::Answered => return self.reply(frame.stream, &Response { status: status(Code::OK), ..Default::default() }),
+            requests::Met::Refused(code) => return self.reply(frame.stream, &Response { status: status(code), ..Default::default() }),
         }
-        let at_the_end = || self.has_ended(&request.payload);
-        match (self.shared.fault.as_str(), request.method.as_str()) {
-            ("no-close-io", "CloseIO")
-            | ("no-resize", "ResizePty")
-            | ("no-pause", "Pause")
-            | ("no-update", "Update")
-            | ("stay", "Shutdown") => {
-                return self.answer(frame.stream, &api::Empty::default());
-            }
-            ("silent-stats", "Stats") => return Ok(()),
-            ("no-stats-at-the-end", "Stats") if at_the_end() => return self.refuse(frame.stream, Code::NOT_FOUND),
-            ("no-pids-at-the-end", "Pids") if at_the_end() => return self.answer(frame.stream, &api::PidsResponse::default()),
-            ("leave-early", "Shutdown") => {
-                let connect: api::ConnectResponse = self.ask("Connect", &api::ConnectRequest::default())?;
-                kill(Pid::from_raw(connect.shim_pid.cast_signed()), Signal::SIGKILL)?;
-                return Ok(());
-            }
-            ("leak", "Create") => self.shared.lost.lock().expect("no panic under this lock").push(File::open("/dev/null")?),
-            ("kill-init-only" | "kill-wrong-process", "Kill") => {
-                let mut kill = api::KillRequest::parse_from_bytes(&request.payload)?;
-                if self.is("kill-init-only") {
-                    kill.all = false;
-                } else {
-                    kill.exec_id.clear();
-                }
-                request.payload = kill.write_to_bytes()?;
-            }
-            ("lost-byte" | "late-end", "Create") => {
-                let mut create = api::CreateTaskRequest::parse_from_bytes(&request.payload)?;
-                create.stdout = stdout::intercept(&create.stdout, &self.shared.fault);
-                request.payload = create.write_to_bytes()?;
-            }
-            _ => {}
-        }
-        if request.method == "Create"
-            && let Ok(create) = api::CreateTaskRequest::parse_from_bytes(&request.payload)
-        {
-            self.bundles.lock().expect("no panic under this lock").push(create.bundle.into());
-        }
-        let mut open = self.open.lock().expect("no panic under this lock");
-        open.insert(frame.stream, request.method.clone());
-        if self.is("in-order") {
-            drop(open);
-            frame.payload = request.write_to_bytes()?;
-            self.pass(&frame)?;
-            let open = self.open.lock().expect("no panic under this lock");
-            drop(self.answered.wait_while(open, |open| open.contains_key(&frame.stream)));
-            return Ok(());
-        }
-        drop(open);
+        request.payload.clone_from(&call.payload);
         frame.payload = request.write_to_bytes()?;
+        let busy = [self.shared.begin(&call.method), self.shared.begin(&self.name())];
+        self.open.lock().expect("no panic under this lock").insert(frame.stream, (call, busy));
         self.pass(&frame)
     }
 
@@ -171,103 +225,53 @@ impl Link {
     fn answers(&self, shim: &mut UnixStream) -> Result<()> {
         let mut input = Vec::new();
         while let Some(mut frame) = read_frame(shim, &mut input)? {
-            let method = self.open.lock().expect("no panic under this lock").remove(&frame.stream);
-            if method.as_deref() == Some("Create") {
-                self.rewrite_addresses();
+            let open = self.open.lock().expect("no panic under this lock").remove(&frame.stream);
+            if let Some((call, _)) = &open {
+                self.rewrite_address(call);
+                if let Ok(mut response) = Response::parse_from_bytes(&frame.payload) {
+                    if response.status.code.value() == 0 {
+                        let key = [&call.method, &call.id, &call.exec].map(String::clone);
+                        self.shared.done.lock().expect("no panic under this lock").insert(key, self.number);
+                    }
+                    if answers::change(self, call, &mut response) {
+                        frame.payload = response.write_to_bytes()?;
+                    }
+                }
             }
-            if let Some(changed) = method.and_then(|method| self.change(&method, &frame).ok().flatten()) {
-                frame.payload = changed;
-            }
-            let mut client = self.client.lock().expect("no panic under this lock");
-            client.write_all(&frame.encode())?;
-            self.answered.notify_all();
+            self.client.lock().expect("no panic under this lock").write_all(&frame.encode())?;
         }
         Ok(())
     }
 
     /// The real shim may have written its own address into the bundle.
-    fn rewrite_addresses(&self) {
-        for bundle in self.bundles.lock().expect("no panic under this lock").drain(..) {
-            let address = bundle.join("address");
-            if self.is("no-address") {
-                let _not_there = fs::remove_file(address);
-            } else if address.exists() {
-                let _its_reader_will_tell = fs::write(address, format!("unix://{}", self.shared.own.display()));
-            }
+    fn rewrite_address(&self, call: &Call) {
+        let Some(create) = Some(call).filter(|call| call.method == "Create") else { return };
+        let bundle = api::CreateTaskRequest::parse_from_bytes(&create.payload).map(|create| create.bundle).unwrap_or_default();
+        let address = PathBuf::from(bundle).join("address");
+        if self.shared.is("no-address") {
+            let _not_there = fs::remove_file(address);
+        } else if address.exists() {
+            let _its_reader_will_tell = fs::write(address, format!("unix://{}", self.shared.own.display()));
         }
-    }
-
-    /// What the fault makes of an answer.
-    fn change(&self, method: &str, frame: &Frame) -> Result<Option<Vec<u8>>> {
-        let mut response = Response::parse_from_bytes(&frame.payload)?;
-        let code = response.status.as_ref().map_or(0, |status| status.code.value());
-        let instead = match (self.shared.fault.as_str(), code) {
-            ("wrong-code", 5) | ("wrong-refusal", 9) => Some(Code::UNKNOWN),
-            ("internal", 12) => Some(Code::INTERNAL),
-            _ => None,
-        };
-        if let (Some(code), Some(status)) = (instead, response.status.as_mut()) {
-            status.code = EnumOrUnknown::new(code);
-            return Ok(Some(response.write_to_bytes()?));
-        }
-        if code != 0 {
-            return Ok(None);
-        }
-        match (self.shared.fault.as_str(), method) {
-            ("wait-137", "Wait") => edit(&mut response, |wait: &mut api::WaitResponse| wait.exit_status = 137)?,
-            ("wrong-task-pid", "Connect") => edit(&mut response, |connect: &mut api::ConnectResponse| connect.task_pid += 1)?,
-            ("leak", "Connect") => edit(&mut response, |connect: &mut api::ConnectResponse| connect.shim_pid = std::process::id())?,
-            ("wrong-exit-time", "State") => edit(&mut response, |state: &mut api::StateResponse| {
-                if let Some(at) = state.exited_at.as_mut() {
-                    at.nanos = (at.nanos + 1) % 1_000_000_000;
-                }
-            })?,
-            ("lost-byte" | "late-end", "State") => {
-                edit(&mut response, |state: &mut api::StateResponse| state.stdout = stdout::client_path(&state.stdout))?;
-            }
-            _ => return Ok(None),
-        }
-        Ok(Some(response.write_to_bytes()?))
-    }
-
-    fn answer(&self, stream: u32, message: &impl Message) -> Result<()> {
-        let response = Response { status: MessageField::some(Status::default()), payload: message.write_to_bytes()?, ..Default::default() };
-        self.reply(stream, &response)
-    }
-
-    fn refuse(&self, stream: u32, code: Code) -> Result<()> {
-        let status = Status { code: EnumOrUnknown::new(code), message: "no".to_owned(), ..Default::default() };
-        self.reply(stream, &Response { status: MessageField::some(status), ..Default::default() })
     }
 
     fn reply(&self, stream: u32, response: &Response) -> Result<()> {
         let frame = Frame { stream, kind: RESPONSE, payload: response.write_to_bytes()? };
         Ok(self.client.lock().expect("no panic under this lock").write_all(&frame.encode())?)
     }
-
-    /// Asks the shim something itself, on a connection of its own.
-    fn ask<A: Message>(&self, method: &str, message: &impl Message) -> Result<A> {
-        let mut shim = UnixStream::connect(&self.shared.real)?;
-        shim.write_all(&Frame::request(1, shim_tests::task::V2, method, message).encode())?;
-        let frame = read_frame(&mut shim, &mut Vec::new())?.ok_or_else(|| anyhow::anyhow!("it hung up"))?;
-        Ok(A::parse_from_bytes(&frame.answer()?)?)
-    }
-
-    fn has_ended(&self, payload: &[u8]) -> bool {
-        let request = api::StateRequest { id: id_of(payload), ..Default::default() };
-        self.ask::<api::StateResponse>("State", &request).is_ok_and(|state| state.status.value() == 3)
-    }
 }
 
-/// Every request of the task service begins with the container's id.
-fn id_of(payload: &[u8]) -> String {
-    api::PidsRequest::parse_from_bytes(payload).map(|request| request.id).unwrap_or_default()
+/// A status with that code.
+pub(super) fn status(code: Code) -> MessageField<Status> {
+    let message = if code == Code::OK { String::new() } else { "no".to_owned() };
+    MessageField::some(Status { code: EnumOrUnknown::new(code), message, ..Default::default() })
 }
 
-fn edit<M: Message>(response: &mut Response, change: impl FnOnce(&mut M)) -> Result<()> {
-    let mut message = M::parse_from_bytes(&response.payload)?;
+/// Changes a message in its bytes.
+pub(super) fn edit<M: Message>(payload: &mut Vec<u8>, change: impl FnOnce(&mut M)) -> Result<()> {
+    let mut message = M::parse_from_bytes(payload)?;
     change(&mut message);
-    response.payload = message.write_to_bytes()?;
+    *payload = message.write_to_bytes()?;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
-//! Between the shim and whoever takes its events.
+//! Between the shim and whoever takes its events, and what a fault makes of them.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -8,42 +9,88 @@ use std::thread;
 
 use anyhow::{Context as _, Result};
 use containerd_shim_protos::api::ForwardRequest;
-use containerd_shim_protos::events::task::TaskExecStarted;
-use containerd_shim_protos::ttrpc::{Request, Response, Status};
-use protobuf::{Message as _, MessageField};
+use containerd_shim_protos::events::task::{TaskExecStarted, TaskExit};
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::ttrpc::{Code, Request, Response};
+use protobuf::Message as _;
 use shim_tests::ttrpc::{Frame, RESPONSE};
 
-use super::calls::read_frame;
+use super::calls::{Shared, edit, read_frame, status};
+use super::requests::AN_EVENT;
 
-type Held = Arc<Mutex<Option<Frame>>>;
+/// What all connections know.
+#[derive(Default)]
+struct Memory {
+    held: Mutex<Option<Frame>>,
+    /// The first process that was started with a pid.
+    owners: Mutex<BTreeMap<u32, String>>,
+}
 
-pub(super) fn accept(listener: &UnixListener, daemon: &Path, fault: &str) {
-    let held = Held::default();
+/// What it does with an event.
+enum Then {
+    /// Takes it, and keeps it.
+    Drop,
+    /// Passes it on behind the next one.
+    Late,
+    Twice,
+    /// Passes it on as it is then.
+    Change(fn(&Memory, &mut Envelope) -> Result<()>),
+}
+
+use Then::{Change, Drop, Late, Twice};
+
+const EXIT_OF_INIT: &str = "/tasks/exit of init";
+
+/// Fault, topic or nothing for all, and what it does.
+const RULES: &[(&str, &str, Then)] = &[
+    ("drop-exit", EXIT_OF_INIT, Drop),
+    ("drop-paused", "/tasks/paused", Drop),
+    ("drop-oom", "/tasks/oom", Drop),
+    ("late-start", "/tasks/start", Late),
+    ("late-exec-started", "/tasks/exec-started", Late),
+    ("double-exit", "/tasks/exit", Twice),
+    ("wrong-namespace", "", Change(|_, envelope| rename(&mut envelope.namespace, "elsewhere"))),
+    ("drop-create", "/tasks/create", Drop),
+    (
+        "wrong-event-pid",
+        "/tasks/exec-started",
+        Change(|_, envelope| edit_event(envelope, |started: &mut TaskExecStarted| started.pid += 1)),
+    ),
+    ("first-owner", "/tasks/exec-started", Change(note_owner)),
+    ("first-owner", "/tasks/exit", Change(credit_owner)),
+];
+
+pub(super) fn accept(listener: &UnixListener, daemon: &Path, shared: &Arc<Shared>) {
+    let memory = Arc::new(Memory::default());
     for shim in listener.incoming().flatten() {
-        let (daemon, fault, held) = (daemon.to_owned(), fault.to_owned(), Arc::clone(&held));
-        thread::spawn(move || drop(serve(shim, &daemon, &fault, &held)));
+        let (daemon, shared, memory) = (daemon.to_owned(), Arc::clone(shared), Arc::clone(&memory));
+        thread::spawn(move || drop(serve(shim, &daemon, &shared, &memory)));
     }
 }
 
 /// Passes events on, one after another, each with its answer; hangs up when the daemon does.
-fn serve(mut shim: UnixStream, daemon: &Path, fault: &str, held: &Held) -> Result<()> {
+fn serve(mut shim: UnixStream, daemon: &Path, shared: &Arc<Shared>, memory: &Memory) -> Result<()> {
     let mut upstream = UnixStream::connect(daemon)?;
     let (mut from_shim, mut from_daemon) = (Vec::new(), Vec::new());
     while let Some(mut frame) = read_frame(&mut shim, &mut from_shim)? {
-        let topic = change(&mut frame, fault)?;
-        let is = |name: &str, wanted: &str| fault == name && topic == wanted;
-        if is("drop-exit", "/tasks/exit") && is_init(&frame)? || is("drop-paused", "/tasks/paused") || is("drop-oom", "/tasks/oom") {
-            shim.write_all(&accepted(frame.stream)?)?;
-            continue;
-        }
-        if is("late-start", "/tasks/start") || is("late-exec-started", "/tasks/exec-started") {
-            shim.write_all(&accepted(frame.stream)?)?;
-            *held.lock().expect("no panic under this lock") = Some(frame);
-            continue;
-        }
-        let before = if is("double-exit", "/tasks/exit") { Some(frame.clone()) } else { None };
-        let late = held.lock().expect("no panic under this lock").take();
+        let _until_it_is_taken = shared.begin(AN_EVENT);
         let stream = frame.stream;
+        let mut before = None;
+        match rule_of(&frame, &shared.fault)? {
+            None => {}
+            Some(Drop) => {
+                shim.write_all(&accepted(stream)?)?;
+                continue;
+            }
+            Some(Late) => {
+                shim.write_all(&accepted(stream)?)?;
+                *memory.held.lock().expect("no panic under this lock") = Some(frame);
+                continue;
+            }
+            Some(Twice) => before = Some(frame.clone()),
+            Some(Change(change)) => change_envelope(&mut frame, |envelope| change(memory, envelope))?,
+        }
+        let late = memory.held.lock().expect("no panic under this lock").take();
         let mut answer = None;
         for next in before.into_iter().chain([frame]).chain(late) {
             upstream.write_all(&next.encode())?;
@@ -51,7 +98,7 @@ fn serve(mut shim: UnixStream, daemon: &Path, fault: &str, held: &Held) -> Resul
             answer.get_or_insert(reply);
         }
         match answer {
-            Some(reply) if fault == "give-events-up" && reply.answer().is_err() => shim.write_all(&accepted(stream)?)?,
+            Some(reply) if shared.is("give-events-up") && reply.answer().is_err() => shim.write_all(&accepted(stream)?)?,
             Some(reply) => shim.write_all(&Frame { stream, ..reply }.encode())?,
             None => {}
         }
@@ -59,40 +106,54 @@ fn serve(mut shim: UnixStream, daemon: &Path, fault: &str, held: &Held) -> Resul
     Ok(())
 }
 
-fn forward_of(frame: &Frame) -> Result<(Request, ForwardRequest)> {
-    let request = Request::parse_from_bytes(&frame.payload)?;
-    let forward = ForwardRequest::parse_from_bytes(&request.payload)?;
-    Ok((request, forward))
+/// What the fault does with an event.
+fn rule_of(frame: &Frame, fault: &str) -> Result<Option<&'static Then>> {
+    let forward = ForwardRequest::parse_from_bytes(&Request::parse_from_bytes(&frame.payload)?.payload)?;
+    let envelope = forward.envelope.into_option().context("an event without an envelope")?;
+    let of_init = is_init_exit(&envelope);
+    let is_of = |wanted: &str| wanted.is_empty() || wanted == envelope.topic || of_init && wanted == EXIT_OF_INIT;
+    Ok(RULES.iter().find(|(name, topic, _)| *name == fault && is_of(topic)).map(|(_, _, then)| then))
 }
 
-/// Changes what the fault says, and returns the topic.
-fn change(frame: &mut Frame, fault: &str) -> Result<String> {
-    let (mut request, mut forward) = forward_of(frame)?;
-    let envelope = forward.envelope.as_mut().context("an event without an envelope")?;
-    let topic = envelope.topic.clone();
-    match fault {
-        "wrong-namespace" => envelope.namespace = "elsewhere".to_owned(),
-        "wrong-event-pid" if topic == "/tasks/exec-started" => {
-            let event = envelope.event.as_mut().context("no event")?;
-            let mut started = TaskExecStarted::parse_from_bytes(&event.value)?;
-            started.pid += 1;
-            event.value = started.write_to_bytes()?;
-        }
-        _ => return Ok(topic),
-    }
+fn is_init_exit(envelope: &Envelope) -> bool {
+    let exit = TaskExit::parse_from_bytes(&envelope.event.value);
+    envelope.topic == "/tasks/exit" && exit.is_ok_and(|exit| exit.id == exit.container_id)
+}
+
+fn change_envelope(frame: &mut Frame, change: impl FnOnce(&mut Envelope) -> Result<()>) -> Result<()> {
+    let mut request = Request::parse_from_bytes(&frame.payload)?;
+    let mut forward = ForwardRequest::parse_from_bytes(&request.payload)?;
+    change(forward.envelope.as_mut().context("an event without an envelope")?)?;
     request.payload = forward.write_to_bytes()?;
     frame.payload = request.write_to_bytes()?;
-    Ok(topic)
+    Ok(())
 }
 
-fn is_init(frame: &Frame) -> Result<bool> {
-    let (_, forward) = forward_of(frame)?;
-    let event = forward.envelope.into_option().and_then(|envelope| envelope.event.into_option()).context("no event")?;
-    let exit = containerd_shim_protos::events::task::TaskExit::parse_from_bytes(&event.value)?;
-    Ok(exit.id == exit.container_id)
+fn rename(field: &mut String, name: &str) -> Result<()> {
+    name.clone_into(field);
+    Ok(())
+}
+
+fn edit_event<M: protobuf::Message>(envelope: &mut Envelope, change: impl FnOnce(&mut M)) -> Result<()> {
+    edit(&mut envelope.event.as_mut().context("no event")?.value, change)
+}
+
+fn note_owner(memory: &Memory, envelope: &mut Envelope) -> Result<()> {
+    let started = TaskExecStarted::parse_from_bytes(&envelope.event.value)?;
+    memory.owners.lock().expect("no panic under this lock").entry(started.pid).or_insert(started.exec_id);
+    Ok(())
+}
+
+fn credit_owner(memory: &Memory, envelope: &mut Envelope) -> Result<()> {
+    let owners = memory.owners.lock().expect("no panic under this lock");
+    edit_event(envelope, |exit: &mut TaskExit| {
+        if let Some(owner) = owners.get(&exit.pid) {
+            exit.id.clone_from(owner);
+        }
+    })
 }
 
 fn accepted(stream: u32) -> Result<Vec<u8>> {
-    let response = Response { status: MessageField::some(Status::default()), ..Default::default() };
+    let response = Response { status: status(Code::OK), ..Default::default() };
     Ok(Frame { stream, kind: RESPONSE, payload: response.write_to_bytes()? }.encode())
 }

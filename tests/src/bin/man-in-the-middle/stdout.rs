@@ -6,6 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use shim_tests::stdio::fifo;
 
 /// What is appended to the path that the shim is given.
@@ -29,6 +30,9 @@ pub(super) fn client_path(path: &str) -> String {
 
 fn copy(from: &str, to: &str, fault: &str) -> io::Result<()> {
     let (mut from, mut to) = (File::open(from)?, File::options().write(true).open(to)?);
+    if fault == "impatient" {
+        fcntl(&to, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    }
     let mut last = None;
     let mut buffer = [0; 1 << 16];
     loop {
@@ -42,6 +46,9 @@ fn copy(from: &str, to: &str, fault: &str) -> io::Result<()> {
                     to.write_all(&[last])?;
                 }
                 to.write_all(&buffer[..count - 1])?;
+            }
+            "impatient" => {
+                let _not_at_once = to.write(&buffer[..count]);
             }
             _ => to.write_all(&buffer[..count])?,
         }

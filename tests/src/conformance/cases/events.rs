@@ -261,9 +261,9 @@ async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: Stand) -> R
 
 async fn a_daemon_that_takes_its_time_over_events_delays_no_call(stand: Stand) -> Result<()> {
     stand.containerd().behave(Manner::Silent);
-    let container = within("run", SOON, stand.bundle("c1", &["sleep", "1000"]).run()).await??;
-    within("execs", SOON, run_some(&container, 0)).await??;
-    ensure!(within("the end", SOON, container.destroy()).await?? == 137);
+    let container = within("run, though events wait", SOON, stand.bundle("c1", &["sleep", "1000"]).run()).await??;
+    within("execs, though events wait", SOON, run_some(&container, 0)).await??;
+    ensure!(within("the end, though events wait", SOON, container.destroy()).await?? == 137);
     stand.containerd().vanish();
     stand.containerd().behave(Manner::Accept);
     stand.containerd().come_back()?;

@@ -173,7 +173,7 @@ async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> Result<()> 
     Ok(())
 }
 
-/// The daemon is away while the last container is deleted.
+/// The daemon is away while the last container is deleted, and while the shim is looked at fifty times after that.
 async fn the_last_events_are_told_before_it_leaves(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let shim = container.shim_pid()?;
@@ -181,7 +181,10 @@ async fn the_last_events_are_told_before_it_leaves(stand: Stand) -> Result<()> {
     stand.containerd().vanish();
     ensure!(container.destroy().await? == 137);
     answered_or_gone(container.task.shutdown("c1").await)?;
-    tokio::time::sleep(Duration::from_millis(500)).await; // for so long nobody is there
+    for _ in 0..50 {
+        ensure!(proc::is_alive(shim), "it has left with events unsent");
+        let _it_need_not_take_any_more = container.task.state("c1", "").await;
+    }
     stand.containerd().come_back()?;
     let mut told = stand.containerd().events().of_until("c1", "delete").await?;
     // the one that was under way when nobody was there any more may come twice

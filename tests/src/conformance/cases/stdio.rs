@@ -120,11 +120,14 @@ async fn a_slow_reader_is_waited_for_in_bounded_memory(stand: Stand) -> Result<(
     let peak = |pid: i32| anyhow::Ok(proc::status_field(pid, "VmHWM")?.trim_end_matches(" kB").parse::<u64>()?);
     let shim = container.shim_pid()?;
     let before = peak(shim)?;
+    let mut last = None;
     eventually("the writer is stopped by back-pressure", SOON, async || {
         let children = proc::children(container.pid.cast_signed());
         let writer = children.first().map(|child| child.pid).context("no child yet")?;
         let place = fs::read_to_string(format!("/proc/{writer}/wchan"))?;
         ensure!(place.contains("pipe_write"), "{place}");
+        let written = Some(fs::read_to_string(format!("/proc/{writer}/io"))?);
+        ensure!(std::mem::replace(&mut last, written.clone()) == written, "it goes on: {written:?}");
         Ok(())
     })
     .await?;

@@ -139,7 +139,8 @@ async fn a_create_that_is_asked_for_again_makes_one_container(stand: Stand) -> R
             Err(_) => task.create(&bundle.request()).await?,
         },
     };
-    ensure!(task.start("c1", "").await? == pid, "another one was started");
+    let started = task.start("c1", "").await;
+    ensure!(started == Ok(pid), "not the one that was made, {pid}, is started: {started:?}");
     task.kill("c1", "", 9).await?;
     ensure!(task.wait("c1", "").await? == 137);
     task.delete("c1", "").await?;
@@ -148,24 +149,27 @@ async fn a_create_that_is_asked_for_again_makes_one_container(stand: Stand) -> R
 
 /// Afterwards it is there, or its id is free: nothing between.
 async fn a_create_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
-    let bundle = stand.bundle("orphan", &["sleep", "1000"]).group("pod");
-    bundle.write()?;
-    let leaver = anchor.task.another().await?;
-    drop(leaver.connection().begin(leaver.service_name(), "Create", bundle.request().write_to_bytes()?).await?);
-    drop(leaver);
     let task = &anchor.task;
-    eventually("it is there, or can be made", SOON, async || {
-        if task.state("orphan", "").await.is_err() {
-            task.create(&bundle.request()).await?;
-        }
-        Ok(())
-    })
-    .await?;
-    task.start("orphan", "").await?;
-    task.kill("orphan", "", 9).await?;
-    ensure!(task.wait("orphan", "").await? == 137);
-    task.delete("orphan", "").await?;
+    for (id, hold) in MOMENTS {
+        let bundle = stand.bundle(id, &["sleep", "1000"]).group("pod").runtime(&gate.binary());
+        bundle.write()?;
+        hold(&gate, "create")?;
+        leave_during(&gate, "create", task, "Create", bundle.request().write_to_bytes()?).await?;
+        eventually("it is there, or can be made", SOON, async || {
+            if task.state(id, "").await.is_err() {
+                task.create(&bundle.request()).await?;
+            }
+            Ok(())
+        })
+        .await
+        .with_context(|| format!("the client left {id} it was done"))?;
+        task.start(id, "").await?;
+        task.kill(id, "", 9).await?;
+        ensure!(task.wait(id, "").await? == 137);
+        task.delete(id, "").await?;
+    }
     anchor.shut_down().await.map(drop)
 }
 

@@ -19,7 +19,7 @@ use nix::unistd::{Pid, mkfifo, setsid};
 /// Flags that take a value.
 const WITH_VALUE: [&str; 8] = ["--root", "--log", "--log-format", "--bundle", "--pid-file", "--process", "--console-socket", "--criu"];
 
-fn main() -> ExitCode {
+pub(super) fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|verb| verb == "wait-and-execute") {
         return wait_and_execute(&arguments[1..]);

@@ -1,0 +1,199 @@
+//! What a fault makes of a request.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use containerd_shim_protos::api;
+use containerd_shim_protos::shim::oci::Options;
+use containerd_shim_protos::ttrpc::Code;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use protobuf::Message as _;
+use serde_json::Value;
+use shim_tests::cgroups;
+use shim_tests::task::{V2, V3};
+
+use super::calls::{Call, Link, edit};
+use super::stdout;
+
+/// What it does with it.
+enum Then {
+    /// Says no.
+    Refuse(Code),
+    /// Says yes, and does nothing.
+    Answer,
+    /// Says nothing.
+    Silence,
+    /// Passes it on when nobody is at that any more: a method, [`HALF_A_FRAME`], [`AN_EVENT`] or the connection's name.
+    After(fn(&Link) -> String),
+    /// Passes it on as it is then.
+    Change(fn(&Link, &mut Call) -> Result<()>),
+}
+
+use Then::{After, Answer, Change, Refuse, Silence};
+
+pub(super) const HALF_A_FRAME: &str = "half a frame";
+pub(super) const AN_EVENT: &str = "an event";
+
+/// What was done with it.
+pub(super) enum Met {
+    Passed,
+    Kept,
+    Answered,
+    Refused(Code),
+}
+
+struct Rule {
+    fault: &'static str,
+    /// Empty for all.
+    method: &'static str,
+    when: fn(&Link, &Call) -> bool,
+    then: Then,
+}
+
+const fn rule(fault: &'static str, method: &'static str, when: fn(&Link, &Call) -> bool, then: Then) -> Rule {
+    Rule { fault, method, when, then }
+}
+
+const ALWAYS: fn(&Link, &Call) -> bool = |_, _| true;
+const CREATED: fn(&Link, &Call) -> bool = |link, call| is_in(link, call, 1);
+const STOPPED: fn(&Link, &Call) -> bool = |link, call| is_in(link, call, 3);
+const PAUSED: fn(&Link, &Call) -> bool = |link, call| is_in(link, call, 4);
+
+fn is_in(link: &Link, call: &Call, phase: i32) -> bool {
+    link.shared.state(call).is_some_and(|state| state.status.value() == phase)
+}
+
+const RULES: &[Rule] = &[
+    rule("no-v2", "", |_, call| call.service == V2, Refuse(Code::UNIMPLEMENTED)),
+    rule("no-v3", "", |_, call| call.service == V3, Refuse(Code::UNIMPLEMENTED)),
+    rule("no-close-io", "CloseIO", ALWAYS, Answer),
+    rule("no-resize", "ResizePty", ALWAYS, Answer),
+    rule("no-pause", "Pause", ALWAYS, Answer),
+    rule("no-update", "Update", ALWAYS, Answer),
+    rule("stay", "Shutdown", ALWAYS, Answer),
+    rule("silent-stats", "Stats", ALWAYS, Silence),
+    rule("no-stats-at-the-end", "Stats", STOPPED, Refuse(Code::NOT_FOUND)),
+    rule("no-pids-at-the-end", "Pids", STOPPED, Answer),
+    rule("no-kill-before-start", "Kill", CREATED, Refuse(Code::FAILED_PRECONDITION)),
+    rule("no-kill-when-paused", "Kill", PAUSED, Refuse(Code::FAILED_PRECONDITION)),
+    rule("no-wait-before-start", "Wait", CREATED, Refuse(Code::FAILED_PRECONDITION)),
+    rule("no-kill-for-all", "Kill", is_for_all, Refuse(Code::UNIMPLEMENTED)),
+    rule("short-ids", "Create", |_, call| call.id.len() > 64, Refuse(Code::INVALID_ARGUMENT)),
+    rule("one-life", "Create", |link, call| link.shared.done(call, "Delete").is_some(), Refuse(Code::ALREADY_EXISTS)),
+    rule("one-exec", "Exec", |link, call| link.shared.done(call, "Delete").is_some(), Refuse(Code::ALREADY_EXISTS)),
+    rule("close-io-once", "CloseIO", |link, call| link.shared.done(call, "CloseIO").is_some(), Refuse(Code::FAILED_PRECONDITION)),
+    rule("forget-execs", "State", was_added_on_another_connection, Refuse(Code::NOT_FOUND)),
+    rule("busy-with-kill", "Wait", |link, _| link.shared.is_busy("Kill"), Refuse(Code::UNAVAILABLE)),
+    rule("one-create-at-a-time", "State", ALWAYS, After(|_| "Create".to_owned())),
+    rule("half-frame-blocks", "", ALWAYS, After(|_| HALF_A_FRAME.to_owned())),
+    rule("events-first", "", ALWAYS, After(|_| AN_EVENT.to_owned())),
+    rule("in-order", "", ALWAYS, After(Link::name)),
+    rule("leave-early", "Shutdown", ALWAYS, Change(kill_the_shim)),
+    rule("leak", "Create", ALWAYS, Change(lose_a_descriptor)),
+    rule("leak-to-container", "Create", ALWAYS, Change(give_it_another_descriptor)),
+    rule("kill-init-only", "Kill", ALWAYS, Change(|_, call| edit(&mut call.payload, |kill: &mut api::KillRequest| kill.all = false))),
+    rule(
+        "kill-wrong-process",
+        "Kill",
+        ALWAYS,
+        Change(|_, call| edit(&mut call.payload, |kill: &mut api::KillRequest| kill.exec_id.clear())),
+    ),
+    rule("exec-as-root", "Exec", ALWAYS, Change(|_, call| edit_process(call, |process| process["user"]["uid"] = 0.into()))),
+    rule("no-exec-terminal", "Exec", ALWAYS, Change(take_its_terminal)),
+    rule("lost-byte", "Create", ALWAYS, Change(intercept_stdout)),
+    rule("late-end", "Create", ALWAYS, Change(intercept_stdout)),
+    rule("impatient", "Create", ALWAYS, Change(intercept_stdout)),
+    rule("survivor", "Delete", |_, call| call.exec.is_empty(), Change(leave_a_process)),
+    rule("late-cgroup", "Delete", |_, call| call.exec.is_empty(), Change(note_the_cgroups)),
+];
+
+/// Does what the fault says.
+pub(super) fn meet(link: &Link, call: &mut Call) -> Met {
+    let applies =
+        |rule: &&Rule| rule.fault == link.shared.fault && (rule.method.is_empty() || rule.method == call.method) && (rule.when)(link, call);
+    match RULES.iter().find(applies).map(|rule| &rule.then) {
+        None => Met::Passed,
+        Some(Refuse(code)) => Met::Refused(*code),
+        Some(Answer) => Met::Answered,
+        Some(Silence) => Met::Kept,
+        Some(After(what)) => {
+            link.shared.wait(&what(link));
+            Met::Passed
+        }
+        Some(Change(change)) => {
+            let _as_it_was = change(link, call);
+            Met::Passed
+        }
+    }
+}
+
+fn is_for_all(_: &Link, call: &Call) -> bool {
+    api::KillRequest::parse_from_bytes(&call.payload).is_ok_and(|kill| kill.all)
+}
+
+fn was_added_on_another_connection(link: &Link, call: &Call) -> bool {
+    link.shared.done(call, "Exec").is_some_and(|number| number != link.number)
+}
+
+fn kill_the_shim(link: &Link, _: &mut Call) -> Result<()> {
+    let connect: api::ConnectResponse = link.shared.ask("Connect", &api::ConnectRequest::default())?;
+    Ok(kill(Pid::from_raw(connect.shim_pid.cast_signed()), Signal::SIGKILL)?)
+}
+
+fn lose_a_descriptor(link: &Link, _: &mut Call) -> Result<()> {
+    link.shared.lost.lock().expect("no panic under this lock").push(File::open("/dev/null")?);
+    Ok(())
+}
+
+/// A runtime of its own does it.
+fn give_it_another_descriptor(_: &Link, call: &mut Call) -> Result<()> {
+    let mut create = api::CreateTaskRequest::parse_from_bytes(&call.payload)?;
+    let any = create.options.as_mut().context("no options")?;
+    let mut options = Options::parse_from_bytes(&any.value)?;
+    let runtime = Path::new(&create.bundle).join("runtime");
+    let insert = "for word; do shift; set -- \"$@\" \"$word\"; [ \"$word\" = create ] && set -- \"$@\" --preserve-fds 1; done";
+    fs::write(&runtime, format!("#!/bin/sh\n{insert}\nexec 3</etc/passwd\nexec {} \"$@\"\n", options.binary_name))?;
+    fs::set_permissions(&runtime, Permissions::from_mode(0o755))?;
+    options.binary_name = runtime.display().to_string();
+    any.value = options.write_to_bytes()?;
+    call.payload = create.write_to_bytes()?;
+    Ok(())
+}
+
+fn edit_process(call: &mut Call, change: impl FnOnce(&mut Value)) -> Result<()> {
+    let mut exec = api::ExecProcessRequest::parse_from_bytes(&call.payload)?;
+    let spec = exec.spec.as_mut().context("no process")?;
+    let mut process = serde_json::from_slice(&spec.value)?;
+    change(&mut process);
+    spec.value = process.to_string().into_bytes();
+    call.payload = exec.write_to_bytes()?;
+    Ok(())
+}
+
+fn take_its_terminal(_: &Link, call: &mut Call) -> Result<()> {
+    edit_process(call, |process| process["terminal"] = false.into())?;
+    edit(&mut call.payload, |exec: &mut api::ExecProcessRequest| exec.terminal = false)
+}
+
+fn intercept_stdout(link: &Link, call: &mut Call) -> Result<()> {
+    edit(&mut call.payload, |create: &mut api::CreateTaskRequest| create.stdout = stdout::intercept(&create.stdout, &link.shared.fault))
+}
+
+/// As if it had been in the container, which is over.
+fn leave_a_process(_: &Link, _: &mut Call) -> Result<()> {
+    Command::new("/bin/sleep").arg0("sleep").arg("2000").env_clear().current_dir("/").process_group(0).spawn()?;
+    Ok(())
+}
+
+fn note_the_cgroups(link: &Link, call: &mut Call) -> Result<()> {
+    let bundle = link.shared.state(call).context("no state")?.bundle;
+    let config: Value = serde_json::from_slice(&fs::read(Path::new(&bundle).join("config.json"))?)?;
+    let path = config["linux"]["cgroupsPath"].as_str().context("no cgroup")?;
+    call.folders = cgroups::folders(path.trim_start_matches('/'));
+    Ok(())
+}
