@@ -17,6 +17,7 @@ use crate::eventually::{self, PATIENCE, SOON, eventually, within};
 use crate::runner::{EXECUTOR, Skip, explain};
 use crate::stand::Stand;
 use crate::suite::Shim;
+use crate::times::{TIMES, times};
 use crate::{isolation, trace};
 
 /// What came of a case.
@@ -44,14 +45,16 @@ pub struct Subject {
     pub cgroups: Version,
     /// The factor by which all deadlines are longer.
     pub patience: u32,
+    /// The factor by which cases that repeat something do so more often.
+    pub times: u32,
 }
 
 impl Subject {
-    /// A subject on what [`cgroups::CHOICE`] and [`PATIENCE`] say.
+    /// A subject on what [`cgroups::CHOICE`], [`PATIENCE`] and [`TIMES`] say.
     ///
     /// Errors: there are no such cgroups.
     pub fn new(shim: PathBuf, engine: PathBuf, programs: PathBuf) -> Result<Self> {
-        Ok(Self { shim, engine, programs, cgroups: Version::chosen()?, patience: eventually::patience() })
+        Ok(Self { shim, engine, programs, cgroups: Version::chosen()?, patience: eventually::patience(), times: times() })
     }
 }
 
@@ -77,12 +80,13 @@ fn try_perform(case: &Case, subject: &Subject, folder: &Path) -> Result<Verdict>
         .args([folder, Path::new(case.name)])
         .env(cgroups::CHOICE, subject.cgroups.to_string())
         .env(PATIENCE, subject.patience.to_string())
+        .env(TIMES, subject.times.to_string())
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
         .spawn()?;
     // it has a deadline of its own; this one is for a case that does not keep it
-    let deadline = Instant::now() + (case.deadline + Duration::from_secs(20)) * subject.patience;
+    let deadline = Instant::now() + (case.deadline * subject.times + Duration::from_secs(20)) * subject.patience;
     while child.try_wait()?.is_none() {
         if Instant::now() > deadline {
             child.kill()?;
@@ -183,8 +187,9 @@ async fn try_judge(case: &Case, subject: &Subject, folder: &Path) -> Result<()> 
     for need in case.needs {
         need.check(&stand.path())?;
     }
-    let body = eventually::timeout(case.deadline, (case.body)(stand.clone())).await;
-    let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline * eventually::patience())));
+    let deadline = case.deadline * times();
+    let body = eventually::timeout(deadline, (case.body)(stand.clone())).await;
+    let result = body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", deadline * eventually::patience())));
     fs::write(folder.join("shim.log"), stand.logs())?;
     result?;
     let left = leaves_nothing(&stand).await;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use containerd_shim_protos::api;
@@ -15,6 +15,7 @@ use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
 use crate::gate::Gate;
 use crate::stand::Stand;
 use crate::task::Task;
+use crate::times::{repeated, times};
 use crate::ttrpc::{CallError, Code, Frame, Wire};
 use crate::{isolation, proc};
 
@@ -43,11 +44,16 @@ async fn a_slow_create_delays_no_sibling(stand: Stand) -> Result<()> {
     let create = tokio::spawn(async move { slow.create_in(&task).await });
     gate.held("create").await?;
     let (task, limit) = (anchor.task.another().await?, Duration::from_secs(2));
+    let (begin, spell) = (Instant::now(), Duration::from_millis(500) * times());
     let asked = async {
-        let state = task.state_within("anchor", "", limit).await?;
-        let pids = task.pids_within("anchor", limit).await?;
-        task.connect_within("anchor", limit).await?;
-        anyhow::Ok((state.pid, pids))
+        loop {
+            let state = task.state_within("anchor", "", limit).await?;
+            let pids = task.pids_within("anchor", limit).await?;
+            task.connect_within("anchor", limit).await?;
+            if begin.elapsed() > spell {
+                return anyhow::Ok((state.pid, pids));
+            }
+        }
     };
     let asked = asked.await;
     gate.release("create")?;
@@ -277,7 +283,7 @@ async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
     let task = container.task.another().await?;
     let kill = tokio::spawn(async move { task.call::<api::Empty>("Kill", &request, SOON * 3).await });
     let held = gate.held("kill").await;
-    let total = 100;
+    let total = repeated(100);
     for number in 0..total {
         ensure!(within("an exec", SOON, container.run(&format!("e{number}"), &["true"])).await?? == 0);
     }
