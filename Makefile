@@ -75,7 +75,7 @@ conformance: packages suites build conformance-tool
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --cgroup 2 --engine runc
 
 ## the clauses that depend on cgroups, and the first of every kind, on cgroup v2 with all controllers: in an emulated guest, some minutes
-CGROUP2_CLAUSES := resources. C12 L1 L2 P1 S1 D1 E1
+CGROUP2_CLAUSES := resources. C11 C12 L1 L2 P1 S1 D1 E1
 conformance-cgroup2: packages build conformance-tool
 	tools=$(TARGET_DIR)/$(TRIPLE)/debug; \
 	for engine in runc crun; do \
