@@ -50,6 +50,14 @@ impl Daemon {
         Self::start_configured(suite, shim, &[], |folder| format!("{}{}", base_configuration(suite, folder, ""), more(folder))).await
     }
 
+    /// The same, with a log that tells of each event: see [`Self::told_exits`].
+    pub async fn start_talkative(suite: Suite, shim: &Shim) -> Result<Self> {
+        Self::start_configured(suite, shim, &[], |folder| {
+            configuration(suite, folder).replace(&format!("level = {:?}", level()), "level = \"trace\"")
+        })
+        .await
+    }
+
     /// The same with more environment, which its shims inherit.
     pub async fn start_with(suite: Suite, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
         Self::start_configured(suite, shim, environment, |folder| configuration(suite, folder)).await
@@ -115,6 +123,17 @@ impl Daemon {
     /// Its log.
     pub fn log(&self) -> String {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// How often it was told that a process of a namespace has ended, or has said so itself, in all its lives. Before anybody can subscribe,
+    /// too; but it has to be talkative.
+    pub fn told_exits(&self, namespace: &str) -> usize {
+        let tells = |line: &&str| {
+            ["event forwarded", "event published"].iter().any(|word| line.contains(word))
+                && line.contains("topic=/tasks/exit")
+                && line.contains(&format!("ns={namespace}"))
+        };
+        self.log().lines().filter(tells).count()
     }
 
     /// The folder of a container's bundle.

@@ -123,7 +123,7 @@ fn kind_cases() -> Vec<Case> {
                 root_in_a_user_namespace_is_nobody_outside,
                 hooks_run_when_they_should,
                 a_failing_hook_fails_the_start_and_leaves_nothing;
-            Scope::Once =>
+            Scope::Daemons =>
                 a_shim_whose_binary_is_replaced_keeps_its_containers,
         ],
         cases![resources,
@@ -176,10 +176,11 @@ fn crash_cases() -> Vec<Case> {
                 a_killed_worker_is_not_noticed_by_a_delete_in_flight,
                 a_worker_killed_with_the_daemon_down_loses_no_exit;
             Scope::Once =>
-                a_killed_worker_costs_no_line_of_output,
-                a_stopped_worker_leaves_the_daemon_able_to_load,
-                a_killed_keeper_ends_its_containers_with_true_exit_codes;
+                a_killed_worker_costs_no_line_of_output;
             Scope::Daemons =>
+                a_stopped_worker_leaves_the_daemon_able_to_load,
+                an_exit_with_the_daemon_down_and_the_worker_at_rest_is_told,
+                a_killed_keeper_ends_its_containers_with_true_exit_codes,
                 a_killed_keeper_ends_each_member_of_its_group_with_its_true_exit_code,
         ],
         cases![ctr,

@@ -317,10 +317,12 @@ async fn execs_by_the_hundred_delay_no_state(stand: Stand) -> Result<()> {
     let watchdog = tokio::spawn({
         let over = Arc::clone(&over);
         async move {
-            let (limit, mut asked, mut longest) = (Duration::from_secs(2), 0_u32, Duration::ZERO);
+            let (mut asked, mut longest) = (0_u32, Duration::ZERO);
             while !over.load(Ordering::Relaxed) {
                 let begin = Instant::now();
-                task.state_within("c1", "", limit).await.with_context(|| format!("State, after {asked} that took {longest:?} at most"))?;
+                task.state_within("c1", "", a_second() * 2)
+                    .await
+                    .with_context(|| format!("State, after {asked} that took {longest:?} at most"))?;
                 (asked, longest) = (asked + 1, longest.max(begin.elapsed()));
                 tokio::time::sleep(Duration::from_millis(10)).await; // nobody asks more often
             }
