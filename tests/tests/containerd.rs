@@ -24,11 +24,14 @@ mod resources;
 mod stdio;
 #[path = "containerd/stock.rs"]
 mod stock;
+#[path = "containerd/versions.rs"]
+mod versions;
 #[path = "containerd/worker.rs"]
 mod worker;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use shim_tests::cases;
 use shim_tests::runner::{self, Case, Scope};
@@ -100,7 +103,10 @@ fn stdio_cases() -> Vec<Case> {
             close_io_is_harmless_before_start_twice_and_after_exit,
             a_terminals_last_output_is_not_cut,
             a_reader_that_leaves_breaks_no_pipe;
+        Scope::Daemons =>
+            a_logger_that_a_label_names_never_runs_unless_it_is_listed;
         Scope::Once =>
+            a_logger_that_is_not_listed_never_runs,
             a_megabyte_of_stdin_arrives,
             a_slow_reader_gets_every_byte_around_a_megabyte,
             a_grandchild_that_holds_the_pipe_delays_no_wait,
@@ -183,6 +189,16 @@ fn crash_cases() -> Vec<Case> {
                 a_killed_keeper_ends_its_containers_with_true_exit_codes,
                 a_killed_keeper_ends_each_member_of_its_group_with_its_true_exit_code,
         ],
+        cases![versions,
+            Scope::Once =>
+                containers_outlive_a_downgrade_and_an_upgrade_of_their_daemon;
+            Scope::Daemons =>
+                a_shim_whose_binary_has_moved_is_found_by_a_link,
+                a_container_whose_shims_binary_is_gone_lives_on_and_keeps_its_name,
+        ]
+        .into_iter()
+        .map(|case| case.within(Duration::from_secs(120)))
+        .collect(),
         cases![ctr,
             Scope::Daemons =>
                 ctr_imports_an_image_and_runs_it,

@@ -91,6 +91,7 @@ fn main() -> ExitCode {
     ]);
     cases.extend(direct_cases![deaths:
         an_end_that_nobody_has_seen_is_told_as_killed,
+        a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_exit_codes,
         delete_after_a_deletion_says_what_delete_said,
         what_a_runtime_has_started_does_not_outlive_its_create,
         what_containerd_asks_at_its_start_is_answered_without_a_worker,
