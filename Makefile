@@ -65,6 +65,7 @@ test-cgroup2-guest: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) runc crun
 
+## what is proved by repetition is repeated a little; X_TIMES=N, here and for the other tests: N times as often (docs/field.md)
 ## the protocol's clauses, on our shim, with both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
 ## cannot filter devices on v2: the next one's can.
 SUITES := $(or $(X_TESTS_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/x-tests)

@@ -36,7 +36,10 @@ use shim_tests::direct_cases;
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_instant-runtime")).parent().expect("a file is in a folder");
     let mut cases = Vec::new();
-    cases.extend(direct_cases![answers: ready_made_answers_are_those_of_the_worker]);
+    cases.extend(direct_cases![answers:
+        ready_made_answers_are_those_of_the_worker,
+        a_create_under_way_costs_a_siblings_state_no_fifty_milliseconds,
+    ]);
     cases.extend(direct_cases![bad_input:
         what_is_wrong_with_a_bundle_is_named,
         what_is_wrong_with_a_create_is_said_in_a_sentence,
