@@ -94,6 +94,7 @@ fn main() -> ExitCode {
     ]);
     cases.extend(direct_cases![deaths:
         an_end_that_nobody_has_seen_is_told_as_killed,
+        delete_ends_a_container_whose_bundle_was_removed,
         a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_exit_codes,
         delete_after_a_deletion_says_what_delete_said,
         what_a_runtime_has_started_does_not_outlive_its_create,

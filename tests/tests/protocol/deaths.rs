@@ -6,7 +6,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 use protobuf::Message as _;
 use shim_tests::bundle::{self, Container, worker_of};
@@ -47,6 +49,40 @@ pub(crate) async fn delete_after_a_deletion_says_what_delete_said(stand: Stand) 
     anchor.shut_down().await?;
     ensure!(container.bundle.delete_command().await?.exit_status == 3, "without a shim");
     ensure!(anchor.bundle.delete_command().await?.exit_status == 137);
+    Ok(())
+}
+
+/// Somebody has removed what says which shim it is in; a member of a pod is in one that bears another name.
+pub(crate) async fn delete_ends_a_container_whose_bundle_was_removed(stand: Stand) -> Result<()> {
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    let other = stand.bundle("other", &["sleep", "1000"]).run().await?;
+    for id in ["member", "alone"] {
+        let build = |args: &[&str]| {
+            let bundle = stand.bundle(id, args);
+            if id == "member" { bundle.group("pod") } else { bundle }
+        };
+        let container = build(&["sleep", "1000"]).run().await?;
+        let rootfs = container.bundle.folder.join("rootfs");
+        umount2(&rootfs, MntFlags::MNT_DETACH)?;
+        fs::remove_dir_all(&container.bundle.folder)?;
+        let mut command = container.bundle.command("delete", &[]);
+        command.current_dir("/");
+        let output = bundle::run(command, &[]).await?;
+        ensure!(output.status.success(), "{id}: {output:?}");
+        let deleted = DeleteResponse::parse_from_bytes(&output.stdout)?;
+        ensure!(deleted.exit_status == 137 && deleted.pid == container.pid, "{id}: {deleted}");
+        ensure!(!proc::is_alive(container.pid.cast_signed()), "{id} is alive");
+        // its name is free, for the runtime as well
+        let again = build(&["sh", "-c", "exit 5"]).run().await?;
+        ensure!(again.finish().await? == 5);
+        if id == "alone" {
+            shim_tests::bundle::leave(&again.task, again.shim_pid()?, id).await?;
+        }
+    }
+    // nobody else was touched
+    for container in [anchor, other] {
+        ensure!(container.shut_down().await? == 137);
+    }
     Ok(())
 }
 
