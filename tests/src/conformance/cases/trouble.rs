@@ -376,6 +376,10 @@ async fn a_kill_that_hangs_times_out_alone(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let stuck = stand.bundle("stuck", &["sh", "-c", "trap '' TERM; sleep 1000"]).group("pod").runtime(&gate.binary());
     let stuck = stuck.run_in(&anchor.task).await?;
+    // what the runtime leaves there first takes a signal as it likes
+    let is_itself =
+        |container: &Container| proc::Process::read(container.pid.cast_signed()).is_ok_and(|init| init.command.ends_with("sleep 1000"));
+    eventually_true("both run their programs", SOON, || is_itself(&stuck) && is_itself(&anchor)).await?;
     gate.hold("kill")?;
     let mut kills = Vec::new();
     for all in [false, true] {
