@@ -65,6 +65,7 @@ test-cgroup2-guest: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) runc crun
 
+## what is proved by repetition is repeated a little; X_TIMES=N, here and for the other tests: N times as often (docs/field.md)
 ## the protocol's clauses, on our shim, with both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
 ## cannot filter devices on v2: the next one's can.
 SUITES := $(or $(X_TESTS_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/x-tests)
@@ -75,7 +76,7 @@ conformance: packages suites build conformance-tool
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --cgroup 2 --engine runc
 
 ## the clauses that depend on cgroups, and the first of every kind, on cgroup v2 with all controllers: in an emulated guest, some minutes
-CGROUP2_CLAUSES := resources. C12 L1 L2 P1 S1 D1 E1
+CGROUP2_CLAUSES := resources. C11 C12 L1 L2 P1 S1 D1 E1
 conformance-cgroup2: packages build conformance-tool
 	tools=$(TARGET_DIR)/$(TRIPLE)/debug; \
 	for engine in runc crun; do \

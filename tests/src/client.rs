@@ -14,11 +14,11 @@ use containerd_client::services::v1::{
     CheckpointTaskRequest, CloseIoRequest, Container, CreateContainerRequest, CreateNamespaceRequest, CreateTaskRequest,
     DeleteContainerRequest, DeleteProcessRequest, DeleteResponse, DeleteTaskRequest, ExecProcessRequest, GetRequest, KillRequest,
     ListPidsRequest, ListTasksRequest, MetricsRequest, Namespace, PauseTaskRequest, PublishRequest, ResizePtyRequest, ResumeTaskRequest,
-    StartRequest, SubscribeRequest, UpdateTaskRequest, WaitRequest, WaitResponse,
+    StartRequest, SubscribeRequest, UpdateContainerRequest, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_client::types::v1::{Process, ProcessInfo};
 use containerd_client::types::{Descriptor, Metric};
-use prost_types::Any;
+use prost_types::{Any, FieldMask};
 use tonic::{Code, Request, Response, Status};
 
 use crate::eventually::{self, SOON, eventually};
@@ -115,6 +115,15 @@ impl Client {
         };
         let request = self.request(CreateContainerRequest { container: Some(container) });
         self.call("create container", self.api.containers().create(request)).await.map(drop)
+    }
+
+    /// Labels a container, as clients do with what they find in an image.
+    pub async fn label(&self, id: &str, labels: &[(&str, &str)]) -> Answer<()> {
+        let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let container = Container { id: id.to_owned(), labels, ..Container::default() };
+        let update_mask = Some(FieldMask { paths: vec!["labels".to_owned()] });
+        let request = self.request(UpdateContainerRequest { container: Some(container), update_mask });
+        self.call("update container", self.api.containers().update(request)).await.map(drop)
     }
 
     /// Deletes the metadata of a container.

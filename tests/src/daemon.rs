@@ -24,7 +24,7 @@ use crate::{isolation, proc};
 /// A containerd of one's own.
 #[derive(Debug)]
 pub struct Daemon {
-    suite: Suite,
+    suite: Mutex<Suite>,
     folder: PathBuf,
     environment: Vec<(String, String)>,
     process: Mutex<Option<Running>>,
@@ -48,6 +48,14 @@ impl Daemon {
     /// The same with its CRI plugin, and with what `more` adds to the configuration.
     pub async fn start_for_pods(suite: Suite, shim: &Shim, more: impl FnOnce(&Path) -> String) -> Result<Self> {
         Self::start_configured(suite, shim, &[], |folder| format!("{}{}", base_configuration(suite, folder, ""), more(folder))).await
+    }
+
+    /// The same, with a log that tells of each event: see [`Self::told_exits`].
+    pub async fn start_talkative(suite: Suite, shim: &Shim) -> Result<Self> {
+        Self::start_configured(suite, shim, &[], |folder| {
+            configuration(suite, folder).replace(&format!("level = {:?}", level()), "level = \"trace\"")
+        })
+        .await
     }
 
     /// The same with more environment, which its shims inherit.
@@ -76,7 +84,7 @@ impl Daemon {
         }
         fs::write(folder.join("config.toml"), configuration(&folder))?;
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        let daemon = Self { suite, folder, environment, process: Mutex::new(None) };
+        let daemon = Self { suite: Mutex::new(suite), folder, environment, process: Mutex::new(None) };
         daemon.spawn()?;
         daemon.answering().await?;
         Ok(daemon)
@@ -84,7 +92,15 @@ impl Daemon {
 
     /// The version it runs.
     pub fn suite(&self) -> Suite {
-        self.suite
+        *self.suite.lock().expect("no panic under this lock")
+    }
+
+    /// Has another version take over the same root and state: it is upgraded or downgraded.
+    pub async fn becomes(&self, suite: Suite) -> Result<()> {
+        self.stop()?;
+        fs::write(self.folder.join("config.toml"), configuration(suite, &self.folder))?;
+        *self.suite.lock().expect("no panic under this lock") = suite;
+        self.restart().await
     }
 
     /// Its folder.
@@ -99,7 +115,7 @@ impl Daemon {
 
     /// The PATH that it and its shims have.
     pub fn path(&self) -> String {
-        format!("{}:{}:/usr/sbin:/usr/bin:/sbin:/bin", self.bin().display(), self.suite.bin().display())
+        format!("{}:{}:/usr/sbin:/usr/bin:/sbin:/bin", self.bin().display(), self.suite().bin().display())
     }
 
     /// The folder in which a shim that is built for it looks where its worker shall die: see `shim/src/worker/fault.rs`.
@@ -115,6 +131,17 @@ impl Daemon {
     /// Its log.
     pub fn log(&self) -> String {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// How often it was told that a process of a namespace has ended, or has said so itself, in all its lives. Before anybody can subscribe,
+    /// too; but it has to be talkative.
+    pub fn told_exits(&self, namespace: &str) -> usize {
+        let tells = |line: &&str| {
+            ["event forwarded", "event published"].iter().any(|word| line.contains(word))
+                && line.contains("topic=/tasks/exit")
+                && line.contains(&format!("ns={namespace}"))
+        };
+        self.log().lines().filter(tells).count()
     }
 
     /// The folder of a container's bundle.
@@ -207,7 +234,7 @@ impl Daemon {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()
-            .with_context(|| format!("start {}", self.suite))?;
+            .with_context(|| format!("start {}", self.suite()))?;
         isolation::keep(child.id());
         *self.process.lock().expect("no panic under this lock") = Some(Running::Child(child));
         Ok(())
@@ -216,7 +243,7 @@ impl Daemon {
     /// containerd, or x-manager in its place.
     fn program(&self) -> Command {
         let Some(manager) = suite::manager() else {
-            let mut command = Command::new(self.suite.program("containerd"));
+            let mut command = Command::new(self.suite().program("containerd"));
             command.arg("--config").arg(self.folder.join("config.toml"));
             return command;
         };
@@ -227,7 +254,7 @@ impl Daemon {
     }
 
     async fn answering(&self) -> Result<()> {
-        let what = format!("{} answers", self.suite);
+        let what = format!("{} answers", self.suite());
         eventually(what, Duration::from_secs(30), async || {
             Client::connect(&self.address(), "default").await?.version().await?;
             Ok(())
@@ -274,6 +301,7 @@ fn configuration(suite: Suite, folder: &Path) -> String {
 fn base_configuration(suite: Suite, folder: &Path, disabled: &str) -> String {
     let version = if suite == Suite::Forky { 3 } else { 2 };
     let level = level();
+    let restart = if suite == Suite::Forky { "io.containerd.monitor.container.v1.restart" } else { "io.containerd.internal.v1.restart" };
     format!(
         r#"version = {version}
 root = "{folder}/root"
@@ -288,6 +316,8 @@ address = "{folder}/debug.sock"
 level = "{level}"
 [plugins."io.containerd.internal.v1.opt"]
 path = "{folder}/opt"
+[plugins."{restart}"]
+interval = "1s"
 "#,
         folder = folder.display()
     )

@@ -16,6 +16,7 @@ use crate::audit::Audit;
 use crate::runner::{EXECUTOR, Skip, explain, note_time, report_times};
 use crate::stand::Stand;
 use crate::suite::{self, Shim};
+use crate::times::times;
 use crate::{eventually, isolation, runner};
 
 /// The body of a case.
@@ -131,8 +132,9 @@ fn perform(case: &Case, shim: &Shim, programs: &Path) -> std::result::Result<Com
 
 async fn verdict(case: &Case, shim: &Shim, programs: &Path) -> Result<()> {
     let stand = Stand::new(shim, programs)?;
-    let body = eventually::timeout(case.deadline, (case.body)(stand.clone())).await;
-    body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", case.deadline)))
+    let deadline = case.deadline * times();
+    let body = eventually::timeout(deadline, (case.body)(stand.clone())).await;
+    body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {deadline:?}")))
         .with_context(|| format!("on the stand {}, whose shims said at last:\n{}", stand.namespace(), stand.last_words()))?;
     stand.leaves_nothing().await
 }

@@ -29,6 +29,7 @@
 //! | [`fake_containerd`] | the taker of events, who may refuse, stay silent or vanish |
 //! | [`audit`] | what is left behind |
 //! | [`conformance`] | the clauses of the protocol and the cases that prove them |
+//! | [`times`] | how often what is proved by repetition is repeated |
 //! | [`trace`] | what happened in a case, line by line |
 //!
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
@@ -62,6 +63,7 @@ pub mod stand;
 pub mod stdio;
 pub mod suite;
 pub mod task;
+pub mod times;
 pub mod trace;
 pub mod ttrpc;
 pub mod witness;

@@ -19,6 +19,7 @@ use crate::audit::Audit;
 use crate::context::Context;
 use crate::daemon::Daemon;
 use crate::suite::{self, Runtime, Shim, Suite};
+use crate::times::times;
 use crate::{cgroups, eventually, isolation};
 
 /// The body of a case.
@@ -298,8 +299,9 @@ impl One {
     async fn verdict(&self) -> Result<()> {
         let daemon = shared_daemon(self.suite, &self.shim).await?;
         let cx = Context::new(daemon, self.runtime, self.shim.clone(), &self.programs).await?;
-        let body = eventually::timeout(self.case.deadline, (self.case.body)(cx.clone())).await;
-        body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {:?}", self.case.deadline)))
+        let deadline = self.case.deadline * times();
+        let body = eventually::timeout(deadline, (self.case.body)(cx.clone())).await;
+        body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {deadline:?}")))
             .with_context(|| format!("the daemon's log:\n{}", cx.logs()))?;
         cx.leaves_nothing().await
     }

@@ -54,13 +54,17 @@ fn subject(shim: PathBuf, runtime: Runtime) -> Subject {
 
 fn about_the_document() -> Vec<Trial> {
     type Test = (&'static str, fn() -> Result<()>);
-    let tests: [Test; 6] = [
+    let tests: [Test; 7] = [
         ("document::every_case_names_a_clause_of_the_document", every_case_names_a_clause_of_the_document),
         ("document::every_clause_has_a_case_and_a_source", every_clause_has_a_case_and_a_source),
         ("document::the_table_of_calls_is_the_one_that_is_tested", the_table_of_calls_is_the_one_that_is_tested),
         ("document::known_deviations_have_reasons_and_cases", known_deviations_have_reasons_and_cases),
         ("document::every_must_has_a_fault", every_must_has_a_fault),
         ("document::the_table_of_faults_is_of_these_and_each_is_seen_by_few", the_table_of_faults_is_of_these_and_each_is_seen_by_few),
+        (
+            "document::what_goes_wrong_in_the_field_is_reproduced_by_cases_and_tests_that_there_are",
+            what_goes_wrong_in_the_field_is_reproduced,
+        ),
     ];
     tests.into_iter().map(|(name, test)| Trial::test(name, move || test().map_err(failed))).collect()
 }
@@ -127,6 +131,41 @@ fn known_deviations_have_reasons_and_cases() -> Result<()> {
         ensure!(expectations.is_empty() || !path.ends_with("x.toml"), "nothing is excused in our own shim");
     }
     ensure!(folder.join("x.toml").exists(), "no {}", folder.join("x.toml").display());
+    Ok(())
+}
+
+/// `docs/field.md` names cases of this suite as `area.sentence`, other tests as `target::module::sentence`.
+fn what_goes_wrong_in_the_field_is_reproduced() -> Result<()> {
+    let rows = include_str!("../../docs/field.md").lines().filter(|line| line.starts_with("| ") && !line.starts_with("| ---"));
+    let (mut failures, mut names) = (0, 0);
+    for row in rows.filter(|row| !row.starts_with("| what was seen")) {
+        let cells: Vec<_> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [_, reported, reproduced, factor] = cells[..] else { anyhow::bail!("not four cells: {row}") };
+        ensure!(!reported.is_empty(), "no report, and no dash: {row}");
+        ensure!(factor.is_empty() || factor.parse::<u32>().is_ok(), "{factor:?} is no factor: {row}");
+        failures += 1;
+        let quoted: Vec<_> = reproduced.split('`').skip(1).step_by(2).collect();
+        ensure!(!quoted.is_empty(), "nothing reproduces it: {row}");
+        for name in quoted {
+            names += 1;
+            match name.split("::").collect::<Vec<_>>()[..] {
+                [case] => ensure!(cases::find(case).is_some(), "there is no case {case}"),
+                [target, ref modules @ .., sentence] => {
+                    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+                    let main =
+                        std::fs::read_to_string(folder.join(format!("{target}.rs"))).with_context(|| format!("there is no test {name}"))?;
+                    let module = modules
+                        .first()
+                        .map_or(Ok(String::new()), |module| std::fs::read_to_string(folder.join(target).join(format!("{module}.rs"))));
+                    let defined = format!("fn {sentence}(");
+                    let is_defined = main.contains(&defined) || module.is_ok_and(|module| module.contains(&defined));
+                    ensure!(is_defined && main.contains(sentence), "there is no test {name}");
+                }
+                [] => unreachable!("a split yields something"),
+            }
+        }
+    }
+    ensure!(failures >= 50 && names > failures, "{failures} failures, {names} names: the document was not read");
     Ok(())
 }
 

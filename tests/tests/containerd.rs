@@ -24,11 +24,14 @@ mod resources;
 mod stdio;
 #[path = "containerd/stock.rs"]
 mod stock;
+#[path = "containerd/versions.rs"]
+mod versions;
 #[path = "containerd/worker.rs"]
 mod worker;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use shim_tests::cases;
 use shim_tests::runner::{self, Case, Scope};
@@ -100,7 +103,10 @@ fn stdio_cases() -> Vec<Case> {
             close_io_is_harmless_before_start_twice_and_after_exit,
             a_terminals_last_output_is_not_cut,
             a_reader_that_leaves_breaks_no_pipe;
+        Scope::Daemons =>
+            a_logger_that_a_label_names_never_runs_unless_it_is_listed;
         Scope::Once =>
+            a_logger_that_is_not_listed_never_runs,
             a_megabyte_of_stdin_arrives,
             a_slow_reader_gets_every_byte_around_a_megabyte,
             a_grandchild_that_holds_the_pipe_delays_no_wait,
@@ -123,7 +129,7 @@ fn kind_cases() -> Vec<Case> {
                 root_in_a_user_namespace_is_nobody_outside,
                 hooks_run_when_they_should,
                 a_failing_hook_fails_the_start_and_leaves_nothing;
-            Scope::Once =>
+            Scope::Daemons =>
                 a_shim_whose_binary_is_replaced_keeps_its_containers,
         ],
         cases![resources,
@@ -176,12 +182,23 @@ fn crash_cases() -> Vec<Case> {
                 a_killed_worker_is_not_noticed_by_a_delete_in_flight,
                 a_worker_killed_with_the_daemon_down_loses_no_exit;
             Scope::Once =>
-                a_killed_worker_costs_no_line_of_output,
-                a_stopped_worker_leaves_the_daemon_able_to_load,
-                a_killed_keeper_ends_its_containers_with_true_exit_codes;
+                a_killed_worker_costs_no_line_of_output;
             Scope::Daemons =>
+                a_stopped_worker_leaves_the_daemon_able_to_load,
+                an_exit_with_the_daemon_down_and_the_worker_at_rest_is_told,
+                a_killed_keeper_ends_its_containers_with_true_exit_codes,
                 a_killed_keeper_ends_each_member_of_its_group_with_its_true_exit_code,
         ],
+        cases![versions,
+            Scope::Once =>
+                containers_outlive_a_downgrade_and_an_upgrade_of_their_daemon;
+            Scope::Daemons =>
+                a_shim_whose_binary_has_moved_is_found_by_a_link,
+                a_container_whose_shims_binary_is_gone_lives_on_and_keeps_its_name,
+        ]
+        .into_iter()
+        .map(|case| case.within(Duration::from_secs(120)))
+        .collect(),
         cases![ctr,
             Scope::Daemons =>
                 ctr_imports_an_image_and_runs_it,

@@ -36,7 +36,10 @@ use shim_tests::direct_cases;
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
     let mut cases = Vec::new();
-    cases.extend(direct_cases![answers: ready_made_answers_are_those_of_the_worker]);
+    cases.extend(direct_cases![answers:
+        ready_made_answers_are_those_of_the_worker,
+        a_create_under_way_costs_a_siblings_state_no_fifty_milliseconds,
+    ]);
     cases.extend(direct_cases![bad_input:
         what_is_wrong_with_a_bundle_is_named,
         what_is_wrong_with_a_create_is_said_in_a_sentence,
@@ -91,6 +94,8 @@ fn main() -> ExitCode {
     ]);
     cases.extend(direct_cases![deaths:
         an_end_that_nobody_has_seen_is_told_as_killed,
+        delete_ends_a_container_whose_bundle_was_removed,
+        a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_exit_codes,
         delete_after_a_deletion_says_what_delete_said,
         what_a_runtime_has_started_does_not_outlive_its_create,
         what_containerd_asks_at_its_start_is_answered_without_a_worker,

@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
     let long = Duration::from_secs(180);
     let cases = [
-        cases![steps, Scope::Daemons => new_old_new_broken_new_under_everything].map_within(long),
+        cases![steps, Scope::Daemons => new_old_new_broken_new_under_everything, a_new_binary_starts_a_container_in_the_shim_of_an_old_one].map_within(long),
         cases![bad_builds,
             Scope::Once =>
                 a_worker_that_does_not_work_never_takes_over,

@@ -8,6 +8,7 @@
 //!  keeper knows it, or may ─▶ keeper: Delete ─┬─ done ─────────────────▶ answer from the record
 //!                                             └─ fails, or no answer ─┐
 //!  keeper dead ───────────────────────────────────────────────────────┴▶ by hand, answer from the record
+//!  no bundle any more: the keepers are asked whose the container is, then as above
 //!  no journal: no container was ever made ─────────────────────────────▶ unmount, 137 now
 //! ```
 //!
@@ -24,9 +25,10 @@ use protobuf::{Message, MessageField};
 use super::by_hand::{self, Leftovers};
 use super::socket::{self, Lock};
 use super::{Error, group, start};
+use crate::commands::survey::{Found, Shim, survey};
 use crate::control;
 use crate::handover::{CONTROL_SERVICE, ControlReply, ControlRequest, Snapshot, ToldEnd};
-use crate::invocation::Flags;
+use crate::invocation::{Flags, Query};
 use crate::journal::{self, Contents, RecordedExit};
 use crate::journal_body::JournalBody;
 use crate::run_dir::{Place, RunDir};
@@ -84,7 +86,8 @@ impl<'a> Deletion<'a> {
         let body = found.body.as_deref().and_then(|bytes| JournalBody::decode(bytes).ok());
         let control = match &body {
             Some(body) => Some(body.control_path.clone()),
-            None => place_of(flags, bundle).map(|place| place.control),
+            None if !bundle.join("config.json").exists() => keeper_of(flags, bundle).or_else(|| place_of(flags, bundle)),
+            None => place_of(flags, bundle),
         };
         Ok(Self { flags, bundle, begun, found, body, control })
     }
@@ -240,11 +243,24 @@ impl<'a> Deletion<'a> {
     }
 }
 
-/// Where the shim of a container is to be found that has no journal: it was never created.
-fn place_of(flags: &Flags, bundle: &Path) -> Option<Place> {
+/// The control socket of the shim of a container that has no journal: it was never created.
+fn place_of(flags: &Flags, bundle: &Path) -> Option<PathBuf> {
     let group = group::of_bundle(bundle).unwrap_or_default();
     let group = group.as_deref().unwrap_or(&flags.id);
-    RunDir::from_environment().place(&flags.address, &flags.namespace, group, None).ok()
+    RunDir::from_environment().place(&flags.address, &flags.namespace, group, None).ok().map(|place| place.control)
+}
+
+/// The control socket of the shim that has the container, though nothing in the bundle says so: a containerd that does not find the
+/// shim's program when it starts removes the bundle of a container that runs.
+fn keeper_of(flags: &Flags, bundle: &Path) -> Option<PathBuf> {
+    let query = Query { namespace: Some(flags.namespace.clone()), ..Query::default() };
+    let has_it = |shim: &Shim| match &shim.found {
+        Found::Alive(snapshot) => {
+            snapshot.state.iter().any(|(id, state)| *id == flags.id && start::bundle_in(state).as_deref() == Some(bundle))
+        }
+        Found::Silent(_) | Found::Dead => false,
+    };
+    survey(&query).ok()?.into_iter().find(has_it).map(|shim| shim.control)
 }
 
 /// What the worker's answer says of the end. Absent for a container that never ran.

@@ -109,8 +109,7 @@ impl Shim<'_> {
     }
 
     fn exists(&self, keeper: u32, state: &[u8]) -> Error {
-        let state: serde_json::Value = serde_json::from_slice(state).unwrap_or_default();
-        let bundle = state.get("bundle").and_then(serde_json::Value::as_str).map_or_else(|| self.bundle.to_owned(), PathBuf::from);
+        let bundle = bundle_in(state).unwrap_or_else(|| self.bundle.to_owned());
         Error::AlreadyExists { id: self.flags.id.clone(), namespace: self.flags.namespace.clone(), bundle, keeper }
     }
 
@@ -264,6 +263,12 @@ pub(super) fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {
         return Ok(bundle.clone());
     }
     env::current_dir().map_err(|source| Error::Io { op: "find", path: "the working directory".into(), source })
+}
+
+/// The bundle that a keeper's record of a container names.
+pub(super) fn bundle_in(state: &[u8]) -> Option<PathBuf> {
+    let state: serde_json::Value = serde_json::from_slice(state).ok()?;
+    state.get("bundle").and_then(serde_json::Value::as_str).map(PathBuf::from)
 }
 
 fn text_of(path: &Path) -> Result<&str, Error> {

@@ -11,7 +11,7 @@ use crate::run_dir;
 
 mod inspect;
 mod ps;
-mod survey;
+pub(crate) mod survey;
 mod table;
 mod upgrade;
 

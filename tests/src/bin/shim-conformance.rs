@@ -18,7 +18,7 @@ shim-conformance: starts a containerd shim as containerd does, drives it, and sa
 
   shim-conformance list [--filter PATTERN]
   shim-conformance run --shim PATH [--engine runc|crun|PATH] [--filter PATTERN]… [--expect FILE] [--jobs N]
-                       [--cgroup 1|2] [--patience N] [--json FILE] [--junit FILE] [--logs FOLDER]
+                       [--cgroup 1|2] [--patience N] [--times N] [--json FILE] [--junit FILE] [--logs FOLDER]
   shim-conformance compare --shim A --shim B [--engine …] [--filter …] [--jobs N] [--cgroup …] [--patience N]
   shim-conformance table RESULTS.json…       several runs as one table in Markdown
   shim-conformance faults --shim PATH [--fault NAME]… [--engine …] [--filter …] [--jobs N]
@@ -30,6 +30,7 @@ shim-conformance: starts a containerd shim as containerd does, drives it, and sa
   --jobs     cases at a time; by default one per processor
   --cgroup   what the shim sees: on a host with v1, 2 is its unified hierarchy alone, with the controllers that v1 leaves there
   --patience every deadline is so many times as long: 10 on an emulated machine
+  --times    what is proved by repetition is repeated so many times as often, and a case may take so many times as long
   --logs     a folder with a folder for each failed case: the failure, the shim's log, a trace of calls and events
 
 Needs root, an OCI runtime, and a static busybox (Debian: busybox-static). Every case has a process, pid and mount namespaces,
@@ -91,6 +92,7 @@ struct Options {
     logs: Option<PathBuf>,
     cgroups: Option<Version>,
     patience: Option<u32>,
+    times: Option<u32>,
 }
 
 impl Options {
@@ -113,6 +115,7 @@ impl Options {
                 "--junit" => options.junit = Some(value.into()),
                 "--cgroup" => options.cgroups = Some(Version::available(&value).with_context(|| format!("--cgroup {value}"))?),
                 "--patience" => options.patience = Some(u32::try_from(number(flag, &value)?).context("--patience")?),
+                "--times" => options.times = Some(u32::try_from(number(flag, &value)?).context("--times")?),
                 "--logs" => options.logs = Some(value.into()),
                 _ => bail!("no option {flag}; shim-conformance help says what there is"),
             }
@@ -165,6 +168,7 @@ impl Options {
         let mut subject = Subject::new(shim.canonicalize()?, self.engine()?, programs)?;
         subject.cgroups = self.cgroups.unwrap_or(subject.cgroups);
         subject.patience = self.patience.unwrap_or(subject.patience);
+        subject.times = self.times.unwrap_or(subject.times);
         Ok(Plan {
             subject,
             cases,

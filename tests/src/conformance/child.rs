@@ -17,6 +17,7 @@ use crate::eventually::{self, PATIENCE, SOON, eventually, within};
 use crate::runner::{EXECUTOR, Skip, explain};
 use crate::stand::Stand;
 use crate::suite::Shim;
+use crate::times::{TIMES, times};
 use crate::{isolation, trace};
 
 /// What came of a case.
@@ -44,14 +45,16 @@ pub struct Subject {
     pub cgroups: Version,
     /// The factor by which all deadlines are longer.
     pub patience: u32,
+    /// The factor by which cases that repeat something do so more often.
+    pub times: u32,
 }
 
 impl Subject {
-    /// A subject on what [`cgroups::CHOICE`] and [`PATIENCE`] say.
+    /// A subject on what [`cgroups::CHOICE`], [`PATIENCE`] and [`TIMES`] say.
     ///
     /// Errors: there are no such cgroups.
     pub fn new(shim: PathBuf, engine: PathBuf, programs: PathBuf) -> Result<Self> {
-        Ok(Self { shim, engine, programs, cgroups: Version::chosen()?, patience: eventually::patience() })
+        Ok(Self { shim, engine, programs, cgroups: Version::chosen()?, patience: eventually::patience(), times: times() })
     }
 }
 
@@ -64,7 +67,7 @@ const VERDICT: &str = "verdict.json";
 /// Performs a case in another process, which writes into `folder`. It ends at the case's deadline at the latest, and takes everything with it.
 pub fn perform(case: &Case, subject: &Subject, folder: &Path) -> (Verdict, Duration) {
     // it has a deadline of its own; this one is for a case that does not keep it
-    perform_within((case.deadline + Duration::from_secs(20)) * subject.patience, case, subject, folder)
+    perform_within((case.deadline * subject.times + Duration::from_secs(20)) * subject.patience, case, subject, folder)
 }
 
 /// Like [`perform`], with another deadline.
@@ -83,6 +86,7 @@ fn try_perform(deadline: Instant, case: &Case, subject: &Subject, folder: &Path)
         .args([folder, Path::new(case.name)])
         .env(cgroups::CHOICE, subject.cgroups.to_string())
         .env(PATIENCE, subject.patience.to_string())
+        .env(TIMES, subject.times.to_string())
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
@@ -189,8 +193,9 @@ async fn try_judge(case: &Case, subject: &Subject, folder: &Path) -> Result<()> 
     for need in case.needs {
         need.check(&stand.path())?;
     }
-    let body = eventually::timeout(case.deadline, (case.body)(stand.clone())).await;
-    body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", case.deadline * eventually::patience())))?;
+    let deadline = case.deadline * times();
+    let body = eventually::timeout(deadline, (case.body)(stand.clone())).await;
+    body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole case: not within {:?}", deadline * eventually::patience())))?;
     leaves_nothing(&stand).await
 }
 

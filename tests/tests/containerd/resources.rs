@@ -14,6 +14,7 @@ use shim_tests::eventually::{SOON, eventually};
 use shim_tests::isolation;
 use shim_tests::messages::{METRICS_V1, METRICS_V2, MetricsV1, RESOURCES, any_json};
 use shim_tests::runner::needs_controller;
+use shim_tests::times::repeated;
 
 const LIMIT: u64 = 64 << 20;
 
@@ -131,7 +132,7 @@ pub(crate) async fn an_update_changes_the_limit(cx: Context) -> Result<()> {
 
 pub(crate) async fn the_end_of_memory_is_told_before_the_exit(cx: Context) -> Result<()> {
     needs_controller("memory")?;
-    let rounds = if cx.shim().is_ours() { 10 } else { 1 };
+    let rounds = if cx.shim().is_ours() { repeated(10) } else { 1 };
     for _round in 0..rounds {
         let events = cx.events().await?;
         let container = cx.container(&["tail", "/dev/zero"]).spec(|spec| spec.memory_limit(16 << 20));

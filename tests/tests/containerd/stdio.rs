@@ -1,14 +1,18 @@
 //! Every kind of stdio: what goes in comes out, all of it, whoever is slow, late or gone.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::types::v1::Status as Phase;
 use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
 use shim_tests::messages::{GenericOptions, any};
-use shim_tests::runner::skip;
+use shim_tests::rootfs;
+use shim_tests::runner::{needs_images, skip};
+use shim_tests::spec::Spec;
 use shim_tests::stdio::{Pace, Writer};
 
 /// Fifos that nobody reads yet.
@@ -252,6 +256,83 @@ pub(crate) async fn a_logger_of_the_second_kind_is_ready_with_a_byte_and_not_wit
     ensure!(fs::read_to_string(folder.join("stdout"))? == "out\n");
     let Err(error) = cx.container(&["true"]).stdio(Stdio::uri(&uri)).create().await else { anyhow::bail!("it was taken for ready") };
     ensure!(format!("{error:#}").contains("log-sink"), "{error:#}");
+    cx.leaves_nothing().await
+}
+
+/// As it is where images come from anybody: the loggers are listed.
+async fn with_listed_loggers(cx: &Context) -> Result<Context> {
+    if !cx.shim().is_ours() {
+        return skip("the stock shim runs whatever it is told to");
+    }
+    let listed = cx.folder().join("listed");
+    fs::copy(cx.program("log-sink"), &listed)?;
+    cx.with_own_shim(cx.shim(), &[("X_SHIM_LOGGERS", &listed.display().to_string())]).await
+}
+
+/// The URI of a logger that leaves a trace in `folder`: `listed`, or one that is not.
+fn logger_of(cx: &Context, outer: &Context, name: &str, folder: &Path) -> Result<String> {
+    fs::create_dir_all(folder)?;
+    let program = if name == "listed" { outer.folder().join(name) } else { cx.program("log-sink") };
+    Ok(format!("binary://{}?folder={}", program.display(), folder.display()))
+}
+
+pub(crate) async fn a_logger_that_is_not_listed_never_runs(outer: Context) -> Result<()> {
+    let cx = with_listed_loggers(&outer).await?;
+    for (name, runs) in [("listed", true), ("other", false)] {
+        let folder = cx.folder().join(name);
+        let uri = Stdio::uri(logger_of(&cx, &outer, name, &folder)?);
+        let created = cx.container(&["sh", "-c", "echo out; exit 3"]).stdio(uri.clone()).create().await;
+        let running = cx.container(&["sleep", "1000"]).start().await?;
+        let exec = running.exec("e", &["sh", "-c", "echo out; exit 4"]).stdio(uri);
+        if runs {
+            ensure!(created?.run().await? == 3);
+            eventually_true("the logger is done", SOON, || folder.join("done").exists()).await?;
+            ensure!(exec.run().await? == 4);
+        } else {
+            let said = format!("{:#}", created.err().context("it was taken")?);
+            ensure!(said.contains("not one of the allowed ones"), "{said}");
+            ensure!(exec.run().await.is_err(), "it was taken for an exec");
+            ensure!(fs::read_dir(&folder)?.count() == 0, "it has run");
+        }
+        running.destroy().await?;
+    }
+    cx.leaves_nothing().await
+}
+
+/// containerd restarts a container that says so in its labels, with the logger that they name; labels come from images.
+pub(crate) async fn a_logger_that_a_label_names_never_runs_unless_it_is_listed(outer: Context) -> Result<()> {
+    needs_images()?;
+    let cx = with_listed_loggers(&outer).await?;
+    let mut labelled = Vec::new();
+    for name in ["listed", "other"] {
+        let folder = cx.folder().join(name);
+        let uri = logger_of(&cx, &outer, name, &folder)?;
+        let root = rootfs::shared()?.display().to_string();
+        let spec = |spec: Spec| spec.with(|spec| spec["root"]["path"] = root.into());
+        cx.container(&["sh", "-c", "echo out; sleep 1000"]).id(name).spec(spec).rootfs(Vec::new()).metadata().await?;
+        cx.client().label(name, &[("containerd.io/restart.status", "running"), ("containerd.io/restart.loguri", &uri)]).await?;
+        labelled.push(folder);
+    }
+    let [listed, other] = &labelled[..] else { anyhow::bail!("two were made") };
+    eventually("the listed one runs", SOON, async || {
+        ensure!(cx.client().state("listed", "").await?.status() == Phase::Running && listed.join("stdout").exists());
+        Ok(())
+    })
+    .await?;
+    let tried =
+        || cx.daemon().log().lines().filter(|line| line.contains("apply change") && line.contains("not one of the allowed")).count();
+    eventually_true("the other one was tried more than once", SOON, || tried() > 1).await?;
+    ensure!(fs::read_dir(other)?.count() == 0, "it has run");
+    // it would be restarted for ever
+    for name in ["listed", "other"] {
+        cx.client().label(name, &[]).await?;
+    }
+    cx.client().kill("listed", "", 9, false).await?;
+    cx.client().wait("listed", "").await?;
+    cx.client().delete("listed").await?;
+    for name in ["listed", "other"] {
+        cx.client().delete_container(name).await?;
+    }
     cx.leaves_nothing().await
 }
 

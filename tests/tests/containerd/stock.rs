@@ -24,6 +24,11 @@ pub(crate) const KNOWN: &[Known] = &[
     known(&["2.1"], "checkpoint::a_container_goes_on_from_its_checkpoint", "delete fails where crun has removed its state already"),
     known(OLD, "crash::a_daemon_killed_during_create_leaves_a_whole_container_or_none", "the id is neither there nor free"),
     known(OLD, "crash::a_daemon_killed_after_create_was_done_leaves_a_whole_container_or_none", "the id is neither there nor free"),
+    known(
+        &["2.1"],
+        "versions::containers_outlive_a_downgrade_and_an_upgrade_of_their_daemon",
+        "an older daemon ends them: it does not speak the third version",
+    ),
     known(NEW, "crash::an_exit_while_the_daemon_is_down_is_told_afterwards", "the exit code is lost"),
     known(NEW, "crash::an_exit_while_the_daemon_is_upgraded_is_told_afterwards", "the exit code is lost"),
 ];

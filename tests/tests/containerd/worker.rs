@@ -193,6 +193,32 @@ pub(crate) async fn a_stopped_worker_leaves_the_daemon_able_to_load(cx: Context)
     cx.leaves_nothing().await
 }
 
+/// Nobody has asked anything for a while: of the shim there is the keeper alone when the container ends.
+pub(crate) async fn an_exit_with_the_daemon_down_and_the_worker_at_rest_is_told(cx: Context) -> Result<()> {
+    ours_only(&cx)?;
+    let cx = cx.with_own_shim(cx.shim(), &[("X_SHIM_IDLE_SECONDS", "5")]).await?;
+    let ends = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
+    let stays = cx.container(&["sh", "-c", "read go; exit 4"]).stdio(Stdio::ALL).start().await?;
+    let keepers = [cx.shim_pid(&ends.id)?, cx.shim_pid(&stays.id)?];
+    let mut stdin = ends.io.stdin().await?;
+    eventually_true("both workers rest", SOON * 3, || keepers.iter().all(|keeper| no_worker(*keeper))).await?;
+    cx.daemon().kill()?;
+    stdin.write_all(b"go\n")?;
+    let pid = ends.pid.cast_signed();
+    eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+    ensure!(no_worker(keepers[1]), "the other shim's worker was woken");
+    cx.revive_daemon().await?;
+    ensure!(ends.finish().await? == 3);
+    ensure!(stays.state().await?.pid == stays.pid);
+    stays.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(stays.finish().await? == 4);
+    cx.leaves_nothing().await
+}
+
+fn no_worker(keeper: i32) -> bool {
+    proc::children(keeper).iter().all(|child| !child.command.split(' ').any(|word| word == "worker"))
+}
+
 pub(crate) async fn a_killed_keeper_ends_its_containers_with_true_exit_codes(cx: Context) -> Result<()> {
     ours_only(&cx)?;
     let events = cx.events().await?;

@@ -1,10 +1,13 @@
-//! What the keeper says while no worker can.
+//! What the keeper says while no worker can, and how soon.
+
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use protobuf::Message;
-use shim_tests::eventually::{SOON, eventually};
+use shim_tests::eventually::{SOON, eventually, patience};
 use shim_tests::stand::Stand;
 use shim_tests::task::Task;
+use shim_tests::times::times;
 
 /// What `Connect`, `State` and `Pids` say without a worker has to be what they say with one.
 pub(crate) async fn ready_made_answers_are_those_of_the_worker(stand: Stand) -> Result<()> {
@@ -42,4 +45,36 @@ pub(crate) async fn ready_made_answers_are_those_of_the_worker(stand: Stand) -> 
     }
     eventually("deleted", SOON, async || Ok(task.delete("c1", "").await?)).await?;
     shim_tests::bundle::leave(task, container.shim_pid()?, "c1").await
+}
+
+/// While the OCI runtime makes another container of the pod, for as long as it likes.
+pub(crate) async fn a_create_under_way_costs_a_siblings_state_no_fifty_milliseconds(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    gate.hold("create")?;
+    let slow = stand.bundle("slow", &["sh", "-c", "exit 3"]).group("pod").runtime(&gate.binary());
+    let task = anchor.task.another().await?;
+    let create = tokio::spawn(async move { slow.create_in(&task).await });
+    gate.held("create").await?;
+    let (begin, spell) = (Instant::now(), Duration::from_millis(500) * times());
+    let mut took = Vec::new();
+    while begin.elapsed() < spell {
+        let asked = Instant::now();
+        anchor.task.state("anchor", "").await?;
+        took.push(asked.elapsed());
+        tokio::time::sleep(Duration::from_millis(1)).await; // nobody asks more often
+    }
+    gate.release("create")?;
+    let slow = create.await??;
+    slow.start().await?;
+    ensure!(slow.finish().await? == 3);
+    took.sort();
+    // on a machine where everybody waits for a processor, one or the other is late
+    let (usual, longest) = (took[took.len() * 9 / 10], took[took.len() - 1]);
+    ensure!(
+        usual < Duration::from_millis(50) * patience(),
+        "{} were asked for, nine of ten came within {usual:?}, all within {longest:?}",
+        took.len()
+    );
+    anchor.shut_down().await.map(drop)
 }

@@ -2,16 +2,22 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
-use shim_tests::bundle::{Container, worker_of};
+use protobuf::Message as _;
+use shim_tests::bundle::{self, Container, worker_of};
 use shim_tests::eventually::{SOON, a_second, eventually, eventually_true, within};
 use shim_tests::proc;
 use shim_tests::proc::signal;
 use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
+use shim_tests::task::{Task, V3};
 use shim_tests::ttrpc::Code;
 
 /// Kills a shim and waits until it is dead.
@@ -44,6 +50,77 @@ pub(crate) async fn delete_after_a_deletion_says_what_delete_said(stand: Stand) 
     ensure!(container.bundle.delete_command().await?.exit_status == 3, "without a shim");
     ensure!(anchor.bundle.delete_command().await?.exit_status == 137);
     Ok(())
+}
+
+/// Somebody has removed what says which shim it is in; a member of a pod is in one that bears another name.
+pub(crate) async fn delete_ends_a_container_whose_bundle_was_removed(stand: Stand) -> Result<()> {
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    let other = stand.bundle("other", &["sleep", "1000"]).run().await?;
+    for id in ["member", "alone"] {
+        let build = |args: &[&str]| {
+            let bundle = stand.bundle(id, args);
+            if id == "member" { bundle.group("pod") } else { bundle }
+        };
+        let container = build(&["sleep", "1000"]).run().await?;
+        let rootfs = container.bundle.folder.join("rootfs");
+        umount2(&rootfs, MntFlags::MNT_DETACH)?;
+        fs::remove_dir_all(&container.bundle.folder)?;
+        let mut command = container.bundle.command("delete", &[]);
+        command.current_dir("/");
+        let output = bundle::run(command, &[]).await?;
+        ensure!(output.status.success(), "{id}: {output:?}");
+        let deleted = DeleteResponse::parse_from_bytes(&output.stdout)?;
+        ensure!(deleted.exit_status == 137 && deleted.pid == container.pid, "{id}: {deleted}");
+        ensure!(!proc::is_alive(container.pid.cast_signed()), "{id} is alive");
+        // its name is free, for the runtime as well
+        let again = build(&["sh", "-c", "exit 5"]).run().await?;
+        ensure!(again.finish().await? == 5);
+        if id == "alone" {
+            shim_tests::bundle::leave(&again.task, again.shim_pid()?, id).await?;
+        }
+    }
+    // nobody else was touched
+    for container in [anchor, other] {
+        ensure!(container.shut_down().await? == 137);
+    }
+    Ok(())
+}
+
+/// As the newest daemons do it: they speak the third version, and of a pod only the first container has had a `start`.
+pub(crate) async fn a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_exit_codes(stand: Stand) -> Result<()> {
+    let first = stand.bundle("pod", &["sleep", "1000"]).group("pod");
+    first.write()?;
+    let params = BootstrapParams {
+        instance_id: "pod".to_owned(),
+        namespace: stand.namespace().to_owned(),
+        containerd_ttrpc_address: stand.containerd().path().display().to_string(),
+        ..Default::default()
+    };
+    let output = bundle::run(first.command("start", &[]), &params.write_to_bytes()?).await?;
+    let result = BootstrapResult::parse_from_bytes(&output.stdout)?;
+    let socket = Path::new(result.address.strip_prefix("unix://").context("not an address")?).to_owned();
+    let task = Task::connect(&socket).await?.service(V3);
+    let mut pod = vec![(first.run_in(&task).await?, 137)];
+    for (id, script, status) in [("running", "exec sleep 1000", 137), ("ended", "exit 3", 3), ("paused", "exec sleep 1000", 137)] {
+        let bundle = stand.bundle(id, &["sh", "-c", script]).group("pod");
+        pod.push((bundle.run_in(&task).await?, status));
+    }
+    task.pause("paused").await?;
+    ensure!(task.wait("ended", "").await? == 3);
+    ensure!(stand.shims().len() == 1, "{:?}", stand.shims());
+    kill_shim(pod[0].0.shim_pid()?).await?;
+    for round in 0..2 {
+        for (container, status) in &pod {
+            let deleted = container.bundle.delete_command().await?;
+            ensure!(deleted.exit_status == *status && deleted.pid == container.pid, "{} in round {round}: {deleted}", container.id);
+            let pid = container.pid.cast_signed();
+            eventually_true(format!("{} is dead", container.id), SOON, || !proc::is_alive(pid)).await?;
+        }
+    }
+    // the pod can be made again
+    let again = stand.bundle("pod", &["sh", "-c", "exit 5"]).group("pod").run().await?;
+    ensure!(again.finish().await? == 5);
+    shim_tests::bundle::leave(&again.task, again.shim_pid()?, "pod").await
 }
 
 /// A runtime that is killed in the middle of a create leaves processes behind that go on setting the container up: what they make would

@@ -10,12 +10,12 @@ use shim_tests::fake_containerd::Manner;
 use shim_tests::ordeals;
 use shim_tests::stand::Stand;
 use shim_tests::stdio;
+use shim_tests::times::{repeated, times};
 use shim_tests::ttrpc::Code;
 
-/// How long containerd refuses altogether; `X_TESTS_REFUSE_SECONDS` changes it.
+/// How long containerd refuses altogether.
 fn refusal_time() -> Duration {
-    let seconds = std::env::var("X_TESTS_REFUSE_SECONDS").ok().and_then(|text| text.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(20))
+    Duration::from_secs(20) * times()
 }
 
 /// Adds, runs and deletes processes; `create`, `start` and theirs are the events so far.
@@ -141,7 +141,7 @@ pub(crate) async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: 
 }
 
 pub(crate) async fn two_thousand_short_execs_are_told_as_added_started_and_exited_each(stand: Stand) -> Result<()> {
-    let total = 2000;
+    let total = repeated(2000);
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
     let told = ordeals::short_execs(&container, total, 8).await?;
     ensure!(told.len() == 4 + 3 * total, "{} events", told.len());

@@ -1,6 +1,7 @@
 //! Upgrades and downgrades under whatever a container may be doing.
 
 use std::cell::Cell;
+use std::fs;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -12,6 +13,7 @@ use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::gate::Gate;
 use shim_tests::proc;
+use shim_tests::spec::Spec;
 use tokio::task::{JoinHandle, LocalSet};
 
 use crate::{build, on_build};
@@ -19,6 +21,36 @@ use crate::{build, on_build};
 pub(crate) async fn new_old_new_broken_new_under_everything(cx: Context) -> Result<()> {
     let local = LocalSet::new();
     local.run_until(everything(cx)).await
+}
+
+/// The binary is replaced while a shim of the one before lives: what `start` answers is that shim's, and it takes another container.
+pub(crate) async fn a_new_binary_starts_a_container_in_the_shim_of_an_old_one(outer: Context) -> Result<()> {
+    let cx = on_build(&outer, "build=old").await?;
+    let member = |spec: Spec| spec.annotation("io.kubernetes.cri.sandbox-id", "pod");
+    let pod = cx.container(&["sleep", "1000"]).id("pod").spec(member).start().await?;
+    let (keeper, address) = (cx.shim_pid("pod")?, fs::read_to_string(pod.bundle().join("address"))?);
+    // at the path where the daemon finds it
+    let program = build(&outer, "first", "build=new oldest=2 newest=3")?;
+    let second = cx.container(&["sh", "-c", "read go; exit 3"]).spec(member).stdio(Stdio::ALL).start().await?;
+    ensure!(fs::read_to_string(second.bundle().join("address"))? == address, "another address is answered");
+    let one_old_shim = async || {
+        let shims = builds::ps(&cx, &program).await?;
+        ensure!(shims.len() == 1 && shims[0]["keeper"]["pid"] == keeper, "{shims:#?}");
+        ensure!(shims[0]["keeper"]["build"].as_str().is_some_and(|build| build.contains("old")), "{shims:#?}");
+        anyhow::Ok(())
+    };
+    one_old_shim().await?;
+    ensure!(second.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
+    // and a daemon that starts finds both
+    cx.crash_daemon().await?;
+    ensure!(pod.state().await?.pid == pod.pid && second.state().await?.pid == second.pid);
+    second.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(second.finish().await? == 3);
+    let third = cx.container(&["sh", "-c", "exit 5"]).spec(member).create().await?;
+    one_old_shim().await?;
+    ensure!(third.run().await? == 5);
+    ensure!(pod.destroy().await? == 137);
+    cx.leaves_nothing().await
 }
 
 /// What goes on while shims are upgraded.

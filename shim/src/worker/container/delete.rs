@@ -146,6 +146,10 @@ fn delete_added(container: &Rc<Container>, key: &ProcessKey) -> Result<Change, E
     })
 }
 
+fn blocking_is_folder(path: &Path) -> bool {
+    path.is_dir()
+}
+
 /// Sends SIGKILL to init. One that is dead already is as good.
 async fn kill_init(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) {
     if let Err(error) = cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal: nix::libc::SIGKILL }).await {
@@ -167,7 +171,12 @@ async fn engine_delete(cause: &Cause, container: &Rc<Container>) -> Result<(), E
 async fn engine_delete_by(cause: &Cause, step: Step, container: &Rc<Container>, force: bool) -> Result<(), Error> {
     let (engine, spawn) = {
         let record = container.record();
-        (record.engine.clone(), record.engine.delete(&at(&record), force))
+        let mut spawn = record.engine.delete(&at(&record), force);
+        // A containerd that has lost sight of the container has removed it, and nothing can be started in it.
+        if !blocking_is_folder(&record.bundle) {
+            "/".clone_into(&mut spawn.cwd);
+        }
+        (record.engine.clone(), spawn)
     };
     let exited = cause.run(step, spawn).await?;
     match engine.interpret(Verb::Delete, &exited) {

@@ -15,6 +15,7 @@ use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, eventually, eventually_true};
 use crate::isolation;
+use crate::runner::skip;
 use crate::stand::Stand;
 use crate::task::Task;
 
@@ -30,7 +31,7 @@ pub(super) fn cases() -> Vec<Case> {
         "C8" => a_member_promised_a_place_finds_it;
         "C9" => the_version_is_printed;
         "C10" => info_names_the_runtime;
-        "C11" => the_shim_is_easier_to_kill_than_its_daemon;
+        "C11" => the_shim_is_easier_to_kill_than_its_daemon, a_score_at_the_top_is_kept, a_score_at_the_bottom_is_raised;
         "C12" => the_shim_is_put_where_shim_cgroup_says;
         "C13" => a_log_that_nobody_reads_wedges_nothing;
         "C14" => a_path_that_is_too_long_is_refused;
@@ -171,13 +172,36 @@ async fn info_names_the_runtime(stand: Stand) -> Result<()> {
 
 /// What runs out of memory first has to be a container, then its shim, then the daemon.
 async fn the_shim_is_easier_to_kill_than_its_daemon(stand: Stand) -> Result<()> {
-    // this process is the daemon
-    fs::write("/proc/self/oom_score_adj", "500")?;
-    let container = sleeper(&stand, "c1").await?;
-    let score = |pid: i32| anyhow::Ok(fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse::<i32>()?);
-    let (shim, init) = (score(container.shim_pid()?)?, score(container.pid.cast_signed())?);
+    let (shim, init) = scores_under(&stand, 500).await?;
     ensure!(shim > 500 && init >= shim, "the daemon has 500, the shim {shim}, the container {init}");
-    container.shut_down().await.map(drop)
+    Ok(())
+}
+
+/// There is nothing above it.
+async fn a_score_at_the_top_is_kept(stand: Stand) -> Result<()> {
+    let (shim, init) = scores_under(&stand, 1000).await?;
+    ensure!(shim == 1000 && init == 1000, "the daemon has 1000, the shim {shim}, the container {init}");
+    Ok(())
+}
+
+/// As a service manager protects its daemons: the shim is protected a little less, and so is what it runs.
+async fn a_score_at_the_bottom_is_raised(stand: Stand) -> Result<()> {
+    if fs::write("/proc/self/oom_score_adj", "-999").is_err() {
+        return skip("nobody may lower a score here");
+    }
+    let (shim, init) = scores_under(&stand, -999).await?;
+    ensure!(shim > -999 && shim < 0 && init >= shim, "the daemon has -999, the shim {shim}, the container {init}");
+    Ok(())
+}
+
+/// The scores of a shim and of its container, under a daemon of that score: this process.
+async fn scores_under(stand: &Stand, daemon: i32) -> Result<(i32, i32)> {
+    fs::write("/proc/self/oom_score_adj", daemon.to_string())?;
+    let container = sleeper(stand, "c1").await?;
+    let score = |pid: i32| anyhow::Ok(fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse::<i32>()?);
+    let scores = (score(container.shim_pid()?)?, score(container.pid.cast_signed())?);
+    container.shut_down().await?;
+    Ok(scores)
 }
 
 async fn the_shim_is_put_where_shim_cgroup_says(stand: Stand) -> Result<()> {

@@ -13,6 +13,7 @@ use crate::eventually::{SOON, eventually, within};
 use crate::fake_containerd::Manner;
 use crate::ordeals;
 use crate::stand::Stand;
+use crate::times::{repeated, times};
 use crate::ttrpc::Code;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -48,7 +49,7 @@ async fn a_life_is_told_once_and_in_order(stand: Stand) -> Result<()> {
 
 async fn each_exec_is_told_as_added_started_and_exited(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
-    ordeals::short_execs(&container, 200, 4).await?;
+    ordeals::short_execs(&container, repeated(200), 4).await?;
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
@@ -209,7 +210,7 @@ async fn events_wait_for_a_daemon_that_is_away(stand: Stand) -> Result<()> {
     let mut expected = fake.events().of_until("c1", "start").await?;
     fake.vanish();
     expected.extend(run_some(&container, 0).await?);
-    tokio::time::sleep(Duration::from_secs(25)).await; // how long it is away is what is tested
+    tokio::time::sleep(Duration::from_secs(25) * times()).await; // how long it is away is what is tested
     expected.extend(run_some(&container, 1).await?);
     fake.come_back()?;
     ensure!(container.destroy().await? == 137);

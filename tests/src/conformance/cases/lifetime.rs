@@ -10,11 +10,12 @@ use super::{Streams, sleeper};
 use crate::bundle::Container;
 use crate::clauses;
 use crate::conformance::Case;
-use crate::eventually::{SOON, eventually, eventually_true, within};
+use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
 use crate::proc;
 use crate::stand::Stand;
 use crate::suite::Shim;
 use crate::task::Task;
+use crate::times::repeated;
 use crate::ttrpc::{Answer, CallError};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -105,7 +106,7 @@ async fn its_socket_is_gone_with_it(stand: Stand) -> Result<()> {
 }
 
 async fn delete_and_shutdown_at_once_are_answered(stand: Stand) -> Result<()> {
-    for round in 0..50 {
+    for round in 0..repeated(50) {
         let container = stand.bundle(&format!("c{round}"), &["true"]).run().await?;
         let (shim, id) = (container.shim_pid()?, container.id.as_str());
         let other = container.task.another().await?;
@@ -168,7 +169,7 @@ async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> Result<()> 
     let shim = container.shim_pid()?;
     ensure!(container.destroy().await? == 137);
     answered_or_gone(container.task.shutdown("c1").await)?;
-    gone(shim).await?;
+    eventually_true("the shim has left", a_second(), || !proc::is_alive(shim)).await?;
     drop(writer);
     Ok(())
 }
@@ -219,7 +220,7 @@ async fn nothing_grows(stand: Stand) -> Result<()> {
     let shim = anchor.shim_pid()?;
     let (mut after, mut files) = (Vec::new(), None);
     for round in 0..3 {
-        for number in 0..10 {
+        for number in 0..repeated(10) {
             let id = format!("c{round}-{number}");
             let streams = Streams::new(&stand, &id)?;
             let bundle = streams.all(stand.bundle(&id, &["sh", "-c", "sleep 1000 & read line; exit 3"]).group("pod"));

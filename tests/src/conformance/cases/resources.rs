@@ -19,6 +19,7 @@ use crate::messages::{METRICS_V1, METRICS_V2, MetricsV1};
 use crate::proc;
 use crate::runner::skip;
 use crate::stand::Stand;
+use crate::times::repeated;
 
 const LIMIT: u64 = 64 << 20;
 
@@ -122,7 +123,7 @@ async fn an_update_changes_the_limit(stand: Stand) -> Result<()> {
 
 async fn the_end_of_memory_is_told_before_the_exit(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
-    for round in 0..10 {
+    for round in 0..repeated(10) {
         let id = format!("c{round}");
         let bundle = stand.bundle(&id, &["tail", "/dev/zero"]).group("pod").spec(|spec| spec.memory_limit(16 << 20));
         let container = bundle.run_in(&anchor.task).await?;

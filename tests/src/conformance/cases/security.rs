@@ -2,17 +2,21 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
+use serde_json::json;
 
-use super::{sleeper, start_through, text};
+use super::{Streams, sleeper, start_through, text};
 use crate::bundle::leave;
 use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, eventually};
 use crate::proc;
+use crate::spec::Spec;
 use crate::stand::Stand;
+use crate::suite;
 use crate::ttrpc::refusal;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -22,6 +26,8 @@ pub(super) fn cases() -> Vec<Case> {
         "X3" => a_file_is_not_given_to_the_container;
         "X4" => no_secret_of_the_daemon_reaches_the_runtime;
         "X5" => a_container_inherits_nothing_of_the_shims_thrift;
+        "X6" => nobody_writes_to_a_program_of_the_host;
+        "X7" => what_is_masked_is_masked_for_init_and_execs;
     ]
 }
 
@@ -107,6 +113,68 @@ async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()>
         ensure!(!environment.contains(secret), "{secret} is there: {environment}");
     }
     Ok(())
+}
+
+/// A container that has the OCI runtime's own program started once more, inside, takes hold of it, and writes to it when it has ended.
+async fn nobody_writes_to_a_program_of_the_host(stand: Stand) -> Result<()> {
+    // of a copy, as somebody's runtime may be an old one
+    let runtime = stand.folder().join(stand.runtime().file_name().context("a file")?);
+    fs::copy(stand.runtime(), &runtime)?;
+    let programs = [runtime.clone(), stand.binary().to_owned()];
+    let before = programs.iter().map(fs::read).collect::<Result<Vec<_>, _>>()?;
+    let streams = Streams::new(&stand, "io")?;
+    let write = "while [ -e $p ]; do :; done; for i in 1 2 3 4 5 6 7 8 9; do (echo x >>/proc/self/fd/3); done; echo tried";
+    let attack = format!(
+        "mkfifo /tmp/config.json; while :; do for p in /proc/[0-9]*; do case $(readlink $p/exe) in */busybox|'') ;; \
+         *) (exec 3<$p/exe || exit; echo found; {write});; esac; done; done"
+    );
+    // what it is linked with
+    let libraries = |spec: Spec| {
+        spec.with(|spec| {
+            let cache = suite::cache();
+            for folder in [Path::new("/lib"), Path::new("/lib64"), Path::new("/usr"), &cache].into_iter().filter(|folder| folder.exists()) {
+                let mounts = spec["mounts"].as_array_mut().expect("made with the spec");
+                mounts.push(json!({ "destination": folder, "type": "bind", "source": folder, "options": ["rbind", "ro"] }));
+            }
+        })
+    };
+    let bundle = stand.bundle("c1", &["sh", "-c", &attack]).runtime(&runtime).spec(libraries);
+    let container = streams.output(bundle).run().await?;
+    // which waits for somebody to write what it shall run
+    container.exec("e", &["/proc/self/exe", "run", "--bundle", "/tmp", "inner"]).await?;
+    streams.out.until("found").await?;
+    container.task.kill("c1", "e", 9).await?;
+    container.task.wait("c1", "e").await?;
+    container.task.delete("c1", "e").await?;
+    streams.out.until("tried").await?;
+    container.shut_down().await?;
+    for (program, before) in programs.iter().zip(&before) {
+        ensure!(fs::read(program)? == *before, "{} was written to", program.display());
+    }
+    Ok(())
+}
+
+/// As the spec has it, whoever comes in later.
+async fn what_is_masked_is_masked_for_init_and_execs(stand: Stand) -> Result<()> {
+    let look = "for masked in keys timer_list kcore; do head -c 1 /proc/$masked | wc -c; done; \
+                for kept in core_pattern hostname; do (: >>/proc/sys/kernel/$kept) 2>/dev/null || echo kept; done";
+    let expected = "0\n0\n0\nkept\nkept\n";
+    for file in ["keys", "timer_list", "sys/kernel/core_pattern"] {
+        ensure!(fs::exists(format!("/proc/{file}"))?, "the host has no /proc/{file}");
+    }
+    let streams = Streams::new(&stand, "io")?;
+    let container = streams.all(stand.bundle("c1", &["sh", "-c", &format!("{look}; read go")])).run().await?;
+    let exec = Streams::new(&stand, "exec")?;
+    container.task.exec(&exec.exec(container.bundle.exec_request("e", &["sh", "-c", look]))).await?;
+    container.task.start("c1", "e").await?;
+    container.task.wait("c1", "e").await?;
+    let said = exec.out.to_end().await?;
+    ensure!(said == expected, "an exec says {said:?}");
+    streams.writer().await?.write_all(b"go\n")?;
+    container.task.wait("c1", "").await?;
+    let said = streams.out.to_end().await?;
+    ensure!(said == expected, "init says {said:?}");
+    container.shut_down().await.map(drop)
 }
 
 /// Niceness, processors, limits, timer slack: as of the daemon, which is this process.

@@ -2,19 +2,23 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use containerd_shim_protos::api;
 use protobuf::Message as _;
+use tokio::task::JoinSet;
 
-use crate::bundle::leave;
+use crate::bundle::{Container, leave};
 use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
 use crate::gate::Gate;
 use crate::stand::Stand;
 use crate::task::Task;
+use crate::times::{repeated, times};
 use crate::ttrpc::{CallError, Code, Frame, Wire};
 use crate::{isolation, proc};
 
@@ -30,6 +34,8 @@ pub(super) fn cases() -> Vec<Case> {
         "H8" => a_slow_kill_delays_no_exit;
         "H9" => a_start_whose_client_has_gone_is_done_or_undone;
         "H10" => a_delete_whose_client_has_gone_is_done_or_undone;
+        "H11" => execs_by_the_hundred_delay_no_state;
+        "H12" => a_kill_that_hangs_times_out_alone;
     ]
 }
 
@@ -43,11 +49,16 @@ async fn a_slow_create_delays_no_sibling(stand: Stand) -> Result<()> {
     let create = tokio::spawn(async move { slow.create_in(&task).await });
     gate.held("create").await?;
     let (task, limit) = (anchor.task.another().await?, Duration::from_secs(2));
+    let (begin, spell) = (Instant::now(), Duration::from_millis(500) * times());
     let asked = async {
-        let state = task.state_within("anchor", "", limit).await?;
-        let pids = task.pids_within("anchor", limit).await?;
-        task.connect_within("anchor", limit).await?;
-        anyhow::Ok((state.pid, pids))
+        loop {
+            let state = task.state_within("anchor", "", limit).await?;
+            let pids = task.pids_within("anchor", limit).await?;
+            task.connect_within("anchor", limit).await?;
+            if begin.elapsed() > spell {
+                return anyhow::Ok((state.pid, pids));
+            }
+        }
     };
     let asked = asked.await;
     gate.release("create")?;
@@ -281,7 +292,7 @@ async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
     let task = container.task.another().await?;
     let kill = tokio::spawn(async move { task.call::<api::Empty>("Kill", &request, SOON * 3).await });
     let held = gate.held("kill").await;
-    let total = 100;
+    let total = repeated(100);
     for number in 0..total {
         ensure!(within("an exec", SOON, container.run(&format!("e{number}"), &["true"])).await?? == 0);
     }
@@ -300,6 +311,114 @@ async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
     stand.containerd().events().of_until("c1", "delete").await?;
     ensure!(exits() == total + 1, "{}", exits());
     leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+/// Probes of a whole node at once, round after round, and somebody who asks how the container is.
+async fn execs_by_the_hundred_delay_no_state(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let (at_once, rounds) = (repeated(100).min(500), 2.max(repeated(1)));
+    let (task, over) = (container.task.another().await?, Arc::new(AtomicBool::new(false)));
+    let watchdog = tokio::spawn({
+        let over = Arc::clone(&over);
+        async move {
+            let (mut asked, mut longest) = (0_u32, Duration::ZERO);
+            while !over.load(Ordering::Relaxed) {
+                let begin = Instant::now();
+                task.state_within("c1", "", a_second() * 2)
+                    .await
+                    .with_context(|| format!("State, after {asked} that took {longest:?} at most"))?;
+                (asked, longest) = (asked + 1, longest.max(begin.elapsed()));
+                tokio::time::sleep(Duration::from_millis(10)).await; // nobody asks more often
+            }
+            anyhow::Ok(asked)
+        }
+    });
+    let storm = storm(&container, at_once, rounds).await;
+    over.store(true, Ordering::Relaxed);
+    let asked = watchdog.await??;
+    storm?;
+    ensure!(asked > 10, "{asked} times");
+    ensure!(container.destroy().await? == 137);
+    stand.containerd().events().of_until("c1", "delete").await?;
+    let exits = stand.containerd().events().of("c1").iter().filter(|event| event.starts_with("exit")).count();
+    ensure!(exits == at_once * rounds + 1, "{exits}");
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+/// So many execs at once, and as soon as the last has ended, once more.
+async fn storm(container: &Container, at_once: usize, rounds: usize) -> Result<()> {
+    for round in 0..rounds {
+        let mut execs = JoinSet::new();
+        for number in 0..at_once {
+            let (task, request) =
+                (container.task.clone(), container.bundle.exec_request(&format!("e{round}-{number}"), &["sh", "-c", "exit 4"]));
+            execs.spawn(async move {
+                let exec = request.exec_id.as_str();
+                task.exec(&request).await?;
+                // they have to wait for each other
+                task.call::<api::StartResponse>("Start", &start("c1", exec), SOON * 12).await?;
+                let status = task.wait("c1", exec).await?;
+                task.delete("c1", exec).await?;
+                anyhow::Ok(status)
+            });
+        }
+        while let Some(status) = execs.join_next().await {
+            let status = status??;
+            ensure!(status == 4, "{status}");
+        }
+    }
+    Ok(())
+}
+
+fn start(id: &str, exec: &str) -> api::StartRequest {
+    api::StartRequest { id: id.to_owned(), exec_id: exec.to_owned(), ..Default::default() }
+}
+
+/// The runtime never comes back from a signal, as from a process that the kernel does not let go.
+async fn a_kill_that_hangs_times_out_alone(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    let stuck = stand.bundle("stuck", &["sh", "-c", "trap '' TERM; sleep 1000"]).group("pod").runtime(&gate.binary());
+    let stuck = stuck.run_in(&anchor.task).await?;
+    // what the runtime leaves there first takes a signal as it likes
+    let is_itself =
+        |container: &Container| proc::Process::read(container.pid.cast_signed()).is_ok_and(|init| init.command.ends_with("sleep 1000"));
+    eventually_true("both run their programs", SOON, || is_itself(&stuck) && is_itself(&anchor)).await?;
+    gate.hold("kill")?;
+    let mut kills = Vec::new();
+    for all in [false, true] {
+        let request = api::KillRequest { id: "stuck".into(), signal: 15, all, ..Default::default() };
+        let task = anchor.task.another().await?;
+        kills.push(tokio::spawn(async move { task.call::<api::Empty>("Kill", &request, Duration::from_secs(1)).await }));
+    }
+    let (task, limit) = (anchor.task.another().await?, Duration::from_secs(2));
+    let looked_at = async {
+        for id in ["stuck", "anchor"] {
+            task.state_within(id, "", limit).await.with_context(|| format!("State of {id}"))?;
+        }
+        anyhow::Ok(())
+    };
+    let asked = async {
+        looked_at.await?;
+        task.connect_within("stuck", limit).await.context("Connect of the one that hangs")?;
+        task.pids_within("anchor", limit).await.context("Pids of the other")?;
+        ensure!(anchor.run("e", &["sh", "-c", "exit 4"]).await? == 4, "an exec of the other");
+        within("Kill of the other", limit, task.kill("anchor", "", 15)).await?.context("Kill of the other")
+    };
+    let asked = asked.await;
+    for kill in kills {
+        match kill.await? {
+            // a shim that needs no runtime for a signal has sent it
+            Ok(_) | Err(CallError::Silent) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    gate.release("kill")?;
+    asked?;
+    ensure!(stuck.destroy().await? == 137);
+    let status = anchor.destroy().await?;
+    ensure!([137, 143].contains(&status), "{status}");
+    leave(&anchor.task, anchor.shim_pid()?, "anchor").await
 }
 
 /// Longer than it takes to notice that a client has left.

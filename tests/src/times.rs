@@ -1,0 +1,19 @@
+//! How often what is proved by repetition is repeated: a little by default, as often as whoever has the time asks for.
+
+use std::env;
+use std::sync::LazyLock;
+
+/// The environment variable with the factor by which counts, sizes and spells of cases that repeat something are larger, and all
+/// deadlines of whole cases longer.
+pub const TIMES: &str = "X_TIMES";
+
+/// What [`TIMES`] says, 1 if it says nothing.
+pub fn times() -> u32 {
+    static FACTOR: LazyLock<u32> = LazyLock::new(|| env::var(TIMES).ok().and_then(|text| text.parse().ok()).unwrap_or(1).max(1));
+    *FACTOR
+}
+
+/// So many, as often as [`times`] says.
+pub fn repeated(count: usize) -> usize {
+    count * times() as usize
+}

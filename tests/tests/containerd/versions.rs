@@ -1,0 +1,151 @@
+//! What an operator changes under containers that run: the daemon's version, and where the shim's binary is.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_client::types::v1::Status as Phase;
+use shim_tests::builds;
+use shim_tests::container::{Container, Stdio, code_of};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::proc;
+use shim_tests::runner::skip;
+use shim_tests::suite::{self, Suite};
+use tonic::Code;
+
+/// containerd alone reads what another version of it has written.
+fn needs_containerd() -> Result<()> {
+    if suite::manager().is_some() { skip("of containerd alone there are several versions, and x-manager forgets nobody") } else { Ok(()) }
+}
+
+/// Ends with 3 as soon as it is told so.
+const ON_COMMAND: [&str; 3] =
+    ["sh", "-c", "echo up; while read line; do case $line in go) exit 3;; *) echo got $line;; esac; done; exit 9"];
+
+async fn on_command(cx: &Context) -> Result<Container> {
+    let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
+    container.io.out().until("up").await?;
+    Ok(container)
+}
+
+/// That it still is what it was, can be looked into, and its output comes.
+async fn is_the_same(container: &Container, word: &str) -> Result<()> {
+    let state = container.state().await?;
+    ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
+    let exec = container.exec(word, &["sh", "-c", "echo said; exit 4"]).stdio(Stdio::OUTPUT).start().await?;
+    ensure!(exec.finish().await? == 4);
+    ensure!(exec.io.out().to_end().await? == "said\n");
+    container.io.stdin().await?.write_all(format!("{word}\n").as_bytes())?;
+    container.io.out().until(&format!("got {word}\n")).await?;
+    Ok(())
+}
+
+/// From the newest to the oldest and back, each on what the one before has written.
+pub(crate) async fn containers_outlive_a_downgrade_and_an_upgrade_of_their_daemon(cx: Context) -> Result<()> {
+    needs_containerd()?;
+    let cx = cx.with_own_daemon().await?;
+    let container = on_command(&cx).await?;
+    let member = |spec: shim_tests::spec::Spec| spec.annotation("io.kubernetes.cri.sandbox-id", "pod");
+    let pod = cx.container(&["sleep", "1000"]).id("pod").spec(member).start().await?;
+    let mut alive = Vec::new();
+    for version in [Suite::Trixie, Suite::Bookworm, Suite::Trixie, Suite::Forky] {
+        let word = format!("{version}-{}", alive.len());
+        // ends while no daemon is there
+        let ends = on_command(&cx).await?;
+        let mut stdin = ends.io.stdin().await?;
+        let killed = cx.container(&["sleep", "1000"]).spec(member).start().await?;
+        cx.daemon().stop()?;
+        stdin.write_all(b"go\n")?;
+        let pid = ends.pid.cast_signed();
+        eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+        cx.daemon().becomes(version).await?;
+        cx.client().reconnected().await?;
+        let inside = async {
+            let version = cx.client().version().await?;
+            is_the_same(&container, &word).await.context(version)?;
+            ensure!(ends.finish().await? == 3);
+            ensure!(killed.destroy().await? == 137);
+            eventually_true("one shim each", SOON, || cx.shims().len() == 2 + alive.len()).await?;
+            anyhow::Ok(())
+        };
+        inside.await.with_context(|| format!("after the change to {version}"))?;
+        // made under this one, ended under another
+        alive.push(on_command(&cx).await?);
+    }
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
+    for container in alive {
+        container.io.stdin().await?.write_all(b"go\n")?;
+        ensure!(container.finish().await? == 3);
+    }
+    ensure!(pod.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
+/// The shim's binary where the daemon of this test finds it: a copy of its own.
+async fn with_a_binary_of_its_own(cx: &Context) -> Result<(Context, PathBuf)> {
+    let cx = cx.with_own_daemon().await?;
+    let name = cx.shim().binary_name();
+    let original = cx.shim().binary.clone().unwrap_or_else(|| cx.suite().program(&name)).canonicalize()?;
+    let path = cx.daemon().bin().join(&name);
+    let _absent_for_stock = fs::remove_file(&path);
+    fs::copy(&original, &path)?;
+    Ok((cx, path))
+}
+
+/// Everything but another start works without it, and with a link in its place a daemon that loads finds it, too.
+pub(crate) async fn a_shim_whose_binary_has_moved_is_found_by_a_link(cx: Context) -> Result<()> {
+    let (cx, path) = with_a_binary_of_its_own(&cx).await?;
+    let (container, other) = (on_command(&cx).await?, on_command(&cx).await?);
+    let moved = cx.folder().join(cx.shim().binary_name());
+    fs::copy(&path, &moved)?;
+    fs::remove_file(&path)?;
+    is_the_same(&container, "gone").await?;
+    ensure!(other.destroy().await? == 137);
+    symlink(&moved, &path)?;
+    cx.crash_daemon().await?;
+    is_the_same(&container, "linked").await?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
+    cx.leaves_nothing().await
+}
+
+/// containerd has noted the path of the binary and forgets a container whose shim it cannot find: its bundle is removed, its processes
+/// are not touched. Our shim keeps it, and refuses another of its name with the command that ends it.
+pub(crate) async fn a_container_whose_shims_binary_is_gone_lives_on_and_keeps_its_name(cx: Context) -> Result<()> {
+    if !cx.shim().is_ours() {
+        return skip("what becomes of the stock shim then is its own business");
+    }
+    needs_containerd()?;
+    let (cx, path) = with_a_binary_of_its_own(&cx).await?;
+    let container = on_command(&cx).await?;
+    let (keeper, pid) = (cx.shim_pid(&container.id)?, container.pid.cast_signed());
+    let moved = cx.folder().join("moved");
+    fs::rename(&path, &moved)?;
+    cx.crash_daemon().await?;
+    ensure!(code_of(container.state().await)? == Code::NotFound && !container.bundle().exists(), "this containerd has kept it");
+    // it goes on, and whoever asks its shim is told
+    container.io.stdin().await?.write_all(b"still\n")?;
+    container.io.out().until("got still\n").await?;
+    let shims = builds::ps(&cx, &moved).await?;
+    ensure!(shims.len() == 1 && shims[0]["group"] == *container.id, "{shims:#?}");
+    // nobody takes its name by mistake: the refusal says what to do
+    fs::rename(&moved, &path)?;
+    let id = container.id.clone();
+    container.remove().await?;
+    let build = || cx.container(&["sh", "-c", "exit 5"]).id(&id);
+    let said = format!("{:#}", build().create().await.err().context("it was made beside the one that runs")?);
+    let command = said.split_once("remove it first: ").with_context(|| said.clone())?.1;
+    let words: Vec<_> = command.split_whitespace().take_while(|word| !word.starts_with("exit") && *word != ":").collect();
+    ensure!(words.last().is_some_and(|word| word.starts_with("delete")), "{said}");
+    ensure!(proc::is_alive(pid) && proc::is_alive(keeper), "it was touched");
+    let arguments = words[1..].iter().map(|word| word.trim_end_matches("\\n:"));
+    let done = tokio::process::Command::new(&path).args(arguments).stdin(std::process::Stdio::null()).output().await?;
+    ensure!(done.status.success(), "{done:?}");
+    eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+    let again = build().create().await?;
+    ensure!(again.run().await? == 5);
+    cx.leaves_nothing().await
+}
