@@ -244,6 +244,12 @@ pub const ALL: &[Fault] = &[
         &[("terminals.an_exec_with_a_terminal_has_one", "State does not say so")],
     ),
     fault("exec-as-root", "an added process is root's", &[("execs.an_exec_gets_its_user_folder_and_environment", "\"0\\n")]),
+    fault("no-masks", "what the spec masks is not masked", &[("security.what_is_masked_is_masked_for_init_and_execs", "an exec says")]),
+    fault(
+        "written-program",
+        "the OCI runtime's program is written to",
+        &[("security.nobody_writes_to_a_program_of_the_host", "was written to")],
+    ),
     fault(
         "no-pause",
         "Pause is answered and not done",
@@ -267,6 +273,11 @@ pub const ALL: &[Fault] = &[
         "one-create-at-a-time",
         "while a Create is under way State is not answered",
         &[("trouble.a_slow_create_delays_no_sibling", "no answer in time")],
+    ),
+    fault(
+        "starts-first",
+        "while a Start is under way State is not answered",
+        &[("trouble.execs_by_the_hundred_delay_no_state", "times only")],
     ),
     fault(
         "stay",

@@ -233,7 +233,13 @@ impl Lane {
                 let waited = again(async || client.wait(id, &name).await).await?;
                 ensure!(waited.exit_status == status, "{waited:?}");
             }
-            again(async || unless(client.delete_exec(id, &name).await.map(drop), Code::NotFound)).await?;
+            // a start that was cut off may still be under way
+            let delete = async || Ok(again(async || unless(client.delete_exec(id, &name).await.map(drop), Code::NotFound)).await?);
+            if started {
+                delete().await?
+            } else {
+                eventually(format!("{name} is thrown away"), SOON, delete).await?
+            }
             if started {
                 return self.told_once(id, &name, status, 0, quiet).await;
             }

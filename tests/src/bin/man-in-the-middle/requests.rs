@@ -90,12 +90,15 @@ const RULES: &[Rule] = &[
     rule("forget-execs", "State", was_added_on_another_connection, Refuse(Code::NOT_FOUND)),
     rule("busy-with-kill", "Wait", |link, _| link.shared.is_busy("Kill"), Refuse(Code::UNAVAILABLE)),
     rule("one-create-at-a-time", "State", ALWAYS, After(|_| "Create".to_owned())),
+    rule("starts-first", "State", ALWAYS, After(|_| "Start".to_owned())),
     rule("half-frame-blocks", "", ALWAYS, After(|_| HALF_A_FRAME.to_owned())),
     rule("events-first", "", ALWAYS, After(|_| AN_EVENT.to_owned())),
     rule("in-order", "", ALWAYS, After(Link::name)),
     rule("leave-early", "Shutdown", ALWAYS, Change(kill_the_shim)),
     rule("leak", "Create", ALWAYS, Change(lose_a_descriptor)),
     rule("leak-to-container", "Create", ALWAYS, Change(give_it_another_descriptor)),
+    rule("no-masks", "Create", ALWAYS, Change(take_the_masks_away)),
+    rule("written-program", "Create", ALWAYS, Change(write_to_the_runtime)),
     rule("kill-init-only", "Kill", ALWAYS, Change(|_, call| edit(&mut call.payload, |kill: &mut api::KillRequest| kill.all = false))),
     rule(
         "kill-wrong-process",
@@ -163,6 +166,26 @@ fn give_it_another_descriptor(_: &Link, call: &mut Call) -> Result<()> {
     any.value = options.write_to_bytes()?;
     call.payload = create.write_to_bytes()?;
     Ok(())
+}
+
+fn take_the_masks_away(_: &Link, call: &mut Call) -> Result<()> {
+    let create = api::CreateTaskRequest::parse_from_bytes(&call.payload)?;
+    let path = Path::new(&create.bundle).join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
+    let linux = config["linux"].as_object_mut().context("no platform")?;
+    linux.remove("maskedPaths").context("nothing is masked")?;
+    Ok(fs::write(path, config.to_string())?)
+}
+
+/// As if the container had.
+fn write_to_the_runtime(_: &Link, call: &mut Call) -> Result<()> {
+    let create = api::CreateTaskRequest::parse_from_bytes(&call.payload)?;
+    let runtime = Options::parse_from_bytes(&create.options.value)?.binary_name;
+    let (fresh, mut program) = (format!("{runtime}.new"), fs::read(&runtime)?);
+    program.push(b'x');
+    fs::write(&fresh, program)?;
+    fs::set_permissions(&fresh, Permissions::from_mode(0o755))?;
+    Ok(fs::rename(fresh, runtime)?)
 }
 
 fn edit_process(call: &mut Call, change: impl FnOnce(&mut Value)) -> Result<()> {
