@@ -311,17 +311,8 @@ impl One {
 pub(crate) fn explain(error: &anyhow::Error) -> String {
     let mut text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
     let backtrace = error.backtrace().to_string();
-    let targets = [
-        "conformance/cases/",
-        "tests/containerd/",
-        "tests/docker",
-        "tests/protocol",
-        "tests/faults/",
-        "tests/cri",
-        "tests/soak",
-        "tests/operations/",
-    ];
-    for place in backtrace.lines().filter(|line| targets.iter().any(|target| line.contains(target))) {
+    let is_of_a_test = |line: &&str| line.contains("conformance/cases/") || (line.contains("/tests/") && !line.contains("/tests/src/"));
+    for place in backtrace.lines().filter(is_of_a_test) {
         text.push_str("\n  ");
         text.push_str(place.trim());
     }
