@@ -153,6 +153,8 @@ struct Target {
     /// Since when it takes nothing, and when it is tried again.
     failing: Option<(Instant, Instant)>,
     lost_bytes: u64,
+    /// What was read for it and not written: where the kernel cannot move bytes by itself.
+    rest: Vec<u8>,
 }
 
 /// What became of a turn.
@@ -170,7 +172,7 @@ impl Thread {
         for (pipe, path) in pipes {
             let known = targets.iter().position(|target| target.path == path);
             let target = known.unwrap_or_else(|| {
-                targets.push(Target { path, file: None, failing: None, lost_bytes: 0 });
+                targets.push(Target { path, file: None, failing: None, lost_bytes: 0, rest: Vec::new() });
                 targets.len() - 1
             });
             sources.push(Source { pipe: pipe.into(), target, ended: false });
@@ -199,8 +201,11 @@ impl Thread {
         }
     }
 
-    /// Counts what is left in the pipes: nobody will move it any more.
+    /// Counts what is left in the pipes and of them: nobody will move it any more.
     fn lose_the_rest(&mut self) {
+        for target in &mut self.targets {
+            target.lost_bytes += std::mem::take(&mut target.rest).len() as u64;
+        }
         for source in self.sources.iter().filter(|source| !source.ended) {
             self.targets[source.target].lost_bytes += sys::descriptors::waiting_bytes(source.pipe.as_fd()).unwrap_or(0) as u64;
         }
@@ -212,7 +217,8 @@ impl Thread {
     fn round(&mut self) -> bool {
         let mut stalled = false;
         for index in 0..self.sources.len() {
-            let mut left = sys::descriptors::waiting_bytes(self.sources[index].pipe.as_fd()).unwrap_or(0);
+            let source = &self.sources[index];
+            let mut left = sys::descriptors::waiting_bytes(source.pipe.as_fd()).unwrap_or(0) + self.targets[source.target].rest.len();
             while !self.sources[index].ended {
                 match self.turn(index) {
                     Turn::Moved(count) if count < left => left -= count,
@@ -283,7 +289,7 @@ impl Target {
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
         match splice(pipe, None, &*file, None, TURN_BYTES, flags) {
             // A file that cannot be spliced to: some devices and file systems.
-            Err(Errno::EINVAL) => copy(pipe, file),
+            Err(Errno::EINVAL) => copy(pipe, file, &mut self.rest),
             result => result,
         }
     }
@@ -317,16 +323,25 @@ impl Target {
     }
 }
 
-/// Moves bytes through memory. A worker killed in between loses up to a page.
-fn copy(mut pipe: &File, file: &mut File) -> Result<usize, Errno> {
-    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-    if poll(&mut fds, PollTimeout::ZERO)? == 0 {
-        return Err(Errno::EAGAIN);
+/// Moves bytes through memory; what is not taken waits in `rest`. A worker killed in between loses up to a page.
+fn copy(mut pipe: &File, file: &mut File, rest: &mut Vec<u8>) -> Result<usize, Errno> {
+    if rest.is_empty() {
+        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::ZERO)? == 0 {
+            return Err(Errno::EAGAIN);
+        }
+        let mut page = [0; 4096];
+        let count = pipe.read(&mut page).map_err(errno)?;
+        rest.extend_from_slice(&page[..count]);
     }
-    let mut page = [0; 4096];
-    let count = pipe.read(&mut page).map_err(errno)?;
-    file.write_all(&page[..count]).map_err(errno)?;
-    Ok(count)
+    let total = rest.len();
+    while !rest.is_empty() {
+        match file.write(rest).map_err(errno)? {
+            0 => return Err(Errno::EIO),
+            count => drop(rest.drain(..count)),
+        }
+    }
+    Ok(total)
 }
 
 /// Empties a pipe, and says how much was in it.
@@ -390,6 +405,20 @@ mod tests {
         assert!(!thread.round());
         thread.lose_the_rest();
         assert_eq!(thread.targets[0].lost_bytes, 7);
+    }
+
+    #[test]
+    fn what_a_device_does_not_take_is_kept_for_it() {
+        let (read, mut write) = std::io::pipe().expect("a pipe");
+        fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("a flag");
+        write.write_all(b"the end").expect("room");
+        let (mut full, mut rest) = (File::options().write(true).open("/dev/full").expect("a device"), Vec::new());
+        let pipe = File::from(OwnedFd::from(read));
+        assert_eq!(copy(&pipe, &mut full, &mut rest), Err(Errno::ENOSPC));
+        assert_eq!(rest, b"the end");
+        let mut null = File::options().write(true).open("/dev/null").expect("a device");
+        assert_eq!(copy(&pipe, &mut null, &mut rest), Ok(7));
+        assert_eq!(copy(&pipe, &mut null, &mut rest), Err(Errno::EAGAIN));
     }
 
     #[test]

@@ -233,7 +233,7 @@ pub const ALL: &[Fault] = &[
     fault(
         "impatient",
         "what a reader does not take at once is thrown away",
-        &[("stdio.a_slow_reader_is_waited_for_in_bounded_memory", "back-pressure")],
+        &[("stdio.a_slow_reader_is_waited_for_in_bounded_memory", "the writer ")],
     ),
     fault("no-close-io", "CloseIO is answered and not done", &[("stdio.stdin_arrives_and_ends_with_close_io", "no answer in time")]),
     fault("close-io-once", "a second CloseIO is refused", &[("stdio.close_io_is_harmless_at_any_time", "a second time")]),

@@ -124,14 +124,11 @@ async fn a_slow_reader_is_waited_for_in_bounded_memory(stand: Stand) -> Result<(
     let peak = |pid: i32| anyhow::Ok(proc::status_field(pid, "VmHWM")?.trim_end_matches(" kB").parse::<u64>()?);
     let shim = container.shim_pid()?;
     let before = peak(shim)?;
-    let mut last = None;
     eventually("the writer is stopped by back-pressure", SOON, async || {
         let children = proc::children(container.pid.cast_signed());
         let writer = children.first().map(|child| child.pid).context("no child yet")?;
         let place = fs::read_to_string(format!("/proc/{writer}/wchan"))?;
         ensure!(place.contains("pipe_write"), "{place}");
-        let written = Some(fs::read_to_string(format!("/proc/{writer}/io"))?);
-        ensure!(std::mem::replace(&mut last, written.clone()) == written, "it goes on: {written:?}");
         Ok(())
     })
     .await?;
@@ -140,7 +137,7 @@ async fn a_slow_reader_is_waited_for_in_bounded_memory(stand: Stand) -> Result<(
     ensure!(container.task.wait_within("c1", "", SOON * 3 * times()).await? == 3);
     ensure!(container.finish().await? == 3);
     reader.to_end_within(SOON * 3).await?;
-    ensure!(reader.count() == total, "{} of {total} bytes", reader.count());
+    ensure!(reader.count() == total, "the writer has written {total} bytes, and {} have come", reader.count());
     let after = peak(shim).unwrap_or(before);
     ensure!(after < before + 20_000, "the shim grew from {before} to {after} KiB");
     drop(err);
