@@ -15,6 +15,7 @@ pub(crate) use inert::Faults;
 #[cfg(not(feature = "fault-injection"))]
 mod inert {
     use std::cell::RefCell;
+    use std::collections::VecDeque;
     use std::os::fd::OwnedFd;
 
     use crate::handover::ToWorker;
@@ -27,8 +28,8 @@ mod inert {
         pub(crate) fn from_environment(_id: &str) -> Self {
             Self
         }
-        pub(crate) fn sending(&self, _socket: &OwnedFd, _queue: &RefCell<Vec<u8>>, _frame: &[u8]) {}
-        pub(crate) fn sent(&self, _socket: &OwnedFd, _queue: &RefCell<Vec<u8>>) {}
+        pub(crate) fn sending(&self, _socket: &OwnedFd, _queue: &RefCell<VecDeque<u8>>, _frame: &[u8]) {}
+        pub(crate) fn sent(&self, _socket: &OwnedFd, _queue: &RefCell<VecDeque<u8>>) {}
         pub(crate) fn received(&self, _message: &ToWorker) {}
         pub(crate) fn acted(&self) {}
         pub(crate) fn limit_read(&self, _buffer: &[u8], _missing: usize) -> Option<usize> {
@@ -41,6 +42,7 @@ mod inert {
 #[cfg(feature = "fault-injection")]
 mod active {
     use std::cell::{Cell, RefCell};
+    use std::collections::VecDeque;
     use std::fs::{self, File};
     use std::io::Write;
     use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -112,7 +114,7 @@ mod active {
         }
 
         /// A message is about to leave.
-        pub(crate) fn sending(&self, socket: &OwnedFd, queue: &RefCell<Vec<u8>>, frame: &[u8]) {
+        pub(crate) fn sending(&self, socket: &OwnedFd, queue: &RefCell<VecDeque<u8>>, frame: &[u8]) {
             self.sent.set(self.sent.get() + 1);
             let half = match self.is_now(Direction::Out, self.sent.get()) {
                 Some(When::Before) => 0,
@@ -123,13 +125,13 @@ mod active {
                 }
             };
             let mut queue = queue.borrow_mut();
-            queue.extend_from_slice(&frame[..half]);
+            queue.extend(&frame[..half]);
             flush(socket, &mut queue);
             self.die();
         }
 
         /// A message has left, or is queued.
-        pub(crate) fn sent(&self, socket: &OwnedFd, queue: &RefCell<Vec<u8>>) {
+        pub(crate) fn sent(&self, socket: &OwnedFd, queue: &RefCell<VecDeque<u8>>) {
             if self.is_now(Direction::Out, self.sent.get()) == Some(When::After) {
                 flush(socket, &mut queue.borrow_mut());
                 self.die();
@@ -225,9 +227,9 @@ mod active {
         }
     }
 
-    fn flush(socket: &OwnedFd, queue: &mut Vec<u8>) {
+    fn flush(socket: &OwnedFd, queue: &mut VecDeque<u8>) {
         while !queue.is_empty() {
-            match send(socket.as_raw_fd(), queue, MsgFlags::MSG_NOSIGNAL) {
+            match send(socket.as_raw_fd(), queue.as_slices().0, MsgFlags::MSG_NOSIGNAL) {
                 Ok(count) => drop(queue.drain(..count)),
                 Err(Errno::EAGAIN) => {
                     let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];

@@ -40,7 +40,8 @@ pub(crate) enum LinkError {
 pub(crate) struct Link {
     /// Watched for what comes only: it nearly always has room, and that would be told after each message that the keeper takes.
     socket: AsyncFd<OwnedFd>,
-    queue: RefCell<Vec<u8>>,
+    /// Much may be queued, and little of it is sent at a time: what is left is not moved.
+    queue: RefCell<VecDeque<u8>>,
     queued: Notify,
     waiting: RefCell<BTreeMap<(Cause, Step), oneshot::Sender<Answer>>>,
     faults: Faults,
@@ -109,13 +110,14 @@ impl Link {
             while !self.queue.borrow().is_empty() {
                 let mut room = socket.writable().await?;
                 let mut queue = self.queue.borrow_mut();
-                match write(self.socket.get_ref(), &queue) {
+                // of a ring, the part up to its end: the other one has its turn
+                match write(self.socket.get_ref(), queue.as_slices().0) {
                     Ok(count) => drop(queue.drain(..count)),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => room.clear_ready(),
                     Err(error) => return Err(error),
                 }
                 if queue.is_empty() && queue.capacity() > KEPT_BYTES {
-                    *queue = Vec::new();
+                    *queue = VecDeque::new();
                 }
             }
         }
@@ -132,7 +134,7 @@ impl Link {
         // Mostly the socket has room: no copy, no wake-up.
         let sent = if queue.is_empty() { write(self.socket.get_ref(), frame).unwrap_or(0) } else { 0 };
         if sent < frame.len() {
-            queue.extend_from_slice(&frame[sent..]);
+            queue.extend(&frame[sent..]);
             self.queued.notify_one();
         }
     }
