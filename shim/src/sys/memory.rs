@@ -8,6 +8,10 @@ const IN_USE_BYTES: usize = 1024;
 /// As deep as the stack may have been.
 const DEPTH_BYTES: usize = 256 << 10;
 
+/// What the allocator has as its bounds at the beginning.
+#[cfg(target_env = "gnu")]
+const KEPT_BYTES: libc::c_int = 128 << 10;
+
 /// Gives free pages of the heap and of the stack back to the kernel. They stay else: a process that waits for months would hold for
 /// ever what its busiest moment took. Only for a process of one thread.
 ///
@@ -25,6 +29,16 @@ pub(crate) fn trim() {
     // reads. What is not mapped of the range is skipped by the kernel with ENOMEM.
     unsafe {
         libc::madvise((end - DEPTH_BYTES) as *mut libc::c_void, DEPTH_BYTES, libc::MADV_DONTNEED);
+    }
+}
+
+/// Has the allocator give large free blocks back at once. Left to itself, it keeps up to twice the largest block that it has ever given back.
+pub(crate) fn keep_little() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the calls take integers and set two bounds of the allocator.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT_BYTES);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
     }
 }
 

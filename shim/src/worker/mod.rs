@@ -49,6 +49,7 @@ use crate::settings::Settings;
 
 /// Runs a worker on its end of the socketpair, until the keeper is gone.
 pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
+    crate::sys::memory::keep_little();
     block_limit_of_files();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
