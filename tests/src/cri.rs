@@ -27,10 +27,10 @@ use crate::{cgroups, rootfs};
 
 /// The image of every container, of the pause container too.
 const IMAGE: &str = "localhost/busybox:1";
-/// The name of the runtime handler, as in the README.
+/// The name of the runtime handler, as in docs/kubernetes.md.
 const HANDLER: &str = "x";
 /// What users are told to configure.
-const README: &str = include_str!("../../README.md");
+const GUIDE: &str = include_str!("../../docs/kubernetes.md");
 
 /// A containerd with its CRI plugin.
 #[derive(Debug)]
@@ -48,16 +48,16 @@ pub struct Pod {
 }
 
 impl Cri {
-    /// Starts one, with the configuration of the README, and imports the image.
+    /// Starts one, with the configuration of docs/kubernetes.md, and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
         Self::start_with(cx, "").await
     }
 
-    /// The same, with a further line of the README's among the options of the runtime.
+    /// The same, with one more line of docs/kubernetes.md among the options of the runtime.
     pub async fn start_with(cx: &Context, option: &str) -> Result<Self> {
         // of which every pod gets a share
         needs_controller("cpu")?;
-        ensure!(README.lines().any(|line| line.trim() == option), "the README does not have {option:?}");
+        ensure!(GUIDE.lines().any(|line| line.trim() == option), "docs/kubernetes.md does not have {option:?}");
         let handler = configuration(cx, option)?;
         let daemon = Daemon::start_for_pods(cx.suite(), cx.shim(), |_folder| handler).await?;
         let cri = Self { cx: cx.clone(), daemon: Arc::new(daemon) };
@@ -268,12 +268,14 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// What the README has for this version of containerd, and which OCI runtime.
+/// What docs/kubernetes.md has for this version of containerd, and which OCI runtime.
 fn configuration(cx: &Context, option: &str) -> Result<String> {
     let version = if cx.suite() == Suite::Forky { "version = 3" } else { "version = 2" };
-    let blocks = README.split("```toml\n").skip(1).filter_map(|rest| rest.split_once("```")).map(|(block, _)| block);
-    let block =
-        blocks.into_iter().find(|block| block.starts_with(version)).with_context(|| format!("the README has nothing for {version}"))?;
+    let blocks = GUIDE.split("```toml\n").skip(1).filter_map(|rest| rest.split_once("```")).map(|(block, _)| block);
+    let block = blocks
+        .into_iter()
+        .find(|block| block.starts_with(version))
+        .with_context(|| format!("docs/kubernetes.md has nothing for {version}"))?;
     let block = block.trim_start_matches(version).replace("io.containerd.x.v2", &cx.shim().runtime_type);
     let plugin = if cx.suite() == Suite::Forky { "io.containerd.cri.v1.runtime" } else { "io.containerd.grpc.v1.cri" };
     let image = match cx.suite() {
@@ -289,7 +291,7 @@ fn configuration(cx: &Context, option: &str) -> Result<String> {
     };
     let options = format!("BinaryName = \"{}\"\n  {option}", cx.runtime_binary().display());
     let options = if cx.suite() == Suite::Bookworm {
-        // all that this one hands on, as the README has it
+        // all that this one hands on, as docs/kubernetes.md has it
         let file = cx.folder().join("x.toml");
         fs::write(&file, options)?;
         format!("ConfigPath = \"{}\"", file.display())
