@@ -154,7 +154,7 @@ fn to_text(all: &Value) -> String {
             }
         }
         for exit in shim["withheld"].as_array().into_iter().flatten() {
-            rows.push(vec!["withheld".into(), format!("{}, which no worker lives through", show(exit))]);
+            rows.push(vec!["withheld".into(), format!("{}, which no worker survives", show(exit))]);
         }
         for (name, field) in [("bundle", "bundle"), ("root", "rootfs")] {
             rows.push(vec![name.into(), show(&all["state"][field])]);

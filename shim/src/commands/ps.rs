@@ -104,9 +104,9 @@ fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
 fn remark_on(snapshot: &Snapshot) -> Option<String> {
     let mut remarks: Vec<String> = snapshot.upgrade.as_ref().and_then(why).into_iter().collect();
     if snapshot.fruitless > 3 {
-        remarks.push(format!("no worker gets anything done ({}): {}", snapshot.fruitless, snapshot.last_end));
+        remarks.push(format!("no worker makes progress ({}): {}", snapshot.fruitless, snapshot.last_end));
     }
-    remarks.extend(snapshot.withheld.iter().map(|exit| format!("no worker lives through the {exit}")));
+    remarks.extend(snapshot.withheld.iter().map(|exit| format!("no worker survives the {exit}")));
     (!remarks.is_empty()).then(|| remarks.join("; "))
 }
 
