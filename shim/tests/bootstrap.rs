@@ -488,6 +488,8 @@ fn info_describes_the_engine_that_the_options_name() {
     assert_eq!(info.name, "io.containerd.x.v2");
     assert_eq!(info.options.as_ref(), Some(&any));
     assert_eq!(info.features.value, b"{\"ociVersionMin\": \"1.0.0\"}\n");
+    assert_eq!(info.annotations["io.containerd.x.v2.oci-runtime"], options.binary_name);
+    assert_eq!(info.annotations["io.containerd.x.v2.oci-runtime.reason"], "named by the option BinaryName");
 
     // One that knows no features is described without them.
     fs::write(&engine, "#!/bin/sh\necho no such command >&2; exit 1\n").expect("a file can be written");

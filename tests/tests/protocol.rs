@@ -87,6 +87,7 @@ fn main() -> ExitCode {
         a_socket_folder_fits_to_the_last_byte_and_not_beyond,
         a_start_beside_a_shim_that_is_leaving_gets_one_that_stays,
         what_is_no_socket_is_not_replaced,
+        the_runtime_is_one_that_works_on_this_host_unless_it_is_named,
     ]);
     cases.extend(direct_cases![logging:
         a_log_that_nobody_reads_blocks_nothing_and_says_what_it_dropped,

@@ -16,6 +16,10 @@ use crate::options::RuntimeOptions;
 
 const NAME: &str = "io.containerd.x.v2";
 
+/// Annotations of our own: the OCI runtime that a container with these options would get, and why.
+const RUNTIME: &str = "io.containerd.x.v2.oci-runtime";
+const REASON: &str = "io.containerd.x.v2.oci-runtime.reason";
+
 /// The features of an OCI runtime, as JSON.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
@@ -28,8 +32,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) fn info() -> Result<(), Error> {
     let input = start::read_input()?;
     let options = if input.is_empty() { None } else { Some(Any::parse_from_bytes(&input).map_err(|source| Error::Options { source })?) };
-    let engine = CommandEngine::choose(&RuntimeOptions::blocking_read(options.as_ref())?, "", false)?;
-    let info = describe(options, features(&engine));
+    let (engine, reason) = CommandEngine::blocking_choose(&RuntimeOptions::blocking_read(options.as_ref())?, "", false)?;
+    let mut info = describe(options, features(&engine));
+    info.annotations.insert(RUNTIME.to_owned(), engine.binary().display().to_string());
+    info.annotations.insert(REASON.to_owned(), reason);
     let bytes = info.write_to_bytes().map_err(|error| Error::Stdout { source: io::Error::other(error) })?;
     io::stdout().lock().write_all(&bytes).map_err(|source| Error::Stdout { source })
 }

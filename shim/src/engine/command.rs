@@ -1,16 +1,16 @@
 //! The engine that is an OCI command line: runc, crun, or any other that takes the same arguments.
 //!
-//! Owns the arguments, descriptors and environment of each invocation, and which binary it is.
+//! Owns the arguments, descriptors and environment of each invocation.
 //!
 //! **Invariant:** the runtime sees nothing of the daemon's environment but the names of [`ENVIRONMENT`], and no descriptor but the
 //! three that are named here. What it says goes to a log pipe of that one invocation.
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::choice::{Choice, EngineNotFound};
 use super::{Checkpoint, Container, Create, CriuOptions, Engine, EngineError, Exec, Restore, Verb, complaint};
 use crate::handover::{Exited, Fd, LOG_ARGUMENT, Spawn, Stream};
 use crate::options::RuntimeOptions;
@@ -34,52 +34,23 @@ pub(crate) struct CommandEngine {
     environment: Vec<String>,
 }
 
-/// No runtime was found.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum EngineNotFound {
-    /// A binary was named, by the option BinaryName.
-    #[error(
-        "OCI runtime {name:?}, named by the option BinaryName, not found as an executable file in PATH={path:?}; install it there or name an absolute path"
-    )]
-    Name { name: String, path: String },
-    /// A path was named, by the option BinaryName.
-    #[error("OCI runtime {}, named by the option BinaryName, is not an executable file; install it there or name another", path.display())]
-    Path { path: PathBuf },
-    /// No binary was named.
-    #[error("no OCI runtime: neither crun nor runc found in PATH={path:?}; install one of them, or name one with the option BinaryName")]
-    Default { path: String },
-}
-
 impl CommandEngine {
-    /// Chooses the engine for a container of `namespace`: the binary that `options` names, else `crun`, else `runc` from PATH.
-    ///
-    /// containerd's own shim takes `runc` when no binary is named. crun comes first here because it is the faster of the two
-    /// and takes the same arguments; whoever depends on runc names it.
+    /// Chooses the engine for a container of `namespace`, and says why it is this one: see [`Choice`]. Looks at files.
     ///
     /// Source of the root: `join(Root, namespace)` with `/run/containerd/runc` as the default, as containerd's own shim does, so
     /// that `runc --root … list` looks where people expect it.
-    pub(crate) fn choose(options: &RuntimeOptions, namespace: &str, debug: bool) -> Result<Self, EngineNotFound> {
-        Self::choose_from(options, namespace, debug, |name| std::env::var(name).ok())
+    pub(crate) fn blocking_choose(options: &RuntimeOptions, namespace: &str, debug: bool) -> Result<(Self, String), EngineNotFound> {
+        Self::blocking_choose_from(options, namespace, debug, |name| std::env::var(name).ok())
     }
 
-    fn choose_from(
+    fn blocking_choose_from(
         options: &RuntimeOptions,
         namespace: &str,
         debug: bool,
         variable: impl Fn(&str) -> Option<String>,
-    ) -> Result<Self, EngineNotFound> {
+    ) -> Result<(Self, String), EngineNotFound> {
         let path = variable("PATH").filter(|path| !path.is_empty()).unwrap_or_else(|| DEFAULT_PATH.to_owned());
-        let binary = match &options.binary_name {
-            Some(name) if name.contains('/') => {
-                let binary = PathBuf::from(name);
-                if !binary.is_absolute() || !is_executable(&binary) {
-                    return Err(EngineNotFound::Path { path: binary });
-                }
-                binary
-            }
-            Some(name) => find(name, &path).ok_or_else(|| EngineNotFound::Name { name: name.clone(), path: path.clone() })?,
-            None => find("crun", &path).or_else(|| find("runc", &path)).ok_or_else(|| EngineNotFound::Default { path: path.clone() })?,
-        };
+        let Choice { binary, reason } = Choice::blocking_make(options.binary_name.as_deref(), &path)?;
         // runc and crun find criu in PATH only.
         let path = match options.criu_path.as_deref().and_then(Path::parent) {
             Some(folder) => format!("{}:{path}", folder.display()),
@@ -90,7 +61,7 @@ impl CommandEngine {
             environment.extend(variable(name).filter(|value| !value.contains('\0')).map(|value| format!("{name}={value}")));
         }
         let root = options.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
-        Ok(Self {
+        let engine = Self {
             binary,
             root: root.join(namespace),
             systemd_cgroup: options.systemd_cgroup,
@@ -98,7 +69,8 @@ impl CommandEngine {
             no_new_keyring: options.no_new_keyring,
             debug,
             environment,
-        })
+        };
+        Ok((engine, reason))
     }
 
     /// The runtime's path.
@@ -275,15 +247,6 @@ impl Arguments {
         self.add(id);
         self.0
     }
-}
-
-/// Looks `name` up in the folders of `path`, absolute ones only.
-fn find(name: &str, path: &str) -> Option<PathBuf> {
-    path.split(':').map(Path::new).filter(|folder| folder.is_absolute()).map(|folder| folder.join(name)).find(|file| is_executable(file))
-}
-
-fn is_executable(file: &Path) -> bool {
-    file.metadata().is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
 }
 
 fn is_false(value: &bool) -> bool {

@@ -12,10 +12,12 @@ use std::path::Path;
 
 use crate::handover::{Exited, Spawn};
 
+mod choice;
 mod command;
 mod complaint;
 
-pub(crate) use command::{CommandEngine, EngineNotFound};
+pub(crate) use choice::EngineNotFound;
+pub(crate) use command::CommandEngine;
 
 /// Makes, changes and removes containers.
 ///

@@ -4,12 +4,15 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::{fs, io};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message as _;
-use shim_tests::bundle;
+use shim_tests::bundle::{self, Bundle};
+use shim_tests::cgroups::Version;
 use shim_tests::eventually::SOON;
+use shim_tests::runner::skip;
 use shim_tests::stand::Stand;
+use shim_tests::suite::{Runtime, Suite};
 use shim_tests::task::Task;
 use shim_tests::ttrpc::CallError;
 
@@ -155,4 +158,59 @@ pub(crate) async fn a_start_beside_a_shim_that_is_leaving_gets_one_that_stays(st
     ensure!(same + new == 59, "{same} joined, {new} began anew");
     last.finish().await?;
     bundle::leave(&last.task, last.shim_pid()?, "c").await
+}
+
+/// crun refuses a host with cgroup v1 and controllers on a v2 hierarchy beside it, whatever its options are. The hosts here are mount
+/// namespaces in which the kernel's list of those controllers is covered by another.
+pub(crate) async fn the_runtime_is_one_that_works_on_this_host_unless_it_is_named(stand: Stand) -> Result<()> {
+    if Version::here() == Version::V2 {
+        return skip("this is about hosts with cgroup v1");
+    }
+    let crun_alone = stand.folder().join("crun-alone");
+    fs::create_dir(&crun_alone)?;
+    std::os::unix::fs::symlink(Suite::Bookworm.runtime(Runtime::Crun), crun_alone.join("crun"))?;
+    for (id, controllers, path, named, outcome) in [
+        ("crun-works", "", None, None, Ok("/crun")),
+        ("crun-does-not", "hugetlb rdma\n", None, None, Ok("/runc")),
+        ("crun-is-named", "hugetlb rdma\n", None, Some("crun"), Err("cgroups in hybrid mode not supported")),
+        ("nothing-works", "hugetlb rdma\n", Some(&crun_alone), None, Err("hugetlb rdma), and runc was not found in PATH=")),
+    ] {
+        let bundle = stand.bundle(id, &["sleep", "1000"]).runtime(Path::new(named.unwrap_or_default()));
+        let task = start_on_a_host_with(&stand, &bundle, controllers, path.map(|path| path.as_path())).await?;
+        let pid = bundle.shim_pid()?;
+        match (bundle.create_in(&task).await, outcome) {
+            (Ok(container), Ok(expected)) => {
+                container.start().await?;
+                let log = stand.log_of(id);
+                ensure!(log.lines().any(|line| line.contains("OCI runtime chosen") && line.contains(expected)), "{id}: {log}");
+                container.shut_down().await?;
+            }
+            (Err(error), Err(expected)) => {
+                ensure!(format!("{error:#}").contains(expected), "{id}: {error:#}");
+                bundle::leave(&task, pid, id).await?;
+            }
+            (result, _) => bail!("{id}: {:?}", result.map(|container| container.pid)),
+        }
+    }
+    Ok(())
+}
+
+/// Runs `start` where the v2 hierarchy beside those of v1 seems to have `controllers`, with a PATH of its own if there is one.
+async fn start_on_a_host_with(stand: &Stand, bundle: &Bundle, controllers: &str, path: Option<&Path>) -> Result<Task> {
+    bundle.write()?;
+    stand.read_log_of(&bundle.id, &bundle.folder.join("log"))?;
+    let list = stand.folder().join(format!("{}.controllers", bundle.id));
+    fs::write(&list, controllers)?;
+    let start = bundle.command("start", &[]);
+    let start = start.as_std();
+    let mut command = tokio::process::Command::new("/usr/bin/unshare");
+    command.args(["--mount", "/bin/sh", "-c", "/bin/mount --bind $0 /sys/fs/cgroup/unified/cgroup.controllers && exec \"$@\""]).arg(&list);
+    command.arg(start.get_program()).args(start.get_args()).env_clear();
+    command.envs(start.get_envs().filter_map(|(name, value)| Some((name, value?)))).current_dir(&bundle.folder).kill_on_drop(true);
+    if let Some(path) = path {
+        command.env("PATH", format!("{}:/no/such/folder", path.display()));
+    }
+    let output = bundle::run(command, &[]).await?;
+    ensure!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    Task::connect(&bundle::read_address(&output.stdout)?).await
 }

@@ -1,4 +1,5 @@
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 
@@ -111,51 +112,14 @@ fn process_ids_are_read_from_both_dialects() {
     assert!(read("PID\n1").is_err());
 }
 
-fn folder_with(names: &[&str]) -> PathBuf {
-    let folder = std::env::temp_dir().join(format!("x-engine-{}-{}", std::process::id(), names.join("-")));
-    fs::create_dir_all(&folder).expect("a temporary folder");
-    for name in names {
-        fs::write(folder.join(name), "").expect("a file");
-        fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755)).expect("its mode");
-    }
-    folder
-}
-
-#[test]
-fn the_binary_is_the_named_one_else_crun_else_runc() {
-    let (both, runc, none) = (folder_with(&["crun", "runc"]), folder_with(&["runc"]), folder_with(&["other"]));
-    fs::write(none.join("runc"), "").expect("a file that is not executable");
-    let named = |name: &str| RuntimeOptions { binary_name: Some(name.into()), ..RuntimeOptions::default() };
-    let choose = |options: &RuntimeOptions, path: &Path| {
-        CommandEngine::choose_from(options, "ns", false, |name| (name == "PATH").then(|| format!("relative:{}", path.display())))
-            .map(|engine| engine.binary)
-    };
-    let default = RuntimeOptions::default();
-    assert_eq!(choose(&default, &both), Ok(both.join("crun")));
-    assert_eq!(choose(&default, &runc), Ok(runc.join("runc")));
-    assert_eq!(choose(&named("runc"), &both), Ok(both.join("runc")));
-    assert_eq!(choose(&named("other"), &none), Ok(none.join("other")));
-    let absolute = both.join("runc");
-    assert_eq!(choose(&named(&absolute.display().to_string()), &none), Ok(absolute));
-    for (options, words) in [
-        (default, "no OCI runtime: neither crun nor runc found in PATH="),
-        (named("youki"), "OCI runtime \"youki\", named by the option BinaryName, not found"),
-        (named("/no/such/runc"), "OCI runtime /no/such/runc, named by the option BinaryName, is not an executable file"),
-        (named("./runc"), "OCI runtime ./runc, named by the option BinaryName, is not an executable file"),
-    ] {
-        let error = choose(&options, &none).expect_err("no such binary").to_string();
-        assert!(error.starts_with(words), "{error}");
-    }
-    for folder in [both, runc, none] {
-        fs::remove_dir_all(folder).expect("removal of a temporary folder");
-    }
-}
-
 #[test]
 fn the_runtime_sees_nothing_of_the_daemon_but_what_is_listed() {
-    let folder = folder_with(&["runc", "criu"]);
+    let folder = std::env::temp_dir().join(format!("x-engine-{}", std::process::id()));
+    fs::create_dir_all(&folder).expect("a temporary folder");
+    fs::write(folder.join("runc"), "").expect("a file");
+    fs::set_permissions(folder.join("runc"), fs::Permissions::from_mode(0o755)).expect("its mode");
     let options = RuntimeOptions { criu_path: Some(folder.join("criu")), root: Some("/my/root".into()), ..RuntimeOptions::default() };
-    let engine = CommandEngine::choose_from(&options, "k8s.io", false, |name| {
+    let (engine, _) = CommandEngine::blocking_choose_from(&options, "k8s.io", false, |name| {
         Some(if name == "PATH" { folder.display().to_string() } else { "v".into() })
     })
     .expect("a runtime");

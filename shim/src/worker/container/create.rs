@@ -77,7 +77,8 @@ impl Draft {
         let key = ProcessKey::init(&id);
         let plan = Plan::blocking_read(&key, &call.stdio, &options)?;
         let debug = log::max_level() >= log::LevelFilter::Debug;
-        let engine = CommandEngine::choose(&options, &worker.settings.namespace, debug)?;
+        let (engine, reason) = CommandEngine::blocking_choose(&options, &worker.settings.namespace, debug)?;
+        log::info!(container:% = id, runtime:% = engine.binary().display(), reason; "OCI runtime chosen");
         let restore = (!call.checkpoint.is_empty()).then(|| PathBuf::from(&call.checkpoint));
         let record = Record {
             version: VERSION,
