@@ -92,6 +92,13 @@ fn kill(pid: u32, signal: &str) {
     let _ = Command::new("/bin/kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status();
 }
 
+/// Makes a script, by a process of its own: a file that is open for writing here is so in children that other threads fork, and cannot
+/// be executed meanwhile.
+fn script(path: &Path, text: &str) {
+    const WRITE: &str = "printf %s \"$2\" > \"$1\" && chmod 755 \"$1\"";
+    assert!(Command::new("/bin/sh").args(["-c", WRITE, "sh"]).arg(path).arg(text).status().expect("executes").success());
+}
+
 fn text(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).expect("text")
 }
@@ -477,8 +484,7 @@ fn a_journal_that_is_torn_or_none_at_all_keeps_nobody_from_deleting() {
 fn info_describes_the_engine_that_the_options_name() {
     let host = Host::new();
     let engine = host.run.join("engine");
-    fs::write(&engine, "#!/bin/sh\necho '{\"ociVersionMin\": \"1.0.0\"}'\n").expect("a file can be written");
-    fs::set_permissions(&engine, Permissions::from_mode(0o755)).expect("can be made executable");
+    script(&engine, "#!/bin/sh\necho '{\"ociVersionMin\": \"1.0.0\"}'\n");
     let mut options = Options::new();
     options.binary_name = engine.display().to_string();
     let any = Any { type_url: "containerd.runc.v1.Options".into(), value: options.write_to_bytes().expect("encodes"), ..Any::new() };
@@ -492,7 +498,7 @@ fn info_describes_the_engine_that_the_options_name() {
     assert_eq!(info.annotations["io.containerd.x.v2.oci-runtime.reason"], "named by the option BinaryName");
 
     // One that knows no features is described without them.
-    fs::write(&engine, "#!/bin/sh\necho no such command >&2; exit 1\n").expect("a file can be written");
+    script(&engine, "#!/bin/sh\necho no such command >&2; exit 1\n");
     let output = succeeded(run_with(host.command(&["-info"]), &input));
     assert!(RuntimeInfo::parse_from_bytes(&output.stdout).expect("protobuf").features.is_none());
     fs::remove_file(&engine).expect("is there");
@@ -505,7 +511,7 @@ fn a_shim_whose_file_was_replaced_still_starts() {
     let host = Host::new();
     host.bundle("c1", None);
     let installed = host.run.join("containerd-shim-x-v2");
-    fs::copy(SHIM, &installed).expect("copies");
+    assert!(Command::new("/bin/cp").arg(SHIM).arg(&installed).status().expect("executes").success());
     // It waits for its standard input, and by then its file is another.
     let mut command = Command::new(&installed);
     command.args(["-namespace", "n1", "-address", DAEMON, "-id", "c1", "start"]).env("X_SHIM_RUN_DIR", &host.run);

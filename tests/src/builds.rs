@@ -1,35 +1,20 @@
 //! Other builds of our shim: copies of one built for tests, which are told what to be by a line at their end.
 //! See `shim/src/disguise.rs`.
 
-use std::fs::{self, File};
-use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use nix::errno::Errno;
 use serde_json::Value;
 
 use crate::context::Context;
 use crate::eventually::eventually;
+use crate::programs;
 
 /// Copies `shim` to `path`, as a build that `words` describe: `build=2 newest=3`.
 pub fn make(shim: &Path, path: &Path, words: &str) -> Result<PathBuf> {
-    let fresh = path.with_extension("new");
-    fs::copy(shim, &fresh).with_context(|| format!("copy {}", shim.display()))?;
-    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
-    let mut file = File::options().append(true).open(&fresh)?;
-    file.write_all(format!("\nx-disguise: {words}\n").as_bytes())?;
-    drop(file);
-    // a child that was forked meanwhile may hold it open for writing until it executes its own program
-    while let Err(error) = std::process::Command::new(&fresh).arg("-v").stdout(Stdio::null()).status() {
-        ensure!(error.raw_os_error() == Some(Errno::ETXTBSY as i32), "execute {}: {error}", fresh.display());
-        std::thread::yield_now();
-    }
-    // replaced in place, as operators do it
-    fs::rename(&fresh, path)?;
+    programs::copy_with(shim, path, format!("\nx-disguise: {words}\n").as_bytes())?;
     Ok(path.to_owned())
 }
 

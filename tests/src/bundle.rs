@@ -264,12 +264,7 @@ pub fn read_address(answer: &[u8]) -> Result<PathBuf> {
 pub async fn run(mut command: tokio::process::Command, input: &[u8]) -> Result<Output> {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.as_std_mut().process_group(0);
-    // a copy of a program cannot run while a process lives that was forked while it was written
-    let spawned = eventually("nobody writes to the program", SOON, async || match command.spawn() {
-        Err(busy) if busy.kind() == std::io::ErrorKind::ExecutableFileBusy => Err(busy.into()),
-        other => Ok(other),
-    });
-    let mut child = spawned.await??;
+    let mut child = command.spawn()?;
     let pid = child.id().unwrap_or_default();
     isolation::keep(pid);
     let mut stdin = child.stdin.take().expect("it was asked for");

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use crate::eventually::{SOON, eventually};
+use crate::programs;
 
 /// A copy of the gated runtime and its orders.
 #[derive(Debug)]
@@ -30,7 +31,7 @@ impl Gate {
     /// Puts a copy of `program` into `folder`, in front of the runtime `real`.
     pub fn new(folder: &Path, program: &Path, real: &Path) -> Result<Self> {
         fs::create_dir_all(folder)?;
-        fs::copy(program, folder.join("runtime")).with_context(|| format!("copy {}", program.display()))?;
+        programs::copy(program, &folder.join("runtime"))?;
         fs::write(folder.join("real"), real.to_str().context("a path in UTF-8")?)?;
         Ok(Self { folder: folder.to_owned() })
     }

@@ -55,6 +55,7 @@ pub mod messages;
 pub mod operator;
 pub mod ordeals;
 pub mod proc;
+pub mod programs;
 pub mod refusals;
 pub mod rootfs;
 pub mod runner;

@@ -1,7 +1,6 @@
 //! What an operator does with x-manager: its commands, and processes of it with a configuration file.
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -68,14 +67,6 @@ pub async fn upgraded(daemon: &Daemon) -> Result<i32> {
     let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).with_context(|| said(&output))?;
     daemon.is_succeeded_by(pid).await?;
     Ok(pid)
-}
-
-/// Writes a program into a folder.
-pub fn script(folder: &Path, name: &str, text: &str) -> Result<PathBuf> {
-    let path = folder.join(name);
-    fs::write(&path, text)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-    Ok(path)
 }
 
 /// An x-manager with a folder and a configuration file of its own.

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context as _, Result};
 
-use crate::isolation;
+use crate::{isolation, programs};
 
 /// The folder of the root file system that all containers of a run share, made when first asked for.
 ///
@@ -33,7 +33,7 @@ pub fn make(folder: &Path) -> Result<()> {
         .into_iter()
         .find(|path| Path::new(path).exists())
         .context("no busybox: install busybox-static")?;
-    fs::copy(busybox, folder.join("bin/busybox"))?;
+    programs::copy(Path::new(busybox), &folder.join("bin/busybox"))?;
     let list = Command::new(busybox).arg("--list").output()?;
     for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|applet| *applet != "busybox") {
         symlink("busybox", folder.join("bin").join(applet))?;

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use shim_tests::bundle::Container;
 use shim_tests::eventually::eventually;
 use shim_tests::isolation;
+use shim_tests::programs;
 use shim_tests::runner::EXECUTOR;
 use shim_tests::stand::Stand;
 use shim_tests::suite::{self, Shim};
@@ -90,7 +91,7 @@ async fn measure(plan: &Plan) -> Result<()> {
 /// Another file with the same content is another program.
 fn copy(stand: &Stand, name: &str) -> Result<PathBuf> {
     let path = stand.folder().join(name);
-    std::fs::copy(stand.binary(), &path)?;
+    programs::copy(stand.binary(), &path)?;
     Ok(path)
 }
 

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::child::Verdict;
 use super::clauses::Level;
 use super::run::Results;
+use crate::programs;
 
 /// One fault: its name, what it is, and what it has to be seen by.
 #[derive(Debug, Clone, Copy)]
@@ -356,7 +357,7 @@ pub const ALL: &[Fault] = &[
 pub fn install(folder: &Path, program: &Path, real: &Path, fault: &str) -> Result<PathBuf> {
     fs::create_dir_all(folder)?;
     let place = folder.join("man-in-the-middle");
-    fs::copy(program, &place).with_context(|| format!("copy {}", program.display()))?;
+    programs::copy(program, &place)?;
     fs::write(folder.join("real"), real.to_str().context("a path in UTF-8")?)?;
     fs::write(folder.join("fault"), fault)?;
     Ok(place)

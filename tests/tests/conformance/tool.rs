@@ -15,7 +15,7 @@ use shim_tests::conformance::{cases, faults};
 use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::runner::EXECUTOR;
 use shim_tests::suite::Runtime;
-use shim_tests::{bundle, cgroups, proc};
+use shim_tests::{bundle, cgroups, proc, programs};
 
 /// A case of a MUST that is soon done, the fault that it sees, and another case.
 const CASE: &str = "lifecycle.create_start_and_connect_agree_on_pids";
@@ -76,9 +76,8 @@ impl Place {
 
     /// A shim that is a shell script. What it starts bears its name.
     fn script(&self, text: &str) -> Result<String> {
-        let path = self.write("shim.sh", &format!("#!/bin/sh\nexport OF=$0\n{text}\n"))?;
-        fs::set_permissions(&path, Permissions::from_mode(0o755))?;
-        Ok(path)
+        let path = programs::script(&self.folder, "shim.sh", &format!("#!/bin/sh\nexport OF=$0\n{text}\n"))?;
+        Ok(path.display().to_string())
     }
 
     /// The shim on trial, with a fault.
@@ -242,7 +241,7 @@ fn what_it_cannot_do_it_says_in_one_line(place: &Place) -> Result<()> {
 fn without_root_it_lists_and_runs_nothing(place: &Place) -> Result<()> {
     use std::os::unix::process::CommandExt as _;
     let program = place.path("shim-conformance");
-    fs::copy(env!("CARGO_BIN_EXE_shim-conformance"), &program)?;
+    programs::copy(Path::new(env!("CARGO_BIN_EXE_shim-conformance")), Path::new(&program))?;
     let nobody = |arguments: &[&str]| place.run_command(Command::new(&program).args(arguments).uid(65534).gid(65534).current_dir("/"));
     nobody(&["list"])?.ended_with(0)?.says(CASE)?;
     let said = nobody(&["run", "--shim", &place.good()])?.ended_with(2)?;

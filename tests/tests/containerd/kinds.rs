@@ -7,6 +7,7 @@ use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::proc;
+use shim_tests::programs;
 
 fn namespace_of(pid: u32, kind: &str) -> Result<String> {
     Ok(fs::read_link(format!("/proc/{pid}/ns/{kind}"))?.display().to_string())
@@ -89,12 +90,9 @@ pub(crate) async fn a_shim_whose_binary_is_replaced_keeps_its_containers(cx: Con
     let name = cx.shim().binary_name();
     let original = cx.shim().binary.clone().unwrap_or_else(|| cx.suite().program(&name)).canonicalize()?;
     let path = cx.daemon().bin().join(&name);
-    let _absent_for_stock = fs::remove_file(&path);
-    fs::copy(&original, &path)?;
+    programs::copy(&original, &path)?;
     let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
-    let new = cx.folder().join(&name);
-    fs::copy(&original, &new)?;
-    fs::rename(&new, &path)?;
+    programs::copy(&original, &path)?;
     ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
     cx.crash_daemon().await?;
     ensure!(container.exec("e2", &["sh", "-c", "exit 5"]).run().await? == 5);

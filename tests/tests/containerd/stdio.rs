@@ -10,6 +10,7 @@ use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
 use shim_tests::messages::{GenericOptions, any};
+use shim_tests::programs;
 use shim_tests::rootfs;
 use shim_tests::runner::{needs_images, skip};
 use shim_tests::spec::Spec;
@@ -265,7 +266,7 @@ async fn with_listed_loggers(cx: &Context) -> Result<Context> {
         return skip("the stock shim runs whatever it is told to");
     }
     let listed = cx.folder().join("listed");
-    fs::copy(cx.program("log-sink"), &listed)?;
+    programs::copy(&cx.program("log-sink"), &listed)?;
     cx.with_own_shim(cx.shim(), &[("X_SHIM_LOGGERS", &listed.display().to_string())]).await
 }
 

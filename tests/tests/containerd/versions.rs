@@ -11,6 +11,7 @@ use shim_tests::container::{Container, Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::proc;
+use shim_tests::programs;
 use shim_tests::runner::skip;
 use shim_tests::suite::{self, Suite};
 use tonic::Code;
@@ -90,8 +91,7 @@ async fn with_a_binary_of_its_own(cx: &Context) -> Result<(Context, PathBuf)> {
     let name = cx.shim().binary_name();
     let original = cx.shim().binary.clone().unwrap_or_else(|| cx.suite().program(&name)).canonicalize()?;
     let path = cx.daemon().bin().join(&name);
-    let _absent_for_stock = fs::remove_file(&path);
-    fs::copy(&original, &path)?;
+    programs::copy(&original, &path)?;
     Ok((cx, path))
 }
 
@@ -100,7 +100,7 @@ pub(crate) async fn a_shim_whose_binary_has_moved_is_found_by_a_link(cx: Context
     let (cx, path) = with_a_binary_of_its_own(&cx).await?;
     let (container, other) = (on_command(&cx).await?, on_command(&cx).await?);
     let moved = cx.folder().join(cx.shim().binary_name());
-    fs::copy(&path, &moved)?;
+    programs::copy(&path, &moved)?;
     fs::remove_file(&path)?;
     is_the_same(&container, "gone").await?;
     ensure!(other.destroy().await? == 137);

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::{proc, suite};
+use shim_tests::{proc, programs, suite};
 use tonic::Code;
 
 /// The same with the shim that comes with this suite, which gives up sending an event after some tries.
@@ -121,15 +121,13 @@ pub(crate) async fn a_dead_shims_container_is_not_told_dead_while_its_program_ca
     let events = cx.events().await?;
     let (attempts, may) = (cx.folder().join("attempts"), cx.folder().join("may"));
     let shim = cx.shim().binary.clone().context("our shim is a file")?;
-    let program = cx.folder().join(cx.shim().binary_name());
-    let script = format!(
+    let text = format!(
         "#!/bin/sh\ncase \"$*\" in *delete*) if [ ! -e {may} ]; then echo >> {attempts}; echo no such luck >&2; exit 1; fi ;; esac\nexec {shim} \"$@\"\n",
         may = may.display(),
         attempts = attempts.display(),
         shim = shim.display()
     );
-    fs::write(&program, script)?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let program = programs::script(cx.folder(), &cx.shim().binary_name(), &text)?;
     let container = cx.container(&["sleep", "1000"]).runtime_type(&program.to_string_lossy()).start().await?;
     let keeper = cx.shim_pid(&container.id)?;
     proc::kill_hard(keeper);

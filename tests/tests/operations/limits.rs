@@ -9,8 +9,9 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use prost_types::Any;
 use shim_tests::context::Context;
 use shim_tests::eventually::SOON;
-use shim_tests::operator::{Own, binary, printed, script};
+use shim_tests::operator::{Own, binary, printed};
 use shim_tests::proc;
+use shim_tests::programs::script;
 use tonic::Code;
 
 fn spec(bytes: usize) -> Any {

@@ -15,6 +15,7 @@ use shim_tests::bundle::{self, Container, worker_of};
 use shim_tests::eventually::{SOON, a_second, eventually, eventually_true, within};
 use shim_tests::proc;
 use shim_tests::proc::signal;
+use shim_tests::programs;
 use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
 use shim_tests::task::{Task, V3};
@@ -126,12 +127,12 @@ pub(crate) async fn a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_ex
 /// A runtime that is killed in the middle of a create leaves processes behind that go on setting the container up: what they make would
 /// lie in the bundle, below the root file system that is unmounted meanwhile, and keep the daemon from removing it.
 pub(crate) async fn what_a_runtime_has_started_does_not_outlive_its_create(stand: Stand) -> Result<()> {
-    let (runtime, mark) = (stand.folder().join("runtime"), stand.folder().join("mark"));
+    let mark = stand.folder().join("mark");
     // one in a session of its own, as runc's, and one below that
     let left = format!("sleep 1000 & echo $$ $! > {0}.part; mv {0}.part {0}; wait", mark.display());
     let create = format!("setsid sh -c '{left}' & exec sleep 1000");
-    fs::write(&runtime, format!("#!/bin/sh\ncase \" $* \" in *' create '*) {create};; esac\nexec {} \"$@\"\n", stand.runtime().display()))?;
-    fs::set_permissions(&runtime, Permissions::from_mode(0o755))?;
+    let text = format!("#!/bin/sh\ncase \" $* \" in *' create '*) {create};; esac\nexec {} \"$@\"\n", stand.runtime().display());
+    let runtime = programs::script(stand.folder(), "runtime", &text)?;
     let bundle = stand.bundle("c1", &["true"]).runtime(&runtime);
     let (task, request) = (bundle.shim().await?, bundle.request());
     let create = tokio::spawn(async move { task.create(&request).await });
@@ -159,7 +160,7 @@ async fn answers_at_once(container: &Container) -> Result<()> {
 pub(crate) async fn what_containerd_asks_at_its_start_is_answered_without_a_worker(stand: Stand) -> Result<()> {
     // of a program of its own, which is made impossible to execute
     let program = stand.folder().join(stand.shim().binary_name());
-    fs::copy(stand.binary(), &program)?;
+    programs::copy(stand.binary(), &program)?;
     let stand = stand.with_shim(&Shim { binary: Some(program.clone()), ..stand.shim().clone() })?;
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let keeper = container.shim_pid()?;

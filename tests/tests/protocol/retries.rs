@@ -10,6 +10,7 @@ use protobuf::Message as _;
 use shim_tests::bundle::leave;
 use shim_tests::eventually::{SOON, a_second, eventually, eventually_true};
 use shim_tests::proc;
+use shim_tests::programs;
 use shim_tests::stand::Stand;
 use shim_tests::suite::Shim;
 use shim_tests::task::V2;
@@ -54,7 +55,7 @@ pub(crate) async fn delete_names_the_root_file_system_that_is_in_use(stand: Stan
 /// What its client has given up before anybody could begin it is not done.
 pub(crate) async fn a_request_whose_time_is_over_is_not_carried_out(stand: Stand) -> Result<()> {
     let program = stand.folder().join(stand.shim().binary_name());
-    fs::copy(stand.binary(), &program)?;
+    programs::copy(stand.binary(), &program)?;
     let stand = stand.with_shim(&Shim { binary: Some(program.clone()), ..stand.shim().clone() })?;
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let worker = container.worker_pid().await?;

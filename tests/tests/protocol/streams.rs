@@ -1,13 +1,13 @@
 //! Output in trouble: full disks, loggers that take their time.
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt as _;
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::ordeals;
+use shim_tests::programs;
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::refusal;
 use shim_tests::witness::Witness;
@@ -25,9 +25,7 @@ pub(crate) async fn what_a_full_disk_costs_is_counted_in_the_log(stand: Stand) -
 
 /// A program for `binary://` that is a script.
 fn logger(stand: &Stand, name: &str, script: &str) -> Result<String> {
-    let path = stand.folder().join(name);
-    fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
-    fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+    let path = programs::script(stand.folder(), name, &format!("#!/bin/sh\n{script}\n"))?;
     Ok(format!("binary://{}", text(&path)))
 }
 

@@ -10,6 +10,7 @@ use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::proc::{self, Process};
+use shim_tests::programs;
 
 use crate::{build, on_build};
 
@@ -245,9 +246,7 @@ pub(crate) async fn what_is_no_shim_is_refused(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     let shim = cx.shim().binary.clone().context("ours")?;
-    let path = cx.folder().join("program");
-    fs::write(&path, "neither an executable nor a script")?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    let path = programs::script(cx.folder(), "program", "neither an executable nor a script")?;
     let upgraded = builds::upgrade(&cx, &shim, &["--all", "--to", &path.display().to_string()]).await?;
     is_rolled_back(&upgraded, "cannot be executed: Exec format error")?;
     let upgraded = builds::upgrade(&cx, &shim, &["--all", "--to", "/bin/true"]).await?;

@@ -1,7 +1,6 @@
 //! What a fault makes of a request.
 
-use std::fs::{self, File, Permissions};
-use std::os::unix::fs::PermissionsExt as _;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -15,6 +14,7 @@ use nix::unistd::Pid;
 use protobuf::Message as _;
 use serde_json::Value;
 use shim_tests::cgroups;
+use shim_tests::programs;
 use shim_tests::task::{V2, V3};
 
 use super::calls::{Call, Link, edit};
@@ -158,10 +158,9 @@ fn give_it_another_descriptor(_: &Link, call: &mut Call) -> Result<()> {
     let mut create = api::CreateTaskRequest::parse_from_bytes(&call.payload)?;
     let any = create.options.as_mut().context("no options")?;
     let mut options = Options::parse_from_bytes(&any.value)?;
-    let runtime = Path::new(&create.bundle).join("runtime");
     let insert = "for word; do shift; set -- \"$@\" \"$word\"; [ \"$word\" = create ] && set -- \"$@\" --preserve-fds 1; done";
-    fs::write(&runtime, format!("#!/bin/sh\n{insert}\nexec 3</etc/passwd\nexec {} \"$@\"\n", options.binary_name))?;
-    fs::set_permissions(&runtime, Permissions::from_mode(0o755))?;
+    let text = format!("#!/bin/sh\n{insert}\nexec 3</etc/passwd\nexec {} \"$@\"\n", options.binary_name);
+    let runtime = programs::script(Path::new(&create.bundle), "runtime", &text)?;
     options.binary_name = runtime.display().to_string();
     any.value = options.write_to_bytes()?;
     call.payload = create.write_to_bytes()?;
@@ -181,11 +180,7 @@ fn take_the_masks_away(_: &Link, call: &mut Call) -> Result<()> {
 fn write_to_the_runtime(_: &Link, call: &mut Call) -> Result<()> {
     let create = api::CreateTaskRequest::parse_from_bytes(&call.payload)?;
     let runtime = Options::parse_from_bytes(&create.options.value)?.binary_name;
-    let (fresh, mut program) = (format!("{runtime}.new"), fs::read(&runtime)?);
-    program.push(b'x');
-    fs::write(&fresh, program)?;
-    fs::set_permissions(&fresh, Permissions::from_mode(0o755))?;
-    Ok(fs::rename(fresh, runtime)?)
+    programs::copy_with(Path::new(&runtime), Path::new(&runtime), b"x")
 }
 
 fn edit_process(call: &mut Call, change: impl FnOnce(&mut Value)) -> Result<()> {

@@ -11,7 +11,7 @@ use serde_json::Value;
 use shim_tests::container::{Container, Stdio};
 use shim_tests::eventually::{eventually, within};
 use shim_tests::messages::{Options, any};
-use shim_tests::{isolation, proc};
+use shim_tests::{isolation, proc, programs};
 use tokio::task::{JoinSet, LocalSet};
 
 use super::{Plan, Subject};
@@ -177,7 +177,7 @@ async fn upgrade(subject: &mut Subject, containers: &[Container]) -> Result<()> 
     let shim = subject.cx.shim().binary.clone().context("a shim with keepers is a file")?;
     let program = subject.cx.folder().join("copy");
     // another file with the same content is another program
-    fs::copy(&shim, &program)?;
+    programs::copy(&shim, &program)?;
     eprintln!("{}: upgrading {} shims …", subject.name, containers.len());
     let mut command = tokio::process::Command::new(&program);
     command.args(["upgrade", "--all", "--json", "--namespace", subject.cx.client().namespace()]);

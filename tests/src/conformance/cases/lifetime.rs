@@ -12,6 +12,7 @@ use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
 use crate::proc;
+use crate::programs;
 use crate::stand::Stand;
 use crate::suite::Shim;
 use crate::task::Task;
@@ -197,7 +198,7 @@ async fn the_last_events_are_told_before_it_leaves(stand: Stand) -> Result<()> {
 /// An upgrade replaces the file, and moves the old one away.
 async fn a_binary_that_is_gone_is_not_missed(stand: Stand) -> Result<()> {
     let program = stand.folder().join(stand.binary().file_name().context("a file")?);
-    fs::copy(stand.binary(), &program)?;
+    programs::copy(stand.binary(), &program)?;
     let other = stand.with_shim(&Shim { binary: Some(program.clone()), ..stand.shim().clone() })?;
     let streams = Streams::new(&other, "io")?;
     let container = streams.all(other.bundle("c1", &["sh", "-c", "read line; echo got $line; exit 3"]).group("pod")).run().await?;

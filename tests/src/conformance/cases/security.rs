@@ -14,6 +14,7 @@ use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, eventually};
 use crate::proc;
+use crate::programs;
 use crate::spec::Spec;
 use crate::stand::Stand;
 use crate::suite;
@@ -100,9 +101,7 @@ async fn a_file_is_not_given_to_the_container(stand: Stand) -> Result<()> {
 
 /// The runtime writes its environment down, and fails.
 async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()> {
-    let runtime = stand.folder().join("runtime");
-    fs::write(&runtime, "#!/bin/sh\n/usr/bin/env > $0.environment\nexit 1\n")?;
-    fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755))?;
+    let runtime = programs::script(stand.folder(), "runtime", "#!/bin/sh\n/usr/bin/env > $0.environment\nexit 1\n")?;
     let bundle = stand.bundle("c1", &["true"]).runtime(&runtime);
     let task = bundle.shim().await?;
     drop(refusal(task.create(&bundle.request()).await)?);
@@ -119,7 +118,7 @@ async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()>
 async fn nobody_writes_to_a_program_of_the_host(stand: Stand) -> Result<()> {
     // of a copy, as somebody's runtime may be an old one
     let runtime = stand.folder().join(stand.runtime().file_name().context("a file")?);
-    fs::copy(stand.runtime(), &runtime)?;
+    programs::copy(&stand.runtime(), &runtime)?;
     let programs = [runtime.clone(), stand.binary().to_owned()];
     let before = programs.iter().map(fs::read).collect::<Result<Vec<_>, _>>()?;
     let streams = Streams::new(&stand, "io")?;

@@ -1,7 +1,6 @@
 //! Every kind of stdio: what goes in comes out, all of it, whoever is slow, late or gone.
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt as _;
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use crate::conformance::Case;
 use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
 use crate::ordeals;
 use crate::proc;
+use crate::programs;
 use crate::stand::Stand;
 use crate::stdio::{Pace, Reader, Writer};
 use crate::times::{repeated, times};
@@ -287,9 +287,7 @@ async fn a_logger_gets_everything_and_knows_the_container(stand: Stand) -> Resul
 
 /// A program for `binary://` that is a script.
 fn logger(stand: &Stand, name: &str, script: &str) -> Result<String> {
-    let path = stand.folder().join(name);
-    fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
-    fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+    let path = programs::script(stand.folder(), name, &format!("#!/bin/sh\n{script}\n"))?;
     Ok(format!("binary://{}", text(&path)))
 }
 
