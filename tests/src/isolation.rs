@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  cargo ─▶ outer ──unshare(pid, mount)──▶ inner = pid 1 of the run
-//!             │ waits, then removes          │ own /proc, own tmpfs on /run, reaps orphans
-//!             ▼ what cgroups are left        ▼ daemons, shims, containers
+//!             │ own mounts on /run and       │ own /proc, reaps orphans
+//!             │ /sys/fs/cgroup; waits, then  ▼ daemons, shims, containers
+//!             ▼ removes what cgroups are left
 //! ```
 //! So every process, mount, socket and fifo that the run can see is its own, other users of the machine are
 //! neither seen nor disturbed, and when the run ends, however it ends, the kernel takes everything with it.
@@ -29,6 +30,8 @@ const MARK: &str = "X_TESTS_INNER";
 /// A run's cgroups are called that and the pid of its outer process.
 const PREFIX: &str = "x-tests-";
 
+const NONE: Option<&str> = None;
+
 /// The folder of the run, on the run's own tmpfs.
 pub const RUN: &str = "/run/x-tests";
 
@@ -42,9 +45,13 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
     }
     ensure!(nix::unistd::geteuid().is_root(), "these tests need root: they start daemons and containers");
     let version = Version::chosen()?;
-    cgroups::remove_of_the_dead(PREFIX);
     let cgroup = format!("{PREFIX}{}", std::process::id());
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID).context("new pid and mount namespaces")?;
+    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE).context("make mounts private")?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount /run")?;
+    fs::create_dir_all(RUN)?;
+    cgroups::show(version)?;
+    cgroups::remove_of_the_dead(PREFIX);
     let status = Command::new(env::current_exe()?)
         .args(env::args_os().skip(1))
         .env(MARK, &cgroup)
@@ -72,12 +79,7 @@ pub fn remove_cgroups_of(pid: u32) {
 fn become_init() -> Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with the outer process")?;
     ensure!(std::process::id() == 1, "{MARK} is for internal use");
-    let none: Option<&str> = None;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("make mounts private")?;
-    cgroups::show(Version::chosen()?)?;
-    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none).context("mount /proc")?;
-    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount /run")?;
-    fs::create_dir_all(RUN)?;
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), NONE).context("mount /proc")?;
     thread::Builder::new().name("init".to_owned()).spawn(reap_orphans)?;
     Ok(())
 }
