@@ -108,20 +108,16 @@ impl RunDir {
 
 /// The name of a shim's sockets: the same for every container of a group, and no other shim's.
 ///
-/// It begins with our own name, so that a group whose first container ran under another runtime is not taken for ours.
+/// It is the name that containerd's own shims give their sockets, so that `ctr shim --id` finds it: the SHA-256 of the daemon's address,
+/// the namespace and the group (else the container's id) as a path, in hexadecimal. Neither namespaces nor ids contain a slash.
 fn name_of(daemon: &str, namespace: &str, group: &str) -> String {
+    // as Go's filepath.Join writes it
+    let daemon: PathBuf = Path::new(daemon).components().collect();
     let mut hash = Sha256::new();
-    for part in ["io.containerd.x.v2", daemon, namespace, group] {
-        hash.update(part.as_bytes());
-        hash.update([0]);
+    for part in [daemon.as_os_str().as_bytes(), b"/", namespace.as_bytes(), b"/", group.as_bytes()] {
+        hash.update(part);
     }
-    let mut name = String::with_capacity(64);
-    for byte in hash.finalize() {
-        for nibble in [byte >> 4, byte & 15] {
-            name.push(char::from_digit(u32::from(nibble), 16).expect("a nibble is a digit"));
-        }
-    }
-    name
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Makes the folder for control sockets, or checks that the one that is there is ours alone.
@@ -196,9 +192,18 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_a_place_never_changes() {
-        // A later version must find the keepers of this one.
-        assert_eq!(name_of(DAEMON, "default", "c1"), "cf6769a3be60a3400da2d500f38fcdc3eeb063a055bfb0617924ce144904cf0b");
+    fn the_name_of_a_place_is_the_one_that_ctr_computes() {
+        for (daemon, namespace, id, name) in [
+            (DAEMON, "default", "c1", "d25aa4ef11a84e954e74a5bcff06557d0b6ea8d0c00243896f29826694bbd888"),
+            (
+                "/run//k3s/./containerd/containerd.sock",
+                "k8s.io",
+                "0a1b",
+                "2a03a2229c1c4dcc7ee9174926220030dd20a871371ac1d06ddb0f2e86a75da8",
+            ),
+        ] {
+            assert_eq!(name_of(daemon, namespace, id), name);
+        }
     }
 
     #[test]

@@ -67,6 +67,7 @@ fn lifecycle_cases() -> Vec<Case> {
             one_containers_slow_create_delays_no_other;
         Scope::Daemons =>
             no_options_mean_a_runtime_from_path,
+            ctr_finds_the_shim_by_the_containers_id,
     ]
 }
 

@@ -2,14 +2,17 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::Status as Phase;
 use prost_types::Any;
+use serde_json::Value;
 use shim_tests::container::{Stdio, bind, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::within;
 use shim_tests::messages::{GenericOptions, any};
+use shim_tests::operator::{ctr, said};
 use shim_tests::runner::skip;
+use shim_tests::suite::Suite;
 use tokio::task::JoinSet;
 use tonic::Code;
 
@@ -301,5 +304,25 @@ pub(crate) async fn sockets_are_for_root_alone(cx: Context) -> Result<()> {
     }
     ensure!(checked > 0, "no socket found");
     container.destroy().await?;
+    Ok(())
+}
+
+/// `ctr shim` computes where the shim listens from the daemon's address, the namespace and the id. Of its commands, `exec` needs a
+/// client that does not crash, and `delete` names no container: the stock shim refuses that as well.
+pub(crate) async fn ctr_finds_the_shim_by_the_containers_id(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let shim = |words: &[&str]| ctr(&cx).args(["shim", "--id", &container.id]).args(words).output();
+    let state = shim(&["state"])?;
+    let printed: Value = serde_json::from_slice(&state.stdout).with_context(|| said(&state))?;
+    ensure!(printed["id"] == *container.id && printed["pid"] == container.pid && printed["status"] == 2, "{printed:#}");
+    for (words, refusal) in [(["start", container.id.as_str()], "start"), (["delete", ""], "NotFound")] {
+        let output = shim(&words)?;
+        ensure!(!output.status.success() && said(&output).contains(refusal), "{words:?}: {}", said(&output));
+    }
+    if cx.suite() == Suite::Forky {
+        let output = shim(&["shutdown"])?;
+        ensure!(output.status.success(), "{}", said(&output));
+    }
+    ensure!(container.destroy().await? == 137);
     Ok(())
 }
