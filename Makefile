@@ -45,7 +45,7 @@ test-e2e: packages suites build build-faulty
 	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd"
 
 ## the tests of containerd and Docker with x-manager in containerd's place, its own, and lives under it with the shims of containerd 1.6, 1.7 and 2.1;
-## X_KILLS=500 X_SEED=N for more deaths of it, with those shims too
+## X_KILLS=500 X_SEED=N for more crashes of it, with those shims too
 test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
 	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
@@ -116,11 +116,11 @@ fuzz:
 conformance-docs: packages suites build conformance-tool
 	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
 
-## a worker's death at every message of every scenario, on the oldest and the newest containerd: `test` has some of them on one alone
+## a worker's crash at every message of every scenario, on the oldest and the newest containerd: `test` has some of them on one alone
 faults: packages suites build-faulty
 	X_SHIM_FAULTY=$(FAULTY_SHIM) X_FAULTS_ALL=1 $(CARGO) test --locked --package shim-tests --test faults -- every_message
 
-## N runs with random deaths, stops and upgrades of the worker, on the oldest and the newest containerd; X_SEED chooses which
+## N runs with random crashes, stops and upgrades of the worker, on the oldest and the newest containerd; X_SEED chooses which
 N ?= 1000
 campaign: packages suites build-faulty
 	X_SHIM_FAULTY=$(FAULTY_SHIM) X_CAMPAIGN=$(N) X_CAMPAIGN_WITHIN=$$(( $(N) * 10 + 600 )) $(CARGO) test --locked --package shim-tests --test faults -- campaign

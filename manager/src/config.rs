@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_file_says_what_is_the_default_anyway_and_names_every_key() {
+    fn the_default_file_states_the_defaults_and_names_every_key() {
         assert_eq!(parse(Path::new("/c.toml"), DEFAULT), Ok(Settings::default()));
         let said: String = DEFAULT.lines().map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line)).fold(
             String::new(),
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_file_says_is_taken() {
+    fn the_configuration_file_is_applied() {
         let text = "state = \"/s\"\nlog_level = \"debug\"\n[metrics]\naddress = \"unix:///m\"\n[restart]\nenabled = false\n[limits]\nstore_bytes = 2000000";
         let settings = parse(Path::new("/c.toml"), text).expect("all of it is right");
         assert_eq!(settings.metrics, Some(MetricsAddress::Unix("/m".into())));

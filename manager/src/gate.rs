@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_somebody_inside_waits_for_gets_through_a_gate_that_closes() {
+    async fn a_call_needed_by_one_inside_passes_a_closing_gate() {
         let gate = Gate::default();
         let inside = gate.enter().await.expect("open");
         let closing = tokio::spawn({
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_at_a_gate_that_retires_is_turned_away() {
+    async fn a_call_that_waits_at_a_retiring_gate_is_refused() {
         let gate = Gate::default();
         let closed = gate.close(MOMENT).await.expect("nobody is inside");
         let waiting = tokio::spawn({

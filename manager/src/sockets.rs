@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_for_root_and_a_group_and_is_not_taken_from_anybody() {
+    fn a_socket_is_for_root_and_a_group_and_is_never_taken_from_another_process() {
         let folder = folder("taken");
         let path = folder.join("own/api.sock");
         if nix::unistd::geteuid().is_root() {

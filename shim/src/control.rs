@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_keeper_that_is_gone_is_told_from_one_that_is_silent() {
+    fn a_dead_keeper_is_distinguished_from_a_silent_one() {
         let path = Socket::new("none");
         assert!(matches!(describe(&path, soon()), Err(Error::NobodyThere { .. })));
         drop(UnixListener::bind(&*path).expect("a socket can be bound"));
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_whose_queue_is_full_holds_nobody_up() {
+    fn a_subscriber_with_a_full_queue_delays_no_other() {
         use nix::sys::socket::{Backlog, listen};
         let path = Socket::new("full");
         let listener = UnixListener::bind(&*path).expect("a socket can be bound");

@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn commands_for_people_take_their_flags_anywhere() {
+    fn operator_commands_accept_flags_anywhere() {
         let query = Query { json: true, namespace: Some("n1".into()), bundle: None };
         assert_eq!(parse("ps"), Ok(Invocation::Ps(Query::default())));
         assert_eq!(parse("ps --json --namespace n1"), Ok(Invocation::Ps(query.clone())));
@@ -466,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn no_line_of_odd_words_panics() {
+    fn no_odd_command_line_panics() {
         let words =
             ["-", "--", "-=", "--=x", "-id=", "-id", "start", "ps", "\u{0}", "é", "-é=é", "inspect", "keeper", "worker", "-v=", "="];
         for a in words {

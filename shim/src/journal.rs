@@ -161,7 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_torn_journal_says_nothing() {
+    fn a_torn_journal_record_counts_as_absent() {
         let folder = std::env::temp_dir().join(format!("x-journal-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let path = folder.join(FILE_NAME);

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_reading_never_blocks_and_what_was_dropped_is_said() {
+    fn a_missing_reader_never_blocks_and_dropped_bytes_are_reported() {
         let folder = std::env::temp_dir().join(format!("x-logging-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a temporary folder");
         let path = folder.join("log");

@@ -2,7 +2,7 @@
 //!
 //! Owns making them and unmaking them, on the host's side: at and below the folder `rootfs` of a bundle.
 //!
-//! **Invariant:** both can be repeated at any time, also after a death in the middle: a mount that is there stays, since a container
+//! **Invariant:** both can be repeated at any time, also after a crash in the middle: a mount that is there stays, since a container
 //! may already use it, and an overlay must not be mounted twice over the same upper folder. No symbolic link is followed out of
 //! `rootfs`, no working directory of the process is changed.
 use std::fs::DirBuilder;

@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_logger_runs_only_if_it_is_listed_or_nobody_else_can_change_it() {
+    fn a_logger_runs_only_if_listed_or_writable_by_root_alone() {
         use std::fs::{self, Permissions};
         let folder = std::env::temp_dir().join(format!("x-logger-{}", std::process::id()));
         fs::create_dir_all(&folder).expect("a temporary folder");

@@ -228,7 +228,7 @@ fn a_daemon_of_2_3_is_answered_in_protobuf_and_chooses_the_folder() {
 }
 
 #[test]
-fn whatever_older_daemons_say_is_answered_in_text() {
+fn older_daemons_are_answered_in_text() {
     let host = Host::new();
     let mut options = Options::new();
     options.binary_name = "crun".into();
@@ -267,7 +267,7 @@ fn starts_at_the_same_time_make_one_keeper() {
 }
 
 #[test]
-fn what_a_dead_keeper_left_is_replaced_and_shown_until_then() {
+fn leftovers_of_a_dead_keeper_are_listed_until_replaced() {
     let host = Host::new();
     host.bundle("c1", None);
     let address = host.start("c1");
@@ -422,7 +422,7 @@ fn start_time(pid: u32) -> u64 {
 }
 
 #[test]
-fn with_a_dead_keeper_the_journal_tells_how_it_ended() {
+fn with_a_dead_keeper_the_journal_reports_the_exit() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
     let body = format!(r#"{{"version": 1, "id": "c1", "control_path": "{}/containerd-shim-x/none.sock"}}"#, host.run.display());
@@ -436,7 +436,7 @@ fn with_a_dead_keeper_the_journal_tells_how_it_ended() {
 }
 
 #[test]
-fn with_a_dead_keeper_a_living_container_is_killed_and_that_is_written_down() {
+fn with_a_dead_keeper_a_running_container_is_killed_and_recorded() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
     let mut init = Command::new("/bin/sleep").arg("1000").spawn().expect("sleep can be executed");
@@ -465,7 +465,7 @@ fn with_a_dead_keeper_a_living_container_is_killed_and_that_is_written_down() {
 }
 
 #[test]
-fn a_journal_that_is_torn_or_none_at_all_keeps_nobody_from_deleting() {
+fn a_torn_or_missing_journal_does_not_prevent_delete() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
     let whole = journal(r#"{"id": "c1"}"#, Some((7, 3, 1)));

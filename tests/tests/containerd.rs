@@ -47,7 +47,7 @@ fn lifecycle_cases() -> Vec<Case> {
         Scope::Full =>
             the_exit_code_is_the_same_in_wait_state_delete_and_event,
             events_come_in_order_and_once,
-            a_signal_is_told_as_128_more,
+            a_signal_is_reported_as_128_plus_its_number,
             delete_works_in_created_and_stopped_and_is_refused_in_between,
             refusals_have_the_code_that_clients_act_on,
             many_wait_before_and_after_the_exit,
@@ -56,7 +56,7 @@ fn lifecycle_cases() -> Vec<Case> {
             an_id_is_free_again_after_delete,
             options_of_an_unknown_type_are_refused,
             options_that_cri_sends_to_other_runtimes_are_accepted,
-            a_group_lives_in_one_shim_until_its_last_member_is_deleted,
+            a_group_shares_one_shim_until_its_last_container_is_deleted,
             sockets_are_for_root_alone,
             a_killed_created_container_ends_with_137,
             a_missing_program_is_named_and_leaves_nothing,
@@ -85,7 +85,7 @@ fn exec_cases() -> Vec<Case> {
             an_exec_of_a_missing_program_fails_and_can_be_deleted,
             no_open_file_but_stdio_reaches_a_container;
         Scope::Once =>
-            two_hundred_short_execs_are_told_in_order_each,
+            events_of_two_hundred_short_execs_are_published_in_order,
     ]
 }
 
@@ -95,8 +95,8 @@ fn stdio_cases() -> Vec<Case> {
             stdin_reaches_the_container_and_ends_with_close_io,
             a_terminal_has_the_size_that_was_asked_for,
             stdout_and_stderr_are_kept_apart,
-            a_reader_that_comes_late_gets_everything,
-            fifos_that_nobody_ever_opens_wedge_nothing,
+            a_late_reader_gets_everything,
+            fifos_that_no_client_ever_opens_block_nothing,
             a_file_gets_both_streams,
             a_logger_gets_everything_and_knows_the_container,
             an_unknown_scheme_is_refused,
@@ -112,10 +112,10 @@ fn stdio_cases() -> Vec<Case> {
             a_slow_reader_gets_every_byte_around_a_megabyte,
             a_grandchild_that_holds_the_pipe_delays_no_wait,
             a_file_is_not_given_to_the_container,
-            a_logger_that_dies_before_it_is_ready_wedges_nothing,
-            a_logger_that_dies_later_does_not_stop_the_container,
+            a_logger_that_crashes_before_it_is_ready_blocks_nothing,
+            a_logger_that_crashes_later_does_not_stop_the_container,
             a_logger_of_the_second_kind_is_ready_with_a_byte_and_not_without,
-            output_spills_while_nobody_reads_where_that_is_asked_for,
+            output_spills_without_a_reader_if_configured,
             a_slow_reader_is_waited_for_and_nothing_is_buffered,
     ]
 }
@@ -127,7 +127,7 @@ fn kind_cases() -> Vec<Case> {
                 a_private_pid_namespace_begins_with_init,
                 a_container_in_the_hosts_pid_namespace_leaves_no_survivor,
                 a_container_joins_anothers_pid_namespace_and_leaves_no_survivor,
-                root_in_a_user_namespace_is_nobody_outside,
+                root_in_a_user_namespace_is_unprivileged_outside,
                 hooks_run_when_they_should,
                 a_failing_hook_fails_the_start_and_leaves_nothing;
             Scope::Daemons =>
@@ -135,13 +135,13 @@ fn kind_cases() -> Vec<Case> {
         ],
         cases![resources,
             Scope::Full =>
-                the_end_of_memory_is_told_before_the_exit,
+                an_oom_kill_is_published_before_the_exit,
                 a_container_killed_while_paused_ends,
                 statistics_are_there_until_delete,
-                a_paused_container_stands_still_and_goes_on,
+                a_paused_container_is_frozen_and_resumes,
                 kill_all_reaches_every_process,
                 an_update_changes_the_limit,
-                the_end_of_memory_of_an_exec_is_told_too,
+                an_oom_kill_of_an_exec_is_published_too,
                 cgroups_are_gone_after_delete,
         ],
         cases![attributes,
@@ -161,8 +161,8 @@ fn crash_cases() -> Vec<Case> {
         cases![crash,
             Scope::Full =>
                 a_container_runs_on_while_the_daemon_is_down,
-                an_exit_while_the_daemon_is_down_is_told_afterwards,
-                an_exit_while_the_daemon_is_upgraded_is_told_afterwards,
+                an_exit_while_the_daemon_is_down_is_published_afterwards,
+                an_exit_while_the_daemon_is_upgraded_is_published_afterwards,
                 an_exec_survives_the_daemon,
                 a_created_container_survives_the_daemon,
                 a_paused_container_survives_the_daemon,
@@ -172,7 +172,7 @@ fn crash_cases() -> Vec<Case> {
                 a_daemon_killed_during_exec_loses_no_container,
                 a_daemon_killed_during_delete_leaves_nothing,
                 a_group_survives_the_daemon,
-                output_goes_on_without_a_gap_over_a_restart,
+                output_continues_without_a_gap_over_a_restart,
         ],
         cases![worker,
             Scope::Full =>
@@ -186,7 +186,7 @@ fn crash_cases() -> Vec<Case> {
                 a_killed_worker_costs_no_line_of_output;
             Scope::Daemons =>
                 a_stopped_worker_leaves_the_daemon_able_to_load,
-                an_exit_with_the_daemon_down_and_the_worker_at_rest_is_told,
+                an_exit_with_the_daemon_down_and_the_worker_hibernating_is_published,
                 a_killed_keeper_ends_its_containers_with_true_exit_codes,
                 a_killed_keeper_ends_each_member_of_its_group_with_its_true_exit_code,
         ],
@@ -195,7 +195,7 @@ fn crash_cases() -> Vec<Case> {
                 containers_outlive_a_downgrade_and_an_upgrade_of_their_daemon;
             Scope::Daemons =>
                 a_shim_whose_binary_has_moved_is_found_by_a_link,
-                a_container_whose_shims_binary_is_gone_lives_on_and_keeps_its_name,
+                a_container_whose_shim_binary_is_missing_keeps_running_and_keeps_its_id,
         ]
         .into_iter()
         .map(|case| case.within(Duration::from_secs(120)))
@@ -207,12 +207,12 @@ fn crash_cases() -> Vec<Case> {
         ],
         cases![checkpoint,
             Scope::Newest =>
-                a_container_goes_on_from_its_checkpoint,
+                a_container_is_restored_from_its_checkpoint,
                 a_checkpoint_without_exit_disturbs_nothing,
         ],
         cases![churn,
             Scope::Once =>
-                nothing_grows_over_many_containers,
+                no_resource_grows_over_many_containers,
         ]
         .into_iter()
         .map(|case| case.alone().within(churn::deadline()))

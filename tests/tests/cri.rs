@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Scope::Full =>
             a_container_of_a_pod_runs_and_is_looked_into,
             exit_codes_and_reasons_reach_the_kubelet,
-            all_containers_of_a_pod_live_in_one_shim,
+            all_containers_of_a_pod_share_one_shim,
             a_pod_outlives_containerd,
             an_exit_while_containerd_is_down_is_known_afterwards;
         Scope::Daemons => the_cgroup_driver_of_the_readme_is_asked_for;
@@ -93,7 +93,7 @@ mod pods {
         cri.leaves_nothing().await
     }
 
-    pub(crate) async fn all_containers_of_a_pod_live_in_one_shim(cx: Context) -> Result<()> {
+    pub(crate) async fn all_containers_of_a_pod_share_one_shim(cx: Context) -> Result<()> {
         let cri = Cri::start(&cx).await?;
         let (pod, other) = (cri.run_pod("pod").await?, cri.run_pod("other").await?);
         for name in ["one", "two", "three"] {

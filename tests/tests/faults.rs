@@ -1,7 +1,7 @@
 //! The worker dies before, in the middle of and after every message between keeper and worker, and at random moments, is stopped, and
 //! upgraded: nobody notices. The main proof of this shim. Needs root.
 //!
-//! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` says how many runs with random deaths there
+//! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` says how many runs with random crashes there
 //! are, `X_SEED` which; `X_PLAN` has scenarios run so often with one plan instead of with all; `X_FAULTS_ALL` has every scenario run with both runtimes.
 
 #[path = "faults/campaign.rs"]
@@ -52,7 +52,7 @@ fn cases() -> Vec<Case> {
         Case::new("every_message::upgrade", one, |cx| Box::pin(sweep::every_message(cx, &s::UPGRADE))),
         Case::new("every_message::checkpoint", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::CHECKPOINT))),
         Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
-        Case::new("campaign::random_deaths_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_deaths(cx))),
+        Case::new("campaign::random_crashes_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_crashes(cx))),
     ];
     if all {
         cases.extend([

@@ -33,19 +33,19 @@ fn api_cases() -> Vec<Case> {
         Scope::Once =>
             namespaces_are_kept_apart,
             a_namespace_is_deleted_only_when_it_is_empty,
-            a_namespace_is_made_by_whoever_labels_it,
-            a_container_is_updated_as_its_mask_says,
+            labelling_a_namespace_creates_it,
+            a_container_is_updated_by_its_field_mask,
             filters_select_containers_leases_plugins_and_events,
             leases_hold_resources,
             what_makes_no_sense_is_refused_with_a_code,
             a_name_that_could_be_a_path_is_refused_everywhere,
-            labels_are_bounded_all_together_and_a_long_update_drops_nobody,
+            labels_are_bounded_in_total_and_a_long_update_drops_no_label,
             requests_that_are_never_finished_are_refused_before_they_cost_much,
             an_event_is_published_from_the_command_line,
             services_of_images_are_unimplemented,
-            a_subscriber_that_never_reads_is_dropped_and_delays_nobody,
-            the_server_says_that_it_is_well,
-            health_is_told_in_each_way,
+            a_subscriber_that_never_reads_is_dropped_and_delays_no_other,
+            the_server_reports_that_it_is_healthy,
+            health_is_reported_by_each_method,
             a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_that_its_client_gave_up_is_carried_to_its_end,
     ]
@@ -61,14 +61,14 @@ fn ctr_cases() -> Vec<Case> {
 fn restart_cases() -> Vec<Case> {
     cases![restart,
         Scope::Daemons =>
-            an_exit_while_the_daemon_was_down_is_told_once;
+            an_exit_while_the_daemon_was_down_is_published_once;
         Scope::Once =>
-            a_shim_that_does_not_answer_delays_nobody,
+            an_unresponsive_shim_delays_no_other_call,
             a_start_with_too_few_descriptors_ends_no_container,
-            a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can,
-            a_dead_shims_container_is_not_told_dead_while_its_program_cannot_say_so,
-            who_makes_and_who_deletes_what_a_dead_shim_left_do_not_meet,
-            how_a_task_of_a_dead_shim_ended_is_kept_until_it_is_collected,
+            a_task_whose_shim_is_unreachable_reports_the_reason,
+            a_crashed_shims_container_is_not_reported_exited_until_delete_succeeds,
+            start_and_delete_of_a_dead_shims_container_do_not_overlap,
+            the_exit_of_a_dead_shims_task_is_kept_until_it_is_deleted,
             sockets_are_for_root_and_one_daemon,
             a_store_of_a_newer_version_is_refused,
             a_full_disk_refuses_and_loses_nothing,
@@ -76,7 +76,7 @@ fn restart_cases() -> Vec<Case> {
 }
 
 fn kill_cases() -> Vec<Case> {
-    cases![kills, Scope::Daemons => random_deaths_of_the_daemon_lose_nothing]
+    cases![kills, Scope::Daemons => random_kills_of_the_daemon_lose_nothing]
         .into_iter()
         .map(|case| case.within(kills::deadline()))
         .collect()

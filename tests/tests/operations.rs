@@ -37,15 +37,15 @@ fn upgrade_cases() -> Vec<Case> {
             a_stock_client_that_waits_does_not_notice_an_upgrade,
             no_run_of_a_stock_client_fails_over_upgrades;
         Scope::Once =>
-            shims_are_not_kept_by_a_process_that_still_answers_somebody_else,
+            a_process_that_still_answers_a_client_holds_no_shims,
             no_connection_is_refused_over_upgrades,
-            an_exit_around_an_upgrade_is_told,
+            an_exit_during_an_upgrade_is_published,
             a_call_that_changes_something_is_waited_for,
             an_upgrade_is_called_off_when_a_call_takes_too_long,
             what_does_not_take_over_changes_nothing,
-            a_successor_that_dies_at_any_step_changes_nothing,
+            a_successor_that_crashes_at_any_step_changes_nothing,
             a_hangup_signal_is_an_upgrade,
-            a_stream_of_events_ends_with_an_error_after_what_was_told,
+            an_event_stream_ends_with_an_error_after_its_events,
             upgrades_may_follow_each_other_at_once,
             the_daemon_stops_while_a_successor_hangs,
     ];
@@ -60,7 +60,7 @@ fn restart_cases() -> Vec<Case> {
             a_container_that_was_stopped_on_purpose_stays_so,
             a_container_that_shall_be_stopped_is_stopped,
             a_container_is_started_that_was_to_run_when_the_daemon_came_up,
-            a_death_of_the_daemon_over_a_new_start_is_made_good,
+            a_daemon_crash_during_a_restart_is_repaired,
             a_container_is_started_again_while_other_shims_do_not_answer,
     ];
     cases.into_iter().map(|case| case.within(Duration::from_secs(90))).collect()
@@ -69,7 +69,7 @@ fn restart_cases() -> Vec<Case> {
 fn service_cases() -> Vec<Case> {
     cases![service,
         Scope::Once =>
-            the_service_manager_is_told_when_it_serves_and_who_does,
+            the_service_manager_is_notified_of_readiness_and_main_pid,
             sockets_of_the_service_manager_are_served_and_kept,
             a_stop_lets_calls_end_and_containers_run,
             metrics_are_served_where_they_are_wanted,
@@ -95,7 +95,7 @@ fn limit_cases() -> Vec<Case> {
             a_full_disk_refuses_what_is_new_and_loses_nothing,
             a_client_that_never_reads_its_events_is_dropped_with_an_error,
             too_many_clients_are_turned_away_and_the_others_served,
-            ten_thousand_idle_connections_delay_nobody,
+            ten_thousand_idle_connections_delay_no_call,
             the_limit_on_open_files_is_raised_for_the_daemon_alone,
     ]
 }

@@ -9,8 +9,8 @@ mod answers;
 mod bad_input;
 #[path = "protocol/bootstrap.rs"]
 mod bootstrap;
-#[path = "protocol/deaths.rs"]
-mod deaths;
+#[path = "protocol/crashes.rs"]
+mod crashes;
 #[path = "protocol/events.rs"]
 mod events;
 #[path = "protocol/floods.rs"]
@@ -42,22 +42,22 @@ fn main() -> ExitCode {
     ]);
     cases.extend(direct_cases![bad_input:
         what_is_wrong_with_a_bundle_is_named,
-        what_is_wrong_with_a_create_is_said_in_a_sentence,
-        what_is_wrong_with_an_id_is_said_in_a_sentence,
-        what_is_wrong_with_an_exec_is_said_in_a_sentence,
+        an_invalid_create_is_refused_with_a_sentence,
+        an_invalid_id_is_refused_with_a_sentence,
+        an_invalid_exec_is_refused_with_a_sentence,
         values_that_make_no_sense_are_invalid_arguments,
-        garbage_on_the_control_socket_harms_nobody,
+        garbage_on_the_control_socket_has_no_effect,
         texts_of_megabytes_are_refused_and_not_repeated,
         too_many_added_processes_are_refused_until_one_is_deleted,
     ]);
     cases.extend(direct_cases![frames:
         a_length_beyond_the_limit_is_named,
         garbage_is_answered_with_a_short_sentence_and_its_own_code,
-        what_is_wrong_with_a_stream_id_is_said,
+        an_invalid_stream_id_is_reported,
     ]);
     cases.extend(direct_cases![floods:
-        four_gibibytes_of_nothing_delay_nobody,
-        a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer,
+        a_four_gibibyte_frame_delays_no_other_client,
+        ready_answers_are_given_during_a_flood_with_a_stopped_worker,
         a_flood_over_dying_workers_is_answered_once_each,
         a_shim_without_descriptors_serves_those_it_has_and_later_the_others,
         commands_work_on_a_shim_that_knows_a_lot,
@@ -74,9 +74,9 @@ fn main() -> ExitCode {
         every_event_arrives_once_and_in_order_however_it_is_refused,
         an_event_without_an_acknowledgement_holds_back_the_next_ones,
         an_event_that_is_refused_for_good_holds_nothing_back,
-        an_event_that_is_answered_with_garbage_is_told_again,
-        two_thousand_short_execs_are_told_as_added_started_and_exited_each,
-        processes_that_end_together_are_told_with_init_last,
+        an_event_answered_with_garbage_is_sent_again,
+        events_of_two_thousand_short_execs_are_published_in_order,
+        simultaneous_exits_are_published_with_init_last,
     ]);
     cases.extend(direct_cases![shutdown:
         a_shim_leaves_with_its_last_container_and_not_before,
@@ -85,26 +85,26 @@ fn main() -> ExitCode {
         sockets_are_private_and_none_is_abstract,
         a_container_has_three_descriptors_and_none_is_a_file_of_the_host,
         a_socket_folder_fits_to_the_last_byte_and_not_beyond,
-        a_start_beside_a_shim_that_is_leaving_gets_one_that_stays,
+        a_start_beside_an_exiting_shim_gets_a_new_one,
         what_is_no_socket_is_not_replaced,
         the_runtime_is_one_that_works_on_this_host_unless_it_is_named,
     ]);
     cases.extend(direct_cases![logging:
-        a_log_that_nobody_reads_blocks_nothing_and_says_what_it_dropped,
-        the_log_tells_of_each_change_in_containerds_format,
+        a_log_without_a_reader_blocks_nothing_and_reports_dropped_lines,
+        the_log_records_each_change_in_containerds_format,
     ]);
-    cases.extend(direct_cases![deaths:
-        an_end_that_nobody_has_seen_is_told_as_killed,
+    cases.extend(direct_cases![crashes:
+        an_unobserved_exit_is_reported_as_killed,
         delete_ends_a_container_whose_bundle_was_removed,
         a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_exit_codes,
-        delete_after_a_deletion_says_what_delete_said,
+        delete_after_a_deletion_repeats_its_answer,
         what_a_runtime_has_started_does_not_outlive_its_create,
         what_containerd_asks_at_its_start_is_answered_without_a_worker,
-        a_worker_that_dies_all_the_time_keeps_nobody_from_an_answer,
+        a_crash_looping_worker_does_not_prevent_ready_answers,
         delete_beside_a_stopped_worker_kills_the_container_in_time,
     ]);
     cases.extend(direct_cases![retries:
-        deletes_of_one_container_are_one_and_say_the_same,
+        concurrent_deletes_of_one_container_return_the_same_answer,
         delete_names_the_root_file_system_that_is_in_use,
         a_request_whose_time_is_over_is_not_carried_out,
     ]);

@@ -22,7 +22,7 @@ use shim_tests::proc::{self, Process};
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let mut cases: Vec<Case> = direct_cases![shim: every_exit_is_told_once_and_no_byte_is_lost_whatever_fails].to_vec();
+    let mut cases: Vec<Case> = direct_cases![shim: every_exit_is_published_once_and_no_byte_is_lost_whatever_fails].to_vec();
     // it looks at everything that is left
     cases.extend(direct_cases![containerd: every_exit_is_known_and_nothing_is_left_whatever_is_killed].map(Case::alone));
     let cases: Vec<_> = cases.into_iter().map(|case| case.within(seconds() + Duration::from_secs(180))).collect();

@@ -6,14 +6,14 @@
 mod bad_builds;
 #[path = "upgrade/bad_workers.rs"]
 mod bad_workers;
-#[path = "upgrade/deaths.rs"]
-mod deaths;
+#[path = "upgrade/crashes.rs"]
+mod crashes;
 #[path = "upgrade/full_disk.rs"]
 mod full_disk;
+#[path = "upgrade/hibernation.rs"]
+mod hibernation;
 #[path = "upgrade/keeper.rs"]
 mod keeper;
-#[path = "upgrade/rest.rs"]
-mod rest;
 #[path = "upgrade/steps.rs"]
 mod steps;
 
@@ -38,10 +38,10 @@ fn main() -> ExitCode {
                 a_worker_that_does_not_work_never_takes_over,
                 a_worker_that_fails_on_probation_is_replaced_by_the_one_before,
                 a_keeper_that_does_not_work_never_takes_over,
-                an_image_that_cannot_go_on_after_all_goes_back,
-                a_keeper_with_few_descriptors_left_is_kept_or_upgraded_but_lives,
+                an_executable_that_cannot_resume_executes_the_previous_one,
+                a_keeper_short_of_descriptors_survives_an_upgrade_attempt,
                 a_worker_that_fails_while_the_keeper_is_rehearsed_takes_the_whole_upgrade_back,
-                a_new_worker_that_is_silent_for_want_of_a_processor_keeps_the_keeper,
+                a_new_worker_that_gets_no_cpu_does_not_replace_the_keeper,
                 a_rehearsal_that_cannot_die_is_done_without,
                 what_is_no_shim_is_refused,
                 the_same_program_changes_nothing,
@@ -53,37 +53,37 @@ fn main() -> ExitCode {
             Scope::Daemons => what_containerd_needs_is_answered_while_no_worker_starts;
             Scope::Ends => a_stopped_worker_is_replaced, a_worker_that_cannot_die_is_done_without;
             Scope::Once =>
-                a_request_that_kills_is_given_up_and_the_others_live,
-                a_request_that_hangs_its_worker_is_given_up_and_the_others_live,
-                an_exit_that_kills_is_told_by_another_build,
+                a_request_that_crashes_the_worker_is_answered_with_an_error_and_the_others_succeed,
+                a_request_that_hangs_its_worker_is_answered_with_an_error_and_the_others_succeed,
+                an_exit_that_crashes_the_worker_is_published_by_another_build,
                 a_slow_operation_is_not_taken_for_a_hang,
                 a_shutdown_that_a_worker_was_too_slow_for_is_carried_out,
         ]
         .map_within(long),
-        cases![deaths,
+        cases![crashes,
             Scope::Ends => a_worker_that_crashes_is_replaced_under_what_is_under_way, delete_works_while_no_worker_starts;
             Scope::Once => nothing_that_is_saved_grows_with_the_processes_that_were_added, a_worker_out_of_memory_is_replaced, a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is,
-                a_wait_for_what_was_removed_by_hand_is_answered, delete_tells_what_the_worker_knows_where_there_is_no_journal,
+                a_wait_for_what_was_removed_by_hand_is_answered, delete_reports_the_workers_record_without_a_journal,
         ]
         .map_within(long),
         cases![full_disk,
-            Scope::Ends => a_full_disk_is_noticed_by_what_needs_room_alone, without_room_for_sockets_what_runs_goes_on;
+            Scope::Ends => a_full_disk_is_noticed_by_what_needs_room_alone, without_room_for_sockets_running_containers_continue;
             Scope::Once => a_create_on_a_disk_that_fills_up_is_done_or_undone,
         ]
         .map_within(long),
         cases![keeper,
-            Scope::Daemons => a_pod_whose_keeper_dies_ends_once_and_another_can_be_made;
+            Scope::Daemons => a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated;
             Scope::Ends => a_runtime_under_way_ends_with_its_keeper;
-            Scope::Once => a_spell_beyond_the_clock_never_comes,
+            Scope::Once => an_idle_time_beyond_the_clock_never_elapses,
         ]
         .map_within(long),
         // other tests ask every shim of the host
-        cases![bad_workers, Scope::Once => an_idle_worker_is_not_asked_for_signs_of_life].into_iter().map(runner::Case::alone).collect(),
-        cases![rest,
+        cases![bad_workers, Scope::Once => an_idle_worker_is_not_pinged].into_iter().map(runner::Case::alone).collect(),
+        cases![hibernation,
             Scope::Ends => a_request_a_fact_or_an_event_brings_a_worker_back;
             Scope::Once =>
-                a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemon,
-                a_worker_that_moves_outputs_does_not_rest,
+                a_shim_with_a_hibernating_worker_is_upgraded_and_survives_its_daemon,
+                a_worker_that_copies_outputs_does_not_hibernate,
                 a_keeper_takes_an_inotify_instance_only_while_output_waits_for_its_reader,
         ]
         .map_within(long),

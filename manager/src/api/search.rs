@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn everything_is_found_once_over_pages_and_what_is_too_long_for_one_answer_is_said_to_be() {
+    async fn all_pages_list_everything_once_and_an_oversized_answer_is_reported() {
         let manager = filled("pages", 5000, &"x".repeat(4000)).await;
         let error = search(&manager, &[]).all().await.expect_err("20 MB").to_string();
         assert!(error.contains("a list of more than"), "{error}");
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn filters_that_take_long_delay_neither_the_store_nor_anybody_else_and_are_given_up() {
+    async fn expensive_filters_delay_neither_the_store_nor_other_clients_and_are_cancelled() {
         let manager = filled("slow", 1000, &"x".repeat(4000)).await;
         let slow: Vec<_> = (0..16).map(|number| format!("labels.long~=/(x?){{50}}y{number}/")).collect();
         let searching = tokio::spawn(search(&manager, &slow).all());

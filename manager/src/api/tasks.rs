@@ -242,7 +242,7 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
     let task = find(&manager, &call, &request.container_id)?;
     let shim = shim_of(&task).await?;
     let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
-    // noted before it is there: after a death of this process its exit is asked for
+    // noted before it is there: after a crash of this process its exit is asked for
     let is_new = manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?;
     let add = shim::ExecProcessRequest {
         id: task.id.clone(),

@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_subscriber_hears_what_its_filter_accepts_in_order() {
+    async fn each_subscriber_receives_what_its_filter_accepts_in_order() {
         let exchange = Exchange::new(Limits::default());
         let mut all = exchange.subscribe(Filter::default()).expect("a place");
         let some = Filter::parse(&["topic==\"/tasks/exit\",event.container_id==b", "namespace==other"]).expect("a filter");

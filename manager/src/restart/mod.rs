@@ -275,7 +275,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn starts_are_spread_out_while_lives_are_short() {
+    async fn restarts_are_delayed_while_runs_are_short() {
         let mut history = History::default();
         let mut pauses = Vec::new();
         for life in [0, 1, 1, 1, 11] {

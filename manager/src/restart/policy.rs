@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_that_make_no_sense_are_told() {
+    fn invalid_labels_are_reported() {
         for bad in ["sometimes", "always:3", "on-failure:", "on-failure:-1", "on-failure:x"] {
             assert!(wish(&labels(&[("status", "running"), ("policy", bad)])).is_err(), "{bad}");
         }

@@ -32,7 +32,7 @@ pub(crate) fn new_boot(db: &Connection, boot: &str) -> Result<()> {
     Ok(())
 }
 
-/// Which tasks somebody is making for the restart monitor: one that is found half-made after a death of this process is nobody else's.
+/// Which tasks somebody is making for the restart monitor: one that is found half-made after a crash of this process is nobody else's.
 pub(crate) mod restarts {
     use super::*;
 

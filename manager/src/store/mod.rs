@@ -4,7 +4,7 @@
 //! callers ──jobs──▶ one thread, one connection ──▶ meta.db, meta.db-wal
 //! ```
 //! What is acknowledged to a client is written with [`Store::write`] and survives a power failure. What only this process needs after
-//! its own death is written with [`Store::note`], which waits for no disk. docs/decisions/0009-sqlite-for-metadata.md has the reasons.
+//! its own crash is written with [`Store::note`], which waits for no disk. docs/decisions/0009-sqlite-for-metadata.md has the reasons.
 //!
 //! **Invariant:** a job is one transaction. It is committed whole or not at all.
 
@@ -77,7 +77,7 @@ impl Store {
         self.run(|connection| transact(connection, "FULL", job)).await
     }
 
-    /// Changes something so that it survives the death of this process; after a power failure it may not have happened.
+    /// Changes something so that it survives the crash of this process; after a power failure it may not have happened.
     ///
     /// Errors: nothing has changed.
     pub(crate) async fn note<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {

@@ -1,4 +1,4 @@
-//! What this process must know of tasks after its own death, beyond what their shims know.
+//! What this process must know of tasks after its own crash, beyond what their shims know.
 //!
 //! `execs`: which were added, so that their exits can be asked for. `exits`: which were told to subscribers, so that none is told twice.
 //! `ended`: how tasks ended whose shim is dead, until somebody collects it.

@@ -70,7 +70,7 @@ const APPLICATION_ID: i64 = 0x786d_6772;
 ///
 /// `record` holds the object as the API has it, in protobuf; what is looked up by has a column of its own.
 /// `facts` are about the store itself: whose it is (`uuid`), and for which boot of the machine the tasks in it are (`boot`).
-/// `execs`, `exits` and `ended` are what this process must know of tasks after its own death: see `processes.rs`.
+/// `execs`, `exits` and `ended` are what this process must know of tasks after its own crash: see `processes.rs`.
 const MIGRATIONS: &[&str] = &["
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
     CREATE TABLE namespaces (name TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;

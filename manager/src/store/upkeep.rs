@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_wrong_with_a_store_is_said() {
+    async fn a_damaged_store_is_reported() {
         let folder = folder("wrong");
         let path = folder.join("meta.db");
         drop(filled(&path).await);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_full_store_says_so_and_takes_on_again_when_something_goes() {
+    async fn a_full_store_reports_it_and_accepts_writes_again_after_a_deletion() {
         let folder = folder("full");
         let store = filled(&folder.join("meta.db")).await;
         store.limit(1 << 20).await.expect("a limit");

@@ -39,7 +39,7 @@ impl Tasks {
     /// Tells an exit unless it was told before.
     ///
     /// It is recorded, then told, and nothing else comes in between: of two who tell one exit at the same moment the second is too late, and
-    /// whatever a death comes in between, nobody hears it twice. Who loses the connection then has to look at the task, as after any loss of it.
+    /// whatever a crash comes in between, nobody hears it twice. Who loses the connection then has to look at the task, as after any loss of it.
     pub(super) async fn once(&self, namespace: &Namespace, event: &TaskExit, tell: impl FnOnce() + Send + 'static) -> Result<()> {
         let exec = if event.id == event.container_id { String::new() } else { event.id.clone() };
         let at = event.exited_at.as_ref().map_or(0, timestamp::to_nanos);

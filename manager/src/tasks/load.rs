@@ -79,7 +79,7 @@ impl Tasks {
                     return self.sweep(&task, None).await;
                 }
                 Ok(Found::Shim(shim)) => break Ok(shim),
-                Err(error) if is_death(&error) => break Err(error),
+                Err(error) if is_crash(&error) => break Err(error),
                 Err(error) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be well");
                     task.phase.send_replace(Phase::Loading(Some(error.chain().into())));
@@ -208,7 +208,7 @@ enum Found {
 
 /// Whether an attempt to connect shows that nobody listens there any more: everything else is a shortage of this process or of the machine, or a
 /// shim that it does not understand, and no reason to end a container.
-fn is_death(error: &Error) -> bool {
+fn is_crash(error: &Error) -> bool {
     use io::ErrorKind::{ConnectionRefused, NotFound};
     matches!(error, Error::Io { op, source, .. } if *op == CONNECTING && matches!(source.kind(), ConnectionRefused | NotFound))
 }

@@ -1,4 +1,4 @@
-//! The death of a shim, as the end of its connection shows it.
+//! The crash of a shim, as the end of its connection shows it.
 
 use std::sync::Arc;
 

@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn the_process_of_the_journal_is_killed_though_nobody_reaps_it() {
+    fn the_process_in_the_journal_is_killed_though_it_stays_a_zombie() {
         let mut child = sleeper();
         let body = body(ProcessIdentity::of(child.id()).expect("is there"));
         let leftovers = Leftovers { id: "c1", bundle: Path::new("/nowhere"), body: Some(&body) };
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_zombie_tells_how_it_ended() {
+    fn a_zombie_reports_its_exit_status() {
         let mut child = Command::new("/bin/sh").args(["-c", "exit 3"]).spawn().expect("sh can be started");
         let body = body(ProcessIdentity::of(child.id()).expect("is there"));
         let leftovers = Leftovers { id: "c1", bundle: Path::new("/nowhere"), body: Some(&body) };

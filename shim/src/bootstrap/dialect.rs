@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_options_say_nothing() {
+    fn bytes_that_are_no_options_are_ignored() {
         for bytes in [b"garbage".as_slice(), &[0x0a, 0x03, b'a', b'b', b'c'], &[0xff; 64]] {
             assert_eq!(Question::parse(bytes, &flags()), Question::default());
         }

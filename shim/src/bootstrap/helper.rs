@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_command_says_is_kept_apart_by_where_it_says_it() {
+    fn a_commands_stdout_and_stderr_are_kept_apart() {
         let exited = run(&shell("echo log > $1; echo out; echo err >&2; echo $A; pwd; exit 7"), soon()).expect("runs");
         assert_eq!(exited.status, 7);
         assert_eq!(String::from_utf8_lossy(&exited.log), "log\n");
@@ -161,14 +161,14 @@ mod tests {
     }
 
     #[test]
-    fn a_talkative_command_does_not_stall_and_its_last_words_are_kept() {
+    fn a_command_with_much_output_does_not_stall_and_the_end_of_its_output_is_kept() {
         let exited = run(&shell("head -c 3000000 /dev/zero; echo end"), soon()).expect("runs");
         assert_eq!(exited.output.len(), MAX_OUTPUT_BYTES);
         assert!(exited.output.ends_with(b"end\n"));
     }
 
     #[test]
-    fn a_command_that_hangs_is_killed_and_one_that_leaves_a_child_is_not_waited_for() {
+    fn a_hanging_command_is_killed_and_its_remaining_children_are_not_waited_for() {
         let begun = Instant::now();
         let error = run(&shell("sleep 60"), Instant::now() + Duration::from_millis(50)).expect_err("hangs");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);

@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn stale_sockets_and_other_litter_are_replaced() {
+    fn stale_sockets_and_other_leftovers_are_replaced() {
         let (_scratch, place) = Scratch::new("stale");
         Sockets::bind(&place).expect("binds").keep();
         assert!(UnixStream::connect(&place.socket).is_err(), "nobody listens any more");
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn only_one_at_a_time_holds_the_lock_though_its_file_comes_and_goes() {
+    fn only_one_process_holds_the_lock_though_its_file_is_recreated() {
         let (_scratch, place) = Scratch::new("lock");
         let inside = AtomicUsize::new(0);
         thread::scope(|scope| {

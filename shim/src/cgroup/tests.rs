@@ -195,7 +195,7 @@ fn processes_that_fork_all_the_time_are_killed() {
 }
 
 #[test]
-fn a_kill_for_want_of_memory_wakes_the_watch_and_is_counted() {
+fn an_oom_kill_wakes_the_watch_and_is_counted() {
     let Some(mut made) = Made::new() else { return };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().expect("a runtime");
     let gate = std::env::temp_dir().join(format!("x-oom-{}", std::process::id()));

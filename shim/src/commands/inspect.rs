@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn words_that_nobody_knows_do_no_harm() {
+    fn unknown_arguments_have_no_effect() {
         for state in ["", "7", "[]", r#"{"init": 1, "execs": 2, "bundle": 3}"#, r#"{"init": {"phase": 9, "stdio": []}}"#] {
             let snapshot = Snapshot { state: vec![("c1".into(), state.as_bytes().to_vec())], ..Snapshot::default() };
             assert!(!to_text(&to_json("c1", Path::new("/c"), &snapshot)).is_empty());

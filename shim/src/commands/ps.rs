@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dead_and_the_silent_are_shown() {
+    fn dead_and_silent_keepers_are_listed() {
         let path = std::path::PathBuf::from("/run/x/ab.sock");
         let dead = Shim { control: path.clone(), found: Found::Dead };
         let silent = Shim { control: path.clone(), found: Found::Silent(crate::control::Error::Silent { path }) };

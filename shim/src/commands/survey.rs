@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_container_is_read_as_far_as_its_words_are_known() {
+    fn known_fields_of_a_container_are_read() {
         let read = |value: &str| Container::read("c1", value.as_bytes());
         let is = |state: &str, pid, execs| Container { id: "c1".into(), state: state.into(), pid, execs };
         assert_eq!(read(r#"{"init": {"phase": "running", "pid": 7}, "execs": {"e1": {}}}"#), is("running", Some(7), 1));

@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_summary_counts_each_and_says_every_reason_once() {
+    fn a_summary_counts_each_result_and_gives_every_reason_once() {
         use PartResult as R;
         let mut targets = vec![
             target("a", R::Upgraded, R::Upgraded),

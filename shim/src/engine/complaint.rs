@@ -30,7 +30,7 @@ pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
     };
     if is_about_a_missing_container(&message) {
         EngineError::NoContainer { verb, message }
-    } else if is_about_a_container_at_rest(&message) {
+    } else if concerns_an_idle_container(&message) {
         EngineError::NotRunning { verb, message }
     } else if is_about_a_missing_verb(&message) {
         EngineError::Unsupported { verb, message }
@@ -89,7 +89,7 @@ fn is_about_a_missing_container(message: &str) -> bool {
         || message.starts_with("cannot open directory ") && message.ends_with(": No such file or directory")
 }
 
-fn is_about_a_container_at_rest(message: &str) -> bool {
+fn concerns_an_idle_container(message: &str) -> bool {
     const WORDS: [&str; 6] = [
         "container not running",
         "container is not running",
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn words_of_runc_and_crun_are_told_apart() {
+    fn messages_of_runc_and_crun_are_distinguished() {
         for (message, kind) in [
             ("container does not exist", "none"),
             ("exec failed: container does not exist", "none"),

@@ -20,7 +20,7 @@ use super::life::{End, Fault};
 use crate::handover::Cause;
 
 /// So many workers must have died over a cause before it is tried.
-const DEATHS: u32 = 2;
+const CRASHES: u32 = 2;
 /// So long those on trial have to kill their worker, and until it has given a sign of life after it was told of them.
 const TRIAL: Duration = Duration::from_secs(3);
 /// A SIGKILL from outside is no proof: so many workers must be killed over a cause that is on trial alone.
@@ -31,7 +31,7 @@ const WITHHOLD_AT_MOST: Duration = Duration::from_secs(600);
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Suspect {
-    deaths: u32,
+    crashes: u32,
     kills_alone: u32,
     /// How often it was found guilty, and until when it is withheld.
     guilty: u32,
@@ -58,7 +58,7 @@ pub(crate) struct Open<'a> {
 pub(crate) struct Blame {
     suspects: BTreeMap<Cause, Suspect>,
     trial: Option<Trial>,
-    /// How many are tried at once; halved by every death.
+    /// How many are tried at once; halved by every crash.
     width: Option<usize>,
 }
 
@@ -70,12 +70,12 @@ impl Blame {
             return None;
         }
         let told: BTreeSet<Cause> = told.into_iter().collect();
-        self.suspects.retain(|cause, suspect| told.contains(cause) || suspect.deaths >= DEATHS);
+        self.suspects.retain(|cause, suspect| told.contains(cause) || suspect.crashes >= CRASHES);
         let tried: Vec<Cause> = trial.iter().flat_map(|trial| trial.causes.intersection(&told)).copied().collect();
         let alone = match tried[..] {
             [] => {
                 for cause in told {
-                    self.suspects.entry(cause).or_default().deaths += 1;
+                    self.suspects.entry(cause).or_default().crashes += 1;
                 }
                 return None;
             }
@@ -133,7 +133,7 @@ impl Blame {
     }
 
     fn is_to_be_tried(&self, cause: Cause, now: Instant) -> bool {
-        self.suspects.get(&cause).is_some_and(|suspect| suspect.deaths >= DEATHS) && !self.is_withheld(cause, now)
+        self.suspects.get(&cause).is_some_and(|suspect| suspect.crashes >= CRASHES) && !self.is_withheld(cause, now)
     }
 
     fn is_withheld(&self, cause: Cause, now: Instant) -> bool {
@@ -186,13 +186,13 @@ mod tests {
         exits: BTreeSet<Cause>,
         untold: BTreeSet<Cause>,
         now: Instant,
-        deaths: u32,
+        crashes: u32,
     }
 
     impl World {
         fn new(requests: std::ops::Range<Cause>, exits: std::ops::Range<Cause>) -> Self {
             let open: BTreeSet<Cause> = requests.chain(exits.clone()).collect();
-            Self { blame: Blame::default(), untold: open.clone(), open, exits: exits.collect(), now: Instant::now(), deaths: 0 }
+            Self { blame: Blame::default(), untold: open.clone(), open, exits: exits.collect(), now: Instant::now(), crashes: 0 }
         }
 
         fn next(&mut self) -> Vec<Cause> {
@@ -207,7 +207,7 @@ mod tests {
         }
 
         fn die(&mut self, fault: Fault) -> Option<Cause> {
-            self.deaths += 1;
+            self.crashes += 1;
             let told: Vec<Cause> = self.open.difference(&self.untold).copied().collect();
             self.untold = self.open.clone();
             self.blame.ended(told, &End { fault, why: String::new() }, self.now)
@@ -242,14 +242,14 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_kills_twice_is_tried_alone_and_found_guilty_and_the_others_live() {
+    fn a_request_that_crashes_two_workers_is_isolated_then_poisoned_and_the_others_are_cleared() {
         let mut world = World::new(1..2, 0..0);
-        assert_eq!((world.run(Fault::Its, &[1], &[]), world.deaths), (vec![1], 3));
+        assert_eq!((world.run(Fault::Its, &[1], &[]), world.crashes), (vec![1], 3));
         for (count, slow) in [(2, vec![]), (10, vec![]), (100, vec![]), (10, (1..=10).collect::<Vec<_>>())] {
             let mut world = World::new(1..count + 1, 0..0);
             assert_eq!(world.run(Fault::Its, &[count / 2], &slow), [count / 2], "of {count}");
             assert_eq!(world.open.len(), slow.len().saturating_sub(1), "of {count}");
-            assert!(world.deaths <= 12, "{} deaths to find one of {count}", world.deaths);
+            assert!(world.crashes <= 12, "{} crashes to find one of {count}", world.crashes);
         }
         let mut world = World::new(1..9, 0..0);
         let mut guilty = world.run(Fault::Its, &[2, 3, 8], &[]);
@@ -261,7 +261,7 @@ mod tests {
     #[test]
     fn a_kill_from_outside_is_held_against_a_request_only_when_it_happens_again_and_again() {
         let mut world = World::new(1..2, 0..0);
-        assert_eq!((world.run(Fault::Stranger, &[1], &[]), world.deaths), (vec![1], 2 + KILLS_ALONE));
+        assert_eq!((world.run(Fault::Stranger, &[1], &[]), world.crashes), (vec![1], 2 + KILLS_ALONE));
         let mut world = World::new(1..2, 0..0);
         for _ in 0..100 {
             world.next();
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exit_that_kills_is_withheld_and_comes_again() {
+    fn an_exit_that_crashes_the_worker_is_withheld_and_retried() {
         let mut world = World::new(1..4, 4..8);
         assert_eq!(world.run(Fault::Its, &[5], &[]), [5]);
         assert_eq!(world.open.iter().copied().collect::<Vec<_>>(), [5]);
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_innocent_before_the_worker_is_heard() {
+    fn no_request_is_cleared_before_the_worker_responds() {
         let mut world = World::new(1..4, 0..0);
         for _ in 0..2 {
             world.next();
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn exits_are_told_after_the_requests_before_them_also_when_some_are_on_trial() {
+    fn exits_are_sent_after_earlier_requests_even_isolated_ones() {
         let mut world = World::new(3..6, 1..3);
         assert_eq!(world.next(), [3, 4, 5, 1, 2]);
         world.die(Fault::Its);

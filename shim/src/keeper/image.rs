@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_section_that_must_be_known_is_refused_by_who_does_not() {
+    fn an_unknown_mandatory_section_is_refused() {
         let mut saver = Saver::new(Instant::now());
         saver.section(REQUIRED | 9, |_| {});
         let bytes = saver.finish().expect("small").0;

@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_that_was_acknowledged_with_the_end_of_the_connection_is_not_told_again() {
+    fn an_event_acknowledged_as_the_connection_closes_is_not_sent_again() {
         let events = [b"one".to_vec(), b"two".to_vec()];
         assert_eq!(publish("end", &events, &[0, 0]), events);
     }

@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn the_spell_is_what_the_variable_says_within_bounds() {
+    fn the_idle_time_is_read_from_the_variable_within_bounds() {
         let of = |text: &'static str| spell_of(Some(OsStr::new(text)));
         assert_eq!(spell_of(None), Ok(Some(DEFAULT_SPELL)));
         assert_eq!(of("0"), Ok(None));

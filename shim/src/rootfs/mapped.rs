@@ -3,7 +3,7 @@
 //! An overlay takes the maps of the folders below it, any other file system one of its own. Either way something has to be mounted
 //! elsewhere for a moment: in the folder `x-staging` of the bundle.
 //!
-//! **Invariant:** nothing stays in that folder but after a death in the middle, and then it goes with the next try or the next
+//! **Invariant:** nothing stays in that folder but after a crash in the middle, and then it goes with the next try or the next
 //! unmount.
 use std::fs::{self, DirBuilder};
 use std::io;

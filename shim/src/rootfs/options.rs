@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_and_data_are_told_apart_and_the_later_wins() {
+    fn flags_and_data_are_distinguished_and_the_later_wins() {
         let parsed = Options::parse(&strings(&[
             "rbind",
             "ro",

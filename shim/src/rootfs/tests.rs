@@ -127,7 +127,7 @@ fn a_bind_is_read_only_and_of_the_wanted_propagation_and_keeps_what_its_source_f
 }
 
 #[test]
-fn a_death_after_any_mount_is_made_good_by_the_next_try() {
+fn a_crash_after_any_mount_is_repaired_by_the_next_attempt() {
     in_private_namespace(|base| {
         folders(base, &["one/in", "two"]);
         let rootfs = base.join("rootfs");
@@ -245,7 +245,7 @@ fn what_cannot_be_mounted_is_refused_with_a_sentence() {
 }
 
 #[test]
-fn files_belong_to_other_users_where_the_maps_say_so() {
+fn files_belong_to_the_mapped_users() {
     use std::os::unix::fs::MetadataExt;
     in_private_namespace(|base| {
         folders(base, &["lower", "lower2", "upper", "work", "b"]);
@@ -261,7 +261,7 @@ fn files_belong_to_other_users_where_the_maps_say_so() {
             maps[0],
             maps[1],
         ];
-        // What a death in the middle leaves behind does no harm.
+        // What a crash in the middle leaves behind does no harm.
         folders(base, &["b/x-staging/0"]);
         mount(Some("tmpfs"), &base.join("b/x-staging/0"), Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("a tmpfs");
         for (mount, file, kind) in [

@@ -1,4 +1,4 @@
-//! Deaths of the worker at chosen messages, for the tests. Does nothing unless built with the feature `fault-injection`.
+//! Crashes of the worker at chosen messages, for the tests. Does nothing unless built with the feature `fault-injection`.
 //!
 //! `X_FAULT` names a folder. In it, the file that is called like the container or group that the shim was started for holds the
 //! plan: words `DIRECTION:N:WHEN`, the first for the first life, the second for the second, and so on. A life kills itself at the
@@ -6,7 +6,7 @@
 //! written or read (`torn`), or `after` it. Lives that the plan has no word for live on; without a plan, nothing is done.
 //!
 //! `PLAN.trace` beside the plan gets a line per life (`life`), per message that was sent or received whole (`out commit`), and per
-//! death (`dies`).
+//! crash (`dies`).
 #[cfg(feature = "fault-injection")]
 pub(crate) use active::Faults;
 #[cfg(not(feature = "fault-injection"))]

@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_that_nobody_reads_is_refused_at_once() {
+    fn a_fifo_without_a_reader_is_refused_at_once() {
         let path = std::env::temp_dir().join(format!("x-pump-fifo-{}", std::process::id()));
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("a fifo");
         let refused = blocking_open(&path).expect_err("it has no reader");

@@ -69,30 +69,30 @@ pub const ALL: &[Fault] = &[
         "drop-exit",
         "the exit event of init is not passed on",
         &[
-            ("events.a_life_is_told_once_and_in_order", "[\"create\", \"start\", \"delete\"]"),
-            ("events.the_end_of_init_is_told_though_execs_are_under_way", "\"delete\"]"),
+            ("events.lifecycle_events_are_published_once_and_in_order", "[\"create\", \"start\", \"delete\"]"),
+            ("events.inits_exit_is_published_while_execs_start", "\"delete\"]"),
         ],
     ),
-    fault("double-exit", "exit events are told twice", &[("lifecycle.the_exit_code_is_the_same_wherever_it_is_told", "events: [exit")]),
+    fault("double-exit", "exit events are told twice", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "events: [exit")]),
     fault(
         "late-start",
         "the start event comes after the next one",
-        &[("events.a_life_is_told_once_and_in_order", "[\"create\", \"exit\", \"start\"")],
+        &[("events.lifecycle_events_are_published_once_and_in_order", "[\"create\", \"exit\", \"start\"")],
     ),
     fault(
         "late-exec-started",
         "exec-started comes after the next event",
-        &[("events.each_exec_is_told_as_added_started_and_exited", "exit(e")],
+        &[("events.each_exec_is_published_as_added_started_and_exited", "exit(e")],
     ),
     fault(
         "drop-create",
         "the create event is not passed on",
-        &[("events.a_container_that_never_started_is_told_as_created_and_deleted", "[\"exit\", \"delete\"]")],
+        &[("events.create_and_delete_of_an_unstarted_container_are_published", "[\"exit\", \"delete\"]")],
     ),
     fault(
         "first-owner",
         "the exit of a process is told of the first one that had its pid",
-        &[("execs.an_exit_is_credited_to_who_has_the_pid_now", "exit c1/first")],
+        &[("execs.an_exit_is_attributed_to_the_current_owner_of_the_pid", "exit c1/first")],
     ),
     fault(
         "wrong-event-pid",
@@ -100,66 +100,66 @@ pub const ALL: &[Fault] = &[
         &[("events.events_name_the_namespace_and_the_process", "exec-started c1/e")],
     ),
     fault("wrong-namespace", "events bear another namespace", &[("events.events_name_the_namespace_and_the_process", "elsewhere")]),
-    fault("drop-paused", "the paused event is not passed on", &[("events.pause_and_resume_are_told", "\"start\", \"resumed\"")]),
+    fault("drop-paused", "the paused event is not passed on", &[("events.pause_and_resume_are_published", "\"start\", \"resumed\"")]),
     fault(
         "drop-oom",
         "the event of the end of memory is not passed on",
-        &[("resources.the_end_of_memory_is_told_before_the_exit", "[\"create\", \"start\", \"exit\", \"delete\"]")],
+        &[("resources.an_oom_kill_is_published_before_the_exit", "[\"create\", \"start\", \"exit\", \"delete\"]")],
     ),
     fault(
         "give-events-up",
         "an event that is refused is not told again",
-        &[("events.an_event_that_is_refused_for_a_while_is_told_later", "\"start\", \"e")],
+        &[("events.an_event_refused_for_a_while_is_published_later", "\"start\", \"e")],
     ),
     fault(
         "events-first",
         "an answer waits until the daemon has taken the last event",
         &[("events.a_daemon_that_takes_its_time_over_events_delays_no_call", "though events wait")],
     ),
-    fault("wait-137", "Wait says 137 whatever it was", &[("lifecycle.the_exit_code_is_the_same_wherever_it_is_told", "137 vs 0")])
+    fault("wait-137", "Wait says 137 whatever it was", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "137 vs 0")])
         .broad("every end is waited for"),
-    fault("bare-signal", "Wait says 15 for an end by SIGTERM", &[("lifecycle.a_signal_is_told_as_128_more", "of an exec")]),
+    fault("bare-signal", "Wait says 15 for an end by SIGTERM", &[("lifecycle.a_signal_is_reported_as_128_plus_its_number", "of an exec")]),
     fault(
         "killed-execs-end-well",
         "Wait says 0 of an added process that was killed",
         &[("execs.execs_end_with_their_container", "0 vs 137")],
     ),
-    fault("delete-137", "the command delete says 137 whatever it was", &[("deaths.an_exit_code_outlives_the_shim", "exit_status: 137")]),
-    fault("delete-nothing", "the command delete does nothing", &[("deaths.delete_kills_what_a_dead_shim_has_left", "its init is dead")]),
+    fault("delete-137", "the command delete says 137 whatever it was", &[("crashes.an_exit_code_outlives_the_shim", "exit_status: 137")]),
+    fault(
+        "delete-nothing",
+        "the command delete does nothing",
+        &[("crashes.delete_kills_what_a_dead_shim_left_behind", "its init is dead")],
+    ),
     fault(
         "delete-no-member",
         "the command delete does nothing to members of a group",
-        &[("deaths.a_killed_shim_ends_a_whole_pod", "its init is dead")],
+        &[("crashes.a_killed_shim_ends_a_whole_pod", "its init is dead")],
     ),
     fault(
         "delete-the-shim",
         "the command delete ends the shim",
-        &[("deaths.delete_after_a_deletion_harms_nobody", "the connection has ended")],
+        &[("crashes.delete_after_a_deletion_affects_no_other_container", "the connection has ended")],
     ),
     fault(
         "delete-for-ever",
         "the command delete uses a name up",
-        &[("deaths.the_same_id_works_again_after_the_shim_was_killed", "this name is used up")],
+        &[("crashes.the_same_id_works_again_after_the_shim_was_killed", "this name is used up")],
     ),
     fault(
         "late-unmount",
         "the command delete unmounts the root file system a second late",
-        &[("deaths.delete_unmounts_the_root_file_system", "it is still mounted")],
+        &[("crashes.delete_unmounts_the_root_file_system", "it is still mounted")],
     ),
     fault(
         "ghost",
         "of a shim that was killed something accepts connections",
-        &[("deaths.a_dead_shim_accepts_nothing", "somebody accepts")],
+        &[("crashes.a_dead_shim_accepts_nothing", "somebody accepts")],
     ),
-    fault(
-        "wrong-exit-time",
-        "State says another time of the end",
-        &[("lifecycle.the_exit_code_is_the_same_wherever_it_is_told", "State: ")],
-    ),
+    fault("wrong-exit-time", "State says another time of the end", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "State: ")]),
     fault(
         "early-running",
         "State says that a created container runs",
-        &[("lifecycle.state_tells_phase_pid_bundle_and_stdio", "phase 1 expected")],
+        &[("lifecycle.state_reports_phase_pid_bundle_and_stdio", "phase 1 expected")],
     ),
     fault(
         "wrong-exec-pid",
@@ -179,7 +179,7 @@ pub const ALL: &[Fault] = &[
         "a Create that fails is answered as done",
         &[
             ("calls.a_second_container_of_a_name_is_refused", "it was accepted"),
-            ("lifecycle.a_failed_create_leaves_nothing_and_says_why", "it was accepted"),
+            ("lifecycle.a_failed_create_leaves_nothing_and_reports_the_reason", "it was accepted"),
             ("requests.a_bundle_that_cannot_be_run_is_refused", "it was accepted"),
             ("trouble.a_create_that_is_asked_for_again_makes_one_container", "not the one that was made"),
         ],
@@ -249,12 +249,12 @@ pub const ALL: &[Fault] = &[
     fault(
         "written-program",
         "the OCI runtime's program is written to",
-        &[("security.nobody_writes_to_a_program_of_the_host", "was written to")],
+        &[("security.a_container_cannot_write_to_a_host_program", "was written to")],
     ),
     fault(
         "no-pause",
         "Pause is answered and not done",
-        &[("resources.a_paused_container_stands_still_and_goes_on", "it is not told as paused")],
+        &[("resources.a_paused_container_is_frozen_and_resumes", "it is not told as paused")],
     ),
     fault("no-update", "Update is answered and not done", &[("resources.an_update_changes_the_limit", "67108864")]),
     fault("late-cgroup", "a container's cgroups are gone a second late", &[("resources.cgroups_are_gone_after_delete", "is left")]),
@@ -284,7 +284,7 @@ pub const ALL: &[Fault] = &[
         "stay",
         "Shutdown is answered and not done",
         &[
-            ("lifetime.a_shim_leaves_when_it_is_told_to", "the shim has left"),
+            ("lifetime.a_shim_exits_on_shutdown", "the shim has left"),
             ("lifetime.a_group_that_is_deleted_all_at_once_leaves_nothing", "the shim has left"),
         ],
     )
@@ -334,17 +334,17 @@ pub const ALL: &[Fault] = &[
     fault(
         "half-frame-blocks",
         "while half a frame has come no request is met",
-        &[("wire.a_frame_that_is_cut_off_harms_nobody", "state of the witness")],
+        &[("wire.a_truncated_frame_affects_no_other_connection", "state of the witness")],
     ),
     fault(
         "hang-up-on-garbage",
         "what is no request ends the connection",
-        &[("wire.garbage_is_answered_and_the_connection_goes_on", "the connection has ended")],
+        &[("wire.garbage_is_answered_and_the_connection_stays_usable", "the connection has ended")],
     ),
     fault(
         "hang-up-on-length",
         "a frame that is too long ends the connection",
-        &[("wire.a_length_beyond_the_limit_is_refused_and_the_connection_goes_on", "the connection has ended")],
+        &[("wire.an_oversized_frame_is_refused_and_the_connection_stays_usable", "the connection has ended")],
     ),
     fault(
         "in-order",

@@ -26,16 +26,16 @@ pub(crate) fn trials(shim: &Path) -> Vec<Trial> {
     type Test = (&'static str, fn(&Place) -> Result<()>);
     let tests: [Test; 13] = [
         ("help_is_given_in_every_way_that_it_is_asked_for", help_is_given_in_every_way_that_it_is_asked_for),
-        ("what_it_cannot_do_it_says_in_one_line", what_it_cannot_do_it_says_in_one_line),
+        ("an_unusable_command_line_is_refused_in_one_line", an_unusable_command_line_is_refused_in_one_line),
         ("without_root_it_lists_and_runs_nothing", without_root_it_lists_and_runs_nothing),
         ("it_ends_with_0_when_all_holds_and_keeps_no_logs", it_ends_with_0_when_all_holds_and_keeps_no_logs),
         ("it_ends_with_1_when_a_must_fails", it_ends_with_1_when_a_must_fails),
         ("a_may_that_fails_is_no_failure", a_may_that_fails_is_no_failure),
         ("a_known_deviation_is_no_failure_and_has_to_fail", a_known_deviation_is_no_failure_and_has_to_fail),
-        ("programs_are_told_the_same", programs_are_told_the_same),
+        ("programs_receive_the_same_report", programs_receive_the_same_report),
         ("two_shims_are_compared", two_shims_are_compared),
         ("a_shim_that_never_answers_is_given_up", a_shim_that_never_answers_is_given_up),
-        ("a_shim_that_only_ends_is_told_as_that", a_shim_that_only_ends_is_told_as_that),
+        ("a_shim_that_exits_without_output_is_reported_as_such", a_shim_that_exits_without_output_is_reported_as_such),
         ("what_a_shim_hides_ends_with_its_case", what_a_shim_hides_ends_with_its_case),
         ("a_case_that_is_killed_leaves_its_logs_alone", a_case_that_is_killed_leaves_its_logs_alone),
     ];
@@ -194,7 +194,7 @@ fn help_is_given_in_every_way_that_it_is_asked_for(place: &Place) -> Result<()> 
     Ok(())
 }
 
-fn what_it_cannot_do_it_says_in_one_line(place: &Place) -> Result<()> {
+fn an_unusable_command_line_is_refused_in_one_line(place: &Place) -> Result<()> {
     let good = place.good();
     let plain = place.write("plain", "#!/bin/sh\n")?;
     let typo = place.write("typo.toml", &format!("[[deviation]]\ncase = \"{CASE}\"\nreasn = \"it is so\"\n"))?;
@@ -299,7 +299,7 @@ fn a_known_deviation_is_no_failure_and_has_to_fail(place: &Place) -> Result<()> 
     place.run_cases(&good, &[CASE], &["--expect", &sometimes])?.ended_with(0)?.says("1 hold")
 }
 
-fn programs_are_told_the_same(place: &Place) -> Result<()> {
+fn programs_receive_the_same_report(place: &Place) -> Result<()> {
     let (json, junit) = (place.path("results.json"), place.path("results.xml"));
     place.run_cases(&place.faulty(FAULT)?, &[CASE, OTHER], &["--json", &json, "--junit", &junit])?.ended_with(1)?;
     let results: serde_json::Value = serde_json::from_slice(&fs::read(&json)?)?;
@@ -359,7 +359,7 @@ fn a_shim_that_never_answers_is_given_up(place: &Place) -> Result<()> {
     said.says("not within 30s: a command of the shim")
 }
 
-fn a_shim_that_only_ends_is_told_as_that(place: &Place) -> Result<()> {
+fn a_shim_that_exits_without_output_is_reported_as_such(place: &Place) -> Result<()> {
     let shim = place.script("exit 0")?;
     let said = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
     said.says("not an address: \"\"")

@@ -27,7 +27,7 @@ async fn counted_to(container: &Container, goal: u32) -> Result<u32> {
     .await
 }
 
-pub(crate) async fn a_container_goes_on_from_its_checkpoint(cx: Context) -> Result<()> {
+pub(crate) async fn a_container_is_restored_from_its_checkpoint(cx: Context) -> Result<()> {
     needs_images()?;
     // which criu wants to set as it was, even where it cannot be
     needs_controller("cpuset")?;

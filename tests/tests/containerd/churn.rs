@@ -32,7 +32,7 @@ struct Counts {
     read: AtomicU64,
 }
 
-pub(crate) async fn nothing_grows_over_many_containers(cx: Context) -> Result<()> {
+pub(crate) async fn no_resource_grows_over_many_containers(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let daemon = cx.daemon().pid().context("it runs")?;
     // whatever comes once and stays, comes with the first

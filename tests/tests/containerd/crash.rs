@@ -88,11 +88,11 @@ async fn exits_while_down(cx: Context, end: impl Fn(&Context) -> Result<()>) -> 
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn an_exit_while_the_daemon_is_down_is_told_afterwards(cx: Context) -> Result<()> {
+pub(crate) async fn an_exit_while_the_daemon_is_down_is_published_afterwards(cx: Context) -> Result<()> {
     exits_while_down(cx, |cx| cx.daemon().kill()).await
 }
 
-pub(crate) async fn an_exit_while_the_daemon_is_upgraded_is_told_afterwards(cx: Context) -> Result<()> {
+pub(crate) async fn an_exit_while_the_daemon_is_upgraded_is_published_afterwards(cx: Context) -> Result<()> {
     exits_while_down(cx, |cx| cx.daemon().stop()).await
 }
 
@@ -327,7 +327,7 @@ pub(crate) async fn a_group_survives_the_daemon(cx: Context) -> Result<()> {
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn output_goes_on_without_a_gap_over_a_restart(cx: Context) -> Result<()> {
+pub(crate) async fn output_continues_without_a_gap_over_a_restart(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let script = "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); [ $((i % 100)) = 0 ] && read go; done; exit 3";
     let container = cx.container(&["sh", "-c", script]).stdio(Stdio::ALL).start().await?;

@@ -120,7 +120,7 @@ pub(crate) async fn pids_name_every_process_and_its_exec(cx: Context) -> Result<
     Ok(())
 }
 
-pub(crate) async fn two_hundred_short_execs_are_told_in_order_each(cx: Context) -> Result<()> {
+pub(crate) async fn events_of_two_hundred_short_execs_are_published_in_order(cx: Context) -> Result<()> {
     let events = cx.events().await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let mut running = JoinSet::new();

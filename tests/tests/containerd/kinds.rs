@@ -49,7 +49,7 @@ pub(crate) async fn a_container_joins_anothers_pid_namespace_and_leaves_no_survi
     Ok(())
 }
 
-pub(crate) async fn root_in_a_user_namespace_is_nobody_outside(cx: Context) -> Result<()> {
+pub(crate) async fn root_in_a_user_namespace_is_unprivileged_outside(cx: Context) -> Result<()> {
     let rootfs = cx.folder().join("rootfs");
     shim_tests::rootfs::make(&rootfs)?;
     let mounts = vec![shim_tests::container::bind(&rootfs.display().to_string())];

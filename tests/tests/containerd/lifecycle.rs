@@ -43,7 +43,7 @@ pub(crate) async fn events_come_in_order_and_once(cx: Context) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn a_signal_is_told_as_128_more(cx: Context) -> Result<()> {
+pub(crate) async fn a_signal_is_reported_as_128_plus_its_number(cx: Context) -> Result<()> {
     let container = cx.container(&["sleep", "1000"]).start().await?;
     container.kill(9).await?;
     ensure!(container.finish().await? == 137);
@@ -270,7 +270,7 @@ pub(crate) async fn one_containers_slow_create_delays_no_other(cx: Context) -> R
     Ok(())
 }
 
-pub(crate) async fn a_group_lives_in_one_shim_until_its_last_member_is_deleted(cx: Context) -> Result<()> {
+pub(crate) async fn a_group_shares_one_shim_until_its_last_container_is_deleted(cx: Context) -> Result<()> {
     for annotation in ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"] {
         let pod = format!("pod-{}", annotation.len());
         let member = |spec: shim_tests::spec::Spec| spec.annotation(annotation, &pod);

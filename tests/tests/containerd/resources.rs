@@ -18,7 +18,7 @@ use shim_tests::times::repeated;
 
 const LIMIT: u64 = 64 << 20;
 
-pub(crate) async fn a_paused_container_stands_still_and_goes_on(cx: Context) -> Result<()> {
+pub(crate) async fn a_paused_container_is_frozen_and_resumes(cx: Context) -> Result<()> {
     let events = cx.events().await?;
     let script = "while read line; do echo got $line; done; exit 3";
     let container = cx.container(&["sh", "-c", script]).stdio(Stdio::ALL).start().await?;
@@ -130,7 +130,7 @@ pub(crate) async fn an_update_changes_the_limit(cx: Context) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn the_end_of_memory_is_told_before_the_exit(cx: Context) -> Result<()> {
+pub(crate) async fn an_oom_kill_is_published_before_the_exit(cx: Context) -> Result<()> {
     needs_controller("memory")?;
     let rounds = if cx.shim().is_ours() { repeated(10) } else { 1 };
     for _round in 0..rounds {
@@ -144,7 +144,7 @@ pub(crate) async fn the_end_of_memory_is_told_before_the_exit(cx: Context) -> Re
     Ok(())
 }
 
-pub(crate) async fn the_end_of_memory_of_an_exec_is_told_too(cx: Context) -> Result<()> {
+pub(crate) async fn an_oom_kill_of_an_exec_is_published_too(cx: Context) -> Result<()> {
     needs_controller("memory")?;
     let events = cx.events().await?;
     let container = cx.container(&["sleep", "1000"]).spec(|spec| spec.memory_limit(16 << 20)).start().await?;

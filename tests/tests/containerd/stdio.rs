@@ -120,7 +120,7 @@ pub(crate) async fn a_slow_reader_gets_every_byte_around_a_megabyte(cx: Context)
     Ok(())
 }
 
-pub(crate) async fn a_reader_that_comes_late_gets_everything(cx: Context) -> Result<()> {
+pub(crate) async fn a_late_reader_gets_everything(cx: Context) -> Result<()> {
     let mut container = cx.container(&["sh", "-c", "echo early; echo late >&2"]).stdio(UNREAD).create().await?;
     within("start without a reader", SOON, container.start()).await??;
     within("wait without a reader", SOON, container.wait()).await??;
@@ -132,7 +132,7 @@ pub(crate) async fn a_reader_that_comes_late_gets_everything(cx: Context) -> Res
     Ok(())
 }
 
-pub(crate) async fn fifos_that_nobody_ever_opens_wedge_nothing(cx: Context) -> Result<()> {
+pub(crate) async fn fifos_that_no_client_ever_opens_block_nothing(cx: Context) -> Result<()> {
     let stdio = Stdio::Fifos { stdin: true, pace: None };
     let container = cx.container(&["sleep", "1000"]).stdio(stdio.clone()).create().await?;
     container.start().await?;
@@ -227,7 +227,7 @@ pub(crate) async fn a_logger_gets_everything_and_knows_the_container(cx: Context
     Ok(())
 }
 
-pub(crate) async fn a_logger_that_dies_before_it_is_ready_wedges_nothing(cx: Context) -> Result<()> {
+pub(crate) async fn a_logger_that_crashes_before_it_is_ready_blocks_nothing(cx: Context) -> Result<()> {
     let uri = format!("binary://{}?dies=ready", cx.program("log-sink").display());
     // dying closes the ready pipe as being ready does, so a shim may take the one for the other
     if let Ok(container) = cx.container(&["sh", "-c", "exit 3"]).stdio(Stdio::uri(&uri)).create().await {
@@ -236,7 +236,7 @@ pub(crate) async fn a_logger_that_dies_before_it_is_ready_wedges_nothing(cx: Con
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_logger_that_dies_later_does_not_stop_the_container(cx: Context) -> Result<()> {
+pub(crate) async fn a_logger_that_crashes_later_does_not_stop_the_container(cx: Context) -> Result<()> {
     let uri = format!("binary://{}?dies=later&folder={}", cx.program("log-sink").display(), cx.folder().display());
     // more than the pipe holds: without its logger, the container must not wait for anybody
     let container = cx.container(&["sh", "-c", "head -c 1048577 /dev/zero; exit 3"]).stdio(Stdio::uri(&uri));
@@ -337,7 +337,7 @@ pub(crate) async fn a_logger_that_a_label_names_never_runs_unless_it_is_listed(o
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn output_spills_while_nobody_reads_where_that_is_asked_for(cx: Context) -> Result<()> {
+pub(crate) async fn output_spills_without_a_reader_if_configured(cx: Context) -> Result<()> {
     if !cx.shim().is_ours() {
         return skip("the option is this shim's own");
     }

@@ -114,7 +114,7 @@ pub(crate) async fn a_shim_whose_binary_has_moved_is_found_by_a_link(cx: Context
 
 /// containerd has noted the path of the binary and forgets a container whose shim it cannot find: its bundle is removed, its processes
 /// are not touched. Our shim keeps it, and refuses another of its name with the command that ends it.
-pub(crate) async fn a_container_whose_shims_binary_is_gone_lives_on_and_keeps_its_name(cx: Context) -> Result<()> {
+pub(crate) async fn a_container_whose_shim_binary_is_missing_keeps_running_and_keeps_its_id(cx: Context) -> Result<()> {
     if !cx.shim().is_ours() {
         return skip("what becomes of the stock shim then is its own business");
     }

@@ -194,7 +194,7 @@ pub(crate) async fn a_stopped_worker_leaves_the_daemon_able_to_load(cx: Context)
 }
 
 /// Nobody has asked anything for a while: of the shim there is the keeper alone when the container ends.
-pub(crate) async fn an_exit_with_the_daemon_down_and_the_worker_at_rest_is_told(cx: Context) -> Result<()> {
+pub(crate) async fn an_exit_with_the_daemon_down_and_the_worker_hibernating_is_published(cx: Context) -> Result<()> {
     ours_only(&cx)?;
     let cx = cx.with_own_shim(cx.shim(), &[("X_SHIM_IDLE_SECONDS", "5")]).await?;
     let ends = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;

@@ -1,4 +1,4 @@
-//! Trouble at random: workers killed and stopped from outside at any moment, shims upgraded and downgraded, and several deaths in a row
+//! Trouble at random: workers killed and stopped from outside at any moment, shims upgraded and downgraded, and several crashes in a row
 //! at messages.
 
 use std::env;
@@ -41,7 +41,7 @@ impl Random {
 struct Job {
     scenario: &'static Scenario,
     model: Rc<Record>,
-    /// Deaths at messages, one word per life.
+    /// Crashes at messages, one word per life.
     plan: String,
     /// From outside, each so long after the last.
     troubles: Vec<(Duration, Trouble)>,
@@ -58,8 +58,8 @@ enum Trouble {
     Upgrade { to: PathBuf, worker_only: bool },
 }
 
-/// Runs scenarios in turn, each with deaths of its own.
-pub(crate) async fn random_deaths(cx: Context) -> Result<()> {
+/// Runs scenarios in turn, each with crashes of its own.
+pub(crate) async fn random_crashes(cx: Context) -> Result<()> {
     let begin = Instant::now();
     let seed = env::var("X_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0x9e37_79b9_7f4a_7c15);
     let mut random = Random(seed);
@@ -81,21 +81,21 @@ pub(crate) async fn random_deaths(cx: Context) -> Result<()> {
         let (plan, troubles) = if random.below(2) == 0 { (words.join(" "), Vec::new()) } else { (String::new(), troubles) };
         jobs.push(Job { scenario, model: Rc::clone(model), plan, troubles });
     }
-    static DEATHS: AtomicU32 = AtomicU32::new(0);
-    let before = DEATHS.load(Ordering::Relaxed);
+    static CRASHES: AtomicU32 = AtomicU32::new(0);
+    let before = CRASHES.load(Ordering::Relaxed);
     let tallied = tally();
     let count = jobs.len();
     let failures = lane::work(&cx, 3, jobs, |lane, job| {
         Box::pin(async move {
             let outcome = lane.run(job.scenario, &job.plan, Some(&job.model), async |cx| make_trouble(cx, &job.troubles).await).await?;
-            DEATHS.fetch_add(u32::try_from(outcome.trace.lives())? - 1, Ordering::Relaxed);
+            CRASHES.fetch_add(u32::try_from(outcome.trace.lives())? - 1, Ordering::Relaxed);
             Ok(())
         })
     })
     .await?;
-    let deaths = DEATHS.load(Ordering::Relaxed) - before;
+    let crashes = CRASHES.load(Ordering::Relaxed) - before;
     eprintln!(
-        "{} {} campaign: seed {seed}, {count} runs, {deaths} deaths survived, {} and nothing else: none lost, none doubled; {:.1} s",
+        "{} {} campaign: seed {seed}, {count} runs, {crashes} crashes survived, {} and nothing else: none lost, none doubled; {:.1} s",
         cx.suite(),
         cx.runtime(),
         tally() - tallied,

@@ -45,7 +45,7 @@ impl Trace {
     }
 
     /// How often a worker has died of the plan.
-    pub(crate) fn deaths(&self) -> usize {
+    pub(crate) fn crashes(&self) -> usize {
         self.0.iter().filter(|line| *line == "dies").count()
     }
 
@@ -54,8 +54,8 @@ impl Trace {
         self.0.iter().filter(|line| *line == "life").count()
     }
 
-    /// The last lines before a death, and those after it.
-    fn around_death(&self) -> String {
+    /// The last lines before a crash, and those after it.
+    fn around_crash(&self) -> String {
         let at = self.0.iter().position(|line| line == "dies").unwrap_or(self.0.len());
         self.0[at.saturating_sub(12)..self.0.len().min(at + 30)].join("\n    ")
     }
@@ -68,7 +68,7 @@ impl Lane {
         Ok(Self { gate: Rc::new(cx.gate()?), events: cx.events().await?, cx })
     }
 
-    /// Runs a scenario with a plan of deaths, and `beside` it until it is over. With a model, whatever differs from it is an error.
+    /// Runs a scenario with a plan of crashes, and `beside` it until it is over. With a model, whatever differs from it is an error.
     pub(crate) async fn run(
         &self,
         scenario: &Scenario,
@@ -91,9 +91,9 @@ impl Lane {
         let trace = Trace::read(&run);
         run.disarm();
         if let Err(error) = result {
-            let around = trace.unwrap_or_default().around_death();
+            let around = trace.unwrap_or_default().around_crash();
             return Err(error.context(format!(
-                "{} with deaths [{plan}] in {}, around the death:\n    {around}\n  afterwards:\n    {scene}",
+                "{} with crashes [{plan}] in {}, around the crash:\n    {around}\n  afterwards:\n    {scene}",
                 scenario.name, run.id
             )));
         }
@@ -102,7 +102,7 @@ impl Lane {
         let outcome = Outcome { record: run.record(), trace: trace?, begun_at };
         if let Some(model) = model {
             model.agrees_with(&outcome.record).with_context(|| {
-                format!("{} with deaths [{plan}], around the death:\n    {}", scenario.name, outcome.trace.around_death())
+                format!("{} with crashes [{plan}], around the crash:\n    {}", scenario.name, outcome.trace.around_crash())
             })?;
         }
         Ok(outcome)
@@ -130,12 +130,12 @@ impl Lane {
     }
 }
 
-/// The run of a scenario without deaths, which must be what the scenario promises.
+/// The run of a scenario without crashes, which must be what the scenario promises.
 pub(crate) async fn model(lane: &Lane, scenario: &Scenario) -> Result<Outcome> {
-    let outcome = lane.run(scenario, "", None, nothing).await.context("without deaths")?;
-    ensure!(outcome.record.of("event ") == scenario.events, "events without deaths: {}", outcome.record.of("event "));
-    ensure!(outcome.record.of("call ") == scenario.calls, "calls without deaths: {}", outcome.record.of("call "));
-    ensure!(outcome.trace.lives() == scenario.lives && outcome.trace.deaths() == 0, "without deaths: {:#?}", outcome.trace);
+    let outcome = lane.run(scenario, "", None, nothing).await.context("without crashes")?;
+    ensure!(outcome.record.of("event ") == scenario.events, "events without crashes: {}", outcome.record.of("event "));
+    ensure!(outcome.record.of("call ") == scenario.calls, "calls without crashes: {}", outcome.record.of("call "));
+    ensure!(outcome.trace.lives() == scenario.lives && outcome.trace.crashes() == 0, "without crashes: {:#?}", outcome.trace);
     Ok(outcome)
 }
 

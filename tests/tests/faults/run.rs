@@ -37,7 +37,7 @@ impl Record {
             return Ok(());
         }
         let same = self.lines.iter().zip(&other.lines).take_while(|(a, b)| a == b).count();
-        bail!("after {same} lines:\n  without deaths {:#?}\n  now {:#?}", &self.lines[same..], &other.lines[same..])
+        bail!("after {same} lines:\n  without crashes {:#?}\n  now {:#?}", &self.lines[same..], &other.lines[same..])
     }
 
     /// The lines that begin with `word`, without it, with commas between them.
@@ -54,7 +54,7 @@ pub(crate) struct Run {
     pub(crate) id: String,
     /// Where workers die.
     plan: String,
-    /// The run without deaths, once there is one.
+    /// The run without crashes, once there is one.
     model: Option<Rc<Record>>,
     seen: RefCell<Record>,
     pids: RefCell<BTreeMap<u32, String>>,
@@ -229,9 +229,9 @@ impl Run {
         self.remember_sockets(keeper);
         let held = match self.model.as_ref().and_then(|model| model.held.get(place)) {
             Some(wanted) => {
-                eventually(format!("the keeper holds what it does without deaths, {place}"), SOON, async || {
+                eventually(format!("the keeper holds what it does without crashes, {place}"), SOON, async || {
                     let now = holdings(keeper)?;
-                    ensure!(now == *wanted, "\n  without deaths: {wanted}\n  now:            {now}");
+                    ensure!(now == *wanted, "\n  without crashes: {wanted}\n  now:            {now}");
                     Ok(now)
                 })
                 .await?
@@ -315,7 +315,7 @@ fn holdings(keeper: i32) -> Result<String> {
             Some((kind, _)) => kind.to_owned(),
             None => target.rsplit('/').next().unwrap_or_default().to_owned(),
         };
-        // programs: one, or two after an upgrade. A log whose bundle is gone is closed at the next line, and only who sees a death has one.
+        // programs: one, or two after an upgrade. A log whose bundle is gone is closed at the next line, and only who sees a crash has one.
         if kind.starts_with("containerd-shim-") || kind == "log (deleted)" {
             continue;
         }

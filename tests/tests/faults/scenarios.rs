@@ -26,7 +26,7 @@ pub(crate) struct Scenario {
     pub(crate) body: for<'a> fn(&'a Run) -> Drive<'a>,
     /// Whether the scenario says itself from when on workers die: [`Run::arm`].
     pub(crate) late: bool,
-    /// How many workers there are without deaths.
+    /// How many workers there are without crashes.
     pub(crate) lives: usize,
     /// What the daemon must have told, in this order: topic, who, the name of its pid, and its exit status unless 0.
     pub(crate) events: &'static str,

@@ -1,4 +1,4 @@
-//! A death before, in the middle of and after every message, in both directions.
+//! A crash before, in the middle of and after every message, in both directions.
 
 use std::env;
 use std::rc::Rc;
@@ -18,7 +18,7 @@ const LANES: usize = 4;
 /// For a life that does not come so far.
 const SPARED: &str = "in:4000000000:before";
 
-/// Runs the scenario once without deaths, and then once for each place to die.
+/// Runs the scenario once without crashes, and then once for each place to die.
 pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> Result<()> {
     let begin = Instant::now();
     let first = Lane::new(&cx).await?;
@@ -60,11 +60,11 @@ pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> R
         let record = Rc::clone(&record);
         Box::pin(async move {
             let outcome = lane.run(scenario, &plan, Some(&record), nothing).await?;
-            let deaths = outcome.trace.deaths();
+            let crashes = outcome.trace.crashes();
             let planned = plan.split(' ').filter(|word| *word != SPARED).count();
             ensure!(
-                deaths == planned || env::var_os("X_PLAN").is_some(),
-                "{} at [{plan}] ({message}): {deaths} deaths: {:#?}",
+                crashes == planned || env::var_os("X_PLAN").is_some(),
+                "{} at [{plan}] ({message}): {crashes} crashes: {:#?}",
                 scenario.name,
                 outcome.trace
             );

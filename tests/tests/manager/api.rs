@@ -106,7 +106,7 @@ pub(crate) async fn a_namespace_is_deleted_only_when_it_is_empty(cx: Context) ->
     Ok(())
 }
 
-pub(crate) async fn a_namespace_is_made_by_whoever_labels_it(cx: Context) -> Result<()> {
+pub(crate) async fn labelling_a_namespace_creates_it(cx: Context) -> Result<()> {
     let client = cx.client();
     let name = format!("{}-labelled", client.namespace());
     let update = async |paths: &[&str], pairs: &[(&str, &str)]| -> Result<HashMap<String, String>, Status> {
@@ -125,7 +125,7 @@ pub(crate) async fn a_namespace_is_made_by_whoever_labels_it(cx: Context) -> Res
     Ok(())
 }
 
-pub(crate) async fn a_container_is_updated_as_its_mask_says(cx: Context) -> Result<()> {
+pub(crate) async fn a_container_is_updated_by_its_field_mask(cx: Context) -> Result<()> {
     let client = cx.client();
     let made = create(client, Container { labels: labels(&[("a", "1"), ("b", "2")]), image: "i".into(), ..container("c") }).await?;
     ensure!(made.created_at.is_some() && made.created_at == made.updated_at);
@@ -271,7 +271,7 @@ pub(crate) async fn services_of_images_are_unimplemented(cx: Context) -> Result<
     refused(list, Code::Unimplemented, "x-manager does not serve /containerd.services.images.v1.Images/List")
 }
 
-pub(crate) async fn a_subscriber_that_never_reads_is_dropped_and_delays_nobody(cx: Context) -> Result<()> {
+pub(crate) async fn a_subscriber_that_never_reads_is_dropped_and_delays_no_other(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let client = cx.client();
     let mut slow = client.api().events().subscribe(client.request(SubscribeRequest::default())).await?.into_inner();
@@ -298,7 +298,7 @@ pub(crate) async fn a_subscriber_that_never_reads_is_dropped_and_delays_nobody(c
     Ok(())
 }
 
-pub(crate) async fn the_server_says_that_it_is_well(cx: Context) -> Result<()> {
+pub(crate) async fn the_server_reports_that_it_is_healthy(cx: Context) -> Result<()> {
     let server = cx.client().api().introspection().server(Request::new(())).await?.into_inner();
     ensure!(Some(server.pid) == cx.daemon().pid().map(u64::from) && server.uuid.len() == 36, "{server:?}");
     let own = cx.with_own_daemon().await?;
@@ -328,7 +328,7 @@ struct HealthList {
     statuses: HashMap<String, Health>,
 }
 
-pub(crate) async fn health_is_told_in_each_way(cx: Context) -> Result<()> {
+pub(crate) async fn health_is_reported_by_each_method(cx: Context) -> Result<()> {
     let mut grpc = tonic::client::Grpc::new(cx.client().api().channel().clone());
     let ask = |service: &str| Request::new(HealthRequest { service: service.to_owned() });
     let path = |method| http::uri::PathAndQuery::from_static(method);
@@ -414,7 +414,7 @@ pub(crate) async fn a_name_that_could_be_a_path_is_refused_everywhere(cx: Contex
     Ok(())
 }
 
-pub(crate) async fn labels_are_bounded_all_together_and_a_long_update_drops_nobody(cx: Context) -> Result<()> {
+pub(crate) async fn labels_are_bounded_in_total_and_a_long_update_drops_no_label(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let client = cx.client();
     let many = |count: usize| (0..count).map(|number| (format!("label{number}"), "x".repeat(4000))).collect::<HashMap<_, _>>();

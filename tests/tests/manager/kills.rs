@@ -1,6 +1,6 @@
 //! SIGKILL at random instants of a daemon under load: what it had acknowledged is there afterwards, and no exit is lost or doubled.
 //!
-//! A stock shim is allowed what its daemon's death makes of it under any daemon: clauses H3, H9 and H10 of docs/protocol.md, which it breaks.
+//! A stock shim is allowed what its daemon's crash makes of it under any daemon: clauses H3, H9 and H10 of docs/protocol.md, which it breaks.
 
 use std::cell::Cell;
 use std::process::Command;
@@ -18,7 +18,7 @@ use shim_tests::{proc, suite};
 use tokio::task::{JoinSet, LocalSet};
 use tonic::{Code, Status};
 
-/// `X_KILLS` deaths, 25 without it.
+/// `X_KILLS` crashes, 25 without it.
 fn kills() -> u64 {
     number("X_KILLS").unwrap_or(25)
 }
@@ -43,7 +43,7 @@ impl Dice {
     }
 }
 
-pub(crate) async fn random_deaths_of_the_daemon_lose_nothing(cx: Context) -> Result<()> {
+pub(crate) async fn random_kills_of_the_daemon_lose_nothing(cx: Context) -> Result<()> {
     let seed = number("X_SEED").unwrap_or(1);
     let stock = "io.containerd.runc.v2".to_owned();
     // what the stock shims make of a connection that breaks is their own: they are for long runs
@@ -57,7 +57,7 @@ pub(crate) async fn random_deaths_of_the_daemon_lose_nothing(cx: Context) -> Res
     Ok(())
 }
 
-async fn campaign(cx: &Context, runtime: &str, deaths: u64, seed: u64) -> Result<()> {
+async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64) -> Result<()> {
     let events = cx.events().await?;
     let steady = cx.container(&["sleep", "1000"]).id("steady").runtime_type(runtime).start().await?;
     let (stop, stopped) = tokio::sync::watch::channel(false);
@@ -72,9 +72,9 @@ async fn campaign(cx: &Context, runtime: &str, deaths: u64, seed: u64) -> Result
                 lanes.spawn_local(lane.run(stopped.clone()));
             }
             let mut dice = Dice(seed);
-            for _death in 0..deaths {
+            for _crash in 0..crashes {
                 tokio::time::sleep(Duration::from_millis(dice.below(400))).await;
-                tally.deaths.set(tally.deaths.get() + 1);
+                tally.crashes.set(tally.crashes.get() + 1);
                 cx.daemon().kill()?;
                 store_is_sound(cx).await?;
                 cx.revive_daemon().await?;
@@ -93,12 +93,12 @@ async fn campaign(cx: &Context, runtime: &str, deaths: u64, seed: u64) -> Result
                 rounds += lane??;
             }
             ensure!(rounds > 0, "no lane has got round even once");
-            let Tally { deaths, heard, missed, .. } = &*tally;
+            let Tally { crashes, heard, missed, .. } = &*tally;
             eprintln!(
-                "{} {runtime}: seed {seed}, {} deaths, a sound store after each, {rounds} containers; of {} exits {} were heard once, and over {} the subscriber's \
+                "{} {runtime}: seed {seed}, {} crashes, a sound store after each, {rounds} containers; of {} exits {} were heard once, and over {} the subscriber's \
                  daemon died",
                 cx.suite(),
-                deaths.get(),
+                crashes.get(),
                 heard.get() + missed.get(),
                 heard.get(),
                 missed.get()
@@ -123,7 +123,7 @@ async fn store_is_sound(cx: &Context) -> Result<()> {
 #[derive(Default)]
 struct Tally {
     /// Of the daemon.
-    deaths: Cell<u64>,
+    crashes: Cell<u64>,
     /// How often a subscription was in place again after one.
     revivals: Cell<u64>,
     /// Exits that were told.
@@ -133,9 +133,9 @@ struct Tally {
 }
 
 impl Tally {
-    /// How many deaths there were, if a subscription is in place.
+    /// How many crashes there were, if a subscription is in place.
     fn quiet(&self) -> Option<u64> {
-        (self.deaths == self.revivals).then_some(self.deaths.get())
+        (self.crashes == self.revivals).then_some(self.crashes.get())
     }
 }
 
@@ -182,7 +182,7 @@ impl Lane {
                         if silences == 3 {
                             self.end_stock_shim(id);
                         }
-                    } else if !is_a_death(&status) {
+                    } else if !is_a_crash(&status) {
                         bail!("create: {status:?}");
                     }
                     tokio::time::sleep(PAUSE).await;
@@ -248,7 +248,7 @@ impl Lane {
     }
 
     /// That of no process two exits were told, and of `pid`, or whoever it was, the right one. A creation that was never
-    /// acknowledged may have been ended under the same id. One was told unless the daemon died since there were so many deaths, as `quiet` says.
+    /// acknowledged may have been ended under the same id. One was told unless the daemon died since there were so many crashes, as `quiet` says.
     async fn told_once(&self, id: &str, exec: &str, status: u32, pid: u32, quiet: Option<u64>) -> Result<()> {
         let is_it = |exit: &Event| exit.status == status && (pid == 0 || exit.pid == pid);
         let heard = || self.events.exits(id, exec).iter().any(is_it);
@@ -281,8 +281,8 @@ impl Lane {
         let client = self.cx.client();
         loop {
             match client.start(id, exec).await {
-                Err(status) if is_a_death(&status) && exec.is_empty() && !self.is_ours() => return Ok(false),
-                Err(status) if is_a_death(&status) => {}
+                Err(status) if is_a_crash(&status) && exec.is_empty() && !self.is_ours() => return Ok(false),
+                Err(status) if is_a_crash(&status) => {}
                 answer => return answer.map(|_pid| true).with_context(|| format!("start {exec:?}")),
             }
             let begun = eventually("it has begun", Duration::from_secs(2), async || {
@@ -311,7 +311,7 @@ impl Lane {
                     ensure!(status.is_none_or(|status| status == deleted.exit_status), "delete: {deleted:?}");
                     return Ok(());
                 }
-                Err(status) if is_a_death(&status) => is_cut_off = true,
+                Err(status) if is_a_crash(&status) => is_cut_off = true,
                 Err(answer) if (is_cut_off || status.is_none()) && answer.code() == Code::NotFound => return Ok(()),
                 Err(status) if is_cut_off && !self.is_ours() && status.message().contains("cannot open directory") => {
                     self.end_stock_shim(id)
@@ -338,11 +338,11 @@ impl Lane {
     }
 }
 
-/// Calls until an answer comes that is not the daemon's death.
+/// Calls until an answer comes that is not the daemon's crash.
 async fn again<T>(mut call: impl AsyncFnMut() -> Result<T, Status>) -> Result<T, Status> {
     loop {
         match call().await {
-            Err(status) if is_a_death(&status) => tokio::time::sleep(PAUSE).await,
+            Err(status) if is_a_crash(&status) => tokio::time::sleep(PAUSE).await,
             answer => return answer,
         }
     }
@@ -357,7 +357,7 @@ fn is_running(status: &Status) -> bool {
     ["running", "stopped"].iter().any(|word| status.message().contains(word))
 }
 
-fn is_a_death(status: &Status) -> bool {
+fn is_a_crash(status: &Status) -> bool {
     // tonic says Unknown of a connection that breaks in the middle of an answer
     let is_of_the_connection =
         status.code() == Code::Unknown && ["transport", "h2", "broken", "connection"].iter().any(|word| status.message().contains(word));

@@ -17,7 +17,7 @@ use shim_tests::{proc, programs, suite};
 use tonic::Code;
 
 /// The same with the shim that comes with this suite, which gives up sending an event after some tries.
-pub(crate) async fn an_exit_while_the_daemon_was_down_is_told_once(cx: Context) -> Result<()> {
+pub(crate) async fn an_exit_while_the_daemon_was_down_is_published_once(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     for runtime in [cx.shim().runtime_type.clone(), "io.containerd.runc.v2".to_owned()] {
         let container = cx.container(&["sh", "-c", "read go; exit 3"]).runtime_type(&runtime).stdio(Stdio::ALL).start().await?;
@@ -88,7 +88,7 @@ pub(crate) async fn a_start_with_too_few_descriptors_ends_no_container(cx: Conte
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can(cx: Context) -> Result<()> {
+pub(crate) async fn a_task_whose_shim_is_unreachable_reports_the_reason(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let sibling = cx.container(&["sleep", "1000"]).start().await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
@@ -116,7 +116,7 @@ pub(crate) async fn a_task_whose_shim_cannot_be_spoken_to_says_why_until_it_can(
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_dead_shims_container_is_not_told_dead_while_its_program_cannot_say_so(cx: Context) -> Result<()> {
+pub(crate) async fn a_crashed_shims_container_is_not_reported_exited_until_delete_succeeds(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let events = cx.events().await?;
     let (attempts, may) = (cx.folder().join("attempts"), cx.folder().join("may"));
@@ -154,7 +154,7 @@ pub(crate) async fn a_dead_shims_container_is_not_told_dead_while_its_program_ca
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn who_makes_and_who_deletes_what_a_dead_shim_left_do_not_meet(cx: Context) -> Result<()> {
+pub(crate) async fn start_and_delete_of_a_dead_shims_container_do_not_overlap(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     for round in 0..8_u64 {
         let id = format!("again{round}");
@@ -183,7 +183,7 @@ pub(crate) async fn who_makes_and_who_deletes_what_a_dead_shim_left_do_not_meet(
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_shim_that_does_not_answer_delays_nobody(cx: Context) -> Result<()> {
+pub(crate) async fn an_unresponsive_shim_delays_no_other_call(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let silent = cx.container(&["sleep", "1000"]).start().await?;
     let other = cx.container(&["sleep", "1000"]).start().await?;
@@ -212,7 +212,7 @@ pub(crate) async fn a_shim_that_does_not_answer_delays_nobody(cx: Context) -> Re
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn how_a_task_of_a_dead_shim_ended_is_kept_until_it_is_collected(cx: Context) -> Result<()> {
+pub(crate) async fn the_exit_of_a_dead_shims_task_is_kept_until_it_is_deleted(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let events = cx.events().await?;
     let collected = cx.container(&["sh", "-c", "exit 3"]).start().await?;

@@ -104,7 +104,7 @@ pub(crate) async fn too_many_clients_are_turned_away_and_the_others_served(cx: C
     Ok(())
 }
 
-pub(crate) async fn ten_thousand_idle_connections_delay_nobody(cx: Context) -> Result<()> {
+pub(crate) async fn ten_thousand_idle_connections_delay_no_call(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let first = own.start().await?;
     let pid = own.pid().map_or(0, u32::cast_signed);

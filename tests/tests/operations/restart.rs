@@ -153,7 +153,7 @@ pub(crate) async fn a_container_is_started_that_was_to_run_when_the_daemon_came_
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_death_of_the_daemon_over_a_new_start_is_made_good(cx: Context) -> Result<()> {
+pub(crate) async fn a_daemon_crash_during_a_restart_is_repaired(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let gate = cx.gate()?;
     // whoever starts it again knows of no other root than that of the spec

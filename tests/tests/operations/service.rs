@@ -24,7 +24,7 @@ fn heard(manager: &UnixDatagram) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes[..count]).into_owned())
 }
 
-pub(crate) async fn the_service_manager_is_told_when_it_serves_and_who_does(cx: Context) -> Result<()> {
+pub(crate) async fn the_service_manager_is_notified_of_readiness_and_main_pid(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let address = cx.folder().join("notify");
     let manager = UnixDatagram::bind(&address)?;

@@ -47,7 +47,7 @@ pub(crate) async fn a_stock_client_that_waits_does_not_notice_an_upgrade(cx: Con
     Ok(())
 }
 
-pub(crate) async fn shims_are_not_kept_by_a_process_that_still_answers_somebody_else(cx: Context) -> Result<()> {
+pub(crate) async fn a_process_that_still_answers_a_client_holds_no_shims(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let client = own.start().await?;
     let connect = async |name: &str| tokio::net::UnixStream::connect(own.folder().join(name)).await;
@@ -137,7 +137,7 @@ pub(crate) async fn no_connection_is_refused_over_upgrades(cx: Context) -> Resul
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn an_exit_around_an_upgrade_is_told(cx: Context) -> Result<()> {
+pub(crate) async fn an_exit_during_an_upgrade_is_published(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     for round in 0..6 {
         let container = cx.container(&ON_COMMAND).id(&format!("c{round}")).stdio(Stdio::ALL).start().await?;
@@ -268,7 +268,7 @@ pub(crate) async fn what_does_not_take_over_changes_nothing(cx: Context) -> Resu
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_successor_that_dies_at_any_step_changes_nothing(cx: Context) -> Result<()> {
+pub(crate) async fn a_successor_that_crashes_at_any_step_changes_nothing(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
     let mut words = String::from("#!/bin/sh\nread greeting <&0\n");
@@ -305,7 +305,7 @@ pub(crate) async fn a_hangup_signal_is_an_upgrade(cx: Context) -> Result<()> {
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_stream_of_events_ends_with_an_error_after_what_was_told(cx: Context) -> Result<()> {
+pub(crate) async fn an_event_stream_ends_with_an_error_after_its_events(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let mut stream = cx.client().subscribe().await?;
     for number in 0..100 {

@@ -39,7 +39,7 @@ pub(crate) async fn what_is_wrong_with_a_bundle_is_named(stand: Stand) -> Result
     Ok(())
 }
 
-pub(crate) async fn what_is_wrong_with_a_create_is_said_in_a_sentence(stand: Stand) -> Result<()> {
+pub(crate) async fn an_invalid_create_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
     let said = requests::of_creates(&stand).await?;
     are_sentences(&said)?;
     let last = said.last().context("one without a root file system")?;
@@ -47,11 +47,11 @@ pub(crate) async fn what_is_wrong_with_a_create_is_said_in_a_sentence(stand: Sta
     Ok(())
 }
 
-pub(crate) async fn what_is_wrong_with_an_id_is_said_in_a_sentence(stand: Stand) -> Result<()> {
+pub(crate) async fn an_invalid_id_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
     are_sentences(&requests::of_ids(&stand).await?)
 }
 
-pub(crate) async fn what_is_wrong_with_an_exec_is_said_in_a_sentence(stand: Stand) -> Result<()> {
+pub(crate) async fn an_invalid_exec_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
     let said = requests::of_execs(&stand).await?;
     // the runtime has words of its own
     are_sentences(&said.into_iter().filter(|refused| refused.what == "exec").collect::<Vec<_>>())
@@ -79,7 +79,7 @@ fn control_socket(container: &Container) -> PathBuf {
     Path::new("/run/containerd-shim-x").join(name).with_extension("sock")
 }
 
-pub(crate) async fn garbage_on_the_control_socket_harms_nobody(stand: Stand) -> Result<()> {
+pub(crate) async fn garbage_on_the_control_socket_has_no_effect(stand: Stand) -> Result<()> {
     use std::io::{Read as _, Write as _};
     let witness = Witness::start(&stand).await?;
     let path = control_socket(&witness.container);

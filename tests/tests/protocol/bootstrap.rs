@@ -132,7 +132,7 @@ pub(crate) async fn what_is_no_socket_is_not_replaced(stand: Stand) -> Result<()
 }
 
 /// The last member of a group goes while the next one comes: it gets the shim that is leaving, if that stays, or a new one.
-pub(crate) async fn a_start_beside_a_shim_that_is_leaving_gets_one_that_stays(stand: Stand) -> Result<()> {
+pub(crate) async fn a_start_beside_an_exiting_shim_gets_a_new_one(stand: Stand) -> Result<()> {
     let mut last = stand.instant("c0", &["true"]).group("pod").run().await?;
     let (mut same, mut new) = (0, 0);
     for round in 1..60 {

@@ -106,7 +106,7 @@ pub(crate) async fn an_event_without_an_acknowledgement_holds_back_the_next_ones
 }
 
 /// What answers is not containerd, or it is beside itself.
-pub(crate) async fn an_event_that_is_answered_with_garbage_is_told_again(stand: Stand) -> Result<()> {
+pub(crate) async fn an_event_answered_with_garbage_is_sent_again(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     fake.behave(Manner::Garbage);
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
@@ -140,7 +140,7 @@ pub(crate) async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: 
     shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-pub(crate) async fn two_thousand_short_execs_are_told_as_added_started_and_exited_each(stand: Stand) -> Result<()> {
+pub(crate) async fn events_of_two_thousand_short_execs_are_published_in_order(stand: Stand) -> Result<()> {
     let total = repeated(2000);
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
     let told = ordeals::short_execs(&container, total, 8).await?;
@@ -151,7 +151,7 @@ pub(crate) async fn two_thousand_short_execs_are_told_as_added_started_and_exite
 }
 
 /// Init and a process that was added end at the same moment, by the same cause.
-pub(crate) async fn processes_that_end_together_are_told_with_init_last(stand: Stand) -> Result<()> {
+pub(crate) async fn simultaneous_exits_are_published_with_init_last(stand: Stand) -> Result<()> {
     let anchor = stand.instant("anchor", &["sleep", "1000"]).group("pod").run().await?;
     for round in 0..30 {
         let id = format!("c{round}");

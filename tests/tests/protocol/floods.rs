@@ -15,7 +15,7 @@ use shim_tests::witness::Witness;
 use tokio::io::AsyncWriteExt as _;
 
 /// Clients that say they will send 4 GiB and do so, as fast as they can, get no more than their turn.
-pub(crate) async fn four_gibibytes_of_nothing_delay_nobody(stand: Stand) -> Result<()> {
+pub(crate) async fn a_four_gibibyte_frame_delays_no_other_client(stand: Stand) -> Result<()> {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
     let witness = Witness::start(&stand).await?;
@@ -235,7 +235,7 @@ pub(crate) async fn a_client_that_never_reads_its_answers_costs_a_bounded_amount
 }
 
 /// Many connections, each with requests that fill its allowance, and a worker that does not take them.
-pub(crate) async fn a_flood_beside_a_stopped_worker_keeps_nobody_from_a_ready_answer(stand: Stand) -> Result<()> {
+pub(crate) async fn ready_answers_are_given_during_a_flood_with_a_stopped_worker(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
     let before = private_kib(keeper)?;

@@ -25,7 +25,7 @@ pub(crate) async fn garbage_is_answered_with_a_short_sentence_and_its_own_code(s
     Ok(())
 }
 
-pub(crate) async fn what_is_wrong_with_a_stream_id_is_said(stand: Stand) -> Result<()> {
+pub(crate) async fn an_invalid_stream_id_is_reported(stand: Stand) -> Result<()> {
     for refused in frames::of_streams(&stand).await? {
         ensure!(refused.what != "even" || refused.message.contains("odd"), "{refused:?}");
     }

@@ -19,7 +19,7 @@ async fn be_talkative(container: &Container, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn a_log_that_nobody_reads_blocks_nothing_and_says_what_it_dropped(stand: Stand) -> Result<()> {
+pub(crate) async fn a_log_without_a_reader_blocks_nothing_and_reports_dropped_lines(stand: Stand) -> Result<()> {
     let bundle = stand.bundle("c1", &["sleep", "1000"]).without_log_reader();
     let task = Task::connect(&bundle.start_shim_with(&["-debug"], &[]).await?).await?;
     let container = bundle.run_in(&task).await?;
@@ -54,7 +54,7 @@ fn check_format(text: &str) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn the_log_tells_of_each_change_in_containerds_format(stand: Stand) -> Result<()> {
+pub(crate) async fn the_log_records_each_change_in_containerds_format(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
     ensure!(container.finish().await? == 3);
     let shim = container.shim_pid()?;

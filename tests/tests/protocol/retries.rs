@@ -16,7 +16,7 @@ use shim_tests::suite::Shim;
 use shim_tests::task::V2;
 use shim_tests::ttrpc::{Code, Frame, Wire, refusal};
 
-pub(crate) async fn deletes_of_one_container_are_one_and_say_the_same(stand: Stand) -> Result<()> {
+pub(crate) async fn concurrent_deletes_of_one_container_return_the_same_answer(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
     ensure!(container.task.wait("c1", "").await? == 3);

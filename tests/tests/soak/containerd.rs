@@ -39,7 +39,7 @@ struct Counts {
     bytes: AtomicU64,
     /// Containers whose events were counted.
     told: AtomicU64,
-    /// Deaths of containerd, with which the reader of every shim's log goes.
+    /// Crashes of containerd, with which the reader of every shim's log goes.
     daemons: AtomicU64,
     runtimes: AtomicU64,
     workers: AtomicU64,
@@ -62,7 +62,7 @@ struct Soak {
     bereft: Mutex<BTreeMap<String, String>>,
     /// Where some containers write into a file.
     disk: PathBuf,
-    /// Deaths and revivals of the daemon.
+    /// Crashes and revivals of the daemon.
     eras: AtomicU64,
     over: AtomicBool,
 }
@@ -125,7 +125,7 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                     1 => kill_or_stop_a_worker(soak, &mut dice).await,
                     _ => {}
                 }
-                cx.revive_daemon().await.context("containerd after its death")?;
+                cx.revive_daemon().await.context("containerd after its crash")?;
                 soak.events.resubscribe(cx.client()).await?;
                 soak.eras.fetch_add(1, Ordering::SeqCst);
             }

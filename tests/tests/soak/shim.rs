@@ -44,7 +44,7 @@ struct Soak {
     over: AtomicBool,
 }
 
-pub(crate) async fn every_exit_is_told_once_and_no_byte_is_lost_whatever_fails(stand: Stand) -> Result<()> {
+pub(crate) async fn every_exit_is_published_once_and_no_byte_is_lost_whatever_fails(stand: Stand) -> Result<()> {
     let seed = seed();
     let disk = stand.folder().join("disk");
     fs::create_dir(&disk)?;

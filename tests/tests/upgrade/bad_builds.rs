@@ -119,7 +119,7 @@ pub(crate) async fn a_worker_that_fails_while_the_keeper_is_rehearsed_takes_the_
     witness.ends().await
 }
 
-pub(crate) async fn a_new_worker_that_is_silent_for_want_of_a_processor_keeps_the_keeper(cx: Context) -> Result<()> {
+pub(crate) async fn a_new_worker_that_gets_no_cpu_does_not_replace_the_keeper(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     let starved = Own::with(&format!("{}-starved", cx.client().namespace()), "cpu.cfs_quota_us", "5000")?;
@@ -184,7 +184,7 @@ pub(crate) async fn a_keeper_that_does_not_work_never_takes_over(cx: Context) ->
     witness.ends().await
 }
 
-pub(crate) async fn an_image_that_cannot_go_on_after_all_goes_back(cx: Context) -> Result<()> {
+pub(crate) async fn an_executable_that_cannot_resume_executes_the_previous_one(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     let program = build(&cx, "new", "build=bad at=resume do=refuse")?;
@@ -203,7 +203,7 @@ pub(crate) async fn an_image_that_cannot_go_on_after_all_goes_back(cx: Context) 
 }
 
 /// The new image reads the state on trial beside everything that it has inherited: twice as many descriptors.
-pub(crate) async fn a_keeper_with_few_descriptors_left_is_kept_or_upgraded_but_lives(cx: Context) -> Result<()> {
+pub(crate) async fn a_keeper_short_of_descriptors_survives_an_upgrade_attempt(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     let mut execs = Vec::new();

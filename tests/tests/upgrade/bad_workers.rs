@@ -45,14 +45,14 @@ pub(crate) async fn a_stopped_worker_is_replaced(cx: Context) -> Result<()> {
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_request_that_kills_is_given_up_and_the_others_live(cx: Context) -> Result<()> {
+pub(crate) async fn a_request_that_crashes_the_worker_is_answered_with_an_error_and_the_others_succeed(cx: Context) -> Result<()> {
     for how in ["crash", "exit", "kill"] {
         given_up(&cx, how).await.with_context(|| how.to_owned())?;
     }
     Ok(())
 }
 
-pub(crate) async fn a_request_that_hangs_its_worker_is_given_up_and_the_others_live(cx: Context) -> Result<()> {
+pub(crate) async fn a_request_that_hangs_its_worker_is_answered_with_an_error_and_the_others_succeed(cx: Context) -> Result<()> {
     given_up(&cx, "hang").await
 }
 
@@ -81,7 +81,7 @@ async fn given_up(cx: &Context, how: &str) -> Result<()> {
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn an_exit_that_kills_is_told_by_another_build(cx: Context) -> Result<()> {
+pub(crate) async fn an_exit_that_crashes_the_worker_is_published_by_another_build(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=bad exit=poison do=crash").await?;
     let events = cx.events().await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
@@ -125,7 +125,7 @@ pub(crate) async fn a_slow_operation_is_not_taken_for_a_hang(cx: Context) -> Res
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn an_idle_worker_is_not_asked_for_signs_of_life(cx: Context) -> Result<()> {
+pub(crate) async fn an_idle_worker_is_not_pinged(cx: Context) -> Result<()> {
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let (client, id) = (cx.client().clone(), container.id.clone());
     let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });

@@ -140,7 +140,7 @@ pub(crate) async fn a_create_on_a_disk_that_fills_up_is_done_or_undone(cx: Conte
     stand.leaves_nothing().await
 }
 
-pub(crate) async fn without_room_for_sockets_what_runs_goes_on(cx: Context) -> Result<()> {
+pub(crate) async fn without_room_for_sockets_running_containers_continue(cx: Context) -> Result<()> {
     // a socket's path is short
     let folder = Path::new("/run").join(cx.client().namespace());
     let disk = Disk::mount(&folder, "mode=755,nr_inodes=64")?;

@@ -9,7 +9,7 @@ use shim_tests::cri::{Cri, RUNNING};
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::{builds, proc};
 
-pub(crate) async fn a_pod_whose_keeper_dies_ends_once_and_another_can_be_made(cx: Context) -> Result<()> {
+pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated(cx: Context) -> Result<()> {
     let cri = Cri::start(&cx).await?;
     let pod = cri.run_pod("pod").await?;
     let known = cri.run(&pod, "known", &["sh", "-c", "exit 3"]).await?;
@@ -77,20 +77,20 @@ pub(crate) async fn a_runtime_under_way_ends_with_its_keeper(cx: Context) -> Res
     let gate = cx.gate()?;
     gate.hold("create")?;
     let create = cx.container(&["sleep", "1000"]).id("under-way").runtime_binary(&gate.binary()).create();
-    let death = async {
+    let crash = async {
         let runtime = gate.held("create").await?;
         proc::kill_hard(cx.shim_pid("under-way")?);
         let ended = eventually_true("the runtime has ended", SOON, || !proc::is_alive(runtime)).await;
         gate.release("create")?;
         ended
     };
-    let (created, died) = tokio::join!(create, death);
+    let (created, died) = tokio::join!(create, crash);
     died?;
     ensure!(created.is_err(), "a dead shim has created something");
     eventually("nothing is left", SOON, async || cx.leaves_nothing().await).await
 }
 
-pub(crate) async fn a_spell_beyond_the_clock_never_comes(cx: Context) -> Result<()> {
+pub(crate) async fn an_idle_time_beyond_the_clock_never_elapses(cx: Context) -> Result<()> {
     let cx = cx.with_own_shim(cx.shim(), &[("X_SHIM_IDLE_SECONDS", "18446744073709551615")]).await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let shims = builds::ps(&cx, cx.shim().binary.as_ref().context("ours is a file")?).await?;

@@ -84,10 +84,10 @@ fn caller(stream: u32) -> Asker {
 }
 
 #[test]
-fn ten_thousand_deaths_of_the_worker_do_nothing_twice_and_lose_no_answer() {
+fn random_worker_kills_do_nothing_twice_and_lose_no_answer() {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    let (mut deaths, mut rounds) = (0, 0);
-    while deaths < 10_000 {
+    let (mut crashes, mut rounds) = (0, 0);
+    while crashes < 10_000 {
         rounds += 1;
         let mut world = World::default();
         let requests = 1 + random.below(8);
@@ -95,7 +95,7 @@ fn ten_thousand_deaths_of_the_worker_do_nothing_twice_and_lose_no_answer() {
             world.ledger.open_request(caller(stream as u32), vec![], Instant::now());
         }
         while !live(&mut world, random.below(6)) {
-            deaths += 1;
+            crashes += 1;
         }
         assert!(world.performed.values().all(|count| *count == 1), "round {rounds}: {:?}", world.performed);
         assert_eq!(world.performed.len() as u64, requests * u64::from(OPERATIONS), "round {rounds}");
@@ -106,7 +106,7 @@ fn ten_thousand_deaths_of_the_worker_do_nothing_twice_and_lose_no_answer() {
 }
 
 #[test]
-fn an_outcome_is_told_again_and_a_cause_that_is_over_refuses() {
+fn an_outcome_is_repeated_and_a_closed_cause_refuses() {
     let mut ledger = Ledger::default();
     let cause = ledger.open_request(caller(1), vec![], Instant::now());
     assert_eq!(ledger.ask(cause, 0, false), Asked::New);
@@ -139,7 +139,7 @@ fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_ch
 }
 
 #[test]
-fn the_keeper_leaves_only_when_told_to_and_nothing_holds_it() {
+fn the_keeper_exits_only_on_shutdown_with_nothing_left() {
     let mut ledger = Ledger::default();
     assert!(!ledger.may_leave(false));
     ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() });
@@ -154,7 +154,7 @@ fn the_keeper_leaves_only_when_told_to_and_nothing_holds_it() {
 }
 
 #[test]
-fn who_waits_for_a_container_that_is_forgotten_is_told() {
+fn a_wait_on_a_forgotten_container_is_answered() {
     let mut ledger = Ledger::default();
     let now = Instant::now();
     let mut park = |key: &str, commander: u32| {

@@ -112,7 +112,7 @@ fn output_arrives_whole_and_then_ends() {
 }
 
 #[test]
-fn the_tail_waits_for_a_reader_that_comes_after_the_exit() {
+fn the_tail_is_kept_for_a_reader_that_opens_after_the_exit() {
     let mut bench = Bench::new("tail");
     let stdio = bench.stdio("c", false, 0);
     bench.open(stdio);
@@ -143,7 +143,7 @@ fn an_output_that_was_read_before_its_reader_died_still_ends_for_the_next_reader
 }
 
 #[test]
-fn somebody_who_keeps_the_output_open_does_not_hold_its_end_back() {
+fn an_open_write_end_does_not_delay_the_exit() {
     let mut bench = Bench::new("grandchild");
     let stdio = bench.stdio("c", false, 0);
     bench.open(stdio);
@@ -182,7 +182,7 @@ fn without_a_reader_delete_drops_what_is_left_and_counts_it() {
 }
 
 #[test]
-fn stdin_survives_a_client_that_comes_and_goes_and_ends_with_close() {
+fn stdin_survives_reconnecting_clients_and_ends_with_close() {
     let mut bench = Bench::new("stdin");
     let stdio = bench.stdio("c", true, 0);
     bench.open(stdio);
@@ -251,7 +251,7 @@ fn a_spill_that_is_never_empty_holds_little_more_than_its_limit() {
 }
 
 #[test]
-fn who_writes_for_ever_does_not_hold_the_streams_of_a_deleted_container() {
+fn an_endless_writer_does_not_hold_the_streams_of_a_deleted_container() {
     let mut bench = Bench::new("endless");
     bench.open(bench.stdio("c", false, 0));
     let mut process = bench.process_end(Stream::Stdout);

@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_happens_start_is_told_once_before_exit_and_exit_once_and_last() {
+    fn start_is_published_once_before_exit_and_exit_once_and_last() {
         let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
         let mut random = move |below: u64| {
             seed ^= seed << 13;

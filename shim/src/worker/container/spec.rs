@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_of_systemd_is_told_from_a_path() {
+    fn a_systemd_unit_is_distinguished_from_a_path() {
         for (path, names_unit) in
             [("kubepods.slice:cri-containerd:c1", true), (":runc:c1", true), ("/kubepods/pod:1:2", false), ("c1", false)]
         {

@@ -26,14 +26,14 @@ pub(super) fn cases() -> Vec<Case> {
         "C3" => bootstrap_params_are_answered_in_kind;
         "C4" => garbage_on_standard_input_is_no_reason_to_fail;
         "C5" => the_address_is_left_in_the_bundle;
-        "C6" => a_second_start_in_a_group_answers_the_living_shims_address, a_pod_lives_in_one_shim;
+        "C6" => a_second_start_in_a_group_answers_the_living_shims_address, a_pod_shares_one_shim;
         "C7" => two_starts_of_a_group_at_once_make_one_shim;
         "C8" => a_member_promised_a_place_finds_it;
         "C9" => the_version_is_printed;
         "C10" => info_names_the_runtime;
         "C11" => the_shim_is_easier_to_kill_than_its_daemon, a_score_at_the_top_is_kept, a_score_at_the_bottom_is_raised;
-        "C12" => the_shim_is_put_where_shim_cgroup_says;
-        "C13" => a_log_that_nobody_reads_wedges_nothing;
+        "C12" => the_shim_is_placed_in_shim_cgroup;
+        "C13" => a_log_without_a_reader_blocks_nothing;
         "C14" => a_path_that_is_too_long_is_refused;
     ]
 }
@@ -114,7 +114,7 @@ async fn a_second_start_in_a_group_answers_the_living_shims_address(stand: Stand
 }
 
 /// As the kubelet's containers are marked.
-async fn a_pod_lives_in_one_shim(stand: Stand) -> Result<()> {
+async fn a_pod_shares_one_shim(stand: Stand) -> Result<()> {
     let member = |id: &str, args: &[&str]| stand.bundle(id, args).spec(|spec| spec.annotation("io.kubernetes.cri.sandbox-id", "pod"));
     let pause = member("pod", &["sleep", "1000"]).run().await?;
     let second = member("c2", &["sh", "-c", "exit 5"]);
@@ -204,7 +204,7 @@ async fn scores_under(stand: &Stand, daemon: i32) -> Result<(i32, i32)> {
     Ok(scores)
 }
 
-async fn the_shim_is_put_where_shim_cgroup_says(stand: Stand) -> Result<()> {
+async fn the_shim_is_placed_in_shim_cgroup(stand: Stand) -> Result<()> {
     let name = format!("{}/{}-shims", isolation::cgroup(), stand.namespace());
     let hierarchies: &[&str] = if Version::here() == Version::V1 { &["memory/", "pids/", "freezer/"] } else { &[""] };
     let folders: Vec<_> = hierarchies.iter().map(|hierarchy| format!("/sys/fs/cgroup/{hierarchy}{name}")).collect();
@@ -230,7 +230,7 @@ async fn the_shim_is_put_where_shim_cgroup_says(stand: Stand) -> Result<()> {
 }
 
 /// Nobody reads the fifo called `log`, and there is more to say than it holds.
-async fn a_log_that_nobody_reads_wedges_nothing(stand: Stand) -> Result<()> {
+async fn a_log_without_a_reader_blocks_nothing(stand: Stand) -> Result<()> {
     let bundle = stand.bundle("c1", &["sleep", "1000"]).without_log_reader();
     let task = Task::connect(&bundle.start_shim_with(&["-debug"], &[]).await?).await?;
     let container = bundle.run_in(&task).await?;

@@ -18,22 +18,22 @@ use crate::ttrpc::Code;
 
 pub(super) fn cases() -> Vec<Case> {
     clauses![events:
-        "E1" => a_life_is_told_once_and_in_order;
-        "E2" => each_exec_is_told_as_added_started_and_exited;
-        "E3" => a_container_that_never_started_is_told_as_created_and_deleted;
+        "E1" => lifecycle_events_are_published_once_and_in_order;
+        "E2" => each_exec_is_published_as_added_started_and_exited;
+        "E3" => create_and_delete_of_an_unstarted_container_are_published;
         "E4" => events_name_the_namespace_and_the_process;
-        "E5" => pause_and_resume_are_told;
-        "E6" => the_deletion_of_an_exec_is_told;
-        "E7" => execs_are_told_to_end_before_init;
-        "E8" => the_end_of_init_is_told_though_execs_are_under_way;
-        "E9" => an_event_that_is_refused_for_a_while_is_told_later;
-        "E10" => events_wait_for_a_daemon_that_is_away, an_event_under_way_when_the_daemon_dies_comes_again;
+        "E5" => pause_and_resume_are_published;
+        "E6" => the_deletion_of_an_exec_is_published;
+        "E7" => exits_of_execs_are_published_before_inits;
+        "E8" => inits_exit_is_published_while_execs_start;
+        "E9" => an_event_refused_for_a_while_is_published_later;
+        "E10" => events_wait_for_a_daemon_that_is_away, an_event_in_flight_when_the_daemon_crashes_is_sent_again;
         "E11" => an_event_that_is_refused_for_good_holds_nothing_back;
         "E12" => a_daemon_that_takes_its_time_over_events_delays_no_call;
     ]
 }
 
-async fn a_life_is_told_once_and_in_order(stand: Stand) -> Result<()> {
+async fn lifecycle_events_are_published_once_and_in_order(stand: Stand) -> Result<()> {
     for status in [0, 3] {
         let id = format!("c{status}");
         let container = stand.bundle(&id, &["sh", "-c", &format!("exit {status}")]).run().await?;
@@ -47,13 +47,13 @@ async fn a_life_is_told_once_and_in_order(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-async fn each_exec_is_told_as_added_started_and_exited(stand: Stand) -> Result<()> {
+async fn each_exec_is_published_as_added_started_and_exited(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     ordeals::short_execs(&container, repeated(200), 4).await?;
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn a_container_that_never_started_is_told_as_created_and_deleted(stand: Stand) -> Result<()> {
+async fn create_and_delete_of_an_unstarted_container_are_published(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).create().await?;
     container.task.delete("c1", "").await?;
     let events = stand.containerd().events();
@@ -90,7 +90,7 @@ async fn events_name_the_namespace_and_the_process(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn pause_and_resume_are_told(stand: Stand) -> Result<()> {
+async fn pause_and_resume_are_published(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     container.task.pause("c1").await?;
     container.task.resume("c1").await?;
@@ -100,7 +100,7 @@ async fn pause_and_resume_are_told(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn the_deletion_of_an_exec_is_told(stand: Stand) -> Result<()> {
+async fn the_deletion_of_an_exec_is_published(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
     ensure!(container.destroy().await? == 137);
@@ -112,7 +112,7 @@ async fn the_deletion_of_an_exec_is_told(stand: Stand) -> Result<()> {
 }
 
 /// All three end at the same moment, by the same cause: the kill of init.
-async fn execs_are_told_to_end_before_init(stand: Stand) -> Result<()> {
+async fn exits_of_execs_are_published_before_inits(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     for round in 0..15 {
         let id = format!("c{round}");
@@ -130,7 +130,7 @@ async fn execs_are_told_to_end_before_init(stand: Stand) -> Result<()> {
 }
 
 /// The runtime is busy with one exec when init dies; a second one is asked for meanwhile.
-async fn the_end_of_init_is_told_though_execs_are_under_way(stand: Stand) -> Result<()> {
+async fn inits_exit_is_published_while_execs_start(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).run().await?;
     container.add("e1", &["true"]).await?;
@@ -177,7 +177,7 @@ async fn told_of(stand: &Stand) -> Result<Vec<String>> {
     Ok(told)
 }
 
-async fn an_event_that_is_refused_for_a_while_is_told_later(stand: Stand) -> Result<()> {
+async fn an_event_refused_for_a_while_is_published_later(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     let container = sleeper(&stand, "c1").await?;
     let mut expected = fake.events().of_until("c1", "start").await?;
@@ -221,7 +221,7 @@ async fn events_wait_for_a_daemon_that_is_away(stand: Stand) -> Result<()> {
 }
 
 /// Whether the event was taken, nobody can know: it comes again, at its place, and nothing else does.
-async fn an_event_under_way_when_the_daemon_dies_comes_again(stand: Stand) -> Result<()> {
+async fn an_event_in_flight_when_the_daemon_crashes_is_sent_again(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     let container = sleeper(&stand, "c1").await?;
     fake.events().of_until("c1", "start").await?;

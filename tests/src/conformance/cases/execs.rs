@@ -27,7 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         "P4" => an_exec_of_a_missing_program_fails_and_can_be_deleted;
         "P5" => an_exec_id_is_free_again_after_delete;
         "P6" => execs_end_with_their_container;
-        "P7" => an_exit_is_credited_to_who_has_the_pid_now;
+        "P7" => an_exit_is_attributed_to_the_current_owner_of_the_pid;
     ]
 }
 
@@ -117,7 +117,7 @@ async fn execs_end_with_their_container(stand: Stand) -> Result<()> {
 }
 
 /// A pid comes again while the exit of its first owner is still told.
-async fn an_exit_is_credited_to_who_has_the_pid_now(stand: Stand) -> Result<()> {
+async fn an_exit_is_attributed_to_the_current_owner_of_the_pid(stand: Stand) -> Result<()> {
     if !Path::new(LAST_PID).exists() {
         return skip("nobody can choose a pid: the kernel was built without CONFIG_CHECKPOINT_RESTORE");
     }

@@ -23,14 +23,14 @@ const PAUSED: i32 = 4;
 
 pub(super) fn cases() -> Vec<Case> {
     clauses![lifecycle:
-        "L1" => the_exit_code_is_the_same_wherever_it_is_told;
-        "L2" => a_signal_is_told_as_128_more, a_trapped_signal_is_told_as_the_exit_code;
-        "L3" => state_tells_phase_pid_bundle_and_stdio;
+        "L1" => the_exit_code_is_the_same_in_every_answer;
+        "L2" => a_signal_is_reported_as_128_plus_its_number, a_handled_signal_is_reported_as_the_exit_code;
+        "L3" => state_reports_phase_pid_bundle_and_stdio;
         "L4" => many_may_wait_before_and_after_the_exit, a_wait_on_a_created_container_ends_with_its_exit;
         "L5" => create_start_and_connect_agree_on_pids;
         "L6" => pids_name_init_and_execs, pids_name_init_until_delete;
         "L7" => a_created_container_can_be_killed, a_created_container_can_be_deleted;
-        "L8" => a_failed_create_leaves_nothing_and_says_why, a_failed_start_says_why;
+        "L8" => a_failed_create_leaves_nothing_and_reports_the_reason, a_failed_start_reports_the_reason;
         "L9" => an_id_is_free_again_after_delete;
         "L10" => kill_all_ends_every_process;
         "L11" => a_container_in_the_hosts_pid_namespace_leaves_no_survivor, a_container_in_anothers_pid_namespace_leaves_no_survivor;
@@ -39,7 +39,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-async fn the_exit_code_is_the_same_wherever_it_is_told(stand: Stand) -> Result<()> {
+async fn the_exit_code_is_the_same_in_every_answer(stand: Stand) -> Result<()> {
     for status in [0, 3, 255] {
         let id = format!("c{status}");
         let container = stand.bundle(&id, &["sh", "-c", &format!("exit {status}")]).run().await?;
@@ -59,7 +59,7 @@ async fn the_exit_code_is_the_same_wherever_it_is_told(stand: Stand) -> Result<(
     Ok(())
 }
 
-async fn a_signal_is_told_as_128_more(stand: Stand) -> Result<()> {
+async fn a_signal_is_reported_as_128_plus_its_number(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     container.exec("e", &["sleep", "1000"]).await?;
     container.task.kill("c1", "e", 15).await?;
@@ -69,7 +69,7 @@ async fn a_signal_is_told_as_128_more(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-async fn a_trapped_signal_is_told_as_the_exit_code(stand: Stand) -> Result<()> {
+async fn a_handled_signal_is_reported_as_the_exit_code(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let script = "trap 'exit 7' TERM; echo ready; sleep 1000 & wait";
     let container = streams.output(stand.bundle("c1", &["sh", "-c", script])).run().await?;
@@ -79,7 +79,7 @@ async fn a_trapped_signal_is_told_as_the_exit_code(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn state_tells_phase_pid_bundle_and_stdio(stand: Stand) -> Result<()> {
+async fn state_reports_phase_pid_bundle_and_stdio(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let container = streams.all(stand.bundle("c1", &["sleep", "1000"])).create().await?;
     let task = &container.task;
@@ -189,7 +189,7 @@ async fn a_created_container_can_be_deleted(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn a_failed_create_leaves_nothing_and_says_why(stand: Stand) -> Result<()> {
+async fn a_failed_create_leaves_nothing_and_reports_the_reason(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let bundle = stand.bundle("c1", &["sh", "-c", "exit 3"]).runtime(&gate.binary());
     let task = bundle.shim().await?;
@@ -205,7 +205,7 @@ async fn a_failed_create_leaves_nothing_and_says_why(stand: Stand) -> Result<()>
     leave(&task, container.shim_pid()?, "c1").await
 }
 
-async fn a_failed_start_says_why(stand: Stand) -> Result<()> {
+async fn a_failed_start_reports_the_reason(stand: Stand) -> Result<()> {
     // runc looks for the program when it starts it, crun before that
     let bundle = stand.bundle("c1", &["/no/such/program"]);
     let task = bundle.shim().await?;

@@ -23,11 +23,11 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = clauses![lifetime:
         "G1" => a_new_connection_finds_everything_as_it_was;
         "G2" => a_shim_stays_while_a_container_is_left;
-        "G3" => a_shim_leaves_when_it_is_told_to, its_socket_is_gone_with_it;
+        "G3" => a_shim_exits_on_shutdown, its_socket_is_gone_with_it;
         "G4" => delete_and_shutdown_at_once_are_answered;
         "G5" => a_group_that_is_deleted_all_at_once_leaves_nothing;
         "G6" => an_exec_with_stdin_left_open_keeps_no_shim;
-        "G7" => the_last_events_are_told_before_it_leaves;
+        "G7" => the_last_events_are_published_before_the_shim_exits;
         "G8" => a_binary_that_is_gone_is_not_missed;
     ];
     cases.extend(clauses![lifetime: "G9" => nothing_grows].into_iter().map(|case| case.within(Duration::from_secs(120))));
@@ -89,7 +89,7 @@ async fn a_shim_stays_while_a_container_is_left(stand: Stand) -> Result<()> {
     crate::bundle::leave(&second.task, shim, "c2").await
 }
 
-async fn a_shim_leaves_when_it_is_told_to(stand: Stand) -> Result<()> {
+async fn a_shim_exits_on_shutdown(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["true"]).run().await?;
     let shim = container.shim_pid()?;
     container.finish().await?;
@@ -176,7 +176,7 @@ async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> Result<()> 
 }
 
 /// The daemon is away while the last container is deleted, and while the shim is looked at fifty times after that.
-async fn the_last_events_are_told_before_it_leaves(stand: Stand) -> Result<()> {
+async fn the_last_events_are_published_before_the_shim_exits(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let shim = container.shim_pid()?;
     stand.containerd().events().of_until("c1", "start").await?;

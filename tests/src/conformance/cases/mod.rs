@@ -2,7 +2,7 @@
 
 mod bootstrap;
 mod calls;
-mod deaths;
+mod crashes;
 mod events;
 mod execs;
 mod lifecycle;
@@ -33,7 +33,7 @@ pub fn all() -> Vec<Case> {
     [
         bootstrap::cases(),
         security::cases(),
-        deaths::cases(),
+        crashes::cases(),
         calls::cases(),
         lifecycle::cases(),
         execs::cases(),

@@ -25,7 +25,7 @@ const LIMIT: u64 = 64 << 20;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = clauses![resources:
-        "R1" => a_paused_container_stands_still_and_goes_on;
+        "R1" => a_paused_container_is_frozen_and_resumes;
         "R2" => a_container_killed_while_paused_ends;
         "R4" => statistics_are_there_until_delete;
         "R7" => cgroups_are_gone_after_delete;
@@ -33,14 +33,14 @@ pub(super) fn cases() -> Vec<Case> {
     let limited = clauses![resources:
         "R3" => statistics_are_of_the_hosts_kind;
         "R5" => an_update_changes_the_limit;
-        "R6" => the_end_of_memory_is_told_before_the_exit, the_end_of_memory_of_an_exec_is_told;
+        "R6" => an_oom_kill_is_published_before_the_exit, an_oom_kill_of_an_exec_is_published;
     ];
     cases.extend(limited.into_iter().map(|case| case.needs(&[Need::Controller("memory")])));
     cases.extend(clauses![resources: "R8" => a_checkpoint_is_written].into_iter().map(|case| case.needs(&[Need::Criu])));
     cases
 }
 
-async fn a_paused_container_stands_still_and_goes_on(stand: Stand) -> Result<()> {
+async fn a_paused_container_is_frozen_and_resumes(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let script = "while read line; do echo got $line; done; exit 3";
     let container = streams.all(stand.bundle("c1", &["sh", "-c", script])).run().await?;
@@ -121,7 +121,7 @@ async fn an_update_changes_the_limit(stand: Stand) -> Result<()> {
     container.shut_down().await.map(drop)
 }
 
-async fn the_end_of_memory_is_told_before_the_exit(stand: Stand) -> Result<()> {
+async fn an_oom_kill_is_published_before_the_exit(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     for round in 0..repeated(10) {
         let id = format!("c{round}");
@@ -136,7 +136,7 @@ async fn the_end_of_memory_is_told_before_the_exit(stand: Stand) -> Result<()> {
     anchor.shut_down().await.map(drop)
 }
 
-async fn the_end_of_memory_of_an_exec_is_told(stand: Stand) -> Result<()> {
+async fn an_oom_kill_of_an_exec_is_published(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).spec(|spec| spec.memory_limit(16 << 20)).run().await?;
     ensure!(container.run("e", &["tail", "/dev/zero"]).await? == 137);
     stand.containerd().events().until("oom", |all| all.iter().any(|event| event.topic == "oom")).await?;

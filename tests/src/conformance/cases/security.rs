@@ -27,7 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         "X3" => a_file_is_not_given_to_the_container;
         "X4" => no_secret_of_the_daemon_reaches_the_runtime;
         "X5" => a_container_inherits_nothing_of_the_shims_thrift;
-        "X6" => nobody_writes_to_a_program_of_the_host;
+        "X6" => a_container_cannot_write_to_a_host_program;
         "X7" => what_is_masked_is_masked_for_init_and_execs;
     ]
 }
@@ -115,7 +115,7 @@ async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()>
 }
 
 /// A container that has the OCI runtime's own program started once more, inside, takes hold of it, and writes to it when it has ended.
-async fn nobody_writes_to_a_program_of_the_host(stand: Stand) -> Result<()> {
+async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> {
     // of a copy, as somebody's runtime may be an old one
     let runtime = stand.folder().join(stand.runtime().file_name().context("a file")?);
     programs::copy(&stand.runtime(), &runtime)?;

@@ -26,14 +26,14 @@ pub(super) fn cases() -> Vec<Case> {
         "S2" => stdin_arrives_and_ends_with_close_io, a_megabyte_of_stdin_arrives;
         "S3" => every_byte_before_the_end_arrives;
         "S4" => a_slow_reader_is_waited_for_in_bounded_memory;
-        "S5" => a_late_reader_gets_everything, fifos_that_nobody_opens_wedge_nothing;
+        "S5" => a_late_reader_gets_everything, fifos_that_no_client_opens_block_nothing;
         "S6" => a_reader_that_leaves_breaks_no_pipe;
         "S7" => close_io_is_harmless_at_any_time;
         "S8" => a_grandchild_that_holds_the_output_delays_no_wait, a_grandchild_that_holds_the_output_costs_nothing_lasting;
         "S9" => a_file_gets_both_streams;
         "S10" => a_full_disk_does_not_stop_a_container_for_good;
         "S11" => a_logger_gets_everything_and_knows_the_container, a_logger_that_is_slow_gets_everything;
-        "S12" => a_logger_that_dies_early_wedges_nothing, a_logger_that_dies_later_stops_no_container, a_logger_that_is_never_ready_can_be_ended;
+        "S12" => a_logger_that_crashes_early_blocks_nothing, a_logger_that_crashes_later_stops_no_container, a_logger_that_is_never_ready_can_be_ended;
         "S13" => an_unknown_scheme_is_refused;
     ]
 }
@@ -158,7 +158,7 @@ async fn a_late_reader_gets_everything(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn fifos_that_nobody_opens_wedge_nothing(stand: Stand) -> Result<()> {
+async fn fifos_that_no_client_opens_block_nothing(stand: Stand) -> Result<()> {
     let [stdin, stdout, stderr] = unread(&stand, "io")?;
     let bundle = stand.bundle("c1", &["sleep", "1000"]).stdio(&text(&stdin), &text(&stdout), &text(&stderr));
     let container = within("run without a peer", SOON, bundle.run()).await??;
@@ -306,7 +306,7 @@ async fn a_logger_that_is_slow_gets_everything(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn a_logger_that_dies_early_wedges_nothing(stand: Stand) -> Result<()> {
+async fn a_logger_that_crashes_early_blocks_nothing(stand: Stand) -> Result<()> {
     let uri = format!("binary://{}?dies=ready", stand.program("log-sink").display());
     let bundle = stand.bundle("c1", &["sh", "-c", "exit 3"]).stdio("", &uri, &uri);
     let task = bundle.shim().await?;
@@ -323,7 +323,7 @@ async fn a_logger_that_dies_early_wedges_nothing(stand: Stand) -> Result<()> {
     leave(&task, shim, "c1").await
 }
 
-async fn a_logger_that_dies_later_stops_no_container(stand: Stand) -> Result<()> {
+async fn a_logger_that_crashes_later_stops_no_container(stand: Stand) -> Result<()> {
     let uri = format!("binary://{}?dies=later&folder={}", stand.program("log-sink").display(), stand.folder().display());
     // more than the pipe holds: without its logger, the container must not wait for anybody
     let container = stand.bundle("c1", &["sh", "-c", "head -c 1048577 /dev/zero; exit 3"]).stdio("", &uri, &uri).run().await?;

@@ -18,11 +18,11 @@ use crate::witness::Witness;
 pub(super) fn cases() -> Vec<Case> {
     clauses![wire:
         "W1" => frames_cut_anywhere_are_put_together;
-        "W2" => a_frame_that_is_cut_off_harms_nobody;
+        "W2" => a_truncated_frame_affects_no_other_connection;
         "W3" => a_slow_client_is_served_beside_the_others;
         "W4" => answers_come_as_they_are_ready;
-        "W5" => a_length_beyond_the_limit_is_refused_and_the_connection_goes_on;
-        "W6" => garbage_is_answered_and_the_connection_goes_on;
+        "W5" => an_oversized_frame_is_refused_and_the_connection_stays_usable;
+        "W6" => garbage_is_answered_and_the_connection_stays_usable;
         "W7" => stream_ids_and_frame_types_that_make_no_sense_are_answered;
         "W8" => three_hundred_connections_are_served_or_closed_at_once;
     ]
@@ -61,7 +61,7 @@ async fn frames_cut_anywhere_are_put_together(stand: Stand) -> Result<()> {
     witness.dismiss().await
 }
 
-async fn a_frame_that_is_cut_off_harms_nobody(stand: Stand) -> Result<()> {
+async fn a_truncated_frame_affects_no_other_connection(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let whole = Frame::request(1, spoken(&witness), "State", &state_of("witness")).encode();
     for length in 0..whole.len() {
@@ -115,11 +115,11 @@ async fn answers_come_as_they_are_ready(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-async fn a_length_beyond_the_limit_is_refused_and_the_connection_goes_on(stand: Stand) -> Result<()> {
+async fn an_oversized_frame_is_refused_and_the_connection_stays_usable(stand: Stand) -> Result<()> {
     frames::of_lengths(&stand).await.map(drop)
 }
 
-async fn garbage_is_answered_and_the_connection_goes_on(stand: Stand) -> Result<()> {
+async fn garbage_is_answered_and_the_connection_stays_usable(stand: Stand) -> Result<()> {
     frames::of_garbage(&stand).await.map(drop)
 }
 

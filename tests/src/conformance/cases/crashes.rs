@@ -18,14 +18,14 @@ use crate::task::Task;
 use crate::ttrpc::CallError;
 
 pub(super) fn cases() -> Vec<Case> {
-    clauses![deaths:
-        "D1" => delete_kills_what_a_dead_shim_has_left;
+    clauses![crashes:
+        "D1" => delete_kills_what_a_dead_shim_left_behind;
         "D2" => delete_unmounts_the_root_file_system;
         "D3" => delete_of_what_never_was_succeeds;
         "D4" => the_same_id_works_again_after_the_shim_was_killed;
         "D5" => an_exit_code_outlives_the_shim;
-        "D6" => delete_says_the_same_each_time;
-        "D7" => delete_after_a_deletion_harms_nobody;
+        "D6" => delete_returns_the_same_answer_each_time;
+        "D7" => delete_after_a_deletion_affects_no_other_container;
         "D8" => delete_beside_a_stopped_shim_kills_the_container_in_time;
         "D9" => a_dead_shim_accepts_nothing;
         "D10" => a_killed_shim_ends_a_whole_pod;
@@ -41,7 +41,7 @@ async fn kill_shim(shim: i32) -> Result<()> {
     eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await
 }
 
-async fn delete_kills_what_a_dead_shim_has_left(stand: Stand) -> Result<()> {
+async fn delete_kills_what_a_dead_shim_left_behind(stand: Stand) -> Result<()> {
     let paths = ["running", "created", "paused", "exec"];
     for id in paths {
         let container = stand.bundle(id, &["sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000"]).create().await?;
@@ -131,7 +131,7 @@ async fn an_exit_code_outlives_the_shim(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-async fn delete_says_the_same_each_time(stand: Stand) -> Result<()> {
+async fn delete_returns_the_same_answer_each_time(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     kill_shim(container.shim_pid()?).await?;
     let first = container.bundle.delete_command().await?;
@@ -143,7 +143,7 @@ async fn delete_says_the_same_each_time(stand: Stand) -> Result<()> {
 }
 
 /// containerd runs it after each normal deletion, with the shim alive or just gone.
-async fn delete_after_a_deletion_harms_nobody(stand: Stand) -> Result<()> {
+async fn delete_after_a_deletion_affects_no_other_container(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).group("pod");
     container.start_shim().await?;

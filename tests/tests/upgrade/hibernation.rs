@@ -43,7 +43,7 @@ pub(crate) async fn a_request_a_fact_or_an_event_brings_a_worker_back(cx: Contex
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemon(cx: Context) -> Result<()> {
+pub(crate) async fn a_shim_with_a_hibernating_worker_is_upgraded_and_survives_its_daemon(cx: Context) -> Result<()> {
     let shim = shim_tests::suite::Shim { binary: Some(crate::build(&cx, "first", "build=old")?), ..cx.shim().clone() };
     let cx = cx.with_own_shim(&shim, &[SPELL]).await?;
     let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
@@ -74,7 +74,7 @@ pub(crate) async fn a_shim_whose_worker_rests_is_upgraded_and_survives_its_daemo
 }
 
 /// The bytes of a file go through the worker.
-pub(crate) async fn a_worker_that_moves_outputs_does_not_rest(cx: Context) -> Result<()> {
+pub(crate) async fn a_worker_that_copies_outputs_does_not_hibernate(cx: Context) -> Result<()> {
     let cx = cx.with_own_shim(cx.shim(), &[SPELL]).await?;
     let path = cx.folder().join("log");
     let stdio = Stdio::uri(format!("file://{}", path.display()));

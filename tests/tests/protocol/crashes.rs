@@ -28,7 +28,7 @@ async fn kill_shim(shim: i32) -> Result<()> {
 }
 
 /// Nobody but the kernel has seen the end: the shim was dead, and then the container ended by itself.
-pub(crate) async fn an_end_that_nobody_has_seen_is_told_as_killed(stand: Stand) -> Result<()> {
+pub(crate) async fn an_unobserved_exit_is_reported_as_killed(stand: Stand) -> Result<()> {
     let gate = stand.folder().join("gate");
     shim_tests::stdio::fifo(&gate)?;
     let container = stand.bundle("c1", &["sh", "-c", "read go; exit 3"]).stdio(&gate.display().to_string(), "", "").run().await?;
@@ -42,7 +42,7 @@ pub(crate) async fn an_end_that_nobody_has_seen_is_told_as_killed(stand: Stand) 
 }
 
 /// `delete` after a normal deletion, the shim alive or gone: containerd runs it every time.
-pub(crate) async fn delete_after_a_deletion_says_what_delete_said(stand: Stand) -> Result<()> {
+pub(crate) async fn delete_after_a_deletion_repeats_its_answer(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).group("pod").run_in(&anchor.task).await?;
     ensure!(container.finish().await? == 3);
@@ -191,7 +191,7 @@ pub(crate) async fn what_containerd_asks_at_its_start_is_answered_without_a_work
 }
 
 /// A worker that is killed whenever there is one: what the keeper can say it says, and nothing is lost when it ends.
-pub(crate) async fn a_worker_that_dies_all_the_time_keeps_nobody_from_an_answer(stand: Stand) -> Result<()> {
+pub(crate) async fn a_crash_looping_worker_does_not_prevent_ready_answers(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let keeper = container.shim_pid()?;
     let killer = tokio::spawn(async move {

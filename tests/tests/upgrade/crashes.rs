@@ -224,7 +224,7 @@ pub(crate) async fn a_wait_for_what_was_removed_by_hand_is_answered(cx: Context)
     stand.leaves_nothing().await
 }
 
-pub(crate) async fn delete_tells_what_the_worker_knows_where_there_is_no_journal(cx: Context) -> Result<()> {
+pub(crate) async fn delete_reports_the_workers_record_without_a_journal(cx: Context) -> Result<()> {
     let stand = Stand::new(cx.shim(), cx.program("gated-runtime").parent().context("a file is in a folder")?)?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
     ensure!(container.task.wait("c1", "").await? == 3);
