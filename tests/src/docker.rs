@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, umount2};
+use serde_json::json;
 
 use crate::context::Context;
 use crate::eventually::eventually;
 use crate::runner::needs_controller;
-use crate::suite::Suite;
+use crate::suite::{Runtime, Suite};
 use crate::{isolation, rootfs};
 
 /// The image that every container is made from.
@@ -35,7 +36,10 @@ impl Docker {
         let folder = cx.daemon().folder().join("docker");
         fs::create_dir_all(&folder)?;
         // dockerd wants the file that it is told of, or else reads the host's
-        fs::write(folder.join("daemon.json"), "{}")?;
+        let with =
+            |runtime: Runtime| json!({ "runtimeType": cx.shim().runtime_type, "options": { "BinaryName": cx.suite().runtime(runtime) } });
+        let runtimes = json!({ "with-crun": with(Runtime::Crun), "with-runc": with(Runtime::Runc) });
+        fs::write(folder.join("daemon.json"), json!({ "runtimes": runtimes }).to_string())?;
         let docker = Self { cx, folder, process: Mutex::new(None) };
         docker.revive().await?;
         let archive = docker.folder.join("busybox.tar");
@@ -120,7 +124,12 @@ impl Docker {
 
     /// Creates and starts a container without network, with the shim on trial.
     pub fn container(&self, options: &[&str], command: &[&str]) -> Result<Output> {
-        let mut arguments = vec!["run", "--network", "none", "--runtime", self.cx.shim().runtime_type.as_str()];
+        self.container_of(&self.cx.shim().runtime_type, options, command)
+    }
+
+    /// The same with one of dockerd's runtimes: `with-crun` and `with-runc` are the shim on trial with that OCI runtime.
+    pub fn container_of(&self, runtime: &str, options: &[&str], command: &[&str]) -> Result<Output> {
+        let mut arguments = vec!["run", "--network", "none", "--runtime", runtime];
         arguments.extend(options);
         arguments.push(IMAGE);
         arguments.extend(command);

@@ -18,6 +18,21 @@ struct Line {
     level: String,
     #[serde(default)]
     msg: String,
+    /// What runc adds to some messages: the reason.
+    #[serde(default)]
+    error: serde_json::Value,
+}
+
+impl Line {
+    /// The message, and the reason after it.
+    fn text(&self) -> String {
+        let reason = self.error.as_str().map_or_else(|| self.error.to_string(), str::to_owned);
+        match (self.msg.trim(), reason.trim()) {
+            (message, "" | "null") => message.to_owned(),
+            ("", reason) => reason.to_owned(),
+            (message, reason) => format!("{message}: {reason}"),
+        }
+    }
 }
 
 /// Turns the failed end of a verb into the error that names its cause.
@@ -35,8 +50,26 @@ pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
     } else if is_about_a_missing_verb(&message) {
         EngineError::Unsupported { verb, message }
     } else {
-        EngineError::Failed { verb, message }
+        EngineError::Failed { verb, message: in_clients_words(message) }
     }
+}
+
+/// Words of crun, and what runc says for the same. Clients match runc's: dockerd ends `run` and `exec` with 127 for a program that is
+/// missing and with 126 for one that cannot be executed. crun 1.8 to 1.28 reports a directory, or a file that is not executable, as
+/// "Operation not permitted".
+const CLIENTS_WORDS: [(&str, &str); 8] = [
+    ("open executable: Operation not permitted", "open executable: permission denied"),
+    (" exists but it is not executable: Operation not permitted", " exists but it is not executable: permission denied"),
+    (" is not a regular file: Operation not permitted", " is not a regular file: permission denied"),
+    (": No such file or directory", ": no such file or directory"),
+    (": Permission denied", ": permission denied"),
+    (": Is a directory", ": is a directory"),
+    (": Not a directory", ": not a directory"),
+    (": Exec format error", ": exec format error"),
+];
+
+fn in_clients_words(message: String) -> String {
+    CLIENTS_WORDS.iter().fold(message, |message, (crun, runc)| if message.contains(crun) { message.replace(crun, runc) } else { message })
 }
 
 /// The runtime's own words. The last error is the one that it ended with; earlier ones are often the cause (`nsexec`, `setns`).
@@ -50,7 +83,7 @@ fn message(bytes: &[u8]) -> Option<String> {
         if let Some(Ok(line)) = values.next() {
             // A warning, or what `--debug` adds, explains nothing by itself.
             if matches!(line.level.as_str(), "error" | "fatal" | "panic") {
-                errors.push(line.msg.trim().to_owned());
+                errors.push(line.text());
             }
             rest = rest[values.byte_offset()..].trim_start();
         } else {
@@ -138,6 +171,39 @@ mod tests {
             "OCI runtime exec failed: exec failed: unable to start container process: exec: \"nosuch\": executable file not found in $PATH"
         );
         assert!(matches!(error, EngineError::Failed { .. }));
+    }
+
+    #[test]
+    fn the_reason_beside_a_message_is_part_of_it() {
+        for (fields, expected) in [
+            (r#""msg": "cannot do it", "error": "disk full""#, "cannot do it: disk full"),
+            (r#""msg": "cannot do it", "error": {"code": 5}"#, r#"cannot do it: {"code":5}"#),
+            (r#""msg": "", "error": "disk full""#, "disk full"),
+            (r#""msg": "cannot do it", "error": null"#, "cannot do it"),
+            (r#""msg": "cannot do it", "error": """#, "cannot do it"),
+        ] {
+            let log = format!("{{{fields}, \"level\": \"error\"}}\n");
+            assert_eq!(complaint(1, &log, "").to_string(), format!("OCI runtime exec failed: {expected}"), "{fields}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_executed_is_told_in_the_words_that_clients_match() {
+        for (said, words) in [
+            ("executable file `nosuch` not found in $PATH: No such file or directory", "no such file or directory"),
+            ("executable file `/no/such` not found: No such file or directory", "no such file or directory"),
+            ("open executable: Permission denied", "permission denied"),
+            ("open executable: Operation not permitted", "permission denied"),
+            ("the path `/bin/plain` exists but it is not executable: Operation not permitted", "permission denied"),
+            ("the path `/dir` is not a regular file: Operation not permitted", "permission denied"),
+            ("exec `/bin/x`: Exec format error", "exec format error"),
+            ("mount `x` to `y`: Operation not permitted", "Operation not permitted"),
+        ] {
+            let before = said.rsplit_once(": ").expect("a reason").0;
+            for (log, output) in [(format!("{{\"level\":\"error\",\"msg\":{said:?}}}"), ""), (String::new(), said)] {
+                assert_eq!(complaint(1, &log, output).to_string(), format!("OCI runtime exec failed: {before}: {words}"));
+            }
+        }
     }
 
     #[test]
