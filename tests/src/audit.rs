@@ -32,7 +32,7 @@ impl Audit {
         Self(found)
     }
 
-    /// What is there now and was not there `before`.
+    /// What exists now and did not exist `before`.
     pub fn grown_since(&self, before: &Self) -> Vec<String> {
         self.0.difference(&before.0).cloned().collect()
     }

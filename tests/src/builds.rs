@@ -1,4 +1,4 @@
-//! Other builds of our shim: copies of one built for tests, which are told what to be by a line at their end.
+//! Other builds of our shim: copies of one built for tests, with a line at their end that says what they claim to be.
 //! See `shim/src/disguise.rs`.
 
 use std::path::{Path, PathBuf};
@@ -53,7 +53,7 @@ pub async fn upgrade(cx: &Context, program: &Path, words: &[&str]) -> Result<Upg
     Ok(Upgraded { status, said })
 }
 
-/// What `ps` says of the shims of the test's namespace.
+/// What `ps` reports about the shims of the test's namespace.
 pub async fn ps(cx: &Context, program: &Path) -> Result<Vec<Value>> {
     let mut command = tokio::process::Command::new(program);
     let output = command.args(["ps", "--json", "--namespace", cx.client().namespace()]).stdin(Stdio::null()).output().await?;
@@ -62,10 +62,10 @@ pub async fn ps(cx: &Context, program: &Path) -> Result<Vec<Value>> {
     Ok(said["shims"].as_array().context("no shims")?.clone())
 }
 
-/// Waits until the worker of the shim of that id rests.
+/// Waits until the worker of that container's shim hibernates.
 pub async fn rests(cx: &Context, id: &str) -> Result<()> {
     let program = cx.shim().binary.as_ref().context("ours is a file")?;
-    eventually("the worker rests", Duration::from_secs(30), async || {
+    eventually("the worker hibernates", Duration::from_secs(30), async || {
         let shims = ps(cx, program).await?;
         let shim = shims.iter().find(|shim| shim["group"] == *id).context("ps does not show it")?;
         ensure!(shim["worker_asleep"] == true && shim["worker"].is_null(), "{shim:#}");

@@ -189,7 +189,7 @@ impl Bundle {
         let output = run(self.command("start", flags), input).await?;
         ensure!(output.status.success(), "start: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
         // containerd reads both streams as one
-        ensure!(output.stderr.is_empty(), "start says {:?}", String::from_utf8_lossy(&output.stderr));
+        ensure!(output.stderr.is_empty(), "start prints {:?}", String::from_utf8_lossy(&output.stderr));
         read_address(&output.stdout)
     }
 
@@ -227,7 +227,7 @@ impl Bundle {
         Ok(container)
     }
 
-    /// Runs `delete`, and returns what it says.
+    /// Runs `delete`, and returns its answer.
     pub async fn delete_command(&self) -> Result<api::DeleteResponse> {
         let output = run(self.command("delete", &[]), &[]).await?;
         ensure!(output.status.success(), "delete: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
@@ -248,7 +248,7 @@ impl Bundle {
     }
 }
 
-/// Where `start` says that the shim listens: an address, or JSON with a version of the protocol, by which clients speak from then on.
+/// The answer of `start`: an address, or JSON with a version of the protocol, that clients use from then on.
 pub fn read_address(answer: &[u8]) -> Result<PathBuf> {
     let text = std::str::from_utf8(answer)?.trim();
     let (address, version) = match serde_json::from_str::<serde_json::Value>(text) {
@@ -278,7 +278,7 @@ pub async fn run(mut command: tokio::process::Command, input: &[u8]) -> Result<O
     Ok(output)
 }
 
-/// No command of a shim has more to say.
+/// No command of a shim prints more.
 const MOST_BYTES: u64 = 1 << 20;
 
 /// What a process prints until it ends.
@@ -314,7 +314,7 @@ impl Container {
     /// Starts init.
     pub async fn start(&self) -> Result<()> {
         let pid = self.task.start(&self.id, "").await.with_context(|| format!("start {}", self.id))?;
-        ensure!(pid == self.pid, "create says pid {}, start says {pid}", self.pid);
+        ensure!(pid == self.pid, "create reports pid {}, start reports {pid}", self.pid);
         Ok(())
     }
 
@@ -334,7 +334,7 @@ impl Container {
         self.exec(exec, args).await?;
         let status = self.task.wait(&self.id, exec).await?;
         let deleted = self.task.delete(&self.id, exec).await?;
-        ensure!(deleted.exit_status == status, "wait says {status}, delete says {}", deleted.exit_status);
+        ensure!(deleted.exit_status == status, "wait reports {status}, delete reports {}", deleted.exit_status);
         Ok(status)
     }
 
@@ -351,7 +351,7 @@ impl Container {
     pub async fn finish(&self) -> Result<u32> {
         let status = self.task.wait(&self.id, "").await?;
         let deleted = self.task.delete(&self.id, "").await?;
-        ensure!(deleted.exit_status == status, "wait says {status}, delete says {}", deleted.exit_status);
+        ensure!(deleted.exit_status == status, "wait reports {status}, delete reports {}", deleted.exit_status);
         Ok(status)
     }
 
@@ -378,7 +378,7 @@ impl Container {
     }
 }
 
-/// Says Shutdown, and waits until the shim has left: at once, since nothing is left to do.
+/// Calls Shutdown, and waits until the shim has exited: at once, since nothing is left to do.
 pub async fn leave(task: &Task, shim: i32, id: &str) -> Result<()> {
     match task.shutdown(id).await {
         Ok(()) | Err(crate::ttrpc::CallError::Closed) => {}

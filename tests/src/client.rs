@@ -208,7 +208,7 @@ impl Client {
         self.call("pids", self.api.tasks().list_pids(request)).await.map(|answer| answer.processes)
     }
 
-    /// Writes a checkpoint: into the content store, which names it, or where the options say.
+    /// Writes a checkpoint: into the content store, which names it, or to the path in the options.
     pub async fn checkpoint(&self, id: &str, options: Any) -> Answer<Vec<Descriptor>> {
         let request = CheckpointTaskRequest { container_id: id.to_owned(), options: Some(options), ..CheckpointTaskRequest::default() };
         self.call("checkpoint", self.api.tasks().checkpoint(self.request(request))).await.map(|answer| answer.descriptors)

@@ -196,7 +196,7 @@ impl Process {
     pub async fn finish(&self) -> Result<u32> {
         let waited = self.wait().await?;
         let deleted = self.delete().await?.exit_status;
-        ensure!(waited == deleted, "wait says {waited}, delete says {deleted}");
+        ensure!(waited == deleted, "wait reports {waited}, delete reports {deleted}");
         Ok(waited)
     }
 }

@@ -60,13 +60,13 @@ impl Context {
         Ok(Self(Arc::new(Inner { suite, runtime, shim, daemon, client, folder, programs: programs.to_owned(), logs })))
     }
 
-    /// The same on a daemon that nobody else uses, and that may therefore be killed.
+    /// The same on a daemon of its own, which may therefore be killed.
     pub async fn with_own_daemon(&self) -> Result<Self> {
         let daemon = Arc::new(Daemon::start(self.0.suite, &self.0.shim).await?);
         Self::beside(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
     }
 
-    /// The same, with a daemon whose log tells of each event.
+    /// The same, with a daemon whose log records each event.
     pub async fn with_own_talkative_daemon(&self) -> Result<Self> {
         let daemon = Arc::new(Daemon::start_talkative(self.0.suite, &self.0.shim).await?);
         Self::beside(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
@@ -98,7 +98,7 @@ impl Context {
         self.0.suite.runtime(self.0.runtime)
     }
 
-    /// The shim on trial.
+    /// The shim under test.
     pub fn shim(&self) -> &Shim {
         &self.0.shim
     }
@@ -210,7 +210,7 @@ impl Context {
         Ok(DeleteResponse::parse_from_bytes(&output.stdout)?)
     }
 
-    /// Checks that something was refused with `code`; the stock shim says Unknown where its state machine refuses.
+    /// Checks that something was refused with `code`; the stock shim answers Unknown where its state machine refuses.
     pub fn refuses<T>(&self, result: std::result::Result<T, impl Into<anyhow::Error>>, code: Code) -> Result<()> {
         let found = code_of(result)?;
         let excused = !self.shim().is_ours() && found == Code::Unknown;

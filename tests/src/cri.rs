@@ -1,7 +1,7 @@
-//! What the kubelet says to containerd: the part of the Container Runtime Interface that pods need.
+//! What the kubelet asks of containerd: the part of the Container Runtime Interface that pods need.
 //!
 //! ```text
-//! Cri::start ─▶ containerd with its CRI plugin, the shim on trial as a runtime handler, an image
+//! Cri::start ─▶ containerd with its CRI plugin, the shim under test as a runtime handler, an image
 //!   └─ run_pod ─▶ Pod ─ create ─▶ id ─ start, exec, stats, status, stop, remove
 //! ```
 
@@ -29,7 +29,7 @@ use crate::{cgroups, rootfs};
 const IMAGE: &str = "localhost/busybox:1";
 /// The name of the runtime handler, as in docs/kubernetes.md.
 const HANDLER: &str = "x";
-/// What users are told to configure.
+/// What the documentation has users configure.
 const GUIDE: &str = include_str!("../../docs/kubernetes.md");
 
 /// A containerd with its CRI plugin.
@@ -102,7 +102,7 @@ impl Cri {
     /// Runs a pod on the host's network.
     pub async fn run_pod(&self, name: &str) -> Result<Pod> {
         let (config, request) = self.pod(name)?;
-        // the plugin hears of an image some time after it was imported
+        // the plugin notices an image some time after it was imported
         let answer = eventually("the pod runs", SOON, async || self.call::<PodId>(method::RUN_POD, request.clone()).await).await;
         let answer = answer.with_context(|| self.complaints())?;
         Ok(Pod { id: answer.id, config })

@@ -50,7 +50,7 @@ impl Daemon {
         Self::start_configured(suite, shim, &[], |folder| format!("{}{}", base_configuration(suite, folder, ""), more(folder))).await
     }
 
-    /// The same, with a log that tells of each event: see [`Self::told_exits`].
+    /// The same, with a log that records each event: see [`Self::told_exits`].
     pub async fn start_talkative(suite: Suite, shim: &Shim) -> Result<Self> {
         Self::start_configured(suite, shim, &[], |folder| {
             configuration(suite, folder).replace(&format!("level = {:?}", level()), "level = \"trace\"")
@@ -194,14 +194,14 @@ impl Daemon {
                 let begin = Instant::now();
                 while proc::is_alive(pid) {
                     ensure!(begin.elapsed() < SOON, "process {pid} does not end");
-                    std::thread::sleep(Duration::from_millis(5)); // a look at a process that is nobody's child here
+                    std::thread::sleep(Duration::from_millis(5)); // polls a process that is not a child of this one
                 }
             }
         }
         Ok(())
     }
 
-    /// Says that process `pid` has taken over, and waits for the end of the one before.
+    /// Records that process `pid` has taken over, and waits until the previous one exits.
     pub async fn is_succeeded_by(&self, pid: i32) -> Result<()> {
         let before = self.process.lock().expect("no panic under this lock").replace(Running::Successor(pid));
         match before {

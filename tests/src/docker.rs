@@ -35,7 +35,7 @@ impl Docker {
         let cx = cx.with_own_daemon().await?;
         let folder = cx.daemon().folder().join("docker");
         fs::create_dir_all(&folder)?;
-        // dockerd wants the file that it is told of, or else reads the host's
+        // dockerd reads the host's file unless it is given one that exists
         let with =
             |runtime: Runtime| json!({ "runtimeType": cx.shim().runtime_type, "options": { "BinaryName": cx.suite().runtime(runtime) } });
         let runtimes = json!({ "with-crun": with(Runtime::Crun), "with-runc": with(Runtime::Runc) });
@@ -122,12 +122,12 @@ impl Docker {
         Ok(String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned())
     }
 
-    /// Creates and starts a container without network, with the shim on trial.
+    /// Creates and starts a container without network, with the shim under test.
     pub fn container(&self, options: &[&str], command: &[&str]) -> Result<Output> {
         self.container_of(&self.cx.shim().runtime_type, options, command)
     }
 
-    /// The same with one of dockerd's runtimes: `with-crun` and `with-runc` are the shim on trial with that OCI runtime.
+    /// The same with one of dockerd's runtimes: `with-crun` and `with-runc` are the shim under test with that OCI runtime.
     pub fn container_of(&self, runtime: &str, options: &[&str], command: &[&str]) -> Result<Output> {
         let mut arguments = vec!["run", "--network", "none", "--runtime", runtime];
         arguments.extend(options);

@@ -1,4 +1,4 @@
-//! The events that a daemon tells about one namespace, in the order of their arrival.
+//! The events that a daemon publishes for one namespace, in the order of their arrival.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -57,7 +57,7 @@ impl Events {
     pub async fn resubscribe(&self, client: &Client) -> Result<()> {
         let before = self.probes();
         tokio::spawn(self.clone().collect(client.clone()));
-        // a daemon says nothing when a subscription is in place, so it is asked to tell something until it is heard
+        // a daemon does not confirm a subscription, so it is made to publish something until that arrives
         eventually("the subscription works", SOON, async || {
             client.publish(PROBE, Any::default()).await?;
             ensure!(self.probes() > before, "no probe heard");
@@ -66,7 +66,7 @@ impl Events {
         .await
     }
 
-    /// Waits until everything that the daemon was told so far has been heard.
+    /// Waits until every event that the daemon has received so far has arrived here.
     pub async fn catch_up(&self, client: &Client) -> Result<()> {
         let before = self.probes();
         client.publish(PROBE, Any::default()).await?;
@@ -101,7 +101,7 @@ impl Events {
         self.list.lock().expect("no panic under this lock").clone()
     }
 
-    /// What was told about one container, as `topic` or `topic(exec)`.
+    /// The events of one container, as `topic` or `topic(exec)`.
     pub fn of(&self, container: &str) -> Vec<String> {
         self.all()
             .into_iter()
@@ -110,7 +110,7 @@ impl Events {
             .collect()
     }
 
-    /// The exits told of init (`exec` empty) or of an exec.
+    /// The published exits of init (`exec` empty) or of an exec.
     pub fn exits(&self, container: &str, exec: &str) -> Vec<Event> {
         let mut exits = self.all();
         exits.retain(|event| event.topic == "exit" && event.container == container && event.exec == exec);
@@ -140,7 +140,7 @@ impl Events {
     }
 }
 
-/// Checks that `count` processes of a container were told to end, init the last of them. `told`: as [`Events::of`] names events.
+/// Checks that the exits of `count` processes of a container were published, init's last. `told`: as [`Events::of`] names events.
 pub fn init_is_the_last_of(count: usize, told: &[String]) -> Result<()> {
     let exits: Vec<_> = told.iter().filter(|event| event.starts_with("exit")).collect();
     ensure!(exits.len() == count && exits.last().is_some_and(|last| *last == "exit"), "{told:?}");

@@ -15,7 +15,7 @@ pub const SOON: Duration = Duration::from_secs(10);
 /// The environment variable with the factor by which all deadlines are longer: for machines that are emulated.
 pub const PATIENCE: &str = "X_PATIENCE";
 
-/// What [`PATIENCE`] says, 1 if it says nothing.
+/// The value of [`PATIENCE`], 1 if it is not set.
 pub fn patience() -> u32 {
     static FACTOR: LazyLock<u32> = LazyLock::new(|| env::var(PATIENCE).ok().and_then(|text| text.parse().ok()).unwrap_or(1).max(1));
     *FACTOR

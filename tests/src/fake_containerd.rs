@@ -54,7 +54,7 @@ struct Shared {
     /// Requests that have come, whatever became of them.
     tries: Mutex<Vec<String>>,
     namespaces: Mutex<BTreeSet<String>>,
-    /// Those that were taken and whose sender was told so.
+    /// Those that were accepted and acknowledged.
     acknowledged: Mutex<Vec<Event>>,
 }
 
@@ -109,7 +109,7 @@ impl FakeContainerd {
         self.shared.namespaces.lock().expect("no panic under this lock").clone()
     }
 
-    /// The events of a container whose sender was told more than once that they were taken: nobody has asked for them again.
+    /// The events of a container that were acknowledged more than once, although they were not sent again.
     pub fn told_again(&self, container: &str) -> Vec<Event> {
         let acknowledged = self.shared.acknowledged.lock().expect("no panic under this lock");
         let of_it: Vec<_> = acknowledged.iter().filter(|event| event.container == container).collect();

@@ -1,4 +1,4 @@
-//! An OCI runtime that does what a test tells it to: the controlling side of the `gated-runtime` program.
+//! An OCI runtime under a test's control: the controlling side of the `gated-runtime` program.
 //!
 //! The program is copied into a folder of the test and reads its orders from the files beside it, by verb
 //! (create, start, exec, kill, delete …):

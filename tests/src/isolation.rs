@@ -1,4 +1,4 @@
-//! The namespaces in which a whole run lives, and the role of init in them.
+//! The namespaces of a whole run, and the role of init in them.
 //!
 //! ```text
 //!  cargo ─▶ outer ──unshare(pid, mount)──▶ inner = pid 1 of the run
@@ -87,12 +87,12 @@ fn become_init() -> Result<()> {
 static OWN: LazyLock<Mutex<BTreeSet<i32>>> = LazyLock::new(Mutex::default);
 static ORPHANS: LazyLock<Mutex<Vec<String>>> = LazyLock::new(Mutex::default);
 
-/// Says that `pid` is waited for by whoever started it.
+/// Records that its own parent waits for `pid`.
 pub fn keep(pid: u32) {
     OWN.lock().expect("no panic under this lock").insert(pid.cast_signed());
 }
 
-/// Says that `pid` has been waited for.
+/// Records that `pid` has been waited for.
 pub fn forget(pid: u32) {
     OWN.lock().expect("no panic under this lock").remove(&pid.cast_signed());
 }
@@ -110,7 +110,7 @@ pub fn unreaped() -> Vec<String> {
     zombies.map(|zombie| zombie.comm).collect()
 }
 
-/// What init does: waits for whoever lost its parent. Children of the test itself are left for a second to whoever waits for them.
+/// What init does: waits for orphans. Children of the test itself are left for a second to the code that waits for them.
 fn reap_orphans() {
     let mut seen: BTreeMap<i32, u32> = BTreeMap::new();
     loop {
@@ -127,6 +127,6 @@ fn reap_orphans() {
                 orphans.push(zombie.comm);
             }
         }
-        thread::sleep(Duration::from_millis(100)); // the clock of init, nobody waits for it
+        thread::sleep(Duration::from_millis(100)); // the polling interval of init; no test depends on it
     }
 }

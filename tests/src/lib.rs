@@ -4,7 +4,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`runner`] | the matrix of containerd version × runtime, skips, deadlines |
-//! | [`isolation`] | the pid and mount namespaces in which a whole run lives, and the role of init there |
+//! | [`isolation`] | the pid and mount namespaces of a whole run, and the role of init there |
 //! | [`cgroups`] | which cgroups a run sees, and its own folders in them |
 //! | [`suite`] | where the daemons and runtimes of each Debian suite are |
 //! | [`daemon`] | one containerd in a folder of its own, killed and restarted at will |
@@ -22,7 +22,7 @@
 //! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
 //! | [`ordeals`] | what several suites put a shim through |
-//! | [`refusals`] | what is refused, and what a shim says to it |
+//! | [`refusals`] | requests that a shim refuses, and its answers |
 //! | [`witness`] | a container that has to go on whatever is done to its shim |
 //! | [`ttrpc`] | frames, broken ones too, and calls |
 //! | [`task`] | containerd's task service |

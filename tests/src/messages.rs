@@ -62,7 +62,7 @@ impl Name for CheckpointOptions {
     const NAME: &'static str = "CheckpointOptions";
 }
 
-/// What `Pids` says of an exec'd process.
+/// What `Pids` reports about an exec.
 #[derive(Clone, PartialEq, Message)]
 pub struct ProcessDetails {
     /// The id of the exec.

@@ -13,9 +13,9 @@ use crate::daemon::Daemon;
 use crate::eventually::{SOON, eventually};
 use crate::{isolation, proc, suite};
 
-/// The x-manager on trial.
+/// The x-manager under test.
 pub fn binary() -> Result<&'static Path> {
-    suite::manager().context("no x-manager is on trial")
+    suite::manager().context("no x-manager is under test")
 }
 
 /// What a command printed, if it succeeded.
@@ -39,7 +39,7 @@ pub fn ctr(cx: &Context) -> Command {
     command
 }
 
-/// `ctr run` of a busybox container, up to the words that it runs.
+/// `ctr run` of a busybox container, up to the command that it runs.
 pub fn ctr_run(cx: &Context, id: &str, flags: &[&str]) -> Result<Command> {
     let mut command = ctr(cx);
     command
@@ -107,7 +107,7 @@ impl Own {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
 
-    /// One of its commands; without words it serves.
+    /// One of its commands; without arguments it serves.
     pub fn command(&self, words: &[&str]) -> Result<Command> {
         let mut command = Command::new(binary()?);
         command.arg("--config").arg(self.folder.join("config.toml")).args(words);
@@ -140,7 +140,7 @@ impl Own {
         self.process.as_ref().map(Child::id)
     }
 
-    /// Waits for the end of its first process and says whether that was a success.
+    /// Waits until its first process exits and returns whether that was a success.
     pub async fn ended(&mut self) -> Result<bool> {
         let Some(child) = &mut self.process else { bail!("it does not run") };
         let status = eventually("it has ended", Duration::from_secs(20), async || child.try_wait()?.context("it runs")).await?;

@@ -14,8 +14,8 @@ use crate::eventually::eventually;
 use crate::stand::Stand;
 use crate::stdio::{self, Writer};
 
-/// `total` of the shortest execs, `at_once` at a time, and the end of their container: each is told as added, started and exited, and
-/// perhaps as deleted. Returns what was told of the container.
+/// `total` of the shortest execs, `at_once` at a time, and the end of their container: each is published as added, started and exited, and
+/// perhaps as deleted. Returns the events of the container.
 pub async fn short_execs(container: &Container, total: usize, at_once: usize) -> Result<Vec<String>> {
     let mut runs = JoinSet::new();
     let mut statuses = 0;
@@ -54,7 +54,7 @@ pub async fn short_execs(container: &Container, total: usize, at_once: usize) ->
     Ok(told)
 }
 
-/// A log file on a full disk: the container `c1` is held up for a while only, and goes on with the next byte that can be written.
+/// A log file on a full disk: the container `c1` is delayed for a while only, and continues with the next byte that can be written.
 pub async fn full_disk(stand: &Stand) -> Result<()> {
     let disk = stand.folder().join("disk");
     fs::create_dir(&disk)?;
@@ -68,7 +68,7 @@ pub async fn full_disk(stand: &Stand) -> Result<()> {
     let uri = format!("file://{}", text(&log));
     let container = stand.bundle("c1", &["sh", "-c", script]).stdio(&text(&go), &uri, &uri).run().await?;
     let pid = container.pid.cast_signed();
-    eventually("it gets past what nobody can write", Duration::from_secs(15), async || {
+    eventually("it gets past the bytes that cannot be written", Duration::from_secs(15), async || {
         let place = fs::read_to_string(format!("/proc/{pid}/wchan"))?;
         ensure!(place.contains("pipe_read") || place.contains("poll"), "{place}");
         Ok(())

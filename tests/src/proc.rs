@@ -1,4 +1,4 @@
-//! What `/proc` says about processes.
+//! What `/proc` reports about processes.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -73,14 +73,16 @@ pub fn stat(pid: i32) -> Result<Stat> {
 
 /// The bytes of `/proc/PID/cmdline` or `/proc/PID/environ`; empty for a zombie.
 ///
-/// Both are empty too for the moment in which a process replaces its image, as a keeper does that is upgraded: they are read again then.
+/// Both are also empty while a process executes another program, as a keeper does in an upgrade, for as long as the scheduler keeps it in the
+/// middle of that: they are read again then, for a second at most.
 fn words(pid: i32, file: &str) -> Vec<u8> {
-    for _attempt in 0..20 {
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(1) {
         let words = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
         if !words.is_empty() || !stat(pid).is_ok_and(|stat| !matches!(stat.field(3), "Z" | "X")) {
             return words;
         }
-        thread::sleep(Duration::from_micros(100)); // an execve takes less
+        thread::sleep(Duration::from_micros(100)); // how often it is read
     }
     Vec::new()
 }
@@ -154,7 +156,7 @@ pub fn signal(pid: i32, signal: Signal) -> Result<()> {
     kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to {pid}"))
 }
 
-/// Memory that nobody shares with it, in KiB.
+/// Memory that it shares with no other process, in KiB.
 pub fn private_kib(pid: i32) -> Result<u64> {
     Ok(status_field(pid, "RssAnon")?.trim_end_matches(" kB").parse()?)
 }

@@ -1,7 +1,7 @@
 //! Programs that a test makes: copies and scripts.
 //!
 //! **Invariant:** a program is written by a process of its own, never by this one. Another thread may fork while a file is open for
-//! writing here; its child holds that file open until it executes its own program, and meanwhile nobody can execute the file ("Text
+//! writing here; its child holds that file open until it executes its own program, and meanwhile no process can execute the file ("Text
 //! file busy").
 
 use std::io::Write as _;
@@ -33,7 +33,7 @@ fn write(path: &Path, head: &Path, tail: &[u8]) -> Result<()> {
     let mut command = Command::new("/bin/sh");
     command.args(["-c", WRITE, "sh"]).arg(head).arg(path).env("PATH", "/usr/bin:/bin").stdin(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(about)?;
-    // it may have failed without reading: then it says why
+    // it may have failed without reading: then its output has the reason
     let fed = child.stdin.take().context("it was asked for")?.write_all(tail);
     let output = child.wait_with_output().with_context(about)?;
     ensure!(output.status.success(), "{}: {}", about(), String::from_utf8_lossy(&output.stderr).trim());

@@ -36,12 +36,12 @@ struct Inner {
 }
 
 impl Stand {
-    /// A stand for the shim on trial with the faster OCI runtime; the helper programs are in `programs`.
+    /// A stand for the shim under test with the faster OCI runtime; the helper programs are in `programs`.
     pub fn new(shim: &Shim, programs: &Path) -> Result<Self> {
         Self::with_engine(shim, programs, &Suite::Bookworm.runtime(Runtime::Crun))
     }
 
-    /// A stand for the shim on trial with the OCI runtime `engine`.
+    /// A stand for the shim under test with the OCI runtime `engine`.
     pub fn with_engine(shim: &Shim, programs: &Path, engine: &Path) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         // of fixed width, so that no name is a part of another
@@ -62,7 +62,7 @@ impl Stand {
         Self::with_engine(shim, &self.0.programs, &self.0.engine)
     }
 
-    /// The shim on trial.
+    /// The shim under test.
     pub fn shim(&self) -> &Shim {
         &self.0.shim
     }

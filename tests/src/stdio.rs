@@ -152,7 +152,7 @@ fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>, mut show: impl FnMu
         if seen.lock().expect("no panic under this lock").leave {
             return;
         }
-        // a fifo that nobody has opened for writing yet reads as ended, but polls as quiet
+        // a fifo that no process has opened for writing yet reads as ended, but polls as quiet
         let mut wanted = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
         if poll(&mut wanted, 50u16).is_ok_and(|ready| ready == 0) {
             continue;
@@ -184,7 +184,7 @@ fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>, mut show: impl FnMu
 pub struct Writer(File);
 
 impl Writer {
-    /// Opens the fifo, once somebody reads it.
+    /// Opens the fifo, once it has a reader.
     pub async fn open(path: &Path) -> Result<Self> {
         eventually(format!("a reader of {}", path.display()), SOON, async || {
             Ok(Self(open_nonblocking(path, OpenOptions::new().write(true))?))
@@ -192,7 +192,7 @@ impl Writer {
         .await
     }
 
-    /// Opens the fifo whether or not anybody reads it yet.
+    /// Opens the fifo, with or without a reader.
     pub fn open_early(path: &Path) -> Result<Self> {
         let file = open_nonblocking(path, OpenOptions::new().read(true).write(true));
         file.map(Self).with_context(|| format!("open {} for writing", path.display()))
@@ -206,7 +206,7 @@ impl Writer {
                 Ok(written) => bytes = &bytes[written..],
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     if begin.elapsed() > SOON {
-                        bail!("nobody reads: {} bytes are left", bytes.len());
+                        bail!("there is no reader: {} bytes are left", bytes.len());
                     }
                     let mut wanted = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
                     poll(&mut wanted, 50u16)?;

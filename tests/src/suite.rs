@@ -1,4 +1,4 @@
-//! Where the daemons and runtimes of each Debian suite are, and which shim is on trial.
+//! Where the daemons and runtimes of each Debian suite are, and which shim is under test.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -116,7 +116,7 @@ pub const OUR_TYPE: &str = "io.containerd.x.v2";
 /// The runtime type of containerd's own shim.
 pub const STOCK_TYPE: &str = "io.containerd.runc.v2";
 
-/// The shim on trial: `X_SHIM` and `X_RUNTIME_TYPE`.
+/// The shim under test: `X_SHIM` and `X_RUNTIME_TYPE`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shim {
     /// The name that containers give as their runtime.
@@ -126,7 +126,7 @@ pub struct Shim {
 }
 
 impl Shim {
-    /// What the environment says; by default the release build of this workspace.
+    /// What the environment names; by default the release build of this workspace.
     ///
     /// Errors: when the binary does not exist.
     pub fn on_trial() -> Result<Self> {
@@ -142,7 +142,7 @@ impl Shim {
         Ok(Self { runtime_type, binary: binary.map(|path| path.canonicalize()).transpose()? })
     }
 
-    /// Our own, built to kill its worker where a test says: `X_SHIM_FAULTY`, by default the debug build of this workspace.
+    /// Our own, built to kill its worker where a test chooses: `X_SHIM_FAULTY`, by default the debug build of this workspace.
     ///
     /// Errors: when the binary does not exist.
     pub fn faulty() -> Result<Self> {

@@ -21,7 +21,7 @@ pub const V3: &str = "containerd.task.v3.Task";
 
 static SERVICES: Mutex<BTreeMap<PathBuf, &str>> = Mutex::new(BTreeMap::new());
 
-/// Says which service clients of a socket are to speak; without a word it is [`V2`].
+/// Chooses the service that clients of a socket use; [`V2`] by default.
 pub(crate) fn remember(socket: &Path, service: &'static str) {
     SERVICES.lock().expect("no panic under this lock").insert(socket.to_owned(), service);
 }
@@ -205,7 +205,7 @@ impl Task {
         self.call("Connect", &request, deadline).await
     }
 
-    /// Tells the shim to leave, if nothing is left to do.
+    /// Asks the shim to exit, if nothing is left to do.
     pub async fn shutdown(&self, id: &str) -> Answer<()> {
         let request = api::ShutdownRequest { id: id.to_owned(), ..Default::default() };
         self.call::<api::Empty>("Shutdown", &request, DEADLINE).await.map(drop)

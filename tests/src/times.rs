@@ -1,4 +1,4 @@
-//! How often what is proved by repetition is repeated: a little by default, as often as whoever has the time asks for.
+//! How often what is proved by repetition is repeated: a little by default, as often as `X_TIMES` asks for.
 
 use std::env;
 use std::sync::LazyLock;
@@ -7,13 +7,13 @@ use std::sync::LazyLock;
 /// deadlines of whole cases longer.
 pub const TIMES: &str = "X_TIMES";
 
-/// What [`TIMES`] says, 1 if it says nothing.
+/// The value of [`TIMES`], 1 if it is not set.
 pub fn times() -> u32 {
     static FACTOR: LazyLock<u32> = LazyLock::new(|| env::var(TIMES).ok().and_then(|text| text.parse().ok()).unwrap_or(1).max(1));
     *FACTOR
 }
 
-/// So many, as often as [`times`] says.
+/// A count, multiplied by [`times`].
 pub fn repeated(count: usize) -> usize {
     count * times() as usize
 }

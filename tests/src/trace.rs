@@ -1,4 +1,4 @@
-//! What happened in a case, line by line with the time: calls, answers, events, commands; and what its shims have logged. For whoever has to find out why it failed.
+//! What happened in a case, line by line with the time: calls, answers, events, commands; and what its shims have logged. For finding out why it failed.
 
 use std::fmt::Display;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! ttrpc by hand: whole frames, broken frames, and calls on a connection that tests may abuse.
+//! Raw ttrpc: whole frames, broken frames, and calls on a connection that tests may abuse.
 //!
 //! ```text
 //! Wire        bytes out, frames in: for what no client would send
@@ -241,7 +241,7 @@ impl Wire {
         Ok(())
     }
 
-    /// Sends as much as the peer takes at once, and says how much that was.
+    /// Sends as much as the peer takes at once, and returns how much that was.
     pub fn try_send(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.writer.try_write(bytes) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
@@ -347,7 +347,7 @@ impl Connection {
         let waiting = Arc::new(Mutex::new(Waiting::default()));
         let theirs = Arc::clone(&waiting);
         let reader = tokio::spawn(async move {
-            // a quiet connection is no error: whoever waits has a deadline of their own
+            // a quiet connection is no error: callers have deadlines of their own
             loop {
                 match incoming.receive().await {
                     Ok(Some(frame)) => {

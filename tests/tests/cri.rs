@@ -1,4 +1,4 @@
-//! Pods: stock containerd with its CRI plugin, and the shim on trial as a runtime handler, configured as docs/kubernetes.md says. Needs root.
+//! Pods: stock containerd with its CRI plugin, and the shim under test as a runtime handler, configured as docs/kubernetes.md says. Needs root.
 //!
 //! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
 

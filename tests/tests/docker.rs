@@ -1,4 +1,4 @@
-//! Docker 26 with the shim on trial as its runtime. Needs root.
+//! Docker 26 with the shim under test as its runtime. Needs root.
 //!
 //! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
 

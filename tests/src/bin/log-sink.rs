@@ -1,8 +1,8 @@
 //! A logger for `binary://` URIs: copies stdout and stderr of the container into files.
 //!
 //! `binary:///path/to/log-sink?folder=/where` writes `/where/stdout`, `/where/stderr` and its environment to
-//! `/where/environment`. With `dies=ready` it ends before it says that it is ready, with `dies=later` at the first byte. With
-//! `ready=byte` it says so as `binary-v2://` wants it: with a byte.
+//! `/where/environment`. With `dies=ready` it exits before it reports that it is ready, with `dies=later` at the first byte. With
+//! `ready=byte` it reports so as `binary-v2://` requires: with a byte.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ fn main() -> io::Result<ExitCode> {
     if dies == "ready" {
         return Ok(ExitCode::FAILURE);
     }
-    // the stock shim says SIGTERM as soon as the container is gone; loggers go on until their pipes end
+    // the stock shim sends SIGTERM as soon as the container is gone; loggers continue until their pipes end
     let mut termination = SigSet::empty();
     termination.add(Signal::SIGTERM);
     termination.thread_block()?;
@@ -37,7 +37,7 @@ fn main() -> io::Result<ExitCode> {
     }
     close_ready_pipe();
     if dies == "later" {
-        // not at once: nobody could tell that from dying before it was ready
+        // not at once: that would look like a crash before it was ready
         out.read_exact(&mut [0])?;
         return Ok(ExitCode::FAILURE);
     }
@@ -48,7 +48,7 @@ fn main() -> io::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Says that it is ready: by closing descriptor 5.
+/// Reports that it is ready: by closing descriptor 5.
 fn close_ready_pipe() {
     let _nothing_to_do_about_it = nix::unistd::close(5);
 }

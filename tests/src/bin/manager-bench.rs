@@ -102,7 +102,7 @@ async fn measure(plan: Plan) -> Result<Value> {
     tokio::time::sleep(Duration::from_secs(3)).await;
     let idle = memory(&daemon)?;
 
-    eprintln!("{}: lives, events", cx.suite());
+    eprintln!("{}: lifecycles, events", cx.suite());
     let mut lives = Vec::new();
     for _round in 0..plan.rounds {
         let begin = Instant::now();
@@ -149,7 +149,7 @@ async fn measure(plan: Plan) -> Result<Value> {
     }))
 }
 
-/// Does something so many times, some at once, and says how far it is.
+/// Does something a number of times, some at once, and prints its progress.
 ///
 /// Errors: the first, also when it takes longer than a second each.
 async fn several<T>(what: &str, count: usize, each: impl AsyncFn(usize) -> Result<T>) -> Result<Vec<T>> {
@@ -195,7 +195,7 @@ fn memory(daemon: &Daemon) -> Result<Value> {
     Ok(json!({ "pss": pss.context("no PSS")?, "private": proc::private_kib(pid)? }))
 }
 
-/// Events that one subscriber hears of 16 clients that publish.
+/// Events that one subscriber receives from 16 publishing clients.
 async fn events_per_second(cx: &Context) -> Result<f64> {
     const EVENTS: u32 = 8000;
     // containerd answers a subscription with its first event

@@ -1,4 +1,4 @@
-//! Judges a containerd shim, any shim, clause by clause. `shim-conformance help` says how.
+//! Tests a containerd shim, any shim, clause by clause. See `shim-conformance help`.
 
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt as _;
@@ -14,7 +14,7 @@ use shim_tests::conformance::run::{self, Plan, Results};
 use shim_tests::conformance::{Case, cases, clauses, faults, report};
 
 const HELP: &str = "\
-shim-conformance: starts a containerd shim as containerd does, drives it, and says clause by clause what holds
+shim-conformance: starts a containerd shim as containerd does, drives it, and reports clause by clause what holds
 
   shim-conformance list [--filter PATTERN]
   shim-conformance run --shim PATH [--engine runc|crun|PATH] [--filter PATTERN]… [--expect FILE] [--jobs N]
@@ -24,13 +24,13 @@ shim-conformance: starts a containerd shim as containerd does, drives it, and sa
   shim-conformance faults --shim PATH [--fault NAME]… [--engine …] [--filter …] [--jobs N]
                        which cases see which fault of a man in the middle, in Markdown; all of them take half an hour
 
-  --engine   the OCI runtime that the shim is told to use; by default crun, else runc
+  --engine   the OCI runtime that the shim has to use; by default crun, else runc
   --filter   only cases whose name or clause contains PATTERN; one that begins with = is the whole name
   --expect   known deviations, each with a reason: they do not count as failures, and must fail
   --jobs     cases at a time; by default one per processor
   --cgroup   what the shim sees: on a host with v1, 2 is its unified hierarchy alone, with the controllers that v1 leaves there
-  --patience every deadline is so many times as long: 10 on an emulated machine
-  --times    what is proved by repetition is repeated so many times as often, and a case may take so many times as long
+  --patience multiplies every deadline: 10 on an emulated machine
+  --times    multiplies the repetitions of cases that repeat, and their deadlines
   --logs     a folder with a folder for each failed case: the failure, the shim's log, a trace of calls and events
 
 Needs root, an OCI runtime, and a static busybox (Debian: busybox-static). Every case has a process, pid and mount namespaces,
@@ -56,8 +56,8 @@ fn main() -> ExitCode {
         Some((word, rest)) if word == "compare" => Options::read(rest).and_then(|options| compare(&options)),
         Some((word, rest)) if word == "table" => table(rest),
         Some((word, rest)) if word == "faults" => Options::read(rest).and_then(|options| all_faults(&options)),
-        Some((word, _)) => Err(anyhow::anyhow!("no command {word:?}; shim-conformance help says what there is")),
-        None => Err(anyhow::anyhow!("no command; shim-conformance help says what there is")),
+        Some((word, _)) => Err(anyhow::anyhow!("no command {word:?}; see shim-conformance help")),
+        None => Err(anyhow::anyhow!("no command; see shim-conformance help")),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -117,7 +117,7 @@ impl Options {
                 "--patience" => options.patience = Some(u32::try_from(number(flag, &value)?).context("--patience")?),
                 "--times" => options.times = Some(u32::try_from(number(flag, &value)?).context("--times")?),
                 "--logs" => options.logs = Some(value.into()),
-                _ => bail!("no option {flag}; shim-conformance help says what there is"),
+                _ => bail!("no option {flag}; see shim-conformance help"),
             }
         }
         Ok(options)

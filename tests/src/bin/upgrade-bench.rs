@@ -3,7 +3,7 @@
 //! ```text
 //! upgrade-bench [--rounds 1000] [--shims 0] [--rest 0] [--json]
 //! ```
-//! `X_SHIM` names the shim. In each round a client calls without a pause what only a worker can answer, while the shim goes on as a copy
+//! `X_SHIM` names the shim. In each round a client makes calls without a pause that only a worker can answer, while the shim is upgraded to a copy
 //! of its program; the longest call is the round's pause. One half of the rounds replaces the worker, the other the keeper too; as many
 //! again ask the shim for nothing but `ps`, which shows how long a call takes on this machine anyway.
 //! `--shims` upgrades that many containers' shims in one go instead. `--rest` measures what it gives and costs that idle workers rest, with so
@@ -111,7 +111,7 @@ async fn rounds(stand: &Stand, copies: &[PathBuf; 2], rounds: usize) -> Result<V
             pauses.push(pause);
             told.push(Duration::from_secs_f64(report["summary"]["longest_pause_ms"].as_f64().context("no pause")? / 1e3));
         }
-        result[kind] = json!({ "rounds": pauses.len(), "seen by a client": figures(pauses)?, "told by the keeper": figures(told)? });
+        result[kind] = json!({ "rounds": pauses.len(), "seen by a client": figures(pauses)?, "reported by the keeper": figures(told)? });
     }
     container.shut_down().await?;
     Ok(result)
@@ -132,7 +132,7 @@ async fn call_until(task: shim_tests::task::Task, stop: Arc<AtomicBool>) -> Resu
         let begin = Instant::now();
         let answer = task.state("c1", "nobody").await;
         longest = longest.max(begin.elapsed());
-        ensure!(answer.is_err_and(|error| error.code() == Some(Code::NotFound)), "there is a process that nobody has made");
+        ensure!(answer.is_err_and(|error| error.code() == Some(Code::NotFound)), "a process exists that was never created");
     }
     Ok(longest)
 }
@@ -170,7 +170,7 @@ async fn many(stand: &Stand, program: &Path, count: usize) -> Result<Value> {
         ensure!(container.task.state(&container.id, "").await?.pid == container.pid);
         container.shut_down().await?;
     }
-    Ok(json!({ "all": { "shims": count, "took_ms": took.as_secs_f64() * 1e3, "told by the keeper": figures(pauses)? } }))
+    Ok(json!({ "all": { "shims": count, "took_ms": took.as_secs_f64() * 1e3, "reported by the keeper": figures(pauses)? } }))
 }
 
 /// Memory of shims with and without a worker, and how long the first call takes that needs one.
@@ -195,7 +195,7 @@ async fn rest(stand: &Stand, count: usize) -> Result<Value> {
         })
         .await?;
     }
-    // before the first round nobody had rested
+    // before the first round no worker had hibernated
     cold.drain(..count);
     for container in &containers {
         container.shut_down().await?;
@@ -210,7 +210,7 @@ async fn rest(stand: &Stand, count: usize) -> Result<Value> {
 async fn call(container: &Container) -> Result<Duration> {
     let begin = Instant::now();
     let answer = container.task.state(&container.id, "nobody").await;
-    ensure!(answer.is_err_and(|error| error.code() == Some(Code::NotFound)), "there is a process that nobody has made");
+    ensure!(answer.is_err_and(|error| error.code() == Some(Code::NotFound)), "a process exists that was never created");
     Ok(begin.elapsed())
 }
 

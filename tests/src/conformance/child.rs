@@ -28,7 +28,7 @@ pub enum Verdict {
     Passed,
     /// It does not, and why.
     Failed(String),
-    /// This machine cannot tell, and why.
+    /// This machine cannot run the case, and why.
     Skipped(String),
 }
 
@@ -50,7 +50,7 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// A subject on what [`cgroups::CHOICE`], [`PATIENCE`] and [`TIMES`] say.
+    /// A subject with the settings of [`cgroups::CHOICE`], [`PATIENCE`] and [`TIMES`].
     ///
     /// Errors: there are no such cgroups.
     pub fn new(shim: PathBuf, engine: PathBuf, programs: PathBuf) -> Result<Self> {
@@ -58,7 +58,7 @@ impl Subject {
     }
 }
 
-/// The word by which this program is told to perform one case.
+/// The command with which this program performs one case.
 pub const PERFORM: &str = "perform";
 /// The program that performs it, beside the other helper programs.
 pub const PROGRAM: &str = "shim-conformance";
@@ -95,7 +95,7 @@ fn try_perform(deadline: Instant, case: &Case, subject: &Subject, folder: &Path)
         if Instant::now() > deadline {
             child.kill()?;
             child.wait()?;
-            // its namespaces end with it, but nobody else removes these
+            // its namespaces end with it, but these have to be removed
             isolation::remove_cgroups_of(child.id());
             return Ok(Verdict::Failed("the case did not end by itself, and was killed with all that it had started".to_owned()));
         }
@@ -110,7 +110,7 @@ fn try_perform(deadline: Instant, case: &Case, subject: &Subject, folder: &Path)
     }
 }
 
-/// The word by which it is told to ask a program what it says to a flag.
+/// The command with which it asks a program for its output to a flag.
 pub const ASK: &str = "ask";
 
 /// What `program` prints when it is started with `flag`, in namespaces of its own, which end with whatever it has started.
@@ -120,7 +120,7 @@ pub fn ask(subject: &Subject, program: &Path, flag: &str) -> Result<String> {
     EXECUTOR.block_on(async {
         let mut command = tokio::process::Command::new(subject.programs.join(PROGRAM));
         command.arg(ASK).arg(program).arg(flag).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
-        let output = within("what it says of itself", SOON, bundle::output_of(&mut command.spawn()?)).await??;
+        let output = within("its own output", SOON, bundle::output_of(&mut command.spawn()?)).await??;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     })
 }
@@ -134,10 +134,10 @@ pub fn answer(arguments: &[String]) -> ExitCode {
     })
 }
 
-/// Runs `inside` in namespaces of its own, which end when whoever has started this process does.
+/// Runs `inside` in namespaces of its own, which end with the parent of this process.
 fn run_tied(inside: impl FnOnce() -> ExitCode) -> ExitCode {
-    // whoever asked may be killed
-    let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with whoever asked");
+    // the parent may be killed
+    let tied = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("die with the parent");
     match tied.and_then(|()| isolation::run(inside)) {
         Ok(code) => code,
         Err(error) => {

@@ -48,7 +48,7 @@ pub struct Clause {
     pub id: &'static str,
     /// How much it binds.
     pub level: Level,
-    /// What it says.
+    /// Its text.
     pub text: &'static str,
     /// Where that comes from.
     pub source: &'static str,

@@ -19,9 +19,9 @@ use crate::programs;
 pub struct Fault {
     /// What the man in the middle is told.
     pub name: &'static str,
-    /// For people.
+    /// A description for readers.
     pub text: &'static str,
-    /// The cases that have to fail, each with words that its failure has to contain.
+    /// The cases that have to fail, each with the text that its failure has to contain.
     pub seen: &'static [(&'static str, &'static str)],
     /// Why nearly everybody sees it.
     pub broad: Option<&'static str>,
@@ -55,7 +55,7 @@ impl Fault {
         match verdict {
             Verdict::Failed(why) if why.contains(words) => Ok(()),
             Verdict::Failed(why) => bail!("{case} fails without a word of {words:?}: {why}"),
-            other => bail!("{case} says {other:?}, though {}", self.text),
+            other => bail!("{case} results in {other:?}, though {}", self.text),
         }
     }
 }
@@ -73,7 +73,7 @@ pub const ALL: &[Fault] = &[
             ("events.inits_exit_is_published_while_execs_start", "\"delete\"]"),
         ],
     ),
-    fault("double-exit", "exit events are told twice", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "events: [exit")]),
+    fault("double-exit", "exit events are published twice", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "events: [exit")]),
     fault(
         "late-start",
         "the start event comes after the next one",
@@ -91,7 +91,7 @@ pub const ALL: &[Fault] = &[
     ),
     fault(
         "first-owner",
-        "the exit of a process is told of the first one that had its pid",
+        "the exit of a process is attributed to the first one that had its pid",
         &[("execs.an_exit_is_attributed_to_the_current_owner_of_the_pid", "exit c1/first")],
     ),
     fault(
@@ -108,7 +108,7 @@ pub const ALL: &[Fault] = &[
     ),
     fault(
         "give-events-up",
-        "an event that is refused is not told again",
+        "an event that is refused is not sent again",
         &[("events.an_event_refused_for_a_while_is_published_later", "\"start\", \"e")],
     ),
     fault(
@@ -116,15 +116,15 @@ pub const ALL: &[Fault] = &[
         "an answer waits until the daemon has taken the last event",
         &[("events.a_daemon_that_takes_its_time_over_events_delays_no_call", "though events wait")],
     ),
-    fault("wait-137", "Wait says 137 whatever it was", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "137 vs 0")])
+    fault("wait-137", "Wait always answers 137", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "137 vs 0")])
         .broad("every end is waited for"),
-    fault("bare-signal", "Wait says 15 for an end by SIGTERM", &[("lifecycle.a_signal_is_reported_as_128_plus_its_number", "of an exec")]),
     fault(
-        "killed-execs-end-well",
-        "Wait says 0 of an added process that was killed",
-        &[("execs.execs_end_with_their_container", "0 vs 137")],
+        "bare-signal",
+        "Wait answers 15 for a process killed by SIGTERM",
+        &[("lifecycle.a_signal_is_reported_as_128_plus_its_number", "of an exec")],
     ),
-    fault("delete-137", "the command delete says 137 whatever it was", &[("crashes.an_exit_code_outlives_the_shim", "exit_status: 137")]),
+    fault("killed-execs-end-well", "Wait answers 0 for an exec that was killed", &[("execs.execs_end_with_their_container", "0 vs 137")]),
+    fault("delete-137", "the command delete always answers 137", &[("crashes.an_exit_code_outlives_the_shim", "exit_status: 137")]),
     fault(
         "delete-nothing",
         "the command delete does nothing",
@@ -153,18 +153,18 @@ pub const ALL: &[Fault] = &[
     fault(
         "ghost",
         "of a shim that was killed something accepts connections",
-        &[("crashes.a_dead_shim_accepts_nothing", "somebody accepts")],
+        &[("crashes.a_dead_shim_accepts_nothing", "a connection is accepted")],
     ),
-    fault("wrong-exit-time", "State says another time of the end", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "State: ")]),
+    fault("wrong-exit-time", "State reports another exit time", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "State: ")]),
     fault(
         "early-running",
-        "State says that a created container runs",
+        "State reports a created container as running",
         &[("lifecycle.state_reports_phase_pid_bundle_and_stdio", "phase 1 expected")],
     ),
     fault(
         "wrong-exec-pid",
-        "State of an added process says another pid",
-        &[("execs.an_exec_has_its_own_output_and_exit_code", "State says another pid")],
+        "State of an exec reports another pid",
+        &[("execs.an_exec_has_its_own_output_and_exit_code", "State reports another pid")],
     ),
     fault("wrong-task-pid", "Connect names another pid", &[("lifecycle.create_start_and_connect_agree_on_pids", "task_pid")]),
     fault("wrong-code", "NotFound becomes Unknown", &[("calls.nobody", "NotFound expected, Refused(Unknown) found")]),
@@ -242,10 +242,10 @@ pub const ALL: &[Fault] = &[
     fault(
         "no-exec-terminal",
         "an added process gets no terminal",
-        &[("terminals.an_exec_with_a_terminal_has_one", "State does not say so")],
+        &[("terminals.an_exec_with_a_terminal_has_one", "State does not report it")],
     ),
     fault("exec-as-root", "an added process is root's", &[("execs.an_exec_gets_its_user_folder_and_environment", "\"0\\n")]),
-    fault("no-masks", "what the spec masks is not masked", &[("security.what_is_masked_is_masked_for_init_and_execs", "an exec says")]),
+    fault("no-masks", "what the spec masks is not masked", &[("security.what_is_masked_is_masked_for_init_and_execs", "an exec reports")]),
     fault(
         "written-program",
         "the OCI runtime's program is written to",
@@ -254,7 +254,7 @@ pub const ALL: &[Fault] = &[
     fault(
         "no-pause",
         "Pause is answered and not done",
-        &[("resources.a_paused_container_is_frozen_and_resumes", "it is not told as paused")],
+        &[("resources.a_paused_container_is_frozen_and_resumes", "State does not report it as paused")],
     ),
     fault("no-update", "Update is answered and not done", &[("resources.an_update_changes_the_limit", "67108864")]),
     fault("late-cgroup", "a container's cgroups are gone a second late", &[("resources.cgroups_are_gone_after_delete", "is left")]),
@@ -305,14 +305,14 @@ pub const ALL: &[Fault] = &[
     fault("leak", "a descriptor is lost with each Create", &[("lifetime.nothing_grows", "its descriptors are closed")]),
     fault(
         "leak-to-container",
-        "a container is given a descriptor of somebody's file",
+        "a container gets a descriptor of a foreign file",
         &[("security.a_container_has_three_descriptors", "/etc/passwd")],
     ),
     fault("open-socket", "the socket is for everybody", &[("security.sockets_are_for_root_alone", "mode 666")]),
     fault(
         "chatty-debug",
-        "start -debug says something on standard error",
-        &[("bootstrap.start_answers_an_address_that_can_be_dialled", "start says")],
+        "start -debug writes to standard error",
+        &[("bootstrap.start_answers_an_address_that_can_be_dialled", "start prints")],
     ),
     fault("no-options", "start fails because of options", &[("bootstrap.options_on_standard_input_are_taken", "no options are taken")]),
     fault(
@@ -363,7 +363,7 @@ pub fn install(folder: &Path, program: &Path, real: &Path, fault: &str) -> Resul
     Ok(place)
 }
 
-/// Cases that say nothing through a man in the middle: he needs his files beside him.
+/// Cases that are meaningless through a man in the middle, which needs its files beside it.
 pub const NOT_THROUGH_HIM: &[&str] = &["lifetime.a_binary_that_is_gone_is_not_missed"];
 
 /// Which cases have seen which fault.
@@ -379,7 +379,7 @@ struct Row {
 }
 
 impl Table {
-    /// Adds the run with a fault, and says what was seen.
+    /// Adds the run with a fault, and prints what was seen.
     pub fn add(&mut self, fault: &Fault, results: &Results) -> String {
         let (mut missed, mut others) = (Vec::new(), Vec::new());
         for outcome in results.outcomes.iter().filter(|outcome| !NOT_THROUGH_HIM.contains(&outcome.case.as_str())) {

@@ -32,7 +32,7 @@ use crate::stand::Stand;
 /// The body of a case.
 pub type Body = fn(Stand) -> Pin<Box<dyn Future<Output = Result<()>>>>;
 
-/// What a machine must offer before a case can say anything.
+/// What a machine must offer for a case to be meaningful.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
     /// A controller in the cgroups that it sees.
@@ -83,7 +83,7 @@ impl Case {
         self
     }
 
-    /// Says what it needs.
+    /// Names what it needs.
     #[must_use]
     pub const fn needs(mut self, needs: &'static [Need]) -> Self {
         self.needs = needs;

@@ -1,4 +1,4 @@
-//! What a run says: while it runs, at its end, to other programs, and in documents.
+//! The output of a run: progress, the result, the formats for other programs and for documents.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

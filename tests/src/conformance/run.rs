@@ -54,7 +54,7 @@ impl Outcome {
         clauses::find(&self.clause).map_or(Level::Must, |clause| clause.level)
     }
 
-    /// Whether nobody has to look at it.
+    /// Whether it needs no attention.
     pub fn is_fine(&self) -> bool {
         match &self.verdict {
             Verdict::Passed => self.known.is_none(),
@@ -67,9 +67,9 @@ impl Outcome {
 /// What came of a run, and what it ran on.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Results {
-    /// What the shim says of itself.
+    /// The version that the shim prints.
     pub shim: String,
-    /// What the OCI runtime says of itself.
+    /// The version that the OCI runtime prints.
     pub engine: String,
     /// Kernel and cgroup version.
     pub host: String,
@@ -80,13 +80,13 @@ pub struct Results {
 }
 
 impl Results {
-    /// Whether nobody has to look at it.
+    /// Whether it needs no attention.
     pub fn is_fine(&self) -> bool {
         self.outcomes.iter().all(Outcome::is_fine)
     }
 }
 
-/// Performs them all; `told` hears of each as it ends.
+/// Performs them all; calls `told` with each as it ends.
 ///
 /// Errors: when nothing can be run here.
 pub fn run(plan: &Plan, told: impl Fn(&Outcome) + Sync) -> Result<Results> {
@@ -141,7 +141,7 @@ fn round(time: Duration) -> f64 {
     (time.as_secs_f64() * 100.0).round() / 100.0
 }
 
-/// What a program says of itself, on one line; its file name if it says nothing.
+/// The version that a program prints, on one line; its file name if it prints nothing.
 fn version(subject: &Subject, program: &Path, flag: &str) -> String {
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let said = child::ask(subject, program, flag).unwrap_or_default();

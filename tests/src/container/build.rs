@@ -158,7 +158,7 @@ impl Builder {
     pub async fn start(self) -> Result<Container> {
         let container = self.create().await?;
         let pid = container.start().await?;
-        ensure!(pid == container.pid, "create says pid {}, start says {pid}", container.pid);
+        ensure!(pid == container.pid, "create reports pid {}, start reports {pid}", container.pid);
         Ok(container)
     }
 

@@ -1,4 +1,4 @@
-//! Frames that no client sends: each is answered, and its connection goes on.
+//! Frames that no client sends: each is answered, and its connection stays usable.
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
@@ -13,7 +13,7 @@ pub async fn of_lengths(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
     let mut said = Vec::new();
     let mut wire = Wire::connect(witness.socket()).await?;
-    // exactly the limit is taken: mostly of a field that nobody knows
+    // exactly the limit is accepted: mostly an unknown field
     let mut longest = Frame::request(1, spoken(&witness), "State", &state_of("witness"));
     let rest = MAX_PAYLOAD_BYTES - longest.payload.len() - 6;
     longest.payload.extend([0xfa, 0x01]);

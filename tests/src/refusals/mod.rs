@@ -1,4 +1,4 @@
-//! What is refused, and what a shim says to it. A container of the same shim, the witness, does not notice.
+//! Requests that a shim refuses, and its answers. A container of the same shim, the witness, is not affected.
 //!
 //! Each function asks for what cannot be, looks at what is so of every shim (an error is answered, nothing is made, what is good goes on
 //! working), and returns what was said: how clear that has to be is for the caller to say.
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::ttrpc::{Answer, Code, refusal};
 
-/// What was said to one request.
+/// The answer to one request.
 #[derive(Debug, Clone)]
 pub struct Refusal {
     /// What was wrong.

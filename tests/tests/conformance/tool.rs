@@ -49,7 +49,7 @@ pub(crate) fn trials(shim: &Path) -> Vec<Trial> {
         .collect()
 }
 
-/// A folder of a test's own, which ends with it, and the shim on trial.
+/// A folder of a test's own, which ends with it, and the shim under test.
 struct Place {
     folder: PathBuf,
     shim: PathBuf,
@@ -80,7 +80,7 @@ impl Place {
         Ok(path.display().to_string())
     }
 
-    /// The shim on trial, with a fault.
+    /// The shim under test, with a fault.
     fn faulty(&self, fault: &str) -> Result<String> {
         let man = super::programs().join("man-in-the-middle");
         Ok(faults::install(&self.folder.join(fault), &man, &self.shim, fault)?.display().to_string())

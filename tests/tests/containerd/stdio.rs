@@ -238,7 +238,7 @@ pub(crate) async fn a_logger_that_crashes_before_it_is_ready_blocks_nothing(cx: 
 
 pub(crate) async fn a_logger_that_crashes_later_does_not_stop_the_container(cx: Context) -> Result<()> {
     let uri = format!("binary://{}?dies=later&folder={}", cx.program("log-sink").display(), cx.folder().display());
-    // more than the pipe holds: without its logger, the container must not wait for anybody
+    // more than the pipe holds: without its logger, the container must not block
     let container = cx.container(&["sh", "-c", "head -c 1048577 /dev/zero; exit 3"]).stdio(Stdio::uri(&uri));
     ensure!(container.run().await? == 3);
     Ok(())

@@ -18,7 +18,7 @@ const LANES: usize = 4;
 /// For a life that does not come so far.
 const SPARED: &str = "in:4000000000:before";
 
-/// Runs the scenario once without crashes, and then once for each place to die.
+/// Runs the scenario once without crashes, and then once for each place to crash.
 pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> Result<()> {
     let begin = Instant::now();
     let first = Lane::new(&cx).await?;

@@ -251,7 +251,7 @@ async fn die(soak: &Soak, container: Container, status: u32) -> Result<()> {
     eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await?;
     let deleted = eventually("delete", SOON * 3, async || container.bundle.delete_command().await).await?;
     ensure!([status, 137].contains(&deleted.exit_status), "delete says {}, not {status} or 137", deleted.exit_status);
-    ensure!(!proc::is_alive(container.pid.cast_signed()), "its init lives");
+    ensure!(!proc::is_alive(container.pid.cast_signed()), "its init is alive");
     let _of_the_disk = fs::remove_file(soak.disk.join(&container.id));
     clear(&container.bundle)
 }

@@ -1,4 +1,4 @@
-//! An OCI runtime that blocks, fails or shouts as the files beside it say, and else becomes the real one.
+//! An OCI runtime that blocks, fails or prints as the files beside it demand, and otherwise executes the real one.
 //! The table of those files is in `src/gate.rs`. Where none of them is, it is an [`instant`] one itself.
 
 mod instant;
@@ -76,7 +76,7 @@ fn block_while(folder: &Path, kind: &str, verb: &str) -> io::Result<()> {
     let mark = folder.join(format!("held.{verb}"));
     fs::write(&mark, std::process::id().to_string())?;
     while order.exists() {
-        thread::sleep(Duration::from_millis(2)); // whoever releases it only removes a file
+        thread::sleep(Duration::from_millis(2)); // it is released by removing a file
     }
     match fs::remove_file(&mark) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

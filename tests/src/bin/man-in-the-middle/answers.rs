@@ -38,7 +38,7 @@ const CHANGES: &[(&str, &str, Change)] = &[
     ("late-cgroup", "Delete", |call, _| keep_folders(call)),
 ];
 
-/// Does what the fault says, and returns whether there was anything to do.
+/// Applies the fault, and returns whether there was anything to do.
 pub(super) fn change(link: &Link, call: &Call, response: &mut Response) -> bool {
     let fault = link.shared.fault.as_str();
     let is_of = |name: &str, method: &str| name == fault && (method.is_empty() || method == call.method);

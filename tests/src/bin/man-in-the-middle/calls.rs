@@ -40,7 +40,7 @@ impl Shared {
         self.fault == fault
     }
 
-    /// Says that somebody is at something, for as long as it is kept.
+    /// Marks something as in progress for as long as it is kept.
     pub(super) fn begin(self: &Arc<Self>, what: &str) -> Busy {
         *self.busy.lock().expect("no panic under this lock").entry(what.to_owned()).or_default() += 1;
         Busy { shared: Arc::clone(self), what: what.to_owned() }
@@ -50,7 +50,7 @@ impl Shared {
         self.busy.lock().expect("no panic under this lock").get(what).is_some_and(|count| *count > 0)
     }
 
-    /// Waits until nobody is at it.
+    /// Waits until it is not in progress.
     pub(super) fn wait(&self, what: &str) {
         let busy = self.busy.lock().expect("no panic under this lock");
         drop(self.idle.wait_while(busy, |busy| busy.get(what).is_some_and(|count| *count > 0)));
@@ -70,14 +70,14 @@ impl Shared {
         Ok(A::parse_from_bytes(&frame.answer()?)?)
     }
 
-    /// What the shim says of the process of a call.
+    /// What the shim reports about the process of a call.
     pub(super) fn state(&self, call: &Call) -> Option<api::StateResponse> {
         let request = api::StateRequest { id: call.id.clone(), exec_id: call.exec.clone(), ..Default::default() };
         self.ask("State", &request).ok()
     }
 }
 
-/// Somebody is at something.
+/// Something is in progress.
 pub(super) struct Busy {
     shared: Arc<Shared>,
     what: String,

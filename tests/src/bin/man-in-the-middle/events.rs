@@ -1,4 +1,4 @@
-//! Between the shim and whoever takes its events, and what a fault makes of them.
+//! Between the shim and the receiver of its events, and what a fault makes of them.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;

@@ -90,7 +90,7 @@ fn delete(arguments: &[String]) -> Result<ExitCode> {
     }
 }
 
-/// The file that says that the container of a command was deleted, beside the bundles.
+/// The file that records that the container of a command was deleted, beside the bundles.
 fn mark_of(arguments: &[String]) -> Result<PathBuf> {
     let id = arguments.iter().skip_while(|argument| *argument != "-id").nth(1).context("no id")?;
     Ok(Path::new("..").join(format!("deleted-{id}")))
@@ -101,7 +101,7 @@ fn say(answer: &impl Message) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// `start` as containerd from 2.3 on runs it: the shim itself is nobody's but the client's.
+/// `start` as containerd from 2.3 on runs it: the shim itself belongs to the client alone.
 fn bootstrap(arguments: &[String]) -> Result<ExitCode> {
     if order("fault")? != "wrong-protocol" {
         return become_real(arguments);
@@ -113,7 +113,7 @@ fn bootstrap(arguments: &[String]) -> Result<ExitCode> {
     say(&result)
 }
 
-/// Runs the real one; what it has to complain of, it says itself.
+/// Runs the real one, which reports its own errors.
 fn output_of_real(arguments: &[String], input: &[u8]) -> Result<Output> {
     let mut real = Command::new(order("real")?);
     real.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
@@ -124,7 +124,7 @@ fn output_of_real(arguments: &[String], input: &[u8]) -> Result<Output> {
     Ok(output)
 }
 
-/// What `start` says to something that it does not like.
+/// What `start` prints to input that it refuses.
 fn complaint(fault: &str, arguments: &[String], input: &[u8]) -> Result<Option<&'static str>> {
     let is_about_options = input.windows(OPTIONS.len()).any(|bytes| bytes == OPTIONS.as_bytes());
     Ok(match fault {
@@ -194,7 +194,7 @@ fn start(arguments: &[String]) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The proxy: as long as the shim lives.
+/// The proxy: as long as the shim runs.
 fn proxy(arguments: &[String]) -> Result<ExitCode> {
     let [real, own, events, daemon, bundle] = arguments else { anyhow::bail!("arguments of the proxy") };
     let fault = order("fault")?;
@@ -213,7 +213,7 @@ fn proxy(arguments: &[String]) -> Result<ExitCode> {
     let number = |path: &str| fs::metadata(path).map(|about| about.ino()).ok();
     let first = number(real);
     while number(real) == first && UnixStream::connect(real).is_ok() || fault == "ghost" && Path::new(real).exists() {
-        thread::sleep(Duration::from_millis(50)); // whoever leaves tells nobody
+        thread::sleep(Duration::from_millis(50)); // an exiting process notifies no one
     }
     let _somebody_was_faster = (fs::remove_file(own), fs::remove_file(events));
     Ok(ExitCode::SUCCESS)

@@ -22,13 +22,13 @@ use super::stdout;
 
 /// What it does with it.
 enum Then {
-    /// Says no.
+    /// Refuses.
     Refuse(Code),
-    /// Says yes, and does nothing.
+    /// Accepts, and does nothing.
     Answer,
-    /// Says nothing.
+    /// Never answers.
     Silence,
-    /// Passes it on when nobody is at that any more: a method, [`HALF_A_FRAME`], [`AN_EVENT`] or the connection's name.
+    /// Passes it on when that is no longer in progress: a method, [`HALF_A_FRAME`], [`AN_EVENT`] or the connection's name.
     After(fn(&Link) -> String),
     /// Passes it on as it is then.
     Change(fn(&Link, &mut Call) -> Result<()>),
@@ -115,7 +115,7 @@ const RULES: &[Rule] = &[
     rule("late-cgroup", "Delete", |_, call| call.exec.is_empty(), Change(note_the_cgroups)),
 ];
 
-/// Does what the fault says.
+/// Applies the fault.
 pub(super) fn meet(link: &Link, call: &mut Call) -> Met {
     let applies =
         |rule: &&Rule| rule.fault == link.shared.fault && (rule.method.is_empty() || rule.method == call.method) && (rule.when)(link, call);

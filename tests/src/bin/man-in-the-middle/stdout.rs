@@ -12,7 +12,7 @@ use shim_tests::stdio::fifo;
 /// What is appended to the path that the shim is given.
 const SUFFIX: &str = ".m";
 
-/// Puts a fifo in front of `path`, and says where.
+/// Puts a fifo in front of `path`, and returns its path.
 pub(super) fn intercept(path: &str, fault: &str) -> String {
     let inner = format!("{path}{SUFFIX}");
     if !Path::new(path).is_absolute() || fifo(Path::new(&inner)).is_err() {

@@ -221,7 +221,7 @@ async fn latency(subjects: &mut [Subject], rounds: usize) -> Result<()> {
 }
 
 /// The steps of a container's life that [`run_true`] times.
-const STEPS: [&str; 4] = ["create", "start", "until its exit is told", "delete"];
+const STEPS: [&str; 4] = ["create", "start", "until its exit is published", "delete"];
 
 /// The times of the steps from create to deleted; metadata is made before and removed after.
 async fn run_true(cx: &Context) -> Result<[Duration; 4]> {
@@ -242,7 +242,7 @@ async fn run_true(cx: &Context) -> Result<[Duration; 4]> {
 }
 
 /// The steps of an added process's life that [`run_exec`] times.
-const EXEC_STEPS: [&str; 4] = ["add", "start", "until its exit is told", "delete"];
+const EXEC_STEPS: [&str; 4] = ["add", "start", "until its exit is published", "delete"];
 
 /// The times of the steps from added to deleted.
 async fn run_exec(host: &Container, exec: &str) -> Result<[Duration; 4]> {

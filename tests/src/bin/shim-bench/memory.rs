@@ -22,9 +22,9 @@ const CLIENTS: usize = 8;
 const WITHIN_EACH: Duration = Duration::from_secs(1);
 /// What it has for everything else.
 const WITHIN: Duration = Duration::from_secs(300);
-/// For so long it is counted how often keepers alone run.
+/// How long the context switches of keepers alone are counted.
 const WATCHED: Duration = Duration::from_secs(20);
-/// A worker rests after a minute.
+/// A worker hibernates after a minute.
 const RESTS_WITHIN: Duration = Duration::from_secs(150);
 
 /// One shim after the other, so that none shares the machine with the containers of another.

@@ -1,4 +1,4 @@
-//! A shim that is killed or stopped: what `delete` does and says then.
+//! A shim that is killed or stopped: what `delete` then does and answers.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -79,7 +79,7 @@ async fn delete_removes_the_socket_of_a_dead_shim(stand: Stand) -> Result<()> {
     for id in ["running", "deleted"] {
         let container = sleeper(&stand, id).await?;
         if id == "deleted" {
-            // it is killed before it is told to leave
+            // it is killed before Shutdown is called
             ensure!(container.destroy().await? == 137);
         }
         kill_shim(container.shim_pid()?).await?;
@@ -173,7 +173,7 @@ async fn delete_beside_a_stopped_shim_kills_the_container_in_time(stand: Stand) 
         ensure!(deleted?.exit_status == status);
         ensure!(took < Duration::from_secs(5) * patience(), "it took {took:?}");
         let pid = container.pid.cast_signed();
-        ensure!(!proc::is_alive(pid), "its init lives");
+        ensure!(!proc::is_alive(pid), "its init is alive");
         // and what is asked of the shim when it is back is answered, unless it has left
         match container.task.delete(&container.id, "").await {
             Ok(deleted) => ensure!(deleted.exit_status == status, "{deleted:?}"),
@@ -185,7 +185,7 @@ async fn delete_beside_a_stopped_shim_kills_the_container_in_time(stand: Stand) 
     Ok(())
 }
 
-/// A socket on which somebody accepts and nobody answers would keep the daemon from starting.
+/// A socket that accepts connections and never answers would keep the daemon from starting.
 async fn a_dead_shim_accepts_nothing(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     kill_shim(container.shim_pid()?).await?;
@@ -195,7 +195,7 @@ async fn a_dead_shim_accepts_nothing(stand: Stand) -> Result<()> {
         drop(socket);
         let task = Task::connect(container.task.socket()).await?;
         let asked = task.state_within("c1", "", Duration::from_secs(2)).await;
-        ensure!(asked == Err(CallError::Closed), "somebody accepts: {asked:?}");
+        ensure!(asked == Err(CallError::Closed), "a connection is accepted: {asked:?}");
     }
     container.bundle.delete_command().await.map(drop)
 }

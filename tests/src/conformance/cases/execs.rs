@@ -38,7 +38,7 @@ async fn an_exec_has_its_own_output_and_exit_code(stand: Stand) -> Result<()> {
     container.task.exec(&streams.exec(container.bundle.exec_request("e", &["sh", "-c", script]))).await?;
     let pid = container.task.start("c1", "e").await?;
     let state = container.task.state("c1", "e").await?;
-    ensure!(state.pid == pid, "State says another pid: {state}");
+    ensure!(state.pid == pid, "State reports another pid: {state}");
     streams.writer().await?.write_all(b"hello\n")?;
     ensure!(container.task.wait("c1", "e").await? == 4);
     let deleted = container.task.delete("c1", "e").await?;

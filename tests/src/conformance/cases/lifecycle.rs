@@ -1,4 +1,4 @@
-//! A container's life: what each call says of it, and what is left of it.
+//! The lifecycle of a container: the answer of each call, and what is left afterwards.
 
 use std::fs;
 
@@ -161,7 +161,7 @@ async fn pids_name_init_and_execs(stand: Stand) -> Result<()> {
     pids.sort_unstable();
     ensure!(pids == [container.pid, exec], "{pids:?}, not {} and {exec}", container.pid);
     let info = answer.processes.iter().find(|process| process.pid == exec).and_then(|process| process.info.as_ref());
-    let info = info.context("nothing says which exec it is")?;
+    let info = info.context("no field names the exec")?;
     ensure!(info.type_url.ends_with("containerd.runc.v1.ProcessDetails") && info.value == b"\x0a\x01e", "{info}");
     container.shut_down().await.map(drop)
 }
@@ -245,7 +245,7 @@ async fn kill_all_ends_every_process(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// Init traps the signal and goes on, so nobody else ends because of it.
+/// Init traps the signal and keeps running, so no other process exits because of it.
 async fn a_signal_for_all_reaches_every_process(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let script = "trap 'echo told' TERM; sleep 3000 & echo ready; while :; do sleep 0.1; done";

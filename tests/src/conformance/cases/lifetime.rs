@@ -1,4 +1,4 @@
-//! How long a shim lives, what it survives, and what it leaves.
+//! Lifetime of a shim: what it survives, and what it leaves behind.
 
 use std::fs;
 use std::time::Duration;
@@ -137,7 +137,7 @@ async fn end(container: Container) -> Result<()> {
     Ok(())
 }
 
-/// As with a pod that is removed: everybody deletes and says Shutdown at the same time.
+/// As with a pod that is removed: every container is deleted and Shutdown called at the same time.
 async fn a_group_that_is_deleted_all_at_once_leaves_nothing(stand: Stand) -> Result<()> {
     for round in 0..5 {
         let first = stand.bundle(&format!("c{round}-0"), &["true"]).group(&format!("pod{round}")).run().await?;
@@ -158,7 +158,7 @@ async fn a_group_that_is_deleted_all_at_once_leaves_nothing(stand: Stand) -> Res
     Ok(())
 }
 
-/// stdin is open on both sides and nobody closes it.
+/// stdin is open on both sides and stays open.
 async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let container = sleeper(&stand, "c1").await?;
@@ -189,7 +189,7 @@ async fn the_last_events_are_published_before_the_shim_exits(stand: Stand) -> Re
     }
     stand.containerd().come_back()?;
     let mut told = stand.containerd().events().of_until("c1", "delete").await?;
-    // the one that was under way when nobody was there any more may come twice
+    // the one being sent when the daemon went away may come twice
     told.dedup();
     ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
     gone(shim).await

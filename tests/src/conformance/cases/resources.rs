@@ -48,7 +48,7 @@ async fn a_paused_container_is_frozen_and_resumes(stand: Stand) -> Result<()> {
     stdin.write_all(b"one\n")?;
     streams.out.until("got one").await?;
     container.task.pause("c1").await?;
-    ensure!(container.task.state("c1", "").await?.status.value() == 4, "it is not told as paused");
+    ensure!(container.task.state("c1", "").await?.status.value() == 4, "State does not report it as paused");
     let folder = cgroups::of(container.pid, "freezer")?;
     // some runtimes do not wait for the kernel
     eventually("it is frozen", SOON, async || {
@@ -61,7 +61,7 @@ async fn a_paused_container_is_frozen_and_resumes(stand: Stand) -> Result<()> {
     stdin.write_all(b"two\n")?;
     container.task.resume("c1").await?;
     streams.out.until("got two").await?;
-    ensure!(container.task.state("c1", "").await?.status.value() == 2, "it is not told as running");
+    ensure!(container.task.state("c1", "").await?.status.value() == 2, "State does not report it as running");
     drop(stdin);
     container.task.close_stdin("c1", "").await?;
     ensure!(container.finish().await? == 3);
@@ -162,12 +162,12 @@ async fn a_checkpoint_is_written(stand: Stand) -> Result<()> {
     let request = api::CheckpointTaskRequest { id: "c1".to_owned(), path: text(&image), ..Default::default() };
     container.task.call::<api::Empty>("Checkpoint", &request, SOON * 3).await?;
     ensure!(image.join("inventory.img").exists(), "no image in {}", image.display());
-    eventually("it is told", SOON, async || {
+    eventually("the event is published", SOON, async || {
         ensure!(stand.containerd().events().of("c1").contains(&"checkpointed".to_owned()));
         Ok(())
     })
     .await?;
-    // without the wish to end it, it goes on
+    // unless asked to end it, the checkpoint leaves it running
     ensure!(proc::is_alive(container.pid.cast_signed()), "it has ended");
     container.shut_down().await.map(drop)
 }

@@ -116,7 +116,7 @@ async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()>
 
 /// A container that has the OCI runtime's own program started once more, inside, takes hold of it, and writes to it when it has ended.
 async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> {
-    // of a copy, as somebody's runtime may be an old one
+    // of a copy, since the installed runtime may be an old one
     let runtime = stand.folder().join(stand.runtime().file_name().context("a file")?);
     programs::copy(&stand.runtime(), &runtime)?;
     let programs = [runtime.clone(), stand.binary().to_owned()];
@@ -139,7 +139,7 @@ async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> 
     };
     let bundle = stand.bundle("c1", &["sh", "-c", &attack]).runtime(&runtime).spec(libraries);
     let container = streams.output(bundle).run().await?;
-    // which waits for somebody to write what it shall run
+    // which waits until a test writes what it shall run
     container.exec("e", &["/proc/self/exe", "run", "--bundle", "/tmp", "inner"]).await?;
     streams.out.until("found").await?;
     container.task.kill("c1", "e", 9).await?;
@@ -153,7 +153,7 @@ async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> 
     Ok(())
 }
 
-/// As the spec has it, whoever comes in later.
+/// As the spec has it, for processes added later too.
 async fn what_is_masked_is_masked_for_init_and_execs(stand: Stand) -> Result<()> {
     let look = "for masked in keys timer_list kcore; do head -c 1 /proc/$masked | wc -c; done; \
                 for kept in core_pattern hostname; do (: >>/proc/sys/kernel/$kept) 2>/dev/null || echo kept; done";
@@ -168,11 +168,11 @@ async fn what_is_masked_is_masked_for_init_and_execs(stand: Stand) -> Result<()>
     container.task.start("c1", "e").await?;
     container.task.wait("c1", "e").await?;
     let said = exec.out.to_end().await?;
-    ensure!(said == expected, "an exec says {said:?}");
+    ensure!(said == expected, "an exec reports {said:?}");
     streams.writer().await?.write_all(b"go\n")?;
     container.task.wait("c1", "").await?;
     let said = streams.out.to_end().await?;
-    ensure!(said == expected, "init says {said:?}");
+    ensure!(said == expected, "init reports {said:?}");
     container.shut_down().await.map(drop)
 }
 

@@ -112,7 +112,7 @@ async fn writes_and_ends(anchor: &Container, size: u64, terminal: bool, with_std
     Ok(())
 }
 
-/// A hundred megabytes, and nobody who takes them until the writer stands still.
+/// A hundred megabytes, without a reader until the writer blocks.
 async fn a_slow_reader_is_waited_for_in_bounded_memory(stand: Stand) -> Result<()> {
     let total = 100_000_000 * u64::from(times());
     let [_, stdout, stderr] = unread(&stand, "io")?;
@@ -325,10 +325,10 @@ async fn a_logger_that_crashes_early_blocks_nothing(stand: Stand) -> Result<()> 
 
 async fn a_logger_that_crashes_later_stops_no_container(stand: Stand) -> Result<()> {
     let uri = format!("binary://{}?dies=later&folder={}", stand.program("log-sink").display(), stand.folder().display());
-    // more than the pipe holds: without its logger, the container must not wait for anybody
+    // more than the pipe holds: without its logger, the container must not block
     let container = stand.bundle("c1", &["sh", "-c", "head -c 1048577 /dev/zero; exit 3"]).stdio("", &uri, &uri).run().await?;
     let status = container.task.wait_within("c1", "", SOON).await?;
-    // one that is told of the broken pipe ends by it
+    // a process that gets SIGPIPE exits by it
     ensure!([3, 141].contains(&status), "{status}");
     ensure!(container.finish().await? == status);
     leave(&container.task, container.shim_pid()?, "c1").await

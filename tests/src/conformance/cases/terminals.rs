@@ -59,7 +59,7 @@ async fn an_exec_with_a_terminal_has_one(stand: Stand) -> Result<()> {
     let spec = protobuf::MessageField::some(any_json(messages::PROCESS, &process));
     container.task.exec(&api::ExecProcessRequest { terminal: true, spec, ..request }).await?;
     container.task.start("c1", "e").await?;
-    ensure!(container.task.state("c1", "e").await?.terminal, "State does not say so");
+    ensure!(container.task.state("c1", "e").await?.terminal, "State does not report it");
     streams.out.until("/dev/pts/").await?;
     resize(&container.task, "e", 80, 24).await?;
     streams.writer().await?.write_all(b"this\n")?;
