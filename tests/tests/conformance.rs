@@ -1,4 +1,4 @@
-//! The conformance suite, on our shim and with nothing excused, and on itself: it says what the document says, and it can fail; and its tool.
+//! The conformance suite, on our shim without exceptions, and on itself: it has the clauses of the document, and it can fail; and its tool.
 //! Needs root. `X_SHIM` names the shim's binary.
 
 #[path = "conformance/tool.rs"]
@@ -89,7 +89,7 @@ fn every_case_names_a_clause_of_the_document() -> Result<()> {
     Ok(())
 }
 
-/// Without one, nobody has seen that its cases can fail.
+/// Without one, its cases were never seen to fail.
 fn every_must_has_a_fault() -> Result<()> {
     let proves = |clause: &str, case: &str| cases::find(case).is_some_and(|case| case.clause == clause);
     for clause in clauses::all().iter().filter(|clause| clause.level == Level::Must) {
@@ -193,7 +193,7 @@ fn with_each_engine(shim: &Path) -> Vec<Trial> {
                     Verdict::Passed => Ok(Completion::Completed),
                     Verdict::Skipped(why) => Ok(Completion::ignored_with(why)),
                     Verdict::Failed(_) if clauses::find(case.clause).is_some_and(|clause| clause.level == Level::May) => {
-                        Ok(Completion::ignored_with("nobody depends on it"))
+                        Ok(Completion::ignored_with("no client depends on it"))
                     }
                     Verdict::Failed(why) => Err(Failed::from(format!("{why}\nlogs: {}", logs().display()))),
                 }
@@ -203,7 +203,7 @@ fn with_each_engine(shim: &Path) -> Vec<Trial> {
     trials
 }
 
-/// What a good shim's cases say when somebody meddles with it.
+/// The results of a good shim's cases behind a man in the middle.
 fn with_each_fault(shim: &Path) -> Vec<Trial> {
     let shim = shim.to_owned();
     let through = move |fault: &str, case: &str| -> Result<Verdict> {

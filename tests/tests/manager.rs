@@ -1,4 +1,4 @@
-//! x-manager: containerd's API with its own clients and by hand, and SIGKILL at random instants. Needs root.
+//! x-manager: containerd's API with its own clients and raw requests, and SIGKILL at random instants. Needs root.
 //!
 //! `X_DAEMON` names the binary. The tests of `containerd.rs` and `docker.rs` run on it too, when `X_DAEMON` is set for them.
 

@@ -1,7 +1,7 @@
 //! Containers and processes without end, while everything around them fails: for as long as one likes, then an audit. Needs root.
 //!
-//! `X_SOAK_SECONDS` says how long for each test (20 by default), `X_SEED` which run, `X_SOAK_CONTAINERD` on which containerd (`1.6`, `1.7`
-//! or `2.1`, the default); `X_SHIM` names the shim's binary. A run says its seed.
+//! `X_SOAK_SECONDS` is the duration of each test (20 by default), `X_SEED` which run, `X_SOAK_CONTAINERD` on which containerd (`1.6`, `1.7`
+//! or `2.1`, the default); `X_SHIM` names the shim's binary. A run prints its seed.
 
 #[path = "soak/containerd.rs"]
 mod containerd;
@@ -50,7 +50,7 @@ fn seed() -> u64 {
     seed
 }
 
-/// Sets `over` when the time is up, or somebody else has.
+/// Sets `over` when the time is up, unless another lane has.
 async fn timer(over: &AtomicBool) {
     let begin = Instant::now();
     while begin.elapsed() < seconds() && !over.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! What init and execs inherit without anybody asking for it: it has to be what they inherit from the stock shim.
+//! What init and execs inherit without being asked for: it has to be what they inherit from the stock shim.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -85,7 +85,7 @@ async fn pair(cx: &Context, stdio: Stdio, terminal: bool) -> Result<()> {
         let differences: Vec<_> = stock
             .iter()
             .filter(|(name, value)| ours.get(*name) != Some(value))
-            .map(|(name, value)| format!("{whose} {name}: stock {value:?}, on trial {:?}", ours.get(name)))
+            .map(|(name, value)| format!("{whose} {name}: stock {value:?}, under test {:?}", ours.get(name)))
             .collect();
         ensure!(differences.is_empty(), "{differences:#?}");
     }

@@ -13,7 +13,7 @@ use shim_tests::suite;
 use tokio::task::LocalSet;
 use tonic::Code;
 
-/// Ends with 3 as soon as it is told so.
+/// Exits with 3 when the test asks for it.
 const ON_COMMAND: [&str; 3] = ["sh", "-c", "echo up; read go; exit 3"];
 
 /// That the container still is what it was.
@@ -23,27 +23,27 @@ async fn is_the_same(container: &Container) -> Result<()> {
     Ok(())
 }
 
-/// That everyone who is asked says that it ended with `status`, and that this was told once.
+/// Checks that every call reports that it exited with `status`, and that this was published once.
 async fn ended_with(cx: &Context, container: &Process, events: &Events, status: u32, in_all: usize) -> Result<()> {
     let state = container.phase(Phase::Stopped).await?;
     ensure!(state.exit_status == status, "state: {state:?}");
     let waited = container.wait().await?;
-    ensure!(waited == status, "wait says {waited}");
+    ensure!(waited == status, "wait reports {waited}");
     let deleted = container.delete().await?;
-    ensure!(deleted.exit_status == status, "delete says {deleted:?}");
+    ensure!(deleted.exit_status == status, "delete reports {deleted:?}");
     told_once(cx, events, container, status, in_all).await
 }
 
-/// That the process's end was told once, with that status, and that `in_all` ends were told in this namespace, over all lives of the daemon.
+/// Checks that the process's exit was published once, with that status, and `in_all` exits in this namespace, over all runs of the daemon.
 ///
 /// The event itself may come before anyone can subscribe again: then the daemon's log alone has it.
 async fn told_once(cx: &Context, events: &Events, process: &Process, status: u32, in_all: usize) -> Result<()> {
     let namespace = cx.client().namespace();
     // x-manager does not log events; the stock shim gives them up
     if suite::manager().is_none() && cx.shim().is_ours() {
-        eventually("the end is told", SOON, async || {
+        eventually("the exit is published", SOON, async || {
             let told = cx.daemon().told_exits(namespace);
-            ensure!(told >= in_all, "{told} ends of {in_all} were told");
+            ensure!(told >= in_all, "{told} exits of {in_all} were published");
             Ok(())
         })
         .await?;
@@ -52,7 +52,7 @@ async fn told_once(cx: &Context, events: &Events, process: &Process, status: u32
     let exits = events.exits(&process.id, &process.exec);
     ensure!(exits.len() <= 1 && exits.iter().all(|exit| exit.status == status), "{exits:?}");
     let told = cx.daemon().told_exits(namespace);
-    ensure!(told <= in_all, "{told} ends were told, not {in_all}");
+    ensure!(told <= in_all, "{told} exits were published, not {in_all}");
     Ok(())
 }
 
@@ -283,7 +283,7 @@ pub(crate) async fn a_daemon_killed_during_delete_leaves_nothing(cx: Context) ->
     let (client, id) = (cx.client().clone(), container.id.clone());
     let delete = tokio::spawn(async move { client.delete(&id).await });
     if cx.shim().is_ours() {
-        // the shim may do without the runtime's delete, or do it before it tells of the exit
+        // the shim may do without the runtime's delete, or run it before it publishes the exit
         let _may_not_come = gate.held("delete").await;
     } else {
         gate.held("delete").await?;

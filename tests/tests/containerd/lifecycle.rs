@@ -182,7 +182,7 @@ pub(crate) async fn no_options_mean_a_runtime_from_path(cx: Context) -> Result<(
 pub(crate) async fn a_missing_program_is_named_and_leaves_nothing(cx: Context) -> Result<()> {
     let Err(error) = cx.container(&["/no/such/program"]).start().await else { anyhow::bail!("it was accepted") };
     ensure!(format!("{error:#}").contains("/no/such/program"), "{error:#}");
-    // runc says so at create, crun at start: then there is a task to delete
+    // runc fails at create, crun at start: then there is a task to delete
     for task in cx.client().list().await? {
         let _may_have_ended = cx.client().kill(&task.id, "", 9, false).await;
         cx.client().delete(&task.id).await?;

@@ -92,7 +92,7 @@ pub(crate) async fn statistics_are_there_until_delete(cx: Context) -> Result<()>
     Ok(())
 }
 
-/// What statistics say, whatever their kind.
+/// What statistics report, whatever their type.
 #[derive(Debug)]
 struct Measured {
     pids: u64,

@@ -16,7 +16,7 @@ use shim_tests::runner::{needs_images, skip};
 use shim_tests::spec::Spec;
 use shim_tests::stdio::{Pace, Writer};
 
-/// Fifos that nobody reads yet.
+/// Fifos without a reader yet.
 const UNREAD: Stdio = Stdio::Fifos { stdin: false, pace: None };
 
 pub(crate) async fn a_container_without_stdio_runs(cx: Context) -> Result<()> {
@@ -260,10 +260,10 @@ pub(crate) async fn a_logger_of_the_second_kind_is_ready_with_a_byte_and_not_wit
     cx.leaves_nothing().await
 }
 
-/// As it is where images come from anybody: the loggers are listed.
+/// As on hosts with untrusted images: the loggers are listed.
 async fn with_listed_loggers(cx: &Context) -> Result<Context> {
     if !cx.shim().is_ours() {
-        return skip("the stock shim runs whatever it is told to");
+        return skip("the stock shim runs any logger");
     }
     let listed = cx.folder().join("listed");
     programs::copy(&cx.program("log-sink"), &listed)?;
@@ -300,7 +300,7 @@ pub(crate) async fn a_logger_that_is_not_listed_never_runs(outer: Context) -> Re
     cx.leaves_nothing().await
 }
 
-/// containerd restarts a container that says so in its labels, with the logger that they name; labels come from images.
+/// containerd restarts a container whose labels ask for it, with the logger that they name; labels come from images.
 pub(crate) async fn a_logger_that_a_label_names_never_runs_unless_it_is_listed(outer: Context) -> Result<()> {
     needs_images()?;
     let cx = with_listed_loggers(&outer).await?;

@@ -18,10 +18,14 @@ use tonic::Code;
 
 /// containerd alone reads what another version of it has written.
 fn needs_containerd() -> Result<()> {
-    if suite::manager().is_some() { skip("of containerd alone there are several versions, and x-manager forgets nobody") } else { Ok(()) }
+    if suite::manager().is_some() {
+        skip("of containerd alone there are several versions, and x-manager forgets no container")
+    } else {
+        Ok(())
+    }
 }
 
-/// Ends with 3 as soon as it is told so.
+/// Exits with 3 when the test asks for it.
 const ON_COMMAND: [&str; 3] =
     ["sh", "-c", "echo up; while read line; do case $line in go) exit 3;; *) echo got $line;; esac; done; exit 9"];
 
@@ -126,12 +130,12 @@ pub(crate) async fn a_container_whose_shim_binary_is_missing_keeps_running_and_k
     fs::rename(&path, &moved)?;
     cx.crash_daemon().await?;
     ensure!(code_of(container.state().await)? == Code::NotFound && !container.bundle().exists(), "this containerd has kept it");
-    // it goes on, and whoever asks its shim is told
+    // it keeps running, and its shim answers
     container.io.stdin().await?.write_all(b"still\n")?;
     container.io.out().until("got still\n").await?;
     let shims = builds::ps(&cx, &moved).await?;
     ensure!(shims.len() == 1 && shims[0]["group"] == *container.id, "{shims:#?}");
-    // nobody takes its name by mistake: the refusal says what to do
+    // no other container takes its name by mistake: the refusal says what to do
     fs::rename(&moved, &path)?;
     let id = container.id.clone();
     container.remove().await?;

@@ -1,4 +1,4 @@
-//! The worker, the part of our shim that has features, is killed at will: nobody notices.
+//! The worker, the part of our shim that has features, is killed at any time: no client notices.
 
 use std::time::Duration;
 
@@ -193,7 +193,7 @@ pub(crate) async fn a_stopped_worker_leaves_the_daemon_able_to_load(cx: Context)
     cx.leaves_nothing().await
 }
 
-/// Nobody has asked anything for a while: of the shim there is the keeper alone when the container ends.
+/// No client has called for a while: only the keeper runs when the container exits.
 pub(crate) async fn an_exit_with_the_daemon_down_and_the_worker_hibernating_is_published(cx: Context) -> Result<()> {
     ours_only(&cx)?;
     let cx = cx.with_own_shim(cx.shim(), &[("X_SHIM_IDLE_SECONDS", "5")]).await?;

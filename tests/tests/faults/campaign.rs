@@ -25,7 +25,7 @@ pub(crate) fn runs() -> usize {
     env::var("X_CAMPAIGN").ok().and_then(|text| text.parse().ok()).unwrap_or(30)
 }
 
-/// Small and seeded; what it says depends on nothing but the seed.
+/// Small and seeded; its numbers depend on nothing but the seed.
 struct Random(u64);
 
 impl Random {
@@ -43,7 +43,7 @@ struct Job {
     model: Rc<Record>,
     /// Crashes at messages, one word per life.
     plan: String,
-    /// From outside, each so long after the last.
+    /// From outside, each that long after the last.
     troubles: Vec<(Duration, Trouble)>,
 }
 
@@ -54,7 +54,7 @@ enum Trouble {
     Kill,
     /// Its worker is stopped for so long.
     Stop(Duration),
-    /// It goes on as another build.
+    /// It is upgraded to another build.
     Upgrade { to: PathBuf, worker_only: bool },
 }
 

@@ -119,7 +119,7 @@ impl Run {
         self.cx.daemon().faults().join(&self.id)
     }
 
-    /// Says that what came before is another scenario's business.
+    /// Marks what came before as another scenario's.
     pub(crate) fn begin(&self) -> Result<()> {
         self.begun_at.set(fs::read_to_string(self.trace_path())?.lines().count());
         Ok(())
@@ -180,14 +180,14 @@ impl Run {
         }
     }
 
-    /// Takes down what State says.
+    /// Records the answer of State.
     pub(crate) async fn state(&self, process: &Process) -> Result<()> {
         let state = process.state().await?;
         self.note(format!("state {}: {:?} pid of {} status {}", process.exec, state.status(), self.named(state.pid), state.exit_status));
         Ok(())
     }
 
-    /// Takes down what Pids says of processes that we know; those that they have started come and go.
+    /// Records the answer of Pids about known processes; those that they have started come and go.
     pub(crate) async fn pids(&self, container: &Container) -> Result<()> {
         let known = self.pids.borrow().clone();
         let told = self.cx.client().pids(&container.id).await?;
@@ -197,7 +197,7 @@ impl Run {
         Ok(())
     }
 
-    /// Waits for the end, asks State, deletes, and takes down what the three say.
+    /// Waits for the exit, asks State, deletes, and records the three answers.
     pub(crate) async fn finish(&self, process: &Process, name: &str) -> Result<()> {
         let waited = self.cx.client().wait(&process.id, &process.exec).await?;
         self.note(format!("wait {name}: {}", waited.exit_status));
@@ -242,7 +242,7 @@ impl Run {
         Ok(())
     }
 
-    /// What is there to see when something has gone wrong: processes, and what the shim has logged.
+    /// For diagnosing a failure: processes, and what the shim has logged.
     pub(crate) fn scene(&self) -> String {
         let mut lines = Vec::new();
         let all = proc::all();

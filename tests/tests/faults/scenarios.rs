@@ -24,11 +24,11 @@ pub(crate) type Drive<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     pub(crate) body: for<'a> fn(&'a Run) -> Drive<'a>,
-    /// Whether the scenario says itself from when on workers die: [`Run::arm`].
+    /// Whether the scenario itself chooses from when on workers crash: [`Run::arm`].
     pub(crate) late: bool,
     /// How many workers there are without crashes.
     pub(crate) lives: usize,
-    /// What the daemon must have told, in this order: topic, who, the name of its pid, and its exit status unless 0.
+    /// What the daemon must have published, in this order: topic, process, the name of its pid, and its exit status unless 0.
     pub(crate) events: &'static str,
     /// What the runtime must have been called for, in this order.
     pub(crate) calls: &'static str,
@@ -74,7 +74,7 @@ async fn life(run: &Run) -> Result<()> {
     is_complete(&container.io.err().to_end().await?, "")
 }
 
-/// Processes that have ended before the runtime says that they were started.
+/// Processes that exit before the runtime reports that they were started.
 pub(crate) const SHORT: Scenario = Scenario {
     name: "short",
     body: |run| Box::pin(short(run)),
@@ -100,7 +100,7 @@ async fn short(run: &Run) -> Result<()> {
     is_complete(&container.io.out().to_end().await?, &lines(1, 1000))
 }
 
-/// Makes a call of which the runtime tells only after `until`.
+/// Makes a call that the runtime completes only after `until`.
 async fn held_after(run: &Run, verb: &str, call: impl Future<Output = Result<()>>, until: impl AsyncFnOnce() -> Result<()>) -> Result<()> {
     run.gate.hold_after(verb)?;
     let release = async {
@@ -227,7 +227,7 @@ async fn file(run: &Run) -> Result<()> {
     let exec = run.add(container.exec("e", &["sh", "-c", "seq 1 20000; exit 4"]).stdio(stdio)).await?;
     run.start(&exec, "e").await?;
     run.finish(&exec, "e").await?;
-    // in the file when the exit is told
+    // in the file when the exit is published
     is_complete(&fs::read_to_string(path("e"))?, &lines(1, 20000))?;
     // a signal before the trap is there would be lost
     let is_written = || fs::read_to_string(path("init")).is_ok_and(|text| text.ends_with("\n20000\n"));
@@ -339,7 +339,7 @@ async fn kill_all(run: &Run) -> Result<()> {
     run.finish(&container, "init").await
 }
 
-/// A container in the host's pid namespace, whose processes nobody kills but the shim when init ends.
+/// A container in the host's pid namespace, whose processes only the shim kills when init exits.
 pub(crate) const SHARED_PIDS: Scenario = Scenario {
     name: "shared pids",
     body: |run| Box::pin(shared_pids(run)),
@@ -382,7 +382,7 @@ async fn checkpoint(run: &Run) -> Result<()> {
     run.finish(&container, "init").await
 }
 
-/// A container that goes on from a checkpoint.
+/// A container that is restored from a checkpoint.
 pub(crate) const RESTORE: Scenario = Scenario {
     name: "restore",
     body: |run| Box::pin(restore(run)),
@@ -399,7 +399,7 @@ async fn restore(run: &Run) -> Result<()> {
     run.start(&container, "saved").await?;
     is_executed(&container).await?;
     let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
-    // the content of nobody is collected at any time
+    // unreferenced content is collected at any time
     let leased = run.cx.client().with_lease(&run.id).await?;
     let descriptors = leased.checkpoint(&container.id, options).await?;
     let image = descriptors.into_iter().find(|found| found.media_type.contains("criu")).context("no checkpoint in the store")?;
@@ -475,7 +475,7 @@ async fn command(run: &Run) -> Result<()> {
         run.note(format!("parked wait: {:?}", wait.await?.map(|answer| answer.exit_status).map_err(|error| error.code())));
     }
     run.refused("state of b, which is gone", second.state().await)?;
-    // what goes from the daemon's books then has ended as it was said to have
+    // what the daemon then deletes has exited as published
     let deleted = second.delete().await?;
     run.note(format!("delete b: {} of {}", deleted.exit_status, run.named(deleted.pid)));
     run.held("after the command").await?;
@@ -484,7 +484,7 @@ async fn command(run: &Run) -> Result<()> {
     run.finish(&first, "init").await
 }
 
-/// The worker rests, and is brought back by a request, and by an exit; for a shim with a short spell.
+/// The worker hibernates, and is started again by a request, and by an exit; for a shim with a short idle time.
 pub(crate) const REST: Scenario = Scenario {
     name: "rest",
     body: |run| Box::pin(rest(run)),

@@ -283,11 +283,11 @@ pub(crate) async fn a_subscriber_that_never_reads_is_dropped_and_delays_no_other
     }
     let container = cx.container(&["sh", "-c", "exit 3"]).start().await?;
     ensure!(container.wait().await? == 3);
-    eventually_true("who reads hears everything", SOON, || !events.exits(&container.id, "").is_empty()).await?;
+    eventually_true("a subscriber that reads receives everything", SOON, || !events.exits(&container.id, "").is_empty()).await?;
     container.delete().await?;
     let mut read = 0;
     let error = loop {
-        match within("the stream goes on", SOON, slow.message()).await? {
+        match within("the stream continues", SOON, slow.message()).await? {
             Ok(Some(_)) => read += 1,
             Ok(None) => anyhow::bail!("the stream ended without an error after {read} events"),
             Err(status) => break status,
@@ -480,7 +480,7 @@ pub(crate) async fn requests_that_are_never_finished_are_refused_before_they_cos
 pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> Result<()> {
     let mut heard = cx.client().subscribe().await?;
     let publish = |words: &[&str], bytes: &[u8]| {
-        let mut command = Command::new(suite::manager().context("x-manager is on trial")?);
+        let mut command = Command::new(suite::manager().context("x-manager is under test")?);
         // as containerd's own binary is run by a shim
         command.arg("--address").arg(cx.daemon().address()).args(words);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;

@@ -21,7 +21,7 @@ struct Ctr<'a> {
     namespace: String,
 }
 
-/// A subcommand, and what it must do; versions that do not have it are told by name.
+/// A subcommand, and what it must do; versions without it are named.
 type Row = (&'static str, &'static [Suite], fn(&Ctr<'_>) -> Result<()>);
 
 const ALL: &[Suite] = &Suite::ALL;
@@ -135,7 +135,7 @@ impl Ctr<'_> {
         Ok(())
     }
 
-    /// The words of a `run`.
+    /// The arguments of a `run`.
     fn container<'w>(&self, flags: &[&'w str], id: &'w str, program: &[&'w str]) -> Result<Vec<String>> {
         let mut words = vec!["run".to_owned(), "--rootfs".to_owned(), "--env".to_owned(), "PATH=/bin".to_owned()];
         words.extend(["--runtime".to_owned(), self.cx.shim().runtime_type.clone(), "--cgroup".to_owned(), self.cgroup(id)]);
@@ -322,7 +322,7 @@ fn run_log_binary(ctr: &Ctr<'_>) -> Result<()> {
     fs::create_dir(&folder)?;
     let uri = format!("binary://{}?folder={}", ctr.cx.program("log-sink").display(), folder.display());
     ctr.run_container(&["--rm", "--log-uri", &uri], "c", &["sh", "-c", "echo hello; echo to stderr >&2"])?;
-    retry(|| fs::metadata(folder.join("done")).context("the logger goes on"))?;
+    retry(|| fs::metadata(folder.join("done")).context("the logger keeps running"))?;
     let read = |name: &str| fs::read_to_string(folder.join(name)).context(name.to_owned());
     ensure!(read("stdout")? == "hello\n" && read("stderr")? == "to stderr\n");
     has(&read("environment")?, &["CONTAINER_ID=c\n", &format!("CONTAINER_NAMESPACE={}\n", ctr.namespace)])
@@ -444,7 +444,7 @@ fn events(ctr: &Ctr<'_>) -> Result<()> {
     let file = ctr.cx.folder().join(format!("{}-events", ctr.namespace));
     let mut listening = ctr.command(&["events"]).stdout(fs::File::create(&file)?).spawn()?;
     let mut number = 0;
-    // a subscription says nothing when it is in place
+    // a subscription is not confirmed
     let heard = retry(|| {
         number += 1;
         ctr.run_container(&["--rm"], &format!("c{number}"), &["true"])?;

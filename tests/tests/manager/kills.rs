@@ -112,7 +112,7 @@ async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64) -> Resul
 
 /// That `x-manager check` finds nothing wrong with what a dead daemon has left.
 async fn store_is_sound(cx: &Context) -> Result<()> {
-    let manager = suite::manager().context("x-manager is on trial")?;
+    let manager = suite::manager().context("x-manager is under test")?;
     let root = cx.daemon().folder().join("root");
     let output = tokio::task::spawn_blocking(move || Command::new(manager).arg("--root").arg(root).arg("check").output()).await??;
     ensure!(output.status.success(), "check: {} {}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -128,7 +128,7 @@ struct Tally {
     revivals: Cell<u64>,
     /// Exits that were told.
     heard: Cell<u64>,
-    /// Exits that nobody was told, as whoever would have been told lost the connection meanwhile.
+    /// Exits that no subscriber received, because it lost its connection meanwhile.
     missed: Cell<u64>,
 }
 
@@ -253,19 +253,19 @@ impl Lane {
         let is_it = |exit: &Event| exit.status == status && (pid == 0 || exit.pid == pid);
         let heard = || self.events.exits(id, exec).iter().any(is_it);
         let has_died = || quiet.is_none() || quiet != self.tally.quiet();
-        eventually_true(format!("the exit of {id}/{exec} is told"), SOON, || heard() || has_died()).await?;
+        eventually_true(format!("the exit of {id}/{exec} is published"), SOON, || heard() || has_died()).await?;
         let counter = if heard() { &self.tally.heard } else { &self.tally.missed };
         counter.set(counter.get() + 1);
         let exits = self.events.exits(id, exec);
         let of_one_pid = |pid: u32| exits.iter().filter(|exit| exit.pid == pid).count();
-        ensure!(exits.iter().all(|exit| of_one_pid(exit.pid) == 1), "told twice: {exits:?}");
+        ensure!(exits.iter().all(|exit| of_one_pid(exit.pid) == 1), "published twice: {exits:?}");
         let right = |exit: &Event| exit.status == status || (pid != 0 && exit.pid != pid);
         ensure!(exits.iter().all(right), "not {status}: {exits:?}");
         Ok(())
     }
 
     /// A stock shim whose creation was cut off may wait for its runtime's output for ever, which the killed runtime's child holds, and answers nothing
-    /// meanwhile: somebody has to end it.
+    /// meanwhile: the test has to end it.
     fn end_stock_shim(&self, id: &str) {
         let namespace = self.cx.client().namespace();
         for shim in proc::all().into_values().filter(|process| process.command.contains("containerd-shim-runc-v2")) {
@@ -287,7 +287,7 @@ impl Lane {
             }
             let begun = eventually("it has begun", Duration::from_secs(2), async || {
                 let state = again(async || client.state(id, exec).await).await?;
-                // a stock shim says nothing while it starts a process
+                // a stock shim does not answer while it starts a process
                 ensure!(![Phase::Created, Phase::Unknown].contains(&state.status()), "{state:?}");
                 Ok(())
             });
@@ -358,7 +358,7 @@ fn is_running(status: &Status) -> bool {
 }
 
 fn is_a_crash(status: &Status) -> bool {
-    // tonic says Unknown of a connection that breaks in the middle of an answer
+    // tonic reports Unknown for a connection that breaks in the middle of an answer
     let is_of_the_connection =
         status.code() == Code::Unknown && ["transport", "h2", "broken", "connection"].iter().any(|word| status.message().contains(word));
     matches!(status.code(), Code::Unavailable | Code::Cancelled) || is_of_the_connection

@@ -33,16 +33,18 @@ pub(crate) async fn an_exit_while_the_daemon_was_down_is_published_once(cx: Cont
         stdin.write_all(b"go\n")?;
         let pid = container.pid.cast_signed();
         eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
-        // a shim that tells an exit before the test listens again tells it to nobody
+        // an exit that a shim publishes before the test subscribes again is lost
         proc::signal(shim, Signal::SIGSTOP)?;
         cx.revive_daemon().await?;
         events.resubscribe(cx.client()).await?;
         proc::signal(shim, Signal::SIGCONT)?;
-        // whoever sends it: the shim, sooner or later, or the daemon in its place
+        // no matter which sends it: the shim, sooner or later, or the daemon in its place
         let told = |exec: &'static str| !events.exits(&container.id, exec).is_empty();
-        eventually_true("the exits are told", Duration::from_secs(30), || told("") && told("e")).await.with_context(|| runtime.clone())?;
+        eventually_true("the exits are published", Duration::from_secs(30), || told("") && told("e"))
+            .await
+            .with_context(|| runtime.clone())?;
         ensure!(exec.wait().await? == 5 && container.wait().await? == 3);
-        tokio::time::sleep(Duration::from_secs(7)).await; // longer than the daemon leaves a shim to tell it by itself
+        tokio::time::sleep(Duration::from_secs(7)).await; // longer than the daemon gives a shim to publish it by itself
         events.catch_up(cx.client()).await?;
         for (name, status) in [("", 3), ("e", 5)] {
             let exits = events.exits(&container.id, name);
@@ -64,7 +66,7 @@ pub(crate) async fn a_start_with_too_few_descriptors_ends_no_container(cx: Conte
     let folder = cx.daemon().folder();
     let log = cx.folder().join("poor.log");
     let mut poor = Command::new("sh");
-    poor.args(["-c", "ulimit -n 24; exec \"$0\" \"$@\""]).arg(suite::manager().context("x-manager is on trial")?);
+    poor.args(["-c", "ulimit -n 24; exec \"$0\" \"$@\""]).arg(suite::manager().context("x-manager is under test")?);
     poor.arg("--root").arg(folder.join("root")).arg("--state").arg(folder.join("state")).arg("--address").arg(folder.join("c.sock"));
     let mut poor = poor.stderr(fs::File::create(&log)?).spawn()?;
     shim_tests::isolation::keep(poor.id());
@@ -102,7 +104,7 @@ pub(crate) async fn a_task_whose_shim_is_unreachable_reports_the_reason(cx: Cont
     let listed = tokio::time::timeout(Duration::from_secs(5), cx.client().list()).await.context("it delays the others")??;
     let phase = |id: &str| listed.iter().find(|task| task.id == id).map(Process::status);
     ensure!(phase(&sibling.id) == Some(Phase::Running) && phase(&container.id) == Some(Phase::Unknown), "{listed:?}");
-    let status = container.delete().await.expect_err("nobody knows that version");
+    let status = container.delete().await.expect_err("that version is unknown");
     ensure!(status.code() == Code::Unavailable && status.message().contains("speaks version 9"), "{status:?}");
     ensure!(proc::is_alive(container.pid.cast_signed()));
     fs::write(&file, address)?;
@@ -248,7 +250,7 @@ pub(crate) async fn the_exit_of_a_dead_shims_task_is_kept_until_it_is_deleted(cx
 
 /// Starts another one and returns how that ended.
 fn start(root: &Path, state: &Path, address: &Path) -> Result<Output> {
-    let manager = suite::manager().context("x-manager is on trial")?;
+    let manager = suite::manager().context("x-manager is under test")?;
     let mut command = Command::new("timeout");
     command.arg("10").arg(manager).arg("--root").arg(root).arg("--state").arg(state).arg("--address").arg(address);
     Ok(command.output()?)
@@ -322,7 +324,7 @@ async fn full(cx: &Context, root: &Path) -> Result<()> {
     // what is left goes too
     while fs::write(&ballast, vec![0; fs::metadata(&ballast).map_or(0, |about| usize::try_from(about.len()).unwrap_or(0)) + 1024]).is_ok() {
     }
-    // running tasks are told of and deleted all the same
+    // running tasks are published and deleted all the same
     ensure!(exec.delete().await?.exit_status == 5);
     stdin.write_all(b"go\n")?;
     ensure!(running.wait().await? == 3);
@@ -332,6 +334,6 @@ async fn full(cx: &Context, root: &Path) -> Result<()> {
         cx.client().delete_container(id).await.with_context(|| format!("{id} was acknowledged"))?;
     }
     ensure!(running.delete().await?.exit_status == 3);
-    ensure!(cx.container(&["sh", "-c", "exit 6"]).run().await? == 6, "it goes on");
+    ensure!(cx.container(&["sh", "-c", "exit 6"]).run().await? == 6, "it keeps running");
     eventually("nothing is left", SOON, async || cx.leaves_nothing().await).await
 }

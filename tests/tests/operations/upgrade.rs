@@ -18,7 +18,7 @@ use tokio::process::Command;
 use tokio::task::LocalSet;
 use tonic::Code;
 
-/// Ends with 3 as soon as it is told so.
+/// Exits with 3 when the test asks for it.
 const ON_COMMAND: [&str; 3] = ["sh", "-c", "echo up; read go; exit 3"];
 
 async fn is_the_same(container: &Container) -> Result<()> {

@@ -1,4 +1,4 @@
-//! What the keeper says while no worker can, and how soon.
+//! What the keeper answers while no worker can, and how soon.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use shim_tests::stand::Stand;
 use shim_tests::task::Task;
 use shim_tests::times::times;
 
-/// What `Connect`, `State` and `Pids` say without a worker has to be what they say with one.
+/// `Connect`, `State` and `Pids` have to give the same answers without a worker as with one.
 pub(crate) async fn ready_made_answers_are_those_of_the_worker(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).create().await?;
     let task = &container.task;
@@ -62,7 +62,7 @@ pub(crate) async fn a_create_under_way_costs_a_siblings_state_no_fifty_milliseco
         let asked = Instant::now();
         anchor.task.state("anchor", "").await?;
         took.push(asked.elapsed());
-        tokio::time::sleep(Duration::from_millis(1)).await; // nobody asks more often
+        tokio::time::sleep(Duration::from_millis(1)).await; // the polling interval
     }
     gate.release("create")?;
     let slow = create.await??;

@@ -1,4 +1,4 @@
-//! Requests that cannot be carried out: what our shim says to each, and how much of it it bears.
+//! Requests that cannot be carried out: how our shim answers each, and how many it survives.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -53,7 +53,7 @@ pub(crate) async fn an_invalid_id_is_refused_with_a_sentence(stand: Stand) -> Re
 
 pub(crate) async fn an_invalid_exec_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
     let said = requests::of_execs(&stand).await?;
-    // the runtime has words of its own
+    // the runtime has its own messages
     are_sentences(&said.into_iter().filter(|refused| refused.what == "exec").collect::<Vec<_>>())
 }
 
@@ -103,7 +103,7 @@ pub(crate) async fn garbage_on_the_control_socket_has_no_effect(stand: Stand) ->
         held.push(UnixStream::connect(&path)?);
         if bytes.len() > 4 && socket.shutdown(std::net::Shutdown::Write).is_ok() {
             let mut answer = Vec::new();
-            // nothing sensible can be said to it: it ends, and does not hang
+            // there is no sensible answer: it exits, and does not hang
             let ended = socket.read_to_end(&mut answer);
             ensure!(!matches!(&ended, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock), "{bytes:?}: no end");
         }
@@ -125,7 +125,7 @@ pub(crate) async fn garbage_on_the_control_socket_has_no_effect(stand: Stand) ->
     witness.dismiss().await
 }
 
-/// Whatever is long in a request is neither repeated in an answer nor too much for what the shim's parts tell each other.
+/// Long fields of a request are neither repeated in an answer nor too long for the messages between keeper and worker.
 pub(crate) async fn texts_of_megabytes_are_refused_and_not_repeated(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let (task, worker) = (&witness.container.task, witness.container.worker_pid().await?);

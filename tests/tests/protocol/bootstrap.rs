@@ -114,7 +114,7 @@ pub(crate) async fn a_container_has_three_descriptors_and_none_is_a_file_of_the_
     container.shut_down().await.map(drop)
 }
 
-/// A path where a socket should be is not removed unless it is one, and a shim that cannot listen says so.
+/// A path where a socket should be is not removed unless it is one, and a shim that cannot listen reports it.
 pub(crate) async fn what_is_no_socket_is_not_replaced(stand: Stand) -> Result<()> {
     let bundle = stand.bundle("c1", &["true"]);
     let socket = bundle.start_shim().await?;

@@ -27,7 +27,7 @@ async fn kill_shim(shim: i32) -> Result<()> {
     eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await
 }
 
-/// Nobody but the kernel has seen the end: the shim was dead, and then the container ended by itself.
+/// Only the kernel has seen the exit: the shim was dead, and then the container ended by itself.
 pub(crate) async fn an_unobserved_exit_is_reported_as_killed(stand: Stand) -> Result<()> {
     let gate = stand.folder().join("gate");
     shim_tests::stdio::fifo(&gate)?;
@@ -53,7 +53,7 @@ pub(crate) async fn delete_after_a_deletion_repeats_its_answer(stand: Stand) -> 
     Ok(())
 }
 
-/// Somebody has removed what says which shim it is in; a member of a pod is in one that bears another name.
+/// The file that names its shim was removed; a member of a pod is in one that bears another name.
 pub(crate) async fn delete_ends_a_container_whose_bundle_was_removed(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let other = stand.bundle("other", &["sleep", "1000"]).run().await?;
@@ -80,7 +80,7 @@ pub(crate) async fn delete_ends_a_container_whose_bundle_was_removed(stand: Stan
             shim_tests::bundle::leave(&again.task, again.shim_pid()?, id).await?;
         }
     }
-    // nobody else was touched
+    // no other container was affected
     for container in [anchor, other] {
         ensure!(container.shut_down().await? == 137);
     }
@@ -190,7 +190,7 @@ pub(crate) async fn what_containerd_asks_at_its_start_is_answered_without_a_work
     stand.leaves_nothing().await
 }
 
-/// A worker that is killed whenever there is one: what the keeper can say it says, and nothing is lost when it ends.
+/// A worker that is killed whenever there is one: the keeper gives its ready answers, and nothing is lost when it exits.
 pub(crate) async fn a_crash_looping_worker_does_not_prevent_ready_answers(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let keeper = container.shim_pid()?;

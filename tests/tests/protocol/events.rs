@@ -1,4 +1,4 @@
-//! What the shim tells containerd: everything, once, in order, whatever containerd does meanwhile.
+//! What the shim publishes: every event, once, in order, whatever containerd does meanwhile.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ async fn run_some(container: &Container, round: usize) -> Result<Vec<String>> {
 
 pub(crate) async fn every_event_arrives_once_and_in_order_however_it_is_refused(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
-    // nobody is there when it begins
+    // there is no daemon when it begins
     fake.vanish();
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
     let mut expected = vec!["create".to_owned(), "start".to_owned()];
@@ -82,7 +82,7 @@ pub(crate) async fn every_event_arrives_once_and_in_order_however_it_is_refused(
     shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// A containerd that takes an event and never says so is waited for, and when it dies, told again.
+/// A containerd that never acknowledges an event is waited for, and when it dies, the event is sent again.
 pub(crate) async fn an_event_without_an_acknowledgement_holds_back_the_next_ones(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     fake.behave(Manner::Silent);
@@ -110,7 +110,7 @@ pub(crate) async fn an_event_answered_with_garbage_is_sent_again(stand: Stand) -
     let fake = stand.containerd();
     fake.behave(Manner::Garbage);
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
-    eventually("it is told again", SOON, async || {
+    eventually("it is sent again", SOON, async || {
         ensure!(fake.tries() >= 3, "{} tries", fake.tries());
         Ok(())
     })

@@ -1,4 +1,4 @@
-//! Too much of everything: it costs a bounded amount of memory, and nobody else's time.
+//! Too much of everything: it costs a bounded amount of memory, and delays no other client.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use shim_tests::ttrpc::{Code, Frame, REQUEST, RESPONSE, Wire, header, refusal};
 use shim_tests::witness::Witness;
 use tokio::io::AsyncWriteExt as _;
 
-/// Clients that say they will send 4 GiB and do so, as fast as they can, get no more than their turn.
+/// Clients that announce 4 GiB and send it, as fast as they can, get no more than their turn.
 pub(crate) async fn a_four_gibibyte_frame_delays_no_other_client(stand: Stand) -> Result<()> {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
@@ -300,7 +300,7 @@ pub(crate) async fn a_flood_over_dying_workers_is_answered_once_each(stand: Stan
     witness.dismiss().await
 }
 
-/// Whoever connects while the shim can open nothing more is served as soon as it can.
+/// A client that connects while the shim has no free descriptor is served as soon as it has.
 pub(crate) async fn a_shim_without_descriptors_serves_those_it_has_and_later_the_others(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let keeper = witness.container.shim_pid()?;

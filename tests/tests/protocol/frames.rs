@@ -1,4 +1,4 @@
-//! Frames that no client sends: what our shim says to them.
+//! Frames that no client sends: how our shim answers them.
 
 use anyhow::{Result, ensure};
 use shim_tests::refusals::frames;

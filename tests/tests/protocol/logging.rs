@@ -1,4 +1,4 @@
-//! The shim's own log: it is there for whoever reads it, and in nobody's way.
+//! The shim's own log: complete for its reader, and blocking nothing.
 
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::bundle::Container;
@@ -26,14 +26,14 @@ pub(crate) async fn a_log_without_a_reader_blocks_nothing_and_reports_dropped_li
     // more than a fifo holds, which is 64 KiB
     be_talkative(&container, 2000).await?;
     ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
-    // a reader that comes gets whole lines, and is told what it missed
+    // a reader that opens it gets whole lines, and the count of missed ones
     let reader = Reader::open(&container.bundle.folder.join("log"), Pace::Keep)?;
     be_talkative(&container, 20).await?;
     let text = reader.until("dropped=").await?;
     ensure!(text.len() > 60_000, "{} bytes", text.len());
     check_format(&text)?;
     drop(reader);
-    // and one that goes away again leaves nothing but a log that nobody reads
+    // and one that closes it again leaves a log without a reader
     be_talkative(&container, 1000).await?;
     container.shut_down().await.map(drop)
 }
@@ -70,7 +70,7 @@ pub(crate) async fn the_log_records_each_change_in_containerds_format(stand: Sta
     let log = stand.log_of("c1");
     check_format(&log)?;
     ensure!(!log.contains("level=debug"), "{log}");
-    // neither the environment nor the configuration of a container is anybody's business
+    // neither the environment nor the configuration of a container is logged
     ensure!(!log.contains("SECRET") && !log.contains("ociVersion"), "{log}");
     shim_tests::eventually::eventually_true("the shim has left", SOON, || !shim_tests::proc::is_alive(shim)).await
 }

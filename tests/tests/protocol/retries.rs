@@ -52,7 +52,7 @@ pub(crate) async fn delete_names_the_root_file_system_that_is_in_use(stand: Stan
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// What its client has given up before anybody could begin it is not done.
+/// What a client gave up before it could begin is not done.
 pub(crate) async fn a_request_whose_time_is_over_is_not_carried_out(stand: Stand) -> Result<()> {
     let program = stand.folder().join(stand.shim().binary_name());
     programs::copy(stand.binary(), &program)?;

@@ -41,7 +41,7 @@ pub(crate) async fn a_shim_leaves_with_its_last_container_and_not_before(stand: 
     }
     ensure!(proc::is_alive(shim));
     others[2].destroy().await?;
-    // deleted, but not told to leave: whoever has the connection may want to create another
+    // deleted, but without Shutdown: the client may want to create another
     ensure!(others[2].task.state("c4", "").await.is_err() && proc::is_alive(shim));
     let again = stand.instant("c5", &["sleep", "1000"]).group("pod").run_in(&others[2].task).await?;
     again.destroy().await?;

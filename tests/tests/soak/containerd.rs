@@ -1,7 +1,7 @@
-//! A real containerd: killed, and everything below it too. Whatever a client is told is true, and what is left is nothing.
+//! A real containerd: killed, and everything below it too. Every answer is true, and nothing is left behind.
 //!
-//! What a daemon tells while nobody listens is told to nobody: the events of a container are counted where the daemon lived through all
-//! of its life. Wait and Delete say the exit in any case, and a shim that was killed is the only excuse for another one.
+//! Events published without a subscriber are lost: the events of a container are counted where the daemon ran through all
+//! of its lifetime. Wait and Delete report the exit in any case, and a shim that was killed is the only excuse for another one.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt as _;
@@ -109,7 +109,7 @@ fn suite() -> Result<Suite> {
     found.with_context(|| format!("X_SOAK_CONTAINERD={version}: there are 1.6, 1.7 and 2.1"))
 }
 
-/// Kills one thing at a time; with the daemon, now and then a shim or a worker that nobody looks after then.
+/// Kills one thing at a time; with the daemon, now and then a shim or a worker that has no daemon then.
 async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
     let (cx, counts) = (&soak.cx, &soak.counts);
     while !soak.over.load(Ordering::Relaxed) {
@@ -163,12 +163,12 @@ impl Soak {
         self.bereft.lock().expect("no panic under this lock").contains_key(id)
     }
 
-    /// A shim that is on its way out when it is killed leaves its sockets: containerd has run `delete` already, and nobody else will.
+    /// A shim that is on its way out when it is killed leaves its sockets: containerd has run `delete` already, and will not again.
     fn remove_sockets_of_the_killed(&self) {
         for command in self.bereft.lock().expect("no panic under this lock").values() {
             let paths = command.split(' ').map(|word| word.trim_start_matches("unix://")).map(Path::new);
             let sockets = paths.filter(|path| fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket()));
-            // of the daemon's, which are named there too, somebody takes connections
+            // the daemon's own, which are named there too, accept connections
             let dead: Vec<_> = sockets.filter(|path| UnixStream::connect(path).is_err()).collect();
             if !dead.is_empty() {
                 count(&self.counts.sockets);
@@ -177,7 +177,7 @@ impl Soak {
         }
     }
 
-    /// Of each killed shim its command line, and what was told of its container.
+    /// Of each killed shim its command line, and what was published of its container.
     fn bereft_and_told(&self) -> Vec<(String, Vec<String>)> {
         let bereft = self.bereft.lock().expect("no panic under this lock");
         bereft.iter().map(|(id, command)| (command.clone(), self.events.of(id))).collect()
@@ -188,7 +188,7 @@ impl Soak {
     }
 }
 
-/// Asks until somebody answers. A refusal is an answer; the end of a connection, to the daemon or from there to a shim, is none.
+/// Asks until there is an answer. A refusal is one; the end of a connection, to the daemon or from there to a shim, is none.
 async fn answered<T>(what: &str, mut ask: impl AsyncFnMut() -> Answer<T>) -> Result<Answer<T>> {
     eventually(what, SOON * 3, async || match ask().await {
         Err(status) if is_silence(&status) => Err(status.into()),
@@ -213,7 +213,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
         false => Stdio::Fifos { stdin: false, pace: Some(Pace::Count) },
     };
     let builder = soak.cx.container(&["sh", "-c", &script]).id(id).stdio(stdio);
-    // metadata that went before their task would leave containerd with a task that nobody can name: undo takes both, in their order
+    // metadata that went before their task would leave containerd with a task that no client can name: undo takes both, in their order
     let created = async { builder.metadata().await?.create_task().await };
     let mut container = match created.await {
         Ok(container) if container.start().await.is_ok() => container,
@@ -240,7 +240,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     }
     let true_status = |found: u32| found == status || (found == 137 && soak.is_bereft(id));
     match answered("Wait", async || container.wait().await).await? {
-        Ok(found) => ensure!(true_status(found), "Wait says {found}, not {status}"),
+        Ok(found) => ensure!(true_status(found), "Wait reports {found}, not {status}"),
         Err(refused) => ensure!(soak.is_bereft(id), "Wait: {refused}"),
     }
     // its runtime may be killed as well, and the daemon after it was done
@@ -250,11 +250,11 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
         Err(error) => Err(error.into()),
     });
     match deleted.await? {
-        Some(found) => ensure!(true_status(found), "Delete says {found}, not {status}"),
+        Some(found) => ensure!(true_status(found), "Delete reports {found}, not {status}"),
         None => ensure!(soak.is_bereft(id) || soak.era() != era, "it was not there to be deleted"),
     }
     if let Some(reader) = &container.io.stdout {
-        // one who comes back when everything was read and the writer has left finds nobody
+        // a reader that returns when everything was read and the writer has exited finds no writer
         eventually("the end of the output", SOON * 3, async || {
             let is_over = reader.ended() || read > 0 && (read + reader.count() == bytes || soak.is_bereft(id));
             ensure!(is_over, "{read} and {} of {bytes} bytes", reader.count());
@@ -266,7 +266,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
         read = fs::metadata(&file).map_or(0, |about| about.len());
         let _there_may_be_none = fs::remove_file(&file);
     }
-    // what a full disk has cost, the shim has told to a log that dies with the daemon
+    // the shim logs what a full disk has cost to a log that ends with the daemon
     let was_full = container.io.stdout.is_none() && (soak.disk.join(FILLER).exists() || soak.counts.disks.load(Ordering::Relaxed) != fills);
     ensure!(read == bytes || (read < bytes && (soak.is_bereft(id) || was_full)), "{read} of {bytes} bytes");
     soak.counts.bytes.fetch_add(read, Ordering::Relaxed);
@@ -303,7 +303,7 @@ async fn undo(soak: &Soak, id: &str) -> Result<()> {
     })
     .await?;
     forget(soak, id).await?;
-    // a runtime that was killed in the middle of create has told nobody of the cgroups that it had made: they are empty, and left
+    // a runtime that was killed in the middle of create has reported none of its cgroups: they are empty, and left
     cgroups::remove(soak.cx.cgroup_path(id).trim_matches('/'));
     Ok(())
 }
@@ -317,7 +317,7 @@ async fn forget(soak: &Soak, id: &str) -> Result<()> {
     .await
 }
 
-/// The exit was told, once and truly, where somebody listened all the time.
+/// The exit was published, once and truly, where a subscriber listened all the time.
 async fn told(soak: &Soak, id: &str, status: u32, era: u64) -> Result<()> {
     if !era.is_multiple_of(2) {
         return Ok(());
@@ -329,7 +329,7 @@ async fn told(soak: &Soak, id: &str, status: u32, era: u64) -> Result<()> {
     let told = deletion?;
     let exits = soak.events.exits(id, "");
     if soak.is_bereft(id) {
-        // the shim may have told it before it was killed; the daemon tells it then too
+        // the shim may have published it before it was killed; the daemon publishes it then too
         ensure!(!exits.is_empty() && exits.iter().all(|exit| [status, 137].contains(&exit.status)), "{exits:?}");
     } else if exits.len() != 1 || exits[0].status != status {
         bail!("not one exit with {status}: {told:?}, {exits:?}");

@@ -28,11 +28,11 @@ struct Counts {
     stops: AtomicU64,
     shims: AtomicU64,
     disks: AtomicU64,
-    /// Bytes that a shim has told to be lost on a full disk.
+    /// Bytes that a shim has reported lost on a full disk.
     lost: AtomicU64,
     readers: AtomicU64,
     logs: AtomicU64,
-    /// Logs that somebody has open, and does not read.
+    /// Logs that are open and not read.
     stalled: AtomicU64,
 }
 
@@ -136,7 +136,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     };
     let mut stalled = None;
     let bundle = match dice.below(16) {
-        // what is lost on the disk, the log says
+        // the log reports what is lost on the disk
         _ if matches!(output, Output::Disk) => bundle,
         0 | 1 => {
             count(&soak.counts.logs);
@@ -173,13 +173,13 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     let late = if matches!(output, Output::Left) { Some(Reader::open(&path, Pace::Count)?) } else { None };
     let task = &container.task;
     let ended = eventually("the end", SOON * 3, async || Ok(task.wait_within(id, "", SOON * 2).await?)).await?;
-    ensure!(ended == status, "Wait says {ended}, not {status}");
+    ensure!(ended == status, "Wait reports {ended}, not {status}");
     // its runtime may be killed as well
     let deleted = eventually("deleted", SOON * 3, async || Ok(task.delete(id, "").await?)).await?;
-    ensure!(deleted.exit_status == status, "Delete says {}, not {status}", deleted.exit_status);
+    ensure!(deleted.exit_status == status, "Delete reports {}, not {status}", deleted.exit_status);
     let reader = if let Output::Read(reader, _) = &output { Some(reader) } else { late.as_ref() };
     if let Some(reader) = reader {
-        // one who comes back when everything was read and the writer has left finds nobody
+        // a reader that returns when everything was read and the writer has exited finds no writer
         eventually("the end of the output", SOON * 3, async || {
             ensure!(reader.ended() || read > 0 && read + reader.count() == bytes, "{read} and {} of {bytes} bytes", reader.count());
             Ok(())
@@ -213,7 +213,7 @@ async fn begin(bundle: &Bundle) -> Result<Option<Container>> {
     }
 }
 
-/// An answer is one, whatever it says; silence is none.
+/// Any answer counts; silence does not.
 fn refused(error: &anyhow::Error) -> Result<()> {
     match error.downcast_ref::<CallError>() {
         Some(CallError::Refused { .. }) => Ok(()),
@@ -233,7 +233,7 @@ async fn undo(soak: &Soak, bundle: &Bundle) -> Result<()> {
     }
     eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await?;
     let _of_the_disk = fs::remove_file(soak.disk.join(&bundle.id));
-    // a runtime that was killed in the middle of create has told nobody of the cgroups that it had made: they are empty, and left
+    // a runtime that was killed in the middle of create has reported none of its cgroups: they are empty, and left
     cgroups::remove(&format!("{}/{}/{}", isolation::cgroup(), soak.stand.namespace(), bundle.id));
     clear(bundle)
 }
@@ -250,7 +250,7 @@ async fn die(soak: &Soak, container: Container, status: u32) -> Result<()> {
     count(&soak.counts.shims);
     eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await?;
     let deleted = eventually("delete", SOON * 3, async || container.bundle.delete_command().await).await?;
-    ensure!([status, 137].contains(&deleted.exit_status), "delete says {}, not {status} or 137", deleted.exit_status);
+    ensure!([status, 137].contains(&deleted.exit_status), "delete reports {}, not {status} or 137", deleted.exit_status);
     ensure!(!proc::is_alive(container.pid.cast_signed()), "its init is alive");
     let _of_the_disk = fs::remove_file(soak.disk.join(&container.id));
     clear(&container.bundle)
@@ -288,10 +288,10 @@ async fn leave(container: &Container) -> Result<()> {
     eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await
 }
 
-/// Every exit was told, truly, and once: but for what nobody has said to be taken, which comes again.
+/// Every exit was published, truly, and once: except unacknowledged events, which are sent again.
 async fn told(soak: &Soak, id: &str, status: u32, execs: &[(String, u32)]) -> Result<()> {
     let events = soak.stand.containerd().events();
-    eventually("the deletion is told", SOON * 3, async || {
+    eventually("the deletion is published", SOON * 3, async || {
         let told = events.of(id);
         ensure!(told.last().is_some_and(|event| event == "delete"), "{told:?}");
         Ok(())
@@ -302,14 +302,14 @@ async fn told(soak: &Soak, id: &str, status: u32, execs: &[(String, u32)]) -> Re
         ensure!(!exits.is_empty() && exits.iter().all(|exit| exit.status == *status), "{exec}: {exits:?}, not {status}");
     }
     let again = soak.stand.containerd().told_again(id);
-    ensure!(again.is_empty(), "told again, though taken: {again:?}");
+    ensure!(again.is_empty(), "sent again, though acknowledged: {again:?}");
     let mut told = events.of(id);
     told.dedup();
     ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "out of their order: {told:?}");
     Ok(())
 }
 
-/// What is not in the file, the shim has told to be lost. With a worker that is killed while it throws output away goes the number.
+/// The shim has reported lost what is not in the file. A worker that is killed while it discards output loses the count.
 async fn accounted(soak: &Soak, id: &str, bytes: u64) -> Result<()> {
     eventually("every byte is accounted for", SOON, async || {
         let kept = fs::metadata(soak.disk.join(id)).map_or(0, |about| about.len());

@@ -202,7 +202,7 @@ pub(crate) async fn an_executable_that_cannot_resume_executes_the_previous_one(c
     Ok(())
 }
 
-/// The new image reads the state on trial beside everything that it has inherited: twice as many descriptors.
+/// The new executable reads the state on trial beside everything that it has inherited: twice as many descriptors.
 pub(crate) async fn a_keeper_short_of_descriptors_survives_an_upgrade_attempt(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;

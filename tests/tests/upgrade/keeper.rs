@@ -30,7 +30,7 @@ pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated
     // the pause container and three more
     ensure!(inits.len() == 4, "{inits:?}");
 
-    // an exit of which the daemon hears nothing before the keeper dies
+    // an exit that the daemon has not received when the keeper is killed
     let daemon = cri.daemon().pid().context("the daemon runs")?.cast_signed();
     let ends = inits.iter().find(|init| init.command.contains(&gate)).context("one waits at the gate")?;
     proc::signal(daemon, Signal::SIGSTOP)?;

@@ -1,4 +1,4 @@
-//! What the shim tells containerd: everything, once, in order, whatever containerd does meanwhile.
+//! What the shim publishes: every event, once, in order, whatever containerd does meanwhile.
 
 use std::time::Duration;
 

@@ -328,7 +328,7 @@ async fn execs_by_the_hundred_delay_no_state(stand: Stand) -> Result<()> {
                     .await
                     .with_context(|| format!("State, after {asked} that took {longest:?} at most"))?;
                 (asked, longest) = (asked + 1, longest.max(begin.elapsed()));
-                tokio::time::sleep(Duration::from_millis(10)).await; // nobody asks more often
+                tokio::time::sleep(Duration::from_millis(10)).await; // the polling interval
             }
             anyhow::Ok(asked)
         }
