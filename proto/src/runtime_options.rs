@@ -1,5 +1,4 @@
 //! `runtimeoptions.v1.Options`: what CRI sends to a runtime that is not runc's.
-use protobuf::rt::WireType;
 use protobuf::{CodedInputStream, Error};
 
 /// Type URL of [`Options`], as containerd writes it.
@@ -28,10 +27,7 @@ impl Options {
                 0x0a => options.type_url = input.read_string()?,
                 0x12 => options.config_path = input.read_string()?,
                 0x1a => options.config_body = input.read_bytes()?,
-                other => input.skip_field(
-                    WireType::new(other & 7)
-                        .ok_or_else(|| Error::from(std::io::Error::new(std::io::ErrorKind::InvalidData, "unknown wire type")))?,
-                )?,
+                other => crate::linux_runc::skip(&mut input, other)?,
             }
         }
         Ok(options)

@@ -40,7 +40,14 @@ pub fn bootstrap(bytes: &[u8]) {
 
 /// The options of a runtime and of a checkpoint, and where stdio goes.
 pub fn options(bytes: &[u8]) {
-    for name in ["containerd.runc.v1.Options", "runtimeoptions.v1.Options", "containerd.runc.v1.CheckpointOptions"] {
+    const TYPES: [&str; 5] = [
+        "containerd.runc.v1.Options",
+        "runtimeoptions.v1.Options",
+        "containerd.runc.v1.CheckpointOptions",
+        "containerd.linux.runc.CreateOptions",
+        "containerd.linux.runc.CheckpointOptions",
+    ];
+    for name in TYPES {
         let any = Any { type_url: name.to_owned(), value: bytes.to_vec(), ..Default::default() };
         let _ = RuntimeOptions::blocking_read(Some(&any));
         let _ = CheckpointOptions::read(Some(&any));

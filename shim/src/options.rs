@@ -12,7 +12,7 @@ use containerd_shim_protos::shim::oci;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde::{Deserialize, Serialize};
-use x_proto::runtime_options;
+use x_proto::{linux_runc, runtime_options};
 
 /// The options of a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +37,8 @@ pub(crate) struct RuntimeOptions {
     pub(crate) criu_image_path: Option<PathBuf>,
     /// Where criu writes its own files; kept after success.
     pub(crate) criu_work_path: Option<PathBuf>,
+    /// How criu restores the container, if it does.
+    pub(crate) restore: CriuOptions,
     /// Bytes of output to keep in a file while nobody reads. This shim's own: key `SpillBytes` of a TOML text.
     pub(crate) spill_bytes: u64,
     /// The only programs that `binary://` may name; none listed: see `stdio_uri`. This shim's own: key `Loggers`.
@@ -70,12 +72,14 @@ impl RuntimeOptions {
     ///
     /// Accepted are: nothing; `containerd.runc.v1.Options`; `runtimeoptions.v1.Options`, which CRI sends to every runtime type that
     /// is not runc's, with the table `[….runtimes.NAME.options]` of containerd's configuration as TOML in its body (since 1.7) or the
-    /// path of a file (a table with the same keys). Blocks on that file.
+    /// path of a file (a table with the same keys); and `containerd.linux.runc.CreateOptions`, in which containerd's Go client up to 1.7
+    /// sends the settings of a single task to such a runtime. Blocks on that file.
     pub(crate) fn blocking_read(any: Option<&Any>) -> Result<Self, OptionsError> {
         let Some(any) = any else { return Ok(Self::default()) };
         match bare_type(&any.type_url) {
             "" if any.value.is_empty() => Ok(Self::default()),
             RUNC_OPTIONS => Self::from_runc(&any.value),
+            linux_runc::CREATE_OPTIONS => Self::from_linux_runc(&any.value),
             runtime_options::TYPE_URL | OLD_GENERIC_OPTIONS => Self::blocking_from_generic(&any.value),
             _ => Err(OptionsError::Type {
                 type_url: any.type_url.clone(),
@@ -103,6 +107,30 @@ impl RuntimeOptions {
             criu_path: criu_path.and_then(some).map(PathBuf::from),
             criu_image_path: some(message.criu_image_path).map(PathBuf::from),
             criu_work_path: some(message.criu_work_path).map(PathBuf::from),
+            ..Self::default()
+        }
+        .check()
+    }
+
+    fn from_linux_runc(bytes: &[u8]) -> Result<Self, OptionsError> {
+        let message = linux_runc::CreateOptions::parse_from_bytes(bytes)
+            .map_err(|source| OptionsError::Message { type_url: linux_runc::CREATE_OPTIONS.to_owned(), source })?;
+        Self {
+            no_pivot_root: message.no_pivot_root,
+            no_new_keyring: message.no_new_keyring,
+            shim_cgroup: some(message.shim_cgroup),
+            io_uid: message.io_uid,
+            io_gid: message.io_gid,
+            criu_image_path: some(message.criu_image_path).map(PathBuf::from),
+            criu_work_path: some(message.criu_work_path).map(PathBuf::from),
+            restore: CriuOptions {
+                open_tcp: message.open_tcp,
+                external_unix_sockets: message.external_unix_sockets,
+                terminal: message.terminal,
+                file_locks: message.file_locks,
+                empty_namespaces: message.empty_namespaces,
+                cgroups_mode: some(message.cgroups_mode),
+            },
             ..Self::default()
         }
         .check()
@@ -181,41 +209,55 @@ impl RuntimeOptions {
     }
 }
 
+/// What criu is allowed to do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct CriuOptions {
+    pub(crate) open_tcp: bool,
+    pub(crate) external_unix_sockets: bool,
+    pub(crate) terminal: bool,
+    pub(crate) file_locks: bool,
+    /// Namespaces that are made anew and empty.
+    pub(crate) empty_namespaces: Vec<String>,
+    /// `soft`, `full` or `strict`; the engine's own choice if absent.
+    pub(crate) cgroups_mode: Option<String>,
+}
+
 /// The options of a Checkpoint request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct CheckpointOptions {
     /// The container ends with it.
     pub(crate) exit: bool,
-    pub(crate) open_tcp: bool,
-    pub(crate) external_unix_sockets: bool,
-    pub(crate) terminal: bool,
-    pub(crate) file_locks: bool,
-    pub(crate) empty_namespaces: Vec<String>,
-    /// `soft`, `full` or `strict`.
-    pub(crate) cgroups_mode: Option<String>,
+    pub(crate) criu: CriuOptions,
     /// Wins over the path of the request.
     pub(crate) image_path: Option<PathBuf>,
     pub(crate) work_path: Option<PathBuf>,
 }
 
 impl CheckpointOptions {
-    /// Reads the options of a Checkpoint request: nothing, or `containerd.runc.v1.CheckpointOptions`.
+    /// Reads the options of a Checkpoint request: nothing, `containerd.runc.v1.CheckpointOptions`, or the older
+    /// `containerd.linux.runc.CheckpointOptions`, as [`RuntimeOptions::blocking_read`] does.
     pub(crate) fn read(any: Option<&Any>) -> Result<Self, OptionsError> {
         let Some(any) = any else { return Ok(Self::default()) };
         match bare_type(&any.type_url) {
             "" if any.value.is_empty() => return Ok(Self::default()),
-            CHECKPOINT_OPTIONS => {}
+            CHECKPOINT_OPTIONS | linux_runc::CHECKPOINT_OPTIONS => {}
             _ => return Err(OptionsError::Type { type_url: any.type_url.clone(), expected: CHECKPOINT_OPTIONS }),
         }
-        let message = parse::<oci::CheckpointOptions>(&any.value, CHECKPOINT_OPTIONS)?;
+        let mut message = parse::<oci::CheckpointOptions>(&any.value, &any.type_url)?;
+        if bare_type(&any.type_url) == linux_runc::CHECKPOINT_OPTIONS {
+            std::mem::swap(&mut message.image_path, &mut message.work_path);
+        }
         let options = Self {
             exit: message.exit,
-            open_tcp: message.open_tcp,
-            external_unix_sockets: message.external_unix_sockets,
-            terminal: message.terminal,
-            file_locks: message.file_locks,
-            empty_namespaces: message.empty_namespaces,
-            cgroups_mode: some(message.cgroups_mode),
+            criu: CriuOptions {
+                open_tcp: message.open_tcp,
+                external_unix_sockets: message.external_unix_sockets,
+                terminal: message.terminal,
+                file_locks: message.file_locks,
+                empty_namespaces: message.empty_namespaces,
+                cgroups_mode: some(message.cgroups_mode),
+            },
             image_path: some(message.image_path).map(PathBuf::from),
             work_path: some(message.work_path).map(PathBuf::from),
         };

@@ -19,6 +19,8 @@ mod floods;
 mod frames;
 #[path = "protocol/logging.rs"]
 mod logging;
+#[path = "protocol/options.rs"]
+mod options;
 #[path = "protocol/retries.rs"]
 mod retries;
 #[path = "protocol/shutdown.rs"]
@@ -102,6 +104,9 @@ fn main() -> ExitCode {
         what_containerd_asks_at_its_start_is_answered_without_a_worker,
         a_crash_looping_worker_does_not_prevent_ready_answers,
         delete_beside_a_stopped_worker_kills_the_container_in_time,
+    ]);
+    cases.extend(direct_cases![options:
+        older_options_of_a_checkpoint_put_image_and_log_where_they_belong,
     ]);
     cases.extend(direct_cases![retries:
         concurrent_deletes_of_one_container_return_the_same_answer,

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::choice::{Choice, EngineNotFound};
-use super::{Checkpoint, Container, Create, CriuOptions, Engine, EngineError, Exec, Restore, Verb, complaint};
+use super::{Checkpoint, Container, Create, Engine, EngineError, Exec, Restore, Verb, complaint};
 use crate::handover::{Exited, Fd, LOG_ARGUMENT, Spawn, Stream};
-use crate::options::RuntimeOptions;
+use crate::options::{CriuOptions, RuntimeOptions};
 
 /// An OCI command line. Recorded with the container it made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -155,7 +155,7 @@ impl Engine for CommandEngine {
     fn checkpoint(&self, at: &Container<'_>, checkpoint: &Checkpoint<'_>) -> Spawn {
         let mut arguments = self.plain(at, "checkpoint");
         arguments.pair("--image-path", checkpoint.image_path).pair("--work-path", checkpoint.work_path);
-        arguments.flag(!checkpoint.exit, "--leave-running").criu(&checkpoint.options);
+        arguments.flag(!checkpoint.exit, "--leave-running").criu(checkpoint.options);
         arguments.finish(at.id)
     }
 
@@ -165,7 +165,7 @@ impl Engine for CommandEngine {
         if let Some(work_path) = restore.work_path {
             arguments.pair("--work-path", work_path);
         }
-        arguments.pair("--pid-file", restore.pid_file).add("--detach").flag(self.no_pivot_root, "--no-pivot").criu(&restore.options);
+        arguments.pair("--pid-file", restore.pid_file).add("--detach").flag(self.no_pivot_root, "--no-pivot").criu(restore.options);
         arguments.process(restore.stdio_key, restore.console_socket);
         arguments.finish(at.id)
     }
@@ -214,15 +214,15 @@ impl Arguments {
         if set { self.add(name) } else { self }
     }
 
-    fn criu(&mut self, options: &CriuOptions<'_>) -> &mut Self {
+    fn criu(&mut self, options: &CriuOptions) -> &mut Self {
         self.flag(options.open_tcp, "--tcp-established")
             .flag(options.external_unix_sockets, "--ext-unix-sk")
             .flag(options.terminal, "--shell-job")
             .flag(options.file_locks, "--file-locks");
-        if let Some(mode) = options.cgroups_mode {
+        if let Some(mode) = &options.cgroups_mode {
             self.pair("--manage-cgroups-mode", mode);
         }
-        for namespace in options.empty_namespaces {
+        for namespace in &options.empty_namespaces {
             self.pair("--empty-ns", namespace);
         }
         self

@@ -11,6 +11,7 @@
 use std::path::Path;
 
 use crate::handover::{Exited, Spawn};
+use crate::options::CriuOptions;
 
 mod choice;
 mod command;
@@ -93,7 +94,7 @@ pub(crate) struct Checkpoint<'a> {
     pub(crate) work_path: &'a Path,
     /// Whether the container ends with it.
     pub(crate) exit: bool,
-    pub(crate) options: CriuOptions<'a>,
+    pub(crate) options: &'a CriuOptions,
 }
 
 /// What [`Engine::restore`] needs to know.
@@ -108,20 +109,7 @@ pub(crate) struct Restore<'a> {
     pub(crate) console_socket: Option<&'a Path>,
     /// As for [`Create`].
     pub(crate) stdio_key: &'a str,
-    pub(crate) options: CriuOptions<'a>,
-}
-
-/// What criu is allowed to do.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct CriuOptions<'a> {
-    pub(crate) open_tcp: bool,
-    pub(crate) external_unix_sockets: bool,
-    pub(crate) terminal: bool,
-    pub(crate) file_locks: bool,
-    /// Namespaces that are made anew and empty.
-    pub(crate) empty_namespaces: &'a [String],
-    /// `soft`, `full` or `strict`; the engine's own choice if absent.
-    pub(crate) cgroups_mode: Option<&'a str>,
+    pub(crate) options: &'a CriuOptions,
 }
 
 /// What an engine is asked to do.

@@ -138,14 +138,63 @@ fn checkpoint_options_are_understood() {
     let bytes = message.write_to_bytes().expect("encodable");
     let expected = CheckpointOptions {
         exit: true,
-        open_tcp: true,
-        empty_namespaces: vec!["network".into()],
+        criu: CriuOptions { open_tcp: true, empty_namespaces: vec!["network".into()], ..CriuOptions::default() },
         image_path: Some("/i".into()),
         ..CheckpointOptions::default()
     };
     assert_eq!(CheckpointOptions::read(Some(&any(CHECKPOINT_OPTIONS, bytes))).expect("options"), expected);
     assert_eq!(CheckpointOptions::read(None).expect("defaults"), CheckpointOptions::default());
     assert!(CheckpointOptions::read(Some(&any(RUNC_OPTIONS, vec![]))).is_err());
+}
+
+/// `number = text` as a field.
+fn text_field(number: u8, text: &str) -> Vec<u8> {
+    [&[number << 3 | 2, u8::try_from(text.len()).expect("a short text")], text.as_bytes()].concat()
+}
+
+#[test]
+fn the_options_that_go_clients_up_to_1_7_send_to_other_runtimes_are_understood() {
+    // no_pivot_root to file_locks, each true; no_new_keyring; io_uid 300, io_gid 1; a field of the future
+    let numbers = [8, 1, 16, 1, 24, 1, 32, 1, 40, 1, 64, 1, 80, 0xac, 2, 88, 1, 0xf8, 1, 7];
+    let texts = [(6, "network"), (7, "soft"), (9, "/shim"), (12, "/w"), (13, "/i")].map(|(number, text)| text_field(number, text));
+    let bytes = [numbers.to_vec(), texts.concat()].concat();
+    let criu = CriuOptions {
+        open_tcp: true,
+        external_unix_sockets: true,
+        terminal: true,
+        file_locks: true,
+        empty_namespaces: vec!["network".into()],
+        cgroups_mode: Some("soft".into()),
+    };
+    let expected = RuntimeOptions {
+        no_pivot_root: true,
+        no_new_keyring: true,
+        shim_cgroup: Some("/shim".into()),
+        io_uid: 300,
+        io_gid: 1,
+        criu_image_path: Some("/i".into()),
+        criu_work_path: Some("/w".into()),
+        restore: criu.clone(),
+        ..RuntimeOptions::default()
+    };
+    for url in ["containerd.linux.runc.CreateOptions", "type.googleapis.com/containerd.linux.runc.CreateOptions"] {
+        assert_eq!(RuntimeOptions::blocking_read(Some(&any(url, bytes.clone()))).expect("options"), expected);
+    }
+    assert_eq!(
+        refusal(&any("containerd.linux.runc.CreateOptions", vec![0xff])),
+        "decode options of type containerd.linux.runc.CreateOptions"
+    );
+    assert_eq!(
+        refusal(&any("containerd.linux.runc.CreateOptions", text_field(13, "i"))),
+        "option CriuImagePath: path \"i\" is not absolute"
+    );
+
+    // exit to file_locks
+    let numbers = [8, 1, 16, 1, 24, 1, 32, 1, 40, 1];
+    let texts = [(6, "network"), (7, "soft"), (8, "/w"), (9, "/i")].map(|(number, text)| text_field(number, text));
+    let any = any("containerd.linux.runc.CheckpointOptions", [numbers.to_vec(), texts.concat()].concat());
+    let expected = CheckpointOptions { exit: true, criu, image_path: Some("/i".into()), work_path: Some("/w".into()) };
+    assert_eq!(CheckpointOptions::read(Some(&any)).expect("options"), expected);
 }
 
 #[test]

@@ -10,7 +10,8 @@ use shim_tests::container::{Stdio, bind, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::within;
 use shim_tests::messages::{GenericOptions, any};
-use shim_tests::operator::{ctr, said};
+use shim_tests::operator::{ctr, ctr_run, said};
+use shim_tests::programs;
 use shim_tests::runner::skip;
 use shim_tests::suite::Suite;
 use tokio::task::JoinSet;
@@ -325,4 +326,32 @@ pub(crate) async fn ctr_finds_the_shim_by_the_containers_id(cx: Context) -> Resu
     }
     ensure!(container.destroy().await? == 137);
     Ok(())
+}
+
+/// A program in front of an OCI runtime looks for init's pid where containerd's own shims have it written; and containerd's Go client up
+/// to 1.7 says `--no-pivot` to a runtime that is not runc's in a message of old.
+pub(crate) async fn a_wrapper_of_the_runtime_finds_init_pid_and_what_ctr_asks_for(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let (calls, pid) = (cx.folder().join("calls"), cx.folder().join("pid"));
+    let text = format!(
+        "#!/bin/sh\necho \"$@\" >> {}\ncase \" $* \" in *' create '*) {real} \"$@\" && cat init.pid > {} ;; *) exec {real} \"$@\" ;; esac\n",
+        calls.display(),
+        pid.display(),
+        real = cx.runtime_binary().display()
+    );
+    // whichever is taken when none is named
+    for name in ["crun", "runc"] {
+        programs::script(&cx.daemon().bin(), name, &text)?;
+    }
+    let output = ctr_run(&cx, "c1", &["--detach", "--no-pivot", "--null-io"])?.args(["/bin/sleep", "1000"]).output()?;
+    ensure!(output.status.success(), "{}", said(&output));
+    let state = cx.client().state("c1", "").await?;
+    let found: u32 = std::fs::read_to_string(&pid)?.trim().parse()?;
+    ensure!(found == state.pid, "{found}, {state:?}");
+    let calls = std::fs::read_to_string(&calls)?;
+    ensure!(calls.lines().any(|call| call.contains(" create ") && call.contains("--no-pivot")), "{calls}");
+    cx.client().kill("c1", "", 9, false).await?;
+    cx.client().wait("c1", "").await?;
+    cx.client().delete("c1").await?;
+    cx.daemon().is_alone().await
 }

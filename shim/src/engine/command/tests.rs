@@ -34,20 +34,21 @@ fn every_verb_has_its_arguments() {
         external_unix_sockets: true,
         terminal: true,
         file_locks: true,
-        empty_namespaces: &["network".into()],
-        cgroups_mode: Some("soft"),
+        empty_namespaces: vec!["network".into()],
+        cgroups_mode: Some("soft".into()),
     };
+    let none = CriuOptions::default();
     let create = Create { pid_file: Path::new("/p"), console_socket: None, stdio_key: "c1" };
     let tty = Create { console_socket: Some(Path::new("/s")), ..create };
     let exec = Exec { process_file: Path::new("/j"), pid_file: Path::new("/p"), console_socket: None, stdio_key: "c1/e" };
-    let checkpoint = Checkpoint { image_path: Path::new("/i"), work_path: Path::new("/w"), exit: false, options: CriuOptions::default() };
+    let checkpoint = Checkpoint { image_path: Path::new("/i"), work_path: Path::new("/w"), exit: false, options: &none };
     let restore = Restore {
         image_path: Path::new("/i"),
         work_path: None,
         pid_file: Path::new("/p"),
         console_socket: None,
         stdio_key: "c1",
-        options: CriuOptions::default(),
+        options: &none,
     };
     for (spawn, expected) in [
         (e.create(&at(), &create), "create --bundle /bundle --pid-file /p c1"),
@@ -63,7 +64,7 @@ fn every_verb_has_its_arguments() {
         (e.update(&at(), Path::new("/r")), "update --resources /r c1"),
         (e.checkpoint(&at(), &checkpoint), "checkpoint --image-path /i --work-path /w --leave-running c1"),
         (
-            e.checkpoint(&at(), &Checkpoint { exit: true, options: options.clone(), ..checkpoint }),
+            e.checkpoint(&at(), &Checkpoint { exit: true, options: &options, ..checkpoint }),
             "checkpoint --image-path /i --work-path /w --tcp-established --ext-unix-sk --shell-job --file-locks --manage-cgroups-mode soft --empty-ns network c1",
         ),
         (e.restore(&at(), &restore), "restore --bundle /bundle --image-path /i --pid-file /p --detach c1"),

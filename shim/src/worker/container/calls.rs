@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::create::{at, blocking};
 use super::{Announce, Change, Container, Event, Fact, Happening, ProcessKey, Reply, Request, Target};
-use crate::engine::{self, CommandEngine, CriuOptions, Engine, Verb};
+use crate::engine::{self, CommandEngine, Engine, Verb};
 use crate::handover::{Op, Spawn};
 use crate::options::CheckpointOptions;
 use crate::whole_file::blocking_replace;
@@ -80,14 +80,7 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
         image_path: &image_path,
         work_path: work_path.as_ref().unwrap_or(&own_work_path),
         exit: options.exit,
-        options: CriuOptions {
-            open_tcp: options.open_tcp,
-            external_unix_sockets: options.external_unix_sockets,
-            terminal: options.terminal,
-            file_locks: options.file_locks,
-            empty_namespaces: &options.empty_namespaces,
-            cgroups_mode: options.cgroups_mode.as_deref(),
-        },
+        options: &options.criu,
     };
     let made = run(cause, &container, Verb::Checkpoint, |engine, at| engine.checkpoint(at, &checkpoint)).await;
     made.map_err(|error| refusal.unwrap_or(error))?;

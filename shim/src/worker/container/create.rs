@@ -127,7 +127,7 @@ impl Draft {
             return Ok(());
         }
         self.engine_was_asked = true;
-        let start = ProcessFiles::new(worker, cause, &self.record);
+        let start = ProcessFiles::new(worker, cause, &self.record, &self.key);
         let create = engine::Create {
             pid_file: &start.pid_file,
             console_socket: self.record.init.stdio.terminal.then_some(&start.console_socket),
@@ -160,17 +160,18 @@ impl Draft {
     }
 }
 
-/// The files by which a runtime tells about a process, named by the cause: one that another cause left behind cannot be mistaken.
+/// The files by which a runtime tells about a process. That of init's pid has the name that wrappers of runtimes look for, containerd's
+/// shims' own; the others are named by the cause: one that another cause left behind cannot be mistaken.
 pub(super) struct ProcessFiles {
     pub(super) pid_file: PathBuf,
     pub(super) console_socket: PathBuf,
 }
 
 impl ProcessFiles {
-    pub(super) fn new(worker: &Worker, cause: &Cause, record: &Record) -> Self {
+    pub(super) fn new(worker: &Worker, cause: &Cause, record: &Record, key: &ProcessKey) -> Self {
         let folder = worker.settings.control_path.parent().unwrap_or(Path::new("/run"));
         Self {
-            pid_file: record.bundle.join(format!("x-{}.pid", cause.number())),
+            pid_file: record.bundle.join(if key.exec.is_none() { "init.pid".to_owned() } else { format!("x-{}.pid", cause.number()) }),
             // Short, whatever the bundle's path is: 108 bytes are all that a socket may have. All keepers share the folder.
             console_socket: folder.join(format!("c{}-{}", worker.keeper.get().pid, cause.number())),
         }

@@ -5,7 +5,7 @@ use super::create::{ProcessFiles, at, find_cgroup};
 use super::exits::START_WITHIN;
 use super::streams::Plan;
 use super::{Change, Container, Event, Fact, Happening, Phase, ProcessKey, Record, Reply, Request, Target, journal};
-use crate::engine::{self, CriuOptions, Engine, Verb};
+use crate::engine::{self, Engine, Verb};
 use crate::handover::Op;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
@@ -67,14 +67,14 @@ async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, 
 /// Makes the container from a checkpoint, running.
 async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     let record = container.record().clone();
-    let files = ProcessFiles::new(worker, cause, &record);
+    let files = ProcessFiles::new(worker, cause, &record, key);
     let restore = engine::Restore {
         image_path: record.restore.as_deref().unwrap_or(&record.bundle),
         work_path: record.options.criu_work_path.as_deref(),
         pid_file: &files.pid_file,
         console_socket: record.init.stdio.terminal.then_some(&files.console_socket),
         stdio_key: &key.to_string(),
-        options: CriuOptions::default(),
+        options: &record.options.restore,
     };
     let spawn = record.engine.restore(&at(&record), &restore);
     let pid = files.run(cause, spawn, &record.engine, Verb::Restore).await?;
@@ -112,7 +112,7 @@ async fn start_added(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Containe
     if process.stdin_closed {
         cause.perform(step::CLOSE_STDIN, Op::CloseStdin { key: text.clone() }).await?;
     }
-    let files = ProcessFiles::new(worker, cause, &record);
+    let files = ProcessFiles::new(worker, cause, &record, key);
     let exec = engine::Exec {
         process_file: &super::exec::process_file(&record.bundle, key),
         pid_file: &files.pid_file,
