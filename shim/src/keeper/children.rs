@@ -99,6 +99,8 @@ pub(crate) struct Children {
     // Boxed: a map has room for eleven values from its first one on.
     helpers: BTreeMap<u32, Box<Helper>>,
     claimed: BTreeMap<u32, Box<Claimed>>,
+    /// The pid that was claimed last under a key.
+    pids: BTreeMap<String, u32>,
     /// Claims whose process was gone already: their exits are due.
     vanished: Vec<u32>,
     pub(crate) started: u64,
@@ -218,6 +220,7 @@ impl Children {
             }
         }
         self.started += 1;
+        self.pids.insert(claim.key.clone(), claim.pid);
         self.claimed.insert(claim.pid, Box::new(Claimed { key: claim.key, handle, journal, foreign }));
     }
 
@@ -228,21 +231,24 @@ impl Children {
         for pid in std::mem::take(&mut self.vanished) {
             self.exited(pid, UNKNOWN_STATUS, &mut found);
         }
-        if awaits_pid {
-            let known: Vec<u32> = self.helpers.keys().chain(self.claimed.keys()).chain(ours).copied().collect();
-            for pid in known {
-                if let Ok(Some(ended)) = sys::process::peek(Some(pid)) {
+        for _child in 0..REAPED_AT_ONCE {
+            let Ok(Some(ended)) = sys::process::peek(None) else { return found };
+            if awaits_pid && !self.is_known(ended.pid, ours) {
+                // It hides those behind it: each is looked at.
+                let known: Vec<u32> = self.helpers.keys().chain(self.claimed.keys()).chain(ours).copied().collect();
+                for ended in known.into_iter().filter_map(|pid| sys::process::peek(Some(pid)).ok().flatten()) {
                     self.ended(ended, streams, poll, &mut found);
                 }
+                return found;
             }
-        } else {
-            for _child in 0..REAPED_AT_ONCE {
-                let Ok(Some(ended)) = sys::process::peek(None) else { return found };
-                self.ended(ended, streams, poll, &mut found);
-            }
-            poll.again(Source::Signals);
+            self.ended(ended, streams, poll, &mut found);
         }
+        poll.again(Source::Signals);
         found
+    }
+
+    fn is_known(&self, pid: u32, ours: &[u32]) -> bool {
+        self.helpers.contains_key(&pid) || self.claimed.contains_key(&pid) || ours.contains(&pid)
     }
 
     /// A process that is not our child has ended, says its handle.
@@ -271,6 +277,9 @@ impl Children {
     /// Records the end of a claimed process, while it is a zombie.
     fn exited(&mut self, pid: u32, status: u32, found: &mut Vec<Found>) {
         let Some(claimed) = self.claimed.remove(&pid) else { return };
+        if self.pids.get(&claimed.key) == Some(&pid) {
+            self.pids.remove(&claimed.key);
+        }
         self.exits_seen += 1;
         let at_nanos = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64);
         if let Some(journal) = &claimed.journal
@@ -283,7 +292,8 @@ impl Children {
 
     /// Signals a claimed process.
     pub(crate) fn signal(&self, key: &str, signal: i32) -> io::Result<()> {
-        let Some((pid, claimed)) = self.claimed.iter().find(|(_, claimed)| claimed.key == key) else { return Err(Errno::ESRCH.into()) };
+        let found = self.pids.get(key).and_then(|pid| self.claimed.get_key_value(pid));
+        let Some((pid, claimed)) = found else { return Err(Errno::ESRCH.into()) };
         match &claimed.handle {
             Some(handle) => sys::process::signal(handle.as_fd(), signal),
             None if claimed.foreign => Err(Errno::ESRCH.into()),
@@ -308,9 +318,11 @@ impl Children {
         }
     }
 
-    /// Forgets claimed processes of a key. They are reaped like any orphan.
+    /// Forgets the claimed process of a key. It is reaped like any orphan.
     pub(crate) fn release(&mut self, key: &str) {
-        self.claimed.retain(|_, claimed| claimed.key != key);
+        if let Some(pid) = self.pids.remove(key) {
+            self.claimed.remove(&pid);
+        }
     }
 
     pub(crate) fn snapshot(&self) -> Vec<ProcessSnapshot> {

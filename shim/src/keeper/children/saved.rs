@@ -42,6 +42,7 @@ impl Children {
             Ok((pid, Box::new(Claimed { key, handle, journal: l.optional_fd()?.map(Journal::from), foreign })))
         })?;
         children.claimed = claimed.into_iter().collect();
+        children.pids = children.claimed.iter().map(|(pid, claimed)| (claimed.key.clone(), *pid)).collect();
         children.vanished = l.each(|l| Ok(l.u32()?))?;
         Ok(children)
     }
