@@ -13,6 +13,8 @@ mod bootstrap;
 mod crashes;
 #[path = "protocol/events.rs"]
 mod events;
+#[path = "protocol/execs.rs"]
+mod execs;
 #[path = "protocol/floods.rs"]
 mod floods;
 #[path = "protocol/frames.rs"]
@@ -52,6 +54,14 @@ fn main() -> ExitCode {
         texts_of_megabytes_are_refused_and_not_repeated,
         too_many_added_processes_are_refused_until_one_is_deleted,
     ]);
+    cases.extend(
+        direct_cases![execs:
+            an_exec_that_is_never_deleted_leaves_nothing_that_adds_up,
+            an_exec_whose_start_fails_and_is_never_deleted_leaves_nothing_that_adds_up,
+            an_exec_is_added_while_the_exit_of_init_waits_to_be_published,
+        ]
+        .map(|case| case.within(Duration::from_secs(120))),
+    );
     cases.extend(direct_cases![frames:
         a_length_beyond_the_limit_is_named,
         garbage_is_answered_with_a_short_sentence_and_its_own_code,

@@ -60,10 +60,9 @@ fn is_of(key: &str, id: &str) -> bool {
 
 fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
     let (keeper, worker) = processes_json(snapshot);
-    let state = snapshot.state.iter().find(|(key, _)| key == id).map(|(_, value)| value.as_slice());
-    let state: Value = state.map_or(Value::Null, |state| {
-        serde_json::from_slice(state).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(state).into_owned()))
-    });
+    let state = snapshot.state.iter().find(|(key, _)| key == id).map_or(Value::Null, |(_, value)| read(value));
+    let execs = snapshot.state.iter().filter_map(|(key, value)| Some((key.strip_prefix(id)?.strip_prefix('/')?, value)));
+    let execs: serde_json::Map<String, Value> = execs.map(|(exec, value)| (exec.to_owned(), read(value)["process"].clone())).collect();
     let journal = state.get("bundle").and_then(Value::as_str).map(|bundle| journal_json(&PathBuf::from(bundle).join(journal::FILE_NAME)));
     let processes = snapshot.processes.iter().filter(|process| is_of(&process.key, id));
     let streams = snapshot.streams.iter().filter(|stream| is_of(&stream.key, id));
@@ -78,6 +77,7 @@ fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
         "worker_lives": snapshot.lives,
         "reserved": snapshot.reservations.iter().any(|reserved| reserved == id),
         "state": state,
+        "execs": execs,
         "processes": processes.map(|process| json!({ "key": process.key, "pid": process.pid, "role": process.role })).collect::<Vec<_>>(),
         "streams": streams.map(|stream| json!({
             "key": stream.key,
@@ -112,6 +112,11 @@ fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
         },
         "journal": journal,
     })
+}
+
+/// Reads an entry of the state. Words that are not understood are shown as they are.
+fn read(value: &[u8]) -> Value {
+    serde_json::from_slice(value).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(value).into_owned()))
 }
 
 fn journal_json(path: &Path) -> Value {
@@ -190,9 +195,8 @@ fn processes(all: &Value) -> Vec<Vec<String>> {
         }));
         row
     };
-    let state = &all["state"];
-    let init = state.get("init").map(|init| row("init".to_owned(), init));
-    let execs = state["execs"].as_object().into_iter().flatten().map(|(id, exec)| row(id.clone(), exec));
+    let init = all["state"].get("init").map(|init| row("init".to_owned(), init));
+    let execs = all["execs"].as_object().into_iter().flatten().map(|(id, exec)| row(id.clone(), exec));
     init.into_iter().chain(execs).collect()
 }
 
@@ -243,7 +247,10 @@ mod tests {
     fn only_what_is_the_containers_is_shown_of_a_pod() {
         let process = |key: &str| ProcessSnapshot { key: key.into(), pid: 1, role: "claimed".into() };
         let snapshot = Snapshot {
-            state: vec![("c1".into(), br#"{"init": {"phase": "running"}, "execs": {"e1": {"phase": "created"}}}"#.to_vec())],
+            state: vec![
+                ("c1".into(), br#"{"init": {"phase": "running"}}"#.to_vec()),
+                ("c1/e1".into(), br#"{"version": 1, "process": {"phase": "created"}}"#.to_vec()),
+            ],
             processes: ["c1", "c1/e1", "c10", "c2"].map(process).to_vec(),
             streams: vec![StreamSnapshot { key: "c1".into(), stream: "stdout".into(), bytes: 5, ..StreamSnapshot::default() }],
             waiters: vec![("c1".into(), 2), ("c2".into(), 1)],
@@ -261,8 +268,9 @@ mod tests {
 
     #[test]
     fn unknown_arguments_have_no_effect() {
-        for state in ["", "7", "[]", r#"{"init": 1, "execs": 2, "bundle": 3}"#, r#"{"init": {"phase": 9, "stdio": []}}"#] {
-            let snapshot = Snapshot { state: vec![("c1".into(), state.as_bytes().to_vec())], ..Snapshot::default() };
+        for state in ["", "7", "[]", r#"{"init": 1, "bundle": 3}"#, r#"{"init": {"phase": 9, "stdio": []}}"#, r#"{"process": 2}"#] {
+            let state = ["c1", "c1/e1"].map(|key| (key.to_owned(), state.as_bytes().to_vec())).to_vec();
+            let snapshot = Snapshot { state, ..Snapshot::default() };
             assert!(!to_text(&to_json("c1", Path::new("/c"), &snapshot)).is_empty());
         }
     }

@@ -21,7 +21,7 @@ pub(crate) fn ps(query: &Query) -> Result<(), Error> {
 fn containers(snapshot: &Snapshot) -> Vec<Container> {
     let reserved = snapshot.reservations.iter().filter(|id| !snapshot.state.iter().any(|(known, _)| known == *id));
     let awaited = reserved.map(|id| Container { id: id.clone(), state: "awaited".to_owned(), pid: None, execs: 0 });
-    snapshot.state.iter().map(|(id, value)| Container::read(id, value)).chain(awaited).collect()
+    Container::all(snapshot).chain(awaited).collect()
 }
 
 fn to_json(shim: &Shim) -> Value {

@@ -1,4 +1,5 @@
 //! All shims of this host, asked at the same time.
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::thread;
@@ -99,15 +100,24 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    /// Reads an entry of the keeper's state.
-    pub(crate) fn read(id: &str, value: &[u8]) -> Self {
+    /// The containers of a shim.
+    pub(crate) fn all(snapshot: &Snapshot) -> impl Iterator<Item = Self> {
+        let mut execs: BTreeMap<&str, usize> = BTreeMap::new();
+        for id in snapshot.state.iter().filter_map(|(key, _)| Some(key.split_once('/')?.0)) {
+            *execs.entry(id).or_default() += 1;
+        }
+        let containers = snapshot.state.iter().filter(|(key, _)| !key.contains('/'));
+        containers.map(move |(id, value)| Self { execs: execs.get(id.as_str()).copied().unwrap_or(0), ..Self::read(id, value) })
+    }
+
+    fn read(id: &str, value: &[u8]) -> Self {
         let value: Value = serde_json::from_slice(value).unwrap_or_default();
         let init = value.get("init").unwrap_or(&Value::Null);
         Self {
             id: id.to_owned(),
             state: phase_of(init),
             pid: init.get("pid").and_then(Value::as_u64),
-            execs: value.get("execs").and_then(Value::as_object).map_or(0, serde_json::Map::len),
+            execs: 0,
         }
     }
 }
@@ -128,12 +138,20 @@ mod tests {
     #[test]
     fn known_fields_of_a_container_are_read() {
         let read = |value: &str| Container::read("c1", value.as_bytes());
-        let is = |state: &str, pid, execs| Container { id: "c1".into(), state: state.into(), pid, execs };
-        assert_eq!(read(r#"{"init": {"phase": "running", "pid": 7}, "execs": {"e1": {}}}"#), is("running", Some(7), 1));
-        assert_eq!(read(r#"{"init": {"phase": {"exited": {"status": 3}}, "pid": 7}}"#), is("exited", Some(7), 0));
-        for odd in ["", "[]", "{}", r#"{"init": 3}"#, r#"{"init": {"phase": {}, "pid": -1}, "execs": []}"#, "\u{0}"] {
-            assert_eq!(read(odd), is("?", None, 0), "{odd}");
+        let is = |state: &str, pid| Container { id: "c1".into(), state: state.into(), pid, execs: 0 };
+        assert_eq!(read(r#"{"init": {"phase": "running", "pid": 7}}"#), is("running", Some(7)));
+        assert_eq!(read(r#"{"init": {"phase": {"exited": {"status": 3}}, "pid": 7}}"#), is("exited", Some(7)));
+        for odd in ["", "[]", "{}", r#"{"init": 3}"#, r#"{"init": {"phase": {}, "pid": -1}}"#, "\u{0}"] {
+            assert_eq!(read(odd), is("?", None), "{odd}");
         }
+    }
+
+    #[test]
+    fn added_processes_are_counted_with_their_container() {
+        let keys = ["c1", "c1-x", "c1-x/e1", "c1/e1", "c1/e2"];
+        let snapshot = Snapshot { state: keys.map(|key| (key.to_owned(), Vec::new())).to_vec(), ..Snapshot::default() };
+        let counts: Vec<_> = Container::all(&snapshot).map(|container| (container.id, container.execs)).collect();
+        assert_eq!(counts, [("c1".to_owned(), 2), ("c1-x".to_owned(), 1)]);
     }
 
     #[test]

@@ -226,7 +226,8 @@ pub(crate) enum ToKeeper {
 /// The end of a step. Applied whole, in the order of the fields.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Commit {
-    /// Entries of the state to set, or to remove. An entry per container, its id the key. Setting or removing one drops its ready answers.
+    /// Entries of the state to set, or to remove: one for each container, its id the key, and one for each process that was added to it, with
+    /// the process's key. Setting or removing one drops its ready answers.
     pub(crate) state: Vec<(String, Option<Vec<u8>>)>,
     /// Children to own: their exit becomes a cause.
     pub(crate) claims: Vec<Claim>,

@@ -14,6 +14,7 @@ mod saved;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::relay::Caller;
@@ -94,7 +95,9 @@ pub(crate) struct Ledger {
     naming: BTreeSet<Cause>,
     state: BTreeMap<String, Vec<u8>>,
     parked: BTreeMap<String, Vec<Asker>>,
-    ready: Vec<Ready>,
+    /// Ready-made answers by their question, and the questions by the state entry that they depend on.
+    ready: BTreeMap<Rc<[u8]>, Ready>,
+    questions: BTreeMap<String, Vec<Rc<[u8]>>>,
     reservations: BTreeMap<String, Instant>,
     leave: bool,
 }
@@ -215,7 +218,7 @@ impl Ledger {
     /// Applies the parts of a commit that concern the ledger and returns the answers that are due.
     pub(crate) fn commit(&mut self, commit: &mut Commit) -> Vec<Due> {
         for (key, value) in std::mem::take(&mut commit.state) {
-            self.ready.retain(|ready| ready.key != key);
+            self.drop_ready(&key);
             match value {
                 Some(value) => {
                     self.reservations.remove(&key);
@@ -238,9 +241,23 @@ impl Ledger {
         for cause in std::mem::take(&mut commit.ends) {
             self.close(cause);
         }
-        self.ready.append(&mut commit.ready);
+        for ready in std::mem::take(&mut commit.ready) {
+            self.add_ready(ready);
+        }
         self.leave |= commit.leave;
         due
+    }
+
+    fn add_ready(&mut self, ready: Ready) {
+        let question: Rc<[u8]> = question(ready.service.as_bytes(), ready.method.as_bytes(), &ready.payload).into();
+        self.questions.entry(ready.key.clone()).or_default().push(Rc::clone(&question));
+        self.ready.insert(question, ready);
+    }
+
+    fn drop_ready(&mut self, key: &str) {
+        for question in self.questions.remove(key).unwrap_or_default() {
+            self.ready.remove(&question);
+        }
     }
 
     /// Parks the callers of a commit's `parks`. Returns each with the length of its request.
@@ -261,7 +278,7 @@ impl Ledger {
     /// there was any state, and `response` for everybody who waits for one of its processes: nobody will tell of their ends.
     pub(crate) fn forget_container(&mut self, id: &str, response: &[u8]) -> (bool, Vec<Due>) {
         self.reservations.remove(id);
-        self.ready.retain(|ready| ready.key != id);
+        self.drop_ready(id);
         let is_of_it = |key: &str| key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         let is_exit_of_it = |open: &Open| matches!(&open.what, What::Exit(exit) if is_of_it(&exit.key));
         let exits: Vec<Cause> = self.causes.iter().filter(|(_, open)| is_exit_of_it(open)).map(|(cause, _)| *cause).collect();
@@ -272,7 +289,8 @@ impl Ledger {
         for (_, askers) in self.parked.extract_if(.., |key, _| is_of_it(key)) {
             due.extend(askers.into_iter().map(|asker| Due { asker, request_bytes: None, response: response.to_vec() }));
         }
-        let had_state = self.state.remove(id).is_some();
+        let had_state = self.state.contains_key(id);
+        self.state.retain(|key, _| !is_of_it(key));
         self.leave |= self.state.is_empty();
         (had_state, due)
     }
@@ -288,18 +306,15 @@ impl Ledger {
     /// The ready-made answer to a request, if there is one.
     pub(crate) fn ready_answer(&self, request: &[u8]) -> Option<&[u8]> {
         let view = RequestView::parse(request)?;
-        self.ready
-            .iter()
-            .find(|ready| {
-                ready.service.as_bytes() == view.service && ready.method.as_bytes() == view.method && ready.payload == view.payload
-            })
-            .map(|ready| ready.answer.as_slice())
+        let question = question(view.service, view.method, view.payload);
+        self.ready.get(question.as_slice()).map(|ready| ready.answer.as_slice())
     }
 
     /// Answers that are due because the worker has taken too long, or because there is none (`at_once`). With each, the operations of
     /// its cause of which the outcome is still to come: nobody will be told of it.
     pub(crate) fn overdue(&mut self, now: Instant, at_once: bool) -> Vec<(Due, Vec<(Cause, Step)>)> {
-        let late: Vec<Cause> = self.ready_due.iter().filter(|(_, at)| at_once || **at <= now).map(|(cause, _)| *cause).collect();
+        // The older of two requests is due first.
+        let late: Vec<Cause> = self.ready_due.iter().take_while(|(_, at)| at_once || **at <= now).map(|(cause, _)| *cause).collect();
         let mut due = Vec::new();
         for cause in late {
             self.ready_due.remove(&cause);
@@ -315,7 +330,7 @@ impl Ledger {
 
     /// When [`Ledger::overdue`] or [`Ledger::expire`] have something to do.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.ready_due.values().chain(self.reservations.values()).min().copied()
+        self.ready_due.values().take(1).chain(self.reservations.values()).min().copied()
     }
 
     /// Keeps a place for a container.
@@ -353,4 +368,9 @@ impl Ledger {
     pub(crate) fn reservations(&self) -> impl Iterator<Item = &str> {
         self.reservations.keys().map(String::as_str)
     }
+}
+
+/// What is asked, as one text: the parts of a request that a ready-made answer depends on.
+fn question(service: &[u8], method: &[u8], payload: &[u8]) -> Vec<u8> {
+    [service, method, payload].join(&0)
 }

@@ -37,7 +37,7 @@ mod registry;
 mod server;
 
 use self::cause::Cause;
-use self::container::{Change, Container, Exit, ProcessKey, RECORD_VERSION, Record, Reply};
+use self::container::{Change, Container, Exit, Process, ProcessKey, RECORD_VERSION, Record, Reply};
 use self::error::{Code, Error};
 use self::link::{Incoming, Link, LinkError};
 use self::registry::Registry;
@@ -125,14 +125,7 @@ impl Worker {
                     self.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
                     log::debug!(life, keeper = keeper_pid; "worker begins");
                 }
-                ToWorker::State { key, value } => match (Record::newer_version(&value), Record::decode(&value)) {
-                    (Some(version), _) => {
-                        log::error!(container:% = key, version; "the state of a container is of a newer build, and waits for one");
-                        self.registry.set_aside(key);
-                    }
-                    (None, Ok(record)) => self.registry.insert(&Container::new(record)),
-                    (None, Err(error)) => log::error!(container:% = key, error:%; "cannot read the state of a container"),
-                },
+                ToWorker::State { key, value } => self.load(&key, &value),
                 ToWorker::Request { cause, age_nanos, origin, payload } => {
                     disguise::meet_request(&payload);
                     let inbound = Inbound::parse(&payload, Duration::from_nanos(age_nanos), origin);
@@ -171,7 +164,8 @@ impl Worker {
             }
         }
         for container in self.registry.all() {
-            container::tend(self, &container);
+            let keys = container.record().keys();
+            container::tend(self, &container, &keys);
         }
         for pending in backlog {
             match pending {
@@ -183,6 +177,30 @@ impl Worker {
             }
         }
         incoming.acted();
+        Ok(())
+    }
+
+    /// Takes in an entry of the state. That of a container comes before those of its added processes.
+    fn load(&self, key: &str, value: &[u8]) {
+        let id = key.split('/').next().unwrap_or(key);
+        if let Some(version) = Record::newer_version(value) {
+            log::error!(container:% = key, version; "the state of a container is of a newer build, and waits for one");
+            self.registry.set_aside(id);
+        }
+        if self.registry.is_set_aside(id) {
+            return;
+        }
+        if let Err(error) = self.decode(key, value) {
+            log::error!(container:% = key, error:%; "cannot read the state of a container");
+        }
+    }
+
+    fn decode(&self, key: &str, value: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
+        let key = ProcessKey::parse(key)?;
+        match key.exec {
+            None => self.registry.insert(&Container::new(Record::decode(value)?)),
+            Some(exec) => self.registry.get(key.container.as_str())?.load(exec, Process::decode(value)?),
+        }
         Ok(())
     }
 
@@ -297,17 +315,21 @@ impl Worker {
         if change.save.as_ref().is_some_and(|container| container.is_deleted()) {
             (change.save, change.events) = (None, Vec::new());
         }
+        let unsaved = change.save.as_ref().map(|container| container.take_unsaved()).unwrap_or_default();
         if let Some(container) = &change.save {
             let record = container.record();
-            commit.state.push((record.id.to_string(), Some(record.encode())));
-            commit.ready = server::ready(&record, keeper_pid);
+            commit.state = unsaved.iter().map(|key| (key.to_string(), record.entry(key))).collect();
+            if unsaved.iter().any(|key| key.exec.is_none()) {
+                commit.ready = server::ready(&record, keeper_pid);
+            }
             commit.claims.extend(change.claim.map(|(key, pid)| Claim {
                 journal: key.exec.is_none().then(|| container::journal_path(&record.bundle).to_string_lossy().into_owned()),
                 key: key.to_string(),
                 pid,
             }));
         }
-        commit.state.extend(change.remove.iter().map(|container| (container.id.to_string(), None)));
+        let removed = change.remove.iter().flat_map(|container| container.record().keys());
+        commit.state.extend(removed.map(|key| (key.to_string(), None)));
         commit.events = change.events.into_iter().map(|event| events::encode(event, &self.settings.namespace)).collect();
         commit.wakes = change
             .wakes
@@ -331,7 +353,7 @@ impl Worker {
         if let Some(container) = change.save {
             self.registry.insert(&container);
             container.changed();
-            container::tend(self, &container);
+            container::tend(self, &container, &unsaved);
         }
     }
 }
@@ -342,8 +364,9 @@ fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
     if let Some(version) = Record::newer_version(value) {
         return Some(format!("the record of container {key} has version {version}, and version {newest} is the newest that can be read"));
     }
-    match Record::decode(value) {
-        Ok(_) => None,
+    let result = if key.contains('/') { Process::decode(value).map(drop) } else { Record::decode(value).map(drop) };
+    match result {
+        Ok(()) => None,
         Err(error) => Some(format!("cannot read the record of container {key}: {error}")),
     }
 }

@@ -54,8 +54,9 @@ impl Registry {
     }
 
     /// Notes that there is a container of which nothing is known but that.
-    pub(super) fn set_aside(&self, id: String) {
-        self.set_aside.borrow_mut().insert(id);
+    pub(super) fn set_aside(&self, id: &str) {
+        self.slots.borrow_mut().remove(id);
+        self.set_aside.borrow_mut().insert(id.to_owned());
     }
 
     pub(super) fn is_set_aside(&self, id: &str) -> bool {

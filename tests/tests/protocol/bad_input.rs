@@ -142,8 +142,6 @@ pub(crate) async fn texts_of_megabytes_are_refused_and_not_repeated(stand: Stand
         MessageField::some(Any { type_url: "containerd.runc.v1.Options".to_owned(), value, ..Any::default() })
     };
     let exec = witness.container.bundle.exec_request("e", &["true"]);
-    let annotations = std::collections::HashMap::from([("a".to_owned(), long.clone())]);
-    let update = api::UpdateTaskRequest { id: "witness".to_owned(), annotations, ..Default::default() };
     let long_mount = containerd_shim_protos::types::mount::Mount { source: path.clone(), ..good.rootfs[0].clone() };
     let answers = [
         ("state", task.state(&long, "").await.map(drop)),
@@ -158,7 +156,6 @@ pub(crate) async fn texts_of_megabytes_are_refused_and_not_repeated(stand: Stand
         ("create options", task.create(&api::CreateTaskRequest { options, ..good.clone() }).await.map(drop)),
         ("exec id", task.exec(&api::ExecProcessRequest { exec_id: long.clone(), ..exec.clone() }).await),
         ("exec stdout", task.exec(&api::ExecProcessRequest { stdout: path.clone(), ..exec.clone() }).await),
-        ("update", task.call::<api::Empty>("Update", &update, SOON).await.map(drop)),
         ("method", task.call::<api::Empty>(&long, &api::Empty::default(), SOON).await.map(drop)),
     ];
     for (what, answer) in answers {

@@ -340,11 +340,13 @@ pub(crate) async fn commands_work_on_a_shim_that_knows_a_lot(stand: Stand) -> Re
     let witness = Witness::start(&stand).await?;
     let task = &witness.container.task;
     let mut members = Vec::new();
-    for number in 0..8 {
+    let path = format!("/{}", "x".repeat(4000));
+    for number in 0..2 {
         let member = witness.sibling(&format!("c{number}"), &["sleep", "1000"]).run_in(task).await?;
-        let annotations = std::collections::HashMap::from([("a".to_owned(), "x".repeat(900_000))]);
-        let update = api::UpdateTaskRequest { id: member.id.clone(), annotations, ..Default::default() };
-        task.call::<api::Empty>("Update", &update, SOON).await?;
+        for exec in 0..500 {
+            let request = member.bundle.exec_request(&format!("e{exec}"), &["true"]);
+            task.exec(&api::ExecProcessRequest { stdout: path.clone(), stderr: path.clone(), ..request }).await?;
+        }
         members.push(member);
     }
     let output = within("ps", SOON, stand.command(&["ps", "--json"]).output()).await??;

@@ -35,7 +35,7 @@ impl Ledger {
                 save_asker(s, *asker);
             }
         });
-        s.each(self.ready.iter(), |s, ready| {
+        s.each(self.ready.values(), |s, ready| {
             s.str(&ready.key).str(&ready.service).str(&ready.method).bytes(&ready.payload).bytes(&ready.answer);
         });
         s.each(self.reservations.iter(), |s, (id, until)| {
@@ -77,8 +77,11 @@ impl Ledger {
             Ok((key, askers))
         })?;
         ledger.parked = parked.into_iter().collect();
-        ledger.ready =
+        let ready =
             l.each(|l| Ok(Ready { key: l.string()?, service: l.string()?, method: l.string()?, payload: l.bytes()?, answer: l.bytes()? }))?;
+        for ready in ready {
+            ledger.add_ready(ready);
+        }
         ledger.reservations = l.each(|l| Ok((l.string()?, l.instant()?)))?.into_iter().collect();
         ledger.begin_life();
         Ok(ledger)

@@ -10,15 +10,22 @@ use crate::keeper::ledger::What;
 const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
 
 impl Keeper {
-    /// Every container, with what is known of it as far as that fits into one message: who is there matters most.
+    /// Every container, with what is known of it as far as that fits into one message: who is there matters most. Then the added
+    /// processes that fit.
     fn state_for_people(&self) -> Vec<(String, Vec<u8>)> {
         let mut left = SNAPSHOT_STATE_BYTES;
-        let fitting = self.ledger.state().iter().map(|(key, value)| {
-            let fits = value.len() <= left;
-            left -= if fits { value.len() } else { 0 };
-            (key.clone(), if fits { value.clone() } else { Vec::new() })
-        });
-        fitting.collect()
+        let mut fits = |key: &str, value: &[u8]| {
+            let fits = key.len() + value.len() <= left;
+            left -= if fits { key.len() + value.len() } else { 0 };
+            fits
+        };
+        let (added, containers): (Vec<_>, Vec<_>) = self.ledger.state().iter().partition(|(key, _)| key.contains('/'));
+        let mut shown: Vec<(String, Vec<u8>)> = Vec::with_capacity(containers.len());
+        for (key, value) in containers {
+            shown.push((key.clone(), if fits(key, value) { value.clone() } else { Vec::new() }));
+        }
+        shown.extend(added.into_iter().filter(|(key, value)| fits(key, value)).map(|(key, value)| (key.clone(), value.clone())));
+        shown
     }
 
     pub(super) fn snapshot(&self, now: Instant) -> Snapshot {

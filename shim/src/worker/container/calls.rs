@@ -1,5 +1,4 @@
 //! The calls that change a container that exists: pause, resume, checkpoint, update, and those about a terminal and stdin.
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -27,7 +26,6 @@ pub(in crate::worker) struct UpdateCall {
     pub(in crate::worker) id: String,
     /// A `LinuxResources` of the runtime specification as JSON.
     pub(in crate::worker) resources: Option<Vec<u8>>,
-    pub(in crate::worker) annotations: BTreeMap<String, String>,
 }
 
 /// Freezes all processes of a container.
@@ -93,12 +91,10 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
     Ok(Change::reply(Reply::Empty).event(Event::new(&container, Happening::Checkpointed { path })))
 }
 
-/// Changes limits and annotations.
+/// Changes limits.
 pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: UpdateCall) -> Result<Change, Error> {
     let container = worker.registry.get(&call.id)?;
     container.admit(&ProcessKey::init(&container.id), Request::Update)?;
-    let annotations = serde_json::to_vec(&call.annotations).map_err(|source| Error::Json { method: "Update", source })?;
-    container.record().check_size(annotations.len())?;
     if let Some(resources) = call.resources {
         let valid: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(&resources).map_err(|source| Error::Json { method: "Update", source })?;
@@ -113,8 +109,7 @@ pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: 
         }
         result?;
     }
-    container.record_mut().annotations.extend(call.annotations);
-    Ok(Change::save(&container, Reply::Empty))
+    Ok(Change::reply(Reply::Empty))
 }
 
 /// Sets the size of a terminal: now, or as soon as it exists. Without one there is nothing to do.
@@ -130,9 +125,7 @@ pub(in crate::worker) async fn resize(
     if !container.process(&key, |process| process.stdio.terminal && process.exit().is_none())? {
         return Ok(Change::reply(Reply::Empty));
     }
-    if let Some(process) = container.record_mut().process_mut(&key) {
-        process.size = Some((rows, columns));
-    }
+    container.update(&key, |process| process.size = Some((rows, columns)));
     match cause.perform(step::RESIZE, Op::Resize { key: key.to_string(), rows, columns }).await {
         Ok(()) => {}
         // It has no streams yet, or no more.
@@ -149,9 +142,7 @@ pub(in crate::worker) async fn close_io(worker: &Rc<Worker>, cause: &Cause, targ
     if !stdin {
         return Ok(Change::reply(Reply::Empty));
     }
-    if let Some(process) = container.record_mut().process_mut(&key) {
-        process.stdin_closed = true;
-    }
+    container.update(&key, |process| process.stdin_closed = true);
     cause.perform(step::CLOSE_STDIN, Op::CloseStdin { key: key.to_string() }).await?;
     Ok(Change::save(&container, Reply::Empty))
 }

@@ -1,8 +1,8 @@
 //! Create: a container comes into being, its init stopped before the user's program.
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use super::execs::Execs;
 use super::record::VERSION;
 use super::spec::Spec;
 use super::streams::Plan;
@@ -45,6 +45,7 @@ pub(in crate::worker) async fn create(worker: &Rc<Worker>, cause: &Cause, call: 
     let Draft { record, key, .. } = draft;
     let (bundle, pid) = (record.bundle.clone(), record.init.pid);
     let container = Container::new(record);
+    drop(container.record_mut()); // nothing of it is saved yet
     let created = Happening::Created { bundle, mounts: call.mounts, stdio: call.stdio, checkpoint: call.checkpoint, pid };
     let event = Event::new(&container, created);
     Ok(Change { claim: pid.map(|pid| (key, pid)), ..Change::save(&container, Reply::Pid(pid)) }.event(event))
@@ -75,7 +76,6 @@ impl Draft {
             log::warn!(container:% = id; "its cgroup is named as a unit of systemd's, and the option SystemdCgroup is not set: no slice holds it");
         }
         let key = ProcessKey::init(&id);
-        let plan = Plan::blocking_read(&key, &call.stdio, &options)?;
         let debug = log::max_level() >= log::LevelFilter::Debug;
         let (engine, reason) = CommandEngine::blocking_choose(&options, &worker.settings.namespace, debug)?;
         log::info!(container:% = id, runtime:% = engine.binary().display(), reason; "OCI runtime chosen");
@@ -91,12 +91,12 @@ impl Draft {
             oom_kills: 0,
             unknown_to_engine: restore.is_some(),
             restore,
-            annotations: BTreeMap::new(),
             init: Process::new(call.stdio.clone()),
-            execs: BTreeMap::new(),
+            execs: Execs::default(),
             id,
             bundle,
         };
+        let plan = Plan::blocking_read(&key, &call.stdio, &record)?;
         // An event repeats them.
         let mounts = call.mounts.iter().flat_map(|mount| mount.options.iter().chain([&mount.kind, &mount.source, &mount.target]));
         record.check_size(mounts.map(String::len).sum())?;
@@ -121,7 +121,7 @@ impl Draft {
             .await?;
         }
         self.spec.blocking_check_rootfs()?;
-        self.plan.open(worker, cause, &self.record).await?;
+        self.plan.open(worker, cause).await?;
         journal::write(worker, cause, step::JOURNAL, &self.record).await?;
         if self.record.restore.is_some() {
             return Ok(());

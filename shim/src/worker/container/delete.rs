@@ -122,13 +122,15 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
     container.deleted.set(Some(deleted));
     let wakes = record.keys().into_iter().filter_map(|key| Some((record.process(&key)?.exit(), key)));
     let wakes = wakes.map(|(exit, key)| (key.clone(), exit.ok_or_else(|| super::gone(&key)))).collect();
-    for process in std::iter::once(&record.init).chain(record.execs.values()) {
-        blocking_remove_files(process);
+    let releases = record.keys();
+    drop(record);
+    for key in &releases {
+        container.update(key, Process::blocking_remove_files);
     }
     log::info!(container:% = container.id; "container deleted");
     Ok(Change {
         remove: Some(Rc::clone(container)),
-        releases: record.keys(),
+        releases,
         wakes,
         ..Change::reply(Reply::Deleted(deleted)).event(Event::new(container, Happening::Deleted(deleted)))
     })
@@ -136,14 +138,10 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
 
 fn delete_added(container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     container.admit(key, Request::Delete)?;
-    let process = key.exec.as_ref().and_then(|exec| container.record_mut().execs.remove(exec)).ok_or_else(|| super::gone(key))?;
-    blocking_remove_files(&process);
-    container.drop_pumps(key);
-    Ok(Change {
-        wakes: vec![(key.clone(), process.exit().ok_or_else(|| super::gone(key)))],
-        releases: vec![key.clone()],
-        ..Change::save(container, Reply::Deleted(Deleted::of(&process)))
-    })
+    let mut change = Change { save: Some(Rc::clone(container)), ..Change::default() };
+    let process = container.drop_added(key, &mut change)?;
+    change.reply = Some(Ok(Reply::Deleted(Deleted::of(&process))));
+    Ok(change)
 }
 
 fn blocking_is_folder(path: &Path) -> bool {
@@ -198,17 +196,6 @@ fn from_journal(worker: &Worker, id: &str) -> Option<Deleted> {
     is_ours.then_some(Deleted { pid: Some(exit.pid), exit: Some(Exit { status: exit.status, at_nanos: exit.at_nanos }) })
 }
 
-fn blocking_remove_files(process: &Process) {
-    for path in &process.files {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                log::debug!(path:% = path.display(), error:%; "cannot remove a file")
-            }
-            _ => {}
-        }
-    }
-}
-
 impl Deleted {
     fn of(process: &Process) -> Self {
         Self { pid: process.pid, exit: process.exit() }
@@ -226,6 +213,26 @@ impl Drop for Turn {
 }
 
 impl Container {
+    /// Drops an added process with all that is held for it.
+    fn drop_added(&self, key: &ProcessKey, change: &mut Change) -> Result<Process, Error> {
+        let mut process = key.exec.as_ref().and_then(|exec| self.remove(exec)).ok_or_else(|| super::gone(key))?;
+        process.blocking_remove_files();
+        self.drop_pump(key);
+        change.wakes.push((key.clone(), process.exit().ok_or_else(|| super::gone(key))));
+        change.releases.push(key.clone());
+        Ok(process)
+    }
+
+    /// Drops the oldest added processes that are spent, where there are too many: their client does not delete them.
+    pub(super) fn drop_surplus(&self, change: &mut Change) {
+        while let Some(exec) = { self.record().execs.surplus() } {
+            let key = ProcessKey::exec(&self.id, &exec);
+            if self.drop_added(&key, change).is_ok() {
+                log::debug!(container:% = self.id, exec:% = exec; "dropping a process that ended long ago and was not deleted");
+            }
+        }
+    }
+
     fn take_turn(self: &Rc<Self>) -> Turn {
         self.deleting.set(true);
         Turn(Rc::clone(self))

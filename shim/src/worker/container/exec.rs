@@ -23,22 +23,23 @@ pub(in crate::worker) fn exec(worker: &Worker, call: ExecCall) -> Result<Change,
     let key = ProcessKey::exec(&container.id, &exec);
     container.refuse_while_deleting()?;
     container.admit(&ProcessKey::init(&container.id), Request::Exec)?;
-    if container.record().execs.contains_key(&exec) {
+    if container.record().execs.get(exec.as_str()).is_some() {
         return Err(Error::ProcessExists { key });
     }
     // Refused now rather than at Start.
-    super::streams::Plan::blocking_read(&key, &call.stdio, &container.record().options)?;
-    let streams = [&call.stdio.stdin, &call.stdio.stdout, &call.stdio.stderr];
-    container.record().check_size(streams.iter().map(|text| text.len()).sum())?;
+    super::streams::Plan::blocking_read(&key, &call.stdio, &container.record())?;
+    let path = process_file(&container.record().bundle, &key);
+    let process = Process { files: vec![path.clone()], ..Process::new(call.stdio) };
+    if let Some((bytes, limit)) = container.record().execs.excess(&exec, &process) {
+        return Err(Error::TooMuch { id: container.id.clone(), bytes, limit });
+    }
     let mut spec: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&call.spec).map_err(|source| Error::Json { method: "Exec", source })?;
-    spec.insert("terminal".into(), call.stdio.terminal.into());
-    let path = process_file(&container.record().bundle, &key);
+    spec.insert("terminal".into(), process.stdio.terminal.into());
     let text = serde_json::to_vec(&spec).map_err(|source| Error::Json { method: "Exec", source })?;
     // Environment variables hold secrets: nobody else may read them.
-    blocking_replace(&path, &text, 0o600).map_err(|source| Error::Io { op: "write", path: path.clone(), source })?;
-    let process = Process { files: vec![path], ..Process::new(call.stdio) };
-    container.record_mut().execs.insert(exec, process);
+    blocking_replace(&path, &text, 0o600).map_err(|source| Error::Io { op: "write", path, source })?;
+    container.add(exec, process);
     let added = Event::new(&container, Happening::ExecAdded { exec: call.exec });
     Ok(Change::save(&container, Reply::Empty).event(added))
 }

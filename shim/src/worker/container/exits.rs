@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kill::kill_rest;
-use super::{Announce, Change, Container, Event, Exit, Fact, Happening, Phase, ProcessKey, Record};
+use super::{Announce, Change, Container, Event, Exit, Fact, Happening, Phase, Process, ProcessKey, Record};
 use crate::worker::Worker;
 use crate::worker::cause::Cause;
 
@@ -32,7 +32,7 @@ pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: P
     if key.exec.is_none() {
         init_exited(cause, &container).await;
     }
-    for pump in container.pumps_of(&key) {
+    if let Some(pump) = container.pump_of(&key) {
         pump.flush(FLUSH_WITHIN).await;
     }
     let mut change = Change { save: Some(Rc::clone(&container)), ..Change::default() };
@@ -41,20 +41,21 @@ pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: P
         let event = container.process(&key, |process| Event::exited(&key, process, exit));
         change.events.extend(event);
     }
-    change.wakes.push((key, Ok(exit)));
+    change.wakes.push((key.clone(), Ok(exit)));
+    if key.exec.is_some() {
+        // Its start is committed, or it could not have been claimed.
+        container.update(&key, Process::blocking_remove_files);
+        container.drop_surplus(&mut change);
+    }
     change
 }
 
 /// Sees to it that nobody of the container outlives its init, nor is told of after it.
 async fn init_exited(cause: &Cause, container: &Rc<Container>) {
-    let is_alone = container.record().execs.values().all(|process| !process.phase.is_under_way());
     if container.record().shared_pid_namespace {
         kill_rest(cause, container).await;
-    } else if is_alone {
-        return;
     }
-    let alone = container
-        .until("end of the added processes", EXECS_WITHIN, |record| record.execs.values().all(|process| !process.phase.is_under_way()));
+    let alone = container.until("end of the added processes", EXECS_WITHIN, |record| !record.execs.are_under_way());
     if let Err(error) = alone.await {
         log::warn!(container:% = container.id, error:% = error.chain(); "an added process outlives init");
     }

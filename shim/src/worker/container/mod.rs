@@ -15,6 +15,7 @@
 //! **Invariant:** what a handler writes into a record before its [`Change`] is a phase in flight, which is never saved, or something
 //! that its replay writes again.
 use std::cell::{Cell, Ref, RefCell, RefMut};
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ mod change;
 mod create;
 mod delete;
 mod exec;
+mod execs;
 mod exits;
 mod id;
 mod journal;
@@ -49,7 +51,7 @@ pub(super) use id::{ContainerId, ExecId, InvalidId, ProcessKey};
 pub(super) use journal::path as journal_path;
 pub(super) use kill::{KillCall, kill};
 pub(super) use phase::{Announce, Exit, Fact, Phase, Refused, Request};
-pub(super) use queries::{StateOf, Status, pids, recorded_pids, state_of, stats, wait};
+pub(super) use queries::{StateOf, Status, pids, state_of, stats, wait};
 pub(super) use record::{Process, Record, Streams, VERSION as RECORD_VERSION};
 pub(super) use rest::may_rest;
 pub(super) use spec::SpecError;
@@ -72,6 +74,8 @@ pub(super) struct Target {
 pub(super) struct Container {
     pub(super) id: ContainerId,
     record: RefCell<Record>,
+    /// Whose entries in the keeper's state are not as the record is now.
+    unsaved: RefCell<BTreeSet<ProcessKey>>,
     /// Told whenever the record has changed.
     changed: Notify,
     /// A Delete of init is under way.
@@ -88,14 +92,16 @@ struct Company {
     /// The watch for want of memory.
     oom: Option<tokio::task::AbortHandle>,
     /// Outputs that go into files.
-    pumps: Vec<(ProcessKey, Rc<Pump>)>,
+    pumps: BTreeMap<ProcessKey, Rc<Pump>>,
 }
 
 impl Container {
+    /// A container as it is saved.
     pub(super) fn new(record: Record) -> Rc<Self> {
         Rc::new(Self {
             id: record.id.clone(),
             record: RefCell::new(record),
+            unsaved: RefCell::default(),
             changed: Notify::new(),
             deleting: Cell::new(false),
             deleted: Cell::new(None),
@@ -107,8 +113,40 @@ impl Container {
         self.record.borrow()
     }
 
+    /// Changes what is known of the container and its init.
     fn record_mut(&self) -> RefMut<'_, Record> {
+        self.unsaved.borrow_mut().insert(ProcessKey::init(&self.id));
         self.record.borrow_mut()
+    }
+
+    /// Changes what is known of a process, if it is still there.
+    fn update<T>(&self, key: &ProcessKey, change: impl FnOnce(&mut Process) -> T) -> Option<T> {
+        self.unsaved.borrow_mut().insert(key.clone());
+        let mut record = self.record.borrow_mut();
+        match &key.exec {
+            None => Some(change(&mut record.init)),
+            Some(exec) => record.execs.update(exec, change),
+        }
+    }
+
+    /// Takes in a process as it is saved.
+    pub(super) fn load(&self, exec: ExecId, process: Process) {
+        self.record.borrow_mut().execs.insert(exec, process);
+    }
+
+    fn add(&self, exec: ExecId, process: Process) {
+        self.unsaved.borrow_mut().insert(ProcessKey::exec(&self.id, &exec));
+        self.load(exec, process);
+    }
+
+    fn remove(&self, exec: &ExecId) -> Option<Process> {
+        self.unsaved.borrow_mut().insert(ProcessKey::exec(&self.id, exec));
+        self.record.borrow_mut().execs.remove(exec)
+    }
+
+    /// Whose entries are to be saved; they count as saved then.
+    pub(super) fn take_unsaved(&self) -> BTreeSet<ProcessKey> {
+        self.unsaved.take()
     }
 
     /// Tells those who wait that the record has changed.
@@ -125,8 +163,8 @@ impl Container {
         if exec.is_empty() {
             return Ok(ProcessKey::init(&self.id));
         }
-        match self.record().execs.get_key_value(exec) {
-            Some((exec, _)) => Ok(ProcessKey::exec(&self.id, exec)),
+        match self.record().execs.id(exec) {
+            Some(exec) => Ok(ProcessKey::exec(&self.id, exec)),
             None => Err(Error::NoProcess { id: self.id.clone(), exec: exec.to_owned() }),
         }
     }
@@ -147,12 +185,13 @@ impl Container {
 
     /// Folds in what happened to a process, and tells those who wait for it. Returns what the world has to be told.
     fn observe(&self, key: &ProcessKey, fact: Fact) -> &'static [Announce] {
-        let mut said: &'static [Announce] = &[];
-        if let Some(process) = self.record_mut().process_mut(key) {
-            (process.phase, said) = process.phase.observe(fact);
-        }
+        let said = self.update(key, |process| {
+            let (phase, said) = process.phase.observe(fact);
+            process.phase = phase;
+            said
+        });
         self.changed.notify_waiters();
-        said
+        said.unwrap_or_default()
     }
 
     /// Waits until the record fits; the wait has a name and an end.
@@ -172,9 +211,9 @@ impl Container {
             .map_err(|_| Error::TimedOut { waiting_for: format!("container {}: {what}", self.id), seconds: within.as_secs() })
     }
 
-    /// The pumps of a process.
-    fn pumps_of(&self, key: &ProcessKey) -> Vec<Rc<Pump>> {
-        self.company.borrow().pumps.iter().filter(|(of, _)| of == key).map(|(_, pump)| Rc::clone(pump)).collect()
+    /// The pump of a process whose output goes into files.
+    fn pump_of(&self, key: &ProcessKey) -> Option<Rc<Pump>> {
+        self.company.borrow().pumps.get(key).map(Rc::clone)
     }
 }
 

@@ -56,8 +56,10 @@ pub(crate) enum Phase {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Request {
     Start,
-    /// Of init: adding a process, or starting one that was added.
+    /// Of init: adding a process.
     Exec,
+    /// Of init: starting a process that was added.
+    StartExec,
     Kill,
     Pause,
     Resume,
@@ -102,7 +104,9 @@ impl Phase {
         use {Phase as P, Request as R};
         match (request, self) {
             (R::Start, P::Created)
-            | (R::Exec, P::Created | P::Starting { early: None } | P::Running)
+            // As containerd's own shim: what a client has not been told of refuses nothing that is done later.
+            | (R::Exec, P::Created | P::Starting { .. } | P::Running | P::Dying { .. })
+            | (R::StartExec, P::Created | P::Starting { early: None } | P::Running)
             | (R::Kill, P::Created | P::Starting { .. } | P::Running | P::Paused)
             | (R::Pause, P::Running)
             | (R::Resume, P::Paused)
@@ -169,6 +173,7 @@ impl fmt::Display for Request {
         f.write_str(match self {
             Self::Start => "start",
             Self::Exec => "exec",
+            Self::StartExec => "start an added process",
             Self::Kill => "kill",
             Self::Pause => "pause",
             Self::Resume => "resume",
@@ -245,8 +250,11 @@ mod tests {
     }
 
     #[test]
-    fn exec_is_refused_once_init_has_exited() {
-        assert_eq!(admitted(Request::Exec), [Phase::Created, Phase::Starting { early: None }, Phase::Running]);
+    fn an_added_process_cannot_start_once_init_has_exited_nor_be_added_once_that_is_published() {
+        assert_eq!(admitted(Request::StartExec), [Phase::Created, Phase::Starting { early: None }, Phase::Running]);
+        let published = PHASES.into_iter().filter(|phase| matches!(phase, Phase::Paused | Phase::Exited(_)));
+        assert!(published.clone().count() == 2 && published.clone().all(|phase| phase.admit(Request::Exec).is_err()));
+        assert_eq!(admitted(Request::Exec).len() + published.count(), PHASES.len());
     }
 
     #[test]

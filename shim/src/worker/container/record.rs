@@ -1,12 +1,15 @@
 //! What is known of a container and saved with the keeper: the next worker starts from it.
 //!
+//! A container has one entry of the keeper's state under its id, which holds init too, and one for each added process under that
+//! process's key. A commit writes the entries that have changed.
+//!
 //! **Invariant:** fields are only ever added, each with a default: another version of the worker reads it.
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ContainerId, ExecId, Exit, Phase, ProcessKey};
+use super::execs::Execs;
+use super::{ContainerId, Exit, Phase, ProcessKey};
 use crate::cgroup::Cgroup;
 use crate::engine::CommandEngine;
 use crate::options::RuntimeOptions;
@@ -38,15 +41,13 @@ pub(crate) struct Record {
     /// The engine knows nothing of the container: it was not restored yet, or is deleted.
     #[serde(default)]
     pub(crate) unknown_to_engine: bool,
-    /// As Update set them.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) init: Process,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(crate) execs: BTreeMap<ExecId, Process>,
+    /// Each is an entry of its own.
+    #[serde(skip)]
+    pub(crate) execs: Execs,
 }
 
-/// The longest encoded record.
+/// The longest encoded entry of a container.
 const MAX_BYTES: usize = 1 << 20;
 
 /// Version of the records that this binary writes.
@@ -66,6 +67,9 @@ pub(crate) struct Process {
     /// The client will write no more to stdin.
     #[serde(default)]
     pub(crate) stdin_closed: bool,
+    /// When its start failed, in Unix nanoseconds; it may be started again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) failed_at_nanos: Option<i64>,
     /// Files that were made for it, to be removed with it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) files: Vec<PathBuf>,
@@ -81,9 +85,36 @@ pub(crate) struct Streams {
     pub(crate) terminal: bool,
 }
 
+impl Streams {
+    pub(crate) fn go_into_files(&self) -> bool {
+        [&self.stdout, &self.stderr].iter().any(|uri| uri.starts_with("file://"))
+    }
+}
+
 impl Process {
     pub(crate) fn new(stdio: Streams) -> Self {
-        Self { phase: Phase::Created, pid: None, stdio, size: None, stdin_closed: false, files: Vec::new() }
+        Self { phase: Phase::Created, pid: None, stdio, size: None, stdin_closed: false, failed_at_nanos: None, files: Vec::new() }
+    }
+
+    /// Since when nothing more is expected of it: its exit was published, or its start has failed. In Unix nanoseconds.
+    pub(crate) fn spent_at(&self) -> Option<i64> {
+        match self.phase {
+            Phase::Exited(exit) => Some(exit.at_nanos),
+            Phase::Created => self.failed_at_nanos,
+            Phase::Starting { .. } | Phase::Running | Phase::Paused | Phase::Dying { .. } => None,
+        }
+    }
+
+    /// Removes the files that were made for it.
+    pub(crate) fn blocking_remove_files(&mut self) {
+        for path in self.files.drain(..) {
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    log::debug!(path:% = path.display(), error:%; "cannot remove a file")
+                }
+                _ => {}
+            }
+        }
     }
 
     /// How it ended, once that was told.
@@ -97,21 +128,14 @@ impl Record {
     pub(crate) fn process(&self, key: &ProcessKey) -> Option<&Process> {
         match &key.exec {
             None => Some(&self.init),
-            Some(exec) => self.execs.get(exec),
-        }
-    }
-
-    pub(crate) fn process_mut(&mut self, key: &ProcessKey) -> Option<&mut Process> {
-        match &key.exec {
-            None => Some(&mut self.init),
-            Some(exec) => self.execs.get_mut(exec),
+            Some(exec) => self.execs.get(exec.as_str()),
         }
     }
 
     /// The keys of all its processes, init first.
     pub(crate) fn keys(&self) -> Vec<ProcessKey> {
         let mut keys = vec![ProcessKey::init(&self.id)];
-        keys.extend(self.execs.keys().map(|exec| ProcessKey::exec(&self.id, exec)));
+        keys.extend(self.execs.iter().map(|(exec, _)| ProcessKey::exec(&self.id, exec)));
         keys
     }
 
@@ -123,17 +147,25 @@ impl Record {
         if bytes <= MAX_BYTES { Ok(()) } else { Err(Error::TooMuch { id: self.id.clone(), bytes, limit: MAX_BYTES }) }
     }
 
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("a struct of strings and numbers has a JSON form")
+    /// The entry of a process: of init, that of the container. Absent for one that is no more.
+    pub(crate) fn entry(&self, key: &ProcessKey) -> Option<Vec<u8>> {
+        match &key.exec {
+            None => Some(self.encode()),
+            Some(exec) => self.execs.get(exec.as_str()).map(|process| encode(&Entry { version: VERSION, process })),
+        }
     }
 
-    /// Reads a record of this version or an older one; what is saved from now on is of this one.
+    fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// Reads the entry of a container of this version or an older one; what is saved from now on is of this one.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let record: Self = serde_json::from_slice(bytes)?;
         Ok(Self { version: VERSION, ..record })
     }
 
-    /// The version of a record that is too new for this build.
+    /// The version of an entry that is too new for this build.
     pub(crate) fn newer_version(bytes: &[u8]) -> Option<u32> {
         #[derive(Deserialize)]
         struct Head {
@@ -142,4 +174,22 @@ impl Record {
         let head: Head = serde_json::from_slice(bytes).ok()?;
         (head.version > crate::disguise::record_version(VERSION)).then_some(head.version)
     }
+}
+
+impl Process {
+    /// Reads the entry of an added process, as [`Record::decode`] does that of a container.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice::<Entry<Self>>(bytes).map(|entry| entry.process)
+    }
+}
+
+/// The entry of an added process.
+#[derive(Serialize, Deserialize)]
+struct Entry<P> {
+    version: u32,
+    process: P,
+}
+
+fn encode(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("a struct of strings and numbers has a JSON form")
 }

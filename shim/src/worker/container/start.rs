@@ -1,5 +1,6 @@
 //! Start: the user's program runs, as a container's init or as a process that was added to it.
 use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::create::{ProcessFiles, at, find_cgroup};
 use super::exits::START_WITHIN;
@@ -21,7 +22,7 @@ pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target:
     }
     container.admit(&key, Request::Start)?;
     if key.exec.is_some() {
-        container.admit(&ProcessKey::init(&container.id), Request::Exec)?;
+        container.admit(&ProcessKey::init(&container.id), Request::StartExec)?;
     }
     container.observe(&key, Fact::StartAsked);
     let result = match &key.exec {
@@ -33,9 +34,14 @@ pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target:
         Ok(change) => Ok(change),
         Err(error) => {
             container.observe(&key, Fact::StartFailed);
+            if key.exec.is_none() {
+                return Ok(Change::refuse(error));
+            }
+            container.update(&key, |process| process.failed_at_nanos = Some(now_nanos()));
             // So that it can be started again: an added process opens its streams at its start. Those of init stay.
-            let releases = if key.exec.is_some() { vec![key] } else { Vec::new() };
-            Ok(Change { releases, ..Change::refuse(error) })
+            let mut change = Change { releases: vec![key], save: Some(Rc::clone(&container)), ..Change::refuse(error) };
+            container.drop_surplus(&mut change);
+            Ok(change)
         }
     }
 }
@@ -99,34 +105,44 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
 }
 
 async fn start_added(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
-    let (record, process) = {
+    let (plan, size, stdin_closed) = {
         let record = container.record();
-        (record.clone(), record.process(key).cloned().ok_or_else(|| super::gone(key))?)
+        let process = record.process(key).ok_or_else(|| super::gone(key))?;
+        (Plan::blocking_read(key, &process.stdio, &record)?, process.size, process.stdin_closed)
     };
-    let plan = Plan::blocking_read(key, &process.stdio, &record.options)?;
-    plan.open(worker, cause, &record).await?;
+    plan.open(worker, cause).await?;
     let text = key.to_string();
-    if let Some((rows, columns)) = process.size {
+    if let Some((rows, columns)) = size {
         cause.perform(step::RESIZE, Op::Resize { key: text.clone(), rows, columns }).await?;
     }
-    if process.stdin_closed {
+    if stdin_closed {
         cause.perform(step::CLOSE_STDIN, Op::CloseStdin { key: text.clone() }).await?;
     }
-    let files = ProcessFiles::new(worker, cause, &record, key);
-    let exec = engine::Exec {
-        process_file: &super::exec::process_file(&record.bundle, key),
-        pid_file: &files.pid_file,
-        console_socket: process.stdio.terminal.then_some(&files.console_socket),
-        stdio_key: &text,
+    let (files, spawn, engine) = {
+        let record = container.record();
+        let files = ProcessFiles::new(worker, cause, &record, key);
+        let exec = engine::Exec {
+            process_file: &super::exec::process_file(&record.bundle, key),
+            pid_file: &files.pid_file,
+            console_socket: plan.is_terminal().then_some(&files.console_socket),
+            stdio_key: &text,
+        };
+        let spawn = record.engine.exec(&at(&record), &exec);
+        (files, spawn, record.engine.clone())
     };
-    let spawn = record.engine.exec(&at(&record), &exec);
-    let pid = files.run(cause, spawn, &record.engine, Verb::Exec).await?;
-    if let Some(process) = container.record_mut().process_mut(key) {
+    let pid = files.run(cause, spawn, &engine, Verb::Exec).await?;
+    container.update(key, |process| {
         process.pid = Some(pid);
+        // A replay does not read its specification again, and the environment in it is nobody's business.
+        process.blocking_remove_files();
         process.files.push(files.pid_file);
-    }
+    });
     container.observe(key, Fact::Started);
     let exec = key.exec.as_ref().map(ToString::to_string).unwrap_or_default();
     let change = Change { claim: Some((key.clone(), pid)), ..Change::save(container, Reply::Pid(Some(pid))) };
     Ok(change.event(Event::new(container, Happening::ExecStarted { exec, pid })))
+}
+
+fn now_nanos() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64)
 }

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::{ProcessKey, Record, Streams};
 use crate::handover::{Fd, Op, Output, Spawn, Stdio, Step, Stream};
-use crate::options::RuntimeOptions;
 use crate::stdio_uri::{Logger, StdioUri};
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, Started, step};
@@ -19,6 +18,10 @@ pub(super) struct Plan {
     stdout: StdioUri,
     stderr: StdioUri,
     terminal: bool,
+    /// The container's.
+    bundle: PathBuf,
+    owner: (u32, u32),
+    spill_bytes: u64,
 }
 
 /// A logger, and which outputs it reads.
@@ -30,7 +33,7 @@ struct Hired {
 
 impl Plan {
     /// Reads what the client wants.
-    pub(super) fn read(key: &ProcessKey, streams: &Streams) -> Result<Self, Error> {
+    pub(super) fn read(key: &ProcessKey, streams: &Streams, record: &Record) -> Result<Self, Error> {
         Ok(Self {
             key: key.clone(),
             stdin: StdioUri::parse_stdin(&streams.stdin)?,
@@ -38,16 +41,23 @@ impl Plan {
             // Both outputs of a terminal are one.
             stderr: if streams.terminal { StdioUri::None } else { StdioUri::parse("stderr", &streams.stderr)? },
             terminal: streams.terminal,
+            bundle: record.bundle.clone(),
+            owner: (record.options.io_uid, record.options.io_gid),
+            spill_bytes: record.options.spill_bytes,
         })
     }
 
     /// Reads what the client wants, and refuses a logger that must not run.
-    pub(super) fn blocking_read(key: &ProcessKey, streams: &Streams, options: &RuntimeOptions) -> Result<Self, Error> {
-        let plan = Self::read(key, streams)?;
+    pub(super) fn blocking_read(key: &ProcessKey, streams: &Streams, record: &Record) -> Result<Self, Error> {
+        let plan = Self::read(key, streams, record)?;
         for hired in plan.loggers() {
-            hired.logger.blocking_admit(&options.loggers)?;
+            hired.logger.blocking_admit(&record.options.loggers)?;
         }
         Ok(plan)
+    }
+
+    pub(super) fn is_terminal(&self) -> bool {
+        self.terminal
     }
 
     /// The outputs that go into files, with their paths.
@@ -75,15 +85,15 @@ impl Plan {
     }
 
     /// Has the streams opened and the loggers started. Whoever gets an error releases the key.
-    pub(super) async fn open(&self, worker: &Worker, cause: &Cause, record: &Record) -> Result<(), Error> {
+    pub(super) async fn open(&self, worker: &Worker, cause: &Cause) -> Result<(), Error> {
         for (_, path) in self.files() {
             let file = path.clone();
             let opened = tokio::task::spawn_blocking(move || pump::blocking_open(&file).map(drop)).await;
             opened.map_err(std::io::Error::other).flatten().map_err(|source| Error::Io { op: "open", path, source })?;
         }
-        cause.perform(step::OPEN_STDIO, Op::OpenStdio(self.stdio(record))).await?;
+        cause.perform(step::OPEN_STDIO, Op::OpenStdio(self.stdio())).await?;
         for (number, hired) in (0..).zip(self.loggers()) {
-            if let Err(error) = self.hire(worker, cause, step::LOGGERS + number, hired, record).await {
+            if let Err(error) = self.hire(worker, cause, step::LOGGERS + number, hired).await {
                 // Whoever is not ready would wait for output that never comes.
                 if let Err(error) = cause.perform(step::END_HELPERS, Op::EndHelpers { key: self.key.to_string() }).await {
                     log::warn!(container:% = self.key, error:% = error.chain(); "cannot end a logger");
@@ -94,7 +104,7 @@ impl Plan {
         Ok(())
     }
 
-    fn stdio(&self, record: &Record) -> Stdio {
+    fn stdio(&self) -> Stdio {
         let output = |uri: &StdioUri| match uri {
             StdioUri::None => Output::None,
             StdioUri::Fifo(path) => Output::Fifo(text(path)),
@@ -106,14 +116,14 @@ impl Plan {
             stdout: output(&self.stdout),
             stderr: output(&self.stderr),
             terminal: self.terminal,
-            uid: record.options.io_uid,
-            gid: record.options.io_gid,
-            spill_bytes: record.options.spill_bytes,
-            spill_folder: text(&record.bundle),
+            uid: self.owner.0,
+            gid: self.owner.1,
+            spill_bytes: self.spill_bytes,
+            spill_folder: text(&self.bundle),
         }
     }
 
-    async fn hire(&self, worker: &Worker, cause: &Cause, at: Step, hired: Hired, record: &Record) -> Result<(), Error> {
+    async fn hire(&self, worker: &Worker, cause: &Cause, at: Step, hired: Hired) -> Result<(), Error> {
         let Hired { logger, stdout, stderr } = hired;
         let key = self.key.to_string();
         let read = |wanted, stream| if wanted { Fd::ReadEnd(key.clone(), stream) } else { Fd::Null };
@@ -125,7 +135,7 @@ impl Plan {
             key: key.clone(),
             argv: [text(&logger.path)].iter().chain(&logger.arguments).map(|argument| argument.clone().into_bytes()).collect(),
             env: environment.map(|(name, value)| format!("{name}={value}").into_bytes()).collect(),
-            cwd: text(&record.bundle),
+            cwd: text(&self.bundle),
             fds: vec![Fd::Null, Fd::Null, Fd::Null, read(stdout, Stream::Stdout), read(stderr, Stream::Stderr), Fd::Ready],
             reports_pid: false,
             console_socket: None,

@@ -13,10 +13,12 @@ use crate::worker::pump::Pump;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Makes what should be there and is not.
-pub(in crate::worker) fn tend(worker: &Rc<Worker>, container: &Rc<Container>) {
+/// Makes what should be there and is not, for a container and those of its processes that have changed.
+pub(in crate::worker) fn tend<'a>(worker: &Rc<Worker>, container: &Rc<Container>, changed: impl IntoIterator<Item = &'a ProcessKey>) {
     watch_memory(worker, container);
-    pump_files(worker, container);
+    for key in changed {
+        pump_files(worker, container, key);
+    }
 }
 
 fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
@@ -74,32 +76,25 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
     company.oom = Some(task.abort_handle());
 }
 
-fn pump_files(worker: &Rc<Worker>, container: &Rc<Container>) {
+fn pump_files(worker: &Rc<Worker>, container: &Rc<Container>, key: &ProcessKey) {
     let record = container.record();
-    for key in record.keys() {
-        let Some(process) = record.process(&key) else { continue };
-        let has_streams = key.exec.is_none() || process.phase != Phase::Created;
-        let is_known = container.company.borrow().pumps.iter().any(|(of, _)| *of == key);
-        if !has_streams || is_known {
-            continue;
-        }
-        // Read once already, when the streams were opened.
-        let Ok(plan) = Plan::read(&key, &process.stdio) else { continue };
-        let files = plan.files();
-        if files.is_empty() {
-            continue;
-        }
-        match Pump::start(worker, key.clone(), files) {
-            Ok(pump) => container.company.borrow_mut().pumps.push((key, pump)),
-            Err(error) => log::error!(container:% = key, error:%; "cannot make a pump: output stays in its pipe until the next worker"),
-        }
+    let Some(process) = record.process(key) else { return };
+    let has_streams = key.exec.is_none() || !matches!(process.phase, Phase::Created | Phase::Starting { .. });
+    if !has_streams || !process.stdio.go_into_files() || container.company.borrow().pumps.contains_key(key) {
+        return;
+    }
+    // Read once already, when the streams were opened.
+    let Ok(plan) = Plan::read(key, &process.stdio, &record) else { return };
+    match Pump::start(worker, key.clone(), plan.files()) {
+        Ok(pump) => drop(container.company.borrow_mut().pumps.insert(key.clone(), pump)),
+        Err(error) => log::error!(container:% = key, error:%; "cannot make a pump: output stays in its pipe until the next worker"),
     }
 }
 
 impl Container {
     /// Waits, for a while, until what the container's processes have written is in the files.
     pub(super) async fn flush_pumps(&self) {
-        let pumps: Vec<_> = self.company.borrow().pumps.iter().map(|(_, pump)| Rc::clone(pump)).collect();
+        let pumps: Vec<_> = self.company.borrow().pumps.values().map(Rc::clone).collect();
         for pump in pumps {
             pump.flush(super::exits::FLUSH_WITHIN).await;
         }
@@ -107,13 +102,13 @@ impl Container {
 
     /// Ends all pumps: what they have not moved by now is lost, and told to be.
     pub(super) async fn end_pumps(&self) {
-        let pumps: Vec<_> = self.company.borrow().pumps.iter().map(|(_, pump)| Rc::clone(pump)).collect();
+        let pumps: Vec<_> = self.company.borrow().pumps.values().map(Rc::clone).collect();
         for pump in pumps {
             pump.end(super::exits::FLUSH_WITHIN).await;
         }
     }
 
-    pub(super) fn drop_pumps(&self, key: &ProcessKey) {
-        self.company.borrow_mut().pumps.retain(|(of, _)| of != key);
+    pub(super) fn drop_pump(&self, key: &ProcessKey) {
+        self.company.borrow_mut().pumps.remove(key);
     }
 }

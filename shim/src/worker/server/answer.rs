@@ -5,7 +5,7 @@ use protobuf::{EnumOrUnknown, MessageField};
 use super::TASK_SERVICES;
 use crate::handover::{Ready, ToldEnd};
 use crate::options::process_details;
-use crate::worker::container::{Deleted, Record, Reply, StateOf, Status, recorded_pids, state_of};
+use crate::worker::container::{Deleted, ProcessKey, Record, Reply, StateOf, Status, state_of};
 use crate::worker::error::{Code, Error};
 use crate::worker::events::{bytes, exited_at, timestamp};
 
@@ -18,18 +18,18 @@ pub(in crate::worker) fn response(result: Result<Reply, Error>, keeper_pid: u32)
     bytes(&response)
 }
 
-/// Encodes the answers that the keeper may give while no worker does: to Connect, State and Pids.
+/// Encodes the answers that the keeper may give while no worker does: to Connect, State and Pids, of a container and its init. They
+/// follow from the container's own entry of the state.
 pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
     let id = record.id.to_string();
     let connect = api::ConnectRequest { id: id.clone(), ..Default::default() };
     let pids = api::PidsRequest { id: id.clone(), ..Default::default() };
     let mut answers = vec![
         ("Connect", bytes(&connect), Reply::Connect { task_pid: record.init.pid }),
-        ("Pids", bytes(&pids), Reply::Pids(recorded_pids(record))),
+        ("Pids", bytes(&pids), Reply::Pids(record.init.pid.map(|pid| (pid, None)).into_iter().collect())),
     ];
-    for key in record.keys().into_iter().take(1 + MAX_READY_EXECS) {
-        let Some(state) = state_of(record, &key) else { continue };
-        let request = api::StateRequest { id: id.clone(), exec_id: state.exec.clone(), ..Default::default() };
+    if let Some(state) = state_of(record, &ProcessKey::init(&record.id)) {
+        let request = api::StateRequest { id: id.clone(), ..Default::default() };
         answers.push(("State", bytes(&request), Reply::State(Box::new(state))));
     }
     let mut ready = Vec::with_capacity(answers.len() * TASK_SERVICES.len());
@@ -127,8 +127,5 @@ fn status(error: &Error) -> ttrpc::Status {
     ttrpc::Status { code: EnumOrUnknown::new(code), message, ..Default::default() }
 }
 
-/// Of a container with more added processes than this, only the first ones have a ready-made answer to State: they are made at each
-/// change, and daemons ask about init.
-const MAX_READY_EXECS: usize = 64;
 /// The longest error that a client is told: more than any runtime says, less than what a client can make us quote.
 const MAX_SENTENCE_BYTES: usize = 64 << 10;

@@ -200,7 +200,7 @@ fn resize(message: api::ResizePtyRequest) -> Result<Call, Error> {
 
 fn update(message: api::UpdateTaskRequest) -> Result<Call, Error> {
     let resources = message.resources.into_option().map(|any| any.value);
-    Ok(Call::Update(UpdateCall { id: message.id, resources, annotations: message.annotations.into_iter().collect() }))
+    Ok(Call::Update(UpdateCall { id: message.id, resources }))
 }
 
 fn delete_for_command(payload: &[u8]) -> Result<Call, Error> {

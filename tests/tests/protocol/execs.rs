@@ -1,0 +1,143 @@
+//! Added processes: what becomes of those that nobody deletes, and of those that come too late.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use shim_tests::bundle::{Container, leave};
+use shim_tests::eventually::{SOON, eventually, within};
+use shim_tests::proc::private_kib;
+use shim_tests::stand::Stand;
+use shim_tests::stdio::{self, Pace, Reader};
+use shim_tests::task::Task;
+use shim_tests::times::repeated;
+use shim_tests::ttrpc::{Code, refusal};
+use tokio::task::JoinSet;
+
+/// More than the shim remembers of a container's processes that have ended: some 500 with names as long as [`long_fifo`]'s.
+const MANY: usize = 800;
+
+/// A fifo whose name is about as long as one can be, so that few processes have much to be remembered of.
+fn long_fifo(stand: &Stand) -> Result<PathBuf> {
+    let mut folder = stand.folder().join("long");
+    while folder.as_os_str().len() < 1800 {
+        folder.push("x".repeat(200));
+    }
+    fs::create_dir_all(&folder)?;
+    let fifo = folder.join("output");
+    stdio::fifo(&fifo)?;
+    Ok(fifo)
+}
+
+/// Adds processes with `fifo` for both outputs, a few at a time, and starts each. Returns what Wait or Start has said, the last first.
+async fn add_and_start(container: &Container, numbers: std::ops::Range<usize>, args: &'static [&str], fifo: &Path) -> Result<Vec<u32>> {
+    async fn one(task: Task, container: (String, containerd_shim_protos::api::ExecProcessRequest)) -> Result<u32> {
+        let (id, request) = container;
+        task.exec(&request).await?;
+        match task.start(&id, &request.exec_id).await {
+            Ok(_pid) => Ok(task.wait(&id, &request.exec_id).await?),
+            Err(error) => Err(error.into()),
+        }
+    }
+    let (mut running, mut statuses) = (JoinSet::new(), Vec::new());
+    let mut take = |done: std::result::Result<Result<u32>, _>| -> Result<()> {
+        let done: Result<u32> = done.map_err(|error: tokio::task::JoinError| anyhow::anyhow!(error))?;
+        statuses.push(match done {
+            Ok(status) => status,
+            Err(error) if error.to_string().contains("/no/such/program") => 127,
+            Err(error) => return Err(error),
+        });
+        Ok(())
+    };
+    for number in numbers {
+        let mut request = container.bundle.exec_request(&format!("e{number}"), args);
+        (request.stdout, request.stderr) = (fifo.display().to_string(), fifo.display().to_string());
+        running.spawn(one(container.task.clone(), (container.id.clone(), request)));
+        while running.len() == 8 {
+            take(running.join_next().await.expect("eight are running"))?;
+        }
+    }
+    while let Some(done) = running.join_next().await {
+        take(done)?;
+    }
+    Ok(statuses)
+}
+
+fn specifications(container: &Container) -> Result<Vec<String>> {
+    let names = fs::read_dir(&container.bundle.folder)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let names: Vec<String> = names.collect::<Result<_>>()?;
+    Ok(names.into_iter().filter(|name| name.starts_with("x-exec-") || name.ends_with(".pid")).collect())
+}
+
+async fn memory(container: &Container) -> Result<u64> {
+    Ok(private_kib(container.shim_pid()?)? + private_kib(container.worker_pid().await?)?)
+}
+
+pub(crate) async fn an_exec_that_is_never_deleted_leaves_nothing_that_adds_up(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let fifo = long_fifo(&stand)?;
+    let _reader = Reader::open(&fifo, Pace::Count)?;
+    let before = specifications(&container)?.len();
+    let many = repeated(MANY);
+    let mut statuses = add_and_start(&container, 0..many, &["sh", "-c", "exit 3"], &fifo).await?;
+    let kib = memory(&container).await?;
+    statuses.extend(add_and_start(&container, many..2 * many, &["sh", "-c", "exit 3"], &fifo).await?);
+    ensure!(statuses.len() == 2 * many && statuses.iter().all(|status| *status == 3), "{} are not 3", statuses.len());
+    let later = memory(&container).await?;
+    ensure!(later < kib + 2048, "{kib} KiB after {many}, {later} KiB after twice as many");
+    let left = specifications(&container)?;
+    ensure!(left.len() == before, "{left:?}");
+    // the last is remembered, the first is not
+    let last = format!("e{}", 2 * many - 1);
+    ensure!(container.task.state("c1", &last).await?.exit_status == 3);
+    ensure!(container.task.delete("c1", &last).await?.exit_status == 3);
+    for exec in ["e0", &last] {
+        ensure!(refusal(container.task.state("c1", exec).await)?.0 == Code::NotFound, "{exec}");
+    }
+    ensure!(container.shut_down().await? == 137);
+    Ok(())
+}
+
+pub(crate) async fn an_exec_whose_start_fails_and_is_never_deleted_leaves_nothing_that_adds_up(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let fifo = long_fifo(&stand)?;
+    let _reader = Reader::open(&fifo, Pace::Count)?;
+    let many = repeated(MANY);
+    let statuses = add_and_start(&container, 0..many, &["/no/such/program"], &fifo).await?;
+    ensure!(statuses.len() == many && statuses.iter().all(|status| *status == 127), "{} failed", statuses.len());
+    // each that is remembered may be started again
+    let left = specifications(&container)?.len();
+    ensure!(left < many, "{left} files for {many} processes");
+    ensure!(refusal(container.task.state("c1", "e0").await)?.0 == Code::NotFound);
+    ensure!(container.task.state("c1", &format!("e{}", many - 1)).await?.pid == 0);
+    ensure!(container.shut_down().await? == 137);
+    Ok(())
+}
+
+pub(crate) async fn an_exec_is_added_while_the_exit_of_init_waits_to_be_published(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).run().await?;
+    container.add("e1", &["sleep", "1000"]).await?;
+    gate.hold("exec")?;
+    let task = container.task.clone();
+    let start = tokio::spawn(async move { task.start("c1", "e1").await });
+    gate.held("exec").await?;
+    let waiting = container.task.begin_wait("c1", "").await?;
+    container.task.kill("c1", "", 9).await?;
+    eventually("the exit is known", SOON, async || {
+        let again = refusal(container.task.kill("c1", "", 9).await)?;
+        ensure!(again.0 == Code::NotFound, "{again:?}");
+        Ok(())
+    })
+    .await?;
+    container.add("e2", &["true"]).await?;
+    let (code, message) = refusal(container.task.start("c1", "e2").await)?;
+    ensure!(code == Code::FailedPrecondition, "{code:?} {message}");
+    gate.release("exec")?;
+    ensure!(within("the start that was under way", SOON, start).await??.is_err());
+    ensure!(waiting.status(SOON).await? == 137);
+    ensure!(refusal(container.task.exec(&container.bundle.exec_request("e3", &["true"])).await)?.0 == Code::FailedPrecondition);
+    container.task.delete("c1", "e2").await?;
+    container.task.delete("c1", "").await?;
+    leave(&container.task, container.shim_pid()?, "c1").await
+}
