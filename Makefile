@@ -175,12 +175,12 @@ bench-manager: CONTAINERS ?= 100
 bench-manager: packages suites build bench-tools
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin manager-bench -- --containers $(CONTAINERS)
 
-## beside the stock shim: memory, latency, throughput
+## beside the stock shim: memory, latency, throughput, added processes by the hundred
 bench: packages build bench-tools
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench -- --shim go=$$(command -v containerd-shim-runc-v2) --shim x=$(SHIM)
 
 ## memory of CONTAINERS containers' shims beside the stock shim, then one upgrade of all of ours; and what is left of 100 whose workers rest
-BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench -- --runtime crun --skip latency,load,stdout
+BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench -- --runtime crun --skip latency,load,stdout,execs
 bench-memory: CONTAINERS ?= 1000
 bench-memory: packages suites build bench-tools
 	$(BENCH) --shim go=stock --shim x=$(SHIM) --containers $(CONTAINERS) --upgrade

@@ -113,12 +113,7 @@ impl Container {
     fn read(id: &str, value: &[u8]) -> Self {
         let value: Value = serde_json::from_slice(value).unwrap_or_default();
         let init = value.get("init").unwrap_or(&Value::Null);
-        Self {
-            id: id.to_owned(),
-            state: phase_of(init),
-            pid: init.get("pid").and_then(Value::as_u64),
-            execs: 0,
-        }
+        Self { id: id.to_owned(), state: phase_of(init), pid: init.get("pid").and_then(Value::as_u64), execs: 0 }
     }
 }
 

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! shim-bench --shim ours=target/…/containerd-shim-x-v2 --shim go=stock [--containerd 1.6|1.7|2.1] [--runtime runc|crun]
-//!            [--containers 100] [--rounds 30] [--skip memory,latency,load,stdout] [--upgrade] [--rest] [--json]
+//!            [--containers 100] [--rounds 30] [--execs 5000] [--skip memory,latency,load,stdout,execs] [--upgrade] [--rest] [--json]
 //! ```
 //! `stock` is the shim that comes with that containerd. A shim's runtime type follows from its file name.
 //! Of a shim with keepers, `--upgrade` upgrades all those whose memory was measured, in one go, and `--rest` measures them once more when all
 //! their workers rest.
 
+mod execs;
 mod memory;
 
 use std::path::{Path, PathBuf};
@@ -55,6 +56,7 @@ struct Plan {
     runtime: Runtime,
     containers: usize,
     rounds: usize,
+    execs: usize,
     skip: String,
     upgrade: bool,
     rest: bool,
@@ -68,6 +70,7 @@ fn arguments() -> Result<Plan> {
         runtime: Runtime::Runc,
         containers: 100,
         rounds: 30,
+        execs: 5000,
         skip: String::new(),
         upgrade: false,
         rest: false,
@@ -92,6 +95,7 @@ fn arguments() -> Result<Plan> {
             }
             "--containers" => plan.containers = value()?.parse()?,
             "--rounds" => plan.rounds = value()?.parse()?,
+            "--execs" => plan.execs = value()?.parse()?,
             "--skip" => plan.skip = value()?,
             "--upgrade" => plan.upgrade = true,
             "--rest" => plan.rest = true,
@@ -100,7 +104,7 @@ fn arguments() -> Result<Plan> {
         }
     }
     ensure!(!plan.shims.is_empty(), "name at least one --shim NAME=PATH");
-    ensure!(plan.containers > 0 && plan.rounds > 0, "nothing to measure");
+    ensure!(plan.containers > 0 && plan.rounds > 0 && plan.execs > 0, "nothing to measure");
     Ok(plan)
 }
 
@@ -148,6 +152,10 @@ async fn measure(plan: &Plan) -> Result<()> {
     if wanted("stdout") {
         eprintln!("a GiB of stdout …");
         stdout(&mut subjects).await?;
+    }
+    if wanted("execs") {
+        eprintln!("added processes by the hundred …");
+        execs::measure(&mut subjects, plan, &programs).await?;
     }
     if wanted("memory") {
         eprintln!("{} idle containers each …", plan.containers);

@@ -1,0 +1,124 @@
+//! Many added processes: how long State takes beside them, and what each of many costs. The shims are driven without a daemon, whose own
+//! work would be most of what is seen.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use shim_tests::bundle::Container;
+use shim_tests::eventually::SOON;
+use shim_tests::stand::Stand;
+use shim_tests::stdio;
+use tokio::task::{JoinSet, LocalSet};
+
+use super::{Plan, Subject, median};
+
+/// So many run while State is measured.
+const RUNNING: usize = 400;
+/// So many are started at once.
+const AT_ONCE: usize = 500;
+/// How often State is measured among those that run.
+const STATES: usize = 2000;
+
+pub(super) async fn measure(subjects: &mut [Subject], plan: &Plan, programs: &Path) -> Result<()> {
+    for (subject, (_, shim)) in subjects.iter_mut().zip(&plan.shims) {
+        let stand = Stand::with_engine(shim, programs, &plan.suite.runtime(plan.runtime))?;
+        LocalSet::new().run_until(of_one(subject, &stand, plan.execs)).await?;
+    }
+    Ok(())
+}
+
+async fn of_one(subject: &mut Subject, stand: &Stand, execs: usize) -> Result<()> {
+    for (letter, with) in [("a", "without stdio"), ("b", "with two fifos each")] {
+        let container = stand.bundle(&format!("many{letter}"), &["sleep", "100000"]).run().await?;
+        let mut readers = Vec::new();
+        let mut storm = start(&container, "r", RUNNING, with == "with two fifos each", &mut readers).await?;
+        while let Some(started) = storm.join_next().await {
+            started??;
+        }
+        let times = ask(&container, Duration::ZERO, |asked| asked == STATES).await?;
+        subject.note(&format!("6{letter} State beside {RUNNING} execs {with}, ms"), median(times));
+        ensure!(container.destroy().await? == 137);
+
+        let container = stand.bundle(&format!("storm{letter}"), &["sleep", "100000"]).run().await?;
+        let over = Arc::new(AtomicBool::new(false));
+        let begin = Instant::now();
+        let mut storm = start(&container, "s", AT_ONCE, with == "with two fifos each", &mut readers).await?;
+        let all_started = async {
+            while let Some(started) = storm.join_next().await {
+                started??;
+            }
+            over.store(true, Ordering::Relaxed);
+            anyhow::Ok(begin.elapsed())
+        };
+        let (times, took) = tokio::try_join!(ask(&container, Duration::from_millis(5), |_| over.load(Ordering::Relaxed)), all_started)?;
+        let worst = times.iter().max().copied().unwrap_or_default();
+        subject.note(&format!("7{letter} State while {AT_ONCE} execs start {with}, ms"), median(times));
+        subject.note(&format!("7{letter} the longest of these, ms"), worst.as_secs_f64() * 1e3);
+        subject.note(&format!("7{letter} until all have started, s"), took.as_secs_f64());
+        ensure!(container.destroy().await? == 137);
+    }
+
+    let container = stand.bundle("row", &["sleep", "100000"]).run().await?;
+    let mut times = Vec::with_capacity(execs);
+    for number in 0..execs {
+        let begin = Instant::now();
+        ensure!(run_undeleted(&container, &format!("e{number}")).await? == 0);
+        times.push(begin.elapsed());
+    }
+    let some = 100.min(execs);
+    subject.note("8 exec of /bin/true, never deleted, first hundred, ms", median(times[..some].to_vec()));
+    subject.note(&format!("8 exec of /bin/true, never deleted, last hundred of {execs}, ms"), median(times[execs - some..].to_vec()));
+    ensure!(container.destroy().await? == 137);
+    Ok(())
+}
+
+async fn run_undeleted(container: &Container, exec: &str) -> Result<u32> {
+    container.exec(exec, &["/bin/true"]).await?;
+    Ok(container.task.wait(&container.id, exec).await?)
+}
+
+/// Adds processes that sleep and starts all of them at once; each comes back when it has started.
+async fn start(container: &Container, prefix: &str, count: usize, fifos: bool, readers: &mut Vec<File>) -> Result<JoinSet<Result<()>>> {
+    let folder = container.stand().folder().join(format!("{}-fifos", container.id));
+    std::fs::create_dir_all(&folder)?;
+    for number in 0..count {
+        let mut request = container.bundle.exec_request(&format!("{prefix}{number}"), &["sleep", "100000"]);
+        if fifos {
+            for (name, target) in [("out", &mut request.stdout), ("err", &mut request.stderr)] {
+                let fifo = folder.join(format!("{number}-{name}"));
+                stdio::fifo(&fifo)?;
+                readers.push(File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&fifo)?);
+                *target = fifo.display().to_string();
+            }
+        }
+        container.task.exec(&request).await?;
+    }
+    let mut starts = JoinSet::new();
+    for number in 0..count {
+        let (task, id, exec) = (container.task.clone(), container.id.clone(), format!("{prefix}{number}"));
+        starts.spawn(async move {
+            let request = containerd_shim_protos::api::StartRequest { id, exec_id: exec, ..Default::default() };
+            let started = task.call::<containerd_shim_protos::api::StartResponse>("Start", &request, SOON * 20).await;
+            started.map(drop).context("start an exec")
+        });
+    }
+    Ok(starts)
+}
+
+/// How long each State of init takes on a connection of its own, until it is enough.
+async fn ask(container: &Container, pause: Duration, enough: impl Fn(usize) -> bool) -> Result<Vec<Duration>> {
+    let task = container.task.another().await?;
+    let mut times = Vec::new();
+    while !enough(times.len()) {
+        let begin = Instant::now();
+        task.state_within(&container.id, "", SOON * 4).await?;
+        times.push(begin.elapsed());
+        tokio::time::sleep(pause).await;
+    }
+    Ok(times)
+}
