@@ -33,6 +33,8 @@ pub enum Pace {
     Keep,
     /// As fast as it can, and only counts.
     Count,
+    /// After such a pause, as fast as it can, and only counts.
+    Pausing(Duration),
     /// At most that many bytes, then a pause.
     Slow {
         /// Bytes per turn.
@@ -145,8 +147,11 @@ fn tail(bytes: &[u8]) -> String {
 fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>, mut show: impl FnMut(&[u8])) {
     let size = match pace {
         Pace::Slow { chunk, .. } => chunk,
-        Pace::Keep | Pace::Count => 1 << 16,
+        Pace::Keep | Pace::Count | Pace::Pausing(_) => 1 << 16,
     };
+    if let Pace::Pausing(pause) = pace {
+        thread::sleep(pause); // the pause is what is tested
+    }
     let mut buffer = vec![0; size];
     loop {
         if seen.lock().expect("no panic under this lock").leave {

@@ -18,6 +18,8 @@ mod execs;
 mod kinds;
 #[path = "containerd/lifecycle.rs"]
 mod lifecycle;
+#[path = "containerd/outputs.rs"]
+mod outputs;
 #[path = "containerd/resources.rs"]
 mod resources;
 #[path = "containerd/stdio.rs"]
@@ -123,6 +125,12 @@ fn stdio_cases() -> Vec<Case> {
 
 fn kind_cases() -> Vec<Case> {
     [
+        cases![outputs,
+            Scope::Once =>
+                every_byte_arrives_whoever_holds_the_output_and_however_it_is_read,
+                a_delete_that_waits_for_output_delays_no_other_call_and_ends,
+                a_delete_that_waits_for_output_outlives_the_worker,
+        ],
         cases![kinds,
             Scope::Full =>
                 a_private_pid_namespace_begins_with_init,

@@ -78,6 +78,9 @@ pub(crate) enum Op {
     /// Hands the worker a copy of the read end of an output opened as [`Output::Pipe`]. Not remembered: each ask gives a new copy.
     /// → `Descriptor`, or `Failed` with ENOENT.
     ReadEnd { key: String, stream: Stream },
+    /// Waits, 10 s at most, until what a process has written is taken and the last writer has left, or no reader will take it.
+    /// → `Done`.
+    Drain { key: String },
     /// Kills the helpers that work for a process, or for a container and its execs. → `Done`; their own operations end as killed.
     EndHelpers { key: String },
 }

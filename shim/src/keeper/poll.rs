@@ -1,5 +1,5 @@
 //! The set of descriptors that the keeper waits on.
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -73,13 +73,13 @@ impl Source {
 #[derive(Debug)]
 pub(crate) struct Poll {
     epoll: Epoll,
-    /// Sources that stopped with work left, so that others get their turn.
-    again: VecDeque<Source>,
+    /// Tokens of sources that stopped with work left, so that others get their turn.
+    again: BTreeSet<u64>,
 }
 
 impl Poll {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, again: VecDeque::new() })
+        Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, again: BTreeSet::new() })
     }
 
     /// Watches `fd` until it is closed: readable, writable and hung up.
@@ -108,12 +108,10 @@ impl Poll {
 
     /// Gives `source` another turn.
     pub(crate) fn again(&mut self, source: Source) {
-        if !self.again.contains(&source) {
-            self.again.push_back(source);
-        }
+        self.again.insert(source.token());
     }
 
-    /// Waits until something happens or `deadline`. The result may be empty.
+    /// Waits until something happens or `deadline`. Returns each source once; there may be none.
     pub(crate) fn wait(&mut self, deadline: Option<Instant>) -> io::Result<Vec<Source>> {
         let timeout =
             if self.again.is_empty() { deadline.map(|at| at.saturating_duration_since(Instant::now())) } else { Some(Duration::ZERO) };
@@ -128,14 +126,8 @@ impl Poll {
             Err(Errno::EINTR) => 0,
             Err(error) => return Err(error.into()),
         };
-        let mut sources: Vec<Source> = self.again.drain(..).collect();
-        for event in &events[..count] {
-            if let Some(source) = Source::from_token(event.data())
-                && !sources.contains(&source)
-            {
-                sources.push(source);
-            }
-        }
-        Ok(sources)
+        let mut tokens = std::mem::take(&mut self.again);
+        tokens.extend(events[..count].iter().map(EpollEvent::data));
+        Ok(tokens.into_iter().filter_map(Source::from_token).collect())
     }
 }

@@ -18,7 +18,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::blame::Blame;
-use super::children::Children;
+use super::children::{Children, Found};
 use super::control::Control;
 use super::ledger::Ledger;
 use super::poll::{Poll, Source};
@@ -83,7 +83,7 @@ impl Keeper {
             control: Control::new(control, &poll)?,
             ledger: Ledger::default(),
             children: Children::default(),
-            streams: Streams::new(),
+            streams: Streams::default(),
             publisher: Publisher::new(settings.ttrpc_address.as_deref()),
             supervisor,
             blame: Blame::default(),
@@ -176,6 +176,10 @@ impl Keeper {
     /// [`Keeper::new`].
     #[inline(never)]
     fn tick(&mut self) -> Instant {
+        let now = Instant::now();
+        for (cause, step) in self.streams.tick(now, &mut self.poll) {
+            self.found(Found::Outcome { cause, step, outcome: Outcome::Done });
+        }
         self.go_on();
         let now = Instant::now();
         if self.chores.accept_at.is_some_and(|at| at <= now) {
@@ -198,7 +202,6 @@ impl Keeper {
         self.tick_upgrade(now);
         self.tell(now);
         self.ledger.expire(now);
-        self.streams.tick(now, &mut self.poll);
         self.publisher.turn(now, &self.poll);
         self.supervisor.flush(now);
         now
@@ -212,7 +215,7 @@ impl Keeper {
             self.upgrade_deadline(),
             self.blame.deadline(ticked).filter(|_| self.supervisor.is_serving()),
             self.ledger.deadline(),
-            self.streams.deadline(ticked),
+            self.streams.deadline(),
             self.publisher.deadline(),
             self.chores.leaving_since.map(|since| since + LEAVE_WITHIN),
             self.chores.trim_at,

@@ -40,6 +40,7 @@ pub(crate) mod step {
     pub(crate) const END_HELPERS: Step = 14;
     /// What could not be deleted is deleted by force.
     pub(crate) const ENGINE_DELETE_BY_FORCE: Step = 15;
+    pub(crate) const DRAIN: Step = 16;
 }
 
 impl Cause {

@@ -21,6 +21,16 @@ pub(crate) const KNOWN: &[Known] = &[
     known(ALL, "stdio::a_slow_reader_is_waited_for_and_nothing_is_buffered", "create waits for a reader"),
     known(ALL, "stdio::a_reader_that_leaves_breaks_no_pipe", "what was not read at the exit is lost"),
     known(OLD, "stdio::a_file_gets_both_streams", "the second stream's lines are lost"),
+    known(
+        &["2.1"],
+        "outputs::every_byte_arrives_whoever_holds_the_output_and_however_it_is_read",
+        "of a terminal in another session, what is written after the exit is lost",
+    ),
+    known(
+        &["2.1"],
+        "outputs::a_delete_that_waits_for_output_delays_no_other_call_and_ends",
+        "State and Wait of an exec are answered after its Delete",
+    ),
     known(&["2.1"], "checkpoint::a_container_is_restored_from_its_checkpoint", "delete fails where crun has removed its state already"),
     known(OLD, "crash::a_daemon_killed_during_create_leaves_a_whole_container_or_none", "the id is neither there nor free"),
     known(OLD, "crash::a_daemon_killed_after_create_was_done_leaves_a_whole_container_or_none", "the id is neither there nor free"),

@@ -13,7 +13,7 @@ use shim_tests::proc;
 use shim_tests::runner::skip;
 use tokio::task::LocalSet;
 
-fn ours_only(cx: &Context) -> Result<()> {
+pub(crate) fn ours_only(cx: &Context) -> Result<()> {
     if cx.shim().is_ours() { Ok(()) } else { skip("the stock shim has no worker to kill") }
 }
 
@@ -27,7 +27,7 @@ pub(crate) async fn worker_of(keeper: i32) -> Result<i32> {
 }
 
 /// Kills the worker of a keeper and waits until it is gone; whether another comes is the keeper's business.
-async fn kill_worker(keeper: i32) -> Result<()> {
+pub(crate) async fn kill_worker(keeper: i32) -> Result<()> {
     let worker = worker_of(keeper).await?;
     proc::kill_hard(worker);
     eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await

@@ -157,6 +157,9 @@ impl Op {
             Self::EndHelpers { key } => {
                 w.u8(9).str(key);
             }
+            Self::Drain { key } => {
+                w.u8(10).str(key);
+            }
         }
     }
 
@@ -171,6 +174,7 @@ impl Op {
             7 => Self::WriteJournal { path: r.string()?, body: r.bytes()? },
             8 => Self::ReadEnd { key: r.string()?, stream: Stream::read(r)? },
             9 => Self::EndHelpers { key: r.string()? },
+            10 => Self::Drain { key: r.string()? },
             _ => return Err(Malformed { what: "an operation" }),
         })
     }

@@ -29,7 +29,7 @@ impl Keeper {
                 }
             }
             Found::Exit(exit) => {
-                self.streams.exited(&exit.key, now, &mut self.poll);
+                self.streams.exited(&exit.key, &mut self.poll);
                 self.ledger.open_exit(exit);
                 self.tell(now);
             }

@@ -65,6 +65,10 @@ impl Keeper {
                 self.children.signal(&key, signal).map_err(|error| (format!("send signal {signal} to {key}"), error))
             }
             Op::Once => Ok(()),
+            Op::Drain { key } => {
+                self.streams.drain(&key, (cause, step), Instant::now(), &mut self.poll);
+                return None;
+            }
             Op::OpenStdio(stdio) => self.streams.open(stdio, &mut self.poll),
             Op::CloseStdin { key } => {
                 self.streams.close_stdin(&key, &mut self.poll);

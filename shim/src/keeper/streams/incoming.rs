@@ -7,9 +7,10 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::fifo;
 use super::splice::{Stop, TURN_BYTES, move_bytes};
+use super::{Client, Turn, fifo};
 use crate::keeper::image::{Error, Loader, Saver};
+use crate::keeper::poll::{Poll, Source};
 
 /// See the module.
 #[derive(Debug)]
@@ -22,17 +23,9 @@ pub(super) struct Incoming {
     pub(super) bytes: u64,
 }
 
-/// What a turn has come to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
-    Waits,
-    Again,
-    Finished,
-}
-
 impl Incoming {
-    pub(super) fn new(source: OwnedFd, sink: OwnedFd, target: String) -> Self {
-        Self { source, sink, closing: false, target, bytes: 0 }
+    pub(super) fn new(client: Client, sink: OwnedFd) -> Self {
+        Self { source: client.fd, sink, closing: false, target: client.target, bytes: 0 }
     }
 
     pub(super) fn save(&self, s: &mut Saver) {
@@ -45,12 +38,10 @@ impl Incoming {
         Ok(Self { source: l.fd()?, sink: l.fd()?, closing: l.bool()?, target: l.string()?, bytes: l.u64()? })
     }
 
-    pub(super) fn source(&self) -> &OwnedFd {
-        &self.source
-    }
-
-    pub(super) fn sink(&self) -> &OwnedFd {
-        &self.sink
+    /// Watches both ends.
+    pub(super) fn register(&self, source: Source, poll: &Poll) -> io::Result<()> {
+        poll.add_reader(&self.source, source)?;
+        poll.add_writer(&self.sink, source)
     }
 
     /// Moves what can be moved.
@@ -60,10 +51,10 @@ impl Incoming {
         match stop {
             Stop::Idle => Turn::Waits,
             Stop::Turn => Turn::Again,
-            Stop::End if self.closing => Turn::Finished,
+            Stop::End if self.closing => Turn::Finished { lost: 0 },
             // We hold a write end ourselves, so this is a terminal that nobody has open at the moment.
             Stop::End => Turn::Waits,
-            Stop::Closed | Stop::Failed(_) => Turn::Finished,
+            Stop::Closed | Stop::Failed(_) => Turn::Finished { lost: 0 },
         }
     }
 

@@ -3,6 +3,16 @@
 //! Owns the pipes and terminals of every process and the client's side of them. Bytes go by splice(2) from one to the other; loggers
 //! and the worker get read ends of outputs that are theirs.
 //!
+//! ```text
+//!  Running ──(exit)──▶ Exited ──(Delete)──▶ Draining ──(10 s)──▶ Over
+//!                                 all taken, or no reader: finished
+//! ```
+//!
+//! What a descendant of the process writes belongs to the process: an output ends when its last writer has closed it. Only a Delete sets a
+//! limit to that.
+//!
+//! **Invariant:** work per turn is bounded by what is due: a stream is found by its number or its process's key, never searched.
+//!
 //! **Invariant:** no client can block the keeper: every descriptor here is non-blocking, every turn bounded.
 mod fifo;
 mod incoming;
@@ -10,26 +20,28 @@ mod outgoing;
 mod saved;
 mod splice;
 
-use std::collections::BTreeMap;
-use std::fs::File;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::unistd::{Gid, Uid, fchown, pipe2};
 
 use self::incoming::Incoming;
 use self::outgoing::{Outgoing, Spill};
 use super::poll::{Poll, Source};
-use crate::handover::{Output, Stdio, Stream, StreamSnapshot};
+use crate::handover::{Cause, Output, Stdio, Step, Stream, StreamSnapshot};
 use crate::sys;
 
-/// How often a fifo without an edge is looked at, should its watch have missed something.
+/// How long a Delete waits for what was written to be taken and for the last writer to leave, as containerd's own shim does.
+const DRAIN_WITHIN: Duration = Duration::from_secs(10);
+/// How often a fifo is looked at of whose readers inotify may not tell: there are no instances left, or an old kernel splices from it.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The streams of one process.
@@ -40,161 +52,147 @@ struct Entry {
     process_ends: [Option<OwnedFd>; 3],
     /// Ends that loggers or the worker read, by stream.
     read_ends: [Option<OwnedFd>; 3],
-    /// What is moved by us.
-    pumps: [Option<u32>; 3],
-    /// The client's fifos, until the terminal arrives that they belong to.
-    fifos: [Option<(OwnedFd, String)>; 3],
+    /// What is moved or watched by us.
+    pumps: [Option<Pump>; 3],
+    /// The client's side of a terminal, until it arrives.
+    clients: [Option<Client>; 3],
     terminal: Option<OwnedFd>,
     wants_terminal: bool,
     size: Option<(u16, u16)>,
     stdin_closed: bool,
     spill_bytes: u64,
     spill_folder: String,
-    exited: Option<Instant>,
-    deleted: Option<Instant>,
+    exited: bool,
+    /// Set by the first Delete.
+    drain_until: Option<Instant>,
+    /// Operations that wait for the end of the drain.
+    waiting: Vec<(Cause, Step)>,
+    /// The process is deleted: its key may be used again.
+    released: bool,
+}
+
+/// What an output goes to, or stdin comes from.
+#[derive(Debug)]
+struct Client {
+    fd: OwnedFd,
+    target: String,
+    /// Else it is the pipe to a logger or to the worker.
+    is_fifo: bool,
 }
 
 #[derive(Debug)]
 enum Pump {
     Out(Outgoing),
     In(Incoming),
-    /// An output whose reader has died: the process must not wait for it.
-    Discard {
-        source: OwnedFd,
-        sink: File,
-        bytes: u64,
+    /// A copy of the read end of a logger's or the worker's pipe, held to see its last writer leave while a Delete waits.
+    Held(OwnedFd),
+}
+
+/// How far a process is, as its streams see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    Running,
+    Exited,
+    /// A Delete waits, or has been answered without waiting.
+    Draining,
+    /// It has waited long enough.
+    Over,
+}
+
+/// What a turn of a pump has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Waits,
+    /// It stopped because others must get their turn.
+    Again,
+    /// Nothing is left to do; `lost` bytes were not taken by any reader.
+    Finished {
+        lost: u64,
     },
 }
 
 /// All streams.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Streams {
-    entries: Vec<Entry>,
-    pumps: BTreeMap<u32, Pump>,
-    last_pump: u32,
+    last_number: u32,
+    /// By number. A stream's own number, as in [`Source::Stream`], is that of its entry times 4 and its place in it.
+    entries: BTreeMap<u32, Entry>,
+    /// The numbers of those that are not released.
+    numbers: BTreeMap<String, u32>,
+    /// When drains are over: in this order, since all may take the same time. Some may be finished.
+    due: VecDeque<(Instant, u32)>,
+    /// Operations to be answered.
+    drained: Vec<(Cause, Step)>,
     /// Tells of readers that open a fifo or read from it, while there is one to watch: a host has 128 of these by default.
     inotify: Option<Inotify>,
-    watches: Vec<(WatchDescriptor, u32)>,
+    watches: BTreeMap<WatchDescriptor, Vec<u32>>,
+    /// Streams that are looked at every second, and when.
+    unsure: BTreeSet<u32>,
+    look_at: Option<Instant>,
     /// Counters of pumps that are finished: bytes from processes, bytes lost.
     pub(crate) bytes_moved: u64,
     pub(crate) bytes_lost: u64,
 }
 
 impl Streams {
-    pub(crate) fn new() -> Self {
-        Self {
-            entries: Vec::new(),
-            pumps: BTreeMap::new(),
-            last_pump: 0,
-            inotify: None,
-            watches: Vec::new(),
-            bytes_moved: 0,
-            bytes_lost: 0,
-        }
-    }
-
     /// Makes the streams of a process.
     ///
     /// Errors: what and errno of the first thing that failed; then nothing was made. EEXIST if the key has streams.
     pub(crate) fn open(&mut self, stdio: Stdio, poll: &mut Poll) -> Result<(), (String, io::Error)> {
-        if self.find(&stdio.key).is_some() {
-            return Err((format!("make streams of {}", stdio.key), Errno::EEXIST.into()));
+        let key = stdio.key.clone();
+        if self.numbers.contains_key(&key) {
+            return Err((format!("make streams of {key}"), Errno::EEXIST.into()));
         }
-        let open = |path: &String| fifo::open(path).map(|fd| (fd, path.clone())).map_err(|error| (format!("open fifo {path}"), error));
-        let fifo_of = |output: &Output| match output {
+        let open = |path: &String| {
+            let opened = fifo::open(path).map(|fd| Client { fd, target: path.clone(), is_fifo: true });
+            opened.map_err(|error| (format!("open fifo {path}"), error))
+        };
+        let client_of = |output: &Output| match output {
             Output::Fifo(path) => open(path).map(Some),
             Output::None | Output::Pipe => Ok(None),
         };
-        let fifos = [stdio.stdin.as_ref().map(open).transpose()?, fifo_of(&stdio.stdout)?, fifo_of(&stdio.stderr)?];
-        let mut entry = Entry {
+        let clients = [stdio.stdin.as_ref().map(open).transpose()?, client_of(&stdio.stdout)?, client_of(&stdio.stderr)?];
+        let entry = Entry {
             key: stdio.key.clone(),
             process_ends: [None, None, None],
             read_ends: [None, None, None],
-            pumps: [None; 3],
-            fifos,
+            pumps: [None, None, None],
+            clients,
             terminal: None,
             wants_terminal: stdio.terminal,
             size: None,
             stdin_closed: false,
             spill_bytes: stdio.spill_bytes,
             spill_folder: stdio.spill_folder.clone(),
-            exited: None,
-            deleted: None,
+            exited: false,
+            drain_until: None,
+            waiting: Vec::new(),
+            released: false,
         };
-        if let Err(error) = self.make_ends(&mut entry, &stdio, poll) {
-            self.take_back(entry.pumps);
-            return Err((format!("make a pipe for {}", entry.key), error));
-        }
-        self.entries.push(entry);
+        let number = self.free_number();
+        let entry = entry.with_ends(&stdio, number, poll).map_err(|error| (format!("make a pipe for {key}"), error))?;
+        self.entries.insert(number, entry);
+        self.numbers.insert(key, number);
         Ok(())
     }
 
-    /// Makes the pipes of a process, or of its terminal, and begins to move their bytes.
-    fn make_ends(&mut self, entry: &mut Entry, stdio: &Stdio, poll: &mut Poll) -> io::Result<()> {
-        if stdio.terminal {
-            // The terminal's one output goes to stdout; a logger or the worker reads it through a pipe.
-            if stdio.stdout == Output::Pipe {
-                let (read, write) = pipe((stdio.uid, stdio.gid))?;
-                set_nonblocking(&write)?;
-                entry.read_ends[Stream::Stdout as usize] = Some(read);
-                entry.fifos[Stream::Stdout as usize] = Some((write, "a reader of its own".into()));
-            }
-        } else {
-            let owner = (stdio.uid, stdio.gid);
-            for (index, stream) in [Stream::Stdin, Stream::Stdout, Stream::Stderr].into_iter().enumerate() {
-                let is_pipe = match stream {
-                    Stream::Stdin => false,
-                    Stream::Stdout => stdio.stdout == Output::Pipe,
-                    Stream::Stderr => stdio.stderr == Output::Pipe,
-                };
-                if !is_pipe && entry.fifos[index].is_none() {
-                    continue;
-                }
-                let (read, write) = pipe(owner)?;
-                let (process_end, our_end) = if stream == Stream::Stdin { (read, write) } else { (write, read) };
-                entry.process_ends[index] = Some(process_end);
-                if is_pipe {
-                    entry.read_ends[index] = Some(our_end);
-                    continue;
-                }
-                set_nonblocking(&our_end)?;
-                if let Some((fifo, target)) = entry.fifos[index].take() {
-                    let pump = if stream == Stream::Stdin {
-                        Pump::In(Incoming::new(fifo, our_end, target))
-                    } else {
-                        let spill = make_spill(entry)?;
-                        Pump::Out(Outgoing::new(our_end, fifo, target, spill))
-                    };
-                    entry.pumps[index] = Some(self.start(pump, poll)?);
-                }
+    fn free_number(&mut self) -> u32 {
+        loop {
+            self.last_number = (self.last_number + 1) % (1 << 30);
+            if !self.entries.contains_key(&self.last_number) {
+                return self.last_number;
             }
         }
-        Ok(())
-    }
-
-    /// Ends what was begun and came to nothing.
-    fn take_back(&mut self, pumps: [Option<u32>; 3]) {
-        for id in pumps.into_iter().flatten() {
-            self.finish(id, 0);
-        }
-    }
-
-    fn start(&mut self, pump: Pump, poll: &mut Poll) -> io::Result<u32> {
-        self.last_pump += 1;
-        pump.watch(self.last_pump, poll)?;
-        self.pumps.insert(self.last_pump, pump);
-        poll.again(Source::Stream(self.last_pump));
-        Ok(self.last_pump)
     }
 
     /// The process's end of a stream: given once. `None` where it has none.
     pub(crate) fn take_process_end(&mut self, key: &str, stream: Stream) -> Option<OwnedFd> {
-        self.find(key)?.process_ends[stream as usize].take()
+        self.find(key)?.1.process_ends[stream as usize].take()
     }
 
     /// A copy of the end that a logger or the worker reads.
     pub(crate) fn read_end(&mut self, key: &str, stream: Stream) -> io::Result<OwnedFd> {
-        match self.find(key).and_then(|entry| entry.read_ends[stream as usize].as_ref()) {
+        match self.find(key).and_then(|(_, entry)| entry.read_ends[stream as usize].as_ref()) {
             Some(end) => sys::descriptors::duplicate(end),
             None => Err(Errno::ENOENT.into()),
         }
@@ -202,59 +200,32 @@ impl Streams {
 
     /// Takes a terminal in for a process. Returns whether it was wanted.
     pub(crate) fn attach(&mut self, key: &str, terminal: OwnedFd, poll: &mut Poll) -> bool {
-        let Some(index) = self.index(key) else { return false };
-        let entry = &mut self.entries[index];
+        let Some((number, entry)) = self.find(key) else { return false };
         if !entry.wants_terminal || entry.terminal.is_some() {
             return false;
         }
-        let mut fifos = std::mem::take(&mut entry.fifos);
-        let size = entry.size;
-        let stdin_closed = entry.stdin_closed;
-        let mut pumps = [None; 3];
-        let result = (|| {
-            set_nonblocking(&terminal)?;
-            if let Some((rows, columns)) = size {
-                sys::terminal::resize(terminal.as_fd(), rows, columns)?;
-            }
-            if let Some((fifo, target)) = fifos[1].take() {
-                let spill = make_spill(&self.entries[index])?;
-                let out = Outgoing::new(sys::descriptors::duplicate(&terminal)?, fifo, target, spill);
-                pumps[1] = Some(self.start(Pump::Out(out), poll)?);
-            }
-            if let Some((fifo, target)) = fifos[0].take() {
-                pumps[0] = Some(self.start(Pump::In(Incoming::new(fifo, sys::descriptors::duplicate(&terminal)?, target)), poll)?);
-            }
-            io::Result::Ok(())
-        })();
-        match result {
-            Ok(()) => {
-                self.entries[index].pumps = pumps;
-                self.entries[index].terminal = Some(terminal);
-                if stdin_closed {
-                    self.close_stdin(key, poll);
-                }
-                true
-            }
-            Err(error) => {
-                warn!(container:% = key, error:%; "cannot take a terminal in");
-                self.take_back(pumps);
-                false
-            }
+        if let Err(error) = entry.attach(terminal, number, poll) {
+            warn!(container:% = key, error:%; "cannot take a terminal in");
+            return false;
         }
+        if entry.stdin_closed {
+            self.close_stdin(key, poll);
+        }
+        true
     }
 
     /// The client will write no more.
     pub(crate) fn close_stdin(&mut self, key: &str, poll: &mut Poll) {
-        let Some(entry) = self.find(key) else { return };
+        let Some((number, entry)) = self.find(key) else { return };
         entry.stdin_closed = true;
-        let Some(id) = entry.pumps[Stream::Stdin as usize] else { return };
-        let Some(Pump::In(input)) = self.pumps.get_mut(&id) else { return };
+        let source = source_of(number, 0);
+        let Some(Pump::In(input)) = &mut entry.pumps[Stream::Stdin as usize] else { return };
         match input.close() {
-            Ok(Some(source)) => {
-                if let Err(error) = poll.add_reader(source, Source::Stream(id)) {
+            Ok(Some(fifo)) => {
+                if let Err(error) = poll.add_reader(fifo, source) {
                     warn!(container:% = key, error:%; "cannot watch stdin");
                 }
-                poll.again(Source::Stream(id));
+                poll.again(source);
             }
             Ok(None) => {}
             Err(error) => warn!(container:% = key, error:%; "cannot close stdin"),
@@ -265,7 +236,7 @@ impl Streams {
     ///
     /// Errors: ENOTTY for a process without one, ENOENT for no process.
     pub(crate) fn resize(&mut self, key: &str, rows: u16, columns: u16) -> io::Result<()> {
-        let Some(entry) = self.find(key) else { return Err(Errno::ENOENT.into()) };
+        let Some((_, entry)) = self.find(key) else { return Err(Errno::ENOENT.into()) };
         if !entry.wants_terminal {
             return Err(Errno::ENOTTY.into());
         }
@@ -276,190 +247,199 @@ impl Streams {
         }
     }
 
-    /// A process has ended: what it wrote still goes out, what others write for it only for a while.
-    pub(crate) fn exited(&mut self, key: &str, now: Instant, poll: &mut Poll) {
-        let Some(entry) = self.find(key) else { return };
-        entry.exited = Some(now);
+    /// A process has ended: what it and its descendants wrote still goes out.
+    pub(crate) fn exited(&mut self, key: &str, poll: &mut Poll) {
+        let Some((number, entry)) = self.find(key) else { return };
+        entry.exited = true;
         entry.process_ends = [None, None, None];
-        let pumps = entry.pumps;
-        if let Some(stdin) = pumps[Stream::Stdin as usize] {
-            self.finish(stdin, 0);
-        }
-        for id in pumps.into_iter().flatten() {
-            poll.again(Source::Stream(id));
+        self.finish(number, Stream::Stdin as usize, 0);
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            poll.again(source_of(number, stream as usize));
         }
     }
 
-    /// A process is deleted: only a reader that is there gets what is left, within the stated drain.
-    pub(crate) fn release(&mut self, key: &str, now: Instant, poll: &mut Poll) {
-        let Some(entry) = self.find(key) else { return };
-        entry.deleted = Some(now);
-        entry.process_ends = [None, None, None];
-        entry.read_ends = [None, None, None];
-        entry.fifos = [None, None, None];
-        let pumps = entry.pumps;
-        if let Some(stdin) = pumps[Stream::Stdin as usize] {
-            self.finish(stdin, 0);
-        }
-        for id in pumps.into_iter().flatten() {
-            poll.again(Source::Stream(id));
-        }
-        self.forget_finished();
-    }
-
-    /// The logger of an output has died: from now on it is thrown away, so that the process does not wait for nobody.
-    pub(crate) fn reader_gone(&mut self, key: &str, stream: Stream, poll: &mut Poll) {
-        let Some(entry) = self.find(key) else { return };
-        let Some(end) = entry.read_ends[stream as usize].take() else { return };
-        let result = (|| {
-            set_nonblocking(&end)?;
-            let sink = File::options().write(true).open("/dev/null")?;
-            self.start(Pump::Discard { source: end, sink, bytes: 0 }, poll)
-        })();
-        match result {
-            Ok(id) => {
-                if let Some(entry) = self.find(key) {
-                    entry.pumps[stream as usize] = Some(id);
-                    if entry.exited.is_none() {
-                        warn!(container:% = key, stream:?; "the logger has ended before the process, its output is thrown away");
-                    }
+    /// A Delete waits until what was written is taken and the last writer has left, or no reader will take it.
+    pub(crate) fn drain(&mut self, key: &str, waiting: (Cause, Step), now: Instant, poll: &mut Poll) {
+        let Some((number, entry)) = self.find(key) else { return self.drained.push(waiting) };
+        entry.waiting.push(waiting);
+        for stream in [1, 2] {
+            if let (Some(end), None) = (&entry.read_ends[stream], &entry.pumps[stream]) {
+                let held = sys::descriptors::duplicate(end).and_then(|end| Pump::Held(end).registered(number, stream, poll));
+                match held {
+                    Ok(held) => entry.pumps[stream] = Some(held),
+                    Err(error) => warn!(container:% = key, error:%; "cannot wait for the end of an output"),
                 }
             }
-            Err(error) => warn!(container:% = key, error:%; "cannot take an output over from its logger"),
         }
+        self.begin_drain(number, now, poll);
+    }
+
+    /// A process is deleted. A reader that is there still gets what is left, within the time of a drain.
+    pub(crate) fn release(&mut self, key: &str, now: Instant, poll: &mut Poll) {
+        let Some(number) = self.numbers.remove(key) else { return };
+        let Some(entry) = self.entries.get_mut(&number) else { return };
+        entry.released = true;
+        entry.read_ends = [None, None, None];
+        entry.clients = [None, None, None];
+        entry.pumps.iter_mut().for_each(|pump| drop(pump.take_if(|pump| matches!(pump, Pump::Held(_)))));
+        self.begin_drain(number, now, poll);
+    }
+
+    fn begin_drain(&mut self, number: u32, now: Instant, poll: &mut Poll) {
+        let Some(entry) = self.entries.get_mut(&number) else { return };
+        if entry.drain_until.is_none() {
+            entry.drain_until = Some(now + DRAIN_WITHIN);
+            self.due.push_back((now + DRAIN_WITHIN, number));
+        }
+        entry.process_ends = [None, None, None];
+        self.finish(number, Stream::Stdin as usize, 0);
+        for stream in [1, 2] {
+            self.turn(number << 2 | stream, now, poll);
+            if self.entries.get(&number).is_some_and(|entry| matches!(entry.pumps[stream as usize], Some(Pump::Out(_)))) {
+                self.look_again(number << 2 | stream, now);
+            }
+        }
+        self.settle(number);
+    }
+
+    /// The logger of an output has died: from now on it is thrown away, so that the process does not wait for ever.
+    pub(crate) fn reader_gone(&mut self, key: &str, stream: Stream, poll: &mut Poll) {
+        let Some((number, entry)) = self.find(key) else { return };
+        let Some(end) = entry.read_ends[stream as usize].take() else { return };
+        if !entry.exited {
+            warn!(container:% = key, stream:?; "the logger has ended before the process, its output is thrown away");
+        }
+        // That of a terminal finds out by itself: its pipe is broken now.
+        if !entry.wants_terminal {
+            let pump =
+                set_nonblocking(&end).and_then(|()| Pump::Out(Outgoing::new(end, None, None)).registered(number, stream as usize, poll));
+            match pump {
+                Ok(pump) => entry.pumps[stream as usize] = Some(pump),
+                Err(error) => warn!(container:% = key, error:%; "cannot take an output over from its logger"),
+            }
+        }
+        poll.again(source_of(number, stream as usize));
     }
 
     /// Moves bytes of one stream.
     pub(crate) fn turn(&mut self, id: u32, now: Instant, poll: &mut Poll) {
-        let (exited, deleted) =
-            self.entries.iter().find(|entry| entry.pumps.contains(&Some(id))).map_or((None, None), |entry| (entry.exited, entry.deleted));
-        let Some(pump) = self.pumps.get_mut(&id) else { return };
-        match pump {
-            Pump::Out(out) => {
-                let was_draining = out.is_draining();
-                match out.turn(now, exited, deleted) {
-                    outgoing::Turn::Again => poll.again(Source::Stream(id)),
-                    outgoing::Turn::Finished { lost } => self.finish(id, lost),
-                    outgoing::Turn::Waits if out.is_draining() && !was_draining => {
-                        let number = out.sink().as_raw_fd();
-                        self.watch_fifo(id, number, poll);
-                        // What happened before the watch is seen by another look.
-                        poll.again(Source::Stream(id));
+        let (number, stream, source) = (id >> 2, (id & 3) as usize, Source::Stream(id));
+        let Some(entry) = self.entries.get_mut(&number) else { return };
+        let stage = entry.stage(now);
+        let Some(pump) = entry.pumps.get_mut(stream).and_then(Option::as_mut) else { return };
+        let turn = match pump {
+            Pump::Out(out) => out.turn(stage, source, poll),
+            Pump::In(input) => input.turn(),
+            Pump::Held(end) if stage == Stage::Over || is_ended(end) => Turn::Finished { lost: 0 },
+            Pump::Held(_) => Turn::Waits,
+        };
+        match (turn, pump) {
+            (Turn::Again, _) => poll.again(source),
+            (Turn::Finished { lost }, _) => {
+                self.finish(number, stream, lost);
+                self.settle(number);
+            }
+            (Turn::Waits, Pump::Out(out)) if out.is_narrowed && out.watch.is_none() && !self.unsure.contains(&id) => {
+                let path = format!("/proc/self/fd/{}", out.client.as_ref().map_or(-1, |client| client.fd.as_raw_fd()));
+                match ensure_inotify(&mut self.inotify, poll).and_then(|inotify| {
+                    // Readers that come and read make no edge on our end.
+                    Ok(inotify.add_watch(path.as_str(), AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ACCESS)?)
+                }) {
+                    Ok(watch) => {
+                        out.watch = Some(watch);
+                        // Two streams may share a fifo, and so its watch.
+                        self.watches.entry(watch).or_default().push(id);
                     }
-                    outgoing::Turn::Waits => {}
+                    Err(error) => {
+                        warn!(error:%; "cannot watch a fifo, looking at it every second");
+                        self.look_again(id, now);
+                    }
                 }
+                // What happened before the watch is seen by another look.
+                poll.again(source);
             }
-            Pump::In(input) => match input.turn() {
-                incoming::Turn::Again => poll.again(Source::Stream(id)),
-                incoming::Turn::Finished => self.finish(id, 0),
-                incoming::Turn::Waits => {}
-            },
-            Pump::Discard { source, sink, bytes } => {
-                let (moved, stop) = splice::move_bytes(source.as_fd(), sink.as_fd(), None, splice::TURN_BYTES);
-                *bytes += moved;
-                let lost = *bytes;
-                match stop {
-                    splice::Stop::Turn if deleted.is_none() => poll.again(Source::Stream(id)),
-                    splice::Stop::Idle if deleted.is_none() => {}
-                    _ => self.finish(id, lost),
-                }
-            }
+            (Turn::Waits, _) => {}
         }
     }
 
-    /// Has readers that come and read tell of themselves: they make no edge on our end.
-    fn watch_fifo(&mut self, id: u32, number: RawFd, poll: &Poll) {
-        let path = format!("/proc/self/fd/{number}");
-        let watched = self
-            .ensure_inotify(poll)
-            .and_then(|inotify| Ok(inotify.add_watch(path.as_str(), AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ACCESS)?));
-        match watched {
-            Ok(watch) => self.watches.push((watch, id)),
-            Err(error) => warn!(error:%; "cannot watch a fifo, looking at it every second"),
-        }
+    fn look_again(&mut self, id: u32, now: Instant) {
+        self.unsure.insert(id);
+        self.look_at.get_or_insert(now + LOOK_AGAIN);
     }
 
-    fn ensure_inotify(&mut self, poll: &Poll) -> io::Result<&Inotify> {
-        if self.inotify.is_none() {
-            let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-            poll.add_reader(&inotify, Source::Fifos)?;
-            self.inotify = Some(inotify);
-        }
-        self.inotify.as_ref().ok_or_else(|| Errno::EBADF.into())
-    }
-
-    /// A fifo was opened or read by somebody.
+    /// A fifo was opened or read from.
     pub(crate) fn fifos_touched(&mut self, poll: &mut Poll) {
         while let Some(events) = self.inotify.as_ref().and_then(|inotify| inotify.read_events().ok()) {
             for event in events {
-                for (_, id) in self.watches.iter().filter(|(watch, _)| *watch == event.wd) {
+                for id in self.watches.get(&event.wd).into_iter().flatten() {
                     poll.again(Source::Stream(*id));
                 }
             }
         }
     }
 
-    fn finish(&mut self, id: u32, lost: u64) {
-        let Some(pump) = self.pumps.remove(&id) else { return };
-        if let Some(at) = self.watches.iter().position(|(_, watched)| *watched == id) {
-            let (watch, _) = self.watches.swap_remove(at);
-            // Two streams may share a fifo, and so its watch.
-            if let Some(inotify) = self.inotify.as_ref().filter(|_| self.watches.iter().all(|(other, _)| *other != watch)) {
-                // The fifo itself may be gone.
-                let _ = inotify.rm_watch(watch);
-            }
-            if self.watches.is_empty() {
-                self.inotify = None;
-            }
-        }
+    /// Ends a pump.
+    fn finish(&mut self, number: u32, stream: usize, lost: u64) {
+        let Some(pump) = self.entries.get_mut(&number).and_then(|entry| entry.pumps[stream].take()) else { return };
+        let id = number << 2 | stream as u32;
+        self.unsure.remove(&id);
         if let Pump::Out(out) = &pump {
             self.bytes_moved += out.bytes;
-        }
-        if lost > 0 {
-            self.bytes_lost += lost;
-            info!(stream:% = pump.target(), bytes = lost; "output that nobody has taken is dropped");
-        }
-        for entry in &mut self.entries {
-            for slot in &mut entry.pumps {
-                if *slot == Some(id) {
-                    *slot = None;
-                }
+            if let Some(watch) = out.watch {
+                self.unwatch(watch, id);
+            }
+            if lost > 0 {
+                self.bytes_lost += lost;
+                info!(stream:% = out.target(), bytes = lost; "output that no reader has taken is dropped");
             }
         }
-        drop(pump);
-        self.forget_finished();
     }
 
-    fn forget_finished(&mut self) {
-        self.entries.retain(|entry| entry.deleted.is_none() || entry.pumps.iter().any(Option::is_some));
-    }
-
-    /// Gives the streams whose time has come another turn.
-    pub(crate) fn tick(&mut self, now: Instant, poll: &mut Poll) {
-        let due: Vec<u32> = self
-            .pumps
-            .iter()
-            .filter(|(_, pump)| matches!(pump, Pump::Out(_)))
-            .map(|(id, _)| *id)
-            .filter(|id| self.entries.iter().any(|e| e.pumps.contains(&Some(*id)) && (e.exited.is_some() || e.deleted.is_some())))
-            .collect();
-        for id in due {
-            self.turn(id, now, poll);
+    fn unwatch(&mut self, watch: WatchDescriptor, id: u32) {
+        let Some(ids) = self.watches.get_mut(&watch) else { return };
+        ids.retain(|other| *other != id);
+        if ids.is_empty() {
+            self.watches.remove(&watch);
+            // The fifo itself may be gone.
+            let _ = self.inotify.as_ref().map(|inotify| inotify.rm_watch(watch));
+        }
+        if self.watches.is_empty() {
+            self.inotify = None;
         }
     }
 
-    /// When [`Streams::tick`] has something to do that was not due at `ticked`, its last time.
-    pub(crate) fn deadline(&self, ticked: Instant) -> Option<Instant> {
-        self.pumps
-            .iter()
-            .filter_map(|(id, pump)| {
-                let Pump::Out(out) = pump else { return None };
-                let entry = self.entries.iter().find(|entry| entry.pumps.contains(&Some(*id)))?;
-                let own = out.deadline(ticked, entry.exited, entry.deleted);
-                let look = (out.is_draining() && !self.watches.iter().any(|(_, watched)| watched == id)).then_some(ticked + LOOK_AGAIN);
-                [own, look].into_iter().flatten().min()
-            })
-            .min()
+    /// Answers the Deletes that wait for a process's streams, and forgets it if it is deleted, once all are finished.
+    fn settle(&mut self, number: u32) {
+        let Some(entry) = self.entries.get_mut(&number).filter(|entry| entry.is_finished()) else { return };
+        self.drained.append(&mut entry.waiting);
+        if entry.released {
+            self.entries.remove(&number);
+        }
+    }
+
+    /// Gives the streams whose time has come another turn. Returns the operations that waited for a drain that is finished.
+    pub(crate) fn tick(&mut self, now: Instant, poll: &mut Poll) -> Vec<(Cause, Step)> {
+        while let Some((at, number)) = self.due.front().copied() {
+            if at > now && self.entries.get(&number).is_some_and(|entry| !entry.is_finished()) {
+                break;
+            }
+            self.due.pop_front();
+            for stream in [1, 2] {
+                self.turn(number << 2 | stream, now, poll);
+            }
+        }
+        if self.look_at.is_some_and(|at| at <= now) {
+            for id in self.unsure.clone() {
+                self.turn(id, now, poll);
+            }
+            self.look_at = (!self.unsure.is_empty()).then_some(now + LOOK_AGAIN);
+        }
+        std::mem::take(&mut self.drained)
+    }
+
+    /// When [`Streams::tick`] has something to do.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.due.front().map(|(at, _)| *at).into_iter().chain(self.look_at).min()
     }
 
     /// Whether every stream of a deleted process is finished.
@@ -469,45 +449,136 @@ impl Streams {
 
     pub(crate) fn snapshot(&self) -> Vec<StreamSnapshot> {
         let mut snapshots = Vec::new();
-        for entry in &self.entries {
+        for entry in self.entries.values() {
             for (index, name) in ["stdin", "stdout", "stderr"].into_iter().enumerate() {
-                let pump = entry.pumps[index].and_then(|id| self.pumps.get(&id));
-                let (target, bytes, waiting_bytes, spilled_bytes) = match pump {
-                    Some(Pump::Out(out)) => (out.target.clone(), out.bytes, out.waiting(), out.spilled()),
-                    Some(Pump::In(input)) => (input.target.clone(), input.bytes, 0, 0),
-                    Some(Pump::Discard { bytes, .. }) => ("nobody".into(), *bytes, 0, 0),
-                    None if entry.read_ends[index].is_some() => ("a reader of its own".into(), 0, 0, 0),
+                let (target, bytes, waiting_bytes, spilled_bytes) = match &entry.pumps[index] {
+                    Some(Pump::Out(out)) => (out.target(), out.bytes, out.waiting(), out.spilled()),
+                    Some(Pump::In(input)) => (input.target.as_str(), input.bytes, 0, 0),
+                    Some(Pump::Held(_)) => (LENT, 0, 0, 0),
+                    None if entry.read_ends[index].is_some() => (LENT, 0, 0, 0),
                     None => continue,
                 };
-                let (key, stream) = (entry.key.clone(), name.into());
+                let (key, stream, target) = (entry.key.clone(), name.into(), target.into());
                 snapshots.push(StreamSnapshot { key, stream, target, bytes, waiting_bytes, spilled_bytes });
             }
         }
         snapshots
     }
 
-    fn index(&self, key: &str) -> Option<usize> {
-        self.entries.iter().position(|entry| entry.key == key && entry.deleted.is_none())
+    fn find(&mut self, key: &str) -> Option<(u32, &mut Entry)> {
+        let number = *self.numbers.get(key)?;
+        Some((number, self.entries.get_mut(&number)?))
+    }
+}
+
+impl Entry {
+    /// Makes the pipes of the process, or of its terminal, and begins to move their bytes.
+    fn with_ends(mut self, stdio: &Stdio, number: u32, poll: &mut Poll) -> io::Result<Self> {
+        let owner = (stdio.uid, stdio.gid);
+        if stdio.terminal {
+            // The terminal's one output goes to stdout; a logger or the worker reads it through a pipe.
+            if stdio.stdout == Output::Pipe {
+                let (read, fd) = pipe(owner)?;
+                set_nonblocking(&fd)?;
+                self.read_ends[1] = Some(read);
+                self.clients[1] = Some(Client { fd, target: LENT.into(), is_fifo: false });
+            }
+            return Ok(self);
+        }
+        for (index, is_pipe) in [false, stdio.stdout == Output::Pipe, stdio.stderr == Output::Pipe].into_iter().enumerate() {
+            let client = self.clients[index].take();
+            if !is_pipe && client.is_none() {
+                continue;
+            }
+            let (read, write) = pipe(owner)?;
+            let (process_end, our_end) = if index == Stream::Stdin as usize { (read, write) } else { (write, read) };
+            self.process_ends[index] = Some(process_end);
+            match client {
+                Some(client) => {
+                    set_nonblocking(&our_end)?;
+                    self.start(index, our_end, client, number, poll)?;
+                }
+                None => self.read_ends[index] = Some(our_end),
+            }
+        }
+        Ok(self)
     }
 
-    fn find(&mut self, key: &str) -> Option<&mut Entry> {
-        self.index(key).map(|index| &mut self.entries[index])
+    fn attach(&mut self, terminal: OwnedFd, number: u32, poll: &mut Poll) -> io::Result<()> {
+        set_nonblocking(&terminal)?;
+        if let Some((rows, columns)) = self.size {
+            sys::terminal::resize(terminal.as_fd(), rows, columns)?;
+        }
+        for index in [1, 0] {
+            if let Some(client) = self.clients[index].take() {
+                self.start(index, sys::descriptors::duplicate(&terminal)?, client, number, poll)?;
+            }
+        }
+        self.terminal = Some(terminal);
+        Ok(())
+    }
+
+    /// Begins to move bytes between our end of a process's stream and its client.
+    fn start(&mut self, index: usize, our_end: OwnedFd, client: Client, number: u32, poll: &mut Poll) -> io::Result<()> {
+        let pump = if index == Stream::Stdin as usize {
+            Pump::In(Incoming::new(client, our_end))
+        } else {
+            let spill = (self.spill_bytes > 0).then(|| Spill::new(Path::new(&self.spill_folder), self.spill_bytes)).transpose()?;
+            Pump::Out(Outgoing::new(our_end, Some(client), spill))
+        };
+        self.pumps[index] = Some(pump.registered(number, index, poll)?);
+        Ok(())
+    }
+
+    fn stage(&self, now: Instant) -> Stage {
+        match self.drain_until {
+            Some(until) if until <= now => Stage::Over,
+            Some(_) => Stage::Draining,
+            None if self.exited => Stage::Exited,
+            None => Stage::Running,
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        self.pumps.iter().all(Option::is_none)
     }
 }
 
 impl Pump {
-    fn target(&self) -> &str {
-        match self {
-            Self::Out(out) => &out.target,
-            Self::In(input) => &input.target,
-            Self::Discard { .. } => "an output without its logger",
+    /// Watches its ends and has it given a first turn.
+    fn registered(self, number: u32, stream: usize, poll: &mut Poll) -> io::Result<Self> {
+        let source = source_of(number, stream);
+        match &self {
+            Self::Out(out) => out.register(source, poll)?,
+            Self::In(input) => input.register(source, poll)?,
+            Self::Held(end) => poll.add_reader(end, source)?,
         }
+        poll.again(source);
+        Ok(self)
     }
 }
 
-fn make_spill(entry: &Entry) -> io::Result<Option<Spill>> {
-    (entry.spill_bytes > 0).then(|| Spill::new(Path::new(&entry.spill_folder), entry.spill_bytes)).transpose()
+fn source_of(number: u32, stream: usize) -> Source {
+    Source::Stream(number << 2 | stream as u32)
 }
+
+/// Whether the last writer of a pipe has left.
+fn is_ended(read_end: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(read_end.as_fd(), PollFlags::empty())];
+    nix::poll::poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].revents().is_some_and(|flags| flags.contains(PollFlags::POLLHUP))
+}
+
+fn ensure_inotify<'a>(inotify: &'a mut Option<Inotify>, poll: &Poll) -> io::Result<&'a Inotify> {
+    if inotify.is_none() {
+        let new = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        poll.add_reader(&new, Source::Fifos)?;
+        *inotify = Some(new);
+    }
+    inotify.as_ref().ok_or_else(|| Errno::EBADF.into())
+}
+
+/// What stands for a logger or the worker, which read by themselves.
+const LENT: &str = "a reader of its own";
 
 fn pipe((uid, gid): (u32, u32)) -> io::Result<(OwnedFd, OwnedFd)> {
     let (read, write) = pipe2(OFlag::O_CLOEXEC)?;

@@ -1,196 +1,203 @@
-//! One output of a process on its way to the client's fifo.
+//! One output of a process on its way to the client's fifo, or to the pipe of a logger or the worker.
 //!
 //! ```text
-//!  Flowing ──(process side ended, or given up)──▶ Draining ──(a reader is there and has taken everything)──▶ finished
-//!     │ full fifo and spill allowed: process ─▶ file ─▶ fifo
-//!     └ full fifo else: the process waits, as with any pipe
+//!  process ──▶ [file, while the fifo is full and spill is allowed] ──▶ fifo ──▶ reader
 //! ```
 //!
-//! **Invariant:** the fifo keeps a write end of ours until everything was taken, or the container was deleted and the stated drain is over.
+//! The keeper holds both ends of the fifo while the process may write and no Delete waits: a reader that leaves is no error then.
+//! Afterwards it holds the write end alone, which shows whether there is a reader.
+//!
+//! **Invariant:** the fifo keeps a write end of ours until everything was taken, or a Delete has waited in vain.
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use log::warn;
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
+use nix::sys::inotify::WatchDescriptor;
 
-use super::fifo;
 use super::splice::{Stop, TURN_BYTES, move_bytes};
+use super::{Client, Stage, Turn, fifo};
 use crate::keeper::image::{Error, Loader, Saver};
+use crate::keeper::poll::{Poll, Source};
 use crate::sys::descriptors::waiting_bytes;
 
-/// After a process has ended, somebody else may still hold its output: so long it may stay quiet before it is given up.
-pub(super) const QUIET_AFTER_EXIT: Duration = Duration::from_millis(500);
 /// So much is copied at once: what a fifo holds.
 const PART_BYTES: usize = 64 << 10;
 /// Less is not worth a call.
 const AT_ONCE_BYTES: libc::loff_t = 256 << 10;
-/// And so long it may go on in all, as far as its reader takes the bytes.
-pub(super) const LIMIT_AFTER_EXIT: Duration = Duration::from_secs(10);
-/// After Delete, a reader that is there has so long to take what is left. Without a reader, nobody will come.
-pub(super) const DRAIN_AFTER_DELETE: Duration = Duration::from_secs(10);
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Outgoing {
-    /// The process's side, until it has ended.
+    /// The process's side, until its last writer has closed it.
     source: Option<OwnedFd>,
-    sink: OwnedFd,
-    spill: Option<Spill>,
-    pub(super) target: String,
-    pub(super) bytes: u64,
-    last_moved: Instant,
+    /// Absent for an output whose logger is dead: it is thrown away, so that the process does not wait.
+    pub(super) client: Option<Client>,
     /// Only our write end of the fifo is left.
-    draining: bool,
-}
-
-/// What a turn has come to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
-    Waits,
-    /// It stopped because others must get their turn.
-    Again,
-    /// Nothing is left to do; `lost` bytes were not taken by anybody.
-    Finished {
-        lost: u64,
-    },
+    pub(super) is_narrowed: bool,
+    /// Set once a narrowed fifo is watched for readers.
+    pub(super) watch: Option<WatchDescriptor>,
+    spill: Option<Spill>,
+    pub(super) bytes: u64,
+    thrown_away: u64,
 }
 
 impl Outgoing {
-    pub(super) fn new(source: OwnedFd, sink: OwnedFd, target: String, spill: Option<Spill>) -> Self {
-        Self { source: Some(source), sink, spill, target, bytes: 0, last_moved: Instant::now(), draining: false }
+    pub(super) fn new(source: OwnedFd, client: Option<Client>, spill: Option<Spill>) -> Self {
+        Self { source: Some(source), client, is_narrowed: false, watch: None, spill, bytes: 0, thrown_away: 0 }
     }
 
     pub(super) fn save(&self, s: &mut Saver) {
         s.optional_fd(self.source.as_ref());
-        s.fd(&self.sink);
+        s.bool(self.client.is_some());
+        if let Some(client) = &self.client {
+            client.save(s);
+        }
         s.bool(self.spill.is_some());
         if let Some(spill) = &self.spill {
             s.fd(&spill.file);
             s.u64(spill.limit).i64(spill.head).i64(spill.tail);
         }
-        s.str(&self.target).u64(self.bytes).bool(self.draining);
-        s.instant(self.last_moved);
+        s.bool(self.is_narrowed).u64(self.bytes).u64(self.thrown_away);
     }
 
     pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
-        let (source, sink) = (l.optional_fd()?, l.fd()?);
+        let source = l.optional_fd()?;
+        let client = if l.bool()? { Some(Client::load(l)?) } else { None };
         let spill = if l.bool()? { Some(Spill::load(l)?) } else { None };
-        let (target, bytes, draining) = (l.string()?, l.u64()?, l.bool()?);
-        Ok(Self { source, sink, spill, target, bytes, draining, last_moved: l.instant()? })
+        Ok(Self { source, client, spill, watch: None, is_narrowed: l.bool()?, bytes: l.u64()?, thrown_away: l.u64()? })
     }
 
-    pub(super) fn source(&self) -> Option<&OwnedFd> {
-        self.source.as_ref()
+    /// Watches both ends.
+    pub(super) fn register(&self, source: Source, poll: &Poll) -> io::Result<()> {
+        if let Some(from) = &self.source {
+            poll.add_reader(from, source)?;
+        }
+        self.client.as_ref().map_or(Ok(()), |client| poll.add_writer(&client.fd, source))
     }
 
-    pub(super) fn sink(&self) -> &OwnedFd {
-        &self.sink
-    }
-
-    /// Moves what can be moved. `exited`, `deleted`: since when.
-    pub(super) fn turn(&mut self, now: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> Turn {
-        if deleted.is_some_and(|at| now >= at + DRAIN_AFTER_DELETE) {
-            // Somebody may still write, and as fast as it is moved.
-            self.source = None;
-        } else if let Some(stop) = self.flow() {
-            match stop {
-                Stop::Turn => return Turn::Again,
-                Stop::Idle => {}
-                // A terminal may be opened again by another process, as long as there is one.
-                Stop::End => {
-                    if exited.is_some() || !self.is_terminal() {
-                        self.source = None;
-                    }
-                }
-                Stop::Closed => self.source = None,
-                Stop::Failed(error) => {
-                    warn!(target_path:% = self.target, error:%; "cannot move output, giving it up");
-                    self.source = None;
+    /// Moves what can be moved.
+    pub(super) fn turn(&mut self, stage: Stage, id: Source, poll: &Poll) -> Turn {
+        if let Err(error) = self.narrow_if(stage >= Stage::Draining, id, poll) {
+            warn!(stream:% = self.target(), error:%; "cannot give up the read end of a fifo");
+            return self.finished();
+        }
+        match self.flow() {
+            Some(Stop::Turn) if stage < Stage::Over => return Turn::Again,
+            // A terminal may be opened again by another process, as long as there is one.
+            Some(Stop::End) if stage >= Stage::Exited || !self.is_terminal() => self.source = None,
+            Some(Stop::Turn | Stop::End | Stop::Idle) | None => {}
+            // A fifo whose reader has left shows that below; a logger does not come back.
+            Some(Stop::Closed) => {
+                if self.client.take_if(|client| !client.is_fifo).is_some() {
+                    return Turn::Again;
                 }
             }
-        }
-        if self.source.is_some() && self.is_given_up(now, exited, deleted) {
-            self.source = None;
-        }
-        if self.source.is_some() {
-            return Turn::Waits;
-        }
-        if !self.draining {
-            match fifo::write_end(&self.sink) {
-                Ok(write_end) => self.sink = write_end,
-                Err(error) => {
-                    warn!(target_path:% = self.target, error:%; "cannot give the read end of a fifo up");
-                    return Turn::Finished { lost: self.waiting() };
-                }
+            Some(Stop::Failed(error)) => {
+                warn!(stream:% = self.target(), error:%; "cannot move output, giving it up");
+                self.source = None;
             }
-            self.draining = true;
         }
-        self.drain(now, deleted)
+        if let Err(error) = self.narrow_if(self.source.is_none(), id, poll) {
+            warn!(stream:% = self.target(), error:%; "cannot give up the read end of a fifo");
+            return self.finished();
+        }
+        if self.is_over(stage) { self.finished() } else { Turn::Waits }
+    }
+
+    /// Whether nothing is left to do, or nothing can be done.
+    fn is_over(&self, stage: Stage) -> bool {
+        let Some(client) = &self.client else { return self.source.is_none() || stage >= Stage::Draining };
+        if !client.is_fifo {
+            // The logger or the worker holds the other end, and what is in the pipe is theirs.
+            return self.source.is_none() || stage == Stage::Over;
+        }
+        let is_taken = self.source.is_none() && self.waiting() == 0;
+        match stage {
+            Stage::Running | Stage::Exited => is_taken && fifo::has_reader(client.fd.as_fd()),
+            Stage::Draining => is_taken || !fifo::has_reader(client.fd.as_fd()),
+            Stage::Over => true,
+        }
+    }
+
+    fn finished(&self) -> Turn {
+        let unread = self.source.as_ref().map_or(0, |source| waiting_bytes(source.as_fd()).unwrap_or(0) as u64);
+        // What is in the pipe of a logger or of the worker is theirs.
+        let is_lent = self.client.as_ref().is_some_and(|client| !client.is_fifo);
+        Turn::Finished { lost: self.thrown_away + unread + if is_lent { self.spilled() } else { self.waiting() } }
+    }
+
+    /// Gives up the read end of the fifo, so that the coming and going of its readers is seen.
+    fn narrow_if(&mut self, is_due: bool, id: Source, poll: &Poll) -> io::Result<()> {
+        if let Some(client) = self.client.as_mut().filter(|client| client.is_fifo && is_due && !self.is_narrowed) {
+            client.fd = fifo::write_end(&client.fd)?;
+            self.is_narrowed = true;
+            poll.add_writer(&client.fd, id)?;
+        }
+        Ok(())
     }
 
     /// Spilled bytes first, then new ones. `None` if there is nothing left to move.
     fn flow(&mut self) -> Option<Stop> {
+        let Some(client) = &self.client else { return self.throw_away() };
         if let Some(spill) = &mut self.spill
             && !spill.is_empty()
         {
-            let (moved, stop) = spill.empty_into(&self.sink);
-            self.count(moved);
+            let (moved, stop) = spill.empty_into(&client.fd);
+            self.bytes += moved;
             let stop = stop?;
-            if let (Stop::Idle, Some(source), Some(spill)) = (&stop, &self.source, &mut self.spill) {
+            if let (Stop::Idle, Some(source)) = (&stop, &self.source) {
                 return Some(spill.fill_from(source));
             }
             return Some(stop);
         }
         let source = self.source.as_ref()?;
-        let (moved, stop) = move_bytes(source.as_fd(), self.sink.as_fd(), None, TURN_BYTES);
-        let source_waits = waiting_bytes(source.as_fd()).unwrap_or(0) > 0;
-        if let (Stop::Idle, true, Some(spill)) = (&stop, source_waits, &mut self.spill) {
-            let stop = spill.fill_from(source);
-            self.count(moved);
-            return Some(stop);
+        let (moved, stop) = move_bytes(source.as_fd(), client.fd.as_fd(), None, TURN_BYTES);
+        self.bytes += moved;
+        if let (Stop::Idle, Some(spill)) = (&stop, &mut self.spill)
+            && waiting_bytes(source.as_fd()).unwrap_or(0) > 0
+        {
+            return Some(spill.fill_from(source));
         }
-        self.count(moved);
         Some(stop)
     }
 
-    fn count(&mut self, moved: u64) {
-        if moved > 0 {
-            self.bytes += moved;
-            self.last_moved = Instant::now();
+    /// Reads, since a terminal cannot be spliced to a device.
+    fn throw_away(&mut self) -> Option<Stop> {
+        let source = self.source.as_ref()?;
+        let mut part = [0; 16 << 10];
+        let mut read = 0;
+        while read < TURN_BYTES {
+            match nix::unistd::read(source, &mut part) {
+                Ok(0) | Err(Errno::EIO) => return Some(Stop::End),
+                Ok(count) => {
+                    read += count;
+                    self.thrown_away += count as u64;
+                }
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Some(Stop::Idle),
+                Err(error) => return Some(Stop::Failed(error.into())),
+            }
         }
+        Some(Stop::Turn)
     }
 
     fn is_terminal(&self) -> bool {
         self.source.as_ref().is_some_and(|source| nix::unistd::isatty(source).unwrap_or(false))
     }
 
-    /// Whether the process has ended and whoever still holds its output had their time.
-    fn is_given_up(&self, now: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> bool {
-        let Some(exited) = exited.or(deleted) else { return false };
-        let source_is_empty = self.source.as_ref().is_none_or(|source| waiting_bytes(source.as_fd()).unwrap_or(0) == 0);
-        let quiet = now >= self.last_moved.max(exited) + QUIET_AFTER_EXIT;
-        source_is_empty && (quiet || now >= exited + LIMIT_AFTER_EXIT)
+    pub(super) fn target(&self) -> &str {
+        self.client.as_ref().map_or("an output without its logger", |client| &client.target)
     }
 
-    /// Only the fifo's content and its reader matter now.
-    fn drain(&mut self, now: Instant, deleted: Option<Instant>) -> Turn {
-        let left = self.waiting();
-        let has_reader = fifo::has_reader(self.sink.as_fd());
-        let is_over = match deleted {
-            Some(at) => left == 0 || !has_reader || now >= at + DRAIN_AFTER_DELETE,
-            None => left == 0 && has_reader,
-        };
-        if is_over { Turn::Finished { lost: left } } else { Turn::Waits }
-    }
-
-    /// Bytes that nobody has taken yet.
+    /// Bytes in the fifo or the file that nobody has taken yet.
     pub(super) fn waiting(&self) -> u64 {
-        waiting_bytes(self.sink.as_fd()).unwrap_or(0) as u64 + self.spilled()
+        self.client.as_ref().map_or(0, |client| waiting_bytes(client.fd.as_fd()).unwrap_or(0) as u64) + self.spilled()
     }
 
     pub(super) fn spilled(&self) -> u64 {
@@ -200,22 +207,6 @@ impl Outgoing {
     #[cfg(test)]
     pub(super) fn spill_file(&self) -> Option<&File> {
         self.spill.as_ref().map(|spill| &spill.file)
-    }
-
-    /// Whether it waits for its reader to come, or to read: only a look at the fifo tells.
-    pub(super) fn is_draining(&self) -> bool {
-        self.draining
-    }
-
-    /// When the next turn is due though nothing happens, after one at `turned`.
-    pub(super) fn deadline(&self, turned: Instant, exited: Option<Instant>, deleted: Option<Instant>) -> Option<Instant> {
-        let after_exit = exited.or(deleted).filter(|_| self.source.is_some()).map(|at| {
-            let quiet = self.last_moved.max(at) + QUIET_AFTER_EXIT;
-            // Past it, the output waits for its reader; the limit is looked at once more, then the reader's edge tells.
-            if quiet > turned { quiet } else { at + LIMIT_AFTER_EXIT }
-        });
-        let after_delete = deleted.map(|at| at + DRAIN_AFTER_DELETE);
-        [after_exit, after_delete].into_iter().flatten().filter(|at| *at > turned).min()
     }
 }
 

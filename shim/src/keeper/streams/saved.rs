@@ -1,67 +1,34 @@
 //! The streams on their way to another image. What is in their pipes stays there.
-use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
-
 use super::incoming::Incoming;
 use super::outgoing::Outgoing;
-use super::{Entry, Pump, Streams};
-use crate::handover::Malformed;
+use super::{Client, Entry, Pump, Streams};
+use crate::handover::{Malformed, Reader};
 use crate::keeper::image::{Error, Loader, Saver};
-use crate::keeper::poll::{Poll, Source};
+use crate::keeper::poll::Poll;
 
 impl Streams {
     pub(crate) fn save(&self, s: &mut Saver) {
-        s.u32(self.last_pump).u64(self.bytes_moved).u64(self.bytes_lost);
-        s.each(self.entries.iter(), |s, entry| entry.save(s));
-        s.each(self.pumps.iter(), |s, (id, pump)| {
-            s.u32(*id);
-            match pump {
-                Pump::Out(out) => {
-                    s.u8(1);
-                    out.save(s);
-                }
-                Pump::In(input) => {
-                    s.u8(2);
-                    input.save(s);
-                }
-                Pump::Discard { source, sink, bytes } => {
-                    s.u8(3);
-                    s.fd(source);
-                    s.fd(sink);
-                    s.u64(*bytes);
-                }
-            }
+        s.u32(self.last_number).u64(self.bytes_moved).u64(self.bytes_lost);
+        s.each(self.entries.iter(), |s, (number, entry)| {
+            s.u32(*number);
+            entry.save(s);
         });
     }
 
     pub(crate) fn load(l: &mut Loader<'_, '_>, poll: &mut Poll) -> Result<Self, Error> {
-        let mut streams = Self::new();
-        (streams.last_pump, streams.bytes_moved, streams.bytes_lost) = (l.u32()?, l.u64()?, l.u64()?);
-        streams.entries = l.each(Entry::load)?;
-        let pumps = l.each(|l| {
-            let id = l.u32()?;
-            let mut draining = None;
-            let pump = match l.u8()? {
-                1 => {
-                    let out = Outgoing::load(l)?;
-                    draining = out.is_draining().then(|| out.sink().as_raw_fd());
-                    Pump::Out(out)
-                }
-                2 => Pump::In(Incoming::load(l)?),
-                3 => Pump::Discard { source: l.fd()?, sink: File::from(l.fd()?), bytes: l.u64()? },
-                _ => return Err(Malformed { what: "a pump" }.into()),
-            };
-            pump.watch(id, poll)?;
-            poll.again(Source::Stream(id));
-            Ok((id, pump, draining))
-        })?;
-        for (id, pump, draining) in pumps {
-            streams.pumps.insert(id, pump);
-            if let Some(number) = draining.filter(|_| !l.is_rehearsal()) {
-                streams.watch_fifo(id, number, poll);
+        let (last_number, bytes_moved, bytes_lost) = (l.u32()?, l.u64()?, l.u64()?);
+        let mut streams = Self { last_number, bytes_moved, bytes_lost, ..Self::default() };
+        for (number, mut entry) in l.each(|l| Ok((l.u32()?, Entry::load(l)?)))? {
+            for (index, slot) in entry.pumps.iter_mut().enumerate() {
+                *slot = slot.take().map(|pump| pump.registered(number, index, poll)).transpose()?;
             }
+            if !entry.released {
+                streams.numbers.insert(entry.key.clone(), number);
+            }
+            streams.due.extend(entry.drain_until.map(|until| (until, number)));
+            streams.entries.insert(number, entry);
         }
+        streams.due.make_contiguous().sort();
         Ok(streams)
     }
 }
@@ -72,72 +39,80 @@ impl Entry {
         for end in self.process_ends.iter().chain(&self.read_ends) {
             s.optional_fd(end.as_ref());
         }
-        for pump in self.pumps {
-            s.option(pump.as_ref(), |w, id| {
-                w.u32(*id);
-            });
+        for pump in &self.pumps {
+            match pump {
+                None => drop(s.u8(0)),
+                Some(Pump::Out(out)) => {
+                    s.u8(1);
+                    out.save(s);
+                }
+                Some(Pump::In(input)) => {
+                    s.u8(2);
+                    input.save(s);
+                }
+                Some(Pump::Held(end)) => {
+                    s.u8(3);
+                    s.fd(end);
+                }
+            }
         }
-        for fifo in &self.fifos {
-            s.bool(fifo.is_some());
-            if let Some((fifo, target)) = fifo {
-                s.fd(fifo);
-                s.str(target);
+        for client in &self.clients {
+            s.bool(client.is_some());
+            if let Some(client) = client {
+                client.save(s);
             }
         }
         s.optional_fd(self.terminal.as_ref());
         s.bool(self.wants_terminal).option(self.size.as_ref(), |w, (rows, columns)| {
             w.u16(*rows).u16(*columns);
         });
-        s.bool(self.stdin_closed).u64(self.spill_bytes).str(&self.spill_folder);
-        s.optional_instant(self.exited);
-        s.optional_instant(self.deleted);
+        s.bool(self.stdin_closed).u64(self.spill_bytes).str(&self.spill_folder).bool(self.exited).bool(self.released);
+        s.optional_instant(self.drain_until);
+        s.each(self.waiting.iter(), |s, (cause, step)| {
+            s.u64(*cause).u32(*step);
+        });
     }
 
     fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
-        let key = l.string()?;
-        let process_ends = three(l, Loader::optional_fd)?;
-        let read_ends = three(l, Loader::optional_fd)?;
-        let pumps = three(l, |l| Ok(l.option(crate::handover::Reader::u32)?))?;
-        let fifos = three(l, |l| Ok(if l.bool()? { Some((l.fd()?, l.string()?)) } else { None }))?;
         Ok(Self {
-            key,
-            process_ends,
-            read_ends,
-            pumps,
-            fifos,
+            key: l.string()?,
+            process_ends: three(l, Loader::optional_fd)?,
+            read_ends: three(l, Loader::optional_fd)?,
+            pumps: three(l, |l| {
+                Ok(match l.u8()? {
+                    0 => None,
+                    1 => Some(Pump::Out(Outgoing::load(l)?)),
+                    2 => Some(Pump::In(Incoming::load(l)?)),
+                    3 => Some(Pump::Held(l.fd()?)),
+                    _ => return Err(Malformed { what: "a pump" }.into()),
+                })
+            })?,
+            clients: three(l, |l| Ok(if l.bool()? { Some(Client::load(l)?) } else { None }))?,
             terminal: l.optional_fd()?,
             wants_terminal: l.bool()?,
-            size: l.option(|r| Ok((r.u16()?, r.u16()?)))?,
+            size: l.option(|r: &mut Reader<'_>| Ok((r.u16()?, r.u16()?)))?,
             stdin_closed: l.bool()?,
             spill_bytes: l.u64()?,
             spill_folder: l.string()?,
-            exited: l.optional_instant()?,
-            deleted: l.optional_instant()?,
+            exited: l.bool()?,
+            released: l.bool()?,
+            drain_until: l.optional_instant()?,
+            waiting: l.each(|l| Ok((l.u64()?, l.u32()?)))?,
         })
+    }
+}
+
+impl Client {
+    pub(super) fn save(&self, s: &mut Saver) {
+        s.fd(&self.fd);
+        s.str(&self.target).bool(self.is_fifo);
+    }
+
+    pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
+        Ok(Self { fd: l.fd()?, target: l.string()?, is_fifo: l.bool()? })
     }
 }
 
 fn three<'a, 'd, T>(l: &mut Loader<'a, 'd>, mut load: impl FnMut(&mut Loader<'a, 'd>) -> Result<T, Error>) -> Result<[T; 3], Error> {
     Ok([load(l)?, load(l)?, load(l)?])
-}
-
-impl Pump {
-    /// Watches both ends.
-    pub(super) fn watch(&self, id: u32, poll: &Poll) -> io::Result<()> {
-        let source = Source::Stream(id);
-        match self {
-            Self::Out(out) => {
-                if let Some(from) = out.source() {
-                    poll.add_reader(from, source)?;
-                }
-                // One of which the write end alone is left gives no edge for what matters; its own watch does.
-                if out.is_draining() { Ok(()) } else { poll.add_writer(out.sink(), source) }
-            }
-            Self::In(input) => {
-                poll.add_reader(input.source(), source)?;
-                poll.add_writer(input.sink(), source)
-            }
-            Self::Discard { source: from, .. } => poll.add_reader(from, source),
-        }
-    }
 }

@@ -1,4 +1,4 @@
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
@@ -10,6 +10,8 @@ struct Bench {
     poll: Poll,
     streams: Streams,
     folder: PathBuf,
+    /// Operations that were answered.
+    drained: Vec<(Cause, Step)>,
 }
 
 impl Bench {
@@ -17,8 +19,8 @@ impl Bench {
         let folder = std::env::temp_dir().join(format!("x-streams-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder in the temporary directory");
         let poll = Poll::new().expect("an epoll set");
-        let streams = Streams::new();
-        Self { poll, streams, folder }
+        let streams = Streams::default();
+        Self { poll, streams, folder, drained: Vec::new() }
     }
 
     fn fifo(&self, name: &str) -> String {
@@ -55,11 +57,10 @@ impl Bench {
 
     /// Turns the loop until `done` or, as a failure, ten seconds.
     fn until(&mut self, what: &str, mut done: impl FnMut(&Streams) -> bool) {
-        let mut ticked = Instant::now();
-        let limit = ticked + Duration::from_secs(10);
+        let limit = Instant::now() + Duration::from_secs(10);
         while !done(&self.streams) {
             assert!(Instant::now() < limit, "{what}: not within 10 s; streams: {:?}", self.streams.snapshot());
-            let deadline = self.streams.deadline(ticked).unwrap_or(limit).min(Instant::now() + Duration::from_millis(20));
+            let deadline = self.streams.deadline().unwrap_or(limit).min(Instant::now() + Duration::from_millis(20));
             for source in self.poll.wait(Some(deadline)).expect("a wait") {
                 match source {
                     Source::Stream(id) => self.streams.turn(id, Instant::now(), &mut self.poll),
@@ -67,8 +68,7 @@ impl Bench {
                     _ => {}
                 }
             }
-            ticked = Instant::now();
-            self.streams.tick(ticked, &mut self.poll);
+            self.drained.extend(self.streams.tick(Instant::now(), &mut self.poll));
         }
     }
 }
@@ -77,6 +77,13 @@ impl Drop for Bench {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.folder);
     }
+}
+
+fn outputs(streams: &Streams) -> impl Iterator<Item = &Outgoing> {
+    streams.entries.values().flat_map(|entry| &entry.pumps).filter_map(|pump| match pump {
+        Some(Pump::Out(out)) => Some(out),
+        _ => None,
+    })
 }
 
 /// Reads what is there; `None` once it has ended.
@@ -117,8 +124,8 @@ fn the_tail_is_kept_for_a_reader_that_opens_after_the_exit() {
     let stdio = bench.stdio("c", false, 0);
     bench.open(stdio);
     bench.process_end(Stream::Stdout).write_all(b"last words").expect("room in the pipe");
-    bench.streams.exited("c", Instant::now(), &mut bench.poll);
-    bench.until("draining", |streams| streams.pumps.values().any(|pump| matches!(pump, Pump::Out(out) if out.is_draining())));
+    bench.streams.exited("c", &mut bench.poll);
+    bench.until("draining", |streams| outputs(streams).any(|out| out.is_narrowed));
     let mut reader = bench.reader();
     let mut got = Vec::new();
     bench.until("the end", |_| read_some(&mut reader, &mut got).is_none());
@@ -136,26 +143,127 @@ fn an_output_that_was_read_before_its_reader_died_still_ends_for_the_next_reader
     let mut got = Vec::new();
     bench.until("the first bytes", |_| read_some(&mut first, &mut got).is_some() && got == b"early");
     drop((first, process));
-    bench.streams.exited("c", Instant::now(), &mut bench.poll);
-    bench.until("draining", |streams| streams.pumps.values().any(|pump| matches!(pump, Pump::Out(out) if out.is_draining())));
+    bench.streams.exited("c", &mut bench.poll);
+    bench.until("draining", |streams| outputs(streams).any(|out| out.is_narrowed));
     let mut second = bench.reader();
     bench.until("the end", |_| read_some(&mut second, &mut got).is_none());
 }
 
 #[test]
-fn an_open_write_end_does_not_delay_the_exit() {
-    let mut bench = Bench::new("grandchild");
-    let stdio = bench.stdio("c", false, 0);
-    bench.open(stdio);
+fn a_drain_waits_for_a_descendant_that_holds_the_output() {
+    let mut bench = Bench::new("descendant");
+    bench.open(bench.stdio("c", false, 0));
     let mut reader = bench.reader();
-    let mut grandchild = bench.process_end(Stream::Stdout);
-    grandchild.write_all(b"before").expect("room in the pipe");
-    bench.streams.exited("c", Instant::now(), &mut bench.poll);
-    let since = Instant::now();
+    let mut descendant = bench.process_end(Stream::Stdout);
+    bench.streams.exited("c", &mut bench.poll);
+    bench.streams.drain("c", (7, 1), Instant::now(), &mut bench.poll);
+    let mut got = Vec::new();
+    for part in ["one ", "two "] {
+        descendant.write_all(part.as_bytes()).expect("room in the pipe");
+        bench.until(part, |_| read_some(&mut reader, &mut got).is_some() && got.ends_with(part.as_bytes()));
+    }
+    assert!(bench.drained.is_empty(), "a writer is left");
+    drop(descendant);
+    bench.until("the end", |_| read_some(&mut reader, &mut got).is_none());
+    assert_eq!((got.as_slice(), bench.drained.as_slice()), (b"one two ".as_slice(), [(7, 1)].as_slice()));
+    bench.streams.release("c", Instant::now(), &mut bench.poll);
+    assert!(bench.streams.is_drained());
+}
+
+#[test]
+fn a_drain_waits_for_a_reader_that_pauses() {
+    let mut bench = Bench::new("pauses");
+    bench.open(bench.stdio("c", false, 0));
+    let mut reader = bench.reader();
+    bench.process_end(Stream::Stdout).write_all(b"unread").expect("room in the pipe");
+    bench.streams.exited("c", &mut bench.poll);
+    bench.streams.drain("c", (7, 1), Instant::now(), &mut bench.poll);
+    bench.until("the fifo to hold it", |streams| streams.snapshot().iter().any(|stream| stream.waiting_bytes == 6));
+    assert!(bench.drained.is_empty(), "it is not taken");
     let mut got = Vec::new();
     bench.until("the end", |_| read_some(&mut reader, &mut got).is_none());
-    assert_eq!(got, b"before");
-    assert!(since.elapsed() >= outgoing::QUIET_AFTER_EXIT);
+    assert_eq!((got.as_slice(), bench.drained.as_slice()), (b"unread".as_slice(), [(7, 1)].as_slice()));
+}
+
+#[test]
+fn a_reader_that_leaves_without_reading_ends_a_drain() {
+    for is_held in [false, true] {
+        let mut bench = Bench::new(if is_held { "gone-held" } else { "gone" });
+        bench.open(bench.stdio("c", false, 0));
+        let reader = bench.reader();
+        let mut process = bench.process_end(Stream::Stdout);
+        process.write_all(b"unread").expect("room in the pipe");
+        let held = is_held.then_some(process);
+        bench.streams.exited("c", &mut bench.poll);
+        bench.streams.drain("c", (7, 1), Instant::now(), &mut bench.poll);
+        bench.until("the fifo to hold it", |streams| streams.snapshot().iter().any(|stream| stream.waiting_bytes == 6));
+        let since = Instant::now();
+        drop(reader);
+        bench.until("the end", |streams| streams.snapshot().is_empty());
+        assert!(since.elapsed() < LOOK_AGAIN, "only a look at the fifo has shown it");
+        assert_eq!((bench.drained.as_slice(), bench.streams.bytes_lost), ([(7, 1)].as_slice(), 6));
+        drop(held);
+    }
+}
+
+#[test]
+fn a_drain_of_streams_that_are_finished_or_gone_is_answered_at_once() {
+    let mut bench = Bench::new("at-once");
+    bench.open(bench.stdio("c", false, 0));
+    let _reader = bench.reader();
+    drop(bench.process_end(Stream::Stdout));
+    bench.streams.exited("c", &mut bench.poll);
+    for (cause, key) in [(1, "c"), (2, "c"), (3, "another")] {
+        bench.streams.drain(key, (cause, 1), Instant::now(), &mut bench.poll);
+    }
+    assert_eq!(bench.streams.tick(Instant::now(), &mut bench.poll), [(1, 1), (2, 1), (3, 1)]);
+}
+
+#[test]
+fn a_drain_is_answered_when_its_time_is_over() {
+    let mut bench = Bench::new("over");
+    bench.open(bench.stdio("c", false, 0));
+    let _reader = bench.reader();
+    let mut held = bench.process_end(Stream::Stdout);
+    bench.streams.exited("c", &mut bench.poll);
+    let long_ago = Instant::now().checked_sub(DRAIN_WITHIN).expect("a machine that is up for a while");
+    bench.streams.drain("c", (7, 1), long_ago, &mut bench.poll);
+    assert_eq!(bench.streams.tick(Instant::now(), &mut bench.poll), [(7, 1)]);
+    assert!(held.write_all(b"late").is_err(), "its reader is gone");
+}
+
+#[test]
+fn a_drain_waits_for_the_last_writer_of_a_pipe_that_is_read_elsewhere() {
+    let mut bench = Bench::new("lent");
+    let stdio = Stdio { stdout: Output::Pipe, ..bench.stdio("c", false, 0) };
+    bench.open(stdio);
+    let held = bench.process_end(Stream::Stdout);
+    bench.streams.exited("c", &mut bench.poll);
+    bench.streams.drain("c", (7, 1), Instant::now(), &mut bench.poll);
+    assert!(bench.streams.tick(Instant::now(), &mut bench.poll).is_empty());
+    assert!(bench.streams.read_end("c", Stream::Stdout).is_ok(), "the next worker needs it");
+    drop(held);
+    bench.until("the end", |streams| streams.entries.values().all(Entry::is_finished));
+    assert_eq!(bench.drained, [(7, 1)]);
+}
+
+#[test]
+fn a_terminal_whose_logger_dies_first_is_emptied_and_leaves_no_pipe() {
+    let mut bench = Bench::new("terminal");
+    let stdio = Stdio { stdout: Output::Pipe, terminal: true, ..bench.stdio("c", false, 0) };
+    bench.open(stdio);
+    let pty = nix::pty::openpty(None, None).expect("a terminal");
+    assert!(bench.streams.attach("c", pty.master, &mut bench.poll));
+    bench.streams.reader_gone("c", Stream::Stdout, &mut bench.poll);
+    let mut process = File::from(pty.slave);
+    let writer = std::thread::spawn(move || process.write_all(&[b'x'; 1 << 20]));
+    bench.until("the process to be done without its logger", |_| writer.is_finished());
+    writer.join().expect("the writer").expect("all written");
+    bench.streams.exited("c", &mut bench.poll);
+    bench.until("the end", |streams| streams.snapshot().is_empty());
+    assert!(bench.streams.bytes_lost >= 1 << 19, "{}", bench.streams.bytes_lost);
+    bench.streams.release("c", Instant::now(), &mut bench.poll);
+    assert!(bench.streams.is_drained());
 }
 
 #[test]
@@ -175,7 +283,7 @@ fn without_a_reader_delete_drops_what_is_left_and_counts_it() {
     let stdio = bench.stdio("c", false, 0);
     bench.open(stdio);
     bench.process_end(Stream::Stdout).write_all(b"unread").expect("room in the pipe");
-    bench.streams.exited("c", Instant::now(), &mut bench.poll);
+    bench.streams.exited("c", &mut bench.poll);
     bench.streams.release("c", Instant::now(), &mut bench.poll);
     bench.until("everything to go", Streams::is_drained);
     assert_eq!(bench.streams.bytes_lost, 6);
@@ -242,7 +350,7 @@ fn a_spill_that_is_never_empty_holds_little_more_than_its_limit() {
         let count = reader.read(&mut part).unwrap_or(0);
         assert!(part[..count].iter().zip(got..).all(|(byte, at)| *byte == (at % 251) as u8), "other bytes after {got}");
         got += count as u64;
-        if let Some(Pump::Out(out)) = streams.pumps.values().next() {
+        if let Some(out) = outputs(streams).next() {
             most = most.max(out.spill_file().map_or(0, |file| file.metadata().expect("an open file").blocks() * 512));
         }
         got > 20 * limit
@@ -268,7 +376,7 @@ fn an_endless_writer_does_not_hold_the_streams_of_a_deleted_container() {
     });
     let writing = std::thread::spawn(move || while process.write_all(&[b'x'; 4096]).is_ok() {});
     bench.until("bytes flow", |streams| streams.snapshot().iter().any(|stream| stream.bytes > 0));
-    let long_ago = Instant::now().checked_sub(outgoing::DRAIN_AFTER_DELETE).expect("a machine that is up for a while");
+    let long_ago = Instant::now().checked_sub(DRAIN_WITHIN).expect("a machine that is up for a while");
     bench.streams.release("c", long_ago, &mut bench.poll);
     bench.until("the streams are given up", Streams::is_drained);
     for thread in [writing, reading] {
@@ -282,6 +390,6 @@ fn streams_that_cannot_all_be_made_leave_nothing_behind() {
     let stdio = bench.stdio("c", true, 0);
     let hopeless = Stdio { spill_bytes: 1 << 20, spill_folder: "/nowhere".into(), ..stdio.clone() };
     bench.streams.open(hopeless, &mut bench.poll).expect_err("there is no folder for the spill");
-    assert!(bench.streams.pumps.is_empty() && bench.streams.is_drained(), "{:?}", bench.streams);
+    assert!(bench.streams.is_drained(), "{:?}", bench.streams);
     bench.open(stdio);
 }

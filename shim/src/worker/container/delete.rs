@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::create::{at, unmount};
+use super::exits::FLUSH_WITHIN;
 use super::kill::kill_rest;
 use super::{Change, Container, ContainerId, Event, Exit, Happening, Phase, Process, ProcessKey, Reply, Request, Target, journal};
 use crate::engine::{Engine, EngineError, Verb};
@@ -35,7 +36,11 @@ pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target
     };
     let key = container.key(&target.exec)?;
     if key.exec.is_some() {
-        return delete_added(&container, &key);
+        return delete_added(cause, &container, &key).await;
+    }
+    // Before it takes its turn, for which the command `delete` waits.
+    if container.process(&key, Process::exit)?.is_some() {
+        drain(cause, &key).await;
     }
     if let Some(deleted) = container.deleted_by_another().await {
         return Ok(Change::reply(Reply::Deleted(deleted)));
@@ -136,12 +141,26 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
     })
 }
 
-fn delete_added(container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
+async fn delete_added(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     container.admit(key, Request::Delete)?;
-    let mut change = Change { save: Some(Rc::clone(container)), ..Change::default() };
-    let process = container.drop_added(key, &mut change)?;
-    change.reply = Some(Ok(Reply::Deleted(Deleted::of(&process))));
+    let deleted = container.process(key, Deleted::of)?;
+    drain(cause, key).await;
+    if let Some(pump) = container.pump_of(key) {
+        pump.end(FLUSH_WITHIN).await;
+    }
+    let mut change = Change::reply(Reply::Deleted(deleted));
+    // Another Delete may have been answered meanwhile, of the process or of its container.
+    if container.deleted.get().is_none() && container.drop_added(key, &mut change).is_ok() {
+        change.save = Some(Rc::clone(container));
+    }
     Ok(change)
+}
+
+/// Waits, for a while at most, until what a process and its descendants write is taken: clients close their ends after Delete.
+async fn drain(cause: &Cause, key: &ProcessKey) {
+    if let Err(error) = cause.perform(step::DRAIN, Op::Drain { key: key.to_string() }).await {
+        log::warn!(container:% = key, error:% = error.chain(); "cannot wait for the end of the output");
+    }
 }
 
 fn blocking_is_folder(path: &Path) -> bool {

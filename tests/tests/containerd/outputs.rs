@@ -1,0 +1,255 @@
+//! No byte of an output is lost: whatever its kind, a descendant that holds it, a reader that is slow or late, init or exec.
+//!
+//! A client of containerd reads while Delete waits, and closes its end afterwards.
+
+use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::fcntl::OFlag;
+use shim_tests::container::{Container, Process, Stdio};
+use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, a_second, eventually_true, within};
+use shim_tests::proc;
+use shim_tests::stdio::Pace;
+use tokio::task::{JoinSet, LocalSet};
+
+use crate::worker::{kill_worker, ours_only};
+
+/// Who holds the output when the process has ended, and writes once more a second later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    Nobody,
+    Child,
+    /// In a session of its own, so that no signal to a group reaches it.
+    Grandchild,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    Fast,
+    Slow,
+    /// Opens, and reads nothing for a second.
+    Pausing,
+    /// Opens after the exit.
+    Late,
+    /// Opens, reads nothing, and leaves after Delete was called.
+    Gone,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Pipe,
+    Terminal,
+    File,
+    Logger,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Cell {
+    holder: Holder,
+    reading: Reading,
+    kind: Kind,
+    is_exec: bool,
+}
+
+impl Cell {
+    fn all() -> Vec<Self> {
+        let mut cells = Vec::new();
+        for holder in [Holder::Nobody, Holder::Child, Holder::Grandchild] {
+            for is_exec in [false, true] {
+                for kind in [Kind::Pipe, Kind::Terminal] {
+                    for reading in [Reading::Fast, Reading::Slow, Reading::Pausing, Reading::Late, Reading::Gone] {
+                        cells.push(Self { holder, reading, kind, is_exec });
+                    }
+                }
+                // the readers of these are the shim and the logger
+                cells.extend([Kind::File, Kind::Logger].map(|kind| Self { holder, reading: Reading::Fast, kind, is_exec }));
+            }
+        }
+        cells
+    }
+
+    /// What `seq` counts to. A pipe without a reader holds no more of a terminal: its parts are small.
+    fn lines(self) -> u64 {
+        if self.kind == Kind::Terminal && matches!(self.reading, Reading::Late | Reading::Gone) { 300 } else { 10_000 }
+    }
+
+    fn script(self) -> String {
+        let late = match self.holder {
+            Holder::Nobody => "",
+            Holder::Child => "(sleep 1; echo late) &",
+            Holder::Grandchild => "setsid sh -c '(sleep 1; echo late) &';",
+        };
+        format!("{late} seq {}", self.lines())
+    }
+
+    /// What is written. Nothing outlives init, and the kernel hangs a terminal up for all of its session.
+    fn bytes(self) -> u64 {
+        let line_end = if self.kind == Kind::Terminal { 2 } else { 1 };
+        let late = match self.holder {
+            Holder::Child if self.is_exec && self.kind != Kind::Terminal => 4 + line_end,
+            Holder::Grandchild if self.is_exec => 4 + line_end,
+            Holder::Nobody | Holder::Child | Holder::Grandchild => 0,
+        };
+        late + (1..=self.lines()).map(|number| u64::from(number.ilog10()) + 1 + line_end).sum::<u64>()
+    }
+
+    /// Runs it. Returns how many bytes had arrived, and how long Delete took.
+    async fn run(self, cx: Context) -> Result<(u64, Duration)> {
+        let is_terminal = self.kind == Kind::Terminal;
+        let folder = cx.folder().join(format!("{self:?}").replace([' ', '{', '}', ':', ','], ""));
+        fs::create_dir_all(&folder)?;
+        let log = folder.join("log");
+        let pace = match self.reading {
+            Reading::Fast => Some(Pace::Count),
+            Reading::Slow => Some(Pace::Slow { chunk: 4096, pause: Duration::from_millis(50) }),
+            Reading::Pausing => Some(Pace::Pausing(Duration::from_secs(1))),
+            Reading::Late | Reading::Gone => None,
+        };
+        let stdio = match self.kind {
+            Kind::Pipe | Kind::Terminal => Stdio::Fifos { stdin: false, pace },
+            Kind::File => Stdio::uri(format!("file://{}", log.display())),
+            Kind::Logger => Stdio::uri(format!("binary://{}?folder={}", cx.program("log-sink").display(), folder.display())),
+        };
+        let command = ["sh", "-c", &self.script()];
+        let (mut container, mut exec): (Container, Option<Process>);
+        if self.is_exec {
+            container = cx.container(&["sleep", "1000"]).start().await?;
+            let new = container.exec("e", &command).stdio(stdio);
+            exec = Some(if is_terminal { new.terminal() } else { new }.add().await?);
+        } else {
+            let new = cx.container(&command).stdio(stdio);
+            (container, exec) = (if is_terminal { new.terminal() } else { new }.create().await?, None);
+        }
+        let process: &mut Process = exec.as_mut().unwrap_or(&mut container);
+        let open = |path: &String| File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+        let fifos = process.io.paths().iter().filter(|path| self.reading == Reading::Gone && !path.is_empty());
+        let unread: Vec<File> = fifos.map(open).collect::<Result<_, _>>()?;
+        process.start().await?;
+        process.wait().await?;
+        if self.reading == Reading::Late {
+            process.io.read(Pace::Count)?;
+        }
+        let begin = Instant::now();
+        let (deleted, ()) = tokio::join!(process.delete(), async { drop(unread) });
+        deleted?;
+        let took = begin.elapsed();
+        let count = match self.kind {
+            Kind::File => fs::metadata(log)?.len(),
+            Kind::Logger => {
+                eventually_true("the logger is done", SOON, || folder.join("done").exists()).await?;
+                fs::metadata(folder.join("stdout"))?.len()
+            }
+            Kind::Pipe | Kind::Terminal => match &mut process.io.stdout {
+                Some(reader) => {
+                    // the stock shim's Delete is answered when it has given its bytes to the fifo
+                    if !cx.shim().is_ours() {
+                        reader.to_end().await?;
+                    }
+                    reader.leave();
+                    reader.count()
+                }
+                None => 0,
+            },
+        };
+        if self.is_exec {
+            container.destroy().await?;
+        }
+        Ok((count, took))
+    }
+}
+
+pub(crate) async fn every_byte_arrives_whoever_holds_the_output_and_however_it_is_read(cx: Context) -> Result<()> {
+    let mut cells = Cell::all();
+    if !cx.shim().is_ours() {
+        // its Create waits for a reader
+        cells.retain(|cell| ![Reading::Late, Reading::Gone].contains(&cell.reading));
+    }
+    let wrong = LocalSet::new().run_until(run_all(cx, cells)).await?;
+    ensure!(wrong.is_empty(), "{wrong:#?}");
+    Ok(())
+}
+
+/// Runs a few at a time. Returns what is wrong.
+async fn run_all(cx: Context, mut cells: Vec<Cell>) -> Result<Vec<String>> {
+    let mut wrong = Vec::new();
+    while !cells.is_empty() {
+        let mut runs = JoinSet::new();
+        for cell in cells.drain(..cells.len().min(8)) {
+            let cx = cx.clone();
+            runs.spawn_local(async move { (cell, cell.run(cx).await) });
+        }
+        while let Some(run) = runs.join_next().await {
+            let (cell, result) = run?;
+            let (count, took) = result.with_context(|| format!("{cell:?}"))?;
+            println!("{cell:?}: {count} of {} bytes, Delete took {} ms", cell.bytes(), took.as_millis());
+            // that nobody reads is no reason to wait
+            let is_right = if cell.reading == Reading::Gone { took < Duration::from_secs(5) } else { count == cell.bytes() };
+            if !is_right {
+                wrong.push(format!("{cell:?}: {count} of {} bytes, Delete took {took:?}", cell.bytes()));
+            }
+        }
+    }
+    Ok(wrong)
+}
+
+/// Adds an exec whose output a descendant holds and a client reads, and waits for its end.
+async fn held(container: &Container, exec: &str, script: &str) -> Result<Process> {
+    let exec = container.exec(exec, &["sh", "-c", script]).stdio(Stdio::OUTPUT).start().await?;
+    ensure!(exec.wait().await? == 0);
+    Ok(exec)
+}
+
+pub(crate) async fn a_delete_that_waits_for_output_delays_no_other_call_and_ends(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let shim = cx.shim_pid(&container.id)?;
+    let mut files = Vec::new();
+    for round in 0..2 {
+        let exec = held(&container, &format!("held{round}"), "sleep 1000 & echo said").await?;
+        let begin = Instant::now();
+        let mut deleting = Box::pin(exec.delete());
+        let others = async {
+            let begin = Instant::now();
+            container.state().await?;
+            exec.state().await?;
+            ensure!(exec.wait().await? == 0);
+            let other = container.exec("other", &["sleep", "1000"]).start().await?;
+            other.kill(9).await?;
+            other.finish().await?;
+            ensure!(begin.elapsed() < a_second() * 3, "the other calls took {:?}", begin.elapsed());
+            anyhow::Ok(())
+        };
+        tokio::select! {
+            answer = &mut deleting => anyhow::bail!("Delete has not waited: {answer:?} after {:?}", begin.elapsed()),
+            others = others => others?,
+        }
+        within("Delete of an exec whose output is held", SOON * 2, deleting).await??;
+        ensure!(exec.io.out().to_end().await? == "said\n");
+        files.push(proc::open_files(shim)?.len());
+    }
+    ensure!(files[0] == files[1], "open files of the shim: {files:?}");
+    container.destroy().await?;
+    Ok(())
+}
+
+pub(crate) async fn a_delete_that_waits_for_output_outlives_the_worker(cx: Context) -> Result<()> {
+    ours_only(&cx)?;
+    let container = cx.container(&["tail", "-f", "/dev/null"]).start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let gate = container.exec("gate", &["sleep", "1000"]).start().await?;
+    let exec = held(&container, "e", "(while pidof sleep >/dev/null; do usleep 50000; done; echo late) & echo now").await?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let deleting = tokio::spawn(async move { client.delete_exec(&id, "e").await });
+    for _life in 0..2 {
+        container.exec("other", &["true"]).run().await?;
+        ensure!(!deleting.is_finished(), "Delete has not waited");
+        kill_worker(keeper).await?;
+    }
+    gate.kill(9).await?;
+    ensure!(within("Delete", SOON, deleting).await???.exit_status == 0);
+    ensure!(exec.io.out().to_end().await? == "now\nlate\n");
+    container.destroy().await?;
+    Ok(())
+}
