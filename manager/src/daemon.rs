@@ -17,15 +17,16 @@ use crate::error::{Error, IoContext as _, Result};
 use crate::manager::Manager;
 use crate::settings::Settings;
 use crate::sockets::{Inherited, Sockets, accepting};
-use crate::sys::children;
+use crate::sys::{children, memory};
 use crate::upgrade::{self, Estate, Predecessor};
-use crate::{api, control, forward, logging, metrics, notify, restart, store};
+use crate::{api, control, forward, logging, metrics, notify, restart, store, upkeep};
 
 /// Serves until SIGTERM or SIGINT, or until another process has taken over. `takes_over` when this one is such a process.
 ///
 /// Errors: when it cannot start; with a sentence for whoever reads the service's log.
 pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
     logging::install(settings.log_level);
+    memory::keep_little();
     // before it may be replaced by another file
     let program = own_program();
     let inherited = if takes_over { None } else { Some(Inherited::from_service_manager()?) };
@@ -68,7 +69,7 @@ impl Start {
         let (mut predecessor, lock, inherited) = Predecessor::meet()?;
         let lock = for_root_alone(lock.into(), &settings.root.join(LOCK))?;
         let sockets = Sockets::open(settings, inherited)?;
-        predecessor.prepared(store::rehearse(&settings.store())?).await?;
+        predecessor.prepared(store::rehearse(&settings.store_files())?).await?;
         let manager = Arc::new(Manager::open(settings).await?);
         Ok(Self { lock, sockets, manager, predecessor: Some(predecessor) })
     }
@@ -85,7 +86,7 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     let (send, orders) = mpsc::channel(1);
     let mut wishes = Wishes::new(hangup, orders)?;
     if let Some(predecessor) = predecessor {
-        predecessor.ready().await?;
+        predecessor.ready(&manager.events).await?;
     }
     drop(not_yet);
     let mut events = forward::serve(shims, Arc::clone(&manager.tasks)).await?;
@@ -95,13 +96,13 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     if let Some(listener) = metrics {
         tokio::spawn(metrics::serve(listener, Arc::clone(&manager)));
     }
+    tokio::spawn(upkeep::run(Arc::clone(&manager)));
     if let Some(interval) = settings.restart_interval {
         tokio::spawn(restart::watch(Arc::clone(&manager), interval));
     }
     info!(address:% = settings.address.display(), version = env!("CARGO_PKG_VERSION"), pid = std::process::id(); "serving");
     notify::tell(&format!("READY=1\nSTATUS=serving at {}", settings.address.display()));
-    let store_file = settings.store();
-    let estate = Estate { lock: lock.as_fd(), sockets: &sockets, store: &manager.store, store_file: &store_file, gate: &manager.gate };
+    let estate = Estate { lock: lock.as_fd(), sockets: &sockets, store: &manager.store, gate: &manager.gate, events: &manager.events };
     while let Some(order) = wishes.order().await {
         let path = order.as_ref().and_then(|order| order.program.clone()).unwrap_or_else(|| program.to_owned());
         let mut is_told_to_stop = false;
@@ -133,6 +134,7 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
         drop(manager.gate.close(LAST_CHANGES).await);
         manager.gate.retire();
     }
+    manager.events.retire();
     course.send_replace(ends);
     events.stop_listen().await;
     // shims connect again, to whoever serves then; those that get no answer say it again there

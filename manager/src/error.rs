@@ -49,6 +49,16 @@ pub(crate) enum Error {
         /// What the store says.
         source: rusqlite::Error,
     },
+    /// A file of the metadata store cannot be used.
+    #[error("metadata store {}: {op}", path.display())]
+    StoreFile {
+        /// What was tried.
+        op: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// What the store says.
+        source: rusqlite::Error,
+    },
     /// A record of the store cannot be read.
     #[error("metadata store: {0} cannot be read")]
     Record(String),
@@ -80,11 +90,11 @@ impl Error {
             Self::Unavailable(_) => Code::Unavailable,
             Self::Shim { code, .. } => Code::from(*code),
             Self::Launch(_) => Code::Unknown,
-            Self::Store { source, .. } if is_full(source) => Code::ResourceExhausted,
+            Self::Store { source, .. } | Self::StoreFile { source, .. } if is_full(source) => Code::ResourceExhausted,
             Self::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
                 Code::ResourceExhausted
             }
-            Self::Store { .. } | Self::Record(_) | Self::Io { .. } => Code::Internal,
+            Self::Store { .. } | Self::StoreFile { .. } | Self::Record(_) | Self::Io { .. } => Code::Internal,
         }
     }
 

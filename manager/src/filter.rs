@@ -4,10 +4,12 @@
 //! filter   := selector ("," selector)*           all of them must hold
 //! selector := path [("==" | "!=" | "~=") value]   a path alone: it is there
 //! path     := field ("." field)*
-//! field    := quoted | [A-Za-z0-9_]+
+//! field    := quoted | [A-Za-z0-9_-]+
 //! value    := quoted | anything without "," and white space
 //! quoted   := Go's "…"; after ~= also /…/ and |…|, where a backslash keeps the quote's end away
 //! ```
+//! White space may precede a field, an operator and a value, as containerd lets it.
+//!
 //! Of several filters one must hold; none, or an empty one, holds for everything. docs/filters.md names the fields of each kind of object.
 
 use std::borrow::Cow;
@@ -15,7 +17,10 @@ use std::collections::HashMap;
 use std::hash::BuildHasher;
 use std::iter::Peekable;
 use std::str::Chars;
+use std::sync::Arc;
+use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use regex_lite::{Regex, RegexBuilder};
 
 use crate::error::{Error, Result};
@@ -24,6 +29,12 @@ use crate::error::{Error, Result};
 pub(crate) trait Fields {
     /// The value under a path; none where there is none.
     fn field(&self, path: &[&str]) -> Option<Cow<'_, str>>;
+}
+
+impl<T: Fields> Fields for Arc<T> {
+    fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
+        (**self).field(path)
+    }
 }
 
 /// The value of a map under what is left of a path; its keys may have dots.
@@ -73,8 +84,72 @@ impl Filter {
 
     /// Whether it holds for an object.
     pub(crate) fn accepts(&self, object: &impl Fields) -> bool {
-        self.0.is_empty() || self.0.iter().any(|all| all.iter().all(|selector| selector.accepts(object)))
+        self.accepts_within(object, &mut Allowance { left: Duration::MAX }).unwrap_or(false)
     }
+
+    /// The same, as far as the allowance goes; to be called on a thread where others need not wait for it.
+    ///
+    /// Errors: the allowance is used up. One condition more may have been evaluated.
+    pub(crate) fn accepts_within(&self, object: &impl Fields, allowance: &mut Allowance) -> Result<bool, Costly> {
+        if self.is_for_everything() {
+            return Ok(true);
+        }
+        let mut spent = Spent { allowance, since: processor_time() };
+        'filters: for selectors in &self.0 {
+            for selector in selectors {
+                let accepts = selector.accepts(object);
+                spent.settle()?;
+                if !accepts {
+                    continue 'filters;
+                }
+            }
+            return Ok(true);
+        }
+        Ok(false)
+    }
+}
+
+/// Processor time that a filter may still use. Unlike time on the clock it does not pass while other processes run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Allowance {
+    left: Duration,
+}
+
+impl Allowance {
+    /// An allowance of that much.
+    pub(crate) fn of(left: Duration) -> Self {
+        Self { left }
+    }
+
+    /// Adds some, up to a limit.
+    pub(crate) fn add(&mut self, more: Duration, limit: Duration) {
+        self.left = (self.left + more).min(limit);
+    }
+}
+
+/// An allowance is used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Costly;
+
+struct Spent<'a> {
+    allowance: &'a mut Allowance,
+    since: Duration,
+}
+
+impl Spent<'_> {
+    fn settle(&mut self) -> Result<(), Costly> {
+        let now = processor_time();
+        let left = self.allowance.left.checked_sub(now.saturating_sub(self.since));
+        self.since = now;
+        self.allowance.left = left.unwrap_or_default();
+        left.map(drop).ok_or(Costly)
+    }
+}
+
+/// What the calling thread has used so far.
+fn processor_time() -> Duration {
+    // this clock is there on every Linux
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 impl Selector {
@@ -139,6 +214,10 @@ impl Parser<'_> {
         text
     }
 
+    fn skip_space(&mut self) {
+        self.take_while(char::is_whitespace);
+    }
+
     fn selectors(&mut self) -> Result<Vec<Selector>, String> {
         let mut selectors = vec![self.selector()?];
         loop {
@@ -157,9 +236,12 @@ impl Parser<'_> {
             self.at += 1;
             path.push(self.path_part()?);
         }
+        // nothing but a comma or the end may follow a path that stands alone
+        let is_alone = matches!(self.rest.peek(), None | Some(','));
+        self.skip_space();
         let operator = self.take_while(|c| matches!(c, '=' | '!' | '~'));
         let test = match operator.as_str() {
-            "" => Test::Present,
+            "" if is_alone => Test::Present,
             "==" => Test::Equal(self.value(false)?),
             "!=" => Test::NotEqual(self.value(false)?),
             "~=" => {
@@ -174,14 +256,16 @@ impl Parser<'_> {
     }
 
     fn path_part(&mut self) -> Result<String, String> {
+        self.skip_space();
         if self.rest.peek() == Some(&'"') {
             return self.quoted();
         }
-        let part = self.take_while(|c| c.is_ascii_alphanumeric() || c == '_');
+        let part = self.take_while(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
         if part.is_empty() { Err("expected the name of a field".to_owned()) } else { Ok(part) }
     }
 
     fn value(&mut self, is_pattern: bool) -> Result<String, String> {
+        self.skip_space();
         match self.rest.peek() {
             Some('"') => self.quoted(),
             Some('/' | '|') if is_pattern => self.delimited(),
@@ -280,7 +364,7 @@ mod tests {
     }
 
     fn holds(filters: &[&str]) -> bool {
-        let labels = [("env", "prod"), ("a.b/c", "x,y"), ("empty", ""), ("n", "7\n")];
+        let labels = [("env", "prod"), ("a.b/c", "x,y"), ("empty", ""), ("n", "7\n"), ("a-b", "c")];
         let object = Object(labels.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
         Filter::parse(filters).unwrap_or_else(|error| panic!("{filters:?}: {error}")).accepts(&object)
     }
@@ -306,6 +390,10 @@ mod tests {
             "labels.none!=x",
             "labels.env~=/(dev|prod)/",
             "labels.\"a.b/c\"~=/x,/",
+            // white space where containerd's scanner passes over it
+            " id==foo, labels.env==prod",
+            "id == foo,\tlabels. env ~= /pro/",
+            "labels.a-b==c",
         ] {
             assert!(holds(&[filter]), "{filter}");
         }
@@ -335,7 +423,10 @@ mod tests {
             "id==",
             "id==x,",
             "id==\"x",
-            "id == x",
+            "id==x ",
+            "id ",
+            "id x",
+            "id==x ,id",
             "labels.",
             "id~=/x",
             "id~=(",

@@ -27,6 +27,7 @@ mod sys;
 mod tasks;
 mod timestamp;
 mod upgrade;
+mod upkeep;
 mod wire;
 
 use error::{Error, Result};

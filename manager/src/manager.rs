@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU64;
 
 use tokio::sync::Semaphore;
 
+use crate::api::Calls;
 use crate::error::{IoContext as _, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
@@ -23,6 +24,8 @@ pub(crate) struct Manager {
     pub(crate) gate: Gate,
     /// Passed by lists that evaluate filters: others may need threads as well.
     pub(crate) filtering: Semaphore,
+    /// What clients have called.
+    pub(crate) calls: Calls,
     /// What the restart monitor has started.
     pub(crate) restarts: AtomicU64,
     /// Told to whoever asks for the server: the same for as long as the store is.
@@ -32,17 +35,23 @@ pub(crate) struct Manager {
 impl Manager {
     /// Opens the store.
     pub(crate) async fn open(settings: &Settings) -> Result<Self> {
-        let store = Store::open(&settings.store())?;
+        let store = Store::open(&settings.store_files())?;
         let (new, boot) = (kernel_id("uuid")?, kernel_id("boot_id")?);
-        let about = move |db: &_| {
-            store::new_boot(db, &boot)?;
-            store::uuid(db, &new)
-        };
-        let uuid = store.write(about).await?;
+        store.note(move |db| store::new_boot(db, &boot)).await?;
+        let uuid = store.write(move |db| store::uuid(db, &new)).await?;
         let gate = Gate::default();
         let events = Arc::new(Exchange::new(settings.limits));
         let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone()));
-        Ok(Self { store, events, tasks, gate, filtering: Semaphore::new(FILTERING), restarts: AtomicU64::new(0), uuid })
+        Ok(Self {
+            store,
+            events,
+            tasks,
+            gate,
+            filtering: Semaphore::new(FILTERING),
+            calls: Calls::default(),
+            restarts: AtomicU64::new(0),
+            uuid,
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! Metrics over HTTP, in the text format of Prometheus. Whatever path is asked for, this is the answer.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::sync::Arc;
@@ -9,10 +10,13 @@ use log::{debug, warn};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
+use tonic::Code;
 
+use crate::api::{BOUNDS, Cost};
 use crate::error::{IoContext as _, Result};
 use crate::manager::Manager;
 use crate::sockets::{self, MetricsListener};
+use crate::store::Load;
 
 /// Where they are asked for.
 #[derive(Debug)]
@@ -114,6 +118,21 @@ fn page(manager: &Manager, started: SystemTime) -> String {
     add("x_manager_events_total", "counter", "Events that were published.", &one(manager.events.published() as f64));
     let restarts = manager.restarts.load(std::sync::atomic::Ordering::Relaxed);
     add("x_manager_restarts_total", "counter", "Containers that the restart monitor has started.", &one(restarts as f64));
+    let costs = manager.calls.costs();
+    let by_code = costs.iter().flat_map(|(method, cost)| {
+        cost.codes.iter().map(move |(code, count)| (format!("{{method=\"{method}\",code=\"{:?}\"}}", Code::from(*code)), *count as f64))
+    });
+    add("x_manager_calls_total", "counter", "Calls of clients that were answered, by method and code.", &by_code.collect::<Vec<_>>());
+    add("x_manager_calls_under_way", "gauge", "Calls of clients that are not answered yet.", &one(manager.calls.under_way() as f64));
+    let waiting = manager.events.waiting();
+    add("x_manager_event_queue_bytes", "gauge", "Events that wait for subscribers to read them.", &one(waiting as f64));
+    let loads = manager.store.loads();
+    let of = |value: fn(&Load) -> f64| loads.each_ref().map(|(kind, load)| (format!("{{kind=\"{kind}\"}}"), value(load)));
+    add("x_manager_store_jobs_total", "counter", "Jobs that the metadata store has done.", &of(|load| load.count as f64));
+    add("x_manager_store_seconds_total", "counter", "Time that they took.", &of(|load| load.took.as_secs_f64()));
+    add("x_manager_store_queue", "gauge", "Jobs that wait for the metadata store.", &of(|load| load.waiting as f64));
+    let sizes = manager.store.sizes().into_iter().map(|(file, bytes)| (format!("{{file=\"{file}\"}}"), bytes as f64));
+    add("x_manager_store_bytes", "gauge", "Files of the metadata store.", &sizes.collect::<Vec<_>>());
     let since = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     add("process_start_time_seconds", "gauge", "When this process began to serve, in seconds since 1970.", &one(since));
     if let Some((virtual_bytes, resident_bytes)) = memory() {
@@ -124,7 +143,22 @@ fn page(manager: &Manager, started: SystemTime) -> String {
         // one is that of the folder itself
         add("process_open_fds", "gauge", "Open descriptors.", &one(open.count().saturating_sub(1) as f64));
     }
+    latencies(&mut page, &costs);
     page
+}
+
+fn latencies(page: &mut String, costs: &BTreeMap<String, Cost>) {
+    const NAME: &str = "x_manager_call_seconds";
+    // writing to a string does not fail
+    let _ = writeln!(page, "# HELP {NAME} How long calls took; streams, until they began.\n# TYPE {NAME} histogram");
+    for (method, cost) in costs {
+        for (bound, count) in BOUNDS.iter().zip(cost.within) {
+            let _ = writeln!(page, "{NAME}_bucket{{method=\"{method}\",le=\"{bound}\"}} {count}");
+        }
+        let _ = writeln!(page, "{NAME}_bucket{{method=\"{method}\",le=\"+Inf\"}} {}", cost.count);
+        let _ = writeln!(page, "{NAME}_sum{{method=\"{method}\"}} {}", cost.took.as_secs_f64());
+        let _ = writeln!(page, "{NAME}_count{{method=\"{method}\"}} {}", cost.count);
+    }
 }
 
 fn memory() -> Option<(f64, f64)> {

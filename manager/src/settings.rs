@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
+use crate::store::Files;
+
 /// What the daemon is started with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Settings {
@@ -82,9 +84,14 @@ impl Settings {
         self.state.join("control.sock")
     }
 
-    /// The file of the metadata store.
+    /// The file of the metadata store that outlives a reboot.
     pub(crate) fn store(&self) -> PathBuf {
         self.root.join("meta.db")
+    }
+
+    /// All files of the metadata store.
+    pub(crate) fn store_files(&self) -> Files {
+        Files { meta: self.store(), notes: self.state.join("notes.db") }
     }
 
     /// The bundles, as containerd lays them out: a folder for each namespace, in it one for each task.

@@ -2,6 +2,8 @@
 //!
 //! `X_DAEMON` names the binary.
 
+#[path = "operations/disk.rs"]
+mod disk;
 #[path = "operations/files.rs"]
 mod files;
 #[path = "operations/limits.rs"]
@@ -27,7 +29,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases = [upgrade_cases(), restart_cases(), service_cases(), file_cases(), limit_cases()].concat();
+    let cases = [upgrade_cases(), restart_cases(), service_cases(), file_cases(), limit_cases(), disk_cases()].concat();
     runner::main(&cases, &[], programs)
 }
 
@@ -46,6 +48,7 @@ fn upgrade_cases() -> Vec<Case> {
             a_successor_that_crashes_at_any_step_changes_nothing,
             a_hangup_signal_is_an_upgrade,
             an_event_stream_ends_with_an_error_after_its_events,
+            a_client_that_subscribes_again_after_an_upgrade_has_missed_nothing,
             upgrades_may_follow_each_other_at_once,
             the_daemon_stops_while_a_successor_hangs,
     ];
@@ -93,9 +96,21 @@ fn limit_cases() -> Vec<Case> {
     cases![limits,
         Scope::Once =>
             a_full_disk_refuses_what_is_new_and_loses_nothing,
+            containers_can_be_deleted_on_a_disk_that_is_full_to_the_last_byte,
+            a_store_that_was_large_becomes_small_again,
+            memory_that_a_storm_of_calls_took_is_given_back,
+            a_lease_goes_when_its_label_says_that_it_has_expired,
             a_client_that_never_reads_its_events_is_dropped_with_an_error,
+            a_costly_filter_ends_its_subscription_and_no_call_waits_for_it,
             too_many_clients_are_turned_away_and_the_others_served,
             ten_thousand_idle_connections_delay_no_call,
             the_limit_on_open_files_is_raised_for_the_daemon_alone,
+    ]
+}
+
+fn disk_cases() -> Vec<Case> {
+    cases![disk,
+        Scope::Once =>
+            tasks_go_on_while_the_disk_of_the_store_is_frozen,
     ]
 }

@@ -10,14 +10,25 @@ use crate::name::Namespace;
 #[derive(Debug)]
 pub(super) struct Call {
     namespace: Option<String>,
+    pid: i32,
     _share: Share,
 }
+
+/// The process at the other end of a connection; 0 if that is not known.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Peer(pub(super) i32);
 
 impl Call {
     pub(super) fn of<Q>(request: &Request<Q>) -> Self {
         let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
         let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
-        Self { namespace: namespace.map(ToOwned::to_owned), _share: share }
+        let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
+        Self { namespace: namespace.map(ToOwned::to_owned), pid, _share: share }
+    }
+
+    /// The client's process; 0 if that is not known.
+    pub(super) fn pid(&self) -> i32 {
+        self.pid
     }
 
     /// The namespace that it is about.

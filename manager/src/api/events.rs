@@ -6,8 +6,7 @@ use containerd_client::services::v1::{ForwardRequest, PublishRequest, SubscribeR
 
 use super::call::Call;
 use crate::error::{Error, Result};
-use crate::events::{self, Subscription};
-use crate::filter::Filter;
+use crate::events::{self, Client, Subscription};
 use crate::manager::Manager;
 
 pub(super) async fn publish(manager: Arc<Manager>, call: Call, request: PublishRequest) -> Result<()> {
@@ -23,6 +22,6 @@ pub(super) async fn forward(manager: Arc<Manager>, _call: Call, request: Forward
     manager.tasks.hear(envelope).await
 }
 
-pub(super) async fn subscribe(manager: Arc<Manager>, _call: Call, request: SubscribeRequest) -> Result<Subscription> {
-    manager.events.subscribe(Filter::parse(&request.filters)?)
+pub(super) async fn subscribe(manager: Arc<Manager>, call: Call, request: SubscribeRequest) -> Result<Subscription> {
+    manager.events.subscribe(Client { pid: call.pid(), filters: request.filters })
 }

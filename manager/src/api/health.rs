@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
 use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::call::Call;
@@ -47,14 +49,24 @@ pub(super) async fn list(_manager: Arc<Manager>, _call: Call, _request: HealthLi
 }
 
 pub(super) async fn watch(
-    _manager: Arc<Manager>,
+    manager: Arc<Manager>,
     _call: Call,
     request: HealthCheckRequest,
 ) -> Result<impl Stream<Item = Result<HealthCheckResponse, Status>>> {
     let status = if request.service.is_empty() { SERVING } else { SERVICE_UNKNOWN };
-    let first = tokio_stream::once(Ok(HealthCheckResponse { status }));
-    // it stays like that for as long as this process lives
-    Ok(tokio_stream::StreamExt::chain(first, tokio_stream::pending()))
+    let (send, statuses) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let first = send.send(Ok(HealthCheckResponse { status })).await;
+        // it stays like that for as long as this process lives
+        tokio::select! {
+            () = manager.gate.retired(), if first.is_ok() => {
+                // its client may have gone
+                let _ = send.send(Err(Status::unavailable("this x-manager has ended; ask the next one"))).await;
+            }
+            () = send.closed() => {}
+        }
+    });
+    Ok(ReceiverStream::new(statuses))
 }
 
 const SERVING: i32 = 1;

@@ -11,6 +11,7 @@ use prost::Message as _;
 use prost_types::Any;
 
 use super::call::Call;
+use super::search::matching;
 use crate::error::{Error, IoContext as _, Result};
 use crate::filter::{Fields, Filter, text};
 use crate::manager::Manager;
@@ -43,11 +44,9 @@ fn all() -> Vec<Plugin> {
     plugins
 }
 
-pub(super) async fn plugins(_manager: Arc<Manager>, _call: Call, request: PluginsRequest) -> Result<PluginsResponse> {
+pub(super) async fn plugins(manager: Arc<Manager>, _call: Call, request: PluginsRequest) -> Result<PluginsResponse> {
     let filter = Filter::parse(&request.filters)?;
-    let mut plugins = all();
-    plugins.retain(|plugin| filter.accepts(plugin));
-    Ok(PluginsResponse { plugins })
+    Ok(PluginsResponse { plugins: matching(&manager, &filter, all()).await? })
 }
 
 pub(super) async fn server(manager: Arc<Manager>, _call: Call, _request: ()) -> Result<ServerResponse> {

@@ -49,7 +49,8 @@ pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateReq
                 return Err(Error::AlreadyExists(format!("lease {:?}", new.id)));
             }
             namespaces::ensure(db, namespace.as_str())?;
-            leases::put(db, namespace.as_str(), &new.id, &new)
+            leases::put(db, namespace.as_str(), &new.id, &new)?;
+            leases::note_expiry(db, namespace.as_str(), &new)
         })
         .await?;
     Ok(CreateResponse { lease: Some(lease) })
@@ -60,7 +61,7 @@ pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteReq
     let namespace = call.namespace()?;
     manager
         .store
-        .write(move |db| {
+        .remove(move |db| {
             must_exist(db, namespace.as_str(), &request.id)?;
             leases::remove(db, namespace.as_str(), &request.id).map(drop)
         })
@@ -87,7 +88,7 @@ pub(super) async fn delete_resource(manager: Arc<Manager>, call: Call, request: 
     let (namespace, resource) = (call.namespace()?, resource(request.resource)?);
     manager
         .store
-        .write(move |db| {
+        .remove(move |db| {
             must_exist(db, namespace.as_str(), &request.id)?;
             resources::remove(db, namespace.as_str(), &request.id, &resource)
         })

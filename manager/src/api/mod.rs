@@ -7,6 +7,7 @@
 
 mod body;
 mod call;
+mod calls;
 mod containers;
 mod events;
 mod health;
@@ -14,11 +15,11 @@ mod introspection;
 mod leases;
 mod mask;
 mod namespaces;
-mod retire;
 mod route;
 mod search;
 mod serve;
 mod tasks;
 mod version;
 
+pub(crate) use calls::{BOUNDS, Calls, Cost};
 pub(crate) use serve::{Course, serve};

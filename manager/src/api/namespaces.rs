@@ -85,7 +85,7 @@ pub(super) async fn delete(manager: Arc<Manager>, _call: Call, request: DeleteNa
     let name = request.name.clone();
     manager
         .store
-        .write(move |db| {
+        .remove(move |db| {
             if !containers::is_empty(db, &name)? {
                 return Err(Error::Precondition(format!("namespace {name:?} must be empty, but it still has containers")));
             }

@@ -11,13 +11,12 @@ use tokio::sync::watch;
 use tokio_stream::Stream;
 use tonic::body::Body;
 use tonic::server::Grpc;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tonic_prost::ProstCodec;
 use tower_service::Service;
 
 use super::body::{MESSAGE_BYTES, Metered};
 use super::call::Call;
-use super::retire::UntilRetired;
 use super::{containers, events, health, introspection, leases, namespaces, tasks, version};
 use crate::error::{Error, Result};
 use crate::manager::Manager;
@@ -28,14 +27,28 @@ type Answer = Result<http::Response<Body>, h2::Error>;
 /// Turns true when the client has been told that its connection ends.
 type Leaving = watch::Receiver<bool>;
 
+/// Serves one request, and counts it.
+pub(super) async fn counted(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>) -> Answer {
+    let path = request.uri().path().to_owned();
+    let call = manager.calls.begin();
+    let answer = route(Arc::clone(&manager), leaving, request).await;
+    let code = match &answer {
+        // the status of a success comes last
+        Ok(response) => response.headers().get("grpc-status").map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes())),
+        Err(_reset) => Code::Unavailable,
+    };
+    call.ended(&path, code);
+    answer
+}
+
 /// Serves one request.
 ///
 /// What changes something is carried to its end, even if the client hangs up; what only looks or waits ends with its client.
 ///
 /// When this process retires, what still waits is reset with REFUSED_STREAM: nothing was done, and clients may ask again as if they
-/// never had. gRPC's own do so by themselves, over a new connection, which the next process accepts. Streams of answers end with an error,
-/// as what their clients miss in between would be missed in silence.
-pub(super) async fn route(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>) -> Answer {
+/// never had. gRPC's own do so by themselves, over a new connection, which the next process accepts. Streams of events end with an error,
+/// so that their clients know that they have to subscribe again.
+async fn route(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>) -> Answer {
     let path = request.uri().path().to_owned();
     let (service, method) = path.strip_prefix('/').and_then(|path| path.split_once('/')).unwrap_or_default();
     let m = manager;
@@ -71,9 +84,9 @@ pub(super) async fn route(manager: Arc<Manager>, leaving: Leaving, request: http
             _ => unknown(&path),
         },
         "containerd.services.events.v1.Events" => match method {
-            "Publish" => look(m, r, events::publish).await,
+            "Publish" => change(m, leaving, r, events::publish).await,
             "Forward" => change(m, leaving, r, events::forward).await,
-            "Subscribe" => stream(m, r, events::subscribe).await,
+            "Subscribe" => subscribe(m, leaving, r, events::subscribe).await,
             _ => unknown(&path),
         },
         "containerd.services.namespaces.v1.Namespaces" => match method {
@@ -174,7 +187,7 @@ where
 }
 
 /// A call that is answered by a stream.
-async fn stream<Q, A, S, H, F>(manager: Arc<Manager>, request: http::Request<Metered>, mut handler: H) -> Answer
+async fn stream<Q, A, S, H, F>(manager: Arc<Manager>, request: http::Request<Metered>, handler: H) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,
@@ -182,12 +195,22 @@ where
     H: FnMut(Arc<Manager>, Call, Q) -> F,
     F: Future<Output = Result<S>> + Send + 'static,
 {
-    let gate = manager.gate.clone();
-    let handler = |manager, call, request| {
-        let (answer, gate) = (handler(manager, call, request), gate.clone());
-        async move { Ok(UntilRetired::new(answer.await?, gate)) }
-    };
     Ok(grpc().server_streaming(Handler { manager, handler, finish: |call| call }, request).await)
+}
+
+/// The same, that begins once no other process is about to take over: what it begins is handed over with the others.
+async fn subscribe<Q, A, S, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
+where
+    Q: Message + Default + 'static,
+    A: Message + Default + 'static,
+    S: Stream<Item = Result<A, Status>> + Send + 'static,
+    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    F: Future<Output = Result<S>> + Send + 'static,
+{
+    match manager.gate.enter().await {
+        Some(_pass) => stream(manager, request, handler).await,
+        None => Err(refused(leaving).await),
+    }
 }
 
 /// Refuses an answer that no client takes.

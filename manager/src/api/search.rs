@@ -102,20 +102,36 @@ impl<M: Message + Fields + 'static> Search<M> {
         let found = self.manager.store.read(move |db| page(db, namespace.as_str(), &after, PAGE_BYTES)).await?;
         let Some(last) = found.last() else { return Ok(None) };
         self.after = (self.id)(last).clone();
-        if self.filter.is_for_everything() {
-            return Ok(Some(found));
-        }
-        // there is no end of the semaphore
-        let _turn = self.manager.filtering.acquire().await;
-        let (filter, left) = (self.filter.clone(), self.left);
-        let kept = tokio::task::spawn_blocking(move || keep(found, &filter, left)).await.unwrap_or_else(|panic| {
-            error!(error:% = panic; "filters were not evaluated");
-            Err(Error::Launch("filters were not evaluated".to_owned()))
-        });
-        let (kept, left) = kept?;
+        let (kept, left) = within(&self.manager, &self.filter, found, self.left).await?;
         self.left = left;
         Ok(Some(kept))
     }
+}
+
+/// Those of some objects that the filter holds for.
+///
+/// Errors: [`Error::Exhausted`] when finding out takes too long.
+pub(super) async fn matching<M: Fields + Send + 'static>(manager: &Manager, filter: &Filter, objects: Vec<M>) -> Result<Vec<M>> {
+    within(manager, filter, objects, FILTERING).await.map(|(kept, _left)| kept)
+}
+
+async fn within<M: Fields + Send + 'static>(
+    manager: &Manager,
+    filter: &Filter,
+    objects: Vec<M>,
+    left: Duration,
+) -> Result<(Vec<M>, Duration)> {
+    if filter.is_for_everything() {
+        return Ok((objects, left));
+    }
+    // there is no end of the semaphore
+    let _turn = manager.filtering.acquire().await;
+    let filter = filter.clone();
+    let kept = tokio::task::spawn_blocking(move || keep(objects, &filter, left)).await;
+    kept.unwrap_or_else(|panic| {
+        error!(error:% = panic; "filters were not evaluated");
+        Err(Error::Launch("filters were not evaluated".to_owned()))
+    })
 }
 
 /// Those for which the filter holds, and what is left of the time.
@@ -142,7 +158,7 @@ mod tests {
 
     use super::*;
     use crate::settings::Settings;
-    use crate::store::{containers, namespaces};
+    use crate::store::{containers, execs, namespaces};
 
     fn folder(name: &str) -> std::path::PathBuf {
         std::env::temp_dir().join(format!("x-manager-search-{name}-{}", std::process::id()))
@@ -162,7 +178,7 @@ mod tests {
             }
             Ok(())
         };
-        manager.store.note(fill).await.expect("room");
+        manager.store.write(fill).await.expect("room");
         manager
     }
 
@@ -197,7 +213,7 @@ mod tests {
         let (mut longest, mut count) = (Duration::ZERO, 0);
         while !searching.is_finished() {
             let begin = Instant::now();
-            manager.store.note(|db| namespaces::ensure(db, "n")).await.expect("room");
+            manager.store.note(|db| execs::add(db, "n", "c", "e")).await.expect("room");
             longest = longest.max(begin.elapsed());
             count += 1;
         }

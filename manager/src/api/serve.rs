@@ -15,7 +15,8 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::body::{Budget, Metered, Unfinished};
-use super::route::route;
+use super::call::Peer;
+use super::route::counted;
 use crate::manager::Manager;
 use crate::settings::Limits;
 
@@ -73,12 +74,14 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, budget: Budget, m
     let begun = Arc::new(Notify::new());
     let first = Arc::clone(&begun);
     let unfinished = Unfinished::default();
+    let peer = Peer(socket.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or_default());
     let service = service_fn(move |request: http::Request<Incoming>| {
         first.notify_one();
         let mut request = request.map(|body| Metered::new(body, budget.clone(), unfinished.clone()));
         let share = request.body().share();
         request.extensions_mut().insert(share);
-        route(Arc::clone(&manager), leaving.clone(), request)
+        request.extensions_mut().insert(peer);
+        counted(Arc::clone(&manager), leaving.clone(), request)
     });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())

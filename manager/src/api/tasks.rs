@@ -21,6 +21,7 @@ use tokio::time::timeout;
 
 use super::call::Call;
 use super::containers;
+use super::search::matching;
 use crate::error::{Error, Result};
 use crate::filter::{Fields, Filter, text};
 use crate::manager::Manager;
@@ -206,8 +207,7 @@ fn status(status: shim::Status) -> ProcessStatus {
 
 pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListTasksRequest) -> Result<ListTasksResponse> {
     let (namespace, filter) = (call.namespace()?, Filter::parse(&[request.filter])?);
-    let mut tasks = manager.tasks.list(&namespace);
-    tasks.retain(|task| filter.accepts(&**task));
+    let tasks = matching(&manager, &filter, manager.tasks.list(&namespace)).await?;
     // asked all at once: one that does not answer delays no other
     let mut asked = JoinSet::new();
     for task in tasks {
@@ -337,8 +337,7 @@ pub(super) async fn update(manager: Arc<Manager>, call: Call, request: UpdateTas
 
 pub(super) async fn metrics(manager: Arc<Manager>, call: Call, request: MetricsRequest) -> Result<MetricsResponse> {
     let (namespace, filter) = (call.namespace()?, Filter::parse(&request.filters)?);
-    let mut tasks = manager.tasks.list(&namespace);
-    tasks.retain(|task| filter.accepts(&**task));
+    let tasks = matching(&manager, &filter, manager.tasks.list(&namespace)).await?;
     let mut asked = JoinSet::new();
     for task in tasks {
         asked.spawn(async move {
@@ -375,7 +374,7 @@ pub(super) async fn wait(manager: Arc<Manager>, call: Call, request: WaitRequest
             Ok(Phase::Ended(exit)) if exec.is_empty() => return Ok(answer(exit)),
             Ok(_) => {
                 let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
-                let told = manager.store.read(move |db| exits::last(db, namespace.as_str(), &id, &name)).await?;
+                let told = manager.store.recall(move |db| exits::last(db, namespace.as_str(), &id, &name)).await?;
                 return told.map(answer).ok_or_else(|| Error::NotFound(format!("process {exec} of task {}", task.id)));
             }
             // it may take as long as it takes

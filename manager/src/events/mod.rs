@@ -1,24 +1,30 @@
-//! Events: whoever subscribes hears everything from then on, in the order in which this daemon came to know it.
+//! Events: every subscriber receives everything from then on that its filters accept, in the order in which this daemon came to know it.
 //!
 //! ```text
-//! shims ──Forward──▶┐
-//! services ─publish─▶ exchange ─▶ a bounded queue per subscriber ─▶ its stream
-//! clients ──Publish─▶┘                    │ full: dropped, and told so
+//! shims ──Forward──▶┐                                        ┌── filters, on a thread beside ──┐
+//! services ─publish─▶ exchange ─▶ a bounded queue per client ─┤                                 ├─▶ its stream
+//! clients ──Publish─▶┘                                        └── no filters ───────────────────┘
 //! ```
-//! **Invariant:** publishing waits for nobody.
+//! A queue that is full, a filter that costs too much and the end of this process end a stream with an error, after what is in its queue.
+//! Over an upgrade the streams of the old process end, and the new one keeps what happens for their clients until they subscribe again.
+//!
+//! **Invariant:** publishing waits for no subscriber and evaluates no filter.
 
 mod fields;
+mod sieve;
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use containerd_client::types::Envelope;
 use log::warn;
 use prost::{Message, Name};
 use prost_types::{Any, Timestamp};
-use tokio::sync::mpsc;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 
 use crate::error::{Error, Result};
@@ -27,41 +33,66 @@ use crate::name::Namespace;
 use crate::settings::Limits;
 use crate::timestamp;
 
-/// Everybody who listens.
+/// All subscribers.
 #[derive(Debug)]
 pub(crate) struct Exchange {
     subscribers: Mutex<Vec<Subscriber>>,
+    /// Subscriptions of clients whose streams the process before this one has ended.
+    awaited: Mutex<Vec<(Client, Subscription)>>,
     limits: Limits,
     published: AtomicU64,
+    is_retired: AtomicBool,
+    /// One filter is evaluated at a time: whatever filters cost, the other processors are for those who wait for answers.
+    filtering: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
 struct Subscriber {
-    /// This process itself.
-    is_own: bool,
-    filter: Filter,
+    /// None for this process itself.
+    client: Option<Client>,
     queue: mpsc::UnboundedSender<Item>,
-    /// Bytes in the queue.
+    /// Bytes in the queues, up to the client.
     waiting: Arc<AtomicUsize>,
+}
+
+/// By what a client is recognized that subscribes again.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Client {
+    /// Its process; 0 if that is not known.
+    pub(crate) pid: i32,
+    /// What it wants to receive.
+    pub(crate) filters: Vec<String>,
 }
 
 #[derive(Debug)]
 enum Item {
     Event(Arc<Envelope>, usize),
-    TooSlow,
+    /// Why nothing follows.
+    Last(Error),
 }
 
 impl Exchange {
-    /// Nobody listens yet.
+    /// One without subscribers.
     pub(crate) fn new(limits: Limits) -> Self {
-        Self { subscribers: Mutex::default(), limits, published: AtomicU64::new(0) }
+        Self {
+            subscribers: Mutex::default(),
+            awaited: Mutex::default(),
+            limits,
+            published: AtomicU64::new(0),
+            is_retired: AtomicBool::new(false),
+            filtering: Arc::new(Semaphore::new(1)),
+        }
     }
 
     fn subscribers(&self) -> MutexGuard<'_, Vec<Subscriber>> {
         self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells everybody of something that happened now.
+    fn awaited(&self) -> MutexGuard<'_, Vec<(Client, Subscription)>> {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Publishes something that happened now.
     pub(crate) fn publish(&self, namespace: &Namespace, topic: &str, event: &impl Name) {
         let event = Any { type_url: full_name(event), value: event.encode_to_vec() };
         self.forward(Envelope {
@@ -72,20 +103,18 @@ impl Exchange {
         });
     }
 
-    /// Tells everybody what somebody else has put into an envelope.
+    /// Publishes what a shim or a client has put into an envelope.
     pub(crate) fn forward(&self, envelope: Envelope) {
         self.published.fetch_add(1, Ordering::Relaxed);
         let bytes = envelope.encoded_len() + OVERHEAD_BYTES;
         let envelope = Arc::new(envelope);
         self.subscribers().retain(|subscriber| {
-            if !subscriber.filter.accepts(&*envelope) {
-                return !subscriber.queue.is_closed();
-            }
             let waiting = subscriber.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes;
             // one that has read everything is not slow, however long the event
             if waiting > self.limits.event_queue_bytes && waiting > bytes {
                 warn!(waiting; "a subscriber reads too slowly and is dropped");
-                let _it_may_be_gone = subscriber.queue.send(Item::TooSlow);
+                let sentence = "too many events were waiting to be read; those after them are lost".to_owned();
+                let _it_may_be_gone = subscriber.queue.send(Item::Last(Error::Exhausted(sentence)));
                 return false;
             }
             subscriber.queue.send(Item::Event(Arc::clone(&envelope), bytes)).is_ok()
@@ -97,36 +126,93 @@ impl Exchange {
         self.published.load(Ordering::Relaxed)
     }
 
-    /// How many clients listen.
+    /// How many clients are subscribed.
     pub(crate) fn count(&self) -> usize {
-        self.subscribers().iter().filter(|subscriber| !subscriber.is_own).count()
+        self.clients().len()
     }
 
-    /// Listens from now on, for a client.
+    /// Bytes of events that wait to be filtered or read.
+    pub(crate) fn waiting(&self) -> usize {
+        self.subscribers().iter().map(|subscriber| subscriber.waiting.load(Ordering::Relaxed)).sum()
+    }
+
+    /// The clients that are subscribed.
+    pub(crate) fn clients(&self) -> Vec<Client> {
+        let subscribers = self.subscribers();
+        subscribers.iter().filter(|subscriber| !subscriber.queue.is_closed()).filter_map(|subscriber| subscriber.client.clone()).collect()
+    }
+
+    /// Subscribes a client from now on; one that has lost its stream over an upgrade, from there on.
     ///
-    /// Errors: [`Error::Exhausted`] when too many do.
-    pub(crate) fn subscribe(&self, filter: Filter) -> Result<Subscription> {
+    /// Errors: [`Error::Invalid`] for filters that make no sense, [`Error::Exhausted`] when too many are subscribed.
+    pub(crate) fn subscribe(&self, client: Client) -> Result<Subscription> {
+        let filter = Filter::parse(&client.filters)?;
+        {
+            let mut awaited = self.awaited();
+            if let Some(index) = awaited.iter().position(|(waits_for, _)| *waits_for == client) {
+                return Ok(awaited.remove(index).1);
+            }
+        }
+        if self.is_retired.load(Ordering::Relaxed) {
+            return Err(retired());
+        }
         self.subscribers().retain(|subscriber| !subscriber.queue.is_closed());
         if self.count() >= self.limits.subscribers {
             return Err(Error::Exhausted(format!("{} clients are subscribed to events, which is the most", self.limits.subscribers)));
         }
-        Ok(self.listen(filter, false))
+        Ok(self.begin(filter, Some(client)))
     }
 
-    /// Listens from now on, for this process itself.
-    pub(crate) fn overhear(&self, filter: Filter) -> Subscription {
-        self.listen(filter, true)
+    /// Subscribes this process itself.
+    pub(crate) fn overhear(&self) -> Subscription {
+        self.begin(Filter::default(), None)
     }
 
-    fn listen(&self, filter: Filter, is_own: bool) -> Subscription {
-        let (queue, items) = mpsc::unbounded_channel();
+    /// Keeps from now on what clients receive whose streams another process ends, until they subscribe again: half a minute at most.
+    pub(crate) fn expect(self: &Arc<Self>, clients: Vec<Client>) {
+        for client in clients {
+            // whatever the other process understood that this one does not is refused when its client asks again
+            if let Ok(filter) = Filter::parse(&client.filters) {
+                let subscription = self.begin(filter, Some(client.clone()));
+                self.awaited().push((client, subscription));
+            }
+        }
+        let exchange = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(EXPECTED).await;
+            exchange.awaited().clear();
+        });
+    }
+
+    /// Ends all streams of clients, after what is in their queues.
+    pub(crate) fn retire(&self) {
+        self.is_retired.store(true, Ordering::Relaxed);
+        self.subscribers().retain(|subscriber| {
+            subscriber.client.is_none() || {
+                let _it_may_be_gone = subscriber.queue.send(Item::Last(retired()));
+                false
+            }
+        });
+    }
+
+    fn begin(&self, filter: Filter, client: Option<Client>) -> Subscription {
+        let (queue, mut items) = mpsc::unbounded_channel();
         let waiting = Arc::default();
-        self.subscribers().push(Subscriber { is_own, filter, queue, waiting: Arc::clone(&waiting) });
+        self.subscribers().push(Subscriber { client, queue, waiting: Arc::clone(&waiting) });
+        if !filter.is_for_everything() {
+            let (accepted, rest) = mpsc::unbounded_channel();
+            let all = std::mem::replace(&mut items, rest);
+            tokio::spawn(sieve::run(all, accepted, filter, Arc::clone(&waiting), Arc::clone(&self.filtering)));
+        }
         Subscription { items, waiting }
     }
 }
 
-/// One listener's end. When it was dropped for being slow, its last item says so.
+fn retired() -> Error {
+    Error::Unavailable("this x-manager has ended; subscribe again".to_owned())
+}
+
+/// One subscriber's end. Its last item may be the reason why nothing follows.
 #[derive(Debug)]
 pub(crate) struct Subscription {
     items: mpsc::UnboundedReceiver<Item>,
@@ -142,10 +228,7 @@ impl Stream for Subscription {
                 self.waiting.fetch_sub(bytes, Ordering::Relaxed);
                 Some(Ok(Arc::unwrap_or_clone(envelope)))
             }
-            Item::TooSlow => {
-                let sentence = "too many events were waiting to be read; those after them are lost".to_owned();
-                Some(Err(Error::Exhausted(sentence).into()))
-            }
+            Item::Last(reason) => Some(Err(reason.into())),
         })
     }
 }
@@ -177,6 +260,8 @@ fn full_name<M: Name>(_message: &M) -> String {
     M::full_name()
 }
 
+/// For a client to subscribe again after an upgrade; the process before this one lets it read what it has for half of that.
+const EXPECTED: Duration = Duration::from_secs(30);
 /// What an event costs beside its own bytes.
 const OVERHEAD_BYTES: usize = 128;
 /// The longest event.
@@ -194,32 +279,96 @@ mod tests {
         exchange.publish(&namespace, "/tasks/exit", &TaskExit { container_id: id.to_owned(), ..TaskExit::default() });
     }
 
-    async fn heard(subscription: &mut Subscription) -> Vec<String> {
+    fn client(filters: &[&str]) -> Client {
+        Client { pid: 7, filters: filters.iter().map(|filter| (*filter).to_owned()).collect() }
+    }
+
+    fn new() -> Arc<Exchange> {
+        Arc::new(Exchange::new(Limits::default()))
+    }
+
+    /// So many ids of exits.
+    async fn heard(subscription: &mut Subscription, count: usize) -> Vec<String> {
         let mut heard = Vec::new();
-        while let Ok(Some(Ok(envelope))) = tokio::time::timeout(std::time::Duration::from_millis(1), subscription.next()).await {
-            let event = envelope.event.expect("an event");
-            heard.push(TaskExit::decode(&*event.value).expect("an exit").container_id);
+        while heard.len() < count {
+            let envelope = subscription.next().await.expect("more events").expect("an event");
+            heard.push(TaskExit::decode(&*envelope.event.expect("an event").value).expect("an exit").container_id);
         }
         heard
     }
 
     #[tokio::test]
-    async fn each_subscriber_receives_what_its_filter_accepts_in_order() {
-        let exchange = Exchange::new(Limits::default());
-        let mut all = exchange.subscribe(Filter::default()).expect("a place");
-        let some = Filter::parse(&["topic==\"/tasks/exit\",event.container_id==b", "namespace==other"]).expect("a filter");
-        let mut some = exchange.subscribe(some).expect("a place");
-        for id in ["a", "b", "c"] {
+    async fn each_subscriber_hears_what_its_filter_accepts_in_order_and_then_why_it_ends() {
+        let exchange = new();
+        let mut all = exchange.subscribe(client(&[])).expect("a place");
+        let filters = ["topic==\"/tasks/exit\",event.container_id~=\"[bd]\"", "namespace==other"];
+        let mut some = exchange.subscribe(client(&filters)).expect("a place");
+        for id in ["a", "b", "c", "d"] {
             exit(&exchange, id);
         }
-        assert_eq!(heard(&mut all).await, ["a", "b", "c"]);
-        assert_eq!(heard(&mut some).await, ["b"]);
+        exchange.retire();
+        assert_eq!(heard(&mut all, 4).await, ["a", "b", "c", "d"]);
+        assert_eq!(heard(&mut some, 2).await, ["b", "d"]);
+        for mut subscription in [all, some] {
+            let last = subscription.next().await.and_then(Result::err).map(|status| status.code());
+            assert_eq!((last, subscription.next().await.is_none()), (Some(tonic::Code::Unavailable), true));
+        }
+        assert_eq!(exchange.subscribe(client(&[])).map(drop).expect_err("it has ended").code(), tonic::Code::Unavailable);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_subscribes_again_after_an_upgrade_has_missed_nothing() {
+        let (old, new) = (new(), new());
+        let filters = ["event.container_id!=x"];
+        let mut before = old.subscribe(client(&filters)).expect("a place");
+        exit(&old, "a");
+        new.expect(old.clients());
+        exit(&new, "b");
+        exit(&new, "x");
+        old.retire();
+        assert_eq!(heard(&mut before, 1).await, ["a"]);
+        assert!(before.next().await.expect("a reason").is_err());
+        let mut other = new.subscribe(client(&[])).expect("a place");
+        let mut after = new.subscribe(client(&filters)).expect("a place");
+        let mut third = new.subscribe(client(&filters)).expect("a place");
+        exit(&new, "c");
+        assert_eq!(heard(&mut after, 2).await, ["b", "c"]);
+        assert_eq!((heard(&mut other, 1).await, heard(&mut third, 1).await), (vec!["c".to_owned()], vec!["c".to_owned()]), "from then on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_kept_for_clients_that_do_not_come_back_goes() {
+        let exchange = new();
+        exchange.expect(vec![client(&[])]);
+        exit(&exchange, "a");
+        assert_eq!((exchange.count(), exchange.waiting() > 0), (1, true));
+        tokio::time::sleep(EXPECTED * 2).await;
+        exit(&exchange, "b");
+        assert_eq!((exchange.count(), exchange.waiting()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_filter_that_costs_too_much_ends_its_subscription_and_no_other() {
+        let exchange = new();
+        let costly: Vec<_> = (0..16).map(|number| format!("event.id~=/(x?){{50}}y{number}/")).collect();
+        let mut costly = exchange.subscribe(Client { pid: 7, filters: costly }).expect("a place");
+        let mut cheap = exchange.subscribe(client(&["event.container_id==c"])).expect("a place");
+        let namespace = Namespace::parse("ns").expect("a name");
+        for _event in 0..50 {
+            let event = TaskExit { container_id: "c".to_owned(), id: "x".repeat(4000), ..TaskExit::default() };
+            exchange.publish(&namespace, "/tasks/exit", &event);
+        }
+        let status = costly.next().await.expect("a reason").expect_err("too costly");
+        assert!(status.code() == tonic::Code::ResourceExhausted && status.message().contains("filters"), "{status:?}");
+        assert_eq!(heard(&mut cheap, 50).await.len(), 50);
+        exit(&exchange, "c");
+        assert_eq!(exchange.count(), 1);
     }
 
     #[tokio::test]
     async fn a_subscriber_that_never_reads_is_dropped_with_an_error_and_costs_no_more() {
-        let exchange = Exchange::new(Limits::default());
-        let mut slow = exchange.subscribe(Filter::default()).expect("a place");
+        let exchange = new();
+        let mut slow = exchange.subscribe(client(&[])).expect("a place");
         let long = "x".repeat(100_000);
         for _event in 0..100 {
             exit(&exchange, &long);
@@ -240,12 +389,11 @@ mod tests {
 
     #[tokio::test]
     async fn the_number_of_subscribers_is_bounded_and_places_come_back() {
-        let exchange = Exchange::new(Limits::default());
-        let mut held: Vec<_> =
-            (0..Limits::default().subscribers).map(|_| exchange.subscribe(Filter::default()).expect("a place")).collect();
-        assert!(exchange.subscribe(Filter::default()).is_err());
+        let exchange = new();
+        let mut held: Vec<_> = (0..Limits::default().subscribers).map(|_| exchange.subscribe(client(&[])).expect("a place")).collect();
+        assert!(exchange.subscribe(client(&[])).is_err());
         held.pop();
-        assert!(exchange.subscribe(Filter::default()).is_ok());
+        assert!(exchange.subscribe(client(&[])).is_ok());
     }
 
     #[test]

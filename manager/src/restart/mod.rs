@@ -24,7 +24,6 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::StreamExt as _;
 
-use crate::filter::Filter;
 use crate::manager::Manager;
 use crate::name::Namespace;
 use crate::store::{containers, namespaces, restarts};
@@ -34,7 +33,7 @@ type Key = (Namespace, String);
 
 /// Watches until this process retires.
 pub(crate) async fn watch(manager: Arc<Manager>, interval: Duration) {
-    let unfinished = manager.store.read(restarts::list).await.unwrap_or_else(|error| {
+    let unfinished = manager.store.recall(restarts::list).await.unwrap_or_else(|error| {
         warn!(error = error.chain(); "the restart monitor does not know what it was about when the last process ended");
         Vec::new()
     });
@@ -84,8 +83,7 @@ struct History {
 
 impl Monitor {
     async fn run(&mut self) {
-        let filter = Filter::parse(&["topic==/tasks/exit", "topic==/containers/update"]).unwrap_or_default();
-        let mut events = self.manager.events.overhear(filter.clone());
+        let mut events = self.manager.events.overhear();
         let mut next_round = Instant::now();
         loop {
             // for those that are busy it is time when they are not
@@ -99,7 +97,7 @@ impl Monitor {
                         }
                     }
                     // dropped for being slow: the next round sees what was missed
-                    _ => events = self.manager.events.overhear(filter.clone()),
+                    _ => events = self.manager.events.overhear(),
                 },
                 Some(ended) = self.acting.join_next() => {
                     match ended {
@@ -258,11 +256,13 @@ fn has_wish(container: &Container) -> bool {
 fn container_of(envelope: &Envelope) -> Option<Key> {
     let namespace = Namespace::parse(&envelope.namespace).ok()?;
     let bytes = &*envelope.event.as_ref()?.value;
-    let id = if envelope.topic == "/tasks/exit" {
-        let exit = TaskExit::decode(bytes).ok()?;
-        (exit.id == exit.container_id).then_some(exit.container_id)?
-    } else {
-        ContainerUpdate::decode(bytes).ok()?.id
+    let id = match envelope.topic.as_str() {
+        "/tasks/exit" => {
+            let exit = TaskExit::decode(bytes).ok()?;
+            (exit.id == exit.container_id).then_some(exit.container_id)?
+        }
+        "/containers/update" => ContainerUpdate::decode(bytes).ok()?.id,
+        _ => return None,
     };
     Some((namespace, id))
 }

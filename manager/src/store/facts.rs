@@ -1,4 +1,4 @@
-//! What the store says about itself.
+//! What a file of the store says about itself.
 
 use rusqlite::{Connection, OptionalExtension as _};
 

@@ -1,118 +1,196 @@
-//! The metadata store: everything that must outlive this process, in one SQLite file.
+//! The metadata store: everything that must outlive this process, in two SQLite files.
 //!
 //! ```text
-//! callers ──jobs──▶ one thread, one connection ──▶ meta.db, meta.db-wal
+//!          ┌─ write, remove ─▶ thread store ──────────▶ ROOT/meta.db, -wal   objects of the API; waits for the disk
+//! callers ─┼─ read ──────────▶ thread store-reader ──▶    the same           waits for no write
+//!          └─ note, recall ──▶ thread notes ──────────▶ STATE/notes.db       what is true of tasks until the next boot; in memory
 //! ```
-//! What is acknowledged to a client is written with [`Store::write`] and survives a power failure. What only this process needs after
-//! its own crash is written with [`Store::note`], which waits for no disk. docs/decisions/0009-sqlite-for-metadata.md has the reasons.
+//! What is acknowledged to a client survives a power failure ([`Store::write`]). What only this process needs after its own crash, for as
+//! long as the machine runs, is noted ([`Store::note`]) beside the bundles, on a file system that is in memory.
+//! docs/decisions/0009-sqlite-for-metadata.md has the reasons.
 //!
-//! **Invariant:** a job is one transaction. It is committed whole or not at all.
+//! **Invariants:** a job is one transaction, committed whole or not at all. A read writes nothing, not even to the index of the log, which is
+//! on the disk as well: see `leave_mark`.
 
 mod facts;
 mod objects;
 mod processes;
+mod queue;
+mod reserve;
 mod schema;
 mod upkeep;
 
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::{fs, io};
 
-use rusqlite::{Connection, TransactionBehavior};
-use tokio::sync::{mpsc, oneshot};
+use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use tonic::Code;
 
 pub(crate) use facts::{new_boot, restarts, uuid};
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
 pub(crate) use processes::{Exit, ended, execs, exits};
-pub(crate) use upkeep::{backup, check, rehearse};
+pub(crate) use queue::Load;
+pub(crate) use upkeep::{Aside, backup, check, rehearse};
 
 use crate::error::{Error, IoContext as _, Result};
+use queue::Queue;
+use reserve::Reserve;
 
 /// A handle on the store; cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
-    jobs: mpsc::Sender<Job>,
+    files: Files,
+    writer: Queue,
+    reader: Queue,
+    notes: Queue,
+    reserve: Reserve,
 }
 
-type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+/// Where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Files {
+    /// What outlives a reboot.
+    pub(crate) meta: PathBuf,
+    /// What does not.
+    pub(crate) notes: PathBuf,
+}
 
 impl Store {
     /// Opens the store, makes it if there is none, and brings an older one up to date.
     ///
-    /// Errors: with a sentence, when the file is something else, damaged, or of a newer version.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        fs::DirBuilder::new().recursive(true).mode(0o711).create(folder).on("make folder", folder)?;
-        fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path).on("open metadata store", path)?;
-        for suffix in ["", "-wal", "-shm"] {
-            for_root_alone(&with_suffix(path, suffix))?;
-        }
-        let mut connection = Connection::open(path).doing("open")?;
-        schema::prepare(&mut connection, path)?;
-        let (jobs, mut queue) = mpsc::channel::<Job>(QUEUE);
-        let run = move || {
-            while let Some(job) = queue.blocking_recv() {
-                job(&mut connection);
+    /// Errors: with a sentence, when a file is something else, damaged, or of a newer version.
+    pub(crate) fn open(files: &Files) -> Result<Self> {
+        let meta = open_file(&files.meta, &schema::META)?;
+        let notes = open_file(&files.notes, &schema::NOTES)?;
+        notes.pragma_update(None, "synchronous", "OFF").on_store(&files.notes, "set up")?;
+        // from here on logs are moved into their files when nobody waits for that
+        meta.pragma_update(None, "wal_autocheckpoint", 0).on_store(&files.meta, "set up")?;
+        leave_mark(&meta);
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let reader = Connection::open_with_flags(&files.meta, flags).on_store(&files.meta, "open")?;
+        schema::set_up(&reader).on_store(&files.meta, "set up")?;
+        let reserve = Reserve::beside(&files.meta);
+        reserve.keep();
+        let log = with_suffix(&files.meta, "-wal");
+        let move_log = move |connection: &mut Connection| {
+            if fs::metadata(&log).is_ok_and(|about| about.len() > LOG_BYTES) {
+                checkpoint(connection, "PASSIVE");
             }
         };
-        thread::Builder::new().name("store".to_owned()).stack_size(STACK_BYTES).spawn(run).on("start thread for", path)?;
-        Ok(Self { jobs })
+        Ok(Self {
+            files: files.clone(),
+            writer: Queue::start("store", &files.meta, meta, move_log)?,
+            reader: Queue::start("store-reader", &files.meta, reader, |_| {})?,
+            notes: Queue::start("notes", &files.notes, notes, |_| {})?,
+            reserve,
+        })
     }
 
-    /// Reads.
+    /// Reads what was written, without waiting for what is being written.
     pub(crate) async fn read<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
-        self.run(|connection| {
-            let transaction = connection.transaction().doing("begin")?;
-            job(&transaction)
-        })
-        .await
+        self.reader
+            .run(|connection| {
+                let transaction = connection.transaction().doing("begin")?;
+                job(&transaction)
+            })
+            .await
     }
 
     /// Changes something so that it survives everything but the loss of the disk.
     ///
     /// Errors: nothing has changed.
     pub(crate) async fn write<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
-        self.run(|connection| transact(connection, "FULL", job)).await
+        self.writer
+            .run(|connection| {
+                let result = durably(connection, job);
+                if is_full(&result) {
+                    // what the log holds twice may be the space that the next one needs; whether it was enough shows then
+                    checkpoint(connection, "TRUNCATE");
+                }
+                result
+            })
+            .await
     }
 
-    /// Changes something so that it survives the crash of this process; after a power failure it may not have happened.
+    /// The same for what takes something away: on a full disk it has the reserve.
+    ///
+    /// Errors: nothing has changed.
+    pub(crate) async fn remove<T: Send + 'static>(&self, job: impl Fn(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        let reserve = self.reserve.clone();
+        self.writer
+            .run(move |connection| {
+                let mut result = durably(connection, &job);
+                if is_full(&result) {
+                    checkpoint(connection, "TRUNCATE");
+                    result = durably(connection, &job);
+                }
+                if is_full(&result) && reserve.give_up() {
+                    result = durably(connection, &job);
+                    // the log gives the room back that it took
+                    checkpoint(connection, "TRUNCATE");
+                }
+                result
+            })
+            .await
+    }
+
+    /// Notes something about tasks so that it survives a crash of this process. It waits for no disk.
     ///
     /// Errors: nothing has changed.
     pub(crate) async fn note<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
-        self.run(|connection| transact(connection, "NORMAL", job)).await
+        self.notes.run(|connection| transact(connection, job)).await
     }
 
-    /// The same, and then does `then`, whether or not it could be noted, before any other job: it must be short.
+    /// The same, and then does `then`, whether or not it could be noted, before any other note is taken: it must be short.
     pub(crate) async fn note_and_then<T: Send + 'static>(
         &self,
         job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
         then: impl FnOnce() + Send + 'static,
     ) -> Result<T> {
-        self.run(|connection| {
-            let noted = transact(connection, "NORMAL", job);
-            then();
-            noted
-        })
-        .await
+        self.notes
+            .run(|connection| {
+                let noted = transact(connection, job);
+                then();
+                noted
+            })
+            .await
     }
 
-    /// Moves everything from the log into the file, so that the file alone is the store: before this process stops.
-    pub(crate) async fn settle(&self) -> Result<()> {
-        self.run(|connection| connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(())).doing("settle")).await
+    /// Reads what was noted.
+    pub(crate) async fn recall<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+        self.notes
+            .run(|connection| {
+                let transaction = connection.transaction().doing("begin")?;
+                job(&transaction)
+            })
+            .await
     }
 
-    async fn run<T: Send + 'static>(&self, job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static) -> Result<T> {
-        let (answer, answered) = oneshot::channel();
-        let job: Job = Box::new(move |connection| {
-            // whoever asked may have gone; the change stands
-            let _ = answer.send(job(connection));
-        });
-        let stopped = || Error::Unavailable("the metadata store has stopped".to_owned());
-        self.jobs.send(job).await.map_err(|_| stopped())?;
-        answered.await.map_err(|_| stopped())?
+    /// What its threads have done: name and load.
+    pub(crate) fn loads(&self) -> [(&'static str, Load); 3] {
+        [("write", self.writer.load()), ("read", self.reader.load()), ("note", self.notes.load())]
     }
+
+    /// Its files: name and size in bytes.
+    pub(crate) fn sizes(&self) -> Vec<(&'static str, u64)> {
+        let files =
+            [("meta", self.files.meta.clone()), ("log", with_suffix(&self.files.meta, "-wal")), ("notes", self.files.notes.clone())];
+        files.into_iter().filter_map(|(name, path)| Some((name, fs::metadata(path).ok()?.len()))).collect()
+    }
+}
+
+/// Opens a file of the store, or makes it.
+fn open_file(path: &Path, schema: &schema::Schema) -> Result<Connection> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    fs::DirBuilder::new().recursive(true).mode(0o711).create(folder).on("make folder", folder)?;
+    fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path).on("open metadata store", path)?;
+    for suffix in ["", "-wal", "-shm"] {
+        for_root_alone(&with_suffix(path, suffix))?;
+    }
+    let mut connection = Connection::open(path).on_store(path, "open")?;
+    schema.prepare(&mut connection, path)?;
+    Ok(connection)
 }
 
 /// Corrects the mode of a file, if it is there: a backup may have been put in place by any means, and whoever can open the store can lock it.
@@ -130,59 +208,114 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-fn transact<T>(connection: &mut Connection, synchronous: &str, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
-    connection.pragma_update(None, "synchronous", synchronous).doing("choose durability")?;
-    let result = attempt(connection, job);
-    if let Err(error) = &result
-        && error.code() == Code::ResourceExhausted
-    {
-        // what the log holds twice may be the space that the next one needs; whether it was enough shows then
-        let _ = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(()));
-    }
-    result
-}
-
-fn attempt<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+fn transact<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).doing("begin")?;
     let result = job(&transaction)?;
     transaction.commit().doing("commit")?;
     Ok(result)
 }
 
+fn durably<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+    let result = transact(connection, job);
+    leave_mark(connection);
+    result
+}
+
+/// Has the index of the log say how far this connection reads: a reader that finds no such mark for the last commit would write one, and the
+/// index is a file beside the store, so that it would wait for a disk that is slow.
+fn leave_mark(connection: &Connection) {
+    // a reader that finds none makes one
+    let _ = connection.query_row("SELECT count(*) FROM facts", [], |_| Ok(()));
+}
+
+fn is_full<T>(result: &Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.code() == Code::ResourceExhausted)
+}
+
+/// Moves what the log holds into the file. What cannot be moved is moved later.
+fn checkpoint(connection: &Connection, mode: &str) {
+    let _ = connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |_row| Ok(()));
+}
+
 /// Names what was done when SQLite failed.
 trait Doing<T> {
     fn doing(self, op: &'static str) -> Result<T>;
+    /// The same, and which file; one that is damaged is said to be.
+    fn on_store(self, path: &Path, op: &'static str) -> Result<T>;
 }
 
 impl<T> Doing<T> for rusqlite::Result<T> {
     fn doing(self, op: &'static str) -> Result<T> {
         self.map_err(|source| Error::Store { op, source })
     }
+
+    fn on_store(self, path: &Path, op: &'static str) -> Result<T> {
+        self.map_err(|source| match source.sqlite_error_code() {
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => damaged(path, &source),
+            _ => Error::StoreFile { op, path: path.to_owned(), source },
+        })
+    }
 }
 
-/// Jobs that may wait; further callers wait for a place.
-const QUEUE: usize = 256;
-/// SQLite needs little.
-const STACK_BYTES: usize = 256 << 10;
+/// What is said of a file that SQLite cannot read.
+fn damaged(path: &Path, reason: &dyn std::fmt::Display) -> Error {
+    Error::Precondition(format!(
+        "metadata store {} is damaged ({reason}); put a copy that `x-manager backup` has made in its place and remove {0}-wal and {0}-shm",
+        path.display(),
+    ))
+}
+
+/// A longer log is moved into the store.
+const LOG_BYTES: u64 = 1 << 20;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    pub(crate) fn files(folder: &Path) -> Files {
+        Files { meta: folder.join("root/meta.db"), notes: folder.join("state/notes.db") }
+    }
+
     #[tokio::test]
-    async fn what_follows_a_note_finds_it_committed_and_other_jobs_come_later() {
+    async fn what_follows_a_note_finds_it_committed_and_other_notes_come_later() {
         let folder = std::env::temp_dir().join(format!("x-manager-store-{}", std::process::id()));
-        let path = folder.join("meta.db");
-        let store = Store::open(&path).expect("a new store");
+        let files = files(&folder);
+        let store = Store::open(&files).expect("a new store");
         let (found, finds) = std::sync::mpsc::channel();
         let then = move || {
-            let other = Connection::open(path).expect("a store");
-            found.send(namespaces::list(&other).expect("read").len()).expect("somebody listens");
+            let other = Connection::open(&files.notes).expect("a store");
+            found.send(execs::list(&other, "n", "c").expect("read").len()).expect("the test waits");
         };
-        let noted = store.note_and_then(|db| namespaces::ensure(db, "one"), then);
-        let (noted, later) = tokio::join!(noted, store.note(|db| namespaces::ensure(db, "two")));
+        let noted = store.note_and_then(|db| execs::add(db, "n", "c", "one"), then);
+        let (noted, later) = tokio::join!(noted, store.note(|db| execs::add(db, "n", "c", "two")));
         assert!(noted.is_ok() && later.is_ok());
         assert_eq!(finds.recv(), Ok(1));
+        drop(store);
+        fs::remove_dir_all(folder).expect("removal");
+    }
+
+    #[tokio::test]
+    async fn reads_and_notes_go_on_while_a_write_waits() {
+        let folder = std::env::temp_dir().join(format!("x-manager-store-waits-{}", std::process::id()));
+        let store = Store::open(&files(&folder)).expect("a new store");
+        store.write(|db| namespaces::ensure(db, "one")).await.expect("room");
+        let (go_on, waits) = std::sync::mpsc::channel::<()>();
+        let writing = store.write(move |db| {
+            namespaces::ensure(db, "two")?;
+            waits.recv().expect("the test says when");
+            Ok(())
+        });
+        let beside = async {
+            let before = store.read(namespaces::list).await.expect("read").len();
+            store.note(|db| execs::add(db, "n", "c", "e")).await.expect("noted");
+            let execs = store.recall(|db| execs::list(db, "n", "c")).await.expect("recalled");
+            go_on.send(()).expect("it waits");
+            (before, execs)
+        };
+        let (written, (before, execs)) = tokio::join!(writing, beside);
+        written.expect("room");
+        assert_eq!((before, execs), (1, vec!["e".to_owned()]));
+        assert_eq!(store.read(namespaces::list).await.expect("read").len(), 2);
         drop(store);
         fs::remove_dir_all(folder).expect("removal");
     }

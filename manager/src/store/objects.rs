@@ -8,6 +8,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::Doing as _;
 use crate::error::{Error, Result};
+use crate::timestamp;
 
 fn decode<M: Message + Default>(what: &str, bytes: &[u8]) -> Result<M> {
     M::decode(bytes).map_err(|error| Error::Record(format!("{what} ({error})")))
@@ -87,11 +88,39 @@ table!(containers, Container, "containers", {
     }
 });
 table!(leases, Lease, "leases", {
+    /// All of them, with their namespaces.
+    pub(crate) fn all(db: &Connection) -> Result<Vec<(String, Lease)>> {
+        let mut select = db.prepare("SELECT namespace, record FROM leases").doing("prepare")?;
+        let rows = select.query_map([], |row| Ok((row.get(0)?, row.get::<_, Vec<u8>>(1)?))).doing("read")?;
+        rows.map(|row| row.doing("read").and_then(|(namespace, record)| Ok((namespace, decode("leases", &record)?)))).collect()
+    }
+
+    /// Notes when one expires, as its label says; one that says nothing, or no instant, never does.
+    pub(crate) fn note_expiry(db: &Connection, namespace: &str, lease: &Lease) -> Result<()> {
+        let expires = lease.labels.get(EXPIRE).and_then(|text| text.parse().ok()).map(|at| timestamp::to_nanos(&at));
+        let mut update = db.prepare_cached("UPDATE leases SET expires = ? WHERE namespace = ? AND id = ?").doing("prepare")?;
+        update.execute(params![expires, namespace, lease.id]).doing("write").map(drop)
+    }
+
+    /// Whether any has expired.
+    pub(crate) fn have_expired(db: &Connection, now: i64) -> Result<bool> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM leases WHERE expires <= ?)";
+        db.prepare_cached(sql).and_then(|mut select| select.query_row([now], |row| row.get(0))).doing("read")
+    }
+
+    /// Removes those that have expired, and returns how many.
+    pub(crate) fn remove_expired(db: &Connection, now: i64) -> Result<usize> {
+        db.execute("DELETE FROM leases WHERE expires <= ?", [now]).doing("remove")
+    }
+
     /// Removes those of the namespace, and what they hold.
     pub(crate) fn remove_all(db: &Connection, namespace: &str) -> Result<()> {
         db.execute("DELETE FROM leases WHERE namespace = ?", [namespace]).doing("remove").map(drop)
     }
 });
+
+/// The label of a lease that says until when it holds what it holds.
+const EXPIRE: &str = "containerd.io/gc.expire";
 
 pub(crate) mod namespaces {
     use containerd_client::services::v1::Namespace;
@@ -149,7 +178,7 @@ pub(crate) mod resources {
 
     /// What a lease holds.
     pub(crate) fn list(db: &Connection, namespace: &str, lease: &str) -> Result<Vec<Resource>> {
-        let sql = "SELECT type, id FROM lease_resources WHERE namespace = ? AND lease = ? ORDER BY type, id";
+        let sql = "SELECT to_type, to_id FROM edges WHERE namespace = ? AND from_type = 'leases' AND from_id = ? ORDER BY to_type, to_id";
         let mut select = db.prepare_cached(sql).doing("prepare")?;
         let rows = select.query_map([namespace, lease], |row| Ok(Resource { kind: row.get(0)?, id: row.get(1)? })).doing("read")?;
         rows.collect::<rusqlite::Result<_>>().doing("read")
@@ -157,7 +186,7 @@ pub(crate) mod resources {
 
     /// Adds one; that it is there already is fine.
     pub(crate) fn add(db: &Connection, namespace: &str, lease: &str, resource: &Resource) -> Result<()> {
-        let sql = "INSERT OR IGNORE INTO lease_resources (namespace, lease, type, id) VALUES (?, ?, ?, ?)";
+        let sql = "INSERT OR IGNORE INTO edges (namespace, from_type, from_id, to_type, to_id) VALUES (?, 'leases', ?, ?, ?)";
         let mut insert = db.prepare_cached(sql).doing("prepare")?;
         insert.execute([namespace, lease, &resource.kind, &resource.id]).doing("write")?;
         Ok(())
@@ -165,7 +194,7 @@ pub(crate) mod resources {
 
     /// Removes one; that it is not there is fine.
     pub(crate) fn remove(db: &Connection, namespace: &str, lease: &str, resource: &Resource) -> Result<()> {
-        let sql = "DELETE FROM lease_resources WHERE namespace = ? AND lease = ? AND type = ? AND id = ?";
+        let sql = "DELETE FROM edges WHERE namespace = ? AND from_type = 'leases' AND from_id = ? AND to_type = ? AND to_id = ?";
         let mut delete = db.prepare_cached(sql).doing("prepare")?;
         delete.execute([namespace, lease, &resource.kind, &resource.id]).doing("remove")?;
         Ok(())

@@ -5,73 +5,104 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode};
 
-use super::Doing as _;
+use super::{Doing as _, leases};
 use crate::error::{Error, Result};
 
-/// The version that this program works with.
-pub(super) const NEWEST: i64 = MIGRATIONS.len() as i64;
-
-/// Says of which version a store is; a new one is of version 0.
-///
-/// Errors: [`Error::Precondition`] when it is something else, or of a newer version.
-pub(super) fn check(connection: &Connection, path: &Path) -> Result<i64> {
-    check_up_to(NEWEST, connection, path)
+/// One kind of file: its identity, and the way to its newest version.
+#[derive(Debug)]
+pub(super) struct Schema {
+    application_id: i64,
+    /// The n-th leads from version n - 1 to version n, in one transaction. What has been released is never changed.
+    migrations: &'static [Migration],
 }
 
-fn check_up_to(newest: i64, connection: &Connection, path: &Path) -> Result<i64> {
-    let number = |name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0));
-    let version = match number("user_version") {
-        Err(error) if error.sqlite_error_code() == Some(ErrorCode::NotADatabase) => return Err(foreign(path)),
-        version => version.doing("read version")?,
-    };
-    let application = number("application_id").doing("read identity")?;
-    let is_new = version == 0 && number("schema_version").doing("read identity")? == 0;
-    if !is_new && application != APPLICATION_ID {
-        return Err(foreign(path));
+type Migration = fn(&Connection) -> Result<()>;
+
+impl Schema {
+    /// The version that this program works with.
+    pub(super) fn newest(&self) -> i64 {
+        i64::try_from(self.migrations.len()).unwrap_or(i64::MAX)
     }
-    if version > newest {
-        return Err(Error::Precondition(format!(
-            "metadata store {} is of version {version}, from a newer x-manager; this one knows versions up to {newest}",
-            path.display()
-        )));
+
+    /// Says of which version a file is; a new one is of version 0.
+    ///
+    /// Errors: [`Error::Precondition`] when it is something else, or of a newer version.
+    pub(super) fn check(&self, connection: &Connection, path: &Path) -> Result<i64> {
+        let number = |name: &str| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get::<_, i64>(0));
+        let version = match number("user_version") {
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::NotADatabase) => return Err(foreign(path)),
+            version => version.on_store(path, "read version")?,
+        };
+        let application = number("application_id").on_store(path, "read identity")?;
+        let is_new = version == 0 && number("schema_version").on_store(path, "read identity")? == 0;
+        if !is_new && application != self.application_id {
+            return Err(foreign(path));
+        }
+        let newest = self.newest();
+        if version > newest {
+            return Err(Error::Precondition(format!(
+                "metadata store {} is of version {version}, from a newer x-manager; this one knows versions up to {newest}",
+                path.display()
+            )));
+        }
+        Ok(version)
     }
-    Ok(version)
+
+    /// Makes a connection fit for use: settings, identity, version.
+    pub(super) fn prepare(&self, connection: &mut Connection, path: &Path) -> Result<()> {
+        let version = self.check(connection, path)?;
+        if version == 0 {
+            // only a file without tables takes it
+            connection.execute_batch("PRAGMA auto_vacuum = INCREMENTAL").on_store(path, "set up")?;
+        }
+        connection
+            .execute_batch("PRAGMA journal_mode = WAL; PRAGMA journal_size_limit = 0; PRAGMA synchronous = FULL")
+            .on_store(path, "set up")?;
+        set_up(connection).on_store(path, "set up")?;
+        for (index, migration) in (1_i64..).zip(self.migrations).filter(|(index, _)| *index > version) {
+            let transaction = connection.transaction().doing("begin migration")?;
+            migration(&transaction)?;
+            transaction.pragma_update(None, "application_id", self.application_id).doing("write identity")?;
+            transaction.pragma_update(None, "user_version", index).doing("write version")?;
+            transaction.commit().doing("commit migration")?;
+        }
+        let is_shrinkable = connection.query_row("PRAGMA auto_vacuum", [], |row| row.get::<_, i64>(0)).on_store(path, "set up")? != 0;
+        if !is_shrinkable {
+            connection.execute_batch("PRAGMA auto_vacuum = INCREMENTAL; VACUUM").on_store(path, "make shrinkable")?;
+        }
+        Ok(())
+    }
 }
 
-/// Makes a connection fit for use: settings, identity, version.
-pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<()> {
-    prepare_by(MIGRATIONS, connection, path)
-}
-
-fn prepare_by(migrations: &[&str], connection: &mut Connection, path: &Path) -> Result<()> {
-    let version = check_up_to(migrations.len() as i64, connection, path)?;
-    connection.busy_timeout(Duration::from_secs(5)).doing("set time-out")?;
-    connection
-        .execute_batch("PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 256; PRAGMA cache_size = -256; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY")
-        .doing("set up")?;
-    for (index, migration) in (1_i64..).zip(migrations).filter(|(index, _)| *index > version) {
-        let transaction = connection.transaction().doing("begin migration")?;
-        transaction.execute_batch(migration).doing("migrate")?;
-        transaction.pragma_update(None, "application_id", APPLICATION_ID).doing("write identity")?;
-        transaction.pragma_update(None, "user_version", index).doing("write version")?;
-        transaction.commit().doing("commit migration")?;
-    }
-    Ok(())
+/// Settings of every connection.
+pub(super) fn set_up(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.execute_batch("PRAGMA cache_size = -256; PRAGMA foreign_keys = ON; PRAGMA temp_store = MEMORY")
 }
 
 fn foreign(path: &Path) -> Error {
     Error::Precondition(format!("{} is not a metadata store of x-manager", path.display()))
 }
 
-/// `xmgr`
-const APPLICATION_ID: i64 = 0x786d_6772;
+fn run(db: &Connection, sql: &str) -> Result<()> {
+    db.execute_batch(sql).doing("migrate")
+}
 
-/// The n-th leads from version n - 1 to version n. What has been released is never changed.
+/// What outlives a reboot.
 ///
 /// `record` holds the object as the API has it, in protobuf; what is looked up by has a column of its own.
-/// `facts` are about the store itself: whose it is (`uuid`), and for which boot of the machine the tasks in it are (`boot`).
-/// `execs`, `exits` and `ended` are what this process must know of tasks after its own crash: see `processes.rs`.
-const MIGRATIONS: &[&str] = &["
+/// `facts` are about the store itself: whose it is (`uuid`).
+pub(super) const META: Schema = Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry] }; // xmgr
+
+/// What does not: see `processes.rs`.
+///
+/// `facts` say for which boot of the machine it is (`boot`), and which tasks the restart monitor is making.
+pub(super) const NOTES: Schema = Schema { application_id: 0x786d_676e, migrations: &[notes] }; // xmgn
+
+fn first(db: &Connection) -> Result<()> {
+    run(
+        db,
+        "
     CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
     CREATE TABLE namespaces (name TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
     CREATE TABLE containers (
@@ -98,12 +129,69 @@ const MIGRATIONS: &[&str] = &["
         namespace TEXT NOT NULL, id TEXT NOT NULL, pid INTEGER NOT NULL, status INTEGER NOT NULL, at INTEGER NOT NULL,
         PRIMARY KEY (namespace, id)
     ) STRICT, WITHOUT ROWID;
-"];
+",
+    )
+}
+
+/// References are edges from any object to any other, which go with the object that they start from. Leases have an instant in nanoseconds
+/// since 1970 after which they hold nothing. What is known of tasks moves to a file of its own.
+fn edges_and_expiry(db: &Connection) -> Result<()> {
+    run(
+        db,
+        "
+    CREATE TABLE edges (
+        namespace TEXT NOT NULL, from_type TEXT NOT NULL, from_id TEXT NOT NULL, to_type TEXT NOT NULL, to_id TEXT NOT NULL,
+        PRIMARY KEY (namespace, from_type, from_id, to_type, to_id)
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO edges SELECT namespace, 'leases', lease, type, id FROM lease_resources;
+    DROP TABLE lease_resources;
+    DROP TABLE execs;
+    DROP TABLE exits;
+    DROP TABLE ended;
+    DELETE FROM facts WHERE name <> 'uuid';
+    ALTER TABLE leases ADD COLUMN expires INTEGER;
+    CREATE INDEX leases_expires ON leases (expires) WHERE expires IS NOT NULL;
+    CREATE TRIGGER edges_of_lease AFTER DELETE ON leases BEGIN
+        DELETE FROM edges WHERE namespace = old.namespace AND from_type = 'leases' AND from_id = old.id;
+    END;
+",
+    )?;
+    for (namespace, lease) in leases::all(db)? {
+        leases::note_expiry(db, &namespace, &lease)?;
+    }
+    Ok(())
+}
+
+fn notes(db: &Connection) -> Result<()> {
+    run(
+        db,
+        "
+    CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE TABLE execs (
+        namespace TEXT NOT NULL, id TEXT NOT NULL, exec TEXT NOT NULL, PRIMARY KEY (namespace, id, exec)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE exits (
+        namespace TEXT NOT NULL, id TEXT NOT NULL, exec TEXT NOT NULL, pid INTEGER NOT NULL,
+        status INTEGER NOT NULL, at INTEGER NOT NULL, collected INTEGER,
+        PRIMARY KEY (namespace, id, exec, pid, at)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX exits_collected ON exits (collected) WHERE collected IS NOT NULL;
+    CREATE TABLE ended (
+        namespace TEXT NOT NULL, id TEXT NOT NULL, pid INTEGER NOT NULL, status INTEGER NOT NULL, at INTEGER NOT NULL,
+        PRIMARY KEY (namespace, id)
+    ) STRICT, WITHOUT ROWID;
+",
+    )
+}
 
 #[cfg(test)]
 mod tests {
+    use containerd_client::services::v1::Lease;
+    use prost::Message as _;
+
     use super::*;
-    use crate::store::Store;
+    use crate::store::tests::files;
+    use crate::store::{Files, Store};
 
     fn folder(name: &str) -> std::path::PathBuf {
         let folder = std::env::temp_dir().join(format!("x-manager-{name}-{}", std::process::id()));
@@ -114,55 +202,75 @@ mod tests {
     #[test]
     fn a_store_of_a_newer_version_is_refused_with_a_sentence() {
         let folder = folder("newer");
-        let path = folder.join("meta.db");
-        drop(Store::open(&path).expect("a new store"));
-        drop(Store::open(&path).expect("the same again"));
-        Connection::open(&path).expect("it is SQLite's").pragma_update(None, "user_version", 99).expect("a change");
-        let error = Store::open(&path).expect_err("newer").to_string();
-        assert!(error.contains("is of version 99, from a newer x-manager; this one knows versions up to 1"), "{error}");
+        let files = files(&folder);
+        drop(Store::open(&files).expect("a new store"));
+        drop(Store::open(&files).expect("the same again"));
+        for file in [&files.notes, &files.meta] {
+            Connection::open(file).expect("it is SQLite's").pragma_update(None, "user_version", 99).expect("a change");
+            let error = Store::open(&files).expect_err("newer").to_string();
+            let sentence = format!("{} is of version 99, from a newer x-manager; this one knows versions up to", file.display());
+            assert!(error.contains(&sentence), "{error}");
+        }
         std::fs::remove_dir_all(folder).expect("removal");
     }
 
-    /// A store of version 1 with a namespace and a lease that holds something.
+    /// A store of version 1 with a namespace and leases, of which one holds something and one expires.
     fn old(path: &Path) -> Connection {
         let mut store = Connection::open(path).expect("a file");
-        prepare_by(&MIGRATIONS[..1], &mut store, path).expect("a new store");
-        let fill = "INSERT INTO namespaces VALUES ('one', x''); INSERT INTO leases VALUES ('one', 'l', x'');
-                    INSERT INTO lease_resources VALUES ('one', 'l', 'images', 'i')";
-        store.execute_batch(fill).expect("room");
+        ONE.prepare(&mut store, path).expect("a new store");
+        let lease = |id: &str, expiry: &str| {
+            let labels = [("containerd.io/gc.expire".to_owned(), expiry.to_owned())].into();
+            Lease { id: id.to_owned(), labels, ..Lease::default() }.encode_to_vec()
+        };
+        store
+            .execute_batch(
+                "INSERT INTO namespaces VALUES ('one', x''); INSERT INTO facts VALUES ('uuid', 'u'), ('boot', 'b');
+                 INSERT INTO leases VALUES ('one', 'm', x''); INSERT INTO lease_resources VALUES ('one', 'l', 'images', 'i')",
+            )
+            .expect_err("what a lease holds needs the lease");
+        let sql = "INSERT INTO leases VALUES ('one', ?, ?)";
+        store.execute(sql, ("l", lease("l", "2026-01-02T03:04:05.5Z"))).expect("room");
+        store.execute(sql, ("n", lease("n", "tomorrow"))).expect("room");
+        store.execute("INSERT INTO lease_resources VALUES ('one', 'l', 'images', 'i')", ()).expect("room");
         store
     }
+
+    const ONE: Schema = Schema { application_id: META.application_id, migrations: &[first] };
 
     fn number(store: &Connection, sql: &str) -> i64 {
         store.query_row(sql, [], |row| row.get(0)).expect(sql)
     }
 
-    const NEXT: &str = "ALTER TABLE namespaces ADD COLUMN note TEXT NOT NULL DEFAULT 'new'; CREATE TABLE notes (a TEXT) STRICT";
-
     #[test]
     fn a_store_of_an_older_version_is_brought_forward_and_keeps_what_is_in_it() {
         let folder = folder("forward");
-        let path = folder.join("meta.db");
-        let migrations = [MIGRATIONS[0], NEXT, "INSERT INTO notes SELECT name || note FROM namespaces"];
-        drop(old(&path));
+        let (path, new) = (folder.join("meta.db"), folder.join("new.db"));
+        let old = old(&path);
+        let tables = |store: &Connection| {
+            let mut select = store.prepare("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name").expect("tables");
+            let tables = select.query_map([], |row| row.get::<_, String>(0)).expect("tables");
+            tables.collect::<rusqlite::Result<Vec<_>>>().expect("tables")
+        };
+        old.execute_batch("PRAGMA auto_vacuum = NONE; VACUUM").expect("as it was once");
+        drop(old);
         for _opened_again in 0..2 {
             let mut store = Connection::open(&path).expect("a store");
-            prepare_by(&migrations, &mut store, &path).expect("a way forward");
-            assert_eq!(number(&store, "PRAGMA user_version"), 3);
-            assert_eq!(number(&store, "PRAGMA application_id"), APPLICATION_ID);
-            assert_eq!(number(&store, "SELECT count(*) FROM lease_resources JOIN leases USING (namespace)"), 1);
-            assert_eq!(number(&store, "SELECT count(*) FROM notes WHERE a = 'onenew'"), 1, "each of them once");
+            META.prepare(&mut store, &path).expect("a way forward");
+            assert_eq!((number(&store, "PRAGMA user_version"), number(&store, "PRAGMA auto_vacuum")), (META.newest(), 2));
+            assert_eq!(number(&store, "SELECT count(*) FROM leases"), 3);
+            assert_eq!(number(&store, "SELECT expires FROM leases WHERE id = 'l'"), 1_767_323_045_500_000_000);
+            assert_eq!(number(&store, "SELECT count(*) FROM leases WHERE expires IS NULL"), 2);
+            assert_eq!(number(&store, "SELECT count(*) FROM edges WHERE from_type = 'leases' AND from_id = 'l' AND to_id = 'i'"), 1);
+            assert_eq!(number(&store, "SELECT count(*) FROM facts"), 1);
+            let mut made = Connection::open(&new).expect("a file");
+            META.prepare(&mut made, &new).expect("a new store");
+            assert_eq!(tables(&store), tables(&made), "a new one goes the same way");
         }
-        // the older program refuses what the newer one has made of it
         let mut store = Connection::open(&path).expect("a store");
-        let error = prepare_by(&migrations[..2], &mut store, &path).expect_err("newer").to_string();
-        assert!(error.contains("is of version 3, from a newer x-manager; this one knows versions up to 2"), "{error}");
-        drop(store);
-        // a new one goes the same way
-        let new = folder.join("new.db");
-        let mut store = Connection::open(&new).expect("a file");
-        prepare_by(&migrations, &mut store, &new).expect("a new store");
-        assert_eq!((number(&store, "PRAGMA user_version"), number(&store, "SELECT count(*) FROM notes")), (3, 0));
+        store.execute("DELETE FROM leases WHERE id = 'l'", ()).expect("removal");
+        assert_eq!(number(&store, "SELECT count(*) FROM edges"), 0, "edges go with what they start from");
+        let error = ONE.prepare(&mut store, &path).expect_err("newer").to_string();
+        assert!(error.contains("from a newer x-manager; this one knows versions up to 1"), "{error}");
         std::fs::remove_dir_all(folder).expect("removal");
     }
 
@@ -171,17 +279,19 @@ mod tests {
         let folder = folder("backward");
         let path = folder.join("meta.db");
         drop(old(&path));
-        let fails = format!("{NEXT}; DELETE FROM leases; INSERT INTO none VALUES (1)");
+        let fails: Migration = |db| {
+            edges_and_expiry(db)?;
+            run(db, "INSERT INTO none VALUES (1)")
+        };
+        let failing = Schema { application_id: META.application_id, migrations: Box::leak(Box::new([first, fails])) };
         let mut store = Connection::open(&path).expect("a store");
-        let error = prepare_by(&[MIGRATIONS[0], &fails], &mut store, &path).expect_err("no such table").chain();
+        let error = failing.prepare(&mut store, &path).expect_err("no such table").chain();
         assert!(error.contains("migrate") && error.contains("none"), "{error}");
         drop(store);
         let mut store = Connection::open(&path).expect("a store");
-        prepare_by(&MIGRATIONS[..1], &mut store, &path).expect("of the old version");
-        assert_eq!(number(&store, "PRAGMA user_version"), 1);
-        assert_eq!(number(&store, "SELECT count(*) FROM lease_resources JOIN leases USING (namespace)"), 1);
-        assert_eq!(number(&store, "SELECT count(*) FROM pragma_table_info('namespaces')"), 2);
-        assert_eq!(number(&store, "SELECT count(*) FROM sqlite_schema WHERE name = 'notes'"), 0);
+        ONE.prepare(&mut store, &path).expect("of the old version");
+        assert_eq!(number(&store, "SELECT count(*) FROM lease_resources JOIN leases USING (namespace) WHERE leases.id = lease"), 1);
+        assert_eq!(number(&store, "SELECT count(*) FROM sqlite_schema WHERE name = 'edges'"), 0);
         std::fs::remove_dir_all(folder).expect("removal");
     }
 
@@ -194,7 +304,7 @@ mod tests {
         Connection::open(&other).and_then(|other| other.execute_batch("CREATE TABLE t (a)")).expect("another database");
         for path in [text, other] {
             let before = std::fs::read(&path).expect("a file");
-            let error = Store::open(&path).expect_err("foreign").to_string();
+            let error = Store::open(&Files { meta: path.clone(), notes: folder.join("notes.db") }).expect_err("foreign").to_string();
             assert!(error.contains("is not a metadata store of x-manager"), "{error}");
             assert_eq!(std::fs::read(&path).expect("a file"), before);
         }

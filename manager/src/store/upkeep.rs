@@ -8,33 +8,89 @@ use prost::Message;
 use rusqlite::backup::Backup;
 use rusqlite::{Connection, OpenFlags};
 
-use super::{Doing as _, Store, schema};
+use super::{Doing as _, Files, Store, schema};
 use crate::error::{Error, IoContext as _, Result};
 
 impl Store {
     /// Sets the size beyond which nothing can be added.
     pub(crate) async fn limit(&self, bytes: u64) -> Result<()> {
-        self.run(move |connection| {
-            let page: i64 = connection.query_row("PRAGMA page_size", [], |row| row.get(0)).doing("read page size")?;
-            let pages = i64::try_from(bytes).unwrap_or(i64::MAX) / page.max(1);
-            connection.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).doing("set size")
-        })
-        .await
+        self.writer
+            .run(move |connection| {
+                let page: i64 = connection.query_row("PRAGMA page_size", [], |row| row.get(0)).doing("read page size")?;
+                let pages = i64::try_from(bytes).unwrap_or(i64::MAX) / page.max(1);
+                connection.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).doing("set size")
+            })
+            .await
     }
 
-    /// Copies everything to a file.
-    pub(crate) async fn copy_to(&self, path: PathBuf) -> Result<()> {
-        self.run(move |connection| copy(connection, &path)).await
+    /// Gives back what removed objects have left of the file, a few steps at a time, and makes the reserve again that a full disk has cost.
+    pub(crate) async fn shrink(&self) -> Result<()> {
+        let reserve = self.reserve.clone();
+        let free = "SELECT freelist_count FROM pragma_freelist_count";
+        if self.read(move |db| db.query_row(free, [], |row| row.get::<_, i64>(0)).doing("count free pages")).await? >= FREE_PAGES {
+            self.writer
+                .run(move |connection| {
+                    // it yields a row for each page
+                    let mut vacuum = connection.prepare(&format!("PRAGMA incremental_vacuum({STEP_PAGES})")).doing("shrink")?;
+                    let mut rows = vacuum.query([]).doing("shrink")?;
+                    while rows.next().doing("shrink")?.is_some() {}
+                    drop(rows);
+                    drop(vacuum);
+                    super::leave_mark(connection);
+                    super::checkpoint(connection, "TRUNCATE");
+                    Ok(())
+                })
+                .await?;
+        }
+        // it waits for the disk
+        self.writer
+            .run(move |_connection| {
+                reserve.keep();
+                Ok(())
+            })
+            .await
     }
 
-    /// Makes everything as it is in a copy.
-    pub(crate) async fn put_back(&self, path: PathBuf) -> Result<()> {
-        self.run(move |connection| {
-            let copy = open(&path)?;
-            Backup::new(&copy, connection).and_then(|backup| backup.step(ALL).map(drop)).doing("put back")
-        })
-        .await
+    /// Moves everything from the log into the file, so that the file alone is the store: before this process stops.
+    pub(crate) async fn settle(&self) -> Result<()> {
+        self.writer.run(|connection| connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(())).doing("settle")).await
     }
+
+    /// Copies both files, each to one beside it.
+    pub(crate) async fn set_aside(&self) -> Result<Aside> {
+        let aside = Aside(Files { meta: aside(&self.files.meta), notes: aside(&self.files.notes) });
+        let (meta, notes) = (aside.0.meta.clone(), aside.0.notes.clone());
+        self.writer.run(move |connection| copy(connection, &meta)).await?;
+        self.notes.run(move |connection| copy(connection, &notes)).await?;
+        Ok(aside)
+    }
+
+    /// Makes everything as it is in copies.
+    pub(crate) async fn put_back(&self, aside: &Aside) -> Result<()> {
+        let (meta, notes) = (aside.0.meta.clone(), aside.0.notes.clone());
+        self.writer.run(move |connection| put_back(connection, &meta)).await?;
+        self.notes.run(move |connection| put_back(connection, &notes)).await
+    }
+}
+
+/// Copies of the files.
+#[derive(Debug)]
+pub(crate) struct Aside(Files);
+
+impl Aside {
+    /// Removes them.
+    pub(crate) fn remove(&self) -> Result<()> {
+        [&self.0.meta, &self.0.notes].into_iter().try_for_each(|path| fs::remove_file(path).on("remove copy", path))
+    }
+}
+
+fn aside(path: &Path) -> PathBuf {
+    path.with_extension("before-upgrade")
+}
+
+fn put_back(connection: &mut Connection, path: &Path) -> Result<()> {
+    let copy = open(path)?;
+    Backup::new(&copy, connection).and_then(|backup| backup.step(ALL).map(drop)).on_store(path, "put back")
 }
 
 /// Copies the store at `path` to a new file, also while a daemon works on it.
@@ -48,20 +104,26 @@ pub(crate) fn backup(path: &Path, to: &Path) -> Result<()> {
     copy(&store, to)
 }
 
-/// Whether the store at `path` would have to be migrated, after trying that on a copy in memory.
+/// Whether a store would have to be migrated, after trying that on a copy in memory.
 ///
 /// Errors: why it could not be used.
-pub(crate) fn rehearse(path: &Path) -> Result<bool> {
+pub(crate) fn rehearse(files: &Files) -> Result<bool> {
+    // both are tried
+    let (meta, notes) = (rehearse_file(&files.meta, &schema::META)?, rehearse_file(&files.notes, &schema::NOTES)?);
+    Ok(meta || notes)
+}
+
+fn rehearse_file(path: &Path, schema: &schema::Schema) -> Result<bool> {
     if !path.exists() {
         return Ok(false);
     }
     let store = open(path)?;
-    if schema::check(&store, path)? == schema::NEWEST {
+    if schema.check(&store, path)? == schema.newest() {
         return Ok(false);
     }
     let mut trial = Connection::open_in_memory().doing("open in memory")?;
-    Backup::new(&store, &mut trial).and_then(|backup| backup.step(ALL).map(drop)).doing("copy")?;
-    schema::prepare(&mut trial, path)?;
+    Backup::new(&store, &mut trial).and_then(|backup| backup.step(ALL).map(drop)).on_store(path, "copy")?;
+    schema.prepare(&mut trial, path)?;
     Ok(true)
 }
 
@@ -70,19 +132,25 @@ pub(crate) fn rehearse(path: &Path) -> Result<bool> {
 /// Errors: when it is no store, or one of another version.
 pub(crate) fn check(path: &Path) -> Result<Vec<String>> {
     let store = open(path)?;
-    let version = schema::check(&store, path)?;
-    if version != schema::NEWEST {
-        let sentence =
-            format!("{} is of version {version}, which a daemon of this version would bring to {}", path.display(), schema::NEWEST);
+    let (version, newest) = (schema::META.check(&store, path)?, schema::META.newest());
+    if version == 0 {
+        // nothing is in it yet
+        return Ok(Vec::new());
+    }
+    if version != newest {
+        let sentence = format!("{} is of version {version}, which a daemon of this version would bring to {newest}", path.display());
         return Ok(vec![sentence]);
     }
     let sentences = |sql: &str| -> Result<Vec<String>> {
-        let mut select = store.prepare(sql).doing("check")?;
-        let rows = select.query_map([], |row| row.get(0)).doing("check")?;
-        rows.collect::<rusqlite::Result<_>>().doing("check")
+        let mut select = store.prepare(sql).on_store(path, "check")?;
+        let rows = select.query_map([], |row| row.get(0)).on_store(path, "check")?;
+        rows.collect::<rusqlite::Result<_>>().on_store(path, "check")
     };
     let mut wrong = sentences("SELECT * FROM pragma_integrity_check WHERE integrity_check <> 'ok'")?;
-    wrong.extend(sentences("SELECT \"table\" || ' has a row that belongs to nothing in ' || parent FROM pragma_foreign_key_check")?);
+    wrong.extend(sentences(
+        "SELECT 'an edge starts from lease ' || from_id || ' in namespace ' || namespace || ', which does not exist' FROM edges
+         WHERE from_type = 'leases' AND (namespace, from_id) NOT IN (SELECT namespace, id FROM leases)",
+    )?);
     for table in ["containers", "leases"] {
         wrong.extend(sentences(&format!(
             "SELECT '{table} ' || id || ' is in namespace ' || namespace || ', which does not exist' FROM {table}
@@ -111,7 +179,7 @@ fn records<M: Message + Default>(store: &Connection, sql: &str, wrong: &mut Vec<
 fn open(path: &Path) -> Result<Connection> {
     fs::metadata(path).on("open metadata store", path)?;
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let store = Connection::open_with_flags(path, flags).doing("open")?;
+    let store = Connection::open_with_flags(path, flags).on_store(path, "open")?;
     store.busy_timeout(std::time::Duration::from_secs(5)).doing("set time-out")?;
     Ok(store)
 }
@@ -139,13 +207,18 @@ fn write_copy(store: &Connection, path: &Path) -> Result<()> {
     file.sync_all().on("write copy", path)
 }
 
+/// Fewer free pages are left to what comes.
+const FREE_PAGES: i64 = 64;
+/// Pages that are given back at once, while others wait to write.
+const STEP_PAGES: i64 = 4096;
 /// Pages: in one step nobody else writes in between.
 const ALL: i32 = -1;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::namespaces;
+    use crate::store::tests::files;
+    use crate::store::{execs, namespaces};
 
     fn folder(name: &str) -> PathBuf {
         let folder = std::env::temp_dir().join(format!("x-manager-upkeep-{name}-{}", std::process::id()));
@@ -153,8 +226,8 @@ mod tests {
         folder
     }
 
-    async fn filled(path: &Path) -> Store {
-        let store = Store::open(path).expect("a new store");
+    async fn filled(folder: &Path) -> Store {
+        let store = Store::open(&files(folder)).expect("a new store");
         store.write(|db| namespaces::ensure(db, "one")).await.expect("written");
         store
     }
@@ -166,12 +239,13 @@ mod tests {
     #[tokio::test]
     async fn a_copy_made_while_the_store_is_open_has_everything_and_is_sound() {
         let folder = folder("copy");
-        let (path, copy) = (folder.join("meta.db"), folder.join("copy.db"));
-        let store = filled(&path).await;
+        let (path, copy) = (files(&folder).meta, folder.join("copy.db"));
+        let store = filled(&folder).await;
         backup(&path, &copy).expect("a copy");
         assert!(matches!(backup(&path, &copy), Err(Error::Precondition(_))), "nothing is overwritten");
         assert_eq!(check(&copy).expect("a store"), Vec::<String>::new());
-        assert_eq!(names(&Store::open(&copy).expect("a store")).await, ["one"]);
+        let restored = Store::open(&Files { meta: copy, notes: folder.join("notes.db") });
+        assert_eq!(names(&restored.expect("a store")).await, ["one"]);
         assert!(backup(&folder.join("none.db"), &folder.join("x.db")).is_err());
         drop(store);
         fs::remove_dir_all(folder).expect("removal");
@@ -180,14 +254,18 @@ mod tests {
     #[tokio::test]
     async fn what_another_process_made_of_the_store_is_undone_by_its_copy() {
         let folder = folder("undo");
-        let (path, copy) = (folder.join("meta.db"), folder.join("copy.db"));
-        let store = filled(&path).await;
-        store.copy_to(copy.clone()).await.expect("a copy");
-        let other = Connection::open(&path).expect("a store");
-        other.execute_batch("DROP TABLE namespaces; PRAGMA user_version = 99").expect("a newer version");
-        drop(other);
-        store.put_back(copy).await.expect("as it was");
+        let (files, store) = (files(&folder), filled(&folder).await);
+        let path = files.meta.clone();
+        store.note(|db| execs::add(db, "n", "c", "e")).await.expect("noted");
+        let copies = store.set_aside().await.expect("copies");
+        for (file, table) in [(&files.meta, "namespaces"), (&files.notes, "execs")] {
+            let other = Connection::open(file).expect("a store");
+            other.execute_batch(&format!("DROP TABLE {table}; PRAGMA user_version = 99")).expect("a newer version");
+        }
+        store.put_back(&copies).await.expect("as it was");
+        copies.remove().expect("removal");
         assert_eq!(names(&store).await, ["one"]);
+        assert_eq!(store.recall(|db| execs::list(db, "n", "c")).await.expect("recalled"), ["e"]);
         store.write(|db| namespaces::ensure(db, "two")).await.expect("it goes on");
         drop(store);
         assert_eq!(check(&path).expect("a store"), Vec::<String>::new());
@@ -197,19 +275,22 @@ mod tests {
     #[tokio::test]
     async fn a_damaged_store_is_reported() {
         let folder = folder("wrong");
-        let path = folder.join("meta.db");
-        drop(filled(&path).await);
+        let path = files(&folder).meta;
+        drop(filled(&folder).await);
         let other = Connection::open(&path).expect("a store");
         other
             .execute_batch(
-                "PRAGMA foreign_keys = OFF;
-                 INSERT INTO containers VALUES ('nowhere', 'c1', x'ff');
-                 INSERT INTO lease_resources VALUES ('one', 'none', 'content', 'x')",
+                "INSERT INTO containers VALUES ('nowhere', 'c1', x'ff');
+                 INSERT INTO edges VALUES ('one', 'leases', 'none', 'content', 'x')",
             )
             .expect("damage");
         drop(other);
         let wrong = check(&path).expect("a store").join("\n");
-        for part in ["belongs to nothing in leases", "containers c1 is in namespace nowhere", "container c1 in nowhere cannot be read"] {
+        for part in [
+            "an edge starts from lease none in namespace one",
+            "containers c1 is in namespace nowhere",
+            "container c1 in nowhere cannot be read",
+        ] {
             assert!(wrong.contains(part), "{wrong}");
         }
         fs::remove_dir_all(folder).expect("removal");
@@ -218,7 +299,7 @@ mod tests {
     #[tokio::test]
     async fn a_full_store_reports_it_and_accepts_writes_again_after_a_deletion() {
         let folder = folder("full");
-        let store = filled(&folder.join("meta.db")).await;
+        let store = filled(&folder).await;
         store.limit(1 << 20).await.expect("a limit");
         let long = |n: usize| format!("{n}{}", "x".repeat(10_000));
         let mut count = 0;
@@ -241,14 +322,14 @@ mod tests {
     #[tokio::test]
     async fn a_store_is_rehearsed_without_being_touched() {
         let folder = folder("rehearse");
-        let path = folder.join("meta.db");
-        assert!(!rehearse(&path).expect("none is fine"));
-        drop(filled(&path).await);
-        assert!(!rehearse(&path).expect("of this version"));
-        let other = Connection::open(&path).expect("a store");
+        let files = files(&folder);
+        assert!(!rehearse(&files).expect("none is fine"));
+        drop(filled(&folder).await);
+        assert!(!rehearse(&files).expect("of this version"));
+        let other = Connection::open(&files.notes).expect("a store");
         other.pragma_update(None, "user_version", 99).expect("newer");
         drop(other);
-        assert!(rehearse(&path).expect_err("newer").to_string().contains("from a newer x-manager"));
+        assert!(rehearse(&files).expect_err("newer").to_string().contains("from a newer x-manager"));
         fs::remove_dir_all(folder).expect("removal");
     }
 }

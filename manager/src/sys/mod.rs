@@ -4,3 +4,4 @@
 
 pub(crate) mod children;
 pub(crate) mod descriptors;
+pub(crate) mod memory;

@@ -25,7 +25,7 @@ impl Tasks {
     /// Errors: when it cannot be known which there were.
     pub(crate) async fn load(self: &Arc<Self>) -> Result<()> {
         let mut ended: HashMap<_, _> =
-            self.store.read(ended::list).await?.into_iter().map(|(namespace, id, exit)| ((namespace, id), exit)).collect();
+            self.store.recall(ended::list).await?.into_iter().map(|(namespace, id, exit)| ((namespace, id), exit)).collect();
         let (folder, works) = (self.settings.bundles(), self.settings.works());
         let bundles = blocking(move || bundles(&folder, &works)).await?;
         let mut loading = Vec::new();
@@ -132,7 +132,7 @@ impl Tasks {
         };
         let mut unknown = loop {
             let (namespace, id) = (task.namespace.clone(), task.id.clone());
-            match self.store.read(move |db| execs::list(db, namespace.as_str(), &id)).await {
+            match self.store.recall(move |db| execs::list(db, namespace.as_str(), &id)).await {
                 Ok(execs) => break execs,
                 Err(error) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot read which processes a task has");
@@ -186,7 +186,7 @@ impl Tasks {
         task.phase.send_replace(Phase::Cleaning(None));
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         // what is told from here on is of a task that nobody was given
-        let told = self.store.read(move |db| match ended::get(db, namespace.as_str(), &id)? {
+        let told = self.store.recall(move |db| match ended::get(db, namespace.as_str(), &id)? {
             Some(told) => Ok(Some(told)),
             None => exits::last(db, namespace.as_str(), &id, ""),
         });

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 
 use super::words::{Silence, Words};
-use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, SERVING, YOURS};
+use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, SERVING, SUBSCRIBER, YOURS};
 use crate::error::{Error, IoContext as _, Result};
+use crate::events::Exchange;
 use crate::gate::{Closed, Gate};
 use crate::invocation::TAKE_OVER;
 use crate::notify;
 use crate::sockets::Sockets;
-use crate::store::Store;
+use crate::store::{Aside, Store};
 use crate::sys::children;
 
 /// What is handed over.
@@ -27,10 +28,10 @@ pub(crate) struct Estate<'a> {
     pub(crate) sockets: &'a Sockets,
     /// The metadata.
     pub(crate) store: &'a Store,
-    /// Its file.
-    pub(crate) store_file: &'a Path,
     /// The right to change anything.
     pub(crate) gate: &'a Gate,
+    /// Whose subscribers the successor is told.
+    pub(crate) events: &'a Exchange,
 }
 
 /// Has the program at `path` take over, unless this process is told to `stop` meanwhile, and returns its pid. From then on this process serves
@@ -60,18 +61,21 @@ pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path, stop: impl Future
     let closed = closed.ok_or_else(|| {
         Error::Unavailable(format!("called off, as calls that change something did not end within {DRAIN:?}; try it again"))
     })?;
-    let copy = if migrates { Some(Copied::of(estate).await?) } else { None };
-    match successor.move_in(closed, estate.gate, stop).await {
+    let copy = if migrates { Some(estate.store.set_aside().await?) } else { None };
+    match successor.move_in(closed, estate, stop).await {
         Ok(pid) => {
             if let Some(copy) = copy {
-                copy.remove();
+                remove(&copy);
             }
             Ok(pid)
         }
         Err((error, closed)) => {
             drop(successor);
             if let Some(copy) = copy {
-                copy.put_back(estate.store).await;
+                match estate.store.put_back(&copy).await {
+                    Ok(()) => remove(&copy),
+                    Err(error) => warn!(copy:?, error = error.chain(); "cannot put the metadata store back"),
+                }
             }
             drop(closed);
             Err(error)
@@ -150,10 +154,15 @@ impl Successor {
     }
 
     /// Lets it take over; then nobody gets through the gate any more.
-    async fn move_in(&mut self, closed: Closed, gate: &Gate, stop: impl Future<Output = ()>) -> Result<u32, (Error, Closed)> {
+    async fn move_in(&mut self, closed: Closed, estate: Estate<'_>, stop: impl Future<Output = ()>) -> Result<u32, (Error, Closed)> {
         let moving = async {
             self.say(YOURS).await?;
             self.expect(READY, OPEN).await?;
+            // nobody subscribes while the gate is closed
+            for client in estate.events.clients() {
+                let client = serde_json::to_string(&client).expect("it has no map and no foreign type");
+                self.say(&format!("{SUBSCRIBER}{client}")).await?;
+            }
             self.say(SERVE).await?;
             self.expect(SERVING, BEGIN).await
         };
@@ -163,7 +172,7 @@ impl Successor {
         };
         match moved {
             Ok(()) => {
-                gate.retire();
+                estate.gate.retire();
                 self.has_taken_over = true;
                 // only the main process may say which one that is, and that one that it is ready
                 notify::tell(&format!("MAINPID={}", self.child.id()));
@@ -184,30 +193,10 @@ impl Drop for Successor {
     }
 }
 
-/// The store as it was before its tables changed.
-#[derive(Debug)]
-struct Copied {
-    path: PathBuf,
-}
-
-impl Copied {
-    async fn of(estate: Estate<'_>) -> Result<Self> {
-        let path = estate.store_file.with_extension("before-upgrade");
-        estate.store.copy_to(path.clone()).await?;
-        Ok(Self { path })
-    }
-
-    async fn put_back(self, store: &Store) {
-        match store.put_back(self.path.clone()).await {
-            Ok(()) => self.remove(),
-            Err(error) => warn!(copy:% = self.path.display(), error = error.chain(); "cannot put the metadata store back"),
-        }
-    }
-
-    fn remove(self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            warn!(copy:% = self.path.display(), error:%; "cannot remove a copy of the metadata store");
-        }
+/// Removes the store as it was before its tables changed.
+fn remove(copy: &Aside) {
+    if let Err(error) = copy.remove() {
+        warn!(error = error.chain(); "cannot remove a copy of the metadata store");
     }
 }
 

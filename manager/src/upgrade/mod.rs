@@ -7,6 +7,7 @@
 //!   closes the gate: changes wait
 //!   copies the store if it will change ─── yours ───▶ opens the store, finds the shims
 //!                                      ◀── ready ────
+//!   for each stream of events  ─── subscriber … ─────▶ keeps what happens until that client subscribes again
 //!                                      ─── serve ───▶
 //!   retires                            ◀── serving ── accepts; whoever connected meanwhile is in the sockets' queues
 //!   refuses what waits, so that clients ask again; ends when calls in flight have ended
@@ -25,7 +26,7 @@ pub(crate) use hand_over::{Estate, hand_over};
 pub(crate) use take_over::{Predecessor, report_failure};
 
 /// The first word, with which lock and sockets come. A process that understands another one only is no successor.
-const GREETING: &str = "x-manager hands over, version 1";
+const GREETING: &str = "x-manager hands over, version 2";
 /// From the new process: all is well, and the store's tables stay as they are.
 const PREPARED: &str = "prepared";
 /// From the new process: all is well, and the store's tables will change.
@@ -34,6 +35,8 @@ const PREPARED_TO_MIGRATE: &str = "prepared to migrate";
 const YOURS: &str = "yours";
 /// From the new process: it could serve now.
 const READY: &str = "ready";
+/// From the running process, with JSON: a client that is subscribed to events.
+const SUBSCRIBER: &str = "subscriber ";
 /// From the running process: it may begin.
 const SERVE: &str = "serve";
 /// From the new process: it has begun.

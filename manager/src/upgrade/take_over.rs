@@ -4,11 +4,13 @@ use std::io::Write as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::words::{Silence, Words};
-use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, SERVING, YOURS};
+use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, SERVING, SUBSCRIBER, YOURS};
 use crate::error::{Error, IoContext as _, Result};
+use crate::events::{Client, Exchange};
 use crate::sockets::Inherited;
 use crate::sys::descriptors;
 
@@ -39,9 +41,19 @@ impl Predecessor {
         self.say(if migrates { PREPARED_TO_MIGRATE } else { PREPARED }, YOURS).await
     }
 
-    /// Says that this process could serve, and waits until it may.
-    pub(crate) async fn ready(mut self) -> Result<()> {
-        self.say(READY, SERVE).await?;
+    /// Says that this process could serve, and waits until it may. From then on `events` keeps what the other's subscribers would miss.
+    pub(crate) async fn ready(mut self, events: &Arc<Exchange>) -> Result<()> {
+        self.words.say(READY).await.map_err(|error| gone(error.into()))?;
+        let mut clients = Vec::new();
+        loop {
+            let word = self.words.hear(ANSWERED).await.map_err(gone)?;
+            match word.strip_prefix(SUBSCRIBER).map(serde_json::from_str::<Client>) {
+                Some(Ok(client)) => clients.push(client),
+                None if word == SERVE => break,
+                Some(Err(_)) | None => return Err(gone(Silence::Nonsense(word))),
+            }
+        }
+        events.expect(clients);
         self.words.say(SERVING).await.map_err(|error| gone(error.into()))
     }
 

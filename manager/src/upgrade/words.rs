@@ -63,5 +63,5 @@ impl Words {
     }
 }
 
-/// The longest line.
-const LINE_BYTES: u64 = 16 << 10;
+/// The longest line: all filters of one subscriber.
+const LINE_BYTES: u64 = 16 << 20;

@@ -1,18 +1,21 @@
 //! What clients ask for and cannot have.
 
 use std::fs;
+use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_client::services::v1::CreateTaskRequest;
+use containerd_client::events::TaskExit;
+use containerd_client::services::v1::{self as leases, CreateTaskRequest, ListContainersRequest, SubscribeRequest};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use prost::Message as _;
 use prost_types::Any;
 use shim_tests::context::Context;
-use shim_tests::eventually::SOON;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::operator::{Own, binary, printed};
 use shim_tests::proc;
 use shim_tests::programs::script;
-use tonic::Code;
+use tonic::{Code, Request};
 
 fn spec(bytes: usize) -> Any {
     Any { type_url: "example.test/spec".to_owned(), value: vec![b'x'; bytes] }
@@ -22,7 +25,7 @@ pub(crate) async fn a_full_disk_refuses_what_is_new_and_loses_nothing(cx: Contex
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let root = own.folder().join("root");
     fs::create_dir_all(&root)?;
-    mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
+    mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), Some("size=8m"))?;
     let result = fill(&mut own).await;
     drop(own);
     umount2(&root, MntFlags::MNT_DETACH)?;
@@ -60,6 +63,103 @@ async fn fill(own: &mut Own) -> Result<()> {
     printed(&mut own.command(&["check"])?).map(drop)
 }
 
+pub(crate) async fn containers_can_be_deleted_on_a_disk_that_is_full_to_the_last_byte(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let root = own.folder().join("root");
+    fs::create_dir_all(&root)?;
+    mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), Some("size=8m"))?;
+    let result = delete_on_a_full_disk(&mut own).await;
+    drop(own);
+    umount2(&root, MntFlags::MNT_DETACH)?;
+    result
+}
+
+async fn delete_on_a_full_disk(own: &mut Own) -> Result<()> {
+    let client = own.start().await?;
+    for number in 0..60 {
+        client.create_container(&format!("c{number}"), "io.containerd.x.v2", None, spec(10_000)).await?;
+    }
+    let mut ballast = fs::File::create(own.folder().join("root/ballast"))?;
+    for piece in [1 << 20, 4096, 1] {
+        while ballast.write_all(&vec![1; piece]).is_ok() {}
+    }
+    // what SQLite has of its log already is used first
+    let mut count = 60;
+    while client.create_container(&format!("c{count}"), "io.containerd.x.v2", None, spec(100_000)).await.is_ok() {
+        count += 1;
+    }
+    for number in 0..count {
+        client.delete_container(&format!("c{number}")).await.with_context(|| format!("c{number}: {}", own.log()))?;
+    }
+    ballast.set_len(0)?;
+    client.create_container("new", "io.containerd.x.v2", None, spec(10_000)).await?;
+    let reserve = own.folder().join("root/reserve");
+    eventually_true("the reserve is made again", SOON, || reserve.exists()).await?;
+    printed(&mut own.command(&["check"])?).map(drop)
+}
+
+pub(crate) async fn a_store_that_was_large_becomes_small_again(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let client = own.start().await?;
+    let bytes = || Ok::<_, std::io::Error>(fs::metadata(own.folder().join("root/meta.db"))?.len());
+    for number in 0..200 {
+        client.create_container(&format!("c{number}"), "io.containerd.x.v2", None, spec(50_000)).await?;
+    }
+    eventually_true("it is large", SOON, || bytes().is_ok_and(|bytes| bytes > 8 << 20)).await?;
+    for number in 0..200 {
+        client.delete_container(&format!("c{number}")).await?;
+    }
+    eventually_true("it is small", SOON, || bytes().is_ok_and(|bytes| bytes < 1 << 20)).await
+}
+
+pub(crate) async fn memory_that_a_storm_of_calls_took_is_given_back(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let client = own.start().await?;
+    let pid = own.pid().map_or(0, u32::cast_signed);
+    for number in 0..200 {
+        client.create_container(&format!("c{number}"), "io.containerd.x.v2", None, spec(50_000)).await?;
+    }
+    let before = proc::private_kib(pid)?;
+    let mut storm = tokio::task::JoinSet::new();
+    for _client in 0..32 {
+        let client = own.client().await?;
+        storm.spawn(async move {
+            let request = client.request(ListContainersRequest::default());
+            client.api().containers().max_decoding_message_size(16 << 20).list(request).await.map(drop)
+        });
+    }
+    for answered in storm.join_all().await {
+        answered?;
+    }
+    eventually("it is small again", SOON, async || {
+        let grown = proc::private_kib(pid)?.saturating_sub(before);
+        ensure!(grown < 16 << 10, "it holds {grown} KiB more");
+        Ok(())
+    })
+    .await
+}
+
+pub(crate) async fn a_lease_goes_when_its_label_says_that_it_has_expired(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let client = own.start().await?;
+    for (id, expiry) in [("past", "2026-01-02T03:04:05Z"), ("future", "2226-01-02T03:04:05.6+07:00"), ("never", "whenever")] {
+        let labels = [("containerd.io/gc.expire".to_owned(), expiry.to_owned())].into();
+        client.api().leases().create(client.request(leases::CreateRequest { id: id.to_owned(), labels })).await?;
+        let resource = Some(leases::Resource { id: "i".to_owned(), r#type: "images".to_owned() });
+        client.api().leases().add_resource(client.request(leases::AddResourceRequest { id: id.to_owned(), resource })).await?;
+    }
+    eventually("what has expired is gone", SOON, async || {
+        let leases = client.api().leases().list(client.request(leases::ListRequest::default())).await?.into_inner().leases;
+        let ids: Vec<_> = leases.iter().map(|lease| lease.id.as_str()).collect();
+        ensure!(ids == ["future", "never"], "{ids:?}");
+        Ok(())
+    })
+    .await?;
+    let held = client.api().leases().list_resources(client.request(leases::ListResourcesRequest { id: "future".to_owned() })).await?;
+    ensure!(held.into_inner().resources.len() == 1);
+    printed(&mut own.command(&["check"])?).map(drop)
+}
+
 pub(crate) async fn a_client_that_never_reads_its_events_is_dropped_with_an_error(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let client = own.start().await?;
@@ -80,6 +180,38 @@ pub(crate) async fn a_client_that_never_reads_its_events_is_dropped_with_an_erro
     };
     ensure!((2..30).contains(&heard), "{heard}");
     ensure!(last.as_ref().is_err_and(|status| status.code() == Code::ResourceExhausted), "{last:?}");
+    Ok(())
+}
+
+pub(crate) async fn a_costly_filter_ends_its_subscription_and_no_call_waits_for_it(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let client = own.start().await?;
+    let subscribe = async |filters: Vec<String>| {
+        let request = Request::new(SubscribeRequest { filters });
+        anyhow::Ok(client.api().events().subscribe(request).await?.into_inner())
+    };
+    let mut costly = Vec::new();
+    for _subscriber in 0..20 {
+        costly.push(subscribe((0..16).map(|number| format!("event.id~=/(x?){{50}}y{number}/")).collect()).await?);
+    }
+    let mut modest = subscribe(vec!["namespace==default, topic~=|^/test/|".to_owned()]).await?;
+    let event = TaskExit { container_id: "c".to_owned(), id: "x".repeat(4000), ..TaskExit::default() };
+    let event = Any { type_url: "containerd.events.TaskExit".to_owned(), value: event.encode_to_vec() };
+    for number in 0..10 {
+        let topic = format!("/test/n{number}");
+        let published = client.publish(&topic, event.clone());
+        tokio::time::timeout(Duration::from_secs(2), published).await.context("a call waits")??;
+    }
+    for mut costly in costly {
+        let last = tokio::time::timeout(Duration::from_secs(20), costly.message()).await?;
+        let is_clear = |status: &tonic::Status| status.code() == Code::ResourceExhausted && status.message().contains("processor time");
+        ensure!(last.as_ref().is_err_and(is_clear), "{last:?}");
+        tokio::time::timeout(Duration::from_secs(2), client.version()).await.context("a call waits")??;
+    }
+    for number in 0..10 {
+        let envelope = tokio::time::timeout(SOON, modest.message()).await??.context("an event")?;
+        ensure!(envelope.topic == format!("/test/n{number}"), "{envelope:?}");
+    }
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use containerd_client::services::v1::{GetContainerRequest, ListImagesRequest};
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
@@ -128,10 +129,27 @@ pub(crate) async fn metrics_are_served_where_they_are_wanted(cx: Context) -> Res
         socket.read_to_string(&mut answer)?;
         Ok(answer)
     };
+    let of_calls = [
+        "x_manager_calls_total{method=\"/containerd.services.containers.v1.Containers/Get\",code=\"NotFound\"} 1",
+        "x_manager_calls_total{method=\"/containerd.services.version.v1.Version/Version\",code=\"Ok\"} ",
+        "x_manager_calls_total{method=\"other\",code=\"Unimplemented\"} 1",
+        "x_manager_call_seconds_bucket{method=\"/containerd.services.containers.v1.Containers/Get\",le=\"+Inf\"} 1",
+        "x_manager_calls_under_way 0",
+        "x_manager_event_queue_bytes 0",
+        "x_manager_store_jobs_total{kind=\"write\"} ",
+        "x_manager_store_queue{kind=\"read\"} 0",
+        "x_manager_store_bytes{file=\"meta\"} ",
+    ];
     for _process in 0..2 {
+        let client = own.client().await?;
+        let get = client.request(GetContainerRequest { id: "none".to_owned() });
+        ensure!(client.api().containers().get(get).await.is_err());
+        ensure!(client.api().images().list(client.request(ListImagesRequest::default())).await.is_err());
         let answer = ask("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")?;
         ensure!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
-        for line in ["x_manager_tasks{phase=\"live\"} 0", "# TYPE x_manager_events_total counter", "process_open_fds "] {
+        for line in
+            ["x_manager_tasks{phase=\"live\"} 0", "# TYPE x_manager_events_total counter", "process_open_fds "].into_iter().chain(of_calls)
+        {
             ensure!(answer.contains(line), "no {line} in {answer}");
         }
         ensure!(ask("POST / HTTP/1.1\r\n\r\n")?.starts_with("HTTP/1.1 405 "));

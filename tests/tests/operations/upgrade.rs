@@ -326,6 +326,37 @@ pub(crate) async fn an_event_stream_ends_with_an_error_after_its_events(cx: Cont
     cx.leaves_nothing().await
 }
 
+pub(crate) async fn a_client_that_subscribes_again_after_an_upgrade_has_missed_nothing(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let client = cx.client().clone();
+    let topics = async |stream: &mut tonic::Streaming<containerd_client::types::Envelope>, count: usize| {
+        let mut topics = Vec::new();
+        while topics.len() < count {
+            let envelope = tokio::time::timeout(SOON, stream.message()).await??.context("more events")?;
+            if envelope.topic.starts_with("/test/") {
+                topics.push(envelope.topic);
+            }
+        }
+        anyhow::Ok(topics)
+    };
+    let mut stream = client.subscribe().await?;
+    for round in 0..3 {
+        let name = |what: &str| format!("/test/{what}{round}");
+        client.publish(&name("before"), prost_types::Any::default()).await?;
+        upgraded(cx.daemon()).await?;
+        // another client, while the first has not yet noticed
+        let other = cx.daemon().client(client.namespace()).await?;
+        other.publish(&name("between"), prost_types::Any::default()).await?;
+        ensure!(topics(&mut stream, 1).await? == [name("before")]);
+        let last = tokio::time::timeout(SOON, stream.message()).await?;
+        ensure!(last.as_ref().is_err_and(|status| status.code() == Code::Unavailable), "{last:?}");
+        stream = eventually("it subscribes again", SOON, async || Ok(client.subscribe().await?)).await?;
+        other.publish(&name("after"), prost_types::Any::default()).await?;
+        ensure!(topics(&mut stream, 2).await? == [name("between"), name("after")]);
+    }
+    cx.leaves_nothing().await
+}
+
 pub(crate) async fn upgrades_may_follow_each_other_at_once(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     for _upgrade in 0..8 {

@@ -1,0 +1,87 @@
+//! Filters of one subscription, evaluated beside the thread that serves.
+//!
+//! **Invariant:** what passes keeps its order, and the reason for the end comes last.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use log::{error, warn};
+use tokio::sync::{Semaphore, mpsc};
+
+use super::Item;
+use crate::error::Error;
+use crate::filter::{Allowance, Costly, Filter};
+
+/// Passes on what the filter accepts until the subscription or its client ends, or the filter has cost too much.
+pub(super) async fn run(
+    mut all: mpsc::UnboundedReceiver<Item>,
+    accepted: mpsc::UnboundedSender<Item>,
+    filter: Filter,
+    waiting: Arc<AtomicUsize>,
+    turns: Arc<Semaphore>,
+) {
+    let (filter, mut allowance) = (Arc::new(filter), Allowance::of(AT_ONCE));
+    loop {
+        let mut items = Vec::new();
+        tokio::select! {
+            count = all.recv_many(&mut items, BATCH) => if count == 0 { return },
+            () = accepted.closed() => return,
+        }
+        // nobody closes the semaphore
+        let turn = turns.acquire().await;
+        let (filter, waiting) = (Arc::clone(&filter), Arc::clone(&waiting));
+        let evaluated = tokio::task::spawn_blocking(move || blocking_keep(items, &filter, allowance, &waiting)).await;
+        drop(turn);
+        let (kept, left) = evaluated.unwrap_or_else(|panic| {
+            error!(error:% = panic; "filters of a subscription were not evaluated");
+            (vec![Item::Last(Error::Launch("filters were not evaluated".to_owned()))], Err(Costly))
+        });
+        for item in kept {
+            // without its client the next turn ends it
+            let _ = accepted.send(item);
+        }
+        match left {
+            Ok(left) => allowance = left,
+            Err(Costly) => return,
+        }
+    }
+}
+
+fn blocking_keep(
+    items: Vec<Item>,
+    filter: &Filter,
+    mut allowance: Allowance,
+    waiting: &AtomicUsize,
+) -> (Vec<Item>, Result<Allowance, Costly>) {
+    let mut kept = Vec::new();
+    for item in items {
+        let Item::Event(envelope, bytes) = &item else {
+            kept.push(item);
+            continue;
+        };
+        allowance.add(EACH, AT_ONCE);
+        match filter.accepts_within(&**envelope, &mut allowance) {
+            Ok(true) => kept.push(item),
+            Ok(false) => {
+                waiting.fetch_sub(*bytes, Ordering::Relaxed);
+            }
+            Err(Costly) => {
+                warn!("filters of a subscriber cost too much, it is dropped");
+                let sentence = format!(
+                    "the filters of this subscription take more than {AT_ONCE:?} of processor time, or {EACH:?} an event in the long run; use fewer or shorter patterns"
+                );
+                kept.push(Item::Last(Error::Exhausted(sentence)));
+                return (kept, Err(Costly));
+            }
+        }
+    }
+    (kept, Ok(allowance))
+}
+
+/// Events of one turn: others wait meanwhile.
+const BATCH: usize = 64;
+/// Processor time that filters may use at once.
+const AT_ONCE: Duration = Duration::from_millis(100);
+/// What each event adds to that, up to the same limit.
+const EACH: Duration = Duration::from_millis(1);

@@ -1,0 +1,49 @@
+//! What is done now and then: leases that have expired go, and disk and memory are given back.
+//!
+//! **Invariant:** nothing waits for any of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::{info, warn};
+
+use crate::error::Result;
+use crate::manager::Manager;
+use crate::store::leases;
+use crate::sys::memory;
+use crate::timestamp;
+
+/// Does it until this process retires.
+pub(crate) async fn run(manager: Arc<Manager>) {
+    let mut calls = 0;
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(INTERVAL) => {}
+            () = manager.gate.retired() => return,
+        }
+        if let Err(error) = round(&manager).await {
+            warn!(error = error.chain(); "cannot tidy up the metadata store");
+        }
+        let now = manager.calls.count();
+        if now != calls {
+            calls = now;
+            // as long as some of it is in use, it is kept by the allocator
+            memory::give_back();
+        }
+    }
+}
+
+async fn round(manager: &Manager) -> Result<()> {
+    let now = timestamp::to_nanos(&timestamp::now());
+    let has_expired = manager.store.read(move |db| leases::have_expired(db, now)).await?;
+    // what changes the store does not do so while another process takes over
+    let Some(_pass) = manager.gate.enter().await else { return Ok(()) };
+    if has_expired {
+        let leases = manager.store.remove(move |db| leases::remove_expired(db, now)).await?;
+        info!(leases; "leases have expired");
+    }
+    manager.store.shrink().await
+}
+
+/// Between two rounds.
+const INTERVAL: Duration = Duration::from_secs(5);
