@@ -35,6 +35,7 @@ mod link;
 mod pump;
 mod registry;
 mod server;
+mod starts;
 
 use self::cause::Cause;
 use self::container::{Change, Container, Exit, Process, ProcessKey, RECORD_VERSION, Record, Reply};
@@ -42,6 +43,7 @@ use self::error::{Code, Error};
 use self::link::{Incoming, Link, LinkError};
 use self::registry::Registry;
 use self::server::{Call, Inbound};
+use self::starts::Starts;
 use crate::disguise::{self, Place};
 use crate::handover::{Claim, Commit, ProcessExit, Step, ToWorker};
 use crate::journal_body::ProcessIdentity;
@@ -84,6 +86,7 @@ struct Worker {
     settings: Settings,
     link: Rc<Link>,
     registry: Registry,
+    starts: Starts,
     keeper: Cell<ProcessIdentity>,
     /// Steps of operations that belong to no cause.
     own_steps: Cell<Step>,
@@ -95,7 +98,14 @@ async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
     let link = Link::new(link, faults).map_err(|source| LinkError::Io { source })?;
     tokio::task::spawn_local(Rc::clone(&link).write_queue());
     let mut incoming = Incoming::new(Rc::clone(&link));
-    let worker = Rc::new(Worker { settings, link, registry: Registry::default(), keeper: Cell::default(), own_steps: Cell::new(0) });
+    let worker = Rc::new(Worker {
+        settings,
+        link,
+        registry: Registry::default(),
+        starts: Starts::new(),
+        keeper: Cell::default(),
+        own_steps: Cell::new(0),
+    });
     worker.catch_up(&mut incoming).await?;
     loop {
         let message = incoming.next().await?;

@@ -26,7 +26,7 @@ pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target:
     }
     container.observe(&key, Fact::StartAsked);
     let result = match &key.exec {
-        Some(_) => start_added(worker, cause, &container, &key).await,
+        Some(_) => worker.starts.in_turn(start_added(worker, cause, &container, &key)).await,
         None if container.record().restore.is_some() => restore(worker, cause, &container, &key).await,
         None => start_init(cause, &container).await,
     };

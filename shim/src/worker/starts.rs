@@ -1,0 +1,72 @@
+//! How many added processes are started at once.
+//!
+//! A runtime that is started takes the keeper a moment and a processor some milliseconds. Of hundreds at once, the last one would not come
+//! to its end sooner than in a row, and everything else that is asked would wait for all of them.
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+
+/// Lets some starts go on, and the others wait for their turn, in the order in which they came.
+#[derive(Debug)]
+pub(super) struct Starts {
+    turns: Semaphore,
+    /// How long a start keeps others from theirs.
+    turn: Duration,
+}
+
+impl Starts {
+    pub(super) fn new() -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { turns: Semaphore::new((2 * processors).clamp(AT_LEAST, AT_MOST)), turn: TURN }
+    }
+
+    /// Does `work` in its turn. Work that takes long holds nothing up: its turn ends before it does.
+    pub(super) async fn in_turn<T>(&self, work: impl Future<Output = T>) -> T {
+        let turn = self.turns.acquire().await;
+        tokio::pin!(work);
+        match tokio::time::timeout(self.turn, &mut work).await {
+            Ok(result) => result,
+            Err(_) => {
+                drop(turn);
+                work.await
+            }
+        }
+    }
+}
+
+const AT_LEAST: usize = 4;
+const AT_MOST: usize = 64;
+const TURN: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    use super::*;
+
+    #[test]
+    fn starts_that_hang_hold_up_no_other() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("it has what it needs");
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let (starts, hanging) = (Rc::new(Starts { turn: Duration::from_millis(1), ..Starts::new() }), Rc::new(Cell::new(0)));
+            for _ in 0..3 * AT_MOST {
+                let (starts, hanging) = (Rc::clone(&starts), Rc::clone(&hanging));
+                tokio::task::spawn_local(async move {
+                    let hang = async {
+                        hanging.set(hanging.get() + 1);
+                        std::future::pending::<()>().await;
+                    };
+                    starts.in_turn(hang).await;
+                });
+            }
+            for _ in 0..3 * AT_MOST {
+                tokio::task::yield_now().await;
+            }
+            assert!((AT_LEAST..=AT_MOST).contains(&hanging.get()), "{} at once", hanging.get());
+            assert_eq!(starts.in_turn(async { 7 }).await, 7);
+            assert_eq!(hanging.get(), 3 * AT_MOST);
+        });
+    }
+}
