@@ -69,6 +69,13 @@ impl ProcessIdentity {
     pub(crate) fn exists(self) -> bool {
         Self::of(self.pid) == Some(self)
     }
+
+    /// Whether this very process runs: it exists, and is no zombie.
+    pub(crate) fn is_running(self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let state = stat.rsplit_once(')').and_then(|(_, fields)| fields.trim_start().chars().next());
+        start_time(&stat) == Some(self.start_time) && !matches!(state, Some('Z' | 'X'))
+    }
 }
 
 /// Takes the start time out of a line of `/proc/PID/stat`. The name of the program may hold spaces and parentheses.
@@ -90,8 +97,16 @@ mod tests {
     #[test]
     fn this_process_exists_and_its_like_with_another_start_does_not() {
         let me = ProcessIdentity::of(std::process::id()).expect("this process has a line in /proc");
-        assert!(me.exists());
-        assert!(!ProcessIdentity { start_time: me.start_time + 1, ..me }.exists());
+        assert!(me.exists() && me.is_running());
+        let another = ProcessIdentity { start_time: me.start_time + 1, ..me };
+        assert!(!another.exists() && !another.is_running());
+        let mut child = std::process::Command::new("/bin/true").spawn().expect("true can be started");
+        let dead = ProcessIdentity::of(child.id()).expect("it is not reaped");
+        while dead.is_running() {
+            std::thread::yield_now();
+        }
+        assert!(dead.exists());
+        let _ = child.wait();
     }
 
     #[test]

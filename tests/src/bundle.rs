@@ -48,6 +48,8 @@ pub struct Bundle {
     terminal: bool,
     mounts: Vec<Mount>,
     log_is_read: bool,
+    /// Where its containerd's gRPC API would be: with the namespace and the id, the name of its shim's socket.
+    grpc: PathBuf,
 }
 
 impl Bundle {
@@ -64,7 +66,16 @@ impl Bundle {
             terminal: false,
             mounts: vec![bind_mount(&rootfs::shared()?)],
             log_is_read: true,
+            grpc: stand.grpc(),
         })
+    }
+
+    /// Makes it another daemon's, of the same namespace: it has a shim and a folder of its own.
+    #[must_use]
+    pub fn of_another_daemon(mut self) -> Self {
+        self.folder = self.stand.folder().join("other").join(&self.id);
+        self.grpc = self.stand.folder().join("other.sock");
+        self
     }
 
     /// Leaves the fifo of the shim's log without a reader.
@@ -162,7 +173,7 @@ impl Bundle {
 
     /// One of containerd's commands on this bundle: `start` or `delete`.
     pub fn command(&self, action: &str, flags: &[&str]) -> tokio::process::Command {
-        let (grpc, folder) = (self.stand.grpc().display().to_string(), self.folder.display().to_string());
+        let (grpc, folder) = (self.grpc.display().to_string(), self.folder.display().to_string());
         let mut arguments = vec!["-namespace", self.stand.namespace(), "-address", &grpc, "-publish-binary", "/bin/true", "-id", &self.id];
         if action == "delete" {
             arguments.extend(["-bundle", &folder]);

@@ -25,6 +25,8 @@ mod logging;
 mod options;
 #[path = "protocol/retries.rs"]
 mod retries;
+#[path = "protocol/runtimes.rs"]
+mod runtimes;
 #[path = "protocol/shutdown.rs"]
 mod shutdown;
 #[path = "protocol/streams.rs"]
@@ -89,6 +91,14 @@ fn main() -> ExitCode {
         an_event_answered_with_garbage_is_sent_again,
         events_of_two_thousand_short_execs_are_published_in_order,
         simultaneous_exits_are_published_with_init_last,
+    ]);
+    cases.extend(direct_cases![runtimes:
+        a_refused_create_leaves_the_container_of_another_daemon_alone,
+        a_create_that_loses_a_race_for_its_id_leaves_the_winner_alone,
+        what_a_killed_create_has_made_is_removed_by_the_next_worker,
+        without_the_runtimes_program_every_call_is_refused_with_its_path_and_delete_works_once_it_is_back,
+        delete_removes_a_container_whose_runtime_is_gone,
+        a_runtime_that_was_moved_is_found_in_path,
     ]);
     cases.extend(direct_cases![shutdown:
         a_shim_leaves_with_its_last_container_and_not_before,

@@ -49,8 +49,7 @@ impl Leftovers<'_> {
 
 /// Whether nothing is left: no process, no mount, and nothing that the engine keeps.
 pub(crate) fn is_clean(leftovers: &Leftovers<'_>) -> bool {
-    // Every OCI runtime keeps a container in a folder of its name.
-    let is_kept = leftovers.engine().is_some_and(|engine| engine.root().join(leftovers.id).exists());
+    let is_kept = leftovers.engine().is_some_and(|engine| engine.state_of(leftovers.id).exists());
     !is_kept && !is_mounted(leftovers) && !is_alive(leftovers)
 }
 
@@ -115,7 +114,8 @@ pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), E
 
 /// Has the engine forget the container, and unmounts its root filesystem.
 ///
-/// Errors: the mounts cannot be undone. What the engine has to complain of is a warning: there may be nothing left to forget.
+/// Errors: the mounts cannot be undone, or an engine whose program is gone leaves what cannot be removed without it. What an engine has to
+/// complain of is a warning: there may be nothing left to forget.
 pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), Error> {
     if let Some(engine) = leftovers.engine() {
         let order = engine.delete(&Container { id: leftovers.id, bundle: leftovers.bundle }, true);
@@ -124,7 +124,13 @@ pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), 
                 Ok(()) | Err(EngineError::NoContainer { .. }) => None,
                 Err(error) => Some(error.to_string()),
             },
-            Err(error) => Some(format!("{}: {error}", engine.binary().display())),
+            Err(error) => match engine.blocking_explain(Verb::Delete) {
+                Some(gone) => {
+                    remove_without_engine(leftovers, &engine)?;
+                    Some(format!("{gone} (its state and the cgroup were removed without it)"))
+                }
+                None => Some(format!("{}: {error}", engine.binary().display())),
+            },
         };
         if let Some(complaint) = complaint {
             eprintln!("containerd-shim-x-v2: delete {}: {complaint}", leftovers.id);
@@ -137,6 +143,25 @@ pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), 
         other => other?,
     }
     Ok(())
+}
+
+/// Removes what an engine keeps of a container when its program is gone: nobody else would, and the id would stay taken.
+fn remove_without_engine(leftovers: &Leftovers<'_>, engine: &CommandEngine) -> Result<(), Error> {
+    // Of the journal, where it was checked to be an id: never a path that a command line gives.
+    let Some(state) = leftovers.body.map(|body| engine.state_of(&body.id)) else { return Ok(()) };
+    // The kernel takes a moment to let go of the cgroup of processes that have just died.
+    let until = Instant::now() + Duration::from_millis(300);
+    while let Some(Err(source)) = leftovers.cgroup().map(|cgroup| cgroup.remove()) {
+        if source.raw_os_error() != Some(libc::EBUSY) || Instant::now() >= until {
+            eprintln!("containerd-shim-x-v2: delete {}: cannot remove its cgroup: {source}", leftovers.id);
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    match fs::remove_dir_all(&state) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Io { op: "remove", path: state, source }),
+        _ => Ok(()),
+    }
 }
 
 /// Whether something is mounted at or below the root filesystem. Not to know it counts as yes.

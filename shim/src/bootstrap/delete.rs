@@ -96,13 +96,9 @@ impl<'a> Deletion<'a> {
         let keeper = self.ask_keeper();
         match (keeper, self.recorded()) {
             (Keeper::KnowsNothing, Some(exit)) => return Ok(exit),
-            // The keeper has left, as keepers do after the last deletion. Or we were here before, and the worker is still not able
-            // to drop its record.
-            (keeper, Some(exit)) if by_hand::is_clean(&self.leftovers()) => {
-                // Unless it was killed on its way.
-                if keeper == Keeper::Dead {
-                    self.remove_sockets();
-                }
+            // The keeper has left, as keepers do after the last deletion, unless it was killed on its way.
+            (Keeper::Dead, Some(exit)) if by_hand::is_clean(&self.leftovers()) => {
+                self.remove_sockets();
                 return Ok(exit);
             }
             (Keeper::MayKnow, _) => {

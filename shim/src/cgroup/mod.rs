@@ -77,6 +77,23 @@ impl Cgroup {
         kill::kill_all(self)
     }
 
+    /// Removes the folders and those below them, without their engine. One that has processes stays.
+    pub(crate) fn remove(&self) -> std::io::Result<()> {
+        let folders: Vec<&Path> = match self {
+            Self::None => Vec::new(),
+            Self::V1(folders) => folders.values().map(PathBuf::as_path).collect(),
+            Self::V2(folder) => vec![folder],
+        };
+        let mut all = Vec::new();
+        for folder in folders {
+            files::each_below(folder, &mut |folder| all.push(folder.to_owned()));
+        }
+        all.iter().rev().try_for_each(|folder| match std::fs::remove_dir(folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        })
+    }
+
     /// How many processes the kernel has killed in it for want of memory. `None` if that cannot be known (any more).
     pub(crate) fn oom_kills(&self) -> Option<u64> {
         match self {

@@ -100,11 +100,11 @@ impl MixedCgroups {
 }
 
 /// Looks `name` up in the folders of `path`, absolute ones only.
-fn find(name: &str, path: &str) -> Option<PathBuf> {
+pub(super) fn find(name: &str, path: &str) -> Option<PathBuf> {
     path.split(':').map(Path::new).filter(|folder| folder.is_absolute()).map(|folder| folder.join(name)).find(|file| is_executable(file))
 }
 
-fn is_executable(file: &Path) -> bool {
+pub(super) fn is_executable(file: &Path) -> bool {
     file.metadata().is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::choice::{Choice, EngineNotFound};
+use super::choice::{self, Choice, EngineNotFound};
 use super::{Checkpoint, Container, Create, Engine, EngineError, Exec, Restore, Verb, complaint};
 use crate::handover::{Exited, Fd, LOG_ARGUMENT, Spawn, Stream};
 use crate::options::{CriuOptions, RuntimeOptions};
@@ -73,14 +73,25 @@ impl CommandEngine {
         Ok((engine, reason))
     }
 
-    /// The runtime's path.
+    /// The runtime's path, as it was when the container was made.
     pub(crate) fn binary(&self) -> &Path {
         &self.binary
     }
 
-    /// Where the runtime keeps its state of the containers of this namespace.
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
+    /// The runtime's path now: an upgrade of a package may have moved it. The recorded one if there is no other.
+    fn blocking_locate(&self) -> PathBuf {
+        let elsewhere = || choice::find(self.binary.file_name()?.to_str()?, self.path());
+        if choice::is_executable(&self.binary) { self.binary.clone() } else { elsewhere().unwrap_or_else(|| self.binary.clone()) }
+    }
+
+    /// The PATH that the runtime is given.
+    fn path(&self) -> &str {
+        self.environment.iter().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH)
+    }
+
+    /// Where the runtime keeps what it knows of a container: every OCI runtime in a folder of the container's name.
+    pub(crate) fn state_of(&self, id: &str) -> PathBuf {
+        self.root.join(id)
     }
 
     /// The command line as far as the verb. Streams are `/dev/null`.
@@ -92,7 +103,7 @@ impl CommandEngine {
             fds: vec![Fd::Null, Fd::Null, Fd::Null],
             ..Spawn::default()
         });
-        arguments.add(&self.binary).pair("--root", &self.root).flag(self.debug, "--debug");
+        arguments.add(self.blocking_locate()).pair("--root", &self.root).flag(self.debug, "--debug");
         arguments.add("--log").add(OsStr::from_bytes(LOG_ARGUMENT)).pair("--log-format", "json");
         arguments.flag(self.systemd_cgroup, "--systemd-cgroup").add(verb);
         arguments
@@ -181,6 +192,16 @@ impl Engine for CommandEngine {
         let mut arguments = self.begin("", Path::new("/"), "features");
         arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Null];
         arguments.0
+    }
+
+    fn blocking_explain(&self, verb: Verb) -> Option<EngineError> {
+        if choice::is_executable(&self.blocking_locate()) {
+            return None;
+        }
+        let (binary, path) = (self.binary.display(), self.path());
+        let message =
+            format!("{binary} is not an executable file any more, and none of its name is in PATH={path}; install it again and repeat");
+        Some(EngineError::Gone { verb, message })
     }
 
     fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError> {

@@ -45,6 +45,8 @@ pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
     };
     if is_about_a_missing_container(&message) {
         EngineError::NoContainer { verb, message }
+    } else if is_about_a_taken_id(verb, &message) {
+        EngineError::Exists { verb, message }
     } else if concerns_an_idle_container(&message) {
         EngineError::NotRunning { verb, message }
     } else if is_about_a_missing_verb(&message) {
@@ -120,6 +122,14 @@ fn is_about_a_missing_container(message: &str) -> bool {
         || message.contains("container `") && message.contains("does not exist")
         || message.ends_with("/status`: No such file or directory")
         || message.starts_with("cannot open directory ") && message.ends_with(": No such file or directory")
+}
+
+fn is_about_a_taken_id(verb: Verb, message: &str) -> bool {
+    let makes_a_container = matches!(verb, Verb::Create | Verb::Restore);
+    let is_named = message.contains("container with given ID already exists")
+        || message.contains("container with id exists")
+        || message.contains("container `") && message.ends_with("` already exists");
+    makes_a_container && is_named
 }
 
 fn concerns_an_idle_container(message: &str) -> bool {
@@ -249,12 +259,26 @@ mod tests {
         ] {
             let kind_of = match complaint(1, &format!("{{\"level\":\"error\",\"msg\":{message:?}}}"), "") {
                 EngineError::NoContainer { .. } => "none",
+                EngineError::Exists { .. } | EngineError::Gone { .. } => "other",
                 EngineError::NotRunning { .. } => "rest",
                 EngineError::Unsupported { .. } => "verb",
                 EngineError::Failed { .. } => "failed",
             };
             assert_eq!(kind_of, kind, "{message}");
         }
+    }
+
+    #[test]
+    fn only_a_create_or_a_restore_finds_an_id_taken() {
+        for message in ["container with given ID already exists", "container with id exists: c1", "container `c1` already exists"] {
+            let exited = exited(1, &format!("{{\"level\":\"error\",\"msg\":{message:?}}}"), "");
+            for (verb, is_taken) in [(Verb::Create, true), (Verb::Restore, true), (Verb::Exec, false)] {
+                let error = read(Path::new("/usr/bin/rt"), verb, &exited);
+                assert_eq!(matches!(error, EngineError::Exists { .. }), is_taken, "{error}");
+            }
+        }
+        let error = complaint(1, "mkdir /x: file already exists", "");
+        assert!(matches!(error, EngineError::Failed { .. }), "{error}");
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!  worker ── verb ──▶ Engine ── Spawn ──▶ (keeper runs it) ── Exited ──▶ Engine::interpret ── Ok | EngineError ──▶ worker
 //! ```
 //!
-//! **Invariant:** no input or output happens here. Building a verb twice gives the same command, so a verb can be replayed.
+//! **Invariant:** nothing but the engine's own program is looked for here. Building a verb twice does the same, so a verb can be replayed.
 use std::path::Path;
 
 use crate::handover::{Exited, Spawn};
@@ -49,6 +49,8 @@ pub(crate) trait Engine {
     /// Says what the engine can do, as JSON on its output.
     fn features(&self) -> Spawn;
 
+    /// The error of a verb whose program could not be started, where the engine's absence explains it.
+    fn blocking_explain(&self, verb: Verb) -> Option<EngineError>;
     /// Says whether a verb worked.
     fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError>;
     /// The process ids that [`Engine::pids`] found.
@@ -155,6 +157,12 @@ pub(crate) enum EngineError {
     /// The engine does not know the container: it was never made, or is deleted.
     #[error("OCI runtime {} failed: {message}", verb.name())]
     NoContainer { verb: Verb, message: String },
+    /// A container of this id exists: another daemon's, or one that was never removed.
+    #[error("OCI runtime {} failed: {message}", verb.name())]
+    Exists { verb: Verb, message: String },
+    /// The runtime's program is not where it was, and no program of its name is in PATH.
+    #[error("OCI runtime {} failed: {message}", verb.name())]
+    Gone { verb: Verb, message: String },
     /// The container's init has ended, or was never started.
     #[error("OCI runtime {} failed: {message}", verb.name())]
     NotRunning { verb: Verb, message: String },

@@ -20,6 +20,14 @@ pub(crate) enum Error {
     NoProcess { id: ContainerId, exec: String },
     #[error("container {id} already exists")]
     Exists { id: ContainerId },
+    #[error(
+        "container {id} already exists: {} is the OCI runtime's state of it; another daemon may run it, else remove it with the runtime's `delete`",
+        state.display()
+    )]
+    Taken { id: ContainerId, state: PathBuf },
+    /// It exists, and that is all that this build knows of it.
+    #[error("container {:?}: this worker cannot read its record, another version may; upgrade the shim, or remove the container with `containerd-shim-x-v2 delete`", excerpt(.id))]
+    SetAside { id: String },
     #[error("process {key} already exists")]
     ProcessExists { key: ProcessKey },
     #[error("process {key}")]
@@ -86,6 +94,7 @@ pub(crate) enum Code {
     Unknown,
     InvalidArgument,
     DeadlineExceeded,
+    Unavailable,
     NotFound,
     AlreadyExists,
     ResourceExhausted,
@@ -99,7 +108,7 @@ impl Error {
     pub(crate) fn code(&self) -> Code {
         match self {
             Self::NoContainer { .. } | Self::NoProcess { .. } | Self::Finished { .. } => Code::NotFound,
-            Self::Exists { .. } | Self::ProcessExists { .. } => Code::AlreadyExists,
+            Self::Exists { .. } | Self::Taken { .. } | Self::ProcessExists { .. } => Code::AlreadyExists,
             // containerd and its clients take "not found" for "already dead".
             Self::Refused { source: Refused { request: Request::Kill, .. }, .. } => Code::NotFound,
             Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } => Code::FailedPrecondition,
@@ -117,15 +126,17 @@ impl Error {
             Self::TooMuch { .. } => Code::ResourceExhausted,
             Self::NoMethod { .. } => Code::Unimplemented,
             Self::Expired { .. } | Self::TimedOut { .. } => Code::DeadlineExceeded,
+            Self::SetAside { .. } | Self::Engine(EngineError::Gone { .. }) => Code::Unavailable,
             Self::Engine(EngineError::NoContainer { .. }) => Code::NotFound,
+            Self::Engine(EngineError::Exists { .. }) => Code::AlreadyExists,
             Self::Engine(EngineError::NotRunning { .. }) => Code::FailedPrecondition,
             Self::Engine(EngineError::Unsupported { .. }) => Code::Unimplemented,
             // containerd's own shim says "unknown" of whatever a runtime complains about, and clients match the text after it.
             Self::Engine(EngineError::Failed { .. }) => Code::Unknown,
             Self::LoggerEnded { .. } | Self::LoggerSilent { .. } => Code::FailedPrecondition,
-            Self::Io { source, .. } | Self::Keeper { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
             // As for a mount in use: the client may try again.
             Self::Rootfs(MountError::Busy { .. }) => Code::FailedPrecondition,
+            // What the host lacks is never "not found": clients take that for the end of the container.
             Self::Rootfs(_) | Self::Io { .. } | Self::Keeper { .. } | Self::Outcome { .. } | Self::NoTerminal { .. } => Code::Internal,
         }
     }
@@ -174,11 +185,15 @@ mod tests {
             (Error::Signal { number: 99 }, Code::InvalidArgument),
             (Error::Expired { method: "Create".into() }, Code::DeadlineExceeded),
             (Error::NoMethod { service: "s".into(), method: "m".into() }, Code::Unimplemented),
-            (io(io::ErrorKind::NotFound), Code::NotFound),
+            (io(io::ErrorKind::NotFound), Code::Internal),
+            (Error::Keeper { what: "execute /x".into(), source: io::ErrorKind::NotFound.into() }, Code::Internal),
+            (Error::SetAside { id: "c1".into() }, Code::Unavailable),
             (io(io::ErrorKind::StorageFull), Code::Internal),
             (Error::Rootfs(MountError::Busy { path: "/x".into() }), Code::FailedPrecondition),
             (engine(|verb, message| EngineError::Failed { verb, message }), Code::Unknown),
             (engine(|verb, message| EngineError::NoContainer { verb, message }), Code::NotFound),
+            (engine(|verb, message| EngineError::Exists { verb, message }), Code::AlreadyExists),
+            (engine(|verb, message| EngineError::Gone { verb, message }), Code::Unavailable),
         ] {
             assert_eq!(error.code(), code, "{error}");
         }

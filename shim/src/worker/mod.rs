@@ -202,6 +202,10 @@ impl Worker {
         }
         if let Err(error) = self.decode(key, value) {
             log::error!(container:% = key, error:%; "cannot read the state of a container");
+            // Its exit waits for a build that can, and its id is not given to another.
+            if key == id {
+                self.registry.set_aside(id);
+            }
         }
     }
 

@@ -32,7 +32,7 @@ impl Registry {
     /// Takes an id for a container that is being made.
     pub(super) fn reserve(&self, id: &ContainerId) -> Result<Reservation<'_>, Error> {
         let mut slots = self.slots.borrow_mut();
-        if slots.contains_key(id) {
+        if slots.contains_key(id) || self.is_set_aside(id.as_str()) {
             return Err(Error::Exists { id: id.clone() });
         }
         slots.insert(id.clone(), None);
@@ -50,7 +50,11 @@ impl Registry {
 
     /// Finds a container that exists.
     pub(super) fn get(&self, id: &str) -> Result<Rc<Container>, Error> {
-        self.slots.borrow().get(id).and_then(Clone::clone).ok_or_else(|| Error::NoContainer { id: id.to_owned() })
+        let unknown = || {
+            let id = id.to_owned();
+            if self.is_set_aside(&id) { Error::SetAside { id } } else { Error::NoContainer { id } }
+        };
+        self.slots.borrow().get(id).and_then(Clone::clone).ok_or_else(unknown)
     }
 
     /// Notes that there is a container of which nothing is known but that.
@@ -106,5 +110,22 @@ impl Drop for Reservation<'_> {
         }
         drop(slots);
         self.registry.created.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::error::Code;
+
+    #[test]
+    fn an_id_that_was_set_aside_is_taken_and_never_not_found() {
+        let registry = Registry::default();
+        let id = ContainerId::new("c1").expect("a valid id");
+        assert_eq!(registry.get("c1").err().map(|error| error.code()), Some(Code::NotFound));
+        registry.set_aside("c1");
+        assert_eq!(registry.get("c1").err().map(|error| error.code()), Some(Code::Unavailable));
+        assert_eq!(registry.reserve(&id).err().map(|error| error.code()), Some(Code::AlreadyExists));
+        assert!(!registry.is_empty());
     }
 }

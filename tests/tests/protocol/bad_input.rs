@@ -28,7 +28,7 @@ pub(crate) async fn what_is_wrong_with_a_bundle_is_named(stand: Stand) -> Result
     are_sentences(&said)?;
     for refused in said {
         let (code, words) = match refused.what {
-            "missing" => (Code::NotFound, "config.json"),
+            "missing" => (Code::FailedPrecondition, "config.json"),
             "another version" => (Code::InvalidArgument, "7.0.0"),
             "no version" => (Code::InvalidArgument, "ociVersion"),
             "no root" => (Code::InvalidArgument, "root.path"),

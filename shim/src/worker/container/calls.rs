@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use super::create::{at, blocking};
+use super::verb::run_verb;
 use super::{Announce, Change, Container, Event, Fact, Happening, ProcessKey, Reply, Request, Target};
 use crate::engine::{self, CommandEngine, Engine, Verb};
 use crate::handover::{Op, Spawn};
@@ -158,8 +159,7 @@ async fn run(
         let record = container.record();
         (record.engine.clone(), build(&record.engine, &at(&record)))
     };
-    let exited = cause.run(step::ENGINE, spawn).await?;
-    Ok(engine.interpret(verb, &exited)?)
+    run_verb(cause, step::ENGINE, &engine, verb, spawn).await.map(drop)
 }
 
 fn told(container: &Rc<Container>, said: &[Announce]) -> Change {

@@ -6,9 +6,10 @@ use super::execs::Execs;
 use super::record::VERSION;
 use super::spec::Spec;
 use super::streams::Plan;
+use super::verb::run_verb;
 use super::{Change, Container, ContainerId, Event, Happening, Process, ProcessKey, Record, Reply, Streams, journal};
 use crate::cgroup::Cgroup;
-use crate::engine::{self, CommandEngine, Engine, Verb};
+use crate::engine::{self, CommandEngine, Engine, EngineError, Verb};
 use crate::handover::Spawn;
 use crate::options::RuntimeOptions;
 use crate::rootfs::{self, Mount, Unmount};
@@ -38,7 +39,7 @@ pub(in crate::worker) async fn create(worker: &Rc<Worker>, cause: &Cause, call: 
     match draft.make(worker, cause, &call).await {
         Ok(()) => {}
         Err(error) => {
-            draft.undo(worker, cause).await;
+            draft.undo(worker, cause, &error).await;
             return Ok(Change { releases: vec![draft.key], ..Change::refuse(error) });
         }
     }
@@ -76,6 +77,13 @@ impl Draft {
             log::warn!(container:% = id; "its cgroup is named as a unit of systemd's, and the option SystemdCgroup is not set: no slice holds it");
         }
         let key = ProcessKey::init(&id);
+        // Another shim's, which goes on writing into the bundle.
+        if let Some((body, None)) = journal::blocking_read(&bundle)
+            && body.keeper != worker.keeper.get()
+            && body.keeper.is_running()
+        {
+            return Err(Error::Exists { id });
+        }
         let debug = log::max_level() >= log::LevelFilter::Debug;
         let (engine, reason) = CommandEngine::blocking_choose(&options, &worker.settings.namespace, debug)?;
         log::info!(container:% = id, runtime:% = engine.binary().display(), reason; "OCI runtime chosen");
@@ -89,7 +97,7 @@ impl Draft {
             shared_pid_namespace: spec.shared_pid_namespace,
             cgroup: Cgroup::default(),
             oom_kills: 0,
-            unknown_to_engine: restore.is_some(),
+            unknown_to_engine: true,
             restore,
             init: Process::new(call.stdio.clone()),
             execs: Execs::default(),
@@ -104,6 +112,11 @@ impl Draft {
     }
 
     async fn make(&mut self, worker: &Rc<Worker>, cause: &Cause, call: &CreateCall) -> Result<(), Error> {
+        match &self.record.restore {
+            // Start takes it.
+            Some(_) => journal::write(worker, cause, step::JOURNAL, &self.record).await?,
+            None => journal::take_id(worker, cause, &self.record).await?,
+        }
         blocking_write_address(&self.record.bundle, &worker.settings.shim_address)?;
         if let Some(path) = self.record.restore.clone() {
             blocking(move || match path.metadata() {
@@ -122,7 +135,6 @@ impl Draft {
         }
         self.spec.blocking_check_rootfs()?;
         self.plan.open(worker, cause).await?;
-        journal::write(worker, cause, step::JOURNAL, &self.record).await?;
         if self.record.restore.is_some() {
             return Ok(());
         }
@@ -135,6 +147,7 @@ impl Draft {
         };
         let spawn = self.record.engine.create(&at(&self.record), &create);
         let pid = start.run(cause, spawn, &self.record.engine, Verb::Create).await?;
+        self.record.unknown_to_engine = false;
         self.record.init.pid = Some(pid);
         self.record.init.files.push(start.pid_file);
         find_cgroup(&mut self.record, pid);
@@ -142,14 +155,10 @@ impl Draft {
     }
 
     /// Takes back what was made. What cannot be taken back is logged: the error that led here is the one to tell.
-    async fn undo(&mut self, worker: &Rc<Worker>, cause: &Cause) {
+    async fn undo(&mut self, worker: &Rc<Worker>, cause: &Cause, why: &Error) {
         let container = &self.record.id;
         if self.engine_was_asked {
-            let spawn = self.record.engine.delete(&at(&self.record), true);
-            match cause.run(step::UNDO, spawn).await.and_then(|exited| Ok(self.record.engine.interpret(Verb::Delete, &exited)?)) {
-                Ok(()) | Err(Error::Engine(engine::EngineError::NoContainer { .. })) => {}
-                Err(error) => log::warn!(container:%, error:% = error.chain(); "cannot remove a container that was not completed"),
-            }
+            undo_engine(worker, cause, &self.record, why).await;
         }
         if let Some(target) = self.record.mounted.clone()
             && let Err(error) = unmount(target, Unmount::Detach).await
@@ -157,6 +166,22 @@ impl Draft {
             log::warn!(container:%, error:% = error.chain(); "cannot unmount the root filesystem of a container that was not completed");
         }
         log::debug!(container:%, keeper = worker.keeper.get().pid; "creation undone");
+    }
+}
+
+/// Has the engine remove what a Create or a restore has made of a container, unless it was another that has the id.
+pub(super) async fn undo_engine(worker: &Rc<Worker>, cause: &Cause, record: &Record, why: &Error) {
+    let container = &record.id;
+    let undone = if matches!(why, Error::Engine(EngineError::Exists { .. })) {
+        // Made since the id was found free. The command `delete` must not touch it either.
+        journal::write(worker, cause, step::JOURNAL_AGAIN, &Record { unknown_to_engine: true, ..record.clone() }).await
+    } else {
+        let spawn = record.engine.delete(&at(record), true);
+        run_verb(cause, step::UNDO, &record.engine, Verb::Delete, spawn).await.map(drop)
+    };
+    match undone {
+        Ok(()) | Err(Error::Engine(EngineError::NoContainer { .. })) => {}
+        Err(error) => log::warn!(container:%, error:% = error.chain(); "cannot remove a container that was not completed"),
     }
 }
 
@@ -180,8 +205,7 @@ impl ProcessFiles {
     /// Runs a verb that leaves a process behind, and reads its pid.
     pub(super) async fn run(&self, cause: &Cause, spawn: Spawn, engine: &CommandEngine, verb: Verb) -> Result<u32, Error> {
         let wants_terminal = spawn.console_socket.is_some();
-        let exited = cause.run(step::ENGINE, spawn).await?;
-        engine.interpret(verb, &exited)?;
+        let exited = run_verb(cause, step::ENGINE, engine, verb, spawn).await?;
         if wants_terminal && !exited.terminal {
             return Err(Error::NoTerminal { socket: self.console_socket.clone() });
         }

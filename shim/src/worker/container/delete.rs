@@ -6,10 +6,10 @@ use std::time::Duration;
 use super::create::{at, unmount};
 use super::exits::FLUSH_WITHIN;
 use super::kill::kill_rest;
+use super::verb::run_verb;
 use super::{Change, Container, ContainerId, Event, Exit, Happening, Phase, Process, ProcessKey, Reply, Request, Target, journal};
 use crate::engine::{Engine, EngineError, Verb};
 use crate::handover::{Op, Step};
-use crate::journal_body::JournalBody;
 use crate::rootfs::Unmount;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
@@ -28,6 +28,7 @@ pub(in crate::worker) struct Deleted {
 pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target: Target) -> Result<Change, Error> {
     let container = match worker.registry.get(&target.id) {
         Ok(container) => container,
+        Err(error @ Error::SetAside { .. }) => return Err(error),
         Err(error) => {
             let is_init = target.exec.is_empty();
             let deleted = is_init.then(|| from_journal(worker, &target.id)).flatten().ok_or(error)?;
@@ -59,6 +60,8 @@ pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &C
     worker.registry.until_created(&id, KILL_WITHIN).await;
     let container = match worker.registry.get(&id) {
         Ok(container) => container,
+        // The command does without us.
+        Err(error @ Error::SetAside { .. }) => return Err(error),
         Err(error) => {
             let reply = from_journal(worker, &id).map(Reply::DeletedForCommand).ok_or(error);
             // Nobody will create it any more.
@@ -103,6 +106,8 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
         match (engine_delete(cause, container).await, how) {
             (Ok(()), _) => container.record_mut().unknown_to_engine = true,
             (Err(error), Thoroughness::OrTellWhy) => return Err(error),
+            // The command does without it.
+            (Err(error @ Error::Engine(EngineError::Gone { .. })), Thoroughness::Whatever) => return Err(error),
             (Err(error), Thoroughness::Whatever) => {
                 log::warn!(container:% = container.id, error:% = error.chain(); "the engine cannot delete the container");
             }
@@ -178,6 +183,7 @@ async fn kill_init(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) {
 async fn engine_delete(cause: &Cause, container: &Rc<Container>) -> Result<(), Error> {
     match engine_delete_by(cause, step::ENGINE_DELETE, container, false).await {
         Ok(()) => Ok(()),
+        Err(error @ Error::Engine(EngineError::Gone { .. })) => Err(error),
         Err(error) => {
             log::debug!(container:% = container.id, error:% = error.chain(); "cannot delete it, will by force");
             engine_delete_by(cause, step::ENGINE_DELETE_BY_FORCE, container, true).await
@@ -195,11 +201,10 @@ async fn engine_delete_by(cause: &Cause, step: Step, container: &Rc<Container>, 
         }
         (record.engine.clone(), spawn)
     };
-    let exited = cause.run(step, spawn).await?;
-    match engine.interpret(Verb::Delete, &exited) {
+    match run_verb(cause, step, &engine, Verb::Delete, spawn).await {
         // After a checkpoint that ended the container, or a Delete whose answer was lost.
-        Ok(()) | Err(EngineError::NoContainer { .. }) => Ok(()),
-        Err(error) => Err(error.into()),
+        Ok(_) | Err(Error::Engine(EngineError::NoContainer { .. })) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
@@ -208,9 +213,8 @@ async fn engine_delete_by(cause: &Cause, step: Step, container: &Rc<Container>, 
 fn from_journal(worker: &Worker, id: &str) -> Option<Deleted> {
     let id = ContainerId::new(id).ok()?;
     let bundle = worker.settings.bundle.parent().unwrap_or(Path::new("/")).join(id.as_str());
-    let contents = crate::journal::read(&journal::path(&bundle)).ok()?;
-    let body = JournalBody::decode(&contents.body?).ok()?;
-    let exit = contents.exit?;
+    let (body, exit) = journal::blocking_read(&bundle)?;
+    let exit = exit?;
     let is_ours = body.id == id.as_str() && body.keeper == worker.keeper.get() && body.init.is_some_and(|init| init.pid == exit.pid);
     is_ours.then_some(Deleted { pid: Some(exit.pid), exit: Some(Exit { status: exit.status, at_nanos: exit.at_nanos }) })
 }

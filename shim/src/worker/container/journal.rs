@@ -1,17 +1,40 @@
 //! What the worker has the keeper write into a container's journal.
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use super::Record;
+use super::verb::blocking_is_kept;
 use crate::handover::{Op, Step};
-use crate::journal::FILE_NAME;
+use crate::journal::{FILE_NAME, RecordedExit};
 use crate::journal_body::{JournalBody, ProcessIdentity, VERSION};
 use crate::worker::Worker;
-use crate::worker::cause::Cause;
+use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
 /// Where the journal of the container in `bundle` is.
 pub(in crate::worker) fn path(bundle: &Path) -> PathBuf {
     bundle.join(FILE_NAME)
+}
+
+/// What the journal of the container in `bundle` says, if there is one.
+pub(super) fn blocking_read(bundle: &Path) -> Option<(JournalBody, Option<RecordedExit>)> {
+    let contents = crate::journal::read(&path(bundle)).ok()?;
+    Some((JournalBody::decode(&contents.body?).ok()?, contents.exit))
+}
+
+/// Takes the container's id with its engine: `delete` removes from the engine what the journal says is this container's, and no other.
+///
+/// Errors: the engine keeps a container of that id. Whether it did before this cause is remembered by the keeper, with the journal that
+/// the first worker had written: what is there in a replay may be what this very cause has made.
+pub(super) async fn take_id(worker: &Worker, cause: &Cause, record: &Record) -> Result<(), Error> {
+    let found = Record { unknown_to_engine: blocking_is_kept(record), ..record.clone() };
+    write(worker, cause, step::JOURNAL, &found).await?;
+    match blocking_read(&record.bundle) {
+        Some((body, _)) if !body.engine.is_null() => Ok(()),
+        Some(_) => Err(Error::Taken { id: record.id.clone(), state: record.engine.state_of(record.id.as_str()) }),
+        None => Err(Error::Io { op: "read", path: path(&record.bundle), source: std::io::ErrorKind::InvalidData.into() }),
+    }
 }
 
 /// Has the journal written with all that is known by now.
@@ -24,7 +47,7 @@ pub(super) async fn write(worker: &Worker, cause: &Cause, at: Step, record: &Rec
         rootfs: record.mounted.clone(),
         keeper: worker.keeper.get(),
         control_path: worker.settings.control_path.clone(),
-        engine: serde_json::to_value(&record.engine).unwrap_or_default(),
+        engine: if record.unknown_to_engine { Value::Null } else { serde_json::to_value(&record.engine).unwrap_or_default() },
         shared_pid_namespace: record.shared_pid_namespace,
         cgroup: serde_json::to_value(&record.cgroup).unwrap_or_default(),
         init: record.init.pid.and_then(ProcessIdentity::of),

@@ -2,9 +2,10 @@
 use std::rc::Rc;
 
 use super::create::at;
+use super::verb::run_verb;
 use super::{Change, Container, Phase, ProcessKey, Reply, Request, Target};
 use crate::cgroup::Cgroup;
-use crate::engine::{Engine, Verb};
+use crate::engine::{Engine, EngineError, Verb};
 use crate::handover::Op;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
@@ -70,8 +71,7 @@ pub(super) async fn kill_rest(cause: &Cause, container: &Rc<Container>) {
         ]
     };
     for (step, verb, spawn) in spawns {
-        let result = cause.run(step, spawn).await.and_then(|exited| Ok(engine.interpret(verb, &exited)?));
-        if let Err(error) = result {
+        if let Err(error) = run_verb(cause, step, &engine, verb, spawn).await {
             log::debug!(container:% = container.id, error:% = error.chain(); "cannot kill all processes by the engine");
         }
     }
@@ -82,10 +82,9 @@ async fn by_engine(cause: &Cause, container: &Rc<Container>, signal: i32) -> Res
         let record = container.record();
         (record.engine.clone(), record.engine.kill(&at(&record), signal, true))
     };
-    let exited = cause.run(step::ENGINE, spawn).await?;
-    match engine.interpret(Verb::Kill, &exited) {
-        Ok(()) => Ok(Change::reply(Reply::Empty)),
-        Err(crate::engine::EngineError::NotRunning { .. }) => Err(Error::Finished { key: ProcessKey::init(&container.id) }),
-        Err(error) => Err(error.into()),
+    match run_verb(cause, step::ENGINE, &engine, Verb::Kill, spawn).await {
+        Ok(_) => Ok(Change::reply(Reply::Empty)),
+        Err(Error::Engine(EngineError::NotRunning { .. })) => Err(Error::Finished { key: ProcessKey::init(&container.id) }),
+        Err(error) => Err(error),
     }
 }

@@ -39,6 +39,7 @@ pub(crate) mod spec;
 mod start;
 mod streams;
 mod tend;
+mod verb;
 
 pub(super) use calls::{CheckpointCall, UpdateCall};
 pub(super) use calls::{checkpoint, close_io, pause, resize, resume, update};

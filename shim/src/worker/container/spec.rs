@@ -38,8 +38,9 @@ pub(crate) enum SpecError {
 impl SpecError {
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::Missing { source, .. } | Self::NoRootfs { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
-            Self::Missing { .. } | Self::NoRootfs { .. } => Code::Internal,
+            // A bundle without its parts is the client's mistake; a disk that cannot be read is the host's.
+            Self::Missing { source, .. } | Self::NoRootfs { source, .. } if source.kind() != io::ErrorKind::NotFound => Code::Internal,
+            Self::Missing { .. } | Self::NoRootfs { .. } => Code::FailedPrecondition,
             Self::TooLong { .. } | Self::Malformed { .. } | Self::Version { .. } | Self::NoRoot { .. } => Code::InvalidArgument,
         }
     }
@@ -163,6 +164,6 @@ mod tests {
             assert_eq!(read(text).expect_err(text).code(), code, "{text}");
         }
         let error = Spec::blocking_read(Path::new("/nowhere")).expect_err("there is no such bundle");
-        assert_eq!(error.code(), Code::NotFound);
+        assert_eq!(error.code(), Code::FailedPrecondition);
     }
 }

@@ -2,9 +2,10 @@
 use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::create::{ProcessFiles, at, find_cgroup};
+use super::create::{ProcessFiles, at, find_cgroup, undo_engine};
 use super::exits::START_WITHIN;
 use super::streams::Plan;
+use super::verb::run_verb;
 use super::{Change, Container, Event, Fact, Happening, Phase, ProcessKey, Record, Reply, Request, Target, journal};
 use crate::engine::{self, Engine, Verb};
 use crate::handover::Op;
@@ -63,8 +64,7 @@ async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, 
         let record = container.record();
         (record.engine.clone(), record.engine.start(&at(&record)))
     };
-    let exited = cause.run(step::ENGINE, spawn).await?;
-    engine.interpret(Verb::Start, &exited)?;
+    run_verb(cause, step::ENGINE, &engine, Verb::Start, spawn).await?;
     let pid = container.record().init.pid.unwrap_or(0);
     container.observe(&ProcessKey::init(&container.id), Fact::Started);
     Ok(Change::save(container, Reply::Pid(Some(pid))).event(Event::new(container, Happening::Started { pid })))
@@ -83,7 +83,14 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
         options: &record.options.restore,
     };
     let spawn = record.engine.restore(&at(&record), &restore);
-    let pid = files.run(cause, spawn, &record.engine, Verb::Restore).await?;
+    journal::take_id(worker, cause, &record).await?;
+    let pid = match files.run(cause, spawn, &record.engine, Verb::Restore).await {
+        Ok(pid) => pid,
+        Err(error) => {
+            undo_engine(worker, cause, &record, &error).await;
+            return Err(error);
+        }
+    };
     // Into a copy: what another request saves meanwhile must still say that there is something to restore, for this one's replay.
     let restored = |record: &mut Record| {
         find_cgroup(record, pid);

@@ -112,6 +112,7 @@ fn status(error: &Error) -> ttrpc::Status {
         Code::Unknown => ttrpc::Code::UNKNOWN,
         Code::InvalidArgument => ttrpc::Code::INVALID_ARGUMENT,
         Code::DeadlineExceeded => ttrpc::Code::DEADLINE_EXCEEDED,
+        Code::Unavailable => ttrpc::Code::UNAVAILABLE,
         Code::NotFound => ttrpc::Code::NOT_FOUND,
         Code::AlreadyExists => ttrpc::Code::ALREADY_EXISTS,
         Code::ResourceExhausted => ttrpc::Code::RESOURCE_EXHAUSTED,
