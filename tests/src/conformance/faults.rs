@@ -234,7 +234,15 @@ pub const ALL: &[Fault] = &[
     fault(
         "impatient",
         "what a reader does not take at once is thrown away",
-        &[("stdio.a_slow_reader_is_waited_for_in_bounded_memory", "the writer ")],
+        &[
+            ("stdio.a_slow_reader_is_waited_for_in_bounded_memory", "the writer "),
+            ("stdio.a_reader_that_pauses_gets_everything_of_a_deleted_exec", "of 108894 bytes"),
+        ],
+    ),
+    fault(
+        "quiet-is-the-end",
+        "stdout of an exec is closed when nothing came for half a second",
+        &[("stdio.what_a_descendant_writes_while_delete_waits_arrives", "\"now\\n\"")],
     ),
     fault("no-close-io", "CloseIO is answered and not done", &[("stdio.stdin_arrives_and_ends_with_close_io", "no answer in time")]),
     fault("close-io-once", "a second CloseIO is refused", &[("stdio.close_io_is_harmless_at_any_time", "a second time")]),

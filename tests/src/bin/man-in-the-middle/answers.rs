@@ -35,6 +35,7 @@ const CHANGES: &[(&str, &str, Change)] = &[
     ("lost-byte", "State", |_, answer| edit(answer, clients_path)),
     ("late-end", "State", |_, answer| edit(answer, clients_path)),
     ("impatient", "State", |_, answer| edit(answer, clients_path)),
+    ("quiet-is-the-end", "State", |_, answer| edit(answer, clients_path)),
     ("late-cgroup", "Delete", |call, _| keep_folders(call)),
 ];
 

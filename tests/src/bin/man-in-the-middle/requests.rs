@@ -111,6 +111,8 @@ const RULES: &[Rule] = &[
     rule("lost-byte", "Create", ALWAYS, Change(intercept_stdout)),
     rule("late-end", "Create", ALWAYS, Change(intercept_stdout)),
     rule("impatient", "Create", ALWAYS, Change(intercept_stdout)),
+    rule("impatient", "Exec", ALWAYS, Change(intercept_stdout_of_exec)),
+    rule("quiet-is-the-end", "Exec", ALWAYS, Change(intercept_stdout_of_exec)),
     rule("survivor", "Delete", |_, call| call.exec.is_empty(), Change(leave_a_process)),
     rule("late-cgroup", "Delete", |_, call| call.exec.is_empty(), Change(note_the_cgroups)),
 ];
@@ -200,6 +202,10 @@ fn take_its_terminal(_: &Link, call: &mut Call) -> Result<()> {
 
 fn intercept_stdout(link: &Link, call: &mut Call) -> Result<()> {
     edit(&mut call.payload, |create: &mut api::CreateTaskRequest| create.stdout = stdout::intercept(&create.stdout, &link.shared.fault))
+}
+
+fn intercept_stdout_of_exec(link: &Link, call: &mut Call) -> Result<()> {
+    edit(&mut call.payload, |exec: &mut api::ExecProcessRequest| exec.stdout = stdout::intercept(&exec.stdout, &link.shared.fault))
 }
 
 /// As if it had been in the container, which is over.

@@ -1,12 +1,14 @@
-//! Between a container's stdout and its reader.
+//! Between a process's stdout and its reader.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, poll};
 use shim_tests::stdio::fifo;
 
 /// What is appended to the path that the shim is given.
@@ -36,6 +38,12 @@ fn copy(from: &str, to: &str, fault: &str) -> io::Result<()> {
     let mut last = None;
     let mut buffer = [0; 1 << 16];
     loop {
+        if fault == "quiet-is-the-end" {
+            let mut wanted = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut wanted, 500u16)? == 0 {
+                break;
+            }
+        }
         let count = from.read(&mut buffer)?;
         if count == 0 {
             break;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
+use tokio::task::JoinSet;
 
 use super::{Streams, sleeper, text, unread};
 use crate::bundle::{Container, leave};
@@ -29,12 +30,14 @@ pub(super) fn cases() -> Vec<Case> {
         "S5" => a_late_reader_gets_everything, fifos_that_no_client_opens_block_nothing;
         "S6" => a_reader_that_leaves_breaks_no_pipe;
         "S7" => close_io_is_harmless_at_any_time;
-        "S8" => a_grandchild_that_holds_the_output_delays_no_wait, a_grandchild_that_holds_the_output_costs_nothing_lasting;
+        "S8" => a_grandchild_that_holds_the_output_delays_no_wait, an_output_that_a_grandchild_holds_ends_with_delete_and_leaves_nothing;
         "S9" => a_file_gets_both_streams;
         "S10" => a_full_disk_does_not_stop_a_container_for_good;
         "S11" => a_logger_gets_everything_and_knows_the_container, a_logger_that_is_slow_gets_everything;
         "S12" => a_logger_that_crashes_early_blocks_nothing, a_logger_that_crashes_later_stops_no_container, a_logger_that_is_never_ready_can_be_ended;
         "S13" => an_unknown_scheme_is_refused;
+        "S18" => what_a_descendant_writes_while_delete_waits_arrives, a_reader_that_pauses_gets_everything_of_a_deleted_exec;
+        "S19" => a_delete_that_waits_for_output_delays_no_other_call;
     ]
 }
 
@@ -224,29 +227,74 @@ async fn a_grandchild_that_holds_the_output_delays_no_wait(stand: Stand) -> Resu
     container.shut_down().await.map(drop)
 }
 
-async fn a_grandchild_that_holds_the_output_costs_nothing_lasting(stand: Stand) -> Result<()> {
+async fn an_output_that_a_grandchild_holds_ends_with_delete_and_leaves_nothing(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     let shim = container.shim_pid()?;
     let mut files = Vec::new();
-    for round in 0..repeated(3) {
-        let mut all = Vec::new();
+    for round in 0..repeated(2) {
+        let (mut all, mut deletes) = (Vec::new(), JoinSet::new());
         for number in 0..15 {
             let exec = format!("e{round}-{number}");
-            let streams = Streams::new(&stand, &exec)?;
-            let request = container.bundle.exec_request(&exec, &["sh", "-c", "sleep 1000 & echo said; exit 2"]);
-            container.task.exec(&streams.exec(request)).await?;
-            container.task.start("c1", &exec).await?;
-            ensure!(container.task.wait("c1", &exec).await? == 2);
-            all.push(streams);
+            all.push(ended(&container, &exec, "sleep 1000 & echo said", Pace::Keep).await?);
+            let task = container.task.another().await?;
+            deletes.spawn(async move { task.delete_within("c1", &exec, Duration::from_secs(30)).await });
         }
-        for (number, streams) in all.iter().enumerate() {
-            let said = streams.out.to_end_within(Duration::from_secs(20)).await.context("the end of output that a grandchild holds")?;
+        while let Some(deleted) = deletes.join_next().await {
+            deleted??;
+        }
+        for streams in all {
+            let said = streams.out.to_end().await.context("the end of output that a grandchild holds, after Delete")?;
             ensure!(said == "said\n", "{said:?}");
-            container.task.delete("c1", &format!("e{round}-{number}")).await?;
         }
         files.push(proc::open_files(shim)?.len());
     }
     ensure!(files.iter().all(|count| *count <= files[0] + 2), "open files of the shim after each round: {files:?}");
+    container.shut_down().await.map(drop)
+}
+
+/// Runs an exec to its end and leaves it undeleted.
+async fn ended(container: &Container, exec: &str, script: &str, pace: Pace) -> Result<Streams> {
+    let streams = Streams::at_pace(container.stand(), exec, pace)?;
+    container.task.exec(&streams.exec(container.bundle.exec_request(exec, &["sh", "-c", script]))).await?;
+    container.task.start(&container.id, exec).await?;
+    ensure!(container.task.wait(&container.id, exec).await? == 0);
+    Ok(streams)
+}
+
+/// A client reads until the end, which comes when Delete is answered or before.
+async fn what_a_descendant_writes_while_delete_waits_arrives(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    for (exec, late) in [("child", "(sleep 1; echo late) &"), ("session", "setsid sh -c '(sleep 1; echo late) &';")] {
+        let streams = ended(&container, exec, &format!("{late} echo now"), Pace::Keep).await?;
+        container.task.delete_within("c1", exec, Duration::from_secs(30)).await?;
+        let said = streams.out.to_end().await?;
+        ensure!(said == "now\nlate\n", "{exec}: {said:?}");
+    }
+    container.shut_down().await.map(drop)
+}
+
+async fn a_reader_that_pauses_gets_everything_of_a_deleted_exec(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let streams = ended(&container, "e", "seq 20000", Pace::Pausing(Duration::from_secs(1))).await?;
+    container.task.delete_within("c1", "e", Duration::from_secs(30)).await?;
+    streams.out.to_end().await?;
+    ensure!(streams.out.count() == 108_894, "{} of 108894 bytes", streams.out.count());
+    container.shut_down().await.map(drop)
+}
+
+async fn a_delete_that_waits_for_output_delays_no_other_call(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    let _streams = ended(&container, "held", "sleep 1000 & echo said", Pace::Keep).await?;
+    let task = container.task.another().await?;
+    let deleting = tokio::spawn(async move { task.delete_within("c1", "held", Duration::from_secs(30)).await });
+    container.exec("other", &["true"]).await?;
+    ensure!(container.task.wait("c1", "other").await? == 0);
+    for exec in ["", "held", "other"] {
+        within("State", a_second() * 2, container.task.state("c1", exec)).await??;
+    }
+    within("Delete of another", a_second() * 2, container.task.delete("c1", "other")).await??;
+    ensure!(!deleting.is_finished(), "Delete has not waited for the last writer");
+    deleting.await??;
     container.shut_down().await.map(drop)
 }
 
