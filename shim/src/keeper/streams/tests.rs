@@ -30,15 +30,20 @@ impl Bench {
     }
 
     fn stdio(&self, key: &str, stdin: bool, spill_bytes: u64) -> Stdio {
+        let (stdin, stdout) = (stdin.then(|| self.fifo("stdin")), Output::Fifo(self.fifo("stdout")));
+        Stdio { key: key.into(), stdin, stdout, spill_bytes, ..self.stdio_without_fifos() }
+    }
+
+    fn stdio_without_fifos(&self) -> Stdio {
         Stdio {
-            key: key.into(),
-            stdin: stdin.then(|| self.fifo("stdin")),
-            stdout: Output::Fifo(self.fifo("stdout")),
+            key: "c".into(),
+            stdin: None,
+            stdout: Output::None,
             stderr: Output::None,
             terminal: false,
             uid: 0,
             gid: 0,
-            spill_bytes,
+            spill_bytes: 0,
             spill_folder: self.folder.display().to_string(),
         }
     }
@@ -264,6 +269,29 @@ fn a_terminal_whose_logger_dies_first_is_emptied_and_leaves_no_pipe() {
     assert!(bench.streams.bytes_lost >= 1 << 19, "{}", bench.streams.bytes_lost);
     bench.streams.release("c", Instant::now(), &mut bench.poll);
     assert!(bench.streams.is_drained());
+}
+
+#[test]
+fn unread_outputs_of_ended_processes_cost_a_turn_nothing() {
+    let mut bench = Bench::new("unread");
+    for number in 0..50 {
+        let key = format!("c/{number}");
+        let stdout = Output::Fifo(bench.fifo(&key.replace('/', "-")));
+        bench.open(Stdio { key: key.clone(), stdout, ..bench.stdio_without_fifos() });
+        let mut process = File::from(bench.streams.take_process_end(&key, Stream::Stdout).expect("an end for the process"));
+        process.write_all(b"unread").expect("room in the pipe");
+        drop(process);
+        bench.streams.exited(&key, &mut bench.poll);
+    }
+    bench.until("all wait for readers", |streams| outputs(streams).filter(|out| out.watch.is_some()).count() == 50);
+    bench.until("nothing is left to look at", |streams| streams.deadline().is_none());
+    while !bench.poll.wait(Some(Instant::now())).expect("a wait").is_empty() {}
+    // Spoilt behind their backs: a turn would finish them.
+    for entry in bench.streams.entries.values_mut() {
+        entry.drain_until = Some(Instant::now());
+    }
+    bench.streams.tick(Instant::now(), &mut bench.poll);
+    assert_eq!(outputs(&bench.streams).count(), 50, "only what is due gets a turn");
 }
 
 #[test]
