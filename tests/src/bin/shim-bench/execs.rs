@@ -21,6 +21,9 @@ use super::{Plan, Subject, median};
 const RUNNING: usize = 400;
 /// So many are started at once.
 const AT_ONCE: usize = 500;
+/// So many have ended, and what they wrote is not read.
+const UNREAD: usize = 200;
+const SLEEP: [&str; 2] = ["sleep", "100000"];
 /// How often State is measured among those that run.
 const STATES: usize = 2000;
 
@@ -36,18 +39,25 @@ async fn of_one(subject: &mut Subject, stand: &Stand, execs: usize) -> Result<()
     for (letter, with) in [("a", "without stdio"), ("b", "with two fifos each")] {
         let container = stand.bundle(&format!("many{letter}"), &["sleep", "100000"]).run().await?;
         let mut readers = Vec::new();
-        let mut storm = start(&container, "r", RUNNING, with == "with two fifos each", &mut readers).await?;
+        let mut storm = start(&container, "r", RUNNING, with == "with two fifos each", &SLEEP, &mut readers).await?;
         while let Some(started) = storm.join_next().await {
             started??;
         }
         let times = ask(&container, Duration::ZERO, |asked| asked == STATES).await?;
         subject.note(&format!("6{letter} State beside {RUNNING} execs {with}, ms"), median(times));
+        let mut times = Vec::with_capacity(RUNNING);
+        for number in 0..RUNNING {
+            let begin = Instant::now();
+            container.task.close_stdin(&container.id, &format!("r{number}")).await?;
+            times.push(begin.elapsed());
+        }
+        subject.note(&format!("6{letter} CloseIO of one of {RUNNING} execs {with}, ms"), median(times));
         ensure!(container.destroy().await? == 137);
 
         let container = stand.bundle(&format!("storm{letter}"), &["sleep", "100000"]).run().await?;
         let over = Arc::new(AtomicBool::new(false));
         let begin = Instant::now();
-        let mut storm = start(&container, "s", AT_ONCE, with == "with two fifos each", &mut readers).await?;
+        let mut storm = start(&container, "s", AT_ONCE, with == "with two fifos each", &SLEEP, &mut readers).await?;
         let all_started = async {
             while let Some(started) = storm.join_next().await {
                 started??;
@@ -63,6 +73,19 @@ async fn of_one(subject: &mut Subject, stand: &Stand, execs: usize) -> Result<()
         ensure!(container.destroy().await? == 137);
     }
 
+    let container = stand.bundle("unread", &["sleep", "100000"]).run().await?;
+    let mut readers = Vec::new();
+    let mut storm = start(&container, "u", UNREAD, true, &["sh", "-c", "echo out; echo err >&2"], &mut readers).await?;
+    while let Some(started) = storm.join_next().await {
+        started??;
+    }
+    for number in 0..UNREAD {
+        ensure!(container.task.wait_within(&container.id, &format!("u{number}"), SOON * 4).await? == 0);
+    }
+    let times = ask(&container, Duration::ZERO, |asked| asked == STATES).await?;
+    subject.note(&format!("8 State beside {UNREAD} ended execs with two unread fifos each, ms"), median(times));
+    ensure!(container.destroy().await? == 137);
+
     let container = stand.bundle("row", &["sleep", "100000"]).run().await?;
     let mut times = Vec::with_capacity(execs);
     for number in 0..execs {
@@ -71,8 +94,8 @@ async fn of_one(subject: &mut Subject, stand: &Stand, execs: usize) -> Result<()
         times.push(begin.elapsed());
     }
     let some = 100.min(execs);
-    subject.note("8 exec of /bin/true, never deleted, first hundred, ms", median(times[..some].to_vec()));
-    subject.note(&format!("8 exec of /bin/true, never deleted, last hundred of {execs}, ms"), median(times[execs - some..].to_vec()));
+    subject.note("9 exec of /bin/true, never deleted, first hundred, ms", median(times[..some].to_vec()));
+    subject.note(&format!("9 exec of /bin/true, never deleted, last hundred of {execs}, ms"), median(times[execs - some..].to_vec()));
     ensure!(container.destroy().await? == 137);
     Ok(())
 }
@@ -82,12 +105,19 @@ async fn run_undeleted(container: &Container, exec: &str) -> Result<u32> {
     Ok(container.task.wait(&container.id, exec).await?)
 }
 
-/// Adds processes that sleep and starts all of them at once; each comes back when it has started.
-async fn start(container: &Container, prefix: &str, count: usize, fifos: bool, readers: &mut Vec<File>) -> Result<JoinSet<Result<()>>> {
+/// Adds processes and starts all of them at once; each comes back when it has started.
+async fn start(
+    container: &Container,
+    prefix: &str,
+    count: usize,
+    fifos: bool,
+    command: &[&str],
+    readers: &mut Vec<File>,
+) -> Result<JoinSet<Result<()>>> {
     let folder = container.stand().folder().join(format!("{}-fifos", container.id));
     std::fs::create_dir_all(&folder)?;
     for number in 0..count {
-        let mut request = container.bundle.exec_request(&format!("{prefix}{number}"), &["sleep", "100000"]);
+        let mut request = container.bundle.exec_request(&format!("{prefix}{number}"), command);
         if fifos {
             for (name, target) in [("out", &mut request.stdout), ("err", &mut request.stderr)] {
                 let fifo = folder.join(format!("{number}-{name}"));
