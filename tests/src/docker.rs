@@ -13,34 +13,57 @@ use serde_json::json;
 use crate::context::Context;
 use crate::eventually::eventually;
 use crate::runner::needs_controller;
-use crate::suite::{Runtime, Suite};
-use crate::{isolation, rootfs};
+use crate::suite::{Runtime, STOCK_TYPE, Shim, Suite};
+use crate::{isolation, rootfs, suite};
 
 /// The image that every container is made from.
 pub const IMAGE: &str = "busybox";
 
-/// Docker 26.
+/// A version of Docker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Version {
+    /// 20.10. It runs OCI runtimes by their paths, with containerd's own shim alone: the shim on trial has that one's name.
+    V20,
+    /// 26.
+    V26,
+}
+
+/// A dockerd, its containerd and its folder.
 #[derive(Debug)]
 pub struct Docker {
+    version: Version,
     cx: Context,
     folder: PathBuf,
     process: Mutex<Option<Child>>,
 }
 
 impl Docker {
-    /// Starts dockerd on a containerd of its own and imports the image.
+    /// Starts Docker 26 on a containerd of its own and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
+        Self::start_version(cx, Version::V26).await
+    }
+
+    /// Starts dockerd on a containerd of its own and imports the image.
+    pub async fn start_version(cx: &Context, version: Version) -> Result<Self> {
         // which it has the runtime set for every container
         needs_controller("io")?;
-        let cx = cx.with_own_daemon().await?;
+        let cx = match version {
+            Version::V20 => cx.with_own_shim(&Shim { runtime_type: STOCK_TYPE.to_owned(), ..cx.shim().clone() }, &[]).await?,
+            Version::V26 => cx.with_own_daemon().await?,
+        };
         let folder = cx.daemon().folder().join("docker");
         fs::create_dir_all(&folder)?;
         // dockerd reads the host's file unless it is given one that exists
-        let with =
-            |runtime: Runtime| json!({ "runtimeType": cx.shim().runtime_type, "options": { "BinaryName": cx.suite().runtime(runtime) } });
+        let with = |runtime: Runtime| {
+            let binary = cx.suite().runtime(runtime);
+            match version {
+                Version::V20 => json!({ "path": binary }),
+                Version::V26 => json!({ "runtimeType": cx.shim().runtime_type, "options": { "BinaryName": binary } }),
+            }
+        };
         let runtimes = json!({ "with-crun": with(Runtime::Crun), "with-runc": with(Runtime::Runc) });
         fs::write(folder.join("daemon.json"), json!({ "runtimes": runtimes }).to_string())?;
-        let docker = Self { cx, folder, process: Mutex::new(None) };
+        let docker = Self { version, cx, folder, process: Mutex::new(None) };
         docker.revive().await?;
         let archive = docker.folder.join("busybox.tar");
         let status = Command::new("tar").arg("-C").arg(rootfs::shared()?).arg("-cf").arg(&archive).arg(".").status()?;
@@ -54,8 +77,11 @@ impl Docker {
         &self.cx
     }
 
-    fn program(name: &str) -> PathBuf {
-        Suite::Trixie.program(name)
+    fn program(&self, name: &str) -> PathBuf {
+        match self.version {
+            Version::V20 => suite::cache().join("docker/bin").join(name),
+            Version::V26 => Suite::Trixie.program(name),
+        }
     }
 
     fn socket(&self) -> String {
@@ -66,7 +92,7 @@ impl Docker {
     pub async fn revive(&self) -> Result<()> {
         let folder = self.folder.display();
         let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
-        let child = Command::new(Self::program("dockerd"))
+        let child = Command::new(self.program("dockerd"))
             .args(["--containerd", &self.cx.daemon().address().display().to_string()])
             .args(["--host", &self.socket()])
             .args(["--data-root", &format!("{folder}/data"), "--exec-root", &format!("{folder}/exec")])
@@ -104,7 +130,7 @@ impl Docker {
 
     /// A command of the client, to be run.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(Self::program("docker"));
+        let mut command = Command::new(self.program("docker"));
         command.env("DOCKER_CONFIG", &self.folder).args(["--host", &self.socket()]).args(arguments).stdin(Stdio::null());
         command
     }
