@@ -62,7 +62,7 @@ fn main() -> ExitCode {
             an_exec_whose_start_fails_and_is_never_deleted_leaves_nothing_that_adds_up,
             an_exec_is_added_while_the_exit_of_init_waits_to_be_published,
         ]
-        .map(|case| case.within(Duration::from_secs(120))),
+        .map(|case| case.within(Duration::from_secs(240))),
     );
     cases.extend(direct_cases![frames:
         a_length_beyond_the_limit_is_named,

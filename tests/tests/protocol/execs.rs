@@ -15,7 +15,7 @@ use shim_tests::ttrpc::{Code, refusal};
 use tokio::task::JoinSet;
 
 /// More than the shim remembers of a container's processes that have ended: some 500 with names as long as [`long_fifo`]'s.
-const MANY: usize = 800;
+const MANY: usize = 600;
 
 /// A fifo whose name is about as long as one can be, so that few processes have much to be remembered of.
 fn long_fifo(stand: &Stand) -> Result<PathBuf> {
