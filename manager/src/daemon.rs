@@ -130,7 +130,6 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     if ends == Course::Stops {
         info!("stopping; shims and their containers stay");
         notify::tell("STOPPING=1");
-        // those that are carried to their end have that much more time than those that are not
         drop(manager.gate.close(LAST_CHANGES).await);
         manager.gate.retire();
     }
@@ -139,8 +138,10 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     events.stop_listen().await;
     // shims connect again, to whoever serves then; those that get no answer say it again there
     let hang_up = async { drop(tokio::time::timeout(HANG_UP, events.disconnect()).await) };
+    // calls whose clients have gone too
+    let carried = async { drop(tokio::time::timeout(api::LAST_CALLS, manager.gate.carried()).await) };
     // it was told to end, and says nothing
-    let _ = tokio::join!(api, hang_up);
+    let _ = tokio::join!(api, hang_up, carried);
     if ends == Course::Stops && !matches!(tokio::time::timeout(SETTLE, manager.store.settle()).await, Ok(Ok(()))) {
         warn!("what changed last stays in the log of the metadata store, where the next start finds it");
     }
@@ -230,5 +231,5 @@ const STACK_BYTES: usize = 256 << 10;
 const HANG_UP: Duration = Duration::from_secs(2);
 /// When stopping, for the store to tidy up.
 const SETTLE: Duration = Duration::from_secs(2);
-/// When stopping, for calls that change something.
+/// When stopping, for what is being written to the store.
 const LAST_CHANGES: Duration = Duration::from_secs(10);

@@ -30,6 +30,9 @@ pub(crate) enum Error {
     /// A shim is not there, or does not answer in time; asking again may help.
     #[error("{0}")]
     Unavailable(String),
+    /// Another process has taken over: nothing was done that the same request, made again there, would not find.
+    #[error("this x-manager has handed over to another one; ask again")]
+    Retired,
     /// The shim refuses, in its own words.
     #[error("{message}")]
     Shim {
@@ -87,7 +90,7 @@ impl Error {
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::Exhausted(_) => Code::ResourceExhausted,
             Self::Unimplemented(_) => Code::Unimplemented,
-            Self::Unavailable(_) => Code::Unavailable,
+            Self::Unavailable(_) | Self::Retired => Code::Unavailable,
             Self::Shim { code, .. } => Code::from(*code),
             Self::Launch(_) => Code::Unknown,
             Self::Store { source, .. } | Self::StoreFile { source, .. } if is_full(source) => Code::ResourceExhausted,

@@ -1,14 +1,19 @@
-//! What makes one process the only one that changes anything, while another takes over from it.
+//! What makes one process the only one that changes the store, while another takes over from it.
 //!
 //! ```text
 //! open ──close: those inside leave, others wait──▶ closed ──▶ retired: nobody enters any more
 //!   ▲────────────────────the successor failed─────────┘
 //! ```
-//! **Invariant:** what changes tasks or the store has a [`Pass`]; so between close and open nothing does.
+//! A step takes a pass, not a call: what waits for a shim has none, so that an upgrade waits for no shim. After such a wait a call enters again
+//! for its next step. When another process has taken over meanwhile, the call ends with [`Error::Retired`] and its client makes it again there.
+//!
+//! **Invariant:** what changes the store has a [`Pass`], and waits for nothing but the disk while it has; so between close and open nothing changes.
 
 use std::time::Duration;
 
 use tokio::sync::watch;
+
+use crate::error::{Error, Result};
 
 /// The gate.
 #[derive(Debug, Clone, Default)]
@@ -22,6 +27,8 @@ pub(crate) struct Gate {
 struct State {
     /// How many passes are out.
     inside: usize,
+    /// How many calls are under way that are carried to their end.
+    carried: usize,
     is_closed: bool,
     is_retired: bool,
 }
@@ -32,6 +39,12 @@ pub(crate) struct Pass {
     gate: Gate,
 }
 
+/// A call that is under way.
+#[derive(Debug)]
+pub(crate) struct Carried {
+    gate: Gate,
+}
+
 /// Nobody enters any more, for as long as it is held.
 #[derive(Debug)]
 pub(crate) struct Closed {
@@ -39,33 +52,38 @@ pub(crate) struct Closed {
 }
 
 impl Gate {
-    /// Waits while it is closed; none when it will never open again.
-    pub(crate) async fn enter(&self) -> Option<Pass> {
-        self.enter_if(|state| !state.is_closed).await
-    }
-
-    /// The same for what somebody inside may be waiting for: it may enter as long as anybody is.
-    pub(crate) async fn follow(&self) -> Option<Pass> {
-        self.enter_if(|state| !state.is_closed || state.inside > 0).await
-    }
-
-    async fn enter_if(&self, may_enter: impl Fn(&State) -> bool) -> Option<Pass> {
+    /// Waits while it is closed.
+    ///
+    /// Errors: [`Error::Retired`] when it will never open again.
+    pub(crate) async fn enter(&self) -> Result<Pass> {
         let mut changes = self.state.subscribe();
         loop {
             let entered = self.state.send_if_modified(|state| {
-                let enters = may_enter(state) && !state.is_retired;
+                let enters = !state.is_closed && !state.is_retired;
                 state.inside += usize::from(enters);
                 enters
             });
             if entered {
-                return Some(Pass { gate: self.clone() });
+                return Ok(Pass { gate: self.clone() });
             }
             // the sender is part of the gate
-            let state = *changes.wait_for(|state| state.is_retired || may_enter(state)).await.ok()?;
+            let state = *changes.wait_for(|state| state.is_retired || !state.is_closed).await.map_err(|_| Error::Retired)?;
             if state.is_retired {
-                return None;
+                return Err(Error::Retired);
             }
         }
+    }
+
+    /// Counts a call as under way until what is returned is dropped: one that is to end by itself before this process does.
+    pub(crate) fn carry(&self) -> Carried {
+        self.state.send_modify(|state| state.carried += 1);
+        Carried { gate: self.clone() }
+    }
+
+    /// Waits until no call is under way that is to be carried to its end.
+    pub(crate) async fn carried(&self) {
+        // the sender is part of the gate
+        let _ = self.state.subscribe().wait_for(|state| state.carried == 0).await;
     }
 
     /// Lets nobody in any more and waits for those inside; none when they take longer than `limit`, and it is open again. To be closed by one at a
@@ -102,6 +120,12 @@ impl Drop for Pass {
     }
 }
 
+impl Drop for Carried {
+    fn drop(&mut self) {
+        self.gate.state.send_modify(|state| state.carried -= 1);
+    }
+}
+
 impl Drop for Closed {
     fn drop(&mut self) {
         self.gate.state.send_modify(|state| state.is_closed = false);
@@ -126,25 +150,7 @@ mod tests {
         let closed = gate.close(MOMENT).await.expect("nobody is inside");
         assert!(timeout(MOMENT, gate.enter()).await.is_err(), "closed");
         drop(closed);
-        assert!(timeout(MOMENT, gate.enter()).await.expect("open again").is_some());
-    }
-
-    #[tokio::test]
-    async fn a_call_needed_by_one_inside_passes_a_closing_gate() {
-        let gate = Gate::default();
-        let inside = gate.enter().await.expect("open");
-        let closing = tokio::spawn({
-            let gate = gate.clone();
-            async move { gate.close(Duration::from_secs(60)).await }
-        });
-        tokio::task::yield_now().await;
-        assert!(timeout(MOMENT, gate.enter()).await.is_err(), "closing");
-        drop(timeout(MOMENT, gate.follow()).await.expect("somebody is inside"));
-        drop(inside);
-        let closed = closing.await.expect("no panic").expect("nobody is inside");
-        assert!(timeout(MOMENT, gate.follow()).await.is_err(), "closed");
-        drop(closed);
-        assert!(timeout(MOMENT, gate.follow()).await.expect("open again").is_some());
+        assert!(timeout(MOMENT, gate.enter()).await.expect("open again").is_ok());
     }
 
     #[tokio::test]
@@ -153,12 +159,12 @@ mod tests {
         let closed = gate.close(MOMENT).await.expect("nobody is inside");
         let waiting = tokio::spawn({
             let gate = gate.clone();
-            async move { gate.enter().await.is_none() }
+            async move { matches!(gate.enter().await, Err(Error::Retired)) }
         });
         tokio::task::yield_now().await;
         gate.retire();
         assert!(waiting.await.expect("no panic"));
         drop(closed);
-        assert!(gate.enter().await.is_none());
+        assert!(matches!(gate.enter().await, Err(Error::Retired)));
     }
 }

@@ -37,7 +37,7 @@ async fn round(manager: &Manager) -> Result<()> {
     let now = timestamp::to_nanos(&timestamp::now());
     let has_expired = manager.store.read(move |db| leases::have_expired(db, now)).await?;
     // what changes the store does not do so while another process takes over
-    let Some(_pass) = manager.gate.enter().await else { return Ok(()) };
+    let Ok(_pass) = manager.gate.enter().await else { return Ok(()) };
     if has_expired {
         let leases = manager.store.remove(move |db| leases::remove_expired(db, now)).await?;
         info!(leases; "leases have expired");

@@ -10,6 +10,8 @@ mod ctr;
 mod kills;
 #[path = "manager/restart.rs"]
 mod restart;
+#[path = "manager/shims.rs"]
+mod shims;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -24,7 +26,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases = [api_cases(), ctr_cases(), restart_cases(), kill_cases()].concat();
+    let cases = [api_cases(), ctr_cases(), restart_cases(), shim_cases(), kill_cases()].concat();
     runner::main(&cases, &[], programs)
 }
 
@@ -73,6 +75,17 @@ fn restart_cases() -> Vec<Case> {
             a_store_of_a_newer_version_is_refused,
             a_full_disk_refuses_and_loses_nothing,
     ]
+}
+
+fn shim_cases() -> Vec<Case> {
+    let cases = cases![shims,
+        Scope::Once =>
+            a_shim_that_does_not_read_for_a_moment_keeps_its_container,
+            a_shim_that_cannot_delete_its_task_keeps_it,
+            an_image_path_among_the_options_of_a_container_restores_nothing,
+            a_program_that_hangs_is_ended_with_what_it_has_started,
+    ];
+    cases.into_iter().map(|case| case.within(std::time::Duration::from_secs(120))).collect()
 }
 
 fn kill_cases() -> Vec<Case> {

@@ -170,9 +170,10 @@ fn validate(container: &Container) -> Result<()> {
 
 pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteContainerRequest) -> Result<()> {
     let namespace = call.namespace()?;
+    let pass = manager.gate.enter().await?;
     let (place, id) = (namespace.clone(), request.id.clone());
     manager.store.remove(move |db| if containers::remove(db, place.as_str(), &id)? { Ok(()) } else { Err(not_found(&place, &id)) }).await?;
-    manager.tasks.collect_with_container(&namespace, &request.id).await;
+    manager.tasks.collect_with_container(&namespace, &request.id, &pass).await;
     manager.events.publish(&namespace, "/containers/delete", &ContainerDelete { id: request.id });
     Ok(())
 }

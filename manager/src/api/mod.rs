@@ -22,4 +22,4 @@ mod tasks;
 mod version;
 
 pub(crate) use calls::{BOUNDS, Calls, Cost};
-pub(crate) use serve::{Course, serve};
+pub(crate) use serve::{Course, LAST_CALLS, serve};

@@ -19,6 +19,7 @@ use super::body::{MESSAGE_BYTES, Metered};
 use super::call::Call;
 use super::{containers, events, health, introspection, leases, namespaces, tasks, version};
 use crate::error::{Error, Result};
+use crate::gate::Pass;
 use crate::manager::Manager;
 
 /// A response, or a stream's reset.
@@ -60,25 +61,25 @@ async fn route(manager: Arc<Manager>, leaving: Leaving, request: http::Request<M
             "ListStream" => stream(m, r, containers::list_stream).await,
             "Create" => change(m, leaving, r, containers::create).await,
             "Update" => change(m, leaving, r, containers::update).await,
-            "Delete" => change(m, leaving, r, containers::delete).await,
+            "Delete" => carry(m, leaving, r, containers::delete).await,
             _ => unknown(&path),
         },
         "containerd.services.tasks.v1.Tasks" => match method {
-            "Create" => change(m, leaving, r, tasks::create).await,
-            "Start" => change(m, leaving, r, tasks::start).await,
-            "Delete" => change(m, leaving, r, tasks::delete).await,
-            "DeleteProcess" => change(m, leaving, r, tasks::delete_process).await,
+            "Create" => carry(m, leaving, r, tasks::create).await,
+            "Start" => carry(m, leaving, r, tasks::start).await,
+            "Delete" => carry(m, leaving, r, tasks::delete).await,
+            "DeleteProcess" => carry(m, leaving, r, tasks::delete_process).await,
             "Get" => look(m, r, tasks::get).await,
             "List" => look(m, r, tasks::list).await,
-            "Kill" => change(m, leaving, r, tasks::kill).await,
-            "Exec" => change(m, leaving, r, tasks::exec).await,
-            "ResizePty" => change(m, leaving, r, tasks::resize_pty).await,
-            "CloseIO" => change(m, leaving, r, tasks::close_io).await,
-            "Pause" => change(m, leaving, r, tasks::pause).await,
-            "Resume" => change(m, leaving, r, tasks::resume).await,
+            "Kill" => carry(m, leaving, r, tasks::kill).await,
+            "Exec" => carry(m, leaving, r, tasks::exec).await,
+            "ResizePty" => carry(m, leaving, r, tasks::resize_pty).await,
+            "CloseIO" => carry(m, leaving, r, tasks::close_io).await,
+            "Pause" => carry(m, leaving, r, tasks::pause).await,
+            "Resume" => carry(m, leaving, r, tasks::resume).await,
             "ListPids" => look(m, r, tasks::list_pids).await,
-            "Checkpoint" => change(m, leaving, r, tasks::checkpoint).await,
-            "Update" => change(m, leaving, r, tasks::update).await,
+            "Checkpoint" => carry(m, leaving, r, tasks::checkpoint).await,
+            "Update" => carry(m, leaving, r, tasks::update).await,
             "Metrics" => look(m, r, tasks::metrics).await,
             "Wait" => park(m, leaving, r, tasks::wait).await,
             _ => unknown(&path),
@@ -156,8 +157,36 @@ where
     }
 }
 
-/// A call that is carried to its end, once nobody takes over.
+/// A call that is one step: it changes the store, and waits for nothing else.
 async fn change<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
+where
+    Q: Message + Default + 'static,
+    A: Message + Default + 'static,
+    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    F: Future<Output = Result<A>> + Send + 'static,
+{
+    to_its_end(manager, leaving, request, handler, Some).await
+}
+
+/// A call that may wait for a shim, and passes the gate with each of its steps.
+async fn carry<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
+where
+    Q: Message + Default + 'static,
+    A: Message + Default + 'static,
+    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    F: Future<Output = Result<A>> + Send + 'static,
+{
+    to_its_end(manager, leaving, request, handler, |_pass| None).await
+}
+
+/// A call that goes on when its client does not wait. It begins when this process serves, and is refused when another one does before it is done.
+async fn to_its_end<Q, A, H, F>(
+    manager: Arc<Manager>,
+    leaving: Leaving,
+    request: http::Request<Metered>,
+    handler: H,
+    keep: fn(Pass) -> Option<Pass>,
+) -> Answer
 where
     Q: Message + Default + 'static,
     A: Message + Default + 'static,
@@ -169,17 +198,15 @@ where
     let finish = move |call: F| {
         let (gate, refuse) = (gate.clone(), Arc::clone(&refuse));
         async move {
-            let Some(pass) = gate.enter().await else {
-                refuse.store(true, Ordering::Relaxed);
-                return Err(Error::Unavailable("this process has retired".to_owned()));
-            };
             let carried = async move {
-                let ended = bounded(call).await;
-                drop(pass);
-                ended
+                let _carried = gate.carry();
+                let _pass = keep(gate.enter().await?);
+                bounded(call).await
             };
             let ended = tokio::spawn(carried).await;
-            ended.unwrap_or_else(|error| Err(Error::Launch(format!("a request ended without an answer: {error}"))))
+            let ended = ended.unwrap_or_else(|error| Err(Error::Launch(format!("a request ended without an answer: {error}"))));
+            refuse.store(matches!(ended, Err(Error::Retired)), Ordering::Relaxed);
+            ended
         }
     };
     let answer = grpc().unary(Handler { manager, handler, finish }, request).await;
@@ -208,8 +235,8 @@ where
     F: Future<Output = Result<S>> + Send + 'static,
 {
     match manager.gate.enter().await {
-        Some(_pass) => stream(manager, request, handler).await,
-        None => Err(refused(leaving).await),
+        Ok(_pass) => stream(manager, request, handler).await,
+        Err(_retired) => Err(refused(leaving).await),
     }
 }
 

@@ -63,8 +63,7 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits:
     }
     drop(listener);
     let all = async { while connections.join_next().await.is_some() {} };
-    let limit = if *course.borrow() == Course::Yields { DRAIN_BESIDE_ANOTHER } else { DRAIN };
-    if tokio::time::timeout(limit, all).await.is_err() {
+    if tokio::time::timeout(LAST_CALLS, all).await.is_err() {
         debug!("calls in flight were cut off");
     }
 }
@@ -130,10 +129,8 @@ const MAX_HEADER_BYTES: u32 = 16 << 10;
 const UNREAD_BYTES: u32 = 64 << 10;
 /// The same of all requests of a connection.
 const MAX_UNREAD_BYTES: u32 = 256 << 10;
-/// Calls in flight may take that long to end when this process stops.
-const DRAIN: Duration = Duration::from_secs(2);
-/// The same while another process serves: nobody waits for this one, so that every call that only looks can end by itself.
-const DRAIN_BESIDE_ANOTHER: Duration = Duration::from_secs(15);
+/// Calls in flight may take that long to end when this process does.
+pub(crate) const LAST_CALLS: Duration = Duration::from_secs(15);
 /// For the first call of a connection, once another process serves.
 const FIRST_CALL: Duration = Duration::from_secs(3);
 /// After a failed accept.

@@ -49,7 +49,9 @@ async fn shim_of(task: &Task) -> Result<Shim> {
     match task.settled().await? {
         Phase::Live(shim) => Ok(shim),
         Phase::Ended(_) => Err(Error::Precondition(format!("task {} has ended with its shim", task.id))),
-        Phase::Hidden | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Gone => Err(Error::NotFound(format!("task {}", task.id))),
+        Phase::Starting | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Ending | Phase::Gone => {
+            Err(Error::NotFound(format!("task {}", task.id)))
+        }
     }
 }
 
@@ -65,6 +67,8 @@ pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateTas
     let container = manager.store.read(get).await?;
     let runtime = container.runtime.unwrap_or_default();
     let options = runtime.options.filter(|options| !options.type_url.is_empty());
+    // a container's own options say where its checkpoints go, not what to make it from
+    let checkpoint = restore_path(request.options.as_ref())?;
     let task_options = request.options.filter(|options| !options.type_url.is_empty()).or_else(|| options.clone());
     if let Some(checkpoint) = request.checkpoint.filter(|checkpoint| !checkpoint.digest.is_empty()) {
         return Err(Error::Unimplemented(format!("a task from checkpoint {}: there is no content store", checkpoint.digest)));
@@ -75,7 +79,7 @@ pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateTas
         stdin: request.stdin,
         stdout: request.stdout,
         stderr: request.stderr,
-        checkpoint: restore_path(task_options.as_ref())?,
+        checkpoint,
         options: wire::to_shim_field(task_options),
         ..shim::CreateTaskRequest::default()
     };
@@ -119,10 +123,14 @@ pub(super) async fn delete_process(manager: Arc<Manager>, call: Call, request: D
     let delete = shim::DeleteRequest { id: task.id.clone(), exec_id: exec.clone(), ..shim::DeleteRequest::default() };
     let answer: shim::DeleteResponse = ask(&task, "Delete", &delete, LONG).await?;
     let (namespace, id, name, now) = (task.namespace.clone(), task.id.clone(), exec.clone(), timestamp::to_nanos(&timestamp::now()));
-    let forgotten = manager.store.note(move |db| {
-        execs::remove(db, namespace.as_str(), &id, &name)?;
-        exits::collect(db, namespace.as_str(), &id, Some(&name), now)
-    });
+    let forgotten = async {
+        let _pass = manager.gate.enter().await?;
+        let forget = move |db: &_| {
+            execs::remove(db, namespace.as_str(), &id, &name)?;
+            exits::collect(db, namespace.as_str(), &id, Some(&name), now)
+        };
+        manager.store.note(forget).await
+    };
     if let Err(error) = forgotten.await {
         // the process is deleted all the same, and its exit is the client's; what stays goes with the task
         warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget a process");
@@ -243,7 +251,10 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
     let shim = shim_of(&task).await?;
     let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
     // noted before it is there: after a crash of this process its exit is asked for
-    let is_new = manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?;
+    let is_new = {
+        let _pass = manager.gate.enter().await?;
+        manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?
+    };
     let add = shim::ExecProcessRequest {
         id: task.id.clone(),
         exec_id: exec.clone(),
@@ -258,8 +269,10 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
         Err(Unanswered::Refused(error)) => {
             if is_new && error.code() != tonic::Code::AlreadyExists {
                 let (namespace, id) = (task.namespace.clone(), task.id.clone());
-                // a note too many is asked for in vain, and goes with the task
-                let _ = manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await;
+                if let Ok(_pass) = manager.gate.enter().await {
+                    // a note too many is asked for in vain, and goes with the task
+                    let _ = manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await;
+                }
             }
             Err(error)
         }

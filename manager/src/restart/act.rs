@@ -27,7 +27,7 @@ pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) 
         Phase::Live(shim) => shim,
         Phase::Ended(exit) => return Observed::Exited(exit.status),
         // the end of each of them is an event, or is seen in the next round
-        Phase::Hidden | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Gone => return Observed::Undecided,
+        Phase::Starting | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Ending | Phase::Gone => return Observed::Undecided,
     };
     let request = StateRequest { id: id.to_owned(), ..StateRequest::default() };
     match shim.call::<StateResponse>("State", &request, Some(STATE)).await {
@@ -51,7 +51,9 @@ pub(super) async fn act(
     is_half_made: bool,
 ) -> Result<()> {
     // another process will see to it
-    let Some(_pass) = manager.gate.enter().await else { return Ok(()) };
+    let Ok(pass) = manager.gate.enter().await else { return Ok(()) };
+    drop(pass);
+    let _carried = manager.gate.carry();
     match decision {
         Decision::Leave => Ok(()),
         Decision::Stop => end(manager, namespace, &container.id).await,
@@ -68,6 +70,8 @@ async fn start(manager: &Arc<Manager>, namespace: &Namespace, container: Contain
 
 /// Notes that nothing half-made is left of an attempt.
 pub(super) async fn is_settled(manager: &Manager, namespace: &Namespace, id: &str) {
+    // a process that has taken over goes on with it
+    let Ok(_pass) = manager.gate.enter().await else { return };
     let (place, name) = (namespace.clone(), id.to_owned());
     if let Err(error) = manager.store.note(move |db| restarts::end(db, place.as_str(), &name)).await {
         warn!(namespace:%, container = id, error = error.chain(); "cannot note the end of a restart");
@@ -98,6 +102,8 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
     };
     let new = NewTask { runtime: runtime.name, options: options.map(wire::to_shim), spec, request };
     manager.tasks.create(namespace, &id, new).await?;
+    // a process that has taken over finds it created, and a note that it was about to be started
+    drop(manager.gate.enter().await?);
     let task = manager.tasks.find(namespace, &id)?;
     let start = StartRequest { id: id.clone(), ..StartRequest::default() };
     let started = match shim_of(&task).await {
@@ -105,6 +111,7 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
         Err(error) => Err(error),
     };
     if let Err(error) = started {
+        drop(manager.gate.enter().await?);
         // what is half-made is nobody else's; the next attempt meets what is left
         let _ = end(manager, namespace, &id).await;
         return Err(error);
@@ -117,6 +124,7 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
 /// Writes down how often a container was started again, and that it is about to be.
 async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u64) -> Result<()> {
     let (place, name) = (namespace.clone(), id.to_owned());
+    let _pass = manager.gate.enter().await?;
     let updated = manager
         .store
         .write(move |db| {

@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 /// The soft and the hard limit on open files that this process was started with, once it has raised its own.
 static FILES: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
@@ -28,6 +29,35 @@ pub(crate) fn inherits_nothing_of_ours(command: &mut std::process::Command) {
     let restore = move || Ok(setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?);
     // SAFETY: between fork and exec the closure makes one system call; it neither allocates, locks nor unwinds.
     unsafe { command.pre_exec(restore) };
+}
+
+/// A program, with what it starts, that is killed unless it is [released](Group::release): for one that is to be started in a process group of its own.
+///
+/// To be dropped before the program is waited for, or its number may be another's.
+#[derive(Debug)]
+pub(crate) struct Group {
+    leader: Option<Pid>,
+}
+
+impl Group {
+    /// That of a process that has not been waited for.
+    pub(crate) fn of(leader: u32) -> Self {
+        Self { leader: i32::try_from(leader).ok().map(Pid::from_raw) }
+    }
+
+    /// Lets it go on.
+    pub(crate) fn release(mut self) {
+        self.leader = None;
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(leader) = self.leader {
+            // all of them may have ended
+            let _ = killpg(leader, Signal::SIGKILL);
+        }
+    }
 }
 
 /// Has a program die with this process, even by SIGKILL. The programs that it starts in turn are not concerned.

@@ -9,7 +9,7 @@
 //! ```
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown, symlink};
@@ -35,6 +35,15 @@ pub(crate) struct Address {
     pub(crate) protocol: String,
 }
 
+/// The right to change a bundle and to run programs for it. The kernel takes it back from a process that dies.
+///
+/// A process from which another has taken over finishes what it has begun for a bundle, and the other one waits for that.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    /// None for a bundle that is not there.
+    _lock: Option<File>,
+}
+
 /// A task's folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Bundle {
@@ -52,6 +61,19 @@ impl Bundle {
     /// The folder.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Takes the right to change it; none while another process, or another part of this one, has it.
+    pub(crate) fn claim(&self) -> Result<Option<Claim>> {
+        let folder = match File::open(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some(Claim { _lock: None })),
+            folder => folder.on("open bundle", &self.path)?,
+        };
+        match folder.try_lock() {
+            Ok(()) => Ok(Some(Claim { _lock: Some(folder) })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error).on("lock bundle", &self.path),
+        }
     }
 
     /// Makes it. `spec` is the JSON of config.json.
@@ -202,6 +224,10 @@ mod tests {
     fn a_bundle_is_laid_out_as_shims_expect_it_and_leaves_nothing() {
         let (folder, bundle) = folder("layout");
         bundle.blocking_create(b"{}").expect("a bundle");
+        let claim = bundle.claim().expect("readable").expect("it is free");
+        assert!(bundle.claim().expect("readable").is_none(), "it is claimed");
+        drop(claim);
+        assert!(bundle.claim().expect("readable").is_some(), "it is free again");
         let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o7777;
         assert_eq!((mode(bundle.path()), mode(&bundle.path().join("rootfs"))), (0o700, 0o711));
         assert!(bundle.path().join("work").is_dir());

@@ -8,8 +8,9 @@ use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse};
 use log::info;
 use protobuf::well_known_types::any::Any;
 
+use super::bundle::Claim;
 use super::end::Left;
-use super::{Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, program};
+use super::{Fact, Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, program};
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 
@@ -46,7 +47,7 @@ impl Tasks {
                 let mut all = self.all();
                 match all.entry((namespace.clone(), id.to_owned())) {
                     std::collections::btree_map::Entry::Vacant(place) => {
-                        let task = Task::new(&self.settings, namespace.clone(), id.to_owned(), Phase::Hidden);
+                        let task = Task::new(&self.settings, namespace.clone(), id.to_owned(), Phase::Starting);
                         return Ok(Arc::clone(place.insert(task)));
                     }
                     std::collections::btree_map::Entry::Occupied(old) => Arc::clone(old.get()),
@@ -54,7 +55,10 @@ impl Tasks {
             };
             match old.settled().await {
                 Ok(Phase::Ended(exit)) => {
-                    if !self.collect(&old, exit).await {
+                    let pass = self.gate.enter().await?;
+                    let is_collected = self.collect(&old, exit, &pass).await;
+                    drop(pass);
+                    if !is_collected {
                         old.gone().await;
                     }
                 }
@@ -67,30 +71,39 @@ impl Tasks {
     }
 
     async fn bring_up(self: &Arc<Self>, task: &Arc<Task>, program: &Path, new: NewTask) -> Result<u32> {
-        if let Err(error) = self.prepare(task, program, new.spec).await {
-            self.forget(task);
-            return Err(error);
-        }
+        let claim = match self.prepare(task, program, new.spec).await {
+            Ok(claim) => claim,
+            Err(error) => {
+                self.forget(task);
+                return Err(error);
+            }
+        };
+        // nothing from here on changes the store: another process that takes over meanwhile waits until the claim is given up
         let made = self.launch(task, program, new.options.as_ref(), new.request).await;
         match made {
             Ok((shim, pid)) => {
-                task.phase.send_replace(Phase::Live(shim.clone()));
+                task.observe(Fact::Connected(shim.clone()));
+                drop(claim);
                 tokio::spawn(Arc::clone(self).watch(Arc::clone(task), shim));
                 Ok(pid)
             }
             Err(failure) => {
-                self.discard(task, failure.shim, failure.was_refused).await;
+                self.discard(task, failure.shim, failure.was_refused, claim).await;
                 Err(failure.error)
             }
         }
     }
 
-    async fn prepare(&self, task: &Task, program: &Path, spec: Vec<u8>) -> Result<()> {
+    async fn prepare(&self, task: &Task, program: &Path, spec: Vec<u8>) -> Result<Claim> {
+        // a process that takes over finds the bundle of every creation that is under way
+        let _pass = self.gate.enter().await?;
         self.forget_earlier(&task.namespace, &task.id).await?;
         let (bundle, program) = (task.bundle.clone(), program.to_owned());
         blocking(move || {
             bundle.blocking_create(&spec)?;
-            bundle.write_program(&program)
+            let claim = bundle.claim()?.ok_or_else(|| Error::Unavailable("a new bundle is locked by another program".to_owned()))?;
+            bundle.write_program(&program)?;
+            Ok(claim)
         })
         .await
     }
@@ -118,7 +131,7 @@ impl Tasks {
     }
 
     /// Undoes a creation that failed, as far as it went. What cannot be undone at once is tried again while others are served.
-    async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>, was_refused: bool) {
+    async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>, was_refused: bool, claim: Claim) {
         // a shim that has refused and then knows of no task has made nothing, and the program of 1.7 fails to delete that
         let may_be_there = match &shim {
             Some(shim) => self.dismiss(task, shim).await || !was_refused,
@@ -130,7 +143,7 @@ impl Tasks {
         drop(turn);
         if attempt.is_err() {
             let (tasks, task) = (Arc::clone(self), Arc::clone(task));
-            tokio::spawn(async move { tasks.clean_up(&task, left).await });
+            tokio::spawn(async move { tasks.clean_up(&task, left, claim).await });
         }
     }
 }

@@ -7,9 +7,11 @@ use containerd_client::events::{TaskDelete, TaskExit};
 use containerd_shim_protos::api::{DeleteRequest, DeleteResponse, Empty, ShutdownRequest};
 use log::{info, warn};
 
+use super::bundle::Claim;
 use super::program::Ended;
-use super::{AGAIN, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking};
+use super::{AGAIN, Fact, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, load};
 use crate::error::{Error, Result};
+use crate::gate::Pass;
 use crate::name::Namespace;
 use crate::store::{Exit, ended, execs, exits};
 use crate::timestamp;
@@ -18,42 +20,53 @@ impl Tasks {
     /// Deletes a task and returns how it ended.
     ///
     /// Errors: [`Error::NotFound`], or the shim's refusal while it runs.
-    pub(crate) async fn delete(&self, task: &Arc<Task>) -> Result<Exit> {
+    pub(crate) async fn delete(self: &Arc<Self>, task: &Arc<Task>) -> Result<Exit> {
         let _the_other_is_through = task.deletion.lock().await;
         loop {
             match task.settled().await? {
                 Phase::Ended(exit) => {
-                    return if self.collect(task, exit).await { Ok(exit) } else { Err(task.not_found()) };
+                    let pass = self.gate.enter().await?;
+                    return if self.collect(task, exit, &pass).await { Ok(exit) } else { Err(task.not_found()) };
                 }
                 Phase::Live(shim) => {
                     let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
                     match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
                         Ok(answer) => {
                             let exit = exit_of(&answer);
-                            self.note_end(task, exit).await;
+                            // a process that has taken over finds out from what the shim published
+                            let pass = self.gate.enter().await?;
+                            self.note_end(task, exit, &pass).await;
+                            drop(pass);
                             // otherwise it died over its answer, or was found not to know the task any more
-                            if !self.take_leave(task, &shim).await
+                            if !self.take_leave(task, &shim).await?
                                 && let Ok(Phase::Ended(noted)) = task.settled().await
                             {
-                                self.collect(task, noted).await;
+                                self.collect(task, noted, &self.gate.enter().await?).await;
                             }
                             return Ok(exit);
                         }
                         Err(Unanswered::Lost) => task.left().await,
                         Err(Unanswered::Refused(error)) if error.is_not_found() => {
-                            self.take_leave(task, &shim).await;
-                            return Err(task.not_found());
+                            if !is_unknown(&load::state(task, &shim, "").await) {
+                                // clients would take what it did not find for the task
+                                return Err(Error::Launch(format!("the shim of task {} cannot delete it: {}", task.id, error.chain())));
+                            }
+                            // how it ended is known to the store, or to the shim's program
+                            if task.observe(Fact::ShimGone) {
+                                let (tasks, task) = (Arc::clone(self), Arc::clone(task));
+                                tokio::spawn(async move { tasks.sweep(&task, &shim).await });
+                            }
                         }
                         Err(reason) => return Err(reason.into()),
                     }
                 }
-                Phase::Hidden | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Gone => return Err(task.not_found()),
+                Phase::Starting | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Ending | Phase::Gone => return Err(task.not_found()),
             }
         }
     }
 
     /// Notes how a task ended that its shim has just deleted: if this process dies before its client knows, nobody else could say it.
-    async fn note_end(&self, task: &Task, exit: Exit) {
+    async fn note_end(&self, task: &Task, exit: Exit, _pass: &Pass) {
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         if let Err(error) = self.store.note(move |db| ended::put(db, namespace.as_str(), &id, exit)).await {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot note how a task ended");
@@ -61,17 +74,19 @@ impl Tasks {
     }
 
     /// What follows when a shim has deleted its task: it may go, and its bundle goes. False when somebody else has begun to end the task.
-    async fn take_leave(&self, task: &Arc<Task>, shim: &Shim) -> bool {
+    async fn take_leave(&self, task: &Arc<Task>, shim: &Shim) -> Result<bool> {
         // from here on the connection's end is no news
-        if !task.leaves_live(Phase::Hidden) {
-            return false;
+        if !task.observe(Fact::Deleted) {
+            return Ok(false);
         }
         self.dismiss_gracefully(task, shim).await;
+        // a process that has taken over finds the note, does the rest, and answers the same
+        let _pass = self.gate.enter().await?;
         self.remove_bundle(task).await;
         self.forget_processes(task).await;
         self.forget(task);
         info!(namespace:% = task.namespace, container = task.id.as_str(); "task deleted");
-        true
+        Ok(true)
     }
 
     /// Forgets what is noted of a task that is gone. What a full disk leaves is forgotten with the next task of that id.
@@ -94,17 +109,17 @@ impl Tasks {
     }
 
     /// Forgets a task of which only its end is left, because its container goes.
-    pub(crate) async fn collect_with_container(&self, namespace: &Namespace, id: &str) {
+    pub(crate) async fn collect_with_container(&self, namespace: &Namespace, id: &str, pass: &Pass) {
         if let Ok(task) = self.find(namespace, id)
             && let Phase::Ended(exit) = task.phase()
         {
-            self.collect(&task, exit).await;
+            self.collect(&task, exit, pass).await;
         }
     }
 
     /// Hands out how a task ended whose shim is dead, and forgets it. False when somebody else does.
-    pub(super) async fn collect(&self, task: &Task, exit: Exit) -> bool {
-        if !task.leaves_ended() {
+    pub(super) async fn collect(&self, task: &Task, exit: Exit, _pass: &Pass) -> bool {
+        if !task.observe(Fact::Collected) {
             return false;
         }
         self.forget_processes(task).await;
@@ -138,7 +153,7 @@ impl Tasks {
         let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
         let deleted = shim.call::<DeleteResponse>("Delete", &request, Some(SHUTDOWN)).await;
         self.dismiss_gracefully(task, shim).await;
-        !matches!(deleted, Err(Unanswered::Refused(error)) if error.is_not_found())
+        !is_unknown(&deleted)
     }
 
     pub(super) async fn remove_bundle(&self, task: &Task) {
@@ -148,27 +163,55 @@ impl Tasks {
         }
     }
 
-    /// Cleans up what a shim has left that is of no use any more, until that works: where its program was too slow or could not be run, there may be
-    /// a container that is alive. An upgrade waits for one attempt at most; whoever serves then finds the bundle.
-    pub(super) async fn clean_up(&self, task: &Task, left: Left) {
-        let (mut pause, mut refusals) = (AGAIN, 0);
+    /// Waits for the right to change a bundle: a process from which this one has taken over may have begun something for it.
+    ///
+    /// Errors: [`Error::Retired`] when another process has taken over from this one.
+    pub(super) async fn claim(&self, task: &Task) -> Result<Claim> {
         loop {
+            match task.bundle.claim() {
+                Ok(Some(claim)) => return Ok(claim),
+                Ok(None) => drop(task.observe(Fact::Unreachable("an earlier x-manager is still busy with it".into()))),
+                Err(error) => {
+                    warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot claim a bundle, will retry");
+                }
+            }
+            // a lock that becomes free wakes nobody who could do something else meanwhile
+            self.pause(CLAIM_AGAIN).await?;
+        }
+    }
+
+    /// Waits, unless another process takes over meanwhile.
+    ///
+    /// Errors: [`Error::Retired`] when one has.
+    pub(super) async fn pause(&self, pause: Duration) -> Result<()> {
+        tokio::select! {
+            () = tokio::time::sleep(pause) => Ok(()),
+            () = self.gate.retired() => Err(Error::Retired),
+        }
+    }
+
+    /// Cleans up what a shim has left that is of no use any more, until that works: where its program was too slow or could not be run, there may be
+    /// a container that is alive. When another process has taken over it is for that one, which finds the bundle.
+    pub(super) async fn clean_up(&self, task: &Task, left: Left, claim: Claim) {
+        let (mut pause, mut refusals) = (AGAIN, 0);
+        while !self.gate.is_retired() {
             let turn = self.programs.turn().await;
-            // whoever has a pass may wait for the end of this task
-            let Some(pass) = self.gate.follow().await else { return };
             match self.try_to_clean_up(task, left, refusals).await {
-                Ok(()) => return,
+                Ok(()) | Err(Error::Retired) => break,
                 Err(error) => refusals += u32::from(is_refusal(&error)),
             }
-            drop((turn, pass));
-            tokio::time::sleep(pause).await;
+            drop(turn);
+            if self.pause(pause).await.is_err() {
+                break;
+            }
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+        drop(claim);
     }
 
     /// One attempt. `refusals`: how often the shim's program has said no.
     ///
-    /// Errors: why it is to be tried again.
+    /// Errors: why it is to be tried again, or [`Error::Retired`].
     pub(super) async fn try_to_clean_up(&self, task: &Task, left: Left, refusals: u32) -> Result<()> {
         let answer = match task.bundle.program() {
             Ok(Some(program)) => self.programs.delete(&program, &task.bundle, &task.namespace, &task.id).await.map(Some),
@@ -183,30 +226,31 @@ impl Tasks {
             }
             Err(error) => {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task, will retry");
-                task.phase.send_replace(Phase::Cleaning(Some(error.chain().into())));
+                task.observe(Fact::NotCleaned(error.chain().into()));
                 return Err(error);
             }
         };
         let exit = match left {
-            Left::Unmade => None,
-            Left::Unacknowledged(told) => {
-                if let Some(exit) = told {
-                    self.note_end(task, exit).await;
-                }
-                told
+            // these change nothing in the store
+            Left::Unmade | Left::Unacknowledged(None) => None,
+            Left::Unacknowledged(Some(told)) => {
+                let pass = self.gate.enter().await?;
+                self.note_end(task, told, &pass).await;
+                Some((told, pass))
             }
             Left::Dead => {
+                let pass = self.gate.enter().await?;
                 let exit = self.last_words(task, answer.unwrap_or(Ended { pid: UNKNOWN, status: KILLED, at: None })).await;
                 if let Some(exit) = exit {
                     self.tell_exit(task, "", exit).await;
                     info!(namespace:% = task.namespace, container = task.id.as_str(), pid = exit.pid, status = exit.status; "a dead shim's task was cleaned up");
                 }
-                exit
+                exit.map(|exit| (exit, pass))
             }
         };
         self.remove_bundle(task).await;
         match exit {
-            Some(exit) => drop(task.phase.send_replace(Phase::Ended(exit))),
+            Some((exit, _pass)) => drop(task.observe(Fact::CleanedUp(exit))),
             None => self.forget(task),
         }
         Ok(())
@@ -290,11 +334,18 @@ fn is_refusal(error: &Error) -> bool {
     }
 }
 
+/// Whether a shim says that it has no such task.
+pub(super) fn is_unknown<A>(answer: &Result<A, Unanswered>) -> bool {
+    matches!(answer, Err(Unanswered::Refused(error)) if error.is_not_found())
+}
+
 fn exit_of(answer: &DeleteResponse) -> Exit {
     let at = answer.exited_at.as_ref().map(|at| at.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(at.nanos)));
     Exit { pid: answer.pid, status: answer.exit_status, at: at.unwrap_or_default() }
 }
 
+/// Before the next attempt to claim a bundle.
+const CLAIM_AGAIN: Duration = Duration::from_millis(20);
 /// No process has that pid: stands for the one that nobody can name any more.
 const UNKNOWN: u32 = i32::MAX.cast_unsigned();
 /// 128 + SIGKILL: what is said of a task when nobody knows.

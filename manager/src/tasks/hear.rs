@@ -22,7 +22,7 @@ impl Tasks {
         let is_exit = envelope.event.as_ref().is_some_and(|event| event.type_url.ends_with(EXIT));
         if !is_exit {
             if self.gate.is_retired() {
-                return Err(retired());
+                return Err(Error::Retired);
             }
             self.events.forward(envelope);
             return Ok(());
@@ -30,8 +30,7 @@ impl Tasks {
         let exit = TaskExit::decode(envelope.event.as_ref().map(|event| &*event.value).unwrap_or_default())
             .map_err(|error| Error::Invalid(format!("event {EXIT}: {error}")))?;
         let namespace = Namespace::parse(&envelope.namespace)?;
-        // a shim waits for a few seconds, a call that an upgrade waits for may take longer
-        let _pass = self.gate.follow().await.ok_or_else(retired)?;
+        let _pass = self.gate.enter().await?;
         let events = Arc::clone(&self.events);
         self.once(&namespace, &exit, move || events.forward(envelope)).await
     }
@@ -71,11 +70,6 @@ impl Tasks {
             recorded => recorded,
         }
     }
-}
-
-/// Nobody listens to a process any more that another has taken over from.
-fn retired() -> Error {
-    Error::Unavailable("this x-manager has ended; tell the next one".to_owned())
 }
 
 const EXIT: &str = "containerd.events.TaskExit";

@@ -13,9 +13,9 @@ use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
 use super::end::Left;
-use super::shim::CONNECTING;
-use super::{AGAIN, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, mounts};
-use crate::error::{Error, IoContext as _, Result};
+use super::shim::is_crash;
+use super::{AGAIN, Fact, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, mounts};
+use crate::error::{IoContext as _, Result};
 use crate::name::{self, Namespace};
 use crate::store::{Exit, ended, execs, exits};
 
@@ -50,67 +50,70 @@ impl Tasks {
     }
 
     async fn load_one(self: Arc<Self>, task: Arc<Task>, ended: Option<Exit>) {
-        // held until it is known whether there is something to clean up
-        let Some(pass) = self.gate.enter().await else { return };
+        // an error means that another process looks for it anew
+        let _ = self.find_shim(&task, ended).await;
+    }
+
+    async fn find_shim(self: &Arc<Self>, task: &Arc<Task>, ended: Option<Exit>) -> Result<()> {
+        // nothing before this process serves
+        drop(self.gate.enter().await?);
+        let claim = self.claim(task).await?;
         if let Some(exit) = ended {
             // it was cleaned up, or deleted by its shim, but for its bundle
             if let Ok(Some(address)) = task.bundle.address()
                 && let Ok(shim) = Shim::connect(&address, &task.namespace).await
             {
-                self.dismiss_gracefully(&task, &shim).await;
+                self.dismiss_gracefully(task, &shim).await;
             }
-            self.tell_exit(&task, "", exit).await;
-            self.remove_bundle(&task).await;
-            task.phase.send_replace(Phase::Ended(exit));
-            return;
+            let _pass = self.gate.enter().await?;
+            self.tell_exit(task, "", exit).await;
+            self.remove_bundle(task).await;
+            task.observe(Fact::CleanedUp(exit));
+            return Ok(());
         }
-        let mut pass = Some(pass);
         let mut pause = AGAIN;
         let shim = loop {
-            match Self::reach(&task).await {
+            match Self::reach(task).await {
                 Ok(Found::Nothing) => {
                     // nothing was ever started for it
-                    self.remove_bundle(&task).await;
-                    return self.forget(&task);
+                    self.remove_bundle(task).await;
+                    self.forget(task);
+                    return Ok(());
                 }
                 // its creation was never acknowledged
                 Ok(Found::Unacknowledged) => {
-                    drop(pass);
-                    return self.sweep(&task, None).await;
+                    task.observe(Fact::ShimGone);
+                    let left = Left::Unacknowledged(self.told(task).await);
+                    self.clean_up(task, left, claim).await;
+                    return Ok(());
                 }
                 Ok(Found::Shim(shim)) => break Ok(shim),
                 Err(error) if is_crash(&error) => break Err(error),
                 Err(error) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be well");
-                    task.phase.send_replace(Phase::Loading(Some(error.chain().into())));
+                    task.observe(Fact::Unreachable(error.chain().into()));
                 }
             }
-            // an upgrade does not wait for it; whoever serves then looks for it anew
-            drop(pass.take());
-            tokio::time::sleep(pause).await;
+            self.pause(pause).await?;
             pause = (pause * 2).min(LONGEST_PAUSE);
-            pass = self.gate.enter().await;
-            if pass.is_none() {
-                return;
-            }
         };
         if let Err(error) = shim_log::copy(task.bundle.path()) {
             warn!(container = task.id.as_str(), error = error.chain(); "cannot read the log of a shim");
         }
         match shim {
             Ok(shim) => {
-                task.phase.send_replace(Phase::Live(shim.clone()));
-                tokio::spawn(Arc::clone(&self).watch(Arc::clone(&task), shim.clone()));
-                drop(pass);
-                self.reconcile(&task, &shim).await;
+                task.observe(Fact::Connected(shim.clone()));
+                drop(claim);
+                tokio::spawn(Arc::clone(self).watch(Arc::clone(task), shim.clone()));
+                self.reconcile(task, &shim).await;
             }
             Err(error) => {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim is dead");
-                task.phase.send_replace(Phase::Cleaning(None));
-                drop(pass);
-                self.clean_up(&task, Left::Dead).await;
+                task.observe(Fact::ShimGone);
+                self.clean_up(task, Left::Dead, claim).await;
             }
         }
+        Ok(())
     }
 
     async fn reach(task: &Task) -> Result<Found> {
@@ -148,7 +151,11 @@ impl Tasks {
                 match state(task, shim, &exec).await {
                     Ok(state) => exited.extend(exit_of(&state).map(|exit| (exec, exit))),
                     Err(Unanswered::Refused(error)) if error.is_not_found() && exec.is_empty() => {
-                        return self.sweep(task, Some(shim)).await;
+                        // otherwise a client's Delete, or the end of the shim, was faster
+                        if task.observe(Fact::ShimGone) {
+                            self.sweep(task, shim).await;
+                        }
+                        return;
                     }
                     Err(Unanswered::Refused(error)) if error.is_not_found() => {}
                     Err(Unanswered::Lost) => return,
@@ -162,7 +169,7 @@ impl Tasks {
                 // its shim may be about to tell it itself, after what happened before
                 tokio::time::sleep(OWN_WORDS).await;
                 // after an upgrade it is the next process that has subscribers
-                let Some(_pass) = self.gate.enter().await else { return };
+                let Ok(_pass) = self.gate.enter().await else { return };
                 for (exec, exit) in exited {
                     self.tell_exit(task, &exec, exit).await;
                 }
@@ -177,25 +184,23 @@ impl Tasks {
 
     /// Cleans up what a shim does not know: a creation or deletion that was under way. How it ended is kept for whoever deleted it and
     /// got no answer.
-    async fn sweep(&self, task: &Arc<Task>, shim: Option<&Shim>) {
-        let Some(pass) = self.gate.enter().await else { return };
-        if shim.is_some() && !task.leaves_live(Phase::Cleaning(None)) {
-            // a client's Delete, or the end of the shim, was faster
-            return;
+    pub(super) async fn sweep(&self, task: &Arc<Task>, shim: &Shim) {
+        let told = self.told(task).await;
+        // otherwise another process has taken over
+        if let Ok(claim) = self.claim(task).await {
+            self.dismiss(task, shim).await;
+            self.clean_up(task, Left::Unacknowledged(told), claim).await;
         }
-        task.phase.send_replace(Phase::Cleaning(None));
+    }
+
+    /// How a task ended, if that was published: what is published from here on is of a task that no client was given.
+    async fn told(&self, task: &Task) -> Option<Exit> {
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
-        // what is told from here on is of a task that nobody was given
         let told = self.store.recall(move |db| match ended::get(db, namespace.as_str(), &id)? {
             Some(told) => Ok(Some(told)),
             None => exits::last(db, namespace.as_str(), &id, ""),
         });
-        let told = told.await.unwrap_or_default();
-        if let Some(shim) = shim {
-            self.dismiss(task, shim).await;
-        }
-        drop(pass);
-        self.clean_up(task, Left::Unacknowledged(told)).await;
+        told.await.unwrap_or_default()
     }
 }
 
@@ -206,14 +211,7 @@ enum Found {
     Shim(Shim),
 }
 
-/// Whether an attempt to connect shows that nobody listens there any more: everything else is a shortage of this process or of the machine, or a
-/// shim that it does not understand, and no reason to end a container.
-fn is_crash(error: &Error) -> bool {
-    use io::ErrorKind::{ConnectionRefused, NotFound};
-    matches!(error, Error::Io { op, source, .. } if *op == CONNECTING && matches!(source.kind(), ConnectionRefused | NotFound))
-}
-
-async fn state(task: &Task, shim: &Shim, exec: &str) -> Result<StateResponse, Unanswered> {
+pub(super) async fn state(task: &Task, shim: &Shim, exec: &str) -> Result<StateResponse, Unanswered> {
     let request = StateRequest { id: task.id.clone(), exec_id: exec.to_owned(), ..StateRequest::default() };
     shim.call("State", &request, Some(STATE)).await
 }

@@ -1,16 +1,11 @@
 //! Tasks: the containers that have, or had, a shim.
 //!
-//! ```text
-//!            ┌─▶ Hidden ──▶ Live ──shim dies──▶ Cleaning ──▶ Ended ──collected──▶ Gone
-//!  nothing ──┤               ▲ │                   ▲
-//!            └─▶ Loading ────┘ └─deleted─▶ Hidden ─┼─▶ Gone
-//!                   └────────────shim is dead──────┘
-//! ```
-//! What a task is doing is its shim's to say; this module knows which shims there are, how to reach them, and what is left of dead ones.
+//! This module knows which shims there are, how to reach them, and what is left of dead ones. `phase` has the lifecycle.
 //!
 //! **Invariant:** an exit is recorded, then told to subscribers, and only then may its shim forget it: see `hear`.
 
 mod bundle;
+mod connection;
 mod create;
 mod end;
 mod hear;
@@ -18,6 +13,7 @@ pub(crate) mod limits;
 mod load;
 mod log;
 mod mounts;
+mod phase;
 mod program;
 mod shim;
 mod watch;
@@ -29,6 +25,7 @@ use std::time::Duration;
 use tokio::sync::watch as channel;
 
 pub(crate) use create::NewTask;
+pub(crate) use phase::Phase;
 pub(crate) use shim::{Shim, Unanswered};
 
 use crate::error::{Error, Result};
@@ -36,8 +33,9 @@ use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::name::Namespace;
 use crate::settings::Settings;
-use crate::store::{Exit, Store};
+use crate::store::Store;
 use bundle::Bundle;
+use phase::Fact;
 use program::Programs;
 
 /// All tasks.
@@ -62,23 +60,6 @@ pub(crate) struct Task {
     phase: channel::Sender<Phase>,
     /// Held by the one client that deletes: of two, a shim tells only one how the task ended.
     deletion: tokio::sync::Mutex<()>,
-}
-
-/// Where a task is in its life, as far as this process is concerned.
-#[derive(Debug, Clone)]
-pub(crate) enum Phase {
-    /// Its shim is being started, or sent away; for clients it does not exist.
-    Hidden,
-    /// This process has just started and looks for its shim; why it has not found it, if it has tried.
-    Loading(Option<Arc<str>>),
-    /// Its shim can be asked.
-    Live(Shim),
-    /// Its shim is dead, and `delete` finds out how it ended; why it has not, if it has tried.
-    Cleaning(Option<Arc<str>>),
-    /// Its shim is dead; this is kept until somebody collects it.
-    Ended(Exit),
-    /// It does not exist any more.
-    Gone,
 }
 
 impl Task {
@@ -107,8 +88,8 @@ impl Task {
         let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading(_) | Phase::Cleaning(_)));
         match tokio::time::timeout(SETTLE, settled).await {
             Ok(Ok(phase)) => match &*phase {
-                Phase::Hidden | Phase::Gone => Err(self.not_found()),
-                phase => Ok(phase.clone()),
+                phase if phase.is_visible() => Ok(phase.clone()),
+                _ => Err(self.not_found()),
             },
             Ok(Err(_)) => Err(self.not_found()),
             Err(_elapsed) => Err(Error::Unavailable(match self.phase() {
@@ -121,23 +102,14 @@ impl Task {
         }
     }
 
-    /// Takes a live task out of its shim's hands. False when somebody else has.
-    fn leaves_live(&self, next: Phase) -> bool {
-        self.leaves(|phase| matches!(phase, Phase::Live(_)), next)
-    }
-
-    /// Takes away what is kept of a task whose shim is dead. False when somebody else has.
-    fn leaves_ended(&self) -> bool {
-        self.leaves(|phase| matches!(phase, Phase::Ended(_)), Phase::Hidden)
-    }
-
-    fn leaves(&self, is_there: impl FnOnce(&Phase) -> bool, next: Phase) -> bool {
-        self.phase.send_if_modified(|phase| {
-            let leaves = is_there(phase);
-            if leaves {
+    /// Notes what has become of it: the only place where its phase changes. False when something else happened first, which made this no news.
+    fn observe(&self, fact: Fact) -> bool {
+        self.phase.send_if_modified(|phase| match phase.observe(fact) {
+            Some(next) => {
                 *phase = next;
+                true
             }
-            leaves
+            None => false,
         })
     }
 
@@ -180,20 +152,14 @@ impl Tasks {
     pub(crate) fn list(&self, namespace: &Namespace) -> Vec<Arc<Task>> {
         let all = self.all();
         let tasks = all.values().filter(|task| task.namespace == *namespace);
-        tasks.filter(|task| !matches!(*task.phase.borrow(), Phase::Hidden | Phase::Gone)).cloned().collect()
+        tasks.filter(|task| task.phase.borrow().is_visible()).cloned().collect()
     }
 
     /// How many there are, by what they are doing.
     pub(crate) fn counts(&self) -> BTreeMap<&'static str, usize> {
         let mut counts = BTreeMap::from(["starting_or_ending", "loading", "live", "cleaning", "ended"].map(|name| (name, 0)));
         for task in self.all().values() {
-            let name = match *task.phase.borrow() {
-                Phase::Hidden | Phase::Gone => "starting_or_ending",
-                Phase::Loading(_) => "loading",
-                Phase::Live(_) => "live",
-                Phase::Cleaning(_) => "cleaning",
-                Phase::Ended(_) => "ended",
-            };
+            let name = task.phase.borrow().name();
             *counts.entry(name).or_default() += 1;
         }
         counts
@@ -212,7 +178,7 @@ impl Tasks {
                 all.remove(&task.key());
             }
         }
-        task.phase.send_replace(Phase::Gone);
+        task.observe(Fact::Removed);
     }
 }
 

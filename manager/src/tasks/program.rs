@@ -34,7 +34,7 @@ use super::bundle::{Address, Bundle};
 use crate::error::{Error, IoContext as _, Result};
 use crate::name::Namespace;
 use crate::settings::Settings;
-use crate::sys::children;
+use crate::sys::children::{self, Group};
 
 /// Finds the program of a runtime: an absolute path as it is, `io.containerd.NAME.vN` as `containerd-shim-NAME-vN` in PATH or
 /// beside this program.
@@ -198,11 +198,13 @@ impl Programs {
 /// Feeds a program, waits for its end and takes what it printed.
 async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Duration) -> Result<Output> {
     let stdin = if input.is_empty() { Stdio::null() } else { Stdio::piped() };
-    command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0).kill_on_drop(true);
     // one that went on by itself would get in the way of what the next life of this process does for the same task
     children::die_with_us(command.as_std_mut());
     children::inherits_nothing_of_ours(command.as_std_mut());
     let mut child = command.spawn().on("run", program)?;
+    // dropped before the child is
+    let group = child.id().map(Group::of);
     let stdin = child.stdin.take();
     let fed = async {
         if let Some(mut stdin) = stdin {
@@ -218,8 +220,12 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     };
     let output = tokio::time::timeout(limit, ended)
         .await
-        .map_err(|_| Error::Unavailable(format!("{} did not end within {limit:?}", program.display())))?
-        .on("run", program)?;
+        .map_err(|_| Error::Unavailable(format!("{} did not end within {limit:?}", program.display())))?;
+    // what a program leaves behind that has ended by itself is meant to stay, like a shim
+    if let Some(group) = group {
+        group.release();
+    }
+    let output = output.on("run", program)?;
     if output.status.success() {
         return Ok(output);
     }

@@ -1,31 +1,42 @@
-//! A connection to a shim.
+//! A shim, over whatever connection there is to it at the moment.
 //!
 //! Task v2 and v3 have the same messages; their services differ in name. The messages are those of `containerd-shim-protos`.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_shim_protos::ttrpc::context;
-use containerd_shim_protos::ttrpc::{Code, Request};
+use containerd_shim_protos::ttrpc::{Code, Request, Response};
+use log::{debug, warn};
 use protobuf::Message;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
-use ttrpc::asynchronous::Client;
-use ttrpc::asynchronous::transport::Socket;
 
+use super::LONGEST_PAUSE;
 use super::bundle::Address;
+use super::connection::{Calls, NoAnswer};
 use crate::error::{Error, Result};
-use crate::guarded::Guarded;
 use crate::name::Namespace;
 
-/// A shim that answers, or did when last heard of.
+/// A shim that lives, as far as is known. Its connection may end and is made again for as long as somebody listens at its socket.
 #[derive(Clone)]
 pub(crate) struct Shim {
-    client: Client,
     service: &'static str,
     namespace: Namespace,
     address: String,
-    open: watch::Receiver<()>,
+    link: watch::Receiver<Link>,
+}
+
+/// How a shim is reached.
+#[derive(Debug, Clone)]
+enum Link {
+    /// Over this connection, which may have ended a moment ago.
+    Open(Calls),
+    /// Not at present: it is being connected to again.
+    Broken,
+    /// Not any more: nobody listens at its socket.
+    Dead,
 }
 
 impl std::fmt::Debug for Shim {
@@ -39,9 +50,9 @@ impl std::fmt::Debug for Shim {
 pub(crate) enum Unanswered {
     /// The shim says no.
     Refused(Error),
-    /// It did not answer in time.
+    /// It did not answer in time, or the connection ended before its answer came: it may have done what it was asked.
     Late(Error),
-    /// The connection has ended.
+    /// It is dead.
     Lost,
 }
 
@@ -68,12 +79,18 @@ impl Shim {
             }
         };
         let path = socket_path(&address.address)?;
-        let connecting = tokio::time::timeout(CONNECT, UnixStream::connect(&path)).await;
-        let socket = connecting.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
-        let socket = socket.map_err(|source| Error::Io { op: CONNECTING, path, source })?;
-        let (guard, open) = watch::channel(());
-        let client = Client::new(Socket::new(Guarded::new(socket, guard)));
-        Ok(Self { client, service, namespace: namespace.clone(), address: address.address.clone(), open })
+        let socket = open(&path).await?;
+        let calls = Calls::default();
+        let (send, link) = watch::channel(Link::Open(calls.clone()));
+        tokio::spawn(keep_connected(path, socket, calls, send));
+        Ok(Self { service, namespace: namespace.clone(), address: address.address.clone(), link })
+    }
+
+    /// One that is dead.
+    #[cfg(test)]
+    pub(super) fn of_nobody() -> Self {
+        let namespace = Namespace::parse("ns").expect("a name");
+        Self { service: "", namespace, address: String::new(), link: watch::channel(Link::Dead).1 }
     }
 
     /// Where it serves: tasks with the same address share a shim.
@@ -81,14 +98,16 @@ impl Shim {
         &self.address
     }
 
-    /// Waits until the connection ends.
+    /// Waits until it is dead. The end of a connection is no death: a shim, or what is between, may have reasons to close one.
     pub(crate) async fn closed(&self) {
-        let mut open = self.open.clone();
-        // nothing is ever sent; an error means that the socket was dropped
-        while open.changed().await.is_ok() {}
+        let mut link = self.link.clone();
+        // an error means that nobody connects any more, which is after its death only
+        let _ = link.wait_for(|link| matches!(link, Link::Dead)).await;
     }
 
     /// Calls a method of the task service; `limit` none for those that take as long as a container lives.
+    ///
+    /// A call that the end of a connection interrupts is made again on the next one when nothing of it was sent, or when it changes nothing.
     pub(crate) async fn call<A: Message>(
         &self,
         method: &'static str,
@@ -109,33 +128,107 @@ impl Shim {
             let sentence = format!("{method} takes {bytes} bytes, and a shim takes {MESSAGE_BYTES} at most");
             return Err(Unanswered::Refused(Error::Exhausted(sentence)));
         }
-        let late =
-            || Unanswered::Late(Error::Unavailable(format!("the shim did not answer {method} within {:?}", limit.unwrap_or_default())));
-        let answer = async {
-            tokio::select! {
-                biased;
-                answer = self.client.request(request) => Some(answer),
-                () = self.closed() => None,
-            }
-        };
-        // the library's own clock starts when the request is written
+        let answer = self.answer(method, request.write_to_bytes().map_err(invalid)?);
         let answer = match limit {
-            Some(limit) => tokio::time::timeout(limit + GRACE, answer).await.map_err(|_| late())?,
+            // the shim's own clock starts when it has read the request
+            Some(limit) => tokio::time::timeout(limit + GRACE, answer).await.unwrap_or_else(|_elapsed| {
+                Err(Unanswered::Late(Error::Unavailable(format!("the shim did not answer {method} within {limit:?}"))))
+            }),
             None => answer.await,
         };
-        match answer {
-            Some(Ok(response)) => A::parse_from_bytes(&response.payload).map_err(invalid),
-            Some(Err(ttrpc::Error::RpcStatus(status))) if status.code.enum_value() != Ok(Code::OK) => {
+        let response = Response::parse_from_bytes(&answer?).map_err(invalid)?;
+        match response.status.into_option() {
+            Some(status) if status.code.enum_value() != Ok(Code::OK) => {
                 Err(Unanswered::Refused(Error::Shim { code: status.code.value(), message: status.message }))
             }
-            Some(Err(_)) if limit.is_some() && !self.is_closed() => Err(late()),
-            Some(Err(_)) | None => Err(Unanswered::Lost),
+            _ => A::parse_from_bytes(&response.payload).map_err(invalid),
         }
     }
 
-    fn is_closed(&self) -> bool {
-        self.open.has_changed().is_err()
+    async fn answer(&self, method: &'static str, request: Vec<u8>) -> Result<Vec<u8>, Unanswered> {
+        let mut link = self.link.clone();
+        loop {
+            let current = link.borrow_and_update().clone();
+            if let Link::Open(calls) = &current {
+                match calls.call(request.clone()).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(NoAnswer::Unusable(error)) => {
+                        return Err(Unanswered::Refused(Error::Launch(format!("{method} of the shim: {error}"))));
+                    }
+                    Err(NoAnswer::Unsent) => {}
+                    Err(NoAnswer::Interrupted) if CHANGES_NOTHING.contains(&method) => {}
+                    Err(NoAnswer::Interrupted) => return Err(self.interrupted(method).await),
+                }
+            }
+            if matches!(current, Link::Dead) || link.changed().await.is_err() {
+                return Err(Unanswered::Lost);
+            }
+        }
     }
+
+    /// What became of a call whose connection ended, once it is known whether the shim did.
+    async fn interrupted(&self, method: &str) -> Unanswered {
+        let mut link = self.link.clone();
+        let known = link.wait_for(|link| match link {
+            Link::Open(calls) => !calls.is_closed(),
+            Link::Broken => false,
+            Link::Dead => true,
+        });
+        match known.await {
+            Ok(link) if matches!(*link, Link::Open(_)) => {
+                let sentence = format!("the connection to the shim ended during {method}, which it may have carried out");
+                Unanswered::Late(Error::Unavailable(sentence))
+            }
+            _ => Unanswered::Lost,
+        }
+    }
+}
+
+/// Connects again each time a connection ends, until the shim is dead or no longer of interest.
+async fn keep_connected(path: PathBuf, mut socket: UnixStream, mut calls: Calls, link: watch::Sender<Link>) {
+    let mut pause = Duration::ZERO;
+    loop {
+        let has_answered = tokio::select! {
+            has_answered = calls.run(socket) => has_answered,
+            () = link.closed() => return,
+        };
+        link.send_replace(Link::Broken);
+        if has_answered {
+            pause = Duration::ZERO;
+        }
+        socket = loop {
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = link.closed() => return,
+            }
+            // at once after a success, so that a death is noticed when it happens
+            pause = (pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+            match open(&path).await {
+                Ok(socket) => break socket,
+                Err(error) if is_crash(&error) => {
+                    link.send_replace(Link::Dead);
+                    return;
+                }
+                Err(error) => warn!(error = error.chain(); "cannot connect to a shim again, will retry"),
+            }
+        };
+        debug!(socket:% = path.display(); "connected to a shim again");
+        calls = Calls::default();
+        link.send_replace(Link::Open(calls.clone()));
+    }
+}
+
+async fn open(path: &Path) -> Result<UnixStream> {
+    let connecting = tokio::time::timeout(CONNECT, UnixStream::connect(path)).await;
+    let socket = connecting.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+    socket.map_err(|source| Error::Io { op: CONNECTING, path: path.to_owned(), source })
+}
+
+/// Whether an attempt to connect shows that nobody listens there any more: everything else is a shortage of this process or of the machine, or a
+/// shim that it does not understand, and no reason to end a container.
+pub(super) fn is_crash(error: &Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error, Error::Io { op, source, .. } if *op == CONNECTING && matches!(source.kind(), ConnectionRefused | NotFound))
 }
 
 fn socket_path(address: &str) -> Result<PathBuf> {
@@ -147,8 +240,12 @@ fn socket_path(address: &str) -> Result<PathBuf> {
     Err(Error::Launch(format!("a shim says it serves at {shown:?}, which is not the path of a socket")))
 }
 
+/// Methods that can be called twice.
+const CHANGES_NOTHING: [&str; 5] = ["Connect", "Pids", "State", "Stats", "Wait"];
+/// Between attempts to connect again; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// What an error says of an attempt to connect.
-pub(super) const CONNECTING: &str = "connect to shim at";
+const CONNECTING: &str = "connect to shim at";
 /// The longest message of ttrpc.
 const MESSAGE_BYTES: u64 = 4 << 20;
 /// To connect: a shim that lives but does not accept has a queue for it.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use log::warn;
 
 use super::end::Left;
-use super::{Phase, Shim, Task, Tasks};
+use super::{Fact, Shim, Task, Tasks};
 
 impl Tasks {
     /// Waits for the end of a live shim, and cleans up after one that nobody has sent away.
@@ -14,16 +14,13 @@ impl Tasks {
             () = shim.closed() => {}
             () = task.left() => return,
         }
-        // whoever has a pass may wait for the end of this task
-        let Some(pass) = self.gate.follow().await else {
-            // another process sees to it
-            return;
-        };
         // a client's Delete may have begun at the same moment
-        if task.leaves_live(Phase::Cleaning(None)) {
-            drop(pass);
+        if task.observe(Fact::ShimGone) {
             warn!(namespace:% = task.namespace, container = task.id.as_str(); "a shim has ended");
-            self.clean_up(&task, Left::Dead).await;
+            // otherwise another process sees to it
+            if let Ok(claim) = self.claim(&task).await {
+                self.clean_up(&task, Left::Dead, claim).await;
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use crate::invocation::TAKE_OVER;
 use crate::notify;
 use crate::sockets::Sockets;
 use crate::store::{Aside, Store};
-use crate::sys::children;
+use crate::sys::children::{self, Group};
 
 /// What is handed over.
 #[derive(Debug, Clone, Copy)]
@@ -59,7 +60,7 @@ pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path, stop: impl Future
         () = stop.as_mut() => return Err(stopped()),
     };
     let closed = closed.ok_or_else(|| {
-        Error::Unavailable(format!("called off, as calls that change something did not end within {DRAIN:?}; try it again"))
+        Error::Unavailable(format!("called off, as the disk did not take what is being written within {DRAIN:?}; try it again"))
     })?;
     let copy = if migrates { Some(estate.store.set_aside().await?) } else { None };
     match successor.move_in(closed, estate, stop).await {
@@ -101,7 +102,7 @@ impl Successor {
         let (own, its) = UnixStream::pair().on("make a socket for", path)?;
         let arguments = std::env::args_os().skip(1).filter(|argument| argument != TAKE_OVER);
         let mut command = Command::new(path);
-        command.args(arguments).arg(TAKE_OVER).stdin(OwnedFd::from(its));
+        command.args(arguments).arg(TAKE_OVER).stdin(OwnedFd::from(its)).process_group(0);
         children::inherits_nothing_of_ours(&mut command);
         let child = command.spawn().on("run", path)?;
         let words = Words::new(own.try_clone().on("make a socket for", path)?).on("make a socket for", path)?;
@@ -186,8 +187,11 @@ impl Successor {
 impl Drop for Successor {
     fn drop(&mut self) {
         if !self.has_taken_over {
+            // it may be a script that waits for the program that it has started
+            if let Ok(None) = self.child.try_wait() {
+                drop(Group::of(self.child.id()));
+            }
             // it may have ended by itself
-            let _ = self.child.kill();
             let _ = self.child.wait();
         }
     }

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use containerd_client::services::v1::CreateTaskRequest;
 use containerd_client::types::v1::Status as Phase;
 use shim_tests::client::Client;
-use shim_tests::container::{Container, Stdio};
+use shim_tests::container::{Container, Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::operator::{Own, ctr, ctr_run, printed, said, upgrade, upgraded};
@@ -162,47 +163,8 @@ pub(crate) async fn an_exit_during_an_upgrade_is_published(cx: Context) -> Resul
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_call_that_changes_something_is_waited_for(cx: Context) -> Result<()> {
+pub(crate) async fn an_upgrade_does_not_wait_for_a_slow_creation(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
-    let gate = cx.gate()?;
-    gate.hold("create")?;
-    let local = LocalSet::new();
-    local
-        .run_until(async {
-            let slow = cx.container(&ON_COMMAND).id("slow").stdio(Stdio::ALL).runtime_binary(&gate.binary());
-            let slow = tokio::task::spawn_local(slow.create());
-            gate.held("create").await?;
-            let mut upgrading = Command::from(upgrade(cx.daemon())?).stdout(Io::piped()).stderr(Io::piped()).spawn()?;
-            eventually("the new process is there", SOON, async || {
-                ensure!(cx.daemon().log().contains("starting a successor"));
-                Ok(())
-            })
-            .await?;
-            // a stock client that wants a change meanwhile waits and is then served, by whichever of both
-            let mut second = Command::from(ctr(&cx)).args(["namespaces", "create", "meanwhile"]).spawn()?;
-            ensure!(cx.client().list().await?.is_empty(), "reading goes on");
-            ensure!(upgrading.try_wait()?.is_none(), "it did not wait");
-            gate.release("create")?;
-            let slow = slow.await??;
-            let output = upgrading.wait_with_output().await?;
-            ensure!(output.status.success(), "{}", said(&output));
-            let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
-            cx.daemon().is_succeeded_by(pid).await?;
-            ensure!(second.wait().await?.success(), "the client that came meanwhile failed\n{}", cx.daemon().log());
-            cx.client().reconnected().await?;
-            slow.start().await?;
-            slow.io.stdin().await?.write_all(b"go\n")?;
-            ensure!(slow.finish().await? == 3);
-            Ok::<_, anyhow::Error>(())
-        })
-        .await?;
-    printed(ctr(&cx).args(["namespaces", "remove", "meanwhile"]))?;
-    cx.leaves_nothing().await
-}
-
-pub(crate) async fn an_upgrade_is_called_off_when_a_call_takes_too_long(cx: Context) -> Result<()> {
-    let cx = cx.with_own_daemon().await?;
-    let before = cx.daemon().pid();
     let gate = cx.gate()?;
     gate.hold("create")?;
     let local = LocalSet::new();
@@ -212,15 +174,118 @@ pub(crate) async fn an_upgrade_is_called_off_when_a_call_takes_too_long(cx: Cont
             let slow = tokio::task::spawn_local(slow.create());
             gate.held("create").await?;
             let output = Command::from(upgrade(cx.daemon())?).output().await?;
-            ensure!(!output.status.success() && said(&output).contains("called off"), "{}", said(&output));
-            ensure!(cx.daemon().pid() == before && cx.daemon().log().contains("called off"));
+            ensure!(output.status.success(), "{}", said(&output));
+            ensure!(!slow.is_finished() && gate.held("create").await.is_ok(), "it waited");
+            // other calls are served by the new process, which leaves the container to the old one
+            let client = Client::connect(&cx.daemon().address(), cx.client().namespace()).await?;
+            printed(ctr(&cx).args(["namespaces", "create", "meanwhile"]))?;
+            let listed = client.list().await?;
+            ensure!(listed.iter().all(|task| task.status() == Phase::Unknown), "{listed:?}");
+            let again = CreateTaskRequest { container_id: "slow".to_owned(), ..CreateTaskRequest::default() };
+            let second = client.create_task(again);
             gate.release("create")?;
-            slow.await??.destroy().await?;
+            let (slow, second) = tokio::join!(slow, second);
+            let slow = slow??;
+            let code = code_of(second)?;
+            ensure!(code == Code::AlreadyExists, "the second one: {code:?}");
+            let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+            cx.daemon().is_succeeded_by(pid).await?;
+            cx.client().reconnected().await?;
+            ensure!(gate.count("create") == 1, "{:?}", gate.calls());
+            slow.start().await?;
+            is_the_same(&slow).await?;
+            slow.io.stdin().await?.write_all(b"go\n")?;
+            ensure!(slow.finish().await? == 3);
             Ok::<_, anyhow::Error>(())
         })
         .await?;
-    upgraded(cx.daemon()).await?;
+    printed(ctr(&cx).args(["namespaces", "remove", "meanwhile"]))?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_creation_that_fails_after_an_upgrade_leaves_nothing(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let gate = cx.gate()?;
+    gate.hold("create")?;
+    let local = LocalSet::new();
+    local
+        .run_until(async {
+            let slow = cx.container(&ON_COMMAND).id("slow").stdio(Stdio::ALL).runtime_binary(&gate.binary());
+            let slow = tokio::task::spawn_local(slow.create());
+            gate.held("create").await?;
+            let pid = printed(&mut upgrade(cx.daemon())?)?.split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+            gate.fail("create", Some("no such luck"))?;
+            gate.release("create")?;
+            let error = slow.await?.err().context("it was created")?;
+            ensure!(format!("{error:#}").contains("no such luck"), "{error:#}");
+            cx.daemon().is_succeeded_by(pid).await
+        })
+        .await?;
     cx.client().reconnected().await?;
+    eventually("it is forgotten", SOON, async || {
+        let listed = cx.client().list().await?;
+        ensure!(listed.is_empty(), "{listed:?}");
+        Ok(())
+    })
+    .await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_creation_whose_process_crashes_after_an_upgrade_can_be_repeated(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let old = cx.daemon().pid().context("a daemon")?.cast_signed();
+    let gate = cx.gate()?;
+    gate.hold("create")?;
+    let local = LocalSet::new();
+    local
+        .run_until(async {
+            // its metadata is to stay when it fails
+            let build = || cx.container(&ON_COMMAND).id("slow").stdio(Stdio::ALL).runtime_binary(&gate.binary());
+            let slow = tokio::task::spawn_local(build().metadata().await?.create_task());
+            gate.held("create").await?;
+            printed(&mut upgrade(cx.daemon())?)?;
+            let client = Client::connect(&cx.daemon().address(), cx.client().namespace()).await?;
+            ensure!(client.list().await?.iter().all(|task| task.status() == Phase::Unknown), "the old process is still busy with it");
+            proc::kill_hard(old);
+            ensure!(slow.await?.is_err(), "it was answered");
+            gate.release("create")?;
+            cx.client().reconnected().await?;
+            // it may have been created: then that one is the client's
+            eventually("it is there", Duration::from_secs(30), async || {
+                let created = build().create_task().await.map(|container| container.pid);
+                let state = client.state("slow", "").await.with_context(|| format!("{created:?}"))?;
+                ensure!(state.status() == Phase::Created, "{created:?} {state:?}");
+                Ok(())
+            })
+            .await?;
+            ensure!(client.list().await?.len() == 1);
+            client.delete("slow").await?;
+            let _the_attempt_has_removed_it = client.delete_container("slow").await;
+            Ok::<_, anyhow::Error>(())
+        })
+        .await?;
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn a_deletion_that_an_upgrade_overtakes_is_answered_when_it_is_repeated(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let gate = cx.gate()?;
+    let container = cx.container(&["sh", "-c", "exit 3"]).runtime_binary(&gate.binary()).start().await?;
+    ensure!(container.wait().await? == 3);
+    gate.hold("delete")?;
+    // a stock client asks again by itself
+    let mut delete = Command::from(ctr(&cx));
+    let delete = delete.args(["tasks", "delete", &container.id]).stdout(Io::piped()).stderr(Io::piped()).spawn()?;
+    gate.held("delete").await?;
+    let output = Command::from(upgrade(cx.daemon())?).output().await?;
+    ensure!(output.status.success(), "{}", said(&output));
+    gate.release("delete")?;
+    let deleted = delete.wait_with_output().await?;
+    ensure!(deleted.status.success() && said(&deleted).contains("exit code 3"), "{}: {}", deleted.status, said(&deleted));
+    let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+    cx.daemon().is_succeeded_by(pid).await?;
+    cx.client().reconnected().await?;
+    ensure!(cx.client().list().await?.is_empty());
     cx.leaves_nothing().await
 }
 
@@ -247,7 +312,7 @@ pub(crate) async fn what_does_not_take_over_changes_nothing(cx: Context) -> Resu
     let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
     let real = shim_tests::operator::binary()?.display().to_string();
     let folder = cx.folder();
-    let plain = folder.join("plain");
+    let (plain, left) = (folder.join("plain"), folder.join("left"));
     std::fs::write(&plain, "no program")?;
     let cases: [(PathBuf, &str); 7] = [
         (folder.join("missing"), "No such file or directory"),
@@ -259,11 +324,13 @@ pub(crate) async fn what_does_not_take_over_changes_nothing(cx: Context) -> Resu
             script(folder, "moves", &format!("#!/bin/sh\nexec {real} \"$@\" --address /run/elsewhere.sock\n"))?,
             "does not serve at /run/elsewhere.sock",
         ),
-        (script(folder, "hangs", "#!/bin/sh\nexec sleep 100\n")?, "it said nothing for 10s"),
+        (script(folder, "hangs", &format!("#!/bin/sh\nsleep 100 & echo $! > {}; wait\n", left.display()))?, "it said nothing for 10s"),
     ];
     for (binary, reason) in &cases {
         fails(&cx, &container, binary, reason).await?;
     }
+    let left = std::fs::read_to_string(left)?.trim().parse()?;
+    eventually_true("what a program has started that hangs ends with it", SOON, || !proc::is_alive(left)).await?;
     container.destroy().await?;
     cx.leaves_nothing().await
 }
