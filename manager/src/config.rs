@@ -8,6 +8,7 @@ use std::time::Duration;
 use log::LevelFilter;
 use serde::Deserialize;
 
+use crate::host;
 use crate::settings::{MetricsAddress, Settings};
 
 /// Every key with its default, commented.
@@ -54,11 +55,19 @@ struct File {
     root: Option<PathBuf>,
     state: Option<PathBuf>,
     address: Option<PathBuf>,
-    gid: Option<u32>,
+    group: Option<Group>,
     log_level: Option<String>,
     metrics: Metrics,
     restart: Restart,
     limits: Limits,
+}
+
+/// A group by name or number.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Group {
+    Number(u32),
+    Name(String),
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -116,7 +125,13 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
             *place = value;
         }
     }
-    settings.gid = file.gid.unwrap_or(settings.gid);
+    match file.group {
+        None => {}
+        Some(Group::Number(gid)) => settings.gid = gid,
+        Some(Group::Name(name)) => {
+            settings.gid = host::group(&name).map_err(|_| bad("group", &name, "a number, or a name that is in /etc/group"))?;
+        }
+    }
     if let Some(level) = file.log_level {
         settings.log_level =
             level.parse::<LevelFilter>().map_err(|_| bad("log_level", &level, "one of off, error, warn, info, debug, trace"))?;
@@ -126,7 +141,8 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
         _ if metrics.is_empty() => None,
         Some(path) if path.starts_with('/') => Some(MetricsAddress::Unix(path.into())),
         _ => {
-            let address = metrics.parse().map_err(|_| bad("metrics.address", &metrics, "like 127.0.0.1:9120 or unix:///run/a.sock"))?;
+            let expected = "like 127.0.0.1:9120, unix:///run/a.sock, or localhost:9120 with a host that is in /etc/hosts";
+            let address = host::address(&metrics).map_err(|_| bad("metrics.address", &metrics, expected))?;
             Some(MetricsAddress::Tcp(address))
         }
     };
@@ -189,7 +205,7 @@ mod tests {
         let error = sentence("root = \"/a\"\n\n[limits]\nconections = 7\n");
         assert!(error.starts_with("/c.toml, line 4: unknown field `conections`"), "{error}");
         assert!(error.contains("connections"), "{error}");
-        assert!(sentence("gid = \"many\"").starts_with("/c.toml, line 1: invalid type"));
+        assert!(sentence("group = true").starts_with("/c.toml, line 1: "));
         assert!(sentence("a = 1\nroot = [").starts_with("/c.toml, line"));
     }
 
@@ -198,16 +214,22 @@ mod tests {
         assert_eq!(sentence("root = \"relative\""), "/c.toml: root \"relative\": should be an absolute path");
         assert_eq!(
             sentence("[metrics]\naddress = \"here\""),
-            "/c.toml: metrics.address \"here\": should be like 127.0.0.1:9120 or unix:///run/a.sock"
+            "/c.toml: metrics.address \"here\": should be like 127.0.0.1:9120, unix:///run/a.sock, or localhost:9120 with a host that is in /etc/hosts"
         );
-        for bad in ["log_level = \"loud\"", "[restart]\ninterval = 0", "[limits]\nsubscribers = 0", "[limits]\nstore_bytes = 1"] {
+        for bad in [
+            "group = \"no such group\"",
+            "log_level = \"loud\"",
+            "[restart]\ninterval = 0",
+            "[limits]\nsubscribers = 0",
+            "[limits]\nstore_bytes = 1",
+        ] {
             assert!(sentence(bad).contains("should be"), "{bad}");
         }
     }
 
     #[test]
     fn the_configuration_file_is_applied() {
-        let text = "state = \"/s\"\nlog_level = \"debug\"\n[metrics]\naddress = \"unix:///m\"\n[restart]\nenabled = false\n[limits]\nstore_bytes = 2000000";
+        let text = "state = \"/s\"\ngroup = \"root\"\nlog_level = \"debug\"\n[metrics]\naddress = \"unix:///m\"\n[restart]\nenabled = false\n[limits]\nstore_bytes = 2000000";
         let settings = parse(Path::new("/c.toml"), text).expect("all of it is right");
         assert_eq!(settings.metrics, Some(MetricsAddress::Unix("/m".into())));
         assert_eq!((settings.restart_interval, settings.limits.store_bytes), (None, 2_000_000));

@@ -153,13 +153,21 @@ struct Wishes {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    /// Whether it was started from a terminal.
+    has_terminal: bool,
     orders: mpsc::Receiver<Order>,
 }
 
 impl Wishes {
     fn new(hangup: Signal, orders: mpsc::Receiver<Order>) -> Result<Self> {
         let listen = |kind| signal(kind).on("wait for signals to", Path::new("x-manager"));
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())?, hangup, orders })
+        Ok(Self {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            hangup,
+            has_terminal: has_terminal(),
+            orders,
+        })
     }
 
     /// The next wish to be replaced, with whoever has it if that can be answered; none when it is to stop.
@@ -167,7 +175,8 @@ impl Wishes {
         tokio::select! {
             _ = self.terminate.recv() => None,
             _ = self.interrupt.recv() => None,
-            _ = self.hangup.recv() => Some(None),
+            // a terminal that was closed says the same as an operator who wants an upgrade
+            _ = self.hangup.recv() => if self.has_terminal && !has_terminal() { None } else { Some(None) },
             Some(order) = self.orders.recv() => Some(Some(order)),
         }
     }
@@ -178,6 +187,10 @@ impl Wishes {
             _ = self.interrupt.recv() => {}
         }
     }
+}
+
+fn has_terminal() -> bool {
+    File::open("/dev/tty").is_ok()
 }
 
 /// Tries again for a moment: a daemon that was killed while it started a program leaves a copy of itself, with its lock and its sockets,

@@ -62,6 +62,14 @@ pub(crate) enum Error {
         /// What the store says.
         source: rusqlite::Error,
     },
+    /// A file of the metadata store makes no sense.
+    #[error("metadata store {} is damaged; stop x-manager, put a copy that `x-manager backup` has made in its place, and remove {name}-wal and {name}-shm", path.display(), name = path.display())]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// What the store says.
+        source: rusqlite::Error,
+    },
     /// A record of the store cannot be read.
     #[error("metadata store: {0} cannot be read")]
     Record(String),
@@ -93,6 +101,7 @@ impl Error {
             Self::Unavailable(_) | Self::Retired => Code::Unavailable,
             Self::Shim { code, .. } => Code::from(*code),
             Self::Launch(_) => Code::Unknown,
+            Self::Damaged { .. } => Code::DataLoss,
             Self::Store { source, .. } | Self::StoreFile { source, .. } if is_full(source) => Code::ResourceExhausted,
             Self::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
                 Code::ResourceExhausted

@@ -3,7 +3,12 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use log::LevelFilter;
+
 use crate::config::{self, ConfigError};
+use crate::host::group;
 use crate::settings::Settings;
 
 /// What is to be done.
@@ -17,149 +22,152 @@ pub(crate) enum Invocation {
     Upgrade(Settings, Option<PathBuf>),
     /// Copy the store to a file.
     Backup(Settings, PathBuf),
-    /// Tell the running daemon of an event, which standard input holds.
+    /// Send the running daemon an event, which standard input holds.
     Publish(Settings, EventName),
     /// Say whether the store is sound.
     Check(Settings),
     /// Print the default configuration.
     ConfigDefault,
-    /// The configuration can be used.
+    /// Say whether the daemon could start with this.
     ConfigCheck(Settings),
-    /// Say which version this is.
-    Version,
-    /// Say how to use it.
-    Help,
+    /// Print help or the version.
+    Print(String),
 }
 
 /// What an event is about.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
 pub(crate) struct EventName {
-    pub(crate) namespace: String,
+    /// What happened, like /tasks/exit.
+    #[arg(long)]
     pub(crate) topic: String,
+    /// Where it happened.
+    #[arg(long)]
+    pub(crate) namespace: String,
 }
 
 /// Why a command line makes no sense.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UsageError {
-    /// No such flag or command.
-    #[error("unknown argument {0:?}")]
-    Unknown(OsString),
-    /// The flag or command is the last word.
-    #[error("{0} needs a value")]
-    NoValue(String),
-    /// The value is not one of the flag's.
-    #[error("{flag} {value:?}: {expected}")]
-    BadValue {
-        /// The flag.
-        flag: String,
-        /// What it was given.
-        value: OsString,
-        /// What it takes.
-        expected: &'static str,
-    },
+    /// In one line.
+    #[error("{0}; see `x-manager help`")]
+    Line(String),
     /// The configuration file cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
 }
 
+#[derive(Debug, Parser)]
+#[command(
+    name = "x-manager",
+    version,
+    disable_version_flag = true,
+    args_override_self = true,
+    about = "A container supervisor that speaks containerd's API. Without a command it serves until SIGTERM."
+)]
+#[command(after_help = "Flags count before the file. SIGHUP is the same as `x-manager upgrade`, unless the terminal was closed.")]
+struct Line {
+    #[command(flatten)]
+    flags: Flags,
+    /// Print the version
+    #[arg(short, long, action = clap::ArgAction::Version)]
+    version: Option<bool>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Default, Args)]
+struct Flags {
+    /// Configuration file [default: /etc/x-manager/config.toml, if it is there]
+    #[arg(short, long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// What outlives a reboot [default: /var/lib/x-manager]
+    #[arg(long, global = true, value_name = "FOLDER", value_parser = absolute)]
+    root: Option<PathBuf>,
+    /// What does not [default: /run/x-manager]
+    #[arg(long, global = true, value_name = "FOLDER", value_parser = absolute)]
+    state: Option<PathBuf>,
+    /// Socket of the gRPC API [default: /run/x-manager/x-manager.sock]
+    #[arg(short, long, global = true, value_name = "PATH", value_parser = absolute)]
+    address: Option<PathBuf>,
+    /// Group that may use the socket, by name or number [default: 0]
+    #[arg(long, global = true, value_parser = group)]
+    group: Option<u32>,
+    /// off, error, warn, info, debug or trace [default: info]
+    #[arg(short, long, global = true, value_name = "LEVEL")]
+    log_level: Option<LevelFilter>,
+    /// Standard input is the socket on which another process hands over.
+    #[arg(long, hide = true)]
+    take_over: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Replace the running daemon by the program that is installed now; no call is refused, and the running one stays if that fails
+    Upgrade {
+        /// Another program
+        #[arg(long, value_name = "PATH", value_parser = absolute)]
+        binary: Option<PathBuf>,
+    },
+    /// Copy the metadata store to a file, also while the daemon runs
+    Backup {
+        /// The copy; a file that is there is left alone
+        file: PathBuf,
+    },
+    /// Say whether the metadata store is sound
+    Check,
+    /// Send the daemon the event on standard input, as some shims do
+    Publish(EventName),
+    /// Print or check a configuration
+    #[command(subcommand)]
+    Config(Config),
+    /// Print the version
+    Version,
+}
+
+#[derive(Debug, Subcommand)]
+enum Config {
+    /// Print a configuration file with every key and its default
+    Default,
+    /// Say whether the daemon could start with a configuration file
+    Check {
+        /// The file; without it, the one that the daemon would read
+        file: Option<PathBuf>,
+    },
+}
+
 impl Invocation {
-    /// Reads the words after the program's name, and the configuration file.
+    /// Reads the words of the command line, the program's name first, and the configuration file.
     pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
         Self::parse_over(words, Path::new(DEFAULT_CONFIG))
     }
 
     fn parse_over(words: impl IntoIterator<Item = OsString>, default_config: &Path) -> Result<Self, UsageError> {
-        let mut words = words.into_iter();
-        let mut flags = Flags::default();
-        let mut command = Vec::new();
-        while let Some(word) = words.next() {
-            let flag = word.to_str().unwrap_or_default().to_owned();
-            match flag.as_str() {
-                "-v" | "--version" => return Ok(Self::Version),
-                "-h" | "--help" => return Ok(Self::Help),
-                TAKE_OVER => flags.take_over = true,
-                _ if flag.starts_with('-') => flags.take(&flag, words.next())?,
-                _ => command.push(word),
+        let Line { mut flags, command, .. } = match Line::try_parse_from(words) {
+            Ok(line) => line,
+            Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
+                return Ok(Self::Print(error.to_string()));
             }
+            Err(error) => return Err(UsageError::Line(one_line(&error.to_string()))),
+        };
+        if let Some(Command::Config(Config::Check { file: Some(file) })) = &command {
+            flags.config = Some(file.clone());
         }
-        let mut command = command.into_iter();
-        let name = command.next();
-        let mut argument = command.next();
-        let invocation =
-            match (name.as_ref().map(|name| name.to_str().unwrap_or_default()), argument.as_ref().and_then(|word| word.to_str())) {
-                (None, _) if flags.take_over => Self::TakeOver(flags.settings(default_config)?),
-                (None, _) => Self::Serve(flags.settings(default_config)?),
-                (Some("upgrade"), _) => Self::Upgrade(flags.settings(default_config)?, flags.binary.take()),
-                (Some("backup"), _) => {
-                    let file = argument.take().ok_or_else(|| UsageError::NoValue("backup".to_owned()))?;
-                    Self::Backup(flags.settings(default_config)?, file.into())
-                }
-                (Some("publish"), _) => {
-                    let named = |flag: &str, value: Option<String>| value.ok_or_else(|| UsageError::NoValue(flag.to_owned()));
-                    let topic = named("publish --topic", flags.topic.take())?;
-                    let event = EventName { namespace: named("publish --namespace", flags.namespace.take())?, topic };
-                    Self::Publish(flags.settings(default_config)?, event)
-                }
-                (Some("check"), _) => Self::Check(flags.settings(default_config)?),
-                (Some("config"), Some("default")) => {
-                    argument = None;
-                    Self::ConfigDefault
-                }
-                (Some("config"), Some("check")) => {
-                    argument = None;
-                    if let Some(file) = command.next() {
-                        flags.config = Some(file.into());
-                    }
-                    Self::ConfigCheck(flags.settings(default_config)?)
-                }
-                (Some("config"), None) => return Err(UsageError::NoValue("config".to_owned())),
-                (Some("version"), _) => Self::Version,
-                (Some("help"), _) => Self::Help,
-                _ => return Err(UsageError::Unknown(name.unwrap_or_default())),
-            };
-        let of_another = flags.binary.map(OsString::from).or(flags.topic.map(OsString::from)).or(flags.namespace.map(OsString::from));
-        match argument.or_else(|| command.next()).or(of_another) {
-            None => Ok(invocation),
-            Some(word) => Err(UsageError::Unknown(word)),
-        }
+        let settings = || flags.settings(default_config);
+        Ok(match command {
+            None if flags.take_over => Self::TakeOver(settings()?),
+            None => Self::Serve(settings()?),
+            Some(Command::Upgrade { binary }) => Self::Upgrade(settings()?, binary),
+            Some(Command::Backup { file }) => Self::Backup(settings()?, file),
+            Some(Command::Check) => Self::Check(settings()?),
+            Some(Command::Publish(event)) => Self::Publish(settings()?, event),
+            Some(Command::Config(Config::Default)) => Self::ConfigDefault,
+            Some(Command::Config(Config::Check { .. })) => Self::ConfigCheck(settings()?),
+            Some(Command::Version) => Self::Print(Line::command().render_version()),
+        })
     }
-}
-
-/// What flags say; the configuration file is read when they are all known.
-#[derive(Debug, Default)]
-struct Flags {
-    config: Option<PathBuf>,
-    root: Option<PathBuf>,
-    state: Option<PathBuf>,
-    address: Option<PathBuf>,
-    gid: Option<u32>,
-    log_level: Option<log::LevelFilter>,
-    binary: Option<PathBuf>,
-    topic: Option<String>,
-    namespace: Option<String>,
-    take_over: bool,
 }
 
 impl Flags {
-    fn take(&mut self, flag: &str, value: Option<OsString>) -> Result<(), UsageError> {
-        if !["--config", "--root", "--state", "--address", "--binary", "--gid", "--log-level", "--topic", "--namespace"].contains(&flag) {
-            return Err(UsageError::Unknown(flag.into()));
-        }
-        let value = value.ok_or_else(|| UsageError::NoValue(flag.to_owned()))?;
-        match flag {
-            "--config" => self.config = Some(value.into()),
-            "--root" => self.root = Some(absolute(flag, value)?),
-            "--state" => self.state = Some(absolute(flag, value)?),
-            "--address" => self.address = Some(absolute(flag, value)?),
-            "--binary" => self.binary = Some(absolute(flag, value)?),
-            "--topic" => self.topic = Some(parsed(flag, value, "text")?),
-            "--namespace" => self.namespace = Some(parsed(flag, value, "text")?),
-            "--gid" => self.gid = Some(parsed(flag, value, "the number of a group")?),
-            _ => self.log_level = Some(parsed(flag, value, "one of off, error, warn, info, debug, trace")?),
-        }
-        Ok(())
-    }
-
     /// The file that is named must be there; the default one may be missing.
     fn settings(&self, default_config: &Path) -> Result<Settings, UsageError> {
         let mut settings = match &self.config {
@@ -173,71 +181,52 @@ impl Flags {
                 place.clone_from(path);
             }
         }
-        settings.gid = self.gid.unwrap_or(settings.gid);
+        settings.gid = self.group.unwrap_or(settings.gid);
         settings.log_level = self.log_level.unwrap_or(settings.log_level);
         Ok(settings)
     }
 }
 
-fn absolute(flag: &str, value: OsString) -> Result<PathBuf, UsageError> {
-    let path = PathBuf::from(&value);
-    if path.is_absolute() { Ok(path) } else { Err(UsageError::BadValue { flag: flag.to_owned(), value, expected: "an absolute path" }) }
+/// What the error says before it explains how to use the program.
+fn one_line(error: &str) -> String {
+    let about: Vec<_> = error.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    about.join(" ").trim_start_matches("error: ").to_owned()
 }
 
-fn parsed<T: std::str::FromStr>(flag: &str, value: OsString, expected: &'static str) -> Result<T, UsageError> {
-    let text = value.to_str().unwrap_or_default();
-    text.parse().map_err(|_| UsageError::BadValue { flag: flag.to_owned(), value: value.clone(), expected })
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.is_absolute() { Ok(path) } else { Err("should be an absolute path".to_owned()) }
 }
 
-/// Says that standard input is the socket on which another process hands over; not for people.
+/// Says that standard input is the socket on which another process hands over.
 pub(crate) const TAKE_OVER: &str = "--take-over";
 const DEFAULT_CONFIG: &str = "/etc/x-manager/config.toml";
-
-/// How to use it.
-pub(crate) const HELP: &str = "\
-x-manager: a supervisor of containers that speaks containerd's API
-
-  x-manager [FLAGS]                          serve until SIGTERM or SIGINT
-  x-manager [FLAGS] upgrade [--binary PATH]  replace the running daemon by the program at PATH, or by the one that is now
-                                             where the daemon's own was; no call is refused, and it stays if that fails
-  x-manager [FLAGS] backup FILE              copy the metadata store, also while the daemon runs
-  x-manager [FLAGS] check                    say whether the metadata store is sound
-  x-manager [FLAGS] publish --topic TOPIC --namespace NAMESPACE
-                                             tell the daemon of the event on standard input, as some shims do
-  x-manager config default                   print a configuration file that says the defaults
-  x-manager config check [FILE]              say whether a configuration file can be used
-  x-manager version
-  x-manager help
-
-  --config     configuration file              /etc/x-manager/config.toml, if it is there
-  --root       what outlives a reboot          /var/lib/x-manager
-  --state      what does not                   /run/x-manager
-  --address    socket of the gRPC API          /run/x-manager/x-manager.sock
-  --gid        group that may use the socket   0
-  --log-level  off, error, warn, info, debug, trace
-
-Flags count before the file. SIGHUP is the same as `x-manager upgrade`.
-";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn parse(line: &str) -> Result<Invocation, UsageError> {
-        Invocation::parse_over(line.split_whitespace().map(OsString::from), Path::new("/nonexistent"))
+        let words = ["x-manager"].into_iter().chain(line.split_whitespace());
+        Invocation::parse_over(words.map(OsString::from), Path::new("/nonexistent"))
     }
 
     #[test]
-    fn flags_set_what_they_name() {
-        let Ok(Invocation::Serve(settings)) = parse("--root /r --state /s --address /a.sock --gid 7 --log-level debug") else {
-            panic!("not understood");
-        };
-        assert_eq!(settings.store().to_str(), Some("/r/meta.db"));
-        assert_eq!(settings.bundles().to_str(), Some("/s/io.containerd.runtime.v2.task"));
-        assert_eq!(settings.ttrpc_address().to_str(), Some("/a.sock.ttrpc"));
-        assert_eq!((settings.gid, settings.log_level), (7, log::LevelFilter::Debug));
+    fn flags_set_what_they_name_in_either_form() {
+        for line in
+            ["--root /r --state /s --address /a.sock --group 7 --log-level debug", "--root=/r --state=/s -a/a.sock --group=7 -l debug"]
+        {
+            let Ok(Invocation::Serve(settings)) = parse(line) else { panic!("{line}: {:?}", parse(line)) };
+            assert_eq!(settings.store().to_str(), Some("/r/meta.db"));
+            assert_eq!(settings.bundles().to_str(), Some("/s/io.containerd.runtime.v2.task"));
+            assert_eq!(settings.ttrpc_address().to_str(), Some("/a.sock.ttrpc"));
+            assert_eq!((settings.gid, settings.log_level), (7, LevelFilter::Debug));
+        }
         assert_eq!(parse(""), Ok(Invocation::Serve(Settings::default())));
         assert_eq!(parse(TAKE_OVER), Ok(Invocation::TakeOver(Settings::default())));
+        let Ok(Invocation::Serve(settings)) = parse("--root /a --root /r") else { panic!("not understood") };
+        assert_eq!(settings.root.to_str(), Some("/r"), "the last one counts");
+        assert_eq!(parse("check --root /r").ok(), parse("--root=/r check").ok(), "before and after the command");
     }
 
     #[test]
@@ -249,20 +238,25 @@ mod tests {
         assert_eq!(parse("check"), Ok(Invocation::Check(settings())));
         assert_eq!(parse("config default"), Ok(Invocation::ConfigDefault));
         assert_eq!(parse("config check"), Ok(Invocation::ConfigCheck(settings())));
-        assert_eq!(parse("help"), Ok(Invocation::Help));
-        assert_eq!(parse("--version"), Ok(Invocation::Version));
+        let event = EventName { namespace: "n".to_owned(), topic: "/t".to_owned() };
+        assert_eq!(parse("--address /a publish --topic /t --namespace n").map(drop), Ok(()));
+        assert_eq!(parse("publish --topic /t --namespace n"), Ok(Invocation::Publish(settings(), event)));
+        for line in ["help", "--help", "-h", "upgrade --help", "help config check", "--version", "-v", "version"] {
+            assert!(matches!(parse(line), Ok(Invocation::Print(_))), "{line}");
+        }
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused() {
+    fn what_makes_no_sense_is_refused_in_one_line() {
         let lines = [
             "--rot /r",
             "--root",
             "--root relative",
-            "--gid many",
+            "--group nosuchgroup",
             "--log-level loud",
             "serve",
             "backup",
+            "publish",
             "config",
             "config chekc",
             "check twice",
@@ -272,7 +266,10 @@ mod tests {
             "config default extra",
         ];
         for bad in lines {
-            assert!(parse(bad).is_err(), "{bad}");
+            let error = parse(bad).expect_err(bad).to_string();
+            assert!(!error.contains('\n') && !error.starts_with("error"), "{error}");
         }
+        let error = parse("publish").expect_err("two are missing").to_string();
+        assert!(error.contains("--topic") && error.contains("--namespace"), "{error}");
     }
 }

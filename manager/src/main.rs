@@ -12,12 +12,14 @@ mod filter;
 mod forward;
 mod gate;
 mod guarded;
+mod host;
 mod invocation;
 mod logging;
 mod manager;
 mod metrics;
 mod name;
 mod notify;
+mod preflight;
 mod publish;
 mod restart;
 mod settings;
@@ -31,29 +33,28 @@ mod upkeep;
 mod wire;
 
 use error::{Error, Result};
-use invocation::{Invocation, UsageError};
+use invocation::Invocation;
 
 /// The command line makes no sense.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let invocation = match Invocation::parse(std::env::args_os().skip(1)) {
+    let invocation = match Invocation::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(error) => {
             if std::env::args_os().any(|word| word == invocation::TAKE_OVER) {
                 upgrade::report_failure(&error.to_string());
             }
             eprintln!("x-manager: {error}");
-            if !matches!(error, UsageError::Config(_)) {
-                eprint!("\n{}", invocation::HELP);
-            }
             return ExitCode::from(EXIT_USAGE);
         }
     };
     match run(invocation) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("x-manager: {}", error.chain());
+            let user = nix::unistd::geteuid();
+            let hint = if user.is_root() { String::new() } else { format!(" (run as user {user}; x-manager needs root)") };
+            eprintln!("x-manager: {}{hint}", error.chain());
             ExitCode::FAILURE
         }
     }
@@ -61,7 +62,13 @@ fn main() -> ExitCode {
 
 fn run(invocation: Invocation) -> Result<()> {
     match invocation {
-        Invocation::Serve(settings) => daemon::run(&settings, false)?,
+        Invocation::Serve(settings) => {
+            if !nix::unistd::geteuid().is_root() {
+                return Err(Error::Precondition("cannot serve".to_owned()));
+            }
+            preflight::check(&settings)?;
+            daemon::run(&settings, false)?;
+        }
         Invocation::TakeOver(settings) => {
             daemon::run(&settings, true).inspect_err(|error| upgrade::report_failure(&error.chain()))?;
         }
@@ -74,6 +81,9 @@ fn run(invocation: Invocation) -> Result<()> {
             println!("{} is a copy of {}", file.display(), settings.store().display());
         }
         Invocation::Publish(settings, event) => publish::publish(&settings.ttrpc_address(), &event.namespace, &event.topic)?,
+        Invocation::Check(settings) if !settings.store().exists() => {
+            println!("{} is not there yet, the first start makes it", settings.store().display());
+        }
         Invocation::Check(settings) => {
             let wrong = store::check(&settings.store())?;
             if !wrong.is_empty() {
@@ -83,10 +93,10 @@ fn run(invocation: Invocation) -> Result<()> {
         }
         Invocation::ConfigDefault => print!("{}", config::DEFAULT),
         Invocation::ConfigCheck(settings) => {
+            preflight::check(&settings)?;
             println!("the configuration can be used; the API would be served at {}", settings.address.display())
         }
-        Invocation::Version => println!("x-manager {}", env!("CARGO_PKG_VERSION")),
-        Invocation::Help => print!("{}", invocation::HELP),
+        Invocation::Print(text) => print!("{text}"),
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ use crate::timestamp;
 
 /// Does it until this process retires.
 pub(crate) async fn run(manager: Arc<Manager>) {
-    let mut calls = 0;
+    let (mut calls, mut rounds) = (0, 0);
     loop {
         tokio::select! {
             () = tokio::time::sleep(INTERVAL) => {}
@@ -25,9 +25,11 @@ pub(crate) async fn run(manager: Arc<Manager>) {
             warn!(error = error.chain(); "cannot tidy up the metadata store");
         }
         let now = manager.calls.count();
-        if now != calls {
-            calls = now;
-            // as long as some of it is in use, it is kept by the allocator
+        if now != std::mem::replace(&mut calls, now) {
+            rounds = AFTERWARDS;
+        }
+        if rounds > 0 {
+            rounds -= 1;
             memory::give_back();
         }
     }
@@ -45,5 +47,7 @@ async fn round(manager: &Manager) -> Result<()> {
     manager.store.shrink().await
 }
 
+/// Rounds in which memory is given back after the last call has begun: answers are read after calls have ended.
+const AFTERWARDS: u32 = 6;
 /// Between two rounds.
 const INTERVAL: Duration = Duration::from_secs(5);

@@ -91,6 +91,10 @@ fn file_cases() -> Vec<Case> {
             a_store_of_a_newer_version_is_refused_and_left_alone,
             a_place_that_is_taken_is_refused,
             a_backup_of_a_busy_store_has_what_was_acknowledged,
+            a_command_line_that_makes_no_sense_is_refused_in_one_line,
+            what_a_start_refuses_is_found_by_a_check_of_the_configuration,
+            a_store_that_is_not_there_yet_is_sound_and_a_damaged_one_says_what_helps,
+            a_daemon_whose_terminal_is_closed_stops_and_does_not_upgrade,
     ]
 }
 
@@ -104,6 +108,7 @@ fn limit_cases() -> Vec<Case> {
             a_lease_goes_when_its_label_says_that_it_has_expired,
             a_client_that_never_reads_its_events_is_dropped_with_an_error,
             a_costly_filter_ends_its_subscription_and_no_call_waits_for_it,
+            an_authority_with_percent_signs_is_served,
             too_many_clients_are_turned_away_and_the_others_served,
             ten_thousand_idle_connections_delay_no_call,
             the_limit_on_open_files_is_raised_for_the_daemon_alone,

@@ -5,6 +5,7 @@
 //! ```
 //! Messages are those of the `containerd-client` crate. **Invariant:** a service checks what it is given before it changes anything.
 
+mod authority;
 mod body;
 mod call;
 mod calls;

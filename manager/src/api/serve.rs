@@ -14,6 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::authority::Mended;
 use super::body::{Budget, Metered, Unfinished};
 use super::call::Peer;
 use super::route::counted;
@@ -88,7 +89,7 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, budget: Budget, m
         .max_header_list_size(MAX_HEADER_BYTES)
         .initial_stream_window_size(UNREAD_BYTES)
         .initial_connection_window_size(MAX_UNREAD_BYTES)
-        .serve_connection(TokioIo::new(socket), service);
+        .serve_connection(TokioIo::new(Mended::new(socket)), service);
     let mut connection = std::pin::pin!(connection);
     let ends = async {
         if end(&mut course).await == Course::Yields {

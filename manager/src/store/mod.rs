@@ -250,19 +250,20 @@ impl<T> Doing<T> for rusqlite::Result<T> {
     }
 
     fn on_store(self, path: &Path, op: &'static str) -> Result<T> {
-        self.map_err(|source| match source.sqlite_error_code() {
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => damaged(path, &source),
-            _ => Error::StoreFile { op, path: path.to_owned(), source },
-        })
+        self.map_err(|source| named(Error::Store { op, source }, path))
     }
 }
 
-/// What is said of a file that SQLite cannot read.
-fn damaged(path: &Path, reason: &dyn std::fmt::Display) -> Error {
-    Error::Precondition(format!(
-        "metadata store {} is damaged ({reason}); put a copy that `x-manager backup` has made in its place and remove {0}-wal and {0}-shm",
-        path.display(),
-    ))
+/// Says which file an error of SQLite's is about, and what to do about one that is damaged.
+fn named(error: Error, path: &Path) -> Error {
+    let path = || path.to_owned();
+    match error {
+        Error::Store { source, .. } if matches!(source.sqlite_error_code(), Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)) => {
+            Error::Damaged { path: path(), source }
+        }
+        Error::Store { op, source } => Error::StoreFile { op, path: path(), source },
+        other => other,
+    }
 }
 
 /// A longer log is moved into the store.

@@ -14,6 +14,7 @@ use crate::error::{Error, IoContext as _, Result};
 /// A handle on a thread that does jobs one after the other; cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Queue {
+    path: Arc<Path>,
     jobs: mpsc::Sender<Job>,
     times: Arc<Times>,
 }
@@ -59,7 +60,7 @@ impl Queue {
             }
         };
         thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(run).on("start thread for", path)?;
-        Ok(Self { jobs, times })
+        Ok(Self { path: path.into(), jobs, times })
     }
 
     /// Does a job after those that wait already.
@@ -71,7 +72,7 @@ impl Queue {
         });
         let stopped = || Error::Unavailable("the metadata store has stopped".to_owned());
         self.jobs.send(job).await.map_err(|_| stopped())?;
-        answered.await.map_err(|_| stopped())?
+        answered.await.map_err(|_| stopped())?.map_err(|error| super::named(error, &self.path))
     }
 
     /// What its jobs have cost, and how many wait.

@@ -81,7 +81,10 @@ pub(super) fn set_up(connection: &Connection) -> rusqlite::Result<()> {
 }
 
 fn foreign(path: &Path) -> Error {
-    Error::Precondition(format!("{} is not a metadata store of x-manager", path.display()))
+    let path = path.display();
+    Error::Precondition(format!(
+        "{path} is not a metadata store of x-manager; if it was one, put a copy that `x-manager backup` has made in its place"
+    ))
 }
 
 fn run(db: &Connection, sql: &str) -> Result<()> {

@@ -118,7 +118,13 @@ fn rehearse_file(path: &Path, schema: &schema::Schema) -> Result<bool> {
         return Ok(false);
     }
     let store = open(path)?;
-    if schema.check(&store, path)? == schema.newest() {
+    let version = schema.check(&store, path)?;
+    if version == 0 {
+        return Ok(false);
+    }
+    // what a start reads first
+    store.query_row("SELECT count(*) FROM facts", [], |_| Ok(())).on_store(path, "read")?;
+    if version == schema.newest() {
         return Ok(false);
     }
     let mut trial = Connection::open_in_memory().doing("open in memory")?;

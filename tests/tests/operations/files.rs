@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::operator::{Own, printed, said};
+use shim_tests::operator::{Own, binary, printed, said};
 use shim_tests::proc;
 
 /// That a command fails with one clear sentence.
@@ -194,4 +195,95 @@ pub(crate) async fn a_backup_of_a_busy_store_has_what_was_acknowledged(cx: Conte
     ensure!(written > 5, "{written}");
     fails(own.command(&["backup", &cx.folder().join("copy0").display().to_string()])?, "is there already").await?;
     printed(&mut own.command(&["check"])?).map(drop)
+}
+
+pub(crate) async fn a_command_line_that_makes_no_sense_is_refused_in_one_line(cx: Context) -> Result<()> {
+    let own = Own::new(&cx.folder().join("own"), "")?;
+    for (words, sentence) in [
+        (&["--rot"][..], "unexpected argument '--rot'"),
+        (&["upgrad"], "unrecognized subcommand 'upgrad'"),
+        (&["publish"], "--topic"),
+        (&["--group", "no such group"], "/etc/group"),
+        (&["--root", "here"], "should be an absolute path"),
+    ] {
+        fails(own.command(words)?, sentence).await?;
+    }
+    let help = printed(&mut own.command(&["help"])?)?;
+    ensure!(["--root", "upgrade", "backup"].iter().all(|word| help.contains(word)), "{help}");
+    let mut short = Command::new(binary()?);
+    let said = printed(short.arg("-c").arg(own.folder().join("config.toml")).args(["--group=root", "config", "check"]))?;
+    ensure!(said.contains("can be used"), "{said}");
+    let mut nobody = own.command(&[])?;
+    nobody.uid(65534);
+    fails(nobody, "x-manager needs root").await
+}
+
+pub(crate) async fn what_a_start_refuses_is_found_by_a_check_of_the_configuration(cx: Context) -> Result<()> {
+    let own = Own::new(&cx.folder().join("own"), "")?;
+    let folder = own.folder().display().to_string();
+    let long = format!("{folder}/{}", "x".repeat(120));
+    fs::write(own.folder().join("file"), "precious")?;
+    for (settings, sentence) in [
+        (format!("[metrics]\naddress = \"unix://{long}\"\n"), "bytes, but 103 are the most"),
+        (format!("[metrics]\naddress = \"unix://{folder}/x.sock\"\n"), "two sockets would be at"),
+        (format!("[metrics]\naddress = \"unix://{folder}/file\"\n"), "is there and no socket"),
+        (format!("[metrics]\naddress = \"unix://{folder}/file/socket\"\n"), "file is a file"),
+        ("[metrics]\naddress = \"203.0.113.1:1\"\n".to_owned(), "listen at tcp://203.0.113.1:1"),
+        ("[metrics]\naddress = \"no-such-host:1\"\n".to_owned(), "/etc/hosts"),
+        ("group = \"no such group\"\n".to_owned(), "/etc/group"),
+    ] {
+        own.configure(&settings)?;
+        fails(own.command(&["config", "check"])?, sentence).await?;
+        fails(own.command(&[])?, sentence).await?;
+    }
+    let mut own = own;
+    own.configure("group = \"root\"\n[metrics]\naddress = \"localhost:19120\"\n")?;
+    own.start().await?;
+    tokio::net::TcpStream::connect("127.0.0.1:19120").await?;
+    // the running one is in nobody's way
+    printed(&mut own.command(&["config", "check"])?).map(drop)
+}
+
+pub(crate) async fn a_store_that_is_not_there_yet_is_sound_and_a_damaged_one_says_what_helps(cx: Context) -> Result<()> {
+    let mut own = Own::new(&cx.folder().join("own"), "")?;
+    let store = own.folder().join("root/meta.db");
+    ensure!(printed(&mut own.command(&["check"])?)?.contains("is not there yet"));
+    fs::create_dir_all(own.folder().join("root"))?;
+    fs::write(&store, "")?;
+    ensure!(printed(&mut own.command(&["check"])?)?.contains("is sound"));
+    let client = own.start().await?;
+    for number in 0..100 {
+        let spec = prost_types::Any { type_url: "t".to_owned(), value: vec![0; 10_000] };
+        client.create_container(&format!("c{number}"), "io.containerd.x.v2", None, spec).await?;
+    }
+    ensure!(printed(&mut own.command(&["check"])?)?.contains("is sound"));
+    proc::signal(own.pid().map_or(0, u32::cast_signed), nix::sys::signal::Signal::SIGTERM)?;
+    ensure!(own.ended().await?);
+    let mut bytes = fs::read(&store)?;
+    bytes[4096..].fill(0xff);
+    fs::write(&store, &bytes)?;
+    for words in [&[][..], &["check"], &["config", "check"]] {
+        let sentence = format!("metadata store {} is damaged; stop x-manager, put a copy that `x-manager backup`", store.display());
+        fails(own.command(words)?, &sentence).await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_daemon_whose_terminal_is_closed_stops_and_does_not_upgrade(cx: Context) -> Result<()> {
+    let own = Own::new(&cx.folder().join("own"), "")?;
+    let serve = format!("exec {} --config {1}/config.toml 2>{1}/log", binary()?.display(), own.folder().display());
+    let mut terminal = Command::new("script");
+    let mut terminal =
+        terminal.args(["-qfec", &serve, "/dev/null"]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null()).spawn()?;
+    let answers = eventually("it answers", SOON, async || own.client().await).await;
+    terminal.kill()?;
+    terminal.wait()?;
+    answers?;
+    eventually_true("it has stopped", SOON, || own.log().contains("stopping")).await?;
+    ensure!(!own.log().contains("successor"), "{}", own.log());
+    eventually("nobody serves", SOON, async || {
+        ensure!(own.client().await.is_err());
+        Ok(())
+    })
+    .await
 }
