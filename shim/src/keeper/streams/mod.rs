@@ -449,7 +449,8 @@ impl Streams {
 
     /// Whether readers have taken everything so far.
     pub(crate) fn all_is_read(&self) -> bool {
-        self.pumps.values().all(|pump| !matches!(pump, Pump::Out(out) if out.waiting() > 0))
+        let mut pumps = self.entries.values().flat_map(|entry| &entry.pumps);
+        pumps.all(|pump| !matches!(pump, Some(Pump::Out(out)) if out.waiting() > 0))
     }
 
     pub(crate) fn snapshot(&self) -> Vec<StreamSnapshot> {
