@@ -18,13 +18,16 @@ use nix::sys::time::TimeVal;
 
 use crate::handover::{ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Malformed, Snapshot, UpgradeReport};
 
+/// How long to wait before a keeper that has hung up is asked again.
+const RETRY_AFTER: Duration = Duration::from_millis(5);
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// There is no socket, or nobody holds its other end: the keeper is gone.
     #[error("no keeper listens on {}", path.display())]
     NobodyThere { path: PathBuf },
-    /// The keeper went away in the middle.
-    #[error("the keeper on {} hung up", path.display())]
+    /// The keeper listens and hangs up on each try: it serves too many.
+    #[error("the keeper on {} hung up, each time until the deadline: it may be serving too many", path.display())]
     HungUp { path: PathBuf },
     /// The keeper is there and did not answer in time.
     #[error("the keeper on {} did not answer in time", path.display())]
@@ -40,9 +43,9 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// Whether this says that there is no keeper (any more), rather than one in trouble.
+    /// Whether this says that there is no keeper (any more), rather than one in trouble. Only a socket that is missing or refuses says so.
     pub(crate) fn is_gone(&self) -> bool {
-        matches!(self, Self::NobodyThere { .. } | Self::HungUp { .. })
+        matches!(self, Self::NobodyThere { .. })
     }
 }
 
@@ -70,7 +73,13 @@ fn ask_with(path: &Path, request: &ControlRequest, attached: Option<BorrowedFd<'
             _ => Error::Io { path, source },
         }
     };
-    let reply = exchange(path, request, attached, deadline).map_err(explain)?;
+    // A keeper hangs up on those that are too many; one that died in the middle refuses the next try. Every request may be repeated.
+    let reply = loop {
+        match exchange(path, request, attached, deadline).map_err(explain) {
+            Err(Error::HungUp { .. }) if Instant::now() + RETRY_AFTER < deadline => std::thread::sleep(RETRY_AFTER),
+            other => break other?,
+        }
+    };
     ControlReply::decode(&reply).map_err(|source| Error::Malformed { path: path.to_owned(), source })
 }
 
@@ -214,6 +223,31 @@ mod tests {
         assert!(matches!(describe(&path, soon()), Err(Error::Silent { .. })));
         assert!(is_listening(&path, Duration::from_millis(10)));
         drop(listener);
+    }
+
+    #[test]
+    fn a_keeper_that_hangs_up_is_asked_again_and_is_not_dead() {
+        let path = Socket::new("busy");
+        let listener = UnixListener::bind(&*path).expect("a socket can be bound");
+        let keeper = thread::spawn(move || {
+            for _refused in 0..3 {
+                drop(listener.accept().expect("a client connects"));
+            }
+            let (mut stream, _) = listener.accept().expect("a client connects again");
+            let _ = stream.read_exact(&mut [0; 5]);
+            let _ = stream.write_all(&ControlReply::Done.encode());
+            // from here on it hangs up, until it dies
+            listener
+        });
+        assert_eq!(ask(&path, &ControlRequest::Describe, Instant::now() + Duration::from_secs(10)).expect("a reply"), ControlReply::Done);
+        let listener = keeper.join().expect("no panic");
+        thread::spawn(move || {
+            while let Ok((stream, _)) = listener.accept() {
+                drop(stream);
+            }
+        });
+        let error = describe(&path, soon()).expect_err("nothing is answered");
+        assert!(matches!(error, Error::HungUp { .. }) && !error.is_gone(), "{error}");
     }
 
     #[test]

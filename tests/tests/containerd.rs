@@ -146,6 +146,8 @@ fn kind_cases() -> Vec<Case> {
             Scope::Full =>
                 an_oom_kill_is_published_before_the_exit,
                 a_container_killed_while_paused_ends,
+                a_container_frozen_by_others_dies_of_sigkill,
+                an_exec_of_a_frozen_container_dies_of_sigkill_and_the_rest_stays_frozen,
                 statistics_are_there_until_delete,
                 a_paused_container_is_frozen_and_resumes,
                 kill_all_reaches_every_process,

@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         an_invalid_exec_is_refused_with_a_sentence,
         values_that_make_no_sense_are_invalid_arguments,
         garbage_on_the_control_socket_has_no_effect,
+        idle_control_connections_are_not_taken_for_a_dead_keeper,
         texts_of_megabytes_are_refused_and_not_repeated,
         too_many_added_processes_are_refused_until_one_is_deleted,
     ]);
@@ -102,6 +103,8 @@ fn main() -> ExitCode {
     ]);
     cases.extend(direct_cases![shutdown:
         a_shim_leaves_with_its_last_container_and_not_before,
+        no_stray_signal_ends_a_shim_or_its_worker,
+        a_shim_exits_at_shutdown_once_no_container_runs_and_delete_knows_the_codes,
     ]);
     cases.extend(direct_cases![bootstrap:
         sockets_are_private_and_none_is_abstract,

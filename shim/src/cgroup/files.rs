@@ -81,6 +81,13 @@ fn each(folder: &Path, depth: usize, visit: &mut impl FnMut(&Path)) {
     }
 }
 
+/// Whether `holds` is true of `folder` or of a cgroup below it.
+pub(super) fn any_below(folder: &Path, holds: impl Fn(&Path) -> bool) -> bool {
+    let mut any = false;
+    each_below(folder, &mut |folder| any |= holds(folder));
+    any
+}
+
 /// The processes in `folder` and below it.
 pub(super) fn pids_below(folder: &Path) -> Vec<u32> {
     let mut pids = Vec::new();

@@ -30,9 +30,12 @@ pub(super) fn kill_all(cgroup: &Cgroup) -> Result<(), CgroupError> {
     let mut left = 0;
     for _ in 0..MAX_ROUNDS {
         // While they are stopped they fork no others. Frozen processes of v1 die once they are thawed; those of v2 at once.
-        set_frozen(freezer.map(|folder| folder.as_path()), true);
+        if let Some(freezer) = freezer {
+            // Without a freezer the rounds have to be faster than the forks.
+            let _ = fs::write(freezer.join(V1_STATE), "FROZEN");
+        }
         let round = kill_once(folder, &mut killed);
-        set_frozen(freezer.map(|folder| folder.as_path()), false);
+        thaw(cgroup);
         left = round?;
         if left == 0 {
             return Ok(());
@@ -68,12 +71,32 @@ fn signal_error(pid: u32, source: io::Error) -> CgroupError {
     CgroupError::Io { op: "send SIGKILL to", path: format!("/proc/{pid}").into(), source }
 }
 
-fn set_frozen(freezer: Option<&Path>, is_frozen: bool) {
-    if let Some(folder) = freezer {
-        // Without a freezer the rounds have to be faster than the forks.
-        let _ = fs::write(folder.join("freezer.state"), if is_frozen { "FROZEN" } else { "THAWED" });
+/// See [`Cgroup::thaw`].
+pub(super) fn thaw(cgroup: &Cgroup) {
+    let (folder, file, thawed) = match cgroup {
+        Cgroup::None => return,
+        Cgroup::V1(folders) => (folders.get("freezer"), V1_STATE, "THAWED"),
+        Cgroup::V2(folder) => (Some(folder), "cgroup.freeze", "0"),
+    };
+    if let Some(folder) = folder {
+        // What is above is thawed first: below it nothing moves before.
+        files::each_below(folder, &mut |folder| drop(fs::write(folder.join(file), thawed)));
     }
 }
+
+/// See [`Cgroup::let_die`].
+pub(super) fn let_die(cgroup: &Cgroup, pid: u32) {
+    let Cgroup::V1(folders) = cgroup else { return };
+    let Some(folder) = folders.get("freezer") else { return };
+    let is_below = files::pids_below(folder).contains(&pid);
+    let is_frozen = files::any_below(folder, |folder| files::read(folder, V1_STATE).is_some_and(|state| state.trim() != "THAWED"));
+    if let (true, true, Some(above)) = (is_below, is_frozen, folder.parent()) {
+        let _ = fs::write(above.join("cgroup.procs"), pid.to_string());
+    }
+}
+
+/// The file of cgroup v1's freezer.
+const V1_STATE: &str = "freezer.state";
 
 /// How often new processes may appear. Those that are stopped make none, so two rounds are the rule.
 const MAX_ROUNDS: usize = 1000;

@@ -94,6 +94,17 @@ impl Cgroup {
         })
     }
 
+    /// Ends every freeze in it and below it, whoever began it. One of a cgroup above it stays.
+    pub(crate) fn thaw(&self) {
+        kill::thaw(self);
+    }
+
+    /// Lets a process of it die that was sent SIGKILL, and leaves the others frozen if they are: cgroup v1 keeps a frozen process alive, so
+    /// it is moved to the cgroup above, where its signal awaits it.
+    pub(crate) fn let_die(&self, pid: u32) {
+        kill::let_die(self, pid);
+    }
+
     /// How many processes the kernel has killed in it for want of memory. `None` if that cannot be known (any more).
     pub(crate) fn oom_kills(&self) -> Option<u64> {
         match self {

@@ -185,6 +185,39 @@ fn every_process_is_killed_below_it_and_while_frozen_too() {
 }
 
 #[test]
+fn whatever_is_frozen_inside_is_killed_too() {
+    let Some(mut made) = Made::new() else { return };
+    let pid = made.start("", "exec sleep 1000");
+    let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
+    let (file, frozen) = if hierarchy::is_unified() { ("cgroup.freeze", "1") } else { ("freezer.state", "FROZEN") };
+    let top = made.folders.iter().find(|folder| folder.join(file).exists()).expect("a freezer").clone();
+    let nested = top.join("below/deeper");
+    fs::create_dir_all(&nested).expect("cgroups below");
+    let inner = made.start("", "exec sleep 1000");
+    fs::write(nested.join("cgroup.procs"), inner.to_string()).expect("a move");
+    fs::write(nested.join(file), frozen).expect("a freeze");
+    fs::write(top.join("below").join(file), frozen).expect("a freeze");
+    cgroup.kill_all().expect("a kill");
+    made.are_dead(&cgroup);
+}
+
+#[test]
+fn one_process_of_a_frozen_cgroup_dies_and_the_others_stay_frozen() {
+    let Some(mut made) = Made::new() else { return };
+    let stays = made.start("", "exec sleep 1000");
+    let dies = made.start("", "exec sleep 1000");
+    let cgroup = Cgroup::of_pid(stays).expect("a cgroup");
+    let (file, frozen) = if hierarchy::is_unified() { ("cgroup.freeze", "1") } else { ("freezer.state", "FROZEN") };
+    made.write(file, frozen);
+    eventually(|| is_frozen_now(&cgroup), "it is frozen");
+    sys_kill(dies).expect("a signal");
+    cgroup.let_die(dies);
+    eventually(|| made.children[1].try_wait().expect("a child").is_some(), "it is dead");
+    assert!(is_frozen_now(&cgroup));
+    assert_eq!(cgroup.pids(), [stays]);
+}
+
+#[test]
 fn processes_that_fork_all_the_time_are_killed() {
     let Some(mut made) = Made::new() else { return };
     let pid = made.start("", "for i in $(seq 40); do (while :; do : & wait; done) & done; wait");

@@ -23,6 +23,22 @@ pub(crate) fn inspect(id: &str, query: &Query) -> Result<(), Error> {
     Ok(io::stdout().lock().write_all(to_text(&all).as_bytes())?)
 }
 
+/// Logs what is shown of each container of a shim, but its journal: this is called by the keeper, which waits for no disk.
+pub(crate) fn log_snapshot(snapshot: &Snapshot, control: &Path) {
+    let containers = snapshot.state.iter().map(|(key, _)| key).filter(|key| !key.contains('/'));
+    let mut ids: Vec<&str> = containers.chain(&snapshot.reservations).map(String::as_str).collect();
+    ids.dedup();
+    if ids.is_empty() {
+        // the shim's own part
+        ids.push("");
+    }
+    for id in ids {
+        for line in to_text(&to_json(id, control, snapshot)).lines().filter(|line| !line.is_empty()) {
+            log::info!(container:% = id; "{line}");
+        }
+    }
+}
+
 fn from_keeper(id: &str, query: &Query) -> Result<Value, Error> {
     let mut silent = 0;
     let mut snapshots = Vec::new();
@@ -35,7 +51,12 @@ fn from_keeper(id: &str, query: &Query) -> Result<Value, Error> {
     }
     match snapshots.as_slice() {
         [] => Err(Error::NoContainer { id: id.to_owned(), namespace: query.namespace.clone(), silent }),
-        [(control, snapshot)] => Ok(to_json(id, control, snapshot)),
+        [(control, snapshot)] => {
+            let mut all = to_json(id, control, snapshot);
+            let bundle = all["state"]["bundle"].as_str().map(PathBuf::from);
+            all["journal"] = bundle.map_or(Value::Null, |bundle| journal_json(&bundle.join(journal::FILE_NAME)));
+            Ok(all)
+        }
         several => {
             let namespaces: Vec<&str> = several.iter().map(|(_, snapshot)| snapshot.namespace.as_str()).collect();
             Err(Error::Ambiguous { id: id.to_owned(), namespaces: namespaces.join(", ") })
@@ -63,7 +84,6 @@ fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
     let state = snapshot.state.iter().find(|(key, _)| key == id).map_or(Value::Null, |(_, value)| read(value));
     let execs = snapshot.state.iter().filter_map(|(key, value)| Some((key.strip_prefix(id)?.strip_prefix('/')?, value)));
     let execs: serde_json::Map<String, Value> = execs.map(|(exec, value)| (exec.to_owned(), read(value)["process"].clone())).collect();
-    let journal = state.get("bundle").and_then(Value::as_str).map(|bundle| journal_json(&PathBuf::from(bundle).join(journal::FILE_NAME)));
     let processes = snapshot.processes.iter().filter(|process| is_of(&process.key, id));
     let streams = snapshot.streams.iter().filter(|stream| is_of(&stream.key, id));
     let waiters = snapshot.waiters.iter().filter(|(key, _)| is_of(key, id));
@@ -110,7 +130,6 @@ fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
             "withheld": snapshot.withheld,
             "upgrade": snapshot.upgrade.as_ref().map(report_json),
         },
-        "journal": journal,
     })
 }
 

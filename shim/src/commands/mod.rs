@@ -15,7 +15,7 @@ pub(crate) mod survey;
 mod table;
 mod upgrade;
 
-pub(crate) use inspect::inspect;
+pub(crate) use inspect::{inspect, log_snapshot};
 pub(crate) use ps::ps;
 pub(crate) use upgrade::upgrade;
 

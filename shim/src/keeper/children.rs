@@ -247,6 +247,11 @@ impl Children {
         found
     }
 
+    /// Whether a container's process runs.
+    pub(crate) fn have_claimed(&self) -> bool {
+        !self.claimed.is_empty()
+    }
+
     fn is_known(&self, pid: u32, ours: &[u32]) -> bool {
         self.helpers.contains_key(&pid) || self.claimed.contains_key(&pid) || ours.contains(&pid)
     }

@@ -50,8 +50,13 @@ impl Control {
         let (sockets, result) = accept_all(&self.listener);
         for socket in sockets {
             if self.commanders.len() >= MAX_COMMANDERS {
-                warn!(limit = MAX_COMMANDERS; "command refused, too many are connected");
-                continue;
+                // One that asks nothing makes room: the oldest. A client that is hung up on comes again.
+                let idle = self.commanders.iter().find(|(_, commander)| !commander.asked).map(|(id, _)| *id);
+                let Some(idle) = idle else {
+                    warn!(limit = MAX_COMMANDERS; "control connection refused, as many are being answered");
+                    continue;
+                };
+                self.commanders.remove(&idle);
             }
             self.last_id += 1;
             match poll.add(&socket, Source::Commander(self.last_id)) {

@@ -9,13 +9,13 @@ mod work;
 pub(crate) use begin::{rehearse, resume, run};
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use nix::errno::Errno;
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::libc;
 
 use super::blame::Blame;
 use super::children::{Children, Found};
@@ -33,6 +33,8 @@ use crate::sys;
 
 /// Told to leave, the keeper gives the last events and bytes so long to go out.
 const LEAVE_WITHIN: Duration = Duration::from_secs(12);
+/// The host shuts down and no container runs any more: so long for the same. The daemon may be gone for good.
+const SHUT_DOWN_WITHIN: Duration = Duration::from_secs(2);
 /// So long after the last activity the keeper gives memory back.
 const TRIM_AFTER: Duration = Duration::from_millis(500);
 /// A worker with so much unread is given nothing more of clients that have much unanswered; what they send waits in their sockets.
@@ -42,7 +44,7 @@ const MAX_BACKLOG_BYTES: usize = 8 << 20;
 pub(super) struct Keeper {
     pub(super) settings: Settings,
     pub(super) poll: Poll,
-    signals: SignalFd,
+    signals: OwnedFd,
     pub(super) relay: Relay,
     pub(super) control: Control,
     pub(super) ledger: Ledger,
@@ -55,13 +57,15 @@ pub(super) struct Keeper {
     /// What came of the last one.
     pub(super) last_upgrade: Option<UpgradeReport>,
     pub(super) born: Instant,
+    /// SIGTERM has come: the keeper leaves once no container runs.
+    is_shutting_down: bool,
     chores: Chores,
 }
 
 /// What the loop itself is about to do. Another image finds that out again.
 #[derive(Default)]
 struct Chores {
-    leaving_since: Option<Instant>,
+    leave_by: Option<Instant>,
     /// Clients that are not read from until the worker has caught up.
     paused: Vec<u32>,
     /// When to give memory back, if anything has happened since the last time.
@@ -90,6 +94,7 @@ impl Keeper {
             upgrade: None,
             last_upgrade: None,
             born: Instant::now(),
+            is_shutting_down: false,
             chores: Chores::default(),
             settings,
             poll,
@@ -131,10 +136,8 @@ impl Keeper {
         let now = Instant::now();
         match source {
             Source::Signals => {
-                while let Ok(Some(signal)) = self.signals.read_signal() {
-                    if ![Signal::SIGCHLD as u32, Signal::SIGXFSZ as u32].contains(&signal.ssi_signo) {
-                        info!(signal = signal.ssi_signo; "signal ignored: a shim ends with its containers");
-                    }
+                while let Some(signal) = sys::signals::next(&self.signals) {
+                    self.signalled(signal, now);
                 }
                 self.reap();
             }
@@ -217,7 +220,7 @@ impl Keeper {
             self.ledger.deadline(),
             self.streams.deadline(),
             self.publisher.deadline(),
-            self.chores.leaving_since.map(|since| since + LEAVE_WITHIN),
+            self.chores.leave_by,
             self.chores.trim_at,
             self.chores.accept_at,
         ]
@@ -226,18 +229,39 @@ impl Keeper {
         .min()
     }
 
-    fn may_leave(&mut self) -> bool {
-        if !self.ledger.may_leave(self.supervisor.is_hopeless()) {
-            self.chores.leaving_since = None;
-            return false;
+    fn signalled(&mut self, signal: sys::signals::Received, now: Instant) {
+        match signal.number as i32 {
+            libc::SIGCHLD | libc::SIGXFSZ => {}
+            libc::SIGTERM => {
+                info!(sender = signal.sender; "shutting down: the keeper exits once no container runs");
+                self.is_shutting_down = true;
+            }
+            libc::SIGUSR1 => crate::commands::log_snapshot(&self.snapshot(now), &self.settings.control_path),
+            number => info!(signal = number, sender = signal.sender; "signal ignored: a shim ends with its containers"),
         }
-        let since = *self.chores.leaving_since.get_or_insert_with(Instant::now);
-        let all_is_out = self.publisher.len() == 0 && self.streams.is_drained() && self.relay.is_flushed() && self.control.is_flushed();
-        all_is_out || since.elapsed() >= LEAVE_WITHIN
+    }
+
+    fn may_leave(&mut self) -> bool {
+        // What still runs is ended by the init system, which gives it its time.
+        let is_shut_down = self.is_shutting_down && !self.children.have_claimed() && !self.ledger.awaits_pid();
+        let within = match is_shut_down {
+            true => SHUT_DOWN_WITHIN,
+            false if self.ledger.may_leave(self.supervisor.is_hopeless()) => LEAVE_WITHIN,
+            false => {
+                self.chores.leave_by = None;
+                return false;
+            }
+        };
+        let now = Instant::now();
+        let by = self.chores.leave_by.map_or(now + within, |by| by.min(now + within));
+        self.chores.leave_by = Some(by);
+        // At shutdown no Delete need come, and what is under way is an exit at most, of which the clients shall learn.
+        let is_idle = if is_shut_down { self.streams.all_is_read() && !self.ledger.is_busy() } else { self.streams.is_drained() };
+        by <= now || (is_idle && self.publisher.len() == 0 && self.relay.is_flushed() && self.control.is_flushed())
     }
 
     fn leave(&mut self) {
-        if self.publisher.len() > 0 || !self.streams.is_drained() {
+        if self.publisher.len() > 0 || !self.streams.all_is_read() {
             warn!(events = self.publisher.len(); "leaving though not everything was taken");
         }
         let socket = self.settings.shim_address.strip_prefix("unix://").unwrap_or(&self.settings.shim_address);
@@ -253,14 +277,10 @@ impl Keeper {
     }
 }
 
-/// With SIGXFSZ blocked, a write beyond the limit for files fails like any other.
-const BLOCKED: [Signal; 8] =
-    [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGXFSZ];
-
-fn block_signals(poll: &Poll) -> io::Result<SignalFd> {
-    let mask: SigSet = BLOCKED.into_iter().collect();
-    mask.thread_block()?;
-    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+/// A stray signal shall end no container. With SIGXFSZ blocked, a write beyond the limit for files fails like any other.
+fn block_signals(poll: &Poll) -> io::Result<OwnedFd> {
+    sys::signals::block_all_but(&[])?;
+    let signals = sys::signals::descriptor()?;
     poll.add_reader(&signals, Source::Signals)?;
     Ok(signals)
 }

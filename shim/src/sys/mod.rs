@@ -10,6 +10,7 @@ pub(crate) mod memory;
 pub(crate) mod mount;
 pub(crate) mod process;
 pub(crate) mod ready;
+pub(crate) mod signals;
 pub(crate) mod socket;
 pub(crate) mod spawn;
 pub(crate) mod terminal;

@@ -23,7 +23,6 @@ use std::rc::Rc;
 use std::task::{Context, Waker};
 use std::time::Duration;
 
-use nix::sys::signal::{SigSet, Signal};
 use tokio::task::LocalSet;
 
 mod cause;
@@ -48,11 +47,12 @@ use crate::disguise::{self, Place};
 use crate::handover::{Claim, Commit, ProcessExit, Step, ToWorker};
 use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
+use crate::sys;
 
 /// Runs a worker on its end of the socketpair, until the keeper is gone.
 pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
     crate::sys::memory::keep_little();
-    block_limit_of_files();
+    block_signals();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -73,10 +73,12 @@ pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
     }
 }
 
-/// Lets a write beyond the limit for files fail like one to a full disk. For all threads: they are made later.
-fn block_limit_of_files() {
-    if let Err(error) = SigSet::from_iter([Signal::SIGXFSZ]).thread_block() {
-        log::warn!(error:%; "cannot block SIGXFSZ");
+/// A stray signal, as of a shutdown that is for the containers, shall cost no worker; a write beyond the limit for files then fails like
+/// one to a full disk. Crashes stay crashes. For all threads: they are made later.
+fn block_signals() {
+    use nix::libc::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
+    if let Err(error) = sys::signals::block_all_but(&[SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP]) {
+        log::warn!(error:%; "cannot block signals");
     }
 }
 

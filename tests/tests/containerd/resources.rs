@@ -1,6 +1,7 @@
 //! Pause, kill, update, statistics, and the end of memory.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::Status as Phase;
@@ -61,6 +62,43 @@ pub(crate) async fn a_container_killed_while_paused_ends(cx: Context) -> Result<
     let _it_may_have_ended = client.resume(&container.id).await;
     ensure!(container.wait().await? == 137);
     ensure!(container.delete().await?.exit_status == 137);
+    Ok(())
+}
+
+fn freeze(folder: &Path) -> Result<()> {
+    let (file, text) = match Version::here() {
+        Version::V1 => ("freezer.state", "FROZEN"),
+        Version::V2 => ("cgroup.freeze", "1"),
+    };
+    fs::write(folder.join(file), text).with_context(|| format!("freeze {}", folder.display()))
+}
+
+/// As by `runc pause`, or by a Pause or a dump that failed half-way; and as by the container itself, in a cgroup of its own below.
+pub(crate) async fn a_container_frozen_by_others_dies_of_sigkill(cx: Context) -> Result<()> {
+    for below in [false, true] {
+        let container = cx.container(&["sleep", "1000"]).start().await?;
+        let mut folder = cgroups::of(container.pid, "freezer")?;
+        if below {
+            folder.push("below");
+            fs::create_dir(&folder)?;
+            fs::write(folder.join("cgroup.procs"), container.pid.to_string())?;
+        }
+        freeze(&folder)?;
+        container.kill(9).await?;
+        ensure!(container.wait().await? == 137);
+        ensure!(container.delete().await?.exit_status == 137);
+    }
+    Ok(())
+}
+
+pub(crate) async fn an_exec_of_a_frozen_container_dies_of_sigkill_and_the_rest_stays_frozen(cx: Context) -> Result<()> {
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let exec = container.exec("e", &["sleep", "1000"]).start().await?;
+    freeze(&cgroups::of(container.pid, "freezer")?)?;
+    exec.kill(9).await?;
+    ensure!(exec.finish().await? == 137);
+    ensure!(frozen(&container)?, "it was thawed");
+    ensure!(container.destroy().await? == 137);
     Ok(())
 }
 

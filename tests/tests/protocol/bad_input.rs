@@ -9,7 +9,8 @@ use containerd_shim_protos::api;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use shim_tests::bundle::Container;
-use shim_tests::eventually::{SOON, eventually, within};
+use shim_tests::eventually::{SOON, eventually_true, within};
+use shim_tests::proc;
 use shim_tests::refusals::{Refusal, requests};
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{self, Code, refusal};
@@ -114,15 +115,23 @@ pub(crate) async fn garbage_on_the_control_socket_has_no_effect(stand: Stand) ->
         held.push(UnixStream::connect(&path)?);
     }
     witness.is_untouched().await?;
+    let output = within("ps", SOON, stand.command(&["ps", "--json"]).output()).await??;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.success() && text.contains("witness"), "{}: {text}", output.status);
     drop(held);
-    eventually("ps works again", SOON, async || {
-        let output = within("ps", SOON, stand.command(&["ps", "--json"]).output()).await??;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        ensure!(output.status.success() && text.contains("witness"), "{}: {text}", output.status);
-        Ok(())
-    })
-    .await?;
     witness.dismiss().await
+}
+
+pub(crate) async fn idle_control_connections_are_not_taken_for_a_dead_keeper(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let keeper = container.shim_pid()?;
+    let held = (0..100).map(|_| UnixStream::connect(control_socket(&container))).collect::<std::io::Result<Vec<_>>>()?;
+    ensure!(container.bundle.delete_command().await?.exit_status == 137);
+    // by the keeper, for which that was all
+    eventually_true("the keeper has exited", SOON, || !proc::is_alive(keeper)).await?;
+    ensure!(stand.log_of("c1").contains("container deleted"), "the keeper was not asked: {}", stand.log_of("c1"));
+    drop(held);
+    Ok(())
 }
 
 /// Long fields of a request are neither repeated in an answer nor too long for the messages between keeper and worker.

@@ -1,8 +1,10 @@
-//! When a shim leaves: not before the last container is deleted, and then at once.
+//! When a shim exits: not before the last container is deleted, and then at once. At the host's shutdown once no container runs. Not over
+//! any other signal.
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use shim_tests::bundle::Container;
 use shim_tests::eventually::{SOON, a_second, eventually_true};
 use shim_tests::proc;
@@ -48,5 +50,71 @@ pub(crate) async fn a_shim_leaves_with_its_last_container_and_not_before(stand: 
     answered_or_gone(again.task.shutdown("c5").await)?;
     gone_within_a_second(shim).await?;
     ensure!(!again.task.socket().exists(), "its socket is there");
+    Ok(())
+}
+
+/// Sends a signal by its number: real-time ones have no name.
+async fn signal(pid: i32, number: i32) -> Result<()> {
+    let status = tokio::process::Command::new("kill").args([format!("-{number}"), pid.to_string()]).status().await.context("run kill")?;
+    ensure!(status.success(), "signal {number} to {pid}: {status}");
+    Ok(())
+}
+
+pub(crate) async fn no_stray_signal_ends_a_shim_or_its_worker(stand: Stand) -> Result<()> {
+    let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
+    let (keeper, worker) = (container.shim_pid()?, container.worker_pid().await?);
+    let shutdown = [Signal::SIGTERM as i32];
+    let uncatchable = [Signal::SIGKILL as i32, Signal::SIGSTOP as i32];
+    let crashes = [Signal::SIGABRT, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGSEGV, Signal::SIGSYS, Signal::SIGTRAP];
+    for number in (1..=64).filter(|number| !uncatchable.contains(number)) {
+        if !shutdown.contains(&number) {
+            signal(keeper, number).await?;
+        }
+        // a worker that crashes is replaced
+        if !crashes.iter().any(|crash| *crash as i32 == number) {
+            signal(worker, number).await?;
+        }
+        let state = container.task.state("c1", "").await.with_context(|| format!("after signal {number}"))?;
+        ensure!(state.pid == container.pid && proc::is_alive(keeper), "signal {number}: {state:?}");
+        ensure!(container.worker_pid().await? == worker, "signal {number} ended the worker");
+    }
+    // and the container's own processes are given none of it
+    ensure!(proc::status_field(container.pid.cast_signed(), "SigBlk")? == "0000000000000000");
+    ensure!(stand.log_of("c1").contains("children of the keeper"), "SIGUSR1 has logged no state: {}", stand.log_of("c1"));
+    ensure!(container.shut_down().await? == 137);
+    Ok(())
+}
+
+pub(crate) async fn a_shim_exits_at_shutdown_once_no_container_runs_and_delete_knows_the_codes(stand: Stand) -> Result<()> {
+    for daemon_is_there in [true, false] {
+        let first = stand.instant("c1", &["sleep", "1000"]).group("pod").run().await?;
+        let second = stand.instant("c2", &["sleep", "1000"]).group("pod").run_in(&first.task).await?;
+        let shim = first.shim_pid()?;
+        if !daemon_is_there {
+            stand.containerd().vanish();
+        }
+        proc::signal(shim, Signal::SIGTERM)?;
+        first.task.kill("c1", "", Signal::SIGTERM as u32).await?;
+        let ended = first.task.wait("c1", "").await?;
+        ensure!(ended == 143, "{ended}");
+        ensure!(second.task.state("c2", "").await?.pid == second.pid, "it waits for the other container");
+        proc::signal(second.pid.cast_signed(), Signal::SIGINT)?;
+        let begin = Instant::now();
+        eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
+        let limit = if daemon_is_there { a_second() } else { a_second() * 4 };
+        ensure!(begin.elapsed() < limit, "it took {:?}", begin.elapsed());
+        ensure!(!first.task.socket().exists(), "its socket is there");
+        for (container, status) in [(&first, 143), (&second, 130)] {
+            let published = stand.containerd().events().exits(&container.id, "");
+            ensure!(!daemon_is_there || published.iter().any(|exit| exit.status == status), "{published:?}");
+            ensure!(container.bundle.delete_command().await?.exit_status == status, "{}", container.id);
+        }
+        if !daemon_is_there {
+            stand.containerd().come_back()?;
+        }
+        for container in [first, second] {
+            std::fs::remove_dir_all(&container.bundle.folder)?;
+        }
+    }
     Ok(())
 }

@@ -34,7 +34,7 @@ pub(crate) async fn a_worker_that_crashes_is_replaced_under_what_is_under_way(cx
     let keeper = cx.shim_pid(&container.id)?;
     let (client, id) = (cx.client().clone(), container.id.clone());
     let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
-    let signals = [Signal::SIGSEGV, Signal::SIGABRT, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGTERM, Signal::SIGKILL];
+    let signals = [Signal::SIGSEGV, Signal::SIGABRT, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGKILL];
     for (number, signal) in (1..).zip(signals) {
         let name = format!("e{number}");
         let exec = container.exec(&name, &["sh", "-c", "exit 4"]).add().await?;

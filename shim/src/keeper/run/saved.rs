@@ -43,6 +43,7 @@ impl Keeper {
         let mut s = Saver::new(Instant::now());
         s.section(tag::KEEPER, |s| {
             s.instant(self.born);
+            s.bool(self.is_shutting_down);
             s.option(self.last_upgrade.as_ref(), |w, report| report.write(w));
         });
         s.section(tag::RELAY, |s| self.relay.save(s));
@@ -68,7 +69,7 @@ impl Keeper {
         let mut poll = Poll::new()?;
         let signals = block_signals(&poll)?;
         let mut l = sections.loader(tag::KEEPER, now, descriptors)?;
-        let (born, last_upgrade) = (l.instant()?, l.option(UpgradeReport::read)?);
+        let (born, is_shutting_down, last_upgrade) = (l.instant()?, l.bool()?, l.option(UpgradeReport::read)?);
         Ok(Box::new(Self {
             relay: Relay::load(&mut sections.loader(tag::RELAY, now, descriptors)?, &mut poll)?,
             control: Control::load(&mut sections.loader(tag::CONTROL, now, descriptors)?, &mut poll)?,
@@ -85,6 +86,7 @@ impl Keeper {
             blame: Blame::default(),
             last_upgrade,
             born,
+            is_shutting_down,
             chores: Chores::default(),
             settings,
             poll,

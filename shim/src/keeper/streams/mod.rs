@@ -447,6 +447,12 @@ impl Streams {
         self.entries.is_empty()
     }
 
+    /// Whether readers have taken everything so far.
+    pub(crate) fn all_is_read(&self) -> bool {
+        let mut pumps = self.entries.values().flat_map(|entry| &entry.pumps);
+        pumps.all(|pump| !matches!(pump, Some(Pump::Out(out)) if out.waiting() > 0))
+    }
+
     pub(crate) fn snapshot(&self) -> Vec<StreamSnapshot> {
         let mut snapshots = Vec::new();
         for entry in self.entries.values() {

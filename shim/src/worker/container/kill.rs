@@ -31,9 +31,7 @@ pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: Ki
     // Asked for all the same: an earlier worker may have sent this very signal, and the exit that came of it was taken in before the
     // answer. Then the keeper says that it was done.
     let has_ended = container.phase(&key)?.admit(Request::Kill).is_err();
-    if container.process(&key, |process| process.pid)?.is_none() {
-        return Err(Error::NotStarted { key });
-    }
+    let Some(pid) = container.process(&key, |process| process.pid)? else { return Err(Error::NotStarted { key }) };
     let was_paused = container.record().init.phase == Phase::Paused;
     let is_init = key.exec.is_none();
     if call.all && is_init && signal != nix::libc::SIGKILL {
@@ -44,9 +42,12 @@ pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: Ki
         Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => return Err(Error::Finished { key }),
         Err(error) => return Err(error),
     }
-    if signal == nix::libc::SIGKILL && is_init && (call.all || was_paused) {
-        // Of a frozen container nobody dies before it is thawed, and without init nobody else lives on.
-        kill_rest(cause, &container).await;
+    // cgroup v1 lets no frozen process die. Whether it is frozen the cgroup knows: not each freeze is ours.
+    match signal == nix::libc::SIGKILL {
+        true if is_init && (call.all || was_paused) => kill_rest(cause, &container).await,
+        true if is_init => container.record().cgroup.thaw(),
+        true => container.record().cgroup.let_die(pid),
+        false => {}
     }
     Ok(Change::reply(Reply::Empty))
 }
