@@ -33,6 +33,8 @@ use crate::sys;
 
 /// Told to leave, the keeper gives the last events and bytes so long to go out.
 const LEAVE_WITHIN: Duration = Duration::from_secs(12);
+/// A keeper without containers and clients leaves after so long: no client is left that would call Shutdown.
+const UNUSED_FOR: Duration = Duration::from_secs(10);
 /// So long after the last activity the keeper gives memory back.
 const TRIM_AFTER: Duration = Duration::from_millis(500);
 /// A worker with so much unread is given nothing more of clients that have much unanswered; what they send waits in their sockets.
@@ -62,6 +64,8 @@ pub(super) struct Keeper {
 #[derive(Default)]
 struct Chores {
     leaving_since: Option<Instant>,
+    /// Since when there has been neither a container, nor a place for one, nor a client.
+    unused_since: Option<Instant>,
     /// Clients that are not read from until the worker has caught up.
     paused: Vec<u32>,
     /// When to give memory back, if anything has happened since the last time.
@@ -218,6 +222,7 @@ impl Keeper {
             self.streams.deadline(),
             self.publisher.deadline(),
             self.chores.leaving_since.map(|since| since + LEAVE_WITHIN),
+            self.chores.unused_since.map(|since| since + UNUSED_FOR),
             self.chores.trim_at,
             self.chores.accept_at,
         ]
@@ -227,6 +232,11 @@ impl Keeper {
     }
 
     fn may_leave(&mut self) -> bool {
+        let is_unused = self.ledger.is_unused() && self.relay.count() == 0;
+        self.chores.unused_since = is_unused.then(|| self.chores.unused_since.unwrap_or_else(Instant::now));
+        if self.chores.unused_since.is_some_and(|since| since.elapsed() >= UNUSED_FOR) {
+            self.ledger.leave_unused();
+        }
         if !self.ledger.may_leave(self.supervisor.is_hopeless()) {
             self.chores.leaving_since = None;
             return false;
