@@ -100,11 +100,17 @@ fn main() -> ExitCode {
         without_the_runtimes_program_every_call_is_refused_with_its_path_and_delete_works_once_it_is_back,
         delete_removes_a_container_whose_runtime_is_gone,
         a_runtime_that_was_moved_is_found_in_path,
+        a_process_whose_start_fails_after_the_runtimes_success_does_not_live_on,
+        delete_has_the_keeper_drop_a_container_that_its_runtime_has_deleted,
+        what_is_removed_without_a_worker_leaves_no_descriptors_of_its_execs,
+        a_failed_restore_says_what_criu_said,
+        signal_zero_and_sizes_beyond_sixteen_bits_are_answered_as_the_stock_shim_does,
     ]);
     cases.extend(direct_cases![shutdown:
         a_shim_leaves_with_its_last_container_and_not_before,
         no_stray_signal_ends_a_shim_or_its_worker,
         a_shim_exits_at_shutdown_once_no_container_runs_and_delete_knows_the_codes,
+        a_shim_without_containers_and_clients_leaves_without_shutdown,
     ]);
     cases.extend(direct_cases![bootstrap:
         sockets_are_private_and_none_is_abstract,

@@ -15,6 +15,7 @@
 //! **Invariant:** no process is signalled unless it is certainly the container's: by a handle, after its start time was compared. A
 //! second run gives the same answer.
 use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -30,7 +31,7 @@ use crate::control;
 use crate::handover::{CONTROL_SERVICE, ControlReply, ControlRequest, Snapshot, ToldEnd};
 use crate::invocation::{Flags, Query};
 use crate::journal::{self, Contents, RecordedExit};
-use crate::journal_body::JournalBody;
+use crate::journal_body::{JournalBody, ProcessIdentity};
 use crate::run_dir::{Place, RunDir};
 
 /// containerd kills a `delete` that takes longer than 5 s. From there on backwards: time for our own hands, for the worker, and for a
@@ -216,6 +217,7 @@ impl<'a> Deletion<'a> {
 
     /// Removes the sockets of a keeper that is dead, unless another has their place by now.
     fn remove_sockets(&self) {
+        self.remove_console_sockets();
         let Some(place) = self.place() else { return };
         if !place.socket.exists() && !place.control.exists() {
             return;
@@ -223,6 +225,19 @@ impl<'a> Deletion<'a> {
         let Ok(_lock) = Lock::take(&place.lock, Instant::now() + Duration::from_millis(100)) else { return };
         if !control::is_listening(&place.control, Duration::from_millis(50)) {
             let _ = socket::remove_stale(&place);
+        }
+    }
+
+    /// Removes the sockets on which the dead keeper waited for terminals, unless another process has its number by now.
+    fn remove_console_sockets(&self) {
+        let Some(body) = self.body.as_ref().filter(|body| ProcessIdentity::of(body.keeper.pid).is_none()) else { return };
+        let prefix = format!("c{}-", body.keeper.pid);
+        let folder = body.control_path.parent().and_then(|folder| folder.read_dir().ok());
+        for entry in folder.into_iter().flatten().flatten() {
+            let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
+            if is_socket && entry.file_name().to_string_lossy().starts_with(&prefix) {
+                let _ = std::fs::remove_file(entry.path());
+            }
         }
     }
 

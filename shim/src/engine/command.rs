@@ -172,10 +172,7 @@ impl Engine for CommandEngine {
 
     fn restore(&self, at: &Container<'_>, restore: &Restore<'_>) -> Spawn {
         let mut arguments = self.begin(restore.stdio_key, at.bundle, "restore");
-        arguments.pair("--bundle", at.bundle).pair("--image-path", restore.image_path);
-        if let Some(work_path) = restore.work_path {
-            arguments.pair("--work-path", work_path);
-        }
+        arguments.pair("--bundle", at.bundle).pair("--image-path", restore.image_path).pair("--work-path", restore.work_path);
         arguments.pair("--pid-file", restore.pid_file).add("--detach").flag(self.no_pivot_root, "--no-pivot").criu(restore.options);
         arguments.process(restore.stdio_key, restore.console_socket);
         arguments.finish(at.id)

@@ -104,8 +104,8 @@ pub(crate) struct Checkpoint<'a> {
 pub(crate) struct Restore<'a> {
     /// Where the image is.
     pub(crate) image_path: &'a Path,
-    /// Where criu writes its own files, `restore.log` among them; the engine's own choice if absent.
-    pub(crate) work_path: Option<&'a Path>,
+    /// Where criu writes its own files, `restore.log` among them.
+    pub(crate) work_path: &'a Path,
     pub(crate) pid_file: &'a Path,
     /// As for [`Create`].
     pub(crate) console_socket: Option<&'a Path>,

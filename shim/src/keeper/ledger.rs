@@ -274,9 +274,9 @@ impl Ledger {
         settled
     }
 
-    /// Drops what is known of a container and the place that was kept for it. The keeper leaves if that was all. Returns whether
-    /// there was any state, and `response` for everybody who waits for one of its processes: nobody will tell of their ends.
-    pub(crate) fn forget_container(&mut self, id: &str, response: &[u8]) -> (bool, Vec<Due>) {
+    /// Drops what is known of a container and the place that was kept for it. The keeper leaves if that was all. Returns the
+    /// keys of its state, and `response` for everybody who waits for one of its processes: nobody will tell of their ends.
+    pub(crate) fn forget_container(&mut self, id: &str, response: &[u8]) -> (Vec<String>, Vec<Due>) {
         self.reservations.remove(id);
         self.drop_ready(id);
         let is_of_it = |key: &str| key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
@@ -289,10 +289,9 @@ impl Ledger {
         for (_, askers) in self.parked.extract_if(.., |key, _| is_of_it(key)) {
             due.extend(askers.into_iter().map(|asker| Due { asker, request_bytes: None, response: response.to_vec() }));
         }
-        let had_state = self.state.contains_key(id);
-        self.state.retain(|key, _| !is_of_it(key));
+        let keys = self.state.extract_if(.., |key, _| is_of_it(key)).map(|(key, _)| key).collect();
         self.leave |= self.state.is_empty();
-        (had_state, due)
+        (keys, due)
     }
 
     /// Forgets the parked callers of a connection that is gone. Requests under way go on: what they do must be done.
@@ -346,6 +345,16 @@ impl Ledger {
     /// Whether the keeper was told to leave and nothing here holds it. Without hope for a worker, nobody will answer what is open.
     pub(crate) fn may_leave(&self, is_hopeless: bool) -> bool {
         self.leave && self.state.is_empty() && self.reservations.is_empty() && (self.causes.is_empty() || is_hopeless)
+    }
+
+    /// Whether there is no container, no place for one, and nothing to be done.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.state.is_empty() && self.reservations.is_empty() && self.causes.is_empty()
+    }
+
+    /// No client will call Shutdown.
+    pub(crate) fn leave_unused(&mut self) {
+        self.leave = true;
     }
 
     /// Gives a place up: the container of this name was deleted before it was created.

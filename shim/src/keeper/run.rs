@@ -35,6 +35,8 @@ use crate::sys;
 const LEAVE_WITHIN: Duration = Duration::from_secs(12);
 /// The host shuts down and no container runs any more: so long for the same. The daemon may be gone for good.
 const SHUT_DOWN_WITHIN: Duration = Duration::from_secs(2);
+/// A keeper without containers and clients leaves after so long: no client is left that would call Shutdown.
+const UNUSED_FOR: Duration = Duration::from_secs(10);
 /// So long after the last activity the keeper gives memory back.
 const TRIM_AFTER: Duration = Duration::from_millis(500);
 /// A worker with so much unread is given nothing more of clients that have much unanswered; what they send waits in their sockets.
@@ -66,6 +68,8 @@ pub(super) struct Keeper {
 #[derive(Default)]
 struct Chores {
     leave_by: Option<Instant>,
+    /// Since when there has been neither a container, nor a place for one, nor a client.
+    unused_since: Option<Instant>,
     /// Clients that are not read from until the worker has caught up.
     paused: Vec<u32>,
     /// When to give memory back, if anything has happened since the last time.
@@ -221,6 +225,7 @@ impl Keeper {
             self.streams.deadline(),
             self.publisher.deadline(),
             self.chores.leave_by,
+            self.chores.unused_since.map(|since| since + UNUSED_FOR),
             self.chores.trim_at,
             self.chores.accept_at,
         ]
@@ -242,6 +247,12 @@ impl Keeper {
     }
 
     fn may_leave(&mut self) -> bool {
+        let now = Instant::now();
+        let is_unused = self.ledger.is_unused() && self.relay.count() == 0;
+        self.chores.unused_since = is_unused.then(|| self.chores.unused_since.unwrap_or(now));
+        if self.chores.unused_since.take_if(|since| now >= *since + UNUSED_FOR).is_some() {
+            self.ledger.leave_unused();
+        }
         // What still runs is ended by the init system, which gives it its time.
         let is_shut_down = self.is_shutting_down && !self.children.have_claimed() && !self.ledger.awaits_pid();
         let within = match is_shut_down {
@@ -252,7 +263,6 @@ impl Keeper {
                 return false;
             }
         };
-        let now = Instant::now();
         let by = self.chores.leave_by.map_or(now + within, |by| by.min(now + within));
         self.chores.leave_by = Some(by);
         // At shutdown no Delete need come, and what is under way is an exit at most, of which the clients shall learn.

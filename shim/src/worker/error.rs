@@ -43,7 +43,7 @@ pub(crate) enum Error {
     Deleting { id: ContainerId },
     #[error(transparent)]
     Id(#[from] InvalidId),
-    #[error("signal {number}: not between 1 and 64")]
+    #[error("signal {number}: not between 0 and 64")]
     Signal { number: u32 },
     #[error("payload of {method}")]
     Payload { method: &'static str, source: protobuf::Error },
@@ -53,6 +53,10 @@ pub(crate) enum Error {
     Json { method: &'static str, source: serde_json::Error },
     #[error("{what} is not a valid value: {:?}", excerpt(.value))]
     Value { what: &'static str, value: String },
+    #[error(
+        "{field} of {method} is not supported: no OCI runtime takes it; make `parent` in the folder of the checkpoint a link to its parent"
+    )]
+    Parent { method: &'static str, field: &'static str },
     #[error("method {}/{} is not implemented", excerpt(.service), excerpt(.method))]
     NoMethod { service: String, method: String },
     #[error("{method} was not begun in the time that its client gave it")]
@@ -124,7 +128,7 @@ impl Error {
             | Self::NoEngine(_) => Code::InvalidArgument,
             Self::Spec(error) => error.code(),
             Self::TooMuch { .. } => Code::ResourceExhausted,
-            Self::NoMethod { .. } => Code::Unimplemented,
+            Self::NoMethod { .. } | Self::Parent { .. } => Code::Unimplemented,
             Self::Expired { .. } | Self::TimedOut { .. } => Code::DeadlineExceeded,
             Self::SetAside { .. } | Self::Engine(EngineError::Gone { .. }) => Code::Unavailable,
             Self::Engine(EngineError::NoContainer { .. }) => Code::NotFound,

@@ -60,7 +60,7 @@ pub(crate) async fn an_invalid_exec_is_refused_with_a_sentence(stand: Stand) -> 
 
 pub(crate) async fn values_that_make_no_sense_are_invalid_arguments(stand: Stand) -> Result<()> {
     let said = requests::of_values(&stand).await?;
-    ensure!(said.iter().filter(|refused| refused.what == "size").count() == 2, "a size was accepted: {said:?}");
+    ensure!(said.iter().all(|refused| refused.what != "size"), "a size was refused: {said:?}");
     for refused in said {
         let number = refused.what.strip_prefix("signal ").unwrap_or_default();
         ensure!(refused.code == Code::InvalidArgument && !refused.message.is_empty() && refused.message.contains(number), "{refused:?}");

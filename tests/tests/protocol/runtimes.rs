@@ -6,12 +6,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api;
+use protobuf::MessageField;
 use shim_tests::bundle::{Container, leave};
+use shim_tests::cgroups;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
+use shim_tests::isolation;
 use shim_tests::proc;
 use shim_tests::programs;
+use shim_tests::runner::needs_criu;
 use shim_tests::stand::Stand;
-use shim_tests::suite::{Runtime, Suite};
+use shim_tests::suite::{Runtime, Shim, Suite};
+use shim_tests::task::any_json;
 use shim_tests::ttrpc::{Answer, Code, refusal};
 
 /// What the runtime keeps of a container.
@@ -218,5 +223,142 @@ pub(crate) async fn a_runtime_that_was_moved_is_found_in_path(stand: Stand) -> R
         fs::rename(folder.join("away"), &program)?;
         fs::remove_dir_all(&container.bundle.folder)?;
     }
+    Ok(())
+}
+
+/// The runtime has started it and has kept its terminal: nobody would ever wait for it.
+pub(crate) async fn a_process_whose_start_fails_after_the_runtimes_success_does_not_live_on(stand: Stand) -> Result<()> {
+    let text = format!(
+        "#!/bin/bash\nargs=()\nwhile [ $# -gt 0 ]; do case $1 in\n--console-socket) shift ;;\n--process) sed 's/\"terminal\": *true/\"terminal\":false/' \"$2\" \
+         > \"$2.plain\"; args+=(--process \"$2.plain\"); shift ;;\n*) args+=(\"$1\") ;;\nesac; shift; done\nexec {} \"${{args[@]}}\"\n",
+        stand.runtime().display()
+    );
+    let runtime = programs::script(stand.folder(), "runtime", &text)?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&runtime).run().await?;
+    let mut request = container.bundle.exec_request("e", &["sleep", "1234"]);
+    request.terminal = true;
+    let mut process = shim_tests::spec::process(&["sleep", "1234"]);
+    process["terminal"] = true.into();
+    request.spec = MessageField::some(any_json(shim_tests::messages::PROCESS, &process));
+    container.task.exec(&request).await?;
+    let (_, message) = refusal(container.task.start("c1", "e").await)?;
+    ensure!(message.contains("no terminal arrived"), "{message}");
+    eventually("it is gone", SOON, async || {
+        let left = container.task.pids("c1").await?;
+        ensure!(left == [container.pid], "{left:?}");
+        Ok(())
+    })
+    .await?;
+    container.shut_down().await.map(drop)
+}
+
+/// What init left behind, its engine knows no more; the worker does not answer, the keeper does.
+pub(crate) async fn delete_has_the_keeper_drop_a_container_that_its_runtime_has_deleted(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
+    ensure!(container.task.wait("c1", "").await? == 3);
+    let root = kept(&stand, "c1").parent().context("a folder")?.to_owned();
+    let deleted = std::process::Command::new(stand.runtime()).arg("--root").arg(root).args(["delete", "--force", "c1"]).output()?;
+    ensure!(deleted.status.success() && !kept(&stand, "c1").exists(), "{deleted:?}");
+    nix::mount::umount2(&container.bundle.folder.join("rootfs"), nix::mount::MntFlags::MNT_DETACH)?;
+    let shim = container.shim_pid()?;
+    ensure!(container.bundle.delete_command().await?.exit_status == 3);
+    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+}
+
+/// A container that is removed without its worker leaves nothing of its added processes with the keeper of its pod.
+pub(crate) async fn what_is_removed_without_a_worker_leaves_no_descriptors_of_its_execs(stand: Stand) -> Result<()> {
+    let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
+    let shim = anchor.shim_pid()?;
+    let before = proc::fewest_open_files(shim).await?;
+    let member = stand.bundle("member", &["sleep", "1000"]).group("pod").run_in(&anchor.task).await?;
+    for number in 0..5 {
+        let exec = format!("e{number}");
+        let mut request = member.bundle.exec_request(&exec, &["sleep", "1000"]);
+        for (name, path) in [("in", &mut request.stdin), ("out", &mut request.stdout)] {
+            let fifo = stand.folder().join(format!("{exec}-{name}"));
+            shim_tests::stdio::fifo(&fifo)?;
+            *path = fifo.display().to_string();
+        }
+        anchor.task.exec(&request).await?;
+        anchor.task.start("member", &exec).await?;
+    }
+    let worker = anchor.worker_pid().await?;
+    proc::signal(worker, nix::sys::signal::Signal::SIGSTOP)?;
+    let deleted = member.bundle.delete_command().await;
+    let _it_was_killed_or_not = proc::signal(worker, nix::sys::signal::Signal::SIGCONT);
+    ensure!(deleted?.exit_status == 137);
+    eventually("its descriptors are closed", SOON, async || {
+        let now = proc::fewest_open_files(shim).await?;
+        ensure!(now <= before, "{before} before, {now} now: {:?}", proc::open_files(shim)?);
+        Ok(())
+    })
+    .await?;
+    anchor.shut_down().await.map(drop)
+}
+
+pub(crate) async fn a_failed_restore_says_what_criu_said(stand: Stand) -> Result<()> {
+    needs_criu(&Suite::Forky.program("criu"))?;
+    for runtime in Runtime::ALL {
+        let real = Suite::Forky.runtime(runtime);
+        let text = format!("#!/bin/sh\nPATH={}:$PATH exec {} \"$@\"\n", Suite::Forky.bin().display(), real.display());
+        let with_criu = programs::script(stand.folder(), runtime.name(), &text)?;
+        let container = stand.bundle(runtime.name(), &["sleep", "1000"]).runtime(&with_criu).run().await?;
+        let image = stand.folder().join(format!("image-{runtime}"));
+        let id = container.id.clone();
+        let request = api::CheckpointTaskRequest { id: id.clone(), path: image.display().to_string(), ..Default::default() };
+        container.task.call::<api::Empty>("Checkpoint", &request, SOON * 3).await?;
+        ensure!(container.shut_down().await? == 137);
+        fs::remove_dir_all(&container.bundle.folder)?;
+        for entry in fs::read_dir(&image)? {
+            let path = entry?.path();
+            if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("core-")) {
+                fs::write(&path, "damaged")?;
+            }
+        }
+        let bundle = stand.bundle(&id, &["sleep", "1000"]).runtime(&with_criu);
+        let task = bundle.shim().await?;
+        let mut request = bundle.request();
+        request.checkpoint = image.display().to_string();
+        request.parent_checkpoint = "/elsewhere".to_owned();
+        let (code, message) = refusal(task.create(&request).await)?;
+        ensure!(code == Code::Unimplemented && message.contains("parent_checkpoint"), "{code:?} {message}");
+        request.parent_checkpoint.clear();
+        task.create(&request).await?;
+        let (_, message) = refusal(task.start(&id, "").await)?;
+        ensure!(message.contains("restore.log: ") && message.contains("Error (") && message.len() < 8000, "{runtime}: {message}");
+        task.delete(&id, "").await?;
+        ensure!(!kept(&stand, &id).exists(), "the runtime has kept it");
+        leave(&task, bundle.shim_pid()?, &id).await?;
+        // crun leaves them behind when criu fails, and knows of no container then
+        cgroups::remove(&format!("{}/{}/{id}", isolation::cgroup(), stand.namespace()));
+    }
+    Ok(())
+}
+
+/// What the stock shim makes of numbers that others refuse.
+pub(crate) async fn signal_zero_and_sizes_beyond_sixteen_bits_are_answered_as_the_stock_shim_does(stand: Stand) -> Result<()> {
+    let stock = stand.with_shim(&Shim::stock())?;
+    let mut answers = Vec::new();
+    for stand in [&stock, &stand] {
+        let runtime = Suite::Bookworm.runtime(Runtime::Runc);
+        let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&runtime).run().await?;
+        container.exec("e", &["sleep", "1000"]).await?;
+        let mut of_this = Vec::new();
+        for exec in ["", "e"] {
+            of_this.push(format!("signal 0 for {exec:?}: {:?}", container.task.kill("c1", exec, 0).await));
+            for (width, height) in [(u32::MAX, 24), (80, 1 << 16)] {
+                let resize = api::ResizePtyRequest { id: "c1".to_owned(), exec_id: exec.to_owned(), width, height, ..Default::default() };
+                let answer = container.task.call::<api::Empty>("ResizePty", &resize, SOON).await;
+                of_this.push(format!("{width}x{height} for {exec:?}: {}", answer.is_ok()));
+            }
+        }
+        container.task.kill("c1", "e", 9).await?;
+        container.task.wait("c1", "e").await?;
+        of_this.push(format!("signal 0 when it has ended: {:?}", container.task.kill("c1", "e", 0).await.map_err(|error| error.code())));
+        container.shut_down().await?;
+        answers.push(of_this);
+    }
+    stock.leaves_nothing().await?;
+    ensure!(answers[0] == answers[1], "{answers:#?}");
     Ok(())
 }

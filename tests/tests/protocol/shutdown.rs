@@ -118,3 +118,16 @@ pub(crate) async fn a_shim_exits_at_shutdown_once_no_container_runs_and_delete_k
     }
     Ok(())
 }
+
+/// Its client was killed between Delete and Shutdown.
+pub(crate) async fn a_shim_without_containers_and_clients_leaves_without_shutdown(stand: Stand) -> Result<()> {
+    let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
+    let (shim, socket) = (container.shim_pid()?, container.task.socket().to_owned());
+    container.destroy().await?;
+    // while a client is connected, it may want to create another
+    ensure!(container.task.state("c1", "").await.is_err() && proc::is_alive(shim));
+    drop(container);
+    eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await?;
+    ensure!(!socket.exists(), "its socket is there");
+    Ok(())
+}

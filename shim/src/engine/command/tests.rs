@@ -44,7 +44,7 @@ fn every_verb_has_its_arguments() {
     let checkpoint = Checkpoint { image_path: Path::new("/i"), work_path: Path::new("/w"), exit: false, options: &none };
     let restore = Restore {
         image_path: Path::new("/i"),
-        work_path: None,
+        work_path: Path::new("/w"),
         pid_file: Path::new("/p"),
         console_socket: None,
         stdio_key: "c1",
@@ -67,9 +67,9 @@ fn every_verb_has_its_arguments() {
             e.checkpoint(&at(), &Checkpoint { exit: true, options: &options, ..checkpoint }),
             "checkpoint --image-path /i --work-path /w --tcp-established --ext-unix-sk --shell-job --file-locks --manage-cgroups-mode soft --empty-ns network c1",
         ),
-        (e.restore(&at(), &restore), "restore --bundle /bundle --image-path /i --pid-file /p --detach c1"),
+        (e.restore(&at(), &restore), "restore --bundle /bundle --image-path /i --work-path /w --pid-file /p --detach c1"),
         (
-            e.restore(&at(), &Restore { work_path: Some(Path::new("/w")), console_socket: Some(Path::new("/s")), ..restore }),
+            e.restore(&at(), &Restore { console_socket: Some(Path::new("/s")), ..restore }),
             "restore --bundle /bundle --image-path /i --work-path /w --pid-file /p --detach --console-socket /s c1",
         ),
         (e.pids(&at()), "ps --format json c1"),

@@ -75,6 +75,8 @@ impl Keeper {
                 error!(method:%, why:% = end.why; "every worker dies over a request, it is answered with an error");
                 self.children.end_helpers_of(cause);
                 self.answer(due);
+                // What it might have named the pid of may go.
+                self.reap();
             }
             None => error!(what:% = method, why:% = end.why; "every worker dies over an exit, it is withheld for a while"),
         }

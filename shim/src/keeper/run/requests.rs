@@ -109,15 +109,17 @@ impl Keeper {
     /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
     fn forget(&mut self, container: &str, now: Instant) {
         let why = format!("container {container} was removed by hand: nobody will tell of its end");
-        let (had_state, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
+        let (keys, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
         for due in waiting {
             self.answer(due);
         }
-        if had_state {
+        if !keys.is_empty() {
             warn!(container:%; "removed by hand, forgetting it");
             self.children.end_helpers(container);
-            self.children.release(container);
-            self.streams.release(container, now, &mut self.poll);
+            for key in keys {
+                self.children.release(&key);
+                self.streams.release(&key, now, &mut self.poll);
+            }
             // A worker that lives has it in mind still; the next one has not.
             self.supervisor.kill();
         }

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use super::create::{at, blocking};
-use super::verb::run_verb;
+use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
 use super::{Announce, Change, Container, Event, Fact, Happening, ProcessKey, Reply, Request, Target};
 use crate::engine::{self, CommandEngine, Engine, Verb};
 use crate::handover::{Op, Spawn};
@@ -66,28 +66,18 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
     let Some(image_path) = image_path.filter(|path| path.is_absolute()) else {
         return Err(Error::Value { what: "path of a checkpoint", value: call.path });
     };
-    let work_path = options.work_path.clone().or_else(|| record.options.criu_work_path.clone());
-    let own_work_path = record.bundle.join("criu-work");
-    let folders = [image_path.clone(), work_path.as_ref().unwrap_or(&own_work_path).clone()];
+    let work = CriuWork::new(&record, options.work_path.as_deref());
+    let folders = [image_path.clone(), work.path.clone()];
     blocking(move || {
         let make =
             |folder: PathBuf| std::fs::create_dir_all(&folder).map_err(|source| Error::Io { op: "make folder", path: folder, source });
         folders.into_iter().try_for_each(make)
     })
     .await?;
-    let checkpoint = engine::Checkpoint {
-        image_path: &image_path,
-        work_path: work_path.as_ref().unwrap_or(&own_work_path),
-        exit: options.exit,
-        options: &options.criu,
-    };
+    let checkpoint = engine::Checkpoint { image_path: &image_path, work_path: &work.path, exit: options.exit, options: &options.criu };
     let made = run(cause, &container, Verb::Checkpoint, |engine, at| engine.checkpoint(at, &checkpoint)).await;
-    made.map_err(|error| refusal.unwrap_or(error))?;
-    if work_path.is_none()
-        && let Err(error) = std::fs::remove_dir_all(&own_work_path)
-    {
-        log::debug!(container:% = container.id, error:%; "cannot remove criu's files");
-    }
+    made.map_err(|error| refusal.unwrap_or_else(|| blocking_add_criu_errors(error, &work.path)))?;
+    work.blocking_remove();
     let path = image_path.display().to_string();
     Ok(Change::reply(Reply::Empty).event(Event::new(&container, Happening::Checkpointed { path })))
 }

@@ -1,4 +1,5 @@
 //! Create: a container comes into being, its init stopped before the user's program.
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -13,6 +14,7 @@ use crate::engine::{self, CommandEngine, Engine, EngineError, Verb};
 use crate::handover::Spawn;
 use crate::options::RuntimeOptions;
 use crate::rootfs::{self, Mount, Unmount};
+use crate::sys;
 use crate::whole_file::blocking_replace;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
@@ -206,13 +208,18 @@ impl ProcessFiles {
     pub(super) async fn run(&self, cause: &Cause, spawn: Spawn, engine: &CommandEngine, verb: Verb) -> Result<u32, Error> {
         let wants_terminal = spawn.console_socket.is_some();
         let exited = run_verb(cause, step::ENGINE, engine, verb, spawn).await?;
-        if wants_terminal && !exited.terminal {
-            return Err(Error::NoTerminal { socket: self.console_socket.clone() });
-        }
         let path = self.pid_file.clone();
         let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { op: "read", path: path.clone(), source })?;
         match text.trim().parse() {
             Ok(0) | Err(_) => Err(Error::Value { what: "pid file", value: text }),
+            Ok(pid) if wants_terminal && !exited.terminal => {
+                // It runs, and no commit will claim it. Until this cause ends, its number is its own.
+                let killed = sys::process::open(pid).and_then(|process| sys::process::signal(process.as_fd(), nix::libc::SIGKILL));
+                if let Err(error) = killed {
+                    log::debug!(pid, error:%; "cannot kill a process whose terminal has not arrived");
+                }
+                Err(Error::NoTerminal { socket: self.console_socket.clone() })
+            }
             Ok(pid) => Ok(pid),
         }
     }

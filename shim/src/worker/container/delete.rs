@@ -43,7 +43,7 @@ pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target
     if container.process(&key, Process::exit)?.is_some() {
         drain(cause, &key).await;
     }
-    if let Some(deleted) = container.deleted_by_another().await {
+    if let Some(deleted) = container.deleted_by_another(DELETE_WITHIN).await? {
         return Ok(Change::reply(Reply::Deleted(deleted)));
     }
     container.admit(&key, Request::Delete)?;
@@ -69,7 +69,7 @@ pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &C
             return Ok(Change { reply: Some(reply), releases, leave: worker.registry.is_empty(), ..Change::default() });
         }
     };
-    if let Some(deleted) = container.deleted_by_another().await {
+    if let Some(deleted) = container.deleted_by_another(KILL_WITHIN).await? {
         return Ok(Change::reply(Reply::DeletedForCommand(deleted)));
     }
     let _turn = container.take_turn();
@@ -262,7 +262,13 @@ impl Container {
     }
 
     /// Waits while another Delete is under way. Returns its result, or nothing if the caller may try.
-    async fn deleted_by_another(&self) -> Option<Deleted> {
+    async fn deleted_by_another(&self, within: Duration) -> Result<Option<Deleted>, Error> {
+        let waiting_for = format!("another Delete of container {}", self.id);
+        let seconds = within.as_secs();
+        tokio::time::timeout(within, self.other_delete()).await.map_err(|_| Error::TimedOut { waiting_for, seconds })
+    }
+
+    async fn other_delete(&self) -> Option<Deleted> {
         loop {
             let changed = self.changed.notified();
             if let Some(deleted) = self.deleted.get() {
@@ -282,3 +288,5 @@ impl Container {
 
 /// How long a process may take to die of SIGKILL.
 const KILL_WITHIN: Duration = Duration::from_secs(3);
+/// How long one Delete waits for another: longer than outputs are waited for and than a runtime takes.
+const DELETE_WITHIN: Duration = Duration::from_secs(600);

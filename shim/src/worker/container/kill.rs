@@ -23,7 +23,8 @@ pub(in crate::worker) struct KillCall {
 /// Signals.
 pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: KillCall) -> Result<Change, Error> {
     let signal = match i32::try_from(call.signal) {
-        Ok(number @ 1..=64) => number,
+        // 0 asks whether the process is there.
+        Ok(number @ 0..=64) => number,
         _ => return Err(Error::Signal { number: call.signal }),
     };
     let container = worker.registry.get(&call.target.id)?;

@@ -2,10 +2,10 @@
 use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::create::{ProcessFiles, at, find_cgroup, undo_engine};
+use super::create::{ProcessFiles, at, blocking, find_cgroup, undo_engine};
 use super::exits::START_WITHIN;
 use super::streams::Plan;
-use super::verb::run_verb;
+use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
 use super::{Change, Container, Event, Fact, Happening, Phase, ProcessKey, Record, Reply, Request, Target, journal};
 use crate::engine::{self, Engine, Verb};
 use crate::handover::Op;
@@ -74,9 +74,12 @@ async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, 
 async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     let record = container.record().clone();
     let files = ProcessFiles::new(worker, cause, &record, key);
+    let work = CriuWork::new(&record, None);
+    let folder = work.path.clone();
+    blocking(move || std::fs::create_dir_all(&folder).map_err(|source| Error::Io { op: "make folder", path: folder, source })).await?;
     let restore = engine::Restore {
         image_path: record.restore.as_deref().unwrap_or(&record.bundle),
-        work_path: record.options.criu_work_path.as_deref(),
+        work_path: &work.path,
         pid_file: &files.pid_file,
         console_socket: record.init.stdio.terminal.then_some(&files.console_socket),
         stdio_key: &key.to_string(),
@@ -88,9 +91,10 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
         Ok(pid) => pid,
         Err(error) => {
             undo_engine(worker, cause, &record, &error).await;
-            return Err(error);
+            return Err(blocking_add_criu_errors(error, &work.path));
         }
     };
+    work.blocking_remove();
     // Into a copy: what another request saves meanwhile must still say that there is something to restore, for this one's replay.
     let restored = |record: &mut Record| {
         find_cgroup(record, pid);

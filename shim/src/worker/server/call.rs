@@ -162,6 +162,9 @@ const METHODS: &[Method] = &[
 ];
 
 fn create(message: api::CreateTaskRequest) -> Result<Call, Error> {
+    if !message.parent_checkpoint.is_empty() {
+        return Err(Error::Parent { method: "Create", field: "parent_checkpoint" });
+    }
     let mount = |mount: api::Mount| Mount { kind: mount.type_, source: mount.source, target: mount.target, options: mount.options };
     Ok(Call::Create(Box::new(CreateCall {
         id: message.id,
@@ -193,8 +196,8 @@ fn exec(message: api::ExecProcessRequest) -> Result<Call, Error> {
 }
 
 fn resize(message: api::ResizePtyRequest) -> Result<Call, Error> {
-    let side = |what, value: u32| u16::try_from(value).map_err(|_| Error::Value { what, value: value.to_string() });
-    let (rows, columns) = (side("height", message.height)?, side("width", message.width)?);
+    // Of larger ones, containerd's own shim takes the low 16 bits.
+    let (rows, columns) = (message.height as u16, message.width as u16);
     Ok(Call::Resize { target: Target { id: message.id, exec: message.exec_id }, rows, columns })
 }
 
