@@ -16,7 +16,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
-use crate::handover::{ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Malformed, Snapshot, UpgradeReport};
+use crate::handover::{ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Malformed, Snapshot, UpgradeReport, length_of};
 
 /// How long to wait before a keeper that has hung up is asked again.
 const RETRY_AFTER: Duration = Duration::from_millis(5);
@@ -110,11 +110,7 @@ fn exchange(path: &Path, request: &ControlRequest, attached: Option<BorrowedFd<'
     stream.write_all(&request[sent..])?;
     let mut length = [0; 4];
     read_exact(&mut stream, &mut length, deadline)?;
-    let length = u32::from_le_bytes(length) as usize;
-    if length > MAX_MESSAGE_BYTES {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "answer too long"));
-    }
-    let mut reply = vec![0; length];
+    let mut reply = vec![0; length_of(length, MAX_MESSAGE_BYTES).map_err(io::Error::other)?];
     read_exact(&mut stream, &mut reply, deadline)?;
     Ok(reply)
 }

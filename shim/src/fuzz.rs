@@ -75,10 +75,10 @@ pub fn journal(bytes: &[u8]) {
 /// What keeper, worker and commands say to each other: what is read can be written and read again.
 pub fn handover(bytes: &[u8]) {
     if let Ok(message) = ToWorker::decode(bytes) {
-        assert_eq!(ToWorker::decode(&message.encode()[4..]), Ok(message));
+        assert_eq!(ToWorker::decode(&message.encode()[4..]).ok(), Some(message));
     }
     if let Ok(message) = ToKeeper::decode(bytes) {
-        assert_eq!(ToKeeper::decode(&message.encode()[4..]), Ok(message));
+        assert_eq!(ToKeeper::decode(&message.encode()[4..]).ok(), Some(message));
     }
     let _ = ControlRequest::decode(bytes);
     let _ = ControlReply::decode(bytes);

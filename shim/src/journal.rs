@@ -16,8 +16,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use crate::handover::{Malformed, Reader, Writer};
-
 /// Name of the file in the bundle.
 pub(crate) const FILE_NAME: &str = "x-journal";
 
@@ -86,19 +84,14 @@ impl Journal {
         self.0.write_all_at(&[0; SLOT_BYTES], SLOT_AT)?;
         // The sum goes last: a body without its sum is no body.
         self.0.write_all_at(body, BODY_AT)?;
-        let mut head = Writer::value();
-        head.u32(body.len() as u32).u32(sum(body));
-        self.0.write_all_at(&head.into_bytes(), BODY_SUM_AT)
+        let head = [(body.len() as u32).to_le_bytes(), sum(body).to_le_bytes()];
+        self.0.write_all_at(head.as_flattened(), BODY_SUM_AT)
     }
 
     /// Records the exit of the container's init.
     pub(crate) fn write_exit(&self, exit: RecordedExit) -> io::Result<()> {
-        let mut slot = Writer::value();
-        slot.u32(exit.pid).u32(exit.status).i64(exit.at_nanos);
-        let mut slot = slot.into_bytes();
-        let sum = sum(&slot);
-        slot.extend_from_slice(&sum.to_le_bytes());
-        self.0.write_all_at(&slot, SLOT_AT)
+        let slot = [&exit.pid.to_le_bytes()[..], &exit.status.to_le_bytes(), &exit.at_nanos.to_le_bytes()].concat();
+        self.0.write_all_at(&[&slot[..], &sum(&slot).to_le_bytes()].concat(), SLOT_AT)
     }
 }
 
@@ -134,21 +127,24 @@ pub(crate) fn parse(bytes: &[u8]) -> io::Result<Contents> {
     if !bytes.starts_with(MAGIC) || bytes.len() < BODY_AT as usize {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "not a journal of this shim"));
     }
-    Ok(Contents { body: read_body(bytes).ok().flatten(), exit: read_exit(bytes).ok().flatten() })
+    Ok(Contents { body: read_body(bytes), exit: read_exit(bytes) })
 }
 
-fn read_exit(bytes: &[u8]) -> Result<Option<RecordedExit>, Malformed> {
+fn read_exit(bytes: &[u8]) -> Option<RecordedExit> {
     let slot = &bytes[SLOT_AT as usize..];
-    let mut r = Reader::new(slot);
-    let exit = RecordedExit { pid: r.u32()?, status: r.u32()?, at_nanos: r.i64()? };
-    Ok((exit.pid != 0 && r.u32()? == sum(&slot[..16])).then_some(exit))
+    let exit =
+        RecordedExit { pid: u32_at(slot, 0)?, status: u32_at(slot, 4)?, at_nanos: i64::from_le_bytes(*slot.get(8..)?.first_chunk()?) };
+    (exit.pid != 0 && u32_at(slot, 16)? == sum(&slot[..16])).then_some(exit)
 }
 
-fn read_body(bytes: &[u8]) -> Result<Option<Vec<u8>>, Malformed> {
-    let mut r = Reader::new(&bytes[BODY_SUM_AT as usize..]);
-    let (length, expected) = (r.u32()? as usize, r.u32()?);
-    let Some(body) = bytes.get(BODY_AT as usize..BODY_AT as usize + length) else { return Ok(None) };
-    Ok((length > 0 && expected == sum(body)).then(|| body.to_vec()))
+fn read_body(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (length, expected) = (u32_at(bytes, BODY_SUM_AT as usize)? as usize, u32_at(bytes, BODY_SUM_AT as usize + 4)?);
+    let body = bytes.get(BODY_AT as usize..BODY_AT as usize + length)?;
+    (length > 0 && expected == sum(body)).then(|| body.to_vec())
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
 /// FNV-1a: enough to tell a torn record from a whole one.

@@ -1,184 +1,313 @@
-//! Encoding of one message: little-endian integers, length-prefixed byte strings, counted lists.
+//! Encoding of messages: CBOR (RFC 8949), derived, behind the message's length in 4 bytes, little-endian.
+//!
+//! Fields and variants are numbered, and a number is never given again. A reader skips fields that it does not know; one that may be
+//! absent is an `Option` or `#[cbor(default)]`.
+//!
+//! **Invariant:** decoding never panics, and allocates no more than the message holds: a count is not believed before its items are there.
 
-/// Builds the bytes of one message.
-#[derive(Debug, Default)]
-pub(crate) struct Writer(Vec<u8>);
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
 
-impl Writer {
-    /// Starts a framed message: the length, filled in by [`Writer::finish`], and `kind`.
-    pub(crate) fn message(kind: u8) -> Self {
-        Self(vec![0, 0, 0, 0, kind])
-    }
+use minicbor::Encode;
+use minicbor::decode::{self, Decoder};
+use minicbor::encode::{self, Encoder, Write};
 
-    /// Starts a bare value, without a frame.
-    pub(crate) fn value() -> Self {
-        Self(Vec::new())
-    }
-
-    /// Fills in the length and returns the frame.
-    pub(crate) fn finish(mut self) -> Vec<u8> {
-        let length = (self.0.len() - 4) as u32;
-        self.0[..4].copy_from_slice(&length.to_le_bytes());
-        self.0
-    }
-
-    /// Returns a bare value.
-    pub(crate) fn into_bytes(self) -> Vec<u8> {
-        self.0
-    }
-
-    pub(crate) fn u8(&mut self, value: u8) -> &mut Self {
-        self.0.push(value);
-        self
-    }
-
-    pub(crate) fn bool(&mut self, value: bool) -> &mut Self {
-        self.u8(u8::from(value))
-    }
-
-    pub(crate) fn u16(&mut self, value: u16) -> &mut Self {
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    pub(crate) fn u32(&mut self, value: u32) -> &mut Self {
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    pub(crate) fn i32(&mut self, value: i32) -> &mut Self {
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    pub(crate) fn u64(&mut self, value: u64) -> &mut Self {
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    pub(crate) fn i64(&mut self, value: i64) -> &mut Self {
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    pub(crate) fn bytes(&mut self, value: &[u8]) -> &mut Self {
-        self.u32(value.len() as u32);
-        self.0.extend_from_slice(value);
-        self
-    }
-
-    pub(crate) fn str(&mut self, value: &str) -> &mut Self {
-        self.bytes(value.as_bytes())
-    }
-
-    /// Writes a list: its length, then each item by `write`.
-    pub(crate) fn list<T>(&mut self, items: &[T], mut write: impl FnMut(&mut Self, &T)) -> &mut Self {
-        self.u32(items.len() as u32);
-        for item in items {
-            write(self, item);
-        }
-        self
-    }
-
-    /// Writes an optional value: whether it is there, then it.
-    pub(crate) fn option<T>(&mut self, value: Option<&T>, write: impl FnOnce(&mut Self, &T)) -> &mut Self {
-        self.bool(value.is_some());
-        if let Some(value) = value {
-            write(self, value);
-        }
-        self
-    }
-}
+/// Length of what stands before a message, in bytes.
+pub(crate) const HEAD_BYTES: usize = 4;
 
 /// Bytes that are not what their format says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("malformed message: {what}")]
-pub(crate) struct Malformed {
-    /// What was expected.
-    pub(crate) what: &'static str,
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Malformed {
+    #[error("malformed message")]
+    Content(#[from] decode::Error),
+    #[error("message of {length} bytes, {most} are the most")]
+    TooLong { length: usize, most: usize },
 }
 
-/// Takes the bytes of one message apart. Never panics, never allocates more than the message holds.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Reader<'a>(&'a [u8]);
+/// Encodes a message with its length.
+pub(super) fn frame(message: &impl Encode<()>) -> Vec<u8> {
+    let mut bytes = vec![0; HEAD_BYTES];
+    minicbor::encode(message, &mut bytes).expect("a Vec takes every byte");
+    let length = (bytes.len() - HEAD_BYTES) as u32;
+    bytes[..HEAD_BYTES].copy_from_slice(&length.to_le_bytes());
+    // it may be queued for long
+    bytes.shrink_to_fit();
+    bytes
+}
 
-impl<'a> Reader<'a> {
-    pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Self(bytes)
+/// Finds the first message in `input`, without its length; `None` as long as it is not all there.
+///
+/// Errors: it says that it has more than `most` bytes.
+pub(crate) fn first_frame(input: &[u8], most: usize) -> Result<Option<&[u8]>, Malformed> {
+    let Some((head, rest)) = input.split_first_chunk::<HEAD_BYTES>() else { return Ok(None) };
+    Ok(rest.get(..length_of(*head, most)?))
+}
+
+/// The length of the message behind `head`. Errors as of [`first_frame`].
+pub(crate) fn length_of(head: [u8; HEAD_BYTES], most: usize) -> Result<usize, Malformed> {
+    let length = u32::from_le_bytes(head) as usize;
+    if length > most { Err(Malformed::TooLong { length, most }) } else { Ok(length) }
+}
+
+/// Gives messages their frame.
+macro_rules! messages {
+    ($($message:ty),*) => {$(
+        impl $message {
+            /// Encodes the message with its length.
+            pub(crate) fn encode(&self) -> Vec<u8> {
+                frame(self)
+            }
+
+            /// Decodes a message without its length.
+            pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+                Ok(minicbor::decode(bytes)?)
+            }
+        }
+    )*};
+}
+
+messages!(super::ToWorker, super::ToKeeper, super::ControlRequest, super::ControlReply);
+
+/// What the derive cannot encode by itself, or not well: byte strings, and in the keeper's state descriptors and times. For
+/// `#[cbor(with = "part")]`; `C` is what the reader and the writer of the whole need to know.
+pub(crate) trait Part<C>: Sized {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>>;
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error>;
+}
+
+/// See [`Part`].
+pub(crate) mod part {
+    use super::*;
+
+    pub(crate) fn encode<C, T: Part<C>, W: Write>(value: &T, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        value.put(e, context)
     }
 
-    /// Whether everything was read.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    pub(crate) fn decode<C, T: Part<C>>(d: &mut Decoder<'_>, context: &mut C) -> Result<T, decode::Error> {
+        T::take(d, context)
+    }
+}
+
+impl<C> Part<C> for Vec<u8> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, _: &mut C) -> Result<(), encode::Error<W::Error>> {
+        e.bytes(self)?.ok()
     }
 
-    fn take(&mut self, count: usize, what: &'static str) -> Result<&'a [u8], Malformed> {
-        let (head, rest) = self.0.split_at_checked(count).ok_or(Malformed { what })?;
-        self.0 = rest;
-        Ok(head)
+    fn take(d: &mut Decoder<'_>, _: &mut C) -> Result<Self, decode::Error> {
+        Ok(d.bytes()?.to_vec())
+    }
+}
+
+impl<C> Part<C> for Rc<[u8]> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, _: &mut C) -> Result<(), encode::Error<W::Error>> {
+        e.bytes(self)?.ok()
     }
 
-    fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], Malformed> {
-        let (head, rest) = self.0.split_first_chunk::<N>().ok_or(Malformed { what })?;
-        self.0 = rest;
-        Ok(*head)
+    fn take(d: &mut Decoder<'_>, _: &mut C) -> Result<Self, decode::Error> {
+        Ok(d.bytes()?.into())
+    }
+}
+
+/// Types of which the derive's own encoding will do, beside a part in a pair. Each with a bound of the context, if it needs one.
+macro_rules! plain_parts {
+    ($($plain:ty $(=> $bound:ty)?),*) => {$(
+        impl<C $(: AsMut<$bound>)?> $crate::handover::Part<C> for $plain {
+            fn put<W: minicbor::encode::Write>(
+                &self,
+                e: &mut minicbor::Encoder<W>,
+                context: &mut C,
+            ) -> Result<(), minicbor::encode::Error<W::Error>> {
+                minicbor::Encode::encode(self, e, context)
+            }
+
+            fn take(d: &mut minicbor::Decoder<'_>, context: &mut C) -> Result<Self, minicbor::decode::Error> {
+                minicbor::Decode::decode(d, context)
+            }
+        }
+    )*};
+}
+pub(crate) use plain_parts;
+
+plain_parts!(u32, u64, String, super::Ready);
+
+impl<C, A: Part<C>, B: Part<C>> Part<C> for (A, B) {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        e.array(2)?;
+        self.0.put(e, context)?;
+        self.1.put(e, context)
     }
 
-    pub(crate) fn u8(&mut self) -> Result<u8, Malformed> {
-        Ok(self.array::<1>("a byte")?[0])
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        match d.array()? {
+            Some(2) => Ok((A::take(d, context)?, B::take(d, context)?)),
+            _ => Err(decode::Error::message("a pair was expected")),
+        }
     }
+}
 
-    pub(crate) fn bool(&mut self) -> Result<bool, Malformed> {
-        match self.u8()? {
-            0 => Ok(false),
-            1 => Ok(true),
-            _ => Err(Malformed { what: "a truth value" }),
+impl<C, T: Part<C>> Part<C> for Option<T> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        match self {
+            Some(value) => value.put(e, context),
+            None => e.null()?.ok(),
         }
     }
 
-    pub(crate) fn u16(&mut self) -> Result<u16, Malformed> {
-        Ok(u16::from_le_bytes(self.array("a 16-bit number")?))
-    }
-
-    pub(crate) fn u32(&mut self) -> Result<u32, Malformed> {
-        Ok(u32::from_le_bytes(self.array("a 32-bit number")?))
-    }
-
-    pub(crate) fn i32(&mut self) -> Result<i32, Malformed> {
-        Ok(i32::from_le_bytes(self.array("a 32-bit number")?))
-    }
-
-    pub(crate) fn u64(&mut self) -> Result<u64, Malformed> {
-        Ok(u64::from_le_bytes(self.array("a 64-bit number")?))
-    }
-
-    pub(crate) fn i64(&mut self) -> Result<i64, Malformed> {
-        Ok(i64::from_le_bytes(self.array("a 64-bit number")?))
-    }
-
-    pub(crate) fn slice(&mut self) -> Result<&'a [u8], Malformed> {
-        let length = self.u32()? as usize;
-        self.take(length, "a byte string")
-    }
-
-    pub(crate) fn bytes(&mut self) -> Result<Vec<u8>, Malformed> {
-        Ok(self.slice()?.to_vec())
-    }
-
-    pub(crate) fn string(&mut self) -> Result<String, Malformed> {
-        String::from_utf8(self.bytes()?).map_err(|_| Malformed { what: "text in UTF-8" })
-    }
-
-    pub(crate) fn list<T>(&mut self, mut read: impl FnMut(&mut Self) -> Result<T, Malformed>) -> Result<Vec<T>, Malformed> {
-        let count = self.u32()? as usize;
-        // Every item takes a byte at least, so a count beyond the bytes left is a lie.
-        if count > self.0.len() {
-            return Err(Malformed { what: "a list" });
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        if d.datatype()? == minicbor::data::Type::Null {
+            d.null()?;
+            return Ok(None);
         }
-        (0..count).map(|_| read(self)).collect()
+        T::take(d, context).map(Some)
+    }
+}
+
+fn put_list<'t, C, T: Part<C> + 't, W: Write>(
+    items: impl ExactSizeIterator<Item = &'t T>,
+    e: &mut Encoder<W>,
+    context: &mut C,
+) -> Result<(), encode::Error<W::Error>> {
+    e.array(items.len() as u64)?;
+    items.into_iter().try_for_each(|item| item.put(e, context))
+}
+
+fn take_list<C, T: Part<C>>(d: &mut Decoder<'_>, context: &mut C) -> Result<Vec<T>, decode::Error> {
+    let count = d.array()?.ok_or_else(|| decode::Error::message("a list was expected to say its length"))?;
+    // Grows as the items are found: the count may be a lie.
+    let mut items = Vec::new();
+    for _ in 0..count {
+        items.push(T::take(d, context)?);
+    }
+    Ok(items)
+}
+
+impl<C> Part<C> for Vec<Vec<u8>> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        put_list(self.iter(), e, context)
     }
 
-    pub(crate) fn option<T>(&mut self, read: impl FnOnce(&mut Self) -> Result<T, Malformed>) -> Result<Option<T>, Malformed> {
-        if self.bool()? { read(self).map(Some) } else { Ok(None) }
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        take_list(d, context)
+    }
+}
+
+impl<C, A: Part<C>, B: Part<C>> Part<C> for Vec<(A, B)> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        put_list(self.iter(), e, context)
+    }
+
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        take_list(d, context)
+    }
+}
+
+impl<C, T: Part<C>> Part<C> for VecDeque<T> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        put_list(self.iter(), e, context)
+    }
+
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        take_list(d, context).map(Self::from)
+    }
+}
+
+impl<C, T: Part<C>, const N: usize> Part<C> for [T; N] {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        put_list(self.iter(), e, context)
+    }
+
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        take_list(d, context)?.try_into().map_err(|_| decode::Error::message("a list of another length was expected"))
+    }
+}
+
+impl<C, K: Part<C> + Ord, T: Part<C>> Part<C> for BTreeMap<K, T> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        e.array(self.len() as u64)?;
+        self.iter().try_for_each(|(key, value)| {
+            e.array(2)?;
+            key.put(e, context)?;
+            value.put(e, context)
+        })
+    }
+
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        Ok(take_list(d, context)?.into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minicbor::Decode;
+
+    use super::super::{Commit, ControlRequest, MAX_MESSAGE_BYTES, ToKeeper, ToWorker};
+    use super::*;
+
+    #[derive(Debug, PartialEq, Encode, Decode)]
+    struct Newer {
+        #[n(0)]
+        key: String,
+        #[cbor(n(1), with = "part")]
+        value: Vec<u8>,
+        #[n(2)]
+        appended: Vec<(u32, String)>,
+    }
+
+    #[derive(Debug, PartialEq, Encode, Decode)]
+    struct Older {
+        #[n(0)]
+        key: String,
+        #[cbor(n(1), with = "part")]
+        value: Vec<u8>,
+    }
+
+    #[derive(Debug, PartialEq, Encode, Decode)]
+    struct Lenient {
+        #[n(0)]
+        key: String,
+        #[cbor(n(1), with = "part")]
+        value: Vec<u8>,
+        #[cbor(n(2), default)]
+        appended: Vec<(u32, String)>,
+    }
+
+    #[test]
+    fn fields_that_a_later_version_appends_are_skipped_and_missing_ones_are_filled_in() {
+        let newer = minicbor::to_vec([Newer { key: "c1".into(), value: vec![1, 200], appended: vec![(7, "x".into())] }]).expect("bytes");
+        let older = minicbor::to_vec([Older { key: "c1".into(), value: vec![1, 200] }]).expect("bytes");
+        let [read]: [Older; 1] = minicbor::decode(&newer).expect("skips what it does not know");
+        assert_eq!(read, Older { key: "c1".into(), value: vec![1, 200] });
+        let [read]: [Lenient; 1] = minicbor::decode(&older).expect("fills in what is missing");
+        assert_eq!(read, Lenient { key: "c1".into(), value: vec![1, 200], appended: Vec::new() });
+        assert!(minicbor::decode::<[Newer; 1]>(&older).is_err(), "a field that must be there is missing");
+    }
+
+    #[test]
+    fn a_count_or_a_length_that_lies_is_refused() {
+        // arrays, maps, byte strings and texts of 2^32 − 1 and of 2^64 − 1 items in place of each value of a commit
+        let whole = ToKeeper::Commit(Commit { events: vec![vec![7; 30]], releases: vec!["c1".into()], ..Commit::default() }).encode();
+        let mut refused = 0;
+        for at in HEAD_BYTES..whole.len() {
+            for major in [0x40u8, 0x60, 0x80, 0xa0] {
+                for lie in [&[major | 26, 0xff, 0xff, 0xff, 0xff][..], &[major | 27, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff][..]] {
+                    let bytes = [&whole[HEAD_BYTES..at], lie, &whole[at + 1..]].concat();
+                    refused += usize::from(ToKeeper::decode(&bytes).is_err());
+                }
+            }
+        }
+        // all but those within the byte string, whose length no longer holds what follows
+        assert!(refused > (whole.len() - HEAD_BYTES - 40) * 8, "{refused} of {}", whole.len());
+    }
+
+    #[test]
+    fn a_message_is_found_once_it_is_whole_and_refused_if_it_is_too_long() {
+        let bytes = [ToWorker::Ping { number: 300 }.encode(), ControlRequest::Describe.encode()].concat();
+        let first = first_frame(&bytes, MAX_MESSAGE_BYTES).expect("bounded").expect("whole");
+        assert_eq!(ToWorker::decode(first).ok(), Some(ToWorker::Ping { number: 300 }));
+        for end in 0..HEAD_BYTES + first.len() {
+            assert!(first_frame(&bytes[..end], MAX_MESSAGE_BYTES).expect("bounded").is_none(), "{end}");
+        }
+        let length = MAX_MESSAGE_BYTES as u32 + 1;
+        assert!(matches!(first_frame(&length.to_le_bytes(), MAX_MESSAGE_BYTES), Err(Malformed::TooLong { .. })));
     }
 }

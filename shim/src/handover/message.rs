@@ -1,7 +1,7 @@
 //! The messages themselves.
-mod encodings;
+use minicbor::{Decode, Encode};
 
-use super::Versions;
+use super::{Versions, part};
 
 /// What made the worker act: a request or an exit. Numbered by the keeper, never reused in its life.
 pub(crate) type Cause = u64;
@@ -10,36 +10,90 @@ pub(crate) type Cause = u64;
 pub(crate) type Step = u32;
 
 /// From keeper to worker.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum ToWorker {
     /// Who the keeper is, and the version that both speak from now on. `life` counts workers from 1.
-    Welcome { version: u16, keeper_pid: u32, life: u32 },
+    #[n(0)]
+    Welcome {
+        #[n(0)]
+        version: u16,
+        #[n(1)]
+        keeper_pid: u32,
+        #[n(2)]
+        life: u32,
+    },
     /// One entry of the committed state.
-    State { key: String, value: Vec<u8> },
+    #[n(1)]
+    State {
+        #[n(0)]
+        key: String,
+        #[cbor(n(1), with = "part")]
+        value: Vec<u8>,
+    },
     /// A request that has no answer yet. `payload` is a ttrpc `Request` message. `age_nanos` is the time since it arrived.
-    Request { cause: Cause, age_nanos: u64, origin: Origin, payload: Vec<u8> },
+    #[n(2)]
+    Request {
+        #[n(0)]
+        cause: Cause,
+        #[n(1)]
+        age_nanos: u64,
+        #[n(2)]
+        origin: Origin,
+        #[cbor(n(3), with = "part")]
+        payload: Vec<u8>,
+    },
     /// A claimed process ended; sent until a commit ends the cause.
-    Exit { cause: Cause, exit: ProcessExit },
+    #[n(3)]
+    Exit {
+        #[n(0)]
+        cause: Cause,
+        #[n(1)]
+        exit: ProcessExit,
+    },
     /// Everything that was known when this worker said hello has been sent.
+    #[n(4)]
     CaughtUp,
     /// What became of an operation. [`Outcome::Descriptor`] has a descriptor attached to the message.
-    Done { cause: Cause, step: Step, outcome: Outcome },
+    #[n(5)]
+    Done {
+        #[n(0)]
+        cause: Cause,
+        #[n(1)]
+        step: Step,
+        #[n(2)]
+        outcome: Outcome,
+    },
     /// One entry of the state, to be read on trial: before the Welcome, to a worker that may take over.
-    Try { key: String, value: Vec<u8> },
+    #[n(6)]
+    Try {
+        #[n(0)]
+        key: String,
+        #[cbor(n(1), with = "part")]
+        value: Vec<u8>,
+    },
     /// That was all of the state. → [`ToKeeper::Fit`]
+    #[n(7)]
     Tried,
     /// Asks for a sign of life. → [`ToKeeper::Pong`]
-    Ping { number: u32 },
+    #[n(8)]
+    Ping {
+        #[n(0)]
+        number: u32,
+    },
     /// Nothing is to be done: may this worker end until something is? → [`ToKeeper::Watch`]*, [`ToKeeper::Rest`]
+    #[n(9)]
     MayRest,
 }
 
 /// Who asks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
 pub(crate) enum Origin {
     /// A ttrpc client on the shim's socket.
+    #[n(0)]
     Client,
     /// A command of this binary on the keeper's control socket. The request's service is [`CONTROL_SERVICE`].
+    #[n(1)]
     Control,
 }
 
@@ -47,61 +101,113 @@ pub(crate) enum Origin {
 pub(crate) const CONTROL_SERVICE: &str = "x.shim.control.v1";
 
 /// How a claimed process ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct ProcessExit {
     /// The key under which it was claimed.
+    #[n(0)]
     pub(crate) key: String,
+    #[n(1)]
     pub(crate) pid: u32,
     /// 0–255, or 128 + signal number.
+    #[n(2)]
     pub(crate) status: u32,
     /// Unix time in nanoseconds, taken when the exit was seen.
+    #[n(3)]
     pub(crate) at_nanos: i64,
 }
 
 /// What the keeper does on the worker's order, once.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum Op {
     /// Starts a process and reports its end (or its readiness). → `Exited`, `Ready` or `Failed`.
-    Spawn(Spawn),
+    #[n(0)]
+    Spawn(#[n(0)] Spawn),
     /// Signals a claimed process through its pidfd. → `Done`, or `Failed` with ESRCH once it has exited or was never claimed.
-    Signal { key: String, signal: i32 },
+    #[n(1)]
+    Signal {
+        #[n(0)]
+        key: String,
+        #[n(1)]
+        signal: i32,
+    },
     /// Does nothing, and so tells whether it was asked before. → `Done` the first time in all lives, `Failed` with EALREADY after.
+    #[n(2)]
     Once,
     /// Makes the pipes of a process and connects the client's fifos. → `Done` or `Failed`.
-    OpenStdio(Stdio),
+    #[n(3)]
+    OpenStdio(#[n(0)] Stdio),
     /// The client will write no more to stdin: what is in the fifo still goes through, then the process reads EOF. → `Done`.
-    CloseStdin { key: String },
+    #[n(4)]
+    CloseStdin {
+        #[n(0)]
+        key: String,
+    },
     /// Sets the size of a process's terminal. → `Done`, or `Failed` with ENOTTY if it has none (yet).
-    Resize { key: String, rows: u16, columns: u16 },
+    #[n(5)]
+    Resize {
+        #[n(0)]
+        key: String,
+        #[n(1)]
+        rows: u16,
+        #[n(2)]
+        columns: u16,
+    },
     /// Writes the body of a container's journal (see `journal`), creating the file. → `Done` or `Failed`.
-    WriteJournal { path: String, body: Vec<u8> },
+    #[n(6)]
+    WriteJournal {
+        #[n(0)]
+        path: String,
+        #[cbor(n(1), with = "part")]
+        body: Vec<u8>,
+    },
     /// Hands the worker a copy of the read end of an output opened as [`Output::Pipe`]. Not remembered: each ask gives a new copy.
     /// → `Descriptor`, or `Failed` with ENOENT.
-    ReadEnd { key: String, stream: Stream },
+    #[n(7)]
+    ReadEnd {
+        #[n(0)]
+        key: String,
+        #[n(1)]
+        stream: Stream,
+    },
+    /// Kills the helpers that work for a process, or for a container and its execs. → `Done`; their own operations end as killed.
+    #[n(8)]
+    EndHelpers {
+        #[n(0)]
+        key: String,
+    },
     /// Waits, 10 s at most, until what a process has written is taken and the last writer has left, or no reader will take it.
     /// → `Done`.
-    Drain { key: String },
-    /// Kills the helpers that work for a process, or for a container and its execs. → `Done`; their own operations end as killed.
-    EndHelpers { key: String },
+    #[n(9)]
+    Drain {
+        #[n(0)]
+        key: String,
+    },
 }
 
 /// A process to start. It gets exactly the descriptors named here, default signal dispositions, an empty mask, a process group of its own.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Spawn {
     /// What it works for: a container, or `container/exec`. Shown by `ps`; helpers of a container end with it.
+    #[n(0)]
     pub(crate) key: String,
     /// Absolute path first. An argument [`LOG_ARGUMENT`] is replaced by the path of a pipe whose content becomes [`Exited::log`].
+    #[cbor(n(1), with = "part")]
     pub(crate) argv: Vec<Vec<u8>>,
     /// `NAME=value`; nothing is inherited.
+    #[cbor(n(2), with = "part")]
     pub(crate) env: Vec<Vec<u8>>,
     /// Working directory.
+    #[n(3)]
     pub(crate) cwd: String,
     /// Descriptors from 0 upwards.
+    #[n(4)]
     pub(crate) fds: Vec<Fd>,
     /// The process will leave a child behind and name its pid in a file: unclaimed children stay unreaped until the commit
     /// that ends this cause.
+    #[n(5)]
     pub(crate) reports_pid: bool,
     /// Where the process will deliver a terminal for `key` (`--console-socket`). The keeper listens there and takes the terminal in.
+    #[n(6)]
     pub(crate) console_socket: Option<String>,
 }
 
@@ -112,164 +218,230 @@ pub(crate) const LOG_ARGUMENT: &[u8] = b"@log@";
 pub(crate) const MAX_OUTPUT_BYTES: usize = 256 << 10;
 
 /// Where a descriptor of a new process comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum Fd {
     /// `/dev/null`.
+    #[n(0)]
     Null,
     /// The process's side of a stream opened by [`Op::OpenStdio`] under this key; `/dev/null` where that stream is none.
     /// The keeper gives its own copy of it up once the process was started.
-    Process(String, Stream),
+    #[n(1)]
+    Process(#[n(0)] String, #[n(1)] Stream),
     /// The read end of an output opened as [`Output::Pipe`]: for a logger.
-    ReadEnd(String, Stream),
+    #[n(2)]
+    ReadEnd(#[n(0)] String, #[n(1)] Stream),
     /// Collected into [`Exited::output`].
+    #[n(3)]
     Output,
     /// The write end of a pipe: a byte or its closing makes the outcome [`Outcome::Ready`].
+    #[n(4)]
     Ready,
 }
 
 /// The three streams of a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Encode, Decode)]
+#[cbor(index_only)]
 pub(crate) enum Stream {
+    #[n(0)]
     Stdin,
+    #[n(1)]
     Stdout,
+    #[n(2)]
     Stderr,
 }
 
 /// The streams of a process.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Stdio {
+    #[n(0)]
     pub(crate) key: String,
     /// The client's fifo, if there is one.
+    #[n(1)]
     pub(crate) stdin: Option<String>,
+    #[n(2)]
     pub(crate) stdout: Output,
+    #[n(3)]
     pub(crate) stderr: Output,
     /// Streams go through a terminal that a [`Spawn::console_socket`] will deliver; no pipes are made.
+    #[n(4)]
     pub(crate) terminal: bool,
     /// Owner of the pipes.
+    #[n(5)]
     pub(crate) uid: u32,
+    #[n(6)]
     pub(crate) gid: u32,
     /// Bytes to keep in a file beside [`Stdio::key`]'s journal while no reader takes them; 0 for none. See `docs/stdio.md`.
+    #[n(7)]
     pub(crate) spill_bytes: u64,
     /// Folder for the spill file.
+    #[n(8)]
     pub(crate) spill_folder: String,
 }
 
 /// Where an output goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum Output {
     /// `/dev/null`.
+    #[n(0)]
     None,
     /// A client's fifo, spliced by the keeper.
-    Fifo(String),
+    #[n(1)]
+    Fifo(#[n(0)] String),
     /// A pipe that the keeper only holds: a logger or the worker reads it.
+    #[n(2)]
     Pipe,
 }
 
 /// What became of an operation.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum Outcome {
+    #[n(0)]
     Done,
     /// A system call failed. `what` says what was tried on what.
+    #[n(1)]
     Failed {
+        #[n(0)]
         errno: i32,
+        #[n(1)]
         what: String,
     },
-    Exited(Exited),
+    #[n(2)]
+    Exited(#[n(0)] Exited),
     /// A [`Fd::Ready`] pipe was written to (`byte`) or closed; the process goes on.
+    #[n(3)]
     Ready {
+        #[n(0)]
         byte: bool,
     },
     /// The descriptor attached to this message.
+    #[n(4)]
     Descriptor,
 }
 
 /// The end of a spawned process.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Exited {
     /// 0–255, or 128 + signal number.
+    #[n(0)]
     pub(crate) status: u32,
     /// What it wrote to [`LOG_ARGUMENT`].
+    #[cbor(n(1), with = "part")]
     pub(crate) log: Vec<u8>,
     /// What it wrote to [`Fd::Output`].
+    #[cbor(n(2), with = "part")]
     pub(crate) output: Vec<u8>,
     /// A terminal arrived on [`Spawn::console_socket`].
+    #[n(3)]
     pub(crate) terminal: bool,
 }
 
 /// From worker to keeper.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum ToKeeper {
     /// The first message. `versions`: what this worker speaks.
+    #[n(0)]
     Hello {
+        #[n(0)]
         versions: Versions,
+        #[n(1)]
         build: String,
     },
+    #[n(1)]
     Operation {
+        #[n(0)]
         cause: Cause,
+        #[n(1)]
         step: Step,
+        #[n(2)]
         op: Op,
     },
-    Commit(Commit),
+    #[n(2)]
+    Commit(#[n(0)] Commit),
     /// Whether this worker can go on with the state that it was shown, or why not.
+    #[n(3)]
     Fit {
+        #[n(0)]
         refusal: Option<String>,
     },
     /// The sign of life that was asked for.
+    #[n(4)]
     Pong {
+        #[n(0)]
         number: u32,
     },
     /// A descriptor is attached that can be read when a worker is needed again.
+    #[n(5)]
     Watch,
     /// Whether this worker may end for a while.
+    #[n(6)]
     Rest {
+        #[n(0)]
         may: bool,
     },
 }
 
 /// The end of a step. Applied whole, in the order of the fields.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Commit {
     /// Entries of the state to set, or to remove: one for each container, its id the key, and one for each process that was added to it, with
     /// the process's key. Setting or removing one drops its ready answers.
+    #[cbor(n(0), with = "part")]
     pub(crate) state: Vec<(String, Option<Vec<u8>>)>,
     /// Children to own: their exit becomes a cause.
+    #[n(1)]
     pub(crate) claims: Vec<Claim>,
     /// Events to send, in this order, each a ttrpc `Request` message.
+    #[cbor(n(2), with = "part")]
     pub(crate) events: Vec<Vec<u8>>,
     /// Answers, each a ttrpc `Response` message. Each ends its cause.
+    #[cbor(n(3), with = "part")]
     pub(crate) answers: Vec<(Cause, Vec<u8>)>,
     /// Requests that wait for a key. Each ends as a cause: only where its answer goes is kept.
+    #[n(4)]
     pub(crate) parks: Vec<(Cause, String)>,
     /// Answers for everyone who waits for a key.
+    #[cbor(n(5), with = "part")]
     pub(crate) wakes: Vec<(String, Vec<u8>)>,
     /// Exits that were taken in.
+    #[n(6)]
     pub(crate) ends: Vec<Cause>,
     /// Processes that are forgotten: claim, streams (after their drain), helpers.
+    #[n(7)]
     pub(crate) releases: Vec<String>,
     /// Answers that the keeper may give by itself while no worker does.
+    #[n(8)]
     pub(crate) ready: Vec<Ready>,
     /// Leave as soon as there is no state, no reservation and nothing left to write. Stays in force until state is set again.
+    #[n(9)]
     pub(crate) leave: bool,
 }
 
 /// A child that a runtime left behind.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Claim {
+    #[n(0)]
     pub(crate) key: String,
+    #[n(1)]
     pub(crate) pid: u32,
     /// Journal whose exit slot records its end.
+    #[n(2)]
     pub(crate) journal: Option<String>,
 }
 
 /// A ready-made answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Ready {
     /// The state entry that it depends on.
+    #[n(0)]
     pub(crate) key: String,
+    #[n(1)]
     pub(crate) service: String,
+    #[n(2)]
     pub(crate) method: String,
     /// The request's payload, byte for byte.
+    #[cbor(n(3), with = "part")]
     pub(crate) payload: Vec<u8>,
     /// A ttrpc `Response` message.
+    #[cbor(n(4), with = "part")]
     pub(crate) answer: Vec<u8>,
 }

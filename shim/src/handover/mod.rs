@@ -27,7 +27,7 @@ mod control;
 mod message;
 mod version;
 
-pub(crate) use codec::{Malformed, Reader, Writer};
+pub(crate) use codec::{HEAD_BYTES, Malformed, Part, first_frame, length_of, part, plain_parts};
 pub(crate) use control::*;
 pub(crate) use message::*;
 pub(crate) use version::Versions;

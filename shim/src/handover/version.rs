@@ -3,10 +3,14 @@
 //! A build speaks a range of versions. Two builds work together if their ranges meet, in the newest version that both speak.
 //! `docs/upgrade.md` says when the numbers change.
 
+use minicbor::{Decode, Encode};
+
 /// A range of versions, both ends included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Versions {
+    #[n(0)]
     pub(crate) oldest: u16,
+    #[n(1)]
     pub(crate) newest: u16,
 }
 

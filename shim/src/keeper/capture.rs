@@ -3,25 +3,32 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use minicbor::{Decode, Encode};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
-use super::image::{Error, Loader, Saver};
+use super::image::Carrier;
 use super::inbox::{READ_BYTES, Read, read_some};
 use super::poll::{Poll, Source};
-use crate::handover::MAX_OUTPUT_BYTES;
+use crate::handover::{MAX_OUTPUT_BYTES, part, plain_parts};
 
 /// The most bytes of one turn: who writes faster than they are read would have the keeper to himself.
 const TURN_BYTES: usize = 256 << 10;
 
 /// A pipe that is read as it fills, so that its writer never waits. Of more than [`MAX_OUTPUT_BYTES`], the end is kept.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Capture {
+    #[cbor(n(0), with = "part")]
     pipe: File,
+    #[cbor(n(1), with = "part")]
     bytes: Vec<u8>,
     /// Every write end was closed.
+    #[n(2)]
     closed: bool,
 }
+
+plain_parts!(Capture => Carrier);
 
 impl Capture {
     /// Makes the pipe; returns its write end too, which blocks as a program expects.
@@ -34,15 +41,6 @@ impl Capture {
     /// Reads from a pipe that does not block.
     pub(crate) fn from_pipe(pipe: OwnedFd) -> Self {
         Self { pipe: pipe.into(), bytes: Vec::new(), closed: false }
-    }
-
-    pub(crate) fn save(&self, s: &mut Saver) {
-        s.fd(&self.pipe);
-        s.bytes(&self.bytes).bool(self.closed);
-    }
-
-    pub(crate) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
-        Ok(Self { pipe: l.fd()?.into(), bytes: l.bytes()?, closed: l.bool()? })
     }
 
     pub(crate) fn watch(&self, poll: &Poll, source: Source) -> io::Result<()> {

@@ -9,7 +9,6 @@
 //!                   └▶ ended unclaimed: kept a zombie while an operation may still name its pid, then reaped
 //! ```
 mod family;
-mod saved;
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -20,12 +19,14 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use log::{debug, error, info, warn};
+use minicbor::{Decode, Encode};
 use nix::errno::Errno;
 
 use super::capture::Capture;
+use super::image::Carrier;
 use super::poll::{Poll, Source};
 use super::streams::Streams;
-use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream};
+use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, part};
 use crate::journal::{Journal, RecordedExit};
 use crate::sys;
 
@@ -35,30 +36,45 @@ const UNKNOWN_STATUS: u32 = 255;
 const REAPED_AT_ONCE: usize = 1024;
 
 /// A process that the keeper started.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 struct Helper {
+    #[n(0)]
     cause: Cause,
+    #[n(1)]
     step: Step,
+    #[n(2)]
     key: String,
+    #[n(3)]
     program: String,
     /// Holds the error number if the program could not be executed.
+    #[n(4)]
     failure: Capture,
     /// The pipe behind [`LOG_ARGUMENT`], both ends: the program opens it by its path here.
+    #[cbor(n(5), with = "part")]
     log: Option<(Capture, OwnedFd)>,
+    #[n(6)]
     output: Option<Capture>,
     /// Until the helper is ready.
+    #[n(7)]
     ready: Option<Capture>,
     /// The outcome was given already.
+    #[n(8)]
     reported: bool,
+    #[n(9)]
     console: Option<Console>,
     /// Outputs that it reads: somebody else must when it is gone.
+    #[n(10)]
     reads: Vec<(String, Stream)>,
 }
 
 /// Where a runtime delivers a terminal.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 struct Console {
+    #[cbor(n(0), with = "part")]
     listener: UnixListener,
+    #[cbor(n(1), with = "part")]
     path: PathBuf,
 }
 
@@ -70,13 +86,18 @@ impl Drop for Console {
 }
 
 /// A container's process.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 struct Claimed {
+    #[n(0)]
     key: String,
     /// Absent if it was gone when it was claimed, or no descriptor was left.
+    #[cbor(n(1), with = "part")]
     handle: Option<OwnedFd>,
+    #[cbor(n(2), with = "part")]
     journal: Option<Journal>,
     /// Not our child: its end is seen through the handle, its status is unknown.
+    #[n(3)]
     foreign: bool,
 }
 
@@ -94,20 +115,43 @@ pub(crate) enum Found {
 }
 
 /// All children.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Children {
     // Boxed: a map has room for eleven values from its first one on.
+    #[n(4)]
     helpers: BTreeMap<u32, Box<Helper>>,
+    #[n(0)]
     claimed: BTreeMap<u32, Box<Claimed>>,
     /// The pid that was claimed last under a key.
+    #[cbor(skip)]
     pids: BTreeMap<String, u32>,
     /// Claims whose process was gone already: their exits are due.
+    #[n(1)]
     vanished: Vec<u32>,
+    #[n(2)]
     pub(crate) started: u64,
+    #[n(3)]
     pub(crate) exits_seen: u64,
 }
 
 impl Children {
+    /// Goes on in the place of another executable.
+    pub(crate) fn resume(&mut self, poll: &mut Poll) -> io::Result<()> {
+        for (pid, helper) in &self.helpers {
+            let captures = [helper.log.as_ref().map(|(log, _)| log), helper.output.as_ref(), helper.ready.as_ref()];
+            captures.into_iter().flatten().try_for_each(|capture| capture.watch(poll, Source::Helper(*pid)))?;
+            poll.again(Source::Helper(*pid));
+        }
+        for (pid, claimed) in &self.claimed {
+            if let (true, Some(handle)) = (claimed.foreign, &claimed.handle) {
+                poll.add_reader(handle, Source::Foreign(*pid))?;
+            }
+            self.pids.insert(claimed.key.clone(), *pid);
+        }
+        Ok(())
+    }
+
     /// Starts a helper.
     pub(crate) fn start(&mut self, cause: Cause, step: Step, order: Spawn, streams: &mut Streams, poll: &Poll) -> Result<(), Outcome> {
         let program = order.argv.first().map(|a| String::from_utf8_lossy(a).into_owned()).unwrap_or_default();

@@ -1,5 +1,4 @@
 //! The control socket: what the commands of this binary ask a keeper, with or without a worker.
-mod saved;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -7,12 +6,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::warn;
+use minicbor::{Decode, Encode};
 
+use super::image::Carrier;
 use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use super::relay::accept_all;
-use crate::handover::{ControlReply, ControlRequest};
+use crate::handover::{ControlReply, ControlRequest, first_frame, part};
 use crate::sys;
 
 /// The most commands at once.
@@ -20,21 +21,31 @@ const MAX_COMMANDERS: usize = 64;
 /// The longest request, in bytes.
 const MAX_REQUEST_BYTES: usize = 64 << 10;
 
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 struct Commander {
+    #[cbor(n(0), with = "part")]
     socket: UnixStream,
     /// The descriptor that came along.
+    #[cbor(n(1), with = "part")]
     attached: Option<OwnedFd>,
+    #[cbor(n(2), with = "part")]
     input: Vec<u8>,
+    #[cbor(n(3), with = "part")]
     output: Outbox,
+    #[n(4)]
     asked: bool,
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Control {
+    #[cbor(n(0), with = "part")]
     listener: UnixListener,
+    #[n(1)]
     commanders: BTreeMap<u32, Commander>,
+    #[n(2)]
     last_id: u32,
 }
 
@@ -43,6 +54,12 @@ impl Control {
         listener.set_nonblocking(true)?;
         poll.add_reader(&listener, Source::ControlListener)?;
         Ok(Self { listener, commanders: BTreeMap::new(), last_id: 0 })
+    }
+
+    /// Goes on in the place of another executable.
+    pub(crate) fn resume(&self, poll: &Poll) -> io::Result<()> {
+        poll.add_reader(&self.listener, Source::ControlListener)?;
+        self.commanders.iter().try_for_each(|(id, commander)| poll.add(&commander.socket, Source::Commander(*id)))
     }
 
     /// Takes new connections in. Errors as of [`super::relay::Relay::accept`].
@@ -118,13 +135,8 @@ impl Commander {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
             }
-            let Some((length, rest)) = self.input.split_first_chunk::<4>() else { continue };
-            let length = u32::from_le_bytes(*length) as usize;
-            if length > MAX_REQUEST_BYTES {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            if let Some(message) = rest.get(..length) {
-                let request = ControlRequest::decode(message).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+            if let Some(message) = first_frame(&self.input, MAX_REQUEST_BYTES).map_err(io::Error::other)? {
+                let request = ControlRequest::decode(message).map_err(io::Error::other)?;
                 self.input = Vec::new();
                 self.asked = true;
                 return Ok(Some(request));

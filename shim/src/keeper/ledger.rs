@@ -9,7 +9,6 @@
 //! ```
 //!
 //! **Invariant:** an operation of an open cause is performed once; whoever asks again is told its outcome.
-mod saved;
 #[cfg(test)]
 mod tests;
 
@@ -17,9 +16,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use minicbor::{Decode, Encode};
+
+use super::image::Carrier;
 use super::relay::Caller;
 use crate::frame::RequestView;
-use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker};
+use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker, part};
 
 /// How long a request with a ready-made answer waits for the worker's own. Connect and State have 1 s in all.
 const READY_AFTER: Duration = Duration::from_millis(600);
@@ -27,24 +29,39 @@ const READY_AFTER: Duration = Duration::from_millis(600);
 const RESERVATION: Duration = Duration::from_secs(120);
 
 /// Who is waiting for an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum Asker {
-    Client(Caller),
+    #[n(0)]
+    Client(#[n(0)] Caller),
     /// A connection on the control socket.
-    Commander(u32),
+    #[n(1)]
+    Commander(#[n(0)] u32),
 }
 
 /// Something the worker has to deal with.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Open {
+    #[n(0)]
     pub(crate) what: What,
+    #[n(1)]
     pub(crate) operations: Vec<(Step, Option<Outcome>)>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) enum What {
-    Request { asker: Asker, payload: Vec<u8>, arrived: Instant },
-    Exit(ProcessExit),
+    #[n(0)]
+    Request {
+        #[n(0)]
+        asker: Asker,
+        #[cbor(n(1), with = "part")]
+        payload: Vec<u8>,
+        #[cbor(n(2), with = "part")]
+        arrived: Instant,
+    },
+    #[n(1)]
+    Exit(#[n(0)] ProcessExit),
 }
 
 impl What {
@@ -81,28 +98,50 @@ pub(crate) struct Due {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Ledger {
+    #[n(0)]
     last_cause: Cause,
+    #[n(1)]
     causes: BTreeMap<Cause, Open>,
     /// Of the causes, those that are exits.
+    #[cbor(skip)]
     exits: BTreeSet<Cause>,
     /// Of the causes, those that the worker was not told of.
+    #[cbor(skip)]
     untold: BTreeSet<Cause>,
     /// When requests with a ready-made answer are given it. Apart from the causes, of which a flood makes thousands.
+    #[cbor(n(2), with = "part")]
     ready_due: BTreeMap<Cause, Instant>,
     /// Causes for which a process was started that reports the pid of a child: zombies that nobody has claimed must stay.
+    #[n(3)]
     naming: BTreeSet<Cause>,
+    #[cbor(n(4), with = "part")]
     state: BTreeMap<String, Vec<u8>>,
+    #[n(5)]
     parked: BTreeMap<String, Vec<Asker>>,
     /// Ready-made answers by their question, and the questions by the state entry that they depend on.
+    #[cbor(n(6), with = "part")]
     ready: BTreeMap<Rc<[u8]>, Ready>,
+    #[cbor(skip)]
     questions: BTreeMap<String, Vec<Rc<[u8]>>>,
+    #[cbor(n(7), with = "part")]
     reservations: BTreeMap<String, Instant>,
+    #[n(8)]
     leave: bool,
 }
 
 impl Ledger {
+    /// Goes on in the place of another executable.
+    pub(crate) fn resume(&mut self) {
+        self.exits = self.causes.iter().filter(|(_, open)| matches!(open.what, What::Exit(_))).map(|(cause, _)| *cause).collect();
+        for ready in std::mem::take(&mut self.ready).into_values() {
+            self.add_ready(ready);
+        }
+        self.begin_life();
+    }
+
     /// Opens a cause for a request.
     pub(crate) fn open_request(&mut self, asker: Asker, payload: Vec<u8>, now: Instant) -> Cause {
         let has_ready_answer = self.ready_answer(&payload).is_some();

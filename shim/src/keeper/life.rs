@@ -17,12 +17,14 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use log::warn;
+use minicbor::{Decode, Encode};
 
 use super::capture::Capture;
+use super::image::Carrier;
 use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
-use crate::handover::{MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions};
+use crate::handover::{HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions, first_frame, part, plain_parts};
 use crate::sys;
 
 /// A worker that has not said hello by then is killed.
@@ -47,16 +49,23 @@ const ENDS_WITHIN: Duration = Duration::from_secs(3);
 const MAX_ATTACHED: usize = 4096;
 
 /// A program that workers, or the keeper's next image, are made of. Held open: its file may be replaced or removed.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Executable {
+    #[cbor(n(0), with = "part")]
     pub(crate) file: OwnedFd,
     /// Where it was found, for people.
+    #[n(1)]
     pub(crate) path: String,
     /// What its workers speak, once one has said hello.
+    #[n(2)]
     pub(crate) versions: Option<Versions>,
     /// What its workers call themselves.
+    #[n(3)]
     pub(crate) build: String,
 }
+
+plain_parts!(Executable => Carrier);
 
 impl Executable {
     /// The program that this process runs.
@@ -82,7 +91,7 @@ impl Executable {
 }
 
 /// With what a worker is executed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Program {
     pub(crate) arguments: Vec<CString>,
     pub(crate) environment: Vec<CString>,
@@ -356,14 +365,9 @@ impl Life {
 
 fn take_messages(input: &mut Vec<u8>, messages: &mut Vec<ToKeeper>) -> Result<(), Malformed> {
     let mut at = 0;
-    while let Some((length, rest)) = input[at..].split_first_chunk::<4>() {
-        let length = u32::from_le_bytes(*length) as usize;
-        if length > MAX_MESSAGE_BYTES {
-            return Err(Malformed { what: "a message of bounded length" });
-        }
-        let Some(message) = rest.get(..length) else { break };
+    while let Some(message) = first_frame(&input[at..], MAX_MESSAGE_BYTES)? {
         messages.push(ToKeeper::decode(message)?);
-        at += 4 + length;
+        at += HEAD_BYTES + message.len();
     }
     input.drain(..at);
     if input.is_empty() {

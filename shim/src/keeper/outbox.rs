@@ -3,8 +3,12 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use minicbor::decode::{self, Decoder};
+use minicbor::encode::{self, Encoder, Write};
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+use crate::handover::Part;
 
 /// A queue of whole messages, each perhaps with a descriptor.
 #[derive(Debug, Default)]
@@ -19,25 +23,6 @@ impl Outbox {
     pub(crate) fn push(&mut self, message: Vec<u8>, descriptor: Option<OwnedFd>) {
         self.bytes += message.len();
         self.messages.push_back((message, descriptor));
-    }
-
-    /// A queue of bytes that were on their way already.
-    pub(crate) fn of(bytes: Vec<u8>) -> Self {
-        let mut outbox = Self::default();
-        if !bytes.is_empty() {
-            outbox.push(bytes, None);
-        }
-        outbox
-    }
-
-    /// What has not gone out, without the descriptors.
-    pub(crate) fn unsent(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.bytes);
-        for (message, _) in &self.messages {
-            bytes.extend_from_slice(message);
-        }
-        bytes.drain(..self.sent);
-        bytes
     }
 
     /// Bytes that have not gone out.
@@ -75,5 +60,24 @@ impl Outbox {
             }
         }
         Ok(())
+    }
+}
+
+/// What has not gone out, without the descriptors.
+impl<C> Part<C> for Outbox {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        let mut unsent: Vec<u8> = Vec::with_capacity(self.bytes + self.sent);
+        self.messages.iter().for_each(|(message, _)| unsent.extend_from_slice(message));
+        unsent.drain(..self.sent);
+        unsent.put(e, context)
+    }
+
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        let mut outbox = Self::default();
+        let unsent = Vec::<u8>::take(d, context)?;
+        if !unsent.is_empty() {
+            outbox.push(unsent, None);
+        }
+        Ok(outbox)
     }
 }

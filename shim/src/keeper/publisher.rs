@@ -7,7 +7,6 @@
 //!  Idle ──(event)──▶ Sending ──(acknowledged)──▶ next
 //!   Sending ──(connection lost, refused, or silent)──▶ Waiting ──(back-off)──▶ Sending
 //! ```
-mod saved;
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,11 +14,14 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
+use minicbor::{Decode, Encode};
 
+use super::image::Carrier;
 use super::inbox::{Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::frame::{self, Header};
+use crate::handover::part;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
@@ -32,25 +34,38 @@ const UNIMPLEMENTED: u64 = 12;
 const RESOURCE_EXHAUSTED: u64 = 8;
 const LONG_BYTES: usize = 256 << 10;
 
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 struct Connection {
+    #[cbor(n(0), with = "part")]
     socket: UnixStream,
+    #[cbor(n(1), with = "part")]
     input: Vec<u8>,
+    #[cbor(n(2), with = "part")]
     output: Outbox,
+    #[n(3)]
     last_stream: u32,
     /// The stream of the event under way, and since when.
+    #[cbor(n(4), with = "part")]
     awaited: Option<(u32, Instant)>,
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Publisher {
     /// containerd's socket; without one, events go nowhere.
+    #[cbor(skip)]
     path: Option<String>,
+    #[cbor(n(0), with = "part")]
     queue: VecDeque<Vec<u8>>,
+    #[n(1)]
     connection: Option<Connection>,
+    #[n(2)]
     backoff: Duration,
+    #[cbor(n(3), with = "part")]
     retry_at: Option<Instant>,
+    #[n(4)]
     pub(crate) sent: u64,
 }
 
@@ -58,6 +73,16 @@ impl Publisher {
     pub(crate) fn new(address: Option<&str>) -> Self {
         let path = address.map(|address| address.strip_prefix("unix://").unwrap_or(address).to_owned());
         Self { path, queue: VecDeque::new(), connection: None, backoff: FIRST_BACKOFF, retry_at: None, sent: 0 }
+    }
+
+    /// Goes on in the place of another executable. `address`: as for [`Publisher::new`].
+    pub(crate) fn resume(&mut self, address: Option<&str>, poll: &mut Poll) -> io::Result<()> {
+        self.path = Self::new(address).path;
+        if let Some(connection) = &self.connection {
+            poll.add(&connection.socket, Source::Publisher)?;
+        }
+        poll.again(Source::Publisher);
+        Ok(())
     }
 
     /// Queues an event: a ttrpc `Request` message.

@@ -3,18 +3,20 @@
 //! Owns every connection on the shim's socket. A frame is read whole and its payload handed on unopened; an answer is written whole.
 //!
 //! **Invariant:** a client that floods, stalls or lies about a length costs a bounded amount of memory and nobody else's time.
-mod saved;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::{debug, warn};
+use minicbor::{Decode, Encode};
 
+use super::image::Carrier;
 use super::inbox::{READ_BYTES, Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::frame::{self, Code, Header};
+use crate::handover::part;
 
 /// The most connections at once; a further one is closed at once.
 const MAX_CLIENTS: usize = 256;
@@ -31,9 +33,11 @@ const BYTES_A_TURN: usize = 256 << 10;
 const MODEST_BYTES: usize = 64 << 10;
 
 /// Where an answer goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Caller {
+    #[n(0)]
     pub(crate) client: u32,
+    #[n(1)]
     pub(crate) stream: u32,
 }
 
@@ -45,17 +49,25 @@ pub(crate) struct Incoming {
     pub(crate) payload: Vec<u8>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 struct Client {
+    #[cbor(n(0), with = "part")]
     socket: UnixStream,
     /// A frame that is not whole yet.
+    #[cbor(n(1), with = "part")]
     input: Vec<u8>,
     /// Bytes of an oversized frame that are still to be thrown away.
+    #[n(2)]
     skip: usize,
+    #[cbor(n(3), with = "part")]
     output: Outbox,
     /// The highest stream id that was used.
+    #[n(4)]
     last_stream: u32,
+    #[n(5)]
     unanswered: usize,
+    #[n(6)]
     unanswered_bytes: usize,
 }
 
@@ -125,10 +137,14 @@ impl Client {
 }
 
 /// All clients.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Relay {
+    #[cbor(n(0), with = "part")]
     listener: UnixListener,
+    #[n(1)]
     clients: BTreeMap<u32, Box<Client>>,
+    #[n(2)]
     last_id: u32,
 }
 
@@ -137,6 +153,17 @@ impl Relay {
         listener.set_nonblocking(true)?;
         poll.add_reader(&listener, Source::Listener)?;
         Ok(Self { listener, clients: BTreeMap::new(), last_id: 0 })
+    }
+
+    /// Goes on in the place of another executable.
+    pub(crate) fn resume(&self, poll: &mut Poll) -> io::Result<()> {
+        poll.add_reader(&self.listener, Source::Listener)?;
+        for (id, client) in &self.clients {
+            poll.add(&client.socket, Source::Client(*id))?;
+            // What was read already may be whole requests.
+            poll.again(Source::Client(*id));
+        }
+        Ok(())
     }
 
     /// Takes new connections in.

@@ -3,7 +3,6 @@ mod begin;
 mod people;
 mod processes;
 mod requests;
-mod saved;
 mod work;
 
 pub(crate) use begin::{rehearse, resume, run};

@@ -11,7 +11,6 @@
 //! **Invariant:** a life that got nothing done makes the next one wait longer; one that committed anything does not.
 //! **Invariant:** a candidate that does not say that it is fit never takes over, and the worker beside it is not touched.
 //! **Invariant:** for a while after the cut-over the program before is kept, and comes back when a worker of the new one fails.
-mod saved;
 
 use std::ffi::{CString, OsStr};
 use std::io;
@@ -19,10 +18,12 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use log::{debug, error, info, warn};
+use minicbor::{Decode, Encode};
 
+use super::image::Carrier;
 use super::life::{End, Executable, Fault, Life, Program};
 use super::poll::{Poll, Source};
-use crate::handover::{ToKeeper, ToWorker, Versions};
+use crate::handover::{ToKeeper, ToWorker, Versions, part};
 use crate::settings::Settings;
 use crate::sys;
 
@@ -47,27 +48,42 @@ pub(crate) enum Ended {
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Supervisor {
+    #[cbor(skip)]
     program: Program,
+    #[n(0)]
     pub(super) executable: Executable,
     /// What was there before, and until when it is kept.
+    #[cbor(n(1), with = "part")]
     pub(super) previous: Option<(Executable, Instant)>,
+    #[cbor(skip)]
     life: Option<Life>,
+    #[cbor(skip)]
     candidate: Option<Life>,
     /// Workers that were killed and cannot end yet. They have no link any more.
+    #[cbor(skip)]
     stuck: Vec<u32>,
+    #[n(2)]
     pub(super) last_number: u32,
+    #[n(3)]
     pub(super) lives: u32,
+    #[n(4)]
     pub(super) fruitless: u32,
+    #[cbor(n(5), with = "part")]
     pub(super) retry_at: Option<Instant>,
     /// How the last worker ended that was not wanted to.
+    #[n(6)]
     pub(super) last_end: Option<String>,
     /// After how long an idle worker may rest; absent: never.
+    #[cbor(skip)]
     spell: Option<Duration>,
     /// What the worker that serves has handed over for its rest.
+    #[cbor(skip)]
     watches: Vec<OwnedFd>,
     /// There is no worker, and need be none.
+    #[cbor(skip)]
     asleep: bool,
 }
 
@@ -132,6 +148,12 @@ impl Supervisor {
             watches: Vec::new(),
             asleep: false,
         })
+    }
+
+    /// Goes on in the place of another executable. The worker itself has ended by then.
+    pub(crate) fn resume(self, settings: &Settings) -> io::Result<Self> {
+        let Self { program, spell, .. } = Self::new(settings)?;
+        Ok(Self { program, spell, ..self })
     }
 
     /// Gives up waiting for the end of a worker that was killed and cannot die: the next one goes on without it.

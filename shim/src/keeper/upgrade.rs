@@ -15,14 +15,17 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant, SystemTime};
 
 use log::{error, info, warn};
+use minicbor::decode::{self, Decoder};
+use minicbor::encode::{self, Encoder, Write};
+use minicbor::{Decode, Encode};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::capture::Capture;
-use super::image;
+use super::image::{self, Carrier};
 use super::life::{End, Executable, Fault};
 use super::run::Keeper;
-use crate::handover::{ControlReply, PartResult, ToKeeper, ToWorker, UpgradeReport};
+use crate::handover::{ControlReply, Part, PartResult, ToKeeper, ToWorker, UpgradeReport, part};
 use crate::sys;
 
 /// So long a candidate may take to say that it is fit.
@@ -38,14 +41,20 @@ const SETTLED: u32 = 1;
 pub(super) const SETTLED_WITHIN: Duration = Duration::from_secs(20);
 
 /// An upgrade under way.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(super) struct Upgrade {
     /// The command that waits for the report.
+    #[n(0)]
     pub(super) asker: u32,
+    #[n(1)]
     pub(super) executable: Executable,
     /// Whether the keeper's image shall be replaced too.
+    #[n(2)]
     pub(super) keeper_too: bool,
+    #[n(3)]
     pub(super) report: UpgradeReport,
+    #[cbor(n(4), with = "part")]
     pub(super) stage: Stage,
 }
 
@@ -65,6 +74,24 @@ pub(super) enum Stage {
     Leaving { since: Instant },
     /// It has ended. The image is replaced once everything of this turn was dealt with: what was reaped already is nowhere but in our hands.
     Left { since: Instant },
+}
+
+/// The next executable finds the worker ended, and has its own worker settle. What counts is since when none has answered.
+impl<C: AsMut<Carrier>> Part<C> for Stage {
+    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+        match self {
+            Self::Left { since }
+            | Self::Leaving { since }
+            | Self::Ended { since }
+            | Self::Ending { since }
+            | Self::Settling { since, .. } => since.put(e, context),
+            Self::Trial { until } | Self::Rehearsal { until, .. } => until.put(e, context),
+        }
+    }
+
+    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+        Ok(Self::Settling { since: Instant::take(d, context)?, until: Instant::now() + SETTLED_WITHIN })
+    }
 }
 
 impl Keeper {

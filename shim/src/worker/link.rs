@@ -16,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, oneshot};
 
 use super::fault::Faults;
-use crate::handover::{Cause, Commit, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker};
+use crate::handover::{Cause, Commit, HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker, first_frame};
 use crate::{disguise, sys};
 
 /// What became of an operation, with the descriptor that came along.
@@ -29,8 +29,6 @@ pub(crate) enum LinkError {
     Closed,
     #[error("talk to the keeper")]
     Io { source: io::Error },
-    #[error("message of the keeper: {length} bytes are more than {MAX_MESSAGE_BYTES}")]
-    TooLong { length: usize },
     #[error("message of the keeper")]
     Malformed { source: Malformed },
 }
@@ -187,19 +185,15 @@ impl Incoming {
     }
 
     fn take_frame(&mut self) -> Result<Option<ToWorker>, LinkError> {
-        let rest = &self.buffer[self.taken..];
-        let Some(head) = rest.first_chunk::<4>() else { return Ok(None) };
-        let length = u32::from_le_bytes(*head) as usize;
-        if length > MAX_MESSAGE_BYTES {
-            return Err(LinkError::TooLong { length });
-        }
-        let Some(frame) = rest.get(4..4 + length) else { return Ok(None) };
-        let message = ToWorker::decode(frame).map_err(|source| LinkError::Malformed { source })?;
+        let malformed = |source| LinkError::Malformed { source };
+        let Some(frame) = first_frame(&self.buffer[self.taken..], MAX_MESSAGE_BYTES).map_err(malformed)? else { return Ok(None) };
+        let length = frame.len();
+        let message = ToWorker::decode(frame).map_err(malformed)?;
         // When these come is a matter of time alone: faults are counted without them.
         if !matches!(message, ToWorker::Ping { .. } | ToWorker::MayRest) {
             self.link.faults.received(&message);
         }
-        self.taken += 4 + length;
+        self.taken += HEAD_BYTES + length;
         if self.taken == self.buffer.len() {
             self.taken = 0;
             self.buffer.clear();
@@ -211,9 +205,9 @@ impl Incoming {
     async fn read(&mut self) -> Result<(), LinkError> {
         self.buffer.drain(..self.taken);
         self.taken = 0;
-        let missing = match self.buffer.first_chunk::<4>() {
-            Some(head) => 4 + u32::from_le_bytes(*head) as usize - self.buffer.len(),
-            None => 4 - self.buffer.len(),
+        let missing = match self.buffer.first_chunk::<HEAD_BYTES>() {
+            Some(head) => HEAD_BYTES + u32::from_le_bytes(*head) as usize - self.buffer.len(),
+            None => HEAD_BYTES - self.buffer.len(),
         };
         let wanted = self.link.faults.limit_read(&self.buffer, missing).unwrap_or_else(|| missing.max(READ_BYTES));
         let start = self.buffer.len();

@@ -1,15 +1,29 @@
 //! How a keeper begins: new, or from the state of the image before.
 use std::ffi::CString;
-use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use log::{error, info};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::Keeper;
+use super::{Chores, Keeper, TRIM_AFTER, block_signals};
 use crate::chain::chain;
 use crate::disguise::{self, Place};
-use crate::keeper::image::{self, Descriptors, Error};
+use crate::handover::{Part as _, PartResult};
+use crate::keeper::blame::Blame;
+use crate::keeper::children::Children;
+use crate::keeper::control::Control;
+use crate::keeper::image::{self, Carrier, Error};
+use crate::keeper::ledger::Ledger;
+use crate::keeper::poll::Poll;
+use crate::keeper::publisher::Publisher;
+use crate::keeper::relay::Relay;
+use crate::keeper::streams::Streams;
+use crate::keeper::supervisor::Supervisor;
+use crate::keeper::upgrade::Upgrade;
 use crate::settings::Settings;
 use crate::sys;
 
@@ -32,7 +46,7 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
         if !is_back {
             disguise::refuse(Place::Resume).map_err(|what| Error::Damaged { what })?;
             // beside the descriptors that were inherited
-            sys::descriptors::with_raised_limit(|| Keeper::load(settings.clone(), &bytes, &mut Descriptors::rehearsed()).map(drop))?;
+            sys::descriptors::with_raised_limit(|| Keeper::load(settings.clone(), &bytes, Carrier::rehearsed()).map(drop))?;
         }
         Ok(bytes)
     });
@@ -48,7 +62,7 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
         }
     };
     drop((state, before));
-    end(Keeper::load(settings, &bytes, &mut Descriptors::inherited()).map_err(io::Error::other).and_then(|mut keeper| {
+    end(Keeper::load(settings, &bytes, Carrier::inherited()).map_err(io::Error::other).and_then(|mut keeper| {
         keeper.resumed(is_back);
         keeper.serve()
     }))
@@ -60,17 +74,86 @@ pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> 
     let result = read_state(&state).and_then(|bytes| {
         sys::descriptors::with_raised_limit(|| {
             // as many descriptors as the new image inherits, which reads the state once beside them
-            let _inherited = Keeper::load(settings.clone(), &bytes, &mut Descriptors::rehearsed())?;
-            Keeper::load(settings, &bytes, &mut Descriptors::rehearsed()).map(drop)
+            let _inherited = Keeper::load(settings.clone(), &bytes, Carrier::rehearsed())?;
+            Keeper::load(settings, &bytes, Carrier::rehearsed()).map(drop)
         })
     });
     let words = match &result {
         Ok(()) => image::ACCEPTS.to_owned(),
         Err(error) => format!("{}{}", image::REFUSES, chain(error)),
     };
-    match std::fs::File::from(verdict).write_all(words.as_bytes()) {
+    match File::from(verdict).write_all(words.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
+    }
+}
+
+impl Keeper {
+    /// Saves everything in a file without a name. Returns it and the numbers of the descriptors that go over.
+    pub(in crate::keeper) fn save(&self, upgrade: &Upgrade) -> io::Result<(OwnedFd, Vec<RawFd>)> {
+        let saved = image::save(|e, carrier| {
+            e.array(11)?;
+            self.born.put(e, carrier)?;
+            e.encode_with(&self.last_upgrade, carrier)?.encode_with(&self.relay, carrier)?.encode_with(&self.control, carrier)?;
+            e.encode_with(&self.ledger, carrier)?.encode_with(&self.children, carrier)?.encode_with(&self.streams, carrier)?;
+            e.encode_with(&self.publisher, carrier)?.encode_with(&self.supervisor, carrier)?.encode_with(upgrade, carrier)?;
+            e.bool(self.is_shutting_down)?.ok()
+        });
+        let (bytes, kept) = saved.map_err(io::Error::other)?;
+        let mut file = File::from(memfd_create(c"x-keeper-state", MFdFlags::MFD_CLOEXEC)?);
+        file.write_all(&bytes)?;
+        file.rewind()?;
+        Ok((file.into(), kept))
+    }
+
+    /// Makes a keeper from what another executable has saved. Never inlined, and boxed: see [`Keeper::new`].
+    #[inline(never)]
+    fn load(settings: Settings, bytes: &[u8], mut carrier: Carrier) -> Result<Box<Self>, Error> {
+        let c = &mut carrier;
+        let mut d = image::open(bytes)?;
+        d.array()?;
+        let (born, last_upgrade) = (Instant::take(&mut d, c)?, d.decode_with(c)?);
+        let (relay, control): (Relay, Control) = (d.decode_with(c)?, d.decode_with(c)?);
+        let (mut ledger, mut children): (Ledger, Children) = (d.decode_with(c)?, d.decode_with(c)?);
+        let (mut streams, mut publisher): (Streams, Publisher) = (d.decode_with(c)?, d.decode_with(c)?);
+        let (supervisor, upgrade): (Supervisor, Upgrade) = (d.decode_with(c)?, d.decode_with(c)?);
+        let is_shutting_down = d.bool()?;
+        let mut poll = Poll::new()?;
+        let signals = block_signals(&poll)?;
+        relay.resume(&mut poll)?;
+        control.resume(&poll)?;
+        ledger.resume();
+        children.resume(&mut poll)?;
+        streams.resume(&mut poll)?;
+        publisher.resume(settings.ttrpc_address.as_deref(), &mut poll)?;
+        Ok(Box::new(Self {
+            relay,
+            control,
+            ledger,
+            children,
+            streams,
+            publisher,
+            supervisor: supervisor.resume(&settings)?,
+            upgrade: Some(upgrade),
+            blame: Blame::default(),
+            last_upgrade,
+            born,
+            is_shutting_down,
+            chores: Chores::default(),
+            settings,
+            poll,
+            signals,
+        }))
+    }
+
+    /// This executable has taken over, or, if `is_back`, is the one before that has everything again.
+    fn resumed(&mut self, is_back: bool) {
+        info!(pid = std::process::id(), build = disguise::build(); "the keeper goes on as another image");
+        if let Some(upgrade) = self.upgrade.as_mut().filter(|_| is_back) {
+            upgrade.report.keeper = PartResult::Kept("it could not go on from the state after all".into());
+        }
+        self.chores.trim_at = Some(Instant::now() + TRIM_AFTER);
+        self.reap();
     }
 }
 
@@ -86,7 +169,7 @@ fn end(result: io::Result<()>) -> ExitCode {
 
 fn read_state(state: &OwnedFd) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
-    let file = std::fs::File::from(sys::descriptors::duplicate(state)?);
+    let file = File::from(sys::descriptors::duplicate(state)?);
     file.take(image::MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }

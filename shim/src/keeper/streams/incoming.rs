@@ -7,35 +7,34 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use minicbor::{Decode, Encode};
+
 use super::splice::{Stop, TURN_BYTES, move_bytes};
 use super::{Client, Turn, fifo};
-use crate::keeper::image::{Error, Loader, Saver};
+use crate::handover::part;
+use crate::keeper::image::Carrier;
 use crate::keeper::poll::{Poll, Source};
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(super) struct Incoming {
     /// Both ends until CloseIO, so that a client that comes and goes is not the end; then the read end.
+    #[cbor(n(0), with = "part")]
     source: OwnedFd,
+    #[cbor(n(1), with = "part")]
     sink: OwnedFd,
+    #[n(2)]
     closing: bool,
+    #[n(3)]
     pub(super) target: String,
+    #[n(4)]
     pub(super) bytes: u64,
 }
 
 impl Incoming {
     pub(super) fn new(client: Client, sink: OwnedFd) -> Self {
         Self { source: client.fd, sink, closing: false, target: client.target, bytes: 0 }
-    }
-
-    pub(super) fn save(&self, s: &mut Saver) {
-        s.fd(&self.source);
-        s.fd(&self.sink);
-        s.bool(self.closing).str(&self.target).u64(self.bytes);
-    }
-
-    pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
-        Ok(Self { source: l.fd()?, sink: l.fd()?, closing: l.bool()?, target: l.string()?, bytes: l.u64()? })
     }
 
     /// Watches both ends.

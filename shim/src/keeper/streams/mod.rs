@@ -17,7 +17,6 @@
 mod fifo;
 mod incoming;
 mod outgoing;
-mod saved;
 mod splice;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -27,6 +26,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
+use minicbor::{Decode, Encode};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -35,8 +35,9 @@ use nix::unistd::{Gid, Uid, fchown, pipe2};
 
 use self::incoming::Incoming;
 use self::outgoing::{Outgoing, Spill};
+use super::image::Carrier;
 use super::poll::{Poll, Source};
-use crate::handover::{Cause, Output, Stdio, Step, Stream, StreamSnapshot};
+use crate::handover::{Cause, Output, Stdio, Step, Stream, StreamSnapshot, part};
 use crate::sys;
 
 /// How long a Delete waits for what was written to be taken and for the last writer to leave, as containerd's own shim does.
@@ -45,47 +46,71 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The streams of one process.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 struct Entry {
+    #[n(0)]
     key: String,
     /// The process's ends, until they were given to it.
+    #[cbor(n(1), with = "part")]
     process_ends: [Option<OwnedFd>; 3],
     /// Ends that loggers or the worker read, by stream.
+    #[cbor(n(2), with = "part")]
     read_ends: [Option<OwnedFd>; 3],
     /// What is moved or watched by us.
+    #[n(3)]
     pumps: [Option<Pump>; 3],
     /// The client's side of a terminal, until it arrives.
+    #[n(4)]
     clients: [Option<Client>; 3],
+    #[cbor(n(5), with = "part")]
     terminal: Option<OwnedFd>,
+    #[n(6)]
     wants_terminal: bool,
+    #[n(7)]
     size: Option<(u16, u16)>,
+    #[n(8)]
     stdin_closed: bool,
+    #[n(9)]
     spill_bytes: u64,
+    #[n(10)]
     spill_folder: String,
+    #[n(11)]
     exited: bool,
     /// Set by the first Delete.
+    #[cbor(n(12), with = "part")]
     drain_until: Option<Instant>,
     /// Operations that wait for the end of the drain.
+    #[n(13)]
     waiting: Vec<(Cause, Step)>,
     /// The process is deleted: its key may be used again.
+    #[n(14)]
     released: bool,
 }
 
 /// What an output goes to, or stdin comes from.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 struct Client {
+    #[cbor(n(0), with = "part")]
     fd: OwnedFd,
+    #[n(1)]
     target: String,
     /// Else it is the pipe to a logger or to the worker.
+    #[n(2)]
     is_fifo: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 enum Pump {
-    Out(Outgoing),
-    In(Incoming),
+    #[n(0)]
+    Out(#[n(0)] Outgoing),
+    #[n(1)]
+    In(#[n(0)] Incoming),
     /// A copy of the read end of a logger's or the worker's pipe, held to see its last writer leave while a Delete waits.
-    Held(OwnedFd),
+    #[n(2)]
+    Held(#[cbor(n(0), with = "part")] OwnedFd),
 }
 
 /// How far a process is, as its streams see it.
@@ -112,29 +137,56 @@ enum Turn {
 }
 
 /// All streams.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Streams {
+    #[n(0)]
     last_number: u32,
     /// By number. A stream's own number, as in [`Source::Stream`], is that of its entry times 4 and its place in it.
+    #[n(1)]
     entries: BTreeMap<u32, Entry>,
     /// The numbers of those that are not released.
+    #[cbor(skip)]
     numbers: BTreeMap<String, u32>,
     /// When drains are over: in this order, since all may take the same time. Some may be finished.
+    #[cbor(skip)]
     due: VecDeque<(Instant, u32)>,
     /// Operations to be answered.
+    #[cbor(skip)]
     drained: Vec<(Cause, Step)>,
     /// Tells of readers that open a fifo or read from it, while there is one to watch: a host has 128 of these by default.
+    #[cbor(skip)]
     inotify: Option<Inotify>,
+    #[cbor(skip)]
     watches: BTreeMap<WatchDescriptor, Vec<u32>>,
     /// Streams that are looked at every second, and when.
+    #[cbor(skip)]
     unsure: BTreeSet<u32>,
+    #[cbor(skip)]
     look_at: Option<Instant>,
     /// Counters of pumps that are finished: bytes from processes, bytes lost.
+    #[n(2)]
     pub(crate) bytes_moved: u64,
+    #[n(3)]
     pub(crate) bytes_lost: u64,
 }
 
 impl Streams {
+    /// Goes on in the place of another executable. What is in the pipes stays there.
+    pub(crate) fn resume(&mut self, poll: &mut Poll) -> io::Result<()> {
+        for (number, entry) in &mut self.entries {
+            for (index, slot) in entry.pumps.iter_mut().enumerate() {
+                *slot = slot.take().map(|pump| pump.registered(*number, index, poll)).transpose()?;
+            }
+            if !entry.released {
+                self.numbers.insert(entry.key.clone(), *number);
+            }
+            self.due.extend(entry.drain_until.map(|until| (until, *number)));
+        }
+        self.due.make_contiguous().sort();
+        Ok(())
+    }
+
     /// Makes the streams of a process.
     ///
     /// Errors: what and errno of the first thing that failed; then nothing was made. EEXIST if the key has streams.

@@ -20,9 +20,12 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
 use nix::sys::inotify::WatchDescriptor;
 
+use minicbor::{Decode, Encode};
+
 use super::splice::{Stop, TURN_BYTES, move_bytes};
 use super::{Client, Stage, Turn, fifo};
-use crate::keeper::image::{Error, Loader, Saver};
+use crate::handover::part;
+use crate::keeper::image::Carrier;
 use crate::keeper::poll::{Poll, Source};
 use crate::sys::descriptors::waiting_bytes;
 
@@ -32,45 +35,32 @@ const PART_BYTES: usize = 64 << 10;
 const AT_ONCE_BYTES: libc::loff_t = 256 << 10;
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(super) struct Outgoing {
     /// The process's side, until its last writer has closed it.
+    #[cbor(n(0), with = "part")]
     source: Option<OwnedFd>,
     /// Absent for an output whose logger is dead: it is thrown away, so that the process does not wait.
+    #[n(1)]
     pub(super) client: Option<Client>,
     /// Only our write end of the fifo is left.
+    #[n(2)]
     pub(super) is_narrowed: bool,
     /// Set once a narrowed fifo is watched for readers.
+    #[cbor(skip)]
     pub(super) watch: Option<WatchDescriptor>,
+    #[n(3)]
     spill: Option<Spill>,
+    #[n(4)]
     pub(super) bytes: u64,
+    #[n(5)]
     thrown_away: u64,
 }
 
 impl Outgoing {
     pub(super) fn new(source: OwnedFd, client: Option<Client>, spill: Option<Spill>) -> Self {
         Self { source: Some(source), client, is_narrowed: false, watch: None, spill, bytes: 0, thrown_away: 0 }
-    }
-
-    pub(super) fn save(&self, s: &mut Saver) {
-        s.optional_fd(self.source.as_ref());
-        s.bool(self.client.is_some());
-        if let Some(client) = &self.client {
-            client.save(s);
-        }
-        s.bool(self.spill.is_some());
-        if let Some(spill) = &self.spill {
-            s.fd(&spill.file);
-            s.u64(spill.limit).i64(spill.head).i64(spill.tail);
-        }
-        s.bool(self.is_narrowed).u64(self.bytes).u64(self.thrown_away);
-    }
-
-    pub(super) fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
-        let source = l.optional_fd()?;
-        let client = if l.bool()? { Some(Client::load(l)?) } else { None };
-        let spill = if l.bool()? { Some(Spill::load(l)?) } else { None };
-        Ok(Self { source, client, spill, watch: None, is_narrowed: l.bool()?, bytes: l.u64()?, thrown_away: l.u64()? })
     }
 
     /// Watches both ends.
@@ -213,15 +203,22 @@ impl Outgoing {
 /// A file that takes output while the fifo is full.
 ///
 /// What was taken out of it is given back to the file system: with a slow reader it is hardly ever empty.
-#[derive(Debug)]
+#[derive(Debug, Encode, Decode)]
+#[cbor(context_bound = "AsMut<Carrier>")]
 pub(super) struct Spill {
+    #[cbor(n(0), with = "part")]
     file: File,
+    #[n(1)]
     limit: u64,
+    #[n(2)]
     head: libc::loff_t,
+    #[n(3)]
     tail: libc::loff_t,
     /// What was given back so far.
+    #[cbor(skip)]
     given_back: libc::loff_t,
     /// The file system gives nothing back before the file is empty.
+    #[cbor(skip)]
     is_solid: bool,
 }
 
@@ -230,11 +227,6 @@ impl Spill {
     pub(super) fn new(folder: &Path, limit: u64) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(folder)?;
         Ok(Self { file, limit, head: 0, tail: 0, given_back: 0, is_solid: false })
-    }
-
-    fn load(l: &mut Loader<'_, '_>) -> Result<Self, Error> {
-        let (file, limit, head, tail) = (l.fd()?.into(), l.u64()?, l.i64()?, l.i64()?);
-        Ok(Self { file, limit, head, tail, given_back: 0, is_solid: false })
     }
 
     fn len(&self) -> u64 {
