@@ -13,7 +13,6 @@
 //!
 //! **Invariant:** nothing here waits for anybody: not for a client, a disk, a daemon, a runtime or the worker.
 //! **Invariant:** what containers inherit is not touched: no limit, niceness, affinity, timer slack of its own.
-mod blame;
 mod capture;
 mod children;
 mod control;
@@ -22,6 +21,7 @@ mod inbox;
 mod ledger;
 mod life;
 mod outbox;
+mod poison;
 mod poll;
 mod publisher;
 mod relay;

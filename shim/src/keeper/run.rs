@@ -16,10 +16,10 @@ use log::{info, warn};
 use nix::errno::Errno;
 use nix::libc;
 
-use super::blame::Blame;
 use super::children::{Children, Found};
 use super::control::Control;
 use super::ledger::Ledger;
+use super::poison::Poison;
 use super::poll::{Poll, Source};
 use super::publisher::Publisher;
 use super::relay::Relay;
@@ -53,7 +53,7 @@ pub(super) struct Keeper {
     pub(super) streams: Streams,
     pub(super) publisher: Publisher,
     pub(super) supervisor: Supervisor,
-    pub(super) blame: Blame,
+    pub(super) poison: Poison,
     pub(super) upgrade: Option<Upgrade>,
     /// What came of the last one.
     pub(super) last_upgrade: Option<UpgradeReport>,
@@ -93,7 +93,7 @@ impl Keeper {
             streams: Streams::default(),
             publisher: Publisher::new(settings.ttrpc_address.as_deref()),
             supervisor,
-            blame: Blame::default(),
+            poison: Poison::default(),
             upgrade: None,
             last_upgrade: None,
             born: Instant::now(),
@@ -219,7 +219,7 @@ impl Keeper {
         [
             self.supervisor.deadline(self.ledger.is_busy()),
             self.upgrade_deadline(),
-            self.blame.deadline(ticked).filter(|_| self.supervisor.is_serving()),
+            self.poison.deadline(ticked).filter(|_| self.supervisor.is_serving()),
             self.ledger.deadline(),
             self.streams.deadline(),
             self.publisher.deadline(),

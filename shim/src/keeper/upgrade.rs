@@ -248,7 +248,7 @@ impl Keeper {
         upgrade.stage = Stage::Settling { since, until: now + SETTLED_WITHIN };
         upgrade.report.worker = PartResult::Upgraded;
         self.supervisor.cut_over(executable, now);
-        self.blame.forgive();
+        self.poison.reset();
         self.welcome(now);
     }
 
@@ -283,7 +283,7 @@ impl Keeper {
 
     /// The worker has ended, and its program was replaced by the one before.
     pub(super) fn rolled_back(&mut self, end: &End) {
-        self.blame.forgive();
+        self.poison.reset();
         // Before that, it is the worker of an earlier upgrade.
         let is_cut_over =
             |upgrade: &mut Upgrade| !matches!(upgrade.stage, Stage::Trial { .. } | Stage::Ending { .. } | Stage::Ended { .. });

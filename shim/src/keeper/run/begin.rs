@@ -13,11 +13,11 @@ use super::{Chores, Keeper, TRIM_AFTER, block_signals};
 use crate::chain::chain;
 use crate::disguise::{self, Place};
 use crate::handover::{Part as _, PartResult};
-use crate::keeper::blame::Blame;
 use crate::keeper::children::Children;
 use crate::keeper::control::Control;
 use crate::keeper::image::{self, Carrier, Error};
 use crate::keeper::ledger::Ledger;
+use crate::keeper::poison::Poison;
 use crate::keeper::poll::Poll;
 use crate::keeper::publisher::Publisher;
 use crate::keeper::relay::Relay;
@@ -135,7 +135,7 @@ impl Keeper {
             publisher,
             supervisor: supervisor.resume(&settings)?,
             upgrade: Some(upgrade),
-            blame: Blame::default(),
+            poison: Poison::default(),
             last_upgrade,
             born,
             is_shutting_down,

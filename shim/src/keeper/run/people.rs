@@ -42,7 +42,7 @@ impl Keeper {
                 operations_done: open.operations.iter().filter(|(_, outcome)| outcome.is_some()).count() as u32,
             }
         });
-        let withheld = self.blame.withheld(now).filter_map(|cause| self.ledger.causes().get(&cause)).map(|open| open.what.name());
+        let withheld = self.poison.withheld(now).filter_map(|cause| self.ledger.causes().get(&cause)).map(|open| open.what.name());
         Snapshot {
             namespace: self.settings.namespace.clone(),
             group: self.settings.id.clone(),

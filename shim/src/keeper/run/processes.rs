@@ -60,14 +60,14 @@ impl Keeper {
         self.ledger.begin_life();
         if rolled_back {
             self.rolled_back(end);
-        } else if let Some(guilty) = self.blame.ended(told, end, now) {
-            self.guilty(guilty, end);
+        } else if let Some(poisoned) = self.poison.ended(told, end, now) {
+            self.poisoned(poisoned, end);
         }
         self.worker_left();
     }
 
-    /// One worker after the other dies over a cause. A request is answered; an exit is a fact, and waits for another worker.
-    fn guilty(&mut self, cause: Cause, end: &End) {
+    /// A cause crashes every worker. A request is answered with an error; an exit is a fact, so it is withheld and retried later.
+    fn poisoned(&mut self, cause: Cause, end: &End) {
         let method = self.ledger.causes().get(&cause).map(|open| open.what.name()).unwrap_or_default();
         let why = format!("every worker of this shim dies over this request ({method}; last by: {}), so it is given up", end.why);
         match self.ledger.give_up(cause, frame::error_response(Code::Internal, &why)) {

@@ -6,8 +6,8 @@ use log::warn;
 use super::{Keeper, MAX_BACKLOG_BYTES};
 use crate::frame::{self, Code};
 use crate::handover::{Cause, ControlReply, ControlRequest, ToWorker};
-use crate::keeper::blame::Open;
 use crate::keeper::ledger::{Asker, Due};
+use crate::keeper::poison::Open;
 
 /// When it is tried again to accept connections, for which there was no descriptor or no memory.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
@@ -45,12 +45,12 @@ impl Keeper {
 
     /// Tells the worker what it was not told of and may be.
     pub(super) fn tell(&mut self, now: Instant) {
-        if !self.supervisor.is_serving() || (self.ledger.untold().is_empty() && !self.blame.is_trying()) {
+        if !self.supervisor.is_serving() || (self.ledger.untold().is_empty() && !self.poison.is_isolating()) {
             return;
         }
         let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
-        let open = Open { untold: self.ledger.untold(), exits: self.ledger.exits(), is_open: &is_open };
-        for cause in self.blame.next(&open, self.supervisor.is_lively(), now) {
+        let open = Open { unsent: self.ledger.untold(), exits: self.ledger.exits(), is_open: &is_open };
+        for cause in self.poison.next(&open, self.supervisor.is_lively(), now) {
             if let Some(message) = self.ledger.announce(cause, now) {
                 self.supervisor.send(&message, None, now);
             }
