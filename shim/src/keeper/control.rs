@@ -17,13 +17,13 @@ use crate::handover::{ControlReply, ControlRequest, first_frame, part};
 use crate::sys;
 
 /// The most commands at once.
-const MAX_COMMANDERS: usize = 64;
+const MAX_CONTROL_CLIENTS: usize = 64;
 /// The longest request, in bytes.
 const MAX_REQUEST_BYTES: usize = 64 << 10;
 
 #[derive(Debug, Encode, Decode)]
 #[cbor(context_bound = "AsMut<Carrier>")]
-struct Commander {
+struct ControlClient {
     #[cbor(n(0), with = "part")]
     socket: UnixStream,
     /// The descriptor that came along.
@@ -44,7 +44,7 @@ pub(crate) struct Control {
     #[cbor(n(0), with = "part")]
     listener: UnixListener,
     #[n(1)]
-    commanders: BTreeMap<u32, Commander>,
+    control_clients: BTreeMap<u32, ControlClient>,
     #[n(2)]
     last_id: u32,
 }
@@ -53,33 +53,34 @@ impl Control {
     pub(crate) fn new(listener: UnixListener, poll: &Poll) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         poll.add_reader(&listener, Source::ControlListener)?;
-        Ok(Self { listener, commanders: BTreeMap::new(), last_id: 0 })
+        Ok(Self { listener, control_clients: BTreeMap::new(), last_id: 0 })
     }
 
     /// Goes on in the place of another executable.
     pub(crate) fn resume(&self, poll: &Poll) -> io::Result<()> {
         poll.add_reader(&self.listener, Source::ControlListener)?;
-        self.commanders.iter().try_for_each(|(id, commander)| poll.add(&commander.socket, Source::Commander(*id)))
+        self.control_clients.iter().try_for_each(|(id, control_client)| poll.add(&control_client.socket, Source::ControlClient(*id)))
     }
 
     /// Takes new connections in. Errors as of [`super::relay::Relay::accept`].
     pub(crate) fn accept(&mut self, poll: &Poll) -> io::Result<()> {
         let (sockets, result) = accept_all(&self.listener);
         for socket in sockets {
-            if self.commanders.len() >= MAX_COMMANDERS {
+            if self.control_clients.len() >= MAX_CONTROL_CLIENTS {
                 // One that asks nothing makes room: the oldest. A client that is hung up on comes again.
-                let idle = self.commanders.iter().find(|(_, commander)| !commander.asked).map(|(id, _)| *id);
+                let idle = self.control_clients.iter().find(|(_, control_client)| !control_client.asked).map(|(id, _)| *id);
                 let Some(idle) = idle else {
-                    warn!(limit = MAX_COMMANDERS; "control connection refused, as many are being answered");
+                    warn!(limit = MAX_CONTROL_CLIENTS; "control connection refused, as many are being answered");
                     continue;
                 };
-                self.commanders.remove(&idle);
+                self.control_clients.remove(&idle);
             }
             self.last_id += 1;
-            match poll.add(&socket, Source::Commander(self.last_id)) {
+            match poll.add(&socket, Source::ControlClient(self.last_id)) {
                 Ok(()) => {
-                    let commander = Commander { socket, attached: None, input: Vec::new(), output: Outbox::default(), asked: false };
-                    self.commanders.insert(self.last_id, commander);
+                    let control_client =
+                        ControlClient { socket, attached: None, input: Vec::new(), output: Outbox::default(), asked: false };
+                    self.control_clients.insert(self.last_id, control_client);
                 }
                 Err(error) => warn!(error:%; "command refused, cannot watch it"),
             }
@@ -89,11 +90,11 @@ impl Control {
 
     /// Reads and writes what can be read and written. Returns the request once it is whole, with the descriptor that came along.
     pub(crate) fn turn(&mut self, id: u32) -> Option<(ControlRequest, Option<OwnedFd>)> {
-        let commander = self.commanders.get_mut(&id)?;
-        match commander.turn() {
-            Ok(request) => request.map(|request| (request, commander.attached.take())),
+        let control_client = self.control_clients.get_mut(&id)?;
+        match control_client.turn() {
+            Ok(request) => request.map(|request| (request, control_client.attached.take())),
             Err(_) => {
-                self.commanders.remove(&id);
+                self.control_clients.remove(&id);
                 None
             }
         }
@@ -101,24 +102,24 @@ impl Control {
 
     /// Answers a command, if it is still there.
     pub(crate) fn reply(&mut self, id: u32, reply: &ControlReply) {
-        if let Some(commander) = self.commanders.get_mut(&id) {
-            commander.output.push(reply.encode(), None);
-            if commander.output.flush(&commander.socket).is_err() {
-                self.commanders.remove(&id);
+        if let Some(control_client) = self.control_clients.get_mut(&id) {
+            control_client.output.push(reply.encode(), None);
+            if control_client.output.flush(&control_client.socket).is_err() {
+                self.control_clients.remove(&id);
             }
         }
     }
 
     pub(crate) fn is_connected(&self, id: u32) -> bool {
-        self.commanders.contains_key(&id)
+        self.control_clients.contains_key(&id)
     }
 
     pub(crate) fn is_flushed(&self) -> bool {
-        self.commanders.values().all(|commander| commander.output.is_empty())
+        self.control_clients.values().all(|control_client| control_client.output.is_empty())
     }
 }
 
-impl Commander {
+impl ControlClient {
     /// Errors: the peer is gone, or says what nobody understands.
     fn turn(&mut self) -> io::Result<Option<ControlRequest>> {
         self.output.flush(&self.socket)?;

@@ -35,7 +35,7 @@ pub(crate) enum Asker {
     Client(#[n(0)] Caller),
     /// A connection on the control socket.
     #[n(1)]
-    Commander(#[n(0)] u32),
+    ControlClient(#[n(0)] u32),
 }
 
 /// Something the worker has to deal with.
@@ -217,7 +217,7 @@ impl Ledger {
                 age_nanos: now.saturating_duration_since(*arrived).as_nanos() as u64,
                 origin: match asker {
                     Asker::Client(_) => Origin::Client,
-                    Asker::Commander(_) => Origin::Control,
+                    Asker::ControlClient(_) => Origin::Control,
                 },
                 payload: payload.clone(),
             },

@@ -19,7 +19,7 @@ pub(crate) enum Source {
     /// The socketpair to the worker of this life.
     Worker(u32),
     Client(u32),
-    Commander(u32),
+    ControlClient(u32),
     /// What a helper writes: its pid.
     Helper(u32),
     /// A stream by its number.
@@ -40,7 +40,7 @@ impl Source {
             Self::Fifos => (4, 0),
             Self::Worker(id) => (5, id),
             Self::Client(id) => (6, id),
-            Self::Commander(id) => (7, id),
+            Self::ControlClient(id) => (7, id),
             Self::Helper(id) => (8, id),
             Self::Stream(id) => (9, id),
             Self::Foreign(id) => (10, id),
@@ -59,7 +59,7 @@ impl Source {
             4 => Self::Fifos,
             5 => Self::Worker(id),
             6 => Self::Client(id),
-            7 => Self::Commander(id),
+            7 => Self::ControlClient(id),
             8 => Self::Helper(id),
             9 => Self::Stream(id),
             10 => Self::Foreign(id),

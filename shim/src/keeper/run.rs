@@ -162,7 +162,7 @@ impl Keeper {
                 }
             }
             Source::Client(id) => self.client(id, now),
-            Source::Commander(id) => self.commander(id, now),
+            Source::ControlClient(id) => self.control_client(id, now),
             Source::Helper(pid) => {
                 if let Some(found) = self.children.read(pid, &mut self.poll) {
                     self.found(found);

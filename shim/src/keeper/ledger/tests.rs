@@ -157,8 +157,8 @@ fn the_keeper_exits_only_on_shutdown_with_nothing_left() {
 fn a_wait_on_a_forgotten_container_is_answered() {
     let mut ledger = Ledger::default();
     let now = Instant::now();
-    let mut park = |key: &str, commander: u32| {
-        let cause = ledger.open_request(Asker::Commander(commander), Vec::new(), now);
+    let mut park = |key: &str, control_client: u32| {
+        let cause = ledger.open_request(Asker::ControlClient(control_client), Vec::new(), now);
         ledger.park(vec![(cause, key.to_owned())], |_| true);
     };
     park("c1", 1);
@@ -168,6 +168,6 @@ fn a_wait_on_a_forgotten_container_is_answered() {
     let mut told: Vec<Asker> = due.iter().map(|due| due.asker).collect();
     told.sort_by_key(|asker| format!("{asker:?}"));
     assert!(keys.is_empty() && due.iter().all(|due| due.response == b"gone"));
-    assert_eq!(told, [Asker::Commander(1), Asker::Commander(2)]);
+    assert_eq!(told, [Asker::ControlClient(1), Asker::ControlClient(2)]);
     assert_eq!(ledger.parked().collect::<Vec<_>>(), [("c10", 1)]);
 }

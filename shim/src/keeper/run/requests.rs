@@ -1,4 +1,4 @@
-//! What is asked, by clients and by commanders, and who is told of it.
+//! What is asked, by clients and by control_clients, and who is told of it.
 use std::time::{Duration, Instant};
 
 use log::warn;
@@ -34,8 +34,8 @@ impl Keeper {
     /// Takes new connections in. Those that cannot be are tried again: a listener tells once of each.
     pub(super) fn accept(&mut self, now: Instant) {
         let was_well = self.chores.accept_at.take().is_none();
-        let (clients, commanders) = (self.relay.accept(&self.poll), self.control.accept(&self.poll));
-        if let Err(error) = clients.and(commanders) {
+        let (clients, control_clients) = (self.relay.accept(&self.poll), self.control.accept(&self.poll));
+        if let Err(error) = clients.and(control_clients) {
             if was_well {
                 warn!(error:%; "cannot accept a connection, will retry");
             }
@@ -75,11 +75,11 @@ impl Keeper {
     pub(super) fn answer(&mut self, due: Due) {
         match due.asker {
             Asker::Client(caller) => self.relay.answer(caller, due.request_bytes, &due.response, &mut self.poll),
-            Asker::Commander(id) => self.control.reply(id, &ControlReply::Answer { response: due.response }),
+            Asker::ControlClient(id) => self.control.reply(id, &ControlReply::Answer { response: due.response }),
         }
     }
 
-    pub(super) fn commander(&mut self, id: u32, now: Instant) {
+    pub(super) fn control_client(&mut self, id: u32, now: Instant) {
         let Some((request, attached)) = self.control.turn(id) else { return };
         match request {
             ControlRequest::Describe => {
@@ -100,7 +100,7 @@ impl Keeper {
                 None => self.control.reply(id, &ControlReply::Refused { why: "no program came along".into() }),
             },
             ControlRequest::Ask { payload } => {
-                self.ledger.open_request(Asker::Commander(id), payload, now);
+                self.ledger.open_request(Asker::ControlClient(id), payload, now);
                 self.tell(now);
             }
         }

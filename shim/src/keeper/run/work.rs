@@ -108,7 +108,7 @@ impl Keeper {
         let (relay, control) = (&self.relay, &self.control);
         let is_connected = |asker| match asker {
             Asker::Client(caller) => relay.is_connected(caller.client),
-            Asker::Commander(id) => control.is_connected(id),
+            Asker::ControlClient(id) => control.is_connected(id),
         };
         for (asker, bytes) in self.ledger.park(std::mem::take(&mut commit.parks), is_connected) {
             if let Asker::Client(caller) = asker {
