@@ -60,12 +60,12 @@ pub(super) struct Keeper {
     pub(super) born: Instant,
     /// SIGTERM has come: the keeper leaves once no container runs.
     is_shutting_down: bool,
-    chores: Chores,
+    timers: Timers,
 }
 
 /// What the loop itself is about to do. Another image finds that out again.
 #[derive(Default)]
-struct Chores {
+struct Timers {
     leave_by: Option<Instant>,
     /// Since when there has been neither a container, nor a place for one, nor a client.
     unused_since: Option<Instant>,
@@ -98,7 +98,7 @@ impl Keeper {
             last_upgrade: None,
             born: Instant::now(),
             is_shutting_down: false,
-            chores: Chores::default(),
+            timers: Timers::default(),
             settings,
             poll,
             signals,
@@ -117,14 +117,14 @@ impl Keeper {
             // Streams use no memory, and a container that writes all the time shall not make us trim all the time.
             if sources.iter().any(|source| !matches!(source, Source::Stream(_))) {
                 // Not put off by what comes later: somebody who asks all shims all the time would keep them big.
-                self.chores.trim_at.get_or_insert_with(|| Instant::now() + TRIM_AFTER);
+                self.timers.trim_at.get_or_insert_with(|| Instant::now() + TRIM_AFTER);
             }
             for source in sources {
                 self.dispatch(source);
             }
             ticked = self.tick();
-            if self.chores.trim_at.is_some_and(|at| at <= Instant::now()) {
-                self.chores.trim_at = None;
+            if self.timers.trim_at.is_some_and(|at| at <= Instant::now()) {
+                self.timers.trim_at = None;
                 sys::memory::trim();
                 if self.supervisor.is_asleep() {
                     sys::memory::leave_program();
@@ -150,7 +150,7 @@ impl Keeper {
             Source::Worker(life) => {
                 self.supervisor.flush(now);
                 if self.supervisor.backlog_bytes() <= MAX_BACKLOG_BYTES {
-                    for id in self.chores.paused.drain(..) {
+                    for id in self.timers.paused.drain(..) {
                         self.poll.again(Source::Client(id));
                     }
                 }
@@ -188,7 +188,7 @@ impl Keeper {
         }
         self.go_on();
         let now = Instant::now();
-        if self.chores.accept_at.is_some_and(|at| at <= now) {
+        if self.timers.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
         }
         // Before a worker is brought back for what needs none.
@@ -223,10 +223,10 @@ impl Keeper {
             self.ledger.deadline(),
             self.streams.deadline(),
             self.publisher.deadline(),
-            self.chores.leave_by,
-            self.chores.unused_since.map(|since| since + UNUSED_FOR),
-            self.chores.trim_at,
-            self.chores.accept_at,
+            self.timers.leave_by,
+            self.timers.unused_since.map(|since| since + UNUSED_FOR),
+            self.timers.trim_at,
+            self.timers.accept_at,
         ]
         .into_iter()
         .flatten()
@@ -248,8 +248,8 @@ impl Keeper {
     fn may_leave(&mut self) -> bool {
         let now = Instant::now();
         let is_unused = self.ledger.is_unused() && self.relay.count() == 0;
-        self.chores.unused_since = is_unused.then(|| self.chores.unused_since.unwrap_or(now));
-        if self.chores.unused_since.take_if(|since| now >= *since + UNUSED_FOR).is_some() {
+        self.timers.unused_since = is_unused.then(|| self.timers.unused_since.unwrap_or(now));
+        if self.timers.unused_since.take_if(|since| now >= *since + UNUSED_FOR).is_some() {
             self.ledger.leave_unused();
         }
         // What still runs is ended by the init system, which gives it its time.
@@ -258,12 +258,12 @@ impl Keeper {
             true => SHUT_DOWN_WITHIN,
             false if self.ledger.may_leave(self.supervisor.is_hopeless()) => LEAVE_WITHIN,
             false => {
-                self.chores.leave_by = None;
+                self.timers.leave_by = None;
                 return false;
             }
         };
-        let by = self.chores.leave_by.map_or(now + within, |by| by.min(now + within));
-        self.chores.leave_by = Some(by);
+        let by = self.timers.leave_by.map_or(now + within, |by| by.min(now + within));
+        self.timers.leave_by = Some(by);
         // At shutdown no Delete need come, and what is under way is an exit at most, of which the clients shall learn.
         let is_idle = if is_shut_down { self.streams.all_is_read() && !self.ledger.is_busy() } else { self.streams.is_drained() };
         by <= now || (is_idle && self.publisher.len() == 0 && self.relay.is_flushed() && self.control.is_flushed())

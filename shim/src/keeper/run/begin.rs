@@ -9,7 +9,7 @@ use std::time::Instant;
 use log::{error, info};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Chores, Keeper, TRIM_AFTER, block_signals};
+use super::{Keeper, TRIM_AFTER, Timers, block_signals};
 use crate::chain::chain;
 use crate::disguise::{self, Place};
 use crate::handover::{Part as _, PartResult};
@@ -139,7 +139,7 @@ impl Keeper {
             last_upgrade,
             born,
             is_shutting_down,
-            chores: Chores::default(),
+            timers: Timers::default(),
             settings,
             poll,
             signals,
@@ -152,7 +152,7 @@ impl Keeper {
         if let Some(upgrade) = self.upgrade.as_mut().filter(|_| is_back) {
             upgrade.report.keeper = PartResult::Kept("it could not go on from the state after all".into());
         }
-        self.chores.trim_at = Some(Instant::now() + TRIM_AFTER);
+        self.timers.trim_at = Some(Instant::now() + TRIM_AFTER);
         self.reap();
     }
 }

@@ -53,7 +53,7 @@ impl Keeper {
 
     fn worker_ended(&mut self, end: &End, rolled_back: bool, now: Instant) {
         // Its unread messages went with it.
-        for id in self.chores.paused.drain(..) {
+        for id in self.timers.paused.drain(..) {
             self.poll.again(Source::Client(id));
         }
         let told = self.ledger.told();

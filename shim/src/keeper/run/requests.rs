@@ -16,8 +16,8 @@ impl Keeper {
     pub(super) fn client(&mut self, id: u32, now: Instant) {
         // The others are read from: what they ask may have a ready-made answer.
         if self.supervisor.backlog_bytes() > MAX_BACKLOG_BYTES && !self.relay.is_modest(id) {
-            if !self.chores.paused.contains(&id) {
-                self.chores.paused.push(id);
+            if !self.timers.paused.contains(&id) {
+                self.timers.paused.push(id);
             }
             return;
         }
@@ -33,13 +33,13 @@ impl Keeper {
 
     /// Takes new connections in. Those that cannot be are tried again: a listener tells once of each.
     pub(super) fn accept(&mut self, now: Instant) {
-        let was_well = self.chores.accept_at.take().is_none();
+        let was_well = self.timers.accept_at.take().is_none();
         let (clients, control_clients) = (self.relay.accept(&self.poll), self.control.accept(&self.poll));
         if let Err(error) = clients.and(control_clients) {
             if was_well {
                 warn!(error:%; "cannot accept a connection, will retry");
             }
-            self.chores.accept_at = Some(now + ACCEPT_AGAIN_AFTER);
+            self.timers.accept_at = Some(now + ACCEPT_AGAIN_AFTER);
         }
     }
 
