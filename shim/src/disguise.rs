@@ -7,9 +7,9 @@
 //! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`, at `resume` `refuse`); `rehearsal`: how it does there
 //! besides; `request` and `exit`: a text which makes it misbehave in the request whose bytes, or in the exit whose key, contain it.
 #[cfg(feature = "fault-injection")]
-pub(crate) use active::{build, image_version, meet_exit, meet_request, misbehave, record_version, refuse, versions};
+pub(crate) use active::{build, meet_exit, meet_request, misbehave, record_version, refuse, state_version, versions};
 #[cfg(not(feature = "fault-injection"))]
-pub(crate) use inert::{build, image_version, meet_exit, meet_request, misbehave, record_version, refuse, versions};
+pub(crate) use inert::{build, meet_exit, meet_request, misbehave, record_version, refuse, state_version, versions};
 
 /// Where a build may misbehave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +46,7 @@ mod inert {
         ours
     }
 
-    pub(crate) fn image_version(ours: u16) -> u16 {
+    pub(crate) fn state_version(ours: u16) -> u16 {
         ours
     }
 
@@ -110,7 +110,7 @@ mod active {
         number("records").unwrap_or(ours)
     }
 
-    pub(crate) fn image_version(ours: u16) -> u16 {
+    pub(crate) fn state_version(ours: u16) -> u16 {
         number("image").unwrap_or(ours)
     }
 

@@ -7,9 +7,9 @@ use minicbor::{Decode, Encode};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
-use super::image::Carrier;
 use super::inbox::{READ_BYTES, Read, read_some};
 use super::poll::{Poll, Source};
+use super::reexec::Carrier;
 use crate::handover::{MAX_OUTPUT_BYTES, part, plain_parts};
 
 /// The most bytes of one turn: who writes faster than they are read would have the keeper to himself.

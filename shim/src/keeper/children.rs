@@ -23,8 +23,8 @@ use minicbor::{Decode, Encode};
 use nix::errno::Errno;
 
 use super::capture::Capture;
-use super::image::Carrier;
 use super::poll::{Poll, Source};
+use super::reexec::Carrier;
 use super::streams::Streams;
 use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, part};
 use crate::journal::{Journal, RecordedExit};

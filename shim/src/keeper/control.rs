@@ -8,10 +8,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use log::warn;
 use minicbor::{Decode, Encode};
 
-use super::image::Carrier;
 use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
+use super::reexec::Carrier;
 use super::relay::accept_all;
 use crate::handover::{ControlReply, ControlRequest, first_frame, part};
 use crate::sys;

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use minicbor::{Decode, Encode};
 
-use super::image::Carrier;
+use super::reexec::Carrier;
 use super::relay::Caller;
 use crate::frame::RequestView;
 use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker, part};

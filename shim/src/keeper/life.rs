@@ -20,10 +20,10 @@ use log::warn;
 use minicbor::{Decode, Encode};
 
 use super::capture::Capture;
-use super::image::Carrier;
 use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
+use super::reexec::Carrier;
 use crate::handover::{HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions, first_frame, part, plain_parts};
 use crate::sys;
 

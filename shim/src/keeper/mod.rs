@@ -16,7 +16,6 @@
 mod capture;
 mod children;
 mod control;
-mod image;
 mod inbox;
 mod ledger;
 mod life;
@@ -24,6 +23,7 @@ mod outbox;
 mod poison;
 mod poll;
 mod publisher;
+mod reexec;
 mod relay;
 mod run;
 mod streams;

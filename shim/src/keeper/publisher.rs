@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use minicbor::{Decode, Encode};
 
-use super::image::Carrier;
 use super::inbox::{Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
+use super::reexec::Carrier;
 use crate::frame::{self, Header};
 use crate::handover::part;
 

@@ -11,10 +11,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use log::{debug, warn};
 use minicbor::{Decode, Encode};
 
-use super::image::Carrier;
 use super::inbox::{READ_BYTES, Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
+use super::reexec::Carrier;
 use crate::frame::{self, Code, Header};
 use crate::handover::part;
 

@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 use log::{debug, error, info, warn};
 use minicbor::{Decode, Encode};
 
-use super::image::Carrier;
 use super::life::{End, Executable, Fault, Life, Program};
 use super::poll::{Poll, Source};
+use super::reexec::Carrier;
 use crate::handover::{ToKeeper, ToWorker, Versions, part};
 use crate::settings::Settings;
 use crate::sys;

@@ -22,8 +22,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::capture::Capture;
-use super::image::{self, Carrier};
 use super::life::{End, Executable, Fault};
+use super::reexec::{self, Carrier};
 use super::run::Keeper;
 use crate::handover::{ControlReply, Part, PartResult, ToKeeper, ToWorker, UpgradeReport, part};
 use crate::sys;
@@ -225,7 +225,7 @@ impl Keeper {
             self.cut_over(since, Instant::now());
         }
         let Some(mut upgrade) = self.upgrade.take_if(|upgrade| matches!(upgrade.stage, Stage::Left { .. })) else { return };
-        let error = match self.replace_image(&mut upgrade) {
+        let error = match self.reexec(&mut upgrade) {
             Ok(never) => match never {},
             Err(error) => error,
         };
@@ -340,7 +340,7 @@ impl Keeper {
         let null: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/null")?.into();
         let started = sys::spawn::spawn(&sys::spawn::Command {
             program: CString::new(format!("/proc/self/fd/{}", upgrade.executable.file.as_raw_fd()))?,
-            argv: self.image_arguments(&["rehearse"])?,
+            argv: self.reexec_arguments(&["rehearse"])?,
             env: sys::exec::environment(),
             cwd: c"/".into(),
             descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), copy.as_fd(), write.as_fd()],
@@ -357,11 +357,11 @@ impl Keeper {
         let stage = std::mem::replace(&mut upgrade.stage, Stage::Leaving { since: now });
         let Stage::Rehearsal { verdict, failure, is_late, .. } = stage else { return true };
         let said = String::from_utf8_lossy(&verdict.finish()).into_owned();
-        let why = match (said.strip_prefix(image::REFUSES), failure.finish().first_chunk()) {
+        let why = match (said.strip_prefix(reexec::REFUSES), failure.finish().first_chunk()) {
             (_, Some(errno)) => format!("it cannot be executed: {}", io::Error::from_raw_os_error(i32::from_ne_bytes(*errno))),
             (Some(why), _) => why.to_owned(),
             _ if is_late => format!("its rehearsal took longer than {REHEARSED_WITHIN:?}"),
-            _ if said == image::ACCEPTS && status == 0 => {
+            _ if said == reexec::ACCEPTS && status == 0 => {
                 self.upgrade = Some(upgrade);
                 match self.supervisor.pid() {
                     Some(_) => self.supervisor.kill(),
@@ -384,14 +384,14 @@ impl Keeper {
     }
 
     /// Goes on as the new image. Returns only if that did not come to be, with everything as before.
-    fn replace_image(&mut self, upgrade: &mut Upgrade) -> io::Result<std::convert::Infallible> {
+    fn reexec(&mut self, upgrade: &mut Upgrade) -> io::Result<std::convert::Infallible> {
         upgrade.report.keeper = PartResult::Upgraded;
         // The last lines of this image are not lost with it.
         info!(to:% = upgrade.report.to, path:% = upgrade.report.path; "the keeper replaces its image");
         let result = self.save(upgrade).and_then(|(state, mut kept)| {
             let own = Executable::own()?;
             kept.extend([state.as_raw_fd(), own.file.as_raw_fd()]);
-            let arguments = self.image_arguments(&["resume", &state.as_raw_fd().to_string(), &own.file.as_raw_fd().to_string()])?;
+            let arguments = self.reexec_arguments(&["resume", &state.as_raw_fd().to_string(), &own.file.as_raw_fd().to_string()])?;
             sys::exec::execute(upgrade.executable.file.as_fd(), &arguments, &sys::exec::environment(), &kept)
         });
         upgrade.report.keeper = PartResult::Unasked;
@@ -399,7 +399,7 @@ impl Keeper {
     }
 
     /// What an image is executed with: our own arguments, and behind the action what is special.
-    fn image_arguments(&self, special: &[&str]) -> io::Result<Vec<CString>> {
+    fn reexec_arguments(&self, special: &[&str]) -> io::Result<Vec<CString>> {
         let name = std::env::args().next().unwrap_or_else(|| "containerd-shim-x-v2".into());
         let words = std::iter::once(name).chain(self.settings.to_arguments()).chain(["keeper".to_owned()]);
         let words = words.chain(special.iter().map(|word| (*word).to_owned()));

@@ -15,11 +15,11 @@ use crate::disguise::{self, Place};
 use crate::handover::{Part as _, PartResult};
 use crate::keeper::children::Children;
 use crate::keeper::control::Control;
-use crate::keeper::image::{self, Carrier, Error};
 use crate::keeper::ledger::Ledger;
 use crate::keeper::poison::Poison;
 use crate::keeper::poll::Poll;
 use crate::keeper::publisher::Publisher;
+use crate::keeper::reexec::{self, Carrier, Error};
 use crate::keeper::relay::Relay;
 use crate::keeper::streams::Streams;
 use crate::keeper::supervisor::Supervisor;
@@ -79,8 +79,8 @@ pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> 
         })
     });
     let words = match &result {
-        Ok(()) => image::ACCEPTS.to_owned(),
-        Err(error) => format!("{}{}", image::REFUSES, chain(error)),
+        Ok(()) => reexec::ACCEPTS.to_owned(),
+        Err(error) => format!("{}{}", reexec::REFUSES, chain(error)),
     };
     match File::from(verdict).write_all(words.as_bytes()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -91,7 +91,7 @@ pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> 
 impl Keeper {
     /// Saves everything in a file without a name. Returns it and the numbers of the descriptors that go over.
     pub(in crate::keeper) fn save(&self, upgrade: &Upgrade) -> io::Result<(OwnedFd, Vec<RawFd>)> {
-        let saved = image::save(|e, carrier| {
+        let saved = reexec::save(|e, carrier| {
             e.array(11)?;
             self.born.put(e, carrier)?;
             e.encode_with(&self.last_upgrade, carrier)?.encode_with(&self.relay, carrier)?.encode_with(&self.control, carrier)?;
@@ -110,7 +110,7 @@ impl Keeper {
     #[inline(never)]
     fn load(settings: Settings, bytes: &[u8], mut carrier: Carrier) -> Result<Box<Self>, Error> {
         let c = &mut carrier;
-        let mut d = image::open(bytes)?;
+        let mut d = reexec::open(bytes)?;
         d.array()?;
         let (born, last_upgrade) = (Instant::take(&mut d, c)?, d.decode_with(c)?);
         let (relay, control): (Relay, Control) = (d.decode_with(c)?, d.decode_with(c)?);
@@ -170,7 +170,7 @@ fn end(result: io::Result<()>) -> ExitCode {
 fn read_state(state: &OwnedFd) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
     let file = File::from(sys::descriptors::duplicate(state)?);
-    file.take(image::MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    file.take(reexec::MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

@@ -12,8 +12,8 @@ use minicbor::{Decode, Encode};
 use super::splice::{Stop, TURN_BYTES, move_bytes};
 use super::{Client, Turn, fifo};
 use crate::handover::part;
-use crate::keeper::image::Carrier;
 use crate::keeper::poll::{Poll, Source};
+use crate::keeper::reexec::Carrier;
 
 /// See the module.
 #[derive(Debug, Encode, Decode)]

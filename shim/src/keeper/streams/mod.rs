@@ -35,8 +35,8 @@ use nix::unistd::{Gid, Uid, fchown, pipe2};
 
 use self::incoming::Incoming;
 use self::outgoing::{Outgoing, Spill};
-use super::image::Carrier;
 use super::poll::{Poll, Source};
+use super::reexec::Carrier;
 use crate::handover::{Cause, Output, Stdio, Step, Stream, StreamSnapshot, part};
 use crate::sys;
 

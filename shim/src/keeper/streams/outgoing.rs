@@ -25,8 +25,8 @@ use minicbor::{Decode, Encode};
 use super::splice::{Stop, TURN_BYTES, move_bytes};
 use super::{Client, Stage, Turn, fifo};
 use crate::handover::part;
-use crate::keeper::image::Carrier;
 use crate::keeper::poll::{Poll, Source};
+use crate::keeper::reexec::Carrier;
 use crate::sys::descriptors::waiting_bytes;
 
 /// So much is copied at once: what a fifo holds.
