@@ -6,7 +6,6 @@ mod cgroup;
 mod chain;
 mod commands;
 mod control;
-mod disguise;
 mod engine;
 mod frame;
 #[cfg(any(test, fuzzing))]
@@ -24,6 +23,7 @@ mod run_dir;
 mod settings;
 mod stdio_uri;
 mod sys;
+mod test_identity;
 mod whole_file;
 mod worker;
 

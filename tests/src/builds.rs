@@ -1,5 +1,5 @@
 //! Other builds of our shim: copies of one built for tests, with a line at their end that says what they claim to be.
-//! See `shim/src/disguise.rs`.
+//! See `shim/src/test_identity.rs`.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -14,7 +14,7 @@ use crate::programs;
 
 /// Copies `shim` to `path`, as a build that `words` describe: `build=2 newest=3`.
 pub fn make(shim: &Path, path: &Path, words: &str) -> Result<PathBuf> {
-    programs::copy_with(shim, path, format!("\nx-disguise: {words}\n").as_bytes())?;
+    programs::copy_with(shim, path, format!("\nx-test-identity: {words}\n").as_bytes())?;
     Ok(path.to_owned())
 }
 

@@ -39,7 +39,7 @@ fn to_json(shim: &Shim) -> Value {
                 "group": snapshot.group,
                 "keeper": keeper,
                 "worker": worker,
-                "worker_lives": snapshot.lives,
+                "worker_generation": snapshot.generations,
                 "worker_asleep": snapshot.asleep,
                 "upgrade": snapshot.upgrade.as_ref().map(report_json),
                 "remark": remark_on(snapshot),

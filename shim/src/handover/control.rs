@@ -144,7 +144,7 @@ pub(crate) struct Snapshot {
     pub(crate) worker_build: String,
     /// How many workers there have been.
     #[n(6)]
-    pub(crate) lives: u32,
+    pub(crate) generations: u32,
     #[n(7)]
     pub(crate) uptime_seconds: u64,
     /// The committed state: an entry per container (JSON, the worker's).

@@ -12,7 +12,7 @@ pub(crate) type Step = u32;
 /// From keeper to worker.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum ToWorker {
-    /// Who the keeper is, and the version that both speak from now on. `life` counts workers from 1.
+    /// Who the keeper is, and the version that both speak from now on. `generation` counts workers from 1.
     #[n(0)]
     Welcome {
         #[n(0)]
@@ -20,7 +20,7 @@ pub(crate) enum ToWorker {
         #[n(1)]
         keeper_pid: u32,
         #[n(2)]
-        life: u32,
+        generation: u32,
     },
     /// One entry of the committed state.
     #[n(1)]

@@ -8,7 +8,7 @@
 //!  other:   orphan  ─▶ claimed by a commit ─▶ ended: a cause
 //!                   └▶ ended unclaimed: kept a zombie while an operation may still name its pid, then reaped
 //! ```
-mod family;
+mod descendants;
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -354,7 +354,7 @@ impl Children {
     /// Kills the helpers of a request that was given up, and what they have started.
     pub(crate) fn end_helpers_of(&self, cause: Cause) {
         for pid in self.helpers.iter().filter(|(_, helper)| helper.cause == cause).map(|(pid, _)| *pid) {
-            family::kill(pid);
+            descendants::kill(pid);
         }
     }
 
@@ -363,7 +363,7 @@ impl Children {
         let concerns = |helper: &Helper| helper.key.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         for pid in self.helpers.iter().filter(|(_, helper)| concerns(helper)).map(|(pid, _)| *pid) {
             info!(container:% = key, pid; "killing a helper");
-            family::kill(pid);
+            descendants::kill(pid);
         }
     }
 

@@ -139,7 +139,7 @@ impl Ledger {
         for ready in std::mem::take(&mut self.ready).into_values() {
             self.add_ready(ready);
         }
-        self.begin_life();
+        self.begin_generation();
     }
 
     /// Opens a cause for a request.
@@ -186,7 +186,7 @@ impl Ledger {
     }
 
     /// A worker begins that was told of nothing.
-    pub(crate) fn begin_life(&mut self) {
+    pub(crate) fn begin_generation(&mut self) {
         self.untold = self.causes.keys().copied().collect();
     }
 

@@ -16,9 +16,9 @@
 mod capture;
 mod children;
 mod control;
+mod generation;
 mod inbox;
 mod ledger;
-mod life;
 mod outbox;
 mod poison;
 mod poll;

@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use super::life::{End, Fault};
+use super::generation::{End, Fault};
 use crate::handover::Cause;
 
 /// Crashes with a cause open before it is isolated.

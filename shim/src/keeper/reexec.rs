@@ -144,7 +144,7 @@ pub(crate) fn open(bytes: &[u8]) -> Result<Decoder<'_>, Error> {
     if u32::from_le_bytes([e, f, g, h]) != sum(body) {
         return Err(Error::Damaged { what: "its sum is wrong" });
     }
-    let ours = crate::disguise::state_version(VERSION);
+    let ours = crate::test_identity::state_version(VERSION);
     if ours < oldest {
         return Err(Error::TooNew { version, oldest, ours });
     }

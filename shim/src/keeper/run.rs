@@ -1,6 +1,6 @@
 //! The loop: who is told what, and when the keeper leaves.
 mod begin;
-mod people;
+mod control_requests;
 mod processes;
 mod requests;
 mod work;
@@ -57,7 +57,7 @@ pub(super) struct Keeper {
     pub(super) upgrade: Option<Upgrade>,
     /// What came of the last one.
     pub(super) last_upgrade: Option<UpgradeReport>,
-    pub(super) born: Instant,
+    pub(super) started_at: Instant,
     /// SIGTERM has come: the keeper leaves once no container runs.
     is_shutting_down: bool,
     timers: Timers,
@@ -96,7 +96,7 @@ impl Keeper {
             poison: Poison::default(),
             upgrade: None,
             last_upgrade: None,
-            born: Instant::now(),
+            started_at: Instant::now(),
             is_shutting_down: false,
             timers: Timers::default(),
             settings,
@@ -147,17 +147,17 @@ impl Keeper {
             Source::Listener | Source::ControlListener => self.accept(now),
             Source::Publisher => self.publisher.turn(now, &self.poll),
             Source::Fifos => self.streams.fifos_touched(&mut self.poll),
-            Source::Worker(life) => {
+            Source::Worker(generation) => {
                 self.supervisor.flush(now);
                 if self.supervisor.backlog_bytes() <= MAX_BACKLOG_BYTES {
                     for id in self.timers.paused.drain(..) {
                         self.poll.again(Source::Client(id));
                     }
                 }
-                for message in self.supervisor.receive(life, now, &mut self.poll) {
+                for message in self.supervisor.receive(generation, now, &mut self.poll) {
                     self.take(message);
                 }
-                for message in self.supervisor.receive_from_candidate(life, now, &mut self.poll) {
+                for message in self.supervisor.receive_from_candidate(generation, now, &mut self.poll) {
                     self.candidate_said(message, now);
                 }
             }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use log::{debug, error, info, warn};
 use minicbor::{Decode, Encode};
 
-use super::life::{End, Executable, Fault, Life, Program};
+use super::generation::{End, Executable, Fault, Generation, Program};
 use super::poll::{Poll, Source};
 use super::reexec::Carrier;
 use crate::handover::{ToKeeper, ToWorker, Versions, part};
@@ -59,16 +59,16 @@ pub(crate) struct Supervisor {
     #[cbor(n(1), with = "part")]
     pub(super) previous: Option<(Executable, Instant)>,
     #[cbor(skip)]
-    life: Option<Life>,
+    worker: Option<Generation>,
     #[cbor(skip)]
-    candidate: Option<Life>,
+    candidate: Option<Generation>,
     /// Workers that were killed and cannot end yet. They have no link any more.
     #[cbor(skip)]
     stuck: Vec<u32>,
     #[n(2)]
     pub(super) last_number: u32,
     #[n(3)]
-    pub(super) lives: u32,
+    pub(super) generations: u32,
     #[n(4)]
     pub(super) fruitless: u32,
     #[cbor(n(5), with = "part")]
@@ -136,11 +136,11 @@ impl Supervisor {
             program,
             executable: Executable::own()?,
             previous: None,
-            life: None,
+            worker: None,
             candidate: None,
             stuck: Vec::new(),
             last_number: 0,
-            lives: 0,
+            generations: 0,
             fruitless: 0,
             retry_at: None,
             last_end: None,
@@ -158,16 +158,16 @@ impl Supervisor {
 
     /// Gives up waiting for the end of a worker that was killed and cannot die: the next one goes on without it.
     pub(crate) fn give_up(&mut self, now: Instant) -> Option<Ended> {
-        let life = match self.candidate.take_if(|life| life.is_stuck(now)) {
+        let worker = match self.candidate.take_if(|worker| worker.is_stuck(now)) {
             Some(candidate) => {
                 self.stuck.push(candidate.pid);
                 return Some(Ended::Candidate(candidate.end(KILLED)));
             }
-            None => self.life.take_if(|life| life.is_stuck(now))?,
+            None => self.worker.take_if(|worker| worker.is_stuck(now))?,
         };
-        warn!(pid = life.pid; "the worker was killed and does not end, going on without it");
-        self.stuck.push(life.pid);
-        Some(self.life_ended(life, KILLED, now))
+        warn!(pid = worker.pid; "the worker was killed and does not end, going on without it");
+        self.stuck.push(worker.pid);
+        Some(self.worker_ended(worker, KILLED, now))
     }
 
     /// Starts a worker if there is none and its time has come, and notices one that hangs. `is_busy`: something is unanswered.
@@ -178,11 +178,11 @@ impl Supervisor {
         if let Some(candidate) = &mut self.candidate {
             candidate.check(now, true);
         }
-        if let Some(life) = &mut self.life {
+        if let Some(worker) = &mut self.worker {
             if let (Some(spell), false) = (self.spell, is_busy) {
-                life.ask_to_rest(spell, now);
+                worker.ask_to_rest(spell, now);
             }
-            return life.check(now, is_busy);
+            return worker.check(now, is_busy);
         }
         if self.asleep && !is_busy {
             return;
@@ -191,10 +191,10 @@ impl Supervisor {
         if self.retry_at.is_some_and(|at| at > now) {
             return;
         }
-        self.lives += 1;
+        self.generations += 1;
         self.last_number += 1;
-        match Life::start(self.last_number, &self.program, &self.executable, now, poll) {
-            Ok(life) => self.life = Some(life),
+        match Generation::start(self.last_number, &self.program, &self.executable, now, poll) {
+            Ok(worker) => self.worker = Some(worker),
             Err(error) => {
                 warn!(error:%; "cannot start a worker, will retry");
                 self.last_end = Some(format!("it cannot be started: {error}"));
@@ -210,8 +210,8 @@ impl Supervisor {
 
     /// Kills the worker because that is wanted.
     pub(crate) fn kill(&mut self) {
-        if let Some(life) = &mut self.life {
-            life.kill(Fault::Ours, "it was wanted to".into());
+        if let Some(worker) = &mut self.worker {
+            worker.kill(Fault::Ours, "it was wanted to".into());
         }
     }
 
@@ -221,15 +221,15 @@ impl Supervisor {
             return Ended::Candidate(candidate.end(status));
         }
         self.stuck.retain(|stuck| *stuck != pid);
-        match self.life.take_if(|life| life.pid == pid) {
-            Some(life) => self.life_ended(life, status, now),
+        match self.worker.take_if(|worker| worker.pid == pid) {
+            Some(worker) => self.worker_ended(worker, status, now),
             None => Ended::Other,
         }
     }
 
-    fn life_ended(&mut self, life: Life, status: u32, now: Instant) -> Ended {
-        let pid = life.pid;
-        let end = life.end(status);
+    fn worker_ended(&mut self, worker: Generation, status: u32, now: Instant) -> Ended {
+        let pid = worker.pid;
+        let end = worker.end(status);
         if end.fault == Fault::Ours {
             return Ended::Worker { end, rolled_back: false };
         }
@@ -237,14 +237,14 @@ impl Supervisor {
         self.last_end = Some(end.why.clone());
         let rolled_back = self.roll_back(&end);
         if !rolled_back {
-            info!(pid, life = self.lives, why:% = end.why; "the worker has ended, starting the next one");
+            info!(pid, generation = self.generations, why:% = end.why; "the worker has ended, starting the next one");
         }
         Ended::Worker { end, rolled_back }
     }
 
     /// Puts the program before in its place again, if it is still kept and works with this keeper.
     fn roll_back(&mut self, end: &End) -> bool {
-        let ours = crate::disguise::versions();
+        let ours = crate::test_identity::versions();
         let Some((previous, _)) = self.previous.take() else { return false };
         if previous.versions.is_none_or(|theirs| ours.agree(theirs).is_none()) {
             error!(why:% = end.why, to:% = previous.build; "a new worker has failed, and the one before speaks no version of this keeper's");
@@ -259,7 +259,7 @@ impl Supervisor {
 
     /// The worker hands over what tells when one is needed again.
     pub(crate) fn watch(&mut self) {
-        self.watches.extend(self.life.as_mut().and_then(Life::take_attached));
+        self.watches.extend(self.worker.as_mut().and_then(Generation::take_attached));
     }
 
     /// The worker has said whether it may rest. It does, unless it is needed after all.
@@ -269,10 +269,10 @@ impl Supervisor {
             self.watches.clear();
             return;
         }
-        debug!(life = self.lives; "the worker rests");
+        debug!(generation = self.generations; "the worker rests");
         self.asleep = true;
-        if let Some(life) = &mut self.life {
-            life.kill(Fault::Ours, "it rests".into());
+        if let Some(worker) = &mut self.worker {
+            worker.kill(Fault::Ours, "it rests".into());
         }
     }
 
@@ -290,22 +290,22 @@ impl Supervisor {
     /// Starts a worker of another program beside the one that serves.
     pub(crate) fn try_out(&mut self, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<()> {
         self.last_number += 1;
-        self.candidate = Some(Life::start(self.last_number, &self.program, executable, now, poll)?);
+        self.candidate = Some(Generation::start(self.last_number, &self.program, executable, now, poll)?);
         Ok(())
     }
 
-    pub(crate) fn candidate(&mut self) -> Option<&mut Life> {
+    pub(crate) fn candidate(&mut self) -> Option<&mut Generation> {
         self.candidate.as_mut()
     }
 
     /// Lets the candidate take over from a worker that has ended.
     pub(crate) fn cut_over(&mut self, executable: Executable, now: Instant) {
         let Some(candidate) = self.candidate.take() else { return };
-        self.life = Some(candidate);
+        self.worker = Some(candidate);
         self.wake();
         let previous = std::mem::replace(&mut self.executable, executable);
         self.previous = Some((previous, now + PROBATION));
-        self.lives += 1;
+        self.generations += 1;
         self.fruitless = 0;
         self.retry_at = None;
     }
@@ -317,28 +317,28 @@ impl Supervisor {
 
     /// The worker has said hello. Returns whether it may stay.
     pub(crate) fn hello(&mut self, versions: Versions, build: String, now: Instant) -> bool {
-        let Some(life) = self.life.as_mut().filter(|life| life.hello.is_none()) else { return false };
+        let Some(worker) = self.worker.as_mut().filter(|worker| worker.hello.is_none()) else { return false };
         (self.executable.versions, self.executable.build) = (Some(versions), build.clone());
-        life.greet(versions, build) && self.welcome(now)
+        worker.greet(versions, build) && self.welcome(now)
     }
 
     /// Tells the worker who we are. Returns whether there is one.
     pub(crate) fn welcome(&mut self, now: Instant) -> bool {
-        let Some(life) = &mut self.life else { return false };
-        let Some(hello) = &life.hello else { return false };
-        let welcome = ToWorker::Welcome { version: hello.version, keeper_pid: std::process::id(), life: self.lives };
-        life.send(&welcome, None, now);
+        let Some(worker) = &mut self.worker else { return false };
+        let Some(hello) = &worker.hello else { return false };
+        let welcome = ToWorker::Welcome { version: hello.version, keeper_pid: std::process::id(), generation: self.generations };
+        worker.send(&welcome, None, now);
         true
     }
 
     /// Whether there is a worker that has been told everything.
     pub(crate) fn is_serving(&self) -> bool {
-        self.life.as_ref().is_some_and(|life| life.hello.is_some() && !life.is_doomed())
+        self.worker.as_ref().is_some_and(|worker| worker.hello.is_some() && !worker.is_doomed())
     }
 
     /// Whether the worker was heard since it was told anything.
     pub(crate) fn is_lively(&self) -> bool {
-        self.life.as_ref().is_some_and(|life| !life.is_owing())
+        self.worker.as_ref().is_some_and(|worker| !worker.is_owing())
     }
 
     /// Whether one life after the other gets nothing done.
@@ -347,65 +347,65 @@ impl Supervisor {
     }
 
     pub(crate) fn pid(&self) -> Option<u32> {
-        self.life.as_ref().map(|life| life.pid)
+        self.worker.as_ref().map(|worker| worker.pid)
     }
 
     /// Every child that is or was a worker.
     pub(crate) fn pids(&self) -> impl Iterator<Item = u32> {
-        [&self.life, &self.candidate].into_iter().flatten().map(|life| life.pid).chain(self.stuck.iter().copied())
+        [&self.worker, &self.candidate].into_iter().flatten().map(|worker| worker.pid).chain(self.stuck.iter().copied())
     }
 
     /// What the worker calls itself, and the version that it speaks.
     pub(crate) fn build(&self) -> Option<(&str, u16)> {
-        let hello = self.life.as_ref()?.hello.as_ref()?;
+        let hello = self.worker.as_ref()?.hello.as_ref()?;
         Some((&hello.build, hello.version))
     }
 
     /// Queues a message, if there is somebody to read it; a later life is told by the replay.
     pub(crate) fn send(&mut self, message: &ToWorker, descriptor: Option<OwnedFd>, now: Instant) {
-        if let Some(life) = self.life.as_mut().filter(|life| life.hello.is_some()) {
-            life.send(message, descriptor, now);
+        if let Some(worker) = self.worker.as_mut().filter(|worker| worker.hello.is_some()) {
+            worker.send(message, descriptor, now);
         }
     }
 
     /// Writes what can be written.
     pub(crate) fn flush(&mut self, now: Instant) {
-        for life in [&mut self.life, &mut self.candidate].into_iter().flatten() {
-            life.flush(now);
+        for worker in [&mut self.worker, &mut self.candidate].into_iter().flatten() {
+            worker.flush(now);
         }
     }
 
     /// Bytes that the worker has not taken yet.
     pub(crate) fn backlog_bytes(&self) -> usize {
-        self.life.as_ref().map_or(0, Life::backlog_bytes)
+        self.worker.as_ref().map_or(0, Generation::backlog_bytes)
     }
 
     /// What the worker of this number has said; nothing of one that is gone, or is a candidate.
     pub(crate) fn receive(&mut self, number: u32, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
-        self.life.as_mut().filter(|life| life.number == number).map(|life| life.receive(now, poll)).unwrap_or_default()
+        self.worker.as_mut().filter(|worker| worker.number == number).map(|worker| worker.receive(now, poll)).unwrap_or_default()
     }
 
     /// The same of the candidate.
     pub(crate) fn receive_from_candidate(&mut self, number: u32, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
-        self.candidate.as_mut().filter(|life| life.number == number).map(|life| life.receive(now, poll)).unwrap_or_default()
+        self.candidate.as_mut().filter(|worker| worker.number == number).map(|worker| worker.receive(now, poll)).unwrap_or_default()
     }
 
     /// The number of the worker that serves.
     pub(crate) fn number(&self) -> Option<u32> {
-        self.life.as_ref().map(|life| life.number)
+        self.worker.as_ref().map(|worker| worker.number)
     }
 
     /// When [`Supervisor::ensure`] has something to do.
     pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
-        let life = match &self.life {
-            Some(life) => {
-                let rest = self.spell.filter(|_| !is_busy).and_then(|spell| life.rest_deadline(spell));
-                life.deadline(is_busy).into_iter().chain(rest).min()
+        let worker = match &self.worker {
+            Some(worker) => {
+                let rest = self.spell.filter(|_| !is_busy).and_then(|spell| worker.rest_deadline(spell));
+                worker.deadline(is_busy).into_iter().chain(rest).min()
             }
             None => self.retry_at.filter(|_| !self.asleep),
         };
         let candidate = self.candidate.as_ref().and_then(|candidate| candidate.deadline(true));
-        [life, candidate, self.previous.as_ref().map(|(_, until)| *until)].into_iter().flatten().min()
+        [worker, candidate, self.previous.as_ref().map(|(_, until)| *until)].into_iter().flatten().min()
     }
 }
 

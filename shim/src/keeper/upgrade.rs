@@ -1,7 +1,7 @@
 //! Upgrades: another program for the worker, then for the keeper itself.
 //!
 //! ```text
-//!  asked ─▶ Trial ──(fit)──▶ Ending ──(old worker is gone)──▶ Settling ──(first sign of life)──▶ Rehearsal ──(says OK)──▶ Leaving
+//!  asked ─▶ Trial ──(fit)──▶ Ending ──(old worker is gone)──▶ Settling ──(first response)──▶ Rehearsal ──(says OK)──▶ Leaving
 //!             │ crashes, hangs, refuses                          │ fails                          │ anything else              │
 //!             ▼                                                  ▼                                ▼                            ▼
 //!           kept                                            rolled back            kept, the worker stays upgraded      the new image, Settling
@@ -22,7 +22,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::capture::Capture;
-use super::life::{End, Executable, Fault};
+use super::generation::{End, Executable, Fault};
 use super::reexec::{self, Carrier};
 use super::run::Keeper;
 use crate::handover::{ControlReply, Part, PartResult, ToKeeper, ToWorker, UpgradeReport, part};
@@ -157,7 +157,7 @@ impl Keeper {
                 if let Some(upgrade) = self.upgrade.take() {
                     let is_left_out = upgrade.keeper_too && upgrade.report.keeper == PartResult::Unasked;
                     if is_left_out {
-                        self.keep_keeper(upgrade, format!("the new worker gave no sign of life within {SETTLED_WITHIN:?}"));
+                        self.keep_keeper(upgrade, format!("the new worker did not respond within {SETTLED_WITHIN:?}"));
                     } else {
                         self.end_upgrade(upgrade);
                     }

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::fault::Faults;
 use crate::handover::{Cause, Commit, HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker, first_frame};
-use crate::{disguise, sys};
+use crate::{sys, test_identity};
 
 /// What became of an operation, with the descriptor that came along.
 pub(crate) type Answer = (Outcome, Option<OwnedFd>);
@@ -51,7 +51,7 @@ impl Link {
         fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let socket = sys::ready::to_read(socket)?;
         let link = Self { socket, queue: RefCell::default(), queued: Notify::new(), waiting: RefCell::default(), faults };
-        link.send(&ToKeeper::Hello { versions: disguise::versions(), build: disguise::build().to_owned() }.encode());
+        link.send(&ToKeeper::Hello { versions: test_identity::versions(), build: test_identity::build().to_owned() }.encode());
         Ok(Rc::new(link))
     }
 

@@ -43,11 +43,11 @@ use self::link::{Incoming, Link, LinkError};
 use self::registry::Registry;
 use self::server::{Call, Inbound};
 use self::starts::Starts;
-use crate::disguise::{self, Place};
 use crate::handover::{Claim, Commit, ProcessExit, Step, ToWorker};
 use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
 use crate::sys;
+use crate::test_identity::{self, Place};
 
 /// Runs a worker on its end of the socketpair, until the keeper is gone.
 pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
@@ -96,7 +96,7 @@ struct Worker {
 
 async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
     let faults = fault::Faults::from_environment(&settings.id);
-    disguise::misbehave(Place::Hello);
+    test_identity::misbehave(Place::Hello);
     let link = Link::new(link, faults).map_err(|source| LinkError::Io { source })?;
     tokio::task::spawn_local(Rc::clone(&link).write_queue());
     let mut incoming = Incoming::new(Rc::clone(&link));
@@ -128,18 +128,18 @@ impl Worker {
                     refusal = refusal.or_else(|| refusal_of(&key, &value));
                 }
                 ToWorker::Tried => {
-                    disguise::misbehave(Place::Fit);
+                    test_identity::misbehave(Place::Fit);
                     self.link.fit(refusal.take());
                 }
-                ToWorker::Welcome { keeper_pid, life, .. } => {
-                    disguise::misbehave(Place::Welcome);
-                    disguise::misbehave(Place::Later);
+                ToWorker::Welcome { keeper_pid, generation, .. } => {
+                    test_identity::misbehave(Place::Welcome);
+                    test_identity::misbehave(Place::Later);
                     self.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
-                    log::debug!(life, keeper = keeper_pid; "worker begins");
+                    log::debug!(generation, keeper = keeper_pid; "worker begins");
                 }
                 ToWorker::State { key, value } => self.load(&key, &value),
                 ToWorker::Request { cause, age_nanos, origin, payload } => {
-                    disguise::meet_request(&payload);
+                    test_identity::meet_request(&payload);
                     let inbound = Inbound::parse(&payload, Duration::from_nanos(age_nanos), origin);
                     if inbound.left == Some(Duration::ZERO) && inbound.call.as_ref().is_ok_and(Call::must_be_ended) {
                         let cause = self.cause(cause);
@@ -223,12 +223,12 @@ impl Worker {
     fn take(self: &Rc<Self>, message: ToWorker) {
         match message {
             ToWorker::Request { cause, age_nanos, origin, payload } => {
-                disguise::meet_request(&payload);
+                test_identity::meet_request(&payload);
                 let inbound = Inbound::parse(&payload, Duration::from_nanos(age_nanos), origin);
                 launch(Rc::clone(self).serve_late(self.cause(cause), inbound));
             }
             ToWorker::Exit { cause, exit } => {
-                disguise::meet_exit(&exit.key);
+                test_identity::meet_exit(&exit.key);
                 launch(Rc::clone(self).exited(self.cause(cause), exit));
             }
             ToWorker::MayRest => self.link.rest(container::may_rest(self)),
@@ -376,7 +376,7 @@ impl Worker {
 
 /// Why this worker cannot go on with an entry of the state, if so.
 fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
-    let newest = disguise::record_version(RECORD_VERSION);
+    let newest = test_identity::record_version(RECORD_VERSION);
     if let Some(version) = Record::newer_version(value) {
         return Some(format!("the record of container {key} has version {version}, and version {newest} is the newest that can be read"));
     }

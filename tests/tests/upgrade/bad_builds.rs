@@ -63,7 +63,7 @@ pub(crate) async fn a_worker_that_does_not_work_never_takes_over(cx: Context) ->
         ("at=hello do=exit", "exit status 7"),
         ("at=hello do=hang", "has not said"),
         ("at=fit do=crash", "signal 6"),
-        ("at=fit do=hang", "no sign of life"),
+        ("at=fit do=hang", "did not respond"),
         // where everybody waits for a processor it is waited for longer
         ("at=fit do=spin", "within"),
         ("records=0", "the record of container"),
@@ -75,7 +75,7 @@ pub(crate) async fn a_worker_that_does_not_work_never_takes_over(cx: Context) ->
         is_rolled_back(&upgraded, why).with_context(|| words.to_owned())?;
         let shown = witness.holds("old", "old").await?;
         ensure!(shown["remark"].as_str().is_some_and(|remark| remark.contains(why)), "{shown:#}");
-        ensure!(shown["worker_lives"] == 1, "the worker before was touched: {shown:#}");
+        ensure!(shown["worker_generation"] == 1, "the worker before was touched: {shown:#}");
     }
     witness.ends().await
 }
@@ -133,7 +133,7 @@ pub(crate) async fn a_new_worker_that_gets_no_cpu_does_not_replace_the_keeper(cx
     });
     let (upgraded, starved_in_time) = tokio::join!(builds::upgrade(&cx, &program, &["--all"]), starve);
     starved_in_time?;
-    is_rolled_back(&upgraded?, "the keeper was kept: the new worker gave no sign of life within 20s")?;
+    is_rolled_back(&upgraded?, "the keeper was kept: the new worker did not respond within 20s")?;
     starved.set("cpu.cfs_quota_us", "-1")?;
     // with one, it is found to hang
     eventually("the worker before is back", SOON, async || witness.holds("old", "old").await).await?;
@@ -170,7 +170,7 @@ pub(crate) async fn a_keeper_that_does_not_work_never_takes_over(cx: Context) ->
         ("at=rehearsal do=crash", "its rehearsal ended with status 134"),
         ("at=rehearsal do=exit", "its rehearsal ended with status 7"),
         ("at=rehearsal do=hang", "its rehearsal took longer than 10s"),
-        ("image=0", "the keeper's state has version 1"),
+        ("state=0", "the keeper's state has version 1"),
     ] {
         let program = build(&cx, "new", &format!("build=bad {words}"))?;
         let upgraded = builds::upgrade(&cx, &program, &["--all"]).await?;
@@ -267,7 +267,7 @@ pub(crate) async fn the_same_program_changes_nothing(cx: Context) -> Result<()> 
     let shim = cx.shim().binary.clone().context("ours")?;
     let upgraded = builds::upgrade(&cx, &shim, &["--all"]).await?;
     ensure!(upgraded.status == 0 && upgraded.only()?["result"] == "unchanged", "{upgraded:#?}");
-    ensure!(witness.holds("old", "old").await?["worker_lives"] == 1);
+    ensure!(witness.holds("old", "old").await?["worker_generation"] == 1);
     witness.ends().await
 }
 

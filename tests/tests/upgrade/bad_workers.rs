@@ -114,7 +114,7 @@ pub(crate) async fn a_slow_operation_is_not_taken_for_a_hang(cx: Context) -> Res
     let (client, id) = (cx.client().clone(), container.id.clone());
     let start = tokio::spawn(async move { client.start(&id, "e").await });
     gate.held("exec").await?;
-    // longer than two signs of life may take
+    // longer than two responses may take
     tokio::time::sleep(Duration::from_secs(14)).await;
     ensure!(proc::is_alive(worker), "the worker was killed");
     gate.release("exec")?;

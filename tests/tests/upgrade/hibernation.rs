@@ -83,7 +83,7 @@ pub(crate) async fn a_worker_that_copies_outputs_does_not_hibernate(cx: Context)
     let ticks = || std::fs::read_to_string(&path).unwrap_or_default().lines().count();
     eventually("ten lines over twice the spell", Duration::from_secs(30), async || {
         let shim = builds::ps(&cx, &program).await?.remove(0);
-        ensure!(shim["worker_asleep"] == false && shim["worker_lives"] == 1, "{shim:#}");
+        ensure!(shim["worker_asleep"] == false && shim["worker_generation"] == 1, "{shim:#}");
         ensure!(ticks() >= 10, "{} lines", ticks());
         Ok(())
     })

@@ -11,7 +11,6 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{Keeper, TRIM_AFTER, Timers, block_signals};
 use crate::chain::chain;
-use crate::disguise::{self, Place};
 use crate::handover::{Part as _, PartResult};
 use crate::keeper::children::Children;
 use crate::keeper::control::Control;
@@ -26,6 +25,7 @@ use crate::keeper::supervisor::Supervisor;
 use crate::keeper::upgrade::Upgrade;
 use crate::settings::Settings;
 use crate::sys;
+use crate::test_identity::{self, Place};
 
 /// Runs until the last container was deleted and the client has said Shutdown.
 ///
@@ -40,11 +40,11 @@ pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd) -> Ex
 /// `state`: what that has saved. `before`: its program, to go back to if the state cannot be read; none if this is the way back.
 /// Nothing is taken over before everything was read once; on the way back by whom has written it, and there is nobody left to go back to.
 pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>) -> ExitCode {
-    disguise::misbehave(Place::Resume);
+    test_identity::misbehave(Place::Resume);
     let is_back = before.is_none();
     let read = read_state(&state).and_then(|bytes| {
         if !is_back {
-            disguise::refuse(Place::Resume).map_err(|what| Error::Damaged { what })?;
+            test_identity::refuse(Place::Resume).map_err(|what| Error::Damaged { what })?;
             // beside the descriptors that were inherited
             sys::descriptors::with_raised_limit(|| Keeper::load(settings.clone(), &bytes, Carrier::rehearsed()).map(drop))?;
         }
@@ -70,7 +70,7 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
 
 /// Says on `verdict` whether this image could go on from a state. Touches nothing.
 pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> ExitCode {
-    disguise::misbehave(Place::Rehearsal);
+    test_identity::misbehave(Place::Rehearsal);
     let result = read_state(&state).and_then(|bytes| {
         sys::descriptors::with_raised_limit(|| {
             // as many descriptors as the new image inherits, which reads the state once beside them
@@ -93,7 +93,7 @@ impl Keeper {
     pub(in crate::keeper) fn save(&self, upgrade: &Upgrade) -> io::Result<(OwnedFd, Vec<RawFd>)> {
         let saved = reexec::save(|e, carrier| {
             e.array(11)?;
-            self.born.put(e, carrier)?;
+            self.started_at.put(e, carrier)?;
             e.encode_with(&self.last_upgrade, carrier)?.encode_with(&self.relay, carrier)?.encode_with(&self.control, carrier)?;
             e.encode_with(&self.ledger, carrier)?.encode_with(&self.children, carrier)?.encode_with(&self.streams, carrier)?;
             e.encode_with(&self.publisher, carrier)?.encode_with(&self.supervisor, carrier)?.encode_with(upgrade, carrier)?;
@@ -112,7 +112,7 @@ impl Keeper {
         let c = &mut carrier;
         let mut d = reexec::open(bytes)?;
         d.array()?;
-        let (born, last_upgrade) = (Instant::take(&mut d, c)?, d.decode_with(c)?);
+        let (started_at, last_upgrade) = (Instant::take(&mut d, c)?, d.decode_with(c)?);
         let (relay, control): (Relay, Control) = (d.decode_with(c)?, d.decode_with(c)?);
         let (mut ledger, mut children): (Ledger, Children) = (d.decode_with(c)?, d.decode_with(c)?);
         let (mut streams, mut publisher): (Streams, Publisher) = (d.decode_with(c)?, d.decode_with(c)?);
@@ -137,7 +137,7 @@ impl Keeper {
             upgrade: Some(upgrade),
             poison: Poison::default(),
             last_upgrade,
-            born,
+            started_at,
             is_shutting_down,
             timers: Timers::default(),
             settings,
@@ -148,7 +148,7 @@ impl Keeper {
 
     /// This executable has taken over, or, if `is_back`, is the one before that has everything again.
     fn resumed(&mut self, is_back: bool) {
-        info!(pid = std::process::id(), build = disguise::build(); "the keeper goes on as another image");
+        info!(pid = std::process::id(), build = test_identity::build(); "the keeper goes on as another image");
         if let Some(upgrade) = self.upgrade.as_mut().filter(|_| is_back) {
             upgrade.report.keeper = PartResult::Kept("it could not go on from the state after all".into());
         }

@@ -7,7 +7,7 @@ use super::Keeper;
 use crate::frame::{self, Code};
 use crate::handover::{Cause, ToWorker};
 use crate::keeper::children::Found;
-use crate::keeper::life::End;
+use crate::keeper::generation::End;
 use crate::keeper::poll::Source;
 use crate::keeper::supervisor::Ended;
 
@@ -57,7 +57,7 @@ impl Keeper {
             self.poll.again(Source::Client(id));
         }
         let told = self.ledger.told();
-        self.ledger.begin_life();
+        self.ledger.begin_generation();
         if rolled_back {
             self.rolled_back(end);
         } else if let Some(poisoned) = self.poison.ended(told, end, now) {

@@ -65,7 +65,7 @@ impl Keeper {
         for (key, value) in self.ledger.state() {
             self.supervisor.send(&ToWorker::State { key: key.clone(), value: value.clone() }, None, now);
         }
-        self.ledger.begin_life();
+        self.ledger.begin_generation();
         self.tell(now);
         self.supervisor.send(&ToWorker::CaughtUp, None, now);
         self.ask_whether_settled(now);

@@ -172,7 +172,7 @@ impl Record {
             version: u32,
         }
         let head: Head = serde_json::from_slice(bytes).ok()?;
-        (head.version > crate::disguise::record_version(VERSION)).then_some(head.version)
+        (head.version > crate::test_identity::record_version(VERSION)).then_some(head.version)
     }
 }
 

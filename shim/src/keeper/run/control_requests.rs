@@ -2,9 +2,9 @@
 use std::time::Instant;
 
 use super::Keeper;
-use crate::disguise;
 use crate::handover::{MAX_MESSAGE_BYTES, RequestSnapshot, Snapshot};
 use crate::keeper::ledger::What;
+use crate::test_identity;
 
 /// How much state a snapshot holds: less than a message, which is for other things too.
 const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
@@ -12,7 +12,7 @@ const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
 impl Keeper {
     /// Every container, with what is known of it as far as that fits into one message: who is there matters most. Then the added
     /// processes that fit.
-    fn state_for_people(&self) -> Vec<(String, Vec<u8>)> {
+    fn snapshot_state(&self) -> Vec<(String, Vec<u8>)> {
         let mut left = SNAPSHOT_STATE_BYTES;
         let mut fits = |key: &str, value: &[u8]| {
             let fits = key.len() + value.len() <= left;
@@ -47,12 +47,12 @@ impl Keeper {
             namespace: self.settings.namespace.clone(),
             group: self.settings.id.clone(),
             keeper_pid: std::process::id(),
-            keeper_build: disguise::build().into(),
+            keeper_build: test_identity::build().into(),
             worker_pid: self.supervisor.pid(),
             worker_build: self.supervisor.build().map_or("", |(build, _)| build).into(),
-            lives: self.supervisor.lives,
-            uptime_seconds: now.saturating_duration_since(self.born).as_secs(),
-            state: self.state_for_people(),
+            generations: self.supervisor.generations,
+            uptime_seconds: now.saturating_duration_since(self.started_at).as_secs(),
+            state: self.snapshot_state(),
             processes: self.children.snapshot(),
             requests: requests.collect(),
             streams: self.streams.snapshot(),

@@ -71,8 +71,8 @@ impl Executable {
     /// The program that this process runs.
     pub(crate) fn own() -> io::Result<Self> {
         let path = std::fs::read_link("/proc/self/exe").map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
-        let build = crate::disguise::build().to_owned();
-        Ok(Self { file: File::open("/proc/self/exe")?.into(), path, versions: Some(crate::disguise::versions()), build })
+        let build = crate::test_identity::build().to_owned();
+        Ok(Self { file: File::open("/proc/self/exe")?.into(), path, versions: Some(crate::test_identity::versions()), build })
     }
 
     /// Whether both are the same file. One that runs cannot be written to, so its content is the same too.
@@ -136,14 +136,14 @@ struct Ping {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Life {
+pub(crate) struct Generation {
     pub(crate) number: u32,
     pub(crate) pid: u32,
     pub(crate) hello: Option<Hello>,
     link: UnixStream,
     input: Vec<u8>,
     output: Outbox,
-    born: Instant,
+    started_at: Instant,
     failure: Capture,
     /// It was killed by us, for this, and then: nothing that it says counts any more.
     doomed: Option<(End, Instant)>,
@@ -158,7 +158,7 @@ pub(crate) struct Life {
     attached: VecDeque<OwnedFd>,
 }
 
-impl Life {
+impl Generation {
     /// Starts a worker.
     pub(crate) fn start(number: u32, program: &Program, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
@@ -182,7 +182,7 @@ impl Life {
             link: ours,
             input: Vec::new(),
             output: Outbox::default(),
-            born: now,
+            started_at: now,
             failure: Capture::from_pipe(started.failure),
             doomed: None,
             quiet_since: now,
@@ -226,7 +226,7 @@ impl Life {
 
     /// Agrees on a version with it. Returns whether there is one.
     pub(crate) fn greet(&mut self, theirs: Versions, build: String) -> bool {
-        let ours = crate::disguise::versions();
+        let ours = crate::test_identity::versions();
         match ours.agree(theirs) {
             Some(version) => {
                 self.hello = Some(Hello { version, build });
@@ -315,7 +315,7 @@ impl Life {
         }
     }
 
-    /// When [`Life::ask_to_rest`] has something to do, if nothing is unanswered.
+    /// When [`Generation::ask_to_rest`] has something to do, if nothing is unanswered.
     pub(crate) fn rest_deadline(&self, spell: Duration) -> Option<Instant> {
         let is_idle = self.hello.is_some() && self.doomed.is_none() && !self.owing && !self.asked_to_rest;
         is_idle.then(|| self.quiet_since + spell)
@@ -338,8 +338,8 @@ impl Life {
                 return;
             }
             let within = now.saturating_duration_since(ping.at).as_secs();
-            warn!(pid = self.pid, life = self.number, within; "the worker hangs, killing it");
-            self.kill(Fault::Its, format!("it gave no sign of life within {within} s"));
+            warn!(pid = self.pid, generation = self.number, within; "the worker hangs, killing it");
+            self.kill(Fault::Its, format!("it did not respond within {within} s"));
         } else {
             let used = sys::process::cpu_time(self.pid);
             self.ping = Some(Ping { at: now, used, look_at: now + PONG_WITHIN, used_then: used });
@@ -347,13 +347,13 @@ impl Life {
         }
     }
 
-    /// When [`Life::check`] has something to do.
+    /// When [`Generation::check`] has something to do.
     pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
         if let Some((_, at)) = &self.doomed {
             return Some(*at + ENDS_WITHIN);
         }
         if self.hello.is_none() {
-            return Some(self.born + HELLO_WITHIN);
+            return Some(self.started_at + HELLO_WITHIN);
         }
         match self.ping {
             Some(ping) => Some(ping.look_at),

@@ -2,8 +2,8 @@
 //! feature `fault-injection`.
 //!
 //! A test makes other builds of the shim by copying it and appending a line to the copy, which an executable may end with:
-//! `x-disguise: NAME=VALUE …`. Names: `build`; `oldest` and `newest`, the versions of the messages; `records`, the newest version of
-//! containers' records that it reads; `image`, the same for a keeper's state; `at` and `do`: where it misbehaves (`hello`, `fit`, `welcome`,
+//! `x-test-identity: NAME=VALUE …`. Names: `build`; `oldest` and `newest`, the versions of the messages; `records`, the newest version of
+//! containers' records that it reads; `state`, the same for a keeper's state; `at` and `do`: where it misbehaves (`hello`, `fit`, `welcome`,
 //! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`, at `resume` `refuse`); `rehearsal`: how it does there
 //! besides; `request` and `exit`: a text which makes it misbehave in the request whose bytes, or in the exit whose key, contain it.
 #[cfg(feature = "fault-injection")]
@@ -71,7 +71,7 @@ mod active {
     use super::Place;
     use crate::handover::Versions;
 
-    const MARK: &str = "\nx-disguise: ";
+    const MARK: &str = "\nx-test-identity: ";
     const TAIL_BYTES: i64 = 512;
 
     /// The line at the end of this executable; empty without one.
@@ -111,7 +111,7 @@ mod active {
     }
 
     pub(crate) fn state_version(ours: u16) -> u16 {
-        number("image").unwrap_or(ours)
+        number("state").unwrap_or(ours)
     }
 
     pub(crate) fn misbehave(place: Place) {
