@@ -28,7 +28,7 @@ use super::socket::{self, Lock};
 use super::{Error, group, start};
 use crate::commands::survey::{Found, Shim, survey};
 use crate::control;
-use crate::handover::{CONTROL_SERVICE, ControlReply, ControlRequest, Snapshot, ToldEnd};
+use crate::handover::{CONTROL_SERVICE, ControlReply, ControlRequest, ReportedExit, Snapshot};
 use crate::invocation::{Flags, Query};
 use crate::journal::{self, Contents, RecordedExit};
 use crate::journal_body::{JournalBody, ProcessIdentity};
@@ -276,7 +276,7 @@ fn keeper_of(flags: &Flags, bundle: &Path) -> Option<PathBuf> {
 
 /// What the worker's answer says of the end. Absent for a container that never ran.
 fn told_exit(payload: &[u8]) -> Option<RecordedExit> {
-    let told = ToldEnd::decode(payload)?;
+    let told = ReportedExit::decode(payload)?;
     Some(RecordedExit { pid: told.pid.unwrap_or(0), status: told.status?, at_nanos: told.at_nanos.unwrap_or_else(now_nanos) })
 }
 

@@ -66,7 +66,7 @@ pub(crate) enum ControlReply {
 /// How a container ended: what the worker answers to a command that has it deleted. JSON; fields are only ever added.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(crate) struct ToldEnd {
+pub(crate) struct ReportedExit {
     pub(crate) pid: Option<u32>,
     /// Absent for one that never ran.
     pub(crate) status: Option<u32>,
@@ -74,7 +74,7 @@ pub(crate) struct ToldEnd {
     pub(crate) at_nanos: Option<i64>,
 }
 
-impl ToldEnd {
+impl ReportedExit {
     pub(crate) fn encode(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("a struct of numbers has a JSON form")
     }

@@ -110,7 +110,7 @@ pub(crate) struct Ledger {
     exits: BTreeSet<Cause>,
     /// Of the causes, those that the worker was not told of.
     #[cbor(skip)]
-    untold: BTreeSet<Cause>,
+    unsent: BTreeSet<Cause>,
     /// When requests with a ready-made answer are given it. Apart from the causes, of which a flood makes thousands.
     #[cbor(n(2), with = "part")]
     ready_due: BTreeMap<Cause, Instant>,
@@ -161,7 +161,7 @@ impl Ledger {
 
     fn open(&mut self, what: What) -> Cause {
         self.last_cause += 1;
-        self.untold.insert(self.last_cause);
+        self.unsent.insert(self.last_cause);
         self.causes.insert(self.last_cause, Open { what, operations: Vec::new() });
         self.last_cause
     }
@@ -170,7 +170,7 @@ impl Ledger {
         self.ready_due.remove(&cause);
         self.naming.remove(&cause);
         self.exits.remove(&cause);
-        self.untold.remove(&cause);
+        self.unsent.remove(&cause);
         self.causes.remove(&cause)
     }
 
@@ -187,12 +187,12 @@ impl Ledger {
 
     /// A worker begins that was told of nothing.
     pub(crate) fn begin_generation(&mut self) {
-        self.untold = self.causes.keys().copied().collect();
+        self.unsent = self.causes.keys().copied().collect();
     }
 
     /// What the worker was told of and has not ended.
-    pub(crate) fn told(&self) -> Vec<Cause> {
-        self.causes.keys().filter(|cause| !self.untold.contains(cause)).copied().collect()
+    pub(crate) fn sent(&self) -> Vec<Cause> {
+        self.causes.keys().filter(|cause| !self.unsent.contains(cause)).copied().collect()
     }
 
     /// Whether anything is open that a worker has to deal with.
@@ -200,8 +200,8 @@ impl Ledger {
         !self.causes.is_empty()
     }
 
-    pub(crate) fn untold(&self) -> &BTreeSet<Cause> {
-        &self.untold
+    pub(crate) fn unsent(&self) -> &BTreeSet<Cause> {
+        &self.unsent
     }
 
     pub(crate) fn exits(&self) -> &BTreeSet<Cause> {
@@ -210,7 +210,7 @@ impl Ledger {
 
     /// The message that tells a worker of a cause, which counts as told then.
     pub(crate) fn announce(&mut self, cause: Cause, now: Instant) -> Option<ToWorker> {
-        self.untold.remove(&cause);
+        self.unsent.remove(&cause);
         Some(match &self.causes.get(&cause)?.what {
             What::Request { asker, payload, arrived, .. } => ToWorker::Request {
                 cause,

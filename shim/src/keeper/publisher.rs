@@ -130,7 +130,7 @@ impl Publisher {
             self.connection = Some(Connection { socket, input: Vec::new(), output: Outbox::default(), last_stream: 0, awaited: None });
         }
         let Some(connection) = &mut self.connection else { return Ok(()) };
-        // What came before the end counts: an event that was acknowledged is not told again.
+        // What came before the end counts: an event that was acknowledged is not sent again.
         let has_ended = connection.read()?;
         if let Some((stream, since)) = connection.awaited {
             match connection.take_response(stream)? {
@@ -264,7 +264,7 @@ mod tests {
         let long = vec![b'x'; LONG_BYTES + 1];
         let events = [long.clone(), b"two".to_vec()];
         // The short one comes again: there may be room for it later.
-        let told = publish("long", &events, &[RESOURCE_EXHAUSTED as u8, RESOURCE_EXHAUSTED as u8, 0]);
-        assert!(told == [long, b"two".to_vec(), b"two".to_vec()], "{} events", told.len());
+        let sent = publish("long", &events, &[RESOURCE_EXHAUSTED as u8, RESOURCE_EXHAUSTED as u8, 0]);
+        assert!(sent == [long, b"two".to_vec(), b"two".to_vec()], "{} events", sent.len());
     }
 }

@@ -186,7 +186,7 @@ impl Keeper {
         for (cause, step) in self.streams.tick(now, &mut self.poll) {
             self.found(Found::Outcome { cause, step, outcome: Outcome::Done });
         }
-        self.go_on();
+        self.proceed();
         let now = Instant::now();
         if self.timers.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
@@ -202,11 +202,11 @@ impl Keeper {
         if let Some(ended) = self.supervisor.give_up(now) {
             self.ended(ended, now);
             // before another worker of the program that goes is started
-            self.go_on();
+            self.proceed();
         }
         self.supervisor.ensure(now, self.ledger.is_busy(), &self.poll);
         self.tick_upgrade(now);
-        self.tell(now);
+        self.send_causes(now);
         self.ledger.expire(now);
         self.publisher.turn(now, &self.poll);
         self.supervisor.flush(now);

@@ -220,7 +220,7 @@ impl Keeper {
     }
 
     /// Goes on with the new worker or as the new image, if that is what is left to do. To be called when nothing is half done.
-    pub(super) fn go_on(&mut self) {
+    pub(super) fn proceed(&mut self) {
         if let Some(Upgrade { stage: Stage::Ended { since }, .. }) = self.upgrade {
             self.cut_over(since, Instant::now());
         }

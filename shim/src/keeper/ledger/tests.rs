@@ -165,9 +165,9 @@ fn a_wait_on_a_forgotten_container_is_answered() {
     park("c1/e", 2);
     park("c10", 3);
     let (keys, due) = ledger.forget_container("c1", b"gone");
-    let mut told: Vec<Asker> = due.iter().map(|due| due.asker).collect();
-    told.sort_by_key(|asker| format!("{asker:?}"));
+    let mut answered: Vec<Asker> = due.iter().map(|due| due.asker).collect();
+    answered.sort_by_key(|asker| format!("{asker:?}"));
     assert!(keys.is_empty() && due.iter().all(|due| due.response == b"gone"));
-    assert_eq!(told, [Asker::ControlClient(1), Asker::ControlClient(2)]);
+    assert_eq!(answered, [Asker::ControlClient(1), Asker::ControlClient(2)]);
     assert_eq!(ledger.parked().collect::<Vec<_>>(), [("c10", 1)]);
 }

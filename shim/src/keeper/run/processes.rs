@@ -31,7 +31,7 @@ impl Keeper {
             Found::Exit(exit) => {
                 self.streams.exited(&exit.key, &mut self.poll);
                 self.ledger.open_exit(exit);
-                self.tell(now);
+                self.send_causes(now);
             }
             Found::Other { pid, status } => match self.supervisor.ended(pid, status, now) {
                 Ended::Other => {
@@ -56,11 +56,11 @@ impl Keeper {
         for id in self.timers.paused.drain(..) {
             self.poll.again(Source::Client(id));
         }
-        let told = self.ledger.told();
+        let sent = self.ledger.sent();
         self.ledger.begin_generation();
         if rolled_back {
             self.rolled_back(end);
-        } else if let Some(poisoned) = self.poison.ended(told, end, now) {
+        } else if let Some(poisoned) = self.poison.ended(sent, end, now) {
             self.poisoned(poisoned, end);
         }
         self.worker_left();

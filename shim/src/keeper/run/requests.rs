@@ -25,7 +25,7 @@ impl Keeper {
         for request in requests {
             self.ledger.open_request(Asker::Client(request.caller), request.payload, now);
         }
-        self.tell(now);
+        self.send_causes(now);
         if !is_connected {
             self.ledger.forget(|asker| matches!(asker, Asker::Client(caller) if caller.client == id));
         }
@@ -44,12 +44,12 @@ impl Keeper {
     }
 
     /// Tells the worker what it was not told of and may be.
-    pub(super) fn tell(&mut self, now: Instant) {
-        if !self.supervisor.is_serving() || (self.ledger.untold().is_empty() && !self.poison.is_isolating()) {
+    pub(super) fn send_causes(&mut self, now: Instant) {
+        if !self.supervisor.is_serving() || (self.ledger.unsent().is_empty() && !self.poison.is_isolating()) {
             return;
         }
         let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
-        let open = Open { unsent: self.ledger.untold(), exits: self.ledger.exits(), is_open: &is_open };
+        let open = Open { unsent: self.ledger.unsent(), exits: self.ledger.exits(), is_open: &is_open };
         for cause in self.poison.next(&open, self.supervisor.is_lively(), now) {
             if let Some(message) = self.ledger.announce(cause, now) {
                 self.supervisor.send(&message, None, now);
@@ -66,7 +66,7 @@ impl Keeper {
             self.supervisor.send(&ToWorker::State { key: key.clone(), value: value.clone() }, None, now);
         }
         self.ledger.begin_generation();
-        self.tell(now);
+        self.send_causes(now);
         self.supervisor.send(&ToWorker::CaughtUp, None, now);
         self.ask_whether_settled(now);
         self.supervisor.flush(now);
@@ -101,7 +101,7 @@ impl Keeper {
             },
             ControlRequest::Ask { payload } => {
                 self.ledger.open_request(Asker::ControlClient(id), payload, now);
-                self.tell(now);
+                self.send_causes(now);
             }
         }
     }

@@ -3,7 +3,7 @@ use containerd_shim_protos::api;
 use protobuf::{EnumOrUnknown, MessageField};
 
 use super::TASK_SERVICES;
-use crate::handover::{Ready, ToldEnd};
+use crate::handover::{Ready, ReportedExit};
 use crate::options::process_details;
 use crate::worker::container::{Deleted, ProcessKey, Record, Reply, StateOf, Status, state_of};
 use crate::worker::error::{Code, Error};
@@ -58,7 +58,7 @@ fn payload(reply: Reply, keeper_pid: u32) -> Vec<u8> {
             ..Default::default()
         }),
         Reply::DeletedForCommand(Deleted { pid, exit }) => {
-            ToldEnd { pid, status: exit.map(|exit| exit.status), at_nanos: exit.map(|exit| exit.at_nanos) }.encode()
+            ReportedExit { pid, status: exit.map(|exit| exit.status), at_nanos: exit.map(|exit| exit.at_nanos) }.encode()
         }
         Reply::State(state) => bytes(&state_response(*state)),
         Reply::Pids(pids) => {
