@@ -29,8 +29,9 @@ impl Made {
             top.read_dir()
                 .expect("hierarchies")
                 .flatten()
-                .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
-                .map(|e| e.path().join(&name))
+                // a folder that is no hierarchy: the mount point of one that was unmounted
+                .filter(|entry| entry.path().join("cgroup.procs").is_file())
+                .map(|entry| entry.path().join(&name))
                 .collect()
         };
         for folder in &folders {

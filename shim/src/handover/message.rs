@@ -444,4 +444,7 @@ pub(crate) struct Ready {
     /// A ttrpc `Response` message.
     #[cbor(n(4), with = "part")]
     pub(crate) answer: Vec<u8>,
+    /// A worker has a better answer: this one is given only if none answers in time.
+    #[n(5)]
+    pub(crate) is_fallback: bool,
 }

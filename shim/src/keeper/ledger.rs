@@ -289,8 +289,10 @@ impl Ledger {
 
     fn add_ready(&mut self, ready: Ready) {
         let question: Rc<[u8]> = question(ready.service.as_bytes(), ready.method.as_bytes(), &ready.payload).into();
-        self.questions.entry(ready.key.clone()).or_default().push(Rc::clone(&question));
-        self.ready.insert(question, ready);
+        let key = ready.key.clone();
+        if self.ready.insert(Rc::clone(&question), ready).is_none() {
+            self.questions.entry(key).or_default().push(question);
+        }
     }
 
     fn drop_ready(&mut self, key: &str) {
@@ -342,25 +344,29 @@ impl Ledger {
     }
 
     /// The ready-made answer to a request, if there is one.
-    pub(crate) fn ready_answer(&self, request: &[u8]) -> Option<&[u8]> {
+    pub(crate) fn ready_answer(&self, request: &[u8]) -> Option<&Ready> {
         let view = RequestView::parse(request)?;
-        let question = question(view.service, view.method, view.payload);
-        self.ready.get(question.as_slice()).map(|ready| ready.answer.as_slice())
+        self.ready.get(question(view.service, view.method, view.payload).as_slice())
     }
 
-    /// Answers that are due because the worker has taken too long, or because there is none (`at_once`). With each, the operations of
-    /// its cause of which the outcome is still to come: nobody will be told of it.
+    /// Answers that are due because the worker has taken too long, or because there is none (`at_once`): but for one that is a fallback,
+    /// for which the next worker is waited for. With each, the operations of its cause whose outcome is still to come.
     pub(crate) fn overdue(&mut self, now: Instant, at_once: bool) -> Vec<(Due, Vec<(Cause, Step)>)> {
         // The older of two requests is due first.
-        let late: Vec<Cause> = self.ready_due.iter().take_while(|(_, at)| at_once || **at <= now).map(|(cause, _)| *cause).collect();
+        let late: Vec<_> = self.ready_due.iter().take_while(|(_, at)| at_once || **at <= now).map(|(cause, at)| (*cause, *at)).collect();
         let mut due = Vec::new();
-        for cause in late {
-            self.ready_due.remove(&cause);
+        for (cause, at) in late {
             let Some(Open { what: What::Request { asker, payload, .. }, operations }) = self.causes.get(&cause) else { continue };
-            if let Some(response) = self.ready_answer(payload).map(<[u8]>::to_vec) {
-                let pending = operations.iter().filter(|(_, outcome)| outcome.is_none()).map(|(step, _)| (cause, *step)).collect();
-                due.push((Due { asker: *asker, request_bytes: Some(payload.len()), response }, pending));
-                self.close(cause);
+            match self.ready_answer(payload) {
+                Some(ready) if ready.is_fallback && at > now => {}
+                Some(ready) => {
+                    let pending = operations.iter().filter(|(_, outcome)| outcome.is_none()).map(|(step, _)| (cause, *step)).collect();
+                    let response = ready.answer.clone();
+                    due.push((Due { asker: *asker, request_bytes: Some(payload.len()), response }, pending));
+                    self.close(cause);
+                }
+                // The state has changed since the request arrived.
+                None => drop(self.ready_due.remove(&cause)),
             }
         }
         due

@@ -335,7 +335,8 @@ impl Worker {
         if let Some(container) = &change.save {
             let record = container.record();
             commit.state = unsaved.iter().map(|key| (key.to_string(), record.entry(key))).collect();
-            if unsaved.iter().any(|key| key.exec.is_none()) {
+            let has_turned = container.has_turned(record.execs.are_under_way());
+            if has_turned || unsaved.iter().any(|key| key.exec.is_none()) {
                 commit.ready = server::ready(&record, keeper_pid);
             }
             commit.claims.extend(change.claim.map(|(key, pid)| Claim {

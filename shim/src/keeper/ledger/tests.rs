@@ -122,7 +122,7 @@ fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_ch
     let mut ledger = Ledger::default();
     // service "s", method "m", no payload
     let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];
-    let ready = Ready { key: "c".into(), service: "s".into(), method: "m".into(), payload: vec![], answer: vec![42] };
+    let ready = Ready { key: "c".into(), service: "s".into(), method: "m".into(), payload: vec![], answer: vec![42], is_fallback: false };
     ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ready: vec![ready], ..Commit::default() });
     let now = Instant::now();
     let cause = ledger.open_request(caller(1), request.clone(), now);
@@ -136,6 +136,27 @@ fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_ch
     assert_eq!(due[0].1, [(cause, 5)]);
     ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![2]))], ..Commit::default() });
     assert_eq!(ledger.ready_answer(&request), None);
+}
+
+#[test]
+fn a_fallback_is_given_only_when_no_worker_has_answered_in_time() {
+    let mut ledger = Ledger::default();
+    let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];
+    let ready =
+        |is_fallback| Ready { key: "c".into(), service: "s".into(), method: "m".into(), answer: vec![42], payload: vec![], is_fallback };
+    let offer =
+        |ledger: &mut Ledger, is_fallback| drop(ledger.commit(&mut Commit { ready: vec![ready(is_fallback)], ..Commit::default() }));
+    offer(&mut ledger, true);
+    let now = Instant::now();
+    ledger.open_request(caller(1), request.clone(), now);
+    assert_eq!(ledger.overdue(now, true), [], "the next worker is waited for");
+    assert_eq!(ledger.overdue(now + READY_AFTER, true).len(), 1);
+    // the same question, answered anew
+    offer(&mut ledger, false);
+    ledger.open_request(caller(1), request, now);
+    assert_eq!(ledger.overdue(now, true).len(), 1);
+    ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
+    assert!(ledger.ready.is_empty() && ledger.questions.is_empty());
 }
 
 #[test]

@@ -77,6 +77,8 @@ pub(super) struct Container {
     record: RefCell<Record>,
     /// Whose entries in the keeper's state are not as the record is now.
     unsaved: RefCell<BTreeSet<ProcessKey>>,
+    /// Whether execs were running when ready answers were last made; unknown to a new worker.
+    had_execs: Cell<Option<bool>>,
     /// Told whenever the record has changed.
     changed: Notify,
     /// A Delete of init is under way.
@@ -103,6 +105,7 @@ impl Container {
             id: record.id.clone(),
             record: RefCell::new(record),
             unsaved: RefCell::default(),
+            had_execs: Cell::new(None),
             changed: Notify::new(),
             deleting: Cell::new(false),
             deleted: Cell::new(None),
@@ -112,6 +115,11 @@ impl Container {
 
     pub(super) fn record(&self) -> Ref<'_, Record> {
         self.record.borrow()
+    }
+
+    /// Notes whether execs run now, and returns whether that has changed since it was last noted.
+    pub(super) fn has_turned(&self, has_execs: bool) -> bool {
+        self.had_execs.replace(Some(has_execs)) != Some(has_execs)
     }
 
     /// Changes what is known of the container and its init.

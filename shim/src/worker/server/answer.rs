@@ -18,8 +18,10 @@ pub(in crate::worker) fn response(result: Result<Reply, Error>, keeper_pid: u32)
     bytes(&response)
 }
 
-/// Encodes the answers that the keeper may give while no worker does: to Connect, State and Pids, of a container and its init. They
-/// follow from the container's own entry of the state.
+/// Encodes the answers that the keeper may give while no worker does: to Connect, State and Pids, of a container and its init.
+///
+/// They follow from the container's own entry of the state, so that a commit for an exec need not carry them. While execs run, init is
+/// not all that Pids has to name: its answer is then the one to give rather than none.
 pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
     let id = record.id.to_string();
     let connect = api::ConnectRequest { id: id.clone(), ..Default::default() };
@@ -41,6 +43,7 @@ pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
             method: method.to_owned(),
             payload: payload.clone(),
             answer: answer.clone(),
+            is_fallback: method == "Pids" && record.execs.are_under_way(),
         }));
     }
     ready
