@@ -1,12 +1,12 @@
-//! One worker: its process, the link to it, and how it is noticed that it hangs.
+//! One generation of the worker: its process, the link to it, and hang detection.
 //!
 //! ```text
-//!  quiet ──(something was sent, or is unanswered)──▶ owing ──(nothing heard)──▶ pinged ──(nothing heard)──▶ hangs: killed
+//!  quiet ──(a message was sent, or a cause is open)──▶ owing ──(no response)──▶ pinged ──(no response)──▶ hangs: killed
 //!    ▲                                                 │                          │
-//!    └───────────── any message, or bytes taken ───────┴──────────────────────────┘
+//!    └───────────── any message, or bytes read  ───────┴──────────────────────────┘
 //! ```
 //!
-//! **Invariant:** the deadline is on the worker's messages, never on how long a request takes; an idle worker is not asked anything.
+//! **Invariant:** the deadline is on the worker's messages, never on how long a request takes; an idle worker is not pinged.
 use std::collections::VecDeque;
 use std::ffi::CString;
 use std::fs::File;
@@ -27,40 +27,40 @@ use super::reexec::Carrier;
 use crate::handover::{HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions, first_frame, part, plain_parts};
 use crate::sys;
 
-/// A worker that has not said hello by then is killed.
+/// A worker that has not sent Hello by then is killed.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
-/// So long a worker may say nothing to what it was sent before it is asked for a sign of life.
+/// A worker that has not responded to a message by then is pinged.
 const PING_AFTER: Duration = Duration::from_secs(1);
-/// The same for one that has answered everything but what takes long.
+/// How often a worker with open causes is pinged.
 const PING_EVERY: Duration = Duration::from_secs(5);
-/// So long a sign of life may take, for a worker that does not run meanwhile.
+/// How long a worker that uses no processor time may take to answer a ping.
 const PONG_WITHIN: Duration = Duration::from_secs(5);
-/// The same for one that does: the processor's time that it may use. On a machine without a free processor that is long.
+/// The processor time that a worker may use until it answers. On an overloaded machine that is long.
 const PONG_WITHIN_CPU: Duration = Duration::from_secs(2);
-/// How often a worker that runs is looked at, once its time without running would be over.
+/// How often the processor time is checked after [`PONG_WITHIN`].
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// And so long it may take in any case.
+/// The longest time to answer a ping in any case.
 const PONG_AT_MOST: Duration = Duration::from_secs(60);
 
-/// So long a worker that was killed may take to end. A thread of it may sleep where no signal reaches it, over a disk that hangs.
+/// How long a killed worker may take to exit. A thread may be in uninterruptible sleep over a disk that hangs.
 const ENDS_WITHIN: Duration = Duration::from_secs(3);
 
-/// The most descriptors of a worker that wait for their messages.
+/// The most attached descriptors that wait for their messages.
 const MAX_ATTACHED: usize = 4096;
 
-/// A program that workers, or the keeper's next image, are made of. Held open: its file may be replaced or removed.
+/// The executable of workers, or of the keeper's next re-exec. Held open: its file may be replaced or removed.
 #[derive(Debug, Encode, Decode)]
 #[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Executable {
     #[cbor(n(0), with = "part")]
     pub(crate) file: OwnedFd,
-    /// Where it was found, for people.
+    /// Its path, for reports.
     #[n(1)]
     pub(crate) path: String,
-    /// What its workers speak, once one has said hello.
+    /// The message versions of its workers, once one has sent Hello.
     #[n(2)]
     pub(crate) versions: Option<Versions>,
-    /// What its workers call themselves.
+    /// The build that its workers report.
     #[n(3)]
     pub(crate) build: String,
 }
@@ -68,14 +68,14 @@ pub(crate) struct Executable {
 plain_parts!(Executable => Carrier);
 
 impl Executable {
-    /// The program that this process runs.
+    /// The executable that this process runs.
     pub(crate) fn own() -> io::Result<Self> {
         let path = std::fs::read_link("/proc/self/exe").map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
         let build = crate::test_identity::build().to_owned();
         Ok(Self { file: File::open("/proc/self/exe")?.into(), path, versions: Some(crate::test_identity::versions()), build })
     }
 
-    /// Whether both are the same file. One that runs cannot be written to, so its content is the same too.
+    /// Whether both are the same file. An executable in use cannot be written to, so the content is the same too.
     pub(crate) fn is(&self, other: &Self) -> bool {
         let identity = |file: &OwnedFd| {
             let meta = file.try_clone().map(File::from).and_then(|file| file.metadata()).ok()?;
@@ -90,14 +90,14 @@ impl Executable {
     }
 }
 
-/// With what a worker is executed.
+/// Arguments and environment of workers.
 #[derive(Debug, Default)]
 pub(crate) struct Program {
     pub(crate) arguments: Vec<CString>,
     pub(crate) environment: Vec<CString>,
 }
 
-/// How a worker has ended.
+/// Why a worker exited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct End {
     pub(crate) fault: Fault,
@@ -105,12 +105,12 @@ pub(crate) struct End {
     pub(crate) why: String,
 }
 
-/// Whose doing the end of a worker was.
+/// What caused a worker to exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// We wanted it to end.
+    /// The keeper stopped it on purpose.
     Ours,
-    /// SIGKILL from outside: a person, or want of memory.
+    /// SIGKILL from outside: an operator or the OOM killer.
     Stranger,
     /// Its own: it crashed, hung, broke the format, or could not be executed.
     Its,
@@ -118,18 +118,18 @@ pub(crate) enum Fault {
 
 #[derive(Debug)]
 pub(crate) struct Hello {
-    /// What both speak.
+    /// The agreed message version.
     pub(crate) version: u16,
     pub(crate) build: String,
 }
 
-/// A sign of life that was asked for.
+/// A ping that is unanswered.
 #[derive(Debug, Clone, Copy)]
 struct Ping {
     at: Instant,
-    /// The processor's time that the worker had used then.
+    /// The processor time of the worker at that time.
     used: Duration,
-    /// When it is looked at next, and what it had used the last time.
+    /// When to check next, and the processor time at the last check.
     look_at: Instant,
     used_then: Duration,
 }
@@ -145,14 +145,14 @@ pub(crate) struct Generation {
     output: Outbox,
     started_at: Instant,
     failure: Capture,
-    /// It was killed by us, for this, and then: nothing that it says counts any more.
+    /// The keeper killed it: why and when. Its messages are ignored from then on.
     doomed: Option<(End, Instant)>,
-    /// When it was last heard, or began to owe us something.
+    /// When it last sent a message, or when a message to it became unanswered.
     quiet_since: Instant,
-    /// It was sent something since it was last heard.
+    /// It was sent a message since its last one.
     owing: bool,
     ping: Option<Ping>,
-    /// It was asked whether it may rest, and nothing has happened since.
+    /// It was asked whether it may hibernate, and nothing has happened since.
     asked_to_rest: bool,
     /// Descriptors that came along with messages.
     attached: VecDeque<OwnedFd>,
@@ -193,7 +193,7 @@ impl Generation {
         })
     }
 
-    /// Kills it; its end is seen like any other. What it has said and we have not read is as if it had died before.
+    /// Kills it; its exit is handled like any other. Messages that were not read yet are ignored.
     pub(crate) fn kill(&mut self, fault: Fault, why: String) {
         if self.doomed.is_none() {
             self.doomed = Some((End { fault, why }, Instant::now()));
@@ -206,12 +206,12 @@ impl Generation {
         self.doomed.is_some()
     }
 
-    /// Whether it was killed long ago and has not ended.
+    /// Whether it was killed [`ENDS_WITHIN`] ago and has not exited.
     pub(crate) fn is_stuck(&self, now: Instant) -> bool {
         self.doomed.as_ref().is_some_and(|(_, at)| now >= *at + ENDS_WITHIN)
     }
 
-    /// Tells how it has ended, once it has. `status` as in [`sys::process::Ended`].
+    /// Why it exited. `status` as in [`sys::process::Ended`].
     pub(crate) fn end(self, status: u32) -> End {
         if let Some(errno) = self.failure.finish().first_chunk() {
             let error = io::Error::from_raw_os_error(i32::from_ne_bytes(*errno));
@@ -224,7 +224,7 @@ impl Generation {
         })
     }
 
-    /// Agrees on a version with it. Returns whether there is one.
+    /// Agrees on a message version. Returns whether there is one.
     pub(crate) fn greet(&mut self, theirs: Versions, build: String) -> bool {
         let ours = crate::test_identity::versions();
         match ours.agree(theirs) {
@@ -233,13 +233,13 @@ impl Generation {
                 true
             }
             None => {
-                self.kill(Fault::Its, format!("it speaks version {theirs} of the messages, this keeper version {ours}"));
+                self.kill(Fault::Its, format!("it speaks message version {theirs}, this keeper version {ours}"));
                 false
             }
         }
     }
 
-    /// Whether it was sent something since it was last heard.
+    /// Whether it was sent a message since its last one.
     pub(crate) fn is_owing(&self) -> bool {
         self.owing
     }
@@ -257,22 +257,22 @@ impl Generation {
         self.output.push(message.encode(), descriptor);
     }
 
-    /// Writes what can be written. A worker that is gone is noticed by its end.
+    /// Writes what can be written. A worker that is gone is noticed by its exit.
     pub(crate) fn flush(&mut self, now: Instant) {
         let before = self.output.bytes();
         let _ = self.output.flush(&self.link);
         if self.output.bytes() < before && self.ping.is_none() {
-            // Whoever reads does not hang; whether it acts on what it reads, the ping behind it tells.
+            // A worker that reads does not hang; the next ping shows whether it also acts.
             self.quiet_since = now;
         }
     }
 
-    /// Bytes that it has not taken yet.
+    /// Bytes that it has not read yet.
     pub(crate) fn backlog_bytes(&self) -> usize {
         self.output.bytes()
     }
 
-    /// Reads whole messages. A worker that breaks the format is killed: what it meant cannot be known.
+    /// Reads whole messages. A worker that sends a malformed message is killed.
     pub(crate) fn receive(&mut self, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
         let mut messages = Vec::new();
         while self.doomed.is_none() {
@@ -284,14 +284,14 @@ impl Generation {
                 self.attached.extend(attached.filter(|_| self.attached.len() < MAX_ATTACHED));
             }
             match take_messages(&mut self.input, &mut messages) {
-                // Of what has ended the rest is torn; the process's end follows.
+                // The link is closed and the rest torn; the exit follows.
                 Ok(()) if is_over => break,
                 Ok(()) if messages.len() < 64 => {}
                 Ok(()) => {
                     poll.again(Source::Worker(self.number));
                     break;
                 }
-                Err(error) => self.kill(Fault::Its, format!("it breaks the format: {error}")),
+                Err(error) => self.kill(Fault::Its, format!("it sent a malformed message: {error}")),
             }
         }
         if messages.iter().any(|message| matches!(message, ToKeeper::Commit(_))) {
@@ -308,32 +308,32 @@ impl Generation {
         self.attached.pop_front()
     }
 
-    /// Asks whether it may rest, if it has been idle for `spell`.
+    /// Asks whether it may hibernate, if it has been idle for `spell`.
     pub(crate) fn ask_to_rest(&mut self, spell: Duration, now: Instant) {
         if self.rest_deadline(spell).is_some_and(|at| at <= now) {
             self.send(&ToWorker::MayRest, None, now);
         }
     }
 
-    /// When [`Generation::ask_to_rest`] has something to do, if nothing is unanswered.
+    /// When [`Generation::ask_to_rest`] has something to do, if no cause is open.
     pub(crate) fn rest_deadline(&self, spell: Duration) -> Option<Instant> {
         let is_idle = self.hello.is_some() && self.doomed.is_none() && !self.owing && !self.asked_to_rest;
         is_idle.then(|| self.quiet_since + spell)
     }
 
-    /// Asks for a sign of life when one is due, and kills a worker that gives none. `is_busy`: something is unanswered.
+    /// Pings the worker when that is due, and kills one that does not respond. `is_busy`: a cause is open.
     pub(crate) fn check(&mut self, now: Instant, is_busy: bool) {
         if self.doomed.is_some() || self.deadline(is_busy).is_none_or(|at| at > now) {
             return;
         }
         if self.hello.is_none() {
-            self.kill(Fault::Its, format!("it has not said hello within {HELLO_WITHIN:?}"));
+            self.kill(Fault::Its, format!("it did not send Hello within {HELLO_WITHIN:?}"));
         } else if let Some(ping) = &mut self.ping {
             let used = sys::process::cpu_time(self.pid);
             let has_run = used > ping.used_then;
             let is_out_of_time = used.saturating_sub(ping.used) >= PONG_WITHIN_CPU || now >= ping.at + PONG_AT_MOST;
             if has_run && !is_out_of_time {
-                // It has not had a processor for itself.
+                // It did not have a processor for itself.
                 (ping.look_at, ping.used_then) = (now + LOOK_AGAIN, used);
                 return;
             }

@@ -1,18 +1,19 @@
 //! The keeper: the process that lasts.
 //!
-//! One thread, one poll loop. It relays whole frames between clients and a worker, is the parent of every process, performs what
-//! cannot be done twice, moves stdio, sends events. It knows frames, operations, facts and blobs; what a task is, only the worker knows.
+//! One thread, one poll loop. It relays whole frames between clients and a worker, is the parent of every process, performs the
+//! operations that cannot be done twice, moves stdio and sends events. It knows frames, operations, facts and blobs; only the worker knows
+//! what a task is.
 //!
 //! ```text
 //!  clients ⇄ relay ─▶ ledger ⇄ supervisor ⇄ worker
 //!                       │ operations        │ commits
 //!             children, streams        publisher ─▶ containerd
 //!
-//!  upgrade: another program for the worker, then, by way of `image`, for the keeper itself
+//!  upgrade: another executable for the worker, then, by `reexec`, for the keeper itself
 //! ```
 //!
-//! **Invariant:** nothing here waits for anybody: not for a client, a disk, a daemon, a runtime or the worker.
-//! **Invariant:** what containers inherit is not touched: no limit, niceness, affinity, timer slack of its own.
+//! **Invariant:** the keeper never blocks: not on a client, a disk, the daemon, a runtime or the worker.
+//! **Invariant:** the keeper does not change what containers inherit from it: limits, niceness, affinity, timer slack.
 mod capture;
 mod children;
 mod control;

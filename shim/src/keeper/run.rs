@@ -1,4 +1,4 @@
-//! The loop: who is told what, and when the keeper leaves.
+//! The poll loop: dispatches events and timers, and decides when the keeper exits.
 mod begin;
 mod control_requests;
 mod processes;
@@ -30,18 +30,18 @@ use crate::handover::{Outcome, ToWorker, UpgradeReport};
 use crate::settings::Settings;
 use crate::sys;
 
-/// Told to leave, the keeper gives the last events and bytes so long to go out.
+/// How long an exiting keeper waits for its last events and bytes to be taken.
 const LEAVE_WITHIN: Duration = Duration::from_secs(12);
-/// The host shuts down and no container runs any more: so long for the same. The daemon may be gone for good.
+/// The same while the host shuts down and no container runs any more: the daemon may be gone for good.
 const SHUT_DOWN_WITHIN: Duration = Duration::from_secs(2);
-/// A keeper without containers and clients leaves after so long: no client is left that would call Shutdown.
+/// A keeper without containers and clients exits after this: no client is left to call Shutdown.
 const UNUSED_FOR: Duration = Duration::from_secs(10);
-/// So long after the last activity the keeper gives memory back.
+/// How long after an activity the keeper returns memory to the kernel.
 const TRIM_AFTER: Duration = Duration::from_millis(500);
-/// A worker with so much unread is given nothing more of clients that have much unanswered; what they send waits in their sockets.
+/// While the worker has more than this unread, the keeper does not read from clients with many unanswered bytes.
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
 
-/// All parts, and what only the loop knows.
+/// All parts of the keeper, and the state of the loop.
 pub(super) struct Keeper {
     pub(super) settings: Settings,
     pub(super) poll: Poll,
@@ -55,30 +55,30 @@ pub(super) struct Keeper {
     pub(super) supervisor: Supervisor,
     pub(super) poison: Poison,
     pub(super) upgrade: Option<Upgrade>,
-    /// What came of the last one.
+    /// The report of the last upgrade.
     pub(super) last_upgrade: Option<UpgradeReport>,
     pub(super) started_at: Instant,
-    /// SIGTERM has come: the keeper leaves once no container runs.
+    /// SIGTERM was received: the keeper exits once no container runs.
     is_shutting_down: bool,
     timers: Timers,
 }
 
-/// What the loop itself is about to do. Another image finds that out again.
+/// The timers of the loop. Not part of the handed-over state: the next executable sets them again.
 #[derive(Default)]
 struct Timers {
     leave_by: Option<Instant>,
-    /// Since when there has been neither a container, nor a place for one, nor a client.
+    /// Since when the keeper has had no container, reservation or client.
     unused_since: Option<Instant>,
-    /// Clients that are not read from until the worker has caught up.
+    /// Clients that the keeper does not read from until the worker has caught up.
     paused: Vec<u32>,
-    /// When to give memory back, if anything has happened since the last time.
+    /// When to return memory, if there was any activity since the last time.
     trim_at: Option<Instant>,
-    /// Connections wait that could not be accepted.
+    /// When to retry accepting connections.
     accept_at: Option<Instant>,
 }
 
 impl Keeper {
-    /// Never inlined, and boxed: the frames of the loop are those that stay on the stack for as long as the keeper lives.
+    /// Never inlined, and boxed: the frames of the loop are those that stay on the stack for as long as the keeper runs.
     #[inline(never)]
     fn new(settings: Settings, listener: UnixListener, control: UnixListener) -> io::Result<Box<Self>> {
         nix::sys::prctl::set_child_subreaper(true)?;
@@ -106,7 +106,7 @@ impl Keeper {
     }
 
     fn serve(&mut self) -> io::Result<()> {
-        // an image that goes on has things that became due meanwhile
+        // after a re-exec, timers may have become due meanwhile
         let mut ticked = self.tick();
         loop {
             if self.may_leave() {
@@ -116,7 +116,7 @@ impl Keeper {
             let sources = self.poll.wait(self.deadline(ticked))?;
             // Streams use no memory, and a container that writes all the time shall not make us trim all the time.
             if sources.iter().any(|source| !matches!(source, Source::Stream(_))) {
-                // Not put off by what comes later: somebody who asks all shims all the time would keep them big.
+                // Not postponed by later activity: frequent polling would keep the shim from ever returning memory.
                 self.timers.trim_at.get_or_insert_with(|| Instant::now() + TRIM_AFTER);
             }
             for source in sources {
@@ -178,8 +178,7 @@ impl Keeper {
         }
     }
 
-    /// What is due by the clock, and what the last turns have made possible. Returns which time it took it to be. Never inlined: see
-    /// [`Keeper::new`].
+    /// Does everything that is due. Returns the time that it went by. Never inlined: see [`Keeper::new`].
     #[inline(never)]
     fn tick(&mut self) -> Instant {
         let now = Instant::now();
@@ -191,17 +190,17 @@ impl Keeper {
         if self.timers.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
         }
-        // Before a worker is brought back for what needs none.
+        // Before a worker is started for requests that do not need one.
         for (due, pending) in self.ledger.overdue(now, !self.supervisor.is_serving()) {
             for (cause, step) in pending {
-                let outcome = failed(&Errno::ECANCELED.into(), "operation of a request that was answered meanwhile".into());
+                let outcome = failed(&Errno::ECANCELED.into(), "operation of a request that is already answered".into());
                 self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, now);
             }
             self.answer(due);
         }
         if let Some(ended) = self.supervisor.give_up(now) {
             self.ended(ended, now);
-            // before another worker of the program that goes is started
+            // before another worker of the old executable is started
             self.proceed();
         }
         self.supervisor.ensure(now, self.ledger.is_busy(), &self.poll);
@@ -213,8 +212,7 @@ impl Keeper {
         now
     }
 
-    /// When there is something to do by the clock. `ticked`: as of when everything was done that was due; what has become due since then
-    /// is due at once, and must not be taken for done.
+    /// The next timer. `ticked`: the time up to which everything due was done; anything that became due since is due at once.
     fn deadline(&self, ticked: Instant) -> Option<Instant> {
         [
             self.supervisor.deadline(self.ledger.is_busy()),
@@ -241,7 +239,7 @@ impl Keeper {
                 self.is_shutting_down = true;
             }
             libc::SIGUSR1 => crate::commands::log_snapshot(&self.snapshot(now), &self.settings.control_path),
-            number => info!(signal = number, sender = signal.sender; "signal ignored: a shim ends with its containers"),
+            number => info!(signal = number, sender = signal.sender; "signal ignored: the shim exits after its containers"),
         }
     }
 
@@ -252,7 +250,7 @@ impl Keeper {
         if self.timers.unused_since.take_if(|since| now >= *since + UNUSED_FOR).is_some() {
             self.ledger.leave_unused();
         }
-        // What still runs is ended by the init system, which gives it its time.
+        // The init system stops processes that still run, with its own timeout.
         let is_shut_down = self.is_shutting_down && !self.children.have_claimed() && !self.ledger.awaits_pid();
         let within = match is_shut_down {
             true => SHUT_DOWN_WITHIN,
@@ -264,14 +262,14 @@ impl Keeper {
         };
         let by = self.timers.leave_by.map_or(now + within, |by| by.min(now + within));
         self.timers.leave_by = Some(by);
-        // At shutdown no Delete need come, and what is under way is an exit at most, of which the clients shall learn.
+        // At shutdown no client may call Delete; only exits are pending, and they must reach the clients.
         let is_idle = if is_shut_down { self.streams.all_is_read() && !self.ledger.is_busy() } else { self.streams.is_drained() };
         by <= now || (is_idle && self.publisher.len() == 0 && self.relay.is_flushed() && self.control.is_flushed())
     }
 
     fn leave(&mut self) {
         if self.publisher.len() > 0 || !self.streams.all_is_read() {
-            warn!(events = self.publisher.len(); "leaving though not everything was taken");
+            warn!(events = self.publisher.len(); "keeper exits with events or output that were not taken");
         }
         let socket = self.settings.shim_address.strip_prefix("unix://").unwrap_or(&self.settings.shim_address);
         for path in [std::path::Path::new(socket), &self.settings.control_path] {
@@ -282,11 +280,11 @@ impl Keeper {
             }
         }
         self.supervisor.kill();
-        info!(processes = self.children.started, exits = self.children.exits_seen, bytes = self.streams.bytes_moved, lost = self.streams.bytes_lost; "keeper leaves");
+        info!(processes = self.children.started, exits = self.children.exits_seen, bytes = self.streams.bytes_moved, lost = self.streams.bytes_lost; "keeper exits");
     }
 }
 
-/// A stray signal shall end no container. With SIGXFSZ blocked, a write beyond the limit for files fails like any other.
+/// No stray signal may end the keeper. With SIGXFSZ blocked, a write beyond the limit for files fails like any other.
 fn block_signals(poll: &Poll) -> io::Result<OwnedFd> {
     sys::signals::block_all_but(&[])?;
     let signals = sys::signals::descriptor()?;

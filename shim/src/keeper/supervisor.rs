@@ -1,16 +1,16 @@
-//! The worker: its lives, the one beside it that may take over, and the programs that they are made of.
+//! Starts, watches and replaces the worker: its generations, the candidate of an upgrade, and their executables.
 //!
 //! ```text
 //!  Absent ──(start)──▶ Starting ──(hello)──▶ Serving ──(dies, hangs, or breaks the format)──▶ Absent ──(back-off)──▶ …
 //!                                              ▲ cut-over
 //!          candidate: Starting ──(hello)──▶ Trying ──(fit)
 //!
-//!  Serving ──(idle for a spell, and may rest)──▶ Asleep ──(anything to do, or a watch)──▶ Absent
+//!  Serving ──(idle for a spell, and may hibernate)──▶ Asleep ──(a cause, or a watch)──▶ Absent
 //! ```
 //!
-//! **Invariant:** a life that got nothing done makes the next one wait longer; one that committed anything does not.
-//! **Invariant:** a candidate that does not say that it is fit never takes over, and the worker beside it is not touched.
-//! **Invariant:** for a while after the cut-over the program before is kept, and comes back when a worker of the new one fails.
+//! **Invariant:** a generation that committed nothing makes the next one wait longer; one that committed anything does not.
+//! **Invariant:** a candidate takes over only after it has answered Fit; until then the serving worker is not touched.
+//! **Invariant:** after the cut-over the previous executable is kept for [`PROBATION`], and used again if a worker of the new one fails.
 
 use std::ffi::{CString, OsStr};
 use std::io;
@@ -27,20 +27,20 @@ use crate::handover::{ToKeeper, ToWorker, Versions, part};
 use crate::settings::Settings;
 use crate::sys;
 
-/// So many lives in a row may achieve nothing before the next one has to wait.
+/// How many generations in a row may commit nothing before the next one has to wait.
 const FREE_RETRIES: u32 = 3;
 const FIRST_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
-/// So long a new program is on probation.
+/// How long a new executable is on probation.
 pub(super) const PROBATION: Duration = Duration::from_secs(300);
 
-/// Whose end was seen.
+/// Which process exited.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// Nobody's of ours.
+    /// Neither the worker nor the candidate.
     Other,
     Candidate(End),
-    /// `rolled_back`: its program failed on probation, and the one before it is in its place again.
+    /// `rolled_back`: its executable failed on probation and was replaced by the previous one.
     Worker {
         end: End,
         rolled_back: bool,
@@ -55,14 +55,14 @@ pub(crate) struct Supervisor {
     program: Program,
     #[n(0)]
     pub(super) executable: Executable,
-    /// What was there before, and until when it is kept.
+    /// The previous executable, and until when it is kept.
     #[cbor(n(1), with = "part")]
     pub(super) previous: Option<(Executable, Instant)>,
     #[cbor(skip)]
     worker: Option<Generation>,
     #[cbor(skip)]
     candidate: Option<Generation>,
-    /// Workers that were killed and cannot end yet. They have no link any more.
+    /// Workers that were killed and have not exited. Their links are closed.
     #[cbor(skip)]
     stuck: Vec<u32>,
     #[n(2)]
@@ -73,34 +73,34 @@ pub(crate) struct Supervisor {
     pub(super) fruitless: u32,
     #[cbor(n(5), with = "part")]
     pub(super) retry_at: Option<Instant>,
-    /// How the last worker ended that was not wanted to.
+    /// Why the last worker failed.
     #[n(6)]
     pub(super) last_end: Option<String>,
-    /// After how long an idle worker may rest; absent: never.
+    /// After how long an idle worker hibernates; absent: never.
     #[cbor(skip)]
     spell: Option<Duration>,
-    /// What the worker that serves has handed over for its rest.
+    /// Descriptors that the worker handed over for its hibernation.
     #[cbor(skip)]
     watches: Vec<OwnedFd>,
-    /// There is no worker, and need be none.
+    /// There is no worker because it hibernates.
     #[cbor(skip)]
     asleep: bool,
 }
 
-/// Names the seconds after which an idle worker may rest; 0: never.
+/// The environment variable with the seconds after which an idle worker hibernates; 0: never.
 const SPELL_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
 const DEFAULT_SPELL: Duration = Duration::from_secs(60);
-/// A worker may still look for a killing that the kernel has not counted yet.
+/// A worker may still check for an OOM kill that the kernel has not counted yet.
 const LEAST_SPELL: Duration = Duration::from_secs(5);
-/// Beyond any machine's life, and still a time that a clock can reach.
+/// Longer than any uptime, and still representable as an [`Instant`].
 const LONGEST_SPELL: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// The status of a process that was killed.
 const KILLED: u32 = 128 + 9;
 
-/// After how long an idle worker may rest, by the text of the variable.
+/// After how long an idle worker hibernates, from the value of the variable.
 ///
-/// Errors: it is no number.
+/// Errors: it is not a number.
 fn spell_of(text: Option<&OsStr>) -> Result<Option<Duration>, &OsStr> {
     let named = match text {
         Some(text) => {
@@ -112,7 +112,7 @@ fn spell_of(text: Option<&OsStr>) -> Result<Option<Duration>, &OsStr> {
     Ok(Some(named).filter(|spell| !spell.is_zero()).map(|spell| spell.max(LEAST_SPELL)))
 }
 
-/// How long the next worker has to wait, after so many that achieved nothing.
+/// How long the next worker has to wait after `fruitless` generations that committed nothing.
 fn back_off(fruitless: u32) -> Duration {
     match fruitless.saturating_sub(FREE_RETRIES).min(16) {
         0 => Duration::ZERO,
@@ -128,7 +128,7 @@ impl Supervisor {
         let spell = std::env::var_os(SPELL_VARIABLE);
         let spell = spell_of(spell.as_deref()).unwrap_or_else(|text| {
             let text = text.display();
-            warn!(text:%; "{SPELL_VARIABLE} is no number of seconds, taking {} s", DEFAULT_SPELL.as_secs());
+            warn!(text:%; "{SPELL_VARIABLE} is not a number of seconds, using {} s", DEFAULT_SPELL.as_secs());
             Some(DEFAULT_SPELL)
         });
         let program = Program { arguments: arguments.map(text).collect::<Result<_, _>>()?, environment: sys::exec::environment() };
@@ -150,13 +150,13 @@ impl Supervisor {
         })
     }
 
-    /// Goes on in the place of another executable. The worker itself has ended by then.
+    /// Resumes after a re-exec. The worker has exited by then.
     pub(crate) fn resume(self, settings: &Settings) -> io::Result<Self> {
         let Self { program, spell, .. } = Self::new(settings)?;
         Ok(Self { program, spell, ..self })
     }
 
-    /// Gives up waiting for the end of a worker that was killed and cannot die: the next one goes on without it.
+    /// Stops waiting for a worker that was killed and does not exit, so that the next one can start.
     pub(crate) fn give_up(&mut self, now: Instant) -> Option<Ended> {
         let worker = match self.candidate.take_if(|worker| worker.is_stuck(now)) {
             Some(candidate) => {
@@ -165,12 +165,12 @@ impl Supervisor {
             }
             None => self.worker.take_if(|worker| worker.is_stuck(now))?,
         };
-        warn!(pid = worker.pid; "the worker was killed and does not end, going on without it");
+        warn!(pid = worker.pid; "the worker was killed and does not exit, starting the next one");
         self.stuck.push(worker.pid);
         Some(self.worker_ended(worker, KILLED, now))
     }
 
-    /// Starts a worker if there is none and its time has come, and notices one that hangs. `is_busy`: something is unanswered.
+    /// Starts a worker if there is none and one is due, and kills one that hangs. `is_busy`: a cause is open.
     pub(crate) fn ensure(&mut self, now: Instant, is_busy: bool, poll: &Poll) {
         if self.previous.as_ref().is_some_and(|(_, until)| *until <= now) {
             self.previous = None;
@@ -208,14 +208,14 @@ impl Supervisor {
         self.retry_at = Some(now + back_off(self.fruitless));
     }
 
-    /// Kills the worker because that is wanted.
+    /// Kills the worker on purpose.
     pub(crate) fn kill(&mut self) {
         if let Some(worker) = &mut self.worker {
-            worker.kill(Fault::Ours, "it was wanted to".into());
+            worker.kill(Fault::Ours, "stopped by the keeper".into());
         }
     }
 
-    /// A child has ended.
+    /// A child exited.
     pub(crate) fn ended(&mut self, pid: u32, status: u32, now: Instant) -> Ended {
         if let Some(candidate) = self.candidate.take_if(|candidate| candidate.pid == pid) {
             return Ended::Candidate(candidate.end(status));
@@ -237,42 +237,42 @@ impl Supervisor {
         self.last_end = Some(end.why.clone());
         let rolled_back = self.roll_back(&end);
         if !rolled_back {
-            info!(pid, generation = self.generations, why:% = end.why; "the worker has ended, starting the next one");
+            info!(pid, generation = self.generations, why:% = end.why; "the worker exited, starting the next one");
         }
         Ended::Worker { end, rolled_back }
     }
 
-    /// Puts the program before in its place again, if it is still kept and works with this keeper.
+    /// Restores the previous executable, if it is still kept and works with this keeper.
     fn roll_back(&mut self, end: &End) -> bool {
         let ours = crate::test_identity::versions();
         let Some((previous, _)) = self.previous.take() else { return false };
         if previous.versions.is_none_or(|theirs| ours.agree(theirs).is_none()) {
-            error!(why:% = end.why, to:% = previous.build; "a new worker has failed, and the one before speaks no version of this keeper's");
+            error!(why:% = end.why, to:% = previous.build; "a new worker failed, and the previous one speaks no message version of this keeper");
             return false;
         }
-        error!(why:% = end.why, from:% = self.executable.build, to:% = previous.build; "a new worker has failed, going back to the one before");
+        error!(why:% = end.why, from:% = self.executable.build, to:% = previous.build; "a new worker failed, going back to the previous one");
         self.executable = previous;
         self.fruitless = 0;
         self.retry_at = None;
         true
     }
 
-    /// The worker hands over what tells when one is needed again.
+    /// The worker handed over a descriptor that becomes readable when a worker is needed.
     pub(crate) fn watch(&mut self) {
         self.watches.extend(self.worker.as_mut().and_then(Generation::take_attached));
     }
 
-    /// The worker has said whether it may rest. It does, unless it is needed after all.
+    /// The worker answered whether it may hibernate. It does, unless it is needed again.
     pub(crate) fn rest(&mut self, may: bool, is_needed: bool, poll: &Poll) {
         let watched = || self.watches.iter().all(|watch| poll.add_watch(watch, Source::Watch).is_ok());
         if !may || is_needed || !watched() {
             self.watches.clear();
             return;
         }
-        debug!(generation = self.generations; "the worker rests");
+        debug!(generation = self.generations; "the worker hibernates");
         self.asleep = true;
         if let Some(worker) = &mut self.worker {
-            worker.kill(Fault::Ours, "it rests".into());
+            worker.kill(Fault::Ours, "it hibernates".into());
         }
     }
 
@@ -287,7 +287,7 @@ impl Supervisor {
         self.asleep
     }
 
-    /// Starts a worker of another program beside the one that serves.
+    /// Starts a worker of another executable beside the one that serves.
     pub(crate) fn try_out(&mut self, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<()> {
         self.last_number += 1;
         self.candidate = Some(Generation::start(self.last_number, &self.program, executable, now, poll)?);
@@ -298,7 +298,7 @@ impl Supervisor {
         self.candidate.as_mut()
     }
 
-    /// Lets the candidate take over from a worker that has ended.
+    /// Lets the candidate take over from a worker that has exited.
     pub(crate) fn cut_over(&mut self, executable: Executable, now: Instant) {
         let Some(candidate) = self.candidate.take() else { return };
         self.worker = Some(candidate);
@@ -310,19 +310,19 @@ impl Supervisor {
         self.retry_at = None;
     }
 
-    /// Something was committed: the worker is of use.
+    /// The worker committed something: its generation was not fruitless.
     pub(crate) fn committed(&mut self) {
         self.fruitless = 0;
     }
 
-    /// The worker has said hello. Returns whether it may stay.
+    /// The worker sent Hello. Returns whether its version fits.
     pub(crate) fn hello(&mut self, versions: Versions, build: String, now: Instant) -> bool {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.hello.is_none()) else { return false };
         (self.executable.versions, self.executable.build) = (Some(versions), build.clone());
         worker.greet(versions, build) && self.welcome(now)
     }
 
-    /// Tells the worker who we are. Returns whether there is one.
+    /// Sends Welcome to the worker. Returns whether there is one.
     pub(crate) fn welcome(&mut self, now: Instant) -> bool {
         let Some(worker) = &mut self.worker else { return false };
         let Some(hello) = &worker.hello else { return false };
@@ -331,17 +331,17 @@ impl Supervisor {
         true
     }
 
-    /// Whether there is a worker that has been told everything.
+    /// Whether there is a worker that was sent everything.
     pub(crate) fn is_serving(&self) -> bool {
         self.worker.as_ref().is_some_and(|worker| worker.hello.is_some() && !worker.is_doomed())
     }
 
-    /// Whether the worker was heard since it was told anything.
+    /// Whether the worker has responded since the last message to it.
     pub(crate) fn is_lively(&self) -> bool {
         self.worker.as_ref().is_some_and(|worker| !worker.is_owing())
     }
 
-    /// Whether one life after the other gets nothing done.
+    /// Whether one generation after the other commits nothing.
     pub(crate) fn is_hopeless(&self) -> bool {
         self.fruitless > FREE_RETRIES
     }
@@ -355,13 +355,13 @@ impl Supervisor {
         [&self.worker, &self.candidate].into_iter().flatten().map(|worker| worker.pid).chain(self.stuck.iter().copied())
     }
 
-    /// What the worker calls itself, and the version that it speaks.
+    /// The worker's build and message version.
     pub(crate) fn build(&self) -> Option<(&str, u16)> {
         let hello = self.worker.as_ref()?.hello.as_ref()?;
         Some((&hello.build, hello.version))
     }
 
-    /// Queues a message, if there is somebody to read it; a later life is told by the replay.
+    /// Queues a message if there is a worker; a later generation gets its content by the replay.
     pub(crate) fn send(&mut self, message: &ToWorker, descriptor: Option<OwnedFd>, now: Instant) {
         if let Some(worker) = self.worker.as_mut().filter(|worker| worker.hello.is_some()) {
             worker.send(message, descriptor, now);
@@ -375,17 +375,17 @@ impl Supervisor {
         }
     }
 
-    /// Bytes that the worker has not taken yet.
+    /// Bytes that the worker has not read yet.
     pub(crate) fn backlog_bytes(&self) -> usize {
         self.worker.as_ref().map_or(0, Generation::backlog_bytes)
     }
 
-    /// What the worker of this number has said; nothing of one that is gone, or is a candidate.
+    /// The messages of the worker with this number; none if it is gone or a candidate.
     pub(crate) fn receive(&mut self, number: u32, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
         self.worker.as_mut().filter(|worker| worker.number == number).map(|worker| worker.receive(now, poll)).unwrap_or_default()
     }
 
-    /// The same of the candidate.
+    /// The same for the candidate.
     pub(crate) fn receive_from_candidate(&mut self, number: u32, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
         self.candidate.as_mut().filter(|worker| worker.number == number).map(|worker| worker.receive(now, poll)).unwrap_or_default()
     }

@@ -61,7 +61,7 @@ pub(crate) async fn the_log_records_each_change_in_containerds_format(stand: Sta
     let _it_may_leave_at_once = container.task.shutdown("c1").await;
     eventually("the last words", SOON, async || {
         let log = stand.log_of("c1");
-        for words in ["keeper started", "process exited\" container=c1", "status=3", "container deleted", "keeper leaves"] {
+        for words in ["keeper started", "process exited\" container=c1", "status=3", "container deleted", "keeper exits"] {
             ensure!(log.contains(words), "no {words:?} in {log}");
         }
         Ok(())

@@ -67,7 +67,7 @@ pub(crate) async fn a_worker_that_does_not_work_never_takes_over(cx: Context) ->
         // where everybody waits for a processor it is waited for longer
         ("at=fit do=spin", "within"),
         ("records=0", "the record of container"),
-        ("oldest=7 newest=9", "it speaks version 7 to 9 of the messages, this keeper version 1"),
+        ("oldest=7 newest=9", "it speaks message version 7 to 9, this keeper version 1"),
     ] {
         let program = build(&cx, "new", &format!("build=bad {words}"))?;
         let shim = cx.shim().binary.clone().context("ours")?;

@@ -70,7 +70,7 @@ async fn given_up(cx: &Context, how: &str) -> Result<()> {
     let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
     let refused = tokio::time::timeout(Duration::from_secs(60), container.exec("poison", &["true"]).add()).await.context("no answer")?;
     let said = format!("{:#}", refused.err().context("it was accepted")?);
-    ensure!(said.contains("every worker of this shim dies over this request (Exec"), "{said}");
+    ensure!(said.contains("every worker of this shim crashes over this request (Exec"), "{said}");
     gate.release("exec")?;
     start.await??;
     ensure!(slow.finish().await? == 5);

@@ -1,4 +1,4 @@
-//! How a keeper begins: new, or from the state of the image before.
+//! How a keeper starts: new, or from the state of the previous executable.
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -27,18 +27,18 @@ use crate::settings::Settings;
 use crate::sys;
 use crate::test_identity::{self, Place};
 
-/// Runs until the last container was deleted and the client has said Shutdown.
+/// Runs until the last container was deleted and a client has called Shutdown.
 ///
-/// `listener`, `control`: bound and listening already. Errors are logged; the exit code is for whoever started it by hand.
+/// `listener`, `control`: bound and listening already. Errors are logged; the exit code is for a manual start.
 pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd) -> ExitCode {
     info!(pid = std::process::id(); "keeper started");
     end(Keeper::new(settings, listener.into(), control.into()).and_then(|mut keeper| keeper.serve()))
 }
 
-/// Goes on from the state of the image before.
+/// Resumes from the state of the previous executable.
 ///
-/// `state`: what that has saved. `before`: its program, to go back to if the state cannot be read; none if this is the way back.
-/// Nothing is taken over before everything was read once; on the way back by whom has written it, and there is nobody left to go back to.
+/// `state`: the saved state. `before`: the previous executable, executed again if the state cannot be read; `None` when that has happened.
+/// The whole state is read once as a rehearsal before any of it is taken over, except by the executable that wrote it.
 pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>) -> ExitCode {
     test_identity::misbehave(Place::Resume);
     let is_back = before.is_none();
@@ -53,11 +53,11 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
     let bytes = match (read, &before) {
         (Ok(bytes), _) => bytes,
         (Err(error), Some(before)) => {
-            error!(error:% = chain(&error); "the new image cannot go on, going back to the one before");
+            error!(error:% = chain(&error); "the new executable cannot resume, going back to the previous one");
             return end(go_back(&settings, &state, before));
         }
         (Err(error), None) => {
-            error!(error:% = chain(&error); "the keeper cannot go on");
+            error!(error:% = chain(&error); "the keeper cannot resume");
             return ExitCode::FAILURE;
         }
     };
@@ -68,12 +68,12 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
     }))
 }
 
-/// Says on `verdict` whether this image could go on from a state. Touches nothing.
+/// Writes to `verdict` whether this executable could resume from a state. Changes nothing outside the process.
 pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> ExitCode {
     test_identity::misbehave(Place::Rehearsal);
     let result = read_state(&state).and_then(|bytes| {
         sys::descriptors::with_raised_limit(|| {
-            // as many descriptors as the new image inherits, which reads the state once beside them
+            // as many descriptors as the new executable inherits, which reads the state once beside them
             let _inherited = Keeper::load(settings.clone(), &bytes, Carrier::rehearsed())?;
             Keeper::load(settings, &bytes, Carrier::rehearsed()).map(drop)
         })
@@ -89,7 +89,7 @@ pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> 
 }
 
 impl Keeper {
-    /// Saves everything in a file without a name. Returns it and the numbers of the descriptors that go over.
+    /// Saves everything in a file without a name. Returns it and the numbers of the descriptors that are handed over.
     pub(in crate::keeper) fn save(&self, upgrade: &Upgrade) -> io::Result<(OwnedFd, Vec<RawFd>)> {
         let saved = reexec::save(|e, carrier| {
             e.array(11)?;
@@ -106,7 +106,7 @@ impl Keeper {
         Ok((file.into(), kept))
     }
 
-    /// Makes a keeper from what another executable has saved. Never inlined, and boxed: see [`Keeper::new`].
+    /// Makes a keeper from the state that another executable saved. Never inlined, and boxed: see [`Keeper::new`].
     #[inline(never)]
     fn load(settings: Settings, bytes: &[u8], mut carrier: Carrier) -> Result<Box<Self>, Error> {
         let c = &mut carrier;
@@ -146,11 +146,11 @@ impl Keeper {
         }))
     }
 
-    /// This executable has taken over, or, if `is_back`, is the one before that has everything again.
+    /// This executable has taken over, or, if `is_back`, is the previous one that was executed again.
     fn resumed(&mut self, is_back: bool) {
-        info!(pid = std::process::id(), build = test_identity::build(); "the keeper goes on as another image");
+        info!(pid = std::process::id(), build = test_identity::build(); "the keeper resumed after its re-exec");
         if let Some(upgrade) = self.upgrade.as_mut().filter(|_| is_back) {
-            upgrade.report.keeper = PartResult::Kept("it could not go on from the state after all".into());
+            upgrade.report.keeper = PartResult::Kept("it could not resume from the state".into());
         }
         self.timers.trim_at = Some(Instant::now() + TRIM_AFTER);
         self.reap();
@@ -161,7 +161,7 @@ fn end(result: io::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error!(error:%; "the keeper ends");
+            error!(error:%; "the keeper exits");
             ExitCode::FAILURE
         }
     }
@@ -174,7 +174,7 @@ fn read_state(state: &OwnedFd) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
-/// Executes the image before, with everything that this one was given and has not touched.
+/// Executes the previous executable with the state and descriptors of which this one has not taken over any.
 fn go_back(settings: &Settings, state: &OwnedFd, before: &OwnedFd) -> io::Result<()> {
     nix::unistd::lseek(state, 0, nix::unistd::Whence::SeekSet)?;
     let name = std::env::args().next().unwrap_or_default();

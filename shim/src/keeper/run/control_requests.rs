@@ -1,4 +1,4 @@
-//! What is said to people who ask how it is.
+//! The answer to a control request for a snapshot.
 use std::time::Instant;
 
 use super::Keeper;
@@ -6,12 +6,11 @@ use crate::handover::{MAX_MESSAGE_BYTES, RequestSnapshot, Snapshot};
 use crate::keeper::ledger::What;
 use crate::test_identity;
 
-/// How much state a snapshot holds: less than a message, which is for other things too.
+/// The most bytes of state in a snapshot: it shares the message with the other fields.
 const SNAPSHOT_STATE_BYTES: usize = MAX_MESSAGE_BYTES / 2;
 
 impl Keeper {
-    /// Every container, with what is known of it as far as that fits into one message: who is there matters most. Then the added
-    /// processes that fit.
+    /// Every container, without its record if that does not fit into one message; then the exec processes that fit.
     fn snapshot_state(&self) -> Vec<(String, Vec<u8>)> {
         let mut left = SNAPSHOT_STATE_BYTES;
         let mut fits = |key: &str, value: &[u8]| {

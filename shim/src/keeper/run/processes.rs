@@ -1,4 +1,4 @@
-//! Processes that end, the worker among them.
+//! Exits of processes, including the worker.
 use std::time::Instant;
 
 use log::error;
@@ -52,7 +52,7 @@ impl Keeper {
     }
 
     fn worker_ended(&mut self, end: &End, rolled_back: bool, now: Instant) {
-        // Its unread messages went with it.
+        // The messages that it had not read are gone.
         for id in self.timers.paused.drain(..) {
             self.poll.again(Source::Client(id));
         }
@@ -69,16 +69,16 @@ impl Keeper {
     /// A cause crashes every worker. A request is answered with an error; an exit is a fact, so it is withheld and retried later.
     fn poisoned(&mut self, cause: Cause, end: &End) {
         let method = self.ledger.causes().get(&cause).map(|open| open.what.name()).unwrap_or_default();
-        let why = format!("every worker of this shim dies over this request ({method}; last by: {}), so it is given up", end.why);
+        let why = format!("every worker of this shim crashes over this request ({method}; last: {})", end.why);
         match self.ledger.give_up(cause, frame::error_response(Code::Internal, &why)) {
             Some(due) => {
-                error!(method:%, why:% = end.why; "every worker dies over a request, it is answered with an error");
+                error!(method:%, why:% = end.why; "every worker crashes over a request, it is answered with an error");
                 self.children.end_helpers_of(cause);
                 self.answer(due);
-                // What it might have named the pid of may go.
+                // Zombies that were kept because it might have reported their pid can be reaped.
                 self.reap();
             }
-            None => error!(what:% = method, why:% = end.why; "every worker dies over an exit, it is withheld for a while"),
+            None => error!(what:% = method, why:% = end.why; "every worker crashes over an exit, it is withheld and retried later"),
         }
     }
 }

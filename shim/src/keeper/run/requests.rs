@@ -1,4 +1,4 @@
-//! What is asked, by clients and by control_clients, and who is told of it.
+//! Requests of clients and control clients, and their answers.
 use std::time::{Duration, Instant};
 
 use log::warn;
@@ -9,12 +9,12 @@ use crate::handover::{Cause, ControlReply, ControlRequest, ToWorker};
 use crate::keeper::ledger::{Asker, Due};
 use crate::keeper::poison::Open;
 
-/// When it is tried again to accept connections, for which there was no descriptor or no memory.
+/// When to retry accepting connections after a lack of descriptors or memory.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 impl Keeper {
     pub(super) fn client(&mut self, id: u32, now: Instant) {
-        // The others are read from: what they ask may have a ready-made answer.
+        // Other clients are still read from: their requests may have a ready-made answer.
         if self.supervisor.backlog_bytes() > MAX_BACKLOG_BYTES && !self.relay.is_modest(id) {
             if !self.timers.paused.contains(&id) {
                 self.timers.paused.push(id);
@@ -31,7 +31,7 @@ impl Keeper {
         }
     }
 
-    /// Takes new connections in. Those that cannot be are tried again: a listener tells once of each.
+    /// Accepts new connections. A failure is retried on a timer: the listener is edge-triggered and does not report them again.
     pub(super) fn accept(&mut self, now: Instant) {
         let was_well = self.timers.accept_at.take().is_none();
         let (clients, control_clients) = (self.relay.accept(&self.poll), self.control.accept(&self.poll));
@@ -43,7 +43,7 @@ impl Keeper {
         }
     }
 
-    /// Tells the worker what it was not told of and may be.
+    /// Sends the worker the causes that it has not been sent, as far as [`Poison`](crate::keeper::poison::Poison) allows.
     pub(super) fn send_causes(&mut self, now: Instant) {
         if !self.supervisor.is_serving() || (self.ledger.unsent().is_empty() && !self.poison.is_isolating()) {
             return;
@@ -57,7 +57,7 @@ impl Keeper {
         }
     }
 
-    /// Tells a worker that has said hello everything, in the order that lets it go on: state, requests, exits.
+    /// Sends everything to a worker that has sent Hello: state, requests, exits, in this order.
     pub(in crate::keeper) fn welcome(&mut self, now: Instant) {
         if !self.supervisor.welcome(now) {
             return;
@@ -108,19 +108,19 @@ impl Keeper {
 
     /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
     fn forget(&mut self, container: &str, now: Instant) {
-        let why = format!("container {container} was removed by hand: nobody will tell of its end");
+        let why = format!("container {container} was cleaned up manually: its exit status is unknown");
         let (keys, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
         for due in waiting {
             self.answer(due);
         }
         if !keys.is_empty() {
-            warn!(container:%; "removed by hand, forgetting it");
+            warn!(container:%; "container was cleaned up manually, forgetting it");
             self.children.end_helpers(container);
             for key in keys {
                 self.children.release(&key);
                 self.streams.release(&key, now, &mut self.poll);
             }
-            // A worker that lives has it in mind still; the next one has not.
+            // The running worker still holds the container in memory; the next one does not.
             self.supervisor.kill();
         }
     }

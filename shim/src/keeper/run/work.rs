@@ -1,4 +1,4 @@
-//! What the worker wants to have done.
+//! Messages from the worker: operations and commits.
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -30,7 +30,7 @@ impl Keeper {
     }
 
     fn operation(&mut self, cause: Cause, step: Step, op: Op) {
-        // Handing out a descriptor changes nothing and cannot be remembered.
+        // Handing out a descriptor changes nothing, and its outcome cannot be stored.
         if let Op::ReadEnd { key, stream } = op {
             let (outcome, descriptor) = match self.streams.read_end(&key, stream) {
                 Ok(end) => (Outcome::Descriptor, Some(end)),
@@ -57,7 +57,7 @@ impl Keeper {
         }
     }
 
-    /// Performs an operation for the first and only time. `None`: the outcome will come.
+    /// Performs an operation for the first and only time. `None`: the outcome follows later.
     fn perform(&mut self, cause: Cause, step: Step, op: Op) -> Option<Outcome> {
         let result = match op {
             Op::Spawn(order) => return self.children.start(cause, step, order, &mut self.streams, &self.poll).err(),
