@@ -18,23 +18,23 @@ use nix::sys::time::TimeVal;
 
 use crate::handover::{ControlReply, ControlRequest, MAX_MESSAGE_BYTES, Malformed, Snapshot, UpgradeReport, length_of};
 
-/// How long to wait before a keeper that has hung up is asked again.
+/// How long to wait before retrying after a keeper closed the connection.
 const RETRY_AFTER: Duration = Duration::from_millis(5);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// There is no socket, or nobody holds its other end: the keeper is gone.
+    /// There is no socket, or no process listens on it: the keeper is gone.
     #[error("no keeper listens on {}", path.display())]
     NobodyThere { path: PathBuf },
-    /// The keeper listens and hangs up on each try: it serves too many.
-    #[error("the keeper on {} hung up, each time until the deadline: it may be serving too many", path.display())]
+    /// The keeper listens and closes each connection: it serves too many.
+    #[error("the keeper on {} closed the connection on every try until the deadline; it may be serving too many", path.display())]
     HungUp { path: PathBuf },
-    /// The keeper is there and did not answer in time.
+    /// The keeper listens and did not answer in time.
     #[error("the keeper on {} did not answer in time", path.display())]
     Silent { path: PathBuf },
-    #[error("the keeper on {} gave an answer that is none", path.display())]
+    #[error("the keeper on {} sent a malformed answer", path.display())]
     Malformed { path: PathBuf, source: Malformed },
-    #[error("the keeper on {} gave an answer to another question", path.display())]
+    #[error("the keeper on {} sent an answer of the wrong kind", path.display())]
     Unexpected { path: PathBuf },
     #[error("the keeper on {} refuses: {why}", path.display())]
     Refused { path: PathBuf, why: String },
@@ -54,7 +54,7 @@ pub(crate) fn ask(path: &Path, request: &ControlRequest, deadline: Instant) -> R
     ask_with(path, request, None, deadline)
 }
 
-/// Has a keeper go on as another program.
+/// Upgrades a keeper and its worker to another executable.
 pub(crate) fn upgrade(path: &Path, request: &ControlRequest, program: BorrowedFd<'_>, deadline: Instant) -> Result<UpgradeReport, Error> {
     match ask_with(path, request, Some(program), deadline)? {
         ControlReply::Upgraded(report) => Ok(*report),
@@ -73,7 +73,7 @@ fn ask_with(path: &Path, request: &ControlRequest, attached: Option<BorrowedFd<'
             _ => Error::Io { path, source },
         }
     };
-    // A keeper hangs up on those that are too many; one that died in the middle refuses the next try. Every request may be repeated.
+    // A keeper closes connections beyond its limit; one that died meanwhile refuses the next try. Every request may be repeated.
     let reply = loop {
         match exchange(path, request, attached, deadline).map_err(explain) {
             Err(Error::HungUp { .. }) if Instant::now() + RETRY_AFTER < deadline => std::thread::sleep(RETRY_AFTER),
@@ -83,7 +83,7 @@ fn ask_with(path: &Path, request: &ControlRequest, attached: Option<BorrowedFd<'
     ControlReply::decode(&reply).map_err(|source| Error::Malformed { path: path.to_owned(), source })
 }
 
-/// Asks a keeper for all it knows.
+/// Asks a keeper for a snapshot.
 pub(crate) fn describe(path: &Path, deadline: Instant) -> Result<Snapshot, Error> {
     match ask(path, &ControlRequest::Describe, deadline)? {
         ControlReply::Snapshot(snapshot) => Ok(*snapshot),
@@ -91,7 +91,7 @@ pub(crate) fn describe(path: &Path, deadline: Instant) -> Result<Snapshot, Error
     }
 }
 
-/// Whether somebody accepts connections at `path`.
+/// Whether a process accepts connections at `path`.
 pub(crate) fn is_listening(path: &Path, patience: Duration) -> bool {
     match dial(path, patience) {
         Ok(_) => true,
@@ -144,7 +144,7 @@ fn read_exact(stream: &mut UnixStream, buffer: &mut [u8], deadline: Instant) -> 
     Ok(())
 }
 
-/// The time until `deadline`, never zero: that would mean no limit.
+/// The time until `deadline`, never zero, which would mean no limit.
 fn left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left < Duration::from_micros(1) { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
@@ -189,7 +189,7 @@ mod tests {
         let path = Socket::new(name);
         let listener = UnixListener::bind(&*path).expect("a socket can be bound");
         thread::spawn(move || {
-            let (mut stream, _) = listener.accept().expect("somebody connects");
+            let (mut stream, _) = listener.accept().expect("a client connects");
             let mut head = [0; 5];
             let _ = stream.read_exact(&mut head);
             let _ = stream.write_all(&bytes);

@@ -1,7 +1,7 @@
-//! What this executable claims to be, and how it misbehaves, for the tests. Says the truth and does nothing unless built with the
-//! feature `fault-injection`.
+//! The test identity: which build this executable claims to be, and how it misbehaves in tests. Without the feature `fault-injection`, it is
+//! the real build and never misbehaves.
 //!
-//! A test makes other builds of the shim by copying it and appending a line to the copy, which an executable may end with:
+//! A test makes another build of the shim by copying it and appending a line to the copy:
 //! `x-test-identity: NAME=VALUE …`. Names: `build`; `oldest` and `newest`, the versions of the messages; `records`, the newest version of
 //! containers' records that it reads; `state`, the same for a keeper's state; `at` and `do`: where it misbehaves (`hello`, `fit`, `welcome`,
 //! `later`, `rehearsal`, `resume`), and how (`crash`, `exit`, `kill`, `hang`, `spin`, at `resume` `refuse`); `rehearsal`: how it does there
@@ -14,7 +14,7 @@ pub(crate) use inert::{build, meet_exit, meet_request, misbehave, record_version
 /// Where a build may misbehave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// A worker, before it says hello.
+    /// A worker, before it sends Hello.
     Hello,
     /// A worker, asked whether it can take over.
     Fit,
@@ -22,9 +22,9 @@ pub(crate) enum Place {
     Welcome,
     /// A worker, half a second after it has taken over.
     Later,
-    /// A keeper's image, asked whether it can take over.
+    /// A new keeper executable, asked whether it can take over.
     Rehearsal,
-    /// A keeper's image that takes over.
+    /// A new keeper executable that takes over.
     Resume,
 }
 
@@ -33,7 +33,7 @@ mod inert {
     use super::Place;
     use crate::handover::Versions;
 
-    /// The version of this build and its commit, for people.
+    /// The version of this build and its commit.
     pub(crate) fn build() -> &'static str {
         env!("X_BUILD")
     }
@@ -130,7 +130,7 @@ mod active {
             return;
         }
         match (place, value("do")) {
-            // Beside its work, so that it has time for some.
+            // In a thread of its own, so that the worker does some work before.
             (Place::Later, how) => drop(std::thread::spawn(move || {
                 std::thread::sleep(Duration::from_millis(500));
                 perform(how);
@@ -139,10 +139,10 @@ mod active {
         }
     }
 
-    /// Whether it claims not to understand what it is given.
+    /// Whether it claims that it cannot read the state.
     pub(crate) fn refuse(place: Place) -> Result<(), &'static str> {
         let refuses = place == Place::Resume && value("at") == Some("resume") && value("do") == Some("refuse");
-        if refuses { Err("as this build is told to say") } else { Ok(()) }
+        if refuses { Err("refused by its test identity") } else { Ok(()) }
     }
 
     pub(crate) fn meet_request(payload: &[u8]) {

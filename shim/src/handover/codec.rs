@@ -1,9 +1,9 @@
 //! Encoding of messages: CBOR (RFC 8949), derived, behind the message's length in 4 bytes, little-endian.
 //!
-//! Fields and variants are numbered, and a number is never given again. A reader skips fields that it does not know; one that may be
+//! Fields and variants are numbered, and a number is never reused. A reader skips fields that it does not know; one that may be
 //! absent is an `Option` or `#[cbor(default)]`.
 //!
-//! **Invariant:** decoding never panics, and allocates no more than the message holds: a count is not believed before its items are there.
+//! **Invariant:** decoding never panics, and allocates no more than the message holds: it does not trust a count before its items have arrived.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -12,10 +12,10 @@ use minicbor::Encode;
 use minicbor::decode::{self, Decoder};
 use minicbor::encode::{self, Encoder, Write};
 
-/// Length of what stands before a message, in bytes.
+/// Length of the head of a message, in bytes.
 pub(crate) const HEAD_BYTES: usize = 4;
 
-/// Bytes that are not what their format says.
+/// Bytes that violate the format.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Malformed {
     #[error("malformed message")]
@@ -35,9 +35,9 @@ pub(super) fn frame(message: &impl Encode<()>) -> Vec<u8> {
     bytes
 }
 
-/// Finds the first message in `input`, without its length; `None` as long as it is not all there.
+/// Finds the first message in `input`, without its length; `None` until it has arrived whole.
 ///
-/// Errors: it says that it has more than `most` bytes.
+/// Errors: its length exceeds `most` bytes.
 pub(crate) fn first_frame(input: &[u8], most: usize) -> Result<Option<&[u8]>, Malformed> {
     let Some((head, rest)) = input.split_first_chunk::<HEAD_BYTES>() else { return Ok(None) };
     Ok(rest.get(..length_of(*head, most)?))

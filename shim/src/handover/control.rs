@@ -1,4 +1,4 @@
-//! What the commands of this binary say to a keeper over its control socket. One request a connection, framed like the messages.
+//! The protocol of the control socket, used by the commands of this binary. One request per connection, framed like the messages.
 use minicbor::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
@@ -7,17 +7,17 @@ use super::part;
 /// From a command to a keeper.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum ControlRequest {
-    /// Everything that is known. → `Snapshot`
+    /// Asks for a snapshot. → `Snapshot`
     #[n(0)]
     Describe,
-    /// A place for a container that is about to be created in this group. → `Done`.
+    /// Reserves a place for a container that is about to be created in this group. → `Done`
     #[n(1)]
     Reserve {
         #[n(0)]
         id: String,
     },
-    /// A container was removed by hand, or will not be made: its record and its place go, and the keeper with them if they were the
-    /// last. → `Done`
+    /// A container was cleaned up manually, or will not be created: drops its state and reservation. The keeper exits if it was the last.
+    /// → `Done`
     #[n(2)]
     Forget {
         #[n(0)]
@@ -29,7 +29,7 @@ pub(crate) enum ControlRequest {
         #[cbor(n(0), with = "part")]
         payload: Vec<u8>,
     },
-    /// Another program for the worker and, if wanted, for the keeper: the descriptor attached to this message. `path` is for people.
+    /// Upgrades the worker and, with `keeper_too`, the keeper to the attached executable. `path`: where it was opened, for reports.
     /// → `Upgraded`, or `Refused` while another upgrade is under way.
     #[n(4)]
     Upgrade {
@@ -58,12 +58,12 @@ pub(crate) enum ControlReply {
         #[cbor(n(0), with = "part")]
         response: Vec<u8>,
     },
-    /// What came of an upgrade.
+    /// The result of an upgrade.
     #[n(4)]
     Upgraded(#[n(0)] Box<UpgradeReport>),
 }
 
-/// How a container ended: what the worker answers to a command that has it deleted. JSON; fields are only ever added.
+/// The exit of a container's init: the worker's answer to the `delete` command. JSON; fields are only ever added.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct ReportedExit {
@@ -84,10 +84,10 @@ impl ReportedExit {
     }
 }
 
-/// What came of an upgrade.
+/// The result of an upgrade.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct UpgradeReport {
-    /// What the worker called itself before, and what the new one calls itself; empty if it never said.
+    /// The builds of the previous and the new worker; empty if it never sent Hello.
     #[n(0)]
     pub(crate) from: String,
     #[n(1)]
@@ -106,27 +106,27 @@ pub(crate) struct UpgradeReport {
     pub(crate) pause_nanos: u64,
 }
 
-/// What came of the upgrade of one part.
+/// The result for one part, worker or keeper.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum PartResult {
-    /// It was not asked for, or not come to.
+    /// Not requested, or not reached.
     #[default]
     #[n(0)]
     Unasked,
-    /// It was that program already.
+    /// It runs that executable already.
     #[n(1)]
     Unchanged,
     #[n(2)]
     Upgraded,
-    /// The new one never took over, for this.
+    /// The new one never took over, for this reason.
     #[n(3)]
     Kept(#[n(0)] String),
-    /// The new one took over and failed, for this.
+    /// The new one took over and failed, for this reason.
     #[n(4)]
     RolledBack(#[n(0)] String),
 }
 
-/// What a keeper knows, for people. Later versions append fields; a reader fills in what an older keeper left out.
+/// The state of a keeper, for `ps` and `inspect`. Later versions append fields; a reader fills in those that an older keeper lacks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct Snapshot {
     #[n(0)]
@@ -156,7 +156,7 @@ pub(crate) struct Snapshot {
     pub(crate) requests: Vec<RequestSnapshot>,
     #[n(11)]
     pub(crate) streams: Vec<StreamSnapshot>,
-    /// Requests that wait: key and how many.
+    /// Parked requests: key and how many.
     #[n(12)]
     pub(crate) waiters: Vec<(String, u32)>,
     #[n(13)]
@@ -174,24 +174,24 @@ pub(crate) struct Snapshot {
     /// The version of the messages that keeper and worker speak; 0 while there is no worker.
     #[n(19)]
     pub(crate) worker_version: u16,
-    /// The program of the worker.
+    /// The path of the worker's executable.
     #[n(20)]
     pub(crate) worker_path: String,
-    /// How many workers in a row got nothing done.
+    /// How many generations in a row committed nothing.
     #[n(21)]
     pub(crate) fruitless: u32,
-    /// How the last worker ended that was not wanted to; empty if none did.
+    /// Why the last worker failed; empty if none did.
     #[n(22)]
     pub(crate) last_end: String,
-    /// The program before, while it is kept.
+    /// The build of the previous executable, while it is kept.
     #[n(23)]
     pub(crate) previous_build: String,
     #[n(24)]
     pub(crate) upgrade: Option<UpgradeReport>,
-    /// Exits that no worker lives through, withheld for now.
+    /// Poisoned exits, withheld for now.
     #[n(25)]
     pub(crate) withheld: Vec<String>,
-    /// There is no worker because none is needed.
+    /// There is no worker because it hibernates.
     #[n(26)]
     pub(crate) asleep: bool,
 }
@@ -203,7 +203,7 @@ pub(crate) struct ProcessSnapshot {
     pub(crate) key: String,
     #[n(1)]
     pub(crate) pid: u32,
-    /// `claimed` (a container's process), or the program's name of a helper.
+    /// `claimed` (a container's process), or the executable of a helper.
     #[n(2)]
     pub(crate) role: String,
 }
@@ -217,7 +217,7 @@ pub(crate) struct RequestSnapshot {
     pub(crate) method: String,
     #[n(2)]
     pub(crate) age_nanos: u64,
-    /// Operations asked for, and how many of them are done.
+    /// Operations requested, and how many of them are done.
     #[n(3)]
     pub(crate) operations: u32,
     #[n(4)]

@@ -3,7 +3,7 @@ use minicbor::{Decode, Encode};
 
 use super::{Versions, part};
 
-/// What made the worker act: a request or an exit. Numbered by the keeper, never reused in its life.
+/// What made the worker act: a request or an exit. Numbered by the keeper, never reused by the same keeper.
 pub(crate) type Cause = u64;
 
 /// Which operation of a cause; chosen by the worker, the same again on replay.
@@ -12,7 +12,7 @@ pub(crate) type Step = u32;
 /// From keeper to worker.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum ToWorker {
-    /// Who the keeper is, and the version that both speak from now on. `generation` counts workers from 1.
+    /// The keeper accepts the worker. `version`: spoken by both from now on. `generation` counts workers from 1.
     #[n(0)]
     Welcome {
         #[n(0)]
@@ -50,10 +50,10 @@ pub(crate) enum ToWorker {
         #[n(1)]
         exit: ProcessExit,
     },
-    /// Everything that was known when this worker said hello has been sent.
+    /// Everything that the keeper held when this worker sent Hello has been sent.
     #[n(4)]
     CaughtUp,
-    /// What became of an operation. [`Outcome::Descriptor`] has a descriptor attached to the message.
+    /// The outcome of an operation. [`Outcome::Descriptor`] has a descriptor attached to the message.
     #[n(5)]
     Done {
         #[n(0)]
@@ -63,7 +63,7 @@ pub(crate) enum ToWorker {
         #[n(2)]
         outcome: Outcome,
     },
-    /// One entry of the state, to be read on trial: before the Welcome, to a worker that may take over.
+    /// One entry of the state for a candidate to check, before its Welcome.
     #[n(6)]
     Try {
         #[n(0)]
@@ -71,21 +71,21 @@ pub(crate) enum ToWorker {
         #[cbor(n(1), with = "part")]
         value: Vec<u8>,
     },
-    /// That was all of the state. → [`ToKeeper::Fit`]
+    /// The state is complete. → [`ToKeeper::Fit`]
     #[n(7)]
     Tried,
-    /// Asks for a sign of life. → [`ToKeeper::Pong`]
+    /// Asks for a response. → [`ToKeeper::Pong`]
     #[n(8)]
     Ping {
         #[n(0)]
         number: u32,
     },
-    /// Nothing is to be done: may this worker end until something is? → [`ToKeeper::Watch`]*, [`ToKeeper::Rest`]
+    /// No cause is open: may this worker hibernate? → [`ToKeeper::Watch`]*, [`ToKeeper::Rest`]
     #[n(9)]
     MayRest,
 }
 
-/// Who asks.
+/// Where a request came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 #[cbor(index_only)]
 pub(crate) enum Origin {
@@ -116,7 +116,7 @@ pub(crate) struct ProcessExit {
     pub(crate) at_nanos: i64,
 }
 
-/// What the keeper does on the worker's order, once.
+/// An operation that the keeper performs for the worker, once.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum Op {
     /// Starts a process and reports its end (or its readiness). → `Exited`, `Ready` or `Failed`.
@@ -130,13 +130,14 @@ pub(crate) enum Op {
         #[n(1)]
         signal: i32,
     },
-    /// Does nothing, and so tells whether it was asked before. → `Done` the first time in all lives, `Failed` with EALREADY after.
+    /// Does nothing; its outcome shows whether it was requested before. → `Done` the first time in all generations, `Failed` with EALREADY
+    /// after.
     #[n(2)]
     Once,
     /// Makes the pipes of a process and connects the client's fifos. → `Done` or `Failed`.
     #[n(3)]
     OpenStdio(#[n(0)] Stdio),
-    /// The client will write no more to stdin: what is in the fifo still goes through, then the process reads EOF. → `Done`.
+    /// The client will write no more to stdin: the content of the fifo is still delivered, then the process reads EOF. → `Done`.
     #[n(4)]
     CloseStdin {
         #[n(0)]
@@ -160,7 +161,7 @@ pub(crate) enum Op {
         #[cbor(n(1), with = "part")]
         body: Vec<u8>,
     },
-    /// Hands the worker a copy of the read end of an output opened as [`Output::Pipe`]. Not remembered: each ask gives a new copy.
+    /// Hands the worker a copy of the read end of an output opened as [`Output::Pipe`]. Not stored: each request returns a new copy.
     /// → `Descriptor`, or `Failed` with ENOENT.
     #[n(7)]
     ReadEnd {
@@ -175,7 +176,7 @@ pub(crate) enum Op {
         #[n(0)]
         key: String,
     },
-    /// Waits, 10 s at most, until what a process has written is taken and the last writer has left, or no reader will take it.
+    /// Waits, 10 s at most, until the output of a process is read and its last writer is gone, or there is no reader.
     /// → `Done`.
     #[n(9)]
     Drain {
@@ -202,11 +203,11 @@ pub(crate) struct Spawn {
     /// Descriptors from 0 upwards.
     #[n(4)]
     pub(crate) fds: Vec<Fd>,
-    /// The process will leave a child behind and name its pid in a file: unclaimed children stay unreaped until the commit
+    /// The process will leave a child behind and write its pid to a file: unclaimed children stay unreaped until the commit
     /// that ends this cause.
     #[n(5)]
     pub(crate) reports_pid: bool,
-    /// Where the process will deliver a terminal for `key` (`--console-socket`). The keeper listens there and takes the terminal in.
+    /// Where the process will deliver a terminal for `key` (`--console-socket`). The keeper listens there and takes over the terminal.
     #[n(6)]
     pub(crate) console_socket: Option<String>,
 }
@@ -224,7 +225,7 @@ pub(crate) enum Fd {
     #[n(0)]
     Null,
     /// The process's side of a stream opened by [`Op::OpenStdio`] under this key; `/dev/null` where that stream is none.
-    /// The keeper gives its own copy of it up once the process was started.
+    /// The keeper closes its own copy once the process was started.
     #[n(1)]
     Process(#[n(0)] String, #[n(1)] Stream),
     /// The read end of an output opened as [`Output::Pipe`]: for a logger.
@@ -292,12 +293,12 @@ pub(crate) enum Output {
     Pipe,
 }
 
-/// What became of an operation.
+/// The outcome of an operation.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum Outcome {
     #[n(0)]
     Done,
-    /// A system call failed. `what` says what was tried on what.
+    /// A system call failed. `what`: the attempted action and its object.
     #[n(1)]
     Failed {
         #[n(0)]
@@ -307,7 +308,7 @@ pub(crate) enum Outcome {
     },
     #[n(2)]
     Exited(#[n(0)] Exited),
-    /// A [`Fd::Ready`] pipe was written to (`byte`) or closed; the process goes on.
+    /// A [`Fd::Ready`] pipe was written to (`byte`) or closed; the process keeps running.
     #[n(3)]
     Ready {
         #[n(0)]
@@ -338,7 +339,7 @@ pub(crate) struct Exited {
 /// From worker to keeper.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum ToKeeper {
-    /// The first message. `versions`: what this worker speaks.
+    /// The first message. `versions`: the message versions of this worker.
     #[n(0)]
     Hello {
         #[n(0)]
@@ -357,22 +358,22 @@ pub(crate) enum ToKeeper {
     },
     #[n(2)]
     Commit(#[n(0)] Commit),
-    /// Whether this worker can go on with the state that it was shown, or why not.
+    /// Whether this worker can take over with the state that it was sent, or why not.
     #[n(3)]
     Fit {
         #[n(0)]
         refusal: Option<String>,
     },
-    /// The sign of life that was asked for.
+    /// The answer to a Ping.
     #[n(4)]
     Pong {
         #[n(0)]
         number: u32,
     },
-    /// A descriptor is attached that can be read when a worker is needed again.
+    /// The attached descriptor becomes readable when a worker is needed again.
     #[n(5)]
     Watch,
-    /// Whether this worker may end for a while.
+    /// Whether this worker may hibernate.
     #[n(6)]
     Rest {
         #[n(0)]
@@ -396,22 +397,22 @@ pub(crate) struct Commit {
     /// Answers, each a ttrpc `Response` message. Each ends its cause.
     #[cbor(n(3), with = "part")]
     pub(crate) answers: Vec<(Cause, Vec<u8>)>,
-    /// Requests that wait for a key. Each ends as a cause: only where its answer goes is kept.
+    /// Requests that wait for a key. Each ends as a cause; only its caller is kept.
     #[n(4)]
     pub(crate) parks: Vec<(Cause, String)>,
-    /// Answers for everyone who waits for a key.
+    /// Answers for all requests that wait for a key.
     #[cbor(n(5), with = "part")]
     pub(crate) wakes: Vec<(String, Vec<u8>)>,
-    /// Exits that were taken in.
+    /// Exits that were handled.
     #[n(6)]
     pub(crate) ends: Vec<Cause>,
-    /// Processes that are forgotten: claim, streams (after their drain), helpers.
+    /// Processes to forget: claim, streams (after their drain), helpers.
     #[n(7)]
     pub(crate) releases: Vec<String>,
-    /// Answers that the keeper may give by itself while no worker does.
+    /// Answers that the keeper may give while no worker does.
     #[n(8)]
     pub(crate) ready: Vec<Ready>,
-    /// Leave as soon as there is no state, no reservation and nothing left to write. Stays in force until state is set again.
+    /// Exit as soon as there is no state, no reservation and nothing left to write. Stays in force until state is set again.
     #[n(9)]
     pub(crate) leave: bool,
 }

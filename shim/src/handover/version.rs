@@ -1,4 +1,4 @@
-//! Which keeper works with which worker.
+//! Message versions: which keeper works with which worker.
 //!
 //! A build speaks a range of versions. Two builds work together if their ranges meet, in the newest version that both speak.
 //! `docs/upgrade.md` says when the numbers change.
@@ -15,7 +15,7 @@ pub(crate) struct Versions {
 }
 
 impl Versions {
-    /// What this build speaks, as keeper and as worker.
+    /// The versions that this build speaks, as keeper and as worker.
     pub(crate) const OURS: Self = Self { oldest: 1, newest: 1 };
 
     /// The version in which two builds work together, if there is one.

@@ -1,4 +1,4 @@
-//! What a helper writes: its log, its output, its sign that it is ready.
+//! Pipes that helpers write to: their log, their output, their readiness.
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use super::poll::{Poll, Source};
 use super::reexec::Carrier;
 use crate::handover::{MAX_OUTPUT_BYTES, part, plain_parts};
 
-/// The most bytes of one turn: who writes faster than they are read would have the keeper to himself.
+/// The most bytes of one turn, so that a fast writer does not occupy the keeper.
 const TURN_BYTES: usize = 256 << 10;
 
 /// A pipe that is read as it fills, so that its writer never waits. Of more than [`MAX_OUTPUT_BYTES`], the end is kept.
@@ -47,7 +47,7 @@ impl Capture {
         poll.add_reader(&self.pipe, source)
     }
 
-    /// Takes what is there, up to the bound of a turn. Returns whether there may be more.
+    /// Reads what the pipe holds, up to [`TURN_BYTES`]. Returns whether there may be more.
     pub(crate) fn read(&mut self) -> bool {
         let mut left = TURN_BYTES;
         while !self.closed {
@@ -67,7 +67,7 @@ impl Capture {
         false
     }
 
-    /// What was read so far is not empty.
+    /// Whether anything was read so far.
     pub(crate) fn has_bytes(&self) -> bool {
         !self.bytes.is_empty()
     }
@@ -76,8 +76,8 @@ impl Capture {
         self.closed
     }
 
-    /// Takes what is left and gives up. What the helper itself wrote is in the pipe by now, and a pipe holds no more than a turn takes;
-    /// a descendant of it that goes on writing is not waited for.
+    /// Reads the rest and closes the pipe. A pipe holds no more than one turn reads, so everything the helper wrote is included; descendants
+    /// that still write are not waited for.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         let _ = self.read();
         let excess = self.bytes.len().saturating_sub(MAX_OUTPUT_BYTES);

@@ -1,12 +1,12 @@
 //! The processes: helpers that the keeper starts, and claimed ones that runtimes leave behind.
 //!
-//! Owns every child. An exit is seen while the child is still a zombie, recorded, and only then reaped, so that its number cannot
-//! come back before everybody knows.
+//! Owns every child. An exit is recorded while the child is still a zombie, and only then reaped, so that its pid cannot be
+//! reused before.
 //!
 //! ```text
 //!  helper:  started ─▶ (ready) ─▶ ended: outcome of its operation
 //!  other:   orphan  ─▶ claimed by a commit ─▶ ended: a cause
-//!                   └▶ ended unclaimed: kept a zombie while an operation may still name its pid, then reaped
+//!                   └▶ ended unclaimed: left a zombie while an operation may still report its pid, then reaped
 //! ```
 mod descendants;
 
@@ -30,9 +30,9 @@ use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessEx
 use crate::journal::{Journal, RecordedExit};
 use crate::sys;
 
-/// The status of a process whose end nobody can know: somebody else reaped it.
+/// The status of a process that another process reaped.
 const UNKNOWN_STATUS: u32 = 255;
-/// So many children are reaped in one turn: a container in the host's pid namespace may leave more behind than there is time for.
+/// The most children reaped in one turn: a container in the host's pid namespace may leave thousands behind.
 const REAPED_AT_ONCE: usize = 1024;
 
 /// A process that the keeper started.
@@ -58,12 +58,12 @@ struct Helper {
     /// Until the helper is ready.
     #[n(7)]
     ready: Option<Capture>,
-    /// The outcome was given already.
+    /// The outcome was reported already.
     #[n(8)]
     reported: bool,
     #[n(9)]
     console: Option<Console>,
-    /// Outputs that it reads: somebody else must when it is gone.
+    /// Outputs that it reads, and that the keeper must take over when it exits.
     #[n(10)]
     reads: Vec<(String, Stream)>,
 }
@@ -80,7 +80,7 @@ struct Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        // Gone already is as good.
+        // It may be gone already.
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -91,26 +91,26 @@ impl Drop for Console {
 struct Claimed {
     #[n(0)]
     key: String,
-    /// Absent if it was gone when it was claimed, or no descriptor was left.
+    /// Absent if the process was gone when it was claimed, or descriptors had run out.
     #[cbor(n(1), with = "part")]
     handle: Option<OwnedFd>,
     #[cbor(n(2), with = "part")]
     journal: Option<Journal>,
-    /// Not our child: its end is seen through the handle, its status is unknown.
+    /// Not our child: the handle shows its exit, its status is unknown.
     #[n(3)]
     foreign: bool,
 }
 
-/// What reaping has found.
+/// A result of reaping.
 #[derive(Debug)]
 pub(crate) enum Found {
     /// An operation has its outcome.
     Outcome { cause: Cause, step: Step, outcome: Outcome },
-    /// A claimed process ended.
+    /// A claimed process exited.
     Exit(ProcessExit),
     /// A child that is no helper and not claimed: the worker, if its pid says so.
     Other { pid: u32, status: u32 },
-    /// A process that read outputs has ended.
+    /// A process that read outputs exited.
     ReaderGone { key: String, stream: Stream },
 }
 
@@ -123,10 +123,10 @@ pub(crate) struct Children {
     helpers: BTreeMap<u32, Box<Helper>>,
     #[n(0)]
     claimed: BTreeMap<u32, Box<Claimed>>,
-    /// The pid that was claimed last under a key.
+    /// The last pid claimed under a key.
     #[cbor(skip)]
     pids: BTreeMap<String, u32>,
-    /// Claims whose process was gone already: their exits are due.
+    /// Claims whose process was gone already: their exits are to be reported.
     #[n(1)]
     vanished: Vec<u32>,
     #[n(2)]
@@ -136,7 +136,7 @@ pub(crate) struct Children {
 }
 
 impl Children {
-    /// Goes on in the place of another executable.
+    /// Resumes after a re-exec.
     pub(crate) fn resume(&mut self, poll: &mut Poll) -> io::Result<()> {
         for (pid, helper) in &self.helpers {
             let captures = [helper.log.as_ref().map(|(log, _)| log), helper.output.as_ref(), helper.ready.as_ref()];
@@ -207,7 +207,7 @@ impl Children {
             env: order.env.into_iter().map(text).collect::<Result<_, _>>()?,
             cwd: text(order.cwd.into_bytes())?,
             descriptors: given.iter().map(AsFd::as_fd).collect(),
-            // what nobody would claim the process of must not make one; a logger has to read to the end
+            // a runtime whose container nobody would claim must not create one; a logger has to read to the end
             dies_with_parent: order.reports_pid,
         };
         let started = sys::spawn::spawn(&command).map_err(failed)?;
@@ -216,7 +216,7 @@ impl Children {
         debug!(pid, program:%; "helper started");
         for capture in [log.as_ref().map(|(capture, _)| capture), output.as_ref(), ready.as_ref()].into_iter().flatten() {
             if let Err(error) = capture.watch(poll, Source::Helper(pid)) {
-                warn!(pid, error:%; "cannot watch a helper's pipe, it is read when the helper has ended");
+                warn!(pid, error:%; "cannot watch a helper's pipe, it is read when the helper has exited");
             }
         }
         let failure = Capture::from_pipe(started.failure);
@@ -238,7 +238,7 @@ impl Children {
         if !ready.has_bytes() && !ready.is_closed() {
             return None;
         }
-        // A pipe that was closed by the program's end says nothing: the end itself will. A process loses its image before its descriptors.
+        // A pipe closed by the exit is no readiness; the exit follows. An exiting process loses its executable before its descriptors.
         if !ready.has_bytes() && std::fs::read_link(format!("/proc/{pid}/exe")).is_err() {
             return None;
         }
@@ -248,7 +248,7 @@ impl Children {
         Some(Found::Outcome { cause: helper.cause, step: helper.step, outcome: Outcome::Ready { byte } })
     }
 
-    /// Makes a child one of a container's processes.
+    /// Makes a child a process of a container.
     pub(crate) fn claim(&mut self, claim: Claim, poll: &Poll) {
         let journal = claim.journal.and_then(|path| {
             Journal::open(path.as_ref()).inspect_err(|error| error!(path:%, error:%; "cannot open the journal, an exit may be lost")).ok()
@@ -258,7 +258,7 @@ impl Children {
         if foreign {
             match &handle {
                 Some(handle) if poll.add_reader(handle, Source::Foreign(claim.pid)).is_ok() => {
-                    warn!(container:% = claim.key, pid = claim.pid; "the runtime left a process that is not our child, its status will be unknown");
+                    warn!(container:% = claim.key, pid = claim.pid; "the runtime started a process that is not our child, its exit status will be unknown");
                 }
                 _ => self.vanished.push(claim.pid),
             }
@@ -268,7 +268,7 @@ impl Children {
         self.claimed.insert(claim.pid, Box::new(Claimed { key: claim.key, handle, journal, foreign }));
     }
 
-    /// Looks for children that have ended. `awaits_pid`: zombies that nobody has claimed must stay.
+    /// Looks for children that have exited. `awaits_pid`: unclaimed zombies are not reaped.
     /// `ours`: other children that are never claimed.
     pub(crate) fn reap(&mut self, awaits_pid: bool, ours: &[u32], streams: &mut Streams, poll: &mut Poll) -> Vec<Found> {
         let mut found = Vec::new();
@@ -278,7 +278,7 @@ impl Children {
         for _child in 0..REAPED_AT_ONCE {
             let Ok(Some(ended)) = sys::process::peek(None) else { return found };
             if awaits_pid && !self.is_known(ended.pid, ours) {
-                // It hides those behind it: each is looked at.
+                // The kernel reports this zombie first each time, so look at each known child.
                 let known: Vec<u32> = self.helpers.keys().chain(self.claimed.keys()).chain(ours).copied().collect();
                 for ended in known.into_iter().filter_map(|pid| sys::process::peek(Some(pid)).ok().flatten()) {
                     self.ended(ended, streams, poll, &mut found);
@@ -300,7 +300,7 @@ impl Children {
         self.helpers.contains_key(&pid) || self.claimed.contains_key(&pid) || ours.contains(&pid)
     }
 
-    /// A process that is not our child has ended, says its handle.
+    /// The handle of a process that is not our child shows that it exited.
     pub(crate) fn foreign_ended(&mut self, pid: u32) -> Vec<Found> {
         let mut found = Vec::new();
         if self.claimed.get(&pid).is_some_and(|claimed| claimed.foreign) {
@@ -323,7 +323,7 @@ impl Children {
         }
     }
 
-    /// Records the end of a claimed process, while it is a zombie.
+    /// Records the exit of a claimed process, while it is a zombie.
     fn exited(&mut self, pid: u32, status: u32, found: &mut Vec<Found>) {
         let Some(claimed) = self.claimed.remove(&pid) else { return };
         if self.pids.get(&claimed.key) == Some(&pid) {
@@ -346,19 +346,19 @@ impl Children {
         match &claimed.handle {
             Some(handle) => sys::process::signal(handle.as_fd(), signal),
             None if claimed.foreign => Err(Errno::ESRCH.into()),
-            // There was no descriptor left for a handle. Our child and not reaped: a new one is its own.
+            // Descriptors had run out. The child is not reaped, so its pid cannot mean another process.
             None => sys::process::signal(sys::process::open(*pid)?.as_fd(), signal),
         }
     }
 
-    /// Kills the helpers of a request that was given up, and what they have started.
+    /// Kills the helpers of a poisoned request, and their descendants.
     pub(crate) fn end_helpers_of(&self, cause: Cause) {
         for pid in self.helpers.iter().filter(|(_, helper)| helper.cause == cause).map(|(pid, _)| *pid) {
             descendants::kill(pid);
         }
     }
 
-    /// Kills the helpers of a process, or of a container with its execs, and what they have started.
+    /// Kills the helpers of a process, or of a container with its execs, and their descendants.
     pub(crate) fn end_helpers(&self, key: &str) {
         let concerns = |helper: &Helper| helper.key.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         for pid in self.helpers.iter().filter(|(_, helper)| concerns(helper)).map(|(pid, _)| *pid) {
@@ -384,13 +384,13 @@ impl Children {
 }
 
 impl Helper {
-    /// The outcome of a helper that has ended.
+    /// The outcome of a helper that exited.
     fn finish(self, status: u32, streams: &mut Streams, poll: &mut Poll, found: &mut Vec<Found>) {
         for (key, stream) in self.reads {
             found.push(Found::ReaderGone { key, stream });
         }
         if self.reported {
-            debug!(program:% = self.program, status; "helper ended");
+            debug!(program:% = self.program, status; "helper exited");
             return;
         }
         let failure = self.failure.finish();
@@ -431,7 +431,8 @@ impl Console {
 
 fn receive_terminal(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
     let mut name = [0; 4096];
-    let (_, terminal) =
-        sys::descriptors::receive(socket, &mut name).inspect_err(|error| warn!(error:%; "no terminal in the console socket")).ok()?;
+    let (_, terminal) = sys::descriptors::receive(socket, &mut name)
+        .inspect_err(|error| warn!(error:%; "cannot receive a terminal from the console socket"))
+        .ok()?;
     terminal
 }

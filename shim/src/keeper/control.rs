@@ -1,4 +1,4 @@
-//! The control socket: what the commands of this binary ask a keeper, with or without a worker.
+//! The control socket: requests from the commands of this binary, answered with or without a worker.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,7 +16,7 @@ use super::relay::accept_all;
 use crate::handover::{ControlReply, ControlRequest, first_frame, part};
 use crate::sys;
 
-/// The most commands at once.
+/// The most connections at once.
 const MAX_CONTROL_CLIENTS: usize = 64;
 /// The longest request, in bytes.
 const MAX_REQUEST_BYTES: usize = 64 << 10;
@@ -26,7 +26,7 @@ const MAX_REQUEST_BYTES: usize = 64 << 10;
 struct ControlClient {
     #[cbor(n(0), with = "part")]
     socket: UnixStream,
-    /// The descriptor that came along.
+    /// The descriptor attached to the request.
     #[cbor(n(1), with = "part")]
     attached: Option<OwnedFd>,
     #[cbor(n(2), with = "part")]
@@ -44,7 +44,7 @@ pub(crate) struct Control {
     #[cbor(n(0), with = "part")]
     listener: UnixListener,
     #[n(1)]
-    control_clients: BTreeMap<u32, ControlClient>,
+    clients: BTreeMap<u32, ControlClient>,
     #[n(2)]
     last_id: u32,
 }
@@ -53,74 +53,73 @@ impl Control {
     pub(crate) fn new(listener: UnixListener, poll: &Poll) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         poll.add_reader(&listener, Source::ControlListener)?;
-        Ok(Self { listener, control_clients: BTreeMap::new(), last_id: 0 })
+        Ok(Self { listener, clients: BTreeMap::new(), last_id: 0 })
     }
 
-    /// Goes on in the place of another executable.
+    /// Resumes after a re-exec.
     pub(crate) fn resume(&self, poll: &Poll) -> io::Result<()> {
         poll.add_reader(&self.listener, Source::ControlListener)?;
-        self.control_clients.iter().try_for_each(|(id, control_client)| poll.add(&control_client.socket, Source::ControlClient(*id)))
+        self.clients.iter().try_for_each(|(id, client)| poll.add(&client.socket, Source::ControlClient(*id)))
     }
 
-    /// Takes new connections in. Errors as of [`super::relay::Relay::accept`].
+    /// Accepts new connections. Errors as of [`super::relay::Relay::accept`].
     pub(crate) fn accept(&mut self, poll: &Poll) -> io::Result<()> {
         let (sockets, result) = accept_all(&self.listener);
         for socket in sockets {
-            if self.control_clients.len() >= MAX_CONTROL_CLIENTS {
-                // One that asks nothing makes room: the oldest. A client that is hung up on comes again.
-                let idle = self.control_clients.iter().find(|(_, control_client)| !control_client.asked).map(|(id, _)| *id);
+            if self.clients.len() >= MAX_CONTROL_CLIENTS {
+                // The oldest connection without a request makes room; its client connects again.
+                let idle = self.clients.iter().find(|(_, client)| !client.asked).map(|(id, _)| *id);
                 let Some(idle) = idle else {
-                    warn!(limit = MAX_CONTROL_CLIENTS; "control connection refused, as many are being answered");
+                    warn!(limit = MAX_CONTROL_CLIENTS; "control connection refused, too many requests are pending");
                     continue;
                 };
-                self.control_clients.remove(&idle);
+                self.clients.remove(&idle);
             }
             self.last_id += 1;
             match poll.add(&socket, Source::ControlClient(self.last_id)) {
                 Ok(()) => {
-                    let control_client =
-                        ControlClient { socket, attached: None, input: Vec::new(), output: Outbox::default(), asked: false };
-                    self.control_clients.insert(self.last_id, control_client);
+                    let client = ControlClient { socket, attached: None, input: Vec::new(), output: Outbox::default(), asked: false };
+                    self.clients.insert(self.last_id, client);
                 }
-                Err(error) => warn!(error:%; "command refused, cannot watch it"),
+                Err(error) => warn!(error:%; "control connection refused, cannot watch it"),
             }
         }
         result
     }
 
-    /// Reads and writes what can be read and written. Returns the request once it is whole, with the descriptor that came along.
+    /// Reads and writes what can be read and written. Returns the request once it is whole, with its attached descriptor.
     pub(crate) fn turn(&mut self, id: u32) -> Option<(ControlRequest, Option<OwnedFd>)> {
-        let control_client = self.control_clients.get_mut(&id)?;
-        match control_client.turn() {
-            Ok(request) => request.map(|request| (request, control_client.attached.take())),
+        let client = self.clients.get_mut(&id)?;
+        match client.turn() {
+            Ok(request) => request.map(|request| (request, client.attached.take())),
             Err(_) => {
-                self.control_clients.remove(&id);
+                self.clients.remove(&id);
                 None
             }
         }
     }
 
-    /// Answers a command, if it is still there.
+    /// Answers a control client, if it is still connected.
     pub(crate) fn reply(&mut self, id: u32, reply: &ControlReply) {
-        if let Some(control_client) = self.control_clients.get_mut(&id) {
-            control_client.output.push(reply.encode(), None);
-            if control_client.output.flush(&control_client.socket).is_err() {
-                self.control_clients.remove(&id);
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.output.push(reply.encode(), None);
+            if client.output.flush(&client.socket).is_err() {
+                self.clients.remove(&id);
             }
         }
     }
 
     pub(crate) fn is_connected(&self, id: u32) -> bool {
-        self.control_clients.contains_key(&id)
+        self.clients.contains_key(&id)
     }
 
     pub(crate) fn is_flushed(&self) -> bool {
-        self.control_clients.values().all(|control_client| control_client.output.is_empty())
+        self.clients.values().all(|client| client.output.is_empty())
     }
 }
 
 impl ControlClient {
-    /// Errors: the peer is gone, or says what nobody understands.
+    /// Errors: the peer is gone, or sent a malformed request.
     fn turn(&mut self) -> io::Result<Option<ControlRequest>> {
         self.output.flush(&self.socket)?;
         loop {

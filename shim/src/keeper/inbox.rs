@@ -5,17 +5,17 @@ use std::io;
 /// The most bytes of one read.
 pub(crate) const READ_BYTES: usize = 4096;
 
-/// What a read has come to.
+/// The result of a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Read {
     Some,
-    /// Nothing there at the moment.
+    /// Nothing to read at the moment.
     Empty,
     /// There will never be more.
     End,
 }
 
-/// Appends what one read gives.
+/// Appends the bytes of one read.
 pub(crate) fn read_some(mut source: impl io::Read, into: &mut Vec<u8>) -> io::Result<Read> {
     let mut buffer = [0; READ_BYTES];
     match source.read(&mut buffer) {

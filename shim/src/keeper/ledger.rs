@@ -1,14 +1,14 @@
-//! What is committed and what is open.
+//! The committed state and the open causes.
 //!
-//! Owns the committed state, the causes that no commit has ended yet with the outcomes of their operations, the callers that wait,
-//! and the ready-made answers. It does no I/O, and it does not look into what it keeps.
+//! Owns the committed state, the causes that no commit has ended yet with the outcomes of their operations, the parked callers, and the
+//! ready-made answers. It does no I/O and does not interpret its entries.
 //!
 //! ```text
 //!  request ─▶ open ──(operations, remembered)──▶ answered | parked ──▶ woken
 //!  exit    ─▶ open ──(operations, remembered)──▶ ended
 //! ```
 //!
-//! **Invariant:** an operation of an open cause is performed once; whoever asks again is told its outcome.
+//! **Invariant:** an operation of an open cause is performed once; a worker that requests it again receives its outcome.
 #[cfg(test)]
 mod tests;
 
@@ -23,12 +23,12 @@ use super::relay::Caller;
 use crate::frame::RequestView;
 use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker, part};
 
-/// How long a request with a ready-made answer waits for the worker's own. Connect and State have 1 s in all.
+/// How long a request with a ready-made answer waits for the worker's own. Clients give Connect and State 1 s in all.
 const READY_AFTER: Duration = Duration::from_millis(600);
-/// How long a place in the group is kept for a container that was announced.
+/// How long a place in the group is reserved for a container.
 const RESERVATION: Duration = Duration::from_secs(120);
 
-/// Who is waiting for an answer.
+/// Where an answer goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum Asker {
     #[n(0)]
@@ -38,7 +38,7 @@ pub(crate) enum Asker {
     ControlClient(#[n(0)] u32),
 }
 
-/// Something the worker has to deal with.
+/// A request or exit that the worker has to handle.
 #[derive(Debug, Encode, Decode)]
 #[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Open {
@@ -65,7 +65,7 @@ pub(crate) enum What {
 }
 
 impl What {
-    /// The method of a request, or whose exit it is; for people.
+    /// The method of a request, or the process of an exit, for reports.
     pub(crate) fn name(&self) -> String {
         match self {
             Self::Request { payload, .. } => {
@@ -76,15 +76,15 @@ impl What {
     }
 }
 
-/// What becomes of an operation that is asked for.
+/// The state of an operation that a worker requests.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Asked {
     /// Never seen before: perform it.
     New,
-    /// Under way: the outcome will come.
+    /// Under way: the outcome follows later.
     Pending,
     Known(Outcome),
-    /// The cause was ended.
+    /// The cause is closed.
     Over,
 }
 
@@ -105,16 +105,16 @@ pub(crate) struct Ledger {
     last_cause: Cause,
     #[n(1)]
     causes: BTreeMap<Cause, Open>,
-    /// Of the causes, those that are exits.
+    /// The causes that are exits.
     #[cbor(skip)]
     exits: BTreeSet<Cause>,
-    /// Of the causes, those that the worker was not told of.
+    /// The causes that were not sent to the worker.
     #[cbor(skip)]
     unsent: BTreeSet<Cause>,
-    /// When requests with a ready-made answer are given it. Apart from the causes, of which a flood makes thousands.
+    /// When requests with a ready-made answer receive it. Separate from the causes, of which a flood makes thousands.
     #[cbor(n(2), with = "part")]
     ready_due: BTreeMap<Cause, Instant>,
-    /// Causes for which a process was started that reports the pid of a child: zombies that nobody has claimed must stay.
+    /// Causes with a process that reports the pid of a child: while there are any, unclaimed zombies are not reaped.
     #[n(3)]
     naming: BTreeSet<Cause>,
     #[cbor(n(4), with = "part")]
@@ -133,7 +133,7 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// Goes on in the place of another executable.
+    /// Resumes after a re-exec.
     pub(crate) fn resume(&mut self) {
         self.exits = self.causes.iter().filter(|(_, open)| matches!(open.what, What::Exit(_))).map(|(cause, _)| *cause).collect();
         for ready in std::mem::take(&mut self.ready).into_values() {
@@ -174,7 +174,7 @@ impl Ledger {
         self.causes.remove(&cause)
     }
 
-    /// Ends a request that no worker can be asked to answer.
+    /// Closes a poisoned request with `response`. `None` for an exit.
     pub(crate) fn give_up(&mut self, cause: Cause, response: Vec<u8>) -> Option<Due> {
         if self.exits.contains(&cause) {
             return None;
@@ -185,17 +185,17 @@ impl Ledger {
         }
     }
 
-    /// A worker begins that was told of nothing.
+    /// A new worker starts, to which no cause was sent yet.
     pub(crate) fn begin_generation(&mut self) {
         self.unsent = self.causes.keys().copied().collect();
     }
 
-    /// What the worker was told of and has not ended.
+    /// The open causes that were sent to the worker.
     pub(crate) fn sent(&self) -> Vec<Cause> {
         self.causes.keys().filter(|cause| !self.unsent.contains(cause)).copied().collect()
     }
 
-    /// Whether anything is open that a worker has to deal with.
+    /// Whether any cause is open.
     pub(crate) fn is_busy(&self) -> bool {
         !self.causes.is_empty()
     }
@@ -208,8 +208,8 @@ impl Ledger {
         &self.exits
     }
 
-    /// The message that tells a worker of a cause, which counts as told then.
-    pub(crate) fn announce(&mut self, cause: Cause, now: Instant) -> Option<ToWorker> {
+    /// The message that sends a cause to the worker; the cause counts as sent from then on.
+    pub(crate) fn message(&mut self, cause: Cause, now: Instant) -> Option<ToWorker> {
         self.unsent.remove(&cause);
         Some(match &self.causes.get(&cause)?.what {
             What::Request { asker, payload, arrived, .. } => ToWorker::Request {
@@ -225,7 +225,7 @@ impl Ledger {
         })
     }
 
-    /// Looks an operation up, and notes that it was asked for.
+    /// Looks up an operation, and records that it was requested.
     pub(crate) fn ask(&mut self, cause: Cause, step: Step, reports_pid: bool) -> Asked {
         let Some(open) = self.causes.get_mut(&cause) else { return Asked::Over };
         match open.operations.iter().find(|(known, _)| *known == step) {
@@ -241,7 +241,7 @@ impl Ledger {
         }
     }
 
-    /// Remembers an outcome. Returns whether anybody may still want it.
+    /// Stores an outcome. Returns whether its cause is still open.
     pub(crate) fn settle(&mut self, cause: Cause, step: Step, outcome: &Outcome) -> bool {
         let Some(open) = self.causes.get_mut(&cause) else { return false };
         let Some(slot) = open.operations.iter_mut().find(|(known, _)| *known == step) else { return false };
@@ -249,7 +249,7 @@ impl Ledger {
         true
     }
 
-    /// Whether an operation under way may still name a pid.
+    /// Whether an operation under way may still report a pid.
     pub(crate) fn awaits_pid(&self) -> bool {
         !self.naming.is_empty()
     }
@@ -315,8 +315,8 @@ impl Ledger {
         settled
     }
 
-    /// Drops what is known of a container and the place that was kept for it. The keeper leaves if that was all. Returns the
-    /// keys of its state, and `response` for everybody who waits for one of its processes: nobody will tell of their ends.
+    /// Drops the state and the reservation of a container. The keeper exits if it was the last. Returns the keys of its state, and
+    /// `response` for every caller that waits for one of its processes, whose exits will not be reported.
     pub(crate) fn forget_container(&mut self, id: &str, response: &[u8]) -> (Vec<String>, Vec<Due>) {
         self.reservations.remove(id);
         self.drop_ready(id);
@@ -335,7 +335,7 @@ impl Ledger {
         (keys, due)
     }
 
-    /// Forgets the parked callers of a connection that is gone. Requests under way go on: what they do must be done.
+    /// Drops the parked callers of a closed connection. Requests under way are completed.
     pub(crate) fn forget(&mut self, is_gone: impl Fn(Asker) -> bool) {
         self.parked.retain(|_, askers| {
             askers.retain(|asker| !is_gone(*asker));
@@ -349,8 +349,8 @@ impl Ledger {
         self.ready.get(question(view.service, view.method, view.payload).as_slice())
     }
 
-    /// Answers that are due because the worker has taken too long, or because there is none (`at_once`): but for one that is a fallback,
-    /// for which the next worker is waited for. With each, the operations of its cause whose outcome is still to come.
+    /// Answers that are due because the worker takes too long, or because there is none (`at_once`): a fallback answer waits for the next
+    /// worker instead. With each, the operations of its cause that are under way: their outcomes will not be sent.
     pub(crate) fn overdue(&mut self, now: Instant, at_once: bool) -> Vec<(Due, Vec<(Cause, Step)>)> {
         // The older of two requests is due first.
         let late: Vec<_> = self.ready_due.iter().take_while(|(_, at)| at_once || **at <= now).map(|(cause, at)| (*cause, *at)).collect();
@@ -377,32 +377,32 @@ impl Ledger {
         self.ready_due.values().take(1).chain(self.reservations.values()).min().copied()
     }
 
-    /// Keeps a place for a container.
+    /// Reserves a place for a container.
     pub(crate) fn reserve(&mut self, id: String, now: Instant) {
         self.reservations.insert(id, now + RESERVATION);
     }
 
-    /// Drops reservations that nobody has used.
+    /// Drops reservations that have expired.
     pub(crate) fn expire(&mut self, now: Instant) {
         self.reservations.retain(|_, until| *until > now);
     }
 
-    /// Whether the keeper was told to leave and nothing here holds it. Without hope for a worker, nobody will answer what is open.
+    /// Whether the worker allowed the keeper to exit and nothing here prevents it. `is_hopeless`: no worker will answer the open causes.
     pub(crate) fn may_leave(&self, is_hopeless: bool) -> bool {
         self.leave && self.state.is_empty() && self.reservations.is_empty() && (self.causes.is_empty() || is_hopeless)
     }
 
-    /// Whether there is no container, no place for one, and nothing to be done.
+    /// Whether there is no container, no reservation and no open cause.
     pub(crate) fn is_unused(&self) -> bool {
         self.state.is_empty() && self.reservations.is_empty() && self.causes.is_empty()
     }
 
-    /// No client will call Shutdown.
+    /// Lets the keeper exit: no client will call Shutdown.
     pub(crate) fn leave_unused(&mut self) {
         self.leave = true;
     }
 
-    /// Gives a place up: the container of this name was deleted before it was created.
+    /// Drops a reservation: the container was deleted before it was created.
     pub(crate) fn release_reservation(&mut self, id: &str) {
         self.reservations.remove(id);
     }
@@ -424,7 +424,7 @@ impl Ledger {
     }
 }
 
-/// What is asked, as one text: the parts of a request that a ready-made answer depends on.
+/// The parts of a request that a ready-made answer depends on, joined.
 fn question(service: &[u8], method: &[u8], payload: &[u8]) -> Vec<u8> {
     [service, method, payload].join(&0)
 }

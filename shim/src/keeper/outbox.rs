@@ -1,4 +1,4 @@
-//! Bytes on their way to a socket that may not take them all at once.
+//! Messages queued for a socket that may not take them all at once.
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -14,7 +14,7 @@ use crate::handover::Part;
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     messages: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
-    /// Bytes of the first message that are gone already.
+    /// Bytes of the first message that were sent already.
     sent: usize,
     bytes: usize,
 }
@@ -25,7 +25,7 @@ impl Outbox {
         self.messages.push_back((message, descriptor));
     }
 
-    /// Bytes that have not gone out.
+    /// Bytes that were not sent yet.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
@@ -63,7 +63,7 @@ impl Outbox {
     }
 }
 
-/// What has not gone out, without the descriptors.
+/// The bytes that were not sent yet, without the descriptors.
 impl<C> Part<C> for Outbox {
     fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
         let mut unsent: Vec<u8> = Vec::with_capacity(self.bytes + self.sent);

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::stat::SFlag;
 
-/// What woke the keeper: a class and an id within it. An event of something that is gone finds nobody, and is dropped.
+/// What woke the keeper: a class and an id within it. An event of a source that is gone is dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     Signals,
@@ -16,17 +16,17 @@ pub(crate) enum Source {
     ControlListener,
     Publisher,
     Fifos,
-    /// The socketpair to the worker of this life.
+    /// The socketpair to a worker, by its number.
     Worker(u32),
     Client(u32),
     ControlClient(u32),
-    /// What a helper writes: its pid.
+    /// A pipe of a helper, by its pid.
     Helper(u32),
-    /// A stream by its number.
+    /// A stream, by its number.
     Stream(u32),
-    /// What a worker that rests has watched.
+    /// A descriptor that a hibernating worker left to be watched.
     Watch,
-    /// A claimed process that is not our child: its pid.
+    /// A claimed process that is not our child, by its pid.
     Foreign(u32),
 }
 
@@ -69,7 +69,7 @@ impl Source {
     }
 }
 
-/// An epoll set, edge-triggered throughout: a hang-up that nobody takes away cannot make the loop spin.
+/// An epoll set, edge-triggered throughout: a hang-up that is not handled cannot make the loop spin.
 #[derive(Debug)]
 pub(crate) struct Poll {
     epoll: Epoll,
@@ -88,18 +88,18 @@ impl Poll {
         Ok(self.epoll.add(fd, EpollEvent::new(flags, source.token()))?)
     }
 
-    /// Watches `fd` for room to write only.
+    /// Watches `fd` for being writable only.
     pub(crate) fn add_writer(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
         Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, source.token()))?)
     }
 
-    /// Watches `fd` for something to read only.
+    /// Watches `fd` for being readable only.
     pub(crate) fn add_reader(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
         Ok(self.epoll.add(fd, EpollEvent::new(flags, source.token()))?)
     }
 
-    /// Watches `fd` for news: for something to read, or of priority where it is a file, which can always be read.
+    /// Watches `fd` for a change: for being readable, or for priority data where it is a file, which is always readable.
     pub(crate) fn add_watch(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
         let is_file = SFlag::from_bits_truncate(nix::sys::stat::fstat(&fd)?.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFREG;
         let flags = if is_file { EpollFlags::EPOLLPRI } else { EpollFlags::EPOLLIN };

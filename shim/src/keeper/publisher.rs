@@ -1,4 +1,4 @@
-//! Events on their way to containerd.
+//! Publishes events to containerd.
 //!
 //! Owns the queue and the connection to containerd's ttrpc socket. One event is under way at a time and leaves the queue when it is
 //! acknowledged: the order is kept, a lost connection repeats one event at most.
@@ -25,12 +25,12 @@ use crate::handover::part;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
-/// A daemon that has taken an event and says nothing is asked again over a new connection.
+/// An event that the daemon does not acknowledge within this is sent again over a new connection.
 const SILENCE: Duration = Duration::from_secs(60);
-/// Status codes that say that the event itself is wrong: it will not get better.
+/// Status codes for an event that is itself invalid: retrying does not help.
 const INVALID_ARGUMENT: u64 = 3;
 const UNIMPLEMENTED: u64 = 12;
-/// The daemon has no room: for a longer event than this it never has, for others perhaps later.
+/// The daemon has no room: never for an event longer than [`LONG_BYTES`], for others perhaps later.
 const RESOURCE_EXHAUSTED: u64 = 8;
 const LONG_BYTES: usize = 256 << 10;
 
@@ -45,7 +45,7 @@ struct Connection {
     output: Outbox,
     #[n(3)]
     last_stream: u32,
-    /// The stream of the event under way, and since when.
+    /// The stream of the event that awaits its acknowledgement, and since when.
     #[cbor(n(4), with = "part")]
     awaited: Option<(u32, Instant)>,
 }
@@ -54,7 +54,7 @@ struct Connection {
 #[derive(Debug, Encode, Decode)]
 #[cbor(context_bound = "AsMut<Carrier>")]
 pub(crate) struct Publisher {
-    /// containerd's socket; without one, events go nowhere.
+    /// containerd's socket; without one, events are dropped.
     #[cbor(skip)]
     path: Option<String>,
     #[cbor(n(0), with = "part")]
@@ -75,7 +75,7 @@ impl Publisher {
         Self { path, queue: VecDeque::new(), connection: None, backoff: FIRST_BACKOFF, retry_at: None, sent: 0 }
     }
 
-    /// Goes on in the place of another executable. `address`: as for [`Publisher::new`].
+    /// Resumes after a re-exec. `address`: as for [`Publisher::new`].
     pub(crate) fn resume(&mut self, address: Option<&str>, poll: &mut Poll) -> io::Result<()> {
         self.path = Self::new(address).path;
         if let Some(connection) = &self.connection {
@@ -96,7 +96,7 @@ impl Publisher {
         self.queue.len()
     }
 
-    /// Sends what can be sent and takes acknowledgements in.
+    /// Sends the next event when possible, and reads acknowledgements.
     pub(crate) fn turn(&mut self, now: Instant, poll: &Poll) {
         loop {
             if self.retry_at.is_some_and(|at| at > now) || (self.queue.is_empty() && self.connection.is_none()) {
@@ -105,7 +105,7 @@ impl Publisher {
             self.retry_at = None;
             if let Err(error) = self.advance(now, poll) {
                 if self.connection.take().is_some_and(|connection| connection.awaited.is_none()) && self.queue.is_empty() {
-                    // An idle connection that the daemon has closed is nothing.
+                    // The daemon closed an idle connection.
                     return;
                 }
                 if self.backoff == FIRST_BACKOFF {
@@ -191,7 +191,7 @@ impl Connection {
         }
     }
 
-    /// The status code of the answer on `stream`, if it is there; others are thrown away.
+    /// The status code of the answer on `stream`, if it is there; others are discarded.
     fn take_response(&mut self, stream: u32) -> io::Result<Option<u64>> {
         loop {
             let Some(header) = Header::parse(&self.input) else { return Ok(None) };

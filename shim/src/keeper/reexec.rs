@@ -1,7 +1,7 @@
-//! The state of a keeper on its way to another executable that goes on in its place.
+//! The state that a keeper hands over when it re-executes itself.
 //!
-//! Owns the format, and the descriptors that go over by their numbers. The parts of the keeper derive how they are encoded: by the
-//! numbers of their fields, as the messages do (`handover`).
+//! Owns the format, and the descriptors, which are handed over by number. The parts of the keeper derive their encoding, by the numbers
+//! of their fields, as the messages do (`handover`).
 //!
 //! ```text
 //!  0        16        18       20    24
@@ -10,7 +10,7 @@
 //!
 //! `oldest` is the oldest version whose readers understand it. A reader skips parts and fields that it does not know.
 //!
-//! **Invariant:** in a rehearsal nothing outside of the process is touched: every descriptor is one that leads nowhere.
+//! **Invariant:** a rehearsal changes nothing outside the process: every descriptor in it is a placeholder.
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
@@ -33,10 +33,10 @@ const OLDEST_READER: u16 = 1;
 
 const MAGIC: &[u8; 16] = b"x-shim keeper 1\n";
 const HEAD_BYTES: usize = 24;
-/// The longest state that goes over. A keeper with more under way is asked again later.
+/// The longest state that is handed over.
 pub(crate) const MAX_BYTES: usize = 64 << 20;
 
-/// What a rehearsal answers: that all is well, or, behind the second, why not.
+/// The answers of a rehearsal; `REFUSES` is followed by the reason.
 pub(crate) const ACCEPTS: &str = "OK";
 pub(crate) const REFUSES: &str = "NO ";
 
@@ -44,33 +44,35 @@ pub(crate) const REFUSES: &str = "NO ";
 pub(crate) enum Error {
     #[error("the keeper's state is damaged: {what}")]
     Damaged { what: &'static str },
-    #[error("the keeper's state has version {version}, which readers from version {oldest} on understand; this one has version {ours}")]
+    #[error("the keeper's state has version {version}, which needs a reader of version {oldest} or later; this one has version {ours}")]
     TooNew { version: u16, oldest: u16, ours: u16 },
-    #[error("the keeper's state has {bytes} bytes, and {MAX_BYTES} are the most that go over; try again when less is under way")]
+    #[error(
+        "the keeper's state has {bytes} bytes, at most {MAX_BYTES} can be handed over; try again when fewer requests and events are pending"
+    )]
     TooMuch { bytes: usize },
     #[error("read the keeper's state")]
     Malformed(#[from] decode::Error),
     #[error("take over descriptor {number}")]
     Descriptor { number: RawFd, source: io::Error },
-    #[error("go on from the keeper's state")]
+    #[error("resume from the keeper's state")]
     Io(#[from] io::Error),
 }
 
-/// What the encoding of descriptors and times depends on.
+/// The context for encoding descriptors and times.
 #[derive(Debug)]
 pub(crate) struct Carrier {
-    /// Times are written as the distance from now: the clock has no meaning of its own.
+    /// Times are written as the distance from now.
     now: Instant,
     descriptors: Descriptors,
 }
 
 #[derive(Debug)]
 enum Descriptors {
-    /// Go over: their numbers.
+    /// Writing: the numbers of the descriptors that are handed over.
     Kept(Vec<RawFd>),
-    /// From the executable before, each once.
+    /// Reading: taken over from the previous executable, each once.
     Inherited(BTreeSet<RawFd>),
-    /// From nowhere, each once.
+    /// Rehearsing: replaced by placeholders, each once.
     Rehearsed(BTreeSet<RawFd>),
 }
 
@@ -84,7 +86,7 @@ impl Carrier {
         Self::new(Descriptors::Inherited(BTreeSet::new()))
     }
 
-    /// For a copy of a state, which is only read.
+    /// For a rehearsal with a copy of a state.
     pub(crate) fn rehearsed() -> Self {
         Self::new(Descriptors::Rehearsed(BTreeSet::new()))
     }
@@ -99,7 +101,7 @@ impl Carrier {
             return Err(Error::Damaged { what: "it is written, not read" });
         };
         if number < 0 || !taken.insert(number) {
-            return Err(Error::Damaged { what: "a descriptor goes over twice" });
+            return Err(Error::Damaged { what: "a descriptor occurs twice" });
         }
         let taken = match self.descriptors {
             Descriptors::Rehearsed(_) => EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map(OwnedFd::from).map_err(io::Error::from),
@@ -115,7 +117,7 @@ impl AsMut<Self> for Carrier {
     }
 }
 
-/// Writes a state. `write`: its parts, as one list. Returns the state, and the numbers of the descriptors that go over.
+/// Writes a state. `write`: its parts, as one list. Returns the state, and the numbers of the descriptors to hand over.
 pub(crate) fn save(
     write: impl FnOnce(&mut Encoder<Vec<u8>>, &mut Carrier) -> Result<(), encode::Error<std::convert::Infallible>>,
 ) -> Result<(Vec<u8>, Vec<RawFd>), Error> {
@@ -136,13 +138,13 @@ pub(crate) fn open(bytes: &[u8]) -> Result<Decoder<'_>, Error> {
     if bytes.len() > MAX_BYTES {
         return Err(Error::TooMuch { bytes: bytes.len() });
     }
-    let short = Error::Damaged { what: "another beginning was expected" };
+    let short = Error::Damaged { what: "it does not begin with the magic bytes" };
     let Some((&[a, b, c, d, e, f, g, h], body)) = bytes.strip_prefix(MAGIC).and_then(<[u8]>::split_first_chunk) else {
         return Err(short);
     };
     let (version, oldest) = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
     if u32::from_le_bytes([e, f, g, h]) != sum(body) {
-        return Err(Error::Damaged { what: "its sum is wrong" });
+        return Err(Error::Damaged { what: "its checksum is wrong" });
     }
     let ours = crate::test_identity::state_version(VERSION);
     if ours < oldest {
@@ -151,12 +153,12 @@ pub(crate) fn open(bytes: &[u8]) -> Result<Decoder<'_>, Error> {
     Ok(Decoder::new(body))
 }
 
-/// FNV-1a: against damage, not against malice.
+/// FNV-1a: detects damage, not malice.
 fn sum(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
 
-/// Descriptors go over by their numbers.
+/// Descriptors are handed over by number.
 macro_rules! descriptors {
     ($($owner:ty),*) => {$(
         impl<C: AsMut<Carrier>> Part<C> for $owner {
@@ -191,12 +193,12 @@ impl<C: AsMut<Carrier>> Part<C> for Instant {
         let nanos = d.i64()?;
         let distance = Duration::from_nanos(nanos.unsigned_abs());
         let at = if nanos >= 0 { now.checked_add(distance) } else { now.checked_sub(distance) };
-        // Longer ago than the clock can say: as long ago as matters.
+        // Before the clock began: now is as good.
         Ok(at.unwrap_or(now))
     }
 }
 
-/// A file that its owner removes: in a rehearsal, none.
+/// A file that its owner removes when dropped: empty in a rehearsal.
 impl<C: AsMut<Carrier>> Part<C> for PathBuf {
     fn put<W: Write>(&self, e: &mut Encoder<W>, _: &mut C) -> Result<(), encode::Error<W::Error>> {
         e.str(&self.to_string_lossy())?.ok()
@@ -242,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rehearsal_reads_everything_with_descriptors_that_lead_nowhere() {
+    fn a_rehearsal_reads_everything_with_placeholders_for_descriptors() {
         let (bytes, kept, saved) = saved(Instant::now());
         let numbers = [saved.null.as_ref().map(AsRawFd::as_raw_fd), saved.ends[1].as_ref().map(AsRawFd::as_raw_fd)];
         assert_eq!(kept, numbers.into_iter().flatten().collect::<Vec<_>>());
@@ -253,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn every_damage_is_seen() {
+    fn every_damage_is_detected() {
         let whole = saved(Instant::now()).0;
         for at in 0..whole.len() {
             let mut bytes = whole.clone();
@@ -265,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_goes_over_once() {
+    fn a_descriptor_is_handed_over_once() {
         let mut carrier = Carrier::rehearsed();
         assert!(carrier.take(5).is_ok());
         assert!(matches!(carrier.take(5), Err(Error::Damaged { .. })));

@@ -2,7 +2,7 @@
 //!
 //! Owns every connection on the shim's socket. A frame is read whole and its payload handed on unopened; an answer is written whole.
 //!
-//! **Invariant:** a client that floods, stalls or lies about a length costs a bounded amount of memory and nobody else's time.
+//! **Invariant:** a client that floods, stalls or lies about a length costs a bounded amount of memory and does not delay other clients.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -29,7 +29,7 @@ const FRAMES_A_TURN: usize = 64;
 
 /// Bytes read from one client before others get a turn.
 const BYTES_A_TURN: usize = 256 << 10;
-/// A client with no more than this unanswered is read from also while the worker has much to catch up with.
+/// A client with no more than this unanswered is read from even while the worker has a large backlog.
 const MODEST_BYTES: usize = 64 << 10;
 
 /// Where an answer goes.
@@ -54,10 +54,10 @@ pub(crate) struct Incoming {
 struct Client {
     #[cbor(n(0), with = "part")]
     socket: UnixStream,
-    /// A frame that is not whole yet.
+    /// The begin of a frame that has not arrived whole.
     #[cbor(n(1), with = "part")]
     input: Vec<u8>,
-    /// Bytes of an oversized frame that are still to be thrown away.
+    /// Bytes of an oversized frame that are still to be discarded.
     #[n(2)]
     skip: usize,
     #[cbor(n(3), with = "part")]
@@ -115,14 +115,14 @@ impl Client {
         taken
     }
 
-    /// What every ttrpc server refuses by itself.
+    /// Refuses frames that violate the protocol, as every ttrpc server does.
     fn check(&mut self, header: Header, payload: Vec<u8>) -> Option<Vec<u8>> {
         let refusal = if header.kind != frame::REQUEST {
-            "only requests are taken: no call of this service streams"
+            "only requests are accepted: this service has no streaming calls"
         } else if header.stream.is_multiple_of(2) {
             "a client's stream id must be odd"
         } else if header.stream <= self.last_stream {
-            "a stream id must be higher than those before it"
+            "a stream id must be higher than the previous ones"
         } else {
             self.last_stream = header.stream;
             return Some(payload);
@@ -155,7 +155,7 @@ impl Relay {
         Ok(Self { listener, clients: BTreeMap::new(), last_id: 0 })
     }
 
-    /// Goes on in the place of another executable.
+    /// Resumes after a re-exec.
     pub(crate) fn resume(&self, poll: &mut Poll) -> io::Result<()> {
         poll.add_reader(&self.listener, Source::Listener)?;
         for (id, client) in &self.clients {
@@ -166,9 +166,9 @@ impl Relay {
         Ok(())
     }
 
-    /// Takes new connections in.
+    /// Accepts new connections.
     ///
-    /// Errors: others wait and cannot be taken in now, for want of descriptors or memory.
+    /// Errors: more connections wait, but there are no descriptors or there is no memory for them.
     pub(crate) fn accept(&mut self, poll: &Poll) -> io::Result<()> {
         let (sockets, result) = accept_all(&self.listener);
         for socket in sockets {
@@ -195,7 +195,7 @@ impl Relay {
         result
     }
 
-    /// Reads and writes what can be read and written. Returns requests, and whether the client is still there.
+    /// Reads and writes what can be read and written. Returns requests, and whether the client is still connected.
     pub(crate) fn turn(&mut self, id: u32, poll: &mut Poll) -> (Vec<Incoming>, bool) {
         let Some(client) = self.clients.get_mut(&id) else { return (Vec::new(), false) };
         let mut incoming = client.take_frames(id, FRAMES_A_TURN);
@@ -223,7 +223,7 @@ impl Relay {
         (incoming, alive)
     }
 
-    /// Writes an answer. Without a client that still wants it, it is dropped.
+    /// Writes an answer. It is dropped if the client is gone.
     ///
     /// `request_bytes` is the length of the request's payload, given back to the client's allowance; `None` for one that was parked.
     pub(crate) fn answer(&mut self, caller: Caller, request_bytes: Option<usize>, response: &[u8], poll: &mut Poll) {
@@ -248,7 +248,7 @@ impl Relay {
         }
     }
 
-    /// Whether a client waits for little enough that its next requests do no harm.
+    /// Whether a client has at most [`MODEST_BYTES`] unanswered.
     pub(crate) fn is_modest(&self, client: u32) -> bool {
         self.clients.get(&client).is_none_or(|client| client.unanswered_bytes <= MODEST_BYTES)
     }
@@ -261,13 +261,13 @@ impl Relay {
         self.clients.len()
     }
 
-    /// Whether every answer has gone out.
+    /// Whether every answer was written.
     pub(crate) fn is_flushed(&self) -> bool {
         self.clients.values().all(|client| client.output.is_empty())
     }
 }
 
-/// Takes every connection that waits, until there is none or an error: then others wait, and nothing will tell of them.
+/// Accepts every waiting connection. After an error more may wait, which the edge-triggered listener will not report.
 pub(crate) fn accept_all(listener: &UnixListener) -> (Vec<UnixStream>, io::Result<()>) {
     let mut sockets = Vec::new();
     loop {

@@ -158,7 +158,7 @@ impl Keeper {
                     self.take(message);
                 }
                 for message in self.supervisor.receive_from_candidate(generation, now, &mut self.poll) {
-                    self.candidate_said(message, now);
+                    self.candidate_sent(message, now);
                 }
             }
             Source::Client(id) => self.client(id, now),

@@ -1,14 +1,14 @@
-//! Upgrades: another program for the worker, then for the keeper itself.
+//! Upgrades: another executable for the worker, then for the keeper itself.
 //!
 //! ```text
-//!  asked ─▶ Trial ──(fit)──▶ Ending ──(old worker is gone)──▶ Settling ──(first response)──▶ Rehearsal ──(says OK)──▶ Leaving
+//!  asked ─▶ Trial ──(fit)──▶ Ending ──(old worker is gone)──▶ Settling ──(first response)──▶ Rehearsal ──(accepts) ──▶ Leaving
 //!             │ crashes, hangs, refuses                          │ fails                          │ anything else              │
 //!             ▼                                                  ▼                                ▼                            ▼
-//!           kept                                            rolled back            kept, the worker stays upgraded      the new image, Settling
-//! A worker that fails between Settling and the new image is rolled back, and the keeper is kept.
+//!           kept                                            rolled back            kept, the worker stays upgraded      re-exec, Settling   
+//! A worker that fails between Settling and the re-exec is rolled back, and the keeper is kept.
 //! ```
 //!
-//! **Invariant:** whatever comes of it, whoever has asked is told, and so are the log, `ps` and `inspect`.
+//! **Invariant:** the result is reported to the command that asked, in the log, and by `ps` and `inspect`.
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -28,16 +28,16 @@ use super::run::Keeper;
 use crate::handover::{ControlReply, Part, PartResult, ToKeeper, ToWorker, UpgradeReport, part};
 use crate::sys;
 
-/// So long a candidate may take to say that it is fit.
+/// How long a candidate may take to answer Fit.
 const FIT_WITHIN: Duration = Duration::from_secs(10);
-/// So long an image may take to read a copy of the state.
+/// How long a new executable may take to read a copy of the state.
 const REHEARSED_WITHIN: Duration = Duration::from_secs(10);
-/// So long one that was killed over that may take to end: it is not waited for any longer, whatever disk its program lies on.
+/// How long a killed rehearsal may take to exit: its executable may be on a disk that hangs.
 const ENDS_WITHIN: Duration = Duration::from_secs(3);
-/// The ping by which a worker shows that it has caught up after a cut-over.
+/// The number of the ping whose answer shows that a worker has caught up after the cut-over.
 const SETTLED: u32 = 1;
 
-/// So long a worker may take to show that it has caught up; it is not waited for any longer, and may still fail on probation.
+/// How long the upgrade waits for a worker to catch up. It may still fail on probation later.
 pub(super) const SETTLED_WITHIN: Duration = Duration::from_secs(20);
 
 /// An upgrade under way.
@@ -49,7 +49,7 @@ pub(super) struct Upgrade {
     pub(super) asker: u32,
     #[n(1)]
     pub(super) executable: Executable,
-    /// Whether the keeper's image shall be replaced too.
+    /// Whether the keeper is to re-exec too.
     #[n(2)]
     pub(super) keeper_too: bool,
     #[n(3)]
@@ -60,23 +60,23 @@ pub(super) struct Upgrade {
 
 #[derive(Debug)]
 pub(super) enum Stage {
-    /// A worker of the new program is asked whether it is fit.
+    /// A worker of the new executable reads the state and answers Fit.
     Trial { until: Instant },
-    /// It is, and the one before ends.
+    /// It is fit; the previous worker is being stopped.
     Ending { since: Instant },
-    /// That has ended. The new one is told everything once everything that the one before has said was dealt with.
+    /// The previous worker has exited. The new one is sent everything once all messages of the previous one were handled.
     Ended { since: Instant },
-    /// A new worker catches up. `since`: when the one before was killed.
+    /// A new worker catches up. `since`: when the previous one was killed.
     Settling { since: Instant, until: Instant },
-    /// A child of the new image reads a copy of the state.
+    /// A child of the new executable reads a copy of the state.
     Rehearsal { pid: u32, until: Instant, verdict: Capture, failure: Capture, is_late: bool },
-    /// It can, and the worker ends.
+    /// It could read it; the worker is being stopped.
     Leaving { since: Instant },
-    /// It has ended. The image is replaced once everything of this turn was dealt with: what was reaped already is nowhere but in our hands.
+    /// The worker has exited. The keeper re-execs at the end of the turn: exits reaped in this turn are not yet part of the state.
     Left { since: Instant },
 }
 
-/// The next executable finds the worker ended, and has its own worker settle. What counts is since when none has answered.
+/// The next executable finds no worker and lets its own settle, so only the begin of the pause is handed over.
 impl<C: AsMut<Carrier>> Part<C> for Stage {
     fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
         match self {
@@ -95,7 +95,7 @@ impl<C: AsMut<Carrier>> Part<C> for Stage {
 }
 
 impl Keeper {
-    /// Begins an upgrade to the program in `file`. `path`: where that was found.
+    /// Begins an upgrade to the executable in `file`. `path`: its path, for reports.
     pub(super) fn begin_upgrade(&mut self, asker: u32, file: OwnedFd, path: String, keeper_too: bool, now: Instant) {
         if self.upgrade.is_some() {
             self.control.reply(asker, &ControlReply::Refused { why: "another upgrade is under way".into() });
@@ -138,10 +138,10 @@ impl Keeper {
         }
         match self.upgrade.as_mut().map(|upgrade| &mut upgrade.stage) {
             Some(Stage::Trial { until }) => {
-                // Its end is seen, and told of.
+                // Its exit ends the upgrade with a report.
                 *until = now + FIT_WITHIN;
                 if let Some(candidate) = self.supervisor.candidate() {
-                    candidate.kill(Fault::Its, format!("it has not said within {FIT_WITHIN:?} that it can take over"));
+                    candidate.kill(Fault::Its, format!("it did not answer within {FIT_WITHIN:?} whether it can take over"));
                 }
             }
             Some(Stage::Rehearsal { pid, until, is_late, .. }) if !*is_late => {
@@ -150,7 +150,7 @@ impl Keeper {
             }
             Some(Stage::Rehearsal { .. }) => {
                 if let Some(upgrade) = self.upgrade.take() {
-                    self.keep_keeper(upgrade, format!("its rehearsal took longer than {REHEARSED_WITHIN:?}, and does not end"));
+                    self.keep_keeper(upgrade, format!("its rehearsal took longer than {REHEARSED_WITHIN:?}, and cannot be killed"));
                 }
             }
             Some(Stage::Settling { .. }) => {
@@ -167,8 +167,8 @@ impl Keeper {
         }
     }
 
-    /// Takes what a candidate says.
-    pub(super) fn candidate_said(&mut self, message: ToKeeper, now: Instant) {
+    /// Handles a message of the candidate.
+    pub(super) fn candidate_sent(&mut self, message: ToKeeper, now: Instant) {
         let Some(candidate) = self.supervisor.candidate() else { return };
         match message {
             ToKeeper::Hello { versions, build } if candidate.hello.is_none() => {
@@ -186,11 +186,11 @@ impl Keeper {
             ToKeeper::Fit { refusal: None } if candidate.hello.is_some() => self.end_worker(now),
             ToKeeper::Fit { refusal: Some(why) } => candidate.kill(Fault::Its, why),
             ToKeeper::Pong { .. } => {}
-            _ => candidate.kill(Fault::Its, "it speaks out of turn".into()),
+            _ => candidate.kill(Fault::Its, "it sent an unexpected message".into()),
         }
     }
 
-    /// The candidate is fit: the worker before it ends. What it has said until now counts, so that less is done again.
+    /// The candidate is fit: stops the previous worker. Its messages so far are handled first, so that less is replayed.
     fn end_worker(&mut self, now: Instant) {
         if let Some(number) = self.supervisor.number() {
             for message in self.supervisor.receive(number, now, &mut self.poll) {
@@ -207,7 +207,7 @@ impl Keeper {
         }
     }
 
-    /// No worker is left, as was wanted.
+    /// The worker that the upgrade stopped is gone.
     pub(super) fn worker_left(&mut self) {
         let next = match self.upgrade.as_ref().map(|upgrade| &upgrade.stage) {
             Some(Stage::Ending { since }) => Stage::Ended { since: *since },
@@ -219,7 +219,7 @@ impl Keeper {
         }
     }
 
-    /// Goes on with the new worker or as the new image, if that is what is left to do. To be called when nothing is half done.
+    /// Cuts over to the new worker, or re-execs the keeper, if the upgrade is at that stage. To be called between turns only.
     pub(super) fn proceed(&mut self) {
         if let Some(Upgrade { stage: Stage::Ended { since }, .. }) = self.upgrade {
             self.cut_over(since, Instant::now());
@@ -229,7 +229,7 @@ impl Keeper {
             Ok(never) => match never {},
             Err(error) => error,
         };
-        self.keep_keeper(upgrade, format!("cannot replace the image: {error}"));
+        self.keep_keeper(upgrade, format!("cannot execute it: {error}"));
     }
 
     fn cut_over(&mut self, since: Instant, now: Instant) {
@@ -238,9 +238,9 @@ impl Keeper {
             Ok(executable) => executable,
             Err(error) => {
                 if let Some(candidate) = self.supervisor.candidate() {
-                    candidate.kill(Fault::Its, format!("cannot hold its program open: {error}"));
+                    candidate.kill(Fault::Its, format!("cannot hold its executable open: {error}"));
                 }
-                // Until its end is seen.
+                // Until its exit is seen.
                 upgrade.stage = Stage::Trial { until: now + FIT_WITHIN };
                 return;
             }
@@ -252,14 +252,14 @@ impl Keeper {
         self.welcome(now);
     }
 
-    /// Asks a worker that was just told everything to say when it has read that.
+    /// Pings a worker that was just sent everything, to learn when it has caught up.
     pub(super) fn ask_whether_settled(&mut self, now: Instant) {
         if self.upgrade.as_ref().is_some_and(|upgrade| matches!(upgrade.stage, Stage::Settling { .. })) {
             self.supervisor.send(&ToWorker::Ping { number: SETTLED }, None, now);
         }
     }
 
-    /// The worker has given a sign of life.
+    /// The worker answered a ping.
     pub(super) fn ponged(&mut self, number: u32, now: Instant) {
         if number != SETTLED {
             return;
@@ -274,17 +274,17 @@ impl Keeper {
         }
     }
 
-    /// The candidate has ended.
+    /// The candidate exited.
     pub(super) fn candidate_ended(&mut self, end: End) {
         if let Some(upgrade) = self.upgrade.take() {
             self.keep_worker(upgrade, end.why);
         }
     }
 
-    /// The worker has ended, and its program was replaced by the one before.
+    /// The worker exited, and its executable was replaced by the previous one.
     pub(super) fn rolled_back(&mut self, end: &End) {
         self.poison.reset();
-        // Before that, it is the worker of an earlier upgrade.
+        // In an earlier stage, the worker is that of an earlier upgrade.
         let is_cut_over =
             |upgrade: &mut Upgrade| !matches!(upgrade.stage, Stage::Trial { .. } | Stage::Ending { .. } | Stage::Ended { .. });
         let Some(mut upgrade) = self.upgrade.take_if(is_cut_over) else {
@@ -313,7 +313,7 @@ impl Keeper {
         self.end_upgrade(upgrade);
     }
 
-    /// The worker is what it shall be; now the keeper itself.
+    /// The worker is done; upgrades the keeper itself.
     fn upgrade_keeper(&mut self, mut upgrade: Upgrade, now: Instant) {
         if !upgrade.keeper_too {
             return self.end_upgrade(upgrade);
@@ -333,7 +333,7 @@ impl Keeper {
         }
     }
 
-    /// Starts a child of the new image that reads a copy of the state.
+    /// Starts a child of the new executable that reads a copy of the state.
     fn rehearse(&mut self, upgrade: &Upgrade) -> io::Result<(u32, Capture, Capture)> {
         let (copy, _) = self.save(upgrade)?;
         let (verdict, write) = Capture::new()?;
@@ -349,19 +349,19 @@ impl Keeper {
         Ok((started.pid, verdict, Capture::from_pipe(started.failure)))
     }
 
-    /// A child has ended. Returns whether it was a rehearsal.
+    /// A child exited. Returns whether it was a rehearsal.
     pub(super) fn rehearsal_ended(&mut self, ended: u32, status: u32) -> bool {
         let is_it = |upgrade: &mut Upgrade| matches!(upgrade.stage, Stage::Rehearsal { pid, .. } if pid == ended);
         let Some(mut upgrade) = self.upgrade.take_if(is_it) else { return false };
         let now = Instant::now();
         let stage = std::mem::replace(&mut upgrade.stage, Stage::Leaving { since: now });
         let Stage::Rehearsal { verdict, failure, is_late, .. } = stage else { return true };
-        let said = String::from_utf8_lossy(&verdict.finish()).into_owned();
-        let why = match (said.strip_prefix(reexec::REFUSES), failure.finish().first_chunk()) {
+        let answer = String::from_utf8_lossy(&verdict.finish()).into_owned();
+        let why = match (answer.strip_prefix(reexec::REFUSES), failure.finish().first_chunk()) {
             (_, Some(errno)) => format!("it cannot be executed: {}", io::Error::from_raw_os_error(i32::from_ne_bytes(*errno))),
             (Some(why), _) => why.to_owned(),
             _ if is_late => format!("its rehearsal took longer than {REHEARSED_WITHIN:?}"),
-            _ if said == reexec::ACCEPTS && status == 0 => {
+            _ if answer == reexec::ACCEPTS && status == 0 => {
                 self.upgrade = Some(upgrade);
                 match self.supervisor.pid() {
                     Some(_) => self.supervisor.kill(),
@@ -369,7 +369,7 @@ impl Keeper {
                 }
                 return true;
             }
-            _ => format!("its rehearsal ended with status {status}"),
+            _ => format!("its rehearsal exited with status {status}"),
         };
         self.keep_keeper(upgrade, why);
         true
@@ -383,11 +383,11 @@ impl Keeper {
         }
     }
 
-    /// Goes on as the new image. Returns only if that did not come to be, with everything as before.
+    /// Executes the new executable in this process. Returns only on failure, with nothing changed.
     fn reexec(&mut self, upgrade: &mut Upgrade) -> io::Result<std::convert::Infallible> {
         upgrade.report.keeper = PartResult::Upgraded;
-        // The last lines of this image are not lost with it.
-        info!(to:% = upgrade.report.to, path:% = upgrade.report.path; "the keeper replaces its image");
+        // Logged before the exec, after which this executable cannot log.
+        info!(to:% = upgrade.report.to, path:% = upgrade.report.path; "the keeper re-executes itself");
         let result = self.save(upgrade).and_then(|(state, mut kept)| {
             let own = Executable::own()?;
             kept.extend([state.as_raw_fd(), own.file.as_raw_fd()]);
@@ -398,7 +398,7 @@ impl Keeper {
         result
     }
 
-    /// What an image is executed with: our own arguments, and behind the action what is special.
+    /// Arguments for a keeper: our own, then the action `keeper` and `special`.
     fn reexec_arguments(&self, special: &[&str]) -> io::Result<Vec<CString>> {
         let name = std::env::args().next().unwrap_or_else(|| "containerd-shim-x-v2".into());
         let words = std::iter::once(name).chain(self.settings.to_arguments()).chain(["keeper".to_owned()]);
@@ -421,8 +421,8 @@ impl Keeper {
     }
 }
 
-/// The number is its own as long as it is our child and not reaped.
+/// `pid` is a child that was not reaped, so the number cannot mean another process.
 fn end_rehearsal(pid: u32) {
-    // It may have ended.
+    // It may have exited.
     let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
 }

@@ -61,7 +61,7 @@ pub(crate) async fn a_worker_that_does_not_work_never_takes_over(cx: Context) ->
     for (words, why) in [
         ("at=hello do=crash", "signal 6"),
         ("at=hello do=exit", "exit status 7"),
-        ("at=hello do=hang", "has not said"),
+        ("at=hello do=hang", "did not send Hello"),
         ("at=fit do=crash", "signal 6"),
         ("at=fit do=hang", "did not respond"),
         // where everybody waits for a processor it is waited for longer
@@ -153,7 +153,7 @@ pub(crate) async fn a_rehearsal_that_cannot_die_is_done_without(cx: Context) -> 
     });
     let (upgraded, frozen_in_time) = tokio::join!(builds::upgrade(&cx, &program, &["--all"]), freeze);
     frozen_in_time?;
-    is_rolled_back(&upgraded?, "and does not end")?;
+    is_rolled_back(&upgraded?, "and cannot be killed")?;
     witness.holds("old", "bad").await?;
     let good = build(&cx, "good", "build=good")?;
     builds::upgrade(&cx, &good, &["--all"]).await?.is_done()?;
@@ -167,8 +167,8 @@ pub(crate) async fn a_keeper_that_does_not_work_never_takes_over(cx: Context) ->
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     for (words, why) in [
-        ("at=rehearsal do=crash", "its rehearsal ended with status 134"),
-        ("at=rehearsal do=exit", "its rehearsal ended with status 7"),
+        ("at=rehearsal do=crash", "its rehearsal exited with status 134"),
+        ("at=rehearsal do=exit", "its rehearsal exited with status 7"),
         ("at=rehearsal do=hang", "its rehearsal took longer than 10s"),
         ("state=0", "the keeper's state has version 1"),
     ] {
@@ -191,7 +191,7 @@ pub(crate) async fn an_executable_that_cannot_resume_executes_the_previous_one(c
     let (client, id) = (cx.client().clone(), witness.container.id.clone());
     let waiting = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
     let upgraded = builds::upgrade(&cx, &program, &["--all"]).await?;
-    is_rolled_back(&upgraded, "it could not go on from the state after all")?;
+    is_rolled_back(&upgraded, "it could not resume from the state")?;
     witness.holds("old", "bad").await?;
     let old = cx.shim().binary.clone().context("ours")?;
     builds::upgrade(&cx, &old, &["--all"]).await?.is_done()?;

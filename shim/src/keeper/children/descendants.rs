@@ -1,7 +1,7 @@
-//! A child of the keeper and what it has started.
+//! Kills a child of the keeper together with its descendants.
 //!
-//! A runtime that dies in the middle of a create leaves processes in sessions of their own, which go on with what they were told until they
-//! look for it: in a root file system that is unmounted meanwhile, say. They have to be found while it is still their parent.
+//! A runtime that dies during a create leaves processes in sessions of their own, which go on with their work, for instance in a root
+//! file system that is unmounted meanwhile. They can be found only while the runtime is still their parent.
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::AsFd;
@@ -12,12 +12,12 @@ use nix::unistd::Pid;
 
 use crate::sys::process;
 
-/// What starts others faster than it is found and killed, is left after so many looks.
+/// How often to look for descendants: a fork bomb may start them faster than they are killed.
 const MOST_LOOKS: usize = 16;
 
 /// Kills a child that was not reaped, and its descendants.
 pub(super) fn kill(child: u32) {
-    // Our child and not reaped: the number is its own. Stopped it starts no others, and stays the parent of those that it has.
+    // Our child and not reaped: the pid is its own. Stopped, it starts no others and stays the parent of its children.
     let raw = Pid::from_raw(child as i32);
     let _ = signal::kill(raw, Signal::SIGSTOP);
     let mut killed = BTreeSet::new();
@@ -35,7 +35,7 @@ pub(super) fn kill(child: u32) {
     let _ = signal::kill(raw, Signal::SIGKILL);
 }
 
-/// Adds the descendants of a process, each with its parent, the youngest first. Linux tells of them only with CONFIG_PROC_CHILDREN.
+/// Adds the descendants of a process, each with its parent, the youngest first. Needs CONFIG_PROC_CHILDREN.
 fn collect(parent: u32, found: &mut Vec<(u32, u32)>) {
     let Ok(threads) = fs::read_dir(format!("/proc/{parent}/task")) else { return };
     for thread in threads.flatten() {
@@ -50,7 +50,7 @@ fn collect(parent: u32, found: &mut Vec<(u32, u32)>) {
 /// Kills a process if it is still a child of `parent`.
 fn kill_child_of(parent: u32, pid: u32) {
     let Ok(handle) = process::open(pid) else { return };
-    // Compared after the handle was opened: from then on the number cannot come to mean another.
+    // Compared after the handle was opened: from then on the pid cannot mean another process.
     if parent_of(pid) == Some(parent) {
         let _ = process::signal(handle.as_fd(), libc::SIGKILL);
     }

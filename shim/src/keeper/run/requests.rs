@@ -51,7 +51,7 @@ impl Keeper {
         let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
         let open = Open { unsent: self.ledger.unsent(), exits: self.ledger.exits(), is_open: &is_open };
         for cause in self.poison.next(&open, self.supervisor.is_lively(), now) {
-            if let Some(message) = self.ledger.announce(cause, now) {
+            if let Some(message) = self.ledger.message(cause, now) {
                 self.supervisor.send(&message, None, now);
             }
         }

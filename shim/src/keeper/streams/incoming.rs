@@ -1,8 +1,8 @@
-//! What the client writes to a process's stdin.
+//! A process's stdin, from the client's fifo.
 //!
 //! ```text
 //!  Open ──(CloseIO)──▶ Closing ──(clients' ends closed, fifo empty)──▶ finished: the process reads the end
-//!    └──(the process reads no more, or has ended)──▶ finished: a client that writes is told
+//!    └──(the process closed it, or exited)──▶ finished: a client that writes gets EPIPE
 //! ```
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,7 +19,7 @@ use crate::keeper::reexec::Carrier;
 #[derive(Debug, Encode, Decode)]
 #[cbor(context_bound = "AsMut<Carrier>")]
 pub(super) struct Incoming {
-    /// Both ends until CloseIO, so that a client that comes and goes is not the end; then the read end.
+    /// Both ends until CloseIO, so that a client that reconnects causes no end of file; then only the read end.
     #[cbor(n(0), with = "part")]
     source: OwnedFd,
     #[cbor(n(1), with = "part")]
@@ -51,7 +51,7 @@ impl Incoming {
             Stop::Idle => Turn::Waits,
             Stop::Turn => Turn::Again,
             Stop::End if self.closing => Turn::Finished { lost: 0 },
-            // We hold a write end ourselves, so this is a terminal that nobody has open at the moment.
+            // We hold a write end ourselves, so this is a terminal that no process has open at the moment.
             Stop::End => Turn::Waits,
             Stop::Closed | Stop::Failed(_) => Turn::Finished { lost: 0 },
         }

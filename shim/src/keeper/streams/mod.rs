@@ -1,17 +1,17 @@
 //! The streams of the containers' processes.
 //!
-//! Owns the pipes and terminals of every process and the client's side of them. Bytes go by splice(2) from one to the other; loggers
-//! and the worker get read ends of outputs that are theirs.
+//! Owns the pipes and terminals of every process and the client's side of them, and moves bytes between them with splice(2). Loggers and
+//! the worker receive the read ends of the outputs that they read themselves.
 //!
 //! ```text
 //!  Running ──(exit)──▶ Exited ──(Delete)──▶ Draining ──(10 s)──▶ Over
-//!                                 all taken, or no reader: finished
+//!                                 all read, or no reader: finished
 //! ```
 //!
-//! What a descendant of the process writes belongs to the process: an output ends when its last writer has closed it. Only a Delete sets a
-//! limit to that.
+//! Output of the process's descendants belongs to the process: an output ends when its last writer has closed it. Only a Delete limits
+//! that wait.
 //!
-//! **Invariant:** work per turn is bounded by what is due: a stream is found by its number or its process's key, never searched.
+//! **Invariant:** the work of a turn depends only on the streams that are due: they are looked up by number or key, never searched for.
 //!
 //! **Invariant:** no client can block the keeper: every descriptor here is non-blocking, every turn bounded.
 mod fifo;
@@ -40,9 +40,9 @@ use super::reexec::Carrier;
 use crate::handover::{Cause, Output, Stdio, Step, Stream, StreamSnapshot, part};
 use crate::sys;
 
-/// How long a Delete waits for what was written to be taken and for the last writer to leave, as containerd's own shim does.
+/// How long a Delete waits until the output is read and its last writer is gone, as containerd's own shim does.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
-/// How often a fifo is looked at of whose readers inotify may not tell: there are no instances left, or an old kernel splices from it.
+/// How often to check a fifo for readers where inotify does not report them: no instances left, or splices on an old kernel.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The streams of one process.
@@ -54,10 +54,10 @@ struct Entry {
     /// The process's ends, until they were given to it.
     #[cbor(n(1), with = "part")]
     process_ends: [Option<OwnedFd>; 3],
-    /// Ends that loggers or the worker read, by stream.
+    /// Read ends for loggers or the worker, by stream.
     #[cbor(n(2), with = "part")]
     read_ends: [Option<OwnedFd>; 3],
-    /// What is moved or watched by us.
+    /// The streams that the keeper moves or watches.
     #[n(3)]
     pumps: [Option<Pump>; 3],
     /// The client's side of a terminal, until it arrives.
@@ -80,7 +80,7 @@ struct Entry {
     /// Set by the first Delete.
     #[cbor(n(12), with = "part")]
     drain_until: Option<Instant>,
-    /// Operations that wait for the end of the drain.
+    /// Drain operations that wait for an outcome.
     #[n(13)]
     waiting: Vec<(Cause, Step)>,
     /// The process is deleted: its key may be used again.
@@ -88,7 +88,7 @@ struct Entry {
     released: bool,
 }
 
-/// What an output goes to, or stdin comes from.
+/// The client of a stream.
 #[derive(Debug, Encode, Decode)]
 #[cbor(context_bound = "AsMut<Carrier>")]
 struct Client {
@@ -96,7 +96,7 @@ struct Client {
     fd: OwnedFd,
     #[n(1)]
     target: String,
-    /// Else it is the pipe to a logger or to the worker.
+    /// Otherwise it is the pipe to a logger or the worker.
     #[n(2)]
     is_fifo: bool,
 }
@@ -108,12 +108,12 @@ enum Pump {
     Out(#[n(0)] Outgoing),
     #[n(1)]
     In(#[n(0)] Incoming),
-    /// A copy of the read end of a logger's or the worker's pipe, held to see its last writer leave while a Delete waits.
+    /// A copy of the read end of a logger's or the worker's pipe, held while a Delete waits to notice when the last writer is gone.
     #[n(2)]
     Held(#[cbor(n(0), with = "part")] OwnedFd),
 }
 
-/// How far a process is, as its streams see it.
+/// The phase of a process, as far as it concerns its streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     Running,
@@ -124,13 +124,13 @@ enum Stage {
     Over,
 }
 
-/// What a turn of a pump has come to.
+/// The result of a turn of a pump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Turn {
     Waits,
-    /// It stopped because others must get their turn.
+    /// It stopped to give other streams their turn.
     Again,
-    /// Nothing is left to do; `lost` bytes were not taken by any reader.
+    /// Nothing is left to do; no reader took `lost` bytes.
     Finished {
         lost: u64,
     },
@@ -145,21 +145,21 @@ pub(crate) struct Streams {
     /// By number. A stream's own number, as in [`Source::Stream`], is that of its entry times 4 and its place in it.
     #[n(1)]
     entries: BTreeMap<u32, Entry>,
-    /// The numbers of those that are not released.
+    /// The numbers of the processes that are not released.
     #[cbor(skip)]
     numbers: BTreeMap<String, u32>,
-    /// When drains are over: in this order, since all may take the same time. Some may be finished.
+    /// The deadlines of drains, in order, since all have the same length. Some may be finished already.
     #[cbor(skip)]
     due: VecDeque<(Instant, u32)>,
-    /// Operations to be answered.
+    /// Drain operations that are finished.
     #[cbor(skip)]
     drained: Vec<(Cause, Step)>,
-    /// Tells of readers that open a fifo or read from it, while there is one to watch: a host has 128 of these by default.
+    /// Reports readers that open or read a fifo; open only while there is one to watch, since a user has 128 instances by default.
     #[cbor(skip)]
     inotify: Option<Inotify>,
     #[cbor(skip)]
     watches: BTreeMap<WatchDescriptor, Vec<u32>>,
-    /// Streams that are looked at every second, and when.
+    /// Streams that are checked every second, and when next.
     #[cbor(skip)]
     unsure: BTreeSet<u32>,
     #[cbor(skip)]
@@ -172,7 +172,7 @@ pub(crate) struct Streams {
 }
 
 impl Streams {
-    /// Goes on in the place of another executable. What is in the pipes stays there.
+    /// Resumes after a re-exec. The content of the pipes stays there.
     pub(crate) fn resume(&mut self, poll: &mut Poll) -> io::Result<()> {
         for (number, entry) in &mut self.entries {
             for (index, slot) in entry.pumps.iter_mut().enumerate() {
@@ -189,7 +189,7 @@ impl Streams {
 
     /// Makes the streams of a process.
     ///
-    /// Errors: what and errno of the first thing that failed; then nothing was made. EEXIST if the key has streams.
+    /// Errors: the first failure; then nothing was made. EEXIST if the key has streams already.
     pub(crate) fn open(&mut self, stdio: Stdio, poll: &mut Poll) -> Result<(), (String, io::Error)> {
         let key = stdio.key.clone();
         if self.numbers.contains_key(&key) {
@@ -250,14 +250,14 @@ impl Streams {
         }
     }
 
-    /// Takes a terminal in for a process. Returns whether it was wanted.
+    /// Takes over the terminal of a process. Returns whether the process was to have one.
     pub(crate) fn attach(&mut self, key: &str, terminal: OwnedFd, poll: &mut Poll) -> bool {
         let Some((number, entry)) = self.find(key) else { return false };
         if !entry.wants_terminal || entry.terminal.is_some() {
             return false;
         }
         if let Err(error) = entry.attach(terminal, number, poll) {
-            warn!(container:% = key, error:%; "cannot take a terminal in");
+            warn!(container:% = key, error:%; "cannot take over a terminal");
             return false;
         }
         if entry.stdin_closed {
@@ -266,7 +266,7 @@ impl Streams {
         true
     }
 
-    /// The client will write no more.
+    /// CloseIO: the client will write no more.
     pub(crate) fn close_stdin(&mut self, key: &str, poll: &mut Poll) {
         let Some((number, entry)) = self.find(key) else { return };
         entry.stdin_closed = true;
@@ -299,7 +299,7 @@ impl Streams {
         }
     }
 
-    /// A process has ended: what it and its descendants wrote still goes out.
+    /// A process exited: its output and that of its descendants is still moved.
     pub(crate) fn exited(&mut self, key: &str, poll: &mut Poll) {
         let Some((number, entry)) = self.find(key) else { return };
         entry.exited = true;
@@ -310,7 +310,7 @@ impl Streams {
         }
     }
 
-    /// A Delete waits until what was written is taken and the last writer has left, or no reader will take it.
+    /// A Delete waits until the output is read and its last writer is gone, or there is no reader.
     pub(crate) fn drain(&mut self, key: &str, waiting: (Cause, Step), now: Instant, poll: &mut Poll) {
         let Some((number, entry)) = self.find(key) else { return self.drained.push(waiting) };
         entry.waiting.push(waiting);
@@ -319,14 +319,14 @@ impl Streams {
                 let held = sys::descriptors::duplicate(end).and_then(|end| Pump::Held(end).registered(number, stream, poll));
                 match held {
                     Ok(held) => entry.pumps[stream] = Some(held),
-                    Err(error) => warn!(container:% = key, error:%; "cannot wait for the end of an output"),
+                    Err(error) => warn!(container:% = key, error:%; "cannot watch an output for its end"),
                 }
             }
         }
         self.begin_drain(number, now, poll);
     }
 
-    /// A process is deleted. A reader that is there still gets what is left, within the time of a drain.
+    /// A process is deleted. A connected reader still receives the rest, within the time of a drain.
     pub(crate) fn release(&mut self, key: &str, now: Instant, poll: &mut Poll) {
         let Some(number) = self.numbers.remove(key) else { return };
         let Some(entry) = self.entries.get_mut(&number) else { return };
@@ -354,20 +354,20 @@ impl Streams {
         self.settle(number);
     }
 
-    /// The logger of an output has died: from now on it is thrown away, so that the process does not wait for ever.
+    /// The logger of an output exited: discards the output from now on, so that the process does not block.
     pub(crate) fn reader_gone(&mut self, key: &str, stream: Stream, poll: &mut Poll) {
         let Some((number, entry)) = self.find(key) else { return };
         let Some(end) = entry.read_ends[stream as usize].take() else { return };
         if !entry.exited {
-            warn!(container:% = key, stream:?; "the logger has ended before the process, its output is thrown away");
+            warn!(container:% = key, stream:?; "the logger exited before the process, discarding its output");
         }
-        // That of a terminal finds out by itself: its pipe is broken now.
+        // A terminal's stream notices by itself: its pipe is broken now.
         if !entry.wants_terminal {
             let pump =
                 set_nonblocking(&end).and_then(|()| Pump::Out(Outgoing::new(end, None, None)).registered(number, stream as usize, poll));
             match pump {
                 Ok(pump) => entry.pumps[stream as usize] = Some(pump),
-                Err(error) => warn!(container:% = key, error:%; "cannot take an output over from its logger"),
+                Err(error) => warn!(container:% = key, error:%; "cannot take over an output from its logger"),
             }
         }
         poll.again(source_of(number, stream as usize));
@@ -394,20 +394,20 @@ impl Streams {
             (Turn::Waits, Pump::Out(out)) if out.is_narrowed && out.watch.is_none() && !self.unsure.contains(&id) => {
                 let path = format!("/proc/self/fd/{}", out.client.as_ref().map_or(-1, |client| client.fd.as_raw_fd()));
                 match ensure_inotify(&mut self.inotify, poll).and_then(|inotify| {
-                    // Readers that come and read make no edge on our end.
+                    // Readers that open or read the fifo cause no edge on our end.
                     Ok(inotify.add_watch(path.as_str(), AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ACCESS)?)
                 }) {
                     Ok(watch) => {
                         out.watch = Some(watch);
-                        // Two streams may share a fifo, and so its watch.
+                        // Two streams may share a fifo and its watch.
                         self.watches.entry(watch).or_default().push(id);
                     }
                     Err(error) => {
-                        warn!(error:%; "cannot watch a fifo, looking at it every second");
+                        warn!(error:%; "cannot watch a fifo, checking it every second");
                         self.look_again(id, now);
                     }
                 }
-                // What happened before the watch is seen by another look.
+                // Another turn catches what happened before the watch.
                 poll.again(source);
             }
             (Turn::Waits, _) => {}
@@ -442,7 +442,7 @@ impl Streams {
             }
             if lost > 0 {
                 self.bytes_lost += lost;
-                info!(stream:% = out.target(), bytes = lost; "output that no reader has taken is dropped");
+                info!(stream:% = out.target(), bytes = lost; "dropping output that no reader took");
             }
         }
     }
@@ -452,7 +452,7 @@ impl Streams {
         ids.retain(|other| *other != id);
         if ids.is_empty() {
             self.watches.remove(&watch);
-            // The fifo itself may be gone.
+            // The fifo may be removed already.
             let _ = self.inotify.as_ref().map(|inotify| inotify.rm_watch(watch));
         }
         if self.watches.is_empty() {
@@ -460,7 +460,7 @@ impl Streams {
         }
     }
 
-    /// Answers the Deletes that wait for a process's streams, and forgets it if it is deleted, once all are finished.
+    /// Once all streams of a process are finished: completes the drains that wait, and forgets the process if it is deleted.
     fn settle(&mut self, number: u32) {
         let Some(entry) = self.entries.get_mut(&number).filter(|entry| entry.is_finished()) else { return };
         self.drained.append(&mut entry.waiting);
@@ -469,7 +469,7 @@ impl Streams {
         }
     }
 
-    /// Gives the streams whose time has come another turn. Returns the operations that waited for a drain that is finished.
+    /// Gives another turn to the streams that are due. Returns the drain operations that are finished.
     pub(crate) fn tick(&mut self, now: Instant, poll: &mut Poll) -> Vec<(Cause, Step)> {
         while let Some((at, number)) = self.due.front().copied() {
             if at > now && self.entries.get(&number).is_some_and(|entry| !entry.is_finished()) {
@@ -499,7 +499,7 @@ impl Streams {
         self.entries.is_empty()
     }
 
-    /// Whether readers have taken everything so far.
+    /// Whether readers have taken all output so far.
     pub(crate) fn all_is_read(&self) -> bool {
         let mut pumps = self.entries.values().flat_map(|entry| &entry.pumps);
         pumps.all(|pump| !matches!(pump, Some(Pump::Out(out)) if out.waiting() > 0))
@@ -530,7 +530,7 @@ impl Streams {
 }
 
 impl Entry {
-    /// Makes the pipes of the process, or of its terminal, and begins to move their bytes.
+    /// Makes the pipes of the process, or of its terminal, and starts to move bytes.
     fn with_ends(mut self, stdio: &Stdio, number: u32, poll: &mut Poll) -> io::Result<Self> {
         let owner = (stdio.uid, stdio.gid);
         if stdio.terminal {
@@ -576,7 +576,7 @@ impl Entry {
         Ok(())
     }
 
-    /// Begins to move bytes between our end of a process's stream and its client.
+    /// Starts to move bytes between our end of a process's stream and its client.
     fn start(&mut self, index: usize, our_end: OwnedFd, client: Client, number: u32, poll: &mut Poll) -> io::Result<()> {
         let pump = if index == Stream::Stdin as usize {
             Pump::In(Incoming::new(client, our_end))
@@ -603,7 +603,7 @@ impl Entry {
 }
 
 impl Pump {
-    /// Watches its ends and has it given a first turn.
+    /// Watches its ends and schedules a first turn.
     fn registered(self, number: u32, stream: usize, poll: &mut Poll) -> io::Result<Self> {
         let source = source_of(number, stream);
         match &self {
@@ -620,7 +620,7 @@ fn source_of(number: u32, stream: usize) -> Source {
     Source::Stream(number << 2 | stream as u32)
 }
 
-/// Whether the last writer of a pipe has left.
+/// Whether the last writer of a pipe is gone.
 fn is_ended(read_end: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(read_end.as_fd(), PollFlags::empty())];
     nix::poll::poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].revents().is_some_and(|flags| flags.contains(PollFlags::POLLHUP))
@@ -635,7 +635,7 @@ fn ensure_inotify<'a>(inotify: &'a mut Option<Inotify>, poll: &Poll) -> io::Resu
     inotify.as_ref().ok_or_else(|| Errno::EBADF.into())
 }
 
-/// What stands for a logger or the worker, which read by themselves.
+/// The target of streams that a logger or the worker reads itself.
 const LENT: &str = "a reader of its own";
 
 fn pipe((uid, gid): (u32, u32)) -> io::Result<(OwnedFd, OwnedFd)> {
@@ -648,7 +648,7 @@ fn pipe((uid, gid): (u32, u32)) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((read, write))
 }
 
-/// Sets the flag of our end; the process's end is another description and keeps blocking.
+/// Sets our end non-blocking; the process's end is another open file description and keeps blocking.
 fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;

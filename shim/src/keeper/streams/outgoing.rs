@@ -1,13 +1,13 @@
-//! One output of a process on its way to the client's fifo, or to the pipe of a logger or the worker.
+//! One output of a process, moved to the client's fifo or to the pipe of a logger or the worker.
 //!
 //! ```text
 //!  process ──▶ [file, while the fifo is full and spill is allowed] ──▶ fifo ──▶ reader
 //! ```
 //!
-//! The keeper holds both ends of the fifo while the process may write and no Delete waits: a reader that leaves is no error then.
-//! Afterwards it holds the write end alone, which shows whether there is a reader.
+//! The keeper holds both ends of the fifo while the process may write and no Delete waits: a reader that goes away is no error then.
+//! Afterwards it holds only the write end, which shows whether there is a reader.
 //!
-//! **Invariant:** the fifo keeps a write end of ours until everything was taken, or a Delete has waited in vain.
+//! **Invariant:** the keeper holds a write end of the fifo until all output was read, or a Delete has waited its full time.
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,9 +29,9 @@ use crate::keeper::poll::{Poll, Source};
 use crate::keeper::reexec::Carrier;
 use crate::sys::descriptors::waiting_bytes;
 
-/// So much is copied at once: what a fifo holds.
+/// Bytes copied at once: the capacity of a fifo.
 const PART_BYTES: usize = 64 << 10;
-/// Less is not worth a call.
+/// The smallest hole worth a system call.
 const AT_ONCE_BYTES: libc::loff_t = 256 << 10;
 
 /// See the module.
@@ -41,13 +41,13 @@ pub(super) struct Outgoing {
     /// The process's side, until its last writer has closed it.
     #[cbor(n(0), with = "part")]
     source: Option<OwnedFd>,
-    /// Absent for an output whose logger is dead: it is thrown away, so that the process does not wait.
+    /// Absent for an output whose logger exited: it is discarded, so that the process does not block.
     #[n(1)]
     pub(super) client: Option<Client>,
-    /// Only our write end of the fifo is left.
+    /// We hold only the write end of the fifo.
     #[n(2)]
     pub(super) is_narrowed: bool,
-    /// Set once a narrowed fifo is watched for readers.
+    /// The narrowed fifo is watched for readers.
     #[cbor(skip)]
     pub(super) watch: Option<WatchDescriptor>,
     #[n(3)]
@@ -74,27 +74,27 @@ impl Outgoing {
     /// Moves what can be moved.
     pub(super) fn turn(&mut self, stage: Stage, id: Source, poll: &Poll) -> Turn {
         if let Err(error) = self.narrow_if(stage >= Stage::Draining, id, poll) {
-            warn!(stream:% = self.target(), error:%; "cannot give up the read end of a fifo");
+            warn!(stream:% = self.target(), error:%; "cannot close the read end of a fifo");
             return self.finished();
         }
         match self.flow() {
             Some(Stop::Turn) if stage < Stage::Over => return Turn::Again,
-            // A terminal may be opened again by another process, as long as there is one.
+            // Another process may open the terminal again, as long as there is one.
             Some(Stop::End) if stage >= Stage::Exited || !self.is_terminal() => self.source = None,
             Some(Stop::Turn | Stop::End | Stop::Idle) | None => {}
-            // A fifo whose reader has left shows that below; a logger does not come back.
+            // A fifo without a reader is noticed below; a logger does not come back.
             Some(Stop::Closed) => {
                 if self.client.take_if(|client| !client.is_fifo).is_some() {
                     return Turn::Again;
                 }
             }
             Some(Stop::Failed(error)) => {
-                warn!(stream:% = self.target(), error:%; "cannot move output, giving it up");
+                warn!(stream:% = self.target(), error:%; "cannot move output, dropping it");
                 self.source = None;
             }
         }
         if let Err(error) = self.narrow_if(self.source.is_none(), id, poll) {
-            warn!(stream:% = self.target(), error:%; "cannot give up the read end of a fifo");
+            warn!(stream:% = self.target(), error:%; "cannot close the read end of a fifo");
             return self.finished();
         }
         if self.is_over(stage) { self.finished() } else { Turn::Waits }
@@ -104,7 +104,7 @@ impl Outgoing {
     fn is_over(&self, stage: Stage) -> bool {
         let Some(client) = &self.client else { return self.source.is_none() || stage >= Stage::Draining };
         if !client.is_fifo {
-            // The logger or the worker holds the other end, and what is in the pipe is theirs.
+            // The logger or the worker holds the other end and reads what the pipe holds.
             return self.source.is_none() || stage == Stage::Over;
         }
         let is_taken = self.source.is_none() && self.waiting() == 0;
@@ -117,12 +117,12 @@ impl Outgoing {
 
     fn finished(&self) -> Turn {
         let unread = self.source.as_ref().map_or(0, |source| waiting_bytes(source.as_fd()).unwrap_or(0) as u64);
-        // What is in the pipe of a logger or of the worker is theirs.
+        // A logger or the worker reads what its pipe holds.
         let is_lent = self.client.as_ref().is_some_and(|client| !client.is_fifo);
         Turn::Finished { lost: self.thrown_away + unread + if is_lent { self.spilled() } else { self.waiting() } }
     }
 
-    /// Gives up the read end of the fifo, so that the coming and going of its readers is seen.
+    /// Closes the read end of the fifo, so that our write end shows whether there are readers.
     fn narrow_if(&mut self, is_due: bool, id: Source, poll: &Poll) -> io::Result<()> {
         if let Some(client) = self.client.as_mut().filter(|client| client.is_fifo && is_due && !self.is_narrowed) {
             client.fd = fifo::write_end(&client.fd)?;
@@ -185,7 +185,7 @@ impl Outgoing {
         self.client.as_ref().map_or("an output without its logger", |client| &client.target)
     }
 
-    /// Bytes in the fifo or the file that nobody has taken yet.
+    /// Bytes in the fifo or the spill file that no reader has taken yet.
     pub(super) fn waiting(&self) -> u64 {
         self.client.as_ref().map_or(0, |client| waiting_bytes(client.fd.as_fd()).unwrap_or(0) as u64) + self.spilled()
     }
@@ -200,9 +200,9 @@ impl Outgoing {
     }
 }
 
-/// A file that takes output while the fifo is full.
+/// A file that holds output while the fifo is full.
 ///
-/// What was taken out of it is given back to the file system: with a slow reader it is hardly ever empty.
+/// Its read part is returned to the file system: with a slow reader the file is hardly ever empty.
 #[derive(Debug, Encode, Decode)]
 #[cbor(context_bound = "AsMut<Carrier>")]
 pub(super) struct Spill {
@@ -214,10 +214,10 @@ pub(super) struct Spill {
     head: libc::loff_t,
     #[n(3)]
     tail: libc::loff_t,
-    /// What was given back so far.
+    /// Bytes returned to the file system so far.
     #[cbor(skip)]
     given_back: libc::loff_t,
-    /// The file system gives nothing back before the file is empty.
+    /// The file system cannot punch holes: space is returned only when the file is empty.
     #[cbor(skip)]
     is_solid: bool,
 }
@@ -237,7 +237,7 @@ impl Spill {
         self.head == self.tail
     }
 
-    /// Moves spilled bytes on. No stop means that the file is empty again.
+    /// Moves spilled bytes to the sink. No stop means that the file is empty again.
     fn empty_into(&mut self, sink: &OwnedFd) -> (u64, Option<Stop>) {
         let limit = (self.len() as usize).min(TURN_BYTES);
         let (moved, stop) = self.copy_into(sink, limit);
@@ -246,12 +246,12 @@ impl Spill {
             return (moved, Some(stop));
         }
         (self.head, self.tail, self.given_back) = (0, 0, 0);
-        // The space comes back with the next truncation, if not with this one.
+        // The next truncation may succeed if this one fails.
         let _ = self.file.set_len(0);
         (moved, Some(Stop::Turn))
     }
 
-    /// Copies: splice(2) would put the pages of the file themselves into the fifo, and what is given back of the file may change them.
+    /// Copies: splice(2) would put the pages of the file into the fifo, and punching a hole may change them.
     fn copy_into(&mut self, sink: &OwnedFd, limit: usize) -> (u64, Stop) {
         let mut moved = 0;
         let mut part = vec![0; limit.min(PART_BYTES)];
@@ -275,7 +275,7 @@ impl Spill {
         (moved as u64, Stop::Turn)
     }
 
-    /// Gives back what was copied out of the file.
+    /// Returns the copied part of the file to the file system.
     fn give_back(&mut self) {
         if self.head >= self.given_back + AT_ONCE_BYTES && !self.is_solid {
             let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -284,7 +284,7 @@ impl Spill {
         }
     }
 
-    /// Takes what the process has written, up to the limit.
+    /// Moves output of the process into the file, up to the limit.
     fn fill_from(&mut self, source: &OwnedFd) -> Stop {
         let held = if self.is_solid { self.tail as u64 } else { self.len() };
         let room = self.limit.saturating_sub(held).min(TURN_BYTES as u64) as usize;
@@ -292,7 +292,7 @@ impl Spill {
             return Stop::Idle;
         }
         match move_bytes(source.as_fd(), self.file.as_fd(), Some(&mut self.tail), room) {
-            // A full disk: the process waits, as without a file.
+            // A full disk: the process blocks, as without a file.
             (_, Stop::Failed(_)) => Stop::Idle,
             (_, stop) => stop,
         }

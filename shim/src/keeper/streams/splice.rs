@@ -1,6 +1,6 @@
 //! Moving bytes from one descriptor to another inside the kernel.
 //!
-//! **Invariant:** no byte enters this process, so there is never one that was taken and not yet given.
+//! **Invariant:** no byte enters this process, so none can be read and not yet written.
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -14,19 +14,19 @@ pub(super) const TURN_BYTES: usize = 1 << 20;
 /// Why moving stopped.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// The source is empty or the sink is full; an edge will tell.
+    /// The source is empty or the sink is full; an edge follows.
     Idle,
     /// The turn is over; there may be more.
     Turn,
     /// The source has ended.
     End,
-    /// The sink takes no more: its last reader is gone.
+    /// The sink has lost its last reader.
     Closed,
-    /// Something else is wrong with one of them.
+    /// Another error of the source or the sink.
     Failed(io::Error),
 }
 
-/// Moves bytes until something stops it. `sink_at`: the position in a sink that is a file. Returns the number of bytes moved.
+/// Moves bytes until it must stop. `sink_at`: the position in a sink that is a file. Returns the number of bytes moved.
 pub(super) fn move_bytes(
     source: BorrowedFd<'_>,
     sink: BorrowedFd<'_>,
@@ -42,7 +42,7 @@ pub(super) fn move_bytes(
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => return (moved as u64, Stop::Idle),
             Err(Errno::EPIPE) => return (moved as u64, Stop::Closed),
-            // A terminal whose other side was closed by everybody.
+            // A terminal whose other side no process has open any more.
             Err(Errno::EIO) => return (moved as u64, Stop::End),
             Err(error) => return (moved as u64, Stop::Failed(error.into())),
         }
