@@ -13,7 +13,7 @@
 //!    │ ◀──── Operation {cause, step, op} ────────────────┤   side effects that cannot be repeated
 //!    ├───── Done {cause, step, outcome} ────────────────▶│   the same outcome whenever it is requested again
 //!    │ ◀──── Commit {…} ─────────────────────────────────┤   all of it or nothing; ends causes
-//!    ├─ Ping ───────────────────────────────────────────▶│   only while a cause is open
+//!    ├─ Ping ───────────────────────────────────────────▶│   never to an idle worker
 //!    │ ◀───────────────────────────────────────── Pong ──┤
 //! ```
 //!
