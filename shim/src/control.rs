@@ -25,7 +25,7 @@ const RETRY_AFTER: Duration = Duration::from_millis(5);
 pub(crate) enum Error {
     /// There is no socket, or no process listens on it: the keeper is gone.
     #[error("no keeper listens on {}", path.display())]
-    NobodyThere { path: PathBuf },
+    NoKeeper { path: PathBuf },
     /// The keeper listens and closes each connection: it serves too many.
     #[error("the keeper on {} closed the connection on every try until the deadline; it may be serving too many", path.display())]
     HungUp { path: PathBuf },
@@ -43,9 +43,9 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// Whether this says that there is no keeper (any more), rather than one in trouble. Only a socket that is missing or refuses says so.
+    /// Whether there is no keeper (any more), rather than one in trouble: its socket is missing or refuses connections.
     pub(crate) fn is_gone(&self) -> bool {
-        matches!(self, Self::NobodyThere { .. })
+        matches!(self, Self::NoKeeper { .. })
     }
 }
 
@@ -67,7 +67,7 @@ fn ask_with(path: &Path, request: &ControlRequest, attached: Option<BorrowedFd<'
     let explain = |source: io::Error| {
         let path = path.to_owned();
         match source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NobodyThere { path },
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::NoKeeper { path },
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => Error::HungUp { path },
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::Silent { path },
             _ => Error::Io { path, source },
@@ -209,9 +209,9 @@ mod tests {
     #[test]
     fn a_dead_keeper_is_distinguished_from_a_silent_one() {
         let path = Socket::new("none");
-        assert!(matches!(describe(&path, soon()), Err(Error::NobodyThere { .. })));
+        assert!(matches!(describe(&path, soon()), Err(Error::NoKeeper { .. })));
         drop(UnixListener::bind(&*path).expect("a socket can be bound"));
-        assert!(matches!(describe(&path, soon()), Err(Error::NobodyThere { .. })));
+        assert!(matches!(describe(&path, soon()), Err(Error::NoKeeper { .. })));
         assert!(!is_listening(&path, Duration::from_millis(10)));
 
         let path = Socket::new("silent");
@@ -232,7 +232,7 @@ mod tests {
             let (mut stream, _) = listener.accept().expect("a client connects again");
             let _ = stream.read_exact(&mut [0; 5]);
             let _ = stream.write_all(&ControlReply::Done.encode());
-            // from here on it hangs up, until it dies
+            // from here on it closes every connection, until it exits
             listener
         });
         assert_eq!(ask(&path, &ControlRequest::Describe, Instant::now() + Duration::from_secs(10)).expect("a reply"), ControlReply::Done);

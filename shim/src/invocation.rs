@@ -22,14 +22,14 @@ pub(crate) enum Invocation {
     Help,
     /// `start`: become the keeper. Descriptor 3 listens for clients, 4 for commands.
     Keeper(Settings),
-    /// A keeper: go on as another image of itself. Descriptor `state` is what the image before has saved, `before` its program; none
-    /// on the way back to it.
+    /// A keeper: resume after a re-exec. Descriptor `state` holds the saved state, `before` the previous executable; none when going back
+    /// to that.
     Resume {
         settings: Settings,
         state: i32,
         before: Option<i32>,
     },
-    /// A keeper: try whether this image could go on from the state in descriptor 3, and say so on 4.
+    /// A keeper: check whether this executable could resume from the state in descriptor 3, and answer on 4.
     Rehearse(Settings),
     /// The keeper: become a worker. Descriptor 3 leads to the keeper.
     Worker(Settings),

@@ -172,7 +172,7 @@ fn put_list<'t, C, T: Part<C> + 't, W: Write>(
 }
 
 fn take_list<C, T: Part<C>>(d: &mut Decoder<'_>, context: &mut C) -> Result<Vec<T>, decode::Error> {
-    let count = d.array()?.ok_or_else(|| decode::Error::message("a list was expected to say its length"))?;
+    let count = d.array()?.ok_or_else(|| decode::Error::message("a list has no definite length"))?;
     // Grows as the items are found: the count may be a lie.
     let mut items = Vec::new();
     for _ in 0..count {

@@ -80,9 +80,9 @@ pub(crate) enum ToWorker {
         #[n(0)]
         number: u32,
     },
-    /// No cause is open: may this worker hibernate? → [`ToKeeper::Watch`]*, [`ToKeeper::Rest`]
+    /// No cause is open: may this worker hibernate? → [`ToKeeper::Watch`]*, [`ToKeeper::Hibernate`]
     #[n(9)]
-    MayRest,
+    MayHibernate,
 }
 
 /// Where a request came from.
@@ -375,7 +375,7 @@ pub(crate) enum ToKeeper {
     Watch,
     /// Whether this worker may hibernate.
     #[n(6)]
-    Rest {
+    Hibernate {
         #[n(0)]
         may: bool,
     },

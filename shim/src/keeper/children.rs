@@ -108,7 +108,7 @@ pub(crate) enum Found {
     Outcome { cause: Cause, step: Step, outcome: Outcome },
     /// A claimed process exited.
     Exit(ProcessExit),
-    /// A child that is no helper and not claimed: the worker, if its pid says so.
+    /// A child that is no helper and not claimed: perhaps the worker.
     Other { pid: u32, status: u32 },
     /// A process that read outputs exited.
     ReaderGone { key: String, stream: Stream },
@@ -207,7 +207,7 @@ impl Children {
             env: order.env.into_iter().map(text).collect::<Result<_, _>>()?,
             cwd: text(order.cwd.into_bytes())?,
             descriptors: given.iter().map(AsFd::as_fd).collect(),
-            // a runtime whose container nobody would claim must not create one; a logger has to read to the end
+            // a runtime must not outlive the keeper, which would claim its container; a logger has to read to the end
             dies_with_parent: order.reports_pid,
         };
         let started = sys::spawn::spawn(&command).map_err(failed)?;

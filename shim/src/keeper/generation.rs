@@ -153,8 +153,8 @@ pub(crate) struct Generation {
     owing: bool,
     ping: Option<Ping>,
     /// It was asked whether it may hibernate, and nothing has happened since.
-    asked_to_rest: bool,
-    /// Descriptors that came along with messages.
+    asked_to_hibernate: bool,
+    /// Descriptors attached to messages that were read.
     attached: VecDeque<OwnedFd>,
 }
 
@@ -188,7 +188,7 @@ impl Generation {
             quiet_since: now,
             owing: false,
             ping: None,
-            asked_to_rest: false,
+            asked_to_hibernate: false,
             attached: VecDeque::new(),
         })
     }
@@ -249,7 +249,7 @@ impl Generation {
         if self.doomed.is_some() {
             return;
         }
-        self.asked_to_rest = matches!(message, ToWorker::MayRest);
+        self.asked_to_hibernate = matches!(message, ToWorker::MayHibernate);
         if !self.owing {
             self.quiet_since = now;
             self.owing = true;
@@ -295,7 +295,7 @@ impl Generation {
             }
         }
         if messages.iter().any(|message| matches!(message, ToKeeper::Commit(_))) {
-            self.asked_to_rest = false;
+            self.asked_to_hibernate = false;
         }
         if !messages.is_empty() {
             (self.quiet_since, self.owing, self.ping) = (now, false, None);
@@ -308,17 +308,17 @@ impl Generation {
         self.attached.pop_front()
     }
 
-    /// Asks whether it may hibernate, if it has been idle for `spell`.
-    pub(crate) fn ask_to_rest(&mut self, spell: Duration, now: Instant) {
-        if self.rest_deadline(spell).is_some_and(|at| at <= now) {
-            self.send(&ToWorker::MayRest, None, now);
+    /// Asks whether it may hibernate, if it has been idle for `idle_after`.
+    pub(crate) fn ask_to_hibernate(&mut self, idle_after: Duration, now: Instant) {
+        if self.hibernation_deadline(idle_after).is_some_and(|at| at <= now) {
+            self.send(&ToWorker::MayHibernate, None, now);
         }
     }
 
-    /// When [`Generation::ask_to_rest`] has something to do, if no cause is open.
-    pub(crate) fn rest_deadline(&self, spell: Duration) -> Option<Instant> {
-        let is_idle = self.hello.is_some() && self.doomed.is_none() && !self.owing && !self.asked_to_rest;
-        is_idle.then(|| self.quiet_since + spell)
+    /// When [`Generation::ask_to_hibernate`] has something to do, if no cause is open.
+    pub(crate) fn hibernation_deadline(&self, idle_after: Duration) -> Option<Instant> {
+        let is_idle = self.hello.is_some() && self.doomed.is_none() && !self.owing && !self.asked_to_hibernate;
+        is_idle.then(|| self.quiet_since + idle_after)
     }
 
     /// Pings the worker when that is due, and kills one that does not respond. `is_busy`: a cause is open.

@@ -129,7 +129,7 @@ pub(crate) struct Ledger {
     #[cbor(n(7), with = "part")]
     reservations: BTreeMap<String, Instant>,
     #[n(8)]
-    leave: bool,
+    exit_allowed: bool,
 }
 
 impl Ledger {
@@ -261,7 +261,7 @@ impl Ledger {
             match value {
                 Some(value) => {
                     self.reservations.remove(&key);
-                    self.leave = false;
+                    self.exit_allowed = false;
                     self.state.insert(key, value);
                 }
                 None => drop(self.state.remove(&key)),
@@ -283,7 +283,7 @@ impl Ledger {
         for ready in std::mem::take(&mut commit.ready) {
             self.add_ready(ready);
         }
-        self.leave |= commit.leave;
+        self.exit_allowed |= commit.leave;
         due
     }
 
@@ -331,7 +331,7 @@ impl Ledger {
             due.extend(askers.into_iter().map(|asker| Due { asker, request_bytes: None, response: response.to_vec() }));
         }
         let keys = self.state.extract_if(.., |key, _| is_of_it(key)).map(|(key, _)| key).collect();
-        self.leave |= self.state.is_empty();
+        self.exit_allowed |= self.state.is_empty();
         (keys, due)
     }
 
@@ -388,8 +388,8 @@ impl Ledger {
     }
 
     /// Whether the worker allowed the keeper to exit and nothing here prevents it. `is_hopeless`: no worker will answer the open causes.
-    pub(crate) fn may_leave(&self, is_hopeless: bool) -> bool {
-        self.leave && self.state.is_empty() && self.reservations.is_empty() && (self.causes.is_empty() || is_hopeless)
+    pub(crate) fn may_exit(&self, is_hopeless: bool) -> bool {
+        self.exit_allowed && self.state.is_empty() && self.reservations.is_empty() && (self.causes.is_empty() || is_hopeless)
     }
 
     /// Whether there is no container, no reservation and no open cause.
@@ -398,8 +398,8 @@ impl Ledger {
     }
 
     /// Lets the keeper exit: no client will call Shutdown.
-    pub(crate) fn leave_unused(&mut self) {
-        self.leave = true;
+    pub(crate) fn allow_exit(&mut self) {
+        self.exit_allowed = true;
     }
 
     /// Drops a reservation: the container was deleted before it was created.

@@ -31,7 +31,7 @@ use crate::settings::Settings;
 use crate::sys;
 
 /// How long an exiting keeper waits for its last events and bytes to be taken.
-const LEAVE_WITHIN: Duration = Duration::from_secs(12);
+const EXIT_WITHIN: Duration = Duration::from_secs(12);
 /// The same while the host shuts down and no container runs any more: the daemon may be gone for good.
 const SHUT_DOWN_WITHIN: Duration = Duration::from_secs(2);
 /// A keeper without containers and clients exits after this: no client is left to call Shutdown.
@@ -66,7 +66,7 @@ pub(super) struct Keeper {
 /// The timers of the loop. Not part of the handed-over state: the next executable sets them again.
 #[derive(Default)]
 struct Timers {
-    leave_by: Option<Instant>,
+    exit_by: Option<Instant>,
     /// Since when the keeper has had no container, reservation or client.
     unused_since: Option<Instant>,
     /// Clients that the keeper does not read from until the worker has caught up.
@@ -109,8 +109,8 @@ impl Keeper {
         // after a re-exec, timers may have become due meanwhile
         let mut ticked = self.tick();
         loop {
-            if self.may_leave() {
-                self.leave();
+            if self.may_exit() {
+                self.exit();
                 return Ok(());
             }
             let sources = self.poll.wait(self.deadline(ticked))?;
@@ -221,7 +221,7 @@ impl Keeper {
             self.ledger.deadline(),
             self.streams.deadline(),
             self.publisher.deadline(),
-            self.timers.leave_by,
+            self.timers.exit_by,
             self.timers.unused_since.map(|since| since + UNUSED_FOR),
             self.timers.trim_at,
             self.timers.accept_at,
@@ -243,31 +243,31 @@ impl Keeper {
         }
     }
 
-    fn may_leave(&mut self) -> bool {
+    fn may_exit(&mut self) -> bool {
         let now = Instant::now();
         let is_unused = self.ledger.is_unused() && self.relay.count() == 0;
         self.timers.unused_since = is_unused.then(|| self.timers.unused_since.unwrap_or(now));
         if self.timers.unused_since.take_if(|since| now >= *since + UNUSED_FOR).is_some() {
-            self.ledger.leave_unused();
+            self.ledger.allow_exit();
         }
         // The init system stops processes that still run, with its own timeout.
         let is_shut_down = self.is_shutting_down && !self.children.have_claimed() && !self.ledger.awaits_pid();
         let within = match is_shut_down {
             true => SHUT_DOWN_WITHIN,
-            false if self.ledger.may_leave(self.supervisor.is_hopeless()) => LEAVE_WITHIN,
+            false if self.ledger.may_exit(self.supervisor.is_hopeless()) => EXIT_WITHIN,
             false => {
-                self.timers.leave_by = None;
+                self.timers.exit_by = None;
                 return false;
             }
         };
-        let by = self.timers.leave_by.map_or(now + within, |by| by.min(now + within));
-        self.timers.leave_by = Some(by);
+        let by = self.timers.exit_by.map_or(now + within, |by| by.min(now + within));
+        self.timers.exit_by = Some(by);
         // At shutdown no client may call Delete; only exits are pending, and they must reach the clients.
         let is_idle = if is_shut_down { self.streams.all_is_read() && !self.ledger.is_busy() } else { self.streams.is_drained() };
         by <= now || (is_idle && self.publisher.len() == 0 && self.relay.is_flushed() && self.control.is_flushed())
     }
 
-    fn leave(&mut self) {
+    fn exit(&mut self) {
         if self.publisher.len() > 0 || !self.streams.all_is_read() {
             warn!(events = self.publisher.len(); "keeper exits with events or output that were not taken");
         }

@@ -1,11 +1,11 @@
 //! Starts, watches and replaces the worker: its generations, the candidate of an upgrade, and their executables.
 //!
 //! ```text
-//!  Absent ──(start)──▶ Starting ──(hello)──▶ Serving ──(dies, hangs, or breaks the format)──▶ Absent ──(back-off)──▶ …
+//!  Absent ──(start)──▶ Starting ──(hello)──▶ Serving ──(dies, hangs, or sends garbage)──▶ Absent ──(back-off)──▶ …
 //!                                              ▲ cut-over
 //!          candidate: Starting ──(hello)──▶ Trying ──(fit)
 //!
-//!  Serving ──(idle for a spell, and may hibernate)──▶ Asleep ──(a cause, or a watch)──▶ Absent
+//!  Serving ──(idle for a while, and may hibernate)──▶ Asleep ──(a cause, or a watch)──▶ Absent
 //! ```
 //!
 //! **Invariant:** a generation that committed nothing makes the next one wait longer; one that committed anything does not.
@@ -78,7 +78,7 @@ pub(crate) struct Supervisor {
     pub(super) last_end: Option<String>,
     /// After how long an idle worker hibernates; absent: never.
     #[cbor(skip)]
-    spell: Option<Duration>,
+    idle_after: Option<Duration>,
     /// Descriptors that the worker handed over for its hibernation.
     #[cbor(skip)]
     watches: Vec<OwnedFd>,
@@ -88,12 +88,12 @@ pub(crate) struct Supervisor {
 }
 
 /// The environment variable with the seconds after which an idle worker hibernates; 0: never.
-const SPELL_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
-const DEFAULT_SPELL: Duration = Duration::from_secs(60);
+const IDLE_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
+const DEFAULT_IDLE: Duration = Duration::from_secs(60);
 /// A worker may still check for an OOM kill that the kernel has not counted yet.
-const LEAST_SPELL: Duration = Duration::from_secs(5);
+const MIN_IDLE: Duration = Duration::from_secs(5);
 /// Longer than any uptime, and still representable as an [`Instant`].
-const LONGEST_SPELL: Duration = Duration::from_secs(u32::MAX as u64);
+const MAX_IDLE: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// The status of a process that was killed.
 const KILLED: u32 = 128 + 9;
@@ -101,15 +101,15 @@ const KILLED: u32 = 128 + 9;
 /// After how long an idle worker hibernates, from the value of the variable.
 ///
 /// Errors: it is not a number.
-fn spell_of(text: Option<&OsStr>) -> Result<Option<Duration>, &OsStr> {
+fn parse_idle(text: Option<&OsStr>) -> Result<Option<Duration>, &OsStr> {
     let named = match text {
         Some(text) => {
             let seconds: u64 = text.to_str().and_then(|text| text.trim().parse().ok()).ok_or(text)?;
-            Duration::from_secs(seconds).min(LONGEST_SPELL)
+            Duration::from_secs(seconds).min(MAX_IDLE)
         }
-        None => DEFAULT_SPELL,
+        None => DEFAULT_IDLE,
     };
-    Ok(Some(named).filter(|spell| !spell.is_zero()).map(|spell| spell.max(LEAST_SPELL)))
+    Ok(Some(named).filter(|idle_after| !idle_after.is_zero()).map(|idle_after| idle_after.max(MIN_IDLE)))
 }
 
 /// How long the next worker has to wait after `fruitless` generations that committed nothing.
@@ -125,11 +125,11 @@ impl Supervisor {
         let text = |text: String| CString::new(text).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
         let name = std::env::args().next().unwrap_or_else(|| "containerd-shim-x-v2".into());
         let arguments = std::iter::once(name).chain(settings.to_arguments()).chain(["worker".into()]);
-        let spell = std::env::var_os(SPELL_VARIABLE);
-        let spell = spell_of(spell.as_deref()).unwrap_or_else(|text| {
+        let idle_after = std::env::var_os(IDLE_VARIABLE);
+        let idle_after = parse_idle(idle_after.as_deref()).unwrap_or_else(|text| {
             let text = text.display();
-            warn!(text:%; "{SPELL_VARIABLE} is not a number of seconds, using {} s", DEFAULT_SPELL.as_secs());
-            Some(DEFAULT_SPELL)
+            warn!(text:%; "{IDLE_VARIABLE} is not a number of seconds, using {} s", DEFAULT_IDLE.as_secs());
+            Some(DEFAULT_IDLE)
         });
         let program = Program { arguments: arguments.map(text).collect::<Result<_, _>>()?, environment: sys::exec::environment() };
         Ok(Self {
@@ -144,7 +144,7 @@ impl Supervisor {
             fruitless: 0,
             retry_at: None,
             last_end: None,
-            spell,
+            idle_after,
             watches: Vec::new(),
             asleep: false,
         })
@@ -152,8 +152,8 @@ impl Supervisor {
 
     /// Resumes after a re-exec. The worker has exited by then.
     pub(crate) fn resume(self, settings: &Settings) -> io::Result<Self> {
-        let Self { program, spell, .. } = Self::new(settings)?;
-        Ok(Self { program, spell, ..self })
+        let Self { program, idle_after, .. } = Self::new(settings)?;
+        Ok(Self { program, idle_after, ..self })
     }
 
     /// Stops waiting for a worker that was killed and does not exit, so that the next one can start.
@@ -179,8 +179,8 @@ impl Supervisor {
             candidate.check(now, true);
         }
         if let Some(worker) = &mut self.worker {
-            if let (Some(spell), false) = (self.spell, is_busy) {
-                worker.ask_to_rest(spell, now);
+            if let (Some(idle_after), false) = (self.idle_after, is_busy) {
+                worker.ask_to_hibernate(idle_after, now);
             }
             return worker.check(now, is_busy);
         }
@@ -263,7 +263,7 @@ impl Supervisor {
     }
 
     /// The worker answered whether it may hibernate. It does, unless it is needed again.
-    pub(crate) fn rest(&mut self, may: bool, is_needed: bool, poll: &Poll) {
+    pub(crate) fn hibernate(&mut self, may: bool, is_needed: bool, poll: &Poll) {
         let watched = || self.watches.iter().all(|watch| poll.add_watch(watch, Source::Watch).is_ok());
         if !may || is_needed || !watched() {
             self.watches.clear();
@@ -399,8 +399,8 @@ impl Supervisor {
     pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
         let worker = match &self.worker {
             Some(worker) => {
-                let rest = self.spell.filter(|_| !is_busy).and_then(|spell| worker.rest_deadline(spell));
-                worker.deadline(is_busy).into_iter().chain(rest).min()
+                let hibernation = self.idle_after.filter(|_| !is_busy).and_then(|idle_after| worker.hibernation_deadline(idle_after));
+                worker.deadline(is_busy).into_iter().chain(hibernation).min()
             }
             None => self.retry_at.filter(|_| !self.asleep),
         };
@@ -423,12 +423,12 @@ mod tests {
 
     #[test]
     fn the_idle_time_is_read_from_the_variable_within_bounds() {
-        let of = |text: &'static str| spell_of(Some(OsStr::new(text)));
-        assert_eq!(spell_of(None), Ok(Some(DEFAULT_SPELL)));
+        let of = |text: &'static str| parse_idle(Some(OsStr::new(text)));
+        assert_eq!(parse_idle(None), Ok(Some(DEFAULT_IDLE)));
         assert_eq!(of("0"), Ok(None));
-        assert_eq!(of("1"), Ok(Some(LEAST_SPELL)));
+        assert_eq!(of("1"), Ok(Some(MIN_IDLE)));
         assert_eq!(of(" 90\n"), Ok(Some(Duration::from_secs(90))));
-        assert_eq!(of("18446744073709551615"), Ok(Some(LONGEST_SPELL)));
+        assert_eq!(of("18446744073709551615"), Ok(Some(MAX_IDLE)));
         for text in ["", "never", "-1", "1.5", "18446744073709551616"] {
             assert_eq!(of(text), Err(OsStr::new(text)));
         }

@@ -6,7 +6,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use nix::errno::Errno;
 use nix::libc;
 
-/// Takes the descriptor with this number and marks it close-on-exec. To be called once for a number, of those that the image before has
+/// Takes the descriptor with this number and marks it close-on-exec. To be called once for a number, of those that the previous executable has
 /// handed over.
 ///
 /// Errors: EBADF if it did not.

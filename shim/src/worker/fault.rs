@@ -204,7 +204,7 @@ mod active {
             }
             Ok(ToKeeper::Fit { .. }) => "fit".into(),
             Ok(ToKeeper::Pong { .. }) => "pong".into(),
-            Ok(ToKeeper::Watch | ToKeeper::Rest { .. }) => "rest".into(),
+            Ok(ToKeeper::Watch | ToKeeper::Hibernate { .. }) => "rest".into(),
             Err(error) => format!("nonsense: {error}"),
         }
     }
@@ -223,7 +223,7 @@ mod active {
             ToWorker::Try { key, .. } => format!("try {key}"),
             ToWorker::Tried => "tried".into(),
             ToWorker::Ping { .. } => "ping".into(),
-            ToWorker::MayRest => "may-rest".into(),
+            ToWorker::MayHibernate => "may-rest".into(),
         }
     }
 

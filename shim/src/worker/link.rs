@@ -67,7 +67,7 @@ impl Link {
 
     /// Says whether this worker may end for a while.
     pub(crate) fn rest(&self, may: bool) {
-        self.put(&ToKeeper::Rest { may }.encode());
+        self.put(&ToKeeper::Hibernate { may }.encode());
     }
 
     /// Hands over what tells when a worker is needed again. Returns whether it could be, at once.
@@ -190,7 +190,7 @@ impl Incoming {
         let length = frame.len();
         let message = ToWorker::decode(frame).map_err(malformed)?;
         // When these come is a matter of time alone: faults are counted without them.
-        if !matches!(message, ToWorker::Ping { .. } | ToWorker::MayRest) {
+        if !matches!(message, ToWorker::Ping { .. } | ToWorker::MayHibernate) {
             self.link.faults.received(&message);
         }
         self.taken += HEAD_BYTES + length;

@@ -149,7 +149,7 @@ impl Worker {
                 }
                 ToWorker::Exit { cause, exit } => backlog.push(Pending::Exit(cause, exit)),
                 ToWorker::CaughtUp => break,
-                ToWorker::Done { .. } | ToWorker::Ping { .. } | ToWorker::MayRest => {}
+                ToWorker::Done { .. } | ToWorker::Ping { .. } | ToWorker::MayHibernate => {}
             }
             incoming.acted();
         }
@@ -231,7 +231,7 @@ impl Worker {
                 test_identity::meet_exit(&exit.key);
                 launch(Rc::clone(self).exited(self.cause(cause), exit));
             }
-            ToWorker::MayRest => self.link.rest(container::may_rest(self)),
+            ToWorker::MayHibernate => self.link.rest(container::may_rest(self)),
             _ => log::warn!("a message out of turn"),
         }
     }

@@ -1,7 +1,7 @@
 //! Kills a child of the keeper together with its descendants.
 //!
-//! A runtime that dies during a create leaves processes in sessions of their own, which go on with their work, for instance in a root
-//! file system that is unmounted meanwhile. They can be found only while the runtime is still their parent.
+//! A runtime that dies during a create leaves processes in sessions of their own, which keep running, for instance in a root file
+//! system that is unmounted meanwhile. They can be found only while the runtime is still their parent.
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::AsFd;

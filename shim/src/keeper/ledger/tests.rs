@@ -1,6 +1,6 @@
 use super::*;
 
-/// Small, seeded and good enough to choose where a worker dies.
+/// Small, seeded and good enough to choose where a worker crashes.
 struct Random(u64);
 
 impl Random {
@@ -57,7 +57,7 @@ impl World {
     }
 }
 
-/// Runs a dummy worker that dies after `budget` messages. Returns whether it got everything done.
+/// Runs a dummy worker that crashes after `budget` messages. Returns whether it completed everything.
 fn live(world: &mut World, mut budget: u64) -> bool {
     let causes: Vec<Cause> = world.ledger.causes().keys().copied().collect();
     for cause in causes {
@@ -162,16 +162,16 @@ fn a_fallback_is_given_only_when_no_worker_has_answered_in_time() {
 #[test]
 fn the_keeper_exits_only_on_shutdown_with_nothing_left() {
     let mut ledger = Ledger::default();
-    assert!(!ledger.may_leave(false));
+    assert!(!ledger.may_exit(false));
     ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() });
     ledger.commit(&mut Commit { leave: true, ..Commit::default() });
-    assert!(!ledger.may_leave(false), "a container is left");
+    assert!(!ledger.may_exit(false), "a container is left");
     let now = Instant::now();
     ledger.reserve("d".into(), now);
     ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
-    assert!(!ledger.may_leave(false), "a place is reserved");
+    assert!(!ledger.may_exit(false), "a place is reserved");
     ledger.expire(now + RESERVATION);
-    assert!(ledger.may_leave(false));
+    assert!(ledger.may_exit(false));
 }
 
 #[test]

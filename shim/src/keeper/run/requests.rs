@@ -97,7 +97,7 @@ impl Keeper {
             }
             ControlRequest::Upgrade { path, keeper_too } => match attached {
                 Some(file) => self.begin_upgrade(id, file, path, keeper_too, now),
-                None => self.control.reply(id, &ControlReply::Refused { why: "no program came along".into() }),
+                None => self.control.reply(id, &ControlReply::Refused { why: "the request has no executable attached".into() }),
             },
             ControlRequest::Ask { payload } => {
                 self.ledger.open_request(Asker::ControlClient(id), payload, now);
@@ -106,7 +106,7 @@ impl Keeper {
         }
     }
 
-    /// Somebody has removed a container by hand, or nobody will make it: it holds nothing here any more.
+    /// Drops a container that was cleaned up manually, or that will not be created.
     fn forget(&mut self, container: &str, now: Instant) {
         let why = format!("container {container} was cleaned up manually: its exit status is unknown");
         let (keys, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));

@@ -19,9 +19,9 @@ impl Keeper {
             }
             ToKeeper::Fit { .. } => {}
             ToKeeper::Watch => self.supervisor.watch(),
-            ToKeeper::Rest { may } => {
+            ToKeeper::Hibernate { may } => {
                 let is_needed = self.ledger.is_busy() || self.upgrade.is_some();
-                self.supervisor.rest(may, is_needed, &self.poll);
+                self.supervisor.hibernate(may, is_needed, &self.poll);
             }
             ToKeeper::Pong { number } => self.ponged(number, Instant::now()),
             ToKeeper::Operation { cause, step, op } => self.operation(cause, step, op),
