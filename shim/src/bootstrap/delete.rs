@@ -7,7 +7,7 @@
 //!  journal says how it ended, keeper does not know it ─────────────────▶ answer from the record
 //!  keeper knows it, or may ─▶ keeper: Delete ─┬─ done ─────────────────▶ answer from the record
 //!                                             └─ fails, or no answer ─┐
-//!  keeper dead ───────────────────────────────────────────────────────┴▶ by hand, answer from the record
+//!  keeper dead ───────────────────────────────────────────────────────┴▶ manual cleanup, answer from the record
 //!  no bundle any more: the keepers are asked whose the container is, then as above
 //!  no journal: no container was ever made ─────────────────────────────▶ unmount, 137 now
 //! ```
@@ -23,7 +23,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 
-use super::by_hand::{self, Leftovers};
+use super::manual_cleanup::{self, Leftovers};
 use super::socket::{self, Lock};
 use super::{Error, group, start};
 use crate::commands::survey::{Found, Shim, survey};
@@ -98,7 +98,7 @@ impl<'a> Deletion<'a> {
         match (keeper, self.recorded()) {
             (Keeper::KnowsNothing, Some(exit)) => return Ok(exit),
             // The keeper has left, as keepers do after the last deletion, unless it was killed on its way.
-            (Keeper::Dead, Some(exit)) if by_hand::is_clean(&self.leftovers()) => {
+            (Keeper::Dead, Some(exit)) if manual_cleanup::is_clean(&self.leftovers()) => {
                 self.remove_sockets();
                 return Ok(exit);
             }
@@ -114,10 +114,10 @@ impl<'a> Deletion<'a> {
         let leftovers = self.leftovers();
         let deadline = self.begun + WITHIN;
         // A keeper that hangs has not reaped it: the kernel still knows.
-        let seen = by_hand::end_of_zombie(&leftovers);
-        by_hand::kill(&leftovers, deadline)?;
+        let seen = manual_cleanup::end_of_zombie(&leftovers);
+        manual_cleanup::kill(&leftovers, deadline)?;
         let exit = self.true_end(keeper, seen.unwrap_or(UNKNOWN_STATUS), deadline);
-        by_hand::clean(&leftovers, deadline)?;
+        manual_cleanup::clean(&leftovers, deadline)?;
         if self.body.is_some() && self.recorded_now().is_none() {
             self.record(exit);
         }

@@ -6,7 +6,7 @@
 //! ```text
 //!  containerd ── start ──▶ group, address ──▶ a keeper answers there: reserve a place ─┬─▶ address on stdout
 //!                                        └──▶ nobody: bind both sockets, exec a keeper ┘
-//!  containerd ── delete ─▶ journal ──▶ keeper ──▶ by hand       (docs/bootstrap.md: the order of truth)
+//!  containerd ── delete ─▶ journal ──▶ keeper ──▶ manual cleanup (docs/bootstrap.md: the order of truth)
 //! ```
 //!
 //! **Invariant:** nothing but the answer is written to stdout, and nothing at all to stderr by a `start` that succeeds: containerd
@@ -16,12 +16,12 @@ use std::path::PathBuf;
 
 use crate::{control, run_dir};
 
-mod by_hand;
 mod delete;
 pub(crate) mod dialect;
 mod group;
 mod helper;
 mod info;
+mod manual_cleanup;
 mod placement;
 mod socket;
 mod start;
