@@ -10,14 +10,14 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 
-use super::container::{Deleted, Event, Exit, Happening, Streams};
+use super::container::{Deleted, Event, EventKind, Exit, Streams};
 use crate::rootfs::Mount;
 
 /// Encodes an event: a whole ttrpc `Request` message.
 pub(super) fn encode(event: Event, namespace: &str) -> Vec<u8> {
     let id = event.container;
-    let (topic, name, value) = match event.what {
-        Happening::Created { bundle, mounts, stdio, checkpoint, pid } => {
+    let (topic, name, value) = match event.kind {
+        EventKind::Created { bundle, mounts, stdio, checkpoint, pid } => {
             let created = message::TaskCreate {
                 container_id: id,
                 bundle: bundle.to_string_lossy().into_owned(),
@@ -29,19 +29,19 @@ pub(super) fn encode(event: Event, namespace: &str) -> Vec<u8> {
             };
             (topics::TASK_CREATE_EVENT_TOPIC, "TaskCreate", bytes(&created))
         }
-        Happening::Started { pid } => {
+        EventKind::Started { pid } => {
             let started = message::TaskStart { container_id: id, pid, ..Default::default() };
             (topics::TASK_START_EVENT_TOPIC, "TaskStart", bytes(&started))
         }
-        Happening::ExecAdded { exec } => {
+        EventKind::ExecAdded { exec } => {
             let added = message::TaskExecAdded { container_id: id, exec_id: exec, ..Default::default() };
             (topics::TASK_EXEC_ADDED_EVENT_TOPIC, "TaskExecAdded", bytes(&added))
         }
-        Happening::ExecStarted { exec, pid } => {
+        EventKind::ExecStarted { exec, pid } => {
             let started = message::TaskExecStarted { container_id: id, exec_id: exec, pid, ..Default::default() };
             (topics::TASK_EXEC_STARTED_EVENT_TOPIC, "TaskExecStarted", bytes(&started))
         }
-        Happening::Exited { process, pid, exit } => {
+        EventKind::Exited { process, pid, exit } => {
             let exited = message::TaskExit {
                 container_id: id,
                 id: process,
@@ -52,7 +52,7 @@ pub(super) fn encode(event: Event, namespace: &str) -> Vec<u8> {
             };
             (topics::TASK_EXIT_EVENT_TOPIC, "TaskExit", bytes(&exited))
         }
-        Happening::Deleted(Deleted { pid, exit }) => {
+        EventKind::Deleted(Deleted { pid, exit }) => {
             let deleted = message::TaskDelete {
                 container_id: id,
                 pid: pid.unwrap_or(0),
@@ -62,17 +62,17 @@ pub(super) fn encode(event: Event, namespace: &str) -> Vec<u8> {
             };
             (topics::TASK_DELETE_EVENT_TOPIC, "TaskDelete", bytes(&deleted))
         }
-        Happening::Paused => {
+        EventKind::Paused => {
             (topics::TASK_PAUSED_EVENT_TOPIC, "TaskPaused", bytes(&message::TaskPaused { container_id: id, ..Default::default() }))
         }
-        Happening::Resumed => {
+        EventKind::Resumed => {
             (topics::TASK_RESUMED_EVENT_TOPIC, "TaskResumed", bytes(&message::TaskResumed { container_id: id, ..Default::default() }))
         }
-        Happening::Checkpointed { path } => {
+        EventKind::Checkpointed { path } => {
             let checkpointed = message::TaskCheckpointed { container_id: id, checkpoint: path, ..Default::default() };
             (topics::TASK_CHECKPOINTED_EVENT_TOPIC, "TaskCheckpointed", bytes(&checkpointed))
         }
-        Happening::OutOfMemory => {
+        EventKind::OutOfMemory => {
             (topics::TASK_OOM_EVENT_TOPIC, "TaskOOM", bytes(&message::TaskOOM { container_id: id, ..Default::default() }))
         }
     };

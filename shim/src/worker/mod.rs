@@ -177,7 +177,7 @@ impl Worker {
         }
         for container in self.registry.all() {
             let keys = container.record().keys();
-            container::tend(self, &container, &keys);
+            container::attach(self, &container, &keys);
         }
         for pending in backlog {
             match pending {
@@ -231,7 +231,7 @@ impl Worker {
                 test_identity::meet_exit(&exit.key);
                 launch(Rc::clone(self).exited(self.cause(cause), exit));
             }
-            ToWorker::MayHibernate => self.link.rest(container::may_rest(self)),
+            ToWorker::MayHibernate => self.link.rest(container::may_hibernate(self)),
             _ => log::warn!("a message out of turn"),
         }
     }
@@ -370,7 +370,7 @@ impl Worker {
         if let Some(container) = change.save {
             self.registry.insert(&container);
             container.changed();
-            container::tend(self, &container, &unsaved);
+            container::attach(self, &container, &unsaved);
         }
     }
 }

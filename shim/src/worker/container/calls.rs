@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use super::create::{at, blocking};
 use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
-use super::{Announce, Change, Container, Event, Fact, Happening, ProcessKey, Reply, Request, Target};
+use super::{Announce, Change, Container, Event, EventKind, Fact, ProcessKey, Reply, Request, Target};
 use crate::engine::{self, CommandEngine, Engine, Verb};
 use crate::handover::{Op, Spawn};
 use crate::options::CheckpointOptions;
@@ -79,7 +79,7 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
     made.map_err(|error| refusal.unwrap_or_else(|| blocking_add_criu_errors(error, &work.path)))?;
     work.blocking_remove();
     let path = image_path.display().to_string();
-    Ok(Change::reply(Reply::Empty).event(Event::new(&container, Happening::Checkpointed { path })))
+    Ok(Change::reply(Reply::Empty).event(Event::new(&container, EventKind::Checkpointed { path })))
 }
 
 /// Changes limits.
@@ -155,13 +155,13 @@ async fn run(
 fn told(container: &Rc<Container>, said: &[Announce]) -> Change {
     let mut change = Change::save(container, Reply::Empty);
     for announce in said {
-        let happening = match announce {
-            Announce::Pause => Happening::Paused,
-            Announce::Resume => Happening::Resumed,
+        let kind = match announce {
+            Announce::Pause => EventKind::Paused,
+            Announce::Resume => EventKind::Resumed,
             // Said by Start and by exits.
             Announce::Start | Announce::Exit => continue,
         };
-        change = change.event(Event::new(container, happening));
+        change = change.event(Event::new(container, kind));
     }
     change
 }

@@ -73,12 +73,12 @@ pub(in crate::worker) enum Reply {
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::worker) struct Event {
     pub(in crate::worker) container: String,
-    pub(in crate::worker) what: Happening,
+    pub(in crate::worker) kind: EventKind,
 }
 
 /// What has happened.
 #[derive(Debug, Clone, PartialEq)]
-pub(in crate::worker) enum Happening {
+pub(in crate::worker) enum EventKind {
     Created {
         bundle: PathBuf,
         mounts: Vec<crate::rootfs::Mount>,
@@ -113,14 +113,14 @@ pub(in crate::worker) enum Happening {
 }
 
 impl Event {
-    pub(super) fn new(container: &Container, what: Happening) -> Self {
-        Self { container: container.id.to_string(), what }
+    pub(super) fn new(container: &Container, kind: EventKind) -> Self {
+        Self { container: container.id.to_string(), kind }
     }
 
     /// The end of a process.
     pub(super) fn exited(key: &ProcessKey, process: &Process, exit: Exit) -> Self {
         let id = key.exec.as_ref().map_or_else(|| key.container.to_string(), ToString::to_string);
-        let what = Happening::Exited { process: id, pid: process.pid.unwrap_or(0), exit };
-        Self { container: key.container.to_string(), what }
+        let kind = EventKind::Exited { process: id, pid: process.pid.unwrap_or(0), exit };
+        Self { container: key.container.to_string(), kind }
     }
 }

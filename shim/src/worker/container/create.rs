@@ -8,7 +8,7 @@ use super::record::VERSION;
 use super::spec::Spec;
 use super::streams::Plan;
 use super::verb::run_verb;
-use super::{Change, Container, ContainerId, Event, Happening, Process, ProcessKey, Record, Reply, Streams, journal};
+use super::{Change, Container, ContainerId, Event, EventKind, Process, ProcessKey, Record, Reply, Streams, journal};
 use crate::cgroup::Cgroup;
 use crate::engine::{self, CommandEngine, Engine, EngineError, Verb};
 use crate::handover::Spawn;
@@ -49,7 +49,7 @@ pub(in crate::worker) async fn create(worker: &Rc<Worker>, cause: &Cause, call: 
     let (bundle, pid) = (record.bundle.clone(), record.init.pid);
     let container = Container::new(record);
     drop(container.record_mut()); // nothing of it is saved yet
-    let created = Happening::Created { bundle, mounts: call.mounts, stdio: call.stdio, checkpoint: call.checkpoint, pid };
+    let created = EventKind::Created { bundle, mounts: call.mounts, stdio: call.stdio, checkpoint: call.checkpoint, pid };
     let event = Event::new(&container, created);
     Ok(Change { claim: pid.map(|pid| (key, pid)), ..Change::save(&container, Reply::Pid(pid)) }.event(event))
 }

@@ -7,7 +7,7 @@ use super::create::{at, unmount};
 use super::exits::FLUSH_WITHIN;
 use super::kill::kill_rest;
 use super::verb::run_verb;
-use super::{Change, Container, ContainerId, Event, Exit, Happening, Phase, Process, ProcessKey, Reply, Request, Target, journal};
+use super::{Change, Container, ContainerId, Event, EventKind, Exit, Phase, Process, ProcessKey, Reply, Request, Target, journal};
 use crate::engine::{Engine, EngineError, Verb};
 use crate::handover::{Op, Step};
 use crate::rootfs::Unmount;
@@ -142,7 +142,7 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
         remove: Some(Rc::clone(container)),
         releases,
         wakes,
-        ..Change::reply(Reply::Deleted(deleted)).event(Event::new(container, Happening::Deleted(deleted)))
+        ..Change::reply(Reply::Deleted(deleted)).event(Event::new(container, EventKind::Deleted(deleted)))
     })
 }
 

@@ -1,7 +1,7 @@
 //! Exec: a process is added to a container, to be started later.
 use std::path::{Path, PathBuf};
 
-use super::{Change, Event, ExecId, Happening, Process, ProcessKey, Reply, Request, Streams};
+use super::{Change, Event, EventKind, ExecId, Process, ProcessKey, Reply, Request, Streams};
 use crate::whole_file::blocking_replace;
 use crate::worker::Worker;
 use crate::worker::error::Error;
@@ -40,7 +40,7 @@ pub(in crate::worker) fn exec(worker: &Worker, call: ExecCall) -> Result<Change,
     // Environment variables hold secrets: nobody else may read them.
     blocking_replace(&path, &text, 0o600).map_err(|source| Error::Io { op: "write", path, source })?;
     container.add(exec, process);
-    let added = Event::new(&container, Happening::ExecAdded { exec: call.exec });
+    let added = Event::new(&container, EventKind::ExecAdded { exec: call.exec });
     Ok(Change::save(&container, Reply::Empty).event(added))
 }
 

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kill::kill_rest;
-use super::{Announce, Change, Container, Event, Exit, Fact, Happening, Phase, Process, ProcessKey, Record};
+use super::{Announce, Change, Container, Event, EventKind, Exit, Fact, Phase, Process, ProcessKey, Record};
 use crate::worker::Worker;
 use crate::worker::cause::Cause;
 
@@ -69,7 +69,7 @@ pub(super) fn out_of_memory(container: &Container) -> Option<Event> {
     }
     container.record_mut().oom_kills = kills;
     log::info!(container:% = container.id, kills; "out of memory");
-    Some(Event::new(container, Happening::OutOfMemory))
+    Some(Event::new(container, EventKind::OutOfMemory))
 }
 
 /// A runtime's start takes milliseconds; one that hangs must not keep an exit back for ever.

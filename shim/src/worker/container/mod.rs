@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+mod attachments;
 mod calls;
 mod change;
 mod create;
@@ -28,36 +29,35 @@ mod delete;
 mod exec;
 mod execs;
 mod exits;
+mod hibernation;
 mod id;
 mod journal;
 mod kill;
 mod phase;
 mod queries;
 mod record;
-mod rest;
 pub(crate) mod spec;
 mod start;
 mod streams;
-mod tend;
 mod verb;
 
+pub(super) use attachments::attach;
 pub(super) use calls::{CheckpointCall, UpdateCall};
 pub(super) use calls::{checkpoint, close_io, pause, resize, resume, update};
-pub(super) use change::{Change, Event, Happening, Reply};
+pub(super) use change::{Change, Event, EventKind, Reply};
 pub(super) use create::{CreateCall, create};
 pub(super) use delete::{Deleted, delete, delete_for_command};
 pub(super) use exec::{ExecCall, exec};
 pub(super) use exits::exited;
+pub(super) use hibernation::may_hibernate;
 pub(super) use id::{ContainerId, ExecId, InvalidId, ProcessKey};
 pub(super) use journal::path as journal_path;
 pub(super) use kill::{KillCall, kill};
 pub(super) use phase::{Announce, Exit, Fact, Phase, Refused, Request};
 pub(super) use queries::{StateOf, Status, pids, state_of, stats, wait};
 pub(super) use record::{Process, Record, Streams, VERSION as RECORD_VERSION};
-pub(super) use rest::may_rest;
 pub(super) use spec::SpecError;
 pub(super) use start::start;
-pub(super) use tend::tend;
 
 use super::error::Error;
 use super::pump::Pump;
@@ -86,12 +86,12 @@ pub(super) struct Container {
     /// How the Delete of init was answered.
     deleted: Cell<Option<Deleted>>,
     /// What accompanies the container while this worker lives.
-    company: RefCell<Company>,
+    attachments: RefCell<Attachments>,
 }
 
 /// What accompanies a container while this worker lives; made anew by the next one.
 #[derive(Debug, Default)]
-struct Company {
+struct Attachments {
     /// The watch for want of memory.
     oom: Option<tokio::task::AbortHandle>,
     /// Outputs that go into files.
@@ -109,7 +109,7 @@ impl Container {
             changed: Notify::new(),
             deleting: Cell::new(false),
             deleted: Cell::new(None),
-            company: RefCell::default(),
+            attachments: RefCell::default(),
         })
     }
 
@@ -222,11 +222,11 @@ impl Container {
 
     /// The pump of a process whose output goes into files.
     fn pump_of(&self, key: &ProcessKey) -> Option<Rc<Pump>> {
-        self.company.borrow().pumps.get(key).map(Rc::clone)
+        self.attachments.borrow().pumps.get(key).map(Rc::clone)
     }
 }
 
-impl Drop for Company {
+impl Drop for Attachments {
     fn drop(&mut self) {
         if let Some(task) = &self.oom {
             task.abort();

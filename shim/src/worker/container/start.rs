@@ -6,7 +6,7 @@ use super::create::{ProcessFiles, at, blocking, find_cgroup, undo_engine};
 use super::exits::START_WITHIN;
 use super::streams::Plan;
 use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
-use super::{Change, Container, Event, Fact, Happening, Phase, ProcessKey, Record, Reply, Request, Target, journal};
+use super::{Change, Container, Event, EventKind, Fact, Phase, ProcessKey, Record, Reply, Request, Target, journal};
 use crate::engine::{self, Engine, Verb};
 use crate::handover::Op;
 use crate::worker::Worker;
@@ -67,7 +67,7 @@ async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, 
     run_verb(cause, step::ENGINE, &engine, Verb::Start, spawn).await?;
     let pid = container.record().init.pid.unwrap_or(0);
     container.observe(&ProcessKey::init(&container.id), Fact::Started);
-    Ok(Change::save(container, Reply::Pid(Some(pid))).event(Event::new(container, Happening::Started { pid })))
+    Ok(Change::save(container, Reply::Pid(Some(pid))).event(Event::new(container, EventKind::Started { pid })))
 }
 
 /// Makes the container from a checkpoint, running.
@@ -112,7 +112,7 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
     restored(&mut container.record_mut());
     container.observe(key, Fact::Started);
     let change = Change { claim: Some((key.clone(), pid)), ..Change::save(container, Reply::Pid(Some(pid))) };
-    Ok(change.event(Event::new(container, Happening::Started { pid })))
+    Ok(change.event(Event::new(container, EventKind::Started { pid })))
 }
 
 async fn start_added(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
@@ -151,7 +151,7 @@ async fn start_added(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Containe
     container.observe(key, Fact::Started);
     let exec = key.exec.as_ref().map(ToString::to_string).unwrap_or_default();
     let change = Change { claim: Some((key.clone(), pid)), ..Change::save(container, Reply::Pid(Some(pid))) };
-    Ok(change.event(Event::new(container, Happening::ExecStarted { exec, pid })))
+    Ok(change.event(Event::new(container, EventKind::ExecStarted { exec, pid })))
 }
 
 fn now_nanos() -> i64 {

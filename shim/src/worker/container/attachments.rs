@@ -14,7 +14,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Makes what should be there and is not, for a container and those of its processes that have changed.
-pub(in crate::worker) fn tend<'a>(worker: &Rc<Worker>, container: &Rc<Container>, changed: impl IntoIterator<Item = &'a ProcessKey>) {
+pub(in crate::worker) fn attach<'a>(worker: &Rc<Worker>, container: &Rc<Container>, changed: impl IntoIterator<Item = &'a ProcessKey>) {
     watch_memory(worker, container);
     for key in changed {
         pump_files(worker, container, key);
@@ -23,17 +23,17 @@ pub(in crate::worker) fn tend<'a>(worker: &Rc<Worker>, container: &Rc<Container>
 
 fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
     let record = container.record();
-    let mut company = container.company.borrow_mut();
+    let mut attachments = container.attachments.borrow_mut();
     match record.init.phase {
         Phase::Exited(_) => {
-            if let Some(task) = company.oom.take() {
+            if let Some(task) = attachments.oom.take() {
                 task.abort();
             }
             return;
         }
         Phase::Created | Phase::Starting { .. } | Phase::Running | Phase::Paused | Phase::Dying { .. } => {}
     }
-    if company.oom.is_some() || record.cgroup == Cgroup::default() {
+    if attachments.oom.is_some() || record.cgroup == Cgroup::default() {
         return;
     }
     let mut watch = match record.cgroup.watch_oom() {
@@ -73,20 +73,20 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
             }
         }
     });
-    company.oom = Some(task.abort_handle());
+    attachments.oom = Some(task.abort_handle());
 }
 
 fn pump_files(worker: &Rc<Worker>, container: &Rc<Container>, key: &ProcessKey) {
     let record = container.record();
     let Some(process) = record.process(key) else { return };
     let has_streams = key.exec.is_none() || !matches!(process.phase, Phase::Created | Phase::Starting { .. });
-    if !has_streams || !process.stdio.go_into_files() || container.company.borrow().pumps.contains_key(key) {
+    if !has_streams || !process.stdio.go_into_files() || container.attachments.borrow().pumps.contains_key(key) {
         return;
     }
     // Read once already, when the streams were opened.
     let Ok(plan) = Plan::read(key, &process.stdio, &record) else { return };
     match Pump::start(worker, key.clone(), plan.files()) {
-        Ok(pump) => drop(container.company.borrow_mut().pumps.insert(key.clone(), pump)),
+        Ok(pump) => drop(container.attachments.borrow_mut().pumps.insert(key.clone(), pump)),
         Err(error) => log::error!(container:% = key, error:%; "cannot make a pump: output stays in its pipe until the next worker"),
     }
 }
@@ -94,7 +94,7 @@ fn pump_files(worker: &Rc<Worker>, container: &Rc<Container>, key: &ProcessKey) 
 impl Container {
     /// Waits, for a while, until what the container's processes have written is in the files.
     pub(super) async fn flush_pumps(&self) {
-        let pumps: Vec<_> = self.company.borrow().pumps.values().map(Rc::clone).collect();
+        let pumps: Vec<_> = self.attachments.borrow().pumps.values().map(Rc::clone).collect();
         for pump in pumps {
             pump.flush(super::exits::FLUSH_WITHIN).await;
         }
@@ -102,13 +102,13 @@ impl Container {
 
     /// Ends all pumps: what they have not moved by now is lost, and told to be.
     pub(super) async fn end_pumps(&self) {
-        let pumps: Vec<_> = self.company.borrow().pumps.values().map(Rc::clone).collect();
+        let pumps: Vec<_> = self.attachments.borrow().pumps.values().map(Rc::clone).collect();
         for pump in pumps {
             pump.end(super::exits::FLUSH_WITHIN).await;
         }
     }
 
     pub(super) fn drop_pump(&self, key: &ProcessKey) {
-        self.company.borrow_mut().pumps.remove(key);
+        self.attachments.borrow_mut().pumps.remove(key);
     }
 }
