@@ -1,6 +1,6 @@
-//! What made the worker act, and the operations that it asks for because of it.
+//! Causes: the request or exit that the worker is handling, and the operations that it requests from the keeper for it.
 //!
-//! **Invariant:** the steps of a handler are constants, so that the handler's replay asks for the same operations.
+//! **Invariant:** the steps of a handler are constants, so that the handler's replay requests the same operations.
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -16,7 +16,7 @@ pub(crate) struct Cause {
     number: handover::Cause,
 }
 
-/// The steps of all handlers. A number means the same in every version: a later one may go on with what an earlier one has begun.
+/// The steps of all handlers. A number means the same in every version: a later version may complete what an earlier one has begun.
 pub(crate) mod step {
     use crate::handover::Step;
 
@@ -26,7 +26,7 @@ pub(crate) mod step {
     /// Two loggers at most.
     pub(crate) const LOGGERS: Step = 2;
     pub(crate) const JOURNAL: Step = 4;
-    /// The verb of the engine that the request is about.
+    /// The engine's verb for the request.
     pub(crate) const ENGINE: Step = 5;
     pub(crate) const JOURNAL_AGAIN: Step = 6;
     pub(crate) const RESIZE: Step = 7;
@@ -34,11 +34,11 @@ pub(crate) mod step {
     pub(crate) const SIGNAL: Step = 9;
     pub(crate) const THAW: Step = 10;
     pub(crate) const KILL_ALL: Step = 11;
-    /// What the engine made is removed after a failure.
+    /// Removes what the engine created before a failure.
     pub(crate) const UNDO: Step = 12;
     pub(crate) const ENGINE_DELETE: Step = 13;
     pub(crate) const END_HELPERS: Step = 14;
-    /// What could not be deleted is deleted by force.
+    /// Deletes by force after a delete that failed.
     pub(crate) const ENGINE_DELETE_BY_FORCE: Step = 15;
     pub(crate) const DRAIN: Step = 16;
 }
@@ -52,7 +52,7 @@ impl Cause {
         self.number
     }
 
-    /// Marks the cause as begun, for [`Cause::was_begun`] in a later life.
+    /// Marks the cause as begun, for [`Cause::was_begun`] of a later worker generation.
     pub(crate) fn begin(&self) {
         drop(self.link.operation(self.number, step::BEGIN, Op::Once));
     }
@@ -62,7 +62,7 @@ impl Cause {
         !matches!(self.link.operation(self.number, step::BEGIN, Op::Once).await.0, Outcome::Done)
     }
 
-    /// Has an operation done that gives nothing but success.
+    /// Requests an operation whose outcome is success and nothing else.
     pub(crate) async fn perform(&self, at: Step, op: Op) -> Result<(), Error> {
         match self.link.operation(self.number, at, op).await.0 {
             Outcome::Done => Ok(()),
@@ -80,7 +80,7 @@ impl Cause {
         }
     }
 
-    /// Starts a helper that says when it is ready, and waits for that.
+    /// Starts a helper and waits until it reports readiness.
     pub(crate) async fn start(&self, at: Step, spawn: Spawn) -> Result<Started, Error> {
         match self.link.operation(self.number, at, Op::Spawn(spawn)).await.0 {
             Outcome::Ready { byte } => Ok(Started::Ready { byte }),

@@ -25,7 +25,7 @@ pub(crate) enum Error {
         state.display()
     )]
     Taken { id: ContainerId, state: PathBuf },
-    /// It exists, and that is all that this build knows of it.
+    /// It exists, and this version cannot read its record.
     #[error("container {:?}: this worker cannot read its record, another version may; upgrade the shim, or remove the container with `containerd-shim-x-v2 delete`", excerpt(.id))]
     SetAside { id: String },
     #[error("process {key} already exists")]
@@ -36,8 +36,8 @@ pub(crate) enum Error {
     Finished { key: ProcessKey },
     #[error("process {key}: process not started")]
     NotStarted { key: ProcessKey },
-    /// What is known of it would not fit into what keeper and worker tell each other.
-    #[error("container {id}: what is to be remembered of it has {bytes} bytes, more than {limit}")]
+    /// Its record would not fit into a message between worker and keeper.
+    #[error("container {id}: record of {bytes} bytes exceeds the limit of {limit}; use shorter paths, fewer mounts or fewer options")]
     TooMuch { id: ContainerId, bytes: usize, limit: usize },
     #[error("container {id} is being deleted")]
     Deleting { id: ContainerId },
@@ -59,7 +59,7 @@ pub(crate) enum Error {
     Parent { method: &'static str, field: &'static str },
     #[error("method {}/{} is not implemented", excerpt(.service), excerpt(.method))]
     NoMethod { service: String, method: String },
-    #[error("{method} was not begun in the time that its client gave it")]
+    #[error("{method} was not begun before the client's timeout")]
     Expired { method: String },
     #[error(transparent)]
     Spec(#[from] SpecError),
@@ -71,7 +71,7 @@ pub(crate) enum Error {
     LoggerRefused(#[from] LoggerRefused),
     #[error("logger {}: ended before it was ready (status {status})", path.display())]
     LoggerEnded { path: PathBuf, status: u32 },
-    #[error("logger {}: closed its ready pipe without a word", path.display())]
+    #[error("logger {}: closed its ready pipe without reporting readiness", path.display())]
     LoggerSilent { path: PathBuf },
     #[error(transparent)]
     NoEngine(#[from] EngineNotFound),
@@ -84,7 +84,7 @@ pub(crate) enum Error {
     /// An operation of the keeper.
     #[error("{what}")]
     Keeper { what: String, source: io::Error },
-    #[error("{doing}: the keeper answered something else")]
+    #[error("{doing}: unexpected answer of the keeper")]
     Outcome { doing: &'static str },
     #[error("{waiting_for} took longer than {seconds} s")]
     TimedOut { waiting_for: String, seconds: u64 },
@@ -108,7 +108,7 @@ pub(crate) enum Code {
 }
 
 impl Error {
-    /// What a program makes of it. No `_` arm: a new variant must choose.
+    /// The code that clients act on. No `_` arm: a new variant must choose.
     pub(crate) fn code(&self) -> Code {
         match self {
             Self::NoContainer { .. } | Self::NoProcess { .. } | Self::Finished { .. } => Code::NotFound,
@@ -135,23 +135,23 @@ impl Error {
             Self::Engine(EngineError::Exists { .. }) => Code::AlreadyExists,
             Self::Engine(EngineError::NotRunning { .. }) => Code::FailedPrecondition,
             Self::Engine(EngineError::Unsupported { .. }) => Code::Unimplemented,
-            // containerd's own shim says "unknown" of whatever a runtime complains about, and clients match the text after it.
+            // The stock shim answers `Unknown` to every failure of the runtime, and clients match the text.
             Self::Engine(EngineError::Failed { .. }) => Code::Unknown,
             Self::LoggerEnded { .. } | Self::LoggerSilent { .. } => Code::FailedPrecondition,
             // As for a mount in use: the client may try again.
             Self::Rootfs(MountError::Busy { .. }) => Code::FailedPrecondition,
-            // What the host lacks is never "not found": clients take that for the end of the container.
+            // Something missing on the host is never `NotFound`: clients take that for the end of the container.
             Self::Rootfs(_) | Self::Io { .. } | Self::Keeper { .. } | Self::Outcome { .. } | Self::NoTerminal { .. } => Code::Internal,
         }
     }
 
-    /// What a client sees: this error and its sources, joined once by ": ".
+    /// The text for the client: this error and its sources, joined once by ": ".
     pub(crate) fn chain(&self) -> String {
         chain(self)
     }
 }
 
-/// As much of a client's own words as is worth repeating: they may be megabytes.
+/// The part of a client's text that an error quotes: it may be megabytes.
 fn excerpt(text: &str) -> String {
     match text.char_indices().nth(EXCERPT_CHARS) {
         Some((end, _)) => format!("{}…", &text[..end]),

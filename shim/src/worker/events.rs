@@ -1,6 +1,6 @@
-//! Events as containerd wants them.
+//! Encoding of events for containerd.
 //!
-//! **Invariant:** an event that is encoded here is sent once by the keeper, as it is, in the order of the commits.
+//! **Invariant:** the keeper publishes an event as it is encoded here, in the order of the commits.
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::events::task as message;
@@ -94,7 +94,7 @@ pub(super) fn encode(event: Event, namespace: &str) -> Vec<u8> {
     })
 }
 
-/// When a process ended, or nothing: Go reads that as its zero time.
+/// When a process exited; absent if it did not, which Go reads as its zero time.
 pub(super) fn exited_at(exit: Option<Exit>) -> MessageField<Timestamp> {
     exit.map(|exit| timestamp(exit.at_nanos)).into()
 }

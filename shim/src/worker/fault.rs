@@ -1,11 +1,11 @@
 //! Crashes of the worker at chosen messages, for the tests. Does nothing unless built with the feature `fault-injection`.
 //!
-//! `X_FAULT` names a folder. In it, the file that is called like the container or group that the shim was started for holds the
-//! plan: words `DIRECTION:N:WHEN`, the first for the first life, the second for the second, and so on. A life kills itself at the
-//! N-th message, counted from 1, that it sends (`out`, the first is the hello) or receives (`in`), `before` it, with half of it
-//! written or read (`torn`), or `after` it. Lives that the plan has no word for live on; without a plan, nothing is done.
+//! `X_FAULT` names a folder. In it, the file named like the container or group that the shim was started for holds the
+//! plan: items `DIRECTION:N:WHEN`, the first for the first worker generation, the second for the second, and so on. A worker kills itself
+//! at the N-th message, counted from 1, that it sends (`out`, the first is Hello) or receives (`in`): `before` it, with half of it
+//! written or read (`torn`), or `after` it. Generations without an item, or without a plan, do not crash.
 //!
-//! `PLAN.trace` beside the plan gets a line per life (`life`), per message that was sent or received whole (`out commit`), and per
+//! `PLAN.trace` beside the plan gets a line per generation (`life`), per message that was sent or received whole (`out commit`), and per
 //! crash (`dies`).
 #[cfg(feature = "fault-injection")]
 pub(crate) use active::Faults;
@@ -75,7 +75,7 @@ mod active {
         when: When,
     }
 
-    /// Where this life ends, and how far it has come.
+    /// Where this worker crashes, and its progress.
     #[derive(Debug, Default)]
     pub(crate) struct Faults {
         trace: Option<File>,
@@ -85,7 +85,7 @@ mod active {
     }
 
     impl Faults {
-        /// Reads the plan for the shim that was started for `id`, and counts this life.
+        /// Reads the plan for the shim that was started for `id`, and counts this generation.
         pub(crate) fn from_environment(id: &str) -> Self {
             std::env::var_os("X_FAULT").and_then(|folder| Self::read_plan(&PathBuf::from(folder).join(id))).unwrap_or_default()
         }
@@ -96,7 +96,7 @@ mod active {
             let earlier = fs::read_to_string(&trace_path).unwrap_or_default();
             let life = earlier.lines().filter(|line| *line == "life").count();
             let trace = File::options().append(true).create(true).open(trace_path).ok()?;
-            let fault = plan.split_whitespace().nth(life).map(|word| parse(word).expect("a plan is made of DIRECTION:N:WHEN"));
+            let fault = plan.split_whitespace().nth(life).map(|item| parse(item).expect("a plan is made of DIRECTION:N:WHEN"));
             let faults = Self { trace: Some(trace), fault, ..Self::default() };
             faults.note("life");
             Some(faults)
@@ -138,7 +138,7 @@ mod active {
             }
         }
 
-        /// A whole message has come and nobody has acted on it.
+        /// A whole message has arrived and is not handled yet.
         pub(crate) fn received(&self, message: &ToWorker) {
             self.received.set(self.received.get() + 1);
             if self.is_now(Direction::In, self.received.get()) == Some(When::Before) {
@@ -147,14 +147,14 @@ mod active {
             self.note(&format!("in {}", incoming(message)));
         }
 
-        /// The message was acted on, as far as that went without waiting.
+        /// The message was handled up to the first wait.
         pub(crate) fn acted(&self) {
             if self.is_now(Direction::In, self.received.get()) == Some(When::After) {
                 self.die();
             }
         }
 
-        /// Reads message by message, and half of the one that shall be torn.
+        /// Reads message by message, and half of the one to be torn.
         pub(crate) fn limit_read(&self, buffer: &[u8], missing: usize) -> Option<usize> {
             self.fault?;
             let torn = self.is_now(Direction::In, self.received.get() + 1) == Some(When::Torn);
@@ -176,8 +176,8 @@ mod active {
         }
     }
 
-    fn parse(word: &str) -> Option<Fault> {
-        let mut parts = word.split(':');
+    fn parse(item: &str) -> Option<Fault> {
+        let mut parts = item.split(':');
         let direction = match parts.next()? {
             "in" => Direction::In,
             "out" => Direction::Out,

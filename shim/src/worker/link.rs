@@ -1,9 +1,9 @@
 //! The socket to the keeper.
 //!
-//! Owns the framing, the one queue of what is sent, and who waits for the outcome of which operation.
+//! Owns the framing, the queue of outgoing messages, and the table of operations under way.
 //!
 //! **Invariant:** messages leave in the order in which they were given to [`Link::commit`] and [`Link::operation`], which never wait.
-//! What was given is as good as done: if this worker dies before it has left, the next one is given the same causes again.
+//! If this worker dies before a message has left, the keeper hands the same causes to the next generation.
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -19,26 +19,26 @@ use super::fault::Faults;
 use crate::handover::{Cause, Commit, HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, Op, Outcome, Step, ToKeeper, ToWorker, first_frame};
 use crate::{sys, test_identity};
 
-/// What became of an operation, with the descriptor that came along.
+/// The outcome of an operation, with the descriptor that came with it.
 pub(crate) type Answer = (Outcome, Option<OwnedFd>);
 
-/// The end of a link. The worker leaves with it: there is nobody to work for.
+/// The end of a link. The worker exits with it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LinkError {
-    #[error("the keeper is gone")]
+    #[error("keeper closed the link")]
     Closed,
-    #[error("talk to the keeper")]
+    #[error("read or write the link to the keeper")]
     Io { source: io::Error },
-    #[error("message of the keeper")]
+    #[error("decode a message of the keeper")]
     Malformed { source: Malformed },
 }
 
-/// The sending side, and the table of those who wait.
+/// The sending side, and the table of operations under way.
 #[derive(Debug)]
 pub(crate) struct Link {
-    /// Watched for what comes only: it nearly always has room, and that would be told after each message that the keeper takes.
+    /// Polled for input only: it nearly always has room, and epoll would report that after each message that the keeper reads.
     socket: AsyncFd<OwnedFd>,
-    /// Much may be queued, and little of it is sent at a time: what is left is not moved.
+    /// A ring: a long queue that is sent in small parts is never moved.
     queue: RefCell<VecDeque<u8>>,
     queued: Notify,
     waiting: RefCell<BTreeMap<(Cause, Step), oneshot::Sender<Answer>>>,
@@ -46,7 +46,7 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Takes over the worker's end of the socketpair and says hello.
+    /// Takes over the worker's end of the socketpair and sends Hello.
     pub(crate) fn new(socket: OwnedFd, faults: Faults) -> io::Result<Rc<Self>> {
         fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let socket = sys::ready::to_read(socket)?;
@@ -60,17 +60,17 @@ impl Link {
         self.send(&ToKeeper::Commit(commit).encode());
     }
 
-    /// Says whether this worker can take over, or why not.
+    /// Reports whether this worker can take over, or why not.
     pub(crate) fn fit(&self, refusal: Option<String>) {
         self.send(&ToKeeper::Fit { refusal }.encode());
     }
 
-    /// Says whether this worker may end for a while.
+    /// Reports whether this worker may hibernate.
     pub(crate) fn rest(&self, may: bool) {
         self.put(&ToKeeper::Hibernate { may }.encode());
     }
 
-    /// Hands over what tells when a worker is needed again. Returns whether it could be, at once.
+    /// Hands over a descriptor that wakes the worker. Returns whether it was sent, without waiting.
     pub(crate) fn watch(&self, descriptor: &OwnedFd) -> bool {
         let frame = ToKeeper::Watch.encode();
         let numbers = [descriptor.as_raw_fd()];
@@ -80,13 +80,13 @@ impl Link {
         self.queue.borrow().is_empty() && sent().is_ok_and(|count| count == frame.len())
     }
 
-    /// Asks for an operation at once; its outcome is waited for by awaiting what is returned.
+    /// Requests an operation at once; the returned future waits for its outcome.
     ///
-    /// Dropping the wait does not take the operation back.
+    /// Dropping the future does not cancel the operation.
     pub(crate) fn operation(&self, cause: Cause, step: Step, op: Op) -> impl Future<Output = Answer> + use<> {
         let (sender, receiver) = oneshot::channel();
         let before = self.waiting.borrow_mut().insert((cause, step), sender);
-        debug_assert!(before.is_none_or(|sender| sender.is_closed()), "step {step} of cause {cause} was asked for twice");
+        debug_assert!(before.is_none_or(|sender| sender.is_closed()), "step {step} of cause {cause} was requested twice");
         self.send(&ToKeeper::Operation { cause, step, op }.encode());
         async move {
             match receiver.await {
@@ -140,7 +140,7 @@ impl Link {
     fn finish(&self, cause: Cause, step: Step, answer: Answer) {
         match self.waiting.borrow_mut().remove(&(cause, step)) {
             Some(sender) => drop(sender.send(answer)),
-            None => log::debug!(cause, step; "outcome of an operation that nobody waits for"),
+            None => log::debug!(cause, step; "no task waits for the outcome of this operation"),
         }
     }
 }
@@ -149,7 +149,7 @@ impl Link {
 #[derive(Debug)]
 pub(crate) struct Incoming {
     link: Rc<Link>,
-    /// What was read and not yet taken; `taken` bytes at its start are done with.
+    /// Bytes that were read; the first `taken` of them are consumed.
     buffer: Vec<u8>,
     taken: usize,
     descriptors: VecDeque<OwnedFd>,
@@ -160,7 +160,7 @@ impl Incoming {
         Self { link, buffer: Vec::new(), taken: 0, descriptors: VecDeque::new() }
     }
 
-    /// Waits for the next message that is not the outcome of an operation; those are handed to who asked. Can be
+    /// Waits for the next message that is not the outcome of an operation; those go to the tasks that wait for them. Can be
     /// dropped at any time without losing one.
     pub(crate) async fn next(&mut self) -> Result<ToWorker, LinkError> {
         loop {
@@ -179,7 +179,7 @@ impl Incoming {
         }
     }
 
-    /// Tells the fault injection that the message that [`Incoming::next`] gave was acted on.
+    /// Reports to the fault injection that the message of [`Incoming::next`] was handled.
     pub(crate) fn acted(&self) {
         self.link.faults.acted();
     }
@@ -189,7 +189,7 @@ impl Incoming {
         let Some(frame) = first_frame(&self.buffer[self.taken..], MAX_MESSAGE_BYTES).map_err(malformed)? else { return Ok(None) };
         let length = frame.len();
         let message = ToWorker::decode(frame).map_err(malformed)?;
-        // When these come is a matter of time alone: faults are counted without them.
+        // These depend on timing alone: faults are counted without them.
         if !matches!(message, ToWorker::Ping { .. } | ToWorker::MayHibernate) {
             self.link.faults.received(&message);
         }
@@ -212,7 +212,7 @@ impl Incoming {
         let wanted = self.link.faults.limit_read(&self.buffer, missing).unwrap_or_else(|| missing.max(READ_BYTES));
         let start = self.buffer.len();
         let result = loop {
-            // Nothing is half done while this waits, so that a wait for a message can be given up.
+            // No state is half changed while this waits: the future can be dropped.
             let mut readable = self.link.socket.readable().await.map_err(|source| LinkError::Io { source })?;
             self.buffer.resize(start + wanted, 0);
             match readable.try_io(|socket| sys::descriptors::receive(socket.as_fd(), &mut self.buffer[start..])) {
@@ -238,7 +238,7 @@ pub(super) fn write(socket: &OwnedFd, bytes: &[u8]) -> io::Result<usize> {
     Ok(send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)?)
 }
 
-/// How much is read at once.
+/// Bytes read at once.
 const READ_BYTES: usize = 4 << 10;
-/// The largest buffer that is kept while nothing is in it.
+/// The largest buffer that is kept while it is empty.
 const KEPT_BYTES: usize = 16 << 10;

@@ -1,7 +1,7 @@
-//! The worker: everything of the shim that has features, and may die at any time.
+//! The worker: everything of the shim that has features, and may crash at any time.
 //!
-//! Owns the meaning of requests and exits: the task service, the lifecycle of containers, what an event says. What cannot be done
-//! twice it has done by the keeper; what it decides it commits there.
+//! Owns the meaning of requests and exits: the task service, the lifecycle of containers, the content of events. The keeper performs
+//! what must not happen twice, and holds what the worker commits.
 //!
 //! ```text
 //!  link ──Request──▶ server ──Call──▶ container ──Change──▶ apply ──Commit──▶ link
@@ -13,7 +13,7 @@
 //! One thread; a task for each request and each exit. A handler runs up to its first wait in the moment in which its message is
 //! taken from the link, so that what is admitted, and what is observed, follows the order of the messages.
 //!
-//! **Invariant:** a worker that dies leaves nothing undone that the next one would not do: side effects of its own can be repeated,
+//! **Invariant:** the next worker generation completes whatever a crashed one has left: its own side effects can be repeated,
 //! everything else is an operation of the keeper.
 use std::cell::Cell;
 use std::future::Future;
@@ -64,17 +64,17 @@ pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
         life.block_on(&runtime, live(settings, link))
     });
     match result {
-        // Nobody is left to work for. Threads that a disk holds up end with the process.
+        // The keeper is gone. Threads that a slow disk blocks end with the process.
         Ok(()) | Err(LinkError::Closed) => ExitCode::SUCCESS,
         Err(error) => {
-            log::error!(error:%; "worker ends");
+            log::error!(error:%; "worker exits");
             ExitCode::FAILURE
         }
     }
 }
 
-/// A stray signal, as of a shutdown that is for the containers, shall cost no worker; a write beyond the limit for files then fails like
-/// one to a full disk. Crashes stay crashes. For all threads: they are made later.
+/// A stray signal, such as a host's shutdown sends to every process, must not end a worker; a write beyond RLIMIT_FSIZE then fails like
+/// one to a full disk. Crashes stay crashes. Threads inherit the mask: all are started later.
 fn block_signals() {
     use nix::libc::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
     if let Err(error) = sys::signals::block_all_but(&[SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP]) {
@@ -117,7 +117,7 @@ async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
 }
 
 impl Worker {
-    /// Takes in what is known, then what is unanswered, then what has happened.
+    /// Loads the saved state, then the open requests and exits.
     async fn catch_up(self: &Rc<Self>, incoming: &mut Incoming) -> Result<(), LinkError> {
         let mut backlog = Vec::new();
         let mut doubtful = Vec::new();
@@ -135,7 +135,7 @@ impl Worker {
                     test_identity::misbehave(Place::Welcome);
                     test_identity::misbehave(Place::Later);
                     self.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
-                    log::debug!(generation, keeper = keeper_pid; "worker begins");
+                    log::debug!(generation, keeper = keeper_pid; "worker started");
                 }
                 ToWorker::State { key, value } => self.load(&key, &value),
                 ToWorker::Request { cause, age_nanos, origin, payload } => {
@@ -153,7 +153,7 @@ impl Worker {
             }
             incoming.acted();
         }
-        // Whoever began what has expired must end it; the others must not begin it. What comes meanwhile comes later.
+        // An expired request that was begun is completed; one that was not is refused. What arrives meanwhile is queued behind.
         let mut begun = Vec::new();
         for (cause, answer) in doubtful {
             tokio::pin!(answer);
@@ -192,11 +192,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes in an entry of the state. That of a container comes before those of its added processes.
+    /// Loads an entry of the state. A container's entry precedes those of its execs.
     fn load(&self, key: &str, value: &[u8]) {
         let id = key.split('/').next().unwrap_or(key);
         if let Some(version) = Record::newer_version(value) {
-            log::error!(container:% = key, version; "the state of a container is of a newer build, and waits for one");
+            log::error!(container:% = key, version; "a newer version has written the state of this container: upgrade the shim to manage it");
             self.registry.set_aside(id);
         }
         if self.registry.is_set_aside(id) {
@@ -204,7 +204,7 @@ impl Worker {
         }
         if let Err(error) = self.decode(key, value) {
             log::error!(container:% = key, error:%; "cannot read the state of a container");
-            // Its exit waits for a build that can, and its id is not given to another.
+            // Its exit stays with the keeper for a version that can read it, and its id stays taken.
             if key == id {
                 self.registry.set_aside(id);
             }
@@ -232,7 +232,7 @@ impl Worker {
                 launch(Rc::clone(self).exited(self.cause(cause), exit));
             }
             ToWorker::MayHibernate => self.link.rest(container::may_hibernate(self)),
-            _ => log::warn!("a message out of turn"),
+            _ => log::warn!("keeper sent an unexpected message"),
         }
     }
 
@@ -250,7 +250,7 @@ impl Worker {
         self.own_steps.get()
     }
 
-    /// Serves a request that came after all that was known. The keeper may have held it back, so it may have expired and been begun.
+    /// Serves a request that arrived after the saved state. The keeper may have queued it, so it may have expired and been begun.
     async fn serve_late(self: Rc<Self>, cause: Cause, inbound: Inbound) {
         let is_doubtful = inbound.left == Some(Duration::ZERO) && inbound.call.as_ref().is_ok_and(Call::must_be_ended);
         let was_begun = is_doubtful && cause.was_begun().await;
@@ -273,7 +273,7 @@ impl Worker {
         };
         let change = result.unwrap_or_else(Change::refuse);
         if let Some(Err(error)) = &change.reply {
-            // Daemons ask about what is no more all day long.
+            // Daemons ask about deleted containers all the time.
             let level = if error.code() == Code::NotFound { log::Level::Debug } else { log::Level::Info };
             log::log!(level, method:%, error:% = error.chain(); "request refused");
         }
@@ -316,18 +316,18 @@ impl Worker {
         let change = match ProcessKey::parse(&exit.key) {
             Ok(key) => container::exited(&self, &cause, key, Exit { status: exit.status, at_nanos: exit.at_nanos }).await,
             Err(error) => {
-                log::warn!(key:% = exit.key, error:%; "exit of a process that this shim does not know");
+                log::warn!(key:% = exit.key, error:%; "unknown process exited");
                 Change::default()
             }
         };
         self.apply(Some(Ending::Exit(cause.number())), change);
     }
 
-    /// Tells the keeper what was decided, and lets it be so here.
+    /// Commits a change to the keeper, and applies it here.
     fn apply(self: &Rc<Self>, ending: Option<Ending>, mut change: Change) {
         let keeper_pid = self.keeper.get().pid;
         let mut commit = Commit { leave: change.leave, ..Commit::default() };
-        // A container that was deleted while a handler waited is not brought back, nor heard of again.
+        // A container that was deleted while a handler waited is not saved again and publishes no event.
         if change.save.as_ref().is_some_and(|container| container.is_deleted()) {
             (change.save, change.events) = (None, Vec::new());
         }
@@ -375,7 +375,7 @@ impl Worker {
     }
 }
 
-/// Why this worker cannot go on with an entry of the state, if so.
+/// Why this worker cannot use an entry of the state, if so.
 fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
     let newest = test_identity::record_version(RECORD_VERSION);
     if let Some(version) = Record::newer_version(value) {
@@ -388,13 +388,13 @@ fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
     }
 }
 
-/// What came before a worker had caught up.
+/// Messages that arrived before the worker had caught up.
 enum Pending {
     Request(crate::handover::Cause, Inbound),
     Exit(crate::handover::Cause, ProcessExit),
 }
 
-/// What a change ends.
+/// The request or exit that a change completes.
 #[derive(Debug, Clone, Copy)]
 enum Ending {
     Request(crate::handover::Cause),
@@ -410,6 +410,6 @@ fn launch(work: impl Future<Output = ()> + 'static) {
     }
 }
 
-/// Threads for work that a disk can hold up: mounts, files of output.
+/// Threads for work that a slow disk can block: mounts, output files.
 const BLOCKING_STACK_BYTES: usize = 256 << 10;
 const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(1);

@@ -1,19 +1,19 @@
 //! Outputs that go into files: `file://`.
 //!
-//! Owns a thread for each process that has such outputs, which splices from the pipe that the keeper holds to the file. A hung disk
-//! holds up that thread, and with it one container, never the keeper.
+//! Owns a thread for each process that has such outputs, which splices from the keeper's pipe to the file. A hung disk blocks that
+//! thread, and with it one container, never the keeper.
 //!
 //! ```text
 //!  container ─▶ pipe (the keeper holds it) ─▶ splice ─▶ file, at its end
 //! ```
 //!
-//! What a killed worker had not spliced is still in the pipe, for the next one. The file is never opened for appending: splice(2)
-//! refuses that; its end is sought before each turn instead, so that a file that somebody cut short goes on at its new end.
+//! The pipe keeps what a killed worker had not spliced for the next generation. The file is never opened for appending: splice(2)
+//! refuses that; each turn seeks to the end instead, so that writing continues at the new end of a truncated file.
 //!
-//! On a full disk the container is held up for [`STALL_WITHIN`]; from then on its output is thrown away, counted and told of,
-//! until the disk takes it again: a workload is worth more than its log.
+//! A full disk blocks the container for [`STALL_WITHIN`]; from then on the pump discards its output, counts it and logs the count,
+//! until the disk has room again: a workload is worth more than its log.
 //!
-//! **Invariant:** both outputs of a process that go into the same file go through one description of it.
+//! **Invariant:** both outputs of a process into the same file share one open file description.
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -35,15 +35,15 @@ use super::container::ProcessKey;
 use crate::handover::{Op, Stream};
 use crate::sys;
 
-/// The pump of a process, running. Dropping it moves what is there and ends it.
+/// The running pump of a process. Dropping it drains the pipes and ends it.
 #[derive(Debug)]
 pub(super) struct Pump {
     orders: Arc<Orders>,
-    /// How many flushes are done; closed when everything is in the files.
+    /// The number of flushes done; closed when everything is in the files.
     flushed: watch::Receiver<u64>,
 }
 
-/// What a pump's thread is asked for.
+/// Requests to a pump's thread.
 #[derive(Debug)]
 struct Orders {
     bell: EventFd,
@@ -65,7 +65,9 @@ impl Pump {
                 match worker.own_cause().descriptor(worker.own_step(), Op::ReadEnd { key: key.to_string(), stream }).await {
                     Ok(Some(end)) => sources.push((end, path)),
                     Ok(None) => {}
-                    Err(error) => log::error!(container:% = key, error:% = error.chain(); "cannot get an output to move it"),
+                    Err(error) => {
+                        log::error!(container:% = key, error:% = error.chain(); "cannot get the output pipe from the keeper: output stays in it until the next worker")
+                    }
                 }
             }
             if sources.is_empty() {
@@ -80,23 +82,23 @@ impl Pump {
         Ok(pump)
     }
 
-    /// Waits, for a while at most, until what was written so far is in the files.
+    /// Waits, with a bound, until the output written so far is in the files.
     pub(super) async fn flush(&self, within: Duration) {
         let wanted = self.orders.flushes.fetch_add(1, Ordering::SeqCst) + 1;
         self.orders.ring();
         let mut flushed = self.flushed.clone();
         if tokio::time::timeout(within, flushed.wait_for(|done| *done >= wanted)).await.is_err() {
-            log::warn!("outputs are slow to reach their files");
+            log::warn!("writing output files takes long");
         }
     }
 
-    /// Moves what is there, and waits for a while at most until that is done and what could not be moved is told of.
+    /// Drains the pipes and waits, with a bound, until that is done and losses are logged.
     pub(super) async fn end(&self, within: Duration) {
         self.orders.stop();
         let mut flushed = self.flushed.clone();
         let ended = async { while flushed.changed().await.is_ok() {} };
         if tokio::time::timeout(within, ended).await.is_err() {
-            log::warn!("outputs do not reach their files");
+            log::warn!("cannot finish writing output files in time");
         }
     }
 }
@@ -114,17 +116,17 @@ impl Orders {
     }
 
     fn ring(&self) {
-        // A full counter rings as well.
+        // A full counter wakes the thread as well.
         let _ = self.bell.write(1);
     }
 }
 
-/// Opens a file for output, making it and its folder.
+/// Opens an output file, creating it and its folder.
 pub(super) fn blocking_open(path: &Path) -> io::Result<File> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    // A fifo without a reader would hold the thread up for ever: so it fails with ENXIO.
+    // A FIFO without a reader would block the thread for ever: O_NONBLOCK fails with ENXIO instead.
     let flags = nix::libc::O_NOCTTY | nix::libc::O_NONBLOCK;
     let file = File::options().write(true).create(true).truncate(false).mode(0o644).custom_flags(flags).open(path)?;
     let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
@@ -150,17 +152,17 @@ struct Source {
 struct Target {
     path: PathBuf,
     file: Option<File>,
-    /// Since when it takes nothing, and when it is tried again.
+    /// Since when writing fails, and when to retry.
     failing: Option<(Instant, Instant)>,
     lost_bytes: u64,
-    /// What was read for it and not written: where the kernel cannot move bytes by itself.
+    /// Bytes read and not yet written, where the kernel cannot splice.
     rest: Vec<u8>,
 }
 
-/// What became of a turn.
+/// The outcome of a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Turn {
-    /// So many bytes.
+    /// This number of bytes.
     Moved(usize),
     Empty,
     Stalled,
@@ -201,7 +203,7 @@ impl Thread {
         }
     }
 
-    /// Counts what is left in the pipes and of them: nobody will move it any more.
+    /// Counts as lost what is left in the pipes and in memory.
     fn lose_the_rest(&mut self) {
         for target in &mut self.targets {
             target.lost_bytes += std::mem::take(&mut target.rest).len() as u64;
@@ -211,9 +213,9 @@ impl Thread {
         }
     }
 
-    /// Moves what is in the pipes. Returns whether everything that was in them has gone into the files.
+    /// Moves the content of the pipes. Returns whether all of it is in the files.
     ///
-    /// No more than that: who writes as fast as it is moved keeps neither the other output nor an order waiting.
+    /// No more than that: a process that writes as fast as the pump delays neither its other output nor a request.
     fn round(&mut self) -> bool {
         let mut stalled = false;
         for index in 0..self.sources.len() {
@@ -233,7 +235,7 @@ impl Thread {
         !stalled
     }
 
-    /// Waits for output, or for an order, or for a failing file's time.
+    /// Waits for output, a request, or the retry time of a failing file.
     fn wait(&self) {
         let mut fds = vec![PollFd::new(self.orders.bell.as_fd(), PollFlags::POLLIN)];
         let mut until: Option<Instant> = None;
@@ -245,7 +247,7 @@ impl Thread {
         }
         let timeout = until.map(|until| until.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
         let timeout = timeout.and_then(|timeout| PollTimeout::try_from(timeout).ok()).unwrap_or(PollTimeout::NONE);
-        // Interrupted is as good as a wake.
+        // An interruption counts as a wake-up.
         let _ = poll(&mut fds, timeout);
         let _ = self.orders.bell.read();
     }
@@ -266,7 +268,7 @@ impl Thread {
                 if target.failing.take().is_some() {
                     target.tell_loss(&self.key);
                     target.lost_bytes = 0;
-                    log::info!(container:% = self.key, path:% = target.path.display(); "file of output takes bytes again");
+                    log::info!(container:% = self.key, path:% = target.path.display(); "output file is writable again");
                 }
                 Turn::Moved(count)
             }
@@ -278,7 +280,7 @@ impl Thread {
 }
 
 impl Target {
-    /// Moves what is in a pipe. 0: the pipe has ended.
+    /// Moves the content of a pipe. 0: end of file.
     fn take(&mut self, pipe: &File) -> Result<usize, Errno> {
         if self.file.is_none() {
             self.file = Some(blocking_open(&self.path).map_err(errno)?);
@@ -298,14 +300,14 @@ impl Target {
         let since = match self.failing {
             Some((since, _)) => since,
             None => {
-                log::warn!(container:% = key, path:% = self.path.display(), error:%; "cannot write output into its file, will retry");
+                log::warn!(container:% = key, path:% = self.path.display(), error:%; "cannot write to output file, will retry");
                 now
             }
         };
         self.failing = Some((since, now + RETRY_AFTER));
         if now.duration_since(since) >= STALL_WITHIN {
             if self.lost_bytes == 0 {
-                log::error!(container:% = key, path:% = self.path.display(), error:%; "output is thrown away until its file can be written");
+                log::error!(container:% = key, path:% = self.path.display(), error:%; "discarding output until its file is writable");
             }
             self.lost_bytes += throw_away(pipe);
         }
@@ -323,7 +325,7 @@ impl Target {
     }
 }
 
-/// Moves bytes through memory; what is not taken waits in `rest`. A worker killed in between loses up to a page.
+/// Copies bytes through memory; what the file does not take waits in `rest`. A worker killed in between loses up to a page.
 fn copy(mut pipe: &File, file: &mut File, rest: &mut Vec<u8>) -> Result<usize, Errno> {
     if rest.is_empty() {
         let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
@@ -344,7 +346,7 @@ fn copy(mut pipe: &File, file: &mut File, rest: &mut Vec<u8>) -> Result<usize, E
     Ok(total)
 }
 
-/// Empties a pipe, and says how much was in it.
+/// Empties a pipe and returns the number of bytes.
 fn throw_away(mut pipe: &File) -> u64 {
     let mut lost = 0;
     let mut page = [0; 4096];
@@ -371,7 +373,7 @@ fn errno(error: io::Error) -> Errno {
 /// The most that one splice moves.
 const TURN_BYTES: usize = 1 << 20;
 const STACK_BYTES: usize = 128 << 10;
-/// How long a container may be held up by a file that takes nothing.
+/// How long an output file that cannot be written may block its container.
 const STALL_WITHIN: Duration = Duration::from_secs(5);
 const RETRY_AFTER: Duration = Duration::from_millis(100);
 

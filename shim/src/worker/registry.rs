@@ -1,4 +1,4 @@
-//! Which containers there are.
+//! The containers of the shim.
 //!
 //! **Invariant:** an id belongs to one container at a time, from the moment when its creation begins.
 use std::cell::RefCell;
@@ -15,13 +15,13 @@ use super::error::Error;
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     slots: RefCell<BTreeMap<ContainerId, Option<Rc<Container>>>>,
-    /// Containers whose records this build cannot read, by the id.
+    /// Ids of containers whose records this version cannot read.
     set_aside: RefCell<BTreeSet<String>>,
-    /// Told when a creation has ended.
+    /// Notified when a Create has ended.
     created: Notify,
 }
 
-/// An id whose container is being made. Dropped without a container, it is free again.
+/// An id whose container is being created. Dropped without a container, the id is free again.
 #[derive(Debug)]
 pub(super) struct Reservation<'a> {
     registry: &'a Registry,
@@ -29,7 +29,7 @@ pub(super) struct Reservation<'a> {
 }
 
 impl Registry {
-    /// Takes an id for a container that is being made.
+    /// Takes an id for a container that is being created.
     pub(super) fn reserve(&self, id: &ContainerId) -> Result<Reservation<'_>, Error> {
         let mut slots = self.slots.borrow_mut();
         if slots.contains_key(id) || self.is_set_aside(id.as_str()) {
@@ -57,7 +57,7 @@ impl Registry {
         self.slots.borrow().get(id).and_then(Clone::clone).ok_or_else(unknown)
     }
 
-    /// Notes that there is a container of which nothing is known but that.
+    /// Takes the id of a container whose record cannot be read.
     pub(super) fn set_aside(&self, id: &str) {
         self.slots.borrow_mut().remove(id);
         self.set_aside.borrow_mut().insert(id.to_owned());
@@ -67,28 +67,28 @@ impl Registry {
         self.set_aside.borrow().contains(id)
     }
 
-    /// Whether a container of this id is being made.
-    pub(super) fn is_in_the_making(&self, id: &str) -> bool {
+    /// Whether a container of this id is being created.
+    pub(super) fn is_being_created(&self, id: &str) -> bool {
         matches!(self.slots.borrow().get(id), Some(None))
     }
 
-    /// Waits, for a while at most, while a container of this id is being made.
+    /// Waits at most `within` for the Create of this id to end.
     pub(super) async fn until_created(&self, id: &str, within: Duration) {
         let wait = async {
             loop {
                 let created = self.created.notified();
-                if !self.is_in_the_making(id) {
+                if !self.is_being_created(id) {
                     return;
                 }
                 created.await;
             }
         };
         if tokio::time::timeout(within, wait).await.is_err() {
-            log::warn!(container:% = id; "creation under way takes long");
+            log::warn!(container:% = id; "the Create under way takes long");
         }
     }
 
-    /// How many there are, with those in the making and those of which nothing else is known.
+    /// The number of containers, with those being created and those whose records cannot be read.
     pub(super) fn count(&self) -> usize {
         self.slots.borrow().len() + self.set_aside.borrow().len()
     }

@@ -1,17 +1,17 @@
-//! How many added processes are started at once.
+//! How many execs are started at once.
 //!
-//! A runtime that is started takes the keeper a moment and a processor some milliseconds. Of hundreds at once, the last one would not come
-//! to its end sooner than in a row, and everything else that is asked would wait for all of them.
+//! Running the OCI runtime takes a processor some milliseconds. Of hundreds at once, the last would not finish sooner than one after
+//! the other, and every other request would wait for all of them.
 use std::future::Future;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
-/// Lets some starts go on, and the others wait for their turn, in the order in which they came.
+/// Admits some starts at once; the others wait for their turn in order of arrival.
 #[derive(Debug)]
 pub(super) struct Starts {
     turns: Semaphore,
-    /// How long a start keeps others from theirs.
+    /// How long a start may occupy a turn.
     turn: Duration,
 }
 
@@ -21,7 +21,7 @@ impl Starts {
         Self { turns: Semaphore::new((2 * processors).clamp(AT_LEAST, AT_MOST)), turn: TURN }
     }
 
-    /// Does `work` in its turn. Work that takes long holds nothing up: its turn ends before it does.
+    /// Does `work` in its turn. Work that takes longer than a turn gives it up and continues.
     pub(super) async fn in_turn<T>(&self, work: impl Future<Output = T>) -> T {
         let turn = self.turns.acquire().await;
         tokio::pin!(work);

@@ -53,7 +53,7 @@ pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target
 
 /// Deletes a container for the command `delete`: whatever it takes.
 pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &Cause, id: String) -> Result<Change, Error> {
-    if worker.registry.is_in_the_making(&id) {
+    if worker.registry.is_being_created(&id) {
         // Whoever asked for it is gone, and a runtime that hangs would never end by itself.
         cause.perform(step::END_HELPERS, Op::EndHelpers { key: id.clone() }).await?;
     }

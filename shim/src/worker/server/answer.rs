@@ -1,4 +1,4 @@
-//! Answers, put together; ready-made ones among them.
+//! Encoding of answers, prepared ones among them.
 use containerd_shim_protos::api;
 use protobuf::{EnumOrUnknown, MessageField};
 
@@ -18,10 +18,10 @@ pub(in crate::worker) fn response(result: Result<Reply, Error>, keeper_pid: u32)
     bytes(&response)
 }
 
-/// Encodes the answers that the keeper may give while no worker does: to Connect, State and Pids, of a container and its init.
+/// Encodes the answers that the keeper may give while no worker runs: to Connect, State and Pids, of a container and its init.
 ///
-/// They follow from the container's own entry of the state, so that a commit for an exec need not carry them. While execs run, init is
-/// not all that Pids has to name: its answer is then the one to give rather than none.
+/// They depend on the container's own entry of the state alone, so that a commit for an exec need not carry them. While execs run, the
+/// answer to Pids is incomplete: the keeper gives none then.
 pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
     let id = record.id.to_string();
     let connect = api::ConnectRequest { id: id.clone(), ..Default::default() };
@@ -52,7 +52,7 @@ pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
 fn payload(reply: Reply, keeper_pid: u32) -> Vec<u8> {
     match reply {
         Reply::Empty => Vec::new(),
-        // Create's and Start's answers have the same form.
+        // Create and Start answer with the same message.
         Reply::Pid(pid) => bytes(&api::StartResponse { pid: pid.unwrap_or(0), ..Default::default() }),
         Reply::Deleted(Deleted { pid, exit }) => bytes(&api::DeleteResponse {
             pid: pid.unwrap_or(0),
@@ -131,5 +131,5 @@ fn status(error: &Error) -> ttrpc::Status {
     ttrpc::Status { code: EnumOrUnknown::new(code), message, ..Default::default() }
 }
 
-/// The longest error that a client is told: more than any runtime says, less than what a client can make us quote.
+/// The longest error text for a client: longer than any runtime's message, shorter than what a client can make us quote.
 const MAX_SENTENCE_BYTES: usize = 64 << 10;

@@ -1,4 +1,4 @@
-//! Requests, taken apart.
+//! Decoding of requests.
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ pub(in crate::worker) enum Call {
 }
 
 impl Call {
-    /// Whether it must be gone on with once it was begun.
+    /// Whether it must be completed once it was begun.
     pub(in crate::worker) fn must_be_ended(&self) -> bool {
         match self {
             Self::Create(_)
@@ -57,7 +57,7 @@ impl Call {
             | Self::Kill(_)
             | Self::Update(_)
             | Self::DeleteForCommand(_) => true,
-            // These end in the breath in which they begin, or nothing is lost with them.
+            // These complete without waiting, or change nothing.
             Self::State(_)
             | Self::Pids(_)
             | Self::Exec(_)
@@ -70,23 +70,23 @@ impl Call {
         }
     }
 
-    /// Whether it is carried out though its client has given up waiting: nobody else will ever tell this shim to leave.
+    /// Whether it is performed though its client has given up: no other request would ever end this shim.
     pub(in crate::worker) fn is_never_too_late(&self) -> bool {
         matches!(self, Self::Shutdown)
     }
 }
 
-/// A request as it came.
+/// A request as received.
 #[derive(Debug)]
 pub(in crate::worker) struct Inbound {
     pub(in crate::worker) method: String,
-    /// The time that is left of what its client gave it; absent for a client that waits for ever.
+    /// The time left until the client's timeout; absent for a client without one.
     pub(in crate::worker) left: Option<Duration>,
     pub(in crate::worker) call: Result<Call, Error>,
 }
 
 impl Inbound {
-    /// Takes a request apart.
+    /// Decodes a request.
     pub(in crate::worker) fn parse(payload: &[u8], age: Duration, origin: Origin) -> Self {
         let request = match ttrpc::Request::parse_from_bytes(payload) {
             Ok(request) => request,
@@ -103,7 +103,7 @@ impl Inbound {
     }
 }
 
-/// Which service a method belongs to.
+/// The service of a method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Service {
     Task,
@@ -125,7 +125,7 @@ impl Method {
     }
 }
 
-/// A method of the task service: its name, its message, and what that asks for.
+/// A method of the task service: its name, its message, and the call it decodes to.
 macro_rules! task {
     ($name:literal, $message:ty, $read:expr) => {
         Method {
@@ -196,7 +196,7 @@ fn exec(message: api::ExecProcessRequest) -> Result<Call, Error> {
 }
 
 fn resize(message: api::ResizePtyRequest) -> Result<Call, Error> {
-    // Of larger ones, containerd's own shim takes the low 16 bits.
+    // Of larger ones, the stock shim takes the low 16 bits.
     let (rows, columns) = (message.height as u16, message.width as u16);
     Ok(Call::Resize { target: Target { id: message.id, exec: message.exec_id }, rows, columns })
 }

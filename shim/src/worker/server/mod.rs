@@ -1,8 +1,8 @@
 //! The wire: ttrpc messages, containerd's task services, and the shim's own control service.
 //!
-//! Owns the translation between messages and what [`super::container`] speaks of. The connections are the keeper's.
+//! Owns the translation between messages and the types of [`super::container`]. The keeper owns the connections.
 //!
-//! **Invariant:** no type of the wire goes beyond this folder and [`super::events`].
+//! **Invariant:** no wire type leaves this folder and [`super::events`].
 mod answer;
 mod call;
 
