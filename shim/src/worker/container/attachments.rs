@@ -1,4 +1,4 @@
-//! What accompanies a container while a worker lives, made to fit its record: after every change, and when a worker begins.
+//! Attachments of a container: what a worker runs for it, fitted to its record after every change and when a worker starts.
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -9,11 +9,11 @@ use crate::cgroup::{Cgroup, OomWake};
 use crate::worker::Worker;
 use crate::worker::pump::Pump;
 
-/// How long nothing is told of after want of memory was, at first and in the end. The exit is always preceded by what was not told yet.
+/// The shortest and the longest pause between two OOM events of a container. An OOM kill is always published before the exit.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Makes what should be there and is not, for a container and those of its processes that have changed.
+/// Starts the missing attachments of a container and those of its processes that have changed.
 pub(in crate::worker) fn attach<'a>(worker: &Rc<Worker>, container: &Rc<Container>, changed: impl IntoIterator<Item = &'a ProcessKey>) {
     watch_memory(worker, container);
     for key in changed {
@@ -39,8 +39,8 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
     let mut watch = match record.cgroup.watch_oom() {
         Ok(watch) => watch,
         Err(error) => {
-            // The counter is still looked at before each exit.
-            log::warn!(container:% = container.id, error:%; "cannot watch for want of memory");
+            // The counter is still read before each exit.
+            log::warn!(container:% = container.id, error:%; "cannot watch for OOM kills");
             return;
         }
     };
@@ -49,17 +49,17 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
     let task = tokio::task::spawn_local(async move {
         let mut pause = FIRST_PAUSE;
         loop {
-            // What happens while a start is under way is told after the start.
+            // An OOM kill during a start is published after the start.
             let is_settled = |record: &super::Record| !matches!(record.init.phase, Phase::Starting { .. });
             if let Err(error) = watched.until("start", START_WITHIN, is_settled).await {
-                log::warn!(container:% = watched.id, error:% = error.chain(); "telling of want of memory before the start");
+                log::warn!(container:% = watched.id, error:% = error.chain(); "publishing an OOM kill before the start");
             }
-            // The counter may have grown before the watch was there.
+            // The counter may have grown before the watch was set.
             if watched.record().init.exit().is_none()
                 && let Some(event) = out_of_memory(&watched)
             {
                 worker.apply(None, Change { save: Some(Rc::clone(&watched)), ..Change::default() }.event(event));
-                // What is killed meanwhile is told of together: events wait in memory while the daemon is away.
+                // Kills in this pause share one event: events wait in memory while the daemon is away.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LAST_PAUSE);
             }
@@ -83,16 +83,16 @@ fn pump_files(worker: &Rc<Worker>, container: &Rc<Container>, key: &ProcessKey) 
     if !has_streams || !process.stdio.go_into_files() || container.attachments.borrow().pumps.contains_key(key) {
         return;
     }
-    // Read once already, when the streams were opened.
+    // The streams were parsed once already, when they were opened.
     let Ok(plan) = Plan::read(key, &process.stdio, &record) else { return };
     match Pump::start(worker, key.clone(), plan.files()) {
         Ok(pump) => drop(container.attachments.borrow_mut().pumps.insert(key.clone(), pump)),
-        Err(error) => log::error!(container:% = key, error:%; "cannot make a pump: output stays in its pipe until the next worker"),
+        Err(error) => log::error!(container:% = key, error:%; "cannot start a pump: output stays in its pipe until the next worker"),
     }
 }
 
 impl Container {
-    /// Waits, for a while, until what the container's processes have written is in the files.
+    /// Waits, with a bound, until the output of the container's processes is in the files.
     pub(super) async fn flush_pumps(&self) {
         let pumps: Vec<_> = self.attachments.borrow().pumps.values().map(Rc::clone).collect();
         for pump in pumps {
@@ -100,7 +100,7 @@ impl Container {
         }
     }
 
-    /// Ends all pumps: what they have not moved by now is lost, and told to be.
+    /// Ends all pumps: output that they have not moved by now is lost, and logged as lost.
     pub(super) async fn end_pumps(&self) {
         let pumps: Vec<_> = self.attachments.borrow().pumps.values().map(Rc::clone).collect();
         for pump in pumps {

@@ -1,4 +1,4 @@
-//! The calls that change a container that exists: pause, resume, checkpoint, update, and those about a terminal and stdin.
+//! The calls that change an existing container: pause, resume, checkpoint, update, and those on a terminal and stdin.
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -13,7 +13,7 @@ use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
-/// What a client asks for.
+/// The request.
 #[derive(Debug, Clone)]
 pub(in crate::worker) struct CheckpointCall {
     pub(in crate::worker) id: String,
@@ -21,7 +21,7 @@ pub(in crate::worker) struct CheckpointCall {
     pub(in crate::worker) options: CheckpointOptions,
 }
 
-/// What a client asks for.
+/// The request.
 #[derive(Debug, Clone)]
 pub(in crate::worker) struct UpdateCall {
     pub(in crate::worker) id: String,
@@ -55,7 +55,7 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
     let key = ProcessKey::init(&container.id);
     let options = call.options;
     let mut refusal = container.admit(&key, Request::Checkpoint).err();
-    // Asked for all the same: an earlier worker may have had it made, and the container ended with it.
+    // Requested in any case: an earlier worker may have made the checkpoint, and the container exited with it.
     let may_be_done = options.exit && container.process(&key, |process| process.exit().is_some())?;
     if let Some(refusal) = refusal.take_if(|_| !may_be_done) {
         return Err(refusal);
@@ -91,19 +91,19 @@ pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: 
             serde_json::from_slice(&resources).map_err(|source| Error::Json { method: "Update", source })?;
         drop(valid);
         let file = container.record().bundle.join(format!("x-{}.resources", cause.number()));
-        // A runtime that an earlier worker asked for may be reading it.
+        // A runtime that an earlier worker started may be reading it.
         blocking_replace(&file, &resources, 0o600).map_err(|source| Error::Io { op: "write", path: file.clone(), source })?;
         let result = run(cause, &container, Verb::Update, |engine, at| engine.update(at, &file)).await;
         // A replay would write it again.
         if let Err(error) = std::fs::remove_file(&file) {
-            log::debug!(container:% = container.id, error:%; "cannot remove a file of resources");
+            log::debug!(container:% = container.id, error:%; "cannot remove the resources file");
         }
         result?;
     }
     Ok(Change::reply(Reply::Empty))
 }
 
-/// Sets the size of a terminal: now, or as soon as it exists. Without one there is nothing to do.
+/// Sets the size of a terminal, now or as soon as it exists. A process without a terminal needs nothing.
 pub(in crate::worker) async fn resize(
     worker: &Rc<Worker>,
     cause: &Cause,
@@ -119,7 +119,7 @@ pub(in crate::worker) async fn resize(
     container.update(&key, |process| process.size = Some((rows, columns)));
     match cause.perform(step::RESIZE, Op::Resize { key: key.to_string(), rows, columns }).await {
         Ok(()) => {}
-        // It has no streams yet, or no more.
+        // Its streams are not open yet, or closed already.
         Err(Error::Keeper { source, .. }) if is_absent(&source) => {}
         Err(error) => return Err(error),
     }
@@ -158,7 +158,7 @@ fn told(container: &Rc<Container>, said: &[Announce]) -> Change {
         let kind = match announce {
             Announce::Pause => EventKind::Paused,
             Announce::Resume => EventKind::Resumed,
-            // Said by Start and by exits.
+            // Published by Start and by exits.
             Announce::Start | Announce::Exit => continue,
         };
         change = change.event(Event::new(container, kind));

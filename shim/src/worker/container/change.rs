@@ -1,30 +1,30 @@
-//! What a handler decides: told to the keeper in one commit.
+//! The decision of a handler, sent to the keeper in one commit.
 use std::path::PathBuf;
 use std::rc::Rc;
 
 use super::{Container, Deleted, Exit, Process, ProcessKey, StateOf, Streams};
 use crate::worker::error::Error;
 
-/// What shall be from now on. Applied whole.
+/// The new state, events and answers. Applied whole.
 #[derive(Debug, Default)]
 pub(in crate::worker) struct Change {
     /// A container whose record is new or has changed.
     pub(in crate::worker) save: Option<Rc<Container>>,
-    /// A container that is no more.
+    /// A deleted container.
     pub(in crate::worker) remove: Option<Rc<Container>>,
-    /// A process that is a container's from now on, with its pid. The exit of init goes into the container's journal.
+    /// A process of the container, with its pid, for the keeper to watch. The exit of init goes into the container's journal.
     pub(in crate::worker) claim: Option<(ProcessKey, u32)>,
-    /// What the world is told, in this order.
+    /// Events to publish, in this order.
     pub(in crate::worker) events: Vec<Event>,
     /// The answer to the request. A request without one is parked.
     pub(in crate::worker) reply: Option<Result<Reply, Error>>,
     /// The request waits for the end of this process.
     pub(in crate::worker) park: Option<ProcessKey>,
-    /// Those who wait for the end of a process are told.
+    /// Answers to the parked Waits for the exit of a process.
     pub(in crate::worker) wakes: Vec<(ProcessKey, Result<Exit, Error>)>,
-    /// Processes that are forgotten.
+    /// Processes for the keeper to forget.
     pub(in crate::worker) releases: Vec<ProcessKey>,
-    /// The shim ends as soon as nothing holds it.
+    /// The shim exits as soon as it holds nothing.
     pub(in crate::worker) leave: bool,
 }
 
@@ -60,7 +60,7 @@ pub(in crate::worker) enum Reply {
     /// To the command `delete`.
     DeletedForCommand(Deleted),
     State(Box<StateOf>),
-    /// Pids, each with the id of an added process.
+    /// Pids, each with the id of an exec.
     Pids(Vec<(u32, Option<String>)>),
     Exit(Exit),
     Connect {
@@ -69,14 +69,14 @@ pub(in crate::worker) enum Reply {
     Stats(protobuf::well_known_types::any::Any),
 }
 
-/// What the world is told of a container.
+/// An event of a container.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::worker) struct Event {
     pub(in crate::worker) container: String,
     pub(in crate::worker) kind: EventKind,
 }
 
-/// What has happened.
+/// The kinds of events, with their fields.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::worker) enum EventKind {
     Created {
@@ -102,7 +102,7 @@ pub(in crate::worker) enum EventKind {
         pid: u32,
         exit: Exit,
     },
-    /// Told of init only, as containerd's own shim does.
+    /// Published for init only, as the stock shim does.
     Deleted(Deleted),
     Paused,
     Resumed,
@@ -117,7 +117,7 @@ impl Event {
         Self { container: container.id.to_string(), kind }
     }
 
-    /// The end of a process.
+    /// The exit of a process.
     pub(super) fn exited(key: &ProcessKey, process: &Process, exit: Exit) -> Self {
         let id = key.exec.as_ref().map_or_else(|| key.container.to_string(), ToString::to_string);
         let kind = EventKind::Exited { process: id, pid: process.pid.unwrap_or(0), exit };

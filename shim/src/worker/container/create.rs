@@ -1,4 +1,4 @@
-//! Create: a container comes into being, its init stopped before the user's program.
+//! Create: makes a container, its init stopped before the user's program.
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -20,7 +20,7 @@ use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
-/// What a client asks for.
+/// The request.
 #[derive(Debug, Clone)]
 pub(in crate::worker) struct CreateCall {
     pub(in crate::worker) id: String,
@@ -35,7 +35,7 @@ pub(in crate::worker) struct CreateCall {
 /// Makes a container.
 pub(in crate::worker) async fn create(worker: &Rc<Worker>, cause: &Cause, call: CreateCall) -> Result<Change, Error> {
     let id = ContainerId::new(&call.id)?;
-    // Held until the change is applied or given up: a second Create of this id is refused, and the shim does not leave.
+    // Held until the change is applied or dropped: a second Create of this id is refused, and the shim does not exit.
     let _reservation = worker.registry.reserve(&id)?;
     let mut draft = Draft::new(worker, id, &call)?;
     match draft.make(worker, cause, &call).await {
@@ -48,13 +48,13 @@ pub(in crate::worker) async fn create(worker: &Rc<Worker>, cause: &Cause, call: 
     let Draft { record, key, .. } = draft;
     let (bundle, pid) = (record.bundle.clone(), record.init.pid);
     let container = Container::new(record);
-    drop(container.record_mut()); // nothing of it is saved yet
+    drop(container.record_mut()); // marks every entry as unsaved
     let created = EventKind::Created { bundle, mounts: call.mounts, stdio: call.stdio, checkpoint: call.checkpoint, pid };
     let event = Event::new(&container, created);
     Ok(Change { claim: pid.map(|pid| (key, pid)), ..Change::save(&container, Reply::Pid(pid)) }.event(event))
 }
 
-/// A container in the making, and how far that has come.
+/// A container being created, and the progress so far.
 struct Draft {
     key: ProcessKey,
     record: Record,
@@ -76,10 +76,10 @@ impl Draft {
             log::warn!(container:% = id, key:%; "unknown option");
         }
         if spec.names_unit && !options.systemd_cgroup {
-            log::warn!(container:% = id; "its cgroup is named as a unit of systemd's, and the option SystemdCgroup is not set: no slice holds it");
+            log::warn!(container:% = id; "cgroupsPath names a systemd unit, but the option SystemdCgroup is not set: the container runs outside its slice");
         }
         let key = ProcessKey::init(&id);
-        // Another shim's, which goes on writing into the bundle.
+        // Another running shim owns the container and writes into the bundle.
         if let Some((body, None)) = journal::blocking_read(&bundle)
             && body.keeper != worker.keeper.get()
             && body.keeper.is_running()
@@ -107,7 +107,7 @@ impl Draft {
             bundle,
         };
         let plan = Plan::blocking_read(&key, &call.stdio, &record)?;
-        // An event repeats them.
+        // The TaskCreate event repeats them.
         let mounts = call.mounts.iter().flat_map(|mount| mount.options.iter().chain([&mount.kind, &mount.source, &mount.target]));
         record.check_size(mounts.map(String::len).sum())?;
         Ok(Self { key, record, spec, plan, engine_was_asked: false })
@@ -156,7 +156,7 @@ impl Draft {
         journal::write(worker, cause, step::JOURNAL_AGAIN, &self.record).await
     }
 
-    /// Takes back what was made. What cannot be taken back is logged: the error that led here is the one to tell.
+    /// Undoes the Create. Failures are logged: the client gets the error that led here.
     async fn undo(&mut self, worker: &Rc<Worker>, cause: &Cause, why: &Error) {
         let container = &self.record.id;
         if self.engine_was_asked {
@@ -165,17 +165,17 @@ impl Draft {
         if let Some(target) = self.record.mounted.clone()
             && let Err(error) = unmount(target, Unmount::Detach).await
         {
-            log::warn!(container:%, error:% = error.chain(); "cannot unmount the root filesystem of a container that was not completed");
+            log::warn!(container:%, error:% = error.chain(); "cannot unmount the root filesystem after a failed Create");
         }
         log::debug!(container:%, keeper = worker.keeper.get().pid; "creation undone");
     }
 }
 
-/// Has the engine remove what a Create or a restore has made of a container, unless it was another that has the id.
+/// Has the engine remove what a Create or a restore has made, unless the id belongs to another container.
 pub(super) async fn undo_engine(worker: &Rc<Worker>, cause: &Cause, record: &Record, why: &Error) {
     let container = &record.id;
     let undone = if matches!(why, Error::Engine(EngineError::Exists { .. })) {
-        // Made since the id was found free. The command `delete` must not touch it either.
+        // Another created it since the id was found free. The command `delete` must not touch it either.
         journal::write(worker, cause, step::JOURNAL_AGAIN, &Record { unknown_to_engine: true, ..record.clone() }).await
     } else {
         let spawn = record.engine.delete(&at(record), true);
@@ -183,12 +183,12 @@ pub(super) async fn undo_engine(worker: &Rc<Worker>, cause: &Cause, record: &Rec
     };
     match undone {
         Ok(()) | Err(Error::Engine(EngineError::NoContainer { .. })) => {}
-        Err(error) => log::warn!(container:%, error:% = error.chain(); "cannot remove a container that was not completed"),
+        Err(error) => log::warn!(container:%, error:% = error.chain(); "cannot remove the container after a failed Create"),
     }
 }
 
-/// The files by which a runtime tells about a process. That of init's pid has the name that wrappers of runtimes look for, containerd's
-/// shims' own; the others are named by the cause: one that another cause left behind cannot be mistaken.
+/// The files through which a runtime reports a process. Init's pid file has the name that wrappers of runtimes look for, the stock
+/// shim's own; the others are named after the cause: one that another cause left behind cannot be mistaken.
 pub(super) struct ProcessFiles {
     pub(super) pid_file: PathBuf,
     pub(super) console_socket: PathBuf,
@@ -213,7 +213,7 @@ impl ProcessFiles {
         match text.trim().parse() {
             Ok(0) | Err(_) => Err(Error::Value { what: "pid file", value: text }),
             Ok(pid) if wants_terminal && !exited.terminal => {
-                // It runs, and no commit will claim it. Until this cause ends, its number is its own.
+                // It runs, and no commit will claim it. Its pid is not reused before this cause ends.
                 let killed = sys::process::open(pid).and_then(|process| sys::process::signal(process.as_fd(), nix::libc::SIGKILL));
                 if let Err(error) = killed {
                     log::debug!(pid, error:%; "cannot kill a process whose terminal has not arrived");
@@ -225,12 +225,12 @@ impl ProcessFiles {
     }
 }
 
-/// The container as the engine is told of it.
+/// The container, described for the engine.
 pub(super) fn at(record: &Record) -> engine::Container<'_> {
     engine::Container { id: record.id.as_str(), bundle: &record.bundle }
 }
 
-/// Notes where the engine put a container. Without a cgroup there are no metrics, but the container runs.
+/// Records the cgroup that the engine chose. Without a cgroup there are no metrics, but the container runs.
 pub(super) fn find_cgroup(record: &mut Record, pid: u32) {
     match Cgroup::of_pid(pid) {
         Ok(cgroup) => {
@@ -245,7 +245,7 @@ pub(super) async fn unmount(target: PathBuf, how: Unmount) -> Result<(), Error> 
     blocking(move || rootfs::blocking_unmount_all(&target, how).map_err(Error::from)).await
 }
 
-/// Does work that a disk can hold up where it holds up nothing else.
+/// Does work that a slow disk can block, on a thread of its own.
 pub(super) async fn blocking(work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> Result<(), Error> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
@@ -253,8 +253,8 @@ pub(super) async fn blocking(work: impl FnOnce() -> Result<(), Error> + Send + '
     }
 }
 
-/// Writes the file from which containerd learns where the shim listens: a container that joins a shim has no `start` of its own
-/// in every protocol.
+/// Writes the file from which containerd reads the shim's address: not every protocol runs `start` for a container that joins
+/// a shim.
 fn blocking_write_address(bundle: &Path, address: &str) -> Result<(), Error> {
     let path = bundle.join("address");
     blocking_replace(&path, address.as_bytes(), 0o644).map_err(|source| Error::Io { op: "write", path, source })

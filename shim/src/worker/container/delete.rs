@@ -1,4 +1,4 @@
-//! Delete: what is left of a process is removed, and with init the container.
+//! Delete: removes an exited process, and with init the container.
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
-/// What is told of a process that is no more.
+/// The answer to a Delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::worker) struct Deleted {
     /// Absent for one that never existed.
@@ -24,7 +24,7 @@ pub(in crate::worker) struct Deleted {
     pub(in crate::worker) exit: Option<Exit>,
 }
 
-/// Deletes a process on a client's wish. One that runs is refused.
+/// Deletes a process at a client's request. A running one is refused.
 pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target: Target) -> Result<Change, Error> {
     let container = match worker.registry.get(&target.id) {
         Ok(container) => container,
@@ -39,7 +39,7 @@ pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target
     if key.exec.is_some() {
         return delete_added(cause, &container, &key).await;
     }
-    // Before it takes its turn, for which the command `delete` waits.
+    // Before it takes the turn, for which the command `delete` waits.
     if container.process(&key, Process::exit)?.is_some() {
         drain(cause, &key).await;
     }
@@ -51,20 +51,20 @@ pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target
     remove(cause, &container, Thoroughness::OrTellWhy).await
 }
 
-/// Deletes a container for the command `delete`: whatever it takes.
+/// Deletes a container for the command `delete`, by force.
 pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &Cause, id: String) -> Result<Change, Error> {
     if worker.registry.is_being_created(&id) {
-        // Whoever asked for it is gone, and a runtime that hangs would never end by itself.
+        // The client has gone, and a runtime that hangs would never exit by itself.
         cause.perform(step::END_HELPERS, Op::EndHelpers { key: id.clone() }).await?;
     }
     worker.registry.until_created(&id, KILL_WITHIN).await;
     let container = match worker.registry.get(&id) {
         Ok(container) => container,
-        // The command does without us.
+        // The command cleans up without the shim.
         Err(error @ Error::SetAside { .. }) => return Err(error),
         Err(error) => {
             let reply = from_journal(worker, &id).map(Reply::DeletedForCommand).ok_or(error);
-            // Nobody will create it any more.
+            // The Create that was under way has failed.
             let releases = ContainerId::new(&id).map(|id| ProcessKey::init(&id)).into_iter().collect();
             return Ok(Change { reply: Some(reply), releases, leave: worker.registry.is_empty(), ..Change::default() });
         }
@@ -77,7 +77,7 @@ pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &C
     if container.record().init.exit().is_none() && container.record().init.pid.is_some() {
         kill_init(cause, &container, &key).await;
         kill_rest(cause, &container).await;
-        container.until("end of init", KILL_WITHIN, |record| record.init.exit().is_some()).await?;
+        container.until("exit of init", KILL_WITHIN, |record| record.init.exit().is_some()).await?;
     }
     let mut change = remove(cause, &container, Thoroughness::Whatever).await?;
     if let Some(Ok(Reply::Deleted(deleted))) = change.reply {
@@ -87,7 +87,7 @@ pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &C
     Ok(change)
 }
 
-/// Whether a removal stops at what does not work.
+/// Whether a removal stops at a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Thoroughness {
     /// It does: the client can try again.
@@ -100,16 +100,16 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
     let key = ProcessKey::init(&container.id);
     if container.phase(&key)? == Phase::Created && container.record().init.pid.is_some() {
         kill_init(cause, container, &key).await;
-        container.until("end of init", KILL_WITHIN, |record| record.init.exit().is_some()).await?;
+        container.until("exit of init", KILL_WITHIN, |record| record.init.exit().is_some()).await?;
     }
     if !container.record().unknown_to_engine {
         match (engine_delete(cause, container).await, how) {
             (Ok(()), _) => container.record_mut().unknown_to_engine = true,
             (Err(error), Thoroughness::OrTellWhy) => return Err(error),
-            // The command does without it.
+            // The command cleans up without it.
             (Err(error @ Error::Engine(EngineError::Gone { .. })), Thoroughness::Whatever) => return Err(error),
             (Err(error), Thoroughness::Whatever) => {
-                log::warn!(container:% = container.id, error:% = error.chain(); "the engine cannot delete the container");
+                log::warn!(container:% = container.id, error:% = error.chain(); "OCI runtime cannot delete the container");
             }
         }
     }
@@ -119,7 +119,7 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
         let flag = if how == Thoroughness::Whatever { Unmount::Detach } else { Unmount::Clean };
         match (unmount(target, flag).await, how) {
             (Ok(()), _) => {}
-            // Saved: the next try begins where this one ended.
+            // Saved: the next attempt starts after this step.
             (Err(error), Thoroughness::OrTellWhy) => return Ok(Change { save: Some(Rc::clone(container)), ..Change::refuse(error) }),
             (Err(error), Thoroughness::Whatever) => {
                 log::warn!(container:% = container.id, error:% = error.chain(); "cannot unmount the root filesystem");
@@ -154,17 +154,17 @@ async fn delete_added(cause: &Cause, container: &Rc<Container>, key: &ProcessKey
         pump.end(FLUSH_WITHIN).await;
     }
     let mut change = Change::reply(Reply::Deleted(deleted));
-    // Another Delete may have been answered meanwhile, of the process or of its container.
+    // Another Delete of the process or its container may have been answered meanwhile.
     if container.deleted.get().is_none() && container.drop_added(key, &mut change).is_ok() {
         change.save = Some(Rc::clone(container));
     }
     Ok(change)
 }
 
-/// Waits, for a while at most, until what a process and its descendants write is taken: clients close their ends after Delete.
+/// Waits, with a bound, until the client has taken the output of a process and its descendants: clients close their ends after Delete.
 async fn drain(cause: &Cause, key: &ProcessKey) {
     if let Err(error) = cause.perform(step::DRAIN, Op::Drain { key: key.to_string() }).await {
-        log::warn!(container:% = key, error:% = error.chain(); "cannot wait for the end of the output");
+        log::warn!(container:% = key, error:% = error.chain(); "cannot wait until the output is taken");
     }
 }
 
@@ -172,20 +172,20 @@ fn blocking_is_folder(path: &Path) -> bool {
     path.is_dir()
 }
 
-/// Sends SIGKILL to init. One that is dead already is as good.
+/// Sends SIGKILL to init. That init is dead already is a success.
 async fn kill_init(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) {
     if let Err(error) = cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal: nix::libc::SIGKILL }).await {
         log::debug!(container:% = container.id, error:% = error.chain(); "cannot kill init");
     }
 }
 
-/// By force only when it does not work without: runc since 1.2 waits 100 ms for processes to die, also where there are none.
+/// By force only after a failure: runc since 1.2 waits 100 ms for processes to die even where there are none.
 async fn engine_delete(cause: &Cause, container: &Rc<Container>) -> Result<(), Error> {
     match engine_delete_by(cause, step::ENGINE_DELETE, container, false).await {
         Ok(()) => Ok(()),
         Err(error @ Error::Engine(EngineError::Gone { .. })) => Err(error),
         Err(error) => {
-            log::debug!(container:% = container.id, error:% = error.chain(); "cannot delete it, will by force");
+            log::debug!(container:% = container.id, error:% = error.chain(); "cannot delete the container, will retry by force");
             engine_delete_by(cause, step::ENGINE_DELETE_BY_FORCE, container, true).await
         }
     }
@@ -195,7 +195,7 @@ async fn engine_delete_by(cause: &Cause, step: Step, container: &Rc<Container>, 
     let (engine, spawn) = {
         let record = container.record();
         let mut spawn = record.engine.delete(&at(&record), force);
-        // A containerd that has lost sight of the container has removed it, and nothing can be started in it.
+        // A containerd that has lost track of the container has removed the bundle, and no program can be started in it.
         if !blocking_is_folder(&record.bundle) {
             "/".clone_into(&mut spawn.cwd);
         }
@@ -208,7 +208,7 @@ async fn engine_delete_by(cause: &Cause, step: Step, container: &Rc<Container>, 
     }
 }
 
-/// What became of a container that was deleted already: a client that ran out of patience asks again. The journal stays in the
+/// The exit of a container that was deleted already: a client that timed out asks again. The journal stays in the
 /// bundle until the client removes it.
 fn from_journal(worker: &Worker, id: &str) -> Option<Deleted> {
     let id = ContainerId::new(id).ok()?;
@@ -236,7 +236,7 @@ impl Drop for Turn {
 }
 
 impl Container {
-    /// Drops an added process with all that is held for it.
+    /// Drops an exec with everything that is held for it.
     fn drop_added(&self, key: &ProcessKey, change: &mut Change) -> Result<Process, Error> {
         let mut process = key.exec.as_ref().and_then(|exec| self.remove(exec)).ok_or_else(|| super::gone(key))?;
         process.blocking_remove_files();
@@ -246,12 +246,12 @@ impl Container {
         Ok(process)
     }
 
-    /// Drops the oldest added processes that are spent, where there are too many: their client does not delete them.
+    /// Drops the oldest spent execs where there are too many: their client does not delete them.
     pub(super) fn drop_surplus(&self, change: &mut Change) {
         while let Some(exec) = { self.record().execs.surplus() } {
             let key = ProcessKey::exec(&self.id, &exec);
             if self.drop_added(&key, change).is_ok() {
-                log::debug!(container:% = self.id, exec:% = exec; "dropping a process that ended long ago and was not deleted");
+                log::debug!(container:% = self.id, exec:% = exec; "dropping an exec that exited long ago and was never deleted");
             }
         }
     }
@@ -286,7 +286,7 @@ impl Container {
     }
 }
 
-/// How long a process may take to die of SIGKILL.
+/// How long a process may take to exit after SIGKILL.
 const KILL_WITHIN: Duration = Duration::from_secs(3);
-/// How long one Delete waits for another: longer than outputs are waited for and than a runtime takes.
+/// How long one Delete waits for another: longer than the wait for outputs and a runtime's delete.
 const DELETE_WITHIN: Duration = Duration::from_secs(600);

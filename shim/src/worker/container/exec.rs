@@ -1,4 +1,4 @@
-//! Exec: a process is added to a container, to be started later.
+//! Exec: adds a process to a container, to be started later.
 use std::path::{Path, PathBuf};
 
 use super::{Change, Event, EventKind, ExecId, Process, ProcessKey, Reply, Request, Streams};
@@ -6,7 +6,7 @@ use crate::whole_file::blocking_replace;
 use crate::worker::Worker;
 use crate::worker::error::Error;
 
-/// What a client asks for.
+/// The request.
 #[derive(Debug, Clone)]
 pub(in crate::worker) struct ExecCall {
     pub(in crate::worker) id: String,
@@ -37,14 +37,14 @@ pub(in crate::worker) fn exec(worker: &Worker, call: ExecCall) -> Result<Change,
         serde_json::from_slice(&call.spec).map_err(|source| Error::Json { method: "Exec", source })?;
     spec.insert("terminal".into(), process.stdio.terminal.into());
     let text = serde_json::to_vec(&spec).map_err(|source| Error::Json { method: "Exec", source })?;
-    // Environment variables hold secrets: nobody else may read them.
+    // Environment variables hold secrets: only root may read them.
     blocking_replace(&path, &text, 0o600).map_err(|source| Error::Io { op: "write", path, source })?;
     container.add(exec, process);
     let added = Event::new(&container, EventKind::ExecAdded { exec: call.exec });
     Ok(Change::save(&container, Reply::Empty).event(added))
 }
 
-/// Where the specification of an added process waits for its start.
+/// The file that holds the specification of an exec until its start.
 pub(super) fn process_file(bundle: &Path, key: &ProcessKey) -> PathBuf {
     bundle.join(format!("x-exec-{}.json", key.exec.as_ref().map_or("", ExecId::as_str)))
 }

@@ -1,20 +1,20 @@
-//! The processes that were added to a container.
+//! The execs of a container: processes that were added to it.
 //!
-//! Owns which of them are kept. One that is spent, as it has ended or could not be started, is kept until its client deletes it, or until
-//! the ones spent after it take up [`MAX_SPENT_BYTES`]: a client that never deletes what it adds can go on adding for ever.
+//! Owns which of them are kept. A spent exec, one that has exited or could not be started, is kept until its client deletes it, or until
+//! those spent after it take up [`MAX_SPENT_BYTES`]: a client that never deletes its execs can add more for ever.
 //!
-//! **Invariant:** a process that is under way, or still to be started, is never dropped. All counts follow from the processes.
+//! **Invariant:** an exec that runs, or is still to be started, is never dropped. All counts follow from the execs.
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{ExecId, Process};
 
-/// The most that spent processes take up, oldest dropped first: some thousands of them.
+/// The most bytes that spent execs take up, oldest dropped first: some thousands of them.
 const MAX_SPENT_BYTES: usize = 2 << 20;
-/// The most that the others take up, beyond which none is added: more of them than any host runs.
+/// The most bytes that the others take up, beyond which none is added: more of them than any host runs.
 const MAX_LIVE_BYTES: usize = 8 << 20;
-/// The most that one takes up.
+/// The most bytes that one takes up.
 const MAX_PROCESS_BYTES: usize = 64 << 10;
-/// What a process takes up beside its texts, roughly.
+/// The bytes that an exec takes up beside its texts, roughly.
 const FIXED_BYTES: usize = 128;
 
 /// See the module.
@@ -33,7 +33,7 @@ impl Execs {
         self.processes.get(exec)
     }
 
-    /// The id that is kept for a process, if there is one.
+    /// The stored id of an exec, if it exists.
     pub(crate) fn id(&self, exec: &str) -> Option<&ExecId> {
         self.processes.get_key_value(exec).map(|(id, _)| id)
     }
@@ -42,12 +42,12 @@ impl Execs {
         self.processes.iter()
     }
 
-    /// Whether one of them is still to end.
+    /// Whether one of them has not exited yet.
     pub(crate) fn are_under_way(&self) -> bool {
         self.under_way > 0
     }
 
-    /// How many bytes too many there would be with this one, and the bound.
+    /// Whether this exec would exceed a bound: its bytes or the total, and the bound.
     pub(crate) fn excess(&self, exec: &ExecId, process: &Process) -> Option<(usize, usize)> {
         let bytes = bytes(exec, process);
         [(bytes, MAX_PROCESS_BYTES), (self.live_bytes + bytes, MAX_LIVE_BYTES)].into_iter().find(|(bytes, limit)| bytes > limit)
@@ -81,7 +81,7 @@ impl Execs {
         Some(process)
     }
 
-    /// The oldest of the spent, if there are too many.
+    /// The oldest spent exec, if there are too many.
     pub(crate) fn surplus(&self) -> Option<ExecId> {
         self.spent.first().filter(|_| self.spent_bytes > MAX_SPENT_BYTES).map(|(_, exec)| exec.clone())
     }

@@ -1,8 +1,8 @@
-//! The exit of a process: told to the world, in its order.
+//! Exits: published in order.
 //!
 //! ```text
-//!  exit of an added process ─▶ (outputs flushed) ─▶ oom? ─▶ exit
-//!  exit of init ─▶ start told? ─▶ rest killed ─▶ added processes ended ─▶ oom? ─▶ exit
+//!  exec exited ─▶ output files flushed ─▶ OOM? ─▶ publish exit
+//!  init exited ─▶ start published ─▶ others killed ─▶ exits of execs published ─▶ OOM? ─▶ publish exit
 //! ```
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use super::{Announce, Change, Container, Event, EventKind, Exit, Fact, Phase, Pr
 use crate::worker::Worker;
 use crate::worker::cause::Cause;
 
-/// Takes in that a process has ended.
+/// Handles the exit of a process.
 pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: ProcessKey, exit: Exit) -> Change {
     if worker.registry.is_set_aside(key.container.as_str()) {
-        // for a worker that can read what it is about
+        // for a worker of a version that can read the record
         return std::future::pending().await;
     }
     let Ok(container) = worker.registry.get(key.container.as_str()) else { return Change::default() };
@@ -24,10 +24,10 @@ pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: P
     }
     log::info!(container:% = key.container, exec:% = key.exec.as_ref().map_or("", |exec| exec.as_str()), status = exit.status; "process exited");
     container.observe(&key, Fact::Reaped(exit));
-    // Its start is told first, by the request that is under way, however long that takes: an exit that is given up is never told.
+    // Its start is published first, by the request under way, however long that takes: an exit that is dropped here is never published.
     let has_started = |record: &Record| record.process(&key).is_none_or(|process| !matches!(process.phase, Phase::Starting { .. }));
     while let Err(error) = container.until("start", START_WITHIN, has_started).await {
-        log::error!(container:% = key.container, error:% = error.chain(); "the runtime does not end a start");
+        log::error!(container:% = key.container, error:% = error.chain(); "OCI runtime hangs in a start: its exit event is delayed until the start ends");
     }
     if key.exec.is_none() {
         init_exited(cause, &container).await;
@@ -50,18 +50,18 @@ pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: P
     change
 }
 
-/// Sees to it that nobody of the container outlives its init, nor is told of after it.
+/// Ensures that no process of the container outlives its init, and that no exit is published after init's.
 async fn init_exited(cause: &Cause, container: &Rc<Container>) {
     if container.record().shared_pid_namespace {
         kill_rest(cause, container).await;
     }
-    let alone = container.until("end of the added processes", EXECS_WITHIN, |record| !record.execs.are_under_way());
+    let alone = container.until("exit of all execs", EXECS_WITHIN, |record| !record.execs.are_under_way());
     if let Err(error) = alone.await {
-        log::warn!(container:% = container.id, error:% = error.chain(); "an added process outlives init");
+        log::warn!(container:% = container.id, error:% = error.chain(); "an exec outlives init");
     }
 }
 
-/// What the kernel's counter says that was not told yet. The caller commits the record.
+/// The event for OOM kills that are not published yet. The caller commits the record.
 pub(super) fn out_of_memory(container: &Container) -> Option<Event> {
     let kills = container.record().cgroup.oom_kills()?;
     if kills <= container.record().oom_kills {
@@ -72,9 +72,9 @@ pub(super) fn out_of_memory(container: &Container) -> Option<Event> {
     Some(Event::new(container, EventKind::OutOfMemory))
 }
 
-/// A runtime's start takes milliseconds; one that hangs must not keep an exit back for ever.
+/// How long a wait for a start lasts: a runtime's start takes milliseconds.
 pub(super) const START_WITHIN: Duration = Duration::from_secs(600);
-/// How long the exit of init waits for those of the processes that were added.
+/// How long the exit of init waits for those of the execs.
 const EXECS_WITHIN: Duration = Duration::from_secs(10);
 /// How long an exit waits for its output to reach a file.
 pub(super) const FLUSH_WITHIN: Duration = Duration::from_secs(1);

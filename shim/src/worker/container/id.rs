@@ -1,6 +1,6 @@
 //! Names of containers and of the processes that are added to them.
 //!
-//! **Invariant:** a value of these types is a valid name: it can be part of a path and of a process key without care.
+//! **Invariant:** a value of these types is a valid name: safe as a part of a path and of a process key.
 use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// The longest name, in bytes. Source: containerd, `identifiers.Validate`.
 const MAX_BYTES: usize = 76;
 
-/// A text that is no name.
+/// Text that is not a valid name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum InvalidId {
     #[error("{what} must not be empty")]
@@ -72,11 +72,11 @@ name! {
     ContainerId, "container id"
 }
 name! {
-    /// Name of an added process within its container.
+    /// Name of an exec within its container.
     ExecId, "exec id"
 }
 
-/// Which process: a container's init, or one that was added. The keeper knows it by its text: `ID` or `ID/EXEC`.
+/// The key of a process: a container's init, or an exec. The keeper uses its text: `ID` or `ID/EXEC`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ProcessKey {
     pub(crate) container: ContainerId,
@@ -92,7 +92,7 @@ impl ProcessKey {
         Self { container: container.clone(), exec: Some(exec.clone()) }
     }
 
-    /// Takes the text of a key apart.
+    /// Parses the text of a key.
     pub(crate) fn parse(text: &str) -> Result<Self, InvalidId> {
         match text.split_once('/') {
             None => Ok(Self { container: ContainerId::new(text)?, exec: None }),

@@ -1,4 +1,4 @@
-//! What the worker has the keeper write into a container's journal.
+//! The journal of a container, which the keeper writes at the worker's request.
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -12,21 +12,21 @@ use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
-/// Where the journal of the container in `bundle` is.
+/// The path of the journal of the container in `bundle`.
 pub(in crate::worker) fn path(bundle: &Path) -> PathBuf {
     bundle.join(FILE_NAME)
 }
 
-/// What the journal of the container in `bundle` says, if there is one.
+/// Reads the journal of the container in `bundle`, if there is one.
 pub(super) fn blocking_read(bundle: &Path) -> Option<(JournalBody, Option<RecordedExit>)> {
     let contents = crate::journal::read(&path(bundle)).ok()?;
     Some((JournalBody::decode(&contents.body?).ok()?, contents.exit))
 }
 
-/// Takes the container's id with its engine: `delete` removes from the engine what the journal says is this container's, and no other.
+/// Claims the container's id with its engine: `delete` removes from the engine only what the journal names.
 ///
-/// Errors: the engine keeps a container of that id. Whether it did before this cause is remembered by the keeper, with the journal that
-/// the first worker had written: what is there in a replay may be what this very cause has made.
+/// Errors: the engine has a container of that id. Whether it did before this cause, the keeper remembers with the journal that
+/// the first worker wrote: a container that a replay finds may be one that this very cause has made.
 pub(super) async fn take_id(worker: &Worker, cause: &Cause, record: &Record) -> Result<(), Error> {
     let found = Record { unknown_to_engine: blocking_is_kept(record), ..record.clone() };
     write(worker, cause, step::JOURNAL, &found).await?;
@@ -37,7 +37,7 @@ pub(super) async fn take_id(worker: &Worker, cause: &Cause, record: &Record) -> 
     }
 }
 
-/// Has the journal written with all that is known by now.
+/// Has the keeper write the journal with the current record.
 pub(super) async fn write(worker: &Worker, cause: &Cause, at: Step, record: &Record) -> Result<(), Error> {
     let body = JournalBody {
         version: VERSION,

@@ -11,12 +11,12 @@ use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
-/// What a client asks for.
+/// The request.
 #[derive(Debug, Clone)]
 pub(in crate::worker) struct KillCall {
     pub(in crate::worker) target: Target,
     pub(in crate::worker) signal: u32,
-    /// Every process of the container. Of an added process it means that one alone, as with containerd's own shim.
+    /// Every process of the container. For an exec it means that one alone, as with the stock shim.
     pub(in crate::worker) all: bool,
 }
 
@@ -29,8 +29,8 @@ pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: Ki
     };
     let container = worker.registry.get(&call.target.id)?;
     let key = container.key(&call.target.exec)?;
-    // Asked for all the same: an earlier worker may have sent this very signal, and the exit that came of it was taken in before the
-    // answer. Then the keeper says that it was done.
+    // Requested in any case: an earlier worker may have sent this very signal, and this one may have handled the exit that followed before
+    // the request. Then the keeper answers that it was done.
     let has_ended = container.phase(&key)?.admit(Request::Kill).is_err();
     let Some(pid) = container.process(&key, |process| process.pid)? else { return Err(Error::NotStarted { key }) };
     let was_paused = container.record().init.phase == Phase::Paused;
@@ -43,7 +43,7 @@ pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: Ki
         Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => return Err(Error::Finished { key }),
         Err(error) => return Err(error),
     }
-    // cgroup v1 lets no frozen process die. Whether it is frozen the cgroup knows: not each freeze is ours.
+    // On cgroup v1 a frozen process cannot die. The cgroup is asked, as others freeze containers too.
     match signal == nix::libc::SIGKILL {
         true if is_init && (call.all || was_paused) => kill_rest(cause, &container).await,
         true if is_init => container.record().cgroup.thaw(),
@@ -53,7 +53,7 @@ pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: Ki
     Ok(Change::reply(Reply::Empty))
 }
 
-/// Sends SIGKILL to everything in a container, frozen or not. What does not work is logged.
+/// Sends SIGKILL to all processes of a container, frozen or not. Failures are logged.
 pub(super) async fn kill_rest(cause: &Cause, container: &Rc<Container>) {
     let (cgroup, engine) = {
         let record = container.record();
@@ -74,7 +74,7 @@ pub(super) async fn kill_rest(cause: &Cause, container: &Rc<Container>) {
     };
     for (step, verb, spawn) in spawns {
         if let Err(error) = run_verb(cause, step, &engine, verb, spawn).await {
-            log::debug!(container:% = container.id, error:% = error.chain(); "cannot kill all processes by the engine");
+            log::debug!(container:% = container.id, error:% = error.chain(); "cannot kill all processes with the OCI runtime");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Containers: what is known of them, and what each call does.
+//! Containers: their records, and a handler for each call.
 //!
 //! Owns the lifecycle of containers and their processes. Knows no protobuf: [`crate::worker::server`] translates.
 //!
@@ -62,7 +62,7 @@ pub(super) use start::start;
 use super::error::Error;
 use super::pump::Pump;
 
-/// The process that a client speaks of, in its own words.
+/// The process that a client names, as the client wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Target {
     pub(super) id: String,
@@ -75,31 +75,31 @@ pub(super) struct Target {
 pub(super) struct Container {
     pub(super) id: ContainerId,
     record: RefCell<Record>,
-    /// Whose entries in the keeper's state are not as the record is now.
+    /// The processes whose saved entries are out of date.
     unsaved: RefCell<BTreeSet<ProcessKey>>,
     /// Whether execs were running when ready answers were last made; unknown to a new worker.
     had_execs: Cell<Option<bool>>,
-    /// Told whenever the record has changed.
+    /// Notified whenever the record has changed.
     changed: Notify,
     /// A Delete of init is under way.
     deleting: Cell<bool>,
-    /// How the Delete of init was answered.
+    /// The answer to the Delete of init.
     deleted: Cell<Option<Deleted>>,
-    /// What accompanies the container while this worker lives.
+    /// See [`Attachments`].
     attachments: RefCell<Attachments>,
 }
 
-/// What accompanies a container while this worker lives; made anew by the next one.
+/// What this worker generation runs for a container; the next generation makes its own.
 #[derive(Debug, Default)]
 struct Attachments {
-    /// The watch for want of memory.
+    /// The task that watches for OOM kills.
     oom: Option<tokio::task::AbortHandle>,
-    /// Outputs that go into files.
+    /// Pumps of outputs that go into files.
     pumps: BTreeMap<ProcessKey, Rc<Pump>>,
 }
 
 impl Container {
-    /// A container as it is saved.
+    /// Makes a container from its saved record.
     pub(super) fn new(record: Record) -> Rc<Self> {
         Rc::new(Self {
             id: record.id.clone(),
@@ -128,7 +128,7 @@ impl Container {
         self.record.borrow_mut()
     }
 
-    /// Changes what is known of a process, if it is still there.
+    /// Changes the record of a process, if it has one.
     fn update<T>(&self, key: &ProcessKey, change: impl FnOnce(&mut Process) -> T) -> Option<T> {
         self.unsaved.borrow_mut().insert(key.clone());
         let mut record = self.record.borrow_mut();
@@ -138,7 +138,7 @@ impl Container {
         }
     }
 
-    /// Takes in a process as it is saved.
+    /// Loads a saved process.
     pub(super) fn load(&self, exec: ExecId, process: Process) {
         self.record.borrow_mut().execs.insert(exec, process);
     }
@@ -153,12 +153,12 @@ impl Container {
         self.record.borrow_mut().execs.remove(exec)
     }
 
-    /// Whose entries are to be saved; they count as saved then.
+    /// Takes the processes whose entries are to be saved.
     pub(super) fn take_unsaved(&self) -> BTreeSet<ProcessKey> {
         self.unsaved.take()
     }
 
-    /// Tells those who wait that the record has changed.
+    /// Wakes the tasks that wait for a change of the record.
     pub(super) fn changed(&self) {
         self.changed.notify_waiters();
     }
@@ -192,22 +192,22 @@ impl Container {
         self.phase(key)?.admit(request).map_err(|source| Error::Refused { key: key.clone(), source })
     }
 
-    /// Folds in what happened to a process, and tells those who wait for it. Returns what the world has to be told.
+    /// Applies a fact to a process and wakes the tasks that wait for it. Returns what is to be published.
     fn observe(&self, key: &ProcessKey, fact: Fact) -> &'static [Announce] {
-        let said = self.update(key, |process| {
-            let (phase, said) = process.phase.observe(fact);
+        let announcements = self.update(key, |process| {
+            let (phase, announcements) = process.phase.observe(fact);
             process.phase = phase;
-            said
+            announcements
         });
         self.changed.notify_waiters();
-        said.unwrap_or_default()
+        announcements.unwrap_or_default()
     }
 
-    /// Waits until the record fits; the wait has a name and an end.
+    /// Waits until the record fits; `what` names the wait in the error after `within`.
     async fn until(&self, what: &str, within: Duration, fits: impl Fn(&Record) -> bool) -> Result<(), Error> {
         let wait = async {
             loop {
-                // Before the look, so that no change is missed.
+                // Before the check, so that no change is missed.
                 let changed = self.changed.notified();
                 if fits(&self.record()) {
                     return;

@@ -1,6 +1,6 @@
-//! The lifecycle of a process: of a container's init, and of one that was added.
+//! The lifecycle of a process: a container's init, or an exec.
 //!
-//! Owns what may be asked for when, and what follows from what happened. Pure: others perform.
+//! Owns which requests are admitted when, and what follows from each fact. Pure: handlers perform.
 //!
 //! ```text
 //!             StartAsked           Started              Paused
@@ -14,16 +14,16 @@
 //!                                    Exited
 //! ```
 //!
-//! `Dying` is an exit that is known but not yet told: processes that were added are told of first.
+//! `Dying` is an exit that is known but not yet published: the exits of execs are published first.
 //!
 //! **Invariant:** requests can be refused, facts cannot. An exit is announced once, and never before the start.
-//! What is saved is a phase that waits for nothing: the others are made again by replay, from the request or the exit that
-//! made them.
+//! A saved phase waits for nothing: a replay reconstructs the others, from the request or the exit that
+//! led to them.
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// How a process ended.
+/// The exit of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Exit {
     /// 0–255, or 128 + signal number.
@@ -32,33 +32,33 @@ pub(crate) struct Exit {
     pub(crate) at_nanos: i64,
 }
 
-/// Where a process is in its life.
+/// The phase of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Saved", into = "Saved")]
 pub(crate) enum Phase {
     Created,
-    /// Its program is being started. `early` is an exit that was seen before the start was.
+    /// Its program is being started. `early` is an exit that arrived before the start was complete.
     Starting {
         early: Option<Exit>,
     },
     Running,
     Paused,
-    /// It has ended, and that is still to be told.
+    /// It has exited, and that is still to be published.
     Dying {
         exit: Exit,
-        /// Whether its start was told.
+        /// Whether its start was published.
         started: bool,
     },
     Exited(Exit),
 }
 
-/// What a client may ask for.
+/// The requests of clients that depend on the phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Request {
     Start,
-    /// Of init: adding a process.
+    /// On init: adds an exec.
     Exec,
-    /// Of init: starting a process that was added.
+    /// On init: starts an exec.
     StartExec,
     Kill,
     Pause,
@@ -68,7 +68,7 @@ pub(crate) enum Request {
     Delete,
 }
 
-/// What the kernel or the runtime reported.
+/// Reports of the kernel or the runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fact {
     StartAsked,
@@ -77,11 +77,11 @@ pub(crate) enum Fact {
     Paused,
     Resumed,
     Reaped(Exit),
-    /// Everything that must be told before the exit was told.
+    /// Everything that must be published before the exit was.
     Settled,
 }
 
-/// What the world has to be told.
+/// What is to be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Announce {
     Start,
@@ -99,12 +99,12 @@ pub(crate) struct Refused {
 }
 
 impl Phase {
-    /// May a client ask for this now? A refusal changes nothing.
+    /// Whether the phase admits the request. A refusal changes nothing.
     pub(crate) fn admit(self, request: Request) -> Result<(), Refused> {
         use {Phase as P, Request as R};
         match (request, self) {
             (R::Start, P::Created)
-            // As containerd's own shim: what a client has not been told of refuses nothing that is done later.
+            // As the stock shim does: an exit that is not published yet does not refuse an Exec.
             | (R::Exec, P::Created | P::Starting { .. } | P::Running | P::Dying { .. })
             | (R::StartExec, P::Created | P::Starting { early: None } | P::Running)
             | (R::Kill, P::Created | P::Starting { .. } | P::Running | P::Paused)
@@ -117,7 +117,7 @@ impl Phase {
         }
     }
 
-    /// Folds in what happened. Total: a fact is never refused.
+    /// Applies a fact. Total: a fact is never refused.
     pub(crate) fn observe(self, fact: Fact) -> (Self, &'static [Announce]) {
         use {Announce as A, Fact as F, Phase as P};
         match (self, fact) {
@@ -141,7 +141,7 @@ impl Phase {
         }
     }
 
-    /// How it ended, once that was told.
+    /// Its exit, once published.
     pub(crate) fn exit(self) -> Option<Exit> {
         match self {
             Self::Exited(exit) => Some(exit),
@@ -149,7 +149,7 @@ impl Phase {
         }
     }
 
-    /// Whether its exit is still to be told.
+    /// Whether its exit is still to be published.
     pub(crate) fn is_under_way(self) -> bool {
         match self {
             Self::Starting { .. } | Self::Running | Self::Paused | Self::Dying { .. } => true,
@@ -173,7 +173,7 @@ impl fmt::Display for Request {
         f.write_str(match self {
             Self::Start => "start",
             Self::Exec => "exec",
-            Self::StartExec => "start an added process",
+            Self::StartExec => "start an exec",
             Self::Kill => "kill",
             Self::Pause => "pause",
             Self::Resume => "resume",
@@ -197,7 +197,7 @@ enum Saved {
 impl From<Phase> for Saved {
     fn from(phase: Phase) -> Self {
         match phase {
-            // The request to start, or the exit, is still open and comes again.
+            // The Start or the exit is still open, and the keeper sends it again.
             Phase::Created | Phase::Starting { .. } | Phase::Dying { started: false, .. } => Self::Created,
             Phase::Running | Phase::Dying { started: true, .. } => Self::Running,
             Phase::Paused => Self::Paused,
@@ -316,26 +316,26 @@ mod tests {
             Fact::Settled,
         ];
         for _ in 0..20_000 {
-            let (mut phase, mut told, mut first_exit) = (Phase::Created, Vec::new(), None);
+            let (mut phase, mut published, mut first_exit) = (Phase::Created, Vec::new(), None);
             for _ in 0..random(24) {
                 let fact = facts[random(facts.len() as u64) as usize];
                 if let Fact::Reaped(exit) = fact {
                     first_exit.get_or_insert(exit);
                 }
-                let (next, said) = phase.observe(fact);
+                let (next, announcements) = phase.observe(fact);
                 assert!(phase.exit().is_none() || next == phase, "{phase:?} was left by {fact:?}");
-                told.extend_from_slice(said);
+                published.extend_from_slice(announcements);
                 phase = next;
             }
-            let at = |what| told.iter().position(|said| *said == what);
-            let count = |what| told.iter().filter(|said| **said == what).count();
-            assert!(count(Announce::Start) <= 1 && count(Announce::Exit) <= 1, "{told:?}");
+            let at = |what| published.iter().position(|found| *found == what);
+            let count = |what| published.iter().filter(|found| **found == what).count();
+            assert!(count(Announce::Start) <= 1 && count(Announce::Exit) <= 1, "{published:?}");
             if let Some(exit) = at(Announce::Exit) {
-                assert_eq!(exit, told.len() - 1, "{told:?}");
+                assert_eq!(exit, published.len() - 1, "{published:?}");
                 assert_eq!(phase.exit(), first_exit);
             }
             if let Some(paused) = at(Announce::Pause) {
-                assert!(at(Announce::Start).is_some_and(|start| start < paused), "{told:?}");
+                assert!(at(Announce::Start).is_some_and(|start| start < paused), "{published:?}");
             }
         }
     }

@@ -10,10 +10,10 @@ use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
-/// What State tells of a process.
+/// The answer to State.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::worker) struct StateOf {
-    /// The container's id, or the added process's.
+    /// The container's id, or the exec's.
     pub(in crate::worker) id: String,
     /// Empty for init.
     pub(in crate::worker) exec: String,
@@ -37,7 +37,7 @@ pub(in crate::worker) enum Status {
 pub(in crate::worker) fn state_of(record: &Record, key: &ProcessKey) -> Option<StateOf> {
     let process = record.process(key)?;
     let status = match process.phase {
-        // What is stopped for a client is what it was told of.
+        // A process is stopped for clients once its exit was published.
         Phase::Created | Phase::Starting { .. } | Phase::Dying { started: false, .. } => Status::Created,
         Phase::Running | Phase::Dying { started: true, .. } if record.init.phase == Phase::Paused => Status::Paused,
         Phase::Running | Phase::Dying { started: true, .. } => Status::Running,
@@ -64,7 +64,7 @@ fn recorded_pids(record: &Record) -> Vec<(u32, Option<String>)> {
     init.into_iter().chain(added).collect()
 }
 
-/// Lists the processes of a container: those of the records, then whoever else is in its cgroup. Never fails for a container that exists.
+/// Lists the processes of a container: those of the records, then the others in its cgroup. Never fails for a container that exists.
 pub(in crate::worker) async fn pids(worker: &Rc<Worker>, cause: &Cause, id: &str) -> Result<Change, Error> {
     let container = worker.registry.get(id)?;
     let mut others = match others(cause, &container).await {
@@ -90,7 +90,7 @@ async fn others(cause: &Cause, container: &Container) -> Result<Vec<u32>, Error>
         if record.cgroup != Cgroup::default() || !record.init.phase.is_under_way() {
             return Ok(record.cgroup.pids());
         }
-        // Without a cgroup of its own only the engine knows, if anybody does.
+        // Without a cgroup of its own, only the engine can list them.
         (record.engine.clone(), record.engine.pids(&at(&record)))
     };
     let exited = cause.run(step::ENGINE, spawn).await?;
@@ -104,7 +104,7 @@ pub(in crate::worker) fn stats(worker: &Worker, id: &str) -> Result<Change, Erro
     Ok(Change::reply(Reply::Stats(metrics)))
 }
 
-/// Waits for the end of a process: parked with the keeper, where it costs a few bytes.
+/// Waits for the exit of a process: parked with the keeper, where it costs a few bytes.
 pub(in crate::worker) fn wait(worker: &Worker, target: &Target) -> Result<Change, Error> {
     let container = worker.registry.get(&target.id)?;
     let key = container.key(&target.exec)?;

@@ -1,6 +1,6 @@
-//! What is known of a container and saved with the keeper: the next worker starts from it.
+//! The record of a container, saved with the keeper: the next worker generation starts from it.
 //!
-//! A container has one entry of the keeper's state under its id, which holds init too, and one for each added process under that
+//! A container has one entry of the keeper's state under its id, which holds init too, and one for each exec under that
 //! process's key. A commit writes the entries that have changed.
 //!
 //! **Invariant:** fields are only ever added, each with a default: another version of the worker reads it.
@@ -32,13 +32,13 @@ pub(crate) struct Record {
     pub(crate) shared_pid_namespace: bool,
     #[serde(default)]
     pub(crate) cgroup: Cgroup,
-    /// The kernel's count of killings for want of memory, as last published.
+    /// The kernel's count of OOM kills, as last published.
     #[serde(default)]
     pub(crate) oom_kills: u64,
     /// The files of a checkpoint from which Start makes the container.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) restore: Option<PathBuf>,
-    /// The engine knows nothing of the container: it was not restored yet, or is deleted.
+    /// The engine does not have the container: it was not restored yet, or is deleted.
     #[serde(default)]
     pub(crate) unknown_to_engine: bool,
     pub(crate) init: Process,
@@ -53,11 +53,11 @@ const MAX_BYTES: usize = 1 << 20;
 /// Version of the records that this binary writes.
 pub(crate) const VERSION: u32 = 1;
 
-/// A container's init, or a process that was added.
+/// A container's init, or an exec.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Process {
     pub(crate) phase: Phase,
-    /// Its pid, from the moment it exists; kept after its end.
+    /// Its pid, from the moment it exists; kept after its exit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) pid: Option<u32>,
     pub(crate) stdio: Streams,
@@ -70,12 +70,12 @@ pub(crate) struct Process {
     /// When its start failed, in Unix nanoseconds; it may be started again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) failed_at_nanos: Option<i64>,
-    /// Files that were made for it, to be removed with it.
+    /// Files to be removed with it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) files: Vec<PathBuf>,
 }
 
-/// The streams of a process in the client's own words.
+/// The streams of a process, as the client wrote them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Streams {
@@ -96,7 +96,7 @@ impl Process {
         Self { phase: Phase::Created, pid: None, stdio, size: None, stdin_closed: false, failed_at_nanos: None, files: Vec::new() }
     }
 
-    /// Since when nothing more is expected of it: its exit was published, or its start has failed. In Unix nanoseconds.
+    /// Since when it is spent: its exit was published, or its start has failed. In Unix nanoseconds.
     pub(crate) fn spent_at(&self) -> Option<i64> {
         match self.phase {
             Phase::Exited(exit) => Some(exit.at_nanos),
@@ -105,7 +105,7 @@ impl Process {
         }
     }
 
-    /// Removes the files that were made for it.
+    /// Removes its files.
     pub(crate) fn blocking_remove_files(&mut self) {
         for path in self.files.drain(..) {
             match std::fs::remove_file(&path) {
@@ -117,7 +117,7 @@ impl Process {
         }
     }
 
-    /// How it ended, once that was told.
+    /// Its exit, once published.
     pub(crate) fn exit(&self) -> Option<Exit> {
         self.phase.exit()
     }
@@ -139,15 +139,15 @@ impl Record {
         keys
     }
 
-    /// Refuses a record that would not fit into a commit, where it stands beside ready-made answers and events.
+    /// Refuses a record that would not fit into a commit, together with prepared answers and events.
     ///
-    /// A worker that sends a longer message is killed for it, and so would be the next one, which does the same.
+    /// The keeper kills a worker that sends a longer message, and would kill the next one, which replays the request.
     pub(crate) fn check_size(&self, added_bytes: usize) -> Result<(), Error> {
         let bytes = self.encode().len() + added_bytes;
         if bytes <= MAX_BYTES { Ok(()) } else { Err(Error::TooMuch { id: self.id.clone(), bytes, limit: MAX_BYTES }) }
     }
 
-    /// The entry of a process: of init, that of the container. Absent for one that is no more.
+    /// The entry of a process: for init, that of the container. Absent for a deleted one.
     pub(crate) fn entry(&self, key: &ProcessKey) -> Option<Vec<u8>> {
         match &key.exec {
             None => Some(self.encode()),
@@ -159,13 +159,13 @@ impl Record {
         encode(self)
     }
 
-    /// Reads the entry of a container of this version or an older one; what is saved from now on is of this one.
+    /// Decodes the entry of a container of this version or an older one; later saves use this version.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let record: Self = serde_json::from_slice(bytes)?;
         Ok(Self { version: VERSION, ..record })
     }
 
-    /// The version of an entry that is too new for this build.
+    /// The version of an entry that is too new for this binary.
     pub(crate) fn newer_version(bytes: &[u8]) -> Option<u32> {
         #[derive(Deserialize)]
         struct Head {
@@ -177,13 +177,13 @@ impl Record {
 }
 
 impl Process {
-    /// Reads the entry of an added process, as [`Record::decode`] does that of a container.
+    /// Decodes the entry of an exec, as [`Record::decode`] does that of a container.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         serde_json::from_slice::<Entry<Self>>(bytes).map(|entry| entry.process)
     }
 }
 
-/// The entry of an added process.
+/// The entry of an exec.
 #[derive(Serialize, Deserialize)]
 struct Entry<P> {
     version: u32,

@@ -1,4 +1,4 @@
-//! What the shim itself needs to know of a bundle's `config.json`. Everything else in it is the engine's.
+//! The part of a bundle's `config.json` that the shim itself needs. The engine reads the rest.
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::worker::error::Code;
 
-/// The few fields of a runtime specification that matter here.
+/// The fields of a runtime specification that the shim needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Spec {
     /// The root filesystem, absolute.
@@ -38,7 +38,7 @@ pub(crate) enum SpecError {
 impl SpecError {
     pub(crate) fn code(&self) -> Code {
         match self {
-            // A bundle without its parts is the client's mistake; a disk that cannot be read is the host's.
+            // An incomplete bundle is the client's mistake; an unreadable disk is the host's fault.
             Self::Missing { source, .. } | Self::NoRootfs { source, .. } if source.kind() != io::ErrorKind::NotFound => Code::Internal,
             Self::Missing { .. } | Self::NoRootfs { .. } => Code::FailedPrecondition,
             Self::TooLong { .. } | Self::Malformed { .. } | Self::Version { .. } | Self::NoRoot { .. } => Code::InvalidArgument,
@@ -76,7 +76,7 @@ impl Spec {
         Ok(Self { rootfs: bundle.join(root), shared_pid_namespace, names_unit })
     }
 
-    /// Says so if the root filesystem, by now mounted, is not there.
+    /// Errors: the root filesystem, mounted by now, is missing.
     pub(crate) fn blocking_check_rootfs(&self) -> Result<(), SpecError> {
         match self.rootfs.metadata() {
             Ok(about) if about.is_dir() => Ok(()),

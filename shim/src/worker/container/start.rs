@@ -1,4 +1,4 @@
-//! Start: the user's program runs, as a container's init or as a process that was added to it.
+//! Start: runs the user's program, as a container's init or as an exec.
 use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -39,7 +39,7 @@ pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target:
                 return Ok(Change::refuse(error));
             }
             container.update(&key, |process| process.failed_at_nanos = Some(now_nanos()));
-            // So that it can be started again: an added process opens its streams at its start. Those of init stay.
+            // So that a client can start it again: an exec opens its streams at its start. Init keeps its streams.
             let mut change = Change { releases: vec![key], save: Some(Rc::clone(&container)), ..Change::refuse(error) };
             container.drop_surplus(&mut change);
             Ok(change)
@@ -47,8 +47,8 @@ pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target:
     }
 }
 
-/// Waits while another Start of the process is under way, and returns its pid if that has worked: a client that ran out of patience,
-/// or was killed, asks again and is told the same.
+/// Waits while another Start of the process is under way, and returns its pid if it succeeded: a client that timed out or was killed
+/// asks again and gets the same answer.
 async fn started_by_another(container: &Rc<Container>, key: &ProcessKey) -> Result<Option<u32>, Error> {
     let is_starting = |phase| matches!(phase, Phase::Starting { .. });
     if !is_starting(container.phase(key)?) {
@@ -95,7 +95,7 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
         }
     };
     work.blocking_remove();
-    // Into a copy: what another request saves meanwhile must still say that there is something to restore, for this one's replay.
+    // Into a copy: what another request saves meanwhile must still name the checkpoint, for the replay of this one.
     let restored = |record: &mut Record| {
         find_cgroup(record, pid);
         record.init.pid = Some(pid);
@@ -105,7 +105,7 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
     };
     let mut copy = container.record().clone();
     restored(&mut copy);
-    // The container runs by now: without its pid in the journal it is still known to the engine.
+    // The container runs by now: without its pid in the journal, the engine still has it.
     if let Err(error) = journal::write(worker, cause, step::JOURNAL_AGAIN, &copy).await {
         log::warn!(container:% = container.id, error:% = error.chain(); "cannot write the journal");
     }
@@ -144,7 +144,7 @@ async fn start_added(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Containe
     let pid = files.run(cause, spawn, &engine, Verb::Exec).await?;
     container.update(key, |process| {
         process.pid = Some(pid);
-        // A replay does not read its specification again, and the environment in it is nobody's business.
+        // A replay does not read the specification again, and the environment in it may hold secrets.
         process.blocking_remove_files();
         process.files.push(files.pid_file);
     });

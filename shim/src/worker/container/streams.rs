@@ -1,4 +1,4 @@
-//! The streams of a process about to start: what the keeper is asked to open, and the loggers that read from it.
+//! The streams of a process about to start: those that the keeper opens, and the loggers that read from them.
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ struct Hired {
 }
 
 impl Plan {
-    /// Reads what the client wants.
+    /// Parses the client's URIs.
     pub(super) fn read(key: &ProcessKey, streams: &Streams, record: &Record) -> Result<Self, Error> {
         Ok(Self {
             key: key.clone(),
@@ -47,7 +47,7 @@ impl Plan {
         })
     }
 
-    /// Reads what the client wants, and refuses a logger that must not run.
+    /// Parses the client's URIs, and refuses a logger that must not run.
     pub(super) fn blocking_read(key: &ProcessKey, streams: &Streams, record: &Record) -> Result<Self, Error> {
         let plan = Self::read(key, streams, record)?;
         for hired in plan.loggers() {
@@ -84,7 +84,7 @@ impl Plan {
         }
     }
 
-    /// Has the streams opened and the loggers started. Whoever gets an error releases the key.
+    /// Has the keeper open the streams and start the loggers. After an error the caller releases the key.
     pub(super) async fn open(&self, worker: &Worker, cause: &Cause) -> Result<(), Error> {
         for (_, path) in self.files() {
             let file = path.clone();
@@ -94,9 +94,9 @@ impl Plan {
         cause.perform(step::OPEN_STDIO, Op::OpenStdio(self.stdio())).await?;
         for (number, hired) in (0..).zip(self.loggers()) {
             if let Err(error) = self.hire(worker, cause, step::LOGGERS + number, hired).await {
-                // Whoever is not ready would wait for output that never comes.
+                // A logger that is not ready would wait for output that never comes.
                 if let Err(error) = cause.perform(step::END_HELPERS, Op::EndHelpers { key: self.key.to_string() }).await {
-                    log::warn!(container:% = self.key, error:% = error.chain(); "cannot end a logger");
+                    log::warn!(container:% = self.key, error:% = error.chain(); "cannot kill a logger");
                 }
                 return Err(error);
             }
@@ -127,7 +127,7 @@ impl Plan {
         let Hired { logger, stdout, stderr } = hired;
         let key = self.key.to_string();
         let read = |wanted, stream| if wanted { Fd::ReadEnd(key.clone(), stream) } else { Fd::Null };
-        // As containerd's own shim: of an added process, its own id.
+        // As the stock shim does: for an exec, the exec's own id.
         let id = self.key.exec.as_ref().map_or_else(|| self.key.container.to_string(), ToString::to_string);
         let own = [("CONTAINER_ID", id.as_str()), ("CONTAINER_NAMESPACE", worker.settings.namespace.as_str())];
         let environment = own.into_iter().chain(logger.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())));

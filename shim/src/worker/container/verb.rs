@@ -1,4 +1,4 @@
-//! Running a verb of a container's engine.
+//! Runs a verb of a container's engine.
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::worker::error::Error;
 
 /// Runs a verb to its end.
 ///
-/// Errors: what the engine complains of; that its program is gone, if that is why it could not be started.
+/// Errors: the engine's message; that its program is missing, if that is why it could not be started.
 pub(super) async fn run_verb(cause: &Cause, at: Step, engine: &CommandEngine, verb: Verb, spawn: Spawn) -> Result<Exited, Error> {
     let exited = match cause.run(at, spawn).await {
         Ok(exited) => exited,
@@ -22,7 +22,7 @@ pub(super) async fn run_verb(cause: &Cause, at: Step, engine: &CommandEngine, ve
     Ok(exited)
 }
 
-/// Whether the engine keeps a container of this id.
+/// Whether the engine has a container of this id.
 pub(super) fn blocking_is_kept(record: &Record) -> bool {
     record.engine.state_of(record.id.as_str()).symlink_metadata().is_ok()
 }
@@ -30,7 +30,7 @@ pub(super) fn blocking_is_kept(record: &Record) -> bool {
 /// The folder where criu writes its own files.
 pub(super) struct CriuWork {
     pub(super) path: PathBuf,
-    /// No client has named it.
+    /// Absent from the request, so the shim removes it.
     is_ours: bool,
 }
 
@@ -40,7 +40,7 @@ impl CriuWork {
         Self { path: named.map_or_else(|| record.bundle.join("criu-work"), Path::to_owned), is_ours: named.is_none() }
     }
 
-    /// Removes the files of a success.
+    /// Removes the files after a success.
     pub(super) fn blocking_remove(&self) {
         if self.is_ours
             && let Err(error) = std::fs::remove_dir_all(&self.path)
@@ -50,7 +50,7 @@ impl CriuWork {
     }
 }
 
-/// Adds to the failure of a checkpoint or a restore what criu has logged about it in its work folder: the engine says only where to look.
+/// Appends the errors in criu's log to the failure of a checkpoint or a restore: the engine only names the log.
 pub(super) fn blocking_add_criu_errors(error: Error, work_path: &Path) -> Error {
     let Error::Engine(EngineError::Failed { verb, message }) = error else { return error };
     let log = work_path.join(if verb == Verb::Restore { "restore.log" } else { "dump.log" });
@@ -61,7 +61,7 @@ pub(super) fn blocking_add_criu_errors(error: Error, work_path: &Path) -> Error 
     EngineError::Failed { verb, message }.into()
 }
 
-/// The last lines about errors in a log of criu's.
+/// The last error lines of a criu log.
 fn criu_errors(log: &Path) -> Option<String> {
     let mut file = File::open(log).ok()?;
     let length = file.metadata().ok()?.len();
@@ -74,7 +74,7 @@ fn criu_errors(log: &Path) -> Option<String> {
     (!errors.is_empty()).then(|| errors[errors.len().saturating_sub(MAX_LINES)..].join("; "))
 }
 
-/// As much of criu's log as is looked at, and as is repeated.
+/// How much of criu's log is read, and how much is quoted.
 const MAX_LOG_BYTES: u64 = 256 << 10;
 const MAX_LINES: usize = 8;
 const MAX_LINE_CHARS: usize = 300;

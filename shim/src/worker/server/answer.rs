@@ -21,7 +21,7 @@ pub(in crate::worker) fn response(result: Result<Reply, Error>, keeper_pid: u32)
 /// Encodes the answers that the keeper may give while no worker runs: to Connect, State and Pids, of a container and its init.
 ///
 /// They depend on the container's own entry of the state alone, so that a commit for an exec need not carry them. While execs run, the
-/// answer to Pids is incomplete: the keeper gives none then.
+/// answer to Pids is incomplete and marked as a fallback: the keeper gives it only if no worker answers in time.
 pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
     let id = record.id.to_string();
     let connect = api::ConnectRequest { id: id.clone(), ..Default::default() };
