@@ -302,7 +302,7 @@ fn a_keeper_that_hangs_is_waited_for_and_named_not_replaced() {
 fn a_bundle_that_is_none_gives_one_sentence_and_leaves_nothing() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
-    for (content, words) in [(None, "read "), (Some("{"), "is not the configuration of a container"), (Some("[]"), "expected an object")] {
+    for (content, words) in [(None, "read "), (Some("{"), "is not a valid container configuration"), (Some("[]"), "expected an object")] {
         match content {
             Some(content) => fs::write(bundle.join("config.json"), content).expect("a file can be written"),
             None => fs::remove_file(bundle.join("config.json")).expect("is there"),

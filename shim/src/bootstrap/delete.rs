@@ -1,18 +1,18 @@
-//! `delete`: whatever became of a container, it is gone afterwards, and containerd is told how it ended.
+//! `delete`: removes a container, whatever its state, and reports its exit to containerd.
 //!
-//! Owns the order in which the truth is asked for. containerd runs this after every deletion and when a shim does not answer, and
+//! Owns the order of the sources of the exit. containerd runs this after every deletion and when a shim does not answer, and
 //! waits five seconds at most.
 //!
 //! ```text
-//!  journal says how it ended, keeper does not know it ─────────────────▶ answer from the record
-//!  keeper knows it, or may ─▶ keeper: Delete ─┬─ done ─────────────────▶ answer from the record
+//!  journal has the exit, keeper does not have the container ───────────▶ answer from the record
+//!  keeper has it, or may ───▶ keeper: Delete ─┬─ done ─────────────────▶ answer from the record
 //!                                             └─ fails, or no answer ─┐
 //!  keeper dead ───────────────────────────────────────────────────────┴▶ manual cleanup, answer from the record
-//!  no bundle any more: the keepers are asked whose the container is, then as above
-//!  no journal: no container was ever made ─────────────────────────────▶ unmount, 137 now
+//!  no bundle: find the container's keeper among all keepers, then as above
+//!  no journal: the container was never created ────────────────────────▶ unmount, 137 now
 //! ```
 //!
-//! **Invariant:** no process is signalled unless it is certainly the container's: by a handle, after its start time was compared. A
+//! **Invariant:** only processes of the container are signalled: through a pidfd, after comparing the start time. A
 //! second run gives the same answer.
 use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
@@ -34,16 +34,16 @@ use crate::journal::{self, Contents, RecordedExit};
 use crate::journal_body::{JournalBody, ProcessIdentity};
 use crate::run_dir::{Place, RunDir};
 
-/// containerd kills a `delete` that takes longer than 5 s. From there on backwards: time for our own hands, for the worker, and for a
-/// keeper to say what it knows.
+/// containerd kills a `delete` that takes longer than 5 s. Backwards from there: time for the manual cleanup, for the worker, and for a
+/// keeper's snapshot.
 const WITHIN: Duration = Duration::from_millis(3900);
 const WORKER_WITHIN: Duration = Duration::from_millis(2300);
 const KEEPER_WITHIN: Duration = Duration::from_millis(600);
 
-/// The status of a container whose end nobody has seen, as containerd's own shim gives it: killed.
+/// The status of a container whose exit is unknown, the stock shim's: killed.
 const UNKNOWN_STATUS: u32 = 128 + 9;
 
-/// Removes what is left of a container and prints how it ended.
+/// Removes a container and prints its exit.
 pub(crate) fn delete(flags: &Flags) -> Result<(), Error> {
     let begun = Instant::now();
     let bundle = start::bundle_of(flags)?;
@@ -56,23 +56,23 @@ struct Deletion<'a> {
     flags: &'a Flags,
     bundle: &'a Path,
     begun: Instant,
-    /// What the journal said when we came.
+    /// The journal as first read.
     found: Contents,
     body: Option<JournalBody>,
-    /// Absent where nobody can know: there is no journal, and no configuration that tells the group.
+    /// Absent if unknown: there is neither a journal nor a configuration that names the group.
     control: Option<PathBuf>,
 }
 
-/// What a keeper says about a container.
+/// What a keeper reports about a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Keeper {
-    /// There is none, or not the one that made the container.
+    /// It does not run, or another keeper runs in its place.
     Dead,
-    /// It is there and does not answer.
+    /// It runs and does not answer.
     Silent,
-    /// It has never heard of it, or has deleted it.
+    /// It does not have the container, or has deleted it.
     KnowsNothing,
-    /// It has it, or does something that may concern it.
+    /// It has the container, or handles a request that may concern it.
     MayKnow,
 }
 
@@ -80,7 +80,7 @@ impl<'a> Deletion<'a> {
     fn new(flags: &'a Flags, bundle: &'a Path, begun: Instant) -> Result<Self, Error> {
         let found = match journal::read(&bundle.join(journal::FILE_NAME)) {
             Ok(found) => found,
-            // Not a journal: then there is nothing to learn from it.
+            // Not a journal: treated as absent.
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) => Contents::default(),
             Err(source) => return Err(Error::Io { op: "read", path: bundle.join(journal::FILE_NAME), source }),
         };
@@ -97,14 +97,14 @@ impl<'a> Deletion<'a> {
         let keeper = self.ask_keeper();
         match (keeper, self.recorded()) {
             (Keeper::KnowsNothing, Some(exit)) => return Ok(exit),
-            // The keeper has left, as keepers do after the last deletion, unless it was killed on its way.
+            // The keeper has exited, as keepers do after the last deletion, or was killed on the way.
             (Keeper::Dead, Some(exit)) if manual_cleanup::is_clean(&self.leftovers()) => {
                 self.remove_sockets();
                 return Ok(exit);
             }
             (Keeper::MayKnow, _) => {
-                if let Some(told) = self.ask_worker()
-                    && let Some(exit) = self.recorded_now().or(told)
+                if let Some(reported) = self.ask_worker()
+                    && let Some(exit) = self.recorded_now().or(reported)
                 {
                     return Ok(exit);
                 }
@@ -113,7 +113,7 @@ impl<'a> Deletion<'a> {
         }
         let leftovers = self.leftovers();
         let deadline = self.begun + WITHIN;
-        // A keeper that hangs has not reaped it: the kernel still knows.
+        // A keeper that hangs has not reaped it: the kernel still has the status.
         let seen = manual_cleanup::end_of_zombie(&leftovers);
         manual_cleanup::kill(&leftovers, deadline)?;
         let exit = self.true_end(keeper, seen.unwrap_or(UNKNOWN_STATUS), deadline);
@@ -129,8 +129,8 @@ impl<'a> Deletion<'a> {
         Ok(exit)
     }
 
-    /// Has the keeper forget what was removed without it, so that it does not stay for a container that is gone. One that does not
-    /// answer is asked by the next `delete`, or ends by hand: the container is gone in any case.
+    /// Has the keeper forget what was removed without it, so that it does not stay for a deleted container. If it does not answer, the
+    /// next `delete` asks again, or an operator ends it: the container is removed in any case.
     fn tell_keeper(&self) {
         if let Some(control) = &self.control {
             let request = ControlRequest::Forget { id: self.flags.id.clone() };
@@ -138,7 +138,7 @@ impl<'a> Deletion<'a> {
         }
     }
 
-    /// The exit in the journal that we found.
+    /// The exit in the journal as first read.
     fn recorded(&self) -> Option<RecordedExit> {
         self.found.exit
     }
@@ -160,7 +160,7 @@ impl<'a> Deletion<'a> {
     fn judge(&self, snapshot: &Snapshot) -> Keeper {
         let id = &self.flags.id;
         let knows = snapshot.state.iter().any(|(key, _)| key == id) || snapshot.reservations.contains(id);
-        // A Create that is under way has left nothing in the state so far.
+        // A Create under way has saved nothing so far.
         let may_make_it = snapshot.requests.iter().any(|request| request.method == "Create");
         match &self.body {
             _ if knows || may_make_it => Keeper::MayKnow,
@@ -170,8 +170,8 @@ impl<'a> Deletion<'a> {
         }
     }
 
-    /// Has the worker delete the container, in its turn among the container's other requests. Absent if it does not say that it did;
-    /// else what it says about the end.
+    /// Has the worker delete the container, in turn with the container's other requests. Absent if it does not answer with success;
+    /// else its report of the exit.
     fn ask_worker(&self) -> Option<Option<RecordedExit>> {
         let control = self.control.as_ref()?;
         let request = ttrpc::Request {
@@ -192,7 +192,7 @@ impl<'a> Deletion<'a> {
         Leftovers { id: &self.flags.id, bundle: self.bundle, body: self.body.as_ref() }
     }
 
-    /// How the container ended: as its keeper saw it, or at our hands. A living keeper needs a moment to see it.
+    /// The container's exit: as its keeper recorded it, or by this command's SIGKILL. A running keeper needs a moment to record it.
     fn true_end(&self, keeper: Keeper, otherwise: u32, deadline: Instant) -> RecordedExit {
         let pid = self.body.as_ref().and_then(|body| body.init).map_or(0, |init| init.pid);
         let will_be_recorded = pid != 0 && matches!(keeper, Keeper::KnowsNothing | Keeper::MayKnow);
@@ -207,15 +207,15 @@ impl<'a> Deletion<'a> {
         }
     }
 
-    /// Writes down what we answer: a second run shall say the same.
+    /// Writes the answer into the journal, so that a second run gives the same.
     fn record(&self, exit: RecordedExit) {
         let written = journal::Journal::open(&self.bundle.join(journal::FILE_NAME)).and_then(|journal| journal.write_exit(exit));
         if let Err(error) = written {
-            eprintln!("containerd-shim-x-v2: delete {}: the journal does not take the exit: {error}", self.flags.id);
+            eprintln!("containerd-shim-x-v2: delete {}: cannot write the exit into the journal: {error}", self.flags.id);
         }
     }
 
-    /// Removes the sockets of a keeper that is dead, unless another has their place by now.
+    /// Removes the sockets of a dead keeper, unless another keeper uses them by now.
     fn remove_sockets(&self) {
         self.remove_console_sockets();
         let Some(place) = self.place() else { return };
@@ -228,7 +228,7 @@ impl<'a> Deletion<'a> {
         }
     }
 
-    /// Removes the sockets on which the dead keeper waited for terminals, unless another process has its number by now.
+    /// Removes the console sockets of the dead keeper, unless its pid was reused.
     fn remove_console_sockets(&self) {
         let Some(body) = self.body.as_ref().filter(|body| ProcessIdentity::of(body.keeper.pid).is_none()) else { return };
         let prefix = format!("c{}-", body.keeper.pid);
@@ -241,15 +241,15 @@ impl<'a> Deletion<'a> {
         }
     }
 
-    /// Where the dead keeper's sockets are. The bundle tells the clients' one, which a daemon may have put anywhere.
+    /// The dead keeper's sockets. The bundle names the clients' one, whose folder the daemon chooses.
     fn place(&self) -> Option<Place> {
         let control = self.control.clone()?;
         let name = control.file_stem()?;
-        let told = std::fs::read_to_string(self.bundle.join("address")).ok();
-        let told = told.as_deref().and_then(|address| address.strip_prefix("unix://")).map(PathBuf::from);
-        // The path comes from a file: nothing is removed but a socket of the shim's own name.
-        let told = told.filter(|socket| socket.file_name() == Some(name));
-        let socket = told.unwrap_or_else(|| RunDir::from_environment().sockets().join(name));
+        let recorded = std::fs::read_to_string(self.bundle.join("address")).ok();
+        let recorded = recorded.as_deref().and_then(|address| address.strip_prefix("unix://")).map(PathBuf::from);
+        // The path comes from a file: only a socket with a shim's name is removed.
+        let recorded = recorded.filter(|socket| socket.file_name() == Some(name));
+        let socket = recorded.unwrap_or_else(|| RunDir::from_environment().sockets().join(name));
         Some(Place { socket, lock: control.with_extension("lock"), control })
     }
 }
@@ -261,8 +261,8 @@ fn place_of(flags: &Flags, bundle: &Path) -> Option<PathBuf> {
     RunDir::from_environment().place(&flags.address, &flags.namespace, group, None).ok().map(|place| place.control)
 }
 
-/// The control socket of the shim that has the container, though nothing in the bundle says so: a containerd that does not find the
-/// shim's program when it starts removes the bundle of a container that runs.
+/// The control socket of the shim that has the container, found without the bundle: a containerd that does not find the
+/// shim's program at its start removes the bundle of a running container.
 fn keeper_of(flags: &Flags, bundle: &Path) -> Option<PathBuf> {
     let query = Query { namespace: Some(flags.namespace.clone()), ..Query::default() };
     let has_it = |shim: &Shim| match &shim.found {
@@ -274,10 +274,10 @@ fn keeper_of(flags: &Flags, bundle: &Path) -> Option<PathBuf> {
     survey(&query).ok()?.into_iter().find(has_it).map(|shim| shim.control)
 }
 
-/// What the worker's answer says of the end. Absent for a container that never ran.
+/// The exit in the worker's answer. Absent for a container that never ran.
 fn told_exit(payload: &[u8]) -> Option<RecordedExit> {
-    let told = ReportedExit::decode(payload)?;
-    Some(RecordedExit { pid: told.pid.unwrap_or(0), status: told.status?, at_nanos: told.at_nanos.unwrap_or_else(now_nanos) })
+    let reported = ReportedExit::decode(payload)?;
+    Some(RecordedExit { pid: reported.pid.unwrap_or(0), status: reported.status?, at_nanos: reported.at_nanos.unwrap_or_else(now_nanos) })
 }
 
 fn now_nanos() -> i64 {

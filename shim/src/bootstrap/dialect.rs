@@ -1,6 +1,6 @@
-//! The two ways in which containerd tells a shim how to start, and wants to be answered.
+//! The two protocols of `start`, by version of containerd.
 //!
-//! Owns what stands on standard input of `start`, and the bytes of the answer.
+//! Owns the decoding of standard input and the bytes of the answer.
 //!
 //! | containerd | on standard input | answer |
 //! | --- | --- | --- |
@@ -10,7 +10,7 @@
 //! Both inputs are protobuf and use the same field numbers, so one may parse as the other. `BootstrapParams` repeats the id and the
 //! namespace of the command line; options do not.
 //!
-//! **Invariant:** text is the answer unless the question was certainly a `BootstrapParams`: the older daemons cannot read the other.
+//! **Invariant:** the answer is text unless the input was certainly a `BootstrapParams`: older daemons cannot read the other.
 use std::path::PathBuf;
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
@@ -20,23 +20,23 @@ use protobuf::well_known_types::any::Any;
 
 use crate::invocation::Flags;
 
-/// The version of the task service that we choose on 2.3 and later.
+/// The version of the task service that the shim chooses on 2.3 and later.
 ///
-/// Both are served on the socket. With 3, a pod's later containers get no `start` and nobody cleans up after them when the shim
-/// dies; with 2, each container has its `start`, and its `delete` when the connection closes.
+/// The socket serves both. With 3, containerd runs no `start` for a pod's later containers, and no `delete` when the shim
+/// dies; with 2, it runs `start` for each container, and `delete` when the connection closes.
 const TASK_VERSION: i32 = 2;
 
-/// What containerd says about the shim to start.
+/// What containerd requests from `start`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Question {
     pub(crate) dialect: Dialect,
-    /// The daemon's choice of a folder for sockets.
+    /// The folder for sockets that the daemon chooses.
     pub(crate) socket_dir: Option<PathBuf>,
-    /// containerd's gRPC and ttrpc sockets, where they were said here.
+    /// containerd's gRPC and ttrpc sockets, where the input names them.
     pub(crate) grpc_address: Option<String>,
     pub(crate) ttrpc_address: Option<String>,
     pub(crate) log_level: Option<LevelFilter>,
-    /// The options of the runtime, as they will come again with the container.
+    /// The runtime options, which the container's Create repeats.
     pub(crate) options: Option<Any>,
 }
 
@@ -50,8 +50,8 @@ pub(crate) enum Dialect {
 }
 
 impl Question {
-    /// Reads standard input. Never fails: what is neither of the two says nothing. Options that are not understood come again with
-    /// the container, and are refused there, by name.
+    /// Decodes standard input. Never fails: input that is neither of the two counts as empty. Create repeats options that cannot be
+    /// decoded, and refuses them by name.
     pub(crate) fn parse(input: &[u8], flags: &Flags) -> Self {
         if let Some(params) = bootstrap_params(input, flags) {
             return Self::from_params(params);
@@ -74,7 +74,7 @@ impl Question {
 }
 
 impl Dialect {
-    /// The answer: where containerd shall connect.
+    /// The answer: the address for containerd.
     pub(crate) fn answer(self, address: &str) -> Vec<u8> {
         match self {
             Self::Text => address.as_bytes().to_vec(),
@@ -89,7 +89,7 @@ impl Dialect {
     }
 }
 
-/// Whether this is a message of options, as far as its name tells. The name may be written with or without a prefix.
+/// Whether this is an options message, by its type name, with or without a prefix.
 fn are_options(any: &Any) -> bool {
     any.type_url.rsplit('/').next().is_some_and(|name| name.ends_with(".Options"))
 }
@@ -102,7 +102,7 @@ fn bootstrap_params(input: &[u8], flags: &Flags) -> Option<BootstrapParams> {
     (params.instance_id == flags.id && params.namespace == flags.namespace).then_some(params)
 }
 
-/// Levels in between are nearest to the less talkative one; 2.3 calls 0 "info", and lower is more.
+/// Levels in between count as the less verbose one; 2.3 calls 0 "info", and lower is more verbose.
 fn level_of(level: i32) -> LevelFilter {
     match level {
         ..=-8 => LevelFilter::Trace,

@@ -1,6 +1,6 @@
-//! Which shim a container belongs to.
+//! The group of a container: containers of one group share a shim.
 //!
-//! Owns the reading of the two annotations in `config.json` by which containers share a shim.
+//! Owns the two annotations in `config.json` that name it.
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -18,7 +18,7 @@ struct Config {
     annotations: Option<Annotations>,
 }
 
-/// In the order in which they count.
+/// In order of precedence.
 #[derive(Debug, Default, Deserialize)]
 struct Annotations {
     #[serde(default, rename = "io.containerd.runc.v2.group")]
@@ -27,9 +27,9 @@ struct Annotations {
     sandbox: Option<String>,
 }
 
-/// Reads the group that the bundle's container names; absent if it is to have a shim of its own.
+/// Reads the group of the bundle's container; absent if the container has a shim of its own.
 ///
-/// Errors: the file is not there, too long, or not the JSON that it should be.
+/// Errors: the file is missing, too long, or not the expected JSON.
 pub(crate) fn of_bundle(bundle: &Path) -> Result<Option<String>, Error> {
     let path = bundle.join("config.json");
     let failed = |source| Error::Io { op: "read", path: path.clone(), source };
@@ -42,7 +42,7 @@ pub(crate) fn of_bundle(bundle: &Path) -> Result<Option<String>, Error> {
 }
 
 fn parse(bytes: &[u8]) -> Result<Option<String>, serde_json::Error> {
-    // serde takes a list for a struct whose fields may all be absent.
+    // serde accepts a list for a struct whose fields may all be absent.
     if !bytes.trim_ascii_start().starts_with(b"{") {
         return Err(serde::de::Error::custom("expected an object"));
     }

@@ -1,6 +1,6 @@
-//! Runs one engine command to its end, for commands that have no keeper to do it.
+//! Runs one engine command to its end, for commands without a keeper.
 //!
-//! **Invariant:** it ends at its deadline, whatever the engine does; what the engine says is kept up to a limit.
+//! **Invariant:** it ends at its deadline, whatever the engine does; the engine's output is kept up to a limit.
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
@@ -18,19 +18,21 @@ use nix::unistd::pipe2;
 use crate::handover::{Exited, Fd, LOG_ARGUMENT, MAX_OUTPUT_BYTES, Spawn};
 use crate::sys;
 
-/// Runs what an engine has ordered and returns how it ended.
+/// Runs an engine's command and returns its exit.
 ///
-/// Errors: it could not be executed; TimedOut, after it was killed.
+/// Errors: it could not be executed; TimedOut after the kill.
 pub(crate) fn run(order: &Spawn, deadline: Instant) -> io::Result<Exited> {
     let (log, log_writer) = pipe()?;
     let (output, output_writer) = pipe()?;
-    // The engine opens its log by a path; ours leads to the pipe for as long as we live.
+    // The engine opens its log by a path; this one leads to the pipe while this process runs.
     let log_path = format!("/proc/{}/fd/{}", std::process::id(), log_writer.as_raw_fd());
-    let mut words =
-        order.argv.iter().map(|word| OsString::from_vec(if word == LOG_ARGUMENT { log_path.clone().into_bytes() } else { word.clone() }));
-    let program = words.next().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut arguments = order
+        .argv
+        .iter()
+        .map(|argument| OsString::from_vec(if argument == LOG_ARGUMENT { log_path.clone().into_bytes() } else { argument.clone() }));
+    let program = arguments.next().ok_or(io::ErrorKind::InvalidInput)?;
     let mut command = Command::new(program);
-    command.args(words).env_clear();
+    command.args(arguments).env_clear();
     for entry in &order.env {
         let split = entry.iter().position(|byte| *byte == b'=').ok_or(io::ErrorKind::InvalidInput)?;
         let (name, value) = (entry[..split].to_vec(), entry[split + 1..].to_vec());
@@ -64,7 +66,7 @@ pub(crate) fn run(order: &Spawn, deadline: Instant) -> io::Result<Exited> {
     Ok(Exited { status: u32::try_from(status).unwrap_or(255), log, output, terminal: false })
 }
 
-/// Waits for the end of `child`, and reads what it says meanwhile: a full pipe would stop it.
+/// Waits for the exit of `child`, and reads its output meanwhile: a full pipe would block it.
 fn wait(child: &mut Child, collected: &mut [Collected; 2], deadline: Instant) -> io::Result<ExitStatus> {
     let process = sys::process::open(child.id())?;
     loop {
@@ -74,7 +76,7 @@ fn wait(child: &mut Child, collected: &mut [Collected; 2], deadline: Instant) ->
         }
         let timeout = PollTimeout::try_from(left.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);
         let mut fds = vec![PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-        // One at its end would be reported for ever.
+        // poll(2) would report one at end of file for ever.
         fds.extend(collected.iter().filter(|pipe| !pipe.ended).map(|pipe| PollFd::new(pipe.file.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -89,7 +91,7 @@ fn wait(child: &mut Child, collected: &mut [Collected; 2], deadline: Instant) ->
     }
 }
 
-/// What came out of a pipe, the end of it where that is too much.
+/// The output from a pipe; the end of it where it is too long.
 struct Collected {
     file: File,
     bytes: Vec<u8>,
@@ -101,7 +103,7 @@ impl Collected {
         Self { file: pipe.into(), bytes: Vec::new(), ended: false }
     }
 
-    /// Reads what is there.
+    /// Reads the available bytes.
     fn read(&mut self) {
         let mut chunk = [0; 4096];
         while !self.ended {
@@ -137,7 +139,7 @@ mod tests {
     use super::*;
 
     fn shell(script: &str) -> Spawn {
-        let argv = ["/bin/sh", "-c", script, "sh"].map(|word| word.as_bytes().to_vec());
+        let argv = ["/bin/sh", "-c", script, "sh"].map(|argument| argument.as_bytes().to_vec());
         Spawn {
             argv: argv.into_iter().chain([LOG_ARGUMENT.to_vec()]).collect(),
             env: vec![b"A=b=c".to_vec()],

@@ -1,6 +1,6 @@
-//! `-info`: what the runtime is and can do.
+//! `-info`: describes the runtime and its features.
 //!
-//! Owns the `RuntimeInfo` on standard output. containerd decodes it directly, without an `Any` around it, and asks for it before it
+//! Owns the `RuntimeInfo` on standard output. containerd decodes it directly, without an `Any` around it, and requests it before it
 //! allows a container with id-mapped mounts.
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
@@ -16,19 +16,19 @@ use crate::options::RuntimeOptions;
 
 const NAME: &str = "io.containerd.x.v2";
 
-/// Annotations of our own: the OCI runtime that a container with these options would get, and why.
+/// The shim's own annotations: the OCI runtime that it chooses for these options, and why.
 const RUNTIME: &str = "io.containerd.x.v2.oci-runtime";
 const REASON: &str = "io.containerd.x.v2.oci-runtime.reason";
 
 /// The features of an OCI runtime, as JSON.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
-/// How long the engine may take to say what it can do.
+/// How long the engine may take to print its features.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Reads options from standard input, asks the engine that they choose for its features, and prints the whole.
+/// Reads options from standard input, queries the features of the engine that they choose, and prints the description.
 ///
-/// Errors: options that are not understood; no engine. An engine that knows no features is described without them.
+/// Errors: options that cannot be decoded; no engine. An engine without a `features` command is described without them.
 pub(crate) fn info() -> Result<(), Error> {
     let input = start::read_input()?;
     let options = if input.is_empty() { None } else { Some(Any::parse_from_bytes(&input).map_err(|source| Error::Options { source })?) };
@@ -52,7 +52,7 @@ fn describe(options: Option<Any>, features: Option<Vec<u8>>) -> RuntimeInfo {
     info
 }
 
-/// What the engine says it can do, if that is JSON: containerd would choke on anything else.
+/// The engine's features, if they are JSON: containerd cannot decode anything else.
 fn features(engine: &CommandEngine) -> Option<Vec<u8>> {
     let exited = helper::run(&engine.features(), Instant::now() + PATIENCE).ok()?;
     engine.interpret(Verb::Features, &exited).ok()?;

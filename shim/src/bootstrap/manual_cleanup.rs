@@ -1,6 +1,6 @@
-//! Cleaning up after a container without a worker.
+//! Manual cleanup: removes a container without a worker.
 //!
-//! Owns the killing, the engine's last word and the unmounting, from what the journal says.
+//! Owns the kills, the engine's delete and the unmounts, from what the journal records.
 //!
 //! **Invariant:** repeating any of it does no harm.
 use std::fs;
@@ -19,12 +19,12 @@ use crate::journal_body::{JournalBody, ProcessIdentity};
 use crate::rootfs::{self, MountError, Unmount};
 use crate::sys;
 
-/// What may be left of a container.
+/// The possible leftovers of a container.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Leftovers<'a> {
     pub(crate) id: &'a str,
     pub(crate) bundle: &'a Path,
-    /// Absent where there is no journal: then nothing of ours has ever run.
+    /// Absent without a journal: then the shim has never run a process.
     pub(crate) body: Option<&'a JournalBody>,
 }
 
@@ -47,13 +47,13 @@ impl Leftovers<'_> {
     }
 }
 
-/// Whether nothing is left: no process, no mount, and nothing that the engine keeps.
+/// Whether nothing is left: no process, no mount, no state of the engine.
 pub(crate) fn is_clean(leftovers: &Leftovers<'_>) -> bool {
     let is_kept = leftovers.engine().is_some_and(|engine| engine.state_of(leftovers.id).exists());
     !is_kept && !is_mounted(leftovers) && !is_alive(leftovers)
 }
 
-/// How init ended, if it did and nobody has reaped it: 0–255, or 128 + signal number.
+/// The exit status of init if it is a zombie: 0–255, or 128 + signal number.
 pub(crate) fn end_of_zombie(leftovers: &Leftovers<'_>) -> Option<u32> {
     let init = leftovers.init()?;
     let stat = fs::read_to_string(format!("/proc/{}/stat", init.pid)).ok()?;
@@ -61,7 +61,7 @@ pub(crate) fn end_of_zombie(leftovers: &Leftovers<'_>) -> Option<u32> {
     init.exists().then_some(status)
 }
 
-/// Takes the exit status out of a zombie's line of `/proc/PID/stat`: field 3 is the state, 52 the status as wait(2) gives it.
+/// Parses the exit status from a zombie's `/proc/PID/stat`: field 3 is the state, 52 the status as wait(2) gives it.
 fn status_of_zombie(stat: &str) -> Option<u32> {
     let (_, after_name) = stat.rsplit_once(')')?;
     let mut fields = after_name.split_ascii_whitespace();
@@ -72,14 +72,14 @@ fn status_of_zombie(stat: &str) -> Option<u32> {
     Some(if status & 0x7f == 0 { status >> 8 & 0xff } else { 128 + (status & 0x7f) })
 }
 
-/// Whether a process of the container lives.
+/// Whether a process of the container runs.
 fn is_alive(leftovers: &Leftovers<'_>) -> bool {
     leftovers.init().and_then(handle).is_some() || leftovers.cgroup().is_some_and(|cgroup| cgroup.pids().into_iter().any(is_running))
 }
 
-/// Kills every process of the container and waits for their end.
+/// Kills every process of the container and waits for their exits.
 ///
-/// Errors: [`Error::StillAlive`] if one does not die in time, as in an uninterruptible sleep.
+/// Errors: [`Error::StillAlive`] if one does not exit in time, as in an uninterruptible sleep.
 pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), Error> {
     let deadline = deadline.checked_sub(Duration::from_millis(800)).unwrap_or(deadline);
     let init = leftovers.init().and_then(handle);
@@ -88,7 +88,7 @@ pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), E
         let _ = sys::process::signal(init.as_fd(), libc::SIGKILL);
     }
     loop {
-        // Whoever was forked in the meantime is found the next time round. This also thaws what is paused.
+        // The next round finds processes forked meanwhile. This also thaws a paused container.
         let living: Vec<u32> =
             cgroup.as_ref().map_or_else(Vec::new, |cgroup| cgroup.pids().into_iter().filter(|pid| is_running(*pid)).collect());
         if let (Some(cgroup), false) = (&cgroup, living.is_empty()) {
@@ -112,10 +112,10 @@ pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), E
     }
 }
 
-/// Has the engine forget the container, and unmounts its root filesystem.
+/// Has the engine delete the container, and unmounts its root filesystem.
 ///
-/// Errors: the mounts cannot be undone, or an engine whose program is gone leaves what cannot be removed without it. What an engine has to
-/// complain of is a warning: there may be nothing left to forget.
+/// Errors: the mounts cannot be undone, or the engine's program is missing and its state cannot be removed without it. Any other failure
+/// of the engine is a warning: there may be nothing left to delete.
 pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), Error> {
     if let Some(engine) = leftovers.engine() {
         let order = engine.delete(&Container { id: leftovers.id, bundle: leftovers.bundle }, true);
@@ -138,18 +138,18 @@ pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), 
     }
     let rootfs = leftovers.rootfs();
     match rootfs::blocking_unmount_all(&rootfs, Unmount::Clean) {
-        // Somebody of the host sits in it: it shall not keep containerd from forgetting the container.
+        // A process of the host uses it: containerd must be able to forget the container in any case.
         Err(MountError::Busy { .. }) => rootfs::blocking_unmount_all(&rootfs, Unmount::Detach)?,
         other => other?,
     }
     Ok(())
 }
 
-/// Removes what an engine keeps of a container when its program is gone: nobody else would, and the id would stay taken.
+/// Removes the state of an engine whose program is missing: the id would stay taken.
 fn remove_without_engine(leftovers: &Leftovers<'_>, engine: &CommandEngine) -> Result<(), Error> {
-    // Of the journal, where it was checked to be an id: never a path that a command line gives.
+    // From the journal, where it was checked to be an id: never a path from a command line.
     let Some(state) = leftovers.body.map(|body| engine.state_of(&body.id)) else { return Ok(()) };
-    // The kernel takes a moment to let go of the cgroup of processes that have just died.
+    // The kernel takes a moment to release the cgroup of processes that have just exited.
     let until = Instant::now() + Duration::from_millis(300);
     while let Some(Err(source)) = leftovers.cgroup().map(|cgroup| cgroup.remove()) {
         if source.raw_os_error() != Some(libc::EBUSY) || Instant::now() >= until {
@@ -164,26 +164,26 @@ fn remove_without_engine(leftovers: &Leftovers<'_>, engine: &CommandEngine) -> R
     }
 }
 
-/// Whether something is mounted at or below the root filesystem. Not to know it counts as yes.
+/// Whether something is mounted at or below the root filesystem. An error counts as yes.
 fn is_mounted(leftovers: &Leftovers<'_>) -> bool {
     rootfs::blocking_is_mounted(&leftovers.rootfs()).unwrap_or(true)
 }
 
-/// A handle of the very process that is meant; absent if it has ended.
+/// A pidfd of exactly this process; absent if it has exited.
 fn handle(process: ProcessIdentity) -> Option<OwnedFd> {
     let handle = sys::process::open(process.pid).ok()?;
-    // Compared after the handle was opened: from then on the number cannot come to mean another.
+    // Compared after the pidfd was opened: from then on a reused pid does not matter.
     if !process.exists() {
         return None;
     }
-    // A zombie has ended, whoever is to reap it.
+    // A zombie has exited, reaped or not.
     match wait::for_input(handle.as_fd(), Some(Instant::now())) {
         Ok(false) => Some(handle),
         Ok(true) | Err(_) => None,
     }
 }
 
-/// Whether a process is there and not a zombie.
+/// Whether a process exists and is not a zombie.
 fn is_running(pid: u32) -> bool {
     let open: io::Result<OwnedFd> = sys::process::open(pid);
     open.is_ok_and(|handle| !wait::for_input(handle.as_fd(), Some(Instant::now())).unwrap_or(true))
@@ -242,7 +242,7 @@ mod tests {
         let leftovers = Leftovers { id: "c1", bundle: Path::new("/nowhere"), body: Some(&body) };
         assert!(!is_alive(&leftovers));
         kill(&leftovers, soon()).expect("there is nothing to kill");
-        assert!(child.try_wait().expect("is our child").is_none(), "it lives");
+        assert!(child.try_wait().expect("is our child").is_none(), "it was killed");
         let _ = child.kill();
         let _ = child.wait();
     }

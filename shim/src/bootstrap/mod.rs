@@ -1,15 +1,15 @@
-//! What containerd runs this binary for: `start`, `delete` and `-info`.
+//! The commands that containerd runs: `start`, `delete` and `-info`.
 //!
-//! Owns the contract on command line, environment, standard input and output. A `start` ends in microseconds after the keeper
-//! was made; nothing here lives on.
+//! Owns the contract on command line, environment, standard input and output. A `start` exits microseconds after it has started the keeper;
+//! nothing here stays.
 //!
 //! ```text
 //!  containerd ── start ──▶ group, address ──▶ a keeper answers there: reserve a place ─┬─▶ address on stdout
-//!                                        └──▶ nobody: bind both sockets, exec a keeper ┘
+//!                                        └──▶ no keeper: bind both sockets, exec one ──┘
 //!  containerd ── delete ─▶ journal ──▶ keeper ──▶ manual cleanup (docs/bootstrap.md: the order of truth)
 //! ```
 //!
-//! **Invariant:** nothing but the answer is written to stdout, and nothing at all to stderr by a `start` that succeeds: containerd
+//! **Invariant:** stdout gets nothing but the answer, and stderr gets nothing from a `start` that succeeds: containerd
 //! reads both as one.
 use std::io;
 use std::path::PathBuf;
@@ -42,29 +42,29 @@ pub(crate) enum Error {
     Stdout { source: io::Error },
     #[error("{what} is longer than {limit_bytes} bytes")]
     TooLong { what: String, limit_bytes: u64 },
-    #[error("{} is not the configuration of a container", path.display())]
+    #[error("{} is not a valid container configuration", path.display())]
     Config { path: PathBuf, source: serde_json::Error },
-    #[error("the path {} is not text in UTF-8", path.display())]
+    #[error("the path {} is not valid UTF-8", path.display())]
     NotText { path: PathBuf },
     #[error("{} stayed locked: another start or delete of this shim hangs", path.display())]
     Locked { path: PathBuf },
-    #[error("{} is in use by a process that is not a shim of ours", path.display())]
+    #[error("{} is already in use by a process that is not an x shim", path.display())]
     Foreign { path: PathBuf },
     #[error("container {id} exists already, in the shim with pid {keeper}; remove it first: containerd-shim-x-v2 -namespace {namespace} -id {id} -bundle {} delete", bundle.display())]
     AlreadyExists { id: String, namespace: String, bundle: PathBuf, keeper: u32 },
-    #[error("the shim of group {group} takes no container: {why}")]
+    #[error("the shim of group {group} cannot take another container: {why}")]
     NotTaken { group: String, why: String },
-    #[error("the shim of group {group} is leaving and does not get done")]
+    #[error("the shim of group {group} is shutting down and has not exited in time; try again")]
     StillLeaving { group: String },
-    #[error("process {pid} of container {id} is still there though it was killed")]
+    #[error("process {pid} of container {id} has not exited after SIGKILL; it may be in an uninterruptible sleep")]
     StillAlive { id: String, pid: u32 },
     #[error("join the cgroup {group}, which the option ShimCgroup names")]
     ShimCgroup { group: String, source: io::Error },
     #[error("no hierarchy has the cgroup {group}, which the option ShimCgroup names")]
     NoShimCgroup { group: String },
-    #[error("separate the cores, as the variable SCHED_CORE asks")]
+    #[error("enable core scheduling, which the variable SCHED_CORE requests")]
     CoreScheduling { source: io::Error },
-    #[error("the options on standard input are no message")]
+    #[error("the options on standard input cannot be decoded")]
     Options { source: protobuf::Error },
     #[error(transparent)]
     RuntimeOptions(#[from] crate::options::OptionsError),

@@ -1,10 +1,10 @@
-//! What a keeper inherits from the `start` that makes it: cgroup, out-of-memory score, cores.
+//! What a keeper inherits from its `start`: cgroup, OOM score, core scheduling.
 //!
-//! Owns the changes that `start` makes to itself just before it starts the keeper. It ends right after, so that only the keeper
+//! Owns the changes that `start` makes to itself just before it starts the keeper. It exits right after, so that only the keeper
 //! keeps them. A single-threaded process that moves itself is also the cheap way: moving another one costs 8–14 ms.
 //!
-//! **Invariant:** nothing else is changed. Containers inherit what the keeper has, and shall have what they have under containerd's
-//! own shim: its score (the daemon's and one more) unless their spec says otherwise.
+//! **Invariant:** nothing else is changed. Containers inherit from the keeper, and must get what they get under the stock
+//! shim: its score (the daemon's plus one) unless their spec sets another.
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::process::parent_id;
@@ -17,9 +17,9 @@ use crate::{mountinfo, sys};
 
 const MAX_SCORE: i32 = 1000;
 
-/// Sets this process's out-of-memory score to its parent's and one more, so that the kernel takes a shim before its daemon.
+/// Sets this process's OOM score to its parent's plus one, so that the kernel kills a shim before its daemon.
 ///
-/// Fails softly, as where a lower score than our own needs CAP_SYS_RESOURCE.
+/// Ignores failures, such as a lower score without CAP_SYS_RESOURCE.
 pub(crate) fn adjust_oom_score() {
     let Some(daemon) = read_score(parent_id()) else { return };
     let wanted = (daemon + 1).min(MAX_SCORE);
@@ -32,9 +32,9 @@ fn read_score(pid: u32) -> Option<i32> {
     fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()?.trim().parse().ok()
 }
 
-/// Lets only this process and its descendants share cores, if the daemon asks for it by the variable SCHED_CORE.
+/// Lets only this process and its descendants share cores, if the variable SCHED_CORE is set.
 ///
-/// No core with two threads: there is nothing to separate, which is as good.
+/// Without SMT there is nothing to separate, which counts as success.
 pub(crate) fn separate_cores() -> Result<(), Error> {
     if std::env::var_os("SCHED_CORE").is_none_or(|value| value.is_empty()) {
         return Ok(());
@@ -54,7 +54,7 @@ pub(crate) fn join_cgroup(group: &str) -> Result<(), Error> {
     let hierarchies = hierarchies().map_err(failed)?;
     let only_unified = hierarchies.iter().all(|hierarchy| hierarchy.unified);
     let mut joined = false;
-    // In a mixed system the unified hierarchy has no controllers, and containerd's shim leaves it alone.
+    // On a hybrid host the unified hierarchy has no controllers, and the stock shim leaves it alone.
     for hierarchy in hierarchies.iter().filter(|hierarchy| only_unified || !hierarchy.unified) {
         let file = hierarchy.folder.join(&below).join(if hierarchy.unified { "cgroup.procs" } else { "tasks" });
         match OpenOptions::new().write(true).open(&file).and_then(|mut file| file.write_all(b"0")) {
@@ -66,7 +66,7 @@ pub(crate) fn join_cgroup(group: &str) -> Result<(), Error> {
     if joined { Ok(()) } else { Err(Error::NoShimCgroup { group: group.to_owned() }) }
 }
 
-/// The path below a hierarchy's root; absent if it leads out of it.
+/// The path below a hierarchy's root; absent if it leaves it.
 fn relative(group: &str) -> Option<PathBuf> {
     let mut below = PathBuf::new();
     for component in Path::new(group).components() {

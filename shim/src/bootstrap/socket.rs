@@ -1,13 +1,13 @@
-//! The sockets of a shim: who makes them, and when dead ones go away.
+//! The sockets of a shim: how they are made, and when stale ones are removed.
 //!
-//! Owns the lock under which `start` and `delete` decide whether a shim is alive, and the making and removal of its two sockets.
+//! Owns the lock under which `start` and `delete` decide whether a shim runs, and the creation and removal of its two sockets.
 //!
 //! ```text
-//!  lock ─▶ control socket: nobody listens ─▶ remove both, bind both ─▶ keeper ─▶ unlock
+//!  lock ─▶ control socket: no listener ────▶ remove both, bind both ─▶ keeper ─▶ unlock
 //!                        └ a keeper answers ─▶ reserve a place there ──────────▶ unlock
 //! ```
 //!
-//! **Invariant:** sockets are made and removed by whoever holds the lock; both listen before anybody is told of them.
+//! **Invariant:** only the holder of the lock makes and removes sockets; both listen before their address is published.
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -24,7 +24,7 @@ use nix::sys::stat::{Mode, umask};
 use super::Error;
 use crate::run_dir::Place;
 
-/// A lock that nobody else holds. Its file is removed with it.
+/// An exclusive lock. Its file is removed with it.
 #[derive(Debug)]
 pub(crate) struct Lock {
     path: PathBuf,
@@ -34,7 +34,7 @@ pub(crate) struct Lock {
 impl Lock {
     /// Waits for the lock at `path`, whose folder exists.
     ///
-    /// Errors: [`Error::Locked`] if somebody else has it for too long.
+    /// Errors: [`Error::Locked`] if another process holds it for too long.
     pub(crate) fn take(path: &Path, deadline: Instant) -> Result<Self, Error> {
         let failed = |source| Error::Io { op: "lock", path: path.to_owned(), source };
         loop {
@@ -48,13 +48,13 @@ impl Lock {
                 .map_err(failed)?;
             let number = file.metadata().map_err(failed)?.ino();
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                // Whoever had it before may have removed the file: then this is a lock on nothing.
+                // The previous holder may have removed the file: then this lock protects nothing.
                 Ok(locked) if fs::metadata(path).is_ok_and(|meta| meta.ino() == number) => {
                     return Ok(Self { path: path.to_owned(), _file: locked });
                 }
                 Ok(_) => {}
                 Err((_, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
-                    // flock(2) knows no deadline, and its holder is done within a millisecond or two.
+                    // flock(2) has no timeout, and the holder is done within a millisecond or two.
                     std::thread::sleep(Duration::from_micros(200));
                 }
                 Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Err(Error::Locked { path: path.to_owned() }),
@@ -66,7 +66,7 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Before the lock is given up: the next one to get it sees that the file is gone, and makes another.
+        // Before the lock is released: the next holder sees that the file is gone, and makes another.
         let _ = fs::remove_file(&self.path);
     }
 }
@@ -82,7 +82,7 @@ pub(crate) struct Sockets {
 }
 
 impl Sockets {
-    /// Binds both sockets and listens. The caller holds the place's lock and has found nobody there.
+    /// Binds both sockets and listens. The caller holds the place's lock and has found no listener.
     pub(crate) fn bind(place: &Place) -> Result<Self, Error> {
         remove_stale(place)?;
         let clients = bind(&place.socket)?;
@@ -90,7 +90,7 @@ impl Sockets {
         Ok(Self { clients, control, place: Some(place.clone()) })
     }
 
-    /// Leaves the sockets where they are: they are the keeper's now.
+    /// Keeps the sockets: the keeper owns them now.
     pub(crate) fn keep(mut self) {
         self.place = None;
     }
@@ -104,7 +104,7 @@ impl Drop for Sockets {
     }
 }
 
-/// Removes both sockets of a shim that is dead. The caller holds the place's lock.
+/// Removes both sockets of a dead shim. The caller holds the place's lock.
 pub(crate) fn remove_stale(place: &Place) -> Result<(), Error> {
     for path in [&place.socket, &place.control] {
         match fs::remove_file(path) {
@@ -119,7 +119,7 @@ pub(crate) fn remove_stale(place: &Place) -> Result<(), Error> {
 
 fn bind(path: &Path) -> Result<OwnedFd, Error> {
     let failed = |source| Error::Io { op: "listen on", path: path.to_owned(), source };
-    // The socket is born with its mode; a later chmod would leave a moment in which others can connect.
+    // The socket is created with its mode; a later chmod would leave a moment in which others can connect.
     let before = umask(Mode::from_bits_truncate(0o177));
     let bound = UnixListener::bind(path);
     umask(before);
@@ -136,7 +136,7 @@ mod tests {
 
     use super::*;
 
-    /// A folder of a test's own; removed with it.
+    /// A temporary folder of a test.
     struct Scratch(PathBuf);
 
     impl Scratch {
@@ -176,7 +176,7 @@ mod tests {
     fn stale_sockets_and_other_leftovers_are_replaced() {
         let (_scratch, place) = Scratch::new("stale");
         Sockets::bind(&place).expect("binds").keep();
-        assert!(UnixStream::connect(&place.socket).is_err(), "nobody listens any more");
+        assert!(UnixStream::connect(&place.socket).is_err(), "a closed socket accepted a connection");
         let _sockets = Sockets::bind(&place).expect("binds again");
         UnixStream::connect(&place.socket).expect("listens");
     }

@@ -1,8 +1,8 @@
-//! `start`: a shim for the bundle in the working directory.
+//! `start`: provides a shim for the bundle in the working directory.
 //!
-//! Owns the decision between a new keeper and the group's living one, and the making of a new one.
+//! Owns the decision between a new keeper and the group's running one, and the start of a new one.
 //!
-//! **Invariant:** when the answer is given, both sockets listen, and no descriptor of this process is left in the keeper.
+//! **Invariant:** when `start` answers, both sockets listen, and the keeper has no descriptor of this process.
 use std::env;
 use std::ffi::{CString, OsStr};
 use std::fs::{self, OpenOptions};
@@ -34,11 +34,11 @@ const MAX_INPUT_BYTES: u64 = 4 << 20;
 /// How long a `start` waits for another of the same group, and for the group's keeper.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Variables that reach the keeper, and through it the runtimes. The daemon's others may hold secrets, or tune Go programs.
+/// Variables that the keeper inherits, and the runtimes from it. The daemon's others may hold secrets, or tune Go programs.
 const VARIABLES: [&str; 5] = ["HOME", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS"];
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Starts a shim, or joins the group's, and prints where containerd shall connect.
+/// Starts a shim, or joins the group's, and prints its address for containerd.
 pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
     let deadline = Instant::now() + PATIENCE;
     let question = Question::parse(&read_input()?, flags);
@@ -63,7 +63,7 @@ pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
     print(question.dialect, &address)
 }
 
-/// The shim that is wanted.
+/// The requested shim.
 struct Shim<'a> {
     flags: &'a Flags,
     bundle: &'a Path,
@@ -72,13 +72,13 @@ struct Shim<'a> {
 }
 
 impl Shim<'_> {
-    /// Reserves a place in the living keeper, if there is one. Returns its address and pid.
+    /// Reserves a place in the running keeper, if there is one. Returns its address and pid.
     fn join(&self, deadline: Instant) -> Result<Option<(String, u32)>, Error> {
         loop {
             let snapshot = match control::describe(&self.place.control, deadline) {
                 Ok(snapshot) => snapshot,
                 Err(error) if error.is_gone() => {
-                    // A socket without its fellow is litter, unless somebody else listens there.
+                    // A clients' socket without a control socket is stale, unless another process listens on it.
                     return match control::is_listening(&self.place.socket, Duration::from_millis(100)) {
                         true if Instant::now() < deadline => {
                             std::thread::sleep(Duration::from_millis(1));
@@ -99,7 +99,7 @@ impl Shim<'_> {
                 Ok(ControlReply::Refused { why }) if Instant::now() >= deadline => {
                     return Err(Error::NotTaken { group: self.group.to_owned(), why });
                 }
-                // It is about to go: then there is room for another.
+                // It is shutting down: another can start after it.
                 Ok(ControlReply::Refused { .. }) => self.await_end(keeper, deadline)?,
                 Ok(_) => return Err(control::Error::Unexpected { path: self.place.control.clone() }.into()),
                 Err(error) if error.is_gone() => self.await_end(keeper, deadline)?,
@@ -113,19 +113,19 @@ impl Shim<'_> {
         Error::AlreadyExists { id: self.flags.id.clone(), namespace: self.flags.namespace.clone(), bundle, keeper }
     }
 
-    /// Waits for the end of a keeper that is leaving.
+    /// Waits for the exit of a keeper that is shutting down.
     fn await_end(&self, keeper: u32, deadline: Instant) -> Result<(), Error> {
         let Ok(process) = sys::process::open(keeper) else { return Ok(()) };
         if super::wait::for_end(process.as_fd(), deadline) { Ok(()) } else { Err(Error::StillLeaving { group: self.group.to_owned() }) }
     }
 
-    /// Writes down where containerd and people find the shim of this bundle.
+    /// Records the shim's address and pid in the bundle, for containerd and for operators.
     fn note(&self, address: &str, keeper: u32) -> Result<(), Error> {
         write_file(&self.bundle.join("address"), address.as_bytes())?;
         write_file(&self.bundle.join("shim.pid"), keeper.to_string().as_bytes())
     }
 
-    /// Makes a new keeper. Returns its address.
+    /// Starts a new keeper. Returns its address.
     fn launch(&self, question: &Question, daemon: &str) -> Result<String, Error> {
         let sockets = Sockets::bind(self.place)?;
         let address = format!("unix://{}", text_of(&self.place.socket)?);
@@ -144,7 +144,7 @@ impl Shim<'_> {
 
         placement::separate_cores()?;
         placement::adjust_oom_score();
-        // Options that cannot be read are the container's to fail with, by name.
+        // Create refuses options that cannot be decoded, by name.
         let options = RuntimeOptions::blocking_read(question.options.as_ref()).unwrap_or_default();
         if let Some(cgroup) = &options.shim_cgroup {
             placement::join_cgroup(cgroup)?;
@@ -155,7 +155,7 @@ impl Shim<'_> {
         let noted = self.note(&address, keeper);
         await_execution(started)?;
         if let Err(error) = noted {
-            // Nobody was told of it, and its sockets go now. It is our child: the number is still its own.
+            // Its address was not published, and its sockets are removed now. It is our child: its pid is not reused.
             let _ = sys::process::open(keeper).and_then(|keeper| sys::process::signal(keeper.as_fd(), libc::SIGKILL));
             return Err(error);
         }
@@ -180,7 +180,7 @@ fn execute(settings: &Settings, sockets: &Sockets) -> Result<Started, Error> {
         program: CString::new(program.as_os_str().as_bytes()).map_err(nul)?,
         argv: argv.map(CString::new).collect::<Result<_, _>>().map_err(nul)?,
         env: environment(),
-        // Not the bundle: a working directory would keep its file system busy for as long as the pod lives.
+        // Not the bundle: a working directory would keep its file system busy while the pod runs.
         cwd: c"/".to_owned(),
         descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), sockets.clients.as_fd(), sockets.control.as_fd()],
         dies_with_parent: false,
@@ -191,7 +191,7 @@ fn execute(settings: &Settings, sockets: &Sockets) -> Result<Started, Error> {
 /// Waits until the keeper's program runs.
 fn await_execution(started: Started) -> Result<(), Error> {
     let failed = |source| Error::Io { op: "execute", path: own_image(), source };
-    // The pipe closes at the exec; before that it may tell why there was none.
+    // The pipe closes at execve(2); an error of it arrives before.
     match super::wait::read_to_end(started.failure).map_err(failed)?.as_slice() {
         [] => Ok(()),
         number => {
@@ -201,7 +201,7 @@ fn await_execution(started: Started) -> Result<(), Error> {
     }
 }
 
-/// The path of this very program. Where its file was replaced since, the path under which the kernel still has the old one.
+/// The path of this program. If its file was replaced since, the path under which the kernel still has the old one.
 fn own_image() -> PathBuf {
     const RUNNING: &str = "/proc/self/exe";
     let named = fs::read_link(RUNNING).ok();
@@ -209,13 +209,13 @@ fn own_image() -> PathBuf {
         (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
         _ => false,
     };
-    // By its name where that is possible: it is what `ps` and `pgrep` show.
+    // By its name where possible: `ps` and `pgrep` show it.
     named.filter(same).unwrap_or_else(|| RUNNING.into())
 }
 
 fn environment() -> Vec<CString> {
     let path = variable("PATH").unwrap_or_else(|| DEFAULT_PATH.to_owned());
-    // A cache of small blocks per thread is of no use to a process that waits; it keeps pages from being given back.
+    // A per-thread malloc cache does not help a process that waits; it keeps pages from being returned.
     let mut environment = vec![format!("PATH={path}").into_bytes(), b"GLIBC_TUNABLES=glibc.malloc.tcache_count=0".to_vec()];
     for (name, value) in env::vars_os() {
         let is_known = |name: &str| VARIABLES.contains(&name) || name.starts_with("X_SHIM_");
@@ -232,20 +232,20 @@ fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// Where a living keeper listens. Its command line says it: a daemon may have asked for another folder then than it does now.
+/// The address of a running keeper, from its command line: the daemon may choose another folder now than it did then.
 fn address_of(snapshot: &Snapshot, place: &Place) -> String {
-    let told = || {
+    let recorded = || {
         let line = fs::read(format!("/proc/{}/cmdline", snapshot.keeper_pid)).ok()?;
-        let mut arguments = line.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_str().map(str::to_owned));
+        let mut arguments = line.split(|byte| *byte == 0).map(|argument| OsStr::from_bytes(argument).to_str().map(str::to_owned));
         arguments.next()?;
         let arguments: Vec<String> = arguments.collect::<Option<_>>()?;
-        let flags = arguments.iter().position(|word| word == "keeper")?;
+        let flags = arguments.iter().position(|argument| argument == "keeper")?;
         Settings::from_arguments(&arguments[..flags]).ok().map(|settings| settings.shim_address)
     };
-    told().unwrap_or_else(|| format!("unix://{}", place.socket.display()))
+    recorded().unwrap_or_else(|| format!("unix://{}", place.socket.display()))
 }
 
-/// Reads what containerd says; nothing from a terminal, on which a person has typed the command.
+/// Reads containerd's input; nothing from a terminal, where an operator has typed the command.
 pub(super) fn read_input() -> Result<Vec<u8>, Error> {
     let stdin = io::stdin();
     let mut input = Vec::new();
@@ -265,7 +265,7 @@ pub(super) fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {
     env::current_dir().map_err(|source| Error::Io { op: "find", path: "the working directory".into(), source })
 }
 
-/// The bundle that a keeper's record of a container names.
+/// The bundle in a keeper's record of a container.
 pub(super) fn bundle_in(state: &[u8]) -> Option<PathBuf> {
     let state: serde_json::Value = serde_json::from_slice(state).ok()?;
     state.get("bundle").and_then(serde_json::Value::as_str).map(PathBuf::from)

@@ -1,4 +1,4 @@
-//! `inspect`: everything that is known of a container.
+//! `inspect`: everything that shim and journal have about a container.
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::handover::Snapshot;
 use crate::invocation::Query;
 use crate::journal;
 
-/// Shows a container. With a bundle in the query, its journal alone: for a shim that is dead.
+/// Shows a container. With a bundle in the query, its journal alone: for a dead shim.
 pub(crate) fn inspect(id: &str, query: &Query) -> Result<(), Error> {
     let all = match &query.bundle {
         Some(bundle) => from_journal(id, bundle)?,
@@ -23,7 +23,7 @@ pub(crate) fn inspect(id: &str, query: &Query) -> Result<(), Error> {
     Ok(io::stdout().lock().write_all(to_text(&all).as_bytes())?)
 }
 
-/// Logs what is shown of each container of a shim, but its journal: this is called by the keeper, which waits for no disk.
+/// Logs the same for each container of a shim, without its journal: the keeper calls this, and must not wait for a disk.
 pub(crate) fn log_snapshot(snapshot: &Snapshot, control: &Path) {
     let containers = snapshot.state.iter().map(|(key, _)| key).filter(|key| !key.contains('/'));
     let mut ids: Vec<&str> = containers.chain(&snapshot.reservations).map(String::as_str).collect();
@@ -74,7 +74,7 @@ fn knows(snapshot: &Snapshot, id: &str) -> bool {
     snapshot.state.iter().any(|(key, _)| key == id) || snapshot.reservations.iter().any(|reserved| reserved == id)
 }
 
-/// Whether a process's key is of this container: `ID` for init, `ID/EXEC` for others.
+/// Whether a process key belongs to this container: `ID` for init, `ID/EXEC` for execs.
 fn is_of(key: &str, id: &str) -> bool {
     key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
@@ -108,7 +108,7 @@ fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
             "spilled_bytes": stream.spilled_bytes,
         })).collect::<Vec<_>>(),
         "waiters": waiters.map(|(key, count)| json!({ "key": key, "count": count })).collect::<Vec<_>>(),
-        // A request does not name its container before the worker has read it: these are the whole shim's.
+        // Only the worker decodes which container a request names: these are all of the shim's.
         "shim": {
             "requests": snapshot.requests.iter().map(|request| json!({
                 "cause": request.cause,
@@ -133,7 +133,7 @@ fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
     })
 }
 
-/// Reads an entry of the state. Words that are not understood are shown as they are.
+/// Decodes an entry of the state. Unknown values are shown as they are.
 fn read(value: &[u8]) -> Value {
     serde_json::from_slice(value).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(value).into_owned()))
 }
@@ -178,7 +178,7 @@ fn to_text(all: &Value) -> String {
             }
         }
         for exit in shim["withheld"].as_array().into_iter().flatten() {
-            rows.push(vec!["withheld".into(), format!("{}, which no worker survives", show(exit))]);
+            rows.push(vec!["withheld".into(), format!("{}, which crashes every worker", show(exit))]);
         }
         for (name, field) in [("bundle", "bundle"), ("root", "rootfs")] {
             rows.push(vec![name.into(), show(&all["state"][field])]);
@@ -202,7 +202,7 @@ fn process_line(process: &Value) -> String {
     format!("{}, {}, {} KiB", show(&process["pid"]), show(&process["build"]), show(&process["pss_kib"]))
 }
 
-/// Init and the others, from the worker's own words.
+/// Init and the execs, from the worker's entries.
 fn processes(all: &Value) -> Vec<Vec<String>> {
     let row = |name: String, process: &Value| {
         let phase = phase_of(process);
@@ -280,8 +280,8 @@ mod tests {
         assert_eq!(all["processes"].as_array().map(Vec::len), Some(2));
         assert_eq!(all["waiters"], json!([{ "key": "c1", "count": 2 }]));
         let text = to_text(&all);
-        for words in ["init     running", "e1       created", "1.500", "journal: none", "c1   2"] {
-            assert!(text.contains(words), "{words} is not in\n{text}");
+        for cells in ["init     running", "e1       created", "1.500", "journal: none", "c1   2"] {
+            assert!(text.contains(cells), "{cells} is not in\n{text}");
         }
     }
 

@@ -1,9 +1,9 @@
-//! The commands for people.
+//! The commands for operators.
 //!
-//! Owns what is shown of the shims of a host, as a table or as JSON. All of it comes from the keepers' control sockets, the journals
-//! and `/proc`: no worker is needed, and none is woken.
+//! Owns the output about the shims of a host, as a table or as JSON. All of it comes from the keepers' control sockets, the journals
+//! and `/proc`: no worker is started for it.
 //!
-//! **Invariant:** a shim that is dead or does not answer is shown as such and holds nobody up. Fields of the JSON are only ever added.
+//! **Invariant:** a shim that is dead or does not answer is shown as such and delays no other. Fields of the JSON are only ever added.
 use std::io::{self, Write};
 
 use crate::invocation::HELP;
@@ -19,18 +19,18 @@ pub(crate) use inspect::{inspect, log_snapshot};
 pub(crate) use ps::ps;
 pub(crate) use upgrade::upgrade;
 
-/// Why a command for people failed.
+/// Why a command for operators failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("write to standard output")]
     Stdout(#[from] io::Error),
     #[error(transparent)]
     RunDir(#[from] run_dir::Error),
-    #[error("no shim of this host knows a container {id}{}{}", in_namespace(namespace.as_deref()), but_silent(*silent))]
+    #[error("no shim on this host has a container {id}{}{}", in_namespace(namespace.as_deref()), but_silent(*silent))]
     NoContainer { id: String, namespace: Option<String>, silent: usize },
-    #[error("there is a container {id} in each of the namespaces {namespaces}: choose one with --namespace")]
+    #[error("several namespaces have a container {id} ({namespaces}): choose one with --namespace")]
     Ambiguous { id: String, namespaces: String },
-    #[error("no shim of this host knows {ids}{}{}", in_namespace(namespace.as_deref()), but_silent(*silent))]
+    #[error("no shim on this host has {ids}{}{}", in_namespace(namespace.as_deref()), but_silent(*silent))]
     NotAll { ids: String, namespace: Option<String>, silent: usize },
     #[error("upgrade to {}: {why}", path.display())]
     NoProgram { path: std::path::PathBuf, why: &'static str },
@@ -51,7 +51,7 @@ fn but_silent(silent: usize) -> String {
     }
 }
 
-/// Prints who we are, in the form of containerd's own shim.
+/// Prints the version, in the form of the stock shim.
 pub(crate) fn version() -> Result<(), Error> {
     let mut stdout = io::stdout().lock();
     writeln!(stdout, "containerd-shim-x-v2:")?;
@@ -60,12 +60,12 @@ pub(crate) fn version() -> Result<(), Error> {
     Ok(())
 }
 
-/// The commit that this binary was built from, if the build said so.
+/// The commit that this binary was built from, if the build recorded it.
 pub(crate) fn revision() -> &'static str {
     env!("X_BUILD").split_once('+').map_or("unknown", |(_version, revision)| revision)
 }
 
-/// Prints what the command line can be.
+/// Prints the help.
 pub(crate) fn help() -> Result<(), Error> {
     Ok(io::stdout().lock().write_all(HELP.as_bytes())?)
 }

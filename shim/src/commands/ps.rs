@@ -58,13 +58,13 @@ fn to_rows(shims: &[Shim]) -> Vec<Vec<String>> {
         match &shim.found {
             Found::Alive(snapshot) => rows.extend(rows_of(snapshot)),
             Found::Silent(_) => rows.push(remark(shim, "keeper does not answer")),
-            Found::Dead => rows.push(remark(shim, "keeper is dead, its socket is litter")),
+            Found::Dead => rows.push(remark(shim, "keeper is dead, its socket is stale")),
         }
     }
     rows
 }
 
-/// A row per container; the shim is named in the first.
+/// A row per container; the first names the shim.
 fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
     let none = || "-".to_owned();
     let worker = snapshot.worker_pid;
@@ -73,7 +73,7 @@ fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
         [None, _] => none(),
         [Some(keeper), worker] => format!("{} KiB", keeper + worker.unwrap_or(0)),
     };
-    // An upgrade under way is worth a look; the rest of the time they are one.
+    // They differ only after an upgrade of one part.
     let version = if worker.is_none() || snapshot.worker_build == snapshot.keeper_build {
         snapshot.keeper_build.clone()
     } else {
@@ -100,13 +100,13 @@ fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
     rows
 }
 
-/// What somebody should look at.
+/// What needs an operator's attention.
 fn remark_on(snapshot: &Snapshot) -> Option<String> {
     let mut remarks: Vec<String> = snapshot.upgrade.as_ref().and_then(why).into_iter().collect();
     if snapshot.fruitless > 3 {
-        remarks.push(format!("no worker makes progress ({}): {}", snapshot.fruitless, snapshot.last_end));
+        remarks.push(format!("worker keeps crashing ({} in a row): {}", snapshot.fruitless, snapshot.last_end));
     }
-    remarks.extend(snapshot.withheld.iter().map(|exit| format!("no worker survives the {exit}")));
+    remarks.extend(snapshot.withheld.iter().map(|exit| format!("every worker crashes at the {exit}")));
     (!remarks.is_empty()).then(|| remarks.join("; "))
 }
 
@@ -151,6 +151,6 @@ mod tests {
         assert_eq!(to_json(&dead), json!({ "status": "dead", "control": "/run/x/ab.sock" }));
         assert_eq!(to_json(&silent)["status"], "silent");
         let text = table::lay_out(&to_rows(&[dead, silent]));
-        assert!(text.contains("litter: /run/x/ab.sock") && text.contains("does not answer: /run/x/ab.sock"), "{text}");
+        assert!(text.contains("stale: /run/x/ab.sock") && text.contains("does not answer: /run/x/ab.sock"), "{text}");
     }
 }

@@ -1,4 +1,4 @@
-//! All shims of this host, asked at the same time.
+//! Queries all shims of this host at the same time.
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
@@ -13,13 +13,13 @@ use crate::handover::Snapshot;
 use crate::invocation::Query;
 use crate::run_dir::RunDir;
 
-/// How long a keeper may take to say what it knows. It does nothing else meanwhile, so it takes well under a millisecond.
+/// How long a keeper may take for its snapshot, which takes well under a millisecond.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// So many are asked at once.
+/// The number of keepers queried at once.
 const AT_ONCE: usize = 32;
 
-/// What was found at one control socket.
+/// The result at one control socket.
 #[derive(Debug)]
 pub(crate) struct Shim {
     pub(crate) control: PathBuf,
@@ -29,21 +29,21 @@ pub(crate) struct Shim {
 #[derive(Debug)]
 pub(crate) enum Found {
     Alive(Box<Snapshot>),
-    /// Somebody listens, but does not answer, or not so that we understand it.
+    /// A process listens, but does not answer, or not in a way that can be decoded.
     Silent(control::Error),
-    /// A socket that a dead keeper has left behind.
+    /// A stale socket of a dead keeper.
     Dead,
 }
 
-/// Asks every keeper of this host. Those of other namespaces than the query's are left out, the dead and the silent only where it
-/// names none: nobody knows theirs.
+/// Queries every keeper of this host. Those of other namespaces than the query's are left out; the dead and the silent, whose
+/// namespace is unknown, are left out if the query names one.
 pub(crate) fn survey(query: &Query) -> Result<Vec<Shim>, Error> {
     let controls = RunDir::from_environment().list_controls()?;
     let mut shims = Vec::with_capacity(controls.len());
     for some in controls.chunks(AT_ONCE) {
         thread::scope(|scope| {
             let asked: Vec<_> = some.iter().map(|control| scope.spawn(move || ask(control.clone()))).collect();
-            // A thread that panicked has nothing to say; `ask` does not.
+            // `ask` does not panic; a thread that did would have no result.
             shims.extend(asked.into_iter().filter_map(|thread| thread.join().ok()));
         });
     }
@@ -70,7 +70,7 @@ fn ask(control: PathBuf) -> Shim {
     Shim { control, found }
 }
 
-/// What one process accounts for, in KiB: its own pages and its share of those it has in common with others.
+/// The memory of a process in KiB: its own pages and its share of pages in common with others.
 pub(crate) fn pss_kib(pid: u32) -> Option<u64> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix("kB")?.trim().parse().ok())
@@ -89,7 +89,7 @@ pub(crate) fn processes_json(snapshot: &Snapshot) -> (Value, Value) {
     (keeper, worker)
 }
 
-/// A container in a worker's words, as far as they can be understood: the worker may be another version than we.
+/// A container as the worker saved it, as far as it can be decoded: the worker may have another version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Container {
     pub(crate) id: String,
@@ -117,10 +117,10 @@ impl Container {
     }
 }
 
-/// The phase of a process: a word, or an object whose only key is the word.
+/// The phase of a process: a string, or an object with that string as its only key.
 pub(crate) fn phase_of(process: &Value) -> String {
     match process.get("phase") {
-        Some(Value::String(word)) => word.clone(),
+        Some(Value::String(phase)) => phase.clone(),
         Some(Value::Object(phase)) => phase.keys().next().cloned().unwrap_or_else(|| "?".to_owned()),
         _ => "?".to_owned(),
     }

@@ -1,6 +1,6 @@
 //! Tables for a terminal.
 
-/// Lays out rows in columns, the first row their titles. Cells are made harmless: they hold names that clients have chosen.
+/// Lays out rows in columns, the first row their titles. Cells are escaped: they hold names that clients have chosen.
 pub(crate) fn lay_out(rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| printable(cell)).collect()).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

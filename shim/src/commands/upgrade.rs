@@ -1,6 +1,6 @@
-//! `upgrade`: shims go on as another program.
+//! `upgrade`: replaces the program of running shims.
 //!
-//! **Invariant:** a bounded number of shims is under way at a time, and what became of each is said.
+//! **Invariant:** a bounded number of shims is upgraded at a time, and the result of each is reported.
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -20,12 +20,12 @@ use crate::control;
 use crate::handover::{ControlRequest, PartResult, Snapshot, UpgradeReport};
 use crate::invocation::UpgradeOrder;
 
-/// How long a keeper may take: longer than it gives itself for each step.
+/// How long a keeper may take: longer than its own timeouts of all steps.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// The most shims that are upgraded at once where the order does not say.
+/// The default for the most shims that are upgraded at once.
 const MOST_AT_ONCE: usize = 8;
 
-/// A shim, and what became of it.
+/// A shim, and the result of its upgrade.
 struct Target {
     control: PathBuf,
     snapshot: Snapshot,
@@ -33,16 +33,16 @@ struct Target {
     took: Duration,
 }
 
-/// What is said of a shim.
+/// The result that is shown for a shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Upgraded,
     Unchanged,
-    /// Something of it runs the old program.
+    /// A part of it runs the old program.
     RolledBack,
-    /// It ended with its last container meanwhile.
+    /// It exited with its last container meanwhile.
     Gone,
-    /// Nobody can say.
+    /// Unknown.
     Failed,
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn upgrade(order: &UpgradeOrder) -> Result<bool, Error> {
     Ok(summary.is_success())
 }
 
-/// As many as there are processors: more would only wait for each other, and clients with them.
+/// The number of processors: more would only wait for each other, and clients with them.
 fn at_once() -> usize {
     thread::available_parallelism().map_or(1, usize::from).min(MOST_AT_ONCE)
 }
@@ -98,7 +98,7 @@ fn own_path() -> PathBuf {
     std::fs::read_link("/proc/self/exe").unwrap_or_else(|_| "/proc/self/exe".into())
 }
 
-/// Opens the program, so that all shims get the same one, whatever becomes of its file.
+/// Opens the program, so that all shims get the same one even if its file is replaced.
 fn open(path: &Path) -> Result<File, Error> {
     let failed = |source| Error::Program { path: path.to_owned(), source };
     let program = File::open(path).map_err(failed)?;
@@ -113,7 +113,7 @@ fn open(path: &Path) -> Result<File, Error> {
     Ok(program)
 }
 
-/// The shims that are meant, and how many did not answer.
+/// The selected shims, and how many did not answer.
 fn choose(order: &UpgradeOrder) -> Result<(Vec<(PathBuf, Snapshot)>, usize), Error> {
     let (mut alive, mut silent) = (Vec::new(), 0);
     for shim in survey(&order.query)? {
@@ -143,14 +143,14 @@ impl Target {
 
     fn verdict(&self) -> Verdict {
         match &self.result {
-            // One that leaves takes its socket away; one that dies does not.
+            // One that shuts down removes its socket; one that crashes does not.
             Err(error) if error.is_gone() && !self.control.exists() => Verdict::Gone,
             Err(_) => Verdict::Failed,
             Ok(report) => verdict(report),
         }
     }
 
-    /// Why it is not what was wanted.
+    /// Why the upgrade did not succeed.
     fn why(&self) -> Option<String> {
         match &self.result {
             Err(_) if self.verdict() == Verdict::Gone => None,
@@ -165,7 +165,7 @@ impl Target {
             Ok(report) if self.verdict() == Verdict::Upgraded => format!(" from {} to {}", report.from, report.to),
             _ => String::new(),
         };
-        format!("{name} {}{}{}", self.verdict().word(), table::printable(&versions), why.unwrap_or_default())
+        format!("{name} {}{}{}", self.verdict().name(), table::printable(&versions), why.unwrap_or_default())
     }
 
     fn to_json(&self) -> Value {
@@ -174,7 +174,7 @@ impl Target {
             "group": self.snapshot.group,
             "control": self.control.to_string_lossy(),
             "keeper_pid": self.snapshot.keeper_pid,
-            "result": self.verdict().word(),
+            "result": self.verdict().name(),
             "why": self.why(),
             "report": self.result.as_ref().ok().map(report_json),
             "took_ms": self.took.as_secs_f64() * 1e3,
@@ -191,7 +191,7 @@ fn verdict(report: &UpgradeReport) -> Verdict {
     }
 }
 
-/// Why a part of a shim runs the program before.
+/// Why a part of a shim runs the previous program.
 pub(super) fn why(report: &UpgradeReport) -> Option<String> {
     let part = |name: &str, result: &PartResult| match result {
         PartResult::Kept(why) => Some(format!("the {name} was kept: {why}")),
@@ -202,17 +202,17 @@ pub(super) fn why(report: &UpgradeReport) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
-/// A report for programs.
+/// A report as JSON.
 pub(super) fn report_json(report: &UpgradeReport) -> Value {
     let part = |result: &PartResult| {
-        let (word, why) = match result {
+        let (result, why) = match result {
             PartResult::Unasked => ("unasked", None),
             PartResult::Unchanged => ("unchanged", None),
             PartResult::Upgraded => ("upgraded", None),
             PartResult::Kept(why) => ("kept", Some(why)),
             PartResult::RolledBack(why) => ("rolled-back", Some(why)),
         };
-        json!({ "result": word, "why": why })
+        json!({ "result": result, "why": why })
     };
     json!({
         "from": report.from,
@@ -226,7 +226,7 @@ pub(super) fn report_json(report: &UpgradeReport) -> Value {
 }
 
 impl Verdict {
-    fn word(self) -> &'static str {
+    fn name(self) -> &'static str {
         match self {
             Self::Upgraded => "upgraded",
             Self::Unchanged => "unchanged",
@@ -240,7 +240,7 @@ impl Verdict {
 /// How many of which.
 struct Summary {
     counts: [(Verdict, usize); 5],
-    /// Keepers that did not say what they are.
+    /// Keepers that did not answer.
     silent: usize,
     pause: Duration,
     took: Duration,
@@ -270,14 +270,14 @@ impl Summary {
         let mut value =
             json!({ "silent": self.silent, "longest_pause_ms": self.pause.as_secs_f64() * 1e3, "took_ms": self.took.as_secs_f64() * 1e3 });
         for (verdict, count) in self.counts {
-            value[verdict.word()] = json!(count);
+            value[verdict.name()] = json!(count);
         }
         value
     }
 
-    /// Counts, then whatever a person has to look at, the same reason once.
+    /// Counts, then what an operator has to look at, each reason once.
     fn to_text(&self, targets: &[Target]) -> String {
-        let counts: Vec<String> = self.counts.iter().map(|(verdict, count)| format!("{} {count}", verdict.word())).collect();
+        let counts: Vec<String> = self.counts.iter().map(|(verdict, count)| format!("{} {count}", verdict.name())).collect();
         let mut text = format!("{}, silent {}, longest pause {:.1} ms\n", counts.join(", "), self.silent, self.pause.as_secs_f64() * 1e3);
         let mut reasons: Vec<(String, Vec<String>)> = Vec::new();
         for target in targets {

@@ -35,8 +35,8 @@ pub(in crate::worker) async fn pause(worker: &Rc<Worker>, cause: &Cause, id: Str
     let key = ProcessKey::init(&container.id);
     container.admit(&key, Request::Pause)?;
     run(cause, &container, Verb::Pause, |engine, at| engine.pause(at)).await?;
-    let said = container.observe(&key, Fact::Paused);
-    Ok(told(&container, said))
+    let announcements = container.observe(&key, Fact::Paused);
+    Ok(announced(&container, announcements))
 }
 
 /// Thaws all processes of a container.
@@ -45,8 +45,8 @@ pub(in crate::worker) async fn resume(worker: &Rc<Worker>, cause: &Cause, id: St
     let key = ProcessKey::init(&container.id);
     container.admit(&key, Request::Resume)?;
     run(cause, &container, Verb::Resume, |engine, at| engine.resume(at)).await?;
-    let said = container.observe(&key, Fact::Resumed);
-    Ok(told(&container, said))
+    let announcements = container.observe(&key, Fact::Resumed);
+    Ok(announced(&container, announcements))
 }
 
 /// Writes the state of a container's processes into files.
@@ -152,9 +152,9 @@ async fn run(
     run_verb(cause, step::ENGINE, &engine, verb, spawn).await.map(drop)
 }
 
-fn told(container: &Rc<Container>, said: &[Announce]) -> Change {
+fn announced(container: &Rc<Container>, announcements: &[Announce]) -> Change {
     let mut change = Change::save(container, Reply::Empty);
-    for announce in said {
+    for announce in announcements {
         let kind = match announce {
             Announce::Pause => EventKind::Paused,
             Announce::Resume => EventKind::Resumed,

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A handler borrows the record for as long as it does not wait, so that no call holds up another one. What it decides is a
-//! [`Change`], which is applied whole. `docs/decisions/0004-handlers-not-actors.md` says why there is no task per container.
+//! [`Change`], which is applied whole. `docs/decisions/0004-handlers-not-actors.md` explains why there is no task per container.
 //!
 //! **Invariant:** what a handler writes into a record before its [`Change`] is a phase in flight, which is never saved, or something
 //! that its replay writes again.

@@ -267,19 +267,19 @@ mod tests {
 
     #[test]
     fn exit_reaped_during_start_is_announced_after_start() {
-        let (phase, said) = Phase::Created.observe(Fact::StartAsked);
-        assert_eq!(said, &[]);
-        let (phase, said) = phase.observe(Fact::Reaped(EXIT));
-        assert_eq!((phase, said), (Phase::Starting { early: Some(EXIT) }, &[] as &[_]));
-        let (phase, said) = phase.observe(Fact::Started);
-        assert_eq!((phase, said), (Phase::Dying { exit: EXIT, started: true }, &[Announce::Start] as &[_]));
+        let (phase, announcements) = Phase::Created.observe(Fact::StartAsked);
+        assert_eq!(announcements, &[]);
+        let (phase, announcements) = phase.observe(Fact::Reaped(EXIT));
+        assert_eq!((phase, announcements), (Phase::Starting { early: Some(EXIT) }, &[] as &[_]));
+        let (phase, announcements) = phase.observe(Fact::Started);
+        assert_eq!((phase, announcements), (Phase::Dying { exit: EXIT, started: true }, &[Announce::Start] as &[_]));
         assert_eq!(phase.observe(Fact::Settled), (Phase::Exited(EXIT), &[Announce::Exit] as &[_]));
     }
 
     #[test]
     fn exit_reaped_during_a_start_that_fails_is_announced() {
-        let (phase, said) = Phase::Starting { early: Some(EXIT) }.observe(Fact::StartFailed);
-        assert_eq!((phase, said), (Phase::Dying { exit: EXIT, started: false }, &[] as &[_]));
+        let (phase, announcements) = Phase::Starting { early: Some(EXIT) }.observe(Fact::StartFailed);
+        assert_eq!((phase, announcements), (Phase::Dying { exit: EXIT, started: false }, &[] as &[_]));
     }
 
     #[test]

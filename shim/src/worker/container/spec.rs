@@ -47,7 +47,7 @@ impl SpecError {
 }
 
 impl Spec {
-    /// Reads `config.json` of `bundle`, which lives on the daemon's own tmpfs.
+    /// Reads `config.json` of `bundle`, on the daemon's own tmpfs.
     pub(crate) fn blocking_read(bundle: &Path) -> Result<Self, SpecError> {
         let path = bundle.join("config.json");
         let missing = |source| SpecError::Missing { path: path.clone(), source };
