@@ -66,7 +66,7 @@ impl Link {
     }
 
     /// Reports whether this worker may hibernate.
-    pub(crate) fn rest(&self, may: bool) {
+    pub(crate) fn hibernate(&self, may: bool) {
         self.put(&ToKeeper::Hibernate { may }.encode());
     }
 

@@ -231,7 +231,7 @@ impl Worker {
                 test_identity::meet_exit(&exit.key);
                 launch(Rc::clone(self).exited(self.cause(cause), exit));
             }
-            ToWorker::MayHibernate => self.link.rest(container::may_hibernate(self)),
+            ToWorker::MayHibernate => self.link.hibernate(container::may_hibernate(self)),
             _ => log::warn!("keeper sent an unexpected message"),
         }
     }
