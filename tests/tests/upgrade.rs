@@ -80,7 +80,7 @@ fn main() -> ExitCode {
         // other tests ask every shim of the host
         cases![bad_workers, Scope::Once => an_idle_worker_is_not_pinged].into_iter().map(runner::Case::alone).collect(),
         cases![hibernation,
-            Scope::Ends => a_request_a_fact_or_an_event_brings_a_worker_back;
+            Scope::Ends => a_request_a_fact_or_an_event_brings_a_worker_back, containers_are_stopped_while_the_host_has_no_pids_for_a_worker;
             Scope::Once =>
                 a_shim_with_a_hibernating_worker_is_upgraded_and_survives_its_daemon,
                 a_worker_that_copies_outputs_does_not_hibernate,

@@ -448,4 +448,8 @@ pub(crate) struct Ready {
     /// A worker has a better answer: this one is given only if none answers in time.
     #[n(5)]
     pub(crate) is_fallback: bool,
+    /// What the request does: the process claimed under `key` gets this signal. The keeper sends it, and then gives the answer, only
+    /// while no worker serves.
+    #[n(6)]
+    pub(crate) signal: Option<i32>,
 }

@@ -13,6 +13,7 @@
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -351,7 +352,15 @@ impl Ledger {
 
     /// Answers that are due because the worker takes too long, or because there is none (`at_once`): a fallback answer waits for the next
     /// worker instead. With each, the operations of its cause that are under way: their outcomes will not be sent.
-    pub(crate) fn overdue(&mut self, now: Instant, at_once: bool) -> Vec<(Due, Vec<(Cause, Step)>)> {
+    ///
+    /// An answer with a signal waits for a worker that serves. If an earlier worker has begun with the request, or `send` fails, it
+    /// waits for the next worker, which knows the answer.
+    pub(crate) fn overdue(
+        &mut self,
+        now: Instant,
+        at_once: bool,
+        send: impl Fn(&str, i32) -> io::Result<()>,
+    ) -> Vec<(Due, Vec<(Cause, Step)>)> {
         // The older of two requests is due first.
         let late: Vec<_> = self.ready_due.iter().take_while(|(_, at)| at_once || **at <= now).map(|(cause, at)| (*cause, *at)).collect();
         let mut due = Vec::new();
@@ -359,22 +368,25 @@ impl Ledger {
             let Some(Open { what: What::Request { asker, payload, .. }, operations }) = self.causes.get(&cause) else { continue };
             match self.ready_answer(payload) {
                 Some(ready) if ready.is_fallback && at > now => {}
-                Some(ready) => {
+                Some(Ready { signal: Some(_), .. }) if !at_once => {}
+                Some(ready) if ready.signal.is_none_or(|signal| operations.is_empty() && send(&ready.key, signal).is_ok()) => {
                     let pending = operations.iter().filter(|(_, outcome)| outcome.is_none()).map(|(step, _)| (cause, *step)).collect();
                     let response = ready.answer.clone();
                     due.push((Due { asker: *asker, request_bytes: Some(payload.len()), response }, pending));
                     self.close(cause);
                 }
-                // The state has changed since the request arrived.
-                None => drop(self.ready_due.remove(&cause)),
+                // The state has changed since the request arrived, or only a worker can know the answer.
+                _ => drop(self.ready_due.remove(&cause)),
             }
         }
         due
     }
 
-    /// When [`Ledger::overdue`] or [`Ledger::expire`] have something to do.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.ready_due.values().take(1).chain(self.reservations.values()).min().copied()
+    /// When [`Ledger::overdue`] or [`Ledger::expire`] have something to do. What was due by `ticked` and is still there waits for the
+    /// end of a worker, not for a time.
+    pub(crate) fn deadline(&self, ticked: Instant) -> Option<Instant> {
+        let ready = self.ready_due.values().find(|at| **at > ticked);
+        ready.into_iter().chain(self.reservations.values()).min().copied()
     }
 
     /// Reserves a place for a container.

@@ -191,7 +191,8 @@ impl Keeper {
             self.accept(now);
         }
         // Before a worker is started for requests that do not need one.
-        for (due, pending) in self.ledger.overdue(now, !self.supervisor.is_serving()) {
+        let send = |key: &str, signal| self.children.signal(key, signal);
+        for (due, pending) in self.ledger.overdue(now, !self.supervisor.is_serving(), send) {
             for (cause, step) in pending {
                 let outcome = failed(&Errno::ECANCELED.into(), "operation of a request that is already answered".into());
                 self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, now);
@@ -218,7 +219,7 @@ impl Keeper {
             self.supervisor.deadline(self.ledger.is_busy()),
             self.upgrade_deadline(),
             self.poison.deadline(ticked).filter(|_| self.supervisor.is_serving()),
-            self.ledger.deadline(),
+            self.ledger.deadline(ticked),
             self.streams.deadline(),
             self.publisher.deadline(),
             self.timers.exit_by,

@@ -6,9 +6,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::Status as Phase;
 use shim_tests::builds;
+use shim_tests::cgroups::Own;
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
-use shim_tests::eventually::{SOON, eventually};
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::proc;
 
 /// The shortest spell that there is.
 const SPELL: (&str, &str) = ("X_SHIM_IDLE_SECONDS", "5");
@@ -70,6 +72,42 @@ pub(crate) async fn a_shim_with_a_hibernating_worker_is_upgraded_and_survives_it
     builds::rests(&cx, &container.id).await?;
     container.io.stdin().await?.write_all(b"go\n")?;
     ensure!(container.finish().await? == 3);
+    cx.leaves_nothing().await
+}
+
+/// A worker cannot be started then: a keeper in a cgroup without room for one more process.
+pub(crate) async fn containers_are_stopped_while_the_host_has_no_pids_for_a_worker(cx: Context) -> Result<()> {
+    let cx = cx.with_own_shim(cx.shim(), &[SPELL]).await?;
+    let events = cx.events().await?;
+    let script = "trap 'exit 3' TERM; echo ready; read never";
+    let polite = cx.container(&["sh", "-c", script]).stdio(Stdio::ALL).start().await?;
+    let plain = cx.container(&["sleep", "1000"]).start().await?;
+    let shared = cx.container(&["sleep", "1000"]).spec(|spec| spec.host_pids()).start().await?;
+    polite.io.out().until("ready\n").await?;
+    let full = Own::with(&format!("{}-full", cx.client().namespace()), "pids.max", "max")?;
+    let all = [(&polite, 15, false, 3), (&plain, 9, true, 137), (&shared, 9, false, 137)];
+    for (container, ..) in all {
+        builds::rests(&cx, &container.id).await?;
+        full.take(cx.shim_pid(&container.id)?)?;
+    }
+    full.set("pids.max", full.get("pids.current")?.trim())?;
+    for (container, signal, to_all, _) in all {
+        let state = container.state().await?;
+        ensure!(state.pid == container.pid && state.status() == Phase::Running, "{state:?}");
+        let pid = container.pid.cast_signed();
+        let kill = cx.client().kill(&container.id, "", signal, to_all);
+        tokio::time::timeout(SOON, kill).await.context("nobody answers Kill")??;
+        eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+    }
+    let refused: u64 = full.get("pids.events")?.trim().trim_start_matches("max ").parse()?;
+    ensure!(refused > 0, "no worker was refused");
+    full.set("pids.max", "max")?;
+    for (container, .., status) in all {
+        ensure!(container.finish().await? == status);
+        let told = cx.history(&events, &container.id).await?;
+        ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    }
+    full.emptied().await?;
     cx.leaves_nothing().await
 }
 

@@ -1,3 +1,5 @@
+use std::cell::Cell;
+
 use super::*;
 
 /// Small, seeded and good enough to choose where a worker crashes.
@@ -79,6 +81,11 @@ fn live(world: &mut World, mut budget: u64) -> bool {
     true
 }
 
+/// Where no ready-made answer has a signal.
+fn none(_: &str, _: i32) -> io::Result<()> {
+    unreachable!("nothing is to be signalled")
+}
+
 fn caller(stream: u32) -> Asker {
     Asker::Client(Caller { client: 1, stream })
 }
@@ -122,16 +129,24 @@ fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_ch
     let mut ledger = Ledger::default();
     // service "s", method "m", no payload
     let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];
-    let ready = Ready { key: "c".into(), service: "s".into(), method: "m".into(), payload: vec![], answer: vec![42], is_fallback: false };
+    let ready = Ready {
+        key: "c".into(),
+        service: "s".into(),
+        method: "m".into(),
+        payload: vec![],
+        answer: vec![42],
+        is_fallback: false,
+        signal: None,
+    };
     ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ready: vec![ready], ..Commit::default() });
     let now = Instant::now();
     let cause = ledger.open_request(caller(1), request.clone(), now);
-    assert_eq!(ledger.overdue(now, false), []);
+    assert_eq!(ledger.overdue(now, false, none), []);
     // Of what the worker has asked for by then, one outcome is still to come.
     ledger.ask(cause, 4, false);
     ledger.settle(cause, 4, &Outcome::Done);
     ledger.ask(cause, 5, false);
-    let due = ledger.overdue(now + READY_AFTER, false);
+    let due = ledger.overdue(now + READY_AFTER, false, none);
     assert_eq!(due.iter().map(|(due, _)| due.response.clone()).collect::<Vec<_>>(), [vec![42]]);
     assert_eq!(due[0].1, [(cause, 5)]);
     ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![2]))], ..Commit::default() });
@@ -142,21 +157,65 @@ fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_ch
 fn a_fallback_is_given_only_when_no_worker_has_answered_in_time() {
     let mut ledger = Ledger::default();
     let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];
-    let ready =
-        |is_fallback| Ready { key: "c".into(), service: "s".into(), method: "m".into(), answer: vec![42], payload: vec![], is_fallback };
+    let ready = |is_fallback| Ready {
+        key: "c".into(),
+        service: "s".into(),
+        method: "m".into(),
+        answer: vec![42],
+        payload: vec![],
+        is_fallback,
+        signal: None,
+    };
     let offer =
         |ledger: &mut Ledger, is_fallback| drop(ledger.commit(&mut Commit { ready: vec![ready(is_fallback)], ..Commit::default() }));
     offer(&mut ledger, true);
     let now = Instant::now();
     ledger.open_request(caller(1), request.clone(), now);
-    assert_eq!(ledger.overdue(now, true), [], "the next worker is waited for");
-    assert_eq!(ledger.overdue(now + READY_AFTER, true).len(), 1);
+    assert_eq!(ledger.overdue(now, true, none), [], "the next worker is waited for");
+    assert_eq!(ledger.overdue(now + READY_AFTER, true, none).len(), 1);
     // the same question, answered anew
     offer(&mut ledger, false);
     ledger.open_request(caller(1), request, now);
-    assert_eq!(ledger.overdue(now, true).len(), 1);
+    assert_eq!(ledger.overdue(now, true, none).len(), 1);
     ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
     assert!(ledger.ready.is_empty() && ledger.questions.is_empty());
+}
+
+#[test]
+fn a_signal_is_sent_once_and_only_if_no_worker_serves_in_time_or_has_begun() {
+    let request = vec![0x0a, 1, b's', 0x12, 1, b'm'];
+    let now = Instant::now();
+    let late = now + READY_AFTER;
+    let sent = Cell::new(0);
+    let send = |key: &str, signal| {
+        assert_eq!((key, signal), ("c", 9));
+        sent.set(sent.get() + 1);
+        Ok(())
+    };
+    let fail = |_: &str, _| Err(io::ErrorKind::NotFound.into());
+    let asked = || {
+        let mut ledger = Ledger::default();
+        let (service, method) = ("s".into(), "m".into());
+        let ready = Ready { key: "c".into(), service, method, payload: vec![], answer: vec![42], is_fallback: true, signal: Some(9) };
+        ledger.commit(&mut Commit { ready: vec![ready], ..Commit::default() });
+        let cause = ledger.open_request(caller(1), request.clone(), now);
+        (ledger, cause)
+    };
+    let (mut ledger, _) = asked();
+    assert_eq!(ledger.overdue(now, true, send), [], "the next worker is waited for");
+    assert_eq!(ledger.deadline(now), Some(late));
+    assert_eq!(ledger.overdue(late, false, send), [], "a worker serves");
+    assert_eq!((ledger.deadline(late), sent.get()), (None, 0));
+    let due = ledger.overdue(late, true, send);
+    assert_eq!((due.len(), due[0].0.response.as_slice(), sent.get()), (1, [42].as_slice(), 1));
+    assert!(!ledger.is_busy());
+    let (mut ledger, cause) = asked();
+    ledger.ask(cause, 1, false);
+    assert_eq!(ledger.overdue(late, true, send), [], "a worker had begun");
+    let (mut ledger, _) = asked();
+    assert_eq!(ledger.overdue(late, true, fail), [], "the next worker says why");
+    assert_eq!(ledger.overdue(late, true, send), []);
+    assert!(sent.get() == 1 && ledger.is_busy());
 }
 
 #[test]

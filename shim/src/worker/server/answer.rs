@@ -1,11 +1,12 @@
 //! Encoding of answers, prepared ones among them.
 use containerd_shim_protos::api;
+use nix::libc::{SIGKILL, SIGTERM};
 use protobuf::{EnumOrUnknown, MessageField};
 
 use super::TASK_SERVICES;
 use crate::handover::{Ready, ReportedExit};
 use crate::options::process_details;
-use crate::worker::container::{Deleted, ProcessKey, Record, Reply, StateOf, Status, state_of};
+use crate::worker::container::{Deleted, Phase, ProcessKey, Record, Reply, StateOf, Status, state_of};
 use crate::worker::error::{Code, Error};
 use crate::worker::events::{bytes, exited_at, timestamp};
 
@@ -18,7 +19,7 @@ pub(in crate::worker) fn response(result: Result<Reply, Error>, keeper_pid: u32)
     bytes(&response)
 }
 
-/// Encodes the answers that the keeper may give while no worker runs: to Connect, State and Pids, of a container and its init.
+/// Encodes the answers that the keeper may give while no worker runs: to Connect, State, Pids and Kill, of a container and its init.
 ///
 /// They depend on the container's own entry of the state alone, so that a commit for an exec need not carry them. While execs run, the
 /// answer to Pids is incomplete and marked as a fallback: the keeper gives it only if no worker answers in time.
@@ -27,15 +28,19 @@ pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
     let connect = api::ConnectRequest { id: id.clone(), ..Default::default() };
     let pids = api::PidsRequest { id: id.clone(), ..Default::default() };
     let mut answers = vec![
-        ("Connect", bytes(&connect), Reply::Connect { task_pid: record.init.pid }),
-        ("Pids", bytes(&pids), Reply::Pids(record.init.pid.map(|pid| (pid, None)).into_iter().collect())),
+        ("Connect", bytes(&connect), Reply::Connect { task_pid: record.init.pid }, None),
+        ("Pids", bytes(&pids), Reply::Pids(record.init.pid.map(|pid| (pid, None)).into_iter().collect()), None),
     ];
     if let Some(state) = state_of(record, &ProcessKey::init(&record.id)) {
         let request = api::StateRequest { id: id.clone(), ..Default::default() };
-        answers.push(("State", bytes(&request), Reply::State(Box::new(state))));
+        answers.push(("State", bytes(&request), Reply::State(Box::new(state)), None));
+    }
+    for (signal, all) in signals(record) {
+        let request = api::KillRequest { id: id.clone(), signal: signal.cast_unsigned(), all, ..Default::default() };
+        answers.push(("Kill", bytes(&request), Reply::Empty, Some(signal)));
     }
     let mut ready = Vec::with_capacity(answers.len() * TASK_SERVICES.len());
-    for (method, payload, reply) in answers {
+    for (method, payload, reply, signal) in answers {
         let answer = response(Ok(reply), keeper_pid);
         ready.extend(TASK_SERVICES.map(|service| Ready {
             key: id.clone(),
@@ -43,10 +48,23 @@ pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
             method: method.to_owned(),
             payload: payload.clone(),
             answer: answer.clone(),
-            is_fallback: method == "Pids" && record.execs.are_under_way(),
+            is_fallback: signal.is_some() || (method == "Pids" && record.execs.are_under_way()),
+            signal,
         }));
     }
     ready
+}
+
+/// The signals with which clients stop a container that the keeper can send to init by itself, and whether they are for `all`: that is
+/// the same where all processes end with init. One that is paused takes more than a signal.
+fn signals(record: &Record) -> Vec<(i32, bool)> {
+    match (record.init.phase, record.init.pid) {
+        (Phase::Created | Phase::Running, Some(_)) => {
+            let to_all = (!record.shared_pid_namespace).then_some((SIGKILL, true));
+            [(SIGTERM, false), (SIGKILL, false)].into_iter().chain(to_all).collect()
+        }
+        _ => Vec::new(),
+    }
 }
 
 fn payload(reply: Reply, keeper_pid: u32) -> Vec<u8> {
