@@ -301,7 +301,7 @@ fn a_reader_that_leaves_is_no_error_for_the_process() {
     bench.open(stdio);
     drop(bench.reader());
     let mut process = bench.process_end(Stream::Stdout);
-    process.write_all(b"to no reader").expect("the write does not fail");
+    process.write_all(b"to nobody").expect("the write does not fail");
     bench.until("the fifo to hold it", |streams| streams.snapshot().iter().any(|stream| stream.waiting_bytes == 9));
 }
 
