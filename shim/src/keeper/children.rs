@@ -4,9 +4,9 @@
 //! reused before.
 //!
 //! ```text
-//!  helper:  started ─▶ (ready) ─▶ ended: outcome of its operation
-//!  other:   orphan  ─▶ claimed by a commit ─▶ ended: a cause
-//!                   └▶ ended unclaimed: left a zombie while an operation may still report its pid, then reaped
+//!  helper:  started ─▶ (ready) ─▶ exited: outcome of its operation
+//!  other:   orphan  ─▶ claimed by a commit ─▶ exited: a cause
+//!                   └▶ exited unclaimed: left a zombie while an operation may still report its pid, then reaped
 //! ```
 mod descendants;
 

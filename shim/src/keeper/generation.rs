@@ -109,11 +109,11 @@ pub(crate) struct End {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// The keeper stopped it on purpose.
-    Ours,
+    Keeper,
     /// SIGKILL from outside: an operator or the OOM killer.
-    Stranger,
+    Outside,
     /// Its own: it crashed, hung, broke the format, or could not be executed.
-    Its,
+    Worker,
 }
 
 #[derive(Debug)]
@@ -146,7 +146,7 @@ pub(crate) struct Generation {
     started_at: Instant,
     failure: Capture,
     /// The keeper killed it: why and when. Its messages are ignored from then on.
-    doomed: Option<(End, Instant)>,
+    killed: Option<(End, Instant)>,
     /// When it last sent a message, or when a message to it became unanswered.
     quiet_since: Instant,
     /// It was sent a message since its last one.
@@ -184,7 +184,7 @@ impl Generation {
             output: Outbox::default(),
             started_at: now,
             failure: Capture::from_pipe(started.failure),
-            doomed: None,
+            killed: None,
             quiet_since: now,
             owing: false,
             ping: None,
@@ -195,32 +195,32 @@ impl Generation {
 
     /// Kills it; its exit is handled like any other. Messages that were not read yet are ignored.
     pub(crate) fn kill(&mut self, fault: Fault, why: String) {
-        if self.doomed.is_none() {
-            self.doomed = Some((End { fault, why }, Instant::now()));
+        if self.killed.is_none() {
+            self.killed = Some((End { fault, why }, Instant::now()));
             // It is our child and not reaped: the number is its own.
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid as i32), nix::sys::signal::Signal::SIGKILL);
         }
     }
 
-    pub(crate) fn is_doomed(&self) -> bool {
-        self.doomed.is_some()
+    pub(crate) fn is_killed(&self) -> bool {
+        self.killed.is_some()
     }
 
     /// Whether it was killed [`ENDS_WITHIN`] ago and has not exited.
     pub(crate) fn is_stuck(&self, now: Instant) -> bool {
-        self.doomed.as_ref().is_some_and(|(_, at)| now >= *at + ENDS_WITHIN)
+        self.killed.as_ref().is_some_and(|(_, at)| now >= *at + ENDS_WITHIN)
     }
 
     /// Why it exited. `status` as in [`sys::process::Ended`].
     pub(crate) fn end(self, status: u32) -> End {
         if let Some(errno) = self.failure.finish().first_chunk() {
             let error = io::Error::from_raw_os_error(i32::from_ne_bytes(*errno));
-            return End { fault: Fault::Its, why: format!("it cannot be executed: {error}") };
+            return End { fault: Fault::Worker, why: format!("it cannot be executed: {error}") };
         }
-        self.doomed.map(|(end, _)| end).unwrap_or_else(|| match status {
-            137 => End { fault: Fault::Stranger, why: "signal 9".into() },
-            129.. => End { fault: Fault::Its, why: format!("signal {}", status - 128) },
-            _ => End { fault: Fault::Its, why: format!("exit status {status}") },
+        self.killed.map(|(end, _)| end).unwrap_or_else(|| match status {
+            137 => End { fault: Fault::Outside, why: "signal 9".into() },
+            129.. => End { fault: Fault::Worker, why: format!("signal {}", status - 128) },
+            _ => End { fault: Fault::Worker, why: format!("exit status {status}") },
         })
     }
 
@@ -233,7 +233,7 @@ impl Generation {
                 true
             }
             None => {
-                self.kill(Fault::Its, format!("it speaks message version {theirs}, this keeper version {ours}"));
+                self.kill(Fault::Worker, format!("it speaks message version {theirs}, this keeper version {ours}"));
                 false
             }
         }
@@ -246,7 +246,7 @@ impl Generation {
 
     /// Queues a message.
     pub(crate) fn send(&mut self, message: &ToWorker, descriptor: Option<OwnedFd>, now: Instant) {
-        if self.doomed.is_some() {
+        if self.killed.is_some() {
             return;
         }
         self.asked_to_hibernate = matches!(message, ToWorker::MayHibernate);
@@ -275,7 +275,7 @@ impl Generation {
     /// Reads whole messages. A worker that sends a malformed message is killed.
     pub(crate) fn receive(&mut self, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
         let mut messages = Vec::new();
-        while self.doomed.is_none() {
+        while self.killed.is_none() {
             let mut buffer = [0; READ_BYTES];
             let read = sys::descriptors::receive(self.link.as_fd(), &mut buffer);
             let is_over = !matches!(&read, Ok((1.., _)));
@@ -291,7 +291,7 @@ impl Generation {
                     poll.again(Source::Worker(self.number));
                     break;
                 }
-                Err(error) => self.kill(Fault::Its, format!("it sent a malformed message: {error}")),
+                Err(error) => self.kill(Fault::Worker, format!("it sent a malformed message: {error}")),
             }
         }
         if messages.iter().any(|message| matches!(message, ToKeeper::Commit(_))) {
@@ -317,17 +317,17 @@ impl Generation {
 
     /// When [`Generation::ask_to_hibernate`] has something to do, if no cause is open.
     pub(crate) fn hibernation_deadline(&self, idle_after: Duration) -> Option<Instant> {
-        let is_idle = self.hello.is_some() && self.doomed.is_none() && !self.owing && !self.asked_to_hibernate;
+        let is_idle = self.hello.is_some() && self.killed.is_none() && !self.owing && !self.asked_to_hibernate;
         is_idle.then(|| self.quiet_since + idle_after)
     }
 
     /// Pings the worker when that is due, and kills one that does not respond. `is_busy`: a cause is open.
     pub(crate) fn check(&mut self, now: Instant, is_busy: bool) {
-        if self.doomed.is_some() || self.deadline(is_busy).is_none_or(|at| at > now) {
+        if self.killed.is_some() || self.deadline(is_busy).is_none_or(|at| at > now) {
             return;
         }
         if self.hello.is_none() {
-            self.kill(Fault::Its, format!("it did not send Hello within {HELLO_WITHIN:?}"));
+            self.kill(Fault::Worker, format!("it did not send Hello within {HELLO_WITHIN:?}"));
         } else if let Some(ping) = &mut self.ping {
             let used = sys::process::cpu_time(self.pid);
             let has_run = used > ping.used_then;
@@ -339,7 +339,7 @@ impl Generation {
             }
             let within = now.saturating_duration_since(ping.at).as_secs();
             warn!(pid = self.pid, generation = self.number, within; "the worker hangs, killing it");
-            self.kill(Fault::Its, format!("it did not respond within {within} s"));
+            self.kill(Fault::Worker, format!("it did not respond within {within} s"));
         } else {
             let used = sys::process::cpu_time(self.pid);
             self.ping = Some(Ping { at: now, used, look_at: now + PONG_WITHIN, used_then: used });
@@ -349,7 +349,7 @@ impl Generation {
 
     /// When [`Generation::check`] has something to do.
     pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
-        if let Some((_, at)) = &self.doomed {
+        if let Some((_, at)) = &self.killed {
             return Some(*at + ENDS_WITHIN);
         }
         if self.hello.is_none() {

@@ -4,8 +4,8 @@
 //! ready-made answers. It does no I/O and does not interpret its entries.
 //!
 //! ```text
-//!  request ─▶ open ──(operations, remembered)──▶ answered | parked ──▶ woken
-//!  exit    ─▶ open ──(operations, remembered)──▶ ended
+//!  request ─▶ open ──(operations, stored)──▶ answered | parked ──▶ woken
+//!  exit    ─▶ open ──(operations, stored)──▶ ended
 //! ```
 //!
 //! **Invariant:** an operation of an open cause is performed once; a worker that requests it again receives its outcome.
@@ -399,9 +399,9 @@ impl Ledger {
         self.reservations.retain(|_, until| *until > now);
     }
 
-    /// Whether the worker allowed the keeper to exit and nothing here prevents it. `is_hopeless`: no worker will answer the open causes.
-    pub(crate) fn may_exit(&self, is_hopeless: bool) -> bool {
-        self.exit_allowed && self.state.is_empty() && self.reservations.is_empty() && (self.causes.is_empty() || is_hopeless)
+    /// Whether the worker allowed the keeper to exit and nothing here prevents it. `is_failing`: no worker will answer the open causes.
+    pub(crate) fn may_exit(&self, is_failing: bool) -> bool {
+        self.exit_allowed && self.state.is_empty() && self.reservations.is_empty() && (self.causes.is_empty() || is_failing)
     }
 
     /// Whether there is no container, no reservation and no open cause.

@@ -67,7 +67,7 @@ impl Poison {
     /// A worker exited to which the causes in `sent` had been sent. Returns the one found poisoned.
     pub(crate) fn ended(&mut self, sent: impl IntoIterator<Item = Cause>, end: &End, now: Instant) -> Option<Cause> {
         let isolation = self.isolation.take();
-        if end.fault == Fault::Ours {
+        if end.fault == Fault::Keeper {
             return None;
         }
         let sent: BTreeSet<Cause> = sent.into_iter().collect();
@@ -88,7 +88,7 @@ impl Poison {
         };
         let suspect = self.suspects.entry(alone).or_default();
         suspect.kills_alone += 1;
-        if end.fault == Fault::Stranger && suspect.kills_alone < KILLS_ALONE {
+        if end.fault == Fault::Outside && suspect.kills_alone < KILLS_ALONE {
             return None;
         }
         suspect.withheld_until = Some(now + (WITHHOLD * 2u32.saturating_pow(suspect.poisoned)).min(WITHHOLD_AT_MOST));
@@ -245,15 +245,15 @@ mod tests {
     #[test]
     fn a_request_that_crashes_two_workers_is_isolated_then_poisoned_and_the_others_are_cleared() {
         let mut world = World::new(1..2, 0..0);
-        assert_eq!((world.run(Fault::Its, &[1], &[]), world.crashes), (vec![1], 3));
+        assert_eq!((world.run(Fault::Worker, &[1], &[]), world.crashes), (vec![1], 3));
         for (count, slow) in [(2, vec![]), (10, vec![]), (100, vec![]), (10, (1..=10).collect::<Vec<_>>())] {
             let mut world = World::new(1..count + 1, 0..0);
-            assert_eq!(world.run(Fault::Its, &[count / 2], &slow), [count / 2], "of {count}");
+            assert_eq!(world.run(Fault::Worker, &[count / 2], &slow), [count / 2], "of {count}");
             assert_eq!(world.open.len(), slow.len().saturating_sub(1), "of {count}");
             assert!(world.crashes <= 12, "{} crashes to find one of {count}", world.crashes);
         }
         let mut world = World::new(1..9, 0..0);
-        let mut poisoned = world.run(Fault::Its, &[2, 3, 8], &[]);
+        let mut poisoned = world.run(Fault::Worker, &[2, 3, 8], &[]);
         poisoned.sort_unstable();
         assert_eq!(poisoned, [2, 3, 8]);
         assert!(world.open.is_empty());
@@ -262,23 +262,23 @@ mod tests {
     #[test]
     fn a_kill_from_outside_is_held_against_a_request_only_when_it_happens_again_and_again() {
         let mut world = World::new(1..2, 0..0);
-        assert_eq!((world.run(Fault::Stranger, &[1], &[]), world.crashes), (vec![1], 2 + KILLS_ALONE));
+        assert_eq!((world.run(Fault::Outside, &[1], &[]), world.crashes), (vec![1], 2 + KILLS_ALONE));
         let mut world = World::new(1..2, 0..0);
         for _ in 0..100 {
             world.next();
-            assert_eq!(world.crash(Fault::Ours), None);
+            assert_eq!(world.crash(Fault::Keeper), None);
         }
     }
 
     #[test]
     fn an_exit_that_crashes_the_worker_is_withheld_and_retried() {
         let mut world = World::new(1..4, 4..8);
-        assert_eq!(world.run(Fault::Its, &[5], &[]), [5]);
+        assert_eq!(world.run(Fault::Worker, &[5], &[]), [5]);
         assert_eq!(world.open.iter().copied().collect::<Vec<_>>(), [5]);
         assert_eq!(world.poison.withheld(world.now).collect::<Vec<_>>(), [5]);
         world.now = world.poison.deadline(world.now).expect("it is retried");
         assert_eq!(world.next(), [5]);
-        assert_eq!(world.crash(Fault::Its), Some(5));
+        assert_eq!(world.crash(Fault::Worker), Some(5));
         world.poison.reset();
         assert_eq!(world.next(), [5]);
     }
@@ -288,7 +288,7 @@ mod tests {
         let mut world = World::new(1..4, 0..0);
         for _ in 0..2 {
             world.next();
-            world.crash(Fault::Its);
+            world.crash(Fault::Worker);
         }
         assert_eq!(world.next(), [1, 2]);
         let open = Open { unsent: &world.unsent, exits: &world.exits, is_open: &|_| true };
@@ -300,9 +300,9 @@ mod tests {
     fn exits_are_sent_after_earlier_requests_even_isolated_ones() {
         let mut world = World::new(3..6, 1..3);
         assert_eq!(world.next(), [3, 4, 5, 1, 2]);
-        world.crash(Fault::Its);
+        world.crash(Fault::Worker);
         world.next();
-        world.crash(Fault::Its);
+        world.crash(Fault::Worker);
         let mut order = Vec::new();
         while !world.unsent.is_empty() {
             order.extend(world.next());

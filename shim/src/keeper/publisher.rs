@@ -134,7 +134,7 @@ impl Publisher {
         let has_ended = connection.read()?;
         if let Some((stream, since)) = connection.awaited {
             match connection.take_response(stream)? {
-                Some(code) if code == 0 || self.queue.front().is_some_and(|event| is_hopeless(code, event)) => {
+                Some(code) if code == 0 || self.queue.front().is_some_and(|event| is_invalid(code, event)) => {
                     if code != 0 {
                         warn!(code; "the daemon refuses an event for good, dropping it");
                     }
@@ -168,7 +168,7 @@ impl Publisher {
     }
 }
 
-fn is_hopeless(code: u64, event: &[u8]) -> bool {
+fn is_invalid(code: u64, event: &[u8]) -> bool {
     match code {
         INVALID_ARGUMENT | UNIMPLEMENTED => true,
         RESOURCE_EXHAUSTED => event.len() > LONG_BYTES,

@@ -255,7 +255,7 @@ impl Keeper {
         let is_shut_down = self.is_shutting_down && !self.children.have_claimed() && !self.ledger.awaits_pid();
         let within = match is_shut_down {
             true => SHUT_DOWN_WITHIN,
-            false if self.ledger.may_exit(self.supervisor.is_hopeless()) => EXIT_WITHIN,
+            false if self.ledger.may_exit(self.supervisor.is_failing()) => EXIT_WITHIN,
             false => {
                 self.timers.exit_by = None;
                 return false;

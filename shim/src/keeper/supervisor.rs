@@ -211,7 +211,7 @@ impl Supervisor {
     /// Kills the worker on purpose.
     pub(crate) fn kill(&mut self) {
         if let Some(worker) = &mut self.worker {
-            worker.kill(Fault::Ours, "stopped by the keeper".into());
+            worker.kill(Fault::Keeper, "stopped by the keeper".into());
         }
     }
 
@@ -230,7 +230,7 @@ impl Supervisor {
     fn worker_ended(&mut self, worker: Generation, status: u32, now: Instant) -> Ended {
         let pid = worker.pid;
         let end = worker.end(status);
-        if end.fault == Fault::Ours {
+        if end.fault == Fault::Keeper {
             return Ended::Worker { end, rolled_back: false };
         }
         self.failed(now);
@@ -272,7 +272,7 @@ impl Supervisor {
         debug!(generation = self.generations; "the worker hibernates");
         self.asleep = true;
         if let Some(worker) = &mut self.worker {
-            worker.kill(Fault::Ours, "it hibernates".into());
+            worker.kill(Fault::Keeper, "it hibernates".into());
         }
     }
 
@@ -333,7 +333,7 @@ impl Supervisor {
 
     /// Whether there is a worker that was sent everything.
     pub(crate) fn is_serving(&self) -> bool {
-        self.worker.as_ref().is_some_and(|worker| worker.hello.is_some() && !worker.is_doomed())
+        self.worker.as_ref().is_some_and(|worker| worker.hello.is_some() && !worker.is_killed())
     }
 
     /// Whether the worker has responded since the last message to it.
@@ -342,7 +342,7 @@ impl Supervisor {
     }
 
     /// Whether one generation after the other commits nothing.
-    pub(crate) fn is_hopeless(&self) -> bool {
+    pub(crate) fn is_failing(&self) -> bool {
         self.fruitless > FREE_RETRIES
     }
 

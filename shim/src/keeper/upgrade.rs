@@ -1,10 +1,10 @@
 //! Upgrades: another executable for the worker, then for the keeper itself.
 //!
 //! ```text
-//!  asked ─▶ Trial ──(fit)──▶ Ending ──(old worker is gone)──▶ Settling ──(first response)──▶ Rehearsal ──(accepts) ──▶ Leaving
-//!             │ crashes, hangs, refuses                          │ fails                          │ anything else              │
-//!             ▼                                                  ▼                                ▼                            ▼
-//!           kept                                            rolled back            kept, the worker stays upgraded      re-exec, Settling   
+//!  asked ─▶ Trial ──(fit)──▶ Ending ──(old worker exits)──▶ Settling ──(first response)──▶ Rehearsal ──(accepts)──▶ Leaving
+//!             │ crashes, hangs, refuses                       │ fails                        │ anything else          │
+//!             ▼                                               ▼                              ▼                        ▼
+//!           kept                                         rolled back              kept (the worker stays)     re-exec, Settling
 //! A worker that fails between Settling and the re-exec is rolled back, and the keeper is kept.
 //! ```
 //!
@@ -141,7 +141,7 @@ impl Keeper {
                 // Its exit ends the upgrade with a report.
                 *until = now + FIT_WITHIN;
                 if let Some(candidate) = self.supervisor.candidate() {
-                    candidate.kill(Fault::Its, format!("it did not answer within {FIT_WITHIN:?} whether it can take over"));
+                    candidate.kill(Fault::Worker, format!("it did not answer within {FIT_WITHIN:?} whether it can take over"));
                 }
             }
             Some(Stage::Rehearsal { pid, until, is_late, .. }) if !*is_late => {
@@ -184,9 +184,9 @@ impl Keeper {
                 }
             }
             ToKeeper::Fit { refusal: None } if candidate.hello.is_some() => self.end_worker(now),
-            ToKeeper::Fit { refusal: Some(why) } => candidate.kill(Fault::Its, why),
+            ToKeeper::Fit { refusal: Some(why) } => candidate.kill(Fault::Worker, why),
             ToKeeper::Pong { .. } => {}
-            _ => candidate.kill(Fault::Its, "it sent an unexpected message".into()),
+            _ => candidate.kill(Fault::Worker, "it sent an unexpected message".into()),
         }
     }
 
@@ -238,7 +238,7 @@ impl Keeper {
             Ok(executable) => executable,
             Err(error) => {
                 if let Some(candidate) = self.supervisor.candidate() {
-                    candidate.kill(Fault::Its, format!("cannot hold its executable open: {error}"));
+                    candidate.kill(Fault::Worker, format!("cannot hold its executable open: {error}"));
                 }
                 // Until its exit is seen.
                 upgrade.stage = Stage::Trial { until: now + FIT_WITHIN };

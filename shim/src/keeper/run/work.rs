@@ -121,7 +121,7 @@ impl Keeper {
             self.ledger.release_reservation(&key);
         }
         self.publisher.turn(now, &self.poll);
-        // A claimed process may have ended already, and zombies that were kept for this commit may go.
+        // A claimed process may have exited already, and zombies that were kept for this commit can be reaped.
         if claims || (awaited_pid && !self.ledger.awaits_pid()) {
             self.reap();
         }
