@@ -1,4 +1,4 @@
-//! An error as a sentence.
+//! An error with its sources, as one line.
 
 use std::error::Error;
 

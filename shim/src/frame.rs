@@ -1,6 +1,6 @@
-//! Frames of ttrpc, and as much of a request as relaying needs.
+//! Frames of ttrpc, and the fields of a request that the relay needs.
 //!
-//! Owns the 10-byte header and the few fields of `Request` and `Response` that the keeper looks at. It knows no protobuf beyond
+//! Owns the 10-byte header and the few fields of `Request` and `Response` that the keeper reads. It knows no protobuf beyond
 //! "a field has a number and a length", and never looks into a payload.
 //!
 //! Source: ttrpc's PROTOCOL.md and `request.proto` (service = 1, method = 2, payload = 3, timeout_nano = 4), `Response` (status = 1,
@@ -16,7 +16,7 @@ pub(crate) const REQUEST: u8 = 1;
 /// Frame type of a response.
 pub(crate) const RESPONSE: u8 = 2;
 
-/// Status codes that the keeper gives by itself.
+/// Status codes of the keeper's own answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Code {
     InvalidArgument = 3,
@@ -35,7 +35,7 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// Reads a header, if that many bytes are there.
+    /// Decodes a header, if it is complete.
     pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let (head, _) = bytes.split_first_chunk::<HEADER_BYTES>()?;
         let [a, b, c, d, e, f, g, h, kind, flags] = *head;
@@ -53,7 +53,7 @@ pub(crate) fn encode(stream: u32, kind: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// What a request asks for, still encoded.
+/// The fields of a request, still encoded.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct RequestView<'a> {
     pub(crate) service: &'a [u8],
@@ -92,7 +92,7 @@ pub(crate) fn response_code(message: &[u8]) -> Option<u64> {
     Some(code)
 }
 
-/// Encodes a `Response` that carries nothing but an error.
+/// Encodes a `Response` with an error alone.
 pub(crate) fn error_response(code: Code, message: &str) -> Vec<u8> {
     let mut status = vec![0x08, code as u8, 0x12];
     write_varint(&mut status, message.len() as u64);

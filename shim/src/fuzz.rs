@@ -1,6 +1,6 @@
-//! Whatever parses bytes from outside, and what holds of it for any bytes: that it does not panic, and what its function says.
+//! Fuzz targets: every parser of outside bytes, with a property that holds for any bytes: no panic, and the one its function documents.
 //!
-//! The targets in `fuzz/` drive these by coverage; the tests replay `fuzz/corpus` and what mutation makes of it, the same in every run.
+//! The targets in `fuzz/` drive these by coverage; the tests replay `fuzz/corpus` and mutations of it, the same in every run.
 //! `X_FUZZ_ROUNDS` says how many inputs for each, 20,000 by default; `X_SEED` which.
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use crate::options::{CheckpointOptions, RuntimeOptions};
 use crate::stdio_uri::StdioUri;
 use crate::worker::container::spec::Spec;
 
-/// A frame of ttrpc, as the relay looks at it: what it finds is what the full parser finds.
+/// A frame of ttrpc, as the relay reads it: the result equals the full parser's.
 pub fn frame(bytes: &[u8]) {
     let _ = Header::parse(bytes);
     let _ = response_code(bytes);
@@ -28,7 +28,7 @@ pub fn frame(bytes: &[u8]) {
     }
 }
 
-/// Standard input of `start`: it has an answer, whatever it says.
+/// Standard input of `start`: any input gets an answer.
 pub fn bootstrap(bytes: &[u8]) {
     let flags = Flags { id: "c1".into(), namespace: "n1".into(), ..Flags::default() };
     let question = Question::parse(bytes, &flags);
@@ -38,7 +38,7 @@ pub fn bootstrap(bytes: &[u8]) {
     }
 }
 
-/// The options of a runtime and of a checkpoint, and where stdio goes.
+/// The options of a runtime and of a checkpoint, and stdio URIs.
 pub fn options(bytes: &[u8]) {
     const TYPES: [&str; 5] = [
         "containerd.runc.v1.Options",
@@ -72,7 +72,7 @@ pub fn journal(bytes: &[u8]) {
     }
 }
 
-/// What keeper, worker and commands say to each other: what is read can be written and read again.
+/// Messages between keeper, worker and commands: a decoded message can be encoded and decoded again.
 pub fn handover(bytes: &[u8]) {
     if let Ok(message) = ToWorker::decode(bytes) {
         assert_eq!(ToWorker::decode(&message.encode()[4..]).ok(), Some(message));
@@ -122,7 +122,7 @@ pub(crate) mod tests {
         each(&corpus("handover"), super::handover);
     }
 
-    /// What is kept for a target of `fuzz/`: good inputs, and those that once were too much.
+    /// The corpus of a target of `fuzz/`: valid inputs, and those that once failed.
     fn corpus(target: &str) -> Vec<Vec<u8>> {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(target);
         let entries = fs::read_dir(&folder).unwrap_or_else(|error| panic!("read {}: {error}", folder.display()));
@@ -132,7 +132,7 @@ pub(crate) mod tests {
         paths.iter().map(|path| fs::read(path).expect("a file")).collect()
     }
 
-    /// Calls `parse` with each of `corpus`, and with what mutation makes of them.
+    /// Calls `parse` with each of `corpus`, and with mutations of them.
     pub(crate) fn each(corpus: &[Vec<u8>], mut parse: impl FnMut(&[u8])) {
         let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
         let mut dice = Dice(number("X_SEED", 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);

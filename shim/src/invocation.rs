@@ -1,9 +1,9 @@
-//! What this process was started to do.
+//! The command line.
 //!
-//! Owns the command line: `argv` becomes one [`Invocation`], or one sentence about what is wrong with it. Flags are written as Go
-//! writes them (`-id c1`, `-id=c1`, `--id c1`), since containerd is the one that calls.
+//! Owns its parsing: `argv` becomes one [`Invocation`], or one error message. Flags are written as Go
+//! writes them (`-id c1`, `-id=c1`, `--id c1`), since containerd is the caller.
 //!
-//! **Invariant:** parsing looks at the arguments alone and has no effect.
+//! **Invariant:** parsing depends on the arguments alone and has no effect.
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ use crate::settings::Settings;
 pub(crate) enum Invocation {
     /// containerd: start a shim for the bundle in the working directory, or join the group's.
     Start(Flags),
-    /// containerd: clean up after a container, whether its shim is alive or not.
+    /// containerd: clean up after a container, whether its shim runs or not.
     Delete(Flags),
     /// containerd: describe the runtime; options on standard input.
     Info,
@@ -33,18 +33,18 @@ pub(crate) enum Invocation {
     Rehearse(Settings),
     /// The keeper: become a worker. Descriptor 3 leads to the keeper.
     Worker(Settings),
-    /// A person: list the shims of this host.
+    /// An operator: list the shims of this host.
     Ps(Query),
-    /// A person: have shims go on as another program, with everything they have.
+    /// An operator: upgrade the program of running shims.
     Upgrade(UpgradeOrder),
-    /// A person: show everything that is known of a container.
+    /// An operator: show everything about a container.
     Inspect {
         id: String,
         query: Query,
     },
 }
 
-/// The flags that containerd gives to `start` and `delete`.
+/// The flags that containerd passes to `start` and `delete`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Flags {
     pub(crate) namespace: String,
@@ -56,40 +56,40 @@ pub(crate) struct Flags {
     pub(crate) debug: bool,
 }
 
-/// What a person wants to see, and how.
+/// Which shims to show, and how.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Query {
     pub(crate) json: bool,
     /// Absent: all namespaces.
     pub(crate) namespace: Option<String>,
-    /// Where to read the journal of a container whose shim is dead.
+    /// The bundle whose journal to read if the shim is dead.
     pub(crate) bundle: Option<PathBuf>,
 }
 
-/// Which shims are to be upgraded, and to what.
+/// Which shims to upgrade, and to which program.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct UpgradeOrder {
     /// Ids of containers or groups; with `all`, none.
     pub(crate) ids: Vec<String>,
     pub(crate) all: bool,
-    /// Absent: this very program.
+    /// Absent: this program.
     pub(crate) to: Option<PathBuf>,
     pub(crate) worker_only: bool,
-    /// How many shims at once.
+    /// The number of shims to upgrade at once.
     pub(crate) at_once: Option<usize>,
     pub(crate) query: Query,
 }
 
-/// A command line that makes no sense.
+/// An invalid command line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UsageError {
-    #[error("argument {position} is not text in UTF-8")]
+    #[error("argument {position} is not valid UTF-8")]
     NotText { position: usize },
     #[error("unknown flag {flag}")]
     UnknownFlag { flag: String },
     #[error("flag -{name} needs a value")]
     MissingValue { name: &'static str },
-    #[error("flag -{name} is either true or false, not {value:?}")]
+    #[error("flag -{name} must be true or false, not {value:?}")]
     NotTruth { name: &'static str, value: String },
     #[error("flag -{name} {why}: {value:?}")]
     BadValue { name: &'static str, value: String, why: &'static str },
@@ -110,7 +110,7 @@ pub(crate) enum UsageError {
 }
 
 impl UsageError {
-    /// Whether the line as such is understood and only a value in it is refused: then the help would hide the sentence.
+    /// Whether only a value is refused: then the help would hide the message.
     pub(crate) fn is_of_a_value(&self) -> bool {
         matches!(self, Self::BadValue { .. } | Self::NotTruth { .. })
     }
@@ -118,28 +118,29 @@ impl UsageError {
 
 /// What `--help` prints, and `stderr` gets after a [`UsageError`].
 pub(crate) const HELP: &str = "\
-containerd-shim-x-v2: keeps containers running under containerd, and under its own crashes and upgrades.
+containerd-shim-x-v2: containerd shim whose containers survive crashes and upgrades of the shim.
 
-containerd starts it for containers of the runtime io.containerd.x.v2; nobody else needs to:
+containerd starts it for containers with the runtime io.containerd.x.v2:
 
     ctr run --runtime io.containerd.x.v2 docker.io/library/busybox:latest c1 sh
 
-For people:
+Commands for operators:
 
     containerd-shim-x-v2 ps [--json] [--namespace NAME]
-        lists the shims of this host with their containers and memory
+        list the shims of this host with their containers and memory
     containerd-shim-x-v2 inspect ID [--json] [--namespace NAME]
-        shows everything that is known of a container, also while its worker is dead
+        show the state, processes, streams and open requests of a container; works without a running worker
     containerd-shim-x-v2 inspect ID --bundle PATH [--json]
-        shows what is recorded in a bundle whose shim is dead altogether
+        show the journal in the bundle of a dead shim
     containerd-shim-x-v2 upgrade ID... | --all [--to PATH] [--worker-only] [--at-once N] [--json] [--namespace NAME]
-        has shims go on as the program at PATH, or as this one, while their containers run; a new program that does not work is
-        not taken, or replaced by the old one, and the reason is shown. Ends with 0 if all shims run the program now, else with 1.
-        Downgrades are done in the same way. The keeper is replaced too, unless --worker-only. As many shims are upgraded at once as there are processors, 8 at most
+        replace the program of running shims by the one at PATH, or by this one, without stopping containers. A new program
+        that fails is refused or rolled back, and the reason is shown. Exit status: 0 if all shims run the program now, else 1.
+        Downgrades work in the same way. The keeper is replaced too, unless --worker-only. --at-once: shims to upgrade at a
+        time; default: the number of processors, at most 8
     containerd-shim-x-v2 -v
-        prints the version
+        print the version
     containerd-shim-x-v2 --help
-        prints this text
+        print this text
 
 For containerd:
 
@@ -228,12 +229,12 @@ impl Invocation {
     }
 }
 
-/// Whether `name` can be the name of a file: an id or a namespace becomes one.
+/// Whether `name` is a valid file name: an id or a namespace becomes one.
 pub(crate) fn is_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= MAX_NAME_BYTES && name != "." && name != ".." && !name.contains(['/', '\0'])
 }
 
-/// Every flag that any caller may give, before it is known what they are for.
+/// Every flag of any command, before the command is known.
 #[derive(Debug, Default)]
 struct Raw {
     help: bool,
@@ -288,7 +289,7 @@ impl Raw {
         Ok(())
     }
 
-    /// Takes flags and words in any order; returns the words.
+    /// Parses flags and arguments in any order; returns the arguments.
     fn take_rest<'a>(&mut self, mut rest: impl Iterator<Item = &'a String>) -> Result<Vec<String>, UsageError> {
         let mut words = Vec::new();
         while let Some(argument) = rest.next() {
@@ -330,7 +331,7 @@ impl Raw {
     }
 }
 
-/// Turns arguments into text.
+/// Converts arguments to text.
 pub(crate) fn texts(arguments: impl IntoIterator<Item = OsString>) -> Result<Vec<String>, UsageError> {
     let numbered = arguments.into_iter().enumerate();
     numbered.map(|(index, argument)| argument.into_string().map_err(|_| UsageError::NotText { position: index + 1 })).collect()
@@ -369,7 +370,7 @@ fn truth_of(name: &'static str, given: Option<&str>) -> Result<bool, UsageError>
     }
 }
 
-/// Cuts a value that is quoted in a sentence.
+/// Shortens a value that an error quotes.
 fn shorten(value: &str) -> String {
     match value.char_indices().nth(64) {
         Some((at, _)) => format!("{}…", &value[..at]),
@@ -439,7 +440,7 @@ mod tests {
             ("-namespace n1 start", "start needs the flag -id"),
             ("-id c1 delete", "delete needs the flag -namespace"),
             ("-id", "flag -id needs a value"),
-            ("-debug=maybe start", "flag -debug is either true or false, not \"maybe\""),
+            ("-debug=maybe start", "flag -debug must be true or false, not \"maybe\""),
             ("-namespace n1 -id a/b start", "flag -id must be a name of 1 to 255 bytes without a slash: \"a/b\""),
             ("-namespace .. -id c1 start", "flag -namespace must be a name of 1 to 255 bytes without a slash: \"..\""),
             ("-namespace n1 -id= start", "flag -id must be a name of 1 to 255 bytes without a slash: \"\""),

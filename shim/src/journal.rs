@@ -1,6 +1,6 @@
-//! The journal of a container: what `delete` needs to know when the keeper is dead.
+//! The journal of a container, for `delete` when the keeper is dead.
 //!
-//! Owns the format of the file `x-journal` in a bundle. The keeper writes it (the body on a worker's order, the exit slot by
+//! Owns the format of the file `x-journal` in a bundle. The keeper writes it (the body at a worker's request, the exit slot by
 //! itself), `delete` and `inspect` read it.
 //!
 //! ```text
@@ -9,7 +9,7 @@
 //! ```
 //!
 //! **Invariant:** the exit slot exists, allocated, from the first write on, so that recording an exit needs no space. Writing is
-//! `pwrite` of whole records; a torn record is seen by its sum and counts as absent.
+//! `pwrite` of whole records; a torn record is detected by its checksum and counts as absent.
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,7 +27,7 @@ const BODY_AT: u64 = 96;
 /// The longest body that is written or read.
 pub(crate) const MAX_BODY_BYTES: usize = 64 << 10;
 
-/// How a container's init ended.
+/// The exit of a container's init.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RecordedExit {
     pub(crate) pid: u32,
@@ -73,8 +73,8 @@ impl Journal {
         Ok(Self(file))
     }
 
-    /// Replaces the body; what it says is the worker's business. An exit that is there is that of another container, which had the
-    /// bundle before: it goes first.
+    /// Replaces the body, whose content is the worker's. An existing exit belongs to another container, which used the
+    /// bundle before: it is cleared first.
     ///
     /// Errors: InvalidInput if it is longer than [`MAX_BODY_BYTES`].
     pub(crate) fn write_body(&self, body: &[u8]) -> io::Result<()> {
@@ -82,7 +82,7 @@ impl Journal {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "journal body too long"));
         }
         self.0.write_all_at(&[0; SLOT_BYTES], SLOT_AT)?;
-        // The sum goes last: a body without its sum is no body.
+        // The checksum last: a body without it counts as absent.
         self.0.write_all_at(body, BODY_AT)?;
         let head = [(body.len() as u32).to_le_bytes(), sum(body).to_le_bytes()];
         self.0.write_all_at(head.as_flattened(), BODY_SUM_AT)
@@ -95,7 +95,7 @@ impl Journal {
     }
 }
 
-/// What a journal says.
+/// The content of a journal.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Contents {
     /// Absent if torn or never written.
@@ -147,7 +147,7 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
-/// FNV-1a: enough to tell a torn record from a whole one.
+/// FNV-1a: enough to distinguish a torn record from a whole one.
 fn sum(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }

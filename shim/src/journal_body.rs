@@ -1,4 +1,4 @@
-//! What a container's journal says in its body: all that `delete` needs to clean up after a dead keeper.
+//! The body of a container's journal: all that `delete` needs to clean up after a dead keeper.
 //!
 //! Owns the JSON form of the body. The worker writes it (through the keeper), `delete` and `inspect` read it. The frame around it,
 //! and the exit slot beside it, are [`crate::journal`]'s.
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// Version of the body that this binary writes.
 pub(crate) const VERSION: u32 = 1;
 
-/// The body of a journal. Engine and cgroup are values, so that one that this version cannot read does not spoil the rest. Written at create before the runtime runs, and again whenever more is known.
+/// The body of a journal. Engine and cgroup are values, so that this version can read the rest if it cannot read one. Written at create before the runtime runs, and after each addition.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct JournalBody {
@@ -20,7 +20,7 @@ pub(crate) struct JournalBody {
     /// The container's id.
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
-    /// The folder that the root filesystem is mounted on; absent where the shim mounted nothing.
+    /// The mount point of the root filesystem; absent if the shim mounted nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) rootfs: Option<PathBuf>,
     pub(crate) keeper: ProcessIdentity,
@@ -37,12 +37,12 @@ pub(crate) struct JournalBody {
     pub(crate) init: Option<ProcessIdentity>,
 }
 
-/// A process that can be told from a later one with the same pid.
+/// The identity of a process, distinct from a later one with the same pid.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct ProcessIdentity {
     pub(crate) pid: u32,
-    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot; 0 if it was gone when asked.
+    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot; 0 if it had exited when read.
     pub(crate) start_time: u64,
 }
 
@@ -59,18 +59,18 @@ impl JournalBody {
 }
 
 impl ProcessIdentity {
-    /// Identifies the living (or zombie) process `pid`; absent if there is none.
+    /// Identifies the running (or zombie) process `pid`; absent if there is none.
     pub(crate) fn of(pid: u32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         Some(Self { pid, start_time: start_time(&stat)? })
     }
 
-    /// Whether this very process still exists, dead and unreaped included.
+    /// Whether exactly this process still exists, also as a zombie.
     pub(crate) fn exists(self) -> bool {
         Self::of(self.pid) == Some(self)
     }
 
-    /// Whether this very process runs: it exists, and is no zombie.
+    /// Whether exactly this process runs: it exists, and is not a zombie.
     pub(crate) fn is_running(self) -> bool {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         let state = stat.rsplit_once(')').and_then(|(_, fields)| fields.trim_start().chars().next());
@@ -78,7 +78,7 @@ impl ProcessIdentity {
     }
 }
 
-/// Takes the start time out of a line of `/proc/PID/stat`. The name of the program may hold spaces and parentheses.
+/// Parses the start time from a line of `/proc/PID/stat`. The name of the program may hold spaces and parentheses.
 fn start_time(stat: &str) -> Option<u64> {
     let (_, after_name) = stat.rsplit_once(')')?;
     after_name.split_ascii_whitespace().nth(19)?.parse().ok()

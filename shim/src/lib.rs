@@ -29,10 +29,10 @@ mod worker;
 
 use invocation::Invocation;
 
-/// The command line makes no sense.
+/// The command line is invalid.
 const EXIT_USAGE: u8 = 2;
 
-/// What the program does: everything.
+/// The entry point of the program.
 pub fn main() -> ExitCode {
     let invocation = match Invocation::parse(std::env::args_os().skip(1)) {
         Ok(invocation) => invocation,
@@ -61,7 +61,7 @@ pub fn main() -> ExitCode {
         }),
         Invocation::Rehearse(settings) => inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take(3)?, sys::inherited::take(4)?))),
         Invocation::Worker(settings) => inherited(|| {
-            // Executed through a descriptor, it would be called by the descriptor's number.
+            // Executed through a descriptor, the process would be named after the descriptor's number.
             nix::sys::prctl::set_name(c"containerd-shim")?;
             logging::install(Some(&settings.bundle), settings.log_level);
             Ok(worker::run(settings, sys::inherited::take_socket(3)?))
@@ -76,7 +76,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Runs a mode that needs descriptors of whoever started it.
+/// Runs a mode that needs descriptors of the parent process.
 fn inherited(run: impl FnOnce() -> std::io::Result<ExitCode>) -> ExitCode {
     run().unwrap_or_else(|error| {
         eprintln!("containerd-shim-x-v2: this command is run by other commands of this program, with sockets: {error}");
@@ -84,7 +84,7 @@ fn inherited(run: impl FnOnce() -> std::io::Result<ExitCode>) -> ExitCode {
     })
 }
 
-/// Prints why a command failed, with all its causes: containerd shows this to its client.
+/// Prints why a command failed, with all sources: containerd shows this to its client.
 fn ended<E: std::error::Error>(command: &str, result: Result<(), E>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
     let mut sentence = error.to_string();

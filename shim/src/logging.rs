@@ -4,8 +4,8 @@
 //! time="2026-01-02T03:04:05.000000006Z" level=info msg="process exited" container=c1 pid=7 status=0
 //! ```
 //!
-//! **Invariant:** logging never blocks, never fails and takes no memory but one line's. What nobody reads in time is dropped and
-//! counted, and the next line that gets through says how much was dropped.
+//! **Invariant:** logging never blocks, never fails and takes no memory but one line's. Lines that are not read in time are dropped and
+//! counted, and the next written line gives the count.
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -63,7 +63,7 @@ enum Target {
 
 struct Sink {
     target: Target,
-    /// Lines lost since the last one that got through.
+    /// Lines lost since the last written one.
     dropped: u64,
     line: Line,
 }
@@ -86,7 +86,7 @@ impl Sink {
 
 /// Writes a whole line or nothing: one of [`LINE_BYTES`] at most is atomic in a pipe.
 fn write_to_fifo(path: &Path, file: &mut Option<File>, line: &[u8]) -> io::Result<()> {
-    // One whose name is gone will not be read; the daemon may have made another.
+    // A FIFO whose name is gone will not be read; the daemon may have made another.
     if !file.as_ref().is_some_and(|file| file.metadata().is_ok_and(|about| about.nlink() > 0)) {
         *file = None;
     }
@@ -97,14 +97,14 @@ fn write_to_fifo(path: &Path, file: &mut Option<File>, line: &[u8]) -> io::Resul
     fifo.write(line).map(drop)
 }
 
-/// Opens for reading too, so that neither this nor a write depends on a reader, and what was written waits for one.
+/// Opens for reading too, so that neither this nor a write depends on a reader, and written lines wait for one.
 fn open_fifo(path: &Path) -> io::Result<File> {
     let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC;
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
     if file.metadata()?.file_type().is_fifo() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }
 
-/// One line in the making. What does not fit is left out and said to be.
+/// A line under construction. Fields that do not fit are left out, and marked as cut.
 struct Line {
     bytes: [u8; LINE_BYTES],
     length: usize,
@@ -126,7 +126,7 @@ impl Line {
         });
         self.push(" msg=");
         self.quoted(record.args());
-        // A source that fails has been visited as far as it goes; the line is still worth having.
+        // A source that fails has been visited up to the failure; the line is still useful.
         let _ = record.key_values().visit(self);
         if self.is_cut {
             self.push(" cut=true");
@@ -137,7 +137,7 @@ impl Line {
         self.push("\n");
     }
 
-    /// Appends without looking at the reserve.
+    /// Appends, using the reserve.
     fn push(&mut self, text: &str) {
         let end = self.length + text.len();
         if let Some(space) = self.bytes.get_mut(self.length..end) {
@@ -220,7 +220,7 @@ impl fmt::Write for Escaped<'_> {
     }
 }
 
-/// Finds out whether a value can stand without quotes.
+/// Detects whether a value needs quotes.
 struct Check {
     is_plain: bool,
     length: usize,

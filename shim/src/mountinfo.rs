@@ -1,4 +1,4 @@
-//! The mounts that this thread sees, as the kernel lists them.
+//! The mounts of this thread's mount namespace.
 //!
 //! Source: proc_pid_mountinfo(5).
 use std::ffi::OsString;
@@ -10,9 +10,9 @@ use std::path::PathBuf;
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MountEntry {
-    /// Which part of the file system is mounted.
+    /// The mounted part of the file system.
     pub(crate) root: PathBuf,
-    /// Where.
+    /// The mount point.
     pub(crate) mount_point: PathBuf,
     /// The file system's type.
     pub(crate) kind: String,
@@ -22,7 +22,7 @@ pub(crate) struct MountEntry {
 
 /// Lists the mounts that `wanted` picks by their mount point, in the kernel's order: of those at one place, the last is on top.
 ///
-/// One line at a time is in memory: on a busy host there are many thousands.
+/// Only one line is in memory: a busy host has many thousands.
 pub(crate) fn blocking_list(mut wanted: impl FnMut(&MountEntry) -> bool) -> io::Result<Vec<MountEntry>> {
     let mut reader = BufReader::with_capacity(4096, File::open(PATH)?);
     let (mut line, mut found) = (Vec::new(), Vec::new());
@@ -44,7 +44,7 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     Some(MountEntry { root, mount_point, kind, options })
 }
 
-/// Undoes `\040` and its like.
+/// Decodes `\040` and other octal escapes.
 fn unescape(field: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -64,7 +64,7 @@ fn unescape(field: &[u8]) -> PathBuf {
     OsString::from_vec(bytes).into()
 }
 
-/// Of the thread: its mount namespace may be one of its own.
+/// Of the thread: it may have a mount namespace of its own.
 pub(crate) const PATH: &str = "/proc/thread-self/mountinfo";
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! What a client may ask of the shim and its engine: the options of Create and Checkpoint.
+//! The options of Create and Checkpoint.
 //!
-//! Owns the translation from containerd's messages to plain values, and back for what Pids tells of a process.
+//! Owns the translation from containerd's messages to plain values, and back for the details of a process in Pids.
 //!
-//! **Invariant:** options that are not understood are refused, never taken for none: a container must not run with other settings
+//! **Invariant:** unknown options are refused, never ignored: a container must not run with other settings
 //! than it was given. Unknown keys in a TOML text are the exception, since other versions may know them; they are named.
 use std::fs::File;
 use std::io::{self, Read};
@@ -18,15 +18,15 @@ use x_proto::{linux_runc, runtime_options};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct RuntimeOptions {
-    /// The OCI runtime: a name that is looked up in PATH, or an absolute path.
+    /// The OCI runtime: a name to look up in PATH, or an absolute path.
     pub(crate) binary_name: Option<String>,
     /// Where the OCI runtime keeps its state, without the namespace.
     pub(crate) root: Option<PathBuf>,
-    /// Cgroups are made by systemd.
+    /// systemd creates the cgroups.
     pub(crate) systemd_cgroup: bool,
     pub(crate) no_pivot_root: bool,
     pub(crate) no_new_keyring: bool,
-    /// The cgroup that the shim itself moves to.
+    /// The cgroup of the shim itself.
     pub(crate) shim_cgroup: Option<String>,
     /// Owner of the pipes of stdin, stdout and stderr.
     pub(crate) io_uid: u32,
@@ -39,16 +39,16 @@ pub(crate) struct RuntimeOptions {
     pub(crate) criu_work_path: Option<PathBuf>,
     /// How criu restores the container, if it does.
     pub(crate) restore: CriuOptions,
-    /// Bytes of output to keep in a file while nobody reads. This shim's own: key `SpillBytes` of a TOML text.
+    /// Bytes of output to keep in a file while no client reads. This shim's own: key `SpillBytes` of a TOML text.
     pub(crate) spill_bytes: u64,
     /// The only programs that `binary://` may name; none listed: see `stdio_uri`. This shim's own: key `Loggers`.
     pub(crate) loggers: Vec<PathBuf>,
-    /// Keys of a TOML text that this version does not know. Worth a warning.
+    /// Keys of a TOML text that this version does not know. Logged as a warning.
     #[serde(skip)]
     pub(crate) unknown_keys: Vec<String>,
 }
 
-/// Options that are refused. Each of them is the client's to correct.
+/// Why options are refused. The client must correct each of them.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OptionsError {
     #[error("options of unknown type {type_url:?}: expected {expected}")]
@@ -155,7 +155,7 @@ impl RuntimeOptions {
 
     fn from_toml(text: &[u8], origin: &str) -> Result<Self, OptionsError> {
         let table: toml::Table = toml::from_slice(text).map_err(|error| {
-            // Its own words take several lines and show the text, which may be anything.
+            // The parser's message takes several lines and quotes the text, which may be anything.
             let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
             let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
             OptionsError::Toml { origin: origin.to_owned(), line, why: error.message().replace('\n', ", ") }
@@ -179,7 +179,7 @@ impl RuntimeOptions {
                 "criuworkpath" => options.criu_work_path = entry.text()?.map(PathBuf::from),
                 "spillbytes" => options.spill_bytes = entry.number("a number of bytes")?,
                 "loggers" => options.loggers = entry.paths()?,
-                // containerd's own, passed on with the rest of the table.
+                // An option of containerd, passed on with the rest of the table.
                 "typeurl" | "configpath" | "configbody" | "taskapiaddress" | "taskapiversion" => {}
                 _ => options.unknown_keys.push(key),
             }
@@ -187,7 +187,7 @@ impl RuntimeOptions {
         options.check()
     }
 
-    /// Refuses what could not be passed to a system call, or would depend on a working directory.
+    /// Refuses paths that no system call takes, or that depend on a working directory.
     fn check(self) -> Result<Self, OptionsError> {
         for (key, path) in [
             ("Root", &self.root),
@@ -217,7 +217,7 @@ pub(crate) struct CriuOptions {
     pub(crate) external_unix_sockets: bool,
     pub(crate) terminal: bool,
     pub(crate) file_locks: bool,
-    /// Namespaces that are made anew and empty.
+    /// Namespaces to create anew and empty.
     pub(crate) empty_namespaces: Vec<String>,
     /// `soft`, `full` or `strict`; the engine's own choice if absent.
     pub(crate) cgroups_mode: Option<String>,
@@ -226,10 +226,10 @@ pub(crate) struct CriuOptions {
 /// The options of a Checkpoint request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct CheckpointOptions {
-    /// The container ends with it.
+    /// The container exits after it.
     pub(crate) exit: bool,
     pub(crate) criu: CriuOptions,
-    /// Wins over the path of the request.
+    /// Takes precedence over the path of the request.
     pub(crate) image_path: Option<PathBuf>,
     pub(crate) work_path: Option<PathBuf>,
 }
@@ -270,14 +270,14 @@ impl CheckpointOptions {
     }
 }
 
-/// What Pids says of a process that the shim started by Exec.
+/// The details of an exec in the answer to Pids.
 pub(crate) fn process_details(exec_id: &str) -> Any {
     let details = oci::ProcessDetails { exec_id: exec_id.to_owned(), ..Default::default() };
     let value = details.write_to_bytes().expect("a message without required fields is always complete");
     Any { type_url: PROCESS_DETAILS.to_owned(), value, ..Default::default() }
 }
 
-/// A key of a TOML table, and what it holds.
+/// A key of a TOML table, and its field.
 struct Entry<'a> {
     key: &'a str,
     value: &'a toml::Value,
@@ -315,7 +315,7 @@ impl Entry<'_> {
     }
 }
 
-/// The name of a message's type: containerd's clients write it bare, others with a host in front.
+/// The name of a message's type: containerd's clients write it without a prefix, others with a host in front.
 fn bare_type(type_url: &str) -> &str {
     type_url.rsplit_once('/').map_or(type_url, |(host, name)| if host == "type.googleapis.com" { name } else { type_url })
 }

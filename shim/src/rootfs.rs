@@ -1,8 +1,8 @@
 //! The mounts that make up a container's root file system.
 //!
-//! Owns making them and unmaking them, on the host's side: at and below the folder `rootfs` of a bundle.
+//! Owns mounting and unmounting them on the host: at and below the folder `rootfs` of a bundle.
 //!
-//! **Invariant:** both can be repeated at any time, also after a crash in the middle: a mount that is there stays, since a container
+//! **Invariant:** both can be repeated at any time, also after a crash in the middle: an existing mount stays, since a container
 //! may already use it, and an overlay must not be mounted twice over the same upper folder. No symbolic link is followed out of
 //! `rootfs`, no working directory of the process is changed.
 use std::fs::DirBuilder;
@@ -38,11 +38,11 @@ pub(crate) struct Mount {
     pub(crate) options: Vec<String>,
 }
 
-/// Mounts that could not be made or unmade.
+/// Why mounting or unmounting failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MountError {
-    /// Something in it is in use: worth another try.
-    #[error("unmount {}: it is in use", path.display())]
+    /// Something in it is in use: try again later.
+    #[error("unmount {}: it is in use by another process", path.display())]
     Busy { path: PathBuf },
     #[error("mount {kind} from {origin:?} at {}", path.display())]
     Refused { kind: String, origin: String, path: PathBuf, source: Errno },
@@ -59,12 +59,12 @@ pub(crate) enum MountError {
 pub(crate) enum Unmount {
     /// Fails with [`MountError::Busy`] while anything is in use.
     Clean,
-    /// Takes the mounts out of sight at once; they end with their last user.
+    /// Detaches the mounts at once; the kernel unmounts them after their last use.
     Detach,
 }
 
-/// Makes `mounts` at and below `rootfs`, in this order, and `rootfs` itself if needed. Those that are there already, from an earlier
-/// try, stay.
+/// Mounts `mounts` at and below `rootfs`, in this order, creating `rootfs` if needed. Existing ones, from an earlier
+/// attempt, stay.
 pub(crate) fn blocking_mount_all(rootfs: &Path, mounts: &[Mount]) -> Result<(), MountError> {
     if mounts.is_empty() {
         return Ok(());
@@ -78,7 +78,7 @@ pub(crate) fn blocking_mount_all(rootfs: &Path, mounts: &[Mount]) -> Result<(), 
         let options = Options::parse(&mount.options);
         let place = Place::open(rootfs, &mount.target)?;
         make::refuse_unsupported(mount, &options, &place.path)?;
-        // Mounts lie on top of each other: of those at this place, so many are earlier ones of this list.
+        // Mounts are stacked: of those at this place, this number are earlier ones of this list.
         let below = done.iter().filter(|path| **path == place.path).count();
         let stack = place.stack()?;
         match stack.get(below) {
@@ -89,7 +89,7 @@ pub(crate) fn blocking_mount_all(rootfs: &Path, mounts: &[Mount]) -> Result<(), 
             }
         }
         done.push(place.path);
-        // One that others lie on was finished before they came. For the one on top it changes nothing to finish it again.
+        // One below others was finished before they were mounted. Finishing the top one again changes nothing.
         if stack.len() <= below + 1 {
             // Opened again: now it is the mount's root.
             make::finish_mount(mount, &options, &Place::open(rootfs, &mount.target)?)?;
@@ -98,7 +98,7 @@ pub(crate) fn blocking_mount_all(rootfs: &Path, mounts: &[Mount]) -> Result<(), 
     Ok(())
 }
 
-/// Unmounts everything that is mounted at or below `rootfs`. A `rootfs` that is not there has nothing mounted.
+/// Unmounts everything at or below `rootfs`. A missing `rootfs` has no mounts.
 pub(crate) fn blocking_unmount_all(rootfs: &Path, how: Unmount) -> Result<(), MountError> {
     mapped::clear(rootfs)?;
     unmake::unmount_below(rootfs, how)
@@ -109,7 +109,7 @@ pub(crate) fn blocking_is_mounted(rootfs: &Path) -> Result<bool, MountError> {
     unmake::is_mounted(rootfs)
 }
 
-/// Where a mount goes: a folder or file that is held open, so that its name cannot be bent meanwhile.
+/// The target of a mount: a folder or file that is held open, so that its name cannot be redirected meanwhile.
 struct Place {
     fd: OwnedFd,
     /// Its real path.
@@ -117,7 +117,7 @@ struct Place {
 }
 
 impl Place {
-    /// Opens `target` below `rootfs`; links in it lead nowhere but below `rootfs`.
+    /// Opens `target` below `rootfs`; links in it are resolved below `rootfs`.
     fn open(rootfs: &Path, target: &str) -> Result<Self, MountError> {
         let fd = open_folder(rootfs)?;
         let target = target.trim_start_matches('/');
@@ -131,7 +131,7 @@ impl Place {
         Ok(Self { fd, path })
     }
 
-    /// The mounts that lie here on top of each other.
+    /// The mounts stacked here.
     fn stack(&self) -> Result<Vec<MountEntry>, MountError> {
         if matches!(sys::mount::is_mount_root(self.fd.as_fd()), Ok(false)) {
             Ok(Vec::new())

@@ -1,10 +1,10 @@
-//! Where the sockets of this host's shims are.
+//! The paths of the shims' sockets.
 //!
-//! Owns the names below `/run`: the folder that containerd looks in for shims' sockets, and our own folder with the control sockets
+//! Owns the names below `/run`: the folder in which containerd finds shims' sockets, and x's own folder with the control sockets
 //! of all keepers, which is the one place that lists them.
 //!
-//! **Invariant:** a folder that is used is a real one, owned by root (or by whoever we are) and closed to everybody else; a socket's
-//! path is never longer than the kernel takes.
+//! **Invariant:** a used folder is a real one, owned by root (or by the shim's user) and closed to all others; a socket's
+//! path is never longer than the kernel allows.
 use std::env;
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 use sha2::{Digest, Sha256};
 
-/// Stands in for `/run`, so that a test's shims see only each other. Daemon, `start`, `delete`, `ps` and `inspect` must agree on it.
+/// Replaces `/run`, so that a test's shims see only each other. Daemon, `start`, `delete`, `ps` and `inspect` must agree on it.
 pub(crate) const RUN_DIR_VARIABLE: &str = "X_SHIM_RUN_DIR";
 
 /// The longest path of a socket, in bytes: `sun_path` is 108 with the zero at its end.
@@ -28,9 +28,9 @@ const LOCK_SUFFIX: &str = "lock";
 pub(crate) enum Error {
     #[error("{op} {}", path.display())]
     Io { op: &'static str, path: PathBuf, source: io::Error },
-    #[error("{} is not a folder of our own: {why}", path.display())]
+    #[error("folder {} is not safe to use: {why}", path.display())]
     NotPrivate { path: PathBuf, why: &'static str },
-    #[error("the socket path {} has {} bytes, but the kernel takes {MAX_SOCKET_PATH_BYTES} at most: choose a shorter folder", path.display(), path.as_os_str().len())]
+    #[error("the socket path {} has {} bytes, but the kernel allows at most {MAX_SOCKET_PATH_BYTES}: choose a shorter folder", path.display(), path.as_os_str().len())]
     TooLong { path: PathBuf },
 }
 
@@ -38,12 +38,12 @@ pub(crate) enum Error {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RunDir(PathBuf);
 
-/// Where one shim is to be found.
+/// The paths of one shim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Place {
-    /// What containerd connects to.
+    /// The socket for containerd.
     pub(crate) socket: PathBuf,
-    /// What the commands of this binary connect to.
+    /// The control socket, for the commands of this binary.
     pub(crate) control: PathBuf,
     /// Locked by a `start` or `delete` that makes or removes these sockets.
     pub(crate) lock: PathBuf,
@@ -61,7 +61,7 @@ impl RunDir {
         self.0.join("containerd-shim-x")
     }
 
-    /// The folder that containerd's own shims put their sockets in.
+    /// The folder of the stock shim's sockets.
     pub(crate) fn sockets(&self) -> PathBuf {
         self.0.join("containerd/s")
     }
@@ -108,7 +108,7 @@ impl RunDir {
 
 /// The name of a shim's sockets: the same for every container of a group, and no other shim's.
 ///
-/// It is the name that containerd's own shims give their sockets, so that `ctr shim --id` finds it: the SHA-256 of the daemon's address,
+/// It is the name of the stock shim's sockets, so that `ctr shim --id` finds it: the SHA-256 of the daemon's address,
 /// the namespace and the group (else the container's id) as a path, in hexadecimal. Neither namespaces nor ids contain a slash.
 fn name_of(daemon: &str, namespace: &str, group: &str) -> String {
     // as Go's filepath.Join writes it
@@ -120,7 +120,7 @@ fn name_of(daemon: &str, namespace: &str, group: &str) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Makes the folder for control sockets, or checks that the one that is there is ours alone.
+/// Makes the folder for control sockets, or checks that an existing one belongs to this user alone.
 pub(crate) fn ensure_private(path: &Path) -> Result<(), Error> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -144,9 +144,9 @@ fn already_there(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) }
 }
 
-/// Checks that nobody but us (and root) can put or reach anything in a folder.
+/// Checks that only this user (and root) can put or reach anything in a folder.
 fn check_private(path: &Path) -> Result<(), Error> {
-    // Not following a link: it could lead into somebody else's folder.
+    // Not following a link: it could lead into another user's folder.
     let meta = fs::symlink_metadata(path).map_err(|source| Error::Io { op: "look at", path: path.to_owned(), source })?;
     let refuse = |why| Err(Error::NotPrivate { path: path.to_owned(), why });
     match () {
@@ -216,7 +216,7 @@ mod tests {
         assert_eq!(place.socket.as_os_str().len(), 107);
         let error = run.place(DAEMON, "n1", "c1", Some(Path::new(&folder(43)))).expect_err("108 bytes");
         let sentence = error.to_string();
-        assert!(sentence.contains("has 108 bytes, but the kernel takes 107") && sentence.contains("/ddd"), "{sentence}");
+        assert!(sentence.contains("has 108 bytes, but the kernel allows at most 107") && sentence.contains("/ddd"), "{sentence}");
         // The kernel agrees.
         assert!(nix::sys::socket::UnixAddr::new(place.socket.as_os_str().as_bytes()).is_ok());
         assert!(nix::sys::socket::UnixAddr::new([b'a'; 108].as_slice()).is_err());

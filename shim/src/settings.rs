@@ -1,11 +1,11 @@
-//! What `start` tells the keeper, and the keeper its workers: the flags of their command lines.
+//! Settings of a keeper and its workers: the flags of their command lines.
 use std::path::PathBuf;
 
 use crate::invocation::{UsageError, is_flag, split_flag, value_of};
 
 /// The flags of a keeper and of its workers.
 ///
-/// They are containerd's own where containerd has one, so that `ps` shows a line that its tools recognise.
+/// They are containerd's where containerd has one, so that its tools recognise the line in `ps`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Settings {
     /// containerd's namespace: `-namespace`.
@@ -16,13 +16,13 @@ pub(crate) struct Settings {
     pub(crate) containerd_address: String,
     /// containerd's ttrpc socket, where events go: `-ttrpc-address`. Without one, there are no events.
     pub(crate) ttrpc_address: Option<String>,
-    /// Where the shim listens, `unix://…`: `-socket`.
+    /// The shim's address, `unix://…`: `-socket`.
     pub(crate) shim_address: String,
     /// Path of the keeper's control socket: `-control`.
     pub(crate) control_path: PathBuf,
     /// The bundle that `start` ran in: `-bundle`. Its `log` fifo is containerd's.
     pub(crate) bundle: PathBuf,
-    /// How much to log: `-log-level`.
+    /// The log level: `-log-level`.
     pub(crate) log_level: log::LevelFilter,
 }
 
@@ -47,7 +47,7 @@ impl Settings {
     /// Decodes arguments that [`Settings::to_arguments`] made. Unknown flags, each with a value, are skipped: a worker may be older
     /// than its keeper.
     ///
-    /// Errors: the flag that is missing or makes no sense.
+    /// Errors: the flag that is missing or invalid.
     pub(crate) fn from_arguments(arguments: &[String]) -> Result<Self, UsageError> {
         let mut rest = arguments.iter();
         let (mut namespace, mut id, mut containerd, mut ttrpc) = (None, None, None, None);

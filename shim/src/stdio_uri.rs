@@ -1,9 +1,9 @@
-//! Where a client wants a process's streams to go.
+//! URIs of stdio streams.
 //!
-//! Owns the reading of the strings that Create and Exec carry for stdin, stdout and stderr, and the decision which programs may
+//! Owns the parsing of the strings in Create and Exec for stdin, stdout and stderr, and the decision which programs may
 //! be loggers.
 //!
-//! **Invariant:** a string that is not understood is refused, never ignored: its output would be lost silently.
+//! **Invariant:** an unknown URI is refused, never ignored: its output would be lost silently.
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -11,10 +11,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Where one stream goes.
+/// The target of one stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum StdioUri {
-    /// Nowhere: the empty string.
+    /// None: the empty string.
     #[default]
     None,
     /// A fifo of the client: a bare path, or `fifo://`.
@@ -25,11 +25,11 @@ pub(crate) enum StdioUri {
     Binary(Logger),
 }
 
-/// A program that reads a container's output: stdout on descriptor 3, stderr on 4, and on 5 a pipe where it says that it is ready.
+/// A program that reads a container's output: stdout on descriptor 3, stderr on 4, and on 5 a pipe to report readiness.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Logger {
     pub(crate) path: PathBuf,
-    /// Each key of the query followed by its value, as containerd's own shim passes them.
+    /// Each key of the query followed by its value, as the stock shim passes them.
     pub(crate) arguments: Vec<String>,
     /// Keys of the query that begin with `env.`, without it.
     pub(crate) environment: Vec<(String, String)>,
@@ -37,10 +37,10 @@ pub(crate) struct Logger {
     pub(crate) ready_by_byte: bool,
 }
 
-/// A stream that cannot be had.
+/// A URI that is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum StdioError {
-    #[error("{stream} {uri:?}: unknown scheme {scheme:?}; known are a path, fifo://, file://, binary:// and binary-v2://")]
+    #[error("{stream} {uri:?}: unknown scheme {scheme:?}; use a path, fifo://, file://, binary:// or binary-v2://")]
     Scheme { stream: &'static str, uri: String, scheme: String },
     #[error("{stream} {uri:?}: path is not absolute")]
     Relative { stream: &'static str, uri: String },
@@ -55,7 +55,7 @@ pub(crate) enum StdioError {
 }
 
 impl StdioUri {
-    /// Reads the string that a request carries for stdout or stderr; `stream` names it in errors.
+    /// Parses the URI of stdout or stderr; `stream` names it in errors.
     pub(crate) fn parse(stream: &'static str, uri: &str) -> Result<Self, StdioError> {
         let owned = || uri.to_owned();
         if uri.is_empty() {
@@ -67,7 +67,7 @@ impl StdioUri {
         if uri.contains('\0') {
             return Err(StdioError::Nul { stream, uri: owned() });
         }
-        // A path is taken as it is: `%` and `?` are characters in it.
+        // A path is not decoded: `%` and `?` are characters in it.
         let Some((scheme, rest)) = split_scheme(uri) else { return Ok(Self::Fifo(absolute(stream, uri, uri.into())?)) };
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let path = decode(path, false).ok_or_else(|| StdioError::Encoding { stream, uri: owned() })?;
@@ -86,7 +86,7 @@ impl StdioUri {
         }
     }
 
-    /// Reads the string that a request carries for stdin: nothing or a fifo.
+    /// Parses the URI of stdin: empty or a FIFO.
     pub(crate) fn parse_stdin(uri: &str) -> Result<Option<PathBuf>, StdioError> {
         let unreadable = |scheme| StdioError::Unreadable { stream: "stdin", uri: uri.to_owned(), scheme };
         match Self::parse("stdin", uri)? {
@@ -101,22 +101,22 @@ impl StdioUri {
 /// A logger that must not run.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoggerRefused {
-    #[error("logger {} is not one of the allowed ones: {}", path.display(), allowed.join(", "))]
+    #[error("logger {} is not allowed; allowed are: {}", path.display(), allowed.join(", "))]
     NotListed { path: PathBuf, allowed: Vec<String> },
     #[error("logger {}", path.display())]
     Missing { path: PathBuf, source: io::Error },
     #[error("logger {} is not an executable file", path.display())]
     NotExecutable { path: PathBuf },
-    #[error("logger {}: {} can be changed by others than root", path.display(), weak.display())]
+    #[error("logger {}: {} is writable by users other than root", path.display(), weak.display())]
     Changeable { path: PathBuf, weak: PathBuf },
 }
 
 impl Logger {
-    /// Says whether this program may be started, as root, on the host.
+    /// Whether this program may be started, as root, on the host.
     ///
     /// `allowed` is the option Loggers; [`LOGGERS_VARIABLE`] adds to it. With neither, every executable file that only root (or
-    /// the user whom the shim runs as) can change is allowed. That keeps other users' programs out, but not a URI that someone made up:
-    /// where URIs come from images or from people, list the loggers.
+    /// the shim's user) can change is allowed. That keeps other users' programs out, but not a forged URI:
+    /// where URIs come from images or from users, list the loggers.
     pub(crate) fn blocking_admit(&self, allowed: &[PathBuf]) -> Result<(), LoggerRefused> {
         let variable = std::env::var_os(LOGGERS_VARIABLE).unwrap_or_default();
         let extra = std::env::split_paths(&variable).filter(|path| path.is_absolute());
@@ -147,7 +147,7 @@ impl Logger {
 
 fn is_changeable_by_others(about: &Metadata) -> bool {
     let others = if about.gid() == 0 { 0o002 } else { 0o022 };
-    // In a sticky folder nobody replaces what is root's.
+    // In a sticky folder only root can replace root's files.
     let is_sticky_folder = about.is_dir() && about.mode() & 0o1000 != 0;
     let is_ours = about.uid() == 0 || about.uid() == nix::unistd::geteuid().as_raw();
     !is_ours || about.mode() & others != 0 && !is_sticky_folder
@@ -168,7 +168,7 @@ fn absolute(stream: &'static str, uri: &str, path: String) -> Result<PathBuf, St
 
 type Query = (Vec<String>, Vec<(String, String)>);
 
-/// The query of a logger, in its own order. Of a repeated key the first value counts, as in containerd's own shim.
+/// The query of a logger, in its own order. Of a repeated key the first value counts, as in the stock shim.
 fn read_query(stream: &'static str, uri: &str, query: &str) -> Result<Query, StdioError> {
     let encoding = || StdioError::Encoding { stream, uri: uri.to_owned() };
     let mut pairs: Vec<(String, String)> = Vec::new();
@@ -185,7 +185,7 @@ fn read_query(stream: &'static str, uri: &str, query: &str) -> Result<Query, Std
     let (mut arguments, mut environment) = (Vec::new(), Vec::new());
     for (key, value) in pairs {
         match key.strip_prefix("env.") {
-            // The shim's own to say.
+            // Only the shim sets it.
             Some("CONTAINER_ID" | "CONTAINER_NAMESPACE" | "") => {}
             Some(name) => environment.push((name.to_owned(), value)),
             None => arguments.extend([key, value]),
@@ -194,7 +194,7 @@ fn read_query(stream: &'static str, uri: &str, query: &str) -> Result<Query, Std
     Ok((arguments, environment))
 }
 
-/// Undoes percent-encoding; in a query, `+` is a space.
+/// Decodes percent-encoding; in a query, `+` is a space.
 fn decode(text: &str, is_query: bool) -> Option<String> {
     let mut bytes = text.bytes();
     let mut decoded = Vec::with_capacity(text.len());
@@ -211,7 +211,7 @@ fn decode(text: &str, is_query: bool) -> Option<String> {
     String::from_utf8(decoded).ok()
 }
 
-/// More loggers that are allowed, separated by `:`, from the environment of the daemon that starts the shim.
+/// More allowed loggers, separated by `:`, from the environment of the daemon that starts the shim.
 pub(crate) const LOGGERS_VARIABLE: &str = "X_SHIM_LOGGERS";
 
 const MAX_URI_BYTES: usize = 8 << 10;
@@ -256,7 +256,7 @@ mod tests {
         for (uri, expected) in [
             (
                 "tcp://1.2.3.4:5",
-                "stdout \"tcp://1.2.3.4:5\": unknown scheme \"tcp\"; known are a path, fifo://, file://, binary:// and binary-v2://",
+                "stdout \"tcp://1.2.3.4:5\": unknown scheme \"tcp\"; use a path, fifo://, file://, binary:// or binary-v2://",
             ),
             ("run/fifo", "stdout \"run/fifo\": path is not absolute"),
             ("://x", "stdout \"://x\": path is not absolute"),
@@ -304,13 +304,13 @@ mod tests {
         assert_eq!(admit(&[]), Err(format!("logger {shown} is not an executable file")));
         mode(&path, 0o755);
         assert_eq!(admit(&[]), Ok(()));
-        assert_eq!(admit(&["/bin/cat".into()]), Err(format!("logger {shown} is not one of the allowed ones: /bin/cat")));
+        assert_eq!(admit(&["/bin/cat".into()]), Err(format!("logger {shown} is not allowed; allowed are: /bin/cat")));
         assert_eq!(admit(std::slice::from_ref(&path)), Ok(()));
         mode(&path, 0o757);
-        assert_eq!(admit(&[]), Err(format!("logger {shown}: {shown} can be changed by others than root")));
+        assert_eq!(admit(&[]), Err(format!("logger {shown}: {shown} is writable by users other than root")));
         mode(&path, 0o755);
         mode(&folder, 0o777);
-        assert_eq!(admit(&[]), Err(format!("logger {shown}: {} can be changed by others than root", folder.display())));
+        assert_eq!(admit(&[]), Err(format!("logger {shown}: {} is writable by users other than root", folder.display())));
         fs::remove_dir_all(&folder).expect("removal");
     }
 }

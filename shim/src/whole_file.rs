@@ -1,10 +1,10 @@
-//! Files that a reader finds whole: with the old content or with the new one.
+//! Atomic replacement of files: a reader finds the old content or the new one.
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Replaces a file, or makes it. On an error the old one is untouched, and nothing is left beside it.
+/// Replaces or creates a file. After an error the old one is unchanged, and no temporary file is left.
 pub(crate) fn blocking_replace(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(".new");
@@ -14,7 +14,7 @@ pub(crate) fn blocking_replace(path: &Path, content: &[u8], mode: u32) -> io::Re
         fs::rename(&fresh, path)
     };
     write().inspect_err(|_| {
-        // Perhaps it was never made.
+        // It may not have been created.
         let _ = fs::remove_file(&fresh);
     })
 }

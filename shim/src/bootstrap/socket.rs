@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!  lock ─▶ control socket: no listener ────▶ remove both, bind both ─▶ keeper ─▶ unlock
-//!                        └ a keeper answers ─▶ reserve a place there ──────────▶ unlock
+//!                        └ keeper answers ─▶ reserve a place there ────────────▶ unlock
 //! ```
 //!
 //! **Invariant:** only the holder of the lock makes and removes sockets; both listen before their address is published.

@@ -1,21 +1,21 @@
-//! The files of a cgroup: small texts, which vanish at any time.
+//! The files of a cgroup: short texts, which can vanish at any time.
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// Reads a file, up to a length that no file of the kernel's has. `None` if it cannot be read (any more).
+/// Reads a file, up to a length that no file of the kernel has. `None` if it cannot be read (any more).
 pub(super) fn read(folder: &Path, name: &str) -> Option<String> {
     let mut bytes = Vec::new();
     File::open(folder.join(name)).ok()?.take(MAX_FILE_BYTES).read_to_end(&mut bytes).ok()?;
     Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// Reads a file that is one number. `max` is the largest there is.
+/// Reads a file that holds one number. `max` is read as the largest number.
 pub(super) fn number(folder: &Path, name: &str) -> Option<u64> {
     read(folder, name).map(|text| to_number(text.trim()))
 }
 
-/// The value of `key` in lines of `key value`; 0 if it is not there.
+/// The value of `key` in lines of `key value`; 0 if it is missing.
 pub(super) fn value(text: &str, key: &str) -> u64 {
     pairs(text).find(|(name, _)| *name == key).map_or(0, |(_, value)| value)
 }
@@ -24,7 +24,7 @@ fn pairs(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| line.split_once(' ')).map(|(name, value)| (name, to_number(value.trim())))
 }
 
-/// A counter of the kernel's, as Go's library reads it: negative ones are 0, as is what is no number.
+/// A counter of the kernel, as Go's library reads it: negative values and text count as 0.
 pub(super) fn to_number(text: &str) -> u64 {
     if text == "max" { u64::MAX } else { text.parse().unwrap_or(0) }
 }

@@ -1,4 +1,4 @@
-//! Where the folders of a process's cgroup are.
+//! Finds the folders of a process's cgroup.
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -36,7 +36,7 @@ fn resolve(
             return Err(CgroupError::Malformed { pid, what: path.to_owned() });
         }
         let is_ours = lines(ours).any(|(other, own)| other == controllers && Path::new(own).starts_with(path));
-        // A path that ends so is gone already: the process outlived its cgroup.
+        // A cgroup whose path ends so was removed: the process outlived it.
         if is_ours || path.ends_with(" (deleted)") {
             continue;
         }

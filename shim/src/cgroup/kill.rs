@@ -1,7 +1,7 @@
-//! The end of every process of a cgroup.
+//! Kills every process of a cgroup.
 //!
-//! **Invariant:** a signal goes through a handle of a process that was in the cgroup after the handle was opened, so a number that is
-//! given to another process meanwhile hits nobody.
+//! **Invariant:** a signal goes through a pidfd of a process that was in the cgroup after the pidfd was opened, so a reused pid
+//! never hits another process.
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
@@ -29,9 +29,9 @@ pub(super) fn kill_all(cgroup: &Cgroup) -> Result<(), CgroupError> {
     let mut killed = BTreeSet::new();
     let mut left = 0;
     for _ in 0..MAX_ROUNDS {
-        // While they are stopped they fork no others. Frozen processes of v1 die once they are thawed; those of v2 at once.
+        // Stopped processes do not fork. Frozen processes of v1 die once they are thawed; those of v2 at once.
         if let Some(freezer) = freezer {
-            // Without a freezer the rounds have to be faster than the forks.
+            // Without a freezer the rounds must be faster than the forks.
             let _ = fs::write(freezer.join(V1_STATE), "FROZEN");
         }
         let round = kill_once(folder, &mut killed);
@@ -44,7 +44,7 @@ pub(super) fn kill_all(cgroup: &Cgroup) -> Result<(), CgroupError> {
     Err(CgroupError::KeepAppearing { path: folder.to_owned(), left })
 }
 
-/// Signals those that have not been signalled yet, and gives their number.
+/// Signals those that have not been signalled yet, and returns their number.
 fn kill_once(folder: &Path, killed: &mut BTreeSet<u32>) -> Result<usize, CgroupError> {
     let handles: Vec<_> = files::pids_below(folder)
         .into_iter()
@@ -79,7 +79,7 @@ pub(super) fn thaw(cgroup: &Cgroup) {
         Cgroup::V2(folder) => (Some(folder), "cgroup.freeze", "0"),
     };
     if let Some(folder) = folder {
-        // What is above is thawed first: below it nothing moves before.
+        // Parents first: a cgroup cannot thaw below a frozen one.
         files::each_below(folder, &mut |folder| drop(fs::write(folder.join(file), thawed)));
     }
 }
@@ -98,5 +98,5 @@ pub(super) fn let_die(cgroup: &Cgroup, pid: u32) {
 /// The file of cgroup v1's freezer.
 const V1_STATE: &str = "freezer.state";
 
-/// How often new processes may appear. Those that are stopped make none, so two rounds are the rule.
+/// How often new processes may appear. Stopped ones fork none, so two rounds are the rule.
 const MAX_ROUNDS: usize = 1000;

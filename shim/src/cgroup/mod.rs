@@ -1,7 +1,7 @@
 //! The cgroup of a container.
 //!
-//! Owns which folders it consists of, and what can be read from and done to them: metrics, processes, kills by the kernel for
-//! want of memory. Makes and removes none: that is the engine's.
+//! Owns the list of its folders, and what can be read from and done to them: metrics, processes, OOM kills, signals.
+//! The engine creates and removes them.
 //!
 //! **Invariant:** a folder that the shim itself is in, or one above it, is never taken for a container's: a container without a cgroup
 //! of its own has no metrics and is not killed by cgroup. A cgroup that is gone reads as empty.
@@ -24,23 +24,23 @@ pub(crate) use watch::{OomWake, OomWatch};
 /// The folders of a container's cgroup. Recorded in the container's state.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Cgroup {
-    /// The container has none of its own.
+    /// The container has no cgroup of its own.
     #[default]
     None,
-    /// cgroup v1: a folder for each controller and named hierarchy, and for the unified hierarchy beside them (`unified`) if it is there.
+    /// cgroup v1: a folder for each controller and named hierarchy, and for the unified hierarchy beside them (`unified`) if mounted.
     V1(BTreeMap<String, PathBuf>),
     /// cgroup v2.
     V2(PathBuf),
 }
 
-/// What cannot be found out about, or done to, a cgroup.
+/// Why a cgroup cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CgroupError {
     #[error("{op} {}", path.display())]
     Io { op: &'static str, path: PathBuf, source: std::io::Error },
-    #[error("cgroup of process {pid}: {what} is not a path of a cgroup")]
+    #[error("cgroup of process {pid}: {what} is not the path of a cgroup")]
     Malformed { pid: u32, what: String },
-    #[error("kill every process of {}: {left} keep appearing", path.display())]
+    #[error("kill every process of {}: it forks faster than it can be killed ({left} left)", path.display())]
     KeepAppearing { path: PathBuf, left: usize },
     #[error("the container has no memory cgroup of its own")]
     NoMemory,
@@ -72,7 +72,7 @@ impl Cgroup {
         self.processes().map(files::pids_below).unwrap_or_default()
     }
 
-    /// Sends SIGKILL to every process in it and below it, frozen or not. They are dying afterwards, not dead.
+    /// Sends SIGKILL to every process in it and below it, frozen or not, and does not wait for their exits.
     pub(crate) fn kill_all(&self) -> Result<(), CgroupError> {
         kill::kill_all(self)
     }
@@ -94,22 +94,22 @@ impl Cgroup {
         })
     }
 
-    /// Ends every freeze in it and below it, whoever began it. One of a cgroup above it stays.
+    /// Thaws it and every cgroup below it. A freeze of a cgroup above stays.
     pub(crate) fn thaw(&self) {
         kill::thaw(self);
     }
 
-    /// Lets a process of it die that was sent SIGKILL, and leaves the others frozen if they are: cgroup v1 keeps a frozen process alive, so
-    /// it is moved to the cgroup above, where its signal awaits it.
+    /// Lets one process exit after SIGKILL, and leaves the others frozen: cgroup v1 keeps a frozen process alive, so
+    /// it is moved to the cgroup above, where it handles the signal.
     pub(crate) fn let_die(&self, pid: u32) {
         kill::let_die(self, pid);
     }
 
-    /// How many processes the kernel has killed in it for want of memory. `None` if that cannot be known (any more).
+    /// The kernel's count of OOM kills in it. `None` if it cannot be read (any more).
     pub(crate) fn oom_kills(&self) -> Option<u64> {
         match self {
             Self::None => None,
-            // v1 counts for each folder apart.
+            // v1 counts for each folder separately.
             Self::V1(folders) => {
                 let folder = folders.get("memory")?;
                 files::read(folder, "memory.oom_control")?;
@@ -123,7 +123,7 @@ impl Cgroup {
         }
     }
 
-    /// Watches for want of memory. Begin to watch first, then read [`Cgroup::oom_kills`]: so nothing is missed.
+    /// Watches for OOM kills. Start the watch first, then read [`Cgroup::oom_kills`]: so none is missed.
     ///
     /// Must be called within a tokio runtime with I/O and time enabled.
     pub(crate) fn watch_oom(&self) -> Result<OomWatch, CgroupError> {
@@ -134,7 +134,7 @@ impl Cgroup {
         }
     }
 
-    /// The folder whose list of processes is looked at.
+    /// The folder whose list of processes is read.
     fn processes(&self) -> Option<&Path> {
         match self {
             Self::None => None,
@@ -145,7 +145,7 @@ impl Cgroup {
     }
 }
 
-/// Every process of a container is in each of them; the first is the one that stops them all.
+/// Every process of a container is in each of them; the first is the freezer.
 const V1_WITH_PROCESSES: [&str; 6] = ["freezer", "pids", "devices", "memory", "cpu", "systemd"];
 
 const V1_METRICS: &str = "io.containerd.cgroups.v1.Metrics";

@@ -1,4 +1,4 @@
-//! A real cgroup, of whichever kind the host has. They need root.
+//! Tests with a real cgroup of the host's version. They need root.
 use std::fs;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -39,7 +39,7 @@ impl Made {
                 eprintln!("skipped: cannot make {}: {error}", folder.display());
                 return None;
             }
-            // A v1 cpuset takes no process before it has been told where they may run.
+            // A v1 cpuset accepts no process before its cpus and mems are set.
             for file in ["cpuset.cpus", "cpuset.mems"].into_iter().filter(|file| folder.join(file).exists() && !hierarchy::is_unified()) {
                 let above = fs::read_to_string(folder.parent().expect("a hierarchy").join(file)).expect("a cpuset");
                 fs::write(folder.join(file), above).expect("a cpuset");

@@ -12,7 +12,7 @@ use super::files;
 
 type Folders = BTreeMap<String, PathBuf>;
 
-/// What the controllers say. One that is not there is left out.
+/// The metrics of the controllers. A missing controller is left out.
 pub(super) fn metrics(folders: &Folders) -> Metrics {
     let folder = |name: &str| folders.get(name).map(PathBuf::as_path).filter(|folder| folder.is_dir());
     Metrics {
@@ -43,7 +43,7 @@ fn hugetlb(folder: &Path) -> Vec<HugetlbStat> {
 
 fn pids(folder: &Path) -> PidsStat {
     let number = |name| files::number(folder, name).unwrap_or(0);
-    // Without a limit, v1 says 0.
+    // Without a limit, v1 shows 0.
     let limit = Some(number("pids.max")).filter(|limit| *limit != u64::MAX).unwrap_or(0);
     PidsStat { current: number("pids.current"), limit, ..Default::default() }
 }
@@ -67,7 +67,7 @@ fn cpu(cpu: Option<&Path>, cpuacct: Option<&Path>) -> Option<CPUStat> {
             ..Default::default()
         })
     });
-    // containerd and kubelet look into both without asking whether they are there.
+    // containerd and kubelet read both without checking for their presence.
     (usage.is_some() || throttling.is_some()).then(|| CPUStat {
         usage: MessageField::some(usage.unwrap_or_default()),
         throttling: MessageField::some(throttling.unwrap_or_default()),

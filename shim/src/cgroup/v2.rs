@@ -7,7 +7,7 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 
 use super::files;
 
-/// What the controllers say. One that is not enabled is left out.
+/// The metrics of the controllers. A disabled controller is left out.
 pub(super) fn metrics(folder: &Path) -> Metrics {
     if !folder.is_dir() {
         return Metrics::default();
@@ -50,7 +50,7 @@ fn memory(folder: &Path) -> Option<MemoryStat> {
     let text = files::read(folder, "memory.stat")?;
     let stat = |key: &str| files::value(&text, key);
     let number = |name| files::number(folder, name).unwrap_or(0);
-    // Since Linux 5.9 these are counted for anonymous memory and files apart.
+    // Since Linux 5.9 these are counted separately for anonymous memory and files.
     let workingset = |key: &str| match stat(key) {
         0 => stat(&format!("{key}_anon")).saturating_add(stat(&format!("{key}_file"))),
         both => both,
@@ -134,7 +134,7 @@ fn io_entries(text: &str) -> Vec<IOEntry> {
                 _ => {}
             }
         }
-        // Some kernels name devices that they have nothing to say of.
+        // Some kernels list devices without values.
         (!is_empty).then_some(entry)
     };
     text.lines().filter_map(entry).collect()

@@ -1,6 +1,6 @@
-//! Wakes for want of memory.
+//! Wake-ups after OOM kills.
 //!
-//! **Invariant:** a wake says "look", no more: the truth is the kernel's counter.
+//! **Invariant:** a wake-up only asks for a read of the kernel's counter, which decides.
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -16,18 +16,18 @@ use tokio::time::{Instant, timeout_at};
 use super::CgroupError;
 use crate::sys;
 
-/// Wakes when [`super::Cgroup::oom_kills`] may have grown. Wakes may come without reason.
+/// Wakes when [`super::Cgroup::oom_kills`] may have grown. Spurious wake-ups are allowed.
 #[derive(Debug)]
 pub(crate) struct OomWatch {
     folder: PathBuf,
     bell: Bell,
 }
 
-/// What the kernel rings.
+/// The kernel's notification.
 #[derive(Debug)]
 enum Bell {
-    /// v1 wakes before the kernel has chosen whom to kill, and so before it counts: each wake has echoes. `echo`: when the next one is
-    /// due, and which it is.
+    /// v1 wakes before the kernel has chosen a victim and counted it: each wake-up is repeated. `echo`: when the next repetition is
+    /// due, and its number.
     V1 {
         event: AsyncFd<OwnedFd>,
         echo: Option<(Instant, usize)>,
@@ -38,10 +38,10 @@ enum Bell {
     },
 }
 
-/// What an [`OomWatch`] says.
+/// The result of a wait for an [`OomWatch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OomWake {
-    /// Look at the counter.
+    /// Read the counter.
     Changed,
     /// The cgroup is gone: the watch has ended.
     Gone,
@@ -60,9 +60,9 @@ impl OomWatch {
         Ok(Self { folder: folder.to_owned(), bell: Bell::V1 { event, echo: None } })
     }
 
-    /// Source: cgroup-v2.rst, "memory.events": a change makes a file modified event, which poll(2) tells as POLLPRI until the file is
-    /// read again. That of cgroup.events comes when the last process has gone, which is when the counter is looked at for the last time.
-    /// An inotify instance would do as well, but a user has 128 of them.
+    /// Source: cgroup-v2.rst, "memory.events": a change makes a file modified event, which poll(2) reports as POLLPRI until the file is
+    /// read again. That of cgroup.events comes when the last process has exited, which is when the counter is read for the last time.
+    /// An inotify instance would work as well, but a user may have only 128 of them.
     pub(super) fn begin_v2(folder: &Path) -> Result<Self, CgroupError> {
         let open = |name| {
             let path = folder.join(name);
@@ -74,7 +74,7 @@ impl OomWatch {
         Ok(Self { folder: folder.to_owned(), bell })
     }
 
-    /// Has it wake as if something had just happened: what a watch before this one was woken by may not have been counted yet.
+    /// Wakes once more soon: a kill that woke an earlier watch may not have been counted yet.
     pub(crate) fn follow(&mut self) {
         match &mut self.bell {
             Bell::V1 { echo, .. } => *echo = echo_number(0),
@@ -84,7 +84,7 @@ impl OomWatch {
 
     /// Waits for the next wake. Can be dropped at any time without missing one.
     ///
-    /// On v2 the removal of a cgroup makes no wake of its own on every kernel: drop the watch with the container.
+    /// On v2 not every kernel wakes at the removal of a cgroup: drop the watch with the container.
     pub(crate) async fn changed(&mut self) -> OomWake {
         let heard = match &mut self.bell {
             Bell::V1 { event, echo } => hear_v1(event, echo).await,
@@ -97,7 +97,7 @@ impl OomWatch {
     }
 
     /// Gives the descriptors away. One of them is ready when [`OomWatch::changed`] would have returned: a file, which can always be read,
-    /// has something of priority then.
+    /// has priority data then.
     pub(crate) fn into_descriptors(self) -> Vec<OwnedFd> {
         match self.bell {
             Bell::V1 { event, .. } => vec![event.into_inner()],
@@ -118,7 +118,7 @@ async fn hear_v1(event: &AsyncFd<OwnedFd>, echo: &mut Option<(Instant, usize)>) 
                 }
             },
         };
-        // The count is of no interest. Where there is none, it was woken in vain.
+        // The count does not matter. Without one, the wake-up was spurious.
         let mut count = [0; 8];
         if let Ok(read) = ready.try_io(|event| Ok(nix::unistd::read(event.get_ref(), &mut count)?)) {
             read?;
@@ -129,12 +129,12 @@ async fn hear_v1(event: &AsyncFd<OwnedFd>, echo: &mut Option<(Instant, usize)>) 
 }
 
 async fn hear_v2(file: &AsyncFd<File>) -> io::Result<()> {
-    // Before the file is read: what comes after that rings again.
+    // Before the file is read: a later event wakes again.
     file.ready(Interest::PRIORITY).await?.clear_ready();
     silence(file.get_ref())
 }
 
-/// Reads a file of events from its beginning: what has happened so far does not ring any more.
+/// Reads an events file from its beginning: events so far cause no more wake-ups.
 fn silence(file: &File) -> io::Result<()> {
     let mut text = [0; 1024];
     file.read_at(&mut text, 0).map(drop)
@@ -148,6 +148,6 @@ fn failed<E: Into<io::Error>>(op: &'static str, path: &Path) -> impl FnOnce(E) -
     move |error| CgroupError::Io { op, path: path.to_owned(), source: error.into() }
 }
 
-/// When to look again after a wake of v1, each after the one before. Choosing a victim takes microseconds, or long on a host that is
+/// When to read again after a v1 wake-up, each delay after the one before. Choosing a victim takes microseconds, or long on a host that is
 /// out of memory as a whole.
 const ECHOES: [Duration; 3] = [Duration::from_millis(10), Duration::from_millis(200), Duration::from_secs(3)];

@@ -1,25 +1,25 @@
-//! Which OCI runtime makes a container.
+//! The choice of the OCI runtime for a container.
 //!
 //! Owns the choice and its reason: the binary that the option BinaryName names, else the first of crun and runc that is installed and
-//! works on this host. What is asked of the host is one thing: crun refuses to make a container where cgroup v1 and v2 hierarchies are
+//! works on this host. One property of the host matters: crun refuses to create a container where cgroup v1 and v2 hierarchies are
 //! mixed and the v2 one has controllers of its own.
 //!
-//! **Invariant:** a runtime that is named is taken as it is: its refusal is reported, and no other runs in its place.
+//! **Invariant:** a named runtime is used in any case: its refusal is reported, and no other runs in its place.
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use std::os::unix::fs::PermissionsExt;
 
-/// The runtime that was chosen.
+/// The chosen runtime.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Choice {
     /// Absolute path.
     pub(crate) binary: PathBuf,
-    /// Why this one: for the log and for `-info`.
+    /// The reason, for the log and for `-info`.
     pub(crate) reason: String,
 }
 
-/// There is no runtime to take.
+/// No runtime can be chosen.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum EngineNotFound {
     /// A binary was named, by the option BinaryName.
@@ -33,7 +33,7 @@ pub(crate) enum EngineNotFound {
     /// No binary was named, and none is installed.
     #[error("no OCI runtime: neither crun nor runc found in PATH={path:?}; install one of them, or name one with the option BinaryName")]
     Default { path: String },
-    /// No binary was named, and the only one that is installed refuses this host.
+    /// No binary was named, and the only installed one does not support this host.
     #[error(
         "no OCI runtime for this host: {} does not support {mixed}, and runc was not found in PATH={path:?}; install runc, mount a v1 hierarchy for each of these controllers, or name a runtime with the option BinaryName", crun.display()
     )]
@@ -43,7 +43,7 @@ pub(crate) enum EngineNotFound {
 /// A host with both cgroup v1 and v2 hierarchies, of which the v2 one has controllers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MixedCgroups {
-    /// Where they were found.
+    /// Their mount points.
     file: PathBuf,
     controllers: String,
 }
@@ -57,8 +57,8 @@ impl std::fmt::Display for MixedCgroups {
 impl Choice {
     /// Chooses the binary that `name` names, else the first that works on this host, from `path`, a value of PATH.
     ///
-    /// containerd's own shim takes `runc` when no binary is named. crun comes first here because it is the faster of the two
-    /// and takes the same arguments; who depends on runc names it.
+    /// The stock shim runs `runc` when no binary is named. crun comes first here because it is the faster of the two
+    /// and takes the same arguments; clients that depend on runc name it.
     pub(crate) fn blocking_make(name: Option<&str>, path: &str) -> Result<Self, EngineNotFound> {
         Self::make(name, path, || MixedCgroups::blocking_find(Path::new("/sys/fs/cgroup")))
     }
@@ -89,7 +89,7 @@ impl Choice {
 }
 
 impl MixedCgroups {
-    /// Looks at the host as crun does: a v2 hierarchy that is mounted as `unified` beside those of v1.
+    /// Detects the layout as crun does: a v2 hierarchy that is mounted as `unified` beside those of v1.
     fn blocking_find(mount: &Path) -> Option<Self> {
         let file = mount.join("unified/cgroup.controllers");
         let controllers = fs::read_to_string(&file).ok()?.trim().to_owned();
@@ -112,7 +112,7 @@ pub(super) fn is_executable(file: &Path) -> bool {
 mod tests {
     use super::*;
 
-    /// A folder with executable files of these names; removed with it.
+    /// A temporary folder with executable files of these names.
     struct Folder(PathBuf);
 
     impl Folder {

@@ -1,9 +1,9 @@
-//! The engine that is an OCI command line: runc, crun, or any other that takes the same arguments.
+//! The engine for OCI command lines: runc, crun, or any other runtime that takes the same arguments.
 //!
 //! Owns the arguments, descriptors and environment of each invocation.
 //!
-//! **Invariant:** the runtime sees nothing of the daemon's environment but the names of [`ENVIRONMENT`], and no descriptor but the
-//! three that are named here. What it says goes to a log pipe of that one invocation.
+//! **Invariant:** the runtime gets only the variables of [`ENVIRONMENT`] of the daemon's environment, and only the
+//! three descriptors that are named here. Its log goes to a pipe of that one invocation.
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -15,12 +15,12 @@ use super::{Checkpoint, Container, Create, Engine, EngineError, Exec, Restore, V
 use crate::handover::{Exited, Fd, LOG_ARGUMENT, Spawn, Stream};
 use crate::options::{CriuOptions, RuntimeOptions};
 
-/// An OCI command line. Recorded with the container it made.
+/// An OCI command line. Recorded with its container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CommandEngine {
     /// Absolute path of the runtime.
     binary: PathBuf,
-    /// Where the runtime keeps its own state of the containers of one namespace: `--root`.
+    /// The folder of the runtime's own state for one namespace: `--root`.
     root: PathBuf,
     #[serde(default, skip_serializing_if = "is_false")]
     systemd_cgroup: bool,
@@ -35,10 +35,10 @@ pub(crate) struct CommandEngine {
 }
 
 impl CommandEngine {
-    /// Chooses the engine for a container of `namespace`, and says why it is this one: see [`Choice`]. Looks at files.
+    /// Chooses the engine for a container of `namespace`, and gives the reason: see [`Choice`]. Reads files.
     ///
-    /// Source of the root: `join(Root, namespace)` with `/run/containerd/runc` as the default, as containerd's own shim does, so
-    /// that `runc --root … list` looks where people expect it.
+    /// Source of the root: `join(Root, namespace)` with `/run/containerd/runc` as the default, as the stock shim does, so
+    /// that `runc --root … list` finds containers where operators expect them.
     pub(crate) fn blocking_choose(options: &RuntimeOptions, namespace: &str, debug: bool) -> Result<(Self, String), EngineNotFound> {
         Self::blocking_choose_from(options, namespace, debug, |name| std::env::var(name).ok())
     }
@@ -73,28 +73,28 @@ impl CommandEngine {
         Ok((engine, reason))
     }
 
-    /// The runtime's path, as it was when the container was made.
+    /// The runtime's path at the creation of the container.
     pub(crate) fn binary(&self) -> &Path {
         &self.binary
     }
 
-    /// The runtime's path now: an upgrade of a package may have moved it. The recorded one if there is no other.
+    /// The runtime's path now: a package upgrade may have moved it. The recorded one if no other is found.
     fn blocking_locate(&self) -> PathBuf {
         let elsewhere = || choice::find(self.binary.file_name()?.to_str()?, self.path());
         if choice::is_executable(&self.binary) { self.binary.clone() } else { elsewhere().unwrap_or_else(|| self.binary.clone()) }
     }
 
-    /// The PATH that the runtime is given.
+    /// The runtime's PATH.
     fn path(&self) -> &str {
         self.environment.iter().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH)
     }
 
-    /// Where the runtime keeps what it knows of a container: every OCI runtime in a folder of the container's name.
+    /// The runtime's state of a container: every OCI runtime uses a folder named after the container.
     pub(crate) fn state_of(&self, id: &str) -> PathBuf {
         self.root.join(id)
     }
 
-    /// The command line as far as the verb. Streams are `/dev/null`.
+    /// The command line up to the verb. Streams are `/dev/null`.
     fn begin(&self, key: &str, cwd: &Path, verb: &str) -> Arguments {
         let mut arguments = Arguments(Spawn {
             key: key.to_owned(),
@@ -109,7 +109,7 @@ impl CommandEngine {
         arguments
     }
 
-    /// A verb that takes nothing but the container. What it prints beside its log is kept for the error.
+    /// A verb whose only argument is the container. Its output beside the log is kept for the error.
     fn plain(&self, at: &Container<'_>, verb: &str) -> Arguments {
         let mut arguments = self.begin(at.id, at.bundle, verb);
         arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Output];
@@ -207,7 +207,7 @@ impl Engine for CommandEngine {
 
     fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError> {
         self.interpret(Verb::Pids, exited)?;
-        // `null` is what runc says of an empty cgroup.
+        // runc prints `null` for an empty cgroup.
         serde_json::from_slice::<Option<Vec<u32>>>(&exited.output).map(Option::unwrap_or_default).map_err(|error| EngineError::Failed {
             verb: Verb::Pids,
             message: format!("{} printed no list of process ids: {error}", self.binary.display()),
@@ -215,7 +215,7 @@ impl Engine for CommandEngine {
     }
 }
 
-/// A command line in the making.
+/// A command line under construction.
 struct Arguments(Spawn);
 
 impl Arguments {
@@ -253,8 +253,8 @@ impl Arguments {
             Some(path) => {
                 self.pair("--console-socket", path);
                 self.0.console_socket = Some(path.to_string_lossy().into_owned());
-                // The process gets its streams from the terminal; what the runtime itself prints is kept for the error: crun says
-                // some things on stderr only, before it has opened its log.
+                // The process gets its streams from the terminal; the runtime's own output is kept for the error: crun reports
+                // some failures on stderr only, before it has opened its log.
                 self.0.fds = vec![Fd::Null, Fd::Output, Fd::Output];
             }
             None => self.0.fds = [Stream::Stdin, Stream::Stdout, Stream::Stderr].map(|stream| Fd::Process(key.to_owned(), stream)).into(),
@@ -271,14 +271,14 @@ fn is_false(value: &bool) -> bool {
     !*value
 }
 
-/// What a runtime may see of our environment, beside PATH: how it reaches systemd, and where a user's own instance keeps its files.
-/// Everything else is the daemon's business: secrets, proxies, GOMAXPROCS, NOTIFY_SOCKET, LISTEN_FDS.
+/// The variables that a runtime inherits, beside PATH: how it reaches systemd, and where a user's own instance keeps its files.
+/// The others are the daemon's alone: secrets, proxies, GOMAXPROCS, NOTIFY_SOCKET, LISTEN_FDS.
 const ENVIRONMENT: [&str; 3] = ["XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS"];
 
-/// Used when there is no PATH.
+/// Used when PATH is not set.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// containerd's own shim keeps runc's state here.
+/// The stock shim keeps runc's state here.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";
 
 #[cfg(test)]

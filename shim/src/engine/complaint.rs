@@ -1,6 +1,6 @@
-//! What a command-line runtime says when it fails.
+//! Errors of a command-line runtime.
 //!
-//! Owns the reading of its log. runc and crun write lines of JSON; each has failures that reach only its stderr, and any other
+//! Owns the parsing of its log. runc and crun write lines of JSON; each has failures that reach only its stderr, and any other
 //! runtime may write anything, so text is taken as it is.
 //!
 //! **Invariant:** any bytes give a sentence, of a bounded length.
@@ -18,7 +18,7 @@ struct Line {
     level: String,
     #[serde(default)]
     msg: String,
-    /// What runc adds to some messages: the reason.
+    /// The reason that runc adds to some messages.
     #[serde(default)]
     error: serde_json::Value,
 }
@@ -35,7 +35,7 @@ impl Line {
     }
 }
 
-/// Turns the failed end of a verb into the error that names its cause.
+/// Converts the failure of a verb into the error that names its cause.
 pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
     let said = message(&exited.log).or_else(|| message(&exited.output));
     let message = match (said, exited.status) {
@@ -56,7 +56,7 @@ pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
     }
 }
 
-/// Words of crun, and what runc says for the same. Clients match runc's: dockerd ends `run` and `exec` with 127 for a program that is
+/// Messages of crun, and runc's for the same. Clients match runc's: dockerd exits `run` and `exec` with 127 for a program that is
 /// missing and with 126 for one that cannot be executed. crun 1.8 to 1.28 reports a directory, or a file that is not executable, as
 /// "Operation not permitted".
 const CLIENTS_WORDS: [(&str, &str); 8] = [
@@ -74,7 +74,7 @@ fn in_clients_words(message: String) -> String {
     CLIENTS_WORDS.iter().fold(message, |message, (crun, runc)| if message.contains(crun) { message.replace(crun, runc) } else { message })
 }
 
-/// The runtime's own words. The last error is the one that it ended with; earlier ones are often the cause (`nsexec`, `setns`).
+/// The runtime's own message. The last error is the one that it exited with; earlier ones are often the cause (`nsexec`, `setns`).
 fn message(bytes: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(bytes);
     let (mut errors, mut others) = (Vec::new(), Vec::new());
@@ -83,7 +83,7 @@ fn message(bytes: &[u8]) -> Option<String> {
         // A value may take several lines (crun since 1.2x), and text may stand between values.
         let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Line>();
         if let Some(Ok(line)) = values.next() {
-            // A warning, or what `--debug` adds, explains nothing by itself.
+            // Warnings and debug lines explain nothing by themselves.
             if matches!(line.level.as_str(), "error" | "fatal" | "panic") {
                 errors.push(line.text());
             }
@@ -104,7 +104,7 @@ fn message(bytes: &[u8]) -> Option<String> {
     (!said.is_empty()).then(|| shorten(said))
 }
 
-/// Keeps the beginning and the end of what is too long for an error.
+/// Keeps the beginning and the end of a text that is too long for an error.
 fn shorten(text: String) -> String {
     if text.len() <= MAX_MESSAGE_BYTES {
         return text;
@@ -114,8 +114,8 @@ fn shorten(text: String) -> String {
     format!("{} … {} … {}", &text[..head], tail - head, &text[tail..])
 }
 
-// A command line has no error codes, only words. These are the words of runc 1.0–1.3 and crun 1.8–1.28; where a runtime uses
-// others, the error is `Failed`, which is true as well.
+// A command line has no error codes, only messages. These are the messages of runc 1.0–1.3 and crun 1.8–1.28; where a runtime uses
+// others, the error is `Failed`, which is correct too.
 
 fn is_about_a_missing_container(message: &str) -> bool {
     message.ends_with("container does not exist")
@@ -148,7 +148,7 @@ fn is_about_a_missing_verb(message: &str) -> bool {
     message.starts_with("unknown command ") || message.starts_with("No help topic for ")
 }
 
-/// The longest message in bytes. A ttrpc answer could hold more, logs and terminals could not.
+/// The longest message in bytes: a ttrpc answer can hold more, logs and terminals cannot.
 const MAX_MESSAGE_BYTES: usize = 32 << 10;
 
 #[cfg(test)]

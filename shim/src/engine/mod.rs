@@ -1,13 +1,13 @@
-//! Who makes the containers.
+//! Engines: the programs that make containers.
 //!
-//! Owns what the worker says to an engine, and what it hears back. An engine builds the command of each verb and reads its end;
-//! the keeper runs it. Which engine made a container is recorded with it, and that one is used for every later verb.
+//! Owns the interface between the worker and an engine. An engine builds the command of each verb and interprets its exit;
+//! the keeper runs it. The engine that made a container is recorded with it and used for every later verb.
 //!
 //! ```text
 //!  worker ── verb ──▶ Engine ── Spawn ──▶ (keeper runs it) ── Exited ──▶ Engine::interpret ── Ok | EngineError ──▶ worker
 //! ```
 //!
-//! **Invariant:** nothing but the engine's own program is looked for here. Building a verb twice does the same, so a verb can be replayed.
+//! **Invariant:** nothing but the engine's own program is searched for here. Building a verb twice gives the same, so a verb can be replayed.
 use std::path::Path;
 
 use crate::handover::{Exited, Spawn};
@@ -22,7 +22,7 @@ pub(crate) use command::CommandEngine;
 
 /// Makes, changes and removes containers.
 ///
-/// Every verb gives the process that performs it. Its end goes to [`Engine::interpret`].
+/// Every verb gives the process that performs it. Its exit goes to [`Engine::interpret`].
 pub(crate) trait Engine {
     /// Makes a container: its init exists afterwards, stopped before the user's program, its pid in the pid file.
     fn create(&self, at: &Container<'_>, create: &Create<'_>) -> Spawn;
@@ -30,7 +30,7 @@ pub(crate) trait Engine {
     fn start(&self, at: &Container<'_>) -> Spawn;
     /// Starts another process in a container; its pid is in the pid file afterwards.
     fn exec(&self, at: &Container<'_>, exec: &Exec<'_>) -> Spawn;
-    /// Removes what the engine knows of a container, and its cgroups. With `force` its processes are killed first.
+    /// Removes the engine's state of a container, and its cgroups. With `force` its processes are killed first.
     fn delete(&self, at: &Container<'_>, force: bool) -> Spawn;
     /// Signals init, or with `all` every process of the container.
     fn kill(&self, at: &Container<'_>, signal: i32, all: bool) -> Spawn;
@@ -46,12 +46,12 @@ pub(crate) trait Engine {
     fn restore(&self, at: &Container<'_>, restore: &Restore<'_>) -> Spawn;
     /// Lists the processes of the container on its output: see [`Engine::interpret_pids`].
     fn pids(&self, at: &Container<'_>) -> Spawn;
-    /// Says what the engine can do, as JSON on its output.
+    /// Prints the engine's features as JSON.
     fn features(&self) -> Spawn;
 
-    /// The error of a verb whose program could not be started, where the engine's absence explains it.
+    /// The error of a verb whose program could not be started because the engine is missing.
     fn blocking_explain(&self, verb: Verb) -> Option<EngineError>;
-    /// Says whether a verb worked.
+    /// Whether a verb succeeded, or why not.
     fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError>;
     /// The process ids that [`Engine::pids`] found.
     fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError>;
@@ -61,21 +61,21 @@ pub(crate) trait Engine {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Container<'a> {
     pub(crate) id: &'a str,
-    /// Its bundle: where the engine runs, and so where hooks of engines that change no folder run. Must exist.
+    /// Its bundle: the working directory of the engine, and of hooks if the engine does not change it. Must exist.
     pub(crate) bundle: &'a Path,
 }
 
-/// What [`Engine::create`] needs to know.
+/// What [`Engine::create`] needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Create<'a> {
     pub(crate) pid_file: &'a Path,
-    /// Where the terminal goes. With one, the streams of `stdio_key` are not used.
+    /// The socket for the terminal. With a terminal, the streams of `stdio_key` are not used.
     pub(crate) console_socket: Option<&'a Path>,
-    /// The key of the streams that the process gets when it has no terminal.
+    /// The key of the process's streams if it has no terminal.
     pub(crate) stdio_key: &'a str,
 }
 
-/// What [`Engine::exec`] needs to know.
+/// What [`Engine::exec`] needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exec<'a> {
     /// A file with the `Process` of the runtime specification as JSON.
@@ -87,24 +87,24 @@ pub(crate) struct Exec<'a> {
     pub(crate) stdio_key: &'a str,
 }
 
-/// What [`Engine::checkpoint`] needs to know.
+/// What [`Engine::checkpoint`] needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Checkpoint<'a> {
-    /// Where the image goes.
+    /// The folder for the checkpoint.
     pub(crate) image_path: &'a Path,
-    /// Where criu writes its own files, `dump.log` among them.
+    /// The folder for criu's own files, `dump.log` among them.
     pub(crate) work_path: &'a Path,
-    /// Whether the container ends with it.
+    /// Whether the container exits after it.
     pub(crate) exit: bool,
     pub(crate) options: &'a CriuOptions,
 }
 
-/// What [`Engine::restore`] needs to know.
+/// What [`Engine::restore`] needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Restore<'a> {
-    /// Where the image is.
+    /// The folder of the checkpoint.
     pub(crate) image_path: &'a Path,
-    /// Where criu writes its own files, `restore.log` among them.
+    /// The folder for criu's own files, `restore.log` among them.
     pub(crate) work_path: &'a Path,
     pub(crate) pid_file: &'a Path,
     /// As for [`Create`].
@@ -114,7 +114,7 @@ pub(crate) struct Restore<'a> {
     pub(crate) options: &'a CriuOptions,
 }
 
-/// What an engine is asked to do.
+/// The verbs of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verb {
     Create,
@@ -132,7 +132,7 @@ pub(crate) enum Verb {
 }
 
 impl Verb {
-    /// The verb as containerd's own shim names it in its errors, which is what people and programs search for.
+    /// The verb as the stock shim names it in its errors, which operators and programs search for.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Create => "create",
@@ -151,19 +151,19 @@ impl Verb {
     }
 }
 
-/// Why a verb did not work. `message` is the engine's own, whole.
+/// Why a verb failed. `message` is the engine's own, whole.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum EngineError {
-    /// The engine does not know the container: it was never made, or is deleted.
+    /// The engine does not have the container: it was never created, or is deleted.
     #[error("OCI runtime {} failed: {message}", verb.name())]
     NoContainer { verb: Verb, message: String },
     /// A container of this id exists: another daemon's, or one that was never removed.
     #[error("OCI runtime {} failed: {message}", verb.name())]
     Exists { verb: Verb, message: String },
-    /// The runtime's program is not where it was, and no program of its name is in PATH.
+    /// The runtime's program was moved or removed, and no program of its name is in PATH.
     #[error("OCI runtime {} failed: {message}", verb.name())]
     Gone { verb: Verb, message: String },
-    /// The container's init has ended, or was never started.
+    /// The container's init has exited, or was never started.
     #[error("OCI runtime {} failed: {message}", verb.name())]
     NotRunning { verb: Verb, message: String },
     /// The engine has no such verb.

@@ -1,4 +1,4 @@
-//! How one mount is made.
+//! Makes one mount.
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::options::{Options, compact_overlay};
 use super::{Mount, MountError, Place, errno};
 use crate::sys;
 
-/// Refuses what this shim cannot do, before anything is done.
+/// Refuses unsupported mounts before anything is changed.
 pub(super) fn refuse_unsupported(mount: &Mount, options: &Options, path: &Path) -> Result<(), MountError> {
     let why = if mount.kind.starts_with("fuse.") || mount.kind.starts_with("fuse3.") {
         "file systems in user space need a helper program that this shim does not start"
@@ -61,7 +61,7 @@ pub(super) fn first_mount(wanted: &Mount, options: &Options, mut data: Vec<Strin
         Some(base) => in_folder(&base, call),
     }
     .map_err(refused)?;
-    // The mount holds the device from here on.
+    // From here on the mount holds the device.
     drop(device);
     Ok(())
 }
@@ -76,7 +76,7 @@ pub(super) fn finish_mount(wanted: &Mount, options: &Options, place: &Place) -> 
     }
     let flags = options.flags & PER_MOUNT;
     if options.flags.contains(MsFlags::MS_BIND) && !(flags.is_empty() && (options.cleared & PER_MOUNT).is_empty()) {
-        // What the source had stays, unless it was taken back by name.
+        // The source's flags stay, unless an option clears them.
         let kept = inherited_flags(&place.fd).map_err(refused)? - options.cleared;
         mount(none, &place.link(), none, flags | kept | MsFlags::MS_BIND | MsFlags::MS_REMOUNT, none).map_err(refused)?;
     }
@@ -97,7 +97,7 @@ fn inherited_flags(fd: &OwnedFd) -> Result<MsFlags, Errno> {
     Ok(pairs.into_iter().filter(|(has_flag, _)| has.contains(*has_flag)).map(|(_, flag)| flag).collect())
 }
 
-/// Runs `call` with `folder` as the working directory of a thread that has one of its own, and ends with it.
+/// Runs `call` on a short-lived thread whose own working directory is `folder`.
 fn in_folder(folder: &str, call: impl FnOnce() -> Result<(), Errno> + Send) -> Result<(), Errno> {
     std::thread::scope(|scope| {
         let work = || {

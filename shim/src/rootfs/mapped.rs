@@ -1,10 +1,9 @@
-//! Mounts whose files belong to other users than on disk: `uidmap=` and `gidmap=`.
+//! Id-mapped mounts: `uidmap=` and `gidmap=`.
 //!
-//! An overlay takes the maps of the folders below it, any other file system one of its own. Either way something has to be mounted
+//! An overlay takes the maps of the folders below it, any other file system one of its own. Either way a mount is needed
 //! elsewhere for a moment: in the folder `x-staging` of the bundle.
 //!
-//! **Invariant:** nothing stays in that folder but after a crash in the middle, and then it goes with the next try or the next
-//! unmount.
+//! **Invariant:** that folder is empty except after a crash in the middle; the next attempt or unmount then clears it.
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -34,7 +33,7 @@ pub(super) fn first_mount(rootfs: &Path, wanted: &Mount, options: &Options, plac
     done
 }
 
-/// Removes what an earlier try left behind.
+/// Removes the leftovers of an earlier attempt.
 pub(super) fn clear(rootfs: &Path) -> Result<(), MountError> {
     let folder = rootfs.with_file_name(NAME);
     if !folder.exists() {
@@ -42,7 +41,7 @@ pub(super) fn clear(rootfs: &Path) -> Result<(), MountError> {
     }
     unmake::unmount_below(&folder, Unmount::Detach)?;
     for entry in folder.read_dir().into_iter().flatten().flatten() {
-        // Folders that nothing is mounted on any more are empty; anything else stays, and says so below.
+        // Folders without a mount are empty; anything else stays, and fails below.
         let _ = fs::remove_dir(entry.path());
     }
     match fs::remove_dir(&folder) {
@@ -66,7 +65,7 @@ impl Staging {
         Ok(Self { folder, user_namespace })
     }
 
-    /// The place of a mount, made if needed.
+    /// The place of a mount, created if needed.
     fn step(&self, number: usize) -> Result<Place, MountError> {
         let path = self.folder.join(number.to_string());
         match DirBuilder::new().mode(0o700).create(&path) {
@@ -80,7 +79,7 @@ impl Staging {
             .map_err(|error| system("map the users of", &source.path)(errno(&error)))
     }
 
-    /// Puts mapped copies of the lower folders in their stead.
+    /// Replaces the lower folders with mapped copies.
     fn map_lower_folders(&self, wanted: &Mount, data: &[String], place: &Place) -> Result<Vec<String>, MountError> {
         let mut data = data.to_vec();
         let lower = data.iter_mut().find_map(|option| option.strip_prefix("lowerdir=").map(str::to_owned).map(|lower| (option, lower)));

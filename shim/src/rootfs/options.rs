@@ -1,38 +1,38 @@
-//! The options of a mount, as in fstab: which are flags of mount(2), which are for the file system.
+//! The options of a mount, as in fstab: flags of mount(2), and data for the file system.
 use nix::mount::MsFlags;
 
-/// Which users and groups of a file system appear as which others.
+/// Id mappings of users and groups.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Maps {
     pub(super) uid: String,
     pub(super) gid: String,
 }
 
-/// Maps that cannot be read, or one without the other.
+/// Mappings that cannot be parsed, or one without the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BadMap;
 
-/// Options, sorted out.
+/// Parsed options.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Options {
     /// For the first call.
     pub(super) flags: MsFlags,
-    /// Flags that were taken back by name (`dev`, `suid`, …): a bind mount loses them.
+    /// Flags that an option clears (`dev`, `suid`, …): a bind mount loses them.
     pub(super) cleared: MsFlags,
-    /// For a call of its own; empty for none.
+    /// For a separate call; empty for none.
     pub(super) propagation: MsFlags,
-    /// What the file system understands.
+    /// For the file system.
     pub(super) data: Vec<String>,
     /// The source is a file: mount it through a loop device.
     pub(super) is_loop: bool,
-    /// `uidmap=` and `gidmap=`: whose files are whose, in the format of `/proc/PID/uid_map`.
+    /// `uidmap=` and `gidmap=`, in the format of `/proc/PID/uid_map`.
     pub(super) maps: Option<Result<Maps, BadMap>>,
-    /// An option that only containerd's mount manager understands.
+    /// An option for containerd's mount manager only.
     pub(super) managers: Option<String>,
 }
 
 impl Options {
-    /// Reads options in their order: a later one wins.
+    /// Parses options in order: a later one wins.
     pub(super) fn parse(options: &[String]) -> Self {
         let none = MsFlags::empty();
         let mut parsed =
@@ -76,7 +76,7 @@ fn read_map(map: &str) -> Option<String> {
     map.split(',').map(line).collect()
 }
 
-/// `ro,nodev` in one string is two options; what has a value may contain commas of its own.
+/// `ro,nodev` in one string is two options; an option with a value may contain commas.
 fn split(option: &str) -> impl Iterator<Item = &str> {
     let is_list = option.contains(',') && !option.contains('=');
     option.split(move |c| is_list && c == ',')

@@ -1,4 +1,4 @@
-//! Real mounts, each test in a mount namespace of its own. They need root.
+//! Tests with real mounts, each in a mount namespace of its own. They need root.
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 
@@ -261,7 +261,7 @@ fn files_belong_to_the_mapped_users() {
             maps[0],
             maps[1],
         ];
-        // What a crash in the middle leaves behind does no harm.
+        // Leftovers of a crash in the middle do no harm.
         folders(base, &["b/x-staging/0"]);
         mount(Some("tmpfs"), &base.join("b/x-staging/0"), Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("a tmpfs");
         for (mount, file, kind) in [

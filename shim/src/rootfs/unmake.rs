@@ -1,4 +1,4 @@
-//! How mounts are unmade.
+//! Unmounts.
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub(super) fn unmount_below(folder: &Path, how: Unmount) -> Result<(), MountErro
         if entries.is_empty() {
             return Ok(());
         }
-        // A mount may hide others below it, so that only the next round reaches those. A round that changes nothing is the last.
+        // A mount may hide others below it, which only the next round reaches. A round that changes nothing is the last.
         let is_last = entries.len() >= before;
         before = entries.len();
         // The deepest first, and at one place the last first: the sort keeps the kernel's order, and is walked backwards.
@@ -57,9 +57,9 @@ fn resolve(folder: &Path) -> Result<Option<(PathBuf, PathBuf)>, MountError> {
     }
 }
 
-/// Unmounts what is mounted at `relative`, whose folder is reached from the bundle without any link.
+/// Unmounts `relative`, whose folder is reached from the bundle without any link.
 ///
-/// The mount itself must not be open meanwhile: that would keep it busy. So its folder is, and the name is not followed.
+/// An open mount would be busy: its parent folder is held open instead, and the name is not followed.
 fn unmount_one(bundle: &OwnedFd, relative: &Path, how: Unmount) -> Result<(), Errno> {
     let (folder, name) = (relative.parent().ok_or(Errno::EINVAL)?, relative.file_name().ok_or(Errno::EINVAL)?);
     let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;

@@ -1,4 +1,4 @@
-//! Core scheduling: which processes may share a core.
+//! Core scheduling: prctl(PR_SCHED_CORE).
 #![allow(unsafe_code)]
 use std::io;
 

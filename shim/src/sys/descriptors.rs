@@ -9,12 +9,12 @@ use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// Runs something that needs many descriptors with the limit on them as high as it may be. Children inherit limits: none may be started in it.
+/// Runs `work` with the highest limit on descriptors. Children inherit limits: none may be started in it.
 pub(crate) fn with_raised_limit<T>(work: impl FnOnce() -> T) -> T {
     let limits = getrlimit(Resource::RLIMIT_NOFILE).ok().filter(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, *hard, *hard).is_ok());
     let result = work();
     if let Some((soft, hard)) = limits {
-        // to lower it is always allowed
+        // lowering it is always allowed
         let _ = setrlimit(Resource::RLIMIT_NOFILE, soft, hard);
     }
     result
@@ -26,7 +26,7 @@ const MAX_ATTACHED: usize = 253;
 /// Reads from a socket, with the descriptor that may be attached. Returns the number of bytes (0 at the end) and the first descriptor;
 /// further ones are closed.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
-    // Room for all that a message can carry: what does not fit would be lost, and what does fit would leak with the error about it.
+    // Room for all that a message can carry: excess descriptors would be lost, and those that fit would leak with the error.
     let mut space = nix::cmsg_space!([std::os::fd::RawFd; MAX_ATTACHED]);
     let mut slices = [IoSliceMut::new(buffer)];
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT)?;
@@ -34,7 +34,7 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = control {
             for number in numbers {
-                // SAFETY: the kernel has just installed this descriptor for this message and nobody else knows its number.
+                // SAFETY: the kernel has just installed this descriptor for this message and nothing else owns its number.
                 let fd = unsafe { OwnedFd::from_raw_fd(number) };
                 first.get_or_insert(fd);
             }
@@ -94,7 +94,7 @@ mod tests {
         for (mut read, write) in pipes {
             drop(write);
             let mut rest = Vec::new();
-            // Ends only when nobody holds the other end.
+            // Ends only when every copy of the other end is closed.
             io::Read::read_to_end(&mut read, &mut rest).expect("ends");
         }
     }

@@ -1,4 +1,4 @@
-//! Going on as another program: same process, same children, and exactly the descriptors that are wanted.
+//! Re-exec: another program in the same process, with the same children and exactly the chosen descriptors.
 #![allow(unsafe_code)]
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -9,15 +9,15 @@ use std::os::unix::ffi::OsStrExt;
 use nix::errno::Errno;
 use nix::libc;
 
-/// Our own environment, whatever bytes it has, as a program is given it.
+/// This process's environment as bytes, in the form of execve(2).
 pub(crate) fn environment() -> Vec<CString> {
     let entries = std::env::vars_os().map(|(name, value)| [name.as_bytes(), b"=", value.as_bytes()].concat());
     entries.filter_map(|entry| CString::new(entry).ok()).collect()
 }
 
-/// Executes `program`, to which the descriptors in `kept` go over under their numbers. Every other one must be close-on-exec.
+/// Executes `program`, which inherits the descriptors in `kept` under their numbers. Every other one must be close-on-exec.
 ///
-/// Returns only if that failed; then nothing has changed. For a process of one thread: none must fork meanwhile.
+/// Returns only after a failure; then nothing has changed. For a process with one thread: no other must fork meanwhile.
 pub(crate) fn execute(program: BorrowedFd<'_>, argv: &[CString], env: &[CString], kept: &[RawFd]) -> io::Result<Infallible> {
     let path = CString::new(format!("/proc/self/fd/{}", program.as_raw_fd()))?;
     for number in kept {

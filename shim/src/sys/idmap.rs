@@ -1,4 +1,4 @@
-//! Mounts whose files belong to other users than on disk: user namespaces made for their maps, and mounts that carry one.
+//! Id-mapped mounts: user namespaces made for their maps, and mounts that carry one.
 #![allow(unsafe_code)]
 use std::fs::{self, File};
 use std::io;
@@ -9,9 +9,9 @@ use nix::libc;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, pipe2};
 
-/// Makes a user namespace with these maps, in the format of `/proc/PID/uid_map`. It lives as long as the descriptor.
+/// Makes a user namespace with these maps, in the format of `/proc/PID/uid_map`. It exists while the descriptor is open.
 ///
-/// Blocks for a moment, on a child that lives only to be in the namespace.
+/// Blocks for a moment, on a short-lived child in the namespace.
 pub(crate) fn blocking_user_namespace(uid_map: &str, gid_map: &str) -> io::Result<OwnedFd> {
     let (ready_read, ready_write) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     let ready = ready_write.as_raw_fd();
@@ -34,12 +34,12 @@ pub(crate) fn blocking_user_namespace(uid_map: &str, gid_map: &str) -> io::Resul
     opened.map(OwnedFd::from)
 }
 
-/// What the child of a fork does: enters a user namespace, says so, and stays until it is killed. No allocation, no locks here.
+/// The forked child: enters a user namespace, reports it, and stays until it is killed. No allocation, no locks here.
 fn be_in_a_user_namespace(ready: i32, parent: u32) -> ! {
     // SAFETY: plain system calls on integers and on a constant byte; none of them touches memory of other threads.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        // It may have died before that.
+        // It may have exited before.
         if libc::getppid() as u32 != parent {
             libc::_exit(1);
         }
@@ -72,7 +72,7 @@ pub(crate) fn mount_mapped(source: BorrowedFd<'_>, target: BorrowedFd<'_>, user_
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | EMPTY_PATH | RECURSIVE;
     // SAFETY: the empty path makes the call look at the descriptor, which is borrowed for the call.
     let tree = Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, source.as_raw_fd(), c"".as_ptr(), flags) })?;
-    // SAFETY: the kernel has just made this descriptor and nobody else knows its number.
+    // SAFETY: the kernel has just made this descriptor and nothing else owns its number.
     let tree = unsafe { OwnedFd::from_raw_fd(tree as i32) };
     let attributes =
         libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd: user_namespace.as_raw_fd() as u64 };

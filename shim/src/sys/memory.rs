@@ -1,19 +1,19 @@
-//! Memory that is not needed any more.
+//! Returns unused memory to the kernel.
 #![allow(unsafe_code)]
 use nix::libc;
 
 const PAGE_BYTES: usize = 4096;
 /// What may be in use below the marker: the rest of its frame, the red zone, and the frame of the call to the kernel.
 const IN_USE_BYTES: usize = 1024;
-/// As deep as the stack may have been.
+/// The deepest stack that is assumed.
 const DEPTH_BYTES: usize = 256 << 10;
 
-/// What the allocator has as its bounds at the beginning.
+/// The allocator's initial bounds.
 #[cfg(target_env = "gnu")]
 const KEPT_BYTES: libc::c_int = 128 << 10;
 
-/// Gives free pages of the heap and of the stack back to the kernel. They stay else: a process that waits for months would hold for
-/// ever what its busiest moment took. Only for a process of one thread.
+/// Returns free pages of the heap and of the stack to the kernel. Otherwise a process that waits for months would hold for
+/// ever what its busiest moment took. Only for a process with one thread.
 ///
 /// Never inlined: the marker must be in a frame of its own, and not above the live variables of a caller with a large one.
 #[inline(never)]
@@ -25,14 +25,14 @@ pub(crate) fn trim() {
     }
     let marker = 0u8;
     let end = (&raw const marker as usize - IN_USE_BYTES) & !(PAGE_BYTES - 1);
-    // SAFETY: whatever lies below the stack pointer, by more than the frames of this call, is dead: the next call writes before it
+    // SAFETY: memory below the stack pointer, by more than the frames of this call, is unused: the next call writes before it
     // reads. What is not mapped of the range is skipped by the kernel with ENOMEM.
     unsafe {
         libc::madvise((end - DEPTH_BYTES) as *mut libc::c_void, DEPTH_BYTES, libc::MADV_DONTNEED);
     }
 }
 
-/// Has the allocator give large free blocks back at once. Left to itself, it keeps up to twice the largest block that it has ever given back.
+/// Has the allocator return large free blocks at once. By default it keeps up to twice the largest block that it has ever returned.
 pub(crate) fn keep_little() {
     #[cfg(target_env = "gnu")]
     // SAFETY: the calls take integers and set two bounds of the allocator.
@@ -48,8 +48,8 @@ unsafe extern "C" {
     static etext: u8;
 }
 
-/// Takes code and constants of the program out of this process's view; they come back page by page when they are touched, out of the page
-/// cache. For a process that is about to wait for long: what it has mapped is its share of the program, and keeps the program in memory.
+/// Unmaps the pages of code and constants of the program; they come back one by one when touched, from the page
+/// cache. For a process that is about to wait for long: mapped pages count as its share of the program, and stay in memory.
 pub(crate) fn leave_program() {
     let start = &raw const __executable_start as usize;
     let end = &raw const etext as usize & !(PAGE_BYTES - 1);

@@ -1,4 +1,4 @@
-//! Mounts: what `nix` lacks of them, and loop devices.
+//! Mounts: what `nix` lacks, and loop devices.
 #![allow(unsafe_code)]
 use std::ffi::c_ulong;
 use std::fs::{File, OpenOptions};
@@ -10,9 +10,9 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 use nix::libc;
 
-/// Says whether `fd` is the root of a mount.
+/// Whether `fd` is the root of a mount.
 ///
-/// Errors: Unsupported on kernels that do not say (before 5.8).
+/// Errors: Unsupported on kernels that do not report it (before 5.8).
 /// Source: statx(2), STATX_ATTR_MOUNT_ROOT.
 pub(crate) fn is_mount_root(fd: BorrowedFd<'_>) -> io::Result<bool> {
     // SAFETY: all zeroes is a valid value of this plain C struct.
@@ -27,7 +27,7 @@ pub(crate) fn is_mount_root(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(about.stx_attributes & mask != 0)
 }
 
-/// A block device over a file. It goes away by itself once it is neither open nor mounted.
+/// A block device over a file. The kernel removes it once it is neither open nor mounted.
 #[derive(Debug)]
 pub(crate) struct LoopDevice {
     pub(crate) path: PathBuf,
@@ -46,7 +46,7 @@ pub(crate) fn attach_loop(file: &File, read_only: bool, direct: bool) -> io::Res
         let device = OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_CLOEXEC).open(&path)?;
         match configure(device.as_fd(), file, read_only, direct) {
             Ok(()) => return Ok(LoopDevice { path, _open: device }),
-            // Somebody else was given the same number.
+            // Another process got the same number.
             Err(Errno::EBUSY) => {}
             Err(error) => return Err(error.into()),
         }
@@ -72,7 +72,7 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
-/// `struct loop_info64` of linux/loop.h. Of it, only the flags are of use here.
+/// `struct loop_info64` of linux/loop.h. Only the flags are used here.
 #[repr(C)]
 struct LoopInfo {
     /// Device, inode, device of the inode, offset, size limit.
@@ -90,5 +90,5 @@ const LOOP_CONFIGURE: c_ulong = 0x4C0A;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
-/// How many others may be faster with the free number.
+/// How often another process may take the free number first.
 const ATTEMPTS: u32 = 100;

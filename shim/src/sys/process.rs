@@ -1,4 +1,4 @@
-//! Processes: their handles, signals and ends.
+//! Processes: pidfds, signals and exits.
 #![allow(unsafe_code)]
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc;
 
-/// Opens a handle of a process that stays its own when the number is reused.
+/// Opens a pidfd, which stays with its process when the pid is reused.
 ///
 /// Source: pidfd_open(2), Linux ≥ 5.3.
 pub(crate) fn open(pid: u32) -> io::Result<OwnedFd> {
@@ -18,7 +18,7 @@ pub(crate) fn open(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number as i32) })
 }
 
-/// Sends a signal through a handle. Any number that the kernel takes, real-time ones included.
+/// Sends a signal through a pidfd. Any number that the kernel takes, real-time ones included.
 ///
 /// Errors: ESRCH once the process was reaped; EINVAL for no signal.
 pub(crate) fn signal(process: BorrowedFd<'_>, number: i32) -> io::Result<()> {
@@ -28,13 +28,13 @@ pub(crate) fn signal(process: BorrowedFd<'_>, number: i32) -> io::Result<()> {
     Ok(())
 }
 
-/// The processor's time that a process has used; zero if there is none.
+/// The CPU time of a process; zero if it does not exist.
 pub(crate) fn cpu_time(pid: u32) -> Duration {
     let clock = nix::time::clock_getcpuclockid(nix::unistd::Pid::from_raw(pid as i32));
     clock.and_then(nix::time::clock_gettime).map_or(Duration::ZERO, Duration::from)
 }
 
-/// A child that has ended and is still a zombie.
+/// A child that has exited and is still a zombie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ended {
     pub(crate) pid: u32,
@@ -42,7 +42,7 @@ pub(crate) struct Ended {
     pub(crate) status: u32,
 }
 
-/// Looks for an ended child, `pid` or any, and leaves it a zombie.
+/// Looks for an exited child, `pid` or any, and leaves it a zombie.
 ///
 /// Errors: ECHILD if there is no such child at all.
 pub(crate) fn peek(pid: Option<u32>) -> io::Result<Option<Ended>> {
@@ -54,7 +54,7 @@ pub(crate) fn reap(pid: u32) -> io::Result<Option<Ended>> {
     wait(Some(pid), 0)
 }
 
-/// waitid(2) itself: nix turns the end by a real-time signal into an error.
+/// waitid(2) itself: nix turns a death by a real-time signal into an error.
 fn wait(pid: Option<u32>, flags: i32) -> io::Result<Option<Ended>> {
     let (kind, id) = pid.map_or((libc::P_ALL, 0), |pid| (libc::P_PID, pid));
     // SAFETY: an all-zero siginfo is a valid value of this plain C struct.
@@ -62,7 +62,7 @@ fn wait(pid: Option<u32>, flags: i32) -> io::Result<Option<Ended>> {
     // SAFETY: waitid writes one siginfo to the pointer, which is valid for the call.
     let result = unsafe { libc::waitid(kind, id, &raw mut info, libc::WEXITED | libc::WNOHANG | libc::__WALL | flags) };
     Errno::result(result)?;
-    // SAFETY: waitid filled in the fields of a child's signal, or left pid at 0 where nobody has ended.
+    // SAFETY: waitid filled in the fields of a child's signal, or left pid at 0 if no child has exited.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
     if pid == 0 {
         return Ok(None);

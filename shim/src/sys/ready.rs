@@ -11,17 +11,17 @@ use tokio::io::unix::AsyncFd;
 ///
 /// Must be called within a tokio runtime with I/O enabled.
 pub(crate) fn to_read(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` is open and keeps its number for as long as it lives, and the `AsyncFd` owns it.
+    // SAFETY: an `OwnedFd` is open and keeps its number until it is dropped, and the `AsyncFd` owns it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
-/// Watches a descriptor for room to write. It must be non-blocking.
+/// Lets a task wait until `fd`, which must be non-blocking, can be written.
 pub(crate) fn to_write(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: as above.
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::WRITABLE) }?)
 }
 
-/// Lets a task wait until there is something of priority to read from `file`, which can always be read.
+/// Lets a task wait for priority data (POLLPRI) of `file`, which can always be read.
 pub(crate) fn to_hear(file: File) -> io::Result<AsyncFd<File>> {
     // SAFETY: a `File` owns its descriptor as an `OwnedFd` does.
     Ok(unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?)

@@ -1,6 +1,6 @@
 //! Signals to this process: blocked, and read from a descriptor instead.
 //!
-//! The C library's own calls leave out the two signals that it keeps for itself (32 and 33); a stray one of those kills like any other.
+//! The C library's own calls skip the two signals that it reserves (32 and 33); a stray one of those kills like any other.
 #![allow(unsafe_code)]
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -11,7 +11,7 @@ use nix::libc;
 /// The size of the kernel's set of signals, in bytes.
 const SET_BYTES: usize = size_of::<u64>();
 
-/// A signal that was sent to us.
+/// A signal that was sent to this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Received {
     pub(crate) number: u32,
@@ -19,7 +19,7 @@ pub(crate) struct Received {
     pub(crate) sender: u32,
 }
 
-/// Blocks every signal for this thread and those that it starts, but those in `open`, SIGKILL and SIGSTOP. A fault of the processor kills
+/// Blocks every signal for this thread and those that it starts, but those in `open`, SIGKILL and SIGSTOP. A CPU exception kills
 /// although its signal is blocked.
 pub(crate) fn block_all_but(open: &[libc::c_int]) -> io::Result<()> {
     let set = open.iter().fold(u64::MAX, |set, signal| set & !(1 << (signal - 1)));
@@ -30,7 +30,7 @@ pub(crate) fn block_all_but(open: &[libc::c_int]) -> io::Result<()> {
     Ok(())
 }
 
-/// A descriptor that gives every blocked signal.
+/// A signalfd for every blocked signal.
 pub(crate) fn descriptor() -> io::Result<OwnedFd> {
     let set = u64::MAX;
     let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
@@ -40,7 +40,7 @@ pub(crate) fn descriptor() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number as i32) })
 }
 
-/// The next signal; none if there is no other.
+/// The next pending signal, if any.
 pub(crate) fn next(signals: &OwnedFd) -> Option<Received> {
     // SAFETY: an all-zero value is valid for this plain C struct.
     let mut info: libc::signalfd_siginfo = unsafe { std::mem::zeroed() };
@@ -67,7 +67,7 @@ mod tests {
                 // SAFETY: the call takes three integers; the signal is blocked in this thread, which is the one that gets it.
                 let sent = unsafe { libc::syscall(libc::SYS_tgkill, pid, thread, number) };
                 assert_eq!(sent, 0, "signal {number}");
-                // a stop drops what continues, and the other way round: each is read before the next one comes
+                // a stop signal drops a pending SIGCONT, and the other way round: each is read before the next is sent
                 assert_eq!(next(&signals), Some(Received { number: number as u32, sender: pid }));
             }
             assert_eq!(next(&signals), None);

@@ -1,4 +1,4 @@
-//! Starting a process with exactly the descriptors, environment and signal state that it shall have.
+//! Starts a process with exactly the given descriptors and environment, and a default signal state.
 //!
 //! **Invariant:** between fork and exec the child allocates nothing, takes no lock, logs nothing and runs no destructor.
 #![allow(unsafe_code)]
@@ -11,10 +11,10 @@ use nix::fcntl::OFlag;
 use nix::libc;
 use nix::unistd::{ForkResult, fork, pipe2};
 
-/// The most descriptors that a new process can be given.
+/// The most descriptors of a new process.
 pub(crate) const MAX_DESCRIPTORS: usize = 16;
 
-/// What to start.
+/// The program to start, with its surroundings.
 pub(crate) struct Command<'a> {
     /// Absolute path of the executable.
     pub(crate) program: CString,
@@ -35,7 +35,7 @@ pub(crate) struct Started {
     pub(crate) failure: OwnedFd,
 }
 
-/// Forks and executes. Does not wait until the program runs: a hung file system holds up the child alone.
+/// Forks and executes. Does not wait until the program runs: a hung file system blocks the child alone.
 ///
 /// Errors: EAGAIN and ENOMEM of fork(2), EMFILE, and E2BIG for too many descriptors.
 pub(crate) fn spawn(command: &Command<'_>) -> io::Result<Started> {
@@ -81,7 +81,7 @@ unsafe fn execute(
             libc::write(report, (&raw const number).cast(), size_of::<libc::c_int>());
             libc::_exit(127)
         };
-        // A group, so that what a terminal sends to containerd's is not for us. Not a session: the kernel's autogroup would schedule
+        // A process group, so that a terminal's signals to containerd's group do not arrive. Not a session: the kernel's autogroup would schedule
         // each helper as a stranger to its keeper, which costs milliseconds on a busy machine.
         libc::setpgid(0, 0);
         if command.dies_with_parent {
@@ -90,7 +90,7 @@ unsafe fn execute(
                 libc::_exit(127);
             }
         }
-        // Out of the way of the numbers that the program gets, so that none is overwritten before it is used.
+        // Moved above the numbers that the program gets, so that none is overwritten before it is used.
         let report = libc::fcntl(report, libc::F_DUPFD_CLOEXEC, count as libc::c_int);
         if report < 0 {
             libc::_exit(127);
@@ -106,11 +106,11 @@ unsafe fn execute(
                 fail(report);
             }
         }
-        // Whatever else is open, the rest of the keeper's descriptors included, ends at the exec.
+        // Every other descriptor, those of the keeper included, closes at execve(2).
         if libc::close_range(count as libc::c_uint, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) < 0 {
             fail(report);
         }
-        // A blocked mask and ignored signals would be inherited by the container.
+        // The container would inherit blocked and ignored signals.
         for signal in 1..=64 {
             if signal != libc::SIGKILL && signal != libc::SIGSTOP {
                 libc::signal(signal, libc::SIG_DFL);

@@ -277,7 +277,7 @@ pub(crate) async fn a_logger_that_is_not_listed_never_runs(outer: Context) -> Re
             ensure!(exec.run().await? == 4);
         } else {
             let said = format!("{:#}", created.err().context("it was taken")?);
-            ensure!(said.contains("not one of the allowed ones"), "{said}");
+            ensure!(said.contains("is not allowed; allowed are"), "{said}");
             ensure!(exec.run().await.is_err(), "it was taken for an exec");
             ensure!(fs::read_dir(&folder)?.count() == 0, "it has run");
         }
@@ -307,7 +307,7 @@ pub(crate) async fn a_logger_that_a_label_names_never_runs_unless_it_is_listed(o
     })
     .await?;
     let tried =
-        || cx.daemon().log().lines().filter(|line| line.contains("apply change") && line.contains("not one of the allowed")).count();
+        || cx.daemon().log().lines().filter(|line| line.contains("apply change") && line.contains("is not allowed; allowed are")).count();
     eventually_true("the other one was tried more than once", SOON, || tried() > 1).await?;
     ensure!(fs::read_dir(other)?.count() == 0, "it has run");
     // it would be restarted for ever
