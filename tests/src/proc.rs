@@ -71,7 +71,7 @@ pub fn stat(pid: i32) -> Result<Stat> {
     Ok(Stat { comm: text[open + 1..close].to_owned(), rest: text[close + 1..].split_whitespace().map(str::to_owned).collect() })
 }
 
-/// The bytes of `/proc/PID/cmdline` or `/proc/PID/environ`; empty for a zombie.
+/// The bytes of `/proc/PID/cmdline` or `/proc/PID/environ`; empty for a process that has no memory any more, as it exits or has exited.
 ///
 /// Both are also empty while a process executes another program, as a keeper does in an upgrade, for as long as the scheduler keeps it in the
 /// middle of that: they are read again then, for a second at most.
@@ -79,13 +79,16 @@ fn words(pid: i32, file: &str) -> Vec<u8> {
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(1) {
         let words = fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        if !words.is_empty() || !stat(pid).is_ok_and(|stat| !matches!(stat.field(3), "Z" | "X")) {
+        if !words.is_empty() || !stat(pid).is_ok_and(|stat| stat.field(VIRTUAL_MEMORY) != "0") {
             return words;
         }
         thread::sleep(Duration::from_micros(100)); // how often it is read
     }
     Vec::new()
 }
+
+/// The number of a field of `/proc/PID/stat`: the size of the virtual memory.
+const VIRTUAL_MEMORY: usize = 23;
 
 /// Every process of the run's pid namespace, by pid.
 pub fn all() -> BTreeMap<i32, Process> {
