@@ -1,7 +1,7 @@
 //! Fuzz targets: every parser of outside bytes, with a property that holds for any bytes: no panic, and the one its function documents.
 //!
 //! The targets in `fuzz/` drive these by coverage; the tests replay `fuzz/corpus` and mutations of it, the same in every run.
-//! `X_FUZZ_ROUNDS` says how many inputs for each, 20,000 by default; `X_SEED` which.
+//! `X_FUZZ_ROUNDS` sets the number of inputs for each, 20,000 by default; `X_SEED` selects them.
 use std::path::Path;
 
 use containerd_shim_protos::protobuf::Message as _;

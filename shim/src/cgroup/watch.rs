@@ -86,14 +86,14 @@ impl OomWatch {
     ///
     /// On v2 not every kernel wakes at the removal of a cgroup: drop the watch with the container.
     pub(crate) async fn changed(&mut self) -> OomWake {
-        let heard = match &mut self.bell {
+        let woken = match &mut self.bell {
             Bell::V1 { event, echo } => hear_v1(event, echo).await,
             Bell::V2 { memory, group } => tokio::select! {
-                heard = hear_v2(memory) => heard,
-                heard = hear_v2(group) => heard,
+                woken = wait_v2(memory) => woken,
+                woken = wait_v2(group) => woken,
             },
         };
-        if heard.is_ok() && self.folder.is_dir() { OomWake::Changed } else { OomWake::Gone }
+        if woken.is_ok() && self.folder.is_dir() { OomWake::Changed } else { OomWake::Gone }
     }
 
     /// Gives the descriptors away. One of them is ready when [`OomWatch::changed`] would have returned: a file, which can always be read,
@@ -128,7 +128,7 @@ async fn hear_v1(event: &AsyncFd<OwnedFd>, echo: &mut Option<(Instant, usize)>) 
     }
 }
 
-async fn hear_v2(file: &AsyncFd<File>) -> io::Result<()> {
+async fn wait_v2(file: &AsyncFd<File>) -> io::Result<()> {
     // Before the file is read: a later event wakes again.
     file.ready(Interest::PRIORITY).await?.clear_ready();
     silence(file.get_ref())

@@ -37,11 +37,11 @@ impl Line {
 
 /// Converts the failure of a verb into the error that names its cause.
 pub(super) fn read(binary: &Path, verb: Verb, exited: &Exited) -> EngineError {
-    let said = message(&exited.log).or_else(|| message(&exited.output));
-    let message = match (said, exited.status) {
+    let reported = message(&exited.log).or_else(|| message(&exited.output));
+    let message = match (reported, exited.status) {
         (Some(message), _) => message,
         (None, status @ 129..) => format!("{} was killed by signal {}", binary.display(), status - 128),
-        (None, status) => format!("{} exited with status {status} and said nothing", binary.display()),
+        (None, status) => format!("{} exited with status {status} without an error message", binary.display()),
     };
     if is_about_a_missing_container(&message) {
         EngineError::NoContainer { verb, message }
@@ -96,12 +96,12 @@ fn message(bytes: &[u8]) -> Option<String> {
     }
     errors.retain(|message| !message.is_empty());
     errors.dedup();
-    let said = match errors.pop() {
+    let reported = match errors.pop() {
         None => others.join("; "),
         Some(last) if errors.is_empty() => last,
         Some(last) => format!("{last} (before that: {})", errors.join("; ")),
     };
-    (!said.is_empty()).then(|| shorten(said))
+    (!reported.is_empty()).then(|| shorten(reported))
 }
 
 /// Keeps the beginning and the end of a text that is too long for an error.
@@ -133,7 +133,7 @@ fn is_about_a_taken_id(verb: Verb, message: &str) -> bool {
 }
 
 fn concerns_an_idle_container(message: &str) -> bool {
-    const WORDS: [&str; 6] = [
+    const TEXTS: [&str; 6] = [
         "container not running",
         "container is not running",
         "process already finished",
@@ -141,7 +141,7 @@ fn concerns_an_idle_container(message: &str) -> bool {
         "cannot exec a container that has stopped",
         "cannot exec in a stopped state",
     ];
-    WORDS.iter().any(|words| message.contains(words)) || message.contains("container `") && message.ends_with("is not running")
+    TEXTS.iter().any(|text| message.contains(text)) || message.contains("container `") && message.ends_with("is not running")
 }
 
 fn is_about_a_missing_verb(message: &str) -> bool {
@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_executed_is_told_in_the_words_that_clients_match() {
-        for (said, words) in [
+        for (message, words) in [
             ("executable file `nosuch` not found in $PATH: No such file or directory", "no such file or directory"),
             ("executable file `/no/such` not found: No such file or directory", "no such file or directory"),
             ("open executable: Permission denied", "permission denied"),
@@ -209,8 +209,8 @@ mod tests {
             ("exec `/bin/x`: Exec format error", "exec format error"),
             ("mount `x` to `y`: Operation not permitted", "Operation not permitted"),
         ] {
-            let before = said.rsplit_once(": ").expect("a reason").0;
-            for (log, output) in [(format!("{{\"level\":\"error\",\"msg\":{said:?}}}"), ""), (String::new(), said)] {
+            let before = message.rsplit_once(": ").expect("a reason").0;
+            for (log, output) in [(format!("{{\"level\":\"error\",\"msg\":{message:?}}}"), ""), (String::new(), message)] {
                 assert_eq!(complaint(1, &log, output).to_string(), format!("OCI runtime exec failed: {before}: {words}"));
             }
         }
@@ -228,8 +228,8 @@ mod tests {
             ("panic: boom\ngoroutine 1\n", "", "panic: boom; goroutine 1"),
             ("", "unknown option\n", "unknown option"),
             ("\u{0}\n", "", "\u{0}"),
-            ("", "", "/usr/bin/rt exited with status 1 and said nothing"),
-            ("{\"level\":\"info\",\"msg\":\"fine\"}\n", "", "/usr/bin/rt exited with status 1 and said nothing"),
+            ("", "", "/usr/bin/rt exited with status 1 without an error message"),
+            ("{\"level\":\"info\",\"msg\":\"fine\"}\n", "", "/usr/bin/rt exited with status 1 without an error message"),
             ("{\"level\":\"error\"", "", "{\"level\":\"error\""),
             ("7\n", "", "7"),
         ] {

@@ -16,7 +16,7 @@ use super::options::{Maps, Options};
 use super::{Mount, MountError, Place, Unmount, errno, make, system, unmake};
 use crate::sys;
 
-/// Makes a mount, mapped if its options say so.
+/// Makes a mount, id-mapped if its options request it.
 pub(super) fn first_mount(rootfs: &Path, wanted: &Mount, options: &Options, place: &Place) -> Result<(), MountError> {
     let Some(Ok(maps)) = &options.maps else { return make::first_mount(wanted, options, options.data.clone(), place) };
     let staging = Staging::open(rootfs, maps)?;
@@ -86,7 +86,7 @@ impl Staging {
         let Some((option, lower)) = lower else { return Ok(data) };
         if lower.contains('\\') || lower.contains("::") {
             let (kind, path) = (wanted.kind.clone(), place.path.clone());
-            return Err(MountError::Unsupported { kind, path, why: "its lower folders cannot be told apart to map them" });
+            return Err(MountError::Unsupported { kind, path, why: "its lower folders cannot be separated to map them" });
         }
         let mut mapped = Vec::new();
         for (number, folder) in lower.split(':').enumerate() {
