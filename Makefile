@@ -50,7 +50,7 @@ test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
 	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
 
-## x-manager's units under the host's systemd, as pid 1 of namespaces of its own: activation, reload, crash, stop, scopes of systemd's
+## x-manager's units under the host's systemd, as pid 1 of namespaces of its own: activation, reload, crash, stop, scopes of systemd's, shutdown
 test-systemd: suites build
 	tests/tools/install-packages systemd dbus
 	X_MANAGER=$(MANAGER) X_SHIM=$(SHIM) tests/tools/systemd-check
