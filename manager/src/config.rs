@@ -1,6 +1,6 @@
 //! The configuration file, TOML.
 //!
-//! **Invariant:** what is not understood is refused with the key and its line; nothing in a file is passed over.
+//! **Invariant:** an unknown key or invalid value is refused with its line; nothing in a file is ignored.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -22,10 +22,10 @@ pub(crate) enum ConfigError {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the kernel says.
+        /// The kernel's error.
         reason: String,
     },
-    /// A line makes no sense.
+    /// A line is invalid.
     #[error("{}, line {line}: {reason}", path.display())]
     Line {
         /// The file.
@@ -35,16 +35,16 @@ pub(crate) enum ConfigError {
         /// Why.
         reason: String,
     },
-    /// A value makes no sense.
+    /// A value is invalid.
     #[error("{}: {key} {value:?}: should be {expected}", path.display())]
     Value {
         /// The file.
         path: PathBuf,
         /// The key.
         key: &'static str,
-        /// What it says.
+        /// The value.
         value: String,
-        /// What it could say.
+        /// The values that are allowed.
         expected: &'static str,
     },
 }
@@ -187,16 +187,16 @@ mod tests {
     #[test]
     fn the_default_file_states_the_defaults_and_names_every_key() {
         assert_eq!(parse(Path::new("/c.toml"), DEFAULT), Ok(Settings::default()));
-        let said: String = DEFAULT.lines().map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line)).fold(
-            String::new(),
-            |mut all, line| {
+        let uncommented: String = DEFAULT
+            .lines()
+            .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
+            .fold(String::new(), |mut all, line| {
                 all.push_str(line);
                 all.push('\n');
                 all
-            },
-        );
-        assert_eq!(parse(Path::new("/c.toml"), &said), Ok(Settings::default()));
-        let keys = said.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
+            });
+        assert_eq!(parse(Path::new("/c.toml"), &uncommented), Ok(Settings::default()));
+        let keys = uncommented.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
         assert_eq!(keys, 12);
     }
 

@@ -1,4 +1,4 @@
-//! Why a request fails, and what a client is told of it.
+//! Why a request fails, and the status that its client receives.
 
 use std::error::Error as _;
 use std::io;
@@ -6,42 +6,42 @@ use std::path::{Path, PathBuf};
 
 use tonic::{Code, Status};
 
-/// A failure, by what whoever asked can do about it.
+/// A failure, by what the client can do about it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// It is not there.
+    /// It does not exist.
     #[error("{0}: not found")]
     NotFound(String),
     /// The id is taken.
     #[error("{0}: already exists")]
     AlreadyExists(String),
-    /// The request makes no sense.
+    /// The request is invalid.
     #[error("{0}: invalid argument")]
     Invalid(String),
-    /// It makes sense, but not now.
+    /// It is valid, but not in the current state.
     #[error("{0}: failed precondition")]
     Precondition(String),
     /// A bound is met.
     #[error("{0}")]
     Exhausted(String),
-    /// This daemon does not do that.
+    /// This daemon does not implement that.
     #[error("{0}: not implemented")]
     Unimplemented(String),
-    /// A shim is not there, or does not answer in time; asking again may help.
+    /// A shim cannot be reached or does not answer in time; a retry may succeed.
     #[error("{0}")]
     Unavailable(String),
-    /// Another process has taken over: nothing was done that the same request, made again there, would not find.
-    #[error("this x-manager has handed over to another one; ask again")]
+    /// Another process has taken over, and the client can repeat the request there.
+    #[error("another x-manager process has taken over; retry")]
     Retired,
-    /// The shim refuses, in its own words.
+    /// The shim's own error.
     #[error("{message}")]
     Shim {
         /// A gRPC status code.
         code: i32,
-        /// The shim's sentence.
+        /// The shim's message.
         message: String,
     },
-    /// A shim's program does not do what it should.
+    /// A shim's program failed.
     #[error("{0}")]
     Launch(String),
     /// The metadata store fails.
@@ -49,7 +49,7 @@ pub(crate) enum Error {
     Store {
         /// What was tried.
         op: &'static str,
-        /// What the store says.
+        /// SQLite's error.
         source: rusqlite::Error,
     },
     /// A file of the metadata store cannot be used.
@@ -59,15 +59,15 @@ pub(crate) enum Error {
         op: &'static str,
         /// Which file.
         path: PathBuf,
-        /// What the store says.
+        /// SQLite's error.
         source: rusqlite::Error,
     },
-    /// A file of the metadata store makes no sense.
+    /// A file of the metadata store is damaged.
     #[error("metadata store {} is damaged; stop x-manager, put a copy that `x-manager backup` has made in its place, and remove {name}-wal and {name}-shm", path.display(), name = path.display())]
     Damaged {
         /// Which file.
         path: PathBuf,
-        /// What the store says.
+        /// SQLite's error.
         source: rusqlite::Error,
     },
     /// A record of the store cannot be read.
@@ -80,12 +80,12 @@ pub(crate) enum Error {
         op: &'static str,
         /// On what.
         path: PathBuf,
-        /// What the kernel says.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// What a request comes back with.
+/// The result of a request.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {

@@ -23,12 +23,12 @@ use crate::guarded::Guarded;
 use crate::tasks::Tasks;
 use crate::wire;
 
-/// Serves whoever connects, for as long as the server is kept.
+/// Serves shims until the server is dropped.
 pub(crate) async fn serve(listener: UnixListener, tasks: Arc<Tasks>) -> Result<Server> {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let accepted = UnixListenerStream::new(listener).then(async |accepted| {
         if let Err(error) = &accepted {
-            // without a free descriptor nothing can be accepted; others have to end first
+            // out of descriptors: wait for other connections to close
             warn!(error:%; "cannot accept a connection of a shim");
             tokio::time::sleep(ACCEPT_AGAIN).await;
         }
@@ -59,16 +59,16 @@ impl Events for Forward {
             topic: sent.topic,
             event: sent.event.into_option().map(wire::from_shim),
         };
-        let heard = match events::validate(&envelope) {
-            // carried to its end, even if the shim hangs up
+        let received = match events::validate(&envelope) {
+            // runs to completion, even if the shim disconnects
             Ok(()) => {
                 let tasks = Arc::clone(&self.tasks);
-                let hear = tokio::spawn(async move { tasks.hear(envelope).await });
-                hear.await.unwrap_or_else(|error| Err(Error::Launch(format!("an event was not passed on: {error}"))))
+                let receive = tokio::spawn(async move { tasks.receive(envelope).await });
+                receive.await.unwrap_or_else(|error| Err(Error::Launch(format!("an event was not forwarded: {error}"))))
             }
             Err(error) => Err(error),
         };
-        heard.map(|()| Empty::default()).map_err(|error| ttrpc::Error::RpcStatus(status(&error)))
+        received.map(|()| Empty::default()).map_err(|error| ttrpc::Error::RpcStatus(status(&error)))
     }
 }
 

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 
-/// Drops `G` when whoever owns the connection has dropped it: for libraries that say nothing when a connection ends.
+/// Drops `G` together with the connection: for libraries that do not report when a connection ends.
 #[derive(Debug)]
 pub(crate) struct Guarded<G> {
     socket: UnixStream,

@@ -19,12 +19,13 @@ pub(crate) fn address(text: &str) -> Result<SocketAddr, String> {
     if let Ok(address) = text.parse() {
         return Ok(address);
     }
-    let (host, port) = text.rsplit_once(':').ok_or("should be like 127.0.0.1:9120, localhost:9120 or unix:///run/a.sock")?;
-    let port = port.parse().map_err(|_| format!("{port:?} is no port"))?;
+    let (host, port) = text.rsplit_once(':').ok_or("expected 127.0.0.1:9120, localhost:9120 or unix:///run/a.sock")?;
+    let port = port.parse().map_err(|_| format!("{port:?} is not a port"))?;
     let hosts = read("/etc/hosts")?;
     let lines = hosts.lines().map(|line| line.split('#').next().unwrap_or_default());
-    let found = lines.map(|line| line.split_whitespace().collect::<Vec<_>>()).find(|words| words.iter().skip(1).any(|name| *name == host));
-    let ip = found.and_then(|words| words.first()?.parse::<IpAddr>().ok());
+    let found =
+        lines.map(|line| line.split_whitespace().collect::<Vec<_>>()).find(|fields| fields.iter().skip(1).any(|name| *name == host));
+    let ip = found.and_then(|fields| fields.first()?.parse::<IpAddr>().ok());
     ip.map(|ip| SocketAddr::new(ip, port)).ok_or_else(|| format!("no host {host:?} in /etc/hosts"))
 }
 

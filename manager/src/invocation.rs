@@ -11,24 +11,24 @@ use crate::config::{self, ConfigError};
 use crate::host::group;
 use crate::settings::Settings;
 
-/// What is to be done.
+/// The command to run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Invocation {
-    /// Serve until told to stop.
+    /// Serve until SIGTERM.
     Serve(Settings),
-    /// The same, from where another process leaves off.
+    /// Take over from the running process, then serve.
     TakeOver(Settings),
-    /// Have the running daemon replaced, by the program at this path if one is named.
+    /// Have the running daemon replaced, by the program at this path if given.
     Upgrade(Settings, Option<PathBuf>),
     /// Copy the store to a file.
     Backup(Settings, PathBuf),
-    /// Send the running daemon an event, which standard input holds.
+    /// Send the event on standard input to the running daemon.
     Publish(Settings, EventName),
-    /// Say whether the store is sound.
+    /// Check the store.
     Check(Settings),
     /// Print the default configuration.
     ConfigDefault,
-    /// Say whether the daemon could start with this.
+    /// Check whether the daemon could start with these settings.
     ConfigCheck(Settings),
     /// Print help or the version.
     Print(String),
@@ -45,7 +45,7 @@ pub(crate) struct EventName {
     pub(crate) namespace: String,
 }
 
-/// Why a command line makes no sense.
+/// Why a command line is invalid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UsageError {
     /// In one line.
@@ -62,9 +62,9 @@ pub(crate) enum UsageError {
     version,
     disable_version_flag = true,
     args_override_self = true,
-    about = "A container supervisor that speaks containerd's API. Without a command it serves until SIGTERM."
+    about = "A container supervisor with containerd's API. Without a command it serves until SIGTERM."
 )]
-#[command(after_help = "Flags count before the file. SIGHUP is the same as `x-manager upgrade`, unless the terminal was closed.")]
+#[command(after_help = "Flags override the configuration file. SIGHUP is the same as `x-manager upgrade`, unless the terminal was closed.")]
 struct Line {
     #[command(flatten)]
     flags: Flags,
@@ -77,13 +77,13 @@ struct Line {
 
 #[derive(Debug, Default, Args)]
 struct Flags {
-    /// Configuration file [default: /etc/x-manager/config.toml, if it is there]
+    /// Configuration file [default: /etc/x-manager/config.toml, if it exists]
     #[arg(short, long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// What outlives a reboot [default: /var/lib/x-manager]
+    /// Folder for persistent data [default: /var/lib/x-manager]
     #[arg(long, global = true, value_name = "FOLDER", value_parser = absolute)]
     root: Option<PathBuf>,
-    /// What does not [default: /run/x-manager]
+    /// Folder for runtime data, lost with a reboot [default: /run/x-manager]
     #[arg(long, global = true, value_name = "FOLDER", value_parser = absolute)]
     state: Option<PathBuf>,
     /// Socket of the gRPC API [default: /run/x-manager/x-manager.sock]
@@ -92,7 +92,7 @@ struct Flags {
     /// Group that may use the socket, by name or number [default: 0]
     #[arg(long, global = true, value_parser = group)]
     group: Option<u32>,
-    /// off, error, warn, info, debug or trace [default: info]
+    /// Log level: off, error, warn, info, debug or trace [default: info]
     #[arg(short, long, global = true, value_name = "LEVEL")]
     log_level: Option<LevelFilter>,
     /// Standard input is the socket on which another process hands over.
@@ -102,20 +102,20 @@ struct Flags {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Replace the running daemon by the program that is installed now; no call is refused, and the running one stays if that fails
+    /// Replace the running daemon with the installed program, without downtime; if that fails, the running one stays
     Upgrade {
-        /// Another program
+        /// Program to run instead of the installed one
         #[arg(long, value_name = "PATH", value_parser = absolute)]
         binary: Option<PathBuf>,
     },
-    /// Copy the metadata store to a file, also while the daemon runs
+    /// Copy the metadata store to a file, even while the daemon runs
     Backup {
-        /// The copy; a file that is there is left alone
+        /// File to create; an existing file is not overwritten
         file: PathBuf,
     },
-    /// Say whether the metadata store is sound
+    /// Check the metadata store for damage
     Check,
-    /// Send the daemon the event on standard input, as some shims do
+    /// Publish the event on standard input; for shims that publish with a program
     Publish(EventName),
     /// Print or check a configuration
     #[command(subcommand)]
@@ -128,21 +128,21 @@ enum Command {
 enum Config {
     /// Print a configuration file with every key and its default
     Default,
-    /// Say whether the daemon could start with a configuration file
+    /// Check whether the daemon could start with a configuration file
     Check {
-        /// The file; without it, the one that the daemon would read
+        /// File to check [default: the one that the daemon would read]
         file: Option<PathBuf>,
     },
 }
 
 impl Invocation {
-    /// Reads the words of the command line, the program's name first, and the configuration file.
-    pub(crate) fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
-        Self::parse_over(words, Path::new(DEFAULT_CONFIG))
+    /// Parses the arguments, the program's name first, and reads the configuration file.
+    pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        Self::parse_over(arguments, Path::new(DEFAULT_CONFIG))
     }
 
-    fn parse_over(words: impl IntoIterator<Item = OsString>, default_config: &Path) -> Result<Self, UsageError> {
-        let Line { mut flags, command, .. } = match Line::try_parse_from(words) {
+    fn parse_over(arguments: impl IntoIterator<Item = OsString>, default_config: &Path) -> Result<Self, UsageError> {
+        let Line { mut flags, command, .. } = match Line::try_parse_from(arguments) {
             Ok(line) => line,
             Err(error) if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {
                 return Ok(Self::Print(error.to_string()));
@@ -168,7 +168,7 @@ impl Invocation {
 }
 
 impl Flags {
-    /// The file that is named must be there; the default one may be missing.
+    /// A file given by flag must exist; the default one may be missing.
     fn settings(&self, default_config: &Path) -> Result<Settings, UsageError> {
         let mut settings = match &self.config {
             Some(path) => config::read(path)?,
@@ -187,7 +187,7 @@ impl Flags {
     }
 }
 
-/// What the error says before it explains how to use the program.
+/// The first line of a usage error.
 fn one_line(error: &str) -> String {
     let about: Vec<_> = error.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
     about.join(" ").trim_start_matches("error: ").to_owned()
@@ -198,7 +198,7 @@ fn absolute(text: &str) -> Result<PathBuf, String> {
     if path.is_absolute() { Ok(path) } else { Err("should be an absolute path".to_owned()) }
 }
 
-/// Says that standard input is the socket on which another process hands over.
+/// The flag: standard input is the socket on which another process hands over.
 pub(crate) const TAKE_OVER: &str = "--take-over";
 const DEFAULT_CONFIG: &str = "/etc/x-manager/config.toml";
 
@@ -207,8 +207,8 @@ mod tests {
     use super::*;
 
     fn parse(line: &str) -> Result<Invocation, UsageError> {
-        let words = ["x-manager"].into_iter().chain(line.split_whitespace());
-        Invocation::parse_over(words.map(OsString::from), Path::new("/nonexistent"))
+        let arguments = ["x-manager"].into_iter().chain(line.split_whitespace());
+        Invocation::parse_over(arguments.map(OsString::from), Path::new("/nonexistent"))
     }
 
     #[test]

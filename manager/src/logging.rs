@@ -23,13 +23,13 @@ struct Subscriber;
 
 impl Log for Subscriber {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // what libraries have to say is about bytes; whoever called them says what it means
+        // libraries log about bytes; their callers log what it means
         metadata.target().starts_with("x_manager") || log::max_level() == LevelFilter::Trace
     }
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            // nothing is left to tell it to when stderr is gone
+            // a failed write to stderr cannot be reported
             let _ = std::io::stderr().write_all(line(record, SystemTime::now()).as_bytes());
         }
     }

@@ -35,14 +35,14 @@ mod wire;
 use error::{Error, Result};
 use invocation::Invocation;
 
-/// The command line makes no sense.
+/// Invalid command line.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let invocation = match Invocation::parse(std::env::args_os()) {
         Ok(invocation) => invocation,
         Err(error) => {
-            if std::env::args_os().any(|word| word == invocation::TAKE_OVER) {
+            if std::env::args_os().any(|argument| argument == invocation::TAKE_OVER) {
                 upgrade::report_failure(&error.to_string());
             }
             eprintln!("x-manager: {error}");
@@ -82,7 +82,7 @@ fn run(invocation: Invocation) -> Result<()> {
         }
         Invocation::Publish(settings, event) => publish::publish(&settings.ttrpc_address(), &event.namespace, &event.topic)?,
         Invocation::Check(settings) if !settings.store().exists() => {
-            println!("{} is not there yet, the first start makes it", settings.store().display());
+            println!("{} does not exist yet; the first start creates it", settings.store().display());
         }
         Invocation::Check(settings) => {
             let wrong = store::check(&settings.store())?;

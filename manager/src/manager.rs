@@ -20,15 +20,15 @@ pub(crate) struct Manager {
     pub(crate) store: Store,
     pub(crate) events: Arc<Exchange>,
     pub(crate) tasks: Arc<Tasks>,
-    /// Passed by whatever changes something.
+    /// Entered for every change.
     pub(crate) gate: Gate,
-    /// Passed by lists that evaluate filters: others may need threads as well.
+    /// Bounds the lists that evaluate filters at the same time.
     pub(crate) filtering: Semaphore,
-    /// What clients have called.
+    /// Counters of calls.
     pub(crate) calls: Calls,
-    /// What the restart monitor has started.
+    /// How many containers the restart monitor has started.
     pub(crate) restarts: AtomicU64,
-    /// Told to whoever asks for the server: the same for as long as the store is.
+    /// The answer to `Introspection.Server`; it stays the same as long as the store exists.
     pub(crate) uuid: String,
 }
 

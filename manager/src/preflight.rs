@@ -1,4 +1,4 @@
-//! Whether a daemon could start with some settings: found out without changing anything, also beside one that runs.
+//! Checks whether a daemon could start with some settings, without changing anything, even while one runs.
 
 use std::io;
 use std::net::TcpListener;
@@ -10,7 +10,7 @@ use crate::error::{Error, IoContext as _, Result};
 use crate::settings::{MetricsAddress, Settings};
 use crate::store;
 
-/// Refuses what a start would refuse.
+/// Fails where a start would fail.
 ///
 /// Errors: the first reason.
 pub(crate) fn check(settings: &Settings) -> Result<()> {
@@ -21,7 +21,7 @@ pub(crate) fn check(settings: &Settings) -> Result<()> {
     match &settings.metrics {
         Some(MetricsAddress::Unix(path)) => sockets.push(path.clone()),
         Some(MetricsAddress::Tcp(address)) => match TcpListener::bind(address) {
-            // perhaps it is the running daemon that listens there
+            // it may be the running daemon that listens there
             Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
                 return Err(error).on("listen at", Path::new(&format!("tcp://{address}")));
             }
@@ -32,7 +32,7 @@ pub(crate) fn check(settings: &Settings) -> Result<()> {
     for (index, path) in sockets.iter().enumerate() {
         socket_can_be_made(path)?;
         if sockets[..index].contains(path) {
-            return Err(Error::Precondition(format!("two sockets would be at {}", path.display())));
+            return Err(Error::Precondition(format!("{} is configured for two sockets", path.display())));
         }
     }
     store::rehearse(&settings.store_files()).map(drop)
@@ -41,11 +41,11 @@ pub(crate) fn check(settings: &Settings) -> Result<()> {
 fn socket_can_be_made(path: &Path) -> Result<()> {
     let length = path.as_os_str().len();
     if length > LONGEST_BYTES {
-        let sentence = format!("socket {} has a name of {length} bytes, but {LONGEST_BYTES} are the most", path.display());
+        let sentence = format!("path of socket {} has {length} bytes; the maximum is {LONGEST_BYTES}", path.display());
         return Err(Error::Precondition(sentence));
     }
     if path.as_os_str().as_bytes().ends_with(b"/") || path.symlink_metadata().is_ok_and(|about| !about.file_type().is_socket()) {
-        return Err(Error::Precondition(format!("{} is there and no socket", path.display())));
+        return Err(Error::Precondition(format!("{} exists and is not a socket", path.display())));
     }
     folder_can_be_made(path.parent().unwrap_or(Path::new("/")))
 }
@@ -56,7 +56,7 @@ fn folder_can_be_made(folder: &Path) -> Result<()> {
         match found.metadata() {
             Ok(about) if about.is_dir() => return Ok(()),
             Ok(_) => {
-                let sentence = format!("folder {} cannot be made, as {} is a file", folder.display(), found.display());
+                let sentence = format!("cannot create folder {}: {} is a file", folder.display(), found.display());
                 return Err(Error::Precondition(sentence));
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
@@ -89,9 +89,9 @@ mod tests {
         assert!(!folder.join("a").exists(), "and nothing was made");
         for (bad, sentence) in [
             (Settings { root: folder.join("file/root"), ..good.clone() }, "file is a file"),
-            (Settings { address: folder.join("file"), ..good.clone() }, "is there and no socket"),
-            (Settings { address: folder.join("x".repeat(200)), ..good.clone() }, "bytes, but 103 are the most"),
-            (Settings { metrics: Some(MetricsAddress::Unix(good.address.clone())), ..good.clone() }, "two sockets would be at"),
+            (Settings { address: folder.join("file"), ..good.clone() }, "exists and is not a socket"),
+            (Settings { address: folder.join("x".repeat(200)), ..good.clone() }, "bytes; the maximum is 103"),
+            (Settings { metrics: Some(MetricsAddress::Unix(good.address.clone())), ..good.clone() }, "is configured for two sockets"),
             (
                 Settings { metrics: Some(MetricsAddress::Tcp(([203, 0, 113, 1], 1).into())), ..good.clone() },
                 "listen at tcp://203.0.113.1:1",

@@ -1,6 +1,6 @@
 //! `x-manager publish`: an event from the command line, for shims that publish by running the daemon's program.
 //!
-//! They are told which by `-publish-binary`, run it as containerd's own (`--address SOCKET publish --topic TOPIC --namespace NAMESPACE`), and write the
+//! `-publish-binary` names the program; shims run it as containerd's own (`--address SOCKET publish --topic TOPIC --namespace NAMESPACE`), and write the
 //! event, a `google.protobuf.Any`, to its standard input.
 
 use std::io::Read as _;
@@ -18,16 +18,16 @@ use ttrpc::asynchronous::transport::Socket;
 
 use crate::error::{Error, IoContext as _, Result};
 
-/// Tells the daemon whose events come to `address` of what standard input says.
+/// Sends the event on standard input to the daemon at `address`.
 ///
-/// Errors: what the daemon says, or why it cannot be told.
+/// Errors: the daemon's answer, or why it cannot be reached.
 pub(crate) fn publish(address: &Path, namespace: &str, topic: &str) -> Result<()> {
     let mut bytes = Vec::new();
     std::io::stdin().take(EVENT_BYTES + 1).read_to_end(&mut bytes).on("read", Path::new("standard input"))?;
     if u64::try_from(bytes.len()).is_ok_and(|length| length > EVENT_BYTES) {
         return Err(Error::Exhausted(format!("an event of more than {EVENT_BYTES} bytes")));
     }
-    let event = Any::parse_from_bytes(&bytes).map_err(|error| Error::Invalid(format!("what came in is no event: {error}")))?;
+    let event = Any::parse_from_bytes(&bytes).map_err(|error| Error::Invalid(format!("standard input is not an event: {error}")))?;
     let envelope = Envelope {
         timestamp: MessageField::some(Timestamp::now()),
         namespace: namespace.to_owned(),
@@ -39,19 +39,19 @@ pub(crate) fn publish(address: &Path, namespace: &str, topic: &str) -> Result<()
     let request = Request {
         service: "containerd.services.events.ttrpc.v1.Events".to_owned(),
         method: "Forward".to_owned(),
-        payload: forward.write_to_bytes().map_err(|error| Error::Invalid(format!("what came in cannot be sent: {error}")))?,
-        timeout_nano: i64::try_from(ANSWERED.as_nanos()).unwrap_or(i64::MAX),
+        payload: forward.write_to_bytes().map_err(|error| Error::Invalid(format!("the event cannot be sent: {error}")))?,
+        timeout_nano: i64::try_from(ANSWER_TIMEOUT.as_nanos()).unwrap_or(i64::MAX),
         ..Request::default()
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().on("start the executor for", address)?;
     runtime.block_on(async {
-        let socket = tokio::net::UnixStream::connect(address).await.on("no x-manager hears events at", address)?;
-        let answer = tokio::time::timeout(ANSWERED, Client::new(Socket::new(socket)).request(request)).await;
+        let socket = tokio::net::UnixStream::connect(address).await.on("cannot reach x-manager at", address)?;
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, Client::new(Socket::new(socket)).request(request)).await;
         match answer {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(ttrpc::Error::RpcStatus(status))) => Err(Error::Shim { code: status.code.value(), message: status.message }),
             Ok(Err(error)) => Err(Error::Unavailable(format!("the daemon did not answer: {error}"))),
-            Err(_elapsed) => Err(Error::Unavailable(format!("the daemon did not answer within {ANSWERED:?}"))),
+            Err(_elapsed) => Err(Error::Unavailable(format!("the daemon did not answer within {ANSWER_TIMEOUT:?}"))),
         }
     })
 }
@@ -59,4 +59,4 @@ pub(crate) fn publish(address: &Path, namespace: &str, topic: &str) -> Result<()
 /// The longest event.
 const EVENT_BYTES: u64 = 1 << 20;
 /// For the daemon to answer; containerd's own shims wait as long.
-const ANSWERED: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! Where everything is kept and served, and how much clients may make this process hold.
+//! Settings: paths, addresses, and limits on what clients can make this process hold.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,9 +10,9 @@ use crate::store::Files;
 /// What the daemon is started with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Settings {
-    /// What outlives a reboot: the metadata store, the tasks' work folders.
+    /// Persistent data: the metadata store and the tasks' work folders.
     pub(crate) root: PathBuf,
-    /// What does not: bundles.
+    /// Data that is lost with a reboot: bundles.
     pub(crate) state: PathBuf,
     /// The socket of the gRPC API.
     pub(crate) address: PathBuf,
@@ -22,7 +22,7 @@ pub(crate) struct Settings {
     pub(crate) log_level: LevelFilter,
     /// Where metrics are served, if anywhere.
     pub(crate) metrics: Option<MetricsAddress>,
-    /// How often the restart monitor looks at what it has not been told of; none turns it off.
+    /// How often the restart monitor checks containers without an event; none turns it off.
     pub(crate) restart_interval: Option<Duration>,
     /// What clients may make this process hold.
     pub(crate) limits: Limits,
@@ -42,9 +42,9 @@ pub(crate) enum MetricsAddress {
 pub(crate) struct Limits {
     /// Connections of clients.
     pub(crate) connections: usize,
-    /// Clients that listen to events.
+    /// Clients subscribed to events.
     pub(crate) subscribers: usize,
-    /// Bytes of events that wait for one of them.
+    /// Bytes of events queued for each subscriber.
     pub(crate) event_queue_bytes: usize,
     /// Bytes of the metadata store.
     pub(crate) store_bytes: u64,

@@ -110,7 +110,7 @@ impl Sockets {
         };
         let (Inherited::Activated(rest) | Inherited::HandedOver(rest)) = inherited;
         if !rest.is_empty() {
-            let sentence = format!("{} sockets were passed to this process that no setting names", rest.len());
+            let sentence = format!("{} sockets were passed to this process that the configuration does not name", rest.len());
             return Err(Error::Precondition(sentence));
         }
         let sockets = Self { clients, shims, control, metrics };
@@ -121,7 +121,7 @@ impl Sockets {
         Ok(sockets)
     }
 
-    /// What is handed over to the next process.
+    /// All sockets, as handed over to the next process.
     pub(crate) fn all(&self) -> Vec<BorrowedFd<'_>> {
         let metrics = self.metrics.as_ref().map(|listener| match listener {
             MetricsListener::Tcp(listener) => listener.as_fd(),
@@ -136,26 +136,26 @@ pub(crate) fn accepting(listener: &UnixListener) -> Result<tokio::net::UnixListe
     listener.try_clone().and_then(tokio::net::UnixListener::from_std).on("serve at", Path::new("a socket"))
 }
 
-/// Listens at `path`, for root and the group; removes what a dead daemon has left there.
+/// Listens at `path`, for root and the group; removes the leftover of a dead daemon.
 ///
-/// Errors: [`Error::Precondition`] when somebody serves there, or when what is there is no socket.
+/// Errors: [`Error::Precondition`] when another process serves there, or when the path is not a socket.
 fn listen(path: &Path, gid: u32, mode: u32) -> Result<UnixListener> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new().recursive(true).mode(0o711).create(folder).on("make folder", folder)?;
     match fs::symlink_metadata(path) {
         Ok(about) if !about.file_type().is_socket() => {
-            return Err(Error::Precondition(format!("{} is there and no socket", path.display())));
+            return Err(Error::Precondition(format!("{} exists and is not a socket", path.display())));
         }
         Ok(_) if is_served(path)? => {
-            return Err(Error::Precondition(format!("somebody serves at {} already", path.display())));
+            return Err(Error::Precondition(format!("{} is already in use by another process", path.display())));
         }
         Ok(_) => fs::remove_file(path).on("remove old socket", path)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error).on("look at", path),
     }
-    // nobody may connect before its mode and group are right: it appears under its name when they are
+    // clients must not connect before mode and group are set: the socket is renamed into place after that
     let hidden = hidden(path);
-    let _litter_of_a_killed_start = fs::remove_file(&hidden);
+    let _leftover_of_a_killed_start = fs::remove_file(&hidden);
     let listener = UnixListener::bind(&hidden).on("listen at", path)?;
     fs::set_permissions(&hidden, fs::Permissions::from_mode(mode)).on("set mode of", path)?;
     chown(&hidden, Some(0), Some(gid)).on("set group of", path)?;
@@ -163,13 +163,13 @@ fn listen(path: &Path, gid: u32, mode: u32) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Whether anybody listens at a socket, also somebody who is too busy to accept.
+/// Whether a process listens at a socket, even if it is too busy to accept.
 fn is_served(path: &Path) -> Result<bool> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).on("make a socket for", path)?;
     let address = UnixAddr::new(path).on("look at", path)?;
     match connect(client.as_raw_fd(), &address) {
-        // EAGAIN: so many wait already that no more can
+        // EAGAIN: the backlog is full
         Ok(()) | Err(Errno::EAGAIN) => Ok(true),
         Err(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(false),
         Err(error) => Err(error).on("connect to", path),
@@ -210,12 +210,12 @@ mod tests {
             assert_eq!(fs::metadata(&path).expect("a socket").permissions().mode() & 0o777, 0o660);
             assert!(matches!(listen(&path, 0, SHARED), Err(Error::Precondition(_))), "taken");
             drop(listener);
-            drop(listen(&path, 0, SHARED).expect("litter is removed"));
+            drop(listen(&path, 0, SHARED).expect("leftovers are removed"));
         }
         let busy = folder.join("busy");
-        let somebody = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
-        bind(somebody.as_raw_fd(), &UnixAddr::new(&busy).expect("a short path")).expect("a free place");
-        nix::sys::socket::listen(&somebody, Backlog::new(0).expect("a number")).expect("a socket");
+        let busy_listener = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+        bind(busy_listener.as_raw_fd(), &UnixAddr::new(&busy).expect("a short path")).expect("a free place");
+        nix::sys::socket::listen(&busy_listener, Backlog::new(0).expect("a number")).expect("a socket");
         let _waits_to_be_accepted = UnixStream::connect(&busy).expect("room for one");
         assert!(matches!(listen(&busy, 0, SHARED), Err(Error::Precondition(_))), "it does not accept, but is there");
         let file = folder.join("file");

@@ -14,7 +14,7 @@ pub(crate) fn to_nanos(time: &Timestamp) -> i64 {
     time.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(time.nanos))
 }
 
-/// The time of so many nanoseconds since 1970.
+/// The time from nanoseconds since 1970.
 pub(crate) fn from_nanos(nanos: i64) -> Timestamp {
     let nanos_of_second = i32::try_from(nanos.rem_euclid(1_000_000_000)).unwrap_or_default();
     Timestamp { seconds: nanos.div_euclid(1_000_000_000), nanos: nanos_of_second }

@@ -19,7 +19,7 @@ pub(super) async fn publish(manager: Arc<Manager>, call: Call, request: PublishR
 pub(super) async fn forward(manager: Arc<Manager>, _call: Call, request: ForwardRequest) -> Result<()> {
     let envelope = request.envelope.ok_or_else(|| Error::Invalid("envelope must be set".to_owned()))?;
     events::validate(&envelope)?;
-    manager.tasks.hear(envelope).await
+    manager.tasks.receive(envelope).await
 }
 
 pub(super) async fn subscribe(manager: Arc<Manager>, call: Call, request: SubscribeRequest) -> Result<Subscription> {

@@ -20,7 +20,7 @@ use crate::tasks::limits::{LONG, STATE};
 use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
 use crate::{timestamp, wire};
 
-/// How a container's task is.
+/// The state of a container's task.
 pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) -> Observed {
     let Ok(task) = manager.tasks.find(namespace, id) else { return Observed::Nothing };
     let shim = match task.phase() {
@@ -50,7 +50,7 @@ pub(super) async fn act(
     decision: Decision,
     is_half_made: bool,
 ) -> Result<()> {
-    // another process will see to it
+    // another process has taken over
     let Ok(pass) = manager.gate.enter().await else { return Ok(()) };
     drop(pass);
     let _carried = manager.gate.carry();
@@ -68,13 +68,13 @@ async fn start(manager: &Arc<Manager>, namespace: &Namespace, container: Contain
     started
 }
 
-/// Notes that nothing half-made is left of an attempt.
+/// Records that an attempt has left nothing half-made.
 pub(super) async fn is_settled(manager: &Manager, namespace: &Namespace, id: &str) {
-    // a process that has taken over goes on with it
+    // after a handover the new process continues
     let Ok(_pass) = manager.gate.enter().await else { return };
     let (place, name) = (namespace.clone(), id.to_owned());
     if let Err(error) = manager.store.note(move |db| restarts::end(db, place.as_str(), &name)).await {
-        warn!(namespace:%, container = id, error = error.chain(); "cannot note the end of a restart");
+        warn!(namespace:%, container = id, error = error.chain(); "cannot record the end of a restart");
     }
 }
 
@@ -84,7 +84,7 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
     }
     let output = policy::output(&container.labels).map_err(Error::Invalid)?;
     let id = container.id.clone();
-    // what an earlier process was about is counted already
+    // an attempt of the previous process is counted already
     let count = policy::count(&container.labels) + u64::from(!is_half_made);
     note_count(manager, namespace, &id, count).await?;
     end(manager, namespace, &id).await?;
@@ -112,7 +112,7 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
     };
     if let Err(error) = started {
         drop(manager.gate.enter().await?);
-        // what is half-made is nobody else's; the next attempt meets what is left
+        // no client owns the half-made task; the next attempt removes what is left
         let _ = end(manager, namespace, &id).await;
         return Err(error);
     }
@@ -121,7 +121,7 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
     Ok(())
 }
 
-/// Writes down how often a container was started again, and that it is about to be.
+/// Records the restart count of a container, and that a restart begins.
 async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u64) -> Result<()> {
     let (place, name) = (namespace.clone(), id.to_owned());
     let _pass = manager.gate.enter().await?;
@@ -142,7 +142,7 @@ async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u
     Ok(())
 }
 
-/// Kills what there is of a task and deletes it; that there is none is fine.
+/// Kills and deletes a task, if there is one.
 async fn end(manager: &Manager, namespace: &Namespace, id: &str) -> Result<()> {
     let Ok(task) = manager.tasks.find(namespace, id) else { return Ok(()) };
     if let Ok(Phase::Live(shim)) = task.settled().await {
@@ -152,7 +152,7 @@ async fn end(manager: &Manager, namespace: &Namespace, id: &str) -> Result<()> {
                 let wait = WaitRequest { id: id.to_owned(), ..WaitRequest::default() };
                 shim.call::<WaitResponse>("Wait", &wait, Some(LONG)).await?;
             }
-            // it has ended, and its deletion says whether that is so
+            // it has exited, or Delete reports that it has not
             Err(Unanswered::Refused(_) | Unanswered::Lost) => {}
             Err(reason) => return Err(reason.into()),
         }

@@ -1,4 +1,4 @@
-//! The restart monitor: keeps the tasks of labelled containers as their labels say.
+//! The restart monitor: keeps the tasks of labelled containers in the state that the labels ask for.
 //!
 //! ```text
 //! exit, changed labels ─▶ that container ┐
@@ -34,7 +34,7 @@ type Key = (Namespace, String);
 /// Watches until this process retires.
 pub(crate) async fn watch(manager: Arc<Manager>, interval: Duration) {
     let unfinished = manager.store.recall(restarts::list).await.unwrap_or_else(|error| {
-        warn!(error = error.chain(); "the restart monitor does not know what it was about when the last process ended");
+        warn!(error = error.chain(); "cannot read which restarts the previous process had begun");
         Vec::new()
     });
     let unfinished = unfinished.into_iter().filter_map(|(namespace, id)| Some((Namespace::parse(&namespace).ok()?, id))).collect();
@@ -45,7 +45,7 @@ pub(crate) async fn watch(manager: Arc<Manager>, interval: Duration) {
         () = manager.gate.retired() => {}
         () = monitor.run() => {}
     }
-    // what is under way has a pass and is carried to its end
+    // actions in progress run to completion
     monitor.acting.detach_all();
 }
 
@@ -53,14 +53,14 @@ struct Monitor {
     manager: Arc<Manager>,
     interval: Duration,
     known: HashMap<Key, History>,
-    /// Those that an earlier process was about to start when it died.
+    /// Containers that the previous process was about to start when it crashed.
     unfinished: HashSet<Key>,
-    /// Those that are being looked at, or for which something is being done; true for those at which somebody must look again then.
+    /// Containers being queried, started or stopped; true for those to be checked again afterwards.
     busy: HashMap<Key, bool>,
     acting: JoinSet<(Key, Step)>,
 }
 
-/// What was done for a container, beside everything else: a shim that does not answer delays nobody.
+/// The result of a step, which runs concurrently: a shim that does not answer delays no other container.
 enum Step {
     /// Its shim was asked.
     Observed(Box<Container>, Observed),
@@ -73,11 +73,11 @@ enum Step {
 struct History {
     /// When this monitor has last started it.
     started: Option<Instant>,
-    /// How many of its last lives were short.
-    short_lives: u32,
-    /// It is to be started, then.
+    /// How many of its last runs were short.
+    short_runs: u32,
+    /// When it is to be started.
     due: Option<Instant>,
-    /// Whether its labels were complained about.
+    /// Whether invalid labels were logged.
     is_reported: bool,
 }
 
@@ -86,7 +86,7 @@ impl Monitor {
         let mut events = self.manager.events.overhear();
         let mut next_round = Instant::now();
         loop {
-            // for those that are busy it is time when they are not
+            // busy containers wait until they are no longer busy
             let due = self.known.iter().filter(|(key, _)| !self.busy.contains_key(key)).filter_map(|(_, history)| history.due);
             let wake = due.min().map_or(next_round, |first| first.min(next_round));
             tokio::select! {
@@ -101,8 +101,8 @@ impl Monitor {
                 },
                 Some(ended) = self.acting.join_next() => {
                     match ended {
-                        Ok((key, step)) => self.go_on(key, step).await,
-                        Err(panic) => error!(error:% = panic; "a restart was not carried to its end"),
+                        Ok((key, step)) => self.proceed(key, step).await,
+                        Err(panic) => error!(error:% = panic; "a restart panicked"),
                     }
                 }
                 () = tokio::time::sleep_until(wake) => {
@@ -137,7 +137,7 @@ impl Monitor {
                     self.consider((namespace, container.id.clone()), container);
                 }
             }
-            Err(error) => warn!(error = error.chain(); "the restart monitor cannot read containers"),
+            Err(error) => warn!(error = error.chain(); "cannot read containers to restart"),
         }
     }
 
@@ -147,13 +147,13 @@ impl Monitor {
             Ok(Some(container)) if has_wish(&container) => self.consider(key.clone(), container),
             Ok(_) => drop(self.known.remove(key)),
             Err(error) => {
-                warn!(error = error.chain(); "the restart monitor cannot read a container");
+                warn!(error = error.chain(); "cannot read a container to restart");
                 self.known.entry(key.clone()).or_default().due = Some(Instant::now() + self.interval);
             }
         }
     }
 
-    /// Asks how the task of a container is, if its labels want something of it.
+    /// Queries the state of a container's task, if its labels ask for a state.
     fn consider(&mut self, key: Key, container: Container) {
         if let Some(look_again) = self.busy.get_mut(&key) {
             *look_again = true;
@@ -165,7 +165,7 @@ impl Monitor {
             Ok(None) => return,
             Err(sentence) => {
                 if !std::mem::replace(&mut history.is_reported, true) {
-                    error!(namespace:% = key.0, container = key.1.as_str(), error = sentence; "the restart monitor does not know what to do");
+                    error!(namespace:% = key.0, container = key.1.as_str(), error = sentence; "cannot apply restart labels");
                 }
                 return;
             }
@@ -178,8 +178,8 @@ impl Monitor {
         });
     }
 
-    /// Does what follows from how its task is.
-    async fn go_on(&mut self, key: Key, step: Step) {
+    /// Continues with the result of a step.
+    async fn proceed(&mut self, key: Key, step: Step) {
         let look_again = self.busy.remove(&key).unwrap_or(false);
         match step {
             _ if look_again => self.look(&key).await,
@@ -219,7 +219,8 @@ impl Monitor {
         self.acting.spawn(async move {
             let done = act::act(&manager, &key.0, container, decision, is_half_made).await;
             if let Err(error) = &done {
-                warn!(namespace:% = key.0, container = key.1.as_str(), error = error.chain(); "the restart monitor has no success");
+                let sentence = if decision == Decision::Stop { "cannot stop container" } else { "cannot restart container" };
+                warn!(namespace:% = key.0, container = key.1.as_str(), error = error.chain(); "{sentence}");
             }
             (key, Step::Acted(done.is_ok()))
         });
@@ -235,8 +236,8 @@ impl History {
             None => now + policy::pause(0),
             Some(started) => {
                 let was_short = now.duration_since(started) < LASTING;
-                self.short_lives = if was_short { self.short_lives.saturating_add(1) } else { 0 };
-                now + policy::pause(self.short_lives)
+                self.short_runs = if was_short { self.short_runs.saturating_add(1) } else { 0 };
+                now + policy::pause(self.short_runs)
             }
         });
         if now < due {
@@ -267,7 +268,7 @@ fn container_of(envelope: &Envelope) -> Option<Key> {
     Some((namespace, id))
 }
 
-/// A task that has run for so long is started again after the shortest pause.
+/// A task that ran this long is restarted after the shortest pause.
 const LASTING: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
@@ -278,8 +279,8 @@ mod tests {
     async fn restarts_are_delayed_while_runs_are_short() {
         let mut history = History::default();
         let mut pauses = Vec::new();
-        for life in [0, 1, 1, 1, 11] {
-            tokio::time::advance(Duration::from_secs(life)).await;
+        for run in [0, 1, 1, 1, 11] {
+            tokio::time::advance(Duration::from_secs(run)).await;
             let ended = Instant::now();
             while !history.may_start(Observed::Exited(1), Duration::from_secs(10)) {
                 tokio::time::advance(Duration::from_millis(500)).await;

@@ -1,18 +1,18 @@
-//! What a container's labels ask for, and what follows from it.
+//! The restart policy: what a container's labels ask for, and the resulting action.
 //!
 //! | label `containerd.io/restart.` | |
 //! | --- | --- |
 //! | `status` | `running` or `stopped`: what its task shall be |
 //! | `policy` | `always` (also when missing), `on-failure`, `on-failure:N`, `unless-stopped`, `no` |
 //! | `count` | how often it was started again |
-//! | `explicitly-stopped` | `true`: whoever stopped it wants that to last |
+//! | `explicitly-stopped` | `true`: a client stopped it for good |
 //! | `loguri` | where its output goes |
 //! | `logpath` | the same as a file, when there is no `loguri`: containerd 1.4 to 1.7 |
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// What shall be.
+/// The desired state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wish {
     /// A running task, under this policy.
@@ -25,22 +25,22 @@ pub(super) enum Wish {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Policy {
     Always,
-    /// At most so often.
+    /// At most this many times.
     OnFailure(Option<u64>),
     UnlessStopped,
     No,
 }
 
-/// What is.
+/// The observed state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Observed {
     /// No task.
     Nothing,
-    /// Its shim does not say.
+    /// Its shim does not answer.
     Undecided,
-    /// It is somebody's to start.
+    /// Created; its client is to start it.
     Created,
-    /// It is somebody's to resume.
+    /// Paused; its client is to resume it.
     Paused,
     Running,
     /// With this status.
@@ -63,7 +63,7 @@ pub(super) fn wish(labels: &HashMap<String, String>) -> Result<Option<Wish>, Str
         None | Some("") => Ok(None),
         Some("stopped") => Ok(Some(Wish::Stopped)),
         Some("running") => policy(labels.get(POLICY).map_or("", String::as_str)).map(|policy| Some(Wish::Running(policy))),
-        Some(other) => Err(format!("label {STATUS} says {other:?}: should be running or stopped")),
+        Some(other) => Err(format!("label {STATUS} is {other:?}: expected running or stopped")),
     }
 }
 
@@ -74,14 +74,14 @@ fn policy(text: &str) -> Result<Policy, String> {
             "on-failure" => Ok(Policy::OnFailure(None)),
             "unless-stopped" => Ok(Policy::UnlessStopped),
             "no" => Ok(Policy::No),
-            _ => Err(format!("label {POLICY} says {text:?}: should be always, on-failure[:N], unless-stopped or no")),
+            _ => Err(format!("label {POLICY} is {text:?}: expected always, on-failure[:N], unless-stopped or no")),
         },
         Some(("on-failure", most)) => match most.parse() {
             Ok(0) => Ok(Policy::OnFailure(None)),
             Ok(most) => Ok(Policy::OnFailure(Some(most))),
-            Err(_) => Err(format!("label {POLICY} says {text:?}: {most:?} is no number of times")),
+            Err(_) => Err(format!("label {POLICY} is {text:?}: {most:?} is not a number")),
         },
-        Some((name, _)) => Err(format!("label {POLICY} says {text:?}: {name} takes no number")),
+        Some((name, _)) => Err(format!("label {POLICY} is {text:?}: {name} takes no number")),
     }
 }
 
@@ -98,7 +98,7 @@ pub(super) fn output(labels: &HashMap<String, String>) -> Result<String, String>
             let escaped = path.bytes().map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") });
             Ok(format!("file://{}", escaped.collect::<String>()))
         }
-        (None, Some(path)) => Err(format!("label {LOG_PATH} says {path:?}: should be an absolute path")),
+        (None, Some(path)) => Err(format!("label {LOG_PATH} is {path:?}: expected an absolute path")),
     }
 }
 
@@ -127,9 +127,9 @@ pub(super) fn decide(wish: Wish, observed: Observed, labels: &HashMap<String, St
     }
 }
 
-/// How long to wait before the next start, after so many that did not last.
-pub(super) fn pause(short_lives: u32) -> Duration {
-    SHORTEST.saturating_mul(1 << short_lives.min(10)).min(LONGEST)
+/// The pause before the next start, by the number of consecutive short runs.
+pub(super) fn pause(short_runs: u32) -> Duration {
+    SHORTEST.saturating_mul(1 << short_runs.min(10)).min(LONGEST)
 }
 
 const STATUS: &str = "containerd.io/restart.status";

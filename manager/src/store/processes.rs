@@ -1,7 +1,7 @@
-//! What this process must know of tasks after its own crash, beyond what their shims know.
+//! Facts about tasks that this process needs after its own crash and that shims do not keep.
 //!
-//! `execs`: which were added, so that their exits can be asked for. `exits`: which were told to subscribers, so that none is told twice.
-//! `ended`: how tasks ended whose shim is dead, until somebody collects it.
+//! `execs`: added execs, so that their exits can be queried. `exits`: published exits, so that none is published twice.
+//! `ended`: exits of tasks whose shim is dead, until a client collects them.
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
@@ -28,7 +28,7 @@ impl Exit {
 pub(crate) mod execs {
     use super::*;
 
-    /// Remembers that an exec was added. False when that was known.
+    /// Records an exec. False when it was recorded before.
     pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<bool> {
         let mut insert = db.prepare_cached("INSERT OR IGNORE INTO execs (namespace, id, exec) VALUES (?, ?, ?)").doing("prepare")?;
         Ok(insert.execute([namespace, id, exec]).doing("write")? > 0)
@@ -59,22 +59,22 @@ pub(crate) mod execs {
 pub(crate) mod exits {
     use super::*;
 
-    /// Whether this exit was told before. A shim's own clock readings of one exit may differ a little.
-    pub(crate) fn is_told(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit) -> Result<bool> {
+    /// Whether this exit was published before. A shim's timestamps of one exit may differ slightly.
+    pub(crate) fn is_published(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit) -> Result<bool> {
         let sql = "SELECT EXISTS (SELECT 1 FROM exits WHERE namespace = ? AND id = ? AND exec = ? AND pid = ? AND at BETWEEN ? AND ?)";
         let mut select = db.prepare_cached(sql).doing("prepare")?;
         let (from, to) = (exit.at.saturating_sub(SAME_EXIT_NANOS), exit.at.saturating_add(SAME_EXIT_NANOS));
         select.query_row(params![namespace, id, exec, exit.pid, from, to], |row| row.get(0)).doing("read")
     }
 
-    /// How a process ended, if that was told and nobody has deleted it; init's `exec` is empty.
+    /// The published exit of a process that has not been deleted; init's `exec` is empty.
     pub(crate) fn last(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<Option<Exit>> {
         let sql = "SELECT pid, status, at FROM exits WHERE namespace = ? AND id = ? AND exec = ? AND collected IS NULL ORDER BY at DESC";
         let mut select = db.prepare_cached(sql).doing("prepare")?;
         select.query_row([namespace, id, exec], Exit::from_row).optional().doing("read")
     }
 
-    /// Remembers that an exit was told; when `collected` says since when nobody has its task any more, for a while.
+    /// Records a published exit; `collected` is when its task was deleted, if it was: the record then expires.
     pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit, collected: Option<i64>) -> Result<()> {
         let sql = "INSERT OR IGNORE INTO exits (namespace, id, exec, pid, status, at, collected) VALUES (?, ?, ?, ?, ?, ?, ?)";
         let mut insert = db.prepare_cached(sql).doing("prepare")?;
@@ -82,7 +82,7 @@ pub(crate) mod exits {
         Ok(())
     }
 
-    /// Lets those of a deleted exec, or of a whole deleted task, go after a while; a shim may tell them again until then.
+    /// Lets the exits of a deleted exec or task expire; until then a shim may publish them again.
     pub(crate) fn collect(db: &Connection, namespace: &str, id: &str, exec: Option<&str>, now: i64) -> Result<()> {
         let sql = "UPDATE exits SET collected = ? WHERE namespace = ? AND id = ? AND exec = coalesce(?, exec) AND collected IS NULL";
         let mut update = db.prepare_cached(sql).doing("prepare")?;
@@ -94,14 +94,14 @@ pub(crate) mod exits {
 
     /// Two readings of the clock for one exit are nearer than that; two exits of one pid in one exec id are not.
     const SAME_EXIT_NANOS: i64 = 2_000_000_000;
-    /// For so long after its deletion the exit of a process is remembered.
+    /// How long the exit of a process is kept after its deletion.
     const KEPT_NANOS: i64 = 600_000_000_000;
 }
 
 pub(crate) mod ended {
     use super::*;
 
-    /// Remembers how a task ended whose shim is dead.
+    /// Records the exit of a task whose shim is dead.
     pub(crate) fn put(db: &Connection, namespace: &str, id: &str, exit: Exit) -> Result<()> {
         let sql = "INSERT OR REPLACE INTO ended (namespace, id, pid, status, at) VALUES (?, ?, ?, ?, ?)";
         let mut insert = db.prepare_cached(sql).doing("prepare")?;
@@ -109,13 +109,13 @@ pub(crate) mod ended {
         Ok(())
     }
 
-    /// How a task ended, if that is remembered.
+    /// The exit of a task, if it is recorded.
     pub(crate) fn get(db: &Connection, namespace: &str, id: &str) -> Result<Option<Exit>> {
         let mut select = db.prepare_cached("SELECT pid, status, at FROM ended WHERE namespace = ? AND id = ?").doing("prepare")?;
         select.query_row([namespace, id], Exit::from_row).optional().doing("read")
     }
 
-    /// Takes it away.
+    /// Removes and returns it.
     pub(crate) fn take(db: &Connection, namespace: &str, id: &str) -> Result<Option<Exit>> {
         let sql = "DELETE FROM ended WHERE namespace = ? AND id = ? RETURNING pid, status, at";
         let mut delete = db.prepare_cached(sql).doing("prepare")?;

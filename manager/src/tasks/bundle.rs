@@ -35,9 +35,9 @@ pub(crate) struct Address {
     pub(crate) protocol: String,
 }
 
-/// The right to change a bundle and to run programs for it. The kernel takes it back from a process that dies.
+/// The lock of a bundle, held to change it and to run programs for it. The kernel releases it when the process exits.
 ///
-/// A process from which another has taken over finishes what it has begun for a bundle, and the other one waits for that.
+/// After a handover the old process finishes its work on a bundle, and the new one waits for that.
 #[derive(Debug)]
 pub(crate) struct Claim {
     /// None for a bundle that is not there.
@@ -63,7 +63,7 @@ impl Bundle {
         &self.path
     }
 
-    /// Takes the right to change it; none while another process, or another part of this one, has it.
+    /// Locks it; none while another process, or another part of this one, holds the lock.
     pub(crate) fn claim(&self) -> Result<Option<Claim>> {
         let folder = match File::open(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Some(Claim { _lock: None })),
@@ -100,7 +100,7 @@ impl Bundle {
         }
         let rootfs = self.path.join("rootfs");
         DirBuilder::new().mode(0o711).create(&rootfs).on("make folder", &rootfs)?;
-        // what is left of an earlier life of the id is nobody's any more
+        // leftovers of an earlier task with the same id
         mounts::remove_tree(&self.work)?;
         DirBuilder::new().mode(0o711).create(&self.work).on("make work folder", &self.work)?;
         let link = self.path.join("work");
@@ -117,7 +117,7 @@ impl Bundle {
 
     /// Which program was started; none if none was.
     ///
-    /// Errors: nobody can say.
+    /// Errors: the file cannot be read.
     pub(crate) fn program(&self) -> Result<Option<PathBuf>> {
         let program = self.read(PROGRAM)?;
         Ok(program.map(|bytes| PathBuf::from(OsString::from_vec(bytes))))
@@ -146,7 +146,7 @@ impl Bundle {
 
     /// Where the shim serves; none when that was never noted.
     ///
-    /// Errors: nobody can say.
+    /// Errors: the file cannot be read.
     pub(crate) fn address(&self) -> Result<Option<Address>> {
         if let Some(json) = self.read("bootstrap.json")?
             && let Ok(address) = serde_json::from_slice(&json)
@@ -165,7 +165,7 @@ impl Bundle {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        // what cannot be removed is in nobody's way, until the next start tries it again
+        // the next start removes what cannot be removed now
         let hidden = parent.join(format!(".{}.{now}.{number}", name.to_string_lossy()));
         match fs::rename(&self.path, &hidden) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -64,7 +64,7 @@ impl Calls {
     pub(super) async fn call(&self, request: Vec<u8>) -> Result<Vec<u8>, NoAnswer> {
         let (answer, answered) = oneshot::channel();
         let _waiting = self.add(Unanswered { request: Some(request), answer }).ok_or(NoAnswer::Unsent)?;
-        // a sender that was dropped without a word is one of a connection that ended
+        // the sender is dropped unused when the connection ends
         answered.await.unwrap_or(Err(NoAnswer::Interrupted))
     }
 

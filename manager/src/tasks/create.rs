@@ -23,7 +23,7 @@ pub(crate) struct NewTask {
     pub(crate) options: Option<Any>,
     /// The JSON of config.json.
     pub(crate) spec: Vec<u8>,
-    /// What the shim is asked; the bundle is put in.
+    /// The request to the shim; id and bundle are filled in.
     pub(crate) request: CreateTaskRequest,
 }
 
@@ -39,7 +39,7 @@ impl Tasks {
         Ok(pid)
     }
 
-    /// Takes the id. A task whose shim is dead makes room.
+    /// Reserves the id. A task whose shim is dead is replaced.
     async fn reserve(&self, namespace: &Namespace, id: &str) -> Result<Arc<Task>> {
         let taken = || Error::AlreadyExists(format!("task {id}"));
         for _attempt in 0..3 {
@@ -78,7 +78,7 @@ impl Tasks {
                 return Err(error);
             }
         };
-        // nothing from here on changes the store: another process that takes over meanwhile waits until the claim is given up
+        // no store change from here on: a process that takes over meanwhile waits for the claim
         let made = self.launch(task, program, new.options.as_ref(), new.request).await;
         match made {
             Ok((shim, pid)) => {
@@ -95,7 +95,7 @@ impl Tasks {
     }
 
     async fn prepare(&self, task: &Task, program: &Path, spec: Vec<u8>) -> Result<Claim> {
-        // a process that takes over finds the bundle of every creation that is under way
+        // a process that takes over must find the bundle of every creation in progress
         let _pass = self.gate.enter().await?;
         self.forget_earlier(&task.namespace, &task.id).await?;
         let (bundle, program) = (task.bundle.clone(), program.to_owned());
@@ -130,14 +130,14 @@ impl Tasks {
         }
     }
 
-    /// Undoes a creation that failed, as far as it went. What cannot be undone at once is tried again while others are served.
+    /// Undoes a failed creation. What cannot be undone at once is retried in the background.
     async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>, was_refused: bool, claim: Claim) {
-        // a shim that has refused and then knows of no task has made nothing, and the program of 1.7 fails to delete that
-        let may_be_there = match &shim {
+        // a shim that refused and does not know the task has created nothing, and containerd 1.7's program fails to delete that
+        let may_exist = match &shim {
             Some(shim) => self.dismiss(task, shim).await || !was_refused,
             None => false,
         };
-        let left = if may_be_there { Left::Unacknowledged(None) } else { Left::Unmade };
+        let left = if may_exist { Left::Unacknowledged(None) } else { Left::Unmade };
         let turn = self.programs.turn().await;
         let attempt = self.try_to_clean_up(task, left, 0).await;
         drop(turn);
@@ -152,10 +152,10 @@ impl Tasks {
 struct Failure {
     /// The shim that was started for it.
     shim: Option<Shim>,
-    /// Whether it was the shim that said no.
+    /// Whether the shim refused the creation.
     was_refused: bool,
     error: Error,
 }
 
-/// A creation takes no longer: hooks and checkpoints are part of it.
+/// For Create: hooks and checkpoints are part of it.
 const CREATE: Duration = Duration::from_secs(600);

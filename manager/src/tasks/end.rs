@@ -1,4 +1,4 @@
-//! The end of a task: deleted by a client, or left behind by a dead shim.
+//! The end of a task: a client deletes it, or its shim crashes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,11 +17,11 @@ use crate::store::{Exit, ended, execs, exits};
 use crate::timestamp;
 
 impl Tasks {
-    /// Deletes a task and returns how it ended.
+    /// Deletes a task and returns its exit.
     ///
     /// Errors: [`Error::NotFound`], or the shim's refusal while it runs.
     pub(crate) async fn delete(self: &Arc<Self>, task: &Arc<Task>) -> Result<Exit> {
-        let _the_other_is_through = task.deletion.lock().await;
+        let _exclusive = task.deletion.lock().await;
         loop {
             match task.settled().await? {
                 Phase::Ended(exit) => {
@@ -33,11 +33,11 @@ impl Tasks {
                     match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
                         Ok(answer) => {
                             let exit = exit_of(&answer);
-                            // a process that has taken over finds out from what the shim published
+                            // after a handover the new process learns it from the events of the shim
                             let pass = self.gate.enter().await?;
                             self.note_end(task, exit, &pass).await;
                             drop(pass);
-                            // otherwise it died over its answer, or was found not to know the task any more
+                            // otherwise the shim crashed while it answered, or no longer knew the task
                             if !self.take_leave(task, &shim).await?
                                 && let Ok(Phase::Ended(noted)) = task.settled().await
                             {
@@ -48,10 +48,10 @@ impl Tasks {
                         Err(Unanswered::Lost) => task.left().await,
                         Err(Unanswered::Refused(error)) if error.is_not_found() => {
                             if !is_unknown(&load::state(task, &shim, "").await) {
-                                // clients would take what it did not find for the task
+                                // clients would take NotFound for the task, not for what the shim did not find
                                 return Err(Error::Launch(format!("the shim of task {} cannot delete it: {}", task.id, error.chain())));
                             }
-                            // how it ended is known to the store, or to the shim's program
+                            // the store, or the shim's program, knows the exit
                             if task.observe(Fact::ShimGone) {
                                 let (tasks, task) = (Arc::clone(self), Arc::clone(task));
                                 tokio::spawn(async move { tasks.sweep(&task, &shim).await });
@@ -65,22 +65,22 @@ impl Tasks {
         }
     }
 
-    /// Notes how a task ended that its shim has just deleted: if this process dies before its client knows, nobody else could say it.
+    /// Records the exit of a task that its shim has just deleted: if this process crashes before it answers the client, the record is the only source.
     async fn note_end(&self, task: &Task, exit: Exit, _pass: &Pass) {
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         if let Err(error) = self.store.note(move |db| ended::put(db, namespace.as_str(), &id, exit)).await {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot note how a task ended");
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot record the exit of a task");
         }
     }
 
-    /// What follows when a shim has deleted its task: it may go, and its bundle goes. False when somebody else has begun to end the task.
+    /// Shuts the shim down once it has deleted its task, and removes the bundle. False when another caller is already ending the task.
     async fn take_leave(&self, task: &Arc<Task>, shim: &Shim) -> Result<bool> {
-        // from here on the connection's end is no news
+        // from here on the end of the connection is expected
         if !task.observe(Fact::Deleted) {
             return Ok(false);
         }
         self.dismiss_gracefully(task, shim).await;
-        // a process that has taken over finds the note, does the rest, and answers the same
+        // after a handover the new process finds the record, finishes the deletion and gives the same answer
         let _pass = self.gate.enter().await?;
         self.remove_bundle(task).await;
         self.forget_processes(task).await;
@@ -89,14 +89,14 @@ impl Tasks {
         Ok(true)
     }
 
-    /// Forgets what is noted of a task that is gone. What a full disk leaves is forgotten with the next task of that id.
+    /// Removes the records of a deleted task. If the disk is full, they are removed with the next task of that id.
     async fn forget_processes(&self, task: &Task) {
         if let Err(error) = self.forget_earlier(&task.namespace, &task.id).await {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget a task");
         }
     }
 
-    /// Forgets what is noted of earlier tasks of that id.
+    /// Removes the records of earlier tasks of that id.
     pub(super) async fn forget_earlier(&self, namespace: &Namespace, id: &str) -> Result<()> {
         let (namespace, id, now) = (namespace.clone(), id.to_owned(), timestamp::to_nanos(&timestamp::now()));
         self.store
@@ -108,7 +108,7 @@ impl Tasks {
             .await
     }
 
-    /// Forgets a task of which only its end is left, because its container goes.
+    /// Forgets a task of which only the exit record is left, because its container is deleted.
     pub(crate) async fn collect_with_container(&self, namespace: &Namespace, id: &str, pass: &Pass) {
         if let Ok(task) = self.find(namespace, id)
             && let Phase::Ended(exit) = task.phase()
@@ -117,7 +117,7 @@ impl Tasks {
         }
     }
 
-    /// Hands out how a task ended whose shim is dead, and forgets it. False when somebody else does.
+    /// Returns the exit of a task whose shim is dead to the client, and forgets the task. False when another caller does.
     pub(super) async fn collect(&self, task: &Task, exit: Exit, _pass: &Pass) -> bool {
         if !task.observe(Fact::Collected) {
             return false;
@@ -135,20 +135,20 @@ impl Tasks {
         true
     }
 
-    /// Asks a shim to go that has nothing more to do for this task, and waits for it; one that has other tasks stays.
+    /// Asks a shim that has finished with this task to shut down, and waits for its exit; a shim with other tasks stays.
     pub(super) async fn dismiss_gracefully(&self, task: &Task, shim: &Shim) {
         let request = ShutdownRequest { id: task.id.clone(), ..ShutdownRequest::default() };
         let asked = shim.call::<Empty>("Shutdown", &request, Some(SHUTDOWN)).await;
         let is_shared =
             || self.all().values().any(|other| matches!(&*other.phase.borrow(), Phase::Live(live) if live.address() == shim.address()));
         if !matches!(asked, Err(Unanswered::Lost)) && !is_shared() {
-            // an id that is used again at once shall not meet the old shim; one that stays all the same is waited for no longer
+            // a new task with the same id must not meet the old shim; the wait is bounded in case the shim stays
             let _ = tokio::time::timeout(LEAVE, shim.closed()).await;
         }
     }
 
-    /// The same for a task that may still be something to its shim. Returns whether it may have been: false if the shim knows of none. What
-    /// is left is for the program's `delete`.
+    /// The same for a task that the shim may still have. Returns whether it may have had it: false if the shim does not know the task. The
+    /// program's `delete` removes the leftovers.
     pub(super) async fn dismiss(&self, task: &Task, shim: &Shim) -> bool {
         let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
         let deleted = shim.call::<DeleteResponse>("Delete", &request, Some(SHUTDOWN)).await;
@@ -163,19 +163,19 @@ impl Tasks {
         }
     }
 
-    /// Waits for the right to change a bundle: a process from which this one has taken over may have begun something for it.
+    /// Waits for the lock of a bundle: the process from which this one has taken over may still be working on it.
     ///
     /// Errors: [`Error::Retired`] when another process has taken over from this one.
     pub(super) async fn claim(&self, task: &Task) -> Result<Claim> {
         loop {
             match task.bundle.claim() {
                 Ok(Some(claim)) => return Ok(claim),
-                Ok(None) => drop(task.observe(Fact::Unreachable("an earlier x-manager is still busy with it".into()))),
+                Ok(None) => drop(task.observe(Fact::Unreachable("the previous x-manager process is still working on it".into()))),
                 Err(error) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot claim a bundle, will retry");
                 }
             }
-            // a lock that becomes free wakes nobody who could do something else meanwhile
+            // a file lock cannot be awaited without blocking a thread
             self.pause(CLAIM_AGAIN).await?;
         }
     }
@@ -190,8 +190,8 @@ impl Tasks {
         }
     }
 
-    /// Cleans up what a shim has left that is of no use any more, until that works: where its program was too slow or could not be run, there may be
-    /// a container that is alive. When another process has taken over it is for that one, which finds the bundle.
+    /// Cleans up the leftovers of a shim, and retries until that works: when its program timed out or could not be run, a container may still be
+    /// running. After a handover the new process finds the bundle and continues.
     pub(super) async fn clean_up(&self, task: &Task, left: Left, claim: Claim) {
         let (mut pause, mut refusals) = (AGAIN, 0);
         while !self.gate.is_retired() {
@@ -209,7 +209,7 @@ impl Tasks {
         drop(claim);
     }
 
-    /// One attempt. `refusals`: how often the shim's program has said no.
+    /// One attempt. `refusals`: how often the shim's program has failed.
     ///
     /// Errors: why it is to be tried again, or [`Error::Retired`].
     pub(super) async fn try_to_clean_up(&self, task: &Task, left: Left, refusals: u32) -> Result<()> {
@@ -231,19 +231,19 @@ impl Tasks {
             }
         };
         let exit = match left {
-            // these change nothing in the store
+            // no store change
             Left::Unmade | Left::Unacknowledged(None) => None,
-            Left::Unacknowledged(Some(told)) => {
+            Left::Unacknowledged(Some(published)) => {
                 let pass = self.gate.enter().await?;
-                self.note_end(task, told, &pass).await;
-                Some((told, pass))
+                self.note_end(task, published, &pass).await;
+                Some((published, pass))
             }
             Left::Dead => {
                 let pass = self.gate.enter().await?;
-                let exit = self.last_words(task, answer.unwrap_or(Ended { pid: UNKNOWN, status: KILLED, at: None })).await;
+                let exit = self.exit_record(task, answer.unwrap_or(Ended { pid: UNKNOWN, status: KILLED, at: None })).await;
                 if let Some(exit) = exit {
-                    self.tell_exit(task, "", exit).await;
-                    info!(namespace:% = task.namespace, container = task.id.as_str(), pid = exit.pid, status = exit.status; "a dead shim's task was cleaned up");
+                    self.publish_exit(task, "", exit).await;
+                    info!(namespace:% = task.namespace, container = task.id.as_str(), pid = exit.pid, status = exit.status; "cleaned up the task of a dead shim");
                 }
                 exit.map(|exit| (exit, pass))
             }
@@ -256,22 +256,22 @@ impl Tasks {
         Ok(())
     }
 
-    /// How the task of a dead shim ended; none if its shim died before it had made anything. Its record is in the store before its bundle
-    /// goes.
-    async fn last_words(&self, task: &Task, answer: Ended) -> Option<Exit> {
-        // containerd's own shims say -1 when there never was a process
+    /// The exit record of a dead shim's task; none if the shim crashed before it had created anything. It is stored before the bundle is
+    /// removed.
+    async fn exit_record(&self, task: &Task, answer: Ended) -> Option<Exit> {
+        // containerd's own shims report -1 when there never was a process
         let was_made = answer.pid != 0 && i32::try_from(answer.pid).is_ok();
         let now = timestamp::to_nanos(&timestamp::now());
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
         let recorded = self
             .store
             .note(move |db| {
-                // what was told before of this process stays true
-                let told =
-                    exits::last(db, namespace.as_str(), &id, "")?.filter(|told| !was_made || [told.pid, UNKNOWN].contains(&answer.pid));
+                // an exit of this process that was published before takes precedence
+                let published = exits::last(db, namespace.as_str(), &id, "")?
+                    .filter(|published| !was_made || [published.pid, UNKNOWN].contains(&answer.pid));
                 let at = answer.at.filter(|at| *at > 0).unwrap_or(now);
-                let told = ended::get(db, namespace.as_str(), &id)?.or(told);
-                let exit = told.or_else(|| was_made.then_some(Exit { pid: answer.pid, status: answer.status, at }));
+                let published = ended::get(db, namespace.as_str(), &id)?.or(published);
+                let exit = published.or_else(|| was_made.then_some(Exit { pid: answer.pid, status: answer.status, at }));
                 if let Some(exit) = exit {
                     ended::put(db, namespace.as_str(), &id, exit)?;
                 }
@@ -279,13 +279,13 @@ impl Tasks {
             })
             .await;
         recorded.unwrap_or_else(|error| {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot record how a task ended");
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot record the exit of a dead shim's task");
             was_made.then_some(Exit { pid: answer.pid, status: answer.status, at: answer.at.unwrap_or(now) })
         })
     }
 
-    /// Tells an exit that no shim has told.
-    pub(super) async fn tell_exit(&self, task: &Task, exec: &str, exit: Exit) {
+    /// Publishes an exit on behalf of a shim.
+    pub(super) async fn publish_exit(&self, task: &Task, exec: &str, exit: Exit) {
         let event = TaskExit {
             container_id: task.id.clone(),
             id: if exec.is_empty() { task.id.clone() } else { exec.to_owned() },
@@ -293,27 +293,27 @@ impl Tasks {
             exit_status: exit.status,
             exited_at: Some(timestamp::from_nanos(exit.at)),
         };
-        let (events, told, namespace) = (Arc::clone(&self.events), event.clone(), task.namespace.clone());
-        let tell = move || events.publish(&namespace, "/tasks/exit", &told);
-        if let Err(error) = self.once(&task.namespace, &event, tell).await {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot tell an exit");
+        let (events, published, namespace) = (Arc::clone(&self.events), event.clone(), task.namespace.clone());
+        let publish = move || events.publish(&namespace, "/tasks/exit", &published);
+        if let Err(error) = self.once(&task.namespace, &event, publish).await {
+            warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot publish an exit");
         }
     }
 }
 
-/// What a shim has left.
+/// The leftovers of a shim.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Left {
-    /// A task whose shim is dead: how it ended is told, and kept until somebody collects it.
+    /// A task whose shim crashed: its exit is published, and kept until a client collects it.
     Dead,
-    /// A creation or deletion that was under way: how it ended, if anybody was told.
+    /// An interrupted creation or deletion, with the exit if it was published.
     Unacknowledged(Option<Exit>),
-    /// A creation for which nothing was made: the program has not even started a shim, or that has refused and knows of no task.
+    /// A creation that left nothing: the program did not start a shim, or the shim refused and does not know the task.
     Unmade,
 }
 
 impl Left {
-    /// How often the program may refuse before that is taken for an answer: for some ten minutes. One that starts nothing may be no shim's.
+    /// How often the program may fail before cleanup gives up: for about ten minutes. A program that never started a shim gets no retries.
     fn refusals(self) -> u32 {
         match self {
             Self::Dead | Self::Unacknowledged(_) => 25,
@@ -322,7 +322,7 @@ impl Left {
     }
 }
 
-/// Whether a shim's program said no, or is none. Everything else is a shortage, of time too.
+/// Whether a shim's program failed or cannot be executed. Every other error is a lack of time or resources.
 fn is_refusal(error: &Error) -> bool {
     use std::io::ErrorKind::{NotFound, PermissionDenied};
     match error {
@@ -334,7 +334,7 @@ fn is_refusal(error: &Error) -> bool {
     }
 }
 
-/// Whether a shim says that it has no such task.
+/// Whether a shim reports that it has no such task.
 pub(super) fn is_unknown<A>(answer: &Result<A, Unanswered>) -> bool {
     matches!(answer, Err(Unanswered::Refused(error)) if error.is_not_found())
 }
@@ -346,13 +346,13 @@ fn exit_of(answer: &DeleteResponse) -> Exit {
 
 /// Before the next attempt to claim a bundle.
 const CLAIM_AGAIN: Duration = Duration::from_millis(20);
-/// No process has that pid: stands for the one that nobody can name any more.
+/// No process has this pid: it stands for one that is no longer known.
 const UNKNOWN: u32 = i32::MAX.cast_unsigned();
-/// 128 + SIGKILL: what is said of a task when nobody knows.
+/// 128 + SIGKILL: the status of a task whose exit is unknown.
 const KILLED: u32 = 137;
 /// A deletion takes no longer: the runtime's hooks are part of it.
 const DELETE: Duration = Duration::from_secs(120);
-/// To ask a shim to go.
+/// For the answer to Shutdown.
 const SHUTDOWN: Duration = Duration::from_secs(3);
-/// For it to go.
+/// For the shim to exit after Shutdown.
 const LEAVE: Duration = Duration::from_millis(1500);

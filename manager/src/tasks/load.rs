@@ -1,6 +1,6 @@
-//! The start of this process: shims of the last one are found, reached, and asked what happened meanwhile.
+//! Startup: finds the shims of the previous process, connects to them, and queries what happened meanwhile.
 //!
-//! Each task is loaded by itself, all at once: a shim that does not answer delays nobody.
+//! All tasks are loaded concurrently: a shim that does not answer delays no other.
 
 use std::collections::HashMap;
 use std::fs;
@@ -20,9 +20,9 @@ use crate::name::{self, Namespace};
 use crate::store::{Exit, ended, execs, exits};
 
 impl Tasks {
-    /// Registers every task that there was, and begins to load them; whoever asks for one waits for it.
+    /// Registers every task of the previous process and begins to load them; a client that uses one waits for it.
     ///
-    /// Errors: when it cannot be known which there were.
+    /// Errors: when the tasks cannot be listed.
     pub(crate) async fn load(self: &Arc<Self>) -> Result<()> {
         let mut ended: HashMap<_, _> =
             self.store.recall(ended::list).await?.into_iter().map(|(namespace, id, exit)| ((namespace, id), exit)).collect();
@@ -50,23 +50,23 @@ impl Tasks {
     }
 
     async fn load_one(self: Arc<Self>, task: Arc<Task>, ended: Option<Exit>) {
-        // an error means that another process looks for it anew
+        // an error means that another process has taken over and loads the task
         let _ = self.find_shim(&task, ended).await;
     }
 
     async fn find_shim(self: &Arc<Self>, task: &Arc<Task>, ended: Option<Exit>) -> Result<()> {
-        // nothing before this process serves
+        // wait until this process serves
         drop(self.gate.enter().await?);
         let claim = self.claim(task).await?;
         if let Some(exit) = ended {
-            // it was cleaned up, or deleted by its shim, but for its bundle
+            // cleaned up, or deleted by its shim, except for its bundle
             if let Ok(Some(address)) = task.bundle.address()
                 && let Ok(shim) = Shim::connect(&address, &task.namespace).await
             {
                 self.dismiss_gracefully(task, &shim).await;
             }
             let _pass = self.gate.enter().await?;
-            self.tell_exit(task, "", exit).await;
+            self.publish_exit(task, "", exit).await;
             self.remove_bundle(task).await;
             task.observe(Fact::CleanedUp(exit));
             return Ok(());
@@ -83,14 +83,14 @@ impl Tasks {
                 // its creation was never acknowledged
                 Ok(Found::Unacknowledged) => {
                     task.observe(Fact::ShimGone);
-                    let left = Left::Unacknowledged(self.told(task).await);
+                    let left = Left::Unacknowledged(self.published_exit(task).await);
                     self.clean_up(task, left, claim).await;
                     return Ok(());
                 }
                 Ok(Found::Shim(shim)) => break Ok(shim),
                 Err(error) if is_crash(&error) => break Err(error),
                 Err(error) => {
-                    warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be well");
+                    warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be running; will retry");
                     task.observe(Fact::Unreachable(error.chain().into()));
                 }
             }
@@ -126,7 +126,7 @@ impl Tasks {
         }
     }
 
-    /// Asks until there is an answer: whether the task is there, and which of its processes have ended.
+    /// Queries the shim until it answers whether it has the task, and which of its processes have exited.
     async fn reconcile(self: &Arc<Self>, task: &Arc<Task>, shim: &Shim) {
         let mut pause = AGAIN;
         let mut again = async || {
@@ -143,10 +143,10 @@ impl Tasks {
             }
             again().await;
         };
-        // init is told of last
+        // init's exit is published last
         unknown.push(String::new());
         loop {
-            let (mut exited, mut silent) = (Vec::new(), Vec::new());
+            let (mut exited, mut unanswered) = (Vec::new(), Vec::new());
             for exec in unknown {
                 match state(task, shim, &exec).await {
                     Ok(state) => exited.extend(exit_of(&state).map(|exit| (exec, exit))),
@@ -160,47 +160,47 @@ impl Tasks {
                     Err(Unanswered::Refused(error)) if error.is_not_found() => {}
                     Err(Unanswered::Lost) => return,
                     Err(Unanswered::Refused(error) | Unanswered::Late(error)) => {
-                        warn!(namespace:% = task.namespace, container = task.id.as_str(), exec = exec.as_str(), error = error.chain(); "a shim does not say how its task is");
-                        silent.push(exec);
+                        warn!(namespace:% = task.namespace, container = task.id.as_str(), exec = exec.as_str(), error = error.chain(); "a shim does not report the state of its task");
+                        unanswered.push(exec);
                     }
                 }
             }
             if !exited.is_empty() {
-                // its shim may be about to tell it itself, after what happened before
-                tokio::time::sleep(OWN_WORDS).await;
-                // after an upgrade it is the next process that has subscribers
+                // the shim may be about to publish it, in its own order
+                tokio::time::sleep(SHIM_PUBLISHES).await;
+                // after an upgrade the subscribers are those of the next process
                 let Ok(_pass) = self.gate.enter().await else { return };
                 for (exec, exit) in exited {
-                    self.tell_exit(task, &exec, exit).await;
+                    self.publish_exit(task, &exec, exit).await;
                 }
             }
-            if silent.is_empty() {
+            if unanswered.is_empty() {
                 return;
             }
-            unknown = silent;
+            unknown = unanswered;
             again().await;
         }
     }
 
-    /// Cleans up what a shim does not know: a creation or deletion that was under way. How it ended is kept for whoever deleted it and
+    /// Cleans up a task that its shim does not know: an interrupted creation or deletion. Its exit is kept for the client that deleted it and
     /// got no answer.
     pub(super) async fn sweep(&self, task: &Arc<Task>, shim: &Shim) {
-        let told = self.told(task).await;
+        let published = self.published_exit(task).await;
         // otherwise another process has taken over
         if let Ok(claim) = self.claim(task).await {
             self.dismiss(task, shim).await;
-            self.clean_up(task, Left::Unacknowledged(told), claim).await;
+            self.clean_up(task, Left::Unacknowledged(published), claim).await;
         }
     }
 
-    /// How a task ended, if that was published: what is published from here on is of a task that no client was given.
-    async fn told(&self, task: &Task) -> Option<Exit> {
+    /// The exit of a task, if it was published: exits published from here on belong to a task that no client has seen.
+    async fn published_exit(&self, task: &Task) -> Option<Exit> {
         let (namespace, id) = (task.namespace.clone(), task.id.clone());
-        let told = self.store.recall(move |db| match ended::get(db, namespace.as_str(), &id)? {
-            Some(told) => Ok(Some(told)),
+        let published = self.store.recall(move |db| match ended::get(db, namespace.as_str(), &id)? {
+            Some(published) => Ok(Some(published)),
             None => exits::last(db, namespace.as_str(), &id, ""),
         });
-        told.await.unwrap_or_default()
+        published.await.unwrap_or_default()
     }
 }
 
@@ -229,7 +229,7 @@ fn bundles(folder: &Path, works: &Path) -> Result<Vec<(Namespace, String)>> {
         let Ok(namespace) = Namespace::parse(&namespace) else { continue };
         for (id, path) in folders(&path)? {
             if id.starts_with('.') {
-                // what cannot be removed now is in nobody's way
+                // best effort: the next start tries again
                 let _ = mounts::remove_tree(&path);
             } else if name::identifier("task", &id).is_ok() {
                 found.push((namespace.clone(), id));
@@ -263,7 +263,7 @@ fn folders(folder: &Path) -> Result<Vec<(String, std::path::PathBuf)>> {
     Ok(folders)
 }
 
-/// For a shim to say how a process is.
+/// For a shim to report the state of a process.
 const STATE: Duration = Duration::from_secs(5);
-/// Shims send events again that nobody took, containerd's own after five seconds at most.
-const OWN_WORDS: Duration = Duration::from_secs(6);
+/// For a shim to publish an exit itself: shims retry events, containerd's own within five seconds.
+const SHIM_PUBLISHES: Duration = Duration::from_secs(6);

@@ -11,7 +11,7 @@ use tokio::net::unix::pipe::{OpenOptions, Receiver};
 
 use crate::error::{IoContext as _, Result};
 
-/// Copies from now on, until nobody can write there any more. Makes the fifo if there is none.
+/// Copies the fifo until it is removed. Creates it if it does not exist.
 pub(super) fn copy(bundle: &Path) -> Result<()> {
     let path = bundle.join("log");
     match nix::unistd::mkfifo(&path, Mode::S_IRWXU) {
@@ -27,13 +27,13 @@ pub(super) fn copy(bundle: &Path) -> Result<()> {
 async fn copy_until_removed(receiver: Receiver, path: PathBuf) {
     loop {
         // as this end is open for writing too, it never ends by itself
-        let ready = tokio::time::timeout(LOOK_AGAIN, receiver.ready(Interest::READABLE)).await;
+        let ready = tokio::time::timeout(CHECK_INTERVAL, receiver.ready(Interest::READABLE)).await;
         match ready {
             Ok(Ok(_)) => {
                 let mut buffer = [0; 4096];
                 match receiver.try_read(&mut buffer) {
                     Ok(0) => return,
-                    // nothing is left to tell it to when stderr is gone
+                    // a failed write to stderr cannot be reported
                     Ok(count) => drop(io::stderr().write_all(&buffer[..count])),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(_) => return,
@@ -52,5 +52,5 @@ fn is_at(receiver: &Receiver, path: &Path) -> bool {
     (open.st_dev, open.st_ino) == (found.st_dev, found.st_ino)
 }
 
-/// So soon after its removal an unused fifo is closed.
-const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// How often an unused fifo is checked for removal.
+const CHECK_INTERVAL: Duration = Duration::from_secs(30);

@@ -2,13 +2,12 @@
 //!
 //! This module knows which shims there are, how to reach them, and what is left of dead ones. `phase` has the lifecycle.
 //!
-//! **Invariant:** an exit is recorded, then told to subscribers, and only then may its shim forget it: see `hear`.
+//! **Invariant:** an exit is recorded, then published, and only then acknowledged to the shim: see `shim_events`.
 
 mod bundle;
 mod connection;
 mod create;
 mod end;
-mod hear;
 pub(crate) mod limits;
 mod load;
 mod log;
@@ -16,6 +15,7 @@ mod mounts;
 mod phase;
 mod program;
 mod shim;
+mod shim_events;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -58,7 +58,7 @@ pub(crate) struct Task {
     pub(crate) id: String,
     bundle: Bundle,
     phase: channel::Sender<Phase>,
-    /// Held by the one client that deletes: of two, a shim tells only one how the task ended.
+    /// Held by the one client that deletes: a shim reports the exit to one of them only.
     deletion: tokio::sync::Mutex<()>,
 }
 
@@ -80,7 +80,7 @@ impl Task {
         not_found(&self.id)
     }
 
-    /// Waits until it is known whether there is a shim; for clients that want to use it.
+    /// Waits until it is known whether the task has a shim.
     ///
     /// Errors: [`Error::NotFound`] for one that does not exist yet or any more.
     pub(crate) async fn settled(&self) -> Result<Phase> {
@@ -93,16 +93,16 @@ impl Task {
             },
             Ok(Err(_)) => Err(self.not_found()),
             Err(_elapsed) => Err(Error::Unavailable(match self.phase() {
-                Phase::Loading(Some(why)) => format!("the shim of task {} cannot be reached, which is tried again: {why}", self.id),
+                Phase::Loading(Some(why)) => format!("the shim of task {} cannot be reached, will retry: {why}", self.id),
                 Phase::Cleaning(Some(why)) => {
-                    format!("the shim of task {} is dead, and cleaning up after it is tried again: {why}", self.id)
+                    format!("the shim of task {} is dead and its cleanup failed, will retry: {why}", self.id)
                 }
-                _ => format!("the shim of task {} is being looked for", self.id),
+                _ => format!("the shim of task {} has not been found yet", self.id),
             })),
         }
     }
 
-    /// Notes what has become of it: the only place where its phase changes. False when something else happened first, which made this no news.
+    /// Applies a fact: the only place where its phase changes. False when an earlier fact made it irrelevant.
     fn observe(&self, fact: Fact) -> bool {
         self.phase.send_if_modified(|phase| match phase.observe(fact) {
             Some(next) => {
@@ -120,10 +120,10 @@ impl Task {
         let _ = phase.wait_for(|phase| matches!(phase, Phase::Gone)).await;
     }
 
-    /// Waits while the task is in the hands of this shim.
+    /// Waits until the task is no longer live.
     pub(crate) async fn left(&self) {
         let mut phase = self.phase.subscribe();
-        // an error means that the task is gone, which is what is waited for
+        // an error means that the task is gone
         let _ = phase.wait_for(|phase| !matches!(phase, Phase::Live(_))).await;
     }
 }
@@ -191,5 +191,5 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 /// Before the next attempt at what a shim, or its program, did not do; doubled each time.
 const AGAIN: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// Clients wait that long for a shim that is being looked for.
+/// How long clients wait for a shim that has not been found yet.
 const SETTLE: Duration = Duration::from_secs(10);

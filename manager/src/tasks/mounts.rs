@@ -1,4 +1,4 @@
-//! What is mounted below a folder, and getting rid of it before the folder is removed: what is in a mount belongs to somebody else.
+//! What is mounted below a folder, and getting rid of it before the folder is removed: what is in a mount does not belong to the task.
 //!
 //! Source: proc_pid_mountinfo(5).
 
@@ -14,7 +14,7 @@ use crate::error::{Error, IoContext as _, Result};
 
 /// Removes a folder and everything in it, after everything that is mounted there. That there is none is fine.
 ///
-/// Errors: nothing is removed while something is mounted below, or nobody can say whether it is.
+/// Errors: nothing is removed while something is mounted below, or when that cannot be determined.
 pub(super) fn remove_tree(folder: &Path) -> Result<()> {
     // the kernel's list knows no links; one in the folder's own place is removed as such
     let (Some(parent), Some(name)) = (folder.parent(), folder.file_name()) else { return Ok(()) };
@@ -114,7 +114,7 @@ mod tests {
             }
             fs::write(host.join("precious"), "data").expect("a file");
             symlink(&state, folder.join("link")).expect("a link");
-            // somebody else's mount point that is no text
+            // another program's mount point that is not UTF-8
             let odd = folder.join(OsStr::from_bytes(b"odd\xff"));
             fs::create_dir(&odd).expect("a folder");
             bind(&host, &odd);

@@ -8,27 +8,27 @@
 //!  found ──▶ Loading ──────┘ └─shim gone──▶ Cleaning                                     │
 //!               └─nothing there──────────────────────────────────────────────────────────┘
 //! ```
-//! What a task's processes do is its shim's to say.
+//! The state of a task's processes is known to its shim alone.
 
 use std::sync::Arc;
 
 use super::Shim;
 use crate::store::Exit;
 
-/// Where a task is in its life.
+/// The phase of a task.
 #[derive(Debug, Clone)]
 pub(crate) enum Phase {
     /// Its shim is being started; for clients it does not exist.
     Starting,
-    /// This process has just started and looks for its shim; why it has not found it, if it has tried.
+    /// This process has just started and looks for its shim; the error of the last attempt, if any.
     Loading(Option<Arc<str>>),
-    /// Its shim can be asked.
+    /// Its shim answers.
     Live(Shim),
-    /// Its shim is gone, and `delete` finds out how it ended; why it has not, if it has tried.
+    /// Its shim is gone, and its program's `delete` is to report the exit; the error of the last attempt, if any.
     Cleaning(Option<Arc<str>>),
     /// Its shim is gone; this is kept until a client collects it.
     Ended(Exit),
-    /// A client has been, or is about to be, answered how it ended; for clients it does not exist.
+    /// A client has received, or is about to receive, its exit; for clients it does not exist.
     Ending,
     /// It does not exist any more.
     Gone,
@@ -41,15 +41,15 @@ pub(super) enum Fact {
     Connected(Shim),
     /// It is not known whether there is a shim, and why.
     Unreachable(Arc<str>),
-    /// Its shim is dead, or says that it does not know the task.
+    /// Its shim is dead, or reports that it does not know the task.
     ShimGone,
     /// Its shim has deleted it.
     Deleted,
     /// The shim's program could not clean up, and why; that is tried again.
     NotCleaned(Arc<str>),
-    /// Nothing is left of it but how it ended.
+    /// Only its exit record is left.
     CleanedUp(Exit),
-    /// How it ended was asked for by the client that may have it.
+    /// A client has collected its exit.
     Collected,
     /// Nothing is left of it.
     Removed,
@@ -112,7 +112,7 @@ mod tests {
 
     fn facts() -> Vec<Fact> {
         vec![
-            Fact::Connected(Shim::of_nobody()),
+            Fact::Connected(Shim::unconnected()),
             Fact::Unreachable(why()),
             Fact::ShimGone,
             Fact::Deleted,
@@ -137,7 +137,7 @@ mod tests {
         let phases = [
             (Phase::Starting, ["live", "-", "-", "-", "cleaning", "-", "-", "gone"]),
             (Phase::Loading(None), ["live", "loading", "cleaning", "-", "-", "ended", "-", "gone"]),
-            (Phase::Live(Shim::of_nobody()), ["-", "-", "cleaning", "ending", "-", "-", "-", "gone"]),
+            (Phase::Live(Shim::unconnected()), ["-", "-", "cleaning", "ending", "-", "-", "-", "gone"]),
             (Phase::Cleaning(None), ["-", "-", "-", "-", "cleaning", "ended", "-", "gone"]),
             (Phase::Ended(EXIT), ["-", "-", "-", "-", "-", "-", "ending", "gone"]),
             (Phase::Ending, ["-", "-", "-", "-", "-", "-", "-", "gone"]),
@@ -165,12 +165,12 @@ mod tests {
                     ends += u32::from(hands_out);
                     phase = next;
                 }
-                assert!(ends <= 1, "two clients were answered how it ended");
+                assert!(ends <= 1, "two clients received the exit");
                 was_hidden |= matches!(phase, Phase::Ending | Phase::Gone);
                 assert!(!was_hidden || !phase.is_visible(), "{before:?} came back as {phase:?}");
                 assert!(
                     !matches!(before, Phase::Cleaning(_) | Phase::Ended(_)) || !matches!(phase, Phase::Live(_)),
-                    "{before:?} lives again"
+                    "{before:?} became live again"
                 );
             }
         }

@@ -68,7 +68,7 @@ fn is_executable(file: &Path) -> bool {
 pub(crate) struct Ended {
     pub(crate) pid: u32,
     pub(crate) status: u32,
-    /// Nanoseconds since 1970; none when it does not say.
+    /// Nanoseconds since 1970; none when it is not reported.
     pub(crate) at: Option<i64>,
 }
 
@@ -112,10 +112,10 @@ impl Programs {
         }
         match start(self.parameters(namespace, id, options)).await {
             Ok(address) => Ok(address),
-            // one that does not end, or could not be run, says nothing about the dialect
+            // a timeout, or a program that cannot be run, does not depend on the dialect
             Err(newer @ (Error::Unavailable(_) | Error::Io { .. })) => Err(newer),
             Err(newer) => {
-                // whoever does not know the dialect takes the parameters for broken options
+                // a program that does not know the dialect takes the parameters for broken options
                 let address = start(options_alone()).await.map_err(|older| if options.is_some() { older } else { newer })?;
                 self.older.lock().unwrap_or_else(PoisonError::into_inner).insert(program.to_owned(), identity);
                 Ok(address)
@@ -147,7 +147,7 @@ impl Programs {
 
     /// Waits for a turn to run [`Programs::delete`]. A few at a time: of a thousand at once, each would take longer than it may.
     pub(crate) async fn turn(&self) -> Option<SemaphorePermit<'_>> {
-        // nobody closes it
+        // the semaphore is never closed
         self.deletions.acquire().await.ok()
     }
 
@@ -161,7 +161,7 @@ impl Programs {
         Ok(Ended { pid: answer.pid, status: answer.exit_status, at })
     }
 
-    /// What a runtime says about itself: a `RuntimeInfo`.
+    /// What a runtime reports about itself: a `RuntimeInfo`.
     pub(crate) async fn info(&self, program: &Path, options: Option<&Any>) -> Result<Vec<u8>> {
         let mut command = Command::new(program);
         command.arg("-info");
@@ -169,14 +169,14 @@ impl Programs {
         finish(program, command, input, INFO).await.map(|output| output.stdout)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "they are the words of the command line")]
+    #[expect(clippy::too_many_arguments, reason = "they are the arguments of the program")]
     async fn run(
         &self,
         program: &Path,
         bundle: &Bundle,
         namespace: &Namespace,
         id: &str,
-        words: &[&str],
+        arguments: &[&str],
         input: Vec<u8>,
         limit: Duration,
     ) -> Result<Output> {
@@ -186,7 +186,7 @@ impl Programs {
         if self.settings.log_level >= LevelFilter::Debug {
             command.arg("-debug");
         }
-        command.args(words);
+        command.args(arguments);
         command.env("TTRPC_ADDRESS", self.settings.ttrpc_address()).env("GRPC_ADDRESS", &self.settings.address);
         // service managers' variables are for this process alone
         command.env("NAMESPACE", namespace.as_str()).env("MAX_SHIM_VERSION", "2").env("GOMAXPROCS", "2").env_remove("NOTIFY_SOCKET");
@@ -199,7 +199,7 @@ impl Programs {
 async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Duration) -> Result<Output> {
     let stdin = if input.is_empty() { Stdio::null() } else { Stdio::piped() };
     command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0).kill_on_drop(true);
-    // one that went on by itself would get in the way of what the next life of this process does for the same task
+    // a program that outlives this process would interfere with what the next process does for the same task
     children::die_with_us(command.as_std_mut());
     children::inherits_nothing_of_ours(command.as_std_mut());
     let mut child = command.spawn().on("run", program)?;
@@ -208,12 +208,12 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     let stdin = child.stdin.take();
     let fed = async {
         if let Some(mut stdin) = stdin {
-            // a program that does not read may have said why
+            // a program that does not read its input may have reported why
             let _ = stdin.write_all(&input).await;
         }
     };
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    // one that says more than that is ended by the pipe that nobody reads any more
+    // a program that writes more gets SIGPIPE
     let ended = async {
         let ((), stdout, stderr) = tokio::join!(fed, beginning(stdout), beginning(stderr));
         io::Result::Ok(Output { status: child.wait().await?, stdout: stdout?, stderr: stderr? })
@@ -221,7 +221,7 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     let output = tokio::time::timeout(limit, ended)
         .await
         .map_err(|_| Error::Unavailable(format!("{} did not end within {limit:?}", program.display())))?;
-    // what a program leaves behind that has ended by itself is meant to stay, like a shim
+    // a program that has exited by itself meant its descendants to stay, like a shim
     if let Some(group) = group {
         group.release();
     }
@@ -229,9 +229,9 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     if output.status.success() {
         return Ok(output);
     }
-    let said: String =
+    let message: String =
         String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).chars().take(2000).collect();
-    Err(Error::Launch(format!("{}: {}: {}", program.display(), output.status, said.trim())))
+    Err(Error::Launch(format!("{}: {}: {}", program.display(), output.status, message.trim())))
 }
 
 async fn beginning(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {

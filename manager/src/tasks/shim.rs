@@ -19,7 +19,7 @@ use super::connection::{Calls, NoAnswer};
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 
-/// A shim that lives, as far as is known. Its connection may end and is made again for as long as somebody listens at its socket.
+/// A shim that is running, as far as is known. A lost connection is made again for as long as the shim's socket accepts.
 #[derive(Clone)]
 pub(crate) struct Shim {
     service: &'static str,
@@ -35,7 +35,7 @@ enum Link {
     Open(Calls),
     /// Not at present: it is being connected to again.
     Broken,
-    /// Not any more: nobody listens at its socket.
+    /// No longer: its socket refuses connections or is gone.
     Dead,
 }
 
@@ -48,7 +48,7 @@ impl std::fmt::Debug for Shim {
 /// Why a call to a shim has no answer.
 #[derive(Debug)]
 pub(crate) enum Unanswered {
-    /// The shim says no.
+    /// The shim refused the call.
     Refused(Error),
     /// It did not answer in time, or the connection ended before its answer came: it may have done what it was asked.
     Late(Error),
@@ -68,13 +68,13 @@ impl From<Unanswered> for Error {
 impl Shim {
     /// Connects.
     ///
-    /// Errors: [`Error::Unimplemented`] or [`Error::Launch`] for an address that cannot be used, [`Error::Io`] when nobody listens there.
+    /// Errors: [`Error::Unimplemented`] or [`Error::Launch`] for an address that cannot be used, [`Error::Io`] when the socket refuses or is gone.
     pub(crate) async fn connect(address: &Address, namespace: &Namespace) -> Result<Self> {
         let service = match (address.version, address.protocol.as_str()) {
             (2, "ttrpc") => "containerd.task.v2.Task",
             (3, "ttrpc") => "containerd.task.v3.Task",
             (version, protocol) => {
-                let sentence = format!("a shim that speaks version {version} over {protocol:?}, but only 2 and 3 over \"ttrpc\" are known");
+                let sentence = format!("the shim uses version {version} over {protocol:?}; supported are 2 and 3 over \"ttrpc\"");
                 return Err(Error::Unimplemented(sentence));
             }
         };
@@ -88,7 +88,7 @@ impl Shim {
 
     /// One that is dead.
     #[cfg(test)]
-    pub(super) fn of_nobody() -> Self {
+    pub(super) fn unconnected() -> Self {
         let namespace = Namespace::parse("ns").expect("a name");
         Self { service: "", namespace, address: String::new(), link: watch::channel(Link::Dead).1 }
     }
@@ -98,14 +98,14 @@ impl Shim {
         &self.address
     }
 
-    /// Waits until it is dead. The end of a connection is no death: a shim, or what is between, may have reasons to close one.
+    /// Waits until it is dead. A closed connection alone is no crash.
     pub(crate) async fn closed(&self) {
         let mut link = self.link.clone();
-        // an error means that nobody connects any more, which is after its death only
+        // the sender is dropped only after the shim is dead
         let _ = link.wait_for(|link| matches!(link, Link::Dead)).await;
     }
 
-    /// Calls a method of the task service; `limit` none for those that take as long as a container lives.
+    /// Calls a method of the task service; `limit` none for those that last as long as a container.
     ///
     /// A call that the end of a connection interrupts is made again on the next one when nothing of it was sent, or when it changes nothing.
     pub(crate) async fn call<A: Message>(
@@ -201,7 +201,7 @@ async fn keep_connected(path: PathBuf, mut socket: UnixStream, mut calls: Calls,
                 () = tokio::time::sleep(pause) => {}
                 () = link.closed() => return,
             }
-            // at once after a success, so that a death is noticed when it happens
+            // at once after a success, so that a crash is noticed immediately
             pause = (pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
             match open(&path).await {
                 Ok(socket) => break socket,
@@ -224,8 +224,8 @@ async fn open(path: &Path) -> Result<UnixStream> {
     socket.map_err(|source| Error::Io { op: CONNECTING, path: path.to_owned(), source })
 }
 
-/// Whether an attempt to connect shows that nobody listens there any more: everything else is a shortage of this process or of the machine, or a
-/// shim that it does not understand, and no reason to end a container.
+/// Whether a failed connect shows that the shim is dead. Every other error is a lack of resources, or a shim that this program does not
+/// support, and no reason to end a container.
 pub(super) fn is_crash(error: &Error) -> bool {
     use io::ErrorKind::{ConnectionRefused, NotFound};
     matches!(error, Error::Io { op, source, .. } if *op == CONNECTING && matches!(source.kind(), ConnectionRefused | NotFound))
@@ -237,18 +237,18 @@ fn socket_path(address: &str) -> Result<PathBuf> {
         return Ok(path.to_owned());
     }
     let shown: String = address.chars().take(200).collect();
-    Err(Error::Launch(format!("a shim says it serves at {shown:?}, which is not the path of a socket")))
+    Err(Error::Launch(format!("the shim reports the address {shown:?}, which is not the path of a socket")))
 }
 
 /// Methods that can be called twice.
 const CHANGES_NOTHING: [&str; 5] = ["Connect", "Pids", "State", "Stats", "Wait"];
 /// Between attempts to connect again; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
-/// What an error says of an attempt to connect.
+/// The operation in the error of a failed connect.
 const CONNECTING: &str = "connect to shim at";
 /// The longest message of ttrpc.
 const MESSAGE_BYTES: u64 = 4 << 20;
-/// To connect: a shim that lives but does not accept has a queue for it.
+/// For a connect: a shim that is running but does not accept has a backlog.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Beyond a call's own limit.
 const GRACE: Duration = Duration::from_millis(200);

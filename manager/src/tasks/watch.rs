@@ -8,7 +8,7 @@ use super::end::Left;
 use super::{Fact, Shim, Task, Tasks};
 
 impl Tasks {
-    /// Waits for the end of a live shim, and cleans up after one that nobody has sent away.
+    /// Waits for a live shim to exit, and cleans up unless it was asked to.
     pub(super) async fn watch(self: Arc<Self>, task: Arc<Task>, shim: Shim) {
         tokio::select! {
             () = shim.closed() => {}
@@ -16,8 +16,8 @@ impl Tasks {
         }
         // a client's Delete may have begun at the same moment
         if task.observe(Fact::ShimGone) {
-            warn!(namespace:% = task.namespace, container = task.id.as_str(); "a shim has ended");
-            // otherwise another process sees to it
+            warn!(namespace:% = task.namespace, container = task.id.as_str(); "a shim has crashed");
+            // otherwise another process has taken over
             if let Ok(claim) = self.claim(&task).await {
                 self.clean_up(&task, Left::Dead, claim).await;
             }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::words::{Silence, Words};
+use super::protocol::{Channel, ProtocolError};
 use super::{FAILED, GREETING, PREPARED, PREPARED_TO_MIGRATE, READY, SERVE, SERVING, SUBSCRIBER, YOURS};
 use crate::error::{Error, IoContext as _, Result};
 use crate::events::Exchange;
@@ -20,9 +20,9 @@ use crate::sockets::Sockets;
 use crate::store::{Aside, Store};
 use crate::sys::children::{self, Group};
 
-/// What is handed over.
+/// The state that is handed over.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Estate<'a> {
+pub(crate) struct HandedOver<'a> {
     /// The lock of the data.
     pub(crate) lock: BorrowedFd<'a>,
     /// All sockets.
@@ -31,39 +31,37 @@ pub(crate) struct Estate<'a> {
     pub(crate) store: &'a Store,
     /// The right to change anything.
     pub(crate) gate: &'a Gate,
-    /// Whose subscribers the successor is told.
+    /// Whose subscribers are handed over.
     pub(crate) events: &'a Exchange,
 }
 
-/// Has the program at `path` take over, unless this process is told to `stop` meanwhile, and returns its pid. From then on this process serves
-/// nobody.
+/// Has the program at `path` take over, unless `stop` comes first, and returns its pid. From then on this process serves no client.
 ///
-/// Errors: why it did not; this process goes on.
-pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path, stop: impl Future<Output = ()>) -> Result<u32> {
+/// Errors: why it did not; this process continues to serve.
+pub(crate) async fn hand_over(handed_over: HandedOver<'_>, path: &Path, stop: impl Future<Output = ()>) -> Result<u32> {
     let mut stop = std::pin::pin!(stop);
     info!(program:% = path.display(); "starting a successor");
-    let mut successor = Successor::start(path, estate).await?;
+    let mut successor = Successor::start(path, handed_over).await?;
     let prepared = tokio::select! {
-        word = successor.hear(PREPARE) => word?,
+        message = successor.receive(PREPARE) => message?,
         () = stop.as_mut() => return Err(stopped()),
     };
     let migrates = match prepared.as_str() {
         PREPARED => false,
         PREPARED_TO_MIGRATE => true,
-        word => {
-            let nonsense = Silence::Nonsense(word.to_owned());
-            return Err(successor.failure(nonsense).await);
+        message => {
+            let error = ProtocolError::Unexpected(message.to_owned());
+            return Err(successor.failure(error).await);
         }
     };
     let closed = tokio::select! {
-        closed = estate.gate.close(DRAIN) => closed,
+        closed = handed_over.gate.close(DRAIN) => closed,
         () = stop.as_mut() => return Err(stopped()),
     };
-    let closed = closed.ok_or_else(|| {
-        Error::Unavailable(format!("called off, as the disk did not take what is being written within {DRAIN:?}; try it again"))
-    })?;
-    let copy = if migrates { Some(estate.store.set_aside().await?) } else { None };
-    match successor.move_in(closed, estate, stop).await {
+    let closed = closed
+        .ok_or_else(|| Error::Unavailable(format!("cancelled, because writes to the disk did not finish within {DRAIN:?}; try again")))?;
+    let copy = if migrates { Some(handed_over.store.set_aside().await?) } else { None };
+    match successor.let_take_over(closed, handed_over, stop).await {
         Ok(pid) => {
             if let Some(copy) = copy {
                 remove(&copy);
@@ -73,7 +71,7 @@ pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path, stop: impl Future
         Err((error, closed)) => {
             drop(successor);
             if let Some(copy) = copy {
-                match estate.store.put_back(&copy).await {
+                match handed_over.store.put_back(&copy).await {
                     Ok(()) => remove(&copy),
                     Err(error) => warn!(copy:?, error = error.chain(); "cannot put the metadata store back"),
                 }
@@ -85,7 +83,7 @@ pub(crate) async fn hand_over(estate: Estate<'_>, path: &Path, stop: impl Future
 }
 
 fn stopped() -> Error {
-    Error::Unavailable("called off, as this process was told to stop".to_owned())
+    Error::Unavailable("cancelled, because this process was asked to stop".to_owned())
 }
 
 /// The process that is to take over. It is killed unless it has.
@@ -93,78 +91,83 @@ fn stopped() -> Error {
 struct Successor {
     child: Child,
     path: PathBuf,
-    words: Words,
+    channel: Channel,
     has_taken_over: bool,
 }
 
 impl Successor {
-    async fn start(path: &Path, estate: Estate<'_>) -> Result<Self> {
+    async fn start(path: &Path, handed_over: HandedOver<'_>) -> Result<Self> {
         let (own, its) = UnixStream::pair().on("make a socket for", path)?;
         let arguments = std::env::args_os().skip(1).filter(|argument| argument != TAKE_OVER);
         let mut command = Command::new(path);
         command.args(arguments).arg(TAKE_OVER).stdin(OwnedFd::from(its)).process_group(0);
         children::inherits_nothing_of_ours(&mut command);
         let child = command.spawn().on("run", path)?;
-        let words = Words::new(own.try_clone().on("make a socket for", path)?).on("make a socket for", path)?;
-        let mut successor = Self { child, path: path.to_owned(), words, has_taken_over: false };
-        let descriptors: Vec<_> = [estate.lock].into_iter().chain(estate.sockets.all()).collect();
+        let channel = Channel::new(own.try_clone().on("make a socket for", path)?).on("make a socket for", path)?;
+        let mut successor = Self { child, path: path.to_owned(), channel, has_taken_over: false };
+        let descriptors: Vec<_> = [handed_over.lock].into_iter().chain(handed_over.sockets.all()).collect();
         match crate::sys::descriptors::send(own.as_fd(), format!("{GREETING}\n").as_bytes(), &descriptors) {
             Err(error) => Err(successor.failure(error.into()).await),
             Ok(()) => Ok(successor),
         }
     }
 
-    async fn hear(&mut self, limit: Duration) -> Result<String> {
-        match self.words.hear(limit).await {
-            Ok(word) => match word.strip_prefix(FAILED) {
+    async fn receive(&mut self, limit: Duration) -> Result<String> {
+        match self.channel.receive(limit).await {
+            Ok(message) => match message.strip_prefix(FAILED) {
                 Some(sentence) => Err(Error::Launch(format!("{} did not take over: {sentence}", self.path.display()))),
-                None => Ok(word),
+                None => Ok(message),
             },
-            Err(silence) => Err(self.failure(silence).await),
+            Err(error) => Err(self.failure(error).await),
         }
     }
 
-    async fn failure(&mut self, silence: Silence) -> Error {
+    async fn failure(&mut self, error: ProtocolError) -> Error {
         let mut how = String::new();
-        if let Silence::Ended = silence {
-            // its end and the end of its words are not quite the same moment
-            let deadline = Instant::now() + LAST_BREATH;
+        if let ProtocolError::Ended = error {
+            // the channel closes slightly before the process can be waited for
+            let deadline = Instant::now() + EXIT_STATUS;
             while how.is_empty() && Instant::now() < deadline {
                 match self.child.try_wait() {
                     Ok(Some(status)) => how = format!(" ({status})"),
-                    _ => tokio::time::sleep(LAST_BREATH / 100).await,
+                    _ => tokio::time::sleep(EXIT_STATUS / 100).await,
                 }
             }
         }
-        Error::Launch(format!("{} did not take over: {silence}{how}", self.path.display()))
+        Error::Launch(format!("{} did not take over: {error}{how}", self.path.display()))
     }
 
     async fn expect(&mut self, expected: &str, limit: Duration) -> Result<()> {
-        match self.hear(limit).await? {
-            word if word == expected => Ok(()),
-            word => Err(self.failure(Silence::Nonsense(word)).await),
+        match self.receive(limit).await? {
+            message if message == expected => Ok(()),
+            message => Err(self.failure(ProtocolError::Unexpected(message)).await),
         }
     }
 
-    /// Says something; that it has ended is heard.
-    async fn say(&mut self, word: &str) -> Result<()> {
-        match self.words.say(word).await {
+    /// Sends a message.
+    async fn send(&mut self, message: &str) -> Result<()> {
+        match self.channel.send(message).await {
             Err(error) => Err(self.failure(error.into()).await),
             Ok(()) => Ok(()),
         }
     }
 
-    /// Lets it take over; then nobody gets through the gate any more.
-    async fn move_in(&mut self, closed: Closed, estate: Estate<'_>, stop: impl Future<Output = ()>) -> Result<u32, (Error, Closed)> {
+    /// Lets it take over; from then on the gate refuses everyone.
+    async fn let_take_over(
+        &mut self,
+        closed: Closed,
+        handed_over: HandedOver<'_>,
+        stop: impl Future<Output = ()>,
+    ) -> Result<u32, (Error, Closed)> {
         let moving = async {
-            self.say(YOURS).await?;
+            self.send(YOURS).await?;
             self.expect(READY, OPEN).await?;
-            // nobody subscribes while the gate is closed
-            for client in estate.events.clients() {
+            // no client can subscribe while the gate is closed
+            for client in handed_over.events.clients() {
                 let client = serde_json::to_string(&client).expect("it has no map and no foreign type");
-                self.say(&format!("{SUBSCRIBER}{client}")).await?;
+                self.send(&format!("{SUBSCRIBER}{client}")).await?;
             }
-            self.say(SERVE).await?;
+            self.send(SERVE).await?;
             self.expect(SERVING, BEGIN).await
         };
         let moved = tokio::select! {
@@ -173,10 +176,10 @@ impl Successor {
         };
         match moved {
             Ok(()) => {
-                estate.gate.retire();
+                handed_over.gate.retire();
                 self.has_taken_over = true;
-                // only the main process may say which one that is, and that one that it is ready
-                notify::tell(&format!("MAINPID={}", self.child.id()));
+                // only the main process may send MAINPID, and only the new one that it is ready
+                notify::send(&format!("MAINPID={}", self.child.id()));
                 Ok(self.child.id())
             }
             Err(error) => Err((error, closed)),
@@ -212,5 +215,5 @@ const DRAIN: Duration = Duration::from_secs(10);
 const OPEN: Duration = Duration::from_secs(30);
 /// For it to begin.
 const BEGIN: Duration = Duration::from_secs(5);
-/// For its status, once it is silent for ever.
-const LAST_BREATH: Duration = Duration::from_secs(1);
+/// For its exit status, once the channel is closed.
+const EXIT_STATUS: Duration = Duration::from_secs(1);

@@ -9,23 +9,23 @@
 //!                                      ◀── ready ────
 //!   for each stream of events  ─── subscriber … ─────▶ keeps what happens until that client subscribes again
 //!                                      ─── serve ───▶
-//!   retires                            ◀── serving ── accepts; whoever connected meanwhile is in the sockets' queues
+//!   retires                            ◀── serving ── accepts; clients that connected meanwhile are in the sockets' queues
 //!   refuses what waits, so that clients ask again; ends when calls in flight have ended
 //! ```
-//! A word that does not come in time, and `failed`, end the new process; the running one puts the store back if it had to, opens the
-//! gate, and has missed nothing. docs/decisions/0010-upgrade-side-by-side.md has the reasons.
+//! After a timeout or `failed` the new process is killed; the running one restores the store if needed, opens the gate, and has missed
+//! nothing. docs/decisions/0010-upgrade-side-by-side.md has the reasons.
 //!
-//! **Invariant:** until `serving` the running process can go on as if nothing had happened, as the new one has changed nothing but the store's
-//! tables; from then on it does nothing more.
+//! **Invariant:** until `serving` the running process can continue unaffected, as the new one has changed nothing but the store's tables;
+//! from then on it changes nothing.
 
 mod hand_over;
+mod protocol;
 mod take_over;
-mod words;
 
-pub(crate) use hand_over::{Estate, hand_over};
+pub(crate) use hand_over::{HandedOver, hand_over};
 pub(crate) use take_over::{Predecessor, report_failure};
 
-/// The first word, with which lock and sockets come. A process that understands another one only is no successor.
+/// The first message, with which lock and sockets come. A process that expects another one cannot take over.
 const GREETING: &str = "x-manager hands over, version 2";
 /// From the new process: all is well, and the store's tables stay as they are.
 const PREPARED: &str = "prepared";

@@ -36,7 +36,7 @@ pub(crate) async fn a_typo_in_the_configuration_is_refused_with_its_line(cx: Con
     // the running one notices before it gives anything away
     proc::signal(pid.map_or(0, u32::cast_signed), nix::sys::signal::Signal::SIGHUP)?;
     eventually_true("its log says so", SOON, || {
-        own.log().contains("no other process takes over") && own.log().contains("unknown field `conections`")
+        own.log().contains("upgrade failed") && own.log().contains("unknown field `conections`")
     })
     .await?;
     own.client().await?;
@@ -149,16 +149,16 @@ pub(crate) async fn a_store_of_a_newer_version_is_refused_and_left_alone(cx: Con
 pub(crate) async fn a_place_that_is_taken_is_refused(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     own.start().await?;
-    fails(own.command(&[])?, "another x-manager works on").await?;
+    fails(own.command(&[])?, "is already in use by another x-manager").await?;
     let other = cx.folder().join("other");
     let other = Own::new(&other, "")?;
     let _somebody = UnixListener::bind(other.address())?;
-    fails(other.command(&[])?, &format!("somebody serves at {} already", other.address().display())).await?;
+    fails(other.command(&[])?, &format!("{} is already in use by another process", other.address().display())).await?;
     let third = Own::new(&cx.folder().join("third"), "")?;
     fs::write(third.address(), "precious")?;
-    fails(third.command(&[])?, "is there and no socket").await?;
+    fails(third.command(&[])?, "exists and is not a socket").await?;
     ensure!(fs::read_to_string(third.address())? == "precious");
-    fails(third.command(&["upgrade"])?, "no x-manager takes orders at").await?;
+    fails(third.command(&["upgrade"])?, "cannot reach x-manager at").await?;
     own.client().await.map(drop)
 }
 
@@ -224,9 +224,9 @@ pub(crate) async fn what_a_start_refuses_is_found_by_a_check_of_the_configuratio
     let long = format!("{folder}/{}", "x".repeat(120));
     fs::write(own.folder().join("file"), "precious")?;
     for (settings, sentence) in [
-        (format!("[metrics]\naddress = \"unix://{long}\"\n"), "bytes, but 103 are the most"),
-        (format!("[metrics]\naddress = \"unix://{folder}/x.sock\"\n"), "two sockets would be at"),
-        (format!("[metrics]\naddress = \"unix://{folder}/file\"\n"), "is there and no socket"),
+        (format!("[metrics]\naddress = \"unix://{long}\"\n"), "bytes; the maximum is 103"),
+        (format!("[metrics]\naddress = \"unix://{folder}/x.sock\"\n"), "is configured for two sockets"),
+        (format!("[metrics]\naddress = \"unix://{folder}/file\"\n"), "exists and is not a socket"),
         (format!("[metrics]\naddress = \"unix://{folder}/file/socket\"\n"), "file is a file"),
         ("[metrics]\naddress = \"203.0.113.1:1\"\n".to_owned(), "listen at tcp://203.0.113.1:1"),
         ("[metrics]\naddress = \"no-such-host:1\"\n".to_owned(), "/etc/hosts"),
@@ -247,7 +247,7 @@ pub(crate) async fn what_a_start_refuses_is_found_by_a_check_of_the_configuratio
 pub(crate) async fn a_store_that_is_not_there_yet_is_sound_and_a_damaged_one_says_what_helps(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let store = own.folder().join("root/meta.db");
-    ensure!(printed(&mut own.command(&["check"])?)?.contains("is not there yet"));
+    ensure!(printed(&mut own.command(&["check"])?)?.contains("does not exist yet"));
     fs::create_dir_all(own.folder().join("root"))?;
     fs::write(&store, "")?;
     ensure!(printed(&mut own.command(&["check"])?)?.contains("is sound"));

@@ -72,7 +72,7 @@ pub(crate) async fn sockets_of_the_service_manager_are_served_and_kept(cx: Conte
     let waiting = std::thread::spawn(move || UnixStream::connect(address).is_ok());
     own.start_as(activated(&own)?).await?;
     ensure!(waiting.join().expect("no panic"));
-    // a socket that no setting names is told
+    // a socket that the configuration does not name is told
     own.configure("").and_then(|()| {
         std::fs::write(
             own.folder().join("other.toml"),
@@ -83,7 +83,7 @@ pub(crate) async fn sockets_of_the_service_manager_are_served_and_kept(cx: Conte
     let mut command = activated(&own)?;
     command.arg("--config").arg(own.folder().join("other.toml"));
     let output = command.output()?;
-    ensure!(shim_tests::operator::said(&output).contains("that no setting names"), "{output:?}");
+    ensure!(shim_tests::operator::said(&output).contains("that the configuration does not name"), "{output:?}");
     Ok(())
 }
 

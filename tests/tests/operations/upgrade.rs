@@ -317,14 +317,14 @@ pub(crate) async fn what_does_not_take_over_changes_nothing(cx: Context) -> Resu
     let cases: [(PathBuf, &str); 7] = [
         (folder.join("missing"), "No such file or directory"),
         (plain, "Permission denied"),
-        (script(folder, "fails", "#!/bin/sh\nexit 3\n")?, "it ended without a word (exit status: 3)"),
-        (script(folder, "crashes", "#!/bin/sh\nkill -SEGV $$\n")?, "it ended without a word (signal: 11"),
-        (script(folder, "talks", "#!/bin/sh\necho hello >&0\nsleep 100\n")?, "it said "),
+        (script(folder, "fails", "#!/bin/sh\nexit 3\n")?, "it exited without a message (exit status: 3)"),
+        (script(folder, "crashes", "#!/bin/sh\nkill -SEGV $$\n")?, "it exited without a message (signal: 11"),
+        (script(folder, "talks", "#!/bin/sh\necho hello >&0\nsleep 100\n")?, "it sent the unexpected message "),
         (
             script(folder, "moves", &format!("#!/bin/sh\nexec {real} \"$@\" --address /run/elsewhere.sock\n"))?,
             "does not serve at /run/elsewhere.sock",
         ),
-        (script(folder, "hangs", &format!("#!/bin/sh\nsleep 100 & echo $! > {}; wait\n", left.display()))?, "it said nothing for 10s"),
+        (script(folder, "hangs", &format!("#!/bin/sh\nsleep 100 & echo $! > {}; wait\n", left.display()))?, "it sent nothing for 10s"),
     ];
     for (binary, reason) in &cases {
         fails(&cx, &container, binary, reason).await?;
@@ -345,10 +345,10 @@ pub(crate) async fn a_successor_that_crashes_at_any_step_changes_nothing(cx: Con
             word => format!("{words}echo {word} >&0; read yours <&0; exit 4\n"),
         };
         let program = script(cx.folder(), &format!("step{step}"), &text)?;
-        fails(&cx, &container, &program, "it ended without a word (exit status: 4)").await?;
+        fails(&cx, &container, &program, "it exited without a message (exit status: 4)").await?;
     }
     words.push_str("echo prepared >&0; read yours <&0; echo serving >&0; sleep 100\n");
-    fails(&cx, &container, &script(cx.folder(), "hurries", &words)?, "it said ").await?;
+    fails(&cx, &container, &script(cx.folder(), "hurries", &words)?, "it sent the unexpected message ").await?;
     upgraded(cx.daemon()).await?;
     cx.client().reconnected().await?;
     container.destroy().await?;

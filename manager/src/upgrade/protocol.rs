@@ -1,4 +1,4 @@
-//! The conversation of two processes: lines, each with a deadline.
+//! The protocol between the two processes: lines, each with a deadline.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -6,59 +6,59 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 
-/// One end of it.
+/// One end of the connection.
 #[derive(Debug)]
-pub(super) struct Words {
+pub(super) struct Channel {
     socket: BufReader<tokio::net::UnixStream>,
 }
 
-/// Why the other end says nothing more.
+/// Why no message was received.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Silence {
+pub(super) enum ProtocolError {
     /// It has closed its end.
-    #[error("it ended without a word")]
+    #[error("it exited without a message")]
     Ended,
     /// The deadline has passed.
-    #[error("it said nothing for {0:?}")]
+    #[error("it sent nothing for {0:?}")]
     Late(Duration),
-    /// It says what it should not.
-    #[error("it said {0:?}")]
-    Nonsense(String),
+    /// The message is not one that is expected here.
+    #[error("it sent the unexpected message {0:?}")]
+    Unexpected(String),
     /// The socket fails.
     #[error(transparent)]
     Io(io::Error),
 }
 
-impl From<io::Error> for Silence {
+impl From<io::Error> for ProtocolError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            // it has not even read what it was told
+            // it exited before it read the last message
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => Self::Ended,
             _ => Self::Io(error),
         }
     }
 }
 
-impl Words {
+impl Channel {
     pub(super) fn new(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Self { socket: BufReader::new(tokio::net::UnixStream::from_std(socket)?) })
     }
 
-    pub(super) async fn say(&mut self, word: &str) -> io::Result<()> {
-        self.socket.get_mut().write_all(format!("{word}\n").as_bytes()).await
+    pub(super) async fn send(&mut self, message: &str) -> io::Result<()> {
+        self.socket.get_mut().write_all(format!("{message}\n").as_bytes()).await
     }
 
     /// The next line, without its end.
-    pub(super) async fn hear(&mut self, limit: Duration) -> Result<String, Silence> {
+    pub(super) async fn receive(&mut self, limit: Duration) -> Result<String, ProtocolError> {
         let mut line = Vec::new();
         let mut bounded = (&mut self.socket).take(LINE_BYTES);
         let read = tokio::time::timeout(limit, bounded.read_until(b'\n', &mut line)).await;
-        read.map_err(|_| Silence::Late(limit))??;
+        read.map_err(|_| ProtocolError::Late(limit))??;
         match (line.pop(), String::from_utf8_lossy(&line)) {
-            (None, _) => Err(Silence::Ended),
+            (None, _) => Err(ProtocolError::Ended),
             (Some(b'\n'), text) => Ok(text.into_owned()),
-            (Some(_), text) => Err(Silence::Nonsense(text.chars().take(200).collect())),
+            (Some(_), text) => Err(ProtocolError::Unexpected(text.chars().take(200).collect())),
         }
     }
 }

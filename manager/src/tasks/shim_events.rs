@@ -1,4 +1,4 @@
-//! What shims tell.
+//! Events that shims publish.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,10 +15,10 @@ use crate::store::{Exit, exits};
 use crate::timestamp;
 
 impl Tasks {
-    /// Passes an event on. An exit is passed on once, however often it is told.
+    /// Forwards an event to subscribers. An exit is forwarded once, however often the shim sends it.
     ///
-    /// Errors: it is for the shim to tell it again.
-    pub(crate) async fn hear(&self, envelope: Envelope) -> Result<()> {
+    /// Errors: the shim has to send it again.
+    pub(crate) async fn receive(&self, envelope: Envelope) -> Result<()> {
         let is_exit = envelope.event.as_ref().is_some_and(|event| event.type_url.ends_with(EXIT));
         if !is_exit {
             if self.gate.is_retired() {
@@ -35,36 +35,36 @@ impl Tasks {
         self.once(&namespace, &exit, move || events.forward(envelope)).await
     }
 
-    /// Tells an exit unless it was told before.
+    /// Publishes an exit unless it was published before.
     ///
-    /// It is recorded, then told, and nothing else comes in between: of two who tell one exit at the same moment the second is too late, and
-    /// whatever a crash comes in between, nobody hears it twice. Who loses the connection then has to look at the task, as after any loss of it.
-    pub(super) async fn once(&self, namespace: &Namespace, event: &TaskExit, tell: impl FnOnce() + Send + 'static) -> Result<()> {
+    /// The exit is recorded and then published, with nothing in between: of two concurrent reports the second is dropped, and no subscriber
+    /// receives the exit twice, even across a crash. A subscriber that loses its connection has to query the task, as after any such loss.
+    pub(super) async fn once(&self, namespace: &Namespace, event: &TaskExit, publish: impl FnOnce() + Send + 'static) -> Result<()> {
         let exec = if event.id == event.container_id { String::new() } else { event.id.clone() };
         let at = event.exited_at.as_ref().map_or(0, timestamp::to_nanos);
         let exit = Exit { pid: event.pid, status: event.exit_status, at };
         let (place, id) = (namespace.clone(), event.container_id.clone());
-        // of a task that is gone it is kept for a while only, and not taken for the end of a later task of the same id
+        // the record for a deleted task expires, and is never taken for the exit of a later task with the same id
         let is_late = self.find(namespace, &event.container_id).is_err();
         let collected = is_late.then(|| timestamp::to_nanos(&timestamp::now()));
         let is_new = Arc::new(AtomicBool::new(false));
-        let (found_new, tells) = (Arc::clone(&is_new), Arc::clone(&is_new));
+        let (found_new, publishes) = (Arc::clone(&is_new), Arc::clone(&is_new));
         let record = move |db: &_| {
-            if exits::is_told(db, place.as_str(), &id, &exec, exit)? {
+            if exits::is_published(db, place.as_str(), &id, &exec, exit)? {
                 return Ok(());
             }
             found_new.store(true, Ordering::Relaxed);
             exits::add(db, place.as_str(), &id, &exec, exit, collected)
         };
         let then = move || {
-            if tells.load(Ordering::Relaxed) {
-                tell();
+            if publishes.load(Ordering::Relaxed) {
+                publish();
             }
         };
         match self.store.note_and_then(record, then).await {
             Err(error) if is_new.load(Ordering::Relaxed) => {
-                // a full disk: told as it is, it shall not be told with every new attempt of its shim
-                warn!(namespace:%, container = event.container_id.as_str(), error = error.chain(); "cannot record that an exit was told");
+                // disk full: the exit is published now, and acknowledged so that the shim does not send it again and again
+                warn!(namespace:%, container = event.container_id.as_str(), error = error.chain(); "cannot record that an exit was published");
                 Ok(())
             }
             recorded => recorded,
