@@ -1,13 +1,13 @@
-//! What makes one process the only one that changes the store, while another takes over from it.
+//! The gate: ensures that only one process changes the store while another takes over.
 //!
 //! ```text
-//! open ──close: those inside leave, others wait──▶ closed ──▶ retired: nobody enters any more
-//!   ▲────────────────────the successor failed─────────┘
+//! open ──close: passes are returned, others wait──▶ closed ──▶ retired: no pass is granted
+//!   ▲────────────────────the successor failed──────────┘
 //! ```
-//! A step takes a pass, not a call: what waits for a shim has none, so that an upgrade waits for no shim. After such a wait a call enters again
-//! for its next step. When another process has taken over meanwhile, the call ends with [`Error::Retired`] and its client makes it again there.
+//! A pass covers one step, not a whole call: no pass is held while waiting for a shim, so that an upgrade waits for no shim. After such a wait
+//! the call enters again. If another process has taken over meanwhile, the call fails with [`Error::Retired`] and its client retries it there.
 //!
-//! **Invariant:** what changes the store has a [`Pass`], and waits for nothing but the disk while it has; so between close and open nothing changes.
+//! **Invariant:** every change of the store holds a [`Pass`], and waits only for the disk while it does; so between close and open nothing changes.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Gate {
     state: watch::Sender<State>,
-    /// One of its own, as every open stream waits for it.
+    /// A channel of its own, as every open stream waits for it.
     retired: watch::Sender<bool>,
 }
 
@@ -27,25 +27,25 @@ pub(crate) struct Gate {
 struct State {
     /// How many passes are out.
     inside: usize,
-    /// How many calls are under way that are carried to their end.
+    /// How many calls in progress must run to completion.
     carried: usize,
     is_closed: bool,
     is_retired: bool,
 }
 
-/// The right to change something, for as long as it is held.
+/// The permission to change the store, while it is held.
 #[derive(Debug)]
 pub(crate) struct Pass {
     gate: Gate,
 }
 
-/// A call that is under way.
+/// A call in progress that must run to completion.
 #[derive(Debug)]
 pub(crate) struct Carried {
     gate: Gate,
 }
 
-/// Nobody enters any more, for as long as it is held.
+/// Keeps the gate closed while it is held.
 #[derive(Debug)]
 pub(crate) struct Closed {
     gate: Gate,
@@ -74,20 +74,20 @@ impl Gate {
         }
     }
 
-    /// Counts a call as under way until what is returned is dropped: one that is to end by itself before this process does.
+    /// Counts a call that must complete before this process exits, until the returned value is dropped.
     pub(crate) fn carry(&self) -> Carried {
         self.state.send_modify(|state| state.carried += 1);
         Carried { gate: self.clone() }
     }
 
-    /// Waits until no call is under way that is to be carried to its end.
+    /// Waits until all such calls have completed.
     pub(crate) async fn carried(&self) {
         // the sender is part of the gate
         let _ = self.state.subscribe().wait_for(|state| state.carried == 0).await;
     }
 
-    /// Lets nobody in any more and waits for those inside; none when they take longer than `limit`, and it is open again. To be closed by one at a
-    /// time.
+    /// Closes the gate and waits until all passes are returned; none when that takes longer than `limit`, and the gate is open again. Only one
+    /// caller may close it at a time.
     pub(crate) async fn close(&self, limit: Duration) -> Option<Closed> {
         self.state.send_modify(|state| state.is_closed = true);
         let closed = Closed { gate: self.clone() };
@@ -96,7 +96,7 @@ impl Gate {
         left.is_ok().then_some(closed)
     }
 
-    /// Turns everybody away for good.
+    /// Refuses everyone from now on.
     pub(crate) fn retire(&self) {
         self.state.send_modify(|state| state.is_retired = true);
         self.retired.send_replace(true);
@@ -144,10 +144,10 @@ mod tests {
     async fn a_gate_that_closes_waits_for_those_inside_and_holds_the_others() {
         let gate = Gate::default();
         let inside = gate.enter().await.expect("open");
-        assert!(gate.close(MOMENT).await.is_none(), "somebody is inside");
+        assert!(gate.close(MOMENT).await.is_none(), "a pass is out");
         let second = timeout(MOMENT, gate.enter()).await.expect("open again");
         drop((inside, second));
-        let closed = gate.close(MOMENT).await.expect("nobody is inside");
+        let closed = gate.close(MOMENT).await.expect("no pass is out");
         assert!(timeout(MOMENT, gate.enter()).await.is_err(), "closed");
         drop(closed);
         assert!(timeout(MOMENT, gate.enter()).await.expect("open again").is_ok());
@@ -156,7 +156,7 @@ mod tests {
     #[tokio::test]
     async fn a_call_that_waits_at_a_retiring_gate_is_refused() {
         let gate = Gate::default();
-        let closed = gate.close(MOMENT).await.expect("nobody is inside");
+        let closed = gate.close(MOMENT).await.expect("no pass is out");
         let waiting = tokio::spawn({
             let gate = gate.clone();
             async move { matches!(gate.enter().await, Err(Error::Retired)) }

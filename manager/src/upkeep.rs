@@ -1,4 +1,4 @@
-//! What is done now and then: leases that have expired go, and disk and memory are given back.
+//! Periodic upkeep: expired leases are removed, and free disk space and memory are returned.
 //!
 //! **Invariant:** nothing waits for any of it.
 

@@ -1,5 +1,5 @@
 //! Clients of gRPC's C core (Python, Ruby, C++, …) and some others call a unix socket's path the authority of their requests, with `%2F` for
-//! each slash. The `http` crate takes no `%` there, and the `h2` crate resets such a request before anybody sees it. No service
+//! each slash. The `http` crate takes no `%` there, and the `h2` crate resets such a request before any handler sees it. No service
 //! looks at the authority, so every `%` in one is made a `-` as the bytes come in.
 //!
 //! ```text
@@ -228,7 +228,7 @@ impl Fields {
 
 /// The field, which is the first of those that have a number.
 const AUTHORITY: &[u8] = b":authority";
-/// What a client says first.
+/// The connection preface.
 const PREFACE_BYTES: usize = 24;
 const HEADER_BYTES: usize = 9;
 const HEADERS: u8 = 1;

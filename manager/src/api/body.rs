@@ -1,4 +1,4 @@
-//! The body of a request, as far as one client may make this process wait for it, and all together may make it hold.
+//! Request bodies, with bounds on the time to receive one and on the memory of all.
 //!
 //! ```text
 //! length of the message ─▶ refused, if too long ─▶ share of the budget, waited for ─▶ the message ─▶ handler ─▶ answer: the share goes back
@@ -17,7 +17,7 @@ use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
 use tonic::Status;
 
-/// What the requests of all clients may hold: short ones get through while others wait for long ones.
+/// The memory budget of all requests: short requests do not wait behind long ones.
 #[derive(Debug, Clone)]
 pub(super) struct Budget {
     short: Arc<Semaphore>,
@@ -43,24 +43,24 @@ pub(super) struct Share {
     permit: Arc<OnceLock<OwnedSemaphorePermit>>,
 }
 
-/// What one connection has announced of requests that are not yet complete.
+/// The announced bytes of a connection's incomplete requests.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Unfinished(Arc<AtomicUsize>);
 
 type Acquiring = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
 
-/// A body that is one message, keeps within the bounds, and comes to an end in time.
+/// A body of one message, bounded in size and time.
 pub(super) struct Metered<B = Incoming> {
     body: B,
     budget: Budget,
     share: Share,
     all: Unfinished,
-    /// What it says before the message, as far as that is there: whether it is compressed, and its length.
+    /// The received part of the message's prefix: compression flag and length.
     head: Vec<u8>,
     /// Of head and message, once that is known.
     announced: usize,
     received: usize,
-    /// What came while there was no room for the message.
+    /// Bytes received while the message waited for its share.
     waiting: Option<(Acquiring, Frame<Bytes>)>,
     late: Pin<Box<Sleep>>,
 }
@@ -71,7 +71,7 @@ impl<B> Metered<B> {
         Self { body, budget, share: Share::default(), all, head: Vec::new(), announced: 0, received: 0, waiting: None, late }
     }
 
-    /// What it holds of the budget: to be kept until the request is answered.
+    /// Its share of the budget: kept until the request is answered.
     pub(super) fn share(&self) -> Share {
         self.share.clone()
     }
@@ -92,7 +92,7 @@ impl<B> Metered<B> {
             self.announced = HEAD_BYTES + length;
             let all = self.all.0.fetch_add(self.announced, Ordering::Relaxed) + self.announced;
             if all > UNFINISHED_BYTES {
-                let sentence = format!("incomplete requests of {all} bytes over one connection, but {UNFINISHED_BYTES} are the most");
+                let sentence = format!("incomplete requests of {all} bytes over one connection; the maximum is {UNFINISHED_BYTES}");
                 return Err(Status::resource_exhausted(sentence));
             }
         }
@@ -136,19 +136,21 @@ where
         loop {
             if let Some((mut acquiring, frame)) = this.waiting.take() {
                 if let Poll::Ready(permit) = acquiring.as_mut().poll(cx) {
-                    // nobody closes the budget
+                    // the budget is never closed
                     permit.into_iter().for_each(|permit| this.hold(permit));
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 this.waiting = Some((acquiring, frame));
                 ready!(this.late.as_mut().poll(cx));
-                let sentence =
-                    format!("no room for a request of {} bytes in {COMPLETE:?}: those of all clients are too long", this.announced);
+                let sentence = format!(
+                    "no memory for a request of {} bytes within {COMPLETE:?}: the limit for all clients is reached",
+                    this.announced
+                );
                 return Poll::Ready(Some(Err(Status::resource_exhausted(sentence))));
             }
             let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
                 ready!(this.late.as_mut().poll(cx));
-                return Poll::Ready(Some(Err(Status::deadline_exceeded(format!("a request that was not complete after {COMPLETE:?}")))));
+                return Poll::Ready(Some(Err(Status::deadline_exceeded(format!("the request was not complete after {COMPLETE:?}")))));
             };
             let frame = match frame {
                 Some(Ok(frame)) => frame,
@@ -237,7 +239,7 @@ mod tests {
     }
 
     async fn next(request: &mut Metered<Chunks>) -> Result<usize, Status> {
-        let frame = poll_fn(|cx| Pin::new(&mut *request).poll_frame(cx)).await.expect("it goes on")?;
+        let frame = poll_fn(|cx| Pin::new(&mut *request).poll_frame(cx)).await.expect("a frame")?;
         Ok(frame.data_ref().map_or(0, Bytes::len))
     }
 

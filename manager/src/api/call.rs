@@ -1,4 +1,4 @@
-//! What a call says beside its message.
+//! The metadata of a call.
 
 use tonic::Request;
 
@@ -6,7 +6,7 @@ use super::body::Share;
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 
-/// The metadata of a call, and what its request holds of the budget: to be kept until it is answered.
+/// The metadata of a call, and its request's share of the budget: kept until the call is answered.
 #[derive(Debug)]
 pub(super) struct Call {
     namespace: Option<String>,

@@ -1,4 +1,4 @@
-//! What calls have cost, for metrics.
+//! Call counts and durations, for metrics.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ pub(crate) struct Calls {
     by_method: Mutex<BTreeMap<String, Cost>>,
 }
 
-/// Those of one method.
+/// The calls of one method.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Cost {
     /// How many ended with each code.
@@ -39,7 +39,7 @@ impl Calls {
         self.under_way.load(Ordering::Relaxed)
     }
 
-    /// Methods and what they have cost.
+    /// Methods with their counts and durations.
     pub(crate) fn costs(&self) -> BTreeMap<String, Cost> {
         self.by_method.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -59,7 +59,7 @@ pub(super) struct UnderWay<'a> {
 }
 
 impl UnderWay<'_> {
-    /// Says how it ended. Methods that are not served count as one, so that clients cannot make up names.
+    /// Records the result. Unknown methods share one label, so that clients cannot create new ones.
     pub(super) fn ended(self, path: &str, code: Code) {
         let method = if code == Code::Unimplemented { "other" } else { path };
         let took = self.since.elapsed();

@@ -12,7 +12,7 @@ use super::call::Call;
 use crate::error::{Error, Result};
 use crate::manager::Manager;
 
-/// Whose health is asked for: everything's, when empty.
+/// The service whose health is queried; empty for the whole server.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct HealthCheckRequest {
     #[prost(string, tag = "1")]
@@ -26,11 +26,11 @@ pub(super) struct HealthCheckResponse {
     status: i32,
 }
 
-/// What has no fields.
+/// A message without fields.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct HealthListRequest {}
 
-/// The health of everything that has one.
+/// The health of a known service.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct HealthListResponse {
     #[prost(map = "string, message", tag = "1")]
@@ -57,10 +57,10 @@ pub(super) async fn watch(
     let (send, statuses) = mpsc::channel(1);
     tokio::spawn(async move {
         let first = send.send(Ok(HealthCheckResponse { status })).await;
-        // it stays like that for as long as this process lives
+        // it does not change until this process exits
         tokio::select! {
             () = manager.gate.retired(), if first.is_ok() => {
-                // its client may have gone
+                // the client may have disconnected
                 let _ = send.send(Err(Status::unavailable("this x-manager has ended; ask the next one"))).await;
             }
             () = send.closed() => {}

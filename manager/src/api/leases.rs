@@ -38,7 +38,7 @@ pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateReq
         return Err(Error::Invalid(format!("lease id of {} bytes", request.id.len())));
     }
     name::labels(&request.labels)?;
-    // without an id a client wants one made up
+    // without an id, one is generated
     let id = if request.id.is_empty() { manager::kernel_id("uuid")? } else { request.id };
     let lease = Lease { id, created_at: Some(timestamp::now()), labels: mask::without_empty(request.labels) };
     let new = lease.clone();
@@ -124,7 +124,7 @@ fn resource(resource: Option<WireResource>) -> Result<Resource> {
         return Err(Error::Invalid(format!("lease resource id of {} bytes", resource.id.len())));
     }
     if resource.r#type == "content" && !is_digest(&resource.id) {
-        return Err(Error::Invalid(format!("content resource id {:?} is no digest", resource.id)));
+        return Err(Error::Invalid(format!("content resource id {:?} is not a digest", resource.id)));
     }
     Ok(Resource { kind: resource.r#type, id: resource.id })
 }

@@ -19,7 +19,7 @@ fn not_found(name: &str) -> Error {
     Error::NotFound(format!("namespace {name:?}"))
 }
 
-/// As with containerd, one that nobody has made yet has no labels: clients ask for defaults before they use it.
+/// As with containerd, a namespace that does not exist has no labels: clients query defaults before they use it.
 pub(super) async fn get(manager: Arc<Manager>, _call: Call, request: GetNamespaceRequest) -> Result<GetNamespaceResponse> {
     Namespace::parse(&request.name)?;
     let name = request.name.clone();
@@ -56,7 +56,7 @@ pub(super) async fn update(manager: Arc<Manager>, _call: Call, request: UpdateNa
     let updated = manager
         .store
         .write(move |db| {
-            // as with containerd, whoever labels one makes it
+            // as with containerd, setting labels creates the namespace
             let mut record = namespaces::get(db, &new.name)?.unwrap_or_else(|| Record { name: new.name.clone(), ..Record::default() });
             apply(&mut record, &new, paths.as_deref())?;
             namespaces::put(db, &record)?;
@@ -89,7 +89,7 @@ pub(super) async fn delete(manager: Arc<Manager>, _call: Call, request: DeleteNa
             if !containers::is_empty(db, &name)? {
                 return Err(Error::Precondition(format!("namespace {name:?} must be empty, but it still has containers")));
             }
-            // as with containerd, leases are no reason to keep it, and go along
+            // as with containerd, leases do not keep a namespace, and are deleted with it
             leases::remove_all(db, &name)?;
             if namespaces::remove(db, &name)? { Ok(()) } else { Err(not_found(&name)) }
         })

@@ -25,7 +25,7 @@ use crate::manager::Manager;
 /// A response, or a stream's reset.
 type Answer = Result<http::Response<Body>, h2::Error>;
 
-/// Turns true when the client has been told that its connection ends.
+/// Turns true when the client has received GOAWAY.
 type Leaving = watch::Receiver<bool>;
 
 /// Serves one request, and counts it.
@@ -44,7 +44,7 @@ pub(super) async fn counted(manager: Arc<Manager>, leaving: Leaving, request: ht
 
 /// Serves one request.
 ///
-/// What changes something is carried to its end, even if the client hangs up; what only looks or waits ends with its client.
+/// A call that changes something runs to completion, even if the client disconnects; one that only reads or waits ends with its client.
 ///
 /// When this process retires, what still waits is reset with REFUSED_STREAM: nothing was done, and clients may ask again as if they
 /// never had. gRPC's own do so by themselves, over a new connection, which the next process accepts. Streams of events end with an error,
@@ -179,7 +179,7 @@ where
     to_its_end(manager, leaving, request, handler, |_pass| None).await
 }
 
-/// A call that goes on when its client does not wait. It begins when this process serves, and is refused when another one does before it is done.
+/// A call that continues after its client disconnects. It begins when this process serves, and is refused if another process takes over before it ends.
 async fn to_its_end<Q, A, H, F>(
     manager: Arc<Manager>,
     leaving: Leaving,

@@ -1,12 +1,12 @@
-//! Lists of what filters hold for.
+//! Lists with filters.
 //!
 //! ```text
-//! store: a page ─▶ a thread beside: the filters, within a time ─▶ answer, within its bound
+//! store: a page ─▶ another thread: the filters, within a time ─▶ answer, within its bound
 //!          ▲──────────────── the next page ◀─┘
 //! ```
 //! **Invariant:** filters are evaluated neither by the store's thread, for which exits of tasks wait, nor by the executor's.
 //!
-//! What is there all the time is found once; what comes or goes meanwhile may be found or not.
+//! Objects that exist throughout are listed once; those created or deleted meanwhile may be listed or not.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,10 +24,10 @@ use crate::filter::{Fields, Filter};
 use crate::manager::Manager;
 use crate::name::Namespace;
 
-/// Reads about so many bytes of objects of a namespace from the first after an id on.
+/// Reads objects of a namespace that follow an id, up to about this many bytes.
 type Page<M> = fn(&Connection, &str, &str, usize) -> Result<Vec<M>>;
 
-/// A list that is being made.
+/// A list in progress.
 pub(super) struct Search<M> {
     manager: Arc<Manager>,
     namespace: Namespace,
@@ -36,14 +36,14 @@ pub(super) struct Search<M> {
     id: fn(&M) -> &String,
     /// The last one that was looked at.
     after: String,
-    /// What is left of the time for filters.
+    /// The time left for filters.
     left: Duration,
 }
 
 impl<M: Message + Fields + 'static> Search<M> {
     /// One from the first object on.
     ///
-    /// Errors: the filters make no sense.
+    /// Errors: the filters are invalid.
     pub(super) fn new(
         manager: Arc<Manager>,
         namespace: Namespace,
@@ -63,7 +63,7 @@ impl<M: Message + Fields + 'static> Search<M> {
         while let Some(found) = self.next().await? {
             bytes += found.iter().map(Message::encoded_len).sum::<usize>();
             if bytes > MESSAGE_BYTES {
-                return Err(Error::Exhausted(format!("a list of more than {MESSAGE_BYTES} bytes")));
+                return Err(Error::Exhausted(format!("the list is longer than {MESSAGE_BYTES} bytes")));
             }
             all.extend(found);
         }
@@ -86,7 +86,7 @@ impl<M: Message + Fields + 'static> Search<M> {
                 next = match self.next().await {
                     Ok(next) => next,
                     Err(error) => {
-                        // whoever asked may have gone
+                        // the client may have disconnected
                         let _ = send.send(Err(error)).await;
                         return;
                     }
@@ -96,7 +96,7 @@ impl<M: Message + Fields + 'static> Search<M> {
         Ok(ReceiverStream::new(found))
     }
 
-    /// What the filters hold for of the next page; none after the last.
+    /// The matching objects of the next page; none after the last page.
     async fn next(&mut self) -> Result<Option<Vec<M>>> {
         let (page, namespace, after) = (self.page, self.namespace.clone(), self.after.clone());
         let found = self.manager.store.read(move |db| page(db, namespace.as_str(), &after, PAGE_BYTES)).await?;
@@ -108,9 +108,9 @@ impl<M: Message + Fields + 'static> Search<M> {
     }
 }
 
-/// Those of some objects that the filter holds for.
+/// The objects that match the filter.
 ///
-/// Errors: [`Error::Exhausted`] when finding out takes too long.
+/// Errors: [`Error::Exhausted`] when evaluating takes too long.
 pub(super) async fn matching<M: Fields + Send + 'static>(manager: &Manager, filter: &Filter, objects: Vec<M>) -> Result<Vec<M>> {
     within(manager, filter, objects, FILTERING).await.map(|(kept, _left)| kept)
 }
@@ -124,7 +124,7 @@ async fn within<M: Fields + Send + 'static>(
     if filter.is_for_everything() {
         return Ok((objects, left));
     }
-    // there is no end of the semaphore
+    // the semaphore is never closed
     let _turn = manager.filtering.acquire().await;
     let filter = filter.clone();
     let kept = tokio::task::spawn_blocking(move || keep(objects, &filter, left)).await;
@@ -134,13 +134,13 @@ async fn within<M: Fields + Send + 'static>(
     })
 }
 
-/// Those for which the filter holds, and what is left of the time.
+/// The matching objects, and the time left.
 fn keep<M: Fields>(mut found: Vec<M>, filter: &Filter, left: Duration) -> Result<(Vec<M>, Duration)> {
     let begin = Instant::now();
     found.retain(|object| begin.elapsed() <= left && filter.accepts(object));
     match left.checked_sub(begin.elapsed()) {
         Some(left) => Ok((found, left)),
-        None => Err(Error::Exhausted(format!("filters that take longer than {FILTERING:?}"))),
+        None => Err(Error::Exhausted(format!("evaluating the filters took longer than {FILTERING:?}"))),
     }
 }
 

@@ -21,21 +21,21 @@ use super::route::counted;
 use crate::manager::Manager;
 use crate::settings::Limits;
 
-/// How this process goes on.
+/// Whether this process serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Course {
     /// It serves.
     Serves,
-    /// It ends, and nobody serves after it for now.
+    /// It stops, and no other process serves.
     Stops,
-    /// It ends, and another process serves already.
+    /// It exits, and another process serves already.
     Yields,
 }
 
 /// Serves everyone who connects, for as long as the `course` is to; then calls in flight have a while to end.
 ///
-/// A connection that was accepted before another process took over has its first call answered before it is told to end: a client that is still
-/// busy with connecting, as gRPC's own is until it has seen this end's settings, would take its end for a failure to connect.
+/// A connection that was accepted before another process took over has its first call answered before it gets GOAWAY: a client that is still
+/// connecting, as gRPC's own is until it has received the server's settings, would take that for a failure to connect.
 pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits: Limits, mut course: watch::Receiver<Course>) {
     let (places, budget) = (Arc::new(Semaphore::new(limits.connections)), Budget::default());
     let mut connections = JoinSet::new();
@@ -53,7 +53,7 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits:
                     Err(_full) => warn!(connections = limits.connections; "a client is turned away, too many are connected"),
                 },
                 Err(error) => {
-                    // without a free descriptor nothing can be accepted; others have to end first
+                    // out of descriptors: wait for other connections to close
                     warn!(error:%; "cannot accept a connection");
                     tokio::time::sleep(ACCEPT_AGAIN).await;
                 }
@@ -93,7 +93,7 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, budget: Budget, m
     let mut connection = std::pin::pin!(connection);
     let ends = async {
         if end(&mut course).await == Course::Yields {
-            // a client that says nothing at all is no longer busy with connecting
+            // a client that sends nothing is no longer connecting
             let _ = tokio::time::timeout(FIRST_CALL, begun.notified()).await;
         }
     };
@@ -101,7 +101,7 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, budget: Budget, m
         ended = connection.as_mut() => ended,
         () = ends => {
             connection.as_mut().graceful_shutdown();
-            // a client must have heard that this connection ends before a call is refused, or it asks again on this one
+            // the client must have received GOAWAY before a call is refused, or it retries on this connection
             match poll_fn(|cx| Poll::Ready(connection.as_mut().poll(cx))).await {
                 Poll::Ready(ended) => ended,
                 Poll::Pending => {
@@ -118,7 +118,7 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, budget: Budget, m
 
 /// Waits until this process is to end.
 async fn end(course: &mut watch::Receiver<Course>) -> Course {
-    // without a sender nobody can say that it goes on
+    // without a sender the process stops
     course.wait_for(|course| *course != Course::Serves).await.map_or(Course::Stops, |course| *course)
 }
 

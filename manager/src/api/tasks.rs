@@ -67,7 +67,7 @@ pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateTas
     let container = manager.store.read(get).await?;
     let runtime = container.runtime.unwrap_or_default();
     let options = runtime.options.filter(|options| !options.type_url.is_empty());
-    // a container's own options say where its checkpoints go, not what to make it from
+    // the container's own options name where its checkpoints are written, not the one to restore
     let checkpoint = restore_path(request.options.as_ref())?;
     let task_options = request.options.filter(|options| !options.type_url.is_empty()).or_else(|| options.clone());
     if let Some(checkpoint) = request.checkpoint.filter(|checkpoint| !checkpoint.digest.is_empty()) {
@@ -148,7 +148,7 @@ pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetRequest) 
     Ok(GetResponse { process: Some(process(&task, &request.exec_id).await?) })
 }
 
-/// How a process is; one whose shim does not say in time is of unknown status.
+/// The state of a process; unknown when its shim does not answer in time.
 async fn process(task: &Task, exec: &str) -> Result<Process> {
     let state = match task.settled().await {
         Ok(Phase::Live(live)) => {
@@ -216,7 +216,7 @@ fn status(status: shim::Status) -> ProcessStatus {
 pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListTasksRequest) -> Result<ListTasksResponse> {
     let (namespace, filter) = (call.namespace()?, Filter::parse(&[request.filter])?);
     let tasks = matching(&manager, &filter, manager.tasks.list(&namespace)).await?;
-    // asked all at once: one that does not answer delays no other
+    // queried concurrently: a shim that does not answer delays no other
     let mut asked = JoinSet::new();
     for task in tasks {
         asked.spawn(async move {
@@ -250,7 +250,7 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
     let task = find(&manager, &call, &request.container_id)?;
     let shim = shim_of(&task).await?;
     let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
-    // noted before it is there: after a crash of this process its exit is asked for
+    // recorded before it exists: after a crash of this process its exit is queried
     let is_new = {
         let _pass = manager.gate.enter().await?;
         manager.store.note(move |db| execs::add(db, namespace.as_str(), &id, &name)).await?
@@ -270,7 +270,7 @@ pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcess
             if is_new && error.code() != tonic::Code::AlreadyExists {
                 let (namespace, id) = (task.namespace.clone(), task.id.clone());
                 if let Ok(_pass) = manager.gate.enter().await {
-                    // a note too many is asked for in vain, and goes with the task
+                    // a stale record is harmless, and removed with the task
                     let _ = manager.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await;
                 }
             }
@@ -329,7 +329,9 @@ pub(super) async fn checkpoint(manager: Arc<Manager>, call: Call, request: Check
         None => String::new(),
     };
     if path.is_empty() {
-        return Err(Error::Unimplemented("a checkpoint as an image: there is no content store; name a folder in the options".to_owned()));
+        return Err(Error::Unimplemented(
+            "checkpoint to an image: x-manager has no content store; set image_path in the options to a folder".to_owned(),
+        ));
     }
     let options = wire::to_shim_field(request.options);
     let checkpoint = shim::CheckpointTaskRequest { id: task.id.clone(), path, options, ..shim::CheckpointTaskRequest::default() };
@@ -387,10 +389,10 @@ pub(super) async fn wait(manager: Arc<Manager>, call: Call, request: WaitRequest
             Ok(Phase::Ended(exit)) if exec.is_empty() => return Ok(answer(exit)),
             Ok(_) => {
                 let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
-                let told = manager.store.recall(move |db| exits::last(db, namespace.as_str(), &id, &name)).await?;
-                return told.map(answer).ok_or_else(|| Error::NotFound(format!("process {exec} of task {}", task.id)));
+                let exit = manager.store.recall(move |db| exits::last(db, namespace.as_str(), &id, &name)).await?;
+                return exit.map(answer).ok_or_else(|| Error::NotFound(format!("process {exec} of task {}", task.id)));
             }
-            // it may take as long as it takes
+            // Wait has no deadline
             Err(Error::Unavailable(_)) => {}
             Err(error) => return Err(error),
         }

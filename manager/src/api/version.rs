@@ -14,7 +14,7 @@ pub(super) async fn version(_manager: Arc<Manager>, _call: Call, _request: ()) -
 
 /// What clients show as the daemon's version.
 pub(crate) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "+x-manager");
-/// The commit, if the build said so; clients take an empty one for an error.
+/// The commit, if set at build time; clients take an empty one for an error.
 const REVISION: &str = match option_env!("X_REVISION") {
     Some(revision) if !revision.is_empty() => revision,
     _ => env!("CARGO_PKG_VERSION"),

@@ -287,14 +287,14 @@ mod tests {
         Arc::new(Exchange::new(Limits::default()))
     }
 
-    /// So many ids of exits.
-    async fn heard(subscription: &mut Subscription, count: usize) -> Vec<String> {
-        let mut heard = Vec::new();
-        while heard.len() < count {
+    /// The container ids of this many exits.
+    async fn received(subscription: &mut Subscription, count: usize) -> Vec<String> {
+        let mut received = Vec::new();
+        while received.len() < count {
             let envelope = subscription.next().await.expect("more events").expect("an event");
-            heard.push(TaskExit::decode(&*envelope.event.expect("an event").value).expect("an exit").container_id);
+            received.push(TaskExit::decode(&*envelope.event.expect("an event").value).expect("an exit").container_id);
         }
-        heard
+        received
     }
 
     #[tokio::test]
@@ -307,8 +307,8 @@ mod tests {
             exit(&exchange, id);
         }
         exchange.retire();
-        assert_eq!(heard(&mut all, 4).await, ["a", "b", "c", "d"]);
-        assert_eq!(heard(&mut some, 2).await, ["b", "d"]);
+        assert_eq!(received(&mut all, 4).await, ["a", "b", "c", "d"]);
+        assert_eq!(received(&mut some, 2).await, ["b", "d"]);
         for mut subscription in [all, some] {
             let last = subscription.next().await.and_then(Result::err).map(|status| status.code());
             assert_eq!((last, subscription.next().await.is_none()), (Some(tonic::Code::Unavailable), true));
@@ -326,14 +326,18 @@ mod tests {
         exit(&new, "b");
         exit(&new, "x");
         old.retire();
-        assert_eq!(heard(&mut before, 1).await, ["a"]);
+        assert_eq!(received(&mut before, 1).await, ["a"]);
         assert!(before.next().await.expect("a reason").is_err());
         let mut other = new.subscribe(client(&[])).expect("a place");
         let mut after = new.subscribe(client(&filters)).expect("a place");
         let mut third = new.subscribe(client(&filters)).expect("a place");
         exit(&new, "c");
-        assert_eq!(heard(&mut after, 2).await, ["b", "c"]);
-        assert_eq!((heard(&mut other, 1).await, heard(&mut third, 1).await), (vec!["c".to_owned()], vec!["c".to_owned()]), "from then on");
+        assert_eq!(received(&mut after, 2).await, ["b", "c"]);
+        assert_eq!(
+            (received(&mut other, 1).await, received(&mut third, 1).await),
+            (vec!["c".to_owned()], vec!["c".to_owned()]),
+            "from then on"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -360,7 +364,7 @@ mod tests {
         }
         let status = costly.next().await.expect("a reason").expect_err("too costly");
         assert!(status.code() == tonic::Code::ResourceExhausted && status.message().contains("filters"), "{status:?}");
-        assert_eq!(heard(&mut cheap, 50).await.len(), 50);
+        assert_eq!(received(&mut cheap, 50).await.len(), 50);
         exit(&exchange, "c");
         assert_eq!(exchange.count(), 1);
     }

@@ -28,7 +28,7 @@ pub(super) async fn run(
             count = all.recv_many(&mut items, BATCH) => if count == 0 { return },
             () = accepted.closed() => return,
         }
-        // nobody closes the semaphore
+        // the semaphore is never closed
         let turn = turns.acquire().await;
         let (filter, waiting) = (Arc::clone(&filter), Arc::clone(&waiting));
         let evaluated = tokio::task::spawn_blocking(move || blocking_keep(items, &filter, allowance, &waiting)).await;

@@ -1,4 +1,4 @@
-//! What a file of the store says about itself.
+//! Facts about a store file itself.
 
 use rusqlite::{Connection, OptionalExtension as _};
 
@@ -13,7 +13,7 @@ fn set(db: &Connection, name: &str, value: &str) -> Result<()> {
     db.execute("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", [name, value]).doing("write").map(drop)
 }
 
-/// The store's own name: `new`, if it has none yet.
+/// The store's UUID: `new`, if it has none yet.
 pub(crate) fn uuid(db: &Connection, new: &str) -> Result<String> {
     if let Some(uuid) = get(db, "uuid")? {
         return Ok(uuid);
@@ -22,7 +22,7 @@ pub(crate) fn uuid(db: &Connection, new: &str) -> Result<String> {
     Ok(new.to_owned())
 }
 
-/// Says which boot of the machine this is. After another one nothing is left of any task, and what was known of them is forgotten.
+/// Records the current boot of the machine. After a reboot no task is left, and all records of tasks are deleted.
 pub(crate) fn new_boot(db: &Connection, boot: &str) -> Result<()> {
     if get(db, "boot")?.as_deref() != Some(boot) {
         db.execute_batch("DELETE FROM execs; DELETE FROM exits; DELETE FROM ended").doing("forget tasks")?;
@@ -32,21 +32,21 @@ pub(crate) fn new_boot(db: &Connection, boot: &str) -> Result<()> {
     Ok(())
 }
 
-/// Which tasks somebody is making for the restart monitor: one that is found half-made after a crash of this process is nobody else's.
+/// Tasks that the restart monitor is creating: one that is found half-made after a crash of this process belongs to the monitor, not to a client.
 pub(crate) mod restarts {
     use super::*;
 
-    /// Says that it begins.
+    /// Records that a restart begins.
     pub(crate) fn begin(db: &Connection, namespace: &str, id: &str) -> Result<()> {
         set(db, &name(namespace, id), "")
     }
 
-    /// Says that it has ended.
+    /// Records that a restart has ended.
     pub(crate) fn end(db: &Connection, namespace: &str, id: &str) -> Result<()> {
         db.execute("DELETE FROM facts WHERE name = ?", [name(namespace, id)]).doing("write").map(drop)
     }
 
-    /// Those that did not end: namespace and id.
+    /// Restarts that did not end: namespace and id.
     pub(crate) fn list(db: &Connection) -> Result<Vec<(String, String)>> {
         let mut select = db.prepare("SELECT name FROM facts WHERE name GLOB ?").doing("prepare")?;
         let names = select.query_map([format!("{RESTARTING}*")], |row| row.get::<_, String>(0)).doing("read")?;
@@ -58,7 +58,7 @@ pub(crate) mod restarts {
             .collect())
     }
 
-    /// Neither namespaces nor ids have blanks.
+    /// Neither namespaces nor ids contain blanks.
     fn name(namespace: &str, id: &str) -> String {
         format!("{RESTARTING}{namespace} {id}")
     }

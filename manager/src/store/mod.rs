@@ -1,12 +1,12 @@
-//! The metadata store: everything that must outlive this process, in two SQLite files.
+//! The metadata store: all data that must survive this process, in two SQLite files.
 //!
 //! ```text
 //!          ┌─ write, remove ─▶ thread store ──────────▶ ROOT/meta.db, -wal   objects of the API; waits for the disk
 //! callers ─┼─ read ──────────▶ thread store-reader ──▶    the same           waits for no write
 //!          └─ note, recall ──▶ thread notes ──────────▶ STATE/notes.db       what is true of tasks until the next boot; in memory
 //! ```
-//! What is acknowledged to a client survives a power failure ([`Store::write`]). What only this process needs after its own crash, for as
-//! long as the machine runs, is noted ([`Store::note`]) beside the bundles, on a file system that is in memory.
+//! What is acknowledged to a client survives a power failure ([`Store::write`]). What only this process needs after its own crash, until the
+//! next boot, is noted ([`Store::note`]) beside the bundles, on a file system in memory.
 //! docs/decisions/0009-sqlite-for-metadata.md has the reasons.
 //!
 //! **Invariants:** a job is one transaction, committed whole or not at all. A read writes nothing, not even to the index of the log, which is
@@ -47,24 +47,24 @@ pub(crate) struct Store {
     reserve: Reserve,
 }
 
-/// Where it is.
+/// Where the store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Files {
-    /// What outlives a reboot.
+    /// Data that survives a reboot.
     pub(crate) meta: PathBuf,
-    /// What does not.
+    /// Data that does not.
     pub(crate) notes: PathBuf,
 }
 
 impl Store {
-    /// Opens the store, makes it if there is none, and brings an older one up to date.
+    /// Opens the store, creates it if there is none, and migrates an older one.
     ///
     /// Errors: with a sentence, when a file is something else, damaged, or of a newer version.
     pub(crate) fn open(files: &Files) -> Result<Self> {
         let meta = open_file(&files.meta, &schema::META)?;
         let notes = open_file(&files.notes, &schema::NOTES)?;
         notes.pragma_update(None, "synchronous", "OFF").on_store(&files.notes, "set up")?;
-        // from here on logs are moved into their files when nobody waits for that
+        // from here on the WAL is checkpointed between jobs, when no caller waits for it
         meta.pragma_update(None, "wal_autocheckpoint", 0).on_store(&files.meta, "set up")?;
         leave_mark(&meta);
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -97,7 +97,7 @@ impl Store {
             .await
     }
 
-    /// Changes something so that it survives everything but the loss of the disk.
+    /// Makes a change that survives everything but the loss of the disk.
     ///
     /// Errors: nothing has changed.
     pub(crate) async fn write<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
@@ -105,7 +105,7 @@ impl Store {
             .run(|connection| {
                 let result = durably(connection, job);
                 if is_full(&result) {
-                    // what the log holds twice may be the space that the next one needs; whether it was enough shows then
+                    // duplicates in the WAL may take the space that the next write needs
                     checkpoint(connection, "TRUNCATE");
                 }
                 result
@@ -113,7 +113,7 @@ impl Store {
             .await
     }
 
-    /// The same for what takes something away: on a full disk it has the reserve.
+    /// The same for removals: on a full disk they can use the reserve.
     ///
     /// Errors: nothing has changed.
     pub(crate) async fn remove<T: Send + 'static>(&self, job: impl Fn(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
@@ -127,7 +127,7 @@ impl Store {
                 }
                 if is_full(&result) && reserve.give_up() {
                     result = durably(connection, &job);
-                    // the log gives the room back that it took
+                    // frees the space of the WAL
                     checkpoint(connection, "TRUNCATE");
                 }
                 result
@@ -193,7 +193,7 @@ fn open_file(path: &Path, schema: &schema::Schema) -> Result<Connection> {
     Ok(connection)
 }
 
-/// Corrects the mode of a file, if it is there: a backup may have been put in place by any means, and whoever can open the store can lock it.
+/// Corrects the mode of a file, if it exists: a restored backup may have any mode, and a process that can open the store can lock it.
 fn for_root_alone(path: &Path) -> Result<()> {
     match fs::set_permissions(path, fs::Permissions::from_mode(0o600)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).on("set mode of", path),
@@ -221,10 +221,10 @@ fn durably<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Resu
     result
 }
 
-/// Has the index of the log say how far this connection reads: a reader that finds no such mark for the last commit would write one, and the
-/// index is a file beside the store, so that it would wait for a disk that is slow.
+/// Sets this connection's read mark in the WAL index: a reader that finds none for the last commit would write one, and the index is a file
+/// beside the store, so that the read would wait for a slow disk.
 fn leave_mark(connection: &Connection) {
-    // a reader that finds none makes one
+    // if it fails, the reader sets one
     let _ = connection.query_row("SELECT count(*) FROM facts", [], |_| Ok(()));
 }
 
@@ -232,7 +232,7 @@ fn is_full<T>(result: &Result<T>) -> bool {
     result.as_ref().is_err_and(|error| error.code() == Code::ResourceExhausted)
 }
 
-/// Moves what the log holds into the file. What cannot be moved is moved later.
+/// Checkpoints the WAL. What cannot be moved now is moved later.
 fn checkpoint(connection: &Connection, mode: &str) {
     let _ = connection.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |_row| Ok(()));
 }
@@ -240,7 +240,7 @@ fn checkpoint(connection: &Connection, mode: &str) {
 /// Names what was done when SQLite failed.
 trait Doing<T> {
     fn doing(self, op: &'static str) -> Result<T>;
-    /// The same, and which file; one that is damaged is said to be.
+    /// The same, with the file; damage is reported as such.
     fn on_store(self, path: &Path, op: &'static str) -> Result<T>;
 }
 
@@ -254,7 +254,7 @@ impl<T> Doing<T> for rusqlite::Result<T> {
     }
 }
 
-/// Says which file an error of SQLite's is about, and what to do about one that is damaged.
+/// Names the file in an error of SQLite, and what to do if it is damaged.
 fn named(error: Error, path: &Path) -> Error {
     let path = || path.to_owned();
     match error {
@@ -266,7 +266,7 @@ fn named(error: Error, path: &Path) -> Error {
     }
 }
 
-/// A longer log is moved into the store.
+/// A longer WAL is checkpointed.
 const LOG_BYTES: u64 = 1 << 20;
 
 #[cfg(test)]
@@ -296,21 +296,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn reads_and_notes_go_on_while_a_write_waits() {
+    async fn reads_and_notes_proceed_while_a_write_waits() {
         let folder = std::env::temp_dir().join(format!("x-manager-store-waits-{}", std::process::id()));
         let store = Store::open(&files(&folder)).expect("a new store");
         store.write(|db| namespaces::ensure(db, "one")).await.expect("room");
-        let (go_on, waits) = std::sync::mpsc::channel::<()>();
+        let (proceed, waits) = std::sync::mpsc::channel::<()>();
         let writing = store.write(move |db| {
             namespaces::ensure(db, "two")?;
-            waits.recv().expect("the test says when");
+            waits.recv().expect("the test proceeds");
             Ok(())
         });
         let beside = async {
             let before = store.read(namespaces::list).await.expect("read").len();
             store.note(|db| execs::add(db, "n", "c", "e")).await.expect("noted");
             let execs = store.recall(|db| execs::list(db, "n", "c")).await.expect("recalled");
-            go_on.send(()).expect("it waits");
+            proceed.send(()).expect("it waits");
             (before, execs)
         };
         let (written, (before, execs)) = tokio::join!(writing, beside);

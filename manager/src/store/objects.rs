@@ -1,6 +1,6 @@
-//! What the API keeps: namespaces, containers, leases and what leases hold.
+//! The objects of the API: namespaces, containers, leases and their resources.
 //!
-//! Each object is stored as its protobuf message. These functions know no rules; the services do.
+//! Each object is stored as its protobuf message. These functions enforce no rules; the services do.
 
 use containerd_client::services::v1::{Container, Lease};
 use prost::Message;
@@ -14,7 +14,7 @@ fn decode<M: Message + Default>(what: &str, bytes: &[u8]) -> Result<M> {
     M::decode(bytes).map_err(|error| Error::Record(format!("{what} ({error})")))
 }
 
-/// Functions on one table of objects that live in namespaces.
+/// Functions on one table of objects in namespaces.
 macro_rules! table {
     ($module:ident, $message:ty, $table:literal, { $($more:item)* }) => {
         pub(crate) mod $module {
@@ -28,7 +28,7 @@ macro_rules! table {
                 record.map(|bytes| decode(&format!("{} {id}", $table), &bytes)).transpose()
             }
 
-            /// Objects of the namespace, by id, from the first one after `after` on: about so many bytes of them. None when there are no more.
+            /// Objects of the namespace that follow `after`, by id, up to about this many bytes. None when there are no more.
             pub(crate) fn page(db: &Connection, namespace: &str, after: &str, bytes: usize) -> Result<Vec<$message>> {
                 let sql = concat!("SELECT record FROM ", $table, " WHERE namespace = ? AND id > ? ORDER BY id");
                 let mut select = db.prepare_cached(sql).doing("prepare")?;
@@ -95,7 +95,7 @@ table!(leases, Lease, "leases", {
         rows.map(|row| row.doing("read").and_then(|(namespace, record)| Ok((namespace, decode("leases", &record)?)))).collect()
     }
 
-    /// Notes when one expires, as its label says; one that says nothing, or no instant, never does.
+    /// Records when a lease expires, from its label; without a valid label it never does.
     pub(crate) fn note_expiry(db: &Connection, namespace: &str, lease: &Lease) -> Result<()> {
         let expires = lease.labels.get(EXPIRE).and_then(|text| text.parse().ok()).map(|at| timestamp::to_nanos(&at));
         let mut update = db.prepare_cached("UPDATE leases SET expires = ? WHERE namespace = ? AND id = ?").doing("prepare")?;
@@ -119,7 +119,7 @@ table!(leases, Lease, "leases", {
     }
 });
 
-/// The label of a lease that says until when it holds what it holds.
+/// The label with the expiry of a lease.
 const EXPIRE: &str = "containerd.io/gc.expire";
 
 pub(crate) mod namespaces {
@@ -149,7 +149,7 @@ pub(crate) mod namespaces {
         Ok(())
     }
 
-    /// Makes one without labels, unless it is there.
+    /// Creates one without labels, unless it exists.
     pub(crate) fn ensure(db: &Connection, name: &str) -> Result<()> {
         let namespace = Namespace { name: name.to_owned(), ..Namespace::default() };
         let mut insert = db.prepare_cached("INSERT OR IGNORE INTO namespaces (name, record) VALUES (?, ?)").doing("prepare")?;
@@ -184,7 +184,7 @@ pub(crate) mod resources {
         rows.collect::<rusqlite::Result<_>>().doing("read")
     }
 
-    /// Adds one; that it is there already is fine.
+    /// Adds one, unless it exists.
     pub(crate) fn add(db: &Connection, namespace: &str, lease: &str, resource: &Resource) -> Result<()> {
         let sql = "INSERT OR IGNORE INTO edges (namespace, from_type, from_id, to_type, to_id) VALUES (?, 'leases', ?, ?, ?)";
         let mut insert = db.prepare_cached(sql).doing("prepare")?;
@@ -192,7 +192,7 @@ pub(crate) mod resources {
         Ok(())
     }
 
-    /// Removes one; that it is not there is fine.
+    /// Removes one, if it exists.
     pub(crate) fn remove(db: &Connection, namespace: &str, lease: &str, resource: &Resource) -> Result<()> {
         let sql = "DELETE FROM edges WHERE namespace = ? AND from_type = 'leases' AND from_id = ? AND to_type = ? AND to_id = ?";
         let mut delete = db.prepare_cached(sql).doing("prepare")?;

@@ -1,4 +1,4 @@
-//! One thread, one connection, and the jobs that wait for them.
+//! A thread with a connection, and its queue of jobs.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ pub(super) struct Queue {
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 
-/// What its jobs have cost.
+/// Count and duration of its jobs.
 #[derive(Debug, Default)]
 struct Times {
     count: AtomicU64,
@@ -67,7 +67,7 @@ impl Queue {
     pub(super) async fn run<T: Send + 'static>(&self, job: impl FnOnce(&mut Connection) -> Result<T> + Send + 'static) -> Result<T> {
         let (answer, answered) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
-            // the caller may have gone; the change stands
+            // the caller may have been dropped; the change stands
             let _ = answer.send(job(connection));
         });
         let stopped = || Error::Unavailable("the metadata store has stopped".to_owned());

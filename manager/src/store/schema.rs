@@ -24,7 +24,7 @@ impl Schema {
         i64::try_from(self.migrations.len()).unwrap_or(i64::MAX)
     }
 
-    /// Says of which version a file is; a new one is of version 0.
+    /// The version of a file; a new file has version 0.
     ///
     /// Errors: [`Error::Precondition`] when it is something else, or of a newer version.
     pub(super) fn check(&self, connection: &Connection, path: &Path) -> Result<i64> {
@@ -91,15 +91,15 @@ fn run(db: &Connection, sql: &str) -> Result<()> {
     db.execute_batch(sql).doing("migrate")
 }
 
-/// What outlives a reboot.
+/// Data that survives a reboot.
 ///
 /// `record` holds the object as the API has it, in protobuf; what is looked up by has a column of its own.
 /// `facts` are about the store itself: whose it is (`uuid`).
 pub(super) const META: Schema = Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry] }; // xmgr
 
-/// What does not: see `processes.rs`.
+/// Data that does not: see `processes.rs`.
 ///
-/// `facts` say for which boot of the machine it is (`boot`), and which tasks the restart monitor is making.
+/// `facts` has the boot of the machine (`boot`), and the tasks that the restart monitor is creating.
 pub(super) const NOTES: Schema = Schema { application_id: 0x786d_676e, migrations: &[notes] }; // xmgn
 
 fn first(db: &Connection) -> Result<()> {

@@ -1,4 +1,4 @@
-//! What is done with the store as a whole: copied, put back, checked, tried out.
+//! Operations on the whole store: copy, restore, check, rehearse a migration.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::{Doing as _, Files, Store, schema};
 use crate::error::{Error, IoContext as _, Result};
 
 impl Store {
-    /// Sets the size beyond which nothing can be added.
+    /// Sets the maximum size.
     pub(crate) async fn limit(&self, bytes: u64) -> Result<()> {
         self.writer
             .run(move |connection| {
@@ -93,13 +93,13 @@ fn put_back(connection: &mut Connection, path: &Path) -> Result<()> {
     Backup::new(&copy, connection).and_then(|backup| backup.step(ALL).map(drop)).on_store(path, "put back")
 }
 
-/// Copies the store at `path` to a new file, also while a daemon works on it.
+/// Copies the store at `path` to a new file, even while a daemon uses it.
 ///
 /// Errors: [`Error::Precondition`] when the file is there; nothing is left of a copy that failed.
 pub(crate) fn backup(path: &Path, to: &Path) -> Result<()> {
     let store = open(path)?;
     if to.symlink_metadata().is_ok() {
-        return Err(Error::Precondition(format!("{} is there already", to.display())));
+        return Err(Error::Precondition(format!("{} already exists", to.display())));
     }
     copy(&store, to)
 }
@@ -144,7 +144,7 @@ pub(crate) fn check(path: &Path) -> Result<Vec<String>> {
         return Ok(Vec::new());
     }
     if version != newest {
-        let sentence = format!("{} is of version {version}, which a daemon of this version would bring to {newest}", path.display());
+        let sentence = format!("{} is of version {version}, which this x-manager would migrate to {newest}", path.display());
         return Ok(vec![sentence]);
     }
     let sentences = |sql: &str| -> Result<Vec<String>> {
@@ -217,7 +217,7 @@ fn write_copy(store: &Connection, path: &Path) -> Result<()> {
 const FREE_PAGES: i64 = 64;
 /// Pages that are given back at once, while others wait to write.
 const STEP_PAGES: i64 = 4096;
-/// Pages: in one step nobody else writes in between.
+/// Pages: one step, so that no other write comes in between.
 const ALL: i32 = -1;
 
 #[cfg(test)]
@@ -272,7 +272,7 @@ mod tests {
         copies.remove().expect("removal");
         assert_eq!(names(&store).await, ["one"]);
         assert_eq!(store.recall(|db| execs::list(db, "n", "c")).await.expect("recalled"), ["e"]);
-        store.write(|db| namespaces::ensure(db, "two")).await.expect("it goes on");
+        store.write(|db| namespaces::ensure(db, "two")).await.expect("a write");
         drop(store);
         assert_eq!(check(&path).expect("a store"), Vec::<String>::new());
         fs::remove_dir_all(folder).expect("removal");

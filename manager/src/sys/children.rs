@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 /// The soft and the hard limit on open files that this process was started with, once it has raised its own.
 static FILES: OnceLock<(rlim_t, rlim_t)> = OnceLock::new();
 
-/// Lets this process open as many files as it may. What it starts with [`inherits_nothing_of_ours`] is not concerned.
+/// Lets this process open as many files as it may. What it starts with [`restores_open_files`] is not concerned.
 pub(crate) fn raise_open_files() -> io::Result<()> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
@@ -24,7 +24,7 @@ pub(crate) fn raise_open_files() -> io::Result<()> {
 
 /// Gives a program the limit on open files that this process was started with: a high soft limit breaks programs that use select(2), or that
 /// close everything up to it, and the processes of containers inherit it.
-pub(crate) fn inherits_nothing_of_ours(command: &mut std::process::Command) {
+pub(crate) fn restores_open_files(command: &mut std::process::Command) {
     let Some((soft, hard)) = FILES.get().copied() else { return };
     let restore = move || Ok(setrlimit(Resource::RLIMIT_NOFILE, soft, hard)?);
     // SAFETY: between fork and exec the closure makes one system call; it neither allocates, locks nor unwinds.
@@ -45,7 +45,7 @@ impl Group {
         Self { leader: i32::try_from(leader).ok().map(Pid::from_raw) }
     }
 
-    /// Lets it go on.
+    /// Lets it keep running.
     pub(crate) fn release(mut self) {
         self.leader = None;
     }

@@ -14,10 +14,10 @@ pub(crate) const MOST: usize = 8;
 /// Takes the descriptors 3, 4, … with which a service manager has started this process, and marks them close-on-exec. To be called
 /// once, before anything else is opened.
 ///
-/// Errors: EBADF if there are not so many.
+/// Errors: EBADF if fewer were passed.
 pub(crate) fn passed_by_service_manager(count: RawFd) -> io::Result<Vec<OwnedFd>> {
     let take = |number| {
-        // SAFETY: the number is open or fcntl says EBADF; nothing of this process is above 2 yet, as the caller promises.
+        // SAFETY: the number is open or fcntl returns EBADF; nothing of this process is above 2 yet, as the caller promises.
         let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
         fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         // SAFETY: it was just found to be open, was passed for this purpose, and is taken once, as the caller promises.
@@ -42,7 +42,7 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(u
     let mut descriptors = Vec::new();
     for message in received.cmsgs()? {
         if let ControlMessageOwned::ScmRights(numbers) = message {
-            // SAFETY: the kernel has just made these numbers for this process; nobody else knows them.
+            // SAFETY: the kernel has just made these numbers for this process; nothing else uses them.
             descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
         }
     }
@@ -69,8 +69,8 @@ mod tests {
         let mut arrived = UnixStream::from(descriptors.remove(0));
         arrived.write_all(b"x").expect("it is connected");
         drop(arrived);
-        let mut heard = String::new();
-        left.read_to_string(&mut heard).expect("its end is seen");
-        assert_eq!(heard, "x");
+        let mut received = String::new();
+        left.read_to_string(&mut received).expect("its end is seen");
+        assert_eq!(received, "x");
     }
 }

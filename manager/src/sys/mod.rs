@@ -1,6 +1,6 @@
 //! System calls that neither `std` nor `nix` gives safely.
 //!
-//! **Invariant:** `unsafe` lives here only; every function here has a safe signature.
+//! **Invariant:** `unsafe` is used here only; every function here has a safe signature.
 
 pub(crate) mod children;
 pub(crate) mod descriptors;

@@ -201,7 +201,7 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0).kill_on_drop(true);
     // a program that outlives this process would interfere with what the next process does for the same task
     children::die_with_us(command.as_std_mut());
-    children::inherits_nothing_of_ours(command.as_std_mut());
+    children::restores_open_files(command.as_std_mut());
     let mut child = command.spawn().on("run", program)?;
     // dropped before the child is
     let group = child.id().map(Group::of);

@@ -101,7 +101,7 @@ impl Successor {
         let arguments = std::env::args_os().skip(1).filter(|argument| argument != TAKE_OVER);
         let mut command = Command::new(path);
         command.args(arguments).arg(TAKE_OVER).stdin(OwnedFd::from(its)).process_group(0);
-        children::inherits_nothing_of_ours(&mut command);
+        children::restores_open_files(&mut command);
         let child = command.spawn().on("run", path)?;
         let channel = Channel::new(own.try_clone().on("make a socket for", path)?).on("make a socket for", path)?;
         let mut successor = Self { child, path: path.to_owned(), channel, has_taken_over: false };

@@ -359,7 +359,7 @@ pub(crate) async fn a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_
     }
     let all = client.request(ListContainersRequest::default());
     let answer = client.api().containers().max_decoding_message_size(64 << 20).list(all).await;
-    refused(answer.map(|answer| answer.into_inner().containers.len()), Code::ResourceExhausted, "a list of more than")?;
+    refused(answer.map(|answer| answer.into_inner().containers.len()), Code::ResourceExhausted, "the list is longer than")?;
     let mut stream = client.api().containers().list_stream(client.request(ListContainersRequest::default())).await?.into_inner();
     let mut streamed = Vec::new();
     while let Some(message) = within("the next one", SOON, stream.message()).await?? {

@@ -271,7 +271,10 @@ pub(crate) async fn sockets_are_for_root_and_one_daemon(cx: Context) -> Result<(
     }
     let folder = cx.folder();
     refused(&start(&folder.join("root"), &folder.join("state"), &daemon.address())?, "is already in use by another process")?;
-    refused(&start(&daemon.folder().join("root"), &folder.join("state"), &folder.join("other.sock"))?, "is already in use by another x-manager")?;
+    refused(
+        &start(&daemon.folder().join("root"), &folder.join("state"), &folder.join("other.sock"))?,
+        "is already in use by another x-manager",
+    )?;
     cx.client().version().await?;
     Ok(())
 }

@@ -35,10 +35,8 @@ pub(crate) async fn a_typo_in_the_configuration_is_refused_with_its_line(cx: Con
     fails(own.command(&[])?, &sentence).await?;
     // the running one notices before it gives anything away
     proc::signal(pid.map_or(0, u32::cast_signed), nix::sys::signal::Signal::SIGHUP)?;
-    eventually_true("its log says so", SOON, || {
-        own.log().contains("upgrade failed") && own.log().contains("unknown field `conections`")
-    })
-    .await?;
+    eventually_true("its log says so", SOON, || own.log().contains("upgrade failed") && own.log().contains("unknown field `conections`"))
+        .await?;
     own.client().await?;
     own.configure("[limits]\nconnections = 7\n")?;
     printed(&mut own.command(&["config", "check"])?)?;
