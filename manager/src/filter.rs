@@ -1,16 +1,16 @@
 //! containerd's filter language.
 //!
 //! ```text
-//! filter   := selector ("," selector)*           all of them must hold
-//! selector := path [("==" | "!=" | "~=") value]   a path alone: it is there
+//! filter   := selector ("," selector)*           all must match
+//! selector := path [("==" | "!=" | "~=") value]   a path alone: it is present
 //! path     := field ("." field)*
 //! field    := quoted | [A-Za-z0-9_-]+
 //! value    := quoted | anything without "," and white space
 //! quoted   := Go's "…"; after ~= also /…/ and |…|, where a backslash keeps the quote's end away
 //! ```
-//! White space may precede a field, an operator and a value, as containerd lets it.
+//! White space may precede a field, an operator and a value, as in containerd.
 //!
-//! Of several filters one must hold; none, or an empty one, holds for everything. docs/filters.md names the fields of each kind of object.
+//! With several filters, one must match; no filter, or an empty one, matches everything. docs/filters.md names the fields of each kind of object.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -25,7 +25,7 @@ use regex_lite::{Regex, RegexBuilder};
 
 use crate::error::{Error, Result};
 
-/// What filters look at.
+/// An object that filters are evaluated on.
 pub(crate) trait Fields {
     /// The value under a path; none where there is none.
     fn field(&self, path: &[&str]) -> Option<Cow<'_, str>>;
@@ -47,7 +47,7 @@ pub(crate) fn text(value: &str) -> Option<Cow<'_, str>> {
     (!value.is_empty()).then_some(Cow::Borrowed(value))
 }
 
-/// Some filters, of which one must hold.
+/// Filters, of which one must match.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Filter(Vec<Vec<Selector>>);
 
@@ -66,28 +66,28 @@ enum Test {
 }
 
 impl Filter {
-    /// Reads what a client sends.
+    /// Parses the filters of a request.
     ///
-    /// Errors: [`Error::Invalid`] with the filter and the place.
+    /// Errors: [`Error::Invalid`] with the filter and the position.
     pub(crate) fn parse<T: AsRef<str>>(filters: &[T]) -> Result<Self> {
         if filters.len() > MAX_FILTERS {
-            return Err(Error::Invalid(format!("{} filters, but {MAX_FILTERS} are the most", filters.len())));
+            return Err(Error::Invalid(format!("{} filters; the maximum is {MAX_FILTERS}", filters.len())));
         }
         let mut budget = Budget { selectors: MAX_SELECTORS, patterns: MAX_PATTERNS };
         filters.iter().map(|filter| parse(filter.as_ref(), &mut budget)).collect::<Result<_>>().map(Self)
     }
 
-    /// Whether it holds for any object.
+    /// Whether it matches every object.
     pub(crate) fn is_for_everything(&self) -> bool {
         self.0.is_empty() || self.0.iter().any(Vec::is_empty)
     }
 
-    /// Whether it holds for an object.
+    /// Whether it matches an object.
     pub(crate) fn accepts(&self, object: &impl Fields) -> bool {
         self.accepts_within(object, &mut Allowance { left: Duration::MAX }).unwrap_or(false)
     }
 
-    /// The same, as far as the allowance goes; to be called on a thread where others need not wait for it.
+    /// The same, within an allowance; to be called on a thread that serves no client.
     ///
     /// Errors: the allowance is used up. One condition more may have been evaluated.
     pub(crate) fn accepts_within(&self, object: &impl Fields, allowance: &mut Allowance) -> Result<bool, Costly> {
@@ -109,7 +109,7 @@ impl Filter {
     }
 }
 
-/// Processor time that a filter may still use. Unlike time on the clock it does not pass while other processes run.
+/// CPU time that a filter may still use. Unlike wall-clock time it does not pass while other processes run.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Allowance {
     left: Duration,
@@ -146,9 +146,9 @@ impl Spent<'_> {
     }
 }
 
-/// What the calling thread has used so far.
+/// CPU time of the calling thread so far.
 fn processor_time() -> Duration {
-    // this clock is there on every Linux
+    // every Linux has this clock
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
@@ -168,7 +168,7 @@ impl Selector {
     }
 }
 
-/// How much more one request may ask for.
+/// What one request may still use.
 struct Budget {
     selectors: usize,
     patterns: usize,
@@ -183,7 +183,7 @@ impl Budget {
 
 fn parse(filter: &str, budget: &mut Budget) -> Result<Vec<Selector>> {
     if filter.len() > MAX_FILTER_BYTES {
-        return Err(Error::Invalid(format!("a filter of {} bytes, but {MAX_FILTER_BYTES} are the most", filter.len())));
+        return Err(Error::Invalid(format!("a filter of {} bytes; the maximum is {MAX_FILTER_BYTES}", filter.len())));
     }
     let mut parser = Parser { rest: filter.chars().peekable(), at: 0, budget };
     if filter.is_empty() {
@@ -341,9 +341,9 @@ const MAX_SELECTORS: usize = 1024;
 const MAX_FILTER_BYTES: usize = 8192;
 /// The most memory that a pattern may take.
 const MAX_PATTERN_BYTES: usize = 32 << 10;
-/// The most patterns of one request: what one costs grows with its own length times that of the value, and others wait meanwhile.
+/// The most patterns of one request: the cost of one grows with its length times that of the value, while others wait.
 const MAX_PATTERNS: usize = 16;
-/// Of a longer value, what comes after that many bytes is not looked at by patterns; no label is longer.
+/// Patterns are matched against at most this much of a value; no label is longer.
 const MAX_VALUE_BYTES: usize = 4096;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Metrics over HTTP, in the text format of Prometheus. Whatever path is asked for, this is the answer.
+//! Metrics over HTTP, in the text format of Prometheus. Every path gives the same answer.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -18,7 +18,7 @@ use crate::manager::Manager;
 use crate::sockets::{self, MetricsListener};
 use crate::store::Load;
 
-/// Where they are asked for.
+/// The listening socket.
 #[derive(Debug)]
 pub(crate) enum Listener {
     /// An address and port.
@@ -65,7 +65,7 @@ pub(crate) async fn serve(listener: Listener, manager: Arc<Manager>) {
                 let page = page(&manager, started);
                 tokio::spawn(async move {
                     if let Ok(Err(error)) = tokio::time::timeout(SLOWEST, answer(&mut *socket, &page)).await {
-                        debug!(error:%; "metrics were asked for and not taken");
+                        debug!(error:%; "cannot answer a metrics request");
                     }
                     drop(place);
                 });
@@ -111,28 +111,33 @@ fn page(manager: &Manager, started: SystemTime) -> String {
     };
     let one = |value: f64| [(String::new(), value)];
     let version = [(format!("{{version=\"{}\"}}", env!("CARGO_PKG_VERSION")), 1.0)];
-    add("x_manager_info", "gauge", "The version that runs.", &version);
+    add("x_manager_info", "gauge", "The running version.", &version);
     let tasks: Vec<_> = manager.tasks.counts().into_iter().map(|(phase, count)| (format!("{{phase=\"{phase}\"}}"), count as f64)).collect();
-    add("x_manager_tasks", "gauge", "Tasks, by what this process knows of their shims.", &tasks);
-    add("x_manager_subscribers", "gauge", "Clients that listen to events.", &one(manager.events.count() as f64));
-    add("x_manager_events_total", "counter", "Events that were published.", &one(manager.events.published() as f64));
+    add("x_manager_tasks", "gauge", "Tasks by phase.", &tasks);
+    add("x_manager_subscribers", "gauge", "Clients subscribed to events.", &one(manager.events.count() as f64));
+    add("x_manager_events_total", "counter", "Events published.", &one(manager.events.published() as f64));
     let restarts = manager.restarts.load(std::sync::atomic::Ordering::Relaxed);
-    add("x_manager_restarts_total", "counter", "Containers that the restart monitor has started.", &one(restarts as f64));
+    add("x_manager_restarts_total", "counter", "Containers started by the restart monitor.", &one(restarts as f64));
     let costs = manager.calls.costs();
     let by_code = costs.iter().flat_map(|(method, cost)| {
         cost.codes.iter().map(move |(code, count)| (format!("{{method=\"{method}\",code=\"{:?}\"}}", Code::from(*code)), *count as f64))
     });
-    add("x_manager_calls_total", "counter", "Calls of clients that were answered, by method and code.", &by_code.collect::<Vec<_>>());
-    add("x_manager_calls_under_way", "gauge", "Calls of clients that are not answered yet.", &one(manager.calls.under_way() as f64));
+    add("x_manager_calls_total", "counter", "Answered calls of clients, by method and code.", &by_code.collect::<Vec<_>>());
+    add("x_manager_calls_under_way", "gauge", "Calls of clients in progress.", &one(manager.calls.under_way() as f64));
     let waiting = manager.events.waiting();
-    add("x_manager_event_queue_bytes", "gauge", "Events that wait for subscribers to read them.", &one(waiting as f64));
+    add("x_manager_event_queue_bytes", "gauge", "Bytes of events queued for subscribers.", &one(waiting as f64));
     let loads = manager.store.loads();
     let of = |value: fn(&Load) -> f64| loads.each_ref().map(|(kind, load)| (format!("{{kind=\"{kind}\"}}"), value(load)));
-    add("x_manager_store_jobs_total", "counter", "Jobs that the metadata store has done.", &of(|load| load.count as f64));
-    add("x_manager_store_seconds_total", "counter", "Time that they took.", &of(|load| load.took.as_secs_f64()));
-    add("x_manager_store_queue", "gauge", "Jobs that wait for the metadata store.", &of(|load| load.waiting as f64));
+    add("x_manager_store_jobs_total", "counter", "Completed jobs of the metadata store.", &of(|load| load.count as f64));
+    add(
+        "x_manager_store_seconds_total",
+        "counter",
+        "Total duration of the jobs of the metadata store.",
+        &of(|load| load.took.as_secs_f64()),
+    );
+    add("x_manager_store_queue", "gauge", "Jobs queued for the metadata store.", &of(|load| load.waiting as f64));
     let sizes = manager.store.sizes().into_iter().map(|(file, bytes)| (format!("{{file=\"{file}\"}}"), bytes as f64));
-    add("x_manager_store_bytes", "gauge", "Files of the metadata store.", &sizes.collect::<Vec<_>>());
+    add("x_manager_store_bytes", "gauge", "Size of the files of the metadata store.", &sizes.collect::<Vec<_>>());
     let since = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     add("process_start_time_seconds", "gauge", "When this process began to serve, in seconds since 1970.", &one(since));
     if let Some((virtual_bytes, resident_bytes)) = memory() {
@@ -150,7 +155,7 @@ fn page(manager: &Manager, started: SystemTime) -> String {
 fn latencies(page: &mut String, costs: &BTreeMap<String, Cost>) {
     const NAME: &str = "x_manager_call_seconds";
     // writing to a string does not fail
-    let _ = writeln!(page, "# HELP {NAME} How long calls took; streams, until they began.\n# TYPE {NAME} histogram");
+    let _ = writeln!(page, "# HELP {NAME} Duration of calls; of streams, until they began.\n# TYPE {NAME} histogram");
     for (method, cost) in costs {
         for (bound, count) in BOUNDS.iter().zip(cost.within) {
             let _ = writeln!(page, "{NAME}_bucket{{method=\"{method}\",le=\"{bound}\"}} {count}");

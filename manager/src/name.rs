@@ -50,7 +50,7 @@ pub(crate) fn identifier(what: &str, id: &str) -> Result<()> {
 pub(crate) fn labels(labels: &HashMap<String, String>) -> Result<()> {
     let all: usize = labels.iter().map(|(key, value)| key.len() + value.len()).sum();
     if all > MAX_LABELS_BYTES {
-        return Err(Error::Invalid(format!("labels of {all} bytes, but {MAX_LABELS_BYTES} are the most")));
+        return Err(Error::Invalid(format!("labels of {all} bytes; the maximum is {MAX_LABELS_BYTES}")));
     }
     for (key, value) in labels {
         if key.is_empty() {

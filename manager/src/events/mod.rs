@@ -1,12 +1,12 @@
-//! Events: every subscriber receives everything from then on that its filters accept, in the order in which this daemon came to know it.
+//! Events: from its subscription on, a subscriber receives every event that its filters accept, in the order of publication.
 //!
 //! ```text
-//! shims ──Forward──▶┐                                        ┌── filters, on a thread beside ──┐
+//! shims ──Forward──▶┐                                        ┌── filters, on another thread ───┐
 //! services ─publish─▶ exchange ─▶ a bounded queue per client ─┤                                 ├─▶ its stream
 //! clients ──Publish─▶┘                                        └── no filters ───────────────────┘
 //! ```
-//! A queue that is full, a filter that costs too much and the end of this process end a stream with an error, after what is in its queue.
-//! Over an upgrade the streams of the old process end, and the new one keeps what happens for their clients until they subscribe again.
+//! A full queue, a costly filter and the end of this process end a stream with an error, after its queue is delivered. Across an upgrade the
+//! streams of the old process end, and the new one queues events for their clients until they subscribe again.
 //!
 //! **Invariant:** publishing waits for no subscriber and evaluates no filter.
 
@@ -37,12 +37,12 @@ use crate::timestamp;
 #[derive(Debug)]
 pub(crate) struct Exchange {
     subscribers: Mutex<Vec<Subscriber>>,
-    /// Subscriptions of clients whose streams the process before this one has ended.
+    /// Subscriptions of clients whose streams the previous process has ended.
     awaited: Mutex<Vec<(Client, Subscription)>>,
     limits: Limits,
     published: AtomicU64,
     is_retired: AtomicBool,
-    /// One filter is evaluated at a time: whatever filters cost, the other processors are for those who wait for answers.
+    /// One filter is evaluated at a time, so that costly filters use one CPU at most.
     filtering: Arc<Semaphore>,
 }
 
@@ -55,19 +55,19 @@ struct Subscriber {
     waiting: Arc<AtomicUsize>,
 }
 
-/// By what a client is recognized that subscribes again.
+/// Identifies a client that subscribes again.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Client {
     /// Its process; 0 if that is not known.
     pub(crate) pid: i32,
-    /// What it wants to receive.
+    /// Its filters.
     pub(crate) filters: Vec<String>,
 }
 
 #[derive(Debug)]
 enum Item {
     Event(Arc<Envelope>, usize),
-    /// Why nothing follows.
+    /// Why the stream ends.
     Last(Error),
 }
 
@@ -92,7 +92,7 @@ impl Exchange {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Publishes something that happened now.
+    /// Publishes an event of this daemon, with the current time.
     pub(crate) fn publish(&self, namespace: &Namespace, topic: &str, event: &impl Name) {
         let event = Any { type_url: full_name(event), value: event.encode_to_vec() };
         self.forward(Envelope {
@@ -103,14 +103,14 @@ impl Exchange {
         });
     }
 
-    /// Publishes what a shim or a client has put into an envelope.
+    /// Publishes an event of a shim or a client.
     pub(crate) fn forward(&self, envelope: Envelope) {
         self.published.fetch_add(1, Ordering::Relaxed);
         let bytes = envelope.encoded_len() + OVERHEAD_BYTES;
         let envelope = Arc::new(envelope);
         self.subscribers().retain(|subscriber| {
             let waiting = subscriber.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes;
-            // one that has read everything is not slow, however long the event
+            // a subscriber with an empty queue is not slow, however long the event
             if waiting > self.limits.event_queue_bytes && waiting > bytes {
                 warn!(waiting; "a subscriber reads too slowly and is dropped");
                 let sentence = "too many events were waiting to be read; those after them are lost".to_owned();
@@ -121,7 +121,7 @@ impl Exchange {
         });
     }
 
-    /// How many events there were.
+    /// How many events were published.
     pub(crate) fn published(&self) -> u64 {
         self.published.load(Ordering::Relaxed)
     }
@@ -131,7 +131,7 @@ impl Exchange {
         self.clients().len()
     }
 
-    /// Bytes of events that wait to be filtered or read.
+    /// Bytes of events queued for filters or subscribers.
     pub(crate) fn waiting(&self) -> usize {
         self.subscribers().iter().map(|subscriber| subscriber.waiting.load(Ordering::Relaxed)).sum()
     }
@@ -142,9 +142,9 @@ impl Exchange {
         subscribers.iter().filter(|subscriber| !subscriber.queue.is_closed()).filter_map(|subscriber| subscriber.client.clone()).collect()
     }
 
-    /// Subscribes a client from now on; one that has lost its stream over an upgrade, from there on.
+    /// Subscribes a client from now on; one that lost its stream in an upgrade continues where that ended.
     ///
-    /// Errors: [`Error::Invalid`] for filters that make no sense, [`Error::Exhausted`] when too many are subscribed.
+    /// Errors: [`Error::Invalid`] for invalid filters, [`Error::Exhausted`] when too many are subscribed.
     pub(crate) fn subscribe(&self, client: Client) -> Result<Subscription> {
         let filter = Filter::parse(&client.filters)?;
         {
@@ -158,7 +158,7 @@ impl Exchange {
         }
         self.subscribers().retain(|subscriber| !subscriber.queue.is_closed());
         if self.count() >= self.limits.subscribers {
-            return Err(Error::Exhausted(format!("{} clients are subscribed to events, which is the most", self.limits.subscribers)));
+            return Err(Error::Exhausted(format!("{} clients are subscribed to events, the maximum", self.limits.subscribers)));
         }
         Ok(self.begin(filter, Some(client)))
     }
@@ -168,10 +168,10 @@ impl Exchange {
         self.begin(Filter::default(), None)
     }
 
-    /// Keeps from now on what clients receive whose streams another process ends, until they subscribe again: half a minute at most.
+    /// Queues events for clients whose streams the previous process ends, until they subscribe again: half a minute at most.
     pub(crate) fn expect(self: &Arc<Self>, clients: Vec<Client>) {
         for client in clients {
-            // whatever the other process understood that this one does not is refused when its client asks again
+            // filters that this process does not support are refused when their client subscribes again
             if let Ok(filter) = Filter::parse(&client.filters) {
                 let subscription = self.begin(filter, Some(client.clone()));
                 self.awaited().push((client, subscription));
@@ -209,10 +209,10 @@ impl Exchange {
 }
 
 fn retired() -> Error {
-    Error::Unavailable("this x-manager has ended; subscribe again".to_owned())
+    Error::Unavailable("this x-manager process is exiting; subscribe again".to_owned())
 }
 
-/// One subscriber's end. Its last item may be the reason why nothing follows.
+/// The receiving end of a subscription. Its last item may be the reason why it ended.
 #[derive(Debug)]
 pub(crate) struct Subscription {
     items: mpsc::UnboundedReceiver<Item>,
@@ -245,7 +245,7 @@ pub(crate) fn validate(envelope: &Envelope) -> Result<()> {
         return Err(Error::Invalid("timestamp must be set on forwarded event".to_owned()));
     }
     if envelope.encoded_len() > EVENT_BYTES {
-        return Err(Error::Exhausted(format!("an event of {} bytes, but {EVENT_BYTES} are the most", envelope.encoded_len())));
+        return Err(Error::Exhausted(format!("an event of {} bytes; the maximum is {EVENT_BYTES}", envelope.encoded_len())));
     }
     Ok(())
 }
@@ -260,9 +260,9 @@ fn full_name<M: Name>(_message: &M) -> String {
     M::full_name()
 }
 
-/// For a client to subscribe again after an upgrade; the process before this one lets it read what it has for half of that.
+/// For a client to subscribe again after an upgrade; the previous process lets it read its queue for half of that.
 const EXPECTED: Duration = Duration::from_secs(30);
-/// What an event costs beside its own bytes.
+/// The overhead of a queued event.
 const OVERHEAD_BYTES: usize = 128;
 /// The longest event.
 const EVENT_BYTES: usize = 1 << 20;

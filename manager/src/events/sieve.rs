@@ -1,6 +1,6 @@
-//! Filters of one subscription, evaluated beside the thread that serves.
+//! Filters of one subscription, evaluated on another thread than the serving one.
 //!
-//! **Invariant:** what passes keeps its order, and the reason for the end comes last.
+//! **Invariant:** accepted events keep their order, and the reason for the end comes last.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,7 +13,7 @@ use super::Item;
 use crate::error::Error;
 use crate::filter::{Allowance, Costly, Filter};
 
-/// Passes on what the filter accepts until the subscription or its client ends, or the filter has cost too much.
+/// Forwards events that the filter accepts until the subscription or its client ends, or the filter exceeds its CPU time.
 pub(super) async fn run(
     mut all: mpsc::UnboundedReceiver<Item>,
     accepted: mpsc::UnboundedSender<Item>,
@@ -67,9 +67,9 @@ fn blocking_keep(
                 waiting.fetch_sub(*bytes, Ordering::Relaxed);
             }
             Err(Costly) => {
-                warn!("filters of a subscriber cost too much, it is dropped");
+                warn!("filters of a subscriber exceed their CPU time, it is dropped");
                 let sentence = format!(
-                    "the filters of this subscription take more than {AT_ONCE:?} of processor time, or {EACH:?} an event in the long run; use fewer or shorter patterns"
+                    "the filters of this subscription take more than {AT_ONCE:?} of CPU time at once, or {EACH:?} per event on average; use fewer or shorter patterns"
                 );
                 kept.push(Item::Last(Error::Exhausted(sentence)));
                 return (kept, Err(Costly));
@@ -79,9 +79,9 @@ fn blocking_keep(
     (kept, Ok(allowance))
 }
 
-/// Events of one turn: others wait meanwhile.
+/// Events of one turn, during which other subscriptions wait.
 const BATCH: usize = 64;
-/// Processor time that filters may use at once.
+/// CPU time that filters may use at once.
 const AT_ONCE: Duration = Duration::from_millis(100);
-/// What each event adds to that, up to the same limit.
+/// CPU time that each event adds, up to the same limit.
 const EACH: Duration = Duration::from_millis(1);
