@@ -281,7 +281,7 @@ mod tests {
         let (refused, (.., got_through)) = tokio::join!(next(&mut second), short);
         assert_eq!((got_through, begin.elapsed() >= COMPLETE), (begin, true));
         let status = refused.expect_err("no room");
-        assert!(status.code() == Code::ResourceExhausted && status.message().contains("no room"), "{status:?}");
+        assert!(status.code() == Code::ResourceExhausted && status.message().contains("no memory"), "{status:?}");
         assert_eq!(next(&mut first).await.expect_err("it does not go on").code(), Code::DeadlineExceeded);
         drop((first, second));
         assert_eq!(left(&budget), 1_000_000);

@@ -191,7 +191,7 @@ mod tests {
     async fn all_pages_list_everything_once_and_an_oversized_answer_is_reported() {
         let manager = filled("pages", 5000, &"x".repeat(4000)).await;
         let error = search(&manager, &[]).all().await.expect_err("20 MB").to_string();
-        assert!(error.contains("a list of more than"), "{error}");
+        assert!(error.contains("the list is longer than"), "{error}");
         let found = search(&manager, &["id~=/^c.[05]00$/".to_owned()]).all().await.expect("a list");
         let ids: Vec<_> = found.iter().map(|container| container.id.as_str()).collect();
         assert_eq!(ids, ["c0000", "c0500", "c1000", "c1500", "c2000", "c2500", "c3000", "c3500", "c4000", "c4500"]);
