@@ -191,7 +191,7 @@ pub(crate) async fn a_backup_of_a_busy_store_has_what_was_acknowledged(cx: Conte
     };
     let (written, ()) = tokio::try_join!(writer, backups)?;
     ensure!(written > 5, "{written}");
-    fails(own.command(&["backup", &cx.folder().join("copy0").display().to_string()])?, "is there already").await?;
+    fails(own.command(&["backup", &cx.folder().join("copy0").display().to_string()])?, "already exists").await?;
     printed(&mut own.command(&["check"])?).map(drop)
 }
 
