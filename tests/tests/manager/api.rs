@@ -501,7 +501,7 @@ pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> 
     for (words, bytes, status, said) in [
         (&["publish", "--topic", "none", "--namespace", namespace][..], &b""[..], 1, "must start with '/'"),
         (&["publish", "--topic", "/a", "--namespace", "../n"], b"", 1, "identifier"),
-        (&["publish", "--topic", "/a", "--namespace", namespace], b"\xff\xff", 1, "is no event"),
+        (&["publish", "--topic", "/a", "--namespace", namespace], b"\xff\xff", 1, "is not an event"),
         (&["publish", "--namespace", namespace], b"", 2, "--topic"),
     ] {
         let output = publish(words, bytes)?;
