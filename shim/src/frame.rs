@@ -6,6 +6,8 @@
 //! Source: ttrpc's PROTOCOL.md and `request.proto` (service = 1, method = 2, payload = 3, timeout_nano = 4), `Response` (status = 1,
 //! payload = 2), `Status` (code = 1, message = 2).
 
+use std::time::Duration;
+
 /// Length of a frame's header, in bytes.
 pub(crate) const HEADER_BYTES: usize = 10;
 /// The longest payload that ttrpc allows, in bytes.
@@ -59,6 +61,8 @@ pub(crate) struct RequestView<'a> {
     pub(crate) service: &'a [u8],
     pub(crate) method: &'a [u8],
     pub(crate) payload: &'a [u8],
+    /// How long after sending it its client waits, if that has an end.
+    pub(crate) timeout: Option<Duration>,
 }
 
 impl<'a> RequestView<'a> {
@@ -70,6 +74,8 @@ impl<'a> RequestView<'a> {
                 (1, Value::Bytes(bytes)) => view.service = bytes,
                 (2, Value::Bytes(bytes)) => view.method = bytes,
                 (3, Value::Bytes(bytes)) => view.payload = bytes,
+                // an int64 of which what is not positive stands for none
+                (4, Value::Number(nanos)) => view.timeout = Some(Duration::from_nanos(nanos)).filter(|_| nanos.cast_signed() > 0),
                 _ => {}
             }
         }

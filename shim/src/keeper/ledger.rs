@@ -353,8 +353,8 @@ impl Ledger {
     /// Answers that are due because the worker takes too long, or because there is none (`at_once`): a fallback answer waits for the next
     /// worker instead. With each, the operations of its cause that are under way: their outcomes will not be sent.
     ///
-    /// An answer with a signal waits for a worker that serves. If an earlier worker has begun with the request, or `send` fails, it
-    /// waits for the next worker, which knows the answer.
+    /// An answer with a signal waits for a worker that serves. If an earlier worker has begun with the request, its client has given up, or
+    /// `send` fails, it waits for the next worker, which knows the answer.
     pub(crate) fn overdue(
         &mut self,
         now: Instant,
@@ -365,11 +365,13 @@ impl Ledger {
         let late: Vec<_> = self.ready_due.iter().take_while(|(_, at)| at_once || **at <= now).map(|(cause, at)| (*cause, *at)).collect();
         let mut due = Vec::new();
         for (cause, at) in late {
-            let Some(Open { what: What::Request { asker, payload, .. }, operations }) = self.causes.get(&cause) else { continue };
+            let Some(Open { what: What::Request { asker, payload, arrived }, operations }) = self.causes.get(&cause) else { continue };
+            let timeout = RequestView::parse(payload).and_then(|view| view.timeout);
+            let may_act = operations.is_empty() && timeout.is_none_or(|timeout| now.saturating_duration_since(*arrived) < timeout);
             match self.ready_answer(payload) {
                 Some(ready) if ready.is_fallback && at > now => {}
                 Some(Ready { signal: Some(_), .. }) if !at_once => {}
-                Some(ready) if ready.signal.is_none_or(|signal| operations.is_empty() && send(&ready.key, signal).is_ok()) => {
+                Some(ready) if ready.signal.is_none_or(|signal| may_act && send(&ready.key, signal).is_ok()) => {
                     let pending = operations.iter().filter(|(_, outcome)| outcome.is_none()).map(|(step, _)| (cause, *step)).collect();
                     let response = ready.answer.clone();
                     due.push((Due { asker: *asker, request_bytes: Some(payload.len()), response }, pending));

@@ -213,6 +213,11 @@ fn a_signal_is_sent_once_and_only_if_no_worker_serves_in_time_or_has_begun() {
     ledger.ask(cause, 1, false);
     assert_eq!(ledger.overdue(late, true, send), [], "a worker had begun");
     let (mut ledger, _) = asked();
+    // with a timeout of 127 ns
+    ledger.open_request(caller(2), [request.as_slice(), &[0x20, 0x7f]].concat(), now);
+    assert_eq!(ledger.overdue(late, true, send).len(), 1, "a client has given up");
+    assert_eq!(sent.replace(1), 2);
+    let (mut ledger, _) = asked();
     assert_eq!(ledger.overdue(late, true, fail), [], "the next worker says why");
     assert_eq!(ledger.overdue(late, true, send), []);
     assert!(sent.get() == 1 && ledger.is_busy());
