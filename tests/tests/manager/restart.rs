@@ -105,7 +105,7 @@ pub(crate) async fn a_task_whose_shim_is_unreachable_reports_the_reason(cx: Cont
     let phase = |id: &str| listed.iter().find(|task| task.id == id).map(Process::status);
     ensure!(phase(&sibling.id) == Some(Phase::Running) && phase(&container.id) == Some(Phase::Unknown), "{listed:?}");
     let status = container.delete().await.expect_err("that version is unknown");
-    ensure!(status.code() == Code::Unavailable && status.message().contains("speaks version 9"), "{status:?}");
+    ensure!(status.code() == Code::Unavailable && status.message().contains("uses version 9"), "{status:?}");
     ensure!(proc::is_alive(container.pid.cast_signed()));
     fs::write(&file, address)?;
     eventually("it is reached", Duration::from_secs(30), async || {

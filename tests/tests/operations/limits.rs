@@ -205,7 +205,7 @@ pub(crate) async fn a_costly_filter_ends_its_subscription_and_no_call_waits_for_
     }
     for mut costly in costly {
         let last = tokio::time::timeout(Duration::from_secs(20), costly.message()).await?;
-        let is_clear = |status: &tonic::Status| status.code() == Code::ResourceExhausted && status.message().contains("processor time");
+        let is_clear = |status: &tonic::Status| status.code() == Code::ResourceExhausted && status.message().contains("CPU time");
         ensure!(last.as_ref().is_err_and(is_clear), "{last:?}");
         tokio::time::timeout(Duration::from_secs(2), client.version()).await.context("a call waits")??;
     }
