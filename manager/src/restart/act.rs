@@ -125,6 +125,9 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
 async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u64) -> Result<()> {
     let (place, name) = (namespace.clone(), id.to_owned());
     let _pass = manager.gate.enter().await?;
+    // first: a daemon that crashes in between starts a container again whose task is left
+    manager.store.note(move |db| restarts::begin(db, place.as_str(), &name)).await?;
+    let (place, name) = (namespace.clone(), id.to_owned());
     let updated = manager
         .store
         .write(move |db| {
@@ -133,7 +136,6 @@ async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u
             container.labels.insert(policy::COUNT.to_owned(), count.to_string());
             container.updated_at = Some(timestamp::now());
             containers::put(db, place.as_str(), &name, &container)?;
-            restarts::begin(db, place.as_str(), &name)?;
             Ok(container)
         })
         .await?;
