@@ -18,10 +18,10 @@ use shim_tests::{builds, proc};
 
 use crate::{build, on_build};
 
-/// What `inspect` says of a shim.
-async fn inspected(cx: &Context, id: &str) -> Result<serde_json::Value> {
+/// What `inspect` shows of a container, whose id is unique among all namespaces.
+pub(crate) async fn inspected(cx: &Context, id: &str) -> Result<serde_json::Value> {
     let mut command = tokio::process::Command::new(cx.shim().binary.as_ref().context("ours")?);
-    let output = command.args(["inspect", "--json", id, "--namespace", cx.client().namespace()]).output().await?;
+    let output = command.args(["inspect", "--json", id]).output().await?;
     ensure!(output.status.success(), "inspect: {}", String::from_utf8_lossy(&output.stderr));
     Ok(serde_json::from_slice(&output.stdout)?)
 }

@@ -9,6 +9,8 @@ use shim_tests::cri::{Cri, RUNNING};
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::{builds, proc};
 
+use crate::crashes::inspected;
+
 pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated(cx: Context) -> Result<()> {
     let cri = Cri::start(&cx).await?;
     let pod = cri.run_pod("pod").await?;
@@ -36,11 +38,16 @@ pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated
     proc::signal(daemon, Signal::SIGSTOP)?;
     std::fs::write(format!("/proc/{}/root{gate}", ends.pid), "")?;
     let over = eventually_true("it has ended", SOON, || !proc::is_alive(ends.pid)).await;
-    // recorded before it is reaped
-    let reaped = eventually_true("the keeper has seen it", SOON, || proc::Process::read(ends.pid).is_err()).await;
+    // the answer to the daemon's Wait is in its socket: without it, the plugin says 255 where the end of the connection comes first
+    let answered = eventually("the daemon's Wait is answered", SOON, async || {
+        let shown = inspected(&cx, &untold).await?;
+        ensure!(shown["state"]["init"]["phase"]["exited"]["status"] == 5 && shown["waiters"] == serde_json::json!([]), "{shown:#}");
+        Ok(())
+    })
+    .await;
     proc::kill_hard(shim.pid);
     proc::signal(daemon, Signal::SIGCONT)?;
-    over.and(reaped)?;
+    over.and(answered)?;
 
     for init in &inits {
         eventually_true(format!("{} is gone", init.command), SOON, || {
@@ -48,7 +55,7 @@ pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated
         })
         .await?;
     }
-    // of a shim that hangs up before an exit was told, the plugin says 255
+    // for a shim that hangs up before it has answered a Wait, the plugin says 255
     for (id, codes) in [(&known, &[3][..]), (&untold, &[5]), (&lives[0], &[137, 255]), (&lives[1], &[137, 255])] {
         eventually("the daemon knows by itself", Duration::from_secs(30), async || {
             let said = cri.status(id).await?;
