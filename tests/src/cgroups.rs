@@ -81,6 +81,13 @@ pub(crate) fn show(chosen: Version) -> Result<()> {
     if Version::here() == Version::V2 {
         return Ok(());
     }
+    match chosen {
+        Version::V1 => show_v1(),
+        Version::V2 => show_v2(),
+    }
+}
+
+fn show_v1() -> Result<()> {
     let own = Path::new(isolation::RUN).join("cgroup-v1");
     fs::create_dir_all(&own)?;
     mount(Some("tmpfs"), &own, Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount a folder for cgroups")?;
@@ -91,17 +98,12 @@ pub(crate) fn show(chosen: Version) -> Result<()> {
             fs::remove_dir(&folder)?;
         }
     }
-    match chosen {
-        Version::V1 => {
-            let left = on_v2();
-            ensure!(
-                left.is_empty(),
-                "cannot mount a v1 hierarchy for {left:?}; are these cgroup controllers in use on v2? crun refuses such a host"
-            );
-            show_v1_with(&own)
-        }
-        Version::V2 => show_v2(),
-    }
+    let left = on_v2();
+    ensure!(
+        left.is_empty(),
+        "cannot mount a v1 hierarchy for {left:?}; are these cgroup controllers in use on v2? crun refuses such a host"
+    );
+    show_v1_with(&own)
 }
 
 /// The controllers of the v2 hierarchy beside those of v1.

@@ -12,7 +12,7 @@ use shim_tests::eventually::within;
 use shim_tests::messages::{GenericOptions, any};
 use shim_tests::operator::{ctr, ctr_run, said};
 use shim_tests::programs;
-use shim_tests::runner::skip;
+use shim_tests::runner::{needs_controller, skip};
 use shim_tests::suite::Suite;
 use tokio::task::JoinSet;
 use tonic::Code;
@@ -331,6 +331,8 @@ pub(crate) async fn ctr_finds_the_shim_by_the_containers_id(cx: Context) -> Resu
 /// A program in front of an OCI runtime looks for init's pid where containerd's own shims have it written; and containerd's Go client up
 /// to 1.7 says `--no-pivot` to a runtime that is not runc's in a message of old.
 pub(crate) async fn a_wrapper_of_the_runtime_finds_init_pid_and_what_ctr_asks_for(cx: Context) -> Result<()> {
+    // ctr gives each container a share of it
+    needs_controller("cpu")?;
     let cx = cx.with_own_daemon().await?;
     let (calls, pid) = (cx.folder().join("calls"), cx.folder().join("pid"));
     let text = format!(

@@ -97,7 +97,12 @@ pub(crate) async fn an_exec_of_a_frozen_container_dies_of_sigkill_and_the_rest_s
     freeze(&cgroups::of(container.pid, "freezer")?)?;
     exec.kill(9).await?;
     ensure!(exec.finish().await? == 137);
-    ensure!(frozen(&container)?, "it was thawed");
+    // cgroup v2 reports the rest as frozen again a moment after the process has exited
+    eventually("the rest is frozen", SOON, async || {
+        ensure!(frozen(&container)?, "it was thawed");
+        Ok(())
+    })
+    .await?;
     ensure!(container.destroy().await? == 137);
     Ok(())
 }
