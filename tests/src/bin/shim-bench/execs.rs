@@ -17,11 +17,11 @@ use tokio::task::{JoinSet, LocalSet};
 
 use super::{Plan, Subject, median};
 
-/// So many run while State is measured.
+/// How many execs run while State is measured.
 const RUNNING: usize = 400;
-/// So many are started at once.
+/// How many execs are started at once.
 const AT_ONCE: usize = 500;
-/// So many have ended, and what they wrote is not read.
+/// How many execs have exited with unread output.
 const UNREAD: usize = 200;
 const SLEEP: [&str; 2] = ["sleep", "100000"];
 /// How often State is measured among those that run.
