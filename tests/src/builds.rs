@@ -63,7 +63,7 @@ pub async fn ps(cx: &Context, program: &Path) -> Result<Vec<Value>> {
 }
 
 /// Waits until the worker of that container's shim hibernates.
-pub async fn rests(cx: &Context, id: &str) -> Result<()> {
+pub async fn hibernates(cx: &Context, id: &str) -> Result<()> {
     let program = cx.shim().binary.as_ref().context("ours is a file")?;
     eventually("the worker hibernates", Duration::from_secs(30), async || {
         let shims = ps(cx, program).await?;

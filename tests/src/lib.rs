@@ -21,7 +21,7 @@
 //! | [`stand`] | such a case's surroundings |
 //! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
-//! | [`ordeals`] | what several suites put a shim through |
+//! | [`workloads`] | what several suites put a shim through |
 //! | [`refusals`] | requests that a shim refuses, and its answers |
 //! | [`witness`] | a container that has to go on whatever is done to its shim |
 //! | [`ttrpc`] | frames, broken ones too, and calls |
@@ -53,7 +53,6 @@ pub mod gate;
 pub mod isolation;
 pub mod messages;
 pub mod operator;
-pub mod ordeals;
 pub mod proc;
 pub mod programs;
 pub mod refusals;
@@ -68,3 +67,4 @@ pub mod times;
 pub mod trace;
 pub mod ttrpc;
 pub mod witness;
+pub mod workloads;

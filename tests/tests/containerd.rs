@@ -65,7 +65,7 @@ fn lifecycle_cases() -> Vec<Case> {
             a_missing_root_file_system_is_refused,
             two_root_file_system_mounts_are_stacked_and_both_unmounted,
             the_runtimes_own_message_reaches_the_client,
-            a_runtime_that_shouts_blocks_nothing,
+            a_runtime_that_prints_a_megabyte_blocks_nothing,
             one_containers_slow_create_delays_no_other;
         Scope::Daemons =>
             no_options_mean_a_runtime_from_path,
@@ -96,7 +96,7 @@ fn stdio_cases() -> Vec<Case> {
     cases![stdio,
         Scope::Full =>
             stdin_reaches_the_container_and_ends_with_close_io,
-            a_terminal_has_the_size_that_was_asked_for,
+            a_terminal_has_the_requested_size,
             stdout_and_stderr_are_kept_apart,
             a_late_reader_gets_everything,
             fifos_that_no_client_ever_opens_block_nothing,
@@ -106,7 +106,7 @@ fn stdio_cases() -> Vec<Case> {
             a_container_without_stdio_runs,
             close_io_is_harmless_before_start_twice_and_after_exit,
             a_terminals_last_output_is_not_cut,
-            a_reader_that_leaves_breaks_no_pipe;
+            a_reader_that_disconnects_breaks_no_pipe;
         Scope::Daemons =>
             a_logger_that_a_label_names_never_runs_unless_it_is_listed;
         Scope::Once =>
@@ -114,7 +114,7 @@ fn stdio_cases() -> Vec<Case> {
             a_megabyte_of_stdin_arrives,
             a_slow_reader_gets_every_byte_around_a_megabyte,
             a_grandchild_that_holds_the_pipe_delays_no_wait,
-            a_file_is_not_given_to_the_container,
+            a_container_does_not_get_its_log_file_itself,
             a_logger_that_crashes_before_it_is_ready_blocks_nothing,
             a_logger_that_crashes_later_does_not_stop_the_container,
             a_logger_of_the_second_kind_is_ready_with_a_byte_and_not_without,
@@ -148,7 +148,7 @@ fn kind_cases() -> Vec<Case> {
                 a_container_killed_while_paused_ends,
                 a_container_frozen_by_others_dies_of_sigkill,
                 an_exec_of_a_frozen_container_dies_of_sigkill_and_the_rest_stays_frozen,
-                statistics_are_there_until_delete,
+                statistics_are_reported_until_delete,
                 a_paused_container_is_frozen_and_resumes,
                 kill_all_reaches_every_process,
                 an_update_changes_the_limit,

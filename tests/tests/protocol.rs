@@ -88,7 +88,7 @@ fn main() -> ExitCode {
     cases.extend(direct_cases![events:
         every_event_arrives_once_and_in_order_however_it_is_refused,
         an_event_without_an_acknowledgement_holds_back_the_next_ones,
-        an_event_that_is_refused_for_good_holds_nothing_back,
+        a_permanently_refused_event_does_not_delay_the_next_ones,
         an_event_answered_with_garbage_is_sent_again,
         events_of_two_thousand_short_execs_are_published_in_order,
         simultaneous_exits_are_published_with_init_last,

@@ -130,7 +130,7 @@ async fn call_until(task: shim_tests::task::Task, stop: Arc<AtomicBool>) -> Resu
     let mut longest = Duration::ZERO;
     while !stop.load(Ordering::Relaxed) {
         let begin = Instant::now();
-        let answer = task.state("c1", "nobody").await;
+        let answer = task.state("c1", "missing").await;
         longest = longest.max(begin.elapsed());
         ensure!(answer.is_err_and(|error| error.code() == Some(Code::NotFound)), "a process exists that was never created");
     }
@@ -209,7 +209,7 @@ async fn rest(stand: &Stand, count: usize) -> Result<Value> {
 
 async fn call(container: &Container) -> Result<Duration> {
     let begin = Instant::now();
-    let answer = container.task.state(&container.id, "nobody").await;
+    let answer = container.task.state(&container.id, "missing").await;
     ensure!(answer.is_err_and(|error| error.code() == Some(Code::NotFound)), "a process exists that was never created");
     Ok(begin.elapsed())
 }

@@ -1,7 +1,7 @@
-//! What a man in the middle does to a good shim, one fault at a time, and which case claims to see it.
+//! Faults that are injected into a working shim, one at a time, and the cases that must detect each.
 //!
-//! The program `man-in-the-middle` stands where the shim does. It runs the real one and passes everything on, but for its fault. It reads
-//! its orders from the files beside it: `real`, the path of the shim, and `fault`, one of the names here.
+//! The program `man-in-the-middle` takes the place of the shim. It runs the real one and forwards everything, except for its fault. It is
+//! configured by the files beside it: `real`, the path of the shim, and `fault`, one of the names here.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -14,16 +14,16 @@ use super::clauses::Level;
 use super::run::Results;
 use crate::programs;
 
-/// One fault: its name, what it is, and what it has to be seen by.
+/// One fault: its name, its behaviour, and the cases that must detect it.
 #[derive(Debug, Clone, Copy)]
 pub struct Fault {
-    /// What the man in the middle is told.
+    /// The name in the file `fault`.
     pub name: &'static str,
     /// A description for readers.
     pub text: &'static str,
     /// The cases that have to fail, each with the text that its failure has to contain.
     pub seen: &'static [(&'static str, &'static str)],
-    /// Why nearly everybody sees it.
+    /// Why nearly every case detects it.
     pub broad: Option<&'static str>,
 }
 
@@ -37,37 +37,37 @@ impl Fault {
         self
     }
 
-    /// Whether a case claims to see it.
+    /// Whether a case must detect it.
     pub fn is_claimed_by(&self, case: &str) -> bool {
         self.seen.iter().any(|(name, _)| *name == case)
     }
 
-    /// The cases that claim to see it, in Markdown.
+    /// The cases that must detect it, in Markdown.
     fn seen_by(&self) -> String {
         names(self.seen.iter().map(|(case, _)| *case))
     }
 
-    /// Whether what has become of a case that claims to see it is because of it.
+    /// Checks that a case that must detect the fault failed with the expected message.
     ///
-    /// Errors: what became of it instead.
+    /// Errors: the result that it had instead.
     pub fn check(&self, case: &str, verdict: &Verdict) -> Result<()> {
-        let (_, words) = self.seen.iter().find(|(name, _)| *name == case).context("no case that claims to see it")?;
+        let (_, words) = self.seen.iter().find(|(name, _)| *name == case).context("the case is not among those that must detect it")?;
         match verdict {
             Verdict::Failed(why) if why.contains(words) => Ok(()),
-            Verdict::Failed(why) => bail!("{case} fails without a word of {words:?}: {why}"),
+            Verdict::Failed(why) => bail!("{case} fails, but not with {words:?}: {why}"),
             other => bail!("{case} results in {other:?}, though {}", self.text),
         }
     }
 }
 
-/// No fault is seen by more cases than these beside those that claim to see it, unless it is [`Fault::broad`]: who sees everything proves nothing.
+/// At most this many other cases may detect a fault unless it is [`Fault::broad`]: a fault that breaks everything proves nothing about one case.
 pub const MOST_OTHERS: usize = 8;
 
 /// All of them.
 pub const ALL: &[Fault] = &[
     fault(
         "drop-exit",
-        "the exit event of init is not passed on",
+        "the exit event of init is not forwarded",
         &[
             ("events.lifecycle_events_are_published_once_and_in_order", "[\"create\", \"start\", \"delete\"]"),
             ("events.inits_exit_is_published_while_execs_start", "\"delete\"]"),
@@ -86,7 +86,7 @@ pub const ALL: &[Fault] = &[
     ),
     fault(
         "drop-create",
-        "the create event is not passed on",
+        "the create event is not forwarded",
         &[("events.create_and_delete_of_an_unstarted_container_are_published", "[\"exit\", \"delete\"]")],
     ),
     fault(
@@ -99,11 +99,11 @@ pub const ALL: &[Fault] = &[
         "exec-started names another pid",
         &[("events.events_name_the_namespace_and_the_process", "exec-started c1/e")],
     ),
-    fault("wrong-namespace", "events bear another namespace", &[("events.events_name_the_namespace_and_the_process", "elsewhere")]),
-    fault("drop-paused", "the paused event is not passed on", &[("events.pause_and_resume_are_published", "\"start\", \"resumed\"")]),
+    fault("wrong-namespace", "events name another namespace", &[("events.events_name_the_namespace_and_the_process", "elsewhere")]),
+    fault("drop-paused", "the paused event is not forwarded", &[("events.pause_and_resume_are_published", "\"start\", \"resumed\"")]),
     fault(
         "drop-oom",
-        "the event of the end of memory is not passed on",
+        "the OOM event is not forwarded",
         &[("resources.an_oom_kill_is_published_before_the_exit", "[\"create\", \"start\", \"exit\", \"delete\"]")],
     ),
     fault(
@@ -114,10 +114,10 @@ pub const ALL: &[Fault] = &[
     fault(
         "events-first",
         "an answer waits until the daemon has taken the last event",
-        &[("events.a_daemon_that_takes_its_time_over_events_delays_no_call", "though events wait")],
+        &[("events.a_daemon_that_is_slow_to_take_events_delays_no_call", "though events wait")],
     ),
     fault("wait-137", "Wait always answers 137", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "137 vs 0")])
-        .broad("every end is waited for"),
+        .broad("every case waits for an exit"),
     fault(
         "bare-signal",
         "Wait answers 15 for a process killed by SIGTERM",
@@ -133,7 +133,7 @@ pub const ALL: &[Fault] = &[
     fault(
         "delete-no-member",
         "the command delete does nothing to members of a group",
-        &[("crashes.a_killed_shim_ends_a_whole_pod", "its init is dead")],
+        &[("crashes.delete_ends_every_container_of_a_killed_shims_pod", "its init is dead")],
     ),
     fault(
         "delete-the-shim",
@@ -142,7 +142,7 @@ pub const ALL: &[Fault] = &[
     ),
     fault(
         "delete-for-ever",
-        "the command delete uses a name up",
+        "after the command delete an id cannot be used again",
         &[("crashes.the_same_id_works_again_after_the_shim_was_killed", "this name is used up")],
     ),
     fault(
@@ -152,8 +152,8 @@ pub const ALL: &[Fault] = &[
     ),
     fault(
         "ghost",
-        "of a shim that was killed something accepts connections",
-        &[("crashes.a_dead_shim_accepts_nothing", "a connection is accepted")],
+        "the socket of a killed shim accepts connections",
+        &[("crashes.a_dead_shim_accepts_no_connection", "a connection is accepted")],
     ),
     fault("wrong-exit-time", "State reports another exit time", &[("lifecycle.the_exit_code_is_the_same_in_every_answer", "State: ")]),
     fault(
@@ -167,38 +167,42 @@ pub const ALL: &[Fault] = &[
         &[("execs.an_exec_has_its_own_output_and_exit_code", "State reports another pid")],
     ),
     fault("wrong-task-pid", "Connect names another pid", &[("lifecycle.create_start_and_connect_agree_on_pids", "task_pid")]),
-    fault("wrong-code", "NotFound becomes Unknown", &[("calls.nobody", "NotFound expected, Refused(Unknown) found")]),
+    fault("wrong-code", "NotFound becomes Unknown", &[("calls.missing", "NotFound expected, Refused(Unknown) found")]),
     fault(
         "wrong-refusal",
         "FailedPrecondition becomes Unknown",
         &[("calls.codes_when_running", "precondition expected, Refused(Unknown) found")],
     ),
-    fault("internal", "Unimplemented becomes Internal", &[("calls.what_is_unknown_is_not_implemented", "Internal")]),
+    fault("internal", "Unimplemented becomes Internal", &[("calls.unknown_services_and_methods_are_unimplemented", "Internal")]),
     fault(
         "create-never-fails",
-        "a Create that fails is answered as done",
+        "a Create that fails is answered with success",
         &[
-            ("calls.a_second_container_of_a_name_is_refused", "it was accepted"),
+            ("calls.a_second_container_of_an_id_is_refused", "it was accepted"),
             ("lifecycle.a_failed_create_leaves_nothing_and_reports_the_reason", "it was accepted"),
             ("requests.a_bundle_that_cannot_be_run_is_refused", "it was accepted"),
-            ("trouble.a_create_that_is_asked_for_again_makes_one_container", "not the one that was made"),
+            ("slow.a_repeated_create_makes_one_container", "not the one that was made"),
         ],
     ),
     fault(
         "exec-never-fails",
-        "an Exec or a Start that fails is answered as done",
+        "an Exec or a Start that fails is answered with success",
         &[
             ("execs.an_exec_of_a_missing_program_fails_and_can_be_deleted", "it was accepted"),
-            ("requests.an_exec_that_cannot_be_is_refused_and_leaves_nothing", "it was accepted"),
+            ("requests.an_exec_that_cannot_run_is_refused_and_leaves_nothing", "it was accepted"),
         ],
     ),
-    fault("silent-stats", "Stats is accepted and never answered", &[("resources.statistics_are_of_the_hosts_kind", "no answer in time")]),
+    fault(
+        "silent-stats",
+        "Stats is accepted and never answered",
+        &[("resources.statistics_match_the_hosts_cgroup_version", "no answer in time")],
+    ),
     fault(
         "no-stats-at-the-end",
-        "Stats is refused once init has ended",
-        &[("resources.statistics_are_there_until_delete", "after the exit")],
+        "Stats is refused once init has exited",
+        &[("resources.statistics_are_reported_until_delete", "after the exit")],
     ),
-    fault("no-pids-at-the-end", "Pids is empty once init has ended", &[("lifecycle.pids_name_init_until_delete", "[]")]),
+    fault("no-pids-at-the-end", "Pids is empty once init has exited", &[("lifecycle.pids_name_init_until_delete", "[]")]),
     fault(
         "no-kill-before-start",
         "Kill of a created container is refused",
@@ -214,17 +218,13 @@ pub const ALL: &[Fault] = &[
         "Wait for a created container is refused",
         &[("lifecycle.a_wait_on_a_created_container_ends_with_its_exit", "FailedPrecondition")],
     ),
-    fault("no-kill-for-all", "Kill for all is refused", &[("lifecycle.kill_all_ends_every_process", "Unimplemented")]),
+    fault("no-kill-for-all", "Kill with `all` is refused", &[("lifecycle.kill_all_ends_every_process", "Unimplemented")]),
     fault("one-life", "an id is not free after Delete", &[("lifecycle.an_id_is_free_again_after_delete", "AlreadyExists")]),
-    fault(
-        "one-exec",
-        "an added process's id is not free after Delete",
-        &[("execs.an_exec_id_is_free_again_after_delete", "AlreadyExists")],
-    ),
+    fault("one-exec", "an exec's id is not free after Delete", &[("execs.an_exec_id_is_free_again_after_delete", "AlreadyExists")]),
     fault("short-ids", "an id of more than 64 characters is refused", &[("lifecycle.the_longest_id_works", "InvalidArgument")]),
-    fault("no-v2", "the service of v2 is not there", &[("calls.the_task_service_of_v2_is_served", "Unimplemented")])
-        .broad("it is the one that the cases speak"),
-    fault("no-v3", "the service of v3 is not there", &[("calls.the_task_service_of_v3_is_served", "Unimplemented")]),
+    fault("no-v2", "the v2 service is not served", &[("calls.the_task_service_of_v2_is_served", "Unimplemented")])
+        .broad("the cases use it"),
+    fault("no-v3", "the v3 service is not served", &[("calls.the_task_service_of_v3_is_served", "Unimplemented")]),
     fault(
         "lost-byte",
         "the last byte of stdout is lost",
@@ -233,90 +233,82 @@ pub const ALL: &[Fault] = &[
     fault("late-end", "stdout is closed fifteen seconds late", &[("stdio.stdout_and_stderr_are_kept_apart_and_end", "still open")]),
     fault(
         "impatient",
-        "what a reader does not take at once is thrown away",
+        "output is dropped when the reader is slow",
         &[
-            ("stdio.a_slow_reader_is_waited_for_in_bounded_memory", "the writer "),
+            ("stdio.a_shim_waits_for_a_slow_reader_in_bounded_memory", "the writer "),
             ("stdio.a_reader_that_pauses_gets_everything_of_a_deleted_exec", "of 108894 bytes"),
         ],
     ),
     fault(
         "quiet-is-the-end",
-        "stdout of an exec is closed when nothing came for half a second",
-        &[("stdio.what_a_descendant_writes_while_delete_waits_arrives", "\"now\\n\"")],
+        "stdout of an exec is closed after half a second without output",
+        &[("stdio.output_written_by_a_descendant_while_delete_waits_arrives", "\"now\\n\"")],
     ),
-    fault("no-close-io", "CloseIO is answered and not done", &[("stdio.stdin_arrives_and_ends_with_close_io", "no answer in time")]),
+    fault("no-close-io", "CloseIO is answered without effect", &[("stdio.stdin_arrives_and_ends_with_close_io", "no answer in time")]),
     fault("close-io-once", "a second CloseIO is refused", &[("stdio.close_io_is_harmless_at_any_time", "a second time")]),
-    fault("no-resize", "ResizePty is answered and not done", &[("terminals.a_terminal_has_the_size_that_was_asked_for", "\"42 111\"")]),
+    fault("no-resize", "ResizePty is answered without effect", &[("terminals.a_terminal_has_the_requested_size", "\"42 111\"")]),
+    fault("no-exec-terminal", "an exec gets no terminal", &[("terminals.an_exec_with_a_terminal_has_one", "State does not report it")]),
+    fault("exec-as-root", "an exec runs as root", &[("execs.an_exec_gets_its_user_folder_and_environment", "\"0\\n")]),
     fault(
-        "no-exec-terminal",
-        "an added process gets no terminal",
-        &[("terminals.an_exec_with_a_terminal_has_one", "State does not report it")],
+        "no-masks",
+        "masked paths of the spec are not masked",
+        &[("security.masked_paths_are_masked_for_init_and_execs", "an exec reports")],
     ),
-    fault("exec-as-root", "an added process is root's", &[("execs.an_exec_gets_its_user_folder_and_environment", "\"0\\n")]),
-    fault("no-masks", "what the spec masks is not masked", &[("security.what_is_masked_is_masked_for_init_and_execs", "an exec reports")]),
     fault(
         "written-program",
-        "the OCI runtime's program is written to",
+        "the OCI runtime's executable is modified",
         &[("security.a_container_cannot_write_to_a_host_program", "was written to")],
     ),
     fault(
         "no-pause",
-        "Pause is answered and not done",
+        "Pause is answered without effect",
         &[("resources.a_paused_container_is_frozen_and_resumes", "State does not report it as paused")],
     ),
-    fault("no-update", "Update is answered and not done", &[("resources.an_update_changes_the_limit", "67108864")]),
-    fault("late-cgroup", "a container's cgroups are gone a second late", &[("resources.cgroups_are_gone_after_delete", "is left")]),
-    fault(
-        "kill-init-only",
-        "Kill forgets that it was for all",
-        &[("lifecycle.a_signal_for_all_reaches_every_process", "no answer in time")],
-    ),
+    fault("no-update", "Update is answered without effect", &[("resources.an_update_changes_the_limit", "67108864")]),
+    fault("late-cgroup", "a container's cgroups are removed a second late", &[("resources.cgroups_are_gone_after_delete", "is left")]),
+    fault("kill-init-only", "Kill ignores `all`", &[("lifecycle.a_signal_for_all_reaches_every_process", "no answer in time")]),
     fault("kill-wrong-process", "Kill of an exec reaches init", &[("execs.an_exec_is_killed_alone", "another process was killed")]),
     fault(
         "survivor",
         "a process of a container outlives it",
         &[("lifecycle.a_container_in_the_hosts_pid_namespace_leaves_no_survivor", "no process of it is left")],
     ),
-    fault("busy-with-kill", "while a Kill is under way nothing is waited for", &[("trouble.a_slow_kill_delays_no_exit", "Unavailable")]),
+    fault("busy-with-kill", "while a Kill is in progress no Wait is answered", &[("slow.a_slow_kill_delays_no_exit", "Unavailable")]),
     fault(
         "one-create-at-a-time",
-        "while a Create is under way State is not answered",
-        &[("trouble.a_slow_create_delays_no_sibling", "no answer in time")],
+        "while a Create is in progress State is not answered",
+        &[("slow.a_slow_create_delays_no_sibling", "no answer in time")],
     ),
-    fault(
-        "starts-first",
-        "while a Start is under way State is not answered",
-        &[("trouble.execs_by_the_hundred_delay_no_state", "times only")],
-    ),
+    fault("starts-first", "while a Start is in progress State is not answered", &[("slow.hundreds_of_execs_delay_no_state", "times only")]),
     fault(
         "stay",
-        "Shutdown is answered and not done",
+        "Shutdown is answered without effect",
         &[
             ("lifetime.a_shim_exits_on_shutdown", "the shim has left"),
-            ("lifetime.a_group_that_is_deleted_all_at_once_leaves_nothing", "the shim has left"),
+            ("lifetime.a_group_deleted_concurrently_leaves_nothing", "the shim has left"),
         ],
     )
-    .broad("every case ends with it"),
+    .broad("every case ends with a Shutdown"),
     fault(
         "leave-early",
-        "Shutdown ends the shim, containers or not",
+        "the shim exits on Shutdown even if it has containers",
         &[
-            ("lifetime.a_shim_stays_while_a_container_is_left", "the connection has ended"),
-            ("lifetime.delete_and_shutdown_at_once_are_answered", "the connection has ended"),
+            ("lifetime.a_shim_stays_while_it_has_a_container", "the connection has ended"),
+            ("lifetime.concurrent_delete_and_shutdown_are_answered", "the connection has ended"),
         ],
     ),
     fault(
         "forget-execs",
-        "an added process is forgotten with the connection that it was added on",
-        &[("lifetime.a_new_connection_finds_everything_as_it_was", "NotFound")],
+        "an exec is forgotten when the connection that added it closes",
+        &[("lifetime.a_new_connection_finds_everything_unchanged", "NotFound")],
     ),
-    fault("leak", "a descriptor is lost with each Create", &[("lifetime.nothing_grows", "its descriptors are closed")]),
+    fault("leak", "each Create leaks a descriptor", &[("lifetime.nothing_grows", "its descriptors are closed")]),
     fault(
         "leak-to-container",
         "a container gets a descriptor of a foreign file",
         &[("security.a_container_has_three_descriptors", "/etc/passwd")],
     ),
-    fault("open-socket", "the socket is for everybody", &[("security.sockets_are_for_root_alone", "mode 666")]),
+    fault("open-socket", "every user can connect to the socket", &[("security.sockets_are_for_root_alone", "mode 666")]),
     fault(
         "chatty-debug",
         "start -debug writes to standard error",
@@ -328,7 +320,11 @@ pub const ALL: &[Fault] = &[
         "the answer to BootstrapParams names another protocol",
         &[("bootstrap.bootstrap_params_are_answered_in_kind", "\"grpc\"")],
     ),
-    fault("no-address", "the file address is not there", &[("bootstrap.the_address_is_left_in_the_bundle", "no file called address")]),
+    fault(
+        "no-address",
+        "the file `address` is not written",
+        &[("bootstrap.start_writes_the_address_into_the_bundle", "no file called address")],
+    ),
     fault(
         "no-group",
         "each start has an address of its own",
@@ -336,17 +332,17 @@ pub const ALL: &[Fault] = &[
     ),
     fault(
         "whole-frames-only",
-        "a frame that does not come all at once ends the connection",
-        &[("wire.frames_cut_anywhere_are_put_together", "hung up"), ("wire.a_slow_client_is_served_beside_the_others", "Broken pipe")],
+        "a frame that arrives in pieces ends the connection",
+        &[("wire.frames_split_anywhere_are_reassembled", "hung up"), ("wire.a_slow_client_does_not_delay_the_others", "Broken pipe")],
     ),
     fault(
         "half-frame-blocks",
-        "while half a frame has come no request is met",
+        "half a frame blocks all other requests",
         &[("wire.a_truncated_frame_affects_no_other_connection", "state of the witness")],
     ),
     fault(
         "hang-up-on-garbage",
-        "what is no request ends the connection",
+        "a frame that is no request ends the connection",
         &[("wire.garbage_is_answered_and_the_connection_stays_usable", "the connection has ended")],
     ),
     fault(
@@ -357,11 +353,11 @@ pub const ALL: &[Fault] = &[
     fault(
         "in-order",
         "a connection's next request waits for the answer to the one before",
-        &[("wire.answers_come_as_they_are_ready", "receive a frame")],
+        &[("wire.answers_are_sent_when_they_are_ready", "receive a frame")],
     ),
 ];
 
-/// Puts a man in the middle in front of the shim `real` into `folder`, and returns where it is to be found.
+/// Installs `man-in-the-middle` with this fault for the shim `real` in `folder`, and returns its path.
 pub fn install(folder: &Path, program: &Path, real: &Path, fault: &str) -> Result<PathBuf> {
     fs::create_dir_all(folder)?;
     let place = folder.join("man-in-the-middle");
@@ -371,26 +367,26 @@ pub fn install(folder: &Path, program: &Path, real: &Path, fault: &str) -> Resul
     Ok(place)
 }
 
-/// Cases that are meaningless through a man in the middle, which needs its files beside it.
-pub const NOT_THROUGH_HIM: &[&str] = &["lifetime.a_binary_that_is_gone_is_not_missed"];
+/// Cases that cannot run through `man-in-the-middle`, because it needs the files beside it.
+pub const NOT_THROUGH_PROXY: &[&str] = &["lifetime.a_removed_binary_affects_no_running_container"];
 
-/// Which cases have seen which fault.
+/// Which cases detected which fault.
 #[derive(Debug, Default)]
 pub struct Table(Vec<Row>);
 
 #[derive(Debug)]
 struct Row {
     fault: Fault,
-    /// Why the cases that claim to see it do not.
+    /// Why cases that must detect it did not.
     missed: Vec<String>,
     others: Vec<String>,
 }
 
 impl Table {
-    /// Adds the run with a fault, and prints what was seen.
+    /// Adds a run with a fault, and returns a line about it.
     pub fn add(&mut self, fault: &Fault, results: &Results) -> String {
         let (mut missed, mut others) = (Vec::new(), Vec::new());
-        for outcome in results.outcomes.iter().filter(|outcome| !NOT_THROUGH_HIM.contains(&outcome.case.as_str())) {
+        for outcome in results.outcomes.iter().filter(|outcome| !NOT_THROUGH_PROXY.contains(&outcome.case.as_str())) {
             if fault.is_claimed_by(&outcome.case) {
                 missed.extend(fault.check(&outcome.case, &outcome.verdict).err().map(|error| format!("{error:#}")));
             } else if matches!(outcome.verdict, Verdict::Failed(_)) && outcome.level() != Level::May {
@@ -398,21 +394,22 @@ impl Table {
             }
         }
         let row = Row { fault: *fault, missed, others };
-        let said = format!("{}: {}, and by {} others", fault.name, row.wrong().unwrap_or_else(|| "caught".to_owned()), row.others.len());
+        let said =
+            format!("{}: {}, also by {} other cases", fault.name, row.wrong().unwrap_or_else(|| "detected".to_owned()), row.others.len());
         self.0.push(row);
         said
     }
 
-    /// Whether each fault was seen by the cases that claim to see it, and by few others.
+    /// Whether each fault was detected by the cases that must, and by few others.
     pub fn is_complete(&self) -> bool {
         self.0.iter().all(|row| row.wrong().is_none())
     }
 
     /// A row for each fault.
     pub fn markdown(&self) -> String {
-        let mut text = "| fault | what it is | seen by | and by |\n| --- | --- | --- | --- |\n".to_owned();
+        let mut text = "| fault | behaviour | detected by | also by |\n| --- | --- | --- | --- |\n".to_owned();
         for row in &self.0 {
-            let seen = if row.missed.is_empty() { row.fault.seen_by() } else { "**not by all who claim to see it**".to_owned() };
+            let seen = if row.missed.is_empty() { row.fault.seen_by() } else { "**not detected by every case that must**".to_owned() };
             let others = match row.fault.broad {
                 Some(why) if row.others.len() > MOST_OTHERS => format!("{} others: {why}", row.others.len()),
                 _ => names(row.others.iter().map(String::as_str)),
@@ -427,8 +424,8 @@ impl Row {
     fn wrong(&self) -> Option<String> {
         let too_many = self.others.len() > MOST_OTHERS && self.fault.broad.is_none();
         match (self.missed.first(), too_many) {
-            (Some(missed), _) => Some(format!("NOT CAUGHT: {missed}")),
-            (None, true) => Some(format!("caught by TOO MANY: {}", self.others.join(", "))),
+            (Some(missed), _) => Some(format!("NOT DETECTED: {missed}")),
+            (None, true) => Some(format!("detected by TOO MANY cases: {}", self.others.join(", "))),
             (None, false) => None,
         }
     }
@@ -438,7 +435,7 @@ fn names<'a>(cases: impl Iterator<Item = &'a str>) -> String {
     cases.map(|case| format!("`{case}`")).collect::<Vec<_>>().join(", ")
 }
 
-/// What is wrong with the table in a document: it is not of [`ALL`], or some fault was seen by too many.
+/// Checks that the table in a document lists [`ALL`] faults, none of them detected by too many cases.
 pub fn check_document(document: &str) -> Result<()> {
     let rows: Vec<Vec<&str>> = document
         .lines()
@@ -447,11 +444,11 @@ pub fn check_document(document: &str) -> Result<()> {
         .collect();
     for fault in ALL {
         let row = rows.iter().find(|row| row[0] == fault.name).with_context(|| format!("{} is not in the document", fault.name))?;
-        ensure!(row[1..3] == [fault.text, &fault.seen_by()], "{} is another in the document: {row:?}", fault.name);
+        ensure!(row[1..3] == [fault.text, &fault.seen_by()], "{} differs in the document: {row:?}", fault.name);
         let others = row.get(3).map_or(0, |others| others.matches('`').count() / 2);
-        ensure!(others <= MOST_OTHERS, "{} is seen by {others} others", fault.name);
+        ensure!(others <= MOST_OTHERS, "{} is detected by {others} other cases", fault.name);
     }
-    // two lines are its head
+    // two lines are the table's head
     ensure!(rows.len() == ALL.len() + 2, "the document has {} faults, there are {}", rows.len() - 2, ALL.len());
     Ok(())
 }

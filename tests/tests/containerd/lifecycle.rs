@@ -115,20 +115,20 @@ pub(crate) async fn a_killed_created_container_ends_with_137(cx: Context) -> Res
 
 pub(crate) async fn refusals_have_the_code_that_clients_act_on(cx: Context) -> Result<()> {
     let client = cx.client();
-    ensure!(code_of(client.state("nobody", "").await)? == Code::NotFound);
-    ensure!(code_of(client.start("nobody", "").await)? == Code::NotFound);
-    ensure!(code_of(client.kill("nobody", "", 9, false).await)? == Code::NotFound);
-    ensure!(code_of(client.delete("nobody").await)? == Code::NotFound);
+    ensure!(code_of(client.state("missing", "").await)? == Code::NotFound);
+    ensure!(code_of(client.start("missing", "").await)? == Code::NotFound);
+    ensure!(code_of(client.kill("missing", "", 9, false).await)? == Code::NotFound);
+    ensure!(code_of(client.delete("missing").await)? == Code::NotFound);
 
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let id = container.id.as_str();
     cx.refuses(container.start().await, Code::FailedPrecondition)?;
     cx.refuses(client.resume(id).await, Code::FailedPrecondition)?;
     ensure!(code_of(cx.container(&["true"]).id(id).create_task().await)? == Code::AlreadyExists);
-    ensure!(code_of(client.state(id, "nobody").await)? == Code::NotFound);
-    ensure!(code_of(client.start(id, "nobody").await)? == Code::NotFound);
-    ensure!(code_of(client.kill(id, "nobody", 9, false).await)? == Code::NotFound);
-    ensure!(code_of(client.delete_exec(id, "nobody").await)? == Code::NotFound);
+    ensure!(code_of(client.state(id, "missing").await)? == Code::NotFound);
+    ensure!(code_of(client.start(id, "missing").await)? == Code::NotFound);
+    ensure!(code_of(client.kill(id, "missing", 9, false).await)? == Code::NotFound);
+    ensure!(code_of(client.delete_exec(id, "missing").await)? == Code::NotFound);
     let exec = container.exec("e", &["sleep", "1000"]).start().await?;
     ensure!(code_of(container.exec("e", &["true"]).add().await)? == Code::AlreadyExists);
     cx.refuses(exec.start().await, Code::FailedPrecondition)?;
@@ -235,7 +235,7 @@ pub(crate) async fn the_runtimes_own_message_reaches_the_client(cx: Context) -> 
     Ok(())
 }
 
-pub(crate) async fn a_runtime_that_shouts_blocks_nothing(cx: Context) -> Result<()> {
+pub(crate) async fn a_runtime_that_prints_a_megabyte_blocks_nothing(cx: Context) -> Result<()> {
     let gate = cx.gate()?;
     for verb in ["create", "start", "exec", "kill", "delete"] {
         gate.shout(verb, 1 << 20)?;

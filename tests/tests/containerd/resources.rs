@@ -119,7 +119,7 @@ pub(crate) async fn kill_all_reaches_every_process(cx: Context) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn statistics_are_there_until_delete(cx: Context) -> Result<()> {
+pub(crate) async fn statistics_are_reported_until_delete(cx: Context) -> Result<()> {
     needs_controller("memory")?;
     let spec = |spec: shim_tests::spec::Spec| spec.memory_limit(LIMIT);
     let container = cx.container(&["sh", "-c", "echo up; read go"]).spec(spec).stdio(Stdio::ALL).start().await?;

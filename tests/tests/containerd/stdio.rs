@@ -71,7 +71,7 @@ pub(crate) async fn close_io_is_harmless_before_start_twice_and_after_exit(cx: C
     Ok(())
 }
 
-pub(crate) async fn a_terminal_has_the_size_that_was_asked_for(cx: Context) -> Result<()> {
+pub(crate) async fn a_terminal_has_the_requested_size(cx: Context) -> Result<()> {
     let script = "read go; stty size; read go; stty size; exit 3";
     let container = cx.container(&["sh", "-c", script]).terminal().stdio(Stdio::ALL).create().await?;
     container.resize(100, 30).await?;
@@ -145,7 +145,7 @@ pub(crate) async fn fifos_that_no_client_ever_opens_block_nothing(cx: Context) -
     Ok(())
 }
 
-pub(crate) async fn a_reader_that_leaves_breaks_no_pipe(cx: Context) -> Result<()> {
+pub(crate) async fn a_reader_that_disconnects_breaks_no_pipe(cx: Context) -> Result<()> {
     let script = "trap 'exit 9' PIPE; echo one; read go; echo two || exit 8; read go; echo three || exit 7; exit 3";
     let mut container = cx.container(&["sh", "-c", script]).stdio(Stdio::ALL).start().await?;
     container.io.out().until("one").await?;
@@ -183,7 +183,7 @@ pub(crate) async fn a_file_gets_both_streams(cx: Context) -> Result<()> {
     .await
 }
 
-pub(crate) async fn a_file_is_not_given_to_the_container(cx: Context) -> Result<()> {
+pub(crate) async fn a_container_does_not_get_its_log_file_itself(cx: Context) -> Result<()> {
     if !cx.shim().is_ours() {
         return skip("the stock shim copies through a pipe too, but what is tested is ours");
     }

@@ -14,12 +14,12 @@ const fn known(versions: &'static [&'static str], test: &'static str, instead: &
 pub(crate) const KNOWN: &[Known] = &[
     known(NEW, "lifecycle::refusals_have_the_code_that_clients_act_on", "a second start of an exec ends the shim"),
     known(&["2.1"], "lifecycle::events_come_in_order_and_once", "now and then it leaves before the delete event is out"),
-    known(ALL, "lifecycle::a_runtime_that_shouts_blocks_nothing", "more than 64 KiB on stderr hang it"),
+    known(ALL, "lifecycle::a_runtime_that_prints_a_megabyte_blocks_nothing", "more than 64 KiB on stderr hang it"),
     known(ALL, "lifecycle::one_containers_slow_create_delays_no_other", "a lock is held across create"),
     known(ALL, "stdio::a_late_reader_gets_everything", "create waits for a reader"),
     known(ALL, "stdio::fifos_that_no_client_ever_opens_block_nothing", "create waits for a reader"),
     known(ALL, "stdio::a_slow_reader_is_waited_for_and_nothing_is_buffered", "create waits for a reader"),
-    known(ALL, "stdio::a_reader_that_leaves_breaks_no_pipe", "what was not read at the exit is lost"),
+    known(ALL, "stdio::a_reader_that_disconnects_breaks_no_pipe", "what was not read at the exit is lost"),
     known(OLD, "stdio::a_file_gets_both_streams", "the second stream's lines are lost"),
     known(
         &["2.1"],

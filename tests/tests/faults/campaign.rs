@@ -88,7 +88,7 @@ pub(crate) async fn random_crashes(cx: Context) -> Result<()> {
     let failures = lane::work(&cx, 3, jobs, |lane, job| {
         Box::pin(async move {
             let outcome = lane.run(job.scenario, &job.plan, Some(&job.model), async |cx| make_trouble(cx, &job.troubles).await).await?;
-            CRASHES.fetch_add(u32::try_from(outcome.trace.lives())? - 1, Ordering::Relaxed);
+            CRASHES.fetch_add(u32::try_from(outcome.trace.generations())? - 1, Ordering::Relaxed);
             Ok(())
         })
     })

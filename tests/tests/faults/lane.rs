@@ -50,7 +50,7 @@ impl Trace {
     }
 
     /// How many workers there were.
-    pub(crate) fn lives(&self) -> usize {
+    pub(crate) fn generations(&self) -> usize {
         self.0.iter().filter(|line| *line == "life").count()
     }
 
@@ -135,7 +135,7 @@ pub(crate) async fn model(lane: &Lane, scenario: &Scenario) -> Result<Outcome> {
     let outcome = lane.run(scenario, "", None, nothing).await.context("without crashes")?;
     ensure!(outcome.record.of("event ") == scenario.events, "events without crashes: {}", outcome.record.of("event "));
     ensure!(outcome.record.of("call ") == scenario.calls, "calls without crashes: {}", outcome.record.of("call "));
-    ensure!(outcome.trace.lives() == scenario.lives && outcome.trace.crashes() == 0, "without crashes: {:#?}", outcome.trace);
+    ensure!(outcome.trace.generations() == scenario.generations && outcome.trace.crashes() == 0, "without crashes: {:#?}", outcome.trace);
     Ok(outcome)
 }
 

@@ -285,7 +285,7 @@ impl Run {
     /// The name of a pid.
     pub(crate) fn named(&self, pid: u32) -> String {
         match pid {
-            0 => "nobody".to_owned(),
+            0 => "none".to_owned(),
             pid => self.pids.borrow().get(&pid).cloned().unwrap_or_else(|| "a stranger".to_owned()),
         }
     }

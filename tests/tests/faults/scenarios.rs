@@ -27,7 +27,7 @@ pub(crate) struct Scenario {
     /// Whether the scenario itself chooses from when on workers crash: [`Run::arm`].
     pub(crate) late: bool,
     /// How many workers there are without crashes.
-    pub(crate) lives: usize,
+    pub(crate) generations: usize,
     /// What the daemon must have published, in this order: topic, process, the name of its pid, and its exit status unless 0.
     pub(crate) events: &'static str,
     /// What the runtime must have been called for, in this order.
@@ -43,8 +43,8 @@ pub(crate) const LIFE: Scenario = Scenario {
     name: "life",
     body: |run| Box::pin(life(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    generations: 1,
+    events: "create ID/init, start ID/init, exec-added e/none, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
 
@@ -79,8 +79,8 @@ pub(crate) const SHORT: Scenario = Scenario {
     name: "short",
     body: |run| Box::pin(short(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, start ID/init, exit ID/init 3, delete ID/init 3",
+    generations: 1,
+    events: "create ID/init, exec-added e/none, exec-started e/e, exit e/e 4, start ID/init, exit ID/init 3, delete ID/init 3",
     calls: "create, exec, start, delete",
 };
 
@@ -117,8 +117,8 @@ pub(crate) const PAUSE: Scenario = Scenario {
     name: "pause",
     body: |run| Box::pin(pause(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, paused ID/nobody, resumed ID/nobody, paused ID/nobody, exit ID/init 137, \
+    generations: 1,
+    events: "create ID/init, start ID/init, paused ID/none, resumed ID/none, paused ID/none, exit ID/init 137, \
              delete ID/init 137",
     calls: "create, start, pause, resume, pause, delete",
 };
@@ -143,8 +143,8 @@ pub(crate) const SIGNALS: Scenario = Scenario {
     name: "signals",
     body: |run| Box::pin(signals(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exec-added f/nobody, exec-started f/f, exit e/e 4, \
+    generations: 1,
+    events: "create ID/init, start ID/init, exec-added e/none, exec-started e/e, exec-added f/none, exec-started f/f, exit e/e 4, \
              exit f/f 137, exit ID/init 137, delete ID/init 137",
     calls: "create, start, exec, exec, delete",
 };
@@ -181,8 +181,8 @@ pub(crate) const TERMINAL: Scenario = Scenario {
     name: "terminal",
     body: |run| Box::pin(terminal(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    generations: 1,
+    events: "create ID/init, start ID/init, exec-added e/none, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
 
@@ -212,8 +212,8 @@ pub(crate) const FILE: Scenario = Scenario {
     name: "file",
     body: |run| Box::pin(file(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    generations: 1,
+    events: "create ID/init, start ID/init, exec-added e/none, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
 
@@ -246,7 +246,7 @@ pub(crate) const FAILING_CREATE: Scenario = Scenario {
     name: "failing create",
     body: |run| Box::pin(failing_create(run)),
     late: false,
-    lives: 1,
+    generations: 1,
     events: "",
     // the worker takes back what there may be, and so does the command that the daemon runs after every failure
     calls: "create, delete, delete",
@@ -263,8 +263,8 @@ pub(crate) const FAILING_START: Scenario = Scenario {
     name: "failing start",
     body: |run| Box::pin(failing_start(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, exec-added e/nobody, exit ID/init 137, delete ID/init 137",
+    generations: 1,
+    events: "create ID/init, start ID/init, exec-added e/none, exit ID/init 137, delete ID/init 137",
     calls: "create, start, start, exec, delete",
 };
 
@@ -290,7 +290,7 @@ pub(crate) const LOGGER: Scenario = Scenario {
     name: "logger",
     body: |run| Box::pin(logger(run)),
     late: false,
-    lives: 1,
+    generations: 1,
     events: "create ID/init, start ID/init, exit ID/init 3, delete ID/init 3",
     calls: "create, start, delete",
 };
@@ -314,7 +314,7 @@ pub(crate) const KILL_ALL: Scenario = Scenario {
     name: "kill all",
     body: |run| Box::pin(kill_all(run)),
     late: false,
-    lives: 1,
+    generations: 1,
     events: "create ID/init, start ID/init, exit ID/init 3, delete ID/init 3",
     calls: "create, start, update, kill, delete",
 };
@@ -344,8 +344,8 @@ pub(crate) const SHARED_PIDS: Scenario = Scenario {
     name: "shared pids",
     body: |run| Box::pin(shared_pids(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 137, exit ID/init 3, delete ID/init 3",
+    generations: 1,
+    events: "create ID/init, start ID/init, exec-added e/none, exec-started e/e, exit e/e 137, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
 
@@ -366,8 +366,8 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
     name: "checkpoint",
     body: |run| Box::pin(checkpoint(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, exit ID/init 137, checkpointed ID/nobody, delete ID/init 137",
+    generations: 1,
+    events: "create ID/init, start ID/init, exit ID/init 137, checkpointed ID/none, delete ID/init 137",
     calls: "create, start, checkpoint, delete",
 };
 
@@ -387,8 +387,8 @@ pub(crate) const RESTORE: Scenario = Scenario {
     name: "restore",
     body: |run| Box::pin(restore(run)),
     late: true,
-    lives: 1,
-    events: "create ID/saved, start ID/saved, exit ID/saved 137, checkpointed ID/nobody, delete ID/saved 137, create ID/nobody, \
+    generations: 1,
+    events: "create ID/saved, start ID/saved, exit ID/saved 137, checkpointed ID/none, delete ID/saved 137, create ID/none, \
              start ID/init, exit ID/init 137, delete ID/init 137",
     calls: "create, start, checkpoint, delete, restore, delete",
 };
@@ -407,7 +407,7 @@ async fn restore(run: &Run) -> Result<()> {
     container.remove().await?;
     run.cx.leaves_nothing().await?;
     run.arm()?;
-    let restored = run.create(run.container(&["sleep", "1000"]).restore(image), "nobody").await?;
+    let restored = run.create(run.container(&["sleep", "1000"]).restore(image), "missing").await?;
     run.start(&restored, "init").await?;
     run.held("after the restore").await?;
     run.done("kill", restored.kill(9).await)?;
@@ -419,7 +419,7 @@ pub(crate) const POD: Scenario = Scenario {
     name: "pod",
     body: |run| Box::pin(pod(run)),
     late: false,
-    lives: 1,
+    generations: 1,
     events: "create ID/init, start ID/init, create ID-b/b, create ID-c/c, start ID-c/c, exit ID-c/c 3, delete ID-c/c 3, \
              exit ID/init 137, delete ID/init 137, exit ID-b/b 137, delete ID-b/b 137",
     calls: "create, start, create, create, start, delete, delete, delete",
@@ -449,8 +449,8 @@ pub(crate) const COMMAND: Scenario = Scenario {
     name: "command",
     body: |run| Box::pin(command(run)),
     late: false,
-    lives: 1,
-    events: "create ID/init, start ID/init, create ID-b/b, start ID-b/b, exec-added e/nobody, exec-started e/e, exit e/e 137, \
+    generations: 1,
+    events: "create ID/init, start ID/init, create ID-b/b, start ID-b/b, exec-added e/none, exec-started e/e, exit e/e 137, \
              exit ID-b/b 137, delete ID-b/b 137, exit ID/init 137, delete ID/init 137",
     calls: "create, start, create, start, exec, delete, delete",
 };
@@ -489,8 +489,8 @@ pub(crate) const REST: Scenario = Scenario {
     name: "rest",
     body: |run| Box::pin(rest(run)),
     late: false,
-    lives: 3,
-    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    generations: 3,
+    events: "create ID/init, start ID/init, exec-added e/none, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
 
@@ -501,11 +501,11 @@ async fn rest(run: &Run) -> Result<()> {
     let (client, id) = (run.cx.client().clone(), container.id.clone());
     let parked = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
     run.begin()?;
-    builds::rests(&run.cx, &container.id).await?;
+    builds::hibernates(&run.cx, &container.id).await?;
     let exec = run.add(container.exec("e", &["sh", "-c", "exit 4"])).await?;
     run.start(&exec, "e").await?;
     run.finish(&exec, "e").await?;
-    builds::rests(&run.cx, &container.id).await?;
+    builds::hibernates(&run.cx, &container.id).await?;
     run.held("at rest").await?;
     container.io.stdin().await?.write_all(b"go\n")?;
     run.note(format!("parked wait: {}", parked.await??.into_inner().exit_status));
@@ -518,8 +518,8 @@ pub(crate) const UPGRADE: Scenario = Scenario {
     name: "upgrade",
     body: |run| Box::pin(upgrade(run)),
     late: false,
-    lives: 3,
-    events: "create ID/init, start ID/init, exec-added e/nobody, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
+    generations: 3,
+    events: "create ID/init, start ID/init, exec-added e/none, exec-started e/e, exit e/e 4, exit ID/init 3, delete ID/init 3",
     calls: "create, start, exec, delete",
 };
 

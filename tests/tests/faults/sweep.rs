@@ -25,11 +25,11 @@ pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> R
     let model = LocalSet::new().run_until(lane::model(&first, scenario)).await?;
     drop(first);
     let mut plans = Vec::new();
-    let (mut lives, mut sent, mut received) = (0, 0, 0);
+    let (mut generations, mut sent, mut received) = (0, 0, 0);
     for (at, line) in model.trace.0.iter().enumerate() {
         let (direction, number) = match line.split(' ').next() {
             Some("life") => {
-                (lives, sent, received) = (lives + 1, 0, 0);
+                (generations, sent, received) = (generations + 1, 0, 0);
                 continue;
             }
             Some("out") => {
@@ -43,12 +43,12 @@ pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> R
             _ => continue,
         };
         if at >= model.begun_at {
-            let others = format!("{SPARED} ").repeat(lives - 1);
+            let others = format!("{SPARED} ").repeat(generations - 1);
             plans.extend(["before", "torn", "after"].map(|when| (format!("{others}{direction}:{number}:{when}"), line.clone())));
         }
     }
     // With the last word of the last worker the keeper leaves, and takes the worker along: there is no after.
-    let others = format!("{SPARED} ").repeat(lives - 1);
+    let others = format!("{SPARED} ").repeat(generations - 1);
     let last = [format!("{others}out:{sent}:after"), format!("{others}in:{received}:after")];
     plans.retain(|(plan, _)| !last.contains(plan));
     if let Ok(plan) = env::var("X_PLAN") {

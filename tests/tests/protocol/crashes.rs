@@ -212,7 +212,7 @@ pub(crate) async fn a_crash_looping_worker_does_not_prevent_ready_answers(stand:
         answers_at_once(&container).await?;
     }
     let other = container.task.another().await?;
-    let exec = tokio::spawn(async move { other.state("c1", "nobody").await });
+    let exec = tokio::spawn(async move { other.state("c1", "missing").await });
     killer.abort();
     ensure!(exec.await?.is_err_and(|error| error.code() == Some(Code::NotFound)));
     ensure!(container.run("e", &["sh", "-c", "exit 6"]).await? == 6);

@@ -7,11 +7,11 @@ use shim_tests::bundle::Container;
 use shim_tests::events::init_is_the_last_of;
 use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::fake_containerd::Manner;
-use shim_tests::ordeals;
 use shim_tests::stand::Stand;
 use shim_tests::stdio;
 use shim_tests::times::{repeated, times};
 use shim_tests::ttrpc::Code;
+use shim_tests::workloads;
 
 /// How long containerd refuses altogether.
 fn refusal_time() -> Duration {
@@ -123,7 +123,7 @@ pub(crate) async fn an_event_answered_with_garbage_is_sent_again(stand: Stand) -
 }
 
 /// A containerd that refuses an event as such will refuse it for ever: the others have to come through.
-pub(crate) async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: Stand) -> Result<()> {
+pub(crate) async fn a_permanently_refused_event_does_not_delay_the_next_ones(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     fake.behave(Manner::Refuse(Code::InvalidArgument));
     let container = stand.instant("c1", &["sleep", "1000"]).create().await?;
@@ -143,7 +143,7 @@ pub(crate) async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: 
 pub(crate) async fn events_of_two_thousand_short_execs_are_published_in_order(stand: Stand) -> Result<()> {
     let total = repeated(2000);
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
-    let told = ordeals::short_execs(&container, total, 8).await?;
+    let told = workloads::short_execs(&container, total, 8).await?;
     ensure!(told.len() == 4 + 3 * total, "{} events", told.len());
     let different: std::collections::BTreeSet<_> = told.iter().collect();
     ensure!(different.len() == told.len(), "an event was told twice");

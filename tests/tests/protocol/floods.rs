@@ -100,7 +100,7 @@ async fn flood(witness: &Witness, total: u32, frame: impl Fn(u32) -> Vec<u8> + S
 pub(crate) async fn a_million_small_requests_are_answered_each_and_cost_no_memory(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
-    let template = Frame::request(0, V2, "State", &state_of("nobody")).encode();
+    let template = Frame::request(0, V2, "State", &state_of("missing")).encode();
     let state = move |stream: u32| {
         let mut frame = template.clone();
         frame[4..8].copy_from_slice(&stream.to_be_bytes());
@@ -288,7 +288,7 @@ pub(crate) async fn a_flood_over_dying_workers_is_answered_once_each(stand: Stan
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     });
-    let template = Frame::request(0, V2, "State", &state_of("nobody")).encode();
+    let template = Frame::request(0, V2, "State", &state_of("missing")).encode();
     let answered = flood(&witness, 10_000, move |stream| {
         let mut frame = template.clone();
         frame[4..8].copy_from_slice(&stream.to_be_bytes());

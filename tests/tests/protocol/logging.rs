@@ -13,7 +13,7 @@ async fn be_talkative(container: &Container, rounds: usize) -> Result<()> {
     for round in 0..rounds {
         let second = a_second();
         container.task.state_within(&container.id, "", second).await?;
-        let refused = container.task.kill("nobody", "", 9).await;
+        let refused = container.task.kill("missing", "", 9).await;
         ensure!(refused.is_err_and(|error| error.code() == Some(Code::NotFound)), "round {round}");
     }
     Ok(())

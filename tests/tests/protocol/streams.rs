@@ -6,18 +6,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use shim_tests::eventually::{SOON, eventually, within};
-use shim_tests::ordeals;
 use shim_tests::programs;
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::refusal;
 use shim_tests::witness::Witness;
+use shim_tests::workloads;
 
 fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
 pub(crate) async fn what_a_full_disk_costs_is_counted_in_the_log(stand: Stand) -> Result<()> {
-    ordeals::full_disk(&stand).await?;
+    workloads::full_disk(&stand).await?;
     let said = stand.log_of("c1");
     ensure!(said.contains("lost_bytes="), "{said}");
     Ok(())

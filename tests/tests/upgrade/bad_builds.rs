@@ -280,7 +280,7 @@ pub(crate) async fn only_the_shims_that_are_named_are_upgraded(cx: Context) -> R
     ensure!(upgraded.only()?["group"] == *a.container.id, "{upgraded:#?}");
     a.holds("new", "new").await?;
     b.holds("old", "old").await?;
-    ensure!(builds::upgrade(&cx, &program, &[&a.container.id, "nobody"]).await.is_err(), "an unknown id is accepted");
+    ensure!(builds::upgrade(&cx, &program, &[&a.container.id, "missing"]).await.is_err(), "an unknown id is accepted");
     for witness in [a, b] {
         witness.container.io.stdin().await?.write_all(b"go\n")?;
         ensure!(witness.container.finish().await? == 3);

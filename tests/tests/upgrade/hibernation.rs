@@ -22,19 +22,19 @@ pub(crate) async fn a_request_a_fact_or_an_event_brings_a_worker_back(cx: Contex
     let container = cx.container(&["sh", "-c", script]).spec(|spec| spec.memory_limit(16 << 20)).stdio(Stdio::ALL).start().await?;
     let (client, id) = (cx.client().clone(), container.id.clone());
     let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
-    builds::rests(&cx, &container.id).await?;
+    builds::hibernates(&cx, &container.id).await?;
     // what is known needs no worker
     let state = container.state().await?;
     ensure!(state.pid == container.pid && state.status() == Phase::Running, "{state:?}");
-    builds::rests(&cx, &container.id).await?;
+    builds::hibernates(&cx, &container.id).await?;
 
     ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
-    builds::rests(&cx, &container.id).await?;
+    builds::hibernates(&cx, &container.id).await?;
 
     let mut stdin = container.io.stdin().await?;
     stdin.write_all(b"go\n")?;
     events.until("oom", |all| all.iter().any(|event| event.topic == "oom")).await?;
-    builds::rests(&cx, &container.id).await?;
+    builds::hibernates(&cx, &container.id).await?;
 
     stdin.write_all(b"go\n")?;
     let waited = tokio::time::timeout(SOON, wait).await.context("no worker tells the exit")???;
@@ -57,7 +57,7 @@ pub(crate) async fn a_shim_with_a_hibernating_worker_is_upgraded_and_survives_it
     };
     ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
     let awake = mapped_kib()?;
-    builds::rests(&cx, &container.id).await?;
+    builds::hibernates(&cx, &container.id).await?;
     eventually("the keeper leaves its program", SOON, async || {
         let asleep = mapped_kib()?;
         ensure!(asleep < awake / 2, "{asleep} KiB are mapped, of {awake}");
@@ -66,10 +66,10 @@ pub(crate) async fn a_shim_with_a_hibernating_worker_is_upgraded_and_survives_it
     .await?;
     cx.crash_daemon().await?;
     ensure!(container.state().await?.pid == container.pid);
-    builds::rests(&cx, &container.id).await?;
+    builds::hibernates(&cx, &container.id).await?;
     let program = crate::build(&cx, "new", "build=new")?;
     builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
-    builds::rests(&cx, &container.id).await?;
+    builds::hibernates(&cx, &container.id).await?;
     container.io.stdin().await?.write_all(b"go\n")?;
     ensure!(container.finish().await? == 3);
     cx.leaves_nothing().await
@@ -87,7 +87,7 @@ pub(crate) async fn containers_are_stopped_while_the_host_has_no_pids_for_a_work
     let full = Own::with(&format!("{}-full", cx.client().namespace()), "pids.max", "max")?;
     let all = [(&polite, 15, false, 3), (&plain, 9, true, 137), (&shared, 9, false, 137)];
     for (container, ..) in all {
-        builds::rests(&cx, &container.id).await?;
+        builds::hibernates(&cx, &container.id).await?;
         full.take(cx.shim_pid(&container.id)?)?;
     }
     full.set("pids.max", full.get("pids.current")?.trim())?;

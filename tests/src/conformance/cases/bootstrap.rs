@@ -24,14 +24,14 @@ pub(super) fn cases() -> Vec<Case> {
         "C1" => start_answers_an_address_that_can_be_dialled;
         "C2" => options_on_standard_input_are_taken;
         "C3" => bootstrap_params_are_answered_in_kind;
-        "C4" => garbage_on_standard_input_is_no_reason_to_fail;
-        "C5" => the_address_is_left_in_the_bundle;
+        "C4" => garbage_on_standard_input_does_not_fail_start;
+        "C5" => start_writes_the_address_into_the_bundle;
         "C6" => a_second_start_in_a_group_answers_the_living_shims_address, a_pod_shares_one_shim;
-        "C7" => two_starts_of_a_group_at_once_make_one_shim;
-        "C8" => a_member_promised_a_place_finds_it;
+        "C7" => two_concurrent_starts_of_a_group_make_one_shim;
+        "C8" => a_shim_stays_for_a_member_whose_start_was_answered;
         "C9" => the_version_is_printed;
         "C10" => info_names_the_runtime;
-        "C11" => the_shim_is_easier_to_kill_than_its_daemon, a_score_at_the_top_is_kept, a_score_at_the_bottom_is_raised;
+        "C11" => the_shims_oom_score_is_above_the_daemons, an_oom_score_of_1000_is_kept, an_oom_score_of_minus_999_is_raised;
         "C12" => the_shim_is_placed_in_shim_cgroup;
         "C13" => a_log_without_a_reader_blocks_nothing;
         "C14" => a_path_that_is_too_long_is_refused;
@@ -57,7 +57,7 @@ async fn options_on_standard_input_are_taken(stand: Stand) -> Result<()> {
     serves(bundle, &[], &options).await
 }
 
-async fn garbage_on_standard_input_is_no_reason_to_fail(stand: Stand) -> Result<()> {
+async fn garbage_on_standard_input_does_not_fail_start(stand: Stand) -> Result<()> {
     for (number, input) in [&b"garbage"[..], &[0xff; 100_000]].into_iter().enumerate() {
         serves(stand.bundle(&format!("c{number}"), &["sh", "-c", "exit 3"]), &[], input).await?;
     }
@@ -93,7 +93,7 @@ async fn bootstrap_params_are_answered_in_kind(stand: Stand) -> Result<()> {
 }
 
 /// containerd 1.6 reads it there when it starts again.
-async fn the_address_is_left_in_the_bundle(stand: Stand) -> Result<()> {
+async fn start_writes_the_address_into_the_bundle(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     let address = fs::read_to_string(container.bundle.folder.join("address")).context("no file called address in the bundle")?;
     let address = address.trim();
@@ -124,7 +124,7 @@ async fn a_pod_shares_one_shim(stand: Stand) -> Result<()> {
     pause.shut_down().await.map(drop)
 }
 
-async fn two_starts_of_a_group_at_once_make_one_shim(stand: Stand) -> Result<()> {
+async fn two_concurrent_starts_of_a_group_make_one_shim(stand: Stand) -> Result<()> {
     for round in 0..5 {
         let group = format!("pod{round}");
         let bundles = [1, 2].map(|number| stand.bundle(&format!("c{round}-{number}"), &["sh", "-c", "exit 5"]).group(&group));
@@ -143,7 +143,7 @@ async fn two_starts_of_a_group_at_once_make_one_shim(stand: Stand) -> Result<()>
 }
 
 /// A shim that was asked to leave goes on for whoever has been promised a place in it.
-async fn a_member_promised_a_place_finds_it(stand: Stand) -> Result<()> {
+async fn a_shim_stays_for_a_member_whose_start_was_answered(stand: Stand) -> Result<()> {
     let first = stand.bundle("c1", &["true"]).group("pod").run().await?;
     let second = stand.bundle("c2", &["sh", "-c", "exit 5"]).group("pod");
     let socket = second.start_shim().await?;
@@ -171,21 +171,21 @@ async fn info_names_the_runtime(stand: Stand) -> Result<()> {
 }
 
 /// What runs out of memory first has to be a container, then its shim, then the daemon.
-async fn the_shim_is_easier_to_kill_than_its_daemon(stand: Stand) -> Result<()> {
+async fn the_shims_oom_score_is_above_the_daemons(stand: Stand) -> Result<()> {
     let (shim, init) = scores_under(&stand, 500).await?;
     ensure!(shim > 500 && init >= shim, "the daemon has 500, the shim {shim}, the container {init}");
     Ok(())
 }
 
 /// There is nothing above it.
-async fn a_score_at_the_top_is_kept(stand: Stand) -> Result<()> {
+async fn an_oom_score_of_1000_is_kept(stand: Stand) -> Result<()> {
     let (shim, init) = scores_under(&stand, 1000).await?;
     ensure!(shim == 1000 && init == 1000, "the daemon has 1000, the shim {shim}, the container {init}");
     Ok(())
 }
 
 /// As a service manager protects its daemons: the shim is protected a little less, and so is what it runs.
-async fn a_score_at_the_bottom_is_raised(stand: Stand) -> Result<()> {
+async fn an_oom_score_of_minus_999_is_raised(stand: Stand) -> Result<()> {
     if fs::write("/proc/self/oom_score_adj", "-999").is_err() {
         return skip("nobody may lower a score here");
     }
@@ -235,7 +235,7 @@ async fn a_log_without_a_reader_blocks_nothing(stand: Stand) -> Result<()> {
     let task = Task::connect(&bundle.start_shim_with(&["-debug"], &[]).await?).await?;
     let container = bundle.run_in(&task).await?;
     for _ in 0..2000 {
-        ensure!(task.kill("nobody", "", 9).await.is_err());
+        ensure!(task.kill("missing", "", 9).await.is_err());
     }
     ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
     container.shut_down().await.map(drop)

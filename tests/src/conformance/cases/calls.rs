@@ -18,16 +18,16 @@ pub(super) fn cases() -> Vec<Case> {
     clauses![calls:
         "T1" => the_task_service_of_v2_is_served;
         "T2" => the_task_service_of_v3_is_served, both_names_of_the_service_give_the_same_answers;
-        "T3" => what_is_unknown_is_not_implemented;
-        "T4" => nobody, deleted, created, running, paused, exited, exec_added, exec_start_failed, exec_running, exec_in_paused, exec_exited, exec_after_init;
-        "T5" => a_second_container_of_a_name_is_refused, a_second_exec_of_a_name_already_exists;
+        "T3" => unknown_services_and_methods_are_unimplemented;
+        "T4" => missing, deleted, created, running, paused, exited, exec_added, exec_start_failed, exec_running, exec_in_paused, exec_exited, exec_after_init;
+        "T5" => a_second_container_of_an_id_is_refused, a_second_exec_of_an_id_already_exists;
         "T6" => codes_when_created, codes_when_running, codes_when_paused, codes_when_exited, codes_of_execs, the_code_of_a_second_container_is_already_exists;
     ]
 }
 
 /// The states of a container, and of a process that was added to one.
 const STATES: [&str; 12] = [
-    "nobody",
+    "missing",
     "deleted",
     "created",
     "running",
@@ -59,7 +59,7 @@ const STATES: [&str; 12] = [
 /// Kill of an exec that does not run has to be FailedPrecondition: after a success containerd's client waits for an end that never comes.
 #[rustfmt::skip]
 const ANSWERS: [(&str, [&str; STATES.len()]); 17] = [
-    //              nobody      deleted     created         running         paused          exited          added                 start failed          running          in paused        exited           after init
+    //              missing      deleted     created         running         paused          exited          added                 start failed          running          in paused        exited           after init
     ("State",      ["NotFound", "NotFound", "ok",           "ok",           "ok",           "ok",           "ok",                 "ok",                 "ok",            "ok",            "ok",            "ok"]),
     ("Pids",       ["NotFound", "NotFound", "ok",           "ok",           "ok",           "ok",           "-",                  "-",                  "-",             "-",             "-",             "-"]),
     ("ResizePty",  ["NotFound", "NotFound", "ok",           "ok",           "ok",           "any",          "any",                "any",                "ok",            "ok",            "any",           "any"]),
@@ -99,7 +99,7 @@ struct Subject {
 /// Brings a container into a state.
 async fn bring(anchor: &Container, state: &str, number: usize) -> Result<Subject> {
     let bundle = anchor.stand().bundle(&format!("c{number}"), &["sleep", "1000"]).group("pod");
-    if state == "nobody" {
+    if state == "missing" {
         return Ok(Subject { bundle, exec: "" });
     }
     let container = bundle.create_in(&anchor.task).await?;
@@ -170,7 +170,7 @@ async fn ask(anchor: &Container, subject: &Subject, call: &str) -> Result<Outcom
         "Connect" => task.connect_to(id).await.map(drop),
         "Shutdown" => task.shutdown(id).await,
         "Checkpoint" => {
-            // a place where nobody can make a folder: it is not the image that is looked for
+            // a place where missing can make a folder: it is not the image that is looked for
             let request = api::CheckpointTaskRequest { id: id.to_owned(), path: "/proc/nowhere/image".to_owned(), ..Default::default() };
             task.call::<api::Empty>("Checkpoint", &request, DEADLINE).await.map(drop)
         }
@@ -250,8 +250,8 @@ async fn column(stand: &Stand, state: &str, codes: bool) -> Result<()> {
     Ok(())
 }
 
-async fn nobody(stand: Stand) -> Result<()> {
-    column(&stand, "nobody", false).await
+async fn missing(stand: Stand) -> Result<()> {
+    column(&stand, "missing", false).await
 }
 
 async fn created(stand: Stand) -> Result<()> {
@@ -321,7 +321,7 @@ async fn codes_of_execs(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-async fn a_second_container_of_a_name_is_refused(stand: Stand) -> Result<()> {
+async fn a_second_container_of_an_id_is_refused(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     drop(refusal(container.task.create(&container.bundle.request()).await)?);
     ensure!(container.task.state("c1", "").await?.pid == container.pid, "the first one is another now");
@@ -336,7 +336,7 @@ async fn the_code_of_a_second_container_is_already_exists(stand: Stand) -> Resul
     Ok(())
 }
 
-async fn a_second_exec_of_a_name_already_exists(stand: Stand) -> Result<()> {
+async fn a_second_exec_of_an_id_already_exists(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let first = container.exec("e", &["sleep", "1000"]).await?;
     let code = code_of(container.task.exec(&container.bundle.exec_request("e", &["true"])).await)?;
@@ -369,7 +369,7 @@ async fn both_names_of_the_service_give_the_same_answers(stand: Stand) -> Result
     container.exec("e", &["sleep", "1000"]).await?;
     let bytes = |message: &dyn protobuf::MessageDyn| message.write_to_bytes_dyn().expect("complete");
     let mut requests = Vec::new();
-    for (id, exec) in [("c1", ""), ("c1", "e"), ("c1", "nobody"), ("nobody", "")] {
+    for (id, exec) in [("c1", ""), ("c1", "e"), ("c1", "missing"), ("missing", "")] {
         let (id, exec_id) = (id.to_owned(), exec.to_owned());
         requests.extend([
             ("State", bytes(&api::StateRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() })),
@@ -407,7 +407,7 @@ async fn both_names_of_the_service_give_the_same_answers(stand: Stand) -> Result
     leave(&v3, container.shim_pid()?, "c1").await
 }
 
-async fn what_is_unknown_is_not_implemented(stand: Stand) -> Result<()> {
+async fn unknown_services_and_methods_are_unimplemented(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let task = Task::connect(container.task.socket()).await?;
     for (service, method) in [(task.service_name(), "Fly"), ("containerd.task.v9.Task", "State")] {

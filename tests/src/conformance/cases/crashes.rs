@@ -21,16 +21,16 @@ pub(super) fn cases() -> Vec<Case> {
     clauses![crashes:
         "D1" => delete_kills_what_a_dead_shim_left_behind;
         "D2" => delete_unmounts_the_root_file_system;
-        "D3" => delete_of_what_never_was_succeeds;
+        "D3" => delete_of_a_container_that_was_never_created_succeeds;
         "D4" => the_same_id_works_again_after_the_shim_was_killed;
         "D5" => an_exit_code_outlives_the_shim;
         "D6" => delete_returns_the_same_answer_each_time;
         "D7" => delete_after_a_deletion_affects_no_other_container;
         "D8" => delete_beside_a_stopped_shim_kills_the_container_in_time;
-        "D9" => a_dead_shim_accepts_nothing;
-        "D10" => a_killed_shim_ends_a_whole_pod;
+        "D9" => a_dead_shim_accepts_no_connection;
+        "D10" => delete_ends_every_container_of_a_killed_shims_pod;
         "D11" => an_exit_is_recorded_on_a_full_disk;
-        "D12" => delete_ends_a_create_that_is_under_way;
+        "D12" => delete_ends_a_create_in_progress;
         "D13" => delete_removes_the_socket_of_a_dead_shim;
     ]
 }
@@ -90,7 +90,7 @@ async fn delete_removes_the_socket_of_a_dead_shim(stand: Stand) -> Result<()> {
 }
 
 /// containerd runs it when `start` or Create has failed, too.
-async fn delete_of_what_never_was_succeeds(stand: Stand) -> Result<()> {
+async fn delete_of_a_container_that_was_never_created_succeeds(stand: Stand) -> Result<()> {
     let bundle = stand.bundle("c1", &["true"]);
     bundle.write()?;
     let deleted = bundle.delete_command().await?;
@@ -186,7 +186,7 @@ async fn delete_beside_a_stopped_shim_kills_the_container_in_time(stand: Stand) 
 }
 
 /// A socket that accepts connections and never answers would keep the daemon from starting.
-async fn a_dead_shim_accepts_nothing(stand: Stand) -> Result<()> {
+async fn a_dead_shim_accepts_no_connection(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     kill_shim(container.shim_pid()?).await?;
     let asked = within("an end of the connection", SOON, container.task.state("c1", "")).await?;
@@ -201,7 +201,7 @@ async fn a_dead_shim_accepts_nothing(stand: Stand) -> Result<()> {
 }
 
 /// Each member's own `delete`, as containerd runs them when the connection ends.
-async fn a_killed_shim_ends_a_whole_pod(stand: Stand) -> Result<()> {
+async fn delete_ends_every_container_of_a_killed_shims_pod(stand: Stand) -> Result<()> {
     let first = stand.bundle("c1", &["sleep", "1000"]).group("pod").run().await?;
     let mut pod = Vec::new();
     for id in ["c2", "c3"] {
@@ -239,7 +239,7 @@ async fn an_exit_is_recorded_on_a_full_disk(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-async fn delete_ends_a_create_that_is_under_way(stand: Stand) -> Result<()> {
+async fn delete_ends_a_create_in_progress(stand: Stand) -> Result<()> {
     for after in [false, true] {
         let gate = stand.gate(&stand.runtime())?;
         let bundle = stand.bundle(if after { "c2" } else { "c1" }, &["sleep", "1000"]).runtime(&gate.binary());

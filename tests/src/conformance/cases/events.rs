@@ -11,10 +11,10 @@ use crate::conformance::Case;
 use crate::events::init_is_the_last_of;
 use crate::eventually::{SOON, eventually, within};
 use crate::fake_containerd::Manner;
-use crate::ordeals;
 use crate::stand::Stand;
 use crate::times::{repeated, times};
 use crate::ttrpc::Code;
+use crate::workloads;
 
 pub(super) fn cases() -> Vec<Case> {
     clauses![events:
@@ -27,9 +27,9 @@ pub(super) fn cases() -> Vec<Case> {
         "E7" => exits_of_execs_are_published_before_inits;
         "E8" => inits_exit_is_published_while_execs_start;
         "E9" => an_event_refused_for_a_while_is_published_later;
-        "E10" => events_wait_for_a_daemon_that_is_away, an_event_in_flight_when_the_daemon_crashes_is_sent_again;
-        "E11" => an_event_that_is_refused_for_good_holds_nothing_back;
-        "E12" => a_daemon_that_takes_its_time_over_events_delays_no_call;
+        "E10" => events_wait_for_an_absent_daemon, an_event_in_flight_when_the_daemon_crashes_is_sent_again;
+        "E11" => a_permanently_refused_event_does_not_delay_the_next_ones;
+        "E12" => a_daemon_that_is_slow_to_take_events_delays_no_call;
     ]
 }
 
@@ -49,7 +49,7 @@ async fn lifecycle_events_are_published_once_and_in_order(stand: Stand) -> Resul
 
 async fn each_exec_is_published_as_added_started_and_exited(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
-    ordeals::short_execs(&container, repeated(200), 4).await?;
+    workloads::short_execs(&container, repeated(200), 4).await?;
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
@@ -204,7 +204,7 @@ async fn an_event_refused_for_a_while_is_published_later(stand: Stand) -> Result
 }
 
 /// Longer than the patience of the shims that give up.
-async fn events_wait_for_a_daemon_that_is_away(stand: Stand) -> Result<()> {
+async fn events_wait_for_an_absent_daemon(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     let container = sleeper(&stand, "c1").await?;
     let mut expected = fake.events().of_until("c1", "start").await?;
@@ -243,7 +243,7 @@ async fn an_event_in_flight_when_the_daemon_crashes_is_sent_again(stand: Stand) 
 }
 
 /// A daemon that refuses an event as such will refuse it for ever: the others have to come through.
-async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: Stand) -> Result<()> {
+async fn a_permanently_refused_event_does_not_delay_the_next_ones(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     fake.behave(Manner::Refuse(Code::InvalidArgument));
     let container = stand.bundle("c1", &["sleep", "1000"]).create().await?;
@@ -260,7 +260,7 @@ async fn an_event_that_is_refused_for_good_holds_nothing_back(stand: Stand) -> R
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn a_daemon_that_takes_its_time_over_events_delays_no_call(stand: Stand) -> Result<()> {
+async fn a_daemon_that_is_slow_to_take_events_delays_no_call(stand: Stand) -> Result<()> {
     stand.containerd().behave(Manner::Silent);
     let container = within("run, though events wait", SOON, stand.bundle("c1", &["sleep", "1000"]).run()).await??;
     within("execs, though events wait", SOON, run_some(&container, 0)).await??;

@@ -26,7 +26,7 @@ pub(super) fn cases() -> Vec<Case> {
         "L1" => the_exit_code_is_the_same_in_every_answer;
         "L2" => a_signal_is_reported_as_128_plus_its_number, a_handled_signal_is_reported_as_the_exit_code;
         "L3" => state_reports_phase_pid_bundle_and_stdio;
-        "L4" => many_may_wait_before_and_after_the_exit, a_wait_on_a_created_container_ends_with_its_exit;
+        "L4" => many_clients_can_wait_before_and_after_the_exit, a_wait_on_a_created_container_ends_with_its_exit;
         "L5" => create_start_and_connect_agree_on_pids;
         "L6" => pids_name_init_and_execs, pids_name_init_until_delete;
         "L7" => a_created_container_can_be_killed, a_created_container_can_be_deleted;
@@ -106,7 +106,7 @@ async fn state_reports_phase_pid_bundle_and_stdio(stand: Stand) -> Result<()> {
     leave(task, container.shim_pid()?, "c1").await
 }
 
-async fn many_may_wait_before_and_after_the_exit(stand: Stand) -> Result<()> {
+async fn many_clients_can_wait_before_and_after_the_exit(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let container = streams.all(stand.bundle("c1", &["sh", "-c", "read line; exit 5"])).run().await?;
     let mut waits = JoinSet::new();

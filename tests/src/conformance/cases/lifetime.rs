@@ -21,14 +21,14 @@ use crate::ttrpc::{Answer, CallError};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = clauses![lifetime:
-        "G1" => a_new_connection_finds_everything_as_it_was;
-        "G2" => a_shim_stays_while_a_container_is_left;
-        "G3" => a_shim_exits_on_shutdown, its_socket_is_gone_with_it;
-        "G4" => delete_and_shutdown_at_once_are_answered;
-        "G5" => a_group_that_is_deleted_all_at_once_leaves_nothing;
-        "G6" => an_exec_with_stdin_left_open_keeps_no_shim;
+        "G1" => a_new_connection_finds_everything_unchanged;
+        "G2" => a_shim_stays_while_it_has_a_container;
+        "G3" => a_shim_exits_on_shutdown, the_socket_is_removed_when_the_shim_exits;
+        "G4" => concurrent_delete_and_shutdown_are_answered;
+        "G5" => a_group_deleted_concurrently_leaves_nothing;
+        "G6" => an_exec_with_open_stdin_keeps_no_shim_alive;
         "G7" => the_last_events_are_published_before_the_shim_exits;
-        "G8" => a_binary_that_is_gone_is_not_missed;
+        "G8" => a_removed_binary_affects_no_running_container;
     ];
     cases.extend(clauses![lifetime: "G9" => nothing_grows].into_iter().map(|case| case.within(Duration::from_secs(120))));
     cases
@@ -48,7 +48,7 @@ async fn gone(shim: i32) -> Result<()> {
 }
 
 /// As after a restart of the daemon: nothing of the old connections is left.
-async fn a_new_connection_finds_everything_as_it_was(stand: Stand) -> Result<()> {
+async fn a_new_connection_finds_everything_unchanged(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let container = streams.all(stand.bundle("c1", &["sh", "-c", "read line; echo got $line; exit 3"])).run().await?;
     container.exec("e", &["sleep", "1000"]).await?;
@@ -73,7 +73,7 @@ async fn a_new_connection_finds_everything_as_it_was(stand: Stand) -> Result<()>
     crate::bundle::leave(&container.task, shim, "c1").await
 }
 
-async fn a_shim_stays_while_a_container_is_left(stand: Stand) -> Result<()> {
+async fn a_shim_stays_while_it_has_a_container(stand: Stand) -> Result<()> {
     let first = stand.bundle("c1", &["sleep", "1000"]).group("pod").run().await?;
     let second = stand.bundle("c2", &["sleep", "1000"]).group("pod").run_in(&first.task).await?;
     let shim = first.shim_pid()?;
@@ -97,7 +97,7 @@ async fn a_shim_exits_on_shutdown(stand: Stand) -> Result<()> {
     gone(shim).await
 }
 
-async fn its_socket_is_gone_with_it(stand: Stand) -> Result<()> {
+async fn the_socket_is_removed_when_the_shim_exits(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["true"]).run().await?;
     let shim = container.shim_pid()?;
     container.finish().await?;
@@ -106,7 +106,7 @@ async fn its_socket_is_gone_with_it(stand: Stand) -> Result<()> {
     eventually_true("the socket is gone", SOON, || !container.task.socket().exists()).await
 }
 
-async fn delete_and_shutdown_at_once_are_answered(stand: Stand) -> Result<()> {
+async fn concurrent_delete_and_shutdown_are_answered(stand: Stand) -> Result<()> {
     for round in 0..repeated(50) {
         let container = stand.bundle(&format!("c{round}"), &["true"]).run().await?;
         let (shim, id) = (container.shim_pid()?, container.id.as_str());
@@ -138,7 +138,7 @@ async fn end(container: Container) -> Result<()> {
 }
 
 /// As with a pod that is removed: every container is deleted and Shutdown called at the same time.
-async fn a_group_that_is_deleted_all_at_once_leaves_nothing(stand: Stand) -> Result<()> {
+async fn a_group_deleted_concurrently_leaves_nothing(stand: Stand) -> Result<()> {
     for round in 0..5 {
         let first = stand.bundle(&format!("c{round}-0"), &["true"]).group(&format!("pod{round}")).run().await?;
         let shim = first.shim_pid()?;
@@ -159,7 +159,7 @@ async fn a_group_that_is_deleted_all_at_once_leaves_nothing(stand: Stand) -> Res
 }
 
 /// stdin is open on both sides and stays open.
-async fn an_exec_with_stdin_left_open_keeps_no_shim(stand: Stand) -> Result<()> {
+async fn an_exec_with_open_stdin_keeps_no_shim_alive(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let container = sleeper(&stand, "c1").await?;
     container.task.exec(&streams.exec(container.bundle.exec_request("e", &["cat"]))).await?;
@@ -196,7 +196,7 @@ async fn the_last_events_are_published_before_the_shim_exits(stand: Stand) -> Re
 }
 
 /// An upgrade replaces the file, and moves the old one away.
-async fn a_binary_that_is_gone_is_not_missed(stand: Stand) -> Result<()> {
+async fn a_removed_binary_affects_no_running_container(stand: Stand) -> Result<()> {
     let program = stand.folder().join(stand.binary().file_name().context("a file")?);
     programs::copy(stand.binary(), &program)?;
     let other = stand.with_shim(&Shim { binary: Some(program.clone()), ..stand.shim().clone() })?;

@@ -10,9 +10,9 @@ mod lifetime;
 mod requests;
 mod resources;
 mod security;
+mod slow;
 mod stdio;
 mod terminals;
-mod trouble;
 mod wire;
 
 use std::path::PathBuf;
@@ -38,7 +38,7 @@ pub fn all() -> Vec<Case> {
         lifecycle::cases(),
         execs::cases(),
         resources::cases(),
-        trouble::cases(),
+        slow::cases(),
         requests::cases(),
         events::cases(),
         stdio::cases(),

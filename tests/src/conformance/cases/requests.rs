@@ -11,9 +11,9 @@ pub(super) fn cases() -> Vec<Case> {
     clauses![requests:
         "B1" => a_bundle_that_cannot_be_run_is_refused;
         "B2" => a_request_that_cannot_be_carried_out_is_refused;
-        "B3" => a_text_that_is_no_id_is_refused;
-        "B4" => an_exec_that_cannot_be_is_refused_and_leaves_nothing;
-        "B5" => values_that_make_no_sense_are_refused;
+        "B3" => an_invalid_id_is_refused;
+        "B4" => an_exec_that_cannot_run_is_refused_and_leaves_nothing;
+        "B5" => invalid_values_are_refused;
     ]
 }
 
@@ -31,14 +31,14 @@ async fn a_request_that_cannot_be_carried_out_is_refused(stand: Stand) -> Result
     requests::of_creates(&stand).await.map(drop)
 }
 
-async fn a_text_that_is_no_id_is_refused(stand: Stand) -> Result<()> {
+async fn an_invalid_id_is_refused(stand: Stand) -> Result<()> {
     requests::of_ids(&stand).await.map(drop)
 }
 
-async fn an_exec_that_cannot_be_is_refused_and_leaves_nothing(stand: Stand) -> Result<()> {
+async fn an_exec_that_cannot_run_is_refused_and_leaves_nothing(stand: Stand) -> Result<()> {
     have_words(&requests::of_execs(&stand).await?)
 }
 
-async fn values_that_make_no_sense_are_refused(stand: Stand) -> Result<()> {
+async fn invalid_values_are_refused(stand: Stand) -> Result<()> {
     have_words(&requests::of_values(&stand).await?)
 }

@@ -27,11 +27,11 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = clauses![resources:
         "R1" => a_paused_container_is_frozen_and_resumes;
         "R2" => a_container_killed_while_paused_ends;
-        "R4" => statistics_are_there_until_delete;
+        "R4" => statistics_are_reported_until_delete;
         "R7" => cgroups_are_gone_after_delete;
     ];
     let limited = clauses![resources:
-        "R3" => statistics_are_of_the_hosts_kind;
+        "R3" => statistics_match_the_hosts_cgroup_version;
         "R5" => an_update_changes_the_limit;
         "R6" => an_oom_kill_is_published_before_the_exit, an_oom_kill_of_an_exec_is_published;
     ];
@@ -78,7 +78,7 @@ async fn a_container_killed_while_paused_ends(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn statistics_are_of_the_hosts_kind(stand: Stand) -> Result<()> {
+async fn statistics_match_the_hosts_cgroup_version(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).spec(|spec| spec.memory_limit(LIMIT)).run().await?;
     // after Start, init may still be about to become what it shall be, with threads of the runtime's
     eventually("statistics are true", SOON, async || are_true(&container.task.stats("c1").await?)).await?;
@@ -103,7 +103,7 @@ fn are_true(answer: &api::StatsResponse) -> Result<()> {
     Ok(())
 }
 
-async fn statistics_are_there_until_delete(stand: Stand) -> Result<()> {
+async fn statistics_are_reported_until_delete(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     container.task.kill("c1", "", 9).await?;
     container.task.wait("c1", "").await?;

@@ -24,11 +24,11 @@ pub(super) fn cases() -> Vec<Case> {
     clauses![security:
         "X1" => sockets_are_for_root_alone;
         "X2" => a_container_has_three_descriptors;
-        "X3" => a_file_is_not_given_to_the_container;
+        "X3" => a_container_does_not_get_its_log_file_itself;
         "X4" => no_secret_of_the_daemon_reaches_the_runtime;
-        "X5" => a_container_inherits_nothing_of_the_shims_thrift;
+        "X5" => a_container_does_not_inherit_the_shims_scheduling_and_limits;
         "X6" => a_container_cannot_write_to_a_host_program;
-        "X7" => what_is_masked_is_masked_for_init_and_execs;
+        "X7" => masked_paths_are_masked_for_init_and_execs;
     ]
 }
 
@@ -84,7 +84,7 @@ async fn files_of_the_program(pid: i32) -> Result<Vec<String>> {
 }
 
 /// Else it could truncate what it has written, and change its mode.
-async fn a_file_is_not_given_to_the_container(stand: Stand) -> Result<()> {
+async fn a_container_does_not_get_its_log_file_itself(stand: Stand) -> Result<()> {
     let log = stand.folder().join("out.log");
     fs::write(&log, "before\n")?;
     fs::set_permissions(&log, fs::Permissions::from_mode(0o640))?;
@@ -154,7 +154,7 @@ async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> 
 }
 
 /// As the spec has it, for processes added later too.
-async fn what_is_masked_is_masked_for_init_and_execs(stand: Stand) -> Result<()> {
+async fn masked_paths_are_masked_for_init_and_execs(stand: Stand) -> Result<()> {
     let look = "for masked in keys timer_list kcore; do head -c 1 /proc/$masked | wc -c; done; \
                 for kept in core_pattern hostname; do (: >>/proc/sys/kernel/$kept) 2>/dev/null || echo kept; done";
     let expected = "0\n0\n0\nkept\nkept\n";
@@ -177,7 +177,7 @@ async fn what_is_masked_is_masked_for_init_and_execs(stand: Stand) -> Result<()>
 }
 
 /// Niceness, processors, limits, timer slack: as of the daemon, which is this process.
-async fn a_container_inherits_nothing_of_the_shims_thrift(stand: Stand) -> Result<()> {
+async fn a_container_does_not_inherit_the_shims_scheduling_and_limits(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     let exec = container.exec("e", &["sleep", "1000"]).await?;
     let own = inherited(1)?;

@@ -13,22 +13,22 @@ use crate::bundle::{Container, leave};
 use crate::clauses;
 use crate::conformance::Case;
 use crate::eventually::{SOON, a_second, eventually, eventually_true, within};
-use crate::ordeals;
 use crate::proc;
 use crate::programs;
 use crate::stand::Stand;
 use crate::stdio::{Pace, Reader, Writer};
 use crate::times::{repeated, times};
 use crate::ttrpc::refusal;
+use crate::workloads;
 
 pub(super) fn cases() -> Vec<Case> {
     clauses![stdio:
         "S1" => stdout_and_stderr_are_kept_apart_and_end, a_container_without_stdio_runs;
         "S2" => stdin_arrives_and_ends_with_close_io, a_megabyte_of_stdin_arrives;
         "S3" => every_byte_before_the_end_arrives;
-        "S4" => a_slow_reader_is_waited_for_in_bounded_memory;
+        "S4" => a_shim_waits_for_a_slow_reader_in_bounded_memory;
         "S5" => a_late_reader_gets_everything, fifos_that_no_client_opens_block_nothing;
-        "S6" => a_reader_that_leaves_breaks_no_pipe;
+        "S6" => a_reader_that_disconnects_breaks_no_pipe;
         "S7" => close_io_is_harmless_at_any_time;
         "S8" => a_grandchild_that_holds_the_output_delays_no_wait, an_output_that_a_grandchild_holds_ends_with_delete_and_leaves_nothing;
         "S9" => a_file_gets_both_streams;
@@ -36,7 +36,7 @@ pub(super) fn cases() -> Vec<Case> {
         "S11" => a_logger_gets_everything_and_knows_the_container, a_logger_that_is_slow_gets_everything;
         "S12" => a_logger_that_crashes_early_blocks_nothing, a_logger_that_crashes_later_stops_no_container, a_logger_that_is_never_ready_can_be_ended;
         "S13" => an_unknown_scheme_is_refused;
-        "S18" => what_a_descendant_writes_while_delete_waits_arrives, a_reader_that_pauses_gets_everything_of_a_deleted_exec;
+        "S18" => output_written_by_a_descendant_while_delete_waits_arrives, a_reader_that_pauses_gets_everything_of_a_deleted_exec;
         "S19" => a_delete_that_waits_for_output_delays_no_other_call;
     ]
 }
@@ -116,7 +116,7 @@ async fn writes_and_ends(anchor: &Container, size: u64, terminal: bool, with_std
 }
 
 /// A hundred megabytes, without a reader until the writer blocks.
-async fn a_slow_reader_is_waited_for_in_bounded_memory(stand: Stand) -> Result<()> {
+async fn a_shim_waits_for_a_slow_reader_in_bounded_memory(stand: Stand) -> Result<()> {
     let total = 100_000_000 * u64::from(times());
     let [_, stdout, stderr] = unread(&stand, "io")?;
     // held open, and not read: a reader is there, so that no shim waits for one
@@ -175,7 +175,7 @@ async fn fifos_that_no_client_opens_block_nothing(stand: Stand) -> Result<()> {
     container.shut_down().await.map(drop)
 }
 
-async fn a_reader_that_leaves_breaks_no_pipe(stand: Stand) -> Result<()> {
+async fn a_reader_that_disconnects_breaks_no_pipe(stand: Stand) -> Result<()> {
     let mut streams = Streams::new(&stand, "io")?;
     let script = "trap 'exit 9' PIPE; echo one; read go; echo two || exit 8; read go; echo three || exit 7; exit 3";
     let container = streams.all(stand.bundle("c1", &["sh", "-c", script])).run().await?;
@@ -262,7 +262,7 @@ async fn ended(container: &Container, exec: &str, script: &str, pace: Pace) -> R
 }
 
 /// A client reads until the end, which comes when Delete is answered or before.
-async fn what_a_descendant_writes_while_delete_waits_arrives(stand: Stand) -> Result<()> {
+async fn output_written_by_a_descendant_while_delete_waits_arrives(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     for (exec, late) in [("child", "(sleep 1; echo late) &"), ("session", "setsid sh -c '(sleep 1; echo late) &';")] {
         let streams = ended(&container, exec, &format!("{late} echo now"), Pace::Keep).await?;
@@ -313,7 +313,7 @@ async fn a_file_gets_both_streams(stand: Stand) -> Result<()> {
 }
 
 async fn a_full_disk_does_not_stop_a_container_for_good(stand: Stand) -> Result<()> {
-    ordeals::full_disk(&stand).await
+    workloads::full_disk(&stand).await
 }
 
 async fn a_logger_gets_everything_and_knows_the_container(stand: Stand) -> Result<()> {

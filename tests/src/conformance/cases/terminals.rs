@@ -14,10 +14,10 @@ use crate::{messages, spec};
 
 pub(super) fn cases() -> Vec<Case> {
     clauses![terminals:
-        "S14" => a_terminal_has_the_size_that_was_asked_for, a_size_may_be_asked_for_before_the_start;
+        "S14" => a_terminal_has_the_requested_size, a_size_can_be_requested_before_the_start;
         "S15" => an_exec_with_a_terminal_has_one;
         "S16" => a_terminals_last_output_is_not_cut;
-        "S17" => a_size_may_be_asked_for_at_any_time;
+        "S17" => a_size_can_be_requested_at_any_time;
     ]
 }
 
@@ -27,7 +27,7 @@ async fn resize(task: &Task, exec: &str, width: u32, height: u32) -> Result<()> 
     Ok(())
 }
 
-async fn a_terminal_has_the_size_that_was_asked_for(stand: Stand) -> Result<()> {
+async fn a_terminal_has_the_requested_size(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let script = "test -t 0 && test -t 1 && test -t 2 && echo terminal; read go; stty size; exit 3";
     let container = streams.all(stand.bundle("c1", &["sh", "-c", script]).terminal()).run().await?;
@@ -40,7 +40,7 @@ async fn a_terminal_has_the_size_that_was_asked_for(stand: Stand) -> Result<()> 
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn a_size_may_be_asked_for_before_the_start(stand: Stand) -> Result<()> {
+async fn a_size_can_be_requested_before_the_start(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let container = streams.all(stand.bundle("c1", &["sh", "-c", "stty size"]).terminal()).create().await?;
     resize(&container.task, "", 100, 30).await?;
@@ -82,7 +82,7 @@ async fn a_terminals_last_output_is_not_cut(stand: Stand) -> Result<()> {
 }
 
 /// A client's window may change a moment before or after the end.
-async fn a_size_may_be_asked_for_at_any_time(stand: Stand) -> Result<()> {
+async fn a_size_can_be_requested_at_any_time(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let container = streams.all(stand.bundle("c1", &["sh", "-c", "read go; exit 3"]).terminal()).run().await?;
     let task = container.task.another().await?;

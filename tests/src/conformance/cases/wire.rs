@@ -17,19 +17,19 @@ use crate::witness::Witness;
 
 pub(super) fn cases() -> Vec<Case> {
     clauses![wire:
-        "W1" => frames_cut_anywhere_are_put_together;
+        "W1" => frames_split_anywhere_are_reassembled;
         "W2" => a_truncated_frame_affects_no_other_connection;
-        "W3" => a_slow_client_is_served_beside_the_others;
-        "W4" => answers_come_as_they_are_ready;
+        "W3" => a_slow_client_does_not_delay_the_others;
+        "W4" => answers_are_sent_when_they_are_ready;
         "W5" => an_oversized_frame_is_refused_and_the_connection_stays_usable;
         "W6" => garbage_is_answered_and_the_connection_stays_usable;
-        "W7" => stream_ids_and_frame_types_that_make_no_sense_are_answered;
+        "W7" => invalid_stream_ids_and_frame_types_are_answered;
         "W8" => three_hundred_connections_are_served_or_closed_at_once;
     ]
 }
 
 /// Where one write ends says nothing about where a frame does.
-async fn frames_cut_anywhere_are_put_together(stand: Stand) -> Result<()> {
+async fn frames_split_anywhere_are_reassembled(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let wire = Wire::connect(witness.socket()).await?;
     let (mut bytes, mut stream, total) = (Vec::new(), 1, 300_u32);
@@ -80,7 +80,7 @@ async fn a_truncated_frame_affects_no_other_connection(stand: Stand) -> Result<(
     witness.dismiss().await
 }
 
-async fn a_slow_client_is_served_beside_the_others(stand: Stand) -> Result<()> {
+async fn a_slow_client_does_not_delay_the_others(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let mut wire = Wire::connect(witness.socket()).await?;
     let frame = Frame::request(1, spoken(&witness), "State", &state_of("witness")).encode();
@@ -101,7 +101,7 @@ async fn a_slow_client_is_served_beside_the_others(stand: Stand) -> Result<()> {
 }
 
 /// A Wait on the same connection holds nothing up.
-async fn answers_come_as_they_are_ready(stand: Stand) -> Result<()> {
+async fn answers_are_sent_when_they_are_ready(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let mut wire = Wire::connect(witness.socket()).await?;
     wire.send(&Frame::request(1, spoken(&witness), "Wait", &wait("witness", "")).encode()).await?;
@@ -123,7 +123,7 @@ async fn garbage_is_answered_and_the_connection_stays_usable(stand: Stand) -> Re
     frames::of_garbage(&stand).await.map(drop)
 }
 
-async fn stream_ids_and_frame_types_that_make_no_sense_are_answered(stand: Stand) -> Result<()> {
+async fn invalid_stream_ids_and_frame_types_are_answered(stand: Stand) -> Result<()> {
     frames::of_streams(&stand).await.map(drop)
 }
 

@@ -23,18 +23,18 @@ use crate::ttrpc::{CallError, Code, Frame, Wire};
 use crate::{isolation, proc};
 
 pub(super) fn cases() -> Vec<Case> {
-    clauses![trouble:
+    clauses![slow:
         "H1" => a_slow_create_delays_no_sibling;
-        "H2" => a_slow_start_holds_up_nothing_else;
-        "H3" => a_delete_that_was_given_up_can_be_asked_for_again;
-        "H4" => a_create_that_is_asked_for_again_makes_one_container;
-        "H5" => a_create_whose_client_has_gone_is_done_or_undone;
+        "H2" => a_slow_start_delays_no_other_call;
+        "H3" => a_delete_that_timed_out_can_be_repeated;
+        "H4" => a_repeated_create_makes_one_container;
+        "H5" => a_create_whose_client_disconnects_is_completed_or_undone;
         "H6" => a_root_file_system_in_use_fails_delete_until_it_is_free;
-        "H7" => a_runtime_that_shouts_blocks_nothing;
+        "H7" => a_runtime_that_prints_a_megabyte_blocks_nothing;
         "H8" => a_slow_kill_delays_no_exit;
-        "H9" => a_start_whose_client_has_gone_is_done_or_undone;
-        "H10" => a_delete_whose_client_has_gone_is_done_or_undone;
-        "H11" => execs_by_the_hundred_delay_no_state;
+        "H9" => a_start_whose_client_disconnects_is_completed_or_undone;
+        "H10" => a_delete_whose_client_disconnects_is_completed_or_undone;
+        "H11" => hundreds_of_execs_delay_no_state;
         "H12" => a_kill_that_hangs_times_out_alone;
     ]
 }
@@ -72,7 +72,7 @@ async fn a_slow_create_delays_no_sibling(stand: Stand) -> Result<()> {
 }
 
 /// The runtime takes its time over Start: the container can be looked at, killed and waited for meanwhile.
-async fn a_slow_start_holds_up_nothing_else(stand: Stand) -> Result<()> {
+async fn a_slow_start_delays_no_other_call(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).create().await?;
     gate.hold_after("start")?;
@@ -100,7 +100,7 @@ async fn a_slow_start_holds_up_nothing_else(stand: Stand) -> Result<()> {
 }
 
 /// The first Delete's client has gone, the second one's patience ends; a third finds out how it went.
-async fn a_delete_that_was_given_up_can_be_asked_for_again(stand: Stand) -> Result<()> {
+async fn a_delete_that_timed_out_can_be_repeated(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
     ensure!(container.task.wait("c1", "").await? == 3);
@@ -126,7 +126,7 @@ async fn a_delete_that_was_given_up_can_be_asked_for_again(stand: Stand) -> Resu
 }
 
 /// The daemon dies in the middle of Create and asks for the same again when it is back.
-async fn a_create_that_is_asked_for_again_makes_one_container(stand: Stand) -> Result<()> {
+async fn a_repeated_create_makes_one_container(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let bundle = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary());
     let task = bundle.shim().await?;
@@ -159,7 +159,7 @@ async fn a_create_that_is_asked_for_again_makes_one_container(stand: Stand) -> R
 }
 
 /// Afterwards it is there, or its id is free: nothing between.
-async fn a_create_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Result<()> {
+async fn a_create_whose_client_disconnects_is_completed_or_undone(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let task = &anchor.task;
@@ -185,7 +185,7 @@ async fn a_create_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Resul
 }
 
 /// The container runs, or can be started.
-async fn a_start_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Result<()> {
+async fn a_start_whose_client_disconnects_is_completed_or_undone(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     for (id, hold) in MOMENTS {
         let container = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary()).create().await?;
@@ -212,7 +212,7 @@ async fn a_start_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Result
 }
 
 /// The task is gone, or can be deleted.
-async fn a_delete_whose_client_has_gone_is_done_or_undone(stand: Stand) -> Result<()> {
+async fn a_delete_whose_client_disconnects_is_completed_or_undone(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     for (id, hold) in MOMENTS {
         let container = stand.bundle(id, &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
@@ -271,7 +271,7 @@ async fn a_root_file_system_in_use_fails_delete_until_it_is_free(stand: Stand) -
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-async fn a_runtime_that_shouts_blocks_nothing(stand: Stand) -> Result<()> {
+async fn a_runtime_that_prints_a_megabyte_blocks_nothing(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     for verb in ["create", "start", "exec", "kill", "delete"] {
         gate.shout(verb, 1 << 20)?;
@@ -314,7 +314,7 @@ async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
 }
 
 /// Probes of a whole node at once, round after round, and somebody who asks how the container is.
-async fn execs_by_the_hundred_delay_no_state(stand: Stand) -> Result<()> {
+async fn hundreds_of_execs_delay_no_state(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let (at_once, rounds) = (repeated(100).min(500), 2.max(repeated(1)));
     let (task, over) = (container.task.another().await?, Arc::new(AtomicBool::new(false)));
