@@ -1,4 +1,4 @@
-//! Other builds of our shim: copies of one built for tests, with a line at their end that says what they claim to be.
+//! Other builds of our shim: copies of one built for tests, with a test identity appended.
 //! See `shim/src/test_identity.rs`.
 
 use std::path::{Path, PathBuf};
@@ -12,26 +12,26 @@ use crate::context::Context;
 use crate::eventually::eventually;
 use crate::programs;
 
-/// Copies `shim` to `path`, as a build that `words` describe: `build=2 newest=3`.
+/// Copies `shim` to `path` with the test identity `words`: `build=2 newest=3`.
 pub fn make(shim: &Path, path: &Path, words: &str) -> Result<PathBuf> {
     programs::copy_with(shim, path, format!("\nx-test-identity: {words}\n").as_bytes())?;
     Ok(path.to_owned())
 }
 
-/// What `upgrade` has said of one shim, and whether it was content.
+/// The output of `upgrade`, and its exit status.
 #[derive(Debug)]
 pub struct Upgraded {
     /// The exit status.
     pub status: i32,
-    /// What it has printed: `shims` and `summary`.
+    /// Its output: `shims` and `summary`.
     pub said: Value,
 }
 
 impl Upgraded {
-    /// What became of the only shim.
+    /// The result of the only shim.
     pub fn only(&self) -> Result<&Value> {
         let shims = self.said["shims"].as_array().context("no shims")?;
-        ensure!(shims.len() == 1, "not one shim: {:#}", self.said);
+        ensure!(shims.len() == 1, "exactly one shim expected: {:#}", self.said);
         Ok(&shims[0])
     }
 
@@ -64,7 +64,7 @@ pub async fn ps(cx: &Context, program: &Path) -> Result<Vec<Value>> {
 
 /// Waits until the worker of that container's shim hibernates.
 pub async fn hibernates(cx: &Context, id: &str) -> Result<()> {
-    let program = cx.shim().binary.as_ref().context("ours is a file")?;
+    let program = cx.shim().binary.as_ref().context("X_SHIM must name our own shim")?;
     eventually("the worker hibernates", Duration::from_secs(30), async || {
         let shims = ps(cx, program).await?;
         let shim = shims.iter().find(|shim| shim["group"] == *id).context("ps does not show it")?;

@@ -1,4 +1,4 @@
-//! A bundle, written down as containerd does, and the container that a shim makes of it.
+//! A bundle, written as containerd writes it, and the container that a shim creates from it.
 //!
 //! ```text
 //! Bundle ─start_shim▶ address ─Task::connect▶ Task ─create_in▶ Container ─start▶ … ─destroy▶ gone
@@ -70,7 +70,7 @@ impl Bundle {
         })
     }
 
-    /// Makes it another daemon's, of the same namespace: it has a shim and a folder of its own.
+    /// Moves it to another daemon of the same namespace, with a shim and a folder of its own.
     #[must_use]
     pub fn of_another_daemon(mut self) -> Self {
         self.folder = self.stand.folder().join("other").join(&self.id);
@@ -127,7 +127,7 @@ impl Bundle {
         self
     }
 
-    /// Writes the bundle down as containerd does.
+    /// Writes the bundle as containerd does.
     pub fn write(&self) -> Result<&Self> {
         fs::create_dir_all(self.folder.join("rootfs"))?;
         fs::create_dir_all(self.folder.join("work"))?;
@@ -207,7 +207,7 @@ impl Bundle {
     /// Starts a shim for it, or joins the group's, and connects.
     pub async fn shim(&self) -> Result<Task> {
         let socket = self.start_shim().await?;
-        // with the stock shim of old, the socket listens before its process does
+        // in older stock shims, the socket listens before the process accepts
         Task::connect(&socket).await
     }
 
@@ -217,7 +217,7 @@ impl Bundle {
         self.create_in(&task).await
     }
 
-    /// Creates the container in a shim that is there.
+    /// Creates the container in a running shim.
     pub async fn create_in(self, task: &Task) -> Result<Container> {
         self.write()?;
         let pid = task.create(&self.request()).await.with_context(|| format!("create {}", self.id))?;
@@ -231,7 +231,7 @@ impl Bundle {
         Ok(container)
     }
 
-    /// Creates and starts the container in a shim that is there.
+    /// Creates and starts the container in a running shim.
     pub async fn run_in(self, task: &Task) -> Result<Container> {
         let container = self.create_in(task).await?;
         container.start().await?;
@@ -245,7 +245,7 @@ impl Bundle {
         Ok(api::DeleteResponse::parse_from_bytes(&output.stdout)?)
     }
 
-    /// The pid of its shim: as `start` has noted it, else the one that there is, or that bears its id.
+    /// The pid of its shim: the one in the pid file of `start`, else the only shim, or the one with its id.
     pub fn shim_pid(&self) -> Result<i32> {
         if let Ok(noted) = fs::read_to_string(self.folder.join("shim.pid")) {
             return Ok(noted.trim().parse()?);
@@ -254,7 +254,7 @@ impl Bundle {
         if shims.len() > 1 {
             shims.retain(|shim| shim.command.split(' ').any(|word| word == self.id));
         }
-        ensure!(shims.len() == 1, "not one shim of {}: {shims:?}", self.id);
+        ensure!(shims.len() == 1, "exactly one shim of {} expected: {shims:?}", self.id);
         Ok(shims.remove(0).pid)
     }
 }
@@ -301,7 +301,7 @@ pub async fn output_of(child: &mut tokio::process::Child) -> Result<Output> {
         if let Some(stream) = stream {
             stream.take(MOST_BYTES + 1).read_to_end(&mut bytes).await?;
         }
-        ensure!(bytes.len() as u64 <= MOST_BYTES, "it prints without end: more than {MOST_BYTES} bytes");
+        ensure!(bytes.len() as u64 <= MOST_BYTES, "too much output: more than {MOST_BYTES} bytes");
         Ok(bytes)
     }
     let (stdout, stderr) = tokio::try_join!(all(child.stdout.take()), all(child.stderr.take()))?;
@@ -366,7 +366,7 @@ impl Container {
         Ok(status)
     }
 
-    /// Deletes it and has the shim leave, and waits until it has.
+    /// Deletes it, calls Shutdown, and waits until the shim has exited.
     pub async fn shut_down(&self) -> Result<u32> {
         let status = self.destroy().await?;
         leave(&self.task, self.bundle.shim_pid()?, &self.id).await?;
@@ -383,7 +383,7 @@ impl Container {
         worker_of(self.shim_pid()?).await
     }
 
-    /// What its stand is.
+    /// Its stand.
     pub fn stand(&self) -> &Stand {
         &self.bundle.stand
     }
@@ -395,7 +395,7 @@ pub async fn leave(task: &Task, shim: i32, id: &str) -> Result<()> {
         Ok(()) | Err(crate::ttrpc::CallError::Closed) => {}
         Err(error) => return Err(error.into()),
     }
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await
 }
 
 /// The worker of a keeper, once there is one.

@@ -65,7 +65,7 @@ impl Version {
             ("1", Self::V1) => Ok(Self::V1),
             ("1", Self::V2) => bail!("this host has cgroup v2 alone"),
             ("2", _) => Ok(Self::V2),
-            _ => bail!("there are cgroups of version 1 and 2"),
+            _ => bail!("unknown cgroup version; use 1 or 2"),
         }
     }
 }
@@ -236,9 +236,9 @@ impl Own {
         self.set("cgroup.procs", &pid.to_string())
     }
 
-    /// Removes it when the last process in it has died.
+    /// Removes it when the last process in it has exited.
     pub async fn emptied(&self) -> Result<()> {
-        eventually("everybody in it has died", SOON, async || Ok(fs::remove_dir(&self.0)?)).await
+        eventually("every process in it has exited", SOON, async || Ok(fs::remove_dir(&self.0)?)).await
     }
 }
 
@@ -247,7 +247,7 @@ pub fn remove(name: &str) {
     folders(name).iter().for_each(|folder| remove_folder(folder));
 }
 
-/// Removes what runs left that were killed before they could do so themselves: a run's folders are called `prefix` and the pid of its
+/// Removes the cgroups that killed runs left behind: a run's folders are called `prefix` and the pid of its
 /// outer process.
 pub(crate) fn remove_of_the_dead(prefix: &str) {
     for hierarchy in hierarchies() {

@@ -23,7 +23,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::eventually::{self, SOON, eventually};
 
-/// What a call comes back with: tests look at the code of a refusal.
+/// The result of a call: tests look at the code of an error.
 pub type Answer<T> = std::result::Result<T, Status>;
 
 /// No single call but Wait takes longer than this.
@@ -95,7 +95,7 @@ impl Client {
         eventually("the connection works again", SOON, async || Ok(self.version().await.map(drop)?)).await
     }
 
-    /// Makes the namespace; that it is there already is fine.
+    /// Creates the namespace unless it exists.
     pub async fn create_namespace(&self) -> Answer<()> {
         let namespace = Namespace { name: self.namespace.to_string(), ..Namespace::default() };
         let request = self.request(CreateNamespaceRequest { namespace: Some(namespace) });

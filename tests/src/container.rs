@@ -186,7 +186,7 @@ impl Process {
         self.client.resize(&self.id, &self.exec, width, height).await
     }
 
-    /// Starts it, waits for its end, deletes it, and returns the exit status, which the last two have to agree about.
+    /// Starts it, waits for its end, deletes it, and returns the exit status, on which Wait and Delete must agree.
     pub async fn run(&self) -> Result<u32> {
         self.start().await?;
         self.finish().await

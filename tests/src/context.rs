@@ -1,4 +1,4 @@
-//! What a test is given: a daemon, a namespace of its own, a folder of its own, and the combination it runs for.
+//! The surroundings of a test: a daemon, a namespace of its own, a folder of its own, and the combination it runs for.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -67,8 +67,8 @@ impl Context {
     }
 
     /// The same, with a daemon whose log records each event.
-    pub async fn with_own_talkative_daemon(&self) -> Result<Self> {
-        let daemon = Arc::new(Daemon::start_talkative(self.0.suite, &self.0.shim).await?);
+    pub async fn with_own_verbose_daemon(&self) -> Result<Self> {
+        let daemon = Arc::new(Daemon::start_verbose(self.0.suite, &self.0.shim).await?);
         Self::beside(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
     }
 
@@ -152,16 +152,16 @@ impl Context {
         Events::subscribe(self.client()).await
     }
 
-    /// The events of a container that has been deleted; the stock shim of 2.1 now and then leaves before the last one is out.
+    /// The events of a container that has been deleted; the stock shim of 2.1 sometimes exits before it has published the last one.
     pub async fn history(&self, events: &Events, id: &str) -> Result<Vec<String>> {
         if self.shim().is_ours() {
             return events.of_until(id, "delete").await;
         }
         events.until("the exit of init", |_| !events.exits(id, "").is_empty()).await?;
-        let mut told = events.of(id);
-        told.retain(|event| event != "delete");
-        told.push("delete".to_owned());
-        Ok(told)
+        let mut published = events.of(id);
+        published.retain(|event| event != "delete");
+        published.push("delete".to_owned());
+        Ok(published)
     }
 
     /// A gated runtime in front of the real one.
@@ -195,13 +195,13 @@ impl Context {
     pub fn shim_pid(&self, id: &str) -> Result<i32> {
         let mut found = self.shims();
         found.retain(|shim| shim.command.split(' ').any(|word| word == id));
-        ensure!(found.len() == 1, "not one shim of {id}: {found:?}");
+        ensure!(found.len() == 1, "exactly one shim of {id} expected: {found:?}");
         Ok(found.remove(0).pid)
     }
 
     /// Runs the shim's command `delete` in the bundle of a container, as the daemon does for a shim that it believes dead.
     pub async fn delete_command(&self, container: &Container) -> Result<DeleteResponse> {
-        let (program, bundle) = (self.shim().binary.as_ref().context("the shim is no file")?, container.bundle());
+        let (program, bundle) = (self.shim().binary.as_ref().context("the stock shim has no path here")?, container.bundle());
         let mut command = tokio::process::Command::new(program);
         command.args(["-namespace", self.client().namespace(), "-id", &container.id, "-address"]).arg(self.daemon().address());
         command.arg("-bundle").arg(&bundle).arg("delete").current_dir(&bundle).stdin(Stdio::null()).kill_on_drop(true);

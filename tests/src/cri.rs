@@ -136,7 +136,7 @@ impl Cri {
         Ok((config, request))
     }
 
-    /// What the daemon has complained of.
+    /// The daemon's warnings and errors.
     fn complaints(&self) -> String {
         let log = self.daemon.log();
         log.lines().filter(|line| line.contains("level=error") || line.contains("level=warning")).map(|line| format!("{line}\n")).collect()
@@ -462,7 +462,7 @@ struct StopRequest {
     timeout: i64,
 }
 
-/// What the kubelet learns of a container.
+/// The container status that the kubelet gets.
 #[derive(Clone, PartialEq, Message)]
 pub struct ContainerStatus {
     /// [`RUNNING`], [`EXITED`] …

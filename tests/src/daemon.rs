@@ -50,8 +50,8 @@ impl Daemon {
         Self::start_configured(suite, shim, &[], |folder| format!("{}{}", base_configuration(suite, folder, ""), more(folder))).await
     }
 
-    /// The same, with a log that records each event: see [`Self::told_exits`].
-    pub async fn start_talkative(suite: Suite, shim: &Shim) -> Result<Self> {
+    /// The same, with a log that records each event: see [`Self::received_exits`].
+    pub async fn start_verbose(suite: Suite, shim: &Shim) -> Result<Self> {
         Self::start_configured(suite, shim, &[], |folder| {
             configuration(suite, folder).replace(&format!("level = {:?}", level()), "level = \"trace\"")
         })
@@ -95,7 +95,7 @@ impl Daemon {
         *self.suite.lock().expect("no panic under this lock")
     }
 
-    /// Has another version take over the same root and state: it is upgraded or downgraded.
+    /// Uses another version from the next start on, with the same root and state: an upgrade or a downgrade.
     pub async fn becomes(&self, suite: Suite) -> Result<()> {
         self.stop()?;
         fs::write(self.folder.join("config.toml"), configuration(suite, &self.folder))?;
@@ -118,7 +118,7 @@ impl Daemon {
         format!("{}:{}:/usr/sbin:/usr/bin:/sbin:/bin", self.bin().display(), self.suite().bin().display())
     }
 
-    /// The folder in which a shim that is built for it looks where its worker shall die: see `shim/src/worker/fault.rs`.
+    /// The folder in which a shim that is built for it looks up where its worker must crash: see `shim/src/worker/fault.rs`.
     pub fn faults(&self) -> PathBuf {
         self.folder.join("faults")
     }
@@ -133,9 +133,9 @@ impl Daemon {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
 
-    /// How often it was told that a process of a namespace has ended, or has said so itself, in all its lives. Before anybody can subscribe,
-    /// too; but it has to be talkative.
-    pub fn told_exits(&self, namespace: &str) -> usize {
+    /// How many exits of a namespace it has received or published, over all its restarts, also before a client can subscribe. Needs the daemon
+    /// of [`Self::start_verbose`], whose log records each event.
+    pub fn received_exits(&self, namespace: &str) -> usize {
         let tells = |line: &&str| {
             ["event forwarded", "event published"].iter().any(|word| line.contains(word))
                 && line.contains("topic=/tasks/exit")
@@ -205,14 +205,14 @@ impl Daemon {
     pub async fn is_succeeded_by(&self, pid: i32) -> Result<()> {
         let before = self.process.lock().expect("no panic under this lock").replace(Running::Successor(pid));
         match before {
-            None => bail!("nothing ran before {pid}"),
+            None => bail!("no daemon ran before process {pid}"),
             Some(Running::Child(mut child)) => {
-                let status = eventually("the process before has ended", SOON, async || child.try_wait()?.context("it runs")).await?;
+                let status = eventually("the previous process has exited", SOON, async || child.try_wait()?.context("it runs")).await?;
                 isolation::forget(child.id());
-                ensure!(status.success(), "the process before ended with {status}");
+                ensure!(status.success(), "the previous process exited with {status}");
             }
             Some(Running::Successor(old)) => {
-                eventually_true("the process before has ended", SOON, || !proc::is_alive(old)).await?;
+                eventually_true("the previous process has exited", SOON, || !proc::is_alive(old)).await?;
             }
         }
         Ok(())

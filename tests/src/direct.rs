@@ -1,5 +1,5 @@
-//! Runs the cases that drive a shim directly: each on a [`Stand`] of its own, with a deadline, a reason when it is skipped, and a look
-//! at what it left behind.
+//! Runs the cases that drive a shim directly: each on a [`Stand`] of its own, with a deadline, a reason when it is skipped, and an audit
+//! of leftovers.
 
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -79,7 +79,7 @@ pub fn main(cases: &[Case], programs: &Path) -> ExitCode {
         return libtest_mimic::run(&arguments, trials(cases, &nothing, programs)).exit_code();
     }
     let prepared = if runner::is_inside() { Ok(()) } else { suite::fetch() };
-    let result = prepared.and_then(|()| Shim::on_trial()).and_then(|shim| isolation::run(|| run(&arguments, cases, &shim, programs)));
+    let result = prepared.and_then(|()| Shim::under_test()).and_then(|shim| isolation::run(|| run(&arguments, cases, &shim, programs)));
     result.unwrap_or_else(|error| {
         eprintln!("cannot run: {error:#}");
         ExitCode::from(2)
@@ -93,7 +93,7 @@ fn run(arguments: &Arguments, cases: &[Case], shim: &Shim, programs: &Path) -> E
     if !conclusion.has_failed() {
         let settled = Audit::nothing_more_than(&before, &[], Duration::from_secs(10));
         if let Err(error) = EXECUTOR.block_on(settled) {
-            eprintln!("after the last test: {error:#}");
+            eprintln!("clean up after the last test: {error:#}");
             return ExitCode::from(101);
         }
     }
@@ -135,6 +135,6 @@ async fn verdict(case: &Case, shim: &Shim, programs: &Path) -> Result<()> {
     let deadline = case.deadline * times();
     let body = eventually::timeout(deadline, (case.body)(stand.clone())).await;
     body.unwrap_or_else(|_elapsed| Err(anyhow!("the whole test: not within {deadline:?}")))
-        .with_context(|| format!("on the stand {}, whose shims said at last:\n{}", stand.namespace(), stand.last_words()))?;
+        .with_context(|| format!("on the stand {}; the last lines of the shims' logs:\n{}", stand.namespace(), stand.last_log_lines()))?;
     stand.leaves_nothing().await
 }

@@ -22,7 +22,7 @@ pub const IMAGE: &str = "busybox";
 /// A version of Docker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
-    /// 20.10. It runs OCI runtimes by their paths, with containerd's own shim alone: the shim on trial has that one's name.
+    /// 20.10. It runs OCI runtimes by their paths, with containerd's own shim alone: the shim under test has that one's name.
     V20,
     /// 26.
     V26,

@@ -18,7 +18,7 @@ const PROBE: &str = "/x-tests/probe";
 /// One event about a task.
 #[derive(Clone)]
 pub struct Event {
-    /// When the test saw it.
+    /// When the test received it.
     pub at: Instant,
     /// The topic without `/tasks/`.
     pub topic: String,
@@ -60,7 +60,7 @@ impl Events {
         // a daemon does not confirm a subscription, so it is made to publish something until that arrives
         eventually("the subscription works", SOON, async || {
             client.publish(PROBE, Any::default()).await?;
-            ensure!(self.probes() > before, "no probe heard");
+            ensure!(self.probes() > before, "no probe received");
             Ok(())
         })
         .await
@@ -71,7 +71,7 @@ impl Events {
         let before = self.probes();
         client.publish(PROBE, Any::default()).await?;
         eventually("the daemon's last event", SOON, async || {
-            ensure!(self.probes() > before, "no probe heard");
+            ensure!(self.probes() > before, "no probe received");
             Ok(())
         })
         .await
@@ -140,10 +140,10 @@ impl Events {
     }
 }
 
-/// Checks that the exits of `count` processes of a container were published, init's last. `told`: as [`Events::of`] names events.
-pub fn init_is_the_last_of(count: usize, told: &[String]) -> Result<()> {
-    let exits: Vec<_> = told.iter().filter(|event| event.starts_with("exit")).collect();
-    ensure!(exits.len() == count && exits.last().is_some_and(|last| *last == "exit"), "{told:?}");
+/// Checks that the exits of `count` processes of a container were published, init's last. `published`: as [`Events::of`] names events.
+pub fn init_is_the_last_of(count: usize, published: &[String]) -> Result<()> {
+    let exits: Vec<_> = published.iter().filter(|event| event.starts_with("exit")).collect();
+    ensure!(exits.len() == count && exits.last().is_some_and(|last| *last == "exit"), "{published:?}");
     Ok(())
 }
 

@@ -21,7 +21,7 @@ pub fn patience() -> u32 {
     *FACTOR
 }
 
-/// How long what is promised within a second may take: a second. Where everybody waits for a processor, time proves little: five.
+/// The limit for operations that must finish within a second: a second, or five on a machine whose processors are busy.
 pub fn a_second() -> Duration {
     let pressure = std::fs::read_to_string("/proc/pressure/cpu").unwrap_or_default();
     let waiting = pressure.split_once("avg10=").and_then(|(_, rest)| rest.split(' ').next()?.parse::<f32>().ok());

@@ -1,4 +1,4 @@
-//! What a shim sees of containerd: the service that takes events. It accepts, refuses, stays silent or vanishes as a test wants.
+//! A fake containerd for shims: the service that receives events. It accepts, refuses, does not answer or disconnects as the test says.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -19,21 +19,21 @@ use crate::events::{Event, Events, decode};
 use crate::trace;
 use crate::ttrpc::{Code, Frame, RESPONSE, take_frame};
 
-/// How it meets an event.
+/// How it handles an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Manner {
     /// Takes it.
     Accept,
     /// Answers with a status that is not OK.
     Refuse(Code),
-    /// Hangs up when the event has come, without an answer; whether it was taken is as open as with a daemon that crashes.
+    /// Closes the connection after the event without an answer, like a daemon that crashes: the shim cannot know whether it was accepted.
     HangUp {
         /// Whether the event is in the list.
         taken: bool,
     },
-    /// Hangs up when half of the event has come.
+    /// Closes the connection after half of the event.
     HangUpEarly,
-    /// Answers with bytes that are no answer.
+    /// Answers with invalid bytes.
     Garbage,
     /// Does not answer.
     Silent,
@@ -51,10 +51,10 @@ pub struct FakeContainerd {
 struct Shared {
     manner: Mutex<Manner>,
     events: Events,
-    /// Requests that have come, whatever became of them.
+    /// All requests that arrived, accepted or not.
     tries: Mutex<Vec<String>>,
     namespaces: Mutex<BTreeSet<String>>,
-    /// Those that were accepted and acknowledged.
+    /// The accepted and acknowledged ones.
     acknowledged: Mutex<Vec<Event>>,
 }
 
@@ -78,12 +78,12 @@ impl FakeContainerd {
         &self.path
     }
 
-    /// From now on it behaves like this.
+    /// Sets how it handles events from now on.
     pub fn behave(&self, manner: Manner) {
         *self.shared.manner.lock().expect("no panic under this lock") = manner;
     }
 
-    /// Closes every connection and the socket, as a daemon that ends does.
+    /// Closes every connection and the socket, as a daemon that exits does.
     pub fn vanish(&self) {
         if let Some(listener) = self.listener.lock().expect("no panic under this lock").take() {
             listener.abort();
@@ -99,12 +99,12 @@ impl FakeContainerd {
         Ok(())
     }
 
-    /// What it has taken.
+    /// The accepted events.
     pub fn events(&self) -> &Events {
         &self.shared.events
     }
 
-    /// The namespaces of what it has taken.
+    /// The namespaces of the accepted events.
     pub fn namespaces(&self) -> BTreeSet<String> {
         self.shared.namespaces.lock().expect("no panic under this lock").clone()
     }
@@ -118,7 +118,7 @@ impl FakeContainerd {
         again.map(|(_, event)| (*event).clone()).collect()
     }
 
-    /// How often an event has come, taken or not.
+    /// How many events have arrived, accepted or not.
     pub fn tries(&self) -> usize {
         self.shared.tries.lock().expect("no panic under this lock").len()
     }
@@ -172,7 +172,7 @@ impl Shared {
         *self.manner.lock().expect("no panic under this lock")
     }
 
-    /// What is answered, if anything, and the event that this takes; nothing at all for a hang-up.
+    /// The answer, if any, and the event that is accepted; none to close the connection.
     fn meet(&self, frame: &Frame) -> Option<(Option<Frame>, Option<Event>)> {
         let manner = self.manner();
         let taken = match manner {

@@ -1,6 +1,6 @@
 //! An OCI runtime under a test's control: the controlling side of the `gated-runtime` program.
 //!
-//! The program is copied into a folder of the test and reads its orders from the files beside it, by verb
+//! The program is copied into a folder of the test and is configured by the files beside it, by verb
 //! (create, start, exec, kill, delete …):
 //!
 //! | file | meaning |
@@ -9,7 +9,7 @@
 //! | `hold.VERB` | block before the real runtime runs, until the file is gone |
 //! | `after.VERB` | block after it has run |
 //! | `fail.VERB` | print the content on stderr and fail |
-//! | `shout.VERB` | print that many bytes on stderr first |
+//! | `flood.VERB` | print that many bytes on stderr first |
 //! | `calls` | appended by the program: one line `VERB arguments` per call |
 //! | `held.VERB` | made by the program while it blocks: its pid |
 
@@ -21,7 +21,7 @@ use anyhow::{Context as _, Result};
 use crate::eventually::{SOON, eventually};
 use crate::programs;
 
-/// A copy of the gated runtime and its orders.
+/// A copy of the gated runtime and its configuration.
 #[derive(Debug)]
 pub struct Gate {
     folder: PathBuf,
@@ -61,7 +61,7 @@ impl Gate {
         self.folder.join(format!("held.{verb}"))
     }
 
-    /// Lets them go on, and no longer blocks.
+    /// Releases them, and no longer blocks.
     pub fn release(&self, verb: &str) -> Result<()> {
         for kind in ["hold", "after"] {
             let file = self.folder.join(format!("{kind}.{verb}"));
@@ -92,8 +92,8 @@ impl Gate {
     }
 
     /// Makes the next calls of `verb` print that many bytes on stderr first.
-    pub fn shout(&self, verb: &str, bytes: usize) -> Result<()> {
-        Ok(fs::write(self.folder.join(format!("shout.{verb}")), bytes.to_string())?)
+    pub fn flood(&self, verb: &str, bytes: usize) -> Result<()> {
+        Ok(fs::write(self.folder.join(format!("flood.{verb}")), bytes.to_string())?)
     }
 
     /// The calls so far, each as `VERB arguments`.

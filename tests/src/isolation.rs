@@ -71,7 +71,7 @@ pub fn cgroup() -> String {
     env::var(MARK).unwrap_or_else(|_| "x-tests".to_owned())
 }
 
-/// Removes the cgroups of a run whose outer process was `pid`, and kills who is in them: for a run that was killed.
+/// Removes the cgroups of a killed run whose outer process was `pid`, and kills the processes in them.
 pub fn remove_cgroups_of(pid: u32) {
     cgroups::remove(&format!("{PREFIX}{pid}"));
 }
@@ -105,7 +105,7 @@ pub fn orphans() -> Vec<String> {
 /// The names of the processes that have ended as children of init and are not among the [`orphans`] yet.
 pub fn unreaped() -> Vec<String> {
     let own = OWN.lock().expect("no panic under this lock").clone();
-    let _nobody_is_reaped = ORPHANS.lock().expect("no panic under this lock");
+    let _reaping_paused = ORPHANS.lock().expect("no panic under this lock");
     let zombies = proc::all().into_values().filter(|p| p.parent == 1 && p.is_zombie() && !own.contains(&p.pid));
     zombies.map(|zombie| zombie.comm).collect()
 }

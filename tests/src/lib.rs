@@ -10,27 +10,27 @@
 //! | [`daemon`] | one containerd in a folder of its own, killed and restarted at will |
 //! | [`client`] | containerd's gRPC API, every call with a deadline |
 //! | [`container`] | a container under test: spec, stdio, task, execs |
-//! | [`context`] | what a test is given |
+//! | [`context`] | the daemon, namespace and folder of one test |
 //! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
 //! | [`operator`] | what an operator does with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
-//! | [`gate`] | a runtime that blocks, fails or shouts on demand |
+//! | [`gate`] | an OCI runtime that blocks, fails or floods stderr on demand |
 //! | [`direct`] | the runner of cases that drive a shim without a daemon |
-//! | [`stand`] | such a case's surroundings |
+//! | [`stand`] | the test bed of such a case: a shim between a client and a fake containerd |
 //! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
-//! | [`workloads`] | what several suites put a shim through |
+//! | [`workloads`] | workloads that several suites share |
 //! | [`refusals`] | requests that a shim refuses, and its answers |
-//! | [`witness`] | a container that has to go on whatever is done to its shim |
-//! | [`ttrpc`] | frames, broken ones too, and calls |
+//! | [`witness`] | a container that must keep running while its shim is under test |
+//! | [`ttrpc`] | frames, valid and invalid, and calls |
 //! | [`task`] | containerd's task service |
-//! | [`fake_containerd`] | the taker of events, who may refuse, stay silent or vanish |
+//! | [`fake_containerd`] | the receiver of events: it accepts, refuses, does not answer or disconnects |
 //! | [`audit`] | what is left behind |
 //! | [`conformance`] | the clauses of the protocol and the cases that prove them |
-//! | [`times`] | how often what is proved by repetition is repeated |
-//! | [`trace`] | what happened in a case, line by line |
+//! | [`times`] | how often repeated tests repeat |
+//! | [`trace`] | the calls, answers and events of a case, line by line |
 //!
 //! **Invariant:** every wait has a name and a deadline. A test that hangs is a bug of the test.
 

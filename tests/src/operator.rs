@@ -59,7 +59,7 @@ pub fn upgrade(daemon: &Daemon) -> Result<Command> {
     Ok(command)
 }
 
-/// Has the daemon replaced by another process of the same program, and returns its pid.
+/// Replaces the daemon by another process of the same program, and returns its pid.
 pub async fn upgraded(daemon: &Daemon) -> Result<i32> {
     let mut command = tokio::process::Command::from(upgrade(daemon)?);
     let output = command.output().await?;

@@ -1,5 +1,5 @@
 //! The matrix: each case once per combination of containerd version and OCI runtime that it asks for,
-//! with a deadline, a reason when it is skipped, and a look at what it left behind.
+//! with a deadline, a reason when it is skipped, and an audit of leftovers.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -129,7 +129,7 @@ impl fmt::Display for Skip {
 
 impl std::error::Error for Skip {}
 
-/// Something that the stock shim is known to do otherwise. A run on it skips the test, unless `X_STOCK_ALL` is set.
+/// A known deviation of the stock shim. A run on it skips the test, unless `X_STOCK_ALL` is set.
 #[derive(Debug, Clone, Copy)]
 pub struct Known {
     /// The containerd versions whose shim does so.
@@ -177,7 +177,7 @@ static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 
 /// Runs `cases` the way `cargo test` and nextest expect it; `programs` is the folder with this package's helper programs.
 pub fn main(cases: &[Case], known: &'static [Known], programs: &Path) -> ExitCode {
-    main_on(Shim::on_trial, cases, known, programs)
+    main_on(Shim::under_test, cases, known, programs)
 }
 
 /// Like [`main`], with the shim that `find` finds.
@@ -212,12 +212,12 @@ fn run(arguments: &Arguments, cases: &[Case], known: &'static [Known], shim: &Sh
     let mut code = conclusion.exit_code();
     let daemons = std::mem::take(&mut *DAEMONS.lock().expect("no panic under this lock"));
     for daemon in daemons.values() {
-        let _its_end_is_not_on_trial = daemon.stop();
+        let _not_under_test = daemon.stop();
     }
     if !conclusion.has_failed() {
         let settled = Audit::nothing_more_than(&before, &[], Duration::from_secs(10));
         if let Err(error) = EXECUTOR.block_on(settled) {
-            eprintln!("after the last test: {error:#}");
+            eprintln!("clean up after the last test: {error:#}");
             code = ExitCode::from(101);
         }
     }

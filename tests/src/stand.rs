@@ -1,5 +1,5 @@
-//! A test stand: a shim driven directly, between a client of its socket and a fake containerd. No daemon is there.
-//! Everything of a stand bears its namespace: what is left of it is found, reported and killed.
+//! A test bed: a shim driven directly, between a client of its socket and a fake containerd, without a daemon.
+//! All its processes and files carry its namespace, so that leftovers are found, reported and killed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -109,7 +109,7 @@ impl Stand {
         Bundle::new(self, id, args).expect("the shared root file system can be made")
     }
 
-    /// A process to be that has nothing of a container but the name. See `bin/gated-runtime/instant.rs`.
+    /// A bundle for the instant runtime, whose containers are plain processes. See `bin/gated-runtime/instant.rs`.
     pub fn instant(&self, id: &str, args: &[&str]) -> Bundle {
         self.bundle(id, args).runtime(&self.program("gated-runtime")).mounts(Vec::new())
     }
@@ -198,7 +198,7 @@ impl Stand {
     }
 
     /// The last lines that all shims have logged.
-    pub(crate) fn last_words(&self) -> String {
+    pub(crate) fn last_log_lines(&self) -> String {
         let logs = self.0.logs.lock().expect("no panic under this lock");
         let lines = logs.iter().flat_map(|(id, log)| log.text().lines().map(|line| format!("{id}: {line}\n")).collect::<Vec<_>>());
         let lines: Vec<_> = lines.collect();

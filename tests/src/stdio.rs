@@ -1,4 +1,4 @@
-//! Fifos that the test owns, as a client of containerd does: a reader that counts, that is slow, or that vanishes.
+//! Fifos that the test owns, as a client of containerd does: a reader that counts, is slow, or disconnects.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -61,7 +61,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Opens the fifo and begins to read. It waits for a first writer, and ends when the last one has left.
+    /// Opens the fifo and begins to read. It waits for a first writer, and ends when the last one has closed it.
     pub fn open(path: &Path, pace: Pace) -> Result<Self> {
         Self::open_and_show(path, pace, |_| ())
     }
@@ -80,7 +80,7 @@ impl Reader {
         self.lock().count
     }
 
-    /// Whether the last writer has left.
+    /// Whether the last writer has closed it.
     pub fn ended(&self) -> bool {
         self.lock().ended
     }
@@ -124,7 +124,7 @@ impl Reader {
         }
     }
 
-    /// Opens the fifo anew, as who comes back does.
+    /// Opens the fifo again, as a restarted daemon does.
     pub fn again(&self, pace: Pace) -> Result<Self> {
         Self::open(&self.path, pace)
     }

@@ -129,7 +129,7 @@ impl Shim {
     /// What the environment names; by default the release build of this workspace.
     ///
     /// Errors: when the binary does not exist.
-    pub fn on_trial() -> Result<Self> {
+    pub fn under_test() -> Result<Self> {
         let runtime_type = env::var("X_RUNTIME_TYPE").unwrap_or_else(|_| OUR_TYPE.to_owned());
         let binary = match env::var_os("X_SHIM") {
             Some(path) => Some(PathBuf::from(path)),

@@ -1,9 +1,9 @@
-//! How often what is proved by repetition is repeated: a little by default, as often as `X_TIMES` asks for.
+//! How often repeated tests repeat: a few times by default, `X_TIMES` times as often on request.
 
 use std::env;
 use std::sync::LazyLock;
 
-/// The environment variable with the factor by which counts, sizes and spells of cases that repeat something are larger, and all
+/// The environment variable with the factor by which counts, sizes and durations of cases that repeat something are larger, and all
 /// deadlines of whole cases longer.
 pub const TIMES: &str = "X_TIMES";
 

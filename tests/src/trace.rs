@@ -1,4 +1,4 @@
-//! What happened in a case, line by line with the time: calls, answers, events, commands; and what its shims have logged. For finding out why it failed.
+//! What happened in a case, line by line with the time: calls, answers, events, commands; and the logs of its shims. For finding the cause of a failure.
 
 use std::fmt::Display;
 use std::fs::File;

@@ -1,7 +1,7 @@
-//! Raw ttrpc: whole frames, broken frames, and calls on a connection that tests may abuse.
+//! Raw ttrpc: whole frames, broken frames, and calls on connections on which tests may send anything.
 //!
 //! ```text
-//! Wire        bytes out, frames in: for what no client would send
+//! Wire        bytes out, frames in: for input that no client sends
 //! Connection  calls, any number at once, each with a deadline
 //! ```
 //! Source: ttrpc's PROTOCOL.md: 4 bytes of length, 4 of stream id, both big-endian, then type, flags and payload.
@@ -91,12 +91,12 @@ pub enum CallError {
     Refused {
         /// The status.
         code: Code,
-        /// Its sentence.
+        /// Its message.
         message: String,
     },
     /// The connection has ended.
     Closed,
-    /// Nothing came in time.
+    /// No answer came in time.
     Silent,
     /// What came is not the method's message, and why.
     Garbage(String),
@@ -125,7 +125,7 @@ impl fmt::Display for CallError {
 
 impl std::error::Error for CallError {}
 
-/// What a call comes back with.
+/// The result of a call.
 pub type Answer<T> = std::result::Result<T, CallError>;
 
 /// Reads a method's message.
@@ -211,7 +211,7 @@ pub fn header(length: u32, stream: u32, kind: u8) -> Vec<u8> {
     bytes
 }
 
-/// A connection without any manners.
+/// A connection that sends arbitrary bytes.
 #[derive(Debug)]
 pub struct Wire {
     reader: Incoming,
@@ -249,7 +249,7 @@ impl Wire {
         }
     }
 
-    /// Waits for the next frame; none when the peer has hung up.
+    /// Waits for the next frame; none when the peer has closed the connection.
     pub async fn receive(&mut self) -> Result<Option<Frame>> {
         self.reader.receive().await
     }
@@ -278,7 +278,7 @@ impl Wire {
 }
 
 impl Incoming {
-    /// Waits for the next frames and looks at each; false when the peer has hung up. For many small ones.
+    /// Waits for the next frames and looks at each; false when the peer has closed the connection. For many small ones.
     pub async fn receive_all(&mut self, mut look: impl FnMut(u32, &[u8]) -> Result<()>) -> Result<bool> {
         let read = within("receive frames", DEADLINE, self.socket.read_buf(&mut self.input)).await??;
         let mut at = 0;
@@ -291,7 +291,7 @@ impl Incoming {
         Ok(read > 0)
     }
 
-    /// Waits for the next frame; none when the peer has hung up.
+    /// Waits for the next frame; none when the peer has closed the connection.
     pub async fn receive(&mut self) -> Result<Option<Frame>> {
         loop {
             if let Some(frame) = take_frame(&mut self.input) {
@@ -353,7 +353,7 @@ impl Connection {
                     Ok(Some(frame)) => {
                         let call = theirs.lock().expect("no panic under this lock").calls.remove(&frame.stream);
                         if let Some(call) = call {
-                            let _nobody_waits_any_more = call.send(frame);
+                            let _caller_gave_up = call.send(frame);
                         }
                     }
                     Err(error) if error.downcast_ref::<io::Error>().is_none() => {}
@@ -398,7 +398,7 @@ impl Connection {
         }
     }
 
-    /// Whether the server has hung up.
+    /// Whether the server has closed the connection.
     pub fn is_closed(&self) -> bool {
         self.0.waiting.lock().expect("no panic under this lock").closed
     }

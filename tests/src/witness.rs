@@ -1,4 +1,4 @@
-//! A container whose shim is abused: it has to go on as if nothing were.
+//! A container whose shim gets invalid input or many requests: it must not be affected.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::proc;
 use crate::stand::Stand;
 use crate::stdio::{self, Pace, Reader};
 
-/// A container that counts aloud, in the same shim as what is abused: it has to go on as if nothing were.
+/// A container that prints numbers, in the shim under test: it must keep counting without a gap.
 #[derive(Debug)]
 pub struct Witness {
     /// The container.
@@ -18,7 +18,7 @@ pub struct Witness {
     numbers: Reader,
 }
 
-/// A count that a shell has no part in, once a millisecond or so.
+/// The counting program: about once a millisecond, without a shell.
 const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i; usleep 2000; done";
 
 impl Witness {
@@ -46,7 +46,7 @@ impl Witness {
 
     async fn goes_on(&self) -> Result<()> {
         let before = self.numbers.count();
-        eventually("the witness counts on", a_second() * 2, async || {
+        eventually("the witness keeps counting", a_second() * 2, async || {
             ensure!(self.numbers.count() > before, "{before} bytes");
             Ok(())
         })

@@ -1,4 +1,4 @@
-//! What the conformance suite and our own tests put a shim through, each with expectations of its own afterwards.
+//! Workloads that the conformance suite and our own tests share; each checks its own expectations afterwards.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -38,9 +38,9 @@ pub async fn short_execs(container: &Container, total: usize, at_once: usize) ->
     }
     ensure!(statuses == 0, "{statuses}");
     ensure!(container.destroy().await? == 137);
-    let told = container.stand().containerd().events().of_until(&container.id, "delete").await?;
+    let published = container.stand().containerd().events().of_until(&container.id, "delete").await?;
     let mut by_exec: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for event in &told {
+    for event in &published {
         if let Some((_, exec)) = event.split_once('(') {
             by_exec.entry(exec).or_default().push(event);
         }
@@ -51,7 +51,7 @@ pub async fn short_execs(container: &Container, total: usize, at_once: usize) ->
         ensure!(of_it.len() >= 3 && of_it[..3] == expected, "e{number}: {of_it:?}");
         ensure!(of_it[3..].iter().all(|event| event.starts_with("delete")) && of_it.len() <= 4, "e{number}: {of_it:?}");
     }
-    Ok(told)
+    Ok(published)
 }
 
 /// A log file on a full disk: the container `c1` is delayed for a while only, and continues with the next byte that can be written.
@@ -64,7 +64,7 @@ pub async fn full_disk(stand: &Stand) -> Result<()> {
     let (log, go) = (disk.join("out"), stand.folder().join("go"));
     stdio::fifo(&go)?;
     // more than a pipe holds
-    let script = "i=0; while [ $i -lt 4000 ]; do i=$((i+1)); echo line $i of those that nobody will see; done; read go; echo last; exit 3";
+    let script = "i=0; while [ $i -lt 4000 ]; do i=$((i+1)); echo line $i that is not written; done; read go; echo last; exit 3";
     let uri = format!("file://{}", text(&log));
     let container = stand.bundle("c1", &["sh", "-c", script]).stdio(&text(&go), &uri, &uri).run().await?;
     let pid = container.pid.cast_signed();

@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // more than processors: most of the time they wait
     arguments.test_threads.get_or_insert(4);
-    let shim = match (arguments.list, suite::fetch().and_then(|()| Shim::on_trial())) {
+    let shim = match (arguments.list, suite::fetch().and_then(|()| Shim::under_test())) {
         (_, Ok(Shim { binary: Some(binary), .. })) => binary,
         (true, _) => PathBuf::new(),
         (false, Ok(_)) => return cannot("no shim: name its binary with X_SHIM"),

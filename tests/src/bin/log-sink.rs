@@ -28,7 +28,7 @@ fn main() -> io::Result<ExitCode> {
     termination.thread_block()?;
     let environment: Vec<String> = std::env::vars().map(|(key, value)| format!("{key}={value}\n")).collect();
     fs::write(folder.join("environment"), environment.concat())?;
-    // opened by path, so that no descriptor has to be taken on trust
+    // opened by path, so that no inherited descriptor number is assumed to be the right file
     let mut out = File::open("/proc/self/fd/3")?;
     let mut err = File::open("/proc/self/fd/4")?;
     let (mut out_file, mut err_file) = (File::create(folder.join("stdout"))?, File::create(folder.join("stderr"))?);

@@ -89,7 +89,7 @@ fn figures(plan: Plan, manager: Option<&Path>) -> Result<Value> {
 }
 
 async fn measure(plan: Plan) -> Result<Value> {
-    let shim = Shim::on_trial()?;
+    let shim = Shim::under_test()?;
     let daemon = Arc::new(Daemon::start(Suite::Forky, &shim).await?);
     let programs = std::env::current_exe()?.parent().context("a file is in a folder")?.to_owned();
     let cx = Context::new(Arc::clone(&daemon), Runtime::Crun, shim, &programs).await?;
@@ -103,11 +103,11 @@ async fn measure(plan: Plan) -> Result<Value> {
     let idle = memory(&daemon)?;
 
     eprintln!("{}: lifecycles, events", cx.suite());
-    let mut lives = Vec::new();
+    let mut lifecycles = Vec::new();
     for _round in 0..plan.rounds {
         let begin = Instant::now();
         ensure!(cx.container(&["true"]).run().await? == 0);
-        lives.push(begin.elapsed().as_secs_f64() * 1000.0);
+        lifecycles.push(begin.elapsed().as_secs_f64() * 1000.0);
     }
     eprintln!("events");
     let events = events_per_second(&cx).await?;
@@ -144,7 +144,7 @@ async fn measure(plan: Plan) -> Result<Value> {
     let again = memory(&daemon)?;
     several("destroyed", containers.len(), async |number: usize| containers[number].destroy().await).await?;
     Ok(json!({
-        "first": median(&mut starts), "idle": idle, "life": median(&mut lives), "events": events, "full": full, "again": again,
+        "first": median(&mut starts), "idle": idle, "life": median(&mut lifecycles), "events": events, "full": full, "again": again,
         "answered": answered.as_secs_f64() * 1000.0, "all": all.as_secs_f64() * 1000.0,
     }))
 }
@@ -223,12 +223,12 @@ async fn events_per_second(cx: &Context) -> Result<f64> {
             Ok::<_, anyhow::Error>(())
         });
     }
-    let mut heard = 0;
-    while heard < EVENTS && begin.elapsed() < Duration::from_secs(20) {
+    let mut received = 0;
+    while received < EVENTS && begin.elapsed() < Duration::from_secs(20) {
         let envelope = tokio::time::timeout(Duration::from_secs(10), stream.message()).await??.context("the stream ended")?;
-        heard += u32::from(envelope.topic == "/bench/event");
+        received += u32::from(envelope.topic == "/bench/event");
     }
-    let rate = f64::from(heard) / begin.elapsed().as_secs_f64();
+    let rate = f64::from(received) / begin.elapsed().as_secs_f64();
     Ok(rate)
 }
 

@@ -236,7 +236,7 @@ fn compare(options: &Options) -> Result<bool> {
     Ok(true)
 }
 
-/// A run for each fault: of the cases that claim to see one, unless others are asked for.
+/// A run for each fault, of the cases that must detect one unless others are chosen.
 fn all_faults(options: &Options) -> Result<bool> {
     let mut plan = options.plan(options.shim()?)?;
     plan.cases.retain(|case| !options.filters.is_empty() || faults::ALL.iter().any(|fault| fault.is_claimed_by(case.name)));

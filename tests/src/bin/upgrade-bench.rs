@@ -3,10 +3,10 @@
 //! ```text
 //! upgrade-bench [--rounds 1000] [--shims 0] [--rest 0] [--json]
 //! ```
-//! `X_SHIM` names the shim. In each round a client makes calls without a pause that only a worker can answer, while the shim is upgraded to a copy
+//! `X_SHIM` names the shim. In each round a client makes calls without a pause, which only a worker can answer, while the shim is upgraded to a copy
 //! of its program; the longest call is the round's pause. One half of the rounds replaces the worker, the other the keeper too; as many
 //! again ask the shim for nothing but `ps`, which shows how long a call takes on this machine anyway.
-//! `--shims` upgrades that many containers' shims in one go instead. `--rest` measures what it gives and costs that idle workers rest, with so
+//! `--shims` upgrades that many containers' shims in one go instead. `--rest` measures the gain and the cost of hibernating workers, with so
 //! many shims; `X_SHIM_IDLE_SECONDS` is best set to 5.
 
 use std::path::{Path, PathBuf};
@@ -71,7 +71,7 @@ impl Plan {
 }
 
 async fn measure(plan: &Plan) -> Result<()> {
-    let shim = Shim::on_trial()?;
+    let shim = Shim::under_test()?;
     let own = std::env::current_exe()?;
     let stand = Stand::new(&shim, own.parent().context("a file is in a folder")?)?;
     let copies = [copy(&stand, "first")?, copy(&stand, "second")?];
@@ -105,19 +105,20 @@ async fn rounds(stand: &Stand, copies: &[PathBuf; 2], rounds: usize) -> Result<V
     result["nothing"] = json!({ "rounds": idle.len(), "seen by a client": figures(idle)? });
     for (kind, words) in [("worker", &["--worker-only"][..]), ("worker and keeper", &[])] {
         let mut pauses = Vec::new();
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         for round in 0..rounds / 2 {
             let (pause, report) = beside_calls(&container, upgrade(stand, &copies[round % 2], words)).await?;
             pauses.push(pause);
-            told.push(Duration::from_secs_f64(report["summary"]["longest_pause_ms"].as_f64().context("no pause")? / 1e3));
+            reported.push(Duration::from_secs_f64(report["summary"]["longest_pause_ms"].as_f64().context("no pause")? / 1e3));
         }
-        result[kind] = json!({ "rounds": pauses.len(), "seen by a client": figures(pauses)?, "reported by the keeper": figures(told)? });
+        result[kind] =
+            json!({ "rounds": pauses.len(), "seen by a client": figures(pauses)?, "reported by the keeper": figures(reported)? });
     }
     container.shut_down().await?;
     Ok(result)
 }
 
-/// Has a client call while something is done. Returns its longest call, and what has come of it.
+/// Has a client call while `doing` runs. Returns the longest call, and the result.
 async fn beside_calls(container: &Container, something: impl Future<Output = Result<Value>>) -> Result<(Duration, Value)> {
     let stop = Arc::new(AtomicBool::new(false));
     let calls = tokio::spawn(call_until(container.task.clone(), Arc::clone(&stop)));
@@ -186,11 +187,11 @@ async fn rest(stand: &Stand, count: usize) -> Result<Value> {
             warm.push(call(container).await?);
         }
         awake = memory_kib(&ps(stand).await?)?;
-        eventually("all workers rest", Duration::from_secs(60), async || {
+        eventually("all workers hibernate", Duration::from_secs(60), async || {
             let said = ps(stand).await?;
             let left = said["shims"].as_array().context("no shims")?.iter().filter(|shim| shim["worker_asleep"] != true).count();
             asleep = memory_kib(&said)?;
-            ensure!(left == 0, "{left} do not");
+            ensure!(left == 0, "{left} workers still run");
             Ok(())
         })
         .await?;

@@ -1,4 +1,4 @@
-//! One case, in a process and namespaces of its own: whatever a shim does, it ends with them.
+//! One case, in a process and namespaces of its own: so every process of the case ends with them.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,7 +20,7 @@ use crate::suite::Shim;
 use crate::times::{TIMES, times};
 use crate::{isolation, trace};
 
-/// What came of a case.
+/// The result of a case.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verdict", content = "detail", rename_all = "lowercase")]
 pub enum Verdict {
@@ -97,7 +97,9 @@ fn try_perform(deadline: Instant, case: &Case, subject: &Subject, folder: &Path)
             child.wait()?;
             // its namespaces end with it, but these have to be removed
             isolation::remove_cgroups_of(child.id());
-            return Ok(Verdict::Failed("the case did not end by itself, and was killed with all that it had started".to_owned()));
+            return Ok(Verdict::Failed(
+                "the case did not end by itself, and was killed together with every process that it had started".to_owned(),
+            ));
         }
         std::thread::sleep(Duration::from_millis(5)); // the kernel has no wait with a deadline for a child
     }
@@ -113,14 +115,14 @@ fn try_perform(deadline: Instant, case: &Case, subject: &Subject, folder: &Path)
 /// The command with which it asks a program for its output to a flag.
 pub const ASK: &str = "ask";
 
-/// What `program` prints when it is started with `flag`, in namespaces of its own, which end with whatever it has started.
+/// What `program` prints when it is started with `flag`, in namespaces of its own, which end every process that it has started.
 ///
 /// Errors: it prints nothing in time, or too much.
 pub fn ask(subject: &Subject, program: &Path, flag: &str) -> Result<String> {
     EXECUTOR.block_on(async {
         let mut command = tokio::process::Command::new(subject.programs.join(PROGRAM));
         command.arg(ASK).arg(program).arg(flag).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
-        let output = within("its own output", SOON, bundle::output_of(&mut command.spawn()?)).await??;
+        let output = within("the program's output", SOON, bundle::output_of(&mut command.spawn()?)).await??;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     })
 }
@@ -199,7 +201,7 @@ async fn try_judge(case: &Case, subject: &Subject, folder: &Path) -> Result<()> 
     leaves_nothing(&stand).await
 }
 
-/// Of sockets, clauses of their own speak.
+/// Sockets are left to clauses of their own.
 async fn leaves_nothing(stand: &Stand) -> Result<()> {
     eventually("nothing of the case is left behind", SOON, async || {
         let mut left = stand.leftovers();

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 /// The document.
 pub const DOCUMENT: &str = include_str!("../../../docs/protocol.md");
 
-/// How much a clause binds, as in RFC 2119.
+/// The requirement level of a clause, as in RFC 2119.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// A shim that breaks it does not work with containerd.
@@ -46,7 +46,7 @@ impl FromStr for Level {
 pub struct Clause {
     /// A letter and a number.
     pub id: &'static str,
-    /// How much it binds.
+    /// Its level.
     pub level: Level,
     /// Its text.
     pub text: &'static str,

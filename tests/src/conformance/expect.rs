@@ -1,9 +1,9 @@
-//! What is known of a shim: the cases in which it does otherwise, each with a reason.
+//! The known deviations of a shim: cases that it fails, each with a reason.
 //!
 //! ```toml
 //! [[deviation]]
 //! case = "stdio.a_late_reader_gets_everything"
-//! reason = "Create waits for a reader"
+//! reason = "Create blocks until the fifo has a reader"
 //! engine = "runc"      # optional: with this OCI runtime only
 //! sometimes = true     # optional: not every time
 //! ```
@@ -24,7 +24,7 @@ pub struct Expectations {
     deviation: Vec<Deviation>,
 }
 
-/// One case in which a shim is known to do otherwise.
+/// One case that a shim is known to fail.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Deviation {
@@ -40,7 +40,7 @@ pub struct Deviation {
 }
 
 impl Expectations {
-    /// Reads a file, and checks that it speaks of `cases` that there are.
+    /// Reads a file, and checks that it names only existing `cases`.
     ///
     /// Errors: what is wrong with it, and where.
     pub fn read(path: &Path, cases: &[Case]) -> Result<Self> {
@@ -56,7 +56,7 @@ impl Expectations {
         Ok(expectations)
     }
 
-    /// What is known of a case with this OCI runtime.
+    /// The known deviation in a case with this OCI runtime.
     pub fn of(&self, case: &str, engine: &str) -> Option<&Deviation> {
         let applies = |deviation: &&Deviation| deviation.case == case && deviation.engine.as_ref().is_none_or(|name| name == engine);
         self.deviation.iter().find(applies)

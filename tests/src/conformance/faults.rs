@@ -284,8 +284,8 @@ pub const ALL: &[Fault] = &[
         "stay",
         "Shutdown is answered without effect",
         &[
-            ("lifetime.a_shim_exits_on_shutdown", "the shim has left"),
-            ("lifetime.a_group_deleted_concurrently_leaves_nothing", "the shim has left"),
+            ("lifetime.a_shim_exits_on_shutdown", "the shim has exited"),
+            ("lifetime.a_group_deleted_concurrently_leaves_nothing", "the shim has exited"),
         ],
     )
     .broad("every case ends with a Shutdown"),
@@ -333,7 +333,10 @@ pub const ALL: &[Fault] = &[
     fault(
         "whole-frames-only",
         "a frame that arrives in pieces ends the connection",
-        &[("wire.frames_split_anywhere_are_reassembled", "hung up"), ("wire.a_slow_client_does_not_delay_the_others", "Broken pipe")],
+        &[
+            ("wire.frames_split_anywhere_are_reassembled", "the shim closed the connection"),
+            ("wire.a_slow_client_does_not_delay_the_others", "Broken pipe"),
+        ],
     ),
     fault(
         "half-frame-blocks",

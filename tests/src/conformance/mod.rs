@@ -1,4 +1,4 @@
-//! The conformance suite: what containerd's shim protocol asks for, clause by clause, and what a shim makes of it.
+//! The conformance suite: what containerd's shim protocol asks for, clause by clause, and how far a shim conforms.
 //!
 //! ```text
 //!  docs/protocol.md ── clauses ──┐
@@ -7,8 +7,8 @@
 //!                                    ▼
 //!                         progress, summary, JSON, JUnit, tables
 //! ```
-//! **Invariant:** a case knows nothing of the shim but its path. What a known shim does otherwise stands in a file of
-//! [`expect`]ations with a reason, never in a case.
+//! **Invariant:** a case knows nothing of the shim but its path. Known deviations of a shim are in a file of
+//! [`expect`]ations, each with a reason, never in a case.
 
 pub mod cases;
 pub mod child;
@@ -55,7 +55,7 @@ impl Need {
     }
 }
 
-/// One thing that is true of a good shim.
+/// One property of a conforming shim.
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
     /// `area.sentence`

@@ -8,7 +8,7 @@ use super::clauses::{self, Level};
 use super::run::{Outcome, Results};
 use super::{Case, cases};
 
-/// The clause, the case and what went wrong.
+/// The clause, the case and the failure.
 pub(super) fn sentence(case: &Case, why: &str) -> String {
     let clause = clauses::find(case.clause).map_or(String::new(), |clause| format!("{} {}: {}\n", clause.id, clause.level, clause.text));
     format!("{clause}{}: {why}", case.name)

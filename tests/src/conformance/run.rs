@@ -31,7 +31,7 @@ pub struct Plan {
     pub logs: PathBuf,
 }
 
-/// What came of one case.
+/// The outcome of one case.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Outcome {
     /// The case.
@@ -41,7 +41,7 @@ pub struct Outcome {
     /// The verdict.
     #[serde(flatten)]
     pub verdict: Verdict,
-    /// Why the failure is no surprise.
+    /// The reason if the failure is expected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub known: Option<String>,
     /// How long it took.
@@ -49,12 +49,12 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// How much its clause binds.
+    /// The level of its clause.
     pub fn level(&self) -> Level {
         clauses::find(&self.clause).map_or(Level::Must, |clause| clause.level)
     }
 
-    /// Whether it needs no attention.
+    /// Whether it is as expected.
     pub fn is_fine(&self) -> bool {
         match &self.verdict {
             Verdict::Passed => self.known.is_none(),
@@ -64,7 +64,7 @@ impl Outcome {
     }
 }
 
-/// What came of a run, and what it ran on.
+/// The results of a run, and the programs it ran on.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Results {
     /// The version that the shim prints.
@@ -80,16 +80,16 @@ pub struct Results {
 }
 
 impl Results {
-    /// Whether it needs no attention.
+    /// Whether it is as expected.
     pub fn is_fine(&self) -> bool {
         self.outcomes.iter().all(Outcome::is_fine)
     }
 }
 
-/// Performs them all; calls `told` with each as it ends.
+/// Performs them all; calls `on_outcome` with each outcome as it ends.
 ///
 /// Errors: when nothing can be run here.
-pub fn run(plan: &Plan, told: impl Fn(&Outcome) + Sync) -> Result<Results> {
+pub fn run(plan: &Plan, on_outcome: impl Fn(&Outcome) + Sync) -> Result<Results> {
     ensure!(nix::unistd::geteuid().is_root(), "this needs root: it starts shims, containers and namespaces");
     fs::create_dir_all(&plan.logs).with_context(|| format!("make the folder for logs {}", plan.logs.display()))?;
     let (next, done) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
@@ -101,7 +101,7 @@ pub fn run(plan: &Plan, told: impl Fn(&Outcome) + Sync) -> Result<Results> {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some(case) = plan.cases.get(index) else { return };
                     let outcome = perform(plan, case, &engine);
-                    told(&outcome);
+                    on_outcome(&outcome);
                     done.lock().expect("no panic under this lock").insert(index, outcome);
                 }
             });
@@ -130,7 +130,7 @@ fn perform(plan: &Plan, case: &Case, engine: &str) -> Outcome {
             let _said_elsewhere_too = fs::write(folder.join("failure"), format!("{}\n", report::sentence(case, why)));
         }
         Verdict::Passed | Verdict::Skipped(_) => {
-            let _nobody_needs_it = fs::remove_dir_all(&folder);
+            let _best_effort = fs::remove_dir_all(&folder);
         }
     }
     let known = known.map(|known| known.reason.clone());

@@ -39,7 +39,7 @@ pub async fn of_lengths(stand: &Stand) -> Result<Vec<Refusal>> {
     Ok(said)
 }
 
-/// What is no request, and services, methods and time limits that make no sense.
+/// Frames that are no requests, and invalid services, methods and timeouts.
 pub async fn of_garbage(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
     let mut said = Vec::new();
@@ -130,7 +130,7 @@ pub async fn of_streams(stand: &Stand) -> Result<Vec<Refusal>> {
         wire.send(&Frame::request(3, spoken(&witness), "State", &state).encode()).await?;
         let mut refused = false;
         loop {
-            let frame = wire.receive().await?.with_context(|| format!("hung up upon a frame of type {kind}"))?;
+            let frame = wire.receive().await?.with_context(|| format!("the shim closed the connection after a frame of type {kind}"))?;
             match (frame.stream, frame.answer()) {
                 (1, Err(_)) if !refused => refused = true,
                 (3, Ok(_)) => break,
@@ -152,9 +152,9 @@ pub fn spoken(witness: &Witness) -> &'static str {
     witness.container.task.service_name()
 }
 
-/// The answer to a request that nothing is wrong with.
+/// The answer to a valid request.
 pub async fn answers(wire: &mut Wire, service: &str, stream: u32) -> Result<()> {
     let answer = wire.call(stream, service, "State", &state_of("witness")).await?;
-    ensure!(answer.is_ok(), "a good request afterwards: {answer:?}");
+    ensure!(answer.is_ok(), "a valid request afterwards: {answer:?}");
     Ok(())
 }

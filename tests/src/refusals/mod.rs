@@ -1,7 +1,7 @@
 //! Requests that a shim refuses, and its answers. A container of the same shim, the witness, is not affected.
 //!
-//! Each function asks for what cannot be, looks at what is so of every shim (an error is answered, nothing is made, what is good goes on
-//! working), and returns what was said: how clear that has to be is for the caller to say.
+//! Each function sends invalid requests, checks what every shim must do (answer an error, create nothing, keep serving valid requests), and
+//! returns the error messages: callers decide how precise those must be.
 
 pub mod frames;
 pub mod requests;
@@ -17,7 +17,7 @@ pub struct Refusal {
     pub what: &'static str,
     /// The code.
     pub code: Code,
-    /// The sentence.
+    /// The message.
     pub message: String,
 }
 

@@ -50,7 +50,7 @@ pub async fn of_bundles(stand: &Stand) -> Result<Vec<Refusal>> {
     Ok(said)
 }
 
-/// Create with something in it that cannot be: each sentence names that.
+/// Create with invalid fields: each error message names the field.
 pub async fn of_creates(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
     let task = &witness.container.task;
@@ -92,7 +92,7 @@ pub async fn of_creates(stand: &Stand) -> Result<Vec<Refusal>> {
     for (what, request, words) in cases {
         let refused = Refusal::of(what, task.create(&request).await)?;
         ensure!(refused.message.contains(words), "{refused:?}");
-        ensure!(task.state("bad", "").await.is_err(), "{what}: something was made");
+        ensure!(task.state("bad", "").await.is_err(), "{what}: the container exists");
         said.push(refused);
     }
     // no root file system at all: the bundle's folder for it is gone, and nothing is mounted there
@@ -107,7 +107,7 @@ pub async fn of_creates(stand: &Stand) -> Result<Vec<Refusal>> {
     Ok(said)
 }
 
-/// Texts that are no ids, where one would be made: InvalidArgument. Elsewhere it is NotFound.
+/// Strings that are no valid ids: InvalidArgument where an id would be created, NotFound elsewhere.
 pub async fn of_ids(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
     let task = &witness.container.task;
@@ -145,7 +145,7 @@ pub async fn of_ids(stand: &Stand) -> Result<Vec<Refusal>> {
     Ok(said)
 }
 
-/// Execs that cannot be, refused at Exec or at Start.
+/// Execs that cannot run, refused at Exec or at Start.
 pub async fn of_execs(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
     let task = &witness.container.task;
@@ -177,7 +177,7 @@ pub async fn of_execs(stand: &Stand) -> Result<Vec<Refusal>> {
     Ok(said)
 }
 
-/// Signals and resources that make no sense, and a real-time signal, which is sent. Sizes without a terminal may be taken for nothing.
+/// Invalid signals and resources, and a real-time signal, which is sent. A size for a process without a terminal may be ignored.
 pub async fn of_values(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
     let task = &witness.container.task;

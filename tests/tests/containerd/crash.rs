@@ -42,8 +42,8 @@ async fn told_once(cx: &Context, events: &Events, process: &Process, status: u32
     // x-manager does not log events; the stock shim gives them up
     if suite::manager().is_none() && cx.shim().is_ours() {
         eventually("the exit is published", SOON, async || {
-            let told = cx.daemon().told_exits(namespace);
-            ensure!(told >= in_all, "{told} exits of {in_all} were published");
+            let received = cx.daemon().received_exits(namespace);
+            ensure!(received >= in_all, "{received} exits of {in_all} were published");
             Ok(())
         })
         .await?;
@@ -51,13 +51,13 @@ async fn told_once(cx: &Context, events: &Events, process: &Process, status: u32
     events.catch_up(cx.client()).await?;
     let exits = events.exits(&process.id, &process.exec);
     ensure!(exits.len() <= 1 && exits.iter().all(|exit| exit.status == status), "{exits:?}");
-    let told = cx.daemon().told_exits(namespace);
-    ensure!(told <= in_all, "{told} exits were published, not {in_all}");
+    let received = cx.daemon().received_exits(namespace);
+    ensure!(received <= in_all, "{received} exits were published, not {in_all}");
     Ok(())
 }
 
 pub(crate) async fn a_container_runs_on_while_the_daemon_is_down(cx: Context) -> Result<()> {
-    let cx = cx.with_own_talkative_daemon().await?;
+    let cx = cx.with_own_verbose_daemon().await?;
     let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
     container.io.out().until("up").await?;
     for _crash in 0..2 {
@@ -73,7 +73,7 @@ pub(crate) async fn a_container_runs_on_while_the_daemon_is_down(cx: Context) ->
 }
 
 async fn exits_while_down(cx: Context, end: impl Fn(&Context) -> Result<()>) -> Result<()> {
-    let cx = cx.with_own_talkative_daemon().await?;
+    let cx = cx.with_own_verbose_daemon().await?;
     let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
     container.io.out().until("up").await?;
     let mut stdin = container.io.stdin().await?;
@@ -97,7 +97,7 @@ pub(crate) async fn an_exit_while_the_daemon_is_upgraded_is_published_afterwards
 }
 
 pub(crate) async fn an_exec_survives_the_daemon(cx: Context) -> Result<()> {
-    let cx = cx.with_own_talkative_daemon().await?;
+    let cx = cx.with_own_verbose_daemon().await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let exec = container.exec("e", &["sh", "-c", "read x; echo got $x; exit 5"]).stdio(Stdio::ALL).start().await?;
     let mut stdin = exec.io.stdin().await?;
@@ -111,7 +111,7 @@ pub(crate) async fn an_exec_survives_the_daemon(cx: Context) -> Result<()> {
 }
 
 pub(crate) async fn a_created_container_survives_the_daemon(cx: Context) -> Result<()> {
-    let cx = cx.with_own_talkative_daemon().await?;
+    let cx = cx.with_own_verbose_daemon().await?;
     let container = cx.container(&["sh", "-c", "exit 3"]).create().await?;
     let other = cx.container(&["sleep", "1000"]).create().await?;
     cx.crash_daemon().await?;
@@ -217,7 +217,7 @@ pub(crate) async fn a_daemon_killed_after_create_was_done_leaves_a_whole_contain
 }
 
 pub(crate) async fn a_daemon_killed_during_start_loses_no_exit(cx: Context) -> Result<()> {
-    let cx = cx.with_own_talkative_daemon().await?;
+    let cx = cx.with_own_verbose_daemon().await?;
     let gate = cx.gate()?;
     let events = cx.events().await?;
     let container = cx.container(&["sh", "-c", "exit 3"]).runtime_binary(&gate.binary()).create().await?;
@@ -274,7 +274,7 @@ pub(crate) async fn a_daemon_killed_during_exec_loses_no_container(cx: Context) 
 }
 
 pub(crate) async fn a_daemon_killed_during_delete_leaves_nothing(cx: Context) -> Result<()> {
-    let cx = cx.with_own_talkative_daemon().await?;
+    let cx = cx.with_own_verbose_daemon().await?;
     let gate = cx.gate()?;
     let events = cx.events().await?;
     let container = cx.container(&["sh", "-c", "exit 3"]).runtime_binary(&gate.binary()).start().await?;

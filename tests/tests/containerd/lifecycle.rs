@@ -238,7 +238,7 @@ pub(crate) async fn the_runtimes_own_message_reaches_the_client(cx: Context) -> 
 pub(crate) async fn a_runtime_that_prints_a_megabyte_blocks_nothing(cx: Context) -> Result<()> {
     let gate = cx.gate()?;
     for verb in ["create", "start", "exec", "kill", "delete"] {
-        gate.shout(verb, 1 << 20)?;
+        gate.flood(verb, 1 << 20)?;
     }
     let container = cx.container(&["sh", "-c", "trap 'exit 3' TERM; echo ready; sleep 1000 & wait"]);
     let container = container.runtime_binary(&gate.binary()).stdio(Stdio::OUTPUT).start().await?;

@@ -9,7 +9,7 @@ use shim_tests::task::Task;
 use shim_tests::ttrpc::Code;
 
 /// Does what is worth a line or several.
-async fn be_talkative(container: &Container, rounds: usize) -> Result<()> {
+async fn log_many_lines(container: &Container, rounds: usize) -> Result<()> {
     for round in 0..rounds {
         let second = a_second();
         container.task.state_within(&container.id, "", second).await?;
@@ -24,17 +24,17 @@ pub(crate) async fn a_log_without_a_reader_blocks_nothing_and_reports_dropped_li
     let task = Task::connect(&bundle.start_shim_with(&["-debug"], &[]).await?).await?;
     let container = bundle.run_in(&task).await?;
     // more than a fifo holds, which is 64 KiB
-    be_talkative(&container, 2000).await?;
+    log_many_lines(&container, 2000).await?;
     ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
     // a reader that opens it gets whole lines, and the count of missed ones
     let reader = Reader::open(&container.bundle.folder.join("log"), Pace::Keep)?;
-    be_talkative(&container, 20).await?;
+    log_many_lines(&container, 20).await?;
     let text = reader.until("dropped=").await?;
     ensure!(text.len() > 60_000, "{} bytes", text.len());
     check_format(&text)?;
     drop(reader);
     // and one that closes it again leaves a log without a reader
-    be_talkative(&container, 1000).await?;
+    log_many_lines(&container, 1000).await?;
     container.shut_down().await.map(drop)
 }
 

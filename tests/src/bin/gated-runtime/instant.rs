@@ -1,5 +1,5 @@
-//! An OCI runtime that makes processes and nothing around them: no namespace, no root, no cgroup. It takes a millisecond where a real
-//! one takes thirty, so that thousands of processes can begin and end within a test.
+//! An OCI runtime that starts processes without namespaces, root file system or cgroups. It takes a millisecond where a real one takes
+//! thirty, so that thousands of processes can start and exit within a test.
 //!
 //! It understands the arguments of runc for create, start, exec, kill and delete. `--root` holds a folder for each container with
 //! its pid and, until Start, the fifo on which init waits.

@@ -1,4 +1,4 @@
-//! An OCI runtime that blocks, fails or prints as the files beside it demand, and otherwise executes the real one.
+//! An OCI runtime that blocks, fails or prints as the files beside it say, and otherwise executes the real one.
 //! The table of those files is in `src/gate.rs`. Where none of them is, it is an [`instant`] one itself.
 
 mod instant;
@@ -35,7 +35,7 @@ fn run() -> io::Result<ExitCode> {
     let verb = verb(&arguments);
     let mut calls = File::options().create(true).append(true).open(folder.join("calls"))?;
     calls.write_all(format!("{verb} {}\n", arguments.join(" ")).as_bytes())?;
-    if let Ok(bytes) = fs::read_to_string(folder.join(format!("shout.{verb}"))) {
+    if let Ok(bytes) = fs::read_to_string(folder.join(format!("flood.{verb}"))) {
         let line = format!("{}\n", "x".repeat(1023));
         for _kilobyte in 0..bytes.trim().parse().unwrap_or(0) / line.len() {
             io::stderr().write_all(line.as_bytes())?;

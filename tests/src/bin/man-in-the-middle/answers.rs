@@ -1,4 +1,4 @@
-//! What a fault makes of an answer.
+//! How a fault changes an answer.
 
 use std::process::Command;
 
@@ -19,10 +19,10 @@ const REFUSALS: &[(&str, &str, Option<Code>, Code)] = &[
     ("exec-never-fails", "Start", None, Code::OK),
 ];
 
-/// What it makes of an answer that is no refusal: of a container's if the exec is empty.
+/// How it changes a successful answer; an empty exec means the container's init.
 type Change = fn(&Call, &mut Vec<u8>) -> Result<()>;
 
-/// Fault, method, and what becomes of an answer that is no refusal.
+/// Fault, method, and how it changes a successful answer.
 const CHANGES: &[(&str, &str, Change)] = &[
     ("wait-137", "Wait", |_, answer| edit(answer, |wait: &mut api::WaitResponse| wait.exit_status = 137)),
     ("bare-signal", "Wait", |_, answer| edit(answer, |wait: &mut api::WaitResponse| wait.exit_status -= signal_bit(wait.exit_status))),
@@ -61,7 +61,7 @@ pub(super) fn change(link: &Link, call: &Call, response: &mut Response) -> bool 
     true
 }
 
-/// What stands for an end by SIGTERM, and for no other.
+/// The exit status of a process killed by SIGTERM.
 fn signal_bit(exit_status: u32) -> u32 {
     if exit_status == 128 + 15 { 128 } else { 0 }
 }
@@ -92,7 +92,7 @@ fn clients_path(state: &mut api::StateResponse) {
     state.stdout = stdout::client_path(&state.stdout);
 }
 
-/// Makes them again, for a second: in a process of its own, as the shim may leave, and the man with it.
+/// Creates them again for a second, in a separate process, because the shim and this proxy may exit before that.
 fn keep_folders(call: &Call) -> Result<()> {
     let script = "mkdir -p \"$@\"; (sleep 1; rmdir \"$@\") </dev/null >/dev/null 2>&1 &";
     Command::new("/bin/sh")

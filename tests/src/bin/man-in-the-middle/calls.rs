@@ -1,4 +1,4 @@
-//! Between clients and the shim: frames in both directions. What a fault makes of them stands in [`requests`] and [`answers`].
+//! Between clients and the shim: frames in both directions. [`requests`] and [`answers`] describe how faults change them.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -17,15 +17,15 @@ use shim_tests::ttrpc::{Frame, HEADER_BYTES, MAX_PAYLOAD_BYTES, REQUEST, RESPONS
 
 use super::{answers, requests};
 
-/// What all connections know.
+/// State shared by all connections.
 pub(super) struct Shared {
     pub(super) fault: String,
     real: PathBuf,
     own: PathBuf,
-    /// How many are at what.
+    /// The number of operations in progress, by name.
     busy: Mutex<BTreeMap<String, usize>>,
     idle: Condvar,
-    /// What was done, of which container and process, and last on which connection.
+    /// The last connection on which each operation was performed, by container and process.
     pub(super) done: Mutex<BTreeMap<[String; 3], usize>>,
     pub(super) lost: Mutex<Vec<File>>,
 }
@@ -62,11 +62,11 @@ impl Shared {
         self.done.lock().expect("no panic under this lock").get(&key).copied()
     }
 
-    /// Asks the shim something itself, on a connection of its own.
+    /// Calls the shim on a separate connection.
     pub(super) fn ask<A: Message>(&self, method: &str, message: &impl Message) -> Result<A> {
         let mut shim = UnixStream::connect(&self.real)?;
         shim.write_all(&Frame::request(1, shim_tests::task::V2, method, message).encode())?;
-        let frame = read_frame(&mut shim, &mut Vec::new())?.ok_or_else(|| anyhow::anyhow!("it hung up"))?;
+        let frame = read_frame(&mut shim, &mut Vec::new())?.ok_or_else(|| anyhow::anyhow!("the shim closed the connection"))?;
         Ok(A::parse_from_bytes(&frame.answer()?)?)
     }
 
@@ -91,7 +91,7 @@ impl Drop for Busy {
     }
 }
 
-/// A request, as far as faults look at it.
+/// The part of a request that faults need.
 pub(super) struct Call {
     pub(super) service: String,
     pub(super) method: String,
@@ -99,7 +99,7 @@ pub(super) struct Call {
     pub(super) id: String,
     /// Empty for a container's.
     pub(super) exec: String,
-    /// Folders to be there when it is answered.
+    /// Folders that must exist when it is answered.
     pub(super) folders: Vec<PathBuf>,
 }
 
@@ -123,7 +123,7 @@ pub(super) struct Link {
     pub(super) number: usize,
     client: Mutex<UnixStream>,
     shim: UnixStream,
-    /// The requests under way.
+    /// The requests in progress.
     open: Mutex<BTreeMap<u32, (Call, [Busy; 2])>>,
 }
 
@@ -158,12 +158,12 @@ fn serve(mut client: UnixStream, shared: Arc<Shared>) -> Result<()> {
 }
 
 impl Link {
-    /// What it is called among those who are [`Busy`].
+    /// Its name among the operations that are [`Busy`].
     pub(super) fn name(&self) -> String {
         format!("connection {}", self.number)
     }
 
-    /// Passes requests on, and what is none too.
+    /// Forwards requests, and frames that are no requests.
     fn requests(&self, client: &mut UnixStream) -> Result<()> {
         let (mut input, mut shim, mut half) = (Vec::new(), &self.shim, None);
         loop {
@@ -221,7 +221,7 @@ impl Link {
         Ok((&self.shim).write_all(&frame.encode())?)
     }
 
-    /// Passes answers on.
+    /// Forwards answers.
     fn answers(&self, shim: &mut UnixStream) -> Result<()> {
         let mut input = Vec::new();
         while let Some(mut frame) = read_frame(shim, &mut input)? {
@@ -282,7 +282,7 @@ fn read_more(stream: &mut UnixStream, input: &mut Vec<u8>) -> io::Result<usize> 
     Ok(count)
 }
 
-/// Waits for a frame; none when the peer has hung up.
+/// Waits for a frame; none when the peer has closed the connection.
 pub(super) fn read_frame(stream: &mut UnixStream, input: &mut Vec<u8>) -> io::Result<Option<Frame>> {
     loop {
         if let Some(frame) = take_frame(input) {

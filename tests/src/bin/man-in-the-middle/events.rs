@@ -1,4 +1,4 @@
-//! Between the shim and the receiver of its events, and what a fault makes of them.
+//! Between the shim and the receiver of its events: how faults change events.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -18,7 +18,7 @@ use shim_tests::ttrpc::{Frame, RESPONSE};
 use super::calls::{Shared, edit, read_frame, status};
 use super::requests::AN_EVENT;
 
-/// What all connections know.
+/// State shared by all connections.
 #[derive(Default)]
 struct Memory {
     held: Mutex<Option<Frame>>,
@@ -30,10 +30,10 @@ struct Memory {
 enum Then {
     /// Takes it, and keeps it.
     Drop,
-    /// Passes it on behind the next one.
+    /// Forwards it after the next one.
     Late,
     Twice,
-    /// Passes it on as it is then.
+    /// Forwards it with this change.
     Change(fn(&Memory, &mut Envelope) -> Result<()>),
 }
 
@@ -68,7 +68,7 @@ pub(super) fn accept(listener: &UnixListener, daemon: &Path, shared: &Arc<Shared
     }
 }
 
-/// Passes events on, one after another, each with its answer; hangs up when the daemon does.
+/// Forwards events, one after another, each with its answer; closes the connection when the daemon does.
 fn serve(mut shim: UnixStream, daemon: &Path, shared: &Arc<Shared>, memory: &Memory) -> Result<()> {
     let mut upstream = UnixStream::connect(daemon)?;
     let (mut from_shim, mut from_daemon) = (Vec::new(), Vec::new());
@@ -94,7 +94,7 @@ fn serve(mut shim: UnixStream, daemon: &Path, shared: &Arc<Shared>, memory: &Mem
         let mut answer = None;
         for next in before.into_iter().chain([frame]).chain(late) {
             upstream.write_all(&next.encode())?;
-            let reply = read_frame(&mut upstream, &mut from_daemon)?.context("the daemon hung up")?;
+            let reply = read_frame(&mut upstream, &mut from_daemon)?.context("the daemon closed the connection")?;
             answer.get_or_insert(reply);
         }
         match answer {

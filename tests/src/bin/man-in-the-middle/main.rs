@@ -1,11 +1,11 @@
-//! A shim that is none: it runs a real one and passes everything on, but for one fault. See `src/conformance/faults.rs`.
+//! A proxy in place of a shim: it runs the real one and forwards everything, except for one fault. See `src/conformance/faults.rs`.
 //!
 //! ```text
 //! containerd ──start──▶ this ──start, with another address for events──▶ real shim
 //!     │                   └─▶ proxy: clients' socket ◀─▶ the shim's socket, events of the shim ◀─▶ containerd
 //!     └──calls──▶ proxy
 //! ```
-//! Each place has a table of what faults do there: [`requests`], [`answers`], [`events`], and here [`start`] and [`delete`].
+//! Each place has a table of its faults: [`requests`], [`answers`], [`events`], and here [`start`] and [`delete`].
 
 mod answers;
 mod calls;
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// What is written in a file beside this program.
+/// The content of a file beside this program.
 fn order(name: &str) -> Result<String> {
     let path = env::current_exe()?.with_file_name(name);
     fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
@@ -120,7 +120,7 @@ fn output_of_real(arguments: &[String], input: &[u8]) -> Result<Output> {
     let mut real = real.spawn()?;
     let _it_need_not_read = real.stdin.take().map(|mut stdin| stdin.write_all(input));
     let output = real.wait_with_output()?;
-    ensure!(output.status.success(), "the real one: {}", output.status);
+    ensure!(output.status.success(), "the real shim: {}", output.status);
     Ok(output)
 }
 
@@ -164,7 +164,7 @@ fn start(arguments: &[String]) -> Result<ExitCode> {
         return Ok(ExitCode::FAILURE);
     }
     let socket = read_address(&output.stdout)?;
-    // a shim that takes the place of one that was killed has a man of its own
+    // a shim that replaces a killed one has a proxy of its own
     let number = if fault == "no-group" { u64::from(std::process::id()) } else { fs::metadata(&socket)?.ino() };
     let own = PathBuf::from(format!("{}.m{number}", socket.display()));
     if UnixStream::connect(&own).is_ok() {
@@ -194,7 +194,7 @@ fn start(arguments: &[String]) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The proxy: as long as the shim runs.
+/// Runs the proxy for as long as the shim runs.
 fn proxy(arguments: &[String]) -> Result<ExitCode> {
     let [real, own, events, daemon, bundle] = arguments else { anyhow::bail!("arguments of the proxy") };
     let fault = order("fault")?;
@@ -202,14 +202,14 @@ fn proxy(arguments: &[String]) -> Result<ExitCode> {
     let clients = take(std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned())?;
     let publishers = take(std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned())?;
     if fault == "leak" {
-        // it passes for the shim, so that its own descriptors are looked at
+        // tests take this process for the shim and inspect its descriptors
         fs::write(Path::new(bundle).join("shim.pid"), std::process::id().to_string())?;
     }
     let shared = calls::Shared::new(&fault, real, own);
     let (daemon, for_events) = (PathBuf::from(daemon), Arc::clone(&shared));
     thread::spawn(move || events::accept(&publishers, &daemon, &for_events));
     thread::spawn(move || calls::accept(&clients, &shared));
-    // a ghost stays until the socket of a shim that was killed is removed
+    // with `ghost`, the proxy stays until the socket of the killed shim is removed
     let number = |path: &str| fs::metadata(path).map(|about| about.ino()).ok();
     let first = number(real);
     while number(real) == first && UnixStream::connect(real).is_ok() || fault == "ghost" && Path::new(real).exists() {

@@ -1,4 +1,4 @@
-//! What a fault makes of a request.
+//! How a fault changes a request.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt as _;
@@ -28,9 +28,9 @@ enum Then {
     Answer,
     /// Never answers.
     Silence,
-    /// Passes it on when that is no longer in progress: a method, [`HALF_A_FRAME`], [`AN_EVENT`] or the connection's name.
+    /// Forwards it when this is no longer in progress: a method, [`HALF_A_FRAME`], [`AN_EVENT`] or the connection's name.
     After(fn(&Link) -> String),
-    /// Passes it on as it is then.
+    /// Forwards it with this change.
     Change(fn(&Link, &mut Call) -> Result<()>),
 }
 
@@ -39,7 +39,7 @@ use Then::{After, Answer, Change, Refuse, Silence};
 pub(super) const HALF_A_FRAME: &str = "half a frame";
 pub(super) const AN_EVENT: &str = "an event";
 
-/// What was done with it.
+/// What the fault did with it.
 pub(super) enum Met {
     Passed,
     Kept,
@@ -155,7 +155,7 @@ fn lose_a_descriptor(link: &Link, _: &mut Call) -> Result<()> {
     Ok(())
 }
 
-/// A runtime of its own does it.
+/// The effect comes from an OCI runtime of this program.
 fn give_it_another_descriptor(_: &Link, call: &mut Call) -> Result<()> {
     let mut create = api::CreateTaskRequest::parse_from_bytes(&call.payload)?;
     let any = create.options.as_mut().context("no options")?;
@@ -174,7 +174,7 @@ fn take_the_masks_away(_: &Link, call: &mut Call) -> Result<()> {
     let path = Path::new(&create.bundle).join("config.json");
     let mut config: Value = serde_json::from_slice(&fs::read(&path)?)?;
     let linux = config["linux"].as_object_mut().context("no platform")?;
-    linux.remove("maskedPaths").context("nothing is masked")?;
+    linux.remove("maskedPaths").context("the spec masks no path")?;
     Ok(fs::write(path, config.to_string())?)
 }
 

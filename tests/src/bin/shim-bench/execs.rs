@@ -1,5 +1,5 @@
-//! Many added processes: how long State takes beside them, and what each of many costs. The shims are driven without a daemon, whose own
-//! work would be most of what is seen.
+//! Many execs: how long State takes meanwhile, and the cost of each exec. The shims are driven without a daemon, whose own work would be
+//! most of the measured time.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -115,7 +115,7 @@ async fn run_undeleted(container: &Container, exec: &str) -> Result<u32> {
     Ok(container.task.wait(&container.id, exec).await?)
 }
 
-/// Adds processes and starts all of them at once; each comes back when it has started.
+/// Adds execs and starts all of them at once; each future ends when its exec has started.
 async fn start(
     container: &Container,
     prefix: &str,

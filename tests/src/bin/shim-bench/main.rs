@@ -5,8 +5,8 @@
 //!            [--containers 100] [--rounds 30] [--execs 5000] [--skip memory,latency,load,stdout,execs] [--upgrade] [--rest] [--json]
 //! ```
 //! `stock` is the shim that comes with that containerd. A shim's runtime type follows from its file name.
-//! Of a shim with keepers, `--upgrade` upgrades all those whose memory was measured, in one go, and `--rest` measures them once more when all
-//! their workers rest.
+//! For a shim with keepers, `--upgrade` upgrades all shims whose memory was measured, in one go, and `--rest` measures them again when all
+//! their workers hibernate.
 
 mod execs;
 mod memory;
@@ -154,7 +154,7 @@ async fn measure(plan: &Plan) -> Result<()> {
         stdout(&mut subjects).await?;
     }
     if wanted("execs") {
-        eprintln!("added processes by the hundred …");
+        eprintln!("hundreds of execs …");
         execs::measure(&mut subjects, plan, &programs).await?;
     }
     if wanted("memory") {

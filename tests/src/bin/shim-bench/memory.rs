@@ -1,4 +1,4 @@
-//! Memory of shims of idle containers; and how shims with keepers are upgraded, and what is left of them when their workers rest.
+//! Memory of the shims of idle containers; for shims with keepers also the time of an upgrade, and the memory while their workers hibernate.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,16 +16,16 @@ use tokio::task::{JoinSet, LocalSet};
 
 use super::{Plan, Subject};
 
-/// Containers that are begun or ended at once.
+/// Containers that are created or deleted concurrently.
 const CLIENTS: usize = 8;
-/// What the slower of all shims has for one container, from creation to deletion, on a busy machine.
+/// The time limit per container, from creation to deletion: enough for the slowest shim on a busy machine.
 const WITHIN_EACH: Duration = Duration::from_secs(1);
-/// What it has for everything else.
+/// The time limit for everything else.
 const WITHIN: Duration = Duration::from_secs(300);
 /// How long the context switches of keepers alone are counted.
 const WATCHED: Duration = Duration::from_secs(20);
 /// A worker hibernates after a minute.
-const RESTS_WITHIN: Duration = Duration::from_secs(150);
+const HIBERNATES_WITHIN: Duration = Duration::from_secs(150);
 
 /// One shim after the other, so that none shares the machine with the containers of another.
 pub(super) async fn measure(subjects: &mut [Subject], plan: &Plan) -> Result<()> {
@@ -146,12 +146,12 @@ fn note(subject: &mut Subject, prefix: &str, processes: &Processes) -> Result<()
     Ok(())
 }
 
-/// Waits until all workers rest; what is left is the keepers alone, which nothing wakes.
+/// Waits until all workers hibernate: only keepers are left, and nothing wakes them.
 async fn rest(subject: &mut Subject, containers: usize) -> Result<()> {
-    eprintln!("{}: until all workers rest …", subject.name);
-    let processes = eventually("all workers rest", RESTS_WITHIN, async || {
+    eprintln!("{}: waiting until all workers hibernate …", subject.name);
+    let processes = eventually("all workers hibernate", HIBERNATES_WITHIN, async || {
         let processes = Processes::find(subject, containers)?;
-        ensure!(processes.workers.is_empty(), "{} do not", processes.workers.len());
+        ensure!(processes.workers.is_empty(), "{} workers still run", processes.workers.len());
         Ok(processes)
     })
     .await?;
@@ -172,7 +172,7 @@ fn context_switches(pid: i32) -> Result<u64> {
     Ok(count("voluntary_ctxt_switches")? + count("nonvoluntary_ctxt_switches")?)
 }
 
-/// Has all shims go on as a copy of their program.
+/// Upgrades all shims to a copy of their executable.
 async fn upgrade(subject: &mut Subject, containers: &[Container]) -> Result<()> {
     let shim = subject.cx.shim().binary.clone().context("a shim with keepers is a file")?;
     let program = subject.cx.folder().join("copy");

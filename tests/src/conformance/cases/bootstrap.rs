@@ -38,7 +38,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Starts a shim with that on standard input, and lets it run a container.
+/// Starts a shim with that on standard input, and runs a container in it.
 async fn serves(bundle: Bundle, flags: &[&str], input: &[u8]) -> Result<()> {
     let task = Task::connect(&bundle.start_shim_with(flags, input).await?).await?;
     let container = bundle.run_in(&task).await?;
@@ -113,7 +113,7 @@ async fn a_second_start_in_a_group_answers_the_living_shims_address(stand: Stand
     first.shut_down().await.map(drop)
 }
 
-/// As the kubelet's containers are marked.
+/// With the annotations that the kubelet sets.
 async fn a_pod_shares_one_shim(stand: Stand) -> Result<()> {
     let member = |id: &str, args: &[&str]| stand.bundle(id, args).spec(|spec| spec.annotation("io.kubernetes.cri.sandbox-id", "pod"));
     let pause = member("pod", &["sleep", "1000"]).run().await?;
@@ -142,7 +142,7 @@ async fn two_concurrent_starts_of_a_group_make_one_shim(stand: Stand) -> Result<
     Ok(())
 }
 
-/// A shim that was asked to leave goes on for whoever has been promised a place in it.
+/// Shutdown comes between the answer to a member's `start` and its Create: the shim must stay.
 async fn a_shim_stays_for_a_member_whose_start_was_answered(stand: Stand) -> Result<()> {
     let first = stand.bundle("c1", &["true"]).group("pod").run().await?;
     let second = stand.bundle("c2", &["sh", "-c", "exit 5"]).group("pod");
@@ -170,31 +170,31 @@ async fn info_names_the_runtime(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-/// What runs out of memory first has to be a container, then its shim, then the daemon.
+/// The OOM killer must choose a container first, then its shim, then the daemon.
 async fn the_shims_oom_score_is_above_the_daemons(stand: Stand) -> Result<()> {
     let (shim, init) = scores_under(&stand, 500).await?;
     ensure!(shim > 500 && init >= shim, "the daemon has 500, the shim {shim}, the container {init}");
     Ok(())
 }
 
-/// There is nothing above it.
+/// 1000 is the highest score.
 async fn an_oom_score_of_1000_is_kept(stand: Stand) -> Result<()> {
     let (shim, init) = scores_under(&stand, 1000).await?;
     ensure!(shim == 1000 && init == 1000, "the daemon has 1000, the shim {shim}, the container {init}");
     Ok(())
 }
 
-/// As a service manager protects its daemons: the shim is protected a little less, and so is what it runs.
+/// A service manager protects its daemons with such a score: the shim and its containers are protected less.
 async fn an_oom_score_of_minus_999_is_raised(stand: Stand) -> Result<()> {
     if fs::write("/proc/self/oom_score_adj", "-999").is_err() {
-        return skip("nobody may lower a score here");
+        return skip("this process may not lower an OOM score");
     }
     let (shim, init) = scores_under(&stand, -999).await?;
     ensure!(shim > -999 && shim < 0 && init >= shim, "the daemon has -999, the shim {shim}, the container {init}");
     Ok(())
 }
 
-/// The scores of a shim and of its container, under a daemon of that score: this process.
+/// The OOM scores of a shim and of its container, under a daemon (this process) with that score.
 async fn scores_under(stand: &Stand, daemon: i32) -> Result<(i32, i32)> {
     fs::write("/proc/self/oom_score_adj", daemon.to_string())?;
     let container = sleeper(stand, "c1").await?;
@@ -229,7 +229,7 @@ async fn the_shim_is_placed_in_shim_cgroup(stand: Stand) -> Result<()> {
     eventually("the cgroups are free", SOON, async || Ok(folders.iter().try_for_each(fs::remove_dir)?)).await
 }
 
-/// Nobody reads the fifo called `log`, and there is more to say than it holds.
+/// The fifo `log` has no reader, and the shim logs more than it holds.
 async fn a_log_without_a_reader_blocks_nothing(stand: Stand) -> Result<()> {
     let bundle = stand.bundle("c1", &["sleep", "1000"]).without_log_reader();
     let task = Task::connect(&bundle.start_shim_with(&["-debug"], &[]).await?).await?;
@@ -258,6 +258,6 @@ async fn a_path_that_is_too_long_is_refused(stand: Stand) -> Result<()> {
         let task = Task::connect(&bundle::read_address(&output.stdout)?).await.context("its answer cannot be dialled")?;
         return leave(&task, bundle.shim_pid()?, "c1").await;
     }
-    ensure!(!output.stderr.is_empty() || !output.stdout.is_empty(), "it failed without a word");
+    ensure!(!output.stderr.is_empty() || !output.stdout.is_empty(), "it failed without a message");
     eventually_true("no shim is left", SOON, || stand.shims().is_empty()).await
 }

@@ -78,7 +78,7 @@ const ANSWERS: [(&str, [&str; STATES.len()]); 17] = [
     ("Exec",       ["NotFound", "NotFound", "any",          "ok",           "precondition", "precondition", "AlreadyExists",      "AlreadyExists",      "AlreadyExists", "refused",       "AlreadyExists", "refused"]),
     ("Checkpoint", ["NotFound", "NotFound", "precondition", "any",          "any",          "precondition", "-",                  "-",                  "-",             "-",             "-",             "-"]),
 ];
-/// Where the calls that leave everything as it is end.
+/// The number of calls, at the top of the table, that change nothing.
 const LOOKS: usize = 9;
 
 /// The table as Markdown, for the document.
@@ -140,7 +140,7 @@ async fn bring(anchor: &Container, state: &str, number: usize) -> Result<Subject
     Ok(Subject { bundle: container.bundle, exec })
 }
 
-/// What came of a call.
+/// The outcome of a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Outcome {
     Accepted,
@@ -170,12 +170,12 @@ async fn ask(anchor: &Container, subject: &Subject, call: &str) -> Result<Outcom
         "Connect" => task.connect_to(id).await.map(drop),
         "Shutdown" => task.shutdown(id).await,
         "Checkpoint" => {
-            // a place where missing can make a folder: it is not the image that is looked for
+            // a path under which no folder can be created: an image would be written there, not read
             let request = api::CheckpointTaskRequest { id: id.to_owned(), path: "/proc/nowhere/image".to_owned(), ..Default::default() };
             task.call::<api::Empty>("Checkpoint", &request, DEADLINE).await.map(drop)
         }
         "Wait" => {
-            // one that is answered is answered at once
+            // the shim answers at once or not at all
             let answer = task.begin_wait(id, exec).await?.status(Duration::from_millis(150)).await;
             if answer == Err(CallError::Silent) {
                 return Ok(Outcome::Pending);
@@ -215,7 +215,7 @@ fn fits(expected: &str, found: &Outcome, codes: bool) -> bool {
     }
 }
 
-/// Asks everything in one state.
+/// Makes every call in one state.
 async fn column(stand: &Stand, state: &str, codes: bool) -> Result<()> {
     let place = STATES.iter().position(|name| *name == state).context("a state of the table")?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
@@ -227,7 +227,7 @@ async fn column(stand: &Stand, state: &str, codes: bool) -> Result<()> {
             continue;
         }
         if index >= LOOKS {
-            // the one before is spent
+            // the previous call has changed the container
             if let Some(spent) = subject.take() {
                 clean_up(&anchor.task, spent).await?;
             }
@@ -324,7 +324,7 @@ async fn codes_of_execs(stand: Stand) -> Result<()> {
 async fn a_second_container_of_an_id_is_refused(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     drop(refusal(container.task.create(&container.bundle.request()).await)?);
-    ensure!(container.task.state("c1", "").await?.pid == container.pid, "the first one is another now");
+    ensure!(container.task.state("c1", "").await?.pid == container.pid, "the first container or exec has changed");
     container.shut_down().await.map(drop)
 }
 
@@ -341,11 +341,11 @@ async fn a_second_exec_of_an_id_already_exists(stand: Stand) -> Result<()> {
     let first = container.exec("e", &["sleep", "1000"]).await?;
     let code = code_of(container.task.exec(&container.bundle.exec_request("e", &["true"])).await)?;
     ensure!(code == Code::AlreadyExists, "{code:?}");
-    ensure!(container.task.state("c1", "e").await?.pid == first, "the first one is another now");
+    ensure!(container.task.state("c1", "e").await?.pid == first, "the first container or exec has changed");
     container.shut_down().await.map(drop)
 }
 
-/// A life under one name of the service.
+/// A container's lifecycle under one name of the service.
 async fn life(stand: Stand, service: &'static str) -> Result<()> {
     let bundle = stand.bundle("c1", &["sleep", "1000"]);
     let task = bundle.shim().await?.service(service);
@@ -363,7 +363,7 @@ async fn the_task_service_of_v3_is_served(stand: Stand) -> Result<()> {
     life(stand, V3).await
 }
 
-/// What one daemon has begun, another may have to end.
+/// One daemon creates a container, another one deletes it.
 async fn both_names_of_the_service_give_the_same_answers(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     container.exec("e", &["sleep", "1000"]).await?;
@@ -398,7 +398,7 @@ async fn both_names_of_the_service_give_the_same_answers(stand: Stand) -> Result
         ensure!(answers[0] == answers[1], "{method} {payload:?}: {answers:?}");
         ensure!(!matches!(answers[0], Err(CallError::Silent | CallError::Closed)), "{method}: {answers:?}");
     }
-    // one begins under one name what the other ends
+    // created under one name, deleted under the other
     let v3 = container.task.clone().service(V3);
     let waiting = container.task.begin_wait("c1", "").await?;
     v3.kill("c1", "", 9).await?;

@@ -101,7 +101,7 @@ async fn delete_of_a_container_that_was_never_created_succeeds(stand: Stand) -> 
     let shim = other.shim_pid()?;
     ensure!(other.delete_command().await?.exit_status == 137);
     let _it_may_have_left = task.shutdown("c2").await;
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await
 }
 
 async fn the_same_id_works_again_after_the_shim_was_killed(stand: Stand) -> Result<()> {
@@ -158,7 +158,7 @@ async fn delete_after_a_deletion_affects_no_other_container(stand: Stand) -> Res
     Ok(())
 }
 
-/// The shim does not answer: `delete` does what is to be done by itself.
+/// The shim does not answer: `delete` cleans up by itself.
 async fn delete_beside_a_stopped_shim_kills_the_container_in_time(stand: Stand) -> Result<()> {
     let running = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let ended = stand.bundle("c2", &["sh", "-c", "exit 3"]).run().await?;
@@ -174,7 +174,7 @@ async fn delete_beside_a_stopped_shim_kills_the_container_in_time(stand: Stand) 
         ensure!(took < Duration::from_secs(5) * patience(), "it took {took:?}");
         let pid = container.pid.cast_signed();
         ensure!(!proc::is_alive(pid), "its init is alive");
-        // and what is asked of the shim when it is back is answered, unless it has left
+        // once continued, the shim answers calls unless it has exited
         match container.task.delete(&container.id, "").await {
             Ok(deleted) => ensure!(deleted.exit_status == status, "{deleted:?}"),
             Err(CallError::Closed) => {}
@@ -234,7 +234,7 @@ async fn an_exit_is_recorded_on_a_full_disk(stand: Stand) -> Result<()> {
     kill_shim(container.shim_pid()?).await?;
     let deleted = container.bundle.delete_command().await?;
     ensure!(deleted.exit_status == 3, "{deleted:?}");
-    ensure!(container.bundle.delete_command().await? == deleted, "and then another");
+    ensure!(container.bundle.delete_command().await? == deleted, "the second answer differs");
     nix::mount::umount2(&disk, nix::mount::MntFlags::MNT_DETACH)?;
     Ok(())
 }
@@ -256,11 +256,11 @@ async fn delete_ends_a_create_in_progress(stand: Stand) -> Result<()> {
         ensure!(begin.elapsed() < Duration::from_secs(5) * patience(), "it took {:?}", begin.elapsed());
         let shim = bundle.shim_pid()?;
         gate.release("create")?;
-        // an answer or none: it may have left first
+        // the shim may have exited without an answer
         let _either = within("the answer to Create", SOON, create).await?;
         let _either = task.shutdown(&bundle.id).await;
-        eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await?;
-        eventually("nothing is left", SOON, async || {
+        eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
+        eventually("nothing is left behind", SOON, async || {
             let left = stand.leftovers();
             ensure!(left.is_empty(), "after: {after}: {left:#?}");
             Ok(())

@@ -1,4 +1,4 @@
-//! What the shim publishes: every event, once, in order, whatever containerd does meanwhile.
+//! What the shim publishes: every event, once, in order, also while containerd is slow, refuses events or is down.
 
 use std::time::Duration;
 
@@ -38,8 +38,8 @@ async fn lifecycle_events_are_published_once_and_in_order(stand: Stand) -> Resul
         let id = format!("c{status}");
         let container = stand.bundle(&id, &["sh", "-c", &format!("exit {status}")]).run().await?;
         ensure!(container.finish().await? == status);
-        let told = stand.containerd().events().of_until(&id, "delete").await?;
-        ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+        let published = stand.containerd().events().of_until(&id, "delete").await?;
+        ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
         leave(&container.task, container.shim_pid()?, &id).await?;
         // and nothing comes after it
         ensure!(stand.containerd().events().of(&id).len() == 4, "{:?}", stand.containerd().events().of(&id));
@@ -58,8 +58,8 @@ async fn create_and_delete_of_an_unstarted_container_are_published(stand: Stand)
     container.task.delete("c1", "").await?;
     let events = stand.containerd().events();
     events.until("delete", |all| all.iter().any(|event| event.topic == "delete")).await?;
-    let told = events.of("c1");
-    ensure!(told.first().is_some_and(|event| event == "create") && !told.contains(&"start".to_owned()), "{told:?}");
+    let published = events.of("c1");
+    ensure!(published.first().is_some_and(|event| event == "create") && !published.contains(&"start".to_owned()), "{published:?}");
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
@@ -95,8 +95,8 @@ async fn pause_and_resume_are_published(stand: Stand) -> Result<()> {
     container.task.pause("c1").await?;
     container.task.resume("c1").await?;
     ensure!(container.destroy().await? == 137);
-    let told = stand.containerd().events().of_until("c1", "delete").await?;
-    ensure!(told == ["create", "start", "paused", "resumed", "exit", "delete"], "{told:?}");
+    let published = stand.containerd().events().of_until("c1", "delete").await?;
+    ensure!(published == ["create", "start", "paused", "resumed", "exit", "delete"], "{published:?}");
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
@@ -104,10 +104,10 @@ async fn the_deletion_of_an_exec_is_published(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     ensure!(container.run("e", &["sh", "-c", "exit 4"]).await? == 4);
     ensure!(container.destroy().await? == 137);
-    let told = stand.containerd().events().of_until("c1", "delete").await?;
+    let published = stand.containerd().events().of_until("c1", "delete").await?;
     let expected = ["create", "start", "exec-added(e)", "exec-started(e)", "exit(e)", "delete(e)", "exit", "delete"];
     leave(&container.task, container.shim_pid()?, "c1").await?;
-    ensure!(told == expected, "{told:?}");
+    ensure!(published == expected, "{published:?}");
     Ok(())
 }
 
@@ -123,13 +123,13 @@ async fn exits_of_execs_are_published_before_inits(stand: Stand) -> Result<()> {
         container.task.kill(&id, "", 9).await?;
         within("the end", SOON, container.task.wait(&id, "")).await??;
         container.task.delete(&id, "").await?;
-        let told = stand.containerd().events().of_until(&id, "delete").await?;
-        init_is_the_last_of(3, &told).with_context(|| format!("round {round}"))?;
+        let published = stand.containerd().events().of_until(&id, "delete").await?;
+        init_is_the_last_of(3, &published).with_context(|| format!("round {round}"))?;
     }
     anchor.shut_down().await.map(drop)
 }
 
-/// The runtime is busy with one exec when init dies; a second one is asked for meanwhile.
+/// The OCI runtime is starting one exec when init exits, and a second exec is requested meanwhile.
 async fn inits_exit_is_published_while_execs_start(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).run().await?;
@@ -144,7 +144,7 @@ async fn inits_exit_is_published_while_execs_start(stand: Stand) -> Result<()> {
     let waiting = container.task.begin_wait("c1", "").await?;
     gate.release("exec")?;
     for start in [first, second] {
-        // neither can be started in a container that is dead, or it was before that
+        // either exec may have started before the exit, or its Start fails
         let _either = within("start", SOON, start).await??;
     }
     ensure!(waiting.status(SOON).await? == 137);
@@ -152,13 +152,13 @@ async fn inits_exit_is_published_while_execs_start(stand: Stand) -> Result<()> {
         container.task.delete("c1", exec).await?;
     }
     ensure!(container.task.delete("c1", "").await?.exit_status == 137);
-    let told = stand.containerd().events().of_until("c1", "delete").await?;
-    ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "{told:?}");
-    ensure!(told.iter().any(|event| event == "exit") && told.last().is_some_and(|event| event == "delete"), "{told:?}");
+    let published = stand.containerd().events().of_until("c1", "delete").await?;
+    ensure!(published.iter().filter(|event| *event == "exit").count() == 1, "{published:?}");
+    ensure!(published.iter().any(|event| event == "exit") && published.last().is_some_and(|event| event == "delete"), "{published:?}");
     crate::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// Adds, runs and deletes processes, and says what is to be told of them.
+/// Adds, runs and deletes execs, and returns the events that must be published about them.
 async fn run_some(container: &Container, round: usize) -> Result<Vec<String>> {
     let mut expected = Vec::new();
     for number in 0..3 {
@@ -169,12 +169,12 @@ async fn run_some(container: &Container, round: usize) -> Result<Vec<String>> {
     Ok(expected)
 }
 
-/// What was told of a container, without the deletions of execs and without what came twice in a row.
+/// The events published about a container, without deletions of execs and without repetitions.
 async fn told_of(stand: &Stand) -> Result<Vec<String>> {
-    let mut told = stand.containerd().events().of_until("c1", "delete").await?;
-    told.retain(|event| !event.starts_with("delete("));
-    told.dedup();
-    Ok(told)
+    let mut published = stand.containerd().events().of_until("c1", "delete").await?;
+    published.retain(|event| !event.starts_with("delete("));
+    published.dedup();
+    Ok(published)
 }
 
 async fn an_event_refused_for_a_while_is_published_later(stand: Stand) -> Result<()> {
@@ -189,7 +189,7 @@ async fn an_event_refused_for_a_while_is_published_later(stand: Stand) -> Result
         fake.behave(manner);
         let before = fake.tries();
         expected.extend(run_some(&container, round).await?);
-        eventually("it tries again and again", SOON, async || {
+        eventually("the shim keeps trying", SOON, async || {
             ensure!(fake.tries() > before + 1, "{manner:?}: {} tries", fake.tries() - before);
             Ok(())
         })
@@ -198,12 +198,12 @@ async fn an_event_refused_for_a_while_is_published_later(stand: Stand) -> Result
     fake.behave(Manner::Accept);
     ensure!(container.destroy().await? == 137);
     expected.extend(["exit", "delete"].map(str::to_owned));
-    let told = told_of(&stand).await?;
-    ensure!(told == expected, "{told:?}");
+    let published = told_of(&stand).await?;
+    ensure!(published == expected, "{published:?}");
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// Longer than the patience of the shims that give up.
+/// Longer than shims with a time limit keep events.
 async fn events_wait_for_an_absent_daemon(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     let container = sleeper(&stand, "c1").await?;
@@ -215,12 +215,12 @@ async fn events_wait_for_an_absent_daemon(stand: Stand) -> Result<()> {
     fake.come_back()?;
     ensure!(container.destroy().await? == 137);
     expected.extend(["exit", "delete"].map(str::to_owned));
-    let told = told_of(&stand).await?;
-    ensure!(told == expected, "{told:?}");
+    let published = told_of(&stand).await?;
+    ensure!(published == expected, "{published:?}");
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// Whether the event was taken, nobody can know: it comes again, at its place, and nothing else does.
+/// The shim cannot know whether the daemon got the event: it must send this one again, in its place, and no other.
 async fn an_event_in_flight_when_the_daemon_crashes_is_sent_again(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     let container = sleeper(&stand, "c1").await?;
@@ -228,7 +228,7 @@ async fn an_event_in_flight_when_the_daemon_crashes_is_sent_again(stand: Stand) 
     fake.behave(Manner::HangUp { taken: true });
     container.add("e", &["true"]).await?;
     let times = || fake.events().of("c1").iter().filter(|event| *event == "exec-added(e)").count();
-    eventually("it was taken, and comes again", SOON, async || {
+    eventually("the event was received, and is sent again", SOON, async || {
         ensure!(times() >= 2, "{} times", times());
         Ok(())
     })
@@ -237,12 +237,12 @@ async fn an_event_in_flight_when_the_daemon_crashes_is_sent_again(stand: Stand) 
     container.task.start("c1", "e").await?;
     ensure!(container.task.wait("c1", "e").await? == 0);
     ensure!(container.destroy().await? == 137);
-    let told = told_of(&stand).await?;
-    ensure!(told == ["create", "start", "exec-added(e)", "exec-started(e)", "exit(e)", "exit", "delete"], "{told:?}");
+    let published = told_of(&stand).await?;
+    ensure!(published == ["create", "start", "exec-added(e)", "exec-started(e)", "exit(e)", "exit", "delete"], "{published:?}");
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// A daemon that refuses an event as such will refuse it for ever: the others have to come through.
+/// The daemon refuses one event for good: the others must arrive.
 async fn a_permanently_refused_event_does_not_delay_the_next_ones(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     fake.behave(Manner::Refuse(Code::InvalidArgument));
@@ -255,8 +255,8 @@ async fn a_permanently_refused_event_does_not_delay_the_next_ones(stand: Stand) 
     fake.behave(Manner::Accept);
     container.start().await?;
     ensure!(container.destroy().await? == 137);
-    let told = fake.events().of_until("c1", "delete").await?;
-    ensure!(told.ends_with(&["start", "exit", "delete"].map(str::to_owned)), "{told:?}");
+    let published = fake.events().of_until("c1", "delete").await?;
+    ensure!(published.ends_with(&["start", "exit", "delete"].map(str::to_owned)), "{published:?}");
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 

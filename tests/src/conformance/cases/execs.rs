@@ -1,4 +1,4 @@
-//! Processes that are added to a container.
+//! Execs.
 
 use std::fs;
 use std::path::Path;
@@ -73,8 +73,8 @@ async fn an_exec_is_killed_alone(stand: Stand) -> Result<()> {
     ensure!(container.task.wait("c1", "e").await? == 137);
     container.task.delete("c1", "e").await?;
     // a container that is about to end looks alive for a moment more, but nothing can be run in it
-    let goes_on = container.run("after", &["sh", "-c", "exit 4"]).await.is_ok_and(|status| status == 4);
-    ensure!(goes_on && proc::is_alive(other.cast_signed()), "another process was killed, too");
+    let keeps_running = container.run("after", &["sh", "-c", "exit 4"]).await.is_ok_and(|status| status == 4);
+    ensure!(keeps_running && proc::is_alive(other.cast_signed()), "another process was killed, too");
     ensure!(code_of(container.task.kill("c1", "e", 9).await)? == Code::NotFound);
     container.shut_down().await.map(drop)
 }
@@ -116,10 +116,10 @@ async fn execs_end_with_their_container(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// A pid comes again while the exit of its first owner is still told.
+/// The kernel reuses a pid while the exit of its first owner is still being published.
 async fn an_exit_is_attributed_to_the_current_owner_of_the_pid(stand: Stand) -> Result<()> {
     if !Path::new(LAST_PID).exists() {
-        return skip("nobody can choose a pid: the kernel was built without CONFIG_CHECKPOINT_RESTORE");
+        return skip("a pid cannot be chosen: the kernel was built without CONFIG_CHECKPOINT_RESTORE");
     }
     let container = sleeper(&stand, "c1").await?;
     let task = &container.task;
@@ -147,8 +147,8 @@ async fn an_exit_is_attributed_to_the_current_owner_of_the_pid(stand: Stand) -> 
         last = (last + first).saturating_sub(pid);
         task.delete("c1", &exec).await?;
     }
-    bail!("pid {first} does not come again")
+    bail!("pid {first} was not reused")
 }
 
-/// The last pid that was given away in this namespace; root may say otherwise.
+/// The last pid that the kernel allocated in this namespace; root may change it.
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";

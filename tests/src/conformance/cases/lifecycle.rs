@@ -1,4 +1,4 @@
-//! The lifecycle of a container: the answer of each call, and what is left afterwards.
+//! The lifecycle of a container: the answer of each call, and leftovers.
 
 use std::fs;
 
@@ -248,13 +248,13 @@ async fn kill_all_ends_every_process(stand: Stand) -> Result<()> {
 /// Init traps the signal and keeps running, so no other process exits because of it.
 async fn a_signal_for_all_reaches_every_process(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
-    let script = "trap 'echo told' TERM; sleep 3000 & echo ready; while :; do sleep 0.1; done";
+    let script = "trap 'echo trapped' TERM; sleep 3000 & echo ready; while :; do sleep 0.1; done";
     let container = streams.output(stand.bundle("c1", &["sh", "-c", script]).spec(|spec| spec.host_pids())).run().await?;
     streams.out.until("ready").await?;
     container.exec("e", &["sleep", "1000"]).await?;
     kill_all(&container, 15).await?;
     ensure!(container.task.wait_within("c1", "e", SOON).await? == 143);
-    streams.out.until("told").await?;
+    streams.out.until("trapped").await?;
     no_survivor("sleep 3000").await?;
     ensure!(container.task.state("c1", "").await?.status.value() == RUNNING, "init has ended");
     container.shut_down().await.map(drop)
@@ -275,7 +275,7 @@ async fn no_survivor(command: &str) -> Result<()> {
     .await
 }
 
-/// Its end by itself, and its configuration gone: nothing but the shim knows what is to be killed.
+/// Init exits by itself, and the bundle's config.json is gone: only the shim knows which processes to kill.
 async fn ends_and_leaves_no_survivor(container: Container, streams: &Streams) -> Result<()> {
     streams.out.until("ready").await?;
     container.task.kill(&container.id, "", 9).await?;

@@ -1,4 +1,4 @@
-//! Lifetime of a shim: what it survives, and what it leaves behind.
+//! Lifetime of a shim: when it stays, when it exits, and leftovers.
 
 use std::fs;
 use std::time::Duration;
@@ -34,7 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-/// An answer, or the end of a shim that had nothing left to do.
+/// An answer, or a closed connection of a shim that had no container left.
 fn answered_or_gone<T>(answer: Answer<T>) -> Answer<Option<T>> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
@@ -44,10 +44,10 @@ fn answered_or_gone<T>(answer: Answer<T>) -> Answer<Option<T>> {
 }
 
 async fn gone(shim: i32) -> Result<()> {
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await
 }
 
-/// As after a restart of the daemon: nothing of the old connections is left.
+/// As after a restart of the daemon: all old connections are closed.
 async fn a_new_connection_finds_everything_unchanged(stand: Stand) -> Result<()> {
     let streams = Streams::new(&stand, "io")?;
     let container = streams.all(stand.bundle("c1", &["sh", "-c", "read line; echo got $line; exit 3"])).run().await?;
@@ -60,7 +60,7 @@ async fn a_new_connection_finds_everything_unchanged(stand: Stand) -> Result<()>
     let Container { task, pid, bundle, .. } = container;
     drop(task);
     let task = Task::connect(&socket).await?;
-    ensure!(task.state("c1", "").await? == before, "State is another");
+    ensure!(task.state("c1", "").await? == before, "State has changed");
     ensure!(task.state("c1", "e").await?.status.value() == 2, "the exec");
     let connect = task.connect_to("c1").await?;
     ensure!(connect.task_pid == pid && connect.shim_pid.cast_signed() == shim, "{connect}");
@@ -122,7 +122,7 @@ async fn concurrent_delete_and_shutdown_are_answered(stand: Stand) -> Result<()>
         for answer in [state.map(drop), waited.map(drop)] {
             ensure!(!matches!(answer, Err(CallError::Silent)), "no answer");
         }
-        // that Shutdown may have come first; one that comes after the answer to Delete is obeyed
+        // that Shutdown may have been handled before Delete; this one comes after its answer, so the shim exits
         answered_or_gone(other.shutdown(id).await)?;
         gone(shim).await?;
     }
@@ -170,7 +170,7 @@ async fn an_exec_with_open_stdin_keeps_no_shim_alive(stand: Stand) -> Result<()>
     let shim = container.shim_pid()?;
     ensure!(container.destroy().await? == 137);
     answered_or_gone(container.task.shutdown("c1").await)?;
-    eventually_true("the shim has left", a_second(), || !proc::is_alive(shim)).await?;
+    eventually_true("the shim has exited", a_second(), || !proc::is_alive(shim)).await?;
     drop(writer);
     Ok(())
 }
@@ -184,14 +184,14 @@ async fn the_last_events_are_published_before_the_shim_exits(stand: Stand) -> Re
     ensure!(container.destroy().await? == 137);
     answered_or_gone(container.task.shutdown("c1").await)?;
     for _ in 0..50 {
-        ensure!(proc::is_alive(shim), "it has left with events unsent");
+        ensure!(proc::is_alive(shim), "it has exited with unsent events");
         let _it_need_not_take_any_more = container.task.state("c1", "").await;
     }
     stand.containerd().come_back()?;
-    let mut told = stand.containerd().events().of_until("c1", "delete").await?;
+    let mut published = stand.containerd().events().of_until("c1", "delete").await?;
     // the one being sent when the daemon went away may come twice
-    told.dedup();
-    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    published.dedup();
+    ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
     gone(shim).await
 }
 

@@ -54,7 +54,7 @@ pub fn find(name: &str) -> Option<Case> {
     all().into_iter().find(|case| case.name == name)
 }
 
-/// The fifos of a process, and whoever reads them.
+/// The fifos of a process, and their readers.
 struct Streams {
     stdin: PathBuf,
     stdout: PathBuf,
@@ -95,7 +95,7 @@ impl Streams {
     }
 }
 
-/// Three fifos that nobody reads or writes.
+/// Three fifos without readers and writers.
 fn unread(stand: &Stand, name: &str) -> Result<[PathBuf; 3]> {
     let paths = ["0", "1", "2"].map(|number| stand.folder().join(format!("{name}.{number}")));
     paths.iter().try_for_each(|path| fifo(path))?;

@@ -1,4 +1,4 @@
-//! Pause, limits, statistics, the end of memory, checkpoints.
+//! Pause, limits, statistics, OOM kills, checkpoints.
 
 use std::fs;
 use std::process::Command;
@@ -80,7 +80,7 @@ async fn a_container_killed_while_paused_ends(stand: Stand) -> Result<()> {
 
 async fn statistics_match_the_hosts_cgroup_version(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).spec(|spec| spec.memory_limit(LIMIT)).run().await?;
-    // after Start, init may still be about to become what it shall be, with threads of the runtime's
+    // after Start, init may still be the OCI runtime, with its threads
     eventually("statistics are true", SOON, async || are_true(&container.task.stats("c1").await?)).await?;
     container.shut_down().await.map(drop)
 }
@@ -128,10 +128,10 @@ async fn an_oom_kill_is_published_before_the_exit(stand: Stand) -> Result<()> {
         let bundle = stand.bundle(&id, &["tail", "/dev/zero"]).group("pod").spec(|spec| spec.memory_limit(16 << 20));
         let container = bundle.run_in(&anchor.task).await?;
         ensure!(container.finish().await? == 137);
-        let mut told = stand.containerd().events().of_until(&id, "delete").await?;
+        let mut published = stand.containerd().events().of_until(&id, "delete").await?;
         // one for each process that was killed
-        told.dedup();
-        ensure!(told == ["create", "start", "oom", "exit", "delete"], "round {round}: {told:?}");
+        published.dedup();
+        ensure!(published == ["create", "start", "oom", "exit", "delete"], "round {round}: {published:?}");
     }
     anchor.shut_down().await.map(drop)
 }

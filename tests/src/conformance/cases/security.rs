@@ -1,4 +1,4 @@
-//! What others can reach of a shim, and what a container gets of the host.
+//! Access to a shim from outside, and to the host from a container.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
@@ -40,7 +40,7 @@ async fn sockets_are_for_root_alone(stand: Stand) -> Result<()> {
     ensure!(about.mode() & 0o077 == 0, "{}: mode {:o}", socket.display(), about.mode() & 0o777);
     let folder = fs::symlink_metadata(socket.parent().context("a folder")?)?;
     ensure!(folder.is_dir() && folder.mode() & 0o022 == 0 && folder.uid() == 0, "its folder: mode {:o}", folder.mode() & 0o7777);
-    // whatever the shim listens on has a path, and one that only root can reach
+    // every listening socket of the shim has a path that only root can reach
     let unix = fs::read_to_string("/proc/net/unix")?;
     for (number, target) in proc::open_files(container.shim_pid()?)? {
         let target = target.display().to_string();
@@ -50,12 +50,12 @@ async fn sockets_are_for_root_alone(stand: Stand) -> Result<()> {
         let Some(line) = line.filter(|line| line.contains(" 00010000 ")) else { continue };
         let path = line.split_whitespace().nth(7).unwrap_or("@");
         ensure!(!path.starts_with('@'), "descriptor {number} listens on an abstract socket: {line}");
-        ensure!(fs::metadata(path)?.mode() & 0o077 == 0, "descriptor {number} listens for everybody: {line}");
+        ensure!(fs::metadata(path)?.mode() & 0o077 == 0, "descriptor {number} can be reached by other users: {line}");
     }
     container.shut_down().await.map(drop)
 }
 
-/// The daemon passes a descriptor of its own on by mistake, and a file takes the output.
+/// The daemon leaks a descriptor into the shim, and a file gets the output.
 async fn a_container_has_three_descriptors(stand: Stand) -> Result<()> {
     let log = stand.folder().join("out.log");
     let uri = format!("file://{}", log.display());
@@ -99,7 +99,7 @@ async fn a_container_does_not_get_its_log_file_itself(stand: Stand) -> Result<()
     Ok(())
 }
 
-/// The runtime writes its environment down, and fails.
+/// An OCI runtime that writes its environment to a file, and fails.
 async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()> {
     let runtime = programs::script(stand.folder(), "runtime", "#!/bin/sh\n/usr/bin/env > $0.environment\nexit 1\n")?;
     let bundle = stand.bundle("c1", &["true"]).runtime(&runtime);
@@ -114,7 +114,7 @@ async fn no_secret_of_the_daemon_reaches_the_runtime(stand: Stand) -> Result<()>
     Ok(())
 }
 
-/// A container that has the OCI runtime's own program started once more, inside, takes hold of it, and writes to it when it has ended.
+/// A container that has the OCI runtime's own program started once more, inside, opens it, and writes to it when it has ended.
 async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> {
     // of a copy, since the installed runtime may be an old one
     let runtime = stand.folder().join(stand.runtime().file_name().context("a file")?);
@@ -127,7 +127,7 @@ async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> 
         "mkfifo /tmp/config.json; while :; do for p in /proc/[0-9]*; do case $(readlink $p/exe) in */busybox|'') ;; \
          *) (exec 3<$p/exe || exit; echo found; {write});; esac; done; done"
     );
-    // what it is linked with
+    // its shared libraries
     let libraries = |spec: Spec| {
         spec.with(|spec| {
             let cache = suite::cache();
@@ -153,7 +153,7 @@ async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> 
     Ok(())
 }
 
-/// As the spec has it, for processes added later too.
+/// As in the spec, also for execs.
 async fn masked_paths_are_masked_for_init_and_execs(stand: Stand) -> Result<()> {
     let look = "for masked in keys timer_list kcore; do head -c 1 /proc/$masked | wc -c; done; \
                 for kept in core_pattern hostname; do (: >>/proc/sys/kernel/$kept) 2>/dev/null || echo kept; done";

@@ -1,4 +1,4 @@
-//! Runtimes that take their time, fail or shout, and clients that run out of patience.
+//! OCI runtimes that are slow, fail or print a lot, and clients that give up.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -49,13 +49,13 @@ async fn a_slow_create_delays_no_sibling(stand: Stand) -> Result<()> {
     let create = tokio::spawn(async move { slow.create_in(&task).await });
     gate.held("create").await?;
     let (task, limit) = (anchor.task.another().await?, Duration::from_secs(2));
-    let (begin, spell) = (Instant::now(), Duration::from_millis(500) * times());
+    let (begin, duration) = (Instant::now(), Duration::from_millis(500) * times());
     let asked = async {
         loop {
             let state = task.state_within("anchor", "", limit).await?;
             let pids = task.pids_within("anchor", limit).await?;
             task.connect_within("anchor", limit).await?;
-            if begin.elapsed() > spell {
+            if begin.elapsed() > duration {
                 return anyhow::Ok((state.pid, pids));
             }
         }
@@ -94,8 +94,8 @@ async fn a_slow_start_delays_no_other_call(stand: Stand) -> Result<()> {
     within("start", SOON, start).await???;
     ensure!(waiting.status(SOON).await? == 137);
     task.delete("c1", "").await?;
-    let told = stand.containerd().events().of_until("c1", "delete").await?;
-    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    let published = stand.containerd().events().of_until("c1", "delete").await?;
+    ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
     leave(task, container.shim_pid()?, "c1").await
 }
 
@@ -105,7 +105,7 @@ async fn a_delete_that_timed_out_can_be_repeated(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
     ensure!(container.task.wait("c1", "").await? == 3);
     gate.hold("delete")?;
-    // with a deadline of its own, of which the shim is told
+    // with a deadline that the request carries
     let mut wire = Wire::connect(container.task.socket()).await?;
     let delete = api::DeleteRequest { id: "c1".to_owned(), ..Default::default() }.write_to_bytes()?;
     wire.send(&Frame::request_of_bytes(1, container.task.service_name(), "Delete", delete, Some(Duration::from_millis(200))).encode())
@@ -120,8 +120,8 @@ async fn a_delete_that_timed_out_can_be_repeated(stand: Stand) -> Result<()> {
     ensure!(second == Err(CallError::Silent) || second.is_err(), "{second:?}");
     let deleted = deleted?;
     ensure!(deleted.exit_status == 3 && deleted.pid == container.pid, "{deleted}");
-    let told = stand.containerd().events().of_until("c1", "delete").await?;
-    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    let published = stand.containerd().events().of_until("c1", "delete").await?;
+    ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
@@ -204,8 +204,8 @@ async fn a_start_whose_client_disconnects_is_completed_or_undone(stand: Stand) -
         task.kill(id, "", 9).await?;
         ensure!(task.wait(id, "").await? == 137);
         task.delete(id, "").await?;
-        let told = stand.containerd().events().of_until(id, "delete").await?;
-        ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+        let published = stand.containerd().events().of_until(id, "delete").await?;
+        ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
         leave(task, container.shim_pid()?, id).await?;
     }
     Ok(())
@@ -228,8 +228,8 @@ async fn a_delete_whose_client_disconnects_is_completed_or_undone(stand: Stand) 
         })
         .await
         .with_context(|| format!("the client left {id} it was done"))?;
-        let told = stand.containerd().events().of_until(id, "delete").await?;
-        ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+        let published = stand.containerd().events().of_until(id, "delete").await?;
+        ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
         leave(task, container.shim_pid()?, id).await?;
     }
     Ok(())
@@ -240,7 +240,7 @@ type Hold = fn(&Gate, &str) -> Result<()>;
 /// When the client leaves: before the OCI runtime has begun, and when it has just ended.
 const MOMENTS: [(&str, Hold); 2] = [("before", Gate::hold), ("after", Gate::hold_after)];
 
-/// Calls a method, and hangs up when its runtime is held at `verb`, which then may go on.
+/// Calls a method, closes the connection while the OCI runtime is held at `verb`, and then releases it.
 async fn leave_during(gate: &Gate, verb: &str, task: &Task, method: &str, request: Vec<u8>) -> Result<()> {
     let leaver = task.another().await?;
     let call = leaver.connection().begin(leaver.service_name(), method, request).await?;
@@ -274,7 +274,7 @@ async fn a_root_file_system_in_use_fails_delete_until_it_is_free(stand: Stand) -
 async fn a_runtime_that_prints_a_megabyte_blocks_nothing(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     for verb in ["create", "start", "exec", "kill", "delete"] {
-        gate.shout(verb, 1 << 20)?;
+        gate.flood(verb, 1 << 20)?;
     }
     let container = within("run", SOON, stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).run()).await??;
     ensure!(within("exec", SOON, container.run("e", &["sh", "-c", "exit 4"])).await?? == 4);
@@ -297,14 +297,14 @@ async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
         ensure!(within("an exec", SOON, container.run(&format!("e{number}"), &["true"])).await?? == 0);
     }
     let exits = || stand.containerd().events().of("c1").iter().filter(|event| event.starts_with("exit")).count();
-    eventually("every exit is told", SOON, async || {
+    eventually("every exit is published", SOON, async || {
         ensure!(exits() == total, "{}", exits());
         Ok(())
     })
     .await?;
     gate.release("kill")?;
     kill.await??;
-    // a shim that needs no runtime for a signal is none the worse for it
+    // a shim that needs no runtime for a signal is not affected
     drop(held);
     let status = container.finish().await?;
     ensure!([7, 143].contains(&status), "{status}");
@@ -313,7 +313,7 @@ async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// Probes of a whole node at once, round after round, and somebody who asks how the container is.
+/// All probes of a node at once, round after round, while a client calls State.
 async fn hundreds_of_execs_delay_no_state(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let (at_once, rounds) = (repeated(100).min(500), 2.max(repeated(1)));
@@ -355,7 +355,7 @@ async fn storm(container: &Container, at_once: usize, rounds: usize) -> Result<(
             execs.spawn(async move {
                 let exec = request.exec_id.as_str();
                 task.exec(&request).await?;
-                // they have to wait for each other
+                // the execs have to wait for each other
                 task.call::<api::StartResponse>("Start", &start("c1", exec), SOON * 12).await?;
                 let status = task.wait("c1", exec).await?;
                 task.delete("c1", exec).await?;
@@ -374,13 +374,13 @@ fn start(id: &str, exec: &str) -> api::StartRequest {
     api::StartRequest { id: id.to_owned(), exec_id: exec.to_owned(), ..Default::default() }
 }
 
-/// The runtime never comes back from a signal, as from a process that the kernel does not let go.
+/// The OCI runtime never returns from a signal, as with a process in an uninterruptible sleep.
 async fn a_kill_that_hangs_times_out_alone(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let stuck = stand.bundle("stuck", &["sh", "-c", "trap '' TERM; sleep 1000"]).group("pod").runtime(&gate.binary());
     let stuck = stuck.run_in(&anchor.task).await?;
-    // what the runtime leaves there first takes a signal as it likes
+    // until then the process is the OCI runtime's, which may handle the signal
     let is_itself =
         |container: &Container| proc::Process::read(container.pid.cast_signed()).is_ok_and(|init| init.command.ends_with("sleep 1000"));
     eventually_true("both run their programs", SOON, || is_itself(&stuck) && is_itself(&anchor)).await?;
@@ -421,5 +421,5 @@ async fn a_kill_that_hangs_times_out_alone(stand: Stand) -> Result<()> {
     leave(&anchor.task, anchor.shim_pid()?, "anchor").await
 }
 
-/// Longer than it takes to notice that a client has left.
+/// Longer than a shim needs to notice a closed connection.
 const AT_ONCE: Duration = Duration::from_millis(100);

@@ -1,4 +1,4 @@
-//! Every kind of stdio: what goes in comes out, all of it, whoever is slow, late or gone.
+//! Every kind of stdio: all bytes arrive, also when a peer is slow, late or gone.
 
 use std::fs;
 use std::path::Path;
@@ -83,7 +83,7 @@ async fn a_megabyte_of_stdin_arrives(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// The last bytes are not cut, whatever their number is, with a reader that is not the fastest.
+/// The last bytes are not cut, for any number of bytes and a slow reader.
 async fn every_byte_before_the_end_arrives(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let sizes = [1, 1 << 12]
@@ -200,7 +200,7 @@ async fn close_io_is_harmless_at_any_time(stand: Stand) -> Result<()> {
     close("").await.context("a second time")?;
     container.start().await?;
     drop(stdin);
-    ensure!(container.task.wait("c1", "").await? == 0, "cat has not seen the end");
+    ensure!(container.task.wait("c1", "").await? == 0, "cat did not get the end of its stdin");
     close("").await.context("after the end")?;
     ensure!(container.finish().await? == 0);
     leave(&container.task, container.shim_pid()?, "c1").await?;
@@ -359,7 +359,7 @@ async fn a_logger_that_crashes_early_blocks_nothing(stand: Stand) -> Result<()> 
     let bundle = stand.bundle("c1", &["sh", "-c", "exit 3"]).stdio("", &uri, &uri);
     let task = bundle.shim().await?;
     let shim = bundle.shim_pid()?;
-    // dying closes the ready pipe as being ready does, so a shim may take the one for the other
+    // an exit closes the ready pipe just as readiness does, so a shim cannot tell them apart
     match within("Create", SOON * 2, task.create(&bundle.request())).await? {
         Ok(_) => {
             task.start("c1", "").await?;
@@ -396,7 +396,7 @@ async fn a_logger_that_is_never_ready_can_be_ended(stand: Stand) -> Result<()> {
     let answer = within("the answer to Create", SOON * 2, create).await??;
     ensure!(answer.is_err(), "{answer:?}");
     let _it_may_have_left = task.shutdown("c1").await;
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await
 }
 
 async fn an_unknown_scheme_is_refused(stand: Stand) -> Result<()> {

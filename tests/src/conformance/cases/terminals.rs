@@ -1,4 +1,4 @@
-//! Terminals.
+//! Terminals: size, stdin, last output.
 
 use anyhow::{Result, ensure};
 use containerd_shim_protos::api;

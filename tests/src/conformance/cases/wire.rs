@@ -1,4 +1,4 @@
-//! The transport: frames that no client sends, and more connections than usual. Neither a connection nor a container suffers.
+//! The transport: frames that no client sends, and more connections than usual. No other connection and no container is affected.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Where one write ends says nothing about where a frame does.
+/// The boundaries of writes are not those of frames.
 async fn frames_split_anywhere_are_reassembled(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let wire = Wire::connect(witness.socket()).await?;
@@ -54,7 +54,7 @@ async fn frames_split_anywhere_are_reassembled(stand: Stand) -> Result<()> {
         anyhow::Ok(writer)
     });
     for _ in 0..total {
-        let frame = incoming.receive().await?.context("hung up")?;
+        let frame = incoming.receive().await?.context("the shim closed the connection")?;
         ensure!(frame.answer().is_ok(), "{:?}", frame.answer());
     }
     drop(sender.await??);
@@ -100,7 +100,7 @@ async fn a_slow_client_does_not_delay_the_others(stand: Stand) -> Result<()> {
     witness.dismiss().await
 }
 
-/// A Wait on the same connection holds nothing up.
+/// A Wait on the same connection delays no other call.
 async fn answers_are_sent_when_they_are_ready(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let mut wire = Wire::connect(witness.socket()).await?;
@@ -148,7 +148,7 @@ async fn three_hundred_connections_are_served_or_closed_at_once(stand: Stand) ->
             }
         }
         ensure!(served >= 200 && served + closed == 300, "{served} served, {closed} closed");
-        // whoever was connected before is none the worse for it
+        // earlier connections are not affected
         let second = a_second();
         witness.container.task.state_within("witness", "", second).await?;
         drop(wires);
