@@ -110,7 +110,7 @@ impl FakeContainerd {
     }
 
     /// The events of a container that were acknowledged more than once, although they were not sent again.
-    pub fn told_again(&self, container: &str) -> Vec<Event> {
+    pub fn sent_twice(&self, container: &str) -> Vec<Event> {
         let acknowledged = self.shared.acknowledged.lock().expect("no panic under this lock");
         let of_it: Vec<_> = acknowledged.iter().filter(|event| event.container == container).collect();
         let name = |event: &Event| (event.topic.clone(), event.exec.clone());

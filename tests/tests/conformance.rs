@@ -1,4 +1,4 @@
-//! The conformance suite, on our shim without exceptions, and on itself: it has the clauses of the document, and it can fail; and its tool.
+//! The conformance suite on our shim, without known deviations; checks of the suite itself (every clause has a case, faults are detected); its tool.
 //! Needs root. `X_SHIM` names the shim's binary.
 
 #[path = "conformance/tool.rs"]
@@ -78,23 +78,23 @@ fn every_case_names_a_clause_of_the_document() -> Result<()> {
     let total = names.len();
     names.sort_unstable();
     names.dedup();
-    ensure!(names.len() == total, "two cases have one name");
+    ensure!(names.len() == total, "two cases have the same name");
     for case in cases::all() {
         ensure!(clauses::find(case.clause).is_some(), "{}: there is no clause {}", case.name, case.clause);
     }
     for (fault, (case, words)) in faults::ALL.iter().flat_map(|fault| fault.seen.iter().map(move |seen| (fault, seen))) {
         ensure!(cases::find(case).is_some(), "{}: there is no case {case}", fault.name);
-        ensure!(!words.is_empty(), "{}: any failure of {case} will do", fault.name);
+        ensure!(!words.is_empty(), "{}: no expected message for {case}", fault.name);
     }
     Ok(())
 }
 
-/// Without one, its cases were never seen to fail.
+/// Without a fault, nothing shows that the clause's cases can fail.
 fn every_must_has_a_fault() -> Result<()> {
     let proves = |clause: &str, case: &str| cases::find(case).is_some_and(|case| case.clause == clause);
     for clause in clauses::all().iter().filter(|clause| clause.level == Level::Must) {
         let seen = faults::ALL.iter().any(|fault| fault.seen.iter().any(|(case, _)| proves(clause.id, case)));
-        ensure!(seen, "no fault is seen by a case of {} {}", clause.id, clause.text);
+        ensure!(seen, "no fault is detected by a case of {} {}", clause.id, clause.text);
     }
     Ok(())
 }
@@ -110,7 +110,7 @@ fn every_clause_has_a_case_and_a_source() -> Result<()> {
     for (index, clause) in clauses::all().iter().enumerate() {
         ensure!(cases::all().iter().any(|case| case.clause == clause.id), "no case proves {} {}", clause.id, clause.text);
         ensure!(!clause.source.is_empty(), "{} has no source", clause.id);
-        ensure!(clauses::all()[..index].iter().all(|other| other.id != clause.id), "{} is there twice", clause.id);
+        ensure!(clauses::all()[..index].iter().all(|other| other.id != clause.id), "{} is listed twice", clause.id);
     }
     Ok(())
 }
@@ -128,7 +128,7 @@ fn known_deviations_have_reasons_and_cases() -> Result<()> {
     for entry in std::fs::read_dir(&folder)? {
         let path = entry?.path();
         let expectations = Expectations::read(&path, &cases::all())?;
-        ensure!(expectations.is_empty() || !path.ends_with("x.toml"), "nothing is excused in our own shim");
+        ensure!(expectations.is_empty() || !path.ends_with("x.toml"), "our own shim may have no known deviations");
     }
     ensure!(folder.join("x.toml").exists(), "no {}", folder.join("x.toml").display());
     Ok(())
@@ -177,7 +177,7 @@ fn perform(case: &Case, subject: &Subject, run: &str) -> Verdict {
     let folder = logs().join(run).join(case.name);
     let (verdict, _) = child::perform(case, subject, &folder);
     if !matches!(verdict, Verdict::Failed(_)) {
-        let _nobody_needs_it = std::fs::remove_dir_all(&folder);
+        let _best_effort = std::fs::remove_dir_all(&folder);
     }
     verdict
 }
@@ -203,7 +203,7 @@ fn with_each_engine(shim: &Path) -> Vec<Trial> {
     trials
 }
 
-/// The results of a good shim's cases behind a man in the middle.
+/// The results of cases on a working shim behind `man-in-the-middle`.
 fn with_each_fault(shim: &Path) -> Vec<Trial> {
     let shim = shim.to_owned();
     let through = move |fault: &str, case: &str| -> Result<Verdict> {

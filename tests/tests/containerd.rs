@@ -127,7 +127,7 @@ fn kind_cases() -> Vec<Case> {
     [
         cases![outputs,
             Scope::Once =>
-                every_byte_arrives_whoever_holds_the_output_and_however_it_is_read,
+                every_byte_arrives_from_every_holder_of_the_output_to_every_reader,
                 a_delete_that_waits_for_output_delays_no_other_call_and_ends,
                 a_delete_that_waits_for_output_outlives_the_worker,
         ],
@@ -137,7 +137,7 @@ fn kind_cases() -> Vec<Case> {
                 a_container_in_the_hosts_pid_namespace_leaves_no_survivor,
                 a_container_joins_anothers_pid_namespace_and_leaves_no_survivor,
                 root_in_a_user_namespace_is_unprivileged_outside,
-                hooks_run_when_they_should,
+                hooks_run_in_order,
                 a_failing_hook_fails_the_start_and_leaves_nothing;
             Scope::Daemons =>
                 a_shim_whose_binary_is_replaced_keeps_its_containers,
@@ -157,7 +157,7 @@ fn kind_cases() -> Vec<Case> {
         ],
         cases![attributes,
             Scope::Full =>
-                init_and_exec_inherit_what_the_stock_shim_hands_on,
+                init_and_exec_inherit_the_same_as_under_the_stock_shim,
                 init_and_exec_without_stdio_inherit_the_same,
                 init_and_exec_with_a_terminal_inherit_the_same;
             Scope::Once =>
@@ -171,7 +171,7 @@ fn crash_cases() -> Vec<Case> {
     [
         cases![crash,
             Scope::Full =>
-                a_container_runs_on_while_the_daemon_is_down,
+                a_container_keeps_running_while_the_daemon_is_down,
                 an_exit_while_the_daemon_is_down_is_published_afterwards,
                 an_exit_while_the_daemon_is_upgraded_is_published_afterwards,
                 an_exec_survives_the_daemon,

@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
     let cases = cases![pods,
         Scope::Full =>
-            a_container_of_a_pod_runs_and_is_looked_into,
+            a_container_of_a_pod_runs_and_reports_exec_stats_and_logs,
             exit_codes_and_reasons_reach_the_kubelet,
             all_containers_of_a_pod_share_one_shim,
             a_pod_outlives_containerd,
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
 mod pods {
     use super::*;
 
-    /// The pid of the shell that is told of `path`, in a container.
+    /// The pid of the shell with the argument `path`, in a container.
     async fn program_with(path: &str) -> Result<i32> {
         eventually("its program runs", SOON, async || {
             let mut all = proc::all().into_values();
@@ -44,7 +44,7 @@ mod pods {
         .await
     }
 
-    pub(crate) async fn a_container_of_a_pod_runs_and_is_looked_into(cx: Context) -> Result<()> {
+    pub(crate) async fn a_container_of_a_pod_runs_and_reports_exec_stats_and_logs(cx: Context) -> Result<()> {
         let cri = Cri::start(&cx).await?;
         let pod = cri.run_pod("pod").await?;
         let id = cri.run(&pod, "app", &["sh", "-c", "echo hello; echo oops >&2; exec sleep 1000"]).await?;
@@ -117,14 +117,14 @@ mod pods {
     pub(crate) async fn a_pod_outlives_containerd(cx: Context) -> Result<()> {
         let cri = Cri::start(&cx).await?;
         let pod = cri.run_pod("pod").await?;
-        // it says what the test feeds it: a daemon that is killed takes with it what it has read and not yet written to the log
+        // it prints what the test sends it: a killed daemon loses output that it has read but not yet written to the log
         let feed = format!("/tmp/feed-{}", cx.client().namespace());
         let script = format!("mkfifo {feed}; exec 0<>{feed}; rm {feed}; cat; :");
         let id = cri.run(&pod, "app", &["sh", "-c", &script]).await?;
         let init = program_with(&feed).await?;
         let stdin = PathBuf::from(format!("/proc/{init}/fd/0"));
         let is_fed = || fs::read_link(&stdin).is_ok_and(|target| target.ends_with(format!("{} (deleted)", feed.trim_start_matches('/'))));
-        eventually_true("it can be fed", SOON, is_fed).await?;
+        eventually_true("it reads its input", SOON, is_fed).await?;
         let mut fed = String::new();
         let mut say = |times: usize| -> Result<String> {
             let from = fed.lines().count();
@@ -172,10 +172,10 @@ mod pods {
         let init = program_with(&gate).await?;
         cri.crash(async {
             fs::write(format!("/proc/{init}/root{gate}"), "")?;
-            eventually_true("it has ended", SOON, || !proc::is_alive(init)).await
+            eventually_true("it has exited", SOON, || !proc::is_alive(init)).await
         })
         .await?;
-        let status = eventually("the plugin knows", SOON * 2, async || {
+        let status = eventually("the plugin reports the exit", SOON * 2, async || {
             let status = cri.status(&id).await?;
             ensure!(status.state != RUNNING, "{status:?}");
             Ok(status)
@@ -192,7 +192,7 @@ mod pods {
             return skip("systemd runs here, and would do it");
         }
         let cri = Cri::start_with(&cx, "SystemdCgroup = true").await?;
-        // as runc says it, and crun
+        // the messages of runc and crun
         cri.no_pod_runs("pod", &["systemd", "sd-bus"]).await?;
         cri.leaves_nothing().await
     }

@@ -19,7 +19,7 @@ fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
     let cases = cases![cases,
         Scope::Docker =>
-            run_prints_and_ends_as_the_program_did,
+            run_prints_and_exits_like_the_program,
             a_program_that_is_missing_ends_with_127_and_one_that_cannot_be_executed_with_126,
             exec_runs_beside_init,
             logs_hold_every_line,
@@ -47,7 +47,7 @@ fn started(output: &Output) -> Result<()> {
 mod cases {
     use super::*;
 
-    pub(crate) async fn run_prints_and_ends_as_the_program_did(cx: Context) -> Result<()> {
+    pub(crate) async fn run_prints_and_exits_like_the_program(cx: Context) -> Result<()> {
         let docker = Docker::start(&cx).await?;
         let output = docker.container(&["--rm"], &["echo", "hello"])?;
         ensure!(output.status.success() && text(&output) == "hello\n", "{output:?}");
@@ -73,7 +73,7 @@ mod cases {
                 let status = if (version, runtime, program) == (Version::V20, "with-runc", "/etc") { 125 } else { status };
                 let output = docker.container_of(runtime, &["--rm"], &[program])?;
                 ensure!(output.status.code() == Some(status), "{runtime}: run {program}: {output:?}");
-                // whatever is wrong with the program, up to Docker 26
+                // up to Docker 26, for every error of the program
                 let output = docker.output(&["exec", runtime, program])?;
                 ensure!(output.status.code() == Some(126), "{runtime}: exec {program}: {output:?}");
             }
@@ -144,7 +144,7 @@ mod cases {
         let docker = Docker::start(&cx).await?;
         let options = ["--detach", "--name", "fails", "--restart", "on-failure:3"];
         started(&docker.container(&options, &["sh", "-c", "echo tried; exit 9"])?)?;
-        eventually("it has been given up", Duration::from_secs(30), async || {
+        eventually("dockerd stops restarting it", Duration::from_secs(30), async || {
             let state = docker.inspect("fails", ".State.Status")?;
             ensure!(state == "exited" && docker.inspect("fails", ".RestartCount")? == "3", "{state}");
             Ok(())
@@ -187,7 +187,7 @@ mod cases {
         let pid: i32 = docker.inspect("ends", ".State.Pid")?.parse()?;
         docker.kill()?;
         std::fs::write(format!("/proc/{pid}/root/go"), "")?;
-        eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+        eventually_true("it has exited", SOON, || !proc::is_alive(pid)).await?;
         docker.revive().await?;
         eventually("dockerd knows", SOON, async || {
             let state = docker.inspect("ends", ".State.Status")?;

@@ -1,8 +1,8 @@
-//! The worker dies before, in the middle of and after every message between keeper and worker, and at random moments, is stopped, and
-//! upgraded: nobody notices. The main proof of this shim. Needs root.
+//! The worker crashes before, in the middle of and after every message between keeper and worker, and at random moments; it is stopped
+//! and upgraded. Clients, events and runtime calls are the same as without crashes. The main proof of this shim. Needs root.
 //!
-//! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` says how many runs with random crashes there
-//! are, `X_SEED` which; `X_PLAN` has scenarios run so often with one plan instead of with all; `X_FAULTS_ALL` has every scenario run with both runtimes.
+//! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` is the number of runs with random
+//! crashes, `X_SEED` their seed; with `X_PLAN` scenarios run that often with one plan instead of all; with `X_FAULTS_ALL` every scenario runs with both runtimes.
 
 #[path = "faults/campaign.rs"]
 mod campaign;
@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     runner::main_on(Shim::faulty, &cases, &[], programs)
 }
 
-/// One for each scenario. What the runtime has little part in is done with one of them alone, and what has little that is its own not at all,
+/// One for each scenario. Scenarios that hardly depend on the runtime run with one of them, and scenarios that add little are skipped,
 /// unless `X_FAULTS_ALL` is set.
 fn cases() -> Vec<Case> {
     use scenarios as s;

@@ -39,7 +39,7 @@ fn api_cases() -> Vec<Case> {
             a_container_is_updated_by_its_field_mask,
             filters_select_containers_leases_plugins_and_events,
             leases_hold_resources,
-            what_makes_no_sense_is_refused_with_a_code,
+            invalid_requests_are_refused_with_a_code,
             a_name_that_could_be_a_path_is_refused_everywhere,
             labels_are_bounded_in_total_and_a_long_update_drops_no_label,
             requests_that_are_never_finished_are_refused_before_they_cost_much,
@@ -49,7 +49,7 @@ fn api_cases() -> Vec<Case> {
             the_server_reports_that_it_is_healthy,
             health_is_reported_by_each_method,
             a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
-            a_call_that_its_client_gave_up_is_carried_to_its_end,
+            a_call_whose_client_disconnects_is_completed,
     ]
 }
 

@@ -1,4 +1,4 @@
-//! x-manager as its operator meets it: upgrades, restarts of containers, bad input, files and service managers. Needs root.
+//! x-manager for operators: upgrades, restarts of containers, bad input, files and service managers. Needs root.
 //!
 //! `X_DAEMON` names the binary.
 
@@ -46,7 +46,7 @@ fn upgrade_cases() -> Vec<Case> {
             a_creation_that_fails_after_an_upgrade_leaves_nothing,
             a_creation_whose_process_crashes_after_an_upgrade_can_be_repeated,
             a_deletion_that_an_upgrade_overtakes_is_answered_when_it_is_repeated,
-            what_does_not_take_over_changes_nothing,
+            a_failed_successor_changes_nothing,
             a_successor_that_crashes_at_any_step_changes_nothing,
             a_hangup_signal_is_an_upgrade,
             an_event_stream_ends_with_an_error_after_its_events,
@@ -62,9 +62,9 @@ fn restart_cases() -> Vec<Case> {
         Scope::Once =>
             a_container_is_started_again_after_it_was_killed,
             failures_are_counted_and_end_at_the_number_of_the_policy,
-            a_container_that_was_stopped_on_purpose_stays_so,
-            a_container_that_shall_be_stopped_is_stopped,
-            a_container_is_started_that_was_to_run_when_the_daemon_came_up,
+            an_explicitly_stopped_container_stays_stopped,
+            a_container_labelled_stopped_is_stopped,
+            a_starting_daemon_starts_containers_labelled_running,
             a_daemon_crash_during_a_restart_is_repaired,
             a_container_is_started_again_while_other_shims_do_not_answer,
     ];
@@ -85,15 +85,15 @@ fn file_cases() -> Vec<Case> {
     cases![files,
         Scope::Once =>
             a_typo_in_the_configuration_is_refused_with_its_line,
-            what_others_could_lock_is_for_root_alone,
+            the_store_and_its_lock_are_for_root_alone,
             a_hangup_while_it_starts_is_an_upgrade_when_it_has,
             the_default_configuration_can_be_used,
             a_store_of_a_newer_version_is_refused_and_left_alone,
-            a_place_that_is_taken_is_refused,
+            a_socket_or_store_in_use_is_refused,
             a_backup_of_a_busy_store_has_what_was_acknowledged,
-            a_command_line_that_makes_no_sense_is_refused_in_one_line,
-            what_a_start_refuses_is_found_by_a_check_of_the_configuration,
-            a_store_that_is_not_there_yet_is_sound_and_a_damaged_one_says_what_helps,
+            an_invalid_command_line_is_refused_in_one_line,
+            config_check_finds_what_a_start_refuses,
+            check_accepts_a_missing_store_and_reports_what_repairs_a_damaged_one,
             a_daemon_whose_terminal_is_closed_stops_and_does_not_upgrade,
     ]
 }
@@ -101,15 +101,15 @@ fn file_cases() -> Vec<Case> {
 fn limit_cases() -> Vec<Case> {
     cases![limits,
         Scope::Once =>
-            a_full_disk_refuses_what_is_new_and_loses_nothing,
+            a_full_disk_refuses_new_entries_and_loses_nothing,
             containers_can_be_deleted_on_a_disk_that_is_full_to_the_last_byte,
             a_store_that_was_large_becomes_small_again,
-            memory_that_a_storm_of_calls_took_is_given_back,
-            a_lease_goes_when_its_label_says_that_it_has_expired,
+            memory_used_by_a_burst_of_calls_is_freed,
+            a_lease_is_removed_when_its_expiry_label_has_passed,
             a_client_that_never_reads_its_events_is_dropped_with_an_error,
             a_costly_filter_ends_its_subscription_and_no_call_waits_for_it,
             an_authority_with_percent_signs_is_served,
-            too_many_clients_are_turned_away_and_the_others_served,
+            excess_clients_are_refused_and_the_others_served,
             ten_thousand_idle_connections_delay_no_call,
             the_limit_on_open_files_is_raised_for_the_daemon_alone,
     ]
@@ -118,6 +118,6 @@ fn limit_cases() -> Vec<Case> {
 fn disk_cases() -> Vec<Case> {
     cases![disk,
         Scope::Once =>
-            tasks_go_on_while_the_disk_of_the_store_is_frozen,
+            task_calls_work_while_the_disk_of_the_store_is_frozen,
     ]
 }

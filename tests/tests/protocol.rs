@@ -1,5 +1,5 @@
-//! What our shim promises beyond the protocol, driven without a daemon: bounds, sentences, a worker that may die. Needs root. What
-//! every shim has to do is in the conformance suite.
+//! What our shim promises beyond the protocol, driven without a daemon: limits, error messages, crashes of the worker. Needs root. The
+//! requirements on every shim are in the conformance suite.
 //!
 //! `X_SHIM` names the shim's binary; see `shim_tests::suite`.
 
@@ -47,40 +47,40 @@ fn main() -> ExitCode {
         a_create_under_way_costs_a_siblings_state_no_fifty_milliseconds,
     ]);
     cases.extend(direct_cases![bad_input:
-        what_is_wrong_with_a_bundle_is_named,
-        an_invalid_create_is_refused_with_a_sentence,
-        an_invalid_id_is_refused_with_a_sentence,
-        an_invalid_exec_is_refused_with_a_sentence,
-        values_that_make_no_sense_are_invalid_arguments,
+        errors_in_a_bundle_are_named,
+        an_invalid_create_is_refused_with_a_message,
+        an_invalid_id_is_refused_with_a_message,
+        an_invalid_exec_is_refused_with_a_message,
+        invalid_values_are_invalid_arguments,
         garbage_on_the_control_socket_has_no_effect,
         idle_control_connections_are_not_taken_for_a_dead_keeper,
-        texts_of_megabytes_are_refused_and_not_repeated,
-        too_many_added_processes_are_refused_until_one_is_deleted,
+        strings_of_megabytes_are_refused_and_not_repeated,
+        too_many_execs_are_refused_until_one_is_deleted,
     ]);
     cases.extend(
         direct_cases![execs:
-            an_exec_that_is_never_deleted_leaves_nothing_that_adds_up,
-            an_exec_whose_start_fails_and_is_never_deleted_leaves_nothing_that_adds_up,
+            execs_that_are_never_deleted_do_not_accumulate,
+            failed_execs_that_are_never_deleted_do_not_accumulate,
             an_exec_is_added_while_the_exit_of_init_waits_to_be_published,
         ]
         .map(|case| case.within(Duration::from_secs(240))),
     );
     cases.extend(direct_cases![frames:
         a_length_beyond_the_limit_is_named,
-        garbage_is_answered_with_a_short_sentence_and_its_own_code,
+        garbage_is_answered_with_a_short_message_and_its_own_code,
         an_invalid_stream_id_is_reported,
     ]);
     cases.extend(direct_cases![floods:
         a_four_gibibyte_frame_delays_no_other_client,
         ready_answers_are_given_during_a_flood_with_a_stopped_worker,
-        a_flood_over_dying_workers_is_answered_once_each,
-        a_shim_without_descriptors_serves_those_it_has_and_later_the_others,
+        every_request_of_a_flood_over_crashing_workers_is_answered_once,
+        a_shim_without_free_descriptors_serves_its_clients_and_later_the_others,
         commands_work_on_a_shim_that_knows_a_lot,
     ]);
     cases.extend(
         direct_cases![floods:
-            a_million_small_requests_are_answered_each_and_cost_no_memory,
-            a_hundred_thousand_abandoned_waits_are_cheap_and_answered_each,
+            a_million_small_requests_are_each_answered_and_cost_no_memory,
+            a_hundred_thousand_abandoned_waits_cost_little_memory_and_each_is_answered,
             a_client_that_never_reads_its_answers_costs_a_bounded_amount,
         ]
         .map(|case| case.alone().within(Duration::from_secs(120))),
@@ -100,24 +100,24 @@ fn main() -> ExitCode {
         without_the_runtimes_program_every_call_is_refused_with_its_path_and_delete_works_once_it_is_back,
         delete_removes_a_container_whose_runtime_is_gone,
         a_runtime_that_was_moved_is_found_in_path,
-        a_process_whose_start_fails_after_the_runtimes_success_does_not_live_on,
+        a_process_whose_start_fails_after_the_runtimes_success_is_killed,
         delete_has_the_keeper_drop_a_container_that_its_runtime_has_deleted,
         what_is_removed_without_a_worker_leaves_no_descriptors_of_its_execs,
-        a_failed_restore_says_what_criu_said,
+        a_failed_restore_reports_the_message_of_criu,
         signal_zero_and_sizes_beyond_sixteen_bits_are_answered_as_the_stock_shim_does,
     ]);
     cases.extend(direct_cases![shutdown:
-        a_shim_leaves_with_its_last_container_and_not_before,
+        a_shim_exits_with_its_last_container_and_not_before,
         no_stray_signal_ends_a_shim_or_its_worker,
         a_shim_exits_at_shutdown_once_no_container_runs_and_delete_knows_the_codes,
-        a_shim_without_containers_and_clients_leaves_without_shutdown,
+        a_shim_without_containers_and_clients_exits_without_shutdown,
     ]);
     cases.extend(direct_cases![bootstrap:
         sockets_are_private_and_none_is_abstract,
         a_container_has_three_descriptors_and_none_is_a_file_of_the_host,
         a_socket_folder_fits_to_the_last_byte_and_not_beyond,
         a_start_beside_an_exiting_shim_gets_a_new_one,
-        what_is_no_socket_is_not_replaced,
+        a_file_that_is_no_socket_is_not_replaced,
         the_runtime_is_one_that_works_on_this_host_unless_it_is_named,
     ]);
     cases.extend(direct_cases![logging:
@@ -129,7 +129,7 @@ fn main() -> ExitCode {
         delete_ends_a_container_whose_bundle_was_removed,
         a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_exit_codes,
         delete_after_a_deletion_repeats_its_answer,
-        what_a_runtime_has_started_does_not_outlive_its_create,
+        children_of_a_runtime_do_not_outlive_its_create,
         what_containerd_asks_at_its_start_is_answered_without_a_worker,
         a_crash_looping_worker_does_not_prevent_ready_answers,
         delete_beside_a_stopped_worker_kills_the_container_in_time,
@@ -140,7 +140,7 @@ fn main() -> ExitCode {
     cases.extend(direct_cases![retries:
         concurrent_deletes_of_one_container_return_the_same_answer,
         delete_names_the_root_file_system_that_is_in_use,
-        a_request_whose_time_is_over_is_not_carried_out,
+        a_request_whose_deadline_has_passed_is_not_carried_out,
     ]);
     cases.extend(direct_cases![streams:
         what_a_full_disk_costs_is_counted_in_the_log,

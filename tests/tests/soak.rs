@@ -1,6 +1,6 @@
-//! Containers and processes without end, while everything around them fails: for as long as one likes, then an audit. Needs root.
+//! Containers and execs without pause while everything around them fails, for a given time; then an audit. Needs root.
 //!
-//! `X_SOAK_SECONDS` is the duration of each test (20 by default), `X_SEED` which run, `X_SOAK_CONTAINERD` on which containerd (`1.6`, `1.7`
+//! `X_SOAK_SECONDS` is the duration of each test (20 by default), `X_SEED` its seed, `X_SOAK_CONTAINERD` the containerd (`1.6`, `1.7`
 //! or `2.1`, the default); `X_SHIM` names the shim's binary. A run prints its seed.
 
 #[path = "soak/containerd.rs"]
@@ -22,9 +22,9 @@ use shim_tests::proc::{self, Process};
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let mut cases: Vec<Case> = direct_cases![shim: every_exit_is_published_once_and_no_byte_is_lost_whatever_fails].to_vec();
-    // it looks at everything that is left
-    cases.extend(direct_cases![containerd: every_exit_is_known_and_nothing_is_left_whatever_is_killed].map(Case::alone));
+    let mut cases: Vec<Case> = direct_cases![shim: every_exit_is_published_once_and_no_byte_is_lost_after_random_failures].to_vec();
+    // the audit looks at every leftover
+    cases.extend(direct_cases![containerd: every_exit_is_known_and_nothing_is_left_after_random_kills].map(Case::alone));
     let cases: Vec<_> = cases.into_iter().map(|case| case.within(seconds() + Duration::from_secs(180))).collect();
     direct::main(&cases, programs)
 }
@@ -37,12 +37,12 @@ fn seconds() -> Duration {
     Duration::from_secs(number("X_SOAK_SECONDS").unwrap_or(20))
 }
 
-/// How many of these there were in all.
+/// The sum of these counters.
 fn sum(counters: &[&AtomicU64]) -> u64 {
     counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum()
 }
 
-/// The seed of this run, which is said.
+/// The seed of this run, which it prints.
 fn seed() -> u64 {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = number("X_SEED").unwrap_or(since_1970.as_secs());
@@ -54,12 +54,12 @@ fn seed() -> u64 {
 async fn timer(over: &AtomicBool) {
     let begin = Instant::now();
     while begin.elapsed() < seconds() && !over.load(Ordering::Relaxed) {
-        tokio::time::sleep(Duration::from_millis(100)).await; // how long it lasts is what is asked for
+        tokio::time::sleep(Duration::from_millis(100)).await; // until the requested duration is over
     }
     over.store(true, Ordering::Relaxed);
 }
 
-/// Four lanes of containers, `chaos` beside them, and a disk that is full at times, until the time is up or something has gone wrong.
+/// Four lanes of containers, `chaos` beside them, and a disk that is full at times, until the time is up or something fails.
 /// `disk`: where it is, and how often it was full.
 async fn until_over(
     over: &AtomicBool,
@@ -68,14 +68,14 @@ async fn until_over(
     chaos: impl Future<Output = Result<()>>,
     live: impl AsyncFn(&str, &mut Dice) -> Result<()>,
 ) -> [Result<()>; 6] {
-    let lane = |lane| lives(over, lane, Dice::new(seed, lane), &live);
+    let lane = |lane| run_containers(over, lane, Dice::new(seed, lane), &live);
     let full = fill_the_disk(over, disk, times, Dice::new(seed, 97));
     let (chaos, full, (), one, two, three, four) = tokio::join!(chaos, full, timer(over), lane(0), lane(1), lane(2), lane(3));
     [chaos, full, one, two, three, four]
 }
 
-/// One container after the other, until the time is up or something has gone wrong.
-async fn lives(over: &AtomicBool, lane: u64, mut dice: Dice, live: impl AsyncFn(&str, &mut Dice) -> Result<()>) -> Result<()> {
+/// One container after the other, until the time is up or something fails.
+async fn run_containers(over: &AtomicBool, lane: u64, mut dice: Dice, live: impl AsyncFn(&str, &mut Dice) -> Result<()>) -> Result<()> {
     for number in 0.. {
         if over.load(Ordering::Relaxed) {
             break;
@@ -123,7 +123,7 @@ fn count(counter: &AtomicU64) {
 /// Kills a process of the OCI runtime `engine` that is at work. Returns whether there was one.
 fn kill_a_runtime(engine: &Path, dice: &mut Dice) -> bool {
     let name = engine.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // not what is about to become a container's process, which has a pid in the container as well
+    // not a runtime process that is about to become a container's process, which has a pid in the container as well
     let is_helper = |pid| proc::status_field(pid, "NSpid").is_ok_and(|pids| pids.split_whitespace().count() == 1);
     let helpers = proc::all().into_values().filter(|process| process.comm == name && !process.is_zombie());
     let found = dice.one_of(helpers.filter(|process| is_helper(process.pid)).collect());
@@ -133,10 +133,10 @@ fn kill_a_runtime(engine: &Path, dice: &mut Dice) -> bool {
 /// What fills a disk.
 const FILLER: &str = "filler";
 
-/// Fills the disk for a while, again and again: sometimes longer than a shim has a container wait.
+/// Fills the disk for a while, again and again: sometimes longer than a shim makes a container wait.
 async fn fill_the_disk(over: &AtomicBool, disk: &Path, times: &AtomicU64, mut dice: Dice) -> Result<()> {
     while !over.load(Ordering::Relaxed) {
-        tokio::time::sleep(Duration::from_millis(dice.below(1000))).await; // it is full at some time, for some time
+        tokio::time::sleep(Duration::from_millis(dice.below(1000))).await; // a random time
         let _full = fs::write(disk.join(FILLER), vec![0; 8 << 20]);
         let spell = if dice.one_in(3) { 5_500 } else { 0 } + dice.below(700);
         tokio::time::sleep(Duration::from_millis(spell)).await;
@@ -146,7 +146,7 @@ async fn fill_the_disk(over: &AtomicBool, disk: &Path, times: &AtomicU64, mut di
     Ok(())
 }
 
-/// What became of a worker.
+/// What was done to a worker.
 enum Worker {
     Killed,
     Stopped,

@@ -1,4 +1,4 @@
-//! Our shim goes on as another build of itself, and lives with workers that crash, hang or cannot start. Needs root.
+//! Upgrades of our shim to another build, and workers that crash, hang or cannot start. Needs root.
 //!
 //! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`.
 
@@ -32,26 +32,26 @@ fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
     let long = Duration::from_secs(180);
     let cases = [
-        cases![steps, Scope::Daemons => new_old_new_broken_new_under_everything, a_new_binary_starts_a_container_in_the_shim_of_an_old_one].map_within(long),
+        cases![steps, Scope::Daemons => upgrades_and_downgrades_keep_every_container_and_call, a_new_binary_starts_a_container_in_the_shim_of_an_old_one].map_within(long),
         cases![bad_builds,
             Scope::Once =>
                 a_worker_that_does_not_work_never_takes_over,
-                a_worker_that_fails_on_probation_is_replaced_by_the_one_before,
+                a_new_worker_that_fails_is_rolled_back_to_the_previous_build,
                 a_keeper_that_does_not_work_never_takes_over,
                 an_executable_that_cannot_resume_executes_the_previous_one,
                 a_keeper_short_of_descriptors_survives_an_upgrade_attempt,
-                a_worker_that_fails_while_the_keeper_is_rehearsed_takes_the_whole_upgrade_back,
+                a_worker_that_fails_during_the_rehearsal_rolls_the_whole_upgrade_back,
                 a_new_worker_that_gets_no_cpu_does_not_replace_the_keeper,
-                a_rehearsal_that_cannot_die_is_done_without,
-                what_is_no_shim_is_refused,
-                the_same_program_changes_nothing,
+                a_rehearsal_that_cannot_be_killed_does_not_stop_the_keeper,
+                a_program_that_is_no_shim_is_refused,
+                an_upgrade_to_the_same_executable_changes_nothing,
                 only_the_shims_that_are_named_are_upgraded,
                 many_shims_are_upgraded_a_few_at_a_time,
         ]
         .map_within(long),
         cases![bad_workers,
             Scope::Daemons => what_containerd_needs_is_answered_while_no_worker_starts;
-            Scope::Ends => a_stopped_worker_is_replaced, a_worker_that_cannot_die_is_done_without;
+            Scope::Ends => a_stopped_worker_is_replaced, a_worker_that_cannot_be_killed_is_replaced;
             Scope::Once =>
                 a_request_that_crashes_the_worker_is_answered_with_an_error_and_the_others_succeed,
                 a_request_that_hangs_its_worker_is_answered_with_an_error_and_the_others_succeed,
@@ -61,26 +61,26 @@ fn main() -> ExitCode {
         ]
         .map_within(long),
         cases![crashes,
-            Scope::Ends => a_worker_that_crashes_is_replaced_under_what_is_under_way, delete_works_while_no_worker_starts;
-            Scope::Once => nothing_that_is_saved_grows_with_the_processes_that_were_added, a_worker_out_of_memory_is_replaced, a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is,
-                a_wait_for_what_was_removed_by_hand_is_answered, delete_reports_the_workers_record_without_a_journal,
+            Scope::Ends => a_crashed_worker_is_replaced_under_calls_in_progress, delete_works_while_no_worker_starts;
+            Scope::Once => saved_state_does_not_grow_with_the_number_of_past_execs, a_worker_out_of_memory_is_replaced, a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is,
+                a_wait_for_a_container_that_delete_removed_is_answered, delete_reports_the_workers_record_without_a_journal,
         ]
         .map_within(long),
         cases![full_disk,
-            Scope::Ends => a_full_disk_is_noticed_by_what_needs_room_alone, without_room_for_sockets_running_containers_continue;
-            Scope::Once => a_create_on_a_disk_that_fills_up_is_done_or_undone,
+            Scope::Ends => a_full_disk_fails_only_calls_that_need_room, without_room_for_sockets_running_containers_continue;
+            Scope::Once => a_create_on_a_disk_that_fills_up_is_completed_or_undone,
         ]
         .map_within(long),
         cases![keeper,
             Scope::Daemons => a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated;
-            Scope::Ends => a_runtime_under_way_ends_with_its_keeper;
+            Scope::Ends => a_running_oci_runtime_ends_with_its_keeper;
             Scope::Once => an_idle_time_beyond_the_clock_never_elapses,
         ]
         .map_within(long),
-        // other tests ask every shim of the host
+        // other tests call every shim of the host
         cases![bad_workers, Scope::Once => an_idle_worker_is_not_pinged].into_iter().map(runner::Case::alone).collect(),
         cases![hibernation,
-            Scope::Ends => a_request_a_fact_or_an_event_brings_a_worker_back, containers_are_stopped_while_the_host_has_no_pids_for_a_worker;
+            Scope::Ends => a_request_an_exit_or_an_event_starts_a_hibernating_worker, containers_are_stopped_while_the_host_has_no_pids_for_a_worker;
             Scope::Once =>
                 a_shim_with_a_hibernating_worker_is_upgraded_and_survives_its_daemon,
                 a_worker_that_copies_outputs_does_not_hibernate,
@@ -103,7 +103,7 @@ impl MapWithin for Vec<runner::Case> {
     }
 }
 
-/// A daemon of one's own whose shims are a build that `words` describe.
+/// A separate daemon whose shims are a build with the test identity `words`.
 async fn on_build(cx: &Context, words: &str) -> Result<Context> {
     let binary = build(cx, "first", words)?;
     cx.with_own_shim(&Shim { binary: Some(binary), ..cx.shim().clone() }, &[]).await
@@ -111,6 +111,6 @@ async fn on_build(cx: &Context, words: &str) -> Result<Context> {
 
 /// A build in the test's folder.
 fn build(cx: &Context, name: &str, words: &str) -> Result<std::path::PathBuf> {
-    let shim = Shim::faulty()?.binary.expect("ours is a file");
+    let shim = Shim::faulty()?.binary.expect("X_SHIM must name our own shim");
     builds::make(&shim, &cx.folder().join(name), words)
 }

@@ -1,4 +1,4 @@
-//! The program `shim-conformance`: what it says to people and to programs, and that no shim makes it hang or leave anything.
+//! The program `shim-conformance`: its output for operators and for programs; no shim makes it hang or leave anything behind.
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -17,7 +17,7 @@ use shim_tests::runner::EXECUTOR;
 use shim_tests::suite::Runtime;
 use shim_tests::{bundle, cgroups, proc, programs};
 
-/// A case of a MUST that is soon done, the fault that it sees, and another case.
+/// A quick case of a MUST, the fault that it detects, and another case.
 const CASE: &str = "lifecycle.create_start_and_connect_agree_on_pids";
 const FAULT: &str = "wrong-task-pid";
 const OTHER: &str = "bootstrap.the_version_is_printed";
@@ -25,7 +25,7 @@ const OTHER: &str = "bootstrap.the_version_is_printed";
 pub(crate) fn trials(shim: &Path) -> Vec<Trial> {
     type Test = (&'static str, fn(&Place) -> Result<()>);
     let tests: [Test; 13] = [
-        ("help_is_given_in_every_way_that_it_is_asked_for", help_is_given_in_every_way_that_it_is_asked_for),
+        ("every_help_flag_prints_help", every_help_flag_prints_help),
         ("an_unusable_command_line_is_refused_in_one_line", an_unusable_command_line_is_refused_in_one_line),
         ("without_root_it_lists_and_runs_nothing", without_root_it_lists_and_runs_nothing),
         ("it_ends_with_0_when_all_holds_and_keeps_no_logs", it_ends_with_0_when_all_holds_and_keeps_no_logs),
@@ -34,9 +34,9 @@ pub(crate) fn trials(shim: &Path) -> Vec<Trial> {
         ("a_known_deviation_is_no_failure_and_has_to_fail", a_known_deviation_is_no_failure_and_has_to_fail),
         ("programs_receive_the_same_report", programs_receive_the_same_report),
         ("two_shims_are_compared", two_shims_are_compared),
-        ("a_shim_that_never_answers_is_given_up", a_shim_that_never_answers_is_given_up),
+        ("a_shim_command_that_never_returns_fails_the_case_in_time", a_shim_command_that_never_returns_fails_the_case_in_time),
         ("a_shim_that_exits_without_output_is_reported_as_such", a_shim_that_exits_without_output_is_reported_as_such),
-        ("what_a_shim_hides_ends_with_its_case", what_a_shim_hides_ends_with_its_case),
+        ("daemonized_processes_of_a_shim_end_with_its_case", daemonized_processes_of_a_shim_end_with_its_case),
         ("a_case_that_is_killed_leaves_its_logs_alone", a_case_that_is_killed_leaves_its_logs_alone),
     ];
     let shim = shim.to_owned();
@@ -49,7 +49,7 @@ pub(crate) fn trials(shim: &Path) -> Vec<Trial> {
         .collect()
 }
 
-/// A folder of a test's own, which ends with it, and the shim under test.
+/// A folder of one test, removed with the value, and the shim under test.
 struct Place {
     folder: PathBuf,
     shim: PathBuf,
@@ -74,7 +74,7 @@ impl Place {
         Ok(self.path(name))
     }
 
-    /// A shim that is a shell script. What it starts bears its name.
+    /// A shim that is a shell script. Its processes are found by its name.
     fn script(&self, text: &str) -> Result<String> {
         let path = programs::script(&self.folder, "shim.sh", &format!("#!/bin/sh\nexport OF=$0\n{text}\n"))?;
         Ok(path.display().to_string())
@@ -122,7 +122,7 @@ impl Place {
         self.run(&arguments)
     }
 
-    /// Does something and, while it lasts, looks for the processes that mention the folder; none of them is left, and no cgroup of a run of theirs.
+    /// Runs `act` and collects the processes that mention the folder meanwhile; checks that none of them and no cgroup of their runs is left.
     fn leaves_nothing<T>(&self, act: impl FnOnce() -> Result<T> + Send) -> Result<T>
     where
         T: Send,
@@ -133,15 +133,15 @@ impl Place {
             let act = scope.spawn(act);
             while !act.is_finished() {
                 seen.extend(mentions());
-                std::thread::sleep(Duration::from_millis(10)); // whoever comes and goes tells nobody
+                std::thread::sleep(Duration::from_millis(10)); // the polling interval: processes start and exit without a notification
             }
             act.join().expect("it does not panic")
         })?;
         ensure!(!seen.is_empty(), "nothing was started");
-        // at once: sooner or later the next run removes those of the dead
+        // at once, because a later run removes cgroups of dead runs
         let folders: Vec<_> = seen.iter().flat_map(|pid| cgroups::folders(&format!("x-tests-{pid}"))).collect();
         ensure!(folders.is_empty(), "{folders:?}");
-        EXECUTOR.block_on(eventually("nothing is left", SOON, async || {
+        EXECUTOR.block_on(eventually("nothing is left behind", SOON, async || {
             let left = mentions();
             ensure!(left.is_empty(), "{:?}", left.iter().map(|pid| proc::Process::read(*pid)).collect::<Vec<_>>());
             let mounts = fs::read_to_string("/proc/self/mountinfo")?;
@@ -152,7 +152,7 @@ impl Place {
     }
 }
 
-/// The processes of the whole host that mention it, by one look at each: it has many, and they come and go.
+/// The processes of the whole host that mention it. Each is read once, because they start and exit all the time.
 fn who_mentions(marker: &str) -> Vec<i32> {
     let has = |path: PathBuf| fs::read(path).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(marker));
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -165,7 +165,7 @@ impl Drop for Place {
     }
 }
 
-/// How the tool has ended.
+/// The exit code and output of the tool.
 #[derive(Debug)]
 struct Said {
     code: Option<i32>,
@@ -185,7 +185,7 @@ impl Said {
     }
 }
 
-fn help_is_given_in_every_way_that_it_is_asked_for(place: &Place) -> Result<()> {
+fn every_help_flag_prints_help(place: &Place) -> Result<()> {
     for arguments in [&["help"][..], &["--help"], &["-h"], &["run", "--help"], &["run", "--shim", "x", "-h"]] {
         let said = place.run(arguments)?.ended_with(0)?;
         said.says("shim-conformance run --shim PATH")?;
@@ -198,7 +198,7 @@ fn an_unusable_command_line_is_refused_in_one_line(place: &Place) -> Result<()> 
     let good = place.good();
     let plain = place.write("plain", "#!/bin/sh\n")?;
     let typo = place.write("typo.toml", &format!("[[deviation]]\ncase = \"{CASE}\"\nreasn = \"it is so\"\n"))?;
-    let nobody = place.write("nobody.toml", "[[deviation]]\ncase = \"stdio.nobody\"\nreason = \"it is so\"\n")?;
+    let unknown = place.write("unknown.toml", "[[deviation]]\ncase = \"stdio.unknown\"\nreason = \"it is so\"\n")?;
     let silent = place.write("silent.toml", &format!("[[deviation]]\ncase = \"{CASE}\"\nreason = \"\"\n"))?;
     let rows: &[(&[&str], &str)] = &[
         (&[], "no command"),
@@ -222,11 +222,11 @@ fn an_unusable_command_line_is_refused_in_one_line(place: &Place) -> Result<()> 
         (&["run", "--shim", &good, "--logs", "/run/logs"], "logs cannot be kept in /run/logs"),
         (&["run", "--shim", &good, "--expect", "/no/such/file"], "read /no/such/file"),
         (&["run", "--shim", &good, "--expect", &typo], "typo.toml: line 3: unknown field `reasn`"),
-        (&["run", "--shim", &good, "--expect", &nobody], "there is no case stdio.nobody"),
+        (&["run", "--shim", &good, "--expect", &unknown], "there is no case stdio.unknown"),
         (&["run", "--shim", &good, "--expect", &silent], "has no reason"),
         (&["compare", "--shim", &good], "1 shims are named with --shim; two are needed"),
         (&["compare", "--shim", &good, "--shim", &good, "--json", "x"], "compare writes no results"),
-        (&["faults", "--shim", &good, "--fault", "nobodys"], "no fault is called nobodys"),
+        (&["faults", "--shim", &good, "--fault", "unknown-fault"], "no fault is called unknown-fault"),
         (&["table"], "no results are named"),
         (&["table", "/no/such/results"], "read /no/such/results"),
     ];
@@ -242,9 +242,10 @@ fn without_root_it_lists_and_runs_nothing(place: &Place) -> Result<()> {
     use std::os::unix::process::CommandExt as _;
     let program = place.path("shim-conformance");
     programs::copy(Path::new(env!("CARGO_BIN_EXE_shim-conformance")), Path::new(&program))?;
-    let nobody = |arguments: &[&str]| place.run_command(Command::new(&program).args(arguments).uid(65534).gid(65534).current_dir("/"));
-    nobody(&["list"])?.ended_with(0)?.says(CASE)?;
-    let said = nobody(&["run", "--shim", &place.good()])?.ended_with(2)?;
+    let unprivileged =
+        |arguments: &[&str]| place.run_command(Command::new(&program).args(arguments).uid(65534).gid(65534).current_dir("/"));
+    unprivileged(&["list"])?.ended_with(0)?.says(CASE)?;
+    let said = unprivileged(&["run", "--shim", &place.good()])?.ended_with(2)?;
     ensure!(said.err.trim_end() == "shim-conformance: this needs root: it starts shims, containers and namespaces", "{said:?}");
     Ok(())
 }
@@ -258,7 +259,7 @@ fn it_ends_with_0_when_all_holds_and_keeps_no_logs(place: &Place) -> Result<()> 
     Ok(())
 }
 
-/// And keeps what whoever looks into it needs.
+/// The logs folder has what is needed to find the cause.
 fn it_ends_with_1_when_a_must_fails(place: &Place) -> Result<()> {
     let said = place.leaves_nothing(|| place.run_cases(&place.faulty(FAULT)?, &[CASE, OTHER], &[]))?.ended_with(1)?;
     said.says("FAILED")?;
@@ -304,8 +305,8 @@ fn programs_receive_the_same_report(place: &Place) -> Result<()> {
     place.run_cases(&place.faulty(FAULT)?, &[CASE, OTHER], &["--json", &json, "--junit", &junit])?.ended_with(1)?;
     let results: serde_json::Value = serde_json::from_slice(&fs::read(&json)?)?;
     let outcomes = results["outcomes"].as_array().context("no outcomes")?;
-    let told: Vec<_> = outcomes.iter().map(|outcome| (outcome["case"].as_str(), outcome["verdict"].as_str())).collect();
-    ensure!(told == [(Some(OTHER), Some("passed")), (Some(CASE), Some("failed"))], "{results}");
+    let verdicts: Vec<_> = outcomes.iter().map(|outcome| (outcome["case"].as_str(), outcome["verdict"].as_str())).collect();
+    ensure!(verdicts == [(Some(OTHER), Some("passed")), (Some(CASE), Some("failed"))], "{results}");
     let elements = elements(&fs::read_to_string(&junit)?)?;
     let count = |name: &str| elements.iter().filter(|element| element.split_whitespace().next() == Some(name)).count();
     ensure!(count("testsuite") == 1 && count("testcase") == 2 && count("failure") == 1 && count("skipped") == 0, "{elements:#?}");
@@ -327,7 +328,7 @@ fn elements(text: &str) -> Result<Vec<String>> {
         ensure!(part.split('&').skip(1).all(is_entity), "not escaped: {part}");
         let name = |tag: &str| tag.split_whitespace().next().unwrap_or_default().to_owned();
         if let Some(end) = tag.strip_prefix('/') {
-            ensure!(open.pop().as_deref() == Some(end), "{end} ends what did not begin");
+            ensure!(open.pop().as_deref() == Some(end), "{end} closes an element that is not open");
             continue;
         }
         found.push(tag.trim_end_matches('/').to_owned());
@@ -335,7 +336,7 @@ fn elements(text: &str) -> Result<Vec<String>> {
             open.push(name(tag));
         }
     }
-    ensure!(open.is_empty(), "{open:?} do not end");
+    ensure!(open.is_empty(), "{open:?} are not closed");
     Ok(found)
 }
 
@@ -353,7 +354,7 @@ fn two_shims_are_compared(place: &Place) -> Result<()> {
 
 const START: &str = "bootstrap.start_answers_an_address_that_can_be_dialled";
 
-fn a_shim_that_never_answers_is_given_up(place: &Place) -> Result<()> {
+fn a_shim_command_that_never_returns_fails_the_case_in_time(place: &Place) -> Result<()> {
     let shim = place.script("trap '' TERM; while :; do sleep 1000; done")?;
     let said = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
     said.says("not within 30s: a command of the shim")
@@ -366,13 +367,13 @@ fn a_shim_that_exits_without_output_is_reported_as_such(place: &Place) -> Result
 }
 
 /// In a session of its own, with nothing of the test open, as a child of the namespace's init.
-fn what_a_shim_hides_ends_with_its_case(place: &Place) -> Result<()> {
-    let shim = place.script("(setsid sleep 1000 </dev/null >/dev/null 2>&1 &); echo unix:///run/nobody")?;
+fn daemonized_processes_of_a_shim_end_with_its_case(place: &Place) -> Result<()> {
+    let shim = place.script("(setsid sleep 1000 </dev/null >/dev/null 2>&1 &); echo unix:///run/no-such-socket")?;
     let said = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
-    said.says("connect /run/nobody")
+    said.says("connect /run/no-such-socket")
 }
 
-/// The case opens the file `shim.pid` of the bundle, which is a fifo: it does not even see its own deadline.
+/// The case opens the file `shim.pid` of the bundle, which is a fifo: even its own deadline cannot stop it.
 fn a_case_that_is_killed_leaves_its_logs_alone(place: &Place) -> Result<()> {
     let real = place.good();
     let shim = place.script(&format!(

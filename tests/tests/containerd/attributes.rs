@@ -1,4 +1,4 @@
-//! What init and execs inherit without being asked for: it has to be what they inherit from the stock shim.
+//! Attributes that init and execs inherit from the shim: the same as under the stock shim.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,8 +9,8 @@ use shim_tests::context::Context;
 use shim_tests::proc;
 use shim_tests::suite::STOCK_TYPE;
 
-/// Everything that a process inherits and that the kernel shows; but for pending signals, since runc's Go runtime leaves a SIGURG
-/// of its own pending now and then.
+/// Everything that a process inherits and that the kernel shows; but for pending signals, since runc's Go runtime sometimes leaves a SIGURG
+/// of its own pending.
 fn attributes(pid: i32) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     for name in [
@@ -102,7 +102,7 @@ async fn settled(_container: &Container, pid: u32) -> Result<BTreeMap<String, St
     .await
 }
 
-pub(crate) async fn init_and_exec_inherit_what_the_stock_shim_hands_on(cx: Context) -> Result<()> {
+pub(crate) async fn init_and_exec_inherit_the_same_as_under_the_stock_shim(cx: Context) -> Result<()> {
     pair(&cx, Stdio::OUTPUT, false).await
 }
 
@@ -116,7 +116,7 @@ pub(crate) async fn init_and_exec_with_a_terminal_inherit_the_same(cx: Context) 
 
 pub(crate) async fn the_environment_of_the_runtime_holds_no_secret_of_the_daemon(cx: Context) -> Result<()> {
     if !cx.shim().is_ours() {
-        return shim_tests::runner::skip("the stock shim hands its environment on");
+        return shim_tests::runner::skip("the stock shim passes its environment to the runtime");
     }
     let gate = cx.gate()?;
     gate.hold("create")?;

@@ -1,4 +1,4 @@
-//! Many containers, several at a time, with execs and, in our shim, dying workers: afterwards there is nothing more than before.
+//! Many containers, several at a time, with execs and, in our shim, crashing workers: nothing is left behind.
 
 use std::env;
 use std::sync::Arc;
@@ -35,11 +35,11 @@ struct Counts {
 pub(crate) async fn no_resource_grows_over_many_containers(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let daemon = cx.daemon().pid().context("it runs")?;
-    // whatever comes once and stays, comes with the first
+    // the first container creates what stays for good
     one(cx.clone(), 0, Arc::default()).await?;
     cx.leaves_nothing().await?;
-    // what earlier tests have left to init comes to it a little later
-    eventually_true("init has waited for everyone", SOON, || isolation::unreaped().is_empty()).await?;
+    // orphans of earlier tests reach init a little later
+    eventually_true("init has reaped all orphans", SOON, || isolation::unreaped().is_empty()).await?;
     let stay = [daemon];
     let (before, orphans) = (Audit::take(&stay), isolation::orphans().len());
     let events = cx.events().await?;
@@ -52,12 +52,12 @@ pub(crate) async fn no_resource_grows_over_many_containers(cx: Context) -> Resul
     let all = events
         .until("an exit event for each process", |all| all.iter().filter(|event| event.topic == "exit").count() as u64 >= started)
         .await?;
-    let told = all.iter().filter(|event| event.topic == "exit").count() as u64;
-    ensure!(told == started, "{told} exits told of {started} processes");
+    let published = all.iter().filter(|event| event.topic == "exit").count() as u64;
+    ensure!(published == started, "{published} exits published of {started} processes");
     Audit::nothing_more_than(&before, &stay, SOON).await?;
-    // a shim ends as a child of init; anything else that does so was not waited for
+    // shims are children of init; any other orphan was not reaped by its shim
     let strangers: Vec<_> = isolation::orphans().into_iter().skip(orphans).filter(|comm| !comm.starts_with("containerd-shim")).collect();
-    ensure!(strangers.is_empty(), "not waited for by their shim: {strangers:?}");
+    ensure!(strangers.is_empty(), "not reaped by their shim: {strangers:?}");
     Ok(())
 }
 
@@ -105,7 +105,7 @@ async fn one(cx: Context, number: u64, counts: Arc<Counts>) -> Result<()> {
     Ok(())
 }
 
-/// Kills the worker of one shim; which one, the number decides.
+/// Kills the worker of the shim that `number` selects.
 fn kill_some_worker(cx: &Context, number: u64) {
     let shims = cx.shims();
     if shims.is_empty() {

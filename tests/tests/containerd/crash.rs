@@ -16,7 +16,7 @@ use tonic::Code;
 /// Exits with 3 when the test asks for it.
 const ON_COMMAND: [&str; 3] = ["sh", "-c", "echo up; read go; exit 3"];
 
-/// That the container still is what it was.
+/// Checks that the container has not changed.
 async fn is_the_same(container: &Container) -> Result<()> {
     let state = container.state().await?;
     ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
@@ -31,15 +31,15 @@ async fn ended_with(cx: &Context, container: &Process, events: &Events, status: 
     ensure!(waited == status, "wait reports {waited}");
     let deleted = container.delete().await?;
     ensure!(deleted.exit_status == status, "delete reports {deleted:?}");
-    told_once(cx, events, container, status, in_all).await
+    published_once(cx, events, container, status, in_all).await
 }
 
 /// Checks that the process's exit was published once, with that status, and `in_all` exits in this namespace, over all runs of the daemon.
 ///
-/// The event itself may come before anyone can subscribe again: then the daemon's log alone has it.
-async fn told_once(cx: &Context, events: &Events, process: &Process, status: u32, in_all: usize) -> Result<()> {
+/// The event may be published before a client has subscribed again: then only the daemon's log shows it.
+async fn published_once(cx: &Context, events: &Events, process: &Process, status: u32, in_all: usize) -> Result<()> {
     let namespace = cx.client().namespace();
-    // x-manager does not log events; the stock shim gives them up
+    // x-manager does not log events; the stock shim drops them
     if suite::manager().is_none() && cx.shim().is_ours() {
         eventually("the exit is published", SOON, async || {
             let received = cx.daemon().received_exits(namespace);
@@ -56,7 +56,7 @@ async fn told_once(cx: &Context, events: &Events, process: &Process, status: u32
     Ok(())
 }
 
-pub(crate) async fn a_container_runs_on_while_the_daemon_is_down(cx: Context) -> Result<()> {
+pub(crate) async fn a_container_keeps_running_while_the_daemon_is_down(cx: Context) -> Result<()> {
     let cx = cx.with_own_verbose_daemon().await?;
     let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
     container.io.out().until("up").await?;
@@ -81,7 +81,7 @@ async fn exits_while_down(cx: Context, end: impl Fn(&Context) -> Result<()>) -> 
     end(&cx)?;
     stdin.write_all(b"go\n")?;
     let pid = container.pid.cast_signed();
-    eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+    eventually_true("it has exited", SOON, || !proc::is_alive(pid)).await?;
     cx.revive_daemon().await?;
     events.resubscribe(cx.client()).await?;
     ended_with(&cx, &container, &events, 3, 1).await?;
@@ -140,18 +140,18 @@ async fn create_meanwhile(create: Builder, meanwhile: impl AsyncFnOnce() -> Resu
     let local = LocalSet::new();
     local
         .run_until(async move {
-            // the metadata stays, whatever becomes of the task
+            // the metadata stays, with or without a task
             let create = tokio::task::spawn_local(create.metadata().await?.create_task());
             meanwhile().await?;
-            // its connection died with the daemon; what came of it is asked of the next daemon
+            // the call failed with the daemon; the restarted daemon reports the result
             create.await?.err().map_or(Ok(()), |_| Ok(()))
         })
         .await
 }
 
-/// That there is a whole container with that id, or none and the id is free; either runs to its end.
+/// Checks that there is a whole container with that id, or none and the id is free; then runs it to its exit.
 ///
-/// What the shim was about to do may still be on its way out, so a task that is not found yet may be there in a moment.
+/// The shim may still be completing the call, so a task may appear a moment later.
 async fn whole_or_none(cx: &Context, id: &str, again: impl Fn() -> Builder) -> Result<()> {
     let made_anew = eventually("a whole container, or a free id", SOON, async || match cx.client().state(id, "").await {
         Ok(state) => {
@@ -230,7 +230,7 @@ pub(crate) async fn a_daemon_killed_during_start_loses_no_exit(cx: Context) -> R
     gate.release("start")?;
     cx.revive_daemon().await?;
     events.resubscribe(cx.client()).await?;
-    // a request whose client has gone is carried out, still under way, or given up; if given up, it can be made again
+    // a request whose client has gone is carried out, still in progress, or dropped; a dropped one can be repeated
     eventually("it was started and has ended", SOON, async || {
         let state = container.state().await?;
         if state.status() == Phase::Created {
@@ -258,7 +258,7 @@ pub(crate) async fn a_daemon_killed_during_exec_loses_no_container(cx: Context) 
     gate.release("exec")?;
     cx.revive_daemon().await?;
     is_the_same(&container).await?;
-    // a request whose client has gone is carried out or given up; either way the exec can be got rid of
+    // a request whose client has gone is carried out or dropped; in both cases the exec can be deleted
     eventually("the exec can be deleted", SOON, async || {
         let state = exec.state().await?;
         if state.status() == Phase::Stopped {
@@ -305,7 +305,7 @@ pub(crate) async fn a_daemon_killed_during_delete_leaves_nothing(cx: Context) ->
     })
     .await?;
     ensure!(code_of(container.state().await)? == Code::NotFound);
-    told_once(&cx, &events, &container, 3, 1).await?;
+    published_once(&cx, &events, &container, 3, 1).await?;
     cx.leaves_nothing().await
 }
 

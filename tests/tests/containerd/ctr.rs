@@ -1,4 +1,4 @@
-//! The same through containerd's own command line client, with an image, a snapshot and a spec that the daemon writes.
+//! The lifecycle through containerd's own command line client, with an image, a snapshot and a spec that the daemon writes.
 
 use std::fs;
 use std::process::{Command, Output};

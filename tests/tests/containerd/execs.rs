@@ -17,9 +17,9 @@ pub(crate) async fn an_exec_has_its_own_output_and_exit_code(cx: Context) -> Res
     ensure!(exec.io.out().to_end().await? == "out\n");
     ensure!(exec.io.err().to_end().await? == "err\n");
     container.destroy().await?;
-    let told = cx.history(&events, &container.id).await?;
+    let published = cx.history(&events, &container.id).await?;
     let expected = ["create", "start", "exec-added(e1)", "exec-started(e1)", "exit(e1)", "exit", "delete"];
-    ensure!(told == expected, "{told:?}");
+    ensure!(published == expected, "{published:?}");
     Ok(())
 }
 

@@ -65,15 +65,15 @@ pub(crate) async fn root_in_a_user_namespace_is_unprivileged_outside(cx: Context
     Ok(())
 }
 
-pub(crate) async fn hooks_run_when_they_should(cx: Context) -> Result<()> {
-    let told = cx.folder().join("hooks");
-    let write = |word: &str| format!("cat > /dev/null; echo {word} >> {}", told.display());
+pub(crate) async fn hooks_run_in_order(cx: Context) -> Result<()> {
+    let hooks = cx.folder().join("hooks");
+    let write = |word: &str| format!("cat > /dev/null; echo {word} >> {}", hooks.display());
     let mut container = cx.container(&["sh", "-c", "exit 3"]);
     for kind in ["createRuntime", "poststart", "poststop"] {
         container = container.spec(|spec| spec.hook(kind, "/bin/sh", &["sh", "-c", &write(kind)]));
     }
     ensure!(container.run().await? == 3);
-    let text = fs::read_to_string(&told)?;
+    let text = fs::read_to_string(&hooks)?;
     ensure!(text == "createRuntime\npoststart\npoststop\n", "{text:?}");
     Ok(())
 }

@@ -39,8 +39,8 @@ pub(crate) async fn events_come_in_order_and_once(cx: Context) -> Result<()> {
     let container = cx.container(&["echo", "hello"]).stdio(Stdio::OUTPUT).start().await?;
     ensure!(container.finish().await? == 0);
     ensure!(container.io.out().to_end().await? == "hello\n");
-    let told = cx.history(&events, &container.id).await?;
-    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    let published = cx.history(&events, &container.id).await?;
+    ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
     Ok(())
 }
 
@@ -220,7 +220,7 @@ pub(crate) async fn two_root_file_system_mounts_are_stacked_and_both_unmounted(c
 pub(crate) async fn the_runtimes_own_message_reaches_the_client(cx: Context) -> Result<()> {
     let gate = cx.gate()?;
     for verb in ["create", "start"] {
-        gate.fail(verb, Some("the dog ate the container"))?;
+        gate.fail(verb, Some("injected failure"))?;
         let error = match cx.container(&["true"]).runtime_binary(&gate.binary()).create().await {
             Ok(container) => {
                 let error = container.start().await;
@@ -229,7 +229,7 @@ pub(crate) async fn the_runtimes_own_message_reaches_the_client(cx: Context) -> 
             }
             Err(error) => error,
         };
-        ensure!(format!("{error:#}").contains("the dog ate the container"), "{verb}: {error:#}");
+        ensure!(format!("{error:#}").contains("injected failure"), "{verb}: {error:#}");
         gate.fail(verb, None)?;
     }
     Ok(())
@@ -328,8 +328,8 @@ pub(crate) async fn ctr_finds_the_shim_by_the_containers_id(cx: Context) -> Resu
     Ok(())
 }
 
-/// A program in front of an OCI runtime looks for init's pid where containerd's own shims have it written; and containerd's Go client up
-/// to 1.7 says `--no-pivot` to a runtime that is not runc's in a message of old.
+/// A program in front of an OCI runtime looks for init's pid in the file that containerd's own shims write; and containerd's Go client up
+/// to 1.7 requests `--no-pivot` from a runtime other than runc's in an older message.
 pub(crate) async fn a_wrapper_of_the_runtime_finds_init_pid_and_what_ctr_asks_for(cx: Context) -> Result<()> {
     // ctr gives each container a share of it
     needs_controller("cpu")?;
@@ -341,7 +341,7 @@ pub(crate) async fn a_wrapper_of_the_runtime_finds_init_pid_and_what_ctr_asks_fo
         pid.display(),
         real = cx.runtime_binary().display()
     );
-    // whichever is taken when none is named
+    // the default runtime
     for name in ["crun", "runc"] {
         programs::script(&cx.daemon().bin(), name, &text)?;
     }

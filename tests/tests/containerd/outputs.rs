@@ -1,4 +1,4 @@
-//! No byte of an output is lost: whatever its kind, a descendant that holds it, a reader that is slow or late, init or exec.
+//! No byte of an output is lost: all kinds of stdio, descendants that hold it, slow and late readers, init and execs.
 //!
 //! A client of containerd reads while Delete waits, and closes its end afterwards.
 
@@ -17,7 +17,7 @@ use tokio::task::{JoinSet, LocalSet};
 
 use crate::worker::{kill_worker, ours_only};
 
-/// Who holds the output when the process has ended, and writes once more a second later.
+/// The process that holds the output when the main process has exited, and writes once more a second later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
     Nobody,
@@ -34,7 +34,7 @@ enum Reading {
     Pausing,
     /// Opens after the exit.
     Late,
-    /// Opens, reads nothing, and leaves after Delete was called.
+    /// Opens, reads nothing, and closes after Delete was called.
     Gone,
 }
 
@@ -64,14 +64,14 @@ impl Cell {
                         cells.push(Self { holder, reading, kind, is_exec });
                     }
                 }
-                // the readers of these are the shim and the logger
+                // these are read by the shim and the logger
                 cells.extend([Kind::File, Kind::Logger].map(|kind| Self { holder, reading: Reading::Fast, kind, is_exec }));
             }
         }
         cells
     }
 
-    /// What `seq` counts to. A pipe without a reader holds no more of a terminal: its parts are small.
+    /// The number that `seq` counts to. A pipe without a reader holds no more from a terminal, which writes small pieces.
     fn lines(self) -> u64 {
         if self.kind == Kind::Terminal && matches!(self.reading, Reading::Late | Reading::Gone) { 300 } else { 10_000 }
     }
@@ -85,7 +85,7 @@ impl Cell {
         format!("{late} seq {}", self.lines())
     }
 
-    /// What is written. Nothing outlives init, and the kernel hangs a terminal up for all of its session.
+    /// The expected output. No process outlives init, and the kernel hangs up a terminal for its whole session.
     fn bytes(self) -> u64 {
         let line_end = if self.kind == Kind::Terminal { 2 } else { 1 };
         let late = match self.holder {
@@ -161,7 +161,7 @@ impl Cell {
     }
 }
 
-pub(crate) async fn every_byte_arrives_whoever_holds_the_output_and_however_it_is_read(cx: Context) -> Result<()> {
+pub(crate) async fn every_byte_arrives_from_every_holder_of_the_output_to_every_reader(cx: Context) -> Result<()> {
     let mut cells = Cell::all();
     if !cx.shim().is_ours() {
         // its Create waits for a reader
@@ -185,7 +185,7 @@ async fn run_all(cx: Context, mut cells: Vec<Cell>) -> Result<Vec<String>> {
             let (cell, result) = run?;
             let (count, took) = result.with_context(|| format!("{cell:?}"))?;
             println!("{cell:?}: {count} of {} bytes, Delete took {} ms", cell.bytes(), took.as_millis());
-            // that nobody reads is no reason to wait
+            // output without a reader must not delay Delete
             let is_right = if cell.reading == Reading::Gone { took < Duration::from_secs(5) } else { count == cell.bytes() };
             if !is_right {
                 wrong.push(format!("{cell:?}: {count} of {} bytes, Delete took {took:?}", cell.bytes()));

@@ -1,4 +1,4 @@
-//! Pause, kill, update, statistics, and the end of memory.
+//! Pause, kill, update, statistics, and OOM kills.
 
 use std::fs;
 use std::path::Path;
@@ -40,8 +40,8 @@ pub(crate) async fn a_paused_container_is_frozen_and_resumes(cx: Context) -> Res
     drop(stdin);
     container.close_stdin().await?;
     ensure!(container.finish().await? == 3);
-    let told = cx.history(&events, &container.id).await?;
-    ensure!(told == ["create", "start", "paused", "resumed", "exit", "delete"], "{told:?}");
+    let published = cx.history(&events, &container.id).await?;
+    ensure!(published == ["create", "start", "paused", "resumed", "exit", "delete"], "{published:?}");
     Ok(())
 }
 
@@ -181,8 +181,8 @@ pub(crate) async fn an_oom_kill_is_published_before_the_exit(cx: Context) -> Res
         let container = cx.container(&["tail", "/dev/zero"]).spec(|spec| spec.memory_limit(16 << 20));
         let container = container.start().await?;
         ensure!(container.finish().await? == 137);
-        let told = cx.history(&events, &container.id).await?;
-        ensure!(told == ["create", "start", "oom", "exit", "delete"], "{told:?}");
+        let published = cx.history(&events, &container.id).await?;
+        ensure!(published == ["create", "start", "oom", "exit", "delete"], "{published:?}");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Every kind of stdio: what goes in comes out, all of it, whoever is slow, late or gone.
+//! Every kind of stdio: all bytes arrive, also when a peer is slow, late or gone.
 
 use std::fs;
 use std::path::Path;
@@ -185,7 +185,7 @@ pub(crate) async fn a_file_gets_both_streams(cx: Context) -> Result<()> {
 
 pub(crate) async fn a_container_does_not_get_its_log_file_itself(cx: Context) -> Result<()> {
     if !cx.shim().is_ours() {
-        return skip("the stock shim copies through a pipe too, but what is tested is ours");
+        return skip("this tests our shim's pipe");
     }
     let log = cx.folder().join("a.log");
     fs::write(&log, "before\n")?;
@@ -215,7 +215,7 @@ pub(crate) async fn a_logger_gets_everything_and_knows_the_container(cx: Context
 
 pub(crate) async fn a_logger_that_crashes_before_it_is_ready_blocks_nothing(cx: Context) -> Result<()> {
     let uri = format!("binary://{}?dies=ready", cx.program("log-sink").display());
-    // dying closes the ready pipe as being ready does, so a shim may take the one for the other
+    // an exit closes the ready pipe just as readiness does, so a shim cannot tell them apart
     if let Ok(container) = cx.container(&["sh", "-c", "exit 3"]).stdio(Stdio::uri(&uri)).create().await {
         ensure!(container.run().await? == 3);
     }
@@ -246,7 +246,7 @@ pub(crate) async fn a_logger_of_the_second_kind_is_ready_with_a_byte_and_not_wit
     cx.leaves_nothing().await
 }
 
-/// As on hosts with untrusted images: the loggers are listed.
+/// With a list of allowed loggers, as on hosts with untrusted images.
 async fn with_listed_loggers(cx: &Context) -> Result<Context> {
     if !cx.shim().is_ours() {
         return skip("the stock shim runs any logger");
@@ -256,7 +256,7 @@ async fn with_listed_loggers(cx: &Context) -> Result<Context> {
     cx.with_own_shim(cx.shim(), &[("X_SHIM_LOGGERS", &listed.display().to_string())]).await
 }
 
-/// The URI of a logger that leaves a trace in `folder`: `listed`, or one that is not.
+/// The URI of a logger that writes into `folder`: `listed`, or one that is not.
 fn logger_of(cx: &Context, outer: &Context, name: &str, folder: &Path) -> Result<String> {
     fs::create_dir_all(folder)?;
     let program = if name == "listed" { outer.folder().join(name) } else { cx.program("log-sink") };
@@ -276,9 +276,9 @@ pub(crate) async fn a_logger_that_is_not_listed_never_runs(outer: Context) -> Re
             eventually_true("the logger is done", SOON, || folder.join("done").exists()).await?;
             ensure!(exec.run().await? == 4);
         } else {
-            let said = format!("{:#}", created.err().context("it was taken")?);
+            let said = format!("{:#}", created.err().context("it was accepted")?);
             ensure!(said.contains("is not allowed; allowed are"), "{said}");
-            ensure!(exec.run().await.is_err(), "it was taken for an exec");
+            ensure!(exec.run().await.is_err(), "it was accepted for an exec");
             ensure!(fs::read_dir(&folder)?.count() == 0, "it has run");
         }
         running.destroy().await?;
@@ -351,7 +351,7 @@ pub(crate) async fn a_slow_reader_is_waited_for_and_nothing_is_buffered(cx: Cont
     let mut container = container.start().await?;
     let shim = cx.shim_pid(&container.id)?;
     let begin = peak_kib(shim)?;
-    // the pipe, the fifo and whatever the shim holds are full when the writer has stopped
+    // when the writer has stopped, the pipe, the fifo and the shim's buffer are full
     eventually("the writer is stopped by back-pressure", SOON, async || {
         let wchan = fs::read_to_string(format!("/proc/{}/wchan", first_child(&container)?))?;
         ensure!(wchan.contains("pipe_write"), "{wchan:?}");

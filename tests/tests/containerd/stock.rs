@@ -1,4 +1,4 @@
-//! What the stock shim does otherwise than these tests demand, each seen in a run with `X_STOCK_ALL=1`.
+//! Known deviations of the stock shim from these tests, each seen in a run with `X_STOCK_ALL=1`.
 
 use shim_tests::runner::Known;
 
@@ -23,7 +23,7 @@ pub(crate) const KNOWN: &[Known] = &[
     known(OLD, "stdio::a_file_gets_both_streams", "the second stream's lines are lost"),
     known(
         &["2.1"],
-        "outputs::every_byte_arrives_whoever_holds_the_output_and_however_it_is_read",
+        "outputs::every_byte_arrives_from_every_holder_of_the_output_to_every_reader",
         "of a terminal in another session, what is written after the exit is lost",
     ),
     known(

@@ -1,4 +1,4 @@
-//! What an operator changes under containers that run: the daemon's version, and where the shim's binary is.
+//! Changes by an operator under running containers: the daemon's version, and the path of the shim's binary.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -16,13 +16,9 @@ use shim_tests::runner::skip;
 use shim_tests::suite::{self, Suite};
 use tonic::Code;
 
-/// containerd alone reads what another version of it has written.
+/// Only containerd has several versions here that read each other's state.
 fn needs_containerd() -> Result<()> {
-    if suite::manager().is_some() {
-        skip("of containerd alone there are several versions, and x-manager forgets no container")
-    } else {
-        Ok(())
-    }
+    if suite::manager().is_some() { skip("x-manager has only one version, and forgets no container") } else { Ok(()) }
 }
 
 /// Exits with 3 when the test asks for it.
@@ -35,7 +31,7 @@ async fn on_command(cx: &Context) -> Result<Container> {
     Ok(container)
 }
 
-/// That it still is what it was, can be looked into, and its output comes.
+/// Checks that it has not changed, can run an exec, and its output arrives.
 async fn is_the_same(container: &Container, word: &str) -> Result<()> {
     let state = container.state().await?;
     ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
@@ -47,7 +43,7 @@ async fn is_the_same(container: &Container, word: &str) -> Result<()> {
     Ok(())
 }
 
-/// From the newest to the oldest and back, each on what the one before has written.
+/// From the newest to the oldest and back, each on the state of the previous one.
 pub(crate) async fn containers_outlive_a_downgrade_and_an_upgrade_of_their_daemon(cx: Context) -> Result<()> {
     needs_containerd()?;
     let cx = cx.with_own_daemon().await?;
@@ -57,14 +53,14 @@ pub(crate) async fn containers_outlive_a_downgrade_and_an_upgrade_of_their_daemo
     let mut alive = Vec::new();
     for version in [Suite::Trixie, Suite::Bookworm, Suite::Trixie, Suite::Forky] {
         let word = format!("{version}-{}", alive.len());
-        // ends while no daemon is there
+        // exits while no daemon runs
         let ends = on_command(&cx).await?;
         let mut stdin = ends.io.stdin().await?;
         let killed = cx.container(&["sleep", "1000"]).spec(member).start().await?;
         cx.daemon().stop()?;
         stdin.write_all(b"go\n")?;
         let pid = ends.pid.cast_signed();
-        eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+        eventually_true("it has exited", SOON, || !proc::is_alive(pid)).await?;
         cx.daemon().becomes(version).await?;
         cx.client().reconnected().await?;
         let inside = async {
@@ -116,11 +112,11 @@ pub(crate) async fn a_shim_whose_binary_has_moved_is_found_by_a_link(cx: Context
     cx.leaves_nothing().await
 }
 
-/// containerd has noted the path of the binary and forgets a container whose shim it cannot find: its bundle is removed, its processes
-/// are not touched. Our shim keeps it, and refuses another of its name with the command that ends it.
+/// containerd records the path of the binary and forgets a container whose shim it cannot find: it removes the bundle and leaves the
+/// processes alone. Our shim keeps the container, and refuses another one with its id; the error names the command that removes it.
 pub(crate) async fn a_container_whose_shim_binary_is_missing_keeps_running_and_keeps_its_id(cx: Context) -> Result<()> {
     if !cx.shim().is_ours() {
-        return skip("what becomes of the stock shim then is its own business");
+        return skip("the stock shim may do anything then");
     }
     needs_containerd()?;
     let (cx, path) = with_a_binary_of_its_own(&cx).await?;
@@ -129,26 +125,26 @@ pub(crate) async fn a_container_whose_shim_binary_is_missing_keeps_running_and_k
     let moved = cx.folder().join("moved");
     fs::rename(&path, &moved)?;
     cx.crash_daemon().await?;
-    ensure!(code_of(container.state().await)? == Code::NotFound && !container.bundle().exists(), "this containerd has kept it");
+    ensure!(code_of(container.state().await)? == Code::NotFound && !container.bundle().exists(), "containerd still knows the container");
     // it keeps running, and its shim answers
     container.io.stdin().await?.write_all(b"still\n")?;
     container.io.out().until("got still\n").await?;
     let shims = builds::ps(&cx, &moved).await?;
     ensure!(shims.len() == 1 && shims[0]["group"] == *container.id, "{shims:#?}");
-    // no other container takes its name by mistake: the refusal says what to do
+    // another container with its id is refused; the error says what to do
     fs::rename(&moved, &path)?;
     let id = container.id.clone();
     container.remove().await?;
     let build = || cx.container(&["sh", "-c", "exit 5"]).id(&id);
-    let said = format!("{:#}", build().create().await.err().context("it was made beside the one that runs")?);
+    let said = format!("{:#}", build().create().await.err().context("a second container with the id was created")?);
     let command = said.split_once("remove it first: ").with_context(|| said.clone())?.1;
     let words: Vec<_> = command.split_whitespace().take_while(|word| !word.starts_with("exit") && *word != ":").collect();
     ensure!(words.last().is_some_and(|word| word.starts_with("delete")), "{said}");
-    ensure!(proc::is_alive(pid) && proc::is_alive(keeper), "it was touched");
+    ensure!(proc::is_alive(pid) && proc::is_alive(keeper), "the container or its shim was killed");
     let arguments = words[1..].iter().map(|word| word.trim_end_matches("\\n:"));
     let done = tokio::process::Command::new(&path).args(arguments).stdin(std::process::Stdio::null()).output().await?;
     ensure!(done.status.success(), "{done:?}");
-    eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+    eventually_true("it has exited", SOON, || !proc::is_alive(pid)).await?;
     let again = build().create().await?;
     ensure!(again.run().await? == 5);
     cx.leaves_nothing().await

@@ -1,4 +1,4 @@
-//! The worker, the part of our shim that has features, is killed at any time: no client notices.
+//! The worker of our shim is killed at any time: clients see no error.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ pub(crate) async fn worker_of(keeper: i32) -> Result<i32> {
     .await
 }
 
-/// Kills the worker of a keeper and waits until it is gone; whether another comes is the keeper's business.
+/// Kills the worker of a keeper and waits until it is gone; the keeper may start another one.
 pub(crate) async fn kill_worker(keeper: i32) -> Result<()> {
     let worker = worker_of(keeper).await?;
     proc::kill_hard(worker);
@@ -47,9 +47,9 @@ pub(crate) async fn a_killed_worker_is_not_noticed_by_a_running_container(cx: Co
     kill_worker(keeper).await?;
     container.io.stdin().await?.write_all(b"go\n")?;
     ensure!(container.finish().await? == 3);
-    let told = cx.history(&events, &container.id).await?;
-    ensure!(told.iter().filter(|event| event.starts_with("exit")).count() == 6, "{told:?}");
-    ensure!(told.ends_with(&["exit".to_owned(), "delete".to_owned()]), "{told:?}");
+    let published = cx.history(&events, &container.id).await?;
+    ensure!(published.iter().filter(|event| event.starts_with("exit")).count() == 6, "{published:?}");
+    ensure!(published.ends_with(&["exit".to_owned(), "delete".to_owned()]), "{published:?}");
     Ok(())
 }
 
@@ -63,7 +63,7 @@ pub(crate) async fn a_killed_worker_is_not_noticed_by_a_pending_wait(cx: Context
         waits.spawn(async move { client.wait(&id, "").await });
     }
     kill_worker(keeper).await?;
-    // killed again as soon as the next one is there, and then with the exit already under way
+    // killed again as soon as the next one runs, and then during the exit
     kill_worker(keeper).await?;
     let worker = worker_of(keeper).await?;
     container.io.stdin().await?.write_all(b"go\n")?;
@@ -91,7 +91,7 @@ pub(crate) async fn a_killed_worker_is_not_noticed_by_a_create_in_flight(cx: Con
                 let create = tokio::task::spawn_local(container.create());
                 gate.held("create").await?;
                 let shims = cx.shims();
-                let [shim] = &shims[..] else { anyhow::bail!("not one shim: {shims:?}") };
+                let [shim] = &shims[..] else { anyhow::bail!("exactly one shim expected: {shims:?}") };
                 kill_worker(shim.pid).await?;
                 gate.release("create")?;
                 create.await?
@@ -151,7 +151,7 @@ pub(crate) async fn a_worker_killed_with_the_daemon_down_loses_no_exit(cx: Conte
     kill_worker(keeper).await?;
     stdin.write_all(b"go\n")?;
     let pid = container.pid.cast_signed();
-    eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+    eventually_true("it has exited", SOON, || !proc::is_alive(pid)).await?;
     kill_worker(keeper).await?;
     cx.revive_daemon().await?;
     ensure!(container.finish().await? == 3);
@@ -183,7 +183,7 @@ pub(crate) async fn a_stopped_worker_leaves_the_daemon_able_to_load(cx: Context)
     let cx = cx.with_own_daemon().await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let worker = worker_of(cx.shim_pid(&container.id)?).await?;
-    // as good as hung: what the daemon asks while it loads has to be answered without it
+    // like a hung worker: the keeper must answer the daemon's calls at its start without it
     kill(Pid::from_raw(worker), Signal::SIGSTOP)?;
     cx.crash_daemon().await?;
     let state = container.state().await?;
@@ -201,12 +201,12 @@ pub(crate) async fn an_exit_with_the_daemon_down_and_the_worker_hibernating_is_p
     let stays = cx.container(&["sh", "-c", "read go; exit 4"]).stdio(Stdio::ALL).start().await?;
     let keepers = [cx.shim_pid(&ends.id)?, cx.shim_pid(&stays.id)?];
     let mut stdin = ends.io.stdin().await?;
-    eventually_true("both workers rest", SOON * 3, || keepers.iter().all(|keeper| no_worker(*keeper))).await?;
+    eventually_true("both workers hibernate", SOON * 3, || keepers.iter().all(|keeper| no_worker(*keeper))).await?;
     cx.daemon().kill()?;
     stdin.write_all(b"go\n")?;
     let pid = ends.pid.cast_signed();
-    eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
-    ensure!(no_worker(keepers[1]), "the other shim's worker was woken");
+    eventually_true("it has exited", SOON, || !proc::is_alive(pid)).await?;
+    ensure!(no_worker(keepers[1]), "the other shim's worker was started");
     cx.revive_daemon().await?;
     ensure!(ends.finish().await? == 3);
     ensure!(stays.state().await?.pid == stays.pid);
@@ -230,7 +230,7 @@ pub(crate) async fn a_killed_keeper_ends_its_containers_with_true_exit_codes(cx:
     }
     let pid = running.pid.cast_signed();
     eventually_true("the container of a dead keeper is killed", SOON, || !proc::is_alive(pid)).await?;
-    let told = |id: String, status: u32| {
+    let published = |id: String, status: u32| {
         let events = events.clone();
         async move {
             events
@@ -238,12 +238,12 @@ pub(crate) async fn a_killed_keeper_ends_its_containers_with_true_exit_codes(cx:
                 .await
         }
     };
-    told(ended.id.clone(), 3).await?;
-    told(running.id.clone(), 137).await?;
+    published(ended.id.clone(), 3).await?;
+    published(running.id.clone(), 137).await?;
     cx.leaves_nothing().await
 }
 
-/// containerd runs `delete` for each member, also for those that came without a `start` of their own.
+/// containerd runs `delete` for each member, also for those without a `start` of their own.
 pub(crate) async fn a_killed_keeper_ends_each_member_of_its_group_with_its_true_exit_code(cx: Context) -> Result<()> {
     ours_only(&cx)?;
     let events = cx.events().await?;
@@ -257,8 +257,8 @@ pub(crate) async fn a_killed_keeper_ends_each_member_of_its_group_with_its_true_
     for (container, status) in [(&first, 137), (&second, 137), (&ended, 3)] {
         let pid = container.pid.cast_signed();
         eventually_true("the container of a dead keeper is killed", SOON, || !proc::is_alive(pid)).await?;
-        let told = |_: &[_]| events.exits(&container.id, "").iter().any(|exit| exit.status == status);
-        events.until_within("its exit", Duration::from_secs(15), told).await?;
+        let published = |_: &[_]| events.exits(&container.id, "").iter().any(|exit| exit.status == status);
+        events.until_within("its exit", Duration::from_secs(15), published).await?;
     }
     cx.leaves_nothing().await
 }

@@ -1,4 +1,4 @@
-//! Trouble at random: workers killed and stopped from outside at any moment, shims upgraded and downgraded, and several crashes in a row
+//! Random disturbances: workers killed and stopped from outside at any moment, shims upgraded and downgraded, and several crashes in a row
 //! at messages.
 
 use std::env;
@@ -37,22 +37,22 @@ impl Random {
     }
 }
 
-/// What happens to the workers of one run.
+/// The crashes and disturbances of one run.
 struct Job {
     scenario: &'static Scenario,
     model: Rc<Record>,
-    /// Crashes at messages, one word per life.
+    /// Crashes at messages, one word per worker generation.
     plan: String,
-    /// From outside, each that long after the last.
-    troubles: Vec<(Duration, Trouble)>,
+    /// Disturbances from outside, each that long after the previous one.
+    disturbances: Vec<(Duration, Disturbance)>,
 }
 
-/// What is done to a shim from outside.
+/// A disturbance of a shim from outside.
 #[derive(Clone)]
-enum Trouble {
+enum Disturbance {
     /// Its worker is killed.
     Kill,
-    /// Its worker is stopped for so long.
+    /// Its worker is stopped for that long.
     Stop(Duration),
     /// It is upgraded to another build.
     Upgrade { to: PathBuf, worker_only: bool },
@@ -75,11 +75,11 @@ pub(crate) async fn random_crashes(cx: Context) -> Result<()> {
     let builds = other_builds(&cx)?;
     for number in 0..runs() {
         let (scenario, messages, model) = &models[number % models.len()];
-        let troubles =
-            (0..1 + random.below(4)).map(|_| (Duration::from_millis(random.below(150)), trouble(&mut random, &builds))).collect();
+        let disturbances =
+            (0..1 + random.below(4)).map(|_| (Duration::from_millis(random.below(150)), disturbance(&mut random, &builds))).collect();
         let words: Vec<_> = (0..1 + random.below(3)).map(|_| word(&mut random, messages / 2)).collect();
-        let (plan, troubles) = if random.below(2) == 0 { (words.join(" "), Vec::new()) } else { (String::new(), troubles) };
-        jobs.push(Job { scenario, model: Rc::clone(model), plan, troubles });
+        let (plan, disturbances) = if random.below(2) == 0 { (words.join(" "), Vec::new()) } else { (String::new(), disturbances) };
+        jobs.push(Job { scenario, model: Rc::clone(model), plan, disturbances });
     }
     static CRASHES: AtomicU32 = AtomicU32::new(0);
     let before = CRASHES.load(Ordering::Relaxed);
@@ -87,7 +87,7 @@ pub(crate) async fn random_crashes(cx: Context) -> Result<()> {
     let count = jobs.len();
     let failures = lane::work(&cx, 3, jobs, |lane, job| {
         Box::pin(async move {
-            let outcome = lane.run(job.scenario, &job.plan, Some(&job.model), async |cx| make_trouble(cx, &job.troubles).await).await?;
+            let outcome = lane.run(job.scenario, &job.plan, Some(&job.model), async |cx| disturb(cx, &job.disturbances).await).await?;
             CRASHES.fetch_add(u32::try_from(outcome.trace.generations())? - 1, Ordering::Relaxed);
             Ok(())
         })
@@ -112,7 +112,7 @@ fn word(random: &mut Random, messages: u64) -> String {
 
 /// Copies of the shim under other names, as upgrades and downgrades to each other.
 fn other_builds(cx: &Context) -> Result<[PathBuf; 2]> {
-    let shim = cx.shim().binary.clone().context("our shim is a file")?;
+    let shim = cx.shim().binary.clone().context("X_SHIM must name our own shim")?;
     let make = |name: &str| {
         let folder = cx.folder().join(name);
         fs::create_dir_all(&folder)?;
@@ -121,36 +121,36 @@ fn other_builds(cx: &Context) -> Result<[PathBuf; 2]> {
     Ok([make("a")?, make("b")?])
 }
 
-fn trouble(random: &mut Random, builds: &[PathBuf; 2]) -> Trouble {
+fn disturbance(random: &mut Random, builds: &[PathBuf; 2]) -> Disturbance {
     match random.below(5) {
-        0 | 1 => Trouble::Kill,
-        2 => Trouble::Stop(Duration::from_millis(random.below(300))),
-        which => Trouble::Upgrade { to: builds[usize::try_from(random.below(2)).unwrap_or(0)].clone(), worker_only: which == 3 },
+        0 | 1 => Disturbance::Kill,
+        2 => Disturbance::Stop(Duration::from_millis(random.below(300))),
+        which => Disturbance::Upgrade { to: builds[usize::try_from(random.below(2)).unwrap_or(0)].clone(), worker_only: which == 3 },
     }
 }
 
-async fn make_trouble(cx: &Context, troubles: &[(Duration, Trouble)]) {
-    for (pause, trouble) in troubles {
-        tokio::time::sleep(*pause).await; // the moment is what is random
-        match trouble {
-            Trouble::Upgrade { to, worker_only } => {
+async fn disturb(cx: &Context, disturbances: &[(Duration, Disturbance)]) {
+    for (pause, disturbance) in disturbances {
+        tokio::time::sleep(*pause).await; // the random moment
+        match disturbance {
+            Disturbance::Upgrade { to, worker_only } => {
                 let words: &[&str] = if *worker_only { &["--all", "--worker-only"] } else { &["--all"] };
                 // the shim may be gone by then
                 if builds::upgrade(cx, to, words).await.is_ok() {
                     Tally::add(|tally| &tally.upgrades, 1);
                 }
             }
-            Trouble::Kill => {
+            Disturbance::Kill => {
                 if let Ok(worker) = lane::some_worker(cx).await {
                     proc::kill_hard(worker);
                     Tally::add(|tally| &tally.kills, 1);
                 }
             }
-            Trouble::Stop(time) => {
+            Disturbance::Stop(time) => {
                 if let Ok(worker) = lane::some_worker(cx).await
                     && proc::signal(worker, Signal::SIGSTOP).is_ok()
                 {
-                    tokio::time::sleep(*time).await; // so long is it stopped
+                    tokio::time::sleep(*time).await; // the duration of the stop
                     // it may be gone by then
                     let _gone = proc::signal(worker, Signal::SIGCONT);
                     Tally::add(|tally| &tally.stops, 1);

@@ -26,15 +26,15 @@ pub(crate) struct Lane {
     events: Events,
 }
 
-/// What came of a run.
+/// The result of a run.
 pub(crate) struct Outcome {
     pub(crate) record: Record,
     pub(crate) trace: Trace,
-    /// How many lines of the trace are another scenario's business.
+    /// The number of lines at the start of the trace that belong to another scenario.
     pub(crate) begun_at: usize,
 }
 
-/// What the workers of a run wrote down: see `shim/src/worker/fault.rs`.
+/// The trace that the workers of a run wrote: see `shim/src/worker/fault.rs`.
 #[derive(Debug, Default)]
 pub(crate) struct Trace(pub(crate) Vec<String>);
 
@@ -44,7 +44,7 @@ impl Trace {
         Ok(Self(text.lines().map(str::to_owned).collect()))
     }
 
-    /// How often a worker has died of the plan.
+    /// How often the plan made a worker crash.
     pub(crate) fn crashes(&self) -> usize {
         self.0.iter().filter(|line| *line == "dies").count()
     }
@@ -68,7 +68,7 @@ impl Lane {
         Ok(Self { gate: Rc::new(cx.gate()?), events: cx.events().await?, cx })
     }
 
-    /// Runs a scenario with a plan of crashes, and `beside` it until it is over. With a model, whatever differs from it is an error.
+    /// Runs a scenario with a plan of crashes, and `beside` it until it is over. With a model, any difference from it is an error.
     pub(crate) async fn run(
         &self,
         scenario: &Scenario,
@@ -139,11 +139,11 @@ pub(crate) async fn model(lane: &Lane, scenario: &Scenario) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// Has nothing done beside a run.
+/// Does nothing during a run.
 pub(crate) async fn nothing(_cx: &Context) {}
 
-/// Works through `jobs` in several lanes. A lane in which something failed is given up for a new one, so that one failure does not
-/// become many. Returns what failed, which is no more than a few.
+/// Works through `jobs` in several lanes. A lane with a failure is replaced by a new one, so that one failure does not
+/// become many. Returns at most a few failures.
 pub(crate) async fn work<J: 'static>(
     cx: &Context,
     lanes: usize,

@@ -1,6 +1,6 @@
-//! One run of a scenario, and what it was seen to do: answers, events, calls of the runtime, what the keeper holds.
+//! One run of a scenario, and its record: answers, events, runtime calls, and the keeper's descriptors and children.
 //!
-//! Ids and pids are written as names, so that two runs that went the same way have the same record.
+//! Ids and pids are written as names, so that two runs with the same behaviour have the same record.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -20,11 +20,11 @@ use shim_tests::proc;
 
 use crate::tally::Tally;
 
-/// What a run was seen to do.
+/// The record of a run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Record {
     lines: Vec<String>,
-    /// What the keeper held at each place where a scenario looked.
+    /// The keeper's descriptors and children at each checkpoint of the scenario.
     held: BTreeMap<&'static str, String>,
 }
 
@@ -46,20 +46,20 @@ impl Record {
     }
 }
 
-/// A run under way.
+/// A run in progress.
 pub(crate) struct Run {
     pub(crate) cx: Context,
     pub(crate) gate: Rc<Gate>,
     /// The container, and the group where there is one.
     pub(crate) id: String,
-    /// Where workers die.
+    /// The messages at which workers crash.
     plan: String,
     /// The run without crashes, once there is one.
     model: Option<Rc<Record>>,
     seen: RefCell<Record>,
     pids: RefCell<BTreeMap<u32, String>>,
     sockets: RefCell<Vec<PathBuf>>,
-    /// How many lines the trace had when the part began that the scenario is about.
+    /// The length of the trace when the scenario's own part began.
     begun_at: Cell<usize>,
 }
 
@@ -79,12 +79,12 @@ impl Run {
         }
     }
 
-    /// Takes something down.
+    /// Records a line.
     pub(crate) fn note(&self, line: impl Display) {
         self.seen.borrow_mut().lines.push(line.to_string().replace(&self.id, "ID"));
     }
 
-    /// Adds what was taken down to the tally.
+    /// Adds the record to the tally.
     pub(crate) fn count(&self) {
         let seen = self.seen.borrow();
         let of = |word: &str| seen.lines.iter().filter(|line| line.starts_with(word)).count() as u64;
@@ -93,7 +93,7 @@ impl Run {
         Tally::add(|tally| &tally.answers, seen.lines.len() as u64 - of("event ") - of("call "));
     }
 
-    /// What was taken down.
+    /// The record so far.
     pub(crate) fn record(self) -> Record {
         self.seen.into_inner()
     }
@@ -108,7 +108,7 @@ impl Run {
         Ok(fs::write(self.plan_path(), &self.plan)?)
     }
 
-    /// Removes the plan, and what the shim has written about it.
+    /// Removes the plan and the trace.
     pub(crate) fn disarm(&self) {
         for path in [self.plan_path(), self.trace_path()] {
             let _it_need_not_be_there = fs::remove_file(path);
@@ -119,7 +119,7 @@ impl Run {
         self.cx.daemon().faults().join(&self.id)
     }
 
-    /// Marks what came before as another scenario's.
+    /// Attributes everything so far to another scenario.
     pub(crate) fn begin(&self) -> Result<()> {
         self.begun_at.set(fs::read_to_string(self.trace_path())?.lines().count());
         Ok(())
@@ -162,14 +162,14 @@ impl Run {
         Ok(())
     }
 
-    /// Takes down a call that answers nothing.
+    /// Records a call with an empty answer.
     pub(crate) fn done(&self, call: &str, answer: Result<(), impl Into<anyhow::Error>>) -> Result<()> {
         answer.map_err(|error| error.into().context(call.to_owned()))?;
         self.note(call);
         Ok(())
     }
 
-    /// Takes down a refusal.
+    /// Records an error.
     pub(crate) fn refused<T>(&self, call: &str, answer: Result<T, impl Into<anyhow::Error>>) -> Result<()> {
         match answer {
             Ok(_) => bail!("{call} was accepted"),
@@ -187,11 +187,11 @@ impl Run {
         Ok(())
     }
 
-    /// Records the answer of Pids about known processes; those that they have started come and go.
+    /// Records the answer of Pids about known processes; their children start and exit at any time.
     pub(crate) async fn pids(&self, container: &Container) -> Result<()> {
         let known = self.pids.borrow().clone();
-        let told = self.cx.client().pids(&container.id).await?;
-        let mut pids: Vec<_> = told.iter().filter_map(|process| known.get(&process.pid)).collect();
+        let listed = self.cx.client().pids(&container.id).await?;
+        let mut pids: Vec<_> = listed.iter().filter_map(|process| known.get(&process.pid)).collect();
         pids.sort();
         self.note(format!("pids {pids:?}"));
         Ok(())
@@ -215,7 +215,7 @@ impl Run {
         Ok(())
     }
 
-    /// Takes down an event.
+    /// Records an event.
     pub(crate) fn event(&self, event: &Event) {
         let Event { topic, container, exec, pid, status, .. } = event;
         let who = if exec.is_empty() { container } else { exec };
@@ -223,13 +223,13 @@ impl Run {
         self.note(format!("event {topic} {who}/{}{status}", self.named(*pid)));
     }
 
-    /// Takes down what the keeper holds, once that is at rest: open files by kind, and children.
+    /// Records the keeper's open files by kind, and its children, once they do not change any more.
     pub(crate) async fn held(&self, place: &'static str) -> Result<()> {
         let keeper = self.cx.shim_pid(&self.id)?;
         self.remember_sockets(keeper);
         let held = match self.model.as_ref().and_then(|model| model.held.get(place)) {
             Some(wanted) => {
-                eventually(format!("the keeper holds what it does without crashes, {place}"), SOON, async || {
+                eventually(format!("the keeper has the same descriptors and children as without crashes, {place}"), SOON, async || {
                     let now = holdings(keeper)?;
                     ensure!(now == *wanted, "\n  without crashes: {wanted}\n  now:            {now}");
                     Ok(now)
@@ -286,15 +286,15 @@ impl Run {
     pub(crate) fn named(&self, pid: u32) -> String {
         match pid {
             0 => "none".to_owned(),
-            pid => self.pids.borrow().get(&pid).cloned().unwrap_or_else(|| "a stranger".to_owned()),
+            pid => self.pids.borrow().get(&pid).cloned().unwrap_or_else(|| "unknown".to_owned()),
         }
     }
 }
 
-/// What a keeper holds when that has not changed for a while.
+/// The descriptors and children of a keeper once they have not changed for a while.
 async fn at_rest(keeper: i32) -> Result<String> {
     let (mut last, mut since) = (String::new(), Instant::now());
-    eventually("what the keeper holds does not change", SOON, async || {
+    eventually("the keeper's descriptors and children do not change", SOON, async || {
         let now = holdings(keeper)?;
         if now != last {
             (last, since) = (now, Instant::now());
@@ -309,13 +309,13 @@ fn holdings(keeper: i32) -> Result<String> {
     let mut counts = BTreeMap::<String, usize>::new();
     for target in proc::open_files(keeper)?.into_values() {
         let target = target.display().to_string();
-        // of files the name alone, since their folders are the run's own; of the others what they are, without the number
+        // files by name, because each run has its own folders; others by kind, without the number
         let kind = match target.split_once(':') {
             Some(("anon_inode", kind)) => kind.to_owned(),
             Some((kind, _)) => kind.to_owned(),
             None => target.rsplit('/').next().unwrap_or_default().to_owned(),
         };
-        // programs: one, or two after an upgrade. A log whose bundle is gone is closed at the next line, and only who sees a crash has one.
+        // programs: one, or two after an upgrade. A log whose bundle is gone is closed at the next line, which is written only after a crash.
         if kind.starts_with("containerd-shim-") || kind == "log (deleted)" {
             continue;
         }

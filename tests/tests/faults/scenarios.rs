@@ -1,4 +1,4 @@
-//! What is done while workers die: each scenario a small life, every answer of which is taken down.
+//! Scenarios that run while workers crash: each is a short container lifecycle, and every answer is recorded.
 
 use std::fs;
 use std::future::Future;
@@ -17,20 +17,20 @@ use shim_tests::spec::Spec;
 use crate::run::Run;
 use crate::tally::Tally;
 
-/// A scenario under way.
+/// A scenario in progress.
 pub(crate) type Drive<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
 
 /// A scenario.
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     pub(crate) body: for<'a> fn(&'a Run) -> Drive<'a>,
-    /// Whether the scenario itself chooses from when on workers crash: [`Run::arm`].
+    /// Whether the scenario itself starts the crashes: [`Run::arm`].
     pub(crate) late: bool,
     /// How many workers there are without crashes.
     pub(crate) generations: usize,
-    /// What the daemon must have published, in this order: topic, process, the name of its pid, and its exit status unless 0.
+    /// The events that the daemon must publish, in this order: topic, process, the name of its pid, and its exit status unless 0.
     pub(crate) events: &'static str,
-    /// What the runtime must have been called for, in this order.
+    /// The runtime calls, in this order.
     pub(crate) calls: &'static str,
 }
 
@@ -93,7 +93,7 @@ async fn short(run: &Run) -> Result<()> {
     run.finish(&exec, "e").await?;
     is_complete(&exec.io.out().to_end().await?, &lines(1, 1000))?;
     let pid = container.pid.cast_signed();
-    let is_over = async || eventually_true("the keeper has seen its end", SOON, || proc::Process::read(pid).is_err()).await;
+    let is_over = async || eventually_true("the keeper has reaped it", SOON, || proc::Process::read(pid).is_err()).await;
     held_after(run, "start", run.start(&container, "init"), is_over).await?;
     run.held("after the start").await?;
     run.finish(&container, "init").await?;
@@ -227,9 +227,9 @@ async fn file(run: &Run) -> Result<()> {
     let exec = run.add(container.exec("e", &["sh", "-c", "seq 1 20000; exit 4"]).stdio(stdio)).await?;
     run.start(&exec, "e").await?;
     run.finish(&exec, "e").await?;
-    // in the file when the exit is published
+    // the bytes must be in the file when the exit is published
     is_complete(&fs::read_to_string(path("e"))?, &lines(1, 20000))?;
-    // a signal before the trap is there would be lost
+    // a signal before the trap is set would be lost
     let is_written = || fs::read_to_string(path("init")).is_ok_and(|text| text.ends_with("\n20000\n"));
     eventually_true("what init writes is in its file", SOON, is_written).await?;
     run.held("after the exec").await?;
@@ -248,7 +248,7 @@ pub(crate) const FAILING_CREATE: Scenario = Scenario {
     late: false,
     generations: 1,
     events: "",
-    // the worker takes back what there may be, and so does the command that the daemon runs after every failure
+    // the worker cleans up, and so does the command that the daemon runs after every failure
     calls: "create, delete, delete",
 };
 
@@ -309,7 +309,7 @@ async fn logger(run: &Run) -> Result<()> {
     Ok(fs::remove_dir_all(folder)?)
 }
 
-/// New limits, what is used of them, and a signal for every process, which the runtime sends.
+/// New limits, statistics, and a signal for every process, which the runtime sends.
 pub(crate) const KILL_ALL: Scenario = Scenario {
     name: "kill all",
     body: |run| Box::pin(kill_all(run)),
@@ -457,7 +457,7 @@ pub(crate) const COMMAND: Scenario = Scenario {
 
 async fn command(run: &Run) -> Result<()> {
     let member = |spec: Spec| spec.annotation("io.kubernetes.cri.sandbox-id", &run.id);
-    // it stays, and its shim with it
+    // the other container and the shim stay
     let first = run.create(run.container(&["sleep", "1000"]).spec(member), "init").await?;
     run.start(&first, "init").await?;
     let second = run.create(run.member("b", &["sleep", "1000"]).spec(member), "b").await?;
@@ -469,13 +469,13 @@ async fn command(run: &Run) -> Result<()> {
         tokio::spawn(async move { client.wait(&id, exec).await })
     });
     run.begin()?;
-    let told = run.cx.delete_command(&second).await?;
-    run.note(format!("the command says {} of {}", told.exit_status, run.named(told.pid)));
+    let deleted = run.cx.delete_command(&second).await?;
+    run.note(format!("the command says {} of {}", deleted.exit_status, run.named(deleted.pid)));
     for wait in waits {
         run.note(format!("parked wait: {:?}", wait.await?.map(|answer| answer.exit_status).map_err(|error| error.code())));
     }
     run.refused("state of b, which is gone", second.state().await)?;
-    // what the daemon then deletes has exited as published
+    // the daemon then deletes it with the published exit status
     let deleted = second.delete().await?;
     run.note(format!("delete b: {} of {}", deleted.exit_status, run.named(deleted.pid)));
     run.held("after the command").await?;
@@ -534,11 +534,11 @@ async fn upgrade(run: &Run) -> Result<()> {
     let parked = tokio::spawn(async move { client.wait(&id, "").await });
     let program = run.cx.folder().join("another-build");
     if !program.exists() {
-        let shim = run.cx.shim().binary.as_ref().context("our shim is a file")?;
+        let shim = run.cx.shim().binary.as_ref().context("X_SHIM must name our own shim")?;
         builds::make(shim, &program, "build=another")?;
     }
     run.begin()?;
-    // whether it is taken depends on who dies
+    // a crash may roll the upgrade back
     builds::upgrade(&run.cx, &program, &["--all"]).await?;
     run.state(&container).await?;
     run.pids(&container).await?;
@@ -564,7 +564,7 @@ fn lines(first: u32, last: u32) -> String {
     (first..=last).map(|number| format!("{number}\n")).collect()
 }
 
-/// That nothing is missing and nothing is there twice.
+/// Checks that no line is missing or repeated.
 fn is_complete(text: &str, expected: &str) -> Result<()> {
     Tally::add(|tally| &tally.bytes, text.len() as u64);
     let same = text.bytes().zip(expected.bytes()).take_while(|(a, b)| a == b).count();

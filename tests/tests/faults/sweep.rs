@@ -15,7 +15,7 @@ use crate::scenarios::Scenario;
 /// Runs of a scenario side by side: most of a run is waiting.
 const LANES: usize = 4;
 
-/// For a life that does not come so far.
+/// The plan of a worker that must not crash.
 const SPARED: &str = "in:4000000000:before";
 
 /// Runs the scenario once without crashes, and then once for each place to crash.
@@ -47,7 +47,7 @@ pub(crate) async fn every_message(cx: Context, scenario: &'static Scenario) -> R
             plans.extend(["before", "torn", "after"].map(|when| (format!("{others}{direction}:{number}:{when}"), line.clone())));
         }
     }
-    // With the last word of the last worker the keeper leaves, and takes the worker along: there is no after.
+    // After the last message of the last worker the keeper exits and kills the worker, so a crash after it is impossible.
     let others = format!("{SPARED} ").repeat(generations - 1);
     let last = [format!("{others}out:{sent}:after"), format!("{others}in:{received}:after")];
     plans.retain(|(plan, _)| !last.contains(plan));

@@ -1,4 +1,4 @@
-//! What all runs together have gone through, for reports.
+//! Totals of all runs, for reports.
 
 use std::fmt;
 use std::ops::Sub;

@@ -1,4 +1,4 @@
-//! The API, call by call, where it is more than a way to a shim.
+//! The API, call by call, where x-manager does more than forward to a shim.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -99,7 +99,7 @@ pub(crate) async fn a_namespace_is_deleted_only_when_it_is_empty(cx: Context) ->
     refused(delete_it().await, Code::NotFound, "not found")?;
     let names = client.api().namespaces().list(Request::new(ListNamespacesRequest::default())).await?.into_inner().namespaces;
     ensure!(names.iter().all(|namespace| namespace.name != name), "{names:?}");
-    // using it makes it
+    // the first use creates it
     create(client, container("c")).await?;
     delete(client, "c").await?;
     client.api().namespaces().get(Request::new(containerd_client::services::v1::GetNamespaceRequest { name })).await?;
@@ -117,7 +117,7 @@ pub(crate) async fn labelling_a_namespace_creates_it(cx: Context) -> Result<()> 
         Ok(updated.unwrap_or_default().labels)
     };
     ensure!(update(&["labels.a"], &[("a", "1"), ("b", "2")]).await? == labels(&[("a", "1")]));
-    ensure!(update(&["labels."], &[]).await? == labels(&[("a", "1")]), "the label of no name stays absent");
+    ensure!(update(&["labels."], &[]).await? == labels(&[("a", "1")]), "no label with an empty name is added");
     refused(update(&["labels."], &[("", "3")]).await, Code::InvalidArgument, "must not be empty")?;
     let names = client.api().namespaces().list(Request::new(ListNamespacesRequest::default())).await?.into_inner().namespaces;
     ensure!(names.iter().any(|namespace| namespace.name == name), "{names:?}");
@@ -139,8 +139,11 @@ pub(crate) async fn a_container_is_updated_by_its_field_mask(cx: Context) -> Res
     let updated = update(new.clone(), &["labels.b"]).await?;
     ensure!(updated.labels == labels(&[("a", "1"), ("b", "3")]) && updated.image == "i", "{updated:?}");
     ensure!(updated.created_at == made.created_at && updated.updated_at != made.updated_at);
-    ensure!(update(new.clone(), &["labels.a", "image"]).await?.labels == labels(&[("b", "3")]), "a label that is not given is removed");
-    ensure!(update(new.clone(), &["labels."]).await?.labels == labels(&[("b", "3")]), "the label of no name stays absent");
+    ensure!(
+        update(new.clone(), &["labels.a", "image"]).await?.labels == labels(&[("b", "3")]),
+        "a label that is not in the request is removed"
+    );
+    ensure!(update(new.clone(), &["labels."]).await?.labels == labels(&[("b", "3")]), "no label with an empty name is added");
     refused(update(new.clone(), &["extensions."]).await, Code::InvalidArgument, "must not be empty")?;
     let updated = update(new.clone(), &[]).await?;
     ensure!(updated.labels == new.labels && updated.image == "j", "{updated:?}");
@@ -191,8 +194,8 @@ pub(crate) async fn filters_select_containers_leases_plugins_and_events(cx: Cont
         let event = Any { type_url: "containerd.events.TaskStart".into(), value: event.encode_to_vec() };
         client.api().events().publish(client.request(PublishRequest { topic: "/x/y".into(), event: Some(event) })).await?;
     }
-    let heard = within("the event", SOON, events.message()).await??.context("an event")?;
-    ensure!(TaskStart::decode(&*heard.event.unwrap_or_default().value)?.container_id == "wanted");
+    let received = within("the event", SOON, events.message()).await??.context("an event")?;
+    ensure!(TaskStart::decode(&*received.event.unwrap_or_default().value)?.container_id == "wanted");
     for id in ["a", "b"] {
         delete(client, id).await?;
     }
@@ -233,7 +236,7 @@ pub(crate) async fn leases_hold_resources(cx: Context) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn what_makes_no_sense_is_refused_with_a_code(cx: Context) -> Result<()> {
+pub(crate) async fn invalid_requests_are_refused_with_a_code(cx: Context) -> Result<()> {
     let client = cx.client();
     let api = client.api();
     refused(api.tasks().get(Request::new(GetRequest::default())).await, Code::FailedPrecondition, "namespace is required")?;
@@ -309,7 +312,7 @@ pub(crate) async fn the_server_reports_that_it_is_healthy(cx: Context) -> Result
     Ok(())
 }
 
-/// `grpc.health.v1` asks with one field and answers with one, or with a map of such answers.
+/// `grpc.health.v1`: the request has one field; the answer has one, or a map of such answers.
 #[derive(Clone, PartialEq, prost::Message)]
 struct HealthRequest {
     #[prost(string, tag = "1")]
@@ -340,8 +343,8 @@ pub(crate) async fn health_is_reported_by_each_method(cx: Context) -> Result<()>
     refused(grpc.unary(ask("none"), path("/grpc.health.v1.Health/Check"), codec()).await, Code::NotFound, "\"none\"")?;
     for (service, status) in [("", 1), ("none", 3)] {
         grpc.ready().await?;
-        let mut told = grpc.server_streaming(ask(service), path("/grpc.health.v1.Health/Watch"), codec()).await?.into_inner();
-        let first = within("the first health", SOON, told.message()).await??;
+        let mut watched = grpc.server_streaming(ask(service), path("/grpc.health.v1.Health/Watch"), codec()).await?.into_inner();
+        let first = within("the first health", SOON, watched.message()).await??;
         ensure!(first == Some(Health { status }), "{service:?}: {first:?}");
     }
     let codec = tonic_prost::ProstCodec::<HealthRequest, HealthList>::default;
@@ -373,7 +376,7 @@ pub(crate) async fn a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_
     Ok(())
 }
 
-pub(crate) async fn a_call_that_its_client_gave_up_is_carried_to_its_end(cx: Context) -> Result<()> {
+pub(crate) async fn a_call_whose_client_disconnects_is_completed(cx: Context) -> Result<()> {
     let gate = cx.gate()?;
     gate.hold("create")?;
     let container = cx.container(&["sleep", "1000"]).id("given-up").runtime_binary(&gate.binary()).metadata().await?;
@@ -382,7 +385,7 @@ pub(crate) async fn a_call_that_its_client_gave_up_is_carried_to_its_end(cx: Con
     gate.held("create").await?;
     gate.release("create")?;
     let client = cx.client();
-    eventually("it is there all the same", SOON, async || Ok(client.state("given-up", "").await.map(drop)?)).await?;
+    eventually("the task exists nevertheless", SOON, async || Ok(client.state("given-up", "").await.map(drop)?)).await?;
     client.kill("given-up", "", 9, true).await?;
     ensure!(client.wait("given-up", "").await?.exit_status == 137);
     client.delete("given-up").await?;
@@ -403,7 +406,7 @@ pub(crate) async fn a_name_that_could_be_a_path_is_refused_everywhere(cx: Contex
         refused(made, Code::InvalidArgument, words).with_context(|| named("namespace"))?;
         refused(running.exec(name, &["true"]).add().await.map_err(as_status), Code::InvalidArgument, words)
             .with_context(|| named("exec"))?;
-        // a shim that is asked to delete the exec of no name deletes init
+        // an empty exec id would delete init
         refused(client.delete_exec(&running.id, name).await, Code::InvalidArgument, words).with_context(|| named("delete exec"))?;
         let topic = PublishRequest { topic: format!("/{name}"), event: None };
         let published = api.events().publish(client.request(topic)).await;
@@ -469,7 +472,7 @@ pub(crate) async fn requests_that_are_never_finished_are_refused_before_they_cos
     }
     ensure!(refusals >= 8, "only {refusals} of 12 were refused");
     let grown = shim_tests::proc::private_kib(pid)?.saturating_sub(before);
-    ensure!(grown < 80 << 10, "it holds {grown} KiB more");
+    ensure!(grown < 80 << 10, "memory has grown by {grown} KiB");
     // another client is served, with a request of some length
     create(cx.client(), Container { image: "x".repeat(3 << 20), ..container("long") }).await?;
     delete(cx.client(), "long").await?;
@@ -478,10 +481,10 @@ pub(crate) async fn requests_that_are_never_finished_are_refused_before_they_cos
 }
 
 pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> Result<()> {
-    let mut heard = cx.client().subscribe().await?;
+    let mut received = cx.client().subscribe().await?;
     let publish = |words: &[&str], bytes: &[u8]| {
         let mut command = Command::new(suite::manager().context("x-manager is under test")?);
-        // as containerd's own binary is run by a shim
+        // as a shim runs containerd's binary
         command.arg("--address").arg(cx.daemon().address()).args(words);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let _it_may_not_read = child.stdin.take().context("a pipe")?.write_all(bytes);
@@ -492,7 +495,7 @@ pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> 
     let output = publish(&["publish", "--topic", "/from/shim", "--namespace", namespace], &event.encode_to_vec())?;
     ensure!(output.status.success(), "{output:?}");
     let envelope = loop {
-        let envelope = within("the event", SOON, heard.message()).await??.context("the stream ended")?;
+        let envelope = within("the event", SOON, received.message()).await??.context("the stream ended")?;
         if envelope.topic == "/from/shim" {
             break envelope;
         }

@@ -285,7 +285,7 @@ fn run_exit_status(ctr: &Ctr<'_>) -> Result<()> {
 fn run_stdin(ctr: &Ctr<'_>) -> Result<()> {
     let words = ctr.container(&["--rm"], "c", &["cat"])?;
     let mut child = ctr.start(&words.iter().map(String::as_str).collect::<Vec<_>>())?;
-    // an end that comes before the task is there is not passed on by ctr
+    // ctr does not forward the end of stdin if it comes before the task exists
     let mut stdin = child.stdin.take().context("a pipe")?;
     stdin.write_all(b"one\n")?;
     let mut out = BufReader::new(child.stdout.take().context("a pipe")?).lines();
@@ -322,7 +322,7 @@ fn run_log_binary(ctr: &Ctr<'_>) -> Result<()> {
     fs::create_dir(&folder)?;
     let uri = format!("binary://{}?folder={}", ctr.cx.program("log-sink").display(), folder.display());
     ctr.run_container(&["--rm", "--log-uri", &uri], "c", &["sh", "-c", "echo hello; echo to stderr >&2"])?;
-    retry(|| fs::metadata(folder.join("done")).context("the logger keeps running"))?;
+    retry(|| fs::metadata(folder.join("done")).context("the logger has not finished"))?;
     let read = |name: &str| fs::read_to_string(folder.join(name)).context(name.to_owned());
     ensure!(read("stdout")? == "hello\n" && read("stderr")? == "to stderr\n");
     has(&read("environment")?, &["CONTAINER_ID=c\n", &format!("CONTAINER_NAMESPACE={}\n", ctr.namespace)])
@@ -348,7 +348,7 @@ fn exec(ctr: &Ctr<'_>) -> Result<()> {
         let terminal =
             ctr.run_in_terminal(&["tasks", "exec", "--tty", "--exec-id", "e3", "c", "sh", "-c", "test -t 0 && echo terminal"])?;
         has(&terminal, &["terminal\r"])?;
-        // who detaches leaves the fifos where they are
+        // a detached run does not remove its fifos
         let fifos = ctr.cx.folder().join("fifos").display().to_string();
         fs::create_dir_all(&fifos)?;
         ctr.run(&["tasks", "exec", "--detach", "--fifo-dir", &fifos, "--exec-id", "e4", "c", "sleep", "1000"])?;
@@ -445,15 +445,15 @@ fn events(ctr: &Ctr<'_>) -> Result<()> {
     let mut listening = ctr.command(&["events"]).stdout(fs::File::create(&file)?).spawn()?;
     let mut number = 0;
     // a subscription is not confirmed
-    let heard = retry(|| {
+    let received = retry(|| {
         number += 1;
         ctr.run_container(&["--rm"], &format!("c{number}"), &["true"])?;
-        let told = fs::read_to_string(&file)?;
-        has(&told, &["/containers/create", "/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete", "/containers/delete"])
+        let received = fs::read_to_string(&file)?;
+        has(&received, &["/containers/create", "/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete", "/containers/delete"])
     });
     kill(Pid::from_raw(listening.id().cast_signed()), Signal::SIGTERM)?;
     listening.wait()?;
-    heard
+    received
 }
 
 fn some_events(ctr: &Ctr<'_>) -> Result<()> {
@@ -461,16 +461,16 @@ fn some_events(ctr: &Ctr<'_>) -> Result<()> {
     let filters = ["topic==/tasks/exit,event.container_id~=/^c[0-9]+$/", "topic==/containers/delete"];
     let mut listening = ctr.command(&["events", filters[0], filters[1]]).stdout(fs::File::create(&file)?).spawn()?;
     let mut number = 0;
-    let heard = retry(|| {
+    let received = retry(|| {
         number += 1;
         ctr.run_container(&["--rm"], &format!("c{number}"), &["true"])?;
         has(&fs::read_to_string(&file)?, &["/tasks/exit", "/containers/delete"])
     });
     kill(Pid::from_raw(listening.id().cast_signed()), Signal::SIGTERM)?;
     listening.wait()?;
-    heard?;
-    let told = fs::read_to_string(&file)?;
-    ensure!(told.lines().all(|line| line.contains("/tasks/exit") || line.contains("/containers/delete")), "{told}");
+    received?;
+    let received = fs::read_to_string(&file)?;
+    ensure!(received.lines().all(|line| line.contains("/tasks/exit") || line.contains("/containers/delete")), "{received}");
     Ok(())
 }
 

@@ -1,6 +1,6 @@
-//! SIGKILL at random instants of a daemon under load: what it had acknowledged is there afterwards, and no exit is lost or doubled.
+//! SIGKILL at random instants of a daemon under load: acknowledged calls survive, and no exit is lost or published twice.
 //!
-//! A stock shim is allowed what its daemon's crash makes of it under any daemon: clauses H3, H9 and H10 of docs/protocol.md, which it breaks.
+//! Known deviations of stock shims after a daemon's crash are allowed: clauses H3, H9 and H10 of docs/protocol.md.
 
 use std::cell::Cell;
 use std::process::Command;
@@ -46,13 +46,13 @@ impl Dice {
 pub(crate) async fn random_kills_of_the_daemon_lose_nothing(cx: Context) -> Result<()> {
     let seed = number("X_SEED").unwrap_or(1);
     let stock = "io.containerd.runc.v2".to_owned();
-    // what the stock shims make of a connection that breaks is their own: they are for long runs
+    // stock shims deviate when a connection breaks: they are for long runs
     let stock = number("X_KILLS").map(|_kills| stock);
     let runtimes: Vec<_> = [cx.shim().runtime_type.clone()].into_iter().chain(stock).collect();
     for runtime in &runtimes {
         let cx = cx.with_own_daemon().await?;
         campaign(&cx, runtime, kills() / runtimes.len() as u64, seed).await.with_context(|| format!("{runtime}, X_SEED={seed}"))?;
-        eventually("nothing is left", SOON, async || cx.leaves_nothing().await).await?;
+        eventually("nothing is left behind", SOON, async || cx.leaves_nothing().await).await?;
     }
     Ok(())
 }
@@ -92,15 +92,15 @@ async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64) -> Resul
             while let Some(lane) = lanes.join_next().await {
                 rounds += lane??;
             }
-            ensure!(rounds > 0, "no lane has got round even once");
-            let Tally { crashes, heard, missed, .. } = &*tally;
+            ensure!(rounds > 0, "no lane has finished a round");
+            let Tally { crashes, received, missed, .. } = &*tally;
             eprintln!(
-                "{} {runtime}: seed {seed}, {} crashes, a sound store after each, {rounds} containers; of {} exits {} were heard once, and over {} the subscriber's \
+                "{} {runtime}: seed {seed}, {} crashes, a sound store after each, {rounds} containers; of {} exits {} were received once, and over {} the subscriber's \
                  daemon died",
                 cx.suite(),
                 crashes.get(),
-                heard.get() + missed.get(),
-                heard.get(),
+                received.get() + missed.get(),
+                received.get(),
                 missed.get()
             );
             Ok(())
@@ -110,7 +110,7 @@ async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64) -> Resul
     Ok(())
 }
 
-/// That `x-manager check` finds nothing wrong with what a dead daemon has left.
+/// Checks that `x-manager check` accepts the store of a killed daemon.
 async fn store_is_sound(cx: &Context) -> Result<()> {
     let manager = suite::manager().context("x-manager is under test")?;
     let root = cx.daemon().folder().join("root");
@@ -124,10 +124,10 @@ async fn store_is_sound(cx: &Context) -> Result<()> {
 struct Tally {
     /// Of the daemon.
     crashes: Cell<u64>,
-    /// How often a subscription was in place again after one.
+    /// How often the client has subscribed again after a crash.
     revivals: Cell<u64>,
-    /// Exits that were told.
-    heard: Cell<u64>,
+    /// Exits that the subscriber received.
+    received: Cell<u64>,
     /// Exits that no subscriber received, because it lost its connection meanwhile.
     missed: Cell<u64>,
 }
@@ -139,7 +139,7 @@ impl Tally {
     }
 }
 
-/// A client that runs one container after the other and believes what it is told.
+/// A client that runs one container after the other and checks what the daemon acknowledges.
 struct Lane {
     cx: Context,
     runtime: String,
@@ -163,9 +163,9 @@ impl Lane {
         let client = self.cx.client();
         let script = format!("read go; exit {status}");
         let build = || self.cx.container(&["sh", "-c", &script]).id(id).runtime_type(&self.runtime).stdio(Stdio::ALL);
-        // metadata: made once, whether or not it was said so
+        // metadata is created once, with or without an answer
         again(async || unless(build().metadata().await.map(drop).map_err(as_status), Code::AlreadyExists)).await?;
-        // a task that was not acknowledged is there, or not; one that is must be whole
+        // an unacknowledged task may exist or not; if it exists it must be whole
         let mut silences = 0;
         let container = loop {
             match build().create_task().await {
@@ -200,7 +200,7 @@ impl Lane {
         };
         if !self.start(id, "").await? {
             let (init, cgroup) = (container.pid.cast_signed(), self.cx.cgroup_path(id));
-            // if it has failed already, the number may be another's
+            // if it has failed already, the pid may have been reused
             if fs::read_to_string(format!("/proc/{init}/cgroup")).is_ok_and(|cgroups| cgroups.lines().any(|line| line.ends_with(&cgroup))) {
                 proc::kill_hard(init);
             }
@@ -208,7 +208,7 @@ impl Lane {
             return Ok(again(async || unless(client.delete_container(id).await, Code::NotFound)).await?);
         }
         if let Err(error) = self.exec(&container, status + 100).await {
-            return Err(error.context(format!("exec; init: {:?}; told: {:?}", container.state().await, self.events.of(id))));
+            return Err(error.context(format!("exec; init: {:?}; published: {:?}", container.state().await, self.events.of(id))));
         }
         let quiet = self.tally.quiet();
         container.io.stdin().await?.write_all(b"go\n")?;
@@ -217,10 +217,10 @@ impl Lane {
         self.acknowledged(id, "ended").await?;
         self.delete(id, Some(status)).await?;
         again(async || unless(client.delete_container(id).await, Code::NotFound)).await.context("delete container")?;
-        self.told_once(id, "", status, container.pid, quiet).await
+        self.is_published_once(id, "", status, container.pid, quiet).await
     }
 
-    /// Runs an exec. One whose start was cut off is thrown away: the stock shim cannot start it again.
+    /// Runs an exec. One whose start was interrupted is deleted: the stock shim cannot start it again.
     async fn exec(&self, container: &Container, status: u32) -> Result<()> {
         let (client, id) = (self.cx.client(), &container.id);
         for number in 0.. {
@@ -233,28 +233,28 @@ impl Lane {
                 let waited = again(async || client.wait(id, &name).await).await?;
                 ensure!(waited.exit_status == status, "{waited:?}");
             }
-            // a start that was cut off may still be under way
+            // an interrupted start may still be in progress
             let delete = async || Ok(again(async || unless(client.delete_exec(id, &name).await.map(drop), Code::NotFound)).await?);
             if started {
                 delete().await?
             } else {
-                eventually(format!("{name} is thrown away"), SOON, delete).await?
+                eventually(format!("{name} is deleted"), SOON, delete).await?
             }
             if started {
-                return self.told_once(id, &name, status, 0, quiet).await;
+                return self.is_published_once(id, &name, status, 0, quiet).await;
             }
         }
         Ok(())
     }
 
-    /// That of no process two exits were told, and of `pid`, or whoever it was, the right one. A creation that was never
-    /// acknowledged may have been ended under the same id. One was told unless the daemon died since there were so many crashes, as `quiet` says.
-    async fn told_once(&self, id: &str, exec: &str, status: u32, pid: u32, quiet: Option<u64>) -> Result<()> {
+    /// Checks that no process has two published exits, and that the exit of `pid`, if known, has the right status. An unacknowledged creation
+    /// may have exited under the same id. The exit must be published unless the daemon has crashed more often than `quiet` says.
+    async fn is_published_once(&self, id: &str, exec: &str, status: u32, pid: u32, quiet: Option<u64>) -> Result<()> {
         let is_it = |exit: &Event| exit.status == status && (pid == 0 || exit.pid == pid);
-        let heard = || self.events.exits(id, exec).iter().any(is_it);
+        let received = || self.events.exits(id, exec).iter().any(is_it);
         let has_died = || quiet.is_none() || quiet != self.tally.quiet();
-        eventually_true(format!("the exit of {id}/{exec} is published"), SOON, || heard() || has_died()).await?;
-        let counter = if heard() { &self.tally.heard } else { &self.tally.missed };
+        eventually_true(format!("the exit of {id}/{exec} is published"), SOON, || received() || has_died()).await?;
+        let counter = if received() { &self.tally.received } else { &self.tally.missed };
         counter.set(counter.get() + 1);
         let exits = self.events.exits(id, exec);
         let of_one_pid = |pid: u32| exits.iter().filter(|exit| exit.pid == pid).count();
@@ -264,8 +264,8 @@ impl Lane {
         Ok(())
     }
 
-    /// A stock shim whose creation was cut off may wait for its runtime's output for ever, which the killed runtime's child holds, and answers nothing
-    /// meanwhile: the test has to end it.
+    /// A stock shim whose Create was interrupted may wait for ever for output of its runtime, which the killed runtime's child holds, and answers no
+    /// calls meanwhile: the test has to kill it.
     fn end_stock_shim(&self, id: &str) {
         let namespace = self.cx.client().namespace();
         for shim in proc::all().into_values().filter(|process| process.command.contains("containerd-shim-runc-v2")) {
@@ -275,8 +275,8 @@ impl Lane {
         }
     }
 
-    /// Starts a process. False when an attempt was cut off and it is not known what a stock shim made of it: that ends `runc start` when the daemon's
-    /// connection ends, so that init waits for ever, fails with status 1, or runs while its shim takes it for created. An exec may not have begun.
+    /// Starts a process. False if an attempt was interrupted under a stock shim, which kills `runc start` when the daemon's connection closes: then init
+    /// waits for ever, fails with status 1, or runs while its shim reports it as created. An exec may not have started.
     async fn start(&self, id: &str, exec: &str) -> Result<bool> {
         let client = self.cx.client();
         loop {
@@ -285,7 +285,7 @@ impl Lane {
                 Err(status) if is_a_crash(&status) => {}
                 answer => return answer.map(|_pid| true).with_context(|| format!("start {exec:?}")),
             }
-            let begun = eventually("it has begun", Duration::from_secs(2), async || {
+            let begun = eventually("it has started", Duration::from_secs(2), async || {
                 let state = again(async || client.state(id, exec).await).await?;
                 // a stock shim does not answer while it starts a process
                 ensure!(![Phase::Created, Phase::Unknown].contains(&state.status()), "{state:?}");
@@ -300,8 +300,8 @@ impl Lane {
         }
     }
 
-    /// Deletes the task, which ended with `status` unless that does not matter; only an attempt that got no answer may have been the one that did it.
-    /// The stock shim ends `crun delete` when the daemon's connection ends, and never gets on if that had all but ended: its own end is the way out.
+    /// Deletes the task, which must report `status` unless that is unknown; the task may be gone only if an earlier attempt got no answer.
+    /// The stock shim kills `crun delete` when the daemon's connection closes, and can then never delete: the test has to kill the shim.
     async fn delete(&self, id: &str, status: Option<u32>) -> Result<()> {
         let (client, begin) = (self.cx.client(), Instant::now());
         let mut is_cut_off = false;
@@ -316,7 +316,7 @@ impl Lane {
                 Err(status) if is_cut_off && !self.is_ours() && status.message().contains("cannot open directory") => {
                     self.end_stock_shim(id)
                 }
-                // the end of what was killed may not be noticed yet
+                // the exit after the kill may not be processed yet
                 Err(answer) if status.is_none() && !self.is_ours() && is_running(&answer) && begin.elapsed() < SOON => {}
                 Err(status) => bail!("delete: {status:?}"),
             }
@@ -328,17 +328,17 @@ impl Lane {
         self.runtime == self.cx.shim().runtime_type
     }
 
-    /// That what was acknowledged is there.
+    /// Checks that acknowledged changes exist.
     async fn acknowledged(&self, id: &str, what: &str) -> Result<()> {
         let client = self.cx.client();
-        let state = again(async || client.state(id, "").await).await.with_context(|| format!("{what}, but not there"))?;
+        let state = again(async || client.state(id, "").await).await.with_context(|| format!("{what}, but not found"))?;
         let expected = if what == "ended" { Phase::Stopped } else { Phase::Created };
         ensure!(state.status() == expected, "{what}: {state:?}");
         Ok(())
     }
 }
 
-/// Calls until an answer comes that is not the daemon's crash.
+/// Repeats a call until it gets an answer not caused by the daemon's crash.
 async fn again<T>(mut call: impl AsyncFnMut() -> Result<T, Status>) -> Result<T, Status> {
     loop {
         match call().await {
@@ -352,7 +352,7 @@ fn unless(answer: Result<(), Status>, code: Code) -> Result<(), Status> {
     answer.or_else(|status| if status.code() == code { Ok(()) } else { Err(status) })
 }
 
-/// Whether a stock shim will not delete what it takes for alive.
+/// Whether a stock shim refuses to delete because it takes the process for alive.
 fn is_running(status: &Status) -> bool {
     ["running", "stopped"].iter().any(|word| status.message().contains(word))
 }

@@ -1,4 +1,4 @@
-//! What a start finds, and when it refuses.
+//! Starts of the daemon: on existing shims and stores, and when it refuses to start.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -16,7 +16,7 @@ use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::{proc, programs, suite};
 use tonic::Code;
 
-/// The same with the shim that comes with this suite, which gives up sending an event after some tries.
+/// The same with the shim that comes with this suite, which drops an event after some attempts.
 pub(crate) async fn an_exit_while_the_daemon_was_down_is_published_once(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     for runtime in [cx.shim().runtime_type.clone(), "io.containerd.runc.v2".to_owned()] {
@@ -24,23 +24,23 @@ pub(crate) async fn an_exit_while_the_daemon_was_down_is_published_once(cx: Cont
         let exec = container.exec("e", &["sh", "-c", "read go; exit 5"]).stdio(Stdio::ALL).start().await?;
         let (mut stdin, mut exec_stdin) = (container.io.stdin().await?, exec.io.stdin().await?);
         let events = cx.events().await?;
-        // whichever shim it is, it is the parent of what it runs
+        // the shim is the parent of its containers' processes
         let shim = proc::stat(container.pid.cast_signed())?.field(4).parse()?;
         cx.daemon().kill()?;
         exec_stdin.write_all(b"go\n")?;
-        // the exec goes before the container can take it along
+        // the exec exits before the container ends it
         tokio::time::timeout(SOON, exec.io.out().to_end()).await??;
         stdin.write_all(b"go\n")?;
         let pid = container.pid.cast_signed();
-        eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+        eventually_true("it has exited", SOON, || !proc::is_alive(pid)).await?;
         // an exit that a shim publishes before the test subscribes again is lost
         proc::signal(shim, Signal::SIGSTOP)?;
         cx.revive_daemon().await?;
         events.resubscribe(cx.client()).await?;
         proc::signal(shim, Signal::SIGCONT)?;
-        // no matter which sends it: the shim, sooner or later, or the daemon in its place
-        let told = |exec: &'static str| !events.exits(&container.id, exec).is_empty();
-        eventually_true("the exits are published", Duration::from_secs(30), || told("") && told("e"))
+        // the shim publishes it, or the daemon in its place
+        let is_published = |exec: &'static str| !events.exits(&container.id, exec).is_empty();
+        eventually_true("the exits are published", Duration::from_secs(30), || is_published("") && is_published("e"))
             .await
             .with_context(|| runtime.clone())?;
         ensure!(exec.wait().await? == 5 && container.wait().await? == 3);
@@ -70,7 +70,7 @@ pub(crate) async fn a_start_with_too_few_descriptors_ends_no_container(cx: Conte
     poor.arg("--root").arg(folder.join("root")).arg("--state").arg(folder.join("state")).arg("--address").arg(folder.join("c.sock"));
     let mut poor = poor.stderr(fs::File::create(&log)?).spawn()?;
     shim_tests::isolation::keep(poor.id());
-    let said = eventually("it cannot reach them all", SOON, async || {
+    let said = eventually("the daemon cannot reach all shims", SOON, async || {
         let text = fs::read_to_string(&log)?;
         ensure!(text.contains("Too many open files"), "{text}");
         Ok(())
@@ -122,7 +122,7 @@ pub(crate) async fn a_crashed_shims_container_is_not_reported_exited_until_delet
     let cx = cx.with_own_daemon().await?;
     let events = cx.events().await?;
     let (attempts, may) = (cx.folder().join("attempts"), cx.folder().join("may"));
-    let shim = cx.shim().binary.clone().context("our shim is a file")?;
+    let shim = cx.shim().binary.clone().context("X_SHIM must name our own shim")?;
     let text = format!(
         "#!/bin/sh\ncase \"$*\" in *delete*) if [ ! -e {may} ]; then echo >> {attempts}; echo no such luck >&2; exit 1; fi ;; esac\nexec {shim} \"$@\"\n",
         may = may.display(),
@@ -172,7 +172,7 @@ pub(crate) async fn start_and_delete_of_a_dead_shims_container_do_not_overlap(cx
         ensure!(!first_is_right || deleted.1.is_err(), "both have deleted it: {deleted:?}");
         match made {
             Ok(made) => {
-                // a deletion may have met the new one, and only then is it gone
+                // only a deletion of the new one may have removed it
                 match made.state().await {
                     Ok(state) => ensure!(state.status() == Phase::Created, "{state:?}"),
                     Err(status) => ensure!(status.code() == Code::NotFound && (deleted.0.is_ok() || deleted.1.is_ok()), "{status:?}"),
@@ -202,7 +202,7 @@ pub(crate) async fn an_unresponsive_shim_delays_no_other_call(cx: Context) -> Re
     ensure!(status_of(&other.id) == Some(Phase::Running) && status_of(&silent.id) == Some(Phase::Unknown), "{listed:?}");
     ensure!(begin.elapsed() < Duration::from_secs(5), "listing took {:?}", begin.elapsed());
     kill(keeper, Signal::SIGCONT)?;
-    eventually("the silent one runs on", SOON, async || {
+    eventually("the silent shim's container keeps running", SOON, async || {
         let state = silent.state().await?;
         ensure!(state.status() == Phase::Running && state.pid == silent.pid, "{state:?}");
         Ok(())
@@ -248,7 +248,7 @@ pub(crate) async fn the_exit_of_a_dead_shims_task_is_kept_until_it_is_deleted(cx
     cx.leaves_nothing().await
 }
 
-/// Starts another one and returns how that ended.
+/// Starts another daemon and returns its output and exit status.
 fn start(root: &Path, state: &Path, address: &Path) -> Result<Output> {
     let manager = suite::manager().context("x-manager is under test")?;
     let mut command = Command::new("timeout");
@@ -289,7 +289,7 @@ pub(crate) async fn a_store_of_a_newer_version_is_refused(cx: Context) -> Result
     fs::write(&store, &bytes)?;
     let folder = cx.daemon().folder();
     refused(&start(&folder.join("root"), &folder.join("state"), &folder.join("c.sock"))?, "is of version 99, from a newer x-manager")?;
-    ensure!(fs::read(&store)? == bytes, "it was changed");
+    ensure!(fs::read(&store)? == bytes, "the store was changed");
     Ok(())
 }
 
@@ -324,7 +324,7 @@ async fn full(cx: &Context, root: &Path) -> Result<()> {
         ensure!(kept.len() < 500, "the disk does not fill up");
     };
     ensure!(code_of::<()>(Err(refusal))? == Code::ResourceExhausted);
-    // what is left goes too
+    // the remaining containers are deleted too
     while fs::write(&ballast, vec![0; fs::metadata(&ballast).map_or(0, |about| usize::try_from(about.len()).unwrap_or(0)) + 1024]).is_ok() {
     }
     // running tasks are published and deleted all the same
@@ -338,5 +338,5 @@ async fn full(cx: &Context, root: &Path) -> Result<()> {
     }
     ensure!(running.delete().await?.exit_status == 3);
     ensure!(cx.container(&["sh", "-c", "exit 6"]).run().await? == 6, "it keeps running");
-    eventually("nothing is left", SOON, async || cx.leaves_nothing().await).await
+    eventually("nothing is left behind", SOON, async || cx.leaves_nothing().await).await
 }

@@ -1,4 +1,4 @@
-//! Shims that do not do what is expected, and stay alive.
+//! Shims that hang or misbehave, but stay alive.
 
 use std::fs;
 use std::time::Duration;
@@ -81,6 +81,6 @@ pub(crate) async fn a_program_that_hangs_is_ended_with_what_it_has_started(cx: C
     // its client may have given up before
     ensure!([Code::Unavailable, Code::DeadlineExceeded].contains(&code_of(create.await)?));
     let left: i32 = fs::read_to_string(&pid_file)?.trim().parse()?;
-    eventually_true("its child is ended", Duration::from_secs(40), || !proc::is_alive(left)).await?;
+    eventually_true("its child is killed", Duration::from_secs(40), || !proc::is_alive(left)).await?;
     cx.leaves_nothing().await
 }

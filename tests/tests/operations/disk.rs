@@ -1,4 +1,4 @@
-//! A disk that takes nothing for a while.
+//! A disk on which writes hang for a while.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -23,10 +23,10 @@ impl Disk {
         Ok(Self(at.to_owned()))
     }
 
-    /// Has every write to it wait, for as long as the result is kept.
+    /// Blocks every write to it for as long as the result is kept.
     fn freeze(&self) -> Result<Frozen> {
         printed(Command::new("fsfreeze").arg("--freeze").arg(&self.0))?;
-        // a process of its own, so that it thaws whatever becomes of this one
+        // a separate process, so that it thaws even if this one is killed
         let mut thaws = Command::new("sh");
         let thaws = thaws.args(["-c", "read end; exec fsfreeze --unfreeze \"$0\""]).arg(&self.0).stdin(Io::piped()).spawn();
         if thaws.is_err() {
@@ -58,7 +58,7 @@ async fn soon<T>(what: &str, answer: impl Future<Output = Result<T, impl Into<an
     answer.map_err(Into::into).context(what.to_owned())
 }
 
-pub(crate) async fn tasks_go_on_while_the_disk_of_the_store_is_frozen(cx: Context) -> Result<()> {
+pub(crate) async fn task_calls_work_while_the_disk_of_the_store_is_frozen(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     cx.daemon().stop()?;
     let root = cx.daemon().folder().join("root");
@@ -78,7 +78,7 @@ async fn on_a_frozen_disk(cx: &Context, disk: &Disk) -> Result<()> {
     let frozen = disk.freeze()?;
     let (other, label) = (client.clone(), [("a", "c")]);
     let mut written = tokio::spawn(async move { other.label("c", &label).await });
-    // one that has begun to wait for the disk, and others behind it
+    // one call that waits for the disk, and others queued behind it
     for round in 0..3 {
         let exec = format!("e{round}");
         let exec = container.exec(&exec, &["echo", "out"]).stdio(Stdio::OUTPUT);
@@ -96,7 +96,7 @@ async fn on_a_frozen_disk(cx: &Context, disk: &Disk) -> Result<()> {
     }
     soon("Kill", container.kill(9)).await?;
     ensure!(soon("Wait", container.wait()).await? == 137);
-    ensure!(tokio::time::timeout(Duration::ZERO, &mut written).await.is_err(), "what is to last waits for the disk");
+    ensure!(tokio::time::timeout(Duration::ZERO, &mut written).await.is_err(), "a durable write waits for the disk");
     drop(frozen);
     soon("a write", written).await??;
     container.delete().await?;

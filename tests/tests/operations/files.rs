@@ -1,4 +1,4 @@
-//! Configuration, store and places of which something is wrong.
+//! Invalid configurations, stores and paths.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -14,14 +14,14 @@ use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::operator::{Own, binary, printed, said};
 use shim_tests::proc;
 
-/// That a command fails with one clear sentence.
+/// Checks that a command fails with one clear message.
 async fn fails(command: Command, sentence: &str) -> Result<()> {
     let mut command = tokio::process::Command::from(command);
     let output =
-        tokio::time::timeout(SOON, command.kill_on_drop(true).output()).await.with_context(|| format!("{command:?} goes on"))??;
+        tokio::time::timeout(SOON, command.kill_on_drop(true).output()).await.with_context(|| format!("{command:?} does not exit"))??;
     let text = said(&output);
     ensure!(!output.status.success() && text.contains(sentence), "{command:?}: {:?}, not {sentence:?}", text);
-    ensure!(text.lines().filter(|line| !line.contains("level=info")).count() == 1, "more than one sentence: {text}");
+    ensure!(text.lines().filter(|line| !line.contains("level=info")).count() == 1, "more than one line: {text}");
     Ok(())
 }
 
@@ -33,10 +33,12 @@ pub(crate) async fn a_typo_in_the_configuration_is_refused_with_its_line(cx: Con
     let sentence = format!("{}/config.toml, line 5: unknown field `conections`", own.folder().display());
     fails(own.command(&["config", "check"])?, &sentence).await?;
     fails(own.command(&[])?, &sentence).await?;
-    // the running one notices before it gives anything away
+    // the running daemon checks the configuration before it hands anything over
     proc::signal(pid.map_or(0, u32::cast_signed), nix::sys::signal::Signal::SIGHUP)?;
-    eventually_true("its log says so", SOON, || own.log().contains("upgrade failed") && own.log().contains("unknown field `conections`"))
-        .await?;
+    eventually_true("the log reports it", SOON, || {
+        own.log().contains("upgrade failed") && own.log().contains("unknown field `conections`")
+    })
+    .await?;
     own.client().await?;
     own.configure("[limits]\nconnections = 7\n")?;
     printed(&mut own.command(&["config", "check"])?)?;
@@ -45,7 +47,7 @@ pub(crate) async fn a_typo_in_the_configuration_is_refused_with_its_line(cx: Con
     own.client().await.map(drop)
 }
 
-pub(crate) async fn what_others_could_lock_is_for_root_alone(cx: Context) -> Result<()> {
+pub(crate) async fn the_store_and_its_lock_are_for_root_alone(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let root = own.folder().join("root");
     let mode =
@@ -76,7 +78,7 @@ pub(crate) async fn a_hangup_while_it_starts_is_an_upgrade_when_it_has(cx: Conte
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let root = own.folder().join("root");
     fs::create_dir(&root)?;
-    // which keeps it from going on for a moment
+    // which delays it for a moment
     let lock = fs::File::create(root.join("lock"))?;
     lock.try_lock()?;
     let client = {
@@ -140,17 +142,17 @@ pub(crate) async fn a_store_of_a_newer_version_is_refused_and_left_alone(cx: Con
     let sentence = "is of version 99, from a newer x-manager";
     fails(own.command(&[])?, sentence).await?;
     fails(own.command(&["check"])?, sentence).await?;
-    ensure!(fs::read(&store)? == bytes, "it was touched");
+    ensure!(fs::read(&store)? == bytes, "the store was changed");
     Ok(())
 }
 
-pub(crate) async fn a_place_that_is_taken_is_refused(cx: Context) -> Result<()> {
+pub(crate) async fn a_socket_or_store_in_use_is_refused(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     own.start().await?;
     fails(own.command(&[])?, "is already in use by another x-manager").await?;
     let other = cx.folder().join("other");
     let other = Own::new(&other, "")?;
-    let _somebody = UnixListener::bind(other.address())?;
+    let _other_process = UnixListener::bind(other.address())?;
     fails(other.command(&[])?, &format!("{} is already in use by another process", other.address().display())).await?;
     let third = Own::new(&cx.folder().join("third"), "")?;
     fs::write(third.address(), "precious")?;
@@ -195,7 +197,7 @@ pub(crate) async fn a_backup_of_a_busy_store_has_what_was_acknowledged(cx: Conte
     printed(&mut own.command(&["check"])?).map(drop)
 }
 
-pub(crate) async fn a_command_line_that_makes_no_sense_is_refused_in_one_line(cx: Context) -> Result<()> {
+pub(crate) async fn an_invalid_command_line_is_refused_in_one_line(cx: Context) -> Result<()> {
     let own = Own::new(&cx.folder().join("own"), "")?;
     for (words, sentence) in [
         (&["--rot"][..], "unexpected argument '--rot'"),
@@ -211,12 +213,12 @@ pub(crate) async fn a_command_line_that_makes_no_sense_is_refused_in_one_line(cx
     let mut short = Command::new(binary()?);
     let said = printed(short.arg("-c").arg(own.folder().join("config.toml")).args(["--group=root", "config", "check"]))?;
     ensure!(said.contains("can be used"), "{said}");
-    let mut nobody = own.command(&[])?;
-    nobody.uid(65534);
-    fails(nobody, "x-manager needs root").await
+    let mut unprivileged = own.command(&[])?;
+    unprivileged.uid(65534);
+    fails(unprivileged, "x-manager needs root").await
 }
 
-pub(crate) async fn what_a_start_refuses_is_found_by_a_check_of_the_configuration(cx: Context) -> Result<()> {
+pub(crate) async fn config_check_finds_what_a_start_refuses(cx: Context) -> Result<()> {
     let own = Own::new(&cx.folder().join("own"), "")?;
     let folder = own.folder().display().to_string();
     let long = format!("{folder}/{}", "x".repeat(120));
@@ -238,11 +240,11 @@ pub(crate) async fn what_a_start_refuses_is_found_by_a_check_of_the_configuratio
     own.configure("group = \"root\"\n[metrics]\naddress = \"localhost:19120\"\n")?;
     own.start().await?;
     tokio::net::TcpStream::connect("127.0.0.1:19120").await?;
-    // the running one is in nobody's way
+    // a running daemon does not prevent the check
     printed(&mut own.command(&["config", "check"])?).map(drop)
 }
 
-pub(crate) async fn a_store_that_is_not_there_yet_is_sound_and_a_damaged_one_says_what_helps(cx: Context) -> Result<()> {
+pub(crate) async fn check_accepts_a_missing_store_and_reports_what_repairs_a_damaged_one(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let store = own.folder().join("root/meta.db");
     ensure!(printed(&mut own.command(&["check"])?)?.contains("does not exist yet"));
@@ -279,7 +281,7 @@ pub(crate) async fn a_daemon_whose_terminal_is_closed_stops_and_does_not_upgrade
     answers?;
     eventually_true("it has stopped", SOON, || own.log().contains("stopping")).await?;
     ensure!(!own.log().contains("successor"), "{}", own.log());
-    eventually("nobody serves", SOON, async || {
+    eventually("no process serves", SOON, async || {
         ensure!(own.client().await.is_err());
         Ok(())
     })

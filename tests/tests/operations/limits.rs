@@ -1,4 +1,4 @@
-//! What clients ask for and cannot have.
+//! Limits: disk space, memory, connections and descriptors.
 
 use std::fs;
 use std::io::Write as _;
@@ -22,7 +22,7 @@ fn spec(bytes: usize) -> Any {
     Any { type_url: "example.test/spec".to_owned(), value: vec![b'x'; bytes] }
 }
 
-pub(crate) async fn a_full_disk_refuses_what_is_new_and_loses_nothing(cx: Context) -> Result<()> {
+pub(crate) async fn a_full_disk_refuses_new_entries_and_loses_nothing(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let root = own.folder().join("root");
     fs::create_dir_all(&root)?;
@@ -47,7 +47,7 @@ async fn fill(own: &mut Own) -> Result<()> {
     ensure!(status.code() == Code::ResourceExhausted, "{status:?}");
     ensure!(status.message().contains("full"), "{status:?}");
     ensure!(count > 10, "{count}");
-    // reading goes on, a restart and an upgrade are no problem, and nothing that was acknowledged is missing
+    // reads work, so do a restart and an upgrade, and no acknowledged change is missing
     printed(&mut own.command(&["upgrade"])?)?;
     ensure!(own.ended().await?, "{}", own.log());
     let client = own.client().await?;
@@ -55,7 +55,7 @@ async fn fill(own: &mut Own) -> Result<()> {
         let status = client.create_container(&format!("c{id}"), "io.containerd.x.v2", None, spec(1)).await.expect_err("taken");
         ensure!(status.code() == Code::AlreadyExists, "c{id}: {status:?}");
     }
-    // somebody makes room
+    // space is freed
     fs::remove_file(own.folder().join("root/ballast"))?;
     for id in 0..count / 2 {
         client.delete_container(&format!("c{id}")).await?;
@@ -84,7 +84,7 @@ async fn delete_on_a_full_disk(own: &mut Own) -> Result<()> {
     for piece in [1 << 20, 4096, 1] {
         while ballast.write_all(&vec![1; piece]).is_ok() {}
     }
-    // what SQLite has of its log already is used first
+    // SQLite first fills the space that its log already has
     let mut count = 60;
     while client.create_container(&format!("c{count}"), "io.containerd.x.v2", None, spec(100_000)).await.is_ok() {
         count += 1;
@@ -113,7 +113,7 @@ pub(crate) async fn a_store_that_was_large_becomes_small_again(cx: Context) -> R
     eventually_true("it is small", SOON, || bytes().is_ok_and(|bytes| bytes < 1 << 20)).await
 }
 
-pub(crate) async fn memory_that_a_storm_of_calls_took_is_given_back(cx: Context) -> Result<()> {
+pub(crate) async fn memory_used_by_a_burst_of_calls_is_freed(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let client = own.start().await?;
     let pid = own.pid().map_or(0, u32::cast_signed);
@@ -134,13 +134,13 @@ pub(crate) async fn memory_that_a_storm_of_calls_took_is_given_back(cx: Context)
     }
     eventually("it is small again", SOON * 3, async || {
         let grown = proc::private_kib(pid)?.saturating_sub(before);
-        ensure!(grown < 16 << 10, "it holds {grown} KiB more");
+        ensure!(grown < 16 << 10, "memory has grown by {grown} KiB");
         Ok(())
     })
     .await
 }
 
-pub(crate) async fn a_lease_goes_when_its_label_says_that_it_has_expired(cx: Context) -> Result<()> {
+pub(crate) async fn a_lease_is_removed_when_its_expiry_label_has_passed(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let client = own.start().await?;
     for (id, expiry) in [("past", "2026-01-02T03:04:05Z"), ("future", "2226-01-02T03:04:05.6+07:00"), ("never", "whenever")] {
@@ -149,7 +149,7 @@ pub(crate) async fn a_lease_goes_when_its_label_says_that_it_has_expired(cx: Con
         let resource = Some(leases::Resource { id: "i".to_owned(), r#type: "images".to_owned() });
         client.api().leases().add_resource(client.request(leases::AddResourceRequest { id: id.to_owned(), resource })).await?;
     }
-    eventually("what has expired is gone", SOON, async || {
+    eventually("expired entries are removed", SOON, async || {
         let leases = client.api().leases().list(client.request(leases::ListRequest::default())).await?.into_inner().leases;
         let ids: Vec<_> = leases.iter().map(|lease| lease.id.as_str()).collect();
         ensure!(ids == ["future", "never"], "{ids:?}");
@@ -171,15 +171,15 @@ pub(crate) async fn a_client_that_never_reads_its_events_is_dropped_with_an_erro
         tokio::time::timeout(Duration::from_secs(2), client.publish("/test/long", spec(500_000))).await??;
     }
     let grown = proc::private_kib(pid)?.saturating_sub(before);
-    ensure!(grown < 16 << 10, "it holds {grown} KiB more");
-    let mut heard = 0;
+    ensure!(grown < 16 << 10, "memory has grown by {grown} KiB");
+    let mut received = 0;
     let last = loop {
         match tokio::time::timeout(SOON, silent.message()).await? {
-            Ok(Some(_)) => heard += 1,
+            Ok(Some(_)) => received += 1,
             last => break last,
         }
     };
-    ensure!((2..30).contains(&heard), "{heard}");
+    ensure!((2..30).contains(&received), "{received}");
     ensure!(last.as_ref().is_err_and(|status| status.code() == Code::ResourceExhausted), "{last:?}");
     Ok(())
 }
@@ -216,7 +216,7 @@ pub(crate) async fn a_costly_filter_ends_its_subscription_and_no_call_waits_for_
     Ok(())
 }
 
-/// What gRPC's C core sends over `unix:/run/x.sock`, which no client of Rust's can be made to send.
+/// The `:authority` that gRPC's C core sends over `unix:/run/x.sock`; no Rust client can send it.
 pub(crate) async fn an_authority_with_percent_signs_is_served(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     own.start().await?;
@@ -257,7 +257,7 @@ pub(crate) async fn an_authority_with_percent_signs_is_served(cx: Context) -> Re
     Ok(())
 }
 
-pub(crate) async fn too_many_clients_are_turned_away_and_the_others_served(cx: Context) -> Result<()> {
+pub(crate) async fn excess_clients_are_refused_and_the_others_served(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "[limits]\nconnections = 5\nsubscribers = 2\n")?;
     let first = own.start().await?;
     let mut held = Vec::new();
@@ -266,7 +266,7 @@ pub(crate) async fn too_many_clients_are_turned_away_and_the_others_served(cx: C
             Ok(client) => held.push(client),
             Err(error) => break error,
         }
-        ensure!(held.len() < 10, "they are never too many");
+        ensure!(held.len() < 10, "no connection is refused");
     };
     ensure!((3..6).contains(&held.len()), "{} and then {refused:#}", held.len());
     first.version().await?;
@@ -292,7 +292,7 @@ pub(crate) async fn ten_thousand_idle_connections_delay_no_call(cx: Context) -> 
     let mut turned_away = 0;
     for connection in &idle {
         let mut byte = [0];
-        // what is turned away is closed; what is kept has been sent settings
+        // refused connections are closed; accepted ones have received settings
         if matches!(
             tokio::time::timeout(SOON, async {
                 connection.readable().await?;
@@ -306,7 +306,7 @@ pub(crate) async fn ten_thousand_idle_connections_delay_no_call(cx: Context) -> 
     }
     ensure!((8_900..=9_000).contains(&turned_away), "{turned_away} of 10,000 were turned away");
     let grown = proc::private_kib(pid)?.saturating_sub(before);
-    ensure!(grown < 64 << 10, "it holds {grown} KiB more");
+    ensure!(grown < 64 << 10, "memory has grown by {grown} KiB");
     drop(idle);
     shim_tests::eventually::eventually("a place is free again", SOON, async || own.client().await).await.map(drop)
 }
@@ -332,7 +332,7 @@ pub(crate) async fn the_limit_on_open_files_is_raised_for_the_daemon_alone(cx: C
         ensure!(client.create_task(request).await.is_err(), "the shim does not start");
         let text = fs::read_to_string(&seen)?;
         ensure!(!text.is_empty() && text.lines().all(|limit| limit == "1000"), "{text:?}");
-        // what takes over has its program's limit raised, and knows the first one all the same
+        // the successor raises the limit again, and restores the original one for its shims
         printed(&mut own.command(&["upgrade"])?)?;
     }
     Ok(())

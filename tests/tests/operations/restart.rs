@@ -80,33 +80,33 @@ async fn is_started_again(cx: &Context, id: &str, label: &str) -> Result<()> {
 
 pub(crate) async fn failures_are_counted_and_end_at_the_number_of_the_policy(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
-    let lives = cx.folder().join("lives");
+    let runs = cx.folder().join("runs");
     let mount = format!("type=bind,src={},dst=/mnt,options=rbind", cx.folder().display());
     let labels = ["--label", "containerd.io/restart.status=running", "--label", "containerd.io/restart.policy=on-failure:2"];
     let flags = [["--detach", "--null-io", "--mount", &mount].as_slice(), &labels].concat();
-    printed(ctr_run(&cx, "fails", &flags)?.args(["/bin/sh", "-c", "echo life >> /mnt/lives; exit 5"]))?;
+    printed(ctr_run(&cx, "fails", &flags)?.args(["/bin/sh", "-c", "echo run >> /mnt/runs; exit 5"]))?;
     let begin = std::time::Instant::now();
-    eventually("it has lived three times", LATER, async || {
-        let text = std::fs::read_to_string(&lives)?;
+    eventually("it has run three times", LATER, async || {
+        let text = std::fs::read_to_string(&runs)?;
         ensure!(text.lines().count() == 3, "{text:?}");
         Ok(())
     })
     .await?;
     ensure!(begin.elapsed() > Duration::from_millis(2500), "no pauses: {:?}", begin.elapsed());
-    eventually("it is over", SOON, async || {
+    eventually("it is not restarted again", SOON, async || {
         let state = cx.client().state("fails", "").await?;
         ensure!(state.status() == Phase::Stopped && state.exit_status == 5, "{state:?}");
         Ok(())
     })
     .await?;
-    // nothing follows: a pause would be four seconds
+    // no further restart: the next pause would be four seconds
     tokio::time::sleep(Duration::from_secs(6)).await;
-    ensure!(std::fs::read_to_string(&lives)?.lines().count() == 3 && count(&cx, "fails")? == 2);
+    ensure!(std::fs::read_to_string(&runs)?.lines().count() == 3 && count(&cx, "fails")? == 2);
     remove(&cx, "fails").await?;
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_container_that_was_stopped_on_purpose_stays_so(cx: Context) -> Result<()> {
+pub(crate) async fn an_explicitly_stopped_container_stays_stopped(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let labels = ["status=running", "policy=unless-stopped"];
     run(&cx, "lasting", &labels, "sleep 1000")?;
@@ -124,7 +124,7 @@ pub(crate) async fn a_container_that_was_stopped_on_purpose_stays_so(cx: Context
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_container_that_shall_be_stopped_is_stopped(cx: Context) -> Result<()> {
+pub(crate) async fn a_container_labelled_stopped_is_stopped(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     run(&cx, "turned", &["status=running"], "sleep 1000")?;
     running(&cx, "turned", 0).await?;
@@ -139,12 +139,12 @@ pub(crate) async fn a_container_that_shall_be_stopped_is_stopped(cx: Context) ->
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_container_is_started_that_was_to_run_when_the_daemon_came_up(cx: Context) -> Result<()> {
+pub(crate) async fn a_starting_daemon_starts_containers_labelled_running(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     run(&cx, "again", &["status=running"], "sleep 1000")?;
     let pid = running(&cx, "again", 0).await?;
     cx.daemon().kill()?;
-    // its shim goes as well, as in a reboot
+    // its shim is killed as well, as in a reboot
     shim_tests::proc::kill_hard(cx.shim_pid("again")?);
     cx.revive_daemon().await?;
     running(&cx, "again", pid).await?;
@@ -156,11 +156,11 @@ pub(crate) async fn a_container_is_started_that_was_to_run_when_the_daemon_came_
 pub(crate) async fn a_daemon_crash_during_a_restart_is_repaired(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let gate = cx.gate()?;
-    // whoever starts it again knows of no other root than that of the spec
+    // a restart knows only the root of the spec
     let root = shim_tests::rootfs::shared()?;
     let container = cx.container(&["sleep", "1000"]).id("half").runtime_binary(&gate.binary()).rootfs(Vec::new());
     let container = container.spec(|spec| spec.with(|spec| spec["root"]["path"] = root.display().to_string().into())).start().await?;
-    // of a container that has no task any more nobody could tell that it had failed
+    // without a task, the failure of a container could not be seen
     label(&cx, "half", "policy=on-failure")?;
     label(&cx, "half", "status=running")?;
     gate.hold("create")?;
@@ -186,7 +186,7 @@ pub(crate) async fn a_container_is_started_again_while_other_shims_do_not_answer
     for shim in &silent {
         shim_tests::proc::signal(*shim, nix::sys::signal::Signal::SIGSTOP)?;
     }
-    // in the middle of a round in which all of them are asked
+    // in the middle of a round that checks all of them
     tokio::time::sleep(Duration::from_secs(10)).await;
     cx.client().kill("well", "", 9, false).await?;
     let begin = std::time::Instant::now();

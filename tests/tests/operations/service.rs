@@ -14,7 +14,7 @@ use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::operator::{Own, binary, printed};
 use shim_tests::proc;
 
-fn heard(manager: &UnixDatagram) -> Result<String> {
+fn received(manager: &UnixDatagram) -> Result<String> {
     let mut bytes = [0; 1000];
     let count = loop {
         match manager.recv(&mut bytes) {
@@ -33,14 +33,14 @@ pub(crate) async fn the_service_manager_is_notified_of_readiness_and_main_pid(cx
     let mut command = own.command(&[])?;
     command.env("NOTIFY_SOCKET", &address);
     own.start_as(command).await?;
-    ensure!(heard(&manager)?.starts_with("READY=1\n"));
+    ensure!(received(&manager)?.starts_with("READY=1\n"));
     let pid = printed(&mut own.command(&["upgrade"])?)?.split(' ').nth(1).context("a pid")?.to_owned();
-    let told = [heard(&manager)?, heard(&manager)?];
-    ensure!(told.contains(&format!("MAINPID={pid}")) && told.iter().any(|line| line.starts_with("READY=1\n")), "{told:?}");
+    let notified = [received(&manager)?, received(&manager)?];
+    ensure!(notified.contains(&format!("MAINPID={pid}")) && notified.iter().any(|line| line.starts_with("READY=1\n")), "{notified:?}");
     ensure!(own.ended().await?, "{}", own.log());
     proc::signal(pid.parse()?, nix::sys::signal::Signal::SIGTERM)?;
-    ensure!(heard(&manager)? == "STOPPING=1");
-    eventually_true("it has ended", SOON, || !proc::is_alive(pid.parse().unwrap_or(0))).await
+    ensure!(received(&manager)? == "STOPPING=1");
+    eventually_true("it has exited", SOON, || !proc::is_alive(pid.parse().unwrap_or(0))).await
 }
 
 pub(crate) async fn sockets_of_the_service_manager_are_served_and_kept(cx: Context) -> Result<()> {
@@ -65,14 +65,14 @@ pub(crate) async fn sockets_of_the_service_manager_are_served_and_kept(cx: Conte
     early_end.read_exact(&mut frame)?;
     ensure!(frame[3] == 4, "no settings: {frame:?}");
     drop((early, early_end));
-    // stopped, its socket stays, and a client waits for the next one
+    // when it is stopped, its socket stays, and a client waits for the next daemon
     proc::signal(own.pid().context("it runs")?.cast_signed(), nix::sys::signal::Signal::SIGTERM)?;
     ensure!(own.ended().await?);
     let address = own.address();
     let waiting = std::thread::spawn(move || UnixStream::connect(address).is_ok());
     own.start_as(activated(&own)?).await?;
     ensure!(waiting.join().expect("no panic"));
-    // a socket that the configuration does not name is told
+    // the daemon reports a socket that the configuration does not name
     own.configure("").and_then(|()| {
         std::fs::write(
             own.folder().join("other.toml"),

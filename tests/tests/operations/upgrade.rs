@@ -40,7 +40,7 @@ pub(crate) async fn a_stock_client_that_waits_does_not_notice_an_upgrade(cx: Con
     .await?;
     // its client begins to wait before it starts the task
     upgraded(cx.daemon()).await?;
-    ensure!(waiting.try_wait()?.is_none(), "it has ended");
+    ensure!(waiting.try_wait()?.is_none(), "it has exited");
     drop(waiting.stdin.take());
     let output = tokio::time::timeout(SOON, waiting.wait_with_output()).await??;
     ensure!(output.status.code() == Some(7) && said(&output) == "up\ndone\n", "{output:?}\n{}", cx.daemon().log());
@@ -52,7 +52,7 @@ pub(crate) async fn a_process_that_still_answers_a_client_holds_no_shims(cx: Con
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let client = own.start().await?;
     let connect = async |name: &str| tokio::net::UnixStream::connect(own.folder().join(name)).await;
-    // a request that does not come to its end keeps the old process for a while
+    // an unfinished request keeps the old process for a while
     let (mut sender, connection) = h2::client::handshake(connect("x.sock").await?).await?;
     tokio::spawn(connection);
     sender = sender.ready().await?;
@@ -87,10 +87,10 @@ pub(crate) async fn no_run_of_a_stock_client_fails_over_upgrades(cx: Context) ->
     };
     let upgrades = async {
         for _upgrade in 0..4 {
-            // a client asks again by itself once for each call, so no call shall see two
+            // a client retries once per call, so no call may meet two upgrades
             let before: Vec<_> = runs.iter().map(|count| count.load(Ordering::Relaxed)).collect();
             upgraded(cx.daemon()).await?;
-            eventually("both clients go on", SOON, async || {
+            eventually("both clients continue", SOON, async || {
                 ensure!(runs.iter().zip(&before).all(|(count, before)| count.load(Ordering::Relaxed) >= before + 2));
                 Ok(())
             })
@@ -111,7 +111,7 @@ pub(crate) async fn no_connection_is_refused_over_upgrades(cx: Context) -> Resul
     let asker = async || {
         while !enough.load(Ordering::Relaxed) {
             let client = Client::connect(&cx.daemon().address(), cx.client().namespace()).await?;
-            // its first call is answered, by whichever process
+            // its first call is answered, by the old or the new process
             let state = client.state(&container.id, "").await?;
             ensure!(state.pid == container.pid, "{state:?}");
             asked.fetch_add(1, Ordering::Relaxed);
@@ -247,10 +247,10 @@ pub(crate) async fn a_creation_whose_process_crashes_after_an_upgrade_can_be_rep
             let client = Client::connect(&cx.daemon().address(), cx.client().namespace()).await?;
             ensure!(client.list().await?.iter().all(|task| task.status() == Phase::Unknown), "the old process is still busy with it");
             proc::kill_hard(old);
-            ensure!(slow.await?.is_err(), "it was answered");
+            ensure!(slow.await?.is_err(), "the call was answered");
             gate.release("create")?;
             cx.client().reconnected().await?;
-            // it may have been created: then that one is the client's
+            // it may have been created: then the client owns it
             eventually("it is there", Duration::from_secs(30), async || {
                 let created = build().create_task().await.map(|container| container.pid);
                 let state = client.state("slow", "").await.with_context(|| format!("{created:?}"))?;
@@ -273,7 +273,7 @@ pub(crate) async fn a_deletion_that_an_upgrade_overtakes_is_answered_when_it_is_
     let container = cx.container(&["sh", "-c", "exit 3"]).runtime_binary(&gate.binary()).start().await?;
     ensure!(container.wait().await? == 3);
     gate.hold("delete")?;
-    // a stock client asks again by itself
+    // a stock client retries
     let mut delete = Command::from(ctr(&cx));
     let delete = delete.args(["tasks", "delete", &container.id]).stdout(Io::piped()).stderr(Io::piped()).spawn()?;
     gate.held("delete").await?;
@@ -289,7 +289,7 @@ pub(crate) async fn a_deletion_that_an_upgrade_overtakes_is_answered_when_it_is_
     cx.leaves_nothing().await
 }
 
-/// That the same process serves, changes included.
+/// Checks that the same process serves, including changes.
 async fn goes_on(cx: &Context, container: &Container) -> Result<()> {
     let pid = cx.daemon().pid().context("a daemon")?;
     ensure!(proc::is_alive(pid.cast_signed()), "the daemon has ended\n{}", cx.daemon().log());
@@ -307,7 +307,7 @@ async fn fails(cx: &Context, container: &Container, binary: &Path, reason: &str)
     goes_on(cx, container).await.with_context(|| format!("after {}", binary.display()))
 }
 
-pub(crate) async fn what_does_not_take_over_changes_nothing(cx: Context) -> Result<()> {
+pub(crate) async fn a_failed_successor_changes_nothing(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let container = cx.container(&ON_COMMAND).stdio(Stdio::ALL).start().await?;
     let real = shim_tests::operator::binary()?.display().to_string();
@@ -330,7 +330,7 @@ pub(crate) async fn what_does_not_take_over_changes_nothing(cx: Context) -> Resu
         fails(&cx, &container, binary, reason).await?;
     }
     let left = std::fs::read_to_string(left)?.trim().parse()?;
-    eventually_true("what a program has started that hangs ends with it", SOON, || !proc::is_alive(left)).await?;
+    eventually_true("the children of a hanging program are killed with it", SOON, || !proc::is_alive(left)).await?;
     container.destroy().await?;
     cx.leaves_nothing().await
 }
@@ -379,15 +379,15 @@ pub(crate) async fn an_event_stream_ends_with_an_error_after_its_events(cx: Cont
         cx.client().publish(&format!("/test/n{number}"), prost_types::Any::default()).await?;
     }
     upgraded(cx.daemon()).await?;
-    let mut heard = 0;
+    let mut received = 0;
     let last = loop {
         match tokio::time::timeout(SOON, stream.message()).await? {
-            Ok(Some(envelope)) if envelope.topic.starts_with("/test/") => heard += 1,
+            Ok(Some(envelope)) if envelope.topic.starts_with("/test/") => received += 1,
             Ok(Some(_)) => {}
             last => break last,
         }
     };
-    ensure!(heard == 100, "{heard}");
+    ensure!(received == 100, "{received}");
     ensure!(last.as_ref().is_err_and(|status| status.code() == Code::Unavailable), "{last:?}");
     cx.client().reconnected().await?;
     cx.leaves_nothing().await
@@ -427,7 +427,7 @@ pub(crate) async fn a_client_that_subscribes_again_after_an_upgrade_has_missed_n
 pub(crate) async fn upgrades_may_follow_each_other_at_once(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     for _upgrade in 0..8 {
-        // on each process hangs a client that does not leave by itself
+        // each process has a client that does not disconnect by itself
         let silent = cx.daemon().client(cx.client().namespace()).await?;
         let _events = silent.subscribe().await?;
         let output = Command::from(upgrade(cx.daemon())?).output().await?;
@@ -438,7 +438,7 @@ pub(crate) async fn upgrades_may_follow_each_other_at_once(cx: Context) -> Resul
         let last = said(&next).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
         ensure!(pid != last);
         cx.daemon().is_succeeded_by(last).await?;
-        eventually_true("the process between has ended", SOON, || !proc::is_alive(pid)).await?;
+        eventually_true("the process in the middle has exited", SOON, || !proc::is_alive(pid)).await?;
     }
     cx.client().reconnected().await?;
     cx.leaves_nothing().await
@@ -452,7 +452,7 @@ pub(crate) async fn the_daemon_stops_while_a_successor_hangs(cx: Context) -> Res
     eventually_true("the new process is there", SOON, || !proc::children(pid).is_empty()).await?;
     let successor = proc::children(pid)[0].pid;
     cx.daemon().stop()?;
-    ensure!(!proc::is_alive(successor), "it is left");
+    ensure!(!proc::is_alive(successor), "the successor still runs");
     ensure!(!upgrading.wait().await?.success());
     cx.revive_daemon().await?;
     cx.leaves_nothing().await

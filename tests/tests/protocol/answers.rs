@@ -1,4 +1,4 @@
-//! What the keeper answers while no worker can, and how soon.
+//! The keeper's answers while no worker can answer, and their latency.
 
 use std::time::{Duration, Instant};
 
@@ -9,8 +9,8 @@ use shim_tests::stand::Stand;
 use shim_tests::task::Task;
 use shim_tests::times::times;
 
-/// `Connect`, `State` and `Pids` have to give the same answers about a container and its init without a worker as with one. An added
-/// process is not in the answer to `Pids` then.
+/// `Connect`, `State` and `Pids` must be answered the same about a container and its init without a worker as with one. Execs are
+/// missing from the answer to `Pids` then.
 pub(crate) async fn ready_made_answers_are_those_of_the_worker(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).create().await?;
     let task = &container.task;
@@ -43,7 +43,7 @@ pub(crate) async fn ready_made_answers_are_those_of_the_worker(stand: Stand) -> 
     shim_tests::bundle::leave(task, container.shim_pid()?, "c1").await
 }
 
-/// While the OCI runtime makes another container of the pod, for as long as it likes.
+/// While the OCI runtime creates another container of the pod, for any time.
 pub(crate) async fn a_create_under_way_costs_a_siblings_state_no_fifty_milliseconds(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
@@ -65,7 +65,7 @@ pub(crate) async fn a_create_under_way_costs_a_siblings_state_no_fifty_milliseco
     slow.start().await?;
     ensure!(slow.finish().await? == 3);
     took.sort();
-    // on a machine where everybody waits for a processor, one or the other is late
+    // on a busy machine some answers are late
     let (usual, longest) = (took[took.len() * 9 / 10], took[took.len() - 1]);
     ensure!(
         usual < Duration::from_millis(50) * patience(),

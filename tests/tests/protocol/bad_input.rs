@@ -1,4 +1,4 @@
-//! Requests that cannot be carried out: how our shim answers each, and how many it survives.
+//! Requests that cannot be carried out: our shim's answer to each, and to many.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{self, Code, refusal};
 use shim_tests::witness::Witness;
 
-/// Everything that was said is one line, and no longer than a person reads.
+/// Checks that every error message is one line of readable length.
 fn are_sentences(said: &[Refusal]) -> Result<()> {
     for refused in said {
         ensure!(refused.message.lines().count() == 1 && refused.message.len() < 500, "{refused:?}");
@@ -24,7 +24,7 @@ fn are_sentences(said: &[Refusal]) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn what_is_wrong_with_a_bundle_is_named(stand: Stand) -> Result<()> {
+pub(crate) async fn errors_in_a_bundle_are_named(stand: Stand) -> Result<()> {
     let said = requests::of_bundles(&stand).await?;
     are_sentences(&said)?;
     for refused in said {
@@ -40,7 +40,7 @@ pub(crate) async fn what_is_wrong_with_a_bundle_is_named(stand: Stand) -> Result
     Ok(())
 }
 
-pub(crate) async fn an_invalid_create_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
+pub(crate) async fn an_invalid_create_is_refused_with_a_message(stand: Stand) -> Result<()> {
     let said = requests::of_creates(&stand).await?;
     are_sentences(&said)?;
     let last = said.last().context("one without a root file system")?;
@@ -48,17 +48,17 @@ pub(crate) async fn an_invalid_create_is_refused_with_a_sentence(stand: Stand) -
     Ok(())
 }
 
-pub(crate) async fn an_invalid_id_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
+pub(crate) async fn an_invalid_id_is_refused_with_a_message(stand: Stand) -> Result<()> {
     are_sentences(&requests::of_ids(&stand).await?)
 }
 
-pub(crate) async fn an_invalid_exec_is_refused_with_a_sentence(stand: Stand) -> Result<()> {
+pub(crate) async fn an_invalid_exec_is_refused_with_a_message(stand: Stand) -> Result<()> {
     let said = requests::of_execs(&stand).await?;
     // the runtime has its own messages
     are_sentences(&said.into_iter().filter(|refused| refused.what == "exec").collect::<Vec<_>>())
 }
 
-pub(crate) async fn values_that_make_no_sense_are_invalid_arguments(stand: Stand) -> Result<()> {
+pub(crate) async fn invalid_values_are_invalid_arguments(stand: Stand) -> Result<()> {
     let said = requests::of_values(&stand).await?;
     ensure!(said.iter().all(|refused| refused.what != "size"), "a size was refused: {said:?}");
     for refused in said {
@@ -104,7 +104,7 @@ pub(crate) async fn garbage_on_the_control_socket_has_no_effect(stand: Stand) ->
         held.push(UnixStream::connect(&path)?);
         if bytes.len() > 4 && socket.shutdown(std::net::Shutdown::Write).is_ok() {
             let mut answer = Vec::new();
-            // there is no sensible answer: it exits, and does not hang
+            // there is no valid answer: the shim closes the connection, and does not hang
             let ended = socket.read_to_end(&mut answer);
             ensure!(!matches!(&ended, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock), "{bytes:?}: no end");
         }
@@ -127,7 +127,7 @@ pub(crate) async fn idle_control_connections_are_not_taken_for_a_dead_keeper(sta
     let keeper = container.shim_pid()?;
     let held = (0..100).map(|_| UnixStream::connect(control_socket(&container))).collect::<std::io::Result<Vec<_>>>()?;
     ensure!(container.bundle.delete_command().await?.exit_status == 137);
-    // by the keeper, for which that was all
+    // by the keeper, which then had nothing left
     eventually_true("the keeper has exited", SOON, || !proc::is_alive(keeper)).await?;
     ensure!(stand.log_of("c1").contains("container deleted"), "the keeper was not asked: {}", stand.log_of("c1"));
     drop(held);
@@ -135,7 +135,7 @@ pub(crate) async fn idle_control_connections_are_not_taken_for_a_dead_keeper(sta
 }
 
 /// Long fields of a request are neither repeated in an answer nor too long for the messages between keeper and worker.
-pub(crate) async fn texts_of_megabytes_are_refused_and_not_repeated(stand: Stand) -> Result<()> {
+pub(crate) async fn strings_of_megabytes_are_refused_and_not_repeated(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let (task, worker) = (&witness.container.task, witness.container.worker_pid().await?);
     // of characters that grow when they are quoted
@@ -169,14 +169,14 @@ pub(crate) async fn texts_of_megabytes_are_refused_and_not_repeated(stand: Stand
     ];
     for (what, answer) in answers {
         let (code, message) = refusal(answer).context(what)?;
-        ensure!(message.len() < 70_000, "{what}: {code:?}, a sentence of {} bytes", message.len());
+        ensure!(message.len() < 70_000, "{what}: {code:?}, a message of {} bytes", message.len());
     }
     ensure!(witness.container.worker_pid().await? == worker, "another worker");
     witness.dismiss().await
 }
 
-/// Processes can be added for as long as what is known of them can be handed over to the next worker.
-pub(crate) async fn too_many_added_processes_are_refused_until_one_is_deleted(stand: Stand) -> Result<()> {
+/// Execs can be added for as long as their state fits the handover to the next worker.
+pub(crate) async fn too_many_execs_are_refused_until_one_is_deleted(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let (task, worker) = (&witness.container.task, witness.container.worker_pid().await?);
     let path = format!("/{}", "x".repeat(4000));
@@ -191,7 +191,7 @@ pub(crate) async fn too_many_added_processes_are_refused_until_one_is_deleted(st
             Ok(()) => added += 1,
             answer => break refusal(answer)?,
         }
-        ensure!(added < 2000, "{added} processes were added");
+        ensure!(added < 2000, "{added} execs were added");
     };
     ensure!(code == Code::ResourceExhausted && message.contains("witness"), "after {added}: {code:?} {message}");
     ensure!(added > 50, "{added}");

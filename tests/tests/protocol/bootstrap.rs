@@ -1,4 +1,4 @@
-//! `start`: which shim a container gets, and what may stand in its way.
+//! `start`: the shim that a container gets, and errors.
 
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
@@ -71,7 +71,7 @@ pub(crate) async fn sockets_are_private_and_none_is_abstract(stand: Stand) -> Re
         let path = line.split_whitespace().nth(7).unwrap_or_default();
         ensure!(!(path.starts_with('@') && path.contains("shim")), "{line}");
     }
-    // nothing that listens has no path: of all descriptors of the shim, sockets are either bound to those two or connected
+    // every listening socket has a path: all sockets of the shim are bound to these two or connected
     let unix = fs::read_to_string("/proc/net/unix")?;
     for shim in stand.shims() {
         for (number, target) in shim_tests::proc::open_files(shim.pid)? {
@@ -115,7 +115,7 @@ pub(crate) async fn a_container_has_three_descriptors_and_none_is_a_file_of_the_
 }
 
 /// A path where a socket should be is not removed unless it is one, and a shim that cannot listen reports it.
-pub(crate) async fn what_is_no_socket_is_not_replaced(stand: Stand) -> Result<()> {
+pub(crate) async fn a_file_that_is_no_socket_is_not_replaced(stand: Stand) -> Result<()> {
     let bundle = stand.bundle("c1", &["true"]);
     let socket = bundle.start_shim().await?;
     bundle::leave(&Task::connect(&socket).await?, bundle.shim_pid()?, "c1").await?;
@@ -131,7 +131,7 @@ pub(crate) async fn what_is_no_socket_is_not_replaced(stand: Stand) -> Result<()
     }
 }
 
-/// The last member of a group goes while the next one comes: it gets the shim that is leaving, if that stays, or a new one.
+/// The last member of a group goes while the next one comes: it gets the exiting shim, if that stays, or a new one.
 pub(crate) async fn a_start_beside_an_exiting_shim_gets_a_new_one(stand: Stand) -> Result<()> {
     let mut last = stand.instant("c0", &["true"]).group("pod").run().await?;
     let (mut same, mut new) = (0, 0);
@@ -155,7 +155,7 @@ pub(crate) async fn a_start_beside_an_exiting_shim_gets_a_new_one(stand: Stand) 
         }
         last = next;
     }
-    ensure!(same + new == 59, "{same} joined, {new} began anew");
+    ensure!(same + new == 59, "{same} joined, {new} started a new shim");
     last.finish().await?;
     bundle::leave(&last.task, last.shim_pid()?, "c").await
 }

@@ -1,4 +1,4 @@
-//! Parts of a shim that die, stop or cannot start: what is asked is answered, what ended has its true exit code.
+//! Keepers and workers that crash, stop or cannot start: calls are answered, and exit codes are right.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -27,15 +27,15 @@ async fn kill_shim(shim: i32) -> Result<()> {
     eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await
 }
 
-/// Only the kernel has seen the exit: the shim was dead, and then the container ended by itself.
+/// The container exited by itself after its shim was dead: only the kernel knows the exit.
 pub(crate) async fn an_unobserved_exit_is_reported_as_killed(stand: Stand) -> Result<()> {
     let gate = stand.folder().join("gate");
     shim_tests::stdio::fifo(&gate)?;
     let container = stand.bundle("c1", &["sh", "-c", "read go; exit 3"]).stdio(&gate.display().to_string(), "", "").run().await?;
     kill_shim(container.shim_pid()?).await?;
-    // its stdin has ended with the shim, so it ends, and init of the run reaps it
+    // the shim's death closes its stdin, so it exits, and init of the run reaps it
     let pid = container.pid.cast_signed();
-    eventually_true("it has ended and is gone", SOON, || proc::Process::read(pid).is_err()).await?;
+    eventually_true("it has exited and is reaped", SOON, || proc::Process::read(pid).is_err()).await?;
     let deleted = container.bundle.delete_command().await?;
     ensure!(deleted.exit_status == 137, "{deleted:?}");
     Ok(())
@@ -53,7 +53,7 @@ pub(crate) async fn delete_after_a_deletion_repeats_its_answer(stand: Stand) -> 
     Ok(())
 }
 
-/// The file that names its shim was removed; a member of a pod is in one that bears another name.
+/// The file that names the shim was removed; the shim of a pod has the id of another container.
 pub(crate) async fn delete_ends_a_container_whose_bundle_was_removed(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let other = stand.bundle("other", &["sleep", "1000"]).run().await?;
@@ -87,7 +87,7 @@ pub(crate) async fn delete_ends_a_container_whose_bundle_was_removed(stand: Stan
     Ok(())
 }
 
-/// As the newest daemons do it: they speak the third version, and of a pod only the first container has had a `start`.
+/// Like the newest daemons: they use the v3 service, and run `start` only for the first container of a pod.
 pub(crate) async fn a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_exit_codes(stand: Stand) -> Result<()> {
     let first = stand.bundle("pod", &["sleep", "1000"]).group("pod");
     first.write()?;
@@ -124,9 +124,9 @@ pub(crate) async fn a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_ex
     shim_tests::bundle::leave(&again.task, again.shim_pid()?, "pod").await
 }
 
-/// A runtime that is killed in the middle of a create leaves processes behind that go on setting the container up: what they make would
-/// lie in the bundle, below the root file system that is unmounted meanwhile, and keep the daemon from removing it.
-pub(crate) async fn what_a_runtime_has_started_does_not_outlive_its_create(stand: Stand) -> Result<()> {
+/// A runtime that is killed in the middle of a create leaves processes behind that continue to set the container up: their files would
+/// be in the bundle, below the root file system that is unmounted meanwhile, and prevent the daemon from removing it.
+pub(crate) async fn children_of_a_runtime_do_not_outlive_its_create(stand: Stand) -> Result<()> {
     let mark = stand.folder().join("mark");
     // one in a session of its own, as runc's, and one below that
     let left = format!("sleep 1000 & echo $$ $! > {0}.part; mv {0}.part {0}; wait", mark.display());
@@ -142,11 +142,11 @@ pub(crate) async fn what_a_runtime_has_started_does_not_outlive_its_create(stand
     ensure!(pids.len() == 2, "{pids:?}");
     eventually_true("it is dead", SOON, || pids.iter().all(|pid| !proc::is_alive(*pid))).await?;
     let refused = within("create", SOON, create).await??;
-    ensure!(refused.is_err(), "a container was made");
+    ensure!(refused.is_err(), "a container was created");
     Ok(())
 }
 
-/// What containerd asks when it starts, and allows a second for.
+/// The calls that containerd makes at its start, with a timeout of a second.
 async fn answers_at_once(container: &Container) -> Result<()> {
     let (task, id, second) = (container.task.another().await?, container.id.as_str(), a_second());
     let (connect, state, pids) =
@@ -158,7 +158,7 @@ async fn answers_at_once(container: &Container) -> Result<()> {
 }
 
 pub(crate) async fn what_containerd_asks_at_its_start_is_answered_without_a_worker(stand: Stand) -> Result<()> {
-    // of a program of its own, which is made impossible to execute
+    // with an executable of its own, so that it can be made impossible to execute
     let program = stand.folder().join(stand.shim().binary_name());
     programs::copy(stand.binary(), &program)?;
     let stand = stand.with_shim(&Shim { binary: Some(program.clone()), ..stand.shim().clone() })?;
@@ -181,7 +181,7 @@ pub(crate) async fn what_containerd_asks_at_its_start_is_answered_without_a_work
         answers_at_once(&container).await.context("while no worker can be executed")?;
     }
     ensure!(proc::children(keeper).iter().all(|child| !child.command.contains(" worker")), "there is a worker");
-    // what needs one waits for it
+    // calls that need a worker wait for it
     fs::set_permissions(&program, Permissions::from_mode(0o755))?;
     container.task.kill("c1", "", 9).await?;
     ensure!(waiting.status(SOON).await? == 137);
@@ -190,7 +190,7 @@ pub(crate) async fn what_containerd_asks_at_its_start_is_answered_without_a_work
     stand.leaves_nothing().await
 }
 
-/// A worker that is killed whenever there is one: the keeper gives its ready answers, and nothing is lost when it exits.
+/// Every new worker is killed: the keeper gives its ready answers, and nothing is lost when a container exits.
 pub(crate) async fn a_crash_looping_worker_does_not_prevent_ready_answers(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let keeper = container.shim_pid()?;
@@ -201,7 +201,7 @@ pub(crate) async fn a_crash_looping_worker_does_not_prevent_ready_answers(stand:
                 proc::kill_hard(child.pid);
                 killed += 1;
             }
-            tokio::time::sleep(Duration::from_millis(2)).await; // as often as it is worth it
+            tokio::time::sleep(Duration::from_millis(2)).await; // the polling interval
             if killed > 100_000 {
                 return;
             }
@@ -219,7 +219,7 @@ pub(crate) async fn a_crash_looping_worker_does_not_prevent_ready_answers(stand:
     container.shut_down().await.map(drop)
 }
 
-/// `delete` finds no answer from a worker that hangs.
+/// The worker hangs and does not answer `delete`.
 pub(crate) async fn delete_beside_a_stopped_worker_kills_the_container_in_time(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let worker = container.worker_pid().await?;
@@ -228,12 +228,12 @@ pub(crate) async fn delete_beside_a_stopped_worker_kills_the_container_in_time(s
     let first = container.bundle.delete_command().await;
     let took = begin.elapsed();
     let second = container.bundle.delete_command().await;
-    // a shim that was left with nothing may have ended, and its worker with it
+    // a shim without containers may have exited, and its worker with it
     let _gone_or_not = signal(worker, Signal::SIGCONT);
     ensure!(first?.exit_status == 137 && second?.exit_status == 137);
     ensure!(took < Duration::from_secs(5), "it took {took:?}");
     let shim = container.shim_pid()?;
     let _it_may_have_left = container.task.delete("c1", "").await;
     let _as_before = container.task.shutdown("c1").await;
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await
 }

@@ -1,4 +1,4 @@
-//! What the shim publishes: every event, once, in order, whatever containerd does meanwhile.
+//! What the shim publishes: every event, once, in order, also while containerd is slow, refuses events or is down.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ fn refusal_time() -> Duration {
     Duration::from_secs(20) * times()
 }
 
-/// Adds, runs and deletes processes; `create`, `start` and theirs are the events so far.
+/// Adds, runs and deletes execs; returns all events so far, with `create` and `start`.
 async fn run_some(container: &Container, round: usize) -> Result<Vec<String>> {
     let mut expected = Vec::new();
     for number in 0..5 {
@@ -63,13 +63,13 @@ pub(crate) async fn every_event_arrives_once_and_in_order_however_it_is_refused(
         expected.extend(run_some(&container, round).await?);
         let before = fake.tries();
         if round > 0 && round < 5 {
-            eventually("it tries again and again", SOON, async || {
+            eventually("the shim keeps trying", SOON, async || {
                 ensure!(fake.tries() > before + 1, "{} tries", fake.tries() - before);
                 Ok(())
             })
             .await?;
         }
-        tokio::time::sleep(refusal_time() / 6).await; // how long it is refused is what is tested
+        tokio::time::sleep(refusal_time() / 6).await; // the length of the refusal is under test
         ensure!(fake.events().all().is_empty());
     }
     fake.behave(Manner::Accept);
@@ -77,12 +77,12 @@ pub(crate) async fn every_event_arrives_once_and_in_order_however_it_is_refused(
     expected.extend(run_some(&container, 6).await?);
     ensure!(container.destroy().await? == 137);
     expected.extend(["exit".to_owned(), "delete".to_owned()]);
-    let told = fake.events().of_until("c1", "delete").await?;
-    ensure!(told == expected, "{told:#?}");
+    let published = fake.events().of_until("c1", "delete").await?;
+    ensure!(published == expected, "{published:#?}");
     shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// A containerd that never acknowledges an event is waited for, and when it dies, the event is sent again.
+/// The shim waits for a containerd that never acknowledges an event, and sends the event again when containerd crashes.
 pub(crate) async fn an_event_without_an_acknowledgement_holds_back_the_next_ones(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     fake.behave(Manner::Silent);
@@ -100,12 +100,12 @@ pub(crate) async fn an_event_without_an_acknowledgement_holds_back_the_next_ones
     let mut expected = vec!["create".to_owned(), "start".to_owned()];
     expected.extend(first);
     expected.extend(["exit".to_owned(), "delete".to_owned()]);
-    let told = fake.events().of_until("c1", "delete").await?;
-    ensure!(told == expected, "{told:?}");
+    let published = fake.events().of_until("c1", "delete").await?;
+    ensure!(published == expected, "{published:?}");
     shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// What answers is not containerd, or it is beside itself.
+/// The receiver answers garbage.
 pub(crate) async fn an_event_answered_with_garbage_is_sent_again(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     fake.behave(Manner::Garbage);
@@ -117,12 +117,12 @@ pub(crate) async fn an_event_answered_with_garbage_is_sent_again(stand: Stand) -
     .await?;
     fake.behave(Manner::Accept);
     ensure!(container.destroy().await? == 137);
-    let told = fake.events().of_until("c1", "delete").await?;
-    ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+    let published = fake.events().of_until("c1", "delete").await?;
+    ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
     shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// A containerd that refuses an event as such will refuse it for ever: the others have to come through.
+/// containerd refuses one event for good: the others must arrive.
 pub(crate) async fn a_permanently_refused_event_does_not_delay_the_next_ones(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
     fake.behave(Manner::Refuse(Code::InvalidArgument));
@@ -135,22 +135,22 @@ pub(crate) async fn a_permanently_refused_event_does_not_delay_the_next_ones(sta
     fake.behave(Manner::Accept);
     container.start().await?;
     ensure!(container.destroy().await? == 137);
-    let told = fake.events().of_until("c1", "delete").await?;
-    ensure!(told == ["start", "exit", "delete"], "{told:?}");
+    let published = fake.events().of_until("c1", "delete").await?;
+    ensure!(published == ["start", "exit", "delete"], "{published:?}");
     shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 pub(crate) async fn events_of_two_thousand_short_execs_are_published_in_order(stand: Stand) -> Result<()> {
     let total = repeated(2000);
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
-    let told = workloads::short_execs(&container, total, 8).await?;
-    ensure!(told.len() == 4 + 3 * total, "{} events", told.len());
-    let different: std::collections::BTreeSet<_> = told.iter().collect();
-    ensure!(different.len() == told.len(), "an event was told twice");
+    let published = workloads::short_execs(&container, total, 8).await?;
+    ensure!(published.len() == 4 + 3 * total, "{} events", published.len());
+    let different: std::collections::BTreeSet<_> = published.iter().collect();
+    ensure!(different.len() == published.len(), "an event was published twice");
     shim_tests::bundle::leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// Init and a process that was added end at the same moment, by the same cause.
+/// Init and an exec exit at the same moment, for the same reason.
 pub(crate) async fn simultaneous_exits_are_published_with_init_last(stand: Stand) -> Result<()> {
     let anchor = stand.instant("anchor", &["sleep", "1000"]).group("pod").run().await?;
     for round in 0..30 {
@@ -175,8 +175,8 @@ pub(crate) async fn simultaneous_exits_are_published_with_init_last(stand: Stand
         drop(stdio::Writer::open(&gate).await?);
         within("the end", SOON, container.task.wait(&id, "")).await??;
         container.task.delete(&id, "").await?;
-        let told = stand.containerd().events().of_until(&id, "delete").await?;
-        init_is_the_last_of(3, &told)?;
+        let published = stand.containerd().events().of_until(&id, "delete").await?;
+        init_is_the_last_of(3, &published)?;
     }
     anchor.shut_down().await.map(drop)
 }

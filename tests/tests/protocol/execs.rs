@@ -1,4 +1,4 @@
-//! Added processes: what becomes of those that nobody deletes, and of those that come too late.
+//! Execs that no client deletes, and execs that are started too late.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,10 +14,10 @@ use shim_tests::times::repeated;
 use shim_tests::ttrpc::{Code, refusal};
 use tokio::task::JoinSet;
 
-/// More than the shim remembers of a container's processes that have ended: some 500 with names as long as [`long_fifo`]'s.
+/// More than the exited execs that the shim remembers per container: some 500 with names as long as [`long_fifo`]'s.
 const MANY: usize = 600;
 
-/// A fifo whose name is about as long as one can be, so that few processes have much to be remembered of.
+/// A fifo with a very long name, so that few execs fill the shim's memory limit.
 fn long_fifo(stand: &Stand) -> Result<PathBuf> {
     let mut folder = stand.folder().join("long");
     while folder.as_os_str().len() < 1800 {
@@ -29,7 +29,7 @@ fn long_fifo(stand: &Stand) -> Result<PathBuf> {
     Ok(fifo)
 }
 
-/// Adds processes with `fifo` for both outputs, a few at a time, and starts each. Returns what Wait or Start has said, the last first.
+/// Adds execs with `fifo` for both outputs, a few at a time, and starts each. Returns the answers of Wait or Start, the last first.
 async fn add_and_start(container: &Container, numbers: std::ops::Range<usize>, args: &'static [&str], fifo: &Path) -> Result<Vec<u32>> {
     async fn one(task: Task, container: (String, containerd_shim_protos::api::ExecProcessRequest)) -> Result<u32> {
         let (id, request) = container;
@@ -73,7 +73,7 @@ async fn memory(container: &Container) -> Result<u64> {
     Ok(private_kib(container.shim_pid()?)? + private_kib(container.worker_pid().await?)?)
 }
 
-pub(crate) async fn an_exec_that_is_never_deleted_leaves_nothing_that_adds_up(stand: Stand) -> Result<()> {
+pub(crate) async fn execs_that_are_never_deleted_do_not_accumulate(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let fifo = long_fifo(&stand)?;
     let _reader = Reader::open(&fifo, Pace::Count)?;
@@ -87,7 +87,7 @@ pub(crate) async fn an_exec_that_is_never_deleted_leaves_nothing_that_adds_up(st
     ensure!(later < kib + 2048, "{kib} KiB after {many}, {later} KiB after twice as many");
     let left = specifications(&container)?;
     ensure!(left.len() == before, "{left:?}");
-    // the last is remembered, the first is not
+    // the shim still knows the last one, but not the first
     let last = format!("e{}", 2 * many - 1);
     ensure!(container.task.state("c1", &last).await?.exit_status == 3);
     ensure!(container.task.delete("c1", &last).await?.exit_status == 3);
@@ -98,16 +98,16 @@ pub(crate) async fn an_exec_that_is_never_deleted_leaves_nothing_that_adds_up(st
     Ok(())
 }
 
-pub(crate) async fn an_exec_whose_start_fails_and_is_never_deleted_leaves_nothing_that_adds_up(stand: Stand) -> Result<()> {
+pub(crate) async fn failed_execs_that_are_never_deleted_do_not_accumulate(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     let fifo = long_fifo(&stand)?;
     let _reader = Reader::open(&fifo, Pace::Count)?;
     let many = repeated(MANY);
     let statuses = add_and_start(&container, 0..many, &["/no/such/program"], &fifo).await?;
     ensure!(statuses.len() == many && statuses.iter().all(|status| *status == 127), "{} failed", statuses.len());
-    // each that is remembered may be started again
+    // each exec that the shim remembers may be started again
     let left = specifications(&container)?.len();
-    ensure!(left < many, "{left} files for {many} processes");
+    ensure!(left < many, "{left} files for {many} execs");
     ensure!(refusal(container.task.state("c1", "e0").await)?.0 == Code::NotFound);
     ensure!(container.task.state("c1", &format!("e{}", many - 1)).await?.pid == 0);
     ensure!(container.shut_down().await? == 137);
@@ -134,7 +134,7 @@ pub(crate) async fn an_exec_is_added_while_the_exit_of_init_waits_to_be_publishe
     let (code, message) = refusal(container.task.start("c1", "e2").await)?;
     ensure!(code == Code::FailedPrecondition, "{code:?} {message}");
     gate.release("exec")?;
-    ensure!(within("the start that was under way", SOON, start).await??.is_err());
+    ensure!(within("the start in progress", SOON, start).await??.is_err());
     ensure!(waiting.status(SOON).await? == 137);
     ensure!(refusal(container.task.exec(&container.bundle.exec_request("e3", &["true"])).await)?.0 == Code::FailedPrecondition);
     container.task.delete("c1", "e2").await?;

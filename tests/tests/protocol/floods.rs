@@ -1,4 +1,4 @@
-//! Too much of everything: it costs a bounded amount of memory, and delays no other client.
+//! Floods of requests, frames and connections: memory is bounded, and no other client is delayed.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use shim_tests::ttrpc::{Code, Frame, REQUEST, RESPONSE, Wire, header, refusal};
 use shim_tests::witness::Witness;
 use tokio::io::AsyncWriteExt as _;
 
-/// Clients that announce 4 GiB and send it, as fast as they can, get no more than their turn.
+/// Clients that announce 4 GiB and send it as fast as they can do not delay others.
 pub(crate) async fn a_four_gibibyte_frame_delays_no_other_client(stand: Stand) -> Result<()> {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
@@ -25,17 +25,17 @@ pub(crate) async fn a_four_gibibyte_frame_delays_no_other_client(stand: Stand) -
         socket.set_write_timeout(Some(SOON))?;
         socket.set_read_timeout(Some(SOON))?;
         socket.write_all(&header(u32::MAX, 1, REQUEST))?;
-        // a thread, since only one that does nothing else is faster than the shim
+        // a separate thread, to be faster than the shim
         floods.push(std::thread::spawn(move || {
             let block = vec![0x5a; 1 << 20];
             let begin = Instant::now();
             let mut sent = 0;
-            // as much as goes in a few seconds; the rest is more of the same
+            // as much as the shim accepts in a few seconds
             while begin.elapsed() < Duration::from_secs(3) && sent < u32::MAX as usize - block.len() {
                 socket.write_all(&block)?;
                 sent += block.len();
             }
-            // the refusal came when the length did
+            // the shim refuses as soon as it has the length
             let mut head = [0; 10];
             socket.read_exact(&mut head)?;
             anyhow::Ok((sent, head))
@@ -54,7 +54,7 @@ pub(crate) async fn a_four_gibibyte_frame_delays_no_other_client(stand: Stand) -
     witness.dismiss().await
 }
 
-/// Sends `total` requests as fast as they are taken, reads as many answers, and looks at the witness all the while.
+/// Sends `total` requests as fast as they are taken, reads as many answers, and checks the witness meanwhile.
 async fn flood(witness: &Witness, total: u32, frame: impl Fn(u32) -> Vec<u8> + Send + 'static) -> Result<Duration> {
     let begin = Instant::now();
     let (mut incoming, mut writer) = Wire::connect(witness.socket()).await?.split();
@@ -81,11 +81,11 @@ async fn flood(witness: &Witness, total: u32, frame: impl Fn(u32) -> Vec<u8> + S
                     let answer = Frame { stream, kind: RESPONSE, payload: payload.to_vec() }.answer();
                     ensure!(refusal(answer)?.0 == Code::NotFound);
                 }
-                ensure!(payload == first, "answered otherwise than the first");
+                ensure!(payload == first, "the answer differs from the first");
                 count += 1;
                 Ok(())
             });
-            ensure!(is_connected.await?, "hung up after {count} answers");
+            ensure!(is_connected.await?, "connection closed after {count} answers");
         }
         anyhow::Ok(())
     });
@@ -97,7 +97,7 @@ async fn flood(witness: &Witness, total: u32, frame: impl Fn(u32) -> Vec<u8> + S
     Ok(begin.elapsed())
 }
 
-pub(crate) async fn a_million_small_requests_are_answered_each_and_cost_no_memory(stand: Stand) -> Result<()> {
+pub(crate) async fn a_million_small_requests_are_each_answered_and_cost_no_memory(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
     let template = Frame::request(0, V2, "State", &state_of("missing")).encode();
@@ -121,7 +121,7 @@ pub(crate) async fn a_million_small_requests_are_answered_each_and_cost_no_memor
     );
     ensure!(witness.container.worker_pid().await? == worker, "another worker");
     ensure!(after.0 < before.0 + 8192 && after.1 < before.1 + 4096, "grown from {before:?} to {after:?} KiB");
-    eventually("memory of the flood is given back", SOON, async || {
+    eventually("memory of the flood is freed", SOON, async || {
         let kib = (private_kib(keeper)?, private_kib(worker)?);
         ensure!(kib.0 < before.0 + 1024 && kib.1 < before.1 + 1024, "{kib:?} KiB, {before:?} before");
         Ok(())
@@ -130,7 +130,7 @@ pub(crate) async fn a_million_small_requests_are_answered_each_and_cost_no_memor
     witness.dismiss().await
 }
 
-pub(crate) async fn a_hundred_thousand_abandoned_waits_are_cheap_and_answered_each(stand: Stand) -> Result<()> {
+pub(crate) async fn a_hundred_thousand_abandoned_waits_cost_little_memory_and_each_is_answered(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
     let sleeper = witness.sibling("sleeper", &["sh", "-c", "read go; exit 3"]);
@@ -154,7 +154,7 @@ pub(crate) async fn a_hundred_thousand_abandoned_waits_are_cheap_and_answered_ea
     eprintln!("{total} Waits: KiB of keeper and worker: {before:?}, then {held:?}");
     ensure!(held.0 < before.0 + 8192 && held.1 < before.1 + 4096, "grown from {before:?} to {held:?} KiB");
     drop(gone);
-    eventually("memory of waits is given back", SOON, async || {
+    eventually("memory of waits is freed", SOON, async || {
         let kib = private_kib(keeper)?;
         ensure!(kib < before.0 + 1024, "{kib} KiB, {} before", before.0);
         Ok(())
@@ -176,7 +176,7 @@ pub(crate) async fn a_hundred_thousand_abandoned_waits_are_cheap_and_answered_ea
             count += 1;
             Ok(())
         });
-        ensure!(is_connected.await?, "hung up after {count} answers");
+        ensure!(is_connected.await?, "connection closed after {count} answers");
     }
     ensure!(sleeper.finish().await? == 3);
     witness.dismiss().await
@@ -194,7 +194,7 @@ pub(crate) async fn a_client_that_never_reads_its_answers_costs_a_bounded_amount
         let mut stream = 1;
         let mut bytes = Vec::new();
         let begin = Instant::now();
-        // until nothing more is taken, or so much that it would be noticed
+        // until the shim accepts no more, or more than its limits allow
         let mut stuck_since = None;
         let mut total = 0;
         while total < 64 << 20 && begin.elapsed() < SOON {
@@ -221,11 +221,11 @@ pub(crate) async fn a_client_that_never_reads_its_answers_costs_a_bounded_amount
         deaf.push(wire);
     }
     let after = (private_kib(keeper)?, private_kib(worker)?);
-    eprintln!("two deaf clients: KiB of keeper and worker: {before:?}, then {after:?}");
+    eprintln!("two clients that do not read: KiB of keeper and worker: {before:?}, then {after:?}");
     // 16 MiB of answers each, and their bookkeeping
     ensure!(after.0 < before.0 + (80 << 10) && after.1 < before.1 + (16 << 10), "grown from {before:?} to {after:?} KiB");
     drop(deaf);
-    eventually("memory of deaf clients is given back", SOON, async || {
+    eventually("memory of clients that do not read is freed", SOON, async || {
         let kib = private_kib(keeper)?;
         ensure!(kib < before.0 + 1024, "{kib} KiB, {} before", before.0);
         Ok(())
@@ -234,7 +234,7 @@ pub(crate) async fn a_client_that_never_reads_its_answers_costs_a_bounded_amount
     witness.dismiss().await
 }
 
-/// Many connections, each with requests that fill its allowance, and a worker that does not take them.
+/// Many connections, each with requests that fill its allowance, and a worker that does not accept them.
 pub(crate) async fn ready_answers_are_given_during_a_flood_with_a_stopped_worker(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let (keeper, worker) = (witness.container.shim_pid()?, witness.container.worker_pid().await?);
@@ -264,7 +264,7 @@ pub(crate) async fn ready_answers_are_given_during_a_flood_with_a_stopped_worker
     let after = private_kib(keeper)?;
     ensure!(after < before + (64 << 10), "grown from {before} to {after} KiB");
     drop(floods);
-    // on a busy machine it was stopped for so long that it was taken to hang, and another is there
+    // on a busy machine the keeper may have taken the stopped worker for hung and replaced it
     let _alive_or_replaced = shim_tests::proc::signal(worker, nix::sys::signal::Signal::SIGCONT);
     eventually("a worker has caught up", SOON, async || {
         let pids = witness.container.task.stats("witness").await;
@@ -275,8 +275,8 @@ pub(crate) async fn ready_answers_are_given_during_a_flood_with_a_stopped_worker
     witness.dismiss().await
 }
 
-/// Workers die in the middle of it, again and again: each request is answered, and once.
-pub(crate) async fn a_flood_over_dying_workers_is_answered_once_each(stand: Stand) -> Result<()> {
+/// Workers crash repeatedly during the flood: each request is answered exactly once.
+pub(crate) async fn every_request_of_a_flood_over_crashing_workers_is_answered_once(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let keeper = witness.container.shim_pid()?;
     let killer = tokio::spawn(async move {
@@ -284,7 +284,7 @@ pub(crate) async fn a_flood_over_dying_workers_is_answered_once_each(stand: Stan
             for child in proc::children(keeper).into_iter().filter(|child| child.command.contains(" worker")) {
                 proc::kill_hard(child.pid);
             }
-            // rare enough for something to be done in between: one that has done nothing is not replaced at once
+            // rare enough for progress in between: the keeper delays the replacement of a worker that has done nothing
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
     });
@@ -301,7 +301,7 @@ pub(crate) async fn a_flood_over_dying_workers_is_answered_once_each(stand: Stan
 }
 
 /// A client that connects while the shim has no free descriptor is served as soon as it has.
-pub(crate) async fn a_shim_without_descriptors_serves_those_it_has_and_later_the_others(stand: Stand) -> Result<()> {
+pub(crate) async fn a_shim_without_free_descriptors_serves_its_clients_and_later_the_others(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let keeper = witness.container.shim_pid()?;
     let limit = |files: &str| -> Result<()> {
@@ -321,7 +321,7 @@ pub(crate) async fn a_shim_without_descriptors_serves_those_it_has_and_later_the
         let state = witness.container.task.state_within("witness", "", a_second()).await?;
         ensure!(state.pid == witness.container.pid);
     }
-    // what needs a descriptor is refused, and can be tried again
+    // calls that need a descriptor are refused, and can be repeated
     let exec = witness.container.exec("e", &["true"]).await;
     ensure!(exec.is_err(), "an exec without a descriptor");
     limit("1024")?;
@@ -335,7 +335,7 @@ pub(crate) async fn a_shim_without_descriptors_serves_those_it_has_and_later_the
     witness.dismiss().await
 }
 
-/// More is known of a group's containers than fits one message: the commands work all the same.
+/// The state of a group's containers does not fit one message: the commands work nevertheless.
 pub(crate) async fn commands_work_on_a_shim_that_knows_a_lot(stand: Stand) -> Result<()> {
     let witness = Witness::start(&stand).await?;
     let task = &witness.container.task;

@@ -13,7 +13,7 @@ pub(crate) async fn a_length_beyond_the_limit_is_named(stand: Stand) -> Result<(
     Ok(())
 }
 
-pub(crate) async fn garbage_is_answered_with_a_short_sentence_and_its_own_code(stand: Stand) -> Result<()> {
+pub(crate) async fn garbage_is_answered_with_a_short_message_and_its_own_code(stand: Stand) -> Result<()> {
     for refused in frames::of_garbage(&stand).await? {
         let codes: &[Code] = match refused.what {
             "no request" => &[Code::InvalidArgument, Code::Unimplemented],

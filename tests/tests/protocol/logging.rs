@@ -1,4 +1,4 @@
-//! The shim's own log: complete for its reader, and blocking nothing.
+//! The shim's own log: complete for its reader, and it never blocks the shim.
 
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::bundle::Container;
@@ -8,7 +8,7 @@ use shim_tests::stdio::{Pace, Reader};
 use shim_tests::task::Task;
 use shim_tests::ttrpc::Code;
 
-/// Does what is worth a line or several.
+/// Makes calls that the shim logs with one line or more.
 async fn log_many_lines(container: &Container, rounds: usize) -> Result<()> {
     for round in 0..rounds {
         let second = a_second();
@@ -39,7 +39,7 @@ pub(crate) async fn a_log_without_a_reader_blocks_nothing_and_reports_dropped_li
 }
 
 fn check_format(text: &str) -> Result<()> {
-    // the last one may be on its way
+    // the last line may not have arrived yet
     let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
     ensure!(!whole.is_empty(), "{text:?}");
     for line in whole.lines() {
@@ -59,7 +59,7 @@ pub(crate) async fn the_log_records_each_change_in_containerds_format(stand: Sta
     ensure!(container.finish().await? == 3);
     let shim = container.shim_pid()?;
     let _it_may_leave_at_once = container.task.shutdown("c1").await;
-    eventually("the last words", SOON, async || {
+    eventually("the last lines", SOON, async || {
         let log = stand.log_of("c1");
         for words in ["keeper started", "process exited\" container=c1", "status=3", "container deleted", "keeper exits"] {
             ensure!(log.contains(words), "no {words:?} in {log}");
@@ -72,5 +72,5 @@ pub(crate) async fn the_log_records_each_change_in_containerds_format(stand: Sta
     ensure!(!log.contains("level=debug"), "{log}");
     // neither the environment nor the configuration of a container is logged
     ensure!(!log.contains("SECRET") && !log.contains("ociVersion"), "{log}");
-    shim_tests::eventually::eventually_true("the shim has left", SOON, || !shim_tests::proc::is_alive(shim)).await
+    shim_tests::eventually::eventually_true("the shim has exited", SOON, || !shim_tests::proc::is_alive(shim)).await
 }

@@ -1,4 +1,4 @@
-//! Clients that run out of patience, and ask again: nothing is done twice, nothing is refused that was done.
+//! Clients that time out and repeat a call: nothing is done twice, and a completed call is not refused.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -25,11 +25,11 @@ pub(crate) async fn concurrent_deletes_of_one_container_return_the_same_answer(s
     let one = tokio::spawn(async move { one.delete("c1", "").await });
     gate.held("delete").await?;
     let other = tokio::spawn(async move { other.delete("c1", "").await });
-    // what else is asked is answered
+    // other calls are answered
     container.task.state_within("c1", "", a_second()).await?;
     gate.release("delete")?;
     let (one, other) = (one.await??, other.await??);
-    // and one that comes when it is long done
+    // and a late one, long after the deletion
     let late = container.task.delete("c1", "").await?;
     ensure!(one == other && one == late && one.exit_status == 3, "{one}, {other}, {late}");
     ensure!(gate.count("delete") == 1, "{:?}", gate.calls());
@@ -40,20 +40,20 @@ pub(crate) async fn delete_names_the_root_file_system_that_is_in_use(stand: Stan
     let container = stand.bundle("c1", &["true"]).run().await?;
     container.task.wait("c1", "").await?;
     let rootfs = container.bundle.folder.join("rootfs");
-    // a process may, and this one too
+    // other processes can exec it, and this one too
     let holder = fs::File::open(rootfs.join("bin"))?;
     for _ in 0..2 {
         let (code, message) = refusal(container.task.delete("c1", "").await)?;
         ensure!(code == Code::FailedPrecondition && message.contains("rootfs"), "{code:?} {message}");
     }
     drop(holder);
-    // a child of another test may have it for a moment more
+    // a child of another test may hold it for a moment more
     eventually("it is deleted", SOON, async || Ok(container.task.delete("c1", "").await?)).await?;
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// What a client gave up before it could begin is not done.
-pub(crate) async fn a_request_whose_time_is_over_is_not_carried_out(stand: Stand) -> Result<()> {
+/// A call that the client gave up before the shim began it is not performed.
+pub(crate) async fn a_request_whose_deadline_has_passed_is_not_carried_out(stand: Stand) -> Result<()> {
     let program = stand.folder().join(stand.shim().binary_name());
     programs::copy(stand.binary(), &program)?;
     let stand = stand.with_shim(&Shim { binary: Some(program.clone()), ..stand.shim().clone() })?;

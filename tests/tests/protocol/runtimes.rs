@@ -1,4 +1,4 @@
-//! The OCI runtime and what it keeps: a container of another daemon's under the same id, a runtime that was killed half-way, moved or
+//! The OCI runtime and its state: another daemon's container under the same id, a runtime that was killed half-way, moved or
 //! removed.
 
 use std::fs;
@@ -19,12 +19,12 @@ use shim_tests::suite::{Runtime, Shim, Suite};
 use shim_tests::task::any_json;
 use shim_tests::ttrpc::{Answer, Code, refusal};
 
-/// What the runtime keeps of a container.
+/// The runtime's state folder of a container.
 fn kept(stand: &Stand, id: &str) -> PathBuf {
     Path::new("/run/containerd/runc").join(stand.namespace()).join(id)
 }
 
-/// It runs, its cgroup has it, and another process can be added to it.
+/// Checks that it runs, is in its cgroup, and can run an exec.
 async fn is_well(container: &Container, exec: &str) -> Result<()> {
     let state = container.task.state(&container.id, "").await?;
     ensure!(state.status.value() == 2 && proc::is_alive(container.pid.cast_signed()), "{state:?}");
@@ -39,13 +39,13 @@ pub(crate) async fn a_refused_create_leaves_the_container_of_another_daemon_alon
         let container = stand.bundle(id, &["sleep", "1000"]).runtime(&runtime).run().await?;
         let second = stand.bundle(id, &["sleep", "1000"]).runtime(&runtime).of_another_daemon();
         let task = second.shim().await?;
-        ensure!(second.shim_pid()? != container.shim_pid()?, "there is one shim");
+        ensure!(second.shim_pid()? != container.shim_pid()?, "both containers have the same shim");
         for exec in ["first", "again"] {
             let (code, message) = refusal(task.create(&second.request()).await)?;
             ensure!(code == Code::AlreadyExists && message.contains(id), "{code:?} {message}");
             is_well(&container, exec).await.context(id)?;
         }
-        // containerd runs it after every Create that fails
+        // containerd runs delete after every failed Create
         second.delete_command().await?;
         is_well(&container, "last").await.with_context(|| format!("{id}, after delete"))?;
         let left = fs::read_to_string("/proc/self/mountinfo")?;
@@ -93,14 +93,14 @@ pub(crate) async fn what_a_killed_create_has_made_is_removed_by_the_next_worker(
         let (other, request) = (task.clone(), bundle.request());
         let create = tokio::spawn(async move { other.create(&request).await });
         let held = gate.held("create").await?;
-        ensure!(kept(&stand, id).exists(), "the runtime has made nothing");
+        ensure!(kept(&stand, id).exists(), "the runtime has created nothing");
         let worker = shim_tests::bundle::worker_of(bundle.shim_pid()?).await?;
         proc::kill_hard(worker);
         eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await?;
         proc::kill_hard(held);
         let refused = within("create", SOON, create).await??;
         ensure!(refused.is_err(), "a container was made");
-        ensure!(!kept(&stand, id).exists(), "the runtime has kept it");
+        ensure!(!kept(&stand, id).exists(), "the runtime still has its state");
         gate.release("create")?;
         let again = bundle.run_in(&task).await?;
         ensure!(again.shut_down().await? == 137);
@@ -108,7 +108,7 @@ pub(crate) async fn what_a_killed_create_has_made_is_removed_by_the_next_worker(
     Ok(())
 }
 
-/// What a call that needs the runtime says without one.
+/// Checks the error of a call that needs the missing runtime.
 fn names_the_program<T: std::fmt::Debug>(call: &str, answer: Answer<T>, program: &Path) -> Result<()> {
     let (code, message) = refusal(answer).context(call.to_owned())?;
     let is_helpful = message.contains(&program.display().to_string()) && message.contains("install it again");
@@ -143,7 +143,7 @@ pub(crate) async fn without_the_runtimes_program_every_call_is_refused_with_its_
         let (code, message) = refusal(task.create(&another.request()).await)?;
         ensure!(code == Code::InvalidArgument && message.contains(&program.display().to_string()), "Create: {code:?} {message}");
 
-        // what needs no runtime works
+        // calls that need no runtime work
         ensure!(task.pids(id).await?.contains(&container.pid));
         task.stats(id).await?;
         ensure!(task.state(id, "").await?.status.value() == 2);
@@ -154,20 +154,20 @@ pub(crate) async fn without_the_runtimes_program_every_call_is_refused_with_its_
             names_the_program("Delete", task.delete(id, "").await, &program)?;
             names_the_program("Delete of one that never ran", task.delete(&created.id, "").await, &program)?;
         }
-        ensure!(task.state(id, "").await?.exit_status == 137, "it was forgotten");
+        ensure!(task.state(id, "").await?.exit_status == 137, "the shim has forgotten the container");
         ensure!(kept(&stand, id).exists());
 
         fs::rename(&away, &program)?;
         ensure!(task.delete(id, "").await?.exit_status == 137);
         ensure!(task.delete(&created.id, "").await?.exit_status == 137);
-        ensure!(!kept(&stand, id).exists() && !kept(&stand, &created.id).exists(), "the runtime has kept it");
+        ensure!(!kept(&stand, id).exists() && !kept(&stand, &created.id).exists(), "the runtime still has its state");
         let shim = container.shim_pid()?;
         leave(task, shim, id).await?;
     }
     Ok(())
 }
 
-/// The command is the last chance: with the bundle, all knowledge of the container goes.
+/// The daemon removes the bundle afterwards, so `delete` must clean up everything.
 pub(crate) async fn delete_removes_a_container_whose_runtime_is_gone(stand: Stand) -> Result<()> {
     for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
         let runtime = Suite::Bookworm.runtime(runtime);
@@ -219,15 +219,15 @@ pub(crate) async fn a_runtime_that_was_moved_is_found_in_path(stand: Stand) -> R
             eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await?;
             ensure!(container.bundle.delete_command().await?.exit_status == 137);
         }
-        ensure!(!kept(&stand, "c1").exists(), "the runtime has kept it");
+        ensure!(!kept(&stand, "c1").exists(), "the runtime still has its state");
         fs::rename(folder.join("away"), &program)?;
         fs::remove_dir_all(&container.bundle.folder)?;
     }
     Ok(())
 }
 
-/// The runtime has started it and has kept its terminal: nobody would ever wait for it.
-pub(crate) async fn a_process_whose_start_fails_after_the_runtimes_success_does_not_live_on(stand: Stand) -> Result<()> {
+/// The runtime has started it without delivering its terminal: without a kill it would run for ever.
+pub(crate) async fn a_process_whose_start_fails_after_the_runtimes_success_is_killed(stand: Stand) -> Result<()> {
     let text = format!(
         "#!/bin/bash\nargs=()\nwhile [ $# -gt 0 ]; do case $1 in\n--console-socket) shift ;;\n--process) sed 's/\"terminal\": *true/\"terminal\":false/' \"$2\" \
          > \"$2.plain\"; args+=(--process \"$2.plain\"); shift ;;\n*) args+=(\"$1\") ;;\nesac; shift; done\nexec {} \"${{args[@]}}\"\n",
@@ -252,7 +252,7 @@ pub(crate) async fn a_process_whose_start_fails_after_the_runtimes_success_does_
     container.shut_down().await.map(drop)
 }
 
-/// What init left behind, its engine knows no more; the worker does not answer, the keeper does.
+/// The OCI runtime does not know init's descendants any more; the worker does not answer, the keeper does.
 pub(crate) async fn delete_has_the_keeper_drop_a_container_that_its_runtime_has_deleted(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
     ensure!(container.task.wait("c1", "").await? == 3);
@@ -262,10 +262,10 @@ pub(crate) async fn delete_has_the_keeper_drop_a_container_that_its_runtime_has_
     nix::mount::umount2(&container.bundle.folder.join("rootfs"), nix::mount::MntFlags::MNT_DETACH)?;
     let shim = container.shim_pid()?;
     ensure!(container.bundle.delete_command().await?.exit_status == 3);
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await
 }
 
-/// A container that is removed without its worker leaves nothing of its added processes with the keeper of its pod.
+/// A container that is removed without its worker leaves nothing of its execs in the keeper of its pod.
 pub(crate) async fn what_is_removed_without_a_worker_leaves_no_descriptors_of_its_execs(stand: Stand) -> Result<()> {
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let shim = anchor.shim_pid()?;
@@ -296,7 +296,7 @@ pub(crate) async fn what_is_removed_without_a_worker_leaves_no_descriptors_of_it
     anchor.shut_down().await.map(drop)
 }
 
-pub(crate) async fn a_failed_restore_says_what_criu_said(stand: Stand) -> Result<()> {
+pub(crate) async fn a_failed_restore_reports_the_message_of_criu(stand: Stand) -> Result<()> {
     needs_criu(&Suite::Forky.program("criu"))?;
     for runtime in Runtime::ALL {
         let real = Suite::Forky.runtime(runtime);
@@ -327,15 +327,15 @@ pub(crate) async fn a_failed_restore_says_what_criu_said(stand: Stand) -> Result
         let (_, message) = refusal(task.start(&id, "").await)?;
         ensure!(message.contains("restore.log: ") && message.contains("Error (") && message.len() < 8000, "{runtime}: {message}");
         task.delete(&id, "").await?;
-        ensure!(!kept(&stand, &id).exists(), "the runtime has kept it");
+        ensure!(!kept(&stand, &id).exists(), "the runtime still has its state");
         leave(&task, bundle.shim_pid()?, &id).await?;
-        // crun leaves them behind when criu fails, and knows of no container then
+        // crun leaves them behind when criu fails, and does not know the container then
         cgroups::remove(&format!("{}/{}/{id}", isolation::cgroup(), stand.namespace()));
     }
     Ok(())
 }
 
-/// What the stock shim makes of numbers that others refuse.
+/// The stock shim's conversion of numbers that others refuse.
 pub(crate) async fn signal_zero_and_sizes_beyond_sixteen_bits_are_answered_as_the_stock_shim_does(stand: Stand) -> Result<()> {
     let stock = stand.with_shim(&Shim::stock())?;
     let mut answers = Vec::new();

@@ -1,5 +1,5 @@
-//! When a shim exits: not before the last container is deleted, and then at once. At the host's shutdown once no container runs. Not over
-//! any other signal.
+//! When a shim exits: as soon as the last container is deleted, not before. At the host's shutdown once no container runs. Not on any
+//! other signal.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use shim_tests::proc;
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Answer, CallError};
 
-/// An answer, or the end of a shim that had nothing left to do.
+/// An answer, or a closed connection of a shim that had no container left.
 fn answered_or_gone<T>(answer: Answer<T>) -> Answer<Option<T>> {
     match answer {
         Ok(answer) => Ok(Some(answer)),
@@ -22,12 +22,12 @@ fn answered_or_gone<T>(answer: Answer<T>) -> Answer<Option<T>> {
 
 async fn gone_within_a_second(shim: i32) -> Result<()> {
     let begin = Instant::now();
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await?;
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
     ensure!(begin.elapsed() < a_second(), "it took {:?}", begin.elapsed());
     Ok(())
 }
 
-pub(crate) async fn a_shim_leaves_with_its_last_container_and_not_before(stand: Stand) -> Result<()> {
+pub(crate) async fn a_shim_exits_with_its_last_container_and_not_before(stand: Stand) -> Result<()> {
     let first = stand.instant("c1", &["sleep", "1000"]).group("pod").run().await?;
     let shim = first.shim_pid()?;
     let mut others: Vec<Container> = Vec::new();
@@ -49,7 +49,7 @@ pub(crate) async fn a_shim_leaves_with_its_last_container_and_not_before(stand: 
     again.destroy().await?;
     answered_or_gone(again.task.shutdown("c5").await)?;
     gone_within_a_second(shim).await?;
-    ensure!(!again.task.socket().exists(), "its socket is there");
+    ensure!(!again.task.socket().exists(), "its socket still exists");
     Ok(())
 }
 
@@ -78,7 +78,7 @@ pub(crate) async fn no_stray_signal_ends_a_shim_or_its_worker(stand: Stand) -> R
         ensure!(state.pid == container.pid && proc::is_alive(keeper), "signal {number}: {state:?}");
         ensure!(container.worker_pid().await? == worker, "signal {number} ended the worker");
     }
-    // and the container's own processes are given none of it
+    // the container's own processes do not inherit the signal mask
     ensure!(proc::status_field(container.pid.cast_signed(), "SigBlk")? == "0000000000000000");
     ensure!(stand.log_of("c1").contains("children of the keeper"), "SIGUSR1 has logged no state: {}", stand.log_of("c1"));
     ensure!(container.shut_down().await? == 137);
@@ -103,7 +103,7 @@ pub(crate) async fn a_shim_exits_at_shutdown_once_no_container_runs_and_delete_k
         eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
         let limit = if daemon_is_there { a_second() } else { a_second() * 4 };
         ensure!(begin.elapsed() < limit, "it took {:?}", begin.elapsed());
-        ensure!(!first.task.socket().exists(), "its socket is there");
+        ensure!(!first.task.socket().exists(), "its socket still exists");
         for (container, status) in [(&first, 143), (&second, 130)] {
             let published = stand.containerd().events().exits(&container.id, "");
             ensure!(!daemon_is_there || published.iter().any(|exit| exit.status == status), "{published:?}");
@@ -120,14 +120,14 @@ pub(crate) async fn a_shim_exits_at_shutdown_once_no_container_runs_and_delete_k
 }
 
 /// Its client was killed between Delete and Shutdown.
-pub(crate) async fn a_shim_without_containers_and_clients_leaves_without_shutdown(stand: Stand) -> Result<()> {
+pub(crate) async fn a_shim_without_containers_and_clients_exits_without_shutdown(stand: Stand) -> Result<()> {
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
     let (shim, socket) = (container.shim_pid()?, container.task.socket().to_owned());
     container.destroy().await?;
     // while a client is connected, it may want to create another
     ensure!(container.task.state("c1", "").await.is_err() && proc::is_alive(shim));
     drop(container);
-    eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await?;
-    ensure!(!socket.exists(), "its socket is there");
+    eventually_true("the shim has exited", SOON * 3, || !proc::is_alive(shim)).await?;
+    ensure!(!socket.exists(), "its socket still exists");
     Ok(())
 }

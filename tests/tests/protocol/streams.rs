@@ -1,4 +1,4 @@
-//! Output in trouble: full disks, loggers that take their time.
+//! Output on full disks and to slow loggers.
 
 use std::fs;
 use std::path::Path;
@@ -42,7 +42,7 @@ pub(crate) async fn a_slow_logger_holds_up_its_own_container_only_and_gets_every
         witness.is_untouched().await?;
     }
     let container = create.await??;
-    ensure!(begin.elapsed() >= Duration::from_secs(1), "it was not waited for");
+    ensure!(begin.elapsed() >= Duration::from_secs(1), "Create did not wait for the logger");
     // half a megabyte does not fit the pipe: the container waits for the logger, and nothing is lost
     ensure!(container.finish().await? == 3);
     eventually("the logger has everything", SOON, async || {

@@ -1,7 +1,7 @@
-//! A real containerd: killed, and everything below it too. Every answer is true, and nothing is left behind.
+//! A real containerd, which is killed, as is everything below it. Every answer is right, and nothing is left behind.
 //!
 //! Events published without a subscriber are lost: the events of a container are counted where the daemon ran through all
-//! of its lifetime. Wait and Delete report the exit in any case, and a shim that was killed is the only excuse for another one.
+//! of its lifetime. Wait and Delete report the exit in any case, and only a killed shim may report another status.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt as _;
@@ -29,7 +29,7 @@ use tonic::{Code, Status};
 
 use super::{Dice, FILLER, Worker, count, hurt_a_worker, kill_a_runtime, seed, sum, until_over};
 
-/// What was done so far.
+/// Counters of the run so far.
 #[derive(Debug, Default)]
 struct Counts {
     containers: AtomicU64,
@@ -38,22 +38,22 @@ struct Counts {
     execs: AtomicU64,
     bytes: AtomicU64,
     /// Containers whose events were counted.
-    told: AtomicU64,
-    /// Crashes of containerd, with which the reader of every shim's log goes.
+    published: AtomicU64,
+    /// Crashes of containerd, which is the reader of every shim's log.
     daemons: AtomicU64,
     runtimes: AtomicU64,
     workers: AtomicU64,
     stops: AtomicU64,
     shims: AtomicU64,
-    /// Killed shims whose sockets were left.
+    /// Killed shims whose sockets were left behind.
     sockets: AtomicU64,
     /// Times for which the disk of some outputs was full.
     disks: AtomicU64,
-    /// Readers who left and came back.
+    /// Readers that disconnected and came back.
     readers: AtomicU64,
 }
 
-/// What all lanes share.
+/// State shared by all lanes.
 struct Soak {
     cx: Context,
     events: Events,
@@ -67,7 +67,7 @@ struct Soak {
     over: AtomicBool,
 }
 
-pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(stand: Stand) -> Result<()> {
+pub(crate) async fn every_exit_is_known_and_nothing_is_left_after_random_kills(stand: Stand) -> Result<()> {
     let (seed, before) = (seed(), Audit::take(&[]));
     let daemon = Arc::new(Daemon::start(suite()?, stand.shim()).await?);
     let programs = stand.program("gated-runtime").parent().context("a file is in a folder")?.to_owned();
@@ -81,8 +81,8 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
     let soak = Soak { cx, events, counts, bereft: Mutex::default(), disk, eras: AtomicU64::new(0), over: AtomicBool::new(false) };
     let live = async |id: &str, dice: &mut Dice| {
-        let lived = one_life(&soak, id, dice).await;
-        lived.with_context(|| format!("{:?}, its shim was killed: {}", soak.events.of(id), soak.is_bereft(id)))
+        let result_of_run = one_life(&soak, id, dice).await;
+        result_of_run.with_context(|| format!("{:?}, its shim was killed: {}", soak.events.of(id), soak.lost_its_shim(id)))
     };
     let disk = (soak.disk.as_path(), &soak.counts.disks);
     let results = until_over(&soak.over, seed, disk, chaos(&soak, Dice::new(seed, 99)), live).await;
@@ -96,7 +96,7 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_whatever_is_killed(s
     let tasks = soak.cx.client().list().await?;
     ensure!(tasks.is_empty(), "containerd knows of {tasks:?}");
     soak.cx.leaves_nothing().await?;
-    let (killed, log) = (soak.bereft_and_told(), daemon.log());
+    let (killed, log) = (soak.killed_shims(), daemon.log());
     daemon.stop()?;
     drop((soak, daemon));
     let left = Audit::nothing_more_than(&before, &[], SOON).await;
@@ -109,11 +109,11 @@ fn suite() -> Result<Suite> {
     found.with_context(|| format!("X_SOAK_CONTAINERD={version}: there are 1.6, 1.7 and 2.1"))
 }
 
-/// Kills one thing at a time; with the daemon, now and then a shim or a worker that has no daemon then.
+/// Kills one thing at a time; with the daemon, sometimes also a shim or a worker.
 async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
     let (cx, counts) = (&soak.cx, &soak.counts);
     while !soak.over.load(Ordering::Relaxed) {
-        tokio::time::sleep(Duration::from_millis(100 + dice.below(600))).await; // what is killed, is killed at some time
+        tokio::time::sleep(Duration::from_millis(100 + dice.below(600))).await; // a random time
         match dice.below(8) {
             0 | 1 => {
                 soak.eras.fetch_add(1, Ordering::SeqCst);
@@ -159,16 +159,16 @@ fn kill_a_shim(soak: &Soak, dice: &mut Dice) {
 }
 
 impl Soak {
-    fn is_bereft(&self, id: &str) -> bool {
+    fn lost_its_shim(&self, id: &str) -> bool {
         self.bereft.lock().expect("no panic under this lock").contains_key(id)
     }
 
-    /// A shim that is on its way out when it is killed leaves its sockets: containerd has run `delete` already, and will not again.
+    /// A shim that is killed while it exits leaves its sockets behind: containerd has already run `delete`, and does not run it again.
     fn remove_sockets_of_the_killed(&self) {
         for command in self.bereft.lock().expect("no panic under this lock").values() {
             let paths = command.split(' ').map(|word| word.trim_start_matches("unix://")).map(Path::new);
             let sockets = paths.filter(|path| fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket()));
-            // the daemon's own, which are named there too, accept connections
+            // the daemon's own sockets are in that folder too, and accept connections
             let dead: Vec<_> = sockets.filter(|path| UnixStream::connect(path).is_err()).collect();
             if !dead.is_empty() {
                 count(&self.counts.sockets);
@@ -177,8 +177,8 @@ impl Soak {
         }
     }
 
-    /// Of each killed shim its command line, and what was published of its container.
-    fn bereft_and_told(&self) -> Vec<(String, Vec<String>)> {
+    /// The command line of each killed shim, and the events of its container.
+    fn killed_shims(&self) -> Vec<(String, Vec<String>)> {
         let bereft = self.bereft.lock().expect("no panic under this lock");
         bereft.iter().map(|(id, command)| (command.clone(), self.events.of(id))).collect()
     }
@@ -188,7 +188,7 @@ impl Soak {
     }
 }
 
-/// Asks until there is an answer. A refusal is one; the end of a connection, to the daemon or from there to a shim, is none.
+/// Repeats a call until it is answered. An error of the shim is an answer; a closed connection, to the daemon or from there to a shim, is not.
 async fn answered<T>(what: &str, mut ask: impl AsyncFnMut() -> Answer<T>) -> Result<Answer<T>> {
     eventually(what, SOON * 3, async || match ask().await {
         Err(status) if is_silence(&status) => Err(status.into()),
@@ -202,10 +202,10 @@ fn is_silence(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::Cancelled) || words.iter().any(|words| status.message().contains(words))
 }
 
-/// A container from its creation to its end, however often something has to be asked for again.
+/// A container from Create to Delete, with as many repetitions of calls as necessary.
 async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     let (era, status, bytes) = (soak.era(), 1 + dice.below(99) as u32, dice.below(300_000));
-    // some live for as long as an exec or a restart of the daemon needs
+    // some run for as long as an exec or a restart of the daemon takes
     let script = format!("head -c {bytes} /dev/zero; sleep {}.{}; exit {status}", dice.below(2), dice.below(10));
     let (file, fills) = (soak.disk.join(id), soak.counts.disks.load(Ordering::Relaxed));
     let stdio = match dice.one_in(4) {
@@ -213,7 +213,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
         false => Stdio::Fifos { stdin: false, pace: Some(Pace::Count) },
     };
     let builder = soak.cx.container(&["sh", "-c", &script]).id(id).stdio(stdio);
-    // metadata that went before their task would leave containerd with a task that no client can name: undo takes both, in their order
+    // metadata deleted before its task would leave a task that no client can delete: undo removes both, the task first
     let created = async { builder.metadata().await?.create_task().await };
     let mut container = match created.await {
         Ok(container) if container.start().await.is_ok() => container,
@@ -231,19 +231,19 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     let mut read = 0;
     if let Some(reader) = container.io.stdout.as_mut().filter(|_| dice.one_in(3)) {
         for _turn in 0..1 + dice.below(4) {
-            tokio::time::sleep(Duration::from_millis(dice.below(60))).await; // who comes and goes, does so at some time
+            tokio::time::sleep(Duration::from_millis(dice.below(60))).await; // a random time
             reader.leave();
             read += reader.count();
             *reader = reader.again(Pace::Slow { chunk: 1000 + dice.below(9000) as usize, pause: Duration::from_millis(1) })?;
             count(&soak.counts.readers);
         }
     }
-    let true_status = |found: u32| found == status || (found == 137 && soak.is_bereft(id));
+    let true_status = |found: u32| found == status || (found == 137 && soak.lost_its_shim(id));
     match answered("Wait", async || container.wait().await).await? {
         Ok(found) => ensure!(true_status(found), "Wait reports {found}, not {status}"),
-        Err(refused) => ensure!(soak.is_bereft(id), "Wait: {refused}"),
+        Err(refused) => ensure!(soak.lost_its_shim(id), "Wait: {refused}"),
     }
-    // its runtime may be killed as well, and the daemon after it was done
+    // the runtime may be killed as well, and the daemon after the deletion
     let deleted = eventually("deleted", SOON * 3, async || match container.delete().await {
         Ok(deleted) => Ok(Some(deleted.exit_status)),
         Err(gone) if gone.code() == Code::NotFound => Ok(None),
@@ -251,12 +251,12 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     });
     match deleted.await? {
         Some(found) => ensure!(true_status(found), "Delete reports {found}, not {status}"),
-        None => ensure!(soak.is_bereft(id) || soak.era() != era, "it was not there to be deleted"),
+        None => ensure!(soak.lost_its_shim(id) || soak.era() != era, "Delete found no task"),
     }
     if let Some(reader) = &container.io.stdout {
-        // a reader that returns when everything was read and the writer has exited finds no writer
+        // a reader that opens the fifo after the writer's exit finds no writer
         eventually("the end of the output", SOON * 3, async || {
-            let is_over = reader.ended() || read > 0 && (read + reader.count() == bytes || soak.is_bereft(id));
+            let is_over = reader.ended() || read > 0 && (read + reader.count() == bytes || soak.lost_its_shim(id));
             ensure!(is_over, "{read} and {} of {bytes} bytes", reader.count());
             Ok(())
         })
@@ -266,35 +266,35 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
         read = fs::metadata(&file).map_or(0, |about| about.len());
         let _there_may_be_none = fs::remove_file(&file);
     }
-    // the shim logs what a full disk has cost to a log that ends with the daemon
+    // the shim logs the bytes lost on a full disk to a log that the daemon's crash closes
     let was_full = container.io.stdout.is_none() && (soak.disk.join(FILLER).exists() || soak.counts.disks.load(Ordering::Relaxed) != fills);
-    ensure!(read == bytes || (read < bytes && (soak.is_bereft(id) || was_full)), "{read} of {bytes} bytes");
+    ensure!(read == bytes || (read < bytes && (soak.lost_its_shim(id) || was_full)), "{read} of {bytes} bytes");
     soak.counts.bytes.fetch_add(read, Ordering::Relaxed);
     forget(soak, id).await?;
     count(&soak.counts.containers);
-    told(soak, id, status, era).await
+    exit_was_published(soak, id, status, era).await
 }
 
 async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Dice) -> Result<()> {
     let (exec, status) = (format!("e{number}"), dice.below(100) as u32);
     let Ok(process) = container.exec(&exec, &["sh", "-c", &format!("exit {status}")]).start().await else {
-        // the container has ended, or something was killed
+        // the container has exited, or something was killed
         return Ok(());
     };
     match answered("the end of an exec", async || process.wait().await).await? {
-        // init may end first, and takes it along
+        // init may exit first, which kills the exec
         Ok(found) => ensure!([status, 137].contains(&found), "{exec}: {found}, not {status}"),
-        Err(refused) => ensure!(soak.is_bereft(&container.id), "{exec}: {refused}"),
+        Err(refused) => ensure!(soak.lost_its_shim(&container.id), "{exec}: {refused}"),
     }
     count(&soak.counts.execs);
     Ok(())
 }
 
-/// What a client does that does not know how far its creation got.
+/// Cleans up like a client that does not know how far its Create got.
 async fn undo(soak: &Soak, id: &str) -> Result<()> {
     let client = soak.cx.client();
     eventually("no task", SOON * 3, async || {
-        // one that has ended cannot be killed, and one that never was cannot either
+        // an exited or missing container cannot be killed
         let _either = client.kill(id, "", 9, true).await;
         match client.delete(id).await {
             Err(error) if error.code() != Code::NotFound => Err(error.into()),
@@ -303,7 +303,7 @@ async fn undo(soak: &Soak, id: &str) -> Result<()> {
     })
     .await?;
     forget(soak, id).await?;
-    // a runtime that was killed in the middle of create has reported none of its cgroups: they are empty, and left
+    // a runtime that was killed during create has not reported its cgroups: they are empty, and stay
     cgroups::remove(soak.cx.cgroup_path(id).trim_matches('/'));
     Ok(())
 }
@@ -317,8 +317,8 @@ async fn forget(soak: &Soak, id: &str) -> Result<()> {
     .await
 }
 
-/// The exit was published, once and truly, where a subscriber listened all the time.
-async fn told(soak: &Soak, id: &str, status: u32, era: u64) -> Result<()> {
+/// Checks that the exit was published once with the right status, if a subscriber was connected all the time.
+async fn exit_was_published(soak: &Soak, id: &str, status: u32, era: u64) -> Result<()> {
     if !era.is_multiple_of(2) {
         return Ok(());
     }
@@ -326,14 +326,14 @@ async fn told(soak: &Soak, id: &str, status: u32, era: u64) -> Result<()> {
     if soak.era() != era {
         return Ok(());
     }
-    let told = deletion?;
+    let published = deletion?;
     let exits = soak.events.exits(id, "");
-    if soak.is_bereft(id) {
-        // the shim may have published it before it was killed; the daemon publishes it then too
+    if soak.lost_its_shim(id) {
+        // the shim may have published it before it was killed; then the daemon publishes it again
         ensure!(!exits.is_empty() && exits.iter().all(|exit| [status, 137].contains(&exit.status)), "{exits:?}");
     } else if exits.len() != 1 || exits[0].status != status {
-        bail!("not one exit with {status}: {told:?}, {exits:?}");
+        bail!("exactly one exit with {status} expected: {published:?}, {exits:?}");
     }
-    count(&soak.counts.told);
+    count(&soak.counts.published);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A shim without a daemon: what loses a byte or an exit is the shim.
+//! A shim without a daemon: no byte and no exit may be lost.
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use shim_tests::{cgroups, isolation, proc};
 
 use super::{Dice, Worker, count, hurt_a_worker, kill_a_runtime, seed, sum, until_over};
 
-/// What was done so far.
+/// Counters of the run so far.
 #[derive(Debug, Default)]
 struct Counts {
     containers: AtomicU64,
@@ -36,7 +36,7 @@ struct Counts {
     stalled: AtomicU64,
 }
 
-/// What all lanes share.
+/// State shared by all lanes.
 struct Soak {
     stand: Stand,
     counts: Counts,
@@ -44,7 +44,7 @@ struct Soak {
     over: AtomicBool,
 }
 
-pub(crate) async fn every_exit_is_published_once_and_no_byte_is_lost_whatever_fails(stand: Stand) -> Result<()> {
+pub(crate) async fn every_exit_is_published_once_and_no_byte_is_lost_after_random_failures(stand: Stand) -> Result<()> {
     let seed = seed();
     let disk = stand.folder().join("disk");
     fs::create_dir(&disk)?;
@@ -68,11 +68,11 @@ pub(crate) async fn every_exit_is_published_once_and_no_byte_is_lost_whatever_fa
     soak.stand.leaves_nothing().await
 }
 
-/// Makes things fail, one at a time.
+/// Injects failures, one at a time.
 async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
     let (stand, counts) = (&soak.stand, &soak.counts);
     while !soak.over.load(Ordering::Relaxed) {
-        tokio::time::sleep(Duration::from_millis(50 + dice.below(400))).await; // what fails, fails at some time
+        tokio::time::sleep(Duration::from_millis(50 + dice.below(400))).await; // a random time
         match dice.below(4) {
             0 => {
                 stand.containerd().vanish();
@@ -98,18 +98,18 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
 /// Where a container's output goes.
 enum Output {
     Nowhere,
-    /// A reader who stays, or comes and goes.
+    /// A reader that stays, or disconnects and comes back.
     Read(Reader, bool),
-    /// A reader who comes at the end alone.
+    /// A reader that opens only at the end.
     Left,
     Disk,
 }
 
-/// A container from its creation to its end, however often something has to be asked for again.
+/// A container from Create to Delete, with as many repetitions of calls as necessary.
 async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     let stand = &soak.stand;
     let (status, bytes) = (1 + dice.below(99) as u32, dice.below(300_000));
-    // some live for as long as an exec needs
+    // some run for as long as an exec takes
     let script = format!("head -c {bytes} /dev/zero; sleep 0.{}; exit {status}", dice.below(10));
     let bundle = stand.bundle(id, &["sh", "-c", &script]);
     let path = stand.folder().join(id);
@@ -136,7 +136,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     };
     let mut stalled = None;
     let bundle = match dice.below(16) {
-        // the log reports what is lost on the disk
+        // the log reports the bytes lost on the disk
         _ if matches!(output, Output::Disk) => bundle,
         0 | 1 => {
             count(&soak.counts.logs);
@@ -150,7 +150,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
         }
         _ => bundle,
     };
-    let begun = begin(&bundle).await.with_context(|| format!("its shim said:\n{}", stand.log_of(id)));
+    let begun = begin(&bundle).await.with_context(|| format!("the log of its shim:\n{}", stand.log_of(id)));
     let Some(container) = begun? else { return undo(soak, &bundle).await };
     if dice.one_in(10) {
         return die(soak, container, status).await;
@@ -162,7 +162,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     let mut read = 0;
     if let Output::Read(reader, true) = &mut output {
         for _turn in 0..1 + dice.below(4) {
-            tokio::time::sleep(Duration::from_millis(dice.below(60))).await; // who comes and goes, does so at some time
+            tokio::time::sleep(Duration::from_millis(dice.below(60))).await; // a random time
             reader.leave();
             read += reader.count();
             *reader = reader.again(Pace::Slow { chunk: 1000 + dice.below(9000) as usize, pause: Duration::from_millis(1) })?;
@@ -174,12 +174,12 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     let task = &container.task;
     let ended = eventually("the end", SOON * 3, async || Ok(task.wait_within(id, "", SOON * 2).await?)).await?;
     ensure!(ended == status, "Wait reports {ended}, not {status}");
-    // its runtime may be killed as well
+    // the runtime may be killed as well
     let deleted = eventually("deleted", SOON * 3, async || Ok(task.delete(id, "").await?)).await?;
     ensure!(deleted.exit_status == status, "Delete reports {}, not {status}", deleted.exit_status);
     let reader = if let Output::Read(reader, _) = &output { Some(reader) } else { late.as_ref() };
     if let Some(reader) = reader {
-        // a reader that returns when everything was read and the writer has exited finds no writer
+        // a reader that opens the fifo after the writer's exit finds no writer
         eventually("the end of the output", SOON * 3, async || {
             ensure!(reader.ended() || read > 0 && read + reader.count() == bytes, "{read} and {} of {bytes} bytes", reader.count());
             Ok(())
@@ -192,7 +192,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     drop(late);
     leave(&container).await?;
     drop(stalled);
-    told(soak, id, status, &execs).await?;
+    exits_were_published(soak, id, status, &execs).await?;
     if matches!(output, Output::Disk) {
         accounted(soak, id, bytes).await?;
     }
@@ -200,7 +200,7 @@ async fn one_life(soak: &Soak, id: &str, dice: &mut Dice) -> Result<()> {
     clear(&bundle)
 }
 
-/// Starts a shim, creates the container and starts it; nothing when the runtime was killed on the way.
+/// Starts a shim, creates the container and starts it; none if the runtime was killed meanwhile.
 async fn begin(bundle: &Bundle) -> Result<Option<Container>> {
     let task = bundle.shim().await?;
     let container = match within("Create", SOON * 3, bundle.clone().create_in(&task)).await? {
@@ -213,7 +213,7 @@ async fn begin(bundle: &Bundle) -> Result<Option<Container>> {
     }
 }
 
-/// Any answer counts; silence does not.
+/// Accepts any answer, but not a timeout.
 fn refused(error: &anyhow::Error) -> Result<()> {
     match error.downcast_ref::<CallError>() {
         Some(CallError::Refused { .. }) => Ok(()),
@@ -221,7 +221,7 @@ fn refused(error: &anyhow::Error) -> Result<()> {
     }
 }
 
-/// What containerd does when Create or Start has failed.
+/// Cleans up like containerd after a failed Create or Start.
 async fn undo(soak: &Soak, bundle: &Bundle) -> Result<()> {
     let shim = bundle.shim_pid()?;
     eventually("delete", SOON * 3, async || bundle.delete_command().await).await?;
@@ -231,9 +231,9 @@ async fn undo(soak: &Soak, bundle: &Bundle) -> Result<()> {
             let _it_may_be_on_its_way = task.shutdown(&bundle.id).await;
         }
     }
-    eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await?;
+    eventually_true("the shim has exited", SOON * 3, || !proc::is_alive(shim)).await?;
     let _of_the_disk = fs::remove_file(soak.disk.join(&bundle.id));
-    // a runtime that was killed in the middle of create has reported none of its cgroups: they are empty, and left
+    // a runtime that was killed during create has not reported its cgroups: they are empty, and stay
     cgroups::remove(&format!("{}/{}/{}", isolation::cgroup(), soak.stand.namespace(), bundle.id));
     clear(bundle)
 }
@@ -268,12 +268,12 @@ async fn run_exec(soak: &Soak, container: &Container, number: u64, dice: &mut Di
     match begun {
         Ok(_) => {
             let ended = eventually("the end of an exec", SOON * 3, async || Ok(task.wait_within(id, &exec, SOON * 2).await?)).await?;
-            // init may end first, and takes it along
+            // init may exit first, which kills the exec
             ensure!([status, 137].contains(&ended), "{exec}: {ended}, not {status}");
             count(&soak.counts.execs);
             Ok(Some((exec, ended)))
         }
-        // the container has ended, or the runtime was killed
+        // the container has exited, or the runtime was killed
         Err(CallError::Refused { .. }) => Ok(None),
         Err(error) => bail!("{exec}: {error}"),
     }
@@ -285,15 +285,15 @@ async fn leave(container: &Container) -> Result<()> {
         Ok(()) | Err(CallError::Closed) => {}
         Err(error) => return Err(error.into()),
     }
-    eventually_true("the shim has left", SOON * 3, || !proc::is_alive(shim)).await
+    eventually_true("the shim has exited", SOON * 3, || !proc::is_alive(shim)).await
 }
 
-/// Every exit was published, truly, and once: except unacknowledged events, which are sent again.
-async fn told(soak: &Soak, id: &str, status: u32, execs: &[(String, u32)]) -> Result<()> {
+/// Checks that every exit was published once with the right status; only unacknowledged events may be sent again.
+async fn exits_were_published(soak: &Soak, id: &str, status: u32, execs: &[(String, u32)]) -> Result<()> {
     let events = soak.stand.containerd().events();
     eventually("the deletion is published", SOON * 3, async || {
-        let told = events.of(id);
-        ensure!(told.last().is_some_and(|event| event == "delete"), "{told:?}");
+        let published = events.of(id);
+        ensure!(published.last().is_some_and(|event| event == "delete"), "{published:?}");
         Ok(())
     })
     .await?;
@@ -301,15 +301,15 @@ async fn told(soak: &Soak, id: &str, status: u32, execs: &[(String, u32)]) -> Re
         let exits = events.exits(id, exec);
         ensure!(!exits.is_empty() && exits.iter().all(|exit| exit.status == *status), "{exec}: {exits:?}, not {status}");
     }
-    let again = soak.stand.containerd().told_again(id);
+    let again = soak.stand.containerd().sent_twice(id);
     ensure!(again.is_empty(), "sent again, though acknowledged: {again:?}");
-    let mut told = events.of(id);
-    told.dedup();
-    ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "out of their order: {told:?}");
+    let mut published = events.of(id);
+    published.dedup();
+    ensure!(published.iter().filter(|event| *event == "exit").count() == 1, "out of order: {published:?}");
     Ok(())
 }
 
-/// The shim has reported lost what is not in the file. A worker that is killed while it discards output loses the count.
+/// Checks that the shim has reported the missing bytes as lost. A worker that is killed while it discards output loses the count.
 async fn accounted(soak: &Soak, id: &str, bytes: u64) -> Result<()> {
     eventually("every byte is accounted for", SOON, async || {
         let kept = fs::metadata(soak.disk.join(id)).map_or(0, |about| about.len());

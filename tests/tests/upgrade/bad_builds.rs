@@ -1,4 +1,4 @@
-//! Builds that do not work are not taken, or not kept; the reason is said.
+//! Builds that do not work: the upgrade is refused or rolled back, and reports the reason.
 
 use std::fs;
 
@@ -14,7 +14,7 @@ use shim_tests::programs;
 
 use crate::{build, on_build};
 
-/// A container that must not notice anything.
+/// A container that the upgrades must not affect.
 struct Witness {
     cx: Context,
     container: Container,
@@ -29,7 +29,7 @@ impl Witness {
         Ok(Self { cx: cx.clone(), container, keeper, execs: 0 })
     }
 
-    /// Checks that it has noticed nothing, and that its shim is that build.
+    /// Checks that it is unaffected, and that its shim is that build.
     async fn holds(&mut self, keeper: &str, worker: &str) -> Result<Value> {
         ensure!(self.cx.shim_pid(&self.container.id)? == self.keeper, "another keeper");
         ensure!(self.container.state().await?.pid == self.container.pid);
@@ -64,7 +64,7 @@ pub(crate) async fn a_worker_that_does_not_work_never_takes_over(cx: Context) ->
         ("at=hello do=hang", "did not send Hello"),
         ("at=fit do=crash", "signal 6"),
         ("at=fit do=hang", "did not respond"),
-        // where everybody waits for a processor it is waited for longer
+        // on a busy machine the keeper waits longer
         ("at=fit do=spin", "within"),
         ("records=0", "the record of container"),
         ("oldest=7 newest=9", "it speaks message version 7 to 9, this keeper version 1"),
@@ -75,12 +75,12 @@ pub(crate) async fn a_worker_that_does_not_work_never_takes_over(cx: Context) ->
         is_rolled_back(&upgraded, why).with_context(|| words.to_owned())?;
         let shown = witness.holds("old", "old").await?;
         ensure!(shown["remark"].as_str().is_some_and(|remark| remark.contains(why)), "{shown:#}");
-        ensure!(shown["worker_generation"] == 1, "the worker before was touched: {shown:#}");
+        ensure!(shown["worker_generation"] == 1, "the previous worker was replaced: {shown:#}");
     }
     witness.ends().await
 }
 
-pub(crate) async fn a_worker_that_fails_on_probation_is_replaced_by_the_one_before(cx: Context) -> Result<()> {
+pub(crate) async fn a_new_worker_that_fails_is_rolled_back_to_the_previous_build(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     for (words, is_late) in
@@ -90,7 +90,7 @@ pub(crate) async fn a_worker_that_fails_on_probation_is_replaced_by_the_one_befo
         let upgraded = builds::upgrade(&cx, &program, &["--all", "--worker-only"]).await?;
         if is_late {
             upgraded.is_done()?;
-            eventually("the worker before is back", SOON, async || {
+            eventually("the previous worker is back", SOON, async || {
                 let shown = builds::ps(&cx, &program).await?.remove(0);
                 ensure!(shown["worker"]["build"] == "old" && shown["upgrade"]["worker"]["result"] == "rolled-back", "{shown:#}");
                 Ok(())
@@ -101,14 +101,14 @@ pub(crate) async fn a_worker_that_fails_on_probation_is_replaced_by_the_one_befo
         }
         witness.holds("old", "old").await.with_context(|| words.to_owned())?;
     }
-    // the keeper has no probation: its worker goes back alone
+    // the keeper is not rolled back any more: only its worker is
     let program = build(&cx, "new", "build=bad at=later do=crash")?;
     builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
-    eventually("the worker before is back", SOON, async || witness.holds("bad", "old").await).await?;
+    eventually("the previous worker is back", SOON, async || witness.holds("bad", "old").await).await?;
     witness.ends().await
 }
 
-pub(crate) async fn a_worker_that_fails_while_the_keeper_is_rehearsed_takes_the_whole_upgrade_back(cx: Context) -> Result<()> {
+pub(crate) async fn a_worker_that_fails_during_the_rehearsal_rolls_the_whole_upgrade_back(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     let program = build(&cx, "new", "build=bad at=later do=crash rehearsal=hang")?;
@@ -125,7 +125,7 @@ pub(crate) async fn a_new_worker_that_gets_no_cpu_does_not_replace_the_keeper(cx
     let starved = Own::with(&format!("{}-starved", cx.client().namespace()), "cpu.cfs_quota_us", "5000")?;
     let program = build(&cx, "new", "build=bad at=welcome do=spin")?;
     let (keeper, old) = (witness.keeper, witness.holds("old", "old").await?["worker"]["pid"].as_i64().context("a pid")?);
-    let starve = eventually("the new worker is there", SOON, async || {
+    let starve = eventually("the new worker runs", SOON, async || {
         let is_it = |process: &Process| {
             process.parent == keeper && i64::from(process.pid) != old && process.command.split(' ').any(|word| word == "worker")
         };
@@ -135,19 +135,19 @@ pub(crate) async fn a_new_worker_that_gets_no_cpu_does_not_replace_the_keeper(cx
     starved_in_time?;
     is_rolled_back(&upgraded?, "the keeper was kept: the new worker did not respond within 20s")?;
     starved.set("cpu.cfs_quota_us", "-1")?;
-    // with one, it is found to hang
-    eventually("the worker before is back", SOON, async || witness.holds("old", "old").await).await?;
+    // with a request, the keeper detects that it hangs
+    eventually("the previous worker is back", SOON, async || witness.holds("old", "old").await).await?;
     starved.emptied().await?;
     witness.ends().await
 }
 
-pub(crate) async fn a_rehearsal_that_cannot_die_is_done_without(cx: Context) -> Result<()> {
+pub(crate) async fn a_rehearsal_that_cannot_be_killed_does_not_stop_the_keeper(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     let frozen = Own::with(&format!("{}-frozen", cx.client().namespace()), "freezer.state", "FROZEN")?;
     let program = build(&cx, "new", "build=bad at=rehearsal do=hang")?;
     let keeper = witness.keeper;
-    let freeze = eventually("it is rehearsed", SOON, async || {
+    let freeze = eventually("the new keeper rehearses", SOON, async || {
         let is_it = |process: &Process| process.parent == keeper && process.command.split(' ').any(|word| word == "rehearse");
         frozen.take(proc::all().into_values().find(is_it).context("not yet")?.pid)
     });
@@ -202,7 +202,7 @@ pub(crate) async fn an_executable_that_cannot_resume_executes_the_previous_one(c
     Ok(())
 }
 
-/// The new executable reads the state on trial beside everything that it has inherited: twice as many descriptors.
+/// The rehearsal of the new executable receives the state with all descriptors, in addition to the inherited ones: twice as many.
 pub(crate) async fn a_keeper_short_of_descriptors_survives_an_upgrade_attempt(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
@@ -218,7 +218,7 @@ pub(crate) async fn a_keeper_short_of_descriptors_survives_an_upgrade_attempt(cx
     builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
     let limits = fs::read_to_string(format!("/proc/{}/limits", witness.keeper))?;
     let soft = limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
-    ensure!(soft == Some(few.to_string().as_str()), "not put back: {limits}");
+    ensure!(soft == Some(few.to_string().as_str()), "the limit is not restored: {limits}");
     witness.holds("new", "new").await?;
     limit_descriptors(witness.keeper, &format!("{few}:{few}")).await?;
     let old = cx.shim().binary.clone().context("ours")?;
@@ -241,7 +241,7 @@ async fn limit_descriptors(pid: i32, limits: &str) -> Result<()> {
     Ok(())
 }
 
-pub(crate) async fn what_is_no_shim_is_refused(cx: Context) -> Result<()> {
+pub(crate) async fn a_program_that_is_no_shim_is_refused(cx: Context) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
@@ -261,7 +261,7 @@ pub(crate) async fn what_is_no_shim_is_refused(cx: Context) -> Result<()> {
     witness.ends().await
 }
 
-pub(crate) async fn the_same_program_changes_nothing(cx: Context) -> Result<()> {
+pub(crate) async fn an_upgrade_to_the_same_executable_changes_nothing(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let mut witness = Witness::new(&cx).await?;
     let shim = cx.shim().binary.clone().context("ours")?;

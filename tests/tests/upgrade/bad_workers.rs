@@ -1,4 +1,4 @@
-//! Workers that hang, that die over a request or an exit, and that cannot start.
+//! Workers that hang, that crash on a request or an exit, and that cannot start.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -36,8 +36,8 @@ pub(crate) async fn a_stopped_worker_is_replaced(cx: Context) -> Result<()> {
         proc::signal(worker, Signal::SIGSTOP)?;
         let begin = Instant::now();
         let exec = tokio::time::timeout(NOTICED, container.exec(&format!("e{round}"), &["sh", "-c", "exit 4"]).run());
-        ensure!(exec.await.context("the stopped worker is not noticed")?? == 4);
-        ensure!(!proc::is_alive(worker), "the stopped worker lives");
+        ensure!(exec.await.context("the keeper has not detected the stopped worker")?? == 4);
+        ensure!(!proc::is_alive(worker), "the stopped worker is alive");
         ensure!(begin.elapsed() > Duration::from_secs(1), "it was not stopped");
     }
     ensure!(container.destroy().await? == 137);
@@ -60,7 +60,7 @@ async fn given_up(cx: &Context, how: &str) -> Result<()> {
     let cx = on_build(cx, &format!("build=bad request=poison do={how}")).await?;
     let gate = cx.gate()?;
     let container = cx.container(&["sleep", "1000"]).runtime_binary(&gate.binary()).start().await?;
-    // one that is under way all the time, and one that only waits
+    // one call that is in progress all the time, and one that only waits
     let slow = container.exec("slow", &["sh", "-c", "exit 5"]).add().await?;
     gate.hold("exec")?;
     let (client, id) = (cx.client().clone(), container.id.clone());
@@ -104,7 +104,7 @@ pub(crate) async fn an_exit_that_crashes_the_worker_is_published_by_another_buil
     cx.leaves_nothing().await
 }
 
-/// Neither a runtime that takes long nor a client that waits is the worker's fault.
+/// A slow runtime or a waiting client must not make the worker look hung.
 pub(crate) async fn a_slow_operation_is_not_taken_for_a_hang(cx: Context) -> Result<()> {
     let gate = cx.gate()?;
     let container = cx.container(&["sleep", "1000"]).runtime_binary(&gate.binary()).start().await?;
@@ -142,7 +142,7 @@ pub(crate) async fn an_idle_worker_is_not_pinged(cx: Context) -> Result<()> {
     };
     let mut last = switches()?;
     let mut quiet_since = Instant::now();
-    // what the start has left to do is done after a second
+    // background work after the start is done after a second
     eventually_true("eight seconds without a wake-up", Duration::from_secs(30), || {
         let now = switches().unwrap_or_default();
         if now != last {
@@ -165,13 +165,13 @@ pub(crate) async fn what_containerd_needs_is_answered_while_no_worker_starts(cx:
     fs::set_permissions(&program, Permissions::from_mode(0o600))?;
     proc::kill_hard(worker);
     eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await?;
-    // the daemon finds the shim, its container and its pids, and kills nobody
+    // the daemon finds the shim, its container and its pids, and kills no process
     cx.crash_daemon().await?;
     let state = container.state().await?;
     ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
     ensure!(cx.client().pids(&container.id).await?.iter().any(|process| process.pid == container.pid));
     let person = build(&cx, "person", "build=person")?;
-    let shown = eventually("ps says why", SOON, async || {
+    let shown = eventually("ps reports the reason", SOON, async || {
         let shown = builds::ps(&cx, &person).await?.remove(0);
         ensure!(shown["remark"].as_str().is_some_and(|remark| remark.contains("cannot be executed: Permission denied")), "{shown:#}");
         Ok(shown)
@@ -181,7 +181,7 @@ pub(crate) async fn what_containerd_needs_is_answered_while_no_worker_starts(cx:
     let inspected = tokio::process::Command::new(&person).args(["inspect", &container.id, "-n", cx.client().namespace()]).output().await?;
     let text = String::from_utf8_lossy(&inspected.stdout);
     ensure!(inspected.status.success() && text.contains("Permission denied"), "{text}");
-    // an upgrade is a way out
+    // an upgrade fixes it
     builds::upgrade(&cx, &person, &["--all"]).await?.is_done()?;
     container.io.stdin().await?.write_all(b"go\n")?;
     ensure!(container.finish().await? == 3);
@@ -189,7 +189,7 @@ pub(crate) async fn what_containerd_needs_is_answered_while_no_worker_starts(cx:
     cx.leaves_nothing().await
 }
 
-/// Its client, containerd, asks once and never again.
+/// containerd calls Shutdown once and never again.
 pub(crate) async fn a_shutdown_that_a_worker_was_too_slow_for_is_carried_out(cx: Context) -> Result<()> {
     let stand = Stand::new(cx.shim(), cx.program("gated-runtime").parent().context("a file is in a folder")?)?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
@@ -200,12 +200,12 @@ pub(crate) async fn a_shutdown_that_a_worker_was_too_slow_for_is_carried_out(cx:
     let patience = Some(Duration::from_secs(1));
     let frame = Frame::request_of_bytes(1, container.task.service_name(), "Shutdown", request, patience);
     Wire::connect(container.task.socket()).await?.send(&frame.encode()).await?;
-    eventually_true("the shim has left", NOTICED, || !proc::is_alive(shim)).await?;
+    eventually_true("the shim has exited", NOTICED, || !proc::is_alive(shim)).await?;
     stand.leaves_nothing().await
 }
 
-/// As one of whose threads waits for a disk that hangs.
-pub(crate) async fn a_worker_that_cannot_die_is_done_without(cx: Context) -> Result<()> {
+/// Like a worker with a thread that waits for a hanging disk.
+pub(crate) async fn a_worker_that_cannot_be_killed_is_replaced(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let frozen = Own::with(&format!("{}-frozen", cx.client().namespace()), "freezer.state", "FROZEN")?;
@@ -216,14 +216,14 @@ pub(crate) async fn a_worker_that_cannot_die_is_done_without(cx: Context) -> Res
     frozen.take(first)?;
     proc::kill_hard(first);
     let exec = tokio::time::timeout(NOTICED, container.exec("e1", &["sh", "-c", "exit 4"]).run());
-    ensure!(exec.await.context("nobody goes on without it")?? == 4);
+    ensure!(exec.await.context("no other worker continues")?? == 4);
     let is_there = |pid: i32| proc::Process::read(pid).is_ok();
-    ensure!(is_there(first), "it could die");
+    ensure!(is_there(first), "the worker could exit");
     let second = worker_of_others(keeper, &[first]).await?;
     frozen.take(second)?;
     let program = build(&cx, "new", "build=new")?;
     builds::upgrade(&cx, &program, &["--all"]).await?.is_done()?;
-    ensure!(is_there(second), "it could die");
+    ensure!(is_there(second), "the worker could exit");
     ensure!(container.exec("e2", &["sh", "-c", "exit 5"]).run().await? == 5);
     frozen.set("freezer.state", "THAWED")?;
     frozen.emptied().await?;

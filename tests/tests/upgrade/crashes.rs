@@ -1,4 +1,4 @@
-//! Workers that end for whatever reason, and a worker that cannot be started: containers live on, and what is asked is answered.
+//! Workers that exit for any reason, and a worker that cannot be started: containers keep running, and calls are answered.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -26,7 +26,7 @@ pub(crate) async fn inspected(cx: &Context, id: &str) -> Result<serde_json::Valu
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-pub(crate) async fn a_worker_that_crashes_is_replaced_under_what_is_under_way(cx: Context) -> Result<()> {
+pub(crate) async fn a_crashed_worker_is_replaced_under_calls_in_progress(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let events = cx.events().await?;
     let gate = cx.gate()?;
@@ -43,7 +43,7 @@ pub(crate) async fn a_worker_that_crashes_is_replaced_under_what_is_under_way(cx
         let start = tokio::spawn(async move { client.start(&id, &name).await });
         gate.held("exec").await?;
         let worker = worker_of(keeper).await?;
-        // one that the processor has not raised ends nothing the first time
+        // Rust's handler ignores the first SIGSEGV or SIGBUS that the processor has not raised
         let ended = || !proc::is_alive(worker) || proc::signal(worker, signal).is_err();
         eventually_true("the worker is dead", SOON, ended).await?;
         gate.release("exec")?;
@@ -59,9 +59,9 @@ pub(crate) async fn a_worker_that_crashes_is_replaced_under_what_is_under_way(cx
     container.io.stdin().await?.write_all(b"go\n")?;
     ensure!(container.finish().await? == 3);
     ensure!(wait.await??.into_inner().exit_status == 3);
-    let told = cx.history(&events, &container.id).await?;
-    ensure!(told.iter().filter(|event| event.starts_with("exit(")).count() == signals.len(), "{told:?}");
-    ensure!(told.iter().filter(|event| *event == "exit").count() == 1, "{told:?}");
+    let published = cx.history(&events, &container.id).await?;
+    ensure!(published.iter().filter(|event| event.starts_with("exit(")).count() == signals.len(), "{published:?}");
+    ensure!(published.iter().filter(|event| *event == "exit").count() == 1, "{published:?}");
     cx.leaves_nothing().await
 }
 
@@ -73,7 +73,7 @@ pub(crate) async fn a_worker_out_of_memory_is_replaced(cx: Context) -> Result<()
     for round in 1..=3 {
         let worker = worker_of(keeper).await?;
         narrow.take(worker)?;
-        // more than it can hold there; the next worker begins where the keeper is
+        // more than the cgroup allows; the next worker starts in the keeper's cgroup
         let exec = container.exec(&format!("e{round}"), &["sh", "-c", "exit 4"]).process(|process| {
             let ballast = (0..4).map(|number| serde_json::json!(format!("BALLAST{number}={}", "x".repeat(100 << 10))));
             process["env"].as_array_mut().expect("a process has an environment").extend(ballast);
@@ -102,7 +102,7 @@ pub(crate) async fn delete_works_while_no_worker_starts(cx: Context) -> Result<(
         proc::kill_hard(worker);
     }
     // their program is replaced, and they cannot execute the one that they hold open
-    builds::make(&Shim::faulty()?.binary.context("ours is a file")?, &program, "build=next")?;
+    builds::make(&Shim::faulty()?.binary.context("X_SHIM must name our own shim")?, &program, "build=next")?;
     cx.crash_daemon().await?;
     for (container, status) in [(&running, 137), (&ended, 3)] {
         let begin = Instant::now();
@@ -113,7 +113,7 @@ pub(crate) async fn delete_works_while_no_worker_starts(cx: Context) -> Result<(
         let pid = container.pid.cast_signed();
         eventually_true("its init is gone", SOON, || !proc::is_alive(pid)).await?;
     }
-    // what is left of them in the daemon's books goes by its own means
+    // the daemon removes its own records of them
     for (container, status) in [(&running, 137), (&ended, 3)] {
         eventually("the daemon deletes the task", SOON, async || match container.delete().await {
             Ok(deleted) => {
@@ -133,7 +133,7 @@ pub(crate) async fn a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is(cx: C
     let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
     let keeper = cx.shim_pid(&container.id)?;
     let program = build(&cx, "new", "build=new")?;
-    // room for what ends a container, none for the keeper's state
+    // room for an exit record, none for the keeper's state
     limit_files(keeper, "96").await?;
     let upgraded = builds::upgrade(&cx, &program, &["--all"]).await?;
     let shim = upgraded.only()?;
@@ -149,11 +149,11 @@ pub(crate) async fn a_state_that_cannot_be_saved_keeps_the_keeper_as_it_is(cx: C
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn nothing_that_is_saved_grows_with_the_processes_that_were_added(cx: Context) -> Result<()> {
+pub(crate) async fn saved_state_does_not_grow_with_the_number_of_past_execs(cx: Context) -> Result<()> {
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let keeper = cx.shim_pid(&container.id)?;
     let journal = container.bundle().join("x-journal");
-    // what a new worker, or a new image, would be given
+    // the state that a new worker, or a new executable, would get
     let saved = async || {
         let said = inspected(&cx, &container.id).await?;
         ensure!(said["shim"]["requests"].as_array().is_some_and(Vec::is_empty), "{said:#}");
@@ -186,16 +186,16 @@ async fn limit_files(pid: i32, bytes: &str) -> Result<()> {
     Ok(())
 }
 
-/// A stand whose shims are of a program of their own, which can be made impossible to execute.
+/// A stand whose shims have an executable of their own, which can be made impossible to execute.
 fn stand_of_its_own(cx: &Context) -> Result<Stand> {
     let program = cx.folder().join(cx.shim().binary_name());
-    builds::make(&Shim::faulty()?.binary.context("ours is a file")?, &program, "build=old")?;
+    builds::make(&Shim::faulty()?.binary.context("X_SHIM must name our own shim")?, &program, "build=old")?;
     let shim = Shim { binary: Some(program), ..cx.shim().clone() };
     Stand::new(&shim, cx.program("gated-runtime").parent().context("a file is in a folder")?)
 }
 
-/// What has no worker that could clean up, `delete` removes by hand; in a pod the shim and its clients live on.
-pub(crate) async fn a_wait_for_what_was_removed_by_hand_is_answered(cx: Context) -> Result<()> {
+/// Without a worker, `delete` does the manual cleanup; in a pod the shim and its clients stay.
+pub(crate) async fn a_wait_for_a_container_that_delete_removed_is_answered(cx: Context) -> Result<()> {
     let stand = stand_of_its_own(&cx)?;
     let pod = stand.bundle("pod", &["sleep", "1000"]).group("pod").run().await?;
     let container = stand.bundle("c1", &["sleep", "1000"]).group("pod").run_in(&pod.task).await?;
@@ -211,11 +211,11 @@ pub(crate) async fn a_wait_for_what_was_removed_by_hand_is_answered(cx: Context)
     .await?;
     fs::set_permissions(stand.binary(), Permissions::from_mode(0o600))?;
     proc::kill_hard(worker);
-    builds::make(&Shim::faulty()?.binary.context("ours is a file")?, stand.binary(), "build=next")?;
+    builds::make(&Shim::faulty()?.binary.context("X_SHIM must name our own shim")?, stand.binary(), "build=next")?;
     ensure!(container.bundle.delete_command().await?.exit_status == 137);
-    let told = waiting.status(SOON).await;
-    ensure!(told.as_ref().is_err_and(|error| error.code() == Some(Code::NotFound)), "{told:?}");
-    // the other one lives on, and ends when a worker can be had
+    let published = waiting.status(SOON).await;
+    ensure!(published.as_ref().is_err_and(|error| error.code() == Some(Code::NotFound)), "{published:?}");
+    // the other container keeps running, and can be deleted once a worker can start
     ensure!(pod.task.state("pod", "").await?.pid == pod.pid && proc::is_alive(pod.pid.cast_signed()));
     let mut upgrade = tokio::process::Command::new(stand.binary());
     let output = upgrade.args(["upgrade", "--all", "--namespace", stand.namespace()]).output().await?;
@@ -233,6 +233,6 @@ pub(crate) async fn delete_reports_the_workers_record_without_a_journal(cx: Cont
     let deleted = container.bundle.delete_command().await?;
     ensure!(deleted.exit_status == 3 && deleted.pid == container.pid && deleted.exited_at == state.exited_at, "{deleted:?} {state:?}");
     let shim = container.shim_pid()?;
-    eventually_true("the shim has left", SOON, || !proc::is_alive(shim)).await?;
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
     stand.leaves_nothing().await
 }

@@ -1,4 +1,4 @@
-//! No room is left where the bundles are, or where the sockets are: what needs room is refused, nothing else is noticed.
+//! No room is left where the bundles are, or where the sockets are: calls that need room are refused, all others work.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ impl Disk {
         Ok(Self(at.to_owned()))
     }
 
-    /// Fills it but for so many pages.
+    /// Fills it except for that many pages.
     fn fill(&self, but: usize) -> Result<()> {
         self.free()?;
         let stat = nix::sys::statvfs::statvfs(&self.0)?;
@@ -69,7 +69,7 @@ impl Drop for Disk {
     }
 }
 
-pub(crate) async fn a_full_disk_is_noticed_by_what_needs_room_alone(cx: Context) -> Result<()> {
+pub(crate) async fn a_full_disk_fails_only_calls_that_need_room(cx: Context) -> Result<()> {
     let cx = on_build(&cx, "build=old").await?;
     let disk = Disk::mount(&cx.daemon().bundle(cx.client().namespace(), ""), "size=1m")?;
     let events = cx.events().await?;
@@ -100,13 +100,13 @@ pub(crate) async fn a_full_disk_is_noticed_by_what_needs_room_alone(cx: Context)
     disk.fill(0)?;
     container.io.stdin().await?.write_all(b"go\n")?;
     ensure!(container.finish().await? == 3);
-    let told = cx.history(&events, &container.id).await?;
-    ensure!(told.ends_with(&["exit".to_owned(), "delete".to_owned()]), "{told:?}");
+    let published = cx.history(&events, &container.id).await?;
+    ensure!(published.ends_with(&["exit".to_owned(), "delete".to_owned()]), "{published:?}");
     drop(disk);
     cx.leaves_nothing().await
 }
 
-pub(crate) async fn a_create_on_a_disk_that_fills_up_is_done_or_undone(cx: Context) -> Result<()> {
+pub(crate) async fn a_create_on_a_disk_that_fills_up_is_completed_or_undone(cx: Context) -> Result<()> {
     let stand = Stand::new(cx.shim(), cx.program("gated-runtime").parent().context("a file is in a folder")?)?;
     let disk = Disk::mount(&stand.folder().join("b"), "size=1m")?;
     let (mut done, mut undone) = (0, 0);

@@ -1,4 +1,4 @@
-//! A worker with nothing to do rests; whatever needs one brings one back.
+//! A worker with nothing to do hibernates; the keeper starts one when a call or an exit needs it.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,18 +12,18 @@ use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc;
 
-/// The shortest spell that there is.
-const SPELL: (&str, &str) = ("X_SHIM_IDLE_SECONDS", "5");
+/// The shortest idle time that can be configured.
+const IDLE_TIME: (&str, &str) = ("X_SHIM_IDLE_SECONDS", "5");
 
-pub(crate) async fn a_request_a_fact_or_an_event_brings_a_worker_back(cx: Context) -> Result<()> {
-    let cx = cx.with_own_shim(cx.shim(), &[SPELL]).await?;
+pub(crate) async fn a_request_an_exit_or_an_event_starts_a_hibernating_worker(cx: Context) -> Result<()> {
+    let cx = cx.with_own_shim(cx.shim(), &[IDLE_TIME]).await?;
     let events = cx.events().await?;
     let script = "read go; (tail /dev/zero); read go; exit 3";
     let container = cx.container(&["sh", "-c", script]).spec(|spec| spec.memory_limit(16 << 20)).stdio(Stdio::ALL).start().await?;
     let (client, id) = (cx.client().clone(), container.id.clone());
     let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
     builds::hibernates(&cx, &container.id).await?;
-    // what is known needs no worker
+    // the keeper answers what it knows without a worker
     let state = container.state().await?;
     ensure!(state.pid == container.pid && state.status() == Phase::Running, "{state:?}");
     builds::hibernates(&cx, &container.id).await?;
@@ -37,17 +37,17 @@ pub(crate) async fn a_request_a_fact_or_an_event_brings_a_worker_back(cx: Contex
     builds::hibernates(&cx, &container.id).await?;
 
     stdin.write_all(b"go\n")?;
-    let waited = tokio::time::timeout(SOON, wait).await.context("no worker tells the exit")???;
+    let waited = tokio::time::timeout(SOON, wait).await.context("no worker answers the Wait")???;
     ensure!(waited.into_inner().exit_status == 3);
     ensure!(container.finish().await? == 3);
-    let told = cx.history(&events, &container.id).await?;
-    ensure!(told == ["create", "start", "exec-added(e)", "exec-started(e)", "exit(e)", "oom", "exit", "delete"], "{told:?}");
+    let published = cx.history(&events, &container.id).await?;
+    ensure!(published == ["create", "start", "exec-added(e)", "exec-started(e)", "exit(e)", "oom", "exit", "delete"], "{published:?}");
     cx.leaves_nothing().await
 }
 
 pub(crate) async fn a_shim_with_a_hibernating_worker_is_upgraded_and_survives_its_daemon(cx: Context) -> Result<()> {
     let shim = shim_tests::suite::Shim { binary: Some(crate::build(&cx, "first", "build=old")?), ..cx.shim().clone() };
-    let cx = cx.with_own_shim(&shim, &[SPELL]).await?;
+    let cx = cx.with_own_shim(&shim, &[IDLE_TIME]).await?;
     let container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL).start().await?;
     let keeper = cx.shim_pid(&container.id)?;
     // of a file system in memory, as this build's is, pages count as shared memory
@@ -58,7 +58,7 @@ pub(crate) async fn a_shim_with_a_hibernating_worker_is_upgraded_and_survives_it
     ensure!(container.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
     let awake = mapped_kib()?;
     builds::hibernates(&cx, &container.id).await?;
-    eventually("the keeper leaves its program", SOON, async || {
+    eventually("the keeper unmaps its executable", SOON, async || {
         let asleep = mapped_kib()?;
         ensure!(asleep < awake / 2, "{asleep} KiB are mapped, of {awake}");
         Ok(())
@@ -77,7 +77,7 @@ pub(crate) async fn a_shim_with_a_hibernating_worker_is_upgraded_and_survives_it
 
 /// A worker cannot be started then: a keeper in a cgroup without room for one more process.
 pub(crate) async fn containers_are_stopped_while_the_host_has_no_pids_for_a_worker(cx: Context) -> Result<()> {
-    let cx = cx.with_own_shim(cx.shim(), &[SPELL]).await?;
+    let cx = cx.with_own_shim(cx.shim(), &[IDLE_TIME]).await?;
     let events = cx.events().await?;
     let script = "trap 'exit 3' TERM; echo ready; read never";
     let polite = cx.container(&["sh", "-c", script]).stdio(Stdio::ALL).start().await?;
@@ -96,16 +96,16 @@ pub(crate) async fn containers_are_stopped_while_the_host_has_no_pids_for_a_work
         ensure!(state.pid == container.pid && state.status() == Phase::Running, "{state:?}");
         let pid = container.pid.cast_signed();
         let kill = cx.client().kill(&container.id, "", signal, to_all);
-        tokio::time::timeout(SOON, kill).await.context("nobody answers Kill")??;
-        eventually_true("it has ended", SOON, || !proc::is_alive(pid)).await?;
+        tokio::time::timeout(SOON, kill).await.context("no worker answers Kill")??;
+        eventually_true("it has exited", SOON, || !proc::is_alive(pid)).await?;
     }
     let refused: u64 = full.get("pids.events")?.trim().trim_start_matches("max ").parse()?;
     ensure!(refused > 0, "no worker was refused");
     full.set("pids.max", "max")?;
     for (container, .., status) in all {
         ensure!(container.finish().await? == status);
-        let told = cx.history(&events, &container.id).await?;
-        ensure!(told == ["create", "start", "exit", "delete"], "{told:?}");
+        let published = cx.history(&events, &container.id).await?;
+        ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
     }
     full.emptied().await?;
     cx.leaves_nothing().await
@@ -113,13 +113,13 @@ pub(crate) async fn containers_are_stopped_while_the_host_has_no_pids_for_a_work
 
 /// The bytes of a file go through the worker.
 pub(crate) async fn a_worker_that_copies_outputs_does_not_hibernate(cx: Context) -> Result<()> {
-    let cx = cx.with_own_shim(cx.shim(), &[SPELL]).await?;
+    let cx = cx.with_own_shim(cx.shim(), &[IDLE_TIME]).await?;
     let path = cx.folder().join("log");
     let stdio = Stdio::uri(format!("file://{}", path.display()));
     let container = cx.container(&["sh", "-c", "while :; do echo tick; sleep 1; done"]).stdio(stdio).start().await?;
     let program: PathBuf = cx.shim().binary.clone().context("ours")?;
     let ticks = || std::fs::read_to_string(&path).unwrap_or_default().lines().count();
-    eventually("ten lines over twice the spell", Duration::from_secs(30), async || {
+    eventually("ten lines within twice the idle time", Duration::from_secs(30), async || {
         let shim = builds::ps(&cx, &program).await?.remove(0);
         ensure!(shim["worker_asleep"] == false && shim["worker_generation"] == 1, "{shim:#}");
         ensure!(ticks() >= 10, "{} lines", ticks());

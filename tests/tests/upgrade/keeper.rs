@@ -1,4 +1,4 @@
-//! A keeper dies, the one fatal case: its containers end, once, and the daemon recovers by itself.
+//! A keeper is killed, the one fatal case: its containers are killed, each exit is published once, and the daemon recovers by itself.
 
 use std::time::Duration;
 
@@ -17,14 +17,14 @@ pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated
     let known = cri.run(&pod, "known", &["sh", "-c", "exit 3"]).await?;
     ensure!(cri.ended(&known).await?.exit_code == 3);
     let gate = format!("/tmp/go-{}", cx.client().namespace());
-    let mut lives = Vec::new();
+    let mut running = Vec::new();
     for name in ["one", "two"] {
-        lives.push(cri.run(&pod, name, &["sh", "-c", "echo begun; exec sleep 98765"]).await?);
+        running.push(cri.run(&pod, name, &["sh", "-c", "echo begun; exec sleep 98765"]).await?);
     }
     let script = format!("echo begun; until [ -e {gate} ]; do usleep 20000; done; exit 5");
     let untold = cri.run(&pod, "untold", &["sh", "-c", &script]).await?;
     let shims = cri.shims();
-    let [shim] = &shims[..] else { anyhow::bail!("not one shim: {shims:?}") };
+    let [shim] = &shims[..] else { anyhow::bail!("exactly one shim expected: {shims:?}") };
     for name in ["one", "two", "untold"] {
         eventually_true(format!("{name} has begun"), SOON, || cri.log(&pod, name) == "begun\n").await?;
     }
@@ -37,8 +37,8 @@ pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated
     let ends = inits.iter().find(|init| init.command.contains(&gate)).context("one waits at the gate")?;
     proc::signal(daemon, Signal::SIGSTOP)?;
     std::fs::write(format!("/proc/{}/root{gate}", ends.pid), "")?;
-    let over = eventually_true("it has ended", SOON, || !proc::is_alive(ends.pid)).await;
-    // the answer to the daemon's Wait is in its socket: without it, the plugin says 255 where the end of the connection comes first
+    let over = eventually_true("it has exited", SOON, || !proc::is_alive(ends.pid)).await;
+    // the answer to the daemon's Wait is in its socket: without it, the plugin reports 255 if the connection closes first
     let answered = eventually("the daemon's Wait is answered", SOON, async || {
         let shown = inspected(&cx, &untold).await?;
         ensure!(shown["state"]["init"]["phase"]["exited"]["status"] == 5 && shown["waiters"] == serde_json::json!([]), "{shown:#}");
@@ -55,16 +55,16 @@ pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated
         })
         .await?;
     }
-    // for a shim that hangs up before it has answered a Wait, the plugin says 255
-    for (id, codes) in [(&known, &[3][..]), (&untold, &[5]), (&lives[0], &[137, 255]), (&lives[1], &[137, 255])] {
-        eventually("the daemon knows by itself", Duration::from_secs(30), async || {
+    // if a shim closes the connection before it has answered a Wait, the plugin reports 255
+    for (id, codes) in [(&known, &[3][..]), (&untold, &[5]), (&running[0], &[137, 255]), (&running[1], &[137, 255])] {
+        eventually("the daemon reports the exits", Duration::from_secs(30), async || {
             let said = cri.status(id).await?;
             ensure!(said.state != RUNNING && codes.contains(&said.exit_code), "{said:?}, not {codes:?}");
             Ok(())
         })
         .await?;
     }
-    // containerd 2.1 takes it into its books
+    // containerd 2.1 accepts it
     if let Ok(late) = cri.create(&pod, "late", &["true"], 0).await {
         ensure!(cri.start_container(&late).await.is_err(), "a container is started in a dead pod");
     }
@@ -79,8 +79,8 @@ pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated
     cri.leaves_nothing().await
 }
 
-/// It would make a container that nobody knows of.
-pub(crate) async fn a_runtime_under_way_ends_with_its_keeper(cx: Context) -> Result<()> {
+/// It would create a container without a shim.
+pub(crate) async fn a_running_oci_runtime_ends_with_its_keeper(cx: Context) -> Result<()> {
     let gate = cx.gate()?;
     gate.hold("create")?;
     let create = cx.container(&["sleep", "1000"]).id("under-way").runtime_binary(&gate.binary()).create();
@@ -93,14 +93,14 @@ pub(crate) async fn a_runtime_under_way_ends_with_its_keeper(cx: Context) -> Res
     };
     let (created, died) = tokio::join!(create, crash);
     died?;
-    ensure!(created.is_err(), "a dead shim has created something");
-    eventually("nothing is left", SOON, async || cx.leaves_nothing().await).await
+    ensure!(created.is_err(), "a dead shim has created a container");
+    eventually("nothing is left behind", SOON, async || cx.leaves_nothing().await).await
 }
 
 pub(crate) async fn an_idle_time_beyond_the_clock_never_elapses(cx: Context) -> Result<()> {
     let cx = cx.with_own_shim(cx.shim(), &[("X_SHIM_IDLE_SECONDS", "18446744073709551615")]).await?;
     let container = cx.container(&["sleep", "1000"]).start().await?;
-    let shims = builds::ps(&cx, cx.shim().binary.as_ref().context("ours is a file")?).await?;
+    let shims = builds::ps(&cx, cx.shim().binary.as_ref().context("X_SHIM must name our own shim")?).await?;
     ensure!(shims.len() == 1, "{shims:?}");
     ensure!(container.state().await?.pid == container.pid);
     ensure!(container.destroy().await? == 137);

@@ -1,4 +1,4 @@
-//! Upgrades and downgrades under whatever a container may be doing.
+//! Upgrades and downgrades under containers in every state.
 
 use std::cell::Cell;
 use std::fs;
@@ -18,21 +18,21 @@ use tokio::task::{JoinHandle, LocalSet};
 
 use crate::{build, on_build};
 
-pub(crate) async fn new_old_new_broken_new_under_everything(cx: Context) -> Result<()> {
+pub(crate) async fn upgrades_and_downgrades_keep_every_container_and_call(cx: Context) -> Result<()> {
     let local = LocalSet::new();
     local.run_until(everything(cx)).await
 }
 
-/// The binary is replaced while a shim of the one before lives: what `start` answers is that shim's, and it takes another container.
+/// The binary is replaced while a shim of the previous one runs: `start` answers with that shim's address, and it takes another container.
 pub(crate) async fn a_new_binary_starts_a_container_in_the_shim_of_an_old_one(outer: Context) -> Result<()> {
     let cx = on_build(&outer, "build=old").await?;
     let member = |spec: Spec| spec.annotation("io.kubernetes.cri.sandbox-id", "pod");
     let pod = cx.container(&["sleep", "1000"]).id("pod").spec(member).start().await?;
     let (keeper, address) = (cx.shim_pid("pod")?, fs::read_to_string(pod.bundle().join("address"))?);
-    // at the path where the daemon finds it
+    // at the path in which the daemon looks
     let program = build(&outer, "first", "build=new oldest=2 newest=3")?;
     let second = cx.container(&["sh", "-c", "read go; exit 3"]).spec(member).stdio(Stdio::ALL).start().await?;
-    ensure!(fs::read_to_string(second.bundle().join("address"))? == address, "another address is answered");
+    ensure!(fs::read_to_string(second.bundle().join("address"))? == address, "start answers another address");
     let one_old_shim = async || {
         let shims = builds::ps(&cx, &program).await?;
         ensure!(shims.len() == 1 && shims[0]["keeper"]["pid"] == keeper, "{shims:#?}");
@@ -41,7 +41,7 @@ pub(crate) async fn a_new_binary_starts_a_container_in_the_shim_of_an_old_one(ou
     };
     one_old_shim().await?;
     ensure!(second.exec("e", &["sh", "-c", "exit 4"]).run().await? == 4);
-    // and a daemon that starts finds both
+    // a restarted daemon finds both
     cx.crash_daemon().await?;
     ensure!(pod.state().await?.pid == pod.pid && second.state().await?.pid == second.pid);
     second.io.stdin().await?.write_all(b"go\n")?;
@@ -53,15 +53,15 @@ pub(crate) async fn a_new_binary_starts_a_container_in_the_shim_of_an_old_one(ou
     cx.leaves_nothing().await
 }
 
-/// What goes on while shims are upgraded.
+/// The containers and calls in progress while shims are upgraded.
 struct Scene {
     cx: Context,
     gate: Gate,
-    /// Writes numbers, in batches, until it is told to end.
+    /// Writes numbers, in batches, until the test stops it.
     writer: Container,
     terminal: Container,
     paused: Container,
-    /// In which processes are started all the time.
+    /// A container in which execs are started all the time.
     busy: Rc<Container>,
     keepers: Vec<i32>,
     waits: Vec<JoinHandle<Result<u32>>>,
@@ -136,11 +136,11 @@ async fn everything(outer: Context) -> Result<()> {
     for container in [&paused, &*busy] {
         ensure!(container.destroy().await? == 137);
     }
-    let mut told = Vec::new();
+    let mut statuses = Vec::new();
     for wait in waits {
-        told.push(wait.await??);
+        statuses.push(wait.await??);
     }
-    ensure!(told == [7, 7, 7, 5, 5, 5, 137, 137, 137, 137, 137, 137], "{told:?}");
+    ensure!(statuses == [7, 7, 7, 5, 5, 5, 137, 137, 137, 137, 137, 137], "{statuses:?}");
     let history = cx.history(&events, &writer.id).await?;
     ensure!(history == ["create", "start", "exit", "delete"], "{history:?}");
     let history = cx.history(&events, &paused.id).await?;
@@ -158,7 +158,7 @@ async fn everything(outer: Context) -> Result<()> {
 }
 
 impl Scene {
-    /// Upgrades all shims to another build, with a creation under way.
+    /// Upgrades all shims to another build, with a Create in progress.
     async fn step(&self, name: &str, words: &str) -> Result<Upgraded> {
         let program = build(&self.cx, name, words)?;
         let before = self.gate.count("create");
@@ -176,7 +176,7 @@ impl Scene {
         Ok(upgraded)
     }
 
-    /// What must be so whatever the build is.
+    /// Checks what must hold for every build.
     async fn holds(&self, name: &str) -> Result<()> {
         let shims = builds::ps(&self.cx, Path::new(self.cx.shim().binary.as_ref().context("ours")?)).await?;
         for (container, keeper) in [&self.writer, &self.terminal, &self.paused, &*self.busy].into_iter().zip(&self.keepers) {
@@ -210,7 +210,7 @@ impl Scene {
     }
 }
 
-/// Runs one process after the other; says how many there were.
+/// Runs one exec after the other; returns their number.
 async fn exec_until(container: Rc<Container>, stop: Rc<Cell<bool>>) -> Result<usize> {
     let mut count = 0;
     while !stop.get() {
@@ -223,7 +223,7 @@ async fn exec_until(container: Rc<Container>, stop: Rc<Cell<bool>>) -> Result<us
     Ok(count)
 }
 
-/// That no number is missing and none is there twice.
+/// Checks that no number is missing or repeated.
 fn is_numbered(text: &str) -> Result<()> {
     let mut expected = 0u64;
     for line in text.lines().filter(|line| *line != "end") {
