@@ -11,7 +11,7 @@ use protobuf::{Message, MessageField};
 
 use super::{Error, helper, start};
 use crate::commands::revision;
-use crate::engine::{CommandEngine, Engine, Verb};
+use crate::engine::{CommandEngine, Verb};
 use crate::options::RuntimeOptions;
 
 const NAME: &str = "io.containerd.x.v2";

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::{Error, helper, wait};
 use crate::cgroup::Cgroup;
-use crate::engine::{CommandEngine, Container, Engine, EngineError, Verb};
+use crate::engine::{CommandEngine, Container, EngineError, Verb};
 use crate::journal_body::{JournalBody, ProcessIdentity};
 use crate::rootfs::{self, MountError, Unmount};
 use crate::sys;

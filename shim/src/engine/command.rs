@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::choice::{self, Choice, EngineNotFound};
-use super::{Checkpoint, Container, Create, Engine, EngineError, Exec, Restore, Verb, complaint};
+use super::{Checkpoint, Container, Create, EngineError, Exec, Restore, Verb, complaint};
 use crate::handover::{Exited, Fd, LOG_ARGUMENT, Spawn, Stream};
 use crate::options::{CriuOptions, RuntimeOptions};
 
@@ -117,8 +117,10 @@ impl CommandEngine {
     }
 }
 
-impl Engine for CommandEngine {
-    fn create(&self, at: &Container<'_>, create: &Create<'_>) -> Spawn {
+/// The verbs. Every verb gives the process that performs it. Its exit goes to [`CommandEngine::interpret`].
+impl CommandEngine {
+    /// Makes a container: its init exists afterwards, stopped before the user's program, its pid in the pid file.
+    pub(crate) fn create(&self, at: &Container<'_>, create: &Create<'_>) -> Spawn {
         let mut arguments = self.begin(create.stdio_key, at.bundle, "create");
         arguments.pair("--bundle", at.bundle).pair("--pid-file", create.pid_file);
         arguments.flag(self.no_pivot_root, "--no-pivot").flag(self.no_new_keyring, "--no-new-keyring");
@@ -126,51 +128,60 @@ impl Engine for CommandEngine {
         arguments.finish(at.id)
     }
 
-    fn start(&self, at: &Container<'_>) -> Spawn {
+    /// Lets init run the user's program.
+    pub(crate) fn start(&self, at: &Container<'_>) -> Spawn {
         self.plain(at, "start").finish(at.id)
     }
 
-    fn exec(&self, at: &Container<'_>, exec: &Exec<'_>) -> Spawn {
+    /// Starts another process in a container; its pid is in the pid file afterwards.
+    pub(crate) fn exec(&self, at: &Container<'_>, exec: &Exec<'_>) -> Spawn {
         let mut arguments = self.begin(exec.stdio_key, at.bundle, "exec");
         arguments.pair("--process", exec.process_file).add("--detach").pair("--pid-file", exec.pid_file);
         arguments.process(exec.stdio_key, exec.console_socket);
         arguments.finish(at.id)
     }
 
-    fn delete(&self, at: &Container<'_>, force: bool) -> Spawn {
+    /// Removes the engine's state of a container, and its cgroups. With `force` its processes are killed first.
+    pub(crate) fn delete(&self, at: &Container<'_>, force: bool) -> Spawn {
         let mut arguments = self.plain(at, "delete");
         arguments.flag(force, "--force");
         arguments.finish(at.id)
     }
 
-    fn kill(&self, at: &Container<'_>, signal: i32, all: bool) -> Spawn {
+    /// Signals init, or with `all` every process of the container.
+    pub(crate) fn kill(&self, at: &Container<'_>, signal: i32, all: bool) -> Spawn {
         let mut arguments = self.plain(at, "kill");
         arguments.flag(all, "--all").add(at.id).add(signal.to_string());
         arguments.0
     }
 
-    fn pause(&self, at: &Container<'_>) -> Spawn {
+    /// Freezes every process of the container.
+    pub(crate) fn pause(&self, at: &Container<'_>) -> Spawn {
         self.plain(at, "pause").finish(at.id)
     }
 
-    fn resume(&self, at: &Container<'_>) -> Spawn {
+    /// Thaws every process of the container.
+    pub(crate) fn resume(&self, at: &Container<'_>) -> Spawn {
         self.plain(at, "resume").finish(at.id)
     }
 
-    fn update(&self, at: &Container<'_>, resources: &Path) -> Spawn {
+    /// Changes limits. `resources` is a file with a `LinuxResources` of the runtime specification as JSON.
+    pub(crate) fn update(&self, at: &Container<'_>, resources: &Path) -> Spawn {
         let mut arguments = self.plain(at, "update");
         arguments.pair("--resources", resources);
         arguments.finish(at.id)
     }
 
-    fn checkpoint(&self, at: &Container<'_>, checkpoint: &Checkpoint<'_>) -> Spawn {
+    /// Writes the container's state into files.
+    pub(crate) fn checkpoint(&self, at: &Container<'_>, checkpoint: &Checkpoint<'_>) -> Spawn {
         let mut arguments = self.plain(at, "checkpoint");
         arguments.pair("--image-path", checkpoint.image_path).pair("--work-path", checkpoint.work_path);
         arguments.flag(!checkpoint.exit, "--leave-running").criu(checkpoint.options);
         arguments.finish(at.id)
     }
 
-    fn restore(&self, at: &Container<'_>, restore: &Restore<'_>) -> Spawn {
+    /// Makes a container from such files: it runs afterwards, its init's pid in the pid file.
+    pub(crate) fn restore(&self, at: &Container<'_>, restore: &Restore<'_>) -> Spawn {
         let mut arguments = self.begin(restore.stdio_key, at.bundle, "restore");
         arguments.pair("--bundle", at.bundle).pair("--image-path", restore.image_path).pair("--work-path", restore.work_path);
         arguments.pair("--pid-file", restore.pid_file).add("--detach").flag(self.no_pivot_root, "--no-pivot").criu(restore.options);
@@ -178,20 +189,23 @@ impl Engine for CommandEngine {
         arguments.finish(at.id)
     }
 
-    fn pids(&self, at: &Container<'_>) -> Spawn {
+    /// Lists the processes of the container on its output: see [`Self::interpret_pids`].
+    pub(crate) fn pids(&self, at: &Container<'_>) -> Spawn {
         let mut arguments = self.begin(at.id, at.bundle, "ps");
         arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Null];
         arguments.pair("--format", "json");
         arguments.finish(at.id)
     }
 
-    fn features(&self) -> Spawn {
+    /// Prints the engine's features as JSON.
+    pub(crate) fn features(&self) -> Spawn {
         let mut arguments = self.begin("", Path::new("/"), "features");
         arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Null];
         arguments.0
     }
 
-    fn blocking_explain(&self, verb: Verb) -> Option<EngineError> {
+    /// The error of a verb whose program could not be started because the engine is missing.
+    pub(crate) fn blocking_explain(&self, verb: Verb) -> Option<EngineError> {
         if choice::is_executable(&self.blocking_locate()) {
             return None;
         }
@@ -201,11 +215,13 @@ impl Engine for CommandEngine {
         Some(EngineError::Gone { verb, message })
     }
 
-    fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError> {
+    /// Whether a verb succeeded, or why not.
+    pub(crate) fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError> {
         if exited.status == 0 { Ok(()) } else { Err(complaint::read(&self.binary, verb, exited)) }
     }
 
-    fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError> {
+    /// The process ids that [`Self::pids`] found.
+    pub(crate) fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError> {
         self.interpret(Verb::Pids, exited)?;
         // runc prints `null` for an empty cgroup.
         serde_json::from_slice::<Option<Vec<u32>>>(&exited.output).map(Option::unwrap_or_default).map_err(|error| EngineError::Failed {

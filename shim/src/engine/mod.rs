@@ -1,16 +1,17 @@
 //! Engines: the programs that make containers.
 //!
-//! Owns the interface between the worker and an engine. An engine builds the command of each verb and interprets its exit;
+//! Owns what a verb takes and how it fails. [`CommandEngine`] builds the command of each verb and interprets its exit;
 //! the keeper runs it. The engine that made a container is recorded with it and used for every later verb.
 //!
 //! ```text
-//!  worker ── verb ──▶ Engine ── Spawn ──▶ (keeper runs it) ── Exited ──▶ Engine::interpret ── Ok | EngineError ──▶ worker
+//!  worker ── verb ──▶ CommandEngine ── Spawn ──▶ (keeper runs it) ── Exited ──▶ interpret ── Ok | EngineError ──▶ worker
 //! ```
+//!
+//! There is no trait: an engine that is not a command would not be driven by commands and their exits either.
 //!
 //! **Invariant:** nothing but the engine's own program is searched for here. Building a verb twice gives the same, so a verb can be replayed.
 use std::path::Path;
 
-use crate::handover::{Exited, Spawn};
 use crate::options::CriuOptions;
 
 mod choice;
@@ -20,43 +21,6 @@ mod complaint;
 pub(crate) use choice::EngineNotFound;
 pub(crate) use command::CommandEngine;
 
-/// Makes, changes and removes containers.
-///
-/// Every verb gives the process that performs it. Its exit goes to [`Engine::interpret`].
-pub(crate) trait Engine {
-    /// Makes a container: its init exists afterwards, stopped before the user's program, its pid in the pid file.
-    fn create(&self, at: &Container<'_>, create: &Create<'_>) -> Spawn;
-    /// Lets init run the user's program.
-    fn start(&self, at: &Container<'_>) -> Spawn;
-    /// Starts another process in a container; its pid is in the pid file afterwards.
-    fn exec(&self, at: &Container<'_>, exec: &Exec<'_>) -> Spawn;
-    /// Removes the engine's state of a container, and its cgroups. With `force` its processes are killed first.
-    fn delete(&self, at: &Container<'_>, force: bool) -> Spawn;
-    /// Signals init, or with `all` every process of the container.
-    fn kill(&self, at: &Container<'_>, signal: i32, all: bool) -> Spawn;
-    /// Freezes every process of the container.
-    fn pause(&self, at: &Container<'_>) -> Spawn;
-    /// Thaws every process of the container.
-    fn resume(&self, at: &Container<'_>) -> Spawn;
-    /// Changes limits. `resources` is a file with a `LinuxResources` of the runtime specification as JSON.
-    fn update(&self, at: &Container<'_>, resources: &Path) -> Spawn;
-    /// Writes the container's state into files.
-    fn checkpoint(&self, at: &Container<'_>, checkpoint: &Checkpoint<'_>) -> Spawn;
-    /// Makes a container from such files: it runs afterwards, its init's pid in the pid file.
-    fn restore(&self, at: &Container<'_>, restore: &Restore<'_>) -> Spawn;
-    /// Lists the processes of the container on its output: see [`Engine::interpret_pids`].
-    fn pids(&self, at: &Container<'_>) -> Spawn;
-    /// Prints the engine's features as JSON.
-    fn features(&self) -> Spawn;
-
-    /// The error of a verb whose program could not be started because the engine is missing.
-    fn blocking_explain(&self, verb: Verb) -> Option<EngineError>;
-    /// Whether a verb succeeded, or why not.
-    fn interpret(&self, verb: Verb, exited: &Exited) -> Result<(), EngineError>;
-    /// The process ids that [`Engine::pids`] found.
-    fn interpret_pids(&self, exited: &Exited) -> Result<Vec<u32>, EngineError>;
-}
-
 /// The container that a verb is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Container<'a> {
@@ -65,7 +29,7 @@ pub(crate) struct Container<'a> {
     pub(crate) bundle: &'a Path,
 }
 
-/// What [`Engine::create`] needs.
+/// What [`CommandEngine::create`] needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Create<'a> {
     pub(crate) pid_file: &'a Path,
@@ -75,7 +39,7 @@ pub(crate) struct Create<'a> {
     pub(crate) stdio_key: &'a str,
 }
 
-/// What [`Engine::exec`] needs.
+/// What [`CommandEngine::exec`] needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exec<'a> {
     /// A file with the `Process` of the runtime specification as JSON.
@@ -87,7 +51,7 @@ pub(crate) struct Exec<'a> {
     pub(crate) stdio_key: &'a str,
 }
 
-/// What [`Engine::checkpoint`] needs.
+/// What [`CommandEngine::checkpoint`] needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Checkpoint<'a> {
     /// The folder for the checkpoint.
@@ -99,7 +63,7 @@ pub(crate) struct Checkpoint<'a> {
     pub(crate) options: &'a CriuOptions,
 }
 
-/// What [`Engine::restore`] needs.
+/// What [`CommandEngine::restore`] needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Restore<'a> {
     /// The folder of the checkpoint.

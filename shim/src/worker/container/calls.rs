@@ -5,7 +5,7 @@ use std::rc::Rc;
 use super::create::{at, blocking};
 use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
 use super::{Announce, Change, Container, Event, EventKind, Fact, ProcessKey, Reply, Request, Target};
-use crate::engine::{self, CommandEngine, Engine, Verb};
+use crate::engine::{self, CommandEngine, Verb};
 use crate::handover::{Op, Spawn};
 use crate::options::CheckpointOptions;
 use crate::whole_file::blocking_replace;

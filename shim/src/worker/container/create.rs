@@ -10,7 +10,7 @@ use super::streams::Plan;
 use super::verb::run_verb;
 use super::{Change, Container, ContainerId, Event, EventKind, Process, ProcessKey, Record, Reply, Streams, journal};
 use crate::cgroup::Cgroup;
-use crate::engine::{self, CommandEngine, Engine, EngineError, Verb};
+use crate::engine::{self, CommandEngine, EngineError, Verb};
 use crate::handover::Spawn;
 use crate::options::RuntimeOptions;
 use crate::rootfs::{self, Mount, Unmount};

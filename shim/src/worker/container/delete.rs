@@ -8,7 +8,7 @@ use super::exits::FLUSH_WITHIN;
 use super::kill::kill_rest;
 use super::verb::run_verb;
 use super::{Change, Container, ContainerId, Event, EventKind, Exit, Phase, Process, ProcessKey, Reply, Request, Target, journal};
-use crate::engine::{Engine, EngineError, Verb};
+use crate::engine::{EngineError, Verb};
 use crate::handover::{Op, Step};
 use crate::rootfs::Unmount;
 use crate::worker::Worker;

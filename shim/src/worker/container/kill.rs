@@ -5,7 +5,7 @@ use super::create::at;
 use super::verb::run_verb;
 use super::{Change, Container, Phase, ProcessKey, Reply, Request, Target};
 use crate::cgroup::Cgroup;
-use crate::engine::{Engine, EngineError, Verb};
+use crate::engine::{EngineError, Verb};
 use crate::handover::Op;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};

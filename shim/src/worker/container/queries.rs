@@ -5,7 +5,6 @@ use std::rc::Rc;
 use super::create::at;
 use super::{Change, Container, Phase, ProcessKey, Record, Reply, Streams, Target};
 use crate::cgroup::Cgroup;
-use crate::engine::Engine;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;

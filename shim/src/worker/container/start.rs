@@ -7,7 +7,7 @@ use super::exits::START_WITHIN;
 use super::streams::Plan;
 use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
 use super::{Change, Container, Event, EventKind, Fact, Phase, ProcessKey, Record, Reply, Request, Target, journal};
-use crate::engine::{self, Engine, Verb};
+use crate::engine::{self, Verb};
 use crate::handover::Op;
 use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};

@@ -4,7 +4,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::Record;
-use crate::engine::{CommandEngine, Engine, EngineError, Verb};
+use crate::engine::{CommandEngine, EngineError, Verb};
 use crate::handover::{Exited, Spawn, Step};
 use crate::worker::cause::Cause;
 use crate::worker::error::Error;
