@@ -16,7 +16,7 @@ use crate::journal;
 use crate::journal_body::JournalBody;
 use crate::options::{CheckpointOptions, RuntimeOptions};
 use crate::stdio_uri::StdioUri;
-use crate::worker::container::spec::Spec;
+use crate::worker::spec::Spec;
 
 /// A frame of ttrpc, as the relay reads it: the result equals the full parser's.
 pub fn frame(bytes: &[u8]) {

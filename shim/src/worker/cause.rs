@@ -48,6 +48,11 @@ impl Cause {
         Self { link, number }
     }
 
+    /// For operations that belong to no request and no exit, each at an [`Link::own_step`]. The keeper does not remember them.
+    pub(crate) fn own(link: &Rc<Link>) -> Self {
+        Self::new(Rc::clone(link), 0)
+    }
+
     pub(crate) fn number(&self) -> handover::Cause {
         self.number
     }

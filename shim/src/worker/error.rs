@@ -4,7 +4,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::container::{ContainerId, InvalidId, ProcessKey, Refused, Request, SpecError};
+use super::id::{ContainerId, InvalidId, ProcessKey};
+use super::phase::{Refused, Request};
+use super::spec::SpecError;
 use crate::chain::chain;
 use crate::engine::{EngineError, EngineNotFound};
 use crate::options::OptionsError;
@@ -126,7 +128,14 @@ impl Error {
             | Self::Stdio(_)
             | Self::LoggerRefused(_)
             | Self::NoEngine(_) => Code::InvalidArgument,
-            Self::Spec(error) => error.code(),
+            // An incomplete bundle is the client's mistake; an unreadable disk is the host's fault.
+            Self::Spec(SpecError::Missing { source, .. } | SpecError::NoRootfs { source, .. }) => match source.kind() {
+                io::ErrorKind::NotFound => Code::FailedPrecondition,
+                _ => Code::Internal,
+            },
+            Self::Spec(SpecError::TooLong { .. } | SpecError::Malformed { .. } | SpecError::Version { .. } | SpecError::NoRoot { .. }) => {
+                Code::InvalidArgument
+            }
             Self::TooMuch { .. } => Code::ResourceExhausted,
             Self::NoMethod { .. } | Self::Parent { .. } => Code::Unimplemented,
             Self::Expired { .. } | Self::TimedOut { .. } => Code::DeadlineExceeded,
@@ -166,7 +175,7 @@ const EXCERPT_CHARS: usize = 100;
 mod tests {
     use super::*;
     use crate::engine::Verb;
-    use crate::worker::container::Phase;
+    use crate::worker::phase::Phase;
 
     fn key() -> ProcessKey {
         ProcessKey::parse("c1").expect("a valid key")
@@ -179,6 +188,7 @@ mod tests {
     #[test]
     fn errors_have_the_codes_that_clients_act_on() {
         let io = |kind: io::ErrorKind| Error::Io { op: "open", path: "/x".into(), source: kind.into() };
+        let missing = |kind: io::ErrorKind| Error::Spec(SpecError::Missing { path: "/x".into(), source: kind.into() });
         let engine = |make: fn(Verb, String) -> EngineError| Error::Engine(make(Verb::Start, "no".into()));
         for (error, code) in [
             (Error::NoContainer { id: "c1".into() }, Code::NotFound),
@@ -192,6 +202,9 @@ mod tests {
             (io(io::ErrorKind::NotFound), Code::Internal),
             (Error::Keeper { what: "execute /x".into(), source: io::ErrorKind::NotFound.into() }, Code::Internal),
             (Error::SetAside { id: "c1".into() }, Code::Unavailable),
+            (missing(io::ErrorKind::NotFound), Code::FailedPrecondition),
+            (missing(io::ErrorKind::PermissionDenied), Code::Internal),
+            (Error::Spec(SpecError::NoRoot { path: "/x".into() }), Code::InvalidArgument),
             (io(io::ErrorKind::StorageFull), Code::Internal),
             (Error::Rootfs(MountError::Busy { path: "/x".into() }), Code::FailedPrecondition),
             (engine(|verb, message| EngineError::Failed { verb, message }), Code::Unknown),

@@ -10,7 +10,8 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 
-use super::container::{Deleted, Event, EventKind, Exit, Streams};
+use super::container::{Deleted, Event, EventKind, Streams};
+use super::phase::Exit;
 use crate::rootfs::Mount;
 
 /// Encodes an event: a whole ttrpc `Request` message.

@@ -4,7 +4,7 @@
 //!
 //! **Invariant:** messages leave in the order in which they were given to [`Link::commit`] and [`Link::operation`], which never wait.
 //! If this worker dies before a message has left, the keeper hands the same causes to the next generation.
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -42,6 +42,8 @@ pub(crate) struct Link {
     queue: RefCell<VecDeque<u8>>,
     queued: Notify,
     waiting: RefCell<BTreeMap<(Cause, Step), oneshot::Sender<Answer>>>,
+    /// The last step of an operation that belongs to no cause.
+    own_steps: Cell<Step>,
     faults: Faults,
 }
 
@@ -50,7 +52,14 @@ impl Link {
     pub(crate) fn new(socket: OwnedFd, faults: Faults) -> io::Result<Rc<Self>> {
         fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let socket = sys::ready::to_read(socket)?;
-        let link = Self { socket, queue: RefCell::default(), queued: Notify::new(), waiting: RefCell::default(), faults };
+        let link = Self {
+            socket,
+            queue: RefCell::default(),
+            queued: Notify::new(),
+            waiting: RefCell::default(),
+            own_steps: Cell::default(),
+            faults,
+        };
         link.send(&ToKeeper::Hello { versions: test_identity::versions(), build: test_identity::build().to_owned() }.encode());
         Ok(Rc::new(link))
     }
@@ -95,6 +104,12 @@ impl Link {
                 Err(_) => std::future::pending().await,
             }
         }
+    }
+
+    /// A step for an operation that belongs to no request and no exit.
+    pub(crate) fn own_step(&self) -> Step {
+        self.own_steps.update(|step| step + 1);
+        self.own_steps.get()
     }
 
     /// Writes what is queued whenever the socket takes it. Runs as a task of its own; ends with the link.

@@ -15,7 +15,6 @@
 //!
 //! **Invariant:** the next worker generation completes whatever a crashed one has left: its own side effects can be repeated,
 //! everything else is an operation of the keeper.
-use std::cell::Cell;
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
@@ -26,24 +25,26 @@ use std::time::Duration;
 use tokio::task::LocalSet;
 
 mod cause;
-pub(crate) mod container;
+mod container;
 mod error;
 mod events;
 mod fault;
+mod id;
 mod link;
+mod phase;
 mod pump;
-mod registry;
 mod server;
+pub(crate) mod spec;
 mod starts;
 
 use self::cause::Cause;
-use self::container::{Change, Container, Exit, Process, ProcessKey, RECORD_VERSION, Record, Reply};
+use self::container::{Change, Container, Process, RECORD_VERSION, Record, Reply, Shared};
 use self::error::{Code, Error};
+use self::id::ProcessKey;
 use self::link::{Incoming, Link, LinkError};
-use self::registry::Registry;
+use self::phase::Exit;
 use self::server::{Call, Inbound};
-use self::starts::Starts;
-use crate::handover::{Claim, Commit, ProcessExit, Step, ToWorker};
+use crate::handover::{Claim, Commit, ProcessExit, ToWorker};
 use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
 use crate::sys;
@@ -82,16 +83,10 @@ fn block_signals() {
     }
 }
 
-/// What all handlers share.
+/// Takes the keeper's messages, has each handled, and commits what comes of it.
 #[derive(Debug)]
 struct Worker {
-    settings: Settings,
-    link: Rc<Link>,
-    registry: Registry,
-    starts: Starts,
-    keeper: Cell<ProcessIdentity>,
-    /// Steps of operations that belong to no cause.
-    own_steps: Cell<Step>,
+    shared: Shared,
 }
 
 async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
@@ -100,14 +95,7 @@ async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
     let link = Link::new(link, faults).map_err(|source| LinkError::Io { source })?;
     tokio::task::spawn_local(Rc::clone(&link).write_queue());
     let mut incoming = Incoming::new(Rc::clone(&link));
-    let worker = Rc::new(Worker {
-        settings,
-        link,
-        registry: Registry::default(),
-        starts: Starts::new(),
-        keeper: Cell::default(),
-        own_steps: Cell::new(0),
-    });
+    let worker = Rc::new(Worker { shared: Shared::new(settings, link) });
     worker.catch_up(&mut incoming).await?;
     loop {
         let message = incoming.next().await?;
@@ -129,12 +117,12 @@ impl Worker {
                 }
                 ToWorker::Tried => {
                     test_identity::misbehave(Place::Fit);
-                    self.link.fit(refusal.take());
+                    self.shared.link.fit(refusal.take());
                 }
                 ToWorker::Welcome { keeper_pid, generation, .. } => {
                     test_identity::misbehave(Place::Welcome);
                     test_identity::misbehave(Place::Later);
-                    self.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
+                    self.shared.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
                     log::debug!(generation, keeper = keeper_pid; "worker started");
                 }
                 ToWorker::State { key, value } => self.load(&key, &value),
@@ -175,9 +163,9 @@ impl Worker {
                 begun.push(cause);
             }
         }
-        for container in self.registry.all() {
+        for container in self.shared.registry.all() {
             let keys = container.record().keys();
-            container::attach(self, &container, &keys);
+            self.attach(&container, &keys);
         }
         for pending in backlog {
             match pending {
@@ -197,16 +185,16 @@ impl Worker {
         let id = key.split('/').next().unwrap_or(key);
         if let Some(version) = Record::newer_version(value) {
             log::error!(container:% = key, version; "a newer version has written the state of this container: upgrade the shim to manage it");
-            self.registry.set_aside(id);
+            self.shared.registry.set_aside(id);
         }
-        if self.registry.is_set_aside(id) {
+        if self.shared.registry.is_set_aside(id) {
             return;
         }
         if let Err(error) = self.decode(key, value) {
             log::error!(container:% = key, error:%; "cannot read the state of a container");
             // Its exit stays with the keeper for a version that can read it, and its id stays taken.
             if key == id {
-                self.registry.set_aside(id);
+                self.shared.registry.set_aside(id);
             }
         }
     }
@@ -214,8 +202,8 @@ impl Worker {
     fn decode(&self, key: &str, value: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
         let key = ProcessKey::parse(key)?;
         match key.exec {
-            None => self.registry.insert(&Container::new(Record::decode(value)?)),
-            Some(exec) => self.registry.get(key.container.as_str())?.load(exec, Process::decode(value)?),
+            None => self.shared.registry.insert(&Container::new(Record::decode(value)?)),
+            Some(exec) => self.shared.registry.get(key.container.as_str())?.load(exec, Process::decode(value)?),
         }
         Ok(())
     }
@@ -231,23 +219,18 @@ impl Worker {
                 test_identity::meet_exit(&exit.key);
                 launch(Rc::clone(self).exited(self.cause(cause), exit));
             }
-            ToWorker::MayHibernate => self.link.hibernate(container::may_hibernate(self)),
+            ToWorker::MayHibernate => self.shared.link.hibernate(container::may_hibernate(&self.shared)),
             _ => log::warn!("keeper sent an unexpected message"),
         }
     }
 
+    fn attach<'a>(self: &Rc<Self>, container: &Rc<Container>, changed: impl IntoIterator<Item = &'a ProcessKey>) {
+        let worker = Rc::clone(self);
+        container::attach(&self.shared, container, changed, move |change| worker.apply(None, change));
+    }
+
     fn cause(&self, number: crate::handover::Cause) -> Cause {
-        Cause::new(Rc::clone(&self.link), number)
-    }
-
-    /// For operations that belong to no request and no exit, and are not remembered.
-    fn own_cause(&self) -> Cause {
-        self.cause(0)
-    }
-
-    fn own_step(&self) -> Step {
-        self.own_steps.set(self.own_steps.get() + 1);
-        self.own_steps.get()
+        Cause::new(Rc::clone(&self.shared.link), number)
     }
 
     /// Serves a request that arrived after the saved state. The keeper may have queued it, so it may have expired and been begun.
@@ -280,41 +263,42 @@ impl Worker {
         self.apply(Some(Ending::Request(cause.number())), change);
     }
 
-    async fn perform(self: &Rc<Self>, cause: &Cause, call: Call) -> Result<Change, Error> {
+    async fn perform(&self, cause: &Cause, call: Call) -> Result<Change, Error> {
+        let shared = &self.shared;
         match call {
             Call::State(target) => {
-                let container = self.registry.get(&target.id)?;
+                let container = shared.registry.get(&target.id)?;
                 let key = container.key(&target.exec)?;
                 let state = container::state_of(&container.record(), &key);
                 let state = state.ok_or(Error::NoContainer { id: target.id })?;
                 Ok(Change { reply: Some(Ok(Reply::State(Box::new(state)))), ..Change::default() })
             }
-            Call::Create(call) => container::create(self, cause, *call).await,
-            Call::Start(target) => container::start(self, cause, target).await,
-            Call::Delete(target) => container::delete(self, cause, target).await,
-            Call::Pids(id) => container::pids(self, cause, &id).await,
-            Call::Pause(id) => container::pause(self, cause, id).await,
-            Call::Resume(id) => container::resume(self, cause, id).await,
-            Call::Checkpoint(call) => container::checkpoint(self, cause, *call).await,
-            Call::Kill(call) => container::kill(self, cause, call).await,
-            Call::Exec(call) => container::exec(self, *call),
-            Call::Resize { target, rows, columns } => container::resize(self, cause, target, rows, columns).await,
-            Call::CloseIo { target, stdin } => container::close_io(self, cause, target, stdin).await,
-            Call::Update(call) => container::update(self, cause, call).await,
-            Call::Wait(target) => container::wait(self, &target),
-            Call::Stats(id) => container::stats(self, &id),
+            Call::Create(call) => container::create(shared, cause, *call).await,
+            Call::Start(target) => container::start(shared, cause, target).await,
+            Call::Delete(target) => container::delete(shared, cause, target).await,
+            Call::Pids(id) => container::pids(shared, cause, &id).await,
+            Call::Pause(id) => container::pause(shared, cause, id).await,
+            Call::Resume(id) => container::resume(shared, cause, id).await,
+            Call::Checkpoint(call) => container::checkpoint(shared, cause, *call).await,
+            Call::Kill(call) => container::kill(shared, cause, call).await,
+            Call::Exec(call) => container::exec(shared, *call),
+            Call::Resize { target, rows, columns } => container::resize(shared, cause, target, rows, columns).await,
+            Call::CloseIo { target, stdin } => container::close_io(shared, cause, target, stdin).await,
+            Call::Update(call) => container::update(shared, cause, call).await,
+            Call::Wait(target) => container::wait(shared, &target),
+            Call::Stats(id) => container::stats(shared, &id),
             Call::Connect(id) => {
-                let task_pid = self.registry.get(&id).ok().and_then(|container| container.record().init.pid);
+                let task_pid = shared.registry.get(&id).ok().and_then(|container| container.record().init.pid);
                 Ok(Change { reply: Some(Ok(Reply::Connect { task_pid })), ..Change::default() })
             }
-            Call::Shutdown => Ok(Change { reply: Some(Ok(Reply::Empty)), leave: self.registry.is_empty(), ..Change::default() }),
-            Call::DeleteForCommand(id) => container::delete_for_command(self, cause, id).await,
+            Call::Shutdown => Ok(Change { reply: Some(Ok(Reply::Empty)), leave: shared.registry.is_empty(), ..Change::default() }),
+            Call::DeleteForCommand(id) => container::delete_for_command(shared, cause, id).await,
         }
     }
 
     async fn exited(self: Rc<Self>, cause: Cause, exit: ProcessExit) {
         let change = match ProcessKey::parse(&exit.key) {
-            Ok(key) => container::exited(&self, &cause, key, Exit { status: exit.status, at_nanos: exit.at_nanos }).await,
+            Ok(key) => container::exited(&self.shared, &cause, key, Exit { status: exit.status, at_nanos: exit.at_nanos }).await,
             Err(error) => {
                 log::warn!(key:% = exit.key, error:%; "unknown process exited");
                 Change::default()
@@ -325,7 +309,7 @@ impl Worker {
 
     /// Commits a change to the keeper, and applies it here.
     fn apply(self: &Rc<Self>, ending: Option<Ending>, mut change: Change) {
-        let keeper_pid = self.keeper.get().pid;
+        let keeper_pid = self.shared.keeper.get().pid;
         let mut commit = Commit { leave: change.leave, ..Commit::default() };
         // A container that was deleted while a handler waited is not saved again and publishes no event.
         if change.save.as_ref().is_some_and(|container| container.is_deleted()) {
@@ -347,7 +331,7 @@ impl Worker {
         }
         let removed = change.remove.iter().flat_map(|container| container.record().keys());
         commit.state.extend(removed.map(|key| (key.to_string(), None)));
-        commit.events = change.events.into_iter().map(|event| events::encode(event, &self.settings.namespace)).collect();
+        commit.events = change.events.into_iter().map(|event| events::encode(event, &self.shared.settings.namespace)).collect();
         commit.wakes = change
             .wakes
             .into_iter()
@@ -362,15 +346,15 @@ impl Worker {
             Some(Ending::Exit(cause)) => commit.ends.push(cause),
             None => {}
         }
-        self.link.commit(commit);
+        self.shared.link.commit(commit);
         if let Some(container) = &change.remove {
-            self.registry.remove(&container.id);
+            self.shared.registry.remove(&container.id);
             container.changed();
         }
         if let Some(container) = change.save {
-            self.registry.insert(&container);
+            self.shared.registry.insert(&container);
             container.changed();
-            container::attach(self, &container, &unsaved);
+            self.attach(&container, &unsaved);
         }
     }
 }

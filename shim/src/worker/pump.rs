@@ -30,8 +30,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::watch;
 
-use super::Worker;
-use super::container::ProcessKey;
+use super::cause::Cause;
+use super::id::ProcessKey;
+use super::link::Link;
 use crate::handover::{Op, Stream};
 use crate::sys;
 
@@ -53,16 +54,16 @@ struct Orders {
 
 impl Pump {
     /// Starts to move the outputs of a process into files.
-    pub(super) fn start(worker: &Rc<Worker>, key: ProcessKey, files: Vec<(Stream, PathBuf)>) -> io::Result<Rc<Self>> {
+    pub(super) fn start(link: &Rc<Link>, key: ProcessKey, files: Vec<(Stream, PathBuf)>) -> io::Result<Rc<Self>> {
         let (sender, flushed) = watch::channel(0);
         let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let orders = Arc::new(Orders { bell, flushes: AtomicU64::new(0), stop: AtomicBool::new(false) });
         let pump = Rc::new(Self { orders: Arc::clone(&orders), flushed });
-        let worker = Rc::clone(worker);
+        let link = Rc::clone(link);
         tokio::task::spawn_local(async move {
             let mut sources = Vec::new();
             for (stream, path) in files {
-                match worker.own_cause().descriptor(worker.own_step(), Op::ReadEnd { key: key.to_string(), stream }).await {
+                match Cause::own(&link).descriptor(link.own_step(), Op::ReadEnd { key: key.to_string(), stream }).await {
                     Ok(Some(end)) => sources.push((end, path)),
                     Ok(None) => {}
                     Err(error) => {

@@ -4,24 +4,30 @@ use std::time::{Duration, Instant};
 
 use super::exits::{START_WITHIN, out_of_memory};
 use super::streams::Plan;
-use super::{Change, Container, Phase, ProcessKey};
+use super::{Change, Container, Shared};
 use crate::cgroup::{Cgroup, OomWake};
-use crate::worker::Worker;
+use crate::worker::id::ProcessKey;
+use crate::worker::phase::Phase;
 use crate::worker::pump::Pump;
 
 /// The shortest and the longest pause between two OOM events of a container. An OOM kill is always published before the exit.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Starts the missing attachments of a container and those of its processes that have changed.
-pub(in crate::worker) fn attach<'a>(worker: &Rc<Worker>, container: &Rc<Container>, changed: impl IntoIterator<Item = &'a ProcessKey>) {
-    watch_memory(worker, container);
+/// Starts the missing attachments of a container and those of its processes that have changed. `apply` commits what they find.
+pub(in crate::worker) fn attach<'a>(
+    shared: &Shared,
+    container: &Rc<Container>,
+    changed: impl IntoIterator<Item = &'a ProcessKey>,
+    apply: impl Fn(Change) + 'static,
+) {
+    watch_memory(container, apply);
     for key in changed {
-        pump_files(worker, container, key);
+        pump_files(shared, container, key);
     }
 }
 
-fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
+fn watch_memory(container: &Rc<Container>, apply: impl Fn(Change) + 'static) {
     let record = container.record();
     let mut attachments = container.attachments.borrow_mut();
     match record.init.phase {
@@ -45,7 +51,7 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
         }
     };
     watch.follow();
-    let (worker, watched) = (Rc::clone(worker), Rc::clone(container));
+    let watched = Rc::clone(container);
     let task = tokio::task::spawn_local(async move {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -58,7 +64,7 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
             if watched.record().init.exit().is_none()
                 && let Some(event) = out_of_memory(&watched)
             {
-                worker.apply(None, Change { save: Some(Rc::clone(&watched)), ..Change::default() }.event(event));
+                apply(Change { save: Some(Rc::clone(&watched)), ..Change::default() }.event(event));
                 // Kills in this pause share one event: events wait in memory while the daemon is away.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LAST_PAUSE);
@@ -76,7 +82,7 @@ fn watch_memory(worker: &Rc<Worker>, container: &Rc<Container>) {
     attachments.oom = Some(task.abort_handle());
 }
 
-fn pump_files(worker: &Rc<Worker>, container: &Rc<Container>, key: &ProcessKey) {
+fn pump_files(shared: &Shared, container: &Rc<Container>, key: &ProcessKey) {
     let record = container.record();
     let Some(process) = record.process(key) else { return };
     let has_streams = key.exec.is_none() || !matches!(process.phase, Phase::Created | Phase::Starting { .. });
@@ -85,7 +91,7 @@ fn pump_files(worker: &Rc<Worker>, container: &Rc<Container>, key: &ProcessKey) 
     }
     // The streams were parsed once already, when they were opened.
     let Ok(plan) = Plan::read(key, &process.stdio, &record) else { return };
-    match Pump::start(worker, key.clone(), plan.files()) {
+    match Pump::start(&shared.link, key.clone(), plan.files()) {
         Ok(pump) => drop(container.attachments.borrow_mut().pumps.insert(key.clone(), pump)),
         Err(error) => log::error!(container:% = key, error:%; "cannot start a pump: output stays in its pipe until the next worker"),
     }

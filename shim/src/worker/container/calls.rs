@@ -4,14 +4,15 @@ use std::rc::Rc;
 
 use super::create::{at, blocking};
 use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
-use super::{Announce, Change, Container, Event, EventKind, Fact, ProcessKey, Reply, Request, Target};
+use super::{Change, Container, Event, EventKind, Reply, Shared, Target};
 use crate::engine::{self, CommandEngine, Verb};
 use crate::handover::{Op, Spawn};
 use crate::options::CheckpointOptions;
 use crate::whole_file::blocking_replace;
-use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
+use crate::worker::id::ProcessKey;
+use crate::worker::phase::{Announce, Fact, Request};
 
 /// The request.
 #[derive(Debug, Clone)]
@@ -30,8 +31,8 @@ pub(in crate::worker) struct UpdateCall {
 }
 
 /// Freezes all processes of a container.
-pub(in crate::worker) async fn pause(worker: &Rc<Worker>, cause: &Cause, id: String) -> Result<Change, Error> {
-    let container = worker.registry.get(&id)?;
+pub(in crate::worker) async fn pause(shared: &Shared, cause: &Cause, id: String) -> Result<Change, Error> {
+    let container = shared.registry.get(&id)?;
     let key = ProcessKey::init(&container.id);
     container.admit(&key, Request::Pause)?;
     run(cause, &container, Verb::Pause, |engine, at| engine.pause(at)).await?;
@@ -40,8 +41,8 @@ pub(in crate::worker) async fn pause(worker: &Rc<Worker>, cause: &Cause, id: Str
 }
 
 /// Thaws all processes of a container.
-pub(in crate::worker) async fn resume(worker: &Rc<Worker>, cause: &Cause, id: String) -> Result<Change, Error> {
-    let container = worker.registry.get(&id)?;
+pub(in crate::worker) async fn resume(shared: &Shared, cause: &Cause, id: String) -> Result<Change, Error> {
+    let container = shared.registry.get(&id)?;
     let key = ProcessKey::init(&container.id);
     container.admit(&key, Request::Resume)?;
     run(cause, &container, Verb::Resume, |engine, at| engine.resume(at)).await?;
@@ -50,8 +51,8 @@ pub(in crate::worker) async fn resume(worker: &Rc<Worker>, cause: &Cause, id: St
 }
 
 /// Writes the state of a container's processes into files.
-pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, call: CheckpointCall) -> Result<Change, Error> {
-    let container = worker.registry.get(&call.id)?;
+pub(in crate::worker) async fn checkpoint(shared: &Shared, cause: &Cause, call: CheckpointCall) -> Result<Change, Error> {
+    let container = shared.registry.get(&call.id)?;
     let key = ProcessKey::init(&container.id);
     let options = call.options;
     let mut refusal = container.admit(&key, Request::Checkpoint).err();
@@ -83,8 +84,8 @@ pub(in crate::worker) async fn checkpoint(worker: &Rc<Worker>, cause: &Cause, ca
 }
 
 /// Changes limits.
-pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: UpdateCall) -> Result<Change, Error> {
-    let container = worker.registry.get(&call.id)?;
+pub(in crate::worker) async fn update(shared: &Shared, cause: &Cause, call: UpdateCall) -> Result<Change, Error> {
+    let container = shared.registry.get(&call.id)?;
     container.admit(&ProcessKey::init(&container.id), Request::Update)?;
     if let Some(resources) = call.resources {
         let valid: serde_json::Map<String, serde_json::Value> =
@@ -104,14 +105,8 @@ pub(in crate::worker) async fn update(worker: &Rc<Worker>, cause: &Cause, call: 
 }
 
 /// Sets the size of a terminal, now or as soon as it exists. A process without a terminal needs nothing.
-pub(in crate::worker) async fn resize(
-    worker: &Rc<Worker>,
-    cause: &Cause,
-    target: Target,
-    rows: u16,
-    columns: u16,
-) -> Result<Change, Error> {
-    let container = worker.registry.get(&target.id)?;
+pub(in crate::worker) async fn resize(shared: &Shared, cause: &Cause, target: Target, rows: u16, columns: u16) -> Result<Change, Error> {
+    let container = shared.registry.get(&target.id)?;
     let key = container.key(&target.exec)?;
     if !container.process(&key, |process| process.stdio.terminal && process.exit().is_none())? {
         return Ok(Change::reply(Reply::Empty));
@@ -127,8 +122,8 @@ pub(in crate::worker) async fn resize(
 }
 
 /// The client will write no more to stdin.
-pub(in crate::worker) async fn close_io(worker: &Rc<Worker>, cause: &Cause, target: Target, stdin: bool) -> Result<Change, Error> {
-    let container = worker.registry.get(&target.id)?;
+pub(in crate::worker) async fn close_io(shared: &Shared, cause: &Cause, target: Target, stdin: bool) -> Result<Change, Error> {
+    let container = shared.registry.get(&target.id)?;
     let key = container.key(&target.exec)?;
     if !stdin {
         return Ok(Change::reply(Reply::Empty));

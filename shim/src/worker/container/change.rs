@@ -2,8 +2,12 @@
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use super::{Container, Deleted, Exit, Process, ProcessKey, StateOf, Streams};
+use super::Container;
+use super::process::{Deleted, Process, Streams};
+use super::reply::Reply;
 use crate::worker::error::Error;
+use crate::worker::id::ProcessKey;
+use crate::worker::phase::Exit;
 
 /// The new state, events and answers. Applied whole.
 #[derive(Debug, Default)]
@@ -48,25 +52,6 @@ impl Change {
         self.events.push(event);
         self
     }
-}
-
-/// The answer to a request.
-#[derive(Debug, Clone, PartialEq)]
-pub(in crate::worker) enum Reply {
-    Empty,
-    /// Of Create and Start; no pid where the process does not exist yet.
-    Pid(Option<u32>),
-    Deleted(Deleted),
-    /// To the command `delete`.
-    DeletedForCommand(Deleted),
-    State(Box<StateOf>),
-    /// Pids, each with the id of an exec.
-    Pids(Vec<(u32, Option<String>)>),
-    Exit(Exit),
-    Connect {
-        task_pid: Option<u32>,
-    },
-    Stats(protobuf::well_known_types::any::Any),
 }
 
 /// An event of a container.

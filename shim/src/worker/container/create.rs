@@ -1,14 +1,12 @@
 //! Create: makes a container, its init stopped before the user's program.
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
 use super::execs::Execs;
 use super::record::VERSION;
-use super::spec::Spec;
 use super::streams::Plan;
 use super::verb::run_verb;
-use super::{Change, Container, ContainerId, Event, EventKind, Process, ProcessKey, Record, Reply, Streams, journal};
+use super::{Change, Container, Event, EventKind, Process, Record, Reply, Shared, Streams, journal};
 use crate::cgroup::Cgroup;
 use crate::engine::{self, CommandEngine, EngineError, Verb};
 use crate::handover::Spawn;
@@ -16,9 +14,10 @@ use crate::options::RuntimeOptions;
 use crate::rootfs::{self, Mount, Unmount};
 use crate::sys;
 use crate::whole_file::blocking_replace;
-use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
+use crate::worker::id::{ContainerId, ProcessKey};
+use crate::worker::spec::Spec;
 
 /// The request.
 #[derive(Debug, Clone)]
@@ -33,15 +32,15 @@ pub(in crate::worker) struct CreateCall {
 }
 
 /// Makes a container.
-pub(in crate::worker) async fn create(worker: &Rc<Worker>, cause: &Cause, call: CreateCall) -> Result<Change, Error> {
+pub(in crate::worker) async fn create(shared: &Shared, cause: &Cause, call: CreateCall) -> Result<Change, Error> {
     let id = ContainerId::new(&call.id)?;
     // Held until the change is applied or dropped: a second Create of this id is refused, and the shim does not exit.
-    let _reservation = worker.registry.reserve(&id)?;
-    let mut draft = Draft::new(worker, id, &call)?;
-    match draft.make(worker, cause, &call).await {
+    let _reservation = shared.registry.reserve(&id)?;
+    let mut draft = Draft::new(shared, id, &call)?;
+    match draft.make(shared, cause, &call).await {
         Ok(()) => {}
         Err(error) => {
-            draft.undo(worker, cause, &error).await;
+            draft.undo(shared, cause, &error).await;
             return Ok(Change { releases: vec![draft.key], ..Change::refuse(error) });
         }
     }
@@ -65,7 +64,7 @@ struct Draft {
 
 impl Draft {
     /// Checks all that can be checked without changing anything.
-    fn new(worker: &Worker, id: ContainerId, call: &CreateCall) -> Result<Self, Error> {
+    fn new(shared: &Shared, id: ContainerId, call: &CreateCall) -> Result<Self, Error> {
         let bundle = call.bundle.clone();
         if !bundle.is_absolute() {
             return Err(Error::Value { what: "bundle", value: bundle.display().to_string() });
@@ -81,13 +80,13 @@ impl Draft {
         let key = ProcessKey::init(&id);
         // Another running shim owns the container and writes into the bundle.
         if let Some((body, None)) = journal::blocking_read(&bundle)
-            && body.keeper != worker.keeper.get()
+            && body.keeper != shared.keeper.get()
             && body.keeper.is_running()
         {
             return Err(Error::Exists { id });
         }
         let debug = log::max_level() >= log::LevelFilter::Debug;
-        let (engine, reason) = CommandEngine::blocking_choose(&options, &worker.settings.namespace, debug)?;
+        let (engine, reason) = CommandEngine::blocking_choose(&options, &shared.settings.namespace, debug)?;
         log::info!(container:% = id, runtime:% = engine.binary().display(), reason; "OCI runtime chosen");
         let restore = (!call.checkpoint.is_empty()).then(|| PathBuf::from(&call.checkpoint));
         let record = Record {
@@ -113,13 +112,13 @@ impl Draft {
         Ok(Self { key, record, spec, plan, engine_was_asked: false })
     }
 
-    async fn make(&mut self, worker: &Rc<Worker>, cause: &Cause, call: &CreateCall) -> Result<(), Error> {
+    async fn make(&mut self, shared: &Shared, cause: &Cause, call: &CreateCall) -> Result<(), Error> {
         match &self.record.restore {
             // Start takes it.
-            Some(_) => journal::write(worker, cause, step::JOURNAL, &self.record).await?,
-            None => journal::take_id(worker, cause, &self.record).await?,
+            Some(_) => journal::write(shared, cause, step::JOURNAL, &self.record).await?,
+            None => journal::take_id(shared, cause, &self.record).await?,
         }
-        blocking_write_address(&self.record.bundle, &worker.settings.shim_address)?;
+        blocking_write_address(&self.record.bundle, &shared.settings.shim_address)?;
         if let Some(path) = self.record.restore.clone() {
             blocking(move || match path.metadata() {
                 Ok(_) => Ok(()),
@@ -136,12 +135,12 @@ impl Draft {
             .await?;
         }
         self.spec.blocking_check_rootfs()?;
-        self.plan.open(worker, cause).await?;
+        self.plan.open(shared, cause).await?;
         if self.record.restore.is_some() {
             return Ok(());
         }
         self.engine_was_asked = true;
-        let start = ProcessFiles::new(worker, cause, &self.record, &self.key);
+        let start = ProcessFiles::new(shared, cause, &self.record, &self.key);
         let create = engine::Create {
             pid_file: &start.pid_file,
             console_socket: self.record.init.stdio.terminal.then_some(&start.console_socket),
@@ -153,30 +152,30 @@ impl Draft {
         self.record.init.pid = Some(pid);
         self.record.init.files.push(start.pid_file);
         find_cgroup(&mut self.record, pid);
-        journal::write(worker, cause, step::JOURNAL_AGAIN, &self.record).await
+        journal::write(shared, cause, step::JOURNAL_AGAIN, &self.record).await
     }
 
     /// Undoes the Create. Failures are logged: the client gets the error that led here.
-    async fn undo(&mut self, worker: &Rc<Worker>, cause: &Cause, why: &Error) {
+    async fn undo(&mut self, shared: &Shared, cause: &Cause, why: &Error) {
         let container = &self.record.id;
         if self.engine_was_asked {
-            undo_engine(worker, cause, &self.record, why).await;
+            undo_engine(shared, cause, &self.record, why).await;
         }
         if let Some(target) = self.record.mounted.clone()
             && let Err(error) = unmount(target, Unmount::Detach).await
         {
             log::warn!(container:%, error:% = error.chain(); "cannot unmount the root filesystem after a failed Create");
         }
-        log::debug!(container:%, keeper = worker.keeper.get().pid; "creation undone");
+        log::debug!(container:%, keeper = shared.keeper.get().pid; "creation undone");
     }
 }
 
 /// Has the engine remove what a Create or a restore has made, unless the id belongs to another container.
-pub(super) async fn undo_engine(worker: &Rc<Worker>, cause: &Cause, record: &Record, why: &Error) {
+pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record, why: &Error) {
     let container = &record.id;
     let undone = if matches!(why, Error::Engine(EngineError::Exists { .. })) {
         // Another created it since the id was found free. The command `delete` must not touch it either.
-        journal::write(worker, cause, step::JOURNAL_AGAIN, &Record { unknown_to_engine: true, ..record.clone() }).await
+        journal::write(shared, cause, step::JOURNAL_AGAIN, &Record { unknown_to_engine: true, ..record.clone() }).await
     } else {
         let spawn = record.engine.delete(&at(record), true);
         run_verb(cause, step::UNDO, &record.engine, Verb::Delete, spawn).await.map(drop)
@@ -195,12 +194,12 @@ pub(super) struct ProcessFiles {
 }
 
 impl ProcessFiles {
-    pub(super) fn new(worker: &Worker, cause: &Cause, record: &Record, key: &ProcessKey) -> Self {
-        let folder = worker.settings.control_path.parent().unwrap_or(Path::new("/run"));
+    pub(super) fn new(shared: &Shared, cause: &Cause, record: &Record, key: &ProcessKey) -> Self {
+        let folder = shared.settings.control_path.parent().unwrap_or(Path::new("/run"));
         Self {
             pid_file: record.bundle.join(if key.exec.is_none() { "init.pid".to_owned() } else { format!("x-{}.pid", cause.number()) }),
             // Short, whatever the bundle's path is: 108 bytes are all that a socket may have. All keepers share the folder.
-            console_socket: folder.join(format!("c{}-{}", worker.keeper.get().pid, cause.number())),
+            console_socket: folder.join(format!("c{}-{}", shared.keeper.get().pid, cause.number())),
         }
     }
 

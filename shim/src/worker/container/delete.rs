@@ -7,31 +7,23 @@ use super::create::{at, unmount};
 use super::exits::FLUSH_WITHIN;
 use super::kill::kill_rest;
 use super::verb::run_verb;
-use super::{Change, Container, ContainerId, Event, EventKind, Exit, Phase, Process, ProcessKey, Reply, Request, Target, journal};
+use super::{Change, Container, Deleted, Event, EventKind, Process, Reply, Shared, Target, journal};
 use crate::engine::{EngineError, Verb};
 use crate::handover::{Op, Step};
 use crate::rootfs::Unmount;
-use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
-
-/// The answer to a Delete.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::worker) struct Deleted {
-    /// Absent for one that never existed.
-    pub(in crate::worker) pid: Option<u32>,
-    /// Absent for one that never ran.
-    pub(in crate::worker) exit: Option<Exit>,
-}
+use crate::worker::id::{ContainerId, ProcessKey};
+use crate::worker::phase::{Exit, Phase, Request};
 
 /// Deletes a process at a client's request. A running one is refused.
-pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target: Target) -> Result<Change, Error> {
-    let container = match worker.registry.get(&target.id) {
+pub(in crate::worker) async fn delete(shared: &Shared, cause: &Cause, target: Target) -> Result<Change, Error> {
+    let container = match shared.registry.get(&target.id) {
         Ok(container) => container,
         Err(error @ Error::SetAside { .. }) => return Err(error),
         Err(error) => {
             let is_init = target.exec.is_empty();
-            let deleted = is_init.then(|| from_journal(worker, &target.id)).flatten().ok_or(error)?;
+            let deleted = is_init.then(|| from_journal(shared, &target.id)).flatten().ok_or(error)?;
             return Ok(Change::reply(Reply::Deleted(deleted)));
         }
     };
@@ -52,21 +44,21 @@ pub(in crate::worker) async fn delete(worker: &Rc<Worker>, cause: &Cause, target
 }
 
 /// Deletes a container for the command `delete`, by force.
-pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &Cause, id: String) -> Result<Change, Error> {
-    if worker.registry.is_being_created(&id) {
+pub(in crate::worker) async fn delete_for_command(shared: &Shared, cause: &Cause, id: String) -> Result<Change, Error> {
+    if shared.registry.is_being_created(&id) {
         // The client has gone, and a runtime that hangs would never exit by itself.
         cause.perform(step::END_HELPERS, Op::EndHelpers { key: id.clone() }).await?;
     }
-    worker.registry.until_created(&id, KILL_WITHIN).await;
-    let container = match worker.registry.get(&id) {
+    shared.registry.until_created(&id, KILL_WITHIN).await;
+    let container = match shared.registry.get(&id) {
         Ok(container) => container,
         // The command cleans up without the shim.
         Err(error @ Error::SetAside { .. }) => return Err(error),
         Err(error) => {
-            let reply = from_journal(worker, &id).map(Reply::DeletedForCommand).ok_or(error);
+            let reply = from_journal(shared, &id).map(Reply::DeletedForCommand).ok_or(error);
             // The Create that was under way has failed.
             let releases = ContainerId::new(&id).map(|id| ProcessKey::init(&id)).into_iter().collect();
-            return Ok(Change { reply: Some(reply), releases, leave: worker.registry.is_empty(), ..Change::default() });
+            return Ok(Change { reply: Some(reply), releases, leave: shared.registry.is_empty(), ..Change::default() });
         }
     };
     if let Some(deleted) = container.deleted_by_another(KILL_WITHIN).await? {
@@ -83,7 +75,7 @@ pub(in crate::worker) async fn delete_for_command(worker: &Rc<Worker>, cause: &C
     if let Some(Ok(Reply::Deleted(deleted))) = change.reply {
         change.reply = Some(Ok(Reply::DeletedForCommand(deleted)));
     }
-    change.leave = worker.registry.count() == 1;
+    change.leave = shared.registry.count() == 1;
     Ok(change)
 }
 
@@ -210,19 +202,13 @@ async fn engine_delete_by(cause: &Cause, step: Step, container: &Rc<Container>, 
 
 /// The exit of a container that was deleted already: a client that timed out asks again. The journal stays in the
 /// bundle until the client removes it.
-fn from_journal(worker: &Worker, id: &str) -> Option<Deleted> {
+fn from_journal(shared: &Shared, id: &str) -> Option<Deleted> {
     let id = ContainerId::new(id).ok()?;
-    let bundle = worker.settings.bundle.parent().unwrap_or(Path::new("/")).join(id.as_str());
+    let bundle = shared.settings.bundle.parent().unwrap_or(Path::new("/")).join(id.as_str());
     let (body, exit) = journal::blocking_read(&bundle)?;
     let exit = exit?;
-    let is_ours = body.id == id.as_str() && body.keeper == worker.keeper.get() && body.init.is_some_and(|init| init.pid == exit.pid);
+    let is_ours = body.id == id.as_str() && body.keeper == shared.keeper.get() && body.init.is_some_and(|init| init.pid == exit.pid);
     is_ours.then_some(Deleted { pid: Some(exit.pid), exit: Some(Exit { status: exit.status, at_nanos: exit.at_nanos }) })
-}
-
-impl Deleted {
-    fn of(process: &Process) -> Self {
-        Self { pid: process.pid, exit: process.exit() }
-    }
 }
 
 /// The right to delete a container's init; one at a time.

@@ -1,10 +1,11 @@
 //! Exec: adds a process to a container, to be started later.
 use std::path::{Path, PathBuf};
 
-use super::{Change, Event, EventKind, ExecId, Process, ProcessKey, Reply, Request, Streams};
+use super::{Change, Event, EventKind, Process, Reply, Shared, Streams};
 use crate::whole_file::blocking_replace;
-use crate::worker::Worker;
 use crate::worker::error::Error;
+use crate::worker::id::{ExecId, ProcessKey};
+use crate::worker::phase::Request;
 
 /// The request.
 #[derive(Debug, Clone)]
@@ -17,8 +18,8 @@ pub(in crate::worker) struct ExecCall {
 }
 
 /// Adds a process.
-pub(in crate::worker) fn exec(worker: &Worker, call: ExecCall) -> Result<Change, Error> {
-    let container = worker.registry.get(&call.id)?;
+pub(in crate::worker) fn exec(shared: &Shared, call: ExecCall) -> Result<Change, Error> {
+    let container = shared.registry.get(&call.id)?;
     let exec = ExecId::new(&call.exec)?;
     let key = ProcessKey::exec(&container.id, &exec);
     container.refuse_while_deleting()?;

@@ -6,7 +6,8 @@
 //! **Invariant:** an exec that runs, or is still to be started, is never dropped. All counts follow from the execs.
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{ExecId, Process};
+use super::process::Process;
+use crate::worker::id::ExecId;
 
 /// The most bytes that spent execs take up, oldest dropped first: some thousands of them.
 const MAX_SPENT_BYTES: usize = 2 << 20;
@@ -107,8 +108,9 @@ fn bytes(exec: &ExecId, process: &Process) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Exit, Fact, Streams};
+    use super::super::Streams;
     use super::*;
+    use crate::worker::phase::{Exit, Fact};
 
     fn id(number: usize) -> ExecId {
         ExecId::new(&format!("e{number}")).expect("it is a name")

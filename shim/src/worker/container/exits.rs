@@ -8,17 +8,18 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kill::kill_rest;
-use super::{Announce, Change, Container, Event, EventKind, Exit, Fact, Phase, Process, ProcessKey, Record};
-use crate::worker::Worker;
+use super::{Change, Container, Event, EventKind, Process, Record, Shared};
 use crate::worker::cause::Cause;
+use crate::worker::id::ProcessKey;
+use crate::worker::phase::{Announce, Exit, Fact, Phase};
 
 /// Handles the exit of a process.
-pub(in crate::worker) async fn exited(worker: &Rc<Worker>, cause: &Cause, key: ProcessKey, exit: Exit) -> Change {
-    if worker.registry.is_set_aside(key.container.as_str()) {
+pub(in crate::worker) async fn exited(shared: &Shared, cause: &Cause, key: ProcessKey, exit: Exit) -> Change {
+    if shared.registry.is_set_aside(key.container.as_str()) {
         // for a worker of a version that can read the record
         return std::future::pending().await;
     }
-    let Ok(container) = worker.registry.get(key.container.as_str()) else { return Change::default() };
+    let Ok(container) = shared.registry.get(key.container.as_str()) else { return Change::default() };
     if container.process(&key, |process| process.exit().is_some()).unwrap_or(true) {
         return Change::default();
     }

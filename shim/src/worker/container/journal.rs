@@ -3,12 +3,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::Record;
 use super::verb::blocking_is_kept;
+use super::{Record, Shared};
 use crate::handover::{Op, Step};
 use crate::journal::{FILE_NAME, RecordedExit};
 use crate::journal_body::{JournalBody, ProcessIdentity, VERSION};
-use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 
@@ -27,9 +26,9 @@ pub(super) fn blocking_read(bundle: &Path) -> Option<(JournalBody, Option<Record
 ///
 /// Errors: the engine has a container of that id. Whether it did before this cause, the keeper remembers with the journal that
 /// the first worker wrote: a container that a replay finds may be one that this very cause has made.
-pub(super) async fn take_id(worker: &Worker, cause: &Cause, record: &Record) -> Result<(), Error> {
+pub(super) async fn take_id(shared: &Shared, cause: &Cause, record: &Record) -> Result<(), Error> {
     let found = Record { unknown_to_engine: blocking_is_kept(record), ..record.clone() };
-    write(worker, cause, step::JOURNAL, &found).await?;
+    write(shared, cause, step::JOURNAL, &found).await?;
     match blocking_read(&record.bundle) {
         Some((body, _)) if !body.engine.is_null() => Ok(()),
         Some(_) => Err(Error::Taken { id: record.id.clone(), state: record.engine.state_of(record.id.as_str()) }),
@@ -38,15 +37,15 @@ pub(super) async fn take_id(worker: &Worker, cause: &Cause, record: &Record) -> 
 }
 
 /// Has the keeper write the journal with the current record.
-pub(super) async fn write(worker: &Worker, cause: &Cause, at: Step, record: &Record) -> Result<(), Error> {
+pub(super) async fn write(shared: &Shared, cause: &Cause, at: Step, record: &Record) -> Result<(), Error> {
     let body = JournalBody {
         version: VERSION,
-        namespace: worker.settings.namespace.clone(),
+        namespace: shared.settings.namespace.clone(),
         id: record.id.to_string(),
         bundle: record.bundle.clone(),
         rootfs: record.mounted.clone(),
-        keeper: worker.keeper.get(),
-        control_path: worker.settings.control_path.clone(),
+        keeper: shared.keeper.get(),
+        control_path: shared.settings.control_path.clone(),
         engine: if record.unknown_to_engine { Value::Null } else { serde_json::to_value(&record.engine).unwrap_or_default() },
         shared_pid_namespace: record.shared_pid_namespace,
         cgroup: serde_json::to_value(&record.cgroup).unwrap_or_default(),

@@ -3,13 +3,14 @@ use std::rc::Rc;
 
 use super::create::at;
 use super::verb::run_verb;
-use super::{Change, Container, Phase, ProcessKey, Reply, Request, Target};
+use super::{Change, Container, Reply, Shared, Target};
 use crate::cgroup::Cgroup;
 use crate::engine::{EngineError, Verb};
 use crate::handover::Op;
-use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
+use crate::worker::id::ProcessKey;
+use crate::worker::phase::{Phase, Request};
 
 /// The request.
 #[derive(Debug, Clone)]
@@ -21,13 +22,13 @@ pub(in crate::worker) struct KillCall {
 }
 
 /// Signals.
-pub(in crate::worker) async fn kill(worker: &Rc<Worker>, cause: &Cause, call: KillCall) -> Result<Change, Error> {
+pub(in crate::worker) async fn kill(shared: &Shared, cause: &Cause, call: KillCall) -> Result<Change, Error> {
     let signal = match i32::try_from(call.signal) {
         // 0 asks whether the process is there.
         Ok(number @ 0..=64) => number,
         _ => return Err(Error::Signal { number: call.signal }),
     };
-    let container = worker.registry.get(&call.target.id)?;
+    let container = shared.registry.get(&call.target.id)?;
     let key = container.key(&call.target.exec)?;
     // Requested in any case: an earlier worker may have sent this very signal, and this one may have handled the exit that followed before
     // the request. Then the keeper answers that it was done.

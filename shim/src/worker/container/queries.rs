@@ -1,36 +1,12 @@
 //! The calls that change nothing: State, Pids, Stats, Wait. Answered from records and the kernel.
-use std::path::PathBuf;
-use std::rc::Rc;
 
 use super::create::at;
-use super::{Change, Container, Phase, ProcessKey, Record, Reply, Streams, Target};
+use super::{Change, Container, Process, Record, Reply, Shared, StateOf, Status, Target};
 use crate::cgroup::Cgroup;
-use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
-
-/// The answer to State.
-#[derive(Debug, Clone, PartialEq)]
-pub(in crate::worker) struct StateOf {
-    /// The container's id, or the exec's.
-    pub(in crate::worker) id: String,
-    /// Empty for init.
-    pub(in crate::worker) exec: String,
-    pub(in crate::worker) bundle: PathBuf,
-    pub(in crate::worker) pid: Option<u32>,
-    pub(in crate::worker) status: Status,
-    pub(in crate::worker) stdio: Streams,
-    pub(in crate::worker) exit: Option<super::Exit>,
-}
-
-/// The statuses that containerd knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::worker) enum Status {
-    Created,
-    Running,
-    Paused,
-    Stopped,
-}
+use crate::worker::id::ProcessKey;
+use crate::worker::phase::Phase;
 
 /// Describes a process from the records.
 pub(in crate::worker) fn state_of(record: &Record, key: &ProcessKey) -> Option<StateOf> {
@@ -64,8 +40,8 @@ fn recorded_pids(record: &Record) -> Vec<(u32, Option<String>)> {
 }
 
 /// Lists the processes of a container: those of the records, then the others in its cgroup. Never fails for a container that exists.
-pub(in crate::worker) async fn pids(worker: &Rc<Worker>, cause: &Cause, id: &str) -> Result<Change, Error> {
-    let container = worker.registry.get(id)?;
+pub(in crate::worker) async fn pids(shared: &Shared, cause: &Cause, id: &str) -> Result<Change, Error> {
+    let container = shared.registry.get(id)?;
     let mut others = match others(cause, &container).await {
         Ok(others) => others,
         Err(error) => {
@@ -97,17 +73,17 @@ async fn others(cause: &Cause, container: &Container) -> Result<Vec<u32>, Error>
 }
 
 /// The metrics of a container, until it is deleted.
-pub(in crate::worker) fn stats(worker: &Worker, id: &str) -> Result<Change, Error> {
-    let container = worker.registry.get(id)?;
+pub(in crate::worker) fn stats(shared: &Shared, id: &str) -> Result<Change, Error> {
+    let container = shared.registry.get(id)?;
     let metrics = container.record().cgroup.metrics();
     Ok(Change::reply(Reply::Stats(metrics)))
 }
 
 /// Waits for the exit of a process: parked with the keeper, where it costs a few bytes.
-pub(in crate::worker) fn wait(worker: &Worker, target: &Target) -> Result<Change, Error> {
-    let container = worker.registry.get(&target.id)?;
+pub(in crate::worker) fn wait(shared: &Shared, target: &Target) -> Result<Change, Error> {
+    let container = shared.registry.get(&target.id)?;
     let key = container.key(&target.exec)?;
-    Ok(match container.process(&key, super::Process::exit)? {
+    Ok(match container.process(&key, Process::exit)? {
         Some(exit) => Change::reply(Reply::Exit(exit)),
         None => Change { park: Some(key), ..Change::default() },
     })

@@ -6,16 +6,17 @@ use super::create::{ProcessFiles, at, blocking, find_cgroup, undo_engine};
 use super::exits::START_WITHIN;
 use super::streams::Plan;
 use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
-use super::{Change, Container, Event, EventKind, Fact, Phase, ProcessKey, Record, Reply, Request, Target, journal};
+use super::{Change, Container, Event, EventKind, Record, Reply, Shared, Target, journal};
 use crate::engine::{self, Verb};
 use crate::handover::Op;
-use crate::worker::Worker;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
+use crate::worker::id::ProcessKey;
+use crate::worker::phase::{Fact, Phase, Request};
 
 /// Starts a process that was created or added.
-pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target: Target) -> Result<Change, Error> {
-    let container = worker.registry.get(&target.id)?;
+pub(in crate::worker) async fn start(shared: &Shared, cause: &Cause, target: Target) -> Result<Change, Error> {
+    let container = shared.registry.get(&target.id)?;
     let key = container.key(&target.exec)?;
     container.refuse_while_deleting()?;
     if let Some(pid) = started_by_another(&container, &key).await? {
@@ -27,8 +28,8 @@ pub(in crate::worker) async fn start(worker: &Rc<Worker>, cause: &Cause, target:
     }
     container.observe(&key, Fact::StartAsked);
     let result = match &key.exec {
-        Some(_) => worker.starts.in_turn(start_added(worker, cause, &container, &key)).await,
-        None if container.record().restore.is_some() => restore(worker, cause, &container, &key).await,
+        Some(_) => shared.starts.in_turn(start_added(shared, cause, &container, &key)).await,
+        None if container.record().restore.is_some() => restore(shared, cause, &container, &key).await,
         None => start_init(cause, &container).await,
     };
     match result {
@@ -71,9 +72,9 @@ async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, 
 }
 
 /// Makes the container from a checkpoint, running.
-async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
+async fn restore(shared: &Shared, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     let record = container.record().clone();
-    let files = ProcessFiles::new(worker, cause, &record, key);
+    let files = ProcessFiles::new(shared, cause, &record, key);
     let work = CriuWork::new(&record, None);
     let folder = work.path.clone();
     blocking(move || std::fs::create_dir_all(&folder).map_err(|source| Error::Io { op: "make folder", path: folder, source })).await?;
@@ -86,11 +87,11 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
         options: &record.options.restore,
     };
     let spawn = record.engine.restore(&at(&record), &restore);
-    journal::take_id(worker, cause, &record).await?;
+    journal::take_id(shared, cause, &record).await?;
     let pid = match files.run(cause, spawn, &record.engine, Verb::Restore).await {
         Ok(pid) => pid,
         Err(error) => {
-            undo_engine(worker, cause, &record, &error).await;
+            undo_engine(shared, cause, &record, &error).await;
             return Err(blocking_add_criu_errors(error, &work.path));
         }
     };
@@ -106,7 +107,7 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
     let mut copy = container.record().clone();
     restored(&mut copy);
     // The container runs by now: without its pid in the journal, the engine still has it.
-    if let Err(error) = journal::write(worker, cause, step::JOURNAL_AGAIN, &copy).await {
+    if let Err(error) = journal::write(shared, cause, step::JOURNAL_AGAIN, &copy).await {
         log::warn!(container:% = container.id, error:% = error.chain(); "cannot write the journal");
     }
     restored(&mut container.record_mut());
@@ -115,13 +116,13 @@ async fn restore(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, 
     Ok(change.event(Event::new(container, EventKind::Started { pid })))
 }
 
-async fn start_added(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
+async fn start_added(shared: &Shared, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     let (plan, size, stdin_closed) = {
         let record = container.record();
         let process = record.process(key).ok_or_else(|| super::gone(key))?;
         (Plan::blocking_read(key, &process.stdio, &record)?, process.size, process.stdin_closed)
     };
-    plan.open(worker, cause).await?;
+    plan.open(shared, cause).await?;
     let text = key.to_string();
     if let Some((rows, columns)) = size {
         cause.perform(step::RESIZE, Op::Resize { key: text.clone(), rows, columns }).await?;
@@ -131,7 +132,7 @@ async fn start_added(worker: &Rc<Worker>, cause: &Cause, container: &Rc<Containe
     }
     let (files, spawn, engine) = {
         let record = container.record();
-        let files = ProcessFiles::new(worker, cause, &record, key);
+        let files = ProcessFiles::new(shared, cause, &record, key);
         let exec = engine::Exec {
             process_file: &super::exec::process_file(&record.bundle, key),
             pid_file: &files.pid_file,

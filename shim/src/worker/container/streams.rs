@@ -2,12 +2,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{ProcessKey, Record, Streams};
+use super::{Record, Shared, Streams};
 use crate::handover::{Fd, Op, Output, Spawn, Stdio, Step, Stream};
 use crate::stdio_uri::{Logger, StdioUri};
-use crate::worker::Worker;
 use crate::worker::cause::{Cause, Started, step};
 use crate::worker::error::Error;
+use crate::worker::id::ProcessKey;
 use crate::worker::pump;
 
 /// The streams of a process, read and checked.
@@ -85,7 +85,7 @@ impl Plan {
     }
 
     /// Has the keeper open the streams and start the loggers. After an error the caller releases the key.
-    pub(super) async fn open(&self, worker: &Worker, cause: &Cause) -> Result<(), Error> {
+    pub(super) async fn open(&self, shared: &Shared, cause: &Cause) -> Result<(), Error> {
         for (_, path) in self.files() {
             let file = path.clone();
             let opened = tokio::task::spawn_blocking(move || pump::blocking_open(&file).map(drop)).await;
@@ -93,7 +93,7 @@ impl Plan {
         }
         cause.perform(step::OPEN_STDIO, Op::OpenStdio(self.stdio())).await?;
         for (number, hired) in (0..).zip(self.loggers()) {
-            if let Err(error) = self.hire(worker, cause, step::LOGGERS + number, hired).await {
+            if let Err(error) = self.hire(shared, cause, step::LOGGERS + number, hired).await {
                 // A logger that is not ready would wait for output that never comes.
                 if let Err(error) = cause.perform(step::END_HELPERS, Op::EndHelpers { key: self.key.to_string() }).await {
                     log::warn!(container:% = self.key, error:% = error.chain(); "cannot kill a logger");
@@ -123,13 +123,13 @@ impl Plan {
         }
     }
 
-    async fn hire(&self, worker: &Worker, cause: &Cause, at: Step, hired: Hired) -> Result<(), Error> {
+    async fn hire(&self, shared: &Shared, cause: &Cause, at: Step, hired: Hired) -> Result<(), Error> {
         let Hired { logger, stdout, stderr } = hired;
         let key = self.key.to_string();
         let read = |wanted, stream| if wanted { Fd::ReadEnd(key.clone(), stream) } else { Fd::Null };
         // As the stock shim does: for an exec, the exec's own id.
         let id = self.key.exec.as_ref().map_or_else(|| self.key.container.to_string(), ToString::to_string);
-        let own = [("CONTAINER_ID", id.as_str()), ("CONTAINER_NAMESPACE", worker.settings.namespace.as_str())];
+        let own = [("CONTAINER_ID", id.as_str()), ("CONTAINER_NAMESPACE", shared.settings.namespace.as_str())];
         let environment = own.into_iter().chain(logger.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())));
         let spawn = Spawn {
             key: key.clone(),

@@ -6,9 +6,11 @@ use protobuf::{EnumOrUnknown, MessageField};
 use super::TASK_SERVICES;
 use crate::handover::{Ready, ReportedExit};
 use crate::options::process_details;
-use crate::worker::container::{Deleted, Phase, ProcessKey, Record, Reply, StateOf, Status, state_of};
+use crate::worker::container::{Deleted, Record, Reply, StateOf, Status, state_of};
 use crate::worker::error::{Code, Error};
 use crate::worker::events::{bytes, exited_at, timestamp};
+use crate::worker::id::ProcessKey;
+use crate::worker::phase::Phase;
 
 /// Encodes an answer: a ttrpc `Response` message.
 pub(in crate::worker) fn response(result: Result<Reply, Error>, keeper_pid: u32) -> Vec<u8> {

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use super::container::{Container, ContainerId};
-use super::error::Error;
+use super::Container;
+use crate::worker::error::Error;
+use crate::worker::id::ContainerId;
 
 /// The containers of this shim.
 #[derive(Debug, Default)]
-pub(super) struct Registry {
+pub(in crate::worker) struct Registry {
     slots: RefCell<BTreeMap<ContainerId, Option<Rc<Container>>>>,
     /// Ids of containers whose records this version cannot read.
     set_aside: RefCell<BTreeSet<String>>,
@@ -23,14 +24,14 @@ pub(super) struct Registry {
 
 /// An id whose container is being created. Dropped without a container, the id is free again.
 #[derive(Debug)]
-pub(super) struct Reservation<'a> {
+pub(in crate::worker) struct Reservation<'a> {
     registry: &'a Registry,
     id: ContainerId,
 }
 
 impl Registry {
     /// Takes an id for a container that is being created.
-    pub(super) fn reserve(&self, id: &ContainerId) -> Result<Reservation<'_>, Error> {
+    pub(in crate::worker) fn reserve(&self, id: &ContainerId) -> Result<Reservation<'_>, Error> {
         let mut slots = self.slots.borrow_mut();
         if slots.contains_key(id) || self.is_set_aside(id.as_str()) {
             return Err(Error::Exists { id: id.clone() });
@@ -39,17 +40,17 @@ impl Registry {
         Ok(Reservation { registry: self, id: id.clone() })
     }
 
-    pub(super) fn insert(&self, container: &Rc<Container>) {
+    pub(in crate::worker) fn insert(&self, container: &Rc<Container>) {
         self.slots.borrow_mut().insert(container.id.clone(), Some(Rc::clone(container)));
         self.created.notify_waiters();
     }
 
-    pub(super) fn remove(&self, id: &ContainerId) {
+    pub(in crate::worker) fn remove(&self, id: &ContainerId) {
         self.slots.borrow_mut().remove(id);
     }
 
     /// Finds a container that exists.
-    pub(super) fn get(&self, id: &str) -> Result<Rc<Container>, Error> {
+    pub(in crate::worker) fn get(&self, id: &str) -> Result<Rc<Container>, Error> {
         let unknown = || {
             let id = id.to_owned();
             if self.is_set_aside(&id) { Error::SetAside { id } } else { Error::NoContainer { id } }
@@ -58,22 +59,22 @@ impl Registry {
     }
 
     /// Takes the id of a container whose record cannot be read.
-    pub(super) fn set_aside(&self, id: &str) {
+    pub(in crate::worker) fn set_aside(&self, id: &str) {
         self.slots.borrow_mut().remove(id);
         self.set_aside.borrow_mut().insert(id.to_owned());
     }
 
-    pub(super) fn is_set_aside(&self, id: &str) -> bool {
+    pub(in crate::worker) fn is_set_aside(&self, id: &str) -> bool {
         self.set_aside.borrow().contains(id)
     }
 
     /// Whether a container of this id is being created.
-    pub(super) fn is_being_created(&self, id: &str) -> bool {
+    pub(in crate::worker) fn is_being_created(&self, id: &str) -> bool {
         matches!(self.slots.borrow().get(id), Some(None))
     }
 
     /// Waits at most `within` for the Create of this id to end.
-    pub(super) async fn until_created(&self, id: &str, within: Duration) {
+    pub(in crate::worker) async fn until_created(&self, id: &str, within: Duration) {
         let wait = async {
             loop {
                 let created = self.created.notified();
@@ -89,15 +90,15 @@ impl Registry {
     }
 
     /// The number of containers, with those being created and those whose records cannot be read.
-    pub(super) fn count(&self) -> usize {
+    pub(in crate::worker) fn count(&self) -> usize {
         self.slots.borrow().len() + self.set_aside.borrow().len()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::worker) fn is_empty(&self) -> bool {
         self.count() == 0
     }
 
-    pub(super) fn all(&self) -> Vec<Rc<Container>> {
+    pub(in crate::worker) fn all(&self) -> Vec<Rc<Container>> {
         self.slots.borrow().values().flatten().cloned().collect()
     }
 }

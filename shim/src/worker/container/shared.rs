@@ -1,0 +1,26 @@
+//! What the handlers of all requests and exits share.
+use std::cell::Cell;
+use std::rc::Rc;
+
+use super::registry::Registry;
+use crate::journal_body::ProcessIdentity;
+use crate::settings::Settings;
+use crate::worker::link::Link;
+use crate::worker::starts::Starts;
+
+/// See the module.
+#[derive(Debug)]
+pub(in crate::worker) struct Shared {
+    pub(in crate::worker) settings: Settings,
+    pub(in crate::worker) link: Rc<Link>,
+    pub(in crate::worker) registry: Registry,
+    pub(in crate::worker) starts: Starts,
+    /// Unknown until the keeper's Welcome.
+    pub(in crate::worker) keeper: Cell<ProcessIdentity>,
+}
+
+impl Shared {
+    pub(in crate::worker) fn new(settings: Settings, link: Rc<Link>) -> Self {
+        Self { settings, link, registry: Registry::default(), starts: Starts::new(), keeper: Cell::default() }
+    }
+}
