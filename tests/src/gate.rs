@@ -72,6 +72,11 @@ impl Gate {
         Ok(())
     }
 
+    /// Lets the calls that are blocked before the real runtime run it. They block after it if that was ordered.
+    pub fn let_run(&self, verb: &str) -> Result<()> {
+        Ok(fs::remove_file(self.folder.join(format!("hold.{verb}")))?)
+    }
+
     /// Waits until a call of `verb` is blocked, and returns its pid.
     pub async fn held(&self, verb: &str) -> Result<i32> {
         eventually(format!("the runtime is held at {verb}"), SOON, async || {

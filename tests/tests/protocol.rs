@@ -96,6 +96,9 @@ fn main() -> ExitCode {
     cases.extend(direct_cases![runtimes:
         a_refused_create_leaves_the_container_of_another_daemon_alone,
         a_create_that_loses_a_race_for_its_id_leaves_the_winner_alone,
+        delete_leaves_the_winner_of_a_race_alone_when_the_losers_keeper_was_killed,
+        a_create_that_fails_in_unknown_words_leaves_a_container_of_another_bundle_alone,
+        delete_removes_what_a_create_had_made_when_its_keeper_was_killed,
         what_a_killed_create_has_made_is_removed_by_the_next_worker,
         without_the_runtimes_program_every_call_is_refused_with_its_path_and_delete_works_once_it_is_back,
         delete_removes_a_container_whose_runtime_is_gone,

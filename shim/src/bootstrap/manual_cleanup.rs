@@ -42,10 +42,18 @@ impl Leftovers<'_> {
         CommandEngine::deserialize(&self.body?.engine).ok()
     }
 
+    /// The container, described for the engine.
+    fn at(&self) -> Container<'_> {
+        Container { id: self.id, bundle: self.body.map_or(self.bundle, |body| &body.bundle) }
+    }
+
     fn rootfs(&self) -> PathBuf {
         self.body.and_then(|body| body.rootfs.clone()).unwrap_or_else(|| self.bundle.join("rootfs"))
     }
 }
+
+/// How long another Create may take until its container names its bundle.
+const HALF_MADE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Whether nothing is left: no process, no mount, no state of the engine.
 pub(crate) fn is_clean(leftovers: &Leftovers<'_>) -> bool {
@@ -112,29 +120,15 @@ pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), E
     }
 }
 
-/// Has the engine delete the container, and unmounts its root filesystem.
+/// Has the engine delete the container, unless the engine's container of this id is another one, and unmounts its root filesystem.
 ///
 /// Errors: the mounts cannot be undone, or the engine's program is missing and its state cannot be removed without it. Any other failure
 /// of the engine is a warning: there may be nothing left to delete.
 pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), Error> {
-    if let Some(engine) = leftovers.engine() {
-        let order = engine.delete(&Container { id: leftovers.id, bundle: leftovers.bundle }, true);
-        let complaint = match helper::run(&order, deadline) {
-            Ok(exited) => match engine.interpret(Verb::Delete, &exited) {
-                Ok(()) | Err(EngineError::NoContainer { .. }) => None,
-                Err(error) => Some(error.to_string()),
-            },
-            Err(error) => match engine.blocking_explain(Verb::Delete) {
-                Some(gone) => {
-                    remove_without_engine(leftovers, &engine)?;
-                    Some(format!("{gone} (its state and the cgroup were removed without it)"))
-                }
-                None => Some(format!("{}: {error}", engine.binary().display())),
-            },
-        };
-        if let Some(complaint) = complaint {
-            eprintln!("containerd-shim-x-v2: delete {}: {complaint}", leftovers.id);
-        }
+    if let Some(engine) = leftovers.engine()
+        && let Some(complaint) = delete_from_engine(leftovers, &engine, deadline)?
+    {
+        eprintln!("containerd-shim-x-v2: delete {}: {complaint}", leftovers.id);
     }
     let rootfs = leftovers.rootfs();
     match rootfs::blocking_unmount_all(&rootfs, Unmount::Clean) {
@@ -143,6 +137,46 @@ pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), 
         other => other?,
     }
     Ok(())
+}
+
+/// Has the engine delete the container. Returns why it has not.
+fn delete_from_engine(leftovers: &Leftovers<'_>, engine: &CommandEngine, deadline: Instant) -> Result<Option<String>, Error> {
+    if is_of_another(leftovers, engine, deadline) {
+        let root = engine.state_of(leftovers.id);
+        return Ok(Some(format!("{} is the OCI runtime's state of another bundle's container; it is left alone", root.display())));
+    }
+    match helper::run(&engine.delete(&leftovers.at(), true), deadline) {
+        Ok(exited) => match engine.interpret(Verb::Delete, &exited) {
+            Ok(()) | Err(EngineError::NoContainer { .. }) => Ok(None),
+            Err(error) => Ok(Some(error.to_string())),
+        },
+        Err(error) => match engine.blocking_explain(Verb::Delete) {
+            Some(gone) if leftovers.init().is_none() => Ok(Some(gone.to_string())),
+            Some(gone) => {
+                remove_without_engine(leftovers, engine)?;
+                Ok(Some(format!("{gone} (its state and the cgroup were removed without it)")))
+            }
+            None => Ok(Some(format!("{}: {error}", engine.binary().display()))),
+        },
+    }
+}
+
+/// Whether the engine's container of this id is of another bundle. The journal names the engine before the engine runs, and a keeper
+/// that is killed records nothing of a Create that finds the id taken.
+///
+/// What is half made names no bundle: another Create may be at it, which takes a moment, or what made it was killed.
+fn is_of_another(leftovers: &Leftovers<'_>, engine: &CommandEngine, deadline: Instant) -> bool {
+    let until = deadline.min(Instant::now() + HALF_MADE_WITHIN);
+    loop {
+        let found = helper::run(&engine.state(&leftovers.at()), until).ok();
+        if let Some(is_ours) = found.and_then(|exited| engine.blocking_is_in_bundle(&leftovers.at(), &exited)) {
+            return !is_ours;
+        }
+        if leftovers.init().is_some() || !engine.state_of(leftovers.id).exists() || Instant::now() >= until {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Removes the state of an engine whose program is missing: the id would stay taken.

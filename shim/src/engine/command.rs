@@ -197,6 +197,13 @@ impl CommandEngine {
         arguments.finish(at.id)
     }
 
+    /// Prints the container's state: see [`Self::blocking_is_in_bundle`].
+    pub(crate) fn state(&self, at: &Container<'_>) -> Spawn {
+        let mut arguments = self.begin(at.id, at.bundle, "state");
+        arguments.0.fds = vec![Fd::Null, Fd::Output, Fd::Null];
+        arguments.finish(at.id)
+    }
+
     /// Prints the engine's features as JSON.
     pub(crate) fn features(&self) -> Spawn {
         let mut arguments = self.begin("", Path::new("/"), "features");
@@ -228,6 +235,21 @@ impl CommandEngine {
             verb: Verb::Pids,
             message: format!("{} printed no list of process ids: {error}", self.binary.display()),
         })
+    }
+
+    /// Whether the container that [`Self::state`] found is the one of this bundle: another daemon's has the id, if not. Absent if it found
+    /// none, or one that is not made yet.
+    ///
+    /// Source: `bundle` in the state of the runtime specification. runc prints it with symbolic links resolved, crun as it was named.
+    pub(crate) fn blocking_is_in_bundle(&self, at: &Container<'_>, exited: &Exited) -> Option<bool> {
+        #[derive(Deserialize)]
+        struct State {
+            bundle: PathBuf,
+        }
+        self.interpret(Verb::State, exited).ok()?;
+        let State { bundle } = serde_json::from_slice(&exited.output).ok()?;
+        let is_same_folder = || Some(bundle.canonicalize().ok()? == at.bundle.canonicalize().ok()?);
+        Some(bundle == at.bundle || is_same_folder().unwrap_or(false))
     }
 }
 

@@ -92,6 +92,7 @@ pub(crate) enum Verb {
     Checkpoint,
     Restore,
     Pids,
+    State,
     Features,
 }
 
@@ -110,6 +111,7 @@ impl Verb {
             Self::Checkpoint => "checkpoint",
             Self::Restore => "restore",
             Self::Pids => "ps",
+            Self::State => "state",
             Self::Features => "features",
         }
     }

@@ -41,6 +41,8 @@ pub(crate) mod step {
     /// Deletes by force after a delete that failed.
     pub(crate) const ENGINE_DELETE_BY_FORCE: Step = 15;
     pub(crate) const DRAIN: Step = 16;
+    /// Looks at what has the id after a failure, before UNDO.
+    pub(crate) const ENGINE_STATE: Step = 17;
 }
 
 impl Cause {

@@ -24,6 +24,11 @@ fn kept(stand: &Stand, id: &str) -> PathBuf {
     Path::new("/run/containerd/runc").join(stand.namespace()).join(id)
 }
 
+async fn kill_shim(shim: i32) -> Result<()> {
+    proc::kill_hard(shim);
+    eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await
+}
+
 /// Checks that it runs, is in its cgroup, and can run an exec.
 async fn is_well(container: &Container, exec: &str) -> Result<()> {
     let state = container.task.state(&container.id, "").await?;
@@ -79,6 +84,88 @@ pub(crate) async fn a_create_that_loses_a_race_for_its_id_leaves_the_winner_alon
         let shim = second.shim_pid()?;
         leave(&task, shim, id).await?;
         ensure!(container.shut_down().await? == 137);
+    }
+    Ok(())
+}
+
+/// The journal says that the runtime was asked, and nothing says that it refused: the keeper was killed in between.
+pub(crate) async fn delete_leaves_the_winner_of_a_race_alone_when_the_losers_keeper_was_killed(stand: Stand) -> Result<()> {
+    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+        let runtime = Suite::Bookworm.runtime(runtime);
+        let gate = stand.gate(&runtime)?;
+        let second = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary()).of_another_daemon();
+        let task = second.shim().await?;
+        gate.hold("create")?;
+        let request = second.request();
+        let create = tokio::spawn(async move { task.create(&request).await });
+        gate.held("create").await?;
+        let container = stand.bundle(id, &["sleep", "1000"]).runtime(&runtime).run().await?;
+        gate.hold_after("create")?;
+        gate.let_run("create")?;
+        gate.held("create").await?;
+        kill_shim(second.shim_pid()?).await?;
+        gate.release("create")?;
+        ensure!(within("create", SOON, create).await??.is_err(), "a container was made");
+        let deleted = second.delete_command().await?;
+        ensure!(deleted.exit_status == 137, "{deleted}");
+        is_well(&container, "last").await.with_context(|| format!("{id}, after delete"))?;
+        ensure!(container.shut_down().await? == 137);
+    }
+    Ok(())
+}
+
+/// A runtime's refusal of a taken id in words that no list has.
+pub(crate) async fn a_create_that_fails_in_unknown_words_leaves_a_container_of_another_bundle_alone(stand: Stand) -> Result<()> {
+    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+        let runtime = Suite::Bookworm.runtime(runtime);
+        let gate = stand.gate(&runtime)?;
+        let second = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary()).of_another_daemon();
+        let task = second.shim().await?;
+        gate.hold("create")?;
+        let (other, request) = (task.clone(), second.request());
+        let create = tokio::spawn(async move { other.create(&request).await });
+        gate.held("create").await?;
+        let container = stand.bundle(id, &["sleep", "1000"]).runtime(&runtime).run().await?;
+        gate.fail("create", Some("that one is there"))?;
+        gate.release("create")?;
+        let (_, message) = refusal(within("create", SOON, create).await??)?;
+        ensure!(message.contains("that one is there"), "{message}");
+        is_well(&container, "first").await.context(id)?;
+        second.delete_command().await?;
+        is_well(&container, "last").await.with_context(|| format!("{id}, after delete"))?;
+        leave(&task, second.shim_pid()?, id).await?;
+        ensure!(container.shut_down().await? == 137);
+    }
+    Ok(())
+}
+
+/// Nothing has recorded what the runtime had made, or half made, when the keeper was killed.
+pub(crate) async fn delete_removes_what_a_create_had_made_when_its_keeper_was_killed(stand: Stand) -> Result<()> {
+    for (name, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+        for is_whole in [true, false] {
+            let id = format!("{name}-{is_whole}");
+            let gate = stand.gate(&Suite::Bookworm.runtime(runtime))?;
+            let bundle = stand.bundle(&id, &["sleep", "1000"]).runtime(&gate.binary());
+            let (task, request) = (bundle.shim().await?, bundle.request());
+            if is_whole {
+                gate.hold_after("create")?
+            } else {
+                gate.hold("create")?
+            }
+            let create = tokio::spawn(async move { task.create(&request).await });
+            let held = gate.held("create").await?;
+            kill_shim(bundle.shim_pid()?).await?;
+            proc::kill_hard(held);
+            if !is_whole {
+                fs::create_dir_all(kept(&stand, &id))?;
+            }
+            ensure!(within("create", SOON, create).await??.is_err(), "a container was made");
+            ensure!(kept(&stand, &id).exists(), "the runtime has made nothing");
+            gate.release("create")?;
+            ensure!(bundle.delete_command().await?.exit_status == 137);
+            ensure!(!kept(&stand, &id).exists(), "{id}: the runtime has kept it");
+            ensure!(bundle.run().await?.shut_down().await? == 137);
+        }
     }
     Ok(())
 }

@@ -73,6 +73,7 @@ fn every_verb_has_its_arguments() {
             "restore --bundle /bundle --image-path /i --work-path /w --pid-file /p --detach --console-socket /s c1",
         ),
         (e.pids(&at()), "ps --format json c1"),
+        (e.state(&at()), "state c1"),
         (e.features(), "features"),
     ] {
         assert_eq!(line(&spawn), format!("{BEGIN} {expected}"));
@@ -111,6 +112,27 @@ fn process_ids_are_read_from_both_dialects() {
     assert_eq!(read("[\n  1,\n  2\n]\n"), Ok(vec![1, 2]));
     assert_eq!(read("null\n"), Ok(vec![]));
     assert!(read("PID\n1").is_err());
+}
+
+#[test]
+fn a_container_of_another_bundle_is_told_from_ours() {
+    let folder = std::env::temp_dir().join(format!("x-bundle-{}", std::process::id()));
+    fs::create_dir_all(folder.join("b")).expect("a temporary folder");
+    std::os::unix::fs::symlink("b", folder.join("link")).expect("a link");
+    let (bundle, link) = (folder.join("b"), folder.join("link"));
+    let is_ours = |bundle: &Path, status, output: String| {
+        let exited = Exited { status, output: output.into(), ..Exited::default() };
+        engine().blocking_is_in_bundle(&Container { id: "c1", bundle }, &exited)
+    };
+    let state = |bundle: &Path| format!(r#"{{"ociVersion":"1.0.2","id":"c1","status":"created","bundle":"{}"}}"#, bundle.display());
+    assert_eq!(is_ours(&bundle, 0, state(&bundle)), Some(true));
+    assert_eq!(is_ours(&link, 0, state(&bundle)), Some(true));
+    assert_eq!(is_ours(&bundle, 0, state(&folder)), Some(false));
+    assert_eq!(is_ours(Path::new("/gone"), 0, state(Path::new("/gone"))), Some(true));
+    assert_eq!(is_ours(&bundle, 0, state(Path::new("/gone"))), Some(false));
+    assert_eq!(is_ours(&bundle, 1, String::new()), None);
+    assert_eq!(is_ours(&bundle, 0, "{}".to_owned()), None);
+    fs::remove_dir_all(folder).expect("removal of a temporary folder");
 }
 
 #[test]

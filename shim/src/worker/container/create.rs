@@ -173,7 +173,7 @@ impl Draft {
 /// Has the engine remove what a Create or a restore has made, unless the id belongs to another container.
 pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record, why: &Error) {
     let container = &record.id;
-    let undone = if matches!(why, Error::Engine(EngineError::Exists { .. })) {
+    let undone = if matches!(why, Error::Engine(EngineError::Exists { .. })) || is_of_another(cause, record).await {
         // Another created it since the id was found free. The command `delete` must not touch it either.
         journal::write(shared, cause, step::JOURNAL_AGAIN, &Record { unknown_to_engine: true, ..record.clone() }).await
     } else {
@@ -183,6 +183,17 @@ pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record,
     match undone {
         Ok(()) | Err(Error::Engine(EngineError::NoContainer { .. })) => {}
         Err(error) => log::warn!(container:%, error:% = error.chain(); "cannot remove the container after a failed Create"),
+    }
+}
+
+/// Whether the engine's container of this id is of another bundle. Runtimes report a taken id in many ways.
+async fn is_of_another(cause: &Cause, record: &Record) -> bool {
+    match cause.run(step::ENGINE_STATE, record.engine.state(&at(record))).await {
+        Ok(exited) => record.engine.blocking_is_in_bundle(&at(record), &exited) == Some(false),
+        Err(error) => {
+            log::debug!(container:% = record.id, error:% = error.chain(); "cannot ask the OCI runtime which bundle has the id");
+            false
+        }
     }
 }
 
