@@ -1,6 +1,6 @@
 # make run    the main job: containers that outlive their daemon, its replacement, and the shim's worker
 # make test   everything that must hold
-# make conformance   what containerd asks of a shim, clause by clause, and what ours makes of it
+# make conformance   containerd's requirements on a shim, clause by clause, tested on ours
 PREFIX ?= /usr/local
 CARGO ?= cargo
 TARGET_DIR := $(shell $(CARGO) metadata --format-version 1 --no-deps 2>/dev/null | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
@@ -10,7 +10,7 @@ MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
 DEBUG := $(TARGET_DIR)/$(TRIPLE)/debug
 FAULTY_SHIM := $(DEBUG)/containerd-shim-x-v2
 
-# which commit the programs are of: `ps` and `-v` show it
+# the commit that the programs are built from: `ps` and `-v` show it
 X_REVISION ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null)
 X_REVISION := $(X_REVISION)
 export X_REVISION
@@ -23,7 +23,7 @@ CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conf
 build:
 	$(CARGO) build --locked --release --package containerd-shim-x --package x-manager
 
-## runs containers under x-manager, kills and replaces it and kills the shim's worker, shows that nothing was lost;
+## runs containers under x-manager, kills and replaces it and kills the shim's worker, and checks that nothing was lost;
 ## with DAEMON=containerd: a container under stock containerd, killed likewise. Debug builds: they compile in half the time. What is
 ## installed, tested and measured are release builds
 run: packages build-debug
@@ -44,8 +44,8 @@ test-e2e: packages suites build build-faulty
 		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
 	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd"
 
-## the tests of containerd and Docker with x-manager in containerd's place, its own, and lives under it with the shims of containerd 1.6, 1.7 and 2.1;
-## X_KILLS=500 X_SEED=N for more crashes of it, with those shims too
+## the tests of containerd and Docker with x-manager in containerd's place, x-manager's own, and lifecycles with the shims of containerd 1.6, 1.7 and 2.1;
+## X_KILLS=500 X_SEED=N for more crashes of x-manager, also with those shims
 test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test containerd --test docker
 	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
@@ -55,10 +55,10 @@ test-systemd: suites build
 	tests/tools/install-packages systemd dbus
 	X_MANAGER=$(MANAGER) X_SHIM=$(SHIM) tests/tools/systemd-check
 
-## on cgroup v2: natively, and what needs controllers that this host has on v1 in an emulated guest: too slow to be part of `test`
+## on cgroup v2: natively, and in an emulated guest for tests whose controllers this host has on v1: too slow to be part of `test`
 test-cgroup2: test-cgroup2-native test-cgroup2-guest conformance-cgroup2
 
-## on the unified hierarchy alone, with the controllers that v1 leaves there; what needs others is skipped, with the reason
+## on the unified hierarchy alone, with the controllers that v1 leaves there; tests that need others are skipped, with the reason
 CGROUP2_TESTS := conformance containerd cri docker protocol soak
 test-cgroup2-native: packages suites build
 	X_CGROUP=2 X_SHIM=$(SHIM) $(CARGO) test --locked --package shim-tests $(addprefix --test ,$(CGROUP2_TESTS)) -- --skip fault:: --skip document::
@@ -69,7 +69,7 @@ test-cgroup2-guest: packages build
 
 ## the protocol's clauses, on our shim, with both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
 ## cannot filter devices on v2: the next one's can. Debian 12 has no criu: checkpoints are written with later runtimes.
-## What is proved by repetition is repeated a little; X_TIMES=N, here and for the other tests: N times as often (docs/field.md).
+## Tests that repeat do so a few times; X_TIMES=N, here and for the other tests: N times as often (docs/field.md).
 SUITES := $(or $(X_TESTS_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/x-tests)
 conformance: packages suites build conformance-tool
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine crun
@@ -92,8 +92,8 @@ conformance-cgroup2: packages build conformance-tool
 conformance-tool:
 	$(CARGO) build --locked --package shim-tests --bins
 
-## containers and processes for MINUTES while everything around them fails, then an audit: the shim with a daemon that is a test's, then with
-## containerd 2.1, 1.7 and 1.6; X_SEED repeats what is chosen in a run
+## containers and processes for MINUTES while everything around them fails, then an audit: the shim with a fake daemon, then with
+## containerd 2.1, 1.7 and 1.6; X_SEED repeats a run
 MINUTES ?= 10
 SOAK = X_SHIM=$(SHIM) X_SOAK_SECONDS=$$(( $(MINUTES) * 15 )) $(CARGO) test --locked --package shim-tests --test soak
 soak: packages suites build
@@ -101,7 +101,7 @@ soak: packages suites build
 	X_SOAK_CONTAINERD=1.7 $(SOAK) -- every_exit_is_known
 	X_SOAK_CONTAINERD=1.6 $(SOAK) -- every_exit_is_known
 
-## each parser of bytes from outside for FUZZ_SECONDS, guided by coverage; what is too much for one is in fuzz/artifacts, what it learnt
+## each parser of bytes from outside for FUZZ_SECONDS, guided by coverage; failing inputs are in fuzz/artifacts, new interesting ones
 ## in fuzz/found. Unit tests replay fuzz/corpus, with mutations, in `test`. No sanitizer, so no nightly compiler: no parser has unsafe code.
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS := frame bootstrap options config journal handover
@@ -112,11 +112,11 @@ fuzz:
 		mkdir -p found/$$target && $(CARGO) fuzz run --sanitizer none $$target found/$$target corpus/$$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 || exit 1; done
 
-## docs/conformance.md: ours beside the stock shims of containerd 1.6, 1.7 and 2.1; and docs/faults.md; takes an hour
+## docs/conformance.md: our shim and the stock shims of containerd 1.6, 1.7 and 2.1; and docs/faults.md; takes an hour
 conformance-docs: packages suites build conformance-tool
 	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
 
-## a worker's crash at every message of every scenario, on the oldest and the newest containerd: `test` has some of them on one alone
+## a worker's crash at every message of every scenario, on the oldest and the newest containerd: `test` runs some of them on one of the two
 faults: packages suites build-faulty
 	X_SHIM_FAULTY=$(FAULTY_SHIM) X_FAULTS_ALL=1 $(CARGO) test --locked --package shim-tests --test faults -- every_message
 
@@ -125,20 +125,20 @@ N ?= 1000
 campaign: packages suites build-faulty
 	X_SHIM_FAULTY=$(FAULTY_SHIM) X_CAMPAIGN=$(N) X_CAMPAIGN_WITHIN=$$(( $(N) * 10 + 600 )) $(CARGO) test --locked --package shim-tests --test faults -- campaign
 
-## how long a client waits while its shim is upgraded, one upgrade of 1,000 shims, what a worker's rest gives and costs
+## how long a client waits while its shim is upgraded, one upgrade of 1,000 shims, gain and cost of hibernating workers
 bench-upgrade: packages build bench-tools
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin upgrade-bench -- --rounds 2000
 	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin upgrade-bench -- --shims 1000
 	X_SHIM=$(SHIM) X_SHIM_IDLE_SECONDS=5 $(CARGO) run --locked --release --package shim-tests --features bench --bin upgrade-bench -- --rest 50
 
-# the benchmarks, with the doubles beside them
+# the benchmarks, and the test doubles that they use
 bench-tools:
 	$(CARGO) build --locked --release --package shim-tests --features bench --bins
 
 build-debug:
 	$(CARGO) build --locked --package containerd-shim-x --package x-manager
 
-# A shim that kills its own worker at the message that a test chooses.
+# A shim whose worker crashes at the message that a test chooses.
 build-faulty:
 	$(CARGO) build --locked --package containerd-shim-x --features fault-injection
 
@@ -146,7 +146,7 @@ lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --features shim-tests/bench -- -D warnings
 
-## a program in use is replaced in one step: whoever runs it meanwhile finds the old one or the new one
+## an executable is replaced atomically: a process that starts it meanwhile gets the old or the new one
 BIN = $(DESTDIR)$(PREFIX)/bin
 install: packages build
 	install -D -m 755 $(SHIM) $(BIN)/.containerd-shim-x-v2.new && mv -f $(BIN)/.containerd-shim-x-v2.new $(BIN)/containerd-shim-x-v2
@@ -156,7 +156,7 @@ install: packages build
 	mkdir -p $(DESTDIR)$(PREFIX)/lib/systemd/system
 	sed 's,@PREFIX@,$(PREFIX),' manager/systemd/x-manager.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.service
 
-## what `install` has installed; docs/operations.md says what to see to before that
+## what `install` has installed; docs/operations.md lists the steps before that
 uninstall:
 	rm -f $(BIN)/containerd-shim-x-v2 $(BIN)/x-manager $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.socket \
 		$(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.service $(DESTDIR)$(PREFIX)/share/doc/x-manager/config.toml

@@ -1,6 +1,6 @@
 //! Messages of containerd's shim protocol that no crate on the registry gives.
 //!
 //! Written from the facts of the protocol (field names, numbers and types); everything else comes from `containerd-shim-protos`.
-//! The bindings are small enough to be written by hand: see [`runtime_options`] and [`linux_runc`].
+//! The bindings are small enough to be handwritten: see [`runtime_options`] and [`linux_runc`].
 pub mod linux_runc;
 pub mod runtime_options;

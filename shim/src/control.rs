@@ -2,7 +2,7 @@
 //!
 //! Owns one exchange: connect, one request, one reply. The messages are `handover`'s.
 //!
-//! **Invariant:** no exchange takes longer than its deadline, whatever state the keeper is in.
+//! **Invariant:** no exchange takes longer than its deadline, even if the keeper hangs.
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -43,7 +43,7 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// Whether there is no keeper (any more), rather than one in trouble: its socket is missing or refuses connections.
+    /// Whether there is no keeper (any more), rather than one that does not answer: its socket is missing or refuses connections.
     pub(crate) fn is_gone(&self) -> bool {
         matches!(self, Self::NoKeeper { .. })
     }

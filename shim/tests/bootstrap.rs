@@ -1,4 +1,4 @@
-//! `start`, `delete`, `-info` and `ps`, as containerd and people run them: the real binary in a `/run` of its own.
+//! `start`, `delete`, `-info` and `ps`, as containerd and operators run them: the real binary in a `/run` of its own.
 use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -19,7 +19,7 @@ use protobuf::well_known_types::any::Any;
 const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-x-v2");
 const DAEMON: &str = "/no/such/containerd.sock";
 
-/// A `/run` of its own, with bundles. Its keepers die with it.
+/// A `/run` of its own, with bundles. Its keepers are killed with it.
 struct Host {
     run: PathBuf,
 }
@@ -92,7 +92,7 @@ fn kill(pid: u32, signal: &str) {
     let _ = Command::new("/bin/kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status();
 }
 
-/// Makes a script, by a process of its own: a file that is open for writing here is so in children that other threads fork, and cannot
+/// Writes a script in a child process: children that other threads fork inherit a file open for writing here, which cannot
 /// be executed meanwhile.
 fn script(path: &Path, text: &str) {
     const WRITE: &str = "printf %s \"$2\" > \"$1\" && chmod 755 \"$1\"";
@@ -103,25 +103,25 @@ fn text(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).expect("text")
 }
 
-fn complaint(output: &Output) -> String {
+fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// A command that worked and, as it must where containerd reads both streams as one, said nothing on the side.
+/// Checks that a command succeeded and wrote nothing to stderr, since containerd reads both streams as one.
 fn succeeded(output: Output) -> Output {
-    assert!(output.status.success() && output.stderr.is_empty(), "{}: {}", output.status, complaint(&output));
+    assert!(output.status.success() && output.stderr.is_empty(), "{}: {}", output.status, stderr(&output));
     output
 }
 
 fn failed(output: &Output, code: i32) -> String {
-    assert_eq!(output.status.code(), Some(code), "{}", complaint(output));
+    assert_eq!(output.status.code(), Some(code), "{}", stderr(output));
     assert!(output.stdout.is_empty(), "an answer beside the error: {}", text(output));
-    complaint(output)
+    stderr(output)
 }
 
 fn run_with(mut command: Command, input: &[u8]) -> Output {
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("executes");
-    // It may have answered without reading: then this pipe breaks.
+    // It may have answered without reading: then this write fails.
     let _ = child.stdin.take().expect("a pipe").write_all(input);
     child.wait_with_output().expect("ends")
 }
@@ -145,7 +145,7 @@ fn start_answers_the_plain_address_of_a_private_listening_socket() {
     let address = host.start("c1");
     let socket = path_of(&address);
     assert_eq!(socket.parent(), Some(host.run.join("containerd/s").as_path()));
-    UnixStream::connect(&socket).expect("somebody listens");
+    UnixStream::connect(&socket).expect("the keeper listens");
     let control = host.run.join("containerd-shim-x").join(socket.file_name().expect("a name")).with_extension("sock");
     for path in [&socket, &control] {
         assert_eq!(fs::metadata(path).expect("is there").mode() & 0o777, 0o600);
@@ -161,10 +161,10 @@ fn the_keeper_has_nothing_of_the_daemon() {
     let host = Host::new();
     host.bundle("c1", None);
     let mut command = host.action("c1", "start");
-    // A stray descriptor, as daemons have handed down before.
+    // A leaked descriptor of the daemon.
     let stray = fs::File::open("/etc/passwd").expect("opens");
     command.stdin(stray.try_clone().expect("copies"));
-    // This ends when the last holder of both ends has gone: a keeper that kept one would hold containerd up for ever.
+    // `output` returns when both streams are closed: a keeper that held one would block containerd for ever.
     succeeded(command.output().expect("executes"));
     let keeper = host.keeper_of("c1");
     let proc = |name: &str| format!("/proc/{keeper}/{name}");
@@ -215,7 +215,7 @@ fn a_daemon_of_2_3_is_answered_in_protobuf_and_chooses_the_folder() {
     assert_eq!((result.version, result.protocol.as_str()), (2, "ttrpc"));
     assert_eq!(path_of(&result.address).parent(), Some(host.run.join("short").as_path()));
 
-    // The same shim is found by a daemon that asks for another folder, or for none: it listens where it listens.
+    // A daemon that requests another folder, or none, gets the address of the running shim.
     host.bundle("c2", Some("c1"));
     assert_eq!(host.start("c2"), result.address);
     assert_eq!(host.keeper_of("c2"), host.keeper_of("c1"));
@@ -223,8 +223,8 @@ fn a_daemon_of_2_3_is_answered_in_protobuf_and_chooses_the_folder() {
     params.socket_dir = Some(host.run.join("x".repeat(100)).display().to_string());
     params.instance_id = "c3".into();
     host.bundle("c3", None);
-    let sentence = failed(&run_with(host.action("c3", "start"), &params.write_to_bytes().expect("encodes")), 1);
-    assert!(sentence.contains("107") && sentence.contains("xxxx"), "{sentence}");
+    let message = failed(&run_with(host.action("c3", "start"), &params.write_to_bytes().expect("encodes")), 1);
+    assert!(message.contains("107") && message.contains("xxxx"), "{message}");
 }
 
 #[test]
@@ -241,8 +241,8 @@ fn older_daemons_are_answered_in_text() {
         assert!(text(&output).starts_with("unix:///"), "{number}");
     }
     host.bundle("long", None);
-    let sentence = failed(&run_with(host.action("long", "start"), &vec![0; (4 << 20) + 1]), 1);
-    assert!(sentence.contains("standard input is longer than 4194304 bytes"), "{sentence}");
+    let message = failed(&run_with(host.action("long", "start"), &vec![0; (4 << 20) + 1]), 1);
+    assert!(message.contains("standard input is longer than 4194304 bytes"), "{message}");
     assert!(!host.run.join("b/long/address").exists());
 }
 
@@ -261,9 +261,9 @@ fn starts_at_the_same_time_make_one_keeper() {
     let shims = host.ps();
     assert_eq!(shims["shims"].as_array().map(Vec::len), Some(1), "{shims}");
     assert_eq!(shims["shims"][0]["group"], "pod");
-    // The one that made the keeper needs no place there, the others have one each.
-    let awaited = shims["shims"][0]["containers"].as_array().expect("a list");
-    assert_eq!(awaited.len(), ids.len() - 1, "{shims}");
+    // The first start needs no reserved place, the others have one each.
+    let reserved = shims["shims"][0]["containers"].as_array().expect("a list");
+    assert_eq!(reserved.len(), ids.len() - 1, "{shims}");
 }
 
 #[test]
@@ -277,20 +277,20 @@ fn leftovers_of_a_dead_keeper_are_listed_until_replaced() {
     assert_eq!(host.ps()["shims"][0]["status"], "dead");
     assert_eq!(host.start("c1"), address);
     assert_ne!(host.keeper_of("c1"), first);
-    UnixStream::connect(path_of(&address)).expect("somebody listens");
+    UnixStream::connect(path_of(&address)).expect("the keeper listens");
     assert_eq!(host.ps()["shims"][0]["status"], "alive");
 }
 
 #[test]
-fn a_keeper_that_hangs_is_waited_for_and_named_not_replaced() {
+fn a_hanging_keeper_is_reported_and_not_replaced() {
     let host = Host::new();
     host.bundle("c1", None);
     host.start("c1");
     let keeper = host.keeper_of("c1");
     kill(keeper, "-STOP");
     let begun = Instant::now();
-    let sentence = failed(&host.action("c1", "start").output().expect("executes"), 1);
-    assert!(sentence.contains("did not answer in time"), "{sentence}");
+    let message = failed(&host.action("c1", "start").output().expect("executes"), 1);
+    assert!(message.contains("did not answer in time"), "{message}");
     assert!(begun.elapsed() < Duration::from_secs(5));
     assert_eq!(host.ps()["shims"][0]["status"], "silent");
     kill(keeper, "-CONT");
@@ -299,7 +299,7 @@ fn a_keeper_that_hangs_is_waited_for_and_named_not_replaced() {
 }
 
 #[test]
-fn a_bundle_that_is_none_gives_one_sentence_and_leaves_nothing() {
+fn an_invalid_bundle_is_refused_with_one_line_and_leaves_nothing() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
     for (content, words) in [(None, "read "), (Some("{"), "is not a valid container configuration"), (Some("[]"), "expected an object")] {
@@ -307,9 +307,9 @@ fn a_bundle_that_is_none_gives_one_sentence_and_leaves_nothing() {
             Some(content) => fs::write(bundle.join("config.json"), content).expect("a file can be written"),
             None => fs::remove_file(bundle.join("config.json")).expect("is there"),
         }
-        let sentence = failed(&host.action("c1", "start").output().expect("executes"), 1);
-        assert!(sentence.contains(words) && sentence.contains("config.json"), "{sentence}");
-        assert_eq!(sentence.lines().count(), 1, "{sentence}");
+        let message = failed(&host.action("c1", "start").output().expect("executes"), 1);
+        assert!(message.contains(words) && message.contains("config.json"), "{message}");
+        assert_eq!(message.lines().count(), 1, "{message}");
     }
     assert!(!host.run.join("containerd/s").exists(), "no socket was made");
 }
@@ -319,8 +319,8 @@ fn no_keeper_is_left_where_the_bundle_cannot_be_written() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
     fs::create_dir(bundle.join("address")).expect("a folder can be made");
-    let sentence = failed(&host.action("c1", "start").output().expect("executes"), 1);
-    assert!(sentence.contains("write ") && sentence.contains("/address"), "{sentence}");
+    let message = failed(&host.action("c1", "start").output().expect("executes"), 1);
+    assert!(message.contains("write ") && message.contains("/address"), "{message}");
     assert_eq!(host.ps()["shims"].as_array().map(Vec::len), Some(0));
     let ours = format!("{}/containerd", host.run.display());
     eventually("the keeper is gone", || {
@@ -336,28 +336,28 @@ fn a_folder_that_others_can_reach_is_refused() {
     let controls = host.run.join("containerd-shim-x");
     fs::create_dir(&controls).expect("a folder can be made");
     fs::set_permissions(&controls, Permissions::from_mode(0o755)).expect("can be opened up");
-    let sentence = failed(&host.action("c1", "start").output().expect("executes"), 1);
-    assert!(sentence.contains("lets others in"), "{sentence}");
+    let message = failed(&host.action("c1", "start").output().expect("executes"), 1);
+    assert!(message.contains("lets others in"), "{message}");
     fs::remove_dir(&controls).expect("is empty");
     symlink("/tmp", &controls).expect("a link can be made");
-    let sentence = failed(&host.action("c1", "start").output().expect("executes"), 1);
-    assert!(sentence.contains("symbolic link"), "{sentence}");
+    let message = failed(&host.action("c1", "start").output().expect("executes"), 1);
+    assert!(message.contains("symbolic link"), "{message}");
 }
 
 #[test]
-fn a_cgroup_that_is_not_there_is_named_and_no_keeper_is_left() {
+fn a_missing_cgroup_is_named_and_no_keeper_is_left() {
     let host = Host::new();
     host.bundle("c1", None);
     let mut options = Options::new();
     options.shim_cgroup = "/no/such/cgroup".into();
     let any = Any { type_url: "containerd.runc.v1.Options".into(), value: options.write_to_bytes().expect("encodes"), ..Any::new() };
-    let sentence = failed(&run_with(host.action("c1", "start"), &any.write_to_bytes().expect("encodes")), 1);
-    assert!(sentence.contains("/no/such/cgroup") && sentence.contains("ShimCgroup"), "{sentence}");
+    let message = failed(&run_with(host.action("c1", "start"), &any.write_to_bytes().expect("encodes")), 1);
+    assert!(message.contains("/no/such/cgroup") && message.contains("ShimCgroup"), "{message}");
     assert_eq!(host.ps()["shims"].as_array().map(Vec::len), Some(0));
 }
 
 #[test]
-fn wrong_use_is_answered_with_a_sentence_and_code_2() {
+fn a_usage_error_is_answered_with_one_line_and_code_2() {
     let host = Host::new();
     for (arguments, words) in [
         (&["-namespace", "n1", "-id", "a/b", "start"][..], "without a slash"),
@@ -366,8 +366,8 @@ fn wrong_use_is_answered_with_a_sentence_and_code_2() {
         (&[], "no command"),
         (&["-namespace", "n1", "start"], "needs the flag -id"),
     ] {
-        let sentence = failed(&host.command(arguments).output().expect("executes"), 2);
-        assert!(sentence.contains(words), "{sentence}");
+        let message = failed(&host.command(arguments).output().expect("executes"), 2);
+        assert!(message.contains(words), "{message}");
     }
     assert!(text(&succeeded(host.command(&["--help"]).output().expect("executes"))).contains("inspect ID"));
     assert!(text(&succeeded(host.command(&["-v"]).output().expect("executes"))).contains("Version:"));
@@ -378,7 +378,7 @@ fn a_container_that_was_never_created_is_deleted_as_killed() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
     let address = host.start("c1");
-    // The keeper waits for a Create that will not come.
+    // The keeper waits for a Create that never comes.
     for _ in 0..2 {
         let mut command = host.action("c1", "delete");
         command.arg("-ignored");
@@ -392,7 +392,7 @@ fn a_container_that_was_never_created_is_deleted_as_killed() {
     succeeded(host.action("c1", "delete").output().expect("executes"));
     assert!(!path_of(&address).exists(), "the dead keeper's sockets are gone");
     assert_eq!(host.ps()["shims"].as_array().map(Vec::len), Some(0));
-    // And from anywhere else, with the bundle named; even one that is gone.
+    // Also from another directory, with the flag -bundle, even if the bundle is gone.
     fs::remove_dir_all(&bundle).expect("is there");
     let bundle = bundle.display().to_string();
     succeeded(host.command(&["-namespace", "n1", "-id", "c1", "-bundle", &bundle, "delete"]).output().expect("executes"));
@@ -417,7 +417,7 @@ fn journal(body: &str, exit: Option<(u32, u32, i64)>) -> Vec<u8> {
 }
 
 fn start_time(pid: u32) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("lives");
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process exists");
     stat.rsplit_once(')').expect("a name").1.split_ascii_whitespace().nth(19).expect("field 22").parse().expect("a number")
 }
 
@@ -452,14 +452,14 @@ fn with_a_dead_keeper_a_running_container_is_killed_and_recorded() {
     let answers: Vec<Vec<u8>> = (0..2).map(|_| succeeded(host.action("c1", "delete").output().expect("executes")).stdout).collect();
     let response = DeleteResponse::parse_from_bytes(&answers[0]).expect("protobuf");
     assert_eq!((response.pid, response.exit_status), (init.id(), 137));
-    assert_eq!(answers[0], answers[1], "a second run says the same");
+    assert_eq!(answers[0], answers[1], "a second run reports the same");
     assert!(!init.wait().expect("is our child").success());
 
-    // A process that merely has the number of the container's.
+    // A process that only has the pid of the container's init.
     let bundle = host.bundle("c2", None);
     fs::write(bundle.join("x-journal"), journal(&body(bystander.id(), 1), None)).expect("a file can be written");
     succeeded(host.action("c2", "delete").output().expect("executes"));
-    assert!(bystander.try_wait().expect("is our child").is_none(), "it lives");
+    assert!(bystander.try_wait().expect("is our child").is_none(), "it is alive");
     let _ = bystander.kill();
     let _ = bystander.wait();
 }
@@ -474,7 +474,7 @@ fn a_torn_or_missing_journal_does_not_prevent_delete() {
     for content in [torn, whole[..50].to_vec(), vec![], b"something else".to_vec(), vec![0xff; 200_000]] {
         fs::write(bundle.join("x-journal"), &content).expect("a file can be written");
         let output = host.action("c1", "delete").output().expect("executes");
-        assert!(output.status.success(), "{}", complaint(&output));
+        assert!(output.status.success(), "{}", stderr(&output));
         let response = DeleteResponse::parse_from_bytes(&output.stdout).expect("protobuf");
         assert_eq!(response.exit_status, 137);
     }
@@ -497,13 +497,13 @@ fn info_describes_the_engine_that_the_options_name() {
     assert_eq!(info.annotations["io.containerd.x.v2.oci-runtime"], options.binary_name);
     assert_eq!(info.annotations["io.containerd.x.v2.oci-runtime.reason"], "named by the option BinaryName");
 
-    // One that knows no features is described without them.
+    // A runtime without the command features is described without them.
     script(&engine, "#!/bin/sh\necho no such command >&2; exit 1\n");
     let output = succeeded(run_with(host.command(&["-info"]), &input));
     assert!(RuntimeInfo::parse_from_bytes(&output.stdout).expect("protobuf").features.is_none());
     fs::remove_file(&engine).expect("is there");
-    let sentence = failed(&run_with(host.command(&["-info"]), &input), 1);
-    assert!(sentence.contains(&engine.display().to_string()), "{sentence}");
+    let message = failed(&run_with(host.command(&["-info"]), &input), 1);
+    assert!(message.contains(&engine.display().to_string()), "{message}");
 }
 
 #[test]
@@ -512,7 +512,7 @@ fn a_shim_whose_file_was_replaced_still_starts() {
     host.bundle("c1", None);
     let installed = host.run.join("containerd-shim-x-v2");
     assert!(Command::new("/bin/cp").arg(SHIM).arg(&installed).status().expect("executes").success());
-    // It waits for its standard input, and by then its file is another.
+    // It waits for its standard input, and its file is replaced meanwhile.
     let mut command = Command::new(&installed);
     command.args(["-namespace", "n1", "-address", DAEMON, "-id", "c1", "start"]).env("X_SHIM_RUN_DIR", &host.run);
     command.current_dir(host.run.join("b/c1")).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -523,6 +523,6 @@ fn a_shim_whose_file_was_replaced_still_starts() {
     let mut answer = String::new();
     child.stdout.take().expect("a pipe").read_to_string(&mut answer).expect("text");
     assert!(child.wait().expect("ends").success());
-    UnixStream::connect(path_of(&answer)).expect("somebody listens");
+    UnixStream::connect(path_of(&answer)).expect("the keeper listens");
     eventually("the keeper serves", || host.ps()["shims"][0]["status"] == "alive");
 }

@@ -1,4 +1,4 @@
-//! `delete`: removes a container, whatever its state, and reports its exit to containerd.
+//! `delete`: removes a container in any state, and reports its exit to containerd.
 //!
 //! Owns the order of the sources of the exit. containerd runs this after every deletion and when a shim does not answer, and
 //! waits five seconds at most.

@@ -1,6 +1,6 @@
 //! Runs one engine command to its end, for commands without a keeper.
 //!
-//! **Invariant:** it ends at its deadline, whatever the engine does; the engine's output is kept up to a limit.
+//! **Invariant:** it ends at its deadline, even if the engine hangs; the engine's output is kept up to a limit.
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
