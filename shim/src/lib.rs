@@ -20,6 +20,7 @@ mod mountinfo;
 mod options;
 mod rootfs;
 mod run_dir;
+mod saved;
 mod settings;
 mod stdio_uri;
 mod sys;

@@ -4,10 +4,6 @@
 //! absent is an `Option` or `#[cbor(default)]`.
 //!
 //! **Invariant:** decoding never panics, and allocates no more than the message holds: it does not trust a count before its items have arrived.
-
-use std::collections::{BTreeMap, VecDeque};
-use std::rc::Rc;
-
 use minicbor::Encode;
 use minicbor::decode::{self, Decoder};
 use minicbor::encode::{self, Encoder, Write};
@@ -68,171 +64,98 @@ macro_rules! messages {
 
 messages!(super::ToWorker, super::ToKeeper, super::ControlRequest, super::ControlReply);
 
-/// What the derive cannot encode by itself, or not well: byte strings, and in the keeper's state descriptors and times. For
-/// `#[cbor(with = "part")]`; `C` is what the reader and the writer of the whole need to know.
-pub(crate) trait Part<C>: Sized {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>>;
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error>;
+/// Byte strings, of which the derive would make lists of numbers. For `#[cbor(with = "part")]`.
+pub(super) trait Part: Sized {
+    fn put<W: Write>(&self, e: &mut Encoder<W>) -> Result<(), encode::Error<W::Error>>;
+    fn take(d: &mut Decoder<'_>) -> Result<Self, decode::Error>;
 }
 
 /// See [`Part`].
-pub(crate) mod part {
+pub(super) mod part {
     use super::*;
 
-    pub(crate) fn encode<C, T: Part<C>, W: Write>(value: &T, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
-        value.put(e, context)
+    pub(crate) fn encode<C, T: Part, W: Write>(value: &T, e: &mut Encoder<W>, _: &mut C) -> Result<(), encode::Error<W::Error>> {
+        value.put(e)
     }
 
-    pub(crate) fn decode<C, T: Part<C>>(d: &mut Decoder<'_>, context: &mut C) -> Result<T, decode::Error> {
-        T::take(d, context)
+    pub(crate) fn decode<C, T: Part>(d: &mut Decoder<'_>, _: &mut C) -> Result<T, decode::Error> {
+        T::take(d)
     }
 }
 
-impl<C> Part<C> for Vec<u8> {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, _: &mut C) -> Result<(), encode::Error<W::Error>> {
+impl Part for Vec<u8> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>) -> Result<(), encode::Error<W::Error>> {
         e.bytes(self)?.ok()
     }
 
-    fn take(d: &mut Decoder<'_>, _: &mut C) -> Result<Self, decode::Error> {
+    fn take(d: &mut Decoder<'_>) -> Result<Self, decode::Error> {
         Ok(d.bytes()?.to_vec())
     }
 }
 
-impl<C> Part<C> for Rc<[u8]> {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, _: &mut C) -> Result<(), encode::Error<W::Error>> {
-        e.bytes(self)?.ok()
-    }
-
-    fn take(d: &mut Decoder<'_>, _: &mut C) -> Result<Self, decode::Error> {
-        Ok(d.bytes()?.into())
-    }
-}
-
-/// Types of which the derive's own encoding will do, beside a part in a pair. Each with a bound of the context, if it needs one.
+/// What stands beside a byte string in a pair.
 macro_rules! plain_parts {
-    ($($plain:ty $(=> $bound:ty)?),*) => {$(
-        impl<C $(: AsMut<$bound>)?> $crate::handover::Part<C> for $plain {
-            fn put<W: minicbor::encode::Write>(
-                &self,
-                e: &mut minicbor::Encoder<W>,
-                context: &mut C,
-            ) -> Result<(), minicbor::encode::Error<W::Error>> {
-                minicbor::Encode::encode(self, e, context)
+    ($($plain:ty),*) => {$(
+        impl Part for $plain {
+            fn put<W: Write>(&self, e: &mut Encoder<W>) -> Result<(), encode::Error<W::Error>> {
+                e.encode(self)?.ok()
             }
 
-            fn take(d: &mut minicbor::Decoder<'_>, context: &mut C) -> Result<Self, minicbor::decode::Error> {
-                minicbor::Decode::decode(d, context)
+            fn take(d: &mut Decoder<'_>) -> Result<Self, decode::Error> {
+                d.decode()
             }
         }
     )*};
 }
-pub(crate) use plain_parts;
 
-plain_parts!(u32, u64, String, super::Ready);
+plain_parts!(super::Cause, String);
 
-impl<C, A: Part<C>, B: Part<C>> Part<C> for (A, B) {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+impl<A: Part, B: Part> Part for (A, B) {
+    fn put<W: Write>(&self, e: &mut Encoder<W>) -> Result<(), encode::Error<W::Error>> {
         e.array(2)?;
-        self.0.put(e, context)?;
-        self.1.put(e, context)
+        self.0.put(e)?;
+        self.1.put(e)
     }
 
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+    fn take(d: &mut Decoder<'_>) -> Result<Self, decode::Error> {
         match d.array()? {
-            Some(2) => Ok((A::take(d, context)?, B::take(d, context)?)),
+            Some(2) => Ok((A::take(d)?, B::take(d)?)),
             _ => Err(decode::Error::message("a pair was expected")),
         }
     }
 }
 
-impl<C, T: Part<C>> Part<C> for Option<T> {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+impl<T: Part> Part for Option<T> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>) -> Result<(), encode::Error<W::Error>> {
         match self {
-            Some(value) => value.put(e, context),
+            Some(value) => value.put(e),
             None => e.null()?.ok(),
         }
     }
 
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+    fn take(d: &mut Decoder<'_>) -> Result<Self, decode::Error> {
         if d.datatype()? == minicbor::data::Type::Null {
             d.null()?;
             return Ok(None);
         }
-        T::take(d, context).map(Some)
+        T::take(d).map(Some)
     }
 }
 
-fn put_list<'t, C, T: Part<C> + 't, W: Write>(
-    items: impl ExactSizeIterator<Item = &'t T>,
-    e: &mut Encoder<W>,
-    context: &mut C,
-) -> Result<(), encode::Error<W::Error>> {
-    e.array(items.len() as u64)?;
-    items.into_iter().try_for_each(|item| item.put(e, context))
-}
-
-fn take_list<C, T: Part<C>>(d: &mut Decoder<'_>, context: &mut C) -> Result<Vec<T>, decode::Error> {
-    let count = d.array()?.ok_or_else(|| decode::Error::message("a list has no definite length"))?;
-    // Grows as the items are found: the count may be a lie.
-    let mut items = Vec::new();
-    for _ in 0..count {
-        items.push(T::take(d, context)?);
-    }
-    Ok(items)
-}
-
-impl<C> Part<C> for Vec<Vec<u8>> {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
-        put_list(self.iter(), e, context)
-    }
-
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
-        take_list(d, context)
-    }
-}
-
-impl<C, A: Part<C>, B: Part<C>> Part<C> for Vec<(A, B)> {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
-        put_list(self.iter(), e, context)
-    }
-
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
-        take_list(d, context)
-    }
-}
-
-impl<C, T: Part<C>> Part<C> for VecDeque<T> {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
-        put_list(self.iter(), e, context)
-    }
-
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
-        take_list(d, context).map(Self::from)
-    }
-}
-
-impl<C, T: Part<C>, const N: usize> Part<C> for [T; N] {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
-        put_list(self.iter(), e, context)
-    }
-
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
-        take_list(d, context)?.try_into().map_err(|_| decode::Error::message("a list of another length was expected"))
-    }
-}
-
-impl<C, K: Part<C> + Ord, T: Part<C>> Part<C> for BTreeMap<K, T> {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+impl<T: Part> Part for Vec<T> {
+    fn put<W: Write>(&self, e: &mut Encoder<W>) -> Result<(), encode::Error<W::Error>> {
         e.array(self.len() as u64)?;
-        self.iter().try_for_each(|(key, value)| {
-            e.array(2)?;
-            key.put(e, context)?;
-            value.put(e, context)
-        })
+        self.iter().try_for_each(|item| item.put(e))
     }
 
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
-        Ok(take_list(d, context)?.into_iter().collect())
+    fn take(d: &mut Decoder<'_>) -> Result<Self, decode::Error> {
+        let count = d.array()?.ok_or_else(|| decode::Error::message("a list has no definite length"))?;
+        // Grows as the items are found: the count may be a lie.
+        let mut items = Self::new();
+        for _ in 0..count {
+            items.push(T::take(d)?);
+        }
+        Ok(items)
     }
 }
 

@@ -27,7 +27,8 @@ mod control;
 mod message;
 mod version;
 
-pub(crate) use codec::{HEAD_BYTES, Malformed, Part, first_frame, length_of, part, plain_parts};
+use codec::part;
+pub(crate) use codec::{HEAD_BYTES, Malformed, first_frame, length_of};
 pub(crate) use control::*;
 pub(crate) use message::*;
 pub(crate) use version::Versions;

@@ -3,32 +3,27 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use minicbor::{Decode, Encode};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
 use super::inbox::{READ_BYTES, Read, read_some};
 use super::poll::{Poll, Source};
-use super::reexec::Carrier;
-use crate::handover::{MAX_OUTPUT_BYTES, part, plain_parts};
+use crate::handover::MAX_OUTPUT_BYTES;
+use crate::saved::saved;
 
 /// The most bytes of one turn, so that a fast writer does not occupy the keeper.
 const TURN_BYTES: usize = 256 << 10;
 
 /// A pipe that is read as it fills, so that its writer never waits. Of more than [`MAX_OUTPUT_BYTES`], the end is kept.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(crate) struct Capture {
-    #[cbor(n(0), with = "part")]
     pipe: File,
-    #[cbor(n(1), with = "part")]
     bytes: Vec<u8>,
     /// Every write end was closed.
-    #[n(2)]
     closed: bool,
 }
 
-plain_parts!(Capture => Carrier);
+saved!(Capture { pipe, bytes, closed });
 
 impl Capture {
     /// Makes the pipe; returns its write end too, which blocks as a program expects.

@@ -19,15 +19,14 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use log::{debug, error, info, warn};
-use minicbor::{Decode, Encode};
 use nix::errno::Errno;
 
 use super::capture::Capture;
 use super::poll::{Poll, Source};
-use super::reexec::Carrier;
 use super::streams::Streams;
-use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, part};
+use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream};
 use crate::journal::{Journal, RecordedExit};
+use crate::saved::saved;
 use crate::sys;
 
 /// The status of a process that another process reaped.
@@ -36,47 +35,36 @@ const UNKNOWN_STATUS: u32 = 255;
 const REAPED_AT_ONCE: usize = 1024;
 
 /// A process that the keeper started.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 struct Helper {
-    #[n(0)]
     cause: Cause,
-    #[n(1)]
     step: Step,
-    #[n(2)]
     key: String,
-    #[n(3)]
     program: String,
     /// Holds the error number if the program could not be executed.
-    #[n(4)]
     failure: Capture,
     /// The pipe behind [`LOG_ARGUMENT`], both ends: the program opens it by its path here.
-    #[cbor(n(5), with = "part")]
     log: Option<(Capture, OwnedFd)>,
-    #[n(6)]
     output: Option<Capture>,
     /// Until the helper is ready.
-    #[n(7)]
     ready: Option<Capture>,
     /// The outcome was reported already.
-    #[n(8)]
     reported: bool,
-    #[n(9)]
     console: Option<Console>,
     /// Outputs that it reads, and that the keeper must take over when it exits.
-    #[n(10)]
     reads: Vec<(String, Stream)>,
 }
 
+saved!(Helper { cause, step, key, program, failure, log, output, ready, reported, console, reads });
+
 /// Where a runtime delivers a terminal.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 struct Console {
-    #[cbor(n(0), with = "part")]
     listener: UnixListener,
-    #[cbor(n(1), with = "part")]
     path: PathBuf,
 }
+
+saved!(Console { listener, path });
 
 impl Drop for Console {
     fn drop(&mut self) {
@@ -86,20 +74,17 @@ impl Drop for Console {
 }
 
 /// A container's process.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 struct Claimed {
-    #[n(0)]
     key: String,
     /// Absent if the process was gone when it was claimed, or descriptors had run out.
-    #[cbor(n(1), with = "part")]
     handle: Option<OwnedFd>,
-    #[cbor(n(2), with = "part")]
     journal: Option<Journal>,
     /// Not our child: the handle shows its exit, its status is unknown.
-    #[n(3)]
     foreign: bool,
 }
+
+saved!(Claimed { key, handle, journal, foreign });
 
 /// A result of reaping.
 #[derive(Debug)]
@@ -115,25 +100,20 @@ pub(crate) enum Found {
 }
 
 /// All children.
-#[derive(Debug, Default, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug, Default)]
 pub(crate) struct Children {
     // Boxed: a map has room for eleven values from its first one on.
-    #[n(4)]
     helpers: BTreeMap<u32, Box<Helper>>,
-    #[n(0)]
     claimed: BTreeMap<u32, Box<Claimed>>,
     /// The last pid claimed under a key.
-    #[cbor(skip)]
     pids: BTreeMap<String, u32>,
     /// Claims whose process was gone already: their exits are to be reported.
-    #[n(1)]
     vanished: Vec<u32>,
-    #[n(2)]
     pub(crate) started: u64,
-    #[n(3)]
     pub(crate) exits_seen: u64,
 }
+
+saved!(Children { helpers, claimed, vanished, started, exits_seen; pids });
 
 impl Children {
     /// Resumes after a re-exec.

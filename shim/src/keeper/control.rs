@@ -6,14 +6,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::warn;
-use minicbor::{Decode, Encode};
 
 use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
-use super::reexec::Carrier;
 use super::relay::accept_all;
-use crate::handover::{ControlReply, ControlRequest, first_frame, part};
+use crate::handover::{ControlReply, ControlRequest, first_frame};
+use crate::saved::saved;
 use crate::sys;
 
 /// The most connections at once.
@@ -21,33 +20,27 @@ const MAX_CONTROL_CLIENTS: usize = 64;
 /// The longest request, in bytes.
 const MAX_REQUEST_BYTES: usize = 64 << 10;
 
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 struct ControlClient {
-    #[cbor(n(0), with = "part")]
     socket: UnixStream,
     /// The descriptor attached to the request.
-    #[cbor(n(1), with = "part")]
     attached: Option<OwnedFd>,
-    #[cbor(n(2), with = "part")]
     input: Vec<u8>,
-    #[cbor(n(3), with = "part")]
     output: Outbox,
-    #[n(4)]
     asked: bool,
 }
 
+saved!(ControlClient { socket, attached, input, output, asked });
+
 /// See the module.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(crate) struct Control {
-    #[cbor(n(0), with = "part")]
     listener: UnixListener,
-    #[n(1)]
     clients: BTreeMap<u32, ControlClient>,
-    #[n(2)]
     last_id: u32,
 }
+
+saved!(Control { listener, clients, last_id });
 
 impl Control {
     pub(crate) fn new(listener: UnixListener, poll: &Poll) -> io::Result<Self> {

@@ -17,14 +17,13 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use log::warn;
-use minicbor::{Decode, Encode};
 
 use super::capture::Capture;
 use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
-use super::reexec::Carrier;
-use crate::handover::{HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions, first_frame, part, plain_parts};
+use crate::handover::{HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions, first_frame};
+use crate::saved::saved;
 use crate::sys;
 
 /// A worker that has not sent Hello by then is killed.
@@ -49,23 +48,18 @@ const ENDS_WITHIN: Duration = Duration::from_secs(3);
 const MAX_ATTACHED: usize = 4096;
 
 /// The executable of workers, or of the keeper's next re-exec. Held open: its file may be replaced or removed.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(crate) struct Executable {
-    #[cbor(n(0), with = "part")]
     pub(crate) file: OwnedFd,
     /// Its path, for reports.
-    #[n(1)]
     pub(crate) path: String,
     /// The message versions of its workers, once one has sent Hello.
-    #[n(2)]
     pub(crate) versions: Option<Versions>,
     /// The build that its workers report.
-    #[n(3)]
     pub(crate) build: String,
 }
 
-plain_parts!(Executable => Carrier);
+saved!(Executable { file, path, versions, build });
 
 impl Executable {
     /// The executable that this process runs.

@@ -17,12 +17,10 @@ use std::io;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use minicbor::{Decode, Encode};
-
-use super::reexec::Carrier;
 use super::relay::Caller;
 use crate::frame::RequestView;
-use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker, part};
+use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker};
+use crate::saved::saved;
 
 /// How long a request with a ready-made answer waits for the worker's own. Clients give Connect and State 1 s in all.
 const READY_AFTER: Duration = Duration::from_millis(600);
@@ -30,46 +28,46 @@ const READY_AFTER: Duration = Duration::from_millis(600);
 const RESERVATION: Duration = Duration::from_secs(120);
 
 /// Where an answer goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Asker {
-    #[n(0)]
-    Client(#[n(0)] Caller),
+    Client(Caller),
     /// A connection on the control socket.
-    #[n(1)]
-    ControlClient(#[n(0)] u32),
+    ControlClient(u32),
 }
 
+saved!(enum Asker { 0 => Client, 1 => ControlClient });
+
 /// A request or exit that the worker has to handle.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(crate) struct Open {
-    #[n(0)]
     pub(crate) what: What,
-    #[n(1)]
     pub(crate) operations: Vec<(Step, Option<Outcome>)>,
 }
 
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+saved!(Open { what, operations });
+
+#[derive(Debug)]
 pub(crate) enum What {
-    #[n(0)]
-    Request {
-        #[n(0)]
-        asker: Asker,
-        #[cbor(n(1), with = "part")]
-        payload: Vec<u8>,
-        #[cbor(n(2), with = "part")]
-        arrived: Instant,
-    },
-    #[n(1)]
-    Exit(#[n(0)] ProcessExit),
+    Request(Request),
+    Exit(ProcessExit),
 }
+
+saved!(enum What { 0 => Request, 1 => Exit });
+
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) asker: Asker,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) arrived: Instant,
+}
+
+saved!(Request { asker, payload, arrived });
 
 impl What {
     /// The method of a request, or the process of an exit, for reports.
     pub(crate) fn name(&self) -> String {
         match self {
-            Self::Request { payload, .. } => {
+            Self::Request(Request { payload, .. }) => {
                 RequestView::parse(payload).map_or("?".into(), |view| String::from_utf8_lossy(view.method).into_owned())
             }
             Self::Exit(exit) => format!("exit of {}", exit.key),
@@ -99,39 +97,28 @@ pub(crate) struct Due {
 }
 
 /// See the module.
-#[derive(Debug, Default, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    #[n(0)]
     last_cause: Cause,
-    #[n(1)]
     causes: BTreeMap<Cause, Open>,
     /// The causes that are exits.
-    #[cbor(skip)]
     exits: BTreeSet<Cause>,
     /// The causes that were not sent to the worker.
-    #[cbor(skip)]
     unsent: BTreeSet<Cause>,
     /// When requests with a ready-made answer receive it. Separate from the causes, of which a flood makes thousands.
-    #[cbor(n(2), with = "part")]
     ready_due: BTreeMap<Cause, Instant>,
     /// Causes with a process that reports the pid of a child: while there are any, unclaimed zombies are not reaped.
-    #[n(3)]
     naming: BTreeSet<Cause>,
-    #[cbor(n(4), with = "part")]
     state: BTreeMap<String, Vec<u8>>,
-    #[n(5)]
     parked: BTreeMap<String, Vec<Asker>>,
     /// Ready-made answers by their question, and the questions by the state entry that they depend on.
-    #[cbor(n(6), with = "part")]
     ready: BTreeMap<Rc<[u8]>, Ready>,
-    #[cbor(skip)]
     questions: BTreeMap<String, Vec<Rc<[u8]>>>,
-    #[cbor(n(7), with = "part")]
     reservations: BTreeMap<String, Instant>,
-    #[n(8)]
     exit_allowed: bool,
 }
+
+saved!(Ledger { last_cause, causes, ready_due, naming, state, parked, ready, reservations, exit_allowed; exits, unsent, questions });
 
 impl Ledger {
     /// Resumes after a re-exec.
@@ -146,7 +133,7 @@ impl Ledger {
     /// Opens a cause for a request.
     pub(crate) fn open_request(&mut self, asker: Asker, payload: Vec<u8>, now: Instant) -> Cause {
         let has_ready_answer = self.ready_answer(&payload).is_some();
-        let cause = self.open(What::Request { asker, payload, arrived: now });
+        let cause = self.open(What::Request(Request { asker, payload, arrived: now }));
         if has_ready_answer {
             self.ready_due.insert(cause, now + READY_AFTER);
         }
@@ -181,7 +168,7 @@ impl Ledger {
             return None;
         }
         match self.close(cause)?.what {
-            What::Request { asker, payload, .. } => Some(Due { asker, request_bytes: Some(payload.len()), response }),
+            What::Request(Request { asker, payload, .. }) => Some(Due { asker, request_bytes: Some(payload.len()), response }),
             What::Exit(_) => None,
         }
     }
@@ -213,7 +200,7 @@ impl Ledger {
     pub(crate) fn message(&mut self, cause: Cause, now: Instant) -> Option<ToWorker> {
         self.unsent.remove(&cause);
         Some(match &self.causes.get(&cause)?.what {
-            What::Request { asker, payload, arrived, .. } => ToWorker::Request {
+            What::Request(Request { asker, payload, arrived, .. }) => ToWorker::Request {
                 cause,
                 age_nanos: now.saturating_duration_since(*arrived).as_nanos() as u64,
                 origin: match asker {
@@ -270,7 +257,7 @@ impl Ledger {
         }
         let mut due = Vec::new();
         for (cause, response) in std::mem::take(&mut commit.answers) {
-            if let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.close(cause) {
+            if let Some(Open { what: What::Request(Request { asker, payload, .. }), .. }) = self.close(cause) {
                 due.push(Due { asker, request_bytes: Some(payload.len()), response });
             }
         }
@@ -306,7 +293,7 @@ impl Ledger {
     pub(crate) fn park(&mut self, parks: Vec<(Cause, String)>, is_connected: impl Fn(Asker) -> bool) -> Vec<(Asker, usize)> {
         let mut settled = Vec::new();
         for (cause, key) in parks {
-            if let Some(Open { what: What::Request { asker, payload, .. }, .. }) = self.close(cause) {
+            if let Some(Open { what: What::Request(Request { asker, payload, .. }), .. }) = self.close(cause) {
                 settled.push((asker, payload.len()));
                 if is_connected(asker) {
                     self.parked.entry(key).or_default().push(asker);
@@ -365,7 +352,9 @@ impl Ledger {
         let late: Vec<_> = self.ready_due.iter().take_while(|(_, at)| at_once || **at <= now).map(|(cause, at)| (*cause, *at)).collect();
         let mut due = Vec::new();
         for (cause, at) in late {
-            let Some(Open { what: What::Request { asker, payload, arrived }, operations }) = self.causes.get(&cause) else { continue };
+            let Some(Open { what: What::Request(Request { asker, payload, arrived }), operations }) = self.causes.get(&cause) else {
+                continue;
+            };
             let timeout = RequestView::parse(payload).and_then(|view| view.timeout);
             let may_act = operations.is_empty() && timeout.is_none_or(|timeout| now.saturating_duration_since(*arrived) < timeout);
             match self.ready_answer(payload) {

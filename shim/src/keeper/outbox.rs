@@ -3,12 +3,11 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use minicbor::decode::{self, Decoder};
-use minicbor::encode::{self, Encoder, Write};
+use minicbor::decode;
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use crate::handover::Part;
+use crate::saved::{Reader, Saved, Writer};
 
 /// A queue of whole messages, each perhaps with a descriptor.
 #[derive(Debug, Default)]
@@ -64,17 +63,17 @@ impl Outbox {
 }
 
 /// The bytes that were not sent yet, without the descriptors.
-impl<C> Part<C> for Outbox {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+impl Saved for Outbox {
+    fn save(&self, writer: &mut Writer) {
         let mut unsent: Vec<u8> = Vec::with_capacity(self.bytes + self.sent);
         self.messages.iter().for_each(|(message, _)| unsent.extend_from_slice(message));
         unsent.drain(..self.sent);
-        unsent.put(e, context)
+        unsent.save(writer);
     }
 
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
+    fn load(reader: &mut Reader<'_>) -> Result<Self, decode::Error> {
         let mut outbox = Self::default();
-        let unsent = Vec::<u8>::take(d, context)?;
+        let unsent = Vec::<u8>::load(reader)?;
         if !unsent.is_empty() {
             outbox.push(unsent, None);
         }

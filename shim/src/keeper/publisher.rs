@@ -14,14 +14,12 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
-use minicbor::{Decode, Encode};
 
 use super::inbox::{Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
-use super::reexec::Carrier;
 use crate::frame::{self, Header};
-use crate::handover::part;
+use crate::saved::saved;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
@@ -34,40 +32,31 @@ const UNIMPLEMENTED: u64 = 12;
 const RESOURCE_EXHAUSTED: u64 = 8;
 const LONG_BYTES: usize = 256 << 10;
 
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 struct Connection {
-    #[cbor(n(0), with = "part")]
     socket: UnixStream,
-    #[cbor(n(1), with = "part")]
     input: Vec<u8>,
-    #[cbor(n(2), with = "part")]
     output: Outbox,
-    #[n(3)]
     last_stream: u32,
     /// The stream of the event that awaits its acknowledgement, and since when.
-    #[cbor(n(4), with = "part")]
     awaited: Option<(u32, Instant)>,
 }
 
+saved!(Connection { socket, input, output, last_stream, awaited });
+
 /// See the module.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(crate) struct Publisher {
     /// containerd's socket; without one, events are dropped.
-    #[cbor(skip)]
     path: Option<String>,
-    #[cbor(n(0), with = "part")]
     queue: VecDeque<Vec<u8>>,
-    #[n(1)]
     connection: Option<Connection>,
-    #[n(2)]
     backoff: Duration,
-    #[cbor(n(3), with = "part")]
     retry_at: Option<Instant>,
-    #[n(4)]
     pub(crate) sent: u64,
 }
+
+saved!(Publisher { queue, connection, backoff, retry_at, sent; path });
 
 impl Publisher {
     pub(crate) fn new(address: Option<&str>) -> Self {

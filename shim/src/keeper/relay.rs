@@ -9,14 +9,12 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::{debug, warn};
-use minicbor::{Decode, Encode};
 
 use super::inbox::{READ_BYTES, Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
-use super::reexec::Carrier;
 use crate::frame::{self, Code, Header};
-use crate::handover::part;
+use crate::saved::saved;
 
 /// The most connections at once; a further one is closed at once.
 const MAX_CLIENTS: usize = 256;
@@ -33,13 +31,13 @@ const BYTES_A_TURN: usize = 256 << 10;
 const MODEST_BYTES: usize = 64 << 10;
 
 /// Where an answer goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Caller {
-    #[n(0)]
     pub(crate) client: u32,
-    #[n(1)]
     pub(crate) stream: u32,
 }
+
+saved!(Caller { client, stream });
 
 /// A request that has arrived whole.
 #[derive(Debug)]
@@ -49,27 +47,21 @@ pub(crate) struct Incoming {
     pub(crate) payload: Vec<u8>,
 }
 
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 struct Client {
-    #[cbor(n(0), with = "part")]
     socket: UnixStream,
     /// The begin of a frame that has not arrived whole.
-    #[cbor(n(1), with = "part")]
     input: Vec<u8>,
     /// Bytes of an oversized frame that are still to be discarded.
-    #[n(2)]
     skip: usize,
-    #[cbor(n(3), with = "part")]
     output: Outbox,
     /// The highest stream id that was used.
-    #[n(4)]
     last_stream: u32,
-    #[n(5)]
     unanswered: usize,
-    #[n(6)]
     unanswered_bytes: usize,
 }
+
+saved!(Client { socket, input, skip, output, last_stream, unanswered, unanswered_bytes });
 
 impl Client {
     fn is_full(&self) -> bool {
@@ -137,16 +129,14 @@ impl Client {
 }
 
 /// All clients.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(crate) struct Relay {
-    #[cbor(n(0), with = "part")]
     listener: UnixListener,
-    #[n(1)]
     clients: BTreeMap<u32, Box<Client>>,
-    #[n(2)]
     last_id: u32,
 }
+
+saved!(Relay { listener, clients, last_id });
 
 impl Relay {
     pub(crate) fn new(listener: UnixListener, poll: &Poll) -> io::Result<Self> {

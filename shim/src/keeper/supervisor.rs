@@ -18,12 +18,11 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use log::{debug, error, info, warn};
-use minicbor::{Decode, Encode};
 
 use super::generation::{End, Executable, Fault, Generation, Program};
 use super::poll::{Poll, Source};
-use super::reexec::Carrier;
-use crate::handover::{ToKeeper, ToWorker, Versions, part};
+use crate::handover::{ToKeeper, ToWorker, Versions};
+use crate::saved::saved;
 use crate::settings::Settings;
 use crate::sys;
 
@@ -48,43 +47,35 @@ pub(crate) enum Ended {
 }
 
 /// See the module.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(crate) struct Supervisor {
-    #[cbor(skip)]
     program: Program,
-    #[n(0)]
     pub(super) executable: Executable,
     /// The previous executable, and until when it is kept.
-    #[cbor(n(1), with = "part")]
     pub(super) previous: Option<(Executable, Instant)>,
-    #[cbor(skip)]
     worker: Option<Generation>,
-    #[cbor(skip)]
     candidate: Option<Generation>,
     /// Workers that were killed and have not exited. Their links are closed.
-    #[cbor(skip)]
     stuck: Vec<u32>,
-    #[n(2)]
     pub(super) last_number: u32,
-    #[n(3)]
     pub(super) generations: u32,
-    #[n(4)]
     pub(super) fruitless: u32,
-    #[cbor(n(5), with = "part")]
     pub(super) retry_at: Option<Instant>,
     /// Why the last worker failed.
-    #[n(6)]
     pub(super) last_end: Option<String>,
     /// After how long an idle worker hibernates; absent: never.
-    #[cbor(skip)]
     idle_after: Option<Duration>,
     /// Descriptors that the worker handed over for its hibernation.
-    #[cbor(skip)]
     watches: Vec<OwnedFd>,
     /// There is no worker because it hibernates.
-    #[cbor(skip)]
     asleep: bool,
+}
+
+saved! {
+    Supervisor {
+        executable, previous, last_number, generations, fruitless, retry_at, last_end; program, worker, candidate, stuck, idle_after,
+        watches, asleep
+    }
 }
 
 /// The environment variable with the seconds after which an idle worker hibernates; 0: never.

@@ -15,17 +15,16 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant, SystemTime};
 
 use log::{error, info, warn};
-use minicbor::decode::{self, Decoder};
-use minicbor::encode::{self, Encoder, Write};
-use minicbor::{Decode, Encode};
+use minicbor::decode;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::capture::Capture;
 use super::generation::{End, Executable, Fault};
-use super::reexec::{self, Carrier};
+use super::reexec;
 use super::run::Keeper;
-use crate::handover::{ControlReply, Part, PartResult, ToKeeper, ToWorker, UpgradeReport, part};
+use crate::handover::{ControlReply, PartResult, ToKeeper, ToWorker, UpgradeReport};
+use crate::saved::{Reader, Saved, Writer, saved};
 use crate::sys;
 
 /// How long a candidate may take to answer Fit.
@@ -41,22 +40,18 @@ const SETTLED: u32 = 1;
 pub(super) const SETTLED_WITHIN: Duration = Duration::from_secs(20);
 
 /// An upgrade under way.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(super) struct Upgrade {
     /// The command that waits for the report.
-    #[n(0)]
     pub(super) asker: u32,
-    #[n(1)]
     pub(super) executable: Executable,
     /// Whether the keeper is to re-exec too.
-    #[n(2)]
     pub(super) keeper_too: bool,
-    #[n(3)]
     pub(super) report: UpgradeReport,
-    #[cbor(n(4), with = "part")]
     pub(super) stage: Stage,
 }
+
+saved!(Upgrade { asker, executable, keeper_too, report, stage });
 
 #[derive(Debug)]
 pub(super) enum Stage {
@@ -77,20 +72,20 @@ pub(super) enum Stage {
 }
 
 /// The next executable finds no worker and lets its own settle, so only the begin of the pause is handed over.
-impl<C: AsMut<Carrier>> Part<C> for Stage {
-    fn put<W: Write>(&self, e: &mut Encoder<W>, context: &mut C) -> Result<(), encode::Error<W::Error>> {
+impl Saved for Stage {
+    fn save(&self, writer: &mut Writer) {
         match self {
             Self::Left { since }
             | Self::Leaving { since }
             | Self::Ended { since }
             | Self::Ending { since }
-            | Self::Settling { since, .. } => since.put(e, context),
-            Self::Trial { until } | Self::Rehearsal { until, .. } => until.put(e, context),
+            | Self::Settling { since, .. } => since.save(writer),
+            Self::Trial { until } | Self::Rehearsal { until, .. } => until.save(writer),
         }
     }
 
-    fn take(d: &mut Decoder<'_>, context: &mut C) -> Result<Self, decode::Error> {
-        Ok(Self::Settling { since: Instant::take(d, context)?, until: Instant::now() + SETTLED_WITHIN })
+    fn load(reader: &mut Reader<'_>) -> Result<Self, decode::Error> {
+        Ok(Self::Settling { since: Instant::load(reader)?, until: Instant::now() + SETTLED_WITHIN })
     }
 }
 

@@ -11,18 +11,19 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{Keeper, TRIM_AFTER, Timers, block_signals};
 use crate::chain::chain;
-use crate::handover::{Part as _, PartResult};
+use crate::handover::PartResult;
 use crate::keeper::children::Children;
 use crate::keeper::control::Control;
 use crate::keeper::ledger::Ledger;
 use crate::keeper::poison::Poison;
 use crate::keeper::poll::Poll;
 use crate::keeper::publisher::Publisher;
-use crate::keeper::reexec::{self, Carrier, Error};
+use crate::keeper::reexec::{self, Error};
 use crate::keeper::relay::Relay;
 use crate::keeper::streams::Streams;
 use crate::keeper::supervisor::Supervisor;
 use crate::keeper::upgrade::Upgrade;
+use crate::saved::{Reader, Saved as _, Writer};
 use crate::settings::Settings;
 use crate::sys;
 use crate::test_identity::{self, Place};
@@ -46,7 +47,7 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
         if !is_back {
             test_identity::refuse(Place::Resume).map_err(|what| Error::Damaged { what })?;
             // beside the descriptors that were inherited
-            sys::descriptors::with_raised_limit(|| Keeper::load(settings.clone(), &bytes, Carrier::rehearsed()).map(drop))?;
+            sys::descriptors::with_raised_limit(|| Keeper::load(settings.clone(), &bytes, true).map(drop))?;
         }
         Ok(bytes)
     });
@@ -62,7 +63,7 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
         }
     };
     drop((state, before));
-    end(Keeper::load(settings, &bytes, Carrier::inherited()).map_err(io::Error::other).and_then(|mut keeper| {
+    end(Keeper::load(settings, &bytes, false).map_err(io::Error::other).and_then(|mut keeper| {
         keeper.resumed(is_back);
         keeper.serve()
     }))
@@ -74,8 +75,8 @@ pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> 
     let result = read_state(&state).and_then(|bytes| {
         sys::descriptors::with_raised_limit(|| {
             // as many descriptors as the new executable inherits, which reads the state once beside them
-            let _inherited = Keeper::load(settings.clone(), &bytes, Carrier::rehearsed())?;
-            Keeper::load(settings, &bytes, Carrier::rehearsed()).map(drop)
+            let _inherited = Keeper::load(settings.clone(), &bytes, true)?;
+            Keeper::load(settings, &bytes, true).map(drop)
         })
     });
     let words = match &result {
@@ -91,15 +92,22 @@ pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> 
 impl Keeper {
     /// Saves everything in a file without a name. Returns it and the numbers of the descriptors that are handed over.
     pub(in crate::keeper) fn save(&self, upgrade: &Upgrade) -> io::Result<(OwnedFd, Vec<RawFd>)> {
-        let saved = reexec::save(|e, carrier| {
-            e.array(11)?;
-            self.started_at.put(e, carrier)?;
-            e.encode_with(&self.last_upgrade, carrier)?.encode_with(&self.relay, carrier)?.encode_with(&self.control, carrier)?;
-            e.encode_with(&self.ledger, carrier)?.encode_with(&self.children, carrier)?.encode_with(&self.streams, carrier)?;
-            e.encode_with(&self.publisher, carrier)?.encode_with(&self.supervisor, carrier)?.encode_with(upgrade, carrier)?;
-            e.bool(self.is_shutting_down)?.ok()
-        });
-        let (bytes, kept) = saved.map_err(io::Error::other)?;
+        let mut writer = Writer::new();
+        let w = &mut writer;
+        w.list(11);
+        self.started_at.save(w);
+        self.last_upgrade.save(w);
+        self.relay.save(w);
+        self.control.save(w);
+        self.ledger.save(w);
+        self.children.save(w);
+        self.streams.save(w);
+        self.publisher.save(w);
+        self.supervisor.save(w);
+        upgrade.save(w);
+        self.is_shutting_down.save(w);
+        let (body, kept) = writer.finish();
+        let bytes = reexec::seal(&body).map_err(io::Error::other)?;
         let mut file = File::from(memfd_create(c"x-keeper-state", MFdFlags::MFD_CLOEXEC)?);
         file.write_all(&bytes)?;
         file.rewind()?;
@@ -108,16 +116,15 @@ impl Keeper {
 
     /// Makes a keeper from the state that another executable saved. Never inlined, and boxed: see [`Keeper::new`].
     #[inline(never)]
-    fn load(settings: Settings, bytes: &[u8], mut carrier: Carrier) -> Result<Box<Self>, Error> {
-        let c = &mut carrier;
-        let mut d = reexec::open(bytes)?;
-        d.array()?;
-        let (started_at, last_upgrade) = (Instant::take(&mut d, c)?, d.decode_with(c)?);
-        let (relay, control): (Relay, Control) = (d.decode_with(c)?, d.decode_with(c)?);
-        let (mut ledger, mut children): (Ledger, Children) = (d.decode_with(c)?, d.decode_with(c)?);
-        let (mut streams, mut publisher): (Streams, Publisher) = (d.decode_with(c)?, d.decode_with(c)?);
-        let (supervisor, upgrade): (Supervisor, Upgrade) = (d.decode_with(c)?, d.decode_with(c)?);
-        let is_shutting_down = d.bool()?;
+    fn load(settings: Settings, bytes: &[u8], is_rehearsal: bool) -> Result<Box<Self>, Error> {
+        let mut reader = Reader::new(reexec::open(bytes)?, is_rehearsal);
+        let mut parts = reader.list()?;
+        let (started_at, last_upgrade) = (parts.next()?, parts.next()?);
+        let (relay, control): (Relay, Control) = (parts.next()?, parts.next()?);
+        let (mut ledger, mut children): (Ledger, Children) = (parts.next()?, parts.next()?);
+        let (mut streams, mut publisher): (Streams, Publisher) = (parts.next()?, parts.next()?);
+        let (supervisor, upgrade): (Supervisor, Upgrade) = (parts.next()?, parts.next()?);
+        let is_shutting_down = parts.next()?;
         let mut poll = Poll::new()?;
         let signals = block_signals(&poll)?;
         relay.resume(&mut poll)?;

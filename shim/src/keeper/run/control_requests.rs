@@ -3,7 +3,7 @@ use std::time::Instant;
 
 use super::Keeper;
 use crate::handover::{MAX_MESSAGE_BYTES, RequestSnapshot, Snapshot};
-use crate::keeper::ledger::What;
+use crate::keeper::ledger::{Request, What};
 use crate::test_identity;
 
 /// The most bytes of state in a snapshot: it shares the message with the other fields.
@@ -30,7 +30,7 @@ impl Keeper {
     pub(super) fn snapshot(&self, now: Instant) -> Snapshot {
         let requests = self.ledger.causes().iter().map(|(cause, open)| {
             let age_nanos = match &open.what {
-                What::Request { arrived, .. } => now.saturating_duration_since(*arrived).as_nanos() as u64,
+                What::Request(Request { arrived, .. }) => now.saturating_duration_since(*arrived).as_nanos() as u64,
                 What::Exit(_) => 0,
             };
             RequestSnapshot {

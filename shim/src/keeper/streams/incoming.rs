@@ -7,30 +7,23 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use minicbor::{Decode, Encode};
-
 use super::splice::{Stop, TURN_BYTES, move_bytes};
 use super::{Client, Turn, fifo};
-use crate::handover::part;
 use crate::keeper::poll::{Poll, Source};
-use crate::keeper::reexec::Carrier;
+use crate::saved::saved;
 
 /// See the module.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(super) struct Incoming {
     /// Both ends until CloseIO, so that a client that reconnects causes no end of file; then only the read end.
-    #[cbor(n(0), with = "part")]
     source: OwnedFd,
-    #[cbor(n(1), with = "part")]
     sink: OwnedFd,
-    #[n(2)]
     closing: bool,
-    #[n(3)]
     pub(super) target: String,
-    #[n(4)]
     pub(super) bytes: u64,
 }
+
+saved!(Incoming { source, sink, closing, target, bytes });
 
 impl Incoming {
     pub(super) fn new(client: Client, sink: OwnedFd) -> Self {

@@ -26,7 +26,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
-use minicbor::{Decode, Encode};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -36,8 +35,8 @@ use nix::unistd::{Gid, Uid, fchown, pipe2};
 use self::incoming::Incoming;
 use self::outgoing::{Outgoing, Spill};
 use super::poll::{Poll, Source};
-use super::reexec::Carrier;
-use crate::handover::{Cause, Output, Stdio, Step, Stream, StreamSnapshot, part};
+use crate::handover::{Cause, Output, Stdio, Step, Stream, StreamSnapshot};
+use crate::saved::saved;
 use crate::sys;
 
 /// How long a Delete waits until the output is read and its last writer is gone, as containerd's own shim does.
@@ -46,72 +45,59 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The streams of one process.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 struct Entry {
-    #[n(0)]
     key: String,
     /// The process's ends, until they were given to it.
-    #[cbor(n(1), with = "part")]
     process_ends: [Option<OwnedFd>; 3],
     /// Read ends for loggers or the worker, by stream.
-    #[cbor(n(2), with = "part")]
     read_ends: [Option<OwnedFd>; 3],
     /// The streams that the keeper moves or watches.
-    #[n(3)]
     pumps: [Option<Pump>; 3],
     /// The client's side of a terminal, until it arrives.
-    #[n(4)]
     clients: [Option<Client>; 3],
-    #[cbor(n(5), with = "part")]
     terminal: Option<OwnedFd>,
-    #[n(6)]
     wants_terminal: bool,
-    #[n(7)]
     size: Option<(u16, u16)>,
-    #[n(8)]
     stdin_closed: bool,
-    #[n(9)]
     spill_bytes: u64,
-    #[n(10)]
     spill_folder: String,
-    #[n(11)]
     exited: bool,
     /// Set by the first Delete.
-    #[cbor(n(12), with = "part")]
     drain_until: Option<Instant>,
     /// Drain operations that wait for an outcome.
-    #[n(13)]
     waiting: Vec<(Cause, Step)>,
     /// The process is deleted: its key may be used again.
-    #[n(14)]
     released: bool,
 }
 
+saved! {
+    Entry {
+        key, process_ends, read_ends, pumps, clients, terminal, wants_terminal, size, stdin_closed, spill_bytes, spill_folder, exited,
+        drain_until, waiting, released
+    }
+}
+
 /// The client of a stream.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 struct Client {
-    #[cbor(n(0), with = "part")]
     fd: OwnedFd,
-    #[n(1)]
     target: String,
     /// Otherwise it is the pipe to a logger or the worker.
-    #[n(2)]
     is_fifo: bool,
 }
 
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+saved!(Client { fd, target, is_fifo });
+
+#[derive(Debug)]
 enum Pump {
-    #[n(0)]
-    Out(#[n(0)] Outgoing),
-    #[n(1)]
-    In(#[n(0)] Incoming),
+    Out(Outgoing),
+    In(Incoming),
     /// A copy of the read end of a logger's or the worker's pipe, held while a Delete waits to notice when the last writer is gone.
-    #[n(2)]
-    Held(#[cbor(n(0), with = "part")] OwnedFd),
+    Held(OwnedFd),
 }
+
+saved!(enum Pump { 0 => Out, 1 => In, 2 => Held });
 
 /// The phase of a process, as far as it concerns its streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,39 +123,29 @@ enum Turn {
 }
 
 /// All streams.
-#[derive(Debug, Default, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug, Default)]
 pub(crate) struct Streams {
-    #[n(0)]
     last_number: u32,
     /// By number. A stream's own number, as in [`Source::Stream`], is that of its entry times 4 and its place in it.
-    #[n(1)]
     entries: BTreeMap<u32, Entry>,
     /// The numbers of the processes that are not released.
-    #[cbor(skip)]
     numbers: BTreeMap<String, u32>,
     /// The deadlines of drains, in order, since all have the same length. Some may be finished already.
-    #[cbor(skip)]
     due: VecDeque<(Instant, u32)>,
     /// Drain operations that are finished.
-    #[cbor(skip)]
     drained: Vec<(Cause, Step)>,
     /// Reports readers that open or read a fifo; open only while there is one to watch, since a user has 128 instances by default.
-    #[cbor(skip)]
     inotify: Option<Inotify>,
-    #[cbor(skip)]
     watches: BTreeMap<WatchDescriptor, Vec<u32>>,
     /// Streams that are checked every second, and when next.
-    #[cbor(skip)]
     unsure: BTreeSet<u32>,
-    #[cbor(skip)]
     look_at: Option<Instant>,
     /// Counters of pumps that are finished: bytes from processes, bytes lost.
-    #[n(2)]
     pub(crate) bytes_moved: u64,
-    #[n(3)]
     pub(crate) bytes_lost: u64,
 }
+
+saved!(Streams { last_number, entries, bytes_moved, bytes_lost; numbers, due, drained, inotify, watches, unsure, look_at });
 
 impl Streams {
     /// Resumes after a re-exec. The content of the pipes stays there.

@@ -20,13 +20,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
 use nix::sys::inotify::WatchDescriptor;
 
-use minicbor::{Decode, Encode};
-
 use super::splice::{Stop, TURN_BYTES, move_bytes};
 use super::{Client, Stage, Turn, fifo};
-use crate::handover::part;
 use crate::keeper::poll::{Poll, Source};
-use crate::keeper::reexec::Carrier;
+use crate::saved::saved;
 use crate::sys::descriptors::waiting_bytes;
 
 /// Bytes copied at once: the capacity of a fifo.
@@ -35,28 +32,22 @@ const PART_BYTES: usize = 64 << 10;
 const AT_ONCE_BYTES: libc::loff_t = 256 << 10;
 
 /// See the module.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(super) struct Outgoing {
     /// The process's side, until its last writer has closed it.
-    #[cbor(n(0), with = "part")]
     source: Option<OwnedFd>,
     /// Absent for an output whose logger exited: it is discarded, so that the process does not block.
-    #[n(1)]
     pub(super) client: Option<Client>,
     /// We hold only the write end of the fifo.
-    #[n(2)]
     pub(super) is_narrowed: bool,
     /// The narrowed fifo is watched for readers.
-    #[cbor(skip)]
     pub(super) watch: Option<WatchDescriptor>,
-    #[n(3)]
     spill: Option<Spill>,
-    #[n(4)]
     pub(super) bytes: u64,
-    #[n(5)]
     thrown_away: u64,
 }
+
+saved!(Outgoing { source, client, is_narrowed, spill, bytes, thrown_away; watch });
 
 impl Outgoing {
     pub(super) fn new(source: OwnedFd, client: Option<Client>, spill: Option<Spill>) -> Self {
@@ -203,24 +194,19 @@ impl Outgoing {
 /// A file that holds output while the fifo is full.
 ///
 /// Its read part is returned to the file system: with a slow reader the file is hardly ever empty.
-#[derive(Debug, Encode, Decode)]
-#[cbor(context_bound = "AsMut<Carrier>")]
+#[derive(Debug)]
 pub(super) struct Spill {
-    #[cbor(n(0), with = "part")]
     file: File,
-    #[n(1)]
     limit: u64,
-    #[n(2)]
     head: libc::loff_t,
-    #[n(3)]
     tail: libc::loff_t,
     /// Bytes returned to the file system so far.
-    #[cbor(skip)]
     given_back: libc::loff_t,
     /// The file system cannot punch holes: space is returned only when the file is empty.
-    #[cbor(skip)]
     is_solid: bool,
 }
+
+saved!(Spill { file, limit, head, tail; given_back, is_solid });
 
 impl Spill {
     /// Makes a file without a name in `folder`.
