@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::processes::Stat;
+
 /// Version of the body that this binary writes.
 pub(crate) const VERSION: u32 = 1;
 
@@ -61,8 +63,7 @@ impl JournalBody {
 impl ProcessIdentity {
     /// Identifies the running (or zombie) process `pid`; absent if there is none.
     pub(crate) fn of(pid: u32) -> Option<Self> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        Some(Self { pid, start_time: start_time(&stat)? })
+        Some(Self { pid, start_time: Stat::of(pid)?.start_time })
     }
 
     /// Whether exactly this process still exists, also as a zombie.
@@ -72,27 +73,13 @@ impl ProcessIdentity {
 
     /// Whether exactly this process runs: it exists, and is not a zombie.
     pub(crate) fn is_running(self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        let state = stat.rsplit_once(')').and_then(|(_, fields)| fields.trim_start().chars().next());
-        start_time(&stat) == Some(self.start_time) && !matches!(state, Some('Z' | 'X'))
+        Stat::of(self.pid).is_some_and(|stat| stat.start_time == self.start_time && stat.is_running())
     }
-}
-
-/// Parses the start time from a line of `/proc/PID/stat`. The name of the program may hold spaces and parentheses.
-fn start_time(stat: &str) -> Option<u64> {
-    let (_, after_name) = stat.rsplit_once(')')?;
-    after_name.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn start_time_is_found_behind_a_name_with_parentheses() {
-        let stat = "42 (a) b (c)) S 1 42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 777 1000 2 18446744073709551615";
-        assert_eq!(start_time(stat), Some(777));
-    }
 
     #[test]
     fn this_process_exists_and_its_like_with_another_start_does_not() {

@@ -18,6 +18,7 @@ mod keeper;
 mod logging;
 mod mountinfo;
 mod options;
+mod processes;
 mod rootfs;
 mod run_dir;
 mod saved;

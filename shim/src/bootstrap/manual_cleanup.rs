@@ -16,6 +16,7 @@ use super::{Error, helper, wait};
 use crate::cgroup::Cgroup;
 use crate::engine::{CommandEngine, Container, EngineError, Verb};
 use crate::journal_body::{JournalBody, ProcessIdentity};
+use crate::processes::Stat;
 use crate::rootfs::{self, MountError, Unmount};
 use crate::sys;
 
@@ -64,20 +65,8 @@ pub(crate) fn is_clean(leftovers: &Leftovers<'_>) -> bool {
 /// The exit status of init if it is a zombie: 0–255, or 128 + signal number.
 pub(crate) fn end_of_zombie(leftovers: &Leftovers<'_>) -> Option<u32> {
     let init = leftovers.init()?;
-    let stat = fs::read_to_string(format!("/proc/{}/stat", init.pid)).ok()?;
-    let status = status_of_zombie(&stat)?;
+    let status = Stat::of(init.pid)?.exit_status()?;
     init.exists().then_some(status)
-}
-
-/// Parses the exit status from a zombie's `/proc/PID/stat`: field 3 is the state, 52 the status as wait(2) gives it.
-fn status_of_zombie(stat: &str) -> Option<u32> {
-    let (_, after_name) = stat.rsplit_once(')')?;
-    let mut fields = after_name.split_ascii_whitespace();
-    if fields.next()? != "Z" {
-        return None;
-    }
-    let status: u32 = fields.nth(48)?.parse().ok()?;
-    Some(if status & 0x7f == 0 { status >> 8 & 0xff } else { 128 + (status & 0x7f) })
 }
 
 /// Whether a process of the container runs.

@@ -8,8 +8,6 @@
 //!  other:   orphan  ─▶ claimed by a commit ─▶ exited: a cause
 //!                   └▶ exited unclaimed: left a zombie while an operation may still report its pid, then reaped
 //! ```
-mod descendants;
-
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::io;
@@ -26,6 +24,7 @@ use super::poll::{Poll, Source};
 use super::streams::Streams;
 use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream};
 use crate::journal::{Journal, RecordedExit};
+use crate::processes::kill_tree;
 use crate::saved::saved;
 use crate::sys;
 
@@ -334,7 +333,7 @@ impl Children {
     /// Kills the helpers of a poisoned request, and their descendants.
     pub(crate) fn end_helpers_of(&self, cause: Cause) {
         for pid in self.helpers.iter().filter(|(_, helper)| helper.cause == cause).map(|(pid, _)| *pid) {
-            descendants::kill(pid);
+            kill_tree(pid);
         }
     }
 
@@ -343,7 +342,7 @@ impl Children {
         let concerns = |helper: &Helper| helper.key.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         for pid in self.helpers.iter().filter(|(_, helper)| concerns(helper)).map(|(pid, _)| *pid) {
             info!(container:% = key, pid; "killing a helper");
-            descendants::kill(pid);
+            kill_tree(pid);
         }
     }
 
