@@ -2,6 +2,7 @@
 use std::process::ExitCode;
 
 mod bootstrap;
+mod capture;
 mod cgroup;
 mod chain;
 mod commands;
@@ -11,6 +12,8 @@ mod frame;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod handover;
+mod helper;
+mod inbox;
 mod invocation;
 mod journal;
 mod journal_body;

@@ -24,7 +24,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::handover::{Outcome, ProcessExit, Ready, Stream, UpgradeReport, Versions};
 use crate::journal::Journal;
-use crate::sys;
+use crate::sys::{self, spawn::Failure};
 
 /// A part of the state.
 pub(crate) trait Saved: Sized {
@@ -210,7 +210,7 @@ macro_rules! descriptors {
     )*};
 }
 
-descriptors!(OwnedFd, File, UnixListener, UnixStream, Journal);
+descriptors!(OwnedFd, File, UnixListener, UnixStream, Journal, Failure);
 
 macro_rules! lists {
     ($($list:ident $(: $bound:ident)?),*) => {$(

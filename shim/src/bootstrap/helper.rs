@@ -1,142 +1,62 @@
 //! Runs one engine command to its end, for commands without a keeper.
 //!
 //! **Invariant:** it ends at its deadline, even if the engine hangs; the engine's output is kept up to a limit.
-use std::ffi::OsString;
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
-use std::os::unix::process::ExitStatusExt;
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
+use nix::errno::Errno;
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::pipe2;
 
-use crate::handover::{Exited, Fd, LOG_ARGUMENT, MAX_OUTPUT_BYTES, Spawn};
-use crate::sys;
+use super::wait;
+use crate::handover::{Exited, Spawn};
+use crate::{helper, sys};
+
+/// How long a killed command may take to exit: one in an uninterruptible sleep is left to init.
+const ENDS_WITHIN: Duration = Duration::from_millis(200);
 
 /// Runs an engine's command and returns its exit.
 ///
 /// Errors: it could not be executed; TimedOut after the kill.
 pub(crate) fn run(order: &Spawn, deadline: Instant) -> io::Result<Exited> {
-    let (log, log_writer) = pipe()?;
-    let (output, output_writer) = pipe()?;
-    // The engine opens its log by a path; this one leads to the pipe while this process runs.
-    let log_path = format!("/proc/{}/fd/{}", std::process::id(), log_writer.as_raw_fd());
-    let mut arguments = order
-        .argv
-        .iter()
-        .map(|argument| OsString::from_vec(if argument == LOG_ARGUMENT { log_path.clone().into_bytes() } else { argument.clone() }));
-    let program = arguments.next().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut command = Command::new(program);
-    command.args(arguments).env_clear();
-    for entry in &order.env {
-        let split = entry.iter().position(|byte| *byte == b'=').ok_or(io::ErrorKind::InvalidInput)?;
-        let (name, value) = (entry[..split].to_vec(), entry[split + 1..].to_vec());
-        command.env(OsString::from_vec(name), OsString::from_vec(value));
-    }
-    let cwd = Path::new(&order.cwd);
-    command.current_dir(if cwd.is_dir() { cwd } else { Path::new("/") });
-    let target = |index: usize| -> io::Result<Stdio> {
-        Ok(match order.fds.get(index) {
-            Some(Fd::Output) => output_writer.try_clone()?.into(),
-            _ => Stdio::null(),
-        })
-    };
-    command.stdin(Stdio::null()).stdout(target(1)?).stderr(target(2)?);
-    let mut child = command.spawn()?;
-    drop((command, output_writer));
-
-    let mut collected = [Collected::new(log), Collected::new(output)];
-    let status = wait(&mut child, &mut collected, deadline);
-    drop(log_writer);
-    if status.is_err() {
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-    let [log, output] = collected.map(|mut pipe| {
-        pipe.read();
-        pipe.bytes
-    });
-    let status = status?;
-    let status = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(255);
-    Ok(Exited { status: u32::try_from(status).unwrap_or(255), log, output, terminal: false })
-}
-
-/// Waits for the exit of `child`, and reads its output meanwhile: a full pipe would block it.
-fn wait(child: &mut Child, collected: &mut [Collected; 2], deadline: Instant) -> io::Result<ExitStatus> {
-    let process = sys::process::open(child.id())?;
+    let cwd = if Path::new(&order.cwd).is_dir() { order.cwd.clone() } else { "/".into() };
+    let (started, mut pipes) = helper::start(&Spawn { cwd, ..order.clone() }, |_| Ok(None))?;
+    let process = sys::process::open(started.pid)?;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
+            let _ = sys::process::signal(process.as_fd(), libc::SIGKILL);
+            wait::for_end(process.as_fd(), Instant::now() + ENDS_WITHIN);
+            let _ = sys::process::reap(started.pid);
             return Err(io::ErrorKind::TimedOut.into());
         }
         let timeout = PollTimeout::try_from(left.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);
         let mut fds = vec![PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         // poll(2) would report one at end of file for ever.
-        fds.extend(collected.iter().filter(|pipe| !pipe.ended).map(|pipe| PollFd::new(pipe.file.as_fd(), PollFlags::POLLIN)));
+        let open = pipes.captures().filter(|capture| !capture.is_closed());
+        fds.extend(open.map(|capture| PollFd::new(capture.as_fd(), PollFlags::POLLIN)));
         match poll(&mut fds, timeout) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }
-        if let Some(status) = child.try_wait()? {
-            return Ok(status);
-        }
-        for pipe in &mut *collected {
-            pipe.read();
-        }
-    }
-}
-
-/// The output from a pipe; the end of it where it is too long.
-struct Collected {
-    file: File,
-    bytes: Vec<u8>,
-    ended: bool,
-}
-
-impl Collected {
-    fn new(pipe: OwnedFd) -> Self {
-        Self { file: pipe.into(), bytes: Vec::new(), ended: false }
-    }
-
-    /// Reads the available bytes.
-    fn read(&mut self) {
-        let mut chunk = [0; 4096];
-        while !self.ended {
-            match self.file.read(&mut chunk) {
-                Ok(0) => self.ended = true,
-                Ok(count) => self.bytes.extend_from_slice(&chunk[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    self.ended = error.kind() != io::ErrorKind::WouldBlock;
-                    break;
-                }
+        // A full pipe would block it.
+        pipes.read();
+        if let Some(ended) = sys::process::reap(started.pid)? {
+            if let Some(error) = started.failure.error() {
+                return Err(error);
             }
-            if self.bytes.len() > 2 * MAX_OUTPUT_BYTES {
-                self.bytes.drain(..self.bytes.len() - MAX_OUTPUT_BYTES);
-            }
+            let (log, output) = pipes.finish();
+            return Ok(Exited { status: ended.status, log, output, terminal: false });
         }
-        let surplus = self.bytes.len().saturating_sub(MAX_OUTPUT_BYTES);
-        self.bytes.drain(..surplus);
     }
-}
-
-/// A pipe whose read end does not block.
-fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-    nix::fcntl::fcntl(&read, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    Ok((read, write))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
+    use crate::handover::{Fd, LOG_ARGUMENT, MAX_OUTPUT_BYTES};
 
     fn shell(script: &str) -> Spawn {
         let argv = ["/bin/sh", "-c", script, "sh"].map(|argument| argument.as_bytes().to_vec());

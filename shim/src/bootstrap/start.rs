@@ -5,7 +5,7 @@
 //! **Invariant:** when `start` answers, both sockets listen, and the keeper has no descriptor of this process.
 use std::env;
 use std::ffi::{CString, OsStr};
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -168,11 +168,6 @@ impl Shim<'_> {
 fn execute(settings: &Settings, sockets: &Sockets) -> Result<Started, Error> {
     let program = own_image();
     let failed = |source| Error::Io { op: "execute", path: program.clone(), source };
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(|source| Error::Io {
-        op: "open",
-        path: "/dev/null".into(),
-        source,
-    })?;
     let arguments = settings.to_arguments();
     let argv = ["containerd-shim-x-v2"].into_iter().chain(arguments.iter().map(String::as_str)).chain(["keeper"]);
     let nul = |error: std::ffi::NulError| failed(io::Error::new(io::ErrorKind::InvalidInput, error));
@@ -182,7 +177,7 @@ fn execute(settings: &Settings, sockets: &Sockets) -> Result<Started, Error> {
         env: environment(),
         // Not the bundle: a working directory would keep its file system busy while the pod runs.
         cwd: c"/".to_owned(),
-        descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), sockets.clients.as_fd(), sockets.control.as_fd()],
+        descriptors: vec![None, None, None, Some(sockets.clients.as_fd()), Some(sockets.control.as_fd())],
         dies_with_parent: false,
     })
     .map_err(failed)
@@ -192,13 +187,8 @@ fn execute(settings: &Settings, sockets: &Sockets) -> Result<Started, Error> {
 fn await_execution(started: Started) -> Result<(), Error> {
     let failed = |source| Error::Io { op: "execute", path: own_image(), source };
     // The pipe closes at execve(2); an error of it arrives before.
-    match super::wait::read_to_end(started.failure).map_err(failed)?.as_slice() {
-        [] => Ok(()),
-        number => {
-            let number = number.first_chunk::<4>().map_or(0, |bytes| i32::from_ne_bytes(*bytes));
-            Err(failed(io::Error::from_raw_os_error(number)))
-        }
-    }
+    super::wait::for_input(started.failure.as_fd(), None).map_err(failed)?;
+    started.failure.error().map_or(Ok(()), |error| Err(failed(error)))
 }
 
 /// The path of this program. If its file was replaced since, the path under which the kernel still has the old one.

@@ -9,7 +9,6 @@
 //!                   └▶ exited unclaimed: left a zombie while an operation may still report its pid, then reaped
 //! ```
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -19,14 +18,17 @@ use std::time::SystemTime;
 use log::{debug, error, info, warn};
 use nix::errno::Errno;
 
-use super::capture::Capture;
 use super::poll::{Poll, Source};
 use super::streams::Streams;
-use crate::handover::{Cause, Claim, Exited, Fd, LOG_ARGUMENT, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream};
+use crate::handover::{Cause, Claim, Exited, Fd, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream};
+use crate::helper::{self, Pipes};
 use crate::journal::{Journal, RecordedExit};
 use crate::processes::kill_tree;
 use crate::saved::saved;
-use crate::sys;
+use crate::sys::{
+    self,
+    spawn::{Failure, Started},
+};
 
 /// The status of a process that another process reaped.
 const UNKNOWN_STATUS: u32 = 255;
@@ -40,13 +42,8 @@ struct Helper {
     step: Step,
     key: String,
     program: String,
-    /// Holds the error number if the program could not be executed.
-    failure: Capture,
-    /// The pipe behind [`LOG_ARGUMENT`], both ends: the program opens it by its path here.
-    log: Option<(Capture, OwnedFd)>,
-    output: Option<Capture>,
-    /// Until the helper is ready.
-    ready: Option<Capture>,
+    failure: Failure,
+    pipes: Pipes,
     /// The outcome was reported already.
     reported: bool,
     console: Option<Console>,
@@ -54,7 +51,7 @@ struct Helper {
     reads: Vec<(String, Stream)>,
 }
 
-saved!(Helper { cause, step, key, program, failure, log, output, ready, reported, console, reads });
+saved!(Helper { cause, step, key, program, failure, pipes, reported, console, reads });
 
 /// Where a runtime delivers a terminal.
 #[derive(Debug)]
@@ -118,8 +115,7 @@ impl Children {
     /// Resumes after a re-exec.
     pub(crate) fn resume(&mut self, poll: &mut Poll) -> io::Result<()> {
         for (pid, helper) in &self.helpers {
-            let captures = [helper.log.as_ref().map(|(log, _)| log), helper.output.as_ref(), helper.ready.as_ref()];
-            captures.into_iter().flatten().try_for_each(|capture| capture.watch(poll, Source::Helper(*pid)))?;
+            helper.pipes.captures().try_for_each(|capture| poll.add_reader(capture, Source::Helper(*pid)))?;
             poll.again(Source::Helper(*pid));
         }
         for (pid, claimed) in &self.claimed {
@@ -132,74 +128,33 @@ impl Children {
     }
 
     /// Starts a helper.
-    pub(crate) fn start(&mut self, cause: Cause, step: Step, order: Spawn, streams: &mut Streams, poll: &Poll) -> Result<(), Outcome> {
-        let program = order.argv.first().map(|a| String::from_utf8_lossy(a).into_owned()).unwrap_or_default();
-        let failed = |error: io::Error| Outcome::Failed {
-            errno: error.raw_os_error().unwrap_or(Errno::EIO as i32),
-            what: format!("start {program}"),
+    ///
+    /// Errors: what failed; then nothing was started.
+    pub(crate) fn start(
+        &mut self,
+        cause: Cause,
+        step: Step,
+        order: Spawn,
+        streams: &mut Streams,
+        poll: &Poll,
+    ) -> Result<(), (String, io::Error)> {
+        let program = order.argv.first().map(|path| String::from_utf8_lossy(path).into_owned()).unwrap_or_default();
+        let failed = |error| (format!("start {program}"), error);
+        let console = order.console_socket.as_deref().map(Console::listen).transpose().map_err(failed)?;
+        let end_of = |fd: &Fd| match fd {
+            Fd::Process(key, stream) => Ok(streams.take_process_end(key, *stream)),
+            Fd::ReadEnd(key, stream) => streams.read_end(key, *stream).map(Some),
+            Fd::Null | Fd::Output | Fd::Ready => Ok(None),
         };
-        let mut log = None;
-        let mut argv = Vec::with_capacity(order.argv.len());
-        for argument in order.argv {
-            if argument == LOG_ARGUMENT {
-                let (capture, write) = Capture::new().map_err(failed)?;
-                // Opened by path, so that nothing is inherited.
-                argv.push(format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&write)).into_bytes());
-                log = Some((capture, write));
-            } else {
-                argv.push(argument);
-            }
-        }
-        let console = order.console_socket.map(Console::listen).transpose().map_err(failed)?;
-        let null = std::fs::File::options().read(true).write(true).open("/dev/null").map_err(failed)?;
-        let (mut output, mut ready) = (None, None);
-        let mut reads = Vec::new();
-        let mut given: Vec<OwnedFd> = Vec::new();
-        for fd in order.fds {
-            given.push(match fd {
-                Fd::Null => sys::descriptors::duplicate(&null).map_err(failed)?,
-                Fd::Process(key, stream) => match streams.take_process_end(&key, stream) {
-                    Some(end) => end,
-                    None => sys::descriptors::duplicate(&null).map_err(failed)?,
-                },
-                Fd::ReadEnd(key, stream) => {
-                    let end = streams.read_end(&key, stream).map_err(failed)?;
-                    reads.push((key, stream));
-                    end
-                }
-                Fd::Output => {
-                    let (capture, write) = Capture::new().map_err(failed)?;
-                    output = Some(capture);
-                    write
-                }
-                Fd::Ready => {
-                    let (capture, write) = Capture::new().map_err(failed)?;
-                    ready = Some(capture);
-                    write
-                }
-            });
-        }
-        let text = |bytes: Vec<u8>| CString::new(bytes).map_err(|_| failed(io::Error::from_raw_os_error(Errno::EINVAL as i32)));
-        let command = sys::spawn::Command {
-            program: text(program.clone().into_bytes())?,
-            argv: argv.into_iter().map(text).collect::<Result<_, _>>()?,
-            env: order.env.into_iter().map(text).collect::<Result<_, _>>()?,
-            cwd: text(order.cwd.into_bytes())?,
-            descriptors: given.iter().map(AsFd::as_fd).collect(),
-            // a runtime must not outlive the keeper, which would claim its container; a logger has to read to the end
-            dies_with_parent: order.reports_pid,
-        };
-        let started = sys::spawn::spawn(&command).map_err(failed)?;
+        let (Started { pid, failure }, pipes) = helper::start(&order, end_of).map_err(failed)?;
         self.started += 1;
-        let pid = started.pid;
         debug!(pid, program:%; "helper started");
-        for capture in [log.as_ref().map(|(capture, _)| capture), output.as_ref(), ready.as_ref()].into_iter().flatten() {
-            if let Err(error) = capture.watch(poll, Source::Helper(pid)) {
-                warn!(pid, error:%; "cannot watch a helper's pipe, it is read when the helper has exited");
-            }
+        if let Err(error) = pipes.captures().try_for_each(|capture| poll.add_reader(capture, Source::Helper(pid))) {
+            warn!(pid, error:%; "cannot watch a helper's pipes, they are read when the helper has exited");
         }
-        let failure = Capture::from_pipe(started.failure);
-        let helper = Helper { cause, step, key: order.key, program, failure, log, output, ready, reported: false, console, reads };
+        let reads = order.fds.into_iter().filter_map(|fd| if let Fd::ReadEnd(key, stream) = fd { Some((key, stream)) } else { None });
+        let reads = reads.collect();
+        let helper = Helper { cause, step, key: order.key, program, failure, pipes, reported: false, console, reads };
         self.helpers.insert(pid, Box::new(helper));
         Ok(())
     }
@@ -207,22 +162,17 @@ impl Children {
     /// Reads what a helper has written. Returns its outcome if it has become ready.
     pub(crate) fn read(&mut self, pid: u32, poll: &mut Poll) -> Option<Found> {
         let helper = self.helpers.get_mut(&pid)?;
-        let log = helper.log.as_mut().map(|(log, _)| log);
-        for capture in [log, helper.output.as_mut(), helper.ready.as_mut()].into_iter().flatten() {
-            if capture.read() {
-                poll.again(Source::Helper(pid));
-            }
+        if helper.pipes.read() {
+            poll.again(Source::Helper(pid));
         }
-        let ready = helper.ready.as_ref()?;
-        if !ready.has_bytes() && !ready.is_closed() {
-            return None;
-        }
-        // A pipe closed by the exit is no readiness; the exit follows. An exiting process loses its executable before its descriptors.
-        if !ready.has_bytes() && std::fs::read_link(format!("/proc/{pid}/exe")).is_err() {
-            return None;
-        }
+        let ready = helper.pipes.ready.as_ref()?;
         let byte = ready.has_bytes();
-        helper.ready = None;
+        // A pipe closed by the exit is no readiness; the exit follows. An exiting process loses its executable before its descriptors.
+        let is_ready = byte || (ready.is_closed() && std::fs::read_link(format!("/proc/{pid}/exe")).is_ok());
+        if !is_ready {
+            return None;
+        }
+        helper.pipes.ready = None;
         helper.reported = true;
         Some(Found::Outcome { cause: helper.cause, step: helper.step, outcome: Outcome::Ready { byte } })
     }
@@ -372,25 +322,20 @@ impl Helper {
             debug!(program:% = self.program, status; "helper exited");
             return;
         }
-        let failure = self.failure.finish();
-        let outcome = if let Some(errno) = failure.first_chunk() {
-            Outcome::Failed { errno: i32::from_ne_bytes(*errno), what: format!("execute {}", self.program) }
+        let outcome = if let Some(error) = self.failure.error() {
+            Outcome::Failed { errno: error.raw_os_error().unwrap_or_default(), what: format!("execute {}", self.program) }
         } else {
-            let terminal =
-                self.console.and_then(|console| console.receive()).is_some_and(|terminal| streams.attach(&self.key, terminal, poll));
-            Outcome::Exited(Exited {
-                status,
-                log: self.log.map(|(log, _write)| log.finish()).unwrap_or_default(),
-                output: self.output.map(Capture::finish).unwrap_or_default(),
-                terminal,
-            })
+            let terminal = self.console.and_then(|console| console.receive());
+            let terminal = terminal.is_some_and(|terminal| streams.attach(&self.key, terminal, poll));
+            let (log, output) = self.pipes.finish();
+            Outcome::Exited(Exited { status, log, output, terminal })
         };
         found.push(Found::Outcome { cause: self.cause, step: self.step, outcome });
     }
 }
 
 impl Console {
-    fn listen(path: String) -> io::Result<Self> {
+    fn listen(path: &str) -> io::Result<Self> {
         let path = PathBuf::from(path);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -7,11 +7,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::warn;
 
-use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use super::relay::accept_all;
 use crate::handover::{ControlReply, ControlRequest, first_frame};
+use crate::inbox::READ_BYTES;
 use crate::saved::saved;
 use crate::sys;
 

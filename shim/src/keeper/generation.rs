@@ -11,20 +11,22 @@ use std::collections::VecDeque;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::capture::Capture;
-use super::inbox::READ_BYTES;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::handover::{HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions, first_frame};
+use crate::inbox::READ_BYTES;
 use crate::saved::saved;
-use crate::sys;
+use crate::sys::{
+    self,
+    spawn::{Command, Failure, spawn},
+};
 
 /// A worker that has not sent Hello by then is killed.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
@@ -138,7 +140,7 @@ pub(crate) struct Generation {
     input: Vec<u8>,
     output: Outbox,
     started_at: Instant,
-    failure: Capture,
+    failure: Failure,
     /// The keeper killed it: why and when. Its messages are ignored from then on.
     killed: Option<(End, Instant)>,
     /// When it last sent a message, or when a message to it became unanswered.
@@ -157,17 +159,8 @@ impl Generation {
     pub(crate) fn start(number: u32, program: &Program, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        let null: OwnedFd = File::options().read(true).write(true).open("/dev/null")?.into();
-        let command = sys::spawn::Command {
-            // Resolved by the child, whose descriptors are still a copy of ours then.
-            program: CString::new(format!("/proc/self/fd/{}", executable.file.as_raw_fd()))?,
-            argv: program.arguments.clone(),
-            env: program.environment.clone(),
-            cwd: c"/".into(),
-            descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), theirs.as_fd()],
-            dies_with_parent: true,
-        };
-        let started = sys::spawn::spawn(&command)?;
+        let (argv, env) = (program.arguments.clone(), program.environment.clone());
+        let started = spawn(&Command::of_executable(executable.file.as_fd(), argv, env, &[theirs.as_fd()])?)?;
         poll.add(&ours, Source::Worker(number))?;
         Ok(Self {
             number,
@@ -177,7 +170,7 @@ impl Generation {
             input: Vec::new(),
             output: Outbox::default(),
             started_at: now,
-            failure: Capture::from_pipe(started.failure),
+            failure: started.failure,
             killed: None,
             quiet_since: now,
             owing: false,
@@ -207,8 +200,7 @@ impl Generation {
 
     /// Why it exited. `status` as in [`sys::process::Ended`].
     pub(crate) fn end(self, status: u32) -> End {
-        if let Some(errno) = self.failure.finish().first_chunk() {
-            let error = io::Error::from_raw_os_error(i32::from_ne_bytes(*errno));
+        if let Some(error) = self.failure.error() {
             return End { fault: Fault::Worker, why: format!("it cannot be executed: {error}") };
         }
         self.killed.map(|(end, _)| end).unwrap_or_else(|| match status {

@@ -14,11 +14,9 @@
 //!
 //! **Invariant:** the keeper never blocks: not on a client, a disk, the daemon, a runtime or the worker.
 //! **Invariant:** the keeper does not change what containers inherit from it: limits, niceness, affinity, timer slack.
-mod capture;
 mod children;
 mod control;
 mod generation;
-mod inbox;
 mod ledger;
 mod outbox;
 mod poison;

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::inbox::{Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::frame::{self, Header};
+use crate::inbox::{Read, read_some};
 use crate::saved::saved;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);

@@ -10,10 +10,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::{debug, warn};
 
-use super::inbox::{READ_BYTES, Read, read_some};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::frame::{self, Code, Header};
+use crate::inbox::{READ_BYTES, Read, read_some};
 use crate::saved::saved;
 
 /// The most connections at once; a further one is closed at once.

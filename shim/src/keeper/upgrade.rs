@@ -19,13 +19,16 @@ use minicbor::decode;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::capture::Capture;
 use super::generation::{End, Executable, Fault};
 use super::reexec;
 use super::run::Keeper;
+use crate::capture::Capture;
 use crate::handover::{ControlReply, PartResult, ToKeeper, ToWorker, UpgradeReport};
 use crate::saved::{Reader, Saved, Writer, saved};
-use crate::sys;
+use crate::sys::{
+    self,
+    spawn::{Command, Failure, spawn},
+};
 
 /// How long a candidate may take to answer Fit.
 const FIT_WITHIN: Duration = Duration::from_secs(10);
@@ -64,7 +67,7 @@ pub(super) enum Stage {
     /// A new worker catches up. `since`: when the previous one was killed.
     Settling { since: Instant, until: Instant },
     /// A child of the new executable reads a copy of the state.
-    Rehearsal { pid: u32, until: Instant, verdict: Capture, failure: Capture, is_late: bool },
+    Rehearsal { pid: u32, until: Instant, verdict: Capture, failure: Failure, is_late: bool },
     /// It could read it; the worker is being stopped.
     Leaving { since: Instant },
     /// The worker has exited. The keeper re-execs at the end of the turn: exits reaped in this turn are not yet part of the state.
@@ -329,19 +332,12 @@ impl Keeper {
     }
 
     /// Starts a child of the new executable that reads a copy of the state.
-    fn rehearse(&mut self, upgrade: &Upgrade) -> io::Result<(u32, Capture, Capture)> {
+    fn rehearse(&mut self, upgrade: &Upgrade) -> io::Result<(u32, Capture, Failure)> {
         let (copy, _) = self.save(upgrade)?;
         let (verdict, write) = Capture::new()?;
-        let null: OwnedFd = std::fs::File::options().read(true).write(true).open("/dev/null")?.into();
-        let started = sys::spawn::spawn(&sys::spawn::Command {
-            program: CString::new(format!("/proc/self/fd/{}", upgrade.executable.file.as_raw_fd()))?,
-            argv: self.reexec_arguments(&["rehearse"])?,
-            env: sys::exec::environment(),
-            cwd: c"/".into(),
-            descriptors: vec![null.as_fd(), null.as_fd(), null.as_fd(), copy.as_fd(), write.as_fd()],
-            dies_with_parent: true,
-        })?;
-        Ok((started.pid, verdict, Capture::from_pipe(started.failure)))
+        let (argv, env) = (self.reexec_arguments(&["rehearse"])?, sys::exec::environment());
+        let started = spawn(&Command::of_executable(upgrade.executable.file.as_fd(), argv, env, &[copy.as_fd(), write.as_fd()])?)?;
+        Ok((started.pid, verdict, started.failure))
     }
 
     /// A child exited. Returns whether it was a rehearsal.
@@ -352,8 +348,8 @@ impl Keeper {
         let stage = std::mem::replace(&mut upgrade.stage, Stage::Leaving { since: now });
         let Stage::Rehearsal { verdict, failure, is_late, .. } = stage else { return true };
         let answer = String::from_utf8_lossy(&verdict.finish()).into_owned();
-        let why = match (answer.strip_prefix(reexec::REFUSES), failure.finish().first_chunk()) {
-            (_, Some(errno)) => format!("it cannot be executed: {}", io::Error::from_raw_os_error(i32::from_ne_bytes(*errno))),
+        let why = match (answer.strip_prefix(reexec::REFUSES), failure.error()) {
+            (_, Some(error)) => format!("it cannot be executed: {error}"),
             (Some(why), _) => why.to_owned(),
             _ if is_late => format!("its rehearsal took longer than {REHEARSED_WITHIN:?}"),
             _ if answer == reexec::ACCEPTS && status == 0 => {

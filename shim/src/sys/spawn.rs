@@ -3,8 +3,9 @@
 //! **Invariant:** between fork and exec the child allocates nothing, takes no lock, logs nothing and runs no destructor.
 #![allow(unsafe_code)]
 use std::ffi::CString;
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 
 use nix::fcntl::OFlag;
@@ -21,18 +22,62 @@ pub(crate) struct Command<'a> {
     pub(crate) argv: Vec<CString>,
     pub(crate) env: Vec<CString>,
     pub(crate) cwd: CString,
-    /// Descriptors of the new process, from 0 upwards; at most [`MAX_DESCRIPTORS`].
-    pub(crate) descriptors: Vec<BorrowedFd<'a>>,
+    /// Descriptors of the new process, from 0 upwards, at most [`MAX_DESCRIPTORS`]; `None` is `/dev/null`.
+    pub(crate) descriptors: Vec<Option<BorrowedFd<'a>>>,
     /// Kill the new process when this one dies.
     pub(crate) dies_with_parent: bool,
+}
+
+impl<'a> Command<'a> {
+    /// An executable that is held open, in the root directory. It gets `descriptors` as 3 and upwards, and dies with this process.
+    pub(crate) fn of_executable(
+        executable: BorrowedFd<'_>,
+        argv: Vec<CString>,
+        env: Vec<CString>,
+        descriptors: &[BorrowedFd<'a>],
+    ) -> io::Result<Self> {
+        Ok(Self {
+            // Resolved by the child, whose descriptors are still a copy of ours then.
+            program: CString::new(format!("/proc/self/fd/{}", executable.as_raw_fd()))?,
+            argv,
+            env,
+            cwd: c"/".into(),
+            descriptors: [None; 3].into_iter().chain(descriptors.iter().copied().map(Some)).collect(),
+            dies_with_parent: true,
+        })
+    }
 }
 
 /// A process that was forked and is about to execute its program.
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) pid: u32,
-    /// Holds the error number, 4 bytes, once the process has ended without executing anything; empty else.
-    pub(crate) failure: OwnedFd,
+    pub(crate) failure: Failure,
+}
+
+/// Why a process could not execute its program: a pipe that the process closes by executing it.
+#[derive(Debug)]
+pub(crate) struct Failure(OwnedFd);
+
+impl Failure {
+    /// The error of a process that has ended without executing anything. Does not wait.
+    pub(crate) fn error(self) -> Option<io::Error> {
+        let mut number = [0; 4];
+        File::from(self.0).read_exact(&mut number).ok()?;
+        Some(io::Error::from_raw_os_error(i32::from_ne_bytes(number)))
+    }
+}
+
+impl AsFd for Failure {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<OwnedFd> for Failure {
+    fn from(pipe: OwnedFd) -> Self {
+        Self(pipe)
+    }
 }
 
 /// Forks and executes. Does not wait until the program runs: a hung file system blocks the child alone.
@@ -44,16 +89,17 @@ pub(crate) fn spawn(command: &Command<'_>) -> io::Result<Started> {
     }
     let argv: Vec<*const libc::c_char> = command.argv.iter().map(|a| a.as_ptr()).chain([ptr::null()]).collect();
     let env: Vec<*const libc::c_char> = command.env.iter().map(|e| e.as_ptr()).chain([ptr::null()]).collect();
+    let null = File::options().read(true).write(true).open("/dev/null")?;
     let mut sources: [RawFd; MAX_DESCRIPTORS] = [-1; MAX_DESCRIPTORS];
     for (slot, descriptor) in sources.iter_mut().zip(&command.descriptors) {
-        *slot = descriptor.as_raw_fd();
+        *slot = descriptor.unwrap_or(null.as_fd()).as_raw_fd();
     }
     let count = command.descriptors.len();
     let (failure, report) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     let parent = std::process::id() as libc::pid_t;
     // SAFETY: the child calls only async-signal-safe functions on data made before the fork (see `execute`), then executes or exits.
     match unsafe { fork() }? {
-        ForkResult::Parent { child } => Ok(Started { pid: child.as_raw() as u32, failure }),
+        ForkResult::Parent { child } => Ok(Started { pid: child.as_raw() as u32, failure: Failure(failure) }),
         ForkResult::Child => {
             // SAFETY: as above; all pointers stay valid since the child has its own copy of this frame.
             unsafe { execute(command, &argv, &env, &mut sources, count, report.as_raw_fd(), parent) }

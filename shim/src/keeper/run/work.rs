@@ -60,7 +60,10 @@ impl Keeper {
     /// Performs an operation for the first and only time. `None`: the outcome follows later.
     fn perform(&mut self, cause: Cause, step: Step, op: Op) -> Option<Outcome> {
         let result = match op {
-            Op::Spawn(order) => return self.children.start(cause, step, order, &mut self.streams, &self.poll).err(),
+            Op::Spawn(order) => match self.children.start(cause, step, order, &mut self.streams, &self.poll) {
+                Ok(()) => return None,
+                failed => failed,
+            },
             Op::Signal { key, signal } => {
                 self.children.signal(&key, signal).map_err(|error| (format!("send signal {signal} to {key}"), error))
             }

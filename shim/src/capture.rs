@@ -1,17 +1,16 @@
-//! Pipes that helpers write to: their log, their output, their readiness.
+//! A pipe that a child writes to, and what it has written.
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 
-use super::inbox::{READ_BYTES, Read, read_some};
-use super::poll::{Poll, Source};
 use crate::handover::MAX_OUTPUT_BYTES;
+use crate::inbox::{READ_BYTES, Read, read_some};
 use crate::saved::saved;
 
-/// The most bytes of one turn, so that a fast writer does not occupy the keeper.
+/// The most bytes of one turn, so that a fast writer does not occupy its reader.
 const TURN_BYTES: usize = 256 << 10;
 
 /// A pipe that is read as it fills, so that its writer never waits. Of more than [`MAX_OUTPUT_BYTES`], the end is kept.
@@ -29,17 +28,8 @@ impl Capture {
     /// Makes the pipe; returns its write end too, which blocks as a program expects.
     pub(crate) fn new() -> io::Result<(Self, OwnedFd)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-        nix::fcntl::fcntl(&read, nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         Ok((Self { pipe: read.into(), bytes: Vec::new(), closed: false }, write))
-    }
-
-    /// Reads from a pipe that does not block.
-    pub(crate) fn from_pipe(pipe: OwnedFd) -> Self {
-        Self { pipe: pipe.into(), bytes: Vec::new(), closed: false }
-    }
-
-    pub(crate) fn watch(&self, poll: &Poll, source: Source) -> io::Result<()> {
-        poll.add_reader(&self.pipe, source)
     }
 
     /// Reads what the pipe holds, up to [`TURN_BYTES`]. Returns whether there may be more.
@@ -71,12 +61,18 @@ impl Capture {
         self.closed
     }
 
-    /// Reads the rest and closes the pipe. A pipe holds no more than one turn reads, so everything the helper wrote is included; descendants
+    /// Reads the rest and closes the pipe. A pipe holds no more than one turn reads, so everything the child wrote is included; descendants
     /// that still write are not waited for.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         let _ = self.read();
         let excess = self.bytes.len().saturating_sub(MAX_OUTPUT_BYTES);
         self.bytes.drain(..excess);
         self.bytes
+    }
+}
+
+impl AsFd for Capture {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
     }
 }
