@@ -24,20 +24,20 @@ pub struct Upgraded {
     /// The exit status.
     pub status: i32,
     /// Its output: `shims` and `summary`.
-    pub said: Value,
+    pub report: Value,
 }
 
 impl Upgraded {
     /// The result of the only shim.
     pub fn only(&self) -> Result<&Value> {
-        let shims = self.said["shims"].as_array().context("no shims")?;
-        ensure!(shims.len() == 1, "exactly one shim expected: {:#}", self.said);
+        let shims = self.report["shims"].as_array().context("no shims")?;
+        ensure!(shims.len() == 1, "exactly one shim expected: {:#}", self.report);
         Ok(&shims[0])
     }
 
     /// Checks that everything was upgraded.
     pub fn is_done(&self) -> Result<()> {
-        let done = self.said["shims"].as_array().is_some_and(|shims| shims.iter().all(|shim| shim["result"] == "upgraded"));
+        let done = self.report["shims"].as_array().is_some_and(|shims| shims.iter().all(|shim| shim["result"] == "upgraded"));
         ensure!(self.status == 0 && done, "{self:#?}");
         Ok(())
     }
@@ -49,8 +49,8 @@ pub async fn upgrade(cx: &Context, program: &Path, words: &[&str]) -> Result<Upg
     command.args(["upgrade", "--json", "--namespace", cx.client().namespace()]).args(words).stdin(Stdio::null()).kill_on_drop(true);
     let output = command.output().await?;
     let status = output.status.code().context("upgrade was killed")?;
-    let said = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
-    Ok(Upgraded { status, said })
+    let report = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    Ok(Upgraded { status, report })
 }
 
 /// What `ps` reports about the shims of the test's namespace.
@@ -58,8 +58,8 @@ pub async fn ps(cx: &Context, program: &Path) -> Result<Vec<Value>> {
     let mut command = tokio::process::Command::new(program);
     let output = command.args(["ps", "--json", "--namespace", cx.client().namespace()]).stdin(Stdio::null()).output().await?;
     ensure!(output.status.success(), "ps: {}", String::from_utf8_lossy(&output.stderr));
-    let said: Value = serde_json::from_slice(&output.stdout)?;
-    Ok(said["shims"].as_array().context("no shims")?.clone())
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    Ok(report["shims"].as_array().context("no shims")?.clone())
 }
 
 /// Waits until the worker of that container's shim hibernates.

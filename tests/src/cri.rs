@@ -113,8 +113,8 @@ impl Cri {
         let (_, request) = self.pod(name)?;
         eventually("the pod is refused", SOON, async || {
             let ran = self.call::<PodId>(method::RUN_POD, request.clone()).await.map(|pod| pod.id);
-            let said = ran.err().map(|error| format!("{error:#}")).context("the pod runs")?;
-            ensure!(reasons.iter().any(|reason| said.contains(reason)), "{said}");
+            let message = ran.err().map(|error| format!("{error:#}")).context("the pod runs")?;
+            ensure!(reasons.iter().any(|reason| message.contains(reason)), "{message}");
             Ok(())
         })
         .await

@@ -136,12 +136,12 @@ impl Daemon {
     /// How many exits of a namespace it has received or published, over all its restarts, also before a client can subscribe. Needs the daemon
     /// of [`Self::start_verbose`], whose log records each event.
     pub fn received_exits(&self, namespace: &str) -> usize {
-        let tells = |line: &&str| {
+        let is_exit = |line: &&str| {
             ["event forwarded", "event published"].iter().any(|word| line.contains(word))
                 && line.contains("topic=/tasks/exit")
                 && line.contains(&format!("ns={namespace}"))
         };
-        self.log().lines().filter(tells).count()
+        self.log().lines().filter(is_exit).count()
     }
 
     /// The folder of a container's bundle.

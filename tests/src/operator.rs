@@ -23,12 +23,12 @@ pub fn binary() -> Result<&'static Path> {
 /// Errors: its status and everything that it printed.
 pub fn printed(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
-    ensure!(output.status.success(), "{command:?}: {}: {}", output.status, said(&output));
+    ensure!(output.status.success(), "{command:?}: {}: {}", output.status, output_text(&output));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Both outputs as text.
-pub fn said(output: &Output) -> String {
+pub fn output_text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
@@ -63,8 +63,8 @@ pub fn upgrade(daemon: &Daemon) -> Result<Command> {
 pub async fn upgraded(daemon: &Daemon) -> Result<i32> {
     let mut command = tokio::process::Command::from(upgrade(daemon)?);
     let output = command.output().await?;
-    ensure!(output.status.success(), "{}\n{}", said(&output), daemon.log());
-    let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).with_context(|| said(&output))?;
+    ensure!(output.status.success(), "{}\n{}", output_text(&output), daemon.log());
+    let pid = output_text(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).with_context(|| output_text(&output))?;
     daemon.is_succeeded_by(pid).await?;
     Ok(pid)
 }

@@ -49,8 +49,8 @@ mod pods {
         let pod = cri.run_pod("pod").await?;
         let id = cri.run(&pod, "app", &["sh", "-c", "echo hello; echo oops >&2; exec sleep 1000"]).await?;
         ensure!(cri.status(&id).await?.state == RUNNING);
-        let (code, said) = cri.exec(&id, &["sh", "-c", "echo inside; exit 4"]).await?;
-        ensure!(code == 4 && said == "inside\n", "{code} {said:?}");
+        let (code, out) = cri.exec(&id, &["sh", "-c", "echo inside; exit 4"]).await?;
+        ensure!(code == 4 && out == "inside\n", "{code} {out:?}");
         for _probe in 0..5 {
             ensure!(cri.exec(&id, &["true"]).await?.0 == 0);
         }

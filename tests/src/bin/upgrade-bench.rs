@@ -148,9 +148,9 @@ async fn upgrade(stand: &Stand, program: &Path, words: &[&str]) -> Result<Value>
     let mut command = tokio::process::Command::new(program);
     command.args(["upgrade", "--all", "--json", "--namespace", stand.namespace()]).args(words).kill_on_drop(true);
     let output = command.output().await?;
-    let said: Value = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
-    ensure!(output.status.success(), "{said:#}");
-    Ok(said)
+    let report: Value = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    ensure!(output.status.success(), "{report:#}");
+    Ok(report)
 }
 
 /// Many shims in one go.
@@ -160,13 +160,13 @@ async fn many(stand: &Stand, program: &Path, count: usize) -> Result<Value> {
         containers.push(stand.instant(&format!("c{number}"), &["sleep", "100000"]).run().await?);
     }
     let begin = Instant::now();
-    let said = upgrade(stand, program, &[]).await?;
+    let report = upgrade(stand, program, &[]).await?;
     let took = begin.elapsed();
     let mut pauses = Vec::new();
-    for shim in said["shims"].as_array().context("no shims")? {
+    for shim in report["shims"].as_array().context("no shims")? {
         pauses.push(Duration::from_secs_f64(shim["report"]["pause_ms"].as_f64().context("no pause")? / 1e3));
     }
-    ensure!(said["summary"]["upgraded"] == count, "{}", said["summary"]);
+    ensure!(report["summary"]["upgraded"] == count, "{}", report["summary"]);
     for container in &containers {
         ensure!(container.task.state(&container.id, "").await?.pid == container.pid);
         container.shut_down().await?;
@@ -188,9 +188,9 @@ async fn rest(stand: &Stand, count: usize) -> Result<Value> {
         }
         awake = memory_kib(&ps(stand).await?)?;
         eventually("all workers hibernate", Duration::from_secs(60), async || {
-            let said = ps(stand).await?;
-            let left = said["shims"].as_array().context("no shims")?.iter().filter(|shim| shim["worker_asleep"] != true).count();
-            asleep = memory_kib(&said)?;
+            let report = ps(stand).await?;
+            let left = report["shims"].as_array().context("no shims")?.iter().filter(|shim| shim["worker_asleep"] != true).count();
+            asleep = memory_kib(&report)?;
             ensure!(left == 0, "{left} workers still run");
             Ok(())
         })
@@ -215,8 +215,8 @@ async fn call(container: &Container) -> Result<Duration> {
     Ok(begin.elapsed())
 }
 
-fn memory_kib(said: &Value) -> Result<f64> {
-    let shims = said["shims"].as_array().context("no shims")?;
+fn memory_kib(report: &Value) -> Result<f64> {
+    let shims = report["shims"].as_array().context("no shims")?;
     Ok(shims.iter().flat_map(|shim| [&shim["keeper"], &shim["worker"]]).filter_map(|process| process["pss_kib"].as_f64()).sum())
 }
 

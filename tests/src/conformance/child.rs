@@ -106,8 +106,8 @@ fn try_perform(deadline: Instant, case: &Case, subject: &Subject, folder: &Path)
     match fs::read(folder.join(VERDICT)) {
         Ok(bytes) => Ok(serde_json::from_slice(&bytes)?),
         Err(_) => {
-            let said = fs::read_to_string(folder.join("output")).unwrap_or_default();
-            Ok(Verdict::Failed(format!("the case's own process ended without a verdict: {}", said.trim())))
+            let message = fs::read_to_string(folder.join("output")).unwrap_or_default();
+            Ok(Verdict::Failed(format!("the case's own process ended without a verdict: {}", message.trim())))
         }
     }
 }
@@ -182,8 +182,8 @@ fn judge(case: &Case, subject: &Subject, folder: &Path) -> Verdict {
             None => Verdict::Failed(explain(&error)),
         },
         Err(panic) => {
-            let said = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-            Verdict::Failed(format!("the case panicked: {}", said.unwrap_or_default()))
+            let message = panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+            Verdict::Failed(format!("the case panicked: {}", message.unwrap_or_default()))
         }
     }
 }

@@ -397,10 +397,10 @@ impl Table {
             }
         }
         let row = Row { fault: *fault, missed, others };
-        let said =
+        let line =
             format!("{}: {}, also by {} other cases", fault.name, row.wrong().unwrap_or_else(|| "detected".to_owned()), row.others.len());
         self.0.push(row);
-        said
+        line
     }
 
     /// Whether each fault was detected by the cases that must, and by few others.

@@ -144,10 +144,10 @@ fn round(time: Duration) -> f64 {
 /// The version that a program prints, on one line; its file name if it prints nothing.
 fn version(subject: &Subject, program: &Path, flag: &str) -> String {
     let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let said = child::ask(subject, program, flag).unwrap_or_default();
-    let words = said.lines().map(str::trim).filter(|line| line.to_lowercase().contains("version"));
-    let said = words.map(|line| line.rsplit_once(char::is_whitespace).map_or(line, |(_, word)| word).trim_start_matches('v')).next();
-    said.map_or_else(|| name.clone(), |said| format!("{name} {said}"))
+    let output = child::ask(subject, program, flag).unwrap_or_default();
+    let words = output.lines().map(str::trim).filter(|line| line.to_lowercase().contains("version"));
+    let version = words.map(|line| line.rsplit_once(char::is_whitespace).map_or(line, |(_, word)| word).trim_start_matches('v')).next();
+    version.map_or_else(|| name.clone(), |version| format!("{name} {version}"))
 }
 
 fn host(cgroups: Version) -> String {

@@ -11,7 +11,7 @@ use crate::witness::Witness;
 /// Frames longer than a frame may be; one that is exactly so long is taken.
 pub async fn of_lengths(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
-    let mut said = Vec::new();
+    let mut refusals = Vec::new();
     let mut wire = Wire::connect(witness.socket()).await?;
     // exactly the limit is accepted: mostly an unknown field
     let mut longest = Frame::request(1, spoken(&witness), "State", &state_of("witness"));
@@ -32,17 +32,17 @@ pub async fn of_lengths(stand: &Stand) -> Result<Vec<Refusal>> {
         wire.send(&vec![0x5a; length]).await?;
         let refused = Refusal::of("too long", wire.answer(stream).await?)?;
         ensure!(refused.code == Code::ResourceExhausted, "{refused:?}");
-        said.push(refused);
+        refusals.push(refused);
     }
     answers(&mut wire, spoken(&witness), 7).await?;
     witness.dismiss().await?;
-    Ok(said)
+    Ok(refusals)
 }
 
 /// Frames that are no requests, and invalid services, methods and timeouts.
 pub async fn of_garbage(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
-    let mut said = Vec::new();
+    let mut refusals = Vec::new();
     let mut wire = Wire::connect(witness.socket()).await?;
     let mut stream = 1;
     let mut next = || {
@@ -53,13 +53,13 @@ pub async fn of_garbage(stand: &Stand) -> Result<Vec<Refusal>> {
     for payload in [vec![], vec![0xff; 7], vec![0], vec![0x0a, 0xff], vec![0x0a, 0x7f, b'x'], vec![b'x'; 1 << 20]] {
         let stream = next();
         wire.send(&Frame { stream, kind: REQUEST, payload }.encode()).await?;
-        said.push(Refusal::of("no request", wire.answer(stream).await?)?);
+        refusals.push(Refusal::of("no request", wire.answer(stream).await?)?);
     }
     // a Request of something that is no message
     for method in ["State", "Create", "Start", "Delete", "Kill", "Exec", "Wait", "Update", "Stats", "Shutdown"] {
         let stream = next();
         wire.send(&Frame::request_of_bytes(stream, spoken(&witness), method, vec![0xff; 7], None).encode()).await?;
-        said.push(Refusal::of("no message", wire.answer(stream).await?)?);
+        refusals.push(Refusal::of("no message", wire.answer(stream).await?)?);
     }
     let long = "S".repeat(100_000);
     for (service, method) in [
@@ -76,7 +76,7 @@ pub async fn of_garbage(stand: &Stand) -> Result<Vec<Refusal>> {
         wire.send(&Frame::request_of_bytes(stream, service, method, vec![], None).encode()).await?;
         let refused = Refusal::of("no method", wire.answer(stream).await?)?;
         ensure!(refused.code == Code::Unimplemented, "{service}/{method}: {refused:?}");
-        said.push(refused);
+        refusals.push(refused);
     }
     // time that is over, or never was
     for timeout in [i64::MIN, -1, 1, i64::MAX] {
@@ -97,20 +97,20 @@ pub async fn of_garbage(stand: &Stand) -> Result<Vec<Refusal>> {
     }
     answers(&mut wire, spoken(&witness), next()).await?;
     witness.dismiss().await?;
-    Ok(said)
+    Ok(refusals)
 }
 
 /// Stream ids that are even, or not above the last one, and frames that are no requests.
 pub async fn of_streams(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
-    let mut said = Vec::new();
+    let mut refusals = Vec::new();
     let state = state_of("witness");
     // even, nought
     for stream in [0, 2, u32::MAX - 1] {
         let mut wire = Wire::connect(witness.socket()).await?;
         let refused = Refusal::of("even", wire.call(stream, spoken(&witness), "State", &state).await?)?;
         ensure!(refused.code == Code::InvalidArgument, "{stream}: {refused:?}");
-        said.push(refused);
+        refusals.push(refused);
         answers(&mut wire, spoken(&witness), 1).await?;
     }
     // used before, or lower than one that was
@@ -119,7 +119,7 @@ pub async fn of_streams(stand: &Stand) -> Result<Vec<Refusal>> {
     for stream in [101, 99, 1] {
         let refused = Refusal::of("used", wire.call(stream, spoken(&witness), "State", &state).await?)?;
         ensure!(refused.code == Code::InvalidArgument && !refused.message.is_empty(), "{stream}: {refused:?}");
-        said.push(refused);
+        refusals.push(refused);
     }
     answers(&mut wire, spoken(&witness), 103).await?;
     answers(&mut wire, spoken(&witness), u32::MAX).await?;
@@ -139,7 +139,7 @@ pub async fn of_streams(stand: &Stand) -> Result<Vec<Refusal>> {
         }
     }
     witness.dismiss().await?;
-    Ok(said)
+    Ok(refusals)
 }
 
 /// The request for the state of a container.

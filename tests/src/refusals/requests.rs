@@ -33,7 +33,7 @@ pub async fn of_bundles(stand: &Stand) -> Result<Vec<Refusal>> {
         ("no version", Some(format!("{{{root}}}"))),
         ("no root", Some("{\"ociVersion\":\"1.0.2\"}".to_owned())),
     ];
-    let mut said = Vec::new();
+    let mut refusals = Vec::new();
     for (what, config) in configs {
         bundle.write()?;
         let path = bundle.folder.join("config.json");
@@ -41,13 +41,13 @@ pub async fn of_bundles(stand: &Stand) -> Result<Vec<Refusal>> {
             Some(config) => fs::write(&path, config)?,
             None => fs::remove_file(&path)?,
         }
-        said.push(Refusal::of(what, task.create(&bundle.request()).await)?);
+        refusals.push(Refusal::of(what, task.create(&bundle.request()).await)?);
     }
     // and the id is free
     let repaired = bundle.create_in(task).await?;
     ensure!(repaired.destroy().await? == 137);
     witness.dismiss().await?;
-    Ok(said)
+    Ok(refusals)
 }
 
 /// Create with invalid fields: each error message names the field.
@@ -88,30 +88,30 @@ pub async fn of_creates(stand: &Stand) -> Result<Vec<Refusal>> {
             "/no/such/image",
         ),
     ];
-    let mut said = Vec::new();
+    let mut refusals = Vec::new();
     for (what, request, words) in cases {
         let refused = Refusal::of(what, task.create(&request).await)?;
         ensure!(refused.message.contains(words), "{refused:?}");
         ensure!(task.state("bad", "").await.is_err(), "{what}: the container exists");
-        said.push(refused);
+        refusals.push(refused);
     }
     // no root file system at all: the bundle's folder for it is gone, and nothing is mounted there
     fs::remove_dir(bundle.folder.join("rootfs"))?;
     let without = api::CreateTaskRequest { rootfs: Vec::new(), ..good.clone() };
-    said.push(Refusal::of("no root file system", task.create(&without).await)?);
+    refusals.push(Refusal::of("no root file system", task.create(&without).await)?);
     ensure!(task.create(&good).await.is_ok(), "the id is free again");
     task.kill("bad", "", 9).await?;
     task.wait("bad", "").await?;
     task.delete("bad", "").await?;
     witness.dismiss().await?;
-    Ok(said)
+    Ok(refusals)
 }
 
 /// Strings that are no valid ids: InvalidArgument where an id would be created, NotFound elsewhere.
 pub async fn of_ids(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
     let task = &witness.container.task;
-    let (long, mut said) = ("a".repeat(300), Vec::new());
+    let (long, mut refusals) = ("a".repeat(300), Vec::new());
     for id in ["", ".", "..", "a/b", "../witness", "/etc", "a\0b", "-rf", "a b", "ä", "witness/", long.as_str()] {
         let bundle = witness.sibling("named", &["true"]);
         bundle.write()?;
@@ -119,7 +119,7 @@ pub async fn of_ids(stand: &Stand) -> Result<Vec<Refusal>> {
         let exec = api::ExecProcessRequest { exec_id: id.to_owned(), ..witness.container.bundle.exec_request("e", &["true"]) };
         for refused in [Refusal::of("create", create)?, Refusal::of("exec", task.exec(&exec).await)?] {
             ensure!(refused.code == Code::InvalidArgument, "{id:?}: {refused:?}");
-            said.push(refused);
+            refusals.push(refused);
         }
         let codes = [
             ttrpc::code_of(task.state(id, "").await)?,
@@ -142,7 +142,7 @@ pub async fn of_ids(stand: &Stand) -> Result<Vec<Refusal>> {
     names.sort();
     ensure!(names == ["named", "witness"], "{names:?}");
     witness.dismiss().await?;
-    Ok(said)
+    Ok(refusals)
 }
 
 /// Execs that cannot run, refused at Exec or at Start.
@@ -157,9 +157,9 @@ pub async fn of_execs(stand: &Stand) -> Result<Vec<Refusal>> {
     let mut refused = vec![with(b""), with(b"{"), with(b"[]"), with(&[0xff; 100])];
     refused.push(api::ExecProcessRequest { spec: MessageField::none(), ..bundle.exec_request("e", &[]) });
     refused.push(api::ExecProcessRequest { stdout: "carrier-pigeon:///x".into(), ..bundle.exec_request("e", &["true"]) });
-    let mut said = Vec::new();
+    let mut refusals = Vec::new();
     for request in refused {
-        said.push(Refusal::of("exec", task.exec(&request).await)?);
+        refusals.push(Refusal::of("exec", task.exec(&request).await)?);
         ensure!(ttrpc::code_of(task.state("witness", "e").await)? == Code::NotFound);
     }
     // what only the runtime can find wrong fails its start, and the exec can be deleted
@@ -169,33 +169,33 @@ pub async fn of_execs(stand: &Stand) -> Result<Vec<Refusal>> {
         process
     }] {
         task.exec(&with(process.to_string().as_bytes())).await?;
-        said.push(Refusal::of("start", task.start("witness", "e").await)?);
+        refusals.push(Refusal::of("start", task.start("witness", "e").await)?);
         task.delete("witness", "e").await?;
     }
     ensure!(witness.container.run("e", &["sh", "-c", "exit 5"]).await? == 5);
     witness.dismiss().await?;
-    Ok(said)
+    Ok(refusals)
 }
 
 /// Invalid signals and resources, and a real-time signal, which is sent. A size for a process without a terminal may be ignored.
 pub async fn of_values(stand: &Stand) -> Result<Vec<Refusal>> {
     let witness = Witness::start(stand).await?;
     let task = &witness.container.task;
-    let mut said = Vec::new();
+    let mut refusals = Vec::new();
     for (what, signal) in [("signal 65", 65), ("signal 1000", 1000), ("signal 4294967295", u32::MAX)] {
-        said.push(Refusal::of(what, task.kill("witness", "", signal).await)?);
+        refusals.push(Refusal::of(what, task.kill("witness", "", signal).await)?);
     }
     for (width, height) in [(u32::MAX, 24), (80, 1 << 16)] {
         let resize = api::ResizePtyRequest { id: "witness".to_owned(), width, height, ..Default::default() };
         if let Err(error) = task.call::<api::Empty>("ResizePty", &resize, SOON).await {
             ensure!(error.code().is_some(), "{error}");
-            said.push(Refusal::of::<()>("size", Err(error))?);
+            refusals.push(Refusal::of::<()>("size", Err(error))?);
         }
     }
     for resources in [&b""[..], b"{", b"[1]", &[0xff; 50]] {
         let resources = Any { type_url: RESOURCES.to_owned(), value: resources.to_vec(), ..Any::default() };
         let update = api::UpdateTaskRequest { id: "witness".to_owned(), resources: MessageField::some(resources), ..Default::default() };
-        said.push(Refusal::of("resources", task.call::<api::Empty>("Update", &update, SOON).await)?);
+        refusals.push(Refusal::of("resources", task.call::<api::Empty>("Update", &update, SOON).await)?);
     }
     // not to init, for which its kernel would ignore it
     let pid = witness.container.exec("e", &["sleep", "1000"]).await?;
@@ -210,5 +210,5 @@ pub async fn of_values(stand: &Stand) -> Result<Vec<Refusal>> {
     ensure!(task.wait("witness", "e").await? == 128 + 37);
     task.delete("witness", "e").await?;
     witness.dismiss().await?;
-    Ok(said)
+    Ok(refusals)
 }

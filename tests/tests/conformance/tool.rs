@@ -95,25 +95,25 @@ impl Place {
     }
 
     /// Runs the tool to its end.
-    fn run(&self, arguments: &[&str]) -> Result<Said> {
+    fn run(&self, arguments: &[&str]) -> Result<Ended> {
         self.run_command(Command::new(env!("CARGO_BIN_EXE_shim-conformance")).args(arguments))
     }
 
-    fn run_command(&self, command: &mut Command) -> Result<Said> {
+    fn run_command(&self, command: &mut Command) -> Result<Ended> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut command = tokio::process::Command::from(std::mem::replace(command, Command::new("")));
         command.kill_on_drop(true);
-        let said = EXECUTOR.block_on(async {
+        let ended = EXECUTOR.block_on(async {
             let mut child = command.spawn()?;
             within("the tool", Duration::from_secs(100), bundle::output_of(&mut child)).await?
         });
-        let said = said.with_context(|| format!("{command:?}"))?;
+        let ended = ended.with_context(|| format!("{command:?}"))?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Ok(Said { code: said.status.code(), out: text(&said.stdout), err: text(&said.stderr) })
+        Ok(Ended { code: ended.status.code(), out: text(&ended.stdout), err: text(&ended.stderr) })
     }
 
     /// The arguments of a run of some cases, with logs in the test's folder.
-    fn run_cases(&self, shim: &str, cases: &[&str], more: &[&str]) -> Result<Said> {
+    fn run_cases(&self, shim: &str, cases: &[&str], more: &[&str]) -> Result<Ended> {
         let (engine, logs) = (Self::engine().display().to_string(), self.path("logs"));
         let filters: Vec<String> = cases.iter().map(|case| format!("--filter=={case}")).collect();
         let mut arguments = vec!["run", "--shim", shim, "--engine", &engine, "--logs", &logs];
@@ -167,29 +167,29 @@ impl Drop for Place {
 
 /// The exit code and output of the tool.
 #[derive(Debug)]
-struct Said {
+struct Ended {
     code: Option<i32>,
     out: String,
     err: String,
 }
 
-impl Said {
+impl Ended {
     fn ended_with(self, code: i32) -> Result<Self> {
         ensure!(self.code == Some(code), "{self:?}, not {code}");
         Ok(self)
     }
 
-    fn says(&self, words: &str) -> Result<()> {
-        ensure!(self.out.contains(words), "no {words:?}: {self:?}");
+    fn prints(&self, text: &str) -> Result<()> {
+        ensure!(self.out.contains(text), "no {text:?}: {self:?}");
         Ok(())
     }
 }
 
 fn every_help_flag_prints_help(place: &Place) -> Result<()> {
     for arguments in [&["help"][..], &["--help"], &["-h"], &["run", "--help"], &["run", "--shim", "x", "-h"]] {
-        let said = place.run(arguments)?.ended_with(0)?;
-        said.says("shim-conformance run --shim PATH")?;
-        ensure!(said.err.is_empty(), "{said:?}");
+        let ended = place.run(arguments)?.ended_with(0)?;
+        ended.prints("shim-conformance run --shim PATH")?;
+        ensure!(ended.err.is_empty(), "{ended:?}");
     }
     Ok(())
 }
@@ -231,9 +231,9 @@ fn an_unusable_command_line_is_refused_in_one_line(place: &Place) -> Result<()> 
         (&["table", "/no/such/results"], "read /no/such/results"),
     ];
     for (arguments, words) in rows {
-        let said = place.run(arguments)?.ended_with(2).with_context(|| format!("{arguments:?}"))?;
-        let is_one_line = said.err.starts_with("shim-conformance: ") && said.err.trim_end().lines().count() == 1;
-        ensure!(is_one_line && said.err.contains(words) && said.out.is_empty(), "{arguments:?}: {said:?}, not {words:?}");
+        let ended = place.run(arguments)?.ended_with(2).with_context(|| format!("{arguments:?}"))?;
+        let is_one_line = ended.err.starts_with("shim-conformance: ") && ended.err.trim_end().lines().count() == 1;
+        ensure!(is_one_line && ended.err.contains(words) && ended.out.is_empty(), "{arguments:?}: {ended:?}, not {words:?}");
     }
     Ok(())
 }
@@ -244,28 +244,28 @@ fn without_root_it_lists_and_runs_nothing(place: &Place) -> Result<()> {
     programs::copy(Path::new(env!("CARGO_BIN_EXE_shim-conformance")), Path::new(&program))?;
     let unprivileged =
         |arguments: &[&str]| place.run_command(Command::new(&program).args(arguments).uid(65534).gid(65534).current_dir("/"));
-    unprivileged(&["list"])?.ended_with(0)?.says(CASE)?;
-    let said = unprivileged(&["run", "--shim", &place.good()])?.ended_with(2)?;
-    ensure!(said.err.trim_end() == "shim-conformance: this needs root: it starts shims, containers and namespaces", "{said:?}");
+    unprivileged(&["list"])?.ended_with(0)?.prints(CASE)?;
+    let ended = unprivileged(&["run", "--shim", &place.good()])?.ended_with(2)?;
+    ensure!(ended.err.trim_end() == "shim-conformance: this needs root: it starts shims, containers and namespaces", "{ended:?}");
     Ok(())
 }
 
 fn it_ends_with_0_when_all_holds_and_keeps_no_logs(place: &Place) -> Result<()> {
-    let said = place.leaves_nothing(|| place.run_cases(&place.good(), &[CASE, OTHER], &["--jobs", "1"]))?.ended_with(0)?;
-    said.says("2 cases on")?;
-    said.says("MUST      1 hold    0 broken    0 known deviations    0 skipped")?;
-    said.says("SHOULD    1 hold    0 broken")?;
+    let ended = place.leaves_nothing(|| place.run_cases(&place.good(), &[CASE, OTHER], &["--jobs", "1"]))?.ended_with(0)?;
+    ended.prints("2 cases on")?;
+    ended.prints("MUST      1 hold    0 broken    0 known deviations    0 skipped")?;
+    ended.prints("SHOULD    1 hold    0 broken")?;
     ensure!(!Path::new(&place.path("logs")).exists(), "a folder for logs is left");
     Ok(())
 }
 
 /// The logs folder has what is needed to find the cause.
 fn it_ends_with_1_when_a_must_fails(place: &Place) -> Result<()> {
-    let said = place.leaves_nothing(|| place.run_cases(&place.faulty(FAULT)?, &[CASE, OTHER], &[]))?.ended_with(1)?;
-    said.says("FAILED")?;
-    said.says("MUST      0 hold    1 broken")?;
-    said.says(&format!("broken:\n  {CASE}\n"))?;
-    said.says(&format!("logs of what failed: {}", place.path("logs")))?;
+    let ended = place.leaves_nothing(|| place.run_cases(&place.faulty(FAULT)?, &[CASE, OTHER], &[]))?.ended_with(1)?;
+    ended.prints("FAILED")?;
+    ended.prints("MUST      0 hold    1 broken")?;
+    ended.prints(&format!("broken:\n  {CASE}\n"))?;
+    ended.prints(&format!("logs of what failed: {}", place.path("logs")))?;
     let kept: Vec<_> = fs::read_dir(place.path("logs"))?.flatten().map(|entry| entry.file_name()).collect();
     ensure!(kept == [CASE], "{kept:?}");
     let read = |name: &str| fs::read_to_string(place.folder.join("logs").join(CASE).join(name)).with_context(|| name.to_owned());
@@ -280,9 +280,9 @@ fn it_ends_with_1_when_a_must_fails(place: &Place) -> Result<()> {
 
 fn a_may_that_fails_is_no_failure(place: &Place) -> Result<()> {
     let case = "lifecycle.a_signal_for_all_reaches_every_process";
-    let said = place.run_cases(&place.faulty("no-kill-for-all")?, &[case], &[])?.ended_with(0)?;
-    said.says("not")?;
-    said.says("MAY       0 hold    1 absent")
+    let ended = place.run_cases(&place.faulty("no-kill-for-all")?, &[case], &[])?.ended_with(0)?;
+    ended.prints("not")?;
+    ended.prints("MAY       0 hold    1 absent")
 }
 
 fn a_known_deviation_is_no_failure_and_has_to_fail(place: &Place) -> Result<()> {
@@ -291,13 +291,13 @@ fn a_known_deviation_is_no_failure_and_has_to_fail(place: &Place) -> Result<()> 
     let elsewhere = place.write("elsewhere", &format!("{deviation}engine = \"youki\"\n"))?;
     let (good, faulty) = (place.good(), place.faulty(FAULT)?);
     let known = place.run_cases(&faulty, &[CASE], &["--expect", &always])?.ended_with(0)?;
-    known.says(": it counts from one")?;
-    known.says("MUST      0 hold    0 broken    1 known deviations")?;
-    place.run_cases(&faulty, &[CASE], &["--expect", &elsewhere])?.ended_with(1)?.says("0 known deviations")?;
+    known.prints(": it counts from one")?;
+    known.prints("MUST      0 hold    0 broken    1 known deviations")?;
+    place.run_cases(&faulty, &[CASE], &["--expect", &elsewhere])?.ended_with(1)?.prints("0 known deviations")?;
     let held = place.run_cases(&good, &[CASE], &["--expect", &always])?.ended_with(1)?;
-    held.says("PASSED?")?;
-    held.says(&format!("the list is out of date:\n  {CASE}\n"))?;
-    place.run_cases(&good, &[CASE], &["--expect", &sometimes])?.ended_with(0)?.says("1 hold")
+    held.prints("PASSED?")?;
+    held.prints(&format!("the list is out of date:\n  {CASE}\n"))?;
+    place.run_cases(&good, &[CASE], &["--expect", &sometimes])?.ended_with(0)?.prints("1 hold")
 }
 
 fn programs_receive_the_same_report(place: &Place) -> Result<()> {
@@ -311,7 +311,7 @@ fn programs_receive_the_same_report(place: &Place) -> Result<()> {
     let count = |name: &str| elements.iter().filter(|element| element.split_whitespace().next() == Some(name)).count();
     ensure!(count("testsuite") == 1 && count("testcase") == 2 && count("failure") == 1 && count("skipped") == 0, "{elements:#?}");
     ensure!(elements[0].contains("tests=\"2\" failures=\"1\""), "{}", elements[0]);
-    place.run(&["table", &json])?.ended_with(0)?.says(&format!("| L5 | MUST | `{CASE}` | **no** |"))
+    place.run(&["table", &json])?.ended_with(0)?.prints(&format!("| L5 | MUST | `{CASE}` | **no** |"))
 }
 
 /// The elements of an XML document, each with its attributes.
@@ -344,11 +344,11 @@ fn two_shims_are_compared(place: &Place) -> Result<()> {
     let (engine, logs, good, faulty) = (Place::engine().display().to_string(), place.path("logs"), place.good(), place.faulty(FAULT)?);
     let filters = [CASE, OTHER].map(|case| format!("--filter=={case}"));
     let arguments = ["compare", "--shim", &good, "--shim", &faulty, "--engine", &engine, "--logs", &logs, &filters[0], &filters[1]];
-    let said = place.run(&arguments)?.ended_with(0)?;
-    said.says(&format!("L5  MUST   A holds    B broken   {CASE}\n"))?;
-    said.says("A: 1 MUST, 1 SHOULD, 0 MAY hold")?;
-    said.says("B: 0 MUST, 1 SHOULD, 0 MAY hold; 1 cases are the same for both")?;
-    ensure!(!Path::new(&logs).join("first").exists() && Path::new(&logs).join("second").join(CASE).join("shim.log").exists(), "{said:?}");
+    let ended = place.run(&arguments)?.ended_with(0)?;
+    ended.prints(&format!("L5  MUST   A holds    B broken   {CASE}\n"))?;
+    ended.prints("A: 1 MUST, 1 SHOULD, 0 MAY hold")?;
+    ended.prints("B: 0 MUST, 1 SHOULD, 0 MAY hold; 1 cases are the same for both")?;
+    ensure!(!Path::new(&logs).join("first").exists() && Path::new(&logs).join("second").join(CASE).join("shim.log").exists(), "{ended:?}");
     Ok(())
 }
 
@@ -356,28 +356,28 @@ const START: &str = "bootstrap.start_answers_an_address_that_can_be_dialled";
 
 fn a_shim_command_that_never_returns_fails_the_case_in_time(place: &Place) -> Result<()> {
     let shim = place.script("trap '' TERM; while :; do sleep 1000; done")?;
-    let said = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
-    said.says("not within 30s: a command of the shim")
+    let ended = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
+    ended.prints("not within 30s: a command of the shim")
 }
 
 fn a_shim_that_exits_without_output_is_reported_as_such(place: &Place) -> Result<()> {
     let shim = place.script("exit 0")?;
-    let said = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
-    said.says("not an address: \"\"")
+    let ended = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
+    ended.prints("not an address: \"\"")
 }
 
 /// In a session of its own, with nothing of the test open, as a child of the namespace's init.
 fn daemonized_processes_of_a_shim_end_with_its_case(place: &Place) -> Result<()> {
     let shim = place.script("(setsid sleep 1000 </dev/null >/dev/null 2>&1 &); echo unix:///run/no-such-socket")?;
-    let said = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
-    said.says("connect /run/no-such-socket")
+    let ended = place.leaves_nothing(|| place.run_cases(&shim, &[START], &[]))?.ended_with(1)?;
+    ended.prints("connect /run/no-such-socket")
 }
 
 /// The case opens the file `shim.pid` of the bundle, which is a fifo: even its own deadline cannot stop it.
 fn a_case_that_is_killed_leaves_its_logs_alone(place: &Place) -> Result<()> {
     let real = place.good();
     let shim = place.script(&format!(
-        "case \"$*\" in *start) ;; *) exec {real} \"$@\" ;; esac\nsaid=$({real} \"$@\") || exit 1\nrm shim.pid; mkfifo shim.pid; echo \"$said\""
+        "case \"$*\" in *start) ;; *) exec {real} \"$@\" ;; esac\nanswer=$({real} \"$@\") || exit 1\nrm shim.pid; mkfifo shim.pid; echo \"$answer\""
     ))?;
     let case = cases::find(CASE).context("a case")?;
     let (subject, logs) = (super::subject(shim.into(), Runtime::Crun), place.folder.join("logs"));

@@ -10,7 +10,7 @@ use shim_tests::container::{Stdio, bind, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::within;
 use shim_tests::messages::{GenericOptions, any};
-use shim_tests::operator::{ctr, ctr_run, said};
+use shim_tests::operator::{ctr, ctr_run, output_text};
 use shim_tests::programs;
 use shim_tests::runner::{needs_controller, skip};
 use shim_tests::suite::Suite;
@@ -314,15 +314,15 @@ pub(crate) async fn ctr_finds_the_shim_by_the_containers_id(cx: Context) -> Resu
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let shim = |words: &[&str]| ctr(&cx).args(["shim", "--id", &container.id]).args(words).output();
     let state = shim(&["state"])?;
-    let printed: Value = serde_json::from_slice(&state.stdout).with_context(|| said(&state))?;
+    let printed: Value = serde_json::from_slice(&state.stdout).with_context(|| output_text(&state))?;
     ensure!(printed["id"] == *container.id && printed["pid"] == container.pid && printed["status"] == 2, "{printed:#}");
     for (words, refusal) in [(["start", container.id.as_str()], "start"), (["delete", ""], "NotFound")] {
         let output = shim(&words)?;
-        ensure!(!output.status.success() && said(&output).contains(refusal), "{words:?}: {}", said(&output));
+        ensure!(!output.status.success() && output_text(&output).contains(refusal), "{words:?}: {}", output_text(&output));
     }
     if cx.suite() == Suite::Forky {
         let output = shim(&["shutdown"])?;
-        ensure!(output.status.success(), "{}", said(&output));
+        ensure!(output.status.success(), "{}", output_text(&output));
     }
     ensure!(container.destroy().await? == 137);
     Ok(())
@@ -346,7 +346,7 @@ pub(crate) async fn a_wrapper_of_the_runtime_finds_init_pid_and_what_ctr_asks_fo
         programs::script(&cx.daemon().bin(), name, &text)?;
     }
     let output = ctr_run(&cx, "c1", &["--detach", "--no-pivot", "--null-io"])?.args(["/bin/sleep", "1000"]).output()?;
-    ensure!(output.status.success(), "{}", said(&output));
+    ensure!(output.status.success(), "{}", output_text(&output));
     let state = cx.client().state("c1", "").await?;
     let found: u32 = std::fs::read_to_string(&pid)?.trim().parse()?;
     ensure!(found == state.pid, "{found}, {state:?}");

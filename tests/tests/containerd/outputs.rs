@@ -207,7 +207,7 @@ pub(crate) async fn a_delete_that_waits_for_output_delays_no_other_call_and_ends
     let shim = cx.shim_pid(&container.id)?;
     let mut files = Vec::new();
     for round in 0..2 {
-        let exec = held(&container, &format!("held{round}"), "sleep 1000 & echo said").await?;
+        let exec = held(&container, &format!("held{round}"), "sleep 1000 & echo hello").await?;
         let begin = Instant::now();
         let mut deleting = Box::pin(exec.delete());
         let others = async {
@@ -226,7 +226,7 @@ pub(crate) async fn a_delete_that_waits_for_output_delays_no_other_call_and_ends
             others = others => others?,
         }
         within("Delete of an exec whose output is held", SOON * 2, deleting).await??;
-        ensure!(exec.io.out().to_end().await? == "said\n");
+        ensure!(exec.io.out().to_end().await? == "hello\n");
         files.push(proc::open_files(shim)?.len());
     }
     ensure!(files[0] == files[1], "open files of the shim: {files:?}");

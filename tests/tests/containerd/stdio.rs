@@ -276,8 +276,8 @@ pub(crate) async fn a_logger_that_is_not_listed_never_runs(outer: Context) -> Re
             eventually_true("the logger is done", SOON, || folder.join("done").exists()).await?;
             ensure!(exec.run().await? == 4);
         } else {
-            let said = format!("{:#}", created.err().context("it was accepted")?);
-            ensure!(said.contains("is not allowed; allowed are"), "{said}");
+            let message = format!("{:#}", created.err().context("it was accepted")?);
+            ensure!(message.contains("is not allowed; allowed are"), "{message}");
             ensure!(exec.run().await.is_err(), "it was accepted for an exec");
             ensure!(fs::read_dir(&folder)?.count() == 0, "it has run");
         }

@@ -35,9 +35,9 @@ async fn on_command(cx: &Context) -> Result<Container> {
 async fn is_the_same(container: &Container, word: &str) -> Result<()> {
     let state = container.state().await?;
     ensure!(state.status() == Phase::Running && state.pid == container.pid, "{state:?}");
-    let exec = container.exec(word, &["sh", "-c", "echo said; exit 4"]).stdio(Stdio::OUTPUT).start().await?;
+    let exec = container.exec(word, &["sh", "-c", "echo hello; exit 4"]).stdio(Stdio::OUTPUT).start().await?;
     ensure!(exec.finish().await? == 4);
-    ensure!(exec.io.out().to_end().await? == "said\n");
+    ensure!(exec.io.out().to_end().await? == "hello\n");
     container.io.stdin().await?.write_all(format!("{word}\n").as_bytes())?;
     container.io.out().until(&format!("got {word}\n")).await?;
     Ok(())
@@ -136,10 +136,10 @@ pub(crate) async fn a_container_whose_shim_binary_is_missing_keeps_running_and_k
     let id = container.id.clone();
     container.remove().await?;
     let build = || cx.container(&["sh", "-c", "exit 5"]).id(&id);
-    let said = format!("{:#}", build().create().await.err().context("a second container with the id was created")?);
-    let command = said.split_once("remove it first: ").with_context(|| said.clone())?.1;
+    let message = format!("{:#}", build().create().await.err().context("a second container with the id was created")?);
+    let command = message.split_once("remove it first: ").with_context(|| message.clone())?.1;
     let words: Vec<_> = command.split_whitespace().take_while(|word| !word.starts_with("exit") && *word != ":").collect();
-    ensure!(words.last().is_some_and(|word| word.starts_with("delete")), "{said}");
+    ensure!(words.last().is_some_and(|word| word.starts_with("delete")), "{message}");
     ensure!(proc::is_alive(pid) && proc::is_alive(keeper), "the container or its shim was killed");
     let arguments = words[1..].iter().map(|word| word.trim_end_matches("\\n:"));
     let done = tokio::process::Command::new(&path).args(arguments).stdin(std::process::Stdio::null()).output().await?;

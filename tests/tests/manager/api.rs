@@ -501,7 +501,7 @@ pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> 
         }
     };
     ensure!(envelope.event == Some(event) && envelope.namespace == namespace && envelope.timestamp.is_some(), "{envelope:?}");
-    for (words, bytes, status, said) in [
+    for (words, bytes, status, message) in [
         (&["publish", "--topic", "none", "--namespace", namespace][..], &b""[..], 1, "must start with '/'"),
         (&["publish", "--topic", "/a", "--namespace", "../n"], b"", 1, "identifier"),
         (&["publish", "--topic", "/a", "--namespace", namespace], b"\xff\xff", 1, "is not an event"),
@@ -509,7 +509,7 @@ pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> 
     ] {
         let output = publish(words, bytes)?;
         let text = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.code() == Some(status) && text.contains(said), "{words:?}: {output:?}");
+        ensure!(output.status.code() == Some(status) && text.contains(message), "{words:?}: {output:?}");
     }
     Ok(())
 }

@@ -130,8 +130,8 @@ impl Ctr<'_> {
 
     fn refused(&self, words: &[&str], why: &str) -> Result<()> {
         let output = self.command(words).output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(!output.status.success() && said.contains(why), "{words:?}: {output:?}");
+        let message = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && message.contains(why), "{words:?}: {output:?}");
         Ok(())
     }
 
@@ -434,8 +434,8 @@ fn tasks(ctr: &Ctr<'_>) -> Result<()> {
 fn checkpoint(ctr: &Ctr<'_>) -> Result<()> {
     ctr.with_container("c", || {
         let output = ctr.command(&["tasks", "checkpoint", "c"]).output()?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(!output.status.success() && (said.contains("no content store") || said.contains("does not serve")), "{output:?}");
+        let message = String::from_utf8_lossy(&output.stderr);
+        ensure!(!output.status.success() && (message.contains("no content store") || message.contains("does not serve")), "{output:?}");
         has(&ctr.run(&["tasks", "ls"])?, &["RUNNING"])
     })
 }

@@ -70,7 +70,7 @@ pub(crate) async fn a_start_with_too_few_descriptors_ends_no_container(cx: Conte
     poor.arg("--root").arg(folder.join("root")).arg("--state").arg(folder.join("state")).arg("--address").arg(folder.join("c.sock"));
     let mut poor = poor.stderr(fs::File::create(&log)?).spawn()?;
     shim_tests::isolation::keep(poor.id());
-    let said = eventually("the daemon cannot reach all shims", SOON, async || {
+    let message = eventually("the daemon cannot reach all shims", SOON, async || {
         let text = fs::read_to_string(&log)?;
         ensure!(text.contains("Too many open files"), "{text}");
         Ok(())
@@ -78,7 +78,7 @@ pub(crate) async fn a_start_with_too_few_descriptors_ends_no_container(cx: Conte
     .await;
     poor.kill()?;
     poor.wait()?;
-    said?;
+    message?;
     cx.revive_daemon().await?;
     for container in &containers {
         let state = container.phase(Phase::Running).await?;
@@ -257,8 +257,8 @@ fn start(root: &Path, state: &Path, address: &Path) -> Result<Output> {
 }
 
 fn refused(output: &Output, why: &str) -> Result<()> {
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(1) && said.contains(why), "{output:?}");
+    let message = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(1) && message.contains(why), "{output:?}");
     Ok(())
 }
 

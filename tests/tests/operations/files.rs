@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::operator::{Own, binary, printed, said};
+use shim_tests::operator::{Own, binary, output_text, printed};
 use shim_tests::proc;
 
 /// Checks that a command fails with one clear message.
@@ -19,7 +19,7 @@ async fn fails(command: Command, sentence: &str) -> Result<()> {
     let mut command = tokio::process::Command::from(command);
     let output =
         tokio::time::timeout(SOON, command.kill_on_drop(true).output()).await.with_context(|| format!("{command:?} does not exit"))??;
-    let text = said(&output);
+    let text = output_text(&output);
     ensure!(!output.status.success() && text.contains(sentence), "{command:?}: {:?}, not {sentence:?}", text);
     ensure!(text.lines().filter(|line| !line.contains("level=info")).count() == 1, "more than one line: {text}");
     Ok(())
@@ -116,8 +116,8 @@ pub(crate) async fn the_default_configuration_can_be_used(cx: Context) -> Result
     let text = printed(&mut own.command(&["config", "default"])?)?;
     let file = cx.folder().join("default.toml");
     fs::write(&file, text)?;
-    let said = printed(own.command(&["config", "check"])?.arg(&file))?;
-    ensure!(said.contains("/run/x-manager/x-manager.sock"), "{said}");
+    let message = printed(own.command(&["config", "check"])?.arg(&file))?;
+    ensure!(message.contains("/run/x-manager/x-manager.sock"), "{message}");
     Ok(())
 }
 
@@ -180,7 +180,7 @@ pub(crate) async fn a_backup_of_a_busy_store_has_what_was_acknowledged(cx: Conte
             client.create_container(&format!("known{number}"), "io.containerd.x.v2", None, prost_types::Any::default()).await?;
             let mut command = tokio::process::Command::from(own.command(&["backup"])?);
             let output = command.arg(&file).output().await?;
-            ensure!(output.status.success(), "{}", said(&output));
+            ensure!(output.status.success(), "{}", output_text(&output));
             // a folder in which the copy is the store
             let restored = Own::new(&cx.folder().join(format!("restored{number}")), "")?;
             fs::create_dir_all(restored.folder().join("root"))?;
@@ -211,8 +211,8 @@ pub(crate) async fn an_invalid_command_line_is_refused_in_one_line(cx: Context) 
     let help = printed(&mut own.command(&["help"])?)?;
     ensure!(["--root", "upgrade", "backup"].iter().all(|word| help.contains(word)), "{help}");
     let mut short = Command::new(binary()?);
-    let said = printed(short.arg("-c").arg(own.folder().join("config.toml")).args(["--group=root", "config", "check"]))?;
-    ensure!(said.contains("can be used"), "{said}");
+    let message = printed(short.arg("-c").arg(own.folder().join("config.toml")).args(["--group=root", "config", "check"]))?;
+    ensure!(message.contains("can be used"), "{message}");
     let mut unprivileged = own.command(&[])?;
     unprivileged.uid(65534);
     fails(unprivileged, "x-manager needs root").await

@@ -83,7 +83,7 @@ pub(crate) async fn sockets_of_the_service_manager_are_served_and_kept(cx: Conte
     let mut command = activated(&own)?;
     command.arg("--config").arg(own.folder().join("other.toml"));
     let output = command.output()?;
-    ensure!(shim_tests::operator::said(&output).contains("that the configuration does not name"), "{output:?}");
+    ensure!(shim_tests::operator::output_text(&output).contains("that the configuration does not name"), "{output:?}");
     Ok(())
 }
 

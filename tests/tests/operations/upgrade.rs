@@ -12,7 +12,7 @@ use shim_tests::client::Client;
 use shim_tests::container::{Container, Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::operator::{Own, ctr, ctr_run, printed, said, upgrade, upgraded};
+use shim_tests::operator::{Own, ctr, ctr_run, output_text, printed, upgrade, upgraded};
 use shim_tests::proc;
 use shim_tests::programs::script;
 use tokio::process::Command;
@@ -43,7 +43,7 @@ pub(crate) async fn a_stock_client_that_waits_does_not_notice_an_upgrade(cx: Con
     ensure!(waiting.try_wait()?.is_none(), "it has exited");
     drop(waiting.stdin.take());
     let output = tokio::time::timeout(SOON, waiting.wait_with_output()).await??;
-    ensure!(output.status.code() == Some(7) && said(&output) == "up\ndone\n", "{output:?}\n{}", cx.daemon().log());
+    ensure!(output.status.code() == Some(7) && output_text(&output) == "up\ndone\n", "{output:?}\n{}", cx.daemon().log());
     printed(ctr(&cx).args(["containers", "delete", "waited"]))?;
     Ok(())
 }
@@ -80,7 +80,7 @@ pub(crate) async fn no_run_of_a_stock_client_fails_over_upgrades(cx: Context) ->
             let id = format!("run-{number}-{count}");
             let mut command = Command::from(ctr_run(&cx, &id, &["--rm"])?);
             let output = command.args(["/bin/sh", "-c", &format!("exit {}", count % 100)]).output().await?;
-            ensure!(output.status.code() == i32::try_from(count % 100).ok(), "{id}: {}: {}", output.status, said(&output));
+            ensure!(output.status.code() == i32::try_from(count % 100).ok(), "{id}: {}: {}", output.status, output_text(&output));
             runs[number].fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
@@ -174,7 +174,7 @@ pub(crate) async fn an_upgrade_does_not_wait_for_a_slow_creation(cx: Context) ->
             let slow = tokio::task::spawn_local(slow.create());
             gate.held("create").await?;
             let output = Command::from(upgrade(cx.daemon())?).output().await?;
-            ensure!(output.status.success(), "{}", said(&output));
+            ensure!(output.status.success(), "{}", output_text(&output));
             ensure!(!slow.is_finished() && gate.held("create").await.is_ok(), "it waited");
             // other calls are served by the new process, which leaves the container to the old one
             let client = Client::connect(&cx.daemon().address(), cx.client().namespace()).await?;
@@ -188,7 +188,7 @@ pub(crate) async fn an_upgrade_does_not_wait_for_a_slow_creation(cx: Context) ->
             let slow = slow??;
             let code = code_of(second)?;
             ensure!(code == Code::AlreadyExists, "the second one: {code:?}");
-            let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+            let pid = output_text(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
             cx.daemon().is_succeeded_by(pid).await?;
             cx.client().reconnected().await?;
             ensure!(gate.count("create") == 1, "{:?}", gate.calls());
@@ -278,11 +278,11 @@ pub(crate) async fn a_deletion_that_an_upgrade_overtakes_is_answered_when_it_is_
     let delete = delete.args(["tasks", "delete", &container.id]).stdout(Io::piped()).stderr(Io::piped()).spawn()?;
     gate.held("delete").await?;
     let output = Command::from(upgrade(cx.daemon())?).output().await?;
-    ensure!(output.status.success(), "{}", said(&output));
+    ensure!(output.status.success(), "{}", output_text(&output));
     gate.release("delete")?;
     let deleted = delete.wait_with_output().await?;
-    ensure!(deleted.status.success() && said(&deleted).contains("exit code 3"), "{}: {}", deleted.status, said(&deleted));
-    let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+    ensure!(deleted.status.success() && output_text(&deleted).contains("exit code 3"), "{}: {}", deleted.status, output_text(&deleted));
+    let pid = output_text(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
     cx.daemon().is_succeeded_by(pid).await?;
     cx.client().reconnected().await?;
     ensure!(cx.client().list().await?.is_empty());
@@ -302,7 +302,7 @@ async fn goes_on(cx: &Context, container: &Container) -> Result<()> {
 
 async fn fails(cx: &Context, container: &Container, binary: &Path, reason: &str) -> Result<()> {
     let output = Command::from(upgrade(cx.daemon())?).arg("--binary").arg(binary).output().await?;
-    ensure!(!output.status.success() && said(&output).contains(reason), "{}: {:?}", binary.display(), said(&output));
+    ensure!(!output.status.success() && output_text(&output).contains(reason), "{}: {:?}", binary.display(), output_text(&output));
     ensure!(cx.daemon().log().contains(reason), "{}", cx.daemon().log());
     goes_on(cx, container).await.with_context(|| format!("after {}", binary.display()))
 }
@@ -431,11 +431,11 @@ pub(crate) async fn upgrades_may_follow_each_other_at_once(cx: Context) -> Resul
         let silent = cx.daemon().client(cx.client().namespace()).await?;
         let _events = silent.subscribe().await?;
         let output = Command::from(upgrade(cx.daemon())?).output().await?;
-        ensure!(output.status.success(), "{}\n{}", said(&output), cx.daemon().log());
-        let pid = said(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+        ensure!(output.status.success(), "{}\n{}", output_text(&output), cx.daemon().log());
+        let pid = output_text(&output).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
         let next = Command::from(upgrade(cx.daemon())?).output().await?;
-        ensure!(next.status.success(), "{}\n{}", said(&next), cx.daemon().log());
-        let last = said(&next).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
+        ensure!(next.status.success(), "{}\n{}", output_text(&next), cx.daemon().log());
+        let last = output_text(&next).split(' ').nth(1).and_then(|pid| pid.parse().ok()).context("a pid")?;
         ensure!(pid != last);
         cx.daemon().is_succeeded_by(last).await?;
         eventually_true("the process in the middle has exited", SOON, || !proc::is_alive(pid)).await?;

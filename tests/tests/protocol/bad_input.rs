@@ -17,17 +17,17 @@ use shim_tests::ttrpc::{self, Code, refusal};
 use shim_tests::witness::Witness;
 
 /// Checks that every error message is one line of readable length.
-fn are_sentences(said: &[Refusal]) -> Result<()> {
-    for refused in said {
+fn are_sentences(refusals: &[Refusal]) -> Result<()> {
+    for refused in refusals {
         ensure!(refused.message.lines().count() == 1 && refused.message.len() < 500, "{refused:?}");
     }
     Ok(())
 }
 
 pub(crate) async fn errors_in_a_bundle_are_named(stand: Stand) -> Result<()> {
-    let said = requests::of_bundles(&stand).await?;
-    are_sentences(&said)?;
-    for refused in said {
+    let refusals = requests::of_bundles(&stand).await?;
+    are_sentences(&refusals)?;
+    for refused in refusals {
         let (code, words) = match refused.what {
             "missing" => (Code::FailedPrecondition, "config.json"),
             "another version" => (Code::InvalidArgument, "7.0.0"),
@@ -41,9 +41,9 @@ pub(crate) async fn errors_in_a_bundle_are_named(stand: Stand) -> Result<()> {
 }
 
 pub(crate) async fn an_invalid_create_is_refused_with_a_message(stand: Stand) -> Result<()> {
-    let said = requests::of_creates(&stand).await?;
-    are_sentences(&said)?;
-    let last = said.last().context("one without a root file system")?;
+    let refusals = requests::of_creates(&stand).await?;
+    are_sentences(&refusals)?;
+    let last = refusals.last().context("one without a root file system")?;
     ensure!(last.message.contains("rootfs"), "{last:?}");
     Ok(())
 }
@@ -53,15 +53,15 @@ pub(crate) async fn an_invalid_id_is_refused_with_a_message(stand: Stand) -> Res
 }
 
 pub(crate) async fn an_invalid_exec_is_refused_with_a_message(stand: Stand) -> Result<()> {
-    let said = requests::of_execs(&stand).await?;
+    let refusals = requests::of_execs(&stand).await?;
     // the runtime has its own messages
-    are_sentences(&said.into_iter().filter(|refused| refused.what == "exec").collect::<Vec<_>>())
+    are_sentences(&refusals.into_iter().filter(|refused| refused.what == "exec").collect::<Vec<_>>())
 }
 
 pub(crate) async fn invalid_values_are_invalid_arguments(stand: Stand) -> Result<()> {
-    let said = requests::of_values(&stand).await?;
-    ensure!(said.iter().all(|refused| refused.what != "size"), "a size was refused: {said:?}");
-    for refused in said {
+    let refusals = requests::of_values(&stand).await?;
+    ensure!(refusals.iter().all(|refused| refused.what != "size"), "a size was refused: {refusals:?}");
+    for refused in refusals {
         let number = refused.what.strip_prefix("signal ").unwrap_or_default();
         ensure!(refused.code == Code::InvalidArgument && !refused.message.is_empty() && refused.message.contains(number), "{refused:?}");
     }

@@ -6,8 +6,8 @@ use shim_tests::stand::Stand;
 use shim_tests::ttrpc::Code;
 
 pub(crate) async fn a_length_beyond_the_limit_is_named(stand: Stand) -> Result<()> {
-    let said = frames::of_lengths(&stand).await?;
-    for (refused, length) in said.iter().zip(["4194305", "5242880"]) {
+    let refusals = frames::of_lengths(&stand).await?;
+    for (refused, length) in refusals.iter().zip(["4194305", "5242880"]) {
         ensure!(refused.message.contains(length), "{refused:?}");
     }
     Ok(())

@@ -18,8 +18,8 @@ fn text(path: &Path) -> String {
 
 pub(crate) async fn what_a_full_disk_costs_is_counted_in_the_log(stand: Stand) -> Result<()> {
     workloads::full_disk(&stand).await?;
-    let said = stand.log_of("c1");
-    ensure!(said.contains("lost_bytes="), "{said}");
+    let log = stand.log_of("c1");
+    ensure!(log.contains("lost_bytes="), "{log}");
     Ok(())
 }
 

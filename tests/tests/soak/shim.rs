@@ -321,7 +321,7 @@ async fn accounted(soak: &Soak, id: &str, bytes: u64) -> Result<()> {
             .collect();
         let known = kept + lost.iter().sum::<u64>();
         let is_uncounted = log.split_once("output is thrown away").is_some_and(|(_, then)| then.contains("the worker exited"));
-        ensure!(known == bytes || known < bytes && is_uncounted, "{bytes} bytes, {kept} kept, {lost:?} lost; the shim said:\n{log}");
+        ensure!(known == bytes || known < bytes && is_uncounted, "{bytes} bytes, {kept} kept, {lost:?} lost; the log of the shim:\n{log}");
         soak.counts.lost.fetch_add(lost.iter().sum(), Ordering::Relaxed);
         Ok(())
     })

@@ -50,8 +50,8 @@ impl Witness {
 
 fn is_rolled_back(upgraded: &Upgraded, why: &str) -> Result<()> {
     let shim = upgraded.only()?;
-    let said = shim["why"].as_str().unwrap_or_default();
-    ensure!(upgraded.status == 1 && shim["result"] == "rolled-back" && said.contains(why), "{why:?} is not in {shim:#}");
+    let reason = shim["why"].as_str().unwrap_or_default();
+    ensure!(upgraded.status == 1 && shim["result"] == "rolled-back" && reason.contains(why), "{why:?} is not in {shim:#}");
     Ok(())
 }
 
@@ -297,8 +297,8 @@ pub(crate) async fn many_shims_are_upgraded_a_few_at_a_time(cx: Context) -> Resu
     let program = build(&cx, "new", "build=new")?;
     let upgraded = builds::upgrade(&cx, &program, &["--all", "--at-once", "3"]).await?;
     upgraded.is_done()?;
-    ensure!(upgraded.said["summary"]["upgraded"] == 20, "{upgraded:#?}");
-    let pause = upgraded.said["summary"]["longest_pause_ms"].as_f64().context("no pause")?;
+    ensure!(upgraded.report["summary"]["upgraded"] == 20, "{upgraded:#?}");
+    let pause = upgraded.report["summary"]["longest_pause_ms"].as_f64().context("no pause")?;
     ensure!(pause > 0.0, "a pause of {pause} ms");
     for container in containers {
         ensure!(container.state().await?.pid == container.pid);

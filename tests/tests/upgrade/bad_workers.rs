@@ -69,8 +69,8 @@ async fn given_up(cx: &Context, how: &str) -> Result<()> {
     let (client, id) = (cx.client().clone(), container.id.clone());
     let wait = tokio::spawn(async move { client.wait_for_ever(&id, "").await });
     let refused = tokio::time::timeout(Duration::from_secs(60), container.exec("poison", &["true"]).add()).await.context("no answer")?;
-    let said = format!("{:#}", refused.err().context("it was accepted")?);
-    ensure!(said.contains("every worker of this shim crashes over this request (Exec"), "{said}");
+    let message = format!("{:#}", refused.err().context("it was accepted")?);
+    ensure!(message.contains("every worker of this shim crashes over this request (Exec"), "{message}");
     gate.release("exec")?;
     start.await??;
     ensure!(slow.finish().await? == 5);

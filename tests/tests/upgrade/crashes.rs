@@ -106,9 +106,9 @@ pub(crate) async fn delete_works_while_no_worker_starts(cx: Context) -> Result<(
     cx.crash_daemon().await?;
     for (container, status) in [(&running, 137), (&ended, 3)] {
         let begin = Instant::now();
-        let said = cx.delete_command(container).await?;
+        let report = cx.delete_command(container).await?;
         let took = begin.elapsed();
-        ensure!(said.exit_status == status && said.pid == container.pid, "{said:?}");
+        ensure!(report.exit_status == status && report.pid == container.pid, "{report:?}");
         ensure!(took < Duration::from_secs(5), "it took {took:?}");
         let pid = container.pid.cast_signed();
         eventually_true("its init is gone", SOON, || !proc::is_alive(pid)).await?;
@@ -155,10 +155,10 @@ pub(crate) async fn saved_state_does_not_grow_with_the_number_of_past_execs(cx: 
     let journal = container.bundle().join("x-journal");
     // the state that a new worker, or a new executable, would get
     let saved = async || {
-        let said = inspected(&cx, &container.id).await?;
-        ensure!(said["shim"]["requests"].as_array().is_some_and(Vec::is_empty), "{said:#}");
-        let state = said["state"].to_string().len();
-        ensure!(state > 100, "{said:#}");
+        let report = inspected(&cx, &container.id).await?;
+        ensure!(report["shim"]["requests"].as_array().is_some_and(Vec::is_empty), "{report:#}");
+        let state = report["state"].to_string().len();
+        ensure!(state > 100, "{report:#}");
         let memory: u64 = proc::status_field(keeper, "RssAnon")?.trim_end_matches(" kB").parse()?;
         Ok((state, fs::metadata(&journal)?.len(), proc::fewest_open_files(keeper).await?, memory))
     };
@@ -204,8 +204,8 @@ pub(crate) async fn a_wait_for_a_container_that_delete_removed_is_answered(cx: C
     let worker = worker_of(keeper).await?;
     eventually("the wait is parked", SOON, async || {
         let mut command = stand.command(&["inspect", "--json", "c1", "--namespace", stand.namespace()]);
-        let said: serde_json::Value = serde_json::from_slice(&command.output().await?.stdout)?;
-        ensure!(said["waiters"][0]["count"] == 1, "{:#}", said["waiters"]);
+        let report: serde_json::Value = serde_json::from_slice(&command.output().await?.stdout)?;
+        ensure!(report["waiters"][0]["count"] == 1, "{:#}", report["waiters"]);
         Ok(())
     })
     .await?;

@@ -58,8 +58,8 @@ pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated
     // if a shim closes the connection before it has answered a Wait, the plugin reports 255
     for (id, codes) in [(&known, &[3][..]), (&untold, &[5]), (&running[0], &[137, 255]), (&running[1], &[137, 255])] {
         eventually("the daemon reports the exits", Duration::from_secs(30), async || {
-            let said = cri.status(id).await?;
-            ensure!(said.state != RUNNING && codes.contains(&said.exit_code), "{said:?}, not {codes:?}");
+            let status = cri.status(id).await?;
+            ensure!(status.state != RUNNING && codes.contains(&status.exit_code), "{status:?}, not {codes:?}");
             Ok(())
         })
         .await?;

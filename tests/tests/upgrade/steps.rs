@@ -115,7 +115,7 @@ async fn everything(outer: Context) -> Result<()> {
     scene.step("new", "build=next oldest=1 newest=3").await?.is_done()?;
     scene.holds("next").await?;
     let broken = scene.step("broken", "build=broken at=fit do=crash").await?;
-    ensure!(broken.status == 1 && broken.said["summary"]["rolled-back"] == 5, "{broken:#?}");
+    ensure!(broken.status == 1 && broken.report["summary"]["rolled-back"] == 5, "{broken:#?}");
     scene.holds("next").await?;
     scene.step("new", "build=newest").await?.is_done()?;
     scene.holds("newest").await?;
@@ -172,7 +172,7 @@ impl Scene {
         ensure!(self.gate.count("create") == before + 1, "{:?}", self.gate.calls());
         ensure!(container.run().await? == 3);
         let upgraded = upgraded?;
-        eprintln!("{} {name}: {}", self.cx.suite(), upgraded.said["summary"]);
+        eprintln!("{} {name}: {}", self.cx.suite(), upgraded.report["summary"]);
         Ok(upgraded)
     }
 

@@ -184,13 +184,13 @@ async fn upgrade(subject: &mut Subject, containers: &[Container]) -> Result<()> 
     let begin = Instant::now();
     let output = command.stdin(Standard::null()).kill_on_drop(true).output().await?;
     let took = begin.elapsed();
-    let said: Value = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    let report: Value = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
     let mut pauses = Vec::new();
-    for shim in said["shims"].as_array().context("no shims")? {
+    for shim in report["shims"].as_array().context("no shims")? {
         pauses.push(shim["report"]["pause_ms"].as_f64().with_context(|| format!("{shim:#}"))?);
     }
-    eprintln!("{}: {}", subject.name, said["summary"]);
-    ensure!(output.status.success() && said["summary"]["upgraded"] == containers.len(), "{}", said["summary"]);
+    eprintln!("{}: {}", subject.name, report["summary"]);
+    ensure!(output.status.success() && report["summary"]["upgraded"] == containers.len(), "{}", report["summary"]);
     for container in containers {
         let state = container.state().await?;
         ensure!(state.pid == container.pid, "{} has pid {}, not {}", container.id, state.pid, container.pid);

@@ -17,8 +17,8 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-fn have_words(said: &[Refusal]) -> Result<()> {
-    let silent = said.iter().find(|refused| refused.message.is_empty());
+fn have_words(refusals: &[Refusal]) -> Result<()> {
+    let silent = refusals.iter().find(|refused| refused.message.is_empty());
     ensure!(silent.is_none(), "no word: {silent:?}");
     Ok(())
 }

@@ -167,12 +167,12 @@ async fn masked_paths_are_masked_for_init_and_execs(stand: Stand) -> Result<()> 
     container.task.exec(&exec.exec(container.bundle.exec_request("e", &["sh", "-c", look]))).await?;
     container.task.start("c1", "e").await?;
     container.task.wait("c1", "e").await?;
-    let said = exec.out.to_end().await?;
-    ensure!(said == expected, "an exec reports {said:?}");
+    let found = exec.out.to_end().await?;
+    ensure!(found == expected, "an exec reports {found:?}");
     streams.writer().await?.write_all(b"go\n")?;
     container.task.wait("c1", "").await?;
-    let said = streams.out.to_end().await?;
-    ensure!(said == expected, "init reports {said:?}");
+    let found = streams.out.to_end().await?;
+    ensure!(found == expected, "init reports {found:?}");
     container.shut_down().await.map(drop)
 }
 

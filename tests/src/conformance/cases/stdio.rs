@@ -78,8 +78,8 @@ async fn a_megabyte_of_stdin_arrives(stand: Stand) -> Result<()> {
     drop(stdin);
     container.task.close_stdin("c1", "").await?;
     ensure!(container.finish().await? == 0);
-    let said = streams.out.to_end().await?;
-    ensure!(said.trim() == "1048577", "{said:?}");
+    let received = streams.out.to_end().await?;
+    ensure!(received.trim() == "1048577", "{received:?}");
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
@@ -217,12 +217,12 @@ async fn close_io_is_harmless_at_any_time(stand: Stand) -> Result<()> {
 async fn a_grandchild_that_holds_the_output_delays_no_wait(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     let streams = Streams::new(&stand, "io")?;
-    container.task.exec(&streams.exec(container.bundle.exec_request("e", &["sh", "-c", "sleep 1000 & echo said; exit 2"]))).await?;
+    container.task.exec(&streams.exec(container.bundle.exec_request("e", &["sh", "-c", "sleep 1000 & echo hello; exit 2"]))).await?;
     container.task.start("c1", "e").await?;
     let begin = Instant::now();
     ensure!(container.task.wait("c1", "e").await? == 2);
     ensure!(begin.elapsed() < a_second() * 2, "Wait took {:?}", begin.elapsed());
-    streams.out.until("said").await?;
+    streams.out.until("hello").await?;
     container.task.delete("c1", "e").await?;
     container.shut_down().await.map(drop)
 }
@@ -235,7 +235,7 @@ async fn an_output_that_a_grandchild_holds_ends_with_delete_and_leaves_nothing(s
         let (mut all, mut deletes) = (Vec::new(), JoinSet::new());
         for number in 0..15 {
             let exec = format!("e{round}-{number}");
-            all.push(ended(&container, &exec, "sleep 1000 & echo said", Pace::Keep).await?);
+            all.push(ended(&container, &exec, "sleep 1000 & echo hello", Pace::Keep).await?);
             let task = container.task.another().await?;
             deletes.spawn(async move { task.delete_within("c1", &exec, Duration::from_secs(30)).await });
         }
@@ -243,8 +243,8 @@ async fn an_output_that_a_grandchild_holds_ends_with_delete_and_leaves_nothing(s
             deleted??;
         }
         for streams in all {
-            let said = streams.out.to_end().await.context("the end of output that a grandchild holds, after Delete")?;
-            ensure!(said == "said\n", "{said:?}");
+            let received = streams.out.to_end().await.context("the end of output that a grandchild holds, after Delete")?;
+            ensure!(received == "hello\n", "{received:?}");
         }
         files.push(proc::open_files(shim)?.len());
     }
@@ -267,8 +267,8 @@ async fn output_written_by_a_descendant_while_delete_waits_arrives(stand: Stand)
     for (exec, late) in [("child", "(sleep 1; echo late) &"), ("session", "setsid sh -c '(sleep 1; echo late) &';")] {
         let streams = ended(&container, exec, &format!("{late} echo now"), Pace::Keep).await?;
         container.task.delete_within("c1", exec, Duration::from_secs(30)).await?;
-        let said = streams.out.to_end().await?;
-        ensure!(said == "now\nlate\n", "{exec}: {said:?}");
+        let received = streams.out.to_end().await?;
+        ensure!(received == "now\nlate\n", "{exec}: {received:?}");
     }
     container.shut_down().await.map(drop)
 }
@@ -284,7 +284,7 @@ async fn a_reader_that_pauses_gets_everything_of_a_deleted_exec(stand: Stand) ->
 
 async fn a_delete_that_waits_for_output_delays_no_other_call(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
-    let _streams = ended(&container, "held", "sleep 1000 & echo said", Pace::Keep).await?;
+    let _streams = ended(&container, "held", "sleep 1000 & echo hello", Pace::Keep).await?;
     let task = container.task.another().await?;
     let deleting = tokio::spawn(async move { task.delete_within("c1", "held", Duration::from_secs(30)).await });
     container.exec("other", &["true"]).await?;
