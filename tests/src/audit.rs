@@ -1,4 +1,4 @@
-//! What is left behind: everything that the run's namespaces hold besides the test and its daemons.
+//! Leftovers: every process, file, mount and cgroup in the run's namespaces besides the test and its daemons.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,7 +18,7 @@ pub struct Audit(BTreeSet<String>);
 impl Audit {
     /// Looks at everything.
     ///
-    /// `but` holds pids that are known to stay: daemons.
+    /// `but` lists pids that stay: daemons.
     pub fn take(but: &[u32]) -> Self {
         let mut found = BTreeSet::new();
         processes(but, &mut found);
@@ -39,7 +39,7 @@ impl Audit {
 
     /// Waits until there is nothing more than `before`.
     ///
-    /// Errors: the list of what is left.
+    /// Errors: the list of leftovers.
     pub async fn nothing_more_than(before: &Self, but: &[u32], deadline: Duration) -> Result<()> {
         eventually("nothing is left behind", deadline, async || {
             let grown = Self::take(but).grown_since(before);

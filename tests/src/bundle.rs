@@ -34,7 +34,7 @@ fn bind_mount(source: &Path) -> Mount {
     }
 }
 
-/// A container to be.
+/// The bundle of a container that has not been created yet.
 #[derive(Debug, Clone)]
 pub struct Bundle {
     stand: Stand,
@@ -120,7 +120,7 @@ impl Bundle {
         self
     }
 
-    /// Chooses what is mounted as root file system.
+    /// Chooses the mounts of the root file system.
     #[must_use]
     pub fn mounts(mut self, mounts: Vec<Mount>) -> Self {
         self.mounts = mounts;
@@ -292,7 +292,7 @@ pub async fn run(mut command: tokio::process::Command, input: &[u8]) -> Result<O
 /// No command of a shim prints more.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// What a process prints until it ends.
+/// The output of a process until it exits.
 ///
 /// Errors: it is too much.
 pub async fn output_of(child: &mut tokio::process::Child) -> Result<Output> {
@@ -317,7 +317,7 @@ pub struct Container {
     pub id: String,
     /// The pid of its init.
     pub pid: u32,
-    /// What it was made from.
+    /// Its bundle.
     pub bundle: Bundle,
 }
 
@@ -389,7 +389,7 @@ impl Container {
     }
 }
 
-/// Calls Shutdown, and waits until the shim has exited: at once, since nothing is left to do.
+/// Calls Shutdown, and waits until the shim has exited: immediately, because it has no container left.
 pub async fn leave(task: &Task, shim: i32, id: &str) -> Result<()> {
     match task.shutdown(id).await {
         Ok(()) | Err(crate::ttrpc::CallError::Closed) => {}

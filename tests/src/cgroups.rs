@@ -8,11 +8,11 @@
 //!  2          the unified hierarchy alone, mounted in    the host's
 //!             the run's own mount namespace
 //! ```
-//! On a hybrid host every controller that a v1 hierarchy holds is missing on the unified one: freezing, killing, events and device
-//! filters work there, limits and statistics of memory, say, do not. Cases that need a controller ask [`lacks`].
+//! On a hybrid host every controller of a v1 hierarchy is missing on the unified one: freezing, killing, events and device
+//! filters work there, limits and statistics of memory, for example, do not. Cases that need a controller ask [`lacks`].
 //!
 //! crun refuses a hybrid host whose v2 hierarchy has controllers. A run gives each of them a v1 hierarchy, mounted where only the run
-//! sees it: the kernel takes it away with the run, however that ends, and v2 has the controller again.
+//! sees it: the kernel removes it with the run's namespace, and v2 gets the controller back.
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -42,12 +42,12 @@ pub enum Version {
 }
 
 impl Version {
-    /// What this process sees.
+    /// The version that this process sees.
     pub fn here() -> Self {
         if Path::new(ROOT).join("cgroup.controllers").exists() { Self::V2 } else { Self::V1 }
     }
 
-    /// What [`CHOICE`] asks for, or what is here.
+    /// The version that [`CHOICE`] requests, or the host's.
     ///
     /// Errors: a word that is no version; v1 where there is none.
     pub fn chosen() -> Result<Self> {
@@ -242,7 +242,7 @@ impl Own {
     }
 }
 
-/// Kills what is in the cgroups of that name and removes them, as far as the kernel allows.
+/// Kills the processes in the cgroups of that name and removes them, as far as the kernel allows.
 pub fn remove(name: &str) {
     folders(name).iter().for_each(|folder| remove_folder(folder));
 }

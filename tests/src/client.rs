@@ -50,7 +50,7 @@ impl Client {
         Ok(Self { api: Arc::new(api), namespace: namespace.into(), lease: None })
     }
 
-    /// The same connection with a new lease: what its calls put into the content store is not collected while the lease is there.
+    /// The same connection with a new lease: content that its calls store is not garbage-collected while the lease exists.
     pub async fn with_lease(&self, id: &str) -> Answer<Self> {
         let request = self.request(CreateLeaseRequest { id: id.to_owned(), ..CreateLeaseRequest::default() });
         self.call("create lease", self.api.leases().create(request)).await?;
@@ -117,7 +117,7 @@ impl Client {
         self.call("create container", self.api.containers().create(request)).await.map(drop)
     }
 
-    /// Labels a container, as clients do with what they find in an image.
+    /// Labels a container, as clients do with the labels of an image.
     pub async fn label(&self, id: &str, labels: &[(&str, &str)]) -> Answer<()> {
         let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let container = Container { id: id.to_owned(), labels, ..Container::default() };

@@ -25,7 +25,7 @@ use crate::eventually::{SOON, eventually};
 use crate::spec;
 use crate::stdio::{self, Pace, Reader, Writer};
 
-/// What a process's stdin, stdout and stderr are connected to.
+/// The targets of a process's stdin, stdout and stderr.
 #[derive(Debug, Clone)]
 pub enum Stdio {
     /// Nothing.
@@ -65,7 +65,7 @@ pub struct Io {
     _folder: Option<Folder>,
 }
 
-/// A folder that goes with its owner.
+/// A folder that is removed with its owner.
 #[derive(Debug)]
 struct Folder(PathBuf);
 
@@ -151,7 +151,7 @@ impl Process {
         self.client.wait(&self.id, &self.exec).await.map(|answer| answer.exit_status)
     }
 
-    /// Deletes it and returns what it ended with.
+    /// Deletes it and returns its exit status.
     pub async fn delete(&self) -> Answer<DeleteResponse> {
         if self.exec.is_empty() { self.client.delete(&self.id).await } else { self.client.delete_exec(&self.id, &self.exec).await }
     }
@@ -192,7 +192,7 @@ impl Process {
         self.finish().await
     }
 
-    /// Waits for the end of what was started, deletes it, and returns the exit status.
+    /// Waits for the exit, deletes it, and returns the exit status.
     pub async fn finish(&self) -> Result<u32> {
         let waited = self.wait().await?;
         let deleted = self.delete().await?.exit_status;
@@ -271,7 +271,7 @@ impl Drop for Container {
         if !self.metadata {
             return;
         }
-        // of no interest any more; a task that is still there is found and reported by the runner
+        // errors do not matter; the runner finds and reports a leftover task
         let (client, id) = (self.client.clone(), self.id.clone());
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move { client.delete_container(&id).await });

@@ -218,7 +218,7 @@ impl Context {
         Ok(())
     }
 
-    /// What of this namespace still exists.
+    /// The leftovers of this namespace.
     pub fn leftovers(&self) -> Vec<String> {
         let namespace = self.client().namespace();
         let mut left = Vec::new();
@@ -253,7 +253,7 @@ impl Context {
     }
 }
 
-/// Kills what is left of the namespace, however the test ended.
+/// Kills the leftovers of the namespace, also after a failed test.
 impl Drop for Inner {
     fn drop(&mut self) {
         let namespace = self.client.namespace();

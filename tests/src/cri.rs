@@ -1,4 +1,4 @@
-//! What the kubelet asks of containerd: the part of the Container Runtime Interface that pods need.
+//! The kubelet's calls to containerd: the part of the Container Runtime Interface that pods need.
 //!
 //! ```text
 //! Cri::start ─▶ containerd with its CRI plugin, the shim under test as a runtime handler, an image
@@ -29,7 +29,7 @@ use crate::{cgroups, rootfs};
 const IMAGE: &str = "localhost/busybox:1";
 /// The name of the runtime handler, as in docs/kubernetes.md.
 const HANDLER: &str = "x";
-/// What the documentation has users configure.
+/// The configuration in the documentation.
 const GUIDE: &str = include_str!("../../docs/kubernetes.md");
 
 /// A containerd with its CRI plugin.
@@ -172,7 +172,7 @@ impl Cri {
         Ok(id)
     }
 
-    /// What is known of a container.
+    /// The status of a container.
     pub async fn status(&self, id: &str) -> Result<ContainerStatus> {
         let answer: StatusResponse = self.call(method::STATUS, ContainerId { id: id.to_owned() }).await?;
         answer.status.context("no status")
@@ -220,7 +220,7 @@ impl Cri {
         self.call::<Nothing>(method::REMOVE_POD, PodId { id: pod.id.clone() }).await.map(drop)
     }
 
-    /// What a container has logged, without the time and the name of the stream at the beginning of each line.
+    /// The log of a container, without the time and the name of the stream at the beginning of each line.
     pub fn log(&self, pod: &Pod, name: &str) -> String {
         let path = PathBuf::from(&pod.config.log_directory).join(format!("{name}.log"));
         let text = fs::read_to_string(path).unwrap_or_default();
@@ -268,7 +268,7 @@ fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// What docs/kubernetes.md has for this version of containerd, and which OCI runtime.
+/// The configuration in docs/kubernetes.md for this version of containerd, and its OCI runtime.
 fn configuration(cx: &Context, option: &str) -> Result<String> {
     let version = if cx.suite() == Suite::Forky { "version = 3" } else { "version = 2" };
     let blocks = GUIDE.split("```toml\n").skip(1).filter_map(|rest| rest.split_once("```")).map(|(block, _)| block);

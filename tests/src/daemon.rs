@@ -40,12 +40,12 @@ enum Running {
 impl Daemon {
     /// Starts one and waits until it answers.
     ///
-    /// Its PATH begins with a folder that holds `shim` under the name that its runtime type asks for.
+    /// Its PATH begins with a folder that holds `shim` under the name that its runtime type requires.
     pub async fn start(suite: Suite, shim: &Shim) -> Result<Self> {
         Self::start_with(suite, shim, &[]).await
     }
 
-    /// The same with its CRI plugin, and with what `more` adds to the configuration.
+    /// The same with its CRI plugin, and with the lines of `more` in the configuration.
     pub async fn start_for_pods(suite: Suite, shim: &Shim, more: impl FnOnce(&Path) -> String) -> Result<Self> {
         Self::start_configured(suite, shim, &[], |folder| format!("{}{}", base_configuration(suite, folder, ""), more(folder))).await
     }
@@ -156,12 +156,12 @@ impl Daemon {
         Ok(client)
     }
 
-    /// Ends it with SIGKILL, as a crash does.
+    /// Kills it with SIGKILL, like a crash.
     pub fn kill(&self) -> Result<()> {
         self.end(Signal::SIGKILL)
     }
 
-    /// Ends it with SIGTERM, as an upgrade does.
+    /// Stops it with SIGTERM, like an upgrade.
     pub fn stop(&self) -> Result<()> {
         self.end(Signal::SIGTERM)
     }
@@ -226,7 +226,7 @@ impl Daemon {
             .env_clear()
             .env("PATH", self.path())
             .env("HOME", "/root")
-            // containerd leaves there what a container was restored from
+            // containerd leaves the images of restored containers there
             .env("TMPDIR", &self.folder)
             .env("X_FAULT", self.faults())
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
@@ -263,7 +263,7 @@ impl Daemon {
         .with_context(|| self.log())
     }
 
-    /// Waits until no process but the daemon itself has anything to do with it.
+    /// Waits until only the daemon's own process is left.
     pub async fn is_alone(&self) -> Result<()> {
         let own = self.pid().map_or(0, u32::cast_signed);
         eventually_true("no shim of this daemon is left", SOON, || self.strangers().all(|pid| pid == own)).await

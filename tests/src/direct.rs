@@ -27,7 +27,7 @@ pub type Body = fn(Stand) -> Pin<Box<dyn Future<Output = Result<()>>>>;
 pub struct Case {
     /// `module::sentence`
     pub name: &'static str,
-    /// What it does.
+    /// Its body.
     pub body: Body,
     /// Its deadline.
     pub deadline: Duration,

@@ -114,7 +114,7 @@ impl Docker {
             .with_context(|| fs::read_to_string(self.folder.join("log")).unwrap_or_default())
     }
 
-    /// Ends dockerd with SIGKILL.
+    /// Kills dockerd with SIGKILL.
     pub fn kill(&self) -> Result<()> {
         if let Some(mut child) = self.process.lock().expect("no panic under this lock").take() {
             child.kill()?;
@@ -135,7 +135,7 @@ impl Docker {
         command
     }
 
-    /// Runs a command of the client, whatever its exit status.
+    /// Runs a command of the client; any exit status is accepted.
     pub fn output(&self, arguments: &[&str]) -> Result<Output> {
         Ok(self.command(arguments).output()?)
     }
@@ -167,7 +167,7 @@ impl Docker {
         self.run(&["inspect", "--format", &format!("{{{{{field}}}}}"), name])
     }
 
-    /// Removes every container, and waits until the shims have gone too.
+    /// Removes every container, and waits until the shims have exited too.
     pub async fn leaves_nothing(&self) -> Result<()> {
         let names = self.run(&["ps", "--all", "--quiet"])?;
         for name in names.lines() {

@@ -53,11 +53,11 @@ impl Events {
         Ok(events)
     }
 
-    /// Subscribes again after a restart of the daemon; what comes is appended.
+    /// Subscribes again after a restart of the daemon; new events are appended.
     pub async fn resubscribe(&self, client: &Client) -> Result<()> {
         let before = self.probes();
         tokio::spawn(self.clone().collect(client.clone()));
-        // a daemon does not confirm a subscription, so it is made to publish something until that arrives
+        // a daemon does not confirm a subscription, so the test publishes probes until one arrives
         eventually("the subscription works", SOON, async || {
             client.publish(PROBE, Any::default()).await?;
             ensure!(self.probes() > before, "no probe received");

@@ -1,4 +1,4 @@
-//! Waiting for something to become true: with a name, with a deadline, and with what was last seen when it did not.
+//! Waiting for something to become true: with a name, with a deadline, and with the last error on a timeout.
 
 use std::env;
 use std::fmt::Display;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use tokio::time::error::Elapsed;
 
-/// The deadline of what ought to happen at once, generous because the machine is shared.
+/// The deadline of anything that should happen immediately; generous because the machine is shared.
 pub const SOON: Duration = Duration::from_secs(10);
 
 /// The environment variable with the factor by which all deadlines are longer: for machines that are emulated.

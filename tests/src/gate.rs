@@ -11,7 +11,7 @@
 //! | `fail.VERB` | print the content on stderr and fail |
 //! | `flood.VERB` | print that many bytes on stderr first |
 //! | `calls` | appended by the program: one line `VERB arguments` per call |
-//! | `held.VERB` | made by the program while it blocks: its pid |
+//! | `held.VERB` | written by the program while it blocks: its pid |
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -7,8 +7,8 @@
 //!             ▼ removes what cgroups are left
 //! ```
 //! So every process, mount, socket and fifo that the run can see is its own, other users of the machine are
-//! neither seen nor disturbed, and when the run ends, however it ends, the kernel takes everything with it.
-//! Only cgroups are the host's: each run has one folder of its own in every hierarchy that it sees; see [`cgroups`].
+//! neither seen nor disturbed, and when the run ends, even by SIGKILL, the kernel removes everything.
+//! Only cgroups are shared with the host: each run has one folder of its own in every hierarchy that it sees; see [`cgroups`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, ExitCode, ExitStatus};
@@ -110,7 +110,7 @@ pub fn unreaped() -> Vec<String> {
     zombies.map(|zombie| zombie.comm).collect()
 }
 
-/// What init does: waits for orphans. Children of the test itself are left for a second to the code that waits for them.
+/// Runs init: reaps orphans. Children of the test itself are reaped only after a second, so that the code that waits for them comes first.
 fn reap_orphans() {
     let mut seen: BTreeMap<i32, u32> = BTreeMap::new();
     loop {

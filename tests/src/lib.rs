@@ -12,7 +12,7 @@
 //! | [`container`] | a container under test: spec, stdio, task, execs |
 //! | [`context`] | the daemon, namespace and folder of one test |
 //! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
-//! | [`operator`] | what an operator does with x-manager: upgrades, files, a service manager |
+//! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
@@ -20,14 +20,14 @@
 //! | [`direct`] | the runner of cases that drive a shim without a daemon |
 //! | [`stand`] | the test bed of such a case: a shim between a client and a fake containerd |
 //! | [`builds`] | other builds of our shim, and upgrades to them |
-//! | [`bundle`] | bundles, `start` and `delete`, and containers made of them |
+//! | [`bundle`] | bundles, `start` and `delete`, and containers created from them |
 //! | [`workloads`] | workloads that several suites share |
 //! | [`refusals`] | requests that a shim refuses, and its answers |
 //! | [`witness`] | a container that must keep running while its shim is under test |
 //! | [`ttrpc`] | frames, valid and invalid, and calls |
 //! | [`task`] | containerd's task service |
 //! | [`fake_containerd`] | the receiver of events: it accepts, refuses, does not answer or disconnects |
-//! | [`audit`] | what is left behind |
+//! | [`audit`] | leftovers |
 //! | [`conformance`] | the clauses of the protocol and the cases that prove them |
 //! | [`times`] | how often repeated tests repeat |
 //! | [`trace`] | the calls, answers and events of a case, line by line |

@@ -1,4 +1,4 @@
-//! What an operator does with x-manager: its commands, and processes of it with a configuration file.
+//! An operator's actions with x-manager: its commands, and processes of it with a configuration file.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ pub fn binary() -> Result<&'static Path> {
     suite::manager().context("no x-manager is under test")
 }
 
-/// What a command printed, if it succeeded.
+/// The output of a command, if it succeeded.
 ///
 /// Errors: its status and everything that it printed.
 pub fn printed(command: &mut Command) -> Result<String> {

@@ -1,4 +1,4 @@
-//! What `/proc` reports about processes.
+//! Processes, read from `/proc`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -136,8 +136,8 @@ pub fn open_files(pid: i32) -> Result<BTreeMap<i32, PathBuf>> {
         .collect())
 }
 
-/// The fewest descriptors that a shim has at once over a tenth of a second. Commands of other tests ask every shim of the host, and
-/// are connected to it for a moment.
+/// The fewest descriptors that a shim has at once over a tenth of a second. Commands of other tests connect to every shim of the host
+/// for a moment.
 pub async fn fewest_open_files(shim: i32) -> Result<usize> {
     let (begin, mut fewest) = (Instant::now(), usize::MAX);
     while begin.elapsed() < Duration::from_millis(100) {
@@ -147,7 +147,7 @@ pub async fn fewest_open_files(shim: i32) -> Result<usize> {
     Ok(fewest)
 }
 
-/// Sends SIGKILL; a process that is gone already is fine.
+/// Sends SIGKILL; the process may have exited already.
 pub fn kill_hard(pid: i32) {
     let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
 }
@@ -182,8 +182,8 @@ mod tests {
         let forever = r#"exec sh -c "$1" forever "$1""#;
         let mut child = Command::new("sh").args(["-c", forever, "forever", forever]).spawn().expect("a shell");
         let pid = child.id().cast_signed();
-        let blind = (0..20_000).find(|_| !Process::read(pid).expect("it lives").command.contains("forever"));
-        child.kill().expect("it lives");
+        let blind = (0..20_000).find(|_| !Process::read(pid).expect("the child is alive").command.contains("forever"));
+        child.kill().expect("the child is alive");
         child.wait().expect("it is ours");
         assert_eq!(blind, None, "the first time that it had no command");
     }

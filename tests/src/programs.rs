@@ -1,4 +1,4 @@
-//! Programs that a test makes: copies and scripts.
+//! Programs that a test creates: copies and scripts.
 //!
 //! **Invariant:** a program is written by a process of its own, never by this one. Another thread may fork while a file is open for
 //! writing here; its child holds that file open until it executes its own program, and meanwhile no process can execute the file ("Text
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Copies a program. What is at `path` is replaced in one step, as operators do it: running processes keep theirs.
+/// Copies a program. An existing file is replaced atomically, as operators do: running processes keep theirs.
 pub fn copy(program: &Path, path: &Path) -> Result<()> {
     write(path, program, b"")
 }
@@ -20,7 +20,7 @@ pub fn copy_with(program: &Path, path: &Path, tail: &[u8]) -> Result<()> {
     write(path, program, tail)
 }
 
-/// Makes the script `name` in `folder`, whose first line names its interpreter. What has that name is replaced in one step.
+/// Makes the script `name` in `folder`, whose first line names its interpreter. An existing file is replaced atomically.
 pub fn script(folder: &Path, name: &str, text: &str) -> Result<PathBuf> {
     let path = folder.join(name);
     write(&path, Path::new("/dev/null"), text.as_bytes())?;

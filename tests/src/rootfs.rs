@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{isolation, programs};
 
-/// The folder of the root file system that all containers of a run share, made when first asked for.
+/// The folder of the root file system that all containers of a run share, created on first use.
 ///
 /// Containers get it by a bind mount, so no image and no snapshotter is in the way.
 pub fn shared() -> Result<PathBuf> {
@@ -23,7 +23,7 @@ pub fn shared() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Makes one in `folder`.
+/// Creates one in `folder`.
 pub fn make(folder: &Path) -> Result<()> {
     for name in ["bin", "dev", "etc", "proc", "root", "run", "sys", "tmp", "mnt"] {
         fs::create_dir_all(folder.join(name))?;

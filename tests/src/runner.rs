@@ -1,4 +1,4 @@
-//! The matrix: each case once per combination of containerd version and OCI runtime that it asks for,
+//! The matrix: each case once per combination of containerd version and OCI runtime that it requests,
 //! with a deadline, a reason when it is skipped, and an audit of leftovers.
 
 use std::collections::BTreeMap;
@@ -32,15 +32,15 @@ pub enum Scope {
     Full,
     /// Every containerd, where the runtime is not the test's to choose.
     Daemons,
-    /// The oldest containerd with runc and the newest with crun: what takes long.
+    /// The oldest containerd with runc and the newest with crun: for slow cases.
     Ends,
-    /// The oldest containerd with runc: what takes long and has little to do with either.
+    /// The oldest containerd with runc: for slow cases that depend little on either.
     Oldest,
-    /// The newest containerd with both runtimes: what nothing older can do here.
+    /// The newest containerd with both runtimes: for features that older ones lack here.
     Newest,
     /// The containerd that Docker 26 came with.
     Docker,
-    /// One combination: what only the shim itself decides.
+    /// One combination: for behaviour of the shim alone.
     Once,
 }
 
@@ -74,7 +74,7 @@ pub struct Case {
     pub deadline: Duration,
     /// Whether nothing else may run at the same time.
     pub alone: bool,
-    /// What it does.
+    /// Its body.
     pub body: Body,
 }
 
@@ -140,22 +140,22 @@ pub struct Known {
     pub instead: &'static str,
 }
 
-/// Ends a case without a verdict.
+/// Skips a case.
 pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
     Err(anyhow::Error::new(Skip(reason.into())))
 }
 
-/// Ends a case without a verdict on a daemon that has no images and no content store.
+/// Skips a case on a daemon that has no images and no content store.
 pub fn needs_images() -> Result<()> {
     if suite::manager().is_some() { skip("x-manager keeps no images") } else { Ok(()) }
 }
 
-/// Ends a case without a verdict where cgroups lack a controller.
+/// Skips a case where cgroups lack a controller.
 pub fn needs_controller(name: &str) -> Result<()> {
     cgroups::lacks(name).map_or(Ok(()), skip)
 }
 
-/// Ends a case without a verdict where criu does not work.
+/// Skips a case where criu does not work.
 pub fn needs_criu(criu: &Path) -> Result<()> {
     match Command::new(criu).arg("check").output() {
         Err(error) => skip(format!("{} does not start: {error}", criu.display())),
@@ -307,7 +307,7 @@ impl One {
     }
 }
 
-/// The error with its sources, and the lines of the test that it came from.
+/// The error with its sources, and the test's lines in its backtrace.
 pub(crate) fn explain(error: &anyhow::Error) -> String {
     let mut text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
     let backtrace = error.backtrace().to_string();

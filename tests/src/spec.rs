@@ -51,7 +51,7 @@ impl Spec {
         }))
     }
 
-    /// Changes the spec in place, for what has no method of its own.
+    /// Changes the spec in place, for fields without a method of their own.
     #[must_use]
     pub fn with(mut self, change: impl FnOnce(&mut Value)) -> Self {
         change(&mut self.0);

@@ -31,7 +31,7 @@ struct Inner {
     folder: PathBuf,
     namespace: String,
     containerd: FakeContainerd,
-    /// What shims log, by container.
+    /// The logs of shims, by container.
     logs: Mutex<BTreeMap<String, Reader>>,
 }
 
@@ -104,7 +104,7 @@ impl Stand {
         Gate::new(&folder, &self.program("gated-runtime"), real)
     }
 
-    /// A busybox container to be, which runs `args`.
+    /// A bundle for a busybox container that runs `args`.
     pub fn bundle(&self, id: &str, args: &[&str]) -> Bundle {
         Bundle::new(self, id, args).expect("the shared root file system can be made")
     }
@@ -147,7 +147,7 @@ impl Stand {
         proc::all().into_values().filter(ours).collect()
     }
 
-    /// What of this stand still exists.
+    /// The leftovers of this stand.
     pub fn leftovers(&self) -> Vec<String> {
         let mut left = Vec::new();
         for process in proc::all().into_values() {
@@ -192,7 +192,7 @@ impl Stand {
         Ok(())
     }
 
-    /// What the shim that was started for a container has logged.
+    /// The log of the shim that was started for a container.
     pub fn log_of(&self, id: &str) -> String {
         self.0.logs.lock().expect("no panic under this lock").get(id).map_or_else(String::new, Reader::text)
     }
@@ -206,7 +206,7 @@ impl Stand {
     }
 }
 
-/// Kills what is left, however the test ended.
+/// Kills leftovers, also after a failed test.
 impl Drop for Inner {
     fn drop(&mut self) {
         cgroups::remove(&format!("{}/{}", isolation::cgroup(), self.namespace));

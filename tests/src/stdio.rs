@@ -29,7 +29,7 @@ fn open_nonblocking(path: &Path, options: &mut OpenOptions) -> std::io::Result<F
 /// How a reader reads.
 #[derive(Debug, Clone, Copy)]
 pub enum Pace {
-    /// As fast as it can, and keeps what it read.
+    /// As fast as it can, and keeps the bytes.
     Keep,
     /// As fast as it can, and only counts.
     Count,
@@ -66,7 +66,7 @@ impl Reader {
         Self::open_and_show(path, pace, |_| ())
     }
 
-    /// Like [`Self::open`]; `show` sees what comes as it comes.
+    /// Like [`Self::open`]; `show` gets the bytes as they arrive.
     pub fn open_and_show(path: &Path, pace: Pace, show: impl FnMut(&[u8]) + Send + 'static) -> Result<Self> {
         let file = open_nonblocking(path, OpenOptions::new().read(true)).with_context(|| format!("open {} for reading", path.display()))?;
         let seen = Arc::new(Mutex::new(Seen::default()));
@@ -75,7 +75,7 @@ impl Reader {
         Ok(Self { path: path.to_owned(), seen, thread: Some(thread) })
     }
 
-    /// How many bytes have come.
+    /// The number of bytes so far.
     pub fn count(&self) -> u64 {
         self.lock().count
     }
@@ -85,7 +85,7 @@ impl Reader {
         self.lock().ended
     }
 
-    /// What has come, as text.
+    /// The bytes so far, as text.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.lock().bytes).into_owned()
     }
@@ -150,7 +150,7 @@ fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>, mut show: impl FnMu
         Pace::Keep | Pace::Count | Pace::Pausing(_) => 1 << 16,
     };
     if let Pace::Pausing(pause) = pace {
-        thread::sleep(pause); // the pause is what is tested
+        thread::sleep(pause); // the pause is under test
     }
     let mut buffer = vec![0; size];
     loop {
@@ -179,7 +179,7 @@ fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>, mut show: impl FnMu
             Err(_broken) => return,
         }
         if let Pace::Slow { pause, .. } = pace {
-            thread::sleep(pause); // the slowness is what is tested
+            thread::sleep(pause); // the slowness is under test
         }
     }
 }

@@ -126,7 +126,7 @@ pub struct Shim {
 }
 
 impl Shim {
-    /// What the environment names; by default the release build of this workspace.
+    /// The shim that the environment names; by default the release build of this workspace.
     ///
     /// Errors: when the binary does not exist.
     pub fn under_test() -> Result<Self> {

@@ -26,7 +26,7 @@ pub(crate) fn remember(socket: &Path, service: &'static str) {
     SERVICES.lock().expect("no panic under this lock").insert(socket.to_owned(), service);
 }
 
-/// The service that clients of a socket are to speak.
+/// The service that clients of a socket use.
 pub fn service_at(socket: &Path) -> &'static str {
     SERVICES.lock().expect("no panic under this lock").get(socket).copied().unwrap_or(V2)
 }
@@ -57,7 +57,7 @@ impl Task {
         self
     }
 
-    /// The name of the service that it speaks.
+    /// The name of the service that it uses.
     pub fn service_name(&self) -> &'static str {
         self.service
     }
@@ -182,7 +182,7 @@ impl Task {
         self.call::<api::WaitResponse>("Wait", &wait(id, exec), deadline).await.map(|answer| answer.exit_status)
     }
 
-    /// Begins to wait for the end of a process: when this returns, the request is on its way.
+    /// Sends a Wait for a process: when this returns, the request is sent.
     pub async fn begin_wait(&self, id: &str, exec: &str) -> Answer<PendingWait> {
         let payload = wait(id, exec).write_to_bytes().expect("a message without required fields is always complete");
         self.connection.begin(self.service, "Wait", payload).await.map(PendingWait)
@@ -205,7 +205,7 @@ impl Task {
         self.call("Connect", &request, deadline).await
     }
 
-    /// Asks the shim to exit, if nothing is left to do.
+    /// Calls Shutdown: the shim exits if it has no container.
     pub async fn shutdown(&self, id: &str) -> Answer<()> {
         let request = api::ShutdownRequest { id: id.to_owned(), ..Default::default() };
         self.call::<api::Empty>("Shutdown", &request, DEADLINE).await.map(drop)

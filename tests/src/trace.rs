@@ -1,4 +1,4 @@
-//! What happened in a case, line by line with the time: calls, answers, events, commands; and the logs of its shims. For finding the cause of a failure.
+//! The trace of a case, line by line with the time: calls, answers, events, commands; and the logs of its shims. For finding the cause of a failure.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -21,14 +21,14 @@ struct Trace {
     last: String,
 }
 
-/// Writes into the files `trace` and `shim.log` of `folder` from now on, at once: a case may be killed.
+/// Writes into the files `trace` and `shim.log` of `folder` from now on, without buffering, because a case may be killed.
 pub fn open(folder: &Path) -> Result<()> {
     let (lines, log) = (File::create(folder.join("trace"))?, File::create(folder.join("shim.log"))?);
     *TRACE.lock().expect("no panic under this lock") = Some(Trace { begin: Instant::now(), lines, log, last: String::new() });
     Ok(())
 }
 
-/// Adds what the shim that was started for a container has logged, if a trace is open.
+/// Adds the log of the shim that was started for a container, if a trace is open.
 pub fn copy_log(container: &str, bytes: &[u8]) {
     let mut trace = TRACE.lock().expect("no panic under this lock");
     let Some(trace) = trace.as_mut() else { return };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Wire        bytes out, frames in: for input that no client sends
-//! Connection  calls, any number at once, each with a deadline
+//! Connection  calls, any number concurrently, each with a deadline
 //! ```
 //! Source: ttrpc's PROTOCOL.md: 4 bytes of length, 4 of stream id, both big-endian, then type, flags and payload.
 
@@ -98,7 +98,7 @@ pub enum CallError {
     Closed,
     /// No answer came in time.
     Silent,
-    /// What came is not the method's message, and why.
+    /// The answer is not the method's message, and why.
     Garbage(String),
 }
 
@@ -158,7 +158,7 @@ pub struct Frame {
     pub stream: u32,
     /// Its type.
     pub kind: u8,
-    /// What follows the header.
+    /// The bytes after the header.
     pub payload: Vec<u8>,
 }
 
@@ -202,7 +202,7 @@ impl Frame {
     }
 }
 
-/// The header of a frame, which may lie about its length.
+/// The header of a frame; the length may be wrong.
 pub fn header(length: u32, stream: u32, kind: u8) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER_BYTES);
     bytes.extend_from_slice(&length.to_be_bytes());
@@ -241,7 +241,7 @@ impl Wire {
         Ok(())
     }
 
-    /// Sends as much as the peer takes at once, and returns how much that was.
+    /// Sends as much as the peer accepts without waiting, and returns the number of bytes.
     pub fn try_send(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.writer.try_write(bytes) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
@@ -254,7 +254,7 @@ impl Wire {
         self.reader.receive().await
     }
 
-    /// Waits for the answer on `stream`, and throws others away.
+    /// Waits for the answer on `stream`, and drops others.
     pub async fn answer(&mut self, stream: u32) -> Result<Answer<Vec<u8>>> {
         loop {
             match self.receive().await? {
@@ -271,7 +271,7 @@ impl Wire {
         self.answer(stream).await
     }
 
-    /// The two halves, to be used at once.
+    /// The two halves, for concurrent use.
     pub fn split(self) -> (Incoming, OwnedWriteHalf) {
         (self.reader, self.writer)
     }
@@ -308,7 +308,7 @@ impl Incoming {
     }
 }
 
-/// Takes a whole frame out of what was read.
+/// Takes a whole frame from the input buffer.
 pub fn take_frame(input: &mut Vec<u8>) -> Option<Frame> {
     let (stream, kind, payload) = first_frame(input)?;
     let frame = Frame { stream, kind, payload: payload.to_vec() };
@@ -323,7 +323,7 @@ fn first_frame(input: &[u8]) -> Option<(u32, u8, &[u8])> {
     Some((u32::from_be_bytes([*e, *f, *g, *h]), *kind, payload))
 }
 
-/// A client as containerd is one: any number of calls at once. Cheap to clone; the last one closes it.
+/// A client like containerd's: any number of concurrent calls. Cheap to clone; the last one closes it.
 #[derive(Debug, Clone)]
 pub struct Connection(Arc<Inner>);
 

@@ -54,7 +54,7 @@ impl Witness {
     }
 
     /// Checks that nothing has happened to it: it answers State within a second on the old connection and on a new one, is the same
-    /// process, counts on, and has left no number out.
+    /// process, counts on, and has skipped no number.
     pub async fn is_untouched(&self) -> Result<()> {
         let second = a_second();
         for task in [self.container.task.clone(), self.container.task.another().await?] {
@@ -71,7 +71,7 @@ impl Witness {
         Ok(())
     }
 
-    /// Checks it a last time, and ends it and its shim.
+    /// Checks it a last time, and deletes it and its shim.
     pub async fn dismiss(self) -> Result<()> {
         self.is_untouched().await?;
         ensure!(self.container.shut_down().await? == 137);

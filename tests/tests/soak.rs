@@ -130,10 +130,10 @@ fn kill_a_runtime(engine: &Path, dice: &mut Dice) -> bool {
     found.map(|process| proc::kill_hard(process.pid)).is_some()
 }
 
-/// What fills a disk.
+/// The file that fills a disk.
 const FILLER: &str = "filler";
 
-/// Fills the disk for a while, again and again: sometimes longer than a shim makes a container wait.
+/// Fills the disk for a while, repeatedly: sometimes longer than a shim makes a container wait.
 async fn fill_the_disk(over: &AtomicBool, disk: &Path, times: &AtomicU64, mut dice: Dice) -> Result<()> {
     while !over.load(Ordering::Relaxed) {
         tokio::time::sleep(Duration::from_millis(dice.below(1000))).await; // a random time

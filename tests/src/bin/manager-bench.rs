@@ -113,7 +113,7 @@ async fn measure(plan: Plan) -> Result<Value> {
     let events = events_per_second(&cx).await?;
 
     eprintln!("{} containers", plan.containers);
-    // a runtime that makes nothing around a process: what is measured is the daemon's share
+    // a runtime that starts plain processes, so that the daemon's share is measured
     let runtime = programs.join("gated-runtime");
     let create = async |_number: usize| {
         cx.container(&["sleep", "100000"])
@@ -149,7 +149,7 @@ async fn measure(plan: Plan) -> Result<Value> {
     }))
 }
 
-/// Does something a number of times, some at once, and prints its progress.
+/// Runs `act` `count` times, some concurrently, and prints its progress.
 ///
 /// Errors: the first, also when it takes longer than a second each.
 async fn several<T>(what: &str, count: usize, each: impl AsyncFn(usize) -> Result<T>) -> Result<Vec<T>> {

@@ -32,7 +32,7 @@ pub enum Verdict {
     Skipped(String),
 }
 
-/// What a case runs on.
+/// The programs and settings of a case.
 #[derive(Debug, Clone)]
 pub struct Subject {
     /// The shim's binary.
@@ -41,7 +41,7 @@ pub struct Subject {
     pub engine: PathBuf,
     /// Where the helper programs of this package are.
     pub programs: PathBuf,
-    /// What cgroups it sees.
+    /// The cgroup version that it sees.
     pub cgroups: Version,
     /// The factor by which all deadlines are longer.
     pub patience: u32,
@@ -64,7 +64,7 @@ pub const PERFORM: &str = "perform";
 pub const PROGRAM: &str = "shim-conformance";
 const VERDICT: &str = "verdict.json";
 
-/// Performs a case in another process, which writes into `folder`. It ends at the case's deadline at the latest, and takes everything with it.
+/// Performs a case in another process, which writes into `folder`. It ends at the case's deadline at the latest, with all its processes.
 pub fn perform(case: &Case, subject: &Subject, folder: &Path) -> (Verdict, Duration) {
     // it has a deadline of its own; this one is for a case that does not keep it
     perform_within((case.deadline * subject.times + Duration::from_secs(20)) * subject.patience, case, subject, folder)
@@ -112,10 +112,10 @@ fn try_perform(deadline: Instant, case: &Case, subject: &Subject, folder: &Path)
     }
 }
 
-/// The command with which it asks a program for its output to a flag.
+/// The command that runs a program with a flag for its output.
 pub const ASK: &str = "ask";
 
-/// What `program` prints when it is started with `flag`, in namespaces of its own, which end every process that it has started.
+/// The output of `program` with `flag`, run in namespaces of its own, so that all its processes end.
 ///
 /// Errors: it prints nothing in time, or too much.
 pub fn ask(subject: &Subject, program: &Path, flag: &str) -> Result<String> {
@@ -127,7 +127,7 @@ pub fn ask(subject: &Subject, program: &Path, flag: &str) -> Result<String> {
     })
 }
 
-/// What the process does that was started by [`ask`].
+/// The body of the process that [`ask`] starts.
 pub fn answer(arguments: &[String]) -> ExitCode {
     let [program, flag] = arguments else { return ExitCode::from(2) };
     run_tied(|| match Command::new(program).arg(flag).stdin(Stdio::null()).status() {
@@ -149,7 +149,7 @@ fn run_tied(inside: impl FnOnce() -> ExitCode) -> ExitCode {
     }
 }
 
-/// What that process does. `arguments` are those after [`PERFORM`].
+/// The body of that process. `arguments` are those after [`PERFORM`].
 pub fn main(arguments: &[String]) -> ExitCode {
     run_tied(|| inside(arguments))
 }

@@ -50,7 +50,7 @@ pub struct Clause {
     pub level: Level,
     /// Its text.
     pub text: &'static str,
-    /// Where that comes from.
+    /// Its source.
     pub source: &'static str,
 }
 

@@ -42,7 +42,7 @@ pub struct Deviation {
 impl Expectations {
     /// Reads a file, and checks that it names only existing `cases`.
     ///
-    /// Errors: what is wrong with it, and where.
+    /// Errors: the mistake, and its line.
     pub fn read(path: &Path, cases: &[Case]) -> Result<Self> {
         let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
         let expectations: Self = toml::from_str(&text).map_err(|error| {

@@ -1,4 +1,4 @@
-//! The conformance suite: what containerd's shim protocol asks for, clause by clause, and how far a shim conforms.
+//! The conformance suite: the requirements of containerd's shim protocol, clause by clause, and how far a shim conforms.
 //!
 //! ```text
 //!  docs/protocol.md ── clauses ──┐
@@ -32,7 +32,7 @@ use crate::stand::Stand;
 /// The body of a case.
 pub type Body = fn(Stand) -> Pin<Box<dyn Future<Output = Result<()>>>>;
 
-/// What a machine must offer for a case to be meaningful.
+/// Requirements of a case on the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
     /// A controller in the cgroups that it sees.
@@ -62,11 +62,11 @@ pub struct Case {
     pub name: &'static str,
     /// The clause that it proves.
     pub clause: &'static str,
-    /// What it needs beside root and an OCI runtime.
+    /// Its requirements besides root and an OCI runtime.
     pub needs: &'static [Need],
     /// Its deadline.
     pub deadline: Duration,
-    /// What it does.
+    /// Its body.
     pub body: Body,
 }
 
@@ -83,7 +83,7 @@ impl Case {
         self
     }
 
-    /// Names what it needs.
+    /// Adds a requirement.
     #[must_use]
     pub const fn needs(mut self, needs: &'static [Need]) -> Self {
         self.needs = needs;

@@ -177,7 +177,7 @@ fn number<'a>(reasons: &mut Vec<(usize, &'a str)>, reason: &'a str) -> usize {
     reasons.len()
 }
 
-/// Two runs beside each other, on a terminal: what they differ in.
+/// Two runs beside each other, on a terminal: their differences.
 pub fn comparison(one: &Results, other: &Results) -> String {
     let word = |outcome: Option<&Outcome>| match outcome.map(|outcome| &outcome.verdict) {
         Some(Verdict::Passed) => "holds",

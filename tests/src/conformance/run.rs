@@ -16,14 +16,14 @@ use super::expect::Expectations;
 use super::{Case, report};
 use crate::cgroups::Version;
 
-/// Everything that a run needs to know.
+/// The parameters of a run.
 #[derive(Debug)]
 pub struct Plan {
-    /// What it runs on.
+    /// The programs and settings.
     pub subject: Subject,
     /// Which cases.
     pub cases: Vec<Case>,
-    /// What is known of the shim.
+    /// The known deviations of the shim.
     pub expectations: Expectations,
     /// How many at a time.
     pub jobs: usize,
@@ -88,7 +88,7 @@ impl Results {
 
 /// Performs them all; calls `on_outcome` with each outcome as it ends.
 ///
-/// Errors: when nothing can be run here.
+/// Errors: no case can run here.
 pub fn run(plan: &Plan, on_outcome: impl Fn(&Outcome) + Sync) -> Result<Results> {
     ensure!(nix::unistd::geteuid().is_root(), "this needs root: it starts shims, containers and namespaces");
     fs::create_dir_all(&plan.logs).with_context(|| format!("make the folder for logs {}", plan.logs.display()))?;
@@ -127,7 +127,7 @@ fn perform(plan: &Plan, case: &Case, engine: &str) -> Outcome {
     let known = known.filter(|known| !(known.sometimes && verdict == Verdict::Passed)).filter(|_| !matches!(verdict, Verdict::Skipped(_)));
     match &verdict {
         Verdict::Failed(why) => {
-            let _said_elsewhere_too = fs::write(folder.join("failure"), format!("{}\n", report::sentence(case, why)));
+            let _also_in_the_output = fs::write(folder.join("failure"), format!("{}\n", report::sentence(case, why)));
         }
         Verdict::Passed | Verdict::Skipped(_) => {
             let _best_effort = fs::remove_dir_all(&folder);

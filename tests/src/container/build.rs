@@ -1,4 +1,4 @@
-//! Containers and execs that are to be.
+//! Builders of containers and execs.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::messages::{self, Options, any, any_json};
 use crate::spec::Spec;
 
-/// A container to be.
+/// A builder of a container.
 #[derive(Debug)]
 pub struct Builder {
     cx: Context,
@@ -132,7 +132,7 @@ impl Builder {
         Ok(self)
     }
 
-    /// Creates the task of a container whose metadata is there.
+    /// Creates the task of a container whose metadata exists.
     pub async fn create_task(self) -> Result<Container> {
         let client = self.cx.client().clone();
         let io = Io::new(&self.cx, &self.stdio, self.terminal)?;
@@ -168,7 +168,7 @@ impl Builder {
     }
 }
 
-/// An exec to be.
+/// A builder of an exec.
 #[derive(Debug)]
 pub struct ExecBuilder {
     pub(super) cx: Context,

@@ -13,7 +13,7 @@ use crate::ttrpc::{Answer, Code, refusal};
 /// The answer to one request.
 #[derive(Debug, Clone)]
 pub struct Refusal {
-    /// What was wrong.
+    /// The invalid part of the request.
     pub what: &'static str,
     /// The code.
     pub code: Code,

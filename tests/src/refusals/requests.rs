@@ -95,7 +95,7 @@ pub async fn of_creates(stand: &Stand) -> Result<Vec<Refusal>> {
         ensure!(task.state("bad", "").await.is_err(), "{what}: the container exists");
         refusals.push(refused);
     }
-    // no root file system at all: the bundle's folder for it is gone, and nothing is mounted there
+    // no root file system: its folder in the bundle is removed, and nothing is mounted there
     fs::remove_dir(bundle.folder.join("rootfs"))?;
     let without = api::CreateTaskRequest { rootfs: Vec::new(), ..good.clone() };
     refusals.push(Refusal::of("no root file system", task.create(&without).await)?);
@@ -162,7 +162,7 @@ pub async fn of_execs(stand: &Stand) -> Result<Vec<Refusal>> {
         refusals.push(Refusal::of("exec", task.exec(&request).await)?);
         ensure!(ttrpc::code_of(task.state("witness", "e").await)? == Code::NotFound);
     }
-    // what only the runtime can find wrong fails its start, and the exec can be deleted
+    // errors that only the runtime can detect fail Start, and the exec can be deleted
     for process in [serde_json::json!({}), serde_json::json!({"args": [], "cwd": "/"}), {
         let mut process = spec::process(&["true"]);
         process["cwd"] = "nowhere".into();

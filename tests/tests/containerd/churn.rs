@@ -35,7 +35,7 @@ struct Counts {
 pub(crate) async fn no_resource_grows_over_many_containers(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let daemon = cx.daemon().pid().context("it runs")?;
-    // the first container creates what stays for good
+    // permanent files and threads are created with the first container
     one(cx.clone(), 0, Arc::default()).await?;
     cx.leaves_nothing().await?;
     // orphans of earlier tests reach init a little later

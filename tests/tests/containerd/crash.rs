@@ -13,7 +13,7 @@ use shim_tests::suite;
 use tokio::task::LocalSet;
 use tonic::Code;
 
-/// Exits with 3 when the test asks for it.
+/// Exits with 3 when it reads a line.
 const ON_COMMAND: [&str; 3] = ["sh", "-c", "echo up; read go; exit 3"];
 
 /// Checks that the container has not changed.

@@ -281,7 +281,7 @@ pub(crate) async fn a_group_shares_one_shim_until_its_last_container_is_deleted(
         let third = cx.container(&["sh", "-c", "exit 3"]).spec(member).create().await?;
         ensure!(cx.shims().len() == 1, "{:?}", cx.shims());
         ensure!(third.run().await? == 3);
-        // the one that gave the group its name goes first
+        // the container with the group's id is deleted first
         first.destroy().await?;
         ensure!(second.exec("e", &["sh", "-c", "exit 2"]).run().await? == 2);
         ensure!(cx.shims().iter().map(|shim| shim.pid).eq([shim]), "{:?}", cx.shims());

@@ -20,7 +20,7 @@ use crate::worker::{kill_worker, ours_only};
 /// The process that holds the output when the main process has exited, and writes once more a second later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Holder {
-    Nobody,
+    None,
     Child,
     /// In a session of its own, so that no signal to a group reaches it.
     Grandchild,
@@ -57,7 +57,7 @@ struct Cell {
 impl Cell {
     fn all() -> Vec<Self> {
         let mut cells = Vec::new();
-        for holder in [Holder::Nobody, Holder::Child, Holder::Grandchild] {
+        for holder in [Holder::None, Holder::Child, Holder::Grandchild] {
             for is_exec in [false, true] {
                 for kind in [Kind::Pipe, Kind::Terminal] {
                     for reading in [Reading::Fast, Reading::Slow, Reading::Pausing, Reading::Late, Reading::Gone] {
@@ -78,7 +78,7 @@ impl Cell {
 
     fn script(self) -> String {
         let late = match self.holder {
-            Holder::Nobody => "",
+            Holder::None => "",
             Holder::Child => "(sleep 1; echo late) &",
             Holder::Grandchild => "setsid sh -c '(sleep 1; echo late) &';",
         };
@@ -91,7 +91,7 @@ impl Cell {
         let late = match self.holder {
             Holder::Child if self.is_exec && self.kind != Kind::Terminal => 4 + line_end,
             Holder::Grandchild if self.is_exec => 4 + line_end,
-            Holder::Nobody | Holder::Child | Holder::Grandchild => 0,
+            Holder::None | Holder::Child | Holder::Grandchild => 0,
         };
         late + (1..=self.lines()).map(|number| u64::from(number.ilog10()) + 1 + line_end).sum::<u64>()
     }
@@ -172,7 +172,7 @@ pub(crate) async fn every_byte_arrives_from_every_holder_of_the_output_to_every_
     Ok(())
 }
 
-/// Runs a few at a time. Returns what is wrong.
+/// Runs a few at a time. Returns the failures.
 async fn run_all(cx: Context, mut cells: Vec<Cell>) -> Result<Vec<String>> {
     let mut wrong = Vec::new();
     while !cells.is_empty() {

@@ -135,7 +135,7 @@ pub(crate) async fn statistics_are_reported_until_delete(cx: Context) -> Result<
     Ok(())
 }
 
-/// What statistics report, whatever their type.
+/// The figures in statistics of either type.
 #[derive(Debug)]
 struct Measured {
     pids: u64,

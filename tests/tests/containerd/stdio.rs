@@ -286,7 +286,7 @@ pub(crate) async fn a_logger_that_is_not_listed_never_runs(outer: Context) -> Re
     cx.leaves_nothing().await
 }
 
-/// containerd restarts a container whose labels ask for it, with the logger that they name; labels come from images.
+/// containerd restarts a container whose labels request it, with the logger that they name; labels come from images.
 pub(crate) async fn a_logger_that_a_label_names_never_runs_unless_it_is_listed(outer: Context) -> Result<()> {
     needs_images()?;
     let cx = with_listed_loggers(&outer).await?;

@@ -21,7 +21,7 @@ fn needs_containerd() -> Result<()> {
     if suite::manager().is_some() { skip("x-manager has only one version, and forgets no container") } else { Ok(()) }
 }
 
-/// Exits with 3 when the test asks for it.
+/// Exits with 3 when it reads a line.
 const ON_COMMAND: [&str; 3] =
     ["sh", "-c", "echo up; while read line; do case $line in go) exit 3;; *) echo got $line;; esac; done; exit 9"];
 
@@ -72,7 +72,7 @@ pub(crate) async fn containers_outlive_a_downgrade_and_an_upgrade_of_their_daemo
             anyhow::Ok(())
         };
         inside.await.with_context(|| format!("after the change to {version}"))?;
-        // made under this one, ended under another
+        // created under this daemon, deleted under another
         alive.push(on_command(&cx).await?);
     }
     container.io.stdin().await?.write_all(b"go\n")?;

@@ -130,7 +130,7 @@ impl Lane {
     }
 }
 
-/// The run of a scenario without crashes, which must be what the scenario promises.
+/// The run of a scenario without crashes, which must match the scenario.
 pub(crate) async fn model(lane: &Lane, scenario: &Scenario) -> Result<Outcome> {
     let outcome = lane.run(scenario, "", None, nothing).await.context("without crashes")?;
     ensure!(outcome.record.of("event ") == scenario.events, "events without crashes: {}", outcome.record.of("event "));

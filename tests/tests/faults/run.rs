@@ -31,7 +31,7 @@ pub(crate) struct Record {
 impl Record {
     /// Checks that `other` is the same.
     ///
-    /// Errors: what is different.
+    /// Errors: the difference.
     pub(crate) fn agrees_with(&self, other: &Self) -> Result<()> {
         if self == other {
             return Ok(());
@@ -103,7 +103,7 @@ impl Run {
         self.plan_path().with_extension("trace")
     }
 
-    /// Puts the plan where shims look for it when their worker begins.
+    /// Writes the plan to the file that workers read when they start.
     pub(crate) fn arm(&self) -> Result<()> {
         Ok(fs::write(self.plan_path(), &self.plan)?)
     }
@@ -197,7 +197,7 @@ impl Run {
         Ok(())
     }
 
-    /// Waits for the exit, asks State, deletes, and records the three answers.
+    /// Calls Wait, State and Delete, and records the three answers.
     pub(crate) async fn finish(&self, process: &Process, name: &str) -> Result<()> {
         let waited = self.cx.client().wait(&process.id, &process.exec).await?;
         self.note(format!("wait {name}: {}", waited.exit_status));
@@ -242,7 +242,7 @@ impl Run {
         Ok(())
     }
 
-    /// For diagnosing a failure: processes, and what the shim has logged.
+    /// For diagnosing a failure: processes, and the shim's log.
     pub(crate) fn scene(&self) -> String {
         let mut lines = Vec::new();
         let all = proc::all();

@@ -414,7 +414,7 @@ async fn restore(run: &Run) -> Result<()> {
     run.finish(&restored, "init").await
 }
 
-/// Three containers in one shim, the first of which goes first.
+/// Three containers in one shim, the first of which is deleted first.
 pub(crate) const POD: Scenario = Scenario {
     name: "pod",
     body: |run| Box::pin(pod(run)),
@@ -470,7 +470,7 @@ async fn command(run: &Run) -> Result<()> {
     });
     run.begin()?;
     let deleted = run.cx.delete_command(&second).await?;
-    run.note(format!("the command says {} of {}", deleted.exit_status, run.named(deleted.pid)));
+    run.note(format!("the command reports {} of {}", deleted.exit_status, run.named(deleted.pid)));
     for wait in waits {
         run.note(format!("parked wait: {:?}", wait.await?.map(|answer| answer.exit_status).map_err(|error| error.code())));
     }

@@ -439,7 +439,7 @@ async fn api_update(client: &Client, request: UpdateContainerRequest) -> Result<
     client.api().containers().update(client.request(request)).await.map(drop)
 }
 
-/// An HTTP/2 client that begins requests and never ends them.
+/// An HTTP/2 client that starts requests and never finishes them.
 pub(crate) async fn requests_that_are_never_finished_are_refused_before_they_cost_much(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let pid = cx.daemon().pid().context("a daemon")?.cast_signed();
@@ -455,7 +455,7 @@ pub(crate) async fn requests_that_are_never_finished_are_refused_before_they_cos
         let request =
             request.header("content-type", "application/grpc").header("te", "trailers").header("containerd-namespace", "n").body(())?;
         let (answer, mut body) = sender.send_request(request, false)?;
-        // a message of 15 MiB is announced, and all but its last byte comes
+        // the length says 15 MiB, and all but the last byte is sent
         let mut bytes = vec![0, 0, 0xf0, 0, 0];
         bytes.resize(15 << 20, b'x');
         body.send_data(bytes.into(), false)?;

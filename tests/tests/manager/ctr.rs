@@ -21,7 +21,7 @@ struct Ctr<'a> {
     namespace: String,
 }
 
-/// A subcommand, and what it must do; versions without it are named.
+/// A subcommand, the versions that have it, and its check.
 type Row = (&'static str, &'static [Suite], fn(&Ctr<'_>) -> Result<()>);
 
 const ALL: &[Suite] = &Suite::ALL;
@@ -425,7 +425,7 @@ fn tasks(ctr: &Ctr<'_>) -> Result<()> {
         ctr.run(&["tasks", "kill", "--signal", "KILL", "c"])?;
         let status = attached.wait()?;
         ensure!(status.code() == Some(137), "attach ended with {status}");
-        // which deletes what it was attached to
+        // which deletes the task
         ctr.run(&["tasks", "start", "--detach", "c"])?;
         Ok(())
     })

@@ -119,7 +119,7 @@ async fn store_is_sound(cx: &Context) -> Result<()> {
     Ok(())
 }
 
-/// What has happened so far.
+/// Counters of the run so far.
 #[derive(Default)]
 struct Tally {
     /// Of the daemon.

@@ -284,7 +284,7 @@ pub(crate) async fn a_store_of_a_newer_version_is_refused(cx: Context) -> Result
     cx.daemon().stop()?;
     let store = cx.daemon().folder().join("root/meta.db");
     let mut bytes = fs::read(&store)?;
-    // where SQLite's file format keeps what an application calls its version
+    // the offset of the application's version (user_version) in SQLite's file format
     bytes[60..64].copy_from_slice(&99_u32.to_be_bytes());
     fs::write(&store, &bytes)?;
     let folder = cx.daemon().folder();

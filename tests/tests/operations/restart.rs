@@ -9,7 +9,7 @@ use shim_tests::eventually::{SOON, eventually};
 use shim_tests::operator::{ctr, ctr_run, printed};
 use tonic::Code;
 
-/// Pauses are added to what the machine needs.
+/// The deadline of restarts, with their pauses.
 const LATER: Duration = Duration::from_secs(30);
 
 fn run(cx: &Context, id: &str, labels: &[&str], script: &str) -> Result<()> {

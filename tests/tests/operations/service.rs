@@ -46,7 +46,7 @@ pub(crate) async fn the_service_manager_is_notified_of_readiness_and_main_pid(cx
 pub(crate) async fn sockets_of_the_service_manager_are_served_and_kept(cx: Context) -> Result<()> {
     let mut own = Own::new(&cx.folder().join("own"), "")?;
     let listener = UnixListener::bind(own.address())?;
-    // a client that comes before the daemon is served as well
+    // a client that connects before the daemon runs is served too
     let early = UnixStream::connect(own.address())?;
     let binary = binary()?.display().to_string();
     let activated = |own: &Own| {

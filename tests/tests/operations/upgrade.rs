@@ -19,7 +19,7 @@ use tokio::process::Command;
 use tokio::task::LocalSet;
 use tonic::Code;
 
-/// Exits with 3 when the test asks for it.
+/// Exits with 3 when it reads a line.
 const ON_COMMAND: [&str; 3] = ["sh", "-c", "echo up; read go; exit 3"];
 
 async fn is_the_same(container: &Container) -> Result<()> {
@@ -60,7 +60,7 @@ pub(crate) async fn a_process_that_still_answers_a_client_holds_no_shims(cx: Con
     let request = request.header("content-type", "application/grpc").header("te", "trailers").body(())?;
     let (_answer, _body) = sender.send_request(request, false)?;
     let mut shim = connect("x.sock.ttrpc").await?;
-    // it was accepted, as one that comes later is answered
+    // it was accepted, since a later one is answered
     drop(connect("x.sock.ttrpc").await?);
     client.version().await?;
     printed(&mut own.command(&["upgrade"])?)?;

@@ -87,7 +87,7 @@ pub(crate) async fn sockets_are_private_and_none_is_abstract(stand: Stand) -> Re
     container.shut_down().await.map(drop)
 }
 
-/// The file that takes a container's output is not the container's: it sees a pipe, and nothing beside its three descriptors.
+/// A container with a `file://` log gets a pipe, not the file, and only its three descriptors.
 pub(crate) async fn a_container_has_three_descriptors_and_none_is_a_file_of_the_host(stand: Stand) -> Result<()> {
     let log = stand.folder().join("out.log");
     let uri = format!("file://{}", log.display());
@@ -131,7 +131,7 @@ pub(crate) async fn a_file_that_is_no_socket_is_not_replaced(stand: Stand) -> Re
     }
 }
 
-/// The last member of a group goes while the next one comes: it gets the exiting shim, if that stays, or a new one.
+/// The last member of a group is deleted while the next one starts: it gets the exiting shim, if that stays, or a new one.
 pub(crate) async fn a_start_beside_an_exiting_shim_gets_a_new_one(stand: Stand) -> Result<()> {
     let mut last = stand.instant("c0", &["true"]).group("pod").run().await?;
     let (mut same, mut new) = (0, 0);
@@ -160,7 +160,7 @@ pub(crate) async fn a_start_beside_an_exiting_shim_gets_a_new_one(stand: Stand) 
     bundle::leave(&last.task, last.shim_pid()?, "c").await
 }
 
-/// crun refuses a host with cgroup v1 and controllers on a v2 hierarchy beside it, whatever its options are. The hosts here are mount
+/// crun refuses a host with cgroup v1 and controllers on a v2 hierarchy beside it, with any options. The hosts here are mount
 /// namespaces in which the kernel's list of those controllers is covered by another.
 pub(crate) async fn the_runtime_is_one_that_works_on_this_host_unless_it_is_named(stand: Stand) -> Result<()> {
     if Version::here() == Version::V2 {

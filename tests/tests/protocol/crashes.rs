@@ -118,7 +118,7 @@ pub(crate) async fn a_killed_keeper_ends_a_pod_of_the_newest_daemon_with_true_ex
             eventually_true(format!("{} is dead", container.id), SOON, || !proc::is_alive(pid)).await?;
         }
     }
-    // the pod can be made again
+    // the pod can be created again
     let again = stand.bundle("pod", &["sh", "-c", "exit 5"]).group("pod").run().await?;
     ensure!(again.finish().await? == 5);
     shim_tests::bundle::leave(&again.task, again.shim_pid()?, "pod").await

@@ -1,4 +1,4 @@
-//! What the shim publishes: every event, once, in order, also while containerd is slow, refuses events or is down.
+//! Published events: every event, once, in order, also while containerd is slow, refuses events or is down.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ async fn run_some(container: &Container, round: usize) -> Result<Vec<String>> {
 
 pub(crate) async fn every_event_arrives_once_and_in_order_however_it_is_refused(stand: Stand) -> Result<()> {
     let fake = stand.containerd();
-    // there is no daemon when it begins
+    // no daemon runs when the shim starts
     fake.vanish();
     let container = stand.instant("c1", &["sleep", "1000"]).run().await?;
     let mut expected = vec!["create".to_owned(), "start".to_owned()];

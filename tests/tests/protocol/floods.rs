@@ -146,7 +146,7 @@ pub(crate) async fn a_hundred_thousand_abandoned_waits_cost_little_memory_and_ea
         }
         bytes
     };
-    // a client that goes away again takes its own with it
+    // when a client disconnects, its Waits are dropped
     let mut gone = Wire::connect(witness.socket()).await?;
     gone.send(&waits(total)).await?;
     answers(&mut gone, V2, 1 + 2 * total).await?;

@@ -88,7 +88,7 @@ pub(crate) async fn a_create_that_loses_a_race_for_its_id_leaves_the_winner_alon
     Ok(())
 }
 
-/// The journal says that the runtime was asked, and nothing says that it refused: the keeper was killed in between.
+/// The journal records that the runtime was called, but not that it refused: the keeper was killed in between.
 pub(crate) async fn delete_leaves_the_winner_of_a_race_alone_when_the_losers_keeper_was_killed(stand: Stand) -> Result<()> {
     for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
         let runtime = Suite::Bookworm.runtime(runtime);
@@ -139,7 +139,7 @@ pub(crate) async fn a_create_that_fails_in_unknown_words_leaves_a_container_of_a
     Ok(())
 }
 
-/// Nothing has recorded what the runtime had made, or half made, when the keeper was killed.
+/// The keeper was killed before it recorded the container that the runtime had created, completely or half.
 pub(crate) async fn delete_removes_what_a_create_had_made_when_its_keeper_was_killed(stand: Stand) -> Result<()> {
     for (name, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
         for is_whole in [true, false] {

@@ -77,7 +77,7 @@ pub(crate) async fn every_exit_is_known_and_nothing_is_left_after_random_kills(s
     let (events, counts) = (cx.events().await?, Counts::default());
     let disk = cx.folder().join("disk");
     fs::create_dir(&disk)?;
-    // more than what all write
+    // more than the output of all containers
     mount(Some("tmpfs"), &disk, Some("tmpfs"), MsFlags::empty(), Some("size=4m"))?;
     let soak = Soak { cx, events, counts, bereft: Mutex::default(), disk, eras: AtomicU64::new(0), over: AtomicBool::new(false) };
     let live = async |id: &str, dice: &mut Dice| {

@@ -95,7 +95,7 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
     Ok(())
 }
 
-/// Where a container's output goes.
+/// The target of a container's output.
 enum Output {
     Nowhere,
     /// A reader that stays, or disconnects and comes back.

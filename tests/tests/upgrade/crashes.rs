@@ -18,7 +18,7 @@ use shim_tests::{builds, proc};
 
 use crate::{build, on_build};
 
-/// What `inspect` shows of a container, whose id is unique among all namespaces.
+/// The output of `inspect` for a container; its id is unique among all namespaces.
 pub(crate) async fn inspected(cx: &Context, id: &str) -> Result<serde_json::Value> {
     let mut command = tokio::process::Command::new(cx.shim().binary.as_ref().context("ours")?);
     let output = command.args(["inspect", "--json", id]).output().await?;

@@ -171,7 +171,7 @@ impl Nonblocking for fs::OpenOptions {
     }
 }
 
-/// What init is until Start: waits on the fifo, then becomes the program.
+/// Init before Start: waits on the fifo, then executes the program.
 fn wait_and_execute(arguments: &[String]) -> ExitCode {
     let [fifo, program, rest @ ..] = arguments else { return ExitCode::from(125) };
     let _a_leader_already = setsid();

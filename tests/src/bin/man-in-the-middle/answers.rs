@@ -9,7 +9,7 @@ use containerd_shim_protos::ttrpc::{Code, Response};
 use super::calls::{Call, Link, edit, status};
 use super::stdout;
 
-/// Fault, method or nothing for all, the code that it looks for or nothing for every refusal, and the code that it makes of it.
+/// Fault, method (none: all), the code that it replaces (none: any error), and the new code.
 const REFUSALS: &[(&str, &str, Option<Code>, Code)] = &[
     ("wrong-code", "", Some(Code::NOT_FOUND), Code::UNKNOWN),
     ("wrong-refusal", "", Some(Code::FAILED_PRECONDITION), Code::UNKNOWN),

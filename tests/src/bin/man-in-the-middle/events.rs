@@ -26,7 +26,7 @@ struct Memory {
     owners: Mutex<BTreeMap<u32, String>>,
 }
 
-/// What it does with an event.
+/// The effect on an event.
 enum Then {
     /// Takes it, and keeps it.
     Drop,
@@ -41,7 +41,7 @@ use Then::{Change, Drop, Late, Twice};
 
 const EXIT_OF_INIT: &str = "/tasks/exit of init";
 
-/// Fault, topic or nothing for all, and what it does.
+/// Fault, topic (none: all), and effect.
 const RULES: &[(&str, &str, Then)] = &[
     ("drop-exit", EXIT_OF_INIT, Drop),
     ("drop-paused", "/tasks/paused", Drop),
@@ -106,7 +106,7 @@ fn serve(mut shim: UnixStream, daemon: &Path, shared: &Arc<Shared>, memory: &Mem
     Ok(())
 }
 
-/// What the fault does with an event.
+/// Applies the fault to an event.
 fn rule_of(frame: &Frame, fault: &str) -> Result<Option<&'static Then>> {
     let forward = ForwardRequest::parse_from_bytes(&Request::parse_from_bytes(&frame.payload)?.payload)?;
     let envelope = forward.envelope.into_option().context("an event without an envelope")?;

@@ -124,7 +124,7 @@ fn output_of_real(arguments: &[String], input: &[u8]) -> Result<Output> {
     Ok(output)
 }
 
-/// What `start` prints to input that it refuses.
+/// The output of `start` for input that it refuses.
 fn complaint(fault: &str, arguments: &[String], input: &[u8]) -> Result<Option<&'static str>> {
     let is_about_options = input.windows(OPTIONS.len()).any(|bytes| bytes == OPTIONS.as_bytes());
     Ok(match fault {

@@ -20,7 +20,7 @@ use shim_tests::task::{V2, V3};
 use super::calls::{Call, Link, edit};
 use super::stdout;
 
-/// What it does with it.
+/// The effect on a request.
 enum Then {
     /// Refuses.
     Refuse(Code),
@@ -39,7 +39,7 @@ use Then::{After, Answer, Change, Refuse, Silence};
 pub(super) const HALF_A_FRAME: &str = "half a frame";
 pub(super) const AN_EVENT: &str = "an event";
 
-/// What the fault did with it.
+/// What was done to the request.
 pub(super) enum Met {
     Passed,
     Kept,

@@ -11,7 +11,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, poll};
 use shim_tests::stdio::fifo;
 
-/// What is appended to the path that the shim is given.
+/// The suffix of the path that the shim gets.
 const SUFFIX: &str = ".m";
 
 /// Puts a fifo in front of `path`, and returns its path.

@@ -202,7 +202,7 @@ async fn latency(subjects: &mut [Subject], rounds: usize) -> Result<()> {
     let mut execs = vec![Vec::new(); subjects.len()];
     let mut hosts = Vec::new();
     for subject in subjects.iter() {
-        run_true(&subject.cx).await?; // what is slow only the first time is not measured
+        run_true(&subject.cx).await?; // the first run is slower and not measured
         hosts.push(subject.cx.container(&["sleep", "100000"]).start().await?);
     }
     for round in 0..rounds {

@@ -25,7 +25,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The states of a container, and of a process that was added to one.
+/// The states of a container, and of an exec.
 const STATES: [&str; 12] = [
     "missing",
     "deleted",
@@ -41,9 +41,9 @@ const STATES: [&str; 12] = [
     "exec after init",
 ];
 
-/// What each call answers in each of [`STATES`]; those from `Create` on change something, and get a container of their own.
+/// The answer to each call in each of [`STATES`]; those from `Create` on change something, and get a container of their own.
 ///
-/// A lower-case word is a refusal for which only T6 says with which code.
+/// A lower-case word is an error whose code only T6 requires.
 ///
 /// | | |
 /// | --- | --- |
@@ -54,9 +54,9 @@ const STATES: [&str; 12] = [
 /// | `exists` | refused, with AlreadyExists as the better code |
 /// | `refused` | refused, with any code |
 /// | `any` | accepted or refused, but answered |
-/// | `-` | not asked: the call is of no process that was added |
+/// | `-` | not called: the call does not apply to execs |
 ///
-/// Kill of an exec that does not run has to be FailedPrecondition: after a success containerd's client waits for an end that never comes.
+/// Kill of an exec that does not run has to be FailedPrecondition: after a success containerd's client waits for an exit that never comes.
 #[rustfmt::skip]
 const ANSWERS: [(&str, [&str; STATES.len()]); 17] = [
     //              missing      deleted     created         running         paused          exited          added                 start failed          running          in paused        exited           after init
@@ -203,7 +203,7 @@ async fn clean_up(task: &Task, subject: Subject) -> Result<()> {
     Ok(())
 }
 
-/// Whether an answer is as the table has it; `codes` says how exactly.
+/// Whether an answer matches the table; with `codes` the error code must match too.
 fn fits(expected: &str, found: &Outcome, codes: bool) -> bool {
     match (expected, found) {
         ("any", _) | ("ok", Outcome::Accepted) | ("wait", Outcome::Pending) => true,

@@ -1,4 +1,4 @@
-//! A shim that is killed or stopped: what `delete` then does and answers.
+//! A shim that is killed or stopped: effect and answer of `delete`.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -95,7 +95,7 @@ async fn delete_of_a_container_that_was_never_created_succeeds(stand: Stand) -> 
     bundle.write()?;
     let deleted = bundle.delete_command().await?;
     ensure!(deleted.exit_status == 137, "{deleted:?}");
-    // and with a shim that has made nothing of it yet
+    // and with a shim that has not created the container yet
     let other = stand.bundle("c2", &["true"]);
     let task = other.shim().await?;
     let shim = other.shim_pid()?;
@@ -108,7 +108,7 @@ async fn the_same_id_works_again_after_the_shim_was_killed(stand: Stand) -> Resu
     let first = stand.bundle("c1", &["sleep", "1000"]).run().await?;
     kill_shim(first.shim_pid()?).await?;
     ensure!(first.bundle.delete_command().await?.exit_status == 137);
-    // containerd removes the bundle, and makes another of the same name
+    // containerd removes the bundle, and creates another one with the same id
     fs::remove_dir_all(&first.bundle.folder)?;
     let second = stand.bundle("c1", &["sh", "-c", "exit 4"]).run().await?;
     ensure!(second.finish().await? == 4);
@@ -220,7 +220,7 @@ async fn delete_ends_every_container_of_a_killed_shims_pod(stand: Stand) -> Resu
     Ok(())
 }
 
-/// The disk is full when the container ends: its exit code is recorded all the same.
+/// The disk is full when the container ends: its exit code is recorded nevertheless.
 async fn an_exit_is_recorded_on_a_full_disk(stand: Stand) -> Result<()> {
     use nix::mount::{MsFlags, mount};
     let disk = stand.folder().join("b");

@@ -1,4 +1,4 @@
-//! What the shim publishes: every event, once, in order, also while containerd is slow, refuses events or is down.
+//! Published events: every event, once, in order, also while containerd is slow, refuses events or is down.
 
 use std::time::Duration;
 
@@ -210,7 +210,7 @@ async fn events_wait_for_an_absent_daemon(stand: Stand) -> Result<()> {
     let mut expected = fake.events().of_until("c1", "start").await?;
     fake.vanish();
     expected.extend(run_some(&container, 0).await?);
-    tokio::time::sleep(Duration::from_secs(25) * times()).await; // how long it is away is what is tested
+    tokio::time::sleep(Duration::from_secs(25) * times()).await; // the absence is under test
     expected.extend(run_some(&container, 1).await?);
     fake.come_back()?;
     ensure!(container.destroy().await? == 137);

@@ -166,7 +166,7 @@ async fn pids_name_init_and_execs(stand: Stand) -> Result<()> {
     container.shut_down().await.map(drop)
 }
 
-/// An empty list, or an error, makes containerd 1.7 and later throw the task and its exit code away when they start.
+/// An empty list, or an error, makes containerd 1.7 and later discard the task and its exit code when they start.
 async fn pids_name_init_until_delete(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).run().await?;
     ensure!(container.task.wait("c1", "").await? == 3);

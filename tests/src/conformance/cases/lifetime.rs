@@ -55,7 +55,7 @@ async fn a_new_connection_finds_everything_unchanged(stand: Stand) -> Result<()>
     let shim = container.shim_pid()?;
     let before = container.task.state("c1", "").await?;
     let socket = container.task.socket().to_owned();
-    // a Wait is under way when the connection ends
+    // a Wait is in progress when the connection closes
     drop(container.task.begin_wait("c1", "").await?);
     let Container { task, pid, bundle, .. } = container;
     drop(task);
@@ -77,7 +77,7 @@ async fn a_shim_stays_while_it_has_a_container(stand: Stand) -> Result<()> {
     let first = stand.bundle("c1", &["sleep", "1000"]).group("pod").run().await?;
     let second = stand.bundle("c2", &["sleep", "1000"]).group("pod").run_in(&first.task).await?;
     let shim = first.shim_pid()?;
-    // as when the pause container of a pod goes first
+    // as when the pause container of a pod is deleted first
     first.task.shutdown("c1").await?;
     first.destroy().await?;
     first.task.shutdown("c1").await?;
@@ -189,7 +189,7 @@ async fn the_last_events_are_published_before_the_shim_exits(stand: Stand) -> Re
     }
     stand.containerd().come_back()?;
     let mut published = stand.containerd().events().of_until("c1", "delete").await?;
-    // the one being sent when the daemon went away may come twice
+    // the event in flight when the daemon stopped may come twice
     published.dedup();
     ensure!(published == ["create", "start", "exit", "delete"], "{published:?}");
     gone(shim).await

@@ -1,4 +1,4 @@
-//! The cases, by area, and what several of them need.
+//! The cases, by area, and their shared helpers.
 
 mod bootstrap;
 mod calls;

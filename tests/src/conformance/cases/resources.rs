@@ -167,7 +167,7 @@ async fn a_checkpoint_is_written(stand: Stand) -> Result<()> {
         Ok(())
     })
     .await?;
-    // unless asked to end it, the checkpoint leaves it running
+    // by default a checkpoint leaves the container running
     ensure!(proc::is_alive(container.pid.cast_signed()), "it has ended");
     container.shut_down().await.map(drop)
 }

@@ -139,7 +139,7 @@ async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> 
     };
     let bundle = stand.bundle("c1", &["sh", "-c", &attack]).runtime(&runtime).spec(libraries);
     let container = streams.output(bundle).run().await?;
-    // which waits until a test writes what it shall run
+    // which waits until the test writes the command
     container.exec("e", &["/proc/self/exe", "run", "--bundle", "/tmp", "inner"]).await?;
     streams.out.until("found").await?;
     container.task.kill("c1", "e", 9).await?;

@@ -71,7 +71,7 @@ async fn a_slow_create_delays_no_sibling(stand: Stand) -> Result<()> {
     Ok(())
 }
 
-/// The runtime takes its time over Start: the container can be looked at, killed and waited for meanwhile.
+/// The OCI runtime is slow to start: State, Kill and Wait of the container work meanwhile.
 async fn a_slow_start_delays_no_other_call(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).create().await?;
@@ -99,7 +99,7 @@ async fn a_slow_start_delays_no_other_call(stand: Stand) -> Result<()> {
     leave(task, container.shim_pid()?, "c1").await
 }
 
-/// The first Delete's client has gone, the second one's patience ends; a third finds out how it went.
+/// The first Delete's client disconnects, the second one times out, a third one gets the answer.
 async fn a_delete_that_timed_out_can_be_repeated(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
@@ -125,7 +125,7 @@ async fn a_delete_that_timed_out_can_be_repeated(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// The daemon dies in the middle of Create and asks for the same again when it is back.
+/// The daemon crashes in the middle of Create and repeats it after its restart.
 async fn a_repeated_create_makes_one_container(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let bundle = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary());
@@ -142,7 +142,7 @@ async fn a_repeated_create_makes_one_container(stand: Stand) -> Result<()> {
     });
     gate.release("create")?;
     let second = within("a second Create", SOON, second).await??;
-    // the one or the other has made it, or it was undone and can be made
+    // one of the two Creates has succeeded, or both were undone and it can be created
     let pid = match second {
         Ok(pid) => pid,
         Err(_) => match eventually("the first one is there", SOON, async || Ok(task.state("c1", "").await?)).await {
@@ -158,7 +158,7 @@ async fn a_repeated_create_makes_one_container(stand: Stand) -> Result<()> {
     leave(&task, bundle.shim_pid()?, "c1").await
 }
 
-/// Afterwards it is there, or its id is free: nothing between.
+/// Afterwards it exists, or its id is free.
 async fn a_create_whose_client_disconnects_is_completed_or_undone(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
@@ -237,7 +237,7 @@ async fn a_delete_whose_client_disconnects_is_completed_or_undone(stand: Stand) 
 
 type Hold = fn(&Gate, &str) -> Result<()>;
 
-/// When the client leaves: before the OCI runtime has begun, and when it has just ended.
+/// When the client disconnects: before the OCI runtime has started, and when it has just exited.
 const MOMENTS: [(&str, Hold); 2] = [("before", Gate::hold), ("after", Gate::hold_after)];
 
 /// Calls a method, closes the connection while the OCI runtime is held at `verb`, and then releases it.
@@ -246,7 +246,7 @@ async fn leave_during(gate: &Gate, verb: &str, task: &Task, method: &str, reques
     let call = leaver.connection().begin(leaver.service_name(), method, request).await?;
     let runtime = gate.held(verb).await?;
     drop((call, leaver));
-    // a shim that ends its runtime over that does it at once
+    // a shim that kills its runtime because of that does so immediately
     let _carried_on = eventually_true("the runtime is ended", AT_ONCE, || !proc::is_alive(runtime)).await;
     gate.release(verb)
 }
@@ -282,7 +282,7 @@ async fn a_runtime_that_prints_a_megabyte_blocks_nothing(stand: Stand) -> Result
     Ok(())
 }
 
-/// A signal for all that the runtime takes its time over, while processes end by the dozen.
+/// A Kill with `all` with a slow OCI runtime, while dozens of processes exit.
 async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
     let gate = stand.gate(&stand.runtime())?;
     let container =
@@ -345,7 +345,7 @@ async fn hundreds_of_execs_delay_no_state(stand: Stand) -> Result<()> {
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
-/// So many execs at once, and as soon as the last has ended, once more.
+/// That many execs concurrently, repeated as soon as the last one has exited.
 async fn storm(container: &Container, at_once: usize, rounds: usize) -> Result<()> {
     for round in 0..rounds {
         let mut execs = JoinSet::new();

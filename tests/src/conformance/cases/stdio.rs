@@ -119,7 +119,7 @@ async fn writes_and_ends(anchor: &Container, size: u64, terminal: bool, with_std
 async fn a_shim_waits_for_a_slow_reader_in_bounded_memory(stand: Stand) -> Result<()> {
     let total = 100_000_000 * u64::from(times());
     let [_, stdout, stderr] = unread(&stand, "io")?;
-    // held open, and not read: a reader is there, so that no shim waits for one
+    // open, but not read, so that shims that wait for a reader continue
     let held = fs::File::options().read(true).write(true).open(&stdout)?;
     let err = Reader::open(&stderr, Pace::Count)?;
     let bundle = stand.bundle("c1", &["sh", "-c", &format!("head -c {total} /dev/zero; exit 3")]);
@@ -261,7 +261,7 @@ async fn ended(container: &Container, exec: &str, script: &str, pace: Pace) -> R
     Ok(streams)
 }
 
-/// A client reads until the end, which comes when Delete is answered or before.
+/// A client reads until the end, at the latest until Delete is answered.
 async fn output_written_by_a_descendant_while_delete_waits_arrives(stand: Stand) -> Result<()> {
     let container = sleeper(&stand, "c1").await?;
     for (exec, late) in [("child", "(sleep 1; echo late) &"), ("session", "setsid sh -c '(sleep 1; echo late) &';")] {

@@ -87,7 +87,7 @@ async fn a_slow_client_does_not_delay_the_others(stand: Stand) -> Result<()> {
     let slow = tokio::spawn(async move {
         for byte in frame {
             wire.send(&[byte]).await?;
-            tokio::time::sleep(Duration::from_millis(10)).await; // the slowness is what is tested
+            tokio::time::sleep(Duration::from_millis(10)).await; // the slowness is under test
         }
         wire.answer(1).await
     });
