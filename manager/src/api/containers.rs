@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::filter::{Fields, label, text};
 use crate::manager::Manager;
 use crate::name::Namespace;
-use crate::store::{containers, namespaces};
+use crate::store::{Meta, containers, namespaces};
 use crate::{name, timestamp};
 
 impl Fields for Container {
@@ -40,7 +40,7 @@ pub(crate) fn not_found(namespace: &Namespace, id: &str) -> Error {
 
 pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetContainerRequest) -> Result<GetContainerResponse> {
     let (namespace, id) = (call.namespace()?, request.id);
-    let get = move |db: &_| containers::get(db, namespace.as_str(), &id)?.ok_or_else(|| not_found(&namespace, &id));
+    let get = move |db: &Meta<'_>| containers::get(db, namespace.as_str(), &id)?.ok_or_else(|| not_found(&namespace, &id));
     Ok(GetContainerResponse { container: Some(manager.store.read(get).await?) })
 }
 

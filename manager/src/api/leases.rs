@@ -7,7 +7,6 @@ use containerd_client::services::v1::{
     AddResourceRequest, CreateRequest, CreateResponse, DeleteRequest, DeleteResourceRequest, Lease, ListRequest, ListResourcesRequest,
     ListResourcesResponse, ListResponse, Resource as WireResource,
 };
-use rusqlite::Connection;
 
 use super::call::Call;
 use super::mask;
@@ -15,7 +14,7 @@ use super::search::Search;
 use crate::error::{Error, Result};
 use crate::filter::{Fields, label, text};
 use crate::manager::Manager;
-use crate::store::{Resource, leases, namespaces, resources};
+use crate::store::{Meta, Resource, leases, namespaces, resources};
 use crate::{manager, name, timestamp};
 
 impl Fields for Lease {
@@ -28,7 +27,7 @@ impl Fields for Lease {
     }
 }
 
-fn must_exist(db: &Connection, namespace: &str, id: &str) -> Result<()> {
+fn must_exist(db: &Meta<'_>, namespace: &str, id: &str) -> Result<()> {
     leases::get(db, namespace, id)?.map(drop).ok_or_else(|| Error::NotFound(format!("lease {id:?}")))
 }
 

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use log::error;
 use prost::Message;
-use rusqlite::Connection;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,9 +22,10 @@ use crate::error::{Error, Result};
 use crate::filter::{Fields, Filter};
 use crate::manager::Manager;
 use crate::name::Namespace;
+use crate::store::Meta;
 
 /// Reads objects of a namespace that follow an id, up to about this many bytes.
-type Page<M> = fn(&Connection, &str, &str, usize) -> Result<Vec<M>>;
+type Page<M> = fn(&Meta<'_>, &str, &str, usize) -> Result<Vec<M>>;
 
 /// A list in progress.
 pub(super) struct Search<M> {
@@ -169,7 +169,7 @@ mod tests {
         let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
         let manager = Arc::new(Manager::open(&settings).await.expect("a new store"));
         let label = label.to_owned();
-        let fill = move |db: &Connection| {
+        let fill = move |db: &mut Meta<'_>| {
             namespaces::ensure(db, "n")?;
             for number in 0..count {
                 let labels = HashMap::from([("long".to_owned(), label.clone())]);

@@ -25,7 +25,7 @@ use super::search::matching;
 use crate::error::{Error, Result};
 use crate::filter::{Fields, Filter, text};
 use crate::manager::Manager;
-use crate::store::{Exit, execs, exits};
+use crate::store::{Exit, Meta, Notes, execs, exits};
 use crate::tasks::limits::{LONG, SHORT, STATE, VERY_LONG};
 use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
 use crate::{name, store, timestamp, wire};
@@ -63,7 +63,7 @@ pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateTas
     let (namespace, id) = (call.namespace()?, request.container_id);
     name::identifier("container id", &id)?;
     let (place, name) = (namespace.clone(), id.clone());
-    let get = move |db: &_| store::containers::get(db, place.as_str(), &name)?.ok_or_else(|| containers::not_found(&place, &name));
+    let get = move |db: &Meta<'_>| store::containers::get(db, place.as_str(), &name)?.ok_or_else(|| containers::not_found(&place, &name));
     let container = manager.store.read(get).await?;
     let runtime = container.runtime.unwrap_or_default();
     let options = runtime.options.filter(|options| !options.type_url.is_empty());
@@ -125,7 +125,7 @@ pub(super) async fn delete_process(manager: Arc<Manager>, call: Call, request: D
     let (namespace, id, name, now) = (task.namespace.clone(), task.id.clone(), exec.clone(), timestamp::to_nanos(&timestamp::now()));
     let forgotten = async {
         let _pass = manager.gate.enter().await?;
-        let forget = move |db: &_| {
+        let forget = move |db: &mut Notes<'_>| {
             execs::remove(db, namespace.as_str(), &id, &name)?;
             exits::collect(db, namespace.as_str(), &id, Some(&name), now)
         };

@@ -10,7 +10,8 @@
 //! docs/decisions/0009-sqlite-for-metadata.md has the reasons.
 //!
 //! **Invariants:** a job is one transaction, committed whole or not at all. A read writes nothing, not even to the index of the log, which is
-//! on the disk as well: see `leave_mark`.
+//! on the disk as well: see `leave_mark`. No statement reaches the wrong file, and no read changes anything: a job gets its file as a type of
+//! its own, [`Meta`] or [`Notes`], and exclusively only if it may change it.
 
 mod facts;
 mod objects;
@@ -56,6 +57,14 @@ pub(crate) struct Files {
     pub(crate) notes: PathBuf,
 }
 
+/// `meta.db` within one transaction; `&mut` in one that may change it.
+#[derive(Debug)]
+pub(crate) struct Meta<'t>(&'t Connection);
+
+/// The same for `notes.db`.
+#[derive(Debug)]
+pub(crate) struct Notes<'t>(&'t Connection);
+
 impl Store {
     /// Opens the store, creates it if there is none, and migrates an older one.
     ///
@@ -88,19 +97,14 @@ impl Store {
     }
 
     /// Reads what was written, without waiting for what is being written.
-    pub(crate) async fn read<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
-        self.reader
-            .run(|connection| {
-                let transaction = connection.transaction().doing("begin")?;
-                job(&transaction)
-            })
-            .await
+    pub(crate) async fn read<T: Send + 'static>(&self, job: impl FnOnce(&Meta<'_>) -> Result<T> + Send + 'static) -> Result<T> {
+        self.reader.run(|connection| look(connection, |db| job(&Meta(db)))).await
     }
 
     /// Makes a change that survives everything but the loss of the disk.
     ///
     /// Errors: nothing has changed.
-    pub(crate) async fn write<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+    pub(crate) async fn write<T: Send + 'static>(&self, job: impl FnOnce(&mut Meta<'_>) -> Result<T> + Send + 'static) -> Result<T> {
         self.writer
             .run(|connection| {
                 let result = durably(connection, job);
@@ -116,7 +120,7 @@ impl Store {
     /// The same for removals: on a full disk they can use the reserve.
     ///
     /// Errors: nothing has changed.
-    pub(crate) async fn remove<T: Send + 'static>(&self, job: impl Fn(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
+    pub(crate) async fn remove<T: Send + 'static>(&self, job: impl Fn(&mut Meta<'_>) -> Result<T> + Send + 'static) -> Result<T> {
         let reserve = self.reserve.clone();
         self.writer
             .run(move |connection| {
@@ -138,19 +142,19 @@ impl Store {
     /// Notes something about tasks so that it survives a crash of this process. It waits for no disk.
     ///
     /// Errors: nothing has changed.
-    pub(crate) async fn note<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
-        self.notes.run(|connection| transact(connection, job)).await
+    pub(crate) async fn note<T: Send + 'static>(&self, job: impl FnOnce(&mut Notes<'_>) -> Result<T> + Send + 'static) -> Result<T> {
+        self.note_and_then(job, || {}).await
     }
 
     /// The same, and then does `then`, whether or not it could be noted, before any other note is taken: it must be short.
     pub(crate) async fn note_and_then<T: Send + 'static>(
         &self,
-        job: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
+        job: impl FnOnce(&mut Notes<'_>) -> Result<T> + Send + 'static,
         then: impl FnOnce() + Send + 'static,
     ) -> Result<T> {
         self.notes
             .run(|connection| {
-                let noted = transact(connection, job);
+                let noted = change(connection, |db| job(&mut Notes(db)));
                 then();
                 noted
             })
@@ -158,13 +162,8 @@ impl Store {
     }
 
     /// Reads what was noted.
-    pub(crate) async fn recall<T: Send + 'static>(&self, job: impl FnOnce(&Connection) -> Result<T> + Send + 'static) -> Result<T> {
-        self.notes
-            .run(|connection| {
-                let transaction = connection.transaction().doing("begin")?;
-                job(&transaction)
-            })
-            .await
+    pub(crate) async fn recall<T: Send + 'static>(&self, job: impl FnOnce(&Notes<'_>) -> Result<T> + Send + 'static) -> Result<T> {
+        self.notes.run(|connection| look(connection, |db| job(&Notes(db)))).await
     }
 
     /// What its threads have done: name and load.
@@ -208,15 +207,22 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-fn transact<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+/// One transaction that changes nothing.
+fn look<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
+    let transaction = connection.transaction().doing("begin")?;
+    job(&transaction)
+}
+
+/// One transaction, committed unless the job fails.
+fn change<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).doing("begin")?;
     let result = job(&transaction)?;
     transaction.commit().doing("commit")?;
     Ok(result)
 }
 
-fn durably<T>(connection: &mut Connection, job: impl FnOnce(&Connection) -> Result<T>) -> Result<T> {
-    let result = transact(connection, job);
+fn durably<T>(connection: &mut Connection, job: impl FnOnce(&mut Meta<'_>) -> Result<T>) -> Result<T> {
+    let result = change(connection, |db| job(&mut Meta(db)));
     leave_mark(connection);
     result
 }
@@ -285,7 +291,7 @@ mod tests {
         let (found, finds) = std::sync::mpsc::channel();
         let then = move || {
             let other = Connection::open(&files.notes).expect("a store");
-            found.send(execs::list(&other, "n", "c").expect("read").len()).expect("the test waits");
+            found.send(execs::list(&Notes(&other), "n", "c").expect("read").len()).expect("the test waits");
         };
         let noted = store.note_and_then(|db| execs::add(db, "n", "c", "one"), then);
         let (noted, later) = tokio::join!(noted, store.note(|db| execs::add(db, "n", "c", "two")));

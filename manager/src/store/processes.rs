@@ -3,9 +3,9 @@
 //! `execs`: added execs, so that their exits can be queried. `exits`: published exits, so that none is published twice.
 //! `ended`: exits of tasks whose shim is dead, until a client collects them.
 
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{OptionalExtension as _, Row, params};
 
-use super::Doing as _;
+use super::{Doing as _, Notes};
 use crate::error::Result;
 
 /// How a process ended.
@@ -29,28 +29,28 @@ pub(crate) mod execs {
     use super::*;
 
     /// Records an exec. False when it was recorded before.
-    pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<bool> {
-        let mut insert = db.prepare_cached("INSERT OR IGNORE INTO execs (namespace, id, exec) VALUES (?, ?, ?)").doing("prepare")?;
+    pub(crate) fn add(db: &mut Notes<'_>, namespace: &str, id: &str, exec: &str) -> Result<bool> {
+        let mut insert = db.0.prepare_cached("INSERT OR IGNORE INTO execs (namespace, id, exec) VALUES (?, ?, ?)").doing("prepare")?;
         Ok(insert.execute([namespace, id, exec]).doing("write")? > 0)
     }
 
     /// Forgets one.
-    pub(crate) fn remove(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<()> {
-        let mut delete = db.prepare_cached("DELETE FROM execs WHERE namespace = ? AND id = ? AND exec = ?").doing("prepare")?;
+    pub(crate) fn remove(db: &mut Notes<'_>, namespace: &str, id: &str, exec: &str) -> Result<()> {
+        let mut delete = db.0.prepare_cached("DELETE FROM execs WHERE namespace = ? AND id = ? AND exec = ?").doing("prepare")?;
         delete.execute([namespace, id, exec]).doing("remove")?;
         Ok(())
     }
 
     /// Those of a task.
-    pub(crate) fn list(db: &Connection, namespace: &str, id: &str) -> Result<Vec<String>> {
-        let mut select = db.prepare_cached("SELECT exec FROM execs WHERE namespace = ? AND id = ?").doing("prepare")?;
+    pub(crate) fn list(db: &Notes<'_>, namespace: &str, id: &str) -> Result<Vec<String>> {
+        let mut select = db.0.prepare_cached("SELECT exec FROM execs WHERE namespace = ? AND id = ?").doing("prepare")?;
         let rows = select.query_map([namespace, id], |row| row.get(0)).doing("read")?;
         rows.collect::<rusqlite::Result<_>>().doing("read")
     }
 
     /// Forgets those of a task.
-    pub(crate) fn clear(db: &Connection, namespace: &str, id: &str) -> Result<()> {
-        let mut delete = db.prepare_cached("DELETE FROM execs WHERE namespace = ? AND id = ?").doing("prepare")?;
+    pub(crate) fn clear(db: &mut Notes<'_>, namespace: &str, id: &str) -> Result<()> {
+        let mut delete = db.0.prepare_cached("DELETE FROM execs WHERE namespace = ? AND id = ?").doing("prepare")?;
         delete.execute([namespace, id]).doing("remove")?;
         Ok(())
     }
@@ -60,34 +60,34 @@ pub(crate) mod exits {
     use super::*;
 
     /// Whether this exit was published before. A shim's timestamps of one exit may differ slightly.
-    pub(crate) fn is_published(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit) -> Result<bool> {
+    pub(crate) fn is_published(db: &Notes<'_>, namespace: &str, id: &str, exec: &str, exit: Exit) -> Result<bool> {
         let sql = "SELECT EXISTS (SELECT 1 FROM exits WHERE namespace = ? AND id = ? AND exec = ? AND pid = ? AND at BETWEEN ? AND ?)";
-        let mut select = db.prepare_cached(sql).doing("prepare")?;
+        let mut select = db.0.prepare_cached(sql).doing("prepare")?;
         let (from, to) = (exit.at.saturating_sub(SAME_EXIT_NANOS), exit.at.saturating_add(SAME_EXIT_NANOS));
         select.query_row(params![namespace, id, exec, exit.pid, from, to], |row| row.get(0)).doing("read")
     }
 
     /// The published exit of a process that has not been deleted; init's `exec` is empty.
-    pub(crate) fn last(db: &Connection, namespace: &str, id: &str, exec: &str) -> Result<Option<Exit>> {
+    pub(crate) fn last(db: &Notes<'_>, namespace: &str, id: &str, exec: &str) -> Result<Option<Exit>> {
         let sql = "SELECT pid, status, at FROM exits WHERE namespace = ? AND id = ? AND exec = ? AND collected IS NULL ORDER BY at DESC";
-        let mut select = db.prepare_cached(sql).doing("prepare")?;
+        let mut select = db.0.prepare_cached(sql).doing("prepare")?;
         select.query_row([namespace, id, exec], Exit::from_row).optional().doing("read")
     }
 
     /// Records a published exit; `collected` is when its task was deleted, if it was: the record then expires.
-    pub(crate) fn add(db: &Connection, namespace: &str, id: &str, exec: &str, exit: Exit, collected: Option<i64>) -> Result<()> {
+    pub(crate) fn add(db: &mut Notes<'_>, namespace: &str, id: &str, exec: &str, exit: Exit, collected: Option<i64>) -> Result<()> {
         let sql = "INSERT OR IGNORE INTO exits (namespace, id, exec, pid, status, at, collected) VALUES (?, ?, ?, ?, ?, ?, ?)";
-        let mut insert = db.prepare_cached(sql).doing("prepare")?;
+        let mut insert = db.0.prepare_cached(sql).doing("prepare")?;
         insert.execute(params![namespace, id, exec, exit.pid, exit.status, exit.at, collected]).doing("write")?;
         Ok(())
     }
 
     /// Lets the exits of a deleted exec or task expire; until then a shim may publish them again.
-    pub(crate) fn collect(db: &Connection, namespace: &str, id: &str, exec: Option<&str>, now: i64) -> Result<()> {
+    pub(crate) fn collect(db: &mut Notes<'_>, namespace: &str, id: &str, exec: Option<&str>, now: i64) -> Result<()> {
         let sql = "UPDATE exits SET collected = ? WHERE namespace = ? AND id = ? AND exec = coalesce(?, exec) AND collected IS NULL";
-        let mut update = db.prepare_cached(sql).doing("prepare")?;
+        let mut update = db.0.prepare_cached(sql).doing("prepare")?;
         update.execute(params![now, namespace, id, exec]).doing("write")?;
-        let mut delete = db.prepare_cached("DELETE FROM exits WHERE collected < ?").doing("prepare")?;
+        let mut delete = db.0.prepare_cached("DELETE FROM exits WHERE collected < ?").doing("prepare")?;
         delete.execute([now.saturating_sub(KEPT_NANOS)]).doing("remove")?;
         Ok(())
     }
@@ -102,29 +102,29 @@ pub(crate) mod ended {
     use super::*;
 
     /// Records the exit of a task whose shim is dead.
-    pub(crate) fn put(db: &Connection, namespace: &str, id: &str, exit: Exit) -> Result<()> {
+    pub(crate) fn put(db: &mut Notes<'_>, namespace: &str, id: &str, exit: Exit) -> Result<()> {
         let sql = "INSERT OR REPLACE INTO ended (namespace, id, pid, status, at) VALUES (?, ?, ?, ?, ?)";
-        let mut insert = db.prepare_cached(sql).doing("prepare")?;
+        let mut insert = db.0.prepare_cached(sql).doing("prepare")?;
         insert.execute(params![namespace, id, exit.pid, exit.status, exit.at]).doing("write")?;
         Ok(())
     }
 
     /// The exit of a task, if it is recorded.
-    pub(crate) fn get(db: &Connection, namespace: &str, id: &str) -> Result<Option<Exit>> {
-        let mut select = db.prepare_cached("SELECT pid, status, at FROM ended WHERE namespace = ? AND id = ?").doing("prepare")?;
+    pub(crate) fn get(db: &Notes<'_>, namespace: &str, id: &str) -> Result<Option<Exit>> {
+        let mut select = db.0.prepare_cached("SELECT pid, status, at FROM ended WHERE namespace = ? AND id = ?").doing("prepare")?;
         select.query_row([namespace, id], Exit::from_row).optional().doing("read")
     }
 
     /// Removes and returns it.
-    pub(crate) fn take(db: &Connection, namespace: &str, id: &str) -> Result<Option<Exit>> {
+    pub(crate) fn take(db: &mut Notes<'_>, namespace: &str, id: &str) -> Result<Option<Exit>> {
         let sql = "DELETE FROM ended WHERE namespace = ? AND id = ? RETURNING pid, status, at";
-        let mut delete = db.prepare_cached(sql).doing("prepare")?;
+        let mut delete = db.0.prepare_cached(sql).doing("prepare")?;
         delete.query_row([namespace, id], Exit::from_row).optional().doing("remove")
     }
 
     /// All of them: namespace, id, how.
-    pub(crate) fn list(db: &Connection) -> Result<Vec<(String, String, Exit)>> {
-        let mut select = db.prepare_cached("SELECT pid, status, at, namespace, id FROM ended").doing("prepare")?;
+    pub(crate) fn list(db: &Notes<'_>) -> Result<Vec<(String, String, Exit)>> {
+        let mut select = db.0.prepare_cached("SELECT pid, status, at, namespace, id FROM ended").doing("prepare")?;
         let rows = select.query_map([], |row| Ok((row.get(3)?, row.get(4)?, Exit::from_row(row)?))).doing("read")?;
         rows.collect::<rusqlite::Result<_>>().doing("read")
     }

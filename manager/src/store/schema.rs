@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode};
 
-use super::{Doing as _, leases};
+use super::{Doing as _, Meta, leases};
 use crate::error::{Error, Result};
 
 /// One kind of file: its identity, and the way to its newest version.
@@ -159,8 +159,9 @@ fn edges_and_expiry(db: &Connection) -> Result<()> {
     END;
 ",
     )?;
-    for (namespace, lease) in leases::all(db)? {
-        leases::note_expiry(db, &namespace, &lease)?;
+    let mut db = Meta(db);
+    for (namespace, lease) in leases::all(&db)? {
+        leases::note_expiry(&mut db, &namespace, &lease)?;
     }
     Ok(())
 }

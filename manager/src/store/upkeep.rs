@@ -27,7 +27,7 @@ impl Store {
     pub(crate) async fn shrink(&self) -> Result<()> {
         let reserve = self.reserve.clone();
         let free = "SELECT freelist_count FROM pragma_freelist_count";
-        if self.read(move |db| db.query_row(free, [], |row| row.get::<_, i64>(0)).doing("count free pages")).await? >= FREE_PAGES {
+        if self.read(move |db| db.0.query_row(free, [], |row| row.get::<_, i64>(0)).doing("count free pages")).await? >= FREE_PAGES {
             self.writer
                 .run(move |connection| {
                     // it yields a row for each page

@@ -11,7 +11,7 @@ use prost::Message as _;
 use super::Tasks;
 use crate::error::{Error, Result};
 use crate::name::Namespace;
-use crate::store::{Exit, exits};
+use crate::store::{Exit, Notes, exits};
 use crate::timestamp;
 
 impl Tasks {
@@ -49,7 +49,7 @@ impl Tasks {
         let collected = is_late.then(|| timestamp::to_nanos(&timestamp::now()));
         let is_new = Arc::new(AtomicBool::new(false));
         let (found_new, publishes) = (Arc::clone(&is_new), Arc::clone(&is_new));
-        let record = move |db: &_| {
+        let record = move |db: &mut Notes<'_>| {
             if exits::is_published(db, place.as_str(), &id, &exec, exit)? {
                 return Ok(());
             }
