@@ -9,8 +9,8 @@ use log::info;
 use protobuf::well_known_types::any::Any;
 
 use super::bundle::Claim;
-use super::end::Left;
-use super::{Fact, Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, program};
+use super::cleanup::Left;
+use super::{Fact, Phase, Shim, Task, Tasks, Unanswered, blocking, log_fifo, program};
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 
@@ -116,7 +116,7 @@ impl Tasks {
         mut request: CreateTaskRequest,
     ) -> Result<(Shim, u32), Failure> {
         let without_shim = |error| Failure { shim: None, was_refused: false, error };
-        shim_log::copy(task.bundle.path()).map_err(without_shim)?;
+        log_fifo::copy(task.bundle.path()).map_err(without_shim)?;
         let address = self.programs.start(program, &task.bundle, &task.namespace, &task.id, options).await.map_err(without_shim)?;
         let shim = Shim::connect(&address, &task.namespace).await.map_err(without_shim)?;
         if let Err(error) = task.bundle.write_address(&address) {

@@ -12,12 +12,12 @@ use std::time::Duration;
 use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
-use super::end::Left;
+use super::cleanup::Left;
 use super::shim::is_crash;
-use super::{AGAIN, Fact, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, log as shim_log, mounts};
+use super::{AGAIN, Fact, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, log_fifo, mounts};
 use crate::error::{IoContext as _, Result};
 use crate::name::{self, Namespace};
-use crate::store::{Exit, ended, execs, exits};
+use crate::store::{Exit, ended, execs};
 
 impl Tasks {
     /// Registers every task of the previous process and begins to load them; a client that uses one waits for it.
@@ -97,7 +97,7 @@ impl Tasks {
             self.pause(pause).await?;
             pause = (pause * 2).min(LONGEST_PAUSE);
         };
-        if let Err(error) = shim_log::copy(task.bundle.path()) {
+        if let Err(error) = log_fifo::copy(task.bundle.path()) {
             warn!(container = task.id.as_str(), error = error.chain(); "cannot read the log of a shim");
         }
         match shim {
@@ -180,27 +180,6 @@ impl Tasks {
             unknown = unanswered;
             again().await;
         }
-    }
-
-    /// Cleans up a task that its shim does not know: an interrupted creation or deletion. Its exit is kept for the client that deleted it and
-    /// got no answer.
-    pub(super) async fn sweep(&self, task: &Arc<Task>, shim: &Shim) {
-        let published = self.published_exit(task).await;
-        // otherwise another process has taken over
-        if let Ok(claim) = self.claim(task).await {
-            self.dismiss(task, shim).await;
-            self.clean_up(task, Left::Unacknowledged(published), claim).await;
-        }
-    }
-
-    /// The exit of a task, if it was published: exits published from here on belong to a task that no client has seen.
-    async fn published_exit(&self, task: &Task) -> Option<Exit> {
-        let (namespace, id) = (task.namespace.clone(), task.id.clone());
-        let published = self.store.recall(move |db| match ended::get(db, namespace.as_str(), &id)? {
-            Some(published) => Ok(Some(published)),
-            None => exits::last(db, namespace.as_str(), &id, ""),
-        });
-        published.await.unwrap_or_default()
     }
 }
 

@@ -5,24 +5,24 @@
 //! **Invariant:** an exit is recorded, then published, and only then acknowledged to the shim: see `shim_events`.
 
 mod bundle;
+mod cleanup;
 mod connection;
 mod create;
-mod end;
+mod deletion;
 pub(crate) mod limits;
 mod load;
-mod log;
+mod log_fifo;
 mod mounts;
 mod phase;
 mod program;
 mod shim;
 mod shim_events;
-mod watch;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch as channel;
+use tokio::sync::watch;
 
 pub(crate) use create::NewTask;
 pub(crate) use phase::Phase;
@@ -57,7 +57,7 @@ pub(crate) struct Task {
     pub(crate) namespace: Namespace,
     pub(crate) id: String,
     bundle: Bundle,
-    phase: channel::Sender<Phase>,
+    phase: watch::Sender<Phase>,
     /// Held by the one client that deletes: a shim reports the exit to one of them only.
     deletion: tokio::sync::Mutex<()>,
 }
@@ -65,7 +65,7 @@ pub(crate) struct Task {
 impl Task {
     fn new(settings: &Settings, namespace: Namespace, id: String, phase: Phase) -> Arc<Self> {
         let bundle = Bundle::of(settings, &namespace, &id);
-        Arc::new(Self { namespace, id, bundle, phase: channel::Sender::new(phase), deletion: tokio::sync::Mutex::default() })
+        Arc::new(Self { namespace, id, bundle, phase: watch::Sender::new(phase), deletion: tokio::sync::Mutex::default() })
     }
 
     fn key(&self) -> Key {
