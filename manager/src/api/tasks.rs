@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::sync::Arc;
-use std::time::Duration;
 
 use containerd_client::services::v1::{
     CheckpointTaskRequest, CheckpointTaskResponse, CloseIoRequest, CreateTaskRequest, CreateTaskResponse, DeleteProcessRequest,
@@ -27,7 +26,7 @@ use crate::filter::{Fields, Filter, text};
 use crate::manager::Manager;
 use crate::store::{Exit, Meta, Notes, execs, exits};
 use crate::tasks::limits::{LONG, SHORT, STATE, VERY_LONG};
-use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
+use crate::tasks::{NewTask, Phase, Task, Unanswered};
 use crate::{name, store, timestamp, wire};
 
 impl Fields for Task {
@@ -42,21 +41,6 @@ impl Fields for Task {
 
 fn find(manager: &Manager, call: &Call, id: &str) -> Result<Arc<Task>> {
     manager.tasks.find(&call.namespace()?, id)
-}
-
-/// The shim of a task that has one.
-async fn shim_of(task: &Task) -> Result<Shim> {
-    match task.settled().await? {
-        Phase::Live(shim) => Ok(shim),
-        Phase::Ended(_) => Err(Error::Precondition(format!("task {} has ended with its shim", task.id))),
-        Phase::Starting | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Ending | Phase::Gone => {
-            Err(Error::NotFound(format!("task {}", task.id)))
-        }
-    }
-}
-
-async fn ask<A: Message>(task: &Task, method: &'static str, request: &impl Message, limit: Duration) -> Result<A> {
-    Ok(shim_of(task).await?.call(method, request, Some(limit)).await?)
 }
 
 pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
@@ -105,7 +89,7 @@ fn restore_path(options: Option<&prost_types::Any>) -> Result<String> {
 pub(super) async fn start(manager: Arc<Manager>, call: Call, request: StartRequest) -> Result<StartResponse> {
     let task = find(&manager, &call, &request.container_id)?;
     let start = shim::StartRequest { id: task.id.clone(), exec_id: request.exec_id, ..shim::StartRequest::default() };
-    let answer: shim::StartResponse = ask(&task, "Start", &start, LONG).await?;
+    let answer: shim::StartResponse = task.call("Start", &start, LONG).await?;
     Ok(StartResponse { pid: answer.pid })
 }
 
@@ -121,7 +105,7 @@ pub(super) async fn delete_process(manager: Arc<Manager>, call: Call, request: D
     // without one a shim would take init
     name::identifier("exec id", &exec)?;
     let delete = shim::DeleteRequest { id: task.id.clone(), exec_id: exec.clone(), ..shim::DeleteRequest::default() };
-    let answer: shim::DeleteResponse = ask(&task, "Delete", &delete, LONG).await?;
+    let answer: shim::DeleteResponse = task.call("Delete", &delete, LONG).await?;
     let (namespace, id, name, now) = (task.namespace.clone(), task.id.clone(), exec.clone(), timestamp::to_nanos(&timestamp::now()));
     let forgotten = async {
         let _pass = manager.gate.enter().await?;
@@ -151,7 +135,7 @@ pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetRequest) 
 /// The state of a process; unknown when its shim does not answer in time.
 async fn process(task: &Task, exec: &str) -> Result<Process> {
     let state = match task.settled().await {
-        Ok(Phase::Live(live)) => {
+        Ok(Phase::Live(live) | Phase::Deleting(live)) => {
             let request = shim::StateRequest { id: task.id.clone(), exec_id: exec.to_owned(), ..shim::StateRequest::default() };
             live.call::<shim::StateResponse>("State", &request, Some(STATE)).await
         }
@@ -241,14 +225,14 @@ pub(super) async fn kill(manager: Arc<Manager>, call: Call, request: KillRequest
     if let Phase::Ended(_) = task.settled().await? {
         return Err(Error::NotFound(format!("process of task {} already finished", task.id)));
     }
-    ask::<shim::Empty>(&task, "Kill", &kill, LONG).await.map(drop)
+    task.call::<shim::Empty>("Kill", &kill, LONG).await.map(drop)
 }
 
 pub(super) async fn exec(manager: Arc<Manager>, call: Call, request: ExecProcessRequest) -> Result<()> {
     let exec = request.exec_id;
     name::identifier("exec id", &exec)?;
     let task = find(&manager, &call, &request.container_id)?;
-    let shim = shim_of(&task).await?;
+    let shim = task.shim().await?;
     let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
     // recorded before it exists: after a crash of this process its exit is queried
     let is_new = {
@@ -289,32 +273,32 @@ pub(super) async fn resize_pty(manager: Arc<Manager>, call: Call, request: Resiz
         height: request.height,
         ..shim::ResizePtyRequest::default()
     };
-    ask::<shim::Empty>(&task, "ResizePty", &resize, SHORT).await.map(drop)
+    task.call::<shim::Empty>("ResizePty", &resize, SHORT).await.map(drop)
 }
 
 pub(super) async fn close_io(manager: Arc<Manager>, call: Call, request: CloseIoRequest) -> Result<()> {
     let task = find(&manager, &call, &request.container_id)?;
     let close =
         shim::CloseIORequest { id: task.id.clone(), exec_id: request.exec_id, stdin: request.stdin, ..shim::CloseIORequest::default() };
-    ask::<shim::Empty>(&task, "CloseIO", &close, SHORT).await.map(drop)
+    task.call::<shim::Empty>("CloseIO", &close, SHORT).await.map(drop)
 }
 
 pub(super) async fn pause(manager: Arc<Manager>, call: Call, request: PauseTaskRequest) -> Result<()> {
     let task = find(&manager, &call, &request.container_id)?;
     let pause = shim::PauseRequest { id: task.id.clone(), ..shim::PauseRequest::default() };
-    ask::<shim::Empty>(&task, "Pause", &pause, LONG).await.map(drop)
+    task.call::<shim::Empty>("Pause", &pause, LONG).await.map(drop)
 }
 
 pub(super) async fn resume(manager: Arc<Manager>, call: Call, request: ResumeTaskRequest) -> Result<()> {
     let task = find(&manager, &call, &request.container_id)?;
     let resume = shim::ResumeRequest { id: task.id.clone(), ..shim::ResumeRequest::default() };
-    ask::<shim::Empty>(&task, "Resume", &resume, LONG).await.map(drop)
+    task.call::<shim::Empty>("Resume", &resume, LONG).await.map(drop)
 }
 
 pub(super) async fn list_pids(manager: Arc<Manager>, call: Call, request: ListPidsRequest) -> Result<ListPidsResponse> {
     let task = find(&manager, &call, &request.container_id)?;
     let pids = shim::PidsRequest { id: task.id.clone(), ..shim::PidsRequest::default() };
-    let answer: shim::PidsResponse = ask(&task, "Pids", &pids, SHORT).await?;
+    let answer: shim::PidsResponse = task.call("Pids", &pids, SHORT).await?;
     let info = |process: shim::ProcessInfo| ProcessInfo { pid: process.pid, info: process.info.into_option().map(wire::from_shim) };
     Ok(ListPidsResponse { processes: answer.processes.into_iter().map(info).collect() })
 }
@@ -335,7 +319,7 @@ pub(super) async fn checkpoint(manager: Arc<Manager>, call: Call, request: Check
     }
     let options = wire::to_shim_field(request.options);
     let checkpoint = shim::CheckpointTaskRequest { id: task.id.clone(), path, options, ..shim::CheckpointTaskRequest::default() };
-    ask::<shim::Empty>(&task, "Checkpoint", &checkpoint, VERY_LONG).await?;
+    task.call::<shim::Empty>("Checkpoint", &checkpoint, VERY_LONG).await?;
     Ok(CheckpointTaskResponse::default())
 }
 
@@ -347,7 +331,7 @@ pub(super) async fn update(manager: Arc<Manager>, call: Call, request: UpdateTas
         annotations: request.annotations,
         ..shim::UpdateTaskRequest::default()
     };
-    ask::<shim::Empty>(&task, "Update", &update, LONG).await.map(drop)
+    task.call::<shim::Empty>("Update", &update, LONG).await.map(drop)
 }
 
 pub(super) async fn metrics(manager: Arc<Manager>, call: Call, request: MetricsRequest) -> Result<MetricsResponse> {
@@ -358,7 +342,7 @@ pub(super) async fn metrics(manager: Arc<Manager>, call: Call, request: MetricsR
         asked.spawn(async move {
             let stats = shim::StatsRequest { id: task.id.clone(), ..shim::StatsRequest::default() };
             let timestamp = Some(timestamp::now());
-            let answer: Result<shim::StatsResponse> = timeout(STATE, ask(&task, "Stats", &stats, STATE)).await.ok()?;
+            let answer: Result<shim::StatsResponse> = timeout(STATE, task.call("Stats", &stats, STATE)).await.ok()?;
             let data = answer.ok()?.stats.into_option().map(wire::from_shim);
             Some(Metric { timestamp, id: task.id.clone(), data })
         });
@@ -375,7 +359,7 @@ pub(super) async fn wait(manager: Arc<Manager>, call: Call, request: WaitRequest
     let answer = |exit: Exit| WaitResponse { exit_status: exit.status, exited_at: Some(timestamp::from_nanos(exit.at)) };
     loop {
         match task.settled().await {
-            Ok(Phase::Live(live)) => {
+            Ok(Phase::Live(live) | Phase::Deleting(live)) => {
                 let request = shim::WaitRequest { id: task.id.clone(), exec_id: exec.clone(), ..shim::WaitRequest::default() };
                 match live.call::<shim::WaitResponse>("Wait", &request, None).await {
                     Err(Unanswered::Lost) => task.left().await,

@@ -17,14 +17,14 @@ use crate::manager::Manager;
 use crate::name::Namespace;
 use crate::store::{containers, restarts};
 use crate::tasks::limits::{LONG, STATE};
-use crate::tasks::{NewTask, Phase, Shim, Task, Unanswered};
+use crate::tasks::{NewTask, Phase, Unanswered};
 use crate::{timestamp, wire};
 
 /// The state of a container's task.
 pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) -> Observed {
     let Ok(task) = manager.tasks.find(namespace, id) else { return Observed::Nothing };
     let shim = match task.phase() {
-        Phase::Live(shim) => shim,
+        Phase::Live(shim) | Phase::Deleting(shim) => shim,
         Phase::Ended(exit) => return Observed::Exited(exit.status),
         // the end of each of them is an event, or is seen in the next round
         Phase::Starting | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Ending | Phase::Gone => return Observed::Undecided,
@@ -106,10 +106,7 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
     drop(manager.gate.enter().await?);
     let task = manager.tasks.find(namespace, &id)?;
     let start = StartRequest { id: id.clone(), ..StartRequest::default() };
-    let started = match shim_of(&task).await {
-        Ok(shim) => shim.call::<StartResponse>("Start", &start, Some(LONG)).await.map_err(Error::from),
-        Err(error) => Err(error),
-    };
+    let started = task.call::<StartResponse>("Start", &start, LONG).await;
     if let Err(error) = started {
         drop(manager.gate.enter().await?);
         // no client owns the half-made task; the next attempt removes what is left
@@ -147,7 +144,7 @@ async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u
 /// Kills and deletes a task, if there is one.
 async fn end(manager: &Manager, namespace: &Namespace, id: &str) -> Result<()> {
     let Ok(task) = manager.tasks.find(namespace, id) else { return Ok(()) };
-    if let Ok(Phase::Live(shim)) = task.settled().await {
+    if let Ok(shim) = task.shim().await {
         let kill = KillRequest { id: id.to_owned(), signal: SIGKILL, all: true, ..KillRequest::default() };
         match shim.call::<Empty>("Kill", &kill, Some(LONG)).await {
             Ok(_) => {
@@ -162,13 +159,6 @@ async fn end(manager: &Manager, namespace: &Namespace, id: &str) -> Result<()> {
     match manager.tasks.delete(&task).await {
         Err(error) if !error.is_not_found() => Err(error),
         _ => Ok(()),
-    }
-}
-
-async fn shim_of(task: &Task) -> Result<Shim> {
-    match task.settled().await? {
-        Phase::Live(shim) => Ok(shim),
-        _ => Err(Error::Unavailable(format!("the shim of task {} has ended", task.id))),
     }
 }
 

@@ -1,4 +1,11 @@
 //! The deletion of a task by a client, who receives its exit.
+//!
+//! ```text
+//! Live ─▶ Deleting: the shim is asked ─▶ Ending: the shim is shut down, its bundle removed ─▶ Gone     (phase)
+//!   ▲ └──────── it refused ──┘
+//! Ended: only its exit record is left ─▶ Ending ─▶ Gone
+//! ```
+//! **Invariant:** one client at a time deletes, as a shim reports the exit to one of them only; others wait for the next phase.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,47 +26,66 @@ impl Tasks {
     ///
     /// Errors: [`Error::NotFound`], or the shim's refusal while it runs.
     pub(crate) async fn delete(self: &Arc<Self>, task: &Arc<Task>) -> Result<Exit> {
-        let _exclusive = task.deletion.lock().await;
         loop {
+            tokio::select! {
+                () = task.not_being_deleted() => {}
+                // another process continues what this one has begun
+                () = self.gate.retired() => return Err(Error::Retired),
+            }
             match task.settled().await? {
                 Phase::Ended(exit) => {
                     let pass = self.gate.enter().await?;
                     return if self.collect(task, exit, &pass).await { Ok(exit) } else { Err(task.not_found()) };
                 }
                 Phase::Live(shim) => {
-                    let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
-                    match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
-                        Ok(answer) => {
-                            let exit = exit_of(&answer);
-                            // after a handover the new process learns it from the events of the shim
-                            let pass = self.gate.enter().await?;
-                            self.note_end(task, exit, &pass).await;
-                            drop(pass);
-                            // otherwise the shim crashed while it answered, or no longer knew the task
-                            if !self.take_leave(task, &shim).await?
-                                && let Ok(Phase::Ended(noted)) = task.settled().await
-                            {
-                                self.collect(task, noted, &self.gate.enter().await?).await;
-                            }
-                            return Ok(exit);
-                        }
-                        Err(Unanswered::Lost) => task.left().await,
-                        Err(Unanswered::Refused(error)) if error.is_not_found() => {
-                            if !is_unknown(&load::state(task, &shim, "").await) {
-                                // clients would take NotFound for the task, not for what the shim did not find
-                                return Err(Error::Launch(format!("the shim of task {} cannot delete it: {}", task.id, error.chain())));
-                            }
-                            // the store, or the shim's program, knows the exit
-                            if task.observe(Fact::ShimGone) {
-                                let (tasks, task) = (Arc::clone(self), Arc::clone(task));
-                                tokio::spawn(async move { tasks.sweep(&task, &shim).await });
-                            }
-                        }
-                        Err(reason) => return Err(reason.into()),
+                    if let Some(deletion) = Deletion::begin(task)
+                        && let Some(exit) = self.delete_with(deletion, &shim).await?
+                    {
+                        return Ok(exit);
                     }
                 }
+                Phase::Deleting(_) => {}
                 Phase::Starting | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Ending | Phase::Gone => return Err(task.not_found()),
             }
+        }
+    }
+
+    /// Has the shim delete a task; none when it cannot be asked, and the next phase has the answer.
+    async fn delete_with(self: &Arc<Self>, deletion: Deletion<'_>, shim: &Shim) -> Result<Option<Exit>> {
+        let task = deletion.task;
+        let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
+        match shim.call::<DeleteResponse>("Delete", &request, Some(DELETE)).await {
+            Ok(answer) => {
+                let exit = exit_of(&answer);
+                // after a handover the new process learns it from the events of the shim
+                let pass = self.gate.enter().await?;
+                self.note_end(task, exit, &pass).await;
+                drop(pass);
+                // otherwise the shim crashed while it answered, or no longer knew the task
+                if !self.finish(task, shim).await?
+                    && let Ok(Phase::Ended(noted)) = task.settled().await
+                {
+                    self.collect(task, noted, &self.gate.enter().await?).await;
+                }
+                Ok(Some(exit))
+            }
+            Err(Unanswered::Lost) => {
+                task.left().await;
+                Ok(None)
+            }
+            Err(Unanswered::Refused(error)) if error.is_not_found() => {
+                if !is_unknown(&load::state(task, shim, "").await) {
+                    // clients would take NotFound for the task, not for what the shim did not find
+                    return Err(Error::Launch(format!("the shim of task {} cannot delete it: {}", task.id, error.chain())));
+                }
+                // the store, or the shim's program, knows the exit
+                if task.observe(Fact::ShimGone) {
+                    let (tasks, task, shim) = (Arc::clone(self), Arc::clone(task), shim.clone());
+                    tokio::spawn(async move { tasks.sweep(&task, &shim).await });
+                }
+                Ok(None)
+            }
+            Err(reason) => Err(reason.into()),
         }
     }
 
@@ -72,7 +98,7 @@ impl Tasks {
     }
 
     /// Shuts the shim down once it has deleted its task, and removes the bundle. False when another caller is already ending the task.
-    async fn take_leave(&self, task: &Arc<Task>, shim: &Shim) -> Result<bool> {
+    async fn finish(&self, task: &Arc<Task>, shim: &Shim) -> Result<bool> {
         // from here on the end of the connection is expected
         if !task.observe(Fact::Deleted) {
             return Ok(false);
@@ -137,8 +163,8 @@ impl Tasks {
     pub(super) async fn dismiss_gracefully(&self, task: &Task, shim: &Shim) {
         let request = ShutdownRequest { id: task.id.clone(), ..ShutdownRequest::default() };
         let asked = shim.call::<Empty>("Shutdown", &request, Some(SHUTDOWN)).await;
-        let is_shared =
-            || self.all().values().any(|other| matches!(&*other.phase.borrow(), Phase::Live(live) if live.address() == shim.address()));
+        // this task is not live any more
+        let is_shared = || self.all().values().any(|other| other.phase.borrow().shim().is_some_and(|live| live.address() == shim.address()));
         if !matches!(asked, Err(Unanswered::Lost)) && !is_shared() {
             // a new task with the same id must not meet the old shim; the wait is bounded in case the shim stays
             let _ = tokio::time::timeout(LEAVE, shim.closed()).await;
@@ -152,6 +178,24 @@ impl Tasks {
         let deleted = shim.call::<DeleteResponse>("Delete", &request, Some(SHUTDOWN)).await;
         self.dismiss_gracefully(task, shim).await;
         !is_unknown(&deleted)
+    }
+}
+
+/// The one deletion in progress of a task. Unless it succeeds, the task is live again afterwards, if its shim is.
+struct Deletion<'a> {
+    task: &'a Arc<Task>,
+}
+
+impl<'a> Deletion<'a> {
+    /// None when another client was faster, or the shim has crashed.
+    fn begin(task: &'a Arc<Task>) -> Option<Self> {
+        task.observe(Fact::DeletionBegun).then_some(Self { task })
+    }
+}
+
+impl Drop for Deletion<'_> {
+    fn drop(&mut self) {
+        self.task.observe(Fact::DeletionOver);
     }
 }
 

@@ -58,14 +58,12 @@ pub(crate) struct Task {
     pub(crate) id: String,
     bundle: Bundle,
     phase: watch::Sender<Phase>,
-    /// Held by the one client that deletes: a shim reports the exit to one of them only.
-    deletion: tokio::sync::Mutex<()>,
 }
 
 impl Task {
     fn new(settings: &Settings, namespace: Namespace, id: String, phase: Phase) -> Arc<Self> {
         let bundle = Bundle::of(settings, &namespace, &id);
-        Arc::new(Self { namespace, id, bundle, phase: watch::Sender::new(phase), deletion: tokio::sync::Mutex::default() })
+        Arc::new(Self { namespace, id, bundle, phase: watch::Sender::new(phase) })
     }
 
     fn key(&self) -> Key {
@@ -124,7 +122,35 @@ impl Task {
     pub(crate) async fn left(&self) {
         let mut phase = self.phase.subscribe();
         // an error means that the task is gone
-        let _ = phase.wait_for(|phase| !matches!(phase, Phase::Live(_))).await;
+        let _ = phase.wait_for(|phase| phase.shim().is_none()).await;
+    }
+
+    /// Waits until no client is deleting the task, or until it is gone.
+    async fn not_being_deleted(&self) {
+        let mut phase = self.phase.subscribe();
+        // as above
+        let _ = phase.wait_for(|phase| !matches!(phase, Phase::Deleting(_) | Phase::Ending)).await;
+    }
+
+    /// Its shim.
+    ///
+    /// Errors: [`Error::NotFound`], or [`Error::Precondition`] when the task has ended with its shim.
+    pub(crate) async fn shim(&self) -> Result<Shim> {
+        match self.settled().await? {
+            Phase::Live(shim) | Phase::Deleting(shim) => Ok(shim),
+            Phase::Ended(_) => Err(Error::Precondition(format!("task {} has ended with its shim", self.id))),
+            Phase::Starting | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Ending | Phase::Gone => Err(self.not_found()),
+        }
+    }
+
+    /// Calls a method of its shim.
+    pub(crate) async fn call<A: protobuf::Message>(
+        &self,
+        method: &'static str,
+        request: &impl protobuf::Message,
+        limit: Duration,
+    ) -> Result<A> {
+        Ok(self.shim().await?.call(method, request, Some(limit)).await?)
     }
 }
 

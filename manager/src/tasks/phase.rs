@@ -2,11 +2,13 @@
 //!
 //! ```text
 //!  created ──▶ Starting ─▶ Live ──shim gone──▶ Cleaning ─▶ Ended ─collected─▶ Ending ─▶ Gone
-//!                │  │      ▲ └──deleted by its shim──────────────────────────▶ ▲         ▲
-//!                │  └──────┼──could not be undone──▶ Cleaning                            │
-//!                └─────────┼──undone─────────────────────────────────────────────────────┤
-//!  found ──▶ Loading ──────┘ └─shim gone──▶ Cleaning                                     │
-//!               └─nothing there──────────────────────────────────────────────────────────┘
+//!                │  │      ▲ │▲                ▲                              ▲         ▲
+//!                │  │      │ ▼└─refused        │                              │         │
+//!                │  │      │ Deleting ─────────┘──deleted by its shim─────────┘         │
+//!                │  └──────┼──could not be undone──▶ Cleaning                           │
+//!                └─────────┼──undone────────────────────────────────────────────────────┤
+//!  found ──▶ Loading ──────┘ └─shim gone──▶ Cleaning                                    │
+//!               └─nothing there─────────────────────────────────────────────────────────┘
 //! ```
 //! The state of a task's processes is known to its shim alone.
 
@@ -24,6 +26,8 @@ pub(crate) enum Phase {
     Loading(Option<Arc<str>>),
     /// Its shim answers.
     Live(Shim),
+    /// The same, and a client has asked for its deletion.
+    Deleting(Shim),
     /// Its shim is gone, and its program's `delete` is to report the exit; the error of the last attempt, if any.
     Cleaning(Option<Arc<str>>),
     /// Its shim is gone; this is kept until a client collects it.
@@ -43,6 +47,10 @@ pub(super) enum Fact {
     Unreachable(Arc<str>),
     /// Its shim is dead, or reports that it does not know the task.
     ShimGone,
+    /// A client asks its shim to delete it.
+    DeletionBegun,
+    /// That has not led to anything.
+    DeletionOver,
     /// Its shim has deleted it.
     Deleted,
     /// The shim's program could not clean up, and why; that is tried again.
@@ -63,27 +71,54 @@ impl Phase {
             (P::Gone, _) => None,
             (_, F::Removed) => Some(P::Gone),
             (P::Starting | P::Loading(_), F::Connected(shim)) => Some(P::Live(shim)),
+            (P::Deleting(shim), F::DeletionOver) => Some(P::Live(shim.clone())),
             (P::Loading(_), F::Unreachable(why)) => Some(P::Loading(Some(why))),
-            (P::Loading(_) | P::Live(_), F::ShimGone) => Some(P::Cleaning(None)),
-            (P::Live(_), F::Deleted) | (P::Ended(_), F::Collected) => Some(P::Ending),
+            (P::Loading(_) | P::Live(_) | P::Deleting(_), F::ShimGone) => Some(P::Cleaning(None)),
+            (P::Live(shim), F::DeletionBegun) => Some(P::Deleting(shim.clone())),
+            (P::Deleting(_), F::Deleted) | (P::Ended(_), F::Collected) => Some(P::Ending),
             (P::Starting | P::Cleaning(_), F::NotCleaned(why)) => Some(P::Cleaning(Some(why))),
             (P::Loading(_) | P::Cleaning(_), F::CleanedUp(exit)) => Some(P::Ended(exit)),
-            (P::Starting, F::Unreachable(_) | F::ShimGone | F::Deleted | F::CleanedUp(_) | F::Collected)
-            | (P::Loading(_), F::Deleted | F::NotCleaned(_) | F::Collected)
-            | (P::Live(_), F::Connected(_) | F::Unreachable(_) | F::NotCleaned(_) | F::CleanedUp(_) | F::Collected)
-            | (P::Cleaning(_), F::Connected(_) | F::Unreachable(_) | F::ShimGone | F::Deleted | F::Collected)
+            (P::Starting, F::Unreachable(_) | F::ShimGone | F::DeletionBegun | F::DeletionOver | F::Deleted | F::CleanedUp(_) | F::Collected)
+            | (P::Loading(_), F::DeletionBegun | F::DeletionOver | F::Deleted | F::NotCleaned(_) | F::Collected)
+            | (
+                P::Live(_),
+                F::Connected(_) | F::Unreachable(_) | F::DeletionOver | F::Deleted | F::NotCleaned(_) | F::CleanedUp(_) | F::Collected,
+            )
+            | (
+                P::Deleting(_),
+                F::Connected(_) | F::Unreachable(_) | F::DeletionBegun | F::NotCleaned(_) | F::CleanedUp(_) | F::Collected,
+            )
+            | (
+                P::Cleaning(_),
+                F::Connected(_) | F::Unreachable(_) | F::ShimGone | F::DeletionBegun | F::DeletionOver | F::Deleted | F::Collected,
+            )
             | (
                 P::Ended(_) | P::Ending,
-                F::Connected(_) | F::Unreachable(_) | F::ShimGone | F::Deleted | F::NotCleaned(_) | F::CleanedUp(_),
+                F::Connected(_)
+                | F::Unreachable(_)
+                | F::ShimGone
+                | F::DeletionBegun
+                | F::DeletionOver
+                | F::Deleted
+                | F::NotCleaned(_)
+                | F::CleanedUp(_),
             )
             | (P::Ending, F::Collected) => None,
+        }
+    }
+
+    /// Its shim, while that answers.
+    pub(crate) fn shim(&self) -> Option<&Shim> {
+        match self {
+            Self::Live(shim) | Self::Deleting(shim) => Some(shim),
+            Self::Starting | Self::Loading(_) | Self::Cleaning(_) | Self::Ended(_) | Self::Ending | Self::Gone => None,
         }
     }
 
     /// Whether clients find the task.
     pub(super) fn is_visible(&self) -> bool {
         match self {
-            Self::Loading(_) | Self::Live(_) | Self::Cleaning(_) | Self::Ended(_) => true,
+            Self::Loading(_) | Self::Live(_) | Self::Deleting(_) | Self::Cleaning(_) | Self::Ended(_) => true,
             Self::Starting | Self::Ending | Self::Gone => false,
         }
     }
@@ -93,7 +128,7 @@ impl Phase {
         match self {
             Self::Starting | Self::Ending | Self::Gone => "starting_or_ending",
             Self::Loading(_) => "loading",
-            Self::Live(_) => "live",
+            Self::Live(_) | Self::Deleting(_) => "live",
             Self::Cleaning(_) => "cleaning",
             Self::Ended(_) => "ended",
         }
@@ -115,6 +150,8 @@ mod tests {
             Fact::Connected(Shim::unconnected()),
             Fact::Unreachable(why()),
             Fact::ShimGone,
+            Fact::DeletionBegun,
+            Fact::DeletionOver,
             Fact::Deleted,
             Fact::NotCleaned(why()),
             Fact::CleanedUp(EXIT),
@@ -128,6 +165,7 @@ mod tests {
             Phase::Starting => "starting",
             Phase::Ending => "ending",
             Phase::Gone => "gone",
+            Phase::Deleting(_) => "deleting",
             Phase::Loading(_) | Phase::Live(_) | Phase::Cleaning(_) | Phase::Ended(_) => phase.name(),
         }
     }
@@ -135,13 +173,14 @@ mod tests {
     #[test]
     fn each_fact_leads_where_the_table_says() {
         let phases = [
-            (Phase::Starting, ["live", "-", "-", "-", "cleaning", "-", "-", "gone"]),
-            (Phase::Loading(None), ["live", "loading", "cleaning", "-", "-", "ended", "-", "gone"]),
-            (Phase::Live(Shim::unconnected()), ["-", "-", "cleaning", "ending", "-", "-", "-", "gone"]),
-            (Phase::Cleaning(None), ["-", "-", "-", "-", "cleaning", "ended", "-", "gone"]),
-            (Phase::Ended(EXIT), ["-", "-", "-", "-", "-", "-", "ending", "gone"]),
-            (Phase::Ending, ["-", "-", "-", "-", "-", "-", "-", "gone"]),
-            (Phase::Gone, ["-", "-", "-", "-", "-", "-", "-", "-"]),
+            (Phase::Starting, ["live", "-", "-", "-", "-", "-", "cleaning", "-", "-", "gone"]),
+            (Phase::Loading(None), ["live", "loading", "cleaning", "-", "-", "-", "-", "ended", "-", "gone"]),
+            (Phase::Live(Shim::unconnected()), ["-", "-", "cleaning", "deleting", "-", "-", "-", "-", "-", "gone"]),
+            (Phase::Deleting(Shim::unconnected()), ["-", "-", "cleaning", "-", "live", "ending", "-", "-", "-", "gone"]),
+            (Phase::Cleaning(None), ["-", "-", "-", "-", "-", "-", "cleaning", "ended", "-", "gone"]),
+            (Phase::Ended(EXIT), ["-", "-", "-", "-", "-", "-", "-", "-", "ending", "gone"]),
+            (Phase::Ending, ["-", "-", "-", "-", "-", "-", "-", "-", "-", "gone"]),
+            (Phase::Gone, ["-", "-", "-", "-", "-", "-", "-", "-", "-", "-"]),
         ];
         for (phase, expected) in phases {
             let led: Vec<_> = facts().into_iter().map(|fact| phase.observe(fact).map_or("-", |next| name(&next))).collect();
@@ -169,7 +208,7 @@ mod tests {
                 was_hidden |= matches!(phase, Phase::Ending | Phase::Gone);
                 assert!(!was_hidden || !phase.is_visible(), "{before:?} came back as {phase:?}");
                 assert!(
-                    !matches!(before, Phase::Cleaning(_) | Phase::Ended(_)) || !matches!(phase, Phase::Live(_)),
+                    !matches!(before, Phase::Cleaning(_) | Phase::Ended(_)) || phase.shim().is_none(),
                     "{before:?} became live again"
                 );
             }
