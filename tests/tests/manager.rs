@@ -63,7 +63,8 @@ fn ctr_cases() -> Vec<Case> {
 fn restart_cases() -> Vec<Case> {
     cases![restart,
         Scope::Daemons =>
-            an_exit_while_the_daemon_was_down_is_published_once;
+            an_exit_while_the_daemon_was_down_is_published_once,
+            a_creation_that_was_cut_off_before_its_shim_made_anything_leaves_nothing;
         Scope::Once =>
             an_unresponsive_shim_delays_no_other_call,
             a_start_with_too_few_descriptors_ends_no_container,

@@ -38,8 +38,10 @@ impl Tasks {
         let published = self.published_exit(task).await;
         // otherwise another process has taken over
         if let Ok(claim) = self.claim(task).await {
-            self.dismiss(task, shim).await;
-            self.clean_up(task, Left::Unacknowledged(published), claim).await;
+            let may_exist = self.dismiss(task, shim).await;
+            // with an exit there was a container, and its deletion was interrupted
+            let left = if may_exist || published.is_some() { Left::Unacknowledged(published) } else { Left::Unmade };
+            self.clean_up(task, left, claim).await;
         }
     }
 
@@ -129,7 +131,7 @@ impl Tasks {
         };
         let exit = match left {
             // no store change
-            Left::Unmade | Left::Unacknowledged(None) => None,
+            Left::Unmade | Left::Unstarted | Left::Unacknowledged(None) => None,
             Left::Unacknowledged(Some(published)) => {
                 let pass = self.gate.enter().await?;
                 self.note_end(task, published, &pass).await;
@@ -205,15 +207,19 @@ pub(super) enum Left {
     Dead,
     /// An interrupted creation or deletion, with the exit if it was published.
     Unacknowledged(Option<Exit>),
-    /// A creation that left nothing: the program did not start a shim, or the shim refused and does not know the task.
+    /// An interrupted creation that has not come to a shim: there may be one, which was asked for nothing.
+    Unstarted,
+    /// A creation that left nothing: the program did not start a shim, or the shim does not know the task.
     Unmade,
 }
 
 impl Left {
-    /// How often the program may fail before cleanup gives up: for about ten minutes. A program that never started a shim gets no retries.
+    /// How often the program may fail before cleanup gives up: for about ten minutes where there may be a container, for four seconds where
+    /// there may be a shim. Where nothing was made, containerd's own programs up to 1.7 fail, as the shim has not written its files.
     fn refusals(self) -> u32 {
         match self {
             Self::Dead | Self::Unacknowledged(_) => 25,
+            Self::Unstarted => 3,
             Self::Unmade => 0,
         }
     }

@@ -80,10 +80,10 @@ impl Tasks {
                     self.forget(task);
                     return Ok(());
                 }
-                // its creation was never acknowledged
-                Ok(Found::Unacknowledged) => {
+                Ok(Found::NoAddress) => {
                     task.observe(Fact::ShimGone);
-                    let left = Left::Unacknowledged(self.published_exit(task).await);
+                    let published = self.published_exit(task).await;
+                    let left = if published.is_some() { Left::Unacknowledged(published) } else { Left::Unstarted };
                     self.clean_up(task, left, claim).await;
                     return Ok(());
                 }
@@ -122,7 +122,7 @@ impl Tasks {
         }
         match task.bundle.address()? {
             Some(address) => Shim::connect(&address, &task.namespace).await.map(Found::Shim),
-            None => Ok(Found::Unacknowledged),
+            None => Ok(Found::NoAddress),
         }
     }
 
@@ -186,7 +186,8 @@ impl Tasks {
 /// What a bundle leads to.
 enum Found {
     Nothing,
-    Unacknowledged,
+    /// The program was about to start a shim, or has started one.
+    NoAddress,
     Shim(Shim),
 }
 

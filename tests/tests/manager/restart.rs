@@ -10,10 +10,11 @@ use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::{Process, Status as Phase};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use shim_tests::bundle::read_address;
 use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
-use shim_tests::{proc, programs, suite};
+use shim_tests::{proc, programs, stdio, suite};
 use tonic::Code;
 
 /// The same with the shim that comes with this suite, which drops an event after some attempts.
@@ -115,6 +116,36 @@ pub(crate) async fn a_task_whose_shim_is_unreachable_reports_the_reason(cx: Cont
     })
     .await?;
     ensure!(container.destroy().await? == 137 && sibling.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
+/// The `delete` of containerd's shims up to 1.7 fails where their `start` alone was run: it misses a file that Create writes.
+pub(crate) async fn a_creation_that_was_cut_off_before_its_shim_made_anything_leaves_nothing(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let (program, namespace) = (cx.suite().program("containerd-shim-runc-v2"), cx.client().namespace());
+    cx.daemon().kill()?;
+    let half_made = |id: &str| -> Result<_> {
+        let bundle = cx.daemon().bundle(namespace, id);
+        fs::create_dir_all(bundle.join("rootfs"))?;
+        fs::write(bundle.join("config.json"), "{}")?;
+        fs::write(bundle.join("shim-binary-path"), program.as_os_str().as_encoded_bytes())?;
+        Ok(bundle)
+    };
+    let (unstarted, idle) = (half_made("unstarted")?, half_made("idle")?);
+    stdio::fifo(&idle.join("log"))?;
+    // the shim waits for a reader
+    let _reader = fs::File::options().read(true).write(true).open(idle.join("log"))?;
+    let mut start = Command::new(&program);
+    start.args(["-namespace", namespace, "-address"]).arg(cx.daemon().address()).args(["-publish-binary", "/bin/true", "-id", "idle"]);
+    let started = start.arg("start").current_dir(&idle).output()?;
+    read_address(&started.stdout).with_context(|| format!("{started:?}"))?;
+    // newer ones answer in JSON, which has the version
+    fs::write(idle.join(if started.stdout.starts_with(b"{") { "bootstrap.json" } else { "address" }), started.stdout.trim_ascii())?;
+    cx.revive_daemon().await?;
+    eventually_true("their ids are free", SOON, || !unstarted.exists() && !idle.exists()).await?;
+    for id in ["unstarted", "idle"] {
+        ensure!(cx.container(&["sh", "-c", "exit 3"]).id(id).runtime_type("io.containerd.runc.v2").run().await? == 3);
+    }
     cx.leaves_nothing().await
 }
 
