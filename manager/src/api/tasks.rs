@@ -49,31 +49,23 @@ pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateTas
     let (place, name) = (namespace.clone(), id.clone());
     let get = move |db: &Meta<'_>| store::containers::get(db, place.as_str(), &name)?.ok_or_else(|| containers::not_found(&place, &name));
     let container = manager.store.read(get).await?;
-    let runtime = container.runtime.unwrap_or_default();
-    let options = runtime.options.filter(|options| !options.type_url.is_empty());
     // the container's own options name where its checkpoints are written, not the one to restore
     let checkpoint = restore_path(request.options.as_ref())?;
-    let task_options = request.options.filter(|options| !options.type_url.is_empty()).or_else(|| options.clone());
     if let Some(checkpoint) = request.checkpoint.filter(|checkpoint| !checkpoint.digest.is_empty()) {
         return Err(Error::Unimplemented(format!("a task from checkpoint {}: there is no content store", checkpoint.digest)));
     }
-    let create = shim::CreateTaskRequest {
-        rootfs: request.rootfs.into_iter().map(wire::mount_to_shim).collect(),
+    let new = NewTask {
+        container,
+        runtime: Some(request.runtime_path).filter(|path| !path.is_empty()),
+        options: request.options.filter(|options| !options.type_url.is_empty()),
+        rootfs: request.rootfs,
         terminal: request.terminal,
         stdin: request.stdin,
         stdout: request.stdout,
         stderr: request.stderr,
         checkpoint,
-        options: wire::to_shim_field(task_options),
-        ..shim::CreateTaskRequest::default()
     };
-    let new = NewTask {
-        runtime: if request.runtime_path.is_empty() { runtime.name } else { request.runtime_path },
-        options: options.map(wire::to_shim),
-        spec: container.spec.unwrap_or_default().value,
-        request: create,
-    };
-    let pid = manager.tasks.create(&namespace, &id, new).await?;
+    let pid = manager.tasks.create(&namespace, new).await?;
     Ok(CreateTaskResponse { container_id: id, pid })
 }
 
@@ -88,9 +80,7 @@ fn restore_path(options: Option<&prost_types::Any>) -> Result<String> {
 
 pub(super) async fn start(manager: Arc<Manager>, call: Call, request: StartRequest) -> Result<StartResponse> {
     let task = find(&manager, &call, &request.container_id)?;
-    let start = shim::StartRequest { id: task.id.clone(), exec_id: request.exec_id, ..shim::StartRequest::default() };
-    let answer: shim::StartResponse = task.call("Start", &start, LONG).await?;
-    Ok(StartResponse { pid: answer.pid })
+    Ok(StartResponse { pid: manager.tasks.start(&task, &request.exec_id).await? })
 }
 
 pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteTaskRequest) -> Result<DeleteResponse> {

@@ -5,9 +5,7 @@ use std::sync::atomic::Ordering;
 
 use containerd_client::events::ContainerUpdate;
 use containerd_client::services::v1::Container;
-use containerd_shim_protos::api::{
-    CreateTaskRequest, Empty, KillRequest, StartRequest, StartResponse, StateRequest, StateResponse, Status, WaitRequest, WaitResponse,
-};
+use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 use serde::Deserialize;
 
@@ -16,9 +14,9 @@ use crate::error::{Error, Result};
 use crate::manager::Manager;
 use crate::name::Namespace;
 use crate::store::{containers, restarts};
-use crate::tasks::limits::{LONG, STATE};
-use crate::tasks::{NewTask, Phase, Unanswered};
-use crate::{timestamp, wire};
+use crate::tasks::limits::STATE;
+use crate::tasks::{NewTask, Phase};
+use crate::timestamp;
 
 /// The state of a container's task.
 pub(super) async fn observe(manager: &Manager, namespace: &Namespace, id: &str) -> Observed {
@@ -56,7 +54,7 @@ pub(super) async fn act(
     let _carried = manager.gate.carry();
     match decision {
         Decision::Leave => Ok(()),
-        Decision::Stop => end(manager, namespace, &container.id).await,
+        Decision::Stop => manager.tasks.end_container(namespace, &container.id).await,
         Decision::Start => start(manager, namespace, container, is_half_made).await,
     }
 }
@@ -87,32 +85,12 @@ async fn create_and_start(manager: &Arc<Manager>, namespace: &Namespace, contain
     // an attempt of the previous process is counted already
     let count = policy::count(&container.labels) + u64::from(!is_half_made);
     note_count(manager, namespace, &id, count).await?;
-    end(manager, namespace, &id).await?;
-    let spec = container.spec.map(|spec| spec.value).unwrap_or_default();
-    let terminal = has_terminal(&spec);
-    let runtime = container.runtime.unwrap_or_default();
-    let options = runtime.options.filter(|options| !options.type_url.is_empty());
-    let request = CreateTaskRequest {
-        terminal,
-        // a terminal has one output
-        stderr: if terminal { String::new() } else { output.clone() },
-        stdout: output,
-        options: wire::to_shim_field(options.clone()),
-        ..CreateTaskRequest::default()
-    };
-    let new = NewTask { runtime: runtime.name, options: options.map(wire::to_shim), spec, request };
-    manager.tasks.create(namespace, &id, new).await?;
-    // a process that has taken over finds it created, and a note that it was about to be started
-    drop(manager.gate.enter().await?);
-    let task = manager.tasks.find(namespace, &id)?;
-    let start = StartRequest { id: id.clone(), ..StartRequest::default() };
-    let started = task.call::<StartResponse>("Start", &start, LONG).await;
-    if let Err(error) = started {
-        drop(manager.gate.enter().await?);
-        // no client owns the half-made task; the next attempt removes what is left
-        let _ = end(manager, namespace, &id).await;
-        return Err(error);
-    }
+    manager.tasks.end_container(namespace, &id).await?;
+    let terminal = container.spec.as_ref().is_some_and(|spec| has_terminal(&spec.value));
+    // a terminal has one output
+    let stderr = if terminal { String::new() } else { output.clone() };
+    let new = NewTask { container, terminal, stdout: output, stderr, ..NewTask::default() };
+    manager.tasks.start_container(namespace, new).await?;
     manager.restarts.fetch_add(1, Ordering::Relaxed);
     info!(namespace:%, container = id, count; "container started again");
     Ok(())
@@ -141,27 +119,6 @@ async fn note_count(manager: &Manager, namespace: &Namespace, id: &str, count: u
     Ok(())
 }
 
-/// Kills and deletes a task, if there is one.
-async fn end(manager: &Manager, namespace: &Namespace, id: &str) -> Result<()> {
-    let Ok(task) = manager.tasks.find(namespace, id) else { return Ok(()) };
-    if let Ok(shim) = task.shim().await {
-        let kill = KillRequest { id: id.to_owned(), signal: SIGKILL, all: true, ..KillRequest::default() };
-        match shim.call::<Empty>("Kill", &kill, Some(LONG)).await {
-            Ok(_) => {
-                let wait = WaitRequest { id: id.to_owned(), ..WaitRequest::default() };
-                shim.call::<WaitResponse>("Wait", &wait, Some(LONG)).await?;
-            }
-            // it has exited, or Delete reports that it has not
-            Err(Unanswered::Refused(_) | Unanswered::Lost) => {}
-            Err(reason) => return Err(reason.into()),
-        }
-    }
-    match manager.tasks.delete(&task).await {
-        Err(error) if !error.is_not_found() => Err(error),
-        _ => Ok(()),
-    }
-}
-
 fn has_terminal(spec: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Spec {
@@ -174,5 +131,3 @@ fn has_terminal(spec: &[u8]) -> bool {
     }
     serde_json::from_slice::<Spec>(spec).ok().and_then(|spec| spec.process).is_some_and(|process| process.terminal)
 }
-
-const SIGKILL: u32 = 9;

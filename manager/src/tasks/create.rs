@@ -1,41 +1,55 @@
 //! The beginning of a task.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use containerd_client::services::v1::Container;
+use containerd_client::types::Mount;
 use containerd_shim_protos::api::{CreateTaskRequest, CreateTaskResponse};
 use log::info;
-use protobuf::well_known_types::any::Any;
+use prost_types::Any;
+use protobuf::well_known_types::any::Any as ShimAny;
 
 use super::bundle::Claim;
 use super::cleanup::Left;
 use super::{Fact, Phase, Shim, Task, Tasks, Unanswered, blocking, log_fifo, program};
 use crate::error::{Error, Result};
 use crate::name::Namespace;
+use crate::wire;
 
 /// What a task is made of.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct NewTask {
-    /// The name of the runtime, or the path of a shim.
-    pub(crate) runtime: String,
-    /// What the shim is started with.
+    /// Its container: spec, runtime and the options that the shim is started with.
+    pub(crate) container: Container,
+    /// Another runtime than the container's.
+    pub(crate) runtime: Option<String>,
+    /// Other options for the runtime than the container's.
     pub(crate) options: Option<Any>,
-    /// The JSON of config.json.
-    pub(crate) spec: Vec<u8>,
-    /// The request to the shim; id and bundle are filled in.
-    pub(crate) request: CreateTaskRequest,
+    /// What is mounted as its root.
+    pub(crate) rootfs: Vec<Mount>,
+    /// Whether init has a terminal.
+    pub(crate) terminal: bool,
+    /// Where init's input comes from; empty for nowhere.
+    pub(crate) stdin: String,
+    /// Where its output goes.
+    pub(crate) stdout: String,
+    /// Where its errors go; with a terminal there is one output.
+    pub(crate) stderr: String,
+    /// The folder of the checkpoint to restore; empty for none.
+    pub(crate) checkpoint: String,
 }
 
 impl Tasks {
     /// Creates a task and returns the pid of its init.
     ///
     /// Errors: nothing is left of it.
-    pub(crate) async fn create(self: &Arc<Self>, namespace: &Namespace, id: &str, new: NewTask) -> Result<u32> {
-        let program = program::find(&new.runtime)?;
-        let task = self.reserve(namespace, id).await?;
-        let pid = self.bring_up(&task, &program, new).await?;
-        info!(namespace:%, container = id, pid; "task created");
+    pub(crate) async fn create(self: &Arc<Self>, namespace: &Namespace, new: NewTask) -> Result<u32> {
+        let launch = Launch::of(new)?;
+        let task = self.reserve(namespace, &launch.request.id).await?;
+        let pid = self.bring_up(&task, launch).await?;
+        info!(namespace:%, container = task.id.as_str(), pid; "task created");
         Ok(pid)
     }
 
@@ -70,8 +84,8 @@ impl Tasks {
         Err(taken())
     }
 
-    async fn bring_up(self: &Arc<Self>, task: &Arc<Task>, program: &Path, new: NewTask) -> Result<u32> {
-        let claim = match self.prepare(task, program, new.spec).await {
+    async fn bring_up(self: &Arc<Self>, task: &Arc<Task>, launch: Launch) -> Result<u32> {
+        let claim = match self.prepare(task, &launch.program, launch.spec).await {
             Ok(claim) => claim,
             Err(error) => {
                 self.forget(task);
@@ -79,7 +93,7 @@ impl Tasks {
             }
         };
         // no store change from here on: a process that takes over meanwhile waits for the claim
-        let made = self.launch(task, program, new.options.as_ref(), new.request).await;
+        let made = self.launch(task, &launch.program, launch.options.as_ref(), launch.request).await;
         match made {
             Ok((shim, pid)) => {
                 task.observe(Fact::Connected(shim.clone()));
@@ -112,7 +126,7 @@ impl Tasks {
         &self,
         task: &Task,
         program: &Path,
-        options: Option<&Any>,
+        options: Option<&ShimAny>,
         mut request: CreateTaskRequest,
     ) -> Result<(Shim, u32), Failure> {
         let without_shim = |error| Failure { shim: None, was_refused: false, error };
@@ -122,7 +136,6 @@ impl Tasks {
         if let Err(error) = task.bundle.write_address(&address) {
             return Err(Failure { shim: Some(shim), was_refused: false, error });
         }
-        request.id.clone_from(&task.id);
         request.bundle = task.bundle.path().to_string_lossy().into_owned();
         match shim.call::<CreateTaskResponse>("Create", &request, Some(CREATE)).await {
             Ok(answer) => Ok((shim, answer.pid)),
@@ -145,6 +158,37 @@ impl Tasks {
             let (tasks, task) = (Arc::clone(self), Arc::clone(task));
             tokio::spawn(async move { tasks.clean_up(&task, left, claim).await });
         }
+    }
+}
+
+/// What a shim is started with and asked for.
+struct Launch {
+    program: PathBuf,
+    options: Option<ShimAny>,
+    /// The JSON of config.json.
+    spec: Vec<u8>,
+    /// Without the bundle.
+    request: CreateTaskRequest,
+}
+
+impl Launch {
+    /// Errors: the runtime is unknown or not installed.
+    fn of(new: NewTask) -> Result<Self> {
+        let runtime = new.container.runtime.unwrap_or_default();
+        let program = program::find(new.runtime.as_deref().unwrap_or(&runtime.name))?;
+        let options = runtime.options.filter(|options| !options.type_url.is_empty());
+        let request = CreateTaskRequest {
+            id: new.container.id,
+            rootfs: new.rootfs.into_iter().map(wire::mount_to_shim).collect(),
+            terminal: new.terminal,
+            stdin: new.stdin,
+            stdout: new.stdout,
+            stderr: new.stderr,
+            checkpoint: new.checkpoint,
+            options: wire::to_shim_field(new.options.or_else(|| options.clone())),
+            ..CreateTaskRequest::default()
+        };
+        Ok(Self { program, options: options.map(wire::to_shim), spec: new.container.spec.unwrap_or_default().value, request })
     }
 }
 

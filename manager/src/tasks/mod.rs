@@ -17,6 +17,7 @@ mod phase;
 mod program;
 mod shim;
 mod shim_events;
+mod start;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
