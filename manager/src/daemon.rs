@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use crate::api::Course;
 use crate::control::UpgradeRequest;
 use crate::error::{Error, IoContext as _, Result};
-use crate::manager::Manager;
+use crate::parts::Parts;
 use crate::settings::Settings;
 use crate::sockets::{Inherited, Sockets, accepting};
 use crate::sys::{children, memory};
@@ -54,7 +54,7 @@ pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
 struct Start {
     lock: OwnedFd,
     sockets: Sockets,
-    manager: Arc<Manager>,
+    parts: Parts,
     predecessor: Option<Predecessor>,
 }
 
@@ -62,7 +62,7 @@ impl Start {
     async fn alone(settings: &Settings, inherited: Inherited) -> Result<Self> {
         let lock = patiently(|| claim(&settings.root)).await?;
         let sockets = Sockets::open(settings, inherited)?;
-        Ok(Self { lock, sockets, manager: Arc::new(Manager::open(settings).await?), predecessor: None })
+        Ok(Self { lock, sockets, parts: Parts::open(settings).await?, predecessor: None })
     }
 
     async fn after_another(settings: &Settings) -> Result<Self> {
@@ -70,39 +70,39 @@ impl Start {
         let lock = for_root_alone(lock.into(), &settings.root.join(LOCK))?;
         let sockets = Sockets::open(settings, inherited)?;
         predecessor.prepared(store::rehearse(&settings.store_files())?).await?;
-        let manager = Arc::new(Manager::open(settings).await?);
-        Ok(Self { lock, sockets, manager, predecessor: Some(predecessor) })
+        let parts = Parts::open(settings).await?;
+        Ok(Self { lock, sockets, parts, predecessor: Some(predecessor) })
     }
 }
 
 async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path) -> Result<()> {
-    let Start { lock, sockets, manager, predecessor } = start;
-    manager.store.limit(settings.limits.store_bytes).await?;
-    let not_yet = manager.gate.close(Duration::ZERO).await;
-    manager.tasks.load().await?;
+    let Start { lock, sockets, parts, predecessor } = start;
+    parts.store.limit(settings.limits.store_bytes).await?;
+    let not_yet = parts.gate.close(Duration::ZERO).await;
+    parts.tasks.load().await?;
     // everything that can fail comes before the running process retires
     let (clients, shims, control) = (accepting(&sockets.clients)?, accepting(&sockets.shims)?, accepting(&sockets.control)?);
     let metrics = sockets.metrics.as_ref().map(metrics::Listener::of).transpose()?;
     let (send, upgrades) = mpsc::channel(1);
     let mut requests = Requests::new(hangup, upgrades)?;
     if let Some(predecessor) = predecessor {
-        predecessor.ready(&manager.events).await?;
+        predecessor.ready(&parts.events).await?;
     }
     drop(not_yet);
-    let mut events = forward::serve(shims, Arc::clone(&manager.tasks)).await?;
+    let mut events = forward::serve(shims, Arc::clone(&parts.tasks)).await?;
     let (course, its_course) = watch::channel(Course::Serves);
-    let api = tokio::spawn(api::serve(clients, Arc::clone(&manager), settings.limits, its_course));
-    tokio::spawn(control::serve(control, send, manager.gate.clone()));
+    let api = tokio::spawn(api::serve(clients, Arc::new(parts.services()), settings.limits, its_course));
+    tokio::spawn(control::serve(control, send, parts.gate.clone()));
     if let Some(listener) = metrics {
-        tokio::spawn(metrics::serve(listener, Arc::clone(&manager)));
+        tokio::spawn(metrics::serve(listener, parts.sources()));
     }
-    tokio::spawn(upkeep::run(Arc::clone(&manager)));
+    tokio::spawn(upkeep::run(parts.store.clone(), parts.gate.clone(), Arc::clone(&parts.calls)));
     if let Some(interval) = settings.restart_interval {
-        tokio::spawn(restart::watch(Arc::clone(&manager), interval));
+        tokio::spawn(restart::watch(Arc::clone(&parts.restarter), interval));
     }
     info!(address:% = settings.address.display(), version = env!("CARGO_PKG_VERSION"), pid = std::process::id(); "serving");
     notify::send(&format!("READY=1\nSTATUS=serving at {}", settings.address.display()));
-    let state = HandedOver { lock: lock.as_fd(), sockets: &sockets, store: &manager.store, gate: &manager.gate, events: &manager.events };
+    let state = HandedOver { lock: lock.as_fd(), sockets: &sockets, store: &parts.store, gate: &parts.gate, events: &parts.events };
     while let Some(request) = requests.next().await {
         let path = request.as_ref().and_then(|request| request.program.clone()).unwrap_or_else(|| program.to_owned());
         let mut must_stop = false;
@@ -126,23 +126,23 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
     }
     // later requests go to the next process
     drop(requests);
-    let ends = if manager.gate.is_retired() { Course::Yields } else { Course::Stops };
+    let ends = if parts.gate.is_retired() { Course::Yields } else { Course::Stops };
     if ends == Course::Stops {
         info!("stopping; shims and their containers stay");
         notify::send("STOPPING=1");
-        drop(manager.gate.close(LAST_CHANGES).await);
-        manager.gate.retire();
+        drop(parts.gate.close(LAST_CHANGES).await);
+        parts.gate.retire();
     }
-    manager.events.retire();
+    parts.events.retire();
     course.send_replace(ends);
     events.stop_listen().await;
     // shims reconnect to the next process, and resend events that were not answered
     let hang_up = async { drop(tokio::time::timeout(HANG_UP, events.disconnect()).await) };
     // including calls whose clients have disconnected
-    let carried = async { drop(tokio::time::timeout(api::LAST_CALLS, manager.gate.carried()).await) };
+    let carried = async { drop(tokio::time::timeout(api::LAST_CALLS, parts.gate.carried()).await) };
     // the results do not matter when stopping
     let _ = tokio::join!(api, hang_up, carried);
-    if ends == Course::Stops && !matches!(tokio::time::timeout(SETTLE, manager.store.settle()).await, Ok(Ok(()))) {
+    if ends == Course::Stops && !matches!(tokio::time::timeout(SETTLE, parts.store.settle()).await, Ok(Ok(()))) {
         warn!("store not checkpointed; the next start replays the WAL");
     }
     Ok(())

@@ -1,7 +1,10 @@
-//! Names of this machine's groups and of hosts, from its own files: a static program cannot load what else would know them.
+//! Facts of this machine: groups and hosts by name, from its own files, as a static program cannot load what else would know them; identifiers
+//! from the kernel.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+
+use crate::error::{IoContext as _, Result as RequestResult};
 
 /// The number of a group that is given by name or number.
 pub(crate) fn group(text: &str) -> Result<u32, String> {
@@ -27,6 +30,12 @@ pub(crate) fn address(text: &str) -> Result<SocketAddr, String> {
         lines.map(|line| line.split_whitespace().collect::<Vec<_>>()).find(|fields| fields.iter().skip(1).any(|name| *name == host));
     let ip = found.and_then(|fields| fields.first()?.parse::<IpAddr>().ok());
     ip.map(|ip| SocketAddr::new(ip, port)).ok_or_else(|| format!("no host {host:?} in /etc/hosts"))
+}
+
+/// One of the identifiers that the kernel gives.
+pub(crate) fn kernel_id(name: &str) -> RequestResult<String> {
+    let path = Path::new("/proc/sys/kernel/random").join(name);
+    Ok(std::fs::read_to_string(&path).on("read", &path)?.trim().to_owned())
 }
 
 fn read(path: &str) -> Result<String, String> {

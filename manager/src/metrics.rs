@@ -12,11 +12,26 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tonic::Code;
 
-use crate::api::{BOUNDS, Cost};
+use crate::api::{BOUNDS, Calls, Cost};
 use crate::error::{IoContext as _, Result};
-use crate::manager::Manager;
+use crate::events::Exchange;
+use crate::gate::Gate;
+use crate::restart::Restarter;
 use crate::sockets::{self, MetricsListener};
-use crate::store::Load;
+use crate::store::{Load, Store};
+use crate::tasks::Tasks;
+
+/// What is measured.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    pub(crate) store: Store,
+    pub(crate) events: Arc<Exchange>,
+    pub(crate) tasks: Arc<Tasks>,
+    pub(crate) calls: Arc<Calls>,
+    pub(crate) restarter: Arc<Restarter>,
+    /// Retires with this process.
+    pub(crate) gate: Gate,
+}
 
 /// The listening socket.
 #[derive(Debug)]
@@ -51,18 +66,18 @@ trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
 
 /// Answers until this process retires.
-pub(crate) async fn serve(listener: Listener, manager: Arc<Manager>) {
+pub(crate) async fn serve(listener: Listener, sources: Sources) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let started = SystemTime::now();
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = manager.gate.retired() => return,
+            () = sources.gate.retired() => return,
         };
         match accepted {
             Ok(mut socket) => {
-                let page = page(&manager, started);
+                let page = page(&sources, started);
                 tokio::spawn(async move {
                     if let Ok(Err(error)) = tokio::time::timeout(SLOWEST, answer(&mut *socket, &page)).await {
                         debug!(error:%; "cannot answer a metrics request");
@@ -100,7 +115,7 @@ async fn answer(socket: &mut dyn Socket, page: &str) -> io::Result<()> {
     socket.shutdown().await
 }
 
-fn page(manager: &Manager, started: SystemTime) -> String {
+fn page(sources: &Sources, started: SystemTime) -> String {
     let mut page = String::new();
     let mut add = |name: &str, kind: &str, help: &str, values: &[(String, f64)]| {
         // writing to a string does not fail
@@ -112,21 +127,21 @@ fn page(manager: &Manager, started: SystemTime) -> String {
     let one = |value: f64| [(String::new(), value)];
     let version = [(format!("{{version=\"{}\"}}", env!("CARGO_PKG_VERSION")), 1.0)];
     add("x_manager_info", "gauge", "The running version.", &version);
-    let tasks: Vec<_> = manager.tasks.counts().into_iter().map(|(phase, count)| (format!("{{phase=\"{phase}\"}}"), count as f64)).collect();
+    let tasks: Vec<_> = sources.tasks.counts().into_iter().map(|(phase, count)| (format!("{{phase=\"{phase}\"}}"), count as f64)).collect();
     add("x_manager_tasks", "gauge", "Tasks by phase.", &tasks);
-    add("x_manager_subscribers", "gauge", "Clients subscribed to events.", &one(manager.events.count() as f64));
-    add("x_manager_events_total", "counter", "Events published.", &one(manager.events.published() as f64));
-    let restarts = manager.restarts.load(std::sync::atomic::Ordering::Relaxed);
+    add("x_manager_subscribers", "gauge", "Clients subscribed to events.", &one(sources.events.count() as f64));
+    add("x_manager_events_total", "counter", "Events published.", &one(sources.events.published() as f64));
+    let restarts = sources.restarter.started.load(std::sync::atomic::Ordering::Relaxed);
     add("x_manager_restarts_total", "counter", "Containers started by the restart monitor.", &one(restarts as f64));
-    let costs = manager.calls.costs();
+    let costs = sources.calls.costs();
     let by_code = costs.iter().flat_map(|(method, cost)| {
         cost.codes.iter().map(move |(code, count)| (format!("{{method=\"{method}\",code=\"{:?}\"}}", Code::from(*code)), *count as f64))
     });
     add("x_manager_calls_total", "counter", "Answered calls of clients, by method and code.", &by_code.collect::<Vec<_>>());
-    add("x_manager_calls_under_way", "gauge", "Calls of clients in progress.", &one(manager.calls.under_way() as f64));
-    let waiting = manager.events.waiting();
+    add("x_manager_calls_under_way", "gauge", "Calls of clients in progress.", &one(sources.calls.under_way() as f64));
+    let waiting = sources.events.waiting();
     add("x_manager_event_queue_bytes", "gauge", "Bytes of events queued for subscribers.", &one(waiting as f64));
-    let loads = manager.store.loads();
+    let loads = sources.store.loads();
     let of = |value: fn(&Load) -> f64| loads.each_ref().map(|(kind, load)| (format!("{{kind=\"{kind}\"}}"), value(load)));
     add("x_manager_store_jobs_total", "counter", "Completed jobs of the metadata store.", &of(|load| load.count as f64));
     add(
@@ -136,7 +151,7 @@ fn page(manager: &Manager, started: SystemTime) -> String {
         &of(|load| load.took.as_secs_f64()),
     );
     add("x_manager_store_queue", "gauge", "Jobs queued for the metadata store.", &of(|load| load.waiting as f64));
-    let sizes = manager.store.sizes().into_iter().map(|(file, bytes)| (format!("{{file=\"{file}\"}}"), bytes as f64));
+    let sizes = sources.store.sizes().into_iter().map(|(file, bytes)| (format!("{{file=\"{file}\"}}"), bytes as f64));
     add("x_manager_store_bytes", "gauge", "Size of the files of the metadata store.", &sizes.collect::<Vec<_>>());
     let since = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     add("process_start_time_seconds", "gauge", "When this process began to serve, in seconds since 1970.", &one(since));

@@ -7,24 +7,25 @@ use std::time::Duration;
 
 use log::{info, warn};
 
+use crate::api::Calls;
 use crate::error::Result;
-use crate::manager::Manager;
-use crate::store::leases;
+use crate::gate::Gate;
+use crate::store::{Store, leases};
 use crate::sys::memory;
 use crate::timestamp;
 
 /// Does it until this process retires.
-pub(crate) async fn run(manager: Arc<Manager>) {
+pub(crate) async fn run(store: Store, gate: Gate, all_calls: Arc<Calls>) {
     let (mut calls, mut rounds) = (0, 0);
     loop {
         tokio::select! {
             () = tokio::time::sleep(INTERVAL) => {}
-            () = manager.gate.retired() => return,
+            () = gate.retired() => return,
         }
-        if let Err(error) = round(&manager).await {
+        if let Err(error) = round(&store, &gate).await {
             warn!(error = error.chain(); "cannot tidy up the metadata store");
         }
-        let now = manager.calls.count();
+        let now = all_calls.count();
         if now != std::mem::replace(&mut calls, now) {
             rounds = AFTERWARDS;
         }
@@ -35,16 +36,16 @@ pub(crate) async fn run(manager: Arc<Manager>) {
     }
 }
 
-async fn round(manager: &Manager) -> Result<()> {
+async fn round(store: &Store, gate: &Gate) -> Result<()> {
     let now = timestamp::to_nanos(&timestamp::now());
-    let has_expired = manager.store.read(move |db| leases::have_expired(db, now)).await?;
+    let has_expired = store.read(move |db| leases::have_expired(db, now)).await?;
     // what changes the store does not do so while another process takes over
-    let Ok(_pass) = manager.gate.enter().await else { return Ok(()) };
+    let Ok(_pass) = gate.enter().await else { return Ok(()) };
     if has_expired {
-        let leases = manager.store.remove(move |db| leases::remove_expired(db, now)).await?;
+        let leases = store.remove(move |db| leases::remove_expired(db, now)).await?;
         info!(leases; "leases have expired");
     }
-    manager.store.shrink().await
+    store.shrink().await
 }
 
 /// Rounds in which memory is given back after the last call has begun: answers are read after calls have ended.

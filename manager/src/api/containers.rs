@@ -14,12 +14,14 @@ use tonic::Status;
 
 use super::call::Call;
 use super::mask;
-use super::search::Search;
+use super::search::{Filters, Search};
 use crate::error::{Error, Result};
+use crate::events::Exchange;
 use crate::filter::{Fields, label, text};
-use crate::manager::Manager;
+use crate::gate::Gate;
 use crate::name::Namespace;
-use crate::store::{Meta, containers, namespaces};
+use crate::store::{Meta, Store, containers, namespaces};
+use crate::tasks::Tasks;
 use crate::{name, timestamp};
 
 impl Fields for Container {
@@ -38,77 +40,101 @@ pub(crate) fn not_found(namespace: &Namespace, id: &str) -> Error {
     Error::NotFound(format!("container {id:?} in namespace {:?}", namespace.as_str()))
 }
 
-pub(super) async fn get(manager: Arc<Manager>, call: Call, request: GetContainerRequest) -> Result<GetContainerResponse> {
-    let (namespace, id) = (call.namespace()?, request.id);
-    let get = move |db: &Meta<'_>| containers::get(db, namespace.as_str(), &id)?.ok_or_else(|| not_found(&namespace, &id));
-    Ok(GetContainerResponse { container: Some(manager.store.read(get).await?) })
+/// The service.
+#[derive(Debug)]
+pub(crate) struct Containers {
+    pub(crate) store: Store,
+    pub(crate) events: Arc<Exchange>,
+    /// Their tasks may have ended, and go with them.
+    pub(crate) tasks: Arc<Tasks>,
+    pub(crate) gate: Gate,
+    pub(crate) filters: Filters,
 }
 
-fn search(manager: Arc<Manager>, call: &Call, filters: &[String]) -> Result<Search<Container>> {
-    Search::new(manager, call.namespace()?, filters, containers::page, |container| &container.id)
-}
+impl Containers {
+    fn search(&self, call: &Call, filters: &[String]) -> Result<Search<Container>> {
+        Search::new(&self.store, &self.filters, call.namespace()?, filters, containers::page, |container| &container.id)
+    }
 
-pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListContainersRequest) -> Result<ListContainersResponse> {
-    Ok(ListContainersResponse { containers: search(manager, &call, &request.filters)?.all().await? })
-}
+    pub(super) async fn get(self: Arc<Self>, call: Call, request: GetContainerRequest) -> Result<GetContainerResponse> {
+        let (namespace, id) = (call.namespace()?, request.id);
+        let get = move |db: &Meta<'_>| containers::get(db, namespace.as_str(), &id)?.ok_or_else(|| not_found(&namespace, &id));
+        Ok(GetContainerResponse { container: Some(self.store.read(get).await?) })
+    }
 
-pub(super) async fn list_stream(
-    manager: Arc<Manager>,
-    call: Call,
-    request: ListContainersRequest,
-) -> Result<impl Stream<Item = Result<ListContainerMessage, Status>>> {
-    let found = search(manager, &call, &request.filters)?.each().await?;
-    Ok(found.map(|container| Ok(ListContainerMessage { container: Some(container?) })))
-}
+    pub(super) async fn list(self: Arc<Self>, call: Call, request: ListContainersRequest) -> Result<ListContainersResponse> {
+        Ok(ListContainersResponse { containers: self.search(&call, &request.filters)?.all().await? })
+    }
 
-pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
-    let namespace = call.namespace()?;
-    let mut container = request.container.ok_or_else(|| Error::Invalid("container must be set".to_owned()))?;
-    container.labels = mask::without_empty(container.labels);
-    validate(&container)?;
-    let now = timestamp::now();
-    (container.created_at, container.updated_at) = (Some(now), Some(now));
-    let (new, place) = (container.clone(), namespace.clone());
-    manager
-        .store
-        .write(move |db| {
-            if containers::get(db, place.as_str(), &new.id)?.is_some() {
-                return Err(Error::AlreadyExists(format!("container {:?}", new.id)));
-            }
-            namespaces::ensure(db, place.as_str())?;
-            containers::put(db, place.as_str(), &new.id, &new)
-        })
-        .await?;
-    let runtime = container.runtime.clone().map(|runtime| EventRuntime { name: runtime.name, options: runtime.options });
-    let event = ContainerCreate { id: container.id.clone(), image: container.image.clone(), runtime };
-    manager.events.publish(&namespace, "/containers/create", &event);
-    Ok(CreateContainerResponse { container: Some(container) })
-}
+    pub(super) async fn list_stream(
+        self: Arc<Self>,
+        call: Call,
+        request: ListContainersRequest,
+    ) -> Result<impl Stream<Item = Result<ListContainerMessage, Status>>> {
+        let found = self.search(&call, &request.filters)?.each().await?;
+        Ok(found.map(|container| Ok(ListContainerMessage { container: Some(container?) })))
+    }
 
-pub(super) async fn update(manager: Arc<Manager>, call: Call, request: UpdateContainerRequest) -> Result<UpdateContainerResponse> {
-    let namespace = call.namespace()?;
-    let new = request.container.ok_or_else(|| Error::Invalid("container must be set".to_owned()))?;
-    name::identifier("container id", &new.id)?;
-    let (paths, place) = (mask::paths(request.update_mask), namespace.clone());
-    let updated = manager
-        .store
-        .write(move |db| {
-            let mut container = containers::get(db, place.as_str(), &new.id)?.ok_or_else(|| not_found(&place, &new.id))?;
-            apply(&mut container, &new, paths.as_deref())?;
-            validate(&container)?;
-            container.updated_at = Some(timestamp::now());
-            containers::put(db, place.as_str(), &new.id, &container)?;
-            Ok(container)
-        })
-        .await?;
-    let event = ContainerUpdate {
-        id: updated.id.clone(),
-        image: updated.image.clone(),
-        labels: updated.labels.clone(),
-        snapshot_key: updated.snapshot_key.clone(),
-    };
-    manager.events.publish(&namespace, "/containers/update", &event);
-    Ok(UpdateContainerResponse { container: Some(updated) })
+    pub(super) async fn create(self: Arc<Self>, call: Call, request: CreateContainerRequest) -> Result<CreateContainerResponse> {
+        let namespace = call.namespace()?;
+        let mut container = request.container.ok_or_else(|| Error::Invalid("container must be set".to_owned()))?;
+        container.labels = mask::without_empty(container.labels);
+        validate(&container)?;
+        let now = timestamp::now();
+        (container.created_at, container.updated_at) = (Some(now), Some(now));
+        let (new, place) = (container.clone(), namespace.clone());
+        self.store
+            .write(move |db| {
+                if containers::get(db, place.as_str(), &new.id)?.is_some() {
+                    return Err(Error::AlreadyExists(format!("container {:?}", new.id)));
+                }
+                namespaces::ensure(db, place.as_str())?;
+                containers::put(db, place.as_str(), &new.id, &new)
+            })
+            .await?;
+        let runtime = container.runtime.clone().map(|runtime| EventRuntime { name: runtime.name, options: runtime.options });
+        let event = ContainerCreate { id: container.id.clone(), image: container.image.clone(), runtime };
+        self.events.publish(&namespace, "/containers/create", &event);
+        Ok(CreateContainerResponse { container: Some(container) })
+    }
+
+    pub(super) async fn update(self: Arc<Self>, call: Call, request: UpdateContainerRequest) -> Result<UpdateContainerResponse> {
+        let namespace = call.namespace()?;
+        let new = request.container.ok_or_else(|| Error::Invalid("container must be set".to_owned()))?;
+        name::identifier("container id", &new.id)?;
+        let (paths, place) = (mask::paths(request.update_mask), namespace.clone());
+        let updated = self
+            .store
+            .write(move |db| {
+                let mut container = containers::get(db, place.as_str(), &new.id)?.ok_or_else(|| not_found(&place, &new.id))?;
+                apply(&mut container, &new, paths.as_deref())?;
+                validate(&container)?;
+                container.updated_at = Some(timestamp::now());
+                containers::put(db, place.as_str(), &new.id, &container)?;
+                Ok(container)
+            })
+            .await?;
+        let event = ContainerUpdate {
+            id: updated.id.clone(),
+            image: updated.image.clone(),
+            labels: updated.labels.clone(),
+            snapshot_key: updated.snapshot_key.clone(),
+        };
+        self.events.publish(&namespace, "/containers/update", &event);
+        Ok(UpdateContainerResponse { container: Some(updated) })
+    }
+
+    pub(super) async fn delete(self: Arc<Self>, call: Call, request: DeleteContainerRequest) -> Result<()> {
+        let namespace = call.namespace()?;
+        let pass = self.gate.enter().await?;
+        let (place, id) = (namespace.clone(), request.id.clone());
+        self.store
+            .remove(move |db| if containers::remove(db, place.as_str(), &id)? { Ok(()) } else { Err(not_found(&place, &id)) })
+            .await?;
+        self.tasks.collect_with_container(&namespace, &request.id, &pass).await;
+        self.events.publish(&namespace, "/containers/delete", &ContainerDelete { id: request.id });
+        Ok(())
+    }
 }
 
 /// Takes what the paths name from `new`; without paths everything that may change, and the rest must be the same.
@@ -165,16 +191,6 @@ fn validate(container: &Container) -> Result<()> {
     if !container.snapshot_key.is_empty() && container.snapshotter.is_empty() {
         return Err(Error::Invalid("container.Snapshotter must be set if container.SnapshotKey is set".to_owned()));
     }
-    Ok(())
-}
-
-pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteContainerRequest) -> Result<()> {
-    let namespace = call.namespace()?;
-    let pass = manager.gate.enter().await?;
-    let (place, id) = (namespace.clone(), request.id.clone());
-    manager.store.remove(move |db| if containers::remove(db, place.as_str(), &id)? { Ok(()) } else { Err(not_found(&place, &id)) }).await?;
-    manager.tasks.collect_with_container(&namespace, &request.id, &pass).await;
-    manager.events.publish(&namespace, "/containers/delete", &ContainerDelete { id: request.id });
     Ok(())
 }
 

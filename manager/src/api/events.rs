@@ -6,22 +6,32 @@ use containerd_client::services::v1::{ForwardRequest, PublishRequest, SubscribeR
 
 use super::call::Call;
 use crate::error::{Error, Result};
-use crate::events::{self, Client, Subscription};
-use crate::manager::Manager;
+use crate::events::{self, Client, Exchange, Subscription};
+use crate::tasks::Tasks;
 
-pub(super) async fn publish(manager: Arc<Manager>, call: Call, request: PublishRequest) -> Result<()> {
-    let envelope = events::envelope(&call.namespace()?, request.topic, request.event);
-    events::validate(&envelope)?;
-    manager.events.forward(envelope);
-    Ok(())
+/// The service.
+#[derive(Debug)]
+pub(crate) struct Events {
+    pub(crate) events: Arc<Exchange>,
+    /// Shims' events may come this way too.
+    pub(crate) tasks: Arc<Tasks>,
 }
 
-pub(super) async fn forward(manager: Arc<Manager>, _call: Call, request: ForwardRequest) -> Result<()> {
-    let envelope = request.envelope.ok_or_else(|| Error::Invalid("envelope must be set".to_owned()))?;
-    events::validate(&envelope)?;
-    manager.tasks.receive(envelope).await
-}
+impl Events {
+    pub(super) async fn publish(self: Arc<Self>, call: Call, request: PublishRequest) -> Result<()> {
+        let envelope = events::envelope(&call.namespace()?, request.topic, request.event);
+        events::validate(&envelope)?;
+        self.events.forward(envelope);
+        Ok(())
+    }
 
-pub(super) async fn subscribe(manager: Arc<Manager>, call: Call, request: SubscribeRequest) -> Result<Subscription> {
-    manager.events.subscribe(Client { pid: call.pid(), filters: request.filters })
+    pub(super) async fn forward(self: Arc<Self>, _call: Call, request: ForwardRequest) -> Result<()> {
+        let envelope = request.envelope.ok_or_else(|| Error::Invalid("envelope must be set".to_owned()))?;
+        events::validate(&envelope)?;
+        self.tasks.receive(envelope).await
+    }
+
+    pub(super) async fn subscribe(self: Arc<Self>, call: Call, request: SubscribeRequest) -> Result<Subscription> {
+        self.events.subscribe(Client { pid: call.pid(), filters: request.filters })
+    }
 }

@@ -10,7 +10,7 @@ use tonic::Status;
 
 use super::call::Call;
 use crate::error::{Error, Result};
-use crate::manager::Manager;
+use crate::gate::Gate;
 
 /// The service whose health is queried; empty for the whole server.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -37,36 +37,44 @@ pub(super) struct HealthListResponse {
     statuses: HashMap<String, HealthCheckResponse>,
 }
 
-pub(super) async fn check(_manager: Arc<Manager>, _call: Call, request: HealthCheckRequest) -> Result<HealthCheckResponse> {
-    if request.service.is_empty() {
-        return Ok(HealthCheckResponse { status: SERVING });
-    }
-    Err(Error::NotFound(format!("service {:?}", request.service.chars().take(100).collect::<String>())))
+/// The service.
+#[derive(Debug)]
+pub(crate) struct Health {
+    pub(crate) gate: Gate,
 }
 
-pub(super) async fn list(_manager: Arc<Manager>, _call: Call, _request: HealthListRequest) -> Result<HealthListResponse> {
-    Ok(HealthListResponse { statuses: HashMap::from([(String::new(), HealthCheckResponse { status: SERVING })]) })
-}
-
-pub(super) async fn watch(
-    manager: Arc<Manager>,
-    _call: Call,
-    request: HealthCheckRequest,
-) -> Result<impl Stream<Item = Result<HealthCheckResponse, Status>>> {
-    let status = if request.service.is_empty() { SERVING } else { SERVICE_UNKNOWN };
-    let (send, statuses) = mpsc::channel(1);
-    tokio::spawn(async move {
-        let first = send.send(Ok(HealthCheckResponse { status })).await;
-        // it does not change until this process exits
-        tokio::select! {
-            () = manager.gate.retired(), if first.is_ok() => {
-                // the client may have disconnected
-                let _ = send.send(Err(Status::unavailable("this x-manager has ended; ask the next one"))).await;
-            }
-            () = send.closed() => {}
+impl Health {
+    pub(super) async fn check(self: Arc<Self>, _call: Call, request: HealthCheckRequest) -> Result<HealthCheckResponse> {
+        if request.service.is_empty() {
+            return Ok(HealthCheckResponse { status: SERVING });
         }
-    });
-    Ok(ReceiverStream::new(statuses))
+        Err(Error::NotFound(format!("service {:?}", request.service.chars().take(100).collect::<String>())))
+    }
+
+    pub(super) async fn list(self: Arc<Self>, _call: Call, _request: HealthListRequest) -> Result<HealthListResponse> {
+        Ok(HealthListResponse { statuses: HashMap::from([(String::new(), HealthCheckResponse { status: SERVING })]) })
+    }
+
+    pub(super) async fn watch(
+        self: Arc<Self>,
+        _call: Call,
+        request: HealthCheckRequest,
+    ) -> Result<impl Stream<Item = Result<HealthCheckResponse, Status>>> {
+        let status = if request.service.is_empty() { SERVING } else { SERVICE_UNKNOWN };
+        let (send, statuses) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let first = send.send(Ok(HealthCheckResponse { status })).await;
+            // it does not change until this process exits
+            tokio::select! {
+                () = self.gate.retired(), if first.is_ok() => {
+                    // the client may have disconnected
+                    let _ = send.send(Err(Status::unavailable("this x-manager has ended; ask the next one"))).await;
+                }
+                () = send.closed() => {}
+            }
+        });
+        Ok(ReceiverStream::new(statuses))
+    }
 }
 
 const SERVING: i32 = 1;

@@ -11,10 +11,10 @@ use prost::Message as _;
 use prost_types::Any;
 
 use super::call::Call;
-use super::search::matching;
+use super::search::Filters;
 use crate::error::{Error, IoContext as _, Result};
 use crate::filter::{Fields, Filter, text};
-use crate::manager::Manager;
+use crate::tasks::Tasks;
 use crate::wire;
 
 impl Fields for Plugin {
@@ -44,29 +44,40 @@ fn all() -> Vec<Plugin> {
     plugins
 }
 
-pub(super) async fn plugins(manager: Arc<Manager>, _call: Call, request: PluginsRequest) -> Result<PluginsResponse> {
-    let filter = Filter::parse(&request.filters)?;
-    Ok(PluginsResponse { plugins: matching(&manager, &filter, all()).await? })
+/// The service.
+#[derive(Debug)]
+pub(crate) struct Introspection {
+    /// The answer to `Server`; it stays the same as long as the store exists.
+    pub(crate) uuid: String,
+    pub(crate) tasks: Arc<Tasks>,
+    pub(crate) filters: Filters,
 }
 
-pub(super) async fn server(manager: Arc<Manager>, _call: Call, _request: ()) -> Result<ServerResponse> {
-    let namespace = Path::new("/proc/self/ns/pid");
-    let pidns = std::fs::metadata(namespace).on("look at", namespace)?.ino();
-    Ok(ServerResponse { uuid: manager.uuid.clone(), pid: std::process::id().into(), pidns, deprecations: Vec::new() })
-}
-
-pub(super) async fn plugin_info(manager: Arc<Manager>, _call: Call, request: PluginInfoRequest) -> Result<PluginInfoResponse> {
-    let found = all().into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
-    let plugin = found.ok_or_else(|| Error::NotFound(format!("plugin {:?} {:?}", request.r#type, request.id)))?;
-    let mut extra = None;
-    if let Some(options) = request.options.filter(|_| plugin.r#type == RUNTIME_TYPE) {
-        let asked = RuntimeRequest::decode(&*options.value).map_err(|error| Error::Invalid(format!("runtime request: {error}")))?;
-        let runtime = if asked.runtime_path.is_empty() { DEFAULT_RUNTIME } else { &asked.runtime_path };
-        let options = asked.options.filter(|options| !options.type_url.is_empty()).map(wire::to_shim);
-        let value = manager.tasks.runtime_info(runtime, options.as_ref()).await?;
-        extra = Some(Any { type_url: "containerd.types.RuntimeInfo".to_owned(), value });
+impl Introspection {
+    pub(super) async fn plugins(self: Arc<Self>, _call: Call, request: PluginsRequest) -> Result<PluginsResponse> {
+        let filter = Filter::parse(&request.filters)?;
+        Ok(PluginsResponse { plugins: self.filters.matching(&filter, all()).await? })
     }
-    Ok(PluginInfoResponse { plugin: Some(plugin), extra })
+
+    pub(super) async fn server(self: Arc<Self>, _call: Call, _request: ()) -> Result<ServerResponse> {
+        let namespace = Path::new("/proc/self/ns/pid");
+        let pidns = std::fs::metadata(namespace).on("look at", namespace)?.ino();
+        Ok(ServerResponse { uuid: self.uuid.clone(), pid: std::process::id().into(), pidns, deprecations: Vec::new() })
+    }
+
+    pub(super) async fn plugin_info(self: Arc<Self>, _call: Call, request: PluginInfoRequest) -> Result<PluginInfoResponse> {
+        let found = all().into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
+        let plugin = found.ok_or_else(|| Error::NotFound(format!("plugin {:?} {:?}", request.r#type, request.id)))?;
+        let mut extra = None;
+        if let Some(options) = request.options.filter(|_| plugin.r#type == RUNTIME_TYPE) {
+            let asked = RuntimeRequest::decode(&*options.value).map_err(|error| Error::Invalid(format!("runtime request: {error}")))?;
+            let runtime = if asked.runtime_path.is_empty() { DEFAULT_RUNTIME } else { &asked.runtime_path };
+            let options = asked.options.filter(|options| !options.type_url.is_empty()).map(wire::to_shim);
+            let value = self.tasks.runtime_info(runtime, options.as_ref()).await?;
+            extra = Some(Any { type_url: "containerd.types.RuntimeInfo".to_owned(), value });
+        }
+        Ok(PluginInfoResponse { plugin: Some(plugin), extra })
+    }
 }
 
 /// `containerd.types.RuntimeRequest`: which runtime is meant, and with which options.

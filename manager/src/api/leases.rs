@@ -10,12 +10,11 @@ use containerd_client::services::v1::{
 
 use super::call::Call;
 use super::mask;
-use super::search::Search;
+use super::search::{Filters, Search};
 use crate::error::{Error, Result};
 use crate::filter::{Fields, label, text};
-use crate::manager::Manager;
-use crate::store::{Meta, Resource, leases, namespaces, resources};
-use crate::{manager, name, timestamp};
+use crate::store::{Meta, Resource, Store, leases, namespaces, resources};
+use crate::{host, name, timestamp};
 
 impl Fields for Lease {
     fn field(&self, path: &[&str]) -> Option<Cow<'_, str>> {
@@ -31,79 +30,84 @@ fn must_exist(db: &Meta<'_>, namespace: &str, id: &str) -> Result<()> {
     leases::get(db, namespace, id)?.map(drop).ok_or_else(|| Error::NotFound(format!("lease {id:?}")))
 }
 
-pub(super) async fn create(manager: Arc<Manager>, call: Call, request: CreateRequest) -> Result<CreateResponse> {
-    let namespace = call.namespace()?;
-    if request.id.len() > MAX_ID_BYTES {
-        return Err(Error::Invalid(format!("lease id of {} bytes", request.id.len())));
+/// The service.
+#[derive(Debug)]
+pub(crate) struct Leases {
+    pub(crate) store: Store,
+    pub(crate) filters: Filters,
+}
+
+impl Leases {
+    pub(super) async fn create(self: Arc<Self>, call: Call, request: CreateRequest) -> Result<CreateResponse> {
+        let namespace = call.namespace()?;
+        if request.id.len() > MAX_ID_BYTES {
+            return Err(Error::Invalid(format!("lease id of {} bytes", request.id.len())));
+        }
+        name::labels(&request.labels)?;
+        // without an id, one is generated
+        let id = if request.id.is_empty() { host::kernel_id("uuid")? } else { request.id };
+        let lease = Lease { id, created_at: Some(timestamp::now()), labels: mask::without_empty(request.labels) };
+        let new = lease.clone();
+        self.store
+            .write(move |db| {
+                if leases::get(db, namespace.as_str(), &new.id)?.is_some() {
+                    return Err(Error::AlreadyExists(format!("lease {:?}", new.id)));
+                }
+                namespaces::ensure(db, namespace.as_str())?;
+                leases::put(db, namespace.as_str(), &new.id, &new)?;
+                leases::note_expiry(db, namespace.as_str(), &new)
+            })
+            .await?;
+        Ok(CreateResponse { lease: Some(lease) })
     }
-    name::labels(&request.labels)?;
-    // without an id, one is generated
-    let id = if request.id.is_empty() { manager::kernel_id("uuid")? } else { request.id };
-    let lease = Lease { id, created_at: Some(timestamp::now()), labels: mask::without_empty(request.labels) };
-    let new = lease.clone();
-    manager
-        .store
-        .write(move |db| {
-            if leases::get(db, namespace.as_str(), &new.id)?.is_some() {
-                return Err(Error::AlreadyExists(format!("lease {:?}", new.id)));
-            }
-            namespaces::ensure(db, namespace.as_str())?;
-            leases::put(db, namespace.as_str(), &new.id, &new)?;
-            leases::note_expiry(db, namespace.as_str(), &new)
-        })
-        .await?;
-    Ok(CreateResponse { lease: Some(lease) })
-}
 
-/// Nothing is collected yet when a lease goes, so whether that shall be waited for makes no difference.
-pub(super) async fn delete(manager: Arc<Manager>, call: Call, request: DeleteRequest) -> Result<()> {
-    let namespace = call.namespace()?;
-    manager
-        .store
-        .remove(move |db| {
-            must_exist(db, namespace.as_str(), &request.id)?;
-            leases::remove(db, namespace.as_str(), &request.id).map(drop)
-        })
-        .await
-}
+    /// Nothing is collected yet when a lease goes, so whether that shall be waited for makes no difference.
+    pub(super) async fn delete(self: Arc<Self>, call: Call, request: DeleteRequest) -> Result<()> {
+        let namespace = call.namespace()?;
+        self.store
+            .remove(move |db| {
+                must_exist(db, namespace.as_str(), &request.id)?;
+                leases::remove(db, namespace.as_str(), &request.id).map(drop)
+            })
+            .await
+    }
 
-pub(super) async fn list(manager: Arc<Manager>, call: Call, request: ListRequest) -> Result<ListResponse> {
-    let search = Search::new(manager, call.namespace()?, &request.filters, leases::page, |lease| &lease.id)?;
-    Ok(ListResponse { leases: search.all().await? })
-}
+    pub(super) async fn list(self: Arc<Self>, call: Call, request: ListRequest) -> Result<ListResponse> {
+        let search = Search::new(&self.store, &self.filters, call.namespace()?, &request.filters, leases::page, |lease| &lease.id)?;
+        Ok(ListResponse { leases: search.all().await? })
+    }
 
-pub(super) async fn add_resource(manager: Arc<Manager>, call: Call, request: AddResourceRequest) -> Result<()> {
-    let (namespace, resource) = (call.namespace()?, resource(request.resource)?);
-    manager
-        .store
-        .write(move |db| {
-            must_exist(db, namespace.as_str(), &request.id)?;
-            resources::add(db, namespace.as_str(), &request.id, &resource)
-        })
-        .await
-}
+    pub(super) async fn add_resource(self: Arc<Self>, call: Call, request: AddResourceRequest) -> Result<()> {
+        let (namespace, resource) = (call.namespace()?, resource(request.resource)?);
+        self.store
+            .write(move |db| {
+                must_exist(db, namespace.as_str(), &request.id)?;
+                resources::add(db, namespace.as_str(), &request.id, &resource)
+            })
+            .await
+    }
 
-pub(super) async fn delete_resource(manager: Arc<Manager>, call: Call, request: DeleteResourceRequest) -> Result<()> {
-    let (namespace, resource) = (call.namespace()?, resource(request.resource)?);
-    manager
-        .store
-        .remove(move |db| {
-            must_exist(db, namespace.as_str(), &request.id)?;
-            resources::remove(db, namespace.as_str(), &request.id, &resource)
-        })
-        .await
-}
+    pub(super) async fn delete_resource(self: Arc<Self>, call: Call, request: DeleteResourceRequest) -> Result<()> {
+        let (namespace, resource) = (call.namespace()?, resource(request.resource)?);
+        self.store
+            .remove(move |db| {
+                must_exist(db, namespace.as_str(), &request.id)?;
+                resources::remove(db, namespace.as_str(), &request.id, &resource)
+            })
+            .await
+    }
 
-pub(super) async fn list_resources(manager: Arc<Manager>, call: Call, request: ListResourcesRequest) -> Result<ListResourcesResponse> {
-    let namespace = call.namespace()?;
-    let held = manager
-        .store
-        .read(move |db| {
-            must_exist(db, namespace.as_str(), &request.id)?;
-            resources::list(db, namespace.as_str(), &request.id)
-        })
-        .await?;
-    Ok(ListResourcesResponse { resources: held.into_iter().map(|held| WireResource { id: held.id, r#type: held.kind }).collect() })
+    pub(super) async fn list_resources(self: Arc<Self>, call: Call, request: ListResourcesRequest) -> Result<ListResourcesResponse> {
+        let namespace = call.namespace()?;
+        let held = self
+            .store
+            .read(move |db| {
+                must_exist(db, namespace.as_str(), &request.id)?;
+                resources::list(db, namespace.as_str(), &request.id)
+            })
+            .await?;
+        Ok(ListResourcesResponse { resources: held.into_iter().map(|held| WireResource { id: held.id, r#type: held.kind }).collect() })
+    }
 }
 
 /// What a lease can hold: `content`, `ingests`, `images` or `snapshots/NAME`.

@@ -23,4 +23,14 @@ mod tasks;
 mod version;
 
 pub(crate) use calls::{BOUNDS, Calls, Cost};
+pub(crate) use containers::Containers;
+pub(crate) use events::Events;
+pub(crate) use health::Health;
+pub(crate) use introspection::Introspection;
+pub(crate) use leases::Leases;
+pub(crate) use namespaces::Namespaces;
+pub(crate) use route::Services;
+pub(crate) use search::Filters;
 pub(crate) use serve::{Course, LAST_CALLS, serve};
+pub(crate) use tasks::TaskService;
+pub(crate) use version::Version;

@@ -17,10 +17,17 @@ use tower_service::Service;
 
 use super::body::{MESSAGE_BYTES, Metered};
 use super::call::Call;
-use super::{containers, events, health, introspection, leases, namespaces, tasks, version};
+use super::calls::Calls;
+use super::containers::Containers;
+use super::events::Events;
+use super::health::Health;
+use super::introspection::Introspection;
+use super::leases::Leases;
+use super::namespaces::Namespaces;
+use super::tasks::TaskService;
+use super::version::Version;
 use crate::error::{Error, Result};
-use crate::gate::Pass;
-use crate::manager::Manager;
+use crate::gate::{Gate, Pass};
 
 /// A response, or a stream's reset.
 type Answer = Result<http::Response<Body>, h2::Error>;
@@ -28,11 +35,28 @@ type Answer = Result<http::Response<Body>, h2::Error>;
 /// Turns true when the client has received GOAWAY.
 type Leaving = watch::Receiver<bool>;
 
+/// The services, each with what it needs.
+#[derive(Debug)]
+pub(crate) struct Services {
+    pub(crate) containers: Arc<Containers>,
+    pub(crate) tasks: Arc<TaskService>,
+    pub(crate) events: Arc<Events>,
+    pub(crate) namespaces: Arc<Namespaces>,
+    pub(crate) leases: Arc<Leases>,
+    pub(crate) introspection: Arc<Introspection>,
+    pub(crate) version: Arc<Version>,
+    pub(crate) health: Arc<Health>,
+    /// Entered by each call that changes something.
+    pub(crate) gate: Gate,
+    /// Counts all calls.
+    pub(crate) calls: Arc<Calls>,
+}
+
 /// Serves one request, and counts it.
-pub(super) async fn counted(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>) -> Answer {
+pub(super) async fn counted(services: Arc<Services>, leaving: Leaving, request: http::Request<Metered>) -> Answer {
     let path = request.uri().path().to_owned();
-    let call = manager.calls.begin();
-    let answer = route(Arc::clone(&manager), leaving, request).await;
+    let call = services.calls.begin();
+    let answer = route(&services, &path, Incoming { gate: services.gate.clone(), leaving, request }).await;
     let code = match &answer {
         // the status of a success comes last
         Ok(response) => response.headers().get("grpc-status").map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes())),
@@ -49,81 +73,78 @@ pub(super) async fn counted(manager: Arc<Manager>, leaving: Leaving, request: ht
 /// When this process retires, what still waits is reset with REFUSED_STREAM: nothing was done, and clients may ask again as if they
 /// never had. gRPC's own do so by themselves, over a new connection, which the next process accepts. Streams of events end with an error,
 /// so that their clients know that they have to subscribe again.
-async fn route(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>) -> Answer {
-    let path = request.uri().path().to_owned();
+async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
     let (service, method) = path.strip_prefix('/').and_then(|path| path.split_once('/')).unwrap_or_default();
-    let m = manager;
-    let r = request;
     match service {
         "containerd.services.containers.v1.Containers" => match method {
-            "Get" => look(m, r, containers::get).await,
-            "List" => look(m, r, containers::list).await,
-            "ListStream" => stream(m, r, containers::list_stream).await,
-            "Create" => change(m, leaving, r, containers::create).await,
-            "Update" => change(m, leaving, r, containers::update).await,
-            "Delete" => carry(m, leaving, r, containers::delete).await,
-            _ => unknown(&path),
+            "Get" => incoming.look(&s.containers, Containers::get).await,
+            "List" => incoming.look(&s.containers, Containers::list).await,
+            "ListStream" => incoming.stream(&s.containers, Containers::list_stream).await,
+            "Create" => incoming.change(&s.containers, Containers::create).await,
+            "Update" => incoming.change(&s.containers, Containers::update).await,
+            "Delete" => incoming.carry(&s.containers, Containers::delete).await,
+            _ => unknown(path),
         },
         "containerd.services.tasks.v1.Tasks" => match method {
-            "Create" => carry(m, leaving, r, tasks::create).await,
-            "Start" => carry(m, leaving, r, tasks::start).await,
-            "Delete" => carry(m, leaving, r, tasks::delete).await,
-            "DeleteProcess" => carry(m, leaving, r, tasks::delete_process).await,
-            "Get" => look(m, r, tasks::get).await,
-            "List" => look(m, r, tasks::list).await,
-            "Kill" => carry(m, leaving, r, tasks::kill).await,
-            "Exec" => carry(m, leaving, r, tasks::exec).await,
-            "ResizePty" => carry(m, leaving, r, tasks::resize_pty).await,
-            "CloseIO" => carry(m, leaving, r, tasks::close_io).await,
-            "Pause" => carry(m, leaving, r, tasks::pause).await,
-            "Resume" => carry(m, leaving, r, tasks::resume).await,
-            "ListPids" => look(m, r, tasks::list_pids).await,
-            "Checkpoint" => carry(m, leaving, r, tasks::checkpoint).await,
-            "Update" => carry(m, leaving, r, tasks::update).await,
-            "Metrics" => look(m, r, tasks::metrics).await,
-            "Wait" => park(m, leaving, r, tasks::wait).await,
-            _ => unknown(&path),
+            "Create" => incoming.carry(&s.tasks, TaskService::create).await,
+            "Start" => incoming.carry(&s.tasks, TaskService::start).await,
+            "Delete" => incoming.carry(&s.tasks, TaskService::delete).await,
+            "DeleteProcess" => incoming.carry(&s.tasks, TaskService::delete_process).await,
+            "Get" => incoming.look(&s.tasks, TaskService::get).await,
+            "List" => incoming.look(&s.tasks, TaskService::list).await,
+            "Kill" => incoming.carry(&s.tasks, TaskService::kill).await,
+            "Exec" => incoming.carry(&s.tasks, TaskService::exec).await,
+            "ResizePty" => incoming.carry(&s.tasks, TaskService::resize_pty).await,
+            "CloseIO" => incoming.carry(&s.tasks, TaskService::close_io).await,
+            "Pause" => incoming.carry(&s.tasks, TaskService::pause).await,
+            "Resume" => incoming.carry(&s.tasks, TaskService::resume).await,
+            "ListPids" => incoming.look(&s.tasks, TaskService::list_pids).await,
+            "Checkpoint" => incoming.carry(&s.tasks, TaskService::checkpoint).await,
+            "Update" => incoming.carry(&s.tasks, TaskService::update).await,
+            "Metrics" => incoming.look(&s.tasks, TaskService::metrics).await,
+            "Wait" => incoming.park(&s.tasks, TaskService::wait).await,
+            _ => unknown(path),
         },
         "containerd.services.events.v1.Events" => match method {
-            "Publish" => change(m, leaving, r, events::publish).await,
-            "Forward" => change(m, leaving, r, events::forward).await,
-            "Subscribe" => subscribe(m, leaving, r, events::subscribe).await,
-            _ => unknown(&path),
+            "Publish" => incoming.change(&s.events, Events::publish).await,
+            "Forward" => incoming.change(&s.events, Events::forward).await,
+            "Subscribe" => incoming.subscribe(&s.events, Events::subscribe).await,
+            _ => unknown(path),
         },
         "containerd.services.namespaces.v1.Namespaces" => match method {
-            "Get" => look(m, r, namespaces::get).await,
-            "List" => look(m, r, namespaces::list).await,
-            "Create" => change(m, leaving, r, namespaces::create).await,
-            "Update" => change(m, leaving, r, namespaces::update).await,
-            "Delete" => change(m, leaving, r, namespaces::delete).await,
-            _ => unknown(&path),
+            "Get" => incoming.look(&s.namespaces, Namespaces::get).await,
+            "List" => incoming.look(&s.namespaces, Namespaces::list).await,
+            "Create" => incoming.change(&s.namespaces, Namespaces::create).await,
+            "Update" => incoming.change(&s.namespaces, Namespaces::update).await,
+            "Delete" => incoming.change(&s.namespaces, Namespaces::delete).await,
+            _ => unknown(path),
         },
         "containerd.services.leases.v1.Leases" => match method {
-            "Create" => change(m, leaving, r, leases::create).await,
-            "Delete" => change(m, leaving, r, leases::delete).await,
-            "List" => look(m, r, leases::list).await,
-            "AddResource" => change(m, leaving, r, leases::add_resource).await,
-            "DeleteResource" => change(m, leaving, r, leases::delete_resource).await,
-            "ListResources" => look(m, r, leases::list_resources).await,
-            _ => unknown(&path),
+            "Create" => incoming.change(&s.leases, Leases::create).await,
+            "Delete" => incoming.change(&s.leases, Leases::delete).await,
+            "List" => incoming.look(&s.leases, Leases::list).await,
+            "AddResource" => incoming.change(&s.leases, Leases::add_resource).await,
+            "DeleteResource" => incoming.change(&s.leases, Leases::delete_resource).await,
+            "ListResources" => incoming.look(&s.leases, Leases::list_resources).await,
+            _ => unknown(path),
         },
         "containerd.services.introspection.v1.Introspection" => match method {
-            "Plugins" => look(m, r, introspection::plugins).await,
-            "Server" => look(m, r, introspection::server).await,
-            "PluginInfo" => look(m, r, introspection::plugin_info).await,
-            _ => unknown(&path),
+            "Plugins" => incoming.look(&s.introspection, Introspection::plugins).await,
+            "Server" => incoming.look(&s.introspection, Introspection::server).await,
+            "PluginInfo" => incoming.look(&s.introspection, Introspection::plugin_info).await,
+            _ => unknown(path),
         },
         "containerd.services.version.v1.Version" => match method {
-            "Version" => look(m, r, version::version).await,
-            _ => unknown(&path),
+            "Version" => incoming.look(&s.version, Version::version).await,
+            _ => unknown(path),
         },
         "grpc.health.v1.Health" => match method {
-            "Check" => look(m, r, health::check).await,
-            "Watch" => stream(m, r, health::watch).await,
-            "List" => look(m, r, health::list).await,
-            _ => unknown(&path),
+            "Check" => incoming.look(&s.health, Health::check).await,
+            "Watch" => incoming.stream(&s.health, Health::watch).await,
+            "List" => incoming.look(&s.health, Health::list).await,
+            _ => unknown(path),
         },
-        _ => unknown(&path),
+        _ => unknown(path),
     }
 }
 
@@ -131,112 +152,127 @@ fn unknown(path: &str) -> Answer {
     Ok(Status::unimplemented(format!("x-manager does not serve {path}")).into_http())
 }
 
-/// A call that ends with its client.
-async fn look<Q, A, H, F>(manager: Arc<Manager>, request: http::Request<Metered>, handler: H) -> Answer
-where
-    Q: Message + Default + 'static,
-    A: Message + Default + 'static,
-    H: FnMut(Arc<Manager>, Call, Q) -> F,
-    F: Future<Output = Result<A>> + Send + 'static,
-{
-    Ok(grpc().unary(Handler { manager, handler, finish: bounded::<A, F> }, request).await)
-}
-
-/// The same for one that may last as long as a container.
-async fn park<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
-where
-    Q: Message + Default + 'static,
-    A: Message + Default + 'static,
-    H: FnMut(Arc<Manager>, Call, Q) -> F,
-    F: Future<Output = Result<A>> + Send + 'static,
-{
-    tokio::select! {
-        biased;
-        answer = look(manager, request, handler) => answer,
-        refused = refused(leaving) => Err(refused),
-    }
-}
-
-/// A call that is one step: it changes the store, and waits for nothing else.
-async fn change<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
-where
-    Q: Message + Default + 'static,
-    A: Message + Default + 'static,
-    H: FnMut(Arc<Manager>, Call, Q) -> F,
-    F: Future<Output = Result<A>> + Send + 'static,
-{
-    to_its_end(manager, leaving, request, handler, Some).await
-}
-
-/// A call that may wait for a shim, and passes the gate with each of its steps.
-async fn carry<Q, A, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
-where
-    Q: Message + Default + 'static,
-    A: Message + Default + 'static,
-    H: FnMut(Arc<Manager>, Call, Q) -> F,
-    F: Future<Output = Result<A>> + Send + 'static,
-{
-    to_its_end(manager, leaving, request, handler, |_pass| None).await
-}
-
-/// A call that continues after its client disconnects. It begins when this process serves, and is refused if another process takes over before it ends.
-async fn to_its_end<Q, A, H, F>(
-    manager: Arc<Manager>,
+/// A call that has not reached its service.
+struct Incoming {
+    gate: Gate,
     leaving: Leaving,
     request: http::Request<Metered>,
-    handler: H,
-    keep: fn(Pass) -> Option<Pass>,
-) -> Answer
-where
-    Q: Message + Default + 'static,
-    A: Message + Default + 'static,
-    H: FnMut(Arc<Manager>, Call, Q) -> F,
-    F: Future<Output = Result<A>> + Send + 'static,
-{
-    let is_refused = Arc::new(AtomicBool::new(false));
-    let (gate, refuse) = (manager.gate.clone(), Arc::clone(&is_refused));
-    let finish = move |call: F| {
-        let (gate, refuse) = (gate.clone(), Arc::clone(&refuse));
-        async move {
-            let carried = async move {
-                let _carried = gate.carry();
-                let _pass = keep(gate.enter().await?);
-                bounded(call).await
-            };
-            let ended = tokio::spawn(carried).await;
-            let ended = ended.unwrap_or_else(|error| Err(Error::Launch(format!("a request ended without an answer: {error}"))));
-            refuse.store(matches!(ended, Err(Error::Retired)), Ordering::Relaxed);
-            ended
+}
+
+impl Incoming {
+    /// A call that ends with its client.
+    async fn look<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<A>> + Send + 'static,
+    {
+        let service = Arc::clone(service);
+        Ok(grpc().unary(Handler { service, handler, finish: bounded::<A, F> }, self.request).await)
+    }
+
+    /// The same for one that may last as long as a container.
+    async fn park<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<A>> + Send + 'static,
+    {
+        let leaving = self.leaving.clone();
+        tokio::select! {
+            biased;
+            answer = self.look(service, handler) => answer,
+            refused = refused(leaving) => Err(refused),
         }
-    };
-    let answer = grpc().unary(Handler { manager, handler, finish }, request).await;
-    if is_refused.load(Ordering::Relaxed) { Err(refused(leaving).await) } else { Ok(answer) }
-}
+    }
 
-/// A call that is answered by a stream.
-async fn stream<Q, A, S, H, F>(manager: Arc<Manager>, request: http::Request<Metered>, handler: H) -> Answer
-where
-    Q: Message + Default + 'static,
-    A: Message + Default + 'static,
-    S: Stream<Item = Result<A, Status>> + Send + 'static,
-    H: FnMut(Arc<Manager>, Call, Q) -> F,
-    F: Future<Output = Result<S>> + Send + 'static,
-{
-    Ok(grpc().server_streaming(Handler { manager, handler, finish: |call| call }, request).await)
-}
+    /// A call that is one step: it changes the store, and waits for nothing else.
+    async fn change<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<A>> + Send + 'static,
+    {
+        self.to_its_end(service, handler, Some).await
+    }
 
-/// The same, that begins once no other process is about to take over: what it begins is handed over with the others.
-async fn subscribe<Q, A, S, H, F>(manager: Arc<Manager>, leaving: Leaving, request: http::Request<Metered>, handler: H) -> Answer
-where
-    Q: Message + Default + 'static,
-    A: Message + Default + 'static,
-    S: Stream<Item = Result<A, Status>> + Send + 'static,
-    H: FnMut(Arc<Manager>, Call, Q) -> F,
-    F: Future<Output = Result<S>> + Send + 'static,
-{
-    match manager.gate.enter().await {
-        Ok(_pass) => stream(manager, request, handler).await,
-        Err(_retired) => Err(refused(leaving).await),
+    /// A call that may wait for a shim, and passes the gate with each of its steps.
+    async fn carry<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<A>> + Send + 'static,
+    {
+        self.to_its_end(service, handler, |_pass| None).await
+    }
+
+    /// A call that continues after its client disconnects. It begins when this process serves, and is refused if another process takes over before it
+    /// ends.
+    async fn to_its_end<S, Q, A, H, F>(self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<A>> + Send + 'static,
+    {
+        let is_refused = Arc::new(AtomicBool::new(false));
+        let (gate, refuse) = (self.gate, Arc::clone(&is_refused));
+        let finish = move |call: F| {
+            let (gate, refuse) = (gate.clone(), Arc::clone(&refuse));
+            async move {
+                let carried = async move {
+                    let _carried = gate.carry();
+                    let _pass = keep(gate.enter().await?);
+                    bounded(call).await
+                };
+                let ended = tokio::spawn(carried).await;
+                let ended = ended.unwrap_or_else(|error| Err(Error::Launch(format!("a request ended without an answer: {error}"))));
+                refuse.store(matches!(ended, Err(Error::Retired)), Ordering::Relaxed);
+                ended
+            }
+        };
+        let service = Arc::clone(service);
+        let answer = grpc().unary(Handler { service, handler, finish }, self.request).await;
+        if is_refused.load(Ordering::Relaxed) { Err(refused(self.leaving).await) } else { Ok(answer) }
+    }
+
+    /// A call that is answered by a stream.
+    async fn stream<S, Q, A, T, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        T: Stream<Item = Result<A, Status>> + Send + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let service = Arc::clone(service);
+        Ok(grpc().server_streaming(Handler { service, handler, finish: |call| call }, self.request).await)
+    }
+
+    /// The same, that begins once no other process is about to take over: what it begins is handed over with the others.
+    async fn subscribe<S, Q, A, T, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        T: Stream<Item = Result<A, Status>> + Send + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        match self.gate.clone().enter().await {
+            Ok(_pass) => self.stream(service, handler).await,
+            Err(_retired) => Err(refused(self.leaving).await),
+        }
     }
 }
 
@@ -261,15 +297,15 @@ fn grpc<A: Message + Default + 'static, Q: Message + Default + 'static>() -> Grp
 }
 
 /// A method in the shape in which tonic calls it.
-struct Handler<H, E> {
-    manager: Arc<Manager>,
+struct Handler<S, H, E> {
+    service: Arc<S>,
     handler: H,
     finish: E,
 }
 
-impl<Q, A, H, F, E, G> Service<Request<Q>> for Handler<H, E>
+impl<S, Q, A, H, F, E, G> Service<Request<Q>> for Handler<S, H, E>
 where
-    H: FnMut(Arc<Manager>, Call, Q) -> F,
+    H: FnMut(Arc<S>, Call, Q) -> F,
     E: FnMut(F) -> G,
     G: Future<Output = Result<A>> + Send + 'static,
 {
@@ -283,7 +319,7 @@ where
 
     fn call(&mut self, request: Request<Q>) -> Self::Future {
         let call = Call::of(&request);
-        let answer = (self.finish)((self.handler)(Arc::clone(&self.manager), call, request.into_inner()));
+        let answer = (self.finish)((self.handler)(Arc::clone(&self.service), call, request.into_inner()));
         Box::pin(async move { Ok(Response::new(answer.await?)) })
     }
 }

@@ -13,23 +13,23 @@ use std::time::{Duration, Instant};
 
 use log::error;
 use prost::Message;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::body::MESSAGE_BYTES;
 use crate::error::{Error, Result};
 use crate::filter::{Fields, Filter};
-use crate::manager::Manager;
 use crate::name::Namespace;
-use crate::store::Meta;
+use crate::store::{Meta, Store};
 
 /// Reads objects of a namespace that follow an id, up to about this many bytes.
 type Page<M> = fn(&Meta<'_>, &str, &str, usize) -> Result<Vec<M>>;
 
 /// A list in progress.
 pub(super) struct Search<M> {
-    manager: Arc<Manager>,
+    store: Store,
+    filters: Filters,
     namespace: Namespace,
     filter: Filter,
     page: Page<M>,
@@ -45,14 +45,15 @@ impl<M: Message + Fields + 'static> Search<M> {
     ///
     /// Errors: the filters are invalid.
     pub(super) fn new(
-        manager: Arc<Manager>,
+        store: &Store,
+        filters: &Filters,
         namespace: Namespace,
-        filters: &[String],
+        conditions: &[String],
         page: Page<M>,
         id: fn(&M) -> &String,
     ) -> Result<Self> {
-        let filter = Filter::parse(filters)?;
-        Ok(Self { manager, namespace, filter, page, id, after: String::new(), left: FILTERING })
+        let filter = Filter::parse(conditions)?;
+        Ok(Self { store: store.clone(), filters: filters.clone(), namespace, filter, page, id, after: String::new(), left: FILTERING })
     }
 
     /// Everything in one answer.
@@ -99,39 +100,48 @@ impl<M: Message + Fields + 'static> Search<M> {
     /// The matching objects of the next page; none after the last page.
     async fn next(&mut self) -> Result<Option<Vec<M>>> {
         let (page, namespace, after) = (self.page, self.namespace.clone(), self.after.clone());
-        let found = self.manager.store.read(move |db| page(db, namespace.as_str(), &after, PAGE_BYTES)).await?;
+        let found = self.store.read(move |db| page(db, namespace.as_str(), &after, PAGE_BYTES)).await?;
         let Some(last) = found.last() else { return Ok(None) };
         self.after = (self.id)(last).clone();
-        let (kept, left) = within(&self.manager, &self.filter, found, self.left).await?;
+        let (kept, left) = self.filters.within(&self.filter, found, self.left).await?;
         self.left = left;
         Ok(Some(kept))
     }
 }
 
-/// The objects that match the filter.
-///
-/// Errors: [`Error::Exhausted`] when evaluating takes too long.
-pub(super) async fn matching<M: Fields + Send + 'static>(manager: &Manager, filter: &Filter, objects: Vec<M>) -> Result<Vec<M>> {
-    within(manager, filter, objects, FILTERING).await.map(|(kept, _left)| kept)
+/// Where the filters of lists are evaluated: a few at a time.
+#[derive(Debug, Clone)]
+pub(crate) struct Filters {
+    turns: Arc<Semaphore>,
 }
 
-async fn within<M: Fields + Send + 'static>(
-    manager: &Manager,
-    filter: &Filter,
-    objects: Vec<M>,
-    left: Duration,
-) -> Result<(Vec<M>, Duration)> {
-    if filter.is_for_everything() {
-        return Ok((objects, left));
+impl Default for Filters {
+    fn default() -> Self {
+        Self { turns: Arc::new(Semaphore::new(AT_ONCE)) }
     }
-    // the semaphore is never closed
-    let _turn = manager.filtering.acquire().await;
-    let filter = filter.clone();
-    let kept = tokio::task::spawn_blocking(move || keep(objects, &filter, left)).await;
-    kept.unwrap_or_else(|panic| {
-        error!(error:% = panic; "filters were not evaluated");
-        Err(Error::Launch("filters were not evaluated".to_owned()))
-    })
+}
+
+impl Filters {
+    /// The objects that match the filter.
+    ///
+    /// Errors: [`Error::Exhausted`] when evaluating takes too long.
+    pub(super) async fn matching<M: Fields + Send + 'static>(&self, filter: &Filter, objects: Vec<M>) -> Result<Vec<M>> {
+        self.within(filter, objects, FILTERING).await.map(|(kept, _left)| kept)
+    }
+
+    async fn within<M: Fields + Send + 'static>(&self, filter: &Filter, objects: Vec<M>, left: Duration) -> Result<(Vec<M>, Duration)> {
+        if filter.is_for_everything() {
+            return Ok((objects, left));
+        }
+        // the semaphore is never closed
+        let _turn = self.turns.acquire().await;
+        let filter = filter.clone();
+        let kept = tokio::task::spawn_blocking(move || keep(objects, &filter, left)).await;
+        kept.unwrap_or_else(|panic| {
+            error!(error:% = panic; "filters were not evaluated");
+            Err(Error::Launch("filters were not evaluated".to_owned()))
+        })
+    }
 }
 
 /// The matching objects, and the time left.
@@ -146,6 +156,8 @@ fn keep<M: Fields>(mut found: Vec<M>, filter: &Filter, left: Duration) -> Result
 
 /// What is read of the store at once, while its other callers wait.
 const PAGE_BYTES: usize = 256 << 10;
+/// Lists that evaluate filters at the same moment.
+const AT_ONCE: usize = 2;
 /// For the filters of one list.
 const FILTERING: Duration = Duration::from_secs(5);
 
@@ -164,10 +176,10 @@ mod tests {
         std::env::temp_dir().join(format!("x-manager-search-{name}-{}", std::process::id()))
     }
 
-    async fn filled(name: &str, count: usize, label: &str) -> Arc<Manager> {
+    async fn filled(name: &str, count: usize, label: &str) -> Store {
         let folder = folder(name);
         let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
-        let manager = Arc::new(Manager::open(&settings).await.expect("a new store"));
+        let store = Store::open(&settings.store_files()).expect("a new store");
         let label = label.to_owned();
         let fill = move |db: &mut Meta<'_>| {
             namespaces::ensure(db, "n")?;
@@ -178,24 +190,24 @@ mod tests {
             }
             Ok(())
         };
-        manager.store.write(fill).await.expect("room");
-        manager
+        store.write(fill).await.expect("room");
+        store
     }
 
-    fn search(manager: &Arc<Manager>, filters: &[String]) -> Search<Container> {
+    fn search(store: &Store, filters: &[String]) -> Search<Container> {
         let namespace = Namespace::parse("n").expect("a name");
-        Search::new(Arc::clone(manager), namespace, filters, containers::page, |container| &container.id).expect("filters")
+        Search::new(store, &Filters::default(), namespace, filters, containers::page, |container| &container.id).expect("filters")
     }
 
     #[tokio::test]
     async fn all_pages_list_everything_once_and_an_oversized_answer_is_reported() {
-        let manager = filled("pages", 5000, &"x".repeat(4000)).await;
-        let error = search(&manager, &[]).all().await.expect_err("20 MB").to_string();
+        let store = filled("pages", 5000, &"x".repeat(4000)).await;
+        let error = search(&store, &[]).all().await.expect_err("20 MB").to_string();
         assert!(error.contains("the list is longer than"), "{error}");
-        let found = search(&manager, &["id~=/^c.[05]00$/".to_owned()]).all().await.expect("a list");
+        let found = search(&store, &["id~=/^c.[05]00$/".to_owned()]).all().await.expect("a list");
         let ids: Vec<_> = found.iter().map(|container| container.id.as_str()).collect();
         assert_eq!(ids, ["c0000", "c0500", "c1000", "c1500", "c2000", "c2500", "c3000", "c3500", "c4000", "c4500"]);
-        let mut each = std::pin::pin!(search(&manager, &[]).each().await.expect("a list"));
+        let mut each = std::pin::pin!(search(&store, &[]).each().await.expect("a list"));
         let mut count = 0;
         while let Some(container) = tokio_stream::StreamExt::next(&mut each).await {
             assert_eq!(container.expect("an object").id, format!("c{count:04}"));
@@ -207,13 +219,13 @@ mod tests {
 
     #[tokio::test]
     async fn expensive_filters_delay_neither_the_store_nor_other_clients_and_are_cancelled() {
-        let manager = filled("slow", 1000, &"x".repeat(4000)).await;
+        let store = filled("slow", 1000, &"x".repeat(4000)).await;
         let slow: Vec<_> = (0..16).map(|number| format!("labels.long~=/(x?){{50}}y{number}/")).collect();
-        let searching = tokio::spawn(search(&manager, &slow).all());
+        let searching = tokio::spawn(search(&store, &slow).all());
         let (mut longest, mut count) = (Duration::ZERO, 0);
         while !searching.is_finished() {
             let begin = Instant::now();
-            manager.store.note(|db| execs::add(db, "n", "c", "e")).await.expect("room");
+            store.note(|db| execs::add(db, "n", "c", "e")).await.expect("room");
             longest = longest.max(begin.elapsed());
             count += 1;
         }

@@ -17,8 +17,7 @@ use tokio::task::JoinSet;
 use super::authority::Mended;
 use super::body::{Budget, Metered, Unfinished};
 use super::call::Peer;
-use super::route::counted;
-use crate::manager::Manager;
+use super::route::{Services, counted};
 use crate::settings::Limits;
 
 /// Whether this process serves.
@@ -36,7 +35,7 @@ pub(crate) enum Course {
 ///
 /// A connection that was accepted before another process took over has its first call answered before it gets GOAWAY: a client that is still
 /// connecting, as gRPC's own is until it has received the server's settings, would take that for a failure to connect.
-pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits: Limits, mut course: watch::Receiver<Course>) {
+pub(crate) async fn serve(listener: UnixListener, services: Arc<Services>, limits: Limits, mut course: watch::Receiver<Course>) {
     let (places, budget) = (Arc::new(Semaphore::new(limits.connections)), Budget::default());
     let mut connections = JoinSet::new();
     loop {
@@ -44,7 +43,7 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits:
             accepted = listener.accept() => match accepted {
                 Ok((socket, _peer)) => match Arc::clone(&places).try_acquire_owned() {
                     Ok(place) => {
-                        let connection = connection(socket, Arc::clone(&manager), budget.clone(), course.clone());
+                        let connection = connection(socket, Arc::clone(&services), budget.clone(), course.clone());
                         connections.spawn(async move {
                             connection.await;
                             drop(place);
@@ -69,7 +68,7 @@ pub(crate) async fn serve(listener: UnixListener, manager: Arc<Manager>, limits:
     }
 }
 
-async fn connection(socket: UnixStream, manager: Arc<Manager>, budget: Budget, mut course: watch::Receiver<Course>) {
+async fn connection(socket: UnixStream, services: Arc<Services>, budget: Budget, mut course: watch::Receiver<Course>) {
     let (leave, leaving) = watch::channel(false);
     let begun = Arc::new(Notify::new());
     let first = Arc::clone(&begun);
@@ -81,7 +80,7 @@ async fn connection(socket: UnixStream, manager: Arc<Manager>, budget: Budget, m
         let share = request.body().share();
         request.extensions_mut().insert(share);
         request.extensions_mut().insert(peer);
-        counted(Arc::clone(&manager), leaving.clone(), request)
+        counted(Arc::clone(&services), leaving.clone(), request)
     });
     let connection = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())

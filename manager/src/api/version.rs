@@ -6,10 +6,15 @@ use containerd_client::services::v1::VersionResponse;
 
 use super::call::Call;
 use crate::error::Result;
-use crate::manager::Manager;
 
-pub(super) async fn version(_manager: Arc<Manager>, _call: Call, _request: ()) -> Result<VersionResponse> {
-    Ok(VersionResponse { version: VERSION.to_owned(), revision: REVISION.to_owned() })
+/// The service.
+#[derive(Debug)]
+pub(crate) struct Version;
+
+impl Version {
+    pub(super) async fn version(self: Arc<Self>, _call: Call, _request: ()) -> Result<VersionResponse> {
+        Ok(VersionResponse { version: VERSION.to_owned(), revision: REVISION.to_owned() })
+    }
 }
 
 /// What clients show as the daemon's version.

@@ -24,25 +24,24 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::StreamExt as _;
 
-use crate::manager::Manager;
 use crate::name::Namespace;
 use crate::store::{containers, namespaces, restarts};
+pub(crate) use act::Restarter;
 use policy::{Decision, Observed, Wish};
 
 type Key = (Namespace, String);
 
 /// Watches until this process retires.
-pub(crate) async fn watch(manager: Arc<Manager>, interval: Duration) {
-    let unfinished = manager.store.recall(restarts::list).await.unwrap_or_else(|error| {
+pub(crate) async fn watch(restarter: Arc<Restarter>, interval: Duration) {
+    let unfinished = restarter.store.recall(restarts::list).await.unwrap_or_else(|error| {
         warn!(error = error.chain(); "cannot read which restarts the previous process had begun");
         Vec::new()
     });
     let unfinished = unfinished.into_iter().filter_map(|(namespace, id)| Some((Namespace::parse(&namespace).ok()?, id))).collect();
-    let manager_of_it = Arc::clone(&manager);
-    let mut monitor =
-        Monitor { manager: manager_of_it, interval, known: HashMap::new(), unfinished, busy: HashMap::new(), acting: JoinSet::new() };
+    let gate = restarter.gate.clone();
+    let mut monitor = Monitor { restarter, interval, known: HashMap::new(), unfinished, busy: HashMap::new(), acting: JoinSet::new() };
     tokio::select! {
-        () = manager.gate.retired() => {}
+        () = gate.retired() => {}
         () = monitor.run() => {}
     }
     // actions in progress run to completion
@@ -50,7 +49,7 @@ pub(crate) async fn watch(manager: Arc<Manager>, interval: Duration) {
 }
 
 struct Monitor {
-    manager: Arc<Manager>,
+    restarter: Arc<Restarter>,
     interval: Duration,
     known: HashMap<Key, History>,
     /// Containers that the previous process was about to start when it crashed.
@@ -83,7 +82,7 @@ struct History {
 
 impl Monitor {
     async fn run(&mut self) {
-        let mut events = self.manager.events.overhear();
+        let mut events = self.restarter.events.overhear();
         let mut next_round = Instant::now();
         loop {
             // busy containers wait until they are no longer busy
@@ -97,7 +96,7 @@ impl Monitor {
                         }
                     }
                     // dropped for being slow: the next round sees what was missed
-                    _ => events = self.manager.events.overhear(),
+                    _ => events = self.restarter.events.overhear(),
                 },
                 Some(ended) = self.acting.join_next() => {
                     match ended {
@@ -121,7 +120,7 @@ impl Monitor {
     }
 
     async fn look_at_all(&mut self) {
-        let labelled = self.manager.store.read(|db| {
+        let labelled = self.restarter.store.read(|db| {
             let mut all = Vec::new();
             for namespace in namespaces::list(db)? {
                 let name = Namespace::parse(&namespace.name)?;
@@ -143,7 +142,7 @@ impl Monitor {
 
     async fn look(&mut self, key: &Key) {
         let (namespace, id) = key.clone();
-        match self.manager.store.read(move |db| containers::get(db, namespace.as_str(), &id)).await {
+        match self.restarter.store.read(move |db| containers::get(db, namespace.as_str(), &id)).await {
             Ok(Some(container)) if has_wish(&container) => self.consider(key.clone(), container),
             Ok(_) => drop(self.known.remove(key)),
             Err(error) => {
@@ -170,10 +169,10 @@ impl Monitor {
                 return;
             }
         }
-        let (manager, watched) = (Arc::clone(&self.manager), key.clone());
+        let (restarter, watched) = (Arc::clone(&self.restarter), key.clone());
         self.busy.insert(key, false);
         self.acting.spawn(async move {
-            let observed = act::observe(&manager, &watched.0, &watched.1).await;
+            let observed = restarter.observe(&watched.0, &watched.1).await;
             (watched, Step::Observed(Box::new(container), observed))
         });
     }
@@ -200,7 +199,7 @@ impl Monitor {
             _ => policy::decide(wish, observed, &container.labels),
         };
         if is_half_made && decision != Decision::Start {
-            act::is_settled(&self.manager, &key.0, &key.1).await;
+            self.restarter.is_settled(&key.0, &key.1).await;
         }
         let history = self.known.entry(key.clone()).or_default();
         let is_time = match decision {
@@ -214,10 +213,10 @@ impl Monitor {
         if !is_time {
             return;
         }
-        let manager = Arc::clone(&self.manager);
+        let restarter = Arc::clone(&self.restarter);
         self.busy.insert(key.clone(), false);
         self.acting.spawn(async move {
-            let done = act::act(&manager, &key.0, container, decision, is_half_made).await;
+            let done = restarter.act(&key.0, container, decision, is_half_made).await;
             if let Err(error) = &done {
                 let sentence = if decision == Decision::Stop { "cannot stop container" } else { "cannot restart container" };
                 warn!(namespace:% = key.0, container = key.1.as_str(), error = error.chain(); "{sentence}");

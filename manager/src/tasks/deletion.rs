@@ -164,7 +164,8 @@ impl Tasks {
         let request = ShutdownRequest { id: task.id.clone(), ..ShutdownRequest::default() };
         let asked = shim.call::<Empty>("Shutdown", &request, Some(SHUTDOWN)).await;
         // this task is not live any more
-        let is_shared = || self.all().values().any(|other| other.phase.borrow().shim().is_some_and(|live| live.address() == shim.address()));
+        let is_shared =
+            || self.all().values().any(|other| other.phase.borrow().shim().is_some_and(|live| live.address() == shim.address()));
         if !matches!(asked, Err(Unanswered::Lost)) && !is_shared() {
             // a new task with the same id must not meet the old shim; the wait is bounded in case the shim stays
             let _ = tokio::time::timeout(LEAVE, shim.closed()).await;

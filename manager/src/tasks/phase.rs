@@ -78,7 +78,10 @@ impl Phase {
             (P::Deleting(_), F::Deleted) | (P::Ended(_), F::Collected) => Some(P::Ending),
             (P::Starting | P::Cleaning(_), F::NotCleaned(why)) => Some(P::Cleaning(Some(why))),
             (P::Loading(_) | P::Cleaning(_), F::CleanedUp(exit)) => Some(P::Ended(exit)),
-            (P::Starting, F::Unreachable(_) | F::ShimGone | F::DeletionBegun | F::DeletionOver | F::Deleted | F::CleanedUp(_) | F::Collected)
+            (
+                P::Starting,
+                F::Unreachable(_) | F::ShimGone | F::DeletionBegun | F::DeletionOver | F::Deleted | F::CleanedUp(_) | F::Collected,
+            )
             | (P::Loading(_), F::DeletionBegun | F::DeletionOver | F::Deleted | F::NotCleaned(_) | F::Collected)
             | (
                 P::Live(_),
@@ -207,10 +210,7 @@ mod tests {
                 assert!(ends <= 1, "two clients received the exit");
                 was_hidden |= matches!(phase, Phase::Ending | Phase::Gone);
                 assert!(!was_hidden || !phase.is_visible(), "{before:?} came back as {phase:?}");
-                assert!(
-                    !matches!(before, Phase::Cleaning(_) | Phase::Ended(_)) || phase.shim().is_none(),
-                    "{before:?} became live again"
-                );
+                assert!(!matches!(before, Phase::Cleaning(_) | Phase::Ended(_)) || phase.shim().is_none(), "{before:?} became live again");
             }
         }
     }

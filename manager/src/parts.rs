@@ -1,0 +1,81 @@
+//! The daemon's parts, and which of them each service gets.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use crate::api::{Calls, Containers, Events, Filters, Health, Introspection, Leases, Namespaces, Services, TaskService, Version};
+use crate::error::Result;
+use crate::events::Exchange;
+use crate::gate::Gate;
+use crate::host::kernel_id;
+use crate::metrics::Sources;
+use crate::restart::Restarter;
+use crate::settings::Settings;
+use crate::store::{self, Store};
+use crate::tasks::Tasks;
+
+/// The parts. Only the daemon has all of them.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) store: Store,
+    pub(crate) events: Arc<Exchange>,
+    pub(crate) tasks: Arc<Tasks>,
+    /// Entered for every change.
+    pub(crate) gate: Gate,
+    /// Counters of calls.
+    pub(crate) calls: Arc<Calls>,
+    pub(crate) restarter: Arc<Restarter>,
+    uuid: String,
+}
+
+impl Parts {
+    /// Opens the store.
+    pub(crate) async fn open(settings: &Settings) -> Result<Self> {
+        let store = Store::open(&settings.store_files())?;
+        let (new, boot) = (kernel_id("uuid")?, kernel_id("boot_id")?);
+        store.note(move |db| store::new_boot(db, &boot)).await?;
+        let uuid = store.write(move |db| store::uuid(db, &new)).await?;
+        let gate = Gate::default();
+        let events = Arc::new(Exchange::new(settings.limits));
+        let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone()));
+        let restarter = Arc::new(Restarter {
+            store: store.clone(),
+            events: Arc::clone(&events),
+            tasks: Arc::clone(&tasks),
+            gate: gate.clone(),
+            started: AtomicU64::new(0),
+        });
+        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, uuid })
+    }
+
+    /// The services of the API.
+    pub(crate) fn services(&self) -> Services {
+        let filters = Filters::default();
+        let (store, gate) = (|| self.store.clone(), || self.gate.clone());
+        let (events, tasks) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks));
+        Services {
+            containers: Arc::new(Containers { store: store(), events: events(), tasks: tasks(), gate: gate(), filters: filters.clone() }),
+            tasks: Arc::new(TaskService { tasks: tasks(), store: store(), gate: gate(), filters: filters.clone() }),
+            events: Arc::new(Events { events: events(), tasks: tasks() }),
+            namespaces: Arc::new(Namespaces { store: store(), events: events() }),
+            leases: Arc::new(Leases { store: store(), filters: filters.clone() }),
+            introspection: Arc::new(Introspection { uuid: self.uuid.clone(), tasks: tasks(), filters }),
+            version: Arc::new(Version),
+            health: Arc::new(Health { gate: gate() }),
+            gate: gate(),
+            calls: Arc::clone(&self.calls),
+        }
+    }
+
+    /// What metrics show.
+    pub(crate) fn sources(&self) -> Sources {
+        Sources {
+            store: self.store.clone(),
+            events: Arc::clone(&self.events),
+            tasks: Arc::clone(&self.tasks),
+            calls: Arc::clone(&self.calls),
+            restarter: Arc::clone(&self.restarter),
+            gate: self.gate.clone(),
+        }
+    }
+}
