@@ -85,19 +85,18 @@ pub(crate) fn upgrade(address: &Path, program: Option<&Path>) -> Result<u32> {
     for _attempt in 0..ATTEMPTS {
         let answer = ask(address, program)?;
         if let Some(sentence) = answer.strip_prefix(ERROR) {
-            return Err(Error::Launch(sentence.trim_end().to_owned()));
+            return Err(Error::Upgrade(sentence.trim_end().to_owned()));
         }
         if let Some(pid) = answer.strip_prefix(OK).and_then(|pid| pid.trim_end().parse().ok()) {
             return Ok(pid);
         }
         // another upgrade was about to replace it: repeat the request to the next process
     }
-    Err(Error::Launch("x-manager exited without an answer; see its log".to_owned()))
+    Err(Error::Silent("it has exited; see its log".to_owned()))
 }
 
 fn ask(address: &Path, program: Option<&Path>) -> Result<String> {
-    let mut socket = UnixStream::connect(address)
-        .map_err(|error| Error::Launch(format!("cannot reach x-manager at {}: {error}; is it running?", address.display())))?;
+    let mut socket = UnixStream::connect(address).map_err(|why| Error::NoDaemon { address: address.to_owned(), why })?;
     socket.set_read_timeout(Some(ANSWERED)).on("wait for", address)?;
     let mut request = std::ffi::OsString::from(UPGRADE);
     if let Some(program) = program {

@@ -198,7 +198,7 @@ async fn patiently<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
     let begin = Instant::now();
     loop {
         match attempt() {
-            Err(Error::Precondition(_)) if begin.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
+            Err(Error::InUse { .. }) if begin.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
             result => return result,
         }
     }
@@ -209,7 +209,7 @@ fn claim(root: &Path) -> Result<OwnedFd> {
     DirBuilder::new().recursive(true).mode(0o711).create(root).on("make folder", root)?;
     let path = root.join(LOCK);
     let file = File::options().create(true).append(true).mode(0o600).open(&path).on("open", &path)?;
-    file.try_lock().map_err(|_| Error::Precondition(format!("{} is already in use by another x-manager", root.display())))?;
+    file.try_lock().map_err(|_| Error::InUse { path: root.to_owned(), by: "x-manager" })?;
     for_root_alone(file, &path)
 }
 

@@ -1,49 +1,187 @@
 //! Why a request fails, and the status that its client receives.
 
 use std::error::Error as _;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
 
+use tokio::task::JoinError;
 use tonic::{Code, Status};
 
-/// A failure, by what the client can do about it.
+/// A failure, by what its caller can do about it. Where a client alone is to act, the sentence is its own.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// It does not exist.
     #[error("{0}: not found")]
-    NotFound(String),
+    NotFound(Object),
     /// The id is taken.
     #[error("{0}: already exists")]
-    AlreadyExists(String),
+    AlreadyExists(Object),
+    /// The process has ended, and cannot be killed.
+    #[error("process of {0} already finished: not found")]
+    Finished(Object),
     /// The request is invalid.
     #[error("{0}: invalid argument")]
     Invalid(String),
     /// It is valid, but not in the current state.
     #[error("{0}: failed precondition")]
     Precondition(String),
+    /// Another process uses that, perhaps for a moment only.
+    #[error("{} is already in use by another {by}", path.display())]
+    InUse {
+        /// A folder or a socket.
+        path: PathBuf,
+        /// What kind of process.
+        by: &'static str,
+    },
     /// A bound is met.
     #[error("{0}")]
     Exhausted(String),
     /// This daemon does not implement that.
     #[error("{0}: not implemented")]
     Unimplemented(String),
-    /// A shim cannot be reached or does not answer in time; a retry may succeed.
-    #[error("{0}")]
-    Unavailable(String),
     /// Another process has taken over, and the client can repeat the request there.
     #[error("another x-manager process has taken over; retry")]
     Retired,
-    /// The shim's own error.
+    /// A stream of events ends with this process.
+    #[error("this x-manager process is exiting; subscribe again")]
+    Unsubscribed,
+    /// A process did not take over.
+    #[error("{0}")]
+    Upgrade(String),
+    /// An operator's command finds no daemon.
+    #[error("cannot reach x-manager at {}: {why}; is it running?", address.display())]
+    NoDaemon {
+        /// Of the daemon.
+        address: PathBuf,
+        /// The kernel's error.
+        why: io::Error,
+    },
+    /// The daemon does not answer an operator's command, and may have carried it out.
+    #[error("x-manager did not answer: {0}")]
+    Silent(String),
+    /// Work on another thread, or in a task of its own, has panicked.
+    #[error("{what} ended without a result")]
+    Panicked {
+        /// Which work.
+        what: &'static str,
+        /// The executor's error.
+        source: JoinError,
+    },
+
+    /// It is not known yet whether a task has a shim.
+    #[error("the shim of task {task} {why}")]
+    Unsettled {
+        /// Its id.
+        task: String,
+        /// The rest of the sentence.
+        why: String,
+    },
+    /// Another process has locked a bundle.
+    #[error("bundle {} is locked by another program", .0.display())]
+    Locked(PathBuf),
+    /// A shim's socket refuses connections or is gone: it is dead.
+    #[error("connect to shim at {}", path.display())]
+    ShimDead {
+        /// Its socket.
+        path: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// A shim could not be reached, and may be running.
+    #[error("connect to shim at {}", path.display())]
+    ShimUnreachable {
+        /// Its socket.
+        path: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// A shim reports an address that is no path of a socket.
+    #[error("the shim reports the address {0:?}, which is not the path of a socket")]
+    ShimAddress(String),
+    /// A shim is dead.
+    #[error("the shim has ended")]
+    ShimEnded,
+    /// A shim does not answer in time.
+    #[error("the shim did not answer {method} within {limit:?}")]
+    ShimLate {
+        /// What it was asked.
+        method: &'static str,
+        /// For how long.
+        limit: Duration,
+    },
+    /// A connection ended before the answer came.
+    #[error("the connection to the shim ended during {method}, which it may have carried out")]
+    ShimInterrupted {
+        /// What it was asked.
+        method: &'static str,
+    },
+    /// A shim's answer cannot be read.
+    #[error("{method} of the shim")]
+    ShimAnswer {
+        /// What it was asked.
+        method: &'static str,
+        /// What is wrong with the answer.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A shim has a task, and cannot delete it: whatever it did not find, it is not the task.
+    #[error("the shim of task {task} cannot delete it")]
+    Undeletable {
+        /// Its id.
+        task: String,
+        /// The shim's error.
+        source: Box<Error>,
+    },
+    /// Another process' own error: a shim's, or the daemon's to an operator's command.
     #[error("{message}")]
-    Shim {
-        /// A gRPC status code.
-        code: i32,
-        /// The shim's message.
+    Remote {
+        /// Its status code.
+        code: Code,
+        /// Its message.
         message: String,
     },
+    /// A shim's program cannot be executed.
+    #[error("run {}", program.display())]
+    ProgramUnusable {
+        /// Which.
+        program: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
     /// A shim's program failed.
-    #[error("{0}")]
-    Launch(String),
+    #[error("{}: {status}: {output}", program.display())]
+    ProgramFailed {
+        /// Which.
+        program: PathBuf,
+        /// How it ended.
+        status: ExitStatus,
+        /// What it printed.
+        output: String,
+    },
+    /// A shim's program succeeded, with an answer that cannot be read.
+    #[error("{} {action}: its answer cannot be read: {why}", program.display())]
+    ProgramAnswer {
+        /// Which.
+        program: PathBuf,
+        /// What it was run for.
+        action: &'static str,
+        /// The answer, or what is wrong with it.
+        why: String,
+    },
+    /// A shim's program did not end in time, and was killed.
+    #[error("{} did not end within {limit:?}", program.display())]
+    ProgramLate {
+        /// Which.
+        program: PathBuf,
+        /// For how long it may run.
+        limit: Duration,
+    },
+    /// The socket for shims' events cannot be served.
+    #[error("serve events of shims")]
+    Serve(#[source] containerd_shim_protos::ttrpc::Error),
+
     /// The metadata store fails.
     #[error("metadata store: {op}")]
     Store {
@@ -73,6 +211,9 @@ pub(crate) enum Error {
     /// A record of the store cannot be read.
     #[error("metadata store: {0} cannot be read")]
     Record(String),
+    /// A thread of the store has ended.
+    #[error("the metadata store has stopped")]
+    StoreStopped,
     /// A file or socket.
     #[error("{op} {}", path.display())]
     Io {
@@ -85,6 +226,41 @@ pub(crate) enum Error {
     },
 }
 
+/// What a request is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Object {
+    /// By its id.
+    Task(String),
+    /// A process of a task.
+    Process { exec: String, task: String },
+    /// By its id, with the namespace in which there is none.
+    Container { id: String, namespace: Option<String> },
+    /// By its name.
+    Namespace(String),
+    /// By its id.
+    Lease(String),
+    /// A part of the daemon.
+    Plugin { kind: String, id: String },
+    /// A service of the API.
+    Service(String),
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let short = |text: &str| text.chars().take(SHOWN).collect::<String>();
+        match self {
+            Self::Task(id) => write!(f, "task {}", short(id)),
+            Self::Process { exec, task } => write!(f, "process {exec} of task {}", short(task)),
+            Self::Container { id, namespace: None } => write!(f, "container {id:?}"),
+            Self::Container { id, namespace: Some(namespace) } => write!(f, "container {id:?} in namespace {namespace:?}"),
+            Self::Namespace(name) => write!(f, "namespace {name:?}"),
+            Self::Lease(id) => write!(f, "lease {id:?}"),
+            Self::Plugin { kind, id } => write!(f, "plugin {kind:?} {id:?}"),
+            Self::Service(name) => write!(f, "service {:?}", short(name)),
+        }
+    }
+}
+
 /// The result of a request.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -92,21 +268,52 @@ impl Error {
     /// The only place where an error becomes a code.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::NotFound(_) => Code::NotFound,
+            Self::NotFound(_) | Self::Finished(_) => Code::NotFound,
             Self::AlreadyExists(_) => Code::AlreadyExists,
             Self::Invalid(_) => Code::InvalidArgument,
-            Self::Precondition(_) => Code::FailedPrecondition,
+            Self::Precondition(_) | Self::InUse { .. } => Code::FailedPrecondition,
             Self::Exhausted(_) => Code::ResourceExhausted,
             Self::Unimplemented(_) => Code::Unimplemented,
-            Self::Unavailable(_) | Self::Retired => Code::Unavailable,
-            Self::Shim { code, .. } => Code::from(*code),
-            Self::Launch(_) => Code::Unknown,
+            Self::Retired
+            | Self::Unsubscribed
+            | Self::Upgrade(_)
+            | Self::NoDaemon { .. }
+            | Self::Silent(_)
+            | Self::Unsettled { .. }
+            | Self::Locked(_)
+            | Self::ShimDead { .. }
+            | Self::ShimUnreachable { .. }
+            | Self::ShimEnded
+            | Self::ShimLate { .. }
+            | Self::ShimInterrupted { .. }
+            | Self::ProgramLate { .. }
+            | Self::StoreStopped => Code::Unavailable,
+            Self::Remote { code, .. } => *code,
+            Self::ShimAddress(_)
+            | Self::ShimAnswer { .. }
+            | Self::Undeletable { .. }
+            | Self::ProgramFailed { .. }
+            | Self::ProgramAnswer { .. }
+            | Self::Serve(_) => Code::Unknown,
             Self::Damaged { .. } => Code::DataLoss,
-            Self::Store { source, .. } | Self::StoreFile { source, .. } if is_full(source) => Code::ResourceExhausted,
-            Self::Io { source, .. } if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
-                Code::ResourceExhausted
+            Self::Store { .. } | Self::StoreFile { .. } | Self::Io { .. } if self.is_full() => Code::ResourceExhausted,
+            Self::Store { .. }
+            | Self::StoreFile { .. }
+            | Self::Record(_)
+            | Self::Io { .. }
+            | Self::ProgramUnusable { .. }
+            | Self::Panicked { .. } => Code::Internal,
+        }
+    }
+
+    /// Whether a disk, or the store, has no room.
+    pub(crate) fn is_full(&self) -> bool {
+        match self {
+            Self::Store { source, .. } | Self::StoreFile { source, .. } => {
+                source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
             }
-            Self::Store { .. } | Self::StoreFile { .. } | Self::Record(_) | Self::Io { .. } => Code::Internal,
+            Self::Io { source, .. } => matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded),
+            _ => false,
         }
     }
 
@@ -120,15 +327,6 @@ impl Error {
         }
         sentence
     }
-
-    /// Whether the shim, or this daemon, does not know what was asked for.
-    pub(crate) fn is_not_found(&self) -> bool {
-        self.code() == Code::NotFound
-    }
-}
-
-fn is_full(error: &rusqlite::Error) -> bool {
-    error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
 }
 
 impl From<Error> for Status {
@@ -166,3 +364,5 @@ impl<T> IoContext<T> for nix::Result<T> {
 
 /// A longer sentence would not fit the headers in which clients expect it.
 const SENTENCE_BYTES: usize = 3000;
+/// Characters of a name that is no identifier.
+const SHOWN: usize = 100;

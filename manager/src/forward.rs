@@ -41,7 +41,7 @@ pub(crate) async fn serve(listener: UnixListener, tasks: Arc<Tasks>) -> Result<S
     });
     let services: HashMap<_, _> = create_events(Arc::new(Forward { tasks }));
     let mut server = Server::new().add_listener(Listener::new(accepted)).register_service(services);
-    server.start().await.map_err(|error| Error::Launch(format!("serve events of shims: {error}")))?;
+    server.start().await.map_err(Error::Serve)?;
     Ok(server)
 }
 
@@ -64,7 +64,7 @@ impl Events for Forward {
             Ok(()) => {
                 let tasks = Arc::clone(&self.tasks);
                 let receive = tokio::spawn(async move { tasks.receive(envelope).await });
-                receive.await.unwrap_or_else(|error| Err(Error::Launch(format!("an event was not forwarded: {error}"))))
+                receive.await.unwrap_or_else(|source| Err(Error::Panicked { what: "an event", source }))
             }
             Err(error) => Err(error),
         };

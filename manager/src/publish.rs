@@ -45,13 +45,13 @@ pub(crate) fn publish(address: &Path, namespace: &str, topic: &str) -> Result<()
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().on("start the executor for", address)?;
     runtime.block_on(async {
-        let socket = tokio::net::UnixStream::connect(address).await.on("cannot reach x-manager at", address)?;
+        let socket = tokio::net::UnixStream::connect(address).await.map_err(|why| Error::NoDaemon { address: address.to_owned(), why })?;
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, Client::new(Socket::new(socket)).request(request)).await;
         match answer {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(ttrpc::Error::RpcStatus(status))) => Err(Error::Shim { code: status.code.value(), message: status.message }),
-            Ok(Err(error)) => Err(Error::Unavailable(format!("the daemon did not answer: {error}"))),
-            Err(_elapsed) => Err(Error::Unavailable(format!("the daemon did not answer within {ANSWER_TIMEOUT:?}"))),
+            Ok(Err(ttrpc::Error::RpcStatus(status))) => Err(Error::Remote { code: status.code.value().into(), message: status.message }),
+            Ok(Err(error)) => Err(Error::Silent(error.to_string())),
+            Err(_elapsed) => Err(Error::Silent(format!("not within {ANSWER_TIMEOUT:?}"))),
         }
     })
 }

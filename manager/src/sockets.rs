@@ -138,7 +138,7 @@ pub(crate) fn accepting(listener: &UnixListener) -> Result<tokio::net::UnixListe
 
 /// Listens at `path`, for root and the group; removes the leftover of a dead daemon.
 ///
-/// Errors: [`Error::Precondition`] when another process serves there, or when the path is not a socket.
+/// Errors: [`Error::InUse`] when another process serves there, [`Error::Precondition`] when the path is not a socket.
 fn listen(path: &Path, gid: u32, mode: u32) -> Result<UnixListener> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new().recursive(true).mode(0o711).create(folder).on("make folder", folder)?;
@@ -147,7 +147,7 @@ fn listen(path: &Path, gid: u32, mode: u32) -> Result<UnixListener> {
             return Err(Error::Precondition(format!("{} exists and is not a socket", path.display())));
         }
         Ok(_) if is_served(path)? => {
-            return Err(Error::Precondition(format!("{} is already in use by another process", path.display())));
+            return Err(Error::InUse { path: path.to_owned(), by: "process" });
         }
         Ok(_) => fs::remove_file(path).on("remove old socket", path)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -208,7 +208,7 @@ mod tests {
         if nix::unistd::geteuid().is_root() {
             let listener = listen(&path, 12345, SHARED).expect("a free place");
             assert_eq!(fs::metadata(&path).expect("a socket").permissions().mode() & 0o777, 0o660);
-            assert!(matches!(listen(&path, 0, SHARED), Err(Error::Precondition(_))), "taken");
+            assert!(matches!(listen(&path, 0, SHARED), Err(Error::InUse { .. })), "taken");
             drop(listener);
             drop(listen(&path, 0, SHARED).expect("leftovers are removed"));
         }
@@ -217,7 +217,7 @@ mod tests {
         bind(busy_listener.as_raw_fd(), &UnixAddr::new(&busy).expect("a short path")).expect("a free place");
         nix::sys::socket::listen(&busy_listener, Backlog::new(0).expect("a number")).expect("a socket");
         let _waits_to_be_accepted = UnixStream::connect(&busy).expect("room for one");
-        assert!(matches!(listen(&busy, 0, SHARED), Err(Error::Precondition(_))), "it does not accept, but is there");
+        assert!(matches!(listen(&busy, 0, SHARED), Err(Error::InUse { .. })), "it does not accept, but is there");
         let file = folder.join("file");
         fs::write(&file, "precious").expect("a file");
         assert!(matches!(listen(&file, 0, SHARED), Err(Error::Precondition(_))));

@@ -15,7 +15,7 @@ use tonic::Status;
 use super::call::Call;
 use super::mask;
 use super::search::{Filters, Search};
-use crate::error::{Error, Result};
+use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::filter::{Fields, label, text};
 use crate::gate::Gate;
@@ -37,7 +37,7 @@ impl Fields for Container {
 }
 
 pub(crate) fn not_found(namespace: &Namespace, id: &str) -> Error {
-    Error::NotFound(format!("container {id:?} in namespace {:?}", namespace.as_str()))
+    Error::NotFound(Object::Container { id: id.to_owned(), namespace: Some(namespace.to_string()) })
 }
 
 /// The service.
@@ -86,7 +86,7 @@ impl Containers {
         self.store
             .write(move |db| {
                 if containers::get(db, place.as_str(), &new.id)?.is_some() {
-                    return Err(Error::AlreadyExists(format!("container {:?}", new.id)));
+                    return Err(Error::AlreadyExists(Object::Container { id: new.id, namespace: None }));
                 }
                 namespaces::ensure(db, place.as_str())?;
                 containers::put(db, place.as_str(), &new.id, &new)

@@ -9,7 +9,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::call::Call;
-use crate::error::{Error, Result};
+use crate::error::{Error, Object, Result};
 use crate::gate::Gate;
 
 /// The service whose health is queried; empty for the whole server.
@@ -48,7 +48,7 @@ impl Health {
         if request.service.is_empty() {
             return Ok(HealthCheckResponse { status: SERVING });
         }
-        Err(Error::NotFound(format!("service {:?}", request.service.chars().take(100).collect::<String>())))
+        Err(Error::NotFound(Object::Service(request.service)))
     }
 
     pub(super) async fn list(self: Arc<Self>, _call: Call, _request: HealthListRequest) -> Result<HealthListResponse> {

@@ -12,7 +12,7 @@ use prost_types::Any;
 
 use super::call::Call;
 use super::search::Filters;
-use crate::error::{Error, IoContext as _, Result};
+use crate::error::{Error, IoContext as _, Object, Result};
 use crate::filter::{Fields, Filter, text};
 use crate::tasks::Tasks;
 use crate::wire;
@@ -67,7 +67,7 @@ impl Introspection {
 
     pub(super) async fn plugin_info(self: Arc<Self>, _call: Call, request: PluginInfoRequest) -> Result<PluginInfoResponse> {
         let found = all().into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
-        let plugin = found.ok_or_else(|| Error::NotFound(format!("plugin {:?} {:?}", request.r#type, request.id)))?;
+        let plugin = found.ok_or_else(|| Error::NotFound(Object::Plugin { kind: request.r#type, id: request.id }))?;
         let mut extra = None;
         if let Some(options) = request.options.filter(|_| plugin.r#type == RUNTIME_TYPE) {
             let asked = RuntimeRequest::decode(&*options.value).map_err(|error| Error::Invalid(format!("runtime request: {error}")))?;

@@ -11,7 +11,7 @@ use containerd_client::services::v1::{
 use super::call::Call;
 use super::mask;
 use super::search::{Filters, Search};
-use crate::error::{Error, Result};
+use crate::error::{Error, Object, Result};
 use crate::filter::{Fields, label, text};
 use crate::store::{Meta, Resource, Store, leases, namespaces, resources};
 use crate::{host, name, timestamp};
@@ -27,7 +27,7 @@ impl Fields for Lease {
 }
 
 fn must_exist(db: &Meta<'_>, namespace: &str, id: &str) -> Result<()> {
-    leases::get(db, namespace, id)?.map(drop).ok_or_else(|| Error::NotFound(format!("lease {id:?}")))
+    leases::get(db, namespace, id)?.map(drop).ok_or_else(|| Error::NotFound(Object::Lease(id.to_owned())))
 }
 
 /// The service.
@@ -51,7 +51,7 @@ impl Leases {
         self.store
             .write(move |db| {
                 if leases::get(db, namespace.as_str(), &new.id)?.is_some() {
-                    return Err(Error::AlreadyExists(format!("lease {:?}", new.id)));
+                    return Err(Error::AlreadyExists(Object::Lease(new.id)));
                 }
                 namespaces::ensure(db, namespace.as_str())?;
                 leases::put(db, namespace.as_str(), &new.id, &new)?;

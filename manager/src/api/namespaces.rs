@@ -10,13 +10,13 @@ use containerd_client::services::v1::{
 
 use super::call::Call;
 use super::mask;
-use crate::error::{Error, Result};
+use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::name::{self, Namespace};
 use crate::store::{Store, containers, leases, namespaces};
 
 fn not_found(name: &str) -> Error {
-    Error::NotFound(format!("namespace {name:?}"))
+    Error::NotFound(Object::Namespace(name.to_owned()))
 }
 
 /// The service.
@@ -47,7 +47,7 @@ impl Namespaces {
         let new = record.clone();
         self.store
             .write(move |db| match namespaces::get(db, &new.name)? {
-                Some(_) => Err(Error::AlreadyExists(format!("namespace {:?}", new.name))),
+                Some(_) => Err(Error::AlreadyExists(Object::Namespace(new.name))),
                 None => namespaces::put(db, &new),
             })
             .await?;

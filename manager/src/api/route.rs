@@ -235,7 +235,7 @@ impl Incoming {
                     bounded(call).await
                 };
                 let ended = tokio::spawn(carried).await;
-                let ended = ended.unwrap_or_else(|error| Err(Error::Launch(format!("a request ended without an answer: {error}"))));
+                let ended = ended.unwrap_or_else(|source| Err(Error::Panicked { what: "a request", source }));
                 refuse.store(matches!(ended, Err(Error::Retired)), Ordering::Relaxed);
                 ended
             }

@@ -11,7 +11,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use log::error;
 use prost::Message;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::Stream;
@@ -137,10 +136,7 @@ impl Filters {
         let _turn = self.turns.acquire().await;
         let filter = filter.clone();
         let kept = tokio::task::spawn_blocking(move || keep(objects, &filter, left)).await;
-        kept.unwrap_or_else(|panic| {
-            error!(error:% = panic; "filters were not evaluated");
-            Err(Error::Launch("filters were not evaluated".to_owned()))
-        })
+        kept.unwrap_or_else(|source| Err(Error::Panicked { what: "filters of a list", source }))
     }
 }
 

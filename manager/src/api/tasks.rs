@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use super::call::Call;
 use super::containers;
 use super::search::Filters;
-use crate::error::{Error, Result};
+use crate::error::{Error, Object, Result};
 use crate::filter::{Fields, Filter, text};
 use crate::gate::Gate;
 use crate::store::{Exit, Meta, Notes, Store, execs, exits};
@@ -151,7 +151,7 @@ impl TaskService {
             ..shim::KillRequest::default()
         };
         if let Phase::Ended(_) = task.settled().await? {
-            return Err(Error::NotFound(format!("process of task {} already finished", task.id)));
+            return Err(Error::Finished(Object::Task(task.id.clone())));
         }
         task.call::<shim::Empty>("Kill", &kill, LONG).await.map(drop)
     }
@@ -177,19 +177,17 @@ impl TaskService {
             spec: wire::to_shim_field(request.spec),
             ..shim::ExecProcessRequest::default()
         };
-        match shim.call::<shim::Empty>("Exec", &add, Some(LONG)).await {
-            Err(Unanswered::Refused(error)) => {
-                if is_new && error.code() != tonic::Code::AlreadyExists {
-                    let (namespace, id) = (task.namespace.clone(), task.id.clone());
-                    if let Ok(_pass) = self.gate.enter().await {
-                        // a stale record is harmless, and removed with the task
-                        let _ = self.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await;
-                    }
-                }
-                Err(error)
-            }
-            answer => Ok(answer.map(drop)?),
+        let added = shim.call::<shim::Empty>("Exec", &add, Some(LONG)).await;
+        if let Err(reason @ Unanswered::Refused(_)) = &added
+            && is_new
+            && !reason.is_already_exists()
+            && let Ok(_pass) = self.gate.enter().await
+        {
+            let (namespace, id) = (task.namespace.clone(), task.id.clone());
+            // a stale record is harmless, and removed with the task
+            let _ = self.store.note(move |db| execs::remove(db, namespace.as_str(), &id, &exec)).await;
         }
+        Ok(added.map(drop)?)
     }
 
     pub(super) async fn resize_pty(self: Arc<Self>, call: Call, request: ResizePtyRequest) -> Result<()> {
@@ -302,10 +300,10 @@ impl TaskService {
                 Ok(_) => {
                     let (namespace, id, name) = (task.namespace.clone(), task.id.clone(), exec.clone());
                     let exit = self.store.recall(move |db| exits::last(db, namespace.as_str(), &id, &name)).await?;
-                    return exit.map(answer).ok_or_else(|| Error::NotFound(format!("process {exec} of task {}", task.id)));
+                    return exit.map(answer).ok_or_else(|| no_process(&task, &exec));
                 }
                 // Wait has no deadline
-                Err(Error::Unavailable(_)) => {}
+                Err(Error::Unsettled { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -329,8 +327,8 @@ async fn process(task: &Task, exec: &str) -> Result<Process> {
             live.call::<shim::StateResponse>("State", &request, Some(STATE)).await
         }
         Ok(Phase::Ended(exit)) if exec.is_empty() => return Ok(ended(task, exit)),
-        Ok(_) => return Err(Error::NotFound(format!("process {exec} of task {}", task.id))),
-        Err(Error::Unavailable(_)) if exec.is_empty() => return Ok(unknown(task)),
+        Ok(_) => return Err(no_process(&task, &exec)),
+        Err(Error::Unsettled { .. }) if exec.is_empty() => return Ok(unknown(task)),
         Err(error) => return Err(error),
     };
     let state = match state {
@@ -340,7 +338,7 @@ async fn process(task: &Task, exec: &str) -> Result<Process> {
             task.left().await;
             return match task.settled().await? {
                 Phase::Ended(exit) if exec.is_empty() => Ok(ended(task, exit)),
-                _ => Err(Error::NotFound(format!("process {exec} of task {}", task.id))),
+                _ => Err(no_process(&task, &exec)),
             };
         }
         Err(reason) => return Err(reason.into()),
@@ -357,6 +355,10 @@ async fn process(task: &Task, exec: &str) -> Result<Process> {
         exit_status: state.exit_status,
         exited_at: wire::time_from_shim(state.exited_at.into_option()),
     })
+}
+
+fn no_process(task: &Task, exec: &str) -> Error {
+    Error::NotFound(Object::Process { exec: exec.to_owned(), task: task.id.clone() })
 }
 
 fn unknown(task: &Task) -> Process {

@@ -154,7 +154,7 @@ impl Exchange {
             }
         }
         if self.is_retired.load(Ordering::Relaxed) {
-            return Err(retired());
+            return Err(Error::Unsubscribed);
         }
         self.subscribers().retain(|subscriber| !subscriber.queue.is_closed());
         if self.count() >= self.limits.subscribers {
@@ -189,7 +189,7 @@ impl Exchange {
         self.is_retired.store(true, Ordering::Relaxed);
         self.subscribers().retain(|subscriber| {
             subscriber.client.is_none() || {
-                let _it_may_be_gone = subscriber.queue.send(Item::Last(retired()));
+                let _it_may_be_gone = subscriber.queue.send(Item::Last(Error::Unsubscribed));
                 false
             }
         });
@@ -206,10 +206,6 @@ impl Exchange {
         }
         Subscription { items, waiting }
     }
-}
-
-fn retired() -> Error {
-    Error::Unavailable("this x-manager process is exiting; subscribe again".to_owned())
 }
 
 /// The receiving end of a subscription. Its last item may be the reason why it ended.

@@ -33,9 +33,10 @@ pub(super) async fn run(
         let (filter, waiting) = (Arc::clone(&filter), Arc::clone(&waiting));
         let evaluated = tokio::task::spawn_blocking(move || blocking_keep(items, &filter, allowance, &waiting)).await;
         drop(turn);
-        let (kept, left) = evaluated.unwrap_or_else(|panic| {
-            error!(error:% = panic; "filters of a subscription were not evaluated");
-            (vec![Item::Last(Error::Launch("filters were not evaluated".to_owned()))], Err(Costly))
+        let (kept, left) = evaluated.unwrap_or_else(|source| {
+            let reason = Error::Panicked { what: "filters of a subscription", source };
+            error!(error = reason.chain(); "cannot evaluate filters");
+            (vec![Item::Last(reason)], Err(Costly))
         });
         for item in kept {
             // without its client the next turn ends it

@@ -10,7 +10,7 @@ use log::{info, warn};
 use serde::Deserialize;
 
 use super::policy::{self, Decision, Observed};
-use crate::error::{Error, Result};
+use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::name::Namespace;
@@ -114,7 +114,8 @@ impl Restarter {
             .store
             .write(move |db| {
                 let container = containers::get(db, place.as_str(), &name)?;
-                let mut container = container.ok_or_else(|| Error::NotFound(format!("container {name}")))?;
+                let mut container =
+                    container.ok_or_else(|| Error::NotFound(Object::Container { id: name.clone(), namespace: Some(place.to_string()) }))?;
                 container.labels.insert(policy::COUNT.to_owned(), count.to_string());
                 container.updated_at = Some(timestamp::now());
                 containers::put(db, place.as_str(), &name, &container)?;

@@ -26,7 +26,6 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
-use tonic::Code;
 
 pub(crate) use facts::{new_boot, restarts, uuid};
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
@@ -235,7 +234,7 @@ fn leave_mark(connection: &Connection) {
 }
 
 fn is_full<T>(result: &Result<T>) -> bool {
-    result.as_ref().is_err_and(|error| error.code() == Code::ResourceExhausted)
+    result.as_ref().is_err_and(Error::is_full)
 }
 
 /// Checkpoints the WAL. What cannot be moved now is moved later.

@@ -70,9 +70,8 @@ impl Queue {
             // the caller may have been dropped; the change stands
             let _ = answer.send(job(connection));
         });
-        let stopped = || Error::Unavailable("the metadata store has stopped".to_owned());
-        self.jobs.send(job).await.map_err(|_| stopped())?;
-        answered.await.map_err(|_| stopped())?.map_err(|error| super::named(error, &self.path))
+        self.jobs.send(job).await.map_err(|_| Error::StoreStopped)?;
+        answered.await.map_err(|_| Error::StoreStopped)?.map_err(|error| super::named(error, &self.path))
     }
 
     /// What its jobs have cost, and how many wait.

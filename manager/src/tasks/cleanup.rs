@@ -227,14 +227,7 @@ impl Left {
 
 /// Whether a shim's program failed or cannot be executed. Every other error is a lack of time or resources.
 fn is_refusal(error: &Error) -> bool {
-    use std::io::ErrorKind::{NotFound, PermissionDenied};
-    match error {
-        Error::Launch(_) => true,
-        Error::Io { source, .. } => {
-            matches!(source.kind(), NotFound | PermissionDenied) || source.raw_os_error() == Some(nix::libc::ENOEXEC)
-        }
-        _ => false,
-    }
+    matches!(error, Error::ProgramFailed { .. } | Error::ProgramAnswer { .. } | Error::ProgramUnusable { .. })
 }
 
 /// Before the next attempt to claim a bundle.

@@ -14,7 +14,7 @@ use protobuf::well_known_types::any::Any as ShimAny;
 use super::bundle::Claim;
 use super::cleanup::Left;
 use super::{Fact, Phase, Shim, Task, Tasks, Unanswered, blocking, log_fifo, program};
-use crate::error::{Error, Result};
+use crate::error::{Error, Object, Result};
 use crate::name::Namespace;
 use crate::wire;
 
@@ -55,7 +55,7 @@ impl Tasks {
 
     /// Reserves the id. A task whose shim is dead is replaced.
     async fn reserve(&self, namespace: &Namespace, id: &str) -> Result<Arc<Task>> {
-        let taken = || Error::AlreadyExists(format!("task {id}"));
+        let taken = || Error::AlreadyExists(Object::Task(id.to_owned()));
         for _attempt in 0..3 {
             let old = {
                 let mut all = self.all();
@@ -77,7 +77,7 @@ impl Tasks {
                     }
                 }
                 Err(Error::NotFound(_)) if matches!(old.phase(), Phase::Gone) => {}
-                Err(unknown @ Error::Unavailable(_)) => return Err(unknown),
+                Err(unknown @ Error::Unsettled { .. }) => return Err(unknown),
                 Ok(_) | Err(_) => return Err(taken()),
             }
         }
@@ -115,7 +115,7 @@ impl Tasks {
         let (bundle, program) = (task.bundle.clone(), program.to_owned());
         blocking(move || {
             bundle.blocking_create(&spec)?;
-            let claim = bundle.claim()?.ok_or_else(|| Error::Unavailable("a new bundle is locked by another program".to_owned()))?;
+            let claim = bundle.claim()?.ok_or_else(|| Error::Locked(bundle.path().to_owned()))?;
             bundle.write_program(&program)?;
             Ok(claim)
         })

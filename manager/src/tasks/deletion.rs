@@ -73,10 +73,10 @@ impl Tasks {
                 task.left().await;
                 Ok(None)
             }
-            Err(Unanswered::Refused(error)) if error.is_not_found() => {
+            Err(reason @ Unanswered::Refused(_)) if reason.is_not_found() => {
                 if !is_unknown(&load::state(task, shim, "").await) {
                     // clients would take NotFound for the task, not for what the shim did not find
-                    return Err(Error::Launch(format!("the shim of task {} cannot delete it: {}", task.id, error.chain())));
+                    return Err(Error::Undeletable { task: task.id.clone(), source: Box::new(reason.into()) });
                 }
                 // the store, or the shim's program, knows the exit
                 if task.observe(Fact::ShimGone) {
@@ -202,7 +202,7 @@ impl Drop for Deletion<'_> {
 
 /// Whether a shim reports that it has no such task.
 pub(super) fn is_unknown<A>(answer: &Result<A, Unanswered>) -> bool {
-    matches!(answer, Err(Unanswered::Refused(error)) if error.is_not_found())
+    answer.as_ref().is_err_and(Unanswered::is_not_found)
 }
 
 fn exit_of(answer: &DeleteResponse) -> Exit {

@@ -13,9 +13,8 @@ use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
 use super::cleanup::Left;
-use super::shim::is_crash;
 use super::{AGAIN, Fact, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, log_fifo, mounts};
-use crate::error::{IoContext as _, Result};
+use crate::error::{Error, IoContext as _, Result};
 use crate::name::{self, Namespace};
 use crate::store::{Exit, ended, execs};
 
@@ -88,7 +87,7 @@ impl Tasks {
                     return Ok(());
                 }
                 Ok(Found::Shim(shim)) => break Ok(shim),
-                Err(error) if is_crash(&error) => break Err(error),
+                Err(error @ Error::ShimDead { .. }) => break Err(error),
                 Err(error) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be running; will retry");
                     task.observe(Fact::Unreachable(error.chain().into()));
@@ -150,14 +149,14 @@ impl Tasks {
             for exec in unknown {
                 match state(task, shim, &exec).await {
                     Ok(state) => exited.extend(exit_of(&state).map(|exit| (exec, exit))),
-                    Err(Unanswered::Refused(error)) if error.is_not_found() && exec.is_empty() => {
+                    Err(reason) if reason.is_not_found() && exec.is_empty() => {
                         // otherwise a client's Delete, or the end of the shim, was faster
                         if task.observe(Fact::ShimGone) {
                             self.sweep(task, shim).await;
                         }
                         return;
                     }
-                    Err(Unanswered::Refused(error)) if error.is_not_found() => {}
+                    Err(reason) if reason.is_not_found() => {}
                     Err(Unanswered::Lost) => return,
                     Err(Unanswered::Refused(error) | Unanswered::Late(error)) => {
                         warn!(namespace:% = task.namespace, container = task.id.as_str(), exec = exec.as_str(), error = error.chain(); "a shim does not report the state of its task");

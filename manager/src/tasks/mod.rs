@@ -29,7 +29,7 @@ pub(crate) use create::NewTask;
 pub(crate) use phase::Phase;
 pub(crate) use shim::{Shim, Unanswered};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::name::Namespace;
@@ -81,7 +81,7 @@ impl Task {
 
     /// Waits until it is known whether the task has a shim.
     ///
-    /// Errors: [`Error::NotFound`] for one that does not exist yet or any more.
+    /// Errors: [`Error::NotFound`] for one that does not exist yet or any more, [`Error::Unsettled`] when that takes too long.
     pub(crate) async fn settled(&self) -> Result<Phase> {
         let mut phase = self.phase.subscribe();
         let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading(_) | Phase::Cleaning(_)));
@@ -91,13 +91,14 @@ impl Task {
                 _ => Err(self.not_found()),
             },
             Ok(Err(_)) => Err(self.not_found()),
-            Err(_elapsed) => Err(Error::Unavailable(match self.phase() {
-                Phase::Loading(Some(why)) => format!("the shim of task {} cannot be reached, will retry: {why}", self.id),
-                Phase::Cleaning(Some(why)) => {
-                    format!("the shim of task {} is dead and its cleanup failed, will retry: {why}", self.id)
-                }
-                _ => format!("the shim of task {} has not been found yet", self.id),
-            })),
+            Err(_elapsed) => {
+                let why = match self.phase() {
+                    Phase::Loading(Some(why)) => format!("cannot be reached, will retry: {why}"),
+                    Phase::Cleaning(Some(why)) => format!("is dead and its cleanup failed, will retry: {why}"),
+                    _ => "has not been found yet".to_owned(),
+                };
+                Err(Error::Unsettled { task: self.id.clone(), why })
+            }
         }
     }
 
@@ -156,8 +157,7 @@ impl Task {
 }
 
 fn not_found(id: &str) -> Error {
-    let shown: String = id.chars().take(100).collect();
-    Error::NotFound(format!("task {shown}"))
+    Error::NotFound(Object::Task(id.to_owned()))
 }
 
 impl Tasks {
@@ -212,7 +212,7 @@ impl Tasks {
 /// Runs something that waits for the disk or the mount table.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let ended = tokio::task::spawn_blocking(work).await;
-    ended.unwrap_or_else(|error| Err(Error::Launch(format!("a thread ended without a result: {error}"))))
+    ended.unwrap_or_else(|source| Err(Error::Panicked { what: "work on a bundle", source }))
 }
 
 /// Before the next attempt at what a shim, or its program, did not do; doubled each time.

@@ -112,14 +112,14 @@ impl Programs {
         }
         match start(self.parameters(namespace, id, options)).await {
             Ok(address) => Ok(address),
-            // a timeout, or a program that cannot be run, does not depend on the dialect
-            Err(newer @ (Error::Unavailable(_) | Error::Io { .. })) => Err(newer),
-            Err(newer) => {
+            Err(newer @ (Error::ProgramFailed { .. } | Error::ProgramAnswer { .. })) => {
                 // a program that does not know the dialect takes the parameters for broken options
                 let address = start(options_alone()).await.map_err(|older| if options.is_some() { older } else { newer })?;
                 self.older.lock().unwrap_or_else(PoisonError::into_inner).insert(program.to_owned(), identity);
                 Ok(address)
             }
+            // a timeout, or a program that cannot be run, does not depend on the dialect
+            Err(other) => Err(other),
         }
     }
 
@@ -155,8 +155,11 @@ impl Programs {
     pub(crate) async fn delete(&self, program: &Path, bundle: &Bundle, namespace: &Namespace, id: &str) -> Result<Ended> {
         let path = bundle.path().to_string_lossy();
         let output = self.run(program, bundle, namespace, id, &["-bundle", &path, "delete"], Vec::new(), DELETE).await?;
-        let answer = DeleteResponse::parse_from_bytes(&output.stdout)
-            .map_err(|error| Error::Launch(format!("{} delete: its answer cannot be read: {error}", program.display())))?;
+        let answer = DeleteResponse::parse_from_bytes(&output.stdout).map_err(|error| Error::ProgramAnswer {
+            program: program.to_owned(),
+            action: "delete",
+            why: error.to_string(),
+        })?;
         let at = answer.exited_at.as_ref().map(|at| at.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(at.nanos)));
         Ok(Ended { pid: answer.pid, status: answer.exit_status, at })
     }
@@ -202,7 +205,7 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     // a program that outlives this process would interfere with what the next process does for the same task
     children::die_with_us(command.as_std_mut());
     children::restores_open_files(command.as_std_mut());
-    let mut child = command.spawn().on("run", program)?;
+    let mut child = command.spawn().map_err(|source| not_run(program, source))?;
     // dropped before the child is
     let group = child.id().map(Group::of);
     let stdin = child.stdin.take();
@@ -218,9 +221,7 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
         let ((), stdout, stderr) = tokio::join!(fed, beginning(stdout), beginning(stderr));
         io::Result::Ok(Output { status: child.wait().await?, stdout: stdout?, stderr: stderr? })
     };
-    let output = tokio::time::timeout(limit, ended)
-        .await
-        .map_err(|_| Error::Unavailable(format!("{} did not end within {limit:?}", program.display())))?;
+    let output = tokio::time::timeout(limit, ended).await.map_err(|_elapsed| Error::ProgramLate { program: program.to_owned(), limit })?;
     // a program that has exited by itself meant its descendants to stay, like a shim
     if let Some(group) = group {
         group.release();
@@ -231,7 +232,17 @@ async fn finish(program: &Path, mut command: Command, input: Vec<u8>, limit: Dur
     }
     let message: String =
         String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr }).chars().take(2000).collect();
-    Err(Error::Launch(format!("{}: {}: {}", program.display(), output.status, message.trim())))
+    Err(Error::ProgramFailed { program: program.to_owned(), status: output.status, output: message.trim().to_owned() })
+}
+
+fn not_run(program: &Path, source: io::Error) -> Error {
+    use io::ErrorKind::{NotFound, PermissionDenied};
+    let program = program.to_owned();
+    if matches!(source.kind(), NotFound | PermissionDenied) || source.raw_os_error() == Some(nix::libc::ENOEXEC) {
+        Error::ProgramUnusable { program, source }
+    } else {
+        Error::Io { op: "run", path: program, source }
+    }
 }
 
 async fn beginning(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
@@ -247,7 +258,7 @@ fn answer(program: &Path, output: &Output) -> Result<Address> {
     let bytes = output.stdout.trim_ascii();
     let unreadable = || {
         let shown: String = String::from_utf8_lossy(bytes).chars().take(200).collect();
-        Error::Launch(format!("{} start: its answer cannot be read: {shown:?}", program.display()))
+        Error::ProgramAnswer { program: program.to_owned(), action: "start", why: format!("{shown:?}") }
     };
     if bytes.first() == Some(&b'{') {
         return serde_json::from_slice(bytes).map_err(|_| unreadable());

@@ -56,11 +56,23 @@ pub(crate) enum Unanswered {
     Lost,
 }
 
+impl Unanswered {
+    /// Whether the shim does not know what was asked for.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused(Error::Remote { code: tonic::Code::NotFound, .. }))
+    }
+
+    /// Whether it has what was to be made.
+    pub(crate) fn is_already_exists(&self) -> bool {
+        matches!(self, Self::Refused(Error::Remote { code: tonic::Code::AlreadyExists, .. }))
+    }
+}
+
 impl From<Unanswered> for Error {
     fn from(reason: Unanswered) -> Self {
         match reason {
             Unanswered::Refused(error) | Unanswered::Late(error) => error,
-            Unanswered::Lost => Self::Unavailable("the shim has ended".to_owned()),
+            Unanswered::Lost => Self::ShimEnded,
         }
     }
 }
@@ -68,7 +80,8 @@ impl From<Unanswered> for Error {
 impl Shim {
     /// Connects.
     ///
-    /// Errors: [`Error::Unimplemented`] or [`Error::Launch`] for an address that cannot be used, [`Error::Io`] when the socket refuses or is gone.
+    /// Errors: [`Error::Unimplemented`] or [`Error::ShimAddress`] for an address that cannot be used, [`Error::ShimDead`] when the socket refuses or is
+    /// gone, [`Error::ShimUnreachable`] when that cannot be said.
     pub(crate) async fn connect(address: &Address, namespace: &Namespace) -> Result<Self> {
         let service = match (address.version, address.protocol.as_str()) {
             (2, "ttrpc") => "containerd.task.v2.Task",
@@ -114,7 +127,7 @@ impl Shim {
         request: &impl Message,
         limit: Option<Duration>,
     ) -> Result<A, Unanswered> {
-        let invalid = |error: protobuf::Error| Unanswered::Refused(Error::Launch(format!("{method} of the shim: {error}")));
+        let invalid = |error: protobuf::Error| Unanswered::Refused(Error::ShimAnswer { method, source: error.into() });
         let request = Request {
             service: self.service.to_owned(),
             method: method.to_owned(),
@@ -131,15 +144,15 @@ impl Shim {
         let answer = self.answer(method, request.write_to_bytes().map_err(invalid)?);
         let answer = match limit {
             // the shim's own clock starts when it has read the request
-            Some(limit) => tokio::time::timeout(limit + GRACE, answer).await.unwrap_or_else(|_elapsed| {
-                Err(Unanswered::Late(Error::Unavailable(format!("the shim did not answer {method} within {limit:?}"))))
-            }),
+            Some(limit) => tokio::time::timeout(limit + GRACE, answer)
+                .await
+                .unwrap_or_else(|_elapsed| Err(Unanswered::Late(Error::ShimLate { method, limit }))),
             None => answer.await,
         };
         let response = Response::parse_from_bytes(&answer?).map_err(invalid)?;
         match response.status.into_option() {
             Some(status) if status.code.enum_value() != Ok(Code::OK) => {
-                Err(Unanswered::Refused(Error::Shim { code: status.code.value(), message: status.message }))
+                Err(Unanswered::Refused(Error::Remote { code: status.code.value().into(), message: status.message }))
             }
             _ => A::parse_from_bytes(&response.payload).map_err(invalid),
         }
@@ -153,7 +166,7 @@ impl Shim {
                 match calls.call(request.clone()).await {
                     Ok(answer) => return Ok(answer),
                     Err(NoAnswer::Unusable(error)) => {
-                        return Err(Unanswered::Refused(Error::Launch(format!("{method} of the shim: {error}"))));
+                        return Err(Unanswered::Refused(Error::ShimAnswer { method, source: error.into() }));
                     }
                     Err(NoAnswer::Unsent) => {}
                     Err(NoAnswer::Interrupted) if CHANGES_NOTHING.contains(&method) => {}
@@ -167,7 +180,7 @@ impl Shim {
     }
 
     /// What became of a call whose connection ended, once it is known whether the shim did.
-    async fn interrupted(&self, method: &str) -> Unanswered {
+    async fn interrupted(&self, method: &'static str) -> Unanswered {
         let mut link = self.link.clone();
         let known = link.wait_for(|link| match link {
             Link::Open(calls) => !calls.is_closed(),
@@ -175,10 +188,7 @@ impl Shim {
             Link::Dead => true,
         });
         match known.await {
-            Ok(link) if matches!(*link, Link::Open(_)) => {
-                let sentence = format!("the connection to the shim ended during {method}, which it may have carried out");
-                Unanswered::Late(Error::Unavailable(sentence))
-            }
+            Ok(link) if matches!(*link, Link::Open(_)) => Unanswered::Late(Error::ShimInterrupted { method }),
             _ => Unanswered::Lost,
         }
     }
@@ -205,7 +215,7 @@ async fn keep_connected(path: PathBuf, mut socket: UnixStream, mut calls: Calls,
             pause = (pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
             match open(&path).await {
                 Ok(socket) => break socket,
-                Err(error) if is_crash(&error) => {
+                Err(Error::ShimDead { .. }) => {
                     link.send_replace(Link::Dead);
                     return;
                 }
@@ -221,14 +231,11 @@ async fn keep_connected(path: PathBuf, mut socket: UnixStream, mut calls: Calls,
 async fn open(path: &Path) -> Result<UnixStream> {
     let connecting = tokio::time::timeout(CONNECT, UnixStream::connect(path)).await;
     let socket = connecting.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-    socket.map_err(|source| Error::Io { op: CONNECTING, path: path.to_owned(), source })
-}
-
-/// Whether a failed connect shows that the shim is dead. Every other error is a lack of resources, or a shim that this program does not
-/// support, and no reason to end a container.
-pub(super) fn is_crash(error: &Error) -> bool {
-    use io::ErrorKind::{ConnectionRefused, NotFound};
-    matches!(error, Error::Io { op, source, .. } if *op == CONNECTING && matches!(source.kind(), ConnectionRefused | NotFound))
+    // any other error is a lack of resources, and no reason to end a container
+    socket.map_err(|source| match source.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => Error::ShimDead { path: path.to_owned(), source },
+        _ => Error::ShimUnreachable { path: path.to_owned(), source },
+    })
 }
 
 fn socket_path(address: &str) -> Result<PathBuf> {
@@ -237,15 +244,13 @@ fn socket_path(address: &str) -> Result<PathBuf> {
         return Ok(path.to_owned());
     }
     let shown: String = address.chars().take(200).collect();
-    Err(Error::Launch(format!("the shim reports the address {shown:?}, which is not the path of a socket")))
+    Err(Error::ShimAddress(shown))
 }
 
 /// Methods that can be called twice.
 const CHANGES_NOTHING: [&str; 5] = ["Connect", "Pids", "State", "Stats", "Wait"];
 /// Between attempts to connect again; doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
-/// The operation in the error of a failed connect.
-const CONNECTING: &str = "connect to shim at";
 /// The longest message of ttrpc.
 const MESSAGE_BYTES: u64 = 4 << 20;
 /// For a connect: a shim that is running but does not accept has a backlog.

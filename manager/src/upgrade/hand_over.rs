@@ -59,7 +59,7 @@ pub(crate) async fn hand_over(handed_over: HandedOver<'_>, path: &Path, stop: im
         () = stop.as_mut() => return Err(stopped()),
     };
     let closed = closed
-        .ok_or_else(|| Error::Unavailable(format!("cancelled, because writes to the disk did not finish within {DRAIN:?}; try again")))?;
+        .ok_or_else(|| Error::Upgrade(format!("cancelled, because writes to the disk did not finish within {DRAIN:?}; try again")))?;
     let copy = if migrates { Some(handed_over.store.set_aside().await?) } else { None };
     match successor.let_take_over(closed, handed_over, stop).await {
         Ok(pid) => {
@@ -83,7 +83,7 @@ pub(crate) async fn hand_over(handed_over: HandedOver<'_>, path: &Path, stop: im
 }
 
 fn stopped() -> Error {
-    Error::Unavailable("cancelled, because this process was asked to stop".to_owned())
+    Error::Upgrade("cancelled, because this process was asked to stop".to_owned())
 }
 
 /// The process that is to take over. It is killed unless it has.
@@ -115,7 +115,7 @@ impl Successor {
     async fn receive(&mut self, limit: Duration) -> Result<String> {
         match self.channel.receive(limit).await {
             Ok(message) => match message.strip_prefix(FAILED) {
-                Some(sentence) => Err(Error::Launch(format!("{} did not take over: {sentence}", self.path.display()))),
+                Some(sentence) => Err(Error::Upgrade(format!("{} did not take over: {sentence}", self.path.display()))),
                 None => Ok(message),
             },
             Err(error) => Err(self.failure(error).await),
@@ -134,7 +134,7 @@ impl Successor {
                 }
             }
         }
-        Error::Launch(format!("{} did not take over: {error}{how}", self.path.display()))
+        Error::Upgrade(format!("{} did not take over: {error}{how}", self.path.display()))
     }
 
     async fn expect(&mut self, expected: &str, limit: Duration) -> Result<()> {

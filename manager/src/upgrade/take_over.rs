@@ -67,7 +67,7 @@ impl Predecessor {
 }
 
 fn gone(reason: ProtocolError) -> Error {
-    Error::Unavailable(format!("the running x-manager did not hand over: {reason}"))
+    Error::Upgrade(format!("the running x-manager did not hand over: {reason}"))
 }
 
 /// Reports to the running process why this one gives up.
