@@ -24,6 +24,7 @@ use nix::time::{ClockId, clock_gettime};
 use regex_lite::{Regex, RegexBuilder};
 
 use crate::error::{Error, Result};
+use crate::store::Wanted;
 
 /// An object that filters are evaluated on.
 pub(crate) trait Fields {
@@ -80,6 +81,14 @@ impl Filter {
     /// Whether it matches every object.
     pub(crate) fn is_for_everything(&self) -> bool {
         self.0.is_empty() || self.0.iter().any(Vec::is_empty)
+    }
+
+    /// Labels of which every object that matches has one; none when there are no such labels.
+    pub(crate) fn wanted_labels(&self) -> Option<Vec<Wanted>> {
+        if self.is_for_everything() {
+            return None;
+        }
+        self.0.iter().map(|selectors| selectors.iter().find_map(Selector::wanted_label)).collect()
     }
 
     /// Whether it matches an object.
@@ -153,6 +162,16 @@ fn processor_time() -> Duration {
 }
 
 impl Selector {
+    fn wanted_label(&self) -> Option<Wanted> {
+        let [field, key @ ..] = &*self.path else { return None };
+        let value = match &self.test {
+            Test::Present => None,
+            Test::Equal(value) => Some(value.clone()),
+            Test::NotEqual(_) | Test::Matches(_) => return None,
+        };
+        (field == "labels").then(|| Wanted { key: key.join("."), value })
+    }
+
     fn accepts(&self, object: &impl Fields) -> bool {
         let path: Vec<_> = self.path.iter().map(String::as_str).collect();
         let value = object.field(&path);

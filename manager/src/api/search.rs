@@ -20,10 +20,10 @@ use super::body::MESSAGE_BYTES;
 use crate::error::{Error, Result};
 use crate::filter::{Fields, Filter};
 use crate::name::Namespace;
-use crate::store::{Meta, Store};
+use crate::store::{Meta, Store, Wanted};
 
-/// Reads objects of a namespace that follow an id, up to about this many bytes.
-type Page<M> = fn(&Meta<'_>, &str, &str, usize) -> Result<Vec<M>>;
+/// Reads objects of a namespace that follow an id and have one of the labels, up to about this many bytes.
+type Page<M> = fn(&Meta<'_>, &str, &str, Option<&[Wanted]>, usize) -> Result<Vec<M>>;
 
 /// A list in progress.
 pub(super) struct Search<M> {
@@ -31,6 +31,8 @@ pub(super) struct Search<M> {
     filters: Filters,
     namespace: Namespace,
     filter: Filter,
+    /// Those that can match have one of these labels.
+    wanted: Option<Arc<[Wanted]>>,
     page: Page<M>,
     id: fn(&M) -> &String,
     /// The last one that was looked at.
@@ -52,7 +54,18 @@ impl<M: Message + Fields + 'static> Search<M> {
         id: fn(&M) -> &String,
     ) -> Result<Self> {
         let filter = Filter::parse(conditions)?;
-        Ok(Self { store: store.clone(), filters: filters.clone(), namespace, filter, page, id, after: String::new(), left: FILTERING })
+        let wanted = filter.wanted_labels().map(Into::into);
+        Ok(Self {
+            store: store.clone(),
+            filters: filters.clone(),
+            namespace,
+            filter,
+            wanted,
+            page,
+            id,
+            after: String::new(),
+            left: FILTERING,
+        })
     }
 
     /// Everything in one answer.
@@ -98,8 +111,8 @@ impl<M: Message + Fields + 'static> Search<M> {
 
     /// The matching objects of the next page; none after the last page.
     async fn next(&mut self) -> Result<Option<Vec<M>>> {
-        let (page, namespace, after) = (self.page, self.namespace.clone(), self.after.clone());
-        let found = self.store.read(move |db| page(db, namespace.as_str(), &after, PAGE_BYTES)).await?;
+        let (page, namespace, after, wanted) = (self.page, self.namespace.clone(), self.after.clone(), self.wanted.clone());
+        let found = self.store.read(move |db| page(db, namespace.as_str(), &after, wanted.as_deref(), PAGE_BYTES)).await?;
         let Some(last) = found.last() else { return Ok(None) };
         self.after = (self.id)(last).clone();
         let (kept, left) = self.filters.within(&self.filter, found, self.left).await?;
@@ -211,6 +224,48 @@ mod tests {
         }
         assert_eq!(count, 5000);
         std::fs::remove_dir_all(folder("pages")).expect("removal");
+    }
+
+    #[tokio::test]
+    async fn labels_that_a_filter_wants_narrow_what_is_read_and_change_nothing_else() {
+        let store = filled("labels", 0, "").await;
+        let labels = |number: usize| {
+            let mut labels = HashMap::new();
+            labels.extend((number % 2 == 0).then(|| ("env".to_owned(), "prod".to_owned())));
+            labels.extend((number % 3 == 0).then(|| ("a.b/c".to_owned(), number.to_string())));
+            labels
+        };
+        let all: Vec<_> =
+            (0..60).map(|number| Container { id: format!("c{number:02}"), labels: labels(number), ..Container::default() }).collect();
+        let put = all.clone();
+        let written = store.write(move |db| put.iter().try_for_each(|container| containers::put(db, "n", &container.id, container)));
+        written.await.expect("room");
+        // each with how many are read
+        for (filters, read) in [
+            (&["labels.env==prod"][..], 30),
+            (&["labels.env==dev"], 0),
+            (&["labels.\"a.b/c\""], 20),
+            (&["labels.\"a.b/c\"==6,id~=^c"], 1),
+            (&["id~=5$,labels.env", "labels.\"a.b/c\"==9"], 31),
+            (&["labels.env!=prod"], 60),
+            (&["labels.env==prod", "id==c01"], 60),
+            (&[], 60),
+        ] {
+            let filter = Filter::parse(filters).expect("filters");
+            let expected: Vec<_> = all.iter().filter(|container| filter.accepts(*container)).cloned().collect();
+            let filters: Vec<_> = filters.iter().map(|filter| (*filter).to_owned()).collect();
+            assert_eq!(search(&store, &filters).all().await.expect("a list"), expected, "{filters:?}");
+            let wanted = filter.wanted_labels();
+            let page = store.read(move |db| containers::page(db, "n", "", wanted.as_deref(), usize::MAX)).await.expect("a page");
+            assert_eq!(page.len(), read, "{filters:?}");
+        }
+        let gone = store.remove(|db| Ok(containers::remove(db, "n", "c06")? && containers::get(db, "n", "c06")?.is_none()));
+        assert!(gone.await.expect("removed"));
+        let again = Container { id: "c06".to_owned(), ..Container::default() };
+        store.write(move |db| containers::put(db, "n", "c06", &again)).await.expect("room");
+        let found = store.read(|db| containers::get(db, "n", "c06")).await.expect("read").expect("it is there");
+        assert!(found.labels.is_empty(), "labels go with their object: {:?}", found.labels);
+        std::fs::remove_dir_all(folder("labels")).expect("removal");
     }
 
     #[tokio::test]

@@ -124,7 +124,8 @@ impl Monitor {
             let mut all = Vec::new();
             for namespace in namespaces::list(db)? {
                 let name = Namespace::parse(&namespace.name)?;
-                all.extend(containers::list(db, name.as_str(), has_wish)?.into_iter().map(|container| (name.clone(), container)));
+                let labelled = containers::labelled(db, name.as_str(), policy::STATUS)?;
+                all.extend(labelled.into_iter().filter(has_wish).map(|container| (name.clone(), container)));
             }
             Ok(all)
         });

@@ -132,7 +132,7 @@ pub(super) fn pause(short_runs: u32) -> Duration {
     SHORTEST.saturating_mul(1 << short_runs.min(10)).min(LONGEST)
 }
 
-const STATUS: &str = "containerd.io/restart.status";
+pub(super) const STATUS: &str = "containerd.io/restart.status";
 const POLICY: &str = "containerd.io/restart.policy";
 pub(super) const COUNT: &str = "containerd.io/restart.count";
 const EXPLICITLY_STOPPED: &str = "containerd.io/restart.explicitly-stopped";

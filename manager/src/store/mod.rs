@@ -14,6 +14,7 @@
 //! its own, [`Meta`] or [`Notes`], and exclusively only if it may change it.
 
 mod facts;
+mod labels;
 mod objects;
 mod processes;
 mod queue;
@@ -28,6 +29,7 @@ use std::{fs, io};
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
 pub(crate) use facts::{new_boot, restarts, uuid};
+pub(crate) use labels::Wanted;
 pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
 pub(crate) use processes::{Exit, ended, execs, exits};
 pub(crate) use queue::Load;

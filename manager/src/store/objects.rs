@@ -1,64 +1,102 @@
 //! The objects of the API: namespaces, containers, leases and their resources.
 //!
-//! Each object is stored as its protobuf message. These functions enforce no rules; the services do.
+//! Each object is stored as its protobuf message, without its labels, which have a table of their own. These functions enforce no rules; the
+//! services do.
 
 use containerd_client::services::v1::{Container, Lease};
-use prost::Message;
-use rusqlite::{OptionalExtension as _, params};
+use rusqlite::{OptionalExtension as _, params, params_from_iter};
 
+use super::labels::{self, Labelled, Wanted};
 use super::{Doing as _, Meta};
 use crate::error::{Error, Result};
 use crate::timestamp;
 
-fn decode<M: Message + Default>(what: &str, bytes: &[u8]) -> Result<M> {
-    M::decode(bytes).map_err(|error| Error::Record(format!("{what} ({error})")))
+pub(super) fn decode<M: Labelled>(id: &str, bytes: &[u8]) -> Result<M> {
+    M::decode(bytes).map_err(|error| Error::Record(format!("{} {id} ({error})", M::KIND)))
 }
 
-/// Functions on one table of objects in namespaces.
-macro_rules! table {
-    ($module:ident, $message:ty, $table:literal, { $($more:item)* }) => {
+/// The object of that id, from the table of its kind.
+fn get<M: Labelled>(db: &Meta<'_>, namespace: &str, id: &str) -> Result<Option<M>> {
+    let sql = format!("SELECT record FROM {} WHERE namespace = ? AND id = ?", M::KIND);
+    let mut select = db.0.prepare_cached(&sql).doing("prepare")?;
+    let record: Option<Vec<u8>> = select.query_row([namespace, id], |row| row.get(0)).optional().doing("read")?;
+    let Some(record) = record else { return Ok(None) };
+    let mut object: M = decode(id, &record)?;
+    *object.labels() = labels::get(db.0, M::KIND, namespace, id)?;
+    Ok(Some(object))
+}
+
+/// Objects of the namespace that follow `after`, by id, up to about this many bytes: those that have one of the labels, where some are wanted.
+fn page<M: Labelled>(db: &Meta<'_>, namespace: &str, after: &str, wanted: Option<&[Wanted]>, bytes: usize) -> Result<Vec<M>> {
+    let (condition, mut parameters) =
+        wanted.map_or(("true".to_owned(), Vec::new()), |wanted| labels::condition(M::KIND, namespace, wanted));
+    parameters.splice(..0, [namespace, after].map(ToOwned::to_owned));
+    let sql = format!("SELECT id, record FROM {} WHERE namespace = ? AND id > ? AND {condition} ORDER BY id", M::KIND);
+    let mut select = db.0.prepare_cached(&sql).doing("prepare")?;
+    let mut rows = select.query(params_from_iter(parameters)).doing("read")?;
+    let (mut found, mut read) = (Vec::new(), 0);
+    while read < bytes
+        && let Some(row) = rows.next().doing("read")?
+    {
+        let id: String = row.get(0).doing("read")?;
+        let record = row.get_ref(1).and_then(|value| Ok(value.as_blob()?)).doing("read")?;
+        let mut object: M = decode(&id, record)?;
+        *object.labels() = labels::get(db.0, M::KIND, namespace, &id)?;
+        read += object.encoded_len();
+        found.push(object);
+    }
+    Ok(found)
+}
+
+/// Inserts, or replaces what has that id.
+fn put<M: Labelled>(db: &mut Meta<'_>, namespace: &str, id: &str, object: &M) -> Result<()> {
+    let mut object = object.clone();
+    labels::set(db.0, M::KIND, namespace, id, &std::mem::take(object.labels()))?;
+    let sql = format!(
+        "INSERT INTO {} (namespace, id, record) VALUES (?, ?, ?) ON CONFLICT (namespace, id) DO UPDATE SET record = excluded.record",
+        M::KIND
+    );
+    let mut insert = db.0.prepare_cached(&sql).doing("prepare")?;
+    insert.execute(params![namespace, id, object.encode_to_vec()]).doing("write").map(drop)
+}
+
+/// Whether there was one to remove.
+fn remove<M: Labelled>(db: &mut Meta<'_>, namespace: &str, id: &str) -> Result<bool> {
+    let mut delete = db.0.prepare_cached(&format!("DELETE FROM {} WHERE namespace = ? AND id = ?", M::KIND)).doing("prepare")?;
+    Ok(delete.execute([namespace, id]).doing("remove")? > 0)
+}
+
+/// The functions on one kind of object.
+macro_rules! kind {
+    ($module:ident, $object:ty, { $($more:item)* }) => {
         pub(crate) mod $module {
             use super::*;
 
             /// The object of that id.
-            pub(crate) fn get(db: &Meta<'_>, namespace: &str, id: &str) -> Result<Option<$message>> {
-                let sql = concat!("SELECT record FROM ", $table, " WHERE namespace = ? AND id = ?");
-                let mut select = db.0.prepare_cached(sql).doing("prepare")?;
-                let record: Option<Vec<u8>> = select.query_row([namespace, id], |row| row.get(0)).optional().doing("read")?;
-                record.map(|bytes| decode(&format!("{} {id}", $table), &bytes)).transpose()
+            pub(crate) fn get(db: &Meta<'_>, namespace: &str, id: &str) -> Result<Option<$object>> {
+                super::get(db, namespace, id)
             }
 
-            /// Objects of the namespace that follow `after`, by id, up to about this many bytes. None when there are no more.
-            pub(crate) fn page(db: &Meta<'_>, namespace: &str, after: &str, bytes: usize) -> Result<Vec<$message>> {
-                let sql = concat!("SELECT record FROM ", $table, " WHERE namespace = ? AND id > ? ORDER BY id");
-                let mut select = db.0.prepare_cached(sql).doing("prepare")?;
-                let mut rows = select.query([namespace, after]).doing("read")?;
-                let (mut found, mut read) = (Vec::new(), 0);
-                while read < bytes && let Some(row) = rows.next().doing("read")? {
-                    let record = row.get_ref(0).and_then(|value| Ok(value.as_blob()?)).doing("read")?;
-                    read += record.len();
-                    found.push(decode($table, record)?);
-                }
-                Ok(found)
+            /// Objects of the namespace that follow `after`, by id, up to about this many bytes: those that have one of the labels, where some are
+            /// wanted. None when there are no more.
+            pub(crate) fn page(
+                db: &Meta<'_>,
+                namespace: &str,
+                after: &str,
+                wanted: Option<&[Wanted]>,
+                bytes: usize,
+            ) -> Result<Vec<$object>> {
+                super::page(db, namespace, after, wanted, bytes)
             }
 
             /// Inserts, or replaces what has that id.
-            pub(crate) fn put(db: &mut Meta<'_>, namespace: &str, id: &str, object: &$message) -> Result<()> {
-                let sql = concat!(
-                    "INSERT INTO ",
-                    $table,
-                    " (namespace, id, record) VALUES (?, ?, ?) ON CONFLICT (namespace, id) DO UPDATE SET record = excluded.record"
-                );
-                let mut insert = db.0.prepare_cached(sql).doing("prepare")?;
-                insert.execute(params![namespace, id, object.encode_to_vec()]).doing("write")?;
-                Ok(())
+            pub(crate) fn put(db: &mut Meta<'_>, namespace: &str, id: &str, object: &$object) -> Result<()> {
+                super::put(db, namespace, id, object)
             }
 
             /// Whether there was one to remove.
             pub(crate) fn remove(db: &mut Meta<'_>, namespace: &str, id: &str) -> Result<bool> {
-                let sql = concat!("DELETE FROM ", $table, " WHERE namespace = ? AND id = ?");
-                let mut delete = db.0.prepare_cached(sql).doing("prepare")?;
-                Ok(delete.execute([namespace, id]).doing("remove")? > 0)
+                super::remove::<$object>(db, namespace, id)
             }
 
             $($more)*
@@ -66,40 +104,28 @@ macro_rules! table {
     };
 }
 
-table!(containers, Container, "containers", {
+kind!(containers, Container, {
     /// Whether the namespace has none.
     pub(crate) fn is_empty(db: &Meta<'_>, namespace: &str) -> Result<bool> {
         let sql = "SELECT NOT EXISTS (SELECT 1 FROM containers WHERE namespace = ?)";
         db.0.prepare_cached(sql).and_then(|mut select| select.query_row([namespace], |row| row.get(0))).doing("read")
     }
 
-    /// Every object of the namespace that `keep` keeps, by id.
-    pub(crate) fn list(db: &Meta<'_>, namespace: &str, keep: impl Fn(&Container) -> bool) -> Result<Vec<Container>> {
-        let mut select = db.0.prepare_cached("SELECT record FROM containers WHERE namespace = ? ORDER BY id").doing("prepare")?;
-        let mut rows = select.query([namespace]).doing("read")?;
-        let mut found = Vec::new();
-        while let Some(row) = rows.next().doing("read")? {
-            let container = decode("containers", row.get_ref(0).and_then(|value| Ok(value.as_blob()?)).doing("read")?)?;
-            if keep(&container) {
-                found.push(container);
-            }
-        }
-        Ok(found)
+    /// Every object of the namespace that has a label, by id.
+    pub(crate) fn labelled(db: &Meta<'_>, namespace: &str, key: &str) -> Result<Vec<Container>> {
+        super::page(db, namespace, "", Some(&[Wanted { key: key.to_owned(), value: None }]), usize::MAX)
     }
 });
-table!(leases, Lease, "leases", {
-    /// All of them, with their namespaces.
-    pub(crate) fn all(db: &Meta<'_>) -> Result<Vec<(String, Lease)>> {
-        let mut select = db.0.prepare("SELECT namespace, record FROM leases").doing("prepare")?;
-        let rows = select.query_map([], |row| Ok((row.get(0)?, row.get::<_, Vec<u8>>(1)?))).doing("read")?;
-        rows.map(|row| row.doing("read").and_then(|(namespace, record)| Ok((namespace, decode("leases", &record)?)))).collect()
+kind!(leases, Lease, {
+    /// When a lease expires, from its label; without a valid label it never does.
+    pub(in crate::store) fn expiry(lease: &Lease) -> Option<i64> {
+        lease.labels.get(EXPIRE).and_then(|text| text.parse().ok()).map(|at| timestamp::to_nanos(&at))
     }
 
-    /// Records when a lease expires, from its label; without a valid label it never does.
+    /// Records when a lease expires.
     pub(crate) fn note_expiry(db: &mut Meta<'_>, namespace: &str, lease: &Lease) -> Result<()> {
-        let expires = lease.labels.get(EXPIRE).and_then(|text| text.parse().ok()).map(|at| timestamp::to_nanos(&at));
         let mut update = db.0.prepare_cached("UPDATE leases SET expires = ? WHERE namespace = ? AND id = ?").doing("prepare")?;
-        update.execute(params![expires, namespace, lease.id]).doing("write").map(drop)
+        update.execute(params![expiry(lease), namespace, lease.id]).doing("write").map(drop)
     }
 
     /// Whether any has expired.
@@ -124,6 +150,7 @@ const EXPIRE: &str = "containerd.io/gc.expire";
 
 pub(crate) mod namespaces {
     use containerd_client::services::v1::Namespace;
+    use prost::Message as _;
 
     use super::*;
 
@@ -131,30 +158,36 @@ pub(crate) mod namespaces {
     pub(crate) fn get(db: &Meta<'_>, name: &str) -> Result<Option<Namespace>> {
         let mut select = db.0.prepare_cached("SELECT record FROM namespaces WHERE name = ?").doing("prepare")?;
         let record: Option<Vec<u8>> = select.query_row([name], |row| row.get(0)).optional().doing("read")?;
-        record.map(|bytes| decode(&format!("namespace {name}"), &bytes)).transpose()
+        record.map(|record| with_labels(db, name, &record)).transpose()
     }
 
     /// All of them, by name.
     pub(crate) fn list(db: &Meta<'_>) -> Result<Vec<Namespace>> {
-        let mut select = db.0.prepare_cached("SELECT record FROM namespaces ORDER BY name").doing("prepare")?;
-        let rows = select.query_map([], |row| row.get::<_, Vec<u8>>(0)).doing("read")?;
-        rows.map(|record| decode("namespaces", &record.doing("read")?)).collect()
+        let mut select = db.0.prepare_cached("SELECT name, record FROM namespaces ORDER BY name").doing("prepare")?;
+        let rows = select.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, Vec<u8>>(1)?))).doing("read")?;
+        rows.map(|row| row.doing("read").and_then(|(name, record)| with_labels(db, &name, &record))).collect()
+    }
+
+    fn with_labels(db: &Meta<'_>, name: &str, record: &[u8]) -> Result<Namespace> {
+        let mut namespace: Namespace = decode(name, record)?;
+        namespace.labels = labels::get(db.0, Namespace::KIND, "", name)?;
+        Ok(namespace)
     }
 
     /// Inserts, or replaces the one of that name.
     pub(crate) fn put(db: &mut Meta<'_>, namespace: &Namespace) -> Result<()> {
+        labels::set(db.0, Namespace::KIND, "", &namespace.name, &namespace.labels)?;
         let sql = "INSERT INTO namespaces (name, record) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET record = excluded.record";
         let mut insert = db.0.prepare_cached(sql).doing("prepare")?;
-        insert.execute(params![namespace.name, namespace.encode_to_vec()]).doing("write")?;
-        Ok(())
+        let record = Namespace { name: namespace.name.clone(), ..Namespace::default() };
+        insert.execute(params![namespace.name, record.encode_to_vec()]).doing("write").map(drop)
     }
 
     /// Creates one without labels, unless it exists.
     pub(crate) fn ensure(db: &mut Meta<'_>, name: &str) -> Result<()> {
         let namespace = Namespace { name: name.to_owned(), ..Namespace::default() };
         let mut insert = db.0.prepare_cached("INSERT OR IGNORE INTO namespaces (name, record) VALUES (?, ?)").doing("prepare")?;
-        insert.execute(params![name, namespace.encode_to_vec()]).doing("write")?;
-        Ok(())
+        insert.execute(params![name, namespace.encode_to_vec()]).doing("write").map(drop)
     }
 
     /// Whether there was one to remove.

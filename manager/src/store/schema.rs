@@ -3,9 +3,12 @@
 use std::path::Path;
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode};
+use containerd_client::services::v1::{Container, Lease, Namespace};
+use rusqlite::{Connection, ErrorCode, params};
 
-use super::{Doing as _, Meta, leases};
+use super::labels::{self, Labelled};
+use super::objects::decode;
+use super::{Doing as _, leases};
 use crate::error::{Error, Result};
 
 /// One kind of file: its identity, and the way to its newest version.
@@ -93,9 +96,9 @@ fn run(db: &Connection, sql: &str) -> Result<()> {
 
 /// Data that survives a reboot.
 ///
-/// `record` holds the object as the API has it, in protobuf; what is looked up by has a column of its own.
+/// `record` holds the object as the API has it, in protobuf, without its labels; what is looked up by has a column of its own.
 /// `facts` are about the store itself: whose it is (`uuid`).
-pub(super) const META: Schema = Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry] }; // xmgr
+pub(super) const META: Schema = Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry, labels_apart] }; // xmgr
 
 /// Data that does not: see `processes.rs`.
 ///
@@ -159,11 +162,58 @@ fn edges_and_expiry(db: &Connection) -> Result<()> {
     END;
 ",
     )?;
-    let mut db = Meta(db);
-    for (namespace, lease) in leases::all(&db)? {
-        leases::note_expiry(&mut db, &namespace, &lease)?;
+    for (rowid, _namespace, lease) in records::<Lease>(db, "namespace")? {
+        db.execute("UPDATE leases SET expires = ? WHERE rowid = ?", params![leases::expiry(&lease), rowid]).doing("migrate")?;
     }
     Ok(())
+}
+
+/// Labels move from the records to a table, from which they go with their object.
+fn labels_apart(db: &Connection) -> Result<()> {
+    run(
+        db,
+        "
+    CREATE TABLE labels (
+        namespace TEXT NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
+        PRIMARY KEY (namespace, kind, id, key)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX labels_by_value ON labels (namespace, kind, key, value, id);
+    CREATE TRIGGER labels_of_container AFTER DELETE ON containers BEGIN
+        DELETE FROM labels WHERE namespace = old.namespace AND kind = 'containers' AND id = old.id;
+    END;
+    CREATE TRIGGER labels_of_lease AFTER DELETE ON leases BEGIN
+        DELETE FROM labels WHERE namespace = old.namespace AND kind = 'leases' AND id = old.id;
+    END;
+    CREATE TRIGGER labels_of_namespace AFTER DELETE ON namespaces BEGIN
+        DELETE FROM labels WHERE namespace = '' AND kind = 'namespaces' AND id = old.name;
+    END;
+",
+    )?;
+    move_labels::<Container>(db, "namespace", |container| &container.id)?;
+    move_labels::<Lease>(db, "namespace", |lease| &lease.id)?;
+    move_labels::<Namespace>(db, "''", |namespace| &namespace.name)
+}
+
+fn move_labels<M: Labelled>(db: &Connection, namespace: &str, id: fn(&M) -> &String) -> Result<()> {
+    for (rowid, namespace, mut object) in records::<M>(db, namespace)? {
+        let moved = std::mem::take(object.labels());
+        labels::set(db, M::KIND, &namespace, id(&object), &moved)?;
+        let sql = format!("UPDATE {} SET record = ? WHERE rowid = ?", M::KIND);
+        db.execute(&sql, params![object.encode_to_vec(), rowid]).doing("migrate")?;
+    }
+    Ok(())
+}
+
+/// All records of a kind: row, namespace, object.
+fn records<M: Labelled>(db: &Connection, namespace: &str) -> Result<Vec<(i64, String, M)>> {
+    let mut select = db.prepare(&format!("SELECT rowid, {namespace}, record FROM {}", M::KIND)).doing("migrate")?;
+    let rows = select.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get::<_, Vec<u8>>(2)?))).doing("migrate")?;
+    rows.map(|row| {
+        let (rowid, namespace, record): (i64, String, _) = row.doing("migrate")?;
+        let object = decode(&format!("row {rowid}"), &record)?;
+        Ok((rowid, namespace, object))
+    })
+    .collect()
 }
 
 fn notes(db: &Connection) -> Result<()> {
@@ -190,7 +240,6 @@ fn notes(db: &Connection) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use containerd_client::services::v1::Lease;
     use prost::Message as _;
 
     use super::*;
@@ -239,6 +288,11 @@ mod tests {
         store
     }
 
+    /// What the newest version has of the labels of an old one.
+    fn labels_of(store: &Connection, kind: &str, namespace: &str, id: &str) -> Vec<(String, String)> {
+        labels::get(store, kind, namespace, id).expect("labels").into_iter().collect()
+    }
+
     const ONE: Schema = Schema { application_id: META.application_id, migrations: &[first] };
 
     fn number(store: &Connection, sql: &str) -> i64 {
@@ -266,6 +320,10 @@ mod tests {
             assert_eq!(number(&store, "SELECT count(*) FROM leases WHERE expires IS NULL"), 2);
             assert_eq!(number(&store, "SELECT count(*) FROM edges WHERE from_type = 'leases' AND from_id = 'l' AND to_id = 'i'"), 1);
             assert_eq!(number(&store, "SELECT count(*) FROM facts"), 1);
+            let expires = ("containerd.io/gc.expire".to_owned(), "tomorrow".to_owned());
+            assert_eq!(labels_of(&store, "leases", "one", "n"), [expires]);
+            let bare = Lease { id: "n".to_owned(), ..Lease::default() }.encode_to_vec();
+            assert_eq!(number(&store, "SELECT length(record) FROM leases WHERE id = 'n'"), i64::try_from(bare.len()).expect("short"));
             let mut made = Connection::open(&new).expect("a file");
             META.prepare(&mut made, &new).expect("a new store");
             assert_eq!(tables(&store), tables(&made), "a new one goes the same way");
@@ -273,6 +331,7 @@ mod tests {
         let mut store = Connection::open(&path).expect("a store");
         store.execute("DELETE FROM leases WHERE id = 'l'", ()).expect("removal");
         assert_eq!(number(&store, "SELECT count(*) FROM edges"), 0, "edges go with what they start from");
+        assert_eq!(labels_of(&store, "leases", "one", "l"), [], "and labels with their object");
         let error = ONE.prepare(&mut store, &path).expect_err("newer").to_string();
         assert!(error.contains("from a newer x-manager; this one knows versions up to 1"), "{error}");
         std::fs::remove_dir_all(folder).expect("removal");

@@ -157,6 +157,12 @@ pub(crate) fn check(path: &Path) -> Result<Vec<String>> {
         "SELECT 'an edge starts from lease ' || from_id || ' in namespace ' || namespace || ', which does not exist' FROM edges
          WHERE from_type = 'leases' AND (namespace, from_id) NOT IN (SELECT namespace, id FROM leases)",
     )?);
+    for (table, namespace, id) in [("containers", "namespace", "id"), ("leases", "namespace", "id"), ("namespaces", "''", "name")] {
+        wrong.extend(sentences(&format!(
+            "SELECT DISTINCT 'there are labels of ' || kind || ' ' || id || ' in namespace ' || namespace || ', which does not exist' FROM labels
+             WHERE kind = '{table}' AND (namespace, id) NOT IN (SELECT {namespace}, {id} FROM {table})"
+        ))?);
+    }
     for table in ["containers", "leases"] {
         wrong.extend(sentences(&format!(
             "SELECT '{table} ' || id || ' is in namespace ' || namespace || ', which does not exist' FROM {table}
@@ -287,13 +293,16 @@ mod tests {
         other
             .execute_batch(
                 "INSERT INTO containers VALUES ('nowhere', 'c1', x'ff');
-                 INSERT INTO edges VALUES ('one', 'leases', 'none', 'content', 'x')",
+                 INSERT INTO edges VALUES ('one', 'leases', 'none', 'content', 'x');
+                 INSERT INTO labels VALUES ('one', 'containers', 'none', 'a', 'b'), ('', 'namespaces', 'none', 'a', 'b')",
             )
             .expect("damage");
         drop(other);
         let wrong = check(&path).expect("a store").join("\n");
         for part in [
             "an edge starts from lease none in namespace one",
+            "there are labels of containers none in namespace one, which does not exist",
+            "there are labels of namespaces none",
             "containers c1 is in namespace nowhere",
             "container c1 in nowhere cannot be read",
         ] {
