@@ -15,6 +15,7 @@ use crate::api::Course;
 use crate::control::UpgradeRequest;
 use crate::error::{Error, IoContext as _, Result};
 use crate::parts::Parts;
+use crate::pools::THREADS;
 use crate::settings::Settings;
 use crate::sockets::{Inherited, Sockets, accepting};
 use crate::sys::{children, memory};
@@ -34,7 +35,7 @@ pub(crate) fn run(settings: &Settings, takes_over: bool) -> Result<()> {
         warn!(error:%; "cannot raise the limit on open files");
     }
     let mut runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = runtime.enable_all().max_blocking_threads(BLOCKING_THREADS).thread_stack_size(STACK_BYTES).build();
+    let runtime = runtime.enable_all().max_blocking_threads(THREADS).thread_stack_size(STACK_BYTES).build();
     let served = runtime.on("start the executor of", Path::new("x-manager"))?.block_on(async {
         // SIGHUP during startup is an upgrade request, and must not kill this process
         let hangup = signal(SignalKind::hangup()).on("wait for signals to", Path::new("x-manager"))?;
@@ -235,9 +236,7 @@ const LOCK: &str = "lock";
 /// How long to wait for the lock and sockets of a killed daemon.
 const PATIENCE: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(10);
-/// Threads for work that waits for the disk; idle ones exit.
-const BLOCKING_THREADS: usize = 16;
-/// Of each of them.
+/// Of each thread of the pools.
 const STACK_BYTES: usize = 256 << 10;
 /// When stopping, to answer events of shims.
 const HANG_UP: Duration = Duration::from_secs(2);

@@ -19,6 +19,7 @@ mod metrics;
 mod name;
 mod notify;
 mod parts;
+mod pools;
 mod preflight;
 mod publish;
 mod restart;

@@ -16,6 +16,7 @@ use crate::api::{BOUNDS, Calls, Cost};
 use crate::error::{IoContext as _, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
+use crate::pools::{Pool, Pools};
 use crate::restart::Restarter;
 use crate::sockets::{self, MetricsListener};
 use crate::store::{Load, Store};
@@ -29,6 +30,7 @@ pub(crate) struct Sources {
     pub(crate) tasks: Arc<Tasks>,
     pub(crate) calls: Arc<Calls>,
     pub(crate) restarter: Arc<Restarter>,
+    pub(crate) pools: Pools,
     /// Retires with this process.
     pub(crate) gate: Gate,
 }
@@ -153,6 +155,10 @@ fn page(sources: &Sources, started: SystemTime) -> String {
     add("x_manager_store_queue", "gauge", "Jobs queued for the metadata store.", &of(|load| load.waiting as f64));
     let sizes = sources.store.sizes().into_iter().map(|(file, bytes)| (format!("{{file=\"{file}\"}}"), bytes as f64));
     add("x_manager_store_bytes", "gauge", "Size of the files of the metadata store.", &sizes.collect::<Vec<_>>());
+    let of_pools =
+        |value: fn(&Pool) -> usize| sources.pools.all().map(|pool| (format!("{{pool=\"{}\"}}", pool.name()), value(pool) as f64));
+    add("x_manager_pool_busy", "gauge", "Threads that work, by pool.", &of_pools(Pool::busy));
+    add("x_manager_pool_queue", "gauge", "Jobs that wait for a thread, by pool.", &of_pools(Pool::waiting));
     let since = started.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     add("process_start_time_seconds", "gauge", "When this process began to serve, in seconds since 1970.", &one(since));
     if let Some((virtual_bytes, resident_bytes)) = memory() {

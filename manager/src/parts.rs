@@ -9,6 +9,7 @@ use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::host::kernel_id;
 use crate::metrics::Sources;
+use crate::pools::Pools;
 use crate::restart::Restarter;
 use crate::settings::Settings;
 use crate::store::{self, Store};
@@ -25,6 +26,7 @@ pub(crate) struct Parts {
     /// Counters of calls.
     pub(crate) calls: Arc<Calls>,
     pub(crate) restarter: Arc<Restarter>,
+    pools: Pools,
     uuid: String,
 }
 
@@ -35,9 +37,9 @@ impl Parts {
         let (new, boot) = (kernel_id("uuid")?, kernel_id("boot_id")?);
         store.note(move |db| store::new_boot(db, &boot)).await?;
         let uuid = store.write(move |db| store::uuid(db, &new)).await?;
-        let gate = Gate::default();
-        let events = Arc::new(Exchange::new(settings.limits));
-        let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone()));
+        let (gate, pools) = (Gate::default(), Pools::default());
+        let events = Arc::new(Exchange::new(settings.limits, pools.event_filters.clone()));
+        let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone(), pools.bundles.clone()));
         let restarter = Arc::new(Restarter {
             store: store.clone(),
             events: Arc::clone(&events),
@@ -45,12 +47,12 @@ impl Parts {
             gate: gate.clone(),
             started: AtomicU64::new(0),
         });
-        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, uuid })
+        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, pools, uuid })
     }
 
     /// The services of the API.
     pub(crate) fn services(&self) -> Services {
-        let filters = Filters::default();
+        let filters = Filters::new(self.pools.list_filters.clone());
         let (store, gate) = (|| self.store.clone(), || self.gate.clone());
         let (events, tasks) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks));
         Services {
@@ -75,6 +77,7 @@ impl Parts {
             tasks: Arc::clone(&self.tasks),
             calls: Arc::clone(&self.calls),
             restarter: Arc::clone(&self.restarter),
+            pools: self.pools.clone(),
             gate: self.gate.clone(),
         }
     }

@@ -199,7 +199,7 @@ impl Incoming {
         H: FnMut(Arc<S>, Call, Q) -> F,
         F: Future<Output = Result<A>> + Send + 'static,
     {
-        self.to_its_end(service, handler, Some).await
+        self.run_to_end(service, handler, Some).await
     }
 
     /// A call that may wait for a shim, and passes the gate with each of its steps.
@@ -211,12 +211,12 @@ impl Incoming {
         H: FnMut(Arc<S>, Call, Q) -> F,
         F: Future<Output = Result<A>> + Send + 'static,
     {
-        self.to_its_end(service, handler, |_pass| None).await
+        self.run_to_end(service, handler, |_pass| None).await
     }
 
     /// A call that continues after its client disconnects. It begins when this process serves, and is refused if another process takes over before it
     /// ends.
-    async fn to_its_end<S, Q, A, H, F>(self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
+    async fn run_to_end<S, Q, A, H, F>(self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
     where
         S: Send + Sync + 'static,
         Q: Message + Default + 'static,

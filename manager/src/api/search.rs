@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use prost::Message;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -20,6 +20,7 @@ use super::body::MESSAGE_BYTES;
 use crate::error::{Error, Result};
 use crate::filter::{Fields, Filter};
 use crate::name::Namespace;
+use crate::pools::Pool;
 use crate::store::{Meta, Store, Wanted};
 
 /// Reads objects of a namespace that follow an id and have one of the labels, up to about this many bytes.
@@ -121,19 +122,18 @@ impl<M: Message + Fields + 'static> Search<M> {
     }
 }
 
-/// Where the filters of lists are evaluated: a few at a time.
+/// Where the filters of lists are evaluated.
 #[derive(Debug, Clone)]
 pub(crate) struct Filters {
-    turns: Arc<Semaphore>,
-}
-
-impl Default for Filters {
-    fn default() -> Self {
-        Self { turns: Arc::new(Semaphore::new(AT_ONCE)) }
-    }
+    pool: Pool,
 }
 
 impl Filters {
+    /// On the threads of a pool.
+    pub(crate) fn new(pool: Pool) -> Self {
+        Self { pool }
+    }
+
     /// The objects that match the filter.
     ///
     /// Errors: [`Error::Exhausted`] when evaluating takes too long.
@@ -145,11 +145,8 @@ impl Filters {
         if filter.is_for_everything() {
             return Ok((objects, left));
         }
-        // the semaphore is never closed
-        let _turn = self.turns.acquire().await;
         let filter = filter.clone();
-        let kept = tokio::task::spawn_blocking(move || keep(objects, &filter, left)).await;
-        kept.unwrap_or_else(|source| Err(Error::Panicked { what: "filters of a list", source }))
+        self.pool.run(move || keep(objects, &filter, left)).await?
     }
 }
 
@@ -165,8 +162,6 @@ fn keep<M: Fields>(mut found: Vec<M>, filter: &Filter, left: Duration) -> Result
 
 /// What is read of the store at once, while its other callers wait.
 const PAGE_BYTES: usize = 256 << 10;
-/// Lists that evaluate filters at the same moment.
-const AT_ONCE: usize = 2;
 /// For the filters of one list.
 const FILTERING: Duration = Duration::from_secs(5);
 
@@ -205,7 +200,8 @@ mod tests {
 
     fn search(store: &Store, filters: &[String]) -> Search<Container> {
         let namespace = Namespace::parse("n").expect("a name");
-        Search::new(store, &Filters::default(), namespace, filters, containers::page, |container| &container.id).expect("filters")
+        Search::new(store, &Filters::new(Pool::new("test", 2)), namespace, filters, containers::page, |container| &container.id)
+            .expect("filters")
     }
 
     #[tokio::test]
@@ -231,8 +227,8 @@ mod tests {
         let store = filled("labels", 0, "").await;
         let labels = |number: usize| {
             let mut labels = HashMap::new();
-            labels.extend((number % 2 == 0).then(|| ("env".to_owned(), "prod".to_owned())));
-            labels.extend((number % 3 == 0).then(|| ("a.b/c".to_owned(), number.to_string())));
+            labels.extend((number.is_multiple_of(2)).then(|| ("env".to_owned(), "prod".to_owned())));
+            labels.extend((number.is_multiple_of(3)).then(|| ("a.b/c".to_owned(), number.to_string())));
             labels
         };
         let all: Vec<_> =

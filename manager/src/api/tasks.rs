@@ -327,7 +327,7 @@ async fn process(task: &Task, exec: &str) -> Result<Process> {
             live.call::<shim::StateResponse>("State", &request, Some(STATE)).await
         }
         Ok(Phase::Ended(exit)) if exec.is_empty() => return Ok(ended(task, exit)),
-        Ok(_) => return Err(no_process(&task, &exec)),
+        Ok(_) => return Err(no_process(task, exec)),
         Err(Error::Unsettled { .. }) if exec.is_empty() => return Ok(unknown(task)),
         Err(error) => return Err(error),
     };
@@ -338,7 +338,7 @@ async fn process(task: &Task, exec: &str) -> Result<Process> {
             task.left().await;
             return match task.settled().await? {
                 Phase::Ended(exit) if exec.is_empty() => Ok(ended(task, exit)),
-                _ => Err(no_process(&task, &exec)),
+                _ => Err(no_process(task, exec)),
             };
         }
         Err(reason) => return Err(reason.into()),

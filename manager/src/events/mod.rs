@@ -24,12 +24,13 @@ use log::warn;
 use prost::{Message, Name};
 use prost_types::{Any, Timestamp};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::Stream;
 
 use crate::error::{Error, Result};
 use crate::filter::Filter;
 use crate::name::Namespace;
+use crate::pools::Pool;
 use crate::settings::Limits;
 use crate::timestamp;
 
@@ -42,8 +43,8 @@ pub(crate) struct Exchange {
     limits: Limits,
     published: AtomicU64,
     is_retired: AtomicBool,
-    /// One filter is evaluated at a time, so that costly filters use one CPU at most.
-    filtering: Arc<Semaphore>,
+    /// Evaluates filters.
+    filters: Pool,
 }
 
 #[derive(Debug)]
@@ -73,14 +74,14 @@ enum Item {
 
 impl Exchange {
     /// One without subscribers.
-    pub(crate) fn new(limits: Limits) -> Self {
+    pub(crate) fn new(limits: Limits, filters: Pool) -> Self {
         Self {
             subscribers: Mutex::default(),
             awaited: Mutex::default(),
             limits,
             published: AtomicU64::new(0),
             is_retired: AtomicBool::new(false),
-            filtering: Arc::new(Semaphore::new(1)),
+            filters,
         }
     }
 
@@ -202,7 +203,7 @@ impl Exchange {
         if !filter.is_for_everything() {
             let (accepted, rest) = mpsc::unbounded_channel();
             let all = std::mem::replace(&mut items, rest);
-            tokio::spawn(sieve::run(all, accepted, filter, Arc::clone(&waiting), Arc::clone(&self.filtering)));
+            tokio::spawn(sieve::run(all, accepted, filter, Arc::clone(&waiting), self.filters.clone()));
         }
         Subscription { items, waiting }
     }
@@ -280,7 +281,7 @@ mod tests {
     }
 
     fn new() -> Arc<Exchange> {
-        Arc::new(Exchange::new(Limits::default()))
+        Arc::new(Exchange::new(Limits::default(), Pool::new("test", 1)))
     }
 
     /// The container ids of this many exits.

@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use log::{error, warn};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 use super::Item;
 use crate::error::Error;
 use crate::filter::{Allowance, Costly, Filter};
+use crate::pools::Pool;
 
 /// Forwards events that the filter accepts until the subscription or its client ends, or the filter exceeds its CPU time.
 pub(super) async fn run(
@@ -19,7 +20,7 @@ pub(super) async fn run(
     accepted: mpsc::UnboundedSender<Item>,
     filter: Filter,
     waiting: Arc<AtomicUsize>,
-    turns: Arc<Semaphore>,
+    pool: Pool,
 ) {
     let (filter, mut allowance) = (Arc::new(filter), Allowance::of(AT_ONCE));
     loop {
@@ -28,13 +29,9 @@ pub(super) async fn run(
             count = all.recv_many(&mut items, BATCH) => if count == 0 { return },
             () = accepted.closed() => return,
         }
-        // the semaphore is never closed
-        let turn = turns.acquire().await;
         let (filter, waiting) = (Arc::clone(&filter), Arc::clone(&waiting));
-        let evaluated = tokio::task::spawn_blocking(move || blocking_keep(items, &filter, allowance, &waiting)).await;
-        drop(turn);
-        let (kept, left) = evaluated.unwrap_or_else(|source| {
-            let reason = Error::Panicked { what: "filters of a subscription", source };
+        let evaluated = pool.run(move || blocking_keep(items, &filter, allowance, &waiting)).await;
+        let (kept, left) = evaluated.unwrap_or_else(|reason| {
             error!(error = reason.chain(); "cannot evaluate filters");
             (vec![Item::Last(reason)], Err(Costly))
         });

@@ -10,7 +10,7 @@ use log::{info, warn};
 
 use super::bundle::Claim;
 use super::program::Ended;
-use super::{AGAIN, Fact, LONGEST_PAUSE, Shim, Task, Tasks, blocking};
+use super::{AGAIN, Fact, LONGEST_PAUSE, Shim, Task, Tasks};
 use crate::error::{Error, Result};
 use crate::store::{Exit, ended, exits};
 use crate::timestamp;
@@ -57,7 +57,7 @@ impl Tasks {
 
     pub(super) async fn remove_bundle(&self, task: &Task) {
         let bundle = task.bundle.clone();
-        if let Err(error) = blocking(move || bundle.blocking_remove()).await {
+        if let Err(error) = self.pool.run(move || bundle.blocking_remove()).await.and_then(|removed| removed) {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot remove a bundle");
         }
     }

@@ -13,7 +13,7 @@ use protobuf::well_known_types::any::Any as ShimAny;
 
 use super::bundle::Claim;
 use super::cleanup::Left;
-use super::{Fact, Phase, Shim, Task, Tasks, Unanswered, blocking, log_fifo, program};
+use super::{Fact, Phase, Shim, Task, Tasks, Unanswered, log_fifo, program};
 use crate::error::{Error, Object, Result};
 use crate::name::Namespace;
 use crate::wire;
@@ -113,13 +113,13 @@ impl Tasks {
         let _pass = self.gate.enter().await?;
         self.forget_earlier(&task.namespace, &task.id).await?;
         let (bundle, program) = (task.bundle.clone(), program.to_owned());
-        blocking(move || {
+        let prepared = self.pool.run(move || {
             bundle.blocking_create(&spec)?;
             let claim = bundle.claim()?.ok_or_else(|| Error::Locked(bundle.path().to_owned()))?;
             bundle.write_program(&program)?;
             Ok(claim)
-        })
-        .await
+        });
+        prepared.await?
     }
 
     async fn launch(

@@ -13,7 +13,7 @@ use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
 use super::cleanup::Left;
-use super::{AGAIN, Fact, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, blocking, log_fifo, mounts};
+use super::{AGAIN, Fact, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, log_fifo, mounts};
 use crate::error::{Error, IoContext as _, Result};
 use crate::name::{self, Namespace};
 use crate::store::{Exit, ended, execs};
@@ -26,7 +26,7 @@ impl Tasks {
         let mut ended: HashMap<_, _> =
             self.store.recall(ended::list).await?.into_iter().map(|(namespace, id, exit)| ((namespace, id), exit)).collect();
         let (folder, works) = (self.settings.bundles(), self.settings.works());
-        let bundles = blocking(move || bundles(&folder, &works)).await?;
+        let bundles = self.pool.run(move || bundles(&folder, &works)).await??;
         let mut loading = Vec::new();
         {
             let mut all = self.all();

@@ -33,6 +33,7 @@ use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::name::Namespace;
+use crate::pools::Pool;
 use crate::settings::Settings;
 use crate::store::Store;
 use bundle::Bundle;
@@ -47,6 +48,8 @@ pub(crate) struct Tasks {
     events: Arc<Exchange>,
     gate: Gate,
     programs: Programs,
+    /// For what waits for the disk or the mount table.
+    pool: Pool,
     all: Mutex<BTreeMap<Key, Arc<Task>>>,
 }
 
@@ -162,8 +165,8 @@ fn not_found(id: &str) -> Error {
 
 impl Tasks {
     /// None yet: see [`Tasks::load`].
-    pub(crate) fn new(settings: &Settings, store: Store, events: Arc<Exchange>, gate: Gate) -> Self {
-        Self { settings: settings.clone(), store, events, gate, programs: Programs::new(settings), all: Mutex::default() }
+    pub(crate) fn new(settings: &Settings, store: Store, events: Arc<Exchange>, gate: Gate, pool: Pool) -> Self {
+        Self { settings: settings.clone(), store, events, gate, programs: Programs::new(settings), pool, all: Mutex::default() }
     }
 
     fn all(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<Task>>> {
@@ -207,12 +210,6 @@ impl Tasks {
         }
         task.observe(Fact::Removed);
     }
-}
-
-/// Runs something that waits for the disk or the mount table.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    let ended = tokio::task::spawn_blocking(work).await;
-    ended.unwrap_or_else(|source| Err(Error::Panicked { what: "work on a bundle", source }))
 }
 
 /// Before the next attempt at what a shim, or its program, did not do; doubled each time.

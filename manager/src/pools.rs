@@ -1,0 +1,148 @@
+//! Pools of threads for work that would block the executor. The store has threads of its own.
+//!
+//! **Invariants:** no pool waits for another's threads. A job that its caller no longer waits for keeps its place until it ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::sync::Semaphore;
+
+use crate::error::{Error, Result};
+
+/// All pools.
+#[derive(Debug, Clone)]
+pub(crate) struct Pools {
+    /// Bundles and what is mounted in them.
+    pub(crate) bundles: Pool,
+    /// Filters of lists: they may use all of a CPU.
+    pub(crate) list_filters: Pool,
+    /// Filters of subscriptions: one at a time, so that they use one CPU at most.
+    pub(crate) event_filters: Pool,
+}
+
+impl Default for Pools {
+    fn default() -> Self {
+        Self {
+            bundles: Pool::new("bundles", BUNDLES),
+            list_filters: Pool::new("list_filters", LIST_FILTERS),
+            event_filters: Pool::new("event_filters", EVENT_FILTERS),
+        }
+    }
+}
+
+impl Pools {
+    /// Each of them.
+    pub(crate) fn all(&self) -> [&Pool; 3] {
+        [&self.bundles, &self.list_filters, &self.event_filters]
+    }
+}
+
+/// A number of threads, which exit when they are idle; cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Pool {
+    name: &'static str,
+    threads: usize,
+    free: Arc<Semaphore>,
+    /// Jobs that have not ended.
+    jobs: Arc<AtomicUsize>,
+}
+
+impl Pool {
+    pub(crate) fn new(name: &'static str, threads: usize) -> Self {
+        Self { name, threads, free: Arc::new(Semaphore::new(threads)), jobs: Arc::default() }
+    }
+
+    /// What metrics call it.
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Jobs that run.
+    pub(crate) fn busy(&self) -> usize {
+        self.threads - self.free.available_permits()
+    }
+
+    /// Jobs that wait for a thread.
+    pub(crate) fn waiting(&self) -> usize {
+        self.jobs.load(Ordering::Relaxed).saturating_sub(self.busy())
+    }
+
+    /// Does a job on a thread of this pool, once one is free.
+    ///
+    /// Errors: [`Error::Panicked`].
+    pub(crate) async fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        let counted = Counted::new(&self.jobs);
+        // the semaphore is never closed
+        let place = Arc::clone(&self.free).acquire_owned().await;
+        let done = tokio::task::spawn_blocking(move || {
+            let result = job();
+            drop((place, counted));
+            result
+        });
+        done.await.map_err(|source| Error::Panicked { what: self.name, source })
+    }
+}
+
+struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(jobs: &Arc<AtomicUsize>) -> Self {
+        jobs.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(jobs))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+const BUNDLES: usize = 13;
+const LIST_FILTERS: usize = 2;
+const EVENT_FILTERS: usize = 1;
+/// Of all pools.
+pub(crate) const THREADS: usize = BUNDLES + LIST_FILTERS + EVENT_FILTERS;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_job_whose_caller_is_gone_keeps_its_place_until_it_ends() {
+        let pool = Pool::new("test", 1);
+        let (begun, begins) = mpsc::channel();
+        let (end, ends) = mpsc::channel::<()>();
+        let caller = tokio::spawn({
+            let pool = pool.clone();
+            async move {
+                pool.run(move || {
+                    begun.send(()).expect("the test waits");
+                    ends.recv().expect("the test ends it");
+                })
+                .await
+            }
+        });
+        tokio::task::yield_now().await;
+        begins.recv().expect("it runs");
+        caller.abort();
+        assert!(caller.await.expect_err("it was given up").is_cancelled());
+        let mut next = std::pin::pin!(pool.run(|| 7));
+        let early = std::future::poll_fn(|cx| std::task::Poll::Ready(next.as_mut().poll(cx).is_ready())).await;
+        assert!(!early, "its thread is not free");
+        assert_eq!((pool.busy(), pool.waiting()), (1, 1));
+        end.send(()).expect("it runs");
+        assert_eq!(next.await.expect("no panic"), 7);
+        assert_eq!((pool.busy(), pool.waiting()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_and_frees_the_thread() {
+        let pool = Pool::new("test", 1);
+        let error = pool.run(|| panic!("as the test wants")).await.expect_err("it has panicked");
+        assert!(matches!(error, Error::Panicked { what: "test", .. }), "{error:?}");
+        assert_eq!(pool.run(|| 7).await.expect("no panic"), 7);
+    }
+}
