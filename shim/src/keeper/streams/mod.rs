@@ -17,11 +17,13 @@
 mod fifo;
 mod incoming;
 mod outgoing;
+mod spill;
 mod splice;
+mod watches;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -29,23 +31,25 @@ use log::{info, warn};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::unistd::{Gid, Uid, fchown, pipe2};
 
 use self::incoming::Incoming;
-use self::outgoing::{Outgoing, Spill};
+use self::outgoing::Outgoing;
+use self::spill::Spill;
+use self::watches::Watches;
 use super::poll::{Poll, Source};
 use crate::handover::{Cause, Output, Stdio, Step, Stream, StreamSnapshot};
 use crate::saved::saved;
 use crate::sys;
 
-/// How long a Delete waits until the output is read and its last writer is gone, as containerd's own shim does.
+/// How long a Delete waits until the output is read and its last writer is gone, as containerd's own shim does; up to [`CHECK_EVERY`] less while
+/// other outputs are checked.
 const DRAIN_WITHIN: Duration = Duration::from_secs(10);
-/// How often to check a fifo for readers where inotify does not report them: no instances left, or splices on an old kernel.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How often to check an output that drains, and one whose readers inotify does not report: no instances left, or splices on an old kernel.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// The streams of one process.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Entry {
     key: String,
     /// The process's ends, until they were given to it.
@@ -130,22 +134,18 @@ pub(crate) struct Streams {
     entries: BTreeMap<u32, Entry>,
     /// The numbers of the processes that are not released.
     numbers: BTreeMap<String, u32>,
-    /// The deadlines of drains, in order, since all have the same length. Some may be finished already.
-    due: VecDeque<(Instant, u32)>,
     /// Drain operations that are finished.
     drained: Vec<(Cause, Step)>,
-    /// Reports readers that open or read a fifo; open only while there is one to watch, since a user has 128 instances by default.
-    inotify: Option<Inotify>,
-    watches: BTreeMap<WatchDescriptor, Vec<u32>>,
+    watches: Watches,
     /// Streams that are checked every second, and when next.
-    unsure: BTreeSet<u32>,
-    look_at: Option<Instant>,
+    checked: BTreeSet<u32>,
+    check_at: Option<Instant>,
     /// Counters of pumps that are finished: bytes from processes, bytes lost.
     pub(crate) bytes_moved: u64,
     pub(crate) bytes_lost: u64,
 }
 
-saved!(Streams { last_number, entries, bytes_moved, bytes_lost; numbers, due, drained, inotify, watches, unsure, look_at });
+saved!(Streams { last_number, entries, bytes_moved, bytes_lost; numbers, drained, watches, checked, check_at });
 
 impl Streams {
     /// Resumes after a re-exec. The content of the pipes stays there.
@@ -157,9 +157,7 @@ impl Streams {
             if !entry.released {
                 self.numbers.insert(entry.key.clone(), *number);
             }
-            self.due.extend(entry.drain_until.map(|until| (until, *number)));
         }
-        self.due.make_contiguous().sort();
         Ok(())
     }
 
@@ -181,21 +179,12 @@ impl Streams {
         };
         let clients = [stdio.stdin.as_ref().map(open).transpose()?, client_of(&stdio.stdout)?, client_of(&stdio.stderr)?];
         let entry = Entry {
-            key: stdio.key.clone(),
-            process_ends: [None, None, None],
-            read_ends: [None, None, None],
-            pumps: [None, None, None],
+            key: key.clone(),
             clients,
-            terminal: None,
             wants_terminal: stdio.terminal,
-            size: None,
-            stdin_closed: false,
             spill_bytes: stdio.spill_bytes,
             spill_folder: stdio.spill_folder.clone(),
-            exited: false,
-            drain_until: None,
-            waiting: Vec::new(),
-            released: false,
+            ..Entry::default()
         };
         let number = self.free_number();
         let entry = entry.with_ends(&stdio, number, poll).map_err(|error| (format!("make a pipe for {key}"), error))?;
@@ -279,7 +268,7 @@ impl Streams {
     pub(crate) fn exited(&mut self, key: &str, poll: &mut Poll) {
         let Some((number, entry)) = self.find(key) else { return };
         entry.exited = true;
-        entry.process_ends = [None, None, None];
+        entry.process_ends = Default::default();
         self.finish(number, Stream::Stdin as usize, 0);
         for stream in [Stream::Stdout, Stream::Stderr] {
             poll.again(source_of(number, stream as usize));
@@ -307,25 +296,20 @@ impl Streams {
         let Some(number) = self.numbers.remove(key) else { return };
         let Some(entry) = self.entries.get_mut(&number) else { return };
         entry.released = true;
-        entry.read_ends = [None, None, None];
-        entry.clients = [None, None, None];
-        entry.pumps.iter_mut().for_each(|pump| drop(pump.take_if(|pump| matches!(pump, Pump::Held(_)))));
+        entry.read_ends = Default::default();
+        entry.clients = Default::default();
         self.begin_drain(number, now, poll);
     }
 
     fn begin_drain(&mut self, number: u32, now: Instant, poll: &mut Poll) {
         let Some(entry) = self.entries.get_mut(&number) else { return };
-        if entry.drain_until.is_none() {
-            entry.drain_until = Some(now + DRAIN_WITHIN);
-            self.due.push_back((now + DRAIN_WITHIN, number));
-        }
-        entry.process_ends = [None, None, None];
+        // Its last check is its end.
+        let first_check = self.check_at.unwrap_or(now + CHECK_EVERY);
+        entry.drain_until.get_or_insert(first_check + DRAIN_WITHIN - CHECK_EVERY);
+        entry.process_ends = Default::default();
         self.finish(number, Stream::Stdin as usize, 0);
-        for stream in [1, 2] {
-            self.turn(number << 2 | stream, now, poll);
-            if self.entries.get(&number).is_some_and(|entry| matches!(entry.pumps[stream as usize], Some(Pump::Out(_)))) {
-                self.look_again(number << 2 | stream, now);
-            }
+        for id in [1, 2].map(|stream| number << 2 | stream) {
+            self.turn(id, now, poll);
         }
         self.settle(number);
     }
@@ -358,81 +342,57 @@ impl Streams {
         let turn = match pump {
             Pump::Out(out) => out.turn(stage, source, poll),
             Pump::In(input) => input.turn(),
-            Pump::Held(end) if stage == Stage::Over || is_ended(end) => Turn::Finished { lost: 0 },
+            Pump::Held(end) if stage == Stage::Over || entry.read_ends[stream].is_none() || is_ended(end) => Turn::Finished { lost: 0 },
             Pump::Held(_) => Turn::Waits,
         };
-        match (turn, pump) {
-            (Turn::Again, _) => poll.again(source),
-            (Turn::Finished { lost }, _) => {
+        match turn {
+            Turn::Again => poll.again(source),
+            Turn::Finished { lost } => {
                 self.finish(number, stream, lost);
                 self.settle(number);
             }
-            (Turn::Waits, Pump::Out(out)) if out.is_narrowed && out.watch.is_none() && !self.unsure.contains(&id) => {
-                let path = format!("/proc/self/fd/{}", out.client.as_ref().map_or(-1, |client| client.fd.as_raw_fd()));
-                match ensure_inotify(&mut self.inotify, poll).and_then(|inotify| {
-                    // Readers that open or read the fifo cause no edge on our end.
-                    Ok(inotify.add_watch(path.as_str(), AddWatchFlags::IN_OPEN | AddWatchFlags::IN_ACCESS)?)
-                }) {
-                    Ok(watch) => {
-                        out.watch = Some(watch);
-                        // Two streams may share a fifo and its watch.
-                        self.watches.entry(watch).or_default().push(id);
+            Turn::Waits => {
+                let mut is_checked = stage >= Stage::Draining;
+                if let Pump::Out(out) = pump
+                    && let Some(fifo) = out.unwatched_fifo().filter(|_| !self.checked.contains(&id))
+                {
+                    match self.watches.add(fifo, id, poll) {
+                        Ok(watch) => out.watch = Some(watch),
+                        Err(error) => {
+                            warn!(error:%; "cannot watch a fifo, checking it every second");
+                            is_checked = true;
+                        }
                     }
-                    Err(error) => {
-                        warn!(error:%; "cannot watch a fifo, checking it every second");
-                        self.look_again(id, now);
-                    }
+                    // Another turn catches what happened before the watch.
+                    poll.again(source);
                 }
-                // Another turn catches what happened before the watch.
-                poll.again(source);
+                if is_checked {
+                    self.checked.insert(id);
+                    self.check_at.get_or_insert(now + CHECK_EVERY);
+                }
             }
-            (Turn::Waits, _) => {}
         }
-    }
-
-    fn look_again(&mut self, id: u32, now: Instant) {
-        self.unsure.insert(id);
-        self.look_at.get_or_insert(now + LOOK_AGAIN);
     }
 
     /// A fifo was opened or read from.
     pub(crate) fn fifos_touched(&mut self, poll: &mut Poll) {
-        while let Some(events) = self.inotify.as_ref().and_then(|inotify| inotify.read_events().ok()) {
-            for event in events {
-                for id in self.watches.get(&event.wd).into_iter().flatten() {
-                    poll.again(Source::Stream(*id));
-                }
-            }
-        }
+        self.watches.touched(poll);
     }
 
     /// Ends a pump.
     fn finish(&mut self, number: u32, stream: usize, lost: u64) {
         let Some(pump) = self.entries.get_mut(&number).and_then(|entry| entry.pumps[stream].take()) else { return };
         let id = number << 2 | stream as u32;
-        self.unsure.remove(&id);
+        self.checked.remove(&id);
         if let Pump::Out(out) = &pump {
             self.bytes_moved += out.bytes;
             if let Some(watch) = out.watch {
-                self.unwatch(watch, id);
+                self.watches.remove(watch, id);
             }
             if lost > 0 {
                 self.bytes_lost += lost;
                 info!(stream:% = out.target(), bytes = lost; "dropping output that no reader took");
             }
-        }
-    }
-
-    fn unwatch(&mut self, watch: WatchDescriptor, id: u32) {
-        let Some(ids) = self.watches.get_mut(&watch) else { return };
-        ids.retain(|other| *other != id);
-        if ids.is_empty() {
-            self.watches.remove(&watch);
-            // The fifo may be removed already.
-            let _ = self.inotify.as_ref().map(|inotify| inotify.rm_watch(watch));
-        }
-        if self.watches.is_empty() {
-            self.inotify = None;
         }
     }
 
@@ -447,27 +407,18 @@ impl Streams {
 
     /// Gives another turn to the streams that are due. Returns the drain operations that are finished.
     pub(crate) fn tick(&mut self, now: Instant, poll: &mut Poll) -> Vec<(Cause, Step)> {
-        while let Some((at, number)) = self.due.front().copied() {
-            if at > now && self.entries.get(&number).is_some_and(|entry| !entry.is_finished()) {
-                break;
-            }
-            self.due.pop_front();
-            for stream in [1, 2] {
-                self.turn(number << 2 | stream, now, poll);
-            }
-        }
-        if self.look_at.is_some_and(|at| at <= now) {
-            for id in self.unsure.clone() {
+        if self.check_at.take_if(|at| *at <= now).is_some() {
+            for id in self.checked.clone() {
                 self.turn(id, now, poll);
             }
-            self.look_at = (!self.unsure.is_empty()).then_some(now + LOOK_AGAIN);
+            self.check_at = (!self.checked.is_empty()).then_some(now + CHECK_EVERY);
         }
         std::mem::take(&mut self.drained)
     }
 
     /// When [`Streams::tick`] has something to do.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.due.front().map(|(at, _)| *at).into_iter().chain(self.look_at).min()
+        self.check_at
     }
 
     /// Whether every stream of a deleted process is finished.
@@ -600,15 +551,6 @@ fn source_of(number: u32, stream: usize) -> Source {
 fn is_ended(read_end: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(read_end.as_fd(), PollFlags::empty())];
     nix::poll::poll(&mut fds, PollTimeout::ZERO).is_ok() && fds[0].revents().is_some_and(|flags| flags.contains(PollFlags::POLLHUP))
-}
-
-fn ensure_inotify<'a>(inotify: &'a mut Option<Inotify>, poll: &Poll) -> io::Result<&'a Inotify> {
-    if inotify.is_none() {
-        let new = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        poll.add_reader(&new, Source::Fifos)?;
-        *inotify = Some(new);
-    }
-    inotify.as_ref().ok_or_else(|| Errno::EBADF.into())
 }
 
 /// The target of streams that a logger or the worker reads itself.

@@ -8,28 +8,19 @@
 //! Afterwards it holds only the write end, which shows whether there is a reader.
 //!
 //! **Invariant:** the keeper holds a write end of the fifo until all output was read, or a Delete has waited its full time.
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
 
 use log::warn;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
-use nix::libc;
 use nix::sys::inotify::WatchDescriptor;
 
+use super::spill::Spill;
 use super::splice::{Stop, TURN_BYTES, move_bytes};
 use super::{Client, Stage, Turn, fifo};
 use crate::keeper::poll::{Poll, Source};
 use crate::saved::saved;
 use crate::sys::descriptors::waiting_bytes;
-
-/// Bytes copied at once: the capacity of a fifo.
-const PART_BYTES: usize = 64 << 10;
-/// The smallest hole worth a system call.
-const AT_ONCE_BYTES: libc::loff_t = 256 << 10;
 
 /// See the module.
 #[derive(Debug)]
@@ -64,10 +55,6 @@ impl Outgoing {
 
     /// Moves what can be moved.
     pub(super) fn turn(&mut self, stage: Stage, id: Source, poll: &Poll) -> Turn {
-        if let Err(error) = self.narrow_if(stage >= Stage::Draining, id, poll) {
-            warn!(stream:% = self.target(), error:%; "cannot close the read end of a fifo");
-            return self.finished();
-        }
         match self.flow() {
             Some(Stop::Turn) if stage < Stage::Over => return Turn::Again,
             // Another process may open the terminal again, as long as there is one.
@@ -84,7 +71,7 @@ impl Outgoing {
                 self.source = None;
             }
         }
-        if let Err(error) = self.narrow_if(self.source.is_none(), id, poll) {
+        if let Err(error) = self.narrow_if(stage >= Stage::Draining || self.source.is_none(), id, poll) {
             warn!(stream:% = self.target(), error:%; "cannot close the read end of a fifo");
             return self.finished();
         }
@@ -111,6 +98,11 @@ impl Outgoing {
         // A logger or the worker reads what its pipe holds.
         let is_lent = self.client.as_ref().is_some_and(|client| !client.is_fifo);
         Turn::Finished { lost: self.thrown_away + unread + if is_lent { self.spilled() } else { self.waiting() } }
+    }
+
+    /// The fifo, if only its write end is left and it is not watched for readers.
+    pub(super) fn unwatched_fifo(&self) -> Option<&OwnedFd> {
+        self.client.as_ref().filter(|_| self.is_narrowed && self.watch.is_none()).map(|client| &client.fd)
     }
 
     /// Closes the read end of the fifo, so that our write end shows whether there are readers.
@@ -186,101 +178,7 @@ impl Outgoing {
     }
 
     #[cfg(test)]
-    pub(super) fn spill_file(&self) -> Option<&File> {
-        self.spill.as_ref().map(|spill| &spill.file)
-    }
-}
-
-/// A file that holds output while the fifo is full.
-///
-/// Its read part is returned to the file system: with a slow reader the file is hardly ever empty.
-#[derive(Debug)]
-pub(super) struct Spill {
-    file: File,
-    limit: u64,
-    head: libc::loff_t,
-    tail: libc::loff_t,
-    /// Bytes returned to the file system so far.
-    given_back: libc::loff_t,
-    /// The file system cannot punch holes: space is returned only when the file is empty.
-    is_solid: bool,
-}
-
-saved!(Spill { file, limit, head, tail; given_back, is_solid });
-
-impl Spill {
-    /// Makes a file without a name in `folder`.
-    pub(super) fn new(folder: &Path, limit: u64) -> io::Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(folder)?;
-        Ok(Self { file, limit, head: 0, tail: 0, given_back: 0, is_solid: false })
-    }
-
-    fn len(&self) -> u64 {
-        (self.tail - self.head) as u64
-    }
-
-    fn is_empty(&self) -> bool {
-        self.head == self.tail
-    }
-
-    /// Moves spilled bytes to the sink. No stop means that the file is empty again.
-    fn empty_into(&mut self, sink: &OwnedFd) -> (u64, Option<Stop>) {
-        let limit = (self.len() as usize).min(TURN_BYTES);
-        let (moved, stop) = self.copy_into(sink, limit);
-        if !self.is_empty() {
-            self.give_back();
-            return (moved, Some(stop));
-        }
-        (self.head, self.tail, self.given_back) = (0, 0, 0);
-        // The next truncation may succeed if this one fails.
-        let _ = self.file.set_len(0);
-        (moved, Some(Stop::Turn))
-    }
-
-    /// Copies: splice(2) would put the pages of the file into the fifo, and punching a hole may change them.
-    fn copy_into(&mut self, sink: &OwnedFd, limit: usize) -> (u64, Stop) {
-        let mut moved = 0;
-        let mut part = vec![0; limit.min(PART_BYTES)];
-        while moved < limit {
-            let wanted = part.len().min(limit - moved);
-            let written = self.file.read_at(&mut part[..wanted], self.head as u64).and_then(|count| match count {
-                0 => Err(io::ErrorKind::UnexpectedEof.into()),
-                count => Ok(nix::unistd::write(sink, &part[..count])?),
-            });
-            match written {
-                Ok(count) => {
-                    moved += count;
-                    self.head += count as libc::loff_t;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return (moved as u64, Stop::Idle),
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return (moved as u64, Stop::Closed),
-                Err(error) => return (moved as u64, Stop::Failed(error)),
-            }
-        }
-        (moved as u64, Stop::Turn)
-    }
-
-    /// Returns the copied part of the file to the file system.
-    fn give_back(&mut self) {
-        if self.head >= self.given_back + AT_ONCE_BYTES && !self.is_solid {
-            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            self.is_solid = fallocate(&self.file, hole, 0, self.head).is_err();
-            self.given_back = self.head;
-        }
-    }
-
-    /// Moves output of the process into the file, up to the limit.
-    fn fill_from(&mut self, source: &OwnedFd) -> Stop {
-        let held = if self.is_solid { self.tail as u64 } else { self.len() };
-        let room = self.limit.saturating_sub(held).min(TURN_BYTES as u64) as usize;
-        if room == 0 {
-            return Stop::Idle;
-        }
-        match move_bytes(source.as_fd(), self.file.as_fd(), Some(&mut self.tail), room) {
-            // A full disk: the process blocks, as without a file.
-            (_, Stop::Failed(_)) => Stop::Idle,
-            (_, stop) => stop,
-        }
+    pub(super) fn spill_file(&self) -> Option<&std::fs::File> {
+        self.spill.as_ref().map(Spill::file)
     }
 }

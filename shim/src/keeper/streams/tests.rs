@@ -4,6 +4,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use super::*;
+use crate::saved::{Reader, Saved as _, Writer};
 
 /// Streams with their loop, and a folder for fifos that goes with them.
 struct Bench {
@@ -12,6 +13,8 @@ struct Bench {
     folder: PathBuf,
     /// Operations that were answered.
     drained: Vec<(Cause, Step)>,
+    /// The kernel does not report readers.
+    is_unreported: bool,
 }
 
 impl Bench {
@@ -20,7 +23,7 @@ impl Bench {
         std::fs::create_dir_all(&folder).expect("a folder in the temporary directory");
         let poll = Poll::new().expect("an epoll set");
         let streams = Streams::default();
-        Self { poll, streams, folder, drained: Vec::new() }
+        Self { poll, streams, folder, drained: Vec::new(), is_unreported: false }
     }
 
     fn fifo(&self, name: &str) -> String {
@@ -60,6 +63,19 @@ impl Bench {
         OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(self.folder.join("stdout")).expect("the fifo's reader")
     }
 
+    /// Hands the streams over to themselves, in a new loop.
+    fn re_exec(&mut self) {
+        let mut writer = Writer::new();
+        self.streams.save(&mut writer);
+        let (bytes, kept) = writer.finish();
+        // The descriptors stay open, for those who take them over.
+        std::mem::forget(std::mem::take(&mut self.streams));
+        self.poll = Poll::new().expect("an epoll set");
+        self.streams = Streams::load(&mut Reader::new(&bytes, false)).expect("the whole state");
+        self.streams.resume(&mut self.poll).expect("descriptors that can be watched");
+        assert!(!kept.is_empty());
+    }
+
     /// Turns the loop until `done` or, as a failure, ten seconds.
     fn until(&mut self, what: &str, mut done: impl FnMut(&Streams) -> bool) {
         let limit = Instant::now() + Duration::from_secs(10);
@@ -69,7 +85,7 @@ impl Bench {
             for source in self.poll.wait(Some(deadline)).expect("a wait") {
                 match source {
                     Source::Stream(id) => self.streams.turn(id, Instant::now(), &mut self.poll),
-                    Source::Fifos => self.streams.fifos_touched(&mut self.poll),
+                    Source::Fifos if !self.is_unreported => self.streams.fifos_touched(&mut self.poll),
                     _ => {}
                 }
             }
@@ -191,6 +207,31 @@ fn a_drain_waits_for_a_reader_that_pauses() {
 }
 
 #[test]
+fn a_drain_that_was_handed_over_notices_a_reader_that_the_kernel_does_not_report_and_ends_in_time() {
+    for is_read in [true, false] {
+        let mut bench = Bench::new(if is_read { "handed-over-read" } else { "handed-over" });
+        bench.open(bench.stdio("c", false, 0));
+        let mut reader = bench.reader();
+        bench.process_end(Stream::Stdout).write_all(b"unread").expect("room in the pipe");
+        bench.streams.exited("c", &mut bench.poll);
+        let long_ago = Instant::now().checked_sub(DRAIN_WITHIN - CHECK_EVERY).expect("a machine that is up for a while");
+        bench.streams.drain("c", (7, 1), if is_read { Instant::now() } else { long_ago }, &mut bench.poll);
+        bench.re_exec();
+        bench.is_unreported = true;
+        bench.until("the fifo to be watched again", |streams| outputs(streams).any(|out| out.watch.is_some()));
+        while !bench.poll.wait(Some(Instant::now())).expect("a wait").is_empty() {}
+        let mut got = Vec::new();
+        bench.until("the end", |streams| {
+            if is_read {
+                read_some(&mut reader, &mut got);
+            }
+            streams.snapshot().is_empty()
+        });
+        assert_eq!((got.as_slice(), bench.drained.as_slice()), (if is_read { b"unread".as_slice() } else { b"" }, [(7, 1)].as_slice()));
+    }
+}
+
+#[test]
 fn a_reader_that_leaves_without_reading_ends_a_drain() {
     for is_held in [false, true] {
         let mut bench = Bench::new(if is_held { "gone-held" } else { "gone" });
@@ -205,7 +246,7 @@ fn a_reader_that_leaves_without_reading_ends_a_drain() {
         let since = Instant::now();
         drop(reader);
         bench.until("the end", |streams| streams.snapshot().is_empty());
-        assert!(since.elapsed() < LOOK_AGAIN, "only a look at the fifo has shown it");
+        assert!(since.elapsed() < CHECK_EVERY, "only a look at the fifo has shown it");
         assert_eq!((bench.drained.as_slice(), bench.streams.bytes_lost), ([(7, 1)].as_slice(), 6));
         drop(held);
     }
@@ -250,6 +291,23 @@ fn a_drain_waits_for_the_last_writer_of_a_pipe_that_is_read_elsewhere() {
     drop(held);
     bench.until("the end", |streams| streams.entries.values().all(Entry::is_finished));
     assert_eq!(bench.drained, [(7, 1)]);
+}
+
+#[test]
+fn a_release_in_the_middle_of_a_drain_leaves_nothing_to_check() {
+    for is_lent in [true, false] {
+        let mut bench = Bench::new(if is_lent { "released-lent" } else { "released" });
+        let stdio = bench.stdio("c", false, 0);
+        bench.open(if is_lent { Stdio { stdout: Output::Pipe, ..stdio } } else { stdio });
+        let _held = bench.process_end(Stream::Stdout);
+        let reader = (!is_lent).then(|| bench.reader());
+        bench.streams.drain("c", (7, 1), Instant::now(), &mut bench.poll);
+        assert!(bench.streams.tick(Instant::now(), &mut bench.poll).is_empty(), "a writer is left");
+        bench.streams.release("c", Instant::now(), &mut bench.poll);
+        drop(reader);
+        bench.until("nothing is left to check", |streams| streams.is_drained() && streams.deadline().is_none());
+        assert_eq!(bench.drained, [(7, 1)]);
+    }
 }
 
 #[test]
