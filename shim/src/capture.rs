@@ -7,7 +7,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::pipe2;
 
 use crate::handover::MAX_OUTPUT_BYTES;
-use crate::inbox::{READ_BYTES, Read, read_some};
+use crate::inbox::{Inbox, READ_BYTES, Read};
 use crate::saved::saved;
 
 /// The most bytes of one turn, so that a fast writer does not occupy its reader.
@@ -17,19 +17,19 @@ const TURN_BYTES: usize = 256 << 10;
 #[derive(Debug)]
 pub(crate) struct Capture {
     pipe: File,
-    bytes: Vec<u8>,
+    input: Inbox,
     /// Every write end was closed.
     closed: bool,
 }
 
-saved!(Capture { pipe, bytes, closed });
+saved!(Capture { pipe, input, closed });
 
 impl Capture {
     /// Makes the pipe; returns its write end too, which blocks as a program expects.
     pub(crate) fn new() -> io::Result<(Self, OwnedFd)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
         fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        Ok((Self { pipe: read.into(), bytes: Vec::new(), closed: false }, write))
+        Ok((Self { pipe: read.into(), input: Inbox::default(), closed: false }, write))
     }
 
     /// Reads what the pipe holds, up to [`TURN_BYTES`]. Returns whether there may be more.
@@ -40,13 +40,13 @@ impl Capture {
                 return true;
             }
             left = left.saturating_sub(READ_BYTES);
-            match read_some(&self.pipe, &mut self.bytes) {
+            match self.input.read(&self.pipe) {
                 Ok(Read::Some) => {}
                 Ok(Read::Empty) => return false,
                 Ok(Read::End) | Err(_) => self.closed = true,
             }
-            if self.bytes.len() > 2 * MAX_OUTPUT_BYTES {
-                self.bytes.drain(..self.bytes.len() - MAX_OUTPUT_BYTES);
+            if self.input.bytes().len() > 2 * MAX_OUTPUT_BYTES {
+                self.drop_excess();
             }
         }
         false
@@ -54,7 +54,7 @@ impl Capture {
 
     /// Whether anything was read so far.
     pub(crate) fn has_bytes(&self) -> bool {
-        !self.bytes.is_empty()
+        !self.input.bytes().is_empty()
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -65,9 +65,12 @@ impl Capture {
     /// that still write are not waited for.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         let _ = self.read();
-        let excess = self.bytes.len().saturating_sub(MAX_OUTPUT_BYTES);
-        self.bytes.drain(..excess);
-        self.bytes
+        self.drop_excess();
+        self.input.bytes().to_vec()
+    }
+
+    fn drop_excess(&mut self) {
+        self.input.take(self.input.bytes().len().saturating_sub(MAX_OUTPUT_BYTES));
     }
 }
 

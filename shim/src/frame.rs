@@ -45,6 +45,18 @@ impl Header {
     }
 }
 
+/// The first frame in `input`, once it has arrived whole.
+///
+/// Errors: the header of one whose payload is longer than [`MAX_PAYLOAD_BYTES`].
+pub(crate) fn first(input: &[u8]) -> Result<Option<(Header, &[u8])>, Header> {
+    let Some(header) = Header::parse(input) else { return Ok(None) };
+    let length = header.payload_bytes as usize;
+    if length > MAX_PAYLOAD_BYTES {
+        return Err(header);
+    }
+    Ok(input.get(HEADER_BYTES..HEADER_BYTES + length).map(|payload| (header, payload)))
+}
+
 /// Puts a header before a payload.
 pub(crate) fn encode(stream: u32, kind: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = Vec::with_capacity(HEADER_BYTES + payload.len());

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use log::warn;
@@ -10,10 +10,9 @@ use log::warn;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use super::relay::accept_all;
-use crate::handover::{ControlReply, ControlRequest, first_frame};
-use crate::inbox::READ_BYTES;
+use crate::handover::{ControlReply, ControlRequest};
+use crate::inbox::{Inbox, Read};
 use crate::saved::saved;
-use crate::sys;
 
 /// The most connections at once.
 const MAX_CONTROL_CLIENTS: usize = 64;
@@ -25,7 +24,7 @@ struct ControlClient {
     socket: UnixStream,
     /// The descriptor attached to the request.
     attached: Option<OwnedFd>,
-    input: Vec<u8>,
+    input: Inbox,
     output: Outbox,
     asked: bool,
 }
@@ -71,7 +70,7 @@ impl Control {
             self.last_id += 1;
             match poll.add(&socket, Source::ControlClient(self.last_id)) {
                 Ok(()) => {
-                    let client = ControlClient { socket, attached: None, input: Vec::new(), output: Outbox::default(), asked: false };
+                    let client = ControlClient { socket, attached: None, input: Inbox::default(), output: Outbox::default(), asked: false };
                     self.clients.insert(self.last_id, client);
                 }
                 Err(error) => warn!(error:%; "control connection refused, cannot watch it"),
@@ -116,21 +115,14 @@ impl ControlClient {
     fn turn(&mut self) -> io::Result<Option<ControlRequest>> {
         self.output.flush(&self.socket)?;
         loop {
-            let mut buffer = [0; READ_BYTES];
-            match sys::descriptors::receive(self.socket.as_fd(), &mut buffer) {
-                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) if self.asked => return Err(io::ErrorKind::InvalidData.into()),
-                Ok((count, attached)) => {
-                    self.input.extend_from_slice(&buffer[..count]);
-                    self.attached = self.attached.take().or(attached);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
+            match self.input.receive(&self.socket)? {
+                (Read::Empty, _) => return Ok(None),
+                (Read::End, _) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                (Read::Some, _) if self.asked => return Err(io::ErrorKind::InvalidData.into()),
+                (Read::Some, attached) => self.attached = self.attached.take().or(attached),
             }
-            if let Some(message) = first_frame(&self.input, MAX_REQUEST_BYTES).map_err(io::Error::other)? {
-                let request = ControlRequest::decode(message).map_err(io::Error::other)?;
-                self.input = Vec::new();
+            if let Some(request) = self.input.message(MAX_REQUEST_BYTES, ControlRequest::decode).map_err(io::Error::other)? {
+                self.input = Inbox::default();
                 self.asked = true;
                 return Ok(Some(request));
             }

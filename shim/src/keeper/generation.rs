@@ -20,8 +20,8 @@ use log::warn;
 
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
-use crate::handover::{HEAD_BYTES, MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions, first_frame};
-use crate::inbox::READ_BYTES;
+use crate::handover::{MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions};
+use crate::inbox::{Inbox, Read};
 use crate::saved::saved;
 use crate::sys::{
     self,
@@ -137,7 +137,7 @@ pub(crate) struct Generation {
     pub(crate) pid: u32,
     pub(crate) hello: Option<Hello>,
     link: UnixStream,
-    input: Vec<u8>,
+    input: Inbox,
     output: Outbox,
     started_at: Instant,
     failure: Failure,
@@ -167,7 +167,7 @@ impl Generation {
             pid: started.pid,
             hello: None,
             link: ours,
-            input: Vec::new(),
+            input: Inbox::default(),
             output: Outbox::default(),
             started_at: now,
             failure: started.failure,
@@ -262,11 +262,9 @@ impl Generation {
     pub(crate) fn receive(&mut self, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
         let mut messages = Vec::new();
         while self.killed.is_none() {
-            let mut buffer = [0; READ_BYTES];
-            let read = sys::descriptors::receive(self.link.as_fd(), &mut buffer);
-            let is_over = !matches!(&read, Ok((1.., _)));
-            if let Ok((count, attached)) = read {
-                self.input.extend_from_slice(&buffer[..count]);
+            let read = self.input.receive(&self.link);
+            let is_over = !matches!(&read, Ok((Read::Some, _)));
+            if let Ok((_, attached)) = read {
                 self.attached.extend(attached.filter(|_| self.attached.len() < MAX_ATTACHED));
             }
             match take_messages(&mut self.input, &mut messages) {
@@ -349,15 +347,9 @@ impl Generation {
     }
 }
 
-fn take_messages(input: &mut Vec<u8>, messages: &mut Vec<ToKeeper>) -> Result<(), Malformed> {
-    let mut at = 0;
-    while let Some(message) = first_frame(&input[at..], MAX_MESSAGE_BYTES)? {
-        messages.push(ToKeeper::decode(message)?);
-        at += HEAD_BYTES + message.len();
-    }
-    input.drain(..at);
-    if input.is_empty() {
-        *input = Vec::new();
+fn take_messages(input: &mut Inbox, messages: &mut Vec<ToKeeper>) -> Result<(), Malformed> {
+    while let Some(message) = input.message(MAX_MESSAGE_BYTES, ToKeeper::decode)? {
+        messages.push(message);
     }
     Ok(())
 }

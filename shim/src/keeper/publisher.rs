@@ -17,8 +17,8 @@ use log::{info, warn};
 
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
-use crate::frame::{self, Header};
-use crate::inbox::{Read, read_some};
+use crate::frame;
+use crate::inbox::{Inbox, Read};
 use crate::saved::saved;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
@@ -35,7 +35,7 @@ const LONG_BYTES: usize = 256 << 10;
 #[derive(Debug)]
 struct Connection {
     socket: UnixStream,
-    input: Vec<u8>,
+    input: Inbox,
     output: Outbox,
     last_stream: u32,
     /// The stream of the event that awaits its acknowledgement, and since when.
@@ -116,7 +116,8 @@ impl Publisher {
         if self.connection.is_none() {
             let socket = crate::sys::socket::connect(path)?;
             poll.add(&socket, Source::Publisher)?;
-            self.connection = Some(Connection { socket, input: Vec::new(), output: Outbox::default(), last_stream: 0, awaited: None });
+            self.connection =
+                Some(Connection { socket, input: Inbox::default(), output: Outbox::default(), last_stream: 0, awaited: None });
         }
         let Some(connection) = &mut self.connection else { return Ok(()) };
         // What came before the end counts: an event that was acknowledged is not sent again.
@@ -169,12 +170,12 @@ impl Connection {
     /// Reads what has come. Returns whether the daemon has closed behind it.
     fn read(&mut self) -> io::Result<bool> {
         loop {
-            match read_some(&self.socket, &mut self.input)? {
+            match self.input.read(&self.socket)? {
                 Read::Some => {}
                 Read::Empty => return Ok(false),
                 Read::End => return Ok(true),
             }
-            if self.input.len() > frame::MAX_PAYLOAD_BYTES {
+            if self.input.bytes().len() > frame::MAX_PAYLOAD_BYTES {
                 return Err(io::ErrorKind::InvalidData.into());
             }
         }
@@ -182,19 +183,14 @@ impl Connection {
 
     /// The status code of the answer on `stream`, if it is there; others are discarded.
     fn take_response(&mut self, stream: u32) -> io::Result<Option<u64>> {
-        loop {
-            let Some(header) = Header::parse(&self.input) else { return Ok(None) };
-            if header.payload_bytes as usize > frame::MAX_PAYLOAD_BYTES {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            let end = frame::HEADER_BYTES + header.payload_bytes as usize;
-            let Some(payload) = self.input.get(frame::HEADER_BYTES..end) else { return Ok(None) };
-            let code = frame::response_code(payload);
-            self.input.drain(..end);
+        while let Some((header, payload)) = frame::first(self.input.bytes()).map_err(|_| io::ErrorKind::InvalidData)? {
+            let (code, length) = (frame::response_code(payload), frame::HEADER_BYTES + payload.len());
+            self.input.take(length);
             if header.kind == frame::RESPONSE && header.stream == stream {
                 return code.map(Some).ok_or_else(|| io::ErrorKind::InvalidData.into());
             }
         }
+        Ok(None)
     }
 }
 
@@ -204,6 +200,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::frame::Header;
 
     /// Waits for the next request, answers it with a status code, and closes at once. Returns its payload.
     fn answer_and_close(listener: &UnixListener, code: u8) -> Vec<u8> {

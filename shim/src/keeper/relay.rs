@@ -13,7 +13,7 @@ use log::{debug, warn};
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::frame::{self, Code, Header};
-use crate::inbox::{READ_BYTES, Read, read_some};
+use crate::inbox::{Inbox, READ_BYTES, Read};
 use crate::saved::saved;
 
 /// The most connections at once; a further one is closed at once.
@@ -51,7 +51,7 @@ pub(crate) struct Incoming {
 struct Client {
     socket: UnixStream,
     /// The begin of a frame that has not arrived whole.
-    input: Vec<u8>,
+    input: Inbox,
     /// Bytes of an oversized frame that are still to be discarded.
     skip: usize,
     output: Outbox,
@@ -71,38 +71,29 @@ impl Client {
     /// Takes whole frames out of the input.
     fn take_frames(&mut self, id: u32, limit: usize) -> Vec<Incoming> {
         let mut taken = Vec::new();
-        let mut at = 0;
         while taken.len() < limit && !self.is_full() {
-            let rest = &self.input[at..];
-            if self.skip > 0 {
-                let count = self.skip.min(rest.len());
-                self.skip -= count;
-                at += count;
-                if self.skip > 0 {
-                    break;
+            let skipped = self.skip.min(self.input.bytes().len());
+            self.input.take(skipped);
+            self.skip -= skipped;
+            match frame::first(self.input.bytes()) {
+                Ok(None) => break,
+                Ok(Some((header, payload))) => {
+                    let payload = payload.to_vec();
+                    self.input.take(frame::HEADER_BYTES + payload.len());
+                    if let Some(payload) = self.check(header, payload) {
+                        self.unanswered += 1;
+                        self.unanswered_bytes += payload.len();
+                        taken.push(Incoming { caller: Caller { client: id, stream: header.stream }, payload });
+                    }
                 }
-                continue;
+                Err(header) => {
+                    let (length, most) = (header.payload_bytes, frame::MAX_PAYLOAD_BYTES);
+                    let message = format!("message length {length} exceeds the maximum of {most} bytes");
+                    self.refuse(header.stream, Code::ResourceExhausted, &message);
+                    self.input.take(frame::HEADER_BYTES);
+                    self.skip = length as usize;
+                }
             }
-            let Some(header) = Header::parse(rest) else { break };
-            let length = header.payload_bytes as usize;
-            if length > frame::MAX_PAYLOAD_BYTES {
-                let message = format!("message length {length} exceeds the maximum of {} bytes", frame::MAX_PAYLOAD_BYTES);
-                self.refuse(header.stream, Code::ResourceExhausted, &message);
-                self.skip = length;
-                at += frame::HEADER_BYTES;
-                continue;
-            }
-            let Some(payload) = rest.get(frame::HEADER_BYTES..frame::HEADER_BYTES + length).map(<[u8]>::to_vec) else { break };
-            at += frame::HEADER_BYTES + length;
-            if let Some(payload) = self.check(header, payload) {
-                self.unanswered += 1;
-                self.unanswered_bytes += payload.len();
-                taken.push(Incoming { caller: Caller { client: id, stream: header.stream }, payload });
-            }
-        }
-        self.input.drain(..at);
-        if self.input.is_empty() {
-            self.input = Vec::new();
         }
         taken
     }
@@ -173,7 +164,7 @@ impl Relay {
             }
             let client = Client {
                 socket,
-                input: Vec::new(),
+                input: Inbox::default(),
                 skip: 0,
                 output: Outbox::default(),
                 last_stream: 0,
@@ -193,7 +184,7 @@ impl Relay {
         let mut left = BYTES_A_TURN;
         while alive && left > 0 && incoming.len() < FRAMES_A_TURN && !client.is_full() {
             left = left.saturating_sub(READ_BYTES);
-            let read = read_some(&client.socket, &mut client.input);
+            let read = client.input.read(&client.socket);
             incoming.extend(client.take_frames(id, FRAMES_A_TURN - incoming.len()));
             match read {
                 Ok(Read::Some) => {}
