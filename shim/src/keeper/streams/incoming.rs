@@ -7,8 +7,9 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use super::process::Client;
 use super::splice::{Stop, TURN_BYTES, move_bytes};
-use super::{Client, Turn, fifo};
+use super::{Turn, pipes};
 use crate::keeper::poll::{Poll, Source};
 use crate::saved::saved;
 
@@ -55,7 +56,7 @@ impl Incoming {
         if self.closing {
             return Ok(None);
         }
-        self.source = fifo::read_end(&self.source)?;
+        self.source = pipes::read_end(&self.source)?;
         self.closing = true;
         Ok(Some(&self.source))
     }

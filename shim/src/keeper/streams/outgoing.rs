@@ -15,9 +15,10 @@ use log::warn;
 use nix::errno::Errno;
 use nix::sys::inotify::WatchDescriptor;
 
+use super::process::{Client, Stage};
 use super::spill::Spill;
 use super::splice::{Stop, TURN_BYTES, move_bytes};
-use super::{Client, Stage, Turn, fifo};
+use super::{Turn, pipes};
 use crate::keeper::poll::{Poll, Source};
 use crate::saved::saved;
 use crate::sys::descriptors::waiting_bytes;
@@ -87,8 +88,8 @@ impl Outgoing {
         }
         let is_taken = self.source.is_none() && self.waiting() == 0;
         match stage {
-            Stage::Running | Stage::Exited => is_taken && fifo::has_reader(client.fd.as_fd()),
-            Stage::Draining => is_taken || !fifo::has_reader(client.fd.as_fd()),
+            Stage::Running | Stage::Exited => is_taken && pipes::has_reader(&client.fd),
+            Stage::Draining => is_taken || !pipes::has_reader(&client.fd),
             Stage::Over => true,
         }
     }
@@ -108,7 +109,7 @@ impl Outgoing {
     /// Closes the read end of the fifo, so that our write end shows whether there are readers.
     fn narrow_if(&mut self, is_due: bool, id: Source, poll: &Poll) -> io::Result<()> {
         if let Some(client) = self.client.as_mut().filter(|client| client.is_fifo && is_due && !self.is_narrowed) {
-            client.fd = fifo::write_end(&client.fd)?;
+            client.fd = pipes::write_end(&client.fd)?;
             self.is_narrowed = true;
             poll.add_writer(&client.fd, id)?;
         }

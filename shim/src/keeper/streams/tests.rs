@@ -4,6 +4,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use super::*;
+use crate::handover::Output;
 use crate::saved::{Reader, Saved as _, Writer};
 
 /// Streams with their loop, and a folder for fifos that goes with them.
@@ -101,7 +102,7 @@ impl Drop for Bench {
 }
 
 fn outputs(streams: &Streams) -> impl Iterator<Item = &Outgoing> {
-    streams.entries.values().flat_map(|entry| &entry.pumps).filter_map(|pump| match pump {
+    streams.processes.values().flat_map(|entry| &entry.pumps).filter_map(|pump| match pump {
         Some(Pump::Out(out)) => Some(out),
         _ => None,
     })
@@ -289,7 +290,7 @@ fn a_drain_waits_for_the_last_writer_of_a_pipe_that_is_read_elsewhere() {
     assert!(bench.streams.tick(Instant::now(), &mut bench.poll).is_empty());
     assert!(bench.streams.read_end("c", Stream::Stdout).is_ok(), "the next worker needs it");
     drop(held);
-    bench.until("the end", |streams| streams.entries.values().all(Entry::is_finished));
+    bench.until("the end", |streams| streams.processes.values().all(Process::is_finished));
     assert_eq!(bench.drained, [(7, 1)]);
 }
 
@@ -345,7 +346,7 @@ fn unread_outputs_of_ended_processes_cost_a_turn_nothing() {
     bench.until("nothing is left to look at", |streams| streams.deadline().is_none());
     while !bench.poll.wait(Some(Instant::now())).expect("a wait").is_empty() {}
     // Spoilt behind their backs: a turn would finish them.
-    for entry in bench.streams.entries.values_mut() {
+    for entry in bench.streams.processes.values_mut() {
         entry.drain_until = Some(Instant::now());
     }
     bench.streams.tick(Instant::now(), &mut bench.poll);
@@ -381,7 +382,7 @@ fn stdin_survives_reconnecting_clients_and_ends_with_close() {
     let stdio = bench.stdio("c", true, 0);
     bench.open(stdio);
     let mut process = bench.process_end(Stream::Stdin);
-    set_nonblocking(&process.try_clone().expect("a copy").into()).expect("a flag");
+    pipes::set_nonblocking(&process.try_clone().expect("a copy").into()).expect("a flag");
     let path = bench.folder.join("stdin");
     let client = || OpenOptions::new().write(true).open(&path).expect("the client's end");
     let mut got = Vec::new();
