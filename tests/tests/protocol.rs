@@ -103,6 +103,7 @@ fn main() -> ExitCode {
         without_the_runtimes_program_every_call_is_refused_with_its_path_and_delete_works_once_it_is_back,
         delete_removes_a_container_whose_runtime_is_gone,
         a_runtime_that_was_moved_is_found_in_path,
+        a_runtime_may_write_to_both_of_its_outputs,
         a_process_whose_start_fails_after_the_runtimes_success_is_killed,
         delete_has_the_keeper_drop_a_container_that_its_runtime_has_deleted,
         what_is_removed_without_a_worker_leaves_no_descriptors_of_its_execs,

@@ -313,6 +313,15 @@ pub(crate) async fn a_runtime_that_was_moved_is_found_in_path(stand: Stand) -> R
     Ok(())
 }
 
+/// With a broken pipe for one of its outputs, SIGPIPE would kill the shell.
+pub(crate) async fn a_runtime_may_write_to_both_of_its_outputs(stand: Stand) -> Result<()> {
+    let talk = "case \" $* \" in *' start '*) echo output; echo error >&2 ;; esac";
+    let runtime = programs::script(stand.folder(), "runtime", &format!("#!/bin/sh\n{talk}\nexec {} \"$@\"\n", stand.runtime().display()))?;
+    let container = stand.bundle("c1", &["sh", "-c", "exit 5"]).runtime(&runtime).run().await?;
+    ensure!(container.finish().await? == 5);
+    Ok(())
+}
+
 /// The runtime has started it without delivering its terminal: without a kill it would run for ever.
 pub(crate) async fn a_process_whose_start_fails_after_the_runtimes_success_is_killed(stand: Stand) -> Result<()> {
     let text = format!(
