@@ -1,4 +1,4 @@
-//! Helpers: runtimes and loggers, started as an order says, and the pipes that collect what they write.
+//! Helpers: runtimes and loggers, started for a Spawn operation, and the pipes that collect their output.
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -56,7 +56,7 @@ impl Pipes {
         [self.log.as_ref().map(|(log, _)| log), self.output.as_ref(), self.ready.as_ref()].into_iter().flatten()
     }
 
-    /// Reads what the helper has written. Returns whether there may be more.
+    /// Reads the helper's output. Returns whether there may be more.
     pub(crate) fn read(&mut self) -> bool {
         let captures = [self.log.as_mut().map(|(log, _)| log), self.output.as_mut(), self.ready.as_mut()];
         captures.into_iter().flatten().fold(false, |more, capture| more | capture.read())

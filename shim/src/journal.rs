@@ -170,7 +170,7 @@ mod tests {
         assert_eq!(contents.exit, Some(exit));
         crate::fuzz::tests::each(std::slice::from_ref(&whole), |bytes| {
             let Ok(found) = parse(bytes) else { return };
-            // a sum of 32 bits does not lie by accident
+            // a 32-bit sum does not match by accident
             assert!(found.exit.is_none_or(|found| found == exit), "{found:?}");
         });
         std::fs::remove_dir_all(&folder).expect("removal");

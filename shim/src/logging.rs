@@ -86,7 +86,7 @@ impl Sink {
 
 /// Writes a whole line or nothing: one of [`LINE_BYTES`] at most is atomic in a pipe.
 fn write_to_fifo(path: &Path, file: &mut Option<File>, line: &[u8]) -> io::Result<()> {
-    // A FIFO whose name is gone will not be read; the daemon may have made another.
+    // An unlinked fifo will not be read; the daemon may have created another one.
     if !file.as_ref().is_some_and(|file| file.metadata().is_ok_and(|about| about.nlink() > 0)) {
         *file = None;
     }

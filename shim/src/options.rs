@@ -209,7 +209,7 @@ impl RuntimeOptions {
     }
 }
 
-/// What criu is allowed to do.
+/// Permissions for criu.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct CriuOptions {
@@ -217,7 +217,7 @@ pub(crate) struct CriuOptions {
     pub(crate) external_unix_sockets: bool,
     pub(crate) terminal: bool,
     pub(crate) file_locks: bool,
-    /// Namespaces to create anew and empty.
+    /// Namespaces to create empty instead of restoring them.
     pub(crate) empty_namespaces: Vec<String>,
     /// `soft`, `full` or `strict`; the engine's own choice if absent.
     pub(crate) cgroups_mode: Option<String>,

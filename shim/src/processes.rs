@@ -1,4 +1,4 @@
-//! What `/proc` shows of processes: their state and their descendants.
+//! Processes in `/proc`: their state and their descendants.
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::fd::AsFd;

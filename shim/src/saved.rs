@@ -134,7 +134,7 @@ impl List<'_, '_> {
     }
 }
 
-/// Saves a struct as the list of the named fields; those behind the semicolon begin anew. An enum's variants have one content each.
+/// Saves a struct as the list of the named fields; those behind the semicolon get their defaults. An enum's variants have one content each.
 macro_rules! saved {
     (enum $name:ident { $($number:literal => $variant:ident),* }) => {
         impl $crate::saved::Saved for $name {

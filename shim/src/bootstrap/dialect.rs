@@ -26,7 +26,7 @@ use crate::invocation::Flags;
 /// dies; with 2, it runs `start` for each container, and `delete` when the connection closes.
 const TASK_VERSION: i32 = 2;
 
-/// What containerd requests from `start`.
+/// containerd's request to `start`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Question {
     pub(crate) dialect: Dialect,

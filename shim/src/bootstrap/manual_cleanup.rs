@@ -153,7 +153,7 @@ fn delete_from_engine(leftovers: &Leftovers<'_>, engine: &CommandEngine, deadlin
 /// Whether the engine's container of this id is of another bundle. The journal names the engine before the engine runs, and a keeper
 /// that is killed records nothing of a Create that finds the id taken.
 ///
-/// What is half made names no bundle: another Create may be at it, which takes a moment, or what made it was killed.
+/// A half-created container names no bundle: another Create may be creating it, which takes a moment, or the runtime was killed.
 fn is_of_another(leftovers: &Leftovers<'_>, engine: &CommandEngine, deadline: Instant) -> bool {
     let until = deadline.min(Instant::now() + HALF_MADE_WITHIN);
     loop {

@@ -1,4 +1,4 @@
-//! What a keeper inherits from its `start`: cgroup, OOM score, core scheduling.
+//! Settings that a keeper inherits from its `start`: cgroup, OOM score, core scheduling.
 //!
 //! Owns the changes that `start` makes to itself just before it starts the keeper. It exits right after, so that only the keeper
 //! keeps them. A single-threaded process that moves itself is also the cheap way: moving another one costs 8–14 ms.

@@ -100,7 +100,7 @@ fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
     rows
 }
 
-/// What needs an operator's attention.
+/// The condition that needs an operator's attention.
 fn remark_on(snapshot: &Snapshot) -> Option<String> {
     let mut remarks: Vec<String> = snapshot.upgrade.as_ref().and_then(why).into_iter().collect();
     if snapshot.fruitless > 3 {

@@ -18,7 +18,7 @@ pub(crate) fn lay_out(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Replaces what would move a terminal's cursor, or break the table.
+/// Replaces characters that would move a terminal's cursor or break the table.
 pub(crate) fn printable(cell: &str) -> String {
     cell.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

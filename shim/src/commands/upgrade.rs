@@ -275,7 +275,7 @@ impl Summary {
         value
     }
 
-    /// Counts, then what an operator has to look at, each reason once.
+    /// Counts, then the shims that an operator has to look at, each reason once.
     fn to_text(&self, targets: &[Target]) -> String {
         let counts: Vec<String> = self.counts.iter().map(|(verdict, count)| format!("{} {count}", verdict.name())).collect();
         let mut text = format!("{}, silent {}, longest pause {:.1} ms\n", counts.join(", "), self.silent, self.pause.as_secs_f64() * 1e3);

@@ -29,7 +29,7 @@ pub(crate) struct Container<'a> {
     pub(crate) bundle: &'a Path,
 }
 
-/// What [`CommandEngine::create`] needs.
+/// The arguments of [`CommandEngine::create`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Create<'a> {
     pub(crate) pid_file: &'a Path,
@@ -39,7 +39,7 @@ pub(crate) struct Create<'a> {
     pub(crate) stdio_key: &'a str,
 }
 
-/// What [`CommandEngine::exec`] needs.
+/// The arguments of [`CommandEngine::exec`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exec<'a> {
     /// A file with the `Process` of the runtime specification as JSON.
@@ -51,7 +51,7 @@ pub(crate) struct Exec<'a> {
     pub(crate) stdio_key: &'a str,
 }
 
-/// What [`CommandEngine::checkpoint`] needs.
+/// The arguments of [`CommandEngine::checkpoint`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Checkpoint<'a> {
     /// The folder for the checkpoint.
@@ -63,7 +63,7 @@ pub(crate) struct Checkpoint<'a> {
     pub(crate) options: &'a CriuOptions,
 }
 
-/// What [`CommandEngine::restore`] needs.
+/// The arguments of [`CommandEngine::restore`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Restore<'a> {
     /// The folder of the checkpoint.

@@ -150,7 +150,7 @@ impl<T: Part> Part for Vec<T> {
 
     fn take(d: &mut Decoder<'_>) -> Result<Self, decode::Error> {
         let count = d.array()?.ok_or_else(|| decode::Error::message("a list has no definite length"))?;
-        // Grows as the items are found: the count may be a lie.
+        // Grows with the items that are read: the count may be wrong.
         let mut items = Self::new();
         for _ in 0..count {
             items.push(T::take(d)?);

@@ -1,4 +1,4 @@
-//! Mounts: what `nix` lacks, and loop devices.
+//! Mounts, as far as `nix` lacks them, and loop devices.
 #![allow(unsafe_code)]
 use std::ffi::c_ulong;
 use std::fs::{File, OpenOptions};
