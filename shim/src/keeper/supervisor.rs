@@ -307,10 +307,10 @@ impl Supervisor {
     }
 
     /// The worker sent Hello. Returns whether its version fits.
-    pub(crate) fn hello(&mut self, versions: Versions, build: String, now: Instant) -> bool {
+    pub(crate) fn hello(&mut self, versions: Versions, build: String) -> bool {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.hello.is_none()) else { return false };
         (self.executable.versions, self.executable.build) = (Some(versions), build.clone());
-        worker.greet(versions, build) && self.welcome(now)
+        worker.greet(versions, build)
     }
 
     /// Sends Welcome to the worker. Returns whether there is one.

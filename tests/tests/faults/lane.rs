@@ -54,6 +54,11 @@ impl Trace {
         self.0.iter().filter(|line| *line == "life").count()
     }
 
+    /// How often a worker was sent the state of the keeper.
+    fn welcomes(&self) -> usize {
+        self.0.iter().filter(|line| *line == "in welcome").count()
+    }
+
     /// The last lines before a crash, and those after it.
     fn around_crash(&self) -> String {
         let at = self.0.iter().position(|line| line == "dies").unwrap_or(self.0.len());
@@ -136,6 +141,7 @@ pub(crate) async fn model(lane: &Lane, scenario: &Scenario) -> Result<Outcome> {
     ensure!(outcome.record.of("event ") == scenario.events, "events without crashes: {}", outcome.record.of("event "));
     ensure!(outcome.record.of("call ") == scenario.calls, "calls without crashes: {}", outcome.record.of("call "));
     ensure!(outcome.trace.generations() == scenario.generations && outcome.trace.crashes() == 0, "without crashes: {:#?}", outcome.trace);
+    ensure!(outcome.trace.welcomes() == scenario.generations, "each worker is welcomed once: {:#?}", outcome.trace);
     Ok(outcome)
 }
 

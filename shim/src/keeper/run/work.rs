@@ -12,9 +12,8 @@ impl Keeper {
     pub(in crate::keeper) fn take(&mut self, message: ToKeeper) {
         match message {
             ToKeeper::Hello { versions, build } => {
-                let now = Instant::now();
-                if self.supervisor.hello(versions, build, now) {
-                    self.welcome(now);
+                if self.supervisor.hello(versions, build) {
+                    self.welcome(Instant::now());
                 }
             }
             ToKeeper::Fit { .. } => {}
