@@ -1,12 +1,13 @@
 //! The command line.
 //!
 //! Owns its parsing: `argv` becomes one [`Invocation`], or one error message. Flags are written as Go
-//! writes them (`-id c1`, `-id=c1`, `--id c1`), since containerd is the caller.
+//! writes them (see `flag`), since containerd is the caller.
 //!
 //! **Invariant:** parsing depends on the arguments alone and has no effect.
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use crate::flag::{self, FlagError};
 use crate::settings::Settings;
 
 /// One way to run this binary.
@@ -85,16 +86,8 @@ pub(crate) struct UpgradeOrder {
 pub(crate) enum UsageError {
     #[error("argument {position} is not valid UTF-8")]
     NotText { position: usize },
-    #[error("unknown flag {flag}")]
-    UnknownFlag { flag: String },
-    #[error("flag -{name} needs a value")]
-    MissingValue { name: &'static str },
-    #[error("flag -{name} must be true or false, not {value:?}")]
-    NotTruth { name: &'static str, value: String },
-    #[error("flag -{name} {why}: {value:?}")]
-    BadValue { name: &'static str, value: String, why: &'static str },
-    #[error("{action} needs the flag -{name}")]
-    MissingFlag { action: String, name: &'static str },
+    #[error(transparent)]
+    Flag(#[from] FlagError),
     #[error("{action} does not take {argument:?}")]
     Surplus { action: &'static str, argument: String },
     #[error("inspect needs the id of a container")]
@@ -112,7 +105,7 @@ pub(crate) enum UsageError {
 impl UsageError {
     /// Whether only a value is refused: then the help would hide the message.
     pub(crate) fn is_of_a_value(&self) -> bool {
-        matches!(self, Self::BadValue { .. } | Self::NotTruth { .. })
+        matches!(self, Self::Flag(FlagError::BadValue { .. } | FlagError::NotTruth { .. }))
     }
 }
 
@@ -160,7 +153,7 @@ impl Invocation {
         let mut rest = arguments.iter();
         let mut action = None;
         while let Some(argument) = rest.next() {
-            if is_flag(argument) {
+            if flag::is_flag(argument) {
                 raw.take(argument, &mut rest)?;
             } else {
                 action = Some(argument.as_str());
@@ -178,8 +171,8 @@ impl Invocation {
         }
         match action.ok_or(UsageError::NoAction)? {
             // What follows the action of a daemon is ignored, as Go's shims do: daemons have been seen to append.
-            "start" => raw.flags("start", &["id", "namespace"]).map(Self::Start),
-            "delete" => raw.flags("delete", &["id", "namespace"]).map(Self::Delete),
+            "start" => Ok(Self::Start(raw.flags("start", &["id", "namespace"])?)),
+            "delete" => Ok(Self::Delete(raw.flags("delete", &["id", "namespace"])?)),
             "keeper" => {
                 let settings = Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()])?;
                 let words: Vec<&str> = rest.map(String::as_str).collect();
@@ -192,7 +185,7 @@ impl Invocation {
                     _ => Self::Keeper(settings),
                 })
             }
-            "worker" => Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()]).map(Self::Worker),
+            "worker" => Ok(Self::Worker(Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()])?)),
             "help" => Ok(Self::Help),
             "version" => Ok(Self::Version),
             "ps" => {
@@ -254,9 +247,9 @@ struct Raw {
 
 impl Raw {
     /// Takes one flag, and its value from `rest` where it has one.
-    fn take<'a>(&mut self, argument: &str, rest: &mut impl Iterator<Item = &'a String>) -> Result<(), UsageError> {
-        let (name, given) = split_flag(argument);
-        let mut text = |name: &'static str| value_of(name, given, rest);
+    fn take<'a>(&mut self, argument: &str, rest: &mut impl Iterator<Item = &'a String>) -> Result<(), FlagError> {
+        let (name, given) = flag::split(argument);
+        let mut text = |name: &'static str| flag::value_of(name, given, rest);
         match name {
             "namespace" | "n" => self.namespace = Some(text("namespace")?),
             "id" => self.id = Some(text("id")?),
@@ -270,30 +263,30 @@ impl Raw {
             "ttrpc-address" => drop(text("ttrpc-address")?),
             "control" => drop(text("control")?),
             "log-level" => drop(text("log-level")?),
-            "debug" => self.debug = truth_of("debug", given)?,
-            "all" => self.all = truth_of("all", given)?,
-            "worker-only" => self.worker_only = truth_of("worker-only", given)?,
+            "debug" => self.debug = flag::truth_of("debug", given)?,
+            "all" => self.all = flag::truth_of("all", given)?,
+            "worker-only" => self.worker_only = flag::truth_of("worker-only", given)?,
             "to" => self.to = Some(text("to")?),
             "at-once" => {
                 let value = text("at-once")?;
                 let why = "must be a number from 1 to 256";
-                let refused = || UsageError::BadValue { name: "at-once", value: shorten(&value), why };
+                let refused = || FlagError::BadValue { name: "at-once", value: shorten(&value), why };
                 self.at_once = Some(value.parse().ok().filter(|count| (1..=256).contains(count)).ok_or_else(refused)?);
             }
-            "json" => self.json = truth_of("json", given)?,
-            "info" => self.info = truth_of("info", given)?,
-            "v" | "version" => self.version = truth_of("v", given)?,
-            "h" | "help" => self.help = truth_of("help", given)?,
-            _ => return Err(UsageError::UnknownFlag { flag: argument.to_owned() }),
+            "json" => self.json = flag::truth_of("json", given)?,
+            "info" => self.info = flag::truth_of("info", given)?,
+            "v" | "version" => self.version = flag::truth_of("v", given)?,
+            "h" | "help" => self.help = flag::truth_of("help", given)?,
+            _ => return Err(FlagError::Unknown { flag: argument.to_owned() }),
         }
         Ok(())
     }
 
     /// Parses flags and arguments in any order; returns the arguments.
-    fn take_rest<'a>(&mut self, mut rest: impl Iterator<Item = &'a String>) -> Result<Vec<String>, UsageError> {
+    fn take_rest<'a>(&mut self, mut rest: impl Iterator<Item = &'a String>) -> Result<Vec<String>, FlagError> {
         let mut words = Vec::new();
         while let Some(argument) = rest.next() {
-            if is_flag(argument) {
+            if flag::is_flag(argument) {
                 self.take(argument, &mut rest)?;
             } else {
                 words.push(argument.clone());
@@ -306,17 +299,17 @@ impl Raw {
         Query { json: self.json, namespace: self.namespace.clone(), bundle: self.bundle.clone().map(PathBuf::from) }
     }
 
-    fn flags(self, action: &str, needed: &[&'static str]) -> Result<Flags, UsageError> {
+    fn flags(self, action: &'static str, needed: &[&'static str]) -> Result<Flags, FlagError> {
         for name in needed {
             let value = match *name {
                 "id" => &self.id,
                 _ => &self.namespace,
             };
             match value {
-                None => return Err(UsageError::MissingFlag { action: action.to_owned(), name }),
+                None => return Err(FlagError::Missing { action, name }),
                 Some(value) if !is_name(value) => {
                     let why = "must be a name of 1 to 255 bytes without a slash";
-                    return Err(UsageError::BadValue { name, value: shorten(value), why });
+                    return Err(FlagError::BadValue { name, value: shorten(value), why });
                 }
                 Some(_) => {}
             }
@@ -335,39 +328,6 @@ impl Raw {
 pub(crate) fn texts(arguments: impl IntoIterator<Item = OsString>) -> Result<Vec<String>, UsageError> {
     let numbered = arguments.into_iter().enumerate();
     numbered.map(|(index, argument)| argument.into_string().map_err(|_| UsageError::NotText { position: index + 1 })).collect()
-}
-
-pub(crate) fn is_flag(argument: &str) -> bool {
-    argument.len() > 1 && argument.starts_with('-')
-}
-
-/// Splits `-name`, `--name`, `-name=value` into name and value.
-pub(crate) fn split_flag(argument: &str) -> (&str, Option<&str>) {
-    let bare = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-')).unwrap_or(argument);
-    match bare.split_once('=') {
-        Some((name, value)) => (name, Some(value)),
-        None => (bare, None),
-    }
-}
-
-/// The value of a flag: behind its `=`, or the next argument.
-pub(crate) fn value_of<'a>(
-    name: &'static str,
-    given: Option<&str>,
-    rest: &mut impl Iterator<Item = &'a String>,
-) -> Result<String, UsageError> {
-    match given {
-        Some(value) => Ok(value.to_owned()),
-        None => rest.next().cloned().ok_or(UsageError::MissingValue { name }),
-    }
-}
-
-fn truth_of(name: &'static str, given: Option<&str>) -> Result<bool, UsageError> {
-    match given {
-        None | Some("true" | "1" | "t") => Ok(true),
-        Some("false" | "0" | "f") => Ok(false),
-        Some(value) => Err(UsageError::NotTruth { name, value: value.to_owned() }),
-    }
 }
 
 /// Shortens a value that an error quotes.

@@ -8,6 +8,7 @@ mod chain;
 mod commands;
 mod control;
 mod engine;
+mod flag;
 mod frame;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

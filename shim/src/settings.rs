@@ -1,7 +1,9 @@
 //! Settings of a keeper and its workers: the flags of their command lines.
+use std::ffi::CString;
+use std::io;
 use std::path::PathBuf;
 
-use crate::invocation::{UsageError, is_flag, split_flag, value_of};
+use crate::flag::{self, FlagError};
 
 /// The flags of a keeper and of its workers.
 ///
@@ -28,7 +30,7 @@ pub(crate) struct Settings {
 
 impl Settings {
     /// Encodes the settings as arguments.
-    pub(crate) fn to_arguments(&self) -> Vec<String> {
+    fn to_arguments(&self) -> Vec<String> {
         let mut arguments = Vec::new();
         let mut flag = |name: &str, value: String| arguments.extend([format!("-{name}"), value]);
         flag("namespace", self.namespace.clone());
@@ -44,20 +46,27 @@ impl Settings {
         arguments
     }
 
+    /// The command line of a keeper or a worker. `words`: what follows the flags.
+    pub(crate) fn command_line(&self, words: &[&str]) -> io::Result<Vec<CString>> {
+        let flags = self.to_arguments();
+        let line = std::iter::once("containerd-shim-x-v2").chain(flags.iter().map(String::as_str)).chain(words.iter().copied());
+        Ok(line.map(CString::new).collect::<Result<_, _>>()?)
+    }
+
     /// Decodes arguments that [`Settings::to_arguments`] made. Unknown flags, each with a value, are skipped: a worker may be older
     /// than its keeper.
     ///
     /// Errors: the flag that is missing or invalid.
-    pub(crate) fn from_arguments(arguments: &[String]) -> Result<Self, UsageError> {
+    pub(crate) fn from_arguments(arguments: &[String]) -> Result<Self, FlagError> {
         let mut rest = arguments.iter();
         let (mut namespace, mut id, mut containerd, mut ttrpc) = (None, None, None, None);
         let (mut socket, mut control, mut bundle, mut level) = (None, None, None, log::LevelFilter::Info);
         while let Some(argument) = rest.next() {
-            if !is_flag(argument) {
-                return Err(UsageError::UnknownFlag { flag: argument.clone() });
+            if !flag::is_flag(argument) {
+                return Err(FlagError::Unknown { flag: argument.clone() });
             }
-            let (name, given) = split_flag(argument);
-            let mut text = |name| value_of(name, given, &mut rest);
+            let (name, given) = flag::split(argument);
+            let mut text = |name| flag::value_of(name, given, &mut rest);
             match name {
                 "namespace" => namespace = Some(text("namespace")?),
                 "id" => id = Some(text("id")?),
@@ -68,14 +77,13 @@ impl Settings {
                 "bundle" => bundle = Some(text("bundle")?),
                 "log-level" => {
                     let value = text("log-level")?;
-                    let bad = || UsageError::BadValue { name: "log-level", value: value.clone(), why: "is not a level" };
+                    let bad = || FlagError::BadValue { name: "log-level", value: value.clone(), why: "is not a level" };
                     level = value.parse().map_err(|_| bad())?;
                 }
                 _ => drop(text("of an unknown name")?),
             }
         }
-        let need =
-            |name: &'static str, value: Option<String>| value.ok_or_else(|| UsageError::MissingFlag { action: "keeper".to_owned(), name });
+        let need = |name: &'static str, value: Option<String>| value.ok_or_else(|| FlagError::Missing { action: "keeper", name });
         Ok(Self {
             id: need("id", id)?,
             namespace: need("namespace", namespace)?,

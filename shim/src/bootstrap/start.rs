@@ -168,12 +168,9 @@ impl Shim<'_> {
 fn execute(settings: &Settings, sockets: &Sockets) -> Result<Started, Error> {
     let program = own_image();
     let failed = |source| Error::Io { op: "execute", path: program.clone(), source };
-    let arguments = settings.to_arguments();
-    let argv = ["containerd-shim-x-v2"].into_iter().chain(arguments.iter().map(String::as_str)).chain(["keeper"]);
-    let nul = |error: std::ffi::NulError| failed(io::Error::new(io::ErrorKind::InvalidInput, error));
     sys::spawn::spawn(&sys::spawn::Command {
-        program: CString::new(program.as_os_str().as_bytes()).map_err(nul)?,
-        argv: argv.map(CString::new).collect::<Result<_, _>>().map_err(nul)?,
+        program: CString::new(program.as_os_str().as_bytes()).map_err(|error| failed(error.into()))?,
+        argv: settings.command_line(&["keeper"]).map_err(failed)?,
         env: environment(),
         // Not the bundle: a working directory would keep its file system busy while the pod runs.
         cwd: c"/".to_owned(),

@@ -12,7 +12,7 @@
 //! **Invariant:** a candidate takes over only after it has answered Fit; until then the serving worker is not touched.
 //! **Invariant:** after the cut-over the previous executable is kept for [`PROBATION`], and used again if a worker of the new one fails.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -113,16 +113,13 @@ fn back_off(fruitless: u32) -> Duration {
 
 impl Supervisor {
     pub(crate) fn new(settings: &Settings) -> io::Result<Self> {
-        let text = |text: String| CString::new(text).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput));
-        let name = std::env::args().next().unwrap_or_else(|| "containerd-shim-x-v2".into());
-        let arguments = std::iter::once(name).chain(settings.to_arguments()).chain(["worker".into()]);
         let idle_after = std::env::var_os(IDLE_VARIABLE);
         let idle_after = parse_idle(idle_after.as_deref()).unwrap_or_else(|text| {
             let text = text.display();
             warn!(text:%; "{IDLE_VARIABLE} is not a number of seconds, using {} s", DEFAULT_IDLE.as_secs());
             Some(DEFAULT_IDLE)
         });
-        let program = Program { arguments: arguments.map(text).collect::<Result<_, _>>()?, environment: sys::exec::environment() };
+        let program = Program { arguments: settings.command_line(&["worker"])?, environment: sys::exec::environment() };
         Ok(Self {
             program,
             executable: Executable::own()?,

@@ -335,7 +335,7 @@ impl Keeper {
     fn rehearse(&mut self, upgrade: &Upgrade) -> io::Result<(u32, Capture, Failure)> {
         let (copy, _) = self.save(upgrade)?;
         let (verdict, write) = Capture::new()?;
-        let (argv, env) = (self.reexec_arguments(&["rehearse"])?, sys::exec::environment());
+        let (argv, env) = (self.settings.command_line(&["keeper", "rehearse"])?, sys::exec::environment());
         let started = spawn(&Command::of_executable(upgrade.executable.file.as_fd(), argv, env, &[copy.as_fd(), write.as_fd()])?)?;
         Ok((started.pid, verdict, started.failure))
     }
@@ -382,19 +382,12 @@ impl Keeper {
         let result = self.save(upgrade).and_then(|(state, mut kept)| {
             let own = Executable::own()?;
             kept.extend([state.as_raw_fd(), own.file.as_raw_fd()]);
-            let arguments = self.reexec_arguments(&["resume", &state.as_raw_fd().to_string(), &own.file.as_raw_fd().to_string()])?;
+            let arguments =
+                self.settings.command_line(&["keeper", "resume", &state.as_raw_fd().to_string(), &own.file.as_raw_fd().to_string()])?;
             sys::exec::execute(upgrade.executable.file.as_fd(), &arguments, &sys::exec::environment(), &kept)
         });
         upgrade.report.keeper = PartResult::Unasked;
         result
-    }
-
-    /// Arguments for a keeper: our own, then the action `keeper` and `special`.
-    fn reexec_arguments(&self, special: &[&str]) -> io::Result<Vec<CString>> {
-        let name = std::env::args().next().unwrap_or_else(|| "containerd-shim-x-v2".into());
-        let words = std::iter::once(name).chain(self.settings.to_arguments()).chain(["keeper".to_owned()]);
-        let words = words.chain(special.iter().map(|word| (*word).to_owned()));
-        Ok(words.map(CString::new).collect::<Result<_, _>>()?)
     }
 
     pub(super) fn end_upgrade(&mut self, upgrade: Upgrade) {

@@ -1,5 +1,4 @@
 //! How a keeper starts: new, or from the state of the previous executable.
-use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -184,9 +183,6 @@ fn read_state(state: &OwnedFd) -> Result<Vec<u8>, Error> {
 /// Executes the previous executable with the state and descriptors of which this one has not taken over any.
 fn go_back(settings: &Settings, state: &OwnedFd, before: &OwnedFd) -> io::Result<()> {
     nix::unistd::lseek(state, 0, nix::unistd::Whence::SeekSet)?;
-    let name = std::env::args().next().unwrap_or_default();
-    let words = std::iter::once(name).chain(settings.to_arguments()).chain(["keeper", "resume"].map(str::to_owned));
-    let words = words.chain([state.as_raw_fd().to_string()]);
-    let arguments = words.map(CString::new).collect::<Result<Vec<_>, _>>()?;
+    let arguments = settings.command_line(&["keeper", "resume", &state.as_raw_fd().to_string()])?;
     match sys::exec::execute(before.as_fd(), &arguments, &sys::exec::environment(), &[state.as_raw_fd()])? {}
 }
