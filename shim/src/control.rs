@@ -85,7 +85,16 @@ fn ask_with(path: &Path, request: &ControlRequest, attached: Option<BorrowedFd<'
 
 /// Asks a keeper for a snapshot.
 pub(crate) fn describe(path: &Path, deadline: Instant) -> Result<Snapshot, Error> {
-    match ask(path, &ControlRequest::Describe, deadline)? {
+    snapshot(path, &ControlRequest::Describe, deadline)
+}
+
+/// Reserves a place for a container in a keeper. Returns the keeper's snapshot, which has the container if it exists already.
+pub(crate) fn join(path: &Path, id: &str, deadline: Instant) -> Result<Snapshot, Error> {
+    snapshot(path, &ControlRequest::Join { id: id.to_owned() }, deadline)
+}
+
+fn snapshot(path: &Path, request: &ControlRequest, deadline: Instant) -> Result<Snapshot, Error> {
+    match ask(path, request, deadline)? {
         ControlReply::Snapshot(snapshot) => Ok(*snapshot),
         _ => Err(Error::Unexpected { path: path.to_owned() }),
     }

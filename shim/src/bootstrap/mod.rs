@@ -52,10 +52,6 @@ pub(crate) enum Error {
     Foreign { path: PathBuf },
     #[error("container {id} exists already, in the shim with pid {keeper}; remove it first: containerd-shim-x-v2 -namespace {namespace} -id {id} -bundle {} delete", bundle.display())]
     AlreadyExists { id: String, namespace: String, bundle: PathBuf, keeper: u32 },
-    #[error("the shim of group {group} cannot take another container: {why}")]
-    NotTaken { group: String, why: String },
-    #[error("the shim of group {group} is shutting down and has not exited in time; try again")]
-    StillLeaving { group: String },
     #[error("process {pid} of container {id} has not exited after SIGKILL; it may be in an uninterruptible sleep")]
     StillAlive { id: String, pid: u32 },
     #[error("join the cgroup {group}, which the option ShimCgroup names")]

@@ -20,7 +20,7 @@ use super::dialect::{Dialect, Question};
 use super::socket::{Lock, Sockets};
 use super::{Error, group, placement};
 use crate::control;
-use crate::handover::{ControlReply, ControlRequest, Snapshot};
+use crate::handover::Snapshot;
 use crate::invocation::Flags;
 use crate::options::RuntimeOptions;
 use crate::run_dir::{self, Place, RunDir};
@@ -74,49 +74,27 @@ struct Shim<'a> {
 impl Shim<'_> {
     /// Reserves a place in the running keeper, if there is one. Returns its address and pid.
     fn join(&self, deadline: Instant) -> Result<Option<(String, u32)>, Error> {
-        loop {
-            let snapshot = match control::describe(&self.place.control, deadline) {
-                Ok(snapshot) => snapshot,
-                Err(error) if error.is_gone() => {
-                    // A clients' socket without a control socket is stale, unless another process listens on it.
-                    return match control::is_listening(&self.place.socket, Duration::from_millis(100)) {
-                        true if Instant::now() < deadline => {
-                            std::thread::sleep(Duration::from_millis(1));
-                            continue;
-                        }
-                        true => Err(Error::Foreign { path: self.place.socket.clone() }),
-                        false => Ok(None),
-                    };
-                }
-                Err(error) => return Err(error.into()),
-            };
-            let keeper = snapshot.keeper_pid;
-            if let Some((_, state)) = snapshot.state.iter().find(|(id, _)| *id == self.flags.id) {
-                return Err(self.exists(keeper, state));
-            }
-            match control::ask(&self.place.control, &ControlRequest::Reserve { id: self.flags.id.clone() }, deadline) {
-                Ok(ControlReply::Done) => return Ok(Some((address_of(&snapshot, self.place), keeper))),
-                Ok(ControlReply::Refused { why }) if Instant::now() >= deadline => {
-                    return Err(Error::NotTaken { group: self.group.to_owned(), why });
-                }
-                // It is shutting down: another can start after it.
-                Ok(ControlReply::Refused { .. }) => self.await_end(keeper, deadline)?,
-                Ok(_) => return Err(control::Error::Unexpected { path: self.place.control.clone() }.into()),
-                Err(error) if error.is_gone() => self.await_end(keeper, deadline)?,
+        let snapshot = loop {
+            match control::join(&self.place.control, &self.flags.id, deadline) {
+                Ok(snapshot) => break snapshot,
+                // A clients' socket without a control socket is stale, unless another process listens on it.
+                Err(error) if error.is_gone() => match control::is_listening(&self.place.socket, Duration::from_millis(100)) {
+                    true if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+                    true => return Err(Error::Foreign { path: self.place.socket.clone() }),
+                    false => return Ok(None),
+                },
                 Err(error) => return Err(error.into()),
             }
+        };
+        match snapshot.state.iter().find(|(id, _)| *id == self.flags.id) {
+            Some((_, state)) => Err(self.exists(snapshot.keeper_pid, state)),
+            None => Ok(Some((address_of(&snapshot, self.place), snapshot.keeper_pid))),
         }
     }
 
     fn exists(&self, keeper: u32, state: &[u8]) -> Error {
         let bundle = bundle_in(state).unwrap_or_else(|| self.bundle.to_owned());
         Error::AlreadyExists { id: self.flags.id.clone(), namespace: self.flags.namespace.clone(), bundle, keeper }
-    }
-
-    /// Waits for the exit of a keeper that is shutting down.
-    fn await_end(&self, keeper: u32, deadline: Instant) -> Result<(), Error> {
-        let Ok(process) = sys::process::open(keeper) else { return Ok(()) };
-        if super::wait::for_end(process.as_fd(), deadline) { Ok(()) } else { Err(Error::StillLeaving { group: self.group.to_owned() }) }
     }
 
     /// Records the shim's address and pid in the bundle, for containerd and for operators.

@@ -10,9 +10,9 @@ pub(crate) enum ControlRequest {
     /// Asks for a snapshot. → `Snapshot`
     #[n(0)]
     Describe,
-    /// Reserves a place for a container that is about to be created in this group. → `Done`
+    /// Reserves a place for a container that is about to be created in this group, unless it exists already. → `Snapshot`
     #[n(1)]
-    Reserve {
+    Join {
         #[n(0)]
         id: String,
     },

@@ -380,9 +380,11 @@ impl Ledger {
         ready.into_iter().chain(self.reservations.values()).min().copied()
     }
 
-    /// Reserves a place for a container.
+    /// Reserves a place for a container, unless it exists already.
     pub(crate) fn reserve(&mut self, id: String, now: Instant) {
-        self.reservations.insert(id, now + RESERVATION);
+        if !self.state.contains_key(&id) {
+            self.reservations.insert(id, now + RESERVATION);
+        }
     }
 
     /// Drops reservations that have expired.

@@ -82,14 +82,11 @@ impl Keeper {
     pub(super) fn control_client(&mut self, id: u32, now: Instant) {
         let Some((request, attached)) = self.control.turn(id) else { return };
         match request {
-            ControlRequest::Describe => {
-                let snapshot = Box::new(self.snapshot(now));
-                self.control.reply(id, &ControlReply::Snapshot(snapshot));
-            }
-            ControlRequest::Reserve { id: container } => {
-                // One that is leaving stays for it.
+            ControlRequest::Describe => self.describe(id, now),
+            ControlRequest::Join { id: container } => {
+                // A keeper that is about to exit stays for it.
                 self.ledger.reserve(container, now);
-                self.control.reply(id, &ControlReply::Done);
+                self.describe(id, now);
             }
             ControlRequest::Forget { id: container } => {
                 self.forget(&container, now);
@@ -104,6 +101,11 @@ impl Keeper {
                 self.send_causes(now);
             }
         }
+    }
+
+    fn describe(&mut self, asker: u32, now: Instant) {
+        let snapshot = Box::new(self.snapshot(now));
+        self.control.reply(asker, &ControlReply::Snapshot(snapshot));
     }
 
     /// Drops a container that was cleaned up manually, or that will not be created.
