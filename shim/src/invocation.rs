@@ -30,7 +30,7 @@ pub(crate) enum Invocation {
         state: i32,
         before: Option<i32>,
     },
-    /// A keeper: check whether this executable could resume from the state in descriptor 3, and answer on 4.
+    /// A keeper: check whether this executable could resume from the state in descriptor 4. Descriptor 3 leads to the keeper.
     Rehearse(Settings),
     /// The keeper: become a worker. Descriptor 3 leads to the keeper.
     Worker(Settings),

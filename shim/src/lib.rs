@@ -65,7 +65,9 @@ pub fn main() -> ExitCode {
             let (state, before) = (sys::inherited::take(state)?, before.map(sys::inherited::take).transpose()?);
             Ok(keeper::resume(settings, state, before))
         }),
-        Invocation::Rehearse(settings) => inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take(3)?, sys::inherited::take(4)?))),
+        Invocation::Rehearse(settings) => {
+            inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take_socket(3)?, sys::inherited::take(4)?)))
+        }
         Invocation::Worker(settings) => inherited(|| {
             // Executed through a descriptor, the process would be named after the descriptor's number.
             nix::sys::prctl::set_name(c"containerd-shim")?;

@@ -1,9 +1,20 @@
-//! Settings of a keeper and its workers: the flags of their command lines.
-use std::ffi::CString;
+//! Settings of a keeper and its workers: the flags of their command lines, and a variable of their environment.
+use std::ffi::{CString, OsStr};
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
+
+use log::warn;
 
 use crate::flag::{self, FlagError};
+
+/// The environment variable with the seconds after which an idle worker hibernates; 0: never.
+const IDLE_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
+const DEFAULT_IDLE: Duration = Duration::from_secs(60);
+/// A worker may still check for an OOM kill that the kernel has not counted yet.
+const MIN_IDLE: Duration = Duration::from_secs(5);
+/// Longer than any uptime, and still representable as an [`Instant`].
+const MAX_IDLE: Duration = Duration::from_secs(u32::MAX as u64);
 
 /// The flags of a keeper and of its workers.
 ///
@@ -97,6 +108,30 @@ impl Settings {
     }
 }
 
+/// After how long an idle worker hibernates; `None`: never.
+pub(crate) fn idle_after() -> Option<Duration> {
+    let text = std::env::var_os(IDLE_VARIABLE);
+    parse_idle(text.as_deref()).unwrap_or_else(|text| {
+        let text = text.display();
+        warn!(text:%; "{IDLE_VARIABLE} is not a number of seconds, using {} s", DEFAULT_IDLE.as_secs());
+        Some(DEFAULT_IDLE)
+    })
+}
+
+/// After how long an idle worker hibernates, from the value of the variable.
+///
+/// Errors: it is not a number.
+fn parse_idle(text: Option<&OsStr>) -> Result<Option<Duration>, &OsStr> {
+    let named = match text {
+        Some(text) => {
+            let seconds: u64 = text.to_str().and_then(|text| text.trim().parse().ok()).ok_or(text)?;
+            Duration::from_secs(seconds).min(MAX_IDLE)
+        }
+        None => DEFAULT_IDLE,
+    };
+    Ok(Some(named).filter(|idle_after| !idle_after.is_zero()).map(|idle_after| idle_after.max(MIN_IDLE)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,5 +167,18 @@ mod tests {
     fn a_missing_flag_is_named() {
         let arguments: Vec<String> = example().to_arguments().into_iter().skip(2).collect();
         assert_eq!(Settings::from_arguments(&arguments).expect_err("no namespace").to_string(), "keeper needs the flag -namespace");
+    }
+
+    #[test]
+    fn the_idle_time_is_read_from_the_variable_within_bounds() {
+        let of = |text: &'static str| parse_idle(Some(OsStr::new(text)));
+        assert_eq!(parse_idle(None), Ok(Some(DEFAULT_IDLE)));
+        assert_eq!(of("0"), Ok(None));
+        assert_eq!(of("1"), Ok(Some(MIN_IDLE)));
+        assert_eq!(of(" 90\n"), Ok(Some(Duration::from_secs(90))));
+        assert_eq!(of("18446744073709551615"), Ok(Some(MAX_IDLE)));
+        for text in ["", "never", "-1", "1.5", "18446744073709551616"] {
+            assert_eq!(of(text), Err(OsStr::new(text)));
+        }
     }
 }

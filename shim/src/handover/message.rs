@@ -1,5 +1,8 @@
 //! The messages themselves.
+use std::io;
+
 use minicbor::{Decode, Encode};
+use nix::errno::Errno;
 
 use super::{Versions, part};
 
@@ -317,6 +320,13 @@ pub(crate) enum Outcome {
     /// The descriptor attached to this message.
     #[n(4)]
     Descriptor,
+}
+
+impl Outcome {
+    /// `what`: the attempted action and its object.
+    pub(crate) fn failed(error: &io::Error, what: String) -> Self {
+        Self::Failed { errno: error.raw_os_error().unwrap_or(Errno::EINVAL as i32), what }
+    }
 }
 
 /// The end of a spawned process.

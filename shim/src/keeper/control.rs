@@ -42,14 +42,13 @@ pub(crate) struct Control {
 saved!(Control { listener, clients, last_id });
 
 impl Control {
-    pub(crate) fn new(listener: UnixListener, poll: &Poll) -> io::Result<Self> {
+    pub(crate) fn new(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        poll.add_reader(&listener, Source::ControlListener)?;
         Ok(Self { listener, clients: BTreeMap::new(), last_id: 0 })
     }
 
-    /// Resumes after a re-exec.
-    pub(crate) fn resume(&self, poll: &Poll) -> io::Result<()> {
+    /// Watches the listener, and the clients that were taken over.
+    pub(crate) fn watch(&self, poll: &Poll) -> io::Result<()> {
         poll.add_reader(&self.listener, Source::ControlListener)?;
         self.clients.iter().try_for_each(|(id, client)| poll.add(&client.socket, Source::ControlClient(*id)))
     }

@@ -8,11 +8,9 @@
 //!
 //! **Invariant:** the deadline is on the worker's messages, never on how long a request takes; an idle worker is not pinged.
 use std::collections::VecDeque;
-use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -23,6 +21,7 @@ use super::poll::{Poll, Source};
 use crate::handover::{MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions};
 use crate::inbox::{Inbox, Read};
 use crate::saved::saved;
+use crate::settings::Settings;
 use crate::sys::{
     self,
     spawn::{Command, Failure, spawn},
@@ -73,24 +72,9 @@ impl Executable {
 
     /// Whether both are the same file. An executable in use cannot be written to, so the content is the same too.
     pub(crate) fn is(&self, other: &Self) -> bool {
-        let identity = |file: &OwnedFd| {
-            let meta = file.try_clone().map(File::from).and_then(|file| file.metadata()).ok()?;
-            Some((meta.dev(), meta.ino()))
-        };
+        let identity = |file: &OwnedFd| nix::sys::stat::fstat(file).ok().map(|stat| (stat.st_dev, stat.st_ino));
         identity(&self.file).is_some_and(|own| identity(&other.file) == Some(own))
     }
-
-    pub(crate) fn duplicate(&self) -> io::Result<Self> {
-        let file = sys::descriptors::duplicate(&self.file)?;
-        Ok(Self { file, path: self.path.clone(), versions: self.versions, build: self.build.clone() })
-    }
-}
-
-/// Arguments and environment of workers.
-#[derive(Debug, Default)]
-pub(crate) struct Program {
-    pub(crate) arguments: Vec<CString>,
-    pub(crate) environment: Vec<CString>,
 }
 
 /// Why a worker exited.
@@ -112,13 +96,6 @@ pub(crate) enum Fault {
     Worker,
 }
 
-#[derive(Debug)]
-pub(crate) struct Hello {
-    /// The agreed message version.
-    pub(crate) version: u16,
-    pub(crate) build: String,
-}
-
 /// A ping that is unanswered.
 #[derive(Debug, Clone, Copy)]
 struct Ping {
@@ -135,7 +112,8 @@ struct Ping {
 pub(crate) struct Generation {
     pub(crate) number: u32,
     pub(crate) pid: u32,
-    pub(crate) hello: Option<Hello>,
+    /// The agreed message version, once it has sent Hello.
+    pub(crate) version: Option<u16>,
     link: UnixStream,
     input: Inbox,
     output: Outbox,
@@ -155,17 +133,26 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
-    /// Starts a worker.
-    pub(crate) fn start(number: u32, program: &Program, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<Self> {
+    /// Starts a child of `executable`, in the mode that `words` name. `attached`: its descriptor 4; 3 is the link.
+    pub(crate) fn start(
+        number: u32,
+        settings: &Settings,
+        words: &[&str],
+        executable: &Executable,
+        attached: Option<&OwnedFd>,
+        now: Instant,
+        poll: &Poll,
+    ) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        let (argv, env) = (program.arguments.clone(), program.environment.clone());
-        let started = spawn(&Command::of_executable(executable.file.as_fd(), argv, env, &[theirs.as_fd()])?)?;
+        let descriptors: Vec<_> = [theirs.as_fd()].into_iter().chain(attached.map(AsFd::as_fd)).collect();
+        let (argv, env) = (settings.command_line(words)?, sys::exec::environment());
+        let started = spawn(&Command::of_executable(executable.file.as_fd(), argv, env, &descriptors)?)?;
         poll.add(&ours, Source::Worker(number))?;
         Ok(Self {
             number,
             pid: started.pid,
-            hello: None,
+            version: None,
             link: ours,
             input: Inbox::default(),
             output: Outbox::default(),
@@ -210,19 +197,18 @@ impl Generation {
         })
     }
 
-    /// Agrees on a message version. Returns whether there is one.
-    pub(crate) fn greet(&mut self, theirs: Versions, build: String) -> bool {
-        let ours = crate::test_identity::versions();
-        match ours.agree(theirs) {
-            Some(version) => {
-                self.hello = Some(Hello { version, build });
-                true
-            }
-            None => {
-                self.kill(Fault::Worker, format!("it speaks message version {theirs}, this keeper version {ours}"));
-                false
-            }
+    /// It sent Hello: agrees on a message version. Returns whether there is one. `executable`: the one that it runs.
+    pub(crate) fn greet(&mut self, theirs: Versions, build: String, executable: &mut Executable) -> bool {
+        if self.version.is_some() {
+            return false;
         }
+        (executable.versions, executable.build) = (Some(theirs), build);
+        let ours = crate::test_identity::versions();
+        self.version = ours.agree(theirs);
+        if self.version.is_none() {
+            self.kill(Fault::Worker, format!("it speaks message version {theirs}, this keeper version {ours}"));
+        }
+        self.version.is_some()
     }
 
     /// Whether it was sent a message since its last one.
@@ -292,26 +278,14 @@ impl Generation {
         self.attached.pop_front()
     }
 
-    /// Asks whether it may hibernate, if it has been idle for `idle_after`.
-    pub(crate) fn ask_to_hibernate(&mut self, idle_after: Duration, now: Instant) {
-        if self.hibernation_deadline(idle_after).is_some_and(|at| at <= now) {
-            self.send(&ToWorker::MayHibernate, None, now);
-        }
-    }
-
-    /// When [`Generation::ask_to_hibernate`] has something to do, if no cause is open.
-    pub(crate) fn hibernation_deadline(&self, idle_after: Duration) -> Option<Instant> {
-        let is_idle = self.hello.is_some() && self.killed.is_none() && !self.owing && !self.asked_to_hibernate;
-        is_idle.then(|| self.quiet_since + idle_after)
-    }
-
-    /// Pings the worker when that is due, and kills one that does not respond. `is_busy`: a cause is open.
-    pub(crate) fn check(&mut self, now: Instant, is_busy: bool) {
-        if self.killed.is_some() || self.deadline(is_busy).is_none_or(|at| at > now) {
+    /// Pings the worker when that is due, kills one that does not respond, and asks an idle one whether it may hibernate.
+    /// `is_busy`: a cause is open. `idle_after`: after how long without one; never if it is absent.
+    pub(crate) fn check(&mut self, now: Instant, is_busy: bool, idle_after: Option<Duration>) {
+        if self.killed.is_some() || self.deadline(is_busy, idle_after).is_none_or(|at| at > now) {
             return;
         }
-        if self.hello.is_none() {
-            self.kill(Fault::Worker, format!("it did not send Hello within {HELLO_WITHIN:?}"));
+        if self.version.is_none() {
+            self.kill(Fault::Worker, format!("it sent no message within {HELLO_WITHIN:?}"));
         } else if let Some(ping) = &mut self.ping {
             let used = sys::process::cpu_time(self.pid);
             let has_run = used > ping.used_then;
@@ -324,6 +298,8 @@ impl Generation {
             let within = now.saturating_duration_since(ping.at).as_secs();
             warn!(pid = self.pid, generation = self.number, within; "the worker hangs, killing it");
             self.kill(Fault::Worker, format!("it did not respond within {within} s"));
+        } else if !self.owing && !is_busy {
+            self.send(&ToWorker::MayHibernate, None, now);
         } else {
             let used = sys::process::cpu_time(self.pid);
             self.ping = Some(Ping { at: now, used, look_at: now + PONG_WITHIN, used_then: used });
@@ -332,17 +308,18 @@ impl Generation {
     }
 
     /// When [`Generation::check`] has something to do.
-    pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
+    pub(crate) fn deadline(&self, is_busy: bool, idle_after: Option<Duration>) -> Option<Instant> {
         if let Some((_, at)) = &self.killed {
             return Some(*at + ENDS_WITHIN);
         }
-        if self.hello.is_none() {
+        if self.version.is_none() {
             return Some(self.started_at + HELLO_WITHIN);
         }
         match self.ping {
             Some(ping) => Some(ping.look_at),
             None if self.owing => Some(self.quiet_since + PING_AFTER),
-            None => is_busy.then(|| self.quiet_since + PING_EVERY),
+            None if is_busy => Some(self.quiet_since + PING_EVERY),
+            None => idle_after.filter(|_| !self.asked_to_hibernate).map(|idle_after| self.quiet_since + idle_after),
         }
     }
 }

@@ -19,10 +19,6 @@ const HEAD_BYTES: usize = 24;
 /// The longest state that is handed over.
 pub(crate) const MAX_BYTES: usize = 64 << 20;
 
-/// The answers of a rehearsal; `REFUSES` is followed by the reason.
-pub(crate) const ACCEPTS: &str = "OK";
-pub(crate) const REFUSES: &str = "NO ";
-
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("the keeper's state is damaged: {what}")]

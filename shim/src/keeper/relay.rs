@@ -130,14 +130,13 @@ pub(crate) struct Relay {
 saved!(Relay { listener, clients, last_id });
 
 impl Relay {
-    pub(crate) fn new(listener: UnixListener, poll: &Poll) -> io::Result<Self> {
+    pub(crate) fn new(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        poll.add_reader(&listener, Source::Listener)?;
         Ok(Self { listener, clients: BTreeMap::new(), last_id: 0 })
     }
 
-    /// Resumes after a re-exec.
-    pub(crate) fn resume(&self, poll: &mut Poll) -> io::Result<()> {
+    /// Watches the listener, and the clients that were taken over.
+    pub(crate) fn watch(&self, poll: &mut Poll) -> io::Result<()> {
         poll.add_reader(&self.listener, Source::Listener)?;
         for (id, client) in &self.clients {
             poll.add(&client.socket, Source::Client(*id))?;

@@ -1,15 +1,15 @@
 //! The poll loop: dispatches events and timers, and decides when the keeper exits.
-mod begin;
-mod control_requests;
-mod processes;
-mod requests;
-mod work;
+mod clients;
+mod exits;
+mod resume;
+mod snapshot;
+mod upgrade;
+mod worker;
 
-pub(crate) use begin::{rehearse, resume, run};
+pub(crate) use resume::{rehearse, resume, run};
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
@@ -42,22 +42,22 @@ const TRIM_AFTER: Duration = Duration::from_millis(500);
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
 
 /// All parts of the keeper, and the state of the loop.
-pub(super) struct Keeper {
-    pub(super) settings: Settings,
-    pub(super) poll: Poll,
+struct Keeper {
+    settings: Settings,
+    poll: Poll,
     signals: OwnedFd,
-    pub(super) relay: Relay,
-    pub(super) control: Control,
-    pub(super) ledger: Ledger,
-    pub(super) children: Children,
-    pub(super) streams: Streams,
-    pub(super) publisher: Publisher,
-    pub(super) supervisor: Supervisor,
-    pub(super) poison: Poison,
-    pub(super) upgrade: Option<Upgrade>,
+    relay: Relay,
+    control: Control,
+    ledger: Ledger,
+    children: Children,
+    streams: Streams,
+    publisher: Publisher,
+    supervisor: Supervisor,
+    poison: Poison,
+    upgrade: Option<Upgrade>,
     /// The report of the last upgrade.
-    pub(super) last_upgrade: Option<UpgradeReport>,
-    pub(super) started_at: Instant,
+    last_upgrade: Option<UpgradeReport>,
+    started_at: Instant,
     /// SIGTERM was received: the keeper exits once no container runs.
     is_shutting_down: bool,
     timers: Timers,
@@ -80,14 +80,19 @@ struct Timers {
 impl Keeper {
     /// Never inlined, and boxed: the frames of the loop are those that stay on the stack for as long as the keeper runs.
     #[inline(never)]
-    fn new(settings: Settings, listener: UnixListener, control: UnixListener) -> io::Result<Box<Self>> {
+    fn new(settings: Settings, relay: Relay, control: Control) -> io::Result<Box<Self>> {
         nix::sys::prctl::set_child_subreaper(true)?;
-        let poll = Poll::new()?;
-        let signals = block_signals(&poll)?;
-        let supervisor = Supervisor::new(&settings)?;
+        let mut poll = Poll::new()?;
+        // No stray signal may end the keeper. With SIGXFSZ blocked, a write beyond the limit for files fails like any other.
+        sys::signals::block_all_but(&[])?;
+        let signals = sys::signals::descriptor()?;
+        poll.add_reader(&signals, Source::Signals)?;
+        relay.watch(&mut poll)?;
+        control.watch(&poll)?;
+        let supervisor = Supervisor::new()?;
         Ok(Box::new(Self {
-            relay: Relay::new(listener, &poll)?,
-            control: Control::new(control, &poll)?,
+            relay,
+            control,
             ledger: Ledger::default(),
             children: Children::default(),
             streams: Streams::default(),
@@ -147,19 +152,14 @@ impl Keeper {
             Source::Listener | Source::ControlListener => self.accept(now),
             Source::Publisher => self.publisher.turn(now, &self.poll),
             Source::Fifos => self.streams.fifos_touched(&mut self.poll),
-            Source::Worker(generation) => {
+            Source::Worker(number) => {
                 self.supervisor.flush(now);
                 if self.supervisor.backlog_bytes() <= MAX_BACKLOG_BYTES {
                     for id in self.timers.paused.drain(..) {
                         self.poll.again(Source::Client(id));
                     }
                 }
-                for message in self.supervisor.receive(generation, now, &mut self.poll) {
-                    self.take(message);
-                }
-                for message in self.supervisor.receive_from_candidate(generation, now, &mut self.poll) {
-                    self.candidate_sent(message, now);
-                }
+                self.worker_sent(number, now);
             }
             Source::Client(id) => self.client(id, now),
             Source::ControlClient(id) => self.control_client(id, now),
@@ -185,7 +185,10 @@ impl Keeper {
         for (cause, step) in self.streams.tick(now, &mut self.poll) {
             self.found(Found::Outcome { cause, step, outcome: Outcome::Done });
         }
-        self.proceed();
+        // Before another worker of the old executable is started.
+        let ended = self.supervisor.give_up(now);
+        self.ended(ended, now);
+        self.proceed(now);
         let now = Instant::now();
         if self.timers.accept_at.is_some_and(|at| at <= now) {
             self.accept(now);
@@ -194,17 +197,12 @@ impl Keeper {
         let send = |key: &str, signal| self.children.signal(key, signal);
         for (due, pending) in self.ledger.overdue(now, !self.supervisor.is_serving(), send) {
             for (cause, step) in pending {
-                let outcome = failed(&Errno::ECANCELED.into(), "operation of a request that is already answered".into());
+                let outcome = Outcome::failed(&Errno::ECANCELED.into(), "operation of a request that is already answered".into());
                 self.supervisor.send(&ToWorker::Done { cause, step, outcome }, None, now);
             }
             self.answer(due);
         }
-        if let Some(ended) = self.supervisor.give_up(now) {
-            self.ended(ended, now);
-            // before another worker of the old executable is started
-            self.proceed();
-        }
-        self.supervisor.ensure(now, self.ledger.is_busy(), &self.poll);
+        self.supervisor.ensure(&self.settings, now, self.ledger.is_busy(), &self.poll);
         self.tick_upgrade(now);
         self.send_causes(now);
         self.ledger.expire(now);
@@ -217,7 +215,7 @@ impl Keeper {
     fn deadline(&self, ticked: Instant) -> Option<Instant> {
         [
             self.supervisor.deadline(self.ledger.is_busy()),
-            self.upgrade_deadline(),
+            self.upgrade.as_ref().and_then(|upgrade| upgrade.until),
             self.poison.deadline(ticked).filter(|_| self.supervisor.is_serving()),
             self.ledger.deadline(ticked),
             self.streams.deadline(),
@@ -283,16 +281,4 @@ impl Keeper {
         self.supervisor.kill();
         info!(processes = self.children.started, exits = self.children.exits_seen, bytes = self.streams.bytes_moved, lost = self.streams.bytes_lost; "keeper exits");
     }
-}
-
-/// No stray signal may end the keeper. With SIGXFSZ blocked, a write beyond the limit for files fails like any other.
-fn block_signals(poll: &Poll) -> io::Result<OwnedFd> {
-    sys::signals::block_all_but(&[])?;
-    let signals = sys::signals::descriptor()?;
-    poll.add_reader(&signals, Source::Signals)?;
-    Ok(signals)
-}
-
-fn failed(error: &io::Error, what: String) -> Outcome {
-    Outcome::Failed { errno: error.raw_os_error().unwrap_or(Errno::EINVAL as i32), what }
 }

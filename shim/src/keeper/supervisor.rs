@@ -12,26 +12,24 @@
 //! **Invariant:** a candidate takes over only after it has answered Fit; until then the serving worker is not touched.
 //! **Invariant:** after the cut-over the previous executable is kept for [`PROBATION`], and used again if a worker of the new one fails.
 
-use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use log::{debug, error, info, warn};
 
-use super::generation::{End, Executable, Fault, Generation, Program};
+use super::generation::{End, Executable, Fault, Generation};
 use super::poll::{Poll, Source};
 use crate::handover::{ToKeeper, ToWorker, Versions};
 use crate::saved::saved;
-use crate::settings::Settings;
-use crate::sys;
+use crate::settings::{self, Settings};
 
 /// How many generations in a row may commit nothing before the next one has to wait.
 const FREE_RETRIES: u32 = 3;
 const FIRST_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
 /// How long a new executable is on probation.
-pub(super) const PROBATION: Duration = Duration::from_secs(300);
+const PROBATION: Duration = Duration::from_secs(300);
 
 /// Which process exited.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,17 +37,14 @@ pub(crate) enum Ended {
     /// Neither the worker nor the candidate.
     Other,
     Candidate(End),
-    /// `rolled_back`: its executable failed on probation and was replaced by the previous one.
-    Worker {
-        end: End,
-        rolled_back: bool,
-    },
+    Worker(End),
+    /// A worker whose executable failed on probation and was replaced by the previous one.
+    RolledBack(End),
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
-    program: Program,
     pub(super) executable: Executable,
     /// The previous executable, and until when it is kept.
     pub(super) previous: Option<(Executable, Instant)>,
@@ -57,10 +52,10 @@ pub(crate) struct Supervisor {
     candidate: Option<Generation>,
     /// Workers that were killed and have not exited. Their links are closed.
     stuck: Vec<u32>,
-    pub(super) last_number: u32,
+    last_number: u32,
     pub(super) generations: u32,
     pub(super) fruitless: u32,
-    pub(super) retry_at: Option<Instant>,
+    retry_at: Option<Instant>,
     /// Why the last worker failed.
     pub(super) last_end: Option<String>,
     /// After how long an idle worker hibernates; absent: never.
@@ -73,35 +68,12 @@ pub(crate) struct Supervisor {
 
 saved! {
     Supervisor {
-        executable, previous, last_number, generations, fruitless, retry_at, last_end; program, worker, candidate, stuck, idle_after,
-        watches, asleep
+        executable, previous, last_number, generations, fruitless, retry_at, last_end, idle_after; worker, candidate, stuck, watches, asleep
     }
 }
 
-/// The environment variable with the seconds after which an idle worker hibernates; 0: never.
-const IDLE_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
-const DEFAULT_IDLE: Duration = Duration::from_secs(60);
-/// A worker may still check for an OOM kill that the kernel has not counted yet.
-const MIN_IDLE: Duration = Duration::from_secs(5);
-/// Longer than any uptime, and still representable as an [`Instant`].
-const MAX_IDLE: Duration = Duration::from_secs(u32::MAX as u64);
-
 /// The status of a process that was killed.
 const KILLED: u32 = 128 + 9;
-
-/// After how long an idle worker hibernates, from the value of the variable.
-///
-/// Errors: it is not a number.
-fn parse_idle(text: Option<&OsStr>) -> Result<Option<Duration>, &OsStr> {
-    let named = match text {
-        Some(text) => {
-            let seconds: u64 = text.to_str().and_then(|text| text.trim().parse().ok()).ok_or(text)?;
-            Duration::from_secs(seconds).min(MAX_IDLE)
-        }
-        None => DEFAULT_IDLE,
-    };
-    Ok(Some(named).filter(|idle_after| !idle_after.is_zero()).map(|idle_after| idle_after.max(MIN_IDLE)))
-}
 
 /// How long the next worker has to wait after `fruitless` generations that committed nothing.
 fn back_off(fruitless: u32) -> Duration {
@@ -112,16 +84,8 @@ fn back_off(fruitless: u32) -> Duration {
 }
 
 impl Supervisor {
-    pub(crate) fn new(settings: &Settings) -> io::Result<Self> {
-        let idle_after = std::env::var_os(IDLE_VARIABLE);
-        let idle_after = parse_idle(idle_after.as_deref()).unwrap_or_else(|text| {
-            let text = text.display();
-            warn!(text:%; "{IDLE_VARIABLE} is not a number of seconds, using {} s", DEFAULT_IDLE.as_secs());
-            Some(DEFAULT_IDLE)
-        });
-        let program = Program { arguments: settings.command_line(&["worker"])?, environment: sys::exec::environment() };
+    pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
-            program,
             executable: Executable::own()?,
             previous: None,
             worker: None,
@@ -132,45 +96,32 @@ impl Supervisor {
             fruitless: 0,
             retry_at: None,
             last_end: None,
-            idle_after,
+            idle_after: settings::idle_after(),
             watches: Vec::new(),
             asleep: false,
         })
     }
 
-    /// Resumes after a re-exec. The worker has exited by then.
-    pub(crate) fn resume(self, settings: &Settings) -> io::Result<Self> {
-        let Self { program, idle_after, .. } = Self::new(settings)?;
-        Ok(Self { program, idle_after, ..self })
-    }
-
-    /// Stops waiting for a worker that was killed and does not exit, so that the next one can start.
-    pub(crate) fn give_up(&mut self, now: Instant) -> Option<Ended> {
-        let worker = match self.candidate.take_if(|worker| worker.is_stuck(now)) {
-            Some(candidate) => {
-                self.stuck.push(candidate.pid);
-                return Some(Ended::Candidate(candidate.end(KILLED)));
-            }
-            None => self.worker.take_if(|worker| worker.is_stuck(now))?,
-        };
-        warn!(pid = worker.pid; "the worker was killed and does not exit, starting the next one");
-        self.stuck.push(worker.pid);
-        Some(self.worker_ended(worker, KILLED, now))
+    /// Stops waiting for a worker or candidate that was killed and does not exit, so that the next one can start.
+    pub(crate) fn give_up(&mut self, now: Instant) -> Ended {
+        let stuck = [&self.candidate, &self.worker].into_iter().flatten().find(|worker| worker.is_stuck(now));
+        let Some(pid) = stuck.map(|worker| worker.pid) else { return Ended::Other };
+        warn!(pid; "a worker was killed and does not exit, continuing without it");
+        let ended = self.ended(pid, KILLED, now);
+        self.stuck.push(pid);
+        ended
     }
 
     /// Starts a worker if there is none and one is due, and kills one that hangs. `is_busy`: a cause is open.
-    pub(crate) fn ensure(&mut self, now: Instant, is_busy: bool, poll: &Poll) {
+    pub(crate) fn ensure(&mut self, settings: &Settings, now: Instant, is_busy: bool, poll: &Poll) {
         if self.previous.as_ref().is_some_and(|(_, until)| *until <= now) {
             self.previous = None;
         }
         if let Some(candidate) = &mut self.candidate {
-            candidate.check(now, true);
+            candidate.check(now, true, None);
         }
         if let Some(worker) = &mut self.worker {
-            if let (Some(idle_after), false) = (self.idle_after, is_busy) {
-                worker.ask_to_hibernate(idle_after, now);
-            }
-            return worker.check(now, is_busy);
+            return worker.check(now, is_busy, self.idle_after);
         }
         if self.asleep && !is_busy {
             return;
@@ -181,7 +132,7 @@ impl Supervisor {
         }
         self.generations += 1;
         self.last_number += 1;
-        match Generation::start(self.last_number, &self.program, &self.executable, now, poll) {
+        match Generation::start(self.last_number, settings, &["worker"], &self.executable, None, now, poll) {
             Ok(worker) => self.worker = Some(worker),
             Err(error) => {
                 warn!(error:%; "cannot start a worker, will retry");
@@ -219,15 +170,15 @@ impl Supervisor {
         let pid = worker.pid;
         let end = worker.end(status);
         if end.fault == Fault::Keeper {
-            return Ended::Worker { end, rolled_back: false };
+            return Ended::Worker(end);
         }
         self.failed(now);
         self.last_end = Some(end.why.clone());
-        let rolled_back = self.roll_back(&end);
-        if !rolled_back {
-            info!(pid, generation = self.generations, why:% = end.why; "the worker exited, starting the next one");
+        if self.roll_back(&end) {
+            return Ended::RolledBack(end);
         }
-        Ended::Worker { end, rolled_back }
+        info!(pid, generation = self.generations, why:% = end.why; "the worker exited, starting the next one");
+        Ended::Worker(end)
     }
 
     /// Restores the previous executable, if it is still kept and works with this keeper.
@@ -275,11 +226,23 @@ impl Supervisor {
         self.asleep
     }
 
-    /// Starts a worker of another executable beside the one that serves.
-    pub(crate) fn try_out(&mut self, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<()> {
-        self.last_number += 1;
-        self.candidate = Some(Generation::start(self.last_number, &self.program, executable, now, poll)?);
+    /// Starts a candidate: a worker of another executable beside the one that serves.
+    pub(crate) fn try_out(&mut self, settings: &Settings, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<()> {
+        self.add_candidate(Generation::start(self.last_number + 1, settings, &["worker"], executable, None, now, poll)?);
         Ok(())
+    }
+
+    /// Starts a candidate: a child that reads a copy of the keeper's state.
+    pub(crate) fn rehearse(&mut self, settings: &Settings, state: &OwnedFd, now: Instant, poll: &Poll) -> io::Result<()> {
+        let words = ["keeper", "rehearse"];
+        self.add_candidate(Generation::start(self.last_number + 1, settings, &words, &self.executable, Some(state), now, poll)?);
+        Ok(())
+    }
+
+    fn add_candidate(&mut self, candidate: Generation) {
+        self.last_number = candidate.number;
+        // One of an earlier upgrade that was killed may not have exited.
+        self.stuck.extend(self.candidate.replace(candidate).map(|previous| previous.pid));
     }
 
     pub(crate) fn candidate(&mut self) -> Option<&mut Generation> {
@@ -298,30 +261,21 @@ impl Supervisor {
         self.retry_at = None;
     }
 
-    /// The worker committed something: its generation was not fruitless.
-    pub(crate) fn committed(&mut self) {
-        self.fruitless = 0;
-    }
-
     /// The worker sent Hello. Returns whether its version fits.
     pub(crate) fn hello(&mut self, versions: Versions, build: String) -> bool {
-        let Some(worker) = self.worker.as_mut().filter(|worker| worker.hello.is_none()) else { return false };
-        (self.executable.versions, self.executable.build) = (Some(versions), build.clone());
-        worker.greet(versions, build)
+        self.worker.as_mut().is_some_and(|worker| worker.greet(versions, build, &mut self.executable))
     }
 
-    /// Sends Welcome to the worker. Returns whether there is one.
-    pub(crate) fn welcome(&mut self, now: Instant) -> bool {
-        let Some(worker) = &mut self.worker else { return false };
-        let Some(hello) = &worker.hello else { return false };
-        let welcome = ToWorker::Welcome { version: hello.version, keeper_pid: std::process::id(), generation: self.generations };
-        worker.send(&welcome, None, now);
-        true
+    /// Sends Welcome to the worker.
+    pub(crate) fn welcome(&mut self, now: Instant) {
+        let version = self.version().unwrap_or_default();
+        let welcome = ToWorker::Welcome { version, keeper_pid: std::process::id(), generation: self.generations };
+        self.send(&welcome, None, now);
     }
 
     /// Whether there is a worker that was sent everything.
     pub(crate) fn is_serving(&self) -> bool {
-        self.worker.as_ref().is_some_and(|worker| worker.hello.is_some() && !worker.is_killed())
+        self.worker.as_ref().is_some_and(|worker| worker.version.is_some() && !worker.is_killed())
     }
 
     /// Whether the worker has responded since the last message to it.
@@ -343,15 +297,14 @@ impl Supervisor {
         [&self.worker, &self.candidate].into_iter().flatten().map(|worker| worker.pid).chain(self.stuck.iter().copied())
     }
 
-    /// The worker's build and message version.
-    pub(crate) fn build(&self) -> Option<(&str, u16)> {
-        let hello = self.worker.as_ref()?.hello.as_ref()?;
-        Some((&hello.build, hello.version))
+    /// The message version of the worker, once it has sent Hello.
+    pub(crate) fn version(&self) -> Option<u16> {
+        self.worker.as_ref()?.version
     }
 
     /// Queues a message if there is a worker; a later generation gets its content by the replay.
     pub(crate) fn send(&mut self, message: &ToWorker, descriptor: Option<OwnedFd>, now: Instant) {
-        if let Some(worker) = self.worker.as_mut().filter(|worker| worker.hello.is_some()) {
+        if let Some(worker) = self.worker.as_mut().filter(|worker| worker.version.is_some()) {
             worker.send(message, descriptor, now);
         }
     }
@@ -368,14 +321,10 @@ impl Supervisor {
         self.worker.as_ref().map_or(0, Generation::backlog_bytes)
     }
 
-    /// The messages of the worker with this number; none if it is gone or a candidate.
+    /// The messages of the worker or candidate with this number; none if it is gone.
     pub(crate) fn receive(&mut self, number: u32, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
-        self.worker.as_mut().filter(|worker| worker.number == number).map(|worker| worker.receive(now, poll)).unwrap_or_default()
-    }
-
-    /// The same for the candidate.
-    pub(crate) fn receive_from_candidate(&mut self, number: u32, now: Instant, poll: &mut Poll) -> Vec<ToKeeper> {
-        self.candidate.as_mut().filter(|worker| worker.number == number).map(|worker| worker.receive(now, poll)).unwrap_or_default()
+        let mut workers = [&mut self.worker, &mut self.candidate].into_iter().flatten();
+        workers.find(|worker| worker.number == number).map(|worker| worker.receive(now, poll)).unwrap_or_default()
     }
 
     /// The number of the worker that serves.
@@ -386,13 +335,10 @@ impl Supervisor {
     /// When [`Supervisor::ensure`] has something to do.
     pub(crate) fn deadline(&self, is_busy: bool) -> Option<Instant> {
         let worker = match &self.worker {
-            Some(worker) => {
-                let hibernation = self.idle_after.filter(|_| !is_busy).and_then(|idle_after| worker.hibernation_deadline(idle_after));
-                worker.deadline(is_busy).into_iter().chain(hibernation).min()
-            }
+            Some(worker) => worker.deadline(is_busy, self.idle_after),
             None => self.retry_at.filter(|_| !self.asleep),
         };
-        let candidate = self.candidate.as_ref().and_then(|candidate| candidate.deadline(true));
+        let candidate = self.candidate.as_ref().and_then(|candidate| candidate.deadline(true, None));
         [worker, candidate, self.previous.as_ref().map(|(_, until)| *until)].into_iter().flatten().min()
     }
 }
@@ -407,18 +353,5 @@ mod tests {
         assert_eq!(waits[..3], [Duration::ZERO; 3]);
         assert_eq!(waits[3..6], [10, 20, 40].map(Duration::from_millis));
         assert!(waits.is_sorted() && waits[13..].iter().all(|wait| *wait == MAX_BACKOFF), "{waits:?}");
-    }
-
-    #[test]
-    fn the_idle_time_is_read_from_the_variable_within_bounds() {
-        let of = |text: &'static str| parse_idle(Some(OsStr::new(text)));
-        assert_eq!(parse_idle(None), Ok(Some(DEFAULT_IDLE)));
-        assert_eq!(of("0"), Ok(None));
-        assert_eq!(of("1"), Ok(Some(MIN_IDLE)));
-        assert_eq!(of(" 90\n"), Ok(Some(Duration::from_secs(90))));
-        assert_eq!(of("18446744073709551615"), Ok(Some(MAX_IDLE)));
-        for text in ["", "never", "-1", "1.5", "18446744073709551616"] {
-            assert_eq!(of(text), Err(OsStr::new(text)));
-        }
     }
 }

@@ -5,9 +5,8 @@ use log::warn;
 
 use super::{Keeper, MAX_BACKLOG_BYTES};
 use crate::frame::{self, Code};
-use crate::handover::{Cause, ControlReply, ControlRequest, ToWorker};
+use crate::handover::{ControlReply, ControlRequest};
 use crate::keeper::ledger::{Asker, Due};
-use crate::keeper::poison::Open;
 
 /// When to retry accepting connections after a lack of descriptors or memory.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
@@ -41,35 +40,6 @@ impl Keeper {
             }
             self.timers.accept_at = Some(now + ACCEPT_AGAIN_AFTER);
         }
-    }
-
-    /// Sends the worker the causes that it has not been sent, as far as [`Poison`](crate::keeper::poison::Poison) allows.
-    pub(super) fn send_causes(&mut self, now: Instant) {
-        if !self.supervisor.is_serving() || (self.ledger.unsent().is_empty() && !self.poison.is_isolating()) {
-            return;
-        }
-        let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
-        let open = Open { unsent: self.ledger.unsent(), exits: self.ledger.exits(), is_open: &is_open };
-        for cause in self.poison.next(&open, self.supervisor.is_lively(), now) {
-            if let Some(message) = self.ledger.message(cause, now) {
-                self.supervisor.send(&message, None, now);
-            }
-        }
-    }
-
-    /// Sends everything to a worker that has sent Hello: state, requests, exits, in this order.
-    pub(in crate::keeper) fn welcome(&mut self, now: Instant) {
-        if !self.supervisor.welcome(now) {
-            return;
-        }
-        for (key, value) in self.ledger.state() {
-            self.supervisor.send(&ToWorker::State { key: key.clone(), value: value.clone() }, None, now);
-        }
-        self.ledger.begin_generation();
-        self.send_causes(now);
-        self.supervisor.send(&ToWorker::CaughtUp, None, now);
-        self.ask_whether_settled(now);
-        self.supervisor.flush(now);
     }
 
     pub(super) fn answer(&mut self, due: Due) {

@@ -1,28 +1,72 @@
-//! Messages from the worker: operations and commits.
+//! The worker: what it is sent, and its operations and commits.
 use std::time::Instant;
 
 use nix::errno::Errno;
 
-use super::{Keeper, failed};
+use super::Keeper;
+use super::upgrade::SETTLED;
 use crate::handover::{Cause, Commit, Op, Outcome, Step, ToKeeper, ToWorker};
 use crate::journal::Journal;
 use crate::keeper::ledger::{Asked, Asker};
+use crate::keeper::poison::Open;
+use crate::keeper::upgrade::Stage;
 
 impl Keeper {
-    pub(in crate::keeper) fn take(&mut self, message: ToKeeper) {
+    /// Sends the worker the causes that it has not been sent, as far as [`Poison`](crate::keeper::poison::Poison) allows.
+    pub(super) fn send_causes(&mut self, now: Instant) {
+        if !self.supervisor.is_serving() || (self.ledger.unsent().is_empty() && !self.poison.is_isolating()) {
+            return;
+        }
+        let is_open = |cause: Cause| self.ledger.causes().contains_key(&cause);
+        let open = Open { unsent: self.ledger.unsent(), exits: self.ledger.exits(), is_open: &is_open };
+        for cause in self.poison.next(&open, self.supervisor.is_lively(), now) {
+            if let Some(message) = self.ledger.message(cause, now) {
+                self.supervisor.send(&message, None, now);
+            }
+        }
+    }
+
+    /// Sends everything to a worker that has sent Hello: state, requests, exits, in this order.
+    pub(super) fn welcome(&mut self, now: Instant) {
+        self.supervisor.welcome(now);
+        for (key, value) in self.ledger.state() {
+            self.supervisor.send(&ToWorker::State { key: key.clone(), value: value.clone() }, None, now);
+        }
+        self.ledger.begin_generation();
+        self.send_causes(now);
+        self.supervisor.send(&ToWorker::CaughtUp, None, now);
+        if self.upgrade.as_ref().is_some_and(|upgrade| upgrade.stage == Stage::Settling) {
+            self.supervisor.send(&ToWorker::Ping { number: SETTLED }, None, now);
+        }
+        self.supervisor.flush(now);
+    }
+
+    /// Handles what the worker or the candidate with this number has sent.
+    pub(super) fn worker_sent(&mut self, number: u32, now: Instant) {
+        let is_candidate = self.supervisor.number() != Some(number);
+        for message in self.supervisor.receive(number, now, &mut self.poll) {
+            if is_candidate {
+                self.candidate_sent(message, now);
+            } else {
+                self.take(message);
+            }
+        }
+    }
+
+    fn take(&mut self, message: ToKeeper) {
         match message {
             ToKeeper::Hello { versions, build } => {
                 if self.supervisor.hello(versions, build) {
                     self.welcome(Instant::now());
                 }
             }
-            ToKeeper::Fit { .. } => {}
+            ToKeeper::Pong { number: SETTLED } => self.settled(Instant::now()),
+            ToKeeper::Fit { .. } | ToKeeper::Pong { .. } => {}
             ToKeeper::Watch => self.supervisor.watch(),
             ToKeeper::Hibernate { may } => {
                 let is_needed = self.ledger.is_busy() || self.upgrade.is_some();
                 self.supervisor.hibernate(may, is_needed, &self.poll);
             }
-            ToKeeper::Pong { number } => self.ponged(number, Instant::now()),
             ToKeeper::Operation { cause, step, op } => self.operation(cause, step, op),
             ToKeeper::Commit(commit) => self.commit(commit),
         }
@@ -33,16 +77,16 @@ impl Keeper {
         if let Op::ReadEnd { key, stream } = op {
             let (outcome, descriptor) = match self.streams.read_end(&key, stream) {
                 Ok(end) => (Outcome::Descriptor, Some(end)),
-                Err(error) => (failed(&error, format!("read end of {stream:?} of {key}")), None),
+                Err(error) => (Outcome::failed(&error, format!("read end of {stream:?} of {key}")), None),
             };
             self.supervisor.send(&ToWorker::Done { cause, step, outcome }, descriptor, Instant::now());
             return;
         }
         let reports_pid = matches!(&op, Op::Spawn(spawn) if spawn.reports_pid);
         let outcome = match self.ledger.ask(cause, step, reports_pid) {
-            Asked::Known(outcome) => Some(if op == Op::Once { failed(&Errno::EALREADY.into(), "once".into()) } else { outcome }),
+            Asked::Known(outcome) => Some(if op == Op::Once { Outcome::failed(&Errno::EALREADY.into(), "once".into()) } else { outcome }),
             Asked::Pending => None,
-            Asked::Over => Some(failed(&Errno::EINVAL.into(), format!("operation of cause {cause}, which is over"))),
+            Asked::Over => Some(Outcome::failed(&Errno::EINVAL.into(), format!("operation of cause {cause}, which is over"))),
             Asked::New => {
                 let outcome = self.perform(cause, step, op);
                 if let Some(outcome) = &outcome {
@@ -90,12 +134,12 @@ impl Keeper {
         };
         Some(match result {
             Ok(()) => Outcome::Done,
-            Err((what, error)) => failed(&error, what),
+            Err((what, error)) => Outcome::failed(&error, what),
         })
     }
 
     fn commit(&mut self, mut commit: Commit) {
-        self.supervisor.committed();
+        self.supervisor.fruitless = 0;
         let now = Instant::now();
         let (claims, awaited_pid) = (!commit.claims.is_empty(), self.ledger.awaits_pid());
         for claim in std::mem::take(&mut commit.claims) {

@@ -1,4 +1,4 @@
-//! Exits of processes, including the worker.
+//! Exits: of a container's processes, of helpers, of workers.
 use std::time::Instant;
 
 use log::error;
@@ -13,7 +13,7 @@ use crate::keeper::supervisor::Ended;
 
 impl Keeper {
     pub(super) fn reap(&mut self) {
-        let ours: Vec<u32> = self.supervisor.pids().chain(self.rehearsal_pid()).collect();
+        let ours: Vec<u32> = self.supervisor.pids().collect();
         let found = self.children.reap(self.ledger.awaits_pid(), &ours, &mut self.streams, &mut self.poll);
         for found in found {
             self.found(found);
@@ -33,19 +33,18 @@ impl Keeper {
                 self.ledger.open_exit(exit);
                 self.send_causes(now);
             }
-            Found::Other { pid, status } => match self.supervisor.ended(pid, status, now) {
-                Ended::Other => {
-                    self.rehearsal_ended(pid, status);
-                }
-                ended => self.ended(ended, now),
-            },
+            Found::Other { pid, status } => {
+                let ended = self.supervisor.ended(pid, status, now);
+                self.ended(ended, now);
+            }
             Found::ReaderGone { key, stream } => self.streams.reader_gone(&key, stream, &mut self.poll),
         }
     }
 
     pub(super) fn ended(&mut self, ended: Ended, now: Instant) {
         match ended {
-            Ended::Worker { end, rolled_back } => self.worker_ended(&end, rolled_back, now),
+            Ended::Worker(end) => self.worker_ended(&end, false, now),
+            Ended::RolledBack(end) => self.worker_ended(&end, true, now),
             Ended::Candidate(end) => self.candidate_ended(end),
             Ended::Other => {}
         }
@@ -63,7 +62,6 @@ impl Keeper {
         } else if let Some(poisoned) = self.poison.ended(sent, end, now) {
             self.poisoned(poisoned, end);
         }
-        self.worker_left();
     }
 
     /// A cause crashes every worker. A request is answered with an error; an exit is a fact, so it is withheld and retried later.

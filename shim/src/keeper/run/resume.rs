@@ -2,26 +2,20 @@
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use log::{error, info};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Keeper, TRIM_AFTER, Timers, block_signals};
+use super::{Keeper, TRIM_AFTER};
 use crate::chain::chain;
-use crate::handover::PartResult;
-use crate::keeper::children::Children;
+use crate::handover::{PartResult, ToKeeper};
 use crate::keeper::control::Control;
-use crate::keeper::ledger::Ledger;
-use crate::keeper::poison::Poison;
-use crate::keeper::poll::Poll;
-use crate::keeper::publisher::Publisher;
 use crate::keeper::reexec::{self, Error};
 use crate::keeper::relay::Relay;
-use crate::keeper::streams::Streams;
-use crate::keeper::supervisor::Supervisor;
-use crate::keeper::upgrade::Upgrade;
+use crate::keeper::upgrade::Stage;
 use crate::saved::{Reader, Saved as _, Writer};
 use crate::settings::Settings;
 use crate::sys;
@@ -32,7 +26,8 @@ use crate::test_identity::{self, Place};
 /// `listener`, `control`: bound and listening already. Errors are logged; the exit code is for a manual start.
 pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd) -> ExitCode {
     info!(pid = std::process::id(); "keeper started");
-    end(Keeper::new(settings, listener.into(), control.into()).and_then(|mut keeper| keeper.serve()))
+    let keeper = Relay::new(listener.into()).and_then(|relay| Keeper::new(settings, relay, Control::new(control.into())?));
+    end(keeper.and_then(|mut keeper| keeper.serve()))
 }
 
 /// Resumes from the state of the previous executable.
@@ -50,15 +45,11 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
         }
         Ok(bytes)
     });
-    let bytes = match (read, &before) {
-        (Ok(bytes), _) => bytes,
-        (Err(error), Some(before)) => {
-            error!(error:% = chain(&error); "the new executable cannot resume, going back to the previous one");
-            return end(go_back(&settings, &state, before));
-        }
-        (Err(error), None) => {
-            error!(error:% = chain(&error); "the keeper cannot resume");
-            return ExitCode::FAILURE;
+    let bytes = match read {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            error!(error:% = chain(&error), is_back; "the keeper cannot resume; the previous executable is executed again, once");
+            return before.map_or(ExitCode::FAILURE, |before| end(go_back(&settings, &state, &before)));
         }
     };
     drop((state, before));
@@ -68,8 +59,8 @@ pub(crate) fn resume(settings: Settings, state: OwnedFd, before: Option<OwnedFd>
     }))
 }
 
-/// Writes to `verdict` whether this executable could resume from a state. Changes nothing outside the process.
-pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> ExitCode {
+/// Answers on `link` whether this executable could resume from a state. Changes nothing outside the process, which the keeper ends.
+pub(crate) fn rehearse(settings: Settings, link: OwnedFd, state: OwnedFd) -> ExitCode {
     test_identity::misbehave(Place::Rehearsal);
     let result = read_state(&state).and_then(|bytes| {
         sys::descriptors::with_raised_limit(|| {
@@ -78,32 +69,27 @@ pub(crate) fn rehearse(settings: Settings, state: OwnedFd, verdict: OwnedFd) -> 
             Keeper::load(settings, &bytes, true).map(drop)
         })
     });
-    let words = match &result {
-        Ok(()) => reexec::ACCEPTS.to_owned(),
-        Err(error) => format!("{}{}", reexec::REFUSES, chain(error)),
-    };
-    match File::from(verdict).write_all(words.as_bytes()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    }
+    let fit = ToKeeper::Fit { refusal: result.err().map(|error| chain(&error)) };
+    let mut link = UnixStream::from(link);
+    end(link.write_all(&fit.encode()).and_then(|()| io::copy(&mut link, &mut io::sink()).map(drop)))
 }
 
 impl Keeper {
     /// Saves everything in a file without a name. Returns it and the numbers of the descriptors that are handed over.
-    pub(in crate::keeper) fn save(&self, upgrade: &Upgrade) -> io::Result<(OwnedFd, Vec<RawFd>)> {
+    pub(super) fn save(&self) -> io::Result<(OwnedFd, Vec<RawFd>)> {
         let mut writer = Writer::new();
         let w = &mut writer;
         w.list(11);
-        self.started_at.save(w);
-        self.last_upgrade.save(w);
         self.relay.save(w);
         self.control.save(w);
+        self.started_at.save(w);
+        self.last_upgrade.save(w);
         self.ledger.save(w);
         self.children.save(w);
         self.streams.save(w);
         self.publisher.save(w);
         self.supervisor.save(w);
-        upgrade.save(w);
+        self.upgrade.save(w);
         self.is_shutting_down.save(w);
         let (body, kept) = writer.finish();
         let bytes = reexec::seal(&body).map_err(io::Error::other)?;
@@ -113,52 +99,34 @@ impl Keeper {
         Ok((file.into(), kept))
     }
 
-    /// Makes a keeper from the state that another executable saved. Never inlined, and boxed: see [`Keeper::new`].
-    #[inline(never)]
+    /// Makes a keeper from the state that another executable saved.
     fn load(settings: Settings, bytes: &[u8], is_rehearsal: bool) -> Result<Box<Self>, Error> {
         let mut reader = Reader::new(reexec::open(bytes)?, is_rehearsal);
         let mut parts = reader.list()?;
-        let (started_at, last_upgrade) = (parts.next()?, parts.next()?);
-        let (relay, control): (Relay, Control) = (parts.next()?, parts.next()?);
-        let (mut ledger, mut children): (Ledger, Children) = (parts.next()?, parts.next()?);
-        let (mut streams, mut publisher): (Streams, Publisher) = (parts.next()?, parts.next()?);
-        let (supervisor, upgrade): (Supervisor, Upgrade) = (parts.next()?, parts.next()?);
-        let is_shutting_down = parts.next()?;
-        let mut poll = Poll::new()?;
-        let signals = block_signals(&poll)?;
-        relay.resume(&mut poll)?;
-        control.resume(&poll)?;
-        ledger.resume();
-        children.resume(&mut poll)?;
-        streams.resume(&mut poll)?;
-        publisher.resume(settings.ttrpc_address.as_deref(), &mut poll)?;
-        Ok(Box::new(Self {
-            relay,
-            control,
-            ledger,
-            children,
-            streams,
-            publisher,
-            supervisor: supervisor.resume(&settings)?,
-            upgrade: Some(upgrade),
-            poison: Poison::default(),
-            last_upgrade,
-            started_at,
-            is_shutting_down,
-            timers: Timers::default(),
-            settings,
-            poll,
-            signals,
-        }))
+        let mut keeper = Self::new(settings, parts.next()?, parts.next()?)?;
+        (keeper.started_at, keeper.last_upgrade) = (parts.next()?, parts.next()?);
+        (keeper.ledger, keeper.children) = (parts.next()?, parts.next()?);
+        (keeper.streams, keeper.publisher) = (parts.next()?, parts.next()?);
+        (keeper.supervisor, keeper.upgrade) = (parts.next()?, parts.next()?);
+        keeper.is_shutting_down = parts.next()?;
+        keeper.ledger.resume();
+        keeper.children.resume(&mut keeper.poll)?;
+        keeper.streams.resume(&mut keeper.poll)?;
+        keeper.publisher.resume(keeper.settings.ttrpc_address.as_deref(), &mut keeper.poll)?;
+        Ok(keeper)
     }
 
     /// This executable has taken over, or, if `is_back`, is the previous one that was executed again.
     fn resumed(&mut self, is_back: bool) {
         info!(pid = std::process::id(), build = test_identity::build(); "the keeper resumed after its re-exec");
-        if let Some(upgrade) = self.upgrade.as_mut().filter(|_| is_back) {
-            upgrade.report.keeper = PartResult::Kept("it could not resume from the state".into());
+        let now = Instant::now();
+        if let Some(upgrade) = &mut self.upgrade {
+            upgrade.enter(Stage::Settling, now);
+            if is_back {
+                upgrade.report.keeper = PartResult::Kept("it could not resume from the state".into());
+            }
         }
-        self.timers.trim_at = Some(Instant::now() + TRIM_AFTER);
+        self.timers.trim_at = Some(now + TRIM_AFTER);
         self.reap();
     }
 }
