@@ -94,7 +94,7 @@ impl Settings {
                 _ => drop(text("of an unknown name")?),
             }
         }
-        let need = |name: &'static str, value: Option<String>| value.ok_or_else(|| FlagError::Missing { action: "keeper", name });
+        let need = |name: &'static str, value: Option<String>| value.ok_or(FlagError::Missing { action: "keeper", name });
         Ok(Self {
             id: need("id", id)?,
             namespace: need("namespace", namespace)?,

@@ -130,3 +130,49 @@ impl Upgrade {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(stage: Stage) -> Upgrade {
+        let now = Instant::now();
+        let own = Executable::own().expect("a test has an executable");
+        let mut upgrade = Upgrade::new(1, true, Executable::own().expect("the same"), &own, now);
+        upgrade.enter(stage, now);
+        upgrade
+    }
+
+    fn end(fault: Fault) -> End {
+        End { fault, why: "why".into() }
+    }
+
+    #[test]
+    fn a_rehearsal_goes_on_only_if_the_keeper_ended_it() {
+        let mut upgrade = at(Stage::Rehearsal);
+        assert!(upgrade.candidate_ended(end(Fault::Keeper)) && upgrade.report.keeper == PartResult::Unasked);
+        for fault in [Fault::Worker, Fault::Outside] {
+            assert!(!upgrade.candidate_ended(end(fault)));
+            assert_eq!(upgrade.report.keeper, PartResult::Kept("its rehearsal failed: why".into()));
+        }
+        for stage in [Stage::Trial, Stage::CutOver] {
+            let mut upgrade = at(stage);
+            assert!(!upgrade.candidate_ended(end(Fault::Worker)));
+            assert_eq!((upgrade.report.worker, upgrade.report.keeper), (PartResult::Kept("why".into()), PartResult::Unasked));
+        }
+    }
+
+    #[test]
+    fn a_worker_is_rolled_back_by_the_upgrade_that_has_cut_over_to_it() {
+        for stage in [Stage::Trial, Stage::CutOver] {
+            let mut upgrade = at(stage);
+            assert!(!upgrade.rolled_back(&end(Fault::Worker)) && upgrade.report.worker == PartResult::Unasked);
+        }
+        for (stage, is_keeper_kept) in [(Stage::Settling, false), (Stage::Rehearsal, true), (Stage::Reexec, true)] {
+            let mut upgrade = at(stage);
+            assert!(upgrade.rolled_back(&end(Fault::Worker)), "{stage:?}");
+            assert_eq!(upgrade.report.worker, PartResult::RolledBack("why".into()));
+            assert_eq!(matches!(upgrade.report.keeper, PartResult::Kept(_)), is_keeper_kept, "{stage:?}");
+        }
+    }
+}

@@ -231,6 +231,8 @@ fn the_keeper_exits_only_on_shutdown_with_nothing_left() {
     ledger.commit(&mut Commit { leave: true, ..Commit::default() });
     assert!(!ledger.may_exit(false), "a container is left");
     let now = Instant::now();
+    ledger.reserve("c".into(), now);
+    assert_eq!(ledger.reservations().count(), 0, "the container exists");
     ledger.reserve("d".into(), now);
     ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
     assert!(!ledger.may_exit(false), "a place is reserved");
