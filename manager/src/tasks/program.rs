@@ -253,7 +253,7 @@ async fn beginning(pipe: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> 
     Ok(bytes)
 }
 
-/// Reads the answer to `start`, whatever the dialect.
+/// Reads the answer to `start`, in any dialect.
 fn answer(program: &Path, output: &Output) -> Result<Address> {
     let bytes = output.stdout.trim_ascii();
     let unreadable = || {

@@ -1,4 +1,4 @@
-//! A shim, over whatever connection there is to it at the moment.
+//! A shim, over its current connection.
 //!
 //! Task v2 and v3 have the same messages; their services differ in name. The messages are those of `containerd-shim-protos`.
 

@@ -155,7 +155,7 @@ fn the_metrics_of_a_real_cgroup_are_of_the_hosts_kind_and_not_empty() {
 }
 
 #[test]
-fn the_shims_own_cgroup_is_nobodys() {
+fn the_shims_own_cgroup_is_not_a_containers() {
     let cgroup = Cgroup::of_pid(std::process::id()).expect("a process");
     assert_eq!((cgroup.clone(), cgroup.pids()), (Cgroup::None, vec![]));
     cgroup.kill_all().expect("nothing to do, for this process is still here");
@@ -186,7 +186,7 @@ fn every_process_is_killed_below_it_and_while_frozen_too() {
 }
 
 #[test]
-fn whatever_is_frozen_inside_is_killed_too() {
+fn frozen_cgroups_inside_are_killed_too() {
     let Some(mut made) = Made::new() else { return };
     let pid = made.start("", "exec sleep 1000");
     let cgroup = Cgroup::of_pid(pid).expect("a cgroup");

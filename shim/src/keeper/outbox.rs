@@ -35,7 +35,7 @@ impl Outbox {
 
     /// Writes as much as the socket takes without waiting.
     ///
-    /// Errors: whatever means that the peer is gone (EPIPE, ECONNRESET, …).
+    /// Errors: the peer is gone (EPIPE, ECONNRESET, …).
     pub(crate) fn flush(&mut self, socket: impl AsFd) -> io::Result<()> {
         while let Some((message, descriptor)) = self.messages.front_mut() {
             let slices = [IoSlice::new(&message[self.sent..])];

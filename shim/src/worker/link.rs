@@ -1,6 +1,6 @@
 //! The socket to the keeper.
 //!
-//! Owns the framing, the queue of outgoing messages, and the table of operations under way.
+//! Owns the framing, the queue of outgoing messages, and the table of operations in progress.
 //!
 //! **Invariant:** messages leave in the order in which they were given to [`Link::commit`] and [`Link::operation`], which never wait.
 //! If this worker dies before a message has left, the keeper hands the same causes to the next generation.
@@ -33,7 +33,7 @@ pub(crate) enum LinkError {
     Malformed { source: Malformed },
 }
 
-/// The sending side, and the table of operations under way.
+/// The sending side, and the table of operations in progress.
 #[derive(Debug)]
 pub(crate) struct Link {
     /// Polled for input only: it nearly always has room, and epoll would report that after each message that the keeper reads.

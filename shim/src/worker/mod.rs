@@ -13,7 +13,7 @@
 //! One thread; a task for each request and each exit. A handler runs up to its first wait in the moment in which its message is
 //! taken from the link, so that what is admitted, and what is observed, follows the order of the messages.
 //!
-//! **Invariant:** the next worker generation completes whatever a crashed one has left: its own side effects can be repeated,
+//! **Invariant:** the next worker generation completes the work of a crashed one: its own side effects can be repeated,
 //! everything else is an operation of the keeper.
 use std::future::Future;
 use std::os::fd::OwnedFd;

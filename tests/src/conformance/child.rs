@@ -131,7 +131,7 @@ pub fn ask(subject: &Subject, program: &Path, flag: &str) -> Result<String> {
 pub fn answer(arguments: &[String]) -> ExitCode {
     let [program, flag] = arguments else { return ExitCode::from(2) };
     run_tied(|| match Command::new(program).arg(flag).stdin(Stdio::null()).status() {
-        Ok(_whatever) => ExitCode::SUCCESS,
+        Ok(_verdict) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     })
 }

@@ -25,7 +25,7 @@ pub(in crate::worker) async fn exited(shared: &Shared, cause: &Cause, key: Proce
     }
     log::info!(container:% = key.container, exec:% = key.exec.as_ref().map_or("", |exec| exec.as_str()), status = exit.status; "process exited");
     container.observe(&key, Fact::Reaped(exit));
-    // Its start is published first, by the request under way, however long that takes: an exit that is dropped here is never published.
+    // Its start is published first, by the request in progress, however long that takes: an exit that is dropped here is never published.
     let has_started = |record: &Record| record.process(&key).is_none_or(|process| !matches!(process.phase, Phase::Starting { .. }));
     while let Err(error) = container.until("start", START_WITHIN, has_started).await {
         log::error!(container:% = key.container, error:% = error.chain(); "OCI runtime hangs in a start: its exit event is delayed until the start ends");
