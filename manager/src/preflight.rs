@@ -76,8 +76,7 @@ mod tests {
 
     #[test]
     fn what_a_start_would_refuse_is_found_without_starting() {
-        let folder = std::env::temp_dir().join(format!("x-manager-preflight-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a temporary folder");
+        let folder = scratch::Folder::new("preflight");
         std::fs::write(folder.join("file"), "precious").expect("a file");
         let good = Settings {
             root: folder.join("a/root"),
@@ -103,6 +102,5 @@ mod tests {
         std::fs::create_dir_all(&good.root).expect("a folder");
         std::fs::write(good.store(), "not a store, but long enough to be taken for one. ".repeat(50)).expect("a file");
         assert!(check(&good).expect_err("foreign").to_string().contains("is not a metadata store"));
-        std::fs::remove_dir_all(folder).expect("removal");
     }
 }

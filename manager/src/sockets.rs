@@ -195,15 +195,9 @@ mod tests {
 
     use super::*;
 
-    fn folder(name: &str) -> std::path::PathBuf {
-        let folder = std::env::temp_dir().join(format!("x-manager-sockets-{name}-{}", std::process::id()));
-        fs::create_dir_all(&folder).expect("a temporary folder");
-        folder
-    }
-
     #[test]
     fn a_socket_is_for_root_and_a_group_and_is_never_taken_from_another_process() {
-        let folder = folder("taken");
+        let folder = scratch::Folder::new("taken");
         let path = folder.join("own/api.sock");
         if nix::unistd::geteuid().is_root() {
             let listener = listen(&path, 12345, SHARED).expect("a free place");
@@ -222,7 +216,6 @@ mod tests {
         fs::write(&file, "precious").expect("a file");
         assert!(matches!(listen(&file, 0, SHARED), Err(Error::Precondition(_))));
         assert_eq!(fs::read_to_string(&file).expect("a file"), "precious");
-        fs::remove_dir_all(folder).expect("removal");
     }
 
     #[test]
@@ -230,10 +223,10 @@ mod tests {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
-        let folder = folder("handed");
+        let folder = scratch::Folder::new("handed");
         let metrics = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port");
         let settings = Settings {
-            state: folder.clone(),
+            state: folder.to_owned(),
             address: folder.join("api.sock"),
             metrics: Some(MetricsAddress::Tcp(metrics)),
             ..Settings::default()
@@ -252,6 +245,5 @@ mod tests {
         assert!(error.contains("does not serve at") && error.contains("other.sock"), "{error}");
         let fewer = Settings { metrics: None, ..settings };
         assert!(Sockets::open(&fewer, Inherited::HandedOver(hand(&first))).is_err(), "one too many");
-        fs::remove_dir_all(folder).expect("removal");
     }
 }

@@ -167,17 +167,15 @@ mod tests {
     use super::*;
 
     /// Where a test's keeper listens; removed with it.
-    struct Socket(PathBuf);
+    struct Socket {
+        path: PathBuf,
+        _folder: scratch::Folder,
+    }
 
     impl Socket {
         fn new(name: &str) -> Self {
-            Self(std::env::temp_dir().join(format!("x-control-{name}-{}", std::process::id())))
-        }
-    }
-
-    impl Drop for Socket {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_file(&self.0);
+            let folder = scratch::Folder::new(name);
+            Self { path: folder.join("socket"), _folder: folder }
         }
     }
 
@@ -185,7 +183,7 @@ mod tests {
         type Target = Path;
 
         fn deref(&self) -> &Path {
-            &self.0
+            &self.path
         }
     }
 

@@ -158,8 +158,7 @@ mod tests {
 
     #[test]
     fn a_torn_journal_record_counts_as_absent() {
-        let folder = std::env::temp_dir().join(format!("x-journal-fuzz-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a folder");
+        let folder = scratch::Folder::new("journal");
         let path = folder.join(FILE_NAME);
         let journal = Journal::open(&path).expect("a journal");
         let exit = RecordedExit { pid: 7, status: 3, at_nanos: 5 };
@@ -173,6 +172,5 @@ mod tests {
             // a 32-bit sum does not match by accident
             assert!(found.exit.is_none_or(|found| found == exit), "{found:?}");
         });
-        std::fs::remove_dir_all(&folder).expect("removal");
     }
 }

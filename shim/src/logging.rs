@@ -300,8 +300,7 @@ mod tests {
 
     #[test]
     fn a_missing_reader_never_blocks_and_dropped_bytes_are_reported() {
-        let folder = std::env::temp_dir().join(format!("x-logging-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a temporary folder");
+        let folder = scratch::Folder::new("logging");
         let path = folder.join("log");
         let mut sink = Sink::new(Target::Fifo { path: path.clone(), file: None });
         let mut write = |message: &str| {
@@ -333,6 +332,5 @@ mod tests {
         std::fs::remove_file(&path).expect("removal");
         std::fs::write(&path, "").expect("a file");
         assert_eq!(write("not a fifo"), 1);
-        std::fs::remove_dir_all(&folder).expect("removal");
     }
 }

@@ -170,13 +170,6 @@ mod tests {
 
     const DAEMON: &str = "/run/containerd/containerd.sock";
 
-    fn scratch(name: &str) -> PathBuf {
-        let path = env::temp_dir().join(format!("x-run-dir-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).expect("a temporary folder can be made");
-        path
-    }
-
     #[test]
     fn a_group_has_one_place_and_no_other_group_has_it() {
         let run = RunDir("/run".into());
@@ -225,26 +218,25 @@ mod tests {
     #[test]
     fn a_folder_that_others_can_reach_is_refused() {
         use std::os::unix::fs::{PermissionsExt, symlink};
-        let scratch = scratch("private");
-        let mine = scratch.join("deep/mine");
+        let folder = scratch::Folder::new("private");
+        let mine = folder.join("deep/mine");
         ensure_private(&mine).expect("is made");
         ensure_private(&mine).expect("is there");
         assert_eq!(fs::metadata(&mine).expect("is there").mode() & 0o7777, 0o700);
-        let link = scratch.join("link");
+        let link = folder.join("link");
         symlink(&mine, &link).expect("a link can be made");
         assert!(matches!(ensure_private(&link), Err(Error::NotPrivate { why: "it is a symbolic link", .. })));
         fs::set_permissions(&mine, fs::Permissions::from_mode(0o755)).expect("can be opened up");
         assert!(matches!(ensure_private(&mine), Err(Error::NotPrivate { why: "its mode lets others in", .. })));
-        let file = scratch.join("file");
+        let file = folder.join("file");
         fs::write(&file, "").expect("a file can be written");
         assert!(matches!(ensure_private(&file), Err(Error::NotPrivate { why: "it is not a folder", .. })));
-        let _ = fs::remove_dir_all(&scratch);
     }
 
     #[test]
     fn only_control_sockets_are_listed() {
-        let scratch = scratch("list");
-        let run = RunDir(scratch.clone());
+        let folder = scratch::Folder::new("list");
+        let run = RunDir(folder.to_owned());
         assert!(run.list_controls().expect("no folder").is_empty());
         ensure_private(&run.controls()).expect("is made");
         for name in ["b.sock", "a.sock", "a.lock", "other"] {
@@ -252,6 +244,5 @@ mod tests {
         }
         let listed = run.list_controls().expect("a folder");
         assert_eq!(listed, [run.controls().join("a.sock"), run.controls().join("b.sock")]);
-        let _ = fs::remove_dir_all(&scratch);
     }
 }

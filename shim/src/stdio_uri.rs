@@ -288,8 +288,7 @@ mod tests {
     #[test]
     fn a_logger_runs_only_if_listed_or_writable_by_root_alone() {
         use std::fs::{self, Permissions};
-        let folder = std::env::temp_dir().join(format!("x-logger-{}", std::process::id()));
-        fs::create_dir_all(&folder).expect("a temporary folder");
+        let folder = scratch::Folder::new("logger");
         let path = folder.join("logger");
         let mode = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode)).expect("a mode");
         let admit = |allowed: &[PathBuf]| {
@@ -311,6 +310,5 @@ mod tests {
         mode(&path, 0o755);
         mode(&folder, 0o777);
         assert_eq!(admit(&[]), Err(format!("logger {shown}: {} is writable by users other than root", folder.display())));
-        fs::remove_dir_all(&folder).expect("removal");
     }
 }

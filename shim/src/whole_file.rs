@@ -27,22 +27,21 @@ mod tests {
 
     #[test]
     fn a_file_is_replaced_whole() {
-        let path = std::env::temp_dir().join(format!("x-whole-file-{}", std::process::id()));
+        let folder = scratch::Folder::new("whole-file");
+        let path = folder.join("name");
         for content in ["one", "", "three"] {
             blocking_replace(&path, content.as_bytes(), 0o600).expect("is written");
             assert_eq!(fs::read_to_string(&path).expect("is there"), content);
         }
         assert_eq!(fs::metadata(&path).expect("is there").mode() & 0o777, 0o600);
-        fs::remove_file(&path).expect("is removed");
     }
 
     #[test]
     fn a_file_that_cannot_be_replaced_leaves_nothing_beside_it() {
-        let folder = std::env::temp_dir().join(format!("x-whole-folder-{}", std::process::id()));
+        let folder = scratch::Folder::new("whole-file");
         let path = folder.join("name");
         fs::create_dir_all(path.join("in the way")).expect("is made");
         blocking_replace(&path, b"content", 0o600).expect_err("a folder is in the way");
         assert_eq!(fs::read_dir(&folder).expect("is there").count(), 1);
-        fs::remove_dir_all(&folder).expect("is removed");
     }
 }

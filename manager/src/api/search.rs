@@ -176,12 +176,8 @@ mod tests {
     use crate::settings::Settings;
     use crate::store::{containers, execs, namespaces};
 
-    fn folder(name: &str) -> std::path::PathBuf {
-        std::env::temp_dir().join(format!("x-manager-search-{name}-{}", std::process::id()))
-    }
-
-    async fn filled(name: &str, count: usize, label: &str) -> Store {
-        let folder = folder(name);
+    async fn filled(name: &str, count: usize, label: &str) -> (scratch::Folder, Store) {
+        let folder = scratch::Folder::new(name);
         let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
         let store = Store::open(&settings.store_files()).expect("a new store");
         let label = label.to_owned();
@@ -195,7 +191,7 @@ mod tests {
             Ok(())
         };
         store.write(fill).await.expect("room");
-        store
+        (folder, store)
     }
 
     fn search(store: &Store, filters: &[String]) -> Search<Container> {
@@ -206,7 +202,7 @@ mod tests {
 
     #[tokio::test]
     async fn all_pages_list_everything_once_and_an_oversized_answer_is_reported() {
-        let store = filled("pages", 5000, &"x".repeat(4000)).await;
+        let (_folder, store) = filled("pages", 5000, &"x".repeat(4000)).await;
         let error = search(&store, &[]).all().await.expect_err("20 MB").to_string();
         assert!(error.contains("the list is longer than"), "{error}");
         let found = search(&store, &["id~=/^c.[05]00$/".to_owned()]).all().await.expect("a list");
@@ -219,12 +215,11 @@ mod tests {
             count += 1;
         }
         assert_eq!(count, 5000);
-        std::fs::remove_dir_all(folder("pages")).expect("removal");
     }
 
     #[tokio::test]
     async fn labels_that_a_filter_wants_narrow_what_is_read_and_change_nothing_else() {
-        let store = filled("labels", 0, "").await;
+        let (_folder, store) = filled("labels", 0, "").await;
         let labels = |number: usize| {
             let mut labels = HashMap::new();
             labels.extend((number.is_multiple_of(2)).then(|| ("env".to_owned(), "prod".to_owned())));
@@ -261,12 +256,11 @@ mod tests {
         store.write(move |db| containers::put(db, "n", "c06", &again)).await.expect("room");
         let found = store.read(|db| containers::get(db, "n", "c06")).await.expect("read").expect("it is there");
         assert!(found.labels.is_empty(), "labels go with their object: {:?}", found.labels);
-        std::fs::remove_dir_all(folder("labels")).expect("removal");
     }
 
     #[tokio::test]
     async fn expensive_filters_delay_neither_the_store_nor_other_clients_and_are_cancelled() {
-        let store = filled("slow", 1000, &"x".repeat(4000)).await;
+        let (_folder, store) = filled("slow", 1000, &"x".repeat(4000)).await;
         let slow: Vec<_> = (0..16).map(|number| format!("labels.long~=/(x?){{50}}y{number}/")).collect();
         let searching = tokio::spawn(search(&store, &slow).all());
         let (mut longest, mut count) = (Duration::ZERO, 0);
@@ -280,6 +274,5 @@ mod tests {
         let error = searching.await.expect("no panic").expect_err("too slow");
         assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{}", error.chain());
         assert!(longest < Duration::from_secs(3), "{longest:?}");
-        std::fs::remove_dir_all(folder("slow")).expect("removal");
     }
 }

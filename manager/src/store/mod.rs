@@ -286,7 +286,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_follows_a_note_finds_it_committed_and_other_notes_come_later() {
-        let folder = std::env::temp_dir().join(format!("x-manager-store-{}", std::process::id()));
+        let folder = scratch::Folder::new("store");
         let files = files(&folder);
         let store = Store::open(&files).expect("a new store");
         let (found, finds) = std::sync::mpsc::channel();
@@ -299,12 +299,11 @@ mod tests {
         assert!(noted.is_ok() && later.is_ok());
         assert_eq!(finds.recv(), Ok(1));
         drop(store);
-        fs::remove_dir_all(folder).expect("removal");
     }
 
     #[tokio::test]
     async fn reads_and_notes_proceed_while_a_write_waits() {
-        let folder = std::env::temp_dir().join(format!("x-manager-store-waits-{}", std::process::id()));
+        let folder = scratch::Folder::new("store");
         let store = Store::open(&files(&folder)).expect("a new store");
         store.write(|db| namespaces::ensure(db, "one")).await.expect("room");
         let (proceed, waits) = std::sync::mpsc::channel::<()>();
@@ -325,6 +324,5 @@ mod tests {
         assert_eq!((before, execs), (1, vec!["e".to_owned()]));
         assert_eq!(store.read(namespaces::list).await.expect("read").len(), 2);
         drop(store);
-        fs::remove_dir_all(folder).expect("removal");
     }
 }

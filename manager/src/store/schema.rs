@@ -246,15 +246,9 @@ mod tests {
     use crate::store::tests::files;
     use crate::store::{Files, Store};
 
-    fn folder(name: &str) -> std::path::PathBuf {
-        let folder = std::env::temp_dir().join(format!("x-manager-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a temporary folder");
-        folder
-    }
-
     #[test]
     fn a_store_of_a_newer_version_is_refused_with_a_sentence() {
-        let folder = folder("newer");
+        let folder = scratch::Folder::new("newer");
         let files = files(&folder);
         drop(Store::open(&files).expect("a new store"));
         drop(Store::open(&files).expect("the same again"));
@@ -264,7 +258,6 @@ mod tests {
             let sentence = format!("{} is of version 99, from a newer x-manager; this one knows versions up to", file.display());
             assert!(error.contains(&sentence), "{error}");
         }
-        std::fs::remove_dir_all(folder).expect("removal");
     }
 
     /// A store of version 1 with a namespace and leases, of which one holds something and one expires.
@@ -301,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_store_of_an_older_version_is_brought_forward_and_keeps_what_is_in_it() {
-        let folder = folder("forward");
+        let folder = scratch::Folder::new("forward");
         let (path, new) = (folder.join("meta.db"), folder.join("new.db"));
         let old = old(&path);
         let tables = |store: &Connection| {
@@ -334,12 +327,11 @@ mod tests {
         assert_eq!(labels_of(&store, "leases", "one", "l"), [], "and labels with their object");
         let error = ONE.prepare(&mut store, &path).expect_err("newer").to_string();
         assert!(error.contains("from a newer x-manager; this one knows versions up to 1"), "{error}");
-        std::fs::remove_dir_all(folder).expect("removal");
     }
 
     #[test]
     fn a_migration_that_fails_leaves_the_store_as_it_was() {
-        let folder = folder("backward");
+        let folder = scratch::Folder::new("backward");
         let path = folder.join("meta.db");
         drop(old(&path));
         let fails: Migration = |db| {
@@ -355,12 +347,11 @@ mod tests {
         ONE.prepare(&mut store, &path).expect("of the old version");
         assert_eq!(number(&store, "SELECT count(*) FROM lease_resources JOIN leases USING (namespace) WHERE leases.id = lease"), 1);
         assert_eq!(number(&store, "SELECT count(*) FROM sqlite_schema WHERE name = 'edges'"), 0);
-        std::fs::remove_dir_all(folder).expect("removal");
     }
 
     #[test]
     fn a_file_that_is_something_else_is_left_alone() {
-        let folder = folder("foreign");
+        let folder = scratch::Folder::new("foreign");
         let text = folder.join("text.db");
         std::fs::write(&text, "not a database, but long enough to be taken for one. ".repeat(50)).expect("a file");
         let other = folder.join("other.db");
@@ -371,6 +362,5 @@ mod tests {
             assert!(error.contains("is not a metadata store of x-manager"), "{error}");
             assert_eq!(std::fs::read(&path).expect("a file"), before);
         }
-        std::fs::remove_dir_all(folder).expect("removal");
     }
 }

@@ -232,12 +232,6 @@ mod tests {
     use crate::store::tests::files;
     use crate::store::{execs, namespaces};
 
-    fn folder(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("x-manager-upkeep-{name}-{}", std::process::id()));
-        fs::create_dir_all(&folder).expect("a temporary folder");
-        folder
-    }
-
     async fn filled(folder: &Path) -> Store {
         let store = Store::open(&files(folder)).expect("a new store");
         store.write(|db| namespaces::ensure(db, "one")).await.expect("written");
@@ -250,7 +244,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_copy_made_while_the_store_is_open_has_everything_and_is_sound() {
-        let folder = folder("copy");
+        let folder = scratch::Folder::new("copy");
         let (path, copy) = (files(&folder).meta, folder.join("copy.db"));
         let store = filled(&folder).await;
         backup(&path, &copy).expect("a copy");
@@ -260,12 +254,11 @@ mod tests {
         assert_eq!(names(&restored.expect("a store")).await, ["one"]);
         assert!(backup(&folder.join("none.db"), &folder.join("x.db")).is_err());
         drop(store);
-        fs::remove_dir_all(folder).expect("removal");
     }
 
     #[tokio::test]
     async fn what_another_process_made_of_the_store_is_undone_by_its_copy() {
-        let folder = folder("undo");
+        let folder = scratch::Folder::new("undo");
         let (files, store) = (files(&folder), filled(&folder).await);
         let path = files.meta.clone();
         store.note(|db| execs::add(db, "n", "c", "e")).await.expect("noted");
@@ -281,12 +274,11 @@ mod tests {
         store.write(|db| namespaces::ensure(db, "two")).await.expect("a write");
         drop(store);
         assert_eq!(check(&path).expect("a store"), Vec::<String>::new());
-        fs::remove_dir_all(folder).expect("removal");
     }
 
     #[tokio::test]
     async fn a_damaged_store_is_reported() {
-        let folder = folder("wrong");
+        let folder = scratch::Folder::new("wrong");
         let path = files(&folder).meta;
         drop(filled(&folder).await);
         let other = Connection::open(&path).expect("a store");
@@ -308,12 +300,11 @@ mod tests {
         ] {
             assert!(wrong.contains(part), "{wrong}");
         }
-        fs::remove_dir_all(folder).expect("removal");
     }
 
     #[tokio::test]
     async fn a_full_store_reports_it_and_accepts_writes_again_after_a_deletion() {
-        let folder = folder("full");
+        let folder = scratch::Folder::new("full");
         let store = filled(&folder).await;
         store.limit(1 << 20).await.expect("a limit");
         let long = |n: usize| format!("{n}{}", "x".repeat(10_000));
@@ -331,12 +322,11 @@ mod tests {
         let gone = long(0);
         store.write(move |db| namespaces::remove(db, &gone)).await.expect("removing needs no room");
         drop(store);
-        fs::remove_dir_all(folder).expect("removal");
     }
 
     #[tokio::test]
     async fn a_store_is_rehearsed_without_being_touched() {
-        let folder = folder("rehearse");
+        let folder = scratch::Folder::new("rehearse");
         let files = files(&folder);
         assert!(!rehearse(&files).expect("none is fine"));
         drop(filled(&folder).await);
@@ -345,6 +335,5 @@ mod tests {
         other.pragma_update(None, "user_version", 99).expect("newer");
         drop(other);
         assert!(rehearse(&files).expect_err("newer").to_string().contains("from a newer x-manager"));
-        fs::remove_dir_all(folder).expect("removal");
     }
 }

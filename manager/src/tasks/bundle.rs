@@ -213,8 +213,8 @@ const PROGRAM: &str = "shim-binary-path";
 mod tests {
     use super::*;
 
-    fn folder(name: &str) -> (PathBuf, Bundle) {
-        let folder = std::env::temp_dir().join(format!("x-manager-bundle-{name}-{}", std::process::id()));
+    fn folder(name: &str) -> (scratch::Folder, Bundle) {
+        let folder = scratch::Folder::new(name);
         let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
         let bundle = Bundle::of(&settings, &Namespace::parse("ns").expect("a name"), "c1");
         (folder, bundle)
@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_bundle_is_laid_out_as_shims_expect_it_and_leaves_nothing() {
-        let (folder, bundle) = folder("layout");
+        let (_folder, bundle) = folder("layout");
         bundle.blocking_create(b"{}").expect("a bundle");
         let claim = bundle.claim().expect("readable").expect("it is free");
         assert!(bundle.claim().expect("readable").is_none(), "it is claimed");
@@ -243,7 +243,6 @@ mod tests {
         bundle.blocking_remove().expect("removed");
         bundle.blocking_remove().expect("and again");
         assert_eq!(fs::read_dir(bundle.path().parent().expect("a parent")).expect("a folder").count(), 0);
-        fs::remove_dir_all(folder).expect("removal");
     }
 
     #[test]

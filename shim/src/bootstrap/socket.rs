@@ -136,22 +136,10 @@ mod tests {
 
     use super::*;
 
-    /// A temporary folder of a test.
-    struct Scratch(PathBuf);
-
-    impl Scratch {
-        fn new(name: &str) -> (Self, Place) {
-            let folder = std::env::temp_dir().join(format!("x-socket-{name}-{}", std::process::id()));
-            fs::create_dir_all(&folder).expect("a folder can be made");
-            let place = Place { socket: folder.join("s"), control: folder.join("c"), lock: folder.join("l") };
-            (Self(folder), place)
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
+    fn place(name: &str) -> (scratch::Folder, Place) {
+        let folder = scratch::Folder::new(name);
+        let place = Place { socket: folder.join("s"), control: folder.join("c"), lock: folder.join("l") };
+        (folder, place)
     }
 
     fn soon() -> Instant {
@@ -160,7 +148,7 @@ mod tests {
 
     #[test]
     fn sockets_are_for_their_owner_alone_and_gone_when_not_kept() {
-        let (_scratch, place) = Scratch::new("modes");
+        let (_folder, place) = place("modes");
         let sockets = Sockets::bind(&place).expect("binds");
         for path in [&place.socket, &place.control] {
             assert_eq!(fs::metadata(path).expect("is there").mode() & 0o777, 0o600);
@@ -174,7 +162,7 @@ mod tests {
 
     #[test]
     fn stale_sockets_and_other_leftovers_are_replaced() {
-        let (_scratch, place) = Scratch::new("stale");
+        let (_folder, place) = place("stale");
         Sockets::bind(&place).expect("binds").keep();
         assert!(UnixStream::connect(&place.socket).is_err(), "a closed socket accepted a connection");
         let _sockets = Sockets::bind(&place).expect("binds again");
@@ -183,7 +171,7 @@ mod tests {
 
     #[test]
     fn only_one_process_holds_the_lock_though_its_file_is_recreated() {
-        let (_scratch, place) = Scratch::new("lock");
+        let (_folder, place) = place("lock");
         let inside = AtomicUsize::new(0);
         thread::scope(|scope| {
             for _ in 0..8 {
@@ -202,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_lock_that_is_held_too_long_is_given_up() {
-        let (_scratch, place) = Scratch::new("held");
+        let (_folder, place) = place("held");
         let _lock = Lock::take(&place.lock, soon()).expect("is free");
         let deadline = Instant::now() + Duration::from_millis(20);
         assert!(matches!(Lock::take(&place.lock, deadline), Err(Error::Locked { .. })));

@@ -235,7 +235,8 @@ fn processes_that_fork_all_the_time_are_killed() {
 fn an_oom_kill_wakes_the_watch_and_is_counted() {
     let Some(mut made) = Made::new() else { return };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().expect("a runtime");
-    let gate = std::env::temp_dir().join(format!("x-oom-{}", std::process::id()));
+    let folder = scratch::Folder::new("oom");
+    let gate = folder.join("gate");
     nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).expect("a fifo");
     let pid = made.start("", &format!("read line < {}; head -c 200000000 /dev/zero | tail; exec sleep 1000", gate.display()));
     let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
@@ -265,5 +266,4 @@ fn an_oom_kill_wakes_the_watch_and_is_counted() {
         assert_eq!(cgroup.oom_kills(), None);
         assert!(cgroup.watch_oom().is_err());
     });
-    fs::remove_file(&gate).expect("removal");
 }

@@ -191,8 +191,7 @@ mod tests {
 
     #[test]
     fn every_controllers_files_are_read() {
-        let folder = std::env::temp_dir().join(format!("x-cgroup-v2-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a temporary folder");
+        let folder = scratch::Folder::new("cgroup-v2");
         for (name, text) in [
             ("pids.current", "3\n"),
             ("pids.max", "max\n"),

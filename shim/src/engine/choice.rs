@@ -113,12 +113,11 @@ mod tests {
     use super::*;
 
     /// A temporary folder with executable files of these names.
-    struct Folder(PathBuf);
+    struct Folder(scratch::Folder);
 
     impl Folder {
         fn with(names: &[&str]) -> Self {
-            let folder = std::env::temp_dir().join(format!("x-choice-{}-{}", std::process::id(), names.join("-")));
-            fs::create_dir_all(&folder).expect("a temporary folder");
+            let folder = scratch::Folder::new("choice");
             for name in names {
                 fs::write(folder.join(name), "").expect("a file");
                 fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755)).expect("its mode");
@@ -128,12 +127,6 @@ mod tests {
 
         fn choose(&self, name: Option<&str>, mixed: Option<MixedCgroups>) -> Result<Choice, EngineNotFound> {
             Choice::make(name, &format!("relative:{}", self.0.display()), || mixed)
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
         }
     }
 
@@ -186,7 +179,7 @@ mod tests {
 
     #[test]
     fn only_controllers_on_v2_beside_v1_make_a_mixed_host() {
-        let host = std::env::temp_dir().join(format!("x-cgroups-{}", std::process::id()));
+        let host = scratch::Folder::new("cgroups");
         let unified = host.join("unified/cgroup.controllers");
         fs::create_dir_all(host.join("unified")).expect("a temporary folder");
         assert_eq!(MixedCgroups::blocking_find(&host), None, "v1 alone");
@@ -196,6 +189,5 @@ mod tests {
         assert_eq!(MixedCgroups::blocking_find(&host), Some(MixedCgroups { file: unified, controllers: "cpuset hugetlb".to_owned() }));
         fs::write(host.join("cgroup.controllers"), "cpu").expect("a file");
         assert_eq!(MixedCgroups::blocking_find(&host), None, "v2 alone");
-        fs::remove_dir_all(host).expect("removal of a temporary folder");
     }
 }

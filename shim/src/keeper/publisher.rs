@@ -218,8 +218,8 @@ mod tests {
 
     /// Gives a publisher turns until its queue is empty, while a daemon answers `codes`, one to a connection.
     fn publish(name: &str, events: &[Vec<u8>], codes: &'static [u8]) -> Vec<Vec<u8>> {
-        let path = std::env::temp_dir().join(format!("x-publisher-{name}-{}", std::process::id()));
-        let _gone_or_not = std::fs::remove_file(&path);
+        let folder = scratch::Folder::new(name);
+        let path = folder.join("socket");
         let listener = UnixListener::bind(&path).expect("a socket");
         let daemon = std::thread::spawn(move || codes.iter().map(|code| answer_and_close(&listener, *code)).collect());
         let mut poll = Poll::new().expect("an epoll set");
@@ -235,7 +235,6 @@ mod tests {
             std::thread::sleep(Duration::from_millis(30));
             poll.wait(Some(Instant::now())).expect("a wait");
         }
-        std::fs::remove_file(&path).expect("is there");
         daemon.join().expect("no panic")
     }
 

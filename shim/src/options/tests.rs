@@ -84,7 +84,8 @@ fn the_table_that_cri_sends_is_understood() {
 
 #[test]
 fn a_path_is_read_when_there_is_no_body() {
-    let path = std::env::temp_dir().join(format!("x-options-{}.toml", std::process::id()));
+    let folder = scratch::Folder::new("options");
+    let path = folder.join("options.toml");
     std::fs::write(&path, "binary_name = 'runc'\n").expect("a file");
     let text = path.display().to_string();
     let read = |body| RuntimeOptions::blocking_read(Some(&generic(&text, body))).expect("options").binary_name;

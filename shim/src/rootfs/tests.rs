@@ -13,20 +13,18 @@ fn in_private_namespace(test: impl FnOnce(&Path) + Send) {
         eprintln!("skipped: needs root");
         return;
     }
-    let folder = std::env::temp_dir().join(format!("x-rootfs-{}-{:?}", std::process::id(), std::thread::current().id()));
-    fs::create_dir_all(&folder).expect("a temporary folder");
+    let folder = scratch::Folder::new("rootfs");
     let none = None::<&str>;
     std::thread::scope(|scope| {
         let work = || {
             unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
             mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("a private one");
-            mount(Some("tmpfs"), &folder, Some("tmpfs"), MsFlags::empty(), none).expect("a tmpfs");
+            mount(Some("tmpfs"), &*folder, Some("tmpfs"), MsFlags::empty(), none).expect("a tmpfs");
             test(&folder);
         };
         scope.spawn(work).join()
     })
     .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    fs::remove_dir(&folder).expect("removal of the temporary folder");
 }
 
 fn wanted(kind: &str, source: &Path, target: &str, options: &[&str]) -> Mount {

@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn an_output_without_end_does_not_keep_the_other_waiting() {
-        let folder = std::env::temp_dir().join(format!("x-pump-{}", std::process::id()));
+        let folder = scratch::Folder::new("pump");
         let (read, mut write) = std::io::pipe().expect("a pipe");
         fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).expect("a flag");
         write.write_all(b"the other").expect("room");
@@ -394,7 +394,6 @@ mod tests {
         let mut thread = Thread::new("c1".into(), pipes, Arc::new(orders), watch::channel(0).0);
         assert!(thread.round());
         assert_eq!(std::fs::read(folder.join("log")).expect("a file"), b"the other");
-        std::fs::remove_dir_all(&folder).expect("removal");
     }
 
     #[test]
@@ -426,10 +425,10 @@ mod tests {
 
     #[test]
     fn a_fifo_without_a_reader_is_refused_at_once() {
-        let path = std::env::temp_dir().join(format!("x-pump-fifo-{}", std::process::id()));
+        let folder = scratch::Folder::new("pump");
+        let path = folder.join("fifo");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("a fifo");
         let refused = blocking_open(&path).expect_err("it has no reader");
         assert_eq!(refused.raw_os_error(), Some(nix::libc::ENXIO));
-        std::fs::remove_file(&path).expect("removal");
     }
 }

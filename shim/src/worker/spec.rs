@@ -109,11 +109,9 @@ mod tests {
     use super::*;
 
     fn read(config: &str) -> Result<Spec, SpecError> {
-        let bundle = std::env::temp_dir().join(format!("x-spec-{}-{:?}", std::process::id(), std::thread::current().id()));
-        std::fs::create_dir_all(&bundle).expect("a temporary folder");
+        let bundle = scratch::Folder::new("spec");
         std::fs::write(bundle.join("config.json"), config).expect("a file");
         let spec = Spec::blocking_read(&bundle);
-        std::fs::remove_dir_all(&bundle).expect("removal");
         spec.map(|spec| Spec { rootfs: spec.rootfs.strip_prefix(&bundle).map(Path::to_owned).unwrap_or(spec.rootfs), ..spec })
     }
 

@@ -137,8 +137,7 @@ fn a_container_of_another_bundle_is_told_from_ours() {
 
 #[test]
 fn the_runtime_sees_nothing_of_the_daemon_but_what_is_listed() {
-    let folder = std::env::temp_dir().join(format!("x-engine-{}", std::process::id()));
-    fs::create_dir_all(&folder).expect("a temporary folder");
+    let folder = scratch::Folder::new("engine");
     fs::write(folder.join("runc"), "").expect("a file");
     fs::set_permissions(folder.join("runc"), fs::Permissions::from_mode(0o755)).expect("its mode");
     let options = RuntimeOptions { criu_path: Some(folder.join("criu")), root: Some("/my/root".into()), ..RuntimeOptions::default() };
@@ -150,7 +149,6 @@ fn the_runtime_sees_nothing_of_the_daemon_but_what_is_listed() {
     let names: Vec<_> = engine.environment.iter().filter_map(|entry| entry.split('=').next()).collect();
     assert_eq!(names, ["PATH", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS"]);
     assert_eq!(engine.environment[0], format!("PATH={0}:{0}", folder.display()));
-    fs::remove_dir_all(folder).expect("removal of a temporary folder");
 }
 
 #[test]

@@ -1,7 +1,6 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 
 use super::*;
 use crate::handover::Output;
@@ -11,7 +10,7 @@ use crate::saved::{Reader, Saved as _, Writer};
 struct Bench {
     poll: Poll,
     streams: Streams,
-    folder: PathBuf,
+    folder: scratch::Folder,
     /// Operations that were answered.
     drained: Vec<(Cause, Step)>,
     /// The kernel does not report readers.
@@ -20,8 +19,7 @@ struct Bench {
 
 impl Bench {
     fn new(name: &str) -> Self {
-        let folder = std::env::temp_dir().join(format!("x-streams-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a folder in the temporary directory");
+        let folder = scratch::Folder::new(name);
         let poll = Poll::new().expect("an epoll set");
         let streams = Streams::default();
         Self { poll, streams, folder, drained: Vec::new(), is_unreported: false }
@@ -92,12 +90,6 @@ impl Bench {
             }
             self.drained.extend(self.streams.tick(Instant::now(), &mut self.poll));
         }
-    }
-}
-
-impl Drop for Bench {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
 

@@ -85,8 +85,7 @@ mod tests {
 
     #[test]
     fn a_failed_restore_says_what_criu_said_and_no_more_than_that() {
-        let folder = std::env::temp_dir().join(format!("x-criu-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).expect("a temporary folder");
+        let folder = scratch::Folder::new("criu");
         let failed = || Error::Engine(EngineError::Failed { verb: Verb::Restore, message: "criu failed".into() });
         assert_eq!(blocking_add_criu_errors(failed(), &folder).chain(), failed().chain());
         let noise = "(00.1) pie: 1: fine\n".repeat(50_000);
@@ -96,6 +95,5 @@ mod tests {
         let text = blocking_add_criu_errors(failed(), &folder).chain();
         assert!(text.contains("criu failed; ") && text.contains("restore.log: (00.2) Error (criu/tty.c:12): xxx"), "{text}");
         assert!(text.contains("tty.c:19") && !text.contains("tty.c:11") && text.len() < 4000, "{text}");
-        std::fs::remove_dir_all(folder).expect("removal of a temporary folder");
     }
 }
