@@ -15,7 +15,7 @@ X_REVISION ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>
 X_REVISION := $(X_REVISION)
 export X_REVISION
 
-.PHONY: build build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs conformance-cgroup2 conformance-tool
+.PHONY: build build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
 .PHONY: lint install uninstall packages suites bench bench-memory bench-upgrade bench-manager bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
@@ -37,7 +37,7 @@ endif
 test: test-unit test-e2e test-manager
 
 test-unit: packages
-	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager
+	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager --package scratch
 
 test-e2e: packages suites build build-faulty
 	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
@@ -115,6 +115,10 @@ fuzz:
 ## docs/conformance.md: our shim and the stock shims of containerd 1.6, 1.7 and 2.1; and docs/faults.md; takes an hour
 conformance-docs: packages suites build conformance-tool
 	SHIM=$(SHIM) CONFORMANCE="$(CONFORMANCE)" tests/tools/conformance-docs
+
+## the table of docs/stdio.md: what arrives of outputs with our shim and with the stock shims, in one run
+stdio-docs: packages suites build
+	TEST="env X_SHIM=$(SHIM) $(CARGO) test --locked --quiet --package shim-tests --test containerd --" tests/tools/stdio-docs
 
 ## a worker's crash at every message of every scenario, on the oldest and the newest containerd: `test` runs some of them on one of the two
 faults: packages suites build-faulty

@@ -53,12 +53,23 @@ impl Cri {
         Self::start_with(cx, "").await
     }
 
+    /// The same, with one more line of docs/kubernetes.md in the plugin's own table.
+    pub async fn start_with_setting(cx: &Context, setting: &str) -> Result<Self> {
+        Self::start_configured(cx, "", setting).await
+    }
+
     /// The same, with one more line of docs/kubernetes.md among the options of the runtime.
     pub async fn start_with(cx: &Context, option: &str) -> Result<Self> {
+        Self::start_configured(cx, option, "").await
+    }
+
+    async fn start_configured(cx: &Context, option: &str, setting: &str) -> Result<Self> {
         // of which every pod gets a share
         needs_controller("cpu")?;
-        ensure!(GUIDE.lines().any(|line| line.trim() == option), "docs/kubernetes.md does not have {option:?}");
-        let handler = configuration(cx, option)?;
+        for line in [option, setting] {
+            ensure!(GUIDE.lines().any(|other| other.trim() == line), "docs/kubernetes.md does not have {line:?}");
+        }
+        let handler = configuration(cx, option, setting)?;
         let daemon = Daemon::start_for_pods(cx.suite(), cx.shim(), |_folder| handler).await?;
         let cri = Self { cx: cx.clone(), daemon: Arc::new(daemon) };
         cri.import()?;
@@ -269,7 +280,7 @@ fn run(command: &mut Command) -> Result<String> {
 }
 
 /// The configuration in docs/kubernetes.md for this version of containerd, and its OCI runtime.
-fn configuration(cx: &Context, option: &str) -> Result<String> {
+fn configuration(cx: &Context, option: &str, setting: &str) -> Result<String> {
     let version = if cx.suite() == Suite::Forky { "version = 3" } else { "version = 2" };
     let blocks = GUIDE.split("```toml\n").skip(1).filter_map(|rest| rest.split_once("```")).map(|(block, _)| block);
     let block = blocks
@@ -299,7 +310,7 @@ fn configuration(cx: &Context, option: &str) -> Result<String> {
         options
     };
     Ok(format!(
-        "[plugins.\"{plugin}\"]\n  restrict_oom_score_adj = true\n{own}{block}\n[plugins.\"{plugin}\".containerd.runtimes.{HANDLER}.options]\n  {options}\n{image}"
+        "[plugins.\"{plugin}\"]\n  restrict_oom_score_adj = true\n  {setting}\n{own}{block}\n[plugins.\"{plugin}\".containerd.runtimes.{HANDLER}.options]\n  {options}\n{image}"
     ))
 }
 

@@ -35,6 +35,8 @@ pub enum Pace {
     Count,
     /// After such a pause, as fast as it can, and only counts.
     Pausing(Duration),
+    /// Nothing until [`Reader::proceed`], then as fast as it can, and keeps what it read.
+    OnCue,
     /// At most that many bytes, then a pause.
     Slow {
         /// Bytes per turn.
@@ -49,6 +51,7 @@ struct Seen {
     bytes: Vec<u8>,
     count: u64,
     ended: bool,
+    proceed: bool,
     leave: bool,
 }
 
@@ -116,6 +119,11 @@ impl Reader {
         .await
     }
 
+    /// Lets a reader that waits for its cue read.
+    pub fn proceed(&self) {
+        self.lock().proceed = true;
+    }
+
     /// Stops reading and closes the fifo.
     pub fn leave(&mut self) {
         self.lock().leave = true;
@@ -147,15 +155,23 @@ fn tail(bytes: &[u8]) -> String {
 fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>, mut show: impl FnMut(&[u8])) {
     let size = match pace {
         Pace::Slow { chunk, .. } => chunk,
-        Pace::Keep | Pace::Count | Pace::Pausing(_) => 1 << 16,
+        Pace::Keep | Pace::Count | Pace::Pausing(_) | Pace::OnCue => 1 << 16,
     };
     if let Pace::Pausing(pause) = pace {
         thread::sleep(pause); // the pause is under test
     }
     let mut buffer = vec![0; size];
     loop {
-        if seen.lock().expect("no panic under this lock").leave {
+        let (leave, proceed) = {
+            let seen = seen.lock().expect("no panic under this lock");
+            (seen.leave, seen.proceed)
+        };
+        if leave {
             return;
+        }
+        if matches!(pace, Pace::OnCue) && !proceed {
+            thread::sleep(Duration::from_millis(5)); // how often it looks for its cue
+            continue;
         }
         // a fifo that no process has opened for writing yet reads as ended, but polls as quiet
         let mut wanted = [PollFd::new(file.as_fd(), PollFlags::POLLIN)];
@@ -171,7 +187,7 @@ fn read_loop(mut file: File, pace: Pace, seen: &Mutex<Seen>, mut show: impl FnMu
                 show(&buffer[..read]);
                 let mut seen = seen.lock().expect("no panic under this lock");
                 seen.count += read as u64;
-                if matches!(pace, Pace::Keep) {
+                if matches!(pace, Pace::Keep | Pace::OnCue) {
                     seen.bytes.extend_from_slice(&buffer[..read]);
                 }
             }

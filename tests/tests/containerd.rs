@@ -131,6 +131,11 @@ fn kind_cases() -> Vec<Case> {
                 a_delete_that_waits_for_output_delays_no_other_call_and_ends,
                 a_delete_that_waits_for_output_outlives_the_worker,
         ],
+        // four shims, one after the other
+        cases![outputs, Scope::Once => ours_loses_no_output_that_a_stock_shim_delivers]
+            .into_iter()
+            .map(|case| case.within(Duration::from_secs(400)))
+            .collect(),
         cases![kinds,
             Scope::Full =>
                 a_private_pid_namespace_begins_with_init,

@@ -15,6 +15,7 @@ use shim_tests::cri::{Cri, RUNNING};
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc;
 use shim_tests::runner::{self, Scope, skip};
+use shim_tests::suite::{Shim, Suite};
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
@@ -25,7 +26,9 @@ fn main() -> ExitCode {
             all_containers_of_a_pod_share_one_shim,
             a_pod_outlives_containerd,
             an_exit_while_containerd_is_down_is_known_afterwards;
-        Scope::Daemons => the_cgroup_driver_of_the_readme_is_asked_for;
+        Scope::Daemons =>
+            the_cgroup_driver_of_the_readme_is_asked_for,
+            a_probe_whose_output_a_child_holds_ends_with_the_drain_time_out;
     ];
     let cases: Vec<_> = cases.into_iter().map(|case| case.within(Duration::from_secs(180))).collect();
     runner::main(&cases, &[], programs)
@@ -184,6 +187,42 @@ mod pods {
         ensure!(status.exit_code == 3 && status.reason == "Error", "{status:?}");
         cri.end_pod(&pod).await?;
         cri.leaves_nothing().await
+    }
+
+    /// With the stock shim the same happens.
+    pub(crate) async fn a_probe_whose_output_a_child_holds_ends_with_the_drain_time_out(cx: Context) -> Result<()> {
+        if cx.suite() == Suite::Bookworm {
+            return skip("containerd 1.6 waits without a limit");
+        }
+        for shim in [cx.shim().clone(), Shim::stock()] {
+            let cx = cx.with_own_shim(&shim, &[]).await?;
+            let cri = Cri::start_with_setting(&cx, "drain_exec_sync_io_timeout = \"2s\"").await?;
+            let pod = cri.run_pod("pod").await?;
+            let id = cri.run(&pod, "app", &["sleep", "1000"]).await?;
+            let keeper = cri.shims().first().context("it has a shim")?.pid;
+            cri.exec(&id, &["true"]).await?;
+            let before = proc::fewest_open_files(keeper).await?;
+            // an output that ends in time is whole
+            let (code, output) = cri.exec(&id, &["sh", "-c", "(sleep 1; echo late) & echo now; exit 4"]).await?;
+            ensure!(code == 4 && output == "now\nlate\n", "{code} {output:?}");
+            let held = cri.exec(&id, &["sh", "-c", "sleep 1000 & echo now"]).await;
+            let error = held.err().map(|error| format!("{error:#}")).context("an answer without the output's end")?;
+            ensure!(error.contains("io is still held by other processes"), "{error}");
+            // and nothing of it is in the way of the next ones
+            let (code, output) = cri.exec(&id, &["sh", "-c", "echo next"]).await?;
+            ensure!(code == 0 && output == "next\n", "{code} {output:?}");
+            if shim.is_ours() {
+                eventually("the descriptors of the probe are closed", SOON, async || {
+                    let open = proc::fewest_open_files(keeper).await?;
+                    ensure!(open == before, "{open}, {before} before");
+                    Ok(())
+                })
+                .await?;
+            }
+            cri.end_pod(&pod).await?;
+            cri.leaves_nothing().await?;
+        }
+        Ok(())
     }
 
     /// Whether it then works is for a host that systemd runs: tests/tools/systemd-check.

@@ -61,6 +61,7 @@ fn main() -> ExitCode {
         direct_cases![execs:
             execs_that_are_never_deleted_do_not_accumulate,
             failed_execs_that_are_never_deleted_do_not_accumulate,
+            a_thousand_execs_with_fifos_leave_no_descriptor_and_no_file,
             an_exec_is_added_while_the_exit_of_init_waits_to_be_published,
         ]
         .map(|case| case.within(Duration::from_secs(240))),
@@ -150,6 +151,8 @@ fn main() -> ExitCode {
         what_a_full_disk_costs_is_counted_in_the_log,
         a_slow_logger_holds_up_its_own_container_only_and_gets_everything,
         a_logger_that_is_never_ready_is_ended_by_delete,
+        the_command_delete_does_not_wait_for_an_output_and_its_reader_gets_all_of_it,
+        a_keeper_killed_while_a_delete_waits_for_an_output_ends_the_output,
     ]);
     direct::main(&cases, programs)
 }

@@ -14,6 +14,8 @@ mod full_disk;
 mod hibernation;
 #[path = "upgrade/keeper.rs"]
 mod keeper;
+#[path = "upgrade/outputs.rs"]
+mod outputs;
 #[path = "upgrade/steps.rs"]
 mod steps;
 
@@ -75,6 +77,10 @@ fn main() -> ExitCode {
             Scope::Daemons => a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated;
             Scope::Ends => a_running_oci_runtime_ends_with_its_keeper;
             Scope::Once => an_idle_time_beyond_the_clock_never_elapses,
+        ]
+        .map_within(long),
+        cases![outputs,
+            Scope::Ends => a_delete_that_waits_for_output_is_answered_after_an_upgrade_and_no_byte_is_lost,
         ]
         .map_within(long),
         // other tests call every shim of the host

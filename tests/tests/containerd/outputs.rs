@@ -1,24 +1,26 @@
 //! No byte of an output is lost: all kinds of stdio, descendants that hold it, slow and late readers, init and execs.
 //!
-//! A client of containerd reads while Delete waits, and closes its end afterwards.
+//! A client of containerd reads while Delete waits, and closes its end afterwards. The stock shims are run beside ours, for the table in
+//! docs/stdio.md.
 
-use std::fs::{self, File};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::collections::BTreeMap;
+use std::fmt::{self, Display};
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::fcntl::OFlag;
 use shim_tests::container::{Container, Process, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, a_second, eventually_true, within};
 use shim_tests::proc;
 use shim_tests::stdio::Pace;
+use shim_tests::suite::{STOCK_TYPE, Shim, Suite};
 use tokio::task::{JoinSet, LocalSet};
 
 use crate::worker::{kill_worker, ours_only};
 
 /// The process that holds the output when the main process has exited, and writes once more a second later.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Holder {
     None,
     Child,
@@ -26,7 +28,7 @@ enum Holder {
     Grandchild,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Reading {
     Fast,
     Slow,
@@ -38,7 +40,7 @@ enum Reading {
     Gone,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Pipe,
     Terminal,
@@ -71,9 +73,14 @@ impl Cell {
         cells
     }
 
-    /// The number that `seq` counts to. A pipe without a reader holds no more from a terminal, which writes small pieces.
+    /// The number that `seq` counts to: more than pipe and fifo hold, if it is read. Without a reader, a pipe holds less from a terminal, which
+    /// writes small pieces.
     fn lines(self) -> u64 {
-        if self.kind == Kind::Terminal && matches!(self.reading, Reading::Late | Reading::Gone) { 300 } else { 10_000 }
+        match (self.reading, self.kind) {
+            (Reading::Fast | Reading::Slow | Reading::Pausing, _) => 30_000,
+            (Reading::Late | Reading::Gone, Kind::Terminal) => 300,
+            (Reading::Late | Reading::Gone, _) => 10_000,
+        }
     }
 
     fn script(self) -> String {
@@ -82,7 +89,8 @@ impl Cell {
             Holder::Child => "(sleep 1; echo late) &",
             Holder::Grandchild => "setsid sh -c '(sleep 1; echo late) &';",
         };
-        format!("{late} seq {}", self.lines())
+        // not the last word: the shell would become it, and setsid could not make a session without leaving the one that ends
+        format!("seq {}; {late} exit 0", self.lines())
     }
 
     /// The expected output. No process outlives init, and the kernel hangs up a terminal for its whole session.
@@ -96,17 +104,18 @@ impl Cell {
         late + (1..=self.lines()).map(|number| u64::from(number.ilog10()) + 1 + line_end).sum::<u64>()
     }
 
-    /// Runs it. Returns how many bytes had arrived, and how long Delete took.
-    async fn run(self, cx: Context) -> Result<(u64, Duration)> {
+    /// Runs it.
+    async fn run(self, cx: Context) -> Result<Outcome> {
         let is_terminal = self.kind == Kind::Terminal;
         let folder = cx.folder().join(format!("{self:?}").replace([' ', '{', '}', ':', ','], ""));
         fs::create_dir_all(&folder)?;
         let log = folder.join("log");
         let pace = match self.reading {
             Reading::Fast => Some(Pace::Count),
-            Reading::Slow => Some(Pace::Slow { chunk: 4096, pause: Duration::from_millis(50) }),
+            Reading::Slow => Some(Pace::Slow { chunk: 4096, pause: Duration::from_millis(75) }),
             Reading::Pausing => Some(Pace::Pausing(Duration::from_secs(1))),
-            Reading::Late | Reading::Gone => None,
+            Reading::Gone => Some(Pace::OnCue),
+            Reading::Late => None,
         };
         let stdio = match self.kind {
             Kind::Pipe | Kind::Terminal => Stdio::Fifos { stdin: false, pace },
@@ -124,16 +133,18 @@ impl Cell {
             (container, exec) = (if is_terminal { new.terminal() } else { new }.create().await?, None);
         }
         let process: &mut Process = exec.as_mut().unwrap_or(&mut container);
-        let open = |path: &String| File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
-        let fifos = process.io.paths().iter().filter(|path| self.reading == Reading::Gone && !path.is_empty());
-        let unread: Vec<File> = fifos.map(open).collect::<Result<_, _>>()?;
         process.start().await?;
         process.wait().await?;
         if self.reading == Reading::Late {
             process.io.read(Pace::Count)?;
         }
         let begin = Instant::now();
-        let (deleted, ()) = tokio::join!(process.delete(), async { drop(unread) });
+        let (deleted, ()) = if self.reading == Reading::Gone {
+            let (stdout, stderr) = (process.io.stdout.take(), process.io.stderr.take());
+            tokio::join!(process.delete(), async { drop((stdout, stderr)) })
+        } else {
+            (process.delete().await, ())
+        };
         deleted?;
         let took = begin.elapsed();
         let count = match self.kind {
@@ -157,42 +168,125 @@ impl Cell {
         if self.is_exec {
             container.destroy().await?;
         }
-        Ok((count, took))
+        Ok(Outcome { count, took })
+    }
+
+    /// Whether it is as it has to be. Without a reader there is nothing to wait for.
+    fn is_right(self, outcome: Outcome) -> bool {
+        if self.reading == Reading::Gone { outcome.took < Duration::from_secs(5) } else { outcome.count == self.bytes() }
+    }
+
+    /// The part of docs/stdio.md's table that it belongs to.
+    fn row(self) -> Row {
+        Row { is_exec: self.is_exec, kind: self.kind, holder: self.holder }
+    }
+}
+
+/// How a cell ended.
+#[derive(Debug, Clone, Copy)]
+struct Outcome {
+    /// The bytes that had arrived.
+    count: u64,
+    /// How long Delete took.
+    took: Duration,
+}
+
+/// A row of docs/stdio.md's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Row {
+    is_exec: bool,
+    kind: Kind,
+    holder: Holder,
+}
+
+impl Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let process = if self.is_exec { "exec" } else { "init" };
+        let kind = match self.kind {
+            Kind::Pipe => "pipe",
+            Kind::Terminal => "terminal",
+            Kind::File => "`file://`",
+            Kind::Logger => "`binary://`",
+        };
+        let holder = match self.holder {
+            Holder::None => "none",
+            Holder::Child => "child",
+            Holder::Grandchild => "grandchild",
+        };
+        write!(f, "| {process} | {kind} | {holder} |")
     }
 }
 
 pub(crate) async fn every_byte_arrives_from_every_holder_of_the_output_to_every_reader(cx: Context) -> Result<()> {
-    let mut cells = Cell::all();
-    if !cx.shim().is_ours() {
-        // its Create waits for a reader
-        cells.retain(|cell| ![Reading::Late, Reading::Gone].contains(&cell.reading));
-    }
-    let wrong = LocalSet::new().run_until(run_all(cx, cells)).await?;
+    ours_only(&cx)?;
+    let outcomes = LocalSet::new().run_until(run_all(&cx)).await?;
+    let wrong: Vec<_> = outcomes.into_iter().filter(|(cell, outcome)| !cell.is_right(*outcome)).collect();
     ensure!(wrong.is_empty(), "{wrong:#?}");
     Ok(())
 }
 
-/// Runs a few at a time. Returns the failures.
-async fn run_all(cx: Context, mut cells: Vec<Cell>) -> Result<Vec<String>> {
-    let mut wrong = Vec::new();
-    while !cells.is_empty() {
+/// Prints the table of docs/stdio.md: `make stdio-docs`.
+pub(crate) async fn ours_loses_no_output_that_a_stock_shim_delivers(cx: Context) -> Result<()> {
+    ours_only(&cx)?;
+    let (mut rows, mut worse) = (BTreeMap::<Row, String>::new(), Vec::new());
+    let mut shims = vec![cx.shim().clone()];
+    for suite in Suite::ALL {
+        let binary = suite.program("containerd-shim-runc-v2");
+        shims.push(Shim { runtime_type: STOCK_TYPE.to_owned(), binary: Some(binary) });
+    }
+    let mut ours = BTreeMap::new();
+    for shim in shims {
+        let outcomes = LocalSet::new().run_until(run_all(&cx.with_own_shim(&shim, &[]).await?)).await?;
+        let mut cells = BTreeMap::<Row, Vec<String>>::new();
+        for (cell, outcome) in outcomes {
+            let (row, is_right) = (cell.row(), cell.is_right(outcome));
+            if shim.is_ours() {
+                ours.insert((row, cell.reading), is_right);
+            } else if is_right && !ours[&(row, cell.reading)] {
+                worse.push(cell);
+            }
+            let notes = cells.entry(row).or_default();
+            if !is_right {
+                let reading = format!("{:?}", cell.reading).to_lowercase();
+                notes.push(match cell.reading {
+                    Reading::Gone => format!("{reading}: Delete after {} s", outcome.took.as_secs()),
+                    _ => format!("{reading}: {} of {}", outcome.count, cell.bytes()),
+                });
+            }
+        }
+        for (row, notes) in cells {
+            let text = if notes.is_empty() { "all".to_owned() } else { notes.join("; ") };
+            rows.entry(row).or_default().push_str(&format!(" {text} |"));
+        }
+    }
+    for (row, cells) in rows {
+        println!("{row}{cells}");
+    }
+    ensure!(worse.is_empty(), "{worse:#?}");
+    Ok(())
+}
+
+/// Runs all cells, a few at a time, in their order.
+async fn run_all(cx: &Context) -> Result<Vec<(Cell, Outcome)>> {
+    let mut cells = Cell::all();
+    if !cx.shim().is_ours() {
+        // its Create waits for a reader
+        cells.retain(|cell| cell.reading != Reading::Late);
+    }
+    let mut outcomes = Vec::new();
+    for some in cells.chunks(8) {
         let mut runs = JoinSet::new();
-        for cell in cells.drain(..cells.len().min(8)) {
-            let cx = cx.clone();
+        for cell in some {
+            let (cell, cx) = (*cell, cx.clone());
             runs.spawn_local(async move { (cell, cell.run(cx).await) });
         }
         while let Some(run) = runs.join_next().await {
-            let (cell, result) = run?;
-            let (count, took) = result.with_context(|| format!("{cell:?}"))?;
-            println!("{cell:?}: {count} of {} bytes, Delete took {} ms", cell.bytes(), took.as_millis());
-            // output without a reader must not delay Delete
-            let is_right = if cell.reading == Reading::Gone { took < Duration::from_secs(5) } else { count == cell.bytes() };
-            if !is_right {
-                wrong.push(format!("{cell:?}: {count} of {} bytes, Delete took {took:?}", cell.bytes()));
-            }
+            let (cell, outcome) = run?;
+            outcomes.push((cell, outcome.with_context(|| format!("{cell:?}"))?));
         }
     }
-    Ok(wrong)
+    outcomes.sort_by_key(|(cell, _)| (cell.row(), cell.reading));
+    Ok(outcomes)
 }
 
 /// Adds an exec whose output a descendant holds and a client reads, and waits for its end.

@@ -23,11 +23,6 @@ pub(crate) const KNOWN: &[Known] = &[
     known(OLD, "stdio::a_file_gets_both_streams", "the second stream's lines are lost"),
     known(
         &["2.1"],
-        "outputs::every_byte_arrives_from_every_holder_of_the_output_to_every_reader",
-        "of a terminal in another session, what is written after the exit is lost",
-    ),
-    known(
-        &["2.1"],
         "outputs::a_delete_that_waits_for_output_delays_no_other_call_and_ends",
         "State and Wait of an exec are answered after its Delete",
     ),

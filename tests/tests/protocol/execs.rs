@@ -1,18 +1,21 @@
 //! Execs that no client deletes, and execs that are started too late.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use containerd_shim_protos::api::ExecProcessRequest;
 use shim_tests::bundle::{Container, leave};
 use shim_tests::eventually::{SOON, eventually, within};
-use shim_tests::proc::private_kib;
+use shim_tests::proc::{self, private_kib};
 use shim_tests::stand::Stand;
-use shim_tests::stdio::{self, Pace, Reader};
+use shim_tests::stdio::{self, Pace, Reader, Writer};
 use shim_tests::task::Task;
 use shim_tests::times::repeated;
 use shim_tests::ttrpc::{Code, refusal};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, LocalSet};
 
 /// More than the exited execs that the shim remembers per container: some 500 with names as long as [`long_fifo`]'s.
 const MANY: usize = 600;
@@ -31,7 +34,7 @@ fn long_fifo(stand: &Stand) -> Result<PathBuf> {
 
 /// Adds execs with `fifo` for both outputs, a few at a time, and starts each. Returns the answers of Wait or Start, the last first.
 async fn add_and_start(container: &Container, numbers: std::ops::Range<usize>, args: &'static [&str], fifo: &Path) -> Result<Vec<u32>> {
-    async fn one(task: Task, container: (String, containerd_shim_protos::api::ExecProcessRequest)) -> Result<u32> {
+    async fn one(task: Task, container: (String, ExecProcessRequest)) -> Result<u32> {
         let (id, request) = container;
         task.exec(&request).await?;
         match task.start(&id, &request.exec_id).await {
@@ -78,14 +81,22 @@ pub(crate) async fn execs_that_are_never_deleted_do_not_accumulate(stand: Stand)
     let fifo = long_fifo(&stand)?;
     let _reader = Reader::open(&fifo, Pace::Count)?;
     let before = specifications(&container)?.len();
-    let many = repeated(MANY);
-    let mut statuses = add_and_start(&container, 0..many, &["sh", "-c", "exit 3"], &fifo).await?;
+    let (many, begin) = (repeated(MANY), Instant::now());
+    let mut statuses = add_and_start(&container, 0..1, &["sh", "-c", "exit 3"], &fifo).await?;
+    let first = begin.elapsed();
+    statuses.extend(add_and_start(&container, 1..many, &["sh", "-c", "exit 3"], &fifo).await?);
     let kib = memory(&container).await?;
-    statuses.extend(add_and_start(&container, many..2 * many, &["sh", "-c", "exit 3"], &fifo).await?);
+    statuses.extend(add_and_start(&container, many..2 * many - 1, &["sh", "-c", "exit 3"], &fifo).await?);
+    let begin = Instant::now();
+    statuses.extend(add_and_start(&container, 2 * many - 1..2 * many, &["sh", "-c", "exit 3"], &fifo).await?);
+    println!("of {} execs the first took {} ms, the last {} ms", 2 * many, first.as_millis(), begin.elapsed().as_millis());
     ensure!(statuses.len() == 2 * many && statuses.iter().all(|status| *status == 3), "{} are not 3", statuses.len());
     let later = memory(&container).await?;
     ensure!(later < kib + 2048, "{kib} KiB after {many}, {later} KiB after twice as many");
     let left = specifications(&container)?;
+    let shown = stand.command(&["inspect", "--json", "--namespace", stand.namespace(), "c1"]).output().await?;
+    let record = serde_json::from_slice::<serde_json::Value>(&shown.stdout)?["state"].to_string().len();
+    println!("record: {record} bytes; files of execs: {}; private memory: {kib} KiB after half of them, then {later} KiB", left.len());
     ensure!(left.len() == before, "{left:?}");
     // the shim still knows the last one, but not the first
     let last = format!("e{}", 2 * many - 1);
@@ -110,6 +121,77 @@ pub(crate) async fn failed_execs_that_are_never_deleted_do_not_accumulate(stand:
     ensure!(left < many, "{left} files for {many} execs");
     ensure!(refusal(container.task.state("c1", "e0").await)?.0 == Code::NotFound);
     ensure!(container.task.state("c1", &format!("e{}", many - 1)).await?.pid == 0);
+    ensure!(container.shut_down().await? == 137);
+    Ok(())
+}
+
+/// Runs an exec that reads a line and writes it to both outputs, each through a fifo of its own, and deletes it.
+async fn echo(task: Task, id: String, mut request: ExecProcessRequest, folder: PathBuf) -> Result<()> {
+    fs::create_dir(&folder)?;
+    let [stdin, stdout, stderr] = ["0", "1", "2"].map(|name| folder.join(name));
+    for path in [&stdin, &stdout, &stderr] {
+        stdio::fifo(path)?;
+    }
+    let readers = [Reader::open(&stdout, Pace::Keep)?, Reader::open(&stderr, Pace::Keep)?];
+    [request.stdin, request.stdout, request.stderr] = [&stdin, &stdout, &stderr].map(|path| path.display().to_string());
+    task.exec(&request).await?;
+    task.start(&id, &request.exec_id).await?;
+    Writer::open(&stdin).await?.write_all(b"hello\n")?;
+    ensure!(task.wait(&id, &request.exec_id).await? == 3);
+    ensure!(task.delete(&id, &request.exec_id).await?.exit_status == 3);
+    for reader in readers {
+        let text = reader.to_end().await?;
+        ensure!(text == "hello\n", "{}: {text:?}", request.exec_id);
+    }
+    Ok(fs::remove_dir_all(folder)?)
+}
+
+/// What a container's execs may leave: descriptors of its keeper and of its worker, and files of the host.
+async fn left(container: &Container) -> Result<(usize, usize, BTreeSet<PathBuf>)> {
+    fn list(folder: &Path, found: &mut BTreeSet<PathBuf>) {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            found.insert(entry.path());
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                list(&entry.path(), found);
+            }
+        }
+    }
+    let mut files = BTreeSet::new();
+    list(Path::new("/run"), &mut files);
+    // those of other tests are theirs
+    files.retain(|path| path.display().to_string().contains(container.stand().namespace()));
+    ensure!(files.iter().any(|path| path.ends_with("config.json")), "not where the bundle is: {files:?}");
+    let (keeper, worker) = (container.shim_pid()?, container.worker_pid().await?);
+    Ok((proc::fewest_open_files(keeper).await?, proc::fewest_open_files(worker).await?, files))
+}
+
+pub(crate) async fn a_thousand_execs_with_fifos_leave_no_descriptor_and_no_file(stand: Stand) -> Result<()> {
+    LocalSet::new().run_until(run_a_thousand(stand)).await
+}
+
+async fn run_a_thousand(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let (mut before, mut running) = (None, JoinSet::new());
+    for number in 0..1008 {
+        if number == 8 {
+            running.join_all().await.into_iter().collect::<Result<()>>()?;
+            (before, running) = (Some(left(&container).await?), JoinSet::new());
+        }
+        if running.len() == 4 {
+            running.join_next().await.expect("four are running")??;
+        }
+        let request = container.bundle.exec_request(&format!("e{number}"), &["sh", "-c", "read line; echo $line; echo $line >&2; exit 3"]);
+        running.spawn_local(echo(container.task.clone(), container.id.clone(), request, stand.folder().join(format!("io{number}"))));
+    }
+    running.join_all().await.into_iter().collect::<Result<()>>()?;
+    let before = before.expect("more than eight have run");
+    eventually("as much is left as after eight", SOON, async || {
+        let now = left(&container).await?;
+        ensure!(now == before, "{before:?}, then {now:?}");
+        Ok(())
+    })
+    .await?;
+    println!("descriptors of keeper and worker: {} and {}; {} files", before.0, before.1, before.2.len());
     ensure!(container.shut_down().await? == 137);
     Ok(())
 }

@@ -116,7 +116,7 @@ fn process_ids_are_read_from_both_dialects() {
 
 #[test]
 fn a_container_of_another_bundle_is_told_from_ours() {
-    let folder = std::env::temp_dir().join(format!("x-bundle-{}", std::process::id()));
+    let folder = scratch::Folder::new("bundle");
     fs::create_dir_all(folder.join("b")).expect("a temporary folder");
     std::os::unix::fs::symlink("b", folder.join("link")).expect("a link");
     let (bundle, link) = (folder.join("b"), folder.join("link"));
@@ -132,7 +132,6 @@ fn a_container_of_another_bundle_is_told_from_ours() {
     assert_eq!(is_ours(&bundle, 0, state(Path::new("/gone"))), Some(false));
     assert_eq!(is_ours(&bundle, 1, String::new()), None);
     assert_eq!(is_ours(&bundle, 0, "{}".to_owned()), None);
-    fs::remove_dir_all(folder).expect("removal of a temporary folder");
 }
 
 #[test]
