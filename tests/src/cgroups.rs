@@ -242,6 +242,15 @@ impl Own {
     }
 }
 
+/// Freezes the cgroup in the folder that [`of`] finds for `freezer`.
+pub fn freeze(folder: &Path) -> Result<()> {
+    let (file, text) = match Version::here() {
+        Version::V1 => ("freezer.state", "FROZEN"),
+        Version::V2 => ("cgroup.freeze", "1"),
+    };
+    fs::write(folder.join(file), text).with_context(|| format!("freeze {}", folder.display()))
+}
+
 /// Kills the processes in the cgroups of that name and removes them, as far as the kernel allows.
 pub fn remove(name: &str) {
     folders(name).iter().for_each(|folder| remove_folder(folder));

@@ -65,14 +65,6 @@ pub(crate) async fn a_container_killed_while_paused_ends(cx: Context) -> Result<
     Ok(())
 }
 
-fn freeze(folder: &Path) -> Result<()> {
-    let (file, text) = match Version::here() {
-        Version::V1 => ("freezer.state", "FROZEN"),
-        Version::V2 => ("cgroup.freeze", "1"),
-    };
-    fs::write(folder.join(file), text).with_context(|| format!("freeze {}", folder.display()))
-}
-
 /// As by `runc pause`, or by a Pause or a dump that failed half-way; and as by the container itself, in a cgroup of its own below.
 pub(crate) async fn a_container_frozen_by_others_dies_of_sigkill(cx: Context) -> Result<()> {
     for below in [false, true] {
@@ -83,7 +75,7 @@ pub(crate) async fn a_container_frozen_by_others_dies_of_sigkill(cx: Context) ->
             fs::create_dir(&folder)?;
             fs::write(folder.join("cgroup.procs"), container.pid.to_string())?;
         }
-        freeze(&folder)?;
+        cgroups::freeze(&folder)?;
         container.kill(9).await?;
         ensure!(container.wait().await? == 137);
         ensure!(container.delete().await?.exit_status == 137);
@@ -94,7 +86,7 @@ pub(crate) async fn a_container_frozen_by_others_dies_of_sigkill(cx: Context) ->
 pub(crate) async fn an_exec_of_a_frozen_container_dies_of_sigkill_and_the_rest_stays_frozen(cx: Context) -> Result<()> {
     let container = cx.container(&["sleep", "1000"]).start().await?;
     let exec = container.exec("e", &["sleep", "1000"]).start().await?;
-    freeze(&cgroups::of(container.pid, "freezer")?)?;
+    cgroups::freeze(&cgroups::of(container.pid, "freezer")?)?;
     exec.kill(9).await?;
     ensure!(exec.finish().await? == 137);
     // cgroup v2 reports the rest as frozen again a moment after the process has exited

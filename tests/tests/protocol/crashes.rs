@@ -12,6 +12,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
 use protobuf::Message as _;
 use shim_tests::bundle::{self, Container, worker_of};
+use shim_tests::cgroups;
 use shim_tests::eventually::{SOON, a_second, eventually, eventually_true, within};
 use shim_tests::proc;
 use shim_tests::proc::signal;
@@ -236,4 +237,27 @@ pub(crate) async fn delete_beside_a_stopped_worker_kills_the_container_in_time(s
     let _it_may_have_left = container.task.delete("c1", "").await;
     let _as_before = container.task.shutdown("c1").await;
     eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await
+}
+
+/// Others freeze containers too, and on cgroup v1 a frozen process does not exit.
+pub(crate) async fn a_frozen_container_is_deleted(stand: Stand) -> Result<()> {
+    let freeze = |pid: u32| cgroups::freeze(&cgroups::of(pid, "freezer")?);
+    let created = stand.bundle("created", &["sleep", "1000"]).group("pod").create().await?;
+    let task = created.task.clone();
+    freeze(created.pid)?;
+    created.task.delete("created", "").await.context("Delete of one that was never started")?;
+    ensure!(!proc::is_alive(created.pid.cast_signed()), "it is alive");
+
+    let running = stand.bundle("running", &["sleep", "1000"]).group("pod").run_in(&task).await?;
+    freeze(running.pid)?;
+    let deleted = running.bundle.delete_command().await.context("the command delete")?;
+    ensure!(deleted.exit_status == 137 && deleted.pid == running.pid, "{deleted}");
+    ensure!(!proc::is_alive(running.pid.cast_signed()), "it is alive");
+
+    let orphan = stand.bundle("orphan", &["sleep", "1000"]).run().await?;
+    freeze(orphan.pid)?;
+    kill_shim(orphan.shim_pid()?).await?;
+    let deleted = orphan.bundle.delete_command().await.context("the command delete without a shim")?;
+    ensure!(deleted.exit_status == 137 && deleted.pid == orphan.pid, "{deleted}");
+    stand.leaves_nothing().await
 }

@@ -164,11 +164,13 @@ fn blocking_is_folder(path: &Path) -> bool {
     path.is_dir()
 }
 
-/// Sends SIGKILL to init. That init is dead already is a success.
+/// Sends SIGKILL to init, and thaws it: on cgroup v1 a frozen process cannot exit, and others freeze containers too. That init is dead
+/// already is a success.
 async fn kill_init(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) {
     if let Err(error) = cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal: nix::libc::SIGKILL }).await {
         log::debug!(container:% = container.id, error:% = error.chain(); "cannot kill init");
     }
+    container.record().cgroup.thaw();
 }
 
 /// By force only after a failure: runc since 1.2 waits 100 ms for processes to die even where there are none.
