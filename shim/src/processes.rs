@@ -90,13 +90,11 @@ fn collect_descendants(parent: u32, found: &mut Vec<(u32, u32)>) {
     }
 }
 
-/// Kills a process if it is still a child of `parent`.
-fn kill_child_of(parent: u32, pid: u32) {
-    let Ok(handle) = sys::process::open(pid) else { return };
+/// Kills a process if it is still a child of `parent`. Returns whether it was.
+pub(crate) fn kill_child_of(parent: u32, pid: u32) -> bool {
+    let Ok(handle) = sys::process::open(pid) else { return false };
     // Compared after the handle was opened: from then on the pid cannot mean another process.
-    if Stat::of(pid).is_some_and(|stat| stat.parent == parent) {
-        let _ = sys::process::signal(handle.as_fd(), libc::SIGKILL);
-    }
+    Stat::of(pid).is_some_and(|stat| stat.parent == parent) && sys::process::signal(handle.as_fd(), libc::SIGKILL).is_ok()
 }
 
 #[cfg(test)]

@@ -111,6 +111,11 @@ pub fn children(pid: i32) -> Vec<Process> {
     all().into_values().filter(|process| process.parent == pid && !process.is_zombie()).collect()
 }
 
+/// The children of `pid` that have exited and were not reaped.
+pub fn zombies_of(pid: i32) -> Vec<Process> {
+    all().into_values().filter(|process| process.parent == pid && process.is_zombie()).collect()
+}
+
 /// Whether the environment or the command line of `pid` contains `text`.
 pub fn mentions(pid: i32, text: &str) -> bool {
     ["environ", "cmdline"].iter().any(|file| String::from_utf8_lossy(&words(pid, file)).contains(text))

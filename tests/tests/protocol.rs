@@ -63,6 +63,7 @@ fn main() -> ExitCode {
             failed_execs_that_are_never_deleted_do_not_accumulate,
             a_thousand_execs_with_fifos_leave_no_descriptor_and_no_file,
             an_exec_is_added_while_the_exit_of_init_waits_to_be_published,
+            an_exec_whose_pid_is_not_reported_is_killed_and_reaped,
         ]
         .map(|case| case.within(Duration::from_secs(240))),
     );

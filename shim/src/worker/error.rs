@@ -90,6 +90,8 @@ pub(crate) enum Error {
     Outcome { doing: &'static str },
     #[error("{waiting_for} took longer than {seconds} s")]
     TimedOut { waiting_for: String, seconds: u64 },
+    #[error("the OCI runtime has started a process and reported no pid: read {}", path.display())]
+    NoPid { path: PathBuf, source: io::Error },
     #[error("no terminal arrived on {}", socket.display())]
     NoTerminal { socket: PathBuf },
 }
@@ -150,7 +152,12 @@ impl Error {
             // As for a mount in use: the client may try again.
             Self::Rootfs(MountError::Busy { .. }) => Code::FailedPrecondition,
             // Something missing on the host is never `NotFound`: clients take that for the end of the container.
-            Self::Rootfs(_) | Self::Io { .. } | Self::Keeper { .. } | Self::Outcome { .. } | Self::NoTerminal { .. } => Code::Internal,
+            Self::Rootfs(_)
+            | Self::Io { .. }
+            | Self::Keeper { .. }
+            | Self::Outcome { .. }
+            | Self::NoPid { .. }
+            | Self::NoTerminal { .. } => Code::Internal,
         }
     }
 

@@ -10,6 +10,7 @@ use containerd_shim_protos::api::ExecProcessRequest;
 use shim_tests::bundle::{Container, leave};
 use shim_tests::eventually::{SOON, eventually, within};
 use shim_tests::proc::{self, private_kib};
+use shim_tests::programs;
 use shim_tests::stand::Stand;
 use shim_tests::stdio::{self, Pace, Reader, Writer};
 use shim_tests::task::Task;
@@ -222,4 +223,48 @@ pub(crate) async fn an_exec_is_added_while_the_exit_of_init_waits_to_be_publishe
     container.task.delete("c1", "e2").await?;
     container.task.delete("c1", "").await?;
     leave(&container.task, container.shim_pid()?, "c1").await
+}
+
+/// The runtime succeeds, and its pid file is missing or garbled: no record can name the process.
+pub(crate) async fn an_exec_whose_pid_is_not_reported_is_killed_and_reaped(stand: Stand) -> Result<()> {
+    let text = format!(
+        "#!/bin/bash\n{} \"$@\"; status=$?\ncase \" $* \" in\n*x-exec-missing*) spoil() {{ rm \"$1\"; }} ;;\n*x-exec-garbled*) spoil() {{ echo none > \"$1\"; }} ;;\n\
+         *) exit $status ;;\nesac\nwhile [ $# -gt 0 ]; do [ \"$1\" = --pid-file ] && spoil \"$2\"; shift; done\nexit $status\n",
+        stand.runtime().display()
+    );
+    let runtime = programs::script(stand.folder(), "runtime", &text)?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&runtime).run().await?;
+    let before = container.exec("before", &["sleep", "1000"]).await?;
+    let mut starts = JoinSet::new();
+    for exec in ["missing", "garbled", "missing-too", "beside"] {
+        container.add(exec, &["sleep", "1234"]).await?;
+        let task = container.task.another().await?;
+        starts.spawn(async move { (exec, task.start("c1", exec).await) });
+    }
+    let mut beside = 0;
+    while let Some(started) = starts.join_next().await {
+        match started? {
+            ("beside", started) => beside = started?,
+            (exec, started) => {
+                let (code, message) = refusal(started)?;
+                ensure!(code == Code::Internal && message.contains("reported no pid"), "{exec}: {code:?} {message}");
+            }
+        }
+    }
+    let shim = container.shim_pid()?;
+    eventually("the processes that nobody can name are gone", SOON, async || {
+        let mut left = container.task.pids("c1").await?;
+        left.sort_unstable();
+        let mut expected = [container.pid, before, beside];
+        expected.sort_unstable();
+        ensure!(left == expected, "{left:?}, not {expected:?}");
+        let zombies = proc::zombies_of(shim);
+        ensure!(zombies.is_empty(), "{zombies:?}");
+        Ok(())
+    })
+    .await?;
+    for (exec, pid) in [("before", before), ("beside", beside)] {
+        ensure!(container.task.state("c1", exec).await?.pid == pid && proc::is_alive(pid.cast_signed()), "{exec} was killed");
+    }
+    container.shut_down().await.map(drop)
 }

@@ -219,9 +219,10 @@ impl ProcessFiles {
         let wants_terminal = spawn.console_socket.is_some();
         let exited = run_verb(cause, step::ENGINE, engine, verb, spawn).await?;
         let path = self.pid_file.clone();
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::Io { op: "read", path: path.clone(), source })?;
+        let no_pid = |source| Error::NoPid { path: path.clone(), source };
+        let text = std::fs::read_to_string(&path).map_err(no_pid)?;
         match text.trim().parse() {
-            Ok(0) | Err(_) => Err(Error::Value { what: "pid file", value: text }),
+            Ok(0) | Err(_) => Err(no_pid(std::io::ErrorKind::InvalidData.into())),
             Ok(pid) if wants_terminal && !exited.terminal => {
                 // It runs, and no commit will claim it. Its pid is not reused before this cause ends.
                 let killed = sys::process::open(pid).and_then(|process| sys::process::signal(process.as_fd(), nix::libc::SIGKILL));

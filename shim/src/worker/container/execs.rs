@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::process::Process;
 use crate::worker::id::ExecId;
+use crate::worker::phase::Phase;
 
 /// The most bytes that spent execs take up, oldest dropped first: some thousands of them.
 const MAX_SPENT_BYTES: usize = 2 << 20;
@@ -41,6 +42,11 @@ impl Execs {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&ExecId, &Process)> {
         self.processes.iter()
+    }
+
+    /// How many of them are being started.
+    pub(crate) fn starting(&self) -> usize {
+        self.processes.values().filter(|process| matches!(process.phase, Phase::Starting { .. })).count()
     }
 
     /// Whether one of them has not exited yet.

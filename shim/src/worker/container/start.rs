@@ -1,6 +1,6 @@
 //! Start: runs the user's program, as a container's init or as an exec.
 use std::rc::Rc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::create::{ProcessFiles, at, blocking, find_cgroup, undo_engine};
 use super::exits::START_WITHIN;
@@ -9,6 +9,7 @@ use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
 use super::{Change, Container, Event, EventKind, Record, Reply, Shared, Target, journal};
 use crate::engine::{self, Verb};
 use crate::handover::Op;
+use crate::processes;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 use crate::worker::id::ProcessKey;
@@ -142,7 +143,15 @@ async fn start_added(shared: &Shared, cause: &Cause, container: &Rc<Container>, 
         let spawn = record.engine.exec(&at(&record), &exec);
         (files, spawn, record.engine.clone())
     };
-    let pid = files.run(cause, spawn, &engine, Verb::Exec).await?;
+    let pid = match files.run(cause, spawn, &engine, Verb::Exec).await {
+        Ok(pid) => pid,
+        Err(error) => {
+            if matches!(error, Error::NoPid { .. }) {
+                kill_unreported(shared, container).await;
+            }
+            return Err(error);
+        }
+    };
     container.update(key, |process| {
         process.pid = Some(pid);
         // A replay does not read the specification again, and the environment in it may hold secrets.
@@ -154,6 +163,34 @@ async fn start_added(shared: &Shared, cause: &Cause, container: &Rc<Container>, 
     let change = Change { claim: Some((key.clone(), pid)), ..Change::save(container, Reply::Pid(Some(pid))) };
     Ok(change.event(Event::new(container, EventKind::ExecStarted { exec, pid })))
 }
+
+/// Kills the process that the OCI runtime has started without reporting its pid: no commit will claim it.
+///
+/// It is a child of the keeper in the container's cgroup that no record names, once no other start is under way. In a pid namespace that
+/// is not the container's own, the container's orphans are children of the keeper too: there it is left, and the log says so.
+async fn kill_unreported(shared: &Shared, container: &Rc<Container>) {
+    container.searches.update(|count| count + 1);
+    container.changed();
+    let alone =
+        container.until("end of the other starts", OTHER_STARTS_WITHIN, |record| record.execs.starting() <= container.searches.get());
+    let is_alone = alone.await.is_ok();
+    container.searches.update(|count| count - 1);
+    let record = container.record();
+    if !is_alone || record.shared_pid_namespace {
+        log::error!(container:% = container.id; "a process that the OCI runtime has started without reporting its pid is left to itself");
+        return;
+    }
+    let keeper = shared.keeper.get().pid;
+    let known: Vec<u32> = record.keys().iter().filter_map(|key| record.process(key)?.pid).collect();
+    for pid in record.cgroup.pids().into_iter().filter(|pid| !known.contains(pid)) {
+        if processes::kill_child_of(keeper, pid) {
+            log::warn!(container:% = container.id, pid; "killed a process that the OCI runtime has started without reporting its pid");
+        }
+    }
+}
+
+/// How long a search for an unreported process waits for the other starts of its container.
+const OTHER_STARTS_WITHIN: Duration = Duration::from_secs(10);
 
 fn now_nanos() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as i64)
