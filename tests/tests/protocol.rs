@@ -140,6 +140,7 @@ fn main() -> ExitCode {
         a_crash_looping_worker_does_not_prevent_ready_answers,
         delete_beside_a_stopped_worker_kills_the_container_in_time,
         a_frozen_container_is_deleted,
+        delete_removes_the_console_sockets_of_a_killed_keeper,
     ]);
     cases.extend(direct_cases![options:
         older_options_of_a_checkpoint_put_image_and_log_where_they_belong,

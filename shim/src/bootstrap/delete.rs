@@ -230,7 +230,11 @@ impl<'a> Deletion<'a> {
 
     /// Removes the console sockets of the dead keeper, unless its pid was reused.
     fn remove_console_sockets(&self) {
-        let Some(body) = self.body.as_ref().filter(|body| ProcessIdentity::of(body.keeper.pid).is_none()) else { return };
+        let Some(body) = &self.body else { return };
+        // A keeper that was killed stays a zombie until its parent reaps it.
+        if ProcessIdentity::of(body.keeper.pid).is_some_and(|found| found != body.keeper || found.is_running()) {
+            return;
+        }
         let prefix = format!("c{}-", body.keeper.pid);
         let folder = body.control_path.parent().and_then(|folder| folder.read_dir().ok());
         for entry in folder.into_iter().flatten().flatten() {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::api::{self, DeleteResponse};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::Signal;
@@ -260,4 +260,44 @@ pub(crate) async fn a_frozen_container_is_deleted(stand: Stand) -> Result<()> {
     let deleted = orphan.bundle.delete_command().await.context("the command delete without a shim")?;
     ensure!(deleted.exit_status == 137 && deleted.pid == orphan.pid, "{deleted}");
     stand.leaves_nothing().await
+}
+
+/// The sockets for terminals of runtimes that were under way when the keeper was killed.
+pub(crate) async fn delete_removes_the_console_sockets_of_a_killed_keeper(stand: Stand) -> Result<()> {
+    let gate = stand.gate(&stand.runtime())?;
+    for verb in ["create", "exec"] {
+        let bundle = stand.bundle(verb, &["sleep", "1000"]).runtime(&gate.binary()).terminal();
+        let task = bundle.shim().await?;
+        let keeper = bundle.shim_pid()?;
+        if verb == "exec" {
+            bundle.clone().run_in(&task).await?;
+            let request = api::ExecProcessRequest { terminal: true, ..bundle.exec_request("e", &["sleep", "1000"]) };
+            task.exec(&request).await?;
+        }
+        gate.hold(verb)?;
+        let request = bundle.request();
+        let (task, id) = (task.clone(), bundle.id.clone());
+        let asked = tokio::spawn(async move {
+            match id.as_str() {
+                "exec" => task.start(&id, "e").await.map(drop),
+                _ => task.create(&request).await.map(drop),
+            }
+        });
+        let held = gate.held(verb).await?;
+        ensure!(console_sockets(keeper)?.len() == 1, "{:?}", console_sockets(keeper)?);
+        kill_shim(keeper).await?;
+        proc::kill_hard(held);
+        ensure!(within("the answer", SOON, asked).await??.is_err(), "it succeeded");
+        gate.release(verb)?;
+        ensure!(bundle.delete_command().await?.exit_status == 137);
+        ensure!(console_sockets(keeper)?.is_empty(), "{verb}: {:?}", console_sockets(keeper)?);
+    }
+    stand.leaves_nothing().await
+}
+
+/// The console sockets of a keeper, in the folder that all keepers share.
+fn console_sockets(keeper: i32) -> Result<Vec<String>> {
+    let names = fs::read_dir("/run/containerd-shim-x")?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let names: Vec<String> = names.collect::<Result<_>>()?;
+    Ok(names.into_iter().filter(|name| name.starts_with(&format!("c{keeper}-"))).collect())
 }
