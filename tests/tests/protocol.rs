@@ -147,6 +147,7 @@ fn main() -> ExitCode {
     ]);
     cases.extend(direct_cases![retries:
         concurrent_deletes_of_one_container_return_the_same_answer,
+        the_delete_of_a_deleted_exec_finds_nothing,
         delete_names_the_root_file_system_that_is_in_use,
         a_request_whose_deadline_has_passed_is_not_carried_out,
     ]);

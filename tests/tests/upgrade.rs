@@ -58,6 +58,8 @@ fn main() -> ExitCode {
                 a_request_that_crashes_the_worker_is_answered_with_an_error_and_the_others_succeed,
                 a_request_that_hangs_its_worker_is_answered_with_an_error_and_the_others_succeed,
                 an_exit_that_crashes_the_worker_is_published_by_another_build,
+                a_request_that_crashes_every_worker_leaves_no_zombie,
+                a_container_whose_record_cannot_be_read_is_unavailable_and_keeps_its_id,
                 a_slow_operation_is_not_taken_for_a_hang,
                 a_shutdown_that_a_worker_was_too_slow_for_is_carried_out,
         ]

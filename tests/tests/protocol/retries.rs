@@ -36,6 +36,17 @@ pub(crate) async fn concurrent_deletes_of_one_container_return_the_same_answer(s
     leave(&container.task, container.shim_pid()?, "c1").await
 }
 
+/// As with the stock shim: see docs/limits.md.
+pub(crate) async fn the_delete_of_a_deleted_exec_finds_nothing(stand: Stand) -> Result<()> {
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    ensure!(container.run("e", &["sh", "-c", "exit 3"]).await? == 3);
+    for _ in 0..2 {
+        ensure!(refusal(container.task.delete("c1", "e").await)?.0 == Code::NotFound);
+        ensure!(refusal(container.task.state("c1", "e").await)?.0 == Code::NotFound);
+    }
+    container.shut_down().await.map(drop)
+}
+
 pub(crate) async fn delete_names_the_root_file_system_that_is_in_use(stand: Stand) -> Result<()> {
     let container = stand.bundle("c1", &["true"]).run().await?;
     container.task.wait("c1", "").await?;

@@ -18,7 +18,8 @@ use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc;
 use shim_tests::stand::Stand;
-use shim_tests::ttrpc::{Frame, Wire};
+use shim_tests::suite::Shim;
+use shim_tests::ttrpc::{Code, Frame, Wire, refusal};
 
 use crate::{build, on_build};
 
@@ -242,4 +243,71 @@ async fn worker_of_others(keeper: i32, not: &[i32]) -> Result<i32> {
         proc::children(keeper).into_iter().find(is_it).map(|child| child.pid).context("no other child is called worker")
     })
     .await
+}
+
+/// A Start that crashes every worker had an exec made, which has exited: its zombie was kept for the pid that Start might report.
+pub(crate) async fn a_request_that_crashes_every_worker_leaves_no_zombie(cx: Context) -> Result<()> {
+    let gate = cx.gate()?;
+    let container = cx.container(&["sleep", "1000"]).id("poisoned").runtime_binary(&gate.binary());
+    // the second to the fifth worker crash before they commit the Start
+    fs::create_dir_all(cx.daemon().faults())?;
+    let plan = cx.daemon().faults().join("poisoned");
+    fs::write(&plan, format!("in:999999:before{}", " out:5:before".repeat(4)))?;
+    let container = container.start().await?;
+    let keeper = cx.shim_pid(&container.id)?;
+    let exec = container.exec("e", &["true"]).add().await?;
+    gate.hold("exec")?;
+    let (client, id) = (cx.client().clone(), container.id.clone());
+    let start = tokio::spawn(async move { client.start(&id, "e").await });
+    gate.held("exec").await?;
+    let worker = worker_of(keeper).await?;
+    proc::kill_hard(worker);
+    eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await?;
+    gate.release("exec")?;
+    let refused = tokio::time::timeout(Duration::from_secs(60), start).await.context("no answer")??;
+    let message = format!("{:#}", anyhow::Error::from(refused.err().context("it was started")?));
+    let trace = fs::read_to_string(plan.with_extension("trace"))?;
+    ensure!(message.contains("every worker of this shim crashes over this request (Start"), "{message}\n{trace}");
+    eventually("no zombie is left", SOON, async || {
+        let zombies = proc::zombies_of(keeper);
+        ensure!(zombies.is_empty(), "{zombies:?}");
+        Ok(())
+    })
+    .await?;
+    exec.delete().await?;
+    ensure!(container.destroy().await? == 137);
+    cx.leaves_nothing().await
+}
+
+/// It is neither unknown nor free, and the command delete removes it.
+pub(crate) async fn a_container_whose_record_cannot_be_read_is_unavailable_and_keeps_its_id(cx: Context) -> Result<()> {
+    // every worker writes records of version 1, and reads those up to version 0
+    let binary = build(&cx, "old", "build=old records=0")?;
+    let shim = Shim { binary: Some(binary), ..cx.shim().clone() };
+    let stand = Stand::new(&shim, cx.program("gated-runtime").parent().context("a file is in a folder")?)?;
+    let container = stand.bundle("c1", &["sleep", "1000"]).run().await?;
+    let worker = container.worker_pid().await?;
+    proc::kill_hard(worker);
+    eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await?;
+    let task = &container.task;
+    // the keeper's own answers are given until a worker serves
+    eventually("a worker answers", SOON, async || {
+        ensure!(refusal(task.state("c1", "").await)?.0 == Code::Unavailable);
+        Ok(())
+    })
+    .await?;
+    let unavailable = |(code, message): (Code, String)| {
+        ensure!(code == Code::Unavailable && message.contains("cannot read its record"), "{code:?} {message}");
+        Ok(())
+    };
+    unavailable(refusal(task.state("c1", "").await)?).context("State")?;
+    unavailable(refusal(task.start("c1", "").await)?).context("Start")?;
+    unavailable(refusal(task.delete("c1", "").await)?).context("Delete")?;
+    ensure!(refusal(task.create(&container.bundle.request()).await)?.0 == Code::AlreadyExists, "its id was free");
+    task.shutdown("c1").await?;
+    ensure!(proc::is_alive(container.pid.cast_signed()) && proc::is_alive(container.shim_pid()?), "it has ended");
+    let deleted = container.bundle.delete_command().await?;
+    ensure!(deleted.exit_status == 137 && deleted.pid == container.pid, "{deleted}");
+    ensure!(!proc::is_alive(container.pid.cast_signed()), "it is alive");
+    stand.leaves_nothing().await
 }

@@ -278,3 +278,30 @@ impl Container {
 const KILL_WITHIN: Duration = Duration::from_secs(3);
 /// How long one Delete waits for another: longer than the wait for outputs and a runtime's delete.
 const DELETE_WITHIN: Duration = Duration::from_secs(600);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_delete_waits_for_another_with_a_deadline() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("it has what it needs");
+        runtime.block_on(async {
+            let container = Container::new(super::super::record::tests::record("c1"));
+            assert_eq!(container.deleted_by_another(Duration::ZERO).await.ok(), Some(None));
+            let turn = container.take_turn();
+            let waiting = tokio::time::timeout(Duration::from_secs(20), container.deleted_by_another(Duration::ZERO));
+            let error = waiting.await.expect("it has a deadline").expect_err("the other one is not done");
+            assert_eq!(error.chain(), "another Delete of container c1 took longer than 0 s");
+            drop(turn);
+            assert_eq!(container.deleted_by_another(DELETE_WITHIN).await.ok(), Some(None));
+            let turn = container.take_turn();
+            let deleted = Deleted { pid: Some(7), exit: None };
+            let (answer, ()) = tokio::join!(container.deleted_by_another(DELETE_WITHIN), async {
+                container.deleted.set(Some(deleted));
+                drop(turn);
+            });
+            assert_eq!(answer.ok(), Some(Some(deleted)));
+        });
+    }
+}

@@ -124,3 +124,22 @@ struct Entry<P> {
 fn encode(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("a struct of strings and numbers has a JSON form")
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// The record of a container that was created.
+    pub(in crate::worker::container) fn record(id: &str) -> Record {
+        let text = serde_json::json!({
+            "version": VERSION,
+            "id": id,
+            "bundle": "/bundle",
+            "rootfs": "/bundle/rootfs",
+            "engine": { "binary": "/usr/bin/rt", "root": "/run/rt", "environment": [] },
+            "options": RuntimeOptions::default(),
+            "init": Process::new(Default::default()),
+        });
+        Record::decode(text.to_string().as_bytes()).expect("a record")
+    }
+}
