@@ -1,6 +1,5 @@
 //! Why a request fails, and the status that its client receives.
 
-use std::error::Error as _;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -319,14 +318,19 @@ impl Error {
 
     /// The error and its sources, joined by ": ".
     pub(crate) fn chain(&self) -> String {
-        let mut sentence = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            sentence = format!("{sentence}: {error}");
-            cause = error.source();
-        }
-        sentence
+        chain(self)
     }
+}
+
+/// An error of any kind and its sources, joined by ": ".
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut sentence = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        sentence = format!("{sentence}: {error}");
+        cause = error.source();
+    }
+    sentence
 }
 
 impl From<Error> for Status {

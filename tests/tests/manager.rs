@@ -48,6 +48,7 @@ fn api_cases() -> Vec<Case> {
             a_subscriber_that_never_reads_is_dropped_and_delays_no_other,
             the_server_reports_that_it_is_healthy,
             health_is_reported_by_each_method,
+            a_burst_of_calls_over_one_connection_is_answered,
             a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_whose_client_disconnects_is_completed,
     ]

@@ -18,6 +18,7 @@ use super::authority::Mended;
 use super::body::{Budget, Metered, Unfinished};
 use super::call::Peer;
 use super::route::{Services, counted};
+use crate::error::chain;
 use crate::settings::Limits;
 
 /// Whether this process serves.
@@ -111,7 +112,7 @@ async fn connection(socket: UnixStream, services: Arc<Services>, budget: Budget,
         }
     };
     if let Err(error) = ended {
-        debug!(error:%; "a connection ended");
+        debug!(error = chain(&error); "a connection ended");
     }
 }
 
@@ -127,8 +128,9 @@ const MAX_STREAMS: u32 = 16384;
 const MAX_HEADER_BYTES: u32 = 16 << 10;
 /// What a client may send of a request before it is read.
 const UNREAD_BYTES: u32 = 64 << 10;
-/// The same of all requests of a connection.
-const MAX_UNREAD_BYTES: u32 = 256 << 10;
+/// The same of all requests of a connection. h2 ends a connection with more small frames unread than it allows for: half of this, less 256 bytes
+/// for each. As all calls may begin at once, there is room for one frame of each.
+const MAX_UNREAD_BYTES: u32 = 2 * 256 * MAX_STREAMS;
 /// Calls in flight may take that long to end when this process does.
 pub(crate) const LAST_CALLS: Duration = Duration::from_secs(15);
 /// For the first call of a connection, once another process serves.

@@ -20,6 +20,7 @@ use shim_tests::client::Client;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
 use shim_tests::suite;
+use tokio::task::JoinSet;
 use tonic::{Code, Request, Status};
 
 fn container(id: &str) -> Container {
@@ -511,5 +512,19 @@ pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> 
         let text = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.code() == Some(status) && text.contains(message), "{words:?}: {output:?}");
     }
+    Ok(())
+}
+
+pub(crate) async fn a_burst_of_calls_over_one_connection_is_answered(cx: Context) -> Result<()> {
+    let mut calls = JoinSet::new();
+    // most are sent before the daemon has read the first, and clients of tonic end each request with a frame of its own
+    for _call in 0..5000 {
+        let client = cx.client().clone();
+        calls.spawn(async move { client.state("none", "").await });
+    }
+    let answers = within("all calls end", Duration::from_secs(60), calls.join_all()).await?;
+    let is_refused = |answer: &Result<_, Status>| answer.as_ref().is_err_and(|status| status.code() == Code::NotFound);
+    let others: Vec<_> = answers.iter().filter(|answer| !is_refused(answer)).collect();
+    ensure!(others.is_empty(), "{} calls were not answered, one with {:?}", others.len(), others[0]);
     Ok(())
 }
