@@ -368,7 +368,7 @@ pub(crate) enum ToKeeper {
     },
     #[n(2)]
     Commit(#[n(0)] Commit),
-    /// Whether this worker can take over with the state that it was sent, or why not.
+    /// Whether this worker, or this rehearsal of the keeper, can take over with the state that it was sent, or why not.
     #[n(3)]
     Fit {
         #[n(0)]

@@ -3,7 +3,7 @@
 //! ```text
 //!  Absent ──(start)──▶ Starting ──(hello)──▶ Serving ──(dies, hangs, or sends garbage)──▶ Absent ──(back-off)──▶ …
 //!                                              ▲ cut-over
-//!          candidate: Starting ──(hello)──▶ Trying ──(fit)
+//!          candidate: Starting ──(hello)──▶ Trying ──(fit)        or a rehearsal: Starting ──(fit)──▶ stopped
 //!
 //!  Serving ──(idle for a while, and may hibernate)──▶ Asleep ──(a cause, or a watch)──▶ Absent
 //! ```
