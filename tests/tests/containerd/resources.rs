@@ -1,7 +1,6 @@
 //! Pause, kill, update, statistics, and OOM kills.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::types::v1::Status as Phase;
