@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::survey::{Found, phase_of, processes_json, survey};
 use super::upgrade::report_json;
 use super::{Error, print_json, table};
-use crate::handover::Snapshot;
+use crate::handover::{Snapshot, is_of};
 use crate::invocation::Query;
 use crate::journal;
 
@@ -72,11 +72,6 @@ fn from_journal(id: &str, bundle: &Path) -> Result<Value, Error> {
 
 fn knows(snapshot: &Snapshot, id: &str) -> bool {
     snapshot.state.iter().any(|(key, _)| key == id) || snapshot.reservations.iter().any(|reserved| reserved == id)
-}
-
-/// Whether a process key belongs to this container: `ID` for init, `ID/EXEC` for execs.
-fn is_of(key: &str, id: &str) -> bool {
-    key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {

@@ -12,6 +12,11 @@ pub(crate) type Cause = u64;
 /// Which operation of a cause; chosen by the worker, the same again on replay.
 pub(crate) type Step = u32;
 
+/// Whether a process key belongs to this container: `ID` for init, `ID/EXEC` for execs.
+pub(crate) fn is_of(key: &str, id: &str) -> bool {
+    key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
 /// From keeper to worker.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) enum ToWorker {

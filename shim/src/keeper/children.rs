@@ -20,7 +20,7 @@ use nix::errno::Errno;
 
 use super::poll::{Poll, Source};
 use super::streams::Streams;
-use crate::handover::{Cause, Claim, Exited, Fd, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream};
+use crate::handover::{Cause, Claim, Exited, Fd, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, is_of};
 use crate::helper::{self, Pipes};
 use crate::journal::{Journal, RecordedExit};
 use crate::processes::kill_tree;
@@ -289,8 +289,7 @@ impl Children {
 
     /// Kills the helpers of a process, or of a container with its execs, and their descendants.
     pub(crate) fn end_helpers(&self, key: &str) {
-        let concerns = |helper: &Helper| helper.key.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-        for pid in self.helpers.iter().filter(|(_, helper)| concerns(helper)).map(|(pid, _)| *pid) {
+        for pid in self.helpers.iter().filter(|(_, helper)| is_of(&helper.key, key)).map(|(pid, _)| *pid) {
             info!(container:% = key, pid; "killing a helper");
             kill_tree(pid);
         }

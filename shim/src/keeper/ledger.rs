@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use super::relay::Caller;
 use crate::frame::RequestView;
-use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker};
+use crate::handover::{Cause, Commit, Origin, Outcome, ProcessExit, Ready, Step, ToWorker, is_of};
 use crate::saved::saved;
 
 /// How long a request with a ready-made answer waits for the worker's own. Clients give Connect and State 1 s in all.
@@ -62,6 +62,12 @@ pub(crate) struct Request {
 }
 
 saved!(Request { asker, payload, arrived });
+
+impl Request {
+    fn answered(&self, response: Vec<u8>) -> Due {
+        Due { asker: self.asker, request_bytes: Some(self.payload.len()), response }
+    }
+}
 
 impl What {
     /// The method of a request, or the process of an exit, for reports.
@@ -162,15 +168,20 @@ impl Ledger {
         self.causes.remove(&cause)
     }
 
+    /// Closes a request; `None` if it is closed, or an exit.
+    fn close_request(&mut self, cause: Cause) -> Option<Request> {
+        match self.close(cause)?.what {
+            What::Request(request) => Some(request),
+            What::Exit(_) => None,
+        }
+    }
+
     /// Closes a poisoned request with `response`. `None` for an exit.
     pub(crate) fn give_up(&mut self, cause: Cause, response: Vec<u8>) -> Option<Due> {
         if self.exits.contains(&cause) {
             return None;
         }
-        match self.close(cause)?.what {
-            What::Request(Request { asker, payload, .. }) => Some(Due { asker, request_bytes: Some(payload.len()), response }),
-            What::Exit(_) => None,
-        }
+        Some(self.close_request(cause)?.answered(response))
     }
 
     /// A new worker starts, to which no cause was sent yet.
@@ -257,9 +268,7 @@ impl Ledger {
         }
         let mut due = Vec::new();
         for (cause, response) in std::mem::take(&mut commit.answers) {
-            if let Some(Open { what: What::Request(Request { asker, payload, .. }), .. }) = self.close(cause) {
-                due.push(Due { asker, request_bytes: Some(payload.len()), response });
-            }
+            due.extend(self.close_request(cause).map(|request| request.answered(response)));
         }
         for (key, response) in std::mem::take(&mut commit.wakes) {
             let askers = self.parked.remove(&key).unwrap_or_default();
@@ -293,7 +302,7 @@ impl Ledger {
     pub(crate) fn park(&mut self, parks: Vec<(Cause, String)>, is_connected: impl Fn(Asker) -> bool) -> Vec<(Asker, usize)> {
         let mut settled = Vec::new();
         for (cause, key) in parks {
-            if let Some(Open { what: What::Request(Request { asker, payload, .. }), .. }) = self.close(cause) {
+            if let Some(Request { asker, payload, .. }) = self.close_request(cause) {
                 settled.push((asker, payload.len()));
                 if is_connected(asker) {
                     self.parked.entry(key).or_default().push(asker);
@@ -308,17 +317,16 @@ impl Ledger {
     pub(crate) fn forget_container(&mut self, id: &str, response: &[u8]) -> (Vec<String>, Vec<Due>) {
         self.reservations.remove(id);
         self.drop_ready(id);
-        let is_of_it = |key: &str| key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-        let is_exit_of_it = |open: &Open| matches!(&open.what, What::Exit(exit) if is_of_it(&exit.key));
+        let is_exit_of_it = |open: &Open| matches!(&open.what, What::Exit(exit) if is_of(&exit.key, id));
         let exits: Vec<Cause> = self.causes.iter().filter(|(_, open)| is_exit_of_it(open)).map(|(cause, _)| *cause).collect();
         for exit in exits {
             self.close(exit);
         }
         let mut due = Vec::new();
-        for (_, askers) in self.parked.extract_if(.., |key, _| is_of_it(key)) {
+        for (_, askers) in self.parked.extract_if(.., |key, _| is_of(key, id)) {
             due.extend(askers.into_iter().map(|asker| Due { asker, request_bytes: None, response: response.to_vec() }));
         }
-        let keys = self.state.extract_if(.., |key, _| is_of_it(key)).map(|(key, _)| key).collect();
+        let keys = self.state.extract_if(.., |key, _| is_of(key, id)).map(|(key, _)| key).collect();
         self.exit_allowed |= self.state.is_empty();
         (keys, due)
     }
@@ -352,18 +360,15 @@ impl Ledger {
         let late: Vec<_> = self.ready_due.iter().take_while(|(_, at)| at_once || **at <= now).map(|(cause, at)| (*cause, *at)).collect();
         let mut due = Vec::new();
         for (cause, at) in late {
-            let Some(Open { what: What::Request(Request { asker, payload, arrived }), operations }) = self.causes.get(&cause) else {
-                continue;
-            };
-            let timeout = RequestView::parse(payload).and_then(|view| view.timeout);
-            let may_act = operations.is_empty() && timeout.is_none_or(|timeout| now.saturating_duration_since(*arrived) < timeout);
-            match self.ready_answer(payload) {
+            let Some(Open { what: What::Request(request), operations }) = self.causes.get(&cause) else { continue };
+            let timeout = RequestView::parse(&request.payload).and_then(|view| view.timeout);
+            let may_act = operations.is_empty() && timeout.is_none_or(|timeout| now.saturating_duration_since(request.arrived) < timeout);
+            match self.ready_answer(&request.payload) {
                 Some(ready) if ready.is_fallback && at > now => {}
                 Some(Ready { signal: Some(_), .. }) if !at_once => {}
                 Some(ready) if ready.signal.is_none_or(|signal| may_act && send(&ready.key, signal).is_ok()) => {
                     let pending = operations.iter().filter(|(_, outcome)| outcome.is_none()).map(|(step, _)| (cause, *step)).collect();
-                    let response = ready.answer.clone();
-                    due.push((Due { asker: *asker, request_bytes: Some(payload.len()), response }, pending));
+                    due.push((request.answered(ready.answer.clone()), pending));
                     self.close(cause);
                 }
                 // The state has changed since the request arrived, or only a worker can know the answer.
