@@ -225,7 +225,8 @@ pub(crate) async fn a_client_that_never_reads_its_answers_costs_a_bounded_amount
     // 16 MiB of answers each, and their bookkeeping
     ensure!(after.0 < before.0 + (80 << 10) && after.1 < before.1 + (16 << 10), "grown from {before:?} to {after:?} KiB");
     drop(deaf);
-    eventually("memory of clients that do not read is freed", SOON, async || {
+    // once the worker has answered what they had asked: some thousands of Stats, which take longer than SOON on a busy machine
+    eventually("memory of clients that do not read is freed", Duration::from_secs(60), async || {
         let kib = private_kib(keeper)?;
         ensure!(kib < before.0 + 1024, "{kib} KiB, {} before", before.0);
         Ok(())
