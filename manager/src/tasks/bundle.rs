@@ -157,6 +157,11 @@ impl Bundle {
         Ok(text.map(|address| Address { version: 2, address, protocol: "ttrpc".to_owned() }))
     }
 
+    /// Whether `start` was answered, and its address noted here: only then was the shim asked to create anything. Shims note an address too.
+    pub(crate) fn was_started(&self) -> Result<bool> {
+        Ok(self.read("bootstrap.json")?.is_some())
+    }
+
     /// Removes it with what is mounted in it, the work folder too. That there is none is fine.
     pub(crate) fn blocking_remove(&self) -> Result<()> {
         let parent = self.path.parent().unwrap_or(Path::new("/"));
@@ -233,7 +238,9 @@ mod tests {
         assert!(bundle.path().join("work").is_dir());
         assert_eq!(bundle.address().expect("readable"), None);
         let address = Address { version: 3, address: "unix:///s".into(), protocol: "ttrpc".into() };
+        assert!(!bundle.was_started().expect("readable"));
         bundle.write_address(&address).expect("written");
+        assert!(bundle.was_started().expect("readable"));
         assert_eq!(bundle.address().expect("readable"), Some(address));
         assert_eq!(fs::read_to_string(bundle.path().join("address")).expect("text"), "unix:///s");
         fs::remove_file(bundle.path().join("bootstrap.json")).expect("removal");

@@ -87,7 +87,12 @@ impl Tasks {
                     return Ok(());
                 }
                 Ok(Found::Shim(shim)) => break Ok(shim),
-                Err(error @ Error::ShimDead { .. }) => break Err(error),
+                Err(error @ Error::ShimDead { .. }) => match task.bundle.was_started() {
+                    Ok(true) => break Err((error, Left::Dead)),
+                    // the previous process was killed before the program had answered, and the shim with it
+                    Ok(false) => break Err((error, Left::Unstarted)),
+                    Err(unreadable) => warn!(container = task.id.as_str(), error = unreadable.chain(); "cannot read a bundle, will retry"),
+                },
                 Err(error) => {
                     warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot reach a shim, which may be running; will retry");
                     task.observe(Fact::Unreachable(error.chain().into()));
@@ -106,10 +111,10 @@ impl Tasks {
                 tokio::spawn(Arc::clone(self).watch(Arc::clone(task), shim.clone()));
                 self.reconcile(task, &shim).await;
             }
-            Err(error) => {
+            Err((error, left)) => {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim is dead");
                 task.observe(Fact::ShimGone);
-                self.clean_up(task, Left::Dead, claim).await;
+                self.clean_up(task, left, claim).await;
             }
         }
         Ok(())

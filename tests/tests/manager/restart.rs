@@ -131,7 +131,9 @@ pub(crate) async fn a_creation_that_was_cut_off_before_its_shim_made_anything_le
         fs::write(bundle.join("shim-binary-path"), program.as_os_str().as_encoded_bytes())?;
         Ok(bundle)
     };
-    let (unstarted, idle) = (half_made("unstarted")?, half_made("idle")?);
+    let (unstarted, idle, killed) = (half_made("unstarted")?, half_made("idle")?, half_made("killed")?);
+    // its shim was killed while `start`, which writes this, had not answered
+    fs::write(killed.join("address"), format!("unix://{}", cx.folder().join("no.sock").display()))?;
     stdio::fifo(&idle.join("log"))?;
     // the shim waits for a reader
     let _reader = fs::File::options().read(true).write(true).open(idle.join("log"))?;
@@ -142,8 +144,8 @@ pub(crate) async fn a_creation_that_was_cut_off_before_its_shim_made_anything_le
     // newer ones answer in JSON, which has the version
     fs::write(idle.join(if started.stdout.starts_with(b"{") { "bootstrap.json" } else { "address" }), started.stdout.trim_ascii())?;
     cx.revive_daemon().await?;
-    eventually_true("their ids are free", SOON, || !unstarted.exists() && !idle.exists()).await?;
-    for id in ["unstarted", "idle"] {
+    eventually_true("their ids are free", SOON, || !unstarted.exists() && !idle.exists() && !killed.exists()).await?;
+    for id in ["unstarted", "idle", "killed"] {
         ensure!(cx.container(&["sh", "-c", "exit 3"]).id(id).runtime_type("io.containerd.runc.v2").run().await? == 3);
     }
     cx.leaves_nothing().await
