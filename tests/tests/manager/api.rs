@@ -52,9 +52,9 @@ async fn delete(client: &Client, id: &str) -> Result<(), Status> {
     client.api().containers().delete(client.request(DeleteContainerRequest { id: id.to_owned() })).await.map(drop)
 }
 
-fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, words: &str) -> Result<()> {
+fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, message: &str) -> Result<()> {
     let status = answer.err().context("it was accepted")?;
-    ensure!(status.code() == code && status.message().contains(words), "{status:?} instead of {code:?} with {words:?}");
+    ensure!(status.code() == code && status.message().contains(message), "{status:?} instead of {code:?} with {message:?}");
     Ok(())
 }
 
@@ -70,8 +70,8 @@ pub(crate) async fn namespaces_are_kept_apart(cx: Context) -> Result<()> {
     create(there, container("alone")).await?;
     ensure!(list(here, &[]).await? == ["same"] && list(there, &[]).await? == ["alone", "same"]);
     let get = here.request(GetContainerRequest { id: "alone".into() });
-    let words = format!("container \"alone\" in namespace {:?}: not found", here.namespace());
-    refused(here.api().containers().get(get).await, Code::NotFound, &words)?;
+    let message = format!("container \"alone\" in namespace {:?}: not found", here.namespace());
+    refused(here.api().containers().get(get).await, Code::NotFound, &message)?;
     refused(create(here, container("same")).await, Code::AlreadyExists, "container \"same\": already exists")?;
     let running = cx.container(&["sleep", "1000"]).id("task").start().await?;
     refused(there.state("task", "").await, Code::NotFound, "task task: not found")?;
@@ -256,7 +256,7 @@ pub(crate) async fn invalid_requests_are_refused_with_a_code(cx: Context) -> Res
     refused(api.events().publish(client.request(publish)).await, Code::InvalidArgument, "must start with '/'")?;
     let huge = Container { image: "x".repeat(17 << 20), ..container("c") };
     refused(create(client, huge).await, Code::ResourceExhausted, "larger than max")?;
-    for (runtime, code, words) in [
+    for (runtime, code, message) in [
         ("io.containerd.none.v2", Code::FailedPrecondition, "no containerd-shim-none-v2 in PATH"),
         ("/none/shim", Code::FailedPrecondition, "is not installed"),
         ("nonsense", Code::InvalidArgument, "it should be like io.containerd.runc.v2"),
@@ -264,7 +264,7 @@ pub(crate) async fn invalid_requests_are_refused_with_a_code(cx: Context) -> Res
         ("/bin/false", Code::Unknown, "exit status: 1"),
     ] {
         let made = cx.container(&["true"]).runtime_type(runtime).create().await;
-        refused(made.map(drop).map_err(as_status), code, words)?;
+        refused(made.map(drop).map_err(as_status), code, message)?;
     }
     Ok(())
 }
@@ -400,15 +400,15 @@ pub(crate) async fn a_name_that_could_be_a_path_is_refused_everywhere(cx: Contex
     let running = cx.container(&["sleep", "1000"]).start().await?;
     for name in ["", ".", "..", "../c", "a/../b", "a/b", "/", "a\0b", "a\nb", "a b", "-a", "a-", "a..b", "é", "%2e%2e"] {
         let named = |what: &str| format!("{what} {name:?}");
-        let words = "identifier";
-        refused(create(client, container(name)).await, Code::InvalidArgument, words).with_context(|| named("container"))?;
+        let message = "identifier";
+        refused(create(client, container(name)).await, Code::InvalidArgument, message).with_context(|| named("container"))?;
         let namespace = Namespace { name: name.to_owned(), ..Namespace::default() };
         let made = api.namespaces().create(client.request(CreateNamespaceRequest { namespace: Some(namespace) })).await;
-        refused(made, Code::InvalidArgument, words).with_context(|| named("namespace"))?;
-        refused(running.exec(name, &["true"]).add().await.map_err(as_status), Code::InvalidArgument, words)
+        refused(made, Code::InvalidArgument, message).with_context(|| named("namespace"))?;
+        refused(running.exec(name, &["true"]).add().await.map_err(as_status), Code::InvalidArgument, message)
             .with_context(|| named("exec"))?;
         // an empty exec id would delete init
-        refused(client.delete_exec(&running.id, name).await, Code::InvalidArgument, words).with_context(|| named("delete exec"))?;
+        refused(client.delete_exec(&running.id, name).await, Code::InvalidArgument, message).with_context(|| named("delete exec"))?;
         let topic = PublishRequest { topic: format!("/{name}"), event: None };
         let published = api.events().publish(client.request(topic)).await;
         ensure!(name == "a/b" || published.is_err_and(|status| status.code() == Code::InvalidArgument), "{}", named("topic"));
@@ -483,10 +483,10 @@ pub(crate) async fn requests_that_are_never_finished_are_refused_before_they_cos
 
 pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> Result<()> {
     let mut received = cx.client().subscribe().await?;
-    let publish = |words: &[&str], bytes: &[u8]| {
+    let publish = |arguments: &[&str], bytes: &[u8]| {
         let mut command = Command::new(suite::manager().context("x-manager is under test")?);
         // as a shim runs containerd's binary
-        command.arg("--address").arg(cx.daemon().address()).args(words);
+        command.arg("--address").arg(cx.daemon().address()).args(arguments);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let _it_may_not_read = child.stdin.take().context("a pipe")?.write_all(bytes);
         child.wait_with_output().context("publish")
@@ -502,15 +502,15 @@ pub(crate) async fn an_event_is_published_from_the_command_line(cx: Context) -> 
         }
     };
     ensure!(envelope.event == Some(event) && envelope.namespace == namespace && envelope.timestamp.is_some(), "{envelope:?}");
-    for (words, bytes, status, message) in [
+    for (arguments, bytes, status, message) in [
         (&["publish", "--topic", "none", "--namespace", namespace][..], &b""[..], 1, "must start with '/'"),
         (&["publish", "--topic", "/a", "--namespace", "../n"], b"", 1, "identifier"),
         (&["publish", "--topic", "/a", "--namespace", namespace], b"\xff\xff", 1, "is not an event"),
         (&["publish", "--namespace", namespace], b"", 2, "--topic"),
     ] {
-        let output = publish(words, bytes)?;
+        let output = publish(arguments, bytes)?;
         let text = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.code() == Some(status) && text.contains(message), "{words:?}: {output:?}");
+        ensure!(output.status.code() == Some(status) && text.contains(message), "{arguments:?}: {output:?}");
     }
     Ok(())
 }

@@ -101,9 +101,9 @@ The subcommands of containerd's own client that work with `x-manager`, by versio
 ";
 
 impl Ctr<'_> {
-    fn command(&self, words: &[&str]) -> Command {
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = bounded();
-        command.arg(self.suite.program("ctr")).args(self.globals()).args(words);
+        command.arg(self.suite.program("ctr")).args(self.globals()).args(arguments);
         command
     }
 
@@ -113,41 +113,41 @@ impl Ctr<'_> {
     }
 
     /// Runs it and returns what it printed.
-    fn run(&self, words: &[&str]) -> Result<String> {
-        finish(self.command(words))
+    fn run(&self, arguments: &[&str]) -> Result<String> {
+        finish(self.command(arguments))
     }
 
     /// Runs it in a terminal, in the foreground: `timeout` makes a process group of its own, so it stays outside.
-    fn run_in_terminal(&self, words: &[&str]) -> Result<String> {
+    fn run_in_terminal(&self, arguments: &[&str]) -> Result<String> {
         let mut line = format!("'{}'", self.suite.program("ctr").display());
-        for word in self.globals().iter().map(String::as_str).chain(words.iter().copied()) {
-            line.push_str(&format!(" '{word}'"));
+        for argument in self.globals().iter().map(String::as_str).chain(arguments.iter().copied()) {
+            line.push_str(&format!(" '{argument}'"));
         }
         let mut command = bounded();
         command.args(["script", "--quiet", "--return", "--command", &line, "/dev/null"]);
         finish(command)
     }
 
-    fn refused(&self, words: &[&str], why: &str) -> Result<()> {
-        let output = self.command(words).output()?;
+    fn refused(&self, arguments: &[&str], why: &str) -> Result<()> {
+        let output = self.command(arguments).output()?;
         let message = String::from_utf8_lossy(&output.stderr);
-        ensure!(!output.status.success() && message.contains(why), "{words:?}: {output:?}");
+        ensure!(!output.status.success() && message.contains(why), "{arguments:?}: {output:?}");
         Ok(())
     }
 
     /// The arguments of a `run`.
     fn container<'w>(&self, flags: &[&'w str], id: &'w str, program: &[&'w str]) -> Result<Vec<String>> {
-        let mut words = vec!["run".to_owned(), "--rootfs".to_owned(), "--env".to_owned(), "PATH=/bin".to_owned()];
-        words.extend(["--runtime".to_owned(), self.cx.shim().runtime_type.clone(), "--cgroup".to_owned(), self.cgroup(id)]);
-        words.extend(flags.iter().map(|word| (*word).to_owned()));
-        words.extend([rootfs::shared()?.display().to_string(), id.to_owned()]);
-        words.extend(program.iter().map(|word| (*word).to_owned()));
-        Ok(words)
+        let mut arguments = vec!["run".to_owned(), "--rootfs".to_owned(), "--env".to_owned(), "PATH=/bin".to_owned()];
+        arguments.extend(["--runtime".to_owned(), self.cx.shim().runtime_type.clone(), "--cgroup".to_owned(), self.cgroup(id)]);
+        arguments.extend(flags.iter().map(|argument| (*argument).to_owned()));
+        arguments.extend([rootfs::shared()?.display().to_string(), id.to_owned()]);
+        arguments.extend(program.iter().map(|argument| (*argument).to_owned()));
+        Ok(arguments)
     }
 
     fn run_container(&self, flags: &[&str], id: &str, program: &[&str]) -> Result<String> {
-        let words = self.container(flags, id, program)?;
-        self.run(&words.iter().map(String::as_str).collect::<Vec<_>>())
+        let arguments = self.container(flags, id, program)?;
+        self.run(&arguments.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
     fn cgroup(&self, id: &str) -> String {
@@ -173,8 +173,8 @@ impl Ctr<'_> {
         self.cx.folder().join(format!("{}-{name}", self.namespace)).display().to_string()
     }
 
-    fn start(&self, words: &[&str]) -> Result<Child> {
-        Ok(self.command(words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?)
+    fn start(&self, arguments: &[&str]) -> Result<Child> {
+        Ok(self.command(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?)
     }
 }
 
@@ -204,8 +204,8 @@ fn retry<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     }
 }
 
-fn has(text: &str, words: &[&str]) -> Result<()> {
-    ensure!(words.iter().all(|word| text.contains(word)), "{words:?} are not all in {text:?}");
+fn has(text: &str, parts: &[&str]) -> Result<()> {
+    ensure!(parts.iter().all(|part| text.contains(part)), "{parts:?} are not all in {text:?}");
     Ok(())
 }
 
@@ -276,15 +276,15 @@ fn run_prints(ctr: &Ctr<'_>) -> Result<()> {
 }
 
 fn run_exit_status(ctr: &Ctr<'_>) -> Result<()> {
-    let words = ctr.container(&["--rm"], "c", &["sh", "-c", "echo to stderr >&2; exit 3"])?;
-    let output = ctr.command(&words.iter().map(String::as_str).collect::<Vec<_>>()).output()?;
+    let arguments = ctr.container(&["--rm"], "c", &["sh", "-c", "echo to stderr >&2; exit 3"])?;
+    let output = ctr.command(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).output()?;
     ensure!(output.status.code() == Some(3) && output.stderr.starts_with(b"to stderr\n"), "{output:?}");
     Ok(())
 }
 
 fn run_stdin(ctr: &Ctr<'_>) -> Result<()> {
-    let words = ctr.container(&["--rm"], "c", &["cat"])?;
-    let mut child = ctr.start(&words.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let arguments = ctr.container(&["--rm"], "c", &["cat"])?;
+    let mut child = ctr.start(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
     // ctr does not forward the end of stdin if it comes before the task exists
     let mut stdin = child.stdin.take().context("a pipe")?;
     stdin.write_all(b"one\n")?;
@@ -299,8 +299,8 @@ fn run_stdin(ctr: &Ctr<'_>) -> Result<()> {
 }
 
 fn run_tty(ctr: &Ctr<'_>) -> Result<()> {
-    let words = ctr.container(&["--rm", "--tty"], "c", &["sh", "-c", "test -t 0 && test -t 1 && echo terminal"])?;
-    has(&ctr.run_in_terminal(&words.iter().map(String::as_str).collect::<Vec<_>>())?, &["terminal\r"])
+    let arguments = ctr.container(&["--rm", "--tty"], "c", &["sh", "-c", "test -t 0 && test -t 1 && echo terminal"])?;
+    has(&ctr.run_in_terminal(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?, &["terminal\r"])
 }
 
 fn run_null_io(ctr: &Ctr<'_>) -> Result<()> {
