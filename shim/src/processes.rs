@@ -26,7 +26,9 @@ pub(crate) struct Stat {
 impl Stat {
     /// Of the process `pid`, running or a zombie; absent if there is none.
     pub(crate) fn of(pid: u32) -> Option<Self> {
-        Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+        // The program's name may be any bytes: a process chooses it, and the kernel cuts it within a character.
+        let line = fs::read(format!("/proc/{pid}/stat")).ok()?;
+        Self::parse(&String::from_utf8_lossy(&line))
     }
 
     /// Source: proc_pid_stat(5): field 3 is the state, 4 the parent, 22 the start time, 52 the exit status.
@@ -99,6 +101,7 @@ pub(crate) fn kill_child_of(parent: u32, pid: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::CommandExt as _;
     use std::process::{Child, Command};
 
     use super::*;
@@ -119,6 +122,21 @@ mod tests {
             assert_eq!((stat.is_running(), stat.exit_status()), (false, Some(status)), "{wait_status}");
         }
         assert_eq!(Stat::parse("42 (sh) S 7"), None);
+    }
+
+    #[test]
+    fn a_process_is_found_though_its_name_is_not_utf_8() {
+        let folder = scratch::Folder::new("processes");
+        // Its 15th byte begins a character of two.
+        let program = folder.join("fifteen-bytes-ü");
+        std::os::unix::fs::symlink("/bin/sleep", &program).expect("a link");
+        let mut child = Command::new(program).arg0("sleep").arg("1000").spawn().expect("sleep can be started");
+        let found = Stat::of(child.id());
+        let is_killed = kill_child_of(std::process::id(), child.id());
+        let _ = child.kill();
+        let _ = child.wait();
+        assert!(found.is_some_and(|stat| stat.is_running()), "{found:?}");
+        assert!(is_killed);
     }
 
     #[test]
