@@ -130,9 +130,16 @@ pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), 
 
 /// Has the engine delete the container. Returns why it has not.
 fn delete_from_engine(leftovers: &Leftovers<'_>, engine: &CommandEngine, deadline: Instant) -> Result<Option<String>, Error> {
-    if is_of_another(leftovers, engine, deadline) {
-        let root = engine.state_of(leftovers.id);
-        return Ok(Some(format!("{} is the OCI runtime's state of another bundle's container; it is left alone", root.display())));
+    let state = engine.state_of(leftovers.id);
+    match is_of_another(leftovers, engine, deadline) {
+        Ok(false) => {}
+        Ok(true) => {
+            return Ok(Some(format!("{} is the OCI runtime's state of another bundle's container; it is left alone", state.display())));
+        }
+        Err(error) => {
+            let binary = engine.binary().display();
+            return Ok(Some(format!("{binary} does not answer whose state {} is; it is left alone: {error}", state.display())));
+        }
     }
     match helper::run(&engine.delete(&leftovers.at(), true), deadline) {
         Ok(exited) => match engine.interpret(Verb::Delete, &exited) {
@@ -154,15 +161,24 @@ fn delete_from_engine(leftovers: &Leftovers<'_>, engine: &CommandEngine, deadlin
 /// that is killed records nothing of a Create that finds the id taken.
 ///
 /// A half-created container names no bundle: another Create may be creating it, which takes a moment, or the runtime was killed.
-fn is_of_another(leftovers: &Leftovers<'_>, engine: &CommandEngine, deadline: Instant) -> bool {
+///
+/// Errors: the engine does not answer in time, and the journal does not show that the container is ours.
+fn is_of_another(leftovers: &Leftovers<'_>, engine: &CommandEngine, deadline: Instant) -> io::Result<bool> {
+    let is_made = leftovers.init().is_some();
     let until = deadline.min(Instant::now() + HALF_MADE_WITHIN);
     loop {
-        let found = helper::run(&engine.state(&leftovers.at()), until).ok();
-        if let Some(is_ours) = found.and_then(|exited| engine.blocking_is_in_bundle(&leftovers.at(), &exited)) {
-            return !is_ours;
+        match helper::run(&engine.state(&leftovers.at()), if is_made { until } else { deadline }) {
+            Ok(exited) => {
+                if let Some(is_ours) = engine.blocking_is_in_bundle(&leftovers.at(), &exited) {
+                    return Ok(!is_ours);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::TimedOut && !is_made => return Err(error),
+            // Its program is missing, or it hangs: the deletion shows that.
+            Err(_) => {}
         }
-        if leftovers.init().is_some() || !engine.state_of(leftovers.id).exists() || Instant::now() >= until {
-            return false;
+        if is_made || !engine.state_of(leftovers.id).exists() || Instant::now() >= until {
+            return Ok(false);
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -268,6 +284,33 @@ mod tests {
         assert!(child.try_wait().expect("is our child").is_none(), "it was killed");
         let _ = child.kill();
         let _ = child.wait();
+    }
+
+    #[test]
+    fn the_engine_is_not_asked_to_delete_a_container_that_may_be_anothers() {
+        let folder = scratch::Folder::new("engine");
+        let (runtime, deletions) = (folder.join("runtime"), folder.join("deletions"));
+        fs::create_dir_all(folder.join("root/c1")).expect("a folder");
+        let is_deleted = |state: &str, init: Option<ProcessIdentity>, within: Duration| {
+            let script = format!("case \"$*\" in *' state '*) {state};; *) echo \"$*\" >> {};; esac", deletions.display());
+            // By a child: what a thread of this process writes, another may keep open over its fork.
+            let write = r#"rm -f "$1" "$2" && printf '#!/bin/sh\n%s\n' "$3" > "$1" && chmod 755 "$1""#;
+            let written = Command::new("/bin/sh").args(["-c", write, "sh"]).args([&runtime, &deletions]).arg(script).status();
+            assert!(written.expect("sh can be started").success());
+            let engine = serde_json::json!({ "binary": runtime, "root": folder.join("root"), "environment": ["PATH=/usr/bin:/bin"] });
+            let body = JournalBody { id: "c1".into(), bundle: folder.to_owned(), engine, init, ..JournalBody::default() };
+            let leftovers = Leftovers { id: "c1", bundle: &folder, body: Some(&body) };
+            clean(&leftovers, Instant::now() + within).expect("nothing is mounted");
+            deletions.exists()
+        };
+        let long = Duration::from_secs(30);
+        let bundle = |bundle: &str| format!(r#"echo '{{"bundle":"{bundle}"}}'"#);
+        assert!(is_deleted(&bundle(&folder.display().to_string()), None, long));
+        assert!(!is_deleted(&bundle("/another"), None, long));
+        assert!(!is_deleted("sleep 60", None, Duration::from_millis(1500)), "it does not answer");
+        assert!(is_deleted("exit 1", None, long), "half created, and no Create goes on");
+        let init = ProcessIdentity { pid: 1 << 30, start_time: 0 };
+        assert!(is_deleted("sleep 60", Some(init), long), "the journal says that it is ours");
     }
 
     #[test]
