@@ -102,7 +102,7 @@ impl Tasks {
                 Ok(pid)
             }
             Err(failure) => {
-                self.discard(task, failure.shim, failure.was_refused, claim).await;
+                self.discard(task, failure.shim, failure.may_have_created, claim).await;
                 Err(failure.error)
             }
         }
@@ -129,25 +129,27 @@ impl Tasks {
         options: Option<&ShimAny>,
         mut request: CreateTaskRequest,
     ) -> Result<(Shim, u32), Failure> {
-        let without_shim = |error| Failure { shim: None, was_refused: false, error };
+        let without_shim = |error| Failure { shim: None, may_have_created: false, error };
         log_fifo::copy(task.bundle.path()).map_err(without_shim)?;
         let address = self.programs.start(program, &task.bundle, &task.namespace, &task.id, options).await.map_err(without_shim)?;
         let shim = Shim::connect(&address, &task.namespace).await.map_err(without_shim)?;
         if let Err(error) = task.bundle.write_address(&address) {
-            return Err(Failure { shim: Some(shim), was_refused: false, error });
+            return Err(Failure { shim: Some(shim), may_have_created: false, error });
         }
         request.bundle = task.bundle.path().to_string_lossy().into_owned();
         match shim.call::<CreateTaskResponse>("Create", &request, Some(CREATE)).await {
             Ok(answer) => Ok((shim, answer.pid)),
-            Err(reason) => Err(Failure { shim: Some(shim), was_refused: matches!(reason, Unanswered::Refused(_)), error: reason.into() }),
+            Err(reason) => {
+                Err(Failure { shim: Some(shim), may_have_created: !matches!(reason, Unanswered::Refused(_)), error: reason.into() })
+            }
         }
     }
 
     /// Undoes a failed creation. What cannot be undone at once is retried in the background.
-    async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>, was_refused: bool, claim: Claim) {
-        // a shim that refused and does not know the task has created nothing, and containerd 1.7's program fails to delete that
+    async fn discard(self: &Arc<Self>, task: &Arc<Task>, shim: Option<Shim>, may_have_created: bool, claim: Claim) {
+        // a shim that refused or was not asked, and does not know the task, has created nothing: containerd 1.7's program fails to delete that
         let may_exist = match &shim {
-            Some(shim) => self.dismiss(task, shim).await || !was_refused,
+            Some(shim) => self.dismiss(task, shim).await || may_have_created,
             None => false,
         };
         let left = if may_exist { Left::Unacknowledged(None) } else { Left::Unmade };
@@ -196,8 +198,8 @@ impl Launch {
 struct Failure {
     /// The shim that was started for it.
     shim: Option<Shim>,
-    /// Whether the shim refused the creation.
-    was_refused: bool,
+    /// Whether the shim was asked to create it, and has not refused.
+    may_have_created: bool,
     error: Error,
 }
 
