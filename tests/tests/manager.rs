@@ -70,6 +70,7 @@ fn restart_cases() -> Vec<Case> {
             an_unresponsive_shim_delays_no_other_call,
             a_start_with_too_few_descriptors_ends_no_container,
             a_task_whose_shim_is_unreachable_reports_the_reason,
+            a_task_whose_shim_is_given_up_by_an_operator_reports_its_exit,
             a_crashed_shims_container_is_not_reported_exited_until_delete_succeeds,
             start_and_delete_of_a_dead_shims_container_do_not_overlap,
             the_exit_of_a_dead_shims_task_is_kept_until_it_is_deleted,

@@ -119,6 +119,30 @@ pub(crate) async fn a_task_whose_shim_is_unreachable_reports_the_reason(cx: Cont
     cx.leaves_nothing().await
 }
 
+pub(crate) async fn a_task_whose_shim_is_given_up_by_an_operator_reports_its_exit(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let events = cx.events().await?;
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let bundle = container.bundle();
+    cx.daemon().kill()?;
+    fs::write(bundle.join("bootstrap.json"), "{\"version\":9,\"address\":\"unix:///s\",\"protocol\":\"ttrpc\"}")?;
+    cx.revive_daemon().await?;
+    events.resubscribe(cx.client()).await?;
+    ensure!(container.delete().await.is_err());
+    // as docs/manager.md has it
+    fs::write(bundle.join("bootstrap.json"), "{\"version\":2,\"address\":\"/gone\",\"protocol\":\"ttrpc\"}")?;
+    eventually("it is cleaned up", Duration::from_secs(60), async || {
+        let state = container.state().await?;
+        ensure!(state.status() == Phase::Stopped && state.exit_status == 137, "{state:?}");
+        Ok(())
+    })
+    .await?;
+    ensure!(!proc::is_alive(container.pid.cast_signed()));
+    ensure!(events.exits(&container.id, "").len() == 1, "{:?}", events.exits(&container.id, ""));
+    ensure!(container.delete().await?.exit_status == 137);
+    cx.leaves_nothing().await
+}
+
 /// The `delete` of containerd's shims up to 1.7 fails where their `start` alone was run: it misses a file that Create writes.
 pub(crate) async fn a_creation_that_was_cut_off_before_its_shim_made_anything_leaves_nothing(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
