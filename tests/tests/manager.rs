@@ -85,6 +85,7 @@ fn shim_cases() -> Vec<Case> {
         Scope::Once =>
             a_shim_that_does_not_read_for_a_moment_keeps_its_container,
             a_shim_that_cannot_delete_its_task_keeps_it,
+            of_two_clients_that_delete_a_task_at_once_one_gets_its_exit,
             an_image_path_among_the_options_of_a_container_restores_nothing,
             a_program_that_hangs_is_ended_with_what_it_has_started;
         Scope::Daemons => a_shim_whose_address_cannot_be_recorded_is_shut_down_at_once,

@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use containerd_client::types::v1::Status as Phase;
 use nix::sys::signal::Signal;
-use shim_tests::container::code_of;
+use shim_tests::client::Client;
+use shim_tests::container::{Container, code_of};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually, eventually_true, within};
 use shim_tests::messages::{Options, any};
@@ -58,6 +59,47 @@ pub(crate) async fn a_shim_that_cannot_delete_its_task_keeps_it(cx: Context) -> 
     ensure!(state.exit_status == 3 && proc::is_alive(keeper), "{state:?}");
     fs::rename(&aside, &runtime)?;
     ensure!(container.delete().await?.exit_status == 3);
+    cx.leaves_nothing().await
+}
+
+pub(crate) async fn of_two_clients_that_delete_a_task_at_once_one_gets_its_exit(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let (events, gate) = (cx.events().await?, cx.gate()?);
+    let ended = async |id: &str| {
+        let container = cx.container(&["sh", "-c", "exit 3"]).id(id).runtime_binary(&gate.binary()).start().await?;
+        ensure!(container.wait().await? == 3);
+        anyhow::Ok(container)
+    };
+    let deletions = async |container: &Container| {
+        let delete = |(client, id): (Client, String)| tokio::spawn(async move { client.delete(&id).await });
+        let both = [(); 2].map(|()| delete((cx.client().clone(), container.id.clone())));
+        gate.held("delete").await?;
+        anyhow::Ok(both)
+    };
+    let container = ended("refused").await?;
+    gate.fail("delete", Some("as the test wants"))?;
+    let both = tokio::join!(container.delete(), container.delete());
+    ensure!([both.0, both.1].iter().all(|deleted| deleted.as_ref().is_err_and(|status| status.code() != Code::NotFound)));
+    gate.fail("delete", None)?;
+    gate.hold("delete")?;
+    let [one, other] = deletions(&container).await?;
+    gate.release("delete")?;
+    let answers = [one.await?, other.await?];
+    let exits: Vec<_> = answers.iter().flatten().map(|answer| answer.exit_status).collect();
+    let codes: Vec<_> = answers.iter().filter_map(|answer| answer.as_ref().err()).map(tonic::Status::code).collect();
+    ensure!((&*exits, &*codes) == (&[3], &[Code::NotFound]), "{answers:?}");
+    events.catch_up(cx.client()).await?;
+    ensure!(events.of(&container.id).iter().filter(|topic| ["exit", "delete"].contains(&topic.as_str())).count() == 2);
+    let container = ended("crash").await?;
+    gate.hold("delete")?;
+    let both = deletions(&container).await?;
+    cx.daemon().kill()?;
+    gate.release("delete")?;
+    for interrupted in both {
+        ensure!(interrupted.await?.is_err());
+    }
+    cx.revive_daemon().await?;
+    ensure!(container.delete().await?.exit_status == 3, "neither client has received it");
     cx.leaves_nothing().await
 }
 
