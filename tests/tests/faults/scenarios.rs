@@ -248,8 +248,8 @@ pub(crate) const FAILING_CREATE: Scenario = Scenario {
     late: false,
     generations: 1,
     events: "",
-    // the worker cleans up, and so does the command that the daemon runs after every failure
-    calls: "create, delete, delete",
+    // the worker cleans up, and so does the command that the daemon runs after every failure; each asks first whose container it is
+    calls: "create, state, delete, state, delete",
 };
 
 async fn failing_create(run: &Run) -> Result<()> {
