@@ -1,6 +1,6 @@
 //! Labels of objects of every kind, in one table.
 //!
-//! A record has none: the table is their only place. It is indexed by key and value, so that objects are found by a label without reading all.
+//! The table is their only place: records are written without them. It is indexed by key and value, so that objects are found by a label without reading all.
 
 use std::collections::HashMap;
 

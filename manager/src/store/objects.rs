@@ -1,7 +1,7 @@
 //! The objects of the API: namespaces, containers, leases and their resources.
 //!
-//! Each object is stored as its protobuf message, without its labels, which have a table of their own. These functions enforce no rules; the
-//! services do.
+//! Each object is stored as its protobuf message; its labels have a table of their own, and any in a record of an earlier version do not count.
+//! These functions enforce no rules; the services do.
 
 use containerd_client::services::v1::{Container, Lease};
 use rusqlite::{OptionalExtension as _, params, params_from_iter};

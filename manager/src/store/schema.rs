@@ -96,7 +96,7 @@ fn run(db: &Connection, sql: &str) -> Result<()> {
 
 /// Data that survives a reboot.
 ///
-/// `record` holds the object as the API has it, in protobuf, without its labels; what is looked up by has a column of its own.
+/// `record` holds the object as the API has it, in protobuf, whose labels do not count; what is looked up by has a column of its own.
 /// `facts` are about the store itself: whose it is (`uuid`).
 pub(super) const META: Schema = Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry, labels_apart] }; // xmgr
 
@@ -168,7 +168,8 @@ fn edges_and_expiry(db: &Connection) -> Result<()> {
     Ok(())
 }
 
-/// Labels move from the records to a table, from which they go with their object.
+/// Labels have a table, from which they go with their object. Records that are there keep theirs until they are written again: during an upgrade
+/// the previous process reads them.
 fn labels_apart(db: &Connection) -> Result<()> {
     run(
         db,
@@ -189,17 +190,15 @@ fn labels_apart(db: &Connection) -> Result<()> {
     END;
 ",
     )?;
-    move_labels::<Container>(db, "namespace", |container| &container.id)?;
-    move_labels::<Lease>(db, "namespace", |lease| &lease.id)?;
-    move_labels::<Namespace>(db, "''", |namespace| &namespace.name)
+    copy_labels::<Container>(db, "namespace", |container| &container.id)?;
+    copy_labels::<Lease>(db, "namespace", |lease| &lease.id)?;
+    copy_labels::<Namespace>(db, "''", |namespace| &namespace.name)
 }
 
-fn move_labels<M: Labelled>(db: &Connection, namespace: &str, id: fn(&M) -> &String) -> Result<()> {
-    for (rowid, namespace, mut object) in records::<M>(db, namespace)? {
-        let moved = std::mem::take(object.labels());
-        labels::set(db, M::KIND, &namespace, id(&object), &moved)?;
-        let sql = format!("UPDATE {} SET record = ? WHERE rowid = ?", M::KIND);
-        db.execute(&sql, params![object.encode_to_vec(), rowid]).doing("migrate")?;
+fn copy_labels<M: Labelled>(db: &Connection, namespace: &str, id: fn(&M) -> &String) -> Result<()> {
+    for (_rowid, namespace, mut object) in records::<M>(db, namespace)? {
+        let copied = std::mem::take(object.labels());
+        labels::set(db, M::KIND, &namespace, id(&object), &copied)?;
     }
     Ok(())
 }
@@ -244,7 +243,7 @@ mod tests {
 
     use super::*;
     use crate::store::tests::files;
-    use crate::store::{Files, Store};
+    use crate::store::{Files, Meta, Store};
 
     #[test]
     fn a_store_of_a_newer_version_is_refused_with_a_sentence() {
@@ -315,13 +314,16 @@ mod tests {
             assert_eq!(number(&store, "SELECT count(*) FROM facts"), 1);
             let expires = ("containerd.io/gc.expire".to_owned(), "tomorrow".to_owned());
             assert_eq!(labels_of(&store, "leases", "one", "n"), [expires]);
-            let bare = Lease { id: "n".to_owned(), ..Lease::default() }.encode_to_vec();
-            assert_eq!(number(&store, "SELECT length(record) FROM leases WHERE id = 'n'"), i64::try_from(bare.len()).expect("short"));
+            let record: Vec<u8> = store.query_row("SELECT record FROM leases WHERE id = 'n'", [], |row| row.get(0)).expect("a lease");
+            assert_eq!(Lease::decode(&*record).expect("a lease").labels.len(), 1, "the previous process still reads it");
             let mut made = Connection::open(&new).expect("a file");
             META.prepare(&mut made, &new).expect("a new store");
             assert_eq!(tables(&store), tables(&made), "a new one goes the same way");
         }
         let mut store = Connection::open(&path).expect("a store");
+        labels::set(&store, "leases", "one", "n", &[].into()).expect("removal");
+        let unlabelled = leases::get(&Meta(&store), "one", "n").expect("read").expect("it is there");
+        assert_eq!(unlabelled.labels, [].into(), "labels of an old record do not count");
         store.execute("DELETE FROM leases WHERE id = 'l'", ()).expect("removal");
         assert_eq!(number(&store, "SELECT count(*) FROM edges"), 0, "edges go with what they start from");
         assert_eq!(labels_of(&store, "leases", "one", "l"), [], "and labels with their object");
