@@ -80,7 +80,9 @@ fn is_alive(leftovers: &Leftovers<'_>) -> bool {
 pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), Error> {
     let deadline = deadline.checked_sub(Duration::from_millis(800)).unwrap_or(deadline);
     let init = leftovers.init().and_then(handle);
-    let cgroup = leftovers.cgroup();
+    // Once ours is gone, another container of the id may have the same cgroup.
+    let is_anothers = || leftovers.engine().is_some_and(|engine| is_of_another(leftovers, &engine, deadline).unwrap_or(true));
+    let cgroup = leftovers.cgroup().filter(|cgroup| init.is_some() || cgroup.pids().is_empty() || !is_anothers());
     if let Some(init) = &init {
         let _ = sys::process::signal(init.as_fd(), libc::SIGKILL);
     }
@@ -286,31 +288,78 @@ mod tests {
         let _ = child.wait();
     }
 
-    #[test]
-    fn the_engine_is_not_asked_to_delete_a_container_that_may_be_anothers() {
-        let folder = scratch::Folder::new("engine");
-        let (runtime, deletions) = (folder.join("runtime"), folder.join("deletions"));
-        fs::create_dir_all(folder.join("root/c1")).expect("a folder");
-        let is_deleted = |state: &str, init: Option<ProcessIdentity>, within: Duration| {
-            let script = format!("case \"$*\" in *' state '*) {state};; *) echo \"$*\" >> {};; esac", deletions.display());
-            // By a child: what a thread of this process writes, another may keep open over its fork.
-            let write = r#"rm -f "$1" "$2" && printf '#!/bin/sh\n%s\n' "$3" > "$1" && chmod 755 "$1""#;
-            let written = Command::new("/bin/sh").args(["-c", write, "sh"]).args([&runtime, &deletions]).arg(script).status();
+    /// Leftovers in a temporary folder, and a runtime that notes its verbs.
+    struct Scene {
+        folder: scratch::Folder,
+        body: JournalBody,
+    }
+
+    impl Scene {
+        /// `state`: what the runtime does for the verb `state`, in shell.
+        fn new(state: &str, init: Option<ProcessIdentity>) -> Self {
+            let folder = scratch::Folder::new("leftovers");
+            fs::create_dir_all(folder.join("root/c1")).expect("a folder");
+            fs::create_dir_all(folder.join("cgroup")).expect("a folder");
+            let runtime = folder.join("runtime");
+            let script = format!("case \"$*\" in *' state '*) {state};; *) echo \"$*\" >> {};; esac", folder.join("verbs").display());
+            // By a child: what a thread of this process writes, the fork of another may keep open.
+            let write = r#"printf '#!/bin/sh\n%s\n' "$2" > "$1" && chmod 755 "$1""#;
+            let written = Command::new("/bin/sh").args(["-c", write, "sh"]).arg(&runtime).arg(script).status();
             assert!(written.expect("sh can be started").success());
             let engine = serde_json::json!({ "binary": runtime, "root": folder.join("root"), "environment": ["PATH=/usr/bin:/bin"] });
-            let body = JournalBody { id: "c1".into(), bundle: folder.to_owned(), engine, init, ..JournalBody::default() };
-            let leftovers = Leftovers { id: "c1", bundle: &folder, body: Some(&body) };
-            clean(&leftovers, Instant::now() + within).expect("nothing is mounted");
-            deletions.exists()
-        };
+            let cgroup = serde_json::to_value(Cgroup::V2(folder.join("cgroup"))).expect("serialisable");
+            let body = JournalBody { id: "c1".into(), bundle: folder.to_owned(), engine, cgroup, init, ..JournalBody::default() };
+            Self { folder, body }
+        }
+
+        fn leftovers(&self) -> Leftovers<'_> {
+            Leftovers { id: "c1", bundle: &self.folder, body: Some(&self.body) }
+        }
+
+        /// Whether [`clean`] has the runtime delete.
+        fn is_deleted(&self, within: Duration) -> bool {
+            clean(&self.leftovers(), Instant::now() + within).expect("nothing is mounted");
+            self.folder.join("verbs").exists()
+        }
+    }
+
+    /// As runtimes print it, in shell.
+    fn state_of_another() -> String {
+        r#"echo '{"bundle":"/another"}'"#.to_owned()
+    }
+
+    /// Of an init that has exited.
+    fn gone() -> ProcessIdentity {
+        ProcessIdentity { pid: 1 << 30, start_time: 0 }
+    }
+
+    #[test]
+    fn the_engine_is_not_asked_to_delete_a_container_that_may_be_anothers() {
         let long = Duration::from_secs(30);
-        let bundle = |bundle: &str| format!(r#"echo '{{"bundle":"{bundle}"}}'"#);
-        assert!(is_deleted(&bundle(&folder.display().to_string()), None, long));
-        assert!(!is_deleted(&bundle("/another"), None, long));
-        assert!(!is_deleted("sleep 60", None, Duration::from_millis(1500)), "it does not answer");
-        assert!(is_deleted("exit 1", None, long), "half created, and no Create goes on");
-        let init = ProcessIdentity { pid: 1 << 30, start_time: 0 };
-        assert!(is_deleted("sleep 60", Some(init), long), "the journal says that it is ours");
+        assert!(Scene::new(r#"echo "{\"bundle\":\"$PWD\"}""#, None).is_deleted(long));
+        assert!(!Scene::new(&state_of_another(), None).is_deleted(long));
+        assert!(!Scene::new("sleep 60", None).is_deleted(Duration::from_millis(1500)), "it does not answer");
+        assert!(Scene::new("exit 1", None).is_deleted(long), "half created, and no Create goes on");
+        assert!(Scene::new("sleep 60", Some(gone())).is_deleted(long), "the journal says that it is ours");
+    }
+
+    #[test]
+    fn the_processes_of_another_container_in_the_same_cgroup_are_left_alone() {
+        let mut child = sleeper();
+        let is_killed = |state: &str| {
+            let scene = Scene::new(state, Some(gone()));
+            fs::write(scene.folder.join("cgroup/cgroup.procs"), child.id().to_string()).expect("a file");
+            let is_done = kill(&scene.leftovers(), Instant::now() + Duration::from_millis(1500)).is_ok();
+            // No cgroup: the write has no effect.
+            assert_eq!(is_done, !scene.folder.join("cgroup/cgroup.kill").exists());
+            !is_done
+        };
+        let is_anothers_killed = is_killed(&state_of_another());
+        let is_ours_killed = is_killed("exit 1");
+        let _ = child.kill();
+        let _ = child.wait();
+        assert!(!is_anothers_killed);
+        assert!(is_ours_killed, "the engine has no container");
     }
 
     #[test]
