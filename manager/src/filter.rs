@@ -13,7 +13,7 @@
 //! With several filters, one must match; no filter, or an empty one, matches everything. docs/filters.md names the fields of each kind of object.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::BuildHasher;
 use std::iter::Peekable;
 use std::str::Chars;
@@ -83,12 +83,14 @@ impl Filter {
         self.0.is_empty() || self.0.iter().any(Vec::is_empty)
     }
 
-    /// Labels of which every object that matches has one; none when there are no such labels.
+    /// Labels of which every object that matches has one; none when there are no such labels, or too many to look for.
     pub(crate) fn wanted_labels(&self) -> Option<Vec<Wanted>> {
         if self.is_for_everything() {
             return None;
         }
-        self.0.iter().map(|selectors| selectors.iter().find_map(Selector::wanted_label)).collect()
+        let wanted: BTreeSet<_> =
+            self.0.iter().map(|selectors| selectors.iter().find_map(Selector::wanted_label)).collect::<Option<_>>()?;
+        (wanted.len() <= MAX_WANTED).then(|| wanted.into_iter().collect())
     }
 
     /// Whether it matches an object.
@@ -354,6 +356,8 @@ impl Parser<'_> {
 
 /// The most filters of one request.
 const MAX_FILTERS: usize = 256;
+/// Labels to look for in the store. It looks for all of them before each page, while its other callers wait; with more, pages have every object.
+const MAX_WANTED: usize = 8;
 /// The most conditions of one request.
 const MAX_SELECTORS: usize = 1024;
 /// The longest filter.

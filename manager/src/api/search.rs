@@ -231,6 +231,9 @@ mod tests {
         let put = all.clone();
         let written = store.write(move |db| put.iter().try_for_each(|container| containers::put(db, "n", &container.id, container)));
         written.await.expect("room");
+        let equal = |count: usize| (0..count).map(|number| format!("labels.\"a.b/c\"=={number}")).collect::<Vec<_>>();
+        let (few, many, same) = (equal(8), equal(256), vec!["labels.env"; 256]);
+        let [few, many] = [&few, &many].map(|filters| filters.iter().map(String::as_str).collect::<Vec<_>>());
         // each with how many are read
         for (filters, read) in [
             (&["labels.env==prod"][..], 30),
@@ -240,6 +243,9 @@ mod tests {
             (&["id~=5$,labels.env", "labels.\"a.b/c\"==9"], 31),
             (&["labels.env!=prod"], 60),
             (&["labels.env==prod", "id==c01"], 60),
+            (&few, 3),
+            (&same, 30),
+            (&many, 60),
             (&[], 60),
         ] {
             let filter = Filter::parse(filters).expect("filters");

@@ -33,7 +33,7 @@ macro_rules! labelled {
 labelled!(Container: "containers", Lease: "leases", Namespace: "namespaces");
 
 /// A label that an object must have.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Wanted {
     pub(crate) key: String,
     /// None for any value.
