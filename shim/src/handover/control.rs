@@ -150,6 +150,7 @@ pub(crate) struct Snapshot {
     /// The committed state: an entry per container (JSON, the worker's).
     #[cbor(n(8), with = "part")]
     pub(crate) state: Vec<(String, Vec<u8>)>,
+    /// Of processes, streams and waiters, as many as fit into one message.
     #[n(9)]
     pub(crate) processes: Vec<ProcessSnapshot>,
     #[n(10)]
