@@ -204,21 +204,23 @@ fn a_keeper_that_may_open_few_descriptors_has_a_worker() {
 #[test]
 fn a_daemon_of_2_3_is_answered_in_protobuf_and_chooses_the_folder() {
     let host = Host::new();
-    host.bundle("c1", None);
+    // As the word behind the flags of a keeper.
+    let first = "keeper";
+    host.bundle(first, None);
     let mut params = BootstrapParams::new();
-    params.instance_id = "c1".into();
+    params.instance_id = first.into();
     params.namespace = "n1".into();
     params.containerd_grpc_address = DAEMON.into();
     params.socket_dir = Some(host.run.join("short").display().to_string());
-    let output = succeeded(run_with(host.action("c1", "start"), &params.write_to_bytes().expect("encodes")));
+    let output = succeeded(run_with(host.action(first, "start"), &params.write_to_bytes().expect("encodes")));
     let result = BootstrapResult::parse_from_bytes(&output.stdout).expect("protobuf");
     assert_eq!((result.version, result.protocol.as_str()), (2, "ttrpc"));
     assert_eq!(path_of(&result.address).parent(), Some(host.run.join("short").as_path()));
 
     // A daemon that requests another folder, or none, gets the address of the running shim.
-    host.bundle("c2", Some("c1"));
+    host.bundle("c2", Some(first));
     assert_eq!(host.start("c2"), result.address);
-    assert_eq!(host.keeper_of("c2"), host.keeper_of("c1"));
+    assert_eq!(host.keeper_of("c2"), host.keeper_of(first));
 
     params.socket_dir = Some(host.run.join("x".repeat(100)).display().to_string());
     params.instance_id = "c3".into();

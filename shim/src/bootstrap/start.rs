@@ -204,7 +204,7 @@ fn address_of(snapshot: &Snapshot, place: &Place) -> String {
         let mut arguments = line.split(|byte| *byte == 0).map(|argument| OsStr::from_bytes(argument).to_str().map(str::to_owned));
         arguments.next()?;
         let arguments: Vec<String> = arguments.collect::<Option<_>>()?;
-        let flags = arguments.iter().position(|argument| argument == "keeper")?;
+        let flags = arguments.iter().rposition(|argument| argument == "keeper")?;
         Settings::from_arguments(&arguments[..flags]).ok().map(|settings| settings.shim_address)
     };
     recorded().unwrap_or_else(|| format!("unix://{}", place.socket.display()))
