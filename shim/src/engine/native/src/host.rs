@@ -1,0 +1,91 @@
+//! Facts about the host that a plan depends on.
+//!
+//! Owns their reading. They do not change while the host is up, but for the cgroup of the calling process.
+use std::fs;
+use std::io;
+
+use crate::sys;
+
+/// What is known of the host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Host {
+    /// The mounted hierarchies of cgroups.
+    pub hierarchies: Vec<MountedHierarchy>,
+    /// The number of the kernel's last capability.
+    pub last_capability: u32,
+}
+
+/// A mounted hierarchy of cgroups.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MountedHierarchy {
+    /// `memory`, `name=systemd`; none for cgroup v2.
+    pub controllers: Vec<String>,
+    pub mount: String,
+    /// The part of the hierarchy that is mounted: `/` but in containers.
+    pub root: String,
+    /// The cgroup of the process that makes the plan.
+    pub own: String,
+}
+
+impl Host {
+    /// Reads the facts, for the calling process.
+    pub fn read() -> io::Result<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let cgroups = fs::read_to_string("/proc/self/cgroup")?;
+        Ok(Self { hierarchies: hierarchies(&mounts, &cgroups), last_capability: sys::last_capability() })
+    }
+}
+
+/// The hierarchies of `/proc/self/cgroup` that are mounted, in the order of their mounts.
+fn hierarchies(mountinfo: &str, cgroups: &str) -> Vec<MountedHierarchy> {
+    let mut found: Vec<MountedHierarchy> = Vec::new();
+    for line in mountinfo.lines() {
+        let Some((before, after)) = line.split_once(" - ") else { continue };
+        let before: Vec<&str> = before.split(' ').collect();
+        let after: Vec<&str> = after.split(' ').collect();
+        let ([_, _, _, root, mount, ..], [kind, _, options]) = (&before[..], &after[..]) else { continue };
+        let is_of = |controllers: &str| match *kind {
+            "cgroup2" => controllers.is_empty(),
+            "cgroup" => !controllers.is_empty() && controllers.split(',').all(|one| options.split(',').any(|option| option == one)),
+            _ => false,
+        };
+        let entry = cgroups.lines().filter_map(|line| line.split_once(':')?.1.split_once(':')).find(|(controllers, _)| is_of(controllers));
+        let Some((controllers, own)) = entry else { continue };
+        let controllers: Vec<String> = controllers.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        if found.iter().all(|other| other.controllers != controllers) {
+            found.push(MountedHierarchy { controllers, mount: unescape(mount), root: unescape(root), own: own.to_owned() });
+        }
+    }
+    found
+}
+
+/// Undoes the octal escapes of mountinfo.
+fn unescape(text: &str) -> String {
+    text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hierarchies_are_found_by_their_mounts() {
+        let mountinfo = "\
+            30 20 0:27 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
+            31 30 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:1 - cgroup cgroup rw,cpu,cpuacct\n\
+            32 30 0:29 /docker/x /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n\
+            33 30 0:30 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+            34 30 0:28 / /mnt/again rw - cgroup cgroup rw,cpu,cpuacct\n";
+        let found = hierarchies(mountinfo, "9:hugetlb:/\n3:name=systemd:/docker/x\n2:cpu,cpuacct:/a:b\n0::/u\n");
+        let brief: Vec<_> =
+            found.iter().map(|one| (one.controllers.join(","), one.mount.as_str(), one.root.as_str(), one.own.as_str())).collect();
+        assert_eq!(
+            brief,
+            [
+                ("cpu,cpuacct".to_owned(), "/sys/fs/cgroup/cpu,cpuacct", "/", "/a:b"),
+                ("name=systemd".to_owned(), "/sys/fs/cgroup/systemd", "/docker/x", "/docker/x"),
+                (String::new(), "/sys/fs/cgroup/unified", "/", "/u"),
+            ]
+        );
+    }
+}

@@ -1,0 +1,164 @@
+//! Makes and joins cgroups.
+//!
+//! **Invariant:** a process joins by writing `0` while it has one thread: a write of another's pid waits for the kernel's lock of thread groups, 10 ms after
+//! a pause. Only folders that this very operation made are removed again.
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::{Doing, Failure, Step, failure};
+use crate::plan::{Cgroup, Folder, Hierarchy, Write};
+
+/// The folders of a container, to be joined by a child.
+#[derive(Debug, Default)]
+pub(super) struct Joining {
+    /// Files that take the `0` of the child.
+    tasks: Vec<(PathBuf, File)>,
+    unified: Option<File>,
+}
+
+/// Folders that were made.
+#[derive(Debug, Default)]
+pub(super) struct Made(Vec<PathBuf>);
+
+impl Made {
+    /// Removes them. What cannot be removed is left to the deletion of the container.
+    pub(super) fn remove(&self) {
+        for path in &self.0 {
+            let _ = fs::remove_dir(path);
+        }
+    }
+}
+
+impl Joining {
+    /// Makes the folders. One that exists must be empty.
+    pub(super) fn make(cgroup: &Cgroup) -> Result<(Self, Made), Failure> {
+        let (mut joining, mut made) = (Self::default(), Made::default());
+        let all = cgroup.folders.iter().try_for_each(|folder| {
+            make_folder(folder, &mut made)?;
+            joining.open(folder)
+        });
+        match all {
+            Ok(()) => Ok((joining, made)),
+            Err(failure) => {
+                made.remove();
+                Err(failure)
+            }
+        }
+    }
+
+    /// Opens the folders of a container that exists.
+    pub(super) fn open_all(cgroup: &Cgroup) -> Result<Self, Failure> {
+        let mut joining = Self::default();
+        cgroup.folders.iter().try_for_each(|folder| joining.open(folder))?;
+        Ok(joining)
+    }
+
+    fn open(&mut self, folder: &Folder) -> Result<(), Failure> {
+        let path = folder.absolute();
+        let opened = match folder.hierarchy {
+            Hierarchy::Unified => {
+                fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&path).map(|folder| self.unified = Some(folder))
+            }
+            Hierarchy::V1 | Hierarchy::Cpuset => {
+                let file = path.join("tasks");
+                fs::OpenOptions::new().write(true).open(&file).map(|tasks| self.tasks.push((path.clone(), tasks)))
+            }
+        };
+        opened.doing(Step::Cgroup, || format!("open cgroup {}", path.display()))
+    }
+
+    /// The folder of cgroup v2 for the child to be made in.
+    pub(super) fn unified(&self) -> Option<BorrowedFd<'_>> {
+        self.unified.as_ref().map(File::as_fd)
+    }
+
+    /// Moves the calling process into the folders of cgroup v1.
+    pub(super) fn join(&self) -> Result<(), Failure> {
+        self.tasks
+            .iter()
+            .try_for_each(|(path, tasks)| (&*tasks).write_all(b"0").doing(Step::Cgroup, || format!("join cgroup {}", path.display())))
+    }
+}
+
+fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
+    let path = folder.absolute();
+    if make(folder).doing(Step::Cgroup, || format!("make cgroup {}", path.display()))? {
+        made.0.push(path);
+        return Ok(());
+    }
+    let processes =
+        fs::read(path.join("cgroup.procs")).doing(Step::Cgroup, || format!("read the processes of cgroup {}", path.display()))?;
+    if processes.is_empty() {
+        return Ok(());
+    }
+    Err(Failure { step: Step::Cgroup, what: format!("cgroup {} has processes already", path.display()), errno: 0 })
+}
+
+/// Makes a folder with its parents, and fills what a cpuset needs. Whether the last one is new.
+fn make(folder: &Folder) -> io::Result<bool> {
+    let mut path = PathBuf::from(&folder.mount);
+    let mut is_new = false;
+    for part in folder.path.split('/').filter(|part| !part.is_empty()) {
+        let parent = path.clone();
+        path.push(part);
+        is_new = match fs::create_dir(&path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(error) => return Err(error),
+        };
+        if folder.hierarchy == Hierarchy::Cpuset {
+            fill(&parent, &path)?;
+        }
+    }
+    Ok(is_new)
+}
+
+/// Gives a cpuset that has none the processors and memory nodes of its parent.
+fn fill(parent: &Path, folder: &Path) -> io::Result<()> {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        if fs::read(folder.join(file))?.trim_ascii().is_empty() {
+            fs::write(folder.join(file), fs::read(parent.join(file))?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the limits.
+pub(super) fn limit(cgroup: &Cgroup) -> Result<(), Failure> {
+    for folder in &cgroup.folders {
+        let path = folder.absolute();
+        for write in &folder.limits {
+            write_limit(&path, write)?;
+        }
+    }
+    Ok(())
+}
+
+fn write_limit(folder: &Path, limit: &Write) -> Result<(), Failure> {
+    let write = || fs::OpenOptions::new().write(true).open(folder.join(&limit.file))?.write_all(limit.value.as_bytes());
+    write().map_err(|error| {
+        let usage = match error.raw_os_error() {
+            Some(libc::EBUSY) => {
+                fs::read_to_string(folder.join("memory.usage_in_bytes")).map(|usage| format!(" (in use: {})", usage.trim()))
+            }
+            _ => Ok(String::new()),
+        };
+        failure(
+            Step::Limits,
+            format!("write {} to {}{}", limit.value, folder.join(&limit.file).display(), usage.unwrap_or_default()),
+            error,
+        )
+    })
+}
+
+/// Whether the kernel has killed a process of the container for memory.
+pub(super) fn out_of_memory(cgroup: &Cgroup) -> bool {
+    let counts = |folder: &Folder, file: &str| {
+        let text = fs::read_to_string(folder.absolute().join(file)).unwrap_or_default();
+        text.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count != "0")
+    };
+    cgroup.folders.iter().any(|folder| counts(folder, "memory.oom_control") || counts(folder, "memory.events"))
+}

@@ -1,0 +1,232 @@
+//! The performer: makes the child, sets its limits, reports.
+use std::convert::Infallible;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use minicbor::Decode;
+use nix::fcntl::OFlag;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{setsid, write};
+
+use super::cgroup::{self, Joining};
+use super::descriptors::{self, Kept};
+use super::root::{self, Root};
+use super::sync::{self, End, Message};
+use super::{Descriptors, Doing, Failure, Report, Step, init, program, terminal};
+use crate::plan::{Cgroup, Create, Exec, Kind, Process, VERSION};
+use crate::sys::{self, Born};
+
+/// Performs a plan, encoded, for a container. Call it in a process of one thread that was forked for it by the container's future parent.
+///
+/// Never returns: reports, and exits.
+pub fn create(plan: &[u8], descriptors: Descriptors) -> ! {
+    perform(descriptors, None, |kept, _| {
+        let plan: Create = decode(plan)?;
+        check_version(plan.version)?;
+        create_planned(&plan, kept)
+    })
+}
+
+/// Performs a plan, encoded, for another process of the container whose init `init` is a handle of (a pidfd). As [`create`].
+pub fn exec(plan: &[u8], init: OwnedFd, descriptors: Descriptors) -> ! {
+    perform(descriptors, Some(init), |kept, init| {
+        let plan: Exec = decode(plan)?;
+        check_version(plan.version)?;
+        let init = init.ok_or_else(|| plain(Step::Plan, "no init"))?;
+        exec_planned(&plan, init, kept)
+    })
+}
+
+/// Forks a performer: runs `perform` in a child of this process, which must have one thread. Returns the child's pid.
+///
+/// Errors: EDEADLK if there are more threads: one of them could hold a lock that the child needs.
+pub fn fork(perform: impl FnOnce() -> Infallible) -> std::io::Result<u32> {
+    sys::fork(|| {
+        perform();
+    })
+}
+
+fn perform(given: Descriptors, init: Option<OwnedFd>, act: impl FnOnce(&Kept, Option<&OwnedFd>) -> Result<u32, Failure>) -> ! {
+    sys::reset_signals();
+    let Ok((kept, init)) = descriptors::settle(given, init) else { sys::exit_now(1) };
+    let report = match act(&kept, init.as_ref()) {
+        Ok(pid) => Report::Born { pid },
+        Err(failure) => Report::Failed(failure),
+    };
+    let is_sent = minicbor::to_vec(report).is_ok_and(|report| write(&kept.report, &report).is_ok());
+    sys::exit_now(i32::from(!is_sent))
+}
+
+fn decode<'b, T: Decode<'b, ()>>(plan: &'b [u8]) -> Result<T, Failure> {
+    minicbor::decode(plan).map_err(|error| plain(Step::Plan, &format!("read the plan: {error}")))
+}
+
+fn check_version(version: u16) -> Result<(), Failure> {
+    if version == VERSION {
+        return Ok(());
+    }
+    Err(plain(Step::Plan, &format!("the plan has version {version}, this build performs {VERSION}")))
+}
+
+fn plain(step: Step, what: &str) -> Failure {
+    Failure { step, what: what.to_owned(), errno: 0 }
+}
+
+fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
+    harden(&plan.process)?;
+    let (joining, made) = Joining::make(&plan.cgroup)?;
+    let begin = || {
+        let namespaces = join_pids(open_namespaces(plan)?)?;
+        let new = plan.namespaces.iter().filter(|namespace| namespace.path.is_none() && namespace.kind != Kind::Cgroup);
+        let flags = new.fold(0, |flags, namespace| flags | namespace.kind.flag());
+        let child = Child::make(flags, joining.unified(), |performer| {
+            kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
+            let program = init::prepare(plan, &joining, &namespaces, kept, performer)?;
+            performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
+            if kept.gate.as_ref().is_some_and(|gate| !init::wait_at(gate)) {
+                sys::exit_now(1);
+            }
+            // Create and Start have succeeded: the reason goes where the user looks.
+            let failure = program.execute();
+            let _ = write(std::io::stderr(), format!("{failure}\n").as_bytes());
+            sys::exit_now(STATUS_OF_FAILED_EXECUTION)
+        })?;
+        child
+            .attend(&plan.process, &plan.cgroup)
+            .and_then(|message| match message {
+                Some(Message::Failed(failure)) => Err(failure),
+                Some(Message::Prepared | Message::Ready) => Ok(child.pid),
+                None => Err(child.vanished(&plan.cgroup)),
+            })
+            .inspect_err(|_| child.kill())
+    };
+    begin().inspect_err(|_| made.remove())
+}
+
+fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
+    harden(&plan.process)?;
+    let joining = Joining::open_all(&plan.cgroup)?;
+    let flags = CloneFlags::from_bits_retain(plan.namespaces as i32);
+    setns(container, flags).map_err(|errno| match errno {
+        nix::errno::Errno::ESRCH => plain(Step::Namespaces, "container not running"),
+        errno => super::failure(Step::Namespaces, "join the namespaces of the container".to_owned(), errno),
+    })?;
+    let child = Child::make(0, joining.unified(), |performer| {
+        kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
+        umask(Mode::empty());
+        setsid().doing(Step::Child, || "start a session".to_owned())?;
+        joining.join()?;
+        sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
+        if let Some(keyring) = &plan.process.keyring {
+            init::join_keyring(keyring)?;
+        }
+        if let (Some(wanted), Some(console)) = (&plan.process.terminal, &kept.console) {
+            let root = root::absolute(Path::new("/")).doing(Step::Terminal, || "open the root".to_owned())?;
+            terminal::open(&Root::new(root), wanted, console, false)?;
+        }
+        init::wait_for_limits(performer)?;
+        let program = program::become_it(&plan.process, false)?;
+        performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
+        Err(program.execute())
+    })?;
+    // The program's execution closes the child's end.
+    let attend = || match child.attend(&plan.process, &Cgroup::default())? {
+        Some(Message::Failed(failure)) => Err(failure),
+        Some(Message::Prepared | Message::Ready) => {
+            match child.messages.receive().doing(Step::Child, || "wait for the process".to_owned())? {
+                Some(Message::Failed(failure)) => Err(failure),
+                Some(Message::Prepared | Message::Ready) | None => Ok(child.pid),
+            }
+        }
+        None => Err(child.vanished(&plan.cgroup)),
+    };
+    attend().inspect_err(|_| child.kill())
+}
+
+/// What has to be done with the host's procfs, and before anything of the container can see this process.
+fn harden(process: &Process) -> Result<(), Failure> {
+    if let Some(score) = process.oom_score_adj {
+        std::fs::write("/proc/self/oom_score_adj", score.to_string())
+            .doing(Step::Settings, || format!("set the OOM score adjustment {score}"))?;
+    }
+    sys::set_dumpable(false).doing(Step::Settings, || "forbid tracing".to_owned())
+}
+
+/// All before the first is joined: a mount namespace hides the paths of the others.
+fn open_namespaces(plan: &Create) -> Result<Vec<(Kind, OwnedFd)>, Failure> {
+    let mut opened = Vec::new();
+    for namespace in &plan.namespaces {
+        let Some(path) = &namespace.path else { continue };
+        let handle = nix::fcntl::open(Path::new(path), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+        opened.push((namespace.kind, handle.doing(Step::Namespaces, || format!("open the namespace {path}"))?));
+    }
+    Ok(opened)
+}
+
+/// A pid namespace takes effect for children, so the performer joins it. The others are left to the child.
+fn join_pids(namespaces: Vec<(Kind, OwnedFd)>) -> Result<Vec<(Kind, OwnedFd)>, Failure> {
+    let (pids, others) = namespaces.into_iter().partition::<Vec<_>, _>(|(kind, _)| *kind == Kind::Pid);
+    for (_, namespace) in pids {
+        setns(namespace, CloneFlags::CLONE_NEWPID).doing(Step::Namespaces, || "join the pid namespace".to_owned())?;
+    }
+    Ok(others)
+}
+
+/// The process of the container, seen by the performer.
+struct Child {
+    pid: u32,
+    handle: OwnedFd,
+    messages: End,
+}
+
+impl Child {
+    /// Makes it. `live` is what it does; it returns if it failed.
+    fn make(flags: u64, cgroup: Option<BorrowedFd<'_>>, live: impl FnOnce(&End) -> Result<Infallible, Failure>) -> Result<Self, Failure> {
+        let doing = || "make the process of the container".to_owned();
+        let (messages, theirs) = sync::pair().doing(Step::Child, doing)?;
+        match sys::clone_into(flags, cgroup).doing(Step::Namespaces, doing)? {
+            Born::Parent { pid, pidfd } => Ok(Self { pid, handle: pidfd, messages }),
+            Born::Child => {
+                drop(messages);
+                let Err(failure) = live(&theirs);
+                let _ = theirs.send(&Message::Failed(failure));
+                sys::exit_now(1)
+            }
+        }
+    }
+
+    /// Sets the limits when it is ready for them. Returns what it reports then.
+    fn attend(&self, process: &Process, cgroup: &Cgroup) -> Result<Option<Message>, Failure> {
+        let receive = || self.messages.receive().doing(Step::Child, || "wait for the process of the container".to_owned());
+        match receive()? {
+            Some(Message::Ready) => {}
+            other => return Ok(other),
+        }
+        cgroup::limit(cgroup)?;
+        for limit in &process.rlimits {
+            sys::set_rlimit(self.pid, limit.resource, limit.soft, limit.hard)
+                .doing(Step::Limits, || format!("set the limit of resource {} to {}:{}", limit.resource, limit.soft, limit.hard))?;
+        }
+        // It may have been killed; then so says what it reports.
+        let _ = self.messages.go();
+        receive()
+    }
+
+    fn vanished(&self, cgroup: &Cgroup) -> Failure {
+        let why = if cgroup::out_of_memory(cgroup) { ": it was OOM-killed, the memory limit may be too low" } else { "" };
+        plain(Step::Child, &format!("the process of the container was killed before its program could be executed{why}"))
+    }
+
+    /// Its parent reaps it.
+    fn kill(&self) {
+        let _ = sys::signal(self.handle.as_fd(), libc::SIGKILL);
+        let _ = sys::wait_for_exit(self.handle.as_fd(), KILL_MILLISECONDS);
+    }
+}
+
+/// As runc's.
+const STATUS_OF_FAILED_EXECUTION: i32 = 255;
+
+/// How long a killed process may take to leave its cgroup.
+const KILL_MILLISECONDS: u16 = 10_000;

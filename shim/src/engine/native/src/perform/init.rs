@@ -1,0 +1,168 @@
+//! What init does between its birth and its program.
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pivot_root, sethostname, setsid};
+
+use super::cgroup::Joining;
+use super::descriptors::Kept;
+use super::mounts::{self, Late};
+use super::program::{self, Program};
+use super::root::{self, Root};
+use super::sync::{End, Message};
+use super::{Doing, Failure, Step, devices, masks, terminal};
+use crate::plan::{Create, Kind};
+use crate::sys::{self, FsContext, Tree};
+
+/// Everything up to the gate.
+pub(super) fn prepare(
+    plan: &Create,
+    joining: &Joining,
+    namespaces: &[(Kind, OwnedFd)],
+    kept: &Kept,
+    performer: &End,
+) -> Result<Program, Failure> {
+    // The caller's would change the modes of what is made.
+    umask(Mode::empty());
+    setsid().doing(Step::Child, || "start a session".to_owned())?;
+    joining.join()?;
+    for (kind, namespace) in namespaces {
+        setns(namespace, CloneFlags::from_bits_truncate(kind.flag() as i32))
+            .doing(Step::Namespaces, || format!("join the {kind:?} namespace").to_lowercase())?;
+    }
+    // Its root is the cgroup at this moment.
+    if plan.makes(Kind::Cgroup) {
+        unshare(CloneFlags::CLONE_NEWCGROUP).doing(Step::Namespaces, || "make a cgroup namespace".to_owned())?;
+    }
+    sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
+    if let Some(keyring) = &plan.process.keyring {
+        join_keyring(keyring)?;
+    }
+    if plan.makes(Kind::Network) {
+        sys::loopback_up().doing(Step::Namespaces, || "set the loopback interface up".to_owned())?;
+    }
+
+    let root = mounts::root(&plan.root, plan.propagation)?;
+    let mut late = Late::default();
+    plan.mounts.iter().try_for_each(|mount| mounts::make(&root, mount, &mut late))?;
+    plan.devices.iter().try_for_each(|device| devices::node(&root, device))?;
+    plan.links.iter().try_for_each(|(target, path)| devices::link(&root, target, path))?;
+    reopen_null_streams(&root)?;
+    if let (Some(terminal), Some(console)) = (&plan.process.terminal, &kept.console) {
+        terminal::open(&root, terminal, console, plan.own_dev)?;
+    }
+    name(plan)?;
+    settings(plan)?;
+    masks::make_readonly(&root, &plan.readonly)?;
+    masks::hide(&root, &plan.masked)?;
+    late.make_readonly()?;
+    enter(&root)?;
+    if plan.root_readonly {
+        mounts::readonly(root.as_fd(), Tree::Top).doing(Step::Root, || "make the root read-only".to_owned())?;
+    }
+    drop(root);
+
+    wait_for_limits(performer)?;
+    program::become_it(&plan.process, true)
+}
+
+/// Reports that limits may be set, and waits until they are.
+pub(super) fn wait_for_limits(performer: &End) -> Result<(), Failure> {
+    performer.send(&Message::Ready).doing(Step::Child, || "report to the performer".to_owned())?;
+    if performer.may_go().doing(Step::Child, || "wait for the performer".to_owned())? {
+        Ok(())
+    } else {
+        Err(Failure { step: Step::Child, what: "the performer was killed".to_owned(), errno: 0 })
+    }
+}
+
+/// Waits for the byte at the gate. False if the gate was closed instead.
+pub(super) fn wait_at(gate: &OwnedFd) -> bool {
+    loop {
+        match nix::unistd::read(gate, &mut [0; 1]) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => return other == Ok(1),
+        }
+    }
+}
+
+pub(super) fn join_keyring(name: &str) -> Result<(), Failure> {
+    match sys::join_session_keyring(name) {
+        // A kernel without keyrings.
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        other => other.doing(Step::Settings, || "join a session keyring".to_owned()),
+    }
+}
+
+fn name(plan: &Create) -> Result<(), Failure> {
+    if let Some(name) = &plan.hostname {
+        sethostname(name).doing(Step::Settings, || format!("set the host name {name:?}"))?;
+    }
+    if let Some(name) = &plan.domainname {
+        sys::set_domain_name(name).doing(Step::Settings, || format!("set the domain name {name:?}"))?;
+    }
+    Ok(())
+}
+
+/// Kernel settings, through a procfs that no mount of the container can cover.
+fn settings(plan: &Create) -> Result<(), Failure> {
+    if plan.sysctls.is_empty() {
+        return Ok(());
+    }
+    let procfs = FsContext::open("proc").and_then(|context| context.mount(0)).doing(Step::Settings, || "make a procfs".to_owned())?;
+    for (path, value) in &plan.sysctls {
+        let write = || -> io::Result<()> {
+            let file = root::beneath(procfs.as_fd(), &format!("sys/{path}"), nix::fcntl::OFlag::O_WRONLY)?;
+            io::Write::write_all(&mut std::fs::File::from(file), value.as_bytes())
+        };
+        write().doing(Step::Settings, || format!("write {value:?} to /proc/sys/{path}"))?;
+    }
+    Ok(())
+}
+
+/// A stream that is the host's null device becomes the container's.
+fn reopen_null_streams(root: &Root) -> Result<(), Failure> {
+    let streams = [io::stdin().as_fd(), io::stdout().as_fd(), io::stderr().as_fd()].map(root::is_null);
+    if !streams.contains(&true) {
+        return Ok(());
+    }
+    let reopen = || -> io::Result<()> {
+        let null = root.open("/dev/null", nix::fcntl::OFlag::O_RDWR)?;
+        if !root::is_null(&null) {
+            return Err(nix::errno::Errno::ENODEV.into());
+        }
+        if streams[0] {
+            dup2_stdin(&null)?;
+        }
+        if streams[1] {
+            dup2_stdout(&null)?;
+        }
+        if streams[2] {
+            dup2_stderr(&null)?;
+        }
+        Ok(())
+    };
+    reopen().doing(Step::Devices, || "open /dev/null of the container".to_owned())
+}
+
+/// Makes the root the root, and lets go of the host's mounts.
+fn enter(root: &Root) -> Result<(), Failure> {
+    let enter = || -> nix::Result<()> {
+        let host = nix::fcntl::open(
+            "/",
+            nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )?;
+        fchdir(root.as_fd())?;
+        pivot_root(".", ".")?;
+        fchdir(&host)?;
+        // Else unmounting would spread to mounts that the host shares.
+        mount(None::<&str>, ".", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
+        umount2(".", MntFlags::MNT_DETACH)?;
+        nix::unistd::chdir("/")
+    };
+    enter().doing(Step::Root, || "pivot_root".to_owned())
+}

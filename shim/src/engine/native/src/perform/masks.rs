@@ -1,0 +1,81 @@
+//! Hides paths, and makes paths read-only.
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+
+use super::mounts::readonly;
+use super::root::{self, Root};
+use super::{Doing, Failure, Step, failure};
+use crate::plan;
+use crate::sys::{self, FsContext, Tree};
+
+/// Covers files with the null device and folders with one empty file system that they share. Missing ones are skipped.
+pub(super) fn hide(root: &Root, paths: &[String]) -> Result<(), Failure> {
+    let mut covers = Covers::default();
+    for path in paths {
+        let Some(target) = existing(root, path).doing(Step::Masks, || format!("open {path}"))? else { continue };
+        covers.hide(root, &target).doing(Step::Masks, || format!("hide {path}"))?;
+    }
+    Ok(())
+}
+
+/// What covers; made when first needed. A mount that is attached nowhere cannot be cloned (before Linux 6.15), so the first is, and the others are its clones.
+#[derive(Default)]
+struct Covers {
+    folder: Option<OwnedFd>,
+    file: Option<OwnedFd>,
+}
+
+impl Covers {
+    fn hide(&mut self, root: &Root, target: &OwnedFd) -> io::Result<()> {
+        let cover = if root::is_folder(target)? { &mut self.folder } else { &mut self.file };
+        let next = match cover {
+            Some(cover) => clone(cover)?,
+            None if root::is_folder(target)? => {
+                let context = FsContext::open("tmpfs")?;
+                for (key, value) in [("source", "tmpfs"), ("nr_blocks", "1"), ("nr_inodes", "1")] {
+                    context.set(key, Some(value))?;
+                }
+                context.mount(plan::RDONLY)?
+            }
+            None => {
+                let null = root.find("/dev/null")?;
+                if !root::is_null(&null) {
+                    return Err(Errno::ENODEV.into());
+                }
+                clone(&null)?
+            }
+        };
+        sys::move_mount(next.as_fd(), target.as_fd())?;
+        cover.get_or_insert(next);
+        Ok(())
+    }
+}
+
+fn clone(mount: &OwnedFd) -> io::Result<OwnedFd> {
+    sys::open_tree(mount.as_fd(), Path::new(""), Tree::Top)
+}
+
+/// Makes paths read-only: the mount of each, and none below it. Missing ones are skipped.
+pub(super) fn make_readonly(root: &Root, paths: &[String]) -> Result<(), Failure> {
+    for path in paths {
+        let Some(target) = existing(root, path).doing(Step::Masks, || format!("open {path}"))? else { continue };
+        let cover = || -> io::Result<()> {
+            let mount = sys::open_tree(target.as_fd(), Path::new(""), Tree::Recursive)?;
+            readonly(mount.as_fd(), Tree::Top)?;
+            sys::move_mount(mount.as_fd(), target.as_fd())
+        };
+        cover().map_err(|error| failure(Step::Masks, format!("make {path} read-only"), error))?;
+    }
+    Ok(())
+}
+
+fn existing(root: &Root, path: &str) -> io::Result<Option<OwnedFd>> {
+    match root.find(path) {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}

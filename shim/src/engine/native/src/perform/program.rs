@@ -1,0 +1,202 @@
+//! Turns the calling process into the process that was planned.
+//!
+//! Owns what is allowed to it, its environment, and the search for its program.
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Uid, fchown};
+
+use super::{Doing, Failure, Step, errno_text, root};
+use crate::plan::Process;
+use crate::sys;
+
+/// A process that only has to be executed.
+pub(super) struct Program {
+    path: CString,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+}
+
+/// Gives up privileges, loads the filter, and finds the program as the user.
+///
+/// Source of the order: docs/engine.md.
+pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Failure> {
+    let doing = |what: &str| {
+        let what = what.to_owned();
+        move || what
+    };
+    let environment = environment(process);
+    umask(Mode::from_bits_truncate(process.umask));
+    if process.no_new_privileges {
+        sys::set_no_new_privileges().doing(Step::Identity, doing("set no new privileges"))?;
+    } else {
+        // Afterwards it needs a capability that the process may not have any more.
+        load_filter(process)?;
+    }
+    // The user may not be allowed where root is; or, on a network file system, the other way round.
+    let entered = enter(&process.cwd, make_cwd);
+    if let Some(sets) = &process.capabilities {
+        (0..=sys::last_capability())
+            .filter(|number| sets.bounding & (1 << number) == 0)
+            .try_for_each(sys::drop_bounding)
+            .doing(Step::Identity, doing("drop capabilities from the bounding set"))?;
+        sys::set_keep_capabilities(true).doing(Step::Identity, doing("keep capabilities"))?;
+    }
+    own_streams(process.uid)?;
+    sys::set_groups(&process.groups).doing(Step::Identity, doing("set the additional groups"))?;
+    sys::set_ids(process.uid, process.gid).doing(Step::Identity, || format!("become user {}:{}", process.uid, process.gid))?;
+    entered
+        .or_else(|_as_root| enter(&process.cwd, false))
+        .doing(Step::Identity, || format!("chdir to cwd ({:?}) set in config.json failed", process.cwd))?;
+    check_cwd()?;
+    if let Some(sets) = &process.capabilities {
+        sys::set_keep_capabilities(false).doing(Step::Identity, doing("keep no capabilities"))?;
+        sys::set_capabilities(sets.effective, sets.permitted, sets.inheritable).doing(Step::Identity, doing("set capabilities"))?;
+        sys::clear_ambient().doing(Step::Identity, doing("clear ambient capabilities"))?;
+        for number in (0..64).filter(|number| sets.ambient & (1 << number) != 0) {
+            // As the other runtimes do: it is not inheritable and permitted, so it cannot be ambient.
+            let _ = sys::raise_ambient(number);
+        }
+    }
+    let path = find(process)?;
+    let program = Program {
+        path: text(path.as_os_str().as_bytes())?,
+        arguments: process.args.iter().map(|argument| text(argument.as_bytes())).collect::<Result<_, _>>()?,
+        environment,
+    };
+    if process.no_new_privileges {
+        load_filter(process)?;
+    }
+    Ok(program)
+}
+
+impl Program {
+    /// Executes it. Returns only if that failed, with what is to be said about it.
+    pub(super) fn execute(&self) -> Failure {
+        let error = sys::execute(&self.path, &self.arguments, &self.environment);
+        Failure {
+            step: Step::Program,
+            what: format!("exec {}", self.path.to_string_lossy()),
+            errno: error.raw_os_error().unwrap_or(libc::EIO),
+        }
+    }
+}
+
+fn load_filter(process: &Process) -> Result<(), Failure> {
+    let Some(filter) = &process.filter else { return Ok(()) };
+    sys::load_filter(&filter.program, filter.flags).doing(Step::Filter, || "load the seccomp filter".to_owned())?;
+    Ok(())
+}
+
+/// Enters the working directory, which is made with its parents if it is missing and may be.
+fn enter(cwd: &str, make: bool) -> io::Result<()> {
+    match std::env::set_current_dir(cwd) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && make => {
+            let before = umask(Mode::empty());
+            let made = nix_make_all(Path::new(cwd));
+            umask(before);
+            made?;
+            std::env::set_current_dir(cwd)
+        }
+        other => other,
+    }
+}
+
+fn nix_make_all(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
+}
+
+/// A working directory outside the root, reached through a leaked descriptor, has no absolute path.
+fn check_cwd() -> Result<(), Failure> {
+    let cwd = sys::current_directory().doing(Step::Identity, || "find the working directory".to_owned())?;
+    if cwd.first() == Some(&b'/') {
+        return Ok(());
+    }
+    Err(Failure { step: Step::Identity, what: "the working directory is outside the container's root".to_owned(), errno: 0 })
+}
+
+/// Makes the streams the user's: a program may open them again by `/dev/stdout`. The null device, the group and what cannot be changed stay.
+fn own_streams(uid: u32) -> Result<(), Failure> {
+    for stream in [io::stdin().as_fd(), io::stdout().as_fd(), io::stderr().as_fd()] {
+        let about = nix::sys::stat::fstat(stream).doing(Step::Identity, || "examine a stream".to_owned())?;
+        if about.st_uid == uid || root::is_null(stream) {
+            continue;
+        }
+        match fchown(stream, Some(Uid::from_raw(uid)), None) {
+            Ok(()) | Err(Errno::EPERM | Errno::EROFS | Errno::EINVAL) => {}
+            Err(error) => return Err(error).doing(Step::Identity, || "set the owner of a stream".to_owned()),
+        }
+    }
+    Ok(())
+}
+
+fn environment(process: &Process) -> Vec<CString> {
+    let is_home = |entry: &&String| entry.starts_with("HOME=");
+    let mut entries: Vec<String> = process.env.clone();
+    if process.env.iter().find(is_home).is_none_or(|entry| entry == "HOME=") {
+        entries.retain(|entry| !is_home(&entry));
+        entries.push(format!("HOME={}", home(process.uid).unwrap_or_else(|| "/".to_owned())));
+    }
+    // None has a NUL byte: the plan has refused it, and a passwd's line with one is skipped.
+    entries.into_iter().filter_map(|entry| CString::new(entry).ok()).collect()
+}
+
+/// The home of a user in the container's passwd: an ordinary file of limited size, whatever the image has there.
+fn home(uid: u32) -> Option<String> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open("/etc/passwd").ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let uid = uid.to_string();
+    for line in BufReader::new(file.take(MAX_PASSWD_BYTES)).lines() {
+        let line = line.ok()?;
+        let fields: Vec<&str> = line.split(':').collect();
+        if fields.len() >= 6 && fields[2] == uid && !fields[5].contains('\0') {
+            return Some(fields[5].to_owned()).filter(|home| !home.is_empty());
+        }
+    }
+    None
+}
+
+/// Finds the program as the user who will execute it.
+fn find(process: &Process) -> Result<PathBuf, Failure> {
+    let name = &process.args[0];
+    let refuse = |text: String| Failure { step: Step::Program, what: format!("exec: {name:?}: {text}"), errno: 0 };
+    if name.contains('/') {
+        return match check(Path::new(name)) {
+            Ok(()) => Ok(PathBuf::from(name)),
+            Err(errno @ (Errno::EISDIR | Errno::EACCES)) => Err(refuse(errno_text(errno as i32))),
+            Err(errno) => Err(refuse(format!("stat {name}: {}", errno_text(errno as i32)))),
+        };
+    }
+    let path = process.env.iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default();
+    let found = std::env::split_paths(OsStr::new(path)).find_map(|folder| {
+        let folder = if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder };
+        let candidate = folder.join(name);
+        (!name.is_empty() && check(&candidate).is_ok()).then_some(candidate)
+    });
+    found.ok_or_else(|| refuse("executable file not found in $PATH".to_owned()))
+}
+
+fn check(path: &Path) -> Result<(), Errno> {
+    let about = nix::sys::stat::stat(path)?;
+    if about.st_mode & libc::S_IFMT == libc::S_IFDIR {
+        return Err(Errno::EISDIR);
+    }
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(|_nul| Errno::EINVAL)?;
+    sys::may_execute(&path).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+}
+
+fn text(bytes: &[u8]) -> Result<CString, Failure> {
+    CString::new(bytes).map_err(|_nul| Failure { step: Step::Plan, what: "an argument has a NUL byte".to_owned(), errno: 0 })
+}
+
+const MAX_PASSWD_BYTES: u64 = 1 << 20;

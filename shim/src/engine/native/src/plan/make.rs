@@ -1,0 +1,161 @@
+//! Makes plans.
+use std::path::Path;
+
+use oci_spec::runtime::{LinuxNamespaceType, Process as SpecProcess, Spec};
+
+use super::{Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, identity, mounts, sysctl};
+use crate::{Host, Refused, seccomp};
+
+/// What a container is made for, beside its configuration.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    pub id: &'a str,
+    /// Absolute path of the bundle: relative paths of the configuration start there.
+    pub bundle: &'a Path,
+    /// Leave the session keyring of the runtime.
+    pub no_new_keyring: bool,
+    /// What processes get where the configuration says nothing: the performer's own is a shim's.
+    pub default_oom_score_adj: i32,
+}
+
+/// Plans the making of a container.
+///
+/// Errors: a field that the engine does not implement, or that has an invalid value.
+pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create, Refused> {
+    check_version(spec.version())?;
+    let root = spec.root().as_ref().ok_or_else(|| Refused::invalid("root", "missing"))?;
+    let linux = spec.linux().as_ref().ok_or_else(|| Refused::invalid("linux", "missing"))?;
+    let process = spec.process().as_ref().ok_or_else(|| Refused::invalid("process", "missing"))?;
+
+    let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
+    let find = |kind| namespaces.iter().find(|namespace| namespace.kind == kind);
+    match find(Kind::Mount) {
+        None => return Err(Refused::unsupported("linux.namespaces without one of type mount")),
+        Some(Namespace { path: Some(_), .. }) => return Err(Refused::unsupported("linux.namespaces[mount].path")),
+        Some(Namespace { path: None, .. }) => {}
+    }
+    for (field, value) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
+        if value.as_deref().is_some_and(|name| !name.is_empty()) && find(Kind::Uts).is_none() {
+            return Err(Refused::invalid(field, "needs a uts namespace"));
+        }
+    }
+
+    let none = Vec::new();
+    let no_mounts = Vec::new();
+    let wanted = spec.mounts().as_ref().unwrap_or(&no_mounts);
+    let cgroup = cgroup::plan(linux, request.id, host)?;
+    let own_namespace = find(Kind::Cgroup).is_some();
+    let mounts = mounts::plan(wanted, request.bundle, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
+    let own_dev = !wanted.iter().any(|mount| mount.destination() == Path::new("/dev") && mounts::is_bind(mount));
+    let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?.flatten();
+    let keyring = (!request.no_new_keyring).then(|| format!("_ses.{}", request.id));
+    let mut planned = identity::plan(process, "process", host)?;
+    planned.filter = filter;
+    planned.keyring = keyring;
+    planned.oom_score_adj.get_or_insert(request.default_oom_score_adj);
+    planned.umask = process.user().umask().unwrap_or(identity::DEFAULT_UMASK);
+
+    Ok(Create {
+        version: VERSION,
+        root: absolute(request.bundle, root.path(), "root.path")?,
+        root_readonly: root.readonly().unwrap_or(false),
+        propagation: propagation(linux.rootfs_propagation().as_deref())?,
+        mounts,
+        devices: if own_dev { devices::nodes(linux.devices().as_deref().unwrap_or_default())? } else { Vec::new() },
+        links: if own_dev { devices::links() } else { Vec::new() },
+        own_dev,
+        masked: absolute_paths(linux.masked_paths().as_ref().unwrap_or(&none), "linux.maskedPaths")?,
+        readonly: absolute_paths(linux.readonly_paths().as_ref().unwrap_or(&none), "linux.readonlyPaths")?,
+        hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
+        domainname: spec.domainname().clone().filter(|name| !name.is_empty()),
+        sysctls: sysctl::plan(linux.sysctl().as_ref(), |kind| find(kind).is_some())?,
+        process: planned,
+        cgroup,
+        namespaces,
+    })
+}
+
+/// Plans another process for a container. `cgroup` paths, filter, umask, keyring and OOM score are the container's.
+pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result<Exec, Refused> {
+    let mut planned = identity::plan(process, "process", host)?;
+    if process.capabilities().is_none() {
+        planned.capabilities = container.capabilities;
+    }
+    planned.filter.clone_from(&container.filter);
+    planned.keyring.clone_from(&container.keyring);
+    planned.umask = container.umask;
+    planned.oom_score_adj = container.oom_score_adj;
+    Ok(Exec { version: VERSION, namespaces: container.namespaces, cgroup: container.cgroup.clone(), process: planned })
+}
+
+/// The version of the specification: 1.x, of which later ones only add fields.
+fn check_version(version: &str) -> Result<(), Refused> {
+    if version.split('.').next() == Some("1") {
+        return Ok(());
+    }
+    Err(Refused::invalid("ociVersion", format!("{version:?} is not 1.x")))
+}
+
+fn namespaces(wanted: &[oci_spec::runtime::LinuxNamespace]) -> Result<Vec<Namespace>, Refused> {
+    let mut found: Vec<Namespace> = Vec::new();
+    for namespace in wanted {
+        let kind = match namespace.typ() {
+            LinuxNamespaceType::Mount => Kind::Mount,
+            LinuxNamespaceType::Pid => Kind::Pid,
+            LinuxNamespaceType::Network => Kind::Network,
+            LinuxNamespaceType::Ipc => Kind::Ipc,
+            LinuxNamespaceType::Uts => Kind::Uts,
+            LinuxNamespaceType::Cgroup => Kind::Cgroup,
+            LinuxNamespaceType::User => return Err(Refused::unsupported("linux.namespaces[user]")),
+            LinuxNamespaceType::Time => return Err(Refused::unsupported("linux.namespaces[time]")),
+        };
+        if found.iter().any(|other| other.kind == kind) {
+            return Err(Refused::invalid("linux.namespaces", format!("{:?} is listed twice", namespace.typ())));
+        }
+        let path = match namespace.path() {
+            Some(path) if path.as_os_str().is_empty() => None,
+            Some(path) => Some(absolute_path(path, "linux.namespaces[].path")?),
+            None => None,
+        };
+        found.push(Namespace { kind, path });
+    }
+    Ok(found)
+}
+
+fn propagation(word: Option<&str>) -> Result<u64, Refused> {
+    let flags = match word {
+        None | Some("" | "rslave") => libc::MS_SLAVE | libc::MS_REC,
+        Some("slave") => libc::MS_SLAVE,
+        Some("private") => libc::MS_PRIVATE,
+        Some("rprivate") => libc::MS_PRIVATE | libc::MS_REC,
+        Some(word @ ("shared" | "rshared" | "unbindable" | "runbindable")) => {
+            return Err(Refused::unsupported(format!("linux.rootfsPropagation {word}")));
+        }
+        Some(word) => return Err(Refused::invalid("linux.rootfsPropagation", format!("{word:?} is unknown"))),
+    };
+    Ok(flags)
+}
+
+fn absolute_paths(paths: &[String], field: &str) -> Result<Vec<String>, Refused> {
+    let mut found: Vec<String> = Vec::new();
+    for path in paths {
+        let path = absolute_path(Path::new(path), field)?;
+        if !found.contains(&path) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+pub(super) fn absolute_path(path: &Path, field: &str) -> Result<String, Refused> {
+    let text = path.to_str().filter(|text| text.starts_with('/') && !text.contains('\0'));
+    text.map(str::to_owned).ok_or_else(|| Refused::invalid(field, format!("{} is not an absolute path", path.display())))
+}
+
+/// A path of the host, relative to the bundle if it is not absolute.
+pub(super) fn absolute(bundle: &Path, path: &Path, field: &str) -> Result<String, Refused> {
+    absolute_path(&bundle.join(path), field)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,222 @@
+//! Plans mounts.
+use std::path::Path;
+
+use oci_spec::runtime::Mount as SpecMount;
+
+use super::make::{absolute, absolute_path};
+use super::options::{self, ATIME, NODEV, NODIRATIME, NOEXEC, NOSUID, NOSYMFOLLOW, Options, RDONLY};
+use super::{Attributes, Cgroup, Mount, Source};
+use crate::Refused;
+use crate::host::{Host, MountedHierarchy};
+
+/// What mounts of type `cgroup` show.
+pub(super) struct Cgroups<'a> {
+    pub(super) host: &'a Host,
+    pub(super) cgroup: &'a Cgroup,
+    /// The container has a cgroup namespace of its own.
+    pub(super) own_namespace: bool,
+}
+
+/// Whether a mount is a bind: its type is ignored then.
+pub(super) fn is_bind(mount: &SpecMount) -> bool {
+    let by_option = mount.options().iter().flatten().any(|word| word == "bind" || word == "rbind");
+    by_option || mount.typ().as_deref() == Some("bind")
+}
+
+/// Plans the mounts of a configuration, in its order.
+pub(super) fn plan(mounts: &[SpecMount], bundle: &Path, cgroups: &Cgroups<'_>) -> Result<Vec<Mount>, Refused> {
+    let mut planned = Vec::new();
+    for (index, mount) in mounts.iter().enumerate() {
+        let field = format!("mounts[{index}]");
+        let options = options::sort(mount.options().iter().flatten().map(String::as_str));
+        if let Some(word) = &options.unsupported {
+            return Err(Refused::unsupported(format!("{field}.options {word}")));
+        }
+        let target = target(mount.destination(), &field)?;
+        match mount.typ().as_deref() {
+            _ if is_bind(mount) => planned.push(bind(mount, target, options, bundle, &field)?),
+            Some("cgroup") => planned.extend(cgroup(&target, &options, cgroups, &field)?),
+            Some("proc" | "sysfs" | "tmpfs" | "devpts" | "mqueue") => planned.push(new(mount, target, options, &field)?),
+            Some(kind) => return Err(Refused::unsupported(format!("{field}.type {kind}"))),
+            None => return Err(Refused::invalid(format!("{field}.type"), "missing")),
+        }
+    }
+    Ok(planned)
+}
+
+/// The target: a clean absolute path, and not one that would hide the root or a part of procfs.
+fn target(path: &Path, field: &str) -> Result<String, Refused> {
+    let field = format!("{field}.destination");
+    let text = absolute_path(&Path::new("/").join(path), &field)?;
+    let mut parts: Vec<&str> = Vec::new();
+    for part in text.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop();
+            }
+            part => parts.push(part),
+        }
+    }
+    if parts.is_empty() {
+        return Err(Refused::invalid(field, "cannot mount on the root"));
+    }
+    Ok(format!("/{}", parts.join("/")))
+}
+
+/// Below `/proc` only files whose content the kernel does not rely on may be covered.
+const COVERED_IN_PROC: [&str; 10] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/loadavg",
+    "/proc/slabinfo",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/sys/crypto/fips_enabled",
+];
+
+fn check_proc(target: &str, is_procfs: bool, field: &str) -> Result<(), Refused> {
+    let is_inside = target.starts_with("/proc/");
+    if (target == "/proc" && !is_procfs) || (is_inside && !COVERED_IN_PROC.contains(&target)) {
+        return Err(Refused::invalid(format!("{field}.destination"), format!("{target} is inside procfs and cannot be covered")));
+    }
+    Ok(())
+}
+
+fn new(mount: &SpecMount, target: String, options: Options, field: &str) -> Result<Mount, Refused> {
+    let kind = mount.typ().clone().unwrap_or_default();
+    check_proc(&target, kind == "proc", field)?;
+    if !options.recursive.is_empty() {
+        return Err(Refused::unsupported(format!("{field}.options: recursive attributes of a new {kind}")));
+    }
+    let is_tmpfs = kind == "tmpfs";
+    // A later mount or device may be made inside a tmpfs.
+    let late_readonly = options.readonly && (is_tmpfs || target == "/dev");
+    let mut parameters =
+        vec![("source".to_owned(), Some(mount.source().as_ref().map_or_else(|| kind.clone(), |source| source.display().to_string())))];
+    if options.readonly && !late_readonly {
+        parameters.push(("ro".to_owned(), None));
+    }
+    parameters.extend(options.parameters);
+    let has_mode = parameters.iter().any(|(key, _)| key == "mode");
+    let set = if late_readonly { options.attributes.set & !RDONLY } else { options.attributes.set };
+    Ok(Mount {
+        target,
+        source: Source::New {
+            strict: kind == "proc" || kind == "sysfs",
+            keep_mode: is_tmpfs && !has_mode,
+            late_readonly,
+            kind,
+            parameters,
+        },
+        attributes: Attributes { set, clear: 0 },
+        recursive: Attributes::default(),
+        propagation: options.propagation,
+    })
+}
+
+fn bind(mount: &SpecMount, target: String, options: Options, bundle: &Path, field: &str) -> Result<Mount, Refused> {
+    let source = mount.source().as_ref().ok_or_else(|| Refused::invalid(format!("{field}.source"), "missing"))?;
+    let source = absolute(bundle, source, &format!("{field}.source"))?;
+    // The performer cannot know here whether it is a procfs; other engines take that, this one leaves it to them.
+    if target == "/proc" {
+        return Err(Refused::unsupported(format!("{field}: a bind on /proc")));
+    }
+    check_proc(&target, false, field)?;
+    if let Some((word, _)) =
+        options.parameters.iter().find(|(word, _)| !matches!(word.as_str(), "sync" | "dirsync" | "lazytime" | "mand" | "iversion"))
+    {
+        return Err(Refused::invalid(format!("{field}.options"), format!("{word} has no meaning for a bind mount")));
+    }
+    Ok(Mount {
+        target,
+        source: Source::Bind { path: source, recursive: options.bind.unwrap_or(false) },
+        attributes: bind_attributes(options.attributes),
+        recursive: options.recursive,
+        propagation: options.propagation,
+    })
+}
+
+/// As a remount does it: where any attribute is given, the others are cleared; access times stay unless they are given.
+fn bind_attributes(wanted: Attributes) -> Attributes {
+    if wanted.is_empty() {
+        return wanted;
+    }
+    let is_of_times = wanted.set & (ATIME | NODIRATIME) != 0 || wanted.clear & (ATIME | NODIRATIME) != 0;
+    let times = if is_of_times { ATIME | NODIRATIME } else { 0 };
+    let every = RDONLY | NOSUID | NODEV | NOEXEC | NOSYMFOLLOW | times;
+    // The field of access times is cleared whole even where a value is set.
+    Attributes { set: wanted.set, clear: every & !wanted.set | (every & ATIME) }
+}
+
+/// A view of the cgroups: on v1 a tmpfs with a mount for each hierarchy.
+fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -> Result<Vec<Mount>, Refused> {
+    if !options.recursive.is_empty() {
+        return Err(Refused::unsupported(format!("{field}.options: recursive attributes of cgroups")));
+    }
+    check_proc(target, false, field)?;
+    if cgroups.host.hierarchies.iter().all(|hierarchy| hierarchy.controllers.is_empty()) {
+        return Err(Refused::unsupported(format!("{field}: cgroup v2")));
+    }
+    let attributes = Attributes { set: options.attributes.set & !RDONLY, clear: 0 };
+    let mut mounts = vec![Mount {
+        target: target.to_owned(),
+        source: Source::New {
+            kind: "tmpfs".to_owned(),
+            parameters: vec![("source".to_owned(), Some("tmpfs".to_owned())), ("mode".to_owned(), Some("755".to_owned()))],
+            strict: false,
+            keep_mode: false,
+            late_readonly: options.readonly,
+        },
+        attributes,
+        recursive: Attributes::default(),
+        propagation: options.propagation.clone(),
+    }];
+    for hierarchy in &cgroups.host.hierarchies {
+        let name = Path::new(&hierarchy.mount).file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        mounts.push(Mount {
+            target: format!("{target}/{name}"),
+            source: cgroup_source(hierarchy, cgroups),
+            attributes: if cgroups.own_namespace {
+                Attributes { set: options.attributes.set, clear: 0 }
+            } else {
+                bind_attributes(options.attributes)
+            },
+            recursive: Attributes::default(),
+            propagation: Vec::new(),
+        });
+        if hierarchy.controllers.len() > 1 {
+            let links = hierarchy.controllers.iter().filter(|controller| !controller.starts_with("name="));
+            mounts.extend(links.map(|controller| link(format!("{target}/{controller}"), name.clone())));
+        }
+    }
+    Ok(mounts)
+}
+
+fn cgroup_source(hierarchy: &MountedHierarchy, cgroups: &Cgroups<'_>) -> Source {
+    if cgroups.own_namespace {
+        let kind = if hierarchy.controllers.is_empty() { "cgroup2" } else { "cgroup" };
+        let mut parameters = vec![("source".to_owned(), Some(kind.to_owned()))];
+        parameters.extend(hierarchy.controllers.iter().map(|controller| match controller.split_once('=') {
+            Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+            None => (controller.clone(), None),
+        }));
+        return Source::New { kind: kind.to_owned(), parameters, strict: false, keep_mode: false, late_readonly: false };
+    }
+    let own = cgroups.cgroup.folders.iter().find(|folder| folder.mount == hierarchy.mount);
+    let path = own.map_or_else(|| hierarchy.mount.clone(), |folder| folder.absolute().display().to_string());
+    Source::Bind { path, recursive: false }
+}
+
+fn link(path: String, to: String) -> Mount {
+    Mount {
+        target: path,
+        source: Source::Link { to },
+        attributes: Attributes::default(),
+        recursive: Attributes::default(),
+        propagation: Vec::new(),
+    }
+}

@@ -1,0 +1,110 @@
+//! Ends and removes containers: what is left of one is its cgroup.
+//!
+//! **Invariant:** a signal goes through a handle of a process that was in the cgroup after the handle was opened, so a reused pid never hits another
+//! process. What is gone already is no error.
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use crate::plan::{Cgroup, Folder};
+use crate::sys;
+
+/// Kills every process in a cgroup and below it, frozen or not, and does not wait for their exits.
+pub fn kill_all(cgroup: &Cgroup) -> io::Result<()> {
+    if let Some(unified) = cgroup.unified() {
+        // Since Linux 5.14. A process of a hybrid host's container need not be in it, so it is not all.
+        let _ = fs::write(unified.absolute().join("cgroup.kill"), "1");
+    }
+    let folders: Vec<PathBuf> = cgroup.folders.iter().map(Folder::absolute).collect();
+    let freezers: Vec<&PathBuf> = folders.iter().filter(|folder| folder.join(FREEZER).exists()).collect();
+    let mut killed = BTreeSet::new();
+    for _round in 0..MAX_ROUNDS {
+        // What is frozen does not fork; what has been killed exits once it is thawed.
+        freezers.iter().for_each(|folder| drop(fs::write(folder.join(FREEZER), "FROZEN")));
+        let round = kill_once(&folders, &mut killed);
+        freezers.iter().for_each(|folder| drop(fs::write(folder.join(FREEZER), "THAWED")));
+        if round? == 0 {
+            return Ok(());
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EBUSY))
+}
+
+/// Removes the folders of a cgroup and those below them. Processes that are about to exit are waited for, a second at most.
+pub fn remove(cgroup: &Cgroup) -> io::Result<()> {
+    cgroup.folders.iter().try_for_each(|folder| remove_folder(&folder.absolute()))
+}
+
+fn remove_folder(path: &Path) -> io::Result<()> {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let mut folders = Vec::new();
+        each_below(path, &mut |folder| folders.push(folder.to_owned()));
+        let removed = folders.iter().rev().try_for_each(|folder| match fs::remove_dir(folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        });
+        match removed {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && pause <= LAST_PAUSE => {
+                sleep(pause);
+                pause *= 2;
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Signals those that have not been signalled yet, and returns their number.
+fn kill_once(folders: &[PathBuf], killed: &mut BTreeSet<u32>) -> io::Result<usize> {
+    let new = processes(folders).into_iter().filter(|pid| !killed.contains(pid));
+    let handles: Vec<_> = new.filter_map(|pid| Some((pid, sys::open_pidfd(pid).ok()?))).collect();
+    if handles.is_empty() {
+        return Ok(0);
+    }
+    let still = processes(folders);
+    let mut count = 0;
+    for (pid, handle) in handles.iter().filter(|(pid, _)| still.contains(pid)) {
+        match sys::signal(handle.as_fd(), libc::SIGKILL) {
+            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        killed.insert(*pid);
+        count += 1;
+    }
+    Ok(count)
+}
+
+fn processes(folders: &[PathBuf]) -> BTreeSet<u32> {
+    let mut pids = BTreeSet::new();
+    for folder in folders {
+        each_below(folder, &mut |folder| {
+            let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+            // 0: a process of another pid namespace.
+            pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0));
+        });
+    }
+    pids
+}
+
+/// A folder, then those below it. What vanishes meanwhile is skipped.
+fn each_below(folder: &Path, act: &mut dyn FnMut(&Path)) {
+    act(folder);
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            each_below(&entry.path(), act);
+        }
+    }
+}
+
+/// cgroup v1's.
+const FREEZER: &str = "freezer.state";
+
+/// How often new processes may appear.
+const MAX_ROUNDS: usize = 1000;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LAST_PAUSE: Duration = Duration::from_millis(512);

@@ -1,0 +1,267 @@
+//! The configuration of a container, with every field accounted for.
+//!
+//! Owns the list of the fields that this engine implements. The text is parsed twice: as a tree of JSON, whose every field must be in the list,
+//! and into the types of the runtime specification, which skip what they do not know.
+//!
+//! **Invariant:** a field that is not in the list is refused by its path; nothing is ignored in silence.
+use oci_spec::runtime::{Process, Spec};
+use serde_json::Value;
+
+use crate::Refused;
+
+/// What happens with a field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// The plan depends on it.
+    Planned,
+    /// It changes nothing for a runtime; the reason is beside it.
+    Inert,
+    /// Accepted only where it asks for nothing: null, `""`, `[]`, `{}`, false or 0.
+    Empty,
+}
+
+use Use::{Empty, Inert, Planned};
+
+/// Every known field. `[]` is any element of an array, `*` any key of an object.
+pub(crate) const FIELDS: &[(&str, Use)] = &[
+    // Checked against the versions that the types are of.
+    ("ociVersion", Inert),
+    // Hooks are refused, and they alone would receive these.
+    ("annotations.*", Inert),
+    ("hostname", Planned),
+    ("domainname", Planned),
+    ("root.path", Planned),
+    ("root.readonly", Planned),
+    ("mounts[].destination", Planned),
+    ("mounts[].type", Planned),
+    ("mounts[].source", Planned),
+    ("mounts[].options[]", Planned),
+    ("mounts[].uidMappings", Empty),
+    ("mounts[].gidMappings", Empty),
+    ("hooks.prestart", Empty),
+    ("hooks.createRuntime", Empty),
+    ("hooks.createContainer", Empty),
+    ("hooks.startContainer", Empty),
+    ("hooks.poststart", Empty),
+    ("hooks.poststop", Empty),
+    ("linux.namespaces[].type", Planned),
+    ("linux.namespaces[].path", Planned),
+    ("linux.uidMappings", Empty),
+    ("linux.gidMappings", Empty),
+    ("linux.timeOffsets", Empty),
+    ("linux.devices[].path", Planned),
+    ("linux.devices[].type", Planned),
+    ("linux.devices[].major", Planned),
+    ("linux.devices[].minor", Planned),
+    ("linux.devices[].fileMode", Planned),
+    ("linux.devices[].uid", Planned),
+    ("linux.devices[].gid", Planned),
+    ("linux.netDevices", Empty),
+    ("linux.cgroupsPath", Planned),
+    ("linux.rootfsPropagation", Planned),
+    ("linux.maskedPaths[]", Planned),
+    ("linux.readonlyPaths[]", Planned),
+    ("linux.mountLabel", Empty),
+    ("linux.sysctl.*", Planned),
+    ("linux.intelRdt", Empty),
+    ("linux.memoryPolicy", Empty),
+    ("linux.personality", Empty),
+    ("linux.resources.devices[].allow", Planned),
+    ("linux.resources.devices[].type", Planned),
+    ("linux.resources.devices[].major", Planned),
+    ("linux.resources.devices[].minor", Planned),
+    ("linux.resources.devices[].access", Planned),
+    ("linux.resources.memory.limit", Planned),
+    ("linux.resources.memory.reservation", Planned),
+    ("linux.resources.memory.swap", Planned),
+    ("linux.resources.memory.swappiness", Planned),
+    ("linux.resources.memory.disableOOMKiller", Planned),
+    // The kernel has no such limits any more; every runtime ignores them.
+    ("linux.resources.memory.kernel", Inert),
+    ("linux.resources.memory.kernelTCP", Inert),
+    ("linux.resources.memory.useHierarchy", Empty),
+    ("linux.resources.memory.checkBeforeUpdate", Empty),
+    ("linux.resources.cpu.shares", Planned),
+    ("linux.resources.cpu.quota", Planned),
+    ("linux.resources.cpu.period", Planned),
+    ("linux.resources.cpu.burst", Planned),
+    ("linux.resources.cpu.cpus", Planned),
+    ("linux.resources.cpu.mems", Planned),
+    ("linux.resources.cpu.idle", Empty),
+    ("linux.resources.cpu.realtimePeriod", Empty),
+    ("linux.resources.cpu.realtimeRuntime", Empty),
+    ("linux.resources.pids.limit", Planned),
+    ("linux.resources.blockIO", Empty),
+    ("linux.resources.hugepageLimits", Empty),
+    ("linux.resources.network", Empty),
+    ("linux.resources.rdma", Empty),
+    ("linux.resources.unified", Empty),
+    ("linux.seccomp.defaultAction", Planned),
+    ("linux.seccomp.defaultErrnoRet", Planned),
+    ("linux.seccomp.architectures[]", Planned),
+    ("linux.seccomp.flags[]", Planned),
+    ("linux.seccomp.listenerPath", Empty),
+    ("linux.seccomp.listenerMetadata", Empty),
+    ("linux.seccomp.syscalls[].names[]", Planned),
+    ("linux.seccomp.syscalls[].action", Planned),
+    ("linux.seccomp.syscalls[].errnoRet", Planned),
+    ("linux.seccomp.syscalls[].args[].index", Planned),
+    ("linux.seccomp.syscalls[].args[].value", Planned),
+    ("linux.seccomp.syscalls[].args[].valueTwo", Planned),
+    ("linux.seccomp.syscalls[].args[].op", Planned),
+];
+
+/// The fields of a process: of a container's init below `process`, and of one that is added to a container.
+pub(crate) const PROCESS_FIELDS: &[(&str, Use)] = &[
+    ("terminal", Planned),
+    ("consoleSize.height", Planned),
+    ("consoleSize.width", Planned),
+    ("user.uid", Planned),
+    ("user.gid", Planned),
+    ("user.umask", Planned),
+    ("user.additionalGids[]", Planned),
+    ("user.username", Empty),
+    ("args[]", Planned),
+    // For Windows.
+    ("commandLine", Empty),
+    ("env[]", Planned),
+    ("cwd", Planned),
+    ("capabilities.bounding[]", Planned),
+    ("capabilities.effective[]", Planned),
+    ("capabilities.permitted[]", Planned),
+    ("capabilities.inheritable[]", Planned),
+    ("capabilities.ambient[]", Planned),
+    ("rlimits[].type", Planned),
+    ("rlimits[].soft", Planned),
+    ("rlimits[].hard", Planned),
+    ("noNewPrivileges", Planned),
+    ("oomScoreAdj", Planned),
+    ("apparmorProfile", Empty),
+    ("selinuxLabel", Empty),
+    ("scheduler", Empty),
+    ("ioPriority", Empty),
+    ("execCPUAffinity", Empty),
+];
+
+/// Parses a `config.json`.
+pub fn parse(json: &[u8]) -> Result<Spec, Refused> {
+    let tree = tree(json)?;
+    check(&tree, "", "", &|pattern| of_spec(pattern))?;
+    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+}
+
+/// Parses the process that is to be added to a container.
+pub fn parse_process(json: &[u8]) -> Result<Process, Refused> {
+    let tree = tree(json)?;
+    check(&tree, "", "", &|pattern| among(PROCESS_FIELDS, pattern))?;
+    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+}
+
+fn tree(json: &[u8]) -> Result<Value, Refused> {
+    serde_json::from_slice(json).map_err(|source| Refused::Json { source })
+}
+
+/// What the list knows of a pattern.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    No,
+    /// Fields below it are.
+    Above,
+    Field(Use),
+}
+
+fn of_spec(pattern: &str) -> Known {
+    match pattern.strip_prefix("process") {
+        Some("") => Known::Above,
+        Some(rest) if rest.starts_with('.') => among(PROCESS_FIELDS, &rest[1..]),
+        _ => among(FIELDS, pattern),
+    }
+}
+
+fn among(fields: &[(&str, Use)], pattern: &str) -> Known {
+    if let Some((_, how)) = fields.iter().find(|(field, _)| *field == pattern) {
+        return Known::Field(*how);
+    }
+    let is_above = |field: &str| pattern.is_empty() || field.strip_prefix(pattern).is_some_and(|rest| rest.starts_with(['.', '[']));
+    if fields.iter().any(|(field, _)| is_above(field)) { Known::Above } else { Known::No }
+}
+
+/// `pattern` is `path` with any element and any key in place of the real ones.
+fn check(value: &Value, path: &str, pattern: &str, known: &dyn Fn(&str) -> Known) -> Result<(), Refused> {
+    let refuse = || Err(Refused::Unsupported { field: path.to_owned() });
+    match (known(pattern), value) {
+        (_, Value::Null) | (Known::Field(Inert), _) => Ok(()),
+        (Known::Field(Empty), value) if asks_for_nothing(value) => Ok(()),
+        (Known::Field(Planned), Value::Bool(_) | Value::Number(_) | Value::String(_)) => Ok(()),
+        (Known::Above, Value::Object(map)) => map.iter().try_for_each(|(key, value)| {
+            let (own, any) = (join(pattern, key), join(pattern, "*"));
+            let pattern = if known(&own) == Known::No && known(&any) != Known::No { any } else { own };
+            check(value, &join(path, key), &pattern, known)
+        }),
+        (Known::Above, Value::Array(list)) if known(&format!("{pattern}[]")) != Known::No => {
+            let mut elements = list.iter().enumerate();
+            elements.try_for_each(|(index, value)| check(value, &format!("{path}[{index}]"), &format!("{pattern}[]"), known))
+        }
+        (Known::No | Known::Above | Known::Field(_), _) => refuse(),
+    }
+}
+
+fn join(path: &str, key: &str) -> String {
+    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}
+
+fn asks_for_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.values().all(asks_for_nothing),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn refused(spec: &Value) -> String {
+        parse(spec.to_string().as_bytes()).expect_err("a refusal").to_string()
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_by_its_path() {
+        for (spec, field) in [
+            (json!({ "linux": { "intelRdt": { "closID": "x" } } }), "linux.intelRdt"),
+            (json!({ "linux": { "new": true } }), "linux.new"),
+            (json!({ "new": {} }), "new"),
+            (json!({ "mounts": [{ "destination": "/a" }, { "destination": "/b", "new": 1 }] }), "mounts[1].new"),
+            (json!({ "process": { "new": 1 } }), "process.new"),
+            (json!({ "processes": [] }), "processes"),
+            (json!({ "hooks": { "prestart": [{ "path": "/x" }] } }), "hooks.prestart"),
+            (json!({ "process": { "scheduler": { "policy": "SCHED_RR" } } }), "process.scheduler"),
+        ] {
+            assert_eq!(refused(&spec), format!("the native engine does not implement {field}"));
+        }
+    }
+
+    #[test]
+    fn what_asks_for_nothing_is_accepted() {
+        let spec = json!({
+            "ociVersion": "1.2.0", "root": { "path": "r" }, "hooks": { "prestart": [] }, "annotations": { "a.b": "c" },
+            "process": { "apparmorProfile": "", "cwd": "/" }, "unknown": null,
+            "linux": { "resources": { "blockIO": { "weight": 0 }, "hugepageLimits": [] }, "intelRdt": null, "sysctl": { "net.ipv4.ip_forward": "1" } },
+        });
+        parse(spec.to_string().as_bytes()).expect("accepted");
+    }
+
+    #[test]
+    fn a_process_has_the_same_fields_alone() {
+        let process = json!({ "cwd": "/", "args": ["a"], "user": { "uid": 0, "gid": 0 } });
+        parse_process(process.to_string().as_bytes()).expect("accepted");
+        let process = json!({ "cwd": "/", "execCPUAffinity": { "initial": "0" } });
+        assert!(matches!(parse_process(process.to_string().as_bytes()), Err(Refused::Unsupported { field }) if field == "execCPUAffinity"));
+    }
+}

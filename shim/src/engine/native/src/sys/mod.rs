@@ -1,0 +1,34 @@
+//! One wrapper per system call that `nix` does not give. The only `unsafe` code of the crate.
+//!
+//! Invariant: nothing here knows what a container is.
+mod keyring;
+mod mount;
+mod network;
+mod privileges;
+mod process;
+mod terminal;
+
+use std::io;
+
+pub(crate) use keyring::join_session_keyring;
+pub(crate) use mount::{Attributes, FsContext, Tree, move_mount, open_tree, set_attributes};
+pub(crate) use network::loopback_up;
+pub(crate) use privileges::{
+    clear_ambient, drop_bounding, last_capability, load_filter, raise_ambient, set_capabilities, set_dumpable, set_groups, set_ids,
+    set_keep_capabilities, set_no_new_privileges,
+};
+pub(crate) use process::{
+    Born, clone_into, close_range, current_directory, duplicate, execute, exit_now, fork, may_execute, open_pidfd, reset_affinity,
+    reset_signals, set_domain_name, set_mode, set_rlimit, signal, wait_for_exit,
+};
+pub(crate) use terminal::{control, open_peer};
+
+/// The result of a system call that returns −1 for an error.
+fn check(result: libc::c_long) -> io::Result<libc::c_long> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A path without NUL bytes.
+fn c_string(bytes: &[u8]) -> io::Result<std::ffi::CString> {
+    std::ffi::CString::new(bytes).map_err(|_nul| io::Error::from_raw_os_error(libc::EINVAL))
+}

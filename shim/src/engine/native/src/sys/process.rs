@@ -1,0 +1,172 @@
+//! Processes: birth, descriptors, signals, limits, execution.
+#![allow(unsafe_code)]
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+use super::check;
+
+/// The two sides of [`clone_into`].
+pub(crate) enum Born {
+    Child,
+    Parent { pid: u32, pidfd: OwnedFd },
+}
+
+/// clone3(2) without shared memory: a child of the caller's *parent*, in the new namespaces of `flags`, and in `cgroup` (v2) from the beginning.
+///
+/// Must be called by a process with one thread only: the child goes on with a copy of its memory.
+pub(crate) fn clone_into(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Born> {
+    let mut pidfd: i32 = -1;
+    // SAFETY: a structure of integers.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    // The signal at exit is inherited with the parent.
+    arguments.flags = flags | libc::CLONE_PARENT as u64 | libc::CLONE_PIDFD as u64;
+    arguments.pidfd = &raw mut pidfd as u64;
+    if let Some(cgroup) = &cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: no memory is shared and no stack given, so the child returns like fork(2)'s. The process has one thread, so no lock is
+    // held by another.
+    match check(unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) })? {
+        0 => Ok(Born::Child),
+        // SAFETY: the kernel has stored a new descriptor there.
+        pid => Ok(Born::Parent { pid: pid as u32, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) } }),
+    }
+}
+
+/// Forks, and runs `live` in the child, which exits should it return. Refuses to with EDEADLK if this process has more than one thread.
+pub(crate) fn fork(live: impl FnOnce()) -> io::Result<u32> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::from_raw_os_error(libc::EDEADLK));
+    }
+    // SAFETY: the only thread is the one that calls, so the child may do whatever this process may.
+    match check(libc::c_long::from(unsafe { libc::fork() }))? {
+        0 => {
+            live();
+            exit_now(1)
+        }
+        pid => Ok(pid as u32),
+    }
+}
+
+/// A handle of a process.
+pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: integers only.
+    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: a descriptor that the kernel has just given to this process alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Signals a process by its handle.
+pub(crate) fn signal(process: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: integers, and no `siginfo`.
+    check(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), signal, ptr::null::<u8>(), 0) })?;
+    Ok(())
+}
+
+/// Waits at most `milliseconds` until a process has exited; reaps nothing. Whether it has.
+pub(crate) fn wait_for_exit(process: BorrowedFd<'_>, milliseconds: u16) -> io::Result<bool> {
+    use nix::poll::{PollFd, PollFlags, poll};
+    Ok(poll(&mut [PollFd::new(process, PollFlags::POLLIN)], milliseconds)? > 0)
+}
+
+/// Closes the descriptors from `first` to `last`.
+pub(crate) fn close_range(first: u32, last: u32) -> io::Result<()> {
+    // SAFETY: the caller gives up every such descriptor and drops none of their owners; see `perform::descriptors`.
+    check(unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) })?;
+    Ok(())
+}
+
+/// A copy of a descriptor, close-on-exec, whose number is `least` or higher.
+pub(crate) fn duplicate(fd: &OwnedFd, least: i32) -> io::Result<OwnedFd> {
+    // SAFETY: integers only.
+    let copy = check(libc::c_long::from(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) }))?;
+    // SAFETY: a descriptor that the kernel has just given to this process alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy as i32) })
+}
+
+/// Default dispositions for all signals, and none blocked.
+pub(crate) fn reset_signals() {
+    // SAFETY: dispositions and the mask of this process, set to constants; numbers that may not be changed are refused by the kernel.
+    unsafe {
+        for signal in 1..=64 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        let mut empty: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut empty);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, ptr::null_mut());
+    }
+}
+
+/// Allows every processor that the cgroup allows.
+pub(crate) fn reset_affinity() -> io::Result<()> {
+    // More than any kernel's NR_CPUS; the kernel ignores bits that it has no processor for.
+    let every = [u64::MAX; 8192 / 64];
+    // SAFETY: pointer and length describe the array.
+    check(unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&every), every.as_ptr()) })?;
+    Ok(())
+}
+
+/// Sets a limit of another process.
+pub(crate) fn set_rlimit(pid: u32, resource: u32, soft: u64, hard: u64) -> io::Result<()> {
+    let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: the new limit is read during the call, the old one not asked for.
+    check(unsafe { libc::syscall(libc::SYS_prlimit64, pid, resource, &raw const limit, ptr::null_mut::<libc::rlimit64>()) })?;
+    Ok(())
+}
+
+/// Whether the effective user may execute a file.
+pub(crate) fn may_execute(path: &CStr) -> io::Result<()> {
+    // SAFETY: a valid string for the time of the call.
+    check(unsafe { libc::syscall(libc::SYS_faccessat2, libc::AT_FDCWD, path.as_ptr(), libc::X_OK, libc::AT_EACCESS) })?;
+    Ok(())
+}
+
+/// The working directory as the kernel names it: not absolute if it cannot be reached from the root.
+pub(crate) fn current_directory() -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0_u8; libc::PATH_MAX as usize];
+    // SAFETY: pointer and length describe the buffer.
+    let length = check(unsafe { libc::syscall(libc::SYS_getcwd, buffer.as_mut_ptr(), buffer.len()) })?;
+    buffer.truncate((length as usize).saturating_sub(1));
+    Ok(buffer)
+}
+
+/// execve(2). Returns only if it failed.
+pub(crate) fn execute(program: &CStr, arguments: &[CString], environment: &[CString]) -> io::Error {
+    let list =
+        |strings: &[CString]| -> Vec<*const libc::c_char> { strings.iter().map(|text| text.as_ptr()).chain([ptr::null()]).collect() };
+    let (arguments, environment) = (list(arguments), list(environment));
+    // SAFETY: arrays of valid strings that end with null.
+    unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+    io::Error::last_os_error()
+}
+
+/// Ends the process without destructors and exit handlers: they belong to the process that it was forked from.
+pub(crate) fn exit_now(status: i32) -> ! {
+    // SAFETY: has no preconditions.
+    unsafe { libc::_exit(status) }
+}
+
+/// Changes the permissions of what `node` is a handle of: fchmodat2(2), or before Linux 6.6 the link of procfs, which leads to the handle's file.
+pub(crate) fn set_mode(node: &OwnedFd, mode: u32) -> io::Result<()> {
+    // SAFETY: the path is the empty string.
+    let done = check(unsafe { libc::syscall(libc::SYS_fchmodat2, node.as_raw_fd(), c"".as_ptr(), mode, libc::AT_EMPTY_PATH) });
+    match done {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+            use std::os::unix::fs::PermissionsExt;
+            std::fs::set_permissions(format!("/proc/self/fd/{}", node.as_raw_fd()), std::fs::Permissions::from_mode(mode))
+        }
+        other => other.map(drop),
+    }
+}
+
+/// Sets the NIS domain name of the uts namespace.
+pub(crate) fn set_domain_name(name: &str) -> io::Result<()> {
+    // SAFETY: pointer and length describe the text.
+    check(libc::c_long::from(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }))?;
+    Ok(())
+}
+
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;

@@ -1,0 +1,131 @@
+//! The keeper's part, for tests, the example and the benchmark: a process of one thread that forks performers, holds gates, and reaps.
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{Pid, pipe2};
+use x_engine::perform::{self, Descriptors, Report};
+use x_engine::plan::{self, Container, Request};
+use x_engine::{Host, remove, spec};
+
+/// A container that was made.
+pub(crate) struct Made {
+    pub(crate) container: Container,
+    pub(crate) init: u32,
+    gate: OwnedFd,
+}
+
+/// The streams of a process, and where its terminal goes.
+pub(crate) struct Streams {
+    pub(crate) stdio: [OwnedFd; 3],
+    pub(crate) console: Option<OwnedFd>,
+}
+
+impl Streams {
+    /// This process's own.
+    #[allow(dead_code, reason = "not every user of this module needs it")]
+    pub(crate) fn inherited() -> io::Result<Self> {
+        use std::os::fd::AsFd;
+        let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
+        Ok(Self { stdio: [copy(io::stdin().as_fd())?, copy(io::stdout().as_fd())?, copy(io::stderr().as_fd())?], console: None })
+    }
+
+    /// Nothing to read, and a file for the outputs.
+    #[allow(dead_code, reason = "not every user of this module needs it")]
+    pub(crate) fn to_file(path: &Path) -> io::Result<Self> {
+        let output = File::options().create(true).append(true).open(path)?;
+        Ok(Self { stdio: [File::open("/dev/null")?.into(), output.try_clone()?.into(), output.into()], console: None })
+    }
+}
+
+/// Reaps orphans too: an exec'd process, and init, are born as children of this one.
+pub(crate) fn become_keeper() -> nix::Result<()> {
+    nix::sys::prctl::set_child_subreaper(true)
+}
+
+/// Makes a container; its program waits.
+pub(crate) fn create(bundle: &Path, id: &str, host: &Host, streams: Streams) -> Result<Made, String> {
+    let json = std::fs::read(bundle.join("config.json")).map_err(text)?;
+    let spec = spec::parse(&json).map_err(|error| chain(&error))?;
+    let request = Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0 };
+    let plan = plan::create(&spec, &request, host).map_err(|error| chain(&error))?;
+    create_planned(&plan, streams)
+}
+
+/// Makes a container from its plan.
+pub(crate) fn create_planned(plan: &plan::Create, streams: Streams) -> Result<Made, String> {
+    let (theirs, ours) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;
+    let encoded = minicbor::to_vec(plan).map_err(|error| error.to_string())?;
+    let init = report(|report| {
+        let descriptors = Descriptors { stdio: streams.stdio, report, gate: Some(theirs), console: streams.console };
+        perform::create(&encoded, descriptors)
+    })?;
+    Ok(Made { container: plan.container(), init, gate: ours })
+}
+
+impl Made {
+    /// Lets the program run.
+    pub(crate) fn start(&self) -> io::Result<()> {
+        File::from(self.gate.try_clone()?).write_all(&[1])
+    }
+
+    /// Adds a process.
+    #[allow(dead_code, reason = "not every user of this module needs it")]
+    pub(crate) fn exec(&self, process: &[u8], host: &Host, streams: Streams) -> Result<u32, String> {
+        let process = spec::parse_process(process).map_err(|error| chain(&error))?;
+        let plan = plan::exec(&process, &self.container, host).map_err(|error| chain(&error))?;
+        let encoded = minicbor::to_vec(plan).map_err(|error| error.to_string())?;
+        let init = x_engine::open_process(self.init).map_err(text)?;
+        report(|report| {
+            let descriptors = Descriptors { stdio: streams.stdio, report, gate: None, console: streams.console };
+            perform::exec(&encoded, init, descriptors)
+        })
+    }
+
+    /// Kills what is left, and removes the cgroup.
+    pub(crate) fn delete(&self) -> io::Result<()> {
+        remove::kill_all(&self.container.cgroup)?;
+        remove::remove(&self.container.cgroup)
+    }
+}
+
+/// Forks a performer, and returns the pid that it reports. The performer is reaped.
+fn report(perform: impl FnOnce(OwnedFd) -> std::convert::Infallible) -> Result<u32, String> {
+    let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;
+    let performer = perform::fork(|| perform(theirs)).map_err(text)?;
+    let mut bytes = Vec::new();
+    File::from(ours).read_to_end(&mut bytes).map_err(text)?;
+    wait(performer).map_err(text)?;
+    match Report::parse(&bytes) {
+        Some(Report::Born { pid }) => Ok(pid),
+        Some(Report::Failed(failure)) => Err(failure.to_string()),
+        None => Err("the performer was killed".to_owned()),
+    }
+}
+
+/// Waits for a child, and returns its status: 0 to 255, or 128 and the signal.
+pub(crate) fn wait(pid: u32) -> io::Result<i32> {
+    loop {
+        match waitpid(Pid::from_raw(pid as i32), None) {
+            Ok(WaitStatus::Exited(_, status)) => return Ok(status),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn text(error: impl Into<io::Error>) -> String {
+    error.into().to_string()
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
