@@ -13,6 +13,8 @@ pub struct Host {
     pub hierarchies: Vec<MountedHierarchy>,
     /// The number of the kernel's last capability.
     pub last_capability: u32,
+    /// There is a `/proc/kcore`, to which containers have a link.
+    pub has_kcore: bool,
 }
 
 /// A mounted hierarchy of cgroups.
@@ -32,7 +34,11 @@ impl Host {
     pub fn read() -> io::Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let cgroups = fs::read_to_string("/proc/self/cgroup")?;
-        Ok(Self { hierarchies: hierarchies(&mounts, &cgroups), last_capability: sys::last_capability() })
+        Ok(Self {
+            hierarchies: hierarchies(&mounts, &cgroups),
+            last_capability: sys::last_capability(),
+            has_kcore: fs::exists("/proc/kcore")?,
+        })
     }
 }
 

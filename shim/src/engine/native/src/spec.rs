@@ -251,7 +251,7 @@ mod tests {
     fn what_asks_for_nothing_is_accepted() {
         let spec = json!({
             "ociVersion": "1.2.0", "root": { "path": "r" }, "hooks": { "prestart": [] }, "annotations": { "a.b": "c" },
-            "process": { "apparmorProfile": "", "cwd": "/" }, "unknown": null,
+            "process": { "apparmorProfile": "", "cwd": "/", "user": { "uid": 0, "gid": 0 } }, "unknown": null,
             "linux": { "resources": { "blockIO": { "weight": 0 }, "hugepageLimits": [] }, "intelRdt": null, "sysctl": { "net.ipv4.ip_forward": "1" } },
         });
         parse(spec.to_string().as_bytes()).expect("accepted");

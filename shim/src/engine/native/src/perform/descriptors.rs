@@ -39,9 +39,17 @@ pub(super) fn settle(given: Descriptors, init: Option<OwnedFd>) -> io::Result<(K
     dup2_stdin(stdin?)?;
     dup2_stdout(stdout?)?;
     dup2_stderr(stderr?)?;
-    sys::close_range(3, highest as u32)?;
     let others = [Some(&kept.report), kept.gate.as_ref(), kept.console.as_ref(), init.as_ref()];
-    let last = others.into_iter().flatten().map(AsRawFd::as_raw_fd).max();
-    sys::close_range(last.unwrap_or(highest) as u32 + 1, u32::MAX)?;
+    let mut numbers: Vec<u32> = others.into_iter().flatten().map(|fd| fd.as_raw_fd() as u32).collect();
+    numbers.sort_unstable();
+    // A descriptor of the caller's, not close-on-exec, may have any number, also one between two that are kept.
+    let mut next = 3;
+    for number in numbers {
+        if next < number {
+            sys::close_range(next, number - 1)?;
+        }
+        next = number + 1;
+    }
+    sys::close_range(next, u32::MAX)?;
     Ok((kept, init))
 }

@@ -71,8 +71,9 @@ pub(super) fn nodes(wanted: &[LinuxDevice]) -> Result<Vec<Device>, Refused> {
 }
 
 /// The links in `/dev`.
-pub(super) fn links() -> Vec<(String, String)> {
-    DEFAULT_LINKS.into_iter().map(|(target, path)| (target.to_owned(), path.to_owned())).collect()
+pub(super) fn links(has_kcore: bool) -> Vec<(String, String)> {
+    let core = has_kcore.then_some(("/proc/kcore", "/dev/core"));
+    DEFAULT_LINKS.into_iter().chain(core).map(|(target, path)| (target.to_owned(), path.to_owned())).collect()
 }
 
 /// Type, major and minor; `None` is any.

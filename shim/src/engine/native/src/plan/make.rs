@@ -47,7 +47,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     let own_namespace = find(Kind::Cgroup).is_some();
     let mounts = mounts::plan(wanted, request.bundle, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
     let own_dev = !wanted.iter().any(|mount| mount.destination() == Path::new("/dev") && mounts::is_bind(mount));
-    let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?.flatten();
+    let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
     let keyring = (!request.no_new_keyring).then(|| format!("_ses.{}", request.id));
     let mut planned = identity::plan(process, "process", host)?;
     planned.filter = filter;
@@ -62,7 +62,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         propagation: propagation(linux.rootfs_propagation().as_deref())?,
         mounts,
         devices: if own_dev { devices::nodes(linux.devices().as_deref().unwrap_or_default())? } else { Vec::new() },
-        links: if own_dev { devices::links() } else { Vec::new() },
+        links: if own_dev { devices::links(host.has_kcore) } else { Vec::new() },
         own_dev,
         masked: absolute_paths(linux.masked_paths().as_ref().unwrap_or(&none), "linux.maskedPaths")?,
         readonly: absolute_paths(linux.readonly_paths().as_ref().unwrap_or(&none), "linux.readonlyPaths")?,

@@ -1,0 +1,58 @@
+//! Containers on this machine's kernel.
+//!
+//! ```text
+//!  engine (tests, threads) ──unshare(pid, mount)──▶ engine as keeper (one thread) ──▶ performers, inits, processes
+//!                    ◀────────── a line of JSON each way ──────────▶
+//! ```
+//! A keeper and everything that it starts die with the test that it was started for. Cgroups are in a folder of the test, and are removed with it.
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+#[path = "engine/adversaries.rs"]
+mod adversaries;
+#[path = "engine/bundle.rs"]
+mod bundle;
+#[path = "engine/differences.rs"]
+mod differences;
+#[path = "engine/execs.rs"]
+mod execs;
+#[path = "engine/inits.rs"]
+mod inits;
+#[path = "support/keeper.rs"]
+mod keeper;
+#[path = "engine/server.rs"]
+mod server;
+#[path = "engine/stage.rs"]
+mod stage;
+
+type Case = (&'static str, fn());
+
+/// A table of functions, each named by itself.
+macro_rules! cases {
+    ($($name:ident),* $(,)?) => {
+        pub(crate) const CASES: &[crate::Case] = &[$((concat!(module_path!(), "::", stringify!($name)), $name)),*];
+    };
+}
+pub(crate) use cases;
+
+fn main() -> ExitCode {
+    if std::env::var_os(stage::KEEPER).is_some() {
+        return server::serve();
+    }
+    let arguments = Arguments::from_args();
+    let missing = stage::missing();
+    if let Some(missing) = &missing {
+        eprintln!("skipped: {missing}");
+    }
+    let cases = [inits::CASES, execs::CASES, adversaries::CASES, differences::CASES].concat();
+    let trials = cases.into_iter().map(|(name, run)| {
+        let name = name.trim_start_matches("engine::");
+        Trial::test(name, move || {
+            run();
+            Ok(())
+        })
+        .with_ignored_flag(missing.is_some())
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}

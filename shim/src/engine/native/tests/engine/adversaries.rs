@@ -1,0 +1,183 @@
+//! Images and processes that try to reach the host.
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use serde_json::json;
+
+use crate::bundle;
+use crate::stage::Stage;
+
+crate::cases![
+    proc_and_sys_may_not_be_links,
+    a_link_in_place_of_dev_stays_in_the_root,
+    mount_targets_are_resolved_in_the_root,
+    files_made_for_mounts_stay_in_the_root,
+    a_false_null_device_is_not_used,
+    a_working_directory_outside_the_root_is_refused,
+    a_link_in_place_of_passwd_is_harmless,
+    a_fifo_in_place_of_passwd_does_not_block,
+    a_joining_process_cannot_be_traced,
+    masked_paths_through_links_stay_in_the_root,
+    a_link_in_place_of_the_console_is_not_followed,
+];
+
+/// A folder of the host, which is to stay empty.
+fn outside(stage: &Stage) -> std::path::PathBuf {
+    let folder = stage.folder.join("outside");
+    fs::create_dir_all(&folder).expect("a folder");
+    folder
+}
+
+fn is_empty(folder: &std::path::Path) -> bool {
+    fs::read_dir(folder).expect("a folder").next().is_none()
+}
+
+fn proc_and_sys_may_not_be_links() {
+    for name in ["proc", "sys"] {
+        let stage = Stage::new();
+        let root = stage.root();
+        fs::remove_dir(root.join(name)).expect("removed");
+        symlink("/tmp", root.join(name)).expect("a link");
+        let error = stage.create("c", &stage.config(&["true"])).err().expect("refused");
+        assert!(error.contains(&format!("on /{name}: ")), "{error}");
+    }
+}
+
+fn a_link_in_place_of_dev_stays_in_the_root() {
+    for target in ["/outside", "../../../../../../outside", "/", "/etc"] {
+        let stage = Stage::new();
+        let outside = outside(&stage);
+        let root = stage.root();
+        fs::remove_dir(root.join("dev")).expect("removed");
+        let target = target.replace("/outside", &outside.display().to_string());
+        symlink(target, root.join("dev")).expect("a link");
+        let before = fs::read_dir("/dev").expect("devices").count();
+        // Whether it works depends on what the link leads to in the root.
+        if stage.create("c", &stage.config(&["true"])).is_ok() {
+            stage.start("c");
+        }
+        assert!(is_empty(&outside));
+        assert_eq!(fs::read_dir("/dev").expect("devices").count(), before);
+    }
+}
+
+fn mount_targets_are_resolved_in_the_root() {
+    let stage = Stage::new();
+    let outside = outside(&stage);
+    symlink(&outside, stage.root().join("absolute")).expect("a link");
+    symlink("../../../../../../../../tmp", stage.root().join("relative")).expect("a link");
+    let output = stage.shell("grep -c marker /proc/self/mountinfo; ls /relative/", |config| {
+        let mounts = config["mounts"].as_array_mut().expect("an array");
+        mounts.push(bundle::mount("/absolute/in", "tmpfs", "marker", &[]));
+        mounts.push(bundle::mount("/relative/in", "tmpfs", "marker", &[]));
+    });
+    assert_eq!(output, "2\nin\n");
+    assert!(is_empty(&outside));
+}
+
+fn files_made_for_mounts_stay_in_the_root() {
+    let stage = Stage::new();
+    let outside = outside(&stage);
+    fs::write(stage.folder.join("file"), "content").expect("a file");
+    symlink(outside.join("made"), stage.root().join("dangling")).expect("a link");
+    symlink(&outside, stage.root().join("folder")).expect("a link");
+    let output = stage.shell("cat /dangling /folder/made", |config| {
+        let mounts = config["mounts"].as_array_mut().expect("an array");
+        mounts.push(bundle::mount("/dangling", "bind", "file", &["bind"]));
+        mounts.push(bundle::mount("/folder/made", "bind", "file", &["bind"]));
+    });
+    assert_eq!(output, "contentcontent");
+    assert!(is_empty(&outside));
+}
+
+fn a_false_null_device_is_not_used() {
+    let stage = Stage::new();
+    // A shared `/dev` whose null device is a file that the container could write.
+    let shared = stage.folder.join("shared");
+    fs::create_dir_all(&shared).expect("a folder");
+    fs::write(shared.join("null"), "").expect("a file");
+    let mut config = stage.config(&["true"]);
+    config["mounts"][1] = bundle::mount("/dev", "bind", &shared.display().to_string(), &["bind"]);
+    config["mounts"]
+        .as_array_mut()
+        .expect("an array")
+        .retain(|mount| !mount["destination"].as_str().is_some_and(|path| path.starts_with("/dev/")));
+    let error = stage.create("c", &config).err().expect("refused");
+    assert!(error.contains("/dev/null"), "{error}");
+}
+
+fn a_working_directory_outside_the_root_is_refused() {
+    let stage = Stage::new();
+    stage.leak();
+    symlink("/proc/self/fd/7", stage.root().join("fd7")).expect("a link");
+    for number in 3..16 {
+        for cwd in [format!("/proc/self/fd/{number}"), "/fd7".to_owned()] {
+            let mut config = stage.config(&["cat", "/etc/passwd"]);
+            config["process"]["cwd"] = json!(cwd);
+            assert!(stage.create("c", &config).is_err(), "{cwd}");
+        }
+    }
+    let _init = stage.create("c", &stage.config(&["sleep", "1000"])).expect("created");
+    for number in 3..16 {
+        let mut process = bundle::process(&["true"]);
+        process["cwd"] = json!(format!("/proc/self/fd/{number}"));
+        assert!(stage.exec("c", &process).is_err(), "{number}");
+    }
+}
+
+fn a_link_in_place_of_passwd_is_harmless() {
+    let stage = Stage::new();
+    fs::remove_file(stage.root().join("etc/passwd")).expect("removed");
+    symlink("/proc/1/root/../../../../etc/passwd", stage.root().join("etc/passwd")).expect("a link");
+    assert_eq!(stage.shell("echo $HOME", |config| config["process"]["user"]["uid"] = json!(1)), "/\n");
+}
+
+fn a_fifo_in_place_of_passwd_does_not_block() {
+    let stage = Stage::new();
+    fs::remove_file(stage.root().join("etc/passwd")).expect("removed");
+    nix::unistd::mkfifo(&stage.root().join("etc/passwd"), nix::sys::stat::Mode::from_bits_truncate(0o666)).expect("a fifo");
+    assert_eq!(stage.shell("echo $HOME", |_| {}), "/\n");
+}
+
+/// While processes join, the container's root looks at each for what it could take from it.
+fn a_joining_process_cannot_be_traced() {
+    let stage = Stage::new();
+    let script = "while :; do for p in /proc/[0-9]*; do case $(readlink $p/exe) in */busybox|'') ;; *) echo $p $(readlink $p/exe);; esac; \
+        for fd in $p/fd/[3-9]*; do case $(readlink $fd) in ''|/|/proc*|pipe*|/bin*) ;; *) echo $fd $(readlink $fd);; esac; done; done; done > /tmp/seen";
+    let init = stage.create("c", &stage.config(&["sh", "-c", script])).expect("created");
+    stage.start("c");
+    for _ in 0..50 {
+        stage.exec_shell("c", "true", |_| {});
+    }
+    init.kill();
+    init.end();
+    assert_eq!(fs::read_to_string(stage.root().join("tmp/seen")).expect("a file"), "");
+}
+
+fn masked_paths_through_links_stay_in_the_root() {
+    let stage = Stage::new();
+    let outside = outside(&stage);
+    symlink(&outside, stage.root().join("masked")).expect("a link");
+    let output = stage.shell("ls / | grep -c masked", |config| config["linux"]["maskedPaths"] = json!(["/masked", "/masked/x"]));
+    assert_eq!(output, "1\n");
+    assert!(is_empty(&outside));
+}
+
+fn a_link_in_place_of_the_console_is_not_followed() {
+    let stage = Stage::new();
+    let shared = stage.folder.join("shared");
+    fs::create_dir_all(&shared).expect("a folder");
+    symlink("/etc/passwd", shared.join("console")).expect("a link");
+    let mut config = stage.config(&["cat", "/etc/passwd"]);
+    config["process"]["terminal"] = json!(true);
+    // A tmpfs of the container's own, with a link that an earlier mount brought.
+    config["mounts"].as_array_mut().expect("an array").push(bundle::mount("/dev/console", "bind", "shared/console", &["bind"]));
+    match stage.create("c", &config) {
+        Err(_) => {}
+        Ok(init) => {
+            stage.start("c");
+            init.end();
+            assert!(init.terminal().contains("root:x:0"));
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The same bundle on this engine, runc and crun.
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::bundle;
+use crate::stage::Stage;
+
+crate::cases![
+    init_looks_as_with_runc,
+    init_looks_as_with_crun,
+    an_added_process_looks_as_with_runc,
+    an_added_process_looks_as_with_crun,
+    filters_are_as_runcs,
+    filters_are_as_cruns,
+];
+
+/// What is compared. What names a moment (pids, memory) is left out, and ids of mounts and devices.
+const FACTS: &str = "\
+    echo [mounts]; cut -d' ' -f4- /proc/self/mountinfo | sort -k2; \
+    echo [cgroup]; cat /proc/self/cgroup; \
+    echo [status]; grep -E '^(Umask|Uid|Gid|Groups|Sig[IBC]|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Mems_allowed_list|THP)' /proc/self/status; \
+    echo [limits]; cat /proc/self/limits; \
+    echo [others]; cat /proc/self/uid_map /proc/self/oom_score_adj /proc/self/personality /proc/self/timerslack_ns /proc/self/coredump_filter; \
+    echo [dev]; cd /dev; for f in * */*; do stat -c '%n %F %t:%T %a %u:%g' $f; done; \
+    echo [root]; for f in / /proc /sys /run /dev/shm; do stat -c '%n %a %u:%g' $f; done; \
+    echo [session]; cut -d' ' -f5-8 /proc/self/stat; \
+    echo [env]; env | sort; cd /; pwd; hostname; \
+    echo [masks]; cat /proc/keys /proc/timer_list; ls -A /sys/firmware /proc/acpi; \
+    echo [descriptors]; exec ls /proc/self/fd";
+
+/// Where a difference is known, and why.
+fn is_expected(line: &str, other: &str) -> bool {
+    // Masked folders share one file system, whose options show what limits it.
+    let is_mask = line.contains(" /proc/acpi ") || line.contains(" /sys/firmware ");
+    // crun makes the link without a /proc/kcore to lead to.
+    let is_core = line.contains("core ") && other == "crun";
+    // crun binds the host's null device and remounts with other attributes, and leaves sysfs itself writable.
+    let is_cruns = other == "crun" && (line.starts_with('/') || line.contains(" /proc/") || line.contains(" /sys "));
+    is_mask || is_core || is_cruns
+}
+
+fn compare(ours: &str, theirs: &str, other: &str) {
+    let lines =
+        |text: &str| -> BTreeSet<String> { text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect() };
+    let (ours, theirs) = (lines(ours), lines(theirs));
+    let only = |these: &BTreeSet<String>, those: &BTreeSet<String>, sign: &str| -> Vec<String> {
+        these.difference(those).filter(|line| !is_expected(line, other)).map(|line| format!("{sign} {line}")).collect()
+    };
+    let differences = [only(&ours, &theirs, "native:"), only(&theirs, &ours, &format!("{other}:"))].concat();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+/// A container of another runtime, removed with the value.
+struct Other<'a> {
+    runtime: &'a str,
+    stage: &'a Stage,
+}
+
+impl Other<'_> {
+    fn command(&self) -> Command {
+        let mut command = Command::new(self.runtime);
+        command.arg("--root").arg(self.stage.folder.join("state")).current_dir(&self.stage.folder).stdin(Stdio::null());
+        command
+    }
+
+    fn output(&self, arguments: &[&str]) -> String {
+        let output = self.command().args(arguments).output().expect("the runtime");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    }
+}
+
+impl Drop for Other<'_> {
+    fn drop(&mut self) {
+        let _ = self.command().args(["delete", "--force", "other"]).stderr(Stdio::null()).status();
+    }
+}
+
+/// Skips with a reason where a runtime is not installed.
+fn is_installed(runtime: &str) -> bool {
+    let is_there = Command::new(runtime).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
+    if !is_there {
+        eprintln!("skipped: no {runtime}");
+    }
+    is_there
+}
+
+fn config(stage: &Stage, script: &str) -> Value {
+    let mut config = stage.config(&["sh", "-c", script]);
+    config["process"]["env"] = json!(["PATH=/bin", "A=1", "HOME=/root"]);
+    config["process"]["oomScoreAdj"] = json!(5);
+    config
+}
+
+fn compare_inits(runtime: &str) {
+    if !is_installed(runtime) {
+        return;
+    }
+    let stage = Stage::new();
+    let config = config(&stage, FACTS);
+    let (status, ours) = stage.run(&config);
+    assert_eq!(status, 0, "{ours}");
+    let other = Other { runtime, stage: &stage };
+    compare(&ours, &other.output(&["run", "other"]), runtime);
+}
+
+fn init_looks_as_with_runc() {
+    compare_inits("runc");
+}
+
+fn init_looks_as_with_crun() {
+    compare_inits("crun");
+}
+
+fn compare_execs(runtime: &str) {
+    if !is_installed(runtime) {
+        return;
+    }
+    let stage = Stage::new();
+    let config = config(&stage, "exec sleep 1000");
+    let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    stage.start("c");
+    let change = |process: &mut Value| process["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [3] });
+    let ours = stage.exec_shell("c", FACTS, change);
+    init.kill();
+    init.end();
+    stage.delete("c").expect("deleted");
+
+    let other = Other { runtime, stage: &stage };
+    assert!(
+        other
+            .command()
+            .args(["run", "--detach", "other"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .expect("the runtime")
+            .success()
+    );
+    let mut process = bundle::process(&["sh", "-c", FACTS]);
+    change(&mut process);
+    let file = stage.folder.join("process.json");
+    fs::write(&file, process.to_string()).expect("a file");
+    compare(&ours, &other.output(&["exec", "--process", &file.display().to_string(), "other"]), runtime);
+}
+
+fn an_added_process_looks_as_with_runc() {
+    compare_execs("runc");
+}
+
+fn an_added_process_looks_as_with_crun() {
+    compare_execs("crun");
+}
+
+/// Calls whose results show which rule of a filter applied: each by an applet of busybox.
+const PROBES: &str = "mkdir /tmp/x; rmdir /tmp/x; ln -s a /tmp/l; rm /tmp/l; chmod 700 /tmp; chown 1:1 /tmp; hostname x; \
+    mknod /tmp/f p; rm -f /tmp/f; setpriv --dump; renice 5 $$; chroot / true; sync; kill -0 1; sleep 0; date -s 0; mount -t tmpfs t /tmp; echo done";
+
+fn compare_filters(runtime: &str) {
+    if !is_installed(runtime) {
+        return;
+    }
+    let stage = Stage::new();
+    for default in ["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"] {
+        let mut config = config(&stage, PROBES);
+        let forbidden = ["mkdir", "mkdirat", "symlink", "symlinkat", "sethostname", "setpriority", "mount", "chmod", "fchmodat"];
+        config["linux"]["seccomp"] = if default == "SCMP_ACT_ALLOW" {
+            json!({ "defaultAction": default, "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"], "syscalls": [
+                { "names": forbidden, "action": "SCMP_ACT_ERRNO", "errnoRet": 27 },
+                { "names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28, "args": [{ "index": 1, "value": 0, "op": "SCMP_CMP_EQ" }] },
+            ] })
+        } else {
+            let allowed: Vec<&str> =
+                syscalls::x86_64::Sysno::iter().map(|call| call.name()).filter(|name| !forbidden.contains(name)).collect();
+            json!({ "defaultAction": default, "defaultErrnoRet": 29, "architectures": ["SCMP_ARCH_X86_64"], "syscalls": [
+                { "names": allowed, "action": "SCMP_ACT_ALLOW" },
+            ] })
+        };
+        let (_, ours) = stage.run(&config);
+        let other = Other { runtime, stage: &stage };
+        assert_eq!(ours, other.output(&["run", "other"]), "{default}");
+    }
+}
+
+fn filters_are_as_runcs() {
+    compare_filters("runc");
+}
+
+fn filters_are_as_cruns() {
+    compare_filters("crun");
+}

@@ -1,0 +1,127 @@
+//! The keeper as a program: performs what it reads, a line each.
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufRead, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use x_engine::Host;
+
+use crate::keeper::{self, Made, Streams};
+
+#[derive(Default)]
+struct Keeper {
+    made: BTreeMap<String, Made>,
+    /// The keeper's side of terminals.
+    terminals: BTreeMap<u32, OwnedFd>,
+}
+
+pub(crate) fn serve() -> ExitCode {
+    keeper::become_keeper().expect("a subreaper");
+    let mut keeper = Keeper::default();
+    let mut line = String::new();
+    // Unbuffered, so that a performer has no copy of lines.
+    while read_line(&mut line) {
+        let request: Value = serde_json::from_str(&line).expect("JSON");
+        let answer = keeper.perform(&request).unwrap_or_else(|error| json!({ "error": error }));
+        writeln!(io::stdout(), "{answer}").expect("an open pipe");
+    }
+    for made in keeper.made.values() {
+        if let Err(error) = made.delete() {
+            eprintln!("delete: {error}");
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn read_line(line: &mut String) -> bool {
+    line.clear();
+    io::stdin().lock().read_line(line).is_ok_and(|length| length > 0)
+}
+
+impl Keeper {
+    fn perform(&mut self, request: &Value) -> Result<Value, String> {
+        let text = |key: &str| request[key].as_str().unwrap_or_default();
+        let id = text("id");
+        match text("do") {
+            "create" => {
+                let host = Host::read().map_err(|error| error.to_string())?;
+                let (streams, console) = streams(request)?;
+                let made = keeper::create(Path::new(text("bundle")), id, &host, streams)?;
+                let pid = made.init;
+                self.made.insert(id.to_owned(), made);
+                self.receive(pid, console)
+            }
+            "start" => self.made[id].start().map(|()| json!({})).map_err(|error| error.to_string()),
+            "exec" => {
+                let host = Host::read().map_err(|error| error.to_string())?;
+                let (streams, console) = streams(request)?;
+                let pid = self.made[id].exec(request["process"].to_string().as_bytes(), &host, streams)?;
+                self.receive(pid, console)
+            }
+            "wait" => keeper::wait(pid(request)).map(|status| json!({ "status": status })).map_err(|error| error.to_string()),
+            "kill" => kill(Pid::from_raw(pid(request) as i32), Signal::SIGKILL).map(|()| json!({})).map_err(|error| error.to_string()),
+            "read" => {
+                let terminal = self.terminals.remove(&pid(request)).ok_or("no terminal")?;
+                let mut output = Vec::new();
+                // EIO once the other side is closed.
+                let _ = File::from(terminal).read_to_end(&mut output);
+                Ok(json!({ "output": String::from_utf8_lossy(&output) }))
+            }
+            "delete" => {
+                let made = self.made.remove(id).ok_or("no such container")?;
+                made.delete().map(|()| json!({})).map_err(|error| error.to_string())
+            }
+            "leak" => {
+                // A descriptor that every child inherits.
+                let file = File::open("/").map_err(|error| error.to_string())?;
+                nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).map_err(|error| error.to_string())?;
+                std::mem::forget(file);
+                Ok(json!({}))
+            }
+            other => Err(format!("unknown request {other}")),
+        }
+    }
+
+    fn receive(&mut self, pid: u32, console: Option<OwnedFd>) -> Result<Value, String> {
+        if let Some(console) = console {
+            self.terminals.insert(pid, receive(&console).map_err(|error| error.to_string())?);
+        }
+        Ok(json!({ "pid": pid }))
+    }
+}
+
+fn pid(request: &Value) -> u32 {
+    request["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default()
+}
+
+fn streams(request: &Value) -> Result<(Streams, Option<OwnedFd>), String> {
+    let output = request["output"].as_str().unwrap_or("/dev/null");
+    let mut streams = Streams::to_file(Path::new(output)).map_err(|error| error.to_string())?;
+    if request["terminal"] != json!(true) {
+        return Ok((streams, None));
+    }
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).map_err(|error| error.to_string())?;
+    streams.console = Some(theirs);
+    Ok((streams, Some(ours)))
+}
+
+#[allow(unsafe_code, reason = "a received descriptor is a number")]
+fn receive(console: &OwnedFd) -> io::Result<OwnedFd> {
+    let mut name = [0; 64];
+    let mut buffer = nix::cmsg_space!([i32; 1]);
+    let mut parts = [IoSliceMut::new(&mut name)];
+    let message = recvmsg::<()>(console.as_raw_fd(), &mut parts, Some(&mut buffer), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let descriptor = message.cmsgs()?.find_map(|part| match part {
+        ControlMessageOwned::ScmRights(descriptors) => descriptors.first().copied(),
+        _ => None,
+    });
+    // SAFETY: the kernel has just made it, for this process alone.
+    descriptor.map(|descriptor| unsafe { OwnedFd::from_raw_fd(descriptor) }).ok_or_else(|| io::Error::from_raw_os_error(libc::EPROTO))
+}

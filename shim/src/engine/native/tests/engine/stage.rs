@@ -1,0 +1,200 @@
+//! What a test has for itself: a keeper, a folder with a bundle, cgroups.
+use std::cell::{Cell, RefCell};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde_json::{Value, json};
+
+use crate::bundle;
+
+/// Set in the environment of a keeper.
+pub(crate) const KEEPER: &str = "X_ENGINE_TESTS_KEEPER";
+
+/// What this machine lacks for containers, if anything.
+pub(crate) fn missing() -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("needs root".to_owned());
+    }
+    if bundle::busybox().is_none() {
+        return Some("needs a static busybox in /bin".to_owned());
+    }
+    if !Path::new("/sys/fs/cgroup/memory/cgroup.procs").exists() {
+        return Some("needs cgroup v1 in /sys/fs/cgroup".to_owned());
+    }
+    None
+}
+
+pub(crate) struct Stage {
+    pub(crate) folder: PathBuf,
+    /// The folder of the test's cgroups, as a `cgroupsPath`.
+    pub(crate) cgroup: String,
+    child: RefCell<Child>,
+    requests: RefCell<Option<ChildStdin>>,
+    answers: RefCell<BufReader<ChildStdout>>,
+    outputs: Cell<u32>,
+}
+
+impl Stage {
+    pub(crate) fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("x-engine-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let folder = std::env::temp_dir().join(&name);
+        fs::create_dir_all(folder.join("rootfs")).expect("a folder");
+        bundle::make_root(&folder.join("rootfs"));
+        let mut child = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--"])
+            .arg(std::env::current_exe().expect("this program"))
+            .env(KEEPER, "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("unshare");
+        let (requests, answers) = (child.stdin.take(), child.stdout.take().expect("a pipe"));
+        Self {
+            folder,
+            cgroup: format!("/{name}"),
+            child: RefCell::new(child),
+            requests: RefCell::new(requests),
+            answers: RefCell::new(BufReader::new(answers)),
+            outputs: Cell::new(0),
+        }
+    }
+
+    /// A configuration for this test's container.
+    pub(crate) fn config(&self, args: &[&str]) -> Value {
+        bundle::config(args, &format!("{}/c", self.cgroup))
+    }
+
+    pub(crate) fn root(&self) -> PathBuf {
+        self.folder.join("rootfs")
+    }
+
+    fn ask(&self, request: &Value) -> Result<Value, String> {
+        let mut requests = self.requests.borrow_mut();
+        writeln!(requests.as_mut().expect("open until the end"), "{request}").expect("a keeper");
+        let mut line = String::new();
+        self.answers.borrow_mut().read_line(&mut line).expect("an answer");
+        let answer: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("the keeper answered {line:?}: {error}"));
+        match answer["error"].as_str() {
+            Some(error) => Err(error.to_owned()),
+            None => Ok(answer),
+        }
+    }
+
+    /// A file for the next process's output.
+    fn output(&self) -> PathBuf {
+        self.outputs.set(self.outputs.get() + 1);
+        self.folder.join(format!("output-{}", self.outputs.get()))
+    }
+
+    /// Makes the container `id`.
+    pub(crate) fn create(&self, id: &str, config: &Value) -> Result<Process<'_>, String> {
+        fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
+        let output = self.output();
+        let terminal = &config["process"]["terminal"];
+        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal }))?;
+        Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output })
+    }
+
+    pub(crate) fn start(&self, id: &str) {
+        self.ask(&json!({ "do": "start", "id": id })).expect("started");
+    }
+
+    /// Adds a process to the container `id`.
+    pub(crate) fn exec(&self, id: &str, process: &Value) -> Result<Process<'_>, String> {
+        let output = self.output();
+        let terminal = &process["terminal"];
+        let answer = self.ask(&json!({ "do": "exec", "id": id, "process": process, "output": output, "terminal": terminal }))?;
+        Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output })
+    }
+
+    pub(crate) fn delete(&self, id: &str) -> Result<(), String> {
+        self.ask(&json!({ "do": "delete", "id": id })).map(drop)
+    }
+
+    pub(crate) fn leak(&self) {
+        self.ask(&json!({ "do": "leak" })).expect("a leak");
+    }
+
+    /// Runs a container to its end, removes it, and returns its status and output.
+    pub(crate) fn run(&self, config: &Value) -> (u64, String) {
+        let init = self.create("c", config).unwrap_or_else(|error| panic!("create: {error}"));
+        self.start("c");
+        let ended = init.end();
+        self.delete("c").expect("deleted");
+        ended
+    }
+
+    /// Runs a shell command in the container of a configuration.
+    pub(crate) fn shell(&self, script: &str, change: impl FnOnce(&mut Value)) -> String {
+        let mut config = self.config(&["sh", "-c", script]);
+        change(&mut config);
+        let (status, output) = self.run(&config);
+        assert_eq!(status, 0, "{output}");
+        output
+    }
+
+    /// Runs an added shell command to its end.
+    pub(crate) fn exec_shell(&self, id: &str, script: &str, change: impl FnOnce(&mut Value)) -> String {
+        let mut process = bundle::process(&["sh", "-c", script]);
+        change(&mut process);
+        let (status, output) = self.exec(id, &process).unwrap_or_else(|error| panic!("exec: {error}")).end();
+        assert_eq!(status, 0, "{output}");
+        output
+    }
+
+    /// The container's folders of cgroups that exist.
+    pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
+        let hierarchies = fs::read_dir("/sys/fs/cgroup").expect("cgroups");
+        let folders = hierarchies.flatten().map(|entry| entry.path().join(self.cgroup.trim_start_matches('/')).join("c"));
+        folders.filter(|folder| folder.exists()).collect()
+    }
+
+    /// The content of a file of a cgroup of the container.
+    pub(crate) fn limit(&self, controller: &str, file: &str) -> String {
+        let path = Path::new("/sys/fs/cgroup").join(controller).join(self.cgroup.trim_start_matches('/')).join("c").join(file);
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // The end of its input ends the keeper, and it ends everything else.
+        drop(self.requests.borrow_mut().take());
+        let _ = self.child.borrow_mut().wait();
+        for entry in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let folder = entry.path().join(self.cgroup.trim_start_matches('/'));
+            let _ = fs::remove_dir(folder.join("c"));
+            let _ = fs::remove_dir(folder);
+        }
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// A process of a container.
+pub(crate) struct Process<'a> {
+    stage: &'a Stage,
+    pub(crate) pid: u64,
+    output: PathBuf,
+}
+
+impl Process<'_> {
+    /// Waits for its end, and returns its status and output.
+    pub(crate) fn end(&self) -> (u64, String) {
+        let status = self.stage.ask(&json!({ "do": "wait", "pid": self.pid })).expect("a status")["status"].as_u64();
+        (status.expect("a status"), fs::read_to_string(&self.output).unwrap_or_default())
+    }
+
+    /// What it wrote to its terminal, to the end.
+    pub(crate) fn terminal(&self) -> String {
+        let answer = self.stage.ask(&json!({ "do": "read", "pid": self.pid })).expect("a terminal");
+        answer["output"].as_str().expect("text").to_owned()
+    }
+
+    pub(crate) fn kill(&self) {
+        self.stage.ask(&json!({ "do": "kill", "pid": self.pid })).expect("killed");
+    }
+}
