@@ -87,16 +87,23 @@ pub(crate) fn duplicate(fd: &OwnedFd, least: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(copy as i32) })
 }
 
-/// Default dispositions for all signals, and none blocked.
+/// Default dispositions for all signals, those that the C library reserves too, and none blocked.
 pub(crate) fn reset_signals() {
-    // SAFETY: dispositions and the mask of this process, set to constants; numbers that may not be changed are refused by the kernel.
+    // `struct sigaction` of the kernel: handler, flags, restorer, mask; all zero is the default.
+    let default = [0_u64; 4];
+    let none_blocked = 0_u64;
+    // SAFETY: both structures have the kernel's layout and size and are only read; numbers that may not be changed are refused by the kernel.
     unsafe {
         for signal in 1..=64 {
-            libc::signal(signal, libc::SIG_DFL);
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), ptr::null_mut::<u64>(), size_of_val(&none_blocked));
         }
-        let mut empty: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut empty);
-        libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, ptr::null_mut());
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const none_blocked,
+            ptr::null_mut::<u64>(),
+            size_of_val(&none_blocked),
+        );
     }
 }
 

@@ -66,12 +66,12 @@ fn mount_targets_are_resolved_in_the_root() {
     let outside = outside(&stage);
     symlink(&outside, stage.root().join("absolute")).expect("a link");
     symlink("../../../../../../../../tmp", stage.root().join("relative")).expect("a link");
-    let output = stage.shell("grep -c marker /proc/self/mountinfo; ls /relative/", |config| {
+    let output = stage.shell("grep -c marker /proc/self/mountinfo; ls -d /relative/in /tmp/in", |config| {
         let mounts = config["mounts"].as_array_mut().expect("an array");
         mounts.push(bundle::mount("/absolute/in", "tmpfs", "marker", &[]));
         mounts.push(bundle::mount("/relative/in", "tmpfs", "marker", &[]));
     });
-    assert_eq!(output, "2\nin\n");
+    assert_eq!(output, "2\n/relative/in\n/tmp/in\n");
     assert!(is_empty(&outside));
 }
 

@@ -18,15 +18,15 @@ crate::cases![
 ];
 
 /// What is compared. What names a moment (pids, memory) is left out, and ids of mounts and devices.
-const FACTS: &str = "\
+const FACTS: &str = "exec 2>&1; \
     echo [mounts]; cut -d' ' -f4- /proc/self/mountinfo | sort -k2; \
     echo [cgroup]; cat /proc/self/cgroup; \
     echo [status]; grep -E '^(Umask|Uid|Gid|Groups|Sig[IBC]|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Mems_allowed_list|THP)' /proc/self/status; \
     echo [limits]; cat /proc/self/limits; \
-    echo [others]; cat /proc/self/uid_map /proc/self/oom_score_adj /proc/self/personality /proc/self/timerslack_ns /proc/self/coredump_filter; \
-    echo [dev]; cd /dev; for f in * */*; do stat -c '%n %F %t:%T %a %u:%g' $f; done; \
+    echo [others]; echo OOM score adjustment $(cat /proc/self/oom_score_adj); cat /proc/self/uid_map /proc/self/personality /proc/self/timerslack_ns /proc/self/coredump_filter; \
+    echo [dev]; cd /dev; for f in * pts/* shm/*; do stat -c '%n %F %t:%T %a %u:%g' $f; done; \
     echo [root]; for f in / /proc /sys /run /dev/shm; do stat -c '%n %a %u:%g' $f; done; \
-    echo [session]; cut -d' ' -f5-8 /proc/self/stat; \
+    echo [session]; set -- $(cut -d' ' -f5-8 /proc/self/stat); test $1 = $$ && echo leads group; test $2 = $$ && echo leads session; echo $3 $4; \
     echo [env]; env | sort; cd /; pwd; hostname; \
     echo [masks]; cat /proc/keys /proc/timer_list; ls -A /sys/firmware /proc/acpi; \
     echo [descriptors]; exec ls /proc/self/fd";
@@ -39,7 +39,10 @@ fn is_expected(line: &str, other: &str) -> bool {
     let is_core = line.contains("core ") && other == "crun";
     // crun binds the host's null device and remounts with other attributes, and leaves sysfs itself writable.
     let is_cruns = other == "crun" && (line.starts_with('/') || line.contains(" /proc/") || line.contains(" /sys "));
-    is_mask || is_core || is_cruns
+    // Both leave ignored what they were started with ignored; crun before 1.20 starts no session for added processes, and gives them the score
+    // adjustment that it has itself.
+    let is_started = line.starts_with("SigIgn:") || (other == "crun" && (line.starts_with("leads ") || line.starts_with("OOM ")));
+    is_mask || is_core || is_cruns || is_started
 }
 
 fn compare(ours: &str, theirs: &str, other: &str) {
@@ -123,7 +126,10 @@ fn compare_execs(runtime: &str) {
     let config = config(&stage, "exec sleep 1000");
     let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
     stage.start("c");
-    let change = |process: &mut Value| process["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [3] });
+    let change = |process: &mut Value| {
+        process["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [3] });
+        process["oomScoreAdj"] = json!(5);
+    };
     let ours = stage.exec_shell("c", FACTS, change);
     init.kill();
     init.end();
@@ -156,7 +162,7 @@ fn an_added_process_looks_as_with_crun() {
 }
 
 /// Calls whose results show which rule of a filter applied: each by an applet of busybox.
-const PROBES: &str = "mkdir /tmp/x; rmdir /tmp/x; ln -s a /tmp/l; rm /tmp/l; chmod 700 /tmp; chown 1:1 /tmp; hostname x; \
+const PROBES: &str = "exec 2>&1; mkdir /tmp/x; rmdir /tmp/x; ln -s a /tmp/l; rm /tmp/l; chmod 700 /tmp; chown 1:1 /tmp; hostname x; \
     mknod /tmp/f p; rm -f /tmp/f; setpriv --dump; renice 5 $$; chroot / true; sync; kill -0 1; sleep 0; date -s 0; mount -t tmpfs t /tmp; echo done";
 
 fn compare_filters(runtime: &str) {

@@ -1,4 +1,6 @@
 //! The keeper's part, for tests, the example and the benchmark: a process of one thread that forks performers, holds gates, and reaps.
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -7,7 +9,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{Pid, pipe2};
+use nix::unistd::pipe2;
 use x_engine::perform::{self, Descriptors, Report};
 use x_engine::plan::{self, Container, Request};
 use x_engine::{Host, remove, spec};
@@ -107,15 +109,26 @@ fn report(perform: impl FnOnce(OwnedFd) -> std::convert::Infallible) -> Result<u
     }
 }
 
+thread_local! {
+    /// Children that were reaped before they were asked for.
+    static REAPED: RefCell<BTreeMap<i32, i32>> = const { RefCell::new(BTreeMap::new()) };
+}
+
 /// Waits for a child, and returns its status: 0 to 255, or 128 and the signal.
+///
+/// Reaps every other on the way: an init does not end before each process of its pid namespace is reaped, those of failed execs too.
 pub(crate) fn wait(pid: u32) -> io::Result<i32> {
     loop {
-        match waitpid(Pid::from_raw(pid as i32), None) {
-            Ok(WaitStatus::Exited(_, status)) => return Ok(status),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as i32),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => return Err(error.into()),
+        if let Some(status) = REAPED.with_borrow_mut(|reaped| reaped.remove(&(pid as i32))) {
+            return Ok(status);
         }
+        let (pid, status) = match waitpid(None, None) {
+            Ok(WaitStatus::Exited(pid, status)) => (pid, status),
+            Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as i32),
+            Ok(_) | Err(Errno::EINTR) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        REAPED.with_borrow_mut(|reaped| reaped.insert(pid.as_raw(), status));
     }
 }
 
