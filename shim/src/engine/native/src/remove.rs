@@ -20,6 +20,10 @@ pub fn kill_all(cgroup: &Cgroup) -> io::Result<()> {
         let _ = fs::write(unified.absolute().join("cgroup.kill"), "1");
     }
     let folders: Vec<PathBuf> = cgroup.folders.iter().map(Folder::absolute).collect();
+    // Nothing is frozen for nothing: it is the rule that init took all others with it.
+    if processes(&folders).is_empty() {
+        return Ok(());
+    }
     let freezers: Vec<&PathBuf> = folders.iter().filter(|folder| folder.join(FREEZER).exists()).collect();
     let mut killed = BTreeSet::new();
     for _round in 0..MAX_ROUNDS {
@@ -42,13 +46,7 @@ pub fn remove(cgroup: &Cgroup) -> io::Result<()> {
 fn remove_folder(path: &Path) -> io::Result<()> {
     let mut pause = FIRST_PAUSE;
     loop {
-        let mut folders = Vec::new();
-        each_below(path, &mut |folder| folders.push(folder.to_owned()));
-        let removed = folders.iter().rev().try_for_each(|folder| match fs::remove_dir(folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            Ok(()) | Err(_) => Ok(()),
-        });
-        match removed {
+        match remove_tree(path) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) && pause <= LAST_PAUSE => {
                 sleep(pause);
                 pause *= 2;
@@ -56,6 +54,20 @@ fn remove_folder(path: &Path) -> io::Result<()> {
             other => return other,
         }
     }
+}
+
+/// One call if there is nothing below it.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    let remove = |folder: &Path| match fs::remove_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    if remove(path).is_ok() {
+        return Ok(());
+    }
+    let mut folders = Vec::new();
+    each_below(path, &mut |folder| folders.push(folder.to_owned()));
+    folders.iter().rev().try_for_each(|folder| remove(folder))
 }
 
 /// Signals those that have not been signalled yet, and returns their number.

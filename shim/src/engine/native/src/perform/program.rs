@@ -43,10 +43,13 @@ pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Fa
     // The user may not be allowed where root is; or, on a network file system, the other way round.
     let entered = enter(&process.cwd, make_cwd);
     if let Some(sets) = &process.capabilities {
-        (0..=sys::last_capability())
-            .filter(|number| sets.bounding & (1 << number) == 0)
-            .try_for_each(sys::drop_bounding)
-            .doing(Step::Identity, doing("drop capabilities from the bounding set"))?;
+        for number in (0..64).filter(|number| sets.bounding & (1 << number) == 0) {
+            match sys::drop_bounding(number) {
+                // Above the kernel's last.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => break,
+                other => other.doing(Step::Identity, doing("drop a capability from the bounding set"))?,
+            }
+        }
         sys::set_keep_capabilities(true).doing(Step::Identity, doing("keep capabilities"))?;
     }
     own_streams(process.uid)?;

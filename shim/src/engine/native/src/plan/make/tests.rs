@@ -1,1 +1,248 @@
+use std::path::Path;
 
+use serde_json::{Value, json};
+
+use super::*;
+use crate::host::MountedHierarchy;
+use crate::plan::{Hierarchy, Source};
+use crate::spec;
+
+fn host() -> Host {
+    let hierarchy = |controllers: &[&str], name: &str| MountedHierarchy {
+        controllers: controllers.iter().map(|controller| (*controller).to_owned()).collect(),
+        mount: format!("/sys/fs/cgroup/{name}"),
+        root: "/".to_owned(),
+        own: "/daemon".to_owned(),
+    };
+    Host {
+        hierarchies: vec![
+            hierarchy(&["cpu", "cpuacct"], "cpu,cpuacct"),
+            hierarchy(&["cpuset"], "cpuset"),
+            hierarchy(&["memory"], "memory"),
+            hierarchy(&["devices"], "devices"),
+            hierarchy(&["pids"], "pids"),
+            hierarchy(&["name=systemd"], "systemd"),
+            hierarchy(&[], "unified"),
+        ],
+        last_capability: 40,
+        has_kcore: true,
+    }
+}
+
+/// A configuration that has every field which the engine plans, none with the value that it would have without the field.
+fn full() -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "annotations": { "a": "b" },
+        "hostname": "h",
+        "domainname": "d",
+        "root": { "path": "r", "readonly": true },
+        "process": full_process(),
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"] },
+            { "destination": "/data", "source": "/data", "options": ["rbind", "ro", "rprivate", "rnoexec"] },
+        ],
+        "linux": {
+            "namespaces": [{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }],
+            "devices": [{ "path": "/dev/x", "type": "b", "major": 7, "minor": 8, "fileMode": 0o600, "uid": 3, "gid": 4 }],
+            "cgroupsPath": "/a/b",
+            "rootfsPropagation": "rprivate",
+            "maskedPaths": ["/proc/keys"],
+            "readonlyPaths": ["/proc/sys"],
+            "sysctl": { "net.ipv4.ip_forward": "1" },
+            "resources": {
+                "devices": [{ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" }],
+                "memory": { "limit": 4096, "reservation": 4096, "swap": 8192, "swappiness": 7, "disableOOMKiller": true },
+                "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0" },
+                "pids": { "limit": 7 },
+            },
+            "seccomp": {
+                "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 7, "architectures": ["SCMP_ARCH_X86"], "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+                "syscalls": [{ "names": ["kill"], "action": "SCMP_ACT_TRACE", "errnoRet": 8, "args": [
+                    { "index": 1, "value": 3, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ" },
+                ] }],
+            },
+        },
+    })
+}
+
+fn full_process() -> Value {
+    json!({
+        "terminal": true, "consoleSize": { "height": 7, "width": 8 }, "user": { "uid": 1, "gid": 2, "umask": 7, "additionalGids": [3] },
+        "args": ["a"], "env": ["A=1"], "cwd": "/c",
+        "capabilities": { "bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"], "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"] },
+        "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 1, "hard": 2 }], "noNewPrivileges": true, "oomScoreAdj": 7,
+    })
+}
+
+fn planned(config: &Value) -> Result<Create, Refused> {
+    let spec = spec::parse(config.to_string().as_bytes())?;
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0 };
+    create(&spec, &request, &host())
+}
+
+/// The places of a field in a configuration, as JSON pointers.
+fn places(value: &Value, field: &str) -> Vec<String> {
+    let (name, rest) = field.split_once('.').unwrap_or((field, ""));
+    let (name, is_array) = name.strip_suffix("[]").map_or((name, false), |name| (name, true));
+    let Some(map) = value.as_object() else { return Vec::new() };
+    let mut found: Vec<(String, &Value)> =
+        map.iter().filter(|(key, _)| name == "*" || *key == name).map(|(key, value)| (format!("/{key}"), value)).collect();
+    if is_array {
+        let elements = |(path, value): (String, &'_ Value)| -> Vec<(String, Value)> {
+            value.as_array().into_iter().flatten().enumerate().map(|(index, value)| (format!("{path}/{index}"), value.clone())).collect()
+        };
+        let found = found.drain(..).flat_map(elements);
+        return found.flat_map(|(path, value)| below(&path, &value, rest)).collect();
+    }
+    found.into_iter().flat_map(|(path, value)| below(&path, value, rest)).collect()
+}
+
+fn below(path: &str, value: &Value, rest: &str) -> Vec<String> {
+    if rest.is_empty() { vec![path.to_owned()] } else { places(value, rest).into_iter().map(|inner| format!("{path}{inner}")).collect() }
+}
+
+/// Another value of the same type.
+fn changed(field: &str, value: &Value) -> Value {
+    let other = match (field.rsplit('.').next().unwrap_or_default(), value) {
+        ("type", Value::String(kind)) if kind == "b" => "c",
+        ("type", Value::String(kind)) if kind == "c" => "b",
+        ("type", Value::String(kind)) if kind == "proc" => "tmpfs",
+        ("type", Value::String(kind)) if kind == "RLIMIT_NOFILE" => "RLIMIT_CORE",
+        ("type", Value::String(kind)) if kind == "pid" => "cgroup",
+        ("access", _) => "r",
+        ("rootfsPropagation", _) => "slave",
+        ("sysctl.*" | "*", _) => "2",
+        ("env[]", _) => "B=1",
+        ("action" | "defaultAction", _) => "SCMP_ACT_LOG",
+        ("architectures[]", _) => "SCMP_ARCH_ARM",
+        ("flags[]", _) => "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
+        ("names[]", _) => "read",
+        ("op", _) => "SCMP_CMP_NE",
+        ("cpus" | "mems", _) => "1",
+        (field, Value::String(_)) if field.ends_with("[]") && value.as_str().is_some_and(|text| text.starts_with("CAP_")) => "CAP_CHOWN",
+        ("options[]", Value::String(word)) => match word.as_str() {
+            "rbind" => "bind",
+            "rprivate" => "rslave",
+            "rnoexec" => "rnodev",
+            _ => "nodev",
+        },
+        (_, Value::String(text)) => return json!(format!("{text}x")),
+        (_, Value::Bool(flag)) => return json!(!flag),
+        ("valueTwo", Value::Number(_)) => return json!(2),
+        (_, Value::Number(number)) => return json!(number.as_u64().unwrap_or(0) + 1),
+        (_, other) => return other.clone(),
+    };
+    json!(other)
+}
+
+/// Every field that the list calls planned makes a difference, each at each of its places: nothing is accepted and then ignored.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn no_accepted_field_is_ignored() {
+    let base = planned(&full()).expect("accepted");
+    let fields = spec::FIELDS.iter().filter(|(_, how)| *how == spec::Use::Planned).map(|(field, _)| (*field).to_owned());
+    let of_process = spec::PROCESS_FIELDS.iter().filter(|(_, how)| *how == spec::Use::Planned).map(|(field, _)| format!("process.{field}"));
+    for field in fields.chain(of_process) {
+        let places = places(&full(), &field);
+        assert!(!places.is_empty(), "{field} is not in the configuration of this test");
+        for place in places {
+            let mut config = full();
+            let value = config.pointer_mut(&place).expect("found above");
+            let next = changed(&field, value);
+            assert_ne!(&next, value, "{field}");
+            *value = next;
+            match planned(&config) {
+                // A new value may be refused: then it was looked at.
+                Err(_) => {}
+                Ok(plan) => assert!(plan != base, "{field} is ignored"),
+            }
+        }
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn plans_are_the_same_each_time_and_survive_their_encoding() {
+    let plan = planned(&full()).expect("accepted");
+    for _ in 0..20 {
+        assert_eq!(planned(&full()).expect("accepted"), plan);
+    }
+    let bytes = minicbor::to_vec(&plan).expect("encoded");
+    assert_eq!(minicbor::decode::<Create>(&bytes).expect("decoded"), plan);
+    for end in 0..bytes.len() {
+        assert!(minicbor::decode::<Create>(&bytes[..end]).is_err());
+    }
+    let container = plan.container();
+    let bytes = minicbor::to_vec(&container).expect("encoded");
+    assert_eq!(minicbor::decode::<Container>(&bytes).expect("decoded"), container);
+}
+
+#[test]
+fn limits_go_to_the_folders_of_their_controllers() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let plan = planned(&config).expect("accepted");
+    let folder = |name: &str| plan.cgroup.folders.iter().find(|folder| folder.mount.ends_with(name)).expect("a folder");
+    assert_eq!(folder("memory").absolute(), Path::new("/sys/fs/cgroup/memory/a/b"));
+    assert_eq!(folder("unified").hierarchy, Hierarchy::Unified);
+    assert_eq!(folder("cpuset").hierarchy, Hierarchy::Cpuset);
+    assert_eq!(folder("cpuset").limits.len(), 2);
+    assert_eq!(folder("memory").limits[0].value, "4096");
+    assert_eq!(folder("systemd").limits, []);
+    assert!(plan.container().cgroup.folders.iter().all(|folder| folder.limits.is_empty()));
+}
+
+#[test]
+fn a_limit_without_its_controller_is_refused() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
+    let mut host = host();
+    host.hierarchies.retain(|hierarchy| hierarchy.controllers != ["pids"]);
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 };
+    let error = create(&spec, &request, &host).expect_err("refused");
+    assert!(error.to_string().contains("pids.max needs the cgroup controller pids"), "{error}");
+}
+
+#[test]
+fn what_no_engine_would_take_is_refused_by_its_field() {
+    for (change, words) in [
+        (json!({ "ociVersion": "2.0.0" }), "ociVersion"),
+        (json!({ "root": null }), "root: missing"),
+        (json!({ "mounts": [{ "destination": "/", "type": "tmpfs" }] }), "mounts[0].destination"),
+        (json!({ "mounts": [{ "destination": "/a/../..", "type": "tmpfs" }] }), "mounts[0].destination"),
+        (json!({ "mounts": [{ "destination": "/proc", "type": "tmpfs" }] }), "inside procfs"),
+        (json!({ "mounts": [{ "destination": "/proc/self", "type": "bind", "source": "/x" }] }), "inside procfs"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "bind", "source": "/x", "options": ["size=1"] }] }), "mounts[0].options"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "tmpfs", "options": ["tmpcopyup"] }] }), "mounts[0].options tmpcopyup"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "nfs", "source": "/x" }] }), "mounts[0].type nfs"),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        for (key, value) in change.as_object().expect("an object") {
+            config[key] = value.clone();
+        }
+        let error = planned(&config).expect_err("refused").to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn binds_keep_their_sources_attributes_unless_some_are_given() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    config["mounts"] = json!([
+        { "destination": "/plain", "source": "/x", "options": ["rbind", "rprivate"] },
+        { "destination": "/ro", "source": "/x", "options": ["bind", "ro"] },
+        { "destination": "/times", "source": "/x", "options": ["bind", "noatime"] },
+        { "destination": "relative/../to", "type": "none", "source": "y", "options": ["bind", "rw"] },
+    ]);
+    let plan = planned(&config).expect("accepted");
+    assert!(plan.mounts[0].attributes.is_empty());
+    // As a remount does: what is not given is cleared, but for access times.
+    assert_eq!((plan.mounts[1].attributes.set, plan.mounts[1].attributes.clear), (0x1, 0x20_000e));
+    assert_eq!((plan.mounts[2].attributes.set, plan.mounts[2].attributes.clear), (0x10, 0x20_00ff & !0x10 & !0x80 | 0x70 | 0x80));
+    assert_eq!(plan.mounts[3].target, "/to");
+    assert_eq!(plan.mounts[3].source, Source::Bind { path: "/bundle/y".to_owned(), recursive: false });
+}
