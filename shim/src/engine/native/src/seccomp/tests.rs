@@ -193,18 +193,24 @@ fn random_profile(random: &mut Random) -> Value {
     const ACTIONS: [&str; 5] = ["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_LOG", "SCMP_ACT_TRAP"];
     const TESTS: [&str; 7] =
         ["SCMP_CMP_NE", "SCMP_CMP_LT", "SCMP_CMP_LE", "SCMP_CMP_EQ", "SCMP_CMP_GE", "SCMP_CMP_GT", "SCMP_CMP_MASKED_EQ"];
-    let names: Vec<&str> = syscalls::x86_64::Sysno::iter().map(|call| call.name()).collect();
+    // Those that a libseccomp of some years ago knows too.
+    let names: Vec<&str> =
+        syscalls::x86_64::Sysno::iter().filter(|call| call.id() < 440 && !matches!(call.id(), 335 | 336)).map(|call| call.name()).collect();
     let many = random.below(150);
     let calls: Vec<Value> = (0..many)
         .map(|_| {
-            let chosen: Vec<&str> = (0..=random.below(4)).map(|_| names[random.below(names.len() as u64) as usize]).collect();
+            // A name has one action, now and then another: such profiles are refused.
+            let action = random.below(5);
+            let other = if random.below(400) == 0 { action + 1 } else { action };
+            let mut one = || names[(random.below(names.len() as u64 / 5) * 5 + other % 5) as usize];
+            let chosen: Vec<&str> = [one(), one(), one()].to_vec();
             let arguments: Vec<Value> = (0..random.below(3))
                 .map(|_| {
                     let value = random.value();
                     json!({ "index": random.below(6), "op": TESTS[random.below(7) as usize], "value": value, "valueTwo": random.value() & value })
                 })
                 .collect();
-            json!({ "names": chosen, "action": ACTIONS[random.below(5) as usize], "errnoRet": random.below(200), "args": arguments })
+            json!({ "names": chosen, "action": ACTIONS[action as usize], "errnoRet": 7, "args": arguments })
         })
         .collect();
     json!({
@@ -263,4 +269,92 @@ fn programs_mean_what_their_rules_say() {
         }
     }
     assert!(accepted > 30, "only {accepted} profiles were accepted");
+}
+
+/// The program of libseccomp for a profile. `None` without that library.
+fn of_libseccomp(profile: &Value) -> Option<Vec<Instruction>> {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+    let mut command = Command::new("python3");
+    command.args(["-c", include_str!("libseccomp.py")]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().ok()?;
+    child.stdin.take().expect("a pipe").write_all(profile.to_string().as_bytes()).ok()?;
+    let output = child.wait_with_output().expect("an output");
+    let error = String::from_utf8_lossy(&output.stderr);
+    if error.contains("libseccomp.so.2: cannot open") {
+        return None;
+    }
+    assert!(output.status.success(), "{error}");
+    let hex = String::from_utf8(output.stdout).expect("text");
+    let bytes: Vec<u8> =
+        (0..hex.trim().len() / 2).map(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).expect("hexadecimal")).collect();
+    let instruction = |bytes: &[u8; 8]| Instruction {
+        code: u16::from_ne_bytes([bytes[0], bytes[1]]),
+        if_true: bytes[2],
+        if_false: bytes[3],
+        operand: u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]),
+    };
+    Some(bytes.as_chunks::<8>().0.iter().map(instruction).collect())
+}
+
+/// Values at and beside those that the rules compare with.
+fn interesting(rules: &Rules, random: &mut Random) -> u64 {
+    let conditions: Vec<&Condition> = rules
+        .architectures
+        .values()
+        .flat_map(|calls| calls.by_number.values())
+        .flat_map(|rule| rule.alternatives.iter().flatten())
+        .collect();
+    if conditions.is_empty() || random.below(3) == 0 {
+        return random.value();
+    }
+    let value = match conditions[random.below(conditions.len() as u64) as usize].test {
+        Test::Ne(value) | Test::Lt(value) | Test::Le(value) | Test::Eq(value) | Test::Ge(value) | Test::Gt(value) => value,
+        Test::Masked(mask, value) => value | (random.value() & !mask),
+    };
+    value.wrapping_add(random.below(3)).wrapping_sub(1)
+}
+
+/// But for the numbers that do not exist, which runc adds to libseccomp's program.
+fn compare_with_libseccomp(json: &Value, random: &mut Random) -> Option<bool> {
+    let Ok(mut rules) = rules::sort(&profile(json.clone())) else { return Some(false) };
+    rules.architectures.values_mut().for_each(|calls| calls.last = None);
+    let ours = assemble(&rules);
+    let theirs = of_libseccomp(json)?;
+    for number in 0..560 {
+        for arch in [Arch::X86_64, Arch::X86, Arch::X32, Arch::Aarch64] {
+            for _ in 0..6 {
+                let bit = if arch == Arch::X32 { X32_BIT } else { 0 };
+                let mut arguments: [u64; 6] = std::array::from_fn(|_| interesting(&rules, random));
+                if arch.is_short() {
+                    arguments.iter_mut().for_each(|argument| *argument &= 0xffff_ffff);
+                }
+                let call = Call { number: number | bit, audit: arch.audit(), arguments };
+                let (our, their) = (result(&ours, &call), result(&theirs, &call));
+                assert!(our == their || is_known(arch, number), "{arch:?} {call:?}: {our:#x}, libseccomp {their:#x}; {json}");
+            }
+        }
+    }
+    Some(true)
+}
+
+/// Numbers that x32 does not have: the kernel refuses them whatever a filter says.
+fn is_known(arch: Arch, number: u32) -> bool {
+    arch == Arch::X32 && number < 512
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn programs_decide_as_those_of_libseccomp() {
+    let mut random = Random(0x0123_4567_89ab_cdef);
+    let mut compared = 0;
+    let mut profiles = vec![allow_list()];
+    profiles.extend((0..24).map(|_| random_profile(&mut random)));
+    for profile in profiles {
+        match compare_with_libseccomp(&profile, &mut random) {
+            None => return eprintln!("skipped: needs python3 and libseccomp.so.2"),
+            Some(accepted) => compared += u64::from(accepted),
+        }
+    }
+    assert!(compared > 5, "only {compared} profiles were compared");
 }
