@@ -51,9 +51,9 @@ impl Arch {
         }
     }
 
-    /// Whether arguments have 32 bits.
+    /// Whether arguments have 32 bits. x32's registers have more, which its calls ignore: so must a rule.
     pub(super) fn is_short(self) -> bool {
-        matches!(self, Self::X86 | Self::Arm)
+        matches!(self, Self::X86 | Self::X32 | Self::Arm)
     }
 
     /// The number of a call, as filters see it.
