@@ -84,9 +84,9 @@ fn native(bundle: &Path, process: &Path, columns: &mut [Column]) -> Result<()> {
     let host = Host::read().map_err(text)?;
     columns[0].measure(|| {
         let made = keeper::create(bundle, ID, &host, keeper::Streams::inherited().map_err(text)?)?;
-        made.start().map_err(text)?;
+        made.start()?;
         keeper::wait(made.init).map_err(text)?;
-        made.delete().map_err(text)
+        made.delete()
     })?;
     // Its program waits at the gate: processes can be added.
     let made = keeper::create(bundle, ID, &host, keeper::Streams::inherited().map_err(text)?)?;
@@ -95,9 +95,9 @@ fn native(bundle: &Path, process: &Path, columns: &mut [Column]) -> Result<()> {
         let pid = made.exec(&process, &host, keeper::Streams::inherited().map_err(text)?)?;
         keeper::wait(pid).map_err(text)
     })?;
-    made.start().map_err(text)?;
+    made.start()?;
     keeper::wait(made.init).map_err(text)?;
-    made.delete().map_err(text)
+    made.delete()
 }
 
 fn command(program: &str, state: &Path, bundle: &Path, process: &Path, columns: &mut [Column]) -> Result<()> {

@@ -27,8 +27,8 @@ fn run() -> Result<i32, String> {
     let host = Host::read().map_err(|error| error.to_string())?;
     let streams = keeper::Streams::inherited().map_err(|error| error.to_string())?;
     let made = keeper::create(&bundle, id, &host, streams)?;
-    made.start().map_err(|error| error.to_string())?;
+    made.start()?;
     let status = keeper::wait(made.init).map_err(|error| error.to_string())?;
-    made.delete().map_err(|error| error.to_string())?;
+    made.delete()?;
     Ok(status)
 }

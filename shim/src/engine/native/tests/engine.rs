@@ -17,6 +17,8 @@ mod bundle;
 mod differences;
 #[path = "engine/execs.rs"]
 mod execs;
+#[path = "engine/hooks.rs"]
+mod hooks;
 #[path = "engine/inits.rs"]
 mod inits;
 #[path = "support/keeper.rs"]
@@ -45,7 +47,7 @@ fn main() -> ExitCode {
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }
-    let cases = [inits::CASES, execs::CASES, adversaries::CASES, differences::CASES].concat();
+    let cases = [inits::CASES, execs::CASES, hooks::CASES, adversaries::CASES, differences::CASES].concat();
     let trials = cases.into_iter().map(|(name, run)| {
         let name = name.trim_start_matches("engine::");
         Trial::test(name, move || {

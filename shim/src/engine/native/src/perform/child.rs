@@ -13,8 +13,8 @@ use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
 use super::root::{self, Root};
 use super::sync::{self, End, Message};
-use super::{Descriptors, Doing, Failure, Report, Step, init, program, terminal};
-use crate::plan::{Cgroup, Create, Exec, Kind, Process, VERSION};
+use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, terminal};
+use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
 /// Performs a plan, encoded, for a container. Call it in a process of one thread that was forked for it by the container's future parent.
@@ -34,7 +34,33 @@ pub fn exec(plan: &[u8], init: OwnedFd, descriptors: Descriptors) -> ! {
         let plan: Exec = decode(plan)?;
         check_version(plan.version)?;
         let init = init.ok_or_else(|| plain(Step::Plan, "no init"))?;
-        exec_planned(&plan, init, kept)
+        // Whatever failed: without init there is no container.
+        exec_planned(&plan, init, kept).map_err(|failure| match sys::wait_for_exit(init.as_fd(), 0) {
+            Ok(true) => plain(Step::Namespaces, "container not running"),
+            Ok(false) | Err(_) => failure,
+        })
+    })
+}
+
+/// Runs the hooks that follow the start of a container, encoded, in a process that was forked for it. `pid` is init's. As [`create`]; reports `pid`.
+pub fn poststart(container: &[u8], pid: u32, descriptors: Descriptors) -> ! {
+    late_hooks(container, pid, descriptors, |hooks, state| hooks::run(&hooks.poststart, "poststart", state, cwd(hooks), &[]), "running")
+}
+
+/// Runs the hooks that follow the deletion of a container. As [`poststart`].
+pub fn poststop(container: &[u8], descriptors: Descriptors) -> ! {
+    late_hooks(container, 0, descriptors, |hooks, state| hooks::run(&hooks.poststop, "poststop", state, cwd(hooks), &[]), "stopped")
+}
+
+fn cwd(hooks: &Hooks) -> Option<&Path> {
+    Some(Path::new(&hooks.state.bundle))
+}
+
+fn late_hooks(container: &[u8], pid: u32, given: Descriptors, run: impl FnOnce(&Hooks, &str) -> Result<(), Failure>, status: &str) -> ! {
+    perform(given, None, |_, _| {
+        let container: Container = decode(container)?;
+        check_version(container.version)?;
+        run(&container.hooks, &container.hooks.state.json(status, pid)).map(|()| pid)
     })
 }
 
@@ -88,18 +114,14 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
                 sys::exit_now(1);
             }
             // Create and Start have succeeded: the reason goes where the user looks.
-            let failure = program.execute();
+            let state = plan.hooks.state.json("created", std::process::id());
+            let hooked = hooks::run(&plan.hooks.start_container, "startContainer", &state, None, &plan.process.env);
+            let failure = hooked.err().unwrap_or_else(|| program.execute());
             let _ = write(std::io::stderr(), format!("{failure}\n").as_bytes());
             sys::exit_now(STATUS_OF_FAILED_EXECUTION)
         })?;
-        child
-            .attend(&plan.process, &plan.cgroup)
-            .and_then(|message| match message {
-                Some(Message::Failed(failure)) => Err(failure),
-                Some(Message::Prepared | Message::Ready) => Ok(child.pid),
-                None => Err(child.vanished(&plan.cgroup)),
-            })
-            .inspect_err(|_| child.kill())
+        child.attend(&plan.process, &plan.cgroup, &plan.hooks).inspect_err(|_| child.kill())?;
+        Ok(child.pid)
     };
     begin().inspect_err(|_| made.remove())
 }
@@ -108,10 +130,7 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     harden(&plan.process)?;
     let joining = Joining::open_all(&plan.cgroup)?;
     let flags = CloneFlags::from_bits_retain(plan.namespaces as i32);
-    setns(container, flags).map_err(|errno| match errno {
-        nix::errno::Errno::ESRCH => plain(Step::Namespaces, "container not running"),
-        errno => super::failure(Step::Namespaces, "join the namespaces of the container".to_owned(), errno),
-    })?;
+    setns(container, flags).doing(Step::Namespaces, || "join the namespaces of the container".to_owned())?;
     let child = Child::make(0, joining.unified(), |performer| {
         kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
         umask(Mode::empty());
@@ -130,16 +149,13 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
         Err(program.execute())
     })?;
-    // The program's execution closes the child's end.
-    let attend = || match child.attend(&plan.process, &Cgroup::default())? {
-        Some(Message::Failed(failure)) => Err(failure),
-        Some(Message::Prepared | Message::Ready) => {
-            match child.messages.receive().doing(Step::Child, || "wait for the process".to_owned())? {
-                Some(Message::Failed(failure)) => Err(failure),
-                Some(Message::Prepared | Message::Ready) | None => Ok(child.pid),
-            }
+    let attend = || {
+        child.attend(&plan.process, &plan.cgroup, &Hooks::default())?;
+        // The program's execution closes the child's end.
+        match child.receive()? {
+            Some(Message::Failed(failure)) => Err(failure),
+            Some(Message::Mounted | Message::Ready | Message::Prepared) | None => Ok(child.pid),
         }
-        None => Err(child.vanished(&plan.cgroup)),
     };
     attend().inspect_err(|_| child.kill())
 }
@@ -196,21 +212,38 @@ impl Child {
         }
     }
 
-    /// Sets the limits when it is ready for them. Returns what it reports then.
-    fn attend(&self, process: &Process, cgroup: &Cgroup) -> Result<Option<Message>, Failure> {
-        let receive = || self.messages.receive().doing(Step::Child, || "wait for the process of the container".to_owned());
-        match receive()? {
-            Some(Message::Ready) => {}
-            other => return Ok(other),
+    /// Sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
+    fn attend(&self, process: &Process, cgroup: &Cgroup, hooks: &Hooks) -> Result<(), Failure> {
+        let mut is_limited = false;
+        loop {
+            match self.receive()? {
+                Some(Message::Mounted) => {
+                    // Before the hooks: one may allow more devices.
+                    cgroup::limit(cgroup)?;
+                    is_limited = true;
+                    hooks::run(&hooks.on_host, "createRuntime", &hooks.state.json("creating", self.pid), cwd(hooks), &[])?;
+                }
+                Some(Message::Ready) => {
+                    if !is_limited {
+                        cgroup::limit(cgroup)?;
+                    }
+                    for limit in &process.rlimits {
+                        sys::set_rlimit(self.pid, limit.resource, limit.soft, limit.hard).doing(Step::Limits, || {
+                            format!("set the limit of resource {} to {}:{}", limit.resource, limit.soft, limit.hard)
+                        })?;
+                    }
+                }
+                Some(Message::Prepared) => return Ok(()),
+                Some(Message::Failed(failure)) => return Err(failure),
+                None => return Err(self.vanished(cgroup)),
+            }
+            // It may have been killed meanwhile; then the next message is none.
+            let _ = self.messages.go();
         }
-        cgroup::limit(cgroup)?;
-        for limit in &process.rlimits {
-            sys::set_rlimit(self.pid, limit.resource, limit.soft, limit.hard)
-                .doing(Step::Limits, || format!("set the limit of resource {} to {}:{}", limit.resource, limit.soft, limit.hard))?;
-        }
-        // It may have been killed; then so says what it reports.
-        let _ = self.messages.go();
-        receive()
+    }
+
+    fn receive(&self) -> Result<Option<Message>, Failure> {
+        self.messages.receive().doing(Step::Child, || "wait for the process of the container".to_owned())
     }
 
     fn vanished(&self, cgroup: &Cgroup) -> Failure {

@@ -13,7 +13,7 @@ use super::mounts::{self, Late};
 use super::program::{self, Program};
 use super::root::{self, Root};
 use super::sync::{End, Message};
-use super::{Doing, Failure, Step, devices, masks, terminal};
+use super::{Doing, Failure, Step, devices, hooks, masks, terminal};
 use crate::plan::{Create, Kind};
 use crate::sys::{self, FsContext, Tree};
 
@@ -51,6 +51,7 @@ pub(super) fn prepare(
     plan.devices.iter().try_for_each(|device| devices::node(&root, device))?;
     plan.links.iter().try_for_each(|(target, path)| devices::link(&root, target, path))?;
     reopen_null_streams(&root)?;
+    run_hooks(plan, performer)?;
     if let (Some(terminal), Some(console)) = (&plan.process.terminal, &kept.console) {
         terminal::open(&root, terminal, console, plan.own_dev)?;
     }
@@ -69,9 +70,25 @@ pub(super) fn prepare(
     program::become_it(&plan.process, true)
 }
 
+/// Lets the performer run the hooks on the host, then runs those in the container's namespaces.
+fn run_hooks(plan: &Create, performer: &End) -> Result<(), Failure> {
+    let planned = &plan.hooks;
+    if planned.on_host.is_empty() && planned.create_container.is_empty() {
+        return Ok(());
+    }
+    report_and_wait(performer, &Message::Mounted)?;
+    // Its own pid, as the container sees it, is all that it knows.
+    let state = planned.state.json("creating", std::process::id());
+    hooks::run(&planned.create_container, "createContainer", &state, Some(std::path::Path::new(&plan.root)), &[])
+}
+
 /// Reports that limits may be set, and waits until they are.
 pub(super) fn wait_for_limits(performer: &End) -> Result<(), Failure> {
-    performer.send(&Message::Ready).doing(Step::Child, || "report to the performer".to_owned())?;
+    report_and_wait(performer, &Message::Ready)
+}
+
+fn report_and_wait(performer: &End, message: &Message) -> Result<(), Failure> {
+    performer.send(message).doing(Step::Child, || "report to the performer".to_owned())?;
     if performer.may_go().doing(Step::Child, || "wait for the performer".to_owned())? {
         Ok(())
     } else {

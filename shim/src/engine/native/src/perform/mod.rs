@@ -24,6 +24,7 @@ mod cgroup;
 mod child;
 mod descriptors;
 mod devices;
+mod hooks;
 mod init;
 mod masks;
 mod mounts;
@@ -32,7 +33,7 @@ mod root;
 mod sync;
 mod terminal;
 
-pub use child::{create, exec, fork};
+pub use child::{create, exec, fork, poststart, poststop};
 
 /// What a performer needs beside its plan. All others of its descriptors are closed.
 #[derive(Debug)]
@@ -107,6 +108,8 @@ pub enum Step {
     /// The child ended without a word.
     #[n(13)]
     Child,
+    #[n(14)]
+    Hooks,
 }
 
 /// The words of docker's and containerd's clients: the text of the error number alone decides about exit codes, so it is given as Go writes it.

@@ -1,7 +1,7 @@
 //! What the performer and its child tell each other.
 //!
 //! ```text
-//!  child ── Ready ──▶ performer ── go ──▶ child ── Prepared ──▶ performer
+//!  child ── Mounted ──▶ performer ── go ──▶ child ── Ready ──▶ performer ── go ──▶ child ── Prepared ──▶ performer
 //!           Failed, at any time; the end of the socket: the child has exited, or executes its program
 //! ```
 use std::io;
@@ -16,6 +16,9 @@ use super::Failure;
 /// From the child.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(super) enum Message {
+    /// The container's mounts are made: sent if there are hooks that want to see them.
+    #[n(3)]
+    Mounted,
     /// Everything that limits could hinder is done.
     #[n(0)]
     Ready,

@@ -20,8 +20,8 @@ const DEFAULT_LINKS: [(&str, &str); 5] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
-/// Allowed at last in every container, so that no rule can forbid them: making nodes, the default nodes, terminals.
-const ALWAYS_ALLOWED: [(char, Option<u32>, Option<u32>, &str); 10] = [
+/// Allowed at last in every container, so that no rule can forbid them: making nodes, the default nodes, terminals, tunnels.
+const ALWAYS_ALLOWED: [(char, Option<u32>, Option<u32>, &str); 11] = [
     ('c', None, None, "m"),
     ('b', None, None, "m"),
     ('c', Some(1), Some(3), "rwm"),
@@ -32,6 +32,8 @@ const ALWAYS_ALLOWED: [(char, Option<u32>, Option<u32>, &str); 10] = [
     ('c', Some(1), Some(9), "rwm"),
     ('c', Some(136), None, "rwm"),
     ('c', Some(5), Some(2), "rwm"),
+    // /dev/net/tun: programs for private networks make the node themselves.
+    ('c', Some(10), Some(200), "rwm"),
 ];
 
 const DEFAULT_MODE: u32 = 0o666;
@@ -210,7 +212,7 @@ mod tests {
         let written = written(&[rule(false, None, None, None, "rwm")]);
         assert_eq!(written[0], "deny a");
         assert!(written.contains(&"allow c *:* m".to_owned()) && written.contains(&"allow c 136:* rwm".to_owned()));
-        assert_eq!(written.len(), 11);
+        assert_eq!(written.len(), 12);
         assert_eq!(written, self::written(&[]));
     }
 

@@ -3,7 +3,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespaceType, Process as SpecProcess, Spec};
 
-use super::{Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, identity, mounts, sysctl};
+use super::{Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl};
 use crate::{Host, Refused, seccomp};
 
 /// What a container is made for, beside its configuration.
@@ -70,6 +70,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         domainname: spec.domainname().clone().filter(|name| !name.is_empty()),
         sysctls: sysctl::plan(linux.sysctl().as_ref(), |kind| find(kind).is_some())?,
         process: planned,
+        hooks: hooks::plan(spec, request)?,
         cgroup,
         namespaces,
     })

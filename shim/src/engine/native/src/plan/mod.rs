@@ -15,6 +15,7 @@ use minicbor::{Decode, Encode};
 
 mod cgroup;
 mod devices;
+mod hooks;
 mod identity;
 mod make;
 mod mounts;
@@ -22,6 +23,7 @@ mod options;
 
 mod sysctl;
 
+pub use hooks::{Hook, Hooks, State};
 pub use make::{Request, create, exec};
 pub(crate) use options::RDONLY;
 
@@ -70,6 +72,8 @@ pub struct Create {
     /// Whether a terminal is bound on `/dev/console` and the like: `/dev` is the container's own.
     #[n(15)]
     pub own_dev: bool,
+    #[n(16)]
+    pub hooks: Hooks,
 }
 
 /// Another process for a container.
@@ -106,6 +110,9 @@ pub struct Container {
     pub oom_score_adj: Option<i32>,
     #[n(7)]
     pub keyring: Option<String>,
+    /// Those that are still to be run.
+    #[n(8)]
+    pub hooks: Hooks,
 }
 
 /// A namespace of the container.
@@ -397,6 +404,12 @@ impl Create {
             umask: self.process.umask,
             oom_score_adj: self.process.oom_score_adj,
             keyring: self.process.keyring.clone(),
+            hooks: Hooks {
+                poststart: self.hooks.poststart.clone(),
+                poststop: self.hooks.poststop.clone(),
+                state: self.hooks.state.clone(),
+                ..Hooks::default()
+            },
         }
     }
 }

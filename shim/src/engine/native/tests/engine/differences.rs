@@ -42,7 +42,9 @@ fn is_expected(line: &str, other: &str) -> bool {
     // Both leave ignored what they were started with ignored; crun before 1.20 starts no session for added processes, and gives them the score
     // adjustment that it has itself.
     let is_started = line.starts_with("SigIgn:") || (other == "crun" && (line.starts_with("leads ") || line.starts_with("OOM ")));
-    is_mask || is_core || is_cruns || is_started
+    // runc allows tunnels, crun the system's console.
+    let is_device = other == "crun" && (line == "c 10:200 rwm" || line == "c 5:1 rwm");
+    is_mask || is_core || is_cruns || is_started || is_device
 }
 
 fn compare(ours: &str, theirs: &str, other: &str) {
@@ -131,6 +133,7 @@ fn compare_execs(runtime: &str) {
         process["oomScoreAdj"] = json!(5);
     };
     let ours = stage.exec_shell("c", FACTS, change);
+    let our_devices = devices(&stage);
     init.kill();
     init.end();
     stage.delete("c").expect("deleted");
@@ -146,11 +149,17 @@ fn compare_execs(runtime: &str) {
             .expect("the runtime")
             .success()
     );
+    compare(&our_devices, &devices(&stage), runtime);
     let mut process = bundle::process(&["sh", "-c", FACTS]);
     change(&mut process);
     let file = stage.folder.join("process.json");
     fs::write(&file, process.to_string()).expect("a file");
     compare(&ours, &other.output(&["exec", "--process", &file.display().to_string(), "other"]), runtime);
+}
+
+/// What the cgroup allows.
+fn devices(stage: &Stage) -> String {
+    stage.limit("devices", "devices.list")
 }
 
 fn an_added_process_looks_as_with_runc() {

@@ -57,7 +57,7 @@ impl Keeper {
                 self.made.insert(id.to_owned(), made);
                 self.receive(pid, console)
             }
-            "start" => self.made[id].start().map(|()| json!({})).map_err(|error| error.to_string()),
+            "start" => self.made[id].start().map(|()| json!({})),
             "exec" => {
                 let host = Host::read().map_err(|error| error.to_string())?;
                 let (streams, console) = streams(request)?;
@@ -75,7 +75,7 @@ impl Keeper {
             }
             "delete" => {
                 let made = self.made.remove(id).ok_or("no such container")?;
-                made.delete().map(|()| json!({})).map_err(|error| error.to_string())
+                made.delete().map(|()| json!({}))
             }
             "leak" => {
                 // A descriptor that every child inherits.

@@ -29,7 +29,6 @@ pub(crate) struct Streams {
 
 impl Streams {
     /// This process's own.
-    #[allow(dead_code, reason = "not every user of this module needs it")]
     pub(crate) fn inherited() -> io::Result<Self> {
         use std::os::fd::AsFd;
         let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
@@ -71,8 +70,15 @@ pub(crate) fn create_planned(plan: &plan::Create, streams: Streams) -> Result<Ma
 
 impl Made {
     /// Lets the program run.
-    pub(crate) fn start(&self) -> io::Result<()> {
-        File::from(self.gate.try_clone()?).write_all(&[1])
+    pub(crate) fn start(&self) -> Result<(), String> {
+        File::from(self.gate.try_clone().map_err(text)?).write_all(&[1]).map_err(text)?;
+        if self.container.hooks.poststart.is_empty() {
+            return Ok(());
+        }
+        let encoded = minicbor::to_vec(&self.container).map_err(|error| error.to_string())?;
+        let streams = Streams::inherited().map_err(text)?;
+        report(|report| perform::poststart(&encoded, self.init, Descriptors { stdio: streams.stdio, report, gate: None, console: None }))
+            .map(drop)
     }
 
     /// Adds a process.
@@ -89,9 +95,15 @@ impl Made {
     }
 
     /// Kills what is left, and removes the cgroup.
-    pub(crate) fn delete(&self) -> io::Result<()> {
-        remove::kill_all(&self.container.cgroup)?;
-        remove::remove(&self.container.cgroup)
+    pub(crate) fn delete(&self) -> Result<(), String> {
+        remove::kill_all(&self.container.cgroup).map_err(text)?;
+        remove::remove(&self.container.cgroup).map_err(text)?;
+        if self.container.hooks.poststop.is_empty() {
+            return Ok(());
+        }
+        let encoded = minicbor::to_vec(&self.container).map_err(|error| error.to_string())?;
+        let streams = Streams::inherited().map_err(text)?;
+        report(|report| perform::poststop(&encoded, Descriptors { stdio: streams.stdio, report, gate: None, console: None })).map(drop)
     }
 }
 

@@ -34,6 +34,7 @@ fn full() -> Value {
     json!({
         "ociVersion": "1.2.0",
         "annotations": { "a": "b" },
+        "hooks": {"prestart": [{ "path": "/h", "args": ["h"], "env": ["A=1"], "timeout": 1 }], "createRuntime": [{ "path": "/h", "args": ["h"], "env": ["A=1"], "timeout": 1 }], "createContainer": [{ "path": "/h", "args": ["h"], "env": ["A=1"], "timeout": 1 }], "startContainer": [{ "path": "/h", "args": ["h"], "env": ["A=1"], "timeout": 1 }], "poststart": [{ "path": "/h", "args": ["h"], "env": ["A=1"], "timeout": 1 }], "poststop": [{ "path": "/h", "args": ["h"], "env": ["A=1"], "timeout": 1 }]},
         "hostname": "h",
         "domainname": "d",
         "root": { "path": "r", "readonly": true },
@@ -127,6 +128,7 @@ fn changed(field: &str, value: &Value) -> Value {
             "rnoexec" => "rnodev",
             _ => "nodev",
         },
+        ("ociVersion", _) => "1.0.0",
         (_, Value::String(text)) => return json!(format!("{text}x")),
         (_, Value::Bool(flag)) => return json!(!flag),
         ("valueTwo", Value::Number(_)) => return json!(2),
