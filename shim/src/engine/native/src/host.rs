@@ -27,6 +27,8 @@ pub struct MountedHierarchy {
     pub root: String,
     /// The cgroup of the process that makes the plan.
     pub own: String,
+    /// Controllers that cgroup v2 has: those that no hierarchy of v1 took.
+    pub available: Vec<String>,
 }
 
 impl Host {
@@ -35,7 +37,7 @@ impl Host {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let cgroups = fs::read_to_string("/proc/self/cgroup")?;
         Ok(Self {
-            hierarchies: hierarchies(&mounts, &cgroups),
+            hierarchies: with_controllers(hierarchies(&mounts, &cgroups)),
             last_capability: sys::last_capability(),
             has_kcore: fs::exists("/proc/kcore")?,
         })
@@ -59,10 +61,24 @@ fn hierarchies(mountinfo: &str, cgroups: &str) -> Vec<MountedHierarchy> {
         let Some((controllers, own)) = entry else { continue };
         let controllers: Vec<String> = controllers.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
         if found.iter().all(|other| other.controllers != controllers) {
-            found.push(MountedHierarchy { controllers, mount: unescape(mount), root: unescape(root), own: own.to_owned() });
+            found.push(MountedHierarchy {
+                controllers,
+                mount: unescape(mount),
+                root: unescape(root),
+                own: own.to_owned(),
+                available: Vec::new(),
+            });
         }
     }
     found
+}
+
+fn with_controllers(mut hierarchies: Vec<MountedHierarchy>) -> Vec<MountedHierarchy> {
+    for unified in hierarchies.iter_mut().filter(|hierarchy| hierarchy.controllers.is_empty()) {
+        let names = fs::read_to_string(format!("{}/cgroup.controllers", unified.mount)).unwrap_or_default();
+        unified.available = names.split_whitespace().map(str::to_owned).collect();
+    }
+    hierarchies
 }
 
 /// Undoes the octal escapes of mountinfo.

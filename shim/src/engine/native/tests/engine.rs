@@ -27,6 +27,8 @@ mod keeper;
 mod server;
 #[path = "engine/stage.rs"]
 mod stage;
+#[path = "engine/v2.rs"]
+mod v2;
 
 type Case = (&'static str, fn());
 
@@ -47,7 +49,7 @@ fn main() -> ExitCode {
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }
-    let cases = [inits::CASES, execs::CASES, hooks::CASES, adversaries::CASES, differences::CASES].concat();
+    let cases = [inits::CASES, execs::CASES, hooks::CASES, v2::CASES, adversaries::CASES, differences::CASES].concat();
     let trials = cases.into_iter().map(|(name, run)| {
         let name = name.trim_start_matches("engine::");
         Trial::test(name, move || {

@@ -10,13 +10,15 @@ use std::path::{Path, PathBuf};
 
 use super::{Doing, Failure, Step, failure};
 use crate::plan::{Cgroup, Folder, Hierarchy, Write};
+use crate::sys;
 
 /// The folders of a container, to be joined by a child.
 #[derive(Debug, Default)]
 pub(super) struct Joining {
     /// Files that take the `0` of the child.
     tasks: Vec<(PathBuf, File)>,
-    unified: Option<File>,
+    /// The folder of cgroup v2, and its list of processes.
+    unified: Option<(File, File)>,
 }
 
 /// Folders that were made.
@@ -60,7 +62,9 @@ impl Joining {
         let path = folder.absolute();
         let opened = match folder.hierarchy {
             Hierarchy::Unified => {
-                fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&path).map(|folder| self.unified = Some(folder))
+                let folder = fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&path);
+                let list = fs::OpenOptions::new().write(true).open(path.join("cgroup.procs"));
+                folder.and_then(|folder| Ok((folder, list?))).map(|both| self.unified = Some(both))
             }
             Hierarchy::V1 | Hierarchy::Cpuset => {
                 let file = path.join("tasks");
@@ -72,7 +76,12 @@ impl Joining {
 
     /// The folder of cgroup v2 for the child to be made in.
     pub(super) fn unified(&self) -> Option<BorrowedFd<'_>> {
-        self.unified.as_ref().map(File::as_fd)
+        self.unified.as_ref().map(|(folder, _)| folder.as_fd())
+    }
+
+    /// Moves the calling process into the folder of cgroup v2: for one that could not be made there, as at the limit of processes.
+    pub(super) fn join_unified(&self) -> Result<(), Failure> {
+        self.unified.as_ref().map_or(Ok(()), |(_, list)| (&*list).write_all(b"0")).doing(Step::Cgroup, || "join the cgroup".to_owned())
     }
 
     /// Moves the calling process into the folders of cgroup v1.
@@ -112,8 +121,23 @@ fn make(folder: &Folder) -> io::Result<bool> {
         if folder.hierarchy == Hierarchy::Cpuset {
             fill(&parent, &path)?;
         }
+        enable(&parent, &folder.controllers);
     }
     Ok(is_new)
+}
+
+/// Enables controllers of cgroup v2 for the folders in one. A limit whose controller could not be enabled fails later, by its file.
+fn enable(folder: &Path, controllers: &[String]) {
+    if controllers.is_empty() {
+        return;
+    }
+    let file = folder.join("cgroup.subtree_control");
+    let all: Vec<String> = controllers.iter().map(|controller| format!("+{controller}")).collect();
+    if fs::write(&file, all.join(" ")).is_err() {
+        for one in all {
+            let _ = fs::write(&file, one);
+        }
+    }
 }
 
 /// Gives a cpuset that has none the processors and memory nodes of its parent.
@@ -133,13 +157,21 @@ pub(super) fn limit(cgroup: &Cgroup) -> Result<(), Failure> {
         for write in &folder.limits {
             write_limit(&path, write)?;
         }
+        if let Some(program) = &folder.devices {
+            let attach = || sys::attach_device_program(program, &File::open(&path)?);
+            attach().doing(Step::Limits, || format!("allow devices in cgroup {}", path.display()))?;
+        }
     }
     Ok(())
 }
 
 fn write_limit(folder: &Path, limit: &Write) -> Result<(), Failure> {
     let write = || fs::OpenOptions::new().write(true).open(folder.join(&limit.file))?.write_all(limit.value.as_bytes());
-    write().map_err(|error| {
+    let written = match write() {
+        Err(error) if limit.optional && error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    };
+    written.map_err(|error| {
         let usage = match error.raw_os_error() {
             Some(libc::EBUSY) => {
                 fs::read_to_string(folder.join("memory.usage_in_bytes")).map(|usage| format!(" (in use: {})", usage.trim()))

@@ -1,6 +1,6 @@
 //! The performer: makes the child, sets its limits, reports.
 use std::convert::Infallible;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use minicbor::Decode;
@@ -106,7 +106,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
         let namespaces = join_pids(open_namespaces(plan)?)?;
         let new = plan.namespaces.iter().filter(|namespace| namespace.path.is_none() && namespace.kind != Kind::Cgroup);
         let flags = new.fold(0, |flags, namespace| flags | namespace.kind.flag());
-        let child = Child::make(flags, joining.unified(), |performer| {
+        let child = Child::make(flags, &joining, |performer| {
             kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
             let program = init::prepare(plan, &joining, &namespaces, kept, performer)?;
             performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
@@ -131,7 +131,7 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     let joining = Joining::open_all(&plan.cgroup)?;
     let flags = CloneFlags::from_bits_retain(plan.namespaces as i32);
     setns(container, flags).doing(Step::Namespaces, || "join the namespaces of the container".to_owned())?;
-    let child = Child::make(0, joining.unified(), |performer| {
+    let child = Child::make(0, &joining, |performer| {
         kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
@@ -198,14 +198,20 @@ struct Child {
 
 impl Child {
     /// Makes it. `live` is what it does; it returns if it failed.
-    fn make(flags: u64, cgroup: Option<BorrowedFd<'_>>, live: impl FnOnce(&End) -> Result<Infallible, Failure>) -> Result<Self, Failure> {
+    fn make(flags: u64, joining: &Joining, live: impl FnOnce(&End) -> Result<Infallible, Failure>) -> Result<Self, Failure> {
         let doing = || "make the process of the container".to_owned();
         let (messages, theirs) = sync::pair().doing(Step::Child, doing)?;
-        match sys::clone_into(flags, cgroup).doing(Step::Namespaces, doing)? {
+        let (born, is_outside) = match sys::clone_into(flags, joining.unified()) {
+            // No process may be made in a cgroup that has as many as it may have, but one may join it.
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => (sys::clone_into(flags, None), true),
+            born => (born, false),
+        };
+        match born.doing(Step::Namespaces, doing)? {
             Born::Parent { pid, pidfd } => Ok(Self { pid, handle: pidfd, messages }),
             Born::Child => {
                 drop(messages);
-                let Err(failure) = live(&theirs);
+                let joined = if is_outside { joining.join_unified() } else { Ok(()) };
+                let Err(failure) = joined.and_then(|()| live(&theirs));
                 let _ = theirs.send(&Message::Failed(failure));
                 sys::exit_now(1)
             }

@@ -79,20 +79,19 @@ pub(super) fn links(has_kcore: bool) -> Vec<(String, String)> {
 }
 
 /// Type, major and minor; `None` is any.
-type Key = (char, Option<u32>, Option<u32>);
+pub(super) type Key = (char, Option<u32>, Option<u32>);
 
 /// What a list of rules amounts to.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Emulator {
-    allows_by_default: bool,
+pub(super) struct Allowed {
+    pub(super) by_default: bool,
     /// Accesses that differ from the default: bits of [`access`].
-    exceptions: BTreeMap<Key, u8>,
+    pub(super) exceptions: BTreeMap<Key, u8>,
 }
 
-/// The content of cgroup v1's device lists that amounts to the rules, for a new cgroup. The kernel's own handling of holes in wildcards
-/// would leave more allowed than the rules say, so such rules are refused.
-pub(super) fn rules(wanted: &[LinuxDeviceCgroup]) -> Result<Vec<Write>, Refused> {
-    let mut emulator = Emulator::default();
+/// Follows the rules. The kernel's own handling of holes in wildcards would leave more allowed than they say, so such rules are refused.
+pub(super) fn allowed(wanted: &[LinuxDeviceCgroup]) -> Result<Allowed, Refused> {
+    let mut emulator = Allowed::default();
     for (index, rule) in wanted.iter().enumerate() {
         let field = format!("linux.resources.devices[{index}]");
         let bits = access(rule.access().as_deref().unwrap_or("rwm"), &field)?;
@@ -114,19 +113,19 @@ pub(super) fn rules(wanted: &[LinuxDeviceCgroup]) -> Result<Vec<Write>, Refused>
             .apply(true, (kind, major, minor), access(access_letters, "")?)
             .map_err(|why| Refused::invalid("linux.resources.devices", why))?;
     }
-    Ok(emulator.writes())
+    Ok(emulator)
 }
 
-impl Emulator {
+impl Allowed {
     fn apply(&mut self, allow: bool, key: Key, bits: u8) -> Result<(), String> {
         if key.0 == 'a' {
             if key.1.is_some() || key.2.is_some() || bits != EVERY {
                 return Err("a rule for all devices can neither have numbers nor leave out an access".to_owned());
             }
-            *self = Self { allows_by_default: allow, exceptions: BTreeMap::new() };
+            *self = Self { by_default: allow, exceptions: BTreeMap::new() };
             return Ok(());
         }
-        if allow != self.allows_by_default {
+        if allow != self.by_default {
             *self.exceptions.entry(key).or_default() |= bits;
             return Ok(());
         }
@@ -147,9 +146,10 @@ impl Emulator {
         Ok(())
     }
 
-    fn writes(&self) -> Vec<Write> {
-        let (default, exception) = if self.allows_by_default { (ALLOW, DENY) } else { (DENY, ALLOW) };
-        let write = |file: &str, value: String| Write { file: file.to_owned(), value };
+    /// The content of cgroup v1's lists for it, in a new cgroup.
+    pub(super) fn v1(&self) -> Vec<Write> {
+        let (default, exception) = if self.by_default { (ALLOW, DENY) } else { (DENY, ALLOW) };
+        let write = |file: &str, value: String| Write { file: file.to_owned(), value, optional: false };
         let number = |number: Option<u32>| number.map_or_else(|| "*".to_owned(), |number| number.to_string());
         let exceptions = self.exceptions.iter().map(|((kind, major, minor), bits)| {
             write(exception, format!("{kind} {}:{} {}", number(*major), number(*minor), letters(*bits)))
@@ -160,8 +160,12 @@ impl Emulator {
 
 const ALLOW: &str = "devices.allow";
 const DENY: &str = "devices.deny";
+/// Bit n of an access is letter n.
 const LETTERS: [char; 3] = ['r', 'w', 'm'];
-const EVERY: u8 = 0b111;
+pub(super) const READ: u8 = 0b001;
+pub(super) const WRITE: u8 = 0b010;
+pub(super) const MAKE: u8 = 0b100;
+const EVERY: u8 = READ | WRITE | MAKE;
 
 fn access(text: &str, field: &str) -> Result<u8, Refused> {
     let mut bits = 0;
@@ -200,8 +204,9 @@ mod tests {
     }
 
     fn written(rules: &[LinuxDeviceCgroup]) -> Vec<String> {
-        super::rules(rules)
+        allowed(rules)
             .expect("rules")
+            .v1()
             .iter()
             .map(|write| format!("{} {}", write.file.trim_start_matches("devices."), write.value))
             .collect()
@@ -232,7 +237,7 @@ mod tests {
     fn a_hole_in_a_wildcard_is_refused() {
         let rules =
             [rule(true, Some(LinuxDeviceType::C), Some(10), None, "rwm"), rule(false, Some(LinuxDeviceType::C), Some(10), Some(200), "w")];
-        assert!(super::rules(&rules).is_err());
+        assert!(allowed(&rules).is_err());
     }
 
     #[test]

@@ -14,9 +14,12 @@
 use minicbor::{Decode, Encode};
 
 mod cgroup;
+mod device_program;
 mod devices;
 mod hooks;
 mod identity;
+mod limits_v1;
+mod limits_v2;
 mod make;
 mod mounts;
 mod options;
@@ -164,6 +167,12 @@ pub struct Folder {
     /// Files to write once the container's mounts are made: its own making is not to run into its limits.
     #[n(3)]
     pub limits: Vec<Write>,
+    /// Controllers of cgroup v2 to enable on the way.
+    #[n(4)]
+    pub controllers: Vec<String>,
+    /// The program of cgroup v2 that is asked about devices.
+    #[cbor(n(5), with = "minicbor::bytes")]
+    pub devices: Option<Vec<u8>>,
 }
 
 /// Kinds of hierarchies.
@@ -188,6 +197,9 @@ pub struct Write {
     pub file: String,
     #[n(1)]
     pub value: String,
+    /// A kernel without the file has nothing to limit.
+    #[n(2)]
+    pub optional: bool,
 }
 
 /// A mount.
@@ -398,7 +410,9 @@ impl Create {
         Container {
             version: VERSION,
             namespaces: self.namespaces.iter().fold(0, |flags, namespace| flags | namespace.kind.flag()),
-            cgroup: Cgroup { folders: self.cgroup.folders.iter().map(|folder| Folder { limits: Vec::new(), ..folder.clone() }).collect() },
+            cgroup: Cgroup {
+                folders: self.cgroup.folders.iter().map(|folder| Folder { limits: Vec::new(), devices: None, ..folder.clone() }).collect(),
+            },
             filter: self.process.filter.clone(),
             capabilities: self.process.capabilities,
             umask: self.process.umask,

@@ -158,8 +158,17 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
         return Err(Refused::unsupported(format!("{field}.options: recursive attributes of cgroups")));
     }
     check_proc(target, false, field)?;
-    if cgroups.host.hierarchies.iter().all(|hierarchy| hierarchy.controllers.is_empty()) {
-        return Err(Refused::unsupported(format!("{field}: cgroup v2")));
+    if let [unified] = &cgroups.host.hierarchies[..]
+        && unified.controllers.is_empty()
+    {
+        let parameters = vec![("source".to_owned(), Some("cgroup".to_owned()))];
+        return Ok(vec![Mount {
+            target: target.to_owned(),
+            source: Source::New { kind: "cgroup2".to_owned(), parameters, strict: false, keep_mode: false, late_readonly: false },
+            attributes: Attributes { set: options.attributes.set, clear: 0 },
+            recursive: Attributes::default(),
+            propagation: options.propagation.clone(),
+        }]);
     }
     let attributes = Attributes { set: options.attributes.set & !RDONLY, clear: 0 };
     let mut mounts = vec![Mount {

@@ -1,6 +1,7 @@
 //! One wrapper per system call that `nix` does not give. The only `unsafe` code of the crate.
 //!
 //! Invariant: nothing here knows what a container is.
+mod bpf;
 mod keyring;
 mod mount;
 mod network;
@@ -10,6 +11,7 @@ mod terminal;
 
 use std::io;
 
+pub(crate) use bpf::attach_device_program;
 pub(crate) use keyring::join_session_keyring;
 pub(crate) use mount::{Attributes, FsContext, Tree, move_mount, open_tree, set_attributes};
 pub(crate) use network::loopback_up;

@@ -34,6 +34,7 @@ crate::cases![
     the_host_keeps_its_mounts,
     capabilities_are_those_of_the_configuration,
     devices_are_made_with_their_owners,
+    every_process_is_killed_on_deletion,
 ];
 
 fn init_waits_until_it_is_started() {
@@ -353,4 +354,17 @@ fn devices_are_made_with_their_owners() {
             ]);
         });
     assert_eq!(output, "/dev/null 1:3 666 0:0\n/dev/own 1:5 640 7:8\n/dev/deep/er 7:12c 666 0:0\npts/ptmx\n/proc/self/fd/1\n");
+}
+
+fn every_process_is_killed_on_deletion() {
+    let stage = Stage::new();
+    let mut config = stage.config(&["sh", "-c", "sleep 1000 & sleep 1000 & exec sleep 1000"]);
+    // The host's pid namespace: no kernel takes the others with init.
+    config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
+    let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    stage.start("c");
+    init.kill();
+    init.end();
+    stage.delete("c").expect("deleted");
+    assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new());
 }

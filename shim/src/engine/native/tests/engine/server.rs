@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use x_engine::Host;
 
 use crate::keeper::{self, Made, Streams};
+use crate::stage;
 
 #[derive(Default)]
 struct Keeper {
@@ -23,6 +24,9 @@ struct Keeper {
 
 pub(crate) fn serve() -> ExitCode {
     keeper::become_keeper().expect("a subreaper");
+    if std::env::var(stage::KEEPER).is_ok_and(|value| value == stage::KEEPER_V2) {
+        show_v2();
+    }
     let mut keeper = Keeper::default();
     let mut line = String::new();
     // Unbuffered, so that a performer has no copy of lines.
@@ -37,6 +41,13 @@ pub(crate) fn serve() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+/// In the keeper's own mount namespace.
+fn show_v2() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    umount2("/sys/fs/cgroup", MntFlags::MNT_DETACH).expect("unmounted");
+    mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), None::<&str>).expect("cgroup v2");
 }
 
 fn read_line(line: &mut String) -> bool {
@@ -65,6 +76,11 @@ impl Keeper {
                 self.receive(pid, console)
             }
             "wait" => keeper::wait(pid(request)).map(|status| json!({ "status": status })).map_err(|error| error.to_string()),
+            "exited" => {
+                use nix::sys::wait::{Id, WaitPidFlag, waitid};
+                let pid = Pid::from_raw(pid(request) as i32);
+                waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).map(|_| json!({})).map_err(|error| error.to_string())
+            }
             "kill" => kill(Pid::from_raw(pid(request) as i32), Signal::SIGKILL).map(|()| json!({})).map_err(|error| error.to_string()),
             "read" => {
                 let terminal = self.terminals.remove(&pid(request)).ok_or("no terminal")?;

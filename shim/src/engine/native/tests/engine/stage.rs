@@ -13,6 +13,9 @@ use crate::bundle;
 /// Set in the environment of a keeper.
 pub(crate) const KEEPER: &str = "X_ENGINE_TESTS_KEEPER";
 
+/// Its value for one that sees cgroup v2 alone.
+pub(crate) const KEEPER_V2: &str = "v2";
+
 /// What this machine lacks for containers, if anything.
 pub(crate) fn missing() -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
@@ -39,6 +42,15 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) fn new() -> Self {
+        Self::with(false)
+    }
+
+    /// With no cgroups but those of v2.
+    pub(crate) fn on_v2() -> Self {
+        Self::with(true)
+    }
+
+    fn with(v2: bool) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("x-engine-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let folder = std::env::temp_dir().join(&name);
@@ -47,7 +59,7 @@ impl Stage {
         let mut child = Command::new("unshare")
             .args(["--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--"])
             .arg(std::env::current_exe().expect("this program"))
-            .env(KEEPER, "1")
+            .env(KEEPER, if v2 { KEEPER_V2 } else { "1" })
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -192,6 +204,11 @@ impl Process<'_> {
     pub(crate) fn terminal(&self) -> String {
         let answer = self.stage.ask(&json!({ "do": "read", "pid": self.pid })).expect("a terminal");
         answer["output"].as_str().expect("text").to_owned()
+    }
+
+    /// Waits for its end, and leaves it unreaped.
+    pub(crate) fn exited(&self) {
+        self.stage.ask(&json!({ "do": "exited", "pid": self.pid })).expect("exited");
     }
 
     pub(crate) fn kill(&self) {

@@ -13,6 +13,7 @@ fn host() -> Host {
         mount: format!("/sys/fs/cgroup/{name}"),
         root: "/".to_owned(),
         own: "/daemon".to_owned(),
+        available: Vec::new(),
     };
     Host {
         hierarchies: vec![
@@ -247,4 +248,44 @@ fn binds_keep_their_sources_attributes_unless_some_are_given() {
     assert_eq!((plan.mounts[2].attributes.set, plan.mounts[2].attributes.clear), (0x10, 0x20_00ff & !0x10 & !0x80 | 0x70 | 0x80));
     assert_eq!(plan.mounts[3].target, "/to");
     assert_eq!(plan.mounts[3].source, Source::Bind { path: "/bundle/y".to_owned(), recursive: false });
+}
+
+#[test]
+fn cgroup_v2_has_one_folder_with_its_own_files() {
+    let unified = MountedHierarchy {
+        mount: "/sys/fs/cgroup".to_owned(),
+        root: "/".to_owned(),
+        own: "/system.slice/daemon".to_owned(),
+        available: ["cpu", "cpuset", "memory", "pids"].map(str::to_owned).to_vec(),
+        ..MountedHierarchy::default()
+    };
+    let host = Host { hierarchies: vec![unified], ..host() };
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    config["linux"]["cgroupsPath"] = Value::Null;
+    config["linux"]["resources"]["memory"] = json!({ "limit": 4096, "reservation": 2048, "swap": 8192 });
+    config["linux"]["resources"]["cpu"] = json!({ "shares": 1024, "quota": 50_000, "cpus": "0" });
+    let made = |config: &Value| {
+        let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
+        create(&spec, &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 }, &host)
+    };
+    let plan = made(&config).expect("accepted");
+    let [folder] = &plan.cgroup.folders[..] else { panic!("{:?}", plan.cgroup) };
+    // Beside the daemon's: its own has processes.
+    assert_eq!(folder.absolute(), Path::new("/sys/fs/cgroup/system.slice/id"));
+    assert_eq!(folder.controllers, ["cpu", "cpuset", "memory", "pids"]);
+    assert!(folder.devices.is_some());
+    let files: Vec<(&str, &str)> = folder.limits.iter().map(|write| (write.file.as_str(), write.value.as_str())).collect();
+    let expected = [
+        ("memory.swap.max", "4096"),
+        ("memory.max", "4096"),
+        ("memory.low", "2048"),
+        ("cpu.weight", "100"),
+        ("cpu.max", "50000 100000"),
+        ("cpuset.cpus", "0"),
+        ("pids.max", "7"),
+    ];
+    assert_eq!(files, expected);
+    config["linux"]["resources"]["memory"]["swappiness"] = json!(1);
+    assert!(made(&config).expect_err("refused").to_string().contains("linux.resources.memory.swappiness on cgroup v2"));
 }

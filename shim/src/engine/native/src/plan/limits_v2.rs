@@ -1,0 +1,133 @@
+//! Plans the limits of cgroup v2.
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
+
+use super::Write;
+use super::limits_v1::{Limit, processes};
+use crate::Refused;
+
+/// Files to write, each with its controller.
+pub(super) fn plan(resources: &LinuxResources) -> Result<Vec<Limit>, Refused> {
+    let mut limits = Vec::new();
+    if let Some(memory) = resources.memory() {
+        add_memory(memory, &mut limits)?;
+    }
+    if let Some(cpu) = resources.cpu() {
+        add_cpu(cpu, &mut limits)?;
+    }
+    if let Some(pids) = resources.pids() {
+        limits.push(("pids", write("pids.max", processes(pids.limit()))));
+    }
+    Ok(limits)
+}
+
+fn write(file: &str, value: impl ToString) -> Write {
+    Write { file: file.to_owned(), value: value.to_string(), optional: false }
+}
+
+fn bytes(limit: i64) -> String {
+    if limit < 0 { "max".to_owned() } else { limit.to_string() }
+}
+
+fn add_memory(memory: &LinuxMemory, limits: &mut Vec<Limit>) -> Result<(), Refused> {
+    for (field, is_asked_for) in
+        [("swappiness", memory.swappiness().is_some()), ("disableOOMKiller", memory.disable_oom_killer() == Some(true))]
+    {
+        if is_asked_for {
+            return Err(Refused::unsupported(format!("linux.resources.memory.{field} on cgroup v2")));
+        }
+    }
+    let limit = memory.limit().filter(|limit| *limit != 0);
+    if let Some(swap) = swap(limit, memory.swap().filter(|swap| *swap != 0))? {
+        // First, so that what is over the limit of memory may still go there. A kernel without swap has no such file.
+        let optional = swap <= 0;
+        limits.push(("memory", Write { optional, ..write("memory.swap.max", bytes(swap)) }));
+    }
+    if let Some(limit) = limit {
+        limits.push(("memory", write("memory.max", bytes(limit))));
+    }
+    if let Some(reservation) = memory.reservation().filter(|reservation| *reservation != 0) {
+        limits.push(("memory", write("memory.low", bytes(reservation))));
+    }
+    Ok(())
+}
+
+/// The limit of swap alone: the specification's is one of memory and swap together, as cgroup v1's.
+fn swap(limit: Option<i64>, both: Option<i64>) -> Result<Option<i64>, Refused> {
+    let invalid = |why: &str| Err(Refused::invalid("linux.resources.memory.swap", why));
+    match (limit, both) {
+        (Some(..0), None) | (_, Some(..0)) => Ok(Some(-1)),
+        (_, None) => Ok(None),
+        (None | Some(..0), Some(_)) => invalid("needs a limit of memory"),
+        (Some(limit), Some(both)) if both < limit => invalid("is memory and swap together and cannot be less than limit"),
+        (Some(limit), Some(both)) => Ok(Some(both - limit)),
+    }
+}
+
+fn add_cpu(cpu: &LinuxCpu, limits: &mut Vec<Limit>) -> Result<(), Refused> {
+    if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
+        if shares > MAX_SHARES {
+            return Err(Refused::invalid("linux.resources.cpu.shares", format!("{shares} is more than {MAX_SHARES}")));
+        }
+        limits.push(("cpu", write("cpu.weight", weight(shares))));
+    }
+    let quota = cpu.quota().filter(|quota| *quota != 0);
+    let period = cpu.period().filter(|period| *period != 0);
+    if quota.is_some() || period.is_some() {
+        let quota = quota.map_or_else(|| "max".to_owned(), bytes);
+        limits.push(("cpu", write("cpu.max", format!("{quota} {}", period.unwrap_or(DEFAULT_PERIOD_MICROS)))));
+    }
+    if let Some(burst) = cpu.burst() {
+        limits.push(("cpu", write("cpu.max.burst", burst)));
+    }
+    for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
+            limits.push(("cpuset", write(file, value)));
+        }
+    }
+    Ok(())
+}
+
+/// The weight for v1's shares: the curve through (2, 1), (1024, 100) and (262144, 10000), so that the default of one is the default of the other.
+fn weight(shares: u64) -> u64 {
+    if shares <= 2 {
+        return 1;
+    }
+    let log = (shares as f64).log2();
+    let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+    // 99.999… is 100, not what is above it.
+    ((10_f64.powf(exponent) - 1e-9).ceil() as u64).clamp(1, 10_000)
+}
+
+const MAX_SHARES: u64 = 262_144;
+const DEFAULT_PERIOD_MICROS: u64 = 100_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_follow_the_curve() {
+        let weights = [(1, 1), (2, 1), (10, 4), (100, 17), (512, 59), (1024, 100), (2048, 174), (10_000, 627), (262_144, 10_000)];
+        for (shares, expected) in weights {
+            assert_eq!(weight(shares), expected, "{shares}");
+        }
+    }
+
+    #[test]
+    fn swap_is_what_exceeds_memory() {
+        for (limit, both, expected) in [
+            (Some(10), Some(15), Some(5)),
+            (Some(10), Some(10), Some(0)),
+            (Some(10), Some(-1), Some(-1)),
+            (Some(10), None, None),
+            (Some(-1), None, Some(-1)),
+            (None, Some(-1), Some(-1)),
+            (None, None, None),
+        ] {
+            assert_eq!(swap(limit, both).expect("valid"), expected, "{limit:?} {both:?}");
+        }
+        assert!(swap(Some(10), Some(5)).is_err());
+        assert!(swap(None, Some(5)).is_err());
+        assert!(swap(Some(-1), Some(5)).is_err());
+    }
+}
