@@ -13,6 +13,7 @@
 //!
 //! **Invariant:** `unsafe` is in `sys` alone. A path that a container can influence is resolved inside the container's root and acted on through a
 //! descriptor.
+mod executable;
 mod host;
 pub mod perform;
 pub mod plan;
@@ -21,6 +22,7 @@ mod seccomp;
 pub mod spec;
 mod sys;
 
+pub use executable::readonly_executable;
 pub use host::{Host, MountedHierarchy};
 
 /// Why a configuration is not for this engine.

@@ -41,6 +41,10 @@ macro_rules! cases {
 pub(crate) use cases;
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == adversaries::HOLD) {
+        // In a container, as its program: see the test.
+        std::thread::sleep(std::time::Duration::from_secs(1000));
+    }
     if std::env::var_os(stage::KEEPER).is_some() {
         return server::serve();
     }

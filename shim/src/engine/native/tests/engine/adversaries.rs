@@ -19,7 +19,12 @@ crate::cases![
     a_joining_process_cannot_be_traced,
     masked_paths_through_links_stay_in_the_root,
     a_link_in_place_of_the_console_is_not_followed,
+    the_shims_executable_cannot_be_written,
+    a_target_that_is_exchanged_meanwhile_stays_in_the_root,
 ];
+
+/// The argument with which a copy of this program only waits.
+pub(crate) const HOLD: &str = "hold-in-a-container";
 
 /// A folder of the host, which is to stay empty.
 fn outside(stage: &Stage) -> std::path::PathBuf {
@@ -180,4 +185,59 @@ fn a_link_in_place_of_the_console_is_not_followed() {
             assert!(init.terminal().contains("root:x:0"));
         }
     }
+}
+
+/// The container has its keeper's executable executed. While any process executes it, the kernel refuses to open it for writing; afterwards the mount does,
+/// which shows already: access(2) asks the mount, not who executes.
+fn the_shims_executable_cannot_be_written() {
+    let stage = Stage::new();
+    let _init = stage.create("c", &stage.config(&["sleep", "1000"])).expect("created");
+    let held = stage.exec("c", &bundle::process(&["/proc/self/exe", HOLD])).expect("executed");
+    assert_eq!(held.write_access(), Err("EROFS: Read-only file system".to_owned()));
+    let other = stage.exec("c", &bundle::process(&["sleep", "1000"])).expect("executed");
+    assert_eq!(other.write_access(), Ok(()), "the container's own executables can be written");
+    held.kill();
+    held.end();
+}
+
+/// As when two containers share a volume: a folder and a link to the outside change places all the time.
+fn a_target_that_is_exchanged_meanwhile_stays_in_the_root() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+    let stage = Stage::new();
+    let outside = outside(&stage);
+    let (folder, link) = (stage.root().join("folder"), stage.root().join("link"));
+    fs::create_dir_all(&folder).expect("a folder");
+    symlink(&outside, &link).expect("a link");
+    fs::write(stage.folder.join("file"), "").expect("a file");
+    let is_done = AtomicBool::new(false);
+    let mounts = || fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+    let before = mounts();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_done.load(Ordering::Relaxed) {
+                renameat2(AT_FDCWD, &folder, AT_FDCWD, &link, RenameFlags::RENAME_EXCHANGE).expect("exchanged");
+            }
+        });
+        let mut config = stage.config(&["true"]);
+        let targets = config["mounts"].as_array_mut().expect("an array");
+        targets.push(bundle::mount("/folder/a/b", "tmpfs", "tmpfs", &[]));
+        targets.push(bundle::mount("/folder/made", "bind", "file", &["bind"]));
+        config["linux"]["devices"] = json!([{ "path": "/folder/device", "type": "c", "major": 1, "minor": 3 }]);
+        let mut made = 0;
+        for _ in 0..200 {
+            // It may fail: what it had resolved is gone.
+            if let Ok(init) = stage.create("c", &config) {
+                made += 1;
+                init.kill();
+                init.end();
+                stage.delete("c").expect("deleted");
+            }
+            assert!(is_empty(&outside));
+        }
+        is_done.store(true, Ordering::Relaxed);
+        assert!(made > 0);
+    });
+    assert_eq!(mounts(), before);
 }

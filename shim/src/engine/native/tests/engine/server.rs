@@ -3,8 +3,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
@@ -23,6 +24,7 @@ struct Keeper {
 }
 
 pub(crate) fn serve() -> ExitCode {
+    protect();
     keeper::become_keeper().expect("a subreaper");
     if std::env::var(stage::KEEPER).is_ok_and(|value| value == stage::KEEPER_V2) {
         show_v2();
@@ -41,6 +43,17 @@ pub(crate) fn serve() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+/// Executes this program again, from a mount on which it cannot be written.
+fn protect() {
+    const PROTECTED: &str = "X_ENGINE_TESTS_PROTECTED";
+    if std::env::var_os(PROTECTED).is_some() {
+        return;
+    }
+    let handle = x_engine::readonly_executable(&std::env::current_exe().expect("this program")).expect("a handle");
+    let error = Command::new(format!("/proc/self/fd/{}", handle.as_raw_fd())).env(PROTECTED, "1").exec();
+    panic!("execute again: {error}");
 }
 
 /// In the keeper's own mount namespace.
@@ -80,6 +93,12 @@ impl Keeper {
                 use nix::sys::wait::{Id, WaitPidFlag, waitid};
                 let pid = Pid::from_raw(pid(request) as i32);
                 waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).map(|_| json!({})).map_err(|error| error.to_string())
+            }
+            "access" => {
+                let executable = format!("/proc/{}/exe", pid(request));
+                nix::unistd::access(executable.as_str(), nix::unistd::AccessFlags::W_OK)
+                    .map(|()| json!({}))
+                    .map_err(|error| error.to_string())
             }
             "kill" => kill(Pid::from_raw(pid(request) as i32), Signal::SIGKILL).map(|()| json!({})).map_err(|error| error.to_string()),
             "read" => {

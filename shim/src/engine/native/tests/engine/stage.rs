@@ -206,6 +206,11 @@ impl Process<'_> {
         answer["output"].as_str().expect("text").to_owned()
     }
 
+    /// Whether its executable could be opened for writing, if no process executed it.
+    pub(crate) fn write_access(&self) -> Result<(), String> {
+        self.stage.ask(&json!({ "do": "access", "pid": self.pid })).map(drop)
+    }
+
     /// Waits for its end, and leaves it unreaped.
     pub(crate) fn exited(&self) {
         self.stage.ask(&json!({ "do": "exited", "pid": self.pid })).expect("exited");
