@@ -170,6 +170,7 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
             propagation: options.propagation.clone(),
         }]);
     }
+    // The folders in it can be read-only, it is not: as runc's, in which programs make folders of their own.
     let attributes = Attributes { set: options.attributes.set & !RDONLY, clear: 0 };
     let mut mounts = vec![Mount {
         target: target.to_owned(),
@@ -178,7 +179,7 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
             parameters: vec![("source".to_owned(), Some("tmpfs".to_owned())), ("mode".to_owned(), Some("755".to_owned()))],
             strict: false,
             keep_mode: false,
-            late_readonly: options.readonly,
+            late_readonly: false,
         },
         attributes,
         recursive: Attributes::default(),
@@ -208,7 +209,8 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
 fn cgroup_source(hierarchy: &MountedHierarchy, cgroups: &Cgroups<'_>) -> Source {
     if cgroups.own_namespace {
         let kind = if hierarchy.controllers.is_empty() { "cgroup2" } else { "cgroup" };
-        let mut parameters = vec![("source".to_owned(), Some(kind.to_owned()))];
+        let source = if hierarchy.controllers == ["name=systemd"] { "systemd" } else { kind };
+        let mut parameters = vec![("source".to_owned(), Some(source.to_owned()))];
         parameters.extend(hierarchy.controllers.iter().map(|controller| match controller.split_once('=') {
             Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
             None => (controller.clone(), None),

@@ -11,6 +11,12 @@ use crate::stage::Stage;
 crate::cases![
     init_looks_as_with_runc,
     init_looks_as_with_crun,
+    cgroups_look_as_with_runc,
+    a_cgroup_namespace_looks_as_with_runc,
+    a_read_only_root_and_another_user_look_as_with_runc,
+    the_hosts_namespaces_look_as_with_runc,
+    a_privileged_container_looks_as_with_runc,
+    binds_look_as_with_runc,
     an_added_process_looks_as_with_runc,
     an_added_process_looks_as_with_crun,
     filters_are_as_runcs,
@@ -44,7 +50,9 @@ fn is_expected(line: &str, other: &str) -> bool {
     let is_started = line.starts_with("SigIgn:") || (other == "crun" && (line.starts_with("leads ") || line.starts_with("OOM ")));
     // runc allows tunnels, crun the system's console.
     let is_device = other == "crun" && (line == "c 10:200 rwm" || line == "c 5:1 rwm");
-    is_mask || is_core || is_cruns || is_started || is_device
+    // Later versions of runc show the unified hierarchy of a hybrid host too.
+    let is_unified = line.contains(" /sys/fs/cgroup/unified ");
+    is_mask || is_core || is_cruns || is_started || is_device || is_unified
 }
 
 fn compare(ours: &str, theirs: &str, other: &str) {
@@ -100,12 +108,13 @@ fn config(stage: &Stage, script: &str) -> Value {
     config
 }
 
-fn compare_inits(runtime: &str) {
+fn compare_inits(runtime: &str, change: impl FnOnce(&Stage, &mut Value)) {
     if !is_installed(runtime) {
         return;
     }
     let stage = Stage::new();
-    let config = config(&stage, FACTS);
+    let mut config = config(&stage, FACTS);
+    change(&stage, &mut config);
     let (status, ours) = stage.run(&config);
     assert_eq!(status, 0, "{ours}");
     let other = Other { runtime, stage: &stage };
@@ -113,11 +122,90 @@ fn compare_inits(runtime: &str) {
 }
 
 fn init_looks_as_with_runc() {
-    compare_inits("runc");
+    compare_inits("runc", |_, _| {});
 }
 
 fn init_looks_as_with_crun() {
-    compare_inits("crun");
+    compare_inits("crun", |_, _| {});
+}
+
+fn add_mount(config: &mut Value, destination: &str, kind: &str, source: &str, options: &[&str]) {
+    config["mounts"].as_array_mut().expect("an array").push(bundle::mount(destination, kind, source, options));
+}
+
+/// As Docker mounts them.
+fn cgroups_look_as_with_runc() {
+    compare_inits("runc", |_, config| add_mount(config, "/sys/fs/cgroup", "cgroup", "cgroup", &["ro", "nosuid", "noexec", "nodev"]));
+}
+
+fn a_cgroup_namespace_looks_as_with_runc() {
+    compare_inits("runc", |_, config| {
+        add_mount(config, "/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]);
+        config["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "cgroup" }));
+    });
+}
+
+fn a_read_only_root_and_another_user_look_as_with_runc() {
+    compare_inits("runc", |stage, config| {
+        fs::create_dir_all(stage.root().join("work")).expect("a folder");
+        config["root"]["readonly"] = json!(true);
+        config["process"]["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [5, 7], "umask": 0o27 });
+        config["process"]["cwd"] = json!("/work");
+        config["process"]["noNewPrivileges"] = json!(false);
+        config["process"]["capabilities"]["inheritable"] = json!(["CAP_KILL"]);
+        config["process"]["capabilities"]["ambient"] = json!(["CAP_KILL"]);
+        add_mount(config, "/tmp", "tmpfs", "tmpfs", &["ro", "nosuid", "size=1m", "mode=1777"]);
+    });
+}
+
+fn the_hosts_namespaces_look_as_with_runc() {
+    compare_inits("runc", |_, config| {
+        config["linux"]["namespaces"] = json!([{ "type": "mount" }, { "type": "pid" }]);
+        config["hostname"] = json!(null);
+        // A sysfs needs a network namespace of its own.
+        add_mount(config, "/data", "bind", "/sys", &["rbind", "ro", "rprivate"]);
+    });
+}
+
+fn a_privileged_container_looks_as_with_runc() {
+    compare_inits("runc", |_, config| {
+        // What differs each time stays masked.
+        config["linux"]["maskedPaths"] = json!(["/proc/keys", "/proc/timer_list"]);
+        config["linux"]["readonlyPaths"] = json!(null);
+        config["linux"]["resources"]["devices"] = json!([{ "allow": true, "access": "rwm" }]);
+        config["linux"]["devices"] =
+            json!([{ "path": "/dev/loop9", "type": "b", "major": 7, "minor": 9, "fileMode": 0o660, "uid": 0, "gid": 6 }]);
+        config["process"]["noNewPrivileges"] = json!(false);
+        add_mount(config, "/sys/fs/cgroup", "cgroup", "cgroup", &["rw", "nosuid", "noexec", "nodev", "relatime"]);
+    });
+}
+
+fn binds_look_as_with_runc() {
+    compare_inits("runc", |stage, config| {
+        let data = stage.folder.join("data");
+        fs::create_dir_all(&data).expect("a folder");
+        fs::write(data.join("file"), "").expect("a file");
+        for (number, options) in [
+            &["rbind", "rprivate"][..],
+            &["bind"],
+            &["rbind", "ro"],
+            &["rbind", "nosuid", "nodev", "noexec", "rslave"],
+            &["bind", "noatime"],
+            &["bind", "ro", "nodiratime"],
+            &["bind", "strictatime", "rw"],
+            &["rbind", "shared"],
+            &["bind", "rshared", "ro"],
+            &["bind", "unbindable"],
+        ]
+        .iter()
+        .enumerate()
+        {
+            add_mount(config, &format!("/bind/{number}"), "bind", &data.display().to_string(), options);
+        }
+        add_mount(config, "/etc/hosts", "bind", &data.join("file").display().to_string(), &["rbind", "rprivate", "rw"]);
+        add_mount(config, "/sys-again", "bind", "/sys", &["rbind", "ro", "nosuid"]);
+        add_mount(config, "/dev/shm/inner", "tmpfs", "inner", &["mode=1700", "size=4k", "noatime", "sync"]);
+    });
 }
 
 fn compare_execs(runtime: &str) {
