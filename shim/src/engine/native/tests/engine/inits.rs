@@ -35,6 +35,7 @@ crate::cases![
     capabilities_are_those_of_the_configuration,
     devices_are_made_with_their_owners,
     every_process_is_killed_on_deletion,
+    a_performer_that_is_killed_leaves_no_half_container,
 ];
 
 fn init_waits_until_it_is_started() {
@@ -367,4 +368,30 @@ fn every_process_is_killed_on_deletion() {
     init.end();
     stage.delete("c").expect("deleted");
     assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new());
+}
+
+/// At moments from its beginning to its end: each is a run of its own.
+fn a_performer_that_is_killed_leaves_no_half_container() {
+    let stage = Stage::new();
+    let mut config = stage.config(&["true"]);
+    // The host's pid namespace: nothing ends with init by itself.
+    config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
+    let mounts = || fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+    let before = mounts();
+    let (mut early, mut late) = (0, 0);
+    for round in 0..400 {
+        let was_late = stage.create_killed(&config, round * 50).unwrap_or_else(|error| panic!("round {round}: {error}"));
+        if was_late {
+            late += 1
+        } else {
+            early += 1
+        }
+        assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new(), "round {round}");
+        if late > 20 {
+            break;
+        }
+    }
+    assert!(early > 5, "{early} early, {late} late");
+    assert_eq!(mounts(), before);
+    assert_eq!(stage.run(&config).0, 0);
 }

@@ -81,6 +81,13 @@ impl Keeper {
                 self.made.insert(id.to_owned(), made);
                 self.receive(pid, console)
             }
+            "create-killed" => {
+                let host = Host::read().map_err(|error| error.to_string())?;
+                let after = std::time::Duration::from_micros(request["after"].as_u64().unwrap_or_default());
+                let (streams, _) = streams(request)?;
+                let was_late = keeper::create_killed(Path::new(text("bundle")), id, &host, streams, after)?;
+                Ok(json!({ "late": was_late }))
+            }
             "start" => self.made[id].start().map(|()| json!({})),
             "exec" => {
                 let host = Host::read().map_err(|error| error.to_string())?;

@@ -111,6 +111,13 @@ impl Stage {
         Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output })
     }
 
+    /// Makes a container whose performer is killed after some microseconds. Whether it had finished.
+    pub(crate) fn create_killed(&self, config: &Value, after: u64) -> Result<bool, String> {
+        fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
+        let answer = self.ask(&json!({ "do": "create-killed", "id": "c", "bundle": self.folder, "after": after }))?;
+        Ok(answer["late"] == json!(true))
+    }
+
     pub(crate) fn start(&self, id: &str) {
         self.ask(&json!({ "do": "start", "id": id })).expect("started");
     }

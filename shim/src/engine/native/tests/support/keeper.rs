@@ -68,6 +68,32 @@ pub(crate) fn create_planned(plan: &plan::Create, streams: Streams) -> Result<Ma
     Ok(Made { container: plan.container(), init, gate: ours })
 }
 
+/// Makes a container of a bundle, kills the performer after a while, and does what a keeper does then. Returns whether it was too late for that.
+#[allow(dead_code, reason = "not every user of this module needs it")]
+pub(crate) fn create_killed(bundle: &Path, id: &str, host: &Host, streams: Streams, after: std::time::Duration) -> Result<bool, String> {
+    let json = std::fs::read(bundle.join("config.json")).map_err(text)?;
+    let spec = spec::parse(&json).map_err(|error| chain(&error))?;
+    let plan = plan::create(&spec, &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0 }, host)
+        .map_err(|error| chain(&error))?;
+    let encoded = minicbor::to_vec(&plan).map_err(|error| error.to_string())?;
+    let (theirs, gate) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;
+    let (ours, report) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;
+    let performer =
+        perform::fork(|| perform::create(&encoded, Descriptors { stdio: streams.stdio, report, gate: Some(theirs), console: None }))
+            .map_err(text)?;
+    std::thread::sleep(after);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(performer as i32), nix::sys::signal::Signal::SIGKILL).map_err(text)?;
+    let mut bytes = Vec::new();
+    File::from(ours).read_to_end(&mut bytes).map_err(text)?;
+    wait(performer).map_err(text)?;
+    drop(gate);
+    remove::kill_all(&plan.cgroup).map_err(text)?;
+    // Every child: init too, should there be one.
+    while let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) = waitpid(None, None) {}
+    remove::remove(&plan.cgroup).map_err(text)?;
+    Ok(matches!(Report::parse(&bytes), Some(Report::Born { .. })))
+}
+
 impl Made {
     /// Lets the program run.
     pub(crate) fn start(&self) -> Result<(), String> {
