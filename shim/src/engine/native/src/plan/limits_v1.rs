@@ -1,5 +1,5 @@
 //! Plans the limits of cgroup v1.
-use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
+use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
 
 use super::Write;
 use crate::Refused;
@@ -16,6 +16,12 @@ pub(super) fn plan(resources: &LinuxResources) -> Result<Vec<Limit>, Refused> {
     if let Some(pids) = resources.pids() {
         limits.add("pids", "pids.max", processes(pids.limit()));
     }
+    for page in resources.hugepage_limits().iter().flatten() {
+        limits.0.extend(huge_pages(page, "limit_in_bytes")?);
+    }
+    if resources.unified().as_ref().is_some_and(|unified| !unified.is_empty()) {
+        return Err(Refused::invalid("linux.resources.unified", "needs cgroup v2 alone"));
+    }
     Ok(limits.0)
 }
 
@@ -25,6 +31,18 @@ pub(super) type Limit = (&'static str, Write);
 /// The limit of processes. One that was given counts: 0 is the least that lets a process run.
 pub(super) fn processes(limit: i64) -> String {
     if limit < 0 { "max".to_owned() } else { limit.max(1).to_string() }
+}
+
+/// The files of a size of huge pages: what is used, and, where the kernel has it, what is reserved.
+pub(super) fn huge_pages(page: &LinuxHugepageLimit, suffix: &str) -> Result<[Limit; 2], Refused> {
+    let size = page.page_size();
+    // It becomes a part of a file's name.
+    let unit = ["KB", "MB", "GB"].into_iter().find_map(|unit| size.strip_suffix(unit));
+    if !unit.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())) {
+        return Err(Refused::invalid("linux.resources.hugepageLimits[].pageSize", format!("{size:?} is not a size")));
+    }
+    let write = |file: String, optional| ("hugetlb", Write { file, value: page.limit().to_string(), optional });
+    Ok([write(format!("hugetlb.{size}.{suffix}"), false), write(format!("hugetlb.{size}.rsvd.{suffix}"), true)])
 }
 
 struct Limits(Vec<Limit>);
@@ -69,6 +87,9 @@ impl Limits {
     }
 
     fn cpu(&mut self, cpu: &LinuxCpu) -> Result<(), Refused> {
+        if let Some(idle) = cpu.idle() {
+            self.add("cpu", "cpu.idle", idle);
+        }
         if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
             if !(2..=262_144).contains(&shares) {
                 return Err(Refused::invalid("linux.resources.cpu.shares", format!("{shares} is not between 2 and 262144")));

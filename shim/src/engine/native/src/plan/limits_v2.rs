@@ -2,7 +2,7 @@
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 
 use super::Write;
-use super::limits_v1::{Limit, processes};
+use super::limits_v1::{Limit, huge_pages, processes};
 use crate::Refused;
 
 /// Files to write, each with its controller.
@@ -17,7 +17,25 @@ pub(super) fn plan(resources: &LinuxResources) -> Result<Vec<Limit>, Refused> {
     if let Some(pids) = resources.pids() {
         limits.push(("pids", write("pids.max", processes(pids.limit()))));
     }
+    for page in resources.hugepage_limits().iter().flatten() {
+        limits.extend(huge_pages(page, "max")?);
+    }
+    add_unified(resources, &mut limits)?;
     Ok(limits)
+}
+
+/// Files that the configuration names itself: after the others, each line by itself.
+fn add_unified(resources: &LinuxResources, limits: &mut Vec<Limit>) -> Result<(), Refused> {
+    let mut files: Vec<(&String, &String)> = resources.unified().iter().flatten().collect();
+    files.sort();
+    for (file, lines) in files {
+        let controller = CONTROLLERS.into_iter().find(|controller| file.split('.').next() == Some(controller));
+        match controller {
+            Some(controller) if !file.contains('/') => limits.extend(lines.lines().map(|line| (controller, write(file, line)))),
+            Some(_) | None => return Err(Refused::invalid(format!("linux.resources.unified.{file}"), "is not a file of a controller")),
+        }
+    }
+    Ok(())
 }
 
 fn write(file: &str, value: impl ToString) -> Write {
@@ -64,6 +82,9 @@ fn swap(limit: Option<i64>, both: Option<i64>) -> Result<Option<i64>, Refused> {
 }
 
 fn add_cpu(cpu: &LinuxCpu, limits: &mut Vec<Limit>) -> Result<(), Refused> {
+    if let Some(idle) = cpu.idle() {
+        limits.push(("cpu", write("cpu.idle", idle)));
+    }
     if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
         if shares > MAX_SHARES {
             return Err(Refused::invalid("linux.resources.cpu.shares", format!("{shares} is more than {MAX_SHARES}")));
@@ -98,6 +119,7 @@ fn weight(shares: u64) -> u64 {
     ((10_f64.powf(exponent) - 1e-9).ceil() as u64).clamp(1, 10_000)
 }
 
+const CONTROLLERS: [&str; 8] = ["cpu", "cpuset", "hugetlb", "io", "memory", "misc", "pids", "rdma"];
 const MAX_SHARES: u64 = 262_144;
 const DEFAULT_PERIOD_MICROS: u64 = 100_000;
 
