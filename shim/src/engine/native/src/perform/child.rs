@@ -6,7 +6,7 @@ use std::path::Path;
 use minicbor::Decode;
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns};
-use nix::sys::stat::{Mode, umask};
+use nix::sys::stat::{Mode, fstat, stat, umask};
 use nix::unistd::{setsid, write};
 
 use super::cgroup::{self, Joining};
@@ -174,8 +174,19 @@ fn open_namespaces(plan: &Create) -> Result<Vec<(Kind, OwnedFd)>, Failure> {
     let mut opened = Vec::new();
     for namespace in &plan.namespaces {
         let Some(path) = &namespace.path else { continue };
-        let handle = nix::fcntl::open(Path::new(path), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
-        opened.push((namespace.kind, handle.doing(Step::Namespaces, || format!("open the namespace {path}"))?));
+        let doing = || format!("open the namespace {path}");
+        let handle = nix::fcntl::open(Path::new(path), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).doing(Step::Namespaces, doing)?;
+        if namespace.kind == Kind::Network && plan.sysctls.iter().any(|(path, _)| path.starts_with("net/")) {
+            let (theirs, ours) =
+                (fstat(&handle).doing(Step::Namespaces, doing)?, stat("/proc/self/ns/net").doing(Step::Namespaces, doing)?);
+            if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino) {
+                return Err(plain(
+                    Step::Settings,
+                    "linux.sysctl net.* would change the settings of the host: the network namespace is the runtime's",
+                ));
+            }
+        }
+        opened.push((namespace.kind, handle));
     }
     Ok(opened)
 }

@@ -27,6 +27,7 @@ crate::cases![
     the_working_directory_is_made,
     limits_of_the_process_are_exact,
     settings_of_the_namespaces_are_written,
+    settings_of_the_runtimes_network_are_not_changed,
     a_filter_holds_for_init,
     a_terminal_is_the_controlling_one,
     a_missing_program_fails_the_creation_in_the_words_that_clients_match,
@@ -394,4 +395,15 @@ fn a_performer_that_is_killed_leaves_no_half_container() {
     assert!(early > 5, "{early} early, {late} late");
     assert_eq!(mounts(), before);
     assert_eq!(stage.run(&config).0, 0);
+}
+
+fn settings_of_the_runtimes_network_are_not_changed() {
+    let stage = Stage::new();
+    let mut config = stage.config(&["true"]);
+    config["linux"]["sysctl"] = json!({ "net.ipv4.ip_unprivileged_port_start": "1024" });
+    // The keeper is 1 in its pid namespace.
+    config["linux"]["namespaces"][4]["path"] = json!("/proc/1/ns/net");
+    let error = stage.create("c", &config).err().expect("refused");
+    assert!(error.contains("would change the settings of the host"), "{error}");
+    assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new());
 }
