@@ -8,16 +8,17 @@
 //! ```
 //!
 //! [`spec`] parses a configuration and refuses what the engine does not implement, by name. [`plan`] resolves it: pure, tested alone. [`perform`]
-//! turns a plan into system calls, in a child of its own. [`remove`] kills what is in a cgroup and removes it. `docs/engine.md` has the order of
+//! turns a plan into system calls, in a child of its own. [`control`] freezes and kills what is in a cgroup, and removes it. `docs/engine.md` has the order of
 //! operations and the reasons.
 //!
 //! **Invariant:** `unsafe` is in `sys` alone. A path that a container can influence is resolved inside the container's root and acted on through a
 //! descriptor.
+pub mod control;
 mod executable;
 mod host;
 pub mod perform;
 pub mod plan;
-pub mod remove;
+
 mod seccomp;
 pub mod spec;
 mod sys;

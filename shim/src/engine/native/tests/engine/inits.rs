@@ -37,6 +37,7 @@ crate::cases![
     devices_are_made_with_their_owners,
     every_process_is_killed_on_deletion,
     a_performer_that_is_killed_leaves_no_half_container,
+    a_frozen_container_does_nothing_until_it_is_thawed,
 ];
 
 fn init_waits_until_it_is_started() {
@@ -406,4 +407,36 @@ fn settings_of_the_runtimes_network_are_not_changed() {
     let error = stage.create("c", &config).err().expect("refused");
     assert!(error.contains("would change the settings of the host"), "{error}");
     assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new());
+}
+
+/// It forks all the time; what it has written does not change between two looks of the frozen, and does again.
+fn a_frozen_container_does_nothing_until_it_is_thawed() {
+    for stage in [Stage::new(), Stage::on_v2()] {
+        let init = stage.create("c", &stage.config(&["sh", "-c", "while :; do echo $(true) x >> /count; done"])).expect("created");
+        stage.start("c");
+        let length = || fs::metadata(stage.root().join("count")).map_or(0, |about| about.len());
+        let wait_past = |past: u64| {
+            for _attempt in 0..1_000_000 {
+                if length() > past {
+                    return;
+                }
+                std::thread::yield_now();
+            }
+            panic!("still {past}");
+        };
+        wait_past(0);
+        for _ in 0..20 {
+            stage.freeze("c", true).expect("frozen");
+            let before = length();
+            assert!(stage.count("c") >= 1);
+            assert_eq!(length(), before);
+            stage.freeze("c", false).expect("thawed");
+            wait_past(before);
+        }
+        // A frozen one is deleted too.
+        stage.freeze("c", true).expect("frozen");
+        stage.delete("c").expect("deleted");
+        init.end();
+        assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new());
+    }
 }

@@ -89,6 +89,8 @@ impl Keeper {
                 Ok(json!({ "late": was_late }))
             }
             "start" => self.made[id].start().map(|()| json!({})),
+            "freeze" => self.made[id].freeze(request["freeze"] == json!(true)).map(|()| json!({})),
+            "count" => Ok(json!({ "count": self.made[id].count() })),
             "exec" => {
                 let host = Host::read().map_err(|error| error.to_string())?;
                 let (streams, console) = streams(request)?;

@@ -134,6 +134,15 @@ impl Stage {
         self.ask(&json!({ "do": "delete", "id": id })).map(drop)
     }
 
+    pub(crate) fn freeze(&self, id: &str, freeze: bool) -> Result<(), String> {
+        self.ask(&json!({ "do": "freeze", "id": id, "freeze": freeze })).map(drop)
+    }
+
+    /// How many processes a container has.
+    pub(crate) fn count(&self, id: &str) -> u64 {
+        self.ask(&json!({ "do": "count", "id": id })).expect("a number")["count"].as_u64().expect("a number")
+    }
+
     pub(crate) fn leak(&self) {
         self.ask(&json!({ "do": "leak" })).expect("a leak");
     }

@@ -12,7 +12,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::pipe2;
 use x_engine::perform::{self, Descriptors, Report};
 use x_engine::plan::{self, Container, Request};
-use x_engine::{Host, remove, spec};
+use x_engine::{Host, control, spec};
 
 /// A container that was made.
 pub(crate) struct Made {
@@ -87,10 +87,10 @@ pub(crate) fn create_killed(bundle: &Path, id: &str, host: &Host, streams: Strea
     File::from(ours).read_to_end(&mut bytes).map_err(text)?;
     wait(performer).map_err(text)?;
     drop(gate);
-    remove::kill_all(&plan.cgroup).map_err(text)?;
+    control::kill_all(&plan.cgroup).map_err(text)?;
     // Every child: init too, should there be one.
     while let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) = waitpid(None, None) {}
-    remove::remove(&plan.cgroup).map_err(text)?;
+    control::remove(&plan.cgroup).map_err(text)?;
     Ok(matches!(Report::parse(&bytes), Some(Report::Born { .. })))
 }
 
@@ -120,10 +120,23 @@ impl Made {
         })
     }
 
+    /// Freezes or thaws every process.
+    #[allow(dead_code, reason = "not every user of this module needs it")]
+    pub(crate) fn freeze(&self, freeze: bool) -> Result<(), String> {
+        let act = if freeze { control::freeze } else { control::thaw };
+        act(&self.container.cgroup).map_err(text)
+    }
+
+    /// How many processes it has.
+    #[allow(dead_code, reason = "not every user of this module needs it")]
+    pub(crate) fn count(&self) -> usize {
+        control::pids(&self.container.cgroup).len()
+    }
+
     /// Kills what is left, and removes the cgroup.
     pub(crate) fn delete(&self) -> Result<(), String> {
-        remove::kill_all(&self.container.cgroup).map_err(text)?;
-        remove::remove(&self.container.cgroup).map_err(text)?;
+        control::kill_all(&self.container.cgroup).map_err(text)?;
+        control::remove(&self.container.cgroup).map_err(text)?;
         if self.container.hooks.poststop.is_empty() {
             return Ok(());
         }

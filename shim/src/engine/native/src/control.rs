@@ -1,17 +1,98 @@
-//! Ends and removes containers: what is left of one is its cgroup.
+//! Freezes, thaws, kills and removes containers: by their cgroups.
 //!
 //! **Invariant:** a signal goes through a handle of a process that was in the cgroup after the handle was opened, so a reused pid never hits another
 //! process. What is gone already is no error.
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::plan::{Cgroup, Folder};
 use crate::sys;
+
+/// Freezes every process in a cgroup and below it, and waits until all are. On failure none is.
+///
+/// Errors: EBUSY if they do not stop: processes that are in the kernel, or join all the time.
+pub fn freeze(cgroup: &Cgroup) -> io::Result<()> {
+    let frozen = match freezer(cgroup)? {
+        Freezer::V1(folder) => freeze_v1(&folder),
+        Freezer::V2(folder) => freeze_v2(&folder),
+    };
+    if frozen.is_err() {
+        // What matters is why it failed.
+        let _ = thaw(cgroup);
+    }
+    frozen
+}
+
+/// Thaws what was frozen by [`freeze`].
+pub fn thaw(cgroup: &Cgroup) -> io::Result<()> {
+    match freezer(cgroup)? {
+        Freezer::V1(folder) => fs::write(folder.join(FREEZER), "THAWED"),
+        Freezer::V2(folder) => fs::write(folder.join("cgroup.freeze"), "0"),
+    }
+}
+
+/// Every process in a cgroup and below it, sorted.
+#[must_use]
+pub fn pids(cgroup: &Cgroup) -> Vec<u32> {
+    let folders: Vec<PathBuf> = cgroup.folders.iter().map(Folder::absolute).collect();
+    processes(&folders).into_iter().collect()
+}
+
+/// The folder that freezes.
+enum Freezer {
+    V1(PathBuf),
+    V2(PathBuf),
+}
+
+fn freezer(cgroup: &Cgroup) -> io::Result<Freezer> {
+    let v1 = cgroup.folders.iter().map(Folder::absolute).find(|folder| folder.join(FREEZER).exists()).map(Freezer::V1);
+    let v2 = || cgroup.unified().map(|folder| Freezer::V2(folder.absolute()));
+    v1.or_else(v2).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))
+}
+
+/// The kernel may not get done while a process of the cgroup forks or exits; it starts afresh when it is thawed in between.
+fn freeze_v1(folder: &Path) -> io::Result<()> {
+    let file = folder.join(FREEZER);
+    for attempt in 1..=MAX_ROUNDS {
+        if attempt % THAW_EVERY == 0 {
+            fs::write(&file, "THAWED")?;
+            sleep(THAWED_FOR);
+        }
+        fs::write(&file, "FROZEN")?;
+        if fs::read(&file)?.trim_ascii() == b"FROZEN" {
+            return Ok(());
+        }
+        sleep(FREEZING_FOR);
+    }
+    Err(io::Error::from_raw_os_error(libc::EBUSY))
+}
+
+fn freeze_v2(folder: &Path) -> io::Result<()> {
+    fs::write(folder.join("cgroup.freeze"), "1")?;
+    let events = File::open(folder.join("cgroup.events"))?;
+    let deadline = Instant::now() + FREEZE_WITHIN;
+    loop {
+        let mut text = String::new();
+        (&events).seek(SeekFrom::Start(0))?;
+        (&events).read_to_string(&mut text)?;
+        if text.lines().any(|line| line == "frozen 1") {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        // The file reports its changes.
+        let mut wait = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        if left.is_zero() || poll(&mut wait, u16::try_from(left.as_millis()).unwrap_or(u16::MAX))? == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EBUSY));
+        }
+    }
+}
 
 /// Kills every process in a cgroup and below it, frozen or not, and does not wait for their exits.
 pub fn kill_all(cgroup: &Cgroup) -> io::Result<()> {
@@ -117,6 +198,13 @@ const FREEZER: &str = "freezer.state";
 
 /// How often new processes may appear.
 const MAX_ROUNDS: usize = 1000;
+
+/// How long cgroup v2 may take.
+const FREEZE_WITHIN: Duration = Duration::from_secs(10);
+
+const THAW_EVERY: usize = 50;
+const THAWED_FOR: Duration = Duration::from_millis(10);
+const FREEZING_FOR: Duration = Duration::from_micros(500);
 
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LAST_PAUSE: Duration = Duration::from_millis(512);
