@@ -4,7 +4,7 @@
 //! process. What is gone already is no error.
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write as _};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 
-use crate::plan::{Cgroup, Folder};
+use crate::plan::{Cgroup, Folder, KEEP, Write};
 use crate::sys;
 
 /// Freezes every process in a cgroup and below it, and waits until all are. On failure none is.
@@ -43,6 +43,78 @@ pub fn thaw(cgroup: &Cgroup) -> io::Result<()> {
 pub fn pids(cgroup: &Cgroup) -> Vec<u32> {
     let folders: Vec<PathBuf> = cgroup.folders.iter().map(Folder::absolute).collect();
     processes(&folders).into_iter().collect()
+}
+
+/// Writes the limits of a changed cgroup (see `plan::update`). If one is refused, those that were written get their former values.
+///
+/// Errors: the first file that is refused, with what was to be written.
+pub fn update(cgroup: &Cgroup) -> Result<(), UpdateError> {
+    let mut written: Vec<(PathBuf, String)> = Vec::new();
+    let changed = cgroup.folders.iter().try_for_each(|folder| update_folder(&folder.absolute(), &folder.limits, &mut written));
+    if changed.is_err() {
+        // In the other order, for the same reason that there is an order at all.
+        written.iter().rev().for_each(|(path, former)| drop(write(path, former)));
+    }
+    changed
+}
+
+/// A limit that the kernel refuses.
+#[derive(Debug, thiserror::Error)]
+#[error("write {value} to {}", path.display())]
+pub struct UpdateError {
+    pub path: PathBuf,
+    pub value: String,
+    pub source: io::Error,
+}
+
+/// Which of two limits comes first depends on what they are now (memory alone is never above memory and swap, a burst never above a quota), so
+/// what is refused is tried again after the others.
+fn update_folder(folder: &Path, limits: &[Write], written: &mut Vec<(PathBuf, String)>) -> Result<(), UpdateError> {
+    let mut left: Vec<&Write> = limits.iter().collect();
+    loop {
+        let before = left.len();
+        let mut refused = None;
+        left.retain(|limit| {
+            let path = folder.join(&limit.file);
+            // Lists of devices cannot be read back, and are not changed.
+            let is_list = limit.file.starts_with("devices.");
+            let former = if is_list { String::new() } else { fs::read_to_string(&path).unwrap_or_default() };
+            match value(limit, &former).and_then(|value| write(&path, &value)) {
+                Ok(()) => {
+                    if !is_list {
+                        written.push((path, former.trim().to_owned()));
+                    }
+                    false
+                }
+                Err(error) if limit.optional && error.kind() == io::ErrorKind::NotFound => false,
+                Err(source) => {
+                    refused.get_or_insert(UpdateError { path, value: limit.value.clone(), source });
+                    true
+                }
+            }
+        });
+        match refused {
+            None => return Ok(()),
+            Some(refused) if left.len() == before => return Err(refused),
+            Some(_) => {}
+        }
+    }
+}
+
+/// Of `cpu.max` the half that is not given stays.
+fn value(limit: &Write, former: &str) -> io::Result<String> {
+    match (limit.file.as_str(), limit.value.split_once(' ')) {
+        ("cpu.max", Some((quota, period))) if quota == KEEP || period == KEEP => {
+            let (former_quota, former_period) = former.trim().split_once(' ').ok_or_else(|| io::Error::from_raw_os_error(libc::EIO))?;
+            let pick = |given: &str, former: &str| if given == KEEP { former.to_owned() } else { given.to_owned() };
+            Ok(format!("{} {}", pick(quota, former_quota), pick(period, former_period)))
+        }
+        _ => Ok(limit.value.clone()),
+    }
+}
+
+fn write(path: &Path, value: &str) -> io::Result<()> {
+    fs::OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
 }
 
 /// The folder that freezes.

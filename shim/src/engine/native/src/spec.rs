@@ -4,7 +4,7 @@
 //! and into the types of the runtime specification, which skip what they do not know.
 //!
 //! **Invariant:** a field that is not in the list is refused by its path; nothing is ignored in silence.
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 use serde_json::Value;
 
 use crate::Refused;
@@ -175,6 +175,16 @@ pub fn parse_process(json: &[u8]) -> Result<Process, Refused> {
     serde_json::from_value(tree).map_err(|source| Refused::Json { source })
 }
 
+/// Parses the resources to which a container's are to be changed.
+pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, Refused> {
+    let tree = tree(json)?;
+    check(&tree, "", "", &|pattern| match pattern {
+        "" => Known::Above,
+        pattern => among(FIELDS, &format!("linux.resources.{pattern}")),
+    })?;
+    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+}
+
 fn tree(json: &[u8]) -> Result<Value, Refused> {
     serde_json::from_slice(json).map_err(|source| Refused::Json { source })
 }
@@ -273,6 +283,14 @@ mod tests {
             "linux": { "resources": { "blockIO": { "weight": 0 }, "hugepageLimits": [] }, "intelRdt": null, "sysctl": { "net.ipv4.ip_forward": "1" } },
         });
         parse(spec.to_string().as_bytes()).expect("accepted");
+    }
+
+    #[test]
+    fn resources_have_the_same_fields_alone() {
+        let resources = json!({ "memory": { "limit": 1 }, "unified": null, "devices": [] });
+        parse_resources(resources.to_string().as_bytes()).expect("accepted");
+        let resources = json!({ "memory": { "limit": 1, "new": 2 } });
+        assert!(matches!(parse_resources(resources.to_string().as_bytes()), Err(Refused::Unsupported { field }) if field == "memory.new"));
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::{Doing, Failure, Step, failure};
-use crate::plan::{Cgroup, Folder, Hierarchy, Write};
+use crate::control;
+use crate::plan::{Cgroup, Folder, Hierarchy};
 use crate::sys;
 
 /// The folders of a container, to be joined by a child.
@@ -150,40 +151,22 @@ fn fill(parent: &Path, folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes the limits.
+/// Writes the limits, then says which devices are allowed.
 pub(super) fn limit(cgroup: &Cgroup) -> Result<(), Failure> {
+    control::update(cgroup).map_err(|refused| {
+        let usage = match refused.source.raw_os_error() {
+            Some(libc::EBUSY) => fs::read_to_string(refused.path.with_file_name("memory.usage_in_bytes")).unwrap_or_default(),
+            _ => String::new(),
+        };
+        let usage = if usage.is_empty() { usage } else { format!(" (in use: {})", usage.trim()) };
+        failure(Step::Limits, format!("{refused}{usage}"), refused.source)
+    })?;
     for folder in &cgroup.folders {
-        let path = folder.absolute();
-        for write in &folder.limits {
-            write_limit(&path, write)?;
-        }
-        if let Some(program) = &folder.devices {
-            let attach = || sys::attach_device_program(program, &File::open(&path)?);
-            attach().doing(Step::Limits, || format!("allow devices in cgroup {}", path.display()))?;
-        }
+        let (path, Some(program)) = (folder.absolute(), &folder.devices) else { continue };
+        let attach = || sys::attach_device_program(program, &File::open(&path)?);
+        attach().doing(Step::Limits, || format!("allow devices in cgroup {}", path.display()))?;
     }
     Ok(())
-}
-
-fn write_limit(folder: &Path, limit: &Write) -> Result<(), Failure> {
-    let write = || fs::OpenOptions::new().write(true).open(folder.join(&limit.file))?.write_all(limit.value.as_bytes());
-    let written = match write() {
-        Err(error) if limit.optional && error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    };
-    written.map_err(|error| {
-        let usage = match error.raw_os_error() {
-            Some(libc::EBUSY) => {
-                fs::read_to_string(folder.join("memory.usage_in_bytes")).map(|usage| format!(" (in use: {})", usage.trim()))
-            }
-            _ => Ok(String::new()),
-        };
-        failure(
-            Step::Limits,
-            format!("write {} to {}{}", limit.value, folder.join(&limit.file).display(), usage.unwrap_or_default()),
-            error,
-        )
-    })
 }
 
 /// Whether the kernel has killed a process of the container for memory.

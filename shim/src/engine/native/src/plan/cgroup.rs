@@ -44,6 +44,7 @@ fn v1(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, hierarchies:
             },
             limits: own.into_iter().map(|(_, write)| write).collect(),
             controllers: Vec::new(),
+            of: hierarchy.controllers.clone(),
             devices: None,
         });
     }
@@ -67,9 +68,24 @@ fn v2(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, unified: &Mo
         hierarchy: Hierarchy::Unified,
         limits: limits.into_iter().map(|(_, write)| write).collect(),
         controllers: unified.available.clone(),
+        of: Vec::new(),
         devices: Some(device_program::assemble(allowed)),
     };
     Ok(Cgroup { folders: vec![folder] })
+}
+
+/// The files to change in the folders of a container.
+pub(super) fn update(resources: &LinuxResources, cgroup: &Cgroup) -> Result<Cgroup, Refused> {
+    let is_v2 = matches!(&cgroup.folders[..], [Folder { hierarchy: Hierarchy::Unified, .. }]);
+    let limits = if is_v2 { limits_v2::plan(resources)? } else { limits_v1::plan(resources)? };
+    let mut changed = cgroup.clone();
+    changed.folders.iter_mut().for_each(|folder| folder.limits.clear());
+    for (controller, write) in limits {
+        let is_of = |folder: &Folder| if is_v2 { &folder.controllers } else { &folder.of }.iter().any(|own| own == controller);
+        let folder = changed.folders.iter_mut().find(|folder| is_of(folder)).ok_or_else(|| missing(controller, &write.file))?;
+        folder.limits.push(write);
+    }
+    Ok(changed)
 }
 
 fn missing(controller: &str, file: &str) -> Refused {

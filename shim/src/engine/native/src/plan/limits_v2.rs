@@ -1,8 +1,8 @@
 //! Plans the limits of cgroup v2.
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 
-use super::Write;
 use super::limits_v1::{Limit, huge_pages, processes};
+use super::{KEEP, Write};
 use crate::Refused;
 
 /// Files to write, each with its controller.
@@ -94,8 +94,10 @@ fn add_cpu(cpu: &LinuxCpu, limits: &mut Vec<Limit>) -> Result<(), Refused> {
     let quota = cpu.quota().filter(|quota| *quota != 0);
     let period = cpu.period().filter(|period| *period != 0);
     if quota.is_some() || period.is_some() {
-        let quota = quota.map_or_else(|| "max".to_owned(), bytes);
-        limits.push(("cpu", write("cpu.max", format!("{quota} {}", period.unwrap_or(DEFAULT_PERIOD_MICROS)))));
+        // In a new cgroup these are "max" and 100 ms.
+        let quota = quota.map_or_else(|| KEEP.to_owned(), bytes);
+        let period = period.map_or_else(|| KEEP.to_owned(), |period| period.to_string());
+        limits.push(("cpu", write("cpu.max", format!("{quota} {period}"))));
     }
     if let Some(burst) = cpu.burst() {
         limits.push(("cpu", write("cpu.max.burst", burst)));
@@ -121,7 +123,6 @@ fn weight(shares: u64) -> u64 {
 
 const CONTROLLERS: [&str; 8] = ["cpu", "cpuset", "hugetlb", "io", "memory", "misc", "pids", "rdma"];
 const MAX_SHARES: u64 = 262_144;
-const DEFAULT_PERIOD_MICROS: u64 = 100_000;
 
 #[cfg(test)]
 mod tests {

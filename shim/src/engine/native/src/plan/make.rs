@@ -1,9 +1,9 @@
 //! Makes plans.
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, Process as SpecProcess, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
 
-use super::{Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl};
+use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl};
 use crate::{Host, Refused, seccomp};
 
 /// What a container is made for, beside its configuration.
@@ -87,6 +87,11 @@ pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result
     planned.umask = container.umask;
     planned.oom_score_adj = container.oom_score_adj;
     Ok(Exec { version: VERSION, namespaces: container.namespaces, cgroup: container.cgroup.clone(), process: planned })
+}
+
+/// Plans a change of a container's limits: its cgroup, with the files to write. What is absent is not changed, nor are devices.
+pub fn update(resources: &LinuxResources, container: &Container) -> Result<Cgroup, Refused> {
+    cgroup::update(resources, &container.cgroup)
 }
 
 /// The version of the specification: 1.x, of which later ones only add fields.

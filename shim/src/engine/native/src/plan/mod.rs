@@ -27,8 +27,11 @@ mod options;
 mod sysctl;
 
 pub use hooks::{Hook, Hooks, State};
-pub use make::{Request, create, exec};
+pub use make::{Request, create, exec, update};
 pub(crate) use options::RDONLY;
+
+/// In place of a half of `cpu.max`: what it is now.
+pub(crate) const KEEP: &str = "keep";
 
 /// The version of the plans' meaning. A performer refuses any other.
 pub const VERSION: u16 = 1;
@@ -164,6 +167,9 @@ pub struct Folder {
     pub path: String,
     #[n(2)]
     pub hierarchy: Hierarchy,
+    /// The controllers that v1 has in this hierarchy.
+    #[n(6)]
+    pub of: Vec<String>,
     /// Files to write once the container's mounts are made: its own making is not to run into its limits.
     #[n(3)]
     pub limits: Vec<Write>,

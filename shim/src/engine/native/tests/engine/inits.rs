@@ -38,6 +38,7 @@ crate::cases![
     every_process_is_killed_on_deletion,
     a_performer_that_is_killed_leaves_no_half_container,
     a_frozen_container_does_nothing_until_it_is_thawed,
+    limits_are_changed_or_none_is,
 ];
 
 fn init_waits_until_it_is_started() {
@@ -439,4 +440,32 @@ fn a_frozen_container_does_nothing_until_it_is_thawed() {
         init.end();
         assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new());
     }
+}
+
+fn limits_are_changed_or_none_is() {
+    let stage = Stage::new();
+    let mut config = stage.config(&["sleep", "1000"]);
+    config["linux"]["resources"]["memory"] = json!({ "limit": 64 << 20 });
+    config["linux"]["resources"]["cpu"] = json!({ "quota": 50_000, "period": 100_000, "burst": 10_000, "shares": 512 });
+    let _init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    let devices = stage.limit("devices", "devices.list");
+    // The quota falls below the burst, so the burst has to fall first, though it comes second.
+    stage
+        .update("c", &json!({ "memory": { "limit": 32 << 20 }, "cpu": { "quota": 5_000, "burst": 1_000 }, "pids": { "limit": 9 } }))
+        .expect("changed");
+    let is = |controller: &str, file: &str, value: u64| assert_eq!(stage.limit(controller, file), value.to_string(), "{file}");
+    is("memory", "memory.limit_in_bytes", 32 << 20);
+    is("cpu", "cpu.cfs_quota_us", 5_000);
+    is("cpu", "cpu.cfs_period_us", 100_000);
+    is("cpu", "cpu.cfs_burst_us", 1_000);
+    is("cpu", "cpu.shares", 512);
+    is("pids", "pids.max", 9);
+    // The last is refused: the first are as before.
+    let error = stage
+        .update("c", &json!({ "memory": { "limit": 16 << 20 }, "pids": { "limit": 3 }, "cpu": { "cpus": "4096" } }))
+        .expect_err("refused");
+    assert!(error.contains("cpuset.cpus"), "{error}");
+    is("memory", "memory.limit_in_bytes", 32 << 20);
+    is("pids", "pids.max", 9);
+    assert_eq!(stage.limit("devices", "devices.list"), devices);
 }

@@ -90,6 +90,7 @@ impl Keeper {
             }
             "start" => self.made[id].start().map(|()| json!({})),
             "freeze" => self.made[id].freeze(request["freeze"] == json!(true)).map(|()| json!({})),
+            "update" => self.made[id].update(request["resources"].to_string().as_bytes()).map(|()| json!({})),
             "count" => Ok(json!({ "count": self.made[id].count() })),
             "exec" => {
                 let host = Host::read().map_err(|error| error.to_string())?;

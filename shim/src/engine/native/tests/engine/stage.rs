@@ -138,6 +138,10 @@ impl Stage {
         self.ask(&json!({ "do": "freeze", "id": id, "freeze": freeze })).map(drop)
     }
 
+    pub(crate) fn update(&self, id: &str, resources: &Value) -> Result<(), String> {
+        self.ask(&json!({ "do": "update", "id": id, "resources": resources })).map(drop)
+    }
+
     /// How many processes a container has.
     pub(crate) fn count(&self, id: &str) -> u64 {
         self.ask(&json!({ "do": "count", "id": id })).expect("a number")["count"].as_u64().expect("a number")

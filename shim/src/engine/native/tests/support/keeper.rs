@@ -127,6 +127,14 @@ impl Made {
         act(&self.container.cgroup).map_err(text)
     }
 
+    /// Changes limits.
+    #[allow(dead_code, reason = "not every user of this module needs it")]
+    pub(crate) fn update(&self, resources: &[u8]) -> Result<(), String> {
+        let resources = spec::parse_resources(resources).map_err(|error| chain(&error))?;
+        let changed = plan::update(&resources, &self.container).map_err(|error| chain(&error))?;
+        control::update(&changed).map_err(|error| chain(&error))
+    }
+
     /// How many processes it has.
     #[allow(dead_code, reason = "not every user of this module needs it")]
     pub(crate) fn count(&self) -> usize {

@@ -288,7 +288,7 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
         ("memory.max", "4096"),
         ("memory.low", "2048"),
         ("cpu.weight", "100"),
-        ("cpu.max", "50000 100000"),
+        ("cpu.max", "50000 keep"),
         ("cpuset.cpus", "0"),
         ("pids.max", "7"),
         ("hugetlb.2MB.max", "7"),
