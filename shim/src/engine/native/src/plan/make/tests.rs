@@ -315,3 +315,81 @@ fn names_of_files_cannot_lead_elsewhere() {
         assert!(planned(&config).expect_err("refused").to_string().contains(&format!("linux.resources.{field}")));
     }
 }
+
+/// Numbers that look random, the same each time.
+fn random(state: &mut u64, end: usize) -> usize {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*state >> 33) as usize % end
+}
+
+/// Every value of a tree, as JSON pointers.
+fn everywhere(value: &Value, path: &str, found: &mut Vec<String>) {
+    found.push(path.to_owned());
+    match value {
+        Value::Object(map) => {
+            map.iter().for_each(|(key, value)| everywhere(value, &format!("{path}/{}", key.replace('~', "~0").replace('/', "~1")), found))
+        }
+        Value::Array(list) => list.iter().enumerate().for_each(|(index, value)| everywhere(value, &format!("{path}/{index}"), found)),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn no_configuration_makes_a_planner_panic() {
+    let odd = [
+        json!(null),
+        json!(""),
+        json!("/"),
+        json!("/../.."),
+        json!("a\0b"),
+        json!("ä/ö"),
+        json!("="),
+        json!(0),
+        json!(-1),
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!(1.5),
+        json!(true),
+        json!([]),
+        json!({}),
+        json!([null]),
+        json!({ "": {} }),
+    ];
+    let mut state = 1;
+    let mut accepted = 0;
+    for _ in 0..1_500 {
+        let mut config = full();
+        for _ in 0..=random(&mut state, 3) {
+            let mut places = Vec::new();
+            everywhere(&config, "", &mut places);
+            let place = &places[1 + random(&mut state, places.len() - 1)];
+            *config.pointer_mut(place).expect("found above") = odd[random(&mut state, odd.len())].clone();
+            if config.as_object().is_none_or(serde_json::Map::is_empty) {
+                break;
+            }
+        }
+        if let Ok(plan) = planned(&config) {
+            accepted += 1;
+            let bytes = minicbor::to_vec(&plan).expect("encoded");
+            assert_eq!(minicbor::decode::<Create>(&bytes).expect("decoded"), plan);
+        }
+    }
+    assert!(accepted > 30, "only {accepted} were accepted");
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn no_bytes_make_a_performer_panic() {
+    let bytes = minicbor::to_vec(planned(&full()).expect("accepted")).expect("encoded");
+    let mut state = 1;
+    for _ in 0..2_000 {
+        let mut bytes = bytes.clone();
+        for _ in 0..=random(&mut state, 4) {
+            let at = random(&mut state, bytes.len());
+            bytes[at] = random(&mut state, 256) as u8;
+        }
+        // A length that lies allocates nothing.
+        let _ = minicbor::decode::<Create>(&bytes);
+    }
+}
