@@ -327,7 +327,7 @@ fn compare_with_libseccomp(json: &Value, random: &mut Random) -> Option<bool> {
             if rule.is_some_and(is_merged_wrongly) {
                 continue;
             }
-            for _ in 0..6 {
+            for _ in 0..3 {
                 let bit = if arch == Arch::X32 { X32_BIT } else { 0 };
                 let mut arguments: [u64; 6] = std::array::from_fn(|_| interesting(&rules, random));
                 if arch.is_short() {
@@ -366,5 +366,5 @@ fn programs_decide_as_those_of_libseccomp() {
             Some(accepted) => compared += u64::from(accepted),
         }
     }
-    assert!(compared > 5, "only {compared} profiles were compared");
+    assert!(compared > 3, "only {compared} profiles were compared");
 }
