@@ -12,7 +12,7 @@ use nix::unistd::{setsid, write};
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
 use super::root::{self, Root};
-use super::sync::{self, End, Message};
+use super::sync::{self, ChildEnd, Message, PerformerEnd};
 use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, terminal};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
@@ -204,12 +204,12 @@ fn join_pids(namespaces: Vec<(Kind, OwnedFd)>) -> Result<Vec<(Kind, OwnedFd)>, F
 struct Child {
     pid: u32,
     handle: OwnedFd,
-    messages: End,
+    messages: PerformerEnd,
 }
 
 impl Child {
     /// Makes it. `live` is what it does; it returns if it failed.
-    fn make(flags: u64, joining: &Joining, live: impl FnOnce(&End) -> Result<Infallible, Failure>) -> Result<Self, Failure> {
+    fn make(flags: u64, joining: &Joining, live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>) -> Result<Self, Failure> {
         let doing = || "make the process of the container".to_owned();
         let (messages, theirs) = sync::pair().doing(Step::Child, doing)?;
         let (born, is_outside) = match sys::clone_into(flags, joining.unified()) {

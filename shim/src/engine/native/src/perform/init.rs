@@ -12,7 +12,7 @@ use super::descriptors::Kept;
 use super::mounts::{self, Late};
 use super::program::{self, Program};
 use super::root::{self, Root};
-use super::sync::{End, Message};
+use super::sync::{ChildEnd, Message};
 use super::{Doing, Failure, Step, devices, hooks, masks, terminal};
 use crate::plan::{Create, Kind};
 use crate::sys::{self, FsContext, Tree};
@@ -23,7 +23,7 @@ pub(super) fn prepare(
     joining: &Joining,
     namespaces: &[(Kind, OwnedFd)],
     kept: &Kept,
-    performer: &End,
+    performer: &ChildEnd,
 ) -> Result<Program, Failure> {
     // The caller's would change the modes of what is made.
     umask(Mode::empty());
@@ -71,7 +71,7 @@ pub(super) fn prepare(
 }
 
 /// Lets the performer run the hooks on the host, then runs those in the container's namespaces.
-fn run_hooks(plan: &Create, performer: &End) -> Result<(), Failure> {
+fn run_hooks(plan: &Create, performer: &ChildEnd) -> Result<(), Failure> {
     let planned = &plan.hooks;
     if planned.on_host.is_empty() && planned.create_container.is_empty() {
         return Ok(());
@@ -83,11 +83,11 @@ fn run_hooks(plan: &Create, performer: &End) -> Result<(), Failure> {
 }
 
 /// Reports that limits may be set, and waits until they are.
-pub(super) fn wait_for_limits(performer: &End) -> Result<(), Failure> {
+pub(super) fn wait_for_limits(performer: &ChildEnd) -> Result<(), Failure> {
     report_and_wait(performer, &Message::Ready)
 }
 
-fn report_and_wait(performer: &End, message: &Message) -> Result<(), Failure> {
+fn report_and_wait(performer: &ChildEnd, message: &Message) -> Result<(), Failure> {
     performer.send(message).doing(Step::Child, || "report to the performer".to_owned())?;
     if performer.may_go().doing(Step::Child, || "wait for the performer".to_owned())? {
         Ok(())

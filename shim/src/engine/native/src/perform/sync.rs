@@ -9,7 +9,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use minicbor::{Decode, Encode};
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
+use nix::unistd::{read, write};
 
 use super::Failure;
 
@@ -29,51 +30,58 @@ pub(super) enum Message {
     Failed(#[n(0)] Failure),
 }
 
-/// One of the two ends; each message arrives whole.
+/// The performer's end; each message arrives whole.
 #[derive(Debug)]
-pub(super) struct End(OwnedFd);
+pub(super) struct PerformerEnd(OwnedFd);
 
-/// The performer's end, and the child's.
-pub(super) fn pair() -> io::Result<(End, End)> {
+/// The child's end. It uses read(2) and write(2) alone, which every filter of system calls allows.
+#[derive(Debug)]
+pub(super) struct ChildEnd(OwnedFd);
+
+pub(super) fn pair() -> io::Result<(PerformerEnd, ChildEnd)> {
     let (first, second) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    Ok((End(first), End(second)))
+    Ok((PerformerEnd(first), ChildEnd(second)))
 }
 
-impl End {
-    pub(super) fn send(&self, message: &Message) -> io::Result<()> {
-        let bytes = minicbor::to_vec(message).map_err(|_infallible| io::Error::from_raw_os_error(libc::EIO))?;
-        send(self.0.as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL)?;
-        Ok(())
-    }
-
+impl PerformerEnd {
     /// `None` at the end.
     pub(super) fn receive(&self) -> io::Result<Option<Message>> {
         let mut buffer = vec![0; MAX_BYTES];
-        let length = self.read(&mut buffer)?;
+        let length = read_once(&self.0, &mut buffer)?;
         if length == 0 {
             return Ok(None);
         }
         minicbor::decode(&buffer[..length]).map(Some).map_err(|_malformed| io::Error::from_raw_os_error(libc::EIO))
     }
 
+    /// The child may have been killed: no signal is to tell.
     pub(super) fn go(&self) -> io::Result<()> {
         send(self.0.as_raw_fd(), &[1], MsgFlags::MSG_NOSIGNAL)?;
+        Ok(())
+    }
+}
+
+impl ChildEnd {
+    /// Without a performer the signal of a broken pipe ends the child, as it should.
+    pub(super) fn send(&self, message: &Message) -> io::Result<()> {
+        let bytes = minicbor::to_vec(message).map_err(|_infallible| io::Error::from_raw_os_error(libc::EIO))?;
+        write(&self.0, &bytes)?;
         Ok(())
     }
 
     /// Whether the performer let the child go on; it has died if not.
     pub(super) fn may_go(&self) -> io::Result<bool> {
-        Ok(self.read(&mut [0; 1])? == 1)
+        Ok(read_once(&self.0, &mut [0; 1])? == 1)
     }
+}
 
-    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match recv(self.0.as_raw_fd(), buffer, MsgFlags::empty()) {
-                Err(Errno::EINTR) => {}
-                // The other end was closed with something unread in it.
-                Err(Errno::ECONNRESET) => return Ok(0),
-                other => return Ok(other?),
-            }
+fn read_once(end: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match read(end, buffer) {
+            Err(Errno::EINTR) => {}
+            // The other end was closed with something unread in it.
+            Err(Errno::ECONNRESET) => return Ok(0),
+            other => return Ok(other?),
         }
     }
 }

@@ -29,6 +29,7 @@ crate::cases![
     settings_of_the_namespaces_are_written,
     settings_of_the_runtimes_network_are_not_changed,
     a_filter_holds_for_init,
+    a_filter_may_forbid_what_the_engine_has_other_ways_for,
     a_terminal_is_the_controlling_one,
     a_missing_program_fails_the_creation_in_the_words_that_clients_match,
     a_program_that_cannot_be_executed_ends_with_255,
@@ -468,4 +469,25 @@ fn limits_are_changed_or_none_is() {
     is("memory", "memory.limit_in_bytes", 32 << 20);
     is("pids", "pids.max", 9);
     assert_eq!(stage.limit("devices", "devices.list"), devices);
+}
+
+/// A profile from before these calls, and one without sockets.
+fn a_filter_may_forbid_what_the_engine_has_other_ways_for() {
+    for no_new_privileges in [true, false] {
+        for errno in [1, 38] {
+            let stage = Stage::new();
+            let change = |config: &mut serde_json::Value| {
+                config["process"]["noNewPrivileges"] = json!(no_new_privileges);
+                config["linux"]["seccomp"] = json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{
+                    "names": ["faccessat2", "sendto", "sendmsg", "recvfrom", "recvmsg", "openat2", "close_range", "pidfd_open", "prlimit64", "clone3"],
+                    "action": "SCMP_ACT_ERRNO", "errnoRet": errno,
+                }] });
+            };
+            assert_eq!(stage.shell("echo ran", change), "ran\n");
+            let mut config = stage.config(&["sleep", "1000"]);
+            change(&mut config);
+            let _init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+            assert_eq!(stage.exec_shell("c", "echo ran", |process| process["noNewPrivileges"] = json!(no_new_privileges)), "ran\n");
+        }
+    }
 }
