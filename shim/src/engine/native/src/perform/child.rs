@@ -74,6 +74,7 @@ pub fn fork(perform: impl FnOnce() -> Infallible) -> std::io::Result<u32> {
 }
 
 fn perform(given: Descriptors, init: Option<OwnedFd>, act: impl FnOnce(&Kept, Option<&OwnedFd>) -> Result<u32, Failure>) -> ! {
+    let _never_returns = sys::ExitOnUnwind;
     sys::reset_signals();
     let Ok((kept, init)) = descriptors::settle(given, init) else { sys::exit_now(1) };
     let report = match act(&kept, init.as_ref()) {

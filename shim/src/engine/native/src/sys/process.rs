@@ -150,6 +150,15 @@ pub(crate) fn execute(program: &CStr, arguments: &[CString], environment: &[CStr
     io::Error::last_os_error()
 }
 
+/// Ends the process if it unwinds: the frames above are copies of another process's, which must not go on twice.
+pub(crate) struct ExitOnUnwind;
+
+impl Drop for ExitOnUnwind {
+    fn drop(&mut self) {
+        exit_now(101);
+    }
+}
+
 /// Ends the process without destructors and exit handlers: they belong to the process that it was forked from.
 pub(crate) fn exit_now(status: i32) -> ! {
     // SAFETY: has no preconditions.
