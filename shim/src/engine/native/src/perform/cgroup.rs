@@ -151,7 +151,7 @@ fn fill(parent: &Path, folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes the limits, then says which devices are allowed.
+/// Writes the limits, then attaches the program that decides about devices.
 pub(super) fn limit(cgroup: &Cgroup) -> Result<(), Failure> {
     control::update(cgroup).map_err(|refused| {
         let usage = match refused.source.raw_os_error() {

@@ -26,7 +26,7 @@ pub(super) fn run(hooks: &[Hook], kind: &str, state: &str, cwd: Option<&Path>, i
 
 fn run_one(hook: &Hook, state: &str, cwd: Option<&Path>, inherited: &[String]) -> Result<(), Failure> {
     let doing = || hook.path.clone();
-    // Not pipes: a hook that reads nothing would end this process by SIGPIPE, one that says much would wait for a reader.
+    // Not pipes: a hook that reads nothing would end this process by SIGPIPE, one that writes much would wait for a reader.
     let file = || memfd_create("hook", MFdFlags::MFD_CLOEXEC).map(File::from);
     let (mut input, output) = (file().doing(Step::Hooks, doing)?, file().doing(Step::Hooks, doing)?);
     input.write_all(state.as_bytes()).and_then(|()| input.rewind()).doing(Step::Hooks, doing)?;
@@ -44,8 +44,8 @@ fn run_one(hook: &Hook, state: &str, cwd: Option<&Path>, inherited: &[String]) -
         Some(status) => status.to_string(),
         None => format!("killed after {} s", hook.timeout().unwrap_or_default().as_secs()),
     };
-    let said = tail(output);
-    Err(Failure { step: Step::Hooks, what: format!("{}: {why}, output: {said}", hook.path), errno: 0 })
+    let written = tail(output);
+    Err(Failure { step: Step::Hooks, what: format!("{}: {why}, output: {written}", hook.path), errno: 0 })
 }
 
 /// The status, or `None` if it had to be killed.
@@ -65,7 +65,7 @@ fn wait(child: &mut Child, timeout: Option<Duration>) -> std::io::Result<Option<
     }
 }
 
-/// The end of what it said.
+/// The end of what it has written.
 fn tail(mut output: File) -> String {
     let mut text = Vec::new();
     let length = output.metadata().map(|about| about.len()).unwrap_or(0);

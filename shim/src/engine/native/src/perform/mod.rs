@@ -105,7 +105,7 @@ pub enum Step {
     Program,
     #[n(12)]
     Filter,
-    /// The child ended without a word.
+    /// The child exited without a report.
     #[n(13)]
     Child,
     #[n(14)]

@@ -81,7 +81,7 @@ pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Fa
 }
 
 impl Program {
-    /// Executes it. Returns only if that failed, with what is to be said about it.
+    /// Executes it. Returns only if that failed, with the failure.
     pub(super) fn execute(&self) -> Failure {
         let error = sys::execute(&self.path, &self.arguments, &self.environment);
         Failure {

@@ -1,4 +1,4 @@
-//! Plans hooks: programs of the host that are told of a container's states.
+//! Plans hooks: programs that receive a container's state at the steps of its life.
 use std::time::Duration;
 
 use minicbor::{Decode, Encode};

@@ -14,7 +14,7 @@ pub struct Request<'a> {
     pub bundle: &'a Path,
     /// Leave the session keyring of the runtime.
     pub no_new_keyring: bool,
-    /// What processes get where the configuration says nothing: the performer's own is a shim's.
+    /// For processes whose configuration has none: the performer's own is the shim's and must not be inherited.
     pub default_oom_score_adj: i32,
 }
 
