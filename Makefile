@@ -37,7 +37,7 @@ endif
 test: test-unit test-e2e test-manager
 
 test-unit: packages
-	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager --package scratch
+	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager --package x-engine --package scratch
 
 test-e2e: packages suites build build-faulty
 	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
