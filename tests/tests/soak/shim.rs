@@ -320,7 +320,8 @@ async fn accounted(soak: &Soak, id: &str, bytes: u64) -> Result<()> {
             .filter_map(|rest| rest.split(|end: char| !end.is_ascii_digit()).next()?.parse().ok())
             .collect();
         let known = kept + lost.iter().sum::<u64>();
-        let is_uncounted = log.split_once("output is thrown away").is_some_and(|(_, then)| then.contains("the worker exited"));
+        let is_uncounted =
+            log.split_once("discarding output until its file is writable").is_some_and(|(_, then)| then.contains("the worker exited"));
         ensure!(known == bytes || known < bytes && is_uncounted, "{bytes} bytes, {kept} kept, {lost:?} lost; the log of the shim:\n{log}");
         soak.counts.lost.fetch_add(lost.iter().sum(), Ordering::Relaxed);
         Ok(())
