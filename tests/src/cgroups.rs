@@ -11,10 +11,8 @@
 //! On a hybrid host every controller of a v1 hierarchy is missing on the unified one: freezing, killing, events and device
 //! filters work there, limits and statistics of memory, for example, do not. Cases that need a controller ask [`lacks`].
 //!
-//! crun refuses a hybrid host whose v2 hierarchy has controllers. A run gives each of them a v1 hierarchy, mounted where only the run
-//! sees it: the kernel removes it with the run's namespace, and v2 gets the controller back.
+//! crun refuses a hybrid host whose v2 hierarchy has controllers: see [`scratch::cgroups`].
 
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{env, fmt, fs, thread};
@@ -90,65 +88,7 @@ pub(crate) fn show(chosen: Version) -> Result<()> {
 fn show_v1() -> Result<()> {
     let own = Path::new(isolation::RUN).join("cgroup-v1");
     fs::create_dir_all(&own)?;
-    mount(Some("tmpfs"), &own, Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount a folder for cgroups")?;
-    for controller in without_mount()? {
-        let folder = own.join(&controller);
-        fs::create_dir(&folder)?;
-        if mount(Some("cgroup"), &folder, Some("cgroup"), MsFlags::empty(), Some(controller.as_str())).is_err() {
-            fs::remove_dir(&folder)?;
-        }
-    }
-    let left = on_v2();
-    ensure!(
-        left.is_empty(),
-        "cannot mount a v1 hierarchy for {left:?}; are these cgroup controllers in use on v2? crun refuses such a host"
-    );
-    show_v1_with(&own)
-}
-
-/// The controllers of the v2 hierarchy beside those of v1.
-fn on_v2() -> Vec<String> {
-    let list = fs::read_to_string(Path::new(ROOT).join("unified/cgroup.controllers")).unwrap_or_default();
-    list.split_whitespace().map(str::to_owned).collect()
-}
-
-/// The controllers of v2, and those of a v1 hierarchy that is not mounted: of a run that is ending, which v2 has again in a moment.
-fn without_mount() -> Result<Vec<String>> {
-    let mut controllers = on_v2();
-    for line in fs::read_to_string("/proc/cgroups")?.lines() {
-        if let [name, hierarchy, ..] = line.split_whitespace().collect::<Vec<_>>()[..]
-            && !name.starts_with('#')
-            && hierarchy != "0"
-            && !controllers.iter().any(|controller| controller == name)
-        {
-            controllers.push(name.to_owned());
-        }
-    }
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let is_mounted =
-        |name: &str| mounts.lines().any(|line| line.contains(" - cgroup ") && line.rsplit([' ', ',']).any(|word| word == name));
-    controllers.retain(|controller| !is_mounted(controller));
-    Ok(controllers)
-}
-
-/// Puts the host's hierarchies beside those in the folder `own`, and that in their place. The host's own folder is not changed.
-fn show_v1_with(own: &Path) -> Result<()> {
-    for entry in fs::read_dir(ROOT)? {
-        let entry = entry?;
-        let place = own.join(entry.file_name());
-        match fs::read_link(entry.path()) {
-            Ok(target) => symlink(target, place)?,
-            Err(_) if place.exists() => {}
-            Err(_) => {
-                fs::create_dir(&place)?;
-                // a folder where nothing is mounted stays behind
-                if mount(Some(&entry.path()), &place, NONE, MsFlags::MS_MOVE, NONE).is_err() {
-                    fs::remove_dir(&place)?;
-                }
-            }
-        }
-    }
-    mount(Some(own), ROOT, NONE, MsFlags::MS_MOVE, NONE).context("put cgroups in their place")
+    scratch::cgroups::show_v1(&own).context("show cgroup v1")
 }
 
 fn show_v2() -> Result<()> {

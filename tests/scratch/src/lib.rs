@@ -3,6 +3,8 @@
 //! A folder is removed with its owner. Those of a test that was killed are removed when the next one makes its first folder: their owner
 //! holds a lock while it lives.
 
+pub mod cgroups;
+
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::ops::Deref;

@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         return server::serve();
     }
     let arguments = Arguments::from_args();
-    let missing = stage::missing();
+    let missing = stage::missing().or_else(stage::show_cgroups_to_crun);
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }

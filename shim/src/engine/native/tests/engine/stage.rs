@@ -1,11 +1,13 @@
 //! What a test has for itself: a keeper, a folder with a bundle, cgroups.
 use std::cell::{Cell, RefCell};
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 
 use crate::bundle;
@@ -28,6 +30,17 @@ pub(crate) fn missing() -> Option<String> {
         return Some("needs cgroup v1 in /sys/fs/cgroup".to_owned());
     }
     None
+}
+
+/// Has crun accept this host, in a mount namespace that the tests share. Returns why that cannot be.
+pub(crate) fn show_cgroups_to_crun() -> Option<String> {
+    let show = || -> io::Result<()> {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+        scratch::cgroups::show_v1(&scratch::Folder::new("cgroups"))
+    };
+    // Its own folder is gone from the namespace when it is in its place.
+    scratch::cgroups::are_mixed().then(show)?.err().map(|error| error.to_string())
 }
 
 pub(crate) struct Stage {
