@@ -52,6 +52,11 @@ pub(crate) fn start(order: &Spawn, end_of: impl FnMut(&Fd) -> io::Result<Option<
 }
 
 impl Pipes {
+    /// Those of a process of which nothing but its output is read.
+    pub(crate) fn of_output(output: Capture) -> Self {
+        Self { log: None, output: Some(output), ready: None }
+    }
+
     pub(crate) fn captures(&self) -> impl Iterator<Item = &Capture> {
         [self.log.as_ref().map(|(log, _)| log), self.output.as_ref(), self.ready.as_ref()].into_iter().flatten()
     }

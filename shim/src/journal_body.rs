@@ -28,7 +28,7 @@ pub(crate) struct JournalBody {
     pub(crate) keeper: ProcessIdentity,
     /// The keeper's control socket.
     pub(crate) control_path: PathBuf,
-    /// The record of the engine that made the container: what `engine::CommandEngine` serialises to.
+    /// The record of the engine that made the container: what `engine::Engine` serialises to.
     pub(crate) engine: serde_json::Value,
     /// The container has no pid namespace of its own: killing init is not enough.
     pub(crate) shared_pid_namespace: bool,

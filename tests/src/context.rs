@@ -93,9 +93,15 @@ impl Context {
         self.0.runtime
     }
 
-    /// The OCI runtime's program.
+    /// The option BinaryName of its containers.
     pub fn runtime_binary(&self) -> PathBuf {
         self.0.suite.runtime(self.0.runtime)
+    }
+
+    /// An OCI runtime's program: crun where the native engine is used, which has none.
+    pub fn runtime_program(&self) -> PathBuf {
+        let runtime = if self.0.runtime == Runtime::Native { Runtime::Crun } else { self.0.runtime };
+        self.0.suite.runtime(runtime)
     }
 
     /// The shim under test.
@@ -166,7 +172,7 @@ impl Context {
 
     /// A gated runtime in front of the real one.
     pub fn gate(&self) -> Result<Gate> {
-        Gate::new(&self.folder().join("gate"), &self.program("gated-runtime"), &self.runtime_binary())
+        Gate::new(&self.folder().join("gate"), &self.program("gated-runtime"), &self.runtime_program())
     }
 
     /// Kills the daemon with SIGKILL, starts it again and waits until the client works again.

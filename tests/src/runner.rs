@@ -32,11 +32,11 @@ pub enum Scope {
     Full,
     /// Every containerd, where the runtime is not the test's to choose.
     Daemons,
-    /// The oldest containerd with runc and the newest with crun: for slow cases.
+    /// The oldest containerd with runc and the newest with the native engine: for slow cases.
     Ends,
     /// The oldest containerd with runc: for slow cases that depend little on either.
     Oldest,
-    /// The newest containerd with both runtimes: for features that older ones lack here.
+    /// The newest containerd with every runtime: for features that older ones lack here.
     Newest,
     /// The containerd that Docker 26 came with.
     Docker,
@@ -53,12 +53,15 @@ impl Scope {
     fn holds(self, (suite, runtime): (Suite, Runtime)) -> bool {
         match self {
             Self::Full => true,
-            Self::Daemons => (suite == Suite::Bookworm) == (runtime == Runtime::Runc),
-            Self::Ends => matches!((suite, runtime), (Suite::Bookworm, Runtime::Runc) | (Suite::Forky, Runtime::Crun)),
+            Self::Daemons => {
+                let runtimes = [(Suite::Bookworm, Runtime::Runc), (Suite::Trixie, Runtime::Crun), (Suite::Forky, Runtime::Native)];
+                runtimes.contains(&(suite, runtime))
+            }
+            Self::Ends => matches!((suite, runtime), (Suite::Bookworm, Runtime::Runc) | (Suite::Forky, Runtime::Native)),
             Self::Oldest => (suite, runtime) == (Suite::Bookworm, Runtime::Runc),
             Self::Newest => suite == Suite::Forky,
             Self::Docker => (suite, runtime) == (Suite::Trixie, Runtime::Runc),
-            Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Crun),
+            Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Native),
         }
     }
 }

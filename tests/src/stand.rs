@@ -14,6 +14,7 @@ use crate::bundle::Bundle;
 use crate::eventually::{SOON, eventually};
 use crate::fake_containerd::FakeContainerd;
 use crate::gate::Gate;
+use crate::runner::skip;
 use crate::stdio::{Pace, Reader};
 use crate::suite::{Runtime, Shim, Suite};
 use crate::{cgroups, isolation, proc, trace};
@@ -36,7 +37,7 @@ struct Inner {
 }
 
 impl Stand {
-    /// A stand for the shim under test with the faster OCI runtime; the helper programs are in `programs`.
+    /// A stand for the shim under test with the fastest runtime that every shim has; the helper programs are in `programs`.
     pub fn new(shim: &Shim, programs: &Path) -> Result<Self> {
         Self::with_engine(shim, programs, &Suite::Bookworm.runtime(Runtime::Crun))
     }
@@ -92,9 +93,17 @@ impl Stand {
         self.0.programs.join(name)
     }
 
-    /// The OCI runtime.
+    /// The OCI runtime, or the name of the shim's own engine.
     pub fn runtime(&self) -> PathBuf {
         self.0.engine.clone()
+    }
+
+    /// The OCI runtime's program; skips where the shim makes containers itself.
+    pub fn runtime_program(&self) -> Result<PathBuf> {
+        if self.0.engine == Path::new(Runtime::Native.name()) {
+            return skip("the shim makes the containers itself: there is no runtime whose program can be replaced");
+        }
+        Ok(self.runtime())
     }
 
     /// A gated runtime in front of another.

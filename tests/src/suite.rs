@@ -43,6 +43,9 @@ impl Suite {
     /// Its OCI runtime. On cgroup v2 crun 1.8 raises its own RLIMIT_MEMLOCK for a device filter, which needs CAP_SYS_RESOURCE: without
     /// it, the next suite's takes its place.
     pub fn runtime(self, runtime: Runtime) -> PathBuf {
+        if runtime == Runtime::Native {
+            return PathBuf::from(runtime.name());
+        }
         let is_unable = || Version::chosen().is_ok_and(|chosen| chosen == Version::V2) && !proc::may_raise_limits();
         let suite = if (self, runtime) == (Self::Bookworm, Runtime::Crun) && is_unable() { Self::Trixie } else { self };
         suite.program(runtime.name())
@@ -83,24 +86,27 @@ pub fn use_manager() -> Result<()> {
     Ok(())
 }
 
-/// An OCI runtime.
+/// What makes containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Runtime {
     /// opencontainers/runc
     Runc,
     /// containers/crun
     Crun,
+    /// The engine of the shim that this repository builds. Its option BinaryName is this name, not a path.
+    Native,
 }
 
 impl Runtime {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Runc, Self::Crun];
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Runc, Self::Crun, Self::Native];
 
     /// The program's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Runc => "runc",
             Self::Crun => "crun",
+            Self::Native => "native",
         }
     }
 }

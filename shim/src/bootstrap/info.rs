@@ -11,7 +11,7 @@ use protobuf::{Message, MessageField};
 
 use super::{Error, helper, start};
 use crate::commands::revision;
-use crate::engine::{CommandEngine, Verb};
+use crate::engine::{CommandEngine, NATIVE, Verb};
 use crate::options::RuntimeOptions;
 
 const NAME: &str = "io.containerd.x.v2";
@@ -32,9 +32,17 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) fn info() -> Result<(), Error> {
     let input = start::read_input()?;
     let options = if input.is_empty() { None } else { Some(Any::parse_from_bytes(&input).map_err(|source| Error::Options { source })?) };
-    let (engine, reason) = CommandEngine::blocking_choose(&RuntimeOptions::blocking_read(options.as_ref())?, "", false)?;
-    let mut info = describe(options, features(&engine));
-    info.annotations.insert(RUNTIME.to_owned(), engine.binary().display().to_string());
+    let read = RuntimeOptions::blocking_read(options.as_ref())?;
+    let (features, runtime, reason) = match read.binary_name.as_deref() {
+        Some(NATIVE) => (None, NATIVE.to_owned(), "named by the option BinaryName".to_owned()),
+        None => (None, NATIVE.to_owned(), "BinaryName is not set; what it does not implement is run by crun or runc".to_owned()),
+        Some(_) => {
+            let (engine, reason) = CommandEngine::blocking_choose(&read, "", false)?;
+            (features(&engine), engine.binary().display().to_string(), reason)
+        }
+    };
+    let mut info = describe(options, features);
+    info.annotations.insert(RUNTIME.to_owned(), runtime);
     info.annotations.insert(REASON.to_owned(), reason);
     let bytes = info.write_to_bytes().map_err(|error| Error::Stdout { source: io::Error::other(error) })?;
     io::stdout().lock().write_all(&bytes).map_err(|source| Error::Stdout { source })

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use nix::libc;
 use serde::Deserialize;
 
-use super::{Error, helper, wait};
+use super::{Error, helper, native_cleanup, wait};
 use crate::cgroup::Cgroup;
-use crate::engine::{CommandEngine, Container, EngineError, Verb};
+use crate::engine::{CommandEngine, Container, Engine, EngineError, Verb};
 use crate::journal_body::{JournalBody, ProcessIdentity};
 use crate::processes::Stat;
 use crate::rootfs::{self, MountError, Unmount};
@@ -39,8 +39,13 @@ impl Leftovers<'_> {
         if recorded.is_null() { None } else { Cgroup::deserialize(recorded).ok() }
     }
 
-    fn engine(&self) -> Option<CommandEngine> {
-        CommandEngine::deserialize(&self.body?.engine).ok()
+    fn engine(&self) -> Option<Engine> {
+        Engine::deserialize(&self.body?.engine).ok()
+    }
+
+    /// Whether its processes may outlive init.
+    fn shares_pid_namespace(&self) -> bool {
+        self.body.is_some_and(|body| body.shared_pid_namespace)
     }
 
     /// The container, described for the engine.
@@ -58,7 +63,11 @@ const HALF_MADE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Whether nothing is left: no process, no mount, no state of the engine.
 pub(crate) fn is_clean(leftovers: &Leftovers<'_>) -> bool {
-    let is_kept = leftovers.engine().is_some_and(|engine| engine.state_of(leftovers.id).exists());
+    let is_kept = match leftovers.engine() {
+        Some(Engine::Native(engine)) => engine.cgroup_folder(|folder| folder.exists()).is_some(),
+        Some(Engine::Command(engine)) => engine.state_of(leftovers.id).exists(),
+        None => false,
+    };
     !is_kept && !is_mounted(leftovers) && !is_alive(leftovers)
 }
 
@@ -81,7 +90,12 @@ pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), E
     let deadline = deadline.checked_sub(Duration::from_millis(800)).unwrap_or(deadline);
     let init = leftovers.init().and_then(handle);
     // Once ours is gone, another container of the id may have the same cgroup.
-    let is_anothers = || leftovers.engine().is_some_and(|engine| is_of_another(leftovers, &engine, deadline).unwrap_or(true));
+    let is_anothers = || match leftovers.engine() {
+        // What was in its pid namespace has ended with init.
+        Some(Engine::Native(_)) => !leftovers.shares_pid_namespace(),
+        Some(Engine::Command(engine)) => is_of_another(leftovers, &engine, deadline).unwrap_or(true),
+        None => false,
+    };
     let cgroup = leftovers.cgroup().filter(|cgroup| init.is_some() || cgroup.pids().is_empty() || !is_anothers());
     if let Some(init) = &init {
         let _ = sys::process::signal(init.as_fd(), libc::SIGKILL);
@@ -116,9 +130,12 @@ pub(crate) fn kill(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), E
 /// Errors: the mounts cannot be undone, or the engine's program is missing and its state cannot be removed without it. Any other failure
 /// of the engine is a warning: there may be nothing left to delete.
 pub(crate) fn clean(leftovers: &Leftovers<'_>, deadline: Instant) -> Result<(), Error> {
-    if let Some(engine) = leftovers.engine()
-        && let Some(complaint) = delete_from_engine(leftovers, &engine, deadline)?
-    {
+    let complaint = match leftovers.engine() {
+        Some(Engine::Native(engine)) => native_cleanup::clean(&engine, leftovers.init().is_some(), deadline),
+        Some(Engine::Command(engine)) => delete_from_engine(leftovers, &engine, deadline)?,
+        None => None,
+    };
+    if let Some(complaint) = complaint {
         eprintln!("containerd-shim-x-v2: delete {}: {complaint}", leftovers.id);
     }
     let rootfs = leftovers.rootfs();

@@ -22,6 +22,7 @@ mod group;
 mod helper;
 mod info;
 mod manual_cleanup;
+mod native_cleanup;
 mod placement;
 mod socket;
 mod start;

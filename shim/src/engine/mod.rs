@@ -1,25 +1,76 @@
-//! Engines: the programs that make containers.
+//! Engines: what makes containers.
 //!
-//! Owns what a verb takes and how it fails. [`CommandEngine`] builds the command of each verb and interprets its exit;
-//! the keeper runs it. The engine that made a container is recorded with it and used for every later verb.
+//! Owns the choice between them, what a verb takes, and how it fails. The engine that made a container is recorded with it and used for every
+//! later verb.
 //!
 //! ```text
-//!  worker ── verb ──▶ CommandEngine ── Spawn ──▶ (keeper runs it) ── Exited ──▶ interpret ── Ok | EngineError ──▶ worker
+//!                ┌─ NativeEngine ── plan ──▶ (a fork of the keeper performs it) ── report ─┐
+//!  worker ─ verb ┤                                                                         ├─▶ Ok | EngineError
+//!                └─ CommandEngine ─ Spawn ─▶ (the keeper runs an OCI runtime) ──── exit ───┘
 //! ```
 //!
-//! There is no trait: an engine that is not a command would not be driven by commands and their exits either.
+//! [`NativeEngine`] is the shim's own and the default. [`CommandEngine`] builds the command of each verb for crun, runc or any other OCI runtime, and
+//! interprets its exit. There is no trait: one is driven by commands and their exits, the other by plans and by the kernel.
 //!
 //! **Invariant:** nothing but the engine's own program is searched for here. Building a verb twice gives the same, so a verb can be replayed.
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
 
 use crate::options::CriuOptions;
 
 mod choice;
 mod command;
 mod complaint;
+mod native_engine;
 
 pub(crate) use choice::EngineNotFound;
 pub(crate) use command::CommandEngine;
+pub(crate) use native_engine::{NativeEngine, encode, refused, reported_pid};
+
+/// The name by which the option BinaryName names the native engine. No other is used then.
+pub(crate) const NATIVE: &str = "native";
+
+/// The engine of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Engine {
+    #[serde(rename = "native")]
+    Native(NativeEngine),
+    /// The only one that records of version 1 have.
+    #[serde(untagged)]
+    Command(CommandEngine),
+}
+
+impl Engine {
+    /// What shows that a container of this id exists: the state of the OCI runtime, or a cgroup with processes.
+    pub(crate) fn blocking_find(&self, id: &str) -> Option<PathBuf> {
+        match self {
+            Self::Native(native) if native.blocking_has_processes() => native.cgroup_folder(|folder| folder.exists()),
+            Self::Native(_) => None,
+            Self::Command(command) => Some(command.state_of(id)).filter(|state| state.symlink_metadata().is_ok()),
+        }
+    }
+
+    /// The OCI runtime, for a verb that only those have.
+    pub(crate) fn command(&self, verb: Verb) -> Result<&CommandEngine, EngineError> {
+        match self {
+            Self::Command(command) => Ok(command),
+            Self::Native(_) => Err(EngineError::Unsupported {
+                verb,
+                message: "the native engine, which made this container, does not implement it; crun and runc do: name one with the option BinaryName"
+                    .into(),
+            }),
+        }
+    }
+
+    /// What of it a journal holds: enough to clean up.
+    pub(crate) fn for_cleanup(&self) -> Self {
+        match self {
+            Self::Native(native) => Self::Native(native.for_cleanup()),
+            Self::Command(command) => Self::Command(command.clone()),
+        }
+    }
+}
 
 /// The container that a verb is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,7 +168,7 @@ impl Verb {
     }
 }
 
-/// Why a verb failed. `message` is the engine's own, whole.
+/// Why a verb failed. `message` is the engine's own, whole; after the native engine it is what it tried on what.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum EngineError {
     /// The engine does not have the container: it was never created, or is deleted.

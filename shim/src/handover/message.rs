@@ -191,6 +191,70 @@ pub(crate) enum Op {
         #[n(0)]
         key: String,
     },
+    /// Performs a plan of the native engine in a fork of the keeper. → `Exited`, whose output is the report of the performer: none if it was
+    /// killed. `Failed` if it cannot be forked, with ESRCH if the process that it needs has exited. Since version 2.
+    #[n(10)]
+    Perform(#[n(0)] Perform),
+    /// Lets an init that a plan has made execute its program. → `Done`, or `Failed` with ESRCH if it does not wait for that (any more).
+    /// Since version 2.
+    #[n(11)]
+    OpenGate {
+        #[n(0)]
+        key: String,
+    },
+}
+
+/// A plan to perform: see `x_engine::perform`.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) struct Perform {
+    /// The process that it makes, or whose hooks it runs. As [`Spawn::key`].
+    #[n(0)]
+    pub(crate) key: String,
+    #[n(1)]
+    pub(crate) kind: PlanKind,
+    /// The encoded plan.
+    #[cbor(n(2), with = "part")]
+    pub(crate) plan: Vec<u8>,
+    /// The key of the container's init: the process whose namespaces an exec joins, or whose start the hooks follow.
+    #[n(3)]
+    pub(crate) init: String,
+    /// The process gets a terminal, which the keeper takes over, and not the streams of its key.
+    #[n(4)]
+    pub(crate) terminal: bool,
+}
+
+/// What a plan is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub(crate) enum PlanKind {
+    /// Makes a container. Its init waits for [`Op::OpenGate`].
+    #[n(0)]
+    Create,
+    /// Adds a process to a container.
+    #[n(1)]
+    Exec,
+    /// Runs the hooks that follow a start.
+    #[n(2)]
+    Poststart,
+    /// Runs the hooks that follow a deletion.
+    #[n(3)]
+    Poststop,
+}
+
+impl PlanKind {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Create => "create",
+            Self::Exec => "exec",
+            Self::Poststart => "poststart hooks",
+            Self::Poststop => "poststop hooks",
+        }
+    }
+
+    /// Whether it leaves a process behind whose pid its report names.
+    pub(crate) fn makes_process(self) -> bool {
+        matches!(self, Self::Create | Self::Exec)
+    }
 }
 
 /// A process to start. It gets exactly the descriptors named here, default signal dispositions, an empty mask, a process group of its own.

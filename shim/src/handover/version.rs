@@ -15,8 +15,11 @@ pub(crate) struct Versions {
 }
 
 impl Versions {
+    /// The first version in which a keeper performs plans of the native engine.
+    pub(crate) const PERFORMS: u16 = 2;
+
     /// The versions that this build speaks, as keeper and as worker.
-    pub(crate) const OURS: Self = Self { oldest: 1, newest: 1 };
+    pub(crate) const OURS: Self = Self { oldest: 1, newest: 2 };
 
     /// The version in which two builds work together, if there is one.
     pub(crate) fn agree(self, other: Self) -> Option<u16> {

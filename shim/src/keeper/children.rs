@@ -1,26 +1,32 @@
-//! The processes: helpers that the keeper starts, and claimed ones that runtimes leave behind.
+//! The processes: helpers that the keeper starts, performers that it forks, and claimed ones that both leave behind.
 //!
 //! Owns every child. An exit is recorded while the child is still a zombie, and only then reaped, so that its pid cannot be
 //! reused before.
 //!
 //! ```text
-//!  helper:  started ─▶ (ready) ─▶ exited: outcome of its operation
+//!  helper, performer:  started ─▶ (ready) ─▶ exited: outcome of its operation
 //!  other:   orphan  ─▶ claimed by a commit ─▶ exited: a cause
 //!                   └▶ exited unclaimed: left a zombie while an operation may still report its pid, then reaped
 //! ```
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::SystemTime;
 
 use log::{debug, error, info, warn};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+use x_engine::perform::{self, Descriptors};
 
+use super::gates::Gates;
 use super::poll::{Poll, Source};
 use super::streams::Streams;
-use crate::handover::{Cause, Claim, Exited, Fd, Outcome, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, is_of};
+use crate::capture::Capture;
+use crate::handover::{Cause, Claim, Exited, Fd, Outcome, Perform, PlanKind, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, is_of};
 use crate::helper::{self, Pipes};
 use crate::journal::{Journal, RecordedExit};
 use crate::processes::kill_tree;
@@ -42,16 +48,27 @@ struct Helper {
     step: Step,
     key: String,
     program: String,
-    failure: Failure,
+    /// Absent for a performer, which executes nothing.
+    failure: Option<Failure>,
     pipes: Pipes,
     /// The outcome was reported already.
     reported: bool,
     console: Option<Console>,
     /// Outputs that it reads, and that the keeper must take over when it exits.
     reads: Vec<(String, Stream)>,
+    /// Where a performer sends the terminal of its process.
+    terminal: Option<OwnedFd>,
 }
 
-saved!(Helper { cause, step, key, program, failure, pipes, reported, console, reads });
+saved!(Helper { cause, step, key, program, failure, pipes, reported, console, reads, terminal });
+
+/// A performer that was forked, and the keeper's ends of what it uses.
+struct Forked {
+    pid: u32,
+    report: Capture,
+    gate: Option<OwnedFd>,
+    terminal: Option<OwnedFd>,
+}
 
 /// Where a runtime delivers a terminal.
 #[derive(Debug)]
@@ -107,9 +124,10 @@ pub(crate) struct Children {
     vanished: Vec<u32>,
     pub(crate) started: u64,
     pub(crate) exits_seen: u64,
+    gates: Gates,
 }
 
-saved!(Children { helpers, claimed, vanished, started, exits_seen; pids });
+saved!(Children { helpers, claimed, vanished, started, exits_seen, gates; pids });
 
 impl Children {
     /// Resumes after a re-exec.
@@ -154,9 +172,84 @@ impl Children {
         }
         let reads = order.fds.into_iter().filter_map(|fd| if let Fd::ReadEnd(key, stream) = fd { Some((key, stream)) } else { None });
         let reads = reads.collect();
-        let helper = Helper { cause, step, key: order.key, program, failure, pipes, reported: false, console, reads };
+        let helper =
+            Helper { cause, step, key: order.key, program, failure: Some(failure), pipes, reported: false, console, reads, terminal: None };
         self.helpers.insert(pid, Box::new(helper));
         Ok(())
+    }
+
+    /// Forks a performer.
+    ///
+    /// Errors: what failed; then nothing was forked.
+    pub(crate) fn perform(
+        &mut self,
+        cause: Cause,
+        step: Step,
+        order: Perform,
+        streams: &mut Streams,
+        poll: &Poll,
+    ) -> Result<(), (String, io::Error)> {
+        let program = format!("perform {}", order.kind.name());
+        let Forked { pid, report, gate, terminal } = self.fork(&order, streams).map_err(|error| (program.clone(), error))?;
+        self.started += 1;
+        debug!(pid, program:%; "performer forked");
+        if let Err(error) = poll.add_reader(&report, Source::Helper(pid)) {
+            warn!(pid, error:%; "cannot watch a performer's report, it is read when the performer has exited");
+        }
+        if let Some(gate) = gate {
+            self.gates.add(&order.key, cause, gate);
+        }
+        let helper = Helper {
+            cause,
+            step,
+            key: order.key,
+            program,
+            failure: None,
+            pipes: Pipes::of_output(report),
+            reported: false,
+            console: None,
+            reads: Vec::new(),
+            terminal,
+        };
+        self.helpers.insert(pid, Box::new(helper));
+        Ok(())
+    }
+
+    fn fork(&self, order: &Perform, streams: &mut Streams) -> io::Result<Forked> {
+        let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
+        let stream = |stream, streams: &mut Streams| {
+            let end = if order.terminal || !order.kind.makes_process() { None } else { streams.take_process_end(&order.key, stream) };
+            end.map_or_else(null, Ok)
+        };
+        let stdio = [stream(Stream::Stdin, streams)?, stream(Stream::Stdout, streams)?, stream(Stream::Stderr, streams)?];
+        let (report, theirs) = Capture::new()?;
+        let (gate_end, gate) = (order.kind == PlanKind::Create).then(|| pipe2(OFlag::O_CLOEXEC)).transpose()?.unzip();
+        let (console, terminal) = order.terminal.then(UnixStream::pair).transpose()?.unzip();
+        let descriptors = Descriptors { stdio, report: theirs, gate: gate_end, console: console.map(OwnedFd::from) };
+        let init = match order.kind {
+            PlanKind::Exec | PlanKind::Poststart => Some(self.claimed(&order.init).ok_or(Errno::ESRCH)?),
+            PlanKind::Create | PlanKind::Poststop => None,
+        };
+        let handle = match (order.kind, init) {
+            (PlanKind::Exec, Some((pid, claimed))) => Some(match &claimed.handle {
+                Some(handle) => handle.try_clone()?,
+                // Descriptors had run out. The child is not reaped, so its pid cannot mean another process.
+                None => sys::process::open(pid)?,
+            }),
+            _ => None,
+        };
+        let pid = perform::fork(|| match (order.kind, handle, init) {
+            (PlanKind::Create, ..) => perform::create(&order.plan, descriptors),
+            (PlanKind::Exec, Some(handle), _) => perform::exec(&order.plan, handle, descriptors),
+            (PlanKind::Poststart, _, Some((pid, _))) => perform::poststart(&order.plan, pid, descriptors),
+            (PlanKind::Exec | PlanKind::Poststart, ..) | (PlanKind::Poststop, ..) => perform::poststop(&order.plan, descriptors),
+        })?;
+        Ok(Forked { pid, report, gate, terminal: terminal.map(OwnedFd::from) })
+    }
+
+    /// Lets the init of a container that the native engine has made execute its program.
+    pub(crate) fn open_gate(&mut self, key: &str) -> io::Result<()> {
+        self.gates.open(key)
     }
 
     /// Reads what a helper has written. Returns its outcome if it has become ready.
@@ -268,20 +361,26 @@ impl Children {
         found.push(Found::Exit(ProcessExit { key: claimed.key, pid, status, at_nanos }));
     }
 
+    /// The process that is claimed under a key, with its pid.
+    fn claimed(&self, key: &str) -> Option<(u32, &Claimed)> {
+        let pid = *self.pids.get(key)?;
+        Some((pid, self.claimed.get(&pid)?))
+    }
+
     /// Signals a claimed process.
     pub(crate) fn signal(&self, key: &str, signal: i32) -> io::Result<()> {
-        let found = self.pids.get(key).and_then(|pid| self.claimed.get_key_value(pid));
-        let Some((pid, claimed)) = found else { return Err(Errno::ESRCH.into()) };
+        let (pid, claimed) = self.claimed(key).ok_or(Errno::ESRCH)?;
         match &claimed.handle {
             Some(handle) => sys::process::signal(handle.as_fd(), signal),
             None if claimed.foreign => Err(Errno::ESRCH.into()),
             // Descriptors had run out. The child is not reaped, so its pid cannot mean another process.
-            None => sys::process::signal(sys::process::open(*pid)?.as_fd(), signal),
+            None => sys::process::signal(sys::process::open(pid)?.as_fd(), signal),
         }
     }
 
-    /// Kills the helpers of a poisoned request, and their descendants.
-    pub(crate) fn end_helpers_of(&self, cause: Cause) {
+    /// Kills the helpers of a poisoned request, and their descendants. An init that it has made ends too.
+    pub(crate) fn end_helpers_of(&mut self, cause: Cause) {
+        self.gates.close_of(cause);
         for pid in self.helpers.iter().filter(|(_, helper)| helper.cause == cause).map(|(pid, _)| *pid) {
             kill_tree(pid);
         }
@@ -297,6 +396,7 @@ impl Children {
 
     /// Forgets the claimed process of a key. It is reaped like any orphan.
     pub(crate) fn release(&mut self, key: &str) {
+        self.gates.close(key);
         if let Some(pid) = self.pids.remove(key) {
             self.claimed.remove(&pid);
         }
@@ -321,10 +421,11 @@ impl Helper {
             debug!(program:% = self.program, status; "helper exited");
             return;
         }
-        let outcome = if let Some(error) = self.failure.error() {
+        let outcome = if let Some(error) = self.failure.and_then(Failure::error) {
             Outcome::Failed { errno: error.raw_os_error().unwrap_or_default(), what: format!("execute {}", self.program) }
         } else {
-            let terminal = self.console.and_then(|console| console.receive());
+            let sent = self.terminal.as_ref().and_then(|socket| receive_terminal(socket.as_fd()));
+            let terminal = sent.or_else(|| self.console.and_then(|console| console.receive()));
             let terminal = terminal.is_some_and(|terminal| streams.attach(&self.key, terminal, poll));
             let (log, output) = self.pipes.finish();
             Outcome::Exited(Exited { status, log, output, terminal })

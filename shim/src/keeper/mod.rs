@@ -16,6 +16,7 @@
 //! **Invariant:** the keeper does not change what containers inherit from it: limits, niceness, affinity, timer slack.
 mod children;
 mod control;
+mod gates;
 mod generation;
 mod ledger;
 mod outbox;

@@ -49,6 +49,12 @@ pub(crate) fn peek(pid: Option<u32>) -> io::Result<Option<Ended>> {
     wait(pid, libc::WNOWAIT)
 }
 
+/// Waits until a child has exited, and reaps it.
+pub(crate) fn wait_for(pid: u32) -> io::Result<()> {
+    nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid as i32), None)?;
+    Ok(())
+}
+
 /// Reaps a zombie that [`peek`] has shown.
 pub(crate) fn reap(pid: u32) -> io::Result<Option<Ended>> {
     wait(Some(pid), 0)

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use super::error::Error;
 use super::link::Link;
-use crate::handover::{self, Exited, Op, Outcome, Spawn, Step};
+use crate::handover::{self, Exited, Op, Outcome, Perform, Spawn, Step};
 
 /// A request or an exit that is being handled.
 #[derive(Debug, Clone)]
@@ -43,6 +43,8 @@ pub(crate) mod step {
     pub(crate) const DRAIN: Step = 16;
     /// Looks at what has the id after a failure, before UNDO.
     pub(crate) const ENGINE_STATE: Step = 17;
+    /// Hooks that follow a start or a deletion.
+    pub(crate) const HOOKS: Step = 18;
 }
 
 impl Cause {
@@ -80,7 +82,16 @@ impl Cause {
 
     /// Runs a helper to its end.
     pub(crate) async fn run(&self, at: Step, spawn: Spawn) -> Result<Exited, Error> {
-        match self.link.operation(self.number, at, Op::Spawn(spawn)).await.0 {
+        self.ended(at, Op::Spawn(spawn)).await
+    }
+
+    /// Has a plan performed. The output is the performer's report.
+    pub(crate) async fn run_plan(&self, at: Step, order: Perform) -> Result<Exited, Error> {
+        self.ended(at, Op::Perform(order)).await
+    }
+
+    async fn ended(&self, at: Step, op: Op) -> Result<Exited, Error> {
+        match self.link.operation(self.number, at, op).await.0 {
             Outcome::Exited(exited) => Ok(exited),
             Outcome::Failed { errno, what } => Err(failed(errno, what)),
             Outcome::Done | Outcome::Ready { .. } | Outcome::Descriptor => Err(Error::Outcome { doing: "start a process" }),

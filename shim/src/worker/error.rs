@@ -8,7 +8,7 @@ use super::id::{ContainerId, InvalidId, ProcessKey};
 use super::phase::{Refused, Request};
 use super::spec::SpecError;
 use crate::chain::chain;
-use crate::engine::{EngineError, EngineNotFound};
+use crate::engine::{EngineError, EngineNotFound, Verb};
 use crate::options::OptionsError;
 use crate::rootfs::MountError;
 use crate::stdio_uri::{LoggerRefused, StdioError};
@@ -22,11 +22,12 @@ pub(crate) enum Error {
     NoProcess { id: ContainerId, exec: String },
     #[error("container {id} already exists")]
     Exists { id: ContainerId },
+    /// `found` is the state of its OCI runtime, or its cgroup.
     #[error(
-        "container {id} already exists: {} is the OCI runtime's state of it; another daemon may run it, else remove it with the runtime's `delete`",
-        state.display()
+        "container {id} already exists: {} is in use by it; another daemon may run it, else remove it with the runtime's `delete`, or end its processes",
+        found.display()
     )]
-    Taken { id: ContainerId, state: PathBuf },
+    Taken { id: ContainerId, found: PathBuf },
     /// It exists, and this version cannot read its record.
     #[error("container {:?}: this worker cannot read its record, another version may; upgrade the shim, or remove the container with `containerd-shim-x-v2 delete`", excerpt(.id))]
     SetAside { id: String },
@@ -92,8 +93,10 @@ pub(crate) enum Error {
     TimedOut { waiting_for: String, seconds: u64 },
     #[error("the OCI runtime has started a process and reported no pid: read {}", path.display())]
     NoPid { path: PathBuf, source: io::Error },
-    #[error("no terminal arrived on {}", socket.display())]
-    NoTerminal { socket: PathBuf },
+    #[error("no terminal arrived from the engine of {key}")]
+    NoTerminal { key: ProcessKey },
+    #[error("OCI runtime {} failed: its performer was killed before it could report (status {status})", verb.name())]
+    NoReport { verb: Verb, status: u32 },
 }
 
 /// The codes of the wire that this shim uses.
@@ -157,6 +160,7 @@ impl Error {
             | Self::Keeper { .. }
             | Self::Outcome { .. }
             | Self::NoPid { .. }
+            | Self::NoReport { .. }
             | Self::NoTerminal { .. } => Code::Internal,
         }
     }

@@ -119,10 +119,11 @@ impl Worker {
                     test_identity::misbehave(Place::Fit);
                     self.shared.link.fit(refusal.take());
                 }
-                ToWorker::Welcome { keeper_pid, generation, .. } => {
+                ToWorker::Welcome { version, keeper_pid, generation } => {
                     test_identity::misbehave(Place::Welcome);
                     test_identity::misbehave(Place::Later);
                     self.shared.keeper.set(ProcessIdentity::of(keeper_pid).unwrap_or(ProcessIdentity { pid: keeper_pid, start_time: 0 }));
+                    self.shared.version.set(version);
                     log::debug!(generation, keeper = keeper_pid; "worker started");
                 }
                 ToWorker::State { key, value } => self.load(&key, &value),

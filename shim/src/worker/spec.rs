@@ -34,8 +34,8 @@ pub(crate) enum SpecError {
 }
 
 impl Spec {
-    /// Reads `config.json` of `bundle`, on the daemon's own tmpfs.
-    pub(crate) fn blocking_read(bundle: &Path) -> Result<Self, SpecError> {
+    /// Reads `config.json` of `bundle`, on the daemon's own tmpfs. Returns its text too, for the engine.
+    pub(crate) fn blocking_read(bundle: &Path) -> Result<(Self, Vec<u8>), SpecError> {
         let path = bundle.join("config.json");
         let missing = |source| SpecError::Missing { path: path.clone(), source };
         let mut text = Vec::new();
@@ -43,7 +43,7 @@ impl Spec {
         if text.len() as u64 > MAX_BYTES {
             return Err(SpecError::TooLong { path });
         }
-        Self::parse(&text, bundle)
+        Ok((Self::parse(&text, bundle)?, text))
     }
 
     /// Reads the text of the `config.json` of `bundle`.
@@ -112,7 +112,7 @@ mod tests {
         let bundle = scratch::Folder::new("spec");
         std::fs::write(bundle.join("config.json"), config).expect("a file");
         let spec = Spec::blocking_read(&bundle);
-        spec.map(|spec| Spec { rootfs: spec.rootfs.strip_prefix(&bundle).map(Path::to_owned).unwrap_or(spec.rootfs), ..spec })
+        spec.map(|(spec, _)| Spec { rootfs: spec.rootfs.strip_prefix(&bundle).map(Path::to_owned).unwrap_or(spec.rootfs), ..spec })
     }
 
     #[test]

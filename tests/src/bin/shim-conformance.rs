@@ -12,19 +12,20 @@ use shim_tests::conformance::child::{self, Subject};
 use shim_tests::conformance::expect::Expectations;
 use shim_tests::conformance::run::{self, Plan, Results};
 use shim_tests::conformance::{Case, cases, clauses, faults, report};
+use shim_tests::suite::Runtime;
 
 const HELP: &str = "\
 shim-conformance: starts a containerd shim as containerd does, drives it, and reports clause by clause what holds
 
   shim-conformance list [--filter PATTERN]
-  shim-conformance run --shim PATH [--engine runc|crun|PATH] [--filter PATTERN]… [--expect FILE] [--jobs N]
+  shim-conformance run --shim PATH [--engine runc|crun|native|PATH] [--filter PATTERN]… [--expect FILE] [--jobs N]
                        [--cgroup 1|2] [--patience N] [--times N] [--json FILE] [--junit FILE] [--logs FOLDER]
   shim-conformance compare --shim A --shim B [--engine …] [--filter …] [--jobs N] [--cgroup …] [--patience N]
   shim-conformance table RESULTS.json…       several runs as one table in Markdown
   shim-conformance faults --shim PATH [--fault NAME]… [--engine …] [--filter …] [--jobs N]
                        which cases see which fault of a man in the middle, in Markdown; all of them take half an hour
 
-  --engine   the OCI runtime that the shim has to use; by default crun, else runc
+  --engine   the OCI runtime that the shim has to use; by default crun, else runc; native: the shim's own engine, if it has one
   --filter   only cases whose name or clause contains PATTERN; one that begins with = is the whole name
   --expect   known deviations, each with a reason: they do not count as failures, and must fail
   --jobs     cases at a time; by default one per processor
@@ -136,6 +137,9 @@ impl Options {
 
     /// The OCI runtime: as it is named, found in PATH if it has no slash.
     fn engine(&self) -> Result<PathBuf> {
+        if self.engine.as_deref() == Some(Runtime::Native.name()) {
+            return Ok(Runtime::Native.name().into());
+        }
         let names = self.engine.as_ref().map_or_else(|| vec!["crun", "runc"], |name| vec![name.as_str()]);
         let path = env::var_os("PATH").unwrap_or_default();
         let mut folders: Vec<_> = env::split_paths(&path).collect();

@@ -339,7 +339,7 @@ pub(crate) async fn a_wrapper_of_the_runtime_finds_init_pid_and_what_ctr_asks_fo
         "#!/bin/sh\necho \"$@\" >> {}\ncase \" $* \" in *' create '*) {real} \"$@\" && cat init.pid > {} ;; *) exec {real} \"$@\" ;; esac\n",
         calls.display(),
         pid.display(),
-        real = cx.runtime_binary().display()
+        real = cx.runtime_program().display()
     );
     // the default runtime
     for name in ["crun", "runc"] {

@@ -47,7 +47,7 @@ pub(crate) async fn a_shim_that_does_not_read_for_a_moment_keeps_its_container(c
 
 pub(crate) async fn a_shim_that_cannot_delete_its_task_keeps_it(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
-    let runtime = programs::script(cx.folder(), "runtime", &format!("#!/bin/sh\nexec {} \"$@\"\n", cx.runtime_binary().display()))?;
+    let runtime = programs::script(cx.folder(), "runtime", &format!("#!/bin/sh\nexec {} \"$@\"\n", cx.runtime_program().display()))?;
     let container = cx.container(&["sh", "-c", "exit 3"]).runtime_binary(&runtime).start().await?;
     ensure!(container.wait().await? == 3);
     let (aside, keeper) = (runtime.with_extension("aside"), cx.shim_pid(&container.id)?);

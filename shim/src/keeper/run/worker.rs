@@ -82,7 +82,11 @@ impl Keeper {
             self.supervisor.send(&ToWorker::Done { cause, step, outcome }, descriptor, Instant::now());
             return;
         }
-        let reports_pid = matches!(&op, Op::Spawn(spawn) if spawn.reports_pid);
+        let reports_pid = match &op {
+            Op::Spawn(spawn) => spawn.reports_pid,
+            Op::Perform(order) => order.kind.makes_process(),
+            _ => false,
+        };
         let outcome = match self.ledger.ask(cause, step, reports_pid) {
             Asked::Known(outcome) => Some(if op == Op::Once { Outcome::failed(&Errno::EALREADY.into(), "once".into()) } else { outcome }),
             Asked::Pending => None,
@@ -107,6 +111,11 @@ impl Keeper {
                 Ok(()) => return None,
                 failed => failed,
             },
+            Op::Perform(order) => match self.children.perform(cause, step, order, &mut self.streams, &self.poll) {
+                Ok(()) => return None,
+                failed => failed,
+            },
+            Op::OpenGate { key } => self.children.open_gate(&key).map_err(|error| (format!("start {key}"), error)),
             Op::Signal { key, signal } => {
                 self.children.signal(&key, signal).map_err(|error| (format!("send signal {signal} to {key}"), error))
             }

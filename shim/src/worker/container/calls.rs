@@ -4,8 +4,8 @@ use std::rc::Rc;
 
 use super::create::{at, blocking};
 use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
-use super::{Change, Container, Event, EventKind, Reply, Shared, Target};
-use crate::engine::{self, CommandEngine, Verb};
+use super::{Change, Container, Event, EventKind, Reply, Shared, Target, native};
+use crate::engine::{self, CommandEngine, Engine, Verb};
 use crate::handover::{Op, Spawn};
 use crate::options::CheckpointOptions;
 use crate::whole_file::blocking_replace;
@@ -35,7 +35,10 @@ pub(in crate::worker) async fn pause(shared: &Shared, cause: &Cause, id: String)
     let container = shared.registry.get(&id)?;
     let key = ProcessKey::init(&container.id);
     container.admit(&key, Request::Pause)?;
-    run(cause, &container, Verb::Pause, |engine, at| engine.pause(at)).await?;
+    match container.engine() {
+        Engine::Native(engine) => native::pause(&engine).await?,
+        Engine::Command(engine) => run(cause, &container, &engine, Verb::Pause, |at| engine.pause(at)).await?,
+    }
     let announcements = container.observe(&key, Fact::Paused);
     Ok(announced(&container, announcements))
 }
@@ -45,7 +48,10 @@ pub(in crate::worker) async fn resume(shared: &Shared, cause: &Cause, id: String
     let container = shared.registry.get(&id)?;
     let key = ProcessKey::init(&container.id);
     container.admit(&key, Request::Resume)?;
-    run(cause, &container, Verb::Resume, |engine, at| engine.resume(at)).await?;
+    match container.engine() {
+        Engine::Native(engine) => native::resume(&engine).await?,
+        Engine::Command(engine) => run(cause, &container, &engine, Verb::Resume, |at| engine.resume(at)).await?,
+    }
     let announcements = container.observe(&key, Fact::Resumed);
     Ok(announced(&container, announcements))
 }
@@ -62,6 +68,7 @@ pub(in crate::worker) async fn checkpoint(shared: &Shared, cause: &Cause, call: 
         return Err(refusal);
     }
     let record = container.record().clone();
+    let engine = record.engine.command(Verb::Checkpoint)?;
     let named = (!call.path.is_empty()).then(|| PathBuf::from(&call.path));
     let image_path = options.image_path.clone().or(named).or_else(|| record.options.criu_image_path.clone());
     let Some(image_path) = image_path.filter(|path| path.is_absolute()) else {
@@ -76,7 +83,7 @@ pub(in crate::worker) async fn checkpoint(shared: &Shared, cause: &Cause, call: 
     })
     .await?;
     let checkpoint = engine::Checkpoint { image_path: &image_path, work_path: &work.path, exit: options.exit, options: &options.criu };
-    let made = run(cause, &container, Verb::Checkpoint, |engine, at| engine.checkpoint(at, &checkpoint)).await;
+    let made = run(cause, &container, engine, Verb::Checkpoint, |at| engine.checkpoint(at, &checkpoint)).await;
     made.map_err(|error| refusal.unwrap_or_else(|| blocking_add_criu_errors(error, &work.path)))?;
     work.blocking_remove();
     let path = image_path.display().to_string();
@@ -91,17 +98,24 @@ pub(in crate::worker) async fn update(shared: &Shared, cause: &Cause, call: Upda
         let valid: serde_json::Map<String, serde_json::Value> =
             serde_json::from_slice(&resources).map_err(|source| Error::Json { method: "Update", source })?;
         drop(valid);
-        let file = container.record().bundle.join(format!("x-{}.resources", cause.number()));
-        // A runtime that an earlier worker started may be reading it.
-        blocking_replace(&file, &resources, 0o600).map_err(|source| Error::Io { op: "write", path: file.clone(), source })?;
-        let result = run(cause, &container, Verb::Update, |engine, at| engine.update(at, &file)).await;
-        // A replay would write it again.
-        if let Err(error) = std::fs::remove_file(&file) {
-            log::debug!(container:% = container.id, error:%; "cannot remove the resources file");
+        match container.engine() {
+            Engine::Native(engine) => native::update(&engine, &resources).await?,
+            Engine::Command(engine) => update_by_runtime(cause, &container, &engine, &resources).await?,
         }
-        result?;
     }
     Ok(Change::reply(Reply::Empty))
+}
+
+async fn update_by_runtime(cause: &Cause, container: &Rc<Container>, engine: &CommandEngine, resources: &[u8]) -> Result<(), Error> {
+    let file = container.record().bundle.join(format!("x-{}.resources", cause.number()));
+    // A runtime that an earlier worker started may be reading it.
+    blocking_replace(&file, resources, 0o600).map_err(|source| Error::Io { op: "write", path: file.clone(), source })?;
+    let result = run(cause, container, engine, Verb::Update, |at| engine.update(at, &file)).await;
+    // A replay would write it again.
+    if let Err(error) = std::fs::remove_file(&file) {
+        log::debug!(container:% = container.id, error:%; "cannot remove the resources file");
+    }
+    result
 }
 
 /// Sets the size of a terminal, now or as soon as it exists. A process without a terminal needs nothing.
@@ -133,18 +147,16 @@ pub(in crate::worker) async fn close_io(shared: &Shared, cause: &Cause, target: 
     Ok(Change::save(&container, Reply::Empty))
 }
 
-/// Runs a verb of the container's engine that leaves no process behind.
+/// Runs a verb of an OCI runtime that leaves no process behind.
 async fn run(
     cause: &Cause,
     container: &Rc<Container>,
+    engine: &CommandEngine,
     verb: Verb,
-    build: impl FnOnce(&CommandEngine, &engine::Container<'_>) -> Spawn,
+    build: impl FnOnce(&engine::Container<'_>) -> Spawn,
 ) -> Result<(), Error> {
-    let (engine, spawn) = {
-        let record = container.record();
-        (record.engine.clone(), build(&record.engine, &at(&record)))
-    };
-    run_verb(cause, step::ENGINE, &engine, verb, spawn).await.map(drop)
+    let spawn = build(&at(&container.record()));
+    run_verb(cause, step::ENGINE, engine, verb, spawn).await.map(drop)
 }
 
 fn announced(container: &Rc<Container>, announcements: &[Announce]) -> Change {

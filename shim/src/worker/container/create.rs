@@ -1,18 +1,18 @@
 //! Create: makes a container, its init stopped before the user's program.
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use x_engine::plan;
+
+use super::choose::{Chosen, blocking_choose};
 use super::execs::Execs;
-use super::record::VERSION;
 use super::streams::Plan;
 use super::verb::run_verb;
-use super::{Change, Container, Event, EventKind, Process, Record, Reply, Shared, Streams, journal};
+use super::{Change, Container, Event, EventKind, Process, Record, Reply, Shared, Streams, journal, native};
 use crate::cgroup::Cgroup;
-use crate::engine::{self, CommandEngine, EngineError, Verb};
+use crate::engine::{self, CommandEngine, Engine, EngineError, Verb};
 use crate::handover::Spawn;
 use crate::options::RuntimeOptions;
 use crate::rootfs::{self, Mount, Unmount};
-use crate::sys;
 use crate::whole_file::blocking_replace;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
@@ -58,7 +58,9 @@ struct Draft {
     key: ProcessKey,
     record: Record,
     spec: Spec,
-    plan: Plan,
+    streams: Plan,
+    /// Of the native engine.
+    plan: Option<Box<plan::Create>>,
     engine_was_asked: bool,
 }
 
@@ -69,7 +71,7 @@ impl Draft {
         if !bundle.is_absolute() {
             return Err(Error::Value { what: "bundle", value: bundle.display().to_string() });
         }
-        let spec = Spec::blocking_read(&bundle)?;
+        let (spec, config) = Spec::blocking_read(&bundle)?;
         let options = call.options.clone();
         for key in &options.unknown_keys {
             log::warn!(container:% = id, key:%; "unknown option");
@@ -85,12 +87,10 @@ impl Draft {
         {
             return Err(Error::Exists { id });
         }
-        let debug = log::max_level() >= log::LevelFilter::Debug;
-        let (engine, reason) = CommandEngine::blocking_choose(&options, &shared.settings.namespace, debug)?;
-        log::info!(container:% = id, runtime:% = engine.binary().display(), reason; "OCI runtime chosen");
+        let Chosen { engine, plan } = blocking_choose(shared, &id, call, &config)?;
         let restore = (!call.checkpoint.is_empty()).then(|| PathBuf::from(&call.checkpoint));
         let record = Record {
-            version: VERSION,
+            version: Record::version_for(&engine),
             mounted: (!call.mounts.is_empty()).then(|| spec.rootfs.clone()),
             rootfs: spec.rootfs.clone(),
             engine,
@@ -105,11 +105,11 @@ impl Draft {
             id,
             bundle,
         };
-        let plan = Plan::blocking_read(&key, &call.stdio, &record)?;
+        let streams = Plan::blocking_read(&key, &call.stdio, &record)?;
         // The TaskCreate event repeats them.
         let mounts = call.mounts.iter().flat_map(|mount| mount.options.iter().chain([&mount.kind, &mount.source, &mount.target]));
         record.check_size(mounts.map(String::len).sum())?;
-        Ok(Self { key, record, spec, plan, engine_was_asked: false })
+        Ok(Self { key, record, spec, streams, plan, engine_was_asked: false })
     }
 
     async fn make(&mut self, shared: &Shared, cause: &Cause, call: &CreateCall) -> Result<(), Error> {
@@ -135,22 +135,28 @@ impl Draft {
             .await?;
         }
         self.spec.blocking_check_rootfs()?;
-        self.plan.open(shared, cause).await?;
+        self.streams.open(shared, cause).await?;
         if self.record.restore.is_some() {
             return Ok(());
         }
         self.engine_was_asked = true;
-        let start = ProcessFiles::new(shared, cause, &self.record, &self.key);
-        let create = engine::Create {
-            pid_file: &start.pid_file,
-            console_socket: self.record.init.stdio.terminal.then_some(&start.console_socket),
-            stdio_key: &self.key.to_string(),
+        let pid = match (&self.record.engine, &self.plan) {
+            (Engine::Native(_), Some(plan)) => native::create(cause, &self.key, plan).await?,
+            (Engine::Native(_), None) => return Err(Error::Outcome { doing: "plan the container" }),
+            (Engine::Command(engine), _) => {
+                let files = ProcessFiles::new(shared, cause, &self.record, &self.key);
+                let create = engine::Create {
+                    pid_file: &files.pid_file,
+                    console_socket: self.record.init.stdio.terminal.then_some(&files.console_socket),
+                    stdio_key: &self.key.to_string(),
+                };
+                let pid = files.run(cause, engine.create(&at(&self.record), &create), engine, Verb::Create).await?;
+                self.record.init.files.push(files.pid_file);
+                pid
+            }
         };
-        let spawn = self.record.engine.create(&at(&self.record), &create);
-        let pid = start.run(cause, spawn, &self.record.engine, Verb::Create).await?;
         self.record.unknown_to_engine = false;
         self.record.init.pid = Some(pid);
-        self.record.init.files.push(start.pid_file);
         find_cgroup(&mut self.record, pid);
         journal::write(shared, cause, step::JOURNAL_AGAIN, &self.record).await
     }
@@ -173,12 +179,17 @@ impl Draft {
 /// Has the engine remove what a Create or a restore has made, unless the id belongs to another container.
 pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record, why: &Error) {
     let container = &record.id;
-    let undone = if matches!(why, Error::Engine(EngineError::Exists { .. })) || is_of_another(cause, record).await {
-        // Another created it since the id was found free. The command `delete` must not touch it either.
-        journal::write(shared, cause, step::JOURNAL_AGAIN, &Record { unknown_to_engine: true, ..record.clone() }).await
-    } else {
-        let spawn = record.engine.delete(&at(record), true);
-        run_verb(cause, step::UNDO, &record.engine, Verb::Delete, spawn).await.map(drop)
+    let is_taken = matches!(why, Error::Engine(EngineError::Exists { .. }));
+    let undone = match &record.engine {
+        _ if is_taken => disown(shared, cause, record).await,
+        // A performer that has reported a failure has removed everything.
+        Engine::Native(_) if matches!(why, Error::Engine(_)) => Ok(()),
+        Engine::Native(engine) => native::undo(engine).await,
+        Engine::Command(engine) if is_of_another(cause, engine, record).await => disown(shared, cause, record).await,
+        Engine::Command(engine) => {
+            let spawn = engine.delete(&at(record), true);
+            run_verb(cause, step::UNDO, engine, Verb::Delete, spawn).await.map(drop)
+        }
     };
     match undone {
         Ok(()) | Err(Error::Engine(EngineError::NoContainer { .. })) => {}
@@ -186,10 +197,15 @@ pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record,
     }
 }
 
+/// Another created a container of this id since it was found free. The command `delete` must not touch it either.
+async fn disown(shared: &Shared, cause: &Cause, record: &Record) -> Result<(), Error> {
+    journal::write(shared, cause, step::JOURNAL_AGAIN, &Record { unknown_to_engine: true, ..record.clone() }).await
+}
+
 /// Whether the engine's container of this id is of another bundle. Runtimes report a taken id in many ways.
-async fn is_of_another(cause: &Cause, record: &Record) -> bool {
-    match cause.run(step::ENGINE_STATE, record.engine.state(&at(record))).await {
-        Ok(exited) => record.engine.blocking_is_in_bundle(&at(record), &exited) == Some(false),
+async fn is_of_another(cause: &Cause, engine: &CommandEngine, record: &Record) -> bool {
+    match cause.run(step::ENGINE_STATE, engine.state(&at(record))).await {
+        Ok(exited) => engine.blocking_is_in_bundle(&at(record), &exited) == Some(false),
         Err(error) => {
             log::debug!(container:% = record.id, error:% = error.chain(); "cannot ask the OCI runtime which bundle has the id");
             false
@@ -200,6 +216,7 @@ async fn is_of_another(cause: &Cause, record: &Record) -> bool {
 /// The files through which a runtime reports a process. Init's pid file has the name that wrappers of runtimes look for, the stock
 /// shim's own; the others are named after the cause: one that another cause left behind cannot be mistaken.
 pub(super) struct ProcessFiles {
+    key: ProcessKey,
     pub(super) pid_file: PathBuf,
     pub(super) console_socket: PathBuf,
 }
@@ -208,6 +225,7 @@ impl ProcessFiles {
     pub(super) fn new(shared: &Shared, cause: &Cause, record: &Record, key: &ProcessKey) -> Self {
         let folder = shared.settings.control_path.parent().unwrap_or(Path::new("/run"));
         Self {
+            key: key.clone(),
             pid_file: record.bundle.join(if key.exec.is_none() { "init.pid".to_owned() } else { format!("x-{}.pid", cause.number()) }),
             // Short, whatever the bundle's path is: 108 bytes are all that a socket may have. All keepers share the folder.
             console_socket: folder.join(format!("c{}-{}", shared.keeper.get().pid, cause.number())),
@@ -224,12 +242,8 @@ impl ProcessFiles {
         match text.trim().parse() {
             Ok(0) | Err(_) => Err(no_pid(std::io::ErrorKind::InvalidData.into())),
             Ok(pid) if wants_terminal && !exited.terminal => {
-                // It runs, and no commit will claim it. Its pid is not reused before this cause ends.
-                let killed = sys::process::open(pid).and_then(|process| sys::process::signal(process.as_fd(), nix::libc::SIGKILL));
-                if let Err(error) = killed {
-                    log::debug!(pid, error:%; "cannot kill a process whose terminal has not arrived");
-                }
-                Err(Error::NoTerminal { socket: self.console_socket.clone() })
+                native::kill_unclaimed(pid);
+                Err(Error::NoTerminal { key: self.key.clone() })
             }
             Ok(pid) => Ok(pid),
         }

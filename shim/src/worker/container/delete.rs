@@ -7,8 +7,8 @@ use super::create::{at, unmount};
 use super::exits::FLUSH_WITHIN;
 use super::kill::kill_rest;
 use super::verb::run_verb;
-use super::{Change, Container, Deleted, Event, EventKind, Process, Reply, Shared, Target, journal};
-use crate::engine::{EngineError, Verb};
+use super::{Change, Container, Deleted, Event, EventKind, Process, Reply, Shared, Target, journal, native};
+use crate::engine::{CommandEngine, Engine, EngineError, Verb};
 use crate::handover::{Op, Step};
 use crate::rootfs::Unmount;
 use crate::worker::cause::{Cause, step};
@@ -173,29 +173,40 @@ async fn kill_init(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) {
     container.record().cgroup.thaw();
 }
 
-/// By force only after a failure: runc since 1.2 waits 100 ms for processes to die even where there are none.
 async fn engine_delete(cause: &Cause, container: &Rc<Container>) -> Result<(), Error> {
-    match engine_delete_by(cause, step::ENGINE_DELETE, container, false).await {
+    let (engine, has_survivors) = {
+        let record = container.record();
+        (record.engine.clone(), record.shared_pid_namespace)
+    };
+    match &engine {
+        Engine::Native(engine) => native::delete(cause, engine, &ProcessKey::init(&container.id), has_survivors).await,
+        Engine::Command(engine) => runtime_delete(cause, engine, container).await,
+    }
+}
+
+/// By force only after a failure: runc since 1.2 waits 100 ms for processes to die even where there are none.
+async fn runtime_delete(cause: &Cause, engine: &CommandEngine, container: &Rc<Container>) -> Result<(), Error> {
+    match runtime_delete_by(cause, step::ENGINE_DELETE, engine, container, false).await {
         Ok(()) => Ok(()),
         Err(error @ Error::Engine(EngineError::Gone { .. })) => Err(error),
         Err(error) => {
             log::debug!(container:% = container.id, error:% = error.chain(); "cannot delete the container, will retry by force");
-            engine_delete_by(cause, step::ENGINE_DELETE_BY_FORCE, container, true).await
+            runtime_delete_by(cause, step::ENGINE_DELETE_BY_FORCE, engine, container, true).await
         }
     }
 }
 
-async fn engine_delete_by(cause: &Cause, step: Step, container: &Rc<Container>, force: bool) -> Result<(), Error> {
-    let (engine, spawn) = {
+async fn runtime_delete_by(cause: &Cause, step: Step, engine: &CommandEngine, container: &Rc<Container>, force: bool) -> Result<(), Error> {
+    let spawn = {
         let record = container.record();
-        let mut spawn = record.engine.delete(&at(&record), force);
+        let mut spawn = engine.delete(&at(&record), force);
         // A containerd that has lost track of the container has removed the bundle, and no program can be started in it.
         if !blocking_is_folder(&record.bundle) {
             "/".clone_into(&mut spawn.cwd);
         }
-        (record.engine.clone(), spawn)
+        spawn
     };
-    match run_verb(cause, step, &engine, Verb::Delete, spawn).await {
+    match run_verb(cause, step, engine, Verb::Delete, spawn).await {
         // After a checkpoint that ended the container, or a Delete whose answer was lost.
         Ok(_) | Err(Error::Engine(EngineError::NoContainer { .. })) => Ok(()),
         Err(error) => Err(error),

@@ -3,7 +3,6 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::verb::blocking_is_kept;
 use super::{Record, Shared};
 use crate::handover::{Op, Step};
 use crate::journal::{FILE_NAME, RecordedExit};
@@ -27,11 +26,11 @@ pub(super) fn blocking_read(bundle: &Path) -> Option<(JournalBody, Option<Record
 /// Errors: the engine has a container of that id. Whether it did before this cause, the keeper remembers with the journal that
 /// the first worker wrote: a container that a replay finds may be one that this very cause has made.
 pub(super) async fn take_id(shared: &Shared, cause: &Cause, record: &Record) -> Result<(), Error> {
-    let found = Record { unknown_to_engine: blocking_is_kept(record), ..record.clone() };
-    write(shared, cause, step::JOURNAL, &found).await?;
+    let found = record.engine.blocking_find(record.id.as_str());
+    write(shared, cause, step::JOURNAL, &Record { unknown_to_engine: found.is_some(), ..record.clone() }).await?;
     match blocking_read(&record.bundle) {
         Some((body, _)) if !body.engine.is_null() => Ok(()),
-        Some(_) => Err(Error::Taken { id: record.id.clone(), state: record.engine.state_of(record.id.as_str()) }),
+        Some(_) => Err(Error::Taken { id: record.id.clone(), found: found.unwrap_or_default() }),
         None => Err(Error::Io { op: "read", path: path(&record.bundle), source: std::io::ErrorKind::InvalidData.into() }),
     }
 }
@@ -46,7 +45,7 @@ pub(super) async fn write(shared: &Shared, cause: &Cause, at: Step, record: &Rec
         rootfs: record.mounted.clone(),
         keeper: shared.keeper.get(),
         control_path: shared.settings.control_path.clone(),
-        engine: if record.unknown_to_engine { Value::Null } else { serde_json::to_value(&record.engine).unwrap_or_default() },
+        engine: if record.unknown_to_engine { Value::Null } else { serde_json::to_value(record.engine.for_cleanup()).unwrap_or_default() },
         shared_pid_namespace: record.shared_pid_namespace,
         cgroup: serde_json::to_value(&record.cgroup).unwrap_or_default(),
         init: record.init.pid.and_then(ProcessIdentity::of),

@@ -3,9 +3,9 @@ use std::rc::Rc;
 
 use super::create::at;
 use super::verb::run_verb;
-use super::{Change, Container, Reply, Shared, Target};
+use super::{Change, Container, Reply, Shared, Target, native};
 use crate::cgroup::Cgroup;
-use crate::engine::{EngineError, Verb};
+use crate::engine::{CommandEngine, Engine, EngineError, Verb};
 use crate::handover::Op;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
@@ -60,12 +60,17 @@ pub(super) async fn kill_rest(cause: &Cause, container: &Rc<Container>) {
         let record = container.record();
         (record.cgroup.clone(), record.engine.clone())
     };
-    if cgroup != Cgroup::default() {
-        if let Err(error) = cgroup.kill_all() {
-            log::warn!(container:% = container.id, error:%; "cannot kill all processes of the cgroup");
+    match &engine {
+        Engine::Command(engine) if cgroup == Cgroup::default() => kill_rest_by_runtime(cause, engine, container).await,
+        _ => {
+            if let Err(error) = cgroup.kill_all() {
+                log::warn!(container:% = container.id, error:%; "cannot kill all processes of the cgroup");
+            }
         }
-        return;
     }
+}
+
+async fn kill_rest_by_runtime(cause: &Cause, engine: &CommandEngine, container: &Rc<Container>) {
     let spawns = {
         let record = container.record();
         [
@@ -74,19 +79,23 @@ pub(super) async fn kill_rest(cause: &Cause, container: &Rc<Container>) {
         ]
     };
     for (step, verb, spawn) in spawns {
-        if let Err(error) = run_verb(cause, step, &engine, verb, spawn).await {
+        if let Err(error) = run_verb(cause, step, engine, verb, spawn).await {
             log::debug!(container:% = container.id, error:% = error.chain(); "cannot kill all processes with the OCI runtime");
         }
     }
 }
 
 async fn by_engine(cause: &Cause, container: &Rc<Container>, signal: i32) -> Result<Change, Error> {
-    let (engine, spawn) = {
-        let record = container.record();
-        (record.engine.clone(), record.engine.kill(&at(&record), signal, true))
+    let engine = container.engine();
+    let result = match &engine {
+        Engine::Native(engine) => native::signal_all(engine, signal).await,
+        Engine::Command(engine) => {
+            let spawn = engine.kill(&at(&container.record()), signal, true);
+            run_verb(cause, step::ENGINE, engine, Verb::Kill, spawn).await.map(drop)
+        }
     };
-    match run_verb(cause, step::ENGINE, &engine, Verb::Kill, spawn).await {
-        Ok(_) => Ok(Change::reply(Reply::Empty)),
+    match result {
+        Ok(()) => Ok(Change::reply(Reply::Empty)),
         Err(Error::Engine(EngineError::NotRunning { .. })) => Err(Error::Finished { key: ProcessKey::init(&container.id) }),
         Err(error) => Err(error),
     }

@@ -24,6 +24,7 @@ use tokio::sync::Notify;
 mod attachments;
 mod calls;
 mod change;
+mod choose;
 mod create;
 mod delete;
 mod exec;
@@ -32,6 +33,7 @@ mod exits;
 mod hibernation;
 mod journal;
 mod kill;
+mod native;
 mod process;
 mod queries;
 mod record;
@@ -64,6 +66,7 @@ use super::error::Error;
 use super::id::{ContainerId, ExecId, ProcessKey};
 use super::phase::{Announce, Fact, Phase, Request};
 use super::pump::Pump;
+use crate::engine::Engine;
 
 /// The process that a client names, as the client wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,6 +124,11 @@ impl Container {
 
     pub(super) fn record(&self) -> Ref<'_, Record> {
         self.record.borrow()
+    }
+
+    /// The engine that made it.
+    fn engine(&self) -> Engine {
+        self.record.borrow().engine.clone()
     }
 
     /// Notes whether execs run now, and returns whether that has changed since it was last noted.

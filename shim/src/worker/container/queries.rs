@@ -3,6 +3,7 @@
 use super::create::at;
 use super::{Change, Container, Process, Record, Reply, Shared, StateOf, Status, Target};
 use crate::cgroup::Cgroup;
+use crate::engine::Engine;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 use crate::worker::id::ProcessKey;
@@ -62,11 +63,13 @@ pub(in crate::worker) async fn pids(shared: &Shared, cause: &Cause, id: &str) ->
 async fn others(cause: &Cause, container: &Container) -> Result<Vec<u32>, Error> {
     let (engine, spawn) = {
         let record = container.record();
-        if record.cgroup != Cgroup::default() || !record.init.phase.is_under_way() {
-            return Ok(record.cgroup.pids());
+        match &record.engine {
+            // Without a cgroup of its own, only its runtime can list them.
+            Engine::Command(engine) if record.cgroup == Cgroup::default() && record.init.phase.is_under_way() => {
+                (engine.clone(), engine.pids(&at(&record)))
+            }
+            _ => return Ok(record.cgroup.pids()),
         }
-        // Without a cgroup of its own, only the engine can list them.
-        (record.engine.clone(), record.engine.pids(&at(&record)))
     };
     let exited = cause.run(step::ENGINE, spawn).await?;
     Ok(engine.interpret_pids(&exited)?)

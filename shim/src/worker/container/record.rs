@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::execs::Execs;
 use super::process::Process;
 use crate::cgroup::Cgroup;
-use crate::engine::CommandEngine;
+use crate::engine::Engine;
 use crate::options::RuntimeOptions;
 use crate::worker::error::Error;
 use crate::worker::id::{ContainerId, ProcessKey};
@@ -27,7 +27,7 @@ pub(crate) struct Record {
     /// Where the shim mounted the root filesystem, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mounted: Option<PathBuf>,
-    pub(crate) engine: CommandEngine,
+    pub(crate) engine: Engine,
     pub(crate) options: RuntimeOptions,
     #[serde(default)]
     pub(crate) shared_pid_namespace: bool,
@@ -51,10 +51,19 @@ pub(crate) struct Record {
 /// The longest encoded entry of a container.
 const MAX_BYTES: usize = 1 << 20;
 
-/// Version of the records that this binary writes.
-pub(crate) const VERSION: u32 = 1;
+/// The newest version of records, those of containers that the native engine has made. The others have version 1, which earlier builds read.
+pub(crate) const VERSION: u32 = 2;
+const COMMAND_VERSION: u32 = 1;
 
 impl Record {
+    /// The version of the record of a container that `engine` makes.
+    pub(crate) fn version_for(engine: &Engine) -> u32 {
+        match engine {
+            Engine::Native(_) => VERSION,
+            Engine::Command(_) => COMMAND_VERSION,
+        }
+    }
+
     /// The process that a key names.
     pub(crate) fn process(&self, key: &ProcessKey) -> Option<&Process> {
         match &key.exec {
@@ -82,7 +91,7 @@ impl Record {
     pub(crate) fn entry(&self, key: &ProcessKey) -> Option<Vec<u8>> {
         match &key.exec {
             None => Some(self.encode()),
-            Some(exec) => self.execs.get(exec.as_str()).map(|process| encode(&Entry { version: VERSION, process })),
+            Some(exec) => self.execs.get(exec.as_str()).map(|process| encode(&Entry { version: self.version, process })),
         }
     }
 
@@ -90,10 +99,10 @@ impl Record {
         encode(self)
     }
 
-    /// Decodes the entry of a container of this version or an older one; later saves use this version.
+    /// Decodes the entry of a container of this version or an older one.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let record: Self = serde_json::from_slice(bytes)?;
-        Ok(Self { version: VERSION, ..record })
+        Ok(Self { version: Self::version_for(&record.engine), ..record })
     }
 
     /// The version of an entry that is too new for this binary.

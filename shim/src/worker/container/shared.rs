@@ -17,10 +17,12 @@ pub(in crate::worker) struct Shared {
     pub(in crate::worker) starts: Starts,
     /// Unknown until the keeper's Welcome.
     pub(in crate::worker) keeper: Cell<ProcessIdentity>,
+    /// The version of the messages, agreed on with it.
+    pub(in crate::worker) version: Cell<u16>,
 }
 
 impl Shared {
     pub(in crate::worker) fn new(settings: Settings, link: Rc<Link>) -> Self {
-        Self { settings, link, registry: Registry::default(), starts: Starts::new(), keeper: Cell::default() }
+        Self { settings, link, registry: Registry::default(), starts: Starts::new(), keeper: Cell::default(), version: Cell::default() }
     }
 }

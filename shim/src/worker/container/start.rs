@@ -6,8 +6,8 @@ use super::create::{ProcessFiles, at, blocking, find_cgroup, undo_engine};
 use super::exits::START_WITHIN;
 use super::streams::Plan;
 use super::verb::{CriuWork, blocking_add_criu_errors, run_verb};
-use super::{Change, Container, Event, EventKind, Record, Reply, Shared, Target, journal};
-use crate::engine::{self, Verb};
+use super::{Change, Container, Event, EventKind, Record, Reply, Shared, Target, journal, native};
+use crate::engine::{self, Engine, Verb};
 use crate::handover::Op;
 use crate::processes;
 use crate::worker::cause::{Cause, step};
@@ -62,19 +62,24 @@ async fn started_by_another(container: &Rc<Container>, key: &ProcessKey) -> Resu
 }
 
 async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, Error> {
-    let (engine, spawn) = {
-        let record = container.record();
-        (record.engine.clone(), record.engine.start(&at(&record)))
-    };
-    run_verb(cause, step::ENGINE, &engine, Verb::Start, spawn).await?;
+    let key = ProcessKey::init(&container.id);
+    let engine = container.engine();
+    match &engine {
+        Engine::Native(engine) => native::start(cause, engine, &key).await?,
+        Engine::Command(engine) => {
+            let spawn = engine.start(&at(&container.record()));
+            run_verb(cause, step::ENGINE, engine, Verb::Start, spawn).await?;
+        }
+    }
     let pid = container.record().init.pid.unwrap_or(0);
-    container.observe(&ProcessKey::init(&container.id), Fact::Started);
+    container.observe(&key, Fact::Started);
     Ok(Change::save(container, Reply::Pid(Some(pid))).event(Event::new(container, EventKind::Started { pid })))
 }
 
-/// Makes the container from a checkpoint, running.
+/// Makes the container from a checkpoint, running. Only OCI runtimes can: see [`choose`](super::choose).
 async fn restore(shared: &Shared, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     let record = container.record().clone();
+    let engine = record.engine.command(Verb::Restore)?;
     let files = ProcessFiles::new(shared, cause, &record, key);
     let work = CriuWork::new(&record, None);
     let folder = work.path.clone();
@@ -87,9 +92,9 @@ async fn restore(shared: &Shared, cause: &Cause, container: &Rc<Container>, key:
         stdio_key: &key.to_string(),
         options: &record.options.restore,
     };
-    let spawn = record.engine.restore(&at(&record), &restore);
+    let spawn = engine.restore(&at(&record), &restore);
     journal::take_id(shared, cause, &record).await?;
-    let pid = match files.run(cause, spawn, &record.engine, Verb::Restore).await {
+    let pid = match files.run(cause, spawn, engine, Verb::Restore).await {
         Ok(pid) => pid,
         Err(error) => {
             undo_engine(shared, cause, &record, &error).await;
@@ -131,22 +136,29 @@ async fn start_added(shared: &Shared, cause: &Cause, container: &Rc<Container>, 
     if stdin_closed {
         cause.perform(step::CLOSE_STDIN, Op::CloseStdin { key: text.clone() }).await?;
     }
-    let (files, spawn, engine) = {
-        let record = container.record();
-        let files = ProcessFiles::new(shared, cause, &record, key);
-        let exec = engine::Exec {
-            process_file: &super::exec::process_file(&record.bundle, key),
-            pid_file: &files.pid_file,
-            console_socket: plan.is_terminal().then_some(&files.console_socket),
-            stdio_key: &text,
-        };
-        let spawn = record.engine.exec(&at(&record), &exec);
-        (files, spawn, record.engine.clone())
+    let process_file = super::exec::process_file(&container.record().bundle, key);
+    let engine = container.engine();
+    let made = match &engine {
+        Engine::Native(engine) => {
+            let process = std::fs::read(&process_file).map_err(|source| Error::Io { op: "read", path: process_file, source })?;
+            native::exec(cause, engine, key, &process).await.map(|pid| (pid, None))
+        }
+        Engine::Command(engine) => {
+            let files = ProcessFiles::new(shared, cause, &container.record(), key);
+            let exec = engine::Exec {
+                process_file: &process_file,
+                pid_file: &files.pid_file,
+                console_socket: plan.is_terminal().then_some(&files.console_socket),
+                stdio_key: &text,
+            };
+            let spawn = engine.exec(&at(&container.record()), &exec);
+            files.run(cause, spawn, engine, Verb::Exec).await.map(|pid| (pid, Some(files.pid_file)))
+        }
     };
-    let pid = match files.run(cause, spawn, &engine, Verb::Exec).await {
-        Ok(pid) => pid,
+    let (pid, pid_file) = match made {
+        Ok(made) => made,
         Err(error) => {
-            if matches!(error, Error::NoPid { .. }) {
+            if matches!(error, Error::NoPid { .. } | Error::NoReport { .. }) {
                 kill_unreported(shared, container).await;
             }
             return Err(error);
@@ -156,7 +168,7 @@ async fn start_added(shared: &Shared, cause: &Cause, container: &Rc<Container>, 
         process.pid = Some(pid);
         // A replay does not read the specification again, and the environment in it may hold secrets.
         process.blocking_remove_files();
-        process.files.push(files.pid_file);
+        process.files.extend(pid_file);
     });
     container.observe(key, Fact::Started);
     let exec = key.exec.as_ref().map(ToString::to_string).unwrap_or_default();

@@ -22,11 +22,6 @@ pub(super) async fn run_verb(cause: &Cause, at: Step, engine: &CommandEngine, ve
     Ok(exited)
 }
 
-/// Whether the engine has a container of this id.
-pub(super) fn blocking_is_kept(record: &Record) -> bool {
-    record.engine.state_of(record.id.as_str()).symlink_metadata().is_ok()
-}
-
 /// The folder where criu writes its own files.
 pub(super) struct CriuWork {
     pub(super) path: PathBuf,

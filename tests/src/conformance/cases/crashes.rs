@@ -241,7 +241,7 @@ async fn an_exit_is_recorded_on_a_full_disk(stand: Stand) -> Result<()> {
 
 async fn delete_ends_a_create_in_progress(stand: Stand) -> Result<()> {
     for after in [false, true] {
-        let gate = stand.gate(&stand.runtime())?;
+        let gate = stand.gate(&stand.runtime_program()?)?;
         let bundle = stand.bundle(if after { "c2" } else { "c1" }, &["sleep", "1000"]).runtime(&gate.binary());
         let task = bundle.shim().await?;
         if after {

@@ -131,7 +131,7 @@ async fn exits_of_execs_are_published_before_inits(stand: Stand) -> Result<()> {
 
 /// The OCI runtime is starting one exec when init exits, and a second exec is requested meanwhile.
 async fn inits_exit_is_published_while_execs_start(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).run().await?;
     container.add("e1", &["true"]).await?;
     container.add("e2", &["true"]).await?;

@@ -190,7 +190,7 @@ async fn a_created_container_can_be_deleted(stand: Stand) -> Result<()> {
 }
 
 async fn a_failed_create_leaves_nothing_and_reports_the_reason(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let bundle = stand.bundle("c1", &["sh", "-c", "exit 3"]).runtime(&gate.binary());
     let task = bundle.shim().await?;
     gate.fail("create", Some("the sky has fallen"))?;

@@ -41,7 +41,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 /// containerd gives State two seconds when it starts.
 async fn a_slow_create_delays_no_sibling(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     gate.hold("create")?;
     let slow = stand.bundle("slow", &["sh", "-c", "exit 3"]).group("pod").runtime(&gate.binary());
@@ -73,7 +73,7 @@ async fn a_slow_create_delays_no_sibling(stand: Stand) -> Result<()> {
 
 /// The OCI runtime is slow to start: State, Kill and Wait of the container work meanwhile.
 async fn a_slow_start_delays_no_other_call(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let container = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary()).create().await?;
     gate.hold_after("start")?;
     let task = container.task.clone();
@@ -101,7 +101,7 @@ async fn a_slow_start_delays_no_other_call(stand: Stand) -> Result<()> {
 
 /// The first Delete's client disconnects, the second one times out, a third one gets the answer.
 async fn a_delete_that_timed_out_can_be_repeated(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
     ensure!(container.task.wait("c1", "").await? == 3);
     gate.hold("delete")?;
@@ -127,7 +127,7 @@ async fn a_delete_that_timed_out_can_be_repeated(stand: Stand) -> Result<()> {
 
 /// The daemon crashes in the middle of Create and repeats it after its restart.
 async fn a_repeated_create_makes_one_container(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let bundle = stand.bundle("c1", &["sleep", "1000"]).runtime(&gate.binary());
     let task = bundle.shim().await?;
     gate.hold("create")?;
@@ -160,7 +160,7 @@ async fn a_repeated_create_makes_one_container(stand: Stand) -> Result<()> {
 
 /// Afterwards it exists, or its id is free.
 async fn a_create_whose_client_disconnects_is_completed_or_undone(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let task = &anchor.task;
     for (id, hold) in MOMENTS {
@@ -186,7 +186,7 @@ async fn a_create_whose_client_disconnects_is_completed_or_undone(stand: Stand) 
 
 /// The container runs, or can be started.
 async fn a_start_whose_client_disconnects_is_completed_or_undone(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     for (id, hold) in MOMENTS {
         let container = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary()).create().await?;
         let task = &container.task;
@@ -213,7 +213,7 @@ async fn a_start_whose_client_disconnects_is_completed_or_undone(stand: Stand) -
 
 /// The task is gone, or can be deleted.
 async fn a_delete_whose_client_disconnects_is_completed_or_undone(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     for (id, hold) in MOMENTS {
         let container = stand.bundle(id, &["sh", "-c", "exit 3"]).runtime(&gate.binary()).run().await?;
         let task = &container.task;
@@ -272,7 +272,7 @@ async fn a_root_file_system_in_use_fails_delete_until_it_is_free(stand: Stand) -
 }
 
 async fn a_runtime_that_prints_a_megabyte_blocks_nothing(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     for verb in ["create", "start", "exec", "kill", "delete"] {
         gate.flood(verb, 1 << 20)?;
     }
@@ -284,7 +284,7 @@ async fn a_runtime_that_prints_a_megabyte_blocks_nothing(stand: Stand) -> Result
 
 /// A Kill with `all` with a slow OCI runtime, while dozens of processes exit.
 async fn a_slow_kill_delays_no_exit(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let container =
         stand.bundle("c1", &["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.1; done"]).runtime(&gate.binary()).run().await?;
     gate.hold("kill")?;
@@ -376,7 +376,7 @@ fn start(id: &str, exec: &str) -> api::StartRequest {
 
 /// The OCI runtime never returns from a signal, as with a process in an uninterruptible sleep.
 async fn a_kill_that_hangs_times_out_alone(stand: Stand) -> Result<()> {
-    let gate = stand.gate(&stand.runtime())?;
+    let gate = stand.gate(&stand.runtime_program()?)?;
     let anchor = stand.bundle("anchor", &["sleep", "1000"]).group("pod").run().await?;
     let stuck = stand.bundle("stuck", &["sh", "-c", "trap '' TERM; sleep 1000"]).group("pod").runtime(&gate.binary());
     let stuck = stuck.run_in(&anchor.task).await?;

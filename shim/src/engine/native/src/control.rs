@@ -182,13 +182,21 @@ pub fn kill_all(cgroup: &Cgroup) -> io::Result<()> {
     for _round in 0..MAX_ROUNDS {
         // What is frozen does not fork; what has been killed exits once it is thawed.
         freezers.iter().for_each(|folder| drop(fs::write(folder.join(FREEZER), "FROZEN")));
-        let round = kill_once(&folders, &mut killed);
+        let round = signal_new(&folders, &mut killed, libc::SIGKILL);
         freezers.iter().for_each(|folder| drop(fs::write(folder.join(FREEZER), "THAWED")));
         if round? == 0 {
             return Ok(());
         }
     }
     Err(io::Error::from_raw_os_error(libc::EBUSY))
+}
+
+/// Signals every process in a cgroup and below it, once.
+///
+/// Errors: EINVAL for a number that is no signal.
+pub fn signal_all(cgroup: &Cgroup, signal: i32) -> io::Result<()> {
+    let folders: Vec<PathBuf> = cgroup.folders.iter().map(Folder::absolute).collect();
+    signal_new(&folders, &mut BTreeSet::new(), signal).map(drop)
 }
 
 /// Removes the folders of a cgroup and those below them. Processes that are about to exit are waited for, a second at most.
@@ -224,8 +232,8 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 }
 
 /// Signals those that have not been signalled yet, and returns their number.
-fn kill_once(folders: &[PathBuf], killed: &mut BTreeSet<u32>) -> io::Result<usize> {
-    let new = processes(folders).into_iter().filter(|pid| !killed.contains(pid));
+fn signal_new(folders: &[PathBuf], signalled: &mut BTreeSet<u32>, signal: i32) -> io::Result<usize> {
+    let new = processes(folders).into_iter().filter(|pid| !signalled.contains(pid));
     let handles: Vec<_> = new.filter_map(|pid| Some((pid, sys::open_pidfd(pid).ok()?))).collect();
     if handles.is_empty() {
         return Ok(0);
@@ -233,11 +241,11 @@ fn kill_once(folders: &[PathBuf], killed: &mut BTreeSet<u32>) -> io::Result<usiz
     let still = processes(folders);
     let mut count = 0;
     for (pid, handle) in handles.iter().filter(|(pid, _)| still.contains(pid)) {
-        match sys::signal(handle.as_fd(), libc::SIGKILL) {
+        match sys::signal(handle.as_fd(), signal) {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
             Ok(()) | Err(_) => {}
         }
-        killed.insert(*pid);
+        signalled.insert(*pid);
         count += 1;
     }
     Ok(count)

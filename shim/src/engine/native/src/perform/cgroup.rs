@@ -104,7 +104,7 @@ fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
     if processes.is_empty() {
         return Ok(());
     }
-    Err(Failure { step: Step::Cgroup, what: format!("cgroup {} has processes already", path.display()), errno: 0 })
+    Err(Failure { step: Step::Taken, what: format!("cgroup {} has processes already", path.display()), errno: 0 })
 }
 
 /// Makes a folder with its parents, and fills what a cpuset needs. Whether the last one is new.

@@ -6,8 +6,10 @@ use std::path::Path;
 use minicbor::Decode;
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, fstat, stat, umask};
-use nix::unistd::{setsid, write};
+use nix::unistd::{getpid, getppid, setsid, write};
 
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
@@ -36,7 +38,7 @@ pub fn exec(plan: &[u8], init: OwnedFd, descriptors: Descriptors) -> ! {
         let init = init.ok_or_else(|| plain(Step::Plan, "no init"))?;
         // Whatever failed: without init there is no container.
         exec_planned(&plan, init, kept).map_err(|failure| match sys::wait_for_exit(init.as_fd(), 0) {
-            Ok(true) => plain(Step::Namespaces, "container not running"),
+            Ok(true) => plain(Step::Gone, "container not running"),
             Ok(false) | Err(_) => failure,
         })
     })
@@ -64,12 +66,16 @@ fn late_hooks(container: &[u8], pid: u32, given: Descriptors, run: impl FnOnce(&
     })
 }
 
-/// Forks a performer: runs `perform` in a child of this process, which must have one thread. Returns the child's pid.
+/// Forks a performer: runs `perform` in a child of this process, which must have one thread. Returns the child's pid. The performer is killed
+/// when this process dies: what it makes would be nobody's.
 ///
 /// Errors: EDEADLK if there are more threads: one of them could hold a lock that the child needs.
 pub fn fork(perform: impl FnOnce() -> Infallible) -> std::io::Result<u32> {
+    let parent = getpid();
     sys::fork(|| {
-        perform();
+        if set_pdeathsig(Signal::SIGKILL).is_ok() && getppid() == parent {
+            perform();
+        }
     })
 }
 
@@ -112,7 +118,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
             let program = init::prepare(plan, &joining, &namespaces, kept, performer)?;
             performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
             if kept.gate.as_ref().is_some_and(|gate| !init::wait_at(gate)) {
-                sys::exit_now(1);
+                sys::exit_now(STATUS_OF_CLOSED_GATE);
             }
             // Create and Start have succeeded: the reason goes where the user looks.
             let state = plan.hooks.state.json("created", std::process::id());
@@ -275,6 +281,9 @@ impl Child {
         let _ = sys::wait_for_exit(self.handle.as_fd(), KILL_MILLISECONDS);
     }
 }
+
+/// As if it had been killed, which it cannot do to itself as the init of a pid namespace: its keeper has died, or deletes it.
+const STATUS_OF_CLOSED_GATE: i32 = 137;
 
 /// As runc's.
 const STATUS_OF_FAILED_EXECUTION: i32 = 255;

@@ -110,6 +110,12 @@ pub enum Step {
     Child,
     #[n(14)]
     Hooks,
+    /// The cgroup has processes: another container has it.
+    #[n(15)]
+    Taken,
+    /// The container has exited.
+    #[n(16)]
+    Gone,
 }
 
 /// The words of docker's and containerd's clients: the text of the error number alone decides about exit codes, so it is given as Go writes it.

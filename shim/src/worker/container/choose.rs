@@ -1,0 +1,95 @@
+//! The choice of the engine for a container that is to be created.
+//!
+//! Owns the order: the engine that the option BinaryName names; without it the native engine, if that takes the configuration, else an OCI runtime.
+use std::path::Path;
+
+use x_engine::plan::{self, Request};
+use x_engine::{Host, Refused, spec};
+
+use super::{CreateCall, Shared};
+use crate::engine::{self, CommandEngine, Engine, EngineError, NATIVE, NativeEngine, Verb};
+use crate::handover::Versions;
+use crate::worker::error::Error;
+use crate::worker::id::ContainerId;
+
+/// An engine, and its plan if it has one.
+pub(super) struct Chosen {
+    pub(super) engine: Engine,
+    pub(super) plan: Option<Box<plan::Create>>,
+}
+
+/// Chooses. `config` is the bundle's configuration.
+///
+/// Errors: a configuration that no engine takes, or none of those that are there.
+pub(super) fn blocking_choose(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &[u8]) -> Result<Chosen, Error> {
+    let reason = match call.options.binary_name.as_deref() {
+        Some(NATIVE) => return blocking_plan(shared, id, call, config).map(|plan| native(id, plan, "named by the option BinaryName")),
+        Some(_) => None,
+        None => match blocking_plan(shared, id, call, config) {
+            Ok(plan) => return Ok(native(id, plan, "BinaryName is not set")),
+            // Another may take it.
+            Err(Error::Engine(EngineError::Unsupported { message, .. })) => Some(message),
+            Err(error) => return Err(error),
+        },
+    };
+    let is_debugging = log::max_level() >= log::LevelFilter::Debug;
+    match (CommandEngine::blocking_choose(&call.options, &shared.settings.namespace, is_debugging), reason) {
+        (Ok((engine, why)), reason) => {
+            let reason = reason.map_or(why.clone(), |reason| format!("{reason}; {why}"));
+            log::info!(container:% = id, runtime:% = engine.binary().display(), reason:%; "OCI runtime chosen");
+            Ok(Chosen { engine: Engine::Command(engine), plan: None })
+        }
+        (Err(error), Some(reason)) => {
+            Err(EngineError::Unsupported { verb: Verb::Create, message: format!("{reason}, and there is no other: {error}") }.into())
+        }
+        (Err(error), None) => Err(error.into()),
+    }
+}
+
+fn native(id: &ContainerId, plan: plan::Create, reason: &str) -> Chosen {
+    log::info!(container:% = id, runtime = NATIVE, reason; "OCI runtime chosen");
+    Chosen { engine: Engine::Native(NativeEngine::new(plan.container())), plan: Some(Box::new(plan)) }
+}
+
+/// Plans the container for the native engine.
+///
+/// Errors: [`EngineError::Unsupported`] for what another engine may take.
+fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &[u8]) -> Result<plan::Create, Error> {
+    let unsupported = |message: &str| EngineError::Unsupported { verb: Verb::Create, message: format!("the native engine {message}") };
+    let options = &call.options;
+    if shared.version.get() < Versions::PERFORMS {
+        return Err(unsupported("needs the keeper of a later build: upgrade the shim with its keeper").into());
+    }
+    if !call.checkpoint.is_empty() {
+        return Err(unsupported(&format!("does not restore a checkpoint ({})", call.checkpoint)).into());
+    }
+    for (is_set, what) in [
+        (options.systemd_cgroup, "does not implement the option SystemdCgroup"),
+        (options.no_pivot_root, "does not implement the option NoPivotRoot"),
+    ] {
+        if is_set {
+            return Err(unsupported(what).into());
+        }
+    }
+    let refused = |why: Refused| engine::refused(Verb::Create, &why);
+    let config = spec::parse(config).map_err(refused)?;
+    let host = blocking_read_host()?;
+    let request = Request {
+        id: id.as_str(),
+        bundle: &call.bundle,
+        no_new_keyring: options.no_new_keyring,
+        default_oom_score_adj: blocking_read_oom_score_adj(),
+    };
+    Ok(plan::create(&config, &request, &host).map_err(refused)?)
+}
+
+/// Reads what plans depend on.
+pub(super) fn blocking_read_host() -> Result<Host, Error> {
+    Host::read().map_err(|source| Error::Io { op: "read", path: "/proc/self/mountinfo".into(), source })
+}
+
+/// The shim's own: what a process inherits from an OCI runtime that sets none.
+fn blocking_read_oom_score_adj() -> i32 {
+    let text = std::fs::read_to_string(Path::new("/proc/self/oom_score_adj")).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}

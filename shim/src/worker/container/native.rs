@@ -1,0 +1,152 @@
+//! The verbs of the native engine: plans that the keeper has performed, and what this worker does to a cgroup itself.
+//!
+//! **Invariant:** what is not an operation of the keeper can be done again: writes to a cgroup's files, and its removal.
+use std::os::fd::AsFd;
+
+use x_engine::{control, plan, spec};
+
+use super::choose::blocking_read_host;
+use super::create::blocking;
+use crate::engine::{self, EngineError, NativeEngine, Verb};
+use crate::handover::{Op, Perform, PlanKind};
+use crate::sys;
+use crate::worker::cause::{Cause, step};
+use crate::worker::error::Error;
+use crate::worker::id::ProcessKey;
+
+/// Makes a container: its init waits before the user's program. Returns its pid.
+pub(super) async fn create(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result<u32, Error> {
+    let order = Perform {
+        key: key.to_string(),
+        kind: PlanKind::Create,
+        plan: engine::encode(plan),
+        init: String::new(),
+        terminal: plan.process.terminal.is_some(),
+    };
+    make(cause, key, order, Verb::Create).await
+}
+
+/// Removes what a Create has made whose performer was killed, or after which something else failed. A performer that reports a failure has
+/// removed all.
+pub(super) async fn undo(native: &NativeEngine) -> Result<(), Error> {
+    let cgroup = native.container().cgroup.clone();
+    blocking(move || control::kill_all(&cgroup).and_then(|()| control::remove(&cgroup)).map_err(failed(Verb::Delete, "remove the cgroup")))
+        .await
+}
+
+/// Lets init execute the user's program, then runs the hooks that follow a start.
+pub(super) async fn start(cause: &Cause, native: &NativeEngine, key: &ProcessKey) -> Result<(), Error> {
+    match cause.perform(step::ENGINE, Op::OpenGate { key: key.to_string() }).await {
+        Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => {
+            return Err(EngineError::NotRunning { verb: Verb::Start, message: "container not running".into() }.into());
+        }
+        other => other?,
+    }
+    if native.container().hooks.poststart.is_empty() {
+        return Ok(());
+    }
+    let ran = hooks(cause, native, key, PlanKind::Poststart, Verb::Start).await;
+    if ran.is_err() {
+        // As runc: a container whose hook has failed does not run.
+        if let Err(error) = cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal: nix::libc::SIGKILL }).await {
+            log::debug!(container:% = key, error:% = error.chain(); "cannot kill init");
+        }
+    }
+    ran
+}
+
+/// Adds a process that is described by a `Process` of the runtime specification as JSON. Returns its pid.
+pub(super) async fn exec(cause: &Cause, native: &NativeEngine, key: &ProcessKey, process: &[u8]) -> Result<u32, Error> {
+    let refused = |why| engine::refused(Verb::Exec, &why);
+    let process = spec::parse_process(process).map_err(refused)?;
+    let plan = plan::exec(&process, native.container(), &blocking_read_host()?).map_err(refused)?;
+    let order = Perform {
+        key: key.to_string(),
+        kind: PlanKind::Exec,
+        plan: engine::encode(&plan),
+        init: key.container.to_string(),
+        terminal: plan.process.terminal.is_some(),
+    };
+    make(cause, key, order, Verb::Exec).await
+}
+
+/// Removes the cgroup of a container, then runs the hooks that follow a deletion. `kill`: also what still runs in it.
+pub(super) async fn delete(cause: &Cause, native: &NativeEngine, key: &ProcessKey, kill: bool) -> Result<(), Error> {
+    let cgroup = native.container().cgroup.clone();
+    let remove = move || {
+        if kill {
+            control::kill_all(&cgroup).map_err(failed(Verb::Delete, "kill every process of the cgroup"))?;
+        }
+        control::remove(&cgroup).map_err(failed(Verb::Delete, "remove the cgroup"))
+    };
+    blocking(remove).await?;
+    if native.container().hooks.poststop.is_empty() {
+        return Ok(());
+    }
+    // The container is gone: the specification has its runtime warn and go on.
+    if let Err(error) = hooks(cause, native, key, PlanKind::Poststop, Verb::Delete).await {
+        log::warn!(container:% = key, error:% = error.chain(); "a hook after the deletion has failed");
+    }
+    Ok(())
+}
+
+/// Freezes every process.
+pub(super) async fn pause(native: &NativeEngine) -> Result<(), Error> {
+    let cgroup = native.container().cgroup.clone();
+    blocking(move || control::freeze(&cgroup).map_err(failed(Verb::Pause, "freeze the cgroup"))).await
+}
+
+/// Thaws every process.
+pub(super) async fn resume(native: &NativeEngine) -> Result<(), Error> {
+    let cgroup = native.container().cgroup.clone();
+    blocking(move || control::thaw(&cgroup).map_err(failed(Verb::Resume, "thaw the cgroup"))).await
+}
+
+/// Changes limits: `resources` is a `LinuxResources` of the runtime specification as JSON.
+pub(super) async fn update(native: &NativeEngine, resources: &[u8]) -> Result<(), Error> {
+    let refused = |why| engine::refused(Verb::Update, &why);
+    let resources = spec::parse_resources(resources).map_err(refused)?;
+    let changed = plan::update(&resources, native.container()).map_err(refused)?;
+    blocking(move || control::update(&changed).map_err(failed(Verb::Update, "change limits"))).await
+}
+
+/// Signals every process.
+pub(super) async fn signal_all(native: &NativeEngine, signal: i32) -> Result<(), Error> {
+    let cgroup = native.container().cgroup.clone();
+    blocking(move || control::signal_all(&cgroup, signal).map_err(failed(Verb::Kill, "signal every process of the cgroup"))).await
+}
+
+/// Has a plan performed that makes a process, and returns its pid.
+async fn make(cause: &Cause, key: &ProcessKey, order: Perform, verb: Verb) -> Result<u32, Error> {
+    let wants_terminal = order.terminal;
+    let exited = match cause.run_plan(step::ENGINE, order).await {
+        Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => {
+            return Err(EngineError::NotRunning { verb, message: "container not running".into() }.into());
+        }
+        other => other?,
+    };
+    let pid = engine::reported_pid(verb, &exited)?.ok_or(Error::NoReport { verb, status: exited.status })?;
+    if wants_terminal && !exited.terminal {
+        kill_unclaimed(pid);
+        return Err(Error::NoTerminal { key: key.clone() });
+    }
+    Ok(pid)
+}
+
+async fn hooks(cause: &Cause, native: &NativeEngine, key: &ProcessKey, kind: PlanKind, verb: Verb) -> Result<(), Error> {
+    let order = Perform { key: key.to_string(), kind, plan: native.encoded(), init: key.container.to_string(), terminal: false };
+    let exited = cause.run_plan(step::HOOKS, order).await?;
+    engine::reported_pid(verb, &exited)?.map(drop).ok_or(Error::NoReport { verb, status: exited.status })
+}
+
+/// Kills a process that runs, and that no commit will claim. Its pid is not reused before its cause ends.
+pub(super) fn kill_unclaimed(pid: u32) {
+    let killed = sys::process::open(pid).and_then(|process| sys::process::signal(process.as_fd(), nix::libc::SIGKILL));
+    if let Err(error) = killed {
+        log::debug!(pid, error:%; "cannot kill a process that no commit will claim");
+    }
+}
+
+fn failed<E: std::fmt::Display>(verb: Verb, what: &'static str) -> impl Fn(E) -> Error {
+    move |error| EngineError::Failed { verb, message: format!("{what}: {error}") }.into()
+}
