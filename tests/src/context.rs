@@ -95,7 +95,7 @@ impl Context {
 
     /// The option BinaryName of its containers.
     pub fn runtime_binary(&self) -> PathBuf {
-        self.0.suite.runtime(self.0.runtime)
+        if self.0.shim.is_ours() { self.0.suite.runtime(self.0.runtime) } else { self.runtime_program() }
     }
 
     /// An OCI runtime's program: crun where the native engine is used, which has none.

@@ -45,9 +45,14 @@ pub enum Scope {
 }
 
 impl Scope {
-    fn combinations(self) -> Vec<(Suite, Runtime)> {
+    /// A shim without an engine of its own gets crun instead, once.
+    fn combinations(self, has_native: bool) -> Vec<(Suite, Runtime)> {
         let all = Suite::ALL.into_iter().flat_map(|suite| Runtime::ALL.map(|runtime| (suite, runtime)));
-        all.filter(|combination| self.holds(*combination)).collect()
+        let chosen = all.filter(|combination| self.holds(*combination));
+        let replace = |(suite, runtime)| (suite, if runtime == Runtime::Native && !has_native { Runtime::Crun } else { runtime });
+        let mut combinations: Vec<_> = chosen.map(replace).collect();
+        combinations.dedup();
+        combinations
     }
 
     fn holds(self, (suite, runtime): (Suite, Runtime)) -> bool {
@@ -252,7 +257,7 @@ pub(crate) fn report_times() {
 fn trials(cases: &[Case], known: &'static [Known], shim: &Shim, programs: &Path) -> Vec<Trial> {
     let mut trials = Vec::new();
     for case in cases {
-        for (suite, runtime) in case.scope.combinations() {
+        for (suite, runtime) in case.scope.combinations(shim.is_ours()) {
             let name = format!("{suite}::{runtime}::{}", case.name);
             let trial = One { name: name.clone(), case: *case, suite, runtime, shim: shim.clone(), programs: programs.into(), known };
             trials.push(Trial::ignorable_test(name, move || trial.run()));

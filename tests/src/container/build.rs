@@ -12,6 +12,7 @@ use super::{Container, Io, Process, Stdio, bind};
 use crate::context::Context;
 use crate::messages::{self, Options, any, any_json};
 use crate::spec::Spec;
+use crate::suite::OUR_TYPE;
 
 /// A builder of a container.
 #[derive(Debug)]
@@ -90,11 +91,15 @@ impl Builder {
         self
     }
 
-    /// Uses another shim.
+    /// Uses another shim; with an OCI runtime, if it is not ours.
     #[must_use]
     pub fn runtime_type(mut self, runtime_type: &str) -> Self {
         runtime_type.clone_into(&mut self.runtime_type);
-        self
+        if runtime_type == OUR_TYPE {
+            return self;
+        }
+        let program = self.cx.runtime_program();
+        self.runtime_binary(&program)
     }
 
     /// Mounts another root file system.

@@ -5,10 +5,18 @@ use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::messages::{CheckpointOptions, any};
-use shim_tests::runner::{needs_controller, needs_criu, needs_images};
+use shim_tests::runner::{needs_controller, needs_criu, needs_images, skip};
+use shim_tests::suite::Runtime;
 
 /// Counts in a file of its own tmpfs, so that the count is a part of the checkpoint.
 const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /tmp/i; sleep 0.05; done";
+
+fn needs_checkpoints(cx: &Context) -> Result<()> {
+    if cx.runtime() == Runtime::Native {
+        return skip("the native engine makes no checkpoints");
+    }
+    needs_criu(&cx.suite().program("criu"))
+}
 
 /// How far a container has counted.
 async fn count(container: &Container, exec: &str) -> Result<u32> {
@@ -31,7 +39,7 @@ pub(crate) async fn a_container_is_restored_from_its_checkpoint(cx: Context) -> 
     needs_images()?;
     // which criu wants to set as it was, even where it cannot be
     needs_controller("cpuset")?;
-    needs_criu(&cx.suite().program("criu"))?;
+    needs_checkpoints(&cx)?;
     let container = cx.container(&["sh", "-c", COUNT]).id("saved").start().await?;
     let before = counted_to(&container, 20).await?;
     let options = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
@@ -51,7 +59,7 @@ pub(crate) async fn a_container_is_restored_from_its_checkpoint(cx: Context) -> 
 }
 
 pub(crate) async fn a_checkpoint_without_exit_disturbs_nothing(cx: Context) -> Result<()> {
-    needs_criu(&cx.suite().program("criu"))?;
+    needs_checkpoints(&cx)?;
     let image = cx.folder().join("image");
     let work = cx.folder().join("work");
     std::fs::create_dir_all(&image)?;

@@ -130,7 +130,7 @@ async fn chaos(soak: &Soak, mut dice: Dice) -> Result<()> {
                 soak.eras.fetch_add(1, Ordering::SeqCst);
             }
             2 | 3 => {
-                if kill_a_runtime(&cx.runtime_binary(), &mut dice) {
+                if kill_a_runtime(&cx.runtime_program(), &mut dice) {
                     count(&counts.runtimes);
                 }
             }
