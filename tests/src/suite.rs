@@ -101,7 +101,10 @@ impl Runtime {
     /// All.
     pub const ALL: [Self; 3] = [Self::Runc, Self::Crun, Self::Native];
 
-    /// The program's name.
+    /// Those that are programs of their own.
+    pub const PROGRAMS: [Self; 2] = [Self::Runc, Self::Crun];
+
+    /// Its name, as the option BinaryName takes it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Runc => "runc",

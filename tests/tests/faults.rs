@@ -41,7 +41,7 @@ fn cases() -> Vec<Case> {
         Case::new("every_message::life", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::LIFE))),
         Case::new("every_message::short", one, |cx| Box::pin(sweep::every_message(cx, &s::SHORT))),
         Case::new("every_message::pause", one, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
-        Case::new("every_message::terminal", one, |cx| Box::pin(sweep::every_message(cx, &s::TERMINAL))),
+        Case::new("every_message::terminal", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::TERMINAL))),
         Case::new("every_message::file", one, |cx| Box::pin(sweep::every_message(cx, &s::FILE))),
         Case::new("every_message::logger", one, |cx| Box::pin(sweep::every_message(cx, &s::LOGGER))),
         Case::new("every_message::failing_create", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_CREATE))),

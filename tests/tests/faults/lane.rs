@@ -12,6 +12,7 @@ use shim_tests::context::Context;
 use shim_tests::events::Events;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::gate::Gate;
+use shim_tests::suite::Runtime;
 
 use crate::run::{Record, Run};
 use crate::scenarios::Scenario;
@@ -83,7 +84,7 @@ impl Lane {
     ) -> Result<Outcome> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let id = format!("f{:05}", NEXT.fetch_add(1, Ordering::Relaxed));
-        let run = Run::new(&self.cx, &self.gate, id, plan, model.cloned());
+        let run = Run::new(&self.cx, &self.gate, id, plan, model.cloned(), self.is_native(scenario));
         if !scenario.late {
             run.arm()?;
         }
@@ -113,6 +114,11 @@ impl Lane {
         Ok(outcome)
     }
 
+    /// Whether the native engine makes the containers of a scenario.
+    pub(crate) fn is_native(&self, scenario: &Scenario) -> bool {
+        self.cx.runtime() == Runtime::Native && !scenario.needs_runtime()
+    }
+
     async fn watched(&self, scenario: &Scenario, run: &Run, beside: impl AsyncFnOnce(&Context)) -> Result<()> {
         let body = async {
             tokio::select! {
@@ -139,7 +145,8 @@ impl Lane {
 pub(crate) async fn model(lane: &Lane, scenario: &Scenario) -> Result<Outcome> {
     let outcome = lane.run(scenario, "", None, nothing).await.context("without crashes")?;
     ensure!(outcome.record.of("event ") == scenario.events, "events without crashes: {}", outcome.record.of("event "));
-    ensure!(outcome.record.of("call ") == scenario.calls, "calls without crashes: {}", outcome.record.of("call "));
+    let calls = if lane.is_native(scenario) { "" } else { scenario.calls };
+    ensure!(outcome.record.of("call ") == calls, "calls without crashes: {}", outcome.record.of("call "));
     ensure!(outcome.trace.generations() == scenario.generations && outcome.trace.crashes() == 0, "without crashes: {:#?}", outcome.trace);
     ensure!(outcome.trace.welcomes() == scenario.generations, "each worker is welcomed once: {:#?}", outcome.trace);
     Ok(outcome)

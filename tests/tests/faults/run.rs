@@ -56,6 +56,8 @@ pub(crate) struct Run {
     plan: String,
     /// The run without crashes, once there is one.
     model: Option<Rc<Record>>,
+    /// The shim makes the containers without the gate.
+    is_native: bool,
     seen: RefCell<Record>,
     pids: RefCell<BTreeMap<u32, String>>,
     sockets: RefCell<Vec<PathBuf>>,
@@ -64,7 +66,7 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    pub(crate) fn new(cx: &Context, gate: &Rc<Gate>, id: String, plan: &str, model: Option<Rc<Record>>) -> Self {
+    pub(crate) fn new(cx: &Context, gate: &Rc<Gate>, id: String, plan: &str, model: Option<Rc<Record>>, is_native: bool) -> Self {
         let (cx, gate, plan) = (cx.clone(), Rc::clone(gate), plan.to_owned());
         Self {
             cx,
@@ -72,6 +74,7 @@ impl Run {
             id,
             plan,
             model,
+            is_native,
             seen: RefCell::default(),
             pids: RefCell::default(),
             sockets: RefCell::default(),
@@ -131,12 +134,17 @@ impl Run {
 
     /// A container of this run.
     pub(crate) fn container(&self, args: &[&str]) -> Builder {
-        self.cx.container(args).id(&self.id).runtime_binary(&self.gate.binary())
+        self.build(args, &self.id)
     }
 
     /// Another container of this run.
     pub(crate) fn member(&self, name: &str, args: &[&str]) -> Builder {
-        self.cx.container(args).id(&format!("{}-{name}", self.id)).runtime_binary(&self.gate.binary())
+        self.build(args, &format!("{}-{name}", self.id))
+    }
+
+    fn build(&self, args: &[&str], id: &str) -> Builder {
+        let builder = self.cx.container(args).id(id);
+        if self.is_native { builder } else { builder.runtime_binary(&self.gate.binary()) }
     }
 
     /// Creates.

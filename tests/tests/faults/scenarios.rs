@@ -34,6 +34,13 @@ pub(crate) struct Scenario {
     pub(crate) calls: &'static str,
 }
 
+impl Scenario {
+    /// Whether it holds or fails a call of the OCI runtime, or is about what no other engine does.
+    pub(crate) fn needs_runtime(&self) -> bool {
+        ["short", "failing create", "failing start", "checkpoint", "restore"].contains(&self.name)
+    }
+}
+
 /// All of them, for campaigns.
 pub(crate) const ALL: [&Scenario; 12] =
     [&LIFE, &SHORT, &PAUSE, &SIGNALS, &TERMINAL, &FILE, &LOGGER, &FAILING_CREATE, &FAILING_START, &KILL_ALL, &SHARED_PIDS, &POD];

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::{fs, io};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use containerd_shim_protos::api;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use protobuf::Message as _;
 use shim_tests::bundle::{self, Bundle};
@@ -161,7 +162,8 @@ pub(crate) async fn a_start_beside_an_exiting_shim_gets_a_new_one(stand: Stand) 
 }
 
 /// crun refuses a host with cgroup v1 and controllers on a v2 hierarchy beside it, with any options. The hosts here are mount
-/// namespaces in which the kernel's list of those controllers is covered by another.
+/// namespaces in which the kernel's list of those controllers is covered by another. A container from a checkpoint needs an OCI runtime, which
+/// runs at its Start.
 pub(crate) async fn the_runtime_is_one_that_works_on_this_host_unless_it_is_named(stand: Stand) -> Result<()> {
     if Version::here() == Version::V2 {
         return skip("this is about hosts with cgroup v1");
@@ -169,28 +171,27 @@ pub(crate) async fn the_runtime_is_one_that_works_on_this_host_unless_it_is_name
     let crun_alone = stand.folder().join("crun-alone");
     fs::create_dir(&crun_alone)?;
     std::os::unix::fs::symlink(Suite::Bookworm.runtime(Runtime::Crun), crun_alone.join("crun"))?;
-    for (id, controllers, path, named, outcome) in [
-        ("crun-works", "", None, None, Ok("/crun")),
-        ("crun-does-not", "hugetlb rdma\n", None, None, Ok("/runc")),
-        ("crun-is-named", "hugetlb rdma\n", None, Some("crun"), Err("cgroups in hybrid mode not supported")),
-        ("nothing-works", "hugetlb rdma\n", Some(&crun_alone), None, Err("hugetlb rdma), and runc was not found in PATH=")),
+    let image = stand.folder().display().to_string();
+    for (id, controllers, path, named, checkpoint, outcome) in [
+        ("nothing-is-needed", "hugetlb rdma\n", Some(&crun_alone), None, "", Ok("native")),
+        ("crun-works", "", None, None, &image, Ok("/crun")),
+        ("crun-does-not", "hugetlb rdma\n", None, None, &image, Ok("/runc")),
+        ("crun-is-named", "hugetlb rdma\n", None, Some("crun"), "", Err("cgroups in hybrid mode not supported")),
+        ("nothing-works", "hugetlb rdma\n", Some(&crun_alone), None, &image, Err("hugetlb rdma), and runc was not found in PATH=")),
     ] {
         let bundle = stand.bundle(id, &["sleep", "1000"]).runtime(Path::new(named.unwrap_or_default()));
         let task = start_on_a_host_with(&stand, &bundle, controllers, path.map(|path| path.as_path())).await?;
         let pid = bundle.shim_pid()?;
-        match (bundle.create_in(&task).await, outcome) {
-            (Ok(container), Ok(expected)) => {
-                container.start().await?;
+        match (task.create(&api::CreateTaskRequest { checkpoint: checkpoint.to_owned(), ..bundle.request() }).await, outcome) {
+            (Ok(_), Ok(expected)) => {
                 let log = stand.log_of(id);
                 ensure!(log.lines().any(|line| line.contains("OCI runtime chosen") && line.contains(expected)), "{id}: {log}");
-                container.shut_down().await?;
+                task.delete(id, "").await?;
             }
-            (Err(error), Err(expected)) => {
-                ensure!(format!("{error:#}").contains(expected), "{id}: {error:#}");
-                bundle::leave(&task, pid, id).await?;
-            }
-            (result, _) => bail!("{id}: {:?}", result.map(|container| container.pid)),
+            (Err(error), Err(expected)) => ensure!(format!("{error:#}").contains(expected), "{id}: {error:#}"),
+            (result, _) => bail!("{id}: {result:?}"),
         }
+        bundle::leave(&task, pid, id).await?;
     }
     Ok(())
 }

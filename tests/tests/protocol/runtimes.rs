@@ -318,8 +318,9 @@ pub(crate) async fn a_runtime_may_write_to_both_of_its_outputs(stand: Stand) -> 
     let talk = "case \" $* \" in *' start '*) echo output; echo error >&2 ;; esac";
     let runtime = programs::script(stand.folder(), "runtime", &format!("#!/bin/sh\n{talk}\nexec {} \"$@\"\n", stand.runtime().display()))?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 5"]).runtime(&runtime).run().await?;
+    let shim = container.shim_pid()?;
     ensure!(container.finish().await? == 5);
-    Ok(())
+    leave(&container.task, shim, "c1").await
 }
 
 /// The runtime has started it without delivering its terminal: without a kill it would run for ever.
@@ -394,7 +395,7 @@ pub(crate) async fn what_is_removed_without_a_worker_leaves_no_descriptors_of_it
 
 pub(crate) async fn a_failed_restore_reports_the_message_of_criu(stand: Stand) -> Result<()> {
     needs_criu(&Suite::Forky.program("criu"))?;
-    for runtime in Runtime::ALL {
+    for runtime in Runtime::PROGRAMS {
         let real = Suite::Forky.runtime(runtime);
         let text = format!("#!/bin/sh\nPATH={}:$PATH exec {} \"$@\"\n", Suite::Forky.bin().display(), real.display());
         let with_criu = programs::script(stand.folder(), runtime.name(), &text)?;

@@ -55,18 +55,24 @@ pub(super) async fn start(cause: &Cause, native: &NativeEngine, key: &ProcessKey
     ran
 }
 
-/// Adds a process that is described by a `Process` of the runtime specification as JSON. Returns its pid.
-pub(super) async fn exec(cause: &Cause, native: &NativeEngine, key: &ProcessKey, process: &[u8]) -> Result<u32, Error> {
-    let refused = |why| engine::refused(Verb::Exec, &why);
-    let process = spec::parse_process(process).map_err(refused)?;
-    let plan = plan::exec(&process, native.container(), &blocking_read_host()?).map_err(refused)?;
-    let order = Perform {
-        key: key.to_string(),
-        kind: PlanKind::Exec,
-        plan: engine::encode(&plan),
-        init: key.container.to_string(),
-        terminal: plan.process.terminal.is_some(),
+/// Adds a process that is described by a `Process` of the runtime specification as JSON. Returns its pid. Without the description the keeper knows
+/// the outcome already.
+pub(super) async fn exec(
+    cause: &Cause,
+    native: &NativeEngine,
+    key: &ProcessKey,
+    process: Option<&[u8]>,
+    terminal: bool,
+) -> Result<u32, Error> {
+    let plan = match process {
+        Some(process) => {
+            let refused = |why| engine::refused(Verb::Exec, &why);
+            let process = spec::parse_process(process).map_err(refused)?;
+            engine::encode(&plan::exec(&process, native.container(), &blocking_read_host()?).map_err(refused)?)
+        }
+        None => Vec::new(),
     };
+    let order = Perform { key: key.to_string(), kind: PlanKind::Exec, plan, init: key.container.to_string(), terminal };
     make(cause, key, order, Verb::Exec).await
 }
 

@@ -140,8 +140,13 @@ async fn start_added(shared: &Shared, cause: &Cause, container: &Rc<Container>, 
     let engine = container.engine();
     let made = match &engine {
         Engine::Native(engine) => {
-            let process = std::fs::read(&process_file).map_err(|source| Error::Io { op: "read", path: process_file, source })?;
-            native::exec(cause, engine, key, &process).await.map(|pid| (pid, None))
+            let process = match std::fs::read(&process_file) {
+                Ok(process) => Some(process),
+                // An earlier worker has removed it: the process was made.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(source) => return Err(Error::Io { op: "read", path: process_file, source }),
+            };
+            native::exec(cause, engine, key, process.as_deref(), plan.is_terminal()).await.map(|pid| (pid, None))
         }
         Engine::Command(engine) => {
             let files = ProcessFiles::new(shared, cause, &container.record(), key);
