@@ -105,14 +105,34 @@ pub(crate) const FIELDS: &[(&str, Use)] = &[
     ("linux.resources.cpu.cpus", Planned),
     ("linux.resources.cpu.mems", Planned),
     ("linux.resources.cpu.idle", Planned),
-    ("linux.resources.cpu.realtimePeriod", Empty),
-    ("linux.resources.cpu.realtimeRuntime", Empty),
+    ("linux.resources.cpu.realtimePeriod", Planned),
+    ("linux.resources.cpu.realtimeRuntime", Planned),
     ("linux.resources.pids.limit", Planned),
-    ("linux.resources.blockIO", Empty),
+    ("linux.resources.blockIO.weight", Planned),
+    ("linux.resources.blockIO.leafWeight", Planned),
+    ("linux.resources.blockIO.weightDevice[].major", Planned),
+    ("linux.resources.blockIO.weightDevice[].minor", Planned),
+    ("linux.resources.blockIO.weightDevice[].weight", Planned),
+    ("linux.resources.blockIO.weightDevice[].leafWeight", Planned),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].major", Planned),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].minor", Planned),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].rate", Planned),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].major", Planned),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].minor", Planned),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].rate", Planned),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].major", Planned),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].minor", Planned),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].rate", Planned),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].major", Planned),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].minor", Planned),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].rate", Planned),
     ("linux.resources.hugepageLimits[].pageSize", Planned),
     ("linux.resources.hugepageLimits[].limit", Planned),
-    ("linux.resources.network", Empty),
-    ("linux.resources.rdma", Empty),
+    ("linux.resources.network.classID", Planned),
+    ("linux.resources.network.priorities[].name", Planned),
+    ("linux.resources.network.priorities[].priority", Planned),
+    ("linux.resources.rdma.*.hcaHandles", Planned),
+    ("linux.resources.rdma.*.hcaObjects", Planned),
     ("linux.resources.unified.*", Planned),
     ("linux.seccomp.defaultAction", Planned),
     ("linux.seccomp.defaultErrnoRet", Planned),
@@ -185,8 +205,26 @@ pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, Refused> {
     serde_json::from_value(tree).map_err(|source| Refused::Json { source })
 }
 
+/// Without what is null, which is as good as absent in every field.
 fn tree(json: &[u8]) -> Result<Value, Refused> {
-    serde_json::from_slice(json).map_err(|source| Refused::Json { source })
+    let mut tree = serde_json::from_slice(json).map_err(|source| Refused::Json { source })?;
+    prune(&mut tree);
+    Ok(tree)
+}
+
+fn prune(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|_, value| !value.is_null());
+            map.values_mut().for_each(prune);
+            // Its type has no way to say that there is no limit.
+            if map.get("pids").and_then(Value::as_object).is_some_and(serde_json::Map::is_empty) {
+                map.remove("pids");
+            }
+        }
+        Value::Array(list) => list.iter_mut().for_each(prune),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
 }
 
 /// What the list knows of a pattern.

@@ -23,6 +23,8 @@ mod hooks;
 mod inits;
 #[path = "support/keeper.rs"]
 mod keeper;
+#[path = "engine/resources.rs"]
+mod resources;
 #[path = "engine/server.rs"]
 mod server;
 #[path = "engine/stage.rs"]
@@ -53,7 +55,7 @@ fn main() -> ExitCode {
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }
-    let cases = [inits::CASES, execs::CASES, hooks::CASES, v2::CASES, adversaries::CASES, differences::CASES].concat();
+    let cases = [inits::CASES, execs::CASES, hooks::CASES, v2::CASES, adversaries::CASES, differences::CASES, resources::CASES].concat();
     let trials = cases.into_iter().map(|(name, run)| {
         let name = name.trim_start_matches("engine::");
         Trial::test(name, move || {

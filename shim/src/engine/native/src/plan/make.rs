@@ -164,4 +164,6 @@ pub(super) fn absolute(bundle: &Path, path: &Path, field: &str) -> Result<String
 }
 
 #[cfg(test)]
+mod clients;
+#[cfg(test)]
 mod tests;

@@ -13,6 +13,7 @@
 //! **Invariant:** nothing in this module reads a file or makes a system call.
 use minicbor::{Decode, Encode};
 
+mod block_io;
 mod cgroup;
 mod device_program;
 mod devices;
@@ -197,7 +198,7 @@ pub enum Hierarchy {
 }
 
 /// Content for a file.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub struct Write {
     #[n(0)]
     pub file: String,
@@ -206,6 +207,12 @@ pub struct Write {
     /// A kernel without the file has nothing to limit.
     #[n(2)]
     pub optional: bool,
+    /// Not written where the folder has this file.
+    #[n(3)]
+    pub unless: Option<String>,
+    /// The file has a line for each device, of which this changes one. Written to undo that, where the file had no line of the device.
+    #[n(4)]
+    pub reset: Option<String>,
 }
 
 /// A mount.

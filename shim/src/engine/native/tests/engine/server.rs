@@ -122,6 +122,7 @@ impl Keeper {
                 let made = self.made.remove(id).ok_or("no such container")?;
                 made.delete().map(|()| json!({}))
             }
+            "real-time" => set_real_time(request["on"] == json!(true)).map(|()| json!({})).map_err(|error| error.to_string()),
             "leak" => {
                 // A descriptor that every child inherits.
                 let file = File::open("/").map_err(|error| error.to_string())?;
@@ -155,6 +156,14 @@ fn streams(request: &Value) -> Result<(Streams, Option<OwnedFd>), String> {
         socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).map_err(|error| error.to_string())?;
     streams.console = Some(theirs);
     Ok((streams, Some(ours)))
+}
+
+#[allow(unsafe_code, reason = "no wrapper is at hand")]
+fn set_real_time(is_real_time: bool) -> io::Result<()> {
+    let policy = if is_real_time { libc::SCHED_RR } else { libc::SCHED_OTHER };
+    let parameter = libc::sched_param { sched_priority: i32::from(is_real_time) };
+    // SAFETY: the structure is only read, during the call.
+    if unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[allow(unsafe_code, reason = "a received descriptor is a number")]

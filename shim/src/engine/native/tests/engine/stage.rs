@@ -147,6 +147,11 @@ impl Stage {
         self.ask(&json!({ "do": "count", "id": id })).expect("a number")["count"].as_u64().expect("a number")
     }
 
+    /// Gives the keeper, and so what it makes, a real-time policy, or takes it away.
+    pub(crate) fn set_real_time(&self, is_real_time: bool) {
+        self.ask(&json!({ "do": "real-time", "on": is_real_time })).expect("a policy");
+    }
+
     pub(crate) fn leak(&self) {
         self.ask(&json!({ "do": "leak" })).expect("a leak");
     }

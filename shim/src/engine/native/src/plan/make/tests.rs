@@ -7,7 +7,7 @@ use crate::host::MountedHierarchy;
 use crate::plan::{Hierarchy, Source};
 use crate::spec;
 
-fn host() -> Host {
+pub(super) fn host() -> Host {
     let hierarchy = |controllers: &[&str], name: &str| MountedHierarchy {
         controllers: controllers.iter().map(|controller| (*controller).to_owned()).collect(),
         mount: format!("/sys/fs/cgroup/{name}"),
@@ -23,6 +23,9 @@ fn host() -> Host {
             hierarchy(&["devices"], "devices"),
             hierarchy(&["pids"], "pids"),
             hierarchy(&["hugetlb"], "hugetlb"),
+            hierarchy(&["blkio"], "blkio"),
+            hierarchy(&["net_cls", "net_prio"], "net_cls,net_prio"),
+            hierarchy(&["rdma"], "rdma"),
             hierarchy(&["name=systemd"], "systemd"),
             hierarchy(&[], "unified"),
         ],
@@ -56,9 +59,15 @@ fn full() -> Value {
             "resources": {
                 "devices": [{ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" }],
                 "memory": { "limit": 4096, "reservation": 4096, "swap": 8192, "swappiness": 7, "disableOOMKiller": true },
-                "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0", "idle": 1 },
+                "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0", "idle": 1, "realtimePeriod": 7, "realtimeRuntime": 7 },
                 "pids": { "limit": 7 },
                 "hugepageLimits": [{ "pageSize": "2MB", "limit": 7 }],
+                "blockIO": {
+                    "weight": 7, "leafWeight": 7, "weightDevice": [{ "major": 7, "minor": 7, "weight": 7, "leafWeight": 7 }],
+                    "throttleReadBpsDevice": full_rate(), "throttleWriteBpsDevice": full_rate(), "throttleReadIOPSDevice": full_rate(), "throttleWriteIOPSDevice": full_rate(),
+                },
+                "network": { "classID": 7, "priorities": [{ "name": "lo", "priority": 7 }] },
+                "rdma": { "mlx": { "hcaHandles": 7, "hcaObjects": 7 } },
             },
             "seccomp": {
                 "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 7, "architectures": ["SCMP_ARCH_X86"], "flags": ["SECCOMP_FILTER_FLAG_LOG"],
@@ -68,6 +77,10 @@ fn full() -> Value {
             },
         },
     })
+}
+
+fn full_rate() -> Value {
+    json!([{ "major": 7, "minor": 7, "rate": 7 }])
 }
 
 fn full_process() -> Value {
@@ -80,9 +93,13 @@ fn full_process() -> Value {
 }
 
 fn planned(config: &Value) -> Result<Create, Refused> {
+    planned_for(config, &host())
+}
+
+pub(super) fn planned_for(config: &Value, host: &Host) -> Result<Create, Refused> {
     let spec = spec::parse(config.to_string().as_bytes())?;
     let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0 };
-    create(&spec, &request, &host())
+    create(&spec, &request, host)
 }
 
 /// The places of a field in a configuration, as JSON pointers.
@@ -258,19 +275,14 @@ fn binds_keep_their_sources_attributes_unless_some_are_given() {
 
 #[test]
 fn cgroup_v2_has_one_folder_with_its_own_files() {
-    let unified = MountedHierarchy {
-        mount: "/sys/fs/cgroup".to_owned(),
-        root: "/".to_owned(),
-        own: "/system.slice/daemon".to_owned(),
-        available: ["cpu", "cpuset", "hugetlb", "memory", "pids"].map(str::to_owned).to_vec(),
-        ..MountedHierarchy::default()
-    };
-    let host = Host { hierarchies: vec![unified], ..host() };
+    let host = super::clients::host_v2();
     let mut config = full();
     config["linux"]["seccomp"] = Value::Null;
     config["linux"]["cgroupsPath"] = Value::Null;
     config["linux"]["resources"]["memory"] = json!({ "limit": 4096, "reservation": 2048, "swap": 8192 });
     config["linux"]["resources"]["cpu"] = json!({ "shares": 1024, "quota": 50_000, "cpus": "0" });
+    config["linux"]["resources"]["network"] = Value::Null;
+    config["linux"]["resources"]["blockIO"] = json!({ "weight": 10, "throttleReadBpsDevice": full_rate() });
     config["linux"]["resources"]["unified"] = json!({ "memory.high": "2", "cpu.uclamp.min": "1\n3" });
     let made = |config: &Value| {
         let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
@@ -280,7 +292,7 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
     let [folder] = &plan.cgroup.folders[..] else { panic!("{:?}", plan.cgroup) };
     // Beside the daemon's: its own has processes.
     assert_eq!(folder.absolute(), Path::new("/sys/fs/cgroup/system.slice/id"));
-    assert_eq!(folder.controllers, ["cpu", "cpuset", "hugetlb", "memory", "pids"]);
+    assert_eq!(folder.controllers, ["cpu", "cpuset", "hugetlb", "io", "memory", "pids", "rdma"]);
     assert!(folder.devices.is_some());
     let files: Vec<(&str, &str)> = folder.limits.iter().map(|write| (write.file.as_str(), write.value.as_str())).collect();
     let expected = [
@@ -293,13 +305,30 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
         ("pids.max", "7"),
         ("hugetlb.2MB.max", "7"),
         ("hugetlb.2MB.rsvd.max", "7"),
+        ("io.bfq.weight", "10"),
+        ("io.weight", "1"),
+        ("io.max", "7:7 rbps=7"),
+        ("rdma.max", "mlx hca_handle=7 hca_object=7"),
         ("cpu.uclamp.min", "1"),
         ("cpu.uclamp.min", "3"),
         ("memory.high", "2"),
     ];
     assert_eq!(files, expected);
+    // As with runc.
     config["linux"]["resources"]["memory"]["swappiness"] = json!(1);
-    assert!(made(&config).expect_err("refused").to_string().contains("linux.resources.memory.swappiness on cgroup v2"));
+    config["linux"]["resources"]["memory"]["disableOOMKiller"] = json!(true);
+    assert_eq!(made(&config).expect("accepted"), plan);
+    for (place, value, field) in [
+        ("cpu", json!({ "realtimeRuntime": 1 }), "linux.resources.cpu.realtimeRuntime"),
+        ("network", json!({ "classID": 1 }), "linux.resources.network"),
+        ("network", json!({ "priorities": [{ "name": "lo", "priority": 0 }] }), "linux.resources.network"),
+        ("blockIO", json!({ "leafWeight": 10 }), "linux.resources.blockIO.leafWeight"),
+    ] {
+        let mut config = config.clone();
+        config["linux"]["resources"][place] = value;
+        let error = made(&config).expect_err("refused").to_string();
+        assert!(error.contains(field) && error.contains("on cgroup v2"), "{error}");
+    }
 }
 
 #[test]
@@ -308,6 +337,8 @@ fn names_of_files_cannot_lead_elsewhere() {
         ("hugepageLimits", json!([{ "pageSize": "../x", "limit": 1 }])),
         ("hugepageLimits", json!([{ "pageSize": "MB", "limit": 1 }])),
         ("unified", json!({ "memory.high": "1" })),
+        ("rdma", json!({ "a hca_handle=max\n": { "hcaHandles": 1 } })),
+        ("network", json!({ "priorities": [{ "name": "lo 1\n", "priority": 0 }] })),
     ] {
         let mut config = full();
         config["linux"]["seccomp"] = Value::Null;
