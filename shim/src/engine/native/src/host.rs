@@ -15,6 +15,10 @@ pub struct Host {
     pub last_capability: u32,
     /// There is a `/proc/kcore`, to which containers have a link.
     pub has_kcore: bool,
+    /// AppArmor is active.
+    pub has_apparmor: bool,
+    /// SELinux is active.
+    pub has_selinux: bool,
 }
 
 /// A mounted hierarchy of cgroups.
@@ -40,6 +44,8 @@ impl Host {
             hierarchies: with_controllers(hierarchies(&mounts, &cgroups)),
             last_capability: sys::last_capability(),
             has_kcore: fs::exists("/proc/kcore")?,
+            has_apparmor: fs::read("/sys/module/apparmor/parameters/enabled").is_ok_and(|enabled| enabled.starts_with(b"Y")),
+            has_selinux: fs::exists("/sys/fs/selinux/enforce")?,
         })
     }
 }

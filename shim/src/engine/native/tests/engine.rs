@@ -23,6 +23,8 @@ mod hooks;
 mod inits;
 #[path = "support/keeper.rs"]
 mod keeper;
+#[path = "engine/labels.rs"]
+mod labels;
 #[path = "engine/resources.rs"]
 mod resources;
 #[path = "engine/server.rs"]
@@ -55,7 +57,9 @@ fn main() -> ExitCode {
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }
-    let cases = [inits::CASES, execs::CASES, hooks::CASES, v2::CASES, adversaries::CASES, differences::CASES, resources::CASES].concat();
+    let cases =
+        [inits::CASES, execs::CASES, hooks::CASES, v2::CASES, adversaries::CASES, differences::CASES, resources::CASES, labels::CASES]
+            .concat();
     let trials = cases.into_iter().map(|(name, run)| {
         let name = name.trim_start_matches("engine::");
         Trial::test(name, move || {

@@ -11,6 +11,8 @@ use nix::unistd::{setsid, write};
 
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
+use super::labels::Attributes;
+use super::program::Role;
 use super::root::{self, Root};
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
 use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, terminal};
@@ -138,15 +140,14 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         setsid().doing(Step::Child, || "start a session".to_owned())?;
         joining.join()?;
         sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
-        if let Some(keyring) = &plan.process.keyring {
-            init::join_keyring(keyring)?;
-        }
+        let attributes = Attributes::open(&plan.process)?;
+        init::join_keyring(&plan.process, &attributes)?;
         if let (Some(wanted), Some(console)) = (&plan.process.terminal, &kept.console) {
             let root = root::absolute(Path::new("/")).doing(Step::Terminal, || "open the root".to_owned())?;
             terminal::open(&Root::new(root), wanted, console, false)?;
         }
         init::wait_for_limits(performer)?;
-        let program = program::become_it(&plan.process, false)?;
+        let program = program::become_it(&plan.process, &attributes, Role::Added)?;
         performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
         Err(program.execute())
     })?;

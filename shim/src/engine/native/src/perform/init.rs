@@ -9,12 +9,13 @@ use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pivot_root, seth
 
 use super::cgroup::Joining;
 use super::descriptors::Kept;
+use super::labels::{self, Attributes};
 use super::mounts::{self, Late};
-use super::program::{self, Program};
+use super::program::{self, Program, Role};
 use super::root::{self, Root};
 use super::sync::{ChildEnd, Message};
 use super::{Doing, Failure, Step, devices, hooks, masks, terminal};
-use crate::plan::{Create, Kind};
+use crate::plan::{Create, Kind, Process};
 use crate::sys::{self, FsContext, Tree};
 
 /// Everything up to the gate.
@@ -38,16 +39,18 @@ pub(super) fn prepare(
         unshare(CloneFlags::CLONE_NEWCGROUP).doing(Step::Namespaces, || "make a cgroup namespace".to_owned())?;
     }
     sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
-    if let Some(keyring) = &plan.process.keyring {
-        join_keyring(keyring)?;
-    }
+    let attributes = Attributes::open(&plan.process)?;
+    join_keyring(&plan.process, &attributes)?;
     if plan.makes(Kind::Network) {
         sys::loopback_up().doing(Step::Namespaces, || "set the loopback interface up".to_owned())?;
     }
 
     let root = mounts::root(&plan.root, plan.propagation)?;
     let mut late = Late::default();
-    plan.mounts.iter().try_for_each(|mount| mounts::make(&root, mount, &mut late))?;
+    plan.mounts.iter().try_for_each(|mount| {
+        mounts::make(&root, mount, &mut late)?;
+        labels::label_mount(&root, mount, plan.mount_label.as_deref())
+    })?;
     plan.devices.iter().try_for_each(|device| devices::node(&root, device))?;
     plan.links.iter().try_for_each(|(target, path)| devices::link(&root, target, path))?;
     reopen_null_streams(&root)?;
@@ -58,7 +61,7 @@ pub(super) fn prepare(
     name(plan)?;
     settings(plan)?;
     masks::make_readonly(&root, &plan.readonly)?;
-    masks::hide(&root, &plan.masked)?;
+    masks::hide(&root, &plan.masked, plan.mount_label.as_deref())?;
     late.make_readonly()?;
     enter(&root)?;
     if plan.root_readonly {
@@ -67,7 +70,7 @@ pub(super) fn prepare(
     drop(root);
 
     wait_for_limits(performer)?;
-    program::become_it(&plan.process, true)
+    program::become_it(&plan.process, &attributes, Role::Init)
 }
 
 /// Lets the performer run the hooks on the host, then runs those in the container's namespaces.
@@ -106,12 +109,13 @@ pub(super) fn wait_at(gate: &OwnedFd) -> bool {
     }
 }
 
-pub(super) fn join_keyring(name: &str) -> Result<(), Failure> {
-    match sys::join_session_keyring(name) {
+pub(super) fn join_keyring(process: &Process, attributes: &Attributes) -> Result<(), Failure> {
+    let Some(name) = &process.keyring else { return Ok(()) };
+    attributes.with_keyring_label(process, || match sys::join_session_keyring(name) {
         // A kernel without keyrings.
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
         other => other.doing(Step::Settings, || "join a session keyring".to_owned()),
-    }
+    })
 }
 
 fn name(plan: &Create) -> Result<(), Failure> {

@@ -26,6 +26,7 @@ mod descriptors;
 mod devices;
 mod hooks;
 mod init;
+mod labels;
 mod masks;
 mod mounts;
 mod program;

@@ -13,9 +13,19 @@ use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Uid, fchown};
 
+use super::labels::Attributes;
 use super::{Doing, Failure, Step, errno_text, root};
 use crate::plan::Process;
 use crate::sys;
+
+/// What a process is to its container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Its working directory is made if it is missing.
+    Init,
+    /// Its profile of AppArmor is set once it has its user's ids, as runc does.
+    Added,
+}
 
 /// A process that only has to be executed.
 pub(super) struct Program {
@@ -27,13 +37,17 @@ pub(super) struct Program {
 /// Gives up privileges, loads the filter, and finds the program as the user.
 ///
 /// Source of the order: docs/engine.md.
-pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Failure> {
+pub(super) fn become_it(process: &Process, attributes: &Attributes, role: Role) -> Result<Program, Failure> {
     let doing = |what: &str| {
         let what = what.to_owned();
         move || what
     };
     let environment = environment(process);
     umask(Mode::from_bits_truncate(process.umask));
+    if role == Role::Init {
+        attributes.confine(process)?;
+    }
+    attributes.label(process)?;
     if process.no_new_privileges {
         sys::set_no_new_privileges().doing(Step::Identity, doing("set no new privileges"))?;
     } else {
@@ -41,7 +55,7 @@ pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Fa
         load_filter(process)?;
     }
     // The user may not be allowed where root is; or, on a network file system, the other way round.
-    let entered = enter(&process.cwd, make_cwd);
+    let entered = enter(&process.cwd, role == Role::Init);
     if let Some(sets) = &process.capabilities {
         for number in (0..64).filter(|number| sets.bounding & (1 << number) == 0) {
             match sys::drop_bounding(number) {
@@ -59,6 +73,9 @@ pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Fa
         .or_else(|_as_root| enter(&process.cwd, false))
         .doing(Step::Identity, || format!("chdir to cwd ({:?}) set in config.json failed", process.cwd))?;
     check_cwd()?;
+    if role == Role::Added {
+        attributes.confine(process)?;
+    }
     if let Some(sets) = &process.capabilities {
         sys::set_keep_capabilities(false).doing(Step::Identity, doing("keep no capabilities"))?;
         sys::set_capabilities(sets.effective, sets.permitted, sets.inheritable).doing(Step::Identity, doing("set capabilities"))?;

@@ -3,6 +3,7 @@ use std::collections::HashSet;
 
 use oci_spec::runtime::{Capability, PosixRlimitType, Process as SpecProcess};
 
+use super::labels;
 use super::make::absolute_path;
 use super::{Capabilities, Process, Rlimit, Terminal};
 use crate::{Host, Refused};
@@ -39,6 +40,8 @@ pub(super) fn plan(process: &SpecProcess, field: &str, host: &Host) -> Result<Pr
         terminal: terminal(process, field)?,
         oom_score_adj: oom_score_adj(process, field)?,
         keyring: None,
+        apparmor_profile: labels::profile(process.apparmor_profile().as_deref(), field, host)?,
+        selinux_label: labels::label(process.selinux_label().as_deref(), &format!("{field}.selinuxLabel"), host)?,
     })
 }
 

@@ -3,7 +3,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
 
-use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl};
+use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, labels, mounts, sysctl};
 use crate::{Host, Refused, seccomp};
 
 /// What a container is made for, beside its configuration.
@@ -45,7 +45,9 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     let wanted = spec.mounts().as_ref().unwrap_or(&no_mounts);
     let cgroup = cgroup::plan(linux, request.id, host)?;
     let own_namespace = find(Kind::Cgroup).is_some();
-    let mounts = mounts::plan(wanted, request.bundle, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
+    let mut mounts = mounts::plan(wanted, request.bundle, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
+    let mount_label = labels::label(linux.mount_label().as_deref(), "linux.mountLabel", host)?;
+    labels::label_mounts(&mut mounts, mount_label.as_deref());
     let own_dev = !wanted.iter().any(|mount| mount.destination() == Path::new("/dev") && mounts::is_bind(mount));
     let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
     let keyring = (!request.no_new_keyring).then(|| format!("_ses.{}", request.id));
@@ -71,6 +73,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         sysctls: sysctl::plan(linux.sysctl().as_ref(), |kind| find(kind).is_some())?,
         process: planned,
         hooks: hooks::plan(spec, request)?,
+        mount_label,
         cgroup,
         namespaces,
     })
@@ -84,6 +87,9 @@ pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result
     }
     planned.filter.clone_from(&container.filter);
     planned.keyring.clone_from(&container.keyring);
+    if planned.selinux_label.is_none() {
+        planned.selinux_label.clone_from(&container.selinux_label);
+    }
     planned.umask = container.umask;
     planned.oom_score_adj = container.oom_score_adj;
     Ok(Exec { version: VERSION, namespaces: container.namespaces, cgroup: container.cgroup.clone(), process: planned })

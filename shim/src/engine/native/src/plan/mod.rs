@@ -19,6 +19,7 @@ mod device_program;
 mod devices;
 mod hooks;
 mod identity;
+mod labels;
 mod limits_v1;
 mod limits_v2;
 mod make;
@@ -81,6 +82,9 @@ pub struct Create {
     pub own_dev: bool,
     #[n(16)]
     pub hooks: Hooks,
+    /// SELinux's label of new file systems. The mounts have it already, where a file system takes it when it is made.
+    #[n(17)]
+    pub mount_label: Option<String>,
 }
 
 /// Another process for a container.
@@ -120,6 +124,9 @@ pub struct Container {
     /// Those that are still to be run.
     #[n(8)]
     pub hooks: Hooks,
+    /// For processes that have none of their own.
+    #[n(9)]
+    pub selinux_label: Option<String>,
 }
 
 /// A namespace of the container.
@@ -340,6 +347,10 @@ pub struct Process {
     /// The session keyring to join.
     #[n(13)]
     pub keyring: Option<String>,
+    #[n(14)]
+    pub apparmor_profile: Option<String>,
+    #[n(15)]
+    pub selinux_label: Option<String>,
 }
 
 /// Sets of capabilities: bit n is capability n.
@@ -431,6 +442,7 @@ impl Create {
             umask: self.process.umask,
             oom_score_adj: self.process.oom_score_adj,
             keyring: self.process.keyring.clone(),
+            selinux_label: self.process.selinux_label.clone(),
             hooks: Hooks {
                 poststart: self.hooks.poststart.clone(),
                 poststop: self.hooks.poststop.clone(),

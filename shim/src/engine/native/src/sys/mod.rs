@@ -13,7 +13,7 @@ use std::io;
 
 pub(crate) use bpf::attach_device_program;
 pub(crate) use keyring::join_session_keyring;
-pub(crate) use mount::{Attributes, FsContext, Tree, move_mount, open_tree, set_attributes};
+pub(crate) use mount::{Attributes, FsContext, Tree, move_mount, open_tree, set_attributes, set_extended_attribute};
 pub(crate) use network::loopback_up;
 pub(crate) use privileges::{
     clear_ambient, drop_bounding, last_capability, load_filter, raise_ambient, set_capabilities, set_dumpable, set_groups, set_ids,

@@ -152,6 +152,11 @@ impl Stage {
         self.ask(&json!({ "do": "real-time", "on": is_real_time })).expect("a policy");
     }
 
+    /// Makes plans as for a host on which AppArmor and SELinux are active.
+    pub(crate) fn pretend_security_modules(&self) {
+        self.ask(&json!({ "do": "pretend" })).expect("pretended");
+    }
+
     pub(crate) fn leak(&self) {
         self.ask(&json!({ "do": "leak" })).expect("a leak");
     }

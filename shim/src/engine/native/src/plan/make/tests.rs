@@ -31,6 +31,8 @@ pub(super) fn host() -> Host {
         ],
         last_capability: 40,
         has_kcore: true,
+        has_apparmor: true,
+        has_selinux: true,
     }
 }
 
@@ -53,6 +55,7 @@ fn full() -> Value {
             "devices": [{ "path": "/dev/x", "type": "b", "major": 7, "minor": 8, "fileMode": 0o600, "uid": 3, "gid": 4 }],
             "cgroupsPath": "/a/b",
             "rootfsPropagation": "rprivate",
+            "mountLabel": "system_u:object_r:container_file_t:s0:c1,c2",
             "maskedPaths": ["/proc/keys"],
             "readonlyPaths": ["/proc/sys"],
             "sysctl": { "net.ipv4.ip_forward": "1" },
@@ -89,6 +92,7 @@ fn full_process() -> Value {
         "args": ["a"], "env": ["A=1"], "cwd": "/c",
         "capabilities": { "bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"], "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"] },
         "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 1, "hard": 2 }], "noNewPrivileges": true, "oomScoreAdj": 7,
+        "apparmorProfile": "p", "selinuxLabel": "system_u:system_r:container_t:s0:c1,c2",
     })
 }
 
@@ -329,6 +333,71 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
         let error = made(&config).expect_err("refused").to_string();
         assert!(error.contains(field) && error.contains("on cgroup v2"), "{error}");
     }
+}
+
+/// What `mountLabel` is for, and what has labels of its own.
+#[test]
+fn new_file_systems_are_labelled() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let new = |kind: &str| json!({ "destination": format!("/{kind}"), "type": kind, "source": kind });
+    let kinds = ["proc", "sysfs", "mqueue", "tmpfs", "devpts"];
+    config["mounts"] = json!(kinds.map(new));
+    let bind = json!({ "destination": "/b", "type": "bind", "source": "/b", "options": ["bind"] });
+    config["mounts"].as_array_mut().expect("an array").extend([bind, new("cgroup")]);
+    let plan = planned(&config).expect("accepted");
+    let label = config["linux"]["mountLabel"].as_str();
+    let mut labelled = Vec::new();
+    for mount in &plan.mounts {
+        if let Source::New { parameters, .. } = &mount.source
+            && parameters.iter().any(|(key, value)| key == "context" && value.as_deref() == label)
+        {
+            labelled.push(mount.target.as_str());
+        }
+    }
+    assert_eq!(labelled, ["/tmpfs", "/devpts", "/cgroup"]);
+    assert_eq!(plan.mount_label.as_deref(), label);
+}
+
+#[test]
+fn what_needs_an_inactive_security_module_is_refused() {
+    let host = Host { has_apparmor: false, has_selinux: false, ..host() };
+    for (place, words) in [
+        ("/process/apparmorProfile", "process.apparmorProfile: unable to apply apparmor profile: AppArmor is not enabled"),
+        ("/process/selinuxLabel", "process.selinuxLabel: selinux label is specified in config, but selinux is disabled"),
+        ("/linux/mountLabel", "linux.mountLabel: selinux label is specified in config, but selinux is disabled"),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        for other in ["/process/apparmorProfile", "/process/selinuxLabel", "/linux/mountLabel"] {
+            // Empty is nothing.
+            *config.pointer_mut(other).expect("a field") = if other == place { json!("a") } else { json!("") };
+        }
+        let error = planned_for(&config, &host).expect_err("refused").to_string();
+        assert!(error.contains(words), "{error}");
+        *config.pointer_mut(place).expect("a field") = json!("");
+        let plan = planned_for(&config, &host).expect("accepted");
+        assert_eq!((plan.process.apparmor_profile, plan.process.selinux_label, plan.mount_label), (None, None, None));
+    }
+}
+
+/// A profile comes from the process alone; a label is the container's if the process has none.
+#[test]
+fn an_added_process_has_its_own_profile_and_perhaps_the_containers_label() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let container = planned(&config).expect("accepted").container();
+    let added = |change: Value| {
+        let mut process = full_process();
+        for (key, value) in change.as_object().expect("an object") {
+            process[key] = value.clone();
+        }
+        exec(&spec::parse_process(process.to_string().as_bytes()).expect("parsed"), &container, &host()).expect("accepted").process
+    };
+    let none = added(json!({ "apparmorProfile": "", "selinuxLabel": "" }));
+    assert_eq!((none.apparmor_profile, none.selinux_label), (None, container.selinux_label.clone()));
+    let own = added(json!({ "apparmorProfile": "q", "selinuxLabel": "l" }));
+    assert_eq!((own.apparmor_profile.as_deref(), own.selinux_label.as_deref()), (Some("q"), Some("l")));
 }
 
 #[test]
