@@ -81,8 +81,12 @@ pub(crate) const FIELDS: &[(&str, Use)] = &[
     ("linux.mountLabel", Planned),
     ("linux.sysctl.*", Planned),
     ("linux.intelRdt", Empty),
-    ("linux.memoryPolicy", Empty),
-    ("linux.personality", Empty),
+    ("linux.memoryPolicy.mode", Planned),
+    ("linux.memoryPolicy.nodes", Planned),
+    ("linux.memoryPolicy.flags[]", Planned),
+    ("linux.personality.domain", Planned),
+    // None is defined.
+    ("linux.personality.flags", Empty),
     ("linux.resources.devices[].allow", Planned),
     ("linux.resources.devices[].type", Planned),
     ("linux.resources.devices[].major", Planned),
@@ -176,9 +180,17 @@ pub(crate) const PROCESS_FIELDS: &[(&str, Use)] = &[
     ("oomScoreAdj", Planned),
     ("apparmorProfile", Planned),
     ("selinuxLabel", Planned),
-    ("scheduler", Empty),
-    ("ioPriority", Empty),
-    ("execCPUAffinity", Empty),
+    ("scheduler.policy", Planned),
+    ("scheduler.nice", Planned),
+    ("scheduler.priority", Planned),
+    ("scheduler.flags[]", Planned),
+    ("scheduler.runtime", Planned),
+    ("scheduler.deadline", Planned),
+    ("scheduler.period", Planned),
+    ("ioPriority.class", Planned),
+    ("ioPriority.priority", Planned),
+    ("execCPUAffinity.initial", Planned),
+    ("execCPUAffinity.final", Planned),
 ];
 
 /// Parses a `config.json`.
@@ -209,7 +221,33 @@ pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, Refused> {
 fn tree(json: &[u8]) -> Result<Value, Refused> {
     let mut tree = serde_json::from_slice(json).map_err(|source| Refused::Json { source })?;
     prune(&mut tree);
+    for process in ["", "/process"] {
+        if let Some(process) = tree.pointer_mut(process).and_then(Value::as_object_mut) {
+            settle(process)?;
+        }
+    }
     Ok(tree)
+}
+
+/// Where the types and the specification differ in what a process has.
+fn settle(process: &mut serde_json::Map<String, Value>) -> Result<(), Refused> {
+    // The types would take the class BE instead.
+    if process.get("ioPriority").and_then(Value::as_object).is_some_and(|priority| !priority.contains_key("class")) {
+        return Err(Refused::invalid("process.ioPriority.class", "missing"));
+    }
+    let flags = process.get_mut("scheduler").and_then(|scheduler| scheduler.get_mut("flags")).and_then(Value::as_array_mut);
+    for flag in flags.into_iter().flatten() {
+        match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => *flag = "SCHED_RESET_ON_FORK".into(),
+            Some("SCHED_FLAG_DL_OVERRUN") => *flag = "SCHED_FLAG_D_L_OVERRUN".into(),
+            Some(_) | None => {}
+        }
+    }
+    // The types take no empty list of processors.
+    if let Some(affinity) = process.get_mut("execCPUAffinity").and_then(Value::as_object_mut) {
+        affinity.retain(|_, list| list.as_str() != Some(""));
+    }
+    Ok(())
 }
 
 fn prune(value: &mut Value) {
@@ -307,7 +345,8 @@ mod tests {
             (json!({ "process": { "new": 1 } }), "process.new"),
             (json!({ "processes": [] }), "processes"),
             (json!({ "hooks": { "prestart": [{ "path": "/x", "new": 1 }] } }), "hooks.prestart[0].new"),
-            (json!({ "process": { "scheduler": { "policy": "SCHED_RR" } } }), "process.scheduler"),
+            (json!({ "process": { "scheduler": { "new": "SCHED_RR" } } }), "process.scheduler.new"),
+            (json!({ "linux": { "personality": { "domain": "LINUX", "flags": ["x"] } } }), "linux.personality.flags"),
         ] {
             assert_eq!(refused(&spec), format!("the native engine does not implement {field}"));
         }
@@ -335,7 +374,21 @@ mod tests {
     fn a_process_has_the_same_fields_alone() {
         let process = json!({ "cwd": "/", "args": ["a"], "user": { "uid": 0, "gid": 0 } });
         parse_process(process.to_string().as_bytes()).expect("accepted");
-        let process = json!({ "cwd": "/", "execCPUAffinity": { "initial": "0" } });
-        assert!(matches!(parse_process(process.to_string().as_bytes()), Err(Refused::Unsupported { field }) if field == "execCPUAffinity"));
+        let process = json!({ "cwd": "/", "execCPUAffinity": { "new": "0" } });
+        assert!(
+            matches!(parse_process(process.to_string().as_bytes()), Err(Refused::Unsupported { field }) if field == "execCPUAffinity.new")
+        );
+    }
+
+    #[test]
+    fn the_specifications_names_are_known_where_the_types_have_others() {
+        const FLAGS: [&str; 7] =
+            ["RESET_ON_FORK", "RECLAIM", "DL_OVERRUN", "KEEP_POLICY", "KEEP_PARAMS", "UTIL_CLAMP_MIN", "UTIL_CLAMP_MAX"];
+        let flags = FLAGS.map(|flag| format!("SCHED_FLAG_{flag}"));
+        let process = json!({ "cwd": "/", "user": {}, "scheduler": { "policy": "SCHED_OTHER", "flags": flags }, "execCPUAffinity": { "initial": "" } });
+        let parsed = parse_process(process.to_string().as_bytes()).expect("accepted");
+        assert_eq!(parsed.scheduler().as_ref().and_then(|scheduler| scheduler.flags().as_ref()).map(Vec::len), Some(FLAGS.len()));
+        let process = json!({ "cwd": "/", "user": {}, "ioPriority": { "priority": 1 } });
+        assert!(parse_process(process.to_string().as_bytes()).expect_err("refused").to_string().contains("process.ioPriority.class"));
     }
 }

@@ -27,6 +27,8 @@ mod keeper;
 mod labels;
 #[path = "engine/resources.rs"]
 mod resources;
+#[path = "engine/scheduling.rs"]
+mod scheduling;
 #[path = "engine/server.rs"]
 mod server;
 #[path = "engine/stage.rs"]
@@ -57,9 +59,18 @@ fn main() -> ExitCode {
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }
-    let cases =
-        [inits::CASES, execs::CASES, hooks::CASES, v2::CASES, adversaries::CASES, differences::CASES, resources::CASES, labels::CASES]
-            .concat();
+    let cases = [
+        inits::CASES,
+        execs::CASES,
+        hooks::CASES,
+        v2::CASES,
+        adversaries::CASES,
+        differences::CASES,
+        resources::CASES,
+        labels::CASES,
+        scheduling::CASES,
+    ]
+    .concat();
     let trials = cases.into_iter().map(|(name, run)| {
         let name = name.trim_start_matches("engine::");
         Trial::test(name, move || {

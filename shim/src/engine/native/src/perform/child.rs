@@ -15,7 +15,7 @@ use super::labels::Attributes;
 use super::program::Role;
 use super::root::{self, Root};
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
-use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, terminal};
+use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, scheduling, terminal};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
@@ -132,6 +132,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
 fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
     harden(&plan.process)?;
     let joining = Joining::open_all(&plan.cgroup)?;
+    scheduling::choose_first_processors(&plan.process)?;
     let flags = CloneFlags::from_bits_retain(plan.namespaces as i32);
     setns(container, flags).doing(Step::Namespaces, || "join the namespaces of the container".to_owned())?;
     let child = Child::make(0, &joining, |performer| {
@@ -139,13 +140,14 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
         joining.join()?;
-        sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
+        scheduling::choose_processors(&plan.process)?;
         let attributes = Attributes::open(&plan.process)?;
         init::join_keyring(&plan.process, &attributes)?;
         if let (Some(wanted), Some(console)) = (&plan.process.terminal, &kept.console) {
             let root = root::absolute(Path::new("/")).doing(Step::Terminal, || "open the root".to_owned())?;
             terminal::open(&Root::new(root), wanted, console, false)?;
         }
+        scheduling::schedule(&plan.process)?;
         init::wait_for_limits(performer)?;
         let program = program::become_it(&plan.process, &attributes, Role::Added)?;
         performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;

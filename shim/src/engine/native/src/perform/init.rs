@@ -14,7 +14,7 @@ use super::mounts::{self, Late};
 use super::program::{self, Program, Role};
 use super::root::{self, Root};
 use super::sync::{ChildEnd, Message};
-use super::{Doing, Failure, Step, devices, hooks, masks, terminal};
+use super::{Doing, Failure, Step, devices, hooks, masks, scheduling, terminal};
 use crate::plan::{Create, Kind, Process};
 use crate::sys::{self, FsContext, Tree};
 
@@ -38,7 +38,7 @@ pub(super) fn prepare(
     if plan.makes(Kind::Cgroup) {
         unshare(CloneFlags::CLONE_NEWCGROUP).doing(Step::Namespaces, || "make a cgroup namespace".to_owned())?;
     }
-    sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
+    scheduling::allow_every_processor()?;
     let attributes = Attributes::open(&plan.process)?;
     join_keyring(&plan.process, &attributes)?;
     if plan.makes(Kind::Network) {
@@ -69,6 +69,7 @@ pub(super) fn prepare(
     }
     drop(root);
 
+    scheduling::schedule(&plan.process)?;
     wait_for_limits(performer)?;
     program::become_it(&plan.process, &attributes, Role::Init)
 }

@@ -31,6 +31,7 @@ mod masks;
 mod mounts;
 mod program;
 mod root;
+mod scheduling;
 mod sync;
 mod terminal;
 

@@ -3,9 +3,9 @@ use std::collections::HashSet;
 
 use oci_spec::runtime::{Capability, PosixRlimitType, Process as SpecProcess};
 
-use super::labels;
 use super::make::absolute_path;
 use super::{Capabilities, Process, Rlimit, Terminal};
+use super::{labels, scheduling};
 use crate::{Host, Refused};
 
 pub(super) const DEFAULT_UMASK: u32 = 0o022;
@@ -42,6 +42,7 @@ pub(super) fn plan(process: &SpecProcess, field: &str, host: &Host) -> Result<Pr
         keyring: None,
         apparmor_profile: labels::profile(process.apparmor_profile().as_deref(), field, host)?,
         selinux_label: labels::label(process.selinux_label().as_deref(), &format!("{field}.selinuxLabel"), host)?,
+        scheduling: scheduling::plan(process, field)?,
     })
 }
 

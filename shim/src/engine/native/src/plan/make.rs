@@ -53,6 +53,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     let keyring = (!request.no_new_keyring).then(|| format!("_ses.{}", request.id));
     let mut planned = identity::plan(process, "process", host)?;
     planned.filter = filter;
+    planned.scheduling = planned.scheduling.of_container(linux.personality().as_ref(), linux.memory_policy().as_ref())?;
     planned.keyring = keyring;
     planned.oom_score_adj.get_or_insert(request.default_oom_score_adj);
     planned.umask = process.user().umask().unwrap_or(identity::DEFAULT_UMASK);
@@ -87,6 +88,7 @@ pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result
     }
     planned.filter.clone_from(&container.filter);
     planned.keyring.clone_from(&container.keyring);
+    planned.scheduling = planned.scheduling.or(&container.scheduling);
     if planned.selinux_label.is_none() {
         planned.selinux_label.clone_from(&container.selinux_label);
     }

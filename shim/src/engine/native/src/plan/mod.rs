@@ -25,12 +25,14 @@ mod limits_v2;
 mod make;
 mod mounts;
 mod options;
-
+mod scheduling;
 mod sysctl;
 
 pub use hooks::{Hook, Hooks, State};
 pub use make::{Request, create, exec, update};
 pub(crate) use options::RDONLY;
+pub use scheduling::{Affinity, MemoryPolicy, Range, Scheduler, Scheduling};
+pub(crate) use scheduling::{MAX_NODES, MAX_PROCESSORS};
 
 /// In place of a half of `cpu.max`: what it is now.
 pub(crate) const KEEP: &str = "keep";
@@ -127,6 +129,9 @@ pub struct Container {
     /// For processes that have none of their own.
     #[n(9)]
     pub selinux_label: Option<String>,
+    /// For processes that ask for nothing of it.
+    #[n(10)]
+    pub scheduling: Scheduling,
 }
 
 /// A namespace of the container.
@@ -351,6 +356,8 @@ pub struct Process {
     pub apparmor_profile: Option<String>,
     #[n(15)]
     pub selinux_label: Option<String>,
+    #[n(16)]
+    pub scheduling: Scheduling,
 }
 
 /// Sets of capabilities: bit n is capability n.
@@ -443,6 +450,7 @@ impl Create {
             oom_score_adj: self.process.oom_score_adj,
             keyring: self.process.keyring.clone(),
             selinux_label: self.process.selinux_label.clone(),
+            scheduling: self.process.scheduling.clone(),
             hooks: Hooks {
                 poststart: self.hooks.poststart.clone(),
                 poststop: self.hooks.poststop.clone(),

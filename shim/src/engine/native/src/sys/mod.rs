@@ -7,6 +7,7 @@ mod mount;
 mod network;
 mod privileges;
 mod process;
+mod scheduling;
 mod terminal;
 
 use std::io;
@@ -21,8 +22,9 @@ pub(crate) use privileges::{
 };
 pub(crate) use process::{
     Born, ExitOnUnwind, clone_into, close_range, current_directory, duplicate, execute, exit_now, fork, may_execute, open_pidfd,
-    reset_affinity, reset_signals, set_domain_name, set_mode, set_rlimit, signal, wait_for_exit,
+    reset_signals, set_domain_name, set_mode, set_rlimit, signal, wait_for_exit,
 };
+pub(crate) use scheduling::{SchedulerAttributes, set_affinity, set_io_priority, set_memory_policy, set_personality, set_scheduler};
 pub(crate) use terminal::{control, open_peer};
 
 /// The result of a system call that returns −1 for an error.

@@ -107,15 +107,6 @@ pub(crate) fn reset_signals() {
     }
 }
 
-/// Allows every processor that the cgroup allows.
-pub(crate) fn reset_affinity() -> io::Result<()> {
-    // More than any kernel's NR_CPUS; the kernel ignores bits that it has no processor for.
-    let every = [u64::MAX; 8192 / 64];
-    // SAFETY: pointer and length describe the array.
-    check(unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&every), every.as_ptr()) })?;
-    Ok(())
-}
-
 /// Sets a limit of another process.
 pub(crate) fn set_rlimit(pid: u32, resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };

@@ -93,7 +93,7 @@ impl Other<'_> {
         self.runtime == "crun" && !controllers.trim().is_empty()
     }
 
-    fn output(&self, arguments: &[&str]) -> String {
+    pub(crate) fn output(&self, arguments: &[&str]) -> String {
         let output = self.command().args(arguments).output().expect("the runtime");
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
