@@ -5,8 +5,8 @@
 //! ```
 //!
 //! A profile becomes a binary search by number for each architecture, so that a call costs some ten instructions, whatever its number. Semantics are
-//! those of libseccomp as runc uses it: a call of an architecture that is not listed kills; where several rules for a call apply, they must have the same
-//! action; calls with numbers above every one that the profile names give ENOSYS, so that programs fall back as on an older kernel.
+//! those of libseccomp as runc uses it: a call of an architecture that is not listed kills; a rule for a call that always applies covers the others, and those that can apply to one call must
+//! have the same action; calls with numbers above every one that the profile names give ENOSYS, so that programs fall back as on an older kernel.
 //!
 //! **Invariant:** what cannot be expressed is refused, never weakened.
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompFilterFlag};
