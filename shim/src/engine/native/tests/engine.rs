@@ -11,6 +11,8 @@ use libtest_mimic::{Arguments, Trial};
 
 #[path = "engine/adversaries.rs"]
 mod adversaries;
+#[path = "engine/agents.rs"]
+mod agents;
 #[path = "engine/bundle.rs"]
 mod bundle;
 #[path = "engine/differences.rs"]
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         resources::CASES,
         labels::CASES,
         scheduling::CASES,
+        agents::CASES,
     ]
     .concat();
     let trials = cases.into_iter().map(|(name, run)| {

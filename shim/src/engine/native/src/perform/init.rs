@@ -71,7 +71,7 @@ pub(super) fn prepare(
 
     scheduling::schedule(&plan.process)?;
     wait_for_limits(performer)?;
-    program::become_it(&plan.process, &attributes, Role::Init)
+    program::become_it(&plan.process, &attributes, performer, Role::Init)
 }
 
 /// Lets the performer run the hooks on the host, then runs those in the container's namespaces.
@@ -91,7 +91,8 @@ pub(super) fn wait_for_limits(performer: &ChildEnd) -> Result<(), Failure> {
     report_and_wait(performer, &Message::Ready)
 }
 
-fn report_and_wait(performer: &ChildEnd, message: &Message) -> Result<(), Failure> {
+/// Reports, and waits until the performer has done what follows from it.
+pub(super) fn report_and_wait(performer: &ChildEnd, message: &Message) -> Result<(), Failure> {
     performer.send(message).doing(Step::Child, || "report to the performer".to_owned())?;
     if performer.may_go().doing(Step::Child, || "wait for the performer".to_owned())? {
         Ok(())

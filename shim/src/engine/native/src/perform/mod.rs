@@ -20,6 +20,7 @@ use std::os::fd::OwnedFd;
 
 use minicbor::{Decode, Encode};
 
+mod agent;
 mod cgroup;
 mod child;
 mod descriptors;

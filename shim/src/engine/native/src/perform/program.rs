@@ -4,7 +4,7 @@
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Uid, fchown};
 
 use super::labels::Attributes;
-use super::{Doing, Failure, Step, errno_text, root};
+use super::sync::{ChildEnd, Message};
+use super::{Doing, Failure, Step, errno_text, init, root};
 use crate::plan::Process;
 use crate::sys;
 
@@ -37,7 +38,7 @@ pub(super) struct Program {
 /// Gives up privileges, loads the filter, and finds the program as the user.
 ///
 /// Source of the order: docs/engine.md.
-pub(super) fn become_it(process: &Process, attributes: &Attributes, role: Role) -> Result<Program, Failure> {
+pub(super) fn become_it(process: &Process, attributes: &Attributes, performer: &ChildEnd, role: Role) -> Result<Program, Failure> {
     let doing = |what: &str| {
         let what = what.to_owned();
         move || what
@@ -52,7 +53,7 @@ pub(super) fn become_it(process: &Process, attributes: &Attributes, role: Role) 
         sys::set_no_new_privileges().doing(Step::Identity, doing("set no new privileges"))?;
     } else {
         // Afterwards it needs a capability that the process may not have any more.
-        load_filter(process)?;
+        load_filter(process, performer)?;
     }
     // The user may not be allowed where root is; or, on a network file system, the other way round.
     let entered = enter(&process.cwd, role == Role::Init);
@@ -92,7 +93,7 @@ pub(super) fn become_it(process: &Process, attributes: &Attributes, role: Role) 
         environment,
     };
     if process.no_new_privileges {
-        load_filter(process)?;
+        load_filter(process, performer)?;
     }
     Ok(program)
 }
@@ -109,10 +110,17 @@ impl Program {
     }
 }
 
-fn load_filter(process: &Process) -> Result<(), Failure> {
+/// Loads the filter, and lets the performer fetch the descriptor of the agent that decides about calls. From then on any call but write(2) may be one that
+/// waits for the agent.
+fn load_filter(process: &Process, performer: &ChildEnd) -> Result<(), Failure> {
     let Some(filter) = &process.filter else { return Ok(()) };
-    sys::load_filter(&filter.program, filter.flags).doing(Step::Filter, || "load the seccomp filter".to_owned())?;
-    Ok(())
+    let doing = || "load the seccomp filter".to_owned();
+    if filter.agent.is_none() {
+        return sys::load_filter(&filter.program, filter.flags).doing(Step::Filter, doing);
+    }
+    let listener = sys::load_filter_with_listener(&filter.program, filter.flags).doing(Step::Filter, doing)?;
+    // Closed afterwards: else calls would wait for an agent that has exited.
+    init::report_and_wait(performer, &Message::Filtered { listener: listener.as_raw_fd() })
 }
 
 /// Enters the working directory, which is made with its parents if it is missing and may be.

@@ -94,7 +94,13 @@ pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result
     }
     planned.umask = container.umask;
     planned.oom_score_adj = container.oom_score_adj;
-    Ok(Exec { version: VERSION, namespaces: container.namespaces, cgroup: container.cgroup.clone(), process: planned })
+    Ok(Exec {
+        version: VERSION,
+        namespaces: container.namespaces,
+        cgroup: container.cgroup.clone(),
+        process: planned,
+        state: container.hooks.state.clone(),
+    })
 }
 
 /// Plans a change of a container's limits: its cgroup, with the files to write. What is absent is not changed, nor are devices.

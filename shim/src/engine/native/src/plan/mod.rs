@@ -101,6 +101,9 @@ pub struct Exec {
     pub cgroup: Cgroup,
     #[n(3)]
     pub process: Process,
+    /// Of the container, for an agent that decides about system calls.
+    #[n(4)]
+    pub state: State,
 }
 
 /// What later plans need to know of a container: to be kept with it.
@@ -396,6 +399,20 @@ pub struct Filter {
     /// `SECCOMP_FILTER_FLAG_*`.
     #[n(1)]
     pub flags: u64,
+    /// Who decides about calls that the program hands on.
+    #[n(2)]
+    pub agent: Option<Agent>,
+}
+
+/// A process of the host that decides about system calls.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Agent {
+    /// Its unix socket, which receives the filter's descriptor.
+    #[n(0)]
+    pub path: String,
+    /// For the agent, as it is.
+    #[n(1)]
+    pub metadata: String,
 }
 
 /// A terminal. No size leaves the kernel's.

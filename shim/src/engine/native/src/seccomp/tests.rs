@@ -132,7 +132,6 @@ fn what_cannot_be_expressed_is_refused() {
     let with =
         |call: Value| json!({ "defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{ "names": ["read"], "action": "SCMP_ACT_ALLOW" }, call] });
     for call in [
-        json!({ "names": ["kill"], "action": "SCMP_ACT_NOTIFY" }),
         json!({ "names": ["kill"], "action": "SCMP_ACT_ERRNO", "errnoRet": 70_000 }),
         json!({ "names": ["kill"], "action": "SCMP_ACT_ALLOW", "args": [{ "index": 6, "value": 0, "op": "SCMP_CMP_EQ" }] }),
         json!({ "names": ["kill"], "action": "SCMP_ACT_ALLOW", "args": [{ "index": 0, "value": 1, "valueTwo": 2, "op": "SCMP_CMP_MASKED_EQ" }] }),
@@ -152,11 +151,38 @@ fn every_action_becomes_the_kernels() {
         ("SCMP_ACT_ERRNO", libc::SECCOMP_RET_ERRNO | 7),
         ("SCMP_ACT_TRACE", libc::SECCOMP_RET_TRACE | 7),
         ("SCMP_ACT_LOG", libc::SECCOMP_RET_LOG),
+        ("SCMP_ACT_NOTIFY", libc::SECCOMP_RET_USER_NOTIF),
         ("SCMP_ACT_ALLOW", ALLOW),
     ] {
         let program =
             program(json!({ "defaultAction": "SCMP_ACT_TRAP", "syscalls": [{ "names": ["read"], "action": action, "errnoRet": 7 }] }));
         assert_eq!(result(&program, &call(Arch::native().expect("known"), "read", &[])), expected, "{action}");
+    }
+}
+
+#[test]
+fn an_agent_is_there_if_calls_are_handed_on_and_only_then() {
+    let compile = |change: Value| {
+        let mut json = json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{ "names": ["mkdir"], "action": "SCMP_ACT_NOTIFY" }], "listenerPath": "/agent" });
+        change.as_object().expect("an object").iter().for_each(|(key, value)| json[key] = value.clone());
+        super::compile(&profile(json)).map_err(|error| error.to_string())
+    };
+    let agent = |change: Value| compile(change).expect("accepted").agent;
+    assert_eq!(agent(json!({})), Some(crate::plan::Agent { path: "/agent".to_owned(), metadata: String::new() }));
+    assert_eq!(agent(json!({ "listenerMetadata": "m" })).map(|agent| agent.metadata).as_deref(), Some("m"));
+    assert_eq!(agent(json!({ "syscalls": [] })), None);
+    let killable = json!(["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]);
+    assert_eq!(compile(json!({ "flags": killable })).expect("accepted").flags, super::WAIT_KILLABLE_RECEIVE);
+    for (change, words) in [
+        (json!({ "defaultAction": "SCMP_ACT_NOTIFY" }), "linux.seccomp.defaultAction: SCMP_ACT_NOTIFY cannot be used as default action"),
+        (json!({ "syscalls": [{ "names": ["read", "write"], "action": "SCMP_ACT_NOTIFY" }] }), "cannot be used for the write syscall"),
+        (json!({ "listenerPath": "" }), "linux.seccomp.listenerPath: is not set"),
+        (json!({ "listenerPath": "agent" }), "linux.seccomp.listenerPath: is not an absolute path"),
+        (json!({ "listenerPath": "", "listenerMetadata": "m" }), "linux.seccomp.listenerMetadata: needs listenerPath"),
+        (json!({ "syscalls": [], "flags": killable }), "linux.seccomp.flags: SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV needs SCMP_ACT_NOTIFY"),
+    ] {
+        let error = compile(change).expect_err("refused");
+        assert!(error.contains(words), "{error}");
     }
 }
 

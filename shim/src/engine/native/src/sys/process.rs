@@ -59,6 +59,14 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// A copy of another process's descriptor (pidfd_getfd(2)).
+pub(crate) fn fetch(process: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: integers only.
+    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })?;
+    // SAFETY: a descriptor that the kernel has just given to this process alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// Signals a process by its handle.
 pub(crate) fn signal(process: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: integers, and no `siginfo`.

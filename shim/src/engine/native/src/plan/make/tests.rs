@@ -76,9 +76,10 @@ fn full() -> Value {
             },
             "seccomp": {
                 "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 7, "architectures": ["SCMP_ARCH_X86"], "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+                "listenerPath": "/agent", "listenerMetadata": "m",
                 "syscalls": [{ "names": ["kill"], "action": "SCMP_ACT_TRACE", "errnoRet": 8, "args": [
                     { "index": 1, "value": 3, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ" },
-                ] }],
+                ] }, { "names": ["chown"], "action": "SCMP_ACT_NOTIFY" }],
             },
         },
     })
