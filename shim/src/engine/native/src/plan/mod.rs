@@ -10,7 +10,8 @@
 //!                                                └──▶ Container ── plan::exec(process) ──▶ Exec ── CBOR ──▶ perform::exec
 //! ```
 //!
-//! **Invariant:** nothing in this module reads a file or makes a system call.
+//! **Invariant:** nothing in this module reads a file or makes a system call, but for the cache of compiled filters, if a request has one: what comes from
+//! there is what would be compiled.
 use minicbor::{Decode, Encode};
 
 mod block_io;

@@ -15,6 +15,7 @@ use crate::Refused;
 use crate::plan::{Agent, Filter};
 
 mod arch;
+mod cache;
 #[cfg(test)]
 mod interpret;
 mod program;
@@ -22,8 +23,10 @@ mod rules;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cache::compile as compile_cached;
+
 /// Compiles a profile.
-pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Filter, Refused> {
+fn compile(profile: &LinuxSeccomp) -> Result<Filter, Refused> {
     let agent = agent(profile)?;
     let flags = match profile.flags() {
         // What a filter changes in the mitigation of speculation is decided by the kernel's own settings, not by its presence.

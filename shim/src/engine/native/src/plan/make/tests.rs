@@ -107,7 +107,7 @@ fn planned(config: &Value) -> Result<Create, Refused> {
 
 pub(super) fn planned_for(config: &Value, host: &Host) -> Result<Create, Refused> {
     let spec = spec::parse(config.to_string().as_bytes())?;
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0 };
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0, filters: None };
     create(&spec, &request, host)
 }
 
@@ -243,7 +243,7 @@ fn a_limit_without_its_controller_is_refused() {
     let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
     let mut host = host();
     host.hierarchies.retain(|hierarchy| hierarchy.controllers != ["pids"]);
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 };
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, filters: None };
     let error = create(&spec, &request, &host).expect_err("refused");
     assert!(error.to_string().contains("pids.max needs the cgroup controller pids"), "{error}");
 }
@@ -303,7 +303,11 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
     config["linux"]["resources"]["unified"] = json!({ "memory.high": "2", "cpu.uclamp.min": "1\n3" });
     let made = |config: &Value| {
         let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
-        create(&spec, &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 }, &host)
+        create(
+            &spec,
+            &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, filters: None },
+            &host,
+        )
     };
     let plan = made(&config).expect("accepted");
     let [folder] = &plan.cgroup.folders[..] else { panic!("{:?}", plan.cgroup) };
