@@ -5,6 +5,7 @@
 //!
 //! **Invariant:** a field that is not in the list is refused by its path; nothing is ignored in silence.
 use oci_spec::runtime::{LinuxResources, Process, Spec};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::Refused;
@@ -197,14 +198,14 @@ pub(crate) const PROCESS_FIELDS: &[(&str, Use)] = &[
 pub fn parse(json: &[u8]) -> Result<Spec, Refused> {
     let tree = tree(json)?;
     check(&tree, "", "", &|pattern| of_spec(pattern))?;
-    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+    typed(tree, "")
 }
 
 /// Parses the process that is to be added to a container.
 pub fn parse_process(json: &[u8]) -> Result<Process, Refused> {
     let tree = tree(json)?;
     check(&tree, "", "", &|pattern| among(PROCESS_FIELDS, pattern))?;
-    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+    typed(tree, "process")
 }
 
 /// Parses the resources to which a container's are to be changed.
@@ -214,8 +215,63 @@ pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, Refused> {
         "" => Known::Above,
         pattern => among(FIELDS, &format!("linux.resources.{pattern}")),
     })?;
-    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+    typed(tree, "linux.resources")
 }
+
+/// Parses a tree, which is at `path` of a configuration, into its type.
+fn typed<T: DeserializeOwned>(tree: Value, path: &str) -> Result<T, Refused> {
+    match T::deserialize(&tree) {
+        Ok(typed) => Ok(typed),
+        Err(source) => match culprit::<T>(tree, &source.to_string()) {
+            Some(field) => Err(Refused::invalid(format!("{path}{}{field}", if path.is_empty() { "" } else { "." }), source.to_string())),
+            None => Err(Refused::Json { source }),
+        },
+    }
+}
+
+/// The field for which a tree has not the wanted type, as far as that can be told: without it, there is not the same error. The parser's own texts name
+/// values alone.
+fn culprit<T: DeserializeOwned>(mut tree: Value, error: &str) -> Option<String> {
+    let (mut place, mut field) = (String::new(), String::new());
+    loop {
+        let children: Vec<(String, String)> = match tree.pointer(&place)? {
+            Value::Object(map) => map.keys().map(|key| (key.replace('~', "~0").replace('/', "~1"), join(&field, key))).collect(),
+            Value::Array(list) if list.len() <= MAX_SEARCHED => {
+                (0..list.len()).map(|index| (index.to_string(), format!("{field}[{index}]"))).collect()
+            }
+            Value::Array(_) | Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => Vec::new(),
+        };
+        let mut is_culprit = |key: &str| {
+            let Some(removed) = remove(&mut tree, &place, key) else { return false };
+            let is_same = T::deserialize(&tree).is_err_and(|other| other.to_string() == error);
+            put_back(&mut tree, &place, key, removed);
+            !is_same
+        };
+        match children.into_iter().find(|(key, _)| is_culprit(key)) {
+            Some((key, name)) => (place, field) = (format!("{place}/{key}"), name),
+            None => return Some(field).filter(|field| !field.is_empty()),
+        }
+    }
+}
+
+fn remove(tree: &mut Value, place: &str, key: &str) -> Option<Value> {
+    match tree.pointer_mut(place)? {
+        Value::Object(map) => map.remove(&key.replace("~1", "/").replace("~0", "~")),
+        Value::Array(list) => key.parse().ok().map(|index: usize| list.remove(index)),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => None,
+    }
+}
+
+fn put_back(tree: &mut Value, place: &str, key: &str, value: Value) {
+    match tree.pointer_mut(place) {
+        Some(Value::Object(map)) => drop(map.insert(key.replace("~1", "/").replace("~0", "~"), value)),
+        Some(Value::Array(list)) => list.insert(key.parse().unwrap_or(0), value),
+        _ => {}
+    }
+}
+
+/// Of an array, so that a refusal takes no time that anyone notices.
+const MAX_SEARCHED: usize = 64;
 
 /// Without what is null, which is as good as absent in every field.
 fn tree(json: &[u8]) -> Result<Value, Refused> {

@@ -182,4 +182,6 @@ pub(super) fn absolute(bundle: &Path, path: &Path, field: &str) -> Result<String
 #[cfg(test)]
 mod clients;
 #[cfg(test)]
+mod fields;
+#[cfg(test)]
 mod tests;

@@ -389,24 +389,18 @@ fn rules_of_different_actions_decide_as_with_libseccomp() {
     let fifteen = json!([compare(1, "EQ", 15)]);
     let not_nine = json!([compare(1, "NE", 9)]);
     let mut random = Random(7);
-    let mut compared = 0;
-    for (first, second) in
-        [(&always, &always), (&always, &nine), (&nine, &always), (&nine, &fifteen), (&fifteen, &nine), (&nine, &not_nine)]
-    {
-        for (one, other) in
-            [("SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"), ("SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"), ("SCMP_ACT_LOG", "SCMP_ACT_ALLOW")]
-        {
-            let rules = json!([rule(one, first.clone()), rule(other, second.clone())]);
-            let profile =
-                json!({ "defaultAction": "SCMP_ACT_TRAP", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"], "syscalls": rules });
-            match compare_with_libseccomp(&profile, &mut random) {
-                None => return eprintln!("skipped: needs python3 and libseccomp.so.2"),
-                Some(is_accepted) => assert!(is_accepted, "{profile}"),
-            }
-            compared += 1;
+    let pairs = [(&always, &always), (&always, &nine), (&nine, &always), (&nine, &fifteen), (&fifteen, &nine), (&nine, &not_nine)];
+    let actions = ["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_LOG"];
+    for (number, (first, second)) in pairs.into_iter().enumerate() {
+        let (one, other) = (actions[number % 4], actions[(number + 1) % 4]);
+        let rules = json!([rule(one, first.clone()), rule(other, second.clone())]);
+        let profile =
+            json!({ "defaultAction": "SCMP_ACT_TRAP", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"], "syscalls": rules });
+        match compare_with_libseccomp(&profile, &mut random) {
+            None => return eprintln!("skipped: needs python3 and libseccomp.so.2"),
+            Some(is_accepted) => assert!(is_accepted, "{profile}"),
         }
     }
-    assert_eq!(compared, 18);
     // Which of these comes first is libseccomp's own affair.
     for (first, second) in [
         (nine.clone(), json!([compare(0, "EQ", 1)])),

@@ -37,7 +37,7 @@ pub(super) fn host() -> Host {
 }
 
 /// A configuration that has every field which the engine plans, none with the value that it would have without the field.
-fn full() -> Value {
+pub(super) fn full() -> Value {
     json!({
         "ociVersion": "1.2.0",
         "annotations": { "a": "b" },
@@ -89,7 +89,7 @@ fn full_rate() -> Value {
     json!([{ "major": 7, "minor": 7, "rate": 7 }])
 }
 
-fn full_process() -> Value {
+pub(super) fn full_process() -> Value {
     json!({
         "terminal": true, "consoleSize": { "height": 7, "width": 8 }, "user": { "uid": 1, "gid": 2, "umask": 7, "additionalGids": [3] },
         "args": ["a"], "env": ["A=1"], "cwd": "/c",
@@ -133,7 +133,7 @@ fn below(path: &str, value: &Value, rest: &str) -> Vec<String> {
 }
 
 /// Another value of the same type.
-fn changed(field: &str, value: &Value) -> Value {
+pub(super) fn changed(field: &str, value: &Value) -> Value {
     let other = match (field.rsplit('.').next().unwrap_or_default(), value) {
         ("type", Value::String(kind)) if kind == "b" => "c",
         ("type", Value::String(kind)) if kind == "c" => "b",
@@ -440,7 +440,7 @@ fn random(state: &mut u64, end: usize) -> usize {
 }
 
 /// Every value of a tree, as JSON pointers.
-fn everywhere(value: &Value, path: &str, found: &mut Vec<String>) {
+pub(super) fn everywhere(value: &Value, path: &str, found: &mut Vec<String>) {
     found.push(path.to_owned());
     match value {
         Value::Object(map) => {
