@@ -50,6 +50,34 @@ impl Host {
     }
 }
 
+/// Hosts that have everything, for questions about what a planner takes.
+impl Host {
+    pub(crate) fn example_v1() -> Self {
+        const NAMES: [&str; 10] =
+            ["cpu,cpuacct", "cpuset", "memory", "devices", "pids", "hugetlb", "blkio", "net_cls,net_prio", "rdma", "unified"];
+        let hierarchy = |name: &str| MountedHierarchy {
+            controllers: name.split(',').filter(|name| *name != "unified").map(str::to_owned).collect(),
+            mount: format!("/sys/fs/cgroup/{name}"),
+            root: "/".to_owned(),
+            own: "/d".to_owned(),
+            available: Vec::new(),
+        };
+        let hierarchies = NAMES.into_iter().map(hierarchy).collect();
+        Self { hierarchies, last_capability: 40, has_kcore: true, has_apparmor: true, has_selinux: true }
+    }
+
+    pub(crate) fn example_v2() -> Self {
+        let unified = MountedHierarchy {
+            mount: "/sys/fs/cgroup".to_owned(),
+            root: "/".to_owned(),
+            own: "/d/e".to_owned(),
+            available: ["cpu", "cpuset", "hugetlb", "io", "memory", "pids", "rdma"].map(str::to_owned).to_vec(),
+            ..MountedHierarchy::default()
+        };
+        Self { hierarchies: vec![unified], ..Self::example_v1() }
+    }
+}
+
 /// The hierarchies of `/proc/self/cgroup` that are mounted, in the order of their mounts.
 fn hierarchies(mountinfo: &str, cgroups: &str) -> Vec<MountedHierarchy> {
     let mut found: Vec<MountedHierarchy> = Vec::new();

@@ -87,7 +87,7 @@ fn capabilities<'a>(set: Option<impl IntoIterator<Item = &'a Capability>>, last:
 }
 
 /// <linux/capability.h>
-fn number(capability: Capability) -> u32 {
+pub(crate) fn number(capability: Capability) -> u32 {
     match capability {
         Capability::Chown => 0,
         Capability::DacOverride => 1,

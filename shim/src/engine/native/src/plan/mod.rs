@@ -30,6 +30,8 @@ mod scheduling;
 mod sysctl;
 
 pub use hooks::{Hook, Hooks, State};
+#[cfg(test)]
+pub(crate) use identity::number as capability_number;
 pub use make::{Request, create, exec, update};
 pub(crate) use options::RDONLY;
 pub use scheduling::{Affinity, MemoryPolicy, Range, Scheduler, Scheduling};

@@ -17,8 +17,8 @@ pub(crate) use keyring::join_session_keyring;
 pub(crate) use mount::{Attributes, FsContext, Tree, move_mount, open_tree, set_attributes, set_extended_attribute};
 pub(crate) use network::loopback_up;
 pub(crate) use privileges::{
-    clear_ambient, drop_bounding, last_capability, load_filter, load_filter_with_listener, raise_ambient, set_capabilities, set_dumpable,
-    set_groups, set_ids, set_keep_capabilities, set_no_new_privileges,
+    clear_ambient, drop_bounding, has_filter_flag, last_capability, load_filter, load_filter_with_listener, raise_ambient,
+    set_capabilities, set_dumpable, set_groups, set_ids, set_keep_capabilities, set_no_new_privileges,
 };
 pub(crate) use process::{
     Born, ExitOnUnwind, clone_into, close_range, current_directory, duplicate, execute, exit_now, fetch, fork, may_execute, open_pidfd,

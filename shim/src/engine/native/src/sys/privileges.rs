@@ -91,6 +91,14 @@ pub(crate) fn load_filter_with_listener(program: &[u8], flags: u64) -> io::Resul
     Ok(unsafe { OwnedFd::from_raw_fd(listener as i32) })
 }
 
+/// Whether the kernel knows flags of filters. No filter is given, which it finds out after it has looked at the flags.
+pub(crate) fn has_filter_flag(flags: u64) -> bool {
+    let none = std::ptr::null::<libc::sock_fprog>();
+    // SAFETY: the kernel reads the filter, which a null pointer makes it refuse.
+    let asked = check(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags as libc::c_uint, none) });
+    asked.is_err_and(|error| error.raw_os_error() == Some(libc::EFAULT))
+}
+
 fn install_filter(program: &[u8], flags: u64) -> io::Result<i64> {
     let instructions: Vec<libc::sock_filter> = program
         .as_chunks::<8>()

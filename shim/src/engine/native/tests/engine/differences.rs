@@ -21,6 +21,7 @@ crate::cases![
     an_added_process_looks_as_with_crun,
     filters_are_as_runcs,
     filters_are_as_cruns,
+    features_are_runcs_but_for_what_is_refused,
 ];
 
 /// What is compared. What names a moment (pids, memory) is left out, and ids of mounts and devices.
@@ -308,4 +309,34 @@ fn filters_are_as_runcs() {
 
 fn filters_are_as_cruns() {
     compare_filters("crun");
+}
+
+fn features_are_runcs_but_for_what_is_refused() {
+    if !is_installed("runc") {
+        return;
+    }
+    let stage = Stage::new();
+    let other = Other { runtime: "runc", stage: &stage };
+    let theirs: Value = serde_json::from_str(&other.output(&["features"])).expect("JSON");
+    let ours = x_engine::features(&x_engine::Host::read().expect("a host"));
+    let set = |features: &Value, place: &str| -> BTreeSet<String> {
+        let list = features.pointer(place).and_then(Value::as_array).unwrap_or_else(|| panic!("{place}"));
+        list.iter().map(|entry| entry.as_str().expect("text").to_owned()).collect()
+    };
+    for place in ["/hooks", "/linux/capabilities", "/linux/seccomp/actions", "/linux/seccomp/operators"] {
+        assert_eq!(set(&ours, place), set(&theirs, place), "{place}");
+    }
+    for (place, refused) in [
+        ("/linux/namespaces", vec!["user"]),
+        ("/mountOptions", vec!["acl", "noacl", "remount", "tmpcopyup"]),
+        (
+            "/linux/seccomp/archs",
+            vec!["MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32", "PPC", "PPC64", "PPC64LE", "RISCV64", "S390", "S390X"],
+        ),
+    ] {
+        // What is implemented later is a difference no more.
+        let missing: Vec<String> = set(&theirs, place).difference(&set(&ours, place)).cloned().collect();
+        let is_known = |name: &String| refused.contains(&name.trim_start_matches("SCMP_ARCH_"));
+        assert!(missing.iter().all(is_known), "{place}: {missing:?}");
+    }
 }
