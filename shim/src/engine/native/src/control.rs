@@ -76,9 +76,13 @@ fn update_folder(folder: &Path, limits: &[Write], written: &mut Vec<(PathBuf, St
         let mut refused = None;
         left.retain(|limit| {
             let path = folder.join(&limit.file);
+            if limit.unless.as_ref().is_some_and(|other| folder.join(other).exists()) {
+                return false;
+            }
             // Lists of devices cannot be read back, and are not changed.
             let is_list = limit.file.starts_with("devices.");
             let former = if is_list { String::new() } else { fs::read_to_string(&path).unwrap_or_default() };
+            let former = limit.reset.as_ref().map_or(former.clone(), |reset| line_of(&former, &limit.value).unwrap_or(reset).to_owned());
             match value(limit, &former).and_then(|value| write(&path, &value)) {
                 Ok(()) => {
                     if !is_list {
@@ -99,6 +103,12 @@ fn update_folder(folder: &Path, limits: &[Write], written: &mut Vec<(PathBuf, St
             Some(_) => {}
         }
     }
+}
+
+/// The line of the same device as a value's, which is its first word.
+fn line_of<'a>(text: &'a str, value: &str) -> Option<&'a str> {
+    let key = value.split(' ').next();
+    text.lines().find(|line| line.split_whitespace().next() == key)
 }
 
 /// Of `cpu.max` the half that is not given stays.

@@ -15,6 +15,10 @@ pub struct Host {
     pub last_capability: u32,
     /// There is a `/proc/kcore`, to which containers have a link.
     pub has_kcore: bool,
+    /// AppArmor is active.
+    pub has_apparmor: bool,
+    /// SELinux is active.
+    pub has_selinux: bool,
 }
 
 /// A mounted hierarchy of cgroups.
@@ -40,7 +44,37 @@ impl Host {
             hierarchies: with_controllers(hierarchies(&mounts, &cgroups)),
             last_capability: sys::last_capability(),
             has_kcore: fs::exists("/proc/kcore")?,
+            has_apparmor: fs::read("/sys/module/apparmor/parameters/enabled").is_ok_and(|enabled| enabled.starts_with(b"Y")),
+            has_selinux: fs::exists("/sys/fs/selinux/enforce")?,
         })
+    }
+}
+
+/// Hosts that have everything, for questions about what a planner takes.
+impl Host {
+    pub(crate) fn example_v1() -> Self {
+        const NAMES: [&str; 10] =
+            ["cpu,cpuacct", "cpuset", "memory", "devices", "pids", "hugetlb", "blkio", "net_cls,net_prio", "rdma", "unified"];
+        let hierarchy = |name: &str| MountedHierarchy {
+            controllers: name.split(',').filter(|name| *name != "unified").map(str::to_owned).collect(),
+            mount: format!("/sys/fs/cgroup/{name}"),
+            root: "/".to_owned(),
+            own: "/d".to_owned(),
+            available: Vec::new(),
+        };
+        let hierarchies = NAMES.into_iter().map(hierarchy).collect();
+        Self { hierarchies, last_capability: 40, has_kcore: true, has_apparmor: true, has_selinux: true }
+    }
+
+    pub(crate) fn example_v2() -> Self {
+        let unified = MountedHierarchy {
+            mount: "/sys/fs/cgroup".to_owned(),
+            root: "/".to_owned(),
+            own: "/d/e".to_owned(),
+            available: ["cpu", "cpuset", "hugetlb", "io", "memory", "pids", "rdma"].map(str::to_owned).to_vec(),
+            ..MountedHierarchy::default()
+        };
+        Self { hierarchies: vec![unified], ..Self::example_v1() }
     }
 }
 

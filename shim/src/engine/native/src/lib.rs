@@ -15,6 +15,8 @@
 //! descriptor.
 pub mod control;
 mod executable;
+mod features;
+pub mod fuzz;
 mod host;
 pub mod perform;
 pub mod plan;
@@ -24,6 +26,7 @@ pub mod spec;
 mod sys;
 
 pub use executable::readonly_executable;
+pub use features::features;
 pub use host::{Host, MountedHierarchy};
 
 /// Why a configuration is not for this engine.

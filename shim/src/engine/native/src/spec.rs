@@ -5,6 +5,7 @@
 //!
 //! **Invariant:** a field that is not in the list is refused by its path; nothing is ignored in silence.
 use oci_spec::runtime::{LinuxResources, Process, Spec};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::Refused;
@@ -78,11 +79,15 @@ pub(crate) const FIELDS: &[(&str, Use)] = &[
     ("linux.rootfsPropagation", Planned),
     ("linux.maskedPaths[]", Planned),
     ("linux.readonlyPaths[]", Planned),
-    ("linux.mountLabel", Empty),
+    ("linux.mountLabel", Planned),
     ("linux.sysctl.*", Planned),
     ("linux.intelRdt", Empty),
-    ("linux.memoryPolicy", Empty),
-    ("linux.personality", Empty),
+    ("linux.memoryPolicy.mode", Planned),
+    ("linux.memoryPolicy.nodes", Planned),
+    ("linux.memoryPolicy.flags[]", Planned),
+    ("linux.personality.domain", Planned),
+    // None is defined.
+    ("linux.personality.flags", Empty),
     ("linux.resources.devices[].allow", Planned),
     ("linux.resources.devices[].type", Planned),
     ("linux.resources.devices[].major", Planned),
@@ -105,21 +110,41 @@ pub(crate) const FIELDS: &[(&str, Use)] = &[
     ("linux.resources.cpu.cpus", Planned),
     ("linux.resources.cpu.mems", Planned),
     ("linux.resources.cpu.idle", Planned),
-    ("linux.resources.cpu.realtimePeriod", Empty),
-    ("linux.resources.cpu.realtimeRuntime", Empty),
+    ("linux.resources.cpu.realtimePeriod", Planned),
+    ("linux.resources.cpu.realtimeRuntime", Planned),
     ("linux.resources.pids.limit", Planned),
-    ("linux.resources.blockIO", Empty),
+    ("linux.resources.blockIO.weight", Planned),
+    ("linux.resources.blockIO.leafWeight", Planned),
+    ("linux.resources.blockIO.weightDevice[].major", Planned),
+    ("linux.resources.blockIO.weightDevice[].minor", Planned),
+    ("linux.resources.blockIO.weightDevice[].weight", Planned),
+    ("linux.resources.blockIO.weightDevice[].leafWeight", Planned),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].major", Planned),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].minor", Planned),
+    ("linux.resources.blockIO.throttleReadBpsDevice[].rate", Planned),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].major", Planned),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].minor", Planned),
+    ("linux.resources.blockIO.throttleWriteBpsDevice[].rate", Planned),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].major", Planned),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].minor", Planned),
+    ("linux.resources.blockIO.throttleReadIOPSDevice[].rate", Planned),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].major", Planned),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].minor", Planned),
+    ("linux.resources.blockIO.throttleWriteIOPSDevice[].rate", Planned),
     ("linux.resources.hugepageLimits[].pageSize", Planned),
     ("linux.resources.hugepageLimits[].limit", Planned),
-    ("linux.resources.network", Empty),
-    ("linux.resources.rdma", Empty),
+    ("linux.resources.network.classID", Planned),
+    ("linux.resources.network.priorities[].name", Planned),
+    ("linux.resources.network.priorities[].priority", Planned),
+    ("linux.resources.rdma.*.hcaHandles", Planned),
+    ("linux.resources.rdma.*.hcaObjects", Planned),
     ("linux.resources.unified.*", Planned),
     ("linux.seccomp.defaultAction", Planned),
     ("linux.seccomp.defaultErrnoRet", Planned),
     ("linux.seccomp.architectures[]", Planned),
     ("linux.seccomp.flags[]", Planned),
-    ("linux.seccomp.listenerPath", Empty),
-    ("linux.seccomp.listenerMetadata", Empty),
+    ("linux.seccomp.listenerPath", Planned),
+    ("linux.seccomp.listenerMetadata", Planned),
     ("linux.seccomp.syscalls[].names[]", Planned),
     ("linux.seccomp.syscalls[].action", Planned),
     ("linux.seccomp.syscalls[].errnoRet", Planned),
@@ -154,25 +179,33 @@ pub(crate) const PROCESS_FIELDS: &[(&str, Use)] = &[
     ("rlimits[].hard", Planned),
     ("noNewPrivileges", Planned),
     ("oomScoreAdj", Planned),
-    ("apparmorProfile", Empty),
-    ("selinuxLabel", Empty),
-    ("scheduler", Empty),
-    ("ioPriority", Empty),
-    ("execCPUAffinity", Empty),
+    ("apparmorProfile", Planned),
+    ("selinuxLabel", Planned),
+    ("scheduler.policy", Planned),
+    ("scheduler.nice", Planned),
+    ("scheduler.priority", Planned),
+    ("scheduler.flags[]", Planned),
+    ("scheduler.runtime", Planned),
+    ("scheduler.deadline", Planned),
+    ("scheduler.period", Planned),
+    ("ioPriority.class", Planned),
+    ("ioPriority.priority", Planned),
+    ("execCPUAffinity.initial", Planned),
+    ("execCPUAffinity.final", Planned),
 ];
 
 /// Parses a `config.json`.
 pub fn parse(json: &[u8]) -> Result<Spec, Refused> {
     let tree = tree(json)?;
     check(&tree, "", "", &|pattern| of_spec(pattern))?;
-    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+    typed(tree, "")
 }
 
 /// Parses the process that is to be added to a container.
 pub fn parse_process(json: &[u8]) -> Result<Process, Refused> {
     let tree = tree(json)?;
     check(&tree, "", "", &|pattern| among(PROCESS_FIELDS, pattern))?;
-    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+    typed(tree, "process")
 }
 
 /// Parses the resources to which a container's are to be changed.
@@ -182,11 +215,110 @@ pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, Refused> {
         "" => Known::Above,
         pattern => among(FIELDS, &format!("linux.resources.{pattern}")),
     })?;
-    serde_json::from_value(tree).map_err(|source| Refused::Json { source })
+    typed(tree, "linux.resources")
 }
 
+/// Parses a tree, which is at `path` of a configuration, into its type.
+fn typed<T: DeserializeOwned>(tree: Value, path: &str) -> Result<T, Refused> {
+    match T::deserialize(&tree) {
+        Ok(typed) => Ok(typed),
+        Err(source) => match culprit::<T>(tree, &source.to_string()) {
+            Some(field) => Err(Refused::invalid(format!("{path}{}{field}", if path.is_empty() { "" } else { "." }), source.to_string())),
+            None => Err(Refused::Json { source }),
+        },
+    }
+}
+
+/// The field for which a tree has not the wanted type, as far as that can be told: without it, there is not the same error. The parser's own texts name
+/// values alone.
+fn culprit<T: DeserializeOwned>(mut tree: Value, error: &str) -> Option<String> {
+    let (mut place, mut field) = (String::new(), String::new());
+    loop {
+        let children: Vec<(String, String)> = match tree.pointer(&place)? {
+            Value::Object(map) => map.keys().map(|key| (key.replace('~', "~0").replace('/', "~1"), join(&field, key))).collect(),
+            Value::Array(list) if list.len() <= MAX_SEARCHED => {
+                (0..list.len()).map(|index| (index.to_string(), format!("{field}[{index}]"))).collect()
+            }
+            Value::Array(_) | Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => Vec::new(),
+        };
+        let mut is_culprit = |key: &str| {
+            let Some(removed) = remove(&mut tree, &place, key) else { return false };
+            let is_same = T::deserialize(&tree).is_err_and(|other| other.to_string() == error);
+            put_back(&mut tree, &place, key, removed);
+            !is_same
+        };
+        match children.into_iter().find(|(key, _)| is_culprit(key)) {
+            Some((key, name)) => (place, field) = (format!("{place}/{key}"), name),
+            None => return Some(field).filter(|field| !field.is_empty()),
+        }
+    }
+}
+
+fn remove(tree: &mut Value, place: &str, key: &str) -> Option<Value> {
+    match tree.pointer_mut(place)? {
+        Value::Object(map) => map.remove(&key.replace("~1", "/").replace("~0", "~")),
+        Value::Array(list) => key.parse().ok().map(|index: usize| list.remove(index)),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => None,
+    }
+}
+
+fn put_back(tree: &mut Value, place: &str, key: &str, value: Value) {
+    match tree.pointer_mut(place) {
+        Some(Value::Object(map)) => drop(map.insert(key.replace("~1", "/").replace("~0", "~"), value)),
+        Some(Value::Array(list)) => list.insert(key.parse().unwrap_or(0), value),
+        _ => {}
+    }
+}
+
+/// Of an array, so that a refusal takes no time that anyone notices.
+const MAX_SEARCHED: usize = 64;
+
+/// Without what is null, which is as good as absent in every field.
 fn tree(json: &[u8]) -> Result<Value, Refused> {
-    serde_json::from_slice(json).map_err(|source| Refused::Json { source })
+    let mut tree = serde_json::from_slice(json).map_err(|source| Refused::Json { source })?;
+    prune(&mut tree);
+    for process in ["", "/process"] {
+        if let Some(process) = tree.pointer_mut(process).and_then(Value::as_object_mut) {
+            settle(process)?;
+        }
+    }
+    Ok(tree)
+}
+
+/// Where the types and the specification differ in what a process has.
+fn settle(process: &mut serde_json::Map<String, Value>) -> Result<(), Refused> {
+    // The types would take the class BE instead.
+    if process.get("ioPriority").and_then(Value::as_object).is_some_and(|priority| !priority.contains_key("class")) {
+        return Err(Refused::invalid("process.ioPriority.class", "missing"));
+    }
+    let flags = process.get_mut("scheduler").and_then(|scheduler| scheduler.get_mut("flags")).and_then(Value::as_array_mut);
+    for flag in flags.into_iter().flatten() {
+        match flag.as_str() {
+            Some("SCHED_FLAG_RESET_ON_FORK") => *flag = "SCHED_RESET_ON_FORK".into(),
+            Some("SCHED_FLAG_DL_OVERRUN") => *flag = "SCHED_FLAG_D_L_OVERRUN".into(),
+            Some(_) | None => {}
+        }
+    }
+    // The types take no empty list of processors.
+    if let Some(affinity) = process.get_mut("execCPUAffinity").and_then(Value::as_object_mut) {
+        affinity.retain(|_, list| list.as_str() != Some(""));
+    }
+    Ok(())
+}
+
+fn prune(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.retain(|_, value| !value.is_null());
+            map.values_mut().for_each(prune);
+            // Its type has no way to say that there is no limit.
+            if map.get("pids").and_then(Value::as_object).is_some_and(serde_json::Map::is_empty) {
+                map.remove("pids");
+            }
+        }
+        Value::Array(list) => list.iter_mut().for_each(prune),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
 }
 
 /// What the list knows of a pattern.
@@ -269,7 +401,8 @@ mod tests {
             (json!({ "process": { "new": 1 } }), "process.new"),
             (json!({ "processes": [] }), "processes"),
             (json!({ "hooks": { "prestart": [{ "path": "/x", "new": 1 }] } }), "hooks.prestart[0].new"),
-            (json!({ "process": { "scheduler": { "policy": "SCHED_RR" } } }), "process.scheduler"),
+            (json!({ "process": { "scheduler": { "new": "SCHED_RR" } } }), "process.scheduler.new"),
+            (json!({ "linux": { "personality": { "domain": "LINUX", "flags": ["x"] } } }), "linux.personality.flags"),
         ] {
             assert_eq!(refused(&spec), format!("the native engine does not implement {field}"));
         }
@@ -297,7 +430,21 @@ mod tests {
     fn a_process_has_the_same_fields_alone() {
         let process = json!({ "cwd": "/", "args": ["a"], "user": { "uid": 0, "gid": 0 } });
         parse_process(process.to_string().as_bytes()).expect("accepted");
-        let process = json!({ "cwd": "/", "execCPUAffinity": { "initial": "0" } });
-        assert!(matches!(parse_process(process.to_string().as_bytes()), Err(Refused::Unsupported { field }) if field == "execCPUAffinity"));
+        let process = json!({ "cwd": "/", "execCPUAffinity": { "new": "0" } });
+        assert!(
+            matches!(parse_process(process.to_string().as_bytes()), Err(Refused::Unsupported { field }) if field == "execCPUAffinity.new")
+        );
+    }
+
+    #[test]
+    fn the_specifications_names_are_known_where_the_types_have_others() {
+        const FLAGS: [&str; 7] =
+            ["RESET_ON_FORK", "RECLAIM", "DL_OVERRUN", "KEEP_POLICY", "KEEP_PARAMS", "UTIL_CLAMP_MIN", "UTIL_CLAMP_MAX"];
+        let flags = FLAGS.map(|flag| format!("SCHED_FLAG_{flag}"));
+        let process = json!({ "cwd": "/", "user": {}, "scheduler": { "policy": "SCHED_OTHER", "flags": flags }, "execCPUAffinity": { "initial": "" } });
+        let parsed = parse_process(process.to_string().as_bytes()).expect("accepted");
+        assert_eq!(parsed.scheduler().as_ref().and_then(|scheduler| scheduler.flags().as_ref()).map(Vec::len), Some(FLAGS.len()));
+        let process = json!({ "cwd": "/", "user": {}, "ioPriority": { "priority": 1 } });
+        assert!(parse_process(process.to_string().as_bytes()).expect_err("refused").to_string().contains("process.ioPriority.class"));
     }
 }

@@ -11,6 +11,8 @@ use libtest_mimic::{Arguments, Trial};
 
 #[path = "engine/adversaries.rs"]
 mod adversaries;
+#[path = "engine/agents.rs"]
+mod agents;
 #[path = "engine/bundle.rs"]
 mod bundle;
 #[path = "engine/differences.rs"]
@@ -23,6 +25,12 @@ mod hooks;
 mod inits;
 #[path = "support/keeper.rs"]
 mod keeper;
+#[path = "engine/labels.rs"]
+mod labels;
+#[path = "engine/resources.rs"]
+mod resources;
+#[path = "engine/scheduling.rs"]
+mod scheduling;
 #[path = "engine/server.rs"]
 mod server;
 #[path = "engine/stage.rs"]
@@ -53,7 +61,19 @@ fn main() -> ExitCode {
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }
-    let cases = [inits::CASES, execs::CASES, hooks::CASES, v2::CASES, adversaries::CASES, differences::CASES].concat();
+    let cases = [
+        inits::CASES,
+        execs::CASES,
+        hooks::CASES,
+        v2::CASES,
+        adversaries::CASES,
+        differences::CASES,
+        resources::CASES,
+        labels::CASES,
+        scheduling::CASES,
+        agents::CASES,
+    ]
+    .concat();
     let trials = cases.into_iter().map(|(name, run)| {
         let name = name.trim_start_matches("engine::");
         Trial::test(name, move || {

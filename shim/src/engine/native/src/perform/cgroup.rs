@@ -41,6 +41,7 @@ impl Joining {
         let (mut joining, mut made) = (Self::default(), Made::default());
         let all = cgroup.folders.iter().try_for_each(|folder| {
             make_folder(folder, &mut made)?;
+            allow_realtime(folder)?;
             joining.open(folder)
         });
         match all {
@@ -105,6 +106,12 @@ fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure { step: Step::Taken, what: format!("cgroup {} has processes already", path.display()), errno: 0 })
+}
+
+/// Gives a folder of v1 its real-time budget. Without any, a process whose policy is real-time cannot join it.
+fn allow_realtime(folder: &Folder) -> Result<(), Failure> {
+    let limits = folder.limits.iter().filter(|limit| limit.file.starts_with("cpu.rt_")).cloned().collect();
+    limit(&Cgroup { folders: vec![Folder { limits, devices: None, ..folder.clone() }] })
 }
 
 /// Makes a folder with its parents, and fills what a cpuset needs. Whether the last one is new.

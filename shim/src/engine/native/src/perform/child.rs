@@ -11,11 +11,14 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, fstat, stat, umask};
 use nix::unistd::{getpid, getppid, setsid, write};
 
+use super::agent::Agent;
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
+use super::labels::Attributes;
+use super::program::Role;
 use super::root::{self, Root};
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
-use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, terminal};
+use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, scheduling, terminal};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
@@ -107,6 +110,7 @@ fn plain(step: Step, what: &str) -> Failure {
 }
 
 fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
+    let agent = Agent::connect(&plan.process, &plan.hooks.state, None)?;
     harden(&plan.process)?;
     let (joining, made) = Joining::make(&plan.cgroup)?;
     let begin = || {
@@ -114,7 +118,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
         let new = plan.namespaces.iter().filter(|namespace| namespace.path.is_none() && namespace.kind != Kind::Cgroup);
         let flags = new.fold(0, |flags, namespace| flags | namespace.kind.flag());
         let child = Child::make(flags, &joining, |performer| {
-            kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
+            close_performers(kept, agent.as_ref())?;
             let program = init::prepare(plan, &joining, &namespaces, kept, performer)?;
             performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
             if kept.gate.as_ref().is_some_and(|gate| !init::wait_at(gate)) {
@@ -127,44 +131,52 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
             let _ = write(std::io::stderr(), format!("{failure}\n").as_bytes());
             sys::exit_now(STATUS_OF_FAILED_EXECUTION)
         })?;
-        child.attend(&plan.process, &plan.cgroup, &plan.hooks).inspect_err(|_| child.kill())?;
+        child.attend(&plan.process, &plan.cgroup, &plan.hooks, agent.as_ref()).inspect_err(|_| child.kill())?;
         Ok(child.pid)
     };
     begin().inspect_err(|_| made.remove())
 }
 
 fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
+    let agent = Agent::connect(&plan.process, &plan.state, Some(container.as_fd()))?;
     harden(&plan.process)?;
     let joining = Joining::open_all(&plan.cgroup)?;
+    scheduling::choose_first_processors(&plan.process)?;
     let flags = CloneFlags::from_bits_retain(plan.namespaces as i32);
     setns(container, flags).doing(Step::Namespaces, || "join the namespaces of the container".to_owned())?;
     let child = Child::make(0, &joining, |performer| {
-        kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
+        close_performers(kept, agent.as_ref())?;
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
         joining.join()?;
-        sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
-        if let Some(keyring) = &plan.process.keyring {
-            init::join_keyring(keyring)?;
-        }
+        scheduling::choose_processors(&plan.process)?;
+        let attributes = Attributes::open(&plan.process)?;
+        init::join_keyring(&plan.process, &attributes)?;
         if let (Some(wanted), Some(console)) = (&plan.process.terminal, &kept.console) {
             let root = root::absolute(Path::new("/")).doing(Step::Terminal, || "open the root".to_owned())?;
             terminal::open(&Root::new(root), wanted, console, false)?;
         }
+        scheduling::schedule(&plan.process)?;
         init::wait_for_limits(performer)?;
-        let program = program::become_it(&plan.process, false)?;
+        let program = program::become_it(&plan.process, &attributes, performer, Role::Added)?;
         performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
         Err(program.execute())
     })?;
     let attend = || {
-        child.attend(&plan.process, &plan.cgroup, &Hooks::default())?;
+        child.attend(&plan.process, &plan.cgroup, &Hooks::default(), agent.as_ref())?;
         // The program's execution closes the child's end.
         match child.receive()? {
             Some(Message::Failed(failure)) => Err(failure),
-            Some(Message::Mounted | Message::Ready | Message::Prepared) | None => Ok(child.pid),
+            Some(Message::Mounted | Message::Ready | Message::Filtered { .. } | Message::Prepared) | None => Ok(child.pid),
         }
     };
     attend().inspect_err(|_| child.kill())
+}
+
+/// Closes the child's copies of what is the performer's.
+fn close_performers(kept: &Kept, agent: Option<&Agent<'_>>) -> Result<(), Failure> {
+    kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
+    agent.map_or(Ok(()), Agent::close).doing(Step::Child, || "close the socket of the seccomp agent".to_owned())
 }
 
 /// What has to be done with the host's procfs, and before anything of the container can see this process.
@@ -237,7 +249,7 @@ impl Child {
     }
 
     /// Sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
-    fn attend(&self, process: &Process, cgroup: &Cgroup, hooks: &Hooks) -> Result<(), Failure> {
+    fn attend(&self, process: &Process, cgroup: &Cgroup, hooks: &Hooks, agent: Option<&Agent<'_>>) -> Result<(), Failure> {
         let mut is_limited = false;
         loop {
             match self.receive()? {
@@ -256,6 +268,10 @@ impl Child {
                             format!("set the limit of resource {} to {}:{}", limit.resource, limit.soft, limit.hard)
                         })?;
                     }
+                }
+                Some(Message::Filtered { listener }) => {
+                    let agent = agent.ok_or_else(|| plain(Step::Filter, "a filter without an agent has a listener"))?;
+                    agent.send(self.pid, self.handle.as_fd(), listener)?;
                 }
                 Some(Message::Prepared) => return Ok(()),
                 Some(Message::Failed(failure)) => return Err(failure),

@@ -9,12 +9,13 @@ use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pivot_root, seth
 
 use super::cgroup::Joining;
 use super::descriptors::Kept;
+use super::labels::{self, Attributes};
 use super::mounts::{self, Late};
-use super::program::{self, Program};
+use super::program::{self, Program, Role};
 use super::root::{self, Root};
 use super::sync::{ChildEnd, Message};
-use super::{Doing, Failure, Step, devices, hooks, masks, terminal};
-use crate::plan::{Create, Kind};
+use super::{Doing, Failure, Step, devices, hooks, masks, scheduling, terminal};
+use crate::plan::{Create, Kind, Process};
 use crate::sys::{self, FsContext, Tree};
 
 /// Everything up to the gate.
@@ -37,17 +38,19 @@ pub(super) fn prepare(
     if plan.makes(Kind::Cgroup) {
         unshare(CloneFlags::CLONE_NEWCGROUP).doing(Step::Namespaces, || "make a cgroup namespace".to_owned())?;
     }
-    sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
-    if let Some(keyring) = &plan.process.keyring {
-        join_keyring(keyring)?;
-    }
+    scheduling::allow_every_processor()?;
+    let attributes = Attributes::open(&plan.process)?;
+    join_keyring(&plan.process, &attributes)?;
     if plan.makes(Kind::Network) {
         sys::loopback_up().doing(Step::Namespaces, || "set the loopback interface up".to_owned())?;
     }
 
     let root = mounts::root(&plan.root, plan.propagation)?;
     let mut late = Late::default();
-    plan.mounts.iter().try_for_each(|mount| mounts::make(&root, mount, &mut late))?;
+    plan.mounts.iter().try_for_each(|mount| {
+        mounts::make(&root, mount, &mut late)?;
+        labels::label_mount(&root, mount, plan.mount_label.as_deref())
+    })?;
     plan.devices.iter().try_for_each(|device| devices::node(&root, device))?;
     plan.links.iter().try_for_each(|(target, path)| devices::link(&root, target, path))?;
     reopen_null_streams(&root)?;
@@ -58,7 +61,7 @@ pub(super) fn prepare(
     name(plan)?;
     settings(plan)?;
     masks::make_readonly(&root, &plan.readonly)?;
-    masks::hide(&root, &plan.masked)?;
+    masks::hide(&root, &plan.masked, plan.mount_label.as_deref())?;
     late.make_readonly()?;
     enter(&root)?;
     if plan.root_readonly {
@@ -66,8 +69,9 @@ pub(super) fn prepare(
     }
     drop(root);
 
+    scheduling::schedule(&plan.process)?;
     wait_for_limits(performer)?;
-    program::become_it(&plan.process, true)
+    program::become_it(&plan.process, &attributes, performer, Role::Init)
 }
 
 /// Lets the performer run the hooks on the host, then runs those in the container's namespaces.
@@ -87,7 +91,8 @@ pub(super) fn wait_for_limits(performer: &ChildEnd) -> Result<(), Failure> {
     report_and_wait(performer, &Message::Ready)
 }
 
-fn report_and_wait(performer: &ChildEnd, message: &Message) -> Result<(), Failure> {
+/// Reports, and waits until the performer has done what follows from it.
+pub(super) fn report_and_wait(performer: &ChildEnd, message: &Message) -> Result<(), Failure> {
     performer.send(message).doing(Step::Child, || "report to the performer".to_owned())?;
     if performer.may_go().doing(Step::Child, || "wait for the performer".to_owned())? {
         Ok(())
@@ -106,12 +111,13 @@ pub(super) fn wait_at(gate: &OwnedFd) -> bool {
     }
 }
 
-pub(super) fn join_keyring(name: &str) -> Result<(), Failure> {
-    match sys::join_session_keyring(name) {
+pub(super) fn join_keyring(process: &Process, attributes: &Attributes) -> Result<(), Failure> {
+    let Some(name) = &process.keyring else { return Ok(()) };
+    attributes.with_keyring_label(process, || match sys::join_session_keyring(name) {
         // A kernel without keyrings.
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
         other => other.doing(Step::Settings, || "join a session keyring".to_owned()),
-    }
+    })
 }
 
 fn name(plan: &Create) -> Result<(), Failure> {

@@ -12,11 +12,11 @@ use crate::plan;
 use crate::sys::{self, FsContext, Tree};
 
 /// Covers files with the null device and folders with one empty file system that they share. Missing ones are skipped.
-pub(super) fn hide(root: &Root, paths: &[String]) -> Result<(), Failure> {
+pub(super) fn hide(root: &Root, paths: &[String], label: Option<&str>) -> Result<(), Failure> {
     let mut covers = Covers::default();
     for path in paths {
         let Some(target) = existing(root, path).doing(Step::Masks, || format!("open {path}"))? else { continue };
-        covers.hide(root, &target).doing(Step::Masks, || format!("hide {path}"))?;
+        covers.hide(root, &target, label).doing(Step::Masks, || format!("hide {path}"))?;
     }
     Ok(())
 }
@@ -29,7 +29,7 @@ struct Covers {
 }
 
 impl Covers {
-    fn hide(&mut self, root: &Root, target: &OwnedFd) -> io::Result<()> {
+    fn hide(&mut self, root: &Root, target: &OwnedFd, label: Option<&str>) -> io::Result<()> {
         let cover = if root::is_folder(target)? { &mut self.folder } else { &mut self.file };
         let next = match cover {
             Some(cover) => clone(cover)?,
@@ -37,6 +37,9 @@ impl Covers {
                 let context = FsContext::open("tmpfs")?;
                 for (key, value) in [("source", "tmpfs"), ("nr_blocks", "1"), ("nr_inodes", "1")] {
                     context.set(key, Some(value))?;
+                }
+                if let Some(label) = label {
+                    context.set("context", Some(label))?;
                 }
                 context.mount(plan::RDONLY)?
             }

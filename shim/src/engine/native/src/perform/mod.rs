@@ -20,16 +20,19 @@ use std::os::fd::OwnedFd;
 
 use minicbor::{Decode, Encode};
 
+mod agent;
 mod cgroup;
 mod child;
 mod descriptors;
 mod devices;
 mod hooks;
 mod init;
+mod labels;
 mod masks;
 mod mounts;
 mod program;
 mod root;
+mod scheduling;
 mod sync;
 mod terminal;
 

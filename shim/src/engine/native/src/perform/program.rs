@@ -4,7 +4,7 @@
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -13,9 +13,20 @@ use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Uid, fchown};
 
-use super::{Doing, Failure, Step, errno_text, root};
+use super::labels::Attributes;
+use super::sync::{ChildEnd, Message};
+use super::{Doing, Failure, Step, errno_text, init, root};
 use crate::plan::Process;
 use crate::sys;
+
+/// What a process is to its container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Its working directory is made if it is missing.
+    Init,
+    /// Its profile of AppArmor is set once it has its user's ids, as runc does.
+    Added,
+}
 
 /// A process that only has to be executed.
 pub(super) struct Program {
@@ -27,21 +38,25 @@ pub(super) struct Program {
 /// Gives up privileges, loads the filter, and finds the program as the user.
 ///
 /// Source of the order: docs/engine.md.
-pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Failure> {
+pub(super) fn become_it(process: &Process, attributes: &Attributes, performer: &ChildEnd, role: Role) -> Result<Program, Failure> {
     let doing = |what: &str| {
         let what = what.to_owned();
         move || what
     };
     let environment = environment(process);
     umask(Mode::from_bits_truncate(process.umask));
+    if role == Role::Init {
+        attributes.confine(process)?;
+    }
+    attributes.label(process)?;
     if process.no_new_privileges {
         sys::set_no_new_privileges().doing(Step::Identity, doing("set no new privileges"))?;
     } else {
         // Afterwards it needs a capability that the process may not have any more.
-        load_filter(process)?;
+        load_filter(process, performer)?;
     }
     // The user may not be allowed where root is; or, on a network file system, the other way round.
-    let entered = enter(&process.cwd, make_cwd);
+    let entered = enter(&process.cwd, role == Role::Init);
     if let Some(sets) = &process.capabilities {
         for number in (0..64).filter(|number| sets.bounding & (1 << number) == 0) {
             match sys::drop_bounding(number) {
@@ -59,6 +74,9 @@ pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Fa
         .or_else(|_as_root| enter(&process.cwd, false))
         .doing(Step::Identity, || format!("chdir to cwd ({:?}) set in config.json failed", process.cwd))?;
     check_cwd()?;
+    if role == Role::Added {
+        attributes.confine(process)?;
+    }
     if let Some(sets) = &process.capabilities {
         sys::set_keep_capabilities(false).doing(Step::Identity, doing("keep no capabilities"))?;
         sys::set_capabilities(sets.effective, sets.permitted, sets.inheritable).doing(Step::Identity, doing("set capabilities"))?;
@@ -75,7 +93,7 @@ pub(super) fn become_it(process: &Process, make_cwd: bool) -> Result<Program, Fa
         environment,
     };
     if process.no_new_privileges {
-        load_filter(process)?;
+        load_filter(process, performer)?;
     }
     Ok(program)
 }
@@ -92,10 +110,17 @@ impl Program {
     }
 }
 
-fn load_filter(process: &Process) -> Result<(), Failure> {
+/// Loads the filter, and lets the performer fetch the descriptor of the agent that decides about calls. From then on any call but write(2) may be one that
+/// waits for the agent.
+fn load_filter(process: &Process, performer: &ChildEnd) -> Result<(), Failure> {
     let Some(filter) = &process.filter else { return Ok(()) };
-    sys::load_filter(&filter.program, filter.flags).doing(Step::Filter, || "load the seccomp filter".to_owned())?;
-    Ok(())
+    let doing = || "load the seccomp filter".to_owned();
+    if filter.agent.is_none() {
+        return sys::load_filter(&filter.program, filter.flags).doing(Step::Filter, doing);
+    }
+    let listener = sys::load_filter_with_listener(&filter.program, filter.flags).doing(Step::Filter, doing)?;
+    // Closed afterwards: else calls would wait for an agent that has exited.
+    init::report_and_wait(performer, &Message::Filtered { listener: listener.as_raw_fd() })
 }
 
 /// Enters the working directory, which is made with its parents if it is missing and may be.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  child ── Mounted ──▶ performer ── go ──▶ child ── Ready ──▶ performer ── go ──▶ child ── Prepared ──▶ performer
+//!           Filtered, answered by go, between Ready and Prepared, if an agent decides about calls
 //!           Failed, at any time; the end of the socket: the child has exited, or executes its program
 //! ```
 use std::io;
@@ -28,6 +29,12 @@ pub(super) enum Message {
     Prepared,
     #[n(2)]
     Failed(#[n(0)] Failure),
+    /// The filter is loaded, and this is the child's descriptor for the agent that decides about calls.
+    #[n(4)]
+    Filtered {
+        #[n(0)]
+        listener: i32,
+    },
 }
 
 /// The performer's end; each message arrives whole.

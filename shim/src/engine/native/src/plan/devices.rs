@@ -149,7 +149,7 @@ impl Allowed {
     /// The content of cgroup v1's lists for it, in a new cgroup.
     pub(super) fn v1(&self) -> Vec<Write> {
         let (default, exception) = if self.by_default { (ALLOW, DENY) } else { (DENY, ALLOW) };
-        let write = |file: &str, value: String| Write { file: file.to_owned(), value, optional: false };
+        let write = |file: &str, value: String| Write { file: file.to_owned(), value, ..Write::default() };
         let number = |number: Option<u32>| number.map_or_else(|| "*".to_owned(), |number| number.to_string());
         let exceptions = self.exceptions.iter().map(|((kind, major, minor), bits)| {
             write(exception, format!("{kind} {}:{} {}", number(*major), number(*minor), letters(*bits)))

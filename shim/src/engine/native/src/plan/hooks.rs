@@ -64,13 +64,28 @@ impl State {
     /// The state as JSON. `pid` of init on the host, 0 once it has exited.
     #[must_use]
     pub fn json(&self, status: &str, pid: u32) -> String {
+        self.value(status, pid).to_string()
+    }
+
+    /// What an agent that decides about system calls receives with the descriptor of a filter: the state of process `pid` and of its container, whose
+    /// init is `init`.
+    #[must_use]
+    pub fn process_json(&self, status: &str, pid: u32, init: u32, metadata: &str) -> String {
+        let mut state = json!({ "ociVersion": self.version, "fds": ["seccompFd"], "pid": pid, "state": self.value(status, init) });
+        if !metadata.is_empty() {
+            state["metadata"] = json!(metadata);
+        }
+        state.to_string()
+    }
+
+    fn value(&self, status: &str, pid: u32) -> serde_json::Value {
         let annotations: serde_json::Map<_, _> = self.annotations.iter().map(|(key, value)| (key.clone(), json!(value))).collect();
         let mut state =
             json!({ "ociVersion": self.version, "id": self.id, "status": status, "bundle": self.bundle, "annotations": annotations });
         if pid != 0 {
             state["pid"] = json!(pid);
         }
-        state.to_string()
+        state
     }
 }
 

@@ -5,6 +5,7 @@ use oci_spec::runtime::{Capability, PosixRlimitType, Process as SpecProcess};
 
 use super::make::absolute_path;
 use super::{Capabilities, Process, Rlimit, Terminal};
+use super::{labels, scheduling};
 use crate::{Host, Refused};
 
 pub(super) const DEFAULT_UMASK: u32 = 0o022;
@@ -39,6 +40,9 @@ pub(super) fn plan(process: &SpecProcess, field: &str, host: &Host) -> Result<Pr
         terminal: terminal(process, field)?,
         oom_score_adj: oom_score_adj(process, field)?,
         keyring: None,
+        apparmor_profile: labels::profile(process.apparmor_profile().as_deref(), field, host)?,
+        selinux_label: labels::label(process.selinux_label().as_deref(), &format!("{field}.selinuxLabel"), host)?,
+        scheduling: scheduling::plan(process, field)?,
     })
 }
 
@@ -83,7 +87,7 @@ fn capabilities<'a>(set: Option<impl IntoIterator<Item = &'a Capability>>, last:
 }
 
 /// <linux/capability.h>
-fn number(capability: Capability) -> u32 {
+pub(crate) fn number(capability: Capability) -> u32 {
     match capability {
         Capability::Chown => 0,
         Capability::DacOverride => 1,

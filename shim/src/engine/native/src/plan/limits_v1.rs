@@ -1,7 +1,7 @@
 //! Plans the limits of cgroup v1.
-use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResources};
+use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxNetwork, LinuxResources};
 
-use super::Write;
+use super::{Write, block_io};
 use crate::Refused;
 
 /// Files to write, each with its controller.
@@ -19,6 +19,13 @@ pub(super) fn plan(resources: &LinuxResources) -> Result<Vec<Limit>, Refused> {
     for page in resources.hugepage_limits().iter().flatten() {
         limits.0.extend(huge_pages(page, "limit_in_bytes")?);
     }
+    if let Some(block_io) = resources.block_io() {
+        limits.0.extend(block_io::v1(block_io)?);
+    }
+    if let Some(network) = resources.network() {
+        limits.network(network)?;
+    }
+    limits.0.extend(rdma(resources)?);
     if resources.unified().as_ref().is_some_and(|unified| !unified.is_empty()) {
         return Err(Refused::invalid("linux.resources.unified", "needs cgroup v2 alone"));
     }
@@ -41,15 +48,43 @@ pub(super) fn huge_pages(page: &LinuxHugepageLimit, suffix: &str) -> Result<[Lim
     if !unit.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())) {
         return Err(Refused::invalid("linux.resources.hugepageLimits[].pageSize", format!("{size:?} is not a size")));
     }
-    let write = |file: String, optional| ("hugetlb", Write { file, value: page.limit().to_string(), optional });
+    let write = |file: String, optional| ("hugetlb", Write { file, value: page.limit().to_string(), optional, ..Write::default() });
     Ok([write(format!("hugetlb.{size}.{suffix}"), false), write(format!("hugetlb.{size}.rsvd.{suffix}"), true)])
+}
+
+/// The limits of devices for remote access to memory, which both versions of cgroups have in the same form.
+pub(super) fn rdma(resources: &LinuxResources) -> Result<Vec<Limit>, Refused> {
+    let mut limits = Vec::new();
+    for (device, limit) in resources.rdma().iter().flatten() {
+        check_word(device, "linux.resources.rdma")?;
+        let values = [("hca_handle", limit.hca_handles()), ("hca_object", limit.hca_objects())];
+        let line = |value: &dyn Fn(u32) -> String| {
+            let given = values.iter().filter_map(|(name, limit)| limit.map(|limit| format!(" {name}={}", value(limit))));
+            device.clone() + &given.collect::<String>()
+        };
+        if values.iter().any(|(_, limit)| limit.is_some()) {
+            let reset = Some(line(&|_| "max".to_owned()));
+            limits
+                .push(("rdma", Write { file: "rdma.max".to_owned(), value: line(&|limit| limit.to_string()), reset, ..Write::default() }));
+        }
+    }
+    limits.sort_by(|(_, one), (_, other)| one.value.cmp(&other.value));
+    Ok(limits)
+}
+
+/// A name that is a part of a line.
+fn check_word(name: &str, field: &str) -> Result<(), Refused> {
+    if name.is_empty() || name.contains(|character: char| character.is_whitespace() || character.is_control()) {
+        return Err(Refused::invalid(field, format!("{name:?} is not the name of a device")));
+    }
+    Ok(())
 }
 
 struct Limits(Vec<Limit>);
 
 impl Limits {
     fn add(&mut self, controller: &'static str, file: &str, value: impl ToString) {
-        self.0.push((controller, Write { file: file.to_owned(), value: value.to_string(), optional: false }));
+        self.0.push((controller, Write { file: file.to_owned(), value: value.to_string(), ..Write::default() }));
     }
 
     fn memory(&mut self, memory: &LinuxMemory) -> Result<(), Refused> {
@@ -77,7 +112,8 @@ impl Limits {
         if memory.disable_oom_killer() == Some(true) {
             self.add("memory", "memory.oom_control", 1);
         }
-        if let Some(swappiness) = memory.swappiness() {
+        // -1 is nothing, as for runc.
+        if let Some(swappiness) = memory.swappiness().filter(|swappiness| *swappiness != u64::MAX) {
             if swappiness > 100 {
                 return Err(Refused::invalid("linux.resources.memory.swappiness", format!("{swappiness} is not between 0 and 100")));
             }
@@ -106,10 +142,28 @@ impl Limits {
         if let Some(burst) = cpu.burst() {
             self.add("cpu", "cpu.cfs_burst_us", burst);
         }
+        if let Some(period) = cpu.realtime_period().filter(|period| *period != 0) {
+            self.add("cpu", "cpu.rt_period_us", period);
+        }
+        if let Some(runtime) = cpu.realtime_runtime().filter(|runtime| *runtime != 0) {
+            self.add("cpu", "cpu.rt_runtime_us", runtime);
+        }
         for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
             if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
                 self.add("cpuset", file, value);
             }
+        }
+        Ok(())
+    }
+    fn network(&mut self, network: &LinuxNetwork) -> Result<(), Refused> {
+        if let Some(class) = network.class_id().filter(|class| *class != 0) {
+            self.add("net_cls", "net_cls.classid", class);
+        }
+        for priority in network.priorities().iter().flatten() {
+            check_word(priority.name(), "linux.resources.network.priorities[].name")?;
+            let (file, reset) = ("net_prio.ifpriomap".to_owned(), Some(format!("{} 0", priority.name())));
+            let value = format!("{} {}", priority.name(), priority.priority());
+            self.0.push(("net_prio", Write { file, value, reset, ..Write::default() }));
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
 //! Plans the limits of cgroup v2.
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 
-use super::limits_v1::{Limit, huge_pages, processes};
-use super::{KEEP, Write};
+use super::limits_v1::{Limit, huge_pages, processes, rdma};
+use super::{KEEP, Write, block_io};
 use crate::Refused;
 
 /// Files to write, each with its controller.
@@ -20,6 +20,17 @@ pub(super) fn plan(resources: &LinuxResources) -> Result<Vec<Limit>, Refused> {
     for page in resources.hugepage_limits().iter().flatten() {
         limits.extend(huge_pages(page, "max")?);
     }
+    if let Some(block_io) = resources.block_io() {
+        limits.extend(block_io::v2(block_io)?);
+    }
+    if resources
+        .network()
+        .as_ref()
+        .is_some_and(|network| network.class_id().unwrap_or(0) != 0 || network.priorities().iter().flatten().next().is_some())
+    {
+        return Err(Refused::unsupported("linux.resources.network on cgroup v2"));
+    }
+    limits.extend(rdma(resources)?);
     add_unified(resources, &mut limits)?;
     Ok(limits)
 }
@@ -39,7 +50,7 @@ fn add_unified(resources: &LinuxResources, limits: &mut Vec<Limit>) -> Result<()
 }
 
 fn write(file: &str, value: impl ToString) -> Write {
-    Write { file: file.to_owned(), value: value.to_string(), optional: false }
+    Write { file: file.to_owned(), value: value.to_string(), ..Write::default() }
 }
 
 fn bytes(limit: i64) -> String {
@@ -47,13 +58,7 @@ fn bytes(limit: i64) -> String {
 }
 
 fn add_memory(memory: &LinuxMemory, limits: &mut Vec<Limit>) -> Result<(), Refused> {
-    for (field, is_asked_for) in
-        [("swappiness", memory.swappiness().is_some()), ("disableOOMKiller", memory.disable_oom_killer() == Some(true))]
-    {
-        if is_asked_for {
-            return Err(Refused::unsupported(format!("linux.resources.memory.{field} on cgroup v2")));
-        }
-    }
+    // There is neither a swappiness nor a switch of the OOM killer here: as with runc, they change nothing.
     let limit = memory.limit().filter(|limit| *limit != 0);
     if let Some(swap) = swap(limit, memory.swap().filter(|swap| *swap != 0))? {
         // First, so that what is over the limit of memory may still go there. A kernel without swap has no such file.
@@ -82,6 +87,9 @@ fn swap(limit: Option<i64>, both: Option<i64>) -> Result<Option<i64>, Refused> {
 }
 
 fn add_cpu(cpu: &LinuxCpu, limits: &mut Vec<Limit>) -> Result<(), Refused> {
+    if cpu.realtime_runtime().unwrap_or(0) != 0 || cpu.realtime_period().unwrap_or(0) != 0 {
+        return Err(Refused::unsupported("linux.resources.cpu.realtimeRuntime and realtimePeriod on cgroup v2"));
+    }
     if let Some(idle) = cpu.idle() {
         limits.push(("cpu", write("cpu.idle", idle)));
     }

@@ -3,7 +3,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
 
-use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl};
+use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, labels, mounts, sysctl};
 use crate::{Host, Refused, seccomp};
 
 /// What a container is made for, beside its configuration.
@@ -16,6 +16,8 @@ pub struct Request<'a> {
     pub no_new_keyring: bool,
     /// For processes whose configuration has none: the performer's own is the shim's and must not be inherited.
     pub default_oom_score_adj: i32,
+    /// A folder of this user's alone for compiled filters; without one, each is compiled anew.
+    pub filters: Option<&'a Path>,
 }
 
 /// Plans the making of a container.
@@ -45,12 +47,15 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     let wanted = spec.mounts().as_ref().unwrap_or(&no_mounts);
     let cgroup = cgroup::plan(linux, request.id, host)?;
     let own_namespace = find(Kind::Cgroup).is_some();
-    let mounts = mounts::plan(wanted, request.bundle, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
+    let mut mounts = mounts::plan(wanted, request.bundle, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
+    let mount_label = labels::label(linux.mount_label().as_deref(), "linux.mountLabel", host)?;
+    labels::label_mounts(&mut mounts, mount_label.as_deref());
     let own_dev = !wanted.iter().any(|mount| mount.destination() == Path::new("/dev") && mounts::is_bind(mount));
-    let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
+    let filter = linux.seccomp().as_ref().map(|profile| seccomp::compile_cached(profile, request.filters)).transpose()?;
     let keyring = (!request.no_new_keyring).then(|| format!("_ses.{}", request.id));
     let mut planned = identity::plan(process, "process", host)?;
     planned.filter = filter;
+    planned.scheduling = planned.scheduling.of_container(linux.personality().as_ref(), linux.memory_policy().as_ref())?;
     planned.keyring = keyring;
     planned.oom_score_adj.get_or_insert(request.default_oom_score_adj);
     planned.umask = process.user().umask().unwrap_or(identity::DEFAULT_UMASK);
@@ -71,6 +76,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         sysctls: sysctl::plan(linux.sysctl().as_ref(), |kind| find(kind).is_some())?,
         process: planned,
         hooks: hooks::plan(spec, request)?,
+        mount_label,
         cgroup,
         namespaces,
     })
@@ -84,9 +90,19 @@ pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result
     }
     planned.filter.clone_from(&container.filter);
     planned.keyring.clone_from(&container.keyring);
+    planned.scheduling = planned.scheduling.or(&container.scheduling);
+    if planned.selinux_label.is_none() {
+        planned.selinux_label.clone_from(&container.selinux_label);
+    }
     planned.umask = container.umask;
     planned.oom_score_adj = container.oom_score_adj;
-    Ok(Exec { version: VERSION, namespaces: container.namespaces, cgroup: container.cgroup.clone(), process: planned })
+    Ok(Exec {
+        version: VERSION,
+        namespaces: container.namespaces,
+        cgroup: container.cgroup.clone(),
+        process: planned,
+        state: container.hooks.state.clone(),
+    })
 }
 
 /// Plans a change of a container's limits: its cgroup, with the files to write. What is absent is not changed, nor are devices.
@@ -163,5 +179,9 @@ pub(super) fn absolute(bundle: &Path, path: &Path, field: &str) -> Result<String
     absolute_path(&bundle.join(path), field)
 }
 
+#[cfg(test)]
+mod clients;
+#[cfg(test)]
+mod fields;
 #[cfg(test)]
 mod tests;

@@ -10,25 +10,32 @@
 //!                                                └──▶ Container ── plan::exec(process) ──▶ Exec ── CBOR ──▶ perform::exec
 //! ```
 //!
-//! **Invariant:** nothing in this module reads a file or makes a system call.
+//! **Invariant:** nothing in this module reads a file or makes a system call, but for the cache of compiled filters, if a request has one: what comes from
+//! there is what would be compiled.
 use minicbor::{Decode, Encode};
 
+mod block_io;
 mod cgroup;
 mod device_program;
 mod devices;
 mod hooks;
 mod identity;
+mod labels;
 mod limits_v1;
 mod limits_v2;
 mod make;
 mod mounts;
 mod options;
-
+mod scheduling;
 mod sysctl;
 
 pub use hooks::{Hook, Hooks, State};
+#[cfg(test)]
+pub(crate) use identity::number as capability_number;
 pub use make::{Request, create, exec, update};
 pub(crate) use options::RDONLY;
+pub use scheduling::{Affinity, MemoryPolicy, Range, Scheduler, Scheduling};
+pub(crate) use scheduling::{MAX_NODES, MAX_PROCESSORS};
 
 /// In place of a half of `cpu.max`: what it is now.
 pub(crate) const KEEP: &str = "keep";
@@ -80,6 +87,9 @@ pub struct Create {
     pub own_dev: bool,
     #[n(16)]
     pub hooks: Hooks,
+    /// SELinux's label of new file systems. The mounts have it already, where a file system takes it when it is made.
+    #[n(17)]
+    pub mount_label: Option<String>,
 }
 
 /// Another process for a container.
@@ -94,6 +104,9 @@ pub struct Exec {
     pub cgroup: Cgroup,
     #[n(3)]
     pub process: Process,
+    /// Of the container, for an agent that decides about system calls.
+    #[n(4)]
+    pub state: State,
 }
 
 /// What later plans need to know of a container: to be kept with it.
@@ -119,6 +132,12 @@ pub struct Container {
     /// Those that are still to be run.
     #[n(8)]
     pub hooks: Hooks,
+    /// For processes that have none of their own.
+    #[n(9)]
+    pub selinux_label: Option<String>,
+    /// For processes that ask for nothing of it.
+    #[n(10)]
+    pub scheduling: Scheduling,
 }
 
 /// A namespace of the container.
@@ -197,7 +216,7 @@ pub enum Hierarchy {
 }
 
 /// Content for a file.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Encode, Decode)]
 pub struct Write {
     #[n(0)]
     pub file: String,
@@ -206,6 +225,12 @@ pub struct Write {
     /// A kernel without the file has nothing to limit.
     #[n(2)]
     pub optional: bool,
+    /// Not written where the folder has this file.
+    #[n(3)]
+    pub unless: Option<String>,
+    /// The file has a line for each device, of which this changes one. Written to undo that, where the file had no line of the device.
+    #[n(4)]
+    pub reset: Option<String>,
 }
 
 /// A mount.
@@ -333,6 +358,12 @@ pub struct Process {
     /// The session keyring to join.
     #[n(13)]
     pub keyring: Option<String>,
+    #[n(14)]
+    pub apparmor_profile: Option<String>,
+    #[n(15)]
+    pub selinux_label: Option<String>,
+    #[n(16)]
+    pub scheduling: Scheduling,
 }
 
 /// Sets of capabilities: bit n is capability n.
@@ -371,6 +402,20 @@ pub struct Filter {
     /// `SECCOMP_FILTER_FLAG_*`.
     #[n(1)]
     pub flags: u64,
+    /// Who decides about calls that the program hands on.
+    #[n(2)]
+    pub agent: Option<Agent>,
+}
+
+/// A process of the host that decides about system calls.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Agent {
+    /// Its unix socket, which receives the filter's descriptor.
+    #[n(0)]
+    pub path: String,
+    /// For the agent, as it is.
+    #[n(1)]
+    pub metadata: String,
 }
 
 /// A terminal. No size leaves the kernel's.
@@ -424,6 +469,8 @@ impl Create {
             umask: self.process.umask,
             oom_score_adj: self.process.oom_score_adj,
             keyring: self.process.keyring.clone(),
+            selinux_label: self.process.selinux_label.clone(),
+            scheduling: self.process.scheduling.clone(),
             hooks: Hooks {
                 poststart: self.hooks.poststart.clone(),
                 poststop: self.hooks.poststop.clone(),

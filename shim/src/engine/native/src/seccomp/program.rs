@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::arch::{Arch, X32_BIT};
-use super::rules::{Calls, Condition, Rule, Rules, Test};
+use super::rules::{Arm, Calls, Condition, Rule, Rules, Test};
 
 /// An instruction of the kernel's filters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +130,9 @@ impl Program {
             if changes.last().is_some_and(|(from, _)| from == number) {
                 changes.pop();
             }
-            let is_same = |before: &(u32, Option<&Rule>)| before.1.is_some_and(|before| before == rule && rule.alternatives.is_empty());
+            let is_same = |before: &(u32, Option<&Rule>)| {
+                before.1.is_some_and(|before| before == rule && rule.arms.iter().all(|arm| arm.conditions.is_empty()))
+            };
             if !changes.last().is_some_and(is_same) {
                 changes.push((*number, Some(rule)));
             }
@@ -160,13 +162,15 @@ impl Program {
     }
 
     fn rule(&mut self, arch: Arch, rule: &Rule, default: u32) -> Place {
-        if rule.alternatives.is_empty() {
-            return self.give(rule.action);
+        if let [Arm { conditions, action }] = &rule.arms[..]
+            && conditions.is_empty()
+        {
+            return self.give(*action);
         }
         let mut otherwise = self.give(default);
-        for conditions in rule.alternatives.iter().rev() {
-            let mut next = self.give(rule.action);
-            for condition in conditions.iter().rev() {
+        for arm in rule.arms.iter().rev() {
+            let mut next = self.give(arm.action);
+            for condition in arm.conditions.iter().rev() {
                 next = self.condition(arch, *condition, next, otherwise);
             }
             otherwise = next;

@@ -23,12 +23,17 @@ pub(super) struct Calls {
     pub(super) last: Option<u32>,
 }
 
-/// The rule of a call.
+/// The rule of a call: the first arm that applies decides, and without one the default.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Rule {
+    pub(super) arms: Vec<Arm>,
+}
+
+/// A part of a rule, which applies if all conditions hold. One without conditions is the only one of its rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Arm {
+    pub(super) conditions: Vec<Condition>,
     pub(super) action: u32,
-    /// It applies if all conditions of one of them hold; without any, always.
-    pub(super) alternatives: Vec<Vec<Condition>>,
 }
 
 /// A condition on an argument.
@@ -96,13 +101,18 @@ impl Calls {
             return Ok(());
         }
         if let Some(number) = number {
-            self.insert(number, Rule { action, alternatives: alternatives.to_vec() })?;
+            if alternatives.is_empty() {
+                self.insert(arch, number, Arm { conditions: Vec::new(), action })?;
+            }
+            for conditions in alternatives {
+                self.insert(arch, number, Arm { conditions: conditions.clone(), action })?;
+            }
         }
         // On x86 a call can also be made through one that does several things, whose arguments are in memory.
         if let Some((number, argument)) = arch.multiplexed(name) {
             if alternatives.is_empty() {
                 let condition = Condition { argument: 0, test: Test::Eq(argument) };
-                self.insert(number, Rule { action, alternatives: vec![vec![condition]] })?;
+                self.insert(arch, number, Arm { conditions: vec![condition], action })?;
             } else if allows {
                 return Err("is restricted by arguments, which x86 can hide");
             }
@@ -110,18 +120,35 @@ impl Calls {
         Ok(())
     }
 
-    fn insert(&mut self, number: u32, rule: Rule) -> Result<(), &'static str> {
-        match self.by_number.get_mut(&number) {
-            None => {
-                self.by_number.insert(number, rule);
-            }
-            Some(before) if before.action != rule.action => return Err("has rules of different actions"),
-            // One that always applies covers the others.
-            Some(before) if before.alternatives.is_empty() || rule.alternatives.is_empty() => before.alternatives.clear(),
-            Some(before) => before.alternatives.extend(rule.alternatives),
+    /// As libseccomp adds a rule to those that it has: one that always applies covers the others, before and after it, and of several the first counts.
+    /// Between rules with conditions its order is its own, so those that both could apply to one call must have the same action.
+    fn insert(&mut self, arch: Arch, number: u32, arm: Arm) -> Result<(), &'static str> {
+        let arms = &mut self.by_number.entry(number).or_insert_with(|| Rule { arms: Vec::new() }).arms;
+        if arms.iter().any(|before| before.conditions.is_empty()) {
+            return Ok(());
         }
+        if arm.conditions.is_empty() {
+            *arms = vec![arm];
+            return Ok(());
+        }
+        if arms.iter().any(|before| before.action != arm.action && !excludes(arch, &before.conditions, &arm.conditions)) {
+            return Err("has rules of different actions that can apply to one call");
+        }
+        arms.push(arm);
         Ok(())
     }
+}
+
+/// Whether two lists of conditions never hold both: they compare one argument with different values.
+fn excludes(arch: Arch, one: &[Condition], other: &[Condition]) -> bool {
+    let cut = |value: u64| if arch.is_short() { value & 0xffff_ffff } else { value };
+    one.iter().any(|one| {
+        other.iter().filter(|other| other.argument == one.argument).any(|other| match (one.test, other.test) {
+            (Test::Eq(one), Test::Eq(other)) => cut(one) != cut(other),
+            (Test::Eq(one), Test::Ne(other)) | (Test::Ne(one), Test::Eq(other)) => cut(one) == cut(other),
+            _ => false,
+        })
+    })
 }
 
 /// All conditions together; but if two are on the same argument, each alone.

@@ -7,22 +7,24 @@ mod mount;
 mod network;
 mod privileges;
 mod process;
+mod scheduling;
 mod terminal;
 
 use std::io;
 
 pub(crate) use bpf::attach_device_program;
 pub(crate) use keyring::join_session_keyring;
-pub(crate) use mount::{Attributes, FsContext, Tree, move_mount, open_tree, set_attributes};
+pub(crate) use mount::{Attributes, FsContext, Tree, move_mount, open_tree, set_attributes, set_extended_attribute};
 pub(crate) use network::loopback_up;
 pub(crate) use privileges::{
-    clear_ambient, drop_bounding, last_capability, load_filter, raise_ambient, set_capabilities, set_dumpable, set_groups, set_ids,
-    set_keep_capabilities, set_no_new_privileges,
+    clear_ambient, drop_bounding, has_filter_flag, last_capability, load_filter, load_filter_with_listener, raise_ambient,
+    set_capabilities, set_dumpable, set_groups, set_ids, set_keep_capabilities, set_no_new_privileges,
 };
 pub(crate) use process::{
-    Born, ExitOnUnwind, clone_into, close_range, current_directory, duplicate, execute, exit_now, fork, may_execute, open_pidfd,
-    reset_affinity, reset_signals, set_domain_name, set_mode, set_rlimit, signal, wait_for_exit,
+    Born, ExitOnUnwind, clone_into, close_range, current_directory, duplicate, execute, exit_now, fetch, fork, may_execute, open_pidfd,
+    reset_signals, set_domain_name, set_mode, set_rlimit, signal, wait_for_exit,
 };
+pub(crate) use scheduling::{SchedulerAttributes, set_affinity, set_io_priority, set_memory_policy, set_personality, set_scheduler};
 pub(crate) use terminal::{control, open_peer};
 
 /// The result of a system call that returns −1 for an error.

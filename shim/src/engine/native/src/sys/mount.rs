@@ -62,6 +62,14 @@ impl FsContext {
     }
 }
 
+/// Sets an extended attribute of what `node` is a handle of, through the link of procfs: a handle that was opened as a path takes none itself.
+pub(crate) fn set_extended_attribute(node: &OwnedFd, name: &str, value: &str) -> io::Result<()> {
+    let (path, name) = (c_string(format!("/proc/self/fd/{}", node.as_raw_fd()).as_bytes())?, c_string(name.as_bytes())?);
+    // SAFETY: both are valid strings for the time of the call; pointer and length describe the value.
+    check(libc::c_long::from(unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) }))?;
+    Ok(())
+}
+
 /// Clones a mount; the clone is attached nowhere. An empty path means `folder` itself.
 pub(crate) fn open_tree(folder: BorrowedFd<'_>, path: &Path, tree: Tree) -> io::Result<OwnedFd> {
     let path = c_string(path.as_os_str().as_bytes())?;

@@ -3,6 +3,7 @@
 //! Invariant: ids are set for the calling thread, without the C library's way of stopping all threads: the process has one.
 #![allow(unsafe_code)]
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
 
 use super::check;
 
@@ -79,9 +80,26 @@ pub(crate) fn set_capabilities(effective: u64, permitted: u64, inheritable: u64)
 }
 
 /// Installs a filter of system calls: `program` holds instructions of 8 bytes, as `struct sock_filter`.
-///
-/// Returns the listener's descriptor number with `SECCOMP_FILTER_FLAG_NEW_LISTENER`, else 0.
-pub(crate) fn load_filter(program: &[u8], flags: u64) -> io::Result<i64> {
+pub(crate) fn load_filter(program: &[u8], flags: u64) -> io::Result<()> {
+    install_filter(program, flags).map(drop)
+}
+
+/// The same, and returns the descriptor by which another process decides about calls.
+pub(crate) fn load_filter_with_listener(program: &[u8], flags: u64) -> io::Result<OwnedFd> {
+    let listener = install_filter(program, flags | libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)?;
+    // SAFETY: a descriptor that the kernel has just given to this process alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(listener as i32) })
+}
+
+/// Whether the kernel knows flags of filters. No filter is given, which it finds out after it has looked at the flags.
+pub(crate) fn has_filter_flag(flags: u64) -> bool {
+    let none = std::ptr::null::<libc::sock_fprog>();
+    // SAFETY: the kernel reads the filter, which a null pointer makes it refuse.
+    let asked = check(unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags as libc::c_uint, none) });
+    asked.is_err_and(|error| error.raw_os_error() == Some(libc::EFAULT))
+}
+
+fn install_filter(program: &[u8], flags: u64) -> io::Result<i64> {
     let instructions: Vec<libc::sock_filter> = program
         .as_chunks::<8>()
         .0

@@ -59,6 +59,14 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// A copy of another process's descriptor (pidfd_getfd(2)).
+pub(crate) fn fetch(process: BorrowedFd<'_>, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: integers only.
+    let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })?;
+    // SAFETY: a descriptor that the kernel has just given to this process alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// Signals a process by its handle.
 pub(crate) fn signal(process: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: integers, and no `siginfo`.
@@ -105,15 +113,6 @@ pub(crate) fn reset_signals() {
             size_of_val(&none_blocked),
         );
     }
-}
-
-/// Allows every processor that the cgroup allows.
-pub(crate) fn reset_affinity() -> io::Result<()> {
-    // More than any kernel's NR_CPUS; the kernel ignores bits that it has no processor for.
-    let every = [u64::MAX; 8192 / 64];
-    // SAFETY: pointer and length describe the array.
-    check(unsafe { libc::syscall(libc::SYS_sched_setaffinity, 0, size_of_val(&every), every.as_ptr()) })?;
-    Ok(())
 }
 
 /// Sets a limit of another process.

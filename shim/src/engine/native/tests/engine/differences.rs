@@ -21,6 +21,7 @@ crate::cases![
     an_added_process_looks_as_with_crun,
     filters_are_as_runcs,
     filters_are_as_cruns,
+    features_are_runcs_but_for_what_is_refused,
 ];
 
 /// What is compared. What names a moment (pids, memory) is left out, and ids of mounts and devices.
@@ -48,11 +49,13 @@ fn is_expected(line: &str, other: &str) -> bool {
     // Both leave ignored what they were started with ignored; crun before 1.20 starts no session for added processes, and gives them the score
     // adjustment that it has itself.
     let is_started = line.starts_with("SigIgn:") || (other == "crun" && (line.starts_with("leads ") || line.starts_with("OOM ")));
+    // See `is_without_v2`.
+    let is_outside_v2 = other == "crun" && line.starts_with("0::");
     // runc allows tunnels, crun the system's console.
     let is_device = other == "crun" && (line == "c 10:200 rwm" || line == "c 5:1 rwm");
     // Later versions of runc show the unified hierarchy of a hybrid host too.
     let is_unified = line.contains(" /sys/fs/cgroup/unified ");
-    is_mask || is_core || is_cruns || is_started || is_device || is_unified
+    is_mask || is_core || is_outside_v2 || is_cruns || is_started || is_device || is_unified
 }
 
 fn compare(ours: &str, theirs: &str, other: &str) {
@@ -67,19 +70,31 @@ fn compare(ours: &str, theirs: &str, other: &str) {
 }
 
 /// A container of another runtime, removed with the value.
-struct Other<'a> {
-    runtime: &'a str,
-    stage: &'a Stage,
+pub(crate) struct Other<'a> {
+    pub(crate) runtime: &'a str,
+    pub(crate) stage: &'a Stage,
 }
 
 impl Other<'_> {
-    fn command(&self) -> Command {
-        let mut command = Command::new(self.runtime);
+    pub(crate) fn command(&self) -> Command {
+        let mut command = if self.is_without_v2() {
+            let mut command = Command::new("unshare");
+            command.args(["--mount", "sh", "-c", "umount /sys/fs/cgroup/unified && exec \"$0\" \"$@\"", self.runtime]);
+            command
+        } else {
+            Command::new(self.runtime)
+        };
         command.arg("--root").arg(self.stage.folder.join("state")).current_dir(&self.stage.folder).stdin(Stdio::null());
         command
     }
 
-    fn output(&self, arguments: &[&str]) -> String {
+    /// crun takes no hybrid host whose cgroup v2 has controllers, so it gets to see v1 alone, in a mount namespace of its own.
+    fn is_without_v2(&self) -> bool {
+        let controllers = fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").unwrap_or_default();
+        self.runtime == "crun" && !controllers.trim().is_empty()
+    }
+
+    pub(crate) fn output(&self, arguments: &[&str]) -> String {
         let output = self.command().args(arguments).output().expect("the runtime");
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
@@ -93,7 +108,7 @@ impl Drop for Other<'_> {
 }
 
 /// Skips with a reason where a runtime is not installed.
-fn is_installed(runtime: &str) -> bool {
+pub(crate) fn is_installed(runtime: &str) -> bool {
     let is_there = Command::new(runtime).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     if !is_there {
         eprintln!("skipped: no {runtime}");
@@ -294,4 +309,34 @@ fn filters_are_as_runcs() {
 
 fn filters_are_as_cruns() {
     compare_filters("crun");
+}
+
+fn features_are_runcs_but_for_what_is_refused() {
+    if !is_installed("runc") {
+        return;
+    }
+    let stage = Stage::new();
+    let other = Other { runtime: "runc", stage: &stage };
+    let theirs: Value = serde_json::from_str(&other.output(&["features"])).expect("JSON");
+    let ours = x_engine::features(&x_engine::Host::read().expect("a host"));
+    let set = |features: &Value, place: &str| -> BTreeSet<String> {
+        let list = features.pointer(place).and_then(Value::as_array).unwrap_or_else(|| panic!("{place}"));
+        list.iter().map(|entry| entry.as_str().expect("text").to_owned()).collect()
+    };
+    for place in ["/hooks", "/linux/capabilities", "/linux/seccomp/actions", "/linux/seccomp/operators"] {
+        assert_eq!(set(&ours, place), set(&theirs, place), "{place}");
+    }
+    for (place, refused) in [
+        ("/linux/namespaces", vec!["user"]),
+        ("/mountOptions", vec!["acl", "noacl", "remount", "tmpcopyup"]),
+        (
+            "/linux/seccomp/archs",
+            vec!["MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32", "PPC", "PPC64", "PPC64LE", "RISCV64", "S390", "S390X"],
+        ),
+    ] {
+        // What is implemented later is a difference no more.
+        let missing: Vec<String> = set(&theirs, place).difference(&set(&ours, place)).cloned().collect();
+        let is_known = |name: &String| refused.contains(&name.trim_start_matches("SCMP_ARCH_"));
+        assert!(missing.iter().all(is_known), "{place}: {missing:?}");
+    }
 }

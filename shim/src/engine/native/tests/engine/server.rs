@@ -21,6 +21,8 @@ struct Keeper {
     made: BTreeMap<String, Made>,
     /// The keeper's side of terminals.
     terminals: BTreeMap<u32, OwnedFd>,
+    /// Plans are made as if these were active.
+    pretends_security_modules: bool,
 }
 
 pub(crate) fn serve() -> ExitCode {
@@ -74,7 +76,7 @@ impl Keeper {
         let id = text("id");
         match text("do") {
             "create" => {
-                let host = Host::read().map_err(|error| error.to_string())?;
+                let host = self.host()?;
                 let (streams, console) = streams(request)?;
                 let made = keeper::create(Path::new(text("bundle")), id, &host, streams)?;
                 let pid = made.init;
@@ -82,7 +84,7 @@ impl Keeper {
                 self.receive(pid, console)
             }
             "create-killed" => {
-                let host = Host::read().map_err(|error| error.to_string())?;
+                let host = self.host()?;
                 let after = std::time::Duration::from_micros(request["after"].as_u64().unwrap_or_default());
                 let (streams, _) = streams(request)?;
                 let was_late = keeper::create_killed(Path::new(text("bundle")), id, &host, streams, after)?;
@@ -93,7 +95,7 @@ impl Keeper {
             "update" => self.made[id].update(request["resources"].to_string().as_bytes()).map(|()| json!({})),
             "count" => Ok(json!({ "count": self.made[id].count() })),
             "exec" => {
-                let host = Host::read().map_err(|error| error.to_string())?;
+                let host = self.host()?;
                 let (streams, console) = streams(request)?;
                 let pid = self.made[id].exec(request["process"].to_string().as_bytes(), &host, streams)?;
                 self.receive(pid, console)
@@ -122,6 +124,11 @@ impl Keeper {
                 let made = self.made.remove(id).ok_or("no such container")?;
                 made.delete().map(|()| json!({}))
             }
+            "real-time" => set_real_time(request["on"] == json!(true)).map(|()| json!({})).map_err(|error| error.to_string()),
+            "pretend" => {
+                self.pretends_security_modules = true;
+                Ok(json!({}))
+            }
             "leak" => {
                 // A descriptor that every child inherits.
                 let file = File::open("/").map_err(|error| error.to_string())?;
@@ -131,6 +138,12 @@ impl Keeper {
             }
             other => Err(format!("unknown request {other}")),
         }
+    }
+
+    fn host(&self) -> Result<Host, String> {
+        let host = Host::read().map_err(|error| error.to_string())?;
+        let pretends = self.pretends_security_modules;
+        Ok(Host { has_apparmor: host.has_apparmor || pretends, has_selinux: host.has_selinux || pretends, ..host })
     }
 
     fn receive(&mut self, pid: u32, console: Option<OwnedFd>) -> Result<Value, String> {
@@ -155,6 +168,14 @@ fn streams(request: &Value) -> Result<(Streams, Option<OwnedFd>), String> {
         socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).map_err(|error| error.to_string())?;
     streams.console = Some(theirs);
     Ok((streams, Some(ours)))
+}
+
+#[allow(unsafe_code, reason = "no wrapper is at hand")]
+fn set_real_time(is_real_time: bool) -> io::Result<()> {
+    let policy = if is_real_time { libc::SCHED_RR } else { libc::SCHED_OTHER };
+    let parameter = libc::sched_param { sched_priority: i32::from(is_real_time) };
+    // SAFETY: the structure is only read, during the call.
+    if unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[allow(unsafe_code, reason = "a received descriptor is a number")]

@@ -160,6 +160,16 @@ impl Stage {
         self.ask(&json!({ "do": "count", "id": id })).expect("a number")["count"].as_u64().expect("a number")
     }
 
+    /// Gives the keeper, and so what it makes, a real-time policy, or takes it away.
+    pub(crate) fn set_real_time(&self, is_real_time: bool) {
+        self.ask(&json!({ "do": "real-time", "on": is_real_time })).expect("a policy");
+    }
+
+    /// Makes plans as for a host on which AppArmor and SELinux are active.
+    pub(crate) fn pretend_security_modules(&self) {
+        self.ask(&json!({ "do": "pretend" })).expect("pretended");
+    }
+
     pub(crate) fn leak(&self) {
         self.ask(&json!({ "do": "leak" })).expect("a leak");
     }

@@ -52,7 +52,7 @@ pub(crate) fn become_keeper() -> nix::Result<()> {
 pub(crate) fn create(bundle: &Path, id: &str, host: &Host, streams: Streams) -> Result<Made, String> {
     let json = std::fs::read(bundle.join("config.json")).map_err(text)?;
     let spec = spec::parse(&json).map_err(|error| chain(&error))?;
-    let request = Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0 };
+    let request = Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, filters: None };
     let plan = plan::create(&spec, &request, host).map_err(|error| chain(&error))?;
     create_planned(&plan, streams)
 }
@@ -73,7 +73,7 @@ pub(crate) fn create_planned(plan: &plan::Create, streams: Streams) -> Result<Ma
 pub(crate) fn create_killed(bundle: &Path, id: &str, host: &Host, streams: Streams, after: std::time::Duration) -> Result<bool, String> {
     let json = std::fs::read(bundle.join("config.json")).map_err(text)?;
     let spec = spec::parse(&json).map_err(|error| chain(&error))?;
-    let plan = plan::create(&spec, &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0 }, host)
+    let plan = plan::create(&spec, &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, filters: None }, host)
         .map_err(|error| chain(&error))?;
     let encoded = minicbor::to_vec(&plan).map_err(|error| error.to_string())?;
     let (theirs, gate) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;

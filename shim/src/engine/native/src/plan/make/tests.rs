@@ -7,7 +7,7 @@ use crate::host::MountedHierarchy;
 use crate::plan::{Hierarchy, Source};
 use crate::spec;
 
-fn host() -> Host {
+pub(super) fn host() -> Host {
     let hierarchy = |controllers: &[&str], name: &str| MountedHierarchy {
         controllers: controllers.iter().map(|controller| (*controller).to_owned()).collect(),
         mount: format!("/sys/fs/cgroup/{name}"),
@@ -23,16 +23,21 @@ fn host() -> Host {
             hierarchy(&["devices"], "devices"),
             hierarchy(&["pids"], "pids"),
             hierarchy(&["hugetlb"], "hugetlb"),
+            hierarchy(&["blkio"], "blkio"),
+            hierarchy(&["net_cls", "net_prio"], "net_cls,net_prio"),
+            hierarchy(&["rdma"], "rdma"),
             hierarchy(&["name=systemd"], "systemd"),
             hierarchy(&[], "unified"),
         ],
         last_capability: 40,
         has_kcore: true,
+        has_apparmor: true,
+        has_selinux: true,
     }
 }
 
 /// A configuration that has every field which the engine plans, none with the value that it would have without the field.
-fn full() -> Value {
+pub(super) fn full() -> Value {
     json!({
         "ociVersion": "1.2.0",
         "annotations": { "a": "b" },
@@ -50,39 +55,60 @@ fn full() -> Value {
             "devices": [{ "path": "/dev/x", "type": "b", "major": 7, "minor": 8, "fileMode": 0o600, "uid": 3, "gid": 4 }],
             "cgroupsPath": "/a/b",
             "rootfsPropagation": "rprivate",
+            "personality": { "domain": "LINUX32" },
+            "memoryPolicy": { "mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"] },
+            "mountLabel": "system_u:object_r:container_file_t:s0:c1,c2",
             "maskedPaths": ["/proc/keys"],
             "readonlyPaths": ["/proc/sys"],
             "sysctl": { "net.ipv4.ip_forward": "1" },
             "resources": {
                 "devices": [{ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" }],
                 "memory": { "limit": 4096, "reservation": 4096, "swap": 8192, "swappiness": 7, "disableOOMKiller": true },
-                "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0", "idle": 1 },
+                "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0", "idle": 1, "realtimePeriod": 7, "realtimeRuntime": 7 },
                 "pids": { "limit": 7 },
                 "hugepageLimits": [{ "pageSize": "2MB", "limit": 7 }],
+                "blockIO": {
+                    "weight": 7, "leafWeight": 7, "weightDevice": [{ "major": 7, "minor": 7, "weight": 7, "leafWeight": 7 }],
+                    "throttleReadBpsDevice": full_rate(), "throttleWriteBpsDevice": full_rate(), "throttleReadIOPSDevice": full_rate(), "throttleWriteIOPSDevice": full_rate(),
+                },
+                "network": { "classID": 7, "priorities": [{ "name": "lo", "priority": 7 }] },
+                "rdma": { "mlx": { "hcaHandles": 7, "hcaObjects": 7 } },
             },
             "seccomp": {
                 "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 7, "architectures": ["SCMP_ARCH_X86"], "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+                "listenerPath": "/agent", "listenerMetadata": "m",
                 "syscalls": [{ "names": ["kill"], "action": "SCMP_ACT_TRACE", "errnoRet": 8, "args": [
                     { "index": 1, "value": 3, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ" },
-                ] }],
+                ] }, { "names": ["chown"], "action": "SCMP_ACT_NOTIFY" }],
             },
         },
     })
 }
 
-fn full_process() -> Value {
+fn full_rate() -> Value {
+    json!([{ "major": 7, "minor": 7, "rate": 7 }])
+}
+
+pub(super) fn full_process() -> Value {
     json!({
         "terminal": true, "consoleSize": { "height": 7, "width": 8 }, "user": { "uid": 1, "gid": 2, "umask": 7, "additionalGids": [3] },
         "args": ["a"], "env": ["A=1"], "cwd": "/c",
         "capabilities": { "bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"], "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"] },
         "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 1, "hard": 2 }], "noNewPrivileges": true, "oomScoreAdj": 7,
+        "scheduler": { "policy": "SCHED_RR", "nice": 7, "priority": 7, "flags": ["SCHED_FLAG_KEEP_PARAMS"], "runtime": 0, "deadline": 0, "period": 0 },
+        "ioPriority": { "class": "IOPRIO_CLASS_RT", "priority": 6 }, "execCPUAffinity": { "initial": "0", "final": "1" },
+        "apparmorProfile": "p", "selinuxLabel": "system_u:system_r:container_t:s0:c1,c2",
     })
 }
 
 fn planned(config: &Value) -> Result<Create, Refused> {
+    planned_for(config, &host())
+}
+
+pub(super) fn planned_for(config: &Value, host: &Host) -> Result<Create, Refused> {
     let spec = spec::parse(config.to_string().as_bytes())?;
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0 };
-    create(&spec, &request, &host())
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0, filters: None };
+    create(&spec, &request, host)
 }
 
 /// The places of a field in a configuration, as JSON pointers.
@@ -107,7 +133,7 @@ fn below(path: &str, value: &Value, rest: &str) -> Vec<String> {
 }
 
 /// Another value of the same type.
-fn changed(field: &str, value: &Value) -> Value {
+pub(super) fn changed(field: &str, value: &Value) -> Value {
     let other = match (field.rsplit('.').next().unwrap_or_default(), value) {
         ("type", Value::String(kind)) if kind == "b" => "c",
         ("type", Value::String(kind)) if kind == "c" => "b",
@@ -121,6 +147,8 @@ fn changed(field: &str, value: &Value) -> Value {
         ("env[]", _) => "B=1",
         ("action" | "defaultAction", _) => "SCMP_ACT_LOG",
         ("architectures[]", _) => "SCMP_ARCH_ARM",
+        ("flags[]", _) if field.starts_with("process.") => "SCHED_FLAG_RECLAIM",
+        ("flags[]", _) if field.starts_with("linux.memoryPolicy") => "MPOL_F_RELATIVE_NODES",
         ("flags[]", _) => "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
         ("names[]", _) => "read",
         ("op", _) => "SCMP_CMP_NE",
@@ -132,6 +160,12 @@ fn changed(field: &str, value: &Value) -> Value {
             "rnoexec" => "rnodev",
             _ => "nodev",
         },
+        ("policy", _) => "SCHED_FIFO",
+        ("class", _) => "IOPRIO_CLASS_IDLE",
+        ("initial" | "final", _) => "2",
+        ("domain", _) => "LINUX",
+        ("mode", _) => "MPOL_INTERLEAVE",
+        ("nodes", _) => "1",
         ("ociVersion", _) => "1.0.0",
         (_, Value::String(text)) => return json!(format!("{text}x")),
         (_, Value::Bool(flag)) => return json!(!flag),
@@ -209,7 +243,7 @@ fn a_limit_without_its_controller_is_refused() {
     let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
     let mut host = host();
     host.hierarchies.retain(|hierarchy| hierarchy.controllers != ["pids"]);
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 };
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, filters: None };
     let error = create(&spec, &request, &host).expect_err("refused");
     assert!(error.to_string().contains("pids.max needs the cgroup controller pids"), "{error}");
 }
@@ -258,29 +292,28 @@ fn binds_keep_their_sources_attributes_unless_some_are_given() {
 
 #[test]
 fn cgroup_v2_has_one_folder_with_its_own_files() {
-    let unified = MountedHierarchy {
-        mount: "/sys/fs/cgroup".to_owned(),
-        root: "/".to_owned(),
-        own: "/system.slice/daemon".to_owned(),
-        available: ["cpu", "cpuset", "hugetlb", "memory", "pids"].map(str::to_owned).to_vec(),
-        ..MountedHierarchy::default()
-    };
-    let host = Host { hierarchies: vec![unified], ..host() };
+    let host = super::clients::host_v2();
     let mut config = full();
     config["linux"]["seccomp"] = Value::Null;
     config["linux"]["cgroupsPath"] = Value::Null;
     config["linux"]["resources"]["memory"] = json!({ "limit": 4096, "reservation": 2048, "swap": 8192 });
     config["linux"]["resources"]["cpu"] = json!({ "shares": 1024, "quota": 50_000, "cpus": "0" });
+    config["linux"]["resources"]["network"] = Value::Null;
+    config["linux"]["resources"]["blockIO"] = json!({ "weight": 10, "throttleReadBpsDevice": full_rate() });
     config["linux"]["resources"]["unified"] = json!({ "memory.high": "2", "cpu.uclamp.min": "1\n3" });
     let made = |config: &Value| {
         let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
-        create(&spec, &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 }, &host)
+        create(
+            &spec,
+            &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, filters: None },
+            &host,
+        )
     };
     let plan = made(&config).expect("accepted");
     let [folder] = &plan.cgroup.folders[..] else { panic!("{:?}", plan.cgroup) };
     // Beside the daemon's: its own has processes.
     assert_eq!(folder.absolute(), Path::new("/sys/fs/cgroup/system.slice/id"));
-    assert_eq!(folder.controllers, ["cpu", "cpuset", "hugetlb", "memory", "pids"]);
+    assert_eq!(folder.controllers, ["cpu", "cpuset", "hugetlb", "io", "memory", "pids", "rdma"]);
     assert!(folder.devices.is_some());
     let files: Vec<(&str, &str)> = folder.limits.iter().map(|write| (write.file.as_str(), write.value.as_str())).collect();
     let expected = [
@@ -293,13 +326,95 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
         ("pids.max", "7"),
         ("hugetlb.2MB.max", "7"),
         ("hugetlb.2MB.rsvd.max", "7"),
+        ("io.bfq.weight", "10"),
+        ("io.weight", "1"),
+        ("io.max", "7:7 rbps=7"),
+        ("rdma.max", "mlx hca_handle=7 hca_object=7"),
         ("cpu.uclamp.min", "1"),
         ("cpu.uclamp.min", "3"),
         ("memory.high", "2"),
     ];
     assert_eq!(files, expected);
+    // As with runc.
     config["linux"]["resources"]["memory"]["swappiness"] = json!(1);
-    assert!(made(&config).expect_err("refused").to_string().contains("linux.resources.memory.swappiness on cgroup v2"));
+    config["linux"]["resources"]["memory"]["disableOOMKiller"] = json!(true);
+    assert_eq!(made(&config).expect("accepted"), plan);
+    for (place, value, field) in [
+        ("cpu", json!({ "realtimeRuntime": 1 }), "linux.resources.cpu.realtimeRuntime"),
+        ("network", json!({ "classID": 1 }), "linux.resources.network"),
+        ("network", json!({ "priorities": [{ "name": "lo", "priority": 0 }] }), "linux.resources.network"),
+        ("blockIO", json!({ "leafWeight": 10 }), "linux.resources.blockIO.leafWeight"),
+    ] {
+        let mut config = config.clone();
+        config["linux"]["resources"][place] = value;
+        let error = made(&config).expect_err("refused").to_string();
+        assert!(error.contains(field) && error.contains("on cgroup v2"), "{error}");
+    }
+}
+
+/// What `mountLabel` is for, and what has labels of its own.
+#[test]
+fn new_file_systems_are_labelled() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let new = |kind: &str| json!({ "destination": format!("/{kind}"), "type": kind, "source": kind });
+    let kinds = ["proc", "sysfs", "mqueue", "tmpfs", "devpts"];
+    config["mounts"] = json!(kinds.map(new));
+    let bind = json!({ "destination": "/b", "type": "bind", "source": "/b", "options": ["bind"] });
+    config["mounts"].as_array_mut().expect("an array").extend([bind, new("cgroup")]);
+    let plan = planned(&config).expect("accepted");
+    let label = config["linux"]["mountLabel"].as_str();
+    let mut labelled = Vec::new();
+    for mount in &plan.mounts {
+        if let Source::New { parameters, .. } = &mount.source
+            && parameters.iter().any(|(key, value)| key == "context" && value.as_deref() == label)
+        {
+            labelled.push(mount.target.as_str());
+        }
+    }
+    assert_eq!(labelled, ["/tmpfs", "/devpts", "/cgroup"]);
+    assert_eq!(plan.mount_label.as_deref(), label);
+}
+
+#[test]
+fn what_needs_an_inactive_security_module_is_refused() {
+    let host = Host { has_apparmor: false, has_selinux: false, ..host() };
+    for (place, words) in [
+        ("/process/apparmorProfile", "process.apparmorProfile: unable to apply apparmor profile: AppArmor is not enabled"),
+        ("/process/selinuxLabel", "process.selinuxLabel: selinux label is specified in config, but selinux is disabled"),
+        ("/linux/mountLabel", "linux.mountLabel: selinux label is specified in config, but selinux is disabled"),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        for other in ["/process/apparmorProfile", "/process/selinuxLabel", "/linux/mountLabel"] {
+            // Empty is nothing.
+            *config.pointer_mut(other).expect("a field") = if other == place { json!("a") } else { json!("") };
+        }
+        let error = planned_for(&config, &host).expect_err("refused").to_string();
+        assert!(error.contains(words), "{error}");
+        *config.pointer_mut(place).expect("a field") = json!("");
+        let plan = planned_for(&config, &host).expect("accepted");
+        assert_eq!((plan.process.apparmor_profile, plan.process.selinux_label, plan.mount_label), (None, None, None));
+    }
+}
+
+/// A profile comes from the process alone; a label is the container's if the process has none.
+#[test]
+fn an_added_process_has_its_own_profile_and_perhaps_the_containers_label() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let container = planned(&config).expect("accepted").container();
+    let added = |change: Value| {
+        let mut process = full_process();
+        for (key, value) in change.as_object().expect("an object") {
+            process[key] = value.clone();
+        }
+        exec(&spec::parse_process(process.to_string().as_bytes()).expect("parsed"), &container, &host()).expect("accepted").process
+    };
+    let none = added(json!({ "apparmorProfile": "", "selinuxLabel": "" }));
+    assert_eq!((none.apparmor_profile, none.selinux_label), (None, container.selinux_label.clone()));
+    let own = added(json!({ "apparmorProfile": "q", "selinuxLabel": "l" }));
+    assert_eq!((own.apparmor_profile.as_deref(), own.selinux_label.as_deref()), (Some("q"), Some("l")));
 }
 
 #[test]
@@ -308,6 +423,8 @@ fn names_of_files_cannot_lead_elsewhere() {
         ("hugepageLimits", json!([{ "pageSize": "../x", "limit": 1 }])),
         ("hugepageLimits", json!([{ "pageSize": "MB", "limit": 1 }])),
         ("unified", json!({ "memory.high": "1" })),
+        ("rdma", json!({ "a hca_handle=max\n": { "hcaHandles": 1 } })),
+        ("network", json!({ "priorities": [{ "name": "lo 1\n", "priority": 0 }] })),
     ] {
         let mut config = full();
         config["linux"]["seccomp"] = Value::Null;
@@ -323,7 +440,7 @@ fn random(state: &mut u64, end: usize) -> usize {
 }
 
 /// Every value of a tree, as JSON pointers.
-fn everywhere(value: &Value, path: &str, found: &mut Vec<String>) {
+pub(super) fn everywhere(value: &Value, path: &str, found: &mut Vec<String>) {
     found.push(path.to_owned());
     match value {
         Value::Object(map) => {

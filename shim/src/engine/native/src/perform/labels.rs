@@ -1,0 +1,126 @@
+//! Hands the profile and the labels of a process to the kernel's security modules: they hold from its next execution on.
+//!
+//! **Invariant:** they are written to the attributes of this process in a procfs that was made for that. No path leads to it, so nothing that a container
+//! mounts over its own `/proc` can take what is written, and there is no link on the way.
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use nix::unistd::write;
+
+use super::root::{self, Root};
+use super::{Doing, Failure, Step};
+use crate::plan::{Mount, Process, Source};
+use crate::sys::{self, FsContext};
+
+/// The attributes of the calling process. Without a folder, nothing is to be written.
+#[derive(Debug)]
+pub(super) struct Attributes(Option<OwnedFd>);
+
+impl Attributes {
+    /// Opens them, if the process has a profile or a label. In the pid namespace of the process, with the privileges to mount.
+    pub(super) fn open(process: &Process) -> Result<Self, Failure> {
+        if process.apparmor_profile.is_none() && process.selinux_label.is_none() {
+            return Ok(Self(None));
+        }
+        let open = || {
+            let procfs = FsContext::open("proc")?.mount(0)?;
+            root::beneath(procfs.as_fd(), &std::process::id().to_string(), OFlag::O_PATH | OFlag::O_DIRECTORY)
+        };
+        Ok(Self(Some(open().doing(Step::Settings, || "make a procfs".to_owned())?)))
+    }
+
+    /// Sets the profile that the next execution gets. The kernel wants the file opened with the very ids that it is written with.
+    pub(super) fn confine(&self, process: &Process) -> Result<(), Failure> {
+        let (Some(folder), Some(profile)) = (&self.0, &process.apparmor_profile) else { return Ok(()) };
+        write_first(folder.as_fd(), &OF_APPARMOR, &format!("exec {profile}"))
+            .doing(Step::Settings, || format!("unable to apply apparmor profile {profile:?}"))
+    }
+
+    /// Sets the label that the next execution gets.
+    pub(super) fn label(&self, process: &Process) -> Result<(), Failure> {
+        let (Some(folder), Some(label)) = (&self.0, &process.selinux_label) else { return Ok(()) };
+        write_first(folder.as_fd(), &["attr/exec"], label).doing(Step::Settings, || format!("set the label {label:?}"))
+    }
+
+    /// Runs `make`, whose keyrings get the process's label.
+    pub(super) fn with_keyring_label(&self, process: &Process, make: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+        let (Some(folder), Some(label)) = (&self.0, &process.selinux_label) else { return make() };
+        let set = |value: &str| write_first(folder.as_fd(), &["attr/keycreate"], value);
+        set(label).doing(Step::Settings, || format!("set the label {label:?} of keyrings"))?;
+        make()?;
+        set("").doing(Step::Settings, || "unset the label of keyrings".to_owned())
+    }
+}
+
+/// Labels a mount whose file system takes no label when it is made.
+pub(super) fn label_mount(root: &Root, mount: &Mount, label: Option<&str>) -> Result<(), Failure> {
+    let (Some(label), Source::New { kind, .. }) = (label, &mount.source) else { return Ok(()) };
+    if kind != "mqueue" {
+        return Ok(());
+    }
+    let set = || sys::set_extended_attribute(&root.find(&mount.target)?, "security.selinux", label);
+    set().doing(Step::Mounts, || format!("set the label {label:?} of {}", mount.target))
+}
+
+/// AppArmor's own file, and the one that it shares with other modules (Linux before 5.8).
+const OF_APPARMOR: [&str; 2] = ["attr/apparmor/exec", "attr/exec"];
+
+/// Writes to the first file that exists, at once: the kernel takes each write as a whole value.
+fn write_first(folder: BorrowedFd<'_>, files: &[&str], value: &str) -> io::Result<()> {
+    for file in files {
+        let opened = match openat(folder, *file, OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()) {
+            Err(nix::errno::Errno::ENOENT) => continue,
+            opened => opened?,
+        };
+        let length = write(&opened, value.as_bytes())?;
+        return if length == value.len() { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EIO)) };
+    }
+    Err(io::Error::from_raw_os_error(libc::ENOENT))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// A folder in place of a process's in procfs.
+    fn double(name: &str, files: &[&str]) -> (PathBuf, OwnedFd) {
+        let folder = std::env::temp_dir().join(format!("x-engine-labels-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(folder.join("attr/apparmor")).expect("folders");
+        files.iter().for_each(|file| fs::write(folder.join(file), "").expect("a file"));
+        let handle = root::absolute(&folder).expect("a handle");
+        (folder, handle)
+    }
+
+    #[test]
+    fn apparmors_own_file_comes_first() {
+        let (folder, handle) = double("own", &["attr/apparmor/exec", "attr/exec"]);
+        write_first(handle.as_fd(), &OF_APPARMOR, "exec p").expect("written");
+        assert_eq!(fs::read_to_string(folder.join("attr/apparmor/exec")).expect("a file"), "exec p");
+        assert_eq!(fs::read_to_string(folder.join("attr/exec")).expect("a file"), "");
+        fs::remove_dir_all(folder).expect("removed");
+    }
+
+    #[test]
+    fn the_shared_file_is_used_without_it() {
+        let (folder, handle) = double("shared", &["attr/exec"]);
+        write_first(handle.as_fd(), &OF_APPARMOR, "exec p").expect("written");
+        assert_eq!(fs::read_to_string(folder.join("attr/exec")).expect("a file"), "exec p");
+        fs::remove_dir_all(folder).expect("removed");
+    }
+
+    #[test]
+    fn a_link_is_not_followed_and_a_missing_file_is_an_error() {
+        let (folder, handle) = double("link", &["elsewhere"]);
+        assert_eq!(write_first(handle.as_fd(), &OF_APPARMOR, "exec p").expect_err("refused").raw_os_error(), Some(libc::ENOENT));
+        std::os::unix::fs::symlink("../elsewhere", folder.join("attr/exec")).expect("a link");
+        assert_eq!(write_first(handle.as_fd(), &OF_APPARMOR, "exec p").expect_err("refused").raw_os_error(), Some(libc::ELOOP));
+        assert_eq!(fs::read_to_string(folder.join("elsewhere")).expect("a file"), "");
+        fs::remove_dir_all(folder).expect("removed");
+    }
+}

@@ -1,0 +1,125 @@
+//! Profiles and labels of the kernel's security modules.
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::bundle;
+use crate::differences::{Other, is_installed};
+use crate::stage::Stage;
+
+crate::cases![
+    what_needs_an_inactive_module_is_refused,
+    init_hands_its_profile_to_the_kernel,
+    an_added_process_hands_its_profile_to_the_kernel,
+    a_label_is_handed_to_the_kernel,
+    an_empty_profile_and_label_are_nothing,
+    runc_refuses_the_same,
+];
+
+/// Whether this kernel has a module that would take what these tests write.
+fn is_active() -> bool {
+    let is_active = Path::new("/sys/module/apparmor").exists() || Path::new("/sys/fs/selinux/enforce").exists();
+    if is_active {
+        eprintln!("skipped: a security module is active here");
+    }
+    is_active
+}
+
+fn what_needs_an_inactive_module_is_refused() {
+    if is_active() {
+        return;
+    }
+    let stage = Stage::new();
+    for (place, words) in [
+        ("/process/apparmorProfile", "unable to apply apparmor profile"),
+        ("/process/selinuxLabel", "selinux is disabled or not supported"),
+        ("/linux/mountLabel", "selinux is disabled or not supported"),
+    ] {
+        let mut config = stage.config(&["true"]);
+        set(&mut config, place, "a:b:c:s0");
+        let error = stage.create("c", &config).err().expect("refused");
+        assert!(error.contains(words) && error.contains(&place[1..].replace('/', ".")), "{error}");
+    }
+}
+
+fn set(config: &mut Value, place: &str, value: &str) {
+    let (parent, name) = place.rsplit_once('/').expect("a place");
+    config.pointer_mut(parent).expect("an object")[name] = json!(value);
+}
+
+/// Without the module the kernel has the files, and refuses what is written to them: the write has reached it.
+fn init_hands_its_profile_to_the_kernel() {
+    if is_active() {
+        return;
+    }
+    let stage = Stage::new();
+    stage.pretend_security_modules();
+    let mut config = stage.config(&["true"]);
+    config["process"]["apparmorProfile"] = json!("some-profile");
+    let error = stage.create("c", &config).err().expect("refused");
+    assert_eq!(error, "unable to apply apparmor profile \"some-profile\": invalid argument");
+    assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new());
+}
+
+fn an_added_process_hands_its_profile_to_the_kernel() {
+    if is_active() {
+        return;
+    }
+    let stage = Stage::new();
+    stage.pretend_security_modules();
+    let mut config = stage.config(&["sleep", "1000"]);
+    // Its own procfs is covered: the write must not go there.
+    config["linux"]["maskedPaths"] = json!(["/proc"]);
+    let _init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    stage.start("c");
+    let mut process = bundle::process(&["true"]);
+    process["apparmorProfile"] = json!("some-profile");
+    process["user"] = json!({ "uid": 1000, "gid": 1000 });
+    let error = stage.exec("c", &process).err().expect("refused");
+    assert_eq!(error, "unable to apply apparmor profile \"some-profile\": invalid argument");
+}
+
+fn a_label_is_handed_to_the_kernel() {
+    if is_active() {
+        return;
+    }
+    let stage = Stage::new();
+    stage.pretend_security_modules();
+    let mut config = stage.config(&["true"]);
+    config["process"]["selinuxLabel"] = json!("a:b:c:s0");
+    let error = stage.create("c", &config).err().expect("refused");
+    assert_eq!(error, "set the label \"a:b:c:s0\" of keyrings: invalid argument");
+    config["process"]["selinuxLabel"] = json!("");
+    config["linux"]["mountLabel"] = json!("a:b:c:s0");
+    let error = stage.create("c", &config).err().expect("refused");
+    assert_eq!(error, "mount tmpfs on /dev: invalid argument");
+}
+
+fn an_empty_profile_and_label_are_nothing() {
+    let stage = Stage::new();
+    let output = stage.shell("echo fine", |config| {
+        config["process"]["apparmorProfile"] = json!("");
+        config["process"]["selinuxLabel"] = json!("");
+        config["linux"]["mountLabel"] = json!("");
+    });
+    assert_eq!(output, "fine\n");
+}
+
+fn runc_refuses_the_same() {
+    if is_active() || !is_installed("runc") {
+        return;
+    }
+    let stage = Stage::new();
+    for (place, words) in [
+        ("/process/apparmorProfile", "unable to apply apparmor profile"),
+        ("/process/selinuxLabel", "selinux label is specified in config"),
+    ] {
+        let mut config = stage.config(&["true"]);
+        set(&mut config, place, "a:b:c:s0");
+        let ours = stage.create("c", &config).err().expect("refused");
+        let other = Other { runtime: "runc", stage: &stage };
+        let output = other.command().args(["run", "other"]).output().expect("runc");
+        let theirs = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(ours.contains(words) && theirs.contains(words) && !output.status.success(), "{ours}\n{theirs}");
+    }
+}
