@@ -34,8 +34,8 @@ pub(crate) fn info() -> Result<(), Error> {
     let options = if input.is_empty() { None } else { Some(Any::parse_from_bytes(&input).map_err(|source| Error::Options { source })?) };
     let read = RuntimeOptions::blocking_read(options.as_ref())?;
     let (features, runtime, reason) = match read.binary_name.as_deref() {
-        Some(NATIVE) => (None, NATIVE.to_owned(), "named by the option BinaryName".to_owned()),
-        None => (None, NATIVE.to_owned(), "BinaryName is not set; what it does not implement is run by crun or runc".to_owned()),
+        Some(NATIVE) => (native_features(), NATIVE.to_owned(), "named by the option BinaryName".to_owned()),
+        None => (native_features(), NATIVE.to_owned(), "BinaryName is not set; crun or runc run what it does not implement".to_owned()),
         Some(_) => {
             let (engine, reason) = CommandEngine::blocking_choose(&read, "", false)?;
             (features(&engine), engine.binary().display().to_string(), reason)
@@ -58,6 +58,10 @@ fn describe(options: Option<Any>, features: Option<Vec<u8>>) -> RuntimeInfo {
     info.options = options.into();
     info.features = features.map(|value| Any { type_url: FEATURES_TYPE.to_owned(), value, ..Any::new() }).into();
     info
+}
+
+fn native_features() -> Option<Vec<u8>> {
+    serde_json::to_vec(&x_engine::features(&x_engine::Host::read().ok()?)).ok()
 }
 
 /// The engine's features, if they are JSON: containerd cannot decode anything else.

@@ -74,14 +74,19 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
     let refused = |why: Refused| engine::refused(Verb::Create, &why);
     let config = spec::parse(config).map_err(refused)?;
     let host = blocking_read_host()?;
+    let filters = shared.settings.control_path.parent().map(|folder| folder.join(FILTERS));
     let request = Request {
         id: id.as_str(),
         bundle: &call.bundle,
         no_new_keyring: options.no_new_keyring,
         default_oom_score_adj: blocking_read_oom_score_adj(),
+        filters: filters.as_deref(),
     };
     Ok(plan::create(&config, &request, &host).map_err(refused)?)
 }
+
+/// The folder beside the control sockets in which compiled filters of system calls are kept: all shims of a host have the same few.
+const FILTERS: &str = "filters";
 
 /// Reads what plans depend on.
 pub(super) fn blocking_read_host() -> Result<Host, Error> {
