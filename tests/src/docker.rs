@@ -37,6 +37,9 @@ pub struct Docker {
     process: Mutex<Option<Child>>,
 }
 
+/// The name of dockerd's runtime with the shim's own engine.
+const NATIVE: &str = "with-native";
+
 impl Docker {
     /// Starts Docker 26 on a containerd of its own and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
@@ -61,7 +64,10 @@ impl Docker {
                 Version::V26 => json!({ "runtimeType": cx.shim().runtime_type, "options": { "BinaryName": binary } }),
             }
         };
-        let runtimes = json!({ "with-crun": with(Runtime::Crun), "with-runc": with(Runtime::Runc) });
+        let mut runtimes = json!({ "with-crun": with(Runtime::Crun), "with-runc": with(Runtime::Runc) });
+        if version == Version::V26 && cx.shim().is_ours() {
+            runtimes[NATIVE] = with(Runtime::Native);
+        }
         fs::write(folder.join("daemon.json"), json!({ "runtimes": runtimes }).to_string())?;
         let docker = Self { version, cx, folder, process: Mutex::new(None) };
         docker.revive().await?;
@@ -148,12 +154,13 @@ impl Docker {
         Ok(String::from_utf8_lossy(&output.stdout).trim_end_matches('\n').to_owned())
     }
 
-    /// Creates and starts a container without network, with the shim under test.
+    /// Creates and starts a container without network, with the shim under test and its own engine, if it has one.
     pub fn container(&self, options: &[&str], command: &[&str]) -> Result<Output> {
-        self.container_of(&self.cx.shim().runtime_type, options, command)
+        let is_native = self.version == Version::V26 && self.cx.shim().is_ours();
+        self.container_of(if is_native { NATIVE } else { &self.cx.shim().runtime_type }, options, command)
     }
 
-    /// The same with one of dockerd's runtimes: `with-crun` and `with-runc` are the shim under test with that OCI runtime.
+    /// The same with one of dockerd's runtimes: `with-native`, `with-crun` and `with-runc` are the shim under test with that engine.
     pub fn container_of(&self, runtime: &str, options: &[&str], command: &[&str]) -> Result<Output> {
         let mut arguments = vec!["run", "--network", "none", "--runtime", runtime];
         arguments.extend(options);

@@ -66,7 +66,8 @@ mod cases {
 
     async fn missing_programs_and_others(cx: &Context, version: Version) -> Result<()> {
         let docker = Docker::start_version(cx, version).await?;
-        for runtime in ["with-crun", "with-runc"] {
+        let native = (version == Version::V26 && cx.shim().is_ours()).then_some("with-native");
+        for runtime in ["with-crun", "with-runc"].into_iter().chain(native) {
             started(&docker.container_of(runtime, &["--detach", "--name", runtime], &["sleep", "1000"])?)?;
             for (program, status) in [("no-such-program", 127), ("/no/such/program", 127), ("/etc/passwd", 126), ("/etc", 126)] {
                 // runc 1.1.15 says "is a directory", which Docker 20.10 does not know yet
