@@ -77,8 +77,8 @@ fn main() -> ExitCode {
         .map_within(long),
         cases![keeper,
             Scope::Daemons => a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated;
-            Scope::Ends => a_running_oci_runtime_ends_with_its_keeper;
-            Scope::Once => an_idle_time_beyond_the_clock_never_elapses,
+            Scope::Ends => a_running_oci_runtime_ends_with_its_keeper, a_created_container_can_be_started_after_its_keeper_was_replaced;
+            Scope::Once => a_performer_ends_with_its_keeper, an_idle_time_beyond_the_clock_never_elapses,
         ]
         .map_within(long),
         cases![outputs,

@@ -7,9 +7,12 @@ use nix::sys::signal::Signal;
 use shim_tests::context::Context;
 use shim_tests::cri::{Cri, RUNNING};
 use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::runner::skip;
+use shim_tests::suite::Runtime;
 use shim_tests::{builds, proc};
 
 use crate::crashes::inspected;
+use crate::{build, on_build};
 
 pub(crate) async fn a_pod_whose_keeper_is_killed_exits_once_and_can_be_recreated(cx: Context) -> Result<()> {
     let cri = Cri::start(&cx).await?;
@@ -95,6 +98,37 @@ pub(crate) async fn a_running_oci_runtime_ends_with_its_keeper(cx: Context) -> R
     died?;
     ensure!(created.is_err(), "a dead shim has created a container");
     eventually("nothing is left behind", SOON, async || cx.leaves_nothing().await).await
+}
+
+/// With the hook that it runs: what it makes would be nobody's.
+pub(crate) async fn a_performer_ends_with_its_keeper(cx: Context) -> Result<()> {
+    if cx.runtime() != Runtime::Native {
+        return skip("an OCI runtime makes the containers");
+    }
+    let begun = cx.folder().join("begun");
+    let hook = format!("echo $$ > {}; exec sleep 1000", begun.display());
+    let create =
+        cx.container(&["sleep", "1000"]).id("under-way").spec(|spec| spec.hook("createRuntime", "/bin/sh", &["sh", "-c", &hook])).create();
+    let crash = async {
+        let pid: i32 = eventually("the hook runs", SOON, async || Ok(std::fs::read_to_string(&begun)?.trim().parse()?)).await?;
+        proc::kill_hard(cx.shim_pid("under-way")?);
+        eventually_true("the hook has ended", SOON, || !proc::is_alive(pid)).await
+    };
+    let (created, died) = tokio::join!(create, crash);
+    died?;
+    ensure!(created.is_err(), "a dead shim has created a container");
+    eventually("nothing is left behind", SOON, async || cx.leaves_nothing().await).await
+}
+
+/// It waits for its program then, at a gate that the keeper holds.
+pub(crate) async fn a_created_container_can_be_started_after_its_keeper_was_replaced(cx: Context) -> Result<()> {
+    let cx = on_build(&cx, "build=old").await?;
+    let container = cx.container(&["sh", "-c", "exit 6"]).create().await?;
+    let new = build(&cx, "new", "build=new")?;
+    builds::upgrade(&cx, &new, &["--all"]).await?.is_done()?;
+    container.start().await?;
+    ensure!(container.finish().await? == 6);
+    cx.leaves_nothing().await
 }
 
 pub(crate) async fn an_idle_time_beyond_the_clock_never_elapses(cx: Context) -> Result<()> {

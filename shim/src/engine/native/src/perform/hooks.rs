@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** a hook gets the environment that it asks for, or none: neither the shim's nor, on the host, the container's, whose variables could make
 //! it load the image's code.
+//! **Invariant:** a hook ends with the process that runs it, which ends with its keeper.
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
@@ -38,6 +39,7 @@ fn run_one(hook: &Hook, state: &str, cwd: Option<&Path>, inherited: &[String]) -
     if let Some(cwd) = cwd {
         command.current_dir(cwd);
     }
+    sys::end_with_this_process(&mut command);
     let mut child = command.spawn().doing(Step::Hooks, doing)?;
     let why = match wait(&mut child, hook.timeout()).doing(Step::Hooks, doing)? {
         Some(status) if status.success() => return Ok(()),

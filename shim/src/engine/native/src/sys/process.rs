@@ -3,6 +3,8 @@
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::ptr;
 
 use super::check;
@@ -49,6 +51,22 @@ pub(crate) fn fork(live: impl FnOnce()) -> io::Result<u32> {
         }
         pid => Ok(pid as u32),
     }
+}
+
+/// Has the kernel kill a command's process when this one ends.
+pub(crate) fn end_with_this_process(command: &mut Command) {
+    let parent = nix::unistd::getpid();
+    let tie = move || {
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+        // 0: the parent is outside of a pid namespace that its children are born into.
+        if [parent.as_raw(), 0].contains(&nix::unistd::getppid().as_raw()) {
+            Ok(())
+        } else {
+            Err(io::Error::from_raw_os_error(libc::ESRCH))
+        }
+    };
+    // SAFETY: system calls alone, on integers.
+    unsafe { command.pre_exec(tie) };
 }
 
 /// A handle of a process.
