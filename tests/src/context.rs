@@ -100,7 +100,7 @@ impl Context {
 
     /// An OCI runtime's program: crun where the native engine is used, which has none.
     pub fn runtime_program(&self) -> PathBuf {
-        let runtime = if self.0.runtime == Runtime::Native { Runtime::Crun } else { self.0.runtime };
+        let runtime = if self.0.runtime == Runtime::Native { Runtime::program() } else { self.0.runtime };
         self.0.suite.runtime(runtime)
     }
 

@@ -101,8 +101,22 @@ impl Runtime {
     /// All.
     pub const ALL: [Self; 3] = [Self::Runc, Self::Crun, Self::Native];
 
-    /// Those that are programs of their own.
-    pub const PROGRAMS: [Self; 2] = [Self::Runc, Self::Crun];
+    /// Those that are programs of their own, and work with the cgroups that are seen here.
+    pub fn programs() -> Vec<Self> {
+        let mut all = vec![Self::Runc, Self::Crun];
+        all.retain(|runtime| runtime.works());
+        all
+    }
+
+    /// The fastest of these.
+    pub fn program() -> Self {
+        if Self::Crun.works() { Self::Crun } else { Self::Runc }
+    }
+
+    /// Whether it works with the cgroups that are seen here: crun refuses v1 beside controllers on v2.
+    pub fn works(self) -> bool {
+        self != Self::Crun || !scratch::cgroups::are_mixed()
+    }
 
     /// Its name, as the option BinaryName takes it.
     pub fn name(self) -> &'static str {

@@ -21,7 +21,7 @@ pub(crate) async fn older_options_of_a_checkpoint_put_image_and_log_where_they_b
         let text = path.display().to_string();
         [&[number << 3 | 2, u8::try_from(text.len()).expect("a short path")], text.as_bytes()].concat()
     };
-    for runtime in Runtime::PROGRAMS {
+    for runtime in Runtime::programs() {
         let real = Suite::Forky.runtime(runtime);
         let text = format!("#!/bin/sh\nPATH={}:$PATH exec {} \"$@\"\n", Suite::Forky.bin().display(), real.display());
         let with_criu = programs::script(stand.folder(), runtime.name(), &text)?;

@@ -39,7 +39,7 @@ async fn is_well(container: &Container, exec: &str) -> Result<()> {
 
 /// Two daemons with one namespace and one root of the runtime.
 pub(crate) async fn a_refused_create_leaves_the_container_of_another_daemon_alone(stand: Stand) -> Result<()> {
-    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+    for (id, runtime) in Runtime::programs().into_iter().map(|runtime| (runtime.name(), runtime)) {
         let runtime = Suite::Bookworm.runtime(runtime);
         let container = stand.bundle(id, &["sleep", "1000"]).runtime(&runtime).run().await?;
         let second = stand.bundle(id, &["sleep", "1000"]).runtime(&runtime).of_another_daemon();
@@ -65,7 +65,7 @@ pub(crate) async fn a_refused_create_leaves_the_container_of_another_daemon_alon
 
 /// The id is free when Create looks, and taken when its runtime does.
 pub(crate) async fn a_create_that_loses_a_race_for_its_id_leaves_the_winner_alone(stand: Stand) -> Result<()> {
-    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+    for (id, runtime) in Runtime::programs().into_iter().map(|runtime| (runtime.name(), runtime)) {
         let runtime = Suite::Bookworm.runtime(runtime);
         let gate = stand.gate(&runtime)?;
         let second = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary()).of_another_daemon();
@@ -90,7 +90,7 @@ pub(crate) async fn a_create_that_loses_a_race_for_its_id_leaves_the_winner_alon
 
 /// The journal records that the runtime was called, but not that it refused: the keeper was killed in between.
 pub(crate) async fn delete_leaves_the_winner_of_a_race_alone_when_the_losers_keeper_was_killed(stand: Stand) -> Result<()> {
-    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+    for (id, runtime) in Runtime::programs().into_iter().map(|runtime| (runtime.name(), runtime)) {
         let runtime = Suite::Bookworm.runtime(runtime);
         let gate = stand.gate(&runtime)?;
         let second = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary()).of_another_daemon();
@@ -116,7 +116,7 @@ pub(crate) async fn delete_leaves_the_winner_of_a_race_alone_when_the_losers_kee
 
 /// A runtime's refusal of a taken id in words that no list has.
 pub(crate) async fn a_create_that_fails_in_unknown_words_leaves_a_container_of_another_bundle_alone(stand: Stand) -> Result<()> {
-    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+    for (id, runtime) in Runtime::programs().into_iter().map(|runtime| (runtime.name(), runtime)) {
         let runtime = Suite::Bookworm.runtime(runtime);
         let gate = stand.gate(&runtime)?;
         let second = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary()).of_another_daemon();
@@ -141,7 +141,7 @@ pub(crate) async fn a_create_that_fails_in_unknown_words_leaves_a_container_of_a
 
 /// The keeper was killed before it recorded the container that the runtime had created, completely or half.
 pub(crate) async fn delete_removes_what_a_create_had_made_when_its_keeper_was_killed(stand: Stand) -> Result<()> {
-    for (name, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+    for (name, runtime) in Runtime::programs().into_iter().map(|runtime| (runtime.name(), runtime)) {
         for is_whole in [true, false] {
             let id = format!("{name}-{is_whole}");
             let gate = stand.gate(&Suite::Bookworm.runtime(runtime))?;
@@ -172,7 +172,7 @@ pub(crate) async fn delete_removes_what_a_create_had_made_when_its_keeper_was_ki
 
 /// The worker that looked whether the id is free is dead when the runtime fails.
 pub(crate) async fn what_a_killed_create_has_made_is_removed_by_the_next_worker(stand: Stand) -> Result<()> {
-    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+    for (id, runtime) in Runtime::programs().into_iter().map(|runtime| (runtime.name(), runtime)) {
         let gate = stand.gate(&Suite::Bookworm.runtime(runtime))?;
         let bundle = stand.bundle(id, &["sleep", "1000"]).runtime(&gate.binary());
         let task = bundle.shim().await?;
@@ -206,7 +206,7 @@ fn names_the_program<T: std::fmt::Debug>(call: &str, answer: Answer<T>, program:
 pub(crate) async fn without_the_runtimes_program_every_call_is_refused_with_its_path_and_delete_works_once_it_is_back(
     stand: Stand,
 ) -> Result<()> {
-    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+    for (id, runtime) in Runtime::programs().into_iter().map(|runtime| (runtime.name(), runtime)) {
         let gate = stand.gate(&Suite::Bookworm.runtime(runtime))?;
         let (program, away) = (gate.binary(), gate.binary().with_extension("away"));
         let container = stand.bundle(id, &["sleep", "1000"]).runtime(&program).group("pod").run().await?;
@@ -256,7 +256,7 @@ pub(crate) async fn without_the_runtimes_program_every_call_is_refused_with_its_
 
 /// The daemon removes the bundle afterwards, so `delete` must clean up everything.
 pub(crate) async fn delete_removes_a_container_whose_runtime_is_gone(stand: Stand) -> Result<()> {
-    for (id, runtime) in [("runc", Runtime::Runc), ("crun", Runtime::Crun)] {
+    for (id, runtime) in Runtime::programs().into_iter().map(|runtime| (runtime.name(), runtime)) {
         let runtime = Suite::Bookworm.runtime(runtime);
         for is_shim_alive in [true, false] {
             let gate = stand.gate(&runtime)?;
@@ -395,7 +395,7 @@ pub(crate) async fn what_is_removed_without_a_worker_leaves_no_descriptors_of_it
 
 pub(crate) async fn a_failed_restore_reports_the_message_of_criu(stand: Stand) -> Result<()> {
     needs_criu(&Suite::Forky.program("criu"))?;
-    for runtime in Runtime::PROGRAMS {
+    for runtime in Runtime::programs() {
         let real = Suite::Forky.runtime(runtime);
         let text = format!("#!/bin/sh\nPATH={}:$PATH exec {} \"$@\"\n", Suite::Forky.bin().display(), real.display());
         let with_criu = programs::script(stand.folder(), runtime.name(), &text)?;
