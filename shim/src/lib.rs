@@ -8,6 +8,7 @@ mod chain;
 mod commands;
 mod control;
 mod engine;
+mod executable;
 mod flag;
 mod frame;
 #[cfg(any(test, fuzzing))]
@@ -54,13 +55,20 @@ pub fn main() -> ExitCode {
         Invocation::Info => ended("info", bootstrap::info()),
         Invocation::Version => ended("version", commands::version()),
         Invocation::Help => ended("help", commands::help()),
-        Invocation::Keeper(settings) => inherited(|| {
+        Invocation::Keeper { settings, unprotected } => inherited(|| {
+            name_process()?;
             logging::install(Some(&settings.bundle), settings.log_level);
             let (clients, control) = (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?);
+            let mount = sys::inherited::take(5).ok();
+            // Never closed: see `executable::Protected`.
+            std::mem::forget(mount);
+            if let Some(error) = unprotected {
+                executable::warn_of_unprotected(&error);
+            }
             Ok(keeper::run(settings, clients, control))
         }),
         Invocation::Resume { settings, state, before } => inherited(|| {
-            nix::sys::prctl::set_name(c"containerd-shim")?;
+            name_process()?;
             logging::install(Some(&settings.bundle), settings.log_level);
             let (state, before) = (sys::inherited::take(state)?, before.map(sys::inherited::take).transpose()?);
             Ok(keeper::resume(settings, state, before))
@@ -69,8 +77,7 @@ pub fn main() -> ExitCode {
             inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take_socket(3)?, sys::inherited::take(4)?)))
         }
         Invocation::Worker(settings) => inherited(|| {
-            // Executed through a descriptor, the process would be named after the descriptor's number.
-            nix::sys::prctl::set_name(c"containerd-shim")?;
+            name_process()?;
             logging::install(Some(&settings.bundle), settings.log_level);
             Ok(worker::run(settings, sys::inherited::take_socket(3)?))
         }),
@@ -82,6 +89,11 @@ pub fn main() -> ExitCode {
         Invocation::Ps(query) => ended("ps", commands::ps(&query)),
         Invocation::Inspect { id, query } => ended(&format!("inspect {id}"), commands::inspect(&id, &query)),
     }
+}
+
+/// Names a process that was executed through a descriptor: older kernels name it after the descriptor's number.
+fn name_process() -> std::io::Result<()> {
+    Ok(nix::sys::prctl::set_name(c"containerd-shim")?)
 }
 
 /// Runs a mode that needs descriptors of the parent process.

@@ -65,7 +65,10 @@ saved!(Executable { file, path, versions, build });
 impl Executable {
     /// The executable that this process runs.
     pub(crate) fn own() -> io::Result<Self> {
-        let path = std::fs::read_link("/proc/self/exe").map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+        // On a mount of its own, the kernel knows its name only: its path is that of the command line.
+        let named = std::env::args().next().filter(|program| program.starts_with('/'));
+        let linked = || std::fs::read_link("/proc/self/exe").map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+        let path = named.unwrap_or_else(linked);
         let build = crate::test_identity::build().to_owned();
         Ok(Self { file: File::open("/proc/self/exe")?.into(), path, versions: Some(crate::test_identity::versions()), build })
     }
@@ -146,7 +149,7 @@ impl Generation {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let descriptors: Vec<_> = [theirs.as_fd()].into_iter().chain(attached.map(AsFd::as_fd)).collect();
-        let (argv, env) = (settings.command_line(words)?, sys::exec::environment());
+        let (argv, env) = (settings.command_line(&executable.path, words)?, sys::exec::environment());
         let started = spawn(&Command::of_executable(executable.file.as_fd(), argv, env, &descriptors)?)?;
         poll.add(&ours, Source::Worker(number))?;
         Ok(Self {

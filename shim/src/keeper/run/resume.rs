@@ -17,7 +17,7 @@ use crate::keeper::reexec::{self, Error};
 use crate::keeper::relay::Relay;
 use crate::keeper::upgrade::Stage;
 use crate::saved::{Reader, Saved as _, Writer};
-use crate::settings::Settings;
+use crate::settings::{PROGRAM, Settings};
 use crate::sys;
 use crate::test_identity::{self, Place};
 
@@ -151,6 +151,6 @@ fn read_state(state: &OwnedFd) -> Result<Vec<u8>, Error> {
 /// Executes the previous executable with the state and descriptors of which this one has not taken over any.
 fn go_back(settings: &Settings, state: &OwnedFd, before: &OwnedFd) -> io::Result<()> {
     nix::unistd::lseek(state, 0, nix::unistd::Whence::SeekSet)?;
-    let arguments = settings.command_line(&["keeper", "resume", &state.as_raw_fd().to_string()])?;
+    let arguments = settings.command_line(PROGRAM, &["keeper", "resume", &state.as_raw_fd().to_string()])?;
     match sys::exec::execute(before.as_fd(), &arguments, &sys::exec::environment(), &[state.as_raw_fd()])? {}
 }
