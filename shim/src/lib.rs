@@ -57,15 +57,27 @@ pub fn main() -> ExitCode {
         Invocation::Help => ended("help", commands::help()),
         Invocation::Keeper { settings, unprotected } => inherited(|| {
             name_process()?;
+            let (clients, control, mount) =
+                (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?, sys::inherited::take(5).ok());
+            let forked = keeper::fork();
             logging::install(Some(&settings.bundle), settings.log_level);
-            let (clients, control) = (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?);
-            let mount = sys::inherited::take(5).ok();
+            let worker = match forked {
+                Ok(keeper::Forked::Worker(link)) => {
+                    drop((clients, control, mount));
+                    return Ok(worker::run(settings, link));
+                }
+                Ok(keeper::Forked::Keeper(worker)) => Some(worker),
+                Err(error) => {
+                    log::warn!(error:%; "cannot fork a worker, will execute one");
+                    None
+                }
+            };
             // Never closed: see `executable::Protected`.
             std::mem::forget(mount);
             if let Some(error) = unprotected {
                 executable::warn_of_unprotected(&error);
             }
-            Ok(keeper::run(settings, clients, control))
+            Ok(keeper::run(settings, clients, control, worker))
         }),
         Invocation::Resume { settings, state, before } => inherited(|| {
             name_process()?;

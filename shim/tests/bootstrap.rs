@@ -73,6 +73,13 @@ impl Host {
         installed
     }
 
+    /// The worker of the only shim, once it serves.
+    fn worker(&self) -> u32 {
+        let worker = || self.ps()["shims"][0]["worker"].clone();
+        eventually("a worker serves", || worker()["build"].as_str().is_some_and(|build| !build.is_empty()));
+        worker()["pid"].as_u64().and_then(|pid| pid.try_into().ok()).expect("a pid")
+    }
+
     fn keeper_of(&self, id: &str) -> u32 {
         let pid = fs::read_to_string(self.run.join("b").join(id).join("shim.pid")).expect("start writes shim.pid");
         pid.parse().expect("a number")
@@ -259,6 +266,46 @@ fn without_the_right_to_mount_a_keeper_starts_and_logs_why_it_is_unprotected() {
     }
     assert!(text.contains("Operation not permitted"), "{text}");
     eventually("a worker serves", || host.ps()["shims"][0]["worker"]["build"].as_str().is_some_and(|build| !build.is_empty()));
+}
+
+#[test]
+fn the_first_worker_is_a_fork_of_the_keeper_that_has_nothing_of_it() {
+    let host = Host::new();
+    host.bundle("c1", None);
+    host.start("c1");
+    let keeper = host.keeper_of("c1");
+    let worker = host.worker();
+    let line = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    assert_eq!(line(worker), line(keeper).replace("\0keeper\0", "\0worker\0"));
+    assert!(line(worker).contains("\0worker\0"));
+    let field = |pid: u32, number: usize| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("is there");
+        stat.rsplit_once(") ").expect("a name").1.split(' ').nth(number - 3).expect("a field").to_owned()
+    };
+    // 28: the bottom of the stack, which execve(2) would place elsewhere
+    assert_eq!(field(worker, 28), field(keeper, 28), "it was executed");
+    assert_eq!(field(worker, 5), worker.to_string(), "a process group of its own");
+    assert_eq!(fs::read_to_string(format!("/proc/{worker}/comm")).expect("is there").trim(), "containerd-shim");
+    for number in numbers_in(format!("/proc/{worker}/fd")) {
+        let target = fs::read_link(format!("/proc/{worker}/fd/{number}")).unwrap_or_default();
+        let inode = |pid: u32| fs::metadata(format!("/proc/{pid}/fd/{number}")).map(|about| about.ino());
+        let is_keepers = number > 2 && target.to_string_lossy().starts_with("socket:") && inode(keeper).ok() == inode(worker).ok();
+        assert!(!is_keepers, "descriptor {number} is the keeper's {}", target.display());
+    }
+    kill(worker, "-KILL");
+    eventually("another worker serves", || host.worker() != worker);
+    let next = host.worker();
+    assert_ne!(field(next, 28), field(keeper, 28), "the next one is executed, with addresses of its own");
+}
+
+#[test]
+fn the_first_worker_ends_with_its_keeper() {
+    let host = Host::new();
+    host.bundle("c1", None);
+    host.start("c1");
+    let worker = host.worker();
+    kill(host.keeper_of("c1"), "-KILL");
+    eventually("the worker has exited", || fs::read(format!("/proc/{worker}/cmdline")).map_or(true, |line| line.is_empty()));
 }
 
 #[test]
