@@ -27,10 +27,7 @@ use crate::invocation::Flags;
 use crate::options::RuntimeOptions;
 use crate::run_dir::{self, Place, RunDir};
 use crate::settings::Settings;
-use crate::sys::{
-    self,
-    spawn::{Command, Started},
-};
+use crate::sys::{self, spawn::Command};
 use crate::whole_file::blocking_replace;
 
 /// The longest standard input that is read, in bytes.
@@ -132,8 +129,8 @@ impl Shim<'_> {
         if let Some(cgroup) = &options.shim_cgroup {
             placement::join_cgroup(cgroup)?;
         }
-        let (keeper, noted) = self.execute(&settings, &sockets)?;
-        if let Err(error) = noted {
+        let keeper = self.execute(&settings, &sockets)?;
+        if let Err(error) = self.note(&address, keeper) {
             // Its address was not published, and its sockets are removed now. It is our child: its pid is not reused.
             let _ = sys::process::open(keeper).and_then(|keeper| sys::process::signal(keeper.as_fd(), libc::SIGKILL));
             return Err(error);
@@ -142,22 +139,17 @@ impl Shim<'_> {
         Ok(address)
     }
 
-    /// Starts the keeper. Returns its pid, and whether the bundle could be written to.
-    fn execute(&self, settings: &Settings, sockets: &Sockets) -> Result<(u32, Result<(), Error>), Error> {
+    /// Starts the keeper. Returns its pid.
+    fn execute(&self, settings: &Settings, sockets: &Sockets) -> Result<u32, Error> {
         let failed = |path: &Path, source| Error::Io { op: "execute", path: path.to_owned(), source };
         let own = Path::new("/proc/self/exe");
         let program: OwnedFd = open(own, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|error| failed(own, error.into()))?;
         let path = fs::read_link(own).map_err(|source| failed(own, source))?;
         let launch = Launch { settings, sockets, path: &path };
-        let begin = |started: Started| {
-            // While it is being executed.
-            let noted = self.note(&settings.shim_address, started.pid);
-            await_execution(started).map(|keeper| (keeper, noted))
-        };
         let protected = executable::protect(program.as_fd());
-        let begun = protected.and_then(|protected| launch.spawn(protected.file.as_fd(), Ok(protected.mount.as_fd())).and_then(begin));
+        let begun = protected.and_then(|protected| launch.spawn(protected.file.as_fd(), Ok(protected.mount.as_fd())));
         // On a mount that no rule of the host's administrator names, the program may be refused too.
-        begun.or_else(|error| launch.spawn(program.as_fd(), Err(&error)).and_then(begin)).map_err(|source| failed(&path, source))
+        begun.or_else(|error| launch.spawn(program.as_fd(), Err(&error))).map_err(|source| failed(&path, source))
     }
 }
 
@@ -171,7 +163,7 @@ struct Launch<'a> {
 
 impl Launch<'_> {
     /// Executes `program`. `mount`: the one that it is on, or why it has none of its own.
-    fn spawn(&self, program: BorrowedFd<'_>, mount: Result<BorrowedFd<'_>, &io::Error>) -> io::Result<Started> {
+    fn spawn(&self, program: BorrowedFd<'_>, mount: Result<BorrowedFd<'_>, &io::Error>) -> io::Result<u32> {
         let why = mount.err().map(ToString::to_string);
         let words = ["keeper"].into_iter().chain(why.iter().flat_map(|why| ["unprotected", why]));
         let argv = self.settings.command_line(&self.path.to_string_lossy(), &words.collect::<Vec<_>>())?;
@@ -179,15 +171,8 @@ impl Launch<'_> {
         let descriptors: Vec<_> = sockets.into_iter().chain(mount.ok()).collect();
         // In the root directory, not the bundle: a working directory would keep its file system busy while the pod runs.
         let command = Command::of_executable(program, argv, environment(), &descriptors)?;
-        sys::spawn::spawn(&Command { dies_with_parent: false, ..command })
+        sys::spawn::spawn_and_wait(&Command { dies_with_parent: false, ..command })
     }
-}
-
-/// Waits until the keeper's program runs. Returns its pid.
-fn await_execution(started: Started) -> io::Result<u32> {
-    // The pipe closes at execve(2); an error of it arrives before.
-    super::wait::for_input(started.failure.as_fd(), None)?;
-    started.failure.error().map_or(Ok(started.pid), Err)
 }
 
 fn environment() -> Vec<CString> {
