@@ -24,6 +24,8 @@ pub(crate) enum Invocation {
     /// `start`: become the keeper. Descriptor 3 listens for clients, 4 for commands; 5 is the mount of the executable.
     Keeper {
         settings: Settings,
+        /// The path of the executable.
+        program: Option<String>,
         /// Why the executable is not on a read-only mount.
         unprotected: Option<String>,
     },
@@ -186,8 +188,11 @@ impl Invocation {
                     ["resume", state] => Self::Resume { settings, state: number(state)?, before: None },
                     ["resume", state, before] => Self::Resume { settings, state: number(state)?, before: Some(number(before)?) },
                     ["rehearse"] => Self::Rehearse(settings),
-                    ["unprotected", why] => Self::Keeper { settings, unprotected: Some(why.to_owned()) },
-                    _ => Self::Keeper { settings, unprotected: None },
+                    [program, "unprotected", why] => {
+                        Self::Keeper { settings, program: Some(program.to_owned()), unprotected: Some(why.to_owned()) }
+                    }
+                    [program, ..] => Self::Keeper { settings, program: Some(program.to_owned()), unprotected: None },
+                    [] => Self::Keeper { settings, program: None, unprotected: None },
                 })
             }
             "worker" => Ok(Self::Worker(Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()])?)),

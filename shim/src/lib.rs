@@ -55,7 +55,7 @@ pub fn main() -> ExitCode {
         Invocation::Info => ended("info", bootstrap::info()),
         Invocation::Version => ended("version", commands::version()),
         Invocation::Help => ended("help", commands::help()),
-        Invocation::Keeper { settings, unprotected } => inherited(|| {
+        Invocation::Keeper { settings, program, unprotected } => inherited(|| {
             name_process()?;
             let (clients, control, mount) =
                 (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?, sys::inherited::take(5).ok());
@@ -77,7 +77,7 @@ pub fn main() -> ExitCode {
             if let Some(error) = unprotected {
                 executable::warn_of_unprotected(&error);
             }
-            Ok(keeper::run(settings, clients, control, worker))
+            Ok(keeper::run(settings, program, clients, control, worker))
         }),
         Invocation::Resume { settings, state, before } => inherited(|| {
             name_process()?;

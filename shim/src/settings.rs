@@ -8,9 +8,6 @@ use log::warn;
 
 use crate::flag::{self, FlagError};
 
-/// The program's name, where its path is not known.
-pub(crate) const PROGRAM: &str = "containerd-shim-x-v2";
-
 /// The environment variable with the seconds after which an idle worker hibernates; 0: never.
 const IDLE_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
 const DEFAULT_IDLE: Duration = Duration::from_secs(60);
@@ -60,10 +57,10 @@ impl Settings {
         arguments
     }
 
-    /// The command line of a keeper or a worker. `program`: the path of its executable, for operators; `words`: what follows the flags.
-    pub(crate) fn command_line(&self, program: &str, words: &[&str]) -> io::Result<Vec<CString>> {
+    /// The command line of a keeper or a worker. `words`: what follows the flags.
+    pub(crate) fn command_line(&self, words: &[&str]) -> io::Result<Vec<CString>> {
         let flags = self.to_arguments();
-        let line = std::iter::once(program).chain(flags.iter().map(String::as_str)).chain(words.iter().copied());
+        let line = std::iter::once("containerd-shim-x-v2").chain(flags.iter().map(String::as_str)).chain(words.iter().copied());
         Ok(line.map(CString::new).collect::<Result<_, _>>()?)
     }
 

@@ -164,9 +164,9 @@ struct Launch<'a> {
 impl Launch<'_> {
     /// Executes `program`. `mount`: the one that it is on, or why it has none of its own.
     fn spawn(&self, program: BorrowedFd<'_>, mount: Result<BorrowedFd<'_>, &io::Error>) -> io::Result<u32> {
-        let why = mount.err().map(ToString::to_string);
-        let words = ["keeper"].into_iter().chain(why.iter().flat_map(|why| ["unprotected", why]));
-        let argv = self.settings.command_line(&self.path.to_string_lossy(), &words.collect::<Vec<_>>())?;
+        let (path, why) = (self.path.to_string_lossy(), mount.err().map(ToString::to_string));
+        let words = ["keeper", &path].into_iter().chain(why.iter().flat_map(|why| ["unprotected", why]));
+        let argv = self.settings.command_line(&words.collect::<Vec<_>>())?;
         let sockets = [&self.sockets.clients, &self.sockets.control].map(AsFd::as_fd);
         let descriptors: Vec<_> = sockets.into_iter().chain(mount.ok()).collect();
         // In the root directory, not the bundle: a working directory would keep its file system busy while the pod runs.

@@ -66,10 +66,7 @@ saved!(Executable { file, path, versions, build });
 impl Executable {
     /// The executable that this process runs.
     pub(crate) fn own() -> io::Result<Self> {
-        // On a mount of its own, the kernel knows its name only: its path is that of the command line.
-        let named = std::env::args().next().filter(|program| program.starts_with('/'));
-        let linked = || std::fs::read_link("/proc/self/exe").map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
-        let path = named.unwrap_or_else(linked);
+        let path = std::fs::read_link("/proc/self/exe").map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
         let build = crate::test_identity::build().to_owned();
         Ok(Self { file: File::open("/proc/self/exe")?.into(), path, versions: Some(crate::test_identity::versions()), build })
     }
@@ -151,7 +148,7 @@ impl Generation {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let descriptors: Vec<_> = [theirs.as_fd()].into_iter().chain(attached.map(AsFd::as_fd)).collect();
-        let (argv, env) = (settings.command_line(&executable.path, words)?, sys::exec::environment());
+        let (argv, env) = (settings.command_line(words)?, sys::exec::environment());
         let started = spawn(&Command::of_executable(executable.file.as_fd(), argv, env, &descriptors)?)?;
         Self::of(number, started.pid, ours, Some(started.failure), now, poll)
     }
@@ -217,6 +214,8 @@ impl Generation {
         if self.version.is_some() {
             return false;
         }
+        // It runs: the pipe has nothing to report any more.
+        self.failure = None;
         (executable.versions, executable.build) = (Some(theirs), build);
         let ours = crate::test_identity::versions();
         self.version = ours.agree(theirs);

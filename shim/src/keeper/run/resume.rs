@@ -18,18 +18,27 @@ use crate::keeper::reexec::{self, Error};
 use crate::keeper::relay::Relay;
 use crate::keeper::upgrade::Stage;
 use crate::saved::{Reader, Saved as _, Writer};
-use crate::settings::{PROGRAM, Settings};
+use crate::settings::Settings;
 use crate::sys;
 use crate::test_identity::{self, Place};
 
 /// Runs until the last container was deleted and a client has called Shutdown.
 ///
-/// `listener`, `control`: bound and listening already. `worker`: absent if it could not be forked. Errors are logged; the exit code is for
-/// a manual start.
-pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd, worker: Option<FirstWorker>) -> ExitCode {
+/// `program`: the path of the executable; on a mount of its own, the kernel knows its name only. `listener`, `control`: bound and listening already.
+/// `worker`: absent if it could not be forked. Errors are logged; the exit code is for a manual start.
+pub(crate) fn run(
+    settings: Settings,
+    program: Option<String>,
+    listener: OwnedFd,
+    control: OwnedFd,
+    worker: Option<FirstWorker>,
+) -> ExitCode {
     info!(pid = std::process::id(); "keeper started");
     let keeper = Relay::new(listener.into()).and_then(|relay| {
         let mut keeper = Keeper::new(settings, relay, Control::new(control.into())?)?;
+        if let Some(program) = program {
+            keeper.supervisor.executable.path = program;
+        }
         if let Some(worker) = worker {
             keeper.supervisor.adopt(worker, Instant::now(), &keeper.poll)?;
         }
@@ -159,6 +168,6 @@ fn read_state(state: &OwnedFd) -> Result<Vec<u8>, Error> {
 /// Executes the previous executable with the state and descriptors of which this one has not taken over any.
 fn go_back(settings: &Settings, state: &OwnedFd, before: &OwnedFd) -> io::Result<()> {
     nix::unistd::lseek(state, 0, nix::unistd::Whence::SeekSet)?;
-    let arguments = settings.command_line(PROGRAM, &["keeper", "resume", &state.as_raw_fd().to_string()])?;
+    let arguments = settings.command_line(&["keeper", "resume", &state.as_raw_fd().to_string()])?;
     match sys::exec::execute(before.as_fd(), &arguments, &sys::exec::environment(), &[state.as_raw_fd()])? {}
 }

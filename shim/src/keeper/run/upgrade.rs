@@ -172,7 +172,7 @@ impl Keeper {
         let executable = &self.supervisor.executable;
         let protected = protect(executable.file.as_fd()).inspect_err(warn_of_unprotected).ok();
         let program = protected.as_ref().map_or(&executable.file, |protected| &protected.file);
-        let arguments = self.settings.command_line(&executable.path, &words)?;
+        let arguments = self.settings.command_line(&words)?;
         sys::exec::execute(program.as_fd(), &arguments, &sys::exec::environment(), &kept)
     }
 
