@@ -319,7 +319,7 @@ pub(crate) async fn a_runtime_may_write_to_both_of_its_outputs(stand: Stand) -> 
     let runtime = programs::script(stand.folder(), "runtime", &format!("#!/bin/sh\n{talk}\nexec {} \"$@\"\n", stand.runtime().display()))?;
     let container = stand.bundle("c1", &["sh", "-c", "exit 5"]).runtime(&runtime).run().await?;
     ensure!(container.finish().await? == 5);
-    Ok(())
+    leave(&container.task, container.shim_pid()?, "c1").await
 }
 
 /// The runtime has started it without delivering its terminal: without a kill it would run for ever.
