@@ -21,8 +21,14 @@ pub(crate) enum Invocation {
     Info,
     Version,
     Help,
-    /// `start`: become the keeper. Descriptor 3 listens for clients, 4 for commands.
-    Keeper(Settings),
+    /// `start`: become the keeper. Descriptor 3 listens for clients, 4 for commands; 5 is the mount of the executable.
+    Keeper {
+        settings: Settings,
+        /// The path of the executable.
+        program: Option<String>,
+        /// Why the executable is not on a read-only mount.
+        unprotected: Option<String>,
+    },
     /// A keeper: resume after a re-exec. Descriptor `state` holds the saved state, `before` the previous executable; none when going back
     /// to that.
     Resume {
@@ -182,7 +188,11 @@ impl Invocation {
                     ["resume", state] => Self::Resume { settings, state: number(state)?, before: None },
                     ["resume", state, before] => Self::Resume { settings, state: number(state)?, before: Some(number(before)?) },
                     ["rehearse"] => Self::Rehearse(settings),
-                    _ => Self::Keeper(settings),
+                    [program, "unprotected", why] => {
+                        Self::Keeper { settings, program: Some(program.to_owned()), unprotected: Some(why.to_owned()) }
+                    }
+                    [program, ..] => Self::Keeper { settings, program: Some(program.to_owned()), unprotected: None },
+                    [] => Self::Keeper { settings, program: None, unprotected: None },
                 })
             }
             "worker" => Ok(Self::Worker(Settings::from_arguments(&arguments[..arguments.len() - 1 - rest.len()])?)),

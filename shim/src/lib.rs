@@ -8,6 +8,7 @@ mod chain;
 mod commands;
 mod control;
 mod engine;
+mod executable;
 mod flag;
 mod frame;
 #[cfg(any(test, fuzzing))]
@@ -54,13 +55,32 @@ pub fn main() -> ExitCode {
         Invocation::Info => ended("info", bootstrap::info()),
         Invocation::Version => ended("version", commands::version()),
         Invocation::Help => ended("help", commands::help()),
-        Invocation::Keeper(settings) => inherited(|| {
+        Invocation::Keeper { settings, program, unprotected } => inherited(|| {
+            name_process()?;
+            let (clients, control, mount) =
+                (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?, sys::inherited::take(5).ok());
+            let forked = keeper::fork();
             logging::install(Some(&settings.bundle), settings.log_level);
-            let (clients, control) = (sys::inherited::take_socket(3)?, sys::inherited::take_socket(4)?);
-            Ok(keeper::run(settings, clients, control))
+            let worker = match forked {
+                Ok(keeper::Forked::Worker(link)) => {
+                    drop((clients, control, mount));
+                    return Ok(worker::run(settings, link));
+                }
+                Ok(keeper::Forked::Keeper(worker)) => Some(worker),
+                Err(error) => {
+                    log::warn!(error:%; "cannot fork a worker, will execute one");
+                    None
+                }
+            };
+            // Never closed: see `executable::Protected`.
+            std::mem::forget(mount);
+            if let Some(error) = unprotected {
+                executable::warn_of_unprotected(&error);
+            }
+            Ok(keeper::run(settings, program, clients, control, worker))
         }),
         Invocation::Resume { settings, state, before } => inherited(|| {
-            nix::sys::prctl::set_name(c"containerd-shim")?;
+            name_process()?;
             logging::install(Some(&settings.bundle), settings.log_level);
             let (state, before) = (sys::inherited::take(state)?, before.map(sys::inherited::take).transpose()?);
             Ok(keeper::resume(settings, state, before))
@@ -69,8 +89,7 @@ pub fn main() -> ExitCode {
             inherited(|| Ok(keeper::rehearse(settings, sys::inherited::take_socket(3)?, sys::inherited::take(4)?)))
         }
         Invocation::Worker(settings) => inherited(|| {
-            // Executed through a descriptor, the process would be named after the descriptor's number.
-            nix::sys::prctl::set_name(c"containerd-shim")?;
+            name_process()?;
             logging::install(Some(&settings.bundle), settings.log_level);
             Ok(worker::run(settings, sys::inherited::take_socket(3)?))
         }),
@@ -82,6 +101,11 @@ pub fn main() -> ExitCode {
         Invocation::Ps(query) => ended("ps", commands::ps(&query)),
         Invocation::Inspect { id, query } => ended(&format!("inspect {id}"), commands::inspect(&id, &query)),
     }
+}
+
+/// Names a process that was executed through a descriptor: older kernels name it after the descriptor's number.
+fn name_process() -> std::io::Result<()> {
+    Ok(nix::sys::prctl::set_name(c"containerd-shim")?)
 }
 
 /// Runs a mode that needs descriptors of the parent process.

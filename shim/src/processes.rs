@@ -1,6 +1,7 @@
 //! Processes in `/proc`: their state and their descendants.
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::os::fd::AsFd;
 
 use nix::libc;
@@ -8,6 +9,9 @@ use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 
 use crate::sys;
+
+/// The longest line of a process: 52 fields of 20 digits, and a name.
+const MOST_LINE_BYTES: usize = 2048;
 
 /// How often to look for descendants: a fork bomb may start them faster than they are killed.
 const MOST_LOOKS: usize = 16;
@@ -27,8 +31,10 @@ impl Stat {
     /// Of the process `pid`, running or a zombie; absent if there is none.
     pub(crate) fn of(pid: u32) -> Option<Self> {
         // The program's name may be any bytes: a process chooses it, and the kernel cuts it within a character.
-        let line = fs::read(format!("/proc/{pid}/stat")).ok()?;
-        Self::parse(&String::from_utf8_lossy(&line))
+        // The kernel gives the line at once.
+        let mut line = [0; MOST_LINE_BYTES];
+        let count = File::open(format!("/proc/{pid}/stat")).and_then(|mut file| file.read(&mut line)).ok()?;
+        Self::parse(&String::from_utf8_lossy(&line[..count]))
     }
 
     /// Source: proc_pid_stat(5): field 3 is the state, 4 the parent, 22 the start time, 52 the exit status.

@@ -1,7 +1,9 @@
 //! `start`, `delete`, `-info` and `ps`, as containerd and operators run them: the real binary in a `/run` of its own.
-use std::fs::{self, Permissions};
+use std::ffi::OsStr;
+use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -64,6 +66,20 @@ impl Host {
         serde_json::from_slice(&output.stdout).expect("JSON")
     }
 
+    /// A copy of the program of its own.
+    fn install(&self) -> PathBuf {
+        let installed = self.run.join("containerd-shim-x-v2");
+        assert!(Command::new("/bin/cp").arg(SHIM).arg(&installed).status().expect("executes").success());
+        installed
+    }
+
+    /// The worker of the only shim, once it serves.
+    fn worker(&self) -> u32 {
+        let worker = || self.ps()["shims"][0]["worker"].clone();
+        eventually("a worker serves", || worker()["build"].as_str().is_some_and(|build| !build.is_empty()));
+        worker()["pid"].as_u64().and_then(|pid| pid.try_into().ok()).expect("a pid")
+    }
+
     fn keeper_of(&self, id: &str) -> u32 {
         let pid = fs::read_to_string(self.run.join("b").join(id).join("shim.pid")).expect("start writes shim.pid");
         pid.parse().expect("a number")
@@ -86,6 +102,18 @@ impl Drop for Host {
 fn numbers_in(folder: impl AsRef<Path>) -> Vec<u32> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// The variables that were set for a command.
+fn set_in(command: &Command) -> impl Iterator<Item = (&OsStr, &OsStr)> {
+    command.get_envs().filter_map(|(name, value)| Some((name, value?)))
+}
+
+fn may_mount() -> bool {
+    const CAP_SYS_ADMIN: u32 = 21;
+    let status = fs::read_to_string("/proc/self/status").expect("is there");
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("is there");
+    u64::from_str_radix(effective.trim(), 16).expect("a number") & 1 << CAP_SYS_ADMIN != 0
 }
 
 fn kill(pid: u32, signal: &str) {
@@ -188,13 +216,103 @@ fn the_keeper_has_nothing_of_the_daemon() {
 }
 
 #[test]
+fn the_program_cannot_be_written_through_a_keeper_even_after_its_exit() {
+    if !may_mount() {
+        return eprintln!("skipped: needs CAP_SYS_ADMIN");
+    }
+    let host = Host::new();
+    host.bundle("c1", None);
+    let installed = host.install();
+    let start = host.action("c1", "start");
+    let mut command = Command::new(&installed);
+    command.args(start.get_args()).envs(set_in(&start)).current_dir(host.run.join("b/c1")).stdin(Stdio::null());
+    succeeded(command.output().expect("executes"));
+    let keeper = host.keeper_of("c1");
+    let executable = format!("/proc/{keeper}/exe");
+    assert_eq!(fs::read_link(&executable).expect("is there"), Path::new("/containerd-shim-x-v2"), "the name without the folder");
+    assert!(fs::metadata(&executable).is_ok_and(|own| own.ino() == fs::metadata(&installed).expect("is there").ino()));
+    let line = fs::read_to_string(format!("/proc/{keeper}/cmdline")).expect("is there");
+    assert!(line.ends_with(&format!("\0keeper\0{}\0", installed.display())), "the path is its last argument: {line}");
+    assert_eq!(fs::read_to_string(format!("/proc/{keeper}/comm")).expect("is there").trim(), "containerd-shim");
+    // As a process in a container would hold it; here it needs a path to be opened again.
+    let held = File::options().read(true).custom_flags(nix::libc::O_PATH).open(&executable).expect("is there");
+    let write = || File::options().write(true).open(format!("/proc/self/fd/{}", held.as_raw_fd())).map(drop);
+    assert!(write().is_err(), "while it runs");
+    kill(keeper, "-KILL");
+    eventually("no process executes the program", || File::options().write(true).open(&installed).is_ok());
+    assert_eq!(write().expect_err("the mount is read-only").raw_os_error(), Some(nix::libc::EROFS));
+}
+
+#[test]
+fn without_the_right_to_mount_a_keeper_starts_and_logs_why_it_is_unprotected() {
+    let host = Host::new();
+    let bundle = host.bundle("c1", None);
+    nix::unistd::mkfifo(&bundle.join("log"), nix::sys::stat::Mode::S_IRWXU).expect("a fifo");
+    let start = host.action("c1", "start");
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin", SHIM]).args(start.get_args()).current_dir(&bundle);
+    command.envs(set_in(&start));
+    let Ok(output) = command.stdin(Stdio::null()).output() else { return eprintln!("skipped: there is no setpriv") };
+    succeeded(output);
+    let mut log = File::options().read(true).write(true).open(bundle.join("log")).expect("a fifo");
+    let mut text = String::new();
+    while !text.contains("is not executed on a read-only mount") {
+        let mut bytes = [0; 4096];
+        let count = log.read(&mut bytes).expect("a line");
+        text.push_str(&String::from_utf8_lossy(&bytes[..count]));
+    }
+    assert!(text.contains("Operation not permitted"), "{text}");
+    eventually("a worker serves", || host.ps()["shims"][0]["worker"]["build"].as_str().is_some_and(|build| !build.is_empty()));
+}
+
+#[test]
+fn the_first_worker_is_a_fork_of_the_keeper_that_has_nothing_of_it() {
+    let host = Host::new();
+    host.bundle("c1", None);
+    host.start("c1");
+    let keeper = host.keeper_of("c1");
+    let worker = host.worker();
+    let line = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    assert_eq!(line(worker), line(keeper).replace("\0keeper\0", "\0worker\0"));
+    assert!(line(worker).contains("\0worker\0"));
+    let field = |pid: u32, number: usize| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("is there");
+        stat.rsplit_once(") ").expect("a name").1.split(' ').nth(number - 3).expect("a field").to_owned()
+    };
+    // 28: the bottom of the stack, which execve(2) would place elsewhere
+    assert_eq!(field(worker, 28), field(keeper, 28), "it was executed");
+    assert_eq!(field(worker, 5), worker.to_string(), "a process group of its own");
+    assert_eq!(fs::read_to_string(format!("/proc/{worker}/comm")).expect("is there").trim(), "containerd-shim");
+    for number in numbers_in(format!("/proc/{worker}/fd")) {
+        let target = fs::read_link(format!("/proc/{worker}/fd/{number}")).unwrap_or_default();
+        let inode = |pid: u32| fs::metadata(format!("/proc/{pid}/fd/{number}")).map(|about| about.ino());
+        let is_keepers = number > 2 && target.to_string_lossy().starts_with("socket:") && inode(keeper).ok() == inode(worker).ok();
+        assert!(!is_keepers, "descriptor {number} is the keeper's {}", target.display());
+    }
+    kill(worker, "-KILL");
+    eventually("another worker serves", || host.worker() != worker);
+    let next = host.worker();
+    assert_ne!(field(next, 28), field(keeper, 28), "the next one is executed, with addresses of its own");
+}
+
+#[test]
+fn the_first_worker_ends_with_its_keeper() {
+    let host = Host::new();
+    host.bundle("c1", None);
+    host.start("c1");
+    let worker = host.worker();
+    kill(host.keeper_of("c1"), "-KILL");
+    eventually("the worker has exited", || fs::read(format!("/proc/{worker}/cmdline")).map_or(true, |line| line.is_empty()));
+}
+
+#[test]
 fn a_keeper_that_may_open_few_descriptors_has_a_worker() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
     let start = host.action("c1", "start");
     let mut command = Command::new("/bin/sh");
     command.args(["-c", "ulimit -n 60; exec \"$0\" \"$@\"", SHIM]).args(start.get_args()).current_dir(bundle);
-    command.envs(start.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command.envs(set_in(&start));
     succeeded(command.stdin(Stdio::null()).output().expect("executes"));
     let limits = fs::read_to_string(format!("/proc/{}/limits", host.keeper_of("c1"))).expect("is there");
     assert!(limits.lines().any(|line| line.starts_with("Max open files") && line.contains(" 60 ")), "{limits}");
@@ -512,8 +630,7 @@ fn info_describes_the_engine_that_the_options_name() {
 fn a_shim_whose_file_was_replaced_still_starts() {
     let host = Host::new();
     host.bundle("c1", None);
-    let installed = host.run.join("containerd-shim-x-v2");
-    assert!(Command::new("/bin/cp").arg(SHIM).arg(&installed).status().expect("executes").success());
+    let installed = host.install();
     // It waits for its standard input, and its file is replaced meanwhile.
     let mut command = Command::new(&installed);
     command.args(["-namespace", "n1", "-address", DAEMON, "-id", "c1", "start"]).env("X_SHIM_RUN_DIR", &host.run);

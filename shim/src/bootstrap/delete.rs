@@ -217,11 +217,12 @@ impl<'a> Deletion<'a> {
 
     /// Removes the sockets of a dead keeper, unless another keeper uses them by now.
     fn remove_sockets(&self) {
-        self.remove_console_sockets();
         let Some(place) = self.place() else { return };
+        // A keeper that exits removes its sockets. One that was killed leaves them, and may leave console sockets.
         if !place.socket.exists() && !place.control.exists() {
             return;
         }
+        self.remove_console_sockets();
         let Ok(_lock) = Lock::take(&place.lock, Instant::now() + Duration::from_millis(100)) else { return };
         if !control::is_listening(&place.control, Duration::from_millis(50)) {
             let _ = socket::remove_stale(&place);

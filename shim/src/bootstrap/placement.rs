@@ -21,15 +21,9 @@ const MAX_SCORE: i32 = 1000;
 ///
 /// Ignores failures, such as a lower score without CAP_SYS_RESOURCE.
 pub(crate) fn adjust_oom_score() {
-    let Some(daemon) = read_score(parent_id()) else { return };
-    let wanted = (daemon + 1).min(MAX_SCORE);
-    if read_score(std::process::id()) != Some(wanted) {
-        let _ = fs::write("/proc/self/oom_score_adj", wanted.to_string());
-    }
-}
-
-fn read_score(pid: u32) -> Option<i32> {
-    fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).ok()?.trim().parse().ok()
+    let score = fs::read_to_string(format!("/proc/{}/oom_score_adj", parent_id()));
+    let Some(daemon) = score.ok().and_then(|score| score.trim().parse::<i32>().ok()) else { return };
+    let _ = fs::write("/proc/self/oom_score_adj", (daemon + 1).min(MAX_SCORE).to_string());
 }
 
 /// Lets only this process and its descendants share cores, if the variable SCHED_CORE is set.

@@ -7,25 +7,27 @@ use std::env;
 use std::ffi::{CString, OsStr};
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::LevelFilter;
+use nix::fcntl::{OFlag, open};
 use nix::libc;
+use nix::sys::stat::Mode;
 
 use super::dialect::{Dialect, Question};
 use super::socket::{Lock, Sockets};
 use super::{Error, group, placement};
 use crate::control;
+use crate::executable;
 use crate::handover::Snapshot;
 use crate::invocation::Flags;
 use crate::options::RuntimeOptions;
 use crate::run_dir::{self, Place, RunDir};
 use crate::settings::Settings;
-use crate::sys::{self, spawn::Started};
+use crate::sys::{self, spawn::Command};
 use crate::whole_file::blocking_replace;
 
 /// The longest standard input that is read, in bytes.
@@ -127,12 +129,8 @@ impl Shim<'_> {
         if let Some(cgroup) = &options.shim_cgroup {
             placement::join_cgroup(cgroup)?;
         }
-        let started = execute(&settings, &sockets)?;
-        // While it is being executed.
-        let keeper = started.pid;
-        let noted = self.note(&address, keeper);
-        await_execution(started)?;
-        if let Err(error) = noted {
+        let keeper = self.execute(&settings, &sockets)?;
+        if let Err(error) = self.note(&address, keeper) {
             // Its address was not published, and its sockets are removed now. It is our child: its pid is not reused.
             let _ = sys::process::open(keeper).and_then(|keeper| sys::process::signal(keeper.as_fd(), libc::SIGKILL));
             return Err(error);
@@ -140,42 +138,41 @@ impl Shim<'_> {
         sockets.keep();
         Ok(address)
     }
+
+    /// Starts the keeper. Returns its pid.
+    fn execute(&self, settings: &Settings, sockets: &Sockets) -> Result<u32, Error> {
+        let failed = |path: &Path, source| Error::Io { op: "execute", path: path.to_owned(), source };
+        let own = Path::new("/proc/self/exe");
+        let program: OwnedFd = open(own, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|error| failed(own, error.into()))?;
+        let path = fs::read_link(own).map_err(|source| failed(own, source))?;
+        let launch = Launch { settings, sockets, path: &path };
+        let protected = executable::protect(program.as_fd());
+        let begun = protected.and_then(|protected| launch.spawn(protected.file.as_fd(), Ok(protected.mount.as_fd())));
+        // On a mount that no rule of the host's administrator names, the program may be refused too.
+        begun.or_else(|error| launch.spawn(program.as_fd(), Err(&error))).map_err(|source| failed(&path, source))
+    }
 }
 
-/// Starts the keeper.
-fn execute(settings: &Settings, sockets: &Sockets) -> Result<Started, Error> {
-    let program = own_image();
-    let failed = |source| Error::Io { op: "execute", path: program.clone(), source };
-    sys::spawn::spawn(&sys::spawn::Command {
-        program: CString::new(program.as_os_str().as_bytes()).map_err(|error| failed(error.into()))?,
-        argv: settings.command_line(&["keeper"]).map_err(failed)?,
-        env: environment(),
-        // Not the bundle: a working directory would keep its file system busy while the pod runs.
-        cwd: c"/".to_owned(),
-        descriptors: vec![None, None, None, Some(sockets.clients.as_fd()), Some(sockets.control.as_fd())],
-        dies_with_parent: false,
-    })
-    .map_err(failed)
+/// A keeper about to be started.
+struct Launch<'a> {
+    settings: &'a Settings,
+    sockets: &'a Sockets,
+    /// The program's path, for operators.
+    path: &'a Path,
 }
 
-/// Waits until the keeper's program runs.
-fn await_execution(started: Started) -> Result<(), Error> {
-    let failed = |source| Error::Io { op: "execute", path: own_image(), source };
-    // The pipe closes at execve(2); an error of it arrives before.
-    super::wait::for_input(started.failure.as_fd(), None).map_err(failed)?;
-    started.failure.error().map_or(Ok(()), |error| Err(failed(error)))
-}
-
-/// The path of this program. If its file was replaced since, the path under which the kernel still has the old one.
-fn own_image() -> PathBuf {
-    const RUNNING: &str = "/proc/self/exe";
-    let named = fs::read_link(RUNNING).ok();
-    let same = |path: &PathBuf| match (fs::metadata(path), fs::metadata(RUNNING)) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    };
-    // By its name where possible: `ps` and `pgrep` show it.
-    named.filter(same).unwrap_or_else(|| RUNNING.into())
+impl Launch<'_> {
+    /// Executes `program`. `mount`: the one that it is on, or why it has none of its own.
+    fn spawn(&self, program: BorrowedFd<'_>, mount: Result<BorrowedFd<'_>, &io::Error>) -> io::Result<u32> {
+        let (path, why) = (self.path.to_string_lossy(), mount.err().map(ToString::to_string));
+        let words = ["keeper", &path].into_iter().chain(why.iter().flat_map(|why| ["unprotected", why]));
+        let argv = self.settings.command_line(&words.collect::<Vec<_>>())?;
+        let sockets = [&self.sockets.clients, &self.sockets.control].map(AsFd::as_fd);
+        let descriptors: Vec<_> = sockets.into_iter().chain(mount.ok()).collect();
+        // In the root directory, not the bundle: a working directory would keep its file system busy while the pod runs.
+        let command = Command::of_executable(program, argv, environment(), &descriptors)?;
+        sys::spawn::spawn_and_wait(&Command { dies_with_parent: false, ..command })
+    }
 }
 
 fn environment() -> Vec<CString> {

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
+use super::first_worker::FirstWorker;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::handover::{MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions};
@@ -118,7 +119,8 @@ pub(crate) struct Generation {
     input: Inbox,
     output: Outbox,
     started_at: Instant,
-    failure: Failure,
+    /// Absent for a worker that was forked and executes nothing.
+    failure: Option<Failure>,
     /// The keeper killed it: why and when. Its messages are ignored from then on.
     killed: Option<(End, Instant)>,
     /// When it last sent a message, or when a message to it became unanswered.
@@ -148,16 +150,26 @@ impl Generation {
         let descriptors: Vec<_> = [theirs.as_fd()].into_iter().chain(attached.map(AsFd::as_fd)).collect();
         let (argv, env) = (settings.command_line(words)?, sys::exec::environment());
         let started = spawn(&Command::of_executable(executable.file.as_fd(), argv, env, &descriptors)?)?;
-        poll.add(&ours, Source::Worker(number))?;
+        Self::of(number, started.pid, ours, Some(started.failure), now, poll)
+    }
+
+    /// The generation of a worker that was [forked](super::first_worker).
+    pub(crate) fn of_forked(number: u32, worker: FirstWorker, now: Instant, poll: &Poll) -> io::Result<Self> {
+        worker.link.set_nonblocking(true)?;
+        Self::of(number, worker.pid, worker.link, None, now, poll)
+    }
+
+    fn of(number: u32, pid: u32, link: UnixStream, failure: Option<Failure>, now: Instant, poll: &Poll) -> io::Result<Self> {
+        poll.add(&link, Source::Worker(number))?;
         Ok(Self {
             number,
-            pid: started.pid,
+            pid,
             version: None,
-            link: ours,
+            link,
             input: Inbox::default(),
             output: Outbox::default(),
             started_at: now,
-            failure: started.failure,
+            failure,
             killed: None,
             quiet_since: now,
             owing: false,
@@ -187,7 +199,7 @@ impl Generation {
 
     /// Why it exited. `status` as in [`sys::process::Ended`].
     pub(crate) fn end(self, status: u32) -> End {
-        if let Some(error) = self.failure.error() {
+        if let Some(error) = self.failure.and_then(Failure::error) {
             return End { fault: Fault::Worker, why: format!("it cannot be executed: {error}") };
         }
         self.killed.map(|(end, _)| end).unwrap_or_else(|| match status {
@@ -202,6 +214,8 @@ impl Generation {
         if self.version.is_some() {
             return false;
         }
+        // It runs: the pipe has nothing to report any more.
+        self.failure = None;
         (executable.versions, executable.build) = (Some(theirs), build);
         let ours = crate::test_identity::versions();
         self.version = ours.agree(theirs);

@@ -16,6 +16,7 @@
 //! **Invariant:** the keeper does not change what containers inherit from it: limits, niceness, affinity, timer slack.
 mod children;
 mod control;
+mod first_worker;
 mod gates;
 mod generation;
 mod ledger;
@@ -30,4 +31,5 @@ mod streams;
 mod supervisor;
 mod upgrade;
 
+pub(crate) use first_worker::{Forked, fork};
 pub(crate) use run::{rehearse, resume, run};

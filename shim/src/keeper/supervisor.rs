@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, error, info, warn};
 
+use super::first_worker::FirstWorker;
 use super::generation::{End, Executable, Fault, Generation};
 use super::poll::{Poll, Source};
 use crate::handover::{ToKeeper, ToWorker, Versions};
@@ -100,6 +101,13 @@ impl Supervisor {
             watches: Vec::new(),
             asleep: false,
         })
+    }
+
+    /// Takes over the worker that was forked when the keeper started.
+    pub(crate) fn adopt(&mut self, worker: FirstWorker, now: Instant, poll: &Poll) -> io::Result<()> {
+        (self.generations, self.last_number) = (1, 1);
+        self.worker = Some(Generation::of_forked(self.last_number, worker, now, poll)?);
+        Ok(())
     }
 
     /// Stops waiting for a worker or candidate that was killed and does not exit, so that the next one can start.

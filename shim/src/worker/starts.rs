@@ -2,6 +2,7 @@
 //!
 //! Running the OCI runtime takes a processor some milliseconds. Of hundreds at once, the last would not finish sooner than one after
 //! the other, and every other request would wait for all of them.
+use std::cell::OnceCell;
 use std::future::Future;
 use std::time::Duration;
 
@@ -10,20 +11,27 @@ use tokio::sync::Semaphore;
 /// Admits some starts at once; the others wait for their turn in order of arrival.
 #[derive(Debug)]
 pub(super) struct Starts {
-    turns: Semaphore,
+    /// Made by the first start: finding out how many processors there are takes a dozen files, and most containers have no execs.
+    turns: OnceCell<Semaphore>,
     /// How long a start may occupy a turn.
     turn: Duration,
 }
 
 impl Starts {
     pub(super) fn new() -> Self {
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { turns: Semaphore::new((2 * processors).clamp(AT_LEAST, AT_MOST)), turn: TURN }
+        Self { turns: OnceCell::new(), turn: TURN }
+    }
+
+    fn turns(&self) -> &Semaphore {
+        self.turns.get_or_init(|| {
+            let processors = std::thread::available_parallelism().map_or(1, usize::from);
+            Semaphore::new((2 * processors).clamp(AT_LEAST, AT_MOST))
+        })
     }
 
     /// Does `work` in its turn. Work that takes longer than a turn gives it up and continues.
     pub(super) async fn in_turn<T>(&self, work: impl Future<Output = T>) -> T {
-        let turn = self.turns.acquire().await;
+        let turn = self.turns().acquire().await;
         tokio::pin!(work);
         match tokio::time::timeout(self.turn, &mut work).await {
             Ok(result) => result,

@@ -13,6 +13,7 @@ use super::{Keeper, TRIM_AFTER};
 use crate::chain::chain;
 use crate::handover::{PartResult, ToKeeper};
 use crate::keeper::control::Control;
+use crate::keeper::first_worker::FirstWorker;
 use crate::keeper::reexec::{self, Error};
 use crate::keeper::relay::Relay;
 use crate::keeper::upgrade::Stage;
@@ -23,10 +24,26 @@ use crate::test_identity::{self, Place};
 
 /// Runs until the last container was deleted and a client has called Shutdown.
 ///
-/// `listener`, `control`: bound and listening already. Errors are logged; the exit code is for a manual start.
-pub(crate) fn run(settings: Settings, listener: OwnedFd, control: OwnedFd) -> ExitCode {
+/// `program`: the path of the executable; on a mount of its own, the kernel knows its name only. `listener`, `control`: bound and listening already.
+/// `worker`: absent if it could not be forked. Errors are logged; the exit code is for a manual start.
+pub(crate) fn run(
+    settings: Settings,
+    program: Option<String>,
+    listener: OwnedFd,
+    control: OwnedFd,
+    worker: Option<FirstWorker>,
+) -> ExitCode {
     info!(pid = std::process::id(); "keeper started");
-    let keeper = Relay::new(listener.into()).and_then(|relay| Keeper::new(settings, relay, Control::new(control.into())?));
+    let keeper = Relay::new(listener.into()).and_then(|relay| {
+        let mut keeper = Keeper::new(settings, relay, Control::new(control.into())?)?;
+        if let Some(program) = program {
+            keeper.supervisor.executable.path = program;
+        }
+        if let Some(worker) = worker {
+            keeper.supervisor.adopt(worker, Instant::now(), &keeper.poll)?;
+        }
+        Ok(keeper)
+    });
     end(keeper.and_then(|mut keeper| keeper.serve()))
 }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 use log::info;
 
 use super::Keeper;
+use crate::executable::{protect, warn_of_unprotected};
 use crate::handover::{ControlReply, PartResult, ToKeeper, ToWorker};
 use crate::keeper::generation::{End, Executable, Fault};
 use crate::keeper::upgrade::{FIT_WITHIN, SETTLED_WITHIN, Stage, Upgrade};
@@ -168,8 +169,11 @@ impl Keeper {
         let own = Executable::own()?;
         kept.extend([state.as_raw_fd(), own.file.as_raw_fd()]);
         let words = ["keeper", "resume", &state.as_raw_fd().to_string(), &own.file.as_raw_fd().to_string()];
-        let program = self.supervisor.executable.file.as_fd();
-        sys::exec::execute(program, &self.settings.command_line(&words)?, &sys::exec::environment(), &kept)
+        let executable = &self.supervisor.executable;
+        let protected = protect(executable.file.as_fd()).inspect_err(warn_of_unprotected).ok();
+        let program = protected.as_ref().map_or(&executable.file, |protected| &protected.file);
+        let arguments = self.settings.command_line(&words)?;
+        sys::exec::execute(program.as_fd(), &arguments, &sys::exec::environment(), &kept)
     }
 
     fn keep_keeper(&mut self, why: String) {
