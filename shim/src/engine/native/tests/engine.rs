@@ -13,6 +13,8 @@ use libtest_mimic::{Arguments, Trial};
 mod adversaries;
 #[path = "engine/bundle.rs"]
 mod bundle;
+#[path = "engine/clocks.rs"]
+mod clocks;
 #[path = "engine/differences.rs"]
 mod differences;
 #[path = "engine/execs.rs"]
@@ -27,6 +29,8 @@ mod keeper;
 mod server;
 #[path = "engine/stage.rs"]
 mod stage;
+#[path = "engine/users.rs"]
+mod users;
 #[path = "engine/v2.rs"]
 mod v2;
 
@@ -53,7 +57,8 @@ fn main() -> ExitCode {
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }
-    let cases = [inits::CASES, execs::CASES, hooks::CASES, v2::CASES, adversaries::CASES, differences::CASES].concat();
+    let cases =
+        [inits::CASES, execs::CASES, hooks::CASES, users::CASES, clocks::CASES, v2::CASES, adversaries::CASES, differences::CASES].concat();
     let trials = cases.into_iter().map(|(name, run)| {
         let name = name.trim_start_matches("engine::");
         Trial::test(name, move || {

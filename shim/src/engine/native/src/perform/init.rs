@@ -3,36 +3,25 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pivot_root, sethostname, setsid};
 
-use super::cgroup::Joining;
 use super::descriptors::Kept;
-use super::mounts::{self, Late};
+use super::mounts::{self, Bind, Late};
 use super::program::{self, Program};
 use super::root::{self, Root};
-use super::sync::{ChildEnd, Message};
+use super::sources::Sources;
+use super::sync::{Answer, ChildEnd, Message};
 use super::{Doing, Failure, Step, devices, hooks, masks, terminal};
-use crate::plan::{Create, Kind};
+use crate::plan::{Create, Kind, Process};
 use crate::sys::{self, FsContext, Tree};
 
 /// Everything up to the gate.
-pub(super) fn prepare(
-    plan: &Create,
-    joining: &Joining,
-    namespaces: &[(Kind, OwnedFd)],
-    kept: &Kept,
-    performer: &ChildEnd,
-) -> Result<Program, Failure> {
+pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd) -> Result<Program, Failure> {
     // The caller's would change the modes of what is made.
     umask(Mode::empty());
     setsid().doing(Step::Child, || "start a session".to_owned())?;
-    joining.join()?;
-    for (kind, namespace) in namespaces {
-        setns(namespace, CloneFlags::from_bits_truncate(kind.flag() as i32))
-            .doing(Step::Namespaces, || format!("join the {kind:?} namespace").to_lowercase())?;
-    }
     // Its root is the cgroup at this moment.
     if plan.makes(Kind::Cgroup) {
         unshare(CloneFlags::CLONE_NEWCGROUP).doing(Step::Namespaces, || "make a cgroup namespace".to_owned())?;
@@ -45,9 +34,10 @@ pub(super) fn prepare(
         sys::loopback_up().doing(Step::Namespaces, || "set the loopback interface up".to_owned())?;
     }
 
-    let root = mounts::root(&plan.root, plan.propagation)?;
+    let sources = Sources::new(plan, performer);
+    let root = mounts::root(&plan.root, plan.propagation, &sources)?;
     let mut late = Late::default();
-    plan.mounts.iter().try_for_each(|mount| mounts::make(&root, mount, &mut late))?;
+    (0..).zip(&plan.mounts).try_for_each(|(index, mount)| mounts::make(&root, mount, &Bind { sources: &sources, index }, &mut late))?;
     plan.devices.iter().try_for_each(|device| devices::node(&root, device))?;
     plan.links.iter().try_for_each(|(target, path)| devices::link(&root, target, path))?;
     reopen_null_streams(&root)?;
@@ -66,7 +56,7 @@ pub(super) fn prepare(
     }
     drop(root);
 
-    wait_for_limits(performer)?;
+    wait_for_limits(performer, &plan.process)?;
     program::become_it(&plan.process, true)
 }
 
@@ -83,16 +73,26 @@ fn run_hooks(plan: &Create, performer: &ChildEnd) -> Result<(), Failure> {
 }
 
 /// Reports that limits may be set, and waits until they are.
-pub(super) fn wait_for_limits(performer: &ChildEnd) -> Result<(), Failure> {
-    report_and_wait(performer, &Message::Ready)
+pub(super) fn wait_for_limits(performer: &ChildEnd, process: &Process) -> Result<(), Failure> {
+    performer.send(&Message::Ready).doing(Step::Child, || "report to the performer".to_owned())?;
+    if wait_for(performer)? == Answer::LimitYourself {
+        for limit in &process.rlimits {
+            sys::set_rlimit(0, limit.resource, limit.soft, limit.hard).doing(Step::Limits, || limit.to_string())?;
+        }
+    }
+    Ok(())
 }
 
-fn report_and_wait(performer: &ChildEnd, message: &Message) -> Result<(), Failure> {
+pub(super) fn report_and_wait(performer: &ChildEnd, message: &Message) -> Result<(), Failure> {
     performer.send(message).doing(Step::Child, || "report to the performer".to_owned())?;
-    if performer.may_go().doing(Step::Child, || "wait for the performer".to_owned())? {
-        Ok(())
-    } else {
-        Err(Failure { step: Step::Child, what: "the performer was killed".to_owned(), errno: 0 })
+    wait_for(performer).map(drop)
+}
+
+/// Waits until the performer lets this process go on.
+pub(super) fn wait_for(performer: &ChildEnd) -> Result<Answer, Failure> {
+    match performer.answer().doing(Step::Child, || "wait for the performer".to_owned())? {
+        Answer::None => Err(Failure { step: Step::Child, what: "the performer was killed".to_owned(), errno: 0 }),
+        answer => Ok(answer),
     }
 }
 

@@ -25,11 +25,14 @@ mod child;
 mod descriptors;
 mod devices;
 mod hooks;
+mod ids;
 mod init;
 mod masks;
 mod mounts;
+mod namespaces;
 mod program;
 mod root;
+mod sources;
 mod sync;
 mod terminal;
 

@@ -5,10 +5,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use nix::fcntl::AT_FDCWD;
 use nix::sys::stat::fstat;
 
 use super::root::{self, Root};
+use super::sources::Sources;
 use super::{Doing, Failure, Step, devices};
 use crate::plan::{self, Mount, Source};
 use crate::sys::{self, FsContext, Tree};
@@ -26,20 +26,22 @@ impl Late {
 }
 
 /// Makes the mounts of the host private to the new mount namespace, then the root a mount of its own.
-pub(super) fn root(path: &str, propagation: u64) -> Result<Root, Failure> {
-    let doing = || format!("mount the root {path}");
+pub(super) fn root(path: &str, propagation: u64, sources: &Sources<'_>) -> Result<Root, Failure> {
     let (tree, flags) = split(propagation);
-    let host = root::absolute(Path::new("/")).doing(Step::Root, doing)?;
-    set(host.as_fd(), 0, 0, flags, tree).doing(Step::Root, || "set the propagation of the host's mounts".to_owned())?;
-    let source = Path::new(path);
-    let target = root::absolute(source).doing(Step::Root, doing)?;
-    let mount = sys::open_tree(AT_FDCWD, source, Tree::Recursive).doing(Step::Root, doing)?;
-    sys::move_mount(mount.as_fd(), target.as_fd()).doing(Step::Root, doing)?;
-    Ok(Root::new(mount))
+    let propagate = || set(root::absolute(Path::new("/"))?.as_fd(), 0, 0, flags, tree);
+    propagate().doing(Step::Root, || "set the propagation of the host's mounts".to_owned())?;
+    Ok(Root::new(sources.root(path)?))
+}
+
+/// Where a bind's source comes from.
+pub(super) struct Bind<'a> {
+    pub(super) sources: &'a Sources<'a>,
+    /// Of the mount, in the plan.
+    pub(super) index: u32,
 }
 
 /// Makes a mount.
-pub(super) fn make(root: &Root, mount: &Mount, late: &mut Late) -> Result<(), Failure> {
+pub(super) fn make(root: &Root, mount: &Mount, bind: &Bind<'_>, late: &mut Late) -> Result<(), Failure> {
     let doing = || match &mount.source {
         Source::New { kind, .. } => format!("mount {kind} on {}", mount.target),
         Source::Bind { path, .. } => format!("mount {path} on {}", mount.target),
@@ -64,7 +66,7 @@ pub(super) fn make(root: &Root, mount: &Mount, late: &mut Late) -> Result<(), Fa
             let made = new(kind, parameters, mode, mount.attributes.set).doing(Step::Mounts, doing)?;
             sys::move_mount(made.as_fd(), target.as_fd()).map(|()| made)
         }
-        Source::Bind { path, recursive } => bind(root, mount, path, *recursive),
+        Source::Bind { path, recursive } => bind.sources.tree(bind.index, path, *recursive).and_then(|made| attach_bind(root, mount, made)),
     };
     finish(made.doing(Step::Mounts, doing)?, mount, late)
 }
@@ -91,12 +93,17 @@ fn new(kind: &str, parameters: &[(String, Option<String>)], mode: Option<u32>, a
     context.mount(attributes)
 }
 
-fn bind(root: &Root, mount: &Mount, path: &str, recursive: bool) -> io::Result<OwnedFd> {
-    let made = sys::open_tree(AT_FDCWD, Path::new(path), if recursive { Tree::Recursive } else { Tree::Top })?;
+fn attach_bind(root: &Root, mount: &Mount, made: OwnedFd) -> io::Result<OwnedFd> {
     let target = if root::is_folder(&made)? { root.folder(&mount.target)? } else { root.file(&mount.target)? };
     let plan::Attributes { set: wanted, clear } = mount.attributes;
     if !mount.attributes.is_empty() {
-        set(made.as_fd(), wanted, clear, 0, Tree::Top)?;
+        match set(made.as_fd(), wanted, clear, 0, Tree::Top) {
+            // The kernel has locked some in a user namespace: those that were to be cleared by a word cannot be, the others stay.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) && mount.lenient != 0 => {
+                set(made.as_fd(), wanted, clear & !mount.lenient, 0, Tree::Top)?;
+            }
+            other => other?,
+        }
     }
     if !mount.recursive.is_empty() {
         set(made.as_fd(), mount.recursive.set, mount.recursive.clear, 0, Tree::Recursive)?;

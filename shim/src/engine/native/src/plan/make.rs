@@ -3,7 +3,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
 
-use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl};
+use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl, users};
 use crate::{Host, Refused, seccomp};
 
 /// What a container is made for, beside its configuration.
@@ -42,8 +42,9 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
 
     let none = Vec::new();
     let no_mounts = Vec::new();
+    let mappings = users::mappings(linux, find(Kind::User))?;
     let wanted = spec.mounts().as_ref().unwrap_or(&no_mounts);
-    let cgroup = cgroup::plan(linux, request.id, host)?;
+    let mut cgroup = cgroup::plan(linux, request.id, host)?;
     let own_namespace = find(Kind::Cgroup).is_some();
     let mounts = mounts::plan(wanted, request.bundle, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
     let own_dev = !wanted.iter().any(|mount| mount.destination() == Path::new("/dev") && mounts::is_bind(mount));
@@ -54,6 +55,10 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     planned.keyring = keyring;
     planned.oom_score_adj.get_or_insert(request.default_oom_score_adj);
     planned.umask = process.user().umask().unwrap_or(identity::DEFAULT_UMASK);
+    users::check(&mappings, &planned, "process")?;
+    if matches!(find(Kind::Cgroup), Some(Namespace { path: None, .. })) && mounts::has_writable_cgroups(wanted) {
+        cgroup::give(&mut cgroup, users::outside(&mappings, find(Kind::User).is_some(), planned.uid));
+    }
 
     Ok(Create {
         version: VERSION,
@@ -71,6 +76,8 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         sysctls: sysctl::plan(linux.sysctl().as_ref(), |kind| find(kind).is_some())?,
         process: planned,
         hooks: hooks::plan(spec, request)?,
+        clocks: users::clocks(linux.time_offsets().as_ref(), find(Kind::Time))?,
+        mappings,
         cgroup,
         namespaces,
     })
@@ -86,6 +93,7 @@ pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result
     planned.keyring.clone_from(&container.keyring);
     planned.umask = container.umask;
     planned.oom_score_adj = container.oom_score_adj;
+    users::check(&container.mappings, &planned, "process")?;
     Ok(Exec { version: VERSION, namespaces: container.namespaces, cgroup: container.cgroup.clone(), process: planned })
 }
 
@@ -112,8 +120,8 @@ fn namespaces(wanted: &[oci_spec::runtime::LinuxNamespace]) -> Result<Vec<Namesp
             LinuxNamespaceType::Ipc => Kind::Ipc,
             LinuxNamespaceType::Uts => Kind::Uts,
             LinuxNamespaceType::Cgroup => Kind::Cgroup,
-            LinuxNamespaceType::User => return Err(Refused::unsupported("linux.namespaces[user]")),
-            LinuxNamespaceType::Time => return Err(Refused::unsupported("linux.namespaces[time]")),
+            LinuxNamespaceType::User => Kind::User,
+            LinuxNamespaceType::Time => Kind::Time,
         };
         if found.iter().any(|other| other.kind == kind) {
             return Err(Refused::invalid("linux.namespaces", format!("{:?} is listed twice", namespace.typ())));

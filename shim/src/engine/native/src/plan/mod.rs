@@ -23,12 +23,13 @@ mod limits_v2;
 mod make;
 mod mounts;
 mod options;
-
 mod sysctl;
+mod users;
 
 pub use hooks::{Hook, Hooks, State};
 pub use make::{Request, create, exec, update};
 pub(crate) use options::RDONLY;
+pub use users::{IdRange, Mappings};
 
 /// In place of a half of `cpu.max`: what it is now.
 pub(crate) const KEEP: &str = "keep";
@@ -80,6 +81,12 @@ pub struct Create {
     pub own_dev: bool,
     #[n(16)]
     pub hooks: Hooks,
+    /// Of the container's user namespace: to be written to a new one, or those that one to join must have.
+    #[n(24)]
+    pub mappings: Mappings,
+    /// Lines of `timens_offsets` for a new time namespace.
+    #[n(25)]
+    pub clocks: Vec<String>,
 }
 
 /// Another process for a container.
@@ -119,6 +126,9 @@ pub struct Container {
     /// Those that are still to be run.
     #[n(8)]
     pub hooks: Hooks,
+    /// Of its user namespace, if they are known.
+    #[n(16)]
+    pub mappings: Mappings,
 }
 
 /// A namespace of the container.
@@ -147,6 +157,10 @@ pub enum Kind {
     Uts,
     #[n(5)]
     Cgroup,
+    #[n(6)]
+    User,
+    #[n(7)]
+    Time,
 }
 
 /// The folders of a container's cgroup: one for each hierarchy.
@@ -179,6 +193,9 @@ pub struct Folder {
     /// The program of cgroup v2 that is asked about devices.
     #[cbor(n(5), with = "minicbor::bytes")]
     pub devices: Option<Vec<u8>>,
+    /// Whom the folder belongs to, if processes of the container are to divide it.
+    #[n(12)]
+    pub owner: Option<u32>,
 }
 
 /// Kinds of hierarchies.
@@ -225,6 +242,9 @@ pub struct Mount {
     /// Calls with `MS_*` flags, in order.
     #[n(4)]
     pub propagation: Vec<u64>,
+    /// Of the attributes to clear, those that were not asked for: they stay where the kernel has locked them.
+    #[n(5)]
+    pub lenient: u64,
 }
 
 /// Attributes to set and to clear.
@@ -392,6 +412,8 @@ impl Kind {
             Self::Ipc => libc::CLONE_NEWIPC,
             Self::Uts => libc::CLONE_NEWUTS,
             Self::Cgroup => libc::CLONE_NEWCGROUP,
+            Self::User => libc::CLONE_NEWUSER,
+            Self::Time => libc::CLONE_NEWTIME,
         };
         flag as u64
     }
@@ -430,7 +452,14 @@ impl Create {
                 state: self.hooks.state.clone(),
                 ..Hooks::default()
             },
+            mappings: self.mappings.clone(),
         }
+    }
+}
+
+impl std::fmt::Display for Rlimit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "set the limit of resource {} to {}:{}", self.resource, self.soft, self.hard)
     }
 }
 

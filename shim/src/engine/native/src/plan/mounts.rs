@@ -23,6 +23,14 @@ pub(super) fn is_bind(mount: &SpecMount) -> bool {
     by_option || mount.typ().as_deref() == Some("bind")
 }
 
+/// Whether the container may write to cgroups at their usual place.
+pub(super) fn has_writable_cgroups(mounts: &[SpecMount]) -> bool {
+    mounts.iter().any(|mount| {
+        let options = options::sort(mount.options().iter().flatten().map(String::as_str));
+        mount.typ().as_deref() == Some("cgroup") && mount.destination() == Path::new("/sys/fs/cgroup") && !options.readonly
+    })
+}
+
 /// Plans the mounts of a configuration, in its order.
 pub(super) fn plan(mounts: &[SpecMount], bundle: &Path, cgroups: &Cgroups<'_>) -> Result<Vec<Mount>, Refused> {
     let mut planned = Vec::new();
@@ -115,6 +123,7 @@ fn new(mount: &SpecMount, target: String, options: Options, field: &str) -> Resu
         attributes: Attributes { set, clear: 0 },
         recursive: Attributes::default(),
         propagation: options.propagation,
+        lenient: 0,
     })
 }
 
@@ -131,25 +140,34 @@ fn bind(mount: &SpecMount, target: String, options: Options, bundle: &Path, fiel
     {
         return Err(Refused::invalid(format!("{field}.options"), format!("{word} has no meaning for a bind mount")));
     }
+    let Bound { attributes, lenient } = bind_attributes(options.attributes);
     Ok(Mount {
         target,
         source: Source::Bind { path: source, recursive: options.bind.unwrap_or(false) },
-        attributes: bind_attributes(options.attributes),
+        attributes,
         recursive: options.recursive,
         propagation: options.propagation,
+        lenient,
     })
 }
 
 /// As a remount does it: where any attribute is given, the others are cleared; access times stay unless they are given.
-fn bind_attributes(wanted: Attributes) -> Attributes {
+fn bind_attributes(wanted: Attributes) -> Bound {
     if wanted.is_empty() {
-        return wanted;
+        return Bound { attributes: wanted, lenient: 0 };
     }
     let is_of_times = wanted.set & (ATIME | NODIRATIME) != 0 || wanted.clear & (ATIME | NODIRATIME) != 0;
     let times = if is_of_times { ATIME | NODIRATIME } else { 0 };
     let every = RDONLY | NOSUID | NODEV | NOEXEC | NOSYMFOLLOW | times;
     // The field of access times is cleared whole even where a value is set.
-    Attributes { set: wanted.set, clear: every & !wanted.set | (every & ATIME) }
+    let clear = every & !wanted.set | (every & ATIME);
+    Bound { attributes: Attributes { set: wanted.set, clear }, lenient: clear & !wanted.clear }
+}
+
+/// What a bind's attributes become.
+struct Bound {
+    attributes: Attributes,
+    lenient: u64,
 }
 
 /// A view of the cgroups: on v1 a tmpfs with a mount for each hierarchy.
@@ -168,6 +186,7 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
             attributes: Attributes { set: options.attributes.set, clear: 0 },
             recursive: Attributes::default(),
             propagation: options.propagation.clone(),
+            lenient: 0,
         }]);
     }
     // The folders in it can be read-only, it is not: as runc's, in which programs make folders of their own.
@@ -184,19 +203,22 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
         attributes,
         recursive: Attributes::default(),
         propagation: options.propagation.clone(),
+        lenient: 0,
     }];
     for hierarchy in &cgroups.host.hierarchies {
         let name = Path::new(&hierarchy.mount).file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+        let bound = if cgroups.own_namespace {
+            Bound { attributes: Attributes { set: options.attributes.set, clear: 0 }, lenient: 0 }
+        } else {
+            bind_attributes(options.attributes)
+        };
         mounts.push(Mount {
             target: format!("{target}/{name}"),
             source: cgroup_source(hierarchy, cgroups),
-            attributes: if cgroups.own_namespace {
-                Attributes { set: options.attributes.set, clear: 0 }
-            } else {
-                bind_attributes(options.attributes)
-            },
+            attributes: bound.attributes,
             recursive: Attributes::default(),
             propagation: Vec::new(),
+            lenient: bound.lenient,
         });
         if hierarchy.controllers.len() > 1 {
             let links = hierarchy.controllers.iter().filter(|controller| !controller.starts_with("name="));
@@ -229,5 +251,6 @@ fn link(path: String, to: String) -> Mount {
         attributes: Attributes::default(),
         recursive: Attributes::default(),
         propagation: Vec::new(),
+        lenient: 0,
     }
 }

@@ -7,6 +7,7 @@ mod mount;
 mod network;
 mod privileges;
 mod process;
+mod socket;
 mod terminal;
 
 use std::io;
@@ -20,9 +21,10 @@ pub(crate) use privileges::{
     set_keep_capabilities, set_no_new_privileges,
 };
 pub(crate) use process::{
-    Born, ExitOnUnwind, clone_into, close_range, current_directory, duplicate, execute, exit_now, fork, may_execute, open_pidfd,
+    Born, ExitOnUnwind, clone_into, close_range, current_directory, duplicate, execute, exit_now, fork, may_execute, open_pidfd, pid_of,
     reset_affinity, reset_signals, set_domain_name, set_mode, set_rlimit, signal, wait_for_exit,
 };
+pub(crate) use socket::{receive_descriptor, send_descriptor};
 pub(crate) use terminal::{control, open_peer};
 
 /// The result of a system call that returns −1 for an error.

@@ -19,6 +19,10 @@ crate::cases![
     binds_look_as_with_runc,
     an_added_process_looks_as_with_runc,
     an_added_process_looks_as_with_crun,
+    a_user_namespace_looks_as_with_runc,
+    a_user_namespace_looks_as_with_crun,
+    an_added_process_in_a_user_namespace_looks_as_with_runc,
+    an_added_process_in_a_user_namespace_looks_as_with_crun,
     filters_are_as_runcs,
     filters_are_as_cruns,
 ];
@@ -29,7 +33,7 @@ const FACTS: &str = "exec 2>&1; \
     echo [cgroup]; cat /proc/self/cgroup; \
     echo [status]; grep -E '^(Umask|Uid|Gid|Groups|Sig[IBC]|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Mems_allowed_list|THP)' /proc/self/status; \
     echo [limits]; cat /proc/self/limits; \
-    echo [others]; echo OOM score adjustment $(cat /proc/self/oom_score_adj); cat /proc/self/uid_map /proc/self/personality /proc/self/timerslack_ns /proc/self/coredump_filter; \
+    echo [others]; echo OOM score adjustment $(cat /proc/self/oom_score_adj); cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups /proc/self/personality /proc/self/timerslack_ns /proc/self/coredump_filter; \
     echo [dev]; cd /dev; for f in * pts/* shm/*; do stat -c '%n %F %t:%T %a %u:%g' $f; done; \
     echo [root]; for f in / /proc /sys /run /dev/shm; do stat -c '%n %a %u:%g' $f; done; \
     echo [session]; set -- $(cut -d' ' -f5-8 /proc/self/stat); test $1 = $$ && echo leads group; test $2 = $$ && echo leads session; echo $3 $4; \
@@ -52,7 +56,11 @@ fn is_expected(line: &str, other: &str) -> bool {
     let is_device = other == "crun" && (line == "c 10:200 rwm" || line == "c 5:1 rwm");
     // Later versions of runc show the unified hierarchy of a hybrid host too.
     let is_unified = line.contains(" /sys/fs/cgroup/unified ");
-    is_mask || is_core || is_cruns || is_started || is_device || is_unified
+    // runc 1.1 makes the ipc namespace before it has a group of the user namespace.
+    let is_mqueue = other == "runc" && line.starts_with("mqueue directory") && line.ends_with(":65534");
+    let is_our_mqueue = other == "runc" && line == "mqueue directory 0:0 1777 0:0";
+    let is_without_v2 = other == "crun" && line.starts_with("0::") && has_controllers_of_v2();
+    is_mqueue || is_our_mqueue || is_without_v2 || is_mask || is_core || is_cruns || is_started || is_device || is_unified
 }
 
 fn compare(ours: &str, theirs: &str, other: &str) {
@@ -74,21 +82,42 @@ struct Other<'a> {
 
 impl Other<'_> {
     fn command(&self) -> Command {
-        let mut command = Command::new(self.runtime);
-        command.arg("--root").arg(self.stage.folder.join("state")).current_dir(&self.stage.folder).stdin(Stdio::null());
+        let mut command = command(self.runtime);
+        command.arg("--root").arg(self.stage.folder.join("state")).current_dir(&self.stage.folder);
+        // Not the null device: both would give the host's to the container's user.
+        command.stdin(self.empty_file()).stdout(self.empty_file()).stderr(self.empty_file());
         command
     }
 
+    fn empty_file(&self) -> fs::File {
+        let path = self.stage.folder.join("empty");
+        fs::File::options().create(true).truncate(true).read(true).write(true).open(path).expect("a file")
+    }
+
     fn output(&self, arguments: &[&str]) -> String {
-        let output = self.command().args(arguments).output().expect("the runtime");
+        let output = self.command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("the runtime");
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
     }
 }
 
+/// crun 1.8 refuses a hybrid host on which v2 has controllers, so it gets one without v2.
+fn command(runtime: &str) -> Command {
+    if runtime != "crun" || !has_controllers_of_v2() {
+        return Command::new(runtime);
+    }
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", "umount /sys/fs/cgroup/unified && exec crun \"$@\"", "crun"]);
+    command
+}
+
+fn has_controllers_of_v2() -> bool {
+    fs::read("/sys/fs/cgroup/unified/cgroup.controllers").is_ok_and(|names| !names.trim_ascii().is_empty())
+}
+
 impl Drop for Other<'_> {
     fn drop(&mut self) {
-        let _ = self.command().args(["delete", "--force", "other"]).stderr(Stdio::null()).status();
+        let _ = self.command().args(["delete", "--force", "other"]).status();
     }
 }
 
@@ -208,17 +237,19 @@ fn binds_look_as_with_runc() {
     });
 }
 
-fn compare_execs(runtime: &str) {
+fn compare_execs(runtime: &str, change_config: impl FnOnce(&Stage, &mut Value)) {
     if !is_installed(runtime) {
         return;
     }
     let stage = Stage::new();
-    let config = config(&stage, "exec sleep 1000");
+    let mut config = config(&stage, "exec sleep 1000");
+    change_config(&stage, &mut config);
     let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
     stage.start("c");
     let change = |process: &mut Value| {
         process["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [3] });
         process["oomScoreAdj"] = json!(5);
+        process["rlimits"] = config["process"]["rlimits"].clone();
     };
     let ours = stage.exec_shell("c", FACTS, change);
     let our_devices = devices(&stage);
@@ -227,16 +258,7 @@ fn compare_execs(runtime: &str) {
     stage.delete("c").expect("deleted");
 
     let other = Other { runtime, stage: &stage };
-    assert!(
-        other
-            .command()
-            .args(["run", "--detach", "other"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .expect("the runtime")
-            .success()
-    );
+    assert!(other.command().args(["run", "--detach", "other"]).status().expect("the runtime").success());
     compare(&our_devices, &devices(&stage), runtime);
     let mut process = bundle::process(&["sh", "-c", FACTS]);
     change(&mut process);
@@ -251,11 +273,33 @@ fn devices(stage: &Stage) -> String {
 }
 
 fn an_added_process_looks_as_with_runc() {
-    compare_execs("runc");
+    compare_execs("runc", |_, _| {});
 }
 
 fn an_added_process_looks_as_with_crun() {
-    compare_execs("crun");
+    compare_execs("crun", |_, _| {});
+}
+
+/// Without limits, which runc may not change in another user namespace where it has no CAP_SYS_RESOURCE.
+fn map(stage: &Stage, config: &mut Value) {
+    crate::users::map(stage, config);
+    config["process"]["rlimits"] = json!([]);
+}
+
+fn a_user_namespace_looks_as_with_runc() {
+    compare_inits("runc", map);
+}
+
+fn a_user_namespace_looks_as_with_crun() {
+    compare_inits("crun", map);
+}
+
+fn an_added_process_in_a_user_namespace_looks_as_with_runc() {
+    compare_execs("runc", map);
+}
+
+fn an_added_process_in_a_user_namespace_looks_as_with_crun() {
+    compare_execs("crun", map);
 }
 
 /// Calls whose results show which rule of a filter applied: each by an applet of busybox.

@@ -122,6 +122,13 @@ impl Keeper {
                 let made = self.made.remove(id).ok_or("no such container")?;
                 made.delete().map(|()| json!({}))
             }
+            "run" => {
+                let output = Command::new("sh").args(["-c", text("script")]).output().map_err(|error| error.to_string())?;
+                if !output.status.success() {
+                    return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+                }
+                Ok(json!({ "output": String::from_utf8_lossy(&output.stdout) }))
+            }
             "leak" => {
                 // A descriptor that every child inherits.
                 let file = File::open("/").map_err(|error| error.to_string())?;

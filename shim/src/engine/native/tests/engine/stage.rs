@@ -147,6 +147,12 @@ impl Stage {
         self.ask(&json!({ "do": "count", "id": id })).expect("a number")["count"].as_u64().expect("a number")
     }
 
+    /// Runs a shell command in the keeper's namespaces: what it mounts goes with the test.
+    pub(crate) fn on_host(&self, script: &str) -> String {
+        let answer = self.ask(&json!({ "do": "run", "script": script })).unwrap_or_else(|error| panic!("{script}: {error}"));
+        answer["output"].as_str().expect("text").to_owned()
+    }
+
     pub(crate) fn leak(&self) {
         self.ask(&json!({ "do": "leak" })).expect("a leak");
     }

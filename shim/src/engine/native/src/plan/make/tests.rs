@@ -46,7 +46,10 @@ fn full() -> Value {
             { "destination": "/data", "source": "/data", "options": ["rbind", "ro", "rprivate", "rnoexec"] },
         ],
         "linux": {
-            "namespaces": [{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }],
+            "namespaces": [{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }, { "type": "user" }, { "type": "time" }],
+            "uidMappings": [{ "containerID": 0, "hostID": 1000, "size": 65536 }],
+            "gidMappings": [{ "containerID": 0, "hostID": 1000, "size": 65536 }],
+            "timeOffsets": { "monotonic": { "secs": 7, "nanosecs": 8 } },
             "devices": [{ "path": "/dev/x", "type": "b", "major": 7, "minor": 8, "fileMode": 0o600, "uid": 3, "gid": 4 }],
             "cgroupsPath": "/a/b",
             "rootfsPropagation": "rprivate",
@@ -234,6 +237,81 @@ fn what_no_engine_would_take_is_refused_by_its_field() {
         }
         let error = planned(&config).expect_err("refused").to_string();
         assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn ids_and_clocks_need_their_namespaces() {
+    let user = json!({ "type": "user" });
+    let joined = json!({ "type": "user", "path": "/proc/1/ns/user" });
+    let map = |inside: u32, size: u32| json!([{ "containerID": inside, "hostID": 1000, "size": size }]);
+    let none = Value::Null;
+    for (namespace, uids, gids, refused) in [
+        (&none, map(0, 9), map(0, 9), "linux.uidMappings: needs a user namespace"),
+        (&user, none.clone(), none.clone(), "linux.uidMappings: missing for a new user namespace"),
+        (&user, map(0, 9), none.clone(), "linux.gidMappings: missing beside uidMappings"),
+        (&joined, none.clone(), map(0, 9), "linux.uidMappings: missing beside gidMappings"),
+        (&user, map(1, 9), map(0, 9), "linux.uidMappings: id 0 is not mapped"),
+        (&user, map(0, 9), map(1, 9), "linux.gidMappings: id 0 is not mapped"),
+        (&user, map(0, 0), map(0, 9), "linux.uidMappings[0]: size 0"),
+        (&user, map(0, u32::MAX), map(0, 9), "linux.uidMappings[0]: size"),
+        (&user, map(0, 1), map(0, 9), "process.user.uid: 1 is not mapped"),
+        (&joined, map(0, 9), map(0, 2), "process.user.gid: 2 is not mapped"),
+        (&user, map(0, 9), map(0, 3), "process.user.additionalGids: 3 is not mapped"),
+        (&joined, none.clone(), none.clone(), ""),
+        (&joined, map(0, 9), map(0, 9), ""),
+        (&user, map(0, 9), map(0, 9), ""),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["linux"]["uidMappings"] = uids;
+        config["linux"]["gidMappings"] = gids;
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("an array");
+        namespaces.retain(|namespace| namespace["type"] != "user");
+        if !namespace.is_null() {
+            namespaces.push(namespace.clone());
+        }
+        match planned(&config) {
+            Ok(plan) => {
+                assert_eq!(refused, "");
+                assert_eq!(plan.container().namespaces & Kind::User.flag(), Kind::User.flag());
+            }
+            Err(error) => assert!(!refused.is_empty() && error.to_string().contains(refused), "{error}"),
+        }
+    }
+    for (time, offsets, refused) in [
+        (json!({ "type": "time", "path": "/proc/1/ns/time" }), json!({ "monotonic": { "secs": 1 } }), "needs a new time namespace"),
+        (json!({ "type": "cgroup" }), json!({ "monotonic": { "secs": 1 } }), "needs a new time namespace"),
+        (json!({ "type": "time" }), json!({ "realtime": { "secs": 1 } }), "linux.timeOffsets.realtime: is not a clock"),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["linux"]["timeOffsets"] = offsets;
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("an array");
+        namespaces.retain(|namespace| namespace["type"] != "time");
+        namespaces.push(time);
+        let error = planned(&config).expect_err("refused").to_string();
+        assert!(error.contains(refused), "{error}");
+    }
+}
+
+#[test]
+fn a_cgroup_that_can_be_divided_is_its_users() {
+    let unified =
+        MountedHierarchy { mount: "/sys/fs/cgroup".to_owned(), root: "/".to_owned(), own: "/d".to_owned(), ..MountedHierarchy::default() };
+    let host = Host { hierarchies: vec![unified], ..host() };
+    for (option, with_namespace, owner) in [("rw", true, Some(1001)), ("ro", true, None), ("rw", false, None)] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["linux"]["resources"] = Value::Null;
+        config["mounts"] = json!([{ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [option] }]);
+        if with_namespace {
+            config["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "cgroup" }));
+        }
+        let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
+        let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 };
+        let plan = create(&spec, &request, &host).expect("accepted");
+        assert_eq!(plan.cgroup.folders[0].owner, owner);
     }
 }
 
