@@ -21,6 +21,8 @@ mod differences;
 mod execs;
 #[path = "engine/hooks.rs"]
 mod hooks;
+#[path = "engine/idmaps.rs"]
+mod idmaps;
 #[path = "engine/inits.rs"]
 mod inits;
 #[path = "support/keeper.rs"]
@@ -57,8 +59,18 @@ fn main() -> ExitCode {
     if let Some(missing) = &missing {
         eprintln!("skipped: {missing}");
     }
-    let cases =
-        [inits::CASES, execs::CASES, hooks::CASES, users::CASES, clocks::CASES, v2::CASES, adversaries::CASES, differences::CASES].concat();
+    let cases = [
+        inits::CASES,
+        execs::CASES,
+        hooks::CASES,
+        users::CASES,
+        clocks::CASES,
+        idmaps::CASES,
+        v2::CASES,
+        adversaries::CASES,
+        differences::CASES,
+    ]
+    .concat();
     let trials = cases.into_iter().map(|(name, run)| {
         let name = name.trim_start_matches("engine::");
         Trial::test(name, move || {

@@ -322,8 +322,9 @@ impl Child {
     fn attend(&self, parts: &Parts<'_>) -> Result<(), Failure> {
         let Parts { process, cgroup, hooks, .. } = parts;
         let mut is_limited = false;
+        let opener = parts.plan.map(|plan| Opener::new(plan, self.handle.as_fd(), self.pid));
         loop {
-            match (self.receive()?, parts.plan) {
+            match (self.receive()?, &opener) {
                 (Some(Message::Mounted), _) => {
                     // Before the hooks: one may allow more devices.
                     cgroup::limit(cgroup)?;
@@ -342,8 +343,7 @@ impl Child {
                         continue;
                     }
                 }
-                (Some(message @ (Message::Root | Message::Source(_))), Some(plan)) => {
-                    let opener = Opener { plan, child: self.handle.as_fd() };
+                (Some(message @ (Message::Root | Message::Source(_))), Some(opener)) => {
                     let opened = match message {
                         Message::Source(index) => opener.source(index)?,
                         _ => opener.root()?,

@@ -1,12 +1,15 @@
 //! The ids of user namespaces, as the performer sees them.
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use nix::unistd::{Uid, fchown};
 
 use super::{Doing, Failure, Step, root};
 use crate::plan::{IdRange, Mappings};
+use crate::sys::{self, Forked};
 
 /// Writes the mappings of the new user namespace of a process.
 pub(super) fn write(pid: u32, mappings: &Mappings) -> io::Result<()> {
@@ -32,6 +35,30 @@ fn parse(line: &str) -> Option<IdRange> {
     let mut numbers = line.split_whitespace().map(str::parse);
     let mut next = || numbers.next()?.ok();
     Some(IdRange { inside: next()?, outside: next()?, count: next()? })
+}
+
+/// A user namespace that has these mappings, and no process.
+pub(super) fn namespace(mappings: &Mappings) -> io::Result<OwnedFd> {
+    let (ours, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    match sys::fork_into(libc::CLONE_NEWUSER as u64)? {
+        Forked::Child => {
+            drop(theirs);
+            // Until the other end is closed.
+            let _ = nix::unistd::read(&ours, &mut [0; 1]);
+            sys::exit_now(0)
+        }
+        Forked::Parent { pid } => {
+            let opened = write(pid, mappings).and_then(|()| of(pid));
+            drop(theirs);
+            nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid as i32), None)?;
+            opened
+        }
+    }
+}
+
+/// The user namespace of a process.
+pub(super) fn of(pid: u32) -> io::Result<OwnedFd> {
+    Ok(nix::fcntl::open(format!("/proc/{pid}/ns/user").as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?)
 }
 
 /// Makes the streams of this process belong to a user of a process's user namespace, which itself cannot take what is the host's.

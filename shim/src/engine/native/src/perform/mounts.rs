@@ -66,7 +66,9 @@ pub(super) fn make(root: &Root, mount: &Mount, bind: &Bind<'_>, late: &mut Late)
             let made = new(kind, parameters, mode, mount.attributes.set).doing(Step::Mounts, doing)?;
             sys::move_mount(made.as_fd(), target.as_fd()).map(|()| made)
         }
-        Source::Bind { path, recursive } => bind.sources.tree(bind.index, path, *recursive).and_then(|made| attach_bind(root, mount, made)),
+        Source::Bind { path, recursive } => {
+            bind.sources.tree(bind.index, mount, path, *recursive).and_then(|made| attach_bind(root, mount, made))
+        }
     };
     finish(made.doing(Step::Mounts, doing)?, mount, late)
 }

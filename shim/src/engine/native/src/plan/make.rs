@@ -46,7 +46,8 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     let wanted = spec.mounts().as_ref().unwrap_or(&no_mounts);
     let mut cgroup = cgroup::plan(linux, request.id, host)?;
     let own_namespace = find(Kind::Cgroup).is_some();
-    let mounts = mounts::plan(wanted, request.bundle, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
+    let place = mounts::Place { bundle: request.bundle, is_mapped: find(Kind::User).is_some() };
+    let mounts = mounts::plan(wanted, &place, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
     let own_dev = !wanted.iter().any(|mount| mount.destination() == Path::new("/dev") && mounts::is_bind(mount));
     let filter = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
     let keyring = (!request.no_new_keyring).then(|| format!("_ses.{}", request.id));

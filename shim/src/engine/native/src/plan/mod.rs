@@ -28,7 +28,7 @@ mod users;
 
 pub use hooks::{Hook, Hooks, State};
 pub use make::{Request, create, exec, update};
-pub(crate) use options::RDONLY;
+pub(crate) use options::{IDMAP, RDONLY};
 pub use users::{IdRange, Mappings};
 
 /// In place of a half of `cpu.max`: what it is now.
@@ -245,6 +245,20 @@ pub struct Mount {
     /// Of the attributes to clear, those that were not asked for: they stay where the kernel has locked them.
     #[n(5)]
     pub lenient: u64,
+    /// A bind shows other owners than its source has.
+    #[n(6)]
+    pub ids: Option<MappedIds>,
+}
+
+/// How a bind shows owners.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct MappedIds {
+    /// So do the mounts below it.
+    #[n(0)]
+    pub recursive: bool,
+    /// An owner on disk is `inside`, one that is shown `outside`. None: the mappings of the container's user namespace.
+    #[n(1)]
+    pub mappings: Mappings,
 }
 
 /// Attributes to set and to clear.

@@ -5,7 +5,7 @@ use oci_spec::runtime::Mount as SpecMount;
 
 use super::make::{absolute, absolute_path};
 use super::options::{self, ATIME, NODEV, NODIRATIME, NOEXEC, NOSUID, NOSYMFOLLOW, Options, RDONLY};
-use super::{Attributes, Cgroup, Mount, Source};
+use super::{Attributes, Cgroup, MappedIds, Mount, Source, users};
 use crate::Refused;
 use crate::host::{Host, MountedHierarchy};
 
@@ -15,6 +15,13 @@ pub(super) struct Cgroups<'a> {
     pub(super) cgroup: &'a Cgroup,
     /// The container has a cgroup namespace of its own.
     pub(super) own_namespace: bool,
+}
+
+/// What paths and owners of sources are relative to.
+pub(super) struct Place<'a> {
+    pub(super) bundle: &'a Path,
+    /// The container has a user namespace.
+    pub(super) is_mapped: bool,
 }
 
 /// Whether a mount is a bind: its type is ignored then.
@@ -32,7 +39,7 @@ pub(super) fn has_writable_cgroups(mounts: &[SpecMount]) -> bool {
 }
 
 /// Plans the mounts of a configuration, in its order.
-pub(super) fn plan(mounts: &[SpecMount], bundle: &Path, cgroups: &Cgroups<'_>) -> Result<Vec<Mount>, Refused> {
+pub(super) fn plan(mounts: &[SpecMount], place: &Place<'_>, cgroups: &Cgroups<'_>) -> Result<Vec<Mount>, Refused> {
     let mut planned = Vec::new();
     for (index, mount) in mounts.iter().enumerate() {
         let field = format!("mounts[{index}]");
@@ -41,8 +48,13 @@ pub(super) fn plan(mounts: &[SpecMount], bundle: &Path, cgroups: &Cgroups<'_>) -
             return Err(Refused::unsupported(format!("{field}.options {word}")));
         }
         let target = target(mount.destination(), &field)?;
+        if !is_bind(mount)
+            && (options.idmap.is_some() || !users::pair(mount.uid_mappings().as_ref(), mount.gid_mappings().as_ref(), &field)?.is_empty())
+        {
+            return Err(Refused::invalid(format!("{field}.uidMappings"), "only a bind can show other owners"));
+        }
         match mount.typ().as_deref() {
-            _ if is_bind(mount) => planned.push(bind(mount, target, options, bundle, &field)?),
+            _ if is_bind(mount) => planned.push(bind(mount, target, options, place, &field)?),
             Some("cgroup") => planned.extend(cgroup(&target, &options, cgroups, &field)?),
             Some("proc" | "sysfs" | "tmpfs" | "devpts" | "mqueue") => planned.push(new(mount, target, options, &field)?),
             Some(kind) => return Err(Refused::unsupported(format!("{field}.type {kind}"))),
@@ -124,12 +136,13 @@ fn new(mount: &SpecMount, target: String, options: Options, field: &str) -> Resu
         recursive: Attributes::default(),
         propagation: options.propagation,
         lenient: 0,
+        ids: None,
     })
 }
 
-fn bind(mount: &SpecMount, target: String, options: Options, bundle: &Path, field: &str) -> Result<Mount, Refused> {
+fn bind(mount: &SpecMount, target: String, options: Options, place: &Place<'_>, field: &str) -> Result<Mount, Refused> {
     let source = mount.source().as_ref().ok_or_else(|| Refused::invalid(format!("{field}.source"), "missing"))?;
-    let source = absolute(bundle, source, &format!("{field}.source"))?;
+    let source = absolute(place.bundle, source, &format!("{field}.source"))?;
     // The performer cannot know here whether it is a procfs; other engines take that, this one leaves it to them.
     if target == "/proc" {
         return Err(Refused::unsupported(format!("{field}: a bind on /proc")));
@@ -140,6 +153,7 @@ fn bind(mount: &SpecMount, target: String, options: Options, bundle: &Path, fiel
     {
         return Err(Refused::invalid(format!("{field}.options"), format!("{word} has no meaning for a bind mount")));
     }
+    let ids = ids(mount, &options, place.is_mapped, field)?;
     let Bound { attributes, lenient } = bind_attributes(options.attributes);
     Ok(Mount {
         target,
@@ -148,7 +162,23 @@ fn bind(mount: &SpecMount, target: String, options: Options, bundle: &Path, fiel
         recursive: options.recursive,
         propagation: options.propagation,
         lenient,
+        ids,
     })
+}
+
+/// Whether owners are mapped, and how.
+fn ids(mount: &SpecMount, options: &Options, is_mapped: bool, field: &str) -> Result<Option<MappedIds>, Refused> {
+    let mappings = users::pair(mount.uid_mappings().as_ref(), mount.gid_mappings().as_ref(), field)?;
+    if options.idmap.is_none() && mappings.is_empty() {
+        return Ok(None);
+    }
+    if mappings.is_empty() && !is_mapped {
+        return Err(Refused::invalid(
+            format!("{field}.uidMappings"),
+            "missing: the container has no user namespace whose mappings could be used",
+        ));
+    }
+    Ok(Some(MappedIds { recursive: options.idmap.unwrap_or(false), mappings }))
 }
 
 /// As a remount does it: where any attribute is given, the others are cleared; access times stay unless they are given.
@@ -187,6 +217,7 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
             recursive: Attributes::default(),
             propagation: options.propagation.clone(),
             lenient: 0,
+            ids: None,
         }]);
     }
     // The folders in it can be read-only, it is not: as runc's, in which programs make folders of their own.
@@ -204,6 +235,7 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
         recursive: Attributes::default(),
         propagation: options.propagation.clone(),
         lenient: 0,
+        ids: None,
     }];
     for hierarchy in &cgroups.host.hierarchies {
         let name = Path::new(&hierarchy.mount).file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
@@ -219,6 +251,7 @@ fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -
             recursive: Attributes::default(),
             propagation: Vec::new(),
             lenient: bound.lenient,
+            ids: None,
         });
         if hierarchy.controllers.len() > 1 {
             let links = hierarchy.controllers.iter().filter(|controller| !controller.starts_with("name="));
@@ -252,5 +285,6 @@ fn link(path: String, to: String) -> Mount {
         recursive: Attributes::default(),
         propagation: Vec::new(),
         lenient: 0,
+        ids: None,
     }
 }

@@ -21,8 +21,8 @@ pub(crate) use privileges::{
     set_keep_capabilities, set_no_new_privileges,
 };
 pub(crate) use process::{
-    Born, ExitOnUnwind, clone_into, close_range, current_directory, duplicate, execute, exit_now, fork, may_execute, open_pidfd, pid_of,
-    reset_affinity, reset_signals, set_domain_name, set_mode, set_rlimit, signal, wait_for_exit,
+    Born, ExitOnUnwind, Forked, clone_into, close_range, current_directory, duplicate, execute, exit_now, fork, fork_into, may_execute,
+    open_pidfd, pid_of, reset_affinity, reset_signals, set_domain_name, set_mode, set_rlimit, signal, wait_for_exit,
 };
 pub(crate) use socket::{receive_descriptor, send_descriptor};
 pub(crate) use terminal::{control, open_peer};

@@ -36,6 +36,25 @@ pub(crate) fn clone_into(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Resu
     }
 }
 
+/// The two sides of [`fork_into`].
+pub(crate) enum Forked {
+    Child,
+    Parent { pid: u32 },
+}
+
+/// fork(2) into the new namespaces of `flags`. As [`clone_into`], but for a child of the caller's own.
+pub(crate) fn fork_into(flags: u64) -> io::Result<Forked> {
+    // SAFETY: a structure of integers.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = flags;
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    // SAFETY: as in `clone_into`.
+    match check(unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) })? {
+        0 => Ok(Forked::Child),
+        pid => Ok(Forked::Parent { pid: pid as u32 }),
+    }
+}
+
 /// The pid of a process, by its handle, as the mounted procfs counts.
 pub(crate) fn pid_of(process: BorrowedFd<'_>) -> io::Result<u32> {
     let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd()))?;

@@ -137,6 +137,18 @@ fn config(stage: &Stage, script: &str) -> Value {
     config
 }
 
+/// Compares the whole output of a script.
+pub(crate) fn compare_scripts(stage: &Stage, runtime: &str, script: &str, change: impl FnOnce(&mut Value)) {
+    if !is_installed(runtime) {
+        return;
+    }
+    let mut config = config(stage, script);
+    change(&mut config);
+    let (_, ours) = stage.run(&config);
+    let other = Other { runtime, stage };
+    assert_eq!(ours, other.output(&["run", "other"]), "{script}");
+}
+
 fn compare_inits(runtime: &str, change: impl FnOnce(&Stage, &mut Value)) {
     if !is_installed(runtime) {
         return;

@@ -43,7 +43,8 @@ fn full() -> Value {
         "process": full_process(),
         "mounts": [
             { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"] },
-            { "destination": "/data", "source": "/data", "options": ["rbind", "ro", "rprivate", "rnoexec"] },
+            { "destination": "/data", "source": "/data", "options": ["rbind", "ro", "rprivate", "rnoexec", "ridmap"],
+              "uidMappings": [{ "containerID": 0, "hostID": 5, "size": 6 }], "gidMappings": [{ "containerID": 0, "hostID": 5, "size": 6 }] },
         ],
         "linux": {
             "namespaces": [{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }, { "type": "user" }, { "type": "time" }],
@@ -132,6 +133,7 @@ fn changed(field: &str, value: &Value) -> Value {
         ("options[]", Value::String(word)) => match word.as_str() {
             "rbind" => "bind",
             "rprivate" => "rslave",
+            "ridmap" => "idmap",
             "rnoexec" => "rnodev",
             _ => "nodev",
         },
@@ -228,6 +230,11 @@ fn what_no_engine_would_take_is_refused_by_its_field() {
         (json!({ "mounts": [{ "destination": "/proc/self", "type": "bind", "source": "/x" }] }), "inside procfs"),
         (json!({ "mounts": [{ "destination": "/x", "type": "bind", "source": "/x", "options": ["size=1"] }] }), "mounts[0].options"),
         (json!({ "mounts": [{ "destination": "/x", "type": "tmpfs", "options": ["tmpcopyup"] }] }), "mounts[0].options tmpcopyup"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "tmpfs", "options": ["idmap"] }] }), "mounts[0].uidMappings: only a bind"),
+        (
+            json!({ "mounts": [{ "destination": "/x", "type": "bind", "source": "/x", "uidMappings": [{ "size": 1 }] }] }),
+            "mounts[0].gidMappings: missing",
+        ),
         (json!({ "mounts": [{ "destination": "/x", "type": "nfs", "source": "/x" }] }), "mounts[0].type nfs"),
     ] {
         let mut config = full();
@@ -237,6 +244,36 @@ fn what_no_engine_would_take_is_refused_by_its_field() {
         }
         let error = planned(&config).expect_err("refused").to_string();
         assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn owners_of_a_bind_can_be_mapped() {
+    let map = json!([{ "containerID": 1, "hostID": 2, "size": 3 }]);
+    let range = || vec![super::super::IdRange { inside: 1, outside: 2, count: 3 }];
+    let given = super::super::Mappings { uids: range(), gids: range() };
+    let mapped =
+        |recursive: bool, mappings: &super::super::Mappings| Some(super::super::MappedIds { recursive, mappings: mappings.clone() });
+    let none = super::super::Mappings::default();
+    for (options, map, expected) in [
+        (json!(["bind"]), &Value::Null, None),
+        (json!(["bind", "idmap"]), &Value::Null, mapped(false, &none)),
+        (json!(["rbind", "ridmap"]), &Value::Null, mapped(true, &none)),
+        (json!(["rbind"]), &map, mapped(false, &given)),
+        (json!(["rbind", "idmap", "ridmap"]), &map, mapped(true, &given)),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["mounts"] = json!([{ "destination": "/x", "source": "/x", "options": options, "uidMappings": map, "gidMappings": map }]);
+        assert_eq!(planned(&config).expect("accepted").mounts[0].ids, expected);
+        // Without a user namespace there are no other mappings.
+        config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "user");
+        config["linux"]["uidMappings"] = Value::Null;
+        config["linux"]["gidMappings"] = Value::Null;
+        match planned(&config) {
+            Ok(plan) => assert_eq!(plan.mounts[0].ids, expected),
+            Err(error) => assert!(map.is_null() && error.to_string().starts_with("mounts[0].uidMappings: missing"), "{error}"),
+        }
     }
 }
 
