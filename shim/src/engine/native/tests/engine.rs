@@ -27,6 +27,8 @@ mod idmaps;
 mod inits;
 #[path = "support/keeper.rs"]
 mod keeper;
+#[path = "engine/mounts.rs"]
+mod mounts;
 #[path = "engine/server.rs"]
 mod server;
 #[path = "engine/stage.rs"]
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         users::CASES,
         clocks::CASES,
         idmaps::CASES,
+        mounts::CASES,
         v2::CASES,
         adversaries::CASES,
         differences::CASES,

@@ -51,6 +51,9 @@ pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd) -> Resul
     masks::hide(&root, &plan.masked)?;
     late.make_readonly()?;
     enter(&root)?;
+    if let Some(flags) = plan.root_propagation {
+        mounts::propagate(root.as_fd(), flags).doing(Step::Root, || "set the propagation of the root".to_owned())?;
+    }
     if plan.root_readonly {
         mounts::readonly(root.as_fd(), Tree::Top).doing(Step::Root, || "make the root read-only".to_owned())?;
     }

@@ -22,6 +22,7 @@ use minicbor::{Decode, Encode};
 
 mod cgroup;
 mod child;
+mod copy;
 mod descriptors;
 mod devices;
 mod hooks;

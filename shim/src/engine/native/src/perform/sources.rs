@@ -65,7 +65,7 @@ impl<'a> Opener<'a> {
 
     pub(super) fn source(&self, index: u32) -> Result<OwnedFd, Failure> {
         let mount = self.plan.mounts.get(index as usize);
-        let Some((mount, Source::Bind { path, recursive })) = mount.map(|mount| (mount, &mount.source)) else {
+        let Some((mount, Source::Bind { path, recursive, .. })) = mount.map(|mount| (mount, &mount.source)) else {
             return Err(Failure { step: Step::Mounts, what: format!("mount {index} of the plan has no source"), errno: 0 });
         };
         let doing = || format!("mount {path} on {}", mount.target);

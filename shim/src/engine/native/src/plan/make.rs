@@ -61,11 +61,13 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         cgroup::give(&mut cgroup, users::outside(&mappings, find(Kind::User).is_some(), planned.uid));
     }
 
+    let (propagation, root_propagation) = propagation(linux.rootfs_propagation().as_deref())?;
     Ok(Create {
         version: VERSION,
         root: absolute(request.bundle, root.path(), "root.path")?,
         root_readonly: root.readonly().unwrap_or(false),
-        propagation: propagation(linux.rootfs_propagation().as_deref())?,
+        propagation,
+        root_propagation,
         mounts,
         devices: if own_dev { devices::nodes(linux.devices().as_deref().unwrap_or_default())? } else { Vec::new() },
         links: if own_dev { devices::links(host.has_kcore) } else { Vec::new() },
@@ -137,18 +139,20 @@ fn namespaces(wanted: &[oci_spec::runtime::LinuxNamespace]) -> Result<Vec<Namesp
     Ok(found)
 }
 
-fn propagation(word: Option<&str>) -> Result<u64, Refused> {
-    let flags = match word {
-        None | Some("" | "rslave") => libc::MS_SLAVE | libc::MS_REC,
-        Some("slave") => libc::MS_SLAVE,
-        Some("private") => libc::MS_PRIVATE,
-        Some("rprivate") => libc::MS_PRIVATE | libc::MS_REC,
-        Some(word @ ("shared" | "rshared" | "unbindable" | "runbindable")) => {
-            return Err(Refused::unsupported(format!("linux.rootfsPropagation {word}")));
-        }
+/// Flags for the host's mounts in the new namespace, and for the root.
+fn propagation(word: Option<&str>) -> Result<(u64, Option<u64>), Refused> {
+    const HOST: u64 = libc::MS_SLAVE | libc::MS_REC;
+    Ok(match word {
+        None | Some("" | "rslave") => (HOST, None),
+        Some("slave") => (libc::MS_SLAVE, None),
+        Some("private") => (libc::MS_PRIVATE, None),
+        Some("rprivate") => (libc::MS_PRIVATE | libc::MS_REC, None),
+        Some("shared") => (HOST, Some(libc::MS_SHARED)),
+        Some("rshared") => (HOST, Some(libc::MS_SHARED | libc::MS_REC)),
+        Some("unbindable") => (HOST, Some(libc::MS_UNBINDABLE)),
+        Some("runbindable") => (HOST, Some(libc::MS_UNBINDABLE | libc::MS_REC)),
         Some(word) => return Err(Refused::invalid("linux.rootfsPropagation", format!("{word:?} is unknown"))),
-    };
-    Ok(flags)
+    })
 }
 
 fn absolute_paths(paths: &[String], field: &str) -> Result<Vec<String>, Refused> {

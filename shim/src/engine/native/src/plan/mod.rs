@@ -87,6 +87,9 @@ pub struct Create {
     /// Lines of `timens_offsets` for a new time namespace.
     #[n(25)]
     pub clocks: Vec<String>,
+    /// `MS_*` flags for the root, once it is the root: before, they would concern the host's mounts.
+    #[n(26)]
+    pub root_propagation: Option<u64>,
 }
 
 /// Another process for a container.
@@ -298,6 +301,9 @@ pub enum Source {
         /// Made read-only only after every mount and device: they are made in it.
         #[n(4)]
         late_readonly: bool,
+        /// Filled with what it covers.
+        #[n(5)]
+        copy_up: bool,
     },
     /// A file or folder of the host.
     #[n(1)]
@@ -306,12 +312,22 @@ pub enum Source {
         path: String,
         #[n(1)]
         recursive: bool,
+        /// It must be a procfs, from its root: the target is `/proc`.
+        #[n(2)]
+        procfs: bool,
     },
     /// A symbolic link beside the mounts.
     #[n(2)]
     Link {
         #[n(0)]
         to: String,
+    },
+    /// What is mounted at the target already.
+    #[n(3)]
+    Existing {
+        /// For the file system; none: its mount alone is changed.
+        #[n(0)]
+        parameters: Option<Vec<(String, Option<String>)>>,
     },
 }
 

@@ -19,8 +19,10 @@ pub(super) struct Options {
     pub(super) idmap: Option<bool>,
     /// Whether `ro` was the last of `ro` and `rw`.
     pub(super) readonly: bool,
-    /// A word that this engine does not implement.
-    pub(super) unsupported: Option<String>,
+    /// Change what is mounted at the target.
+    pub(super) remount: bool,
+    /// Copy what the mount covers into it.
+    pub(super) copy_up: bool,
 }
 
 // <linux/mount.h>; attributes of a mount.
@@ -107,7 +109,10 @@ pub(super) fn sort<'a>(words: impl IntoIterator<Item = &'a str>) -> Options {
                 "sync" | "dirsync" | "lazytime" | "mand" | "iversion" => options.parameters.push((word.to_owned(), None)),
                 "idmap" => options.idmap = Some(options.idmap.unwrap_or(false)),
                 "ridmap" => options.idmap = Some(true),
-                "remount" | "tmpcopyup" | "acl" | "noacl" => options.unsupported = Some(word.to_owned()),
+                "remount" => options.remount = true,
+                "tmpcopyup" => options.copy_up = true,
+                // What file systems do that have them. As a flag of mount(2), which these words are elsewhere, it changes nothing.
+                "acl" | "noacl" => {}
                 word => options.parameters.push(match word.split_once('=') {
                     Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
                     None => (word.to_owned(), None),

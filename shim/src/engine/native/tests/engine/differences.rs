@@ -17,6 +17,9 @@ crate::cases![
     the_hosts_namespaces_look_as_with_runc,
     a_privileged_container_looks_as_with_runc,
     binds_look_as_with_runc,
+    other_mounts_look_as_with_runc,
+    other_mounts_look_as_with_crun,
+    a_bound_procfs_looks_as_with_runc,
     an_added_process_looks_as_with_runc,
     an_added_process_looks_as_with_crun,
     a_user_namespace_looks_as_with_runc,
@@ -246,6 +249,34 @@ fn binds_look_as_with_runc() {
         add_mount(config, "/etc/hosts", "bind", &data.join("file").display().to_string(), &["rbind", "rprivate", "rw"]);
         add_mount(config, "/sys-again", "bind", "/sys", &["rbind", "ro", "nosuid"]);
         add_mount(config, "/dev/shm/inner", "tmpfs", "inner", &["mode=1700", "size=4k", "noatime", "sync"]);
+    });
+}
+
+fn add_other_mounts(stage: &Stage, config: &mut Value) {
+    for folder in ["lower", "upper", "data"] {
+        fs::create_dir_all(stage.folder.join(folder)).expect("a folder");
+    }
+    let of = |folder: &str| stage.folder.join(folder).display().to_string();
+    // Without one to write to, whose state the next mount would show.
+    let layers = format!("lowerdir={}:{}", of("lower"), of("upper"));
+    add_mount(config, "/overlay", "overlay", "overlay", &[&layers, "nosuid"]);
+    add_mount(config, "/ramfs", "ramfs", "some", &["nodev", "noatime"]);
+    add_mount(config, "/etc", "tmpfs", "tmpfs", &["tmpcopyup", "nosuid", "size=1m"]);
+    add_mount(config, "/data", "bind", &of("data"), &["rbind", "nosuid"]);
+}
+
+fn other_mounts_look_as_with_runc() {
+    compare_inits("runc", add_other_mounts);
+}
+
+fn other_mounts_look_as_with_crun() {
+    compare_inits("crun", add_other_mounts);
+}
+
+fn a_bound_procfs_looks_as_with_runc() {
+    compare_inits("runc", |_, config| {
+        config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
+        config["mounts"][0] = bundle::mount("/proc", "bind", "/proc", &["rbind", "nosuid", "noexec", "nodev"]);
     });
 }
 

@@ -229,13 +229,19 @@ fn what_no_engine_would_take_is_refused_by_its_field() {
         (json!({ "mounts": [{ "destination": "/proc", "type": "tmpfs" }] }), "inside procfs"),
         (json!({ "mounts": [{ "destination": "/proc/self", "type": "bind", "source": "/x" }] }), "inside procfs"),
         (json!({ "mounts": [{ "destination": "/x", "type": "bind", "source": "/x", "options": ["size=1"] }] }), "mounts[0].options"),
-        (json!({ "mounts": [{ "destination": "/x", "type": "tmpfs", "options": ["tmpcopyup"] }] }), "mounts[0].options tmpcopyup"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "ramfs", "options": ["tmpcopyup"] }] }), "mounts[0].options tmpcopyup"),
+        (
+            json!({ "mounts": [{ "destination": "/x", "type": "none", "options": ["bind", "remount", "size=1"] }] }),
+            "mounts[0].options: size",
+        ),
+        (json!({ "mounts": [{ "destination": "/proc/self", "type": "none", "options": ["bind", "remount"] }] }), "inside procfs"),
         (json!({ "mounts": [{ "destination": "/x", "type": "tmpfs", "options": ["idmap"] }] }), "mounts[0].uidMappings: only a bind"),
         (
             json!({ "mounts": [{ "destination": "/x", "type": "bind", "source": "/x", "uidMappings": [{ "size": 1 }] }] }),
             "mounts[0].gidMappings: missing",
         ),
-        (json!({ "mounts": [{ "destination": "/x", "type": "nfs", "source": "/x" }] }), "mounts[0].type nfs"),
+        (json!({ "mounts": [{ "destination": "/x", "source": "/x" }] }), "mounts[0].type: missing"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "a\0b", "source": "/x" }] }), "mounts[0].type: contains"),
     ] {
         let mut config = full();
         config["linux"]["seccomp"] = Value::Null;
@@ -245,6 +251,98 @@ fn what_no_engine_would_take_is_refused_by_its_field() {
         let error = planned(&config).expect_err("refused").to_string();
         assert!(error.contains(words), "{error}");
     }
+}
+
+#[test]
+fn only_files_that_may_be_covered_are_in_procfs() {
+    let covered = |target: &str| {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["mounts"] = json!([{ "destination": target, "type": "bind", "source": "/x" }]);
+        planned(&config).is_ok()
+    };
+    let allowed = [
+        "cpuinfo",
+        "diskstats",
+        "meminfo",
+        "stat",
+        "swaps",
+        "uptime",
+        "loadavg",
+        "slabinfo",
+        "sys/kernel/ns_last_pid",
+        "sys/crypto/fips_enabled",
+    ];
+    for name in allowed {
+        assert!(covered(&format!("/proc/{name}")), "{name}");
+        assert!(covered(&format!("proc/./x/../{name}/")), "{name}");
+        assert!(!covered(&format!("/proc/{name}/x")) && !covered(&format!("/proc/{name}x")), "{name}");
+    }
+    for name in ["net/dev", "self", "1", "sys", "sys/kernel", "sys/kernel/core_pattern", "kcore", "self/attr/exec", "sysrq-trigger"] {
+        assert!(!covered(&format!("/proc/{name}")), "{name}");
+    }
+    // A procfs, if it is one.
+    assert!(covered("/proc"));
+}
+
+#[test]
+fn a_long_list_of_layers_is_given_layer_by_layer() {
+    let long = "x".repeat(200);
+    let parameters = |options: Value| {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["mounts"] = json!([{ "destination": "/x", "type": "overlay", "source": "overlay", "options": options }]);
+        match planned(&config).expect("accepted").mounts.remove(0).source {
+            Source::New { parameters, .. } => parameters.into_iter().filter_map(|(key, value)| Some((key, value?))).collect::<Vec<_>>(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let owned =
+        |pairs: &[(&str, &str)]| -> Vec<(String, String)> { pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect() };
+    assert_eq!(parameters(json!(["lowerdir=/a:/b"])), owned(&[("source", "overlay"), ("lowerdir", "/a:/b")]));
+    let list = format!("lowerdir=/a\\:b:/{long}::/c:/{long}");
+    assert_eq!(
+        parameters(json!([list, "upperdir=/u", "workdir=/w"])),
+        owned(&[
+            ("source", "overlay"),
+            ("lowerdir+", "/a:b"),
+            ("lowerdir+", &format!("/{long}")),
+            ("datadir+", "/c"),
+            ("lowerdir+", &format!("/{long}")),
+            ("upperdir", "/u"),
+            ("workdir", "/w"),
+        ])
+    );
+}
+
+#[test]
+fn a_remount_changes_the_mount_or_its_file_system_too() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    config["mounts"] = json!([
+        { "destination": "/a", "type": "none", "options": ["bind", "remount", "ro"] },
+        { "destination": "/b", "type": "tmpfs", "options": ["remount", "nosuid", "size=1m"] },
+    ]);
+    let mounts = planned(&config).expect("accepted").mounts;
+    assert_eq!(mounts[0].source, Source::Existing { parameters: None });
+    assert_eq!((mounts[0].attributes.set, mounts[0].attributes.clear), (0x1, 0x20_000e));
+    let parameters = vec![("rw".to_owned(), None), ("size".to_owned(), Some("1m".to_owned()))];
+    assert_eq!(mounts[1].source, Source::Existing { parameters: Some(parameters) });
+}
+
+#[test]
+fn the_roots_propagation_is_set_when_it_is_the_root() {
+    let host = libc::MS_SLAVE | libc::MS_REC;
+    for (word, of_host, of_root) in [
+        ("", host, None),
+        ("private", libc::MS_PRIVATE, None),
+        ("shared", host, Some(libc::MS_SHARED)),
+        ("rshared", host, Some(libc::MS_SHARED | libc::MS_REC)),
+        ("unbindable", host, Some(libc::MS_UNBINDABLE)),
+    ] {
+        assert_eq!(propagation(Some(word)).expect("known"), (of_host, of_root));
+    }
+    assert!(propagation(Some("x")).is_err());
 }
 
 #[test]
@@ -368,7 +466,7 @@ fn binds_keep_their_sources_attributes_unless_some_are_given() {
     assert_eq!((plan.mounts[1].attributes.set, plan.mounts[1].attributes.clear), (0x1, 0x20_000e));
     assert_eq!((plan.mounts[2].attributes.set, plan.mounts[2].attributes.clear), (0x10, 0x20_00ff & !0x10 & !0x80 | 0x70 | 0x80));
     assert_eq!(plan.mounts[3].target, "/to");
-    assert_eq!(plan.mounts[3].source, Source::Bind { path: "/bundle/y".to_owned(), recursive: false });
+    assert_eq!(plan.mounts[3].source, Source::Bind { path: "/bundle/y".to_owned(), recursive: false, procfs: false });
 }
 
 #[test]
