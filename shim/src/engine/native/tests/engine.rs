@@ -17,6 +17,8 @@ mod bundle;
 mod clocks;
 #[path = "engine/differences.rs"]
 mod differences;
+#[path = "engine/entries.rs"]
+mod entries;
 #[path = "engine/execs.rs"]
 mod execs;
 #[path = "engine/hooks.rs"]
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         clocks::CASES,
         idmaps::CASES,
         mounts::CASES,
+        entries::CASES,
         v2::CASES,
         adversaries::CASES,
         differences::CASES,

@@ -14,7 +14,7 @@ use super::namespaces::{self, Named};
 use super::root::{self, Root};
 use super::sources::Opener;
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
-use super::{Descriptors, Doing, Failure, Report, Step, hooks, ids, init, program, terminal};
+use super::{Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, program, terminal};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
@@ -136,6 +136,12 @@ fn make_init(plan: &Create, joining: &Joining, live: impl FnOnce(&ChildEnd) -> R
     let is_late = |kind| matches!(kind, Kind::Cgroup | Kind::Time | Kind::User);
     let new = plan.namespaces.iter().filter(|namespace| namespace.path.is_none() && !is_late(namespace.kind));
     let flags = new.fold(0, |flags, namespace| flags | namespace.kind.flag());
+    let live = |performer: &ChildEnd| {
+        if let Some(mount) = named.mount() {
+            setns(mount, CloneFlags::CLONE_NEWNS).doing(Step::Namespaces, || "join the mount namespace".to_owned())?;
+        }
+        live(performer)
+    };
     let (child, own) = if plan.has(Kind::User) {
         (Child::make_led(&Leading { plan, flags, user: named.user() }, joining, live)?, own)
     } else {
@@ -152,6 +158,8 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     let namespaces = CloneFlags::from_bits_retain(plan.namespaces as i32);
     let is_mapped = namespaces.contains(CloneFlags::CLONE_NEWUSER);
     let joining_namespaces = || "join the namespaces of the container".to_owned();
+    let chroot =
+        plan.chroot.as_ref().map(|path| root::absolute(Path::new(path)).doing(Step::Root, || format!("open {path}"))).transpose()?;
     // It takes effect for children. The others are left to the child: in the user namespace of the container the performer could not set its limits.
     if namespaces.contains(CloneFlags::CLONE_NEWPID) {
         setns(container, CloneFlags::CLONE_NEWPID).doing(Step::Namespaces, joining_namespaces)?;
@@ -166,6 +174,9 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         }
         if is_mapped {
             namespaces::become_root()?;
+        }
+        if let Some(chroot) = chroot {
+            entry::change_root(&chroot).doing(Step::Root, || "chroot".to_owned())?;
         }
         sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
         if let Some(keyring) = &plan.process.keyring {

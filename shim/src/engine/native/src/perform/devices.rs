@@ -14,7 +14,9 @@ use crate::plan::Device;
 use crate::sys::{self, Tree};
 
 /// Makes a node. One that exists must be the same; it gets owner and permissions.
-pub(super) fn node(root: &Root, device: &Device) -> Result<(), Failure> {
+///
+/// One that cannot be made is the host's, unless nothing may be mounted.
+pub(super) fn node(root: &Root, device: &Device, may_mount: bool) -> Result<(), Failure> {
     let doing = || format!("make device {}", device.path);
     let place = root.place(&device.path).doing(Step::Devices, doing)?;
     let kind = SFlag::from_bits_truncate(device.mode) & SFlag::S_IFMT;
@@ -23,7 +25,7 @@ pub(super) fn node(root: &Root, device: &Device) -> Result<(), Failure> {
         Ok(()) => true,
         Err(Errno::EEXIST) => false,
         // In a user namespace, or without the capability.
-        Err(Errno::EPERM) => return bind(&place, device).doing(Step::Devices, doing),
+        Err(Errno::EPERM) if may_mount => return bind(&place, device).doing(Step::Devices, doing),
         Err(error) => return Err(error).doing(Step::Devices, doing),
     };
     let node = root::in_folder(place.folder.as_fd(), &place.name, OFlag::O_PATH).doing(Step::Devices, doing)?;

@@ -2,10 +2,9 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pivot_root, sethostname, setsid};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setsid};
 
 use super::descriptors::Kept;
 use super::mounts::{self, Bind, Late};
@@ -13,8 +12,8 @@ use super::program::{self, Program};
 use super::root::{self, Root};
 use super::sources::Sources;
 use super::sync::{Answer, ChildEnd, Message};
-use super::{Doing, Failure, Step, devices, hooks, masks, terminal};
-use crate::plan::{Create, Kind, Process};
+use super::{Doing, Failure, Step, devices, entry, hooks, masks, terminal};
+use crate::plan::{Create, Entry, Kind, Process};
 use crate::sys::{self, FsContext, Tree};
 
 /// Everything up to the gate.
@@ -35,10 +34,13 @@ pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd) -> Resul
     }
 
     let sources = Sources::new(plan, performer);
-    let root = mounts::root(&plan.root, plan.propagation, &sources)?;
+    if plan.entry != Entry::Chroot {
+        mounts::separate(&plan.root, plan.propagation)?;
+    }
+    let root = Root::new(sources.root(plan)?);
     let mut late = Late::default();
     (0..).zip(&plan.mounts).try_for_each(|(index, mount)| mounts::make(&root, mount, &Bind { sources: &sources, index }, &mut late))?;
-    plan.devices.iter().try_for_each(|device| devices::node(&root, device))?;
+    plan.devices.iter().try_for_each(|device| devices::node(&root, device, plan.entry != Entry::Chroot))?;
     plan.links.iter().try_for_each(|(target, path)| devices::link(&root, target, path))?;
     reopen_null_streams(&root)?;
     run_hooks(plan, performer)?;
@@ -50,7 +52,7 @@ pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd) -> Resul
     masks::make_readonly(&root, &plan.readonly)?;
     masks::hide(&root, &plan.masked)?;
     late.make_readonly()?;
-    enter(&root)?;
+    entry::enter(&root, plan.entry)?;
     if let Some(flags) = plan.root_propagation {
         mounts::propagate(root.as_fd(), flags).doing(Step::Root, || "set the propagation of the root".to_owned())?;
     }
@@ -166,23 +168,4 @@ fn reopen_null_streams(root: &Root) -> Result<(), Failure> {
         Ok(())
     };
     reopen().doing(Step::Devices, || "open /dev/null of the container".to_owned())
-}
-
-/// Makes the root the root, and lets go of the host's mounts.
-fn enter(root: &Root) -> Result<(), Failure> {
-    let enter = || -> nix::Result<()> {
-        let host = nix::fcntl::open(
-            "/",
-            nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
-            Mode::empty(),
-        )?;
-        fchdir(root.as_fd())?;
-        pivot_root(".", ".")?;
-        fchdir(&host)?;
-        // Else unmounting would spread to mounts that the host shares.
-        mount(None::<&str>, ".", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
-        umount2(".", MntFlags::MNT_DETACH)?;
-        nix::unistd::chdir("/")
-    };
-    enter().doing(Step::Root, || "pivot_root".to_owned())
 }

@@ -25,6 +25,7 @@ mod child;
 mod copy;
 mod descriptors;
 mod devices;
+mod entry;
 mod hooks;
 mod ids;
 mod init;

@@ -12,6 +12,7 @@ use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use super::root::{self, Root};
 use super::sources::Sources;
 use super::{Doing, Failure, Step, copy, devices};
+use crate::host::unescape;
 use crate::plan::{self, Mount, Source};
 use crate::sys::{self, FsContext, Tree};
 
@@ -27,11 +28,21 @@ impl Late {
     }
 }
 
-/// Makes the mounts of the host private to the new mount namespace, then the root a mount of its own.
-pub(super) fn root(path: &str, propagation: u64, sources: &Sources<'_>) -> Result<Root, Failure> {
-    let separate = || propagate(root::absolute(Path::new("/"))?.as_fd(), propagation);
-    separate().doing(Step::Root, || "set the propagation of the host's mounts".to_owned())?;
-    Ok(Root::new(sources.root(path)?))
+/// Makes the mounts of the host private to the new mount namespace: all of them, or the first and the one that the root lies in. What is mounted in that
+/// one would be on the host too, and pivot_root(2) refuses it.
+pub(super) fn separate(path: &str, propagation: u64) -> Result<(), Failure> {
+    let set = |mount: &Path, flags: u64| propagate(root::absolute(mount)?.as_fd(), flags);
+    let separate = || -> io::Result<()> {
+        set(Path::new("/"), propagation)?;
+        if propagation & libc::MS_REC != 0 {
+            return Ok(());
+        }
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        let targets = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape);
+        let above = targets.filter(|target| Path::new(path).starts_with(target)).max_by_key(String::len);
+        above.map_or(Ok(()), |above| set(Path::new(&above), libc::MS_SLAVE))
+    };
+    separate().doing(Step::Root, || "set the propagation of the host's mounts".to_owned())
 }
 
 /// Where a bind's source comes from.

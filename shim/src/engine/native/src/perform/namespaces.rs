@@ -30,13 +30,14 @@ impl Named {
             let doing = || format!("open the namespace {path}");
             let handle =
                 nix::fcntl::open(Path::new(path), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).doing(Step::Namespaces, doing)?;
-            if namespace.kind == Kind::Network && plan.sysctls.iter().any(|(path, _)| path.starts_with("net/")) {
-                let (theirs, ours) =
-                    (fstat(&handle).doing(Step::Namespaces, doing)?, stat("/proc/self/ns/net").doing(Step::Namespaces, doing)?);
-                if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino) {
-                    let what = "linux.sysctl net.* would change the settings of the host: the network namespace is the runtime's";
-                    return Err(Failure { step: Step::Settings, what: what.to_owned(), errno: 0 });
-                }
+            if namespace.kind == Kind::Mount && is_own(&handle, Kind::Mount).doing(Step::Namespaces, doing)? {
+                let what = "the mount namespace to join is the runtime's: the host's root would be replaced";
+                return Err(Failure { step: Step::Namespaces, what: what.to_owned(), errno: 0 });
+            }
+            let has_settings = || plan.sysctls.iter().any(|(path, _)| path.starts_with("net/"));
+            if namespace.kind == Kind::Network && has_settings() && is_own(&handle, Kind::Network).doing(Step::Namespaces, doing)? {
+                let what = "linux.sysctl net.* would change the settings of the host: the network namespace is the runtime's";
+                return Err(Failure { step: Step::Settings, what: what.to_owned(), errno: 0 });
             }
             opened.push((namespace.kind, handle));
         }
@@ -46,6 +47,11 @@ impl Named {
     /// The user namespace to join.
     pub(super) fn user(&self) -> Option<&OwnedFd> {
         self.find(Kind::User)
+    }
+
+    /// The mount namespace to join, as a member of which the performer could not see the host's files.
+    pub(super) fn mount(&self) -> Option<&OwnedFd> {
+        self.find(Kind::Mount)
     }
 
     fn find(&self, kind: Kind) -> Option<&OwnedFd> {
@@ -110,6 +116,12 @@ pub(super) fn become_root() -> Result<(), Failure> {
         sys::set_dumpable(false)
     };
     become_it().doing(Step::Namespaces, || "become root of the user namespace".to_owned())
+}
+
+/// Whether it is the performer's.
+fn is_own(namespace: &OwnedFd, kind: Kind) -> std::io::Result<bool> {
+    let (theirs, ours) = (fstat(namespace)?, stat(format!("/proc/self/ns/{}", file(kind)).as_str())?);
+    Ok((theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino))
 }
 
 fn own(kind: Kind) -> Result<(Kind, OwnedFd), Failure> {

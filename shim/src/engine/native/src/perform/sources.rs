@@ -12,7 +12,7 @@ use nix::fcntl::AT_FDCWD;
 
 use super::sync::{ChildEnd, Message};
 use super::{Doing, Failure, Step, ids, namespaces, root};
-use crate::plan::{Create, IDMAP, Kind, Mappings, Mount, Source};
+use crate::plan::{Create, Entry, IDMAP, Kind, Mappings, Mount, Source};
 use crate::sys::{self, Attributes, Tree};
 
 /// The child's side.
@@ -27,9 +27,9 @@ impl<'a> Sources<'a> {
         Self { performer, is_mapped: plan.has(Kind::User) }
     }
 
-    /// Mounts the root on itself.
-    pub(super) fn root(&self, path: &str) -> Result<OwnedFd, Failure> {
-        if self.is_mapped { self.ask(&Message::Root) } else { mount_on_itself(path) }.doing(Step::Root, || mounting_root(path))
+    /// The root, as a mount of its own if there is a mount namespace.
+    pub(super) fn root(&self, plan: &Create) -> Result<OwnedFd, Failure> {
+        if self.is_mapped { self.ask(&Message::Root) } else { open_root(plan) }.doing(Step::Root, || mounting_root(&plan.root))
     }
 
     /// A tree of mounts that is attached nowhere: of a bind of `path` whose number in the plan is `index`.
@@ -59,8 +59,7 @@ impl<'a> Opener<'a> {
     }
 
     pub(super) fn root(&self) -> Result<OwnedFd, Failure> {
-        let path = &self.plan.root;
-        namespaces::within_mounts_of(self.child, || mount_on_itself(path)).doing(Step::Root, || mounting_root(path))
+        namespaces::within_mounts_of(self.child, || open_root(self.plan)).doing(Step::Root, || mounting_root(&self.plan.root))
     }
 
     pub(super) fn source(&self, index: u32) -> Result<OwnedFd, Failure> {
@@ -97,9 +96,12 @@ fn open(path: &str, recursive: bool) -> io::Result<OwnedFd> {
     sys::open_tree(AT_FDCWD, Path::new(path), if recursive { Tree::Recursive } else { Tree::Top })
 }
 
-fn mount_on_itself(path: &str) -> io::Result<OwnedFd> {
-    let path = Path::new(path);
+fn open_root(plan: &Create) -> io::Result<OwnedFd> {
+    let path = Path::new(&plan.root);
     let target = root::absolute(path)?;
+    if plan.entry == Entry::Chroot {
+        return Ok(target);
+    }
     let mount = sys::open_tree(AT_FDCWD, path, Tree::Recursive)?;
     sys::move_mount(mount.as_fd(), target.as_fd())?;
     Ok(mount)

@@ -1,9 +1,9 @@
 //! Makes plans.
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
 
-use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl, users};
+use super::{Cgroup, Container, Create, Entry, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl, users};
 use crate::{Host, Refused, seccomp};
 
 /// What a container is made for, beside its configuration.
@@ -16,6 +16,8 @@ pub struct Request<'a> {
     pub no_new_keyring: bool,
     /// For processes whose configuration has none: the performer's own is the shim's and must not be inherited.
     pub default_oom_score_adj: i32,
+    /// Move the root over the host's instead of exchanging them, which an initramfs does not allow.
+    pub no_pivot_root: bool,
 }
 
 /// Plans the making of a container.
@@ -29,11 +31,12 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
 
     let namespaces = namespaces(linux.namespaces().as_deref().unwrap_or_default())?;
     let find = |kind| namespaces.iter().find(|namespace| namespace.kind == kind);
-    match find(Kind::Mount) {
-        None => return Err(Refused::unsupported("linux.namespaces without one of type mount")),
-        Some(Namespace { path: Some(_), .. }) => return Err(Refused::unsupported("linux.namespaces[mount].path")),
-        Some(Namespace { path: None, .. }) => {}
-    }
+    let entry = match find(Kind::Mount) {
+        Some(_) if request.no_pivot_root => Entry::Move,
+        Some(_) => Entry::Pivot,
+        None => Entry::Chroot,
+    };
+    check_entry(entry, spec, linux)?;
     for (field, value) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
         if value.as_deref().is_some_and(|name| !name.is_empty()) && find(Kind::Uts).is_none() {
             return Err(Refused::invalid(field, "needs a uts namespace"));
@@ -61,7 +64,11 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         cgroup::give(&mut cgroup, users::outside(&mappings, find(Kind::User).is_some(), planned.uid));
     }
 
-    let (propagation, root_propagation) = propagation(linux.rootfs_propagation().as_deref())?;
+    let (mut propagation, root_propagation) = propagation(linux.rootfs_propagation().as_deref())?;
+    if entry == Entry::Move {
+        // Mounts of the host are unmounted there: that must not spread.
+        propagation |= libc::MS_REC;
+    }
     Ok(Create {
         version: VERSION,
         root: absolute(request.bundle, root.path(), "root.path")?,
@@ -71,7 +78,8 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         mounts,
         devices: if own_dev { devices::nodes(linux.devices().as_deref().unwrap_or_default())? } else { Vec::new() },
         links: if own_dev { devices::links(host.has_kcore) } else { Vec::new() },
-        own_dev,
+        own_dev: own_dev && entry != Entry::Chroot,
+        entry,
         masked: absolute_paths(linux.masked_paths().as_ref().unwrap_or(&none), "linux.maskedPaths")?,
         readonly: absolute_paths(linux.readonly_paths().as_ref().unwrap_or(&none), "linux.readonlyPaths")?,
         hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
@@ -97,12 +105,46 @@ pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result
     planned.umask = container.umask;
     planned.oom_score_adj = container.oom_score_adj;
     users::check(&container.mappings, &planned, "process")?;
-    Ok(Exec { version: VERSION, namespaces: container.namespaces, cgroup: container.cgroup.clone(), process: planned })
+    Ok(Exec {
+        version: VERSION,
+        namespaces: container.namespaces,
+        cgroup: container.cgroup.clone(),
+        process: planned,
+        chroot: container.chroot.clone(),
+    })
 }
 
 /// Plans a change of a container's limits: its cgroup, with the files to write. What is absent is not changed, nor are devices.
 pub fn update(resources: &LinuxResources, container: &Container) -> Result<Cgroup, Refused> {
     cgroup::update(resources, &container.cgroup)
+}
+
+/// Refuses what needs a root that is entered in another way.
+fn check_entry(entry: Entry, spec: &Spec, linux: &Linux) -> Result<(), Refused> {
+    let asked = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
+    let propagation = linux.rootfs_propagation().as_deref().unwrap_or_default();
+    match entry {
+        Entry::Pivot => Ok(()),
+        // What is mounted below the host's root would come out of it.
+        Entry::Move if matches!(propagation, "private" | "rprivate") => {
+            Err(Refused::invalid("linux.rootfsPropagation", format!("{propagation} is not safe without pivot_root")))
+        }
+        Entry::Move => Ok(()),
+        Entry::Chroot => {
+            let fields = [
+                // They would be the host's, and stay there when the container is removed.
+                ("mounts", spec.mounts().as_ref().is_some_and(|mounts| !mounts.is_empty())),
+                ("root.readonly", spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly) == Some(true)),
+                ("linux.maskedPaths", asked(linux.masked_paths())),
+                ("linux.readonlyPaths", asked(linux.readonly_paths())),
+                ("linux.rootfsPropagation", !propagation.is_empty()),
+            ];
+            match fields.into_iter().find(|(_, is_asked)| *is_asked) {
+                Some((field, _)) => Err(Refused::invalid(field, "needs a mount namespace")),
+                None => Ok(()),
+            }
+        }
+    }
 }
 
 /// The version of the specification: 1.x, of which later ones only add fields.

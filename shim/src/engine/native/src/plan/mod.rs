@@ -90,6 +90,24 @@ pub struct Create {
     /// `MS_*` flags for the root, once it is the root: before, they would concern the host's mounts.
     #[n(26)]
     pub root_propagation: Option<u64>,
+    #[n(27)]
+    pub entry: Entry,
+}
+
+/// How the root becomes the root.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Entry {
+    /// pivot_root(2): nothing of the host stays in the mount namespace.
+    #[default]
+    #[n(0)]
+    Pivot,
+    /// Moved over the host's root: where that is an initramfs, which cannot be exchanged.
+    #[n(1)]
+    Move,
+    /// chroot(2) alone, and nothing is mounted: the mount namespace is the runtime's.
+    #[n(2)]
+    Chroot,
 }
 
 /// Another process for a container.
@@ -104,6 +122,9 @@ pub struct Exec {
     pub cgroup: Cgroup,
     #[n(3)]
     pub process: Process,
+    /// The root to change to, on the host: the container has no mount namespace.
+    #[n(8)]
+    pub chroot: Option<String>,
 }
 
 /// What later plans need to know of a container: to be kept with it.
@@ -132,6 +153,9 @@ pub struct Container {
     /// Of its user namespace, if they are known.
     #[n(16)]
     pub mappings: Mappings,
+    /// The root on the host of one without a mount namespace.
+    #[n(17)]
+    pub chroot: Option<String>,
 }
 
 /// A namespace of the container.
@@ -483,6 +507,7 @@ impl Create {
                 ..Hooks::default()
             },
             mappings: self.mappings.clone(),
+            chroot: (self.entry == Entry::Chroot).then(|| self.root.clone()),
         }
     }
 }

@@ -252,6 +252,20 @@ fn binds_look_as_with_runc() {
     });
 }
 
+/// With roots that are moved.
+pub(crate) fn compare_moved(runtime: &str) {
+    if !is_installed(runtime) {
+        return;
+    }
+    let stage = Stage::new();
+    stage.no_pivot_root.set(true);
+    let config = config(&stage, FACTS);
+    let (status, ours) = stage.run(&config);
+    assert_eq!(status, 0, "{ours}");
+    let other = Other { runtime, stage: &stage };
+    compare(&ours, &other.output(&["run", "--no-pivot", "other"]), runtime);
+}
+
 fn add_other_mounts(stage: &Stage, config: &mut Value) {
     for folder in ["lower", "upper", "data"] {
         fs::create_dir_all(stage.folder.join(folder)).expect("a folder");

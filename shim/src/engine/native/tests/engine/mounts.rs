@@ -265,10 +265,11 @@ fn the_root_has_the_propagation_that_was_asked_for() {
 fn mounts_below_a_shared_root_stay_in_the_container() {
     let mounts = || fs::read_to_string("/proc/self/mountinfo").expect("mounts");
     let before = mounts();
-    for word in ["shared", "rshared", "unbindable", "slave", "private"] {
+    for word in ["shared", "rshared", "unbindable", "slave", "private", "rprivate"] {
         let stage = Stage::new();
-        // The host's mounts are shared, as systemd has them.
-        stage.on_host("mount --make-rshared /");
+        // The host's mounts are shared, as systemd has them, and so is the one that the root is in.
+        let folder = stage.folder.display();
+        stage.on_host(&format!("mount --bind {folder} {folder}; mount --make-rshared /"));
         let own = stage.on_host("cat /proc/self/mountinfo");
         let mut config =
             stage.config(&["sh", "-c", "mkdir /m; mount -t tmpfs leak /m && mount -t tmpfs leak /run && echo mounted; sleep 1000"]);

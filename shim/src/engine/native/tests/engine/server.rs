@@ -12,6 +12,7 @@ use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, S
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use x_engine::Host;
+use x_engine::plan::Request;
 
 use crate::keeper::{self, Made, Streams};
 use crate::stage;
@@ -76,7 +77,13 @@ impl Keeper {
             "create" => {
                 let host = Host::read().map_err(|error| error.to_string())?;
                 let (streams, console) = streams(request)?;
-                let made = keeper::create(Path::new(text("bundle")), id, &host, streams)?;
+                let no_pivot_root = request["no_pivot_root"] == json!(true);
+                let bundle = Path::new(text("bundle"));
+                let made = keeper::create_for(
+                    &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root },
+                    &host,
+                    streams,
+                )?;
                 let pid = made.init;
                 self.made.insert(id.to_owned(), made);
                 self.receive(pid, console)

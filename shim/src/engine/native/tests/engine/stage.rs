@@ -47,6 +47,8 @@ pub(crate) struct Stage {
     requests: RefCell<Option<ChildStdin>>,
     answers: RefCell<BufReader<ChildStdout>>,
     outputs: Cell<u32>,
+    /// Whether containers are made without pivot_root(2).
+    pub(crate) no_pivot_root: Cell<bool>,
 }
 
 impl Stage {
@@ -81,6 +83,7 @@ impl Stage {
             requests: RefCell::new(requests),
             answers: RefCell::new(BufReader::new(answers)),
             outputs: Cell::new(0),
+            no_pivot_root: Cell::new(false),
         }
     }
 
@@ -116,7 +119,7 @@ impl Stage {
         fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
         let output = self.output();
         let terminal = &config["process"]["terminal"];
-        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal }))?;
+        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal, "no_pivot_root": self.no_pivot_root.get() }))?;
         Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output })
     }
 

@@ -85,7 +85,7 @@ fn full_process() -> Value {
 
 fn planned(config: &Value) -> Result<Create, Refused> {
     let spec = spec::parse(config.to_string().as_bytes())?;
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0 };
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root: false };
     create(&spec, &request, &host())
 }
 
@@ -214,7 +214,7 @@ fn a_limit_without_its_controller_is_refused() {
     let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
     let mut host = host();
     host.hierarchies.retain(|hierarchy| hierarchy.controllers != ["pids"]);
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 };
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, no_pivot_root: false };
     let error = create(&spec, &request, &host).expect_err("refused");
     assert!(error.to_string().contains("pids.max needs the cgroup controller pids"), "{error}");
 }
@@ -346,6 +346,39 @@ fn the_roots_propagation_is_set_when_it_is_the_root() {
 }
 
 #[test]
+fn without_a_mount_namespace_nothing_can_be_mounted() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "mount");
+    for (pointer, nothing) in [
+        ("/mounts", json!([])),
+        ("/root/readonly", json!(false)),
+        ("/linux/maskedPaths", json!([])),
+        ("/linux/readonlyPaths", json!(null)),
+        ("/linux/rootfsPropagation", json!("")),
+    ] {
+        let error = planned(&config).expect_err("refused").to_string();
+        assert_eq!(error, format!("{}: needs a mount namespace", pointer[1..].replace('/', ".")));
+        *config.pointer_mut(pointer).expect("present") = nothing;
+    }
+    let plan = planned(&config).expect("accepted");
+    assert_eq!((plan.entry, plan.own_dev), (Entry::Chroot, false));
+    assert_eq!(plan.container().chroot.as_deref(), Some("/bundle/r"));
+}
+
+#[test]
+fn a_private_root_needs_pivot_root() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let spec = |config: &Value| spec::parse(config.to_string().as_bytes()).expect("parsed");
+    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, no_pivot_root: true };
+    let error = create(&spec(&config), &request, &host()).expect_err("refused").to_string();
+    assert!(error.starts_with("linux.rootfsPropagation: rprivate is not safe"), "{error}");
+    config["linux"]["rootfsPropagation"] = json!("rslave");
+    assert_eq!(create(&spec(&config), &request, &host()).expect("accepted").entry, Entry::Move);
+}
+
+#[test]
 fn owners_of_a_bind_can_be_mapped() {
     let map = json!([{ "containerID": 1, "hostID": 2, "size": 3 }]);
     let range = || vec![super::super::IdRange { inside: 1, outside: 2, count: 3 }];
@@ -444,7 +477,8 @@ fn a_cgroup_that_can_be_divided_is_its_users() {
             config["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "cgroup" }));
         }
         let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
-        let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 };
+        let request =
+            Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, no_pivot_root: false };
         let plan = create(&spec, &request, &host).expect("accepted");
         assert_eq!(plan.cgroup.folders[0].owner, owner);
     }
@@ -487,7 +521,11 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
     config["linux"]["resources"]["unified"] = json!({ "memory.high": "2", "cpu.uclamp.min": "1\n3" });
     let made = |config: &Value| {
         let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
-        create(&spec, &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0 }, &host)
+        create(
+            &spec,
+            &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, no_pivot_root: false },
+            &host,
+        )
     };
     let plan = made(&config).expect("accepted");
     let [folder] = &plan.cgroup.folders[..] else { panic!("{:?}", plan.cgroup) };
