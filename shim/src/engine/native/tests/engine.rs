@@ -31,6 +31,8 @@ mod inits;
 mod keeper;
 #[path = "engine/mounts.rs"]
 mod mounts;
+#[path = "engine/roots.rs"]
+mod roots;
 #[path = "engine/server.rs"]
 mod server;
 #[path = "engine/stage.rs"]
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         idmaps::CASES,
         mounts::CASES,
         entries::CASES,
+        roots::CASES,
         v2::CASES,
         adversaries::CASES,
         differences::CASES,

@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::dir::Dir;
+use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, UtimensatFlags, fstat, fstatat, mkdirat, mknodat, utimensat};
 use nix::sys::time::TimeSpec;
@@ -61,8 +62,11 @@ impl Copy<'_> {
             }
             SFlag::S_IFLNK => symlinkat(readlinkat(from, name)?.as_os_str(), to, name)?,
             SFlag::S_IFREG => {
-                // A fifo could be in its place by now.
                 let mut source = File::from(in_folder(from.as_fd(), name, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?);
+                // A fifo or a device could be in its place by now: neither has an end.
+                if !source.metadata()?.is_file() {
+                    return Err(Errno::ESTALE.into());
+                }
                 let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
                 let mut target = File::from(openat(to, name, flags, Mode::S_IRUSR)?);
                 io::copy(&mut source, &mut target)?;

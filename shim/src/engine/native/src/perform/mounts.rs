@@ -10,10 +10,10 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
 use super::root::{self, Root};
-use super::sources::Sources;
+use super::sources::{self, Sources};
 use super::{Doing, Failure, Step, copy, devices};
 use crate::host::unescape;
-use crate::plan::{self, Mount, Source};
+use crate::plan::{self, Classic, Mount, Source};
 use crate::sys::{self, FsContext, Tree};
 
 /// Mounts that are made read-only at the end.
@@ -57,6 +57,7 @@ pub(super) fn make(root: &Root, mount: &Mount, bind: &Bind<'_>, late: &mut Late)
     let doing = || match &mount.source {
         Source::New { kind, .. } => format!("mount {kind} on {}", mount.target),
         Source::Bind { path, .. } => format!("mount {path} on {}", mount.target),
+        Source::Classic(Classic { kind, .. }) => format!("mount {kind} on {}", mount.target),
         Source::Link { .. } => format!("make link {}", mount.target),
         Source::Existing { .. } => format!("remount {}", mount.target),
     };
@@ -70,6 +71,8 @@ pub(super) fn make(root: &Root, mount: &Mount, bind: &Bind<'_>, late: &mut Late)
             made => made.and_then(|made| attach_bind(root, mount, made, *procfs)),
         },
         Source::Existing { parameters } => remount(root, mount, parameters.as_deref()),
+        // It would take a path.
+        Source::Classic(_) => Err(Errno::EINVAL.into()),
     };
     finish(made.doing(Step::Mounts, doing)?, mount, late)
 }
@@ -113,6 +116,34 @@ fn new(root: &Root, mount: &Mount) -> io::Result<OwnedFd> {
     }
     sys::move_mount(made.as_fd(), target.as_fd())?;
     set_recursive(&made, mount)?;
+    Ok(made)
+}
+
+/// Mounts a root on a path of the host, in the container's mount namespace.
+pub(super) fn make_root(path: &Path, mount: &Mount) -> io::Result<OwnedFd> {
+    let made = match &mount.source {
+        Source::New { kind, parameters, .. } => {
+            let context = FsContext::open(kind)?;
+            for (key, value) in parameters {
+                context.set(key, value.as_deref())?;
+            }
+            context.mount(mount.attributes.set)?
+        }
+        Source::Bind { path, recursive, .. } => sources::open(path, *recursive)?,
+        Source::Classic(Classic { kind, source, data }) => {
+            nix::mount::mount(Some(source.as_str()), path, Some(kind.as_str()), nix::mount::MsFlags::empty(), Some(data.as_str()))?;
+            let made = root::absolute(path)?;
+            set_attributes(&made, mount)?;
+            set_recursive(&made, mount)?;
+            return Ok(made);
+        }
+        Source::Link { .. } | Source::Existing { .. } => return Err(Errno::EINVAL.into()),
+    };
+    if matches!(mount.source, Source::Bind { .. }) && !mount.attributes.is_empty() {
+        set_attributes(&made, mount)?;
+    }
+    set_recursive(&made, mount)?;
+    sys::move_mount(made.as_fd(), root::absolute(path)?.as_fd())?;
     Ok(made)
 }
 

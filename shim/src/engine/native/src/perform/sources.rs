@@ -11,7 +11,7 @@ use std::rc::Rc;
 use nix::fcntl::AT_FDCWD;
 
 use super::sync::{ChildEnd, Message};
-use super::{Doing, Failure, Step, ids, namespaces, root};
+use super::{Doing, Failure, Step, ids, mounts, namespaces, root};
 use crate::plan::{Create, Entry, IDMAP, Kind, Mappings, Mount, Source};
 use crate::sys::{self, Attributes, Tree};
 
@@ -92,7 +92,7 @@ impl<'a> Opener<'a> {
     }
 }
 
-fn open(path: &str, recursive: bool) -> io::Result<OwnedFd> {
+pub(super) fn open(path: &str, recursive: bool) -> io::Result<OwnedFd> {
     sys::open_tree(AT_FDCWD, Path::new(path), if recursive { Tree::Recursive } else { Tree::Top })
 }
 
@@ -102,9 +102,12 @@ fn open_root(plan: &Create) -> io::Result<OwnedFd> {
     if plan.entry == Entry::Chroot {
         return Ok(target);
     }
-    let mount = sys::open_tree(AT_FDCWD, path, Tree::Recursive)?;
-    sys::move_mount(mount.as_fd(), target.as_fd())?;
-    Ok(mount)
+    let Some((first, others)) = plan.root_mounts.split_first() else {
+        let mount = sys::open_tree(AT_FDCWD, path, Tree::Recursive)?;
+        sys::move_mount(mount.as_fd(), target.as_fd())?;
+        return Ok(mount);
+    };
+    others.iter().try_fold(mounts::make_root(path, first)?, |_, mount| mounts::make_root(path, mount))
 }
 
 fn mounting_root(path: &str) -> String {

@@ -3,7 +3,10 @@ use std::path::Path;
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
 
-use super::{Cgroup, Container, Create, Entry, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, mounts, sysctl, users};
+use super::{
+    Cgroup, Container, Create, Entry, Exec, Kind, Namespace, RootMount, VERSION, cgroup, devices, hooks, identity, mounts, root, sysctl,
+    users,
+};
 use crate::{Host, Refused, seccomp};
 
 /// What a container is made for, beside its configuration.
@@ -18,6 +21,9 @@ pub struct Request<'a> {
     pub default_oom_score_adj: i32,
     /// Move the root over the host's instead of exchanging them, which an initramfs does not allow.
     pub no_pivot_root: bool,
+    /// The root file system, to be mounted in the container's mount namespace alone; none: it is on the host. See
+    /// [`super::can_mount_root`].
+    pub root_mounts: &'a [RootMount<'a>],
 }
 
 /// Plans the making of a container.
@@ -25,7 +31,7 @@ pub struct Request<'a> {
 /// Errors: a field that the engine does not implement, or that has an invalid value.
 pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create, Refused> {
     check_version(spec.version())?;
-    let root = spec.root().as_ref().ok_or_else(|| Refused::invalid("root", "missing"))?;
+    let spec_root = spec.root().as_ref().ok_or_else(|| Refused::invalid("root", "missing"))?;
     let linux = spec.linux().as_ref().ok_or_else(|| Refused::invalid("linux", "missing"))?;
     let process = spec.process().as_ref().ok_or_else(|| Refused::invalid("process", "missing"))?;
 
@@ -37,6 +43,9 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         None => Entry::Chroot,
     };
     check_entry(entry, spec, linux)?;
+    if !request.root_mounts.is_empty() {
+        root::check(spec)?;
+    }
     for (field, value) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
         if value.as_deref().is_some_and(|name| !name.is_empty()) && find(Kind::Uts).is_none() {
             return Err(Refused::invalid(field, "needs a uts namespace"));
@@ -71,8 +80,8 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     }
     Ok(Create {
         version: VERSION,
-        root: absolute(request.bundle, root.path(), "root.path")?,
-        root_readonly: root.readonly().unwrap_or(false),
+        root: absolute(request.bundle, spec_root.path(), "root.path")?,
+        root_readonly: spec_root.readonly().unwrap_or(false),
         propagation,
         root_propagation,
         mounts,
@@ -80,6 +89,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         links: if own_dev { devices::links(host.has_kcore) } else { Vec::new() },
         own_dev: own_dev && entry != Entry::Chroot,
         entry,
+        root_mounts: root::plan(request.root_mounts)?,
         masked: absolute_paths(linux.masked_paths().as_ref().unwrap_or(&none), "linux.maskedPaths")?,
         readonly: absolute_paths(linux.readonly_paths().as_ref().unwrap_or(&none), "linux.readonlyPaths")?,
         hostname: spec.hostname().clone().filter(|name| !name.is_empty()),

@@ -23,12 +23,14 @@ mod limits_v2;
 mod make;
 mod mounts;
 mod options;
+mod root;
 mod sysctl;
 mod users;
 
 pub use hooks::{Hook, Hooks, State};
 pub use make::{Request, create, exec, update};
 pub(crate) use options::{IDMAP, RDONLY};
+pub use root::{Classic, RootMount, can_mount_root};
 pub use users::{IdRange, Mappings};
 
 /// In place of a half of `cpu.max`: what it is now.
@@ -92,6 +94,9 @@ pub struct Create {
     pub root_propagation: Option<u64>,
     #[n(27)]
     pub entry: Entry,
+    /// What the root is, each mounted on the one before; what the host has there without.
+    #[n(28)]
+    pub root_mounts: Vec<Mount>,
 }
 
 /// How the root becomes the root.
@@ -353,6 +358,9 @@ pub enum Source {
         #[n(0)]
         parameters: Option<Vec<(String, Option<String>)>>,
     },
+    /// A file system by mount(2): of a root alone.
+    #[n(4)]
+    Classic(#[n(0)] Classic),
 }
 
 /// A device node, or a fifo.

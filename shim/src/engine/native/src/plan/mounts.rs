@@ -161,7 +161,7 @@ fn bind(mount: &SpecMount, target: String, options: Options, place: &Place<'_>, 
     })
 }
 
-fn check_bind_words(options: &Options, field: &str) -> Result<(), Refused> {
+pub(super) fn check_bind_words(options: &Options, field: &str) -> Result<(), Refused> {
     let is_flag = |word: &str| matches!(word, "sync" | "dirsync" | "lazytime" | "mand" | "iversion");
     match options.parameters.iter().find(|(word, _)| !is_flag(word)) {
         Some((word, _)) => Err(Refused::invalid(format!("{field}.options"), format!("{word} has no meaning for a bind mount"))),
@@ -170,7 +170,7 @@ fn check_bind_words(options: &Options, field: &str) -> Result<(), Refused> {
 }
 
 /// The parameters of an overlay: a list of folders that is too long for one is given folder by folder.
-fn layers(parameters: Vec<(String, Option<String>)>) -> Vec<(String, Option<String>)> {
+pub(super) fn layers(parameters: Vec<(String, Option<String>)>) -> Vec<(String, Option<String>)> {
     let split = |(key, value): (String, Option<String>)| -> Vec<(String, Option<String>)> {
         let Some(list) = value.as_deref().filter(|list| key == "lowerdir" && list.len() > MAX_PARAMETER_BYTES) else {
             return vec![(key, value)];
@@ -192,7 +192,7 @@ fn layers(parameters: Vec<(String, Option<String>)>) -> Vec<(String, Option<Stri
 }
 
 /// Of a value that fsconfig(2) takes.
-const MAX_PARAMETER_BYTES: usize = 255;
+pub(super) const MAX_PARAMETER_BYTES: usize = 255;
 
 /// A change of what is mounted: of its file system too, unless it is of the mount alone.
 fn remount(target: String, options: Options, is_bind: bool, field: &str) -> Result<Mount, Refused> {
@@ -230,7 +230,7 @@ fn ids(mount: &SpecMount, options: &Options, is_mapped: bool, field: &str) -> Re
 }
 
 /// As a remount does it: where any attribute is given, the others are cleared; access times stay unless they are given.
-fn bind_attributes(wanted: Attributes) -> Bound {
+pub(super) fn bind_attributes(wanted: Attributes) -> Bound {
     if wanted.is_empty() {
         return Bound { attributes: wanted, lenient: 0 };
     }
@@ -247,8 +247,8 @@ fn all_attributes(wanted: Attributes) -> Bound {
 }
 
 /// What a bind's attributes become.
-struct Bound {
-    attributes: Attributes,
+pub(super) struct Bound {
+    pub(super) attributes: Attributes,
     lenient: u64,
 }
 

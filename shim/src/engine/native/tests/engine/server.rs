@@ -12,7 +12,7 @@ use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, S
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use x_engine::Host;
-use x_engine::plan::Request;
+use x_engine::plan::{Request, RootMount};
 
 use crate::keeper::{self, Made, Streams};
 use crate::stage;
@@ -79,8 +79,12 @@ impl Keeper {
                 let (streams, console) = streams(request)?;
                 let no_pivot_root = request["no_pivot_root"] == json!(true);
                 let bundle = Path::new(text("bundle"));
+                let root_mounts: Vec<(String, String, Vec<String>)> =
+                    serde_json::from_value(request["root_mounts"].clone()).map_err(|error| error.to_string())?;
+                let root_mounts: Vec<RootMount<'_>> =
+                    root_mounts.iter().map(|(kind, source, options)| RootMount { kind, source, options }).collect();
                 let made = keeper::create_for(
-                    &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root },
+                    &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root, root_mounts: &root_mounts },
                     &host,
                     streams,
                 )?;

@@ -49,6 +49,8 @@ pub(crate) struct Stage {
     outputs: Cell<u32>,
     /// Whether containers are made without pivot_root(2).
     pub(crate) no_pivot_root: Cell<bool>,
+    /// Type, source and options of what containers have as their root.
+    pub(crate) root_mounts: RefCell<Vec<(String, String, Vec<String>)>>,
 }
 
 impl Stage {
@@ -84,6 +86,7 @@ impl Stage {
             answers: RefCell::new(BufReader::new(answers)),
             outputs: Cell::new(0),
             no_pivot_root: Cell::new(false),
+            root_mounts: RefCell::default(),
         }
     }
 
@@ -119,7 +122,7 @@ impl Stage {
         fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
         let output = self.output();
         let terminal = &config["process"]["terminal"];
-        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal, "no_pivot_root": self.no_pivot_root.get() }))?;
+        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal, "no_pivot_root": self.no_pivot_root.get(), "root_mounts": *self.root_mounts.borrow() }))?;
         Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output })
     }
 

@@ -19,6 +19,7 @@ crate::cases![
     a_device_that_the_host_does_not_have_is_refused,
     sources_below_private_folders_are_mounted,
     a_source_can_lie_in_an_earlier_mount,
+    many_sources_take_few_descriptors,
     a_missing_source_fails_the_creation,
     attributes_that_the_host_has_locked_stay,
     streams_belong_to_the_user,
@@ -278,6 +279,18 @@ fn a_source_can_lie_in_an_earlier_mount() {
         add_mount(config, "/second", "bind", &inside, &["rbind"]);
     });
     assert_eq!(output, "content");
+}
+
+fn many_sources_take_few_descriptors() {
+    let stage = Stage::new();
+    fs::write(stage.folder.join("file"), "").expect("a file");
+    let source = stage.folder.join("file").display().to_string();
+    let output = mapped_shell(&stage, "grep -c ' /many/' /proc/self/mountinfo", |config| {
+        for number in 0..1100 {
+            add_mount(config, &format!("/many/{number}"), "bind", &source, &["bind", "ro"]);
+        }
+    });
+    assert_eq!(output, "1100\n");
 }
 
 fn a_missing_source_fails_the_creation() {

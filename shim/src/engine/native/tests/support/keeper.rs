@@ -51,7 +51,7 @@ pub(crate) fn become_keeper() -> nix::Result<()> {
 /// Makes a container; its program waits.
 #[allow(dead_code, reason = "not every user of this module needs it")]
 pub(crate) fn create(bundle: &Path, id: &str, host: &Host, streams: Streams) -> Result<Made, String> {
-    let request = Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root: false };
+    let request = Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root: false, root_mounts: &[] };
     create_for(&request, host, streams)
 }
 
@@ -79,8 +79,12 @@ pub(crate) fn create_planned(plan: &plan::Create, streams: Streams) -> Result<Ma
 pub(crate) fn create_killed(bundle: &Path, id: &str, host: &Host, streams: Streams, after: std::time::Duration) -> Result<bool, String> {
     let json = std::fs::read(bundle.join("config.json")).map_err(text)?;
     let spec = spec::parse(&json).map_err(|error| chain(&error))?;
-    let plan = plan::create(&spec, &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root: false }, host)
-        .map_err(|error| chain(&error))?;
+    let plan = plan::create(
+        &spec,
+        &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root: false, root_mounts: &[] },
+        host,
+    )
+    .map_err(|error| chain(&error))?;
     let encoded = minicbor::to_vec(&plan).map_err(|error| error.to_string())?;
     let (theirs, gate) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;
     let (ours, report) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;

@@ -85,7 +85,14 @@ fn full_process() -> Value {
 
 fn planned(config: &Value) -> Result<Create, Refused> {
     let spec = spec::parse(config.to_string().as_bytes())?;
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0, no_pivot_root: false };
+    let request = Request {
+        id: "id",
+        bundle: Path::new("/bundle"),
+        no_new_keyring: false,
+        default_oom_score_adj: 0,
+        no_pivot_root: false,
+        root_mounts: &[],
+    };
     create(&spec, &request, &host())
 }
 
@@ -214,7 +221,14 @@ fn a_limit_without_its_controller_is_refused() {
     let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
     let mut host = host();
     host.hierarchies.retain(|hierarchy| hierarchy.controllers != ["pids"]);
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, no_pivot_root: false };
+    let request = Request {
+        id: "id",
+        bundle: Path::new("/bundle"),
+        no_new_keyring: true,
+        default_oom_score_adj: 0,
+        no_pivot_root: false,
+        root_mounts: &[],
+    };
     let error = create(&spec, &request, &host).expect_err("refused");
     assert!(error.to_string().contains("pids.max needs the cgroup controller pids"), "{error}");
 }
@@ -371,11 +385,77 @@ fn a_private_root_needs_pivot_root() {
     let mut config = full();
     config["linux"]["seccomp"] = Value::Null;
     let spec = |config: &Value| spec::parse(config.to_string().as_bytes()).expect("parsed");
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, no_pivot_root: true };
+    let request = Request {
+        id: "id",
+        bundle: Path::new("/bundle"),
+        no_new_keyring: true,
+        default_oom_score_adj: 0,
+        no_pivot_root: true,
+        root_mounts: &[],
+    };
     let error = create(&spec(&config), &request, &host()).expect_err("refused").to_string();
     assert!(error.starts_with("linux.rootfsPropagation: rprivate is not safe"), "{error}");
     config["linux"]["rootfsPropagation"] = json!("rslave");
     assert_eq!(create(&spec(&config), &request, &host()).expect("accepted").entry, Entry::Move);
+}
+
+#[test]
+fn a_root_is_mounted_in_the_container_unless_the_host_needs_it() {
+    use super::super::{RootMount, can_mount_root};
+    let words = |words: &[&str]| -> Vec<String> { words.iter().map(|word| (*word).to_owned()).collect() };
+    let overlay = words(&["lowerdir=/a:/b", "upperdir=/u", "workdir=/w", "index=off"]);
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let parsed = |config: &Value| spec::parse(config.to_string().as_bytes()).expect("parsed");
+    let mounts = [RootMount { kind: "overlay", source: "overlay", options: &overlay }];
+    // Hooks.
+    assert!(!can_mount_root(&parsed(&config), &mounts));
+    for name in ["prestart", "createRuntime", "createContainer"] {
+        let mut one = config.clone();
+        one["hooks"] = json!({ name: [{ "path": "/h" }] });
+        assert!(!can_mount_root(&parsed(&one), &mounts), "{name}");
+    }
+    config["hooks"] = json!({ "prestart": [], "startContainer": [{ "path": "/h" }], "poststop": [{ "path": "/h" }] });
+    assert!(can_mount_root(&parsed(&config), &mounts));
+    // Mounts that something else than the kernel has to understand.
+    for (kind, source, options) in [
+        ("overlay", "overlay", &["lowerdir=/a", "uidmap=0:1:2"][..]),
+        ("ext4", "/image", &["loop"]),
+        ("ext4", "/image", &["X-containerd.mkfs.size=1"]),
+        ("format/overlay", "overlay", &["lowerdir={{ mount 0 }}"]),
+        ("", "x", &[]),
+        ("bind", "relative", &["rbind"]),
+        ("bind", "/x", &["rbind", "size=1"]),
+        ("none", "/x", &["remount", "bind"]),
+    ] {
+        let options = words(options);
+        assert!(!can_mount_root(&parsed(&config), &[RootMount { kind, source, options: &options }]), "{kind} {options:?}");
+    }
+    let request = Request {
+        id: "id",
+        bundle: Path::new("/bundle"),
+        no_new_keyring: true,
+        default_oom_score_adj: 0,
+        no_pivot_root: false,
+        root_mounts: &mounts,
+    };
+    let plan = create(&parsed(&config), &request, &host()).expect("accepted");
+    assert_eq!(plan.root_mounts.len(), 1);
+    let bytes = minicbor::to_vec(&plan).expect("encoded");
+    assert_eq!(minicbor::decode::<Create>(&bytes).expect("decoded"), plan);
+    // Without a mount namespace of its own the mounts would be elsewhere.
+    config["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/mnt");
+    assert!(!can_mount_root(&parsed(&config), &mounts));
+    assert!(create(&parsed(&config), &request, &host()).is_err());
+    // How they are made depends on the length of their options.
+    let long = words(&[&format!("lowerdir=/a:/{}", "x".repeat(300)), "ro"]);
+    let longer = words(&[&format!("lowerdir=/a:/{}", "x/".repeat(3000))]);
+    let source = |options: &[String]| {
+        super::super::root::plan(&[RootMount { kind: "overlay", source: "o", options }]).expect("planned").remove(0).source
+    };
+    assert!(matches!(source(&overlay), Source::New { parameters, .. } if parameters[1].0 == "lowerdir"));
+    assert!(matches!(source(&long), Source::Classic(classic) if classic.data == long[0]));
+    assert!(matches!(source(&longer), Source::New { parameters, .. } if parameters[1] == ("lowerdir+".to_owned(), Some("/a".to_owned()))));
 }
 
 #[test]
@@ -477,8 +557,14 @@ fn a_cgroup_that_can_be_divided_is_its_users() {
             config["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "cgroup" }));
         }
         let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
-        let request =
-            Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, no_pivot_root: false };
+        let request = Request {
+            id: "id",
+            bundle: Path::new("/bundle"),
+            no_new_keyring: true,
+            default_oom_score_adj: 0,
+            no_pivot_root: false,
+            root_mounts: &[],
+        };
         let plan = create(&spec, &request, &host).expect("accepted");
         assert_eq!(plan.cgroup.folders[0].owner, owner);
     }
@@ -523,7 +609,14 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
         let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
         create(
             &spec,
-            &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, no_pivot_root: false },
+            &Request {
+                id: "id",
+                bundle: Path::new("/bundle"),
+                no_new_keyring: true,
+                default_oom_score_adj: 0,
+                no_pivot_root: false,
+                root_mounts: &[],
+            },
             &host,
         )
     };
