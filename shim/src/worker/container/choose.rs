@@ -75,10 +75,9 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
     let config = spec::parse(config).map_err(refused)?;
     let host = blocking_read_host()?;
     let request = Request {
-        id: id.as_str(),
-        bundle: &call.bundle,
         no_new_keyring: options.no_new_keyring,
         default_oom_score_adj: blocking_read_oom_score_adj(),
+        ..Request::new(id.as_str(), &call.bundle)
     };
     Ok(plan::create(&config, &request, &host).map_err(refused)?)
 }

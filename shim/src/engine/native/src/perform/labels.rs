@@ -1,7 +1,8 @@
 //! Hands the profile and the labels of a process to the kernel's security modules: they hold from its next execution on.
 //!
 //! **Invariant:** they are written to the attributes of this process in a procfs that was made for that. No path leads to it, so nothing that a container
-//! mounts over its own `/proc` can take what is written, and there is no link on the way.
+//! mounts over its own `/proc` can take what is written, and there is no link on the way. The performer makes it: in a user namespace the kernel makes no
+//! procfs for a process whose own has masks, or whose pid namespace is another user namespace's.
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -10,6 +11,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::write;
 
 use super::root::{self, Root};
+use super::sync::{ChildEnd, Message};
 use super::{Doing, Failure, Step};
 use crate::plan::{Mount, Process, Source};
 use crate::sys::{self, FsContext};
@@ -19,16 +21,13 @@ use crate::sys::{self, FsContext};
 pub(super) struct Attributes(Option<OwnedFd>);
 
 impl Attributes {
-    /// Opens them, if the process has a profile or a label. In the pid namespace of the process, with the privileges to mount.
-    pub(super) fn open(process: &Process) -> Result<Self, Failure> {
+    /// Has the performer open them, if the process has a profile or a label.
+    pub(super) fn receive(process: &Process, performer: &ChildEnd) -> Result<Self, Failure> {
         if process.apparmor_profile.is_none() && process.selinux_label.is_none() {
             return Ok(Self(None));
         }
-        let open = || {
-            let procfs = FsContext::open("proc")?.mount(0)?;
-            root::beneath(procfs.as_fd(), &std::process::id().to_string(), OFlag::O_PATH | OFlag::O_DIRECTORY)
-        };
-        Ok(Self(Some(open().doing(Step::Settings, || "make a procfs".to_owned())?)))
+        let folder = performer.ask(&Message::Attributes).doing(Step::Settings, || "receive the attributes of this process".to_owned())?;
+        Ok(Self(Some(folder)))
     }
 
     /// Sets the profile that the next execution gets. The kernel wants the file opened with the very ids that it is written with.
@@ -52,6 +51,15 @@ impl Attributes {
         make()?;
         set("").doing(Step::Settings, || "unset the label of keyrings".to_owned())
     }
+}
+
+/// The folder of a process in a procfs that is made for it. By the performer.
+pub(super) fn attributes_of(pid: u32) -> Result<OwnedFd, Failure> {
+    let open = || {
+        let procfs = FsContext::open("proc")?.mount(0)?;
+        root::beneath(procfs.as_fd(), &pid.to_string(), OFlag::O_PATH | OFlag::O_DIRECTORY)
+    };
+    open().doing(Step::Settings, || "make a procfs".to_owned())
 }
 
 /// Labels a mount whose file system takes no label when it is made.
