@@ -4,17 +4,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use minicbor::Decode;
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{setsid, write};
 
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
-use super::namespaces::{self, Named};
 use super::root::{self, Root};
 use super::sources::Opener;
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
-use super::{Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, program, terminal};
+use super::{Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, leader, namespaces, program, terminal};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
@@ -97,7 +96,7 @@ fn check_version(version: u16) -> Result<(), Failure> {
     Err(plain(Step::Plan, &format!("the plan has version {version}, this build performs {VERSION}")))
 }
 
-fn plain(step: Step, what: &str) -> Failure {
+pub(super) fn plain(step: Step, what: &str) -> Failure {
     Failure { step, what: what.to_owned(), errno: 0 }
 }
 
@@ -119,37 +118,13 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
             let _ = write(std::io::stderr(), format!("{failure}\n").as_bytes());
             sys::exit_now(STATUS_OF_FAILED_EXECUTION)
         };
-        let child = make_init(plan, &joining, live)?;
+        let child = leader::make_init(plan, &joining, live)?;
         let parts =
             Parts { process: &plan.process, cgroup: &plan.cgroup, hooks: &plan.hooks, is_mapped: plan.has(Kind::User), plan: Some(plan) };
         child.attend(&parts).inspect_err(|_| child.kill())?;
         Ok(child.pid)
     };
     begin().inspect_err(|_| made.remove())
-}
-
-/// Makes init in its namespaces. The performer is in its own before and after.
-fn make_init(plan: &Create, joining: &Joining, live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>) -> Result<Child, Failure> {
-    let named = Named::open(plan)?;
-    let own = named.join()?;
-    // The cgroup namespace is made once the cgroup is joined, time and user namespaces before.
-    let is_late = |kind| matches!(kind, Kind::Cgroup | Kind::Time | Kind::User);
-    let new = plan.namespaces.iter().filter(|namespace| namespace.path.is_none() && !is_late(namespace.kind));
-    let flags = new.fold(0, |flags, namespace| flags | namespace.kind.flag());
-    let live = |performer: &ChildEnd| {
-        if let Some(mount) = named.mount() {
-            setns(mount, CloneFlags::CLONE_NEWNS).doing(Step::Namespaces, || "join the mount namespace".to_owned())?;
-        }
-        live(performer)
-    };
-    let (child, own) = if plan.has(Kind::User) {
-        (Child::make_led(&Leading { plan, flags, user: named.user() }, joining, live)?, own)
-    } else {
-        let own = if plan.makes(Kind::Time) { own.with_new_clocks(&plan.clocks)? } else { own };
-        (Child::make(flags, joining, live)?, own)
-    };
-    own.restore().inspect_err(|_| child.kill())?;
-    Ok(child)
 }
 
 fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
@@ -212,11 +187,11 @@ fn harden(process: &Process) -> Result<(), Failure> {
 }
 
 /// The process of the container, seen by the performer.
-struct Child {
+pub(super) struct Child {
     /// As the performer's procfs counts.
-    pid: u32,
-    handle: OwnedFd,
-    messages: PerformerEnd,
+    pub(super) pid: u32,
+    pub(super) handle: OwnedFd,
+    pub(super) messages: PerformerEnd,
 }
 
 /// What the performer does for a child.
@@ -230,72 +205,13 @@ struct Parts<'a> {
     plan: Option<&'a Create>,
 }
 
-/// How init is made in a user namespace: by a leader, which enters it first, so that every other new namespace belongs to it.
-struct Leading<'a> {
-    plan: &'a Create,
-    /// Init's new namespaces.
-    flags: u64,
-    /// The user namespace to join; a new one without.
-    user: Option<&'a OwnedFd>,
-}
-
-impl Leading<'_> {
-    /// The leader, up to init's birth. Returns in init.
-    fn lead(&self, performer: &ChildEnd) -> Result<(), Failure> {
-        if let Some(user) = self.user {
-            setns(user, CloneFlags::CLONE_NEWUSER).doing(Step::Namespaces, || "join the user namespace".to_owned())?;
-        }
-        init::report_and_wait(performer, &Message::Entered)?;
-        namespaces::become_root()?;
-        if self.plan.makes(Kind::Time) {
-            unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)).doing(Step::Namespaces, || "make a time namespace".to_owned())?;
-            init::report_and_wait(performer, &Message::Timed)?;
-        }
-        match sys::clone_into(self.flags, None).doing(Step::Namespaces, making)? {
-            Born::Child => init::wait_for(performer).map(drop),
-            Born::Parent { pidfd, .. } => {
-                performer.send_with(&Message::Led, &pidfd).doing(Step::Child, || "report to the performer".to_owned())?;
-                sys::exit_now(0)
-            }
-        }
-    }
-
-    /// The performer's part of it. Returns init.
-    fn attend(&self, leader: &Child) -> Result<(u32, OwnedFd), Failure> {
-        loop {
-            let received = leader.messages.receive_from(leader.handle.as_fd()).doing(Step::Child, waiting)?;
-            match received {
-                Some((Message::Entered, _)) => self.map(leader.pid)?,
-                Some((Message::Timed, _)) => namespaces::set_clocks(&leader.pid.to_string(), &self.plan.clocks)?,
-                Some((Message::Led, Some(init))) => {
-                    let pid = sys::pid_of(init.as_fd()).doing(Step::Child, || "find the process of the container".to_owned())?;
-                    let _ = leader.messages.go();
-                    return Ok((pid, init));
-                }
-                Some((Message::Failed(failure), _)) => return Err(failure),
-                Some(_) | None => return Err(leader.vanished(&self.plan.cgroup)),
-            }
-            let _ = leader.messages.go();
-        }
-    }
-
-    /// Writes the mappings of a new namespace; one that was joined must have those of the plan, if there are any.
-    fn map(&self, leader: u32) -> Result<(), Failure> {
-        let planned = &self.plan.mappings;
-        if self.user.is_none() {
-            return ids::write(leader, planned).doing(Step::Namespaces, || "write the mappings of the user namespace".to_owned());
-        }
-        let found = ids::read(leader).doing(Step::Namespaces, || "read the mappings of the user namespace".to_owned())?;
-        if planned.is_empty() || *planned == found {
-            return Ok(());
-        }
-        Err(plain(Step::Namespaces, "linux.uidMappings and linux.gidMappings are not those of the user namespace to join"))
-    }
-}
-
 impl Child {
     /// Makes it. `live` is what it does; it returns if it failed.
-    fn make(flags: u64, joining: &Joining, live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>) -> Result<Self, Failure> {
+    pub(super) fn make(
+        flags: u64,
+        joining: &Joining,
+        live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>,
+    ) -> Result<Self, Failure> {
         let (messages, theirs) = sync::pair().doing(Step::Child, making)?;
         let (born, is_outside) = match sys::clone_into(flags, joining.unified()) {
             // No process may be made in a cgroup that has as many as it may have, but one may join it.
@@ -312,21 +228,6 @@ impl Child {
                 sys::exit_now(1)
             }
         }
-    }
-
-    /// Makes init through a leader, which is a child of the performer's parent too, and exits.
-    fn make_led(
-        leading: &Leading<'_>,
-        joining: &Joining,
-        live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>,
-    ) -> Result<Self, Failure> {
-        let flags = if leading.user.is_none() { Kind::User.flag() } else { 0 };
-        let leader = Self::make(flags, joining, |performer| {
-            leading.lead(performer)?;
-            live(performer)
-        })?;
-        let (pid, handle) = leading.attend(&leader).inspect_err(|_| leader.kill())?;
-        Ok(Self { pid, handle, messages: leader.messages })
     }
 
     /// Opens sources, sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
@@ -387,23 +288,23 @@ impl Child {
         self.messages.receive().doing(Step::Child, waiting)
     }
 
-    fn vanished(&self, cgroup: &Cgroup) -> Failure {
+    pub(super) fn vanished(&self, cgroup: &Cgroup) -> Failure {
         let why = if cgroup::out_of_memory(cgroup) { ": it was OOM-killed, the memory limit may be too low" } else { "" };
         plain(Step::Child, &format!("the process of the container was killed before its program could be executed{why}"))
     }
 
     /// Its parent reaps it.
-    fn kill(&self) {
+    pub(super) fn kill(&self) {
         let _ = sys::signal(self.handle.as_fd(), libc::SIGKILL);
         let _ = sys::wait_for_exit(self.handle.as_fd(), KILL_MILLISECONDS);
     }
 }
 
-fn making() -> String {
+pub(super) fn making() -> String {
     "make the process of the container".to_owned()
 }
 
-fn waiting() -> String {
+pub(super) fn waiting() -> String {
     "wait for the process of the container".to_owned()
 }
 
