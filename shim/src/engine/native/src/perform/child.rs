@@ -132,26 +132,29 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     let joining = Joining::open_all(&plan.cgroup)?;
     let namespaces = CloneFlags::from_bits_retain(plan.namespaces as i32);
     let is_mapped = namespaces.contains(CloneFlags::CLONE_NEWUSER);
-    let joining_namespaces = || "join the namespaces of the container".to_owned();
     let chroot =
         plan.chroot.as_ref().map(|path| root::absolute(Path::new(path)).doing(Step::Root, || format!("open {path}"))).transpose()?;
-    // It takes effect for children. The others are left to the child: in the user namespace of the container the performer could not set its limits.
-    if namespaces.contains(CloneFlags::CLONE_NEWPID) {
-        setns(container, CloneFlags::CLONE_NEWPID).doing(Step::Namespaces, joining_namespaces)?;
+    let join = |namespaces: CloneFlags| match namespaces.is_empty() {
+        true => Ok(()),
+        false => setns(container, namespaces).doing(Step::Namespaces, || "join the namespaces of the container".to_owned()),
+    };
+    let change_root = || chroot.as_ref().map_or(Ok(()), entry::change_root).doing(Step::Root, || "chroot".to_owned());
+    // The child is born in the container: to a process there that may trace it, it shows nothing of the host. None may in a user namespace, into which
+    // the performer must not follow: it could not set the child's limits from there.
+    if is_mapped {
+        join(namespaces & CloneFlags::CLONE_NEWPID)?;
+    } else {
+        join(namespaces)?;
+        change_root()?;
     }
     let child = Child::make(0, &joining, |performer| {
         kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
-        let others = namespaces - CloneFlags::CLONE_NEWPID;
-        if !others.is_empty() {
-            setns(container, others).doing(Step::Namespaces, joining_namespaces)?;
-        }
         if is_mapped {
+            join(namespaces - CloneFlags::CLONE_NEWPID)?;
             namespaces::become_root()?;
-        }
-        if let Some(chroot) = chroot {
-            entry::change_root(&chroot).doing(Step::Root, || "chroot".to_owned())?;
+            change_root()?;
         }
         sys::reset_affinity().doing(Step::Settings, || "allow every processor".to_owned())?;
         if let Some(keyring) = &plan.process.keyring {
