@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use minicbor::Decode;
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
@@ -14,12 +14,11 @@ use super::agent::Agent;
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
 use super::labels::{self, Attributes};
-use super::namespaces::{self, Named};
 use super::program::Role;
 use super::root::{self, Root};
 use super::sources::Opener;
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
-use super::{Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, program, scheduling, terminal};
+use super::{Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, leader, namespaces, program, scheduling, terminal};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
@@ -106,7 +105,7 @@ fn check_version(version: u16) -> Result<(), Failure> {
     Err(plain(Step::Plan, &format!("the plan has version {version}, this build performs {VERSION}")))
 }
 
-fn plain(step: Step, what: &str) -> Failure {
+pub(super) fn plain(step: Step, what: &str) -> Failure {
     Failure { step, what: what.to_owned(), errno: 0 }
 }
 
@@ -129,7 +128,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
             let _ = write(std::io::stderr(), format!("{failure}\n").as_bytes());
             sys::exit_now(STATUS_OF_FAILED_EXECUTION)
         };
-        let child = make_init(plan, &joining, live)?;
+        let child = leader::make_init(plan, &joining, live)?;
         let parts = Parts {
             process: &plan.process,
             cgroup: &plan.cgroup,
@@ -144,30 +143,6 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
     begin().inspect_err(|_| made.remove())
 }
 
-/// Makes init in its namespaces. The performer is in its own before and after.
-fn make_init(plan: &Create, joining: &Joining, live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>) -> Result<Child, Failure> {
-    let named = Named::open(plan)?;
-    let own = named.join()?;
-    // The cgroup namespace is made once the cgroup is joined, time and user namespaces before.
-    let is_late = |kind| matches!(kind, Kind::Cgroup | Kind::Time | Kind::User);
-    let new = plan.namespaces.iter().filter(|namespace| namespace.path.is_none() && !is_late(namespace.kind));
-    let flags = new.fold(0, |flags, namespace| flags | namespace.kind.flag());
-    let live = |performer: &ChildEnd| {
-        if let Some(mount) = named.mount() {
-            setns(mount, CloneFlags::CLONE_NEWNS).doing(Step::Namespaces, || "join the mount namespace".to_owned())?;
-        }
-        live(performer)
-    };
-    let (child, own) = if plan.has(Kind::User) {
-        (Child::make_led(&Leading { plan, flags, user: named.user() }, joining, live)?, own)
-    } else {
-        let own = if plan.makes(Kind::Time) { own.with_new_clocks(&plan.clocks)? } else { own };
-        (Child::make(flags, joining, live)?, own)
-    };
-    own.restore().inspect_err(|_| child.kill())?;
-    Ok(child)
-}
-
 fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
     let agent = Agent::connect(&plan.process, &plan.state, Some(container.as_fd()))?;
     harden(&plan.process)?;
@@ -175,26 +150,29 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     scheduling::choose_first_processors(&plan.process)?;
     let namespaces = CloneFlags::from_bits_retain(plan.namespaces as i32);
     let is_mapped = namespaces.contains(CloneFlags::CLONE_NEWUSER);
-    let joining_namespaces = || "join the namespaces of the container".to_owned();
     let chroot =
         plan.chroot.as_ref().map(|path| root::absolute(Path::new(path)).doing(Step::Root, || format!("open {path}"))).transpose()?;
-    // It takes effect for children. The others are left to the child: in the user namespace of the container the performer could not set its limits.
-    if namespaces.contains(CloneFlags::CLONE_NEWPID) {
-        setns(container, CloneFlags::CLONE_NEWPID).doing(Step::Namespaces, joining_namespaces)?;
+    let join = |namespaces: CloneFlags| match namespaces.is_empty() {
+        true => Ok(()),
+        false => setns(container, namespaces).doing(Step::Namespaces, || "join the namespaces of the container".to_owned()),
+    };
+    let change_root = || chroot.as_ref().map_or(Ok(()), entry::change_root).doing(Step::Root, || "chroot".to_owned());
+    // The child is born in the container: to a process there that may trace it, it shows nothing of the host. None may in a user namespace, into which
+    // the performer must not follow: it could not set the child's limits from there.
+    if is_mapped {
+        join(namespaces & CloneFlags::CLONE_NEWPID)?;
+    } else {
+        join(namespaces)?;
+        change_root()?;
     }
     let child = Child::make(0, &joining, |performer| {
         close_performers(kept, agent.as_ref())?;
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
-        let others = namespaces - CloneFlags::CLONE_NEWPID;
-        if !others.is_empty() {
-            setns(container, others).doing(Step::Namespaces, joining_namespaces)?;
-        }
         if is_mapped {
+            join(namespaces - CloneFlags::CLONE_NEWPID)?;
             namespaces::become_root()?;
-        }
-        if let Some(chroot) = chroot {
-            entry::change_root(&chroot).doing(Step::Root, || "chroot".to_owned())?;
+            change_root()?;
         }
         scheduling::choose_processors(&plan.process)?;
         let attributes = Attributes::receive(&plan.process, performer)?;
@@ -243,11 +221,11 @@ fn harden(process: &Process) -> Result<(), Failure> {
 }
 
 /// The process of the container, seen by the performer.
-struct Child {
+pub(super) struct Child {
     /// As the performer's procfs counts.
-    pid: u32,
-    handle: OwnedFd,
-    messages: PerformerEnd,
+    pub(super) pid: u32,
+    pub(super) handle: OwnedFd,
+    pub(super) messages: PerformerEnd,
 }
 
 /// What the performer does for a child.
@@ -262,72 +240,13 @@ struct Parts<'a> {
     plan: Option<&'a Create>,
 }
 
-/// How init is made in a user namespace: by a leader, which enters it first, so that every other new namespace belongs to it.
-struct Leading<'a> {
-    plan: &'a Create,
-    /// Init's new namespaces.
-    flags: u64,
-    /// The user namespace to join; a new one without.
-    user: Option<&'a OwnedFd>,
-}
-
-impl Leading<'_> {
-    /// The leader, up to init's birth. Returns in init.
-    fn lead(&self, performer: &ChildEnd) -> Result<(), Failure> {
-        if let Some(user) = self.user {
-            setns(user, CloneFlags::CLONE_NEWUSER).doing(Step::Namespaces, || "join the user namespace".to_owned())?;
-        }
-        init::report_and_wait(performer, &Message::Entered)?;
-        namespaces::become_root()?;
-        if self.plan.makes(Kind::Time) {
-            unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)).doing(Step::Namespaces, || "make a time namespace".to_owned())?;
-            init::report_and_wait(performer, &Message::Timed)?;
-        }
-        match sys::clone_into(self.flags, None).doing(Step::Namespaces, making)? {
-            Born::Child => init::wait_for(performer).map(drop),
-            Born::Parent { pidfd, .. } => {
-                performer.send_with(&Message::Led, &pidfd).doing(Step::Child, || "report to the performer".to_owned())?;
-                sys::exit_now(0)
-            }
-        }
-    }
-
-    /// The performer's part of it. Returns init.
-    fn attend(&self, leader: &Child) -> Result<(u32, OwnedFd), Failure> {
-        loop {
-            let received = leader.messages.receive_from(leader.handle.as_fd()).doing(Step::Child, waiting)?;
-            match received {
-                Some((Message::Entered, _)) => self.map(leader.pid)?,
-                Some((Message::Timed, _)) => namespaces::set_clocks(&leader.pid.to_string(), &self.plan.clocks)?,
-                Some((Message::Led, Some(init))) => {
-                    let pid = sys::pid_of(init.as_fd()).doing(Step::Child, || "find the process of the container".to_owned())?;
-                    let _ = leader.messages.go();
-                    return Ok((pid, init));
-                }
-                Some((Message::Failed(failure), _)) => return Err(failure),
-                Some(_) | None => return Err(leader.vanished(&self.plan.cgroup)),
-            }
-            let _ = leader.messages.go();
-        }
-    }
-
-    /// Writes the mappings of a new namespace; one that was joined must have those of the plan, if there are any.
-    fn map(&self, leader: u32) -> Result<(), Failure> {
-        let planned = &self.plan.mappings;
-        if self.user.is_none() {
-            return ids::write(leader, planned).doing(Step::Namespaces, || "write the mappings of the user namespace".to_owned());
-        }
-        let found = ids::read(leader).doing(Step::Namespaces, || "read the mappings of the user namespace".to_owned())?;
-        if planned.is_empty() || *planned == found {
-            return Ok(());
-        }
-        Err(plain(Step::Namespaces, "linux.uidMappings and linux.gidMappings are not those of the user namespace to join"))
-    }
-}
-
 impl Child {
     /// Makes it. `live` is what it does; it returns if it failed.
-    fn make(flags: u64, joining: &Joining, live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>) -> Result<Self, Failure> {
+    pub(super) fn make(
+        flags: u64,
+        joining: &Joining,
+        live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>,
+    ) -> Result<Self, Failure> {
         let (messages, theirs) = sync::pair().doing(Step::Child, making)?;
         let (born, is_outside) = match sys::clone_into(flags, joining.unified()) {
             // No process may be made in a cgroup that has as many as it may have, but one may join it.
@@ -344,21 +263,6 @@ impl Child {
                 sys::exit_now(1)
             }
         }
-    }
-
-    /// Makes init through a leader, which is a child of the performer's parent too, and exits.
-    fn make_led(
-        leading: &Leading<'_>,
-        joining: &Joining,
-        live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>,
-    ) -> Result<Self, Failure> {
-        let flags = if leading.user.is_none() { Kind::User.flag() } else { 0 };
-        let leader = Self::make(flags, joining, |performer| {
-            leading.lead(performer)?;
-            live(performer)
-        })?;
-        let (pid, handle) = leading.attend(&leader).inspect_err(|_| leader.kill())?;
-        Ok(Self { pid, handle, messages: leader.messages })
     }
 
     /// Opens what it asks for, sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
@@ -429,23 +333,23 @@ impl Child {
         self.messages.receive().doing(Step::Child, waiting)
     }
 
-    fn vanished(&self, cgroup: &Cgroup) -> Failure {
+    pub(super) fn vanished(&self, cgroup: &Cgroup) -> Failure {
         let why = if cgroup::out_of_memory(cgroup) { ": it was OOM-killed, the memory limit may be too low" } else { "" };
         plain(Step::Child, &format!("the process of the container was killed before its program could be executed{why}"))
     }
 
     /// Its parent reaps it.
-    fn kill(&self) {
+    pub(super) fn kill(&self) {
         let _ = sys::signal(self.handle.as_fd(), libc::SIGKILL);
         let _ = sys::wait_for_exit(self.handle.as_fd(), KILL_MILLISECONDS);
     }
 }
 
-fn making() -> String {
+pub(super) fn making() -> String {
     "make the process of the container".to_owned()
 }
 
-fn waiting() -> String {
+pub(super) fn waiting() -> String {
     "wait for the process of the container".to_owned()
 }
 

@@ -11,6 +11,7 @@
 //!    │                 │ ◀───────── Prepared ─────────────┤
 //!    └──── Report ─────┘ exits                            ▼ waits at the gate (init), executes
 //! ```
+//! In a user namespace init is the child of a leader: see `leader`.
 //!
 //! **Invariant:** both processes have one thread, and every descriptor that is not theirs is closed before anything else. Nothing is
 //! read from or written to a path of the container, but through a descriptor that was resolved inside its root. A failure leaves neither process nor cgroup.
@@ -31,6 +32,7 @@ mod hooks;
 mod ids;
 mod init;
 mod labels;
+mod leader;
 mod masks;
 mod mounts;
 mod namespaces;

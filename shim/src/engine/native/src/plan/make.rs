@@ -150,7 +150,6 @@ pub fn update(resources: &LinuxResources, container: &Container) -> Result<Cgrou
 
 /// Refuses what needs a root that is entered in another way.
 fn check_entry(entry: Entry, spec: &Spec, linux: &Linux) -> Result<(), Refused> {
-    let asked = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
     let propagation = linux.rootfs_propagation().as_deref().unwrap_or_default();
     match entry {
         Entry::Pivot => Ok(()),
@@ -160,16 +159,21 @@ fn check_entry(entry: Entry, spec: &Spec, linux: &Linux) -> Result<(), Refused> 
         }
         Entry::Move => Ok(()),
         Entry::Chroot => {
+            let asked_for = |list: &Option<Vec<String>>| list.as_ref().is_some_and(|list| !list.is_empty());
+            // No engine hides what it cannot mount on.
+            for (field, list) in [("linux.maskedPaths", linux.masked_paths()), ("linux.readonlyPaths", linux.readonly_paths())] {
+                if asked_for(list) {
+                    return Err(Refused::invalid(field, "needs a mount namespace"));
+                }
+            }
             let fields = [
                 // They would be the host's, and stay there when the container is removed.
                 ("mounts", spec.mounts().as_ref().is_some_and(|mounts| !mounts.is_empty())),
                 ("root.readonly", spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly) == Some(true)),
-                ("linux.maskedPaths", asked(linux.masked_paths())),
-                ("linux.readonlyPaths", asked(linux.readonly_paths())),
                 ("linux.rootfsPropagation", !propagation.is_empty()),
             ];
             match fields.into_iter().find(|(_, is_asked)| *is_asked) {
-                Some((field, _)) => Err(Refused::invalid(field, "needs a mount namespace")),
+                Some((field, _)) => Err(Refused::unsupported(format!("{field} without a mount namespace"))),
                 None => Ok(()),
             }
         }

@@ -28,6 +28,7 @@ crate::cases![
     limits_of_the_process_are_exact,
     paths_are_masked_and_read_only,
     cgroups_are_joined_and_shown,
+    cgroups_are_shown_without_a_namespace_of_its_own,
     a_cgroup_of_its_own_can_be_divided,
     a_joining_process_cannot_be_traced,
     nothing_of_the_host_can_be_changed,
@@ -399,6 +400,19 @@ fn cgroups_are_joined_and_shown() {
     let (cgroups, processes) = output.trim_end().rsplit_once('\n').expect("lines");
     assert!(cgroups.lines().filter(|line| line.ends_with(":/")).count() >= 5 && !output.contains(&stage.cgroup), "{output}");
     assert_eq!(processes, "1");
+}
+
+fn cgroups_are_shown_without_a_namespace_of_its_own() {
+    for stage in [Stage::new(), Stage::on_v2()] {
+        let own = stage.cgroup.clone();
+        let show = format!(
+            "cat /sys/fs/cgroup/pids/cgroup.procs /sys/fs/cgroup{own}/c/cgroup.procs 2>/dev/null | head -1; touch /sys/fs/cgroup/x 2>&1"
+        );
+        let output = mapped_shell(&stage, &format!("{show}; true"), |config| {
+            add_mount(config, "/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "ro"]);
+        });
+        assert!(output.starts_with("1\n") && !output.ends_with("\n0\n"), "{output}");
+    }
 }
 
 fn a_cgroup_of_its_own_can_be_divided() {
