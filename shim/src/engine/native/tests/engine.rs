@@ -27,6 +27,8 @@ mod inits;
 mod keeper;
 #[path = "engine/labels.rs"]
 mod labels;
+#[path = "engine/networks.rs"]
+mod networks;
 #[path = "engine/resources.rs"]
 mod resources;
 #[path = "engine/scheduling.rs"]
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         labels::CASES,
         scheduling::CASES,
         agents::CASES,
+        networks::CASES,
     ]
     .concat();
     let trials = cases.into_iter().map(|(name, run)| {

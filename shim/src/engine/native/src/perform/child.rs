@@ -16,7 +16,7 @@ use super::labels::Attributes;
 use super::program::Role;
 use super::root::{self, Root};
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
-use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, scheduling, terminal};
+use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, network, program, scheduling, terminal};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
@@ -125,7 +125,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
             let _ = write(std::io::stderr(), format!("{failure}\n").as_bytes());
             sys::exit_now(STATUS_OF_FAILED_EXECUTION)
         })?;
-        child.attend(&plan.process, &plan.cgroup, &plan.hooks, agent.as_ref()).inspect_err(|_| child.kill())?;
+        child.attend(&plan.process, &plan.cgroup, &plan.hooks, agent.as_ref(), &plan.net_devices).inspect_err(|_| child.kill())?;
         Ok(child.pid)
     };
     begin().inspect_err(|_| made.remove())
@@ -157,7 +157,7 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         Err(program.execute())
     })?;
     let attend = || {
-        child.attend(&plan.process, &plan.cgroup, &Hooks::default(), agent.as_ref())?;
+        child.attend(&plan.process, &plan.cgroup, &Hooks::default(), agent.as_ref(), &[])?;
         // The program's execution closes the child's end.
         match child.receive()? {
             Some(Message::Failed(failure)) => Err(failure),
@@ -243,11 +243,19 @@ impl Child {
     }
 
     /// Sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
-    fn attend(&self, process: &Process, cgroup: &Cgroup, hooks: &Hooks, agent: Option<&Agent<'_>>) -> Result<(), Failure> {
+    fn attend(
+        &self,
+        process: &Process,
+        cgroup: &Cgroup,
+        hooks: &Hooks,
+        agent: Option<&Agent<'_>>,
+        devices: &[(String, String)],
+    ) -> Result<(), Failure> {
         let mut is_limited = false;
         loop {
             match self.receive()? {
                 Some(Message::Mounted) => {
+                    network::move_devices(devices, self.pid)?;
                     // Before the hooks: one may allow more devices.
                     cgroup::limit(cgroup)?;
                     is_limited = true;
@@ -255,6 +263,7 @@ impl Child {
                 }
                 Some(Message::Ready) => {
                     if !is_limited {
+                        network::move_devices(devices, self.pid)?;
                         cgroup::limit(cgroup)?;
                     }
                     for limit in &process.rlimits {

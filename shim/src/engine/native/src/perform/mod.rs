@@ -30,6 +30,7 @@ mod init;
 mod labels;
 mod masks;
 mod mounts;
+mod network;
 mod program;
 mod root;
 mod scheduling;

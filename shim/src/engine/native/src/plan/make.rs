@@ -3,7 +3,9 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
 
-use super::{Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, labels, mounts, sysctl};
+use super::{
+    Cgroup, Container, Create, Exec, Kind, Namespace, VERSION, cgroup, devices, hooks, identity, labels, mounts, net_devices, sysctl,
+};
 use crate::{Host, Refused, seccomp};
 
 /// What a container is made for, beside its configuration.
@@ -77,6 +79,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         process: planned,
         hooks: hooks::plan(spec, request)?,
         mount_label,
+        net_devices: net_devices::plan(linux.net_devices().as_ref(), find(Kind::Network).is_some())?,
         cgroup,
         namespaces,
     })

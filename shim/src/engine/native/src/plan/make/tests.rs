@@ -50,38 +50,51 @@ pub(super) fn full() -> Value {
             { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"] },
             { "destination": "/data", "source": "/data", "options": ["rbind", "ro", "rprivate", "rnoexec"] },
         ],
-        "linux": {
-            "namespaces": [{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }],
-            "devices": [{ "path": "/dev/x", "type": "b", "major": 7, "minor": 8, "fileMode": 0o600, "uid": 3, "gid": 4 }],
-            "cgroupsPath": "/a/b",
-            "rootfsPropagation": "rprivate",
-            "personality": { "domain": "LINUX32" },
-            "memoryPolicy": { "mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"] },
-            "mountLabel": "system_u:object_r:container_file_t:s0:c1,c2",
-            "maskedPaths": ["/proc/keys"],
-            "readonlyPaths": ["/proc/sys"],
-            "sysctl": { "net.ipv4.ip_forward": "1" },
-            "resources": {
-                "devices": [{ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" }],
-                "memory": { "limit": 4096, "reservation": 4096, "swap": 8192, "swappiness": 7, "disableOOMKiller": true },
-                "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0", "idle": 1, "realtimePeriod": 7, "realtimeRuntime": 7 },
-                "pids": { "limit": 7 },
-                "hugepageLimits": [{ "pageSize": "2MB", "limit": 7 }],
-                "blockIO": {
-                    "weight": 7, "leafWeight": 7, "weightDevice": [{ "major": 7, "minor": 7, "weight": 7, "leafWeight": 7 }],
-                    "throttleReadBpsDevice": full_rate(), "throttleWriteBpsDevice": full_rate(), "throttleReadIOPSDevice": full_rate(), "throttleWriteIOPSDevice": full_rate(),
-                },
-                "network": { "classID": 7, "priorities": [{ "name": "lo", "priority": 7 }] },
-                "rdma": { "mlx": { "hcaHandles": 7, "hcaObjects": 7 } },
-            },
-            "seccomp": {
-                "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 7, "architectures": ["SCMP_ARCH_X86"], "flags": ["SECCOMP_FILTER_FLAG_LOG"],
-                "listenerPath": "/agent", "listenerMetadata": "m",
-                "syscalls": [{ "names": ["kill"], "action": "SCMP_ACT_TRACE", "errnoRet": 8, "args": [
-                    { "index": 1, "value": 3, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ" },
-                ] }, { "names": ["chown"], "action": "SCMP_ACT_NOTIFY" }],
-            },
+        "linux": full_linux(),
+    })
+}
+
+fn full_resources() -> Value {
+    json!({
+        "devices": [{ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" }],
+        "memory": { "limit": 4096, "reservation": 4096, "swap": 8192, "swappiness": 7, "disableOOMKiller": true },
+        "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0", "idle": 1, "realtimePeriod": 7, "realtimeRuntime": 7 },
+        "pids": { "limit": 7 },
+        "hugepageLimits": [{ "pageSize": "2MB", "limit": 7 }],
+        "blockIO": {
+            "weight": 7, "leafWeight": 7, "weightDevice": [{ "major": 7, "minor": 7, "weight": 7, "leafWeight": 7 }],
+            "throttleReadBpsDevice": full_rate(), "throttleWriteBpsDevice": full_rate(), "throttleReadIOPSDevice": full_rate(), "throttleWriteIOPSDevice": full_rate(),
         },
+        "network": { "classID": 7, "priorities": [{ "name": "lo", "priority": 7 }] },
+        "rdma": { "mlx": { "hcaHandles": 7, "hcaObjects": 7 } },
+    })
+}
+
+fn full_linux() -> Value {
+    json!({
+        "namespaces": [{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }],
+        "devices": [{ "path": "/dev/x", "type": "b", "major": 7, "minor": 8, "fileMode": 0o600, "uid": 3, "gid": 4 }],
+        "cgroupsPath": "/a/b",
+        "rootfsPropagation": "rprivate",
+        "personality": { "domain": "LINUX32" },
+        "memoryPolicy": { "mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"] },
+        "netDevices": { "eth9": { "name": "net0" } },
+        "mountLabel": "system_u:object_r:container_file_t:s0:c1,c2",
+        "maskedPaths": ["/proc/keys"],
+        "readonlyPaths": ["/proc/sys"],
+        "sysctl": { "net.ipv4.ip_forward": "1" },
+        "resources": full_resources(),
+        "seccomp": full_filter(),
+    })
+}
+
+fn full_filter() -> Value {
+    json!({
+        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 7, "architectures": ["SCMP_ARCH_X86"], "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+        "listenerPath": "/agent", "listenerMetadata": "m",
+        "syscalls": [{ "names": ["kill"], "action": "SCMP_ACT_TRACE", "errnoRet": 8, "args": [
+            { "index": 1, "value": 3, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ" },
+        ] }, { "names": ["chown"], "action": "SCMP_ACT_NOTIFY" }],
     })
 }
 
