@@ -12,7 +12,7 @@ use nix::unistd::{setsid, write};
 use super::agent::Agent;
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
-use super::labels::Attributes;
+use super::labels::{Attributes, Procfs};
 use super::program::Role;
 use super::root::{self, Root};
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
@@ -105,6 +105,7 @@ fn plain(step: Step, what: &str) -> Failure {
 
 fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
     let agent = Agent::connect(&plan.process, &plan.hooks.state, None)?;
+    let procfs = Procfs::make(&plan.process)?;
     harden(&plan.process)?;
     let (joining, made) = Joining::make(&plan.cgroup)?;
     let begin = || {
@@ -113,7 +114,8 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
         let flags = new.fold(0, |flags, namespace| flags | namespace.kind.flag());
         let child = Child::make(flags, &joining, |performer| {
             close_performers(kept, agent.as_ref())?;
-            let program = init::prepare(plan, &joining, &namespaces, kept, performer)?;
+            let attributes = Attributes::open(&procfs)?;
+            let program = init::prepare(plan, &joining, &namespaces, kept, performer, &attributes)?;
             performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
             if kept.gate.as_ref().is_some_and(|gate| !init::wait_at(gate)) {
                 sys::exit_now(1);
@@ -133,6 +135,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
 
 fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
     let agent = Agent::connect(&plan.process, &plan.state, Some(container.as_fd()))?;
+    let procfs = Procfs::make(&plan.process)?;
     harden(&plan.process)?;
     let joining = Joining::open_all(&plan.cgroup)?;
     scheduling::choose_first_processors(&plan.process)?;
@@ -144,7 +147,7 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         setsid().doing(Step::Child, || "start a session".to_owned())?;
         joining.join()?;
         scheduling::choose_processors(&plan.process)?;
-        let attributes = Attributes::open(&plan.process)?;
+        let attributes = Attributes::open(&procfs)?;
         init::join_keyring(&plan.process, &attributes)?;
         if let (Some(wanted), Some(console)) = (&plan.process.terminal, &kept.console) {
             let root = root::absolute(Path::new("/")).doing(Step::Terminal, || "open the root".to_owned())?;

@@ -25,6 +25,7 @@ pub(super) fn prepare(
     namespaces: &[(Kind, OwnedFd)],
     kept: &Kept,
     performer: &ChildEnd,
+    attributes: &Attributes,
 ) -> Result<Program, Failure> {
     // The caller's would change the modes of what is made.
     umask(Mode::empty());
@@ -39,8 +40,7 @@ pub(super) fn prepare(
         unshare(CloneFlags::CLONE_NEWCGROUP).doing(Step::Namespaces, || "make a cgroup namespace".to_owned())?;
     }
     scheduling::allow_every_processor()?;
-    let attributes = Attributes::open(&plan.process)?;
-    join_keyring(&plan.process, &attributes)?;
+    join_keyring(&plan.process, attributes)?;
     if plan.makes(Kind::Network) {
         sys::loopback_up().doing(Step::Namespaces, || "set the loopback interface up".to_owned())?;
     }
@@ -71,7 +71,7 @@ pub(super) fn prepare(
 
     scheduling::schedule(&plan.process)?;
     wait_for_limits(performer)?;
-    program::become_it(&plan.process, &attributes, performer, Role::Init)
+    program::become_it(&plan.process, attributes, performer, Role::Init)
 }
 
 /// Lets the performer run the hooks on the host, then runs those in the container's namespaces.
