@@ -83,7 +83,7 @@ pub(crate) const FIELDS: &[(&str, Use)] = &[
     ("linux.devices[].fileMode", Planned),
     ("linux.devices[].uid", Planned),
     ("linux.devices[].gid", Planned),
-    ("linux.netDevices", Empty),
+    ("linux.netDevices.*.name", Planned),
     ("linux.cgroupsPath", Planned),
     ("linux.rootfsPropagation", Planned),
     ("linux.maskedPaths[]", Planned),

@@ -35,6 +35,8 @@ mod keeper;
 mod labels;
 #[path = "engine/mounts.rs"]
 mod mounts;
+#[path = "engine/networks.rs"]
+mod networks;
 #[path = "engine/resources.rs"]
 mod resources;
 #[path = "engine/roots.rs"]
@@ -90,6 +92,7 @@ fn main() -> ExitCode {
         labels::CASES,
         scheduling::CASES,
         agents::CASES,
+        networks::CASES,
     ]
     .concat();
     let trials = cases.into_iter().map(|(name, run)| {

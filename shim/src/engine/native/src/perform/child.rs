@@ -13,12 +13,14 @@ use nix::unistd::{getpid, getppid, setsid, write};
 use super::agent::Agent;
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
-use super::labels::{self, Attributes};
+use super::labels::{Attributes, Procfs};
 use super::program::Role;
 use super::root::{self, Root};
 use super::sources::Opener;
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
-use super::{Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, leader, namespaces, program, scheduling, terminal};
+use super::{
+    Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, leader, namespaces, network, program, scheduling, terminal,
+};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
@@ -111,12 +113,14 @@ pub(super) fn plain(step: Step, what: &str) -> Failure {
 
 fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
     let agent = Agent::connect(&plan.process, &plan.hooks.state, None)?;
+    let procfs = Procfs::make(&plan.process)?;
     harden(&plan.process)?;
     let (joining, made) = Joining::make(&plan.cgroup)?;
     let begin = || {
         let live = |performer: &ChildEnd| {
             close_performers(kept, agent.as_ref())?;
-            let program = init::prepare(plan, kept, performer)?;
+            let attributes = Attributes::open(&procfs)?;
+            let program = init::prepare(plan, kept, performer, &attributes)?;
             performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
             if kept.gate.as_ref().is_some_and(|gate| !init::wait_at(gate)) {
                 sys::exit_now(STATUS_OF_CLOSED_GATE);
@@ -145,6 +149,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
 
 fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
     let agent = Agent::connect(&plan.process, &plan.state, Some(container.as_fd()))?;
+    let procfs = Procfs::make(&plan.process)?;
     harden(&plan.process)?;
     let joining = Joining::open_all(&plan.cgroup)?;
     scheduling::choose_first_processors(&plan.process)?;
@@ -167,6 +172,7 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     }
     let child = Child::make(0, &joining, |performer| {
         close_performers(kept, agent.as_ref())?;
+        let attributes = Attributes::open(&procfs)?;
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
         if is_mapped {
@@ -175,7 +181,6 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
             change_root()?;
         }
         scheduling::choose_processors(&plan.process)?;
-        let attributes = Attributes::receive(&plan.process, performer)?;
         init::join_keyring(&plan.process, &attributes)?;
         if let (Some(wanted), Some(console)) = (&plan.process.terminal, &kept.console) {
             let root = root::absolute(Path::new("/")).doing(Step::Terminal, || "open the root".to_owned())?;
@@ -265,14 +270,16 @@ impl Child {
         }
     }
 
-    /// Opens what it asks for, sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
+    /// Opens sources, sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
     fn attend(&self, parts: &Parts<'_>) -> Result<(), Failure> {
         let Parts { process, cgroup, hooks, .. } = parts;
+        let devices = parts.plan.map_or(&[][..], |plan| &plan.net_devices);
         let mut is_limited = false;
         let opener = parts.plan.map(|plan| Opener::new(plan, self.handle.as_fd(), self.pid));
         loop {
             match (self.receive()?, &opener) {
                 (Some(Message::Mounted), _) => {
+                    network::move_devices(devices, self.pid)?;
                     // Before the hooks: one may allow more devices.
                     cgroup::limit(cgroup)?;
                     is_limited = true;
@@ -280,6 +287,7 @@ impl Child {
                 }
                 (Some(Message::Ready), _) => {
                     if !is_limited {
+                        network::move_devices(devices, self.pid)?;
                         cgroup::limit(cgroup)?;
                     }
                     if parts.is_mapped {
@@ -297,11 +305,6 @@ impl Child {
                         _ => opener.root()?,
                     };
                     self.messages.give(&opened).doing(Step::Child, || "send the source of a mount".to_owned())?;
-                    continue;
-                }
-                (Some(Message::Attributes), _) => {
-                    let folder = labels::attributes_of(self.pid)?;
-                    self.messages.give(&folder).doing(Step::Child, || "send a folder of a procfs".to_owned())?;
                     continue;
                 }
                 (Some(Message::Filtered { listener }), _) => {

@@ -18,7 +18,7 @@ use crate::plan::{Create, Entry, Kind, Process};
 use crate::sys::{self, FsContext, Tree};
 
 /// Everything up to the gate.
-pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd) -> Result<Program, Failure> {
+pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd, attributes: &Attributes) -> Result<Program, Failure> {
     // The caller's would change the modes of what is made.
     umask(Mode::empty());
     setsid().doing(Step::Child, || "start a session".to_owned())?;
@@ -27,8 +27,7 @@ pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd) -> Resul
         unshare(CloneFlags::CLONE_NEWCGROUP).doing(Step::Namespaces, || "make a cgroup namespace".to_owned())?;
     }
     scheduling::allow_every_processor()?;
-    let attributes = Attributes::receive(&plan.process, performer)?;
-    join_keyring(&plan.process, &attributes)?;
+    join_keyring(&plan.process, attributes)?;
     if plan.makes(Kind::Network) {
         sys::loopback_up().doing(Step::Namespaces, || "set the loopback interface up".to_owned())?;
     }
@@ -66,7 +65,7 @@ pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd) -> Resul
 
     scheduling::choose_memory(&plan.process)?;
     wait_for_limits(performer, &plan.process)?;
-    program::become_it(&plan.process, &attributes, performer, Role::Init)
+    program::become_it(&plan.process, attributes, performer, Role::Init)
 }
 
 /// Lets the performer run the hooks on the host, then runs those in the container's namespaces.

@@ -36,6 +36,7 @@ mod leader;
 mod masks;
 mod mounts;
 mod namespaces;
+mod network;
 mod program;
 mod root;
 mod scheduling;

@@ -6,8 +6,7 @@
 //!           Failed, at any time; the end of the socket: the child has exited, or executes its program
 //! ```
 //! In a user namespace init is the child of a leader, which exits: `Entered`, go, `Timed` where there is a new time namespace, go, `Led`; then init waits for
-//! a go as its first. `Root` and `Source` are init's, between its mounts; `Attributes` comes before them, and is an added process's too: each is answered
-//! with a descriptor.
+//! a go as its first. `Root` and `Source` are init's, between its mounts: each is answered with a descriptor.
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -48,11 +47,8 @@ pub(super) enum Message {
     /// The source of a mount of the plan, by its index, is to be opened: a tree of mounts is the answer.
     #[n(8)]
     Source(#[n(0)] u32),
-    /// The process has a profile or a label: its folder in a procfs that no path leads to is the answer.
-    #[n(9)]
-    Attributes,
     /// The filter is loaded, and this is the child's descriptor for the agent that decides about calls.
-    #[n(10)]
+    #[n(9)]
     Filtered {
         #[n(0)]
         listener: i32,

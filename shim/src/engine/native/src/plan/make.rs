@@ -4,8 +4,8 @@ use std::path::Path;
 use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process as SpecProcess, Spec};
 
 use super::{
-    Cgroup, Container, Create, Entry, Exec, Kind, Namespace, RootMount, VERSION, cgroup, devices, hooks, identity, labels, mounts, root,
-    sysctl, users,
+    Cgroup, Container, Create, Entry, Exec, Kind, Namespace, RootMount, VERSION, cgroup, devices, hooks, identity, labels, mounts,
+    net_devices, root, sysctl, users,
 };
 use crate::{Host, Refused, seccomp};
 
@@ -113,6 +113,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         mount_label,
         clocks: users::clocks(linux.time_offsets().as_ref(), find(Kind::Time))?,
         mappings,
+        net_devices: net_devices::plan(linux.net_devices().as_ref(), find(Kind::Network).is_some())?,
         cgroup,
         namespaces,
     })

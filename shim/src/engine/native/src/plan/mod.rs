@@ -25,6 +25,7 @@ mod limits_v1;
 mod limits_v2;
 mod make;
 mod mounts;
+mod net_devices;
 mod options;
 mod root;
 mod scheduling;
@@ -94,6 +95,9 @@ pub struct Create {
     /// SELinux's label of new file systems. The mounts have it already, where a file system takes it when it is made.
     #[n(17)]
     pub mount_label: Option<String>,
+    /// Network devices of the host to move into the container: the name that it has, the name that it gets.
+    #[n(18)]
+    pub net_devices: Vec<(String, String)>,
     /// Of the container's user namespace: to be written to a new one, or those that one to join must have.
     #[n(24)]
     pub mappings: Mappings,

@@ -6,14 +6,13 @@ use super::*;
 use crate::spec;
 
 /// Where something changes nothing, and why. Patterns as in the list of fields.
-const WITHOUT_EFFECT: [(&str, &str); 9] = [
+const WITHOUT_EFFECT: [(&str, &str); 8] = [
     ("linux.resources.memory.kernel", "the kernel has no such limit any more"),
     ("linux.resources.memory.kernelTCP", "the same"),
     ("linux.resources.memory.useHierarchy", "false is the only choice: it is refused if it is true"),
     ("linux.resources.memory.checkBeforeUpdate", "false is the only choice: it is refused if it is true"),
     ("process.user.username", "for Windows: refused unless it is empty"),
     ("process.commandLine", "for Windows: refused unless it is empty"),
-    ("linux.netDevices", "refused unless it is empty"),
     ("linux.intelRdt", "refused unless it is empty"),
     ("linux.personality.flags", "refused unless it is empty"),
 ];

@@ -82,6 +82,7 @@ fn full_linux() -> Value {
         "rootfsPropagation": "rprivate",
         "personality": { "domain": "LINUX32" },
         "memoryPolicy": { "mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"] },
+        "netDevices": { "eth9": { "name": "net0" } },
         "mountLabel": "system_u:object_r:container_file_t:s0:c1,c2",
         "maskedPaths": ["/proc/keys"],
         "readonlyPaths": ["/proc/sys"],
@@ -788,7 +789,7 @@ fn no_configuration_makes_a_planner_panic() {
     ];
     let mut state = 1;
     let mut accepted = 0;
-    for _ in 0..1_500 {
+    for _ in 0..700 {
         let mut config = full();
         for _ in 0..=random(&mut state, 3) {
             let mut places = Vec::new();
@@ -799,13 +800,11 @@ fn no_configuration_makes_a_planner_panic() {
                 break;
             }
         }
-        if let Ok(plan) = planned(&config) {
-            accepted += 1;
-            let bytes = minicbor::to_vec(&plan).expect("encoded");
-            assert_eq!(minicbor::decode::<Create>(&bytes).expect("decoded"), plan);
-        }
+        accepted += usize::from(planned(&config).is_ok());
+        // On hosts with v1 and v2, with what survives its encoding.
+        crate::fuzz::config(config.to_string().as_bytes());
     }
-    assert!(accepted > 30, "only {accepted} were accepted");
+    assert!(accepted > 15, "only {accepted} were accepted");
 }
 
 #[test]
