@@ -63,24 +63,19 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
     if !call.checkpoint.is_empty() {
         return Err(unsupported(&format!("does not restore a checkpoint ({})", call.checkpoint)).into());
     }
-    for (is_set, what) in [
-        (options.systemd_cgroup, "does not implement the option SystemdCgroup"),
-        (options.no_pivot_root, "does not implement the option NoPivotRoot"),
-    ] {
-        if is_set {
-            return Err(unsupported(what).into());
-        }
+    if options.systemd_cgroup {
+        return Err(unsupported("does not implement the option SystemdCgroup").into());
     }
     let refused = |why: Refused| engine::refused(Verb::Create, &why);
     let config = spec::parse(config).map_err(refused)?;
     let host = blocking_read_host()?;
     let filters = shared.settings.control_path.parent().map(|folder| folder.join(FILTERS));
     let request = Request {
-        id: id.as_str(),
-        bundle: &call.bundle,
         no_new_keyring: options.no_new_keyring,
         default_oom_score_adj: blocking_read_oom_score_adj(),
         filters: filters.as_deref(),
+        no_pivot_root: options.no_pivot_root,
+        ..Request::new(id.as_str(), &call.bundle)
     };
     Ok(plan::create(&config, &request, &host).map_err(refused)?)
 }

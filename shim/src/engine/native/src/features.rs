@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::plan::{self, Request};
+use crate::plan::{self, Create, Mount, Request, Source};
 use crate::{Host, spec, sys};
 
 /// The features as JSON, for a host. Those that the specification wants independent of it (security modules, versions of cgroups) are the engine's.
@@ -29,21 +29,21 @@ pub fn features(host: &Host) -> Value {
 
 fn linux(host: &Host) -> Value {
     let capabilities: Vec<&str> = CAPABILITIES.into_iter().take(host.last_capability as usize + 1).collect();
-    let mappings = json!([{ "containerID": 0, "hostID": 1000, "size": 1000 }]);
     let namespaces = taken(&NAMESPACES, |config, kind| {
         if kind == "mount" {
             return;
         }
         config["linux"]["namespaces"] = json!([{ "type": "mount" }, { "type": kind }]);
         if kind == "user" {
-            (config["linux"]["uidMappings"], config["linux"]["gidMappings"]) = (mappings.clone(), mappings.clone());
+            (config["linux"]["uidMappings"], config["linux"]["gidMappings"]) = (mappings(), mappings());
         }
     });
     let idmap = is_taken(|config| {
         config["linux"]["namespaces"] = json!([{ "type": "mount" }, { "type": "user" }]);
-        (config["linux"]["uidMappings"], config["linux"]["gidMappings"]) = (mappings.clone(), mappings.clone());
-        let bind =
-            json!({ "destination": "/b", "source": "/b", "options": ["bind", "idmap"], "uidMappings": mappings, "gidMappings": mappings });
+        (config["linux"]["uidMappings"], config["linux"]["gidMappings"]) = (mappings(), mappings());
+        let bind = json!({
+            "destination": "/b", "source": "/b", "options": ["bind", "idmap"], "uidMappings": mappings(), "gidMappings": mappings(),
+        });
         config["mounts"] = json!([bind]);
     });
     json!({
@@ -79,10 +79,27 @@ fn linux(host: &Host) -> Value {
     })
 }
 
+fn mappings() -> Value {
+    json!([{ "containerID": 0, "hostID": 1000, "size": 1000 }])
+}
+
 fn mount_options() -> Vec<&'static str> {
+    // Of a new file system any word is taken: one that is handed to the kernel may be no option of it.
+    let is_handed_on = |mount: &Mount, word: &str| match &mount.source {
+        Source::New { parameters, .. } => parameters.iter().any(|(key, _)| key == word),
+        _ => false,
+    };
     let is_option = |word: &str| {
-        is_taken(|config| config["mounts"] = json!([{ "destination": "/b", "source": "/b", "options": ["bind", word] }]))
-            || is_taken(|config| config["mounts"] = json!([{ "destination": "/t", "type": "tmpfs", "source": "t", "options": [word] }]))
+        let tmpfs = json!([{ "destination": "/t", "type": "tmpfs", "source": "t", "options": [word] }]);
+        let bind = |config: &mut Value| config["mounts"] = json!([{ "destination": "/b", "source": "/b", "options": ["bind", word] }]);
+        let mapped_bind = |config: &mut Value| {
+            bind(config);
+            (config["mounts"][0]["uidMappings"], config["mounts"][0]["gidMappings"]) = (mappings(), mappings());
+        };
+        is_taken(bind)
+            || is_taken(mapped_bind)
+            || planned_on(&Host::example_v1(), |config| config["mounts"] = tmpfs)
+                .is_some_and(|plan| !plan.mounts.iter().any(|mount| is_handed_on(mount, word)))
     };
     MOUNT_OPTIONS.into_iter().filter(|word| is_option(word)).collect()
 }
@@ -122,13 +139,17 @@ fn is_taken(change: impl FnOnce(&mut Value)) -> bool {
 }
 
 fn is_taken_on(host: &Host, change: impl FnOnce(&mut Value)) -> bool {
+    planned_on(host, change).is_some()
+}
+
+fn planned_on(host: &Host, change: impl FnOnce(&mut Value)) -> Option<Create> {
     let mut config = json!({
         "ociVersion": OLDEST_VERSION, "root": { "path": "r" }, "process": { "cwd": "/", "args": ["a"], "user": {} },
         "linux": { "namespaces": [{ "type": "mount" }] }, "mounts": Value::Array(Vec::new()), "hooks": Value::Object(Map::new()),
     });
     change(&mut config);
-    let request = Request { id: "c", bundle: Path::new("/b"), no_new_keyring: false, default_oom_score_adj: 0, filters: None };
-    spec::parse(config.to_string().as_bytes()).and_then(|spec| plan::create(&spec, &request, host)).is_ok()
+    let request = Request::new("c", Path::new("/b"));
+    spec::parse(config.to_string().as_bytes()).and_then(|spec| plan::create(&spec, &request, host)).ok()
 }
 
 const OLDEST_VERSION: &str = "1.0.0";
@@ -318,13 +339,9 @@ mod tests {
         assert_eq!(features["hooks"].as_array().map(Vec::len), Some(6));
         let linux = &features["linux"];
         assert_eq!(linux["capabilities"].as_array().map(Vec::len), Some(41));
-        for word in ["rro", "ro", "rprivate", "rbind", "nosymfollow", "sync"] {
-            assert!(has(&features["mountOptions"], word), "{word}");
-        }
-        assert!(!has(&features["mountOptions"], "acl") && !has(&features["mountOptions"], "remount"));
-        for kind in ["cgroup", "ipc", "mount", "network", "pid", "uts"] {
-            assert!(has(&linux["namespaces"], kind), "{kind}");
-        }
+        assert_eq!(features["mountOptions"], json!(MOUNT_OPTIONS.to_vec()));
+        assert_eq!(linux["namespaces"], json!(NAMESPACES));
+        assert_eq!(linux["mountExtensions"]["idmap"]["enabled"], json!(true));
         assert_eq!(linux["cgroup"]["v1"], json!(true));
         assert_eq!((&linux["cgroup"]["v2"], &linux["cgroup"]["rdma"]), (&json!(true), &json!(true)));
         assert!(has(&linux["seccomp"]["actions"], "SCMP_ACT_NOTIFY") && has(&linux["seccomp"]["operators"], "SCMP_CMP_MASKED_EQ"));

@@ -7,7 +7,7 @@ use crate::{Host, spec};
 /// Any bytes: a configuration, a process that is added, or a change of resources, on hosts with v1 and with v2.
 pub fn config(bytes: &[u8]) {
     for host in [Host::example_v1(), Host::example_v2()] {
-        let request = Request { id: "c", bundle: Path::new("/b"), no_new_keyring: false, default_oom_score_adj: 0, filters: None };
+        let request = Request::new("c", Path::new("/b"));
         if let Ok(spec) = spec::parse(bytes)
             && let Ok(planned) = plan::create(&spec, &request, &host)
         {
@@ -32,7 +32,7 @@ fn encoded(plan: &impl minicbor::Encode<()>) -> Vec<u8> {
 
 fn container(host: &Host) -> Container {
     let least = br#"{"ociVersion":"1.0.0","root":{"path":"r"},"process":{"cwd":"/","args":["a"],"user":{}},"linux":{"namespaces":[{"type":"mount"}]}}"#;
-    let request = Request { id: "c", bundle: Path::new("/b"), no_new_keyring: true, default_oom_score_adj: 0, filters: None };
+    let request = Request::new("c", Path::new("/b"));
     let spec = spec::parse(least).expect("a configuration");
     plan::create(&spec, &request, host).expect("a plan").container()
 }

@@ -116,7 +116,7 @@ fn with_controllers(mut hierarchies: Vec<MountedHierarchy>) -> Vec<MountedHierar
 }
 
 /// Undoes the octal escapes of mountinfo.
-fn unescape(text: &str) -> String {
+pub(crate) fn unescape(text: &str) -> String {
     text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
 }
 

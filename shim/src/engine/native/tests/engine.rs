@@ -15,26 +15,40 @@ mod adversaries;
 mod agents;
 #[path = "engine/bundle.rs"]
 mod bundle;
+#[path = "engine/clocks.rs"]
+mod clocks;
 #[path = "engine/differences.rs"]
 mod differences;
+#[path = "engine/entries.rs"]
+mod entries;
 #[path = "engine/execs.rs"]
 mod execs;
 #[path = "engine/hooks.rs"]
 mod hooks;
+#[path = "engine/idmaps.rs"]
+mod idmaps;
 #[path = "engine/inits.rs"]
 mod inits;
 #[path = "support/keeper.rs"]
 mod keeper;
 #[path = "engine/labels.rs"]
 mod labels;
+#[path = "engine/mounts.rs"]
+mod mounts;
+#[path = "engine/networks.rs"]
+mod networks;
 #[path = "engine/resources.rs"]
 mod resources;
+#[path = "engine/roots.rs"]
+mod roots;
 #[path = "engine/scheduling.rs"]
 mod scheduling;
 #[path = "engine/server.rs"]
 mod server;
 #[path = "engine/stage.rs"]
 mod stage;
+#[path = "engine/users.rs"]
+mod users;
 #[path = "engine/v2.rs"]
 mod v2;
 
@@ -65,6 +79,12 @@ fn main() -> ExitCode {
         inits::CASES,
         execs::CASES,
         hooks::CASES,
+        users::CASES,
+        clocks::CASES,
+        idmaps::CASES,
+        mounts::CASES,
+        entries::CASES,
+        roots::CASES,
         v2::CASES,
         adversaries::CASES,
         differences::CASES,
@@ -72,6 +92,7 @@ fn main() -> ExitCode {
         labels::CASES,
         scheduling::CASES,
         agents::CASES,
+        networks::CASES,
     ]
     .concat();
     let trials = cases.into_iter().map(|(name, run)| {

@@ -97,8 +97,11 @@ impl Joining {
 fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
     let path = folder.absolute();
     if make(folder).doing(Step::Cgroup, || format!("make cgroup {}", path.display()))? {
-        made.0.push(path);
-        return Ok(());
+        made.0.push(path.clone());
+        return folder
+            .owner
+            .map_or(Ok(()), |owner| give(&path, owner))
+            .doing(Step::Cgroup, || format!("give cgroup {} to its user", path.display()));
     }
     let processes =
         fs::read(path.join("cgroup.procs")).doing(Step::Cgroup, || format!("read the processes of cgroup {}", path.display()))?;
@@ -132,6 +135,21 @@ fn make(folder: &Folder) -> io::Result<bool> {
         enable(&parent, &folder.controllers);
     }
     Ok(is_new)
+}
+
+/// Gives a folder of cgroup v2 to a user: it, and the files with which its processes are moved and its controllers enabled. Limits stay the runtime's.
+fn give(folder: &Path, owner: u32) -> io::Result<()> {
+    let files = fs::read_to_string("/sys/kernel/cgroup/delegate")
+        .unwrap_or_else(|_old_kernel| "cgroup.procs\ncgroup.subtree_control\ncgroup.threads".to_owned());
+    std::os::unix::fs::chown(folder, Some(owner), None)?;
+    for file in files.lines().filter(|file| !file.contains('/')) {
+        match std::os::unix::fs::chown(folder.join(file), Some(owner), None) {
+            // Of a controller that this folder does not have.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => other?,
+        }
+    }
+    Ok(())
 }
 
 /// Enables controllers of cgroup v2 for the folders in one. A limit whose controller could not be enabled fails later, by its file.

@@ -4,21 +4,23 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use minicbor::Decode;
-use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
-use nix::sys::stat::{Mode, fstat, stat, umask};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{getpid, getppid, setsid, write};
 
 use super::agent::Agent;
 use super::cgroup::{self, Joining};
 use super::descriptors::{self, Kept};
-use super::labels::Attributes;
+use super::labels::{Attributes, Procfs};
 use super::program::Role;
 use super::root::{self, Root};
+use super::sources::Opener;
 use super::sync::{self, ChildEnd, Message, PerformerEnd};
-use super::{Descriptors, Doing, Failure, Report, Step, hooks, init, program, scheduling, terminal};
+use super::{
+    Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, leader, namespaces, network, program, scheduling, terminal,
+};
 use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
@@ -105,21 +107,20 @@ fn check_version(version: u16) -> Result<(), Failure> {
     Err(plain(Step::Plan, &format!("the plan has version {version}, this build performs {VERSION}")))
 }
 
-fn plain(step: Step, what: &str) -> Failure {
+pub(super) fn plain(step: Step, what: &str) -> Failure {
     Failure { step, what: what.to_owned(), errno: 0 }
 }
 
 fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
     let agent = Agent::connect(&plan.process, &plan.hooks.state, None)?;
+    let procfs = Procfs::make(&plan.process)?;
     harden(&plan.process)?;
     let (joining, made) = Joining::make(&plan.cgroup)?;
     let begin = || {
-        let namespaces = join_pids(open_namespaces(plan)?)?;
-        let new = plan.namespaces.iter().filter(|namespace| namespace.path.is_none() && namespace.kind != Kind::Cgroup);
-        let flags = new.fold(0, |flags, namespace| flags | namespace.kind.flag());
-        let child = Child::make(flags, &joining, |performer| {
+        let live = |performer: &ChildEnd| {
             close_performers(kept, agent.as_ref())?;
-            let program = init::prepare(plan, &joining, &namespaces, kept, performer)?;
+            let attributes = Attributes::open(&procfs)?;
+            let program = init::prepare(plan, kept, performer, &attributes)?;
             performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
             if kept.gate.as_ref().is_some_and(|gate| !init::wait_at(gate)) {
                 sys::exit_now(STATUS_OF_CLOSED_GATE);
@@ -130,8 +131,17 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
             let failure = hooked.err().unwrap_or_else(|| program.execute());
             let _ = write(std::io::stderr(), format!("{failure}\n").as_bytes());
             sys::exit_now(STATUS_OF_FAILED_EXECUTION)
-        })?;
-        child.attend(&plan.process, &plan.cgroup, &plan.hooks, agent.as_ref()).inspect_err(|_| child.kill())?;
+        };
+        let child = leader::make_init(plan, &joining, live)?;
+        let parts = Parts {
+            process: &plan.process,
+            cgroup: &plan.cgroup,
+            hooks: &plan.hooks,
+            agent: agent.as_ref(),
+            is_mapped: plan.has(Kind::User),
+            plan: Some(plan),
+        };
+        child.attend(&parts).inspect_err(|_| child.kill())?;
         Ok(child.pid)
     };
     begin().inspect_err(|_| made.remove())
@@ -139,35 +149,62 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
 
 fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
     let agent = Agent::connect(&plan.process, &plan.state, Some(container.as_fd()))?;
+    let procfs = Procfs::make(&plan.process)?;
     harden(&plan.process)?;
     let joining = Joining::open_all(&plan.cgroup)?;
     scheduling::choose_first_processors(&plan.process)?;
-    let flags = CloneFlags::from_bits_retain(plan.namespaces as i32);
-    setns(container, flags).doing(Step::Namespaces, || "join the namespaces of the container".to_owned())?;
+    let namespaces = CloneFlags::from_bits_retain(plan.namespaces as i32);
+    let is_mapped = namespaces.contains(CloneFlags::CLONE_NEWUSER);
+    let chroot =
+        plan.chroot.as_ref().map(|path| root::absolute(Path::new(path)).doing(Step::Root, || format!("open {path}"))).transpose()?;
+    let join = |namespaces: CloneFlags| match namespaces.is_empty() {
+        true => Ok(()),
+        false => setns(container, namespaces).doing(Step::Namespaces, || "join the namespaces of the container".to_owned()),
+    };
+    let change_root = || chroot.as_ref().map_or(Ok(()), entry::change_root).doing(Step::Root, || "chroot".to_owned());
+    // The child is born in the container: to a process there that may trace it, it shows nothing of the host. None may in a user namespace, into which
+    // the performer must not follow: it could not set the child's limits from there.
+    if is_mapped {
+        join(namespaces & CloneFlags::CLONE_NEWPID)?;
+    } else {
+        join(namespaces)?;
+        change_root()?;
+    }
     let child = Child::make(0, &joining, |performer| {
         close_performers(kept, agent.as_ref())?;
+        let attributes = Attributes::open(&procfs)?;
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
-        joining.join()?;
+        if is_mapped {
+            join(namespaces - CloneFlags::CLONE_NEWPID)?;
+            namespaces::become_root()?;
+            change_root()?;
+        }
         scheduling::choose_processors(&plan.process)?;
-        let attributes = Attributes::open(&plan.process)?;
         init::join_keyring(&plan.process, &attributes)?;
         if let (Some(wanted), Some(console)) = (&plan.process.terminal, &kept.console) {
             let root = root::absolute(Path::new("/")).doing(Step::Terminal, || "open the root".to_owned())?;
             terminal::open(&Root::new(root), wanted, console, false)?;
         }
-        scheduling::schedule(&plan.process)?;
-        init::wait_for_limits(performer)?;
+        scheduling::choose_memory(&plan.process)?;
+        init::wait_for_limits(performer, &plan.process)?;
         let program = program::become_it(&plan.process, &attributes, performer, Role::Added)?;
         performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
         Err(program.execute())
     })?;
     let attend = || {
-        child.attend(&plan.process, &plan.cgroup, &Hooks::default(), agent.as_ref())?;
+        child.attend(&Parts {
+            process: &plan.process,
+            cgroup: &plan.cgroup,
+            hooks: &Hooks::default(),
+            agent: agent.as_ref(),
+            is_mapped,
+            plan: None,
+        })?;
         // The program's execution closes the child's end.
         match child.receive()? {
             Some(Message::Failed(failure)) => Err(failure),
-            Some(Message::Mounted | Message::Ready | Message::Filtered { .. } | Message::Prepared) | None => Ok(child.pid),
+            Some(_) | None => Ok(child.pid),
         }
     };
     attend().inspect_err(|_| child.kill())
@@ -188,114 +225,135 @@ fn harden(process: &Process) -> Result<(), Failure> {
     sys::set_dumpable(false).doing(Step::Settings, || "forbid tracing".to_owned())
 }
 
-/// All before the first is joined: a mount namespace hides the paths of the others.
-fn open_namespaces(plan: &Create) -> Result<Vec<(Kind, OwnedFd)>, Failure> {
-    let mut opened = Vec::new();
-    for namespace in &plan.namespaces {
-        let Some(path) = &namespace.path else { continue };
-        let doing = || format!("open the namespace {path}");
-        let handle = nix::fcntl::open(Path::new(path), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).doing(Step::Namespaces, doing)?;
-        if namespace.kind == Kind::Network && plan.sysctls.iter().any(|(path, _)| path.starts_with("net/")) {
-            let (theirs, ours) =
-                (fstat(&handle).doing(Step::Namespaces, doing)?, stat("/proc/self/ns/net").doing(Step::Namespaces, doing)?);
-            if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino) {
-                return Err(plain(
-                    Step::Settings,
-                    "linux.sysctl net.* would change the settings of the host: the network namespace is the runtime's",
-                ));
-            }
-        }
-        opened.push((namespace.kind, handle));
-    }
-    Ok(opened)
-}
-
-/// A pid namespace takes effect for children, so the performer joins it. The others are left to the child.
-fn join_pids(namespaces: Vec<(Kind, OwnedFd)>) -> Result<Vec<(Kind, OwnedFd)>, Failure> {
-    let (pids, others) = namespaces.into_iter().partition::<Vec<_>, _>(|(kind, _)| *kind == Kind::Pid);
-    for (_, namespace) in pids {
-        setns(namespace, CloneFlags::CLONE_NEWPID).doing(Step::Namespaces, || "join the pid namespace".to_owned())?;
-    }
-    Ok(others)
-}
-
 /// The process of the container, seen by the performer.
-struct Child {
-    pid: u32,
-    handle: OwnedFd,
-    messages: PerformerEnd,
+pub(super) struct Child {
+    /// As the performer's procfs counts.
+    pub(super) pid: u32,
+    pub(super) handle: OwnedFd,
+    pub(super) messages: PerformerEnd,
+}
+
+/// What the performer does for a child.
+struct Parts<'a> {
+    process: &'a Process,
+    cgroup: &'a Cgroup,
+    hooks: &'a Hooks,
+    agent: Option<&'a Agent<'a>>,
+    /// It is in a user namespace.
+    is_mapped: bool,
+    /// Init's.
+    plan: Option<&'a Create>,
 }
 
 impl Child {
     /// Makes it. `live` is what it does; it returns if it failed.
-    fn make(flags: u64, joining: &Joining, live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>) -> Result<Self, Failure> {
-        let doing = || "make the process of the container".to_owned();
-        let (messages, theirs) = sync::pair().doing(Step::Child, doing)?;
+    pub(super) fn make(
+        flags: u64,
+        joining: &Joining,
+        live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>,
+    ) -> Result<Self, Failure> {
+        let (messages, theirs) = sync::pair().doing(Step::Child, making)?;
         let (born, is_outside) = match sys::clone_into(flags, joining.unified()) {
             // No process may be made in a cgroup that has as many as it may have, but one may join it.
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => (sys::clone_into(flags, None), true),
             born => (born, false),
         };
-        match born.doing(Step::Namespaces, doing)? {
+        match born.doing(Step::Namespaces, making)? {
             Born::Parent { pid, pidfd } => Ok(Self { pid, handle: pidfd, messages }),
             Born::Child => {
                 drop(messages);
                 let joined = if is_outside { joining.join_unified() } else { Ok(()) };
-                let Err(failure) = joined.and_then(|()| live(&theirs));
+                let Err(failure) = joined.and_then(|()| joining.join()).and_then(|()| live(&theirs));
                 let _ = theirs.send(&Message::Failed(failure));
                 sys::exit_now(1)
             }
         }
     }
 
-    /// Sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
-    fn attend(&self, process: &Process, cgroup: &Cgroup, hooks: &Hooks, agent: Option<&Agent<'_>>) -> Result<(), Failure> {
+    /// Opens sources, sets the limits when it is ready for them, runs the hooks on the host, and returns when it is prepared.
+    fn attend(&self, parts: &Parts<'_>) -> Result<(), Failure> {
+        let Parts { process, cgroup, hooks, .. } = parts;
+        let devices = parts.plan.map_or(&[][..], |plan| &plan.net_devices);
         let mut is_limited = false;
+        let opener = parts.plan.map(|plan| Opener::new(plan, self.handle.as_fd(), self.pid));
         loop {
-            match self.receive()? {
-                Some(Message::Mounted) => {
+            match (self.receive()?, &opener) {
+                (Some(Message::Mounted), _) => {
+                    network::move_devices(devices, self.pid)?;
                     // Before the hooks: one may allow more devices.
                     cgroup::limit(cgroup)?;
                     is_limited = true;
                     hooks::run(&hooks.on_host, "createRuntime", &hooks.state.json("creating", self.pid), cwd(hooks), &[])?;
                 }
-                Some(Message::Ready) => {
+                (Some(Message::Ready), _) => {
                     if !is_limited {
+                        network::move_devices(devices, self.pid)?;
                         cgroup::limit(cgroup)?;
                     }
-                    for limit in &process.rlimits {
-                        sys::set_rlimit(self.pid, limit.resource, limit.soft, limit.hard).doing(Step::Limits, || {
-                            format!("set the limit of resource {} to {}:{}", limit.resource, limit.soft, limit.hard)
-                        })?;
+                    if parts.is_mapped {
+                        ids::give_streams(self.pid, process.uid)?;
+                    }
+                    scheduling::schedule(self.pid, process)?;
+                    if !self.limit(parts)? {
+                        let _ = self.messages.limit_yourself();
+                        continue;
                     }
                 }
-                Some(Message::Filtered { listener }) => {
-                    let agent = agent.ok_or_else(|| plain(Step::Filter, "a filter without an agent has a listener"))?;
+                (Some(message @ (Message::Root | Message::Source(_))), Some(opener)) => {
+                    let opened = match message {
+                        Message::Source(index) => opener.source(index)?,
+                        _ => opener.root()?,
+                    };
+                    self.messages.give(&opened).doing(Step::Child, || "send the source of a mount".to_owned())?;
+                    continue;
+                }
+                (Some(Message::Filtered { listener }), _) => {
+                    let agent = parts.agent.ok_or_else(|| plain(Step::Filter, "a filter without an agent has a listener"))?;
                     agent.send(self.pid, self.handle.as_fd(), listener)?;
                 }
-                Some(Message::Prepared) => return Ok(()),
-                Some(Message::Failed(failure)) => return Err(failure),
-                None => return Err(self.vanished(cgroup)),
+                (Some(Message::Prepared), _) => return Ok(()),
+                (Some(Message::Failed(failure)), _) => return Err(failure),
+                (Some(_), _) => return Err(plain(Step::Child, "the process of the container has sent a message out of order")),
+                (None, _) => return Err(self.vanished(cgroup)),
             }
             // It may have been killed meanwhile; then the next message is none.
             let _ = self.messages.go();
         }
     }
 
-    fn receive(&self) -> Result<Option<Message>, Failure> {
-        self.messages.receive().doing(Step::Child, || "wait for the process of the container".to_owned())
+    /// Sets the limits of the process. False if only it may: without CAP_SYS_RESOURCE those of one in another user namespace cannot be changed.
+    fn limit(&self, parts: &Parts<'_>) -> Result<bool, Failure> {
+        for limit in &parts.process.rlimits {
+            match sys::set_rlimit(self.pid, limit.resource, limit.soft, limit.hard) {
+                Err(error) if parts.is_mapped && error.raw_os_error() == Some(libc::EPERM) => return Ok(false),
+                other => other.doing(Step::Limits, || limit.to_string())?,
+            }
+        }
+        Ok(true)
     }
 
-    fn vanished(&self, cgroup: &Cgroup) -> Failure {
+    fn receive(&self) -> Result<Option<Message>, Failure> {
+        self.messages.receive().doing(Step::Child, waiting)
+    }
+
+    pub(super) fn vanished(&self, cgroup: &Cgroup) -> Failure {
         let why = if cgroup::out_of_memory(cgroup) { ": it was OOM-killed, the memory limit may be too low" } else { "" };
         plain(Step::Child, &format!("the process of the container was killed before its program could be executed{why}"))
     }
 
     /// Its parent reaps it.
-    fn kill(&self) {
+    pub(super) fn kill(&self) {
         let _ = sys::signal(self.handle.as_fd(), libc::SIGKILL);
         let _ = sys::wait_for_exit(self.handle.as_fd(), KILL_MILLISECONDS);
     }
+}
+
+pub(super) fn making() -> String {
+    "make the process of the container".to_owned()
+}
+
+pub(super) fn waiting() -> String {
+    "wait for the process of the container".to_owned()
 }
 
 /// As if it had been killed, which it cannot do to itself as the init of a pid namespace: its keeper has died, or deletes it.

@@ -2,56 +2,47 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pivot_root, sethostname, setsid};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setsid};
 
-use super::cgroup::Joining;
 use super::descriptors::Kept;
 use super::labels::{self, Attributes};
-use super::mounts::{self, Late};
+use super::mounts::{self, Bind, Late};
 use super::program::{self, Program, Role};
 use super::root::{self, Root};
-use super::sync::{ChildEnd, Message};
-use super::{Doing, Failure, Step, devices, hooks, masks, scheduling, terminal};
-use crate::plan::{Create, Kind, Process};
+use super::sources::Sources;
+use super::sync::{Answer, ChildEnd, Message};
+use super::{Doing, Failure, Step, devices, entry, hooks, masks, scheduling, terminal};
+use crate::plan::{Create, Entry, Kind, Process};
 use crate::sys::{self, FsContext, Tree};
 
 /// Everything up to the gate.
-pub(super) fn prepare(
-    plan: &Create,
-    joining: &Joining,
-    namespaces: &[(Kind, OwnedFd)],
-    kept: &Kept,
-    performer: &ChildEnd,
-) -> Result<Program, Failure> {
+pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd, attributes: &Attributes) -> Result<Program, Failure> {
     // The caller's would change the modes of what is made.
     umask(Mode::empty());
     setsid().doing(Step::Child, || "start a session".to_owned())?;
-    joining.join()?;
-    for (kind, namespace) in namespaces {
-        setns(namespace, CloneFlags::from_bits_truncate(kind.flag() as i32))
-            .doing(Step::Namespaces, || format!("join the {kind:?} namespace").to_lowercase())?;
-    }
     // Its root is the cgroup at this moment.
     if plan.makes(Kind::Cgroup) {
         unshare(CloneFlags::CLONE_NEWCGROUP).doing(Step::Namespaces, || "make a cgroup namespace".to_owned())?;
     }
     scheduling::allow_every_processor()?;
-    let attributes = Attributes::open(&plan.process)?;
-    join_keyring(&plan.process, &attributes)?;
+    join_keyring(&plan.process, attributes)?;
     if plan.makes(Kind::Network) {
         sys::loopback_up().doing(Step::Namespaces, || "set the loopback interface up".to_owned())?;
     }
 
-    let root = mounts::root(&plan.root, plan.propagation)?;
+    let sources = Sources::new(plan, performer);
+    if plan.entry != Entry::Chroot {
+        mounts::separate(&plan.root, plan.propagation)?;
+    }
+    let root = Root::new(sources.root(plan)?);
     let mut late = Late::default();
-    plan.mounts.iter().try_for_each(|mount| {
-        mounts::make(&root, mount, &mut late)?;
+    (0..).zip(&plan.mounts).try_for_each(|(index, mount)| {
+        mounts::make(&root, mount, &Bind { sources: &sources, index }, &mut late)?;
         labels::label_mount(&root, mount, plan.mount_label.as_deref())
     })?;
-    plan.devices.iter().try_for_each(|device| devices::node(&root, device))?;
+    plan.devices.iter().try_for_each(|device| devices::node(&root, device, plan.entry != Entry::Chroot))?;
     plan.links.iter().try_for_each(|(target, path)| devices::link(&root, target, path))?;
     reopen_null_streams(&root)?;
     run_hooks(plan, performer)?;
@@ -63,15 +54,18 @@ pub(super) fn prepare(
     masks::make_readonly(&root, &plan.readonly)?;
     masks::hide(&root, &plan.masked, plan.mount_label.as_deref())?;
     late.make_readonly()?;
-    enter(&root)?;
+    entry::enter(&root, plan.entry)?;
+    if let Some(flags) = plan.root_propagation {
+        mounts::propagate(root.as_fd(), flags).doing(Step::Root, || "set the propagation of the root".to_owned())?;
+    }
     if plan.root_readonly {
         mounts::readonly(root.as_fd(), Tree::Top).doing(Step::Root, || "make the root read-only".to_owned())?;
     }
     drop(root);
 
-    scheduling::schedule(&plan.process)?;
-    wait_for_limits(performer)?;
-    program::become_it(&plan.process, &attributes, performer, Role::Init)
+    scheduling::choose_memory(&plan.process)?;
+    wait_for_limits(performer, &plan.process)?;
+    program::become_it(&plan.process, attributes, performer, Role::Init)
 }
 
 /// Lets the performer run the hooks on the host, then runs those in the container's namespaces.
@@ -87,17 +81,27 @@ fn run_hooks(plan: &Create, performer: &ChildEnd) -> Result<(), Failure> {
 }
 
 /// Reports that limits may be set, and waits until they are.
-pub(super) fn wait_for_limits(performer: &ChildEnd) -> Result<(), Failure> {
-    report_and_wait(performer, &Message::Ready)
+pub(super) fn wait_for_limits(performer: &ChildEnd, process: &Process) -> Result<(), Failure> {
+    performer.send(&Message::Ready).doing(Step::Child, || "report to the performer".to_owned())?;
+    if wait_for(performer)? == Answer::LimitYourself {
+        for limit in &process.rlimits {
+            sys::set_rlimit(0, limit.resource, limit.soft, limit.hard).doing(Step::Limits, || limit.to_string())?;
+        }
+    }
+    Ok(())
 }
 
 /// Reports, and waits until the performer has done what follows from it.
 pub(super) fn report_and_wait(performer: &ChildEnd, message: &Message) -> Result<(), Failure> {
     performer.send(message).doing(Step::Child, || "report to the performer".to_owned())?;
-    if performer.may_go().doing(Step::Child, || "wait for the performer".to_owned())? {
-        Ok(())
-    } else {
-        Err(Failure { step: Step::Child, what: "the performer was killed".to_owned(), errno: 0 })
+    wait_for(performer).map(drop)
+}
+
+/// Waits until the performer lets this process go on.
+pub(super) fn wait_for(performer: &ChildEnd) -> Result<Answer, Failure> {
+    match performer.answer().doing(Step::Child, || "wait for the performer".to_owned())? {
+        Answer::None => Err(Failure { step: Step::Child, what: "the performer was killed".to_owned(), errno: 0 }),
+        answer => Ok(answer),
     }
 }
 
@@ -169,23 +173,4 @@ fn reopen_null_streams(root: &Root) -> Result<(), Failure> {
         Ok(())
     };
     reopen().doing(Step::Devices, || "open /dev/null of the container".to_owned())
-}
-
-/// Makes the root the root, and lets go of the host's mounts.
-fn enter(root: &Root) -> Result<(), Failure> {
-    let enter = || -> nix::Result<()> {
-        let host = nix::fcntl::open(
-            "/",
-            nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_DIRECTORY | nix::fcntl::OFlag::O_CLOEXEC,
-            Mode::empty(),
-        )?;
-        fchdir(root.as_fd())?;
-        pivot_root(".", ".")?;
-        fchdir(&host)?;
-        // Else unmounting would spread to mounts that the host shares.
-        mount(None::<&str>, ".", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
-        umount2(".", MntFlags::MNT_DETACH)?;
-        nix::unistd::chdir("/")
-    };
-    enter().doing(Step::Root, || "pivot_root".to_owned())
 }

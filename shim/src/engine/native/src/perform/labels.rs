@@ -3,32 +3,48 @@
 //! **Invariant:** they are written to the attributes of this process in a procfs that was made for that. No path leads to it, so nothing that a container
 //! mounts over its own `/proc` can take what is written, and there is no link on the way.
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use nix::unistd::write;
 
-use super::root::{self, Root};
+use super::root::Root;
 use super::{Doing, Failure, Step};
 use crate::plan::{Mount, Process, Source};
 use crate::sys::{self, FsContext};
+
+/// A procfs of the host's processes, made by the performer before it joins anything: in a container's namespaces the kernel may refuse to make one whose
+/// content is not masked. `None` if the process has neither profile nor label.
+#[derive(Debug)]
+pub(super) struct Procfs(Option<OwnedFd>);
+
+impl Procfs {
+    pub(super) fn make(process: &Process) -> Result<Self, Failure> {
+        if process.apparmor_profile.is_none() && process.selinux_label.is_none() {
+            return Ok(Self(None));
+        }
+        let made = FsContext::open("proc").and_then(|context| context.mount(0)).doing(Step::Settings, || "make a procfs".to_owned())?;
+        Ok(Self(Some(made)))
+    }
+}
 
 /// The attributes of the calling process. Without a folder, nothing is to be written.
 #[derive(Debug)]
 pub(super) struct Attributes(Option<OwnedFd>);
 
 impl Attributes {
-    /// Opens them, if the process has a profile or a label. In the pid namespace of the process, with the privileges to mount.
-    pub(super) fn open(process: &Process) -> Result<Self, Failure> {
-        if process.apparmor_profile.is_none() && process.selinux_label.is_none() {
-            return Ok(Self(None));
-        }
-        let open = || {
-            let procfs = FsContext::open("proc")?.mount(0)?;
-            root::beneath(procfs.as_fd(), &std::process::id().to_string(), OFlag::O_PATH | OFlag::O_DIRECTORY)
+    /// Opens them in the child, whose copy of the procfs is closed: of the host's processes it keeps itself alone.
+    pub(super) fn open(procfs: &Procfs) -> Result<Self, Failure> {
+        let Some(procfs) = &procfs.0 else { return Ok(Self(None)) };
+        let open = || -> io::Result<OwnedFd> {
+            // A link to the own pid, as the procfs counts.
+            let own = openat(procfs, "self", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+            let number = procfs.as_raw_fd() as u32;
+            sys::close_range(number, number)?;
+            Ok(own)
         };
-        Ok(Self(Some(open().doing(Step::Settings, || "make a procfs".to_owned())?)))
+        Ok(Self(Some(open().doing(Step::Settings, || "open the attributes of the process".to_owned())?)))
     }
 
     /// Sets the profile that the next execution gets. The kernel wants the file opened with the very ids that it is written with.
@@ -86,6 +102,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::perform::root;
 
     /// A folder in place of a process's in procfs.
     fn double(name: &str, files: &[&str]) -> (PathBuf, OwnedFd) {

@@ -11,6 +11,7 @@
 //!    │                 │ ◀───────── Prepared ─────────────┤
 //!    └──── Report ─────┘ exits                            ▼ waits at the gate (init), executes
 //! ```
+//! In a user namespace init is the child of a leader: see `leader`.
 //!
 //! **Invariant:** both processes have one thread, and every descriptor that is not theirs is closed before anything else. Nothing is
 //! read from or written to a path of the container, but through a descriptor that was resolved inside its root. A failure leaves neither process nor cgroup.
@@ -23,16 +24,23 @@ use minicbor::{Decode, Encode};
 mod agent;
 mod cgroup;
 mod child;
+mod copy;
 mod descriptors;
 mod devices;
+mod entry;
 mod hooks;
+mod ids;
 mod init;
 mod labels;
+mod leader;
 mod masks;
 mod mounts;
+mod namespaces;
+mod network;
 mod program;
 mod root;
 mod scheduling;
+mod sources;
 mod sync;
 mod terminal;
 

@@ -4,18 +4,17 @@
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Uid, fchown};
 
 use super::labels::Attributes;
 use super::sync::{ChildEnd, Message};
-use super::{Doing, Failure, Step, errno_text, init, root};
+use super::{Doing, Failure, Step, errno_text, ids, init};
 use crate::plan::Process;
 use crate::sys;
 
@@ -67,8 +66,12 @@ pub(super) fn become_it(process: &Process, attributes: &Attributes, performer: &
         }
         sys::set_keep_capabilities(true).doing(Step::Identity, doing("keep capabilities"))?;
     }
-    own_streams(process.uid)?;
-    sys::set_groups(&process.groups).doing(Step::Identity, doing("set the additional groups"))?;
+    ids::own_streams(process.uid)?;
+    match sys::set_groups(&process.groups) {
+        // A user namespace can forbid it; then there are none to get rid of.
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) && is_setgroups_denied() => {}
+        other => other.doing(Step::Identity, doing("set the additional groups"))?,
+    }
     sys::set_ids(process.uid, process.gid).doing(Step::Identity, || format!("become user {}:{}", process.uid, process.gid))?;
     entered
         .or_else(|_as_root| enter(&process.cwd, false))
@@ -151,19 +154,8 @@ fn check_cwd() -> Result<(), Failure> {
     Err(Failure { step: Step::Identity, what: "the working directory is outside the container's root".to_owned(), errno: 0 })
 }
 
-/// Makes the streams the user's: a program may open them again by `/dev/stdout`. The null device, the group and what cannot be changed stay.
-fn own_streams(uid: u32) -> Result<(), Failure> {
-    for stream in [io::stdin().as_fd(), io::stdout().as_fd(), io::stderr().as_fd()] {
-        let about = nix::sys::stat::fstat(stream).doing(Step::Identity, || "examine a stream".to_owned())?;
-        if about.st_uid == uid || root::is_null(stream) {
-            continue;
-        }
-        match fchown(stream, Some(Uid::from_raw(uid)), None) {
-            Ok(()) | Err(Errno::EPERM | Errno::EROFS | Errno::EINVAL) => {}
-            Err(error) => return Err(error).doing(Step::Identity, || "set the owner of a stream".to_owned()),
-        }
-    }
-    Ok(())
+fn is_setgroups_denied() -> bool {
+    std::fs::read("/proc/self/setgroups").is_ok_and(|word| word.trim_ascii() == b"deny")
 }
 
 fn environment(process: &Process) -> Vec<CString> {

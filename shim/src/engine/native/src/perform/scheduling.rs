@@ -1,13 +1,13 @@
-//! Sets how the calling process is scheduled.
+//! Sets how a process is scheduled, and where.
 use super::{Doing, Failure, Step, failure};
 use crate::plan::{MAX_NODES, MAX_PROCESSORS, Process, Range, Scheduler};
 use crate::sys::{self, SchedulerAttributes};
 
-/// Everything but processors. Before the filter, which may forbid it.
-pub(super) fn schedule(process: &Process) -> Result<(), Failure> {
+/// Sets the scheduler and the I/O priority of the process that is `pid` here. By the performer: in a user namespace a process has no privileges for it.
+pub(super) fn schedule(pid: u32, process: &Process) -> Result<(), Failure> {
     let wanted = &process.scheduling;
     if let Some(scheduler) = &wanted.scheduler {
-        sys::set_scheduler(attributes(scheduler)).map_err(|error| {
+        sys::set_scheduler(pid, attributes(scheduler)).map_err(|error| {
             // The kernel's reason for a deadline, whose guarantee is for all processors.
             let why =
                 if error.raw_os_error() == Some(libc::EPERM) { " (it can't be used together with a choice of processors)" } else { "" };
@@ -15,8 +15,14 @@ pub(super) fn schedule(process: &Process) -> Result<(), Failure> {
         })?;
     }
     if let Some(priority) = wanted.io_priority {
-        sys::set_io_priority(priority).doing(Step::Settings, || "failed to set io priority".to_owned())?;
+        sys::set_io_priority(pid, priority).doing(Step::Settings, || "failed to set io priority".to_owned())?;
     }
+    Ok(())
+}
+
+/// Sets the personality and the memory policy of this process. Before the filter, which may forbid it.
+pub(super) fn choose_memory(process: &Process) -> Result<(), Failure> {
+    let wanted = &process.scheduling;
     if let Some(personality) = wanted.personality {
         sys::set_personality(personality).doing(Step::Settings, || "set the personality".to_owned())?;
     }

@@ -5,8 +5,10 @@
 //!           Filtered, answered by go, between Ready and Prepared, if an agent decides about calls
 //!           Failed, at any time; the end of the socket: the child has exited, or executes its program
 //! ```
+//! In a user namespace init is the child of a leader, which exits: `Entered`, go, `Timed` where there is a new time namespace, go, `Led`; then init waits for
+//! a go as its first. `Root` and `Source` are init's, between its mounts: each is answered with a descriptor.
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use minicbor::{Decode, Encode};
 use nix::errno::Errno;
@@ -14,6 +16,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socket
 use nix::unistd::{read, write};
 
 use super::Failure;
+use crate::sys;
 
 /// From the child.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -29,12 +32,41 @@ pub(super) enum Message {
     Prepared,
     #[n(2)]
     Failed(#[n(0)] Failure),
-    /// The filter is loaded, and this is the child's descriptor for the agent that decides about calls.
+    /// The leader is in the user namespace of the container.
     #[n(4)]
+    Entered,
+    /// Its next child will be in a new time namespace.
+    #[n(5)]
+    Timed,
+    /// Init exists: its handle comes with this.
+    #[n(6)]
+    Led,
+    /// The root is to be mounted on itself: the mount is the answer.
+    #[n(7)]
+    Root,
+    /// The source of a mount of the plan, by its index, is to be opened: a tree of mounts is the answer.
+    #[n(8)]
+    Source(#[n(0)] u32),
+    /// The filter is loaded, and this is the child's descriptor for the agent that decides about calls.
+    #[n(9)]
     Filtered {
         #[n(0)]
         listener: i32,
     },
+}
+
+/// The performer's answers.
+const GO: u8 = 1;
+const LIMIT_YOURSELF: u8 = 2;
+
+/// What the child may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    Go,
+    /// The performer may not change limits of a process of another user namespace: the process may lower its own.
+    LimitYourself,
+    /// The performer has died.
+    None,
 }
 
 /// The performer's end; each message arrives whole.
@@ -61,10 +93,44 @@ impl PerformerEnd {
         minicbor::decode(&buffer[..length]).map(Some).map_err(|_malformed| io::Error::from_raw_os_error(libc::EIO))
     }
 
+    /// As [`Self::receive`], with the descriptor that came with the message. `None` also if `leader` exited without one.
+    pub(super) fn receive_from(&self, leader: BorrowedFd<'_>) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let mut ends = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN), PollFd::new(leader, PollFlags::POLLIN)];
+        while let Err(error) = poll(&mut ends, PollTimeout::NONE) {
+            if error != Errno::EINTR {
+                return Err(error.into());
+            }
+        }
+        if ends[0].any() != Some(true) {
+            return Ok(None);
+        }
+        let mut buffer = vec![0; MAX_BYTES];
+        let (length, descriptor) = sys::receive_descriptor(self.0.as_fd(), &mut buffer)?;
+        if length == 0 {
+            return Ok(None);
+        }
+        let message = minicbor::decode(&buffer[..length]).map_err(|_malformed| io::Error::from_raw_os_error(libc::EIO))?;
+        Ok(Some((message, descriptor)))
+    }
+
     /// The child may have been killed: no signal is to tell.
     pub(super) fn go(&self) -> io::Result<()> {
-        send(self.0.as_raw_fd(), &[1], MsgFlags::MSG_NOSIGNAL)?;
+        self.answer(GO)
+    }
+
+    pub(super) fn limit_yourself(&self) -> io::Result<()> {
+        self.answer(LIMIT_YOURSELF)
+    }
+
+    fn answer(&self, answer: u8) -> io::Result<()> {
+        send(self.0.as_raw_fd(), &[answer], MsgFlags::MSG_NOSIGNAL)?;
         Ok(())
+    }
+
+    /// Answers with a descriptor.
+    pub(super) fn give(&self, descriptor: &OwnedFd) -> io::Result<()> {
+        sys::send_descriptor(self.0.as_fd(), &[GO], descriptor.as_fd()).map(drop)
     }
 }
 
@@ -76,9 +142,29 @@ impl ChildEnd {
         Ok(())
     }
 
-    /// Whether the performer let the child go on; it has died if not.
-    pub(super) fn may_go(&self) -> io::Result<bool> {
-        Ok(read_once(&self.0, &mut [0; 1])? == 1)
+    /// Sends a message with a descriptor.
+    pub(super) fn send_with(&self, message: &Message, descriptor: &OwnedFd) -> io::Result<()> {
+        let bytes = minicbor::to_vec(message).map_err(|_infallible| io::Error::from_raw_os_error(libc::EIO))?;
+        sys::send_descriptor(self.0.as_fd(), &bytes, descriptor.as_fd()).map(drop)
+    }
+
+    /// Waits until the performer lets the child go on.
+    pub(super) fn answer(&self) -> io::Result<Answer> {
+        let mut answer = [0];
+        Ok(match (read_once(&self.0, &mut answer)?, answer[0]) {
+            (1, LIMIT_YOURSELF) => Answer::LimitYourself,
+            (1, _) => Answer::Go,
+            _ => Answer::None,
+        })
+    }
+
+    /// Sends a message that is answered with a descriptor.
+    ///
+    /// Errors: EPIPE if the performer has died.
+    pub(super) fn ask(&self, message: &Message) -> io::Result<OwnedFd> {
+        self.send(message)?;
+        let (_, descriptor) = sys::receive_descriptor(self.0.as_fd(), &mut [0])?;
+        descriptor.ok_or_else(|| io::Error::from_raw_os_error(libc::EPIPE))
     }
 }
 

@@ -46,6 +46,7 @@ fn v1(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, hierarchies:
             controllers: Vec::new(),
             of: hierarchy.controllers.clone(),
             devices: None,
+            owner: None,
         });
     }
     match limits.first() {
@@ -70,8 +71,16 @@ fn v2(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, unified: &Mo
         controllers: unified.available.clone(),
         of: Vec::new(),
         devices: Some(device_program::assemble(allowed)),
+        owner: None,
     };
     Ok(Cgroup { folders: vec![folder] })
+}
+
+/// Gives the folder of cgroup v2 to a user, who may divide it. Folders of v1 are the runtime's alone.
+pub(super) fn give(cgroup: &mut Cgroup, owner: Option<u32>) {
+    if let [folder @ Folder { hierarchy: Hierarchy::Unified, .. }] = &mut cgroup.folders[..] {
+        folder.owner = owner;
+    }
 }
 
 /// The files to change in the folders of a container.

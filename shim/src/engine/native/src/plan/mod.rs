@@ -25,17 +25,22 @@ mod limits_v1;
 mod limits_v2;
 mod make;
 mod mounts;
+mod net_devices;
 mod options;
+mod root;
 mod scheduling;
 mod sysctl;
+mod users;
 
 pub use hooks::{Hook, Hooks, State};
 #[cfg(test)]
 pub(crate) use identity::number as capability_number;
 pub use make::{Request, create, exec, update};
-pub(crate) use options::RDONLY;
+pub(crate) use options::{IDMAP, RDONLY};
+pub use root::{Classic, RootMount, can_mount_root};
 pub use scheduling::{Affinity, MemoryPolicy, Range, Scheduler, Scheduling};
 pub(crate) use scheduling::{MAX_NODES, MAX_PROCESSORS};
+pub use users::{IdRange, Mappings};
 
 /// In place of a half of `cpu.max`: what it is now.
 pub(crate) const KEEP: &str = "keep";
@@ -90,6 +95,39 @@ pub struct Create {
     /// SELinux's label of new file systems. The mounts have it already, where a file system takes it when it is made.
     #[n(17)]
     pub mount_label: Option<String>,
+    /// Network devices of the host to move into the container: the name that it has, the name that it gets.
+    #[n(18)]
+    pub net_devices: Vec<(String, String)>,
+    /// Of the container's user namespace: to be written to a new one, or those that one to join must have.
+    #[n(24)]
+    pub mappings: Mappings,
+    /// Lines of `timens_offsets` for a new time namespace.
+    #[n(25)]
+    pub clocks: Vec<String>,
+    /// `MS_*` flags for the root, once it is the root: before, they would concern the host's mounts.
+    #[n(26)]
+    pub root_propagation: Option<u64>,
+    #[n(27)]
+    pub entry: Entry,
+    /// What the root is, each mounted on the one before; what the host has there without.
+    #[n(28)]
+    pub root_mounts: Vec<Mount>,
+}
+
+/// How the root becomes the root.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Entry {
+    /// pivot_root(2): nothing of the host stays in the mount namespace.
+    #[default]
+    #[n(0)]
+    Pivot,
+    /// Moved over the host's root: where that is an initramfs, which cannot be exchanged.
+    #[n(1)]
+    Move,
+    /// chroot(2) alone, and nothing is mounted: the mount namespace is the runtime's.
+    #[n(2)]
+    Chroot,
 }
 
 /// Another process for a container.
@@ -107,6 +145,9 @@ pub struct Exec {
     /// Of the container, for an agent that decides about system calls.
     #[n(4)]
     pub state: State,
+    /// The root to change to, on the host: the container has no mount namespace.
+    #[n(8)]
+    pub chroot: Option<String>,
 }
 
 /// What later plans need to know of a container: to be kept with it.
@@ -138,6 +179,12 @@ pub struct Container {
     /// For processes that ask for nothing of it.
     #[n(10)]
     pub scheduling: Scheduling,
+    /// Of its user namespace, if they are known.
+    #[n(16)]
+    pub mappings: Mappings,
+    /// The root on the host of one without a mount namespace.
+    #[n(17)]
+    pub chroot: Option<String>,
 }
 
 /// A namespace of the container.
@@ -166,6 +213,10 @@ pub enum Kind {
     Uts,
     #[n(5)]
     Cgroup,
+    #[n(6)]
+    User,
+    #[n(7)]
+    Time,
 }
 
 /// The folders of a container's cgroup: one for each hierarchy.
@@ -198,6 +249,9 @@ pub struct Folder {
     /// The program of cgroup v2 that is asked about devices.
     #[cbor(n(5), with = "minicbor::bytes")]
     pub devices: Option<Vec<u8>>,
+    /// Whom the folder belongs to, if processes of the container are to divide it.
+    #[n(12)]
+    pub owner: Option<u32>,
 }
 
 /// Kinds of hierarchies.
@@ -250,6 +304,23 @@ pub struct Mount {
     /// Calls with `MS_*` flags, in order.
     #[n(4)]
     pub propagation: Vec<u64>,
+    /// Of the attributes to clear, those that were not asked for: they stay where the kernel has locked them.
+    #[n(5)]
+    pub lenient: u64,
+    /// A bind shows other owners than its source has.
+    #[n(6)]
+    pub ids: Option<MappedIds>,
+}
+
+/// How a bind shows owners.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct MappedIds {
+    /// So do the mounts below it.
+    #[n(0)]
+    pub recursive: bool,
+    /// An owner on disk is `inside`, one that is shown `outside`. None: the mappings of the container's user namespace.
+    #[n(1)]
+    pub mappings: Mappings,
 }
 
 /// Attributes to set and to clear.
@@ -289,6 +360,9 @@ pub enum Source {
         /// Made read-only only after every mount and device: they are made in it.
         #[n(4)]
         late_readonly: bool,
+        /// Filled with what it covers.
+        #[n(5)]
+        copy_up: bool,
     },
     /// A file or folder of the host.
     #[n(1)]
@@ -297,6 +371,9 @@ pub enum Source {
         path: String,
         #[n(1)]
         recursive: bool,
+        /// It must be a procfs, from its root: the target is `/proc`.
+        #[n(2)]
+        procfs: bool,
     },
     /// A symbolic link beside the mounts.
     #[n(2)]
@@ -304,6 +381,16 @@ pub enum Source {
         #[n(0)]
         to: String,
     },
+    /// What is mounted at the target already.
+    #[n(3)]
+    Existing {
+        /// For the file system; none: its mount alone is changed.
+        #[n(0)]
+        parameters: Option<Vec<(String, Option<String>)>>,
+    },
+    /// A file system by mount(2): of a root alone.
+    #[n(4)]
+    Classic(#[n(0)] Classic),
 }
 
 /// A device node, or a fifo.
@@ -437,6 +524,8 @@ impl Kind {
             Self::Ipc => libc::CLONE_NEWIPC,
             Self::Uts => libc::CLONE_NEWUTS,
             Self::Cgroup => libc::CLONE_NEWCGROUP,
+            Self::User => libc::CLONE_NEWUSER,
+            Self::Time => libc::CLONE_NEWTIME,
         };
         flag as u64
     }
@@ -477,7 +566,15 @@ impl Create {
                 state: self.hooks.state.clone(),
                 ..Hooks::default()
             },
+            mappings: self.mappings.clone(),
+            chroot: (self.entry == Entry::Chroot).then(|| self.root.clone()),
         }
+    }
+}
+
+impl std::fmt::Display for Rlimit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "set the limit of resource {} to {}:{}", self.resource, self.soft, self.hard)
     }
 }
 

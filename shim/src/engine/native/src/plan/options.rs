@@ -15,10 +15,14 @@ pub(super) struct Options {
     pub(super) bind: Option<bool>,
     /// For the file system: with values, and the flags that it has itself.
     pub(super) parameters: Vec<(String, Option<String>)>,
+    /// `idmap` or `ridmap`: whether recursively.
+    pub(super) idmap: Option<bool>,
     /// Whether `ro` was the last of `ro` and `rw`.
     pub(super) readonly: bool,
-    /// A word that this engine does not implement.
-    pub(super) unsupported: Option<String>,
+    /// Change what is mounted at the target.
+    pub(super) remount: bool,
+    /// Copy what the mount covers into it.
+    pub(super) copy_up: bool,
 }
 
 // <linux/mount.h>; attributes of a mount.
@@ -31,6 +35,8 @@ pub(crate) const ATIME: u64 = 0x70;
 pub(crate) const NOATIME: u64 = 0x10;
 pub(crate) const STRICTATIME: u64 = 0x20;
 pub(crate) const NODIRATIME: u64 = 0x80;
+/// Needs a descriptor of a user namespace.
+pub(crate) const IDMAP: u64 = 0x10_0000;
 pub(crate) const NOSYMFOLLOW: u64 = 0x20_0000;
 
 /// What a word does to attributes: sets some, clears some.
@@ -101,7 +107,12 @@ pub(super) fn sort<'a>(words: impl IntoIterator<Item = &'a str>) -> Options {
                 // Flags of the file system rather than of the mount.
                 "async" | "nomand" | "nolazytime" | "norelmand" | "loud" | "noiversion" | "silent" => {}
                 "sync" | "dirsync" | "lazytime" | "mand" | "iversion" => options.parameters.push((word.to_owned(), None)),
-                "remount" | "tmpcopyup" | "idmap" | "ridmap" | "acl" | "noacl" => options.unsupported = Some(word.to_owned()),
+                "idmap" => options.idmap = Some(options.idmap.unwrap_or(false)),
+                "ridmap" => options.idmap = Some(true),
+                "remount" => options.remount = true,
+                "tmpcopyup" => options.copy_up = true,
+                // What file systems do that have them. As a flag of mount(2), which these words are elsewhere, it changes nothing.
+                "acl" | "noacl" => {}
                 word => options.parameters.push(match word.split_once('=') {
                     Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
                     None => (word.to_owned(), None),

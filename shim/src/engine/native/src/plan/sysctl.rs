@@ -28,6 +28,7 @@ pub(super) fn plan(wanted: Option<&HashMap<String, String>>, has: impl Fn(Kind) 
         let needed = match name.as_str() {
             name if OF_IPC.contains(&name) || name.starts_with("fs.mqueue.") => Kind::Ipc,
             name if name.starts_with("net.") => Kind::Network,
+            name if name.starts_with("user.") => Kind::User,
             "kernel.domainname" => Kind::Uts,
             "kernel.hostname" => return Err(Refused::invalid(field, "set hostname instead")),
             _ => return Err(Refused::invalid(field, "is not a setting of a namespace")),
@@ -76,6 +77,8 @@ mod tests {
         assert_eq!(planned("fs.mqueue.msg_max", &[Kind::Ipc]).as_deref(), Some("fs/mqueue/msg_max"));
         assert_eq!(planned("kernel.domainname", &[Kind::Uts]).as_deref(), Some("kernel/domainname"));
         assert_eq!(planned("kernel.hostname", &[Kind::Uts]), None);
+        assert_eq!(planned("user.max_user_namespaces", &[Kind::User]).as_deref(), Some("user/max_user_namespaces"));
+        assert_eq!(planned("user.max_user_namespaces", &[Kind::Uts]), None);
         assert_eq!(planned("kernel.core_pattern", &[Kind::Ipc, Kind::Network, Kind::Uts]), None);
         assert_eq!(planned("vm.swappiness", &[Kind::Ipc]), None);
     }

@@ -39,6 +39,18 @@ impl FsContext {
         Ok(Self(own(fd)))
     }
 
+    /// The file system of the mount that `mount` is open on: fspick(2).
+    pub(crate) fn pick(mount: BorrowedFd<'_>) -> io::Result<Self> {
+        // SAFETY: the path is the empty string.
+        let fd = check(unsafe { libc::syscall(libc::SYS_fspick, mount.as_raw_fd(), c"".as_ptr(), FSPICK_CLOEXEC | FSPICK_EMPTY_PATH) })?;
+        Ok(Self(own(fd)))
+    }
+
+    /// Changes a file system that was picked to what was set.
+    pub(crate) fn reconfigure(self) -> io::Result<()> {
+        self.configure(FSCONFIG_CMD_RECONFIGURE, ptr::null(), ptr::null())
+    }
+
     /// Sets `key`, with a value or as a flag.
     pub(crate) fn set(&self, key: &str, value: Option<&str>) -> io::Result<()> {
         let key = c_string(key.as_bytes())?;
@@ -117,6 +129,9 @@ const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 const FSCONFIG_SET_FLAG: libc::c_uint = 0;
 const FSCONFIG_SET_STRING: libc::c_uint = 1;
 const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+const FSCONFIG_CMD_RECONFIGURE: libc::c_uint = 7;
+const FSPICK_CLOEXEC: libc::c_uint = 1;
+const FSPICK_EMPTY_PATH: libc::c_uint = 8;
 const OPEN_TREE_CLONE: libc::c_uint = 1;
 const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC as libc::c_uint;
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 0x04;

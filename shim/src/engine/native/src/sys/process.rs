@@ -38,6 +38,33 @@ pub(crate) fn clone_into(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Resu
     }
 }
 
+/// The two sides of [`fork_into`].
+pub(crate) enum Forked {
+    Child,
+    Parent { pid: u32 },
+}
+
+/// fork(2) into the new namespaces of `flags`. As [`clone_into`], but for a child of the caller's own.
+pub(crate) fn fork_into(flags: u64) -> io::Result<Forked> {
+    // SAFETY: a structure of integers.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = flags;
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    // SAFETY: as in `clone_into`.
+    match check(unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) })? {
+        0 => Ok(Forked::Child),
+        pid => Ok(Forked::Parent { pid: pid as u32 }),
+    }
+}
+
+/// The pid of a process, by its handle, as the mounted procfs counts.
+pub(crate) fn pid_of(process: BorrowedFd<'_>) -> io::Result<u32> {
+    let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd()))?;
+    let pid = about.lines().find_map(|line| line.strip_prefix("Pid:")?.trim().parse().ok());
+    // −1: it was reaped; 0: it is of another pid namespace.
+    pid.filter(|pid| *pid != 0).ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))
+}
+
 /// Forks, and runs `live` in the child, which exits should it return. Refuses to with EDEADLK if this process has more than one thread.
 pub(crate) fn fork(live: impl FnOnce()) -> io::Result<u32> {
     if std::fs::read_dir("/proc/self/task")?.count() != 1 {

@@ -1,4 +1,4 @@
-//! Scheduling, processors, memory nodes and personality of the calling process.
+//! Scheduling, processors, memory nodes and personality of processes.
 #![allow(unsafe_code)]
 use std::io;
 
@@ -21,29 +21,29 @@ pub(crate) struct SchedulerAttributes {
 }
 
 /// sched_setattr(2).
-pub(crate) fn set_scheduler(attributes: SchedulerAttributes) -> io::Result<()> {
+pub(crate) fn set_scheduler(pid: u32, attributes: SchedulerAttributes) -> io::Result<()> {
     let attributes = SchedulerAttributes { size: size_of::<SchedulerAttributes>() as u32, ..attributes };
     // SAFETY: the structure has the kernel's layout, says its size, and is valid for the time of the call.
-    check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) })?;
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attributes, 0) })?;
     Ok(())
 }
 
 /// ioprio_set(2).
-pub(crate) fn set_io_priority(priority: u32) -> io::Result<()> {
+pub(crate) fn set_io_priority(pid: u32, priority: u32) -> io::Result<()> {
     const OF_PROCESS: libc::c_int = 1;
     // SAFETY: integers only.
-    check(unsafe { libc::syscall(libc::SYS_ioprio_set, OF_PROCESS, 0, priority) })?;
+    check(unsafe { libc::syscall(libc::SYS_ioprio_set, OF_PROCESS, pid, priority) })?;
     Ok(())
 }
 
-/// personality(2).
+/// personality(2) of this process.
 pub(crate) fn set_personality(personality: u32) -> io::Result<()> {
     // SAFETY: an integer.
     check(libc::c_long::from(unsafe { libc::personality(libc::c_ulong::from(personality)) }))?;
     Ok(())
 }
 
-/// set_mempolicy(2), with a bit for each node.
+/// set_mempolicy(2) for this process, with a bit for each node.
 pub(crate) fn set_memory_policy(mode: u32, nodes: &[u64]) -> io::Result<()> {
     // The kernel counts one bit less than it is given.
     let bits = if nodes.is_empty() { 0 } else { nodes.len() as u64 * 64 + 1 };

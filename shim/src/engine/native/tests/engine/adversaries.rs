@@ -17,6 +17,7 @@ crate::cases![
     a_link_in_place_of_passwd_is_harmless,
     a_fifo_in_place_of_passwd_does_not_block,
     a_joining_process_cannot_be_traced,
+    a_joining_process_shows_nothing_of_the_host_to_one_that_may_trace,
     masked_paths_through_links_stay_in_the_root,
     a_link_in_place_of_the_console_is_not_followed,
     the_shims_executable_cannot_be_written,
@@ -157,6 +158,37 @@ fn a_joining_process_cannot_be_traced() {
     init.kill();
     init.end();
     assert_eq!(fs::read_to_string(stage.root().join("tmp/seen")).expect("a file"), "");
+}
+
+/// With the capability to trace, the container's root may look at a joining process: it must be in the container from its birth.
+fn a_joining_process_shows_nothing_of_the_host_to_one_that_may_trace() {
+    for has_mounts in [true, false] {
+        let stage = Stage::new();
+        let marker = stage.folder.join("config.json").display().to_string();
+        let script = format!(
+            "mount -t proc proc /proc; while :; do for p in /proc/[0-9]*; do for way in root cwd; do test -e $p/$way{marker} && echo $p $way; done; done; done > /tmp/seen"
+        );
+        let mut config = stage.config(&["sh", "-c", &script]);
+        for set in ["bounding", "effective", "permitted"] {
+            config["process"]["capabilities"][set] = json!(["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_SYS_ADMIN"]);
+        }
+        if !has_mounts {
+            let namespaces = config["linux"]["namespaces"].as_array_mut().expect("an array");
+            namespaces.retain(|namespace| namespace["type"] != "mount");
+            for (field, nothing) in [("/mounts", json!([])), ("/linux/maskedPaths", json!([])), ("/linux/readonlyPaths", json!([]))] {
+                *config.pointer_mut(field).expect("present") = nothing;
+            }
+        }
+        let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+        stage.start("c");
+        for _ in 0..100 {
+            stage.exec_shell("c", "true", |_| {});
+        }
+        init.kill();
+        init.end();
+        assert_eq!(fs::read_to_string(stage.root().join("tmp/seen")).expect("a file"), "");
+        stage.on_host(&format!("umount {}/proc 2>/dev/null; true", stage.root().display()));
+    }
 }
 
 fn masked_paths_through_links_stay_in_the_root() {

@@ -13,10 +13,12 @@ use serde_json::{Value, json};
 
 use crate::differences::{Other, is_installed};
 use crate::stage::Stage;
+use crate::users;
 
 crate::cases![
     an_agent_decides_about_calls_of_init,
     an_agent_decides_about_calls_of_an_added_process,
+    an_agent_decides_about_calls_in_a_user_namespace,
     calls_on_the_way_to_the_program_are_the_agents_too,
     without_an_agent_nothing_is_made,
     an_agent_receives_what_runc_sends,
@@ -220,4 +222,33 @@ fn an_agent_receives_what_runc_sends() {
     }
     assert_eq!(our_state, their_state);
     drop(fs::remove_file(socket));
+}
+
+/// The leader hands nothing on: init and added processes are the agent's as without one.
+fn an_agent_decides_about_calls_in_a_user_namespace() {
+    let stage = Stage::new();
+    let socket = stage.folder.join("agent");
+    let states = start(&socket);
+    let create = |script: &str| {
+        let mut config = stage.config(&["sh", "-c", script]);
+        filter(&mut config, &socket, &[]);
+        users::map(&stage, &mut config);
+        let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+        let state = states.recv_timeout(SOON).expect("a state");
+        assert_eq!((&state["pid"], &state["state"]["pid"]), (&json!(init.pid), &json!(init.pid)));
+        stage.start("c");
+        init
+    };
+    assert_eq!(create(SCRIPT).end(), (0, OUTPUT.to_owned()));
+    stage.delete("c").expect("deleted");
+    let init = create("exec sleep 1000");
+    for no_new_privileges in [true, false] {
+        let mut process = crate::bundle::process(&["sh", "-c", SCRIPT]);
+        process["noNewPrivileges"] = json!(no_new_privileges);
+        process["user"] = json!({ "uid": 1000, "gid": 1000 });
+        let added = stage.exec("c", &process).unwrap_or_else(|error| panic!("exec: {error}"));
+        assert_eq!(added.end(), (0, OUTPUT.to_owned()));
+        let state = states.recv_timeout(SOON).expect("a state");
+        assert_eq!((&state["pid"], &state["state"]["pid"]), (&json!(added.pid), &json!(init.pid)));
+    }
 }

@@ -17,8 +17,15 @@ crate::cases![
     the_hosts_namespaces_look_as_with_runc,
     a_privileged_container_looks_as_with_runc,
     binds_look_as_with_runc,
+    other_mounts_look_as_with_runc,
+    other_mounts_look_as_with_crun,
+    a_bound_procfs_looks_as_with_runc,
     an_added_process_looks_as_with_runc,
     an_added_process_looks_as_with_crun,
+    a_user_namespace_looks_as_with_runc,
+    a_user_namespace_looks_as_with_crun,
+    an_added_process_in_a_user_namespace_looks_as_with_runc,
+    an_added_process_in_a_user_namespace_looks_as_with_crun,
     filters_are_as_runcs,
     filters_are_as_cruns,
     features_are_runcs_but_for_what_is_refused,
@@ -30,7 +37,7 @@ const FACTS: &str = "exec 2>&1; \
     echo [cgroup]; cat /proc/self/cgroup; \
     echo [status]; grep -E '^(Umask|Uid|Gid|Groups|Sig[IBC]|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Mems_allowed_list|THP)' /proc/self/status; \
     echo [limits]; cat /proc/self/limits; \
-    echo [others]; echo OOM score adjustment $(cat /proc/self/oom_score_adj); cat /proc/self/uid_map /proc/self/personality /proc/self/timerslack_ns /proc/self/coredump_filter; \
+    echo [others]; echo OOM score adjustment $(cat /proc/self/oom_score_adj); cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups /proc/self/personality /proc/self/timerslack_ns /proc/self/coredump_filter; \
     echo [dev]; cd /dev; for f in * pts/* shm/*; do stat -c '%n %F %t:%T %a %u:%g' $f; done; \
     echo [root]; for f in / /proc /sys /run /dev/shm; do stat -c '%n %a %u:%g' $f; done; \
     echo [session]; set -- $(cut -d' ' -f5-8 /proc/self/stat); test $1 = $$ && echo leads group; test $2 = $$ && echo leads session; echo $3 $4; \
@@ -49,13 +56,14 @@ fn is_expected(line: &str, other: &str) -> bool {
     // Both leave ignored what they were started with ignored; crun before 1.20 starts no session for added processes, and gives them the score
     // adjustment that it has itself.
     let is_started = line.starts_with("SigIgn:") || (other == "crun" && (line.starts_with("leads ") || line.starts_with("OOM ")));
-    // See `is_without_v2`.
-    let is_outside_v2 = other == "crun" && line.starts_with("0::");
     // runc allows tunnels, crun the system's console.
     let is_device = other == "crun" && (line == "c 10:200 rwm" || line == "c 5:1 rwm");
     // Later versions of runc show the unified hierarchy of a hybrid host too.
     let is_unified = line.contains(" /sys/fs/cgroup/unified ");
-    is_mask || is_core || is_outside_v2 || is_cruns || is_started || is_device || is_unified
+    // runc 1.1 makes the ipc namespace before it has a group of the user namespace.
+    let is_mqueue = other == "runc" && line.starts_with("mqueue directory") && line.ends_with(":65534");
+    let is_our_mqueue = other == "runc" && line == "mqueue directory 0:0 1777 0:0";
+    is_mqueue || is_our_mqueue || is_mask || is_core || is_cruns || is_started || is_device || is_unified
 }
 
 fn compare(ours: &str, theirs: &str, other: &str) {
@@ -77,25 +85,20 @@ pub(crate) struct Other<'a> {
 
 impl Other<'_> {
     pub(crate) fn command(&self) -> Command {
-        let mut command = if self.is_without_v2() {
-            let mut command = Command::new("unshare");
-            command.args(["--mount", "sh", "-c", "umount /sys/fs/cgroup/unified && exec \"$0\" \"$@\"", self.runtime]);
-            command
-        } else {
-            Command::new(self.runtime)
-        };
-        command.arg("--root").arg(self.stage.folder.join("state")).current_dir(&self.stage.folder).stdin(Stdio::null());
+        let mut command = Command::new(self.runtime);
+        command.arg("--root").arg(self.stage.folder.join("state")).current_dir(&self.stage.folder);
+        // Not the null device: both would give the host's to the container's user.
+        command.stdin(self.empty_file()).stdout(self.empty_file()).stderr(self.empty_file());
         command
     }
 
-    /// crun takes no hybrid host whose cgroup v2 has controllers, so it gets to see v1 alone, in a mount namespace of its own.
-    fn is_without_v2(&self) -> bool {
-        let controllers = fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").unwrap_or_default();
-        self.runtime == "crun" && !controllers.trim().is_empty()
+    fn empty_file(&self) -> fs::File {
+        let path = self.stage.folder.join("empty");
+        fs::File::options().create(true).truncate(true).read(true).write(true).open(path).expect("a file")
     }
 
     pub(crate) fn output(&self, arguments: &[&str]) -> String {
-        let output = self.command().args(arguments).output().expect("the runtime");
+        let output = self.command().args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).output().expect("the runtime");
         assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
     }
@@ -103,7 +106,7 @@ impl Other<'_> {
 
 impl Drop for Other<'_> {
     fn drop(&mut self) {
-        let _ = self.command().args(["delete", "--force", "other"]).stderr(Stdio::null()).status();
+        let _ = self.command().args(["delete", "--force", "other"]).status();
     }
 }
 
@@ -121,6 +124,18 @@ fn config(stage: &Stage, script: &str) -> Value {
     config["process"]["env"] = json!(["PATH=/bin", "A=1", "HOME=/root"]);
     config["process"]["oomScoreAdj"] = json!(5);
     config
+}
+
+/// Compares the whole output of a script.
+pub(crate) fn compare_scripts(stage: &Stage, runtime: &str, script: &str, change: impl FnOnce(&mut Value)) {
+    if !is_installed(runtime) {
+        return;
+    }
+    let mut config = config(stage, script);
+    change(&mut config);
+    let (_, ours) = stage.run(&config);
+    let other = Other { runtime, stage };
+    assert_eq!(ours, other.output(&["run", "other"]), "{script}");
 }
 
 fn compare_inits(runtime: &str, change: impl FnOnce(&Stage, &mut Value)) {
@@ -223,17 +238,61 @@ fn binds_look_as_with_runc() {
     });
 }
 
-fn compare_execs(runtime: &str) {
+/// With roots that are moved.
+pub(crate) fn compare_moved(runtime: &str) {
     if !is_installed(runtime) {
         return;
     }
     let stage = Stage::new();
-    let config = config(&stage, "exec sleep 1000");
+    stage.no_pivot_root.set(true);
+    let config = config(&stage, FACTS);
+    let (status, ours) = stage.run(&config);
+    assert_eq!(status, 0, "{ours}");
+    let other = Other { runtime, stage: &stage };
+    compare(&ours, &other.output(&["run", "--no-pivot", "other"]), runtime);
+}
+
+fn add_other_mounts(stage: &Stage, config: &mut Value) {
+    for folder in ["lower", "upper", "data"] {
+        fs::create_dir_all(stage.folder.join(folder)).expect("a folder");
+    }
+    let of = |folder: &str| stage.folder.join(folder).display().to_string();
+    // Without one to write to, whose state the next mount would show.
+    let layers = format!("lowerdir={}:{}", of("lower"), of("upper"));
+    add_mount(config, "/overlay", "overlay", "overlay", &[&layers, "nosuid"]);
+    add_mount(config, "/ramfs", "ramfs", "some", &["nodev", "noatime"]);
+    add_mount(config, "/etc", "tmpfs", "tmpfs", &["tmpcopyup", "nosuid", "size=1m"]);
+    add_mount(config, "/data", "bind", &of("data"), &["rbind", "nosuid"]);
+}
+
+fn other_mounts_look_as_with_runc() {
+    compare_inits("runc", add_other_mounts);
+}
+
+fn other_mounts_look_as_with_crun() {
+    compare_inits("crun", add_other_mounts);
+}
+
+fn a_bound_procfs_looks_as_with_runc() {
+    compare_inits("runc", |_, config| {
+        config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
+        config["mounts"][0] = bundle::mount("/proc", "bind", "/proc", &["rbind", "nosuid", "noexec", "nodev"]);
+    });
+}
+
+fn compare_execs(runtime: &str, change_config: impl FnOnce(&Stage, &mut Value)) {
+    if !is_installed(runtime) {
+        return;
+    }
+    let stage = Stage::new();
+    let mut config = config(&stage, "exec sleep 1000");
+    change_config(&stage, &mut config);
     let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
     stage.start("c");
     let change = |process: &mut Value| {
         process["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [3] });
         process["oomScoreAdj"] = json!(5);
+        process["rlimits"] = config["process"]["rlimits"].clone();
     };
     let ours = stage.exec_shell("c", FACTS, change);
     let our_devices = devices(&stage);
@@ -242,16 +301,7 @@ fn compare_execs(runtime: &str) {
     stage.delete("c").expect("deleted");
 
     let other = Other { runtime, stage: &stage };
-    assert!(
-        other
-            .command()
-            .args(["run", "--detach", "other"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .expect("the runtime")
-            .success()
-    );
+    assert!(other.command().args(["run", "--detach", "other"]).status().expect("the runtime").success());
     compare(&our_devices, &devices(&stage), runtime);
     let mut process = bundle::process(&["sh", "-c", FACTS]);
     change(&mut process);
@@ -266,11 +316,33 @@ fn devices(stage: &Stage) -> String {
 }
 
 fn an_added_process_looks_as_with_runc() {
-    compare_execs("runc");
+    compare_execs("runc", |_, _| {});
 }
 
 fn an_added_process_looks_as_with_crun() {
-    compare_execs("crun");
+    compare_execs("crun", |_, _| {});
+}
+
+/// Without limits, which runc may not change in another user namespace where it has no CAP_SYS_RESOURCE.
+fn map(stage: &Stage, config: &mut Value) {
+    crate::users::map(stage, config);
+    config["process"]["rlimits"] = json!([]);
+}
+
+fn a_user_namespace_looks_as_with_runc() {
+    compare_inits("runc", map);
+}
+
+fn a_user_namespace_looks_as_with_crun() {
+    compare_inits("crun", map);
+}
+
+fn an_added_process_in_a_user_namespace_looks_as_with_runc() {
+    compare_execs("runc", map);
+}
+
+fn an_added_process_in_a_user_namespace_looks_as_with_crun() {
+    compare_execs("crun", map);
 }
 
 /// Calls whose results show which rule of a filter applied: each by an applet of busybox.
@@ -327,8 +399,8 @@ fn features_are_runcs_but_for_what_is_refused() {
         assert_eq!(set(&ours, place), set(&theirs, place), "{place}");
     }
     for (place, refused) in [
-        ("/linux/namespaces", vec!["user"]),
-        ("/mountOptions", vec!["acl", "noacl", "remount", "tmpcopyup"]),
+        ("/linux/namespaces", vec![]),
+        ("/mountOptions", vec![]),
         (
             "/linux/seccomp/archs",
             vec!["MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32", "PPC", "PPC64", "PPC64LE", "RISCV64", "S390", "S390X"],

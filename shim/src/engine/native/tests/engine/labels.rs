@@ -1,16 +1,19 @@
 //! Profiles and labels of the kernel's security modules.
 use std::path::Path;
+use std::process::Stdio;
 
 use serde_json::{Value, json};
 
 use crate::bundle;
 use crate::differences::{Other, is_installed};
 use crate::stage::Stage;
+use crate::users;
 
 crate::cases![
     what_needs_an_inactive_module_is_refused,
     init_hands_its_profile_to_the_kernel,
     an_added_process_hands_its_profile_to_the_kernel,
+    profiles_of_a_user_namespace_are_handed_to_the_kernel,
     a_label_is_handed_to_the_kernel,
     an_empty_profile_and_label_are_nothing,
     runc_refuses_the_same,
@@ -79,6 +82,30 @@ fn an_added_process_hands_its_profile_to_the_kernel() {
     assert_eq!(error, "unable to apply apparmor profile \"some-profile\": invalid argument");
 }
 
+/// There the kernel makes no procfs for a process whose own has masks, or without a pid namespace.
+fn profiles_of_a_user_namespace_are_handed_to_the_kernel() {
+    if is_active() {
+        return;
+    }
+    let stage = Stage::new();
+    stage.pretend_security_modules();
+    let refused = "unable to apply apparmor profile \"some-profile\": invalid argument";
+    let mut config = stage.config(&["sleep", "1000"]);
+    users::map(&stage, &mut config);
+    let _init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    stage.start("c");
+    let mut process = bundle::process(&["true"]);
+    process["apparmorProfile"] = json!("some-profile");
+    process["user"] = json!({ "uid": 1000, "gid": 1000 });
+    assert_eq!(stage.exec("c", &process).err().expect("refused"), refused);
+    stage.delete("c").expect("deleted");
+    config["process"]["apparmorProfile"] = json!("some-profile");
+    assert_eq!(stage.create("c", &config).err().expect("refused"), refused);
+    config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
+    config["mounts"][0] = bundle::mount("/proc", "bind", "/proc", &["rbind"]);
+    assert_eq!(stage.create("c", &config).err().expect("refused"), refused);
+}
+
 fn a_label_is_handed_to_the_kernel() {
     if is_active() {
         return;
@@ -118,7 +145,7 @@ fn runc_refuses_the_same() {
         set(&mut config, place, "a:b:c:s0");
         let ours = stage.create("c", &config).err().expect("refused");
         let other = Other { runtime: "runc", stage: &stage };
-        let output = other.command().args(["run", "other"]).output().expect("runc");
+        let output = other.command().args(["run", "other"]).stderr(Stdio::piped()).output().expect("runc");
         let theirs = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(ours.contains(words) && theirs.contains(words) && !output.status.success(), "{ours}\n{theirs}");
     }

@@ -6,10 +6,12 @@ use serde_json::{Value, json};
 use crate::bundle;
 use crate::differences::{Other, is_installed};
 use crate::stage::Stage;
+use crate::users;
 
 crate::cases![
     init_has_its_scheduler_priority_personality_and_memory,
     an_added_process_has_its_own_or_inits,
+    processes_of_a_user_namespace_are_scheduled_too,
     added_processes_have_the_processors_that_they_ask_for,
     a_scheduler_that_the_kernel_refuses_fails_the_creation,
     a_filter_may_forbid_scheduling,
@@ -60,6 +62,28 @@ fn an_added_process_has_its_own_or_inits() {
         process["ioPriority"] = json!({ "class": "IOPRIO_CLASS_IDLE", "priority": 0 });
     });
     assert_eq!(own, "-5\nidle\n00000008\n");
+}
+
+/// Root of it has no privileges for these niceness and priority.
+fn processes_of_a_user_namespace_are_scheduled_too() {
+    let stage = Stage::new();
+    let change = |config: &mut Value| {
+        users::map(&stage, config);
+        ask(config);
+        config["process"]["ioPriority"] = json!({ "class": "IOPRIO_CLASS_RT", "priority": 6 });
+        config["process"]["execCPUAffinity"] = json!({ "initial": "0" });
+    };
+    let output = stage.shell(FACTS, change);
+    assert!(output.starts_with(&format!("-3 0 {SCHED_BATCH}\nrealtime: prio 6\n00000008\ni686\n")), "{output}");
+    let mut config = stage.config(&["sleep", "1000"]);
+    change(&mut config);
+    let _init = stage.create("added-to", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    stage.start("added-to");
+    let facts = stage.exec_shell("added-to", FACTS, |process| {
+        process["scheduler"] = json!({ "policy": "SCHED_OTHER", "nice": -5 });
+        process["user"] = json!({ "uid": 1000, "gid": 1000 });
+    });
+    assert_eq!(facts, "-5 0 0\nrealtime: prio 6\n00000008\ni686\nCpus_allowed_list:\t0\nbind=static:0\n");
 }
 
 fn added_processes_have_the_processors_that_they_ask_for() {

@@ -12,6 +12,7 @@ use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, S
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use x_engine::Host;
+use x_engine::plan::{Request, RootMount};
 
 use crate::keeper::{self, Made, Streams};
 use crate::stage;
@@ -78,7 +79,14 @@ impl Keeper {
             "create" => {
                 let host = self.host()?;
                 let (streams, console) = streams(request)?;
-                let made = keeper::create(Path::new(text("bundle")), id, &host, streams)?;
+                let no_pivot_root = request["no_pivot_root"] == json!(true);
+                let bundle = Path::new(text("bundle"));
+                let root_mounts: Vec<(String, String, Vec<String>)> =
+                    serde_json::from_value(request["root_mounts"].clone()).map_err(|error| error.to_string())?;
+                let root_mounts: Vec<RootMount<'_>> =
+                    root_mounts.iter().map(|(kind, source, options)| RootMount { kind, source, options }).collect();
+                let request = Request { no_pivot_root, root_mounts: &root_mounts, ..Request::new(id, bundle) };
+                let made = keeper::create_for(&request, &host, streams)?;
                 let pid = made.init;
                 self.made.insert(id.to_owned(), made);
                 self.receive(pid, console)
@@ -128,6 +136,13 @@ impl Keeper {
             "pretend" => {
                 self.pretends_security_modules = true;
                 Ok(json!({}))
+            }
+            "run" => {
+                let output = Command::new("sh").args(["-c", text("script")]).output().map_err(|error| error.to_string())?;
+                if !output.status.success() {
+                    return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+                }
+                Ok(json!({ "output": String::from_utf8_lossy(&output.stdout) }))
             }
             "leak" => {
                 // A descriptor that every child inherits.

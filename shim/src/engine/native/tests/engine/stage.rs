@@ -43,6 +43,15 @@ pub(crate) fn show_cgroups_to_crun() -> Option<String> {
     scratch::cgroups::are_mixed().then(show)?.err().map(|error| error.to_string())
 }
 
+/// Waits for what another process does, for ten seconds at most.
+pub(crate) fn eventually(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while !is_so() {
+        assert!(std::time::Instant::now() < deadline, "not in ten seconds: {what}");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
 pub(crate) struct Stage {
     pub(crate) folder: PathBuf,
     /// The folder of the test's cgroups, as a `cgroupsPath`.
@@ -51,6 +60,10 @@ pub(crate) struct Stage {
     requests: RefCell<Option<ChildStdin>>,
     answers: RefCell<BufReader<ChildStdout>>,
     outputs: Cell<u32>,
+    /// Whether containers are made without pivot_root(2).
+    pub(crate) no_pivot_root: Cell<bool>,
+    /// Type, source and options of what containers have as their root.
+    pub(crate) root_mounts: RefCell<Vec<(String, String, Vec<String>)>>,
 }
 
 impl Stage {
@@ -85,6 +98,8 @@ impl Stage {
             requests: RefCell::new(requests),
             answers: RefCell::new(BufReader::new(answers)),
             outputs: Cell::new(0),
+            no_pivot_root: Cell::new(false),
+            root_mounts: RefCell::default(),
         }
     }
 
@@ -120,7 +135,7 @@ impl Stage {
         fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
         let output = self.output();
         let terminal = &config["process"]["terminal"];
-        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal }))?;
+        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal, "no_pivot_root": self.no_pivot_root.get(), "root_mounts": *self.root_mounts.borrow() }))?;
         Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output })
     }
 
@@ -168,6 +183,12 @@ impl Stage {
     /// Makes plans as for a host on which AppArmor and SELinux are active.
     pub(crate) fn pretend_security_modules(&self) {
         self.ask(&json!({ "do": "pretend" })).expect("pretended");
+    }
+
+    /// Runs a shell command in the keeper's namespaces: what it mounts goes with the test.
+    pub(crate) fn on_host(&self, script: &str) -> String {
+        let answer = self.ask(&json!({ "do": "run", "script": script })).unwrap_or_else(|error| panic!("{script}: {error}"));
+        answer["output"].as_str().expect("text").to_owned()
     }
 
     pub(crate) fn leak(&self) {

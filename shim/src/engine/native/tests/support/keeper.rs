@@ -49,11 +49,16 @@ pub(crate) fn become_keeper() -> nix::Result<()> {
 }
 
 /// Makes a container; its program waits.
+#[allow(dead_code, reason = "not every user of this module needs it")]
 pub(crate) fn create(bundle: &Path, id: &str, host: &Host, streams: Streams) -> Result<Made, String> {
-    let json = std::fs::read(bundle.join("config.json")).map_err(text)?;
+    create_for(&Request::new(id, bundle), host, streams)
+}
+
+/// Makes a container as it was requested.
+pub(crate) fn create_for(request: &Request<'_>, host: &Host, streams: Streams) -> Result<Made, String> {
+    let json = std::fs::read(request.bundle.join("config.json")).map_err(text)?;
     let spec = spec::parse(&json).map_err(|error| chain(&error))?;
-    let request = Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, filters: None };
-    let plan = plan::create(&spec, &request, host).map_err(|error| chain(&error))?;
+    let plan = plan::create(&spec, request, host).map_err(|error| chain(&error))?;
     create_planned(&plan, streams)
 }
 
@@ -73,8 +78,7 @@ pub(crate) fn create_planned(plan: &plan::Create, streams: Streams) -> Result<Ma
 pub(crate) fn create_killed(bundle: &Path, id: &str, host: &Host, streams: Streams, after: std::time::Duration) -> Result<bool, String> {
     let json = std::fs::read(bundle.join("config.json")).map_err(text)?;
     let spec = spec::parse(&json).map_err(|error| chain(&error))?;
-    let plan = plan::create(&spec, &Request { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, filters: None }, host)
-        .map_err(|error| chain(&error))?;
+    let plan = plan::create(&spec, &Request::new(id, bundle), host).map_err(|error| chain(&error))?;
     let encoded = minicbor::to_vec(&plan).map_err(|error| error.to_string())?;
     let (theirs, gate) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;
     let (ours, report) = pipe2(OFlag::O_CLOEXEC).map_err(text)?;

@@ -48,40 +48,57 @@ pub(super) fn full() -> Value {
         "process": full_process(),
         "mounts": [
             { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"] },
-            { "destination": "/data", "source": "/data", "options": ["rbind", "ro", "rprivate", "rnoexec"] },
+            { "destination": "/data", "source": "/data", "options": ["rbind", "ro", "rprivate", "rnoexec", "ridmap"],
+              "uidMappings": [{ "containerID": 4, "hostID": 5, "size": 6 }], "gidMappings": [{ "containerID": 4, "hostID": 5, "size": 6 }] },
         ],
-        "linux": {
-            "namespaces": [{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }],
-            "devices": [{ "path": "/dev/x", "type": "b", "major": 7, "minor": 8, "fileMode": 0o600, "uid": 3, "gid": 4 }],
-            "cgroupsPath": "/a/b",
-            "rootfsPropagation": "rprivate",
-            "personality": { "domain": "LINUX32" },
-            "memoryPolicy": { "mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"] },
-            "mountLabel": "system_u:object_r:container_file_t:s0:c1,c2",
-            "maskedPaths": ["/proc/keys"],
-            "readonlyPaths": ["/proc/sys"],
-            "sysctl": { "net.ipv4.ip_forward": "1" },
-            "resources": {
-                "devices": [{ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" }],
-                "memory": { "limit": 4096, "reservation": 4096, "swap": 8192, "swappiness": 7, "disableOOMKiller": true },
-                "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0", "idle": 1, "realtimePeriod": 7, "realtimeRuntime": 7 },
-                "pids": { "limit": 7 },
-                "hugepageLimits": [{ "pageSize": "2MB", "limit": 7 }],
-                "blockIO": {
-                    "weight": 7, "leafWeight": 7, "weightDevice": [{ "major": 7, "minor": 7, "weight": 7, "leafWeight": 7 }],
-                    "throttleReadBpsDevice": full_rate(), "throttleWriteBpsDevice": full_rate(), "throttleReadIOPSDevice": full_rate(), "throttleWriteIOPSDevice": full_rate(),
-                },
-                "network": { "classID": 7, "priorities": [{ "name": "lo", "priority": 7 }] },
-                "rdma": { "mlx": { "hcaHandles": 7, "hcaObjects": 7 } },
-            },
-            "seccomp": {
-                "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 7, "architectures": ["SCMP_ARCH_X86"], "flags": ["SECCOMP_FILTER_FLAG_LOG"],
-                "listenerPath": "/agent", "listenerMetadata": "m",
-                "syscalls": [{ "names": ["kill"], "action": "SCMP_ACT_TRACE", "errnoRet": 8, "args": [
-                    { "index": 1, "value": 3, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ" },
-                ] }, { "names": ["chown"], "action": "SCMP_ACT_NOTIFY" }],
-            },
+        "linux": full_linux(),
+    })
+}
+
+fn full_resources() -> Value {
+    json!({
+        "devices": [{ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw" }],
+        "memory": { "limit": 4096, "reservation": 4096, "swap": 8192, "swappiness": 7, "disableOOMKiller": true },
+        "cpu": { "shares": 7, "quota": 7, "period": 7, "burst": 7, "cpus": "0", "mems": "0", "idle": 1, "realtimePeriod": 7, "realtimeRuntime": 7 },
+        "pids": { "limit": 7 },
+        "hugepageLimits": [{ "pageSize": "2MB", "limit": 7 }],
+        "blockIO": {
+            "weight": 7, "leafWeight": 7, "weightDevice": [{ "major": 7, "minor": 7, "weight": 7, "leafWeight": 7 }],
+            "throttleReadBpsDevice": full_rate(), "throttleWriteBpsDevice": full_rate(), "throttleReadIOPSDevice": full_rate(), "throttleWriteIOPSDevice": full_rate(),
         },
+        "network": { "classID": 7, "priorities": [{ "name": "lo", "priority": 7 }] },
+        "rdma": { "mlx": { "hcaHandles": 7, "hcaObjects": 7 } },
+    })
+}
+
+fn full_linux() -> Value {
+    json!({
+        "namespaces": [{ "type": "mount" }, { "type": "pid", "path": "/proc/1/ns/pid" }, { "type": "network" }, { "type": "ipc" }, { "type": "uts" }, { "type": "user" }, { "type": "time" }],
+        "uidMappings": [{ "containerID": 0, "hostID": 1000, "size": 65536 }],
+        "gidMappings": [{ "containerID": 0, "hostID": 1000, "size": 65536 }],
+        "timeOffsets": { "monotonic": { "secs": 7, "nanosecs": 8 } },
+        "devices": [{ "path": "/dev/x", "type": "b", "major": 7, "minor": 8, "fileMode": 0o600, "uid": 3, "gid": 4 }],
+        "cgroupsPath": "/a/b",
+        "rootfsPropagation": "rprivate",
+        "personality": { "domain": "LINUX32" },
+        "memoryPolicy": { "mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"] },
+        "netDevices": { "eth9": { "name": "net0" } },
+        "mountLabel": "system_u:object_r:container_file_t:s0:c1,c2",
+        "maskedPaths": ["/proc/keys"],
+        "readonlyPaths": ["/proc/sys"],
+        "sysctl": { "net.ipv4.ip_forward": "1" },
+        "resources": full_resources(),
+        "seccomp": full_filter(),
+    })
+}
+
+fn full_filter() -> Value {
+    json!({
+        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 7, "architectures": ["SCMP_ARCH_X86"], "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+        "listenerPath": "/agent", "listenerMetadata": "m",
+        "syscalls": [{ "names": ["kill"], "action": "SCMP_ACT_TRACE", "errnoRet": 8, "args": [
+            { "index": 1, "value": 3, "valueTwo": 1, "op": "SCMP_CMP_MASKED_EQ" },
+        ] }, { "names": ["chown"], "action": "SCMP_ACT_NOTIFY" }],
     })
 }
 
@@ -101,14 +118,17 @@ pub(super) fn full_process() -> Value {
     })
 }
 
+fn request() -> Request<'static> {
+    Request::new("id", Path::new("/bundle"))
+}
+
 fn planned(config: &Value) -> Result<Create, Refused> {
     planned_for(config, &host())
 }
 
 pub(super) fn planned_for(config: &Value, host: &Host) -> Result<Create, Refused> {
     let spec = spec::parse(config.to_string().as_bytes())?;
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: false, default_oom_score_adj: 0, filters: None };
-    create(&spec, &request, host)
+    create(&spec, &request(), host)
 }
 
 /// The places of a field in a configuration, as JSON pointers.
@@ -157,6 +177,7 @@ pub(super) fn changed(field: &str, value: &Value) -> Value {
         ("options[]", Value::String(word)) => match word.as_str() {
             "rbind" => "bind",
             "rprivate" => "rslave",
+            "ridmap" => "idmap",
             "rnoexec" => "rnodev",
             _ => "nodev",
         },
@@ -243,7 +264,7 @@ fn a_limit_without_its_controller_is_refused() {
     let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
     let mut host = host();
     host.hierarchies.retain(|hierarchy| hierarchy.controllers != ["pids"]);
-    let request = Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, filters: None };
+    let request = request();
     let error = create(&spec, &request, &host).expect_err("refused");
     assert!(error.to_string().contains("pids.max needs the cgroup controller pids"), "{error}");
 }
@@ -258,8 +279,23 @@ fn what_no_engine_would_take_is_refused_by_its_field() {
         (json!({ "mounts": [{ "destination": "/proc", "type": "tmpfs" }] }), "inside procfs"),
         (json!({ "mounts": [{ "destination": "/proc/self", "type": "bind", "source": "/x" }] }), "inside procfs"),
         (json!({ "mounts": [{ "destination": "/x", "type": "bind", "source": "/x", "options": ["size=1"] }] }), "mounts[0].options"),
-        (json!({ "mounts": [{ "destination": "/x", "type": "tmpfs", "options": ["tmpcopyup"] }] }), "mounts[0].options tmpcopyup"),
-        (json!({ "mounts": [{ "destination": "/x", "type": "nfs", "source": "/x" }] }), "mounts[0].type nfs"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "ramfs", "options": ["tmpcopyup"] }] }), "mounts[0].options tmpcopyup"),
+        (
+            json!({ "mounts": [{ "destination": "/x", "type": "none", "options": ["bind", "remount", "size=1"] }] }),
+            "mounts[0].options: size",
+        ),
+        (json!({ "mounts": [{ "destination": "/proc/self", "type": "none", "options": ["bind", "remount"] }] }), "inside procfs"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "tmpfs", "options": ["idmap"] }] }), "mounts[0].uidMappings: only a bind"),
+        (
+            json!({ "mounts": [{ "destination": "/x", "type": "bind", "options": ["remount", "idmap"] }] }),
+            "mounts[0].uidMappings: only a bind",
+        ),
+        (
+            json!({ "mounts": [{ "destination": "/x", "type": "bind", "source": "/x", "uidMappings": [{ "size": 1 }] }] }),
+            "mounts[0].gidMappings: missing",
+        ),
+        (json!({ "mounts": [{ "destination": "/x", "source": "/x" }] }), "mounts[0].type: missing"),
+        (json!({ "mounts": [{ "destination": "/x", "type": "a\0b", "source": "/x" }] }), "mounts[0].type: contains"),
     ] {
         let mut config = full();
         config["linux"]["seccomp"] = Value::Null;
@@ -268,6 +304,288 @@ fn what_no_engine_would_take_is_refused_by_its_field() {
         }
         let error = planned(&config).expect_err("refused").to_string();
         assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn only_files_that_may_be_covered_are_in_procfs() {
+    let covered = |target: &str| {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["mounts"] = json!([{ "destination": target, "type": "bind", "source": "/x" }]);
+        planned(&config).is_ok()
+    };
+    let allowed = [
+        "cpuinfo",
+        "diskstats",
+        "meminfo",
+        "stat",
+        "swaps",
+        "uptime",
+        "loadavg",
+        "slabinfo",
+        "sys/kernel/ns_last_pid",
+        "sys/crypto/fips_enabled",
+    ];
+    for name in allowed {
+        assert!(covered(&format!("/proc/{name}")), "{name}");
+        assert!(covered(&format!("proc/./x/../{name}/")), "{name}");
+        assert!(!covered(&format!("/proc/{name}/x")) && !covered(&format!("/proc/{name}x")), "{name}");
+    }
+    for name in ["net/dev", "self", "1", "sys", "sys/kernel", "sys/kernel/core_pattern", "kcore", "self/attr/exec", "sysrq-trigger"] {
+        assert!(!covered(&format!("/proc/{name}")), "{name}");
+    }
+    // A procfs, if it is one.
+    assert!(covered("/proc"));
+}
+
+#[test]
+fn a_long_list_of_layers_is_given_layer_by_layer() {
+    let long = "x".repeat(200);
+    let parameters = |options: Value| {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["linux"]["mountLabel"] = Value::Null;
+        config["mounts"] = json!([{ "destination": "/x", "type": "overlay", "source": "overlay", "options": options }]);
+        match planned(&config).expect("accepted").mounts.remove(0).source {
+            Source::New { parameters, .. } => parameters.into_iter().filter_map(|(key, value)| Some((key, value?))).collect::<Vec<_>>(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let owned =
+        |pairs: &[(&str, &str)]| -> Vec<(String, String)> { pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect() };
+    assert_eq!(parameters(json!(["lowerdir=/a:/b"])), owned(&[("source", "overlay"), ("lowerdir", "/a:/b")]));
+    let list = format!("lowerdir=/a\\:b:/{long}::/c:/{long}");
+    assert_eq!(
+        parameters(json!([list, "upperdir=/u", "workdir=/w"])),
+        owned(&[
+            ("source", "overlay"),
+            ("lowerdir+", "/a:b"),
+            ("lowerdir+", &format!("/{long}")),
+            ("datadir+", "/c"),
+            ("lowerdir+", &format!("/{long}")),
+            ("upperdir", "/u"),
+            ("workdir", "/w"),
+        ])
+    );
+}
+
+#[test]
+fn a_remount_changes_the_mount_or_its_file_system_too() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    config["mounts"] = json!([
+        { "destination": "/a", "type": "none", "options": ["bind", "remount", "ro"] },
+        { "destination": "/b", "type": "tmpfs", "options": ["remount", "nosuid", "size=1m"] },
+    ]);
+    let mounts = planned(&config).expect("accepted").mounts;
+    assert_eq!(mounts[0].source, Source::Existing { parameters: None });
+    assert_eq!((mounts[0].attributes.set, mounts[0].attributes.clear), (0x1, 0x20_000e));
+    let parameters = vec![("rw".to_owned(), None), ("size".to_owned(), Some("1m".to_owned()))];
+    assert_eq!(mounts[1].source, Source::Existing { parameters: Some(parameters) });
+}
+
+#[test]
+fn the_roots_propagation_is_set_when_it_is_the_root() {
+    let host = libc::MS_SLAVE | libc::MS_REC;
+    for (word, of_host, of_root) in [
+        ("", host, None),
+        ("private", libc::MS_PRIVATE, None),
+        ("shared", host, Some(libc::MS_SHARED)),
+        ("rshared", host, Some(libc::MS_SHARED | libc::MS_REC)),
+        ("unbindable", host, Some(libc::MS_UNBINDABLE)),
+    ] {
+        assert_eq!(propagation(Some(word)).expect("known"), (of_host, of_root));
+    }
+    assert!(propagation(Some("x")).is_err());
+}
+
+#[test]
+fn without_a_mount_namespace_nothing_can_be_mounted() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "mount");
+    for (pointer, nothing, error) in [
+        ("/linux/maskedPaths", json!([]), "linux.maskedPaths: needs a mount namespace"),
+        ("/linux/readonlyPaths", json!(null), "linux.readonlyPaths: needs a mount namespace"),
+        ("/mounts", json!([]), "the native engine does not implement mounts without a mount namespace"),
+        ("/root/readonly", json!(false), "the native engine does not implement root.readonly without a mount namespace"),
+        ("/linux/rootfsPropagation", json!(""), "the native engine does not implement linux.rootfsPropagation without a mount namespace"),
+    ] {
+        assert_eq!(planned(&config).expect_err("refused").to_string(), error);
+        *config.pointer_mut(pointer).expect("present") = nothing;
+    }
+    let plan = planned(&config).expect("accepted");
+    assert_eq!((plan.entry, plan.own_dev), (Entry::Chroot, false));
+    assert_eq!(plan.container().chroot.as_deref(), Some("/bundle/r"));
+}
+
+#[test]
+fn a_private_root_needs_pivot_root() {
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let spec = |config: &Value| spec::parse(config.to_string().as_bytes()).expect("parsed");
+    let request = Request { no_pivot_root: true, ..request() };
+    let error = create(&spec(&config), &request, &host()).expect_err("refused").to_string();
+    assert!(error.starts_with("linux.rootfsPropagation: rprivate is not safe"), "{error}");
+    config["linux"]["rootfsPropagation"] = json!("rslave");
+    assert_eq!(create(&spec(&config), &request, &host()).expect("accepted").entry, Entry::Move);
+}
+
+#[test]
+fn a_root_is_mounted_in_the_container_unless_the_host_needs_it() {
+    use super::super::{RootMount, can_mount_root};
+    let words = |words: &[&str]| -> Vec<String> { words.iter().map(|word| (*word).to_owned()).collect() };
+    let overlay = words(&["lowerdir=/a:/b", "upperdir=/u", "workdir=/w", "index=off"]);
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    let parsed = |config: &Value| spec::parse(config.to_string().as_bytes()).expect("parsed");
+    let mounts = [RootMount { kind: "overlay", source: "overlay", options: &overlay }];
+    // Hooks.
+    assert!(!can_mount_root(&parsed(&config), &mounts));
+    for name in ["prestart", "createRuntime", "createContainer"] {
+        let mut one = config.clone();
+        one["hooks"] = json!({ name: [{ "path": "/h" }] });
+        assert!(!can_mount_root(&parsed(&one), &mounts), "{name}");
+    }
+    config["hooks"] = json!({ "prestart": [], "startContainer": [{ "path": "/h" }], "poststop": [{ "path": "/h" }] });
+    assert!(can_mount_root(&parsed(&config), &mounts));
+    // Mounts that something else than the kernel has to understand.
+    for (kind, source, options) in [
+        ("overlay", "overlay", &["lowerdir=/a", "uidmap=0:1:2"][..]),
+        ("ext4", "/image", &["loop"]),
+        ("ext4", "/image", &["X-containerd.mkfs.size=1"]),
+        ("format/overlay", "overlay", &["lowerdir={{ mount 0 }}"]),
+        ("", "x", &[]),
+        ("bind", "relative", &["rbind"]),
+        ("bind", "/x", &["rbind", "size=1"]),
+        ("none", "/x", &["remount", "bind"]),
+    ] {
+        let options = words(options);
+        assert!(!can_mount_root(&parsed(&config), &[RootMount { kind, source, options: &options }]), "{kind} {options:?}");
+    }
+    let request = Request { root_mounts: &mounts, ..request() };
+    let plan = create(&parsed(&config), &request, &host()).expect("accepted");
+    assert_eq!(plan.root_mounts.len(), 1);
+    let bytes = minicbor::to_vec(&plan).expect("encoded");
+    assert_eq!(minicbor::decode::<Create>(&bytes).expect("decoded"), plan);
+    // Without a mount namespace of its own the mounts would be elsewhere.
+    config["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/mnt");
+    assert!(!can_mount_root(&parsed(&config), &mounts));
+    assert!(create(&parsed(&config), &request, &host()).is_err());
+    // How they are made depends on the length of their options.
+    let long = words(&[&format!("lowerdir=/a:/{}", "x".repeat(300)), "ro"]);
+    let longer = words(&[&format!("lowerdir=/a:/{}", "x/".repeat(3000))]);
+    let source = |options: &[String]| {
+        super::super::root::plan(&[RootMount { kind: "overlay", source: "o", options }]).expect("planned").remove(0).source
+    };
+    assert!(matches!(source(&overlay), Source::New { parameters, .. } if parameters[1].0 == "lowerdir"));
+    assert!(matches!(source(&long), Source::Classic(classic) if classic.data == long[0]));
+    assert!(matches!(source(&longer), Source::New { parameters, .. } if parameters[1] == ("lowerdir+".to_owned(), Some("/a".to_owned()))));
+}
+
+#[test]
+fn owners_of_a_bind_can_be_mapped() {
+    let map = json!([{ "containerID": 1, "hostID": 2, "size": 3 }]);
+    let range = || vec![super::super::IdRange { inside: 1, outside: 2, count: 3 }];
+    let given = super::super::Mappings { uids: range(), gids: range() };
+    let mapped =
+        |recursive: bool, mappings: &super::super::Mappings| Some(super::super::MappedIds { recursive, mappings: mappings.clone() });
+    let none = super::super::Mappings::default();
+    for (options, map, expected) in [
+        (json!(["bind"]), &Value::Null, None),
+        (json!(["bind", "idmap"]), &Value::Null, mapped(false, &none)),
+        (json!(["rbind", "ridmap"]), &Value::Null, mapped(true, &none)),
+        (json!(["rbind"]), &map, mapped(false, &given)),
+        (json!(["rbind", "idmap", "ridmap"]), &map, mapped(true, &given)),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["mounts"] = json!([{ "destination": "/x", "source": "/x", "options": options, "uidMappings": map, "gidMappings": map }]);
+        assert_eq!(planned(&config).expect("accepted").mounts[0].ids, expected);
+        // Without a user namespace there are no other mappings.
+        config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "user");
+        config["linux"]["uidMappings"] = Value::Null;
+        config["linux"]["gidMappings"] = Value::Null;
+        match planned(&config) {
+            Ok(plan) => assert_eq!(plan.mounts[0].ids, expected),
+            Err(error) => assert!(map.is_null() && error.to_string().starts_with("mounts[0].uidMappings: missing"), "{error}"),
+        }
+    }
+}
+
+#[test]
+fn ids_and_clocks_need_their_namespaces() {
+    let user = json!({ "type": "user" });
+    let joined = json!({ "type": "user", "path": "/proc/1/ns/user" });
+    let map = |inside: u32, size: u32| json!([{ "containerID": inside, "hostID": 1000, "size": size }]);
+    let none = Value::Null;
+    for (namespace, uids, gids, refused) in [
+        (&none, map(0, 9), map(0, 9), "linux.uidMappings: needs a user namespace"),
+        (&user, none.clone(), none.clone(), "linux.uidMappings: missing for a new user namespace"),
+        (&user, map(0, 9), none.clone(), "linux.gidMappings: missing beside uidMappings"),
+        (&joined, none.clone(), map(0, 9), "linux.uidMappings: missing beside gidMappings"),
+        (&user, map(1, 9), map(0, 9), "linux.uidMappings: id 0 is not mapped"),
+        (&user, map(0, 9), map(1, 9), "linux.gidMappings: id 0 is not mapped"),
+        (&user, map(0, 0), map(0, 9), "linux.uidMappings[0]: size 0"),
+        (&user, map(0, u32::MAX), map(0, 9), "linux.uidMappings[0]: size"),
+        (&user, map(0, 1), map(0, 9), "process.user.uid: 1 is not mapped"),
+        (&joined, map(0, 9), map(0, 2), "process.user.gid: 2 is not mapped"),
+        (&user, map(0, 9), map(0, 3), "process.user.additionalGids: 3 is not mapped"),
+        (&joined, none.clone(), none.clone(), ""),
+        (&joined, map(0, 9), map(0, 9), ""),
+        (&user, map(0, 9), map(0, 9), ""),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["linux"]["uidMappings"] = uids;
+        config["linux"]["gidMappings"] = gids;
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("an array");
+        namespaces.retain(|namespace| namespace["type"] != "user");
+        if !namespace.is_null() {
+            namespaces.push(namespace.clone());
+        }
+        match planned(&config) {
+            Ok(plan) => {
+                assert_eq!(refused, "");
+                assert_eq!(plan.container().namespaces & Kind::User.flag(), Kind::User.flag());
+            }
+            Err(error) => assert!(!refused.is_empty() && error.to_string().contains(refused), "{error}"),
+        }
+    }
+    for (time, offsets, refused) in [
+        (json!({ "type": "time", "path": "/proc/1/ns/time" }), json!({ "monotonic": { "secs": 1 } }), "needs a new time namespace"),
+        (json!({ "type": "cgroup" }), json!({ "monotonic": { "secs": 1 } }), "needs a new time namespace"),
+        (json!({ "type": "time" }), json!({ "realtime": { "secs": 1 } }), "linux.timeOffsets.realtime: is not a clock"),
+    ] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["linux"]["timeOffsets"] = offsets;
+        let namespaces = config["linux"]["namespaces"].as_array_mut().expect("an array");
+        namespaces.retain(|namespace| namespace["type"] != "time");
+        namespaces.push(time);
+        let error = planned(&config).expect_err("refused").to_string();
+        assert!(error.contains(refused), "{error}");
+    }
+}
+
+#[test]
+fn a_cgroup_that_can_be_divided_is_its_users() {
+    let unified =
+        MountedHierarchy { mount: "/sys/fs/cgroup".to_owned(), root: "/".to_owned(), own: "/d".to_owned(), ..MountedHierarchy::default() };
+    let host = Host { hierarchies: vec![unified], ..host() };
+    for (option, with_namespace, owner) in [("rw", true, Some(1001)), ("ro", true, None), ("rw", false, None)] {
+        let mut config = full();
+        config["linux"]["seccomp"] = Value::Null;
+        config["linux"]["resources"] = Value::Null;
+        config["mounts"] = json!([{ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": [option] }]);
+        if with_namespace {
+            config["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "cgroup" }));
+        }
+        let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
+        let request = request();
+        let plan = create(&spec, &request, &host).expect("accepted");
+        assert_eq!(plan.cgroup.folders[0].owner, owner);
     }
 }
 
@@ -287,7 +605,7 @@ fn binds_keep_their_sources_attributes_unless_some_are_given() {
     assert_eq!((plan.mounts[1].attributes.set, plan.mounts[1].attributes.clear), (0x1, 0x20_000e));
     assert_eq!((plan.mounts[2].attributes.set, plan.mounts[2].attributes.clear), (0x10, 0x20_00ff & !0x10 & !0x80 | 0x70 | 0x80));
     assert_eq!(plan.mounts[3].target, "/to");
-    assert_eq!(plan.mounts[3].source, Source::Bind { path: "/bundle/y".to_owned(), recursive: false });
+    assert_eq!(plan.mounts[3].source, Source::Bind { path: "/bundle/y".to_owned(), recursive: false, procfs: false });
 }
 
 #[test]
@@ -303,11 +621,7 @@ fn cgroup_v2_has_one_folder_with_its_own_files() {
     config["linux"]["resources"]["unified"] = json!({ "memory.high": "2", "cpu.uclamp.min": "1\n3" });
     let made = |config: &Value| {
         let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
-        create(
-            &spec,
-            &Request { id: "id", bundle: Path::new("/bundle"), no_new_keyring: true, default_oom_score_adj: 0, filters: None },
-            &host,
-        )
+        create(&spec, &request(), &host)
     };
     let plan = made(&config).expect("accepted");
     let [folder] = &plan.cgroup.folders[..] else { panic!("{:?}", plan.cgroup) };
@@ -475,7 +789,7 @@ fn no_configuration_makes_a_planner_panic() {
     ];
     let mut state = 1;
     let mut accepted = 0;
-    for _ in 0..1_500 {
+    for _ in 0..700 {
         let mut config = full();
         for _ in 0..=random(&mut state, 3) {
             let mut places = Vec::new();
@@ -486,13 +800,11 @@ fn no_configuration_makes_a_planner_panic() {
                 break;
             }
         }
-        if let Ok(plan) = planned(&config) {
-            accepted += 1;
-            let bytes = minicbor::to_vec(&plan).expect("encoded");
-            assert_eq!(minicbor::decode::<Create>(&bytes).expect("decoded"), plan);
-        }
+        accepted += usize::from(planned(&config).is_ok());
+        // On hosts with v1 and v2, with what survives its encoding.
+        crate::fuzz::config(config.to_string().as_bytes());
     }
-    assert!(accepted > 30, "only {accepted} were accepted");
+    assert!(accepted > 15, "only {accepted} were accepted");
 }
 
 #[test]
