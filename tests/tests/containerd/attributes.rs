@@ -70,6 +70,9 @@ async fn pair(cx: &Context, stdio: Stdio, terminal: bool) -> Result<()> {
     let mut both = Vec::new();
     for runtime_type in [STOCK_TYPE, &cx.shim().runtime_type] {
         let container = cx.container(&["sleep", "1000"]).runtime_type(runtime_type).stdio(stdio.clone());
+        let is_beside_native = runtime_type == STOCK_TYPE && cx.runtime() == Runtime::Native;
+        // whose execs have sessions, other than crun's before 1.20
+        let container = if is_beside_native { container.runtime_binary(&cx.suite().runtime(Runtime::Runc)) } else { container };
         let container = if terminal { container.terminal() } else { container };
         let container = container.start().await?;
         let exec = container.exec("e", &["sleep", "1000"]).stdio(stdio.clone());
