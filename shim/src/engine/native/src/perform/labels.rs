@@ -14,8 +14,8 @@ use super::{Doing, Failure, Step};
 use crate::plan::{Mount, Process, Source};
 use crate::sys::{self, FsContext};
 
-/// A procfs of the host's processes, made by the performer before it joins anything: in a container's namespaces the kernel may refuse to make one whose
-/// content is not masked. `None` if the process has neither profile nor label.
+/// A procfs of the host's processes, made by the performer before it joins anything: in a user namespace the kernel makes
+/// none for a process that sees no whole one, or whose pid namespace is the host's. `None` if the process has neither profile nor label.
 #[derive(Debug)]
 pub(super) struct Procfs(Option<OwnedFd>);
 

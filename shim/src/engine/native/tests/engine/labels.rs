@@ -82,28 +82,37 @@ fn an_added_process_hands_its_profile_to_the_kernel() {
     assert_eq!(error, "unable to apply apparmor profile \"some-profile\": invalid argument");
 }
 
-/// There the kernel makes no procfs for a process whose own has masks, or without a pid namespace.
+/// There the kernel makes no procfs for a process that sees none, or that is in the host's pid namespace.
 fn profiles_of_a_user_namespace_are_handed_to_the_kernel() {
     if is_active() {
         return;
     }
-    let stage = Stage::new();
-    stage.pretend_security_modules();
     let refused = "unable to apply apparmor profile \"some-profile\": invalid argument";
-    let mut config = stage.config(&["sleep", "1000"]);
-    users::map(&stage, &mut config);
-    let _init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
-    stage.start("c");
-    let mut process = bundle::process(&["true"]);
-    process["apparmorProfile"] = json!("some-profile");
-    process["user"] = json!({ "uid": 1000, "gid": 1000 });
-    assert_eq!(stage.exec("c", &process).err().expect("refused"), refused);
-    stage.delete("c").expect("deleted");
-    config["process"]["apparmorProfile"] = json!("some-profile");
-    assert_eq!(stage.create("c", &config).err().expect("refused"), refused);
-    config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
-    config["mounts"][0] = bundle::mount("/proc", "bind", "/proc", &["rbind"]);
-    assert_eq!(stage.create("c", &config).err().expect("refused"), refused);
+    for without in ["", "procfs", "pid"] {
+        let stage = Stage::new();
+        stage.pretend_security_modules();
+        let mut config = stage.config(&["sleep", "1000"]);
+        users::map(&stage, &mut config);
+        match without {
+            "procfs" => drop(config["mounts"].as_array_mut().expect("an array").remove(0)),
+            "pid" => {
+                config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
+                config["mounts"][0] = bundle::mount("/proc", "bind", "/proc", &["rbind"]);
+            }
+            _ => {}
+        }
+        let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+        stage.start("c");
+        let mut process = bundle::process(&["true"]);
+        process["apparmorProfile"] = json!("some-profile");
+        process["user"] = json!({ "uid": 1000, "gid": 1000 });
+        assert_eq!(stage.exec("c", &process).err().expect("refused"), refused, "without {without}");
+        init.kill();
+        init.end();
+        stage.delete("c").expect("deleted");
+        config["process"]["apparmorProfile"] = json!("some-profile");
+        assert_eq!(stage.create("c", &config).err().expect("refused"), refused, "without {without}");
+    }
 }
 
 fn a_label_is_handed_to_the_kernel() {
