@@ -15,11 +15,11 @@ use crate::handover::Exited;
 
 /// A container that the native engine has made, or is about to make. Recorded with it, as text: its encoding in base64.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct NativeEngine(plan::Container);
+pub(crate) struct NativeEngine(Box<plan::Container>);
 
 impl NativeEngine {
     pub(crate) fn new(container: plan::Container) -> Self {
-        Self(container)
+        Self(Box::new(container))
     }
 
     pub(crate) fn container(&self) -> &plan::Container {
@@ -28,12 +28,12 @@ impl NativeEngine {
 
     /// As performers take it.
     pub(crate) fn encoded(&self) -> Vec<u8> {
-        encode(&self.0)
+        encode(self.container())
     }
 
     /// Without what only further processes need.
     pub(crate) fn for_cleanup(&self) -> Self {
-        Self(plan::Container { filter: None, ..self.0.clone() })
+        Self::new(plan::Container { filter: None, ..self.container().clone() })
     }
 
     /// The first folder of its cgroup that `is_found`.
@@ -91,6 +91,6 @@ impl<'de> Deserialize<'de> for NativeEngine {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         let bytes = STANDARD.decode(text).map_err(de::Error::custom)?;
-        minicbor::decode(&bytes).map(Self).map_err(de::Error::custom)
+        minicbor::decode(&bytes).map(Self::new).map_err(de::Error::custom)
     }
 }
