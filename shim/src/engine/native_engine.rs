@@ -33,7 +33,8 @@ impl NativeEngine {
 
     /// Without what only further processes need.
     pub(crate) fn for_cleanup(&self) -> Self {
-        Self::new(plan::Container { filter: None, ..self.container().clone() })
+        let hooks = if self.0.hooks.poststop.is_empty() { plan::Hooks::default() } else { self.0.hooks.clone() };
+        Self::new(plan::Container { filter: None, hooks, ..self.container().clone() })
     }
 
     /// The first folder of its cgroup that `is_found`.

@@ -15,7 +15,7 @@ pub(crate) struct Versions {
 }
 
 impl Versions {
-    /// The first version in which a keeper performs plans of the native engine.
+    /// The first version in which a keeper performs plans of the native engine: those of plan version 1. Plans of another version need another one.
     pub(crate) const PERFORMS: u16 = 2;
 
     /// The versions that this build speaks, as keeper and as worker.
@@ -27,6 +27,8 @@ impl Versions {
         (newest >= self.oldest.max(other.oldest)).then_some(newest)
     }
 }
+
+const _: () = assert!(x_engine::plan::VERSION == 1, "a plan that older keepers cannot perform needs a message version of its own");
 
 impl std::fmt::Display for Versions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -68,7 +68,12 @@ impl Cause {
 
     /// Whether an earlier worker began to handle it. If not, it counts as begun now.
     pub(crate) async fn was_begun(&self) -> bool {
-        !matches!(self.link.operation(self.number, step::BEGIN, Op::Once).await.0, Outcome::Done)
+        !self.is_first(step::BEGIN).await
+    }
+
+    /// Whether no earlier worker has come to this step.
+    pub(crate) async fn is_first(&self, at: Step) -> bool {
+        matches!(self.link.operation(self.number, at, Op::Once).await.0, Outcome::Done)
     }
 
     /// Requests an operation whose outcome is success and nothing else.

@@ -18,10 +18,23 @@ pub(super) struct Chosen {
     pub(super) plan: Option<Box<plan::Create>>,
 }
 
-/// Chooses. `config` is the bundle's configuration.
+/// Chooses. `config` is the bundle's configuration, `begun` the engine with which an earlier worker has begun.
 ///
 /// Errors: a configuration that no engine takes, or none of those that are there.
-pub(super) fn blocking_choose(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &[u8]) -> Result<Chosen, Error> {
+pub(super) fn blocking_choose(
+    shared: &Shared,
+    id: &ContainerId,
+    call: &CreateCall,
+    config: &[u8],
+    begun: Option<Engine>,
+) -> Result<Chosen, Error> {
+    match begun {
+        Some(engine @ Engine::Command(_)) => return Ok(Chosen { engine, plan: None }),
+        Some(Engine::Native(_)) => {
+            return blocking_plan(shared, id, call, config).map(|plan| native(id, plan, "an earlier worker has begun with it"));
+        }
+        None => {}
+    }
     let reason = match call.options.binary_name.as_deref() {
         Some(NATIVE) => return blocking_plan(shared, id, call, config).map(|plan| native(id, plan, "named by the option BinaryName")),
         Some(_) => None,

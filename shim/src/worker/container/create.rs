@@ -1,6 +1,7 @@
 //! Create: makes a container, its init stopped before the user's program.
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
 use x_engine::plan;
 
 use super::choose::{Chosen, blocking_choose};
@@ -80,14 +81,14 @@ impl Draft {
             log::warn!(container:% = id; "cgroupsPath names a systemd unit, but the option SystemdCgroup is not set: the container runs outside its slice");
         }
         let key = ProcessKey::init(&id);
-        // Another running shim owns the container and writes into the bundle.
-        if let Some((body, None)) = journal::blocking_read(&bundle)
-            && body.keeper != shared.keeper.get()
-            && body.keeper.is_running()
-        {
-            return Err(Error::Exists { id });
-        }
-        let Chosen { engine, plan } = blocking_choose(shared, &id, call, &config)?;
+        let begun = match journal::blocking_read(&bundle) {
+            // Another running shim owns the container and writes into the bundle.
+            Some((body, None)) if body.keeper != shared.keeper.get() && body.keeper.is_running() => return Err(Error::Exists { id }),
+            // An earlier worker has begun with this Create: its engine goes on, whatever this worker would choose.
+            Some((body, None)) if body.keeper == shared.keeper.get() && body.init.is_none() => Engine::deserialize(&body.engine).ok(),
+            _ => None,
+        };
+        let Chosen { engine, plan } = blocking_choose(shared, &id, call, &config, begun)?;
         let restore = (!call.checkpoint.is_empty()).then(|| PathBuf::from(&call.checkpoint));
         let record = Record {
             version: Record::version_for(&engine),
@@ -182,8 +183,8 @@ pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record,
     let is_taken = matches!(why, Error::Engine(EngineError::Exists { .. }));
     let undone = match &record.engine {
         _ if is_taken => disown(shared, cause, record).await,
-        // A performer that has reported a failure has removed everything.
-        Engine::Native(_) if matches!(why, Error::Engine(_)) => Ok(()),
+        // A performer that has reported a failure has removed everything; one that could not be forked has made nothing.
+        Engine::Native(_) if matches!(why, Error::Engine(_) | Error::TooMuch { .. }) || is_keepers(why) => Ok(()),
         Engine::Native(engine) => native::undo(engine).await,
         Engine::Command(engine) if is_of_another(cause, engine, record).await => disown(shared, cause, record).await,
         Engine::Command(engine) => {
@@ -195,6 +196,11 @@ pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record,
         Ok(()) | Err(Error::Engine(EngineError::NoContainer { .. })) => {}
         Err(error) => log::warn!(container:%, error:% = error.chain(); "cannot remove the container after a failed Create"),
     }
+}
+
+/// Whether the keeper could not do what was asked.
+fn is_keepers(why: &Error) -> bool {
+    matches!(why, Error::Keeper { what, .. } if what.starts_with("perform "))
 }
 
 /// Another created a container of this id since it was found free. The command `delete` must not touch it either.

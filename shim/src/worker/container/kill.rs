@@ -88,7 +88,7 @@ async fn kill_rest_by_runtime(cause: &Cause, engine: &CommandEngine, container: 
 async fn by_engine(cause: &Cause, container: &Rc<Container>, signal: i32) -> Result<Change, Error> {
     let engine = container.engine();
     let result = match &engine {
-        Engine::Native(engine) => native::signal_all(engine, signal).await,
+        Engine::Native(engine) => native::signal_all(cause, engine, signal).await,
         Engine::Command(engine) => {
             let spawn = engine.kill(&at(&container.record()), signal, true);
             run_verb(cause, step::ENGINE, engine, Verb::Kill, spawn).await.map(drop)

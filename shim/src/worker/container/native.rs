@@ -1,12 +1,13 @@
 //! The verbs of the native engine: plans that the keeper has performed, and what this worker does to a cgroup itself.
 //!
-//! **Invariant:** what is not an operation of the keeper can be done again: writes to a cgroup's files, and its removal.
+//! **Invariant:** what is not an operation of the keeper can be done again: writes to a cgroup's files, and its removal. A signal for all is sent once at most.
 use std::os::fd::AsFd;
 
 use x_engine::{control, plan, spec};
 
 use super::choose::blocking_read_host;
 use super::create::blocking;
+use crate::chain::chain;
 use crate::engine::{self, EngineError, NativeEngine, Verb};
 use crate::handover::{Op, Perform, PlanKind};
 use crate::sys;
@@ -116,14 +117,23 @@ pub(super) async fn update(native: &NativeEngine, resources: &[u8]) -> Result<()
     blocking(move || control::update(&changed).map_err(failed(Verb::Update, "change limits"))).await
 }
 
-/// Signals every process.
-pub(super) async fn signal_all(native: &NativeEngine, signal: i32) -> Result<(), Error> {
+/// Signals every process, once: a worker that dies meanwhile may have signalled all, some or none.
+pub(super) async fn signal_all(cause: &Cause, native: &NativeEngine, signal: i32) -> Result<(), Error> {
+    if !cause.is_first(step::SIGNAL).await {
+        return Ok(());
+    }
     let cgroup = native.container().cgroup.clone();
     blocking(move || control::signal_all(&cgroup, signal).map_err(failed(Verb::Kill, "signal every process of the cgroup"))).await
 }
 
+/// The longest plan: with its envelope it has to fit into a message to the keeper.
+const MAX_PLAN_BYTES: usize = 5 << 20;
+
 /// Has a plan performed that makes a process, and returns its pid.
 async fn make(cause: &Cause, key: &ProcessKey, order: Perform, verb: Verb) -> Result<u32, Error> {
+    if order.plan.len() > MAX_PLAN_BYTES {
+        return Err(Error::TooMuch { id: key.container.clone(), bytes: order.plan.len(), limit: MAX_PLAN_BYTES });
+    }
     let wants_terminal = order.terminal;
     let exited = match cause.run_plan(step::ENGINE, order).await {
         Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => {
@@ -141,7 +151,14 @@ async fn make(cause: &Cause, key: &ProcessKey, order: Perform, verb: Verb) -> Re
 
 async fn hooks(cause: &Cause, native: &NativeEngine, key: &ProcessKey, kind: PlanKind, verb: Verb) -> Result<(), Error> {
     let order = Perform { key: key.to_string(), kind, plan: native.encoded(), init: key.container.to_string(), terminal: false };
-    let exited = cause.run_plan(step::HOOKS, order).await?;
+    let exited = match cause.run_plan(step::HOOKS, order).await {
+        // Init has exited already: the hooks that follow its start come too late, and that is no failure of the start.
+        Err(Error::Keeper { source, .. }) if kind == PlanKind::Poststart && source.raw_os_error() == Some(nix::libc::ESRCH) => {
+            log::info!(container:% = key; "the container has exited before its poststart hooks");
+            return Ok(());
+        }
+        other => other?,
+    };
     engine::reported_pid(verb, &exited)?.map(drop).ok_or(Error::NoReport { verb, status: exited.status })
 }
 
@@ -153,6 +170,6 @@ pub(super) fn kill_unclaimed(pid: u32) {
     }
 }
 
-fn failed<E: std::fmt::Display>(verb: Verb, what: &'static str) -> impl Fn(E) -> Error {
-    move |error| EngineError::Failed { verb, message: format!("{what}: {error}") }.into()
+fn failed<E: std::error::Error>(verb: Verb, what: &'static str) -> impl Fn(E) -> Error {
+    move |error| EngineError::Failed { verb, message: format!("{what}: {}", chain(&error)) }.into()
 }

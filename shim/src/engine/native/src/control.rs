@@ -209,6 +209,15 @@ pub fn signal_all(cgroup: &Cgroup, signal: i32) -> io::Result<()> {
     signal_new(&folders, &mut BTreeSet::new(), signal).map(drop)
 }
 
+/// Kills what is in folders that were made in vain, and removes them. What fails is left.
+pub(crate) fn kill_and_remove(folders: &[PathBuf]) {
+    // Nothing is in them but for a rule: a hook's child, or an init that is about to exit.
+    let _ = signal_new(folders, &mut BTreeSet::new(), libc::SIGKILL);
+    for folder in folders {
+        let _ = remove_folder(folder);
+    }
+}
+
 /// Removes the folders of a cgroup and those below them. Processes that are about to exit are waited for, a second at most.
 pub fn remove(cgroup: &Cgroup) -> io::Result<()> {
     cgroup.folders.iter().try_for_each(|folder| remove_folder(&folder.absolute()))

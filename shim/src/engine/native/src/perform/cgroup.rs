@@ -3,7 +3,7 @@
 //! **Invariant:** a process joins by writing `0` while it has one thread: a write of another's pid waits for the kernel's lock of thread groups, 10 ms after
 //! a pause. Only folders that this very operation made are removed again.
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,8 @@ pub(super) struct Joining {
     tasks: Vec<(PathBuf, File)>,
     /// The folder of cgroup v2, and its list of processes.
     unified: Option<(File, File)>,
+    /// What counts OOM kills, open before the performer joins a namespace in which the path is the container's.
+    kills: Vec<File>,
 }
 
 /// Folders that were made.
@@ -27,11 +29,9 @@ pub(super) struct Joining {
 pub(super) struct Made(Vec<PathBuf>);
 
 impl Made {
-    /// Removes them. What cannot be removed is left to the deletion of the container.
+    /// Removes them, with what is in them: it is this operation's. What cannot be removed is left to the deletion of the container.
     pub(super) fn remove(&self) {
-        for path in &self.0 {
-            let _ = fs::remove_dir(path);
-        }
+        control::kill_and_remove(&self.0);
     }
 }
 
@@ -73,7 +73,19 @@ impl Joining {
                 fs::OpenOptions::new().write(true).open(&file).map(|tasks| self.tasks.push((path.clone(), tasks)))
             }
         };
+        // Absent where the hierarchy has no memory controller.
+        self.kills.extend(["memory.oom_control", "memory.events"].iter().filter_map(|file| File::open(path.join(file)).ok()));
         opened.doing(Step::Cgroup, || format!("open cgroup {}", path.display()))
+    }
+
+    /// Whether the kernel has killed a process of the container for memory.
+    pub(super) fn is_out_of_memory(&self) -> bool {
+        let counts = |file: &File| {
+            let mut text = String::new();
+            file.take(MAX_EVENTS_BYTES).read_to_string(&mut text).is_ok()
+                && text.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count != "0")
+        };
+        self.kills.iter().any(counts)
     }
 
     /// The folder of cgroup v2 for the child to be made in.
@@ -194,11 +206,5 @@ pub(super) fn limit(cgroup: &Cgroup) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whether the kernel has killed a process of the container for memory.
-pub(super) fn out_of_memory(cgroup: &Cgroup) -> bool {
-    let counts = |folder: &Folder, file: &str| {
-        let text = fs::read_to_string(folder.absolute().join(file)).unwrap_or_default();
-        text.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count != "0")
-    };
-    cgroup.folders.iter().any(|folder| counts(folder, "memory.oom_control") || counts(folder, "memory.events"))
-}
+/// More than the kernel writes there.
+const MAX_EVENTS_BYTES: u64 = 4 << 10;

@@ -136,6 +136,7 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
         let parts = Parts {
             process: &plan.process,
             cgroup: &plan.cgroup,
+            joining: &joining,
             hooks: &plan.hooks,
             agent: agent.as_ref(),
             is_mapped: plan.has(Kind::User),
@@ -188,7 +189,7 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         }
         scheduling::choose_memory(&plan.process)?;
         init::wait_for_limits(performer, &plan.process)?;
-        let program = program::become_it(&plan.process, &attributes, performer, Role::Added)?;
+        let program = program::become_it(&plan.process, kept, &attributes, performer, Role::Added)?;
         performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
         Err(program.execute())
     })?;
@@ -196,6 +197,7 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         child.attend(&Parts {
             process: &plan.process,
             cgroup: &plan.cgroup,
+            joining: &joining,
             hooks: &Hooks::default(),
             agent: agent.as_ref(),
             is_mapped,
@@ -237,6 +239,7 @@ pub(super) struct Child {
 struct Parts<'a> {
     process: &'a Process,
     cgroup: &'a Cgroup,
+    joining: &'a Joining,
     hooks: &'a Hooks,
     agent: Option<&'a Agent<'a>>,
     /// It is in a user namespace.
@@ -314,7 +317,7 @@ impl Child {
                 (Some(Message::Prepared), _) => return Ok(()),
                 (Some(Message::Failed(failure)), _) => return Err(failure),
                 (Some(_), _) => return Err(plain(Step::Child, "the process of the container has sent a message out of order")),
-                (None, _) => return Err(self.vanished(cgroup)),
+                (None, _) => return Err(self.vanished(parts.joining)),
             }
             // It may have been killed meanwhile; then the next message is none.
             let _ = self.messages.go();
@@ -336,8 +339,8 @@ impl Child {
         self.messages.receive().doing(Step::Child, waiting)
     }
 
-    pub(super) fn vanished(&self, cgroup: &Cgroup) -> Failure {
-        let why = if cgroup::out_of_memory(cgroup) { ": it was OOM-killed, the memory limit may be too low" } else { "" };
+    pub(super) fn vanished(&self, joining: &Joining) -> Failure {
+        let why = if joining.is_out_of_memory() { ": it was OOM-killed, the memory limit may be too low" } else { "" };
         plain(Step::Child, &format!("the process of the container was killed before its program could be executed{why}"))
     }
 

@@ -1,6 +1,6 @@
 //! The descriptors of a performer.
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout};
 
@@ -16,6 +16,12 @@ pub(super) struct Kept {
 }
 
 impl Kept {
+    /// Closes everything in the child but its gate and `others`. Of the host's folders that are still open, one would be enough: a path of the
+    /// container can lead through it to the host's root (`/proc/self/fd/3/../../..`), until the program is executed. The owners are not dropped in the child.
+    pub(super) fn close_others(&self, others: &[RawFd]) -> io::Result<()> {
+        close_all_but(self.gate.iter().map(AsRawFd::as_raw_fd).chain(others.iter().copied()).collect())
+    }
+
     /// Closes the child's copy of the report: its end tells the keeper that the performer is done. The owner is not dropped in the child.
     pub(super) fn close_report(&self) -> io::Result<()> {
         let number = self.report.as_raw_fd() as u32;
@@ -40,16 +46,19 @@ pub(super) fn settle(given: Descriptors, init: Option<OwnedFd>) -> io::Result<(K
     dup2_stdout(stdout?)?;
     dup2_stderr(stderr?)?;
     let others = [Some(&kept.report), kept.gate.as_ref(), kept.console.as_ref(), init.as_ref()];
-    let mut numbers: Vec<u32> = others.into_iter().flatten().map(|fd| fd.as_raw_fd() as u32).collect();
+    close_all_but(others.into_iter().flatten().map(AsRawFd::as_raw_fd).collect())?;
+    Ok((kept, init))
+}
+
+/// Closes everything above 2 but these. A descriptor of the caller's, not close-on-exec, may have any number, also one between two that are kept.
+fn close_all_but(mut numbers: Vec<RawFd>) -> io::Result<()> {
     numbers.sort_unstable();
-    // A descriptor of the caller's, not close-on-exec, may have any number, also one between two that are kept.
     let mut next = 3;
-    for number in numbers {
+    for number in numbers.into_iter().filter_map(|number| u32::try_from(number).ok()) {
         if next < number {
             sys::close_range(next, number - 1)?;
         }
         next = number + 1;
     }
-    sys::close_range(next, u32::MAX)?;
-    Ok((kept, init))
+    sys::close_range(next, u32::MAX)
 }

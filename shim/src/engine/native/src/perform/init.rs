@@ -65,7 +65,7 @@ pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd, attribut
 
     scheduling::choose_memory(&plan.process)?;
     wait_for_limits(performer, &plan.process)?;
-    program::become_it(&plan.process, attributes, performer, Role::Init)
+    program::become_it(&plan.process, kept, attributes, performer, Role::Init)
 }
 
 /// Lets the performer run the hooks on the host, then runs those in the container's namespaces.

@@ -2,8 +2,9 @@
 //!
 //! **Invariant:** they are written to the attributes of this process in a procfs that was made for that. No path leads to it, so nothing that a container
 //! mounts over its own `/proc` can take what is written, and there is no link on the way.
+use std::cell::RefCell;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
@@ -31,12 +32,12 @@ impl Procfs {
 
 /// The attributes of the calling process. Without a folder, nothing is to be written.
 #[derive(Debug)]
-pub(super) struct Attributes(Option<OwnedFd>);
+pub(super) struct Attributes(RefCell<Option<OwnedFd>>);
 
 impl Attributes {
     /// Opens them in the child, whose copy of the procfs is closed: of the host's processes it keeps itself alone.
     pub(super) fn open(procfs: &Procfs) -> Result<Self, Failure> {
-        let Some(procfs) = &procfs.0 else { return Ok(Self(None)) };
+        let Some(procfs) = &procfs.0 else { return Ok(Self(RefCell::default())) };
         let open = || -> io::Result<OwnedFd> {
             // A link to the own pid, as the procfs counts.
             let own = openat(procfs, "self", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
@@ -44,25 +45,39 @@ impl Attributes {
             sys::close_range(number, number)?;
             Ok(own)
         };
-        Ok(Self(Some(open().doing(Step::Settings, || "open the attributes of the process".to_owned())?)))
+        let own = open().doing(Step::Settings, || "open the attributes of the process".to_owned())?;
+        Ok(Self(RefCell::new(Some(own))))
+    }
+
+    /// The folder, if there is one.
+    pub(super) fn number(&self) -> Option<RawFd> {
+        self.0.borrow().as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Nothing is written any more. Through the folder, a path could lead to the host's processes.
+    pub(super) fn close(&self) {
+        self.0.take();
     }
 
     /// Sets the profile that the next execution gets. The kernel wants the file opened with the very ids that it is written with.
     pub(super) fn confine(&self, process: &Process) -> Result<(), Failure> {
-        let (Some(folder), Some(profile)) = (&self.0, &process.apparmor_profile) else { return Ok(()) };
+        let folder = self.0.borrow();
+        let (Some(folder), Some(profile)) = (&*folder, &process.apparmor_profile) else { return Ok(()) };
         write_first(folder.as_fd(), &OF_APPARMOR, &format!("exec {profile}"))
             .doing(Step::Settings, || format!("unable to apply apparmor profile {profile:?}"))
     }
 
     /// Sets the label that the next execution gets.
     pub(super) fn label(&self, process: &Process) -> Result<(), Failure> {
-        let (Some(folder), Some(label)) = (&self.0, &process.selinux_label) else { return Ok(()) };
+        let folder = self.0.borrow();
+        let (Some(folder), Some(label)) = (&*folder, &process.selinux_label) else { return Ok(()) };
         write_first(folder.as_fd(), &["attr/exec"], label).doing(Step::Settings, || format!("set the label {label:?}"))
     }
 
     /// Runs `make`, whose keyrings get the process's label.
     pub(super) fn with_keyring_label(&self, process: &Process, make: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
-        let (Some(folder), Some(label)) = (&self.0, &process.selinux_label) else { return make() };
+        let folder = self.0.borrow();
+        let (Some(folder), Some(label)) = (&*folder, &process.selinux_label) else { return make() };
         let set = |value: &str| write_first(folder.as_fd(), &["attr/keycreate"], value);
         set(label).doing(Step::Settings, || format!("set the label {label:?} of keyrings"))?;
         make()?;

@@ -68,7 +68,7 @@ impl Leading<'_> {
             self.lead(performer)?;
             live(performer)
         })?;
-        let (pid, handle) = self.attend(&leader).inspect_err(|_| leader.kill())?;
+        let (pid, handle) = self.attend(&leader, joining).inspect_err(|_| leader.kill())?;
         Ok(Child { pid, handle, messages: leader.messages })
     }
 
@@ -93,7 +93,7 @@ impl Leading<'_> {
     }
 
     /// The performer's part of it. Returns init.
-    fn attend(&self, leader: &Child) -> Result<(u32, OwnedFd), Failure> {
+    fn attend(&self, leader: &Child, joining: &Joining) -> Result<(u32, OwnedFd), Failure> {
         loop {
             let received = leader.messages.receive_from(leader.handle.as_fd()).doing(Step::Child, waiting)?;
             match received {
@@ -105,7 +105,7 @@ impl Leading<'_> {
                     return Ok((pid, init));
                 }
                 Some((Message::Failed(failure), _)) => return Err(failure),
-                Some(_) | None => return Err(leader.vanished(&self.plan.cgroup)),
+                Some(_) | None => return Err(leader.vanished(joining)),
             }
             let _ = leader.messages.go();
         }

@@ -4,15 +4,18 @@
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, umask};
+use nix::unistd::fchdir;
 
+use super::descriptors::Kept;
 use super::labels::Attributes;
+use super::root::{self, Root};
 use super::sync::{ChildEnd, Message};
 use super::{Doing, Failure, Step, errno_text, ids, init};
 use crate::plan::Process;
@@ -37,25 +40,39 @@ pub(super) struct Program {
 /// Gives up privileges, loads the filter, and finds the program as the user.
 ///
 /// Source of the order: docs/engine.md.
-pub(super) fn become_it(process: &Process, attributes: &Attributes, performer: &ChildEnd, role: Role) -> Result<Program, Failure> {
+pub(super) fn become_it(
+    process: &Process,
+    kept: &Kept,
+    attributes: &Attributes,
+    performer: &ChildEnd,
+    role: Role,
+) -> Result<Program, Failure> {
     let doing = |what: &str| {
         let what = what.to_owned();
         move || what
     };
-    let environment = environment(process);
+    // Before any path of the container is followed without its root.
+    let still_needed: Vec<RawFd> = std::iter::once(performer.as_raw_fd()).chain(attributes.number()).collect();
+    kept.close_others(&still_needed).doing(Step::Identity, doing("close what the program does not get"))?;
+    let root = root::absolute(Path::new("/")).map(Root::new).doing(Step::Identity, doing("open the root"))?;
+    let environment = environment(process, &root);
     umask(Mode::from_bits_truncate(process.umask));
     if role == Role::Init {
         attributes.confine(process)?;
     }
     attributes.label(process)?;
+    // The user may not be allowed where root is; or, on a network file system, the other way round. A filter may forbid what this takes.
+    let entered = enter(&root, &process.cwd, role == Role::Init);
+    drop(root);
+    if role == Role::Init {
+        attributes.close();
+    }
     if process.no_new_privileges {
         sys::set_no_new_privileges().doing(Step::Identity, doing("set no new privileges"))?;
     } else {
         // Afterwards it needs a capability that the process may not have any more.
         load_filter(process, performer)?;
     }
-    // The user may not be allowed where root is; or, on a network file system, the other way round.
-    let entered = enter(&process.cwd, role == Role::Init);
     if let Some(sets) = &process.capabilities {
         for number in (0..64).filter(|number| sets.bounding & (1 << number) == 0) {
             match sys::drop_bounding(number) {
@@ -73,13 +90,16 @@ pub(super) fn become_it(process: &Process, attributes: &Attributes, performer: &
         other => other.doing(Step::Identity, doing("set the additional groups"))?,
     }
     sys::set_ids(process.uid, process.gid).doing(Step::Identity, || format!("become user {}:{}", process.uid, process.gid))?;
-    entered
-        .or_else(|_as_root| enter(&process.cwd, false))
-        .doing(Step::Identity, || format!("chdir to cwd ({:?}) set in config.json failed", process.cwd))?;
-    check_cwd()?;
+    // The change of ids may have allowed it again: `fs.suid_dumpable`.
+    sys::set_dumpable(false).doing(Step::Identity, doing("forbid tracing"))?;
     if role == Role::Added {
         attributes.confine(process)?;
+        attributes.close();
     }
+    entered
+        .or_else(|_as_root| std::env::set_current_dir(&process.cwd))
+        .doing(Step::Identity, || format!("chdir to cwd ({:?}) set in config.json failed", process.cwd))?;
+    check_cwd()?;
     if let Some(sets) = &process.capabilities {
         sys::set_keep_capabilities(false).doing(Step::Identity, doing("keep no capabilities"))?;
         sys::set_capabilities(sets.effective, sets.permitted, sets.inheritable).doing(Step::Identity, doing("set capabilities"))?;
@@ -127,22 +147,19 @@ fn load_filter(process: &Process, performer: &ChildEnd) -> Result<(), Failure> {
 }
 
 /// Enters the working directory, which is made with its parents if it is missing and may be.
-fn enter(cwd: &str, make: bool) -> io::Result<()> {
-    match std::env::set_current_dir(cwd) {
+fn enter(root: &Root, cwd: &str, make: bool) -> io::Result<()> {
+    let open = || root.open(cwd, OFlag::O_PATH | OFlag::O_DIRECTORY);
+    let folder = match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound && make => {
             let before = umask(Mode::empty());
-            let made = nix_make_all(Path::new(cwd));
+            let made = root.folder(cwd);
             umask(before);
             made?;
-            std::env::set_current_dir(cwd)
+            open()?
         }
-        other => other,
-    }
-}
-
-fn nix_make_all(path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o755).create(path)
+        opened => opened?,
+    };
+    Ok(fchdir(folder)?)
 }
 
 /// A working directory outside the root, reached through a leaked descriptor, has no absolute path.
@@ -158,20 +175,20 @@ fn is_setgroups_denied() -> bool {
     std::fs::read("/proc/self/setgroups").is_ok_and(|word| word.trim_ascii() == b"deny")
 }
 
-fn environment(process: &Process) -> Vec<CString> {
+fn environment(process: &Process, root: &Root) -> Vec<CString> {
     let is_home = |entry: &&String| entry.starts_with("HOME=");
     let mut entries: Vec<String> = process.env.clone();
     if process.env.iter().find(is_home).is_none_or(|entry| entry == "HOME=") {
         entries.retain(|entry| !is_home(&entry));
-        entries.push(format!("HOME={}", home(process.uid).unwrap_or_else(|| "/".to_owned())));
+        entries.push(format!("HOME={}", home(root, process.uid).unwrap_or_else(|| "/".to_owned())));
     }
     // None has a NUL byte: the plan has refused it, and a passwd's line with one is skipped.
     entries.into_iter().filter_map(|entry| CString::new(entry).ok()).collect()
 }
 
 /// The home of a user in the container's passwd: an ordinary file of limited size, whatever the image has there.
-fn home(uid: u32) -> Option<String> {
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open("/etc/passwd").ok()?;
+fn home(root: &Root, uid: u32) -> Option<String> {
+    let file = File::from(root.open("/etc/passwd", OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY).ok()?);
     if !file.metadata().ok()?.is_file() {
         return None;
     }

@@ -8,7 +8,7 @@
 //! In a user namespace init is the child of a leader, which exits: `Entered`, go, `Timed` where there is a new time namespace, go, `Led`; then init waits for
 //! a go as its first. `Root` and `Source` are init's, between its mounts: each is answered with a descriptor.
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use minicbor::{Decode, Encode};
 use nix::errno::Errno;
@@ -131,6 +131,12 @@ impl PerformerEnd {
     /// Answers with a descriptor.
     pub(super) fn give(&self, descriptor: &OwnedFd) -> io::Result<()> {
         sys::send_descriptor(self.0.as_fd(), &[GO], descriptor.as_fd()).map(drop)
+    }
+}
+
+impl AsRawFd for ChildEnd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 

@@ -14,6 +14,7 @@ crate::cases![
     files_made_for_mounts_stay_in_the_root,
     a_false_null_device_is_not_used,
     a_working_directory_outside_the_root_is_refused,
+    no_path_leads_through_a_descriptor_to_the_host,
     a_link_in_place_of_passwd_is_harmless,
     a_fifo_in_place_of_passwd_does_not_block,
     a_joining_process_cannot_be_traced,
@@ -129,6 +130,48 @@ fn a_working_directory_outside_the_root_is_refused() {
         process["cwd"] = json!(format!("/proc/self/fd/{number}"));
         assert!(stage.exec("c", &process).is_err(), "{number}");
     }
+}
+
+/// `..` in the folder that a descriptor is of leads up to the root of its mount namespace.
+fn no_path_leads_through_a_descriptor_to_the_host() {
+    let stage = Stage::new();
+    stage.leak();
+    let outside = outside(&stage);
+    fs::copy("/bin/busybox", stage.folder.join("busybox-of-the-host")).expect("a copy");
+    let up = "../".repeat(12);
+    let to_host = |number: u32| format!("/proc/self/fd/{number}/{up}{}", stage.folder.display().to_string().trim_start_matches('/'));
+    fs::remove_file(stage.root().join("etc/passwd")).expect("removed");
+    fs::write(stage.folder.join("passwd"), "root:x:0:0::/of-the-host:/bin/sh\n").expect("a file");
+    let tampers: [&dyn Fn(&mut serde_json::Value, u32); 4] = [
+        &|process, number| process["cwd"] = json!(format!("{}/outside", to_host(number))),
+        &|process, number| process["cwd"] = json!(format!("{}/outside/made", to_host(number))),
+        &|process, number| process["args"] = json!([format!("{}/busybox-of-the-host", to_host(number)), "true"]),
+        &|process, number| {
+            process["args"] = json!(["true"]);
+            process["env"] = json!([format!("PATH={}:/nowhere", to_host(number)), "X=1"]);
+            process["args"] = json!(["busybox-of-the-host", "true"]);
+        },
+    ];
+    let init = stage.create("other", &stage.config(&["sleep", "1000"])).expect("created");
+    for number in 3..40 {
+        for (index, tamper) in tampers.iter().enumerate() {
+            let mut config = stage.config(&["true"]);
+            tamper(&mut config["process"], number);
+            config["linux"]["cgroupsPath"] = json!(format!("{}/c", stage.cgroup));
+            assert!(stage.create("c", &config).is_err(), "init, descriptor {number}, {index}");
+            let mut process = bundle::process(&["true"]);
+            tamper(&mut process, number);
+            assert!(stage.exec("other", &process).is_err(), "exec, descriptor {number}, {index}");
+        }
+        let link = stage.root().join("etc/passwd");
+        symlink(format!("{}/passwd", to_host(number)), &link).expect("a link");
+        let home = stage.exec_shell("other", "echo $HOME", |_| {});
+        assert_eq!(home, "/\n", "descriptor {number}");
+        fs::remove_file(&link).expect("removed");
+    }
+    assert!(is_empty(&outside));
+    init.kill();
+    init.end();
 }
 
 fn a_link_in_place_of_passwd_is_harmless() {
