@@ -179,16 +179,20 @@ bench-manager: CONTAINERS ?= 100
 bench-manager: packages suites build bench-tools
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin manager-bench -- --containers $(CONTAINERS)
 
-## beside the stock shim: memory, latency, throughput, added processes by the hundred
-bench: packages build bench-tools
-	X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench -- --shim go=$$(command -v containerd-shim-runc-v2) --shim x=$(SHIM)
+BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench --
+
+## the stock shim and ours, each with each of its runtimes, in one run under containerd 2.1, into docs/bench.md and docs/bench.svg: time, processor
+## time, system calls, output, many execs, memory. Takes half an hour; the machine should do nothing else. BENCHED="…" adds arguments
+bench: packages suites build bench-tools
+	$(BENCH) --containerd 2.1 --rounds 40 --rest --plot docs/bench.svg --shim go+runc=stock@runc --shim go+crun=stock@crun \
+		--shim x+runc=$(SHIM)@runc --shim x+crun=$(SHIM)@crun --shim x+native=$(SHIM)@native $(BENCHED) > docs/bench.md.new
+	mv docs/bench.md.new docs/bench.md
 
 ## memory of CONTAINERS containers' shims beside the stock shim, then one upgrade of all of ours; and what is left of 100 whose workers rest
-BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench -- --runtime crun --skip latency,load,stdout,execs
 bench-memory: CONTAINERS ?= 1000
 bench-memory: packages suites build bench-tools
-	$(BENCH) --shim go=stock --shim x=$(SHIM) --containers $(CONTAINERS) --upgrade
-	$(BENCH) --shim x=$(SHIM) --containers 100 --rest
+	$(BENCH) --only memory --runtime crun --shim go=stock --shim x=$(SHIM) --containers $(CONTAINERS) --upgrade
+	$(BENCH) --only memory --runtime crun --shim x=$(SHIM) --containers 100 --rest
 
 clean:
 	$(CARGO) clean

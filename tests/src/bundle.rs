@@ -48,6 +48,7 @@ pub struct Bundle {
     terminal: bool,
     mounts: Vec<Mount>,
     log_is_read: bool,
+    environment: Vec<(String, String)>,
     /// Where its containerd's gRPC API would be: with the namespace and the id, the name of its shim's socket.
     grpc: PathBuf,
 }
@@ -66,6 +67,7 @@ impl Bundle {
             terminal: false,
             mounts: vec![bind_mount(&rootfs::shared()?)],
             log_is_read: true,
+            environment: Vec::new(),
             grpc: stand.grpc(),
         })
     }
@@ -82,6 +84,13 @@ impl Bundle {
     #[must_use]
     pub fn without_log_reader(mut self) -> Self {
         self.log_is_read = false;
+        self
+    }
+
+    /// Gives its shim another environment variable.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -181,7 +190,7 @@ impl Bundle {
         arguments.extend(flags);
         arguments.push(action);
         let mut command = self.stand.command(&arguments);
-        command.current_dir(&self.folder);
+        command.current_dir(&self.folder).envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 

@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | [`runner`] | the matrix of containerd version × runtime, skips, deadlines |
 //! | [`isolation`] | the pid and mount namespaces of a whole run, and the role of init there |
+//! | [`kernel_trace`] | program executions and system calls, from tracefs |
 //! | [`cgroups`] | which cgroups a run sees, and its own folders in them |
 //! | [`suite`] | where the daemons and runtimes of each Debian suite are |
 //! | [`daemon`] | one containerd in a folder of its own, killed and restarted at will |
@@ -51,6 +52,7 @@ pub mod eventually;
 pub mod fake_containerd;
 pub mod gate;
 pub mod isolation;
+pub mod kernel_trace;
 pub mod messages;
 pub mod operator;
 pub mod proc;

@@ -29,6 +29,8 @@ mod retries;
 mod runtimes;
 #[path = "protocol/shutdown.rs"]
 mod shutdown;
+#[path = "protocol/specification.rs"]
+mod specification;
 #[path = "protocol/streams.rs"]
 mod streams;
 
@@ -158,5 +160,12 @@ fn main() -> ExitCode {
         the_command_delete_does_not_wait_for_an_output_and_its_reader_gets_all_of_it,
         a_keeper_killed_while_a_delete_waits_for_an_output_ends_the_output,
     ]);
+    cases.extend(direct_cases![specification:
+        every_section_with_numbers_has_a_test,
+        program_executions_are_those_of_the_specification,
+        system_calls_are_those_of_the_specification,
+        processes_threads_and_descriptors_are_those_of_the_specification,
+    ]);
+    cases.push(direct_cases![specification: memory_is_that_of_the_specification][0].alone());
     direct::main(&cases, programs)
 }

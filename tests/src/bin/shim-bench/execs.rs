@@ -16,7 +16,8 @@ use shim_tests::stdio;
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::timeout;
 
-use super::{Plan, Subject, median};
+use super::latency::milliseconds;
+use super::{Plan, Subject};
 
 /// How many execs run while State is measured.
 const RUNNING: usize = 400;
@@ -29,8 +30,11 @@ const SLEEP: [&str; 2] = ["sleep", "100000"];
 const STATES: usize = 2000;
 
 pub(super) async fn measure(subjects: &mut [Subject], plan: &Plan, programs: &Path) -> Result<()> {
-    for (subject, (_, shim)) in subjects.iter_mut().zip(&plan.shims) {
-        let stand = Stand::with_engine(shim, programs, &plan.suite.runtime(plan.runtime))?;
+    for subject in subjects {
+        let mut shim = subject.shim.clone();
+        // not that of the oldest suite
+        shim.binary.get_or_insert_with(|| plan.suite.program(&subject.shim.binary_name()));
+        let stand = Stand::with_engine(&shim, programs, &plan.suite.runtime(subject.runtime))?;
         LocalSet::new().run_until(of_one(subject, &stand, plan.execs)).await?;
     }
     Ok(())
@@ -45,14 +49,14 @@ async fn of_one(subject: &mut Subject, stand: &Stand, execs: usize) -> Result<()
             started??;
         }
         let times = ask(&container, Duration::ZERO, |asked| asked == STATES).await?;
-        subject.note(&format!("6{letter} State beside {RUNNING} execs {with}, ms"), median(times));
+        subject.note_all(&format!("State beside {RUNNING} execs {with}, ms"), all(times));
         let mut times = Vec::with_capacity(RUNNING);
         for number in 0..RUNNING {
             let begin = Instant::now();
             container.task.close_stdin(&container.id, &format!("r{number}")).await?;
             times.push(begin.elapsed());
         }
-        subject.note(&format!("6{letter} CloseIO of one of {RUNNING} execs {with}, ms"), median(times));
+        subject.note_all(&format!("CloseIO of one of {RUNNING} execs {with}, ms"), all(times));
         ensure!(container.destroy().await? == 137);
 
         let container = stand.bundle(&format!("storm{letter}"), &["sleep", "100000"]).run().await?;
@@ -68,15 +72,15 @@ async fn of_one(subject: &mut Subject, stand: &Stand, execs: usize) -> Result<()
         };
         let (times, took) = tokio::try_join!(ask(&container, Duration::from_millis(5), |_| over.load(Ordering::Relaxed)), all_started)?;
         let worst = times.iter().max().copied().unwrap_or_default();
-        subject.note(&format!("7{letter} State while {AT_ONCE} execs start {with}, ms"), median(times));
-        subject.note(&format!("7{letter} the longest of these, ms"), worst.as_secs_f64() * 1e3);
-        subject.note(&format!("7{letter} until all have started, s"), took.as_secs_f64());
+        subject.note_all(&format!("State while {AT_ONCE} execs start {with}, ms"), all(times));
+        subject.note(&format!("… the longest of these {with}, ms"), milliseconds(worst));
+        subject.note(&format!("… until all have started {with}, s"), took.as_secs_f64());
         ensure!(container.destroy().await? == 137);
     }
 
     // A stock shim of containerd 1.6 needs more than a second for each of these.
     match timeout(SOON * 6, beside_unread(stand)).await {
-        Ok(times) => subject.note(&format!("8 State beside {UNREAD} ended execs with two unread fifos each, ms"), median(times?)),
+        Ok(times) => subject.note_all(&format!("State beside {UNREAD} exited execs with two unread fifos each, ms"), all(times?)),
         Err(_) => eprintln!("{}: {UNREAD} execs with unread output did not end within {:?}", subject.name, SOON * 6),
     }
 
@@ -88,10 +92,14 @@ async fn of_one(subject: &mut Subject, stand: &Stand, execs: usize) -> Result<()
         times.push(begin.elapsed());
     }
     let some = 100.min(execs);
-    subject.note("9 exec of /bin/true, never deleted, first hundred, ms", median(times[..some].to_vec()));
-    subject.note(&format!("9 exec of /bin/true, never deleted, last hundred of {execs}, ms"), median(times[execs - some..].to_vec()));
+    subject.note_all("exec of `/bin/true` that is not deleted, to its exit, the first hundred, ms", all(times[..some].to_vec()));
+    subject.note_all(&format!("… the last hundred of {execs}, ms"), all(times[execs - some..].to_vec()));
     ensure!(container.destroy().await? == 137);
     Ok(())
+}
+
+fn all(times: Vec<Duration>) -> Vec<f64> {
+    times.into_iter().map(milliseconds).collect()
 }
 
 /// How long State takes beside many execs that have exited and whose output is not read.

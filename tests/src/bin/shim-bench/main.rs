@@ -1,38 +1,54 @@
 //! Measures shims side by side, interleaved in one run, through a real containerd. Needs root.
 //!
 //! ```text
-//! shim-bench --shim ours=target/…/containerd-shim-x-v2 --shim go=stock [--containerd 1.6|1.7|2.1] [--runtime runc|crun]
-//!            [--containers 100] [--rounds 30] [--execs 5000] [--skip memory,latency,load,stdout,execs] [--upgrade] [--rest] [--json]
+//! shim-bench --shim go=stock@crun --shim ours=target/…/containerd-shim-x-v2@native [--containerd 1.6|1.7|2.1] [--runtime runc|crun|native]
+//!            [--rounds 30] [--containers 100] [--probed 20] [--execs 5000] [--no-seccomp] [--upgrade] [--rest]
+//!            [--only PART,…] [--skip PART,…] [--json] [--plot FILE.svg]
 //! ```
-//! `stock` is the shim that comes with that containerd. A shim's runtime type follows from its file name.
-//! For a shim with keepers, `--upgrade` upgrades all shims whose memory was measured, in one go, and `--rest` measures them again when all
-//! their workers hibernate.
+//! `--shim NAME=PATH[@RUNTIME]`: `stock` is the shim that comes with that containerd; its runtime is `--runtime` unless it is named. A shim's
+//! runtime type follows from its file name. Ratios are to the first shim. Containers have the seccomp profile of `ctr run --seccomp`.
+//! `--probed` is how many containers have an exec each second. For a shim with keepers, `--upgrade` upgrades all shims whose memory was
+//! measured, in one go, and `--rest` measures them again when all their workers hibernate.
+//!
+//! | part | module | measures |
+//! | --- | --- | --- |
+//! | latency | `latency` | the time of one container, and of one exec |
+//! | load | `latency` | containers per second of 1, 2 and 8 clients |
+//! | cost | `cost` | processor time of one container, and of one exec |
+//! | counts | `cost` | program executions and system calls of the same |
+//! | probes | `probes` | processor time of containers with an exec each second |
+//! | stdout | `output` | the throughput of stdout, and its processor time |
+//! | execs | `execs` | hundreds of execs of one container, without a daemon |
+//! | memory | `memory` | memory of idle containers' shims |
 
+mod cost;
 mod execs;
+mod latency;
 mod memory;
+mod output;
+mod plot;
+mod probes;
+mod report;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::{env, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::{Map, Value, json};
-use shim_tests::container::{Container, Stdio};
+use serde_json::Value;
+use shim_tests::container::Builder;
 use shim_tests::context::Context;
 use shim_tests::daemon::Daemon;
-use shim_tests::runner::EXECUTOR;
-use shim_tests::stdio::Pace;
+use shim_tests::isolation;
+use shim_tests::runner::{EXECUTOR, Skip};
 use shim_tests::suite::{self, Runtime, Shim, Suite};
-use shim_tests::{isolation, proc};
-use tokio::task::{JoinSet, LocalSet};
 
-const GIB: u64 = 1 << 30;
+use report::{Column, Figure, Figures};
 
 fn main() -> ExitCode {
     let result = arguments().and_then(|plan| {
-        if std::env::var_os("X_TESTS_INNER").is_none() {
+        if env::var_os("X_TESTS_INNER").is_none() {
             suite::fetch()?;
         }
         isolation::run(|| match EXECUTOR.block_on(measure(&plan)) {
@@ -51,61 +67,99 @@ fn main() -> ExitCode {
 
 /// What to measure.
 struct Plan {
-    shims: Vec<(String, Shim)>,
+    shims: Vec<Choice>,
     suite: Suite,
-    runtime: Runtime,
     containers: usize,
+    probed: usize,
     rounds: usize,
     execs: usize,
+    only: Option<String>,
     skip: String,
+    seccomp: bool,
     upgrade: bool,
     rest: bool,
     json: bool,
+    plot: Option<PathBuf>,
+}
+
+/// A shim with the runtime that it uses.
+struct Choice {
+    name: String,
+    shim: Shim,
+    runtime: Runtime,
 }
 
 fn arguments() -> Result<Plan> {
     let mut plan = Plan {
         shims: Vec::new(),
         suite: Suite::Bookworm,
-        runtime: Runtime::Runc,
         containers: 100,
+        probed: 20,
         rounds: 30,
         execs: 5000,
+        only: None,
         skip: String::new(),
+        seccomp: true,
         upgrade: false,
         rest: false,
         json: false,
+        plot: None,
     };
-    let mut rest = std::env::args().skip(1);
+    let mut usual = Runtime::Runc;
+    let mut named = Vec::new();
+    let mut rest = env::args().skip(1);
     while let Some(flag) = rest.next() {
         let mut value = || rest.next().with_context(|| format!("{flag} needs a value"));
         match flag.as_str() {
-            "--shim" => {
-                let value = value()?;
-                let (name, path) = value.split_once('=').context("--shim is NAME=PATH")?;
-                plan.shims.push((name.to_owned(), shim(path)?));
-            }
+            "--shim" => named.push(value()?),
             "--containerd" => {
                 let value = value()?;
                 plan.suite = Suite::ALL.into_iter().find(|suite| suite.version() == value).context("1.6, 1.7 or 2.1")?;
             }
-            "--runtime" => {
-                let value = value()?;
-                plan.runtime = Runtime::ALL.into_iter().find(|runtime| runtime.name() == value).context("runc or crun")?;
-            }
+            "--runtime" => usual = runtime(&value()?)?,
             "--containers" => plan.containers = value()?.parse()?,
+            "--probed" => plan.probed = value()?.parse()?,
             "--rounds" => plan.rounds = value()?.parse()?,
             "--execs" => plan.execs = value()?.parse()?,
-            "--skip" => plan.skip = value()?,
+            "--only" => plan.only = Some(parts(value()?)?),
+            "--skip" => plan.skip = parts(value()?)?,
+            "--no-seccomp" => plan.seccomp = false,
             "--upgrade" => plan.upgrade = true,
             "--rest" => plan.rest = true,
             "--json" => plan.json = true,
-            other => bail!("unknown argument {other}; see the head of tests/src/bin/shim-bench.rs"),
+            // of the folder in which it was started: the run has mounts of its own, but no folder
+            "--plot" => plan.plot = Some(env::current_dir()?.join(value()?)),
+            other => bail!("unknown argument {other}; see the head of tests/src/bin/shim-bench/main.rs"),
         }
     }
-    ensure!(!plan.shims.is_empty(), "name at least one --shim NAME=PATH");
-    ensure!(plan.containers > 0 && plan.rounds > 0 && plan.execs > 0, "nothing to measure");
+    for value in named {
+        let (name, program) = value.split_once('=').context("--shim is NAME=PATH[@RUNTIME]")?;
+        let (path, runtime) = match program.rsplit_once('@') {
+            Some((path, word)) => (path, runtime(word)?),
+            None => (program, usual),
+        };
+        let shim = shim(path)?;
+        ensure!(shim.is_ours() || runtime != Runtime::Native, "{name}: a shim without an engine of its own needs runc or crun");
+        plan.shims.push(Choice { name: name.to_owned(), shim, runtime });
+    }
+    ensure!(!plan.shims.is_empty(), "name at least one --shim NAME=PATH[@RUNTIME]");
+    ensure!(plan.containers > 0 && plan.probed > 0 && plan.rounds > 0 && plan.execs > 0, "nothing to measure");
     Ok(plan)
+}
+
+/// What can be measured.
+const PARTS: [&str; 8] = ["latency", "load", "cost", "counts", "probes", "stdout", "execs", "memory"];
+
+/// A list of parts, separated by commas.
+fn parts(list: String) -> Result<String> {
+    match list.split(',').find(|part| !PARTS.contains(part)) {
+        Some(unknown) => bail!("unknown part {unknown}; there are {}", PARTS.join(", ")),
+        None => Ok(list),
+    }
+}
+
+fn runtime(word: &str) -> Result<Runtime> {
+    Runtime::ALL.into_iter().find(|runtime| runtime.name() == word).with_context(|| format!("{word} is not runc, crun or native"))
 }
 
 fn shim(path: &str) -> Result<Shim> {
@@ -122,223 +176,161 @@ fn shim(path: &str) -> Result<Shim> {
 /// One shim under measurement.
 struct Subject {
     name: String,
-    cx: Context,
-    figures: Map<String, Value>,
+    shim: Shim,
+    runtime: Runtime,
+    bed: Bed,
+    figures: Figures,
 }
 
 impl Subject {
     fn note(&mut self, name: &str, value: f64) {
-        self.figures.insert(name.to_owned(), json!(value));
+        self.figures.note(name, Figure::single(value));
     }
+
+    /// Notes the median and the quartiles of samples.
+    fn note_all(&mut self, name: &str, samples: Vec<f64>) {
+        if let Some(figure) = Figure::of(samples) {
+            self.figures.note(name, figure);
+        }
+    }
+}
+
+/// Where its containers run; cheap to clone.
+#[derive(Clone)]
+struct Bed {
+    cx: Context,
+    /// The seccomp profile of every container, or null.
+    seccomp: Arc<Value>,
+}
+
+impl Bed {
+    async fn new(plan: &Plan, choice: &Choice, programs: &Path) -> Result<Self> {
+        let daemon = Arc::new(Daemon::start(plan.suite, &choice.shim).await?);
+        let cx = Context::new(daemon, choice.runtime, choice.shim.clone(), programs).await?;
+        let seccomp = if plan.seccomp { default_profile(&cx)? } else { Value::Null };
+        Ok(Self { cx, seccomp: Arc::new(seccomp) })
+    }
+
+    /// A container that runs `args`.
+    fn container(&self, args: &[&str]) -> Builder {
+        let seccomp = &self.seccomp;
+        let builder = self.cx.container(args);
+        if seccomp.is_null() { builder } else { builder.spec(|spec| spec.with(|spec| spec["linux"]["seccomp"] = Value::clone(seccomp))) }
+    }
+}
+
+/// The profile that containerd's client puts into a container's specification.
+fn default_profile(cx: &Context) -> Result<Value> {
+    const ID: &str = "profile";
+    let ctr = |arguments: &[&str]| {
+        let mut command = Command::new(cx.suite().program("ctr"));
+        command.arg("--address").arg(cx.daemon().address()).args(["--namespace", "profiles", "containers"]).args(arguments);
+        let output = command.output().context("run ctr")?;
+        ensure!(output.status.success(), "ctr {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(output.stdout)
+    };
+    let root = shim_tests::rootfs::shared()?.display().to_string();
+    ctr(&["create", "--rootfs", "--seccomp", &root, ID, "/bin/true"])?;
+    let spec = ctr(&["info", "--spec", ID])?;
+    ctr(&["delete", ID])?;
+    let mut spec: Value = serde_json::from_slice(&spec).context("the specification from ctr")?;
+    let profile = spec["linux"]["seccomp"].take();
+    ensure!(profile["syscalls"].as_array().is_some_and(|rules| !rules.is_empty()), "ctr made no seccomp profile");
+    Ok(profile)
 }
 
 async fn measure(plan: &Plan) -> Result<()> {
-    let programs = std::env::current_exe()?.parent().context("a file is in a folder")?.to_owned();
+    let programs = env::current_exe()?.parent().context("a file is in a folder")?.to_owned();
+    let load = fs::read_to_string("/proc/loadavg")?;
     let mut subjects = Vec::new();
-    for (name, shim) in &plan.shims {
-        let daemon = Arc::new(Daemon::start(plan.suite, shim).await?);
-        let cx = Context::new(daemon, plan.runtime, shim.clone(), &programs).await?;
-        subjects.push(Subject { name: name.clone(), cx, figures: Map::new() });
+    for choice in &plan.shims {
+        let bed = Bed::new(plan, choice, &programs).await.with_context(|| choice.name.clone())?;
+        let (name, shim, runtime) = (choice.name.clone(), choice.shim.clone(), choice.runtime);
+        subjects.push(Subject { name, shim, runtime, bed, figures: Figures::default() });
     }
-    let wanted = |what: &str| !plan.skip.split(',').any(|skipped| skipped == what);
+    let lists = |list: &str, part: &str| list.split(',').any(|listed| listed == part);
+    let wanted = |part: &str| plan.only.as_deref().is_none_or(|only| lists(only, part)) && !lists(&plan.skip, part);
     if wanted("latency") {
-        eprintln!("latency …");
-        latency(&mut subjects, plan.rounds).await?;
+        begin(&mut subjects, latency::SECTION);
+        latency::measure(&mut subjects, plan.rounds).await?;
     }
     if wanted("load") {
-        eprintln!("eight clients …");
-        load(&mut subjects).await?;
+        begin(&mut subjects, "Several clients at once");
+        latency::of_several_clients(&mut subjects).await?;
+    }
+    if wanted("cost") {
+        begin(&mut subjects, "Processor time");
+        or_skipped(cost::processor_time(&mut subjects, plan.rounds).await)?;
+    }
+    if wanted("counts") {
+        begin(&mut subjects, "Counts");
+        or_skipped(cost::counts(&mut subjects, plan, &programs).await)?;
+    }
+    if wanted("probes") {
+        begin(&mut subjects, &format!("{} containers with an exec each second", plan.probed));
+        or_skipped(probes::measure(&mut subjects, plan.probed).await)?;
     }
     if wanted("stdout") {
-        eprintln!("a GiB of stdout …");
-        stdout(&mut subjects).await?;
+        begin(&mut subjects, "Output");
+        output::measure(&mut subjects).await?;
     }
     if wanted("execs") {
-        eprintln!("hundreds of execs …");
+        begin(&mut subjects, "Many execs, without a daemon");
         execs::measure(&mut subjects, plan, &programs).await?;
     }
     if wanted("memory") {
-        eprintln!("{} idle containers each …", plan.containers);
+        begin(&mut subjects, &format!("Memory of {} idle containers' shims", plan.containers));
         memory::measure(&mut subjects, plan).await?;
     }
+    let columns: Vec<Column<'_>> = subjects.iter().map(|subject| (subject.name.as_str(), &subject.figures)).collect();
+    if let Some(path) = &plan.plot {
+        fs::write(path, plot::svg(&latency::PANELS, &columns)).with_context(|| path.display().to_string())?;
+    }
     if plan.json {
-        let all: Map<_, _> = subjects.into_iter().map(|subject| (subject.name, Value::Object(subject.figures))).collect();
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        println!("{}", serde_json::to_string_pretty(&report::json(&columns))?);
     } else {
-        print_table(plan, &subjects);
+        print!("{}{}", introduction(plan, &load)?, report::markdown(&columns));
     }
     Ok(())
 }
 
-fn print_table(plan: &Plan, subjects: &[Subject]) {
-    println!("{}, {}, {} idle containers, median of {} rounds\n", plan.suite, plan.runtime, plan.containers, plan.rounds);
-    println!("| | {} |", subjects.iter().map(|subject| subject.name.as_str()).collect::<Vec<_>>().join(" | "));
-    println!("| --- |{}", " ---: |".repeat(subjects.len()));
-    let mut names: Vec<&String> = Vec::new();
-    for name in subjects.iter().flat_map(|subject| subject.figures.keys()) {
-        if !names.contains(&name) {
-            names.push(name);
+fn begin(subjects: &mut [Subject], section: &str) {
+    eprintln!("{section} …");
+    subjects.iter_mut().for_each(|subject| subject.figures.begin(section));
+}
+
+/// Leaves out figures that cannot be measured here, with the reason.
+fn or_skipped(result: Result<()>) -> Result<()> {
+    match result {
+        Err(error) if error.downcast_ref::<Skip>().is_some() => {
+            eprintln!("{error:#}");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// What the figures are of, and how to repeat them.
+fn introduction(plan: &Plan, load: &str) -> Result<String> {
+    let mut text = String::from("# Benchmark\n\n");
+    text.push_str("Shims side by side in one run, taking turns, through the same version of containerd. Repeat it with `make bench` (root; the quieter the\n");
+    text.push_str("machine, the better). Cells are medians, with quartiles in brackets, and the ratio to the first column.\n\n");
+    let plotted = plan.plot.as_ref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy());
+    if let Some(name) = plotted {
+        text.push_str(&format!("![Latencies]({name})\n\n"));
+    }
+    let mut programs = vec![plan.suite.to_string()];
+    for runtime in Runtime::PROGRAMS {
+        if plan.shims.iter().any(|choice| choice.runtime == runtime) {
+            let output = Command::new(plan.suite.runtime(runtime)).arg("--version").output()?;
+            programs.push(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().replace(" version", ""));
         }
     }
-    names.sort();
-    for name in names {
-        let cell = |subject: &Subject| match subject.figures.get(name).and_then(Value::as_f64) {
-            Some(value) if value >= 100.0 => format!("{value:.0}"),
-            Some(value) if value >= 10.0 => format!("{value:.1}"),
-            Some(value) => format!("{value:.2}"),
-            None => String::new(),
-        };
-        println!("| {name} | {} |", subjects.iter().map(cell).collect::<Vec<_>>().join(" | "));
-    }
-}
-
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64() * 1e3
-}
-
-async fn latency(subjects: &mut [Subject], rounds: usize) -> Result<()> {
-    let mut runs = vec![Vec::new(); subjects.len()];
-    let mut execs = vec![Vec::new(); subjects.len()];
-    let mut hosts = Vec::new();
-    for subject in subjects.iter() {
-        run_true(&subject.cx).await?; // the first run is slower and not measured
-        hosts.push(subject.cx.container(&["sleep", "100000"]).start().await?);
-    }
-    for round in 0..rounds {
-        for (index, subject) in subjects.iter().enumerate() {
-            runs[index].push(run_true(&subject.cx).await?.to_vec());
-            execs[index].push(run_exec(&hosts[index], &format!("e{round}")).await?.to_vec());
-        }
-    }
-    for host in &hosts {
-        host.destroy().await?;
-    }
-    for ((subject, runs), execs) in subjects.iter_mut().zip(runs).zip(execs) {
-        for (number, what, steps, runs) in [("1", "create to deleted", STEPS, runs), ("2", "exec, added to deleted", EXEC_STEPS, execs)] {
-            subject.note(
-                &format!("{number} /bin/true, {what}, ms"),
-                median(runs.iter().map(|run: &Vec<Duration>| run.iter().sum()).collect()),
-            );
-            for (index, name) in steps.iter().enumerate() {
-                subject.note(&format!("{number}.{} of it {name}, ms", index + 1), median(runs.iter().map(|run| run[index]).collect()));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The steps of a container's life that [`run_true`] times.
-const STEPS: [&str; 4] = ["create", "start", "until its exit is published", "delete"];
-
-/// The times of the steps from create to deleted; metadata is made before and removed after.
-async fn run_true(cx: &Context) -> Result<[Duration; 4]> {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let id = format!("true{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    let container = cx.container(&["/bin/true"]).id(&id).metadata().await?;
-    let begin = Instant::now();
-    let container = container.create_task().await?;
-    let created = begin.elapsed();
-    container.start().await?;
-    let started = begin.elapsed();
-    ensure!(container.wait().await? == 0);
-    let ended = begin.elapsed();
-    container.delete().await?;
-    let deleted = begin.elapsed();
-    container.remove().await?;
-    Ok([created, started - created, ended - started, deleted - ended])
-}
-
-/// The steps of an added process's life that [`run_exec`] times.
-const EXEC_STEPS: [&str; 4] = ["add", "start", "until its exit is published", "delete"];
-
-/// The times of the steps from added to deleted.
-async fn run_exec(host: &Container, exec: &str) -> Result<[Duration; 4]> {
-    let begin = Instant::now();
-    let process = host.exec(exec, &["/bin/true"]).add().await?;
-    let added = begin.elapsed();
-    process.start().await?;
-    let started = begin.elapsed();
-    ensure!(process.wait().await? == 0);
-    let ended = begin.elapsed();
-    process.delete().await?;
-    let deleted = begin.elapsed();
-    Ok([added, started - added, ended - started, deleted - ended])
-}
-
-async fn load(subjects: &mut [Subject]) -> Result<()> {
-    let each = 10;
-    let mut rates = vec![Vec::new(); subjects.len()];
-    for _round in 0..3 {
-        for (index, subject) in subjects.iter().enumerate() {
-            let begin = Instant::now();
-            let clients = async {
-                let mut clients = JoinSet::new();
-                for _client in 0..8 {
-                    let cx = subject.cx.clone();
-                    clients.spawn_local(async move {
-                        for _container in 0..each {
-                            run_true(&cx).await?;
-                        }
-                        anyhow::Ok(())
-                    });
-                }
-                while let Some(done) = clients.join_next().await {
-                    done??;
-                }
-                anyhow::Ok(())
-            };
-            LocalSet::new().run_until(clients).await?;
-            rates[index].push(f64::from(8 * each) / begin.elapsed().as_secs_f64());
-        }
-    }
-    for (subject, mut rates) in subjects.iter_mut().zip(rates) {
-        rates.sort_by(f64::total_cmp);
-        subject.note("3 eight clients at once, containers/s", rates[rates.len() / 2]);
-    }
-    Ok(())
-}
-
-async fn stdout(subjects: &mut [Subject]) -> Result<()> {
-    let mut speeds = vec![Vec::new(); subjects.len()];
-    let mut costs = vec![Vec::new(); subjects.len()];
-    for _round in 0..3 {
-        for (index, subject) in subjects.iter().enumerate() {
-            let stdio = Stdio::Fifos { stdin: false, pace: Some(Pace::Count) };
-            let script = format!("dd if=/dev/zero bs=64k count={} 2>/dev/null", GIB / (64 << 10));
-            let container = subject.cx.container(&["sh", "-c", &script]).stdio(stdio).create().await?;
-            let shim = subject.cx.shim_pid(&container.id)?;
-            let before = processor_time(shim)?;
-            let begin = Instant::now();
-            container.start().await?;
-            shim_tests::eventually::eventually_true("a GiB", Duration::from_secs(60), || container.io.out().count() == GIB).await?;
-            speeds[index].push(1024.0 / begin.elapsed().as_secs_f64());
-            costs[index].push(processor_time(shim)? - before);
-            ensure!(container.finish().await? == 0);
-        }
-    }
-    for ((subject, mut speeds), mut costs) in subjects.iter_mut().zip(speeds).zip(costs) {
-        speeds.sort_by(f64::total_cmp);
-        costs.sort_by(f64::total_cmp);
-        subject.note("4 1 GiB of stdout through a fifo, MiB/s", speeds[speeds.len() / 2]);
-        subject.note("5 1 GiB of stdout, processor time of the shim, s", costs[costs.len() / 2]);
-    }
-    Ok(())
-}
-
-/// Processor seconds of a shim and the processes that belong to it: not those of containers.
-fn processor_time(shim: i32) -> Result<f64> {
-    let mut ticks = 0;
-    for pid in own_processes(shim) {
-        let stat = proc::stat(pid)?;
-        ticks += stat.field(14).parse::<u64>()? + stat.field(15).parse::<u64>()?;
-    }
-    Ok(ticks as f64 / 100.0)
-}
-
-/// The shim's process, and its worker if it has one.
-fn own_processes(shim: i32) -> Vec<i32> {
-    let is_worker = |child: &proc::Process| child.command.split(' ').any(|word| word == "worker");
-    let workers = proc::children(shim).into_iter().filter(is_worker).map(|child| child.pid);
-    std::iter::once(shim).chain(workers).collect()
+    let seccomp = if plan.seccomp { "with the seccomp profile of `ctr run --seccomp`" } else { "without seccomp" };
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let processors = std::thread::available_parallelism()?;
+    text.push_str(&format!("{}; containers {seccomp}; {} rounds; Linux {}, ", programs.join(", "), plan.rounds, kernel.trim()));
+    let load = load.split(' ').next().unwrap_or_default();
+    text.push_str(&format!("{processors} processors, load average {load} before it began.\n\n"));
+    Ok(text)
 }

@@ -38,7 +38,7 @@ pub(super) async fn measure(subjects: &mut [Subject], plan: &Plan) -> Result<()>
 }
 
 async fn one(subject: &mut Subject, plan: &Plan) -> Result<()> {
-    let cgroup = format!("/{}/shims-{}", isolation::cgroup(), subject.cx.client().namespace());
+    let cgroup = format!("/{}/shims-{}", isolation::cgroup(), subject.bed.cx.client().namespace());
     let folders = make_cgroups(&cgroup)?;
     let before = accounted(&folders);
     let containers = start(subject, plan.containers, &cgroup).await?;
@@ -46,16 +46,16 @@ async fn one(subject: &mut Subject, plan: &Plan) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(5)).await;
     let processes = Processes::find(subject, plan.containers)?;
     let has_keepers = !processes.workers.is_empty();
-    note(subject, "6 ", &processes)?;
+    note(subject, "", &processes)?;
     let grown = accounted(&folders).saturating_sub(before) as f64 / 1024.0;
-    subject.note("7 accounted to the shims' cgroup without page cache, KiB per container", grown / plan.containers as f64);
-    subject.note("7 accounted to the shims' cgroup without page cache, MiB in all", grown / 1024.0);
+    subject.note("charged to the shims' cgroup without page cache, KiB per container", grown / plan.containers as f64);
+    subject.note("charged to the shims' cgroup without page cache, MiB in all", grown / 1024.0);
     if plan.rest && has_keepers {
         rest(subject, plan.containers).await?;
     }
     if plan.upgrade && has_keepers {
         upgrade(subject, &containers).await?;
-        note(subject, "9.3 after the upgrade, ", &Processes::find(subject, plan.containers)?)?;
+        note(subject, "after the upgrade, ", &Processes::find(subject, plan.containers)?)?;
     }
     end(subject, containers).await
 }
@@ -63,13 +63,13 @@ async fn one(subject: &mut Subject, plan: &Plan) -> Result<()> {
 async fn start(subject: &Subject, count: usize, cgroup: &str) -> Result<Vec<Container>> {
     let mut clients = JoinSet::new();
     for client in 0..CLIENTS {
-        let (cx, cgroup, name) = (subject.cx.clone(), cgroup.to_owned(), subject.name.clone());
+        let (bed, cgroup, name) = (subject.bed.clone(), cgroup.to_owned(), subject.name.clone());
         clients.spawn_local(async move {
             let mut started = Vec::new();
             for number in (client..count).step_by(CLIENTS) {
-                let binary_name = cx.runtime_binary().display().to_string();
+                let binary_name = bed.cx.runtime_binary().display().to_string();
                 let options = Options { binary_name, shim_cgroup: cgroup.clone(), ..Options::default() };
-                let container = cx.container(&["sleep", "100000"]).stdio(Stdio::None).options(Some(any(&options)));
+                let container = bed.container(&["sleep", "100000"]).stdio(Stdio::None).options(Some(any(&options)));
                 started.push(container.start().await.with_context(|| format!("container {number}"))?);
                 if number % 100 == 99 {
                     eprintln!("{name}: {} of {count} containers run", number + 1);
@@ -115,7 +115,7 @@ struct Processes {
 
 impl Processes {
     fn find(subject: &Subject, containers: usize) -> Result<Self> {
-        let keepers: Vec<i32> = subject.cx.shims().iter().map(|shim| shim.pid).collect();
+        let keepers: Vec<i32> = subject.bed.cx.shims().iter().map(|shim| shim.pid).collect();
         ensure!(keepers.len() == containers, "{} shims for {containers} containers", keepers.len());
         let is_worker = |process: &proc::Process| {
             keepers.binary_search(&process.parent).is_ok() && process.command.split(' ').any(|word| word == "worker")
@@ -161,8 +161,8 @@ async fn rest(subject: &mut Subject, containers: usize) -> Result<()> {
     let before = switches(&processes.keepers)?;
     tokio::time::sleep(WATCHED).await;
     let after = switches(&processes.keepers)?;
-    note(subject, "8 while workers rest, ", &processes)?;
-    let what = format!("8 while workers rest, context switches of all keepers in {} s", WATCHED.as_secs());
+    note(subject, "asleep, ", &processes)?;
+    let what = format!("asleep, context switches of all keepers in {} s", WATCHED.as_secs());
     subject.note(&what, (after - before) as f64);
     Ok(())
 }
@@ -174,13 +174,13 @@ fn context_switches(pid: i32) -> Result<u64> {
 
 /// Upgrades all shims to a copy of their executable.
 async fn upgrade(subject: &mut Subject, containers: &[Container]) -> Result<()> {
-    let shim = subject.cx.shim().binary.clone().context("a shim with keepers is a file")?;
-    let program = subject.cx.folder().join("copy");
+    let shim = subject.bed.cx.shim().binary.clone().context("a shim with keepers is a file")?;
+    let program = subject.bed.cx.folder().join("copy");
     // another file with the same content is another program
     programs::copy(&shim, &program)?;
     eprintln!("{}: upgrading {} shims …", subject.name, containers.len());
     let mut command = tokio::process::Command::new(&program);
-    command.args(["upgrade", "--all", "--json", "--namespace", subject.cx.client().namespace()]);
+    command.args(["upgrade", "--all", "--json", "--namespace", subject.bed.cx.client().namespace()]);
     let begin = Instant::now();
     let output = command.stdin(Standard::null()).kill_on_drop(true).output().await?;
     let took = begin.elapsed();
@@ -197,9 +197,9 @@ async fn upgrade(subject: &mut Subject, containers: &[Container]) -> Result<()> 
     }
     pauses.sort_by(f64::total_cmp);
     let at = |part: f64| pauses[((pauses.len() - 1) as f64 * part) as usize];
-    subject.note("9.1 one upgrade of all, s", took.as_secs_f64());
+    subject.note("one upgrade of all, s", took.as_secs_f64());
     for (what, part) in [("median", 0.5), ("99 %", 0.99), ("longest", 1.0)] {
-        subject.note(&format!("9.2 time for which no worker answered, {what}, ms"), at(part));
+        subject.note(&format!("time for which no worker answered, {what}, ms"), at(part));
     }
     Ok(())
 }
