@@ -73,8 +73,12 @@ impl Joining {
                 fs::OpenOptions::new().write(true).open(&file).map(|tasks| self.tasks.push((path.clone(), tasks)))
             }
         };
-        // Absent where the hierarchy has no memory controller.
-        self.kills.extend(["memory.oom_control", "memory.events"].iter().filter_map(|file| File::open(path.join(file)).ok()));
+        let kills = match folder.hierarchy {
+            Hierarchy::Unified => Some("memory.events"),
+            Hierarchy::V1 | Hierarchy::Cpuset => folder.of.iter().any(|controller| controller == "memory").then_some("memory.oom_control"),
+        };
+        // Absent from a v2 without the memory controller.
+        self.kills.extend(kills.and_then(|file| File::open(path.join(file)).ok()));
         opened.doing(Step::Cgroup, || format!("open cgroup {}", path.display()))
     }
 
