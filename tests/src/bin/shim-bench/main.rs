@@ -320,7 +320,7 @@ fn introduction(plan: &Plan, load: &str) -> Result<String> {
         text.push_str(&format!("![Latencies]({name})\n\n"));
     }
     let mut programs = vec![plan.suite.to_string()];
-    for runtime in Runtime::PROGRAMS {
+    for runtime in Runtime::programs() {
         if plan.shims.iter().any(|choice| choice.runtime == runtime) {
             let output = Command::new(plan.suite.runtime(runtime)).arg("--version").output()?;
             programs.push(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().replace(" version", ""));
