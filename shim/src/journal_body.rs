@@ -26,6 +26,8 @@ pub(crate) struct JournalBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) rootfs: Option<PathBuf>,
     pub(crate) keeper: ProcessIdentity,
+    /// The keeper's number of the request or exit that this was last written for.
+    pub(crate) cause: u64,
     /// The keeper's control socket.
     pub(crate) control_path: PathBuf,
     /// The record of the engine that made the container: what `engine::Engine` serialises to.

@@ -37,7 +37,7 @@ pub(in crate::worker) async fn create(shared: &Shared, cause: &Cause, call: Crea
     let id = ContainerId::new(&call.id)?;
     // Held until the change is applied or dropped: a second Create of this id is refused, and the shim does not exit.
     let _reservation = shared.registry.reserve(&id)?;
-    let mut draft = Draft::new(shared, id, &call)?;
+    let mut draft = Draft::new(shared, cause, id, &call)?;
     match draft.make(shared, cause, &call).await {
         Ok(()) => {}
         Err(error) => {
@@ -67,7 +67,7 @@ struct Draft {
 
 impl Draft {
     /// Checks all that can be checked without changing anything.
-    fn new(shared: &Shared, id: ContainerId, call: &CreateCall) -> Result<Self, Error> {
+    fn new(shared: &Shared, cause: &Cause, id: ContainerId, call: &CreateCall) -> Result<Self, Error> {
         let bundle = call.bundle.clone();
         if !bundle.is_absolute() {
             return Err(Error::Value { what: "bundle", value: bundle.display().to_string() });
@@ -85,7 +85,9 @@ impl Draft {
             // Another running shim owns the container and writes into the bundle.
             Some((body, None)) if body.keeper != shared.keeper.get() && body.keeper.is_running() => return Err(Error::Exists { id }),
             // An earlier worker has begun with this Create: its engine goes on, whatever this worker would choose.
-            Some((body, None)) if body.keeper == shared.keeper.get() && body.init.is_none() => Engine::deserialize(&body.engine).ok(),
+            Some((body, None)) if body.keeper == shared.keeper.get() && body.cause == cause.number() => {
+                Engine::deserialize(&body.engine).ok()
+            }
             _ => None,
         };
         let Chosen { engine, plan } = blocking_choose(shared, &id, call, &config, begun)?;

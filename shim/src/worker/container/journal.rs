@@ -44,6 +44,7 @@ pub(super) async fn write(shared: &Shared, cause: &Cause, at: Step, record: &Rec
         bundle: record.bundle.clone(),
         rootfs: record.mounted.clone(),
         keeper: shared.keeper.get(),
+        cause: cause.number(),
         control_path: shared.settings.control_path.clone(),
         engine: if record.unknown_to_engine { Value::Null } else { serde_json::to_value(record.engine.for_cleanup()).unwrap_or_default() },
         shared_pid_namespace: record.shared_pid_namespace,
