@@ -68,11 +68,13 @@ test-cgroup2-guest: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) runc crun
 
-## the protocol's clauses, on our shim, with both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
+## the protocol's clauses, on our shim, with its own engine and both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
 ## cannot filter devices on v2: the next one's can. Debian 12 has no criu: checkpoints are written with later runtimes.
 ## Tests that repeat do so a few times; X_TIMES=N, here and for the other tests: N times as often (docs/field.md).
 SUITES := $(or $(X_TESTS_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/x-tests)
 conformance: packages suites build conformance-tool
+	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine native
+	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --cgroup 2 --engine native
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine crun
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --engine runc
 	$(CONFORMANCE) run --shim $(SHIM) --expect tests/expect/x.toml --cgroup 2 --engine $(SUITES)/trixie/bin/crun
