@@ -12,17 +12,22 @@ const DEPTH_BYTES: usize = 256 << 10;
 #[cfg(target_env = "gnu")]
 const KEPT_BYTES: libc::c_int = 128 << 10;
 
+/// Returns free pages of the heap to the kernel.
+pub(crate) fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: the call takes an integer and changes nothing that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Returns free pages of the heap and of the stack to the kernel. Otherwise a process that waits for months would hold for
 /// ever what its busiest moment took. Only for a process with one thread.
 ///
 /// Never inlined: the marker must be in a frame of its own, and not above the live variables of a caller with a large one.
 #[inline(never)]
 pub(crate) fn trim() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: the call takes an integer and changes nothing that is in use.
-    unsafe {
-        libc::malloc_trim(0);
-    }
+    trim_heap();
     let marker = 0u8;
     let end = (&raw const marker as usize - IN_USE_BYTES) & !(PAGE_BYTES - 1);
     // SAFETY: memory below the stack pointer, by more than the frames of this call, is unused: the next call writes before it
@@ -32,11 +37,13 @@ pub(crate) fn trim() {
     }
 }
 
-/// Has the allocator return large free blocks at once. By default it keeps up to twice the largest block that it has ever returned.
+/// Has the allocator return large free blocks at once, and its threads share one heap. By default it keeps up to twice the largest block that it has ever
+/// returned, and each thread has a heap of its own.
 pub(crate) fn keep_little() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: the calls take integers and set two bounds of the allocator.
+    // SAFETY: the calls take integers and set bounds of the allocator.
     unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT_BYTES);
         libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
     }
