@@ -130,7 +130,7 @@ async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> 
     let streams = Streams::new(&stand, "io")?;
     let write = "while [ -e $p ]; do :; done; for i in 1 2 3 4 5 6 7 8 9; do (echo x >>/proc/self/fd/3); done; echo tried";
     let attack = format!(
-        "mkfifo /tmp/config.json; while :; do for p in /proc/[0-9]*; do case $(readlink $p/exe) in */busybox|'') ;; \
+        "mkfifo /tmp/config.json; echo begun; while :; do for p in /proc/[0-9]*; do case $(readlink $p/exe) in */busybox|'') ;; \
          *) (exec 3<$p/exe || exit; echo found; {write});; esac; done; done"
     );
     // its shared libraries
@@ -145,6 +145,8 @@ async fn a_container_cannot_write_to_a_host_program(stand: Stand) -> Result<()> 
     };
     let bundle = stand.bundle("c1", &["sh", "-c", &attack]).runtime(&runtime).spec(libraries);
     let container = streams.output(bundle).run().await?;
+    // before that, a runtime would find no configuration and end
+    streams.out.until("begun").await?;
     if stand.runtime_program().is_ok() {
         // which waits until the test writes the command
         container.exec("e", &["/proc/self/exe", "run", "--bundle", "/tmp", "inner"]).await?;
