@@ -70,7 +70,7 @@ fn lifecycle_cases() -> Vec<Case> {
         Scope::Daemons =>
             no_options_mean_a_runtime_from_path,
             ctr_finds_the_shim_by_the_containers_id,
-            a_wrapper_of_the_runtime_finds_init_pid, what_ctr_asks_for_is_taken,
+            a_wrapper_of_the_runtime_finds_init_pid, what_ctr_asks_for_is_taken, what_ctr_asks_for_reaches_the_runtime,
     ]
 }
 

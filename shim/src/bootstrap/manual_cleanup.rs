@@ -64,7 +64,7 @@ const HALF_MADE_WITHIN: Duration = Duration::from_secs(1);
 /// Whether nothing is left: no process, no mount, no state of the engine.
 pub(crate) fn is_clean(leftovers: &Leftovers<'_>) -> bool {
     let is_kept = match leftovers.engine() {
-        Some(Engine::Native(engine)) => engine.cgroup_folder(|folder| folder.exists()).is_some(),
+        Some(Engine::Native(engine)) => engine.blocking_cgroup_folder().is_some(),
         Some(Engine::Command(engine)) => engine.state_of(leftovers.id).exists(),
         None => false,
     };

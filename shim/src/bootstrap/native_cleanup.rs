@@ -2,10 +2,9 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::fcntl::OFlag;
-use nix::libc;
 use nix::unistd::pipe2;
 use x_engine::control;
 use x_engine::perform::{self, Descriptors};
@@ -16,18 +15,12 @@ use crate::handover::Exited;
 use crate::processes::kill_tree;
 use crate::sys;
 
-/// How long processes may take to leave a cgroup: an init that waited before its program ends when its keeper has died.
-const EMPTY_WITHIN: Duration = Duration::from_secs(1);
-
 /// Removes it. `was_made`: its init is known, so the hooks were promised their turn. Returns why something of it is left.
 pub(super) fn clean(engine: &NativeEngine, was_made: bool, deadline: Instant) -> Option<String> {
-    engine.cgroup_folder(|folder| folder.exists())?;
-    let until = deadline.min(Instant::now() + EMPTY_WITHIN);
-    while let Err(error) = control::remove(&engine.container().cgroup) {
-        if error.raw_os_error() != Some(libc::EBUSY) || Instant::now() >= until {
-            return Some(format!("cannot remove its cgroup: {error}"));
-        }
-        std::thread::sleep(Duration::from_millis(2));
+    engine.blocking_cgroup_folder()?;
+    // It waits a second for processes that are about to exit: an init that waited before its program ends when its keeper has died.
+    if let Err(error) = control::remove(&engine.container().cgroup) {
+        return Some(format!("cannot remove its cgroup: {error}"));
     }
     if !was_made || engine.container().hooks.poststop.is_empty() {
         return None;

@@ -45,7 +45,7 @@ impl Engine {
     /// What shows that a container of this id exists: the state of the OCI runtime, or a cgroup with processes.
     pub(crate) fn blocking_find(&self, id: &str) -> Option<PathBuf> {
         match self {
-            Self::Native(native) if native.blocking_has_processes() => native.cgroup_folder(|folder| folder.exists()),
+            Self::Native(native) if native.blocking_has_processes() => native.blocking_cgroup_folder(),
             Self::Native(_) => None,
             Self::Command(command) => Some(command.state_of(id)).filter(|state| state.symlink_metadata().is_ok()),
         }

@@ -37,12 +37,12 @@ impl NativeEngine {
         Self::new(plan::Container { filter: None, hooks, ..self.container().clone() })
     }
 
-    /// The first folder of its cgroup that `is_found`.
-    pub(crate) fn cgroup_folder(&self, is_found: impl Fn(&PathBuf) -> bool) -> Option<PathBuf> {
-        self.0.cgroup.folders.iter().map(plan::Folder::absolute).find(is_found)
+    /// A folder of its cgroup, if one exists.
+    pub(crate) fn blocking_cgroup_folder(&self) -> Option<PathBuf> {
+        self.0.cgroup.folders.iter().map(plan::Folder::absolute).find(|folder| folder.exists())
     }
 
-    /// A process in its cgroup, whose container's it is.
+    /// Whether a process is in its cgroup.
     pub(crate) fn blocking_has_processes(&self) -> bool {
         !control::pids(&self.0.cgroup).is_empty()
     }

@@ -226,24 +226,19 @@ impl Children {
         let (gate_end, gate) = (order.kind == PlanKind::Create).then(|| pipe2(OFlag::O_CLOEXEC)).transpose()?.unzip();
         let (console, terminal) = order.terminal.then(UnixStream::pair).transpose()?.unzip();
         let descriptors = Descriptors { stdio, report: theirs, gate: gate_end, console: console.map(OwnedFd::from) };
-        let init = match order.kind {
-            PlanKind::Exec | PlanKind::Poststart => Some(self.claimed(&order.init).ok_or(Errno::ESRCH)?),
-            PlanKind::Create | PlanKind::Poststop => None,
+        let plan = &order.plan;
+        let pid = match order.kind {
+            PlanKind::Create => perform::fork(|| perform::create(plan, descriptors))?,
+            PlanKind::Exec => {
+                let init = self.handle(&order.init)?;
+                perform::fork(|| perform::exec(plan, init, descriptors))?
+            }
+            PlanKind::Poststart => {
+                let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;
+                perform::fork(|| perform::poststart(plan, init, descriptors))?
+            }
+            PlanKind::Poststop => perform::fork(|| perform::poststop(plan, descriptors))?,
         };
-        let handle = match (order.kind, init) {
-            (PlanKind::Exec, Some((pid, claimed))) => Some(match &claimed.handle {
-                Some(handle) => handle.try_clone()?,
-                // Descriptors had run out. The child is not reaped, so its pid cannot mean another process.
-                None => sys::process::open(pid)?,
-            }),
-            _ => None,
-        };
-        let pid = perform::fork(|| match (order.kind, handle, init) {
-            (PlanKind::Create, ..) => perform::create(&order.plan, descriptors),
-            (PlanKind::Exec, Some(handle), _) => perform::exec(&order.plan, handle, descriptors),
-            (PlanKind::Poststart, _, Some((pid, _))) => perform::poststart(&order.plan, pid, descriptors),
-            (PlanKind::Exec | PlanKind::Poststart, ..) | (PlanKind::Poststop, ..) => perform::poststop(&order.plan, descriptors),
-        })?;
         Ok(Forked { pid, report, gate, terminal: terminal.map(OwnedFd::from) })
     }
 
@@ -367,14 +362,23 @@ impl Children {
         Some((pid, self.claimed.get(&pid)?))
     }
 
-    /// Signals a claimed process.
-    pub(crate) fn signal(&self, key: &str, signal: i32) -> io::Result<()> {
+    /// A handle of the process that is claimed under a key.
+    fn handle(&self, key: &str) -> io::Result<OwnedFd> {
         let (pid, claimed) = self.claimed(key).ok_or(Errno::ESRCH)?;
         match &claimed.handle {
-            Some(handle) => sys::process::signal(handle.as_fd(), signal),
+            Some(handle) => handle.try_clone(),
             None if claimed.foreign => Err(Errno::ESRCH.into()),
             // Descriptors had run out. The child is not reaped, so its pid cannot mean another process.
-            None => sys::process::signal(sys::process::open(pid)?.as_fd(), signal),
+            None => sys::process::open(pid),
+        }
+    }
+
+    /// Signals a claimed process.
+    pub(crate) fn signal(&self, key: &str, signal: i32) -> io::Result<()> {
+        match self.claimed(key).and_then(|(_, claimed)| claimed.handle.as_ref()) {
+            // Without a copy: descriptors may have run out.
+            Some(handle) => sys::process::signal(handle.as_fd(), signal),
+            None => sys::process::signal(self.handle(key)?.as_fd(), signal),
         }
     }
 

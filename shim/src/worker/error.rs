@@ -97,6 +97,9 @@ pub(crate) enum Error {
     NoTerminal { key: ProcessKey },
     #[error("OCI runtime {} failed: its performer was killed before it could report (status {status})", verb.name())]
     NoReport { verb: Verb, status: u32 },
+    /// The plan was not begun.
+    #[error("OCI runtime {} failed: {what}", verb.name())]
+    NotPerformed { verb: Verb, what: String, source: io::Error },
 }
 
 /// The codes of the wire that this shim uses.
@@ -161,6 +164,7 @@ impl Error {
             | Self::Outcome { .. }
             | Self::NoPid { .. }
             | Self::NoReport { .. }
+            | Self::NotPerformed { .. }
             | Self::NoTerminal { .. } => Code::Internal,
         }
     }

@@ -344,6 +344,21 @@ pub(crate) async fn a_wrapper_of_the_runtime_finds_init_pid(cx: Context) -> Resu
     Ok(())
 }
 
+/// As the next one. The native engine leaves the class of a processor's resources to the runtime, which here notes its call and fails.
+pub(crate) async fn what_ctr_asks_for_reaches_the_runtime(cx: Context) -> Result<()> {
+    needs_controller("cpu")?;
+    let cx = cx.with_own_daemon().await?;
+    let calls = cx.folder().join("calls");
+    for name in ["crun", "runc"] {
+        programs::script(&cx.daemon().bin(), name, &format!("#!/bin/sh\necho \"$@\" >> {}; exit 1\n", calls.display()))?;
+    }
+    let output = ctr_run(&cx, "c1", &["--detach", "--no-pivot", "--null-io", "--rdt-class", "x"])?.args(["/bin/true"]).output()?;
+    ensure!(!output.status.success(), "{}", output_text(&output));
+    let calls = std::fs::read_to_string(&calls).with_context(|| output_text(&output))?;
+    ensure!(calls.lines().any(|call| call.contains(" create ") && call.contains("--no-pivot")), "{calls}");
+    cx.daemon().is_alone().await
+}
+
 /// containerd's Go client up to 1.7 requests `--no-pivot` from a runtime other than runc's in an older message.
 pub(crate) async fn what_ctr_asks_for_is_taken(cx: Context) -> Result<()> {
     // ctr gives each container a share of it

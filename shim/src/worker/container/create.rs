@@ -189,7 +189,7 @@ pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record,
     let undone = match &record.engine {
         _ if is_taken => disown(shared, cause, record).await,
         // A performer that has reported a failure has removed everything; one that could not be forked has made nothing.
-        Engine::Native(_) if matches!(why, Error::Engine(_) | Error::TooMuch { .. }) || is_keepers(why) => Ok(()),
+        Engine::Native(_) if matches!(why, Error::Engine(_) | Error::TooMuch { .. } | Error::NotPerformed { .. }) => Ok(()),
         Engine::Native(engine) => native::undo(engine).await,
         Engine::Command(engine) if is_of_another(cause, engine, record).await => disown(shared, cause, record).await,
         Engine::Command(engine) => {
@@ -201,11 +201,6 @@ pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record,
         Ok(()) | Err(Error::Engine(EngineError::NoContainer { .. })) => {}
         Err(error) => log::warn!(container:%, error:% = error.chain(); "cannot remove the container after a failed Create"),
     }
-}
-
-/// Whether the keeper could not do what was asked.
-fn is_keepers(why: &Error) -> bool {
-    matches!(why, Error::Keeper { what, .. } if what.starts_with("perform "))
 }
 
 /// Another created a container of this id since it was found free. The command `delete` must not touch it either.

@@ -139,6 +139,7 @@ async fn make(cause: &Cause, key: &ProcessKey, order: Perform, verb: Verb) -> Re
         Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => {
             return Err(EngineError::NotRunning { verb, message: "container not running".into() }.into());
         }
+        Err(Error::Keeper { what, source }) => return Err(Error::NotPerformed { verb, what, source }),
         other => other?,
     };
     let pid = engine::reported_pid(verb, &exited)?.ok_or(Error::NoReport { verb, status: exited.status })?;

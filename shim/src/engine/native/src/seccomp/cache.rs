@@ -71,7 +71,7 @@ fn read(folder: &Path, key: &[u8]) -> Option<Filter> {
     decode(&entry, key)
 }
 
-/// Under another name first: whoever reads finds a whole entry or none.
+/// Writes an entry under a temporary name and renames it, so that a reader finds a whole entry or none.
 fn write(folder: &Path, key: &[u8], filter: &Filter) -> Option<()> {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     if !fs::exists(folder).ok()? {
