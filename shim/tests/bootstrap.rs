@@ -233,7 +233,10 @@ fn the_program_cannot_be_written_through_a_keeper_even_after_its_exit() {
     assert!(fs::metadata(&executable).is_ok_and(|own| own.ino() == fs::metadata(&installed).expect("is there").ino()));
     let line = fs::read_to_string(format!("/proc/{keeper}/cmdline")).expect("is there");
     assert!(line.ends_with(&format!("\0keeper\0{}\0", installed.display())), "the path is its last argument: {line}");
-    assert_eq!(fs::read_to_string(format!("/proc/{keeper}/comm")).expect("is there").trim(), "containerd-shim");
+    // `start` does not wait for what the keeper does first.
+    eventually("it has named itself", || {
+        fs::read_to_string(format!("/proc/{keeper}/comm")).is_ok_and(|name| name.trim() == "containerd-shim")
+    });
     // As a process in a container would hold it; here it needs a path to be opened again.
     let held = File::options().read(true).custom_flags(nix::libc::O_PATH).open(&executable).expect("is there");
     let write = || File::options().write(true).open(format!("/proc/self/fd/{}", held.as_raw_fd())).map(drop);
