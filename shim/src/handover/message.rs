@@ -239,6 +239,9 @@ pub(crate) enum PlanKind {
     /// Runs the hooks that follow a deletion.
     #[n(3)]
     Poststop,
+    /// Makes a process that does nothing, for systemd to start a unit with.
+    #[n(6)]
+    Placeholder,
 }
 
 impl PlanKind {
@@ -248,11 +251,17 @@ impl PlanKind {
             Self::Exec => "exec",
             Self::Poststart => "poststart hooks",
             Self::Poststop => "poststop hooks",
+            Self::Placeholder => "placeholder",
         }
     }
 
     /// Whether it leaves a process behind whose pid its report names.
     pub(crate) fn makes_process(self) -> bool {
+        matches!(self, Self::Create | Self::Exec | Self::Placeholder)
+    }
+
+    /// Whether that process has the streams of its key.
+    pub(crate) fn has_streams(self) -> bool {
         matches!(self, Self::Create | Self::Exec)
     }
 }

@@ -218,7 +218,7 @@ impl Children {
     fn fork(&self, order: &Perform, streams: &mut Streams) -> io::Result<Forked> {
         let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
         let stream = |stream, streams: &mut Streams| {
-            let end = if order.terminal || !order.kind.makes_process() { None } else { streams.take_process_end(&order.key, stream) };
+            let end = if order.terminal || !order.kind.has_streams() { None } else { streams.take_process_end(&order.key, stream) };
             end.map_or_else(null, Ok)
         };
         let stdio = [stream(Stream::Stdin, streams)?, stream(Stream::Stdout, streams)?, stream(Stream::Stderr, streams)?];
@@ -238,6 +238,7 @@ impl Children {
                 perform::fork(|| perform::poststart(plan, init, descriptors))?
             }
             PlanKind::Poststop => perform::fork(|| perform::poststop(plan, descriptors))?,
+            PlanKind::Placeholder => perform::fork(|| perform::placeholder(descriptors))?,
         };
         Ok(Forked { pid, report, gate, terminal: terminal.map(OwnedFd::from) })
     }

@@ -9,6 +9,7 @@ use x_engine::{Host, Refused, spec};
 use super::{CreateCall, Shared};
 use crate::engine::{self, CommandEngine, Engine, EngineError, NATIVE, NativeEngine, Verb};
 use crate::handover::Versions;
+use crate::systemd;
 use crate::worker::error::Error;
 use crate::worker::id::ContainerId;
 
@@ -77,20 +78,43 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
         return Err(unsupported(&format!("does not restore a checkpoint ({})", call.checkpoint)).into());
     }
     if options.systemd_cgroup {
-        return Err(unsupported("does not implement the option SystemdCgroup").into());
+        check_systemd(shared, &unsupported)?;
     }
     let refused = |why: Refused| engine::refused(Verb::Create, &why);
     let config = spec::parse(config).map_err(refused)?;
-    let host = blocking_read_host()?;
+    let mut host = blocking_read_host()?;
+    if options.systemd_cgroup {
+        host = host.with_init().map_err(|source| Error::Io { op: "read", path: "/proc/1/cgroup".into(), source })?;
+    }
     let filters = shared.settings.control_path.parent().map(|folder| folder.join(FILTERS));
     let request = Request {
         no_new_keyring: options.no_new_keyring,
         default_oom_score_adj: blocking_read_oom_score_adj(),
         filters: filters.as_deref(),
         no_pivot_root: options.no_pivot_root,
+        systemd_cgroup: options.systemd_cgroup,
         ..Request::new(id.as_str(), &call.bundle)
     };
     Ok(plan::create(&config, &request, &host).map_err(refused)?)
+}
+
+/// Whether systemd can be asked for cgroups.
+fn check_systemd(shared: &Shared, unsupported: &impl Fn(&str) -> EngineError) -> Result<(), Error> {
+    if shared.version.get() < Versions::HOLDS_UNITS {
+        return Err(unsupported("needs the keeper of a later build for the option SystemdCgroup: upgrade the shim with its keeper").into());
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(unsupported("does not implement the option SystemdCgroup for a user's own instance of systemd").into());
+    }
+    // Every other engine needs it as well.
+    if !systemd::blocking_is_running() {
+        let message = format!(
+            "the option SystemdCgroup needs systemd as the host's init, and there is no folder {}; unset it, and have the client use the cgroupfs driver",
+            systemd::RUNNING
+        );
+        return Err(EngineError::Failed { verb: Verb::Create, message }.into());
+    }
+    Ok(())
 }
 
 /// The folder beside the control sockets in which compiled filters of system calls are kept: all shims of a host have the same few.

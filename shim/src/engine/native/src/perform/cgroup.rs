@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::child::plain;
 use super::{Doing, Failure, Step, failure};
 use crate::control;
 use crate::plan::{Cgroup, Folder, Hierarchy};
@@ -39,8 +40,12 @@ impl Joining {
     /// Makes the folders. One that exists must be empty.
     pub(super) fn make(cgroup: &Cgroup) -> Result<(Self, Made), Failure> {
         let (mut joining, mut made) = (Self::default(), Made::default());
+        let systemds = cgroup.placeholder.and_then(|_| cgroup.of_systemd());
         let all = cgroup.folders.iter().try_for_each(|folder| {
-            make_folder(folder, &mut made)?;
+            if systemds == Some(folder) && !folder.absolute().is_dir() {
+                return Err(plain(Step::Cgroup, &format!("systemd's cgroup {} is gone", folder.absolute().display())));
+            }
+            make_folder(folder, cgroup.placeholder, &mut made)?;
             allow_realtime(folder)?;
             joining.open(folder)
         });
@@ -110,7 +115,7 @@ impl Joining {
     }
 }
 
-fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
+fn make_folder(folder: &Folder, placeholder: Option<u32>, made: &mut Made) -> Result<(), Failure> {
     let path = folder.absolute();
     if make(folder).doing(Step::Cgroup, || format!("make cgroup {}", path.display()))? {
         made.0.push(path.clone());
@@ -121,8 +126,13 @@ fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
     }
     let processes =
         fs::read(path.join("cgroup.procs")).doing(Step::Cgroup, || format!("read the processes of cgroup {}", path.display()))?;
-    if processes.is_empty() {
-        return Ok(());
+    let is_placeholder = |line: &[u8]| placeholder.is_some_and(|pid| line == pid.to_string().as_bytes());
+    if processes.split(|byte| *byte == b'\n').all(|line| line.is_empty() || is_placeholder(line)) {
+        // A folder of systemd's is there already.
+        let owner = folder.owner.filter(|_| placeholder.is_some());
+        return owner
+            .map_or(Ok(()), |owner| give(&path, owner))
+            .doing(Step::Cgroup, || format!("give cgroup {} to its user", path.display()));
     }
     Err(Failure { step: Step::Taken, what: format!("cgroup {} has processes already", path.display()), errno: 0 })
 }
@@ -130,7 +140,7 @@ fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
 /// Gives a folder of v1 its real-time budget. Without any, a process whose policy is real-time cannot join it.
 fn allow_realtime(folder: &Folder) -> Result<(), Failure> {
     let limits = folder.limits.iter().filter(|limit| limit.file.starts_with("cpu.rt_")).cloned().collect();
-    limit(&Cgroup { folders: vec![Folder { limits, devices: None, ..folder.clone() }] })
+    limit(&Cgroup { folders: vec![Folder { limits, devices: None, ..folder.clone() }], placeholder: None })
 }
 
 /// Makes a folder with its parents, and fills what a cpuset needs. Whether the last one is new.

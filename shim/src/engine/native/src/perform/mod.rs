@@ -44,7 +44,7 @@ mod sources;
 mod sync;
 mod terminal;
 
-pub use child::{create, exec, fork, poststart, poststop};
+pub use child::{create, exec, fork, placeholder, poststart, poststop};
 
 /// What a performer needs beside its plan. All others of its descriptors are closed.
 #[derive(Debug)]
