@@ -260,6 +260,11 @@ impl PlanKind {
         matches!(self, Self::Create | Self::Exec | Self::Placeholder)
     }
 
+    /// Whether that process waits at a gate.
+    pub(crate) fn has_gate(self) -> bool {
+        matches!(self, Self::Create | Self::Placeholder)
+    }
+
     /// Whether that process has the streams of its key.
     pub(crate) fn has_streams(self) -> bool {
         matches!(self, Self::Create | Self::Exec)

@@ -1,7 +1,7 @@
 //! Units of systemd's, in which it makes the cgroups of containers (the option SystemdCgroup).
 //!
 //! A scope is started with a process. That is a placeholder, a child of the keeper's: it outlives this worker, so that the next one finds the unit
-//! while the keeper performs the plan, and it ends with the keeper, so that a shim that is killed leaves no unit.
+//! while the keeper performs the plan. It ends with the request at the latest, and with the keeper, so that a shim that is killed leaves no unit.
 //!
 //! ```text
 //!  placeholder (the keeper's) ─▶ unit started with it ─▶ plan performed: init is born in its cgroup ─▶ limits ─▶ placeholder killed

@@ -59,22 +59,18 @@ pub fn poststop(container: &[u8], descriptors: Descriptors) -> ! {
     late_hooks(container, 0, descriptors, |hooks, state| hooks::run(&hooks.poststop, "poststop", state, cwd(hooks), &[]), "stopped")
 }
 
-/// Makes a process that does nothing, a child of the caller's parent: systemd wants one to start a scope with, before there is a container. As [`create`]; reports its
-/// pid. It ends with the parent, at any signal, and by itself after a while: of no use is one that was forgotten.
+/// Makes a process that does nothing but wait at its gate, a child of the caller's parent: systemd wants one to start a scope with, before there is a container. As
+/// [`create`]; reports its pid.
 pub fn placeholder(descriptors: Descriptors) -> ! {
     perform(descriptors, None, |kept, _| {
-        let parent = getppid();
+        let gate = kept.gate.as_ref().ok_or_else(|| plain(Step::Plan, "a placeholder without a gate would stay for ever"))?;
         match sys::clone_into(0, None).doing(Step::Child, || "make a placeholder".to_owned())? {
             Born::Parent { pid, .. } => Ok(pid),
             Born::Child => {
-                nix::unistd::alarm::set(PLACEHOLDER_SECONDS);
-                let is_tied = set_pdeathsig(Signal::SIGKILL).is_ok() && getppid() == parent;
-                if is_tied && kept.close_report().is_ok() {
-                    loop {
-                        nix::unistd::pause();
-                    }
+                if kept.close_others(&[]).is_ok() {
+                    init::wait_at(gate);
                 }
-                sys::exit_now(1)
+                sys::exit_now(0)
             }
         }
     })
@@ -385,9 +381,6 @@ const STATUS_OF_CLOSED_GATE: i32 = 137;
 
 /// As runc's.
 const STATUS_OF_FAILED_EXECUTION: i32 = 255;
-
-/// Longer than systemd may take to start a unit.
-const PLACEHOLDER_SECONDS: libc::c_uint = 120;
 
 /// How long a killed process may take to leave its cgroup.
 const KILL_MILLISECONDS: u16 = 10_000;
