@@ -222,3 +222,61 @@ pub(super) fn limit(cgroup: &Cgroup) -> Result<(), Failure> {
 
 /// More than the kernel writes there.
 const MAX_EVENTS_BYTES: u64 = 4 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder that looks like a cgroup with these processes.
+    fn folder(scratch: &scratch::Folder, processes: &str) -> Folder {
+        fs::create_dir_all(scratch.join("c")).expect("a folder");
+        fs::write(scratch.join("c/cgroup.procs"), processes).expect("a file");
+        Folder {
+            mount: scratch.display().to_string(),
+            path: "c".to_owned(),
+            hierarchy: Hierarchy::Unified,
+            limits: Vec::new(),
+            controllers: Vec::new(),
+            of: Vec::new(),
+            devices: None,
+            owner: None,
+        }
+    }
+
+    #[test]
+    fn a_folder_may_hold_its_placeholder_and_no_other_process() {
+        let scratch = scratch::Folder::new("placeholder");
+        for (processes, placeholder, is_free) in [
+            ("", None, true),
+            ("", Some(7), true),
+            ("7\n", Some(7), true),
+            ("7\n", None, false),
+            ("7\n", Some(70), false),
+            ("70\n", Some(7), false),
+            ("7\n8\n", Some(7), false),
+        ] {
+            let made = make_folder(&folder(&scratch, processes), placeholder, &mut Made::default());
+            match made {
+                Ok(()) => assert!(is_free, "{processes:?} {placeholder:?}"),
+                Err(failure) => assert!(!is_free && failure.step == Step::Taken, "{processes:?} {placeholder:?}: {failure:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn systemds_folder_is_not_made_in_its_place() {
+        let scratch = scratch::Folder::new("gone");
+        let own = |of: &[&str], path: &str| Folder {
+            path: path.to_owned(),
+            of: of.iter().map(|name| (*name).to_owned()).collect(),
+            hierarchy: if of.is_empty() { Hierarchy::Unified } else { Hierarchy::V1 },
+            ..folder(&scratch, "")
+        };
+        for folders in [vec![own(&[], "unified")], vec![own(&["name=systemd"], "systemd"), own(&[], "unified")]] {
+            let cgroup = Cgroup { folders, placeholder: Some(7) };
+            let failure = Joining::make(&cgroup).expect_err("nothing is there");
+            assert!(failure.what.contains("systemd's cgroup") && failure.what.ends_with("is gone"), "{failure:?}");
+        }
+        assert!(!scratch.join("unified").exists() && !scratch.join("systemd").exists());
+    }
+}

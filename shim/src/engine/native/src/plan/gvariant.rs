@@ -341,7 +341,8 @@ fn resolve(term: Term, expected: Option<&Type>) -> Result<Value, String> {
 fn resolve_number(text: &str, kind: char) -> Result<Value, String> {
     let out_of_range = || format!("{text} is not a number of type {kind}");
     if kind == 'd' {
-        return text.parse().map(Value::Double).map_err(|_| out_of_range());
+        // One that is not equal to itself would make two plans of one configuration differ.
+        return text.parse().ok().filter(|number: &f64| !number.is_nan()).map(Value::Double).ok_or_else(out_of_range);
     }
     let (is_negative, digits) = match text.strip_prefix(['+', '-']) {
         Some(digits) => (text.starts_with('-'), digits),
@@ -470,6 +471,7 @@ mod tests {
             ("1x", "is not a number"),
             ("--1", "is not a number"),
             ("'open", "has no end"),
+            ("nan", "is not a number of type d"),
             ("[]", "needs its type"),
             ("[1, 'a']", "is not of type i"),
             ("[1,]", "a value is missing after a comma"),
