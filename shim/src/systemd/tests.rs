@@ -63,10 +63,11 @@ impl Fake {
         let header = message.header();
         let member = header.member().expect("a method").to_string();
         let body = message.body();
-        let words = match body.deserialize::<Structure<'_>>() {
-            Ok(structure) => structure.to_string(),
-            Err(_) => body.deserialize::<&str>().unwrap_or_default().to_owned(),
-        };
+        let words = body.deserialize::<Structure<'_>>().map(|words| words.to_string()).unwrap_or_default();
+        // A single argument, or none.
+        let words =
+            words.strip_prefix('(').and_then(|words| words.strip_suffix(",)")).map_or(words.as_str(), |word| word.trim_matches('"'));
+        let words = if words == "()" { String::new() } else { words.to_owned() };
         self.calls.borrow_mut().push(format!("{member} {words}").trim_end().to_owned());
         let unit = words.trim_start_matches(['(', '"']).split('"').next().unwrap_or_default().to_owned();
         let exists = self.units.borrow().get(&unit).copied();
@@ -82,9 +83,10 @@ impl Fake {
                 let is_stop = member == "StopUnit";
                 // A unit that failed to start, or to stop, stays.
                 let stays = self.result != Some("done");
-                match is_stop && !stays {
-                    true => drop(self.units.borrow_mut().remove(&unit)),
-                    false => drop(self.units.borrow_mut().insert(unit.clone(), stays)),
+                if is_stop && !stays {
+                    self.units.borrow_mut().remove(&unit);
+                } else {
+                    self.units.borrow_mut().insert(unit.clone(), stays);
                 }
                 let job = |number: u32| ObjectPath::try_from(format!("{MANAGER}/job/{number}"));
                 // Another's, then this one, before its answer: as systemd may send them.
