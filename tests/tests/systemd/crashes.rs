@@ -2,6 +2,7 @@
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
+use shim_tests::bundle;
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::proc;
 use shim_tests::stand::Stand;
@@ -10,7 +11,7 @@ use shim_tests::ttrpc::refusal;
 use super::{nothing_is_left_of, scope, scoped, show};
 
 pub(crate) async fn a_failed_creation_leaves_nothing(stand: Stand) -> Result<()> {
-    let anchor = scoped(&stand, "anchor", &["sleep", "1000"])?.run().await?;
+    let anchor = scoped(&stand, "anchor-failing", &["sleep", "1000"])?.run().await?;
     let failing = scoped(&stand, "failing", &["/no/such/program"])?;
     failing.write()?;
     let (_, message) = refusal(anchor.task.create(&failing.request()).await)?;
@@ -74,12 +75,13 @@ pub(crate) async fn a_creation_that_kills_every_worker_leaves_nothing(stand: Sta
     let refused = task.create(&poison.request()).await;
     ensure!(refused.is_err(), "{refused:?}");
     poison.delete_command().await?;
+    bundle::leave(&task, poison.shim_pid()?, "poison").await?;
     nothing_is_left_of(&scope("poison")).await
 }
 
 pub(crate) async fn a_shim_that_is_killed_during_a_creation_leaves_nothing(stand: Stand) -> Result<()> {
     // The hook holds up the performer: init is in the scope, and the container not made.
-    let slow = scoped(&stand, "slow", &["sleep", "1000"])?.spec(|spec| spec.hook("createRuntime", "/bin/sh", &["sh", "-c", "sleep 1000"]));
+    let slow = scoped(&stand, "slow", &["sleep", "1000"])?.spec(|spec| spec.hook("createRuntime", "/bin/sleep", &["sleep", "1000"]));
     let task = slow.shim().await?;
     let shim = slow.shim_pid()?;
     let request = slow.request();

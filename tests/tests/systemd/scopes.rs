@@ -4,13 +4,12 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
-use shim_tests::bundle;
-use shim_tests::cgroups;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc;
 use shim_tests::runner::skip;
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Code, refusal};
+use shim_tests::{builds, bundle, cgroups};
 
 use super::{cgroup_of, folders, nothing_is_left_of, scope, scoped, show, slice, systemctl};
 
@@ -162,8 +161,7 @@ pub(crate) async fn devices_stay_as_they_were_asked_for(stand: Stand) -> Result<
     let mut check = async |when: &str| -> Result<()> {
         // /dev/null, /dev/zero and a terminal; and the system's console, which nothing allows.
         made += 1;
-        let script =
-            "head -c 4 /dev/zero > /dev/null && : < /dev/ptmx && { test -e /dev/other || mknod /dev/other c 5 1; } && ! : < /dev/other";
+        let script = "head -c 4 /dev/zero > /dev/null && dd if=/dev/ptmx count=0 && { test -e /dev/other || mknod /dev/other c 5 1; } && ! dd if=/dev/other count=0";
         let status = container.run(&format!("e{made}"), &["sh", "-c", script]).await?;
         ensure!(status == 0, "{when}: status {status}");
         let Ok(folder) = cgroups::of(container.pid, "devices") else { return Ok(()) };
@@ -210,7 +208,7 @@ pub(crate) async fn annotations_are_properties_of_the_scope(stand: Stand) -> Res
 }
 
 pub(crate) async fn what_is_no_property_is_refused_and_leaves_nothing(stand: Stand) -> Result<()> {
-    let anchor = scoped(&stand, "anchor", &["sleep", "1000"])?.run().await?;
+    let anchor = scoped(&stand, "anchor-unfit", &["sleep", "1000"])?.run().await?;
     for (key, value, words) in [
         ("org.systemd.property.TimeoutStopUSec", "hello", "annotations.org.systemd.property.TimeoutStopUSec"),
         ("org.systemd.property.PIDs", "[uint32 1]", "PIDs is the engine's to choose"),
@@ -235,7 +233,7 @@ pub(crate) async fn a_live_unit_of_the_name_is_left_alone(stand: Stand) -> Resul
     let refused = scoped(&stand, "taken", &["sleep", "1000"])?;
     let mut other = Command::new("systemd-run").args(["--scope", "--quiet", &format!("--unit={unit}"), "sleep", "1000"]).spawn()?;
     eventually_true("the other unit is active", SOON, || show(&unit, "ActiveState").is_ok_and(|state| state == "active")).await?;
-    let anchor = scoped(&stand, "anchor", &["sleep", "1000"])?.run().await?;
+    let anchor = scoped(&stand, "anchor-live", &["sleep", "1000"])?.run().await?;
     refused.write()?;
     let answer = refusal(anchor.task.create(&refused.request()).await);
     // The command `delete` of containerd follows a failed Create.
@@ -264,7 +262,10 @@ pub(crate) async fn a_container_can_be_in_a_slice(stand: Stand) -> Result<()> {
 pub(crate) async fn a_container_outlives_an_upgrade_of_its_shim(stand: Stand) -> Result<()> {
     let container = scoped(&stand, "upgraded", &["sleep", "1000"])?.run().await?;
     let worker = container.worker_pid().await?;
-    let output = bundle::run(stand.command(&["upgrade", "--namespace", stand.namespace(), "upgraded"]), &[]).await?;
+    let next = builds::make(stand.binary(), &stand.folder().join("next"), "build=2")?;
+    let mut command = tokio::process::Command::new(next);
+    command.args(["upgrade", "--namespace", stand.namespace(), "upgraded"]);
+    let output = bundle::run(command, &[]).await?;
     ensure!(output.status.success(), "{output:?}");
     eventually_true("another worker", SOON, || !proc::is_alive(worker)).await?;
     if cgroups::lacks("pids").is_none() {
