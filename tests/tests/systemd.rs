@@ -87,7 +87,8 @@ fn folders(unit: &str) -> Vec<PathBuf> {
 fn cgroup_of(pid: u32) -> Result<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let find = |prefix: &str| text.lines().filter_map(|line| line.split_once(':')).find_map(|(_, rest)| rest.strip_prefix(prefix));
-    find("name=systemd:").or_else(|| find(":")).map(str::to_owned).with_context(|| text.clone())
+    let own = if Path::new("/sys/fs/cgroup/systemd").is_dir() { "name=systemd:" } else { ":" };
+    find(own).map(str::to_owned).with_context(|| text.clone())
 }
 
 /// Waits until there is neither unit nor folder of the name.

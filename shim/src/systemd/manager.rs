@@ -95,7 +95,14 @@ impl Manager {
     pub(crate) async fn set(&self, name: &str, properties: &[Property]) -> Result<(), Error> {
         let call = |source| Error::Call { method: SET, unit: name.to_owned(), source };
         let body = (name, true, self.converted(properties).map_err(call)?);
-        self.call(SET, name, &body).await.map(drop)
+        self.call(SET, name, &body).await?;
+        self.until_written(name).await
+    }
+
+    /// systemd writes the files of a unit after its answer, and before it takes another message: waits for the answer to one.
+    async fn until_written(&self, name: &str) -> Result<(), Error> {
+        let asked = self.property(MANAGER_PATH, MANAGER, "Version").await;
+        asked.map(drop).map_err(|source| Error::Call { method: GET, unit: name.to_owned(), source })
     }
 
     /// Reads properties as they are, to be set again; those that cannot be read are left out.
@@ -113,7 +120,8 @@ impl Manager {
     /// Sets what was read.
     pub(crate) async fn set_back(&self, name: &str, values: &[(String, OwnedValue)]) -> Result<(), Error> {
         let values: Vec<(&str, &Value<'_>)> = values.iter().map(|(name, value)| (name.as_str(), &**value)).collect();
-        self.call(SET, name, &(name, true, values)).await.map(drop)
+        self.call(SET, name, &(name, true, values)).await?;
+        self.until_written(name).await
     }
 
     /// Stops a unit, and has systemd forget that it has failed, if it has. One that is not there is stopped.

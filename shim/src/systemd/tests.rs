@@ -211,6 +211,9 @@ fn properties_are_set_until_the_next_boot_and_can_be_set_back() {
     });
     set.expect("set");
     let sets: Vec<&String> = calls.iter().filter(|call| call.starts_with("SetUnitProperties")).collect();
+    // Each is followed by a question: systemd writes the files after its answer.
+    let after: Vec<&String> = calls.windows(2).filter(|pair| pair[0].starts_with("SetUnitProperties")).map(|pair| &pair[1]).collect();
+    assert!(after.len() == 2 && after.iter().all(|call| call.starts_with("Get ")), "{calls:?}");
     let expected = [
         r#"SetUnitProperties ("p-c1.scope", true, [("MemoryMax", <uint64 4096>), ("CPUQuotaPeriodUSec", <uint64 100000>)])"#,
         r#"SetUnitProperties ("p-c1.scope", true, [("MemoryMax", <uint64 7>), ("CPUQuotaPeriodUSec", <uint64 7>)])"#,

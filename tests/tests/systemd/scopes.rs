@@ -279,6 +279,8 @@ pub(crate) async fn a_container_outlives_an_upgrade_of_its_shim(stand: Stand) ->
 /// An operator has stopped it, or systemd was reinstalled.
 pub(crate) async fn a_scope_that_is_gone_is_no_reason_to_keep_a_container(stand: Stand) -> Result<()> {
     let container = scoped(&stand, "gone", &["sh", "-c", "trap 'exit 7' TERM; sleep 1000 & wait"])?.run().await?;
+    let has_set_its_trap = || proc::children(container.pid.cast_signed()).len() == 1;
+    eventually_true("it has a child", SOON, has_set_its_trap).await?;
     systemctl(&["stop", &scope("gone")])?;
     ensure!(container.task.wait("gone", "").await? == 7);
     container.shut_down().await?;
