@@ -25,18 +25,18 @@ pub(crate) async fn a_failed_creation_leaves_nothing(stand: Stand) -> Result<()>
 }
 
 /// The messages of a worker, by their numbers, from a creation without crashes.
-async fn messages_of_a_creation(stand: &Stand) -> Result<Vec<String>> {
+async fn messages_of_a_creation(stand: &Stand, id: &str) -> Result<Vec<String>> {
     let plans = stand.folder().join("plans");
     fs::create_dir_all(&plans)?;
-    fs::write(plans.join("traced"), "")?;
-    let container = scoped(stand, "traced", &["sleep", "1000"])?.env("X_FAULT", &plans.display().to_string()).create().await?;
+    fs::write(plans.join(id), "")?;
+    let container = scoped(stand, id, &["sleep", "1000"])?.env("X_FAULT", &plans.display().to_string()).create().await?;
     container.shut_down().await?;
-    let trace = fs::read_to_string(plans.join("traced.trace")).context("a shim with the feature fault-injection")?;
+    let trace = fs::read_to_string(plans.join(format!("{id}.trace"))).context("a shim with the feature fault-injection")?;
     Ok(trace.lines().filter_map(|line| line.strip_prefix("out ")).map(str::to_owned).collect())
 }
 
 pub(crate) async fn a_worker_that_is_killed_at_any_message_of_a_creation_is_not_noticed(stand: Stand) -> Result<()> {
-    let messages = messages_of_a_creation(&stand).await?;
+    let messages = messages_of_a_creation(&stand, "traced-once").await?;
     // From the placeholder on; the commit answers.
     let first = messages.iter().position(|message| message.ends_with(".24")).context("no placeholder was made")?;
     let last = first + messages[first..].iter().position(|message| message.starts_with("commit")).context("no commit")?;
@@ -63,7 +63,7 @@ pub(crate) async fn a_worker_that_is_killed_at_any_message_of_a_creation_is_not_
 }
 
 pub(crate) async fn a_creation_that_kills_every_worker_leaves_nothing(stand: Stand) -> Result<()> {
-    let messages = messages_of_a_creation(&stand).await?;
+    let messages = messages_of_a_creation(&stand, "traced-poison").await?;
     // The unit is started, its plan not performed.
     let number = 1 + messages.iter().position(|message| message.ends_with(".5")).context("no plan was performed")?;
     let plans = stand.folder().join("plans");
