@@ -37,7 +37,7 @@ pub use hooks::{Hook, Hooks, State};
 pub(crate) use identity::number as capability_number;
 pub use make::{Request, create, exec, update};
 pub(crate) use options::{IDMAP, RDONLY};
-pub use root::{Classic, RootMount, can_mount_root};
+pub use root::{Classic, RootMount, check_root_mounts, relative_layers};
 pub use scheduling::{Affinity, MemoryPolicy, Range, Scheduler, Scheduling};
 pub(crate) use scheduling::{MAX_NODES, MAX_PROCESSORS};
 pub use users::{IdRange, Mappings};

@@ -434,54 +434,111 @@ fn a_private_root_needs_pivot_root() {
 
 #[test]
 fn a_root_is_mounted_in_the_container_unless_the_host_needs_it() {
-    use super::super::{RootMount, can_mount_root};
+    use super::super::{RootMount, check_root_mounts};
     let words = |words: &[&str]| -> Vec<String> { words.iter().map(|word| (*word).to_owned()).collect() };
-    let overlay = words(&["lowerdir=/a:/b", "upperdir=/u", "workdir=/w", "index=off"]);
+    let overlay = words(&["lowerdir=/a:/b", "upperdir=/u", "workdir=/w", "index=off", "volatile"]);
     let mut config = full();
     config["linux"]["seccomp"] = Value::Null;
     let parsed = |config: &Value| spec::parse(config.to_string().as_bytes()).expect("parsed");
+    let refusal = |config: &Value, mounts: &[RootMount<'_>]| check_root_mounts(&parsed(config), mounts).err().map(|error| error.to_string());
     let mounts = [RootMount { kind: "overlay", source: "overlay", options: &overlay }];
     // Hooks.
-    assert!(!can_mount_root(&parsed(&config), &mounts));
     for name in ["prestart", "createRuntime", "createContainer"] {
         let mut one = config.clone();
         one["hooks"] = json!({ name: [{ "path": "/h" }] });
-        assert!(!can_mount_root(&parsed(&one), &mounts), "{name}");
+        assert_eq!(refusal(&one, &mounts), Some(format!("hooks.{name}: needs a root that is mounted on the host")));
     }
-    config["hooks"] = json!({ "prestart": [], "startContainer": [{ "path": "/h" }], "poststop": [{ "path": "/h" }] });
-    assert!(can_mount_root(&parsed(&config), &mounts));
-    // Mounts that something else than the kernel has to understand.
-    for (kind, source, options) in [
-        ("overlay", "overlay", &["lowerdir=/a", "uidmap=0:1:2"][..]),
-        ("ext4", "/image", &["loop"]),
-        ("ext4", "/image", &["X-containerd.mkfs.size=1"]),
-        ("format/overlay", "overlay", &["lowerdir={{ mount 0 }}"]),
-        ("", "x", &[]),
-        ("bind", "relative", &["rbind"]),
-        ("bind", "/x", &["rbind", "size=1"]),
-        ("none", "/x", &["remount", "bind"]),
-    ] {
-        let options = words(options);
-        assert!(!can_mount_root(&parsed(&config), &[RootMount { kind, source, options: &options }]), "{kind} {options:?}");
-    }
+    config["hooks"] = json!({ "prestart": [], "poststart": [{ "path": "/h" }], "startContainer": [{ "path": "/h" }], "poststop": [{ "path": "/h" }] });
+    assert_eq!(refusal(&config, &mounts), None);
     let request = Request { root_mounts: &mounts, ..request() };
     let plan = create(&parsed(&config), &request, &host()).expect("accepted");
     assert_eq!(plan.root_mounts.len(), 1);
     let bytes = minicbor::to_vec(&plan).expect("encoded");
     assert_eq!(minicbor::decode::<Create>(&bytes).expect("decoded"), plan);
     // Without a mount namespace of its own the mounts would be elsewhere.
-    config["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/mnt");
-    assert!(!can_mount_root(&parsed(&config), &mounts));
-    assert!(create(&parsed(&config), &request, &host()).is_err());
-    // How they are made depends on the length of their options.
-    let long = words(&[&format!("lowerdir=/a:/{}", "x".repeat(300)), "ro"]);
-    let longer = words(&[&format!("lowerdir=/a:/{}", "x/".repeat(3000))]);
-    let source = |options: &[String]| {
-        super::super::root::plan(&[RootMount { kind: "overlay", source: "o", options }]).expect("planned").remove(0).source
+    let mut joined = config.clone();
+    joined["linux"]["namespaces"][0]["path"] = json!("/proc/1/ns/mnt");
+    assert!(refusal(&joined, &mounts).is_some());
+    assert!(create(&parsed(&joined), &request, &host()).is_err());
+    assert_eq!(refusal(&joined, &[]), None);
+}
+
+#[test]
+fn only_mounts_that_the_kernel_alone_understands_are_made_in_the_container() {
+    use super::super::{RootMount, check_root_mounts};
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    config["hooks"] = Value::Null;
+    config["linux"]["namespaces"] = json!([{ "type": "mount" }]);
+    let is_taken = |config: &Value, kind: &str, source: &str, options: &[&str]| {
+        let options: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
+        let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
+        check_root_mounts(&spec, &[RootMount { kind, source, options: &options }]).is_ok()
     };
-    assert!(matches!(source(&overlay), Source::New { parameters, .. } if parameters[1].0 == "lowerdir"));
-    assert!(matches!(source(&long), Source::Classic(classic) if classic.data == long[0]));
-    assert!(matches!(source(&longer), Source::New { parameters, .. } if parameters[1] == ("lowerdir+".to_owned(), Some("/a".to_owned()))));
+    let long = format!("upperdir=/{}", "x".repeat(4096));
+    for (kind, source, options) in [
+        ("overlay", "overlay", &["lowerdir=/a", "uidmap=0:1:2"][..]),
+        ("overlay", "overlay", &["lowerdir=/a", &long]),
+        ("overlay", "overlay", &["lowerdir=/a,b", "sync"]),
+        ("overlay", "overlay", &["lowerdir=/a", "rslave"]),
+        ("overlay", "overlay", &["lowerdir=/a", "nodev,noexec"]),
+        ("ext4", "/image", &["loop"]),
+        ("ext4", "/image", &["X-containerd.mkfs.size=1"]),
+        ("format/overlay", "overlay", &["lowerdir={{ mount 0 }}"]),
+        ("fuse.program", "x", &[]),
+        ("", "x", &[]),
+        ("bind", "relative", &["rbind"]),
+        ("bind", "/x", &["rbind", "size=1"]),
+        ("none", "/x", &["remount", "bind"]),
+    ] {
+        assert!(!is_taken(&config, kind, source, options), "{kind} {options:?}");
+    }
+    // Attributes that its root could change.
+    let mut mapped = config.clone();
+    mapped["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({ "type": "user" }));
+    for (options, is_taken_mapped) in [
+        (&["rbind", "rw"][..], true),
+        (&["rbind"], true),
+        (&["rbind", "ro"], false),
+        (&["rbind", "nosuid"], false),
+        (&["rbind", "dev"], false),
+    ] {
+        assert!(is_taken(&config, "bind", "/x", options));
+        assert_eq!(is_taken(&mapped, "bind", "/x", options), is_taken_mapped, "{options:?}");
+    }
+    mapped["linux"]["namespaces"][1]["path"] = json!("/proc/1/ns/user");
+    assert!(!is_taken(&mapped, "bind", "/x", &["rbind", "ro"]));
+}
+
+#[test]
+fn how_a_root_is_mounted_depends_on_the_values_of_its_options() {
+    use super::super::{Classic, RootMount};
+    let mut config = full();
+    config["linux"]["seccomp"] = Value::Null;
+    config["hooks"] = Value::Null;
+    config["linux"]["namespaces"] = json!([{ "type": "mount" }]);
+    let spec = spec::parse(config.to_string().as_bytes()).expect("parsed");
+    let source = |options: &[&str]| {
+        let options: Vec<String> = options.iter().map(|word| (*word).to_owned()).collect();
+        super::super::root::plan(&spec, &[RootMount { kind: "overlay", source: "o", options: &options }]).expect("planned").remove(0).source
+    };
+    let classic = |data: &str, base: Option<&str>| {
+        Source::Classic(Classic { kind: "overlay".into(), source: "o".into(), data: data.into(), base: base.map(str::to_owned) })
+    };
+    assert!(matches!(source(&["lowerdir=/a:/b", "ro"]), Source::New { parameters, .. } if parameters[2].0 == "lowerdir"));
+    let long = format!("lowerdir=/a:/{}", "x".repeat(300));
+    assert_eq!(source(&[&long, "ro", "volatile"]), classic(&format!("{long},volatile"), None));
+    // mount(2) reads them as fstab has them.
+    for word in ["context=\"a:b:c1,c2\"", "upperdir=/a\\,b", "upperdir=/a\\:b"] {
+        assert_eq!(source(&["lowerdir=/a", word]), classic(&format!("lowerdir=/a,{word}"), None));
+    }
+    // Relative to a folder that they share, or else folder by folder.
+    let layers = |base: &str, name: &str| (0..60).map(|number| format!("{base}{number}{name}")).collect::<Vec<_>>().join(":");
+    let base = format!("/{}/", "y".repeat(80));
+    let lower = format!("lowerdir={}", layers(&base, "/fs"));
+    assert_eq!(source(&[&lower, "index=off"]), classic(&format!("lowerdir={},index=off", layers("", "/fs")), Some(&base)));
+    let lower = format!("lowerdir={}", layers("/", &"z".repeat(80)));
+    assert!(matches!(source(&[&lower]), Source::New { parameters, .. } if parameters[1].0 == "lowerdir+" && parameters.len() == 61));
 }
 
 #[test]
