@@ -58,7 +58,9 @@ fn overlay(stand: &Stand, id: &str) -> Result<Mount> {
 pub(crate) async fn the_host_does_not_see_the_root_of_a_native_container(stand: Stand) -> Result<()> {
     let stand = native(&stand)?;
     let later = |bundle: Bundle| {
-        ["startContainer", "poststart", "poststop"].into_iter().fold(bundle, |bundle, kind| bundle.spec(|spec| spec.hook(kind, "/bin/true", &["true"])))
+        ["startContainer", "poststart", "poststop"]
+            .into_iter()
+            .fold(bundle, |bundle, kind| bundle.spec(|spec| spec.hook(kind, "/bin/true", &["true"])))
     };
     for id in ["bind", "overlay", "hooks", "user"] {
         let mut bundle = stand.bundle(id, &["sh", "-c", "echo > /root/made; exec sleep 1000"]);

@@ -115,6 +115,8 @@ fn root_mounts<'a>(id: &ContainerId, call: &'a CreateCall, config: &Spec) -> Vec
     let mounts: Vec<_> =
         call.mounts.iter().map(|mount| RootMount { kind: &mount.kind, source: &mount.source, options: &mount.options }).collect();
     let reason = match call.mounts.iter().find(|mount| !mount.target.trim_matches('/').is_empty()) {
+        // criu looks for it there.
+        _ if !call.checkpoint.is_empty() => "the container is restored from a checkpoint".to_owned(),
         Some(mount) => format!("{} is to be mounted below it, at {}", mount.kind, mount.target),
         None => match plan::check_root_mounts(config, &mounts) {
             Ok(()) => return mounts,

@@ -6,6 +6,7 @@ use x_engine::plan;
 
 use super::choose::{Begun, Chosen, blocking_choose};
 use super::execs::Execs;
+use super::kill::kill_unclaimed;
 use super::streams::Plan;
 use super::verb::run_verb;
 use super::{Change, Container, Event, EventKind, Process, Record, Reply, Shared, Streams, journal, native};
@@ -250,7 +251,7 @@ impl ProcessFiles {
         match text.trim().parse() {
             Ok(0) | Err(_) => Err(no_pid(std::io::ErrorKind::InvalidData.into())),
             Ok(pid) if wants_terminal && !exited.terminal => {
-                native::kill_unclaimed(pid);
+                kill_unclaimed(pid);
                 Err(Error::NoTerminal { key: self.key.clone() })
             }
             Ok(pid) => Ok(pid),

@@ -144,17 +144,14 @@ pub(super) fn make_root(path: &Path, mount: &Mount) -> Result<OwnedFd, Failure> 
             bind().doing(Step::RootMount, || name("bind", source))
         }
         Source::Classic(classic) => classic_root(path, classic, mount).doing(Step::RootMount, || name(&classic.kind, &classic.source)),
-        Source::Link { .. } | Source::Existing { .. } => Err(Errno::EINVAL).doing(Step::Root, || format!("mount a root at {}", path.display())),
+        Source::Link { .. } | Source::Existing { .. } => {
+            Err(Errno::EINVAL).doing(Step::Root, || format!("mount a root at {}", path.display()))
+        }
     }
 }
 
 /// `complaint`: what the file system itself says about a failure.
-fn new_root(
-    kind: &str,
-    parameters: &[(String, Option<String>)],
-    mount: &Mount,
-    complaint: &mut Option<String>,
-) -> io::Result<OwnedFd> {
+fn new_root(kind: &str, parameters: &[(String, Option<String>)], mount: &Mount, complaint: &mut Option<String>) -> io::Result<OwnedFd> {
     let context = FsContext::open(kind)?;
     let configured = parameters.iter().try_for_each(|(key, value)| context.set(key, value.as_deref()));
     let made = configured.and_then(|()| context.mount(mount.attributes.set));

@@ -77,9 +77,8 @@ fn namespaces(spec: &Spec) -> impl Iterator<Item = LinuxNamespaceType> {
 fn one(mount: &RootMount<'_>, has_user_namespace: bool, field: &str) -> Result<Mount, Refused> {
     let options = options::sort(mount.options.iter().map(String::as_str));
     // Words of the program that mounts, not of the kernel; and lists of words in one.
-    let is_foreign = |word: &str| {
-        matches!(word, "loop" | "uidmap" | "gidmap") || word.starts_with("X-") || word.starts_with("x-") || word.contains(',')
-    };
+    let is_foreign =
+        |word: &str| matches!(word, "loop" | "uidmap" | "gidmap") || word.starts_with("X-") || word.starts_with("x-") || word.contains(',');
     let foreign = options.parameters.iter().map(|(word, _)| word.as_str()).find(|word| is_foreign(word));
     if let Some(word) = foreign {
         return Err(Refused::unsupported(format!("{field}.options {word}")));

@@ -440,7 +440,8 @@ fn a_root_is_mounted_in_the_container_unless_the_host_needs_it() {
     let mut config = full();
     config["linux"]["seccomp"] = Value::Null;
     let parsed = |config: &Value| spec::parse(config.to_string().as_bytes()).expect("parsed");
-    let refusal = |config: &Value, mounts: &[RootMount<'_>]| check_root_mounts(&parsed(config), mounts).err().map(|error| error.to_string());
+    let refusal =
+        |config: &Value, mounts: &[RootMount<'_>]| check_root_mounts(&parsed(config), mounts).err().map(|error| error.to_string());
     let mounts = [RootMount { kind: "overlay", source: "overlay", options: &overlay }];
     // Hooks.
     for name in ["prestart", "createRuntime", "createContainer"] {
@@ -448,7 +449,8 @@ fn a_root_is_mounted_in_the_container_unless_the_host_needs_it() {
         one["hooks"] = json!({ name: [{ "path": "/h" }] });
         assert_eq!(refusal(&one, &mounts), Some(format!("hooks.{name}: needs a root that is mounted on the host")));
     }
-    config["hooks"] = json!({ "prestart": [], "poststart": [{ "path": "/h" }], "startContainer": [{ "path": "/h" }], "poststop": [{ "path": "/h" }] });
+    config["hooks"] =
+        json!({ "prestart": [], "poststart": [{ "path": "/h" }], "startContainer": [{ "path": "/h" }], "poststop": [{ "path": "/h" }] });
     assert_eq!(refusal(&config, &mounts), None);
     let request = Request { root_mounts: &mounts, ..request() };
     let plan = create(&parsed(&config), &request, &host()).expect("accepted");
