@@ -122,7 +122,7 @@ fn nested_cgroups_that_are_frozen_hinder_no_deletion() {
     config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
     let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
     stage.start("c");
-    crate::stage::eventually("it runs", || stage.count("c") == 3);
+    scratch::eventually("it runs", || stage.count("c") == 3);
     let freezer = stage.cgroups().into_iter().find(|folder| folder.join("freezer.state").exists()).expect("a freezer");
     let nested = freezer.join("a/b");
     fs::create_dir_all(&nested).expect("cgroups below");
