@@ -136,7 +136,7 @@ fn a_bind_keeps_the_attributes_of_its_source() {
         }
         let init = created.expect("created");
         let mounts = stage.on_host(&format!("cat /proc/{}/mountinfo", init.pid));
-        let of_root = mounts.lines().filter(|line| line.split(' ').nth(4) == Some("/")).last().expect("a root");
+        let of_root = mounts.lines().rfind(|line| line.split(' ').nth(4) == Some("/")).expect("a root");
         assert!(of_root.split(' ').nth(5).expect("attributes").starts_with(expected), "{expected}: {of_root}");
         stage.delete("c").expect("deleted");
     }
