@@ -25,6 +25,8 @@ mod logging;
 mod options;
 #[path = "protocol/retries.rs"]
 mod retries;
+#[path = "protocol/roots.rs"]
+mod roots;
 #[path = "protocol/runtimes.rs"]
 mod runtimes;
 #[path = "protocol/shutdown.rs"]
@@ -152,6 +154,14 @@ fn main() -> ExitCode {
         the_delete_of_a_deleted_exec_finds_nothing,
         delete_names_the_root_file_system_that_is_in_use,
         a_request_whose_deadline_has_passed_is_not_carried_out,
+    ]);
+    cases.extend(direct_cases![roots:
+        the_host_does_not_see_the_root_of_a_native_container,
+        a_hook_that_looks_for_the_root_on_the_host_finds_it,
+        a_root_that_the_kernel_alone_cannot_mount_is_mounted_on_the_host,
+        a_root_that_cannot_be_mounted_is_named_wherever_it_is,
+        delete_removes_a_native_container_whose_root_the_host_never_saw,
+        delete_removes_a_container_whose_keeper_was_killed_during_a_hook,
     ]);
     cases.extend(direct_cases![streams:
         what_a_full_disk_costs_is_counted_in_the_log,

@@ -40,8 +40,6 @@ pub(crate) enum CgroupError {
     Io { op: &'static str, path: PathBuf, source: std::io::Error },
     #[error("cgroup of process {pid}: {what} is not the path of a cgroup")]
     Malformed { pid: u32, what: String },
-    #[error("kill every process of {}: it forks faster than it can be killed ({left} left)", path.display())]
-    KeepAppearing { path: PathBuf, left: usize },
     #[error("the container has no memory cgroup of its own")]
     NoMemory,
 }

@@ -259,7 +259,7 @@ mod tests {
         ] {
             let kind_of = match complaint(1, &format!("{{\"level\":\"error\",\"msg\":{message:?}}}"), "") {
                 EngineError::NoContainer { .. } => "none",
-                EngineError::Exists { .. } | EngineError::Gone { .. } => "other",
+                EngineError::Exists { .. } | EngineError::Gone { .. } | EngineError::Rootfs { .. } => "other",
                 EngineError::NotRunning { .. } => "rest",
                 EngineError::Unsupported { .. } => "verb",
                 EngineError::Failed { .. } => "failed",

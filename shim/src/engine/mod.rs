@@ -186,6 +186,9 @@ pub(crate) enum EngineError {
     /// The engine has no such verb.
     #[error("OCI runtime {} failed: {message}", verb.name())]
     Unsupported { verb: Verb, message: String },
+    /// The native engine cannot mount the root file system. The text is that of a mount on the host.
+    #[error("{message}")]
+    Rootfs { message: String },
     /// Anything else.
     #[error("OCI runtime {} failed: {message}", verb.name())]
     Failed { verb: Verb, message: String },

@@ -63,6 +63,7 @@ fn complaint(verb: Verb, failure: &Failure) -> EngineError {
     let message = failure.to_string();
     match failure.step {
         Step::Taken => EngineError::Exists { verb, message },
+        Step::RootMount => EngineError::Rootfs { message },
         Step::Gone => EngineError::NotRunning { verb, message },
         _ => EngineError::Failed { verb, message },
     }

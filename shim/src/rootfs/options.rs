@@ -128,23 +128,10 @@ const PROPAGATIONS: [(&str, MsFlags); 8] = [
 /// with names relative to it. `None` where that does not apply.
 pub(super) fn compact_overlay(data: &[String]) -> Option<(String, Vec<String>)> {
     let at = data.iter().position(|option| option.starts_with("lowerdir="))?;
-    let folders: Vec<&str> = data[at]["lowerdir=".len()..].split(':').collect();
-    // `::` begins folders that hold data only, `\:` is a colon in a name.
-    if folders.iter().any(|folder| !folder.starts_with('/') || folder.contains('\\')) {
-        return None;
-    }
-    let (first, rest) = folders.split_first()?;
-    let shared =
-        rest.iter().fold(first.len(), |length, folder| first.bytes().zip(folder.bytes()).take(length).take_while(|(a, b)| a == b).count());
-    // Back to a whole component: the snapshots 12 and 17 share a 1.
-    let base = &first[..=first[..shared].rfind('/')?];
-    let names: Vec<&str> = folders.iter().map(|folder| &folder[base.len()..]).collect();
-    if base == "/" || names.iter().any(|name| name.is_empty()) {
-        return None;
-    }
+    let (base, list) = x_engine::plan::relative_layers(&data[at]["lowerdir=".len()..])?;
     let mut data = data.to_vec();
-    data[at] = format!("lowerdir={}", names.join(":"));
-    Some((base.to_owned(), data))
+    data[at] = format!("lowerdir={list}");
+    Some((base, data))
 }
 
 #[cfg(test)]
@@ -194,22 +181,11 @@ mod tests {
     }
 
     #[test]
-    fn lower_folders_become_relative_to_the_one_they_share() {
-        for (lower, expected) in [
-            ("/s/12/fs:/s/17/fs", Some(("/s/", "12/fs:17/fs"))),
-            ("/s/1:/s/12", Some(("/s/", "1:12"))),
-            ("/s/1/fs", Some(("/s/1/", "fs"))),
-            ("/a/fs:/b/fs", None),
-            ("/s:/s/1", None),
-            ("/s/1:rel", None),
-            ("/s/1::/s/2", None),
-            ("/s/1\\:x:/s/2", None),
-        ] {
-            let data = strings(&["index=off", &format!("lowerdir={lower}"), "upperdir=/u"]);
-            let expected =
-                expected.map(|(base, lower)| (base.to_owned(), strings(&["index=off", &format!("lowerdir={lower}"), "upperdir=/u"])));
-            assert_eq!(compact_overlay(&data), expected, "{lower}");
-        }
+    fn the_list_of_lower_folders_is_shortened_in_its_place() {
+        let data = strings(&["index=off", "lowerdir=/s/12/fs:/s/17/fs", "upperdir=/u"]);
+        let expected = strings(&["index=off", "lowerdir=12/fs:17/fs", "upperdir=/u"]);
+        assert_eq!(compact_overlay(&data), Some(("/s/".to_owned(), expected)));
+        assert_eq!(compact_overlay(&strings(&["lowerdir=/a/fs:/b/fs"])), None);
         assert_eq!(compact_overlay(&strings(&["upperdir=/u"])), None);
     }
 }

@@ -61,7 +61,7 @@ impl Manager {
     /// Errors: [`Error::Exists`] if one of the name is active; one that has failed before is replaced.
     pub(crate) async fn start(&self, unit: &Unit, pids: &[u32]) -> Result<(), Error> {
         let name = unit.name.as_str();
-        let call = |source| Error::Call { method: START, unit: name.to_owned(), source };
+        let call = |source| failed(START, name, source);
         let mut properties = self.converted(&unit.properties).map_err(call)?;
         if !pids.is_empty() {
             properties.push(("PIDs", pids.to_vec().into()));
@@ -93,7 +93,7 @@ impl Manager {
 
     /// Changes properties, until the next boot.
     pub(crate) async fn set(&self, name: &str, properties: &[Property]) -> Result<(), Error> {
-        let call = |source| Error::Call { method: SET, unit: name.to_owned(), source };
+        let call = |source| failed(SET, name, source);
         let body = (name, true, self.converted(properties).map_err(call)?);
         self.call(SET, name, &body).await?;
         self.until_written(name).await
@@ -102,7 +102,7 @@ impl Manager {
     /// systemd writes the files of a unit after its answer, and before it takes another message: waits for the answer to one.
     async fn until_written(&self, name: &str) -> Result<(), Error> {
         let asked = self.property(MANAGER_PATH, MANAGER, "Version").await;
-        asked.map(drop).map_err(|source| Error::Call { method: GET, unit: name.to_owned(), source })
+        asked.map(drop).map_err(|source| failed(GET, name, source))
     }
 
     /// Reads properties as they are, to be set again; those that cannot be read are left out.
@@ -150,7 +150,7 @@ impl Manager {
     }
 
     async fn control_group(&self, name: &str) -> Result<String, Error> {
-        let call = |source| Error::Call { method: GET, unit: name.to_owned(), source };
+        let call = |source| failed(GET, name, source);
         let path = self.path_of(name).await?;
         let value = self.property(path.as_str(), interface_of(name), "ControlGroup").await.map_err(call)?;
         String::try_from(value).map_err(|error| call(error.into()))
@@ -158,7 +158,7 @@ impl Manager {
 
     async fn path_of(&self, name: &str) -> Result<OwnedObjectPath, Error> {
         let answer = self.call(GET_UNIT, name, &name).await?;
-        answer.body().deserialize().map_err(|source| Error::Call { method: GET_UNIT, unit: name.to_owned(), source })
+        answer.body().deserialize().map_err(|source| failed(GET_UNIT, name, source))
     }
 
     /// Calls a method that answers with a job, and waits for the job's end.
@@ -169,7 +169,7 @@ impl Manager {
         method: &'static str,
         body: &(impl serde::Serialize + DynamicType),
     ) -> Result<(), Error> {
-        let failed = |source| Error::Call { method, unit: unit.to_owned(), source };
+        let failed = |source| failed(method, unit, source);
         // Before the call: the job may have ended when its answer is read. Of this unit alone, so that no other's fill the queue.
         let rule = || {
             let rule =
@@ -199,7 +199,7 @@ impl Manager {
 
     async fn call(&self, method: &'static str, unit: &str, body: &(impl serde::Serialize + DynamicType)) -> Result<Message, Error> {
         let answer = self.connection.call_method(self.destination(), MANAGER_PATH, Some(MANAGER), method, body).await;
-        answer.map_err(|source| Error::Call { method, unit: unit.to_owned(), source })
+        answer.map_err(|source| failed(method, unit, source))
     }
 
     async fn property(&self, path: &str, interface: &str, name: &str) -> zbus::Result<OwnedValue> {
@@ -228,8 +228,12 @@ fn interface_of(unit: &str) -> &'static str {
     if unit.ends_with(".slice") { "org.freedesktop.systemd1.Slice" } else { "org.freedesktop.systemd1.Scope" }
 }
 
+fn failed(method: &'static str, unit: &str, source: zbus::Error) -> Error {
+    Error::Call { method, unit: unit.to_owned(), source: Box::new(source) }
+}
+
 fn is_named(error: &Error, name: &str) -> bool {
-    matches!(error, Error::Call { source: zbus::Error::MethodError(found, ..), .. } if found.as_str() == name)
+    matches!(error, Error::Call { source, .. } if matches!(&**source, zbus::Error::MethodError(found, ..) if found.as_str() == name))
 }
 
 /// As runc and others: the variable that names another bus.

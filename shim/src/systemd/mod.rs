@@ -23,7 +23,7 @@ pub(crate) enum Error {
     #[error("cannot reach systemd, which the option SystemdCgroup needs: tried {tried}; is it the host's init, and its bus up?")]
     Unreachable { tried: String },
     #[error("systemd: {method} of unit {unit}")]
-    Call { method: &'static str, unit: String, source: zbus::Error },
+    Call { method: &'static str, unit: String, source: Box<zbus::Error> },
     /// A unit of the name is active, and it is not ours.
     #[error("systemd: unit {unit} already exists, with processes or as part of something else; stop it with `systemctl stop {unit}`")]
     Exists { unit: String },

@@ -159,6 +159,7 @@ impl Error {
             Self::Rootfs(MountError::Busy { .. }) => Code::FailedPrecondition,
             // Something missing on the host is never `NotFound`: clients take that for the end of the container.
             Self::Rootfs(_)
+            | Self::Engine(EngineError::Rootfs { .. })
             | Self::Io { .. }
             | Self::Keeper { .. }
             | Self::Outcome { .. }

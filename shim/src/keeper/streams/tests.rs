@@ -282,7 +282,7 @@ fn a_drain_waits_for_the_last_writer_of_a_pipe_that_is_read_elsewhere() {
     assert!(bench.streams.tick(Instant::now(), &mut bench.poll).is_empty());
     assert!(bench.streams.read_end("c", Stream::Stdout).is_ok(), "the next worker needs it");
     drop(held);
-    bench.until("the end", |streams| streams.processes.values().all(Process::is_finished));
+    bench.until("the end", |streams| streams.processes.values().all(|process| process.is_finished()));
     assert_eq!(bench.drained, [(7, 1)]);
 }
 

@@ -3,10 +3,12 @@
 //! Owns the order: the engine that the option BinaryName names; without it the native engine, if that takes the configuration, else an OCI runtime.
 use std::path::Path;
 
-use x_engine::plan::{self, Request};
-use x_engine::{Host, Refused, spec};
+use x_engine::plan::{self, Request, RootMount};
+use x_engine::spec::{self, Spec};
+use x_engine::{Host, Refused};
 
 use super::{CreateCall, Shared};
+use crate::chain::chain;
 use crate::engine::{self, CommandEngine, Engine, EngineError, NATIVE, NativeEngine, Verb};
 use crate::handover::Versions;
 use crate::systemd;
@@ -19,7 +21,14 @@ pub(super) struct Chosen {
     pub(super) plan: Option<Box<plan::Create>>,
 }
 
-/// Chooses. `config` is the bundle's configuration, `begun` the engine with which an earlier worker has begun.
+/// What an earlier worker has begun with.
+pub(super) struct Begun {
+    pub(super) engine: Engine,
+    /// It mounts the root file system on the host.
+    pub(super) mounts_on_host: bool,
+}
+
+/// Chooses. `config` is the bundle's configuration, `begun` what an earlier worker has begun with.
 ///
 /// Errors: a configuration that no engine takes, or none of those that are there.
 pub(super) fn blocking_choose(
@@ -27,19 +36,22 @@ pub(super) fn blocking_choose(
     id: &ContainerId,
     call: &CreateCall,
     config: &[u8],
-    begun: Option<Engine>,
+    begun: Option<Begun>,
 ) -> Result<Chosen, Error> {
-    match begun {
-        Some(engine @ Engine::Command(_)) => return Ok(Chosen { engine, plan: None }),
-        Some(Engine::Native(_)) => {
-            return blocking_plan(shared, id, call, config).map(|plan| native(id, plan, "an earlier worker has begun with it"));
+    let on_host = match begun {
+        Some(Begun { engine: engine @ Engine::Command(_), .. }) => return Ok(Chosen { engine, plan: None }),
+        Some(Begun { engine: Engine::Native(_), mounts_on_host }) => {
+            let plan = blocking_plan(shared, id, call, config, mounts_on_host)?;
+            return Ok(native(id, plan, "an earlier worker has begun with it"));
         }
-        None => {}
-    }
+        None => false,
+    };
     let reason = match call.options.binary_name.as_deref() {
-        Some(NATIVE) => return blocking_plan(shared, id, call, config).map(|plan| native(id, plan, "named by the option BinaryName")),
+        Some(NATIVE) => {
+            return blocking_plan(shared, id, call, config, on_host).map(|plan| native(id, plan, "named by the option BinaryName"));
+        }
         Some(_) => None,
-        None => match blocking_plan(shared, id, call, config) {
+        None => match blocking_plan(shared, id, call, config, on_host) {
             Ok(plan) => return Ok(native(id, plan, "BinaryName is not set")),
             // Another may take it.
             Err(Error::Engine(EngineError::Unsupported { message, .. })) => Some(message),
@@ -65,10 +77,10 @@ fn native(id: &ContainerId, plan: plan::Create, reason: &str) -> Chosen {
     Chosen { engine: Engine::Native(NativeEngine::new(plan.container())), plan: Some(Box::new(plan)) }
 }
 
-/// Plans the container for the native engine.
+/// Plans the container for the native engine. `on_host`: its root file system is mounted on the host already, or is about to be.
 ///
 /// Errors: [`EngineError::Unsupported`] for what another engine may take.
-fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &[u8]) -> Result<plan::Create, Error> {
+fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &[u8], on_host: bool) -> Result<plan::Create, Error> {
     let unsupported = |message: &str| EngineError::Unsupported { verb: Verb::Create, message: format!("the native engine {message}") };
     let options = &call.options;
     if shared.version.get() < Versions::PERFORMS {
@@ -87,12 +99,14 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
         host = host.with_init().map_err(|source| Error::Io { op: "read", path: "/proc/1/cgroup".into(), source })?;
     }
     let filters = shared.settings.control_path.parent().map(|folder| folder.join(FILTERS));
+    let root_mounts = if on_host { Vec::new() } else { root_mounts(id, call, &config) };
     let request = Request {
         no_new_keyring: options.no_new_keyring,
         default_oom_score_adj: blocking_read_oom_score_adj(),
         filters: filters.as_deref(),
         no_pivot_root: options.no_pivot_root,
         systemd_cgroup: options.systemd_cgroup,
+        root_mounts: &root_mounts,
         ..Request::new(id.as_str(), &call.bundle)
     };
     Ok(plan::create(&config, &request, &host).map_err(refused)?)
@@ -115,6 +129,26 @@ fn check_systemd(shared: &Shared, unsupported: &impl Fn(&str) -> EngineError) ->
         return Err(EngineError::Failed { verb: Verb::Create, message }.into());
     }
     Ok(())
+}
+
+/// The mounts of the root file system, if they can be made in the container's mount namespace alone; else none, and the shim mounts them on the host.
+fn root_mounts<'a>(id: &ContainerId, call: &'a CreateCall, config: &Spec) -> Vec<RootMount<'a>> {
+    if call.mounts.is_empty() {
+        return Vec::new();
+    }
+    let mounts: Vec<_> =
+        call.mounts.iter().map(|mount| RootMount { kind: &mount.kind, source: &mount.source, options: &mount.options }).collect();
+    let reason = match call.mounts.iter().find(|mount| !mount.target.trim_matches('/').is_empty()) {
+        // criu looks for it there.
+        _ if !call.checkpoint.is_empty() => "the container is restored from a checkpoint".to_owned(),
+        Some(mount) => format!("{} is to be mounted below it, at {}", mount.kind, mount.target),
+        None => match plan::check_root_mounts(config, &mounts) {
+            Ok(()) => return mounts,
+            Err(refused) => chain(&refused),
+        },
+    };
+    log::debug!(container:% = id, reason; "the root filesystem is mounted on the host");
+    Vec::new()
 }
 
 /// The folder beside the control sockets in which compiled filters of system calls are kept: all shims of a host have the same few.

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use x_engine::plan;
 
-use super::choose::{Chosen, blocking_choose};
+use super::choose::{Begun, Chosen, blocking_choose};
 use super::execs::Execs;
+use super::kill::kill_unclaimed;
 use super::streams::Plan;
 use super::verb::run_verb;
 use super::{Change, Container, Event, EventKind, Process, Record, Reply, Shared, Streams, journal, native};
@@ -84,17 +85,18 @@ impl Draft {
         let begun = match journal::blocking_read(&bundle) {
             // Another running shim owns the container and writes into the bundle.
             Some((body, None)) if body.keeper != shared.keeper.get() && body.keeper.is_running() => return Err(Error::Exists { id }),
-            // An earlier worker has begun with this Create: its engine goes on, whatever this worker would choose.
+            // An earlier worker has begun with this Create: its engine and its place for the root go on, whatever this worker would choose.
             Some((body, None)) if body.keeper == shared.keeper.get() && body.cause == cause.number() => {
-                Engine::deserialize(&body.engine).ok()
+                Engine::deserialize(&body.engine).ok().map(|engine| Begun { engine, mounts_on_host: body.rootfs.is_some() })
             }
             _ => None,
         };
         let Chosen { engine, plan } = blocking_choose(shared, &id, call, &config, begun)?;
+        let is_in_container = plan.as_ref().is_some_and(|plan| !plan.root_mounts.is_empty());
         let restore = (!call.checkpoint.is_empty()).then(|| PathBuf::from(&call.checkpoint));
         let record = Record {
             version: Record::version_for(&engine),
-            mounted: (!call.mounts.is_empty()).then(|| spec.rootfs.clone()),
+            mounted: (!call.mounts.is_empty() && !is_in_container).then(|| spec.rootfs.clone()),
             rootfs: spec.rootfs.clone(),
             engine,
             options,
@@ -129,8 +131,9 @@ impl Draft {
             })
             .await?;
         }
-        if let Some(target) = self.record.mounted.clone() {
-            let mounts = call.mounts.clone();
+        if !call.mounts.is_empty() {
+            let target = self.record.rootfs.clone();
+            let mounts = if self.record.mounted.is_some() { call.mounts.clone() } else { Vec::new() };
             blocking(move || {
                 std::fs::create_dir_all(&target).map_err(|source| Error::Io { op: "make folder", path: target.clone(), source })?;
                 rootfs::blocking_mount_all(&target, &mounts).map_err(Error::from)
@@ -245,7 +248,7 @@ impl ProcessFiles {
         match text.trim().parse() {
             Ok(0) | Err(_) => Err(no_pid(std::io::ErrorKind::InvalidData.into())),
             Ok(pid) if wants_terminal && !exited.terminal => {
-                native::kill_unclaimed(pid);
+                kill_unclaimed(pid);
                 Err(Error::NoTerminal { key: self.key.clone() })
             }
             Ok(pid) => Ok(pid),

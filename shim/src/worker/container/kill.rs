@@ -1,4 +1,5 @@
 //! Kill: a signal for a process, or for all of a container.
+use std::os::fd::AsFd;
 use std::rc::Rc;
 
 use super::create::at;
@@ -7,6 +8,7 @@ use super::{Change, Container, Reply, Shared, Target, native};
 use crate::cgroup::Cgroup;
 use crate::engine::{CommandEngine, Engine, EngineError, Verb};
 use crate::handover::Op;
+use crate::sys;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 use crate::worker::id::ProcessKey;
@@ -67,6 +69,14 @@ pub(super) async fn kill_rest(cause: &Cause, container: &Rc<Container>) {
                 log::warn!(container:% = container.id, error:%; "cannot kill all processes of the cgroup");
             }
         }
+    }
+}
+
+/// Kills a process that runs, and that no commit will claim. Its pid is not reused before its cause ends.
+pub(super) fn kill_unclaimed(pid: u32) {
+    let killed = sys::process::open(pid).and_then(|process| sys::process::signal(process.as_fd(), nix::libc::SIGKILL));
+    if let Err(error) = killed {
+        log::debug!(pid, error:%; "cannot kill a process that no commit will claim");
     }
 }
 

@@ -1,17 +1,15 @@
 //! The verbs of the native engine: plans that the keeper has performed, and what this worker does to a cgroup itself.
 //!
 //! **Invariant:** what is not an operation of the keeper can be done again: writes to a cgroup's files, and its removal. A signal for all is sent once at most.
-use std::os::fd::AsFd;
-
 use x_engine::{control, plan, spec};
 
 use super::choose::blocking_read_host;
 use super::create::blocking;
+use super::kill::kill_unclaimed;
 use super::unit::{self, Held};
 use crate::chain::chain;
 use crate::engine::{self, EngineError, NativeEngine, Verb};
 use crate::handover::{Op, Perform, PlanKind};
-use crate::sys;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 use crate::worker::id::ProcessKey;
@@ -203,14 +201,6 @@ async fn hooks(cause: &Cause, native: &NativeEngine, key: &ProcessKey, kind: Pla
         other => other?,
     };
     engine::reported_pid(verb, &exited)?.map(drop).ok_or(Error::NoReport { verb, status: exited.status })
-}
-
-/// Kills a process that runs, and that no commit will claim. Its pid is not reused before its cause ends.
-pub(super) fn kill_unclaimed(pid: u32) {
-    let killed = sys::process::open(pid).and_then(|process| sys::process::signal(process.as_fd(), nix::libc::SIGKILL));
-    if let Err(error) = killed {
-        log::debug!(pid, error:%; "cannot kill a process that no commit will claim");
-    }
 }
 
 pub(super) fn failed<E: std::error::Error>(verb: Verb, what: &'static str) -> impl Fn(E) -> Error {

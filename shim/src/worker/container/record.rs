@@ -24,7 +24,7 @@ pub(crate) struct Record {
     pub(crate) bundle: PathBuf,
     /// The root filesystem.
     pub(crate) rootfs: PathBuf,
-    /// Where the shim mounted the root filesystem, if it did.
+    /// Where the shim mounted the root filesystem, if it did: not if it is mounted in the container's mount namespace alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) mounted: Option<PathBuf>,
     pub(crate) engine: Engine,

@@ -41,7 +41,7 @@ impl Held {
         let manager = match Manager::connect().await {
             Ok(manager) => manager,
             Err(error) => {
-                placeholder.map(kill);
+                placeholder.into_iter().for_each(kill);
                 return Err(failure(Verb::Create, &error));
             }
         };
@@ -81,13 +81,13 @@ impl Held {
 
     /// The container is made, or the unit not ours.
     pub(super) async fn end(self) {
-        self.placeholder.map(kill);
+        self.placeholder.into_iter().for_each(kill);
         self.manager.close().await;
     }
 
     /// Stops the unit of what could not be made.
     pub(super) async fn stop(self) {
-        self.placeholder.map(kill);
+        self.placeholder.into_iter().for_each(kill);
         if let Err(error) = self.manager.stop(&self.unit.name).await {
             log::warn!(unit:% = self.unit.name, error:% = crate::chain::chain(&error); "cannot stop the unit of a container that was not made");
         }

@@ -223,22 +223,30 @@ fn freeze_v2(folder: &Path) -> io::Result<()> {
 
 /// Kills every process in a cgroup and below it, frozen or not, and does not wait for their exits.
 pub fn kill_all(cgroup: &Cgroup) -> io::Result<()> {
-    if let Some(unified) = cgroup.unified() {
-        // Since Linux 5.14. A process of a hybrid host's container need not be in it, so it is not all.
-        let _ = fs::write(unified.absolute().join("cgroup.kill"), "1");
-    }
     let folders: Vec<PathBuf> = cgroup.folders.iter().map(Folder::absolute).collect();
+    let freezers: Vec<&Path> = folders.iter().map(PathBuf::as_path).filter(|folder| folder.join(FREEZER).exists()).collect();
+    let unified = cgroup.unified().map(Folder::absolute);
+    kill_in(&folders.iter().map(PathBuf::as_path).collect::<Vec<_>>(), unified.as_deref(), &freezers)
+}
+
+/// Kills every process that is in one of `folders` or below it. `unified` is the one of cgroup v2, which need not have all of a hybrid host's;
+/// `freezers` are those of v1 that freeze, which are thawed.
+///
+/// Errors: EBUSY if they fork faster than they can be killed.
+pub fn kill_in(folders: &[&Path], unified: Option<&Path>, freezers: &[&Path]) -> io::Result<()> {
+    // Since Linux 5.14.
+    let is_killed = unified.is_some_and(|unified| fs::write(unified.join("cgroup.kill"), "1").is_ok());
     // Nothing is frozen for nothing: it is the rule that init took all others with it.
-    if processes(&folders).is_empty() {
+    if is_killed && folders.iter().all(|folder| Some(*folder) == unified) || processes(folders).is_empty() {
         return Ok(());
     }
-    let freezers: Vec<&PathBuf> = folders.iter().filter(|folder| folder.join(FREEZER).exists()).collect();
     let mut killed = BTreeSet::new();
     for _round in 0..MAX_ROUNDS {
-        // What is frozen does not fork; what has been killed exits once it is thawed.
+        // What is frozen does not fork; what has been killed exits once it is thawed. On v2 it exits at once.
         freezers.iter().for_each(|folder| drop(fs::write(folder.join(FREEZER), "FROZEN")));
-        let round = signal_new(&folders, &mut killed, libc::SIGKILL);
-        freezers.iter().for_each(|folder| drop(fs::write(folder.join(FREEZER), "THAWED")));
+        let round = signal_new(folders, &mut killed, libc::SIGKILL);
+        // Parents first: a cgroup cannot thaw below a frozen one.
+        freezers.iter().for_each(|folder| each_below(folder, &mut |folder| drop(fs::write(folder.join(FREEZER), "THAWED"))));
         if round? == 0 {
             return Ok(());
         }
@@ -296,7 +304,7 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 }
 
 /// Signals those that have not been signalled yet, and returns their number.
-fn signal_new(folders: &[PathBuf], signalled: &mut BTreeSet<u32>, signal: i32) -> io::Result<usize> {
+fn signal_new(folders: &[impl AsRef<Path>], signalled: &mut BTreeSet<u32>, signal: i32) -> io::Result<usize> {
     let new = processes(folders).into_iter().filter(|pid| !signalled.contains(pid));
     let handles: Vec<_> = new.filter_map(|pid| Some((pid, sys::open_pidfd(pid).ok()?))).collect();
     if handles.is_empty() {
@@ -315,10 +323,10 @@ fn signal_new(folders: &[PathBuf], signalled: &mut BTreeSet<u32>, signal: i32) -
     Ok(count)
 }
 
-fn processes(folders: &[PathBuf]) -> BTreeSet<u32> {
+fn processes(folders: &[impl AsRef<Path>]) -> BTreeSet<u32> {
     let mut pids = BTreeSet::new();
     for folder in folders {
-        each_below(folder, &mut |folder| {
+        each_below(folder.as_ref(), &mut |folder| {
             let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
             // 0: a process of another pid namespace.
             pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0));

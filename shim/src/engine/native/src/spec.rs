@@ -4,7 +4,8 @@
 //! and into the types of the runtime specification, which skip what they do not know.
 //!
 //! **Invariant:** a field that is not in the list is refused by its path; nothing is ignored in silence.
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+pub use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Process};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 

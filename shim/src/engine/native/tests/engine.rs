@@ -37,6 +37,8 @@ mod labels;
 mod mounts;
 #[path = "engine/networks.rs"]
 mod networks;
+#[path = "engine/reports.rs"]
+mod reports;
 #[path = "engine/resources.rs"]
 mod resources;
 #[path = "engine/roots.rs"]
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
         v2::CASES,
         adversaries::CASES,
         differences::CASES,
+        reports::CASES,
         resources::CASES,
         labels::CASES,
         scheduling::CASES,

@@ -3,6 +3,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, sethostname, setsid};
 
@@ -64,6 +66,10 @@ pub(super) fn prepare(plan: &Create, kept: &Kept, performer: &ChildEnd, attribut
     drop(root);
 
     scheduling::choose_memory(&plan.process)?;
+    if plan.makes(Kind::Pid) {
+        // The kernel spares the first process of a pid namespace the signals that it does not handle. Before the filter, which may forbid it.
+        sys::exit_on_signals();
+    }
     wait_for_limits(performer, &plan.process)?;
     program::become_it(&plan.process, kept, attributes, performer, Role::Init)
 }
@@ -74,10 +80,15 @@ fn run_hooks(plan: &Create, performer: &ChildEnd) -> Result<(), Failure> {
     if planned.on_host.is_empty() && planned.create_container.is_empty() {
         return Ok(());
     }
+    // A hook may run for long, and nothing else of the container shows that the keeper, this process's parent, has died: it would be left, with
+    // its cgroup. Before the report: until then the performer's end shows it.
+    let tie = |signal| set_pdeathsig(signal).doing(Step::Hooks, || "end with the keeper".to_owned());
+    tie(Some(Signal::SIGKILL))?;
     report_and_wait(performer, &Message::Mounted)?;
     // Its own pid, as the container sees it, is all that it knows.
     let state = planned.state.json("creating", std::process::id());
-    hooks::run(&planned.create_container, "createContainer", &state, Some(std::path::Path::new(&plan.root)), &[])
+    hooks::run(&planned.create_container, "createContainer", &state, Some(std::path::Path::new(&plan.root)), &[])?;
+    tie(None::<Signal>)
 }
 
 /// Reports that limits may be set, and waits until they are.

@@ -127,6 +127,9 @@ pub enum Step {
     /// The container has exited.
     #[n(16)]
     Gone,
+    /// A file system of the root.
+    #[n(17)]
+    RootMount,
 }
 
 /// The words of docker's and containerd's clients: the text of the error number alone decides about exit codes, so it is given as Go writes it.

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
+use nix::mount::MsFlags;
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 
@@ -120,30 +121,66 @@ fn new(root: &Root, mount: &Mount) -> io::Result<OwnedFd> {
 }
 
 /// Mounts a root on a path of the host, in the container's mount namespace.
-pub(super) fn make_root(path: &Path, mount: &Mount) -> io::Result<OwnedFd> {
-    let made = match &mount.source {
+pub(super) fn make_root(path: &Path, mount: &Mount) -> Result<OwnedFd, Failure> {
+    let name = |kind: &str, source: &str| format!("mount {kind} from {source:?} at {}", path.display());
+    match &mount.source {
         Source::New { kind, parameters, .. } => {
-            let context = FsContext::open(kind)?;
-            for (key, value) in parameters {
-                context.set(key, value.as_deref())?;
-            }
-            context.mount(mount.attributes.set)?
+            let mut complaint = None;
+            let made = new_root(kind, parameters, mount, &mut complaint).and_then(|made| attach_root(path, made, mount));
+            made.doing(Step::RootMount, || {
+                let source = parameters.iter().find_map(|(key, value)| (key == "source").then(|| value.clone()).flatten());
+                let complaint = complaint.map(|complaint| format!(" ({complaint})")).unwrap_or_default();
+                format!("{}{complaint}", name(kind, &source.unwrap_or_default()))
+            })
         }
-        Source::Bind { path, recursive, .. } => sources::open(path, *recursive)?,
-        Source::Classic(Classic { kind, source, data }) => {
-            nix::mount::mount(Some(source.as_str()), path, Some(kind.as_str()), nix::mount::MsFlags::empty(), Some(data.as_str()))?;
-            let made = root::absolute(path)?;
-            set_attributes(&made, mount)?;
-            set_recursive(&made, mount)?;
-            return Ok(made);
+        Source::Bind { path: source, recursive, .. } => {
+            let bind = || -> io::Result<OwnedFd> {
+                let made = sources::open(source, *recursive)?;
+                if !mount.attributes.is_empty() {
+                    set_attributes(&made, mount)?;
+                }
+                attach_root(path, made, mount)
+            };
+            bind().doing(Step::RootMount, || name("bind", source))
         }
-        Source::Link { .. } | Source::Existing { .. } => return Err(Errno::EINVAL.into()),
-    };
-    if matches!(mount.source, Source::Bind { .. }) && !mount.attributes.is_empty() {
-        set_attributes(&made, mount)?;
+        Source::Classic(classic) => classic_root(path, classic, mount).doing(Step::RootMount, || name(&classic.kind, &classic.source)),
+        Source::Link { .. } | Source::Existing { .. } => {
+            Err(Errno::EINVAL).doing(Step::Root, || format!("mount a root at {}", path.display()))
+        }
     }
+}
+
+/// `complaint`: what the file system itself says about a failure.
+fn new_root(kind: &str, parameters: &[(String, Option<String>)], mount: &Mount, complaint: &mut Option<String>) -> io::Result<OwnedFd> {
+    let context = FsContext::open(kind)?;
+    let configured = parameters.iter().try_for_each(|(key, value)| context.set(key, value.as_deref()));
+    let made = configured.and_then(|()| context.mount(mount.attributes.set));
+    if made.is_err() {
+        *complaint = context.complaint();
+    }
+    made
+}
+
+fn attach_root(path: &Path, made: OwnedFd, mount: &Mount) -> io::Result<OwnedFd> {
     set_recursive(&made, mount)?;
     sys::move_mount(made.as_fd(), root::absolute(path)?.as_fd())?;
+    Ok(made)
+}
+
+/// By mount(2), on the path. The working directory is that of no program yet.
+fn classic_root(path: &Path, classic: &Classic, mount: &Mount) -> io::Result<OwnedFd> {
+    if let Some(base) = &classic.base {
+        nix::unistd::chdir(base.as_str())?;
+    }
+    let flags = if mount.attributes.set & plan::RDONLY == 0 { MsFlags::empty() } else { MsFlags::MS_RDONLY };
+    let mounted = nix::mount::mount(Some(classic.source.as_str()), path, Some(classic.kind.as_str()), flags, Some(classic.data.as_str()));
+    if classic.base.is_some() {
+        nix::unistd::chdir("/")?;
+    }
+    mounted?;
+    let made = root::absolute(path)?;
+    set_attributes(&made, mount)?;
+    set_recursive(&made, mount)?;
     Ok(made)
 }
 

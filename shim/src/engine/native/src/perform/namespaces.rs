@@ -95,12 +95,12 @@ pub(super) fn set_clocks(process: &str, clocks: &[String]) -> Result<(), Failure
 }
 
 /// Runs `act` in the mount namespace of a process, by its handle.
-pub(super) fn within_mounts_of<T>(process: impl AsFd, act: impl FnOnce() -> std::io::Result<T>) -> std::io::Result<T> {
+pub(super) fn within_mounts_of<T>(process: impl AsFd, act: impl FnOnce() -> T) -> std::io::Result<T> {
     let own = nix::fcntl::open("/proc/self/ns/mnt", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
     setns(process, CloneFlags::CLONE_NEWNS)?;
     let done = act();
     setns(own, CloneFlags::CLONE_NEWNS)?;
-    done
+    Ok(done)
 }
 
 /// Becomes root of the user namespace that this process has entered.

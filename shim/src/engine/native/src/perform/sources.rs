@@ -29,7 +29,7 @@ impl<'a> Sources<'a> {
 
     /// The root, as a mount of its own if there is a mount namespace.
     pub(super) fn root(&self, plan: &Create) -> Result<OwnedFd, Failure> {
-        if self.is_mapped { self.performer.ask(&Message::Root) } else { open_root(plan) }.doing(Step::Root, || mounting_root(&plan.root))
+        if self.is_mapped { self.performer.ask(&Message::Root).doing(Step::Root, || mounting_root(plan)) } else { open_root(plan) }
     }
 
     /// A tree of mounts that is attached nowhere: of a bind of `path` whose number in the plan is `index`.
@@ -54,7 +54,7 @@ impl<'a> Opener<'a> {
     }
 
     pub(super) fn root(&self) -> Result<OwnedFd, Failure> {
-        namespaces::within_mounts_of(self.child, || open_root(self.plan)).doing(Step::Root, || mounting_root(&self.plan.root))
+        namespaces::within_mounts_of(self.child, || open_root(self.plan)).doing(Step::Root, || mounting_root(self.plan))?
     }
 
     pub(super) fn source(&self, index: u32) -> Result<OwnedFd, Failure> {
@@ -65,7 +65,7 @@ impl<'a> Opener<'a> {
         let doing = || format!("mount {path} on {}", mount.target);
         let user = mount.ids.as_ref().map(|ids| self.user_namespace(&ids.mappings)).transpose();
         let user = user.doing(Step::Namespaces, || format!("make a user namespace for the owners of {}", mount.target))?;
-        let opened = namespaces::within_mounts_of(self.child, || open(path, *recursive)).doing(Step::Mounts, doing)?;
+        let opened = namespaces::within_mounts_of(self.child, || open(path, *recursive)).flatten().doing(Step::Mounts, doing)?;
         if let (Some(ids), Some(user)) = (&mount.ids, user) {
             let tree = if ids.recursive { Tree::Recursive } else { Tree::Top };
             let attributes = Attributes { set: IDMAP, user_namespace: user.as_raw_fd() as u64, ..Attributes::default() };
@@ -91,20 +91,23 @@ pub(super) fn open(path: &str, recursive: bool) -> io::Result<OwnedFd> {
     sys::open_tree(AT_FDCWD, Path::new(path), if recursive { Tree::Recursive } else { Tree::Top })
 }
 
-fn open_root(plan: &Create) -> io::Result<OwnedFd> {
+fn open_root(plan: &Create) -> Result<OwnedFd, Failure> {
     let path = Path::new(&plan.root);
-    let target = root::absolute(path)?;
+    let target = root::absolute(path).doing(Step::Root, || mounting_root(plan))?;
     if plan.entry == Entry::Chroot {
         return Ok(target);
     }
     let Some((first, others)) = plan.root_mounts.split_first() else {
-        let mount = sys::open_tree(AT_FDCWD, path, Tree::Recursive)?;
-        sys::move_mount(mount.as_fd(), target.as_fd())?;
-        return Ok(mount);
+        let mount = || -> io::Result<OwnedFd> {
+            let mount = sys::open_tree(AT_FDCWD, path, Tree::Recursive)?;
+            sys::move_mount(mount.as_fd(), target.as_fd())?;
+            Ok(mount)
+        };
+        return mount().doing(Step::Root, || mounting_root(plan));
     };
     others.iter().try_fold(mounts::make_root(path, first)?, |_, mount| mounts::make_root(path, mount))
 }
 
-fn mounting_root(path: &str) -> String {
-    format!("mount the root {path}")
+fn mounting_root(plan: &Create) -> String {
+    format!("mount the root {}", plan.root)
 }

@@ -24,7 +24,7 @@ pub struct Request<'a> {
     /// Move the root over the host's instead of exchanging them, which an initramfs does not allow.
     pub no_pivot_root: bool,
     /// The root file system, to be mounted in the container's mount namespace alone; none: it is on the host. See
-    /// [`super::can_mount_root`].
+    /// [`super::check_root_mounts`].
     pub root_mounts: &'a [RootMount<'a>],
     /// systemd makes the cgroup: `cgroupsPath` is `SLICE:PREFIX:NAME`. The host needs the cgroups of its first process ([`Host::with_init`]).
     pub systemd_cgroup: bool,
@@ -64,9 +64,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         None => Entry::Chroot,
     };
     check_entry(entry, spec, linux)?;
-    if !request.root_mounts.is_empty() {
-        root::check(spec)?;
-    }
+    let root_mounts = root::plan(spec, request.root_mounts)?;
     for (field, value) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
         if value.as_deref().is_some_and(|name| !name.is_empty()) && find(Kind::Uts).is_none() {
             return Err(Refused::invalid(field, "needs a uts namespace"));
@@ -113,7 +111,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         links: if own_dev { devices::links(host.has_kcore) } else { Vec::new() },
         own_dev: own_dev && entry != Entry::Chroot,
         entry,
-        root_mounts: root::plan(request.root_mounts)?,
+        root_mounts,
         masked: absolute_paths(linux.masked_paths().as_ref().unwrap_or(&none), "linux.maskedPaths")?,
         readonly: absolute_paths(linux.readonly_paths().as_ref().unwrap_or(&none), "linux.readonlyPaths")?,
         hostname: spec.hostname().clone().filter(|name| !name.is_empty()),

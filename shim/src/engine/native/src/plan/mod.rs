@@ -1,6 +1,6 @@
 //! Plans: what a container's making and entering consist of, with everything resolved.
 //!
-//! Owns the types. A plan is data: it depends on the specification and on facts about the host that are handed in, on nothing else, and making it
+//! Owns the types; those of mounts and processes are `mount`'s and `process`'s. A plan is data: it depends on the specification and on facts about the host that are handed in, on nothing else, and making it
 //! twice gives the same. It goes as CBOR from the process that makes it to the one that performs it, which may be of another build.
 //!
 //! ```text
@@ -25,9 +25,11 @@ mod labels;
 mod limits_v1;
 mod limits_v2;
 mod make;
+mod mount;
 mod mounts;
 mod net_devices;
 mod options;
+mod process;
 mod root;
 mod scheduling;
 mod sysctl;
@@ -39,8 +41,10 @@ pub use hooks::{Hook, Hooks, State};
 #[cfg(test)]
 pub(crate) use identity::number as capability_number;
 pub use make::{Request, create, exec, update};
+pub use mount::{Attributes, Device, MappedIds, Mount, Source};
 pub(crate) use options::{IDMAP, RDONLY};
-pub use root::{Classic, RootMount, can_mount_root};
+pub use process::{Agent, Capabilities, Filter, Process, Rlimit, Terminal};
+pub use root::{Classic, RootMount, check_root_mounts, relative_layers};
 pub use scheduling::{Affinity, MemoryPolicy, Range, Scheduler, Scheduling};
 pub(crate) use scheduling::{MAX_NODES, MAX_PROCESSORS};
 pub(crate) use unit::ANNOTATION;
@@ -301,232 +305,6 @@ pub struct Write {
     pub reset: Option<String>,
 }
 
-/// A mount.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Mount {
-    /// Absolute path in the container.
-    #[n(0)]
-    pub target: String,
-    #[n(1)]
-    pub source: Source,
-    /// `MOUNT_ATTR_*` of this mount. A bind without any keeps those of its source.
-    #[n(2)]
-    pub attributes: Attributes,
-    /// The same for it and every mount below it.
-    #[n(3)]
-    pub recursive: Attributes,
-    /// Calls with `MS_*` flags, in order.
-    #[n(4)]
-    pub propagation: Vec<u64>,
-    /// Of the attributes to clear, those that were not asked for: they stay where the kernel has locked them.
-    #[n(5)]
-    pub lenient: u64,
-    /// A bind shows other owners than its source has.
-    #[n(6)]
-    pub ids: Option<MappedIds>,
-}
-
-/// How a bind shows owners.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct MappedIds {
-    /// So do the mounts below it.
-    #[n(0)]
-    pub recursive: bool,
-    /// An owner on disk is `inside`, one that is shown `outside`. None: the mappings of the container's user namespace.
-    #[n(1)]
-    pub mappings: Mappings,
-}
-
-/// Attributes to set and to clear.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
-pub struct Attributes {
-    #[n(0)]
-    pub set: u64,
-    #[n(1)]
-    pub clear: u64,
-}
-
-impl Attributes {
-    /// Whether nothing changes.
-    #[must_use]
-    pub fn is_empty(self) -> bool {
-        self.set == 0 && self.clear == 0
-    }
-}
-
-/// What is mounted.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub enum Source {
-    /// A new file system.
-    #[n(0)]
-    New {
-        #[n(0)]
-        kind: String,
-        /// In order, as fsconfig(2) takes them; flags have no value.
-        #[n(1)]
-        parameters: Vec<(String, Option<String>)>,
-        /// The target must be a folder whose path has no symbolic link: procfs and sysfs.
-        #[n(2)]
-        strict: bool,
-        /// A tmpfs without `mode` gets that of the folder it covers.
-        #[n(3)]
-        keep_mode: bool,
-        /// Made read-only only after every mount and device: they are made in it.
-        #[n(4)]
-        late_readonly: bool,
-        /// Filled with what it covers.
-        #[n(5)]
-        copy_up: bool,
-    },
-    /// A file or folder of the host.
-    #[n(1)]
-    Bind {
-        #[n(0)]
-        path: String,
-        #[n(1)]
-        recursive: bool,
-        /// It must be a procfs, from its root: the target is `/proc`.
-        #[n(2)]
-        procfs: bool,
-    },
-    /// A symbolic link beside the mounts.
-    #[n(2)]
-    Link {
-        #[n(0)]
-        to: String,
-    },
-    /// What is mounted at the target already.
-    #[n(3)]
-    Existing {
-        /// For the file system; none: its mount alone is changed.
-        #[n(0)]
-        parameters: Option<Vec<(String, Option<String>)>>,
-    },
-    /// A file system by mount(2): of a root alone.
-    #[n(4)]
-    Classic(#[n(0)] Classic),
-}
-
-/// A device node, or a fifo.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Device {
-    #[n(0)]
-    pub path: String,
-    /// As mknod(2) takes it: type and permissions.
-    #[n(1)]
-    pub mode: u32,
-    #[n(2)]
-    pub major: u32,
-    #[n(3)]
-    pub minor: u32,
-    #[n(4)]
-    pub uid: u32,
-    #[n(5)]
-    pub gid: u32,
-}
-
-/// A process to execute.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Process {
-    #[n(0)]
-    pub args: Vec<String>,
-    /// `NAME=value`, each name once. HOME is added by the performer if it is missing or empty.
-    #[n(1)]
-    pub env: Vec<String>,
-    #[n(2)]
-    pub cwd: String,
-    #[n(3)]
-    pub uid: u32,
-    #[n(4)]
-    pub gid: u32,
-    #[n(5)]
-    pub groups: Vec<u32>,
-    #[n(6)]
-    pub umask: u32,
-    /// Without, nothing is changed.
-    #[n(7)]
-    pub capabilities: Option<Capabilities>,
-    #[n(8)]
-    pub no_new_privileges: bool,
-    #[n(9)]
-    pub rlimits: Vec<Rlimit>,
-    #[n(10)]
-    pub filter: Option<Filter>,
-    #[n(11)]
-    pub terminal: Option<Terminal>,
-    #[n(12)]
-    pub oom_score_adj: Option<i32>,
-    /// The session keyring to join.
-    #[n(13)]
-    pub keyring: Option<String>,
-    #[n(14)]
-    pub apparmor_profile: Option<String>,
-    #[n(15)]
-    pub selinux_label: Option<String>,
-    #[n(16)]
-    pub scheduling: Scheduling,
-}
-
-/// Sets of capabilities: bit n is capability n.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
-pub struct Capabilities {
-    #[n(0)]
-    pub bounding: u64,
-    #[n(1)]
-    pub effective: u64,
-    #[n(2)]
-    pub permitted: u64,
-    #[n(3)]
-    pub inheritable: u64,
-    #[n(4)]
-    pub ambient: u64,
-}
-
-/// A limit of a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub struct Rlimit {
-    /// `RLIMIT_*`.
-    #[n(0)]
-    pub resource: u32,
-    #[n(1)]
-    pub soft: u64,
-    #[n(2)]
-    pub hard: u64,
-}
-
-/// A filter of system calls.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Filter {
-    /// Instructions of 8 bytes, as the kernel takes them.
-    #[cbor(n(0), with = "minicbor::bytes")]
-    pub program: Vec<u8>,
-    /// `SECCOMP_FILTER_FLAG_*`.
-    #[n(1)]
-    pub flags: u64,
-    /// Who decides about calls that the program hands on.
-    #[n(2)]
-    pub agent: Option<Agent>,
-}
-
-/// A process of the host that decides about system calls.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Agent {
-    /// Its unix socket, which receives the filter's descriptor.
-    #[n(0)]
-    pub path: String,
-    /// For the agent, as it is.
-    #[n(1)]
-    pub metadata: String,
-}
-
-/// A terminal. No size leaves the kernel's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub struct Terminal {
-    /// Rows and columns.
-    #[n(0)]
-    pub size: Option<(u16, u16)>,
-}
-
 impl Kind {
     /// `CLONE_NEW*`.
     #[must_use]
@@ -585,12 +363,6 @@ impl Create {
             chroot: (self.entry == Entry::Chroot).then(|| self.root.clone()),
             unit: self.unit.as_ref().map(|unit| unit.name.clone()),
         }
-    }
-}
-
-impl std::fmt::Display for Rlimit {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "set the limit of resource {} to {}:{}", self.resource, self.soft, self.hard)
     }
 }
 

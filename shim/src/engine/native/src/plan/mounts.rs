@@ -162,11 +162,15 @@ fn bind(mount: &SpecMount, target: String, options: Options, place: &Place<'_>, 
 }
 
 pub(super) fn check_bind_words(options: &Options, field: &str) -> Result<(), Refused> {
-    let is_flag = |word: &str| matches!(word, "sync" | "dirsync" | "lazytime" | "mand" | "iversion");
     match options.parameters.iter().find(|(word, _)| !is_flag(word)) {
         Some((word, _)) => Err(Refused::invalid(format!("{field}.options"), format!("{word} has no meaning for a bind mount"))),
         None => Ok(()),
     }
+}
+
+/// Words that mount(2) takes as flags, and fsconfig(2) as parameters.
+pub(super) fn is_flag(word: &str) -> bool {
+    matches!(word, "sync" | "dirsync" | "lazytime" | "mand" | "iversion")
 }
 
 /// The parameters of an overlay: a list of folders that is too long for one is given folder by folder.

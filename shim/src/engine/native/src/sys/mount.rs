@@ -60,11 +60,23 @@ impl FsContext {
     }
 
     /// Makes the file system, and a mount of it that is attached nowhere.
-    pub(crate) fn mount(self, attributes: u64) -> io::Result<OwnedFd> {
+    pub(crate) fn mount(&self, attributes: u64) -> io::Result<OwnedFd> {
         self.configure(FSCONFIG_CMD_CREATE, ptr::null(), ptr::null())?;
         // SAFETY: integers only.
         let fd = check(unsafe { libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes as libc::c_uint) })?;
         Ok(own(fd))
+    }
+
+    /// What the file system itself says about the last call that has failed; few say anything.
+    pub(crate) fn complaint(&self) -> Option<String> {
+        let mut last = None;
+        let mut buffer = [0; 512];
+        // Each read gives one message, `e` before an error's, until there is none.
+        while let Ok(length @ 1..) = nix::unistd::read(&self.0, &mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..length]);
+            last = text.strip_prefix("e ").map(|text| text.trim_end().to_owned()).or(last);
+        }
+        last
     }
 
     fn configure(&self, command: libc::c_uint, key: *const libc::c_char, value: *const libc::c_char) -> io::Result<()> {

@@ -160,6 +160,24 @@ pub(crate) fn reset_signals() {
     }
 }
 
+/// Has SIGHUP, SIGINT, SIGQUIT and SIGTERM end this process with status 2, until it executes a program: as they end runc's init before its program.
+pub(crate) fn exit_on_signals() {
+    extern "C" fn exit(_signal: libc::c_int) {
+        // SAFETY: a call that a handler may make; it does not return.
+        unsafe { libc::_exit(STATUS_OF_SIGNAL) }
+    }
+    // SAFETY: all zero is an empty mask and no flags.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = exit as *const () as usize;
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: the structure is valid for the time of the call; these four can be handled.
+        unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) };
+    }
+}
+
+/// Of a program written in Go that a signal ends where the kernel would not.
+const STATUS_OF_SIGNAL: i32 = 2;
+
 /// Sets a limit of another process.
 pub(crate) fn set_rlimit(pid: u32, resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };

@@ -10,6 +10,7 @@ crate::cases![
     init_waits_until_it_is_started,
     the_exit_status_is_the_programs,
     a_killed_init_has_the_signals_status,
+    a_waiting_init_ends_by_the_signals_that_end_runcs,
     only_three_descriptors_are_open,
     every_namespace_is_new,
     namespaces_are_joined_by_path,
@@ -58,6 +59,33 @@ fn the_exit_status_is_the_programs() {
 fn a_killed_init_has_the_signals_status() {
     let stage = Stage::new();
     let init = stage.create("c", &stage.config(&["sleep", "1000"])).expect("created");
+    init.kill();
+    assert_eq!(init.end().0, 128 + 9);
+    stage.delete("c").expect("deleted");
+}
+
+/// Without a pid namespace of its own the kernel ends it; and the program has no handler of the engine's.
+fn a_waiting_init_ends_by_the_signals_that_end_runcs() {
+    let stage = Stage::new();
+    let sleeper = |has_pids: bool| {
+        let mut config = stage.config(&["sleep", "1000"]);
+        if !has_pids {
+            config["linux"]["namespaces"].as_array_mut().expect("a list").retain(|namespace| namespace["type"] != "pid");
+        }
+        stage.create("c", &config).expect("created")
+    };
+    for (name, number) in [("HUP", 1), ("INT", 2), ("QUIT", 3), ("TERM", 15)] {
+        for (has_pids, status) in [(true, 2), (false, 128 + number)] {
+            let init = sleeper(has_pids);
+            stage.on_host(&format!("kill -{name} {}", init.pid));
+            assert_eq!(init.end().0, status, "{name}, {has_pids}");
+            stage.delete("c").expect("deleted");
+        }
+    }
+    let init = sleeper(true);
+    stage.on_host(&format!("kill -USR1 {}", init.pid));
+    stage.start("c");
+    stage.on_host(&format!("kill -TERM {}", init.pid));
     init.kill();
     assert_eq!(init.end().0, 128 + 9);
     stage.delete("c").expect("deleted");

@@ -15,7 +15,11 @@ crate::cases![
     mounts_of_a_root_cover_each_other,
     an_overlay_is_the_root_in_a_user_namespace,
     an_overlay_is_the_root_where_it_is_moved,
+    an_overlay_of_layers_in_one_folder_is_the_root,
+    a_folder_with_a_comma_is_a_layer,
+    a_bind_keeps_the_attributes_of_its_source,
     a_root_that_cannot_be_mounted_fails_the_creation,
+    what_a_file_system_says_of_its_options_is_reported,
     a_root_is_not_mounted_where_hooks_need_it_on_the_host,
 ];
 
@@ -88,6 +92,56 @@ fn an_overlay_of_many_layers_is_the_root() {
     assert_is_overlay(&stage, &upper);
 }
 
+/// More than mount(2) takes, unless it is relative to their folder.
+fn an_overlay_of_layers_in_one_folder_is_the_root() {
+    let stage = Stage::new();
+    let lower = layer(&stage);
+    let shared = stage.folder.join("s".repeat(100));
+    let mut lowers = Vec::new();
+    for number in 0..60 {
+        let folder = shared.join(format!("{number}/fs"));
+        fs::create_dir_all(&folder).expect("a folder");
+        lowers.push(folder.display().to_string());
+    }
+    let last = shared.join("60");
+    fs::rename(&lower, &last).expect("renamed");
+    lowers.push(last.display().to_string());
+    let upper = stage.folder.join("upper");
+    stage.root_mounts.replace(vec![overlay(&stage, &lowers.join(":"), &upper.display().to_string())]);
+    assert_is_overlay(&stage, &upper);
+}
+
+fn a_folder_with_a_comma_is_a_layer() {
+    let stage = Stage::new();
+    let lower = stage.folder.join("a,b");
+    fs::rename(layer(&stage), &lower).expect("renamed");
+    let upper = stage.folder.join("upper");
+    let lower = lower.display().to_string().replace(',', "\\,");
+    stage.root_mounts.replace(vec![overlay(&stage, &lower, &upper.display().to_string())]);
+    assert_is_overlay(&stage, &upper);
+}
+
+fn a_bind_keeps_the_attributes_of_its_source() {
+    let stage = Stage::new();
+    let source = layer(&stage).display().to_string();
+    let first = ("bind".to_owned(), source.clone(), vec!["rbind".to_owned(), "nosuid".to_owned(), "noexec".to_owned()]);
+    let root = stage.root().display().to_string();
+    for (words, expected) in [(&["rbind", "rw"][..], "noexec"), (&["rbind", "ro", "exec"], "ro,nosuid")] {
+        let words = words.iter().map(|&word| word.to_owned()).collect();
+        stage.root_mounts.replace(vec![first.clone(), ("bind".to_owned(), root.clone(), words)]);
+        let created = stage.create("c", &stage.config(&["/bin/sleep", "1000"]));
+        if expected.contains("noexec") {
+            assert!(created.err().expect("refused").ends_with(": permission denied"));
+            continue;
+        }
+        let init = created.expect("created");
+        let mounts = stage.on_host(&format!("cat /proc/{}/mountinfo", init.pid));
+        let of_root = mounts.lines().rfind(|line| line.split(' ').nth(4) == Some("/")).expect("a root");
+        assert!(of_root.split(' ').nth(5).expect("attributes").starts_with(expected), "{expected}: {of_root}");
+        stage.delete("c").expect("deleted");
+    }
+}
+
 fn a_bind_is_the_root() {
     let stage = Stage::new();
     let source = layer(&stage).display().to_string();
@@ -136,10 +190,37 @@ fn an_overlay_is_the_root_where_it_is_moved() {
 fn a_root_that_cannot_be_mounted_fails_the_creation() {
     let stage = Stage::new();
     layer(&stage);
-    stage.root_mounts.replace(vec![overlay(&stage, "/not-there", "/not-there")]);
+    let root = stage.root().display().to_string();
+    let bind = || ("bind".to_owned(), "/not-there".to_owned(), vec!["rbind".to_owned()]);
+    let unknown = ("no-such-type".to_owned(), "/not-there".to_owned(), Vec::new());
+    let many = (0..90).map(|number| format!("/not-there/{number}/{}", "x".repeat(50))).collect::<Vec<_>>().join(":");
+    for (mount, start, end) in [
+        (overlay(&stage, "/not-there", "/not-there"), "mount overlay from \"overlay\" at ", ": no such file or directory"),
+        (overlay(&stage, &many, "/not-there"), "mount overlay from \"overlay\" at ", ": no such file or directory"),
+        (bind(), "mount bind from \"/not-there\" at ", ": no such file or directory"),
+        (unknown, "mount no-such-type from \"/not-there\" at ", ": no such device"),
+    ] {
+        for is_mapped in [false, true] {
+            stage.root_mounts.replace(vec![mount.clone()]);
+            let mut config = stage.config(&["true"]);
+            if is_mapped {
+                users::map(&stage, &mut config);
+            }
+            let error = stage.create("c", &config).err().expect("refused");
+            assert!(error.starts_with(&format!("{start}{root}")) && error.ends_with(end), "{error}");
+            assert_eq!(stage.cgroups(), Vec::<PathBuf>::new());
+        }
+    }
+}
+
+fn what_a_file_system_says_of_its_options_is_reported() {
+    let stage = Stage::new();
+    let lower = layer(&stage).display().to_string();
+    let (kind, source, mut options) = overlay(&stage, &lower, &stage.folder.join("upper").display().to_string());
+    options.push("index=maybe".to_owned());
+    stage.root_mounts.replace(vec![(kind, source, options)]);
     let error = stage.create("c", &stage.config(&["true"])).err().expect("refused");
-    assert!(error.starts_with(&format!("mount the root {}: ", stage.root().display())), "{error}");
-    assert_eq!(stage.cgroups(), Vec::<PathBuf>::new());
+    assert!(error.contains("index") && error.ends_with("): invalid argument"), "{error}");
 }
 
 fn a_root_is_not_mounted_where_hooks_need_it_on_the_host() {
