@@ -54,11 +54,16 @@ pub(crate) async fn its_processes_are_frozen_and_killed(stand: Stand) -> Result<
     let container = scoped(&stand, "freeze", &["sleep", "1000"])?.run().await?;
     container.task.pause("freeze").await?;
     systemctl(&["daemon-reload"])?;
-    let is_frozen = |pid: u32| proc::status_field(pid.cast_signed(), "State").is_ok_and(|state| state.starts_with(['D', 'S']));
-    ensure!(is_frozen(container.pid));
+    let folder = cgroups::of(container.pid, "freezer")?;
+    let is_frozen = || match fs::read_to_string(folder.join("freezer.state")) {
+        Ok(state) => state.trim() == "FROZEN",
+        Err(_) => fs::read_to_string(folder.join("cgroup.events")).is_ok_and(|events| events.lines().any(|line| line == "frozen 1")),
+    };
+    ensure!(is_frozen(), "it is not frozen");
     let state = container.task.state("freeze", "").await?;
     ensure!(state.status.value() == 4, "{state}");
     container.task.resume("freeze").await?;
+    ensure!(!is_frozen(), "it is frozen");
     ensure!(container.run("e1", &["true"]).await? == 0);
     // The host's pid namespace: what outlives init is killed with it.
     let shared = scoped(&stand, "shared", &["sh", "-c", "sleep 1000 & sleep 1000 & wait"])?
