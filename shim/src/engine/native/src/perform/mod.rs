@@ -23,8 +23,10 @@ use minicbor::{Decode, Encode};
 
 mod agent;
 mod cgroup;
+mod checkpoint;
 mod child;
 mod copy;
+mod criu;
 mod descriptors;
 mod devices;
 mod entry;
@@ -38,13 +40,14 @@ mod mounts;
 mod namespaces;
 mod network;
 mod program;
+mod restore;
 mod root;
 mod scheduling;
 mod sources;
 mod sync;
 mod terminal;
 
-pub use child::{create, exec, fork, poststart, poststop};
+pub use child::{checkpoint, create, exec, fork, poststart, poststop, restore};
 
 /// What a performer needs beside its plan. All others of its descriptors are closed.
 #[derive(Debug)]
@@ -127,6 +130,9 @@ pub enum Step {
     /// The container has exited.
     #[n(16)]
     Gone,
+    /// A checkpoint or a restore.
+    #[n(17)]
+    Criu,
 }
 
 /// The words of docker's and containerd's clients: the text of the error number alone decides about exit codes, so it is given as Go writes it.

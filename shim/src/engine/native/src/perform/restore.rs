@@ -1,0 +1,153 @@
+//! Has criu make a container from an image of its processes.
+//!
+//! ```text
+//!  performer ── root, targets of mounts, in a mount namespace of its own ──▶ criu, in the container's cgroup
+//!      │ ◀── setup-namespaces: `lo`, network devices, hooks on the host
+//!      │ ◀── post-restore: limits, before any process goes on
+//!      └─ poststart hooks, report                                            init: a child of the performer's, then of the keeper's
+//! ```
+//!
+//! **Invariant:** the host's table of mounts is not changed. What comes from the image is in names that the configuration has: sources of mounts,
+//! namespaces, cgroup and streams are the plan's. A failure leaves neither process nor cgroup.
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+use nix::fcntl::{AT_FDCWD, OFlag};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::Mode;
+
+use super::cgroup::{self, Joining};
+use super::checkpoint::{open_folder, read_descriptors};
+use super::child::{cwd, plain};
+use super::criu::{EXTERNAL_NAMESPACES, Notice, Options, Request, Session};
+use super::descriptors::Kept;
+use super::root::{self, Root};
+use super::{Doing, Failure, Step, hooks, mounts, network, terminal};
+use crate::plan::{Create, Hierarchy, Kind, Restore, Source};
+use crate::sys::{self, Tree};
+
+/// Makes the container. Its processes run. Returns init's pid.
+pub(super) fn restore(plan: &Restore, kept: &Kept) -> Result<u32, Failure> {
+    let (joining, made) = Joining::make(&plan.create.cgroup)?;
+    restore_in(plan, kept, &joining).inspect_err(|_| made.remove())
+}
+
+fn restore_in(plan: &Restore, kept: &Kept, joining: &Joining) -> Result<u32, Failure> {
+    let (criu, create) = (&plan.criu, &plan.create);
+    let namespaces = open_namespaces(create)?;
+    make_root(create)?;
+    // In the mount namespace of that root: criu mounts in its working directory.
+    let (image, work) = (open_folder(&criu.image)?, open_folder(&criu.work)?);
+    let descriptors = read_descriptors(&image).map_err(|error| {
+        plain(Step::Criu, &format!("read descriptors.json in {}: {error}", criu.image))
+    })?;
+    let mut options = Options::new(criu, create, &image, &work, "restore.log");
+    options.restore();
+    for (name, source) in create.external_mounts() {
+        options.external_mount(name, source);
+    }
+    // Other runtimes save masked files as mounts of the null device from outside.
+    for path in &create.masked {
+        options.external_mount(path, "/dev/null");
+    }
+    for folder in &create.cgroup.folders {
+        let path = format!("/{}", folder.path.trim_matches('/'));
+        match folder.hierarchy {
+            // Of every hierarchy that is not named.
+            Hierarchy::Unified => options.cgroup_root(None, &path),
+            Hierarchy::V1 | Hierarchy::Cpuset => folder.of.iter().for_each(|controller| options.cgroup_root(Some(controller), &path)),
+        }
+    }
+    for (profile, module) in [(&create.process.apparmor_profile, "apparmor"), (&create.process.selinux_label, "selinux")] {
+        if let Some(profile) = profile {
+            options.security_profile(&format!("{module}:{profile}"));
+        }
+    }
+    let streams = streams()?;
+    let mut inherited = Vec::new();
+    for (stream, name) in streams.iter().zip(&descriptors) {
+        if name.starts_with("pipe:") {
+            options.inherit(name, stream);
+            inherited.push(stream);
+        }
+    }
+    for (name, namespace) in &namespaces {
+        options.inherit(name, namespace);
+        inherited.push(namespace);
+    }
+
+    let session = Session::start(criu, Some(joining), &inherited)?;
+    let pid = session.request(Request::Restore, &options, |notice| act(create, kept, notice))?;
+    if pid == 0 {
+        return Err(plain(Step::Criu, "criu has reported no pid"));
+    }
+    let hooks = &create.hooks;
+    hooks::run(&hooks.poststart, "poststart", &hooks.state.json("running", pid), cwd(hooks), &[])?;
+    Ok(pid)
+}
+
+/// Acts on a report of criu's.
+fn act(create: &Create, kept: &Kept, notice: Notice) -> Result<(), Failure> {
+    match notice.name.as_str() {
+        "setup-namespaces" => {
+            if create.makes(Kind::Network) {
+                network::loopback_up(notice.pid)?;
+            }
+            network::move_devices(&create.net_devices, notice.pid)?;
+            let hooks = &create.hooks;
+            hooks::run(&hooks.on_host, "createRuntime", &hooks.state.json("creating", notice.pid), cwd(hooks), &[])
+        }
+        "post-restore" => cgroup::limit(&create.cgroup),
+        "orphan-pts-master" => match (&notice.descriptor, &kept.console) {
+            (Some(master), Some(console)) => terminal::send(master, console).doing(Step::Terminal, || "send the terminal".to_owned()),
+            (None, _) => Err(plain(Step::Terminal, "criu has sent no terminal")),
+            (Some(_), None) => Err(plain(Step::Terminal, "the checkpoint is of a container with a terminal, and this one has none")),
+        },
+        _ => Ok(()),
+    }
+}
+
+/// Makes the root a mount of its own, as criu needs it, in a mount namespace of this performer's. Targets of mounts that are missing are made.
+fn make_root(create: &Create) -> Result<(), Failure> {
+    let doing = || format!("mount the root {}", create.root);
+    unshare(CloneFlags::CLONE_NEWNS).doing(Step::Root, || "make a mount namespace".to_owned())?;
+    mounts::separate("/", libc::MS_SLAVE | libc::MS_REC)?;
+    let path = Path::new(&create.root);
+    let attach = || -> std::io::Result<OwnedFd> {
+        let tree = sys::open_tree(AT_FDCWD, path, Tree::Recursive)?;
+        mounts::propagate(tree.as_fd(), libc::MS_PRIVATE | libc::MS_REC)?;
+        sys::move_mount(tree.as_fd(), root::absolute(path)?.as_fd())?;
+        Ok(tree)
+    };
+    let root = Root::new(attach().doing(Step::Root, doing)?);
+    for mount in &create.mounts {
+        let Source::Bind { path, .. } = &mount.source else { continue };
+        // What is in another mount comes with its content.
+        let is_inside = |other: &str| Path::new(&mount.target).starts_with(other) && other != mount.target;
+        if create.mounts.iter().any(|other| is_inside(&other.target)) {
+            continue;
+        }
+        let target = || -> std::io::Result<OwnedFd> {
+            if root::is_folder(root::absolute(Path::new(path))?)? { root.folder(&mount.target) } else { root.file(&mount.target) }
+        };
+        target().doing(Step::Mounts, || format!("mount {path} on {}", mount.target))?;
+    }
+    Ok(())
+}
+
+/// Namespaces to join, with their names in images.
+fn open_namespaces(create: &Create) -> Result<Vec<(&'static str, OwnedFd)>, Failure> {
+    let joined = EXTERNAL_NAMESPACES.iter().filter_map(|(kind, _, name)| Some((*name, create.joined(*kind)?)));
+    joined
+        .map(|(name, path)| {
+            let opened = nix::fcntl::open(Path::new(path), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+            Ok((name, opened.doing(Step::Namespaces, || format!("open the namespace {path}"))?))
+        })
+        .collect()
+}
+
+/// Copies of the three streams: criu gets others for its own.
+fn streams() -> Result<[OwnedFd; 3], Failure> {
+    let copy = |stream: &dyn AsRawFd| sys::duplicate(&stream.as_raw_fd(), 3).doing(Step::Criu, || "copy a stream".to_owned());
+    Ok([copy(&std::io::stdin())?, copy(&std::io::stdout())?, copy(&std::io::stderr())?])
+}
