@@ -7,8 +7,9 @@ use x_engine::plan::{self, Request};
 use x_engine::{Host, Refused, spec};
 
 use super::{CreateCall, Shared};
-use crate::engine::{self, CommandEngine, Engine, EngineError, NATIVE, NativeEngine, Verb};
+use crate::engine::{self, CommandEngine, CriuRequest, Engine, EngineError, NATIVE, NativeEngine, Verb};
 use crate::handover::Versions;
+use crate::options::RuntimeOptions;
 use crate::worker::error::Error;
 use crate::worker::id::ContainerId;
 
@@ -73,13 +74,29 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
     if shared.version.get() < Versions::PERFORMS {
         return Err(unsupported("needs the keeper of a later build: upgrade the shim with its keeper").into());
     }
-    if !call.checkpoint.is_empty() {
-        return Err(unsupported(&format!("does not restore a checkpoint ({})", call.checkpoint)).into());
-    }
     if options.systemd_cgroup {
         return Err(unsupported("does not implement the option SystemdCgroup").into());
     }
-    let refused = |why: Refused| engine::refused(Verb::Create, &why);
+    let plan = blocking_plan_config(shared, id, &call.bundle, options, config, Verb::Create)?;
+    if !call.checkpoint.is_empty() {
+        check_keeper(shared, Verb::Create)?;
+        plan::check_restore(&plan).map_err(|why| engine::refused(Verb::Create, &why))?;
+        let paths = CriuRequest { image_path: Path::new(&call.checkpoint), work_path: &call.bundle, options: &options.restore };
+        engine::blocking_plan_criu(Verb::Create, options, paths)?;
+    }
+    Ok(plan)
+}
+
+/// Plans a container by its configuration: before it is made, or as it was made.
+pub(super) fn blocking_plan_config(
+    shared: &Shared,
+    id: &ContainerId,
+    bundle: &Path,
+    options: &RuntimeOptions,
+    config: &[u8],
+    verb: Verb,
+) -> Result<plan::Create, Error> {
+    let refused = |why: Refused| engine::refused(verb, &why);
     let config = spec::parse(config).map_err(refused)?;
     let host = blocking_read_host()?;
     let filters = shared.settings.control_path.parent().map(|folder| folder.join(FILTERS));
@@ -88,9 +105,18 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
         default_oom_score_adj: blocking_read_oom_score_adj(),
         filters: filters.as_deref(),
         no_pivot_root: options.no_pivot_root,
-        ..Request::new(id.as_str(), &call.bundle)
+        ..Request::new(id.as_str(), bundle)
     };
     Ok(plan::create(&config, &request, &host).map_err(refused)?)
+}
+
+/// Whether the keeper performs plans with criu.
+pub(super) fn check_keeper(shared: &Shared, verb: Verb) -> Result<(), EngineError> {
+    if shared.version.get() >= Versions::CHECKPOINTS {
+        return Ok(());
+    }
+    let message = "a checkpoint needs the keeper of a later build: upgrade the shim with its keeper".to_owned();
+    Err(EngineError::Unsupported { verb, message })
 }
 
 /// The folder beside the control sockets in which compiled filters of system calls are kept: all shims of a host have the same few.

@@ -45,7 +45,8 @@ fn dump(plan: &Checkpoint, pid: u32) -> Result<(), Failure> {
     }
     for (kind, file, name) in EXTERNAL_NAMESPACES {
         if create.joined(kind).is_some() {
-            let about = stat(format!("/proc/{pid}/ns/{file}").as_str()).doing(Step::Namespaces, || format!("look at the {file} namespace"))?;
+            let about =
+                stat(format!("/proc/{pid}/ns/{file}").as_str()).doing(Step::Namespaces, || format!("look at the {file} namespace"))?;
             options.external(&format!("{file}[{}]:{name}", about.st_ino));
         }
     }

@@ -91,7 +91,8 @@ impl<'a> Session<'a> {
         self.send(&request)?;
         let (answer, _) = self.receive()?;
         let mut version = (0, 0);
-        let body = fields(&answer).find_map(|(field, value)| if let (RESPONSE_VERSION, Value::Bytes(body)) = (field, value) { Some(body) } else { None });
+        let body = fields(&answer)
+            .find_map(|(field, value)| if let (RESPONSE_VERSION, Value::Bytes(body)) = (field, value) { Some(body) } else { None });
         for field in fields(body.unwrap_or_default()) {
             match field {
                 (1, Value::Number(major)) => version.0 = major,
@@ -342,7 +343,8 @@ fn cgroup_mode(mode: CgroupMode) -> u64 {
 }
 
 /// The names by which images know namespaces that are joined by their paths: those of runc, so that it can restore them.
-pub(super) const EXTERNAL_NAMESPACES: [(Kind, &str, &str); 2] = [(Kind::Network, "net", "extRootNetNS"), (Kind::Pid, "pid", "extRootPidNS")];
+pub(super) const EXTERNAL_NAMESPACES: [(Kind, &str, &str); 2] =
+    [(Kind::Network, "net", "extRootNetNS"), (Kind::Pid, "pid", "extRootPidNS")];
 
 const REQUEST_TYPE: u32 = 1;
 const REQUEST_OPTIONS: u32 = 2;

@@ -39,6 +39,7 @@ mod masks;
 mod mounts;
 mod namespaces;
 mod network;
+mod privileges;
 mod program;
 mod restore;
 mod root;

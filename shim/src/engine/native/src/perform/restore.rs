@@ -3,12 +3,13 @@
 //! ```text
 //!  performer ── root, targets of mounts, in a mount namespace of its own ──▶ criu, in the container's cgroup
 //!      │ ◀── setup-namespaces: `lo`, network devices, hooks on the host
-//!      │ ◀── post-restore: limits, before any process goes on
+//!      │ ◀── post-restore: limits, attributes of mounts, masks
+//!      │ ◀── pre-resume: are privileges within the configuration? No process has gone on yet
 //!      └─ poststart hooks, report                                            init: a child of the performer's, then of the keeper's
 //! ```
 //!
 //! **Invariant:** the host's table of mounts is not changed. What comes from the image is in names that the configuration has: sources of mounts,
-//! namespaces, cgroup and streams are the plan's. A failure leaves neither process nor cgroup.
+//! namespaces, cgroup and streams are the plan's, and the processes have no more privileges than it gives. A failure leaves neither process nor cgroup.
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
@@ -22,7 +23,7 @@ use super::child::{cwd, plain};
 use super::criu::{EXTERNAL_NAMESPACES, Notice, Options, Request, Session};
 use super::descriptors::Kept;
 use super::root::{self, Root};
-use super::{Doing, Failure, Step, hooks, mounts, network, terminal};
+use super::{Doing, Failure, Step, hooks, masks, mounts, namespaces, network, privileges, terminal};
 use crate::plan::{Create, Hierarchy, Kind, Restore, Source};
 use crate::sys::{self, Tree};
 
@@ -38,9 +39,8 @@ fn restore_in(plan: &Restore, kept: &Kept, joining: &Joining) -> Result<u32, Fai
     make_root(create)?;
     // In the mount namespace of that root: criu mounts in its working directory.
     let (image, work) = (open_folder(&criu.image)?, open_folder(&criu.work)?);
-    let descriptors = read_descriptors(&image).map_err(|error| {
-        plain(Step::Criu, &format!("read descriptors.json in {}: {error}", criu.image))
-    })?;
+    let descriptors =
+        read_descriptors(&image).map_err(|error| plain(Step::Criu, &format!("read descriptors.json in {}: {error}", criu.image)))?;
     let mut options = Options::new(criu, create, &image, &work, "restore.log");
     options.restore();
     for (name, source) in create.external_mounts() {
@@ -97,7 +97,12 @@ fn act(create: &Create, kept: &Kept, notice: Notice) -> Result<(), Failure> {
             let hooks = &create.hooks;
             hooks::run(&hooks.on_host, "createRuntime", &hooks.state.json("creating", notice.pid), cwd(hooks), &[])
         }
-        "post-restore" => cgroup::limit(&create.cgroup),
+        "post-restore" => {
+            cgroup::limit(&create.cgroup)?;
+            confirm_mounts(create, notice.pid)
+        }
+        // Every process has its ids, capabilities and filters, and none has gone on.
+        "pre-resume" => privileges::check(create),
         "orphan-pts-master" => match (&notice.descriptor, &kept.console) {
             (Some(master), Some(console)) => terminal::send(master, console).doing(Step::Terminal, || "send the terminal".to_owned()),
             (None, _) => Err(plain(Step::Terminal, "criu has sent no terminal")),
@@ -105,6 +110,32 @@ fn act(create: &Create, kept: &Kept, notice: Notice) -> Result<(), Failure> {
         },
         _ => Ok(()),
     }
+}
+
+/// Sees to what the configuration says of mounts, whatever the image has.
+fn confirm_mounts(create: &Create, pid: u32) -> Result<(), Failure> {
+    let init = sys::open_pidfd(pid).doing(Step::Criu, || "open a handle of init".to_owned())?;
+    let mut confirmed = Ok(());
+    let confirm = || -> Result<(), Failure> {
+        let root = Root::new(root::absolute(Path::new("/")).doing(Step::Root, || "open the root".to_owned())?);
+        create
+            .mounts
+            .iter()
+            .filter(|mount| matches!(mount.source, Source::Bind { .. }))
+            .try_for_each(|mount| mounts::confirm(&root, mount))?;
+        masks::confirm_readonly(&root, &create.readonly)?;
+        masks::confirm_hidden(&root, &create.masked, create.mount_label.as_deref())?;
+        if create.root_readonly {
+            mounts::readonly(root.as_fd(), Tree::Top).doing(Step::Root, || "make the root read-only".to_owned())?;
+        }
+        Ok(())
+    };
+    namespaces::within_mounts_of(init, || {
+        confirmed = confirm();
+        Ok(())
+    })
+    .doing(Step::Namespaces, || "join the mount namespace of the container".to_owned())?;
+    confirmed
 }
 
 /// Makes the root a mount of its own, as criu needs it, in a mount namespace of this performer's. Targets of mounts that are missing are made.

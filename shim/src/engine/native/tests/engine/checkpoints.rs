@@ -14,6 +14,7 @@ crate::cases![
     a_frozen_container_is_saved_and_stays_frozen,
     a_failed_checkpoint_leaves_the_container_running,
     a_restored_container_has_the_limits_and_mounts_of_its_configuration,
+    an_image_gives_no_more_than_the_configuration,
     a_failed_restore_leaves_nothing,
     a_criu_that_hangs_is_killed_with_its_children,
     a_criu_that_is_too_old_or_missing_is_refused,
@@ -26,7 +27,8 @@ const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /run/i; sleep 0.02; 
 
 /// A criu that works, or why there is none: the one in PATH, or that of the tests' cache.
 fn criu() -> Result<PathBuf, String> {
-    let cache = std::env::var_os("X_TESTS_CACHE").map(PathBuf::from).or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache/x-tests")));
+    let cache =
+        std::env::var_os("X_TESTS_CACHE").map(PathBuf::from).or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache/x-tests")));
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(cache.map(|cache| cache.join("forky/bin")));
     let program = folders.map(|folder| folder.join("criu")).find(|program| program.exists()).ok_or("no criu")?;
@@ -98,7 +100,8 @@ fn a_checkpoint_leaves_the_container_running() {
     let Some(settings) = settings(&stage) else { return };
     let init = counting(&stage, &stage.config(&["sh", "-c", COUNT]));
     saved(&stage, &settings, false, false);
-    let streams: Vec<String> = serde_json::from_slice(&fs::read(stage.folder.join("image/descriptors.json")).expect("a file")).expect("a list");
+    let streams: Vec<String> =
+        serde_json::from_slice(&fs::read(stage.folder.join("image/descriptors.json")).expect("a file")).expect("a list");
     assert_eq!((streams.len(), streams[0].as_str()), (3, "/dev/null"));
     assert!(streams[1].starts_with("pipe:["), "{streams:?}");
     counts_to(&stage, "c", count(&stage, "c") + 5);
@@ -174,11 +177,16 @@ fn a_restored_container_has_the_limits_and_mounts_of_its_configuration() {
     let _init = restored(&stage, &configured(&second, 30), &settings);
     assert_eq!(fs::read_to_string("/proc/self/mountinfo").expect("mounts"), mounts);
     assert_eq!(stage.exec_shell("c", "cat /volume/name /mnt/deep/name /file", |_| {}), "secondsecondsecond");
-    let refused = stage.exec_shell("c", "touch /volume/x || touch /x || echo refused; hostname; cat /proc/1/oom_score_adj; ip link show lo", |_| {});
-    assert!(refused.contains("refused\nx-engine\n100\n"), "{refused}");
+    let refused = stage.exec_shell("c", "touch /volume/x && echo volume; touch /mnt/deep/x && echo deep; touch /file && echo file; touch /x && echo root; hostname; cat /proc/1/oom_score_adj; ip link show lo", |_| {});
+    assert!(refused.starts_with("touch: /volume/x: Read-only") && refused.contains("\nx-engine\n100\n"), "{refused}");
+    assert!(!["volume\n", "deep\n", "file\n", "root\n"].iter().any(|word| refused.lines().any(|line| line == word.trim())), "{refused}");
     assert!(refused.contains("LOOPBACK,UP"), "{refused}");
     assert_eq!(stage.limit("pids", "pids.max"), "30");
-    let kcore = stage.exec_shell("c", "ls -l /proc/kcore; wc -c < /proc/timer_list; ls /sys/firmware; touch /proc/sys/kernel/domainname 2>&1 || true", |_| {});
+    let kcore = stage.exec_shell(
+        "c",
+        "ls -l /proc/keys; wc -c < /proc/timer_list; ls /sys/firmware; touch /proc/sys/kernel/domainname 2>&1 || true",
+        |_| {},
+    );
     assert!(kcore.contains("1,") && kcore.contains("Read-only"), "{kcore}");
     // Nothing but the streams is open, and nothing of the host is in sight.
     let open = stage.exec_shell("c", "ls /proc/1/fd | grep -v '^10$' | tr '\\n' ' '; ls -l /proc/1/root /proc/1/cwd", |_| {});
@@ -186,7 +194,43 @@ fn a_restored_container_has_the_limits_and_mounts_of_its_configuration() {
     assert!(open.contains("/proc/1/root -> /\n") && open.contains("/proc/1/cwd -> /\n"), "{open}");
     let seen = stage.exec_shell("c", "cat /proc/1/mountinfo", |_| {});
     let targets: Vec<&str> = seen.lines().filter_map(|line| line.split(' ').nth(4)).collect();
-    assert!(targets.contains(&"/mnt/deep") && !targets.iter().any(|target| target.contains("criu") || target.contains("crtools")), "{seen}");
+    assert!(
+        targets.contains(&"/mnt/deep") && !targets.iter().any(|target| target.contains("criu") || target.contains("crtools")),
+        "{seen}"
+    );
+}
+
+fn an_image_gives_no_more_than_the_configuration() {
+    let stage = Stage::new();
+    let Some(settings) = settings(&stage) else { return };
+    let strict = stage.config(&["sh", "-c", COUNT]);
+    let mut lax = strict.clone();
+    lax["linux"]["maskedPaths"] = json!([]);
+    lax["linux"]["readonlyPaths"] = json!([]);
+    let init = counting(&stage, &lax);
+    saved(&stage, &settings, true, false);
+    init.end();
+    stage.delete("c").expect("deleted");
+    let init = restored(&stage, &strict, &settings);
+    let seen = stage.exec_shell(
+        "c",
+        "wc -c < /proc/timer_list; ls -l /proc/keys; ls /sys/firmware; touch /proc/sys/kernel/domainname 2>&1 || true",
+        |_| {},
+    );
+    assert!(seen.starts_with("0\ncrw-rw-rw-") && seen.contains("Read-only"), "{seen}");
+    init.kill();
+    init.end();
+    stage.delete("c").expect("deleted");
+    for (field, words) in [("capabilities", "process.capabilities does not have"), ("seccomp", "without a filter of linux.seccomp")] {
+        let mut config = strict.clone();
+        match field {
+            "capabilities" => config["process"]["capabilities"] = json!({ "bounding": ["CAP_KILL"], "permitted": ["CAP_KILL"] }),
+            _ => config["linux"]["seccomp"] = bundle::filter(),
+        }
+        let error = stage.restore("c", &config, &settings).err().expect("more than that");
+        assert!(error.contains(words), "{error}");
+        assert_eq!(stage.cgroups(), Vec::<PathBuf>::new());
+    }
 }
 
 fn a_failed_restore_leaves_nothing() {
@@ -251,7 +295,8 @@ fn a_criu_that_is_too_old_or_missing_is_refused() {
 fn a_restored_terminal_is_the_controlling_one() {
     let stage = Stage::new();
     let Some(settings) = settings(&stage) else { return };
-    let mut config = stage.config(&["sh", "-c", "trap 'tty; echo again > /dev/tty; echo > /dev/console; exit 0' TERM; while :; do sleep 0.02; done"]);
+    let mut config =
+        stage.config(&["sh", "-c", "trap 'tty; echo again > /dev/tty; echo > /dev/console; exit 0' TERM; while :; do sleep 0.02; done"]);
     config["process"]["terminal"] = json!(true);
     let init = stage.create("c", &config).expect("created");
     stage.start("c");

@@ -155,7 +155,8 @@ impl Stage {
     pub(crate) fn restore(&self, id: &str, config: &Value, criu: &Value) -> Result<Process<'_>, String> {
         fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
         let terminal = config["process"]["terminal"] == json!(true);
-        let answer = self.ask(&json!({ "do": "restore", "id": id, "bundle": self.folder, "criu": criu, "pipe": !terminal, "terminal": terminal }))?;
+        let answer =
+            self.ask(&json!({ "do": "restore", "id": id, "bundle": self.folder, "criu": criu, "pipe": !terminal, "terminal": terminal }))?;
         Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output: PathBuf::new() })
     }
 

@@ -85,9 +85,8 @@ pub(crate) fn restore(request: &Request<'_>, criu: plan::Criu, host: &Host, stre
     let plan = plan::create(&spec, request, host).map_err(|error| chain(&error))?;
     let restore = plan::restore(plan.clone(), criu).map_err(|error| chain(&error))?;
     let encoded = minicbor::to_vec(restore).map_err(|error| error.to_string())?;
-    let init = report(|report| {
-        perform::restore(&encoded, Descriptors { stdio: streams.stdio, report, gate: None, console: streams.console })
-    })?;
+    let init =
+        report(|report| perform::restore(&encoded, Descriptors { stdio: streams.stdio, report, gate: None, console: streams.console }))?;
     Ok(Made { container: plan.container(), init, gate: None, plan })
 }
 

@@ -126,6 +126,9 @@ mod tests {
             assert_eq!(fields(bytes).count(), 0, "{bytes:?}");
         }
         assert_eq!(fields(&[8, 1, 0x12]).collect::<Vec<_>>(), [(1, Value::Number(1))]);
-        assert_eq!(fields(&[0x0d, 1, 2, 3, 4, 0x09, 1, 2, 3, 4, 5, 6, 7, 8]).map(|(_, value)| value).collect::<Vec<_>>(), [Value::Other; 2]);
+        assert_eq!(
+            fields(&[0x0d, 1, 2, 3, 4, 0x09, 1, 2, 3, 4, 5, 6, 7, 8]).map(|(_, value)| value).collect::<Vec<_>>(),
+            [Value::Other; 2]
+        );
     }
 }
