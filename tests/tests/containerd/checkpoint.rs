@@ -113,7 +113,8 @@ pub(crate) async fn a_restored_container_is_one_like_any_other(cx: Context) -> R
     ensure!(restored.wait().await? == 7);
     ensure!(restored.io.out().to_end().await?.ends_with("ended\n"), "counted to {before}");
     restored.delete().await?;
-    restored.remove().await
+    restored.remove().await?;
+    Ok(())
 }
 
 pub(crate) async fn a_checkpoint_without_exit_disturbs_nothing(cx: Context) -> Result<()> {

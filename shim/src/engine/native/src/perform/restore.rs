@@ -13,7 +13,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use nix::fcntl::{AT_FDCWD, OFlag};
+use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 
@@ -23,7 +23,7 @@ use super::child::{cwd, plain};
 use super::criu::{EXTERNAL_NAMESPACES, Notice, Options, Request, Session};
 use super::descriptors::Kept;
 use super::root::{self, Root};
-use super::{Doing, Failure, Step, hooks, masks, mounts, namespaces, network, privileges, terminal};
+use super::{Doing, Failure, Step, hooks, masks, mounts, namespaces, network, privileges, sources, terminal};
 use crate::plan::{Create, Hierarchy, Kind, Restore, Source};
 use crate::sys::{self, Tree};
 
@@ -143,14 +143,9 @@ fn make_root(create: &Create) -> Result<(), Failure> {
     let doing = || format!("mount the root {}", create.root);
     unshare(CloneFlags::CLONE_NEWNS).doing(Step::Root, || "make a mount namespace".to_owned())?;
     mounts::separate("/", libc::MS_SLAVE | libc::MS_REC)?;
-    let path = Path::new(&create.root);
-    let attach = || -> std::io::Result<OwnedFd> {
-        let tree = sys::open_tree(AT_FDCWD, path, Tree::Recursive)?;
-        mounts::propagate(tree.as_fd(), libc::MS_PRIVATE | libc::MS_REC)?;
-        sys::move_mount(tree.as_fd(), root::absolute(path)?.as_fd())?;
-        Ok(tree)
-    };
-    let root = Root::new(attach().doing(Step::Root, doing)?);
+    let root = sources::open_root(create).doing(Step::Root, doing)?;
+    mounts::propagate(root.as_fd(), libc::MS_PRIVATE | libc::MS_REC).doing(Step::Root, doing)?;
+    let root = Root::new(root);
     for mount in &create.mounts {
         let Source::Bind { path, .. } = &mount.source else { continue };
         // What is in another mount comes with its content.

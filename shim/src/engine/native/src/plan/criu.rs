@@ -136,6 +136,12 @@ pub fn check_restore(create: &Create) -> Result<(), Refused> {
     if create.process.filter.as_ref().is_some_and(|filter| filter.agent.is_some()) {
         return Err(Refused::unsupported("linux.seccomp.listenerPath in a restore"));
     }
+    if create.mounts.iter().any(|mount| mount.ids.is_some()) {
+        return Err(Refused::unsupported("mounts that show other owners in a restore"));
+    }
+    if create.mount_label.is_some() {
+        return Err(Refused::unsupported("linux.mountLabel in a restore"));
+    }
     if !create.hooks.create_container.is_empty() || !create.hooks.start_container.is_empty() {
         return Err(Refused::unsupported("hooks of kind createContainer and startContainer in a restore"));
     }
@@ -173,5 +179,66 @@ impl Create {
     /// The path of a namespace to join.
     pub(crate) fn joined(&self, kind: Kind) -> Option<&str> {
         self.namespaces.iter().find(|namespace| namespace.kind == kind)?.path.as_deref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Request;
+    use super::*;
+    use crate::{Host, spec};
+    use serde_json::{Value, json};
+
+    fn planned(change: impl FnOnce(&mut Value)) -> Create {
+        let mut config = json!({
+            "ociVersion": "1.0.2",
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/" },
+            "root": { "path": "rootfs" },
+            "mounts": [],
+            "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "network" }] },
+        });
+        change(&mut config);
+        let spec = spec::parse(config.to_string().as_bytes()).expect("a configuration");
+        super::super::create(&spec, &Request::new("c", std::path::Path::new("/b")), &Host::example_v1()).expect("a plan")
+    }
+
+    #[test]
+    fn what_cannot_be_restored_is_refused_by_its_name() {
+        let namespace = |kind: &'static str, path: Option<&'static str>| {
+            planned(move |config| {
+                let namespaces = config["linux"]["namespaces"].as_array_mut().expect("a list");
+                namespaces.retain(|namespace| namespace["type"] != json!(kind));
+                namespaces.push(match path {
+                    Some(path) => json!({ "type": kind, "path": path }),
+                    None => json!({ "type": kind }),
+                });
+            })
+        };
+        for plan in [planned(|_| {}), namespace("network", Some("/n")), namespace("pid", Some("/n")), namespace("ipc", None)] {
+            check_restore(&plan).expect("restored");
+        }
+        for (plan, words) in [
+            (namespace("ipc", Some("/n")), "ipc namespace by its path"),
+            (namespace("uts", Some("/n")), "uts namespace by its path"),
+            (namespace("mount", Some("/n")), "mount namespace by its path"),
+            (namespace("time", None), "time namespace"),
+            (planned(|config| config["linux"]["namespaces"] = json!([{ "type": "pid" }])), "without a mount namespace"),
+            (planned(|config| config["hooks"] = json!({ "startContainer": [{ "path": "/h" }] })), "startContainer"),
+        ] {
+            let error = check_restore(&plan).expect_err(words).to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn binds_are_from_outside_and_new_file_systems_are_not() {
+        let plan = planned(|config| {
+            config["mounts"] = json!([
+                { "destination": "/t", "type": "tmpfs", "source": "t" },
+                { "destination": "/volume/../v", "source": "/host/v", "options": ["rbind"] },
+            ]);
+        });
+        assert!(plan.external_mounts().any(|pair| pair == ("/v", "/host/v")));
+        assert!(!plan.external_mounts().any(|(target, _)| target == "/t"));
     }
 }
