@@ -66,7 +66,7 @@ test-cgroup2-native: packages suites build
 
 test-cgroup2-guest: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
-		tests/tools/cgroup2-check $(SHIM) runc crun
+		tests/tools/cgroup2-check $(SHIM) native runc crun
 
 ## the protocol's clauses, on our shim, with its own engine and both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
 ## cannot filter devices on v2: the next one's can. Debian 12 has no criu: the next but one has, which the native engine uses, and OCI runtimes of that suite.
@@ -86,8 +86,8 @@ conformance: packages suites build conformance-tool
 CGROUP2_CLAUSES := resources. C11 C12 L1 L2 P1 S1 D1 E1
 conformance-cgroup2: packages build conformance-tool
 	tools=$(DEBUG); \
-	for engine in runc crun; do \
-		tests/tools/cgroup2-vm --with $$tools/gated-runtime --with $$tools/log-sink --with $(SHIM) --with $$engine \
+	for engine in native runc crun; do \
+		tests/tools/cgroup2-vm --with $$tools/gated-runtime --with $$tools/log-sink --with $(SHIM) --with runc --with crun \
 			$$tools/shim-conformance run --shim $(SHIM) --engine $$engine --jobs 1 --patience 10 \
 			$(addprefix --filter ,$(CGROUP2_CLAUSES)) || exit 1; \
 	done

@@ -76,7 +76,9 @@ impl Pool {
         let place = Arc::clone(&self.free).acquire_owned().await;
         let done = tokio::task::spawn_blocking(move || {
             let result = job();
-            drop((place, counted));
+            // In this order: the next job may end before this line does, and nothing would be waiting then.
+            drop(counted);
+            drop(place);
             result
         });
         done.await.map_err(|source| Error::Panicked { what: self.name, source })

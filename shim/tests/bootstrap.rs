@@ -76,7 +76,7 @@ impl Host {
     /// The worker of the only shim, once it serves.
     fn worker(&self) -> u32 {
         let worker = || self.ps()["shims"][0]["worker"].clone();
-        eventually("a worker serves", || worker()["build"].as_str().is_some_and(|build| !build.is_empty()));
+        scratch::eventually("a worker serves", || worker()["build"].as_str().is_some_and(|build| !build.is_empty()));
         worker()["pid"].as_u64().and_then(|pid| pid.try_into().ok()).expect("a pid")
     }
 
@@ -158,14 +158,6 @@ fn path_of(address: &str) -> PathBuf {
     PathBuf::from(address.strip_prefix("unix://").expect("the address of a socket in a file system"))
 }
 
-fn eventually(what: &str, mut is_true: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !is_true() {
-        assert!(Instant::now() < deadline, "not within 10 s: {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn start_answers_the_plain_address_of_a_private_listening_socket() {
     let host = Host::new();
@@ -234,7 +226,7 @@ fn the_program_cannot_be_written_through_a_keeper_even_after_its_exit() {
     let line = fs::read_to_string(format!("/proc/{keeper}/cmdline")).expect("is there");
     assert!(line.ends_with(&format!("\0keeper\0{}\0", installed.display())), "the path is its last argument: {line}");
     // `start` does not wait for what the keeper does first.
-    eventually("it has named itself", || {
+    scratch::eventually("it has named itself", || {
         fs::read_to_string(format!("/proc/{keeper}/comm")).is_ok_and(|name| name.trim() == "containerd-shim")
     });
     // As a process in a container would hold it; here it needs a path to be opened again.
@@ -242,7 +234,7 @@ fn the_program_cannot_be_written_through_a_keeper_even_after_its_exit() {
     let write = || File::options().write(true).open(format!("/proc/self/fd/{}", held.as_raw_fd())).map(drop);
     assert!(write().is_err(), "while it runs");
     kill(keeper, "-KILL");
-    eventually("no process executes the program", || File::options().write(true).open(&installed).is_ok());
+    scratch::eventually("no process executes the program", || File::options().write(true).open(&installed).is_ok());
     assert_eq!(write().expect_err("the mount is read-only").raw_os_error(), Some(nix::libc::EROFS));
 }
 
@@ -265,7 +257,7 @@ fn without_the_right_to_mount_a_keeper_starts_and_logs_why_it_is_unprotected() {
         text.push_str(&String::from_utf8_lossy(&bytes[..count]));
     }
     assert!(text.contains("Operation not permitted"), "{text}");
-    eventually("a worker serves", || host.ps()["shims"][0]["worker"]["build"].as_str().is_some_and(|build| !build.is_empty()));
+    scratch::eventually("a worker serves", || host.ps()["shims"][0]["worker"]["build"].as_str().is_some_and(|build| !build.is_empty()));
 }
 
 #[test]
@@ -293,7 +285,7 @@ fn the_first_worker_is_a_fork_of_the_keeper_that_has_nothing_of_it() {
         assert!(!is_keepers, "descriptor {number} is the keeper's {}", target.display());
     }
     kill(worker, "-KILL");
-    eventually("another worker serves", || host.worker() != worker);
+    scratch::eventually("another worker serves", || host.worker() != worker);
     let next = host.worker();
     assert_ne!(field(next, 28), field(keeper, 28), "the next one is executed, with addresses of its own");
 }
@@ -305,7 +297,7 @@ fn the_first_worker_ends_with_its_keeper() {
     host.start("c1");
     let worker = host.worker();
     kill(host.keeper_of("c1"), "-KILL");
-    eventually("the worker has exited", || fs::read(format!("/proc/{worker}/cmdline")).map_or(true, |line| line.is_empty()));
+    scratch::eventually("the worker has exited", || fs::read(format!("/proc/{worker}/cmdline")).map_or(true, |line| line.is_empty()));
 }
 
 #[test]
@@ -319,7 +311,7 @@ fn a_keeper_that_may_open_few_descriptors_has_a_worker() {
     succeeded(command.stdin(Stdio::null()).output().expect("executes"));
     let limits = fs::read_to_string(format!("/proc/{}/limits", host.keeper_of("c1"))).expect("is there");
     assert!(limits.lines().any(|line| line.starts_with("Max open files") && line.contains(" 60 ")), "{limits}");
-    eventually("a worker serves", || host.ps()["shims"][0]["worker"]["build"].as_str().is_some_and(|build| !build.is_empty()));
+    scratch::eventually("a worker serves", || host.ps()["shims"][0]["worker"]["build"].as_str().is_some_and(|build| !build.is_empty()));
 }
 
 #[test]
@@ -396,7 +388,7 @@ fn leftovers_of_a_dead_keeper_are_listed_until_replaced() {
     let address = host.start("c1");
     let first = host.keeper_of("c1");
     kill(first, "-KILL");
-    eventually("the keeper is dead", || UnixStream::connect(path_of(&address)).is_err());
+    scratch::eventually("the keeper is dead", || UnixStream::connect(path_of(&address)).is_err());
     assert_eq!(host.ps()["shims"][0]["status"], "dead");
     assert_eq!(host.start("c1"), address);
     assert_ne!(host.keeper_of("c1"), first);
@@ -446,7 +438,7 @@ fn no_keeper_is_left_where_the_bundle_cannot_be_written() {
     assert!(message.contains("write ") && message.contains("/address"), "{message}");
     assert_eq!(host.ps()["shims"].as_array().map(Vec::len), Some(0));
     let ours = format!("{}/containerd", host.run.display());
-    eventually("the keeper is gone", || {
+    scratch::eventually("the keeper is gone", || {
         let lines = numbers_in("/proc").into_iter().filter_map(|pid| fs::read(format!("/proc/{pid}/cmdline")).ok());
         !lines.into_iter().any(|line| String::from_utf8_lossy(&line).contains(&ours))
     });
@@ -511,7 +503,7 @@ fn a_container_that_was_never_created_is_deleted_as_killed() {
         assert!(response.exited_at.seconds > 1_600_000_000);
     }
     kill(host.keeper_of("c1"), "-KILL");
-    eventually("the keeper is dead", || UnixStream::connect(path_of(&address)).is_err());
+    scratch::eventually("the keeper is dead", || UnixStream::connect(path_of(&address)).is_err());
     succeeded(host.action("c1", "delete").output().expect("executes"));
     assert!(!path_of(&address).exists(), "the dead keeper's sockets are gone");
     assert_eq!(host.ps()["shims"].as_array().map(Vec::len), Some(0));
@@ -646,5 +638,5 @@ fn a_shim_whose_file_was_replaced_still_starts() {
     child.stdout.take().expect("a pipe").read_to_string(&mut answer).expect("text");
     assert!(child.wait().expect("ends").success());
     UnixStream::connect(path_of(&answer)).expect("the keeper listens");
-    eventually("the keeper serves", || host.ps()["shims"][0]["status"] == "alive");
+    scratch::eventually("the keeper serves", || host.ps()["shims"][0]["status"] == "alive");
 }

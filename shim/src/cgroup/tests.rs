@@ -2,7 +2,7 @@
 use std::fs;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use containerd_shim_protos::{cgroups, cgroups_v2};
 
@@ -55,7 +55,7 @@ impl Made {
         let child = Command::new("/bin/sh").args(["-c", &format!("{joins} {command}")]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         self.children.push(child.expect("a shell"));
         let pid = self.children.last().expect("just pushed").id();
-        eventually(|| pids_in(&self.folders[self.folders.len() - 1]).contains(&pid), "the process has joined");
+        scratch::eventually("the process has joined", || pids_in(&self.folders[self.folders.len() - 1]).contains(&pid));
         pid
     }
 
@@ -70,7 +70,7 @@ impl Made {
             self.children.iter_mut().for_each(|child| drop(child.try_wait()));
             cgroup.pids().is_empty()
         };
-        eventually(is_empty, "all are dead");
+        scratch::eventually("all are dead", is_empty);
     }
 
     fn wait(&mut self) {
@@ -93,7 +93,7 @@ impl Drop for Made {
             let mut all = Vec::new();
             files::each_below(folder, &mut |folder| all.push(folder.to_owned()));
             for folder in all.iter().rev() {
-                eventually(|| fs::remove_dir(folder).is_ok() || !folder.exists(), "the cgroup can be removed");
+                scratch::eventually("the cgroup can be removed", || fs::remove_dir(folder).is_ok() || !folder.exists());
             }
         }
     }
@@ -115,14 +115,6 @@ fn pids_in(folder: &Path) -> Vec<u32> {
     files::pids_below(folder)
 }
 
-fn eventually(mut is_true: impl FnMut() -> bool, what: &str) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !is_true() {
-        assert!(Instant::now() < deadline, "not within a minute: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
 #[test]
 fn the_metrics_of_a_real_cgroup_are_of_the_hosts_kind_and_not_empty() {
     let Some(mut made) = Made::new() else { return };
@@ -132,7 +124,7 @@ fn the_metrics_of_a_real_cgroup_are_of_the_hosts_kind_and_not_empty() {
     assert_eq!(serde_json::from_str::<Cgroup>(&record).expect("readable"), cgroup);
     assert_eq!(cgroup.pids(), [pid]);
     assert_eq!(cgroup.oom_kills(), Some(0));
-    eventually(|| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep"), "it has counted");
+    scratch::eventually("it has counted", || fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sleep"));
     let any = cgroup.metrics();
     if hierarchy::is_unified() {
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
@@ -172,13 +164,13 @@ fn every_process_is_killed_below_it_and_while_frozen_too() {
             fs::create_dir(folder.join("below")).expect("a cgroup below");
         }
         let inner = made.start("", "for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; wait");
-        eventually(|| cgroup.pids().len() >= 10, "all have started");
+        scratch::eventually("all have started", || cgroup.pids().len() >= 10);
         fs::write(cgroup.processes().expect("a folder").join("below/cgroup.procs"), inner.to_string()).expect("a move");
         assert_eq!(cgroup.pids().len(), 10);
         if is_frozen {
             let (file, frozen) = if hierarchy::is_unified() { ("cgroup.freeze", "1") } else { ("freezer.state", "FROZEN") };
             made.write(file, frozen);
-            eventually(|| is_frozen_now(&cgroup), "it is frozen");
+            scratch::eventually("it is frozen", || is_frozen_now(&cgroup));
         }
         cgroup.kill_all().expect("a kill");
         made.are_dead(&cgroup);
@@ -210,10 +202,10 @@ fn one_process_of_a_frozen_cgroup_dies_and_the_others_stay_frozen() {
     let cgroup = Cgroup::of_pid(stays).expect("a cgroup");
     let (file, frozen) = if hierarchy::is_unified() { ("cgroup.freeze", "1") } else { ("freezer.state", "FROZEN") };
     made.write(file, frozen);
-    eventually(|| is_frozen_now(&cgroup), "it is frozen");
+    scratch::eventually("it is frozen", || is_frozen_now(&cgroup));
     sys_kill(dies).expect("a signal");
     cgroup.let_die(dies);
-    eventually(|| made.children[1].try_wait().expect("a child").is_some(), "it is dead");
+    scratch::eventually("it is dead", || made.children[1].try_wait().expect("a child").is_some());
     let (is_frozen, left) = (is_frozen_now(&cgroup), cgroup.pids());
     // or it could not be killed
     cgroup.thaw();
@@ -226,7 +218,7 @@ fn processes_that_fork_all_the_time_are_killed() {
     let Some(mut made) = Made::new() else { return };
     let pid = made.start("", "for i in $(seq 40); do (while :; do : & wait; done) & done; wait");
     let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
-    eventually(|| cgroup.pids().len() > 30, "it has grown");
+    scratch::eventually("it has grown", || cgroup.pids().len() > 30);
     cgroup.kill_all().expect("a kill");
     made.are_dead(&cgroup);
 }

@@ -35,7 +35,8 @@ saved!(ControlClient { socket, attached, input, output, asked });
 #[derive(Debug)]
 pub(crate) struct Control {
     listener: UnixListener,
-    clients: BTreeMap<u32, ControlClient>,
+    /// Each in a block of its own: a node of the map has room for eleven, and stays.
+    clients: BTreeMap<u32, Box<ControlClient>>,
     last_id: u32,
 }
 
@@ -70,7 +71,7 @@ impl Control {
             match poll.add(&socket, Source::ControlClient(self.last_id)) {
                 Ok(()) => {
                     let client = ControlClient { socket, attached: None, input: Inbox::default(), output: Outbox::default(), asked: false };
-                    self.clients.insert(self.last_id, client);
+                    self.clients.insert(self.last_id, Box::new(client));
                 }
                 Err(error) => warn!(error:%; "control connection refused, cannot watch it"),
             }

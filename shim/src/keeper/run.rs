@@ -36,8 +36,6 @@ const EXIT_WITHIN: Duration = Duration::from_secs(12);
 const SHUT_DOWN_WITHIN: Duration = Duration::from_secs(2);
 /// A keeper without containers and clients exits after this: no client is left to call Shutdown.
 const UNUSED_FOR: Duration = Duration::from_secs(10);
-/// How long after an activity the keeper returns memory to the kernel.
-const TRIM_AFTER: Duration = Duration::from_millis(500);
 /// While the worker has more than this unread, the keeper does not read from clients with many unanswered bytes.
 const MAX_BACKLOG_BYTES: usize = 8 << 20;
 
@@ -122,7 +120,7 @@ impl Keeper {
             // Streams use no memory, and a container that writes all the time shall not make us trim all the time.
             if sources.iter().any(|source| !matches!(source, Source::Stream(_))) {
                 // Not postponed by later activity: frequent polling would keep the shim from ever returning memory.
-                self.timers.trim_at.get_or_insert_with(|| Instant::now() + TRIM_AFTER);
+                self.timers.trim_at.get_or_insert_with(|| Instant::now() + sys::memory::TRIM_AFTER);
             }
             for source in sources {
                 self.dispatch(source);

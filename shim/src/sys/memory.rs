@@ -1,6 +1,11 @@
 //! Returns unused memory to the kernel.
 #![allow(unsafe_code)]
+use std::time::Duration;
+
 use nix::libc;
+
+/// How long after an activity a process calls [`trim`].
+pub(crate) const TRIM_AFTER: Duration = Duration::from_millis(500);
 
 const PAGE_BYTES: usize = 4096;
 /// What may be in use below the marker: the rest of its frame, the red zone, and the frame of the call to the kernel.
@@ -12,22 +17,17 @@ const DEPTH_BYTES: usize = 256 << 10;
 #[cfg(target_env = "gnu")]
 const KEPT_BYTES: libc::c_int = 128 << 10;
 
-/// Returns free pages of the heap to the kernel.
-pub(crate) fn trim_heap() {
+/// Returns free pages of the heap and of the stack to the kernel. Otherwise a process that waits for months would hold for
+/// ever what its busiest moment took. Only for the main thread, whose stack has room for that depth.
+///
+/// Never inlined: the marker must be in a frame of its own, and not above the live variables of a caller with a large one.
+#[inline(never)]
+pub(crate) fn trim() {
     #[cfg(target_env = "gnu")]
     // SAFETY: the call takes an integer and changes nothing that is in use.
     unsafe {
         libc::malloc_trim(0);
     }
-}
-
-/// Returns free pages of the heap and of the stack to the kernel. Otherwise a process that waits for months would hold for
-/// ever what its busiest moment took. Only for a process with one thread.
-///
-/// Never inlined: the marker must be in a frame of its own, and not above the live variables of a caller with a large one.
-#[inline(never)]
-pub(crate) fn trim() {
-    trim_heap();
     let marker = 0u8;
     let end = (&raw const marker as usize - IN_USE_BYTES) & !(PAGE_BYTES - 1);
     // SAFETY: memory below the stack pointer, by more than the frames of this call, is unused: the next call writes before it

@@ -22,6 +22,7 @@ use std::rc::Rc;
 use std::task::{Context, Waker};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::task::LocalSet;
 
 mod cause;
@@ -57,6 +58,7 @@ pub(crate) fn run(settings: Settings, link: OwnedFd) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        .max_io_events_per_tick(EVENTS_PER_TURN)
         .thread_stack_size(BLOCKING_STACK_BYTES)
         .thread_keep_alive(BLOCKING_KEEP_ALIVE)
         .build();
@@ -97,10 +99,22 @@ async fn live(settings: Settings, link: OwnedFd) -> Result<(), LinkError> {
     let mut incoming = Incoming::new(Rc::clone(&link));
     let worker = Rc::new(Worker { shared: Shared::new(settings, link) });
     worker.catch_up(&mut incoming).await?;
+    let is_used = Rc::new(Notify::new());
+    tokio::task::spawn_local(return_memory(Rc::clone(&is_used)));
     loop {
+        is_used.notify_one();
         let message = incoming.next().await?;
         worker.take(message);
         incoming.acted();
+    }
+}
+
+/// Returns unused memory a while after each use. Not postponed by later ones, since calls that keep coming would postpone it for ever.
+async fn return_memory(is_used: Rc<Notify>) {
+    loop {
+        is_used.notified().await;
+        tokio::time::sleep(sys::memory::TRIM_AFTER).await;
+        sys::memory::trim();
     }
 }
 
@@ -395,6 +409,8 @@ fn launch(work: impl Future<Output = ()> + 'static) {
     }
 }
 
+/// Of the descriptors: the keeper's, and those of outputs. tokio's own number, 1024, takes 12 KiB.
+const EVENTS_PER_TURN: usize = 64;
 /// Threads for work that a slow disk can block: mounts, output files.
 const BLOCKING_STACK_BYTES: usize = 256 << 10;
 const BLOCKING_KEEP_ALIVE: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! Temporary folders of unit tests.
+//! What unit tests share: temporary folders, cgroups, and waiting for what other processes do.
 //!
 //! A folder is removed with its owner. Those of a test that was killed are removed when the next one makes its first folder: their owner
 //! holds a lock while it lives.
@@ -11,7 +11,19 @@ use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 use std::{env, process};
+
+/// Waits for what another process or the kernel does, for a minute at most.
+///
+/// Panics: when it is not true by then.
+pub fn eventually(what: &str, mut is_true: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_true() {
+        assert!(Instant::now() < deadline, "not within a minute: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
 
 /// What the names of all such folders begin with.
 const PREFIX: &str = "x-unit-test-";

@@ -323,8 +323,9 @@ fn holdings(keeper: i32) -> Result<String> {
             Some((kind, _)) => kind.to_owned(),
             None => target.rsplit('/').next().unwrap_or_default().to_owned(),
         };
-        // programs: one, or two after an upgrade. A log whose bundle is gone is closed at the next line, which is written only after a crash.
-        if kind.starts_with("containerd-shim-") || kind == "log (deleted)" {
+        // Programs: one, or two after an upgrade; the mount of the first one, `/`, until then. A log whose bundle is gone is closed at the next line, which
+        // is written only after a crash.
+        if kind.starts_with("containerd-shim-") || kind.is_empty() || kind == "log (deleted)" {
             continue;
         }
         *counts.entry(kind).or_default() += 1;

@@ -9,7 +9,7 @@ use std::time::Instant;
 use log::{error, info};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Keeper, TRIM_AFTER};
+use super::Keeper;
 use crate::chain::chain;
 use crate::handover::{PartResult, ToKeeper};
 use crate::keeper::control::Control;
@@ -143,7 +143,7 @@ impl Keeper {
                 upgrade.report.keeper = PartResult::Kept("it could not resume from the state".into());
             }
         }
-        self.timers.trim_at = Some(now + TRIM_AFTER);
+        self.timers.trim_at = Some(now + sys::memory::TRIM_AFTER);
         self.reap();
     }
 }

@@ -60,8 +60,9 @@ enum Turn {
 #[derive(Debug, Default)]
 pub(crate) struct Streams {
     last_number: u32,
-    /// By number. A stream's own number, as in [`Source::Stream`], is that of its process times 4 and its place in it.
-    processes: BTreeMap<u32, Process>,
+    /// By number. A stream's own number, as in [`Source::Stream`], is that of its process times 4 and its place in it. In a block of its own: a node of the map
+    /// has room for eleven, and stays.
+    processes: BTreeMap<u32, Box<Process>>,
     /// The numbers of the processes that are not released.
     numbers: BTreeMap<String, u32>,
     /// Drain operations that are finished.
@@ -101,7 +102,7 @@ impl Streams {
         }
         let number = self.free_number();
         let process = Process::open(&stdio, number, poll)?;
-        self.processes.insert(number, process);
+        self.processes.insert(number, Box::new(process));
         self.numbers.insert(key, number);
         Ok(())
     }

@@ -14,7 +14,6 @@ use crate::engine::{self, CommandEngine, Engine, EngineError, Verb};
 use crate::handover::Spawn;
 use crate::options::RuntimeOptions;
 use crate::rootfs::{self, Mount, Unmount};
-use crate::sys;
 use crate::whole_file::blocking_replace;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
@@ -47,8 +46,6 @@ pub(in crate::worker) async fn create(shared: &Shared, cause: &Cause, call: Crea
         }
     }
     let Draft { record, key, .. } = draft;
-    // A configuration and its plan take up more than all else that a worker ever holds.
-    sys::memory::trim_heap();
     let (bundle, pid) = (record.bundle.clone(), record.init.pid);
     let container = Container::new(record);
     drop(container.record_mut()); // marks every entry as unsaved

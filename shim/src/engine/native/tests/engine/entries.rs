@@ -33,7 +33,7 @@ fn a_root_can_be_moved() {
     stage.start("c");
     let added = stage.exec_shell("c", &format!("{SHOW}; true"), |_| {});
     assert!(added.starts_with("/\n/\n") && added.contains("\ngroup\npasswd\n0\n") && added.contains("/x: Read-only"), "{added}");
-    crate::stage::eventually("init has shown what it sees", || {
+    scratch::eventually("init has shown what it sees", || {
         fs::read_to_string(stage.folder.join("output-1")).is_ok_and(|text| text == added)
     });
     init.kill();
@@ -100,7 +100,7 @@ fn a_root_can_be_entered_without_a_mount_namespace() {
     assert_eq!(added, "/\nbin\ndev\nroot:x:0:\n/\n/tmp\n");
     assert_eq!(stage.on_host("cat /proc/self/mountinfo"), host);
     let seen = || fs::read_to_string(stage.folder.join("output-1")).unwrap_or_default();
-    crate::stage::eventually("init has shown what it sees", || seen() == "/\nbin\ndev\netc\nproc\nroot\nrun\nsys\ntmp\n1\nx-engine\n");
+    scratch::eventually("init has shown what it sees", || seen() == "/\nbin\ndev\netc\nproc\nroot\nrun\nsys\ntmp\n1\nx-engine\n");
     init.kill();
     init.end();
     // In a user namespace there are no nodes, and nothing to mount the host's on.
@@ -135,7 +135,7 @@ fn a_mount_namespace_is_joined_by_path() {
     let inode = stage.on_host(&format!("stat -L -c %i {}", pin.display()));
     let shown = stage.exec_shell("c", "readlink /proc/self/ns/mnt; pwd; cat /etc/group | head -1", |_| {});
     assert_eq!(shown, format!("mnt:[{}]\n/\nroot:x:0:\n", inode.trim()));
-    crate::stage::eventually("init shows the same", || fs::read_to_string(stage.folder.join("output-1")).is_ok_and(|text| text == shown));
+    scratch::eventually("init shows the same", || fs::read_to_string(stage.folder.join("output-1")).is_ok_and(|text| text == shown));
     assert_eq!(stage.on_host("cat /proc/self/mountinfo"), before);
     init.kill();
     init.end();

@@ -280,7 +280,7 @@ fn mounts_below_a_shared_root_stay_in_the_container() {
         let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
         stage.start("c");
         let is_mounted = || fs::read_to_string(stage.folder.join("output-1")).is_ok_and(|text| text == "mounted\n");
-        crate::stage::eventually("the container has mounted", is_mounted);
+        scratch::eventually("the container has mounted", is_mounted);
         assert_eq!(stage.on_host("cat /proc/self/mountinfo"), own, "{word}");
         init.kill();
         init.end();

@@ -43,15 +43,6 @@ pub(crate) fn show_cgroups_to_crun() -> Option<String> {
     scratch::cgroups::are_mixed().then(show)?.err().map(|error| error.to_string())
 }
 
-/// Waits for what another process does, for ten seconds at most.
-pub(crate) fn eventually(what: &str, is_so: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    while !is_so() {
-        assert!(std::time::Instant::now() < deadline, "not in ten seconds: {what}");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-}
-
 pub(crate) struct Stage {
     pub(crate) folder: PathBuf,
     /// The folder of the test's cgroups, as a `cgroupsPath`.
