@@ -177,9 +177,10 @@ fn a_restored_container_has_the_limits_and_mounts_of_its_configuration() {
     let _init = restored(&stage, &configured(&second, 30), &settings);
     assert_eq!(fs::read_to_string("/proc/self/mountinfo").expect("mounts"), mounts);
     assert_eq!(stage.exec_shell("c", "cat /volume/name /mnt/deep/name /file", |_| {}), "secondsecondsecond");
-    let refused = stage.exec_shell("c", "touch /volume/x && echo volume; touch /mnt/deep/x && echo deep; touch /file && echo file; touch /x && echo root; hostname; cat /proc/1/oom_score_adj; ip link show lo", |_| {});
+    let written = "for f in /volume/x /mnt/deep/x /file /x; do touch $f && echo written; done";
+    let refused = stage.exec_shell("c", &format!("{written}; hostname; cat /proc/1/oom_score_adj; ip link show lo"), |_| {});
     assert!(refused.starts_with("touch: /volume/x: Read-only") && refused.contains("\nx-engine\n100\n"), "{refused}");
-    assert!(!["volume\n", "deep\n", "file\n", "root\n"].iter().any(|word| refused.lines().any(|line| line == word.trim())), "{refused}");
+    assert!(!refused.contains("written"), "{refused}");
     assert!(refused.contains("LOOPBACK,UP"), "{refused}");
     assert_eq!(stage.limit("pids", "pids.max"), "30");
     let kcore = stage.exec_shell(
