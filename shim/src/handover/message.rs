@@ -239,6 +239,12 @@ pub(crate) enum PlanKind {
     /// Runs the hooks that follow a deletion.
     #[n(3)]
     Poststop,
+    /// Has criu save the processes of a container. Since version 3.
+    #[n(4)]
+    Checkpoint,
+    /// Has criu make a container, which runs. Since version 3.
+    #[n(5)]
+    Restore,
 }
 
 impl PlanKind {
@@ -248,12 +254,14 @@ impl PlanKind {
             Self::Exec => "exec",
             Self::Poststart => "poststart hooks",
             Self::Poststop => "poststop hooks",
+            Self::Checkpoint => "checkpoint",
+            Self::Restore => "restore",
         }
     }
 
     /// Whether it leaves a process behind whose pid its report names.
     pub(crate) fn makes_process(self) -> bool {
-        matches!(self, Self::Create | Self::Exec)
+        matches!(self, Self::Create | Self::Exec | Self::Restore)
     }
 }
 

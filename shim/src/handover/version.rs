@@ -18,8 +18,11 @@ impl Versions {
     /// The first version in which a keeper performs plans of the native engine: those of plan version 1. Plans of another version need another one.
     pub(crate) const PERFORMS: u16 = 2;
 
+    /// The first version in which a keeper performs plans with criu: checkpoints and restores.
+    pub(crate) const CHECKPOINTS: u16 = 3;
+
     /// The versions that this build speaks, as keeper and as worker.
-    pub(crate) const OURS: Self = Self { oldest: 1, newest: 2 };
+    pub(crate) const OURS: Self = Self { oldest: 1, newest: 3 };
 
     /// The version in which two builds work together, if there is one.
     pub(crate) fn agree(self, other: Self) -> Option<u16> {

@@ -16,6 +16,7 @@ use minicbor::{Decode, Encode};
 
 mod block_io;
 mod cgroup;
+mod criu;
 mod device_program;
 mod devices;
 mod hooks;
@@ -34,6 +35,7 @@ mod scheduling;
 mod sysctl;
 mod users;
 
+pub use criu::{CgroupMode, Checkpoint, Criu, Restore, check_restore, checkpoint, restore};
 pub use hooks::{Hook, Hooks, State};
 #[cfg(test)]
 pub(crate) use identity::number as capability_number;
