@@ -51,10 +51,11 @@ test-manager: packages suites build
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- --skip crun::
 	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
 
-## x-manager's units under the host's systemd, as pid 1 of namespaces of its own: activation, reload, crash, stop, scopes of systemd's, shutdown
-test-systemd: suites build
+## the host's systemd as pid 1 of namespaces of its own: containers whose cgroups it makes, on v2 and on v1; x-manager's units: activation, reload, crash, stop, shutdown
+test-systemd: suites build build-faulty
 	tests/tools/install-packages systemd dbus
-	X_MANAGER=$(MANAGER) X_SHIM=$(SHIM) tests/tools/systemd-check
+	tests=$$($(CARGO) test --locked --no-run --package shim-tests --test systemd --message-format json | sed -n 's,.*"executable":"\([^"]*/systemd-[^"]*\)".*,\1,p') && \
+	X_MANAGER=$(MANAGER) X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) X_SYSTEMD_TESTS=$$tests tests/tools/systemd-check
 
 ## on cgroup v2: natively, and in an emulated guest for tests whose controllers this host has on v1: too slow to be part of `test`
 test-cgroup2: test-cgroup2-native test-cgroup2-guest conformance-cgroup2

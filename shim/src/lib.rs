@@ -30,6 +30,7 @@ mod saved;
 mod settings;
 mod stdio_uri;
 mod sys;
+mod systemd;
 mod test_identity;
 mod whole_file;
 mod worker;

@@ -49,6 +49,7 @@ pub struct Bundle {
     mounts: Vec<Mount>,
     log_is_read: bool,
     environment: Vec<(String, String)>,
+    systemd_cgroup: bool,
     /// Where its containerd's gRPC API would be: with the namespace and the id, the name of its shim's socket.
     grpc: PathBuf,
 }
@@ -68,6 +69,7 @@ impl Bundle {
             mounts: vec![bind_mount(&rootfs::shared()?)],
             log_is_read: true,
             environment: Vec::new(),
+            systemd_cgroup: false,
             grpc: stand.grpc(),
         })
     }
@@ -114,6 +116,13 @@ impl Bundle {
         self
     }
 
+    /// Has systemd make its cgroup: `SLICE:PREFIX:NAME`.
+    #[must_use]
+    pub fn systemd_cgroup(mut self, path: &str) -> Self {
+        self.systemd_cgroup = true;
+        self.spec(|spec| spec.with(|spec| spec["linux"]["cgroupsPath"] = path.into()))
+    }
+
     /// Connects stdin, stdout and stderr.
     #[must_use]
     pub fn stdio(mut self, stdin: &str, stdout: &str, stderr: &str) -> Self {
@@ -149,7 +158,8 @@ impl Bundle {
 
     /// The options.
     pub fn options(&self) -> Any {
-        let options = Options { binary_name: self.runtime.display().to_string(), ..Options::default() };
+        let options =
+            Options { binary_name: self.runtime.display().to_string(), systemd_cgroup: self.systemd_cgroup, ..Options::default() };
         let value = options.write_to_bytes().expect("a message without required fields is always complete");
         Any { type_url: "containerd.runc.v1.Options".to_owned(), value, ..Any::default() }
     }

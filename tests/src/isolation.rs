@@ -40,7 +40,10 @@ pub const RUN: &str = "/run/x-tests";
 /// Errors: without root, or when the kernel refuses the namespaces.
 pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
     if env::var_os(MARK).is_some() {
-        become_init()?;
+        match under_systemd() {
+            true => fs::create_dir_all(RUN)?,
+            false => become_init()?,
+        }
         return Ok(inside());
     }
     ensure!(nix::unistd::geteuid().is_root(), "these tests need root: they start daemons and containers");
@@ -60,6 +63,11 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
         .status()?;
     cgroups::remove(&cgroup);
     Ok(exit_code(status))
+}
+
+/// Whether the run's namespaces and their init are a systemd's (`tests/tools/systemd-check`): then nothing else is to be made.
+pub fn under_systemd() -> bool {
+    env::var_os("X_TESTS_UNDER_SYSTEMD").is_some()
 }
 
 fn exit_code(status: ExitStatus) -> ExitCode {

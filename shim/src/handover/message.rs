@@ -245,6 +245,9 @@ pub(crate) enum PlanKind {
     /// Has criu make a container, which runs. Since version 3.
     #[n(5)]
     Restore,
+    /// Makes a process that does nothing, for systemd to start a unit with.
+    #[n(6)]
+    Placeholder,
 }
 
 impl PlanKind {
@@ -256,11 +259,22 @@ impl PlanKind {
             Self::Poststop => "poststop hooks",
             Self::Checkpoint => "checkpoint",
             Self::Restore => "restore",
+            Self::Placeholder => "placeholder",
         }
     }
 
     /// Whether it leaves a process behind whose pid its report names.
     pub(crate) fn makes_process(self) -> bool {
+        matches!(self, Self::Create | Self::Exec | Self::Restore | Self::Placeholder)
+    }
+
+    /// Whether that process waits at a gate.
+    pub(crate) fn has_gate(self) -> bool {
+        matches!(self, Self::Create | Self::Placeholder)
+    }
+
+    /// Whether that process has the streams of its key.
+    pub(crate) fn has_streams(self) -> bool {
         matches!(self, Self::Create | Self::Exec | Self::Restore)
     }
 }

@@ -197,7 +197,10 @@ impl Children {
             warn!(pid, error:%; "cannot watch a performer's report, it is read when the performer has exited");
         }
         if let Some(gate) = gate {
-            self.gates.add(&order.key, cause, gate);
+            match order.kind {
+                PlanKind::Placeholder => self.gates.add_placeholder(&order.key, cause, gate),
+                _ => self.gates.add(&order.key, cause, gate),
+            }
         }
         let helper = Helper {
             cause,
@@ -218,12 +221,12 @@ impl Children {
     fn fork(&self, order: &Perform, streams: &mut Streams) -> io::Result<Forked> {
         let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
         let stream = |stream, streams: &mut Streams| {
-            let end = if order.terminal || !order.kind.makes_process() { None } else { streams.take_process_end(&order.key, stream) };
+            let end = if order.terminal || !order.kind.has_streams() { None } else { streams.take_process_end(&order.key, stream) };
             end.map_or_else(null, Ok)
         };
         let stdio = [stream(Stream::Stdin, streams)?, stream(Stream::Stdout, streams)?, stream(Stream::Stderr, streams)?];
         let (report, theirs) = Capture::new()?;
-        let (gate_end, gate) = (order.kind == PlanKind::Create).then(|| pipe2(OFlag::O_CLOEXEC)).transpose()?.unzip();
+        let (gate_end, gate) = order.kind.has_gate().then(|| pipe2(OFlag::O_CLOEXEC)).transpose()?.unzip();
         let (console, terminal) = order.terminal.then(UnixStream::pair).transpose()?.unzip();
         let descriptors = Descriptors { stdio, report: theirs, gate: gate_end, console: console.map(OwnedFd::from) };
         let plan = &order.plan;
@@ -243,6 +246,7 @@ impl Children {
             }
             PlanKind::Restore => perform::fork(|| perform::restore(plan, descriptors))?,
             PlanKind::Poststop => perform::fork(|| perform::poststop(plan, descriptors))?,
+            PlanKind::Placeholder => perform::fork(|| perform::placeholder(descriptors))?,
         };
         Ok(Forked { pid, report, gate, terminal: terminal.map(OwnedFd::from) })
     }
@@ -385,6 +389,11 @@ impl Children {
             Some(handle) => sys::process::signal(handle.as_fd(), signal),
             None => sys::process::signal(self.handle(key)?.as_fd(), signal),
         }
+    }
+
+    /// Ends the placeholders of a cause that is over.
+    pub(crate) fn end_placeholders_of(&mut self, cause: Cause) {
+        self.gates.close_placeholders_of(cause);
     }
 
     /// Kills the helpers of a poisoned request, and their descendants. An init that it has made ends too.

@@ -1,4 +1,4 @@
-//! The gates of containers that the native engine has made: pipes at whose other ends their inits wait.
+//! The gates of containers that the native engine has made: pipes at whose other ends their inits wait, and the placeholders of units of systemd's.
 //!
 //! Owns when a gate opens, by one byte, and when it closes. A closed gate ends an init that still waits, so a keeper that dies leaves none behind.
 use std::collections::BTreeMap;
@@ -18,6 +18,11 @@ pub(crate) struct Gates(BTreeMap<String, (Cause, OwnedFd)>);
 impl Gates {
     pub(crate) fn add(&mut self, key: &str, cause: Cause, gate: OwnedFd) {
         self.0.insert(key.to_owned(), (cause, gate));
+    }
+
+    /// A placeholder's: closed with its cause.
+    pub(crate) fn add_placeholder(&mut self, key: &str, cause: Cause, gate: OwnedFd) {
+        self.add(&format!("{key}{PLACEHOLDER}"), cause, gate);
     }
 
     /// Lets the init of a key execute its program.
@@ -40,6 +45,16 @@ impl Gates {
         self.0.retain(|_, (made_by, _)| *made_by != cause);
     }
 }
+
+impl Gates {
+    /// Closes those of placeholders that a cause has made.
+    pub(crate) fn close_placeholders_of(&mut self, cause: Cause) {
+        self.0.retain(|key, (made_by, _)| *made_by != cause || !key.ends_with(PLACEHOLDER));
+    }
+}
+
+/// No id has a space.
+const PLACEHOLDER: &str = " placeholder";
 
 /// A keeper of an earlier version has saved none.
 impl Saved for Gates {
@@ -83,5 +98,20 @@ mod tests {
         gates.close("c2");
         gates.close_of(3);
         assert_eq!((read(first), read(second), read(third)), (vec![1], vec![], vec![]));
+    }
+
+    #[test]
+    fn the_gate_of_a_placeholder_closes_with_its_cause_and_not_with_its_container() {
+        let mut gates = Gates::default();
+        let (end, gate) = pipe2(OFlag::O_CLOEXEC).expect("a pipe");
+        let (placeholders_end, placeholders_gate) = pipe2(OFlag::O_CLOEXEC).expect("a pipe");
+        gates.add("c1", 1, gate);
+        gates.add_placeholder("c1", 1, placeholders_gate);
+        gates.close_placeholders_of(2);
+        assert_eq!(gates.0.len(), 2);
+        gates.close_placeholders_of(1);
+        assert_eq!((read(placeholders_end), gates.0.len()), (vec![], 1));
+        gates.open("c1").expect("init waits for its own");
+        assert_eq!(read(end), [1]);
     }
 }

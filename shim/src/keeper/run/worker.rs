@@ -157,6 +157,9 @@ impl Keeper {
         for event in std::mem::take(&mut commit.events) {
             self.publisher.push(event);
         }
+        for cause in commit.answers.iter().map(|(cause, _)| *cause).chain(commit.ends.iter().copied()) {
+            self.children.end_placeholders_of(cause);
+        }
         for due in self.ledger.commit(&mut commit) {
             self.answer(due);
         }

@@ -12,6 +12,7 @@ use crate::chain::chain;
 use crate::engine::{self, CommandEngine, CriuRequest, Engine, EngineError, NATIVE, NativeEngine, Verb};
 use crate::handover::Versions;
 use crate::options::RuntimeOptions;
+use crate::systemd;
 use crate::worker::error::Error;
 use crate::worker::id::ContainerId;
 
@@ -87,7 +88,10 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
         return Err(unsupported("needs the keeper of a later build: upgrade the shim with its keeper").into());
     }
     if options.systemd_cgroup {
-        return Err(unsupported("does not implement the option SystemdCgroup").into());
+        check_systemd(shared, &unsupported)?;
+        if !call.checkpoint.is_empty() {
+            return Err(unsupported("does not restore a checkpoint with the option SystemdCgroup").into());
+        }
     }
     let mounting = (!on_host).then_some(call);
     let plan = blocking_plan_config(shared, id, &call.bundle, options, config, mounting, Verb::Create)?;
@@ -112,7 +116,10 @@ pub(super) fn blocking_plan_config(
 ) -> Result<plan::Create, Error> {
     let refused = |why: Refused| engine::refused(verb, &why);
     let config = spec::parse(config).map_err(refused)?;
-    let host = blocking_read_host()?;
+    let mut host = blocking_read_host()?;
+    if options.systemd_cgroup {
+        host = host.with_init().map_err(|source| Error::Io { op: "read", path: "/proc/1/cgroup".into(), source })?;
+    }
     let filters = shared.settings.control_path.parent().map(|folder| folder.join(FILTERS));
     let root_mounts = mounting.map(|call| root_mounts(id, call, &config)).unwrap_or_default();
     let request = Request {
@@ -120,10 +127,30 @@ pub(super) fn blocking_plan_config(
         default_oom_score_adj: blocking_read_oom_score_adj(),
         filters: filters.as_deref(),
         no_pivot_root: options.no_pivot_root,
+        systemd_cgroup: options.systemd_cgroup,
         root_mounts: &root_mounts,
         ..Request::new(id.as_str(), bundle)
     };
     Ok(plan::create(&config, &request, &host).map_err(refused)?)
+}
+
+/// Whether systemd can be asked for cgroups.
+fn check_systemd(shared: &Shared, unsupported: &impl Fn(&str) -> EngineError) -> Result<(), Error> {
+    if shared.version.get() < Versions::HOLDS_UNITS {
+        return Err(unsupported("needs the keeper of a later build for the option SystemdCgroup: upgrade the shim with its keeper").into());
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(unsupported("does not implement the option SystemdCgroup for a user's own instance of systemd").into());
+    }
+    // Every other engine needs it as well.
+    if !systemd::blocking_is_running() {
+        let message = format!(
+            "the option SystemdCgroup needs systemd as the host's init, and there is no folder {}; unset it, and have the client use the cgroupfs driver",
+            systemd::RUNNING
+        );
+        return Err(EngineError::Failed { verb: Verb::Create, message }.into());
+    }
+    Ok(())
 }
 
 /// The mounts of the root file system, if they can be made in the container's mount namespace alone; else none, and the shim mounts them on the host.

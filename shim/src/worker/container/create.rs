@@ -190,7 +190,7 @@ pub(super) async fn undo_engine(shared: &Shared, cause: &Cause, record: &Record,
         _ if is_taken => disown(shared, cause, record).await,
         // A performer that has reported a failure has removed everything; one that could not be forked has made nothing.
         Engine::Native(_) if matches!(why, Error::Engine(_) | Error::TooMuch { .. } | Error::NotPerformed { .. }) => Ok(()),
-        Engine::Native(engine) => native::undo(engine).await,
+        Engine::Native(engine) => native::undo(engine, &ProcessKey::init(&record.id)).await,
         Engine::Command(engine) if is_of_another(cause, engine, record).await => disown(shared, cause, record).await,
         Engine::Command(engine) => {
             let spawn = engine.delete(&at(record), true);

@@ -42,6 +42,7 @@ mod reply;
 mod shared;
 mod start;
 mod streams;
+mod unit;
 mod verb;
 
 pub(super) use attachments::attach;

@@ -6,6 +6,7 @@ use x_engine::{Refused, control, plan, spec};
 use super::choose::{blocking_plan_config, blocking_read_host, check_keeper};
 use super::create::blocking;
 use super::kill::kill_unclaimed;
+use super::unit::{self, Held};
 use super::{Record, Shared};
 use crate::chain::chain;
 use crate::engine::{self, CriuRequest, EngineError, NativeEngine, Verb};
@@ -18,6 +19,40 @@ use crate::worker::spec::Spec;
 
 /// Makes a container: its init waits before the user's program. Returns its pid.
 pub(super) async fn create(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result<u32, Error> {
+    let Some(unit) = &plan.unit else { return perform(cause, key, plan).await };
+    let held = Held::start(cause, key, unit).await?;
+    let made = async {
+        let pid = perform(cause, key, &held.with_placeholder(plan)).await?;
+        held.limit(&plan.cgroup).await.map(|()| pid)
+    };
+    match made.await {
+        Ok(pid) => {
+            held.end().await;
+            Ok(pid)
+        }
+        Err(error) => {
+            let cgroup = plan.cgroup.clone();
+            let is_taken = matches!(error, Error::Engine(EngineError::Exists { .. }));
+            // A folder elsewhere is another container's; the unit is this one's.
+            if !is_taken
+                && let Err(error) =
+                    blocking(move || control::kill_all(&cgroup).map_err(failed(Verb::Create, "kill every process of the cgroup"))).await
+            {
+                log::debug!(container:% = key, error:% = error.chain(); "cannot kill what was made in vain");
+            }
+            held.stop().await;
+            let cgroup = plan.cgroup.clone();
+            if !is_taken
+                && let Err(error) = blocking(move || control::remove(&cgroup).map_err(failed(Verb::Create, "remove the cgroup"))).await
+            {
+                log::warn!(container:% = key, error:% = error.chain(); "cannot remove the cgroup of a container that was not made");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn perform(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result<u32, Error> {
     let order = Perform {
         key: key.to_string(),
         kind: PlanKind::Create,
@@ -88,10 +123,21 @@ fn blocking_plan_again(shared: &Shared, record: &Record, verb: Verb) -> Result<p
 
 /// Removes what a Create has made whose performer was killed, or after which something else failed. A performer that reports a failure has
 /// removed all.
-pub(super) async fn undo(native: &NativeEngine) -> Result<(), Error> {
+pub(super) async fn undo(native: &NativeEngine, key: &ProcessKey) -> Result<(), Error> {
+    remove(native, key, true).await
+}
+
+/// Removes the cgroup, and the unit that it is of. `kill`: also what still runs in it.
+async fn remove(native: &NativeEngine, key: &ProcessKey, kill: bool) -> Result<(), Error> {
+    if kill {
+        let cgroup = native.container().cgroup.clone();
+        blocking(move || control::kill_all(&cgroup).map_err(failed(Verb::Delete, "kill every process of the cgroup"))).await?;
+    }
+    if let Some(unit) = &native.container().unit {
+        unit::stop(key, unit).await;
+    }
     let cgroup = native.container().cgroup.clone();
-    blocking(move || control::kill_all(&cgroup).and_then(|()| control::remove(&cgroup)).map_err(failed(Verb::Delete, "remove the cgroup")))
-        .await
+    blocking(move || control::remove(&cgroup).map_err(failed(Verb::Delete, "remove the cgroup"))).await
 }
 
 /// Lets init execute the user's program, then runs the hooks that follow a start.
@@ -138,14 +184,7 @@ pub(super) async fn exec(
 
 /// Removes the cgroup of a container, then runs the hooks that follow a deletion. `kill`: also what still runs in it.
 pub(super) async fn delete(cause: &Cause, native: &NativeEngine, key: &ProcessKey, kill: bool) -> Result<(), Error> {
-    let cgroup = native.container().cgroup.clone();
-    let remove = move || {
-        if kill {
-            control::kill_all(&cgroup).map_err(failed(Verb::Delete, "kill every process of the cgroup"))?;
-        }
-        control::remove(&cgroup).map_err(failed(Verb::Delete, "remove the cgroup"))
-    };
-    blocking(remove).await?;
+    remove(native, key, kill).await?;
     if native.container().hooks.poststop.is_empty() {
         return Ok(());
     }
@@ -173,6 +212,9 @@ pub(super) async fn update(native: &NativeEngine, resources: &[u8]) -> Result<()
     let refused = |why| engine::refused(Verb::Update, &why);
     let resources = spec::parse_resources(resources).map_err(refused)?;
     let changed = plan::update(&resources, native.container()).map_err(refused)?;
+    if let Some(unit) = &native.container().unit {
+        return unit::update(unit, changed).await;
+    }
     blocking(move || control::update(&changed).map_err(failed(Verb::Update, "change limits"))).await
 }
 
@@ -227,6 +269,6 @@ async fn hooks(cause: &Cause, native: &NativeEngine, key: &ProcessKey, kind: Pla
     engine::reported_pid(verb, &exited)?.map(drop).ok_or(Error::NoReport { verb, status: exited.status })
 }
 
-fn failed<E: std::error::Error>(verb: Verb, what: &'static str) -> impl Fn(E) -> Error {
+pub(super) fn failed<E: std::error::Error>(verb: Verb, what: &'static str) -> impl Fn(E) -> Error {
     move |error| EngineError::Failed { verb, message: format!("{what}: {}", chain(&error)) }.into()
 }

@@ -51,15 +51,18 @@ pub(crate) struct Record {
 /// The longest encoded entry of a container.
 const MAX_BYTES: usize = 1 << 20;
 
-/// The newest version of records, those of containers that the native engine has made. The others have version 1, which earlier builds read.
-pub(crate) const VERSION: u32 = 2;
+/// The newest version of records: those of containers whose cgroup is a unit of systemd's. Other containers that the native engine has made have version 2, the rest 1,
+/// which earlier builds read.
+pub(crate) const VERSION: u32 = 3;
+const NATIVE_VERSION: u32 = 2;
 const COMMAND_VERSION: u32 = 1;
 
 impl Record {
     /// The version of the record of a container that `engine` makes.
     pub(crate) fn version_for(engine: &Engine) -> u32 {
         match engine {
-            Engine::Native(_) => VERSION,
+            Engine::Native(native) if native.container().unit.is_some() => VERSION,
+            Engine::Native(_) => NATIVE_VERSION,
             Engine::Command(_) => COMMAND_VERSION,
         }
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 
-use crate::plan::{Cgroup, Folder, KEEP, Write};
+use crate::plan::{Bandwidth, Cgroup, Folder, KEEP, Write};
 use crate::sys;
 
 /// Freezes every process in a cgroup and below it, and waits until all are. On failure none is.
@@ -56,6 +56,51 @@ pub fn update(cgroup: &Cgroup) -> Result<(), UpdateError> {
         written.iter().rev().for_each(|(path, former)| drop(write(path, former)));
     }
     changed
+}
+
+/// What is limited of processor time, as far as the files show it.
+#[must_use]
+pub fn bandwidth(cgroup: &Cgroup) -> Bandwidth {
+    let read = |file: &str| cgroup.folders.iter().find_map(|folder| fs::read_to_string(folder.absolute().join(file)).ok());
+    let of_v2 = || {
+        let text = read("cpu.max")?;
+        let (quota, period) = text.trim().split_once(' ')?;
+        Some(Bandwidth { quota: quota.parse().ok(), period: period.parse().ok()? })
+    };
+    let of_v1 = || {
+        let quota = read("cpu.cfs_quota_us")?.trim().parse().ok();
+        Some(Bandwidth { quota, period: read("cpu.cfs_period_us")?.trim().parse().ok()? })
+    };
+    of_v2().or_else(of_v1).unwrap_or_default()
+}
+
+/// The devices that are allowed on cgroup v1, to be allowed again by [`allow`] after systemd has written its own list: a hook may have added some.
+#[must_use]
+pub fn devices(cgroup: &Cgroup) -> Vec<(PathBuf, String)> {
+    let lists = cgroup.folders.iter().map(|folder| folder.absolute().join("devices.list"));
+    let lists = lists.filter_map(|list| Some((list.with_file_name("devices.allow"), fs::read_to_string(&list).ok()?)));
+    lists.flat_map(|(file, text)| text.lines().map(|line| (file.clone(), line.to_owned())).collect::<Vec<_>>()).collect()
+}
+
+/// Allows devices again, as far as they are not allowed.
+pub fn allow(devices: &[(PathBuf, String)]) -> Result<(), UpdateError> {
+    devices.iter().try_for_each(|(path, line)| {
+        let is_there = fs::read_to_string(path.with_file_name("devices.list")).is_ok_and(|list| list.lines().any(|other| other == line));
+        if is_there {
+            return Ok(());
+        }
+        write(path, line).map_err(|source| UpdateError { path: path.clone(), value: line.clone(), source })
+    })
+}
+
+/// Whether every process is frozen on cgroup v1, where systemd's list of devices is written in steps.
+#[must_use]
+pub fn is_frozen(cgroup: &Cgroup) -> bool {
+    match freezer(cgroup) {
+        Ok(Freezer::V1(folder)) => fs::read(folder.join(FREEZER)).is_ok_and(|state| state.trim_ascii() != b"THAWED"),
+        Ok(Freezer::V2(folder)) => fs::read(folder.join("cgroup.freeze")).is_ok_and(|state| state.trim_ascii() == b"1"),
+        Err(_) => false,
+    }
 }
 
 /// A limit that the kernel refuses.

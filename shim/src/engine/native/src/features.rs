@@ -20,9 +20,9 @@ pub fn features(host: &Host) -> Value {
         "linux": linux(host),
         // By the name that clients look for, which is runc's.
         "annotations": { "org.opencontainers.runc.checkpoint.enabled": "true" },
-        // No annotation makes the engine do anything: hooks and agents receive them. A file of options for criu (`org.criu.config`) could name programs to
-        // execute on the host, so it is not read.
-        "potentiallyUnsafeConfigAnnotations": [],
+        // They become properties of a unit. Any other makes the engine do nothing: hooks and agents receive them. A file of options for criu
+        // (`org.criu.config`) could name programs to execute on the host, so it is not read.
+        "potentiallyUnsafeConfigAnnotations": [plan::ANNOTATION],
     });
     if !is_taken(|config| config["ociVersion"] = json!(NEWEST_VERSION)) {
         features["ociVersionMax"] = json!(OLDEST_VERSION);
@@ -55,7 +55,7 @@ fn linux(host: &Host) -> Value {
         "cgroup": {
             "v1": is_taken_on(&Host::example_v1(), |_| {}),
             "v2": is_taken_on(&Host::example_v2(), |_| {}),
-            "systemd": is_taken(|config| config["linux"]["cgroupsPath"] = json!("system.slice:x:c")),
+            "systemd": is_taken_as_unit(),
             "systemdUser": false,
             "rdma": is_taken_on(&Host::example_v2(), |config| config["linux"]["resources"] = json!({ "rdma": { "mlx": { "hcaHandles": 1 } } })),
         },
@@ -145,14 +145,23 @@ fn is_taken_on(host: &Host, change: impl FnOnce(&mut Value)) -> bool {
     planned_on(host, change).is_some()
 }
 
+fn is_taken_as_unit() -> bool {
+    let change = |config: &mut Value| config["linux"]["cgroupsPath"] = json!("system.slice:x:c");
+    let request = Request { systemd_cgroup: true, ..Request::new("c", Path::new("/b")) };
+    [Host::example_v1(), Host::example_v2()].iter().all(|host| planned_as(&request, host, change).is_some_and(|plan| plan.unit.is_some()))
+}
+
 fn planned_on(host: &Host, change: impl FnOnce(&mut Value)) -> Option<Create> {
+    planned_as(&Request::new("c", Path::new("/b")), host, change)
+}
+
+fn planned_as(request: &Request<'_>, host: &Host, change: impl FnOnce(&mut Value)) -> Option<Create> {
     let mut config = json!({
         "ociVersion": OLDEST_VERSION, "root": { "path": "r" }, "process": { "cwd": "/", "args": ["a"], "user": {} },
         "linux": { "namespaces": [{ "type": "mount" }] }, "mounts": Value::Array(Vec::new()), "hooks": Value::Object(Map::new()),
     });
     change(&mut config);
-    let request = Request::new("c", Path::new("/b"));
-    spec::parse(config.to_string().as_bytes()).and_then(|spec| plan::create(&spec, &request, host)).ok()
+    spec::parse(config.to_string().as_bytes()).and_then(|spec| plan::create(&spec, request, host)).ok()
 }
 
 const OLDEST_VERSION: &str = "1.0.0";
@@ -347,6 +356,8 @@ mod tests {
         assert_eq!(linux["mountExtensions"]["idmap"]["enabled"], json!(true));
         assert_eq!(linux["cgroup"]["v1"], json!(true));
         assert_eq!((&linux["cgroup"]["v2"], &linux["cgroup"]["rdma"]), (&json!(true), &json!(true)));
+        assert_eq!((&linux["cgroup"]["systemd"], &linux["cgroup"]["systemdUser"]), (&json!(true), &json!(false)));
+        assert_eq!(features["potentiallyUnsafeConfigAnnotations"], json!(["org.systemd.property."]));
         assert!(has(&linux["seccomp"]["actions"], "SCMP_ACT_NOTIFY") && has(&linux["seccomp"]["operators"], "SCMP_CMP_MASKED_EQ"));
         let architectures = ["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM", "SCMP_ARCH_X32", "SCMP_ARCH_X86", "SCMP_ARCH_X86_64"];
         assert_eq!(linux["seccomp"]["archs"], json!(architectures));

@@ -1,18 +1,22 @@
 //! The fuzz target `engine`: whatever a configuration, a process or a change of resources says, nothing panics, and a plan survives its encoding.
 use std::path::Path;
 
-use crate::plan::{self, Container, Create, Exec, Request};
+use crate::plan::{self, Bandwidth, Container, Create, Exec, Request};
 use crate::{Host, spec};
 
 /// Any bytes: a configuration, a process that is added, or a change of resources, on hosts with v1 and with v2.
 pub fn config(bytes: &[u8]) {
     for host in [Host::example_v1(), Host::example_v2()] {
-        let request = Request::new("c", Path::new("/b"));
-        if let Ok(spec) = spec::parse(bytes)
-            && let Ok(planned) = plan::create(&spec, &request, &host)
-        {
-            assert_eq!(plan::create(&spec, &request, &host).ok().as_ref(), Some(&planned), "a plan is not the same each time");
-            assert_eq!(minicbor::decode::<Create>(&encoded(&planned)).ok(), Some(planned));
+        for systemd_cgroup in [false, true] {
+            let request = Request { systemd_cgroup, ..Request::new("c", Path::new("/b")) };
+            if let Ok(spec) = spec::parse(bytes)
+                && let Ok(mut planned) = plan::create(&spec, &request, &host)
+            {
+                assert_eq!(plan::create(&spec, &request, &host).ok().as_ref(), Some(&planned), "a plan is not the same each time");
+                // It is not encoded.
+                assert_eq!(planned.unit.take().is_some(), systemd_cgroup);
+                assert_eq!(minicbor::decode::<Create>(&encoded(&planned)).ok(), Some(planned));
+            }
         }
         let container = container(&host);
         if let Ok(process) = spec::parse_process(bytes)
@@ -21,7 +25,7 @@ pub fn config(bytes: &[u8]) {
             assert_eq!(minicbor::decode::<Exec>(&encoded(&planned)).ok(), Some(planned));
         }
         if let Ok(resources) = spec::parse_resources(bytes) {
-            let _ = plan::update(&resources, &container);
+            let _ = plan::update(&resources, &container).and_then(|mut changed| plan::settle(&mut changed, Bandwidth::default()));
         }
     }
 }
@@ -57,6 +61,6 @@ mod tests {
             (0..bytes.len()).step_by(97).for_each(|end| super::config(&bytes[..end]));
             count += 1;
         }
-        assert!(count >= 6, "{count}");
+        assert!(count >= 7, "{count}");
     }
 }

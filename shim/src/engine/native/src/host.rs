@@ -31,6 +31,8 @@ pub struct MountedHierarchy {
     pub root: String,
     /// The cgroup of the process that makes the plan.
     pub own: String,
+    /// The cgroup of the host's first process, if it was asked for: systemd's own are beside it.
+    pub of_init: String,
     /// Controllers that cgroup v2 has: those that no hierarchy of v1 took.
     pub available: Vec<String>,
 }
@@ -48,6 +50,16 @@ impl Host {
             has_selinux: fs::exists("/sys/fs/selinux/enforce")?,
         })
     }
+
+    /// Adds the cgroups of the host's first process.
+    pub fn with_init(mut self) -> io::Result<Self> {
+        let cgroups = fs::read_to_string("/proc/1/cgroup")?;
+        for hierarchy in &mut self.hierarchies {
+            hierarchy.of_init =
+                cgroup_of(&cgroups, |controllers| controllers == hierarchy.controllers.join(",")).unwrap_or_default().1.to_owned();
+        }
+        Ok(self)
+    }
 }
 
 /// Hosts that have everything, for questions about what a planner takes.
@@ -60,6 +72,7 @@ impl Host {
             mount: format!("/sys/fs/cgroup/{name}"),
             root: "/".to_owned(),
             own: "/d".to_owned(),
+            of_init: "/".to_owned(),
             available: Vec::new(),
         };
         let hierarchies = NAMES.into_iter().map(hierarchy).collect();
@@ -71,6 +84,7 @@ impl Host {
             mount: "/sys/fs/cgroup".to_owned(),
             root: "/".to_owned(),
             own: "/d/e".to_owned(),
+            of_init: "/init.scope".to_owned(),
             available: ["cpu", "cpuset", "hugetlb", "io", "memory", "pids", "rdma"].map(str::to_owned).to_vec(),
             ..MountedHierarchy::default()
         };
@@ -91,8 +105,7 @@ fn hierarchies(mountinfo: &str, cgroups: &str) -> Vec<MountedHierarchy> {
             "cgroup" => !controllers.is_empty() && controllers.split(',').all(|one| options.split(',').any(|option| option == one)),
             _ => false,
         };
-        let entry = cgroups.lines().filter_map(|line| line.split_once(':')?.1.split_once(':')).find(|(controllers, _)| is_of(controllers));
-        let Some((controllers, own)) = entry else { continue };
+        let Some((controllers, own)) = cgroup_of(cgroups, is_of) else { continue };
         let controllers: Vec<String> = controllers.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
         if found.iter().all(|other| other.controllers != controllers) {
             found.push(MountedHierarchy {
@@ -100,11 +113,17 @@ fn hierarchies(mountinfo: &str, cgroups: &str) -> Vec<MountedHierarchy> {
                 mount: unescape(mount),
                 root: unescape(root),
                 own: own.to_owned(),
+                of_init: String::new(),
                 available: Vec::new(),
             });
         }
     }
     found
+}
+
+/// The line of a hierarchy in a process's `cgroup`: its controllers and its path.
+fn cgroup_of(cgroups: &str, is_of: impl Fn(&str) -> bool) -> Option<(&str, &str)> {
+    cgroups.lines().filter_map(|line| line.split_once(':')?.1.split_once(':')).find(|(controllers, _)| is_of(controllers))
 }
 
 fn with_controllers(mut hierarchies: Vec<MountedHierarchy>) -> Vec<MountedHierarchy> {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::child::plain;
 use super::{Doing, Failure, Step, failure};
 use crate::control;
 use crate::plan::{Cgroup, Folder, Hierarchy};
@@ -39,8 +40,12 @@ impl Joining {
     /// Makes the folders. One that exists must be empty.
     pub(super) fn make(cgroup: &Cgroup) -> Result<(Self, Made), Failure> {
         let (mut joining, mut made) = (Self::default(), Made::default());
+        let systemds = cgroup.placeholder.and_then(|_| cgroup.of_systemd());
         let all = cgroup.folders.iter().try_for_each(|folder| {
-            make_folder(folder, &mut made)?;
+            if systemds == Some(folder) && !folder.absolute().is_dir() {
+                return Err(plain(Step::Cgroup, &format!("systemd's cgroup {} is gone", folder.absolute().display())));
+            }
+            make_folder(folder, cgroup.placeholder, &mut made)?;
             allow_realtime(folder)?;
             joining.open(folder)
         });
@@ -116,7 +121,7 @@ impl Joining {
     }
 }
 
-fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
+fn make_folder(folder: &Folder, placeholder: Option<u32>, made: &mut Made) -> Result<(), Failure> {
     let path = folder.absolute();
     if make(folder).doing(Step::Cgroup, || format!("make cgroup {}", path.display()))? {
         made.0.push(path.clone());
@@ -127,8 +132,13 @@ fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
     }
     let processes =
         fs::read(path.join("cgroup.procs")).doing(Step::Cgroup, || format!("read the processes of cgroup {}", path.display()))?;
-    if processes.is_empty() {
-        return Ok(());
+    let is_placeholder = |line: &[u8]| placeholder.is_some_and(|pid| line == pid.to_string().as_bytes());
+    if processes.split(|byte| *byte == b'\n').all(|line| line.is_empty() || is_placeholder(line)) {
+        // A folder of systemd's is there already.
+        let owner = folder.owner.filter(|_| placeholder.is_some());
+        return owner
+            .map_or(Ok(()), |owner| give(&path, owner))
+            .doing(Step::Cgroup, || format!("give cgroup {} to its user", path.display()));
     }
     Err(Failure { step: Step::Taken, what: format!("cgroup {} has processes already", path.display()), errno: 0 })
 }
@@ -136,7 +146,7 @@ fn make_folder(folder: &Folder, made: &mut Made) -> Result<(), Failure> {
 /// Gives a folder of v1 its real-time budget. Without any, a process whose policy is real-time cannot join it.
 fn allow_realtime(folder: &Folder) -> Result<(), Failure> {
     let limits = folder.limits.iter().filter(|limit| limit.file.starts_with("cpu.rt_")).cloned().collect();
-    limit(&Cgroup { folders: vec![Folder { limits, devices: None, ..folder.clone() }] })
+    limit(&Cgroup { folders: vec![Folder { limits, devices: None, ..folder.clone() }], placeholder: None })
 }
 
 /// Makes a folder with its parents, and fills what a cpuset needs. Whether the last one is new.
@@ -218,3 +228,61 @@ pub(super) fn limit(cgroup: &Cgroup) -> Result<(), Failure> {
 
 /// More than the kernel writes there.
 const MAX_EVENTS_BYTES: u64 = 4 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder that looks like a cgroup with these processes.
+    fn folder(scratch: &scratch::Folder, processes: &str) -> Folder {
+        fs::create_dir_all(scratch.join("c")).expect("a folder");
+        fs::write(scratch.join("c/cgroup.procs"), processes).expect("a file");
+        Folder {
+            mount: scratch.display().to_string(),
+            path: "c".to_owned(),
+            hierarchy: Hierarchy::Unified,
+            limits: Vec::new(),
+            controllers: Vec::new(),
+            of: Vec::new(),
+            devices: None,
+            owner: None,
+        }
+    }
+
+    #[test]
+    fn a_folder_may_hold_its_placeholder_and_no_other_process() {
+        let scratch = scratch::Folder::new("placeholder");
+        for (processes, placeholder, is_free) in [
+            ("", None, true),
+            ("", Some(7), true),
+            ("7\n", Some(7), true),
+            ("7\n", None, false),
+            ("7\n", Some(70), false),
+            ("70\n", Some(7), false),
+            ("7\n8\n", Some(7), false),
+        ] {
+            let made = make_folder(&folder(&scratch, processes), placeholder, &mut Made::default());
+            match made {
+                Ok(()) => assert!(is_free, "{processes:?} {placeholder:?}"),
+                Err(failure) => assert!(!is_free && failure.step == Step::Taken, "{processes:?} {placeholder:?}: {failure:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn systemds_folder_is_not_made_in_its_place() {
+        let scratch = scratch::Folder::new("gone");
+        let own = |of: &[&str], path: &str| Folder {
+            path: path.to_owned(),
+            of: of.iter().map(|name| (*name).to_owned()).collect(),
+            hierarchy: if of.is_empty() { Hierarchy::Unified } else { Hierarchy::V1 },
+            ..folder(&scratch, "")
+        };
+        for folders in [vec![own(&[], "unified")], vec![own(&["name=systemd"], "systemd"), own(&[], "unified")]] {
+            let cgroup = Cgroup { folders, placeholder: Some(7) };
+            let failure = Joining::make(&cgroup).expect_err("nothing is there");
+            assert!(failure.what.contains("systemd's cgroup") && failure.what.ends_with("is gone"), "{failure:?}");
+        }
+        assert!(!scratch.join("unified").exists() && !scratch.join("systemd").exists());
+    }
+}

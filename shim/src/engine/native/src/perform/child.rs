@@ -77,6 +77,23 @@ pub fn restore(plan: &[u8], descriptors: Descriptors) -> ! {
     })
 }
 
+/// Makes a process that does nothing but wait at its gate, a child of the caller's parent: systemd wants one to start a scope with, before there is a container. As
+/// [`create`]; reports its pid.
+pub fn placeholder(descriptors: Descriptors) -> ! {
+    perform(descriptors, None, |kept, _| {
+        let gate = kept.gate.as_ref().ok_or_else(|| plain(Step::Plan, "a placeholder without a gate would stay for ever"))?;
+        match sys::clone_into(0, None).doing(Step::Child, || "make a placeholder".to_owned())? {
+            Born::Parent { pid, .. } => Ok(pid),
+            Born::Child => {
+                if kept.close_others(&[]).is_ok() {
+                    init::wait_at(gate);
+                }
+                sys::exit_now(0)
+            }
+        }
+    })
+}
+
 pub(super) fn cwd(hooks: &Hooks) -> Option<&Path> {
     Some(Path::new(&hooks.state.bundle))
 }

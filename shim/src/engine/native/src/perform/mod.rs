@@ -48,7 +48,7 @@ mod sources;
 mod sync;
 mod terminal;
 
-pub use child::{checkpoint, create, exec, fork, poststart, poststop, restore};
+pub use child::{checkpoint, create, exec, fork, placeholder, poststart, poststop, restore};
 
 /// What a performer needs beside its plan. All others of its descriptors are closed.
 #[derive(Debug)]

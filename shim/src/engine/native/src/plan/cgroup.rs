@@ -1,32 +1,58 @@
 //! Plans the folders of a cgroup, and its limits.
 use std::path::{Component, Path};
 
-use oci_spec::runtime::{Linux, LinuxResources};
+use oci_spec::runtime::{Linux, LinuxResources, Spec};
 
 use super::devices::{self, Allowed};
+use super::make::Request;
+use super::unit::{self, Unit};
 use super::{Cgroup, Folder, Hierarchy, device_program, limits_v1, limits_v2};
 use crate::Refused;
 use crate::host::{Host, MountedHierarchy};
 
-/// Plans the cgroup of a container.
-pub(super) fn plan(linux: &Linux, id: &str, host: &Host) -> Result<Cgroup, Refused> {
+/// Plans the cgroup of a container, and the unit in which systemd makes it, if it is to.
+pub(super) fn plan(spec: &Spec, linux: &Linux, request: &Request<'_>, host: &Host) -> Result<(Cgroup, Option<Unit>), Refused> {
     let none = LinuxResources::default();
     let resources = linux.resources().as_ref().unwrap_or(&none);
     let wanted = linux.cgroups_path().as_deref().unwrap_or(Path::new(""));
-    if wanted.to_str().is_some_and(|text| text.contains(':') && !text.contains('/')) {
-        return Err(Refused::unsupported("linux.cgroupsPath of systemd's form"));
-    }
-    let wanted = if wanted.as_os_str().is_empty() { Path::new(id) } else { wanted };
     let allowed = devices::allowed(resources.devices().as_deref().unwrap_or_default())?;
-    match &host.hierarchies[..] {
-        [] => Err(Refused::invalid("linux.cgroupsPath", "no cgroups are mounted on this host")),
-        [unified] if unified.controllers.is_empty() => v2(wanted, resources, &allowed, unified),
-        several => v1(wanted, resources, &allowed, several),
+    let place = if request.systemd_cgroup {
+        let wanted = wanted.to_str().ok_or_else(|| Refused::invalid("linux.cgroupsPath", "not UTF-8"))?;
+        Place::Unit(unit::Place::parse(wanted, request.id)?)
+    } else if wanted.to_str().is_some_and(|text| text.contains(':') && !text.contains('/')) {
+        return Err(Refused::unsupported("linux.cgroupsPath of systemd's form without the option SystemdCgroup"));
+    } else {
+        Place::Path(if wanted.as_os_str().is_empty() { Path::new(request.id) } else { wanted })
+    };
+    let mut cgroup = match &host.hierarchies[..] {
+        [] => return Err(Refused::invalid("linux.cgroupsPath", "no cgroups are mounted on this host")),
+        [unified] if unified.controllers.is_empty() => v2(&place, resources, &allowed, unified)?,
+        several => v1(&place, resources, &allowed, several)?,
+    };
+    let Place::Unit(place) = place else { return Ok((cgroup, None)) };
+    let limits = unit::settle(&mut cgroup, unit::Bandwidth::default())?;
+    let unit = place.unit(spec, request.id, &allowed, &host.hierarchies, limits)?;
+    Ok((cgroup, Some(unit)))
+}
+
+/// Where the folders are.
+enum Place<'a> {
+    Path(&'a Path),
+    Unit(unit::Place),
+}
+
+impl Place<'_> {
+    /// The path in a hierarchy. `base`: where a relative one begins.
+    fn folder(&self, hierarchy: &MountedHierarchy, base: &str) -> Result<String, Refused> {
+        match self {
+            Self::Path(wanted) => path(wanted, base, &hierarchy.root),
+            Self::Unit(place) => Ok(place.folder(hierarchy)),
+        }
     }
 }
 
 /// A folder of each hierarchy, the limits of a controller in its own.
-fn v1(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, hierarchies: &[MountedHierarchy]) -> Result<Cgroup, Refused> {
+fn v1(place: &Place<'_>, resources: &LinuxResources, allowed: &Allowed, hierarchies: &[MountedHierarchy]) -> Result<Cgroup, Refused> {
     let mut limits = limits_v1::plan(resources)?;
     limits.extend(allowed.v1().into_iter().map(|write| ("devices", write)));
     let mut folders = Vec::new();
@@ -36,7 +62,7 @@ fn v1(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, hierarchies:
         limits = others;
         folders.push(Folder {
             mount: hierarchy.mount.clone(),
-            path: path(wanted, &hierarchy.own, &hierarchy.root)?,
+            path: place.folder(hierarchy, &hierarchy.own)?,
             hierarchy: match () {
                 () if hierarchy.controllers.is_empty() => Hierarchy::Unified,
                 () if is_of("cpuset") => Hierarchy::Cpuset,
@@ -51,12 +77,12 @@ fn v1(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, hierarchies:
     }
     match limits.first() {
         Some((controller, write)) => Err(missing(controller, &write.file)),
-        None => Ok(Cgroup { folders }),
+        None => Ok(Cgroup { folders, placeholder: None }),
     }
 }
 
 /// One folder, in which every controller of the hierarchy is enabled.
-fn v2(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, unified: &MountedHierarchy) -> Result<Cgroup, Refused> {
+fn v2(place: &Place<'_>, resources: &LinuxResources, allowed: &Allowed, unified: &MountedHierarchy) -> Result<Cgroup, Refused> {
     let limits = limits_v2::plan(resources)?;
     if let Some((controller, write)) = limits.iter().find(|(controller, _)| unified.available.iter().all(|own| own != controller)) {
         return Err(missing(controller, &write.file));
@@ -65,7 +91,7 @@ fn v2(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, unified: &Mo
     let beside = Path::new(&unified.own).parent().and_then(Path::to_str).unwrap_or("/");
     let folder = Folder {
         mount: unified.mount.clone(),
-        path: path(wanted, beside, &unified.root)?,
+        path: place.folder(unified, beside)?,
         hierarchy: Hierarchy::Unified,
         limits: limits.into_iter().map(|(_, write)| write).collect(),
         controllers: unified.available.clone(),
@@ -73,7 +99,7 @@ fn v2(wanted: &Path, resources: &LinuxResources, allowed: &Allowed, unified: &Mo
         devices: Some(device_program::assemble(allowed)),
         owner: None,
     };
-    Ok(Cgroup { folders: vec![folder] })
+    Ok(Cgroup { folders: vec![folder], placeholder: None })
 }
 
 /// Gives the folder of cgroup v2 to a user, who may divide it. Folders of v1 are the runtime's alone.

@@ -77,7 +77,7 @@ impl CgroupMode {
 }
 
 /// A checkpoint of a container.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub struct Checkpoint {
     #[n(0)]
     pub version: u16,
@@ -95,7 +95,7 @@ pub struct Checkpoint {
 }
 
 /// A container from a checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub struct Restore {
     #[n(0)]
     pub version: u16,

@@ -108,15 +108,25 @@ pub(super) fn allowed(wanted: &[LinuxDeviceCgroup]) -> Result<Allowed, Refused> 
         };
         emulator.apply(rule.allow(), (kind, major, minor), bits).map_err(|why| Refused::invalid(&field, why))?;
     }
-    for (kind, major, minor, access_letters) in ALWAYS_ALLOWED {
-        emulator
-            .apply(true, (kind, major, minor), access(access_letters, "")?)
-            .map_err(|why| Refused::invalid("linux.resources.devices", why))?;
-    }
+    emulator.always_allow().map_err(|why| Refused::invalid("linux.resources.devices", why))?;
     Ok(emulator)
 }
 
 impl Allowed {
+    /// What no rule can forbid, and nothing else.
+    pub(super) fn least() -> Self {
+        let mut least = Self::default();
+        least.always_allow().expect("nothing is there to contradict");
+        least
+    }
+
+    fn always_allow(&mut self) -> Result<(), String> {
+        ALWAYS_ALLOWED.into_iter().try_for_each(|(kind, major, minor, letters)| {
+            let bits = access(letters, "").map_err(|refused| refused.to_string())?;
+            self.apply(true, (kind, major, minor), bits)
+        })
+    }
+
     fn apply(&mut self, allow: bool, key: Key, bits: u8) -> Result<(), String> {
         if key.0 == 'a' {
             if key.1.is_some() || key.2.is_some() || bits != EVERY {
@@ -179,7 +189,7 @@ fn access(text: &str, field: &str) -> Result<u8, Refused> {
     Ok(bits)
 }
 
-fn letters(bits: u8) -> String {
+pub(super) fn letters(bits: u8) -> String {
     LETTERS.iter().enumerate().filter(|(position, _)| bits & (1 << position) != 0).map(|(_, letter)| *letter).collect()
 }
 

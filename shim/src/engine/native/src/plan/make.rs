@@ -26,13 +26,24 @@ pub struct Request<'a> {
     /// The root file system, to be mounted in the container's mount namespace alone; none: it is on the host. See
     /// [`super::check_root_mounts`].
     pub root_mounts: &'a [RootMount<'a>],
+    /// systemd makes the cgroup: `cgroupsPath` is `SLICE:PREFIX:NAME`. The host needs the cgroups of its first process ([`Host::with_init`]).
+    pub systemd_cgroup: bool,
 }
 
 impl<'a> Request<'a> {
     /// With a keyring, a score of 0, and nothing of what is not always wanted.
     #[must_use]
     pub const fn new(id: &'a str, bundle: &'a Path) -> Self {
-        Self { id, bundle, no_new_keyring: false, default_oom_score_adj: 0, filters: None, no_pivot_root: false, root_mounts: &[] }
+        Self {
+            id,
+            bundle,
+            no_new_keyring: false,
+            default_oom_score_adj: 0,
+            filters: None,
+            no_pivot_root: false,
+            root_mounts: &[],
+            systemd_cgroup: false,
+        }
     }
 }
 
@@ -64,7 +75,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     let no_mounts = Vec::new();
     let mappings = users::mappings(linux, find(Kind::User))?;
     let wanted = spec.mounts().as_ref().unwrap_or(&no_mounts);
-    let mut cgroup = cgroup::plan(linux, request.id, host)?;
+    let (mut cgroup, unit) = cgroup::plan(spec, linux, request, host)?;
     let own_namespace = find(Kind::Cgroup).is_some();
     let place = mounts::Place { bundle: request.bundle, is_mapped: find(Kind::User).is_some() };
     let mut mounts = mounts::plan(wanted, &place, &mounts::Cgroups { host, cgroup: &cgroup, own_namespace })?;
@@ -113,6 +124,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         mappings,
         net_devices: net_devices::plan(linux.net_devices().as_ref(), find(Kind::Network).is_some())?,
         cgroup,
+        unit,
         namespaces,
     })
 }

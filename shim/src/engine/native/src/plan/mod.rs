@@ -19,6 +19,7 @@ mod cgroup;
 mod criu;
 mod device_program;
 mod devices;
+mod gvariant;
 mod hooks;
 mod identity;
 mod labels;
@@ -33,9 +34,11 @@ mod process;
 mod root;
 mod scheduling;
 mod sysctl;
+mod unit;
 mod users;
 
 pub use criu::{CgroupMode, Checkpoint, Criu, Restore, check_restore, checkpoint, restore};
+pub use gvariant::Value;
 pub use hooks::{Hook, Hooks, State};
 #[cfg(test)]
 pub(crate) use identity::number as capability_number;
@@ -46,6 +49,8 @@ pub use process::{Agent, Capabilities, Filter, Process, Rlimit, Terminal};
 pub use root::{Classic, RootMount, check_root_mounts, relative_layers};
 pub use scheduling::{Affinity, MemoryPolicy, Range, Scheduler, Scheduling};
 pub(crate) use scheduling::{MAX_NODES, MAX_PROCESSORS};
+pub(crate) use unit::ANNOTATION;
+pub use unit::{Bandwidth, Property, Unit, settle};
 pub use users::{IdRange, Mappings};
 
 /// In place of a half of `cpu.max`: what it is now.
@@ -55,7 +60,7 @@ pub(crate) const KEEP: &str = "keep";
 pub const VERSION: u16 = 1;
 
 /// The making of a container, up to the moment before its program is executed.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub struct Create {
     #[n(0)]
     pub version: u16,
@@ -118,6 +123,9 @@ pub struct Create {
     /// What the root is, each mounted on the one before; what the host has there without.
     #[n(28)]
     pub root_mounts: Vec<Mount>,
+    /// The unit of systemd's to start before the plan is performed. Not a performer's matter: it is not encoded.
+    #[cbor(skip)]
+    pub unit: Option<Unit>,
 }
 
 /// How the root becomes the root.
@@ -191,6 +199,9 @@ pub struct Container {
     /// The root on the host of one without a mount namespace.
     #[n(17)]
     pub chroot: Option<String>,
+    /// The name of its unit, if systemd has made its cgroup.
+    #[n(18)]
+    pub unit: Option<String>,
 }
 
 /// A namespace of the container.
@@ -230,6 +241,9 @@ pub enum Kind {
 pub struct Cgroup {
     #[n(0)]
     pub folders: Vec<Folder>,
+    /// The process with which systemd was given the cgroup: the only one that may be there already. systemd's own folder is not made then, it must be there.
+    #[n(1)]
+    pub placeholder: Option<u32>,
 }
 
 /// A folder of a cgroup.
@@ -332,6 +346,7 @@ impl Create {
             namespaces: self.namespaces.iter().fold(0, |flags, namespace| flags | namespace.kind.flag()),
             cgroup: Cgroup {
                 folders: self.cgroup.folders.iter().map(|folder| Folder { limits: Vec::new(), devices: None, ..folder.clone() }).collect(),
+                placeholder: None,
             },
             filter: self.process.filter.clone(),
             capabilities: self.process.capabilities,
@@ -348,6 +363,7 @@ impl Create {
             },
             mappings: self.mappings.clone(),
             chroot: (self.entry == Entry::Chroot).then(|| self.root.clone()),
+            unit: self.unit.as_ref().map(|unit| unit.name.clone()),
         }
     }
 }
@@ -357,6 +373,12 @@ impl Cgroup {
     #[must_use]
     pub fn unified(&self) -> Option<&Folder> {
         self.folders.iter().find(|folder| folder.hierarchy == Hierarchy::Unified)
+    }
+
+    /// The folder in the hierarchy by which systemd tracks processes: its own of v1, else v2.
+    #[must_use]
+    pub fn of_systemd(&self) -> Option<&Folder> {
+        self.folders.iter().find(|folder| folder.of == [unit::NAMED]).or_else(|| self.unified())
     }
 }
 

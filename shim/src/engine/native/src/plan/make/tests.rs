@@ -19,6 +19,7 @@ pub(super) fn host() -> Host {
         mount: format!("/sys/fs/cgroup/{name}"),
         root: "/".to_owned(),
         own: "/daemon".to_owned(),
+        of_init: String::new(),
         available: Vec::new(),
     };
     Host {

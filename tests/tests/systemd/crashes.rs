@@ -1,0 +1,96 @@
+//! Creations that fail, and workers and shims that are killed during one: nothing is left of unit or cgroup.
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::proc;
+use shim_tests::stand::Stand;
+use shim_tests::ttrpc::refusal;
+
+use super::{nothing_is_left_of, scope, scoped, show};
+
+pub(crate) async fn a_failed_creation_leaves_nothing(stand: Stand) -> Result<()> {
+    let anchor = scoped(&stand, "anchor-failing", &["sleep", "1000"])?.run().await?;
+    let failing = scoped(&stand, "failing", &["/no/such/program"])?;
+    failing.write()?;
+    let (_, message) = refusal(anchor.task.create(&failing.request()).await)?;
+    ensure!(message.contains("no such file or directory"), "{message}");
+    nothing_is_left_of(&scope("failing")).await?;
+    failing.delete_command().await?;
+    // Its name is free.
+    let again = scoped(&stand, "failing", &["sleep", "1000"])?.run_in(&anchor.task).await?;
+    again.destroy().await?;
+    anchor.shut_down().await?;
+    nothing_is_left_of(&scope("failing")).await
+}
+
+/// The messages of a worker, by their numbers, from a creation without crashes.
+async fn messages_of_a_creation(stand: &Stand, id: &str) -> Result<Vec<String>> {
+    let plans = stand.folder().join("plans");
+    fs::create_dir_all(&plans)?;
+    fs::write(plans.join(id), "")?;
+    let container = scoped(stand, id, &["sleep", "1000"])?.env("X_FAULT", &plans.display().to_string()).create().await?;
+    container.shut_down().await?;
+    let trace = fs::read_to_string(plans.join(format!("{id}.trace"))).context("a shim with the feature fault-injection")?;
+    Ok(trace.lines().filter_map(|line| line.strip_prefix("out ")).map(str::to_owned).collect())
+}
+
+pub(crate) async fn a_worker_that_is_killed_at_any_message_of_a_creation_is_not_noticed(stand: Stand) -> Result<()> {
+    let messages = messages_of_a_creation(&stand, "traced-once").await?;
+    // From the placeholder on; the commit answers.
+    let first = messages.iter().position(|message| message.ends_with(".24")).context("no placeholder was made")?;
+    let last = first + messages[first..].iter().position(|message| message.starts_with("commit")).context("no commit")?;
+    ensure!(messages[first..last].iter().any(|message| message.ends_with(".5")), "no plan was performed: {messages:?}");
+    let plans = stand.folder().join("plans");
+    for number in first + 1..=last + 1 {
+        for when in ["before", "after"] {
+            let id = format!("out{number}{when}");
+            fs::write(plans.join(&id), format!("out:{number}:{when}"))?;
+            let container = scoped(&stand, &id, &["sleep", "1000"])?
+                .env("X_FAULT", &plans.display().to_string())
+                .run()
+                .await
+                .with_context(|| id.clone())?;
+            let trace = fs::read_to_string(plans.join(format!("{id}.trace")))?;
+            ensure!(trace.lines().filter(|line| *line == "dies").count() == 1, "{id}: {trace}");
+            ensure!(show(&scope(&id), "ActiveState")? == "active", "{id}");
+            ensure!(container.run("e1", &["true"]).await? == 0, "{id}");
+            container.shut_down().await?;
+            nothing_is_left_of(&scope(&id)).await?;
+        }
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_creation_that_kills_every_worker_leaves_nothing(stand: Stand) -> Result<()> {
+    let messages = messages_of_a_creation(&stand, "traced-poison").await?;
+    // The unit is started, its plan not performed.
+    let number = 1 + messages.iter().position(|message| message.ends_with(".5")).context("no plan was performed")?;
+    let plans = stand.folder().join("plans");
+    // A later generation sends fewer messages before it: any of them.
+    fs::write(plans.join("poison"), (0..20).map(|_| format!("out:{number}:before ")).collect::<String>())?;
+    let poison = scoped(&stand, "poison", &["sleep", "1000"])?.env("X_FAULT", &plans.display().to_string());
+    let task = poison.shim().await?;
+    let refused = task.create(&poison.request()).await;
+    ensure!(refused.is_err(), "{refused:?}");
+    // The placeholder ends with the request, though no worker has come to its end.
+    nothing_is_left_of(&scope("poison")).await?;
+    let shim = poison.shim_pid()?;
+    proc::kill_hard(shim);
+    eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await?;
+    poison.delete_command().await.map(drop)
+}
+
+pub(crate) async fn a_shim_that_is_killed_during_a_creation_leaves_nothing(stand: Stand) -> Result<()> {
+    // The hook holds up the performer: init is in the scope, and the container not made.
+    let slow = scoped(&stand, "slow", &["sleep", "1000"])?.spec(|spec| spec.hook("createRuntime", "/bin/sleep", &["sleep", "1000"]));
+    let task = slow.shim().await?;
+    let shim = slow.shim_pid()?;
+    let request = slow.request();
+    let creation = tokio::spawn(async move { task.create(&request).await });
+    eventually_true("the unit is active", SOON, || show(&scope("slow"), "ActiveState").is_ok_and(|state| state == "active")).await?;
+    proc::kill_hard(shim);
+    ensure!(creation.await?.is_err());
+    slow.delete_command().await?;
+    nothing_is_left_of(&scope("slow")).await
+}
