@@ -28,7 +28,7 @@ pub(super) fn confirm_hidden(root: &Root, paths: &[String], label: Option<&str>)
     let is_open = |path: &&String| match root.find(path) {
         Ok(found) => {
             let is_cover = fstatfs(&found).is_ok_and(|about| about.filesystem_type() == TMPFS_MAGIC && about.files() <= 1);
-            !root::is_null(&found) && !(is_cover && is_readonly(&found))
+            !(root::is_null(&found) || (is_cover && is_readonly(&found)))
         }
         Err(_) => true,
     };
