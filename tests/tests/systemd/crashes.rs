@@ -64,15 +64,25 @@ pub(crate) async fn a_worker_that_is_killed_at_any_message_of_a_creation_is_not_
 
 pub(crate) async fn a_creation_that_kills_every_worker_leaves_nothing(stand: Stand) -> Result<()> {
     let messages = messages_of_a_creation(&stand, "traced-poison").await?;
-    // The unit is started, its plan not performed.
-    let number = 1 + messages.iter().position(|message| message.ends_with(".5")).context("no plan was performed")?;
     let plans = stand.folder().join("plans");
-    // A later generation sends fewer messages before it: any of them.
-    fs::write(plans.join("poison"), (0..20).map(|_| format!("out:{number}:before ")).collect::<String>())?;
+    // The unit is started, its plan not performed. A later generation sends other messages before that.
+    let number_of_the_plan = |messages: &mut dyn Iterator<Item = &str>| {
+        let sent = messages.filter_map(|line| line.strip_prefix("out "));
+        sent.enumerate().find(|(_, message)| message.ends_with(".5")).map(|(index, _)| index + 1).context("no plan was performed")
+    };
+    let first = 1 + messages.iter().position(|message| message.ends_with(".5")).context("no plan was performed")?;
+    fs::write(plans.join("once"), format!("out:{first}:before"))?;
+    let once = scoped(&stand, "once", &["sleep", "1000"])?.env("X_FAULT", &plans.display().to_string()).create().await?;
+    once.shut_down().await?;
+    let trace = fs::read_to_string(plans.join("once.trace"))?;
+    let later = number_of_the_plan(&mut trace.lines().skip_while(|line| *line != "dies"))?;
+    fs::write(plans.join("poison"), format!("out:{first}:before {}", format!("out:{later}:before ").repeat(19)))?;
     let poison = scoped(&stand, "poison", &["sleep", "1000"])?.env("X_FAULT", &plans.display().to_string());
     let task = poison.shim().await?;
     let refused = task.create(&poison.request()).await;
     ensure!(refused.is_err(), "{refused:?}");
+    let trace = fs::read_to_string(plans.join("poison.trace"))?;
+    ensure!(!trace.lines().any(|line| line.starts_with("out ") && line.ends_with(".5")), "the plan was performed: {trace}");
     // The placeholder ends with the request, though no worker has come to its end.
     nothing_is_left_of(&scope("poison")).await?;
     let shim = poison.shim_pid()?;
