@@ -70,7 +70,7 @@ test-cgroup2-guest: packages build
 		tests/tools/cgroup2-check $(SHIM) native runc crun
 
 ## the protocol's clauses, on our shim, with its own engine and both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
-## cannot filter devices on v2: the next one's can. Debian 12 has no criu: checkpoints are written with later runtimes.
+## cannot filter devices on v2: the next one's can. Debian 12 has no criu: the next but one has, which the native engine uses, and OCI runtimes of that suite.
 ## Tests that repeat do so a few times; X_TIMES=N, here and for the other tests: N times as often (docs/field.md).
 SUITES := $(or $(X_TESTS_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/x-tests)
 conformance: packages suites build conformance-tool

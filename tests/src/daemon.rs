@@ -82,6 +82,11 @@ impl Daemon {
         if crun != suite.program(Runtime::Crun.name()) {
             symlink(crun, folder.join("bin").join(Runtime::Crun.name()))?;
         }
+        // for the native engine: only one suite comes with it
+        let criu = Suite::Forky.program("criu");
+        if criu.exists() {
+            symlink(criu, folder.join("bin").join("criu"))?;
+        }
         fs::write(folder.join("config.toml"), configuration(&folder))?;
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let daemon = Self { suite: Mutex::new(suite), folder, environment, process: Mutex::new(None) };

@@ -36,8 +36,6 @@ pub enum Scope {
     Ends,
     /// The oldest containerd with runc: for slow cases that depend little on either.
     Oldest,
-    /// The newest containerd with every runtime: for features that older ones lack here.
-    Newest,
     /// The containerd that Docker 26 came with.
     Docker,
     /// One combination: for behaviour of the shim alone.
@@ -64,7 +62,6 @@ impl Scope {
             }
             Self::Ends => matches!((suite, runtime), (Suite::Bookworm, Runtime::Runc) | (Suite::Forky, Runtime::Native)),
             Self::Oldest => (suite, runtime) == (Suite::Bookworm, Runtime::Runc),
-            Self::Newest => suite == Suite::Forky,
             Self::Docker => (suite, runtime) == (Suite::Trixie, Runtime::Runc),
             Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Native),
         }

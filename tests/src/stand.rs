@@ -103,10 +103,15 @@ impl Stand {
 
     /// The OCI runtime's program; skips where the shim makes containers itself.
     pub fn runtime_program(&self) -> Result<PathBuf> {
-        if self.0.engine == Path::new(Runtime::Native.name()) {
+        if self.is_native() {
             return skip("the shim makes the containers itself: there is no runtime whose program can be replaced");
         }
         Ok(self.runtime())
+    }
+
+    /// Whether the shim makes the containers itself.
+    pub fn is_native(&self) -> bool {
+        self.0.engine == Path::new(Runtime::Native.name())
     }
 
     /// A gated runtime in front of another.
@@ -128,7 +133,12 @@ impl Stand {
 
     /// Where programs are looked for: beside the OCI runtime first.
     pub fn path(&self) -> String {
-        format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", self.0.engine.parent().unwrap_or(Path::new("/usr/bin")).display())
+        const USUAL: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+        if self.is_native() {
+            // Where the only criu is.
+            return format!("{USUAL}:{}", Suite::Forky.bin().display());
+        }
+        format!("{}:{USUAL}", self.0.engine.parent().unwrap_or(Path::new("/usr/bin")).display())
     }
 
     /// The program, with the environment that containerd gives it.

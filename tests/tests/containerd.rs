@@ -222,9 +222,12 @@ fn crash_cases() -> Vec<Case> {
                 ctr_execs_and_kills,
         ],
         cases![checkpoint,
-            Scope::Newest =>
+            Scope::Full =>
                 a_container_is_restored_from_its_checkpoint,
-                a_checkpoint_without_exit_disturbs_nothing,
+                a_checkpoint_without_exit_disturbs_nothing;
+            Scope::Once =>
+                a_checkpoint_is_restored_by_another_runtime,
+                a_restored_container_is_one_like_any_other,
         ],
         cases![churn,
             Scope::Once =>

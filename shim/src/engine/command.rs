@@ -314,7 +314,7 @@ fn is_false(value: &bool) -> bool {
 const ENVIRONMENT: [&str; 3] = ["XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS"];
 
 /// Used when PATH is not set.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(super) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// The stock shim keeps runc's state here.
 const DEFAULT_ROOT: &str = "/run/containerd/runc";

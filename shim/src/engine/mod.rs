@@ -22,10 +22,12 @@ use crate::options::CriuOptions;
 mod choice;
 mod command;
 mod complaint;
+mod criu;
 mod native_engine;
 
 pub(crate) use choice::EngineNotFound;
 pub(crate) use command::CommandEngine;
+pub(crate) use criu::{CriuRequest, blocking_plan_criu};
 pub(crate) use native_engine::{NativeEngine, encode, refused, reported_pid};
 
 /// The name by which the option BinaryName names the native engine. No other is used then.
@@ -48,18 +50,6 @@ impl Engine {
             Self::Native(native) if native.blocking_has_processes() => native.blocking_cgroup_folder(),
             Self::Native(_) => None,
             Self::Command(command) => Some(command.state_of(id)).filter(|state| state.symlink_metadata().is_ok()),
-        }
-    }
-
-    /// The OCI runtime, for a verb that only those have.
-    pub(crate) fn command(&self, verb: Verb) -> Result<&CommandEngine, EngineError> {
-        match self {
-            Self::Command(command) => Ok(command),
-            Self::Native(_) => Err(EngineError::Unsupported {
-                verb,
-                message: "the native engine, which made this container, does not implement it; crun and runc do: name one with the option BinaryName"
-                    .into(),
-            }),
         }
     }
 

@@ -26,6 +26,13 @@ impl NativeEngine {
         &self.0
     }
 
+    /// One that was restored, with this init. criu makes a time namespace for it, so that its clocks go on: further processes join that too.
+    pub(crate) fn blocking_restored(container: plan::Container, init: u32) -> Self {
+        let clocks = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/time")).ok();
+        let added = if clocks("self") == clocks(&init.to_string()) { 0 } else { nix::libc::CLONE_NEWTIME as u64 };
+        Self::new(plan::Container { namespaces: container.namespaces | added, ..container })
+    }
+
     /// As performers take it.
     pub(crate) fn encoded(&self) -> Vec<u8> {
         encode(self.container())

@@ -239,6 +239,12 @@ pub(crate) enum PlanKind {
     /// Runs the hooks that follow a deletion.
     #[n(3)]
     Poststop,
+    /// Has criu save the processes of a container. Since version 3.
+    #[n(4)]
+    Checkpoint,
+    /// Has criu make a container, which runs. Since version 3.
+    #[n(5)]
+    Restore,
     /// Makes a process that does nothing, for systemd to start a unit with.
     #[n(6)]
     Placeholder,
@@ -251,13 +257,15 @@ impl PlanKind {
             Self::Exec => "exec",
             Self::Poststart => "poststart hooks",
             Self::Poststop => "poststop hooks",
+            Self::Checkpoint => "checkpoint",
+            Self::Restore => "restore",
             Self::Placeholder => "placeholder",
         }
     }
 
     /// Whether it leaves a process behind whose pid its report names.
     pub(crate) fn makes_process(self) -> bool {
-        matches!(self, Self::Create | Self::Exec | Self::Placeholder)
+        matches!(self, Self::Create | Self::Exec | Self::Restore | Self::Placeholder)
     }
 
     /// Whether that process waits at a gate.
@@ -267,7 +275,7 @@ impl PlanKind {
 
     /// Whether that process has the streams of its key.
     pub(crate) fn has_streams(self) -> bool {
-        matches!(self, Self::Create | Self::Exec)
+        matches!(self, Self::Create | Self::Exec | Self::Restore)
     }
 }
 

@@ -18,6 +18,9 @@ impl Versions {
     /// The first version in which a keeper performs plans of the native engine: those of plan version 1. Plans of another version need another one.
     pub(crate) const PERFORMS: u16 = 2;
 
+    /// The first version in which a keeper performs plans with criu: checkpoints and restores.
+    pub(crate) const CHECKPOINTS: u16 = 3;
+
     /// The first version in which a keeper makes placeholders, and performs a plan in a cgroup that holds one.
     pub(crate) const HOLDS_UNITS: u16 = 3;
 

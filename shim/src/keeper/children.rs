@@ -240,6 +240,11 @@ impl Children {
                 let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;
                 perform::fork(|| perform::poststart(plan, init, descriptors))?
             }
+            PlanKind::Checkpoint => {
+                let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;
+                perform::fork(|| perform::checkpoint(plan, init, descriptors))?
+            }
+            PlanKind::Restore => perform::fork(|| perform::restore(plan, descriptors))?,
             PlanKind::Poststop => perform::fork(|| perform::poststop(plan, descriptors))?,
             PlanKind::Placeholder => perform::fork(|| perform::placeholder(descriptors))?,
         };

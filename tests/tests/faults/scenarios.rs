@@ -13,6 +13,7 @@ use shim_tests::messages::{CheckpointOptions, RESOURCES, any, any_json};
 use shim_tests::proc;
 use shim_tests::runner::needs_criu;
 use shim_tests::spec::Spec;
+use shim_tests::suite::{Runtime, Suite};
 
 use crate::run::Run;
 use crate::tally::Tally;
@@ -37,7 +38,7 @@ pub(crate) struct Scenario {
 impl Scenario {
     /// Whether it holds or fails a call of the OCI runtime, or is about what no other engine does.
     pub(crate) fn needs_runtime(&self) -> bool {
-        ["short", "failing create", "failing start", "checkpoint", "restore"].contains(&self.name)
+        ["short", "failing create", "failing start"].contains(&self.name)
     }
 }
 
@@ -378,8 +379,14 @@ pub(crate) const CHECKPOINT: Scenario = Scenario {
     calls: "create, start, checkpoint, delete",
 };
 
+fn needs_checkpoints(run: &Run) -> Result<()> {
+    // Those of other suites come without.
+    let suite = if run.cx.runtime() == Runtime::Native { Suite::Forky } else { run.cx.suite() };
+    needs_criu(&suite.program("criu"))
+}
+
 async fn checkpoint(run: &Run) -> Result<()> {
-    needs_criu(&run.cx.suite().program("criu"))?;
+    needs_checkpoints(run)?;
     let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
     run.start(&container, "init").await?;
     is_executed(&container).await?;
@@ -401,7 +408,7 @@ pub(crate) const RESTORE: Scenario = Scenario {
 };
 
 async fn restore(run: &Run) -> Result<()> {
-    needs_criu(&run.cx.suite().program("criu"))?;
+    needs_checkpoints(run)?;
     let container = run.create(run.container(&["sleep", "1000"]), "saved").await?;
     run.start(&container, "saved").await?;
     is_executed(&container).await?;

@@ -68,7 +68,6 @@ pub(in crate::worker) async fn checkpoint(shared: &Shared, cause: &Cause, call: 
         return Err(refusal);
     }
     let record = container.record().clone();
-    let engine = record.engine.command(Verb::Checkpoint)?;
     let named = (!call.path.is_empty()).then(|| PathBuf::from(&call.path));
     let image_path = options.image_path.clone().or(named).or_else(|| record.options.criu_image_path.clone());
     let Some(image_path) = image_path.filter(|path| path.is_absolute()) else {
@@ -83,7 +82,10 @@ pub(in crate::worker) async fn checkpoint(shared: &Shared, cause: &Cause, call: 
     })
     .await?;
     let checkpoint = engine::Checkpoint { image_path: &image_path, work_path: &work.path, exit: options.exit, options: &options.criu };
-    let made = run(cause, &container, engine, Verb::Checkpoint, |at| engine.checkpoint(at, &checkpoint)).await;
+    let made = match &record.engine {
+        Engine::Command(engine) => run(cause, &container, engine, Verb::Checkpoint, |at| engine.checkpoint(at, &checkpoint)).await,
+        Engine::Native(engine) => native::checkpoint(shared, cause, &record, engine, &checkpoint).await,
+    };
     made.map_err(|error| refusal.unwrap_or_else(|| blocking_add_criu_errors(error, &work.path)))?;
     work.blocking_remove();
     let path = image_path.display().to_string();

@@ -9,8 +9,9 @@ use x_engine::{Host, Refused};
 
 use super::{CreateCall, Shared};
 use crate::chain::chain;
-use crate::engine::{self, CommandEngine, Engine, EngineError, NATIVE, NativeEngine, Verb};
+use crate::engine::{self, CommandEngine, CriuRequest, Engine, EngineError, NATIVE, NativeEngine, Verb};
 use crate::handover::Versions;
+use crate::options::RuntimeOptions;
 use crate::systemd;
 use crate::worker::error::Error;
 use crate::worker::id::ContainerId;
@@ -86,20 +87,41 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
     if shared.version.get() < Versions::PERFORMS {
         return Err(unsupported("needs the keeper of a later build: upgrade the shim with its keeper").into());
     }
-    if !call.checkpoint.is_empty() {
-        return Err(unsupported(&format!("does not restore a checkpoint ({})", call.checkpoint)).into());
-    }
     if options.systemd_cgroup {
         check_systemd(shared, &unsupported)?;
+        if !call.checkpoint.is_empty() {
+            return Err(unsupported("does not restore a checkpoint with the option SystemdCgroup").into());
+        }
     }
-    let refused = |why: Refused| engine::refused(Verb::Create, &why);
+    let mounting = (!on_host).then_some(call);
+    let plan = blocking_plan_config(shared, id, &call.bundle, options, config, mounting, Verb::Create)?;
+    if !call.checkpoint.is_empty() {
+        check_keeper(shared, Verb::Create)?;
+        plan::check_restore(&plan).map_err(|why| engine::refused(Verb::Create, &why))?;
+        let paths = CriuRequest { image_path: Path::new(&call.checkpoint), work_path: &call.bundle, options: &options.restore };
+        engine::blocking_plan_criu(Verb::Create, options, paths)?;
+    }
+    Ok(plan)
+}
+
+/// Plans a container by its configuration: before it is made, or as it was made. `mounting`: the call whose mounts its init is to make, where it can.
+pub(super) fn blocking_plan_config(
+    shared: &Shared,
+    id: &ContainerId,
+    bundle: &Path,
+    options: &RuntimeOptions,
+    config: &[u8],
+    mounting: Option<&CreateCall>,
+    verb: Verb,
+) -> Result<plan::Create, Error> {
+    let refused = |why: Refused| engine::refused(verb, &why);
     let config = spec::parse(config).map_err(refused)?;
     let mut host = blocking_read_host()?;
     if options.systemd_cgroup {
         host = host.with_init().map_err(|source| Error::Io { op: "read", path: "/proc/1/cgroup".into(), source })?;
     }
     let filters = shared.settings.control_path.parent().map(|folder| folder.join(FILTERS));
-    let root_mounts = if on_host { Vec::new() } else { root_mounts(id, call, &config) };
+    let root_mounts = mounting.map(|call| root_mounts(id, call, &config)).unwrap_or_default();
     let request = Request {
         no_new_keyring: options.no_new_keyring,
         default_oom_score_adj: blocking_read_oom_score_adj(),
@@ -107,7 +129,7 @@ fn blocking_plan(shared: &Shared, id: &ContainerId, call: &CreateCall, config: &
         no_pivot_root: options.no_pivot_root,
         systemd_cgroup: options.systemd_cgroup,
         root_mounts: &root_mounts,
-        ..Request::new(id.as_str(), &call.bundle)
+        ..Request::new(id.as_str(), bundle)
     };
     Ok(plan::create(&config, &request, &host).map_err(refused)?)
 }
@@ -149,6 +171,15 @@ fn root_mounts<'a>(id: &ContainerId, call: &'a CreateCall, config: &Spec) -> Vec
     };
     log::debug!(container:% = id, reason; "the root filesystem is mounted on the host");
     Vec::new()
+}
+
+/// Whether the keeper performs plans with criu.
+pub(super) fn check_keeper(shared: &Shared, verb: Verb) -> Result<(), EngineError> {
+    if shared.version.get() >= Versions::CHECKPOINTS {
+        return Ok(());
+    }
+    let message = "a checkpoint needs the keeper of a later build: upgrade the shim with its keeper".to_owned();
+    Err(EngineError::Unsupported { verb, message })
 }
 
 /// The folder beside the control sockets in which compiled filters of system calls are kept: all shims of a host have the same few.

@@ -1,18 +1,21 @@
 //! The verbs of the native engine: plans that the keeper has performed, and what this worker does to a cgroup itself.
 //!
 //! **Invariant:** what is not an operation of the keeper can be done again: writes to a cgroup's files, and its removal. A signal for all is sent once at most.
-use x_engine::{control, plan, spec};
+use x_engine::{Refused, control, plan, spec};
 
-use super::choose::blocking_read_host;
+use super::choose::{blocking_plan_config, blocking_read_host, check_keeper};
 use super::create::blocking;
 use super::kill::kill_unclaimed;
 use super::unit::{self, Held};
+use super::{Record, Shared};
 use crate::chain::chain;
-use crate::engine::{self, EngineError, NativeEngine, Verb};
-use crate::handover::{Op, Perform, PlanKind};
+use crate::engine::{self, CriuRequest, EngineError, NativeEngine, Verb};
+use crate::handover::{Exited, Op, Perform, PlanKind};
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
-use crate::worker::id::ProcessKey;
+use crate::worker::id::{ContainerId, ProcessKey};
+use crate::worker::phase::Phase;
+use crate::worker::spec::Spec;
 
 /// Makes a container: its init waits before the user's program. Returns its pid.
 pub(super) async fn create(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result<u32, Error> {
@@ -58,6 +61,64 @@ async fn perform(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result
         terminal: plan.process.terminal.is_some(),
     };
     make(cause, key, order, Verb::Create).await
+}
+
+/// Has criu save the processes of a container.
+pub(super) async fn checkpoint(
+    shared: &Shared,
+    cause: &Cause,
+    record: &Record,
+    native: &NativeEngine,
+    checkpoint: &engine::Checkpoint<'_>,
+) -> Result<(), Error> {
+    check_keeper(shared, Verb::Checkpoint)?;
+    let is_paused = record.init.phase == Phase::Paused;
+    let paths = CriuRequest { image_path: checkpoint.image_path, work_path: checkpoint.work_path, options: checkpoint.options };
+    let criu = engine::blocking_plan_criu(Verb::Checkpoint, &record.options, paths)?;
+    let mut create = blocking_plan_again(shared, record, Verb::Checkpoint)?;
+    create.cgroup.clone_from(&native.container().cgroup);
+    let refused = |why: Refused| engine::refused(Verb::Checkpoint, &why);
+    let plan = plan::checkpoint(create, criu, checkpoint.exit, is_paused).map_err(refused)?;
+    let key = ProcessKey::init(&record.id).to_string();
+    let order = Perform { init: key.clone(), key, kind: PlanKind::Checkpoint, plan: engine::encode(&plan), terminal: false };
+    let exited = run_plan(cause, &record.id, order, Verb::Checkpoint).await?;
+    match engine::reported_pid(Verb::Checkpoint, &exited)? {
+        Some(_) => Ok(()),
+        None => {
+            // It was killed: criu ends with it, and what criu has frozen stays so.
+            let frozen = if is_paused { pause(native).await } else { resume(native).await };
+            if let Err(error) = frozen {
+                log::warn!(container:% = record.id, error:% = error.chain(); "cannot undo what a checkpoint has frozen");
+            }
+            Err(Error::NoReport { verb: Verb::Checkpoint, status: exited.status })
+        }
+    }
+}
+
+/// Has criu make a container from its checkpoint: it runs. Returns init's pid, and what is to be recorded.
+pub(super) async fn restore(
+    shared: &Shared,
+    cause: &Cause,
+    record: &Record,
+    key: &ProcessKey,
+    restore: &engine::Restore<'_>,
+) -> Result<(u32, NativeEngine), Error> {
+    check_keeper(shared, Verb::Restore)?;
+    let paths = CriuRequest { image_path: restore.image_path, work_path: restore.work_path, options: restore.options };
+    let criu = engine::blocking_plan_criu(Verb::Restore, &record.options, paths)?;
+    let create = blocking_plan_again(shared, record, Verb::Restore)?;
+    let container = create.container();
+    let terminal = create.process.terminal.is_some();
+    let plan = plan::restore(create, criu).map_err(|why| engine::refused(Verb::Restore, &why))?;
+    let order = Perform { key: key.to_string(), kind: PlanKind::Restore, plan: engine::encode(&plan), init: String::new(), terminal };
+    let pid = make(cause, key, order, Verb::Restore).await?;
+    Ok((pid, NativeEngine::blocking_restored(container, pid)))
+}
+
+/// The plan of a container by the configuration in its bundle.
+fn blocking_plan_again(shared: &Shared, record: &Record, verb: Verb) -> Result<plan::Create, Error> {
+    let (_, config) = Spec::blocking_read(&record.bundle)?;
+    blocking_plan_config(shared, &record.id, &record.bundle, &record.options, &config, None, verb)
 }
 
 /// Removes what a Create has made whose performer was killed, or after which something else failed. A performer that reports a failure has
@@ -171,23 +232,28 @@ const MAX_PLAN_BYTES: usize = 5 << 20;
 
 /// Has a plan performed that makes a process, and returns its pid.
 async fn make(cause: &Cause, key: &ProcessKey, order: Perform, verb: Verb) -> Result<u32, Error> {
-    if order.plan.len() > MAX_PLAN_BYTES {
-        return Err(Error::TooMuch { id: key.container.clone(), bytes: order.plan.len(), limit: MAX_PLAN_BYTES });
-    }
     let wants_terminal = order.terminal;
-    let exited = match cause.run_plan(step::ENGINE, order).await {
-        Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => {
-            return Err(EngineError::NotRunning { verb, message: "container not running".into() }.into());
-        }
-        Err(Error::Keeper { what, source }) => return Err(Error::NotPerformed { verb, what, source }),
-        other => other?,
-    };
+    let exited = run_plan(cause, &key.container, order, verb).await?;
     let pid = engine::reported_pid(verb, &exited)?.ok_or(Error::NoReport { verb, status: exited.status })?;
     if wants_terminal && !exited.terminal {
         kill_unclaimed(pid);
         return Err(Error::NoTerminal { key: key.clone() });
     }
     Ok(pid)
+}
+
+/// Has the plan of a verb performed, to the performer's exit.
+async fn run_plan(cause: &Cause, id: &ContainerId, order: Perform, verb: Verb) -> Result<Exited, Error> {
+    if order.plan.len() > MAX_PLAN_BYTES {
+        return Err(Error::TooMuch { id: id.clone(), bytes: order.plan.len(), limit: MAX_PLAN_BYTES });
+    }
+    match cause.run_plan(step::ENGINE, order).await {
+        Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => {
+            Err(EngineError::NotRunning { verb, message: "container not running".into() }.into())
+        }
+        Err(Error::Keeper { what, source }) => Err(Error::NotPerformed { verb, what, source }),
+        other => other,
+    }
 }
 
 async fn hooks(cause: &Cause, native: &NativeEngine, key: &ProcessKey, kind: PlanKind, verb: Verb) -> Result<(), Error> {

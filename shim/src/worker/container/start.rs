@@ -1,4 +1,5 @@
 //! Start: runs the user's program, as a container's init or as an exec.
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -76,10 +77,9 @@ async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, 
     Ok(Change::save(container, Reply::Pid(Some(pid))).event(Event::new(container, EventKind::Started { pid })))
 }
 
-/// Makes the container from a checkpoint, running. Only OCI runtimes can: see [`choose`](super::choose).
+/// Makes the container from a checkpoint, running.
 async fn restore(shared: &Shared, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     let record = container.record().clone();
-    let engine = record.engine.command(Verb::Restore)?;
     let files = ProcessFiles::new(shared, cause, &record, key);
     let work = CriuWork::new(&record, None);
     let folder = work.path.clone();
@@ -92,10 +92,21 @@ async fn restore(shared: &Shared, cause: &Cause, container: &Rc<Container>, key:
         stdio_key: &key.to_string(),
         options: &record.options.restore,
     };
-    let spawn = engine.restore(&at(&record), &restore);
     journal::take_id(shared, cause, &record).await?;
-    let pid = match files.run(cause, spawn, engine, Verb::Restore).await {
-        Ok(pid) => pid,
+    let restored = match &record.engine {
+        Engine::Command(engine) => {
+            let spawn = engine.restore(&at(&record), &restore);
+            let pid = files.run(cause, spawn, engine, Verb::Restore).await;
+            pid.map(|pid| Restored { pid, pid_file: Some(files.pid_file.clone()), engine: record.engine.clone() })
+        }
+        Engine::Native(_) => native::restore(shared, cause, &record, key, &restore).await.map(|(pid, engine)| Restored {
+            pid,
+            pid_file: None,
+            engine: Engine::Native(engine),
+        }),
+    };
+    let Restored { pid, pid_file, engine } = match restored {
+        Ok(restored) => restored,
         Err(error) => {
             undo_engine(shared, cause, &record, &error).await;
             return Err(blocking_add_criu_errors(error, &work.path));
@@ -106,7 +117,8 @@ async fn restore(shared: &Shared, cause: &Cause, container: &Rc<Container>, key:
     let restored = |record: &mut Record| {
         find_cgroup(record, pid);
         record.init.pid = Some(pid);
-        record.init.files.push(files.pid_file.clone());
+        record.init.files.extend(pid_file.clone());
+        record.engine = engine.clone();
         record.unknown_to_engine = false;
         record.restore = None;
     };
@@ -120,6 +132,13 @@ async fn restore(shared: &Shared, cause: &Cause, container: &Rc<Container>, key:
     container.observe(key, Fact::Started);
     let change = Change { claim: Some((key.clone(), pid)), ..Change::save(container, Reply::Pid(Some(pid))) };
     Ok(change.event(Event::new(container, EventKind::Started { pid })))
+}
+
+/// A container that was restored.
+struct Restored {
+    pid: u32,
+    pid_file: Option<PathBuf>,
+    engine: Engine,
 }
 
 async fn start_added(shared: &Shared, cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {

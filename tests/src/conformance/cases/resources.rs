@@ -152,9 +152,11 @@ async fn cgroups_are_gone_after_delete(stand: Stand) -> Result<()> {
 }
 
 async fn a_checkpoint_is_written(stand: Stand) -> Result<()> {
-    let help = Command::new(stand.runtime_program()?).args(["checkpoint", "--help"]).output()?;
-    if !help.status.success() {
-        return skip("the OCI runtime has no checkpoint");
+    if !stand.is_native() {
+        let help = Command::new(stand.runtime_program()?).args(["checkpoint", "--help"]).output()?;
+        if !help.status.success() {
+            return skip("the OCI runtime has no checkpoint");
+        }
     }
     let container = sleeper(&stand, "c1").await?;
     let image = stand.folder().join("image");

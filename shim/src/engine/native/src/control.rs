@@ -184,6 +184,13 @@ fn freezer(cgroup: &Cgroup) -> io::Result<Freezer> {
     v1.or_else(v2).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOENT))
 }
 
+/// The folder that freezes a cgroup.
+pub(crate) fn freezer_folder(cgroup: &Cgroup) -> io::Result<PathBuf> {
+    freezer(cgroup).map(|freezer| match freezer {
+        Freezer::V1(folder) | Freezer::V2(folder) => folder,
+    })
+}
+
 /// The kernel may not get done while a process of the cgroup forks or exits; it starts afresh when it is thawed in between.
 fn freeze_v1(folder: &Path) -> io::Result<()> {
     let file = folder.join(FREEZER);

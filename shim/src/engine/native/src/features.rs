@@ -18,7 +18,10 @@ pub fn features(host: &Host) -> Value {
         "hooks": taken(&HOOKS, |config, hook| config["hooks"] = json!({ hook: [{ "path": "/h" }] })),
         "mountOptions": mount_options(),
         "linux": linux(host),
-        // They become properties of a unit. Any other makes the engine do nothing: hooks and agents receive them.
+        // By the name that clients look for, which is runc's.
+        "annotations": { "org.opencontainers.runc.checkpoint.enabled": "true" },
+        // They become properties of a unit. Any other makes the engine do nothing: hooks and agents receive them. A file of options for criu
+        // (`org.criu.config`) could name programs to execute on the host, so it is not read.
         "potentiallyUnsafeConfigAnnotations": [plan::ANNOTATION],
     });
     if !is_taken(|config| config["ociVersion"] = json!(NEWEST_VERSION)) {

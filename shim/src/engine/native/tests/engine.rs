@@ -15,6 +15,8 @@ mod adversaries;
 mod agents;
 #[path = "engine/bundle.rs"]
 mod bundle;
+#[path = "engine/checkpoints.rs"]
+mod checkpoints;
 #[path = "engine/clocks.rs"]
 mod clocks;
 #[path = "engine/differences.rs"]
@@ -96,6 +98,7 @@ fn main() -> ExitCode {
         scheduling::CASES,
         agents::CASES,
         networks::CASES,
+        checkpoints::CASES,
     ]
     .concat();
     let trials = cases.into_iter().map(|(name, run)| {

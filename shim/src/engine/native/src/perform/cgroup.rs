@@ -113,6 +113,12 @@ impl Joining {
             .iter()
             .try_for_each(|(path, tasks)| (&*tasks).write_all(b"0").doing(Step::Cgroup, || format!("join cgroup {}", path.display())))
     }
+
+    /// The lists of all folders: a process joins by writing `0` to each.
+    pub(super) fn lists(&self) -> io::Result<Vec<File>> {
+        let unified = self.unified.as_ref().map(|(_, list)| list);
+        self.tasks.iter().map(|(_, tasks)| tasks).chain(unified).map(File::try_clone).collect()
+    }
 }
 
 fn make_folder(folder: &Folder, placeholder: Option<u32>, made: &mut Made) -> Result<(), Failure> {

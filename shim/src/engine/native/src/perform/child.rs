@@ -21,7 +21,7 @@ use super::sync::{self, ChildEnd, Message, PerformerEnd};
 use super::{
     Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, leader, namespaces, network, program, scheduling, terminal,
 };
-use crate::plan::{Cgroup, Container, Create, Exec, Hooks, Kind, Process, VERSION};
+use crate::plan::{Cgroup, Checkpoint, Container, Create, Exec, Hooks, Kind, Process, Restore, VERSION};
 use crate::sys::{self, Born};
 
 /// Performs a plan, encoded, for a container. Call it in a process of one thread that was forked for it by the container's future parent.
@@ -59,6 +59,24 @@ pub fn poststop(container: &[u8], descriptors: Descriptors) -> ! {
     late_hooks(container, 0, descriptors, |hooks, state| hooks::run(&hooks.poststop, "poststop", state, cwd(hooks), &[]), "stopped")
 }
 
+/// Saves the container of a plan, encoded, whose init is `pid`, in a process that was forked for it. As [`create`]; reports `pid`.
+pub fn checkpoint(plan: &[u8], pid: u32, descriptors: Descriptors) -> ! {
+    perform(descriptors, None, |_, _| {
+        let plan: Checkpoint = decode(plan)?;
+        check_version(plan.version)?;
+        super::checkpoint::save(&plan, pid).map(|()| pid)
+    })
+}
+
+/// Makes a container from its checkpoint, by a plan, encoded: it runs then. As [`create`], without a gate.
+pub fn restore(plan: &[u8], descriptors: Descriptors) -> ! {
+    perform(descriptors, None, |kept, _| {
+        let plan: Restore = decode(plan)?;
+        check_version(plan.version)?;
+        super::restore::restore(&plan, kept)
+    })
+}
+
 /// Makes a process that does nothing but wait at its gate, a child of the caller's parent: systemd wants one to start a scope with, before there is a container. As
 /// [`create`]; reports its pid.
 pub fn placeholder(descriptors: Descriptors) -> ! {
@@ -76,7 +94,7 @@ pub fn placeholder(descriptors: Descriptors) -> ! {
     })
 }
 
-fn cwd(hooks: &Hooks) -> Option<&Path> {
+pub(super) fn cwd(hooks: &Hooks) -> Option<&Path> {
     Some(Path::new(&hooks.state.bundle))
 }
 

@@ -4,6 +4,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statvfs::{FsFlags, fstatvfs};
 
 use super::mounts::readonly;
 use super::root::{self, Root};
@@ -19,6 +21,30 @@ pub(super) fn hide(root: &Root, paths: &[String], label: Option<&str>) -> Result
         covers.hide(root, &target, label).doing(Step::Masks, || format!("hide {path}"))?;
     }
     Ok(())
+}
+
+/// Does the same in a container that criu has restored, for what is not hidden yet: the image could be of one that hides less.
+pub(super) fn confirm_hidden(root: &Root, paths: &[String], label: Option<&str>) -> Result<(), Failure> {
+    let is_open = |path: &&String| match root.find(path) {
+        Ok(found) => {
+            let is_cover = fstatfs(&found).is_ok_and(|about| about.filesystem_type() == TMPFS_MAGIC && about.files() <= 1);
+            !(root::is_null(&found) || (is_cover && is_readonly(&found)))
+        }
+        Err(_) => true,
+    };
+    let open: Vec<String> = paths.iter().filter(is_open).cloned().collect();
+    hide(root, &open, label)
+}
+
+/// The same for paths that are to be read-only.
+pub(super) fn confirm_readonly(root: &Root, paths: &[String]) -> Result<(), Failure> {
+    let is_writable = |path: &&String| root.find(path).is_ok_and(|found| !is_readonly(&found));
+    let writable: Vec<String> = paths.iter().filter(is_writable).cloned().collect();
+    make_readonly(root, &writable)
+}
+
+fn is_readonly(found: &OwnedFd) -> bool {
+    fstatvfs(found).is_ok_and(|about| about.flags().contains(FsFlags::ST_RDONLY))
 }
 
 /// What covers; made when first needed. A mount that is attached nowhere cannot be cloned (before Linux 6.15), so the first is, and the others are its clones.

@@ -23,8 +23,10 @@ use minicbor::{Decode, Encode};
 
 mod agent;
 mod cgroup;
+mod checkpoint;
 mod child;
 mod copy;
+mod criu;
 mod descriptors;
 mod devices;
 mod entry;
@@ -37,14 +39,16 @@ mod masks;
 mod mounts;
 mod namespaces;
 mod network;
+mod privileges;
 mod program;
+mod restore;
 mod root;
 mod scheduling;
 mod sources;
 mod sync;
 mod terminal;
 
-pub use child::{create, exec, fork, placeholder, poststart, poststop};
+pub use child::{checkpoint, create, exec, fork, placeholder, poststart, poststop, restore};
 
 /// What a performer needs beside its plan. All others of its descriptors are closed.
 #[derive(Debug)]
@@ -130,6 +134,9 @@ pub enum Step {
     /// A file system of the root.
     #[n(17)]
     RootMount,
+    /// A checkpoint or a restore.
+    #[n(18)]
+    Criu,
 }
 
 /// The words of docker's and containerd's clients: the text of the error number alone decides about exit codes, so it is given as Go writes it.

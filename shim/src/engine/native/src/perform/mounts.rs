@@ -120,6 +120,18 @@ fn new(root: &Root, mount: &Mount) -> io::Result<OwnedFd> {
     Ok(made)
 }
 
+/// Gives a bind of a container that criu has restored the attributes of its plan: criu does not for every mount from outside.
+pub(super) fn confirm(root: &Root, mount: &Mount) -> Result<(), Failure> {
+    let confirm = || -> io::Result<()> {
+        let target = root.find(&mount.target)?;
+        if !mount.attributes.is_empty() {
+            set_attributes(&target, mount)?;
+        }
+        set_recursive(&target, mount)
+    };
+    confirm().doing(Step::Mounts, || format!("set the attributes of {}", mount.target))
+}
+
 /// Mounts a root on a path of the host, in the container's mount namespace.
 pub(super) fn make_root(path: &Path, mount: &Mount) -> Result<OwnedFd, Failure> {
     let name = |kind: &str, source: &str| format!("mount {kind} from {source:?} at {}", path.display());

@@ -14,6 +14,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType
 use nix::sys::stat::{Mode, fstat};
 
 use super::{Doing, Failure, Step};
+use crate::sys;
 
 /// Moves devices, each with its name in the container, into the network namespace of process `pid`, and sets them up.
 pub(super) fn move_devices(devices: &[(String, String)], pid: u32) -> Result<(), Failure> {
@@ -34,6 +35,15 @@ pub(super) fn move_devices(devices: &[(String, String)], pid: u32) -> Result<(),
             .doing(Step::Namespaces, || format!("move network device {host} (linux.netDevices) into the container as {container}"))?;
     }
     Ok(())
+}
+
+/// Sets the loopback interface of the network namespace of process `pid` up.
+pub(super) fn loopback_up(pid: u32) -> Result<(), Failure> {
+    let up = || -> io::Result<()> {
+        let open = |path: &str| nix::fcntl::open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty());
+        inside(&open("/proc/self/ns/net")?, &open(&format!("/proc/{pid}/ns/net"))?, sys::loopback_up)
+    };
+    up().doing(Step::Namespaces, || "set the loopback interface up".to_owned())
 }
 
 fn move_device(host: &str, container: &str, pid: u32, own: &OwnedFd, theirs: &OwnedFd) -> io::Result<()> {

@@ -91,7 +91,8 @@ pub(super) fn open(path: &str, recursive: bool) -> io::Result<OwnedFd> {
     sys::open_tree(AT_FDCWD, Path::new(path), if recursive { Tree::Recursive } else { Tree::Top })
 }
 
-fn open_root(plan: &Create) -> Result<OwnedFd, Failure> {
+/// The root, mounted on itself, or mounted there from the plan.
+pub(super) fn open_root(plan: &Create) -> Result<OwnedFd, Failure> {
     let path = Path::new(&plan.root);
     let target = root::absolute(path).doing(Step::Root, || mounting_root(plan))?;
     if plan.entry == Entry::Chroot {

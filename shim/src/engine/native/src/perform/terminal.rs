@@ -55,7 +55,8 @@ fn bind(root: &Root, peer: &OwnedFd) -> io::Result<()> {
     sys::move_mount(mount.as_fd(), target.as_fd())
 }
 
-fn send(master: &OwnedFd, console: &OwnedFd) -> io::Result<()> {
+/// Sends a terminal to the keeper.
+pub(super) fn send(master: &OwnedFd, console: &OwnedFd) -> io::Result<()> {
     let descriptors = [master.as_raw_fd()];
     let message = [ControlMessage::ScmRights(&descriptors)];
     sendmsg::<()>(console.as_raw_fd(), &[IoSlice::new(b"/dev/ptmx")], &message, MsgFlags::MSG_NOSIGNAL, None)?;

@@ -16,6 +16,7 @@ use minicbor::{Decode, Encode};
 
 mod block_io;
 mod cgroup;
+mod criu;
 mod device_program;
 mod devices;
 mod gvariant;
@@ -36,6 +37,7 @@ mod sysctl;
 mod unit;
 mod users;
 
+pub use criu::{CgroupMode, Checkpoint, Criu, Restore, check_restore, checkpoint, restore};
 pub use gvariant::Value;
 pub use hooks::{Hook, Hooks, State};
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Processes: birth, descriptors, signals, limits, execution.
 #![allow(unsafe_code)]
 use std::ffi::{CStr, CString};
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -96,6 +97,13 @@ pub(crate) fn end_with_this_process(command: &mut Command) {
     unsafe { command.pre_exec(tie) };
 }
 
+/// Has a command's process write to files before it executes its program.
+pub(crate) fn write_before(command: &mut Command, files: Vec<File>, bytes: &'static [u8]) {
+    let write = move || files.iter().try_for_each(|mut file| file.write_all(bytes));
+    // SAFETY: system calls alone, on descriptors that are open.
+    unsafe { command.pre_exec(write) };
+}
+
 /// A handle of a process.
 pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: integers only.
@@ -133,7 +141,7 @@ pub(crate) fn close_range(first: u32, last: u32) -> io::Result<()> {
 }
 
 /// A copy of a descriptor, close-on-exec, whose number is `least` or higher.
-pub(crate) fn duplicate(fd: &OwnedFd, least: i32) -> io::Result<OwnedFd> {
+pub(crate) fn duplicate(fd: &impl AsRawFd, least: i32) -> io::Result<OwnedFd> {
     // SAFETY: integers only.
     let copy = check(libc::c_long::from(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) }))?;
     // SAFETY: a descriptor that the kernel has just given to this process alone.

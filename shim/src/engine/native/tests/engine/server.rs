@@ -12,7 +12,7 @@ use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, S
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use x_engine::Host;
-use x_engine::plan::{Request, RootMount};
+use x_engine::plan::{CgroupMode, Criu, Request, RootMount};
 
 use crate::keeper::{self, Made, Streams};
 use crate::stage;
@@ -91,6 +91,18 @@ impl Keeper {
                 self.made.insert(id.to_owned(), made);
                 self.receive(pid, console)
             }
+            "checkpoint" => {
+                let is = |key: &str| request[key] == json!(true);
+                self.made[id].checkpoint(criu(request)?, is("exit"), is("paused")).map(|()| json!({}))
+            }
+            "restore" => {
+                let host = self.host()?;
+                let (streams, console) = streams(request)?;
+                let made = keeper::restore(&Request::new(id, Path::new(text("bundle"))), criu(request)?, &host, streams)?;
+                let pid = made.init;
+                self.made.insert(id.to_owned(), made);
+                self.receive(pid, console)
+            }
             "create-killed" => {
                 let host = self.host()?;
                 let after = std::time::Duration::from_micros(request["after"].as_u64().unwrap_or_default());
@@ -161,9 +173,13 @@ impl Keeper {
         Ok(Host { has_apparmor: host.has_apparmor || pretends, has_selinux: host.has_selinux || pretends, ..host })
     }
 
-    fn receive(&mut self, pid: u32, console: Option<OwnedFd>) -> Result<Value, String> {
+    fn receive(&mut self, pid: u32, console: Option<Ours>) -> Result<Value, String> {
         if let Some(console) = console {
-            self.terminals.insert(pid, receive(&console).map_err(|error| error.to_string())?);
+            let terminal = match console {
+                Ours::Console(socket) => receive(&socket).map_err(|error| error.to_string())?,
+                Ours::Pipe(output) => output,
+            };
+            self.terminals.insert(pid, terminal);
         }
         Ok(json!({ "pid": pid }))
     }
@@ -173,8 +189,41 @@ fn pid(request: &Value) -> u32 {
     request["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default()
 }
 
-fn streams(request: &Value) -> Result<(Streams, Option<OwnedFd>), String> {
+/// The keeper's side of a process's streams.
+enum Ours {
+    Console(OwnedFd),
+    /// What it writes to.
+    Pipe(OwnedFd),
+}
+
+/// How criu is run for a request.
+fn criu(request: &Value) -> Result<Criu, String> {
+    let criu = &request["criu"];
+    let text = |key: &str| criu[key].as_str().unwrap_or_default().to_owned();
+    let is = |key: &str| criu[key] == json!(true);
+    Ok(Criu {
+        program: text("program"),
+        search_path: "/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+        image: text("image"),
+        work: text("image"),
+        open_tcp: is("tcp"),
+        external_unix_sockets: is("unix"),
+        shell_job: false,
+        file_locks: is("locks"),
+        cgroups: CgroupMode::parse(&text("cgroups")).map_err(|error| error.to_string())?,
+        within_seconds: criu["within"].as_u64().map_or(120, |seconds| seconds as u32),
+    })
+}
+
+fn streams(request: &Value) -> Result<(Streams, Option<Ours>), String> {
     let output = request["output"].as_str().unwrap_or("/dev/null");
+    if request["pipe"] == json!(true) {
+        let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|error| error.to_string());
+        let (ours, theirs) = pipe()?;
+        let copy = theirs.try_clone().map_err(|error| error.to_string())?;
+        let null = File::open("/dev/null").map_err(|error| error.to_string())?;
+        return Ok((Streams { stdio: [null.into(), theirs, copy], console: None }, Some(Ours::Pipe(ours))));
+    }
     let mut streams = Streams::to_file(Path::new(output)).map_err(|error| error.to_string())?;
     if request["terminal"] != json!(true) {
         return Ok((streams, None));
@@ -182,7 +231,7 @@ fn streams(request: &Value) -> Result<(Streams, Option<OwnedFd>), String> {
     let (ours, theirs) =
         socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).map_err(|error| error.to_string())?;
     streams.console = Some(theirs);
-    Ok((streams, Some(ours)))
+    Ok((streams, Some(Ours::Console(ours))))
 }
 
 #[allow(unsafe_code, reason = "no wrapper is at hand")]

@@ -130,6 +130,27 @@ impl Stage {
         Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output })
     }
 
+    /// Makes the container `id`, whose outputs go to a pipe.
+    pub(crate) fn create_piped(&self, id: &str, config: &Value) -> Result<Process<'_>, String> {
+        fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
+        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "pipe": true, "root_mounts": [] }))?;
+        Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output: PathBuf::new() })
+    }
+
+    /// Has criu save a container.
+    pub(crate) fn checkpoint(&self, id: &str, criu: &Value, exit: bool, paused: bool) -> Result<(), String> {
+        self.ask(&json!({ "do": "checkpoint", "id": id, "criu": criu, "exit": exit, "paused": paused })).map(drop)
+    }
+
+    /// Makes the container `id` from a checkpoint. Its outputs go to a pipe, or its terminal is received.
+    pub(crate) fn restore(&self, id: &str, config: &Value, criu: &Value) -> Result<Process<'_>, String> {
+        fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
+        let terminal = config["process"]["terminal"] == json!(true);
+        let answer =
+            self.ask(&json!({ "do": "restore", "id": id, "bundle": self.folder, "criu": criu, "pipe": !terminal, "terminal": terminal }))?;
+        Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output: PathBuf::new() })
+    }
+
     /// Makes a container whose performer is killed after some microseconds. Whether it had finished.
     pub(crate) fn create_killed(&self, config: &Value, after: u64) -> Result<bool, String> {
         fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
@@ -255,7 +276,7 @@ impl Process<'_> {
         (status.expect("a status"), fs::read_to_string(&self.output).unwrap_or_default())
     }
 
-    /// What it wrote to its terminal, to the end.
+    /// What it wrote to its terminal or its pipe, to the end.
     pub(crate) fn terminal(&self) -> String {
         let answer = self.stage.ask(&json!({ "do": "read", "pid": self.pid })).expect("a terminal");
         answer["output"].as_str().expect("text").to_owned()

@@ -18,7 +18,11 @@ use x_engine::{Host, control, spec};
 pub(crate) struct Made {
     pub(crate) container: Container,
     pub(crate) init: u32,
-    gate: OwnedFd,
+    /// Absent after a restore.
+    gate: Option<OwnedFd>,
+    /// For a checkpoint.
+    #[allow(dead_code, reason = "not every user of this module needs it")]
+    plan: plan::Create,
 }
 
 /// The streams of a process, and where its terminal goes.
@@ -70,7 +74,20 @@ pub(crate) fn create_planned(plan: &plan::Create, streams: Streams) -> Result<Ma
         let descriptors = Descriptors { stdio: streams.stdio, report, gate: Some(theirs), console: streams.console };
         perform::create(&encoded, descriptors)
     })?;
-    Ok(Made { container: plan.container(), init, gate: ours })
+    Ok(Made { container: plan.container(), init, gate: Some(ours), plan: plan.clone() })
+}
+
+/// Makes a container from a checkpoint. It runs.
+#[allow(dead_code, reason = "not every user of this module needs it")]
+pub(crate) fn restore(request: &Request<'_>, criu: plan::Criu, host: &Host, streams: Streams) -> Result<Made, String> {
+    let json = std::fs::read(request.bundle.join("config.json")).map_err(text)?;
+    let spec = spec::parse(&json).map_err(|error| chain(&error))?;
+    let plan = plan::create(&spec, request, host).map_err(|error| chain(&error))?;
+    let restore = plan::restore(plan.clone(), criu).map_err(|error| chain(&error))?;
+    let encoded = minicbor::to_vec(restore).map_err(|error| error.to_string())?;
+    let init =
+        report(|report| perform::restore(&encoded, Descriptors { stdio: streams.stdio, report, gate: None, console: streams.console }))?;
+    Ok(Made { container: plan.container(), init, gate: None, plan })
 }
 
 /// Makes a container of a bundle, kills the performer after a while, and does what a keeper does then. Returns whether it was too late for that.
@@ -101,7 +118,8 @@ pub(crate) fn create_killed(bundle: &Path, id: &str, host: &Host, streams: Strea
 impl Made {
     /// Lets the program run.
     pub(crate) fn start(&self) -> Result<(), String> {
-        File::from(self.gate.try_clone().map_err(text)?).write_all(&[1]).map_err(text)?;
+        let gate = self.gate.as_ref().ok_or("it runs already")?;
+        File::from(gate.try_clone().map_err(text)?).write_all(&[1]).map_err(text)?;
         if self.container.hooks.poststart.is_empty() {
             return Ok(());
         }
@@ -109,6 +127,16 @@ impl Made {
         let streams = Streams::inherited().map_err(text)?;
         report(|report| perform::poststart(&encoded, self.init, Descriptors { stdio: streams.stdio, report, gate: None, console: None }))
             .map(drop)
+    }
+
+    /// Saves its processes.
+    #[allow(dead_code, reason = "not every user of this module needs it")]
+    pub(crate) fn checkpoint(&self, criu: plan::Criu, exit: bool, is_paused: bool) -> Result<(), String> {
+        let plan = plan::checkpoint(self.plan.clone(), criu, exit, is_paused).map_err(|error| chain(&error))?;
+        let encoded = minicbor::to_vec(plan).map_err(|error| error.to_string())?;
+        let streams = Streams::inherited().map_err(text)?;
+        let descriptors = |report| Descriptors { stdio: streams.stdio, report, gate: None, console: None };
+        report(|report| perform::checkpoint(&encoded, self.init, descriptors(report))).map(drop)
     }
 
     /// Adds a process.
