@@ -21,17 +21,14 @@ pub(crate) struct Manager {
     version: u16,
 }
 
-/// Where a manager is reached: an address of D-Bus, and whether a bus is between.
+/// Where a manager is reached: an address of D-Bus, and whether a bus is between: tests play the manager without one.
 type Address = (String, bool);
 
 impl Manager {
-    /// Connects: to the system bus, or to systemd's own socket where there is no bus.
+    /// Connects to the system bus.
     pub(crate) async fn connect() -> Result<Self, Error> {
-        let addresses = match std::env::var(ADDRESS) {
-            Ok(address) if !address.is_empty() => vec![(address, true)],
-            _ => vec![(SYSTEM_BUS.to_owned(), true), (PRIVATE.to_owned(), false)],
-        };
-        Self::connect_to(&addresses).await
+        let named = std::env::var(ADDRESS).ok().filter(|address| !address.is_empty());
+        Self::connect_to(&[(named.unwrap_or_else(|| SYSTEM_BUS.to_owned()), true)]).await
     }
 
     pub(super) async fn connect_to(addresses: &[Address]) -> Result<Self, Error> {
@@ -239,7 +236,6 @@ fn is_named(error: &Error, name: &str) -> bool {
 /// As runc and others: the variable that names another bus.
 const ADDRESS: &str = "DBUS_SYSTEM_BUS_ADDRESS";
 const SYSTEM_BUS: &str = "unix:path=/run/dbus/system_bus_socket";
-const PRIVATE: &str = "unix:path=/run/systemd/private";
 
 const DESTINATION: &str = "org.freedesktop.systemd1";
 const MANAGER_PATH: &str = "/org/freedesktop/systemd1";

@@ -4,7 +4,7 @@
 //! (`x_engine::plan`).
 //!
 //! ```text
-//!  Manager::connect ── system bus, else /run/systemd/private
+//!  Manager::connect ── system bus
 //!     start ── StartTransientUnit ─▶ job ── JobRemoved "done" ─▶ the cgroup is there, and where it was expected
 //!       └─ UnitExists ── ResetFailedUnit, once more ─▶ Exists
 //! ```
