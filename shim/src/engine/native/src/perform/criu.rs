@@ -161,8 +161,11 @@ impl<'a> Session<'a> {
             return Err(self.end(format!("criu was not done after {seconds} s and was killed")));
         }
         let mut buffer = vec![0; MAX_MESSAGE_BYTES];
-        let (length, descriptor) =
-            sys::receive_descriptor(self.socket.as_fd(), &mut buffer).doing(Step::Criu, || "receive from criu".to_owned())?;
+        let (length, descriptor) = match sys::receive_descriptor(self.socket.as_fd(), &mut buffer) {
+            // It has exited without reading the request.
+            Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => (0, None),
+            other => other.doing(Step::Criu, || "receive from criu".to_owned())?,
+        };
         if length == 0 {
             return Err(self.end("criu has exited".to_owned()));
         }
@@ -194,6 +197,8 @@ impl<'a> Session<'a> {
 
     /// Kills it with the programs that it has started, and returns how it ended if it had ended by itself.
     fn kill(&mut self) -> Option<String> {
+        // Its socket is closed before it has exited.
+        let _ = sys::open_pidfd(self.child.id()).and_then(|handle| sys::wait_for_exit(handle.as_fd(), LAST_MILLISECONDS));
         let ended = self.child.try_wait().ok().flatten().map(|status| status.to_string());
         // Its group is its own; it is not reaped, so the number is no other's.
         if ended.is_none() {
@@ -233,7 +238,7 @@ impl Options {
         let mut options = Message::default();
         options.number(1, image.as_raw_fd() as u64).number(17, work.as_raw_fd() as u64).number(9, LOG_LEVEL).text(10, log);
         options.flag(4, criu.external_unix_sockets).flag(5, criu.open_tcp).flag(7, criu.shell_job).flag(8, criu.file_locks);
-        options.text(13, &plan.root).flag(12, true).flag(24, true).number(34, cgroup_mode(criu.cgroups)).flag(50, true);
+        options.text(13, &plan.root).flag(12, true).number(34, cgroup_mode(criu.cgroups)).flag(50, true);
         // What is in a new network namespace is made by those who make the container's network.
         if plan.makes(Kind::Network) {
             options.number(38, libc::CLONE_NEWNET as u64);
@@ -366,6 +371,9 @@ const LOG_LEVEL: u64 = 4;
 /// More than criu sends.
 const MAX_MESSAGE_BYTES: usize = 64 << 10;
 const MAX_OUTPUT_BYTES: u64 = 2 << 10;
+
+/// How long it is given to exit by itself before it is killed.
+const LAST_MILLISECONDS: u16 = 100;
 
 /// How long it may take to exit after its response.
 const EXIT_WITHIN: Duration = Duration::from_secs(10);

@@ -41,6 +41,9 @@ pub struct Criu {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
 #[cbor(index_only)]
 pub enum CgroupMode {
+    /// Nothing: every process is in the container's cgroup. In a hierarchy in which the container has no cgroup of its own criu would save those of the host,
+    /// and make them again below the container's.
+    #[default]
     #[n(0)]
     Ignore,
     /// Membership alone.
@@ -49,7 +52,6 @@ pub enum CgroupMode {
     #[n(2)]
     Properties,
     /// Properties of the cgroups that it makes.
-    #[default]
     #[n(3)]
     Soft,
     #[n(4)]
@@ -65,8 +67,8 @@ impl CgroupMode {
     /// Errors: a word that is none of them.
     pub fn parse(word: &str) -> Result<Self, Refused> {
         Ok(match word {
-            "" | "soft" => Self::Soft,
-            "ignore" => Self::Ignore,
+            "" | "ignore" => Self::Ignore,
+            "soft" => Self::Soft,
             "cg-none" | "none" => Self::None,
             "props" => Self::Properties,
             "full" => Self::Full,

@@ -84,6 +84,9 @@ fn a_container_goes_on_from_its_checkpoint() {
     assert_eq!(init.end().0, 137);
     stage.delete("c").expect("deleted");
     assert!(stage.folder.join("image/inventory.img").exists());
+    // In a hierarchy in which the container has no cgroup these would be all of the host.
+    let log = fs::read_to_string(stage.folder.join("image/dump.log")).expect("a log");
+    assert!(!log.contains("cg: adding cgroup"), "{log}");
     let init = restored(&stage, &config, &settings);
     let before = count(&stage, "c");
     assert!(before >= 5, "{before}");
