@@ -42,7 +42,7 @@ test-unit: packages
 test-e2e: packages suites build build-faulty
 	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
 		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
-	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd" CGROUP2_SKIP="--skip runc::"
+	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd" CGROUP2_SKIP="--skip runc:: --skip crun::"
 
 ## the tests of containerd (without crun, for time) and Docker with x-manager in containerd's place, x-manager's own, and lifecycles with the shims of containerd 1.6, 1.7 and 2.1;
 ## X_KILLS=500 X_SEED=N for more crashes of x-manager, also with those shims
