@@ -9,6 +9,8 @@ use anyhow::{Context as _, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::eventually::{SOON, eventually_true};
+
 /// One process as `/proc/PID/stat` and `/proc/PID/cmdline` show it.
 #[derive(Debug, Clone)]
 pub struct Process {
@@ -150,6 +152,12 @@ pub async fn fewest_open_files(shim: i32) -> Result<usize> {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     Ok(fewest)
+}
+
+/// Waits until the init `pid` runs `program`: a runtime answers Start before that, and criu cannot save the runtime.
+pub async fn executes(pid: u32, program: &str) -> Result<()> {
+    let is_program = || Process::read(pid.cast_signed()).is_ok_and(|process| process.command.starts_with(program));
+    eventually_true(format!("{pid} executes {program}"), SOON, is_program).await
 }
 
 /// Sends SIGKILL; the process may have exited already.

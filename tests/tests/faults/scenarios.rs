@@ -7,7 +7,7 @@ use std::pin::Pin;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use shim_tests::builds;
-use shim_tests::container::{Container, Stdio};
+use shim_tests::container::Stdio;
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::messages::{CheckpointOptions, RESOURCES, any, any_json};
 use shim_tests::proc;
@@ -389,7 +389,7 @@ async fn checkpoint(run: &Run) -> Result<()> {
     needs_checkpoints(run)?;
     let container = run.create(run.container(&["sleep", "1000"]), "init").await?;
     run.start(&container, "init").await?;
-    is_executed(&container).await?;
+    proc::executes(container.pid, "sleep").await?;
     run.begin()?;
     let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
     run.done("checkpoint", run.cx.client().checkpoint(&container.id, options).await.map(drop))?;
@@ -411,7 +411,7 @@ async fn restore(run: &Run) -> Result<()> {
     needs_checkpoints(run)?;
     let container = run.create(run.container(&["sleep", "1000"]), "saved").await?;
     run.start(&container, "saved").await?;
-    is_executed(&container).await?;
+    proc::executes(container.pid, "sleep").await?;
     let options = any(&CheckpointOptions { exit: true, ..CheckpointOptions::default() });
     // unreferenced content is collected at any time
     let leased = run.cx.client().with_lease(&run.id).await?;
@@ -569,11 +569,6 @@ async fn upgrade(run: &Run) -> Result<()> {
 }
 
 /// Waits until init is the user's program: a runtime that is about to execute it has descriptors that criu cannot save.
-async fn is_executed(container: &Container) -> Result<()> {
-    let pid = container.pid.cast_signed();
-    eventually_true("init is sleep", SOON, || proc::Process::read(pid).is_ok_and(|process| process.comm == "sleep")).await
-}
-
 fn lines(first: u32, last: u32) -> String {
     (first..=last).map(|number| format!("{number}\n")).collect()
 }

@@ -6,12 +6,11 @@ use anyhow::{Result, ensure};
 use containerd_shim_protos::api;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
-use shim_tests::eventually::{SOON, eventually_true};
-use shim_tests::proc::Process;
-use shim_tests::programs;
+use shim_tests::eventually::SOON;
 use shim_tests::runner::needs_criu;
 use shim_tests::stand::Stand;
 use shim_tests::suite::{Runtime, Suite};
+use shim_tests::{proc, programs};
 
 /// Up to containerd 1.7: the numbers of the two paths are not those of runc's shims.
 pub(crate) async fn older_options_of_a_checkpoint_put_image_and_log_where_they_belong(stand: Stand) -> Result<()> {
@@ -26,10 +25,7 @@ pub(crate) async fn older_options_of_a_checkpoint_put_image_and_log_where_they_b
         let text = format!("#!/bin/sh\nPATH={}:$PATH exec {} \"$@\"\n", Suite::Forky.bin().display(), real.display());
         let with_criu = programs::script(stand.folder(), runtime.name(), &text)?;
         let container = stand.bundle(runtime.name(), &["sleep", "1000"]).runtime(&with_criu).run().await?;
-        // the runtime answers before its init executes the program, and criu cannot write down the former
-        let init = container.pid.cast_signed();
-        eventually_true("init runs the program", SOON, || Process::read(init).is_ok_and(|process| process.command.starts_with("sleep")))
-            .await?;
+        proc::executes(container.pid, "sleep").await?;
         let (image, log) = (image.join(runtime.name()), log.join(runtime.name()));
         let options = Any {
             type_url: "containerd.linux.runc.CheckpointOptions".to_owned(),

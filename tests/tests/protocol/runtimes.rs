@@ -402,6 +402,7 @@ pub(crate) async fn a_failed_restore_reports_the_message_of_criu(stand: Stand) -
         let container = stand.bundle(runtime.name(), &["sleep", "1000"]).runtime(&with_criu).run().await?;
         let image = stand.folder().join(format!("image-{runtime}"));
         let id = container.id.clone();
+        proc::executes(container.pid, "sleep").await?;
         let request = api::CheckpointTaskRequest { id: id.clone(), path: image.display().to_string(), ..Default::default() };
         container.task.call::<api::Empty>("Checkpoint", &request, SOON * 3).await?;
         ensure!(container.shut_down().await? == 137);

@@ -162,6 +162,7 @@ async fn a_checkpoint_is_written(stand: Stand) -> Result<()> {
     let image = stand.folder().join("image");
     fs::create_dir(&image)?;
     let request = api::CheckpointTaskRequest { id: "c1".to_owned(), path: text(&image), ..Default::default() };
+    proc::executes(container.pid, "sleep").await?;
     container.task.call::<api::Empty>("Checkpoint", &request, SOON * 3).await?;
     ensure!(image.join("inventory.img").exists(), "no image in {}", image.display());
     eventually("the event is published", SOON, async || {

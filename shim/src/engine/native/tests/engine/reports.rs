@@ -147,9 +147,10 @@ fn init_and_execs_run_on_every_processor() {
     // The shell's parent is the keeper.
     stage.on_host("taskset -p 1 $PPID");
     assert_ne!(stage.on_host(show), all);
-    let init = stage.create("c", &stage.config(&["sh", "-c", &format!("{show}; exec sleep 1000")])).expect("created");
+    let init = stage.create("c", &stage.config(&["sh", "-c", &format!("{show}; echo > /shown; exec sleep 1000")])).expect("created");
     stage.start("c");
     assert_eq!(stage.exec_shell("c", show, |_| {}), all);
+    scratch::eventually("init has shown its own", || stage.root().join("shown").exists());
     init.kill();
     assert_eq!(init.end().1, all);
     stage.delete("c").expect("deleted");
