@@ -15,13 +15,17 @@ X_REVISION ?= $(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>
 X_REVISION := $(X_REVISION)
 export X_REVISION
 
-.PHONY: build build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
+.PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
 .PHONY: lint install uninstall packages suites bench bench-memory bench-upgrade bench-manager bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
-build:
-	$(CARGO) build --locked --release --package containerd-shim-x --package x-manager
+# Each by itself: together they would get each other's features of the crates that both use, and the tested shim would not be the installed one.
+build: build-shim
+	$(CARGO) build --locked --release --package x-manager
+
+build-shim:
+	$(CARGO) build --locked --release --package containerd-shim-x
 
 ## runs containers under x-manager, kills and replaces it and kills the shim's worker, and checks that nothing was lost;
 ## with DAEMON=containerd: a container under stock containerd, killed likewise. Debug builds: they compile in half the time. What is
@@ -39,17 +43,19 @@ test: test-unit test-e2e test-manager
 test-unit: packages
 	$(CARGO) test --locked --package containerd-shim-x --package x-proto --package x-manager --package x-engine --package scratch
 
-test-e2e: packages suites build build-faulty
+test-e2e: packages suites build-shim build-faulty
 	X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests --lib --bins \
 		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade
 	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd" CGROUP2_SKIP="--skip runc:: --skip crun::"
 
-## the tests of containerd (without crun, for time) and Docker with x-manager in containerd's place, x-manager's own, and lifecycles with the shims of containerd 1.6, 1.7 and 2.1;
-## X_KILLS=500 X_SEED=N for more crashes of x-manager, also with those shims
-test-manager: packages suites build
-	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test docker
-	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- --skip crun::
-	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
+## the tests of containerd (with the native engine alone, for time) and Docker with x-manager in containerd's place, x-manager's own, and lifecycles with the shims of containerd 1.6, 1.7
+## and 2.1; X_KILLS=500 X_SEED=N for more crashes of x-manager, also with those shims. A debug build of x-manager, which is there already: a release build takes minutes more;
+## TESTED_MANAGER=… names another
+TESTED_MANAGER ?= $(DEBUG)/x-manager
+test-manager: packages suites build-shim build-faulty
+	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test docker
+	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- --skip crun:: --skip runc::
+	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
 
 ## the host's systemd as pid 1 of namespaces of its own: containers whose cgroups it makes, on v2 and on v1; x-manager's units: activation, reload, crash, stop, shutdown
 test-systemd: suites build build-faulty
@@ -62,7 +68,7 @@ test-cgroup2: test-cgroup2-native test-cgroup2-guest conformance-cgroup2
 
 ## on the unified hierarchy alone, with the controllers that v1 leaves there; tests that need others are skipped, with the reason
 CGROUP2_TESTS := conformance containerd cri docker protocol soak
-test-cgroup2-native: packages suites build
+test-cgroup2-native: packages suites build-shim
 	X_CGROUP=2 X_SHIM=$(SHIM) $(CARGO) test --locked --package shim-tests $(addprefix --test ,$(CGROUP2_TESTS)) -- --skip fault:: --skip document:: $(CGROUP2_SKIP)
 
 test-cgroup2-guest: packages build
@@ -146,9 +152,9 @@ bench-tools:
 build-debug:
 	$(CARGO) build --locked --package containerd-shim-x --package x-manager
 
-# A shim whose worker crashes at the message that a test chooses.
+# A shim whose worker crashes at the message that a test chooses, and x-manager: together, so that what both depend on is built once.
 build-faulty:
-	$(CARGO) build --locked --package containerd-shim-x --features fault-injection
+	$(CARGO) build --locked --package containerd-shim-x --package x-manager --features containerd-shim-x/fault-injection
 
 lint:
 	$(CARGO) fmt --all --check
