@@ -2,7 +2,7 @@
 //! and upgraded. Clients, events and runtime calls are the same as without crashes. The main proof of this shim. Needs root.
 //!
 //! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` is the number of runs with random
-//! crashes, `X_SEED` their seed; with `X_PLAN` scenarios run that often with one plan instead of all; with `X_FAULTS_ALL` every scenario runs with both runtimes.
+//! crashes, `X_SEED` their seed; with `X_PLAN` scenarios run that often with one plan instead of all; with `X_FAULTS_ALL` every scenario runs with runc and the native engine.
 
 #[path = "faults/campaign.rs"]
 mod campaign;
@@ -31,31 +31,31 @@ fn main() -> ExitCode {
     runner::main_on(Shim::faulty, &cases, &[], programs)
 }
 
-/// One for each scenario. Scenarios that hardly depend on the runtime run with one of them, and scenarios that add little are skipped,
-/// unless `X_FAULTS_ALL` is set.
+/// One for each scenario. Each runs with one engine, the native one where engines differ most, and scenarios that add little are skipped, unless
+/// `X_FAULTS_ALL` is set.
 fn cases() -> Vec<Case> {
     use scenarios as s;
     let all = std::env::var_os("X_FAULTS_ALL").is_some();
-    let one = if all { Scope::Ends } else { Scope::Oldest };
+    let (native, runc) = if all { (Scope::Ends, Scope::Ends) } else { (Scope::Once, Scope::Oldest) };
     let mut cases = vec![
-        Case::new("every_message::life", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::LIFE))),
-        Case::new("every_message::short", one, |cx| Box::pin(sweep::every_message(cx, &s::SHORT))),
-        Case::new("every_message::pause", one, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
-        Case::new("every_message::terminal", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::TERMINAL))),
-        Case::new("every_message::file", one, |cx| Box::pin(sweep::every_message(cx, &s::FILE))),
-        Case::new("every_message::logger", one, |cx| Box::pin(sweep::every_message(cx, &s::LOGGER))),
-        Case::new("every_message::failing_create", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_CREATE))),
-        Case::new("every_message::failing_start", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_START))),
-        Case::new("every_message::kill_all", one, |cx| Box::pin(sweep::every_message(cx, &s::KILL_ALL))),
-        Case::new("every_message::shared_pids", one, |cx| Box::pin(sweep::every_message(cx, &s::SHARED_PIDS))),
-        Case::new("every_message::pod", one, |cx| Box::pin(sweep::every_message(cx, &s::POD))),
-        Case::new("every_message::upgrade", one, |cx| Box::pin(sweep::every_message(cx, &s::UPGRADE))),
-        Case::new("every_message::checkpoint", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::CHECKPOINT))),
-        Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
+        Case::new("every_message::life", native, |cx| Box::pin(sweep::every_message(cx, &s::LIFE))),
+        Case::new("every_message::short", runc, |cx| Box::pin(sweep::every_message(cx, &s::SHORT))),
+        Case::new("every_message::pause", runc, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
+        Case::new("every_message::terminal", native, |cx| Box::pin(sweep::every_message(cx, &s::TERMINAL))),
+        Case::new("every_message::file", runc, |cx| Box::pin(sweep::every_message(cx, &s::FILE))),
+        Case::new("every_message::failing_create", native, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_CREATE))),
+        Case::new("every_message::failing_start", native, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_START))),
+        Case::new("every_message::kill_all", runc, |cx| Box::pin(sweep::every_message(cx, &s::KILL_ALL))),
+        Case::new("every_message::shared_pids", runc, |cx| Box::pin(sweep::every_message(cx, &s::SHARED_PIDS))),
+        Case::new("every_message::pod", runc, |cx| Box::pin(sweep::every_message(cx, &s::POD))),
+        Case::new("every_message::upgrade", runc, |cx| Box::pin(sweep::every_message(cx, &s::UPGRADE))),
         Case::new("campaign::random_crashes_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_crashes(cx))),
     ];
     if all {
         cases.extend([
+            Case::new("every_message::logger", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::LOGGER))),
+            Case::new("every_message::checkpoint", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::CHECKPOINT))),
+            Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
             Case::new("every_message::signals", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::SIGNALS))),
             Case::new("every_message::command", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::COMMAND))),
             Case::new("every_message::rest", Scope::Oldest, |cx| {
