@@ -51,13 +51,13 @@ test-e2e: packages suites build-shim build-faulty
 		--test conformance --test containerd --test cri --test docker --test faults --test protocol --test soak --test upgrade -- $(E2E_SKIP)
 	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd" CGROUP2_SKIP="--skip runc:: --skip crun:: --skip containerd-1.6:: --skip containerd-1.7::"
 
-## the tests of containerd (with the native engine alone, for time) and Docker with x-manager in containerd's place, x-manager's own, and lifecycles with the shims of containerd 1.6, 1.7
+## the tests of containerd (with the native engine and clients of 1.6 and 2.1 alone, for time) and Docker with x-manager in containerd's place, x-manager's own, and lifecycles with the shims of containerd 1.6, 1.7
 ## and 2.1; X_KILLS=500 X_SEED=N for more crashes of x-manager, also with those shims. A debug build of x-manager, which is there already: a release build takes minutes more;
 ## TESTED_MANAGER=… names another
 TESTED_MANAGER ?= $(DEBUG)/x-manager
 test-manager: packages suites build-shim build-faulty
 	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test docker
-	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- --skip crun:: --skip runc::
+	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- --skip crun:: --skip runc:: --skip beside-1.7::
 	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
 
 ## the host's systemd as pid 1 of namespaces of its own: containers whose cgroups it makes, on v2 and on v1; x-manager's units: activation, reload, crash, stop, shutdown
