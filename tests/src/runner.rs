@@ -180,6 +180,26 @@ static DAEMONS: Mutex<BTreeMap<Suite, Arc<Daemon>>> = Mutex::new(BTreeMap::new()
 static ALONE: RwLock<()> = RwLock::new(());
 static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 
+/// The main function of a benchmark, in namespaces of its own as the tests are. `plan` is what its arguments ask for.
+pub fn benchmark<P>(name: &str, plan: Result<P>, measure: impl AsyncFnOnce(&P) -> Result<()>) -> ExitCode {
+    let result = plan.and_then(|plan| {
+        if env::var_os("X_TESTS_INNER").is_none() {
+            suite::fetch()?;
+        }
+        isolation::run(|| match EXECUTOR.block_on(measure(&plan)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{name}: {error:#}");
+                ExitCode::FAILURE
+            }
+        })
+    });
+    result.unwrap_or_else(|error| {
+        eprintln!("{name}: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
 /// Runs `cases` the way `cargo test` and nextest expect it; `programs` is the folder with this package's helper programs.
 pub fn main(cases: &[Case], known: &'static [Known], programs: &Path) -> ExitCode {
     main_on(Shim::under_test, cases, known, programs)

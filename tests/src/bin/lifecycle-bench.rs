@@ -15,28 +15,12 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use shim_tests::eventually::SOON;
-use shim_tests::runner::EXECUTOR;
 use shim_tests::stand::Stand;
-use shim_tests::suite::{self, Shim};
-use shim_tests::{bundle, isolation};
+use shim_tests::suite::Shim;
+use shim_tests::{bundle, isolation, runner};
 
 fn main() -> ExitCode {
-    let result = Plan::read().and_then(|plan| {
-        if std::env::var_os("X_TESTS_INNER").is_none() {
-            suite::fetch()?;
-        }
-        isolation::run(|| match EXECUTOR.block_on(measure(&plan)) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("lifecycle-bench: {error:#}");
-                ExitCode::FAILURE
-            }
-        })
-    });
-    result.unwrap_or_else(|error| {
-        eprintln!("lifecycle-bench: {error:#}");
-        ExitCode::from(2)
-    })
+    runner::benchmark("lifecycle-bench", Plan::read(), measure)
 }
 
 struct Plan {

@@ -19,30 +19,13 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use shim_tests::bundle::Container;
 use shim_tests::eventually::eventually;
-use shim_tests::isolation;
-use shim_tests::programs;
-use shim_tests::runner::EXECUTOR;
 use shim_tests::stand::Stand;
-use shim_tests::suite::{self, Shim};
+use shim_tests::suite::Shim;
 use shim_tests::ttrpc::Code;
+use shim_tests::{programs, runner};
 
 fn main() -> ExitCode {
-    let result = Plan::read().and_then(|plan| {
-        if std::env::var_os("X_TESTS_INNER").is_none() {
-            suite::fetch()?;
-        }
-        isolation::run(|| match EXECUTOR.block_on(measure(&plan)) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("upgrade-bench: {error:#}");
-                ExitCode::FAILURE
-            }
-        })
-    });
-    result.unwrap_or_else(|error| {
-        eprintln!("upgrade-bench: {error:#}");
-        ExitCode::from(2)
-    })
+    runner::benchmark("upgrade-bench", Plan::read(), measure)
 }
 
 struct Plan {

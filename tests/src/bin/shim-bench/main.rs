@@ -40,29 +40,13 @@ use serde_json::Value;
 use shim_tests::container::Builder;
 use shim_tests::context::Context;
 use shim_tests::daemon::Daemon;
-use shim_tests::isolation;
-use shim_tests::runner::{EXECUTOR, Skip};
-use shim_tests::suite::{self, Runtime, Shim, Suite};
+use shim_tests::runner::{self, Skip};
+use shim_tests::suite::{Runtime, Shim, Suite};
 
 use report::{Column, Figure, Figures};
 
 fn main() -> ExitCode {
-    let result = arguments().and_then(|plan| {
-        if env::var_os("X_TESTS_INNER").is_none() {
-            suite::fetch()?;
-        }
-        isolation::run(|| match EXECUTOR.block_on(measure(&plan)) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("shim-bench: {error:#}");
-                ExitCode::FAILURE
-            }
-        })
-    });
-    result.unwrap_or_else(|error| {
-        eprintln!("shim-bench: {error:#}");
-        ExitCode::from(2)
-    })
+    runner::benchmark("shim-bench", arguments(), measure)
 }
 
 /// What to measure.
