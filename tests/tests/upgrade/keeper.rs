@@ -100,7 +100,7 @@ pub(crate) async fn a_running_oci_runtime_ends_with_its_keeper(cx: Context) -> R
     eventually("nothing is left behind", SOON, async || cx.leaves_nothing().await).await
 }
 
-/// The performer, and the hook that it runs: nobody would own the container that it makes.
+/// The kernel kills the performer and the hook that it runs, because no other process would remove the container that it makes.
 pub(crate) async fn a_performer_ends_with_its_keeper(cx: Context) -> Result<()> {
     if cx.runtime() != Runtime::Native {
         return skip("an OCI runtime makes the containers");

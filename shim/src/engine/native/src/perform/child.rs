@@ -107,7 +107,7 @@ fn late_hooks(container: &[u8], pid: u32, given: Descriptors, run: impl FnOnce(&
 }
 
 /// Forks a performer: runs `perform` in a child of this process, which must have one thread. Returns the child's pid. The kernel kills the
-/// performer when this process dies: nobody would own what it makes.
+/// performer when this process dies, because no other process would remove what it makes.
 ///
 /// Errors: EDEADLK if there are more threads: one of them could hold a lock that the child needs.
 pub fn fork(perform: impl FnOnce() -> Infallible) -> std::io::Result<u32> {
