@@ -270,7 +270,7 @@ impl Streams {
             Pump::Held(_) => Turn::Waits,
         };
         let due = match pump {
-            Pump::Out(out) => out.pace.make_due(now),
+            Pump::Out(out) => out.pace.make_due(),
             Pump::In(_) | Pump::Held(_) => None,
         };
         match (turn, due) {

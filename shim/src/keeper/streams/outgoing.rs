@@ -19,7 +19,7 @@ use nix::sys::inotify::WatchDescriptor;
 use super::pace::Pace;
 use super::process::{Client, Stage};
 use super::spill::Spill;
-use super::splice::{Stop, TURN_BYTES, move_bytes};
+use super::splice::{Stop, TURN_BYTES, move_bytes, move_once};
 use super::{Turn, pipes};
 use crate::keeper::poll::{Poll, Source};
 use crate::saved::saved;
@@ -159,7 +159,10 @@ impl Outgoing {
             return Some(stop);
         }
         let source = self.source.as_ref()?;
-        let (moved, stop) = move_bytes(source.as_fd(), client.fd.as_fd(), None, TURN_BYTES);
+        let (moved, stop) = match self.pace.is_timed() {
+            true => move_once(source.as_fd(), client.fd.as_fd()),
+            false => move_bytes(source.as_fd(), client.fd.as_fd(), None, TURN_BYTES),
+        };
         self.bytes += moved;
         if let (Stop::Idle, Some(spill)) = (&stop, &mut self.spill)
             && waiting_bytes(source.as_fd()).unwrap_or(0) > 0

@@ -1,7 +1,7 @@
 //! When a fast output gets its next turn.
 //!
 //! ```text
-//!  by events ──(1 MiB within 10 ms)──▶ by the clock ──(little has come, the output has ended, or a Delete waits)──▶ by events
+//!  by events ──(1 MiB within 10 ms)──▶ by the clock ──(little comes, the output has ended, or a Delete waits)──▶ by events
 //! ```
 //!
 //! A process that writes 64 KiB at a time wakes the keeper 16,384 times for a GiB, which costs more than moving the bytes. By the clock, nothing wakes it,
@@ -21,6 +21,8 @@ pub(super) struct Pace {
     interval: Option<Duration>,
     /// When the clock gives the next turn.
     due: Option<Instant>,
+    /// How many turns by the clock in a row have moved little.
+    slow_turns: u32,
     /// It is a terminal, or this user may not have larger pipes.
     is_fixed: bool,
 }
@@ -32,8 +34,9 @@ impl Pace {
     }
 
     /// When the clock gives the next turn, if it does.
-    pub(super) fn make_due(&mut self, now: Instant) -> Option<Instant> {
-        self.due = self.interval.map(|interval| now + interval);
+    pub(super) fn make_due(&mut self) -> Option<Instant> {
+        // From the end of a turn: on a busy machine it may have taken longer than the time between two.
+        self.due = self.interval.map(|interval| Instant::now() + interval);
         self.due
     }
 
@@ -61,6 +64,7 @@ impl Pace {
             return false;
         }
         self.interval = Some(FIRST);
+        self.slow_turns = 0;
         true
     }
 
@@ -74,7 +78,9 @@ impl Pace {
             _ if moved < large / 4 => (interval * 2).min(LONGEST),
             _ => interval,
         });
-        moved >= SLOW_BYTES
+        // One alone may only show that the process or the reader had no processor.
+        self.slow_turns = if moved < SLOW_BYTES { self.slow_turns + 1 } else { 0 };
+        self.slow_turns < SLOW_TURNS
     }
 
     /// Makes both pipes as large as the kernel makes them, unless they hold more than that.
@@ -89,8 +95,9 @@ impl Pace {
 /// As much within [`WINDOW`] is fast: 100 MiB/s.
 pub(super) const FAST_BYTES: u64 = 1 << 20;
 const WINDOW: Duration = Duration::from_millis(10);
-/// Less than this in a turn by the clock is not worth it any more.
+/// Less than this in as many turns by the clock is not worth it any more.
 const SLOW_BYTES: u64 = 16 << 10;
+pub(super) const SLOW_TURNS: u32 = 10;
 /// A pipe's capacity, and that of one between two turns by the clock.
 pub(super) const SMALL_BYTES: usize = 64 << 10;
 const LARGE_BYTES: usize = 512 << 10;
