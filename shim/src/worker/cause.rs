@@ -49,6 +49,9 @@ pub(crate) mod step {
     pub(crate) const PLACEHOLDER: Step = 24;
     /// Comes before the start of a unit that has no process.
     pub(crate) const UNIT: Step = 25;
+    /// Signals the descendants of an exec: from here on two steps for each worker that comes to it. The first counts the workers, the second asks whether the exec is
+    /// still there.
+    pub(crate) const DESCENDANTS: Step = 1000;
 }
 
 impl Cause {
