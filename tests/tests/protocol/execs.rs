@@ -85,7 +85,7 @@ pub(crate) async fn a_signal_for_all_of_an_exec_reaches_its_descendants_and_no_o
     let text = path.display().to_string();
     let waits = "while :; do sleep 0.05; done";
     let container = stand.bundle("c1", &["sh", "-c", &format!("trap 'exit 9' TERM; {waits}")]).run().await?;
-    let script = format!("trap 'echo exec' TERM; (setsid sh -c \"trap 'echo orphan' TERM; echo ready; {waits}\" &) {waits}");
+    let script = format!("trap 'echo exec' TERM; (setsid sh -c \"trap 'echo orphan' TERM; echo ready; {waits}\" &); {waits}");
     let mut request = container.bundle.exec_request("e", &["sh", "-c", &script]);
     (request.stdout, request.stderr) = (text.clone(), text);
     container.task.exec(&request).await?;
