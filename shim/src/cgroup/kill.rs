@@ -33,7 +33,7 @@ pub(super) fn thaw(cgroup: &Cgroup) {
 /// See [`Cgroup::freeze`].
 pub(super) fn freeze(cgroup: &Cgroup) -> Option<Frozen> {
     let Freezer { folder, file, thawed } = freezer(cgroup)?;
-    if !files::read(folder, file).is_some_and(|state| state.trim() == thawed) {
+    if files::read(folder, file).is_none_or(|state| state.trim() != thawed) {
         return None;
     }
     let frozen = Frozen { file: folder.join(file), thawed };
