@@ -118,6 +118,13 @@ pub(crate) mod exits {
         Ok(())
     }
 
+    /// Forgets the exits of a sandbox at once: no shim publishes them.
+    pub(crate) fn clear(db: &mut Notes<'_>, namespace: &str, id: &str) -> Result<()> {
+        let mut delete = db.0.prepare_cached("DELETE FROM exits WHERE namespace = ? AND id = ?").doing("prepare")?;
+        delete.execute([namespace, id]).doing("remove")?;
+        Ok(())
+    }
+
     /// Two readings of the clock for one exit are nearer than that; two exits of one pid in one exec id are not.
     const SAME_EXIT_NANOS: i64 = 2_000_000_000;
     /// How long the exit of a process is kept after its deletion.

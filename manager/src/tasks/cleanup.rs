@@ -120,7 +120,7 @@ impl Tasks {
         };
         let answer = match answer {
             Ok(answer) => answer,
-            Err(error) if is_refusal(&error) && refusals >= left.refusals() => {
+            Err(error) if is_refusal(&error) && refusals >= left.refusals(task.kind) => {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task, giving up");
                 None
             }
@@ -232,12 +232,12 @@ pub(super) enum Left {
 
 impl Left {
     /// How often the program may fail before cleanup gives up: for about ten minutes where there may be a container, for four seconds where
-    /// there may be a shim. Where nothing was made, or is left, containerd's own programs up to 1.7 fail, as the shim has not written its files.
-    fn refusals(self) -> u32 {
-        match self {
-            Self::Dead | Self::Unacknowledged(_) => 25,
-            Self::Unstarted => 3,
-            Self::Unmade | Self::ShutDown => 0,
+    /// there may be a shim, or a sandbox, whose containers are cleaned up one by one: containerd 1.7's program always fails there. Where nothing was made, or is left, containerd's own programs up to 1.7 fail, as the shim has not written its files.
+    fn refusals(self, kind: Kind) -> u32 {
+        match (self, kind) {
+            (Self::Dead | Self::Unacknowledged(_), Kind::Task) => 25,
+            (Self::Dead | Self::Unacknowledged(_), Kind::Sandbox) | (Self::Unstarted, _) => 3,
+            (Self::Unmade | Self::ShutDown, _) => 0,
         }
     }
 }

@@ -123,7 +123,7 @@ impl Tasks {
     async fn prepare(&self, task: &Task, launch: &Launch) -> Result<Claim> {
         // a process that takes over must find the bundle of every creation in progress
         let _pass = self.gate.enter().await?;
-        self.forget_earlier(&task.namespace, &task.id).await?;
+        self.forget_earlier(task).await?;
         let (bundle, program, contents) = (task.bundle.clone(), launch.program.clone(), launch.contents.clone());
         let prepared = self.pool.run(move || {
             bundle.blocking_create(&contents)?;

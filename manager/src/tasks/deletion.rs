@@ -115,19 +115,23 @@ impl Tasks {
 
     /// Removes the records of a deleted task. If the disk is full, they are removed with the next task of that id.
     pub(super) async fn forget_processes(&self, task: &Task) {
-        if let Err(error) = self.forget_earlier(&task.namespace, &task.id).await {
+        if let Err(error) = self.forget_earlier(task).await {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget a task");
         }
     }
 
     /// Removes the records of earlier tasks of that id.
-    pub(super) async fn forget_earlier(&self, namespace: &Namespace, id: &str) -> Result<()> {
-        let (namespace, id, now) = (namespace.clone(), id.to_owned(), timestamp::to_nanos(&timestamp::now()));
+    pub(super) async fn forget_earlier(&self, task: &Task) -> Result<()> {
+        let (kind, (namespace, id), now) = (task.kind, task.key(), timestamp::to_nanos(&timestamp::now()));
         self.store
             .note(move |db| {
                 execs::clear(db, namespace.as_str(), &id)?;
                 ended::take(db, namespace.as_str(), &id)?;
-                exits::collect(db, namespace.as_str(), &id, None, now)
+                match kind {
+                    // its shim may publish them again
+                    Kind::Task => exits::collect(db, namespace.as_str(), &id, None, now),
+                    Kind::Sandbox => exits::clear(db, namespace.as_str(), &id),
+                }
             })
             .await
     }

@@ -106,6 +106,13 @@ impl Tasks {
             warn!(container = task.id.as_str(), error = error.chain(); "cannot read the log of a shim");
         }
         match shim {
+            // no client knows of it: its creation was not acknowledged
+            Ok(shim) if task.kind == Kind::Sandbox && !task.bundle.was_created().unwrap_or(true) => {
+                task.observe(Fact::ShimGone);
+                self.dismiss(task, &shim).await;
+                drop(shim);
+                self.clean_up(task, Left::Unacknowledged(None), claim).await;
+            }
             Ok(shim) => {
                 task.observe(Fact::Connected(shim.clone()));
                 drop(claim);

@@ -155,18 +155,20 @@ impl Tasks {
     pub(super) async fn reconcile_sandbox(self: &Arc<Self>, sandbox: &Arc<Task>, shim: &Shim) {
         let mut pause = AGAIN;
         loop {
-            let known = status(sandbox, shim, false).await;
-            // no client has been told of a sandbox whose creation is not noted
-            let is_known = sandbox.bundle.was_created().unwrap_or(true);
-            match known {
-                Ok(status) if is_known => {
+            match status(sandbox, shim, false).await {
+                Ok(status) => {
                     if status.state == READY || status.exited_at.is_some() {
                         tokio::spawn(Arc::clone(self).watch_exit(Arc::clone(sandbox), shim.clone()));
                     }
                     return;
                 }
-                Ok(_) => return self.sweep_if_there(sandbox, shim).await,
-                Err(reason) if reason.is_not_found() || reason.is_unimplemented() => return self.sweep_if_there(sandbox, shim).await,
+                Err(reason) if reason.is_not_found() || reason.is_unimplemented() => {
+                    // otherwise a client's Shutdown, or the end of the shim, was faster
+                    if sandbox.observe(Fact::ShimGone) {
+                        self.sweep(sandbox, shim).await;
+                    }
+                    return;
+                }
                 Err(Unanswered::Lost) => return,
                 Err(Unanswered::Refused(error) | Unanswered::Late(error)) => {
                     warn!(namespace:% = sandbox.namespace, sandbox = sandbox.id.as_str(), error = error.chain(); "a shim does not report the status of its sandbox");
@@ -176,13 +178,6 @@ impl Tasks {
                 return;
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
-        }
-    }
-
-    async fn sweep_if_there(&self, sandbox: &Arc<Task>, shim: &Shim) {
-        // otherwise a client's Shutdown, or the end of the shim, was faster
-        if sandbox.observe(Fact::ShimGone) {
-            self.sweep(sandbox, shim).await;
         }
     }
 

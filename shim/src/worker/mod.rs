@@ -438,7 +438,11 @@ fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
     }
     let result = if key == POD_KEY {
         pod::Record::decode(value).map(drop)
-    } else if key.contains('/') { Process::decode(value).map(drop) } else { Record::decode(value).map(drop) };
+    } else if key.contains('/') {
+        Process::decode(value).map(drop)
+    } else {
+        Record::decode(value).map(drop)
+    };
     match result {
         Ok(()) => None,
         Err(error) => Some(format!("cannot read the record of container {key}: {error}")),

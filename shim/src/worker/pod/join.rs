@@ -82,9 +82,7 @@ fn join(spec: &mut Value, record: &Record, pid: u32, id: &ContainerId) -> Result
     }
     let Some(mounts) = spec["mounts"].as_array_mut() else { return Ok(false) };
     let folder = files::folder(record);
-    let bind = |at: &Path, source: PathBuf, access: &str| {
-        json!({ "destination": at, "type": "bind", "source": source, "options": ["rbind", "rprivate", access] })
-    };
+    let bind = |at: &Path, source: PathBuf, access: &str| json!({ "destination": at, "type": "bind", "source": source, "options": ["rbind", "rprivate", access] });
     let mut is_changed = false;
     for name in FILES {
         let at = Path::new("/etc").join(name);

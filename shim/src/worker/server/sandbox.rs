@@ -33,7 +33,13 @@ impl PodCall {
         match self {
             Self::Start(_) | Self::Stop(_) => true,
             // These complete without waiting, change nothing, or are performed in any case.
-            Self::Shutdown(_) | Self::Create(_) | Self::Platform(_) | Self::Wait(_) | Self::Status { .. } | Self::Ping(_) | Self::Metrics(_) => false,
+            Self::Shutdown(_)
+            | Self::Create(_)
+            | Self::Platform(_)
+            | Self::Wait(_)
+            | Self::Status { .. }
+            | Self::Ping(_)
+            | Self::Metrics(_) => false,
         }
     }
 }
