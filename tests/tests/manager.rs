@@ -8,6 +8,8 @@ mod api;
 mod ctr;
 #[path = "manager/kills.rs"]
 mod kills;
+#[path = "manager/pod.rs"]
+mod pod;
 #[path = "manager/restart.rs"]
 mod restart;
 #[path = "manager/sandboxes.rs"]

@@ -1,185 +1,26 @@
 //! Sandboxes: their records, their shims, and the containers in them.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::services::v1::sandbox::{
-    ControllerCreateRequest, ControllerPlatformRequest, ControllerShutdownRequest, ControllerStartRequest, ControllerStartResponse,
-    ControllerStatusRequest, ControllerStatusResponse, ControllerStopRequest, ControllerWaitRequest, ControllerWaitResponse,
-    StoreCreateRequest, StoreDeleteRequest, StoreGetRequest, StoreListRequest, StoreUpdateRequest,
+    ControllerMetricsRequest, ControllerPlatformRequest, ControllerUpdateRequest, ControllerWaitRequest, StoreListRequest,
+    StoreUpdateRequest,
 };
 use containerd_client::services::v1::{DeleteNamespaceRequest, PluginsRequest};
 use containerd_client::types::Sandbox;
-use containerd_client::types::sandbox::Runtime;
-use prost::Message as _;
 use prost_types::Any;
-use serde_json::json;
-use shim_tests::client::{Answer, Client};
+use shim_tests::client::Answer;
 use shim_tests::container::code_of;
 use shim_tests::context::Context;
-use shim_tests::eventually::{SOON, eventually, eventually_true, within};
-use shim_tests::messages::{self, any_json};
+use shim_tests::eventually::{SOON, within};
 use shim_tests::operator::upgraded;
 use shim_tests::suite::Suite;
 use shim_tests::{proc, programs};
 use tonic::{Code, Request};
 
-const CONTROLLER: &str = "shim";
-
-/// A sandbox of one client.
-struct Pod<'a> {
-    client: &'a Client,
-    id: String,
-    runtime: String,
-    /// What becomes config.json.
-    spec: Option<Any>,
-    /// The controller's name; empty as clients of containerd 1.7 have it.
-    sandboxer: String,
-}
-
-impl<'a> Pod<'a> {
-    fn new(cx: &'a Context, id: &str) -> Self {
-        let (runtime, sandboxer) = (cx.shim().runtime_type.clone(), CONTROLLER.to_owned());
-        Self { client: cx.client(), id: id.to_owned(), runtime, spec: None, sandboxer }
-    }
-
-    /// One of a stock shim, which looks for annotations in its specification.
-    fn of(suite: Suite, cx: &'a Context, id: &str) -> Self {
-        let runtime = suite.program("containerd-shim-runc-v2").display().to_string();
-        Self { runtime, spec: Some(any_json(messages::SPEC, &json!({}))), ..Self::new(cx, id) }
-    }
-
-    fn record(&self) -> Sandbox {
-        Sandbox {
-            spec: self.spec.clone(),
-            sandbox_id: self.id.clone(),
-            runtime: Some(Runtime { name: self.runtime.clone(), options: None }),
-            sandboxer: self.sandboxer.clone(),
-            ..Sandbox::default()
-        }
-    }
-
-    async fn store(&self, sandbox: Sandbox) -> Answer<Sandbox> {
-        let request = self.client.request(StoreCreateRequest { sandbox: Some(sandbox) });
-        Ok(self.client.api().sandbox_store().create(request).await?.into_inner().sandbox.unwrap_or_default())
-    }
-
-    async fn forget(&self) -> Answer<()> {
-        let request = self.client.request(StoreDeleteRequest { sandbox_id: self.id.clone() });
-        self.client.api().sandbox_store().delete(request).await.map(drop)
-    }
-
-    async fn get(&self) -> Answer<Sandbox> {
-        let request = self.client.request(StoreGetRequest { sandbox_id: self.id.clone() });
-        Ok(self.client.api().sandbox_store().get(request).await?.into_inner().sandbox.unwrap_or_default())
-    }
-
-    async fn create(&self) -> Answer<()> {
-        let request = ControllerCreateRequest {
-            sandbox_id: self.id.clone(),
-            sandbox: Some(self.record()),
-            sandboxer: self.sandboxer.clone(),
-            ..ControllerCreateRequest::default()
-        };
-        self.client.api().sandbox_controller().create(self.client.request(request)).await.map(drop)
-    }
-
-    async fn start(&self) -> Answer<ControllerStartResponse> {
-        let request = ControllerStartRequest { sandbox_id: self.id.clone(), sandboxer: self.sandboxer.clone() };
-        Ok(self.client.api().sandbox_controller().start(self.client.request(request)).await?.into_inner())
-    }
-
-    async fn stop(&self) -> Answer<()> {
-        let (sandbox_id, sandboxer) = (self.id.clone(), self.sandboxer.clone());
-        let request = ControllerStopRequest { sandbox_id, sandboxer, timeout_secs: 1 };
-        self.client.api().sandbox_controller().stop(self.client.request(request)).await.map(drop)
-    }
-
-    async fn status(&self) -> Answer<ControllerStatusResponse> {
-        let (sandbox_id, sandboxer) = (self.id.clone(), self.sandboxer.clone());
-        let request = ControllerStatusRequest { sandbox_id, sandboxer, verbose: false };
-        Ok(self.client.api().sandbox_controller().status(self.client.request(request)).await?.into_inner())
-    }
-
-    async fn wait(&self) -> Answer<ControllerWaitResponse> {
-        let request = ControllerWaitRequest { sandbox_id: self.id.clone(), sandboxer: self.sandboxer.clone() };
-        Ok(self.client.api().sandbox_controller().wait(self.client.request(request)).await?.into_inner())
-    }
-
-    async fn shut_down(&self) -> Answer<()> {
-        let request = ControllerShutdownRequest { sandbox_id: self.id.clone(), sandboxer: self.sandboxer.clone() };
-        self.client.api().sandbox_controller().shutdown(self.client.request(request)).await.map(drop)
-    }
-
-    /// Record, shim, start.
-    async fn run(&self) -> Result<ControllerStartResponse> {
-        self.store(self.record()).await.context("record")?;
-        self.create().await.context("create")?;
-        self.start().await.context("start")
-    }
-
-    /// What `ctr sandboxes remove` does.
-    async fn remove(&self) -> Result<()> {
-        self.stop().await.context("stop")?;
-        unless(self.shut_down().await, Code::NotFound).context("shutdown")?;
-        unless(self.forget().await, Code::NotFound).context("delete")
-    }
-}
-
-fn unless(answer: Answer<()>, code: Code) -> Result<()> {
-    match answer {
-        Err(status) if status.code() != code => Err(status.into()),
-        _ => Ok(()),
-    }
-}
-
-fn refused<T: std::fmt::Debug>(answer: Answer<T>, code: Code, message: &str) -> Result<()> {
-    let status = answer.err().context("it was accepted")?;
-    ensure!(status.code() == code && status.message().contains(message), "{status:?} instead of {code:?} with {message:?}");
-    Ok(())
-}
-
-/// What every event about a sandbox begins with.
-#[derive(Clone, PartialEq, prost::Message)]
-struct SandboxEvent {
-    #[prost(string, tag = "1")]
-    sandbox_id: String,
-}
-
-/// Topics and sandboxes of the events about sandboxes.
-#[derive(Debug, Clone, Default)]
-struct Published(Arc<Mutex<Vec<String>>>);
-
-impl Published {
-    async fn from(client: &Client) -> Result<Self> {
-        let published = Self::default();
-        let (mut stream, list) = (client.subscribe().await?, published.clone());
-        tokio::spawn(async move {
-            while let Ok(Some(envelope)) = stream.message().await {
-                let bytes = envelope.event.unwrap_or_default().value;
-                if !envelope.topic.starts_with("/sandboxes/") {
-                    continue;
-                }
-                let event = SandboxEvent::decode(&*bytes).unwrap_or_default();
-                let line = format!("{} {}", envelope.topic, event.sandbox_id);
-                list.0.lock().expect("no panic under this lock").push(line);
-            }
-        });
-        Ok(published)
-    }
-
-    fn all(&self) -> Vec<String> {
-        self.0.lock().expect("no panic under this lock").clone()
-    }
-
-    async fn are(&self, expected: &[&str]) -> Result<()> {
-        eventually_true(format!("{expected:?}"), SOON, || self.all().len() >= expected.len()).await?;
-        ensure!(self.all() == expected, "{:?}", self.all());
-        Ok(())
-    }
-}
+use crate::pod::{CONTROLLER, Pod, Published, refused, unless};
 
 pub(crate) async fn a_record_of_a_sandbox_is_created_updated_listed_and_deleted(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
@@ -289,6 +130,18 @@ pub(crate) async fn a_sandbox_lives_in_a_shim_and_its_containers_join_it(cx: Con
     let request = ControllerPlatformRequest { sandbox_id: pod.id.clone(), sandboxer: pod.sandboxer.clone() };
     let platform = pod.client.api().sandbox_controller().platform(pod.client.request(request)).await?.into_inner().platform;
     ensure!(platform.is_some_and(|platform| platform.os == "linux" && !platform.architecture.is_empty()));
+    let request = ControllerMetricsRequest { sandbox_id: pod.id.clone(), sandboxer: pod.sandboxer.clone() };
+    let metrics = pod.client.api().sandbox_controller().metrics(pod.client.request(request)).await?.into_inner().metrics;
+    ensure!(metrics.as_ref().is_some_and(|metrics| metrics.id == "s" && metrics.timestamp.is_some()), "{metrics:?}");
+    let update = async |sandbox: Option<Sandbox>| -> Answer<()> {
+        let (sandbox_id, sandboxer) = (pod.id.clone(), pod.sandboxer.clone());
+        let request = ControllerUpdateRequest { sandbox_id, sandboxer, sandbox, fields: vec!["labels".to_owned()] };
+        pod.client.api().sandbox_controller().update(pod.client.request(request)).await.map(drop)
+    };
+    update(Some(pod.record())).await?;
+    refused(update(None).await, Code::InvalidArgument, "sandbox must be set")?;
+    // one that runs is not ended for that
+    refused(pod.start().await, Code::FailedPrecondition, "")?;
     let keeper = cx.shim_pid("s")?;
     let one = cx.container(&["sleep", "1000"]).sandbox("s").start().await?;
     let two = cx.container(&["sh", "-c", "exit 3"]).sandbox("s").start().await?;
