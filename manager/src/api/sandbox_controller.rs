@@ -104,13 +104,8 @@ impl SandboxController {
         let ask = shim::PlatformRequest { sandbox_id: request.sandbox_id, ..shim::PlatformRequest::default() };
         let answer: shim::PlatformResponse = sandbox.shim().await?.call_sandbox("Platform", &ask, Some(SHORT)).await?;
         let platform = answer.platform.into_option().unwrap_or_default();
-        let platform = Platform {
-            os: platform.os,
-            architecture: platform.architecture,
-            variant: platform.variant,
-            os_version: platform.os_version,
-            ..Platform::default()
-        };
+        let platform =
+            Platform { os: platform.os, architecture: platform.architecture, variant: platform.variant, os_version: platform.os_version };
         Ok(ControllerPlatformResponse { platform: Some(platform) })
     }
 
