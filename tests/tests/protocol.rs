@@ -180,6 +180,7 @@ fn main() -> ExitCode {
         a_network_that_is_none_is_named,
         a_second_sandbox_in_a_shim_is_refused,
         a_container_does_not_get_the_process_ids_of_a_keeper,
+        a_sandbox_that_is_never_started_expires,
     ]);
     cases.extend(direct_cases![specification:
         every_section_with_numbers_has_a_test,

@@ -47,20 +47,26 @@ pub struct Sandbox {
 impl Sandbox {
     /// Starts a shim for a sandbox with a network namespace; skips if the shim does not serve sandboxes.
     pub async fn shim(stand: &Stand, id: &str) -> Result<Self> {
+        Self::shim_of(stand.bundle(id, &[])).await
+    }
+
+    /// The same with a bundle of which everything but the spec is used.
+    pub async fn shim_of(bundle: Bundle) -> Result<Self> {
+        let bundle = bundle.without_spec();
+        let (stand, id) = (bundle.stand().clone(), bundle.id.clone());
         let network = Network::new(&stand.folder().join(format!("{id}.net")))?;
-        let bundle = stand.bundle(id, &[]).without_spec();
         let options = bundle.options().write_to_bytes()?;
         let task = match bundle.start_shim_with(&[], &options).await {
             Ok(socket) => Task::connect(&socket).await?,
             Err(error) => return skip(format!("{NOT_SERVED}: {error:#}")),
         };
         let service = Service::new(&task);
-        if service.status(id).await.is_err_and(|error| error.code() == Some(Code::Unimplemented)) {
-            bundle::leave(&task, bundle.shim_pid()?, id).await?;
+        if service.status(&id).await.is_err_and(|error| error.code() == Some(Code::Unimplemented)) {
+            bundle::leave(&task, bundle.shim_pid()?, &id).await?;
             return skip(NOT_SERVED);
         }
-        let config = PodConfig::new(id, &format!("/{}", parent(stand, id)));
-        Ok(Self { service, task, id: id.to_owned(), bundle, config, network: Some(network) })
+        let config = PodConfig::new(&id, &format!("/{}", parent(&stand, &id)));
+        Ok(Self { service, task, id, bundle, config, network: Some(network) })
     }
 
     /// Starts a shim, creates the sandbox and starts it.

@@ -10,7 +10,7 @@ use protobuf::well_known_types::any::Any;
 use shim_tests::bundle::worker_of;
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::proc::{self, signal};
-use shim_tests::sandbox::{NOT_READY, POD, READY, Sandbox};
+use shim_tests::sandbox::{NOT_READY, POD, PodConfig, READY, Sandbox};
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Answer, CallError, Code, refusal};
 
@@ -103,13 +103,13 @@ fn says<T: std::fmt::Debug>(answer: Answer<T>, words: &str) -> Result<()> {
 pub(crate) async fn an_invalid_pod_configuration_is_named(stand: Stand) -> Result<()> {
     let sandbox = Sandbox::shim(&stand, "s1").await?;
     let good = sandbox.config.any();
-    let mut huge = sandbox.config.clone();
-    huge.hostname = "h".repeat(3 << 20);
+    let named = |bytes: usize| PodConfig { hostname: "h".repeat(bytes), ..sandbox.config.clone() }.any();
     let cases = [
         (Any { value: good.value[..good.value.len() - 1].to_vec(), ..good.clone() }, "PodSandboxConfig"),
         (Any { value: vec![0xff; 1 << 20], ..good.clone() }, "PodSandboxConfig"),
         (Any { type_url: "runtime.v1.ContainerConfig".to_owned(), ..good }, "runtime.v1.ContainerConfig"),
-        (huge.any(), "hostname"),
+        (named(3 << 20), "bytes"),
+        (named(100_000), "hostname"),
     ];
     for (options, words) in cases {
         let request = CreateSandboxRequest { options: Some(options).into(), ..sandbox.request() };
@@ -158,4 +158,23 @@ pub(crate) async fn a_container_does_not_get_the_process_ids_of_a_keeper(stand: 
     let (_, message) = refusal(sandbox.task.create(&bundle.request()).await)?;
     ensure!(message.contains("pid"), "{message}");
     sandbox.end().await
+}
+
+/// A client that crashed between Create and Start has forgotten it.
+pub(crate) async fn a_sandbox_that_is_never_started_expires(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::shim_of(stand.bundle("s1", &[]).env("X_SHIM_UNSTARTED_POD_SECONDS", "1")).await?;
+    sandbox.create().await?;
+    let shim = sandbox.bundle.shim_pid()?;
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
+    sandbox.bundle.delete_command().await?;
+    // one that was started stays
+    let started = Sandbox::shim_of(stand.bundle("s2", &[]).env("X_SHIM_UNSTARTED_POD_SECONDS", "1")).await?;
+    started.create().await?;
+    started.start().await?;
+    let expires = Sandbox::shim_of(stand.bundle("s3", &[]).env("X_SHIM_UNSTARTED_POD_SECONDS", "1")).await?;
+    expires.create().await?;
+    let shim = expires.bundle.shim_pid()?;
+    eventually_true("the third shim has exited", SOON, || !proc::is_alive(shim)).await?;
+    ensure!(started.service.status("s2").await?.state == READY, "it has expired, too");
+    started.end().await
 }

@@ -16,7 +16,7 @@ use protobuf::Message as _;
 use serde_json::Value;
 use shim_tests::cgroups;
 use shim_tests::programs;
-use shim_tests::sandbox::{CONTAINER, Linux, PodConfig};
+use shim_tests::sandbox::{CONTAINER, Linux, NODE, PodConfig};
 use shim_tests::task::{V2, V3};
 
 use super::calls::{Call, Link, edit};
@@ -128,7 +128,7 @@ const RULES: &[Rule] = &[
     rule("no-ping", "PingSandbox", ALWAYS, Refuse(Code::UNIMPLEMENTED)),
     rule("forget-sandboxes", "SandboxStatus", was_created_on_another_connection, Refuse(Code::NOT_FOUND)),
     rule("no-host-network", "CreateSandbox", has_no_network, Refuse(Code::INVALID_ARGUMENT)),
-    rule("hosts-network", "CreateSandbox", ALWAYS, Change(|_, call| edit(&mut call.payload, take_its_network))),
+    rule("hosts-network", "CreateSandbox", ALWAYS, Change(take_its_network)),
     rule("no-pod-cgroup", "CreateSandbox", ALWAYS, Change(|_, call| edit_pod(call, |pod| linux_of(pod).cgroup_parent.clear()))),
     rule("other-hostname", "CreateSandbox", ALWAYS, Change(|_, call| edit_pod(call, |pod| pod.hostname = "elsewhere".to_owned()))),
     rule("no-dns", "CreateSandbox", ALWAYS, Change(|_, call| edit_pod(call, |pod| pod.dns = None))),
@@ -168,8 +168,9 @@ fn has_no_network(_: &Link, call: &Call) -> bool {
     sandbox_api::CreateSandboxRequest::parse_from_bytes(&call.payload).is_ok_and(|create| create.netns_path.is_empty())
 }
 
-fn take_its_network(create: &mut sandbox_api::CreateSandboxRequest) {
-    create.netns_path.clear();
+fn take_its_network(_: &Link, call: &mut Call) -> Result<()> {
+    edit_pod(call, |pod| pod.namespaces().network = NODE)?;
+    edit(&mut call.payload, |create: &mut sandbox_api::CreateSandboxRequest| create.netns_path.clear())
 }
 
 fn edit_pod(call: &mut Call, change: impl FnOnce(&mut PodConfig)) -> Result<()> {
