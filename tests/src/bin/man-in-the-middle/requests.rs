@@ -177,7 +177,7 @@ fn edit_pod(call: &mut Call, change: impl FnOnce(&mut PodConfig)) -> Result<()> 
     let mut create = sandbox_api::CreateSandboxRequest::parse_from_bytes(&call.payload)?;
     let mut pod = PodConfig::decode(create.options.value.as_slice())?;
     change(&mut pod);
-    create.options = Some(pod.any()).into();
+    create.options.mut_or_insert_default().value = pod.encode_to_vec();
     call.payload = create.write_to_bytes()?;
     Ok(())
 }

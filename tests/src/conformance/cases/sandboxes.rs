@@ -108,7 +108,7 @@ async fn no_wait_is_answered_while_the_sandbox_is_ready(stand: Stand) -> Result<
     for _ in 0..20 {
         ensure!(sandbox.service.status("s1").await?.state == READY);
     }
-    ensure!(!wait.is_over(), "it is answered before Stop: {:?}", wait.answer(SOON).await);
+    ensure!(!wait.is_over(), "it is answered before Stop");
     sandbox.end().await
 }
 

@@ -370,7 +370,8 @@ pub const ALL: &[Fault] = &[
         "no-pod-cgroup",
         "the cgroup of a pod is not made",
         &[("sandboxes.the_pods_cgroup_exists_from_the_start_on", "there is no cgroup")],
-    ),
+    )
+    .broad("the containers of such a pod leave the cgroup above theirs behind"),
     fault(
         "hosts-network",
         "every sandbox is in the host's network",
