@@ -215,7 +215,9 @@ fn with_each_fault(shim: &Path) -> Vec<Trial> {
         let case = cases::find(case).context("a case")?;
         let place = logs().join("fault").join(fault).join(case.name);
         let shim = faults::install(&place, &programs().join("man-in-the-middle"), &shim, fault)?;
-        let subject = subject(shim, Runtime::Crun);
+        // the engine that takes the least time; the faults of task calls were written for a shim that runs another program
+        let runtime = if ["sandboxes", "pods"].contains(&case.area()) { Runtime::Native } else { Runtime::Crun };
+        let subject = subject(shim, runtime);
         let verdict = perform(&case, &subject, &format!("logs/{fault}"));
         std::fs::remove_dir_all(place)?;
         let _of_a_failure_that_was_wanted = std::fs::remove_dir_all(logs().join("logs").join(fault).join(case.name));
