@@ -65,6 +65,7 @@ fn main() -> ExitCode {
     ]);
     cases.extend(
         direct_cases![execs:
+            a_signal_for_all_of_an_exec_reaches_its_descendants_and_no_other_process,
             execs_that_are_never_deleted_do_not_accumulate,
             failed_execs_that_are_never_deleted_do_not_accumulate,
             a_thousand_execs_with_fifos_leave_no_descriptor_and_no_file,

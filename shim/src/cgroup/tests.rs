@@ -204,7 +204,7 @@ fn one_process_of_a_frozen_cgroup_dies_and_the_others_stay_frozen() {
     made.write(file, frozen);
     scratch::eventually("it is frozen", || is_frozen_now(&cgroup));
     sys_kill(dies).expect("a signal");
-    cgroup.let_die(dies);
+    cgroup.let_die(&[dies]);
     scratch::eventually("it is dead", || made.children[1].try_wait().expect("a child").is_some());
     let (is_frozen, left) = (is_frozen_now(&cgroup), cgroup.pids());
     // or it could not be killed

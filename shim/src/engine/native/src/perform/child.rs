@@ -210,19 +210,21 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     let change_root = || chroot.as_ref().map_or(Ok(()), entry::change_root).doing(Step::Root, || "chroot".to_owned());
     // The child is born in the container: to a process there that may trace it, it shows nothing of the host. None may in a user namespace, into which
     // the performer must not follow: it could not set the child's limits from there.
+    let of_parent = CloneFlags::CLONE_NEWPID | namespaces::TIME;
     if is_mapped {
-        join(namespaces & CloneFlags::CLONE_NEWPID)?;
+        join(namespaces & of_parent)?;
     } else {
         join(namespaces)?;
         change_root()?;
     }
+    namespaces::mark_descendants();
     let child = Child::make(0, &joining, |performer| {
         close_performers(kept, agent.as_ref())?;
         let attributes = Attributes::open(&procfs)?;
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
         if is_mapped {
-            join(namespaces - CloneFlags::CLONE_NEWPID)?;
+            join(namespaces - of_parent)?;
             namespaces::become_root()?;
             change_root()?;
         }
