@@ -37,7 +37,7 @@ mod sysctl;
 mod unit;
 mod users;
 
-pub use criu::{CgroupMode, Checkpoint, Criu, Restore, check_restore, checkpoint, restore};
+pub use criu::{CgroupMode, Checkpoint, Criu, Imaged, check_restore, checkpoint, restore};
 pub use gvariant::Value;
 pub use hooks::{Hook, Hooks, State};
 #[cfg(test)]
