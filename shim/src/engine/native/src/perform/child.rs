@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use minicbor::Decode;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
@@ -43,11 +44,14 @@ pub fn exec(plan: &[u8], init: OwnedFd, descriptors: Descriptors) -> ! {
         check_version(plan.version)?;
         let init = init.ok_or_else(|| plain(Step::Plan, "no init"))?;
         // Whatever failed: without init there is no container.
-        exec_planned(&plan, init, kept).map_err(|failure| match sys::wait_for_exit(init.as_fd(), 0) {
-            Ok(true) => plain(Step::Gone, "container not running"),
-            Ok(false) | Err(_) => failure,
-        })
+        exec_planned(&plan, init, kept).map_err(|failure| if is_gone(init) { plain(Step::Gone, "container not running") } else { failure })
     })
+}
+
+/// Whether init has exited, or is about to: it has no namespaces any more before it takes the other processes of its pid namespace with it, and is not
+/// reported as exited before the last of them is reaped.
+fn is_gone(init: &OwnedFd) -> bool {
+    sys::wait_for_exit(init.as_fd(), 0).unwrap_or(false) || setns(init, CloneFlags::CLONE_NEWUTS) == Err(Errno::ESRCH)
 }
 
 /// Runs the hooks that follow the start of a container, encoded, in a process that was forked for it. `pid` is init's. As [`create`]; reports `pid`.

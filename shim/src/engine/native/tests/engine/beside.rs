@@ -1,11 +1,11 @@
 //! Processes that do something to a container while the tests' keeper does something else. They end with the keeper.
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
-use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Gid, Pid, Uid, pause, pipe2, setresgid, setresuid};
 use x_engine::plan::Cgroup;
@@ -81,13 +81,35 @@ fn add_key(number: u32) -> io::Result<()> {
     if key < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Mounts a file system that answers nothing while what is returned is open: a process that looks at it cannot be frozen.
-pub(crate) fn mount_silent(at: &Path) -> io::Result<File> {
-    use std::os::fd::AsRawFd;
-    let device = File::options().read(true).write(true).open("/dev/fuse")?;
-    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
-    mount(Some("silent"), at, Some("fuse"), MsFlags::empty(), Some(options.as_str()))?;
-    Ok(device)
+/// Moves itself to a cgroup, and waits in the kernel for a page that nothing provides: it cannot be frozen.
+pub(crate) fn wait_for_page(cgroup: &Path) -> Result<u32, String> {
+    fork(|| {
+        let waits = || -> io::Result<()> {
+            fs::write(cgroup.join("cgroup.procs"), "0")?;
+            let (_reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+            write_missing_page(writer.as_raw_fd())
+        };
+        i32::from(waits().is_err())
+    })
+}
+
+#[allow(unsafe_code, reason = "no wrapper is at hand")]
+fn write_missing_page(to: i32) -> io::Result<()> {
+    const API: libc::c_ulong = 0xc018_aa3f;
+    const REGISTER: libc::c_ulong = 0xc020_aa00;
+    const BYTES: usize = 4096;
+    let check = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
+    let (mut api, private) = ([0xaa_u64, 0, 0], libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping, of which no Rust object is made; both structures have the kernel's layout; the descriptors are this process's.
+    unsafe {
+        let page = libc::mmap(std::ptr::null_mut(), BYTES, libc::PROT_READ | libc::PROT_WRITE, private, -1, 0);
+        let faults = check(libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC))? as i32;
+        check(libc::ioctl(faults, API, api.as_mut_ptr()).into())?;
+        // For pages that are missing.
+        let mut register = [page as u64, BYTES as u64, 1, 0];
+        check(libc::ioctl(faults, REGISTER, register.as_mut_ptr()).into())?;
+        check(libc::write(to, page, BYTES) as libc::c_long).map(drop)
+    }
 }
 
 fn fork(act: impl FnOnce() -> i32) -> Result<u32, String> {

@@ -1,6 +1,4 @@
 //! Containers that are frozen while other things happen to them.
-use std::fs;
-
 use serde_json::json;
 
 use crate::bundle;
@@ -28,7 +26,7 @@ fn execs_and_freezes_at_the_same_time_hinder_each_other_in_nothing() {
     }
 }
 
-/// A process that waits for a file system that does not answer cannot be frozen. What could be is not left so.
+/// A process that waits in the kernel for what does not come cannot be frozen. What could be is not left so.
 fn what_cannot_be_frozen_is_thawed_again() {
     // On v2 it is waited for ten seconds.
     let on_v2 = (repeated(1) > 1).then(|| (Stage::on_v2(), "/sys/fs/cgroup", "cgroup.freeze", "0"));
@@ -38,18 +36,10 @@ fn what_cannot_be_frozen_is_thawed_again() {
         config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
         let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
         stage.start("c");
-        let silent = stage.folder.join("silent");
-        fs::create_dir(&silent).expect("a folder");
-        if let Err(error) = stage.mount_silent(&silent) {
-            return eprintln!("skipped: needs FUSE: {error}");
-        }
         let cgroup = format!("{hierarchy}{}/c", stage.cgroup);
-        let silent = silent.display();
-        stage
-            .on_host(&format!("sh -c 'echo 0 > {cgroup}/cgroup.procs; exec stat {silent}/x' > {silent}.log 2>&1 & echo $! > {silent}.pid"));
-        scratch::eventually("it waits for the file system", || {
-            stage.on_host(&format!("grep State: /proc/$(cat {silent}.pid)/status")).contains('D')
-        });
+        let stuck = stage.wait_for_page(&cgroup);
+        // In write(2).
+        scratch::eventually("it waits in the kernel", || stage.on_host(&format!("cat /proc/{}/syscall", stuck.pid)).starts_with("1 "));
         let error = stage.freeze("c", true).expect_err("one process cannot be frozen");
         assert!(error.to_lowercase().contains("busy"), "{error}");
         assert_eq!(stage.on_host(&format!("cat {cgroup}/{file}")).trim(), thawed);

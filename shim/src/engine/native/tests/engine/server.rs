@@ -23,8 +23,6 @@ struct Keeper {
     made: BTreeMap<String, Made>,
     /// The plans that they were made from.
     plans: BTreeMap<String, Create>,
-    /// Mounts of a file system that answers nothing, for as long as these are open.
-    silent: Vec<File>,
     /// The keeper's side of terminals.
     terminals: BTreeMap<u32, OwnedFd>,
     /// Plans are made as if these were active.
@@ -162,10 +160,7 @@ impl Keeper {
                 let count = std::fs::read_dir("/proc/self/fd").map_err(|error| error.to_string())?.count();
                 Ok(json!({ "count": count }))
             }
-            "mount-silent" => {
-                self.silent.push(beside::mount_silent(Path::new(text("at"))).map_err(|error| error.to_string())?);
-                Ok(json!({}))
-            }
+            "wait-for-page" => beside::wait_for_page(Path::new(text("cgroup"))).map(|pid| json!({ "pid": pid })),
             "real-time" => set_real_time(request["on"] == json!(true)).map(|()| json!({})).map_err(|error| error.to_string()),
             "pretend" => {
                 self.pretends_security_modules = true;

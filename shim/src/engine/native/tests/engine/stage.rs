@@ -245,9 +245,10 @@ impl Stage {
         self.ask(&json!({ "do": "descriptors" })).expect("a number")["count"].as_u64().expect("a number")
     }
 
-    /// Mounts a file system that never answers.
-    pub(crate) fn mount_silent(&self, at: &Path) -> Result<(), String> {
-        self.ask(&json!({ "do": "mount-silent", "at": at })).map(drop)
+    /// Puts a process into a cgroup that cannot be frozen.
+    pub(crate) fn wait_for_page(&self, cgroup: &str) -> Process<'_> {
+        let pid = self.ask(&json!({ "do": "wait-for-page", "cgroup": cgroup })).expect("forked")["pid"].as_u64();
+        Process { stage: self, pid: pid.expect("a pid"), output: PathBuf::new() }
     }
 
     /// Gives the keeper, and so what it makes, a real-time policy, or takes it away.
