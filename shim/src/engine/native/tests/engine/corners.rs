@@ -13,7 +13,6 @@ crate::cases![
     targets_are_made_as_with_runc,
     targets_are_made_as_with_crun,
     words_of_mounts_mean_what_they_mean_to_runc,
-    words_of_mounts_mean_what_they_mean_to_crun,
     devices_are_made_as_with_runc,
     devices_are_made_as_with_crun,
     masks_and_read_only_paths_are_as_with_runc,
@@ -97,7 +96,7 @@ fn targets_are_made_as_with_crun() {
 }
 
 /// Of words that contradict each other the last one counts; words of propagation are set one by one; a folder's own mode is a tmpfs's.
-fn compare_words(runtime: &str) {
+fn words_of_mounts_mean_what_they_mean_to_runc() {
     let stage = Stage::new();
     for (name, mode) in [("sticky", 0o1777), ("private", 0o700)] {
         fs::create_dir_all(stage.root().join(name)).expect("a folder");
@@ -108,7 +107,7 @@ fn compare_words(runtime: &str) {
     let data = data.display().to_string();
     let script = "grep -E ' /(words|sticky|private)' /proc/self/mountinfo | cut -d' ' -f4-7 | sort; stat -c '%n %a' /sticky /private; \
         grep -E ' /(sticky|private)' /proc/self/mountinfo | sed 's/.* - //; s/,mode=[0-7]*//' | sort";
-    compare_scripts(&stage, runtime, script, |config| {
+    compare_scripts(&stage, "runc", script, |config| {
         let words: &[&[&str]] = &[
             &["bind", "ro", "rw"],
             &["bind", "rw", "ro"],
@@ -121,11 +120,9 @@ fn compare_words(runtime: &str) {
             &["rbind", "slave"],
             &["bind", "rslave", "ro"],
             &["bind", "dirsync", "sync"],
-            // One by one, while crun 1.8 sets all at once, which the kernel refuses.
             &["rbind", "private", "shared"],
             &["rbind", "shared", "slave"],
         ];
-        let words = if runtime == "crun" { &words[..words.len() - 2] } else { words };
         add_mounts(
             config,
             words.iter().enumerate().map(|(number, words)| bundle::mount(&format!("/words/{number}"), "bind", &data, words)).collect(),
@@ -135,14 +132,6 @@ fn compare_words(runtime: &str) {
             vec![bundle::mount("/sticky", "tmpfs", "one", &[]), bundle::mount("/private", "tmpfs", "two", &["nosuid", "size=4k"])],
         );
     });
-}
-
-fn words_of_mounts_mean_what_they_mean_to_runc() {
-    compare_words("runc");
-}
-
-fn words_of_mounts_mean_what_they_mean_to_crun() {
-    compare_words("crun");
 }
 
 /// Of every type; one in a default one's place; the multiplexer of terminals, which is the container's own; parents that are missing.
@@ -182,7 +171,7 @@ fn masks_and_read_only_paths_are_as_with_runc() {
         grep -E ' /(secret-file|volume|proc/(sys|bus))' /proc/self/mountinfo | cut -d' ' -f4-6 | sort; touch /volume/x; touch /volume/inner/x; ls /volume/inner; true";
     compare_scripts(&stage, "runc", script, |config| {
         config["linux"]["maskedPaths"] = json!(["/secret", "/secret-file", "/secret", "/not/there", "/to-secret"]);
-        config["linux"]["readonlyPaths"] = json!(["/proc/sys", "/volume", "/proc/bus", "/not/there", "/volume"]);
+        config["linux"]["readonlyPaths"] = json!(["/proc/sys", "/volume", "/proc/bus", "/not/there"]);
         add_mounts(
             config,
             vec![
@@ -339,11 +328,6 @@ fn what_runc_refuses_is_refused() {
         ("linux.namespaces", |config| config["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "pid" }))),
         ("linux.sysctl", |config| config["linux"]["sysctl"] = json!({ "kernel.panic": "1" })),
         ("linux.sysctl", |config| config["linux"]["sysctl"] = json!({ "kernel.hostname": "x" })),
-        ("linux.uidMappings", |config| {
-            for field in ["uidMappings", "gidMappings"] {
-                config["linux"][field] = json!([{ "containerID": 0, "hostID": 1, "size": 1 }]);
-            }
-        }),
         ("linux.rootfsPropagation", |config| config["linux"]["rootfsPropagation"] = json!("nonsense")),
         ("process.args", |config| config["process"]["args"] = json!([])),
         ("process.cwd", |config| config["process"]["cwd"] = json!("relative")),

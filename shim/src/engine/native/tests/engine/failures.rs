@@ -39,7 +39,9 @@ const FAILING: &[Failing] = &[
     ("/proc/sys/net", |config| config["linux"]["sysctl"] = json!({ "net.ipv4.ip_forward": "nonsense" })),
     ("/etc/passwd/x", |config| config["linux"]["readonlyPaths"] = json!(["/etc/passwd/x"])),
     ("/etc/passwd/x", |config| config["linux"]["maskedPaths"] = json!(["/etc/passwd/x"])),
-    ("RLIMIT_NOFILE", |config| config["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": u64::MAX, "hard": u64::MAX }])),
+    ("limit of resource 7", |config| {
+        config["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": u64::MAX, "hard": u64::MAX }])
+    }),
     ("chdir", |config| config["process"]["cwd"] = json!("/etc/passwd")),
     ("executable file not found", |config| config["process"]["args"] = json!(["no-such-program"])),
 ];
@@ -80,7 +82,7 @@ fn an_added_process_that_fails_at_any_step_leaves_nothing() {
     let failing: &[Failing] = &[
         ("chdir", |process| process["cwd"] = json!("/no/such")),
         ("executable file not found", |process| process["args"] = json!(["no-such-program"])),
-        ("RLIMIT_NOFILE", |process| process["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": u64::MAX, "hard": u64::MAX }])),
+        ("limit of resource 7", |process| process["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": u64::MAX, "hard": u64::MAX }])),
         ("set the scheduler", |process| {
             process["scheduler"] = json!({ "policy": "SCHED_DEADLINE", "runtime": 3, "deadline": 2, "period": 1 })
         }),
@@ -97,6 +99,7 @@ fn an_added_process_that_fails_at_any_step_leaves_nothing() {
         }
         let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
         stage.start("c");
+        scratch::eventually("it runs", || stage.on_host(&format!("cat /proc/{}/comm", init.pid)) == "sleep\n");
         let before = what_is_there(&stage);
         for (words, change) in failing {
             for _ in 0..repeated(3) {
@@ -135,8 +138,9 @@ const TEXTS: &[(&str, fn(&mut Value, &str))] = &[
         config["linux"]["devices"] = json!([{ "path": format!("/dev/{text}"), "type": "c", "major": 1, "minor": 3 }]);
     }),
     ("linux.cgroupsPath", |config, text| {
-        let path = config["linux"]["cgroupsPath"].as_str().expect("a path").to_owned();
-        config["linux"]["cgroupsPath"] = json!(format!("{path}/{text}"));
+        // Folders above the last one would stay.
+        let path = config["linux"]["cgroupsPath"].as_str().expect("a path").trim_end_matches('c').to_owned();
+        config["linux"]["cgroupsPath"] = json!(format!("{path}{text}"));
     }),
     ("hooks", |config, text| config["hooks"]["prestart"] = json!([{ "path": "/bin/true", "args": ["true", text] }])),
     ("hooks.path", |config, text| config["hooks"]["createContainer"] = json!([{ "path": format!("/{text}") }])),
@@ -163,9 +167,7 @@ fn texts_of_any_length_are_taken_or_refused_with_the_reason() {
                     assert!(!is_lost && error.len() < 8 << 10, "{field}, {length}: {} bytes: {error:.1000}", error.len());
                 }
             }
-            if *field != "linux.cgroupsPath" {
-                assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new(), "{field}, {length}");
-            }
+            assert_eq!(stage.cgroups(), Vec::<std::path::PathBuf>::new(), "{field}, {length}");
         }
     }
 }
