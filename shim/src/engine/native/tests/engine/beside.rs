@@ -1,12 +1,13 @@
 //! Processes that do something to a container while the tests' keeper does something else. They end with the keeper.
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::{Gid, Pid, Uid, pause, pipe2, setresgid, setresuid};
 use x_engine::plan::Cgroup;
 use x_engine::{control, perform};
@@ -86,29 +87,35 @@ pub(crate) fn wait_for_page(cgroup: &Path) -> Result<u32, String> {
     fork(|| {
         let waits = || -> io::Result<()> {
             fs::write(cgroup.join("cgroup.procs"), "0")?;
-            let (_reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
-            write_missing_page(writer.as_raw_fd())
+            let (page, _faults) = missing_page()?;
+            // Of memory that is read like another process's no signal interrupts it, unless it kills.
+            let mut copy = [0];
+            let from = [RemoteIoVec { base: page, len: 1 }];
+            process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut copy)], &from)?;
+            Ok(())
         };
         i32::from(waits().is_err())
     })
 }
 
+/// The address of a page that its userfaultfd is to provide.
 #[allow(unsafe_code, reason = "no wrapper is at hand")]
-fn write_missing_page(to: i32) -> io::Result<()> {
+fn missing_page() -> io::Result<(usize, OwnedFd)> {
     const API: libc::c_ulong = 0xc018_aa3f;
     const REGISTER: libc::c_ulong = 0xc020_aa00;
     const BYTES: usize = 4096;
     let check = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
     let (mut api, private) = ([0xaa_u64, 0, 0], libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: a new mapping, of which no Rust object is made; both structures have the kernel's layout; the descriptors are this process's.
+    // SAFETY: a new mapping, of which no Rust object is made; a descriptor that the kernel has just made for this process alone; both structures have the
+    // kernel's layout.
     unsafe {
-        let page = libc::mmap(std::ptr::null_mut(), BYTES, libc::PROT_READ | libc::PROT_WRITE, private, -1, 0);
-        let faults = check(libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC))? as i32;
-        check(libc::ioctl(faults, API, api.as_mut_ptr()).into())?;
+        let page = libc::mmap(std::ptr::null_mut(), BYTES, libc::PROT_READ | libc::PROT_WRITE, private, -1, 0) as usize;
+        let faults = OwnedFd::from_raw_fd(check(libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC))? as i32);
+        check(libc::ioctl(faults.as_raw_fd(), API, api.as_mut_ptr()).into())?;
         // For pages that are missing.
         let mut register = [page as u64, BYTES as u64, 1, 0];
-        check(libc::ioctl(faults, REGISTER, register.as_mut_ptr()).into())?;
-        check(libc::write(to, page, BYTES) as libc::c_long).map(drop)
+        check(libc::ioctl(faults.as_raw_fd(), REGISTER, register.as_mut_ptr()).into())?;
+        Ok((page, faults))
     }
 }
 

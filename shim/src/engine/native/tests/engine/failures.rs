@@ -83,7 +83,7 @@ fn an_added_process_that_fails_at_any_step_leaves_nothing() {
         ("chdir", |process| process["cwd"] = json!("/no/such")),
         ("executable file not found", |process| process["args"] = json!(["no-such-program"])),
         ("limit of resource 7", |process| process["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": u64::MAX, "hard": u64::MAX }])),
-        ("set the scheduler", |process| {
+        ("setting scheduler", |process| {
             process["scheduler"] = json!({ "policy": "SCHED_DEADLINE", "runtime": 3, "deadline": 2, "period": 1 })
         }),
         ("exec /nonsense: exec format error", |process| process["args"] = json!(["/nonsense"])),

@@ -38,8 +38,9 @@ fn what_cannot_be_frozen_is_thawed_again() {
         stage.start("c");
         let cgroup = format!("{hierarchy}{}/c", stage.cgroup);
         let stuck = stage.wait_for_page(&cgroup);
-        // In write(2).
-        scratch::eventually("it waits in the kernel", || stage.on_host(&format!("cat /proc/{}/syscall", stuck.pid)).starts_with("1 "));
+        scratch::eventually("it waits in the kernel", || {
+            stage.on_host(&format!("grep State: /proc/{}/status", stuck.pid)).contains("disk sleep")
+        });
         let error = stage.freeze("c", true).expect_err("one process cannot be frozen");
         assert!(error.to_lowercase().contains("busy"), "{error}");
         assert_eq!(stage.on_host(&format!("cat {cgroup}/{file}")).trim(), thawed);

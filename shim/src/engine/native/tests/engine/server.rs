@@ -65,6 +65,9 @@ fn protect() {
 /// In the keeper's own mount namespace.
 fn show_v2() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    if stage::is_v2_alone() {
+        return;
+    }
     umount2("/sys/fs/cgroup", MntFlags::MNT_DETACH).expect("unmounted");
     mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), None::<&str>).expect("cgroup v2");
 }

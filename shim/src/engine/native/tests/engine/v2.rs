@@ -16,6 +16,7 @@ crate::cases![
     devices_can_be_used_as_with_crun,
     limits_are_as_runcs,
     limits_are_as_cruns,
+    the_host_keeps_the_options_of_its_cgroups,
 ];
 
 fn the_cgroup_is_joined_and_removed() {
@@ -189,4 +190,24 @@ fn limits_are_as_runcs() {
 
 fn limits_are_as_cruns() {
     compare_limits("crun");
+}
+
+/// A mount of them outside of a cgroup namespace sets the options of all.
+fn the_host_keeps_the_options_of_its_cgroups() {
+    let stage = Stage::on_v2();
+    let show = "grep -h ' - cgroup2 ' /proc/self/mountinfo | sed 's/.* - //' | sort -u";
+    let before = stage.on_host(show);
+    for has_namespace in [false, true] {
+        let output = stage.shell(show, |config| {
+            config["mounts"].as_array_mut().expect("an array").push(bundle::mount("/sys/fs/cgroup", "cgroup", "cgroup", &["rw", "nosuid"]));
+            if has_namespace {
+                config["linux"]["namespaces"].as_array_mut().expect("an array").push(json!({ "type": "cgroup" }));
+            }
+        });
+        assert_eq!((stage.on_host(show), output.lines().count()), (before.clone(), 1), "{output}");
+    }
+    // It has been shown only where there are some.
+    if !before.contains("nsdelegate") {
+        eprintln!("skipped: cgroup v2 is mounted without options here");
+    }
 }
