@@ -279,7 +279,7 @@ fn nothing_holds_the_filters_of_processes_that_have_exited() {
     stage.start("c");
     states.recv_timeout(SOON).expect("a state");
     let before = stage.descriptors();
-    for round in 0..repeated(40) {
+    for round in 0..repeated(20) {
         assert_eq!(stage.exec_shell("c", "ls -l /proc/[0-9]*/fd 2> /dev/null | grep seccomp; true", |_| {}), "", "{round}");
         states.recv_timeout(SOON).expect("a state");
         // It fails once the filter is loaded.

@@ -12,7 +12,7 @@ fn execs_and_freezes_at_the_same_time_hinder_each_other_in_nothing() {
         let init = stage.create("c", &stage.config(&["sh", "-c", "while :; do true & true & wait; done"])).expect("created");
         stage.start("c");
         let freezes = stage.freeze_beside("c");
-        for round in 0..repeated(60) {
+        for round in 0..repeated(30) {
             let added = stage.exec("c", &bundle::process(&["sh", "-c", "for i in 1 2 3; do true & done; wait; echo done"]));
             let added = added.unwrap_or_else(|error| panic!("{round}: {error}"));
             assert_eq!(added.end(), (0, "done\n".to_owned()), "{round}");

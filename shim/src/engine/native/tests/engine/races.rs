@@ -21,10 +21,10 @@ fn an_exec_beside_the_exit_of_init_is_made_or_refused_and_leaves_nothing() {
         if !has_pids {
             config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "pid");
         }
-        for round in 0..repeated(60) {
+        for round in 0..repeated(40) {
             let init = stage.create("c", &config).unwrap_or_else(|error| panic!("{round}: create: {error}"));
             stage.start("c");
-            let killer = stage.kill_beside(init.pid, round % 60 * 100);
+            let killer = stage.kill_beside(init.pid, round % 40 * 150);
             match stage.exec("c", &bundle::process(&["sleep", "1000"])) {
                 Ok(added) => {
                     made += 1;
@@ -62,7 +62,7 @@ fn short_programs_hang_no_start() {
 
 /// Each makes the folders that all of them mount on, and a file below a link that leads to nothing yet.
 fn containers_that_share_a_root_are_made_at_the_same_time() {
-    for _ in 0..repeated(2) {
+    for _ in 0..repeated(1) {
         let shared = Stage::new();
         for name in ["dev", "proc", "sys", "run"] {
             fs::remove_dir(shared.root().join(name)).expect("removed");
@@ -75,7 +75,7 @@ fn containers_that_share_a_root_are_made_at_the_same_time() {
                 scope.spawn(|| {
                     let stage = Stage::new();
                     fs::write(stage.folder.join("source"), "content").expect("a file");
-                    for round in 0..6 {
+                    for round in 0..5 {
                         let output = stage.shell("cat /var/run/file /deep/er/file", |config| {
                             config["root"]["path"] = json!(root);
                             let mounts = config["mounts"].as_array_mut().expect("an array");
