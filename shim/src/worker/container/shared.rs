@@ -1,5 +1,5 @@
 //! What the handlers of all requests and exits share.
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 
 use x_engine::Host;
@@ -9,6 +9,7 @@ use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
 use crate::worker::error::Error;
 use crate::worker::link::Link;
+use crate::worker::pod::Pod;
 use crate::worker::starts::Starts;
 
 /// See the module.
@@ -18,6 +19,8 @@ pub(in crate::worker) struct Shared {
     pub(in crate::worker) link: Rc<Link>,
     pub(in crate::worker) registry: Registry,
     pub(in crate::worker) starts: Starts,
+    /// The pod that the shim is, if it is one.
+    pub(in crate::worker) pod: RefCell<Option<Rc<Pod>>>,
     /// Unknown until the keeper's Welcome.
     pub(in crate::worker) keeper: Cell<ProcessIdentity>,
     /// The version of the messages, agreed on with it.
@@ -33,6 +36,7 @@ impl Shared {
             link,
             registry: Registry::default(),
             starts: Starts::new(),
+            pod: RefCell::default(),
             keeper: Cell::default(),
             version: Cell::default(),
             host: OnceCell::new(),
