@@ -44,6 +44,8 @@ pub(crate) enum Error {
     TooMuch { id: ContainerId, bytes: usize, limit: usize },
     #[error("container {id} is being deleted")]
     Deleting { id: ContainerId },
+    #[error("another checkpoint of container {id} is under way")]
+    Saving { id: ContainerId },
     #[error(transparent)]
     Id(#[from] InvalidId),
     #[error("signal {number}: not between 0 and 64")]
@@ -125,7 +127,7 @@ impl Error {
             Self::Exists { .. } | Self::Taken { .. } | Self::ProcessExists { .. } => Code::AlreadyExists,
             // containerd and its clients take "not found" for "already dead".
             Self::Refused { source: Refused { request: Request::Kill, .. }, .. } => Code::NotFound,
-            Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } => Code::FailedPrecondition,
+            Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } | Self::Saving { .. } => Code::FailedPrecondition,
             Self::Id(_)
             | Self::Signal { .. }
             | Self::Payload { .. }
