@@ -24,10 +24,9 @@ pub(crate) enum Error {
     Exists { id: ContainerId },
     /// `found` is the state of its OCI runtime, or its cgroup.
     #[error(
-        "container {id} already exists: {} is in use by it; another daemon may run it, else remove it with the runtime's `delete`, or end its processes",
-        found.display()
+        "container {id} already exists: {found} is in use by it; another daemon may run it, else remove it with the runtime's `delete`, or end its processes"
     )]
-    Taken { id: ContainerId, found: PathBuf },
+    Taken { id: ContainerId, found: String },
     /// It exists, and this version cannot read its record.
     #[error("container {:?}: this worker cannot read its record, another version may; upgrade the shim, or remove the container with `containerd-shim-x-v2 delete`", excerpt(.id))]
     SetAside { id: String },

@@ -120,7 +120,7 @@ pub(in crate::worker) async fn update(shared: &Shared, cause: &Cause, call: Upda
             serde_json::from_slice(&resources).map_err(|source| Error::Json { method: "Update", source })?;
         drop(valid);
         match container.engine() {
-            Engine::Native(engine) => native::update(&engine, &resources).await?,
+            Engine::Native(engine) => native::update(&container, &engine, &resources).await?,
             Engine::Command(engine) => update_by_runtime(cause, &container, &engine, &resources).await?,
         }
     }

@@ -18,9 +18,9 @@ use crate::worker::phase::Phase;
 use crate::worker::spec::Spec;
 
 /// Makes a container: its init waits before the user's program. Returns its pid.
-pub(super) async fn create(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result<u32, Error> {
+pub(super) async fn create(shared: &Shared, cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result<u32, Error> {
     let Some(unit) = &plan.unit else { return perform(cause, key, plan).await };
-    let held = Held::start(cause, key, unit).await?;
+    let held = Held::start(shared, cause, key, unit).await?;
     let made = async {
         let pid = perform(cause, key, &held.with_placeholder(plan)).await?;
         held.limit(&plan.cgroup).await.map(|()| pid)
@@ -39,6 +39,10 @@ pub(super) async fn create(cause: &Cause, key: &ProcessKey, plan: &plan::Create)
                     blocking(move || control::kill_all(&cgroup).map_err(failed(Verb::Create, "kill every process of the cgroup"))).await
             {
                 log::debug!(container:% = key, error:% = error.chain(); "cannot kill what was made in vain");
+            }
+            if is_taken && !held.is_proven() {
+                held.end().await;
+                return Err(error);
             }
             held.stop().await;
             let cgroup = plan.cgroup.clone();
@@ -207,12 +211,12 @@ pub(super) async fn resume(native: &NativeEngine) -> Result<(), Error> {
 }
 
 /// Changes limits: `resources` is a `LinuxResources` of the runtime specification as JSON.
-pub(super) async fn update(native: &NativeEngine, resources: &[u8]) -> Result<(), Error> {
+pub(super) async fn update(container: &Container, native: &NativeEngine, resources: &[u8]) -> Result<(), Error> {
     let refused = |why| engine::refused(Verb::Update, &why);
     let resources = spec::parse_resources(resources).map_err(refused)?;
     let changed = plan::update(&resources, native.container()).map_err(refused)?;
     if let Some(unit) = &native.container().unit {
-        return unit::update(unit, changed).await;
+        return unit::update(container, unit, changed).await;
     }
     blocking(move || control::update(&changed).map_err(failed(Verb::Update, "change limits"))).await
 }
