@@ -6,7 +6,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::cases;
@@ -25,6 +25,8 @@ fn main() -> ExitCode {
             exit_codes_and_reasons_reach_the_kubelet,
             all_containers_of_a_pod_share_one_shim,
             a_pod_outlives_containerd,
+            a_probe_that_takes_too_long_is_answered_and_leaves_no_descendant,
+            what_a_probe_has_left_behind_outlives_it,
             an_exit_while_containerd_is_down_is_known_afterwards;
         Scope::Daemons =>
             the_cgroup_driver_of_the_readme_is_asked_for,
@@ -185,6 +187,47 @@ mod pods {
         })
         .await?;
         ensure!(status.exit_code == 3 && status.reason == "Error", "{status:?}");
+        cri.end_pod(&pod).await?;
+        cri.leaves_nothing().await
+    }
+
+    /// The commands of the processes of a container that sleep.
+    async fn sleeping_in(cri: &Cri, id: &str) -> Result<Vec<String>> {
+        let list = r"for process in /proc/[0-9]*; do tr '\0' ' ' <$process/cmdline; echo; done 2>/dev/null | grep ^sleep | sort";
+        let (_, output) = cri.exec(id, &["sh", "-c", list]).await?;
+        Ok(output.lines().map(|line| line.trim().to_owned()).collect())
+    }
+
+    /// The plugin's default is to wait for the end of the output without a limit.
+    pub(crate) async fn a_probe_that_takes_too_long_is_answered_and_leaves_no_descendant(cx: Context) -> Result<()> {
+        if !cx.shim().is_ours() {
+            return skip("with the stock shim the answer never comes");
+        }
+        let cri = Cri::start(&cx).await?;
+        let pod = cri.run_pod("pod").await?;
+        let id = cri.run(&pod, "app", &["sh", "-c", "sleep 1001 & exec sleep 1002"]).await?;
+        for script in ["(setsid sh -c 'trap \"\" HUP INT TERM; sleep 1003 & exit' &) ; sleep 1004", "trap '' TERM; sleep 1003 & sleep 1004"]
+        {
+            let begin = Instant::now();
+            let error = cri.exec_within(&id, &["sh", "-c", script], 1).await.err().context("an answer after its time")?;
+            ensure!(format!("{error:#}").contains("timeout 1s exceeded"), "{error:#}");
+            ensure!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+            let left = sleeping_in(&cri, &id).await?;
+            ensure!(left == ["sleep 1001", "sleep 1002"], "{left:?}");
+        }
+        cri.end_pod(&pod).await?;
+        cri.leaves_nothing().await
+    }
+
+    /// Hooks start programs so. The plugin kills every exec before it deletes it, also one that has exited.
+    pub(crate) async fn what_a_probe_has_left_behind_outlives_it(cx: Context) -> Result<()> {
+        let cri = Cri::start(&cx).await?;
+        let pod = cri.run_pod("pod").await?;
+        let id = cri.run(&pod, "app", &["sleep", "1001"]).await?;
+        let (code, _) = cri.exec(&id, &["sh", "-c", "(setsid sleep 1005 <&- >&- 2>&- &)"]).await?;
+        ensure!(code == 0);
+        let left = sleeping_in(&cri, &id).await?;
+        ensure!(left == ["sleep 1001", "sleep 1005"], "{left:?}");
         cri.end_pod(&pod).await?;
         cri.leaves_nothing().await
     }
