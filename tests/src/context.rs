@@ -12,6 +12,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message as _;
 use tonic::Code;
 
+use crate::audit::BUNDLES;
 use crate::client::Client;
 use crate::container::{Builder, Container, code_of};
 use crate::daemon::Daemon;
@@ -240,8 +241,10 @@ impl Context {
                 }
             }
         }
-        for entry in fs::read_dir(self.daemon().bundle(namespace, "")).into_iter().flatten().flatten() {
-            left.push(format!("bundle {}", entry.path().display()));
+        for name in BUNDLES {
+            for entry in fs::read_dir(self.daemon().folder().join("state").join(name).join(namespace)).into_iter().flatten().flatten() {
+                left.push(format!("bundle {}", entry.path().display()));
+            }
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         left.extend(mounts.lines().filter(|line| line.contains(&format!("/{namespace}/"))).map(str::to_owned));
