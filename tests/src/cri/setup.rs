@@ -54,6 +54,9 @@ pub struct Setup<'a> {
     pub shim: Option<&'a Shim>,
     /// An OCI runtime in the place of the test's.
     pub runtime: Option<&'a Path>,
+    /// Leaves the options of the runtime out, so that the shim uses its own engine. containerd 2.1 refuses pods with user namespaces for a runtime
+    /// that has options and is not runc's.
+    pub without_options: bool,
     /// The cgroup that shims put themselves into.
     pub shim_cgroup: Option<&'a str>,
     /// More environment of the daemon, which its shims inherit.
@@ -108,6 +111,9 @@ impl Setup<'_> {
         let usual = || if self.shim(cx).is_ours() { cx.runtime_binary() } else { cx.runtime_program() };
         let runtime = self.runtime.map_or_else(usual, Path::to_owned);
         let cgroup = self.shim_cgroup.map(|path| format!("ShimCgroup = \"{path}\"")).unwrap_or_default();
+        if self.without_options {
+            return Ok(String::new());
+        }
         let options = format!("BinaryName = \"{}\"\n  {}\n  {cgroup}", runtime.display(), self.option);
         if cx.suite() != Suite::Bookworm {
             return Ok(options);
