@@ -23,6 +23,7 @@ mod keeper;
 mod logging;
 mod mountinfo;
 mod options;
+mod pod_folder;
 mod processes;
 mod rootfs;
 mod run_dir;

@@ -23,6 +23,7 @@ use nix::unistd::pipe2;
 use x_engine::perform::{self, Descriptors};
 
 use super::gates::Gates;
+use super::home::Home;
 use super::poll::{Poll, Source};
 use super::streams::Streams;
 use crate::capture::Capture;
@@ -125,9 +126,11 @@ pub(crate) struct Children {
     pub(crate) started: u64,
     pub(crate) exits_seen: u64,
     gates: Gates,
+    /// The keeper's own namespaces, to which each child goes.
+    pub(crate) home: Home,
 }
 
-saved!(Children { helpers, claimed, vanished, started, exits_seen, gates; pids });
+saved!(Children { helpers, claimed, vanished, started, exits_seen, gates, home; pids });
 
 impl Children {
     /// Resumes after a re-exec.
@@ -164,7 +167,7 @@ impl Children {
             Fd::ReadEnd(key, stream) => streams.read_end(key, *stream).map(Some),
             Fd::Null | Fd::Output | Fd::Ready => Ok(None),
         };
-        let (Started { pid, failure }, pipes) = helper::start(&order, end_of).map_err(failed)?;
+        let (Started { pid, failure }, pipes) = helper::start(&order, self.home.namespaces(), end_of).map_err(failed)?;
         self.started += 1;
         debug!(pid, program:%; "helper started");
         if let Err(error) = pipes.captures().try_for_each(|capture| poll.add_reader(capture, Source::Helper(pid))) {
@@ -230,23 +233,25 @@ impl Children {
         let (console, terminal) = order.terminal.then(UnixStream::pair).transpose()?.unzip();
         let descriptors = Descriptors { stdio, report: theirs, gate: gate_end, console: console.map(OwnedFd::from) };
         let plan = &order.plan;
+        let home = || self.home.go();
         let pid = match order.kind {
-            PlanKind::Create => perform::fork(|| perform::create(plan, descriptors))?,
+            PlanKind::Create => perform::fork_after(home, || perform::create(plan, descriptors))?,
             PlanKind::Exec => {
                 let init = self.handle(&order.init)?;
-                perform::fork(|| perform::exec(plan, init, descriptors))?
+                perform::fork_after(home, || perform::exec(plan, init, descriptors))?
             }
             PlanKind::Poststart => {
                 let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;
-                perform::fork(|| perform::poststart(plan, init, descriptors))?
+                perform::fork_after(home, || perform::poststart(plan, init, descriptors))?
             }
             PlanKind::Checkpoint => {
                 let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;
-                perform::fork(|| perform::checkpoint(plan, init, descriptors))?
+                perform::fork_after(home, || perform::checkpoint(plan, init, descriptors))?
             }
-            PlanKind::Restore => perform::fork(|| perform::restore(plan, descriptors))?,
-            PlanKind::Poststop => perform::fork(|| perform::poststop(plan, descriptors))?,
-            PlanKind::Placeholder => perform::fork(|| perform::placeholder(descriptors))?,
+            PlanKind::Restore => perform::fork_after(home, || perform::restore(plan, descriptors))?,
+            PlanKind::Poststop => perform::fork_after(home, || perform::poststop(plan, descriptors))?,
+            PlanKind::Placeholder => perform::fork_after(home, || perform::placeholder(descriptors))?,
+            PlanKind::Holder => perform::fork_after(home, || perform::holder(plan, descriptors))?,
         };
         Ok(Forked { pid, report, gate, terminal: terminal.map(OwnedFd::from) })
     }

@@ -33,6 +33,7 @@ mod fault;
 mod id;
 mod link;
 mod phase;
+mod pod;
 mod pump;
 mod server;
 pub(crate) mod spec;
@@ -44,8 +45,9 @@ use self::error::{Code, Error};
 use self::id::ProcessKey;
 use self::link::{Incoming, Link, LinkError};
 use self::phase::Exit;
-use self::server::{Call, Inbound};
-use crate::handover::{Claim, Commit, ProcessExit, ToWorker};
+use self::pod::{Apply, Pod, PodChange};
+use self::server::{Call, Inbound, PodCall};
+use crate::handover::{Claim, Commit, POD_KEY, ProcessExit, ToWorker};
 use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
 use crate::sys;
@@ -215,6 +217,10 @@ impl Worker {
     }
 
     fn decode(&self, key: &str, value: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
+        if key == POD_KEY {
+            *self.shared.pod.borrow_mut() = Some(Pod::new(pod::Record::decode(value)?));
+            return Ok(());
+        }
         let key = ProcessKey::parse(key)?;
         match key.exec {
             None => self.shared.registry.insert(&Container::new(Record::decode(value)?)),
@@ -278,7 +284,7 @@ impl Worker {
         self.apply(Some(Ending::Request(cause.number())), change);
     }
 
-    async fn perform(&self, cause: &Cause, call: Call) -> Result<Change, Error> {
+    async fn perform(self: &Rc<Self>, cause: &Cause, call: Call) -> Result<Change, Error> {
         let shared = &self.shared;
         match call {
             Call::State(target) => {
@@ -306,13 +312,31 @@ impl Worker {
                 let task_pid = shared.registry.get(&id).ok().and_then(|container| container.record().init.pid);
                 Ok(Change { reply: Some(Ok(Reply::Connect { task_pid })), ..Change::default() })
             }
-            Call::Shutdown => Ok(Change { reply: Some(Ok(Reply::Empty)), leave: shared.registry.is_empty(), ..Change::default() }),
+            Call::Shutdown(id) => pod::shutdown_by_task(shared, cause, &id, self).await,
+            Call::Pod(call) => self.perform_for_pod(cause, call).await,
+            Call::DeletePodForCommand(id) => pod::shutdown(shared, cause, &id, self).await,
             Call::DeleteForCommand(id) => container::delete_for_command(shared, cause, id).await,
+        }
+    }
+
+    async fn perform_for_pod(self: &Rc<Self>, cause: &Cause, call: PodCall) -> Result<Change, Error> {
+        let shared = &self.shared;
+        match call {
+            PodCall::Create(call) => pod::create(shared, *call),
+            PodCall::Start(id) => pod::start(shared, cause, &id, self).await,
+            PodCall::Platform(id) => pod::platform(shared, &id),
+            PodCall::Stop(id) => pod::stop(shared, cause, &id, self).await,
+            PodCall::Wait(id) => pod::wait(shared, &id),
+            PodCall::Status { id, is_verbose } => pod::status(shared, &id, is_verbose),
+            PodCall::Ping(id) => pod::ping(shared, &id),
+            PodCall::Shutdown(id) => pod::shutdown(shared, cause, &id, self).await,
+            PodCall::Metrics(id) => pod::metrics(shared, &id),
         }
     }
 
     async fn exited(self: Rc<Self>, cause: Cause, exit: ProcessExit) {
         let change = match ProcessKey::parse(&exit.key) {
+            _ if exit.key == POD_KEY => pod::exited(&self.shared, &cause, &exit, &self).await,
             Ok(key) => container::exited(&self.shared, &cause, key, Exit { status: exit.status, at_nanos: exit.at_nanos }).await,
             Err(error) => {
                 log::warn!(key:% = exit.key, error:%; "unknown process exited");
@@ -361,8 +385,10 @@ impl Worker {
             Some(Ending::Exit(cause)) => commit.ends.push(cause),
             None => {}
         }
+        self.add_pod(&mut commit, change.pod, ending);
         self.shared.link.commit(commit);
         if let Some(container) = &change.remove {
+            pod::blocking_forget_journal(&self.shared, &container.id);
             self.shared.registry.remove(&container.id);
             container.changed();
         }
@@ -374,13 +400,45 @@ impl Worker {
     }
 }
 
+impl Worker {
+    /// Adds what changes of the pod to a commit.
+    fn add_pod(&self, commit: &mut Commit, change: PodChange, ending: Option<Ending>) {
+        let keeper_pid = self.shared.keeper.get().pid;
+        let key = || POD_KEY.to_owned();
+        if let Some(pod) = self.shared.pod.borrow().as_ref().filter(|_| change.save) {
+            let record = pod.record();
+            commit.state.push((key(), Some(record.encode())));
+            commit.ready.extend(server::ready_of_pod(&record, keeper_pid));
+            commit.expiring.extend(change.expires_after_seconds.map(|seconds| (key(), seconds)));
+        }
+        if change.remove {
+            commit.state.push((key(), None));
+            commit.linger_millis = u32::try_from(pod::LINGER.as_millis()).unwrap_or(u32::MAX);
+        }
+        commit.claims.extend(change.claim.map(|pid| Claim { key: key(), pid, journal: None }));
+        commit.releases.extend(change.release.then(key));
+        if let (Some(Ending::Request(cause)), true) = (ending, change.park) {
+            commit.parks.push((cause, key()));
+        }
+        commit.wakes.extend(change.wake.map(|exit| (key(), server::response(Ok(Reply::Exit(exit)), keeper_pid))));
+    }
+}
+
+impl Apply for Rc<Worker> {
+    fn apply(&self, change: Change) {
+        Worker::apply(self, None, change);
+    }
+}
+
 /// Why this worker cannot use an entry of the state, if so.
 fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
     let newest = test_identity::record_version(RECORD_VERSION);
     if let Some(version) = Record::newer_version(value) {
         return Some(format!("the record of container {key} has version {version}, and version {newest} is the newest that can be read"));
     }
-    let result = if key.contains('/') { Process::decode(value).map(drop) } else { Record::decode(value).map(drop) };
+    let result = if key == POD_KEY {
+        pod::Record::decode(value).map(drop)
+    } else if key.contains('/') { Process::decode(value).map(drop) } else { Record::decode(value).map(drop) };
     match result {
         Ok(()) => None,
         Err(error) => Some(format!("cannot read the record of container {key}: {error}")),

@@ -1,11 +1,12 @@
 //! What the handlers of all requests and exits share.
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use super::registry::Registry;
 use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
 use crate::worker::link::Link;
+use crate::worker::pod::Pod;
 use crate::worker::starts::Starts;
 
 /// See the module.
@@ -15,6 +16,8 @@ pub(in crate::worker) struct Shared {
     pub(in crate::worker) link: Rc<Link>,
     pub(in crate::worker) registry: Registry,
     pub(in crate::worker) starts: Starts,
+    /// The pod that the shim is, if it is one.
+    pub(in crate::worker) pod: RefCell<Option<Rc<Pod>>>,
     /// Unknown until the keeper's Welcome.
     pub(in crate::worker) keeper: Cell<ProcessIdentity>,
     /// The version of the messages, agreed on with it.
@@ -23,6 +26,14 @@ pub(in crate::worker) struct Shared {
 
 impl Shared {
     pub(in crate::worker) fn new(settings: Settings, link: Rc<Link>) -> Self {
-        Self { settings, link, registry: Registry::default(), starts: Starts::new(), keeper: Cell::default(), version: Cell::default() }
+        Self {
+            settings,
+            link,
+            registry: Registry::default(),
+            starts: Starts::new(),
+            pod: RefCell::default(),
+            keeper: Cell::default(),
+            version: Cell::default(),
+        }
     }
 }

@@ -15,6 +15,25 @@ use nix::poll::{PollFd, PollFlags, poll};
 use crate::plan::{Bandwidth, Cgroup, Folder, KEEP, Write};
 use crate::sys;
 
+/// Makes the folders of a cgroup, with their parents. Those that are there stay as they are.
+pub fn make(cgroup: &Cgroup) -> io::Result<()> {
+    cgroup.folders.iter().try_for_each(|folder| crate::perform::cgroup::make(folder).map(drop))
+}
+
+/// The folders that [`make`] would make, each after those above it.
+#[must_use]
+pub fn missing(cgroup: &Cgroup) -> Vec<PathBuf> {
+    let missing_of = |folder: &Folder| {
+        let mount = PathBuf::from(&folder.mount);
+        let above = folder.absolute();
+        let mut missing: Vec<PathBuf> =
+            above.ancestors().take_while(|path| *path != mount && !path.exists()).map(Path::to_owned).collect();
+        missing.reverse();
+        missing
+    };
+    cgroup.folders.iter().flat_map(missing_of).collect()
+}
+
 /// Freezes every process in a cgroup and below it, and waits until all are. On failure none is.
 ///
 /// Errors: EBUSY if they do not stop: processes that are in the kernel, or join all the time.

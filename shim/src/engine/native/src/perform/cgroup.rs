@@ -150,7 +150,7 @@ fn allow_realtime(folder: &Folder) -> Result<(), Failure> {
 }
 
 /// Makes a folder with its parents, and fills what a cpuset needs. Whether the last one is new.
-fn make(folder: &Folder) -> io::Result<bool> {
+pub(crate) fn make(folder: &Folder) -> io::Result<bool> {
     let mut path = PathBuf::from(&folder.mount);
     let mut is_new = false;
     for part in folder.path.split('/').filter(|part| !part.is_empty()) {

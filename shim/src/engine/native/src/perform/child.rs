@@ -94,6 +94,11 @@ pub fn placeholder(descriptors: Descriptors) -> ! {
     })
 }
 
+/// Makes the process that holds the namespaces of a pod, by a plan, encoded: a child of the caller's parent, which dies with it. As [`create`]; reports its pid.
+pub fn holder(plan: &[u8], descriptors: Descriptors) -> ! {
+    perform(descriptors, None, |kept, _| super::pod::make_holder(plan, kept))
+}
+
 pub(super) fn cwd(hooks: &Hooks) -> Option<&Path> {
     Some(Path::new(&hooks.state.bundle))
 }
@@ -111,9 +116,14 @@ fn late_hooks(container: &[u8], pid: u32, given: Descriptors, run: impl FnOnce(&
 ///
 /// Errors: EDEADLK if there are more threads: one of them could hold a lock that the child needs.
 pub fn fork(perform: impl FnOnce() -> Infallible) -> std::io::Result<u32> {
+    fork_after(|| Ok(()), perform)
+}
+
+/// As [`fork`], of a parent that is in other namespaces than its children are to be made from: the child runs `prepare` first, and exits if that fails.
+pub fn fork_after(prepare: impl FnOnce() -> std::io::Result<()>, perform: impl FnOnce() -> Infallible) -> std::io::Result<u32> {
     let parent = getpid();
     sys::fork(|| {
-        if set_pdeathsig(Signal::SIGKILL).is_ok() && getppid() == parent {
+        if set_pdeathsig(Signal::SIGKILL).is_ok() && getppid() == parent && prepare().is_ok() {
             perform();
         }
     })
@@ -131,11 +141,11 @@ fn perform(given: Descriptors, init: Option<OwnedFd>, act: impl FnOnce(&Kept, Op
     sys::exit_now(i32::from(!is_sent))
 }
 
-fn decode<'b, T: Decode<'b, ()>>(plan: &'b [u8]) -> Result<T, Failure> {
+pub(super) fn decode<'b, T: Decode<'b, ()>>(plan: &'b [u8]) -> Result<T, Failure> {
     minicbor::decode(plan).map_err(|error| plain(Step::Plan, &format!("read the plan: {error}")))
 }
 
-fn check_version(version: u16) -> Result<(), Failure> {
+pub(super) fn check_version(version: u16) -> Result<(), Failure> {
     if version == VERSION {
         return Ok(());
     }

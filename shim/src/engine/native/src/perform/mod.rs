@@ -22,7 +22,7 @@ use std::os::fd::OwnedFd;
 use minicbor::{Decode, Encode};
 
 mod agent;
-mod cgroup;
+pub(crate) mod cgroup;
 mod checkpoint;
 mod child;
 mod copy;
@@ -39,6 +39,7 @@ mod masks;
 mod mounts;
 mod namespaces;
 mod network;
+mod pod;
 mod privileges;
 mod program;
 mod restore;
@@ -48,7 +49,8 @@ mod sources;
 mod sync;
 mod terminal;
 
-pub use child::{checkpoint, create, exec, fork, placeholder, poststart, poststop, restore};
+pub use child::{checkpoint, create, exec, fork, fork_after, holder, placeholder, poststart, poststop, restore};
+pub use pod::enter_pod;
 
 /// What a performer needs beside its plan. All others of its descriptors are closed.
 #[derive(Debug)]

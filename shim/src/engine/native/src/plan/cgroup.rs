@@ -35,6 +35,27 @@ pub(super) fn plan(spec: &Spec, linux: &Linux, request: &Request<'_>, host: &Hos
     Ok((cgroup, Some(unit)))
 }
 
+/// Plans the cgroup that is to hold those of a pod's containers, without limits: the folders of a path, or where `has_systemd` the unit of a slice too.
+pub fn parent(wanted: &str, has_systemd: bool, host: &Host) -> Result<(Cgroup, Option<Unit>), Refused> {
+    let name = wanted.rsplit('/').find(|part| !part.is_empty()).unwrap_or_default();
+    let place = match has_systemd && name.ends_with(".slice") {
+        true => Place::Unit(unit::Place::parse(&format!("::{name}"), "")?),
+        false => Place::Path(Path::new(wanted)),
+    };
+    let (none, allowed) = (LinuxResources::default(), Allowed::least());
+    let mut cgroup = match &host.hierarchies[..] {
+        [] => return Err(Refused::invalid("linux.cgroup_parent", "no cgroups are mounted on this host")),
+        [unified] if unified.controllers.is_empty() => v2(&place, &none, &allowed, unified)?,
+        several => v1(&place, &none, &allowed, several)?,
+    };
+    for folder in &mut cgroup.folders {
+        (folder.limits, folder.devices) = (Vec::new(), None);
+    }
+    let Place::Unit(place) = place else { return Ok((cgroup, None)) };
+    let unit = place.slice(&host.hierarchies);
+    Ok((cgroup, Some(unit)))
+}
+
 /// Where the folders are.
 enum Place<'a> {
     Path(&'a Path),
