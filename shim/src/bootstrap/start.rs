@@ -101,7 +101,11 @@ impl Shim<'_> {
     fn exists(&self, keeper: u32, state: &[u8]) -> Error {
         let bundle = bundle_in(state).unwrap_or_else(|| self.bundle.to_owned());
         let (id, namespace) = (self.flags.id.clone(), self.flags.namespace.clone());
-        if self.is_pod { Error::PodExists { id, namespace, bundle, keeper } } else { Error::AlreadyExists { id, namespace, bundle, keeper } }
+        if self.is_pod {
+            Error::PodExists { id, namespace, bundle, keeper }
+        } else {
+            Error::AlreadyExists { id, namespace, bundle, keeper }
+        }
     }
 
     /// Records the shim's address and pid in the bundle, for containerd and for operators.

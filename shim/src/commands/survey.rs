@@ -173,7 +173,8 @@ mod tests {
 
     #[test]
     fn a_pod_is_no_container() {
-        let record = br#"{"id": "p1", "phase": {"ready": {"pid": 7, "since_nanos": 1}}, "config": {"name": "web", "namespace": "default"}}"#;
+        let record =
+            br#"{"id": "p1", "phase": {"ready": {"pid": 7, "since_nanos": 1}}, "config": {"name": "web", "namespace": "default"}}"#;
         let state = vec![(POD_KEY.to_owned(), record.to_vec()), ("c1".to_owned(), Vec::new())];
         let snapshot = Snapshot { state, ..Snapshot::default() };
         let pod = Pod::of(&snapshot).expect("it is one");

@@ -27,7 +27,9 @@ use super::home::Home;
 use super::poll::{Poll, Source};
 use super::streams::Streams;
 use crate::capture::Capture;
-use crate::handover::{Cause, Claim, Exited, Fd, Outcome, Perform, PlanKind, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, is_of};
+use crate::handover::{
+    Cause, Claim, Exited, Fd, Outcome, POD_KEY, Perform, PlanKind, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, is_of,
+};
 use crate::helper::{self, Pipes};
 use crate::journal::{Journal, RecordedExit};
 use crate::processes::kill_tree;
@@ -322,9 +324,9 @@ impl Children {
         found
     }
 
-    /// Whether a container's process runs.
+    /// Whether a container's process runs. That of a pod ends with the keeper.
     pub(crate) fn have_claimed(&self) -> bool {
-        !self.claimed.is_empty()
+        self.claimed.values().any(|claimed| claimed.key != POD_KEY)
     }
 
     fn is_known(&self, pid: u32, ours: &[u32]) -> bool {

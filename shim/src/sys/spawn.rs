@@ -253,7 +253,15 @@ mod tests {
     fn command(program: &str) -> Command<'static> {
         let program = CString::new(program).expect("text");
         let argv = vec![program.clone(), c"1000".into()];
-        Command { program, argv, env: Vec::new(), cwd: c"/".into(), descriptors: vec![None; 3], dies_with_parent: true, namespaces: Vec::new() }
+        Command {
+            program,
+            argv,
+            env: Vec::new(),
+            cwd: c"/".into(),
+            descriptors: vec![None; 3],
+            dies_with_parent: true,
+            namespaces: Vec::new(),
+        }
     }
 
     #[test]

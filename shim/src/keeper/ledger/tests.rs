@@ -166,8 +166,9 @@ fn a_fallback_is_given_only_when_no_worker_has_answered_in_time() {
         is_fallback,
         signal: None,
     };
-    let offer =
-        |ledger: &mut Ledger, is_fallback| drop(ledger.commit(&mut Commit { ready: vec![ready(is_fallback)], ..Commit::default() }, Instant::now()));
+    let offer = |ledger: &mut Ledger, is_fallback| {
+        drop(ledger.commit(&mut Commit { ready: vec![ready(is_fallback)], ..Commit::default() }, Instant::now()))
+    };
     offer(&mut ledger, true);
     let now = Instant::now();
     ledger.open_request(caller(1), request.clone(), now);

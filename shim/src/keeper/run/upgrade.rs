@@ -31,9 +31,7 @@ impl Keeper {
         if is_same {
             upgrade.report.to.clone_from(&upgrade.report.from);
             self.upgrade_keeper(now);
-        } else if let Err(error) =
-            upgrade.executable.iter().try_for_each(|new| self.supervisor.try_out(with, new, now, &self.poll))
-        {
+        } else if let Err(error) = upgrade.executable.iter().try_for_each(|new| self.supervisor.try_out(with, new, now, &self.poll)) {
             upgrade.report.worker = PartResult::Kept(format!("it cannot be started: {error}"));
             self.end_upgrade();
         }

@@ -121,9 +121,7 @@ impl Keeper {
             }
             Op::Once => Ok(()),
             Op::EnterPod { plan } => self.children.home.enter(&plan),
-            Op::LeavePod => {
-                self.children.home.leave().map_err(|error| ("return from the namespaces of the pod".to_owned(), error))
-            }
+            Op::LeavePod => self.children.home.leave().map_err(|error| ("return from the namespaces of the pod".to_owned(), error)),
             Op::Drain { key } => {
                 self.streams.drain(&key, (cause, step), Instant::now(), &mut self.poll);
                 return None;

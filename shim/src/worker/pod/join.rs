@@ -4,6 +4,7 @@
 //!
 //! **Invariant:** joining can be repeated. What the client mounts at a place stays.
 use std::fs;
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -50,8 +51,14 @@ pub(in crate::worker) fn blocking_join(shared: &Shared, id: &ContainerId, bundle
 /// Keeps the journal of a container that joins the pod with the pod's files.
 pub(in crate::worker) fn blocking_keep_journal(shared: &Shared, id: &ContainerId, journal: &Path) -> Result<(), Error> {
     let Some(pod) = shared.pod.borrow().clone() else { return Ok(()) };
-    let kept = pod_folder::blocking_link_journal(&pod.record().bundle, id.as_str(), journal);
-    kept.map_err(|source| Error::Io { op: "link", path: journal.to_owned(), source })
+    match pod_folder::blocking_link_journal(&pod.record().bundle, id.as_str(), journal) {
+        // The bundles are on other file systems. The container has a `delete` of its own.
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            log::debug!(container:% = id, error:%; "the journal of a container is not kept with its pod");
+            Ok(())
+        }
+        other => other.map_err(|source| Error::Io { op: "link", path: journal.to_owned(), source }),
+    }
 }
 
 /// A container of the pod is deleted. Failures are logged: its journal says that it has exited.
@@ -82,9 +89,7 @@ fn join(spec: &mut Value, record: &Record, pid: u32, id: &ContainerId) -> Result
     }
     let Some(mounts) = spec["mounts"].as_array_mut() else { return Ok(false) };
     let folder = files::folder(record);
-    let bind = |at: &Path, source: PathBuf, access: &str| {
-        json!({ "destination": at, "type": "bind", "source": source, "options": ["rbind", "rprivate", access] })
-    };
+    let bind = |at: &Path, source: PathBuf, access: &str| json!({ "destination": at, "type": "bind", "source": source, "options": ["rbind", "rprivate", access] });
     let mut is_changed = false;
     for name in FILES {
         let at = Path::new("/etc").join(name);

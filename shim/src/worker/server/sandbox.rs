@@ -5,11 +5,12 @@ use containerd_shim_protos::{api as task, sandbox_api as api};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 
-use super::SANDBOX_SERVICE;
 use super::answer::response;
 use super::call::Call;
+use super::{SANDBOX_SERVICE, TASK_SERVICES};
 use crate::handover::{POD_KEY, Ready};
 use crate::worker::container::{PodReply, Reply};
+use crate::worker::error::Error;
 use crate::worker::events::{bytes, timestamp};
 use crate::worker::pod::{CreateCall, Record, Status};
 
@@ -33,7 +34,13 @@ impl PodCall {
         match self {
             Self::Start(_) | Self::Stop(_) => true,
             // These complete without waiting, change nothing, or are performed in any case.
-            Self::Shutdown(_) | Self::Create(_) | Self::Platform(_) | Self::Wait(_) | Self::Status { .. } | Self::Ping(_) | Self::Metrics(_) => false,
+            Self::Shutdown(_)
+            | Self::Create(_)
+            | Self::Platform(_)
+            | Self::Wait(_)
+            | Self::Status { .. }
+            | Self::Ping(_)
+            | Self::Metrics(_) => false,
         }
     }
 }
@@ -94,19 +101,24 @@ pub(in crate::worker) fn ready_of_pod(record: &Record, keeper_pid: u32) -> Vec<R
     let id = record.id.to_string();
     let status = bytes(&api::SandboxStatusRequest { sandbox_id: id.clone(), ..Default::default() });
     let platform = bytes(&api::PlatformRequest { sandbox_id: id.clone(), ..Default::default() });
-    let connect = bytes(&task::ConnectRequest { id, ..Default::default() });
+    let connect = bytes(&task::ConnectRequest { id: id.clone(), ..Default::default() });
+    let pids = bytes(&task::PidsRequest { id: id.clone(), ..Default::default() });
+    let no_container = || Err(Error::NoContainer { id: id.clone() });
     let answers = [
-        (SANDBOX_SERVICE, "SandboxStatus", status, Reply::Pod(PodReply::Status(Box::new(record.status(false))))),
-        (SANDBOX_SERVICE, "Platform", platform, Reply::Pod(PodReply::Platform)),
-        (super::TASK_SERVICES[0], "Connect", connect.clone(), Reply::Connect { task_pid: None }),
-        (super::TASK_SERVICES[1], "Connect", connect, Reply::Connect { task_pid: None }),
+        (SANDBOX_SERVICE, "SandboxStatus", status, Ok(Reply::Pod(PodReply::Status(Box::new(record.status(false)))))),
+        (SANDBOX_SERVICE, "Platform", platform, Ok(Reply::Pod(PodReply::Platform))),
+        (TASK_SERVICES[0], "Connect", connect.clone(), Ok(Reply::Connect { task_pid: None })),
+        (TASK_SERVICES[1], "Connect", connect, Ok(Reply::Connect { task_pid: None })),
+        // The pod's own id is that of no container.
+        (TASK_SERVICES[0], "Pids", pids.clone(), no_container()),
+        (TASK_SERVICES[1], "Pids", pids, no_container()),
     ];
-    let ready = |(service, method, payload, reply): (&str, &str, Vec<u8>, Reply)| Ready {
+    let ready = |(service, method, payload, reply): (&str, &str, Vec<u8>, Result<Reply, Error>)| Ready {
         key: POD_KEY.to_owned(),
         service: service.to_owned(),
         method: method.to_owned(),
         payload,
-        answer: response(Ok(reply), keeper_pid),
+        answer: response(reply, keeper_pid),
         is_fallback: false,
         signal: None,
     };

@@ -26,8 +26,7 @@ pub fn missing(cgroup: &Cgroup) -> Vec<PathBuf> {
     let missing_of = |folder: &Folder| {
         let mount = PathBuf::from(&folder.mount);
         let above = folder.absolute();
-        let mut missing: Vec<PathBuf> =
-            above.ancestors().take_while(|path| *path != mount && !path.exists()).map(Path::to_owned).collect();
+        let mut missing: Vec<PathBuf> = above.ancestors().take_while(|path| *path != mount && !path.exists()).map(Path::to_owned).collect();
         missing.reverse();
         missing
     };

@@ -18,7 +18,7 @@ use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, chroot, pivot_root, sethostname, setsid};
 
@@ -78,6 +78,8 @@ fn hold(pod: &Pod, kept: &Kept, performer: &ChildEnd) -> Result<Infallible, Fail
     kept.close_report().doing(Step::Child, || "close the report".to_owned())?;
     setsid().doing(Step::Child, || "start a session".to_owned())?;
     sys::ignore_children().doing(Step::Child, || "have children reaped by the kernel".to_owned())?;
+    // Those that a host sends to every process before it is switched off: containers end first.
+    SigSet::all().thread_block().doing(Step::Child, || "block signals".to_owned())?;
     settle(pod)?;
     sys::clear_command_line().doing(Step::Settings, || "clear the command line".to_owned())?;
     nix::sys::prctl::set_name(c"pod").doing(Step::Settings, || "name the holder".to_owned())?;

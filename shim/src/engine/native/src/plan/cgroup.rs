@@ -175,6 +175,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_parent_of_a_pods_cgroups_has_no_limits() {
+        for host in [Host::example_v1(), Host::example_v2()] {
+            let (cgroup, unit) = parent("/kubepods/burstable/pod1", false, &host).expect("a path");
+            assert!(unit.is_none() && !cgroup.folders.is_empty());
+            assert!(cgroup.folders.iter().all(|folder| folder.path == "kubepods/burstable/pod1"));
+            assert!(cgroup.folders.iter().all(|folder| folder.limits.is_empty() && folder.devices.is_none()));
+            assert!(parent("/", false, &host).is_err());
+            // Without systemd it is a path like any other.
+            let (cgroup, unit) = parent("/kubepods.slice/kubepods-pod1.slice", false, &host).expect("a path");
+            assert!(unit.is_none() && cgroup.folders[0].path == "kubepods.slice/kubepods-pod1.slice");
+        }
+    }
+
+    #[test]
+    fn a_slice_is_where_its_name_puts_it() {
+        let host = Host::example_v2();
+        for wanted in ["/kubepods.slice/kubepods-pod1.slice", "kubepods-pod1.slice"] {
+            let (cgroup, unit) = parent(wanted, true, &host).expect("a slice");
+            let unit = unit.expect("systemd starts it");
+            assert_eq!(unit.name, "kubepods-pod1.slice");
+            assert!(unit.is_slice() && unit.control_group.ends_with("/kubepods.slice/kubepods-pod1.slice") && unit.limits.is_empty());
+            assert!(cgroup.folders[0].path.ends_with("kubepods.slice/kubepods-pod1.slice"));
+        }
+        assert!(parent("a--b.slice", true, &host).is_err());
+    }
+
+    #[test]
     fn paths_stay_below_the_mount() {
         let path = |wanted: &str, (root, own): &(&str, &str)| path(Path::new(wanted), own, root);
         let host = ("/", "/system.slice/containerd");
