@@ -103,7 +103,7 @@ impl Cri {
         // of which every pod gets a share
         needs_controller("cpu")?;
         let configuration = |folder: &Path| setup.configuration(cx, folder);
-        let shim = setup.shim(cx).clone();
+        let shim = setup.shim(cx);
         let daemon = Arc::new(Daemon::start_for_pods(cx.suite(), &shim, setup.environment, configuration).await?);
         let cri = Self { cx: cx.clone(), shim, daemon, sandboxer: setup.sandboxer, channel: Arc::default() };
         cri.import().await?;
@@ -366,10 +366,10 @@ impl Cri {
 
     /// The shims of this daemon: the keepers of ours.
     pub fn shims(&self) -> Vec<Process> {
-        let (folder, name) = (self.daemon.folder().display().to_string(), self.shim.binary_name());
+        let folder = self.daemon.folder().display().to_string();
         let ours = |process: &Process| {
             process.parent == 1
-                && process.command.split(' ').next().is_some_and(|it| it.ends_with(&name))
+                && process.command.split(' ').next().is_some_and(|it| it.contains("containerd-shim-"))
                 && proc::mentions(process.pid, &folder)
         };
         proc::all().into_values().filter(ours).collect()

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::{HANDLER, IMAGE};
 use crate::context::Context;
 use crate::runner::skip;
-use crate::suite::{Shim, Suite};
+use crate::suite::{Runtime, STOCK_TYPE, Shim, Suite};
 
 /// The configuration in the documentation.
 const GUIDE: &str = include_str!("../../../docs/kubernetes.md");
@@ -54,8 +54,8 @@ pub struct Setup<'a> {
     pub shim: Option<&'a Shim>,
     /// An OCI runtime in the place of the test's.
     pub runtime: Option<&'a Path>,
-    /// Leaves the options of the runtime out, so that the shim uses its own engine. containerd 2.1 refuses pods with user namespaces for a runtime
-    /// that has options and is not runc's.
+    /// Leaves the options of the runtime out, so that the shim chooses its own engine. containerd 2.1 refuses containers in a user namespace for a
+    /// runtime that has options and is not runc's.
     pub without_options: bool,
     /// The cgroup that shims put themselves into.
     pub shim_cgroup: Option<&'a str>,
@@ -64,9 +64,18 @@ pub struct Setup<'a> {
 }
 
 impl Setup<'_> {
-    /// The shim that makes its pods.
-    pub(super) fn shim<'b>(&'b self, cx: &'b Context) -> &'b Shim {
-        self.shim.unwrap_or_else(|| cx.shim())
+    /// The shim that makes its pods, by the name under which containerd starts it.
+    pub(super) fn shim(&self, cx: &Context) -> Shim {
+        let shim = self.shim.unwrap_or_else(|| cx.shim()).clone();
+        // to containers of a pod whose namespaces a shim holds, containerd 2.1 can give options of runc's shim alone
+        let is_renamed = self.sandboxer == Sandboxer::Shim && self.has_options(cx);
+        if is_renamed { Shim { runtime_type: STOCK_TYPE.to_owned(), ..shim } } else { shim }
+    }
+
+    /// Whether the runtime has options. The engine that the shim chooses by itself needs none.
+    fn has_options(&self, cx: &Context) -> bool {
+        let is_chosen = self.runtime.is_some() || cx.runtime() != Runtime::Native || !self.option.is_empty() || self.shim_cgroup.is_some();
+        is_chosen || self.sandboxer == Sandboxer::Pause && !self.without_options
     }
 
     /// The configuration in docs/kubernetes.md for this version of containerd, with what the test adds. `folder` is the daemon's.
@@ -108,10 +117,10 @@ impl Setup<'_> {
     }
 
     fn options(&self, cx: &Context) -> Result<String> {
-        let usual = || if self.shim(cx).is_ours() { cx.runtime_binary() } else { cx.runtime_program() };
+        let usual = || if self.shim.is_none_or(Shim::is_ours) { cx.runtime_binary() } else { cx.runtime_program() };
         let runtime = self.runtime.map_or_else(usual, Path::to_owned);
         let cgroup = self.shim_cgroup.map(|path| format!("ShimCgroup = \"{path}\"")).unwrap_or_default();
-        if self.without_options {
+        if !self.has_options(cx) {
             return Ok(String::new());
         }
         let options = format!("BinaryName = \"{}\"\n  {}\n  {cgroup}", runtime.display(), self.option);

@@ -208,6 +208,16 @@ pub(crate) async fn the_cgroup_driver_of_the_readme_is_asked_for(cx: Context, sa
     }
     let cri = Cri::start_with(&cx, &Setup { sandboxer, option: "SystemdCgroup = true", ..Setup::default() }).await?;
     // the messages of runc, of crun, and of an engine that leaves it to them
-    cri.no_pod_runs("pod", &["systemd", "sd-bus", "SystemdCgroup"]).await?;
+    let reasons = ["systemd", "sd-bus", "SystemdCgroup"];
+    match sandboxer {
+        Sandboxer::Pause => cri.no_pod_runs("pod", &reasons).await?,
+        // nothing runs in it yet
+        Sandboxer::Shim => {
+            let pod = cri.run_pod("pod").await?;
+            let error = cri.run(&pod, "app", &["true"]).await.err().context("a container runs")?;
+            ensure!(reasons.iter().any(|reason| format!("{error:#}").contains(reason)), "{error:#}");
+            cri.end_pod(&pod).await?;
+        }
+    }
     cri.leaves_nothing().await
 }
