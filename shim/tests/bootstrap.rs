@@ -637,3 +637,34 @@ fn a_shim_whose_file_was_replaced_still_starts() {
     UnixStream::connect(path_of(&answer)).expect("the keeper listens");
     scratch::eventually("the keeper serves", || host.ps()["shims"][0]["status"] == "alive");
 }
+
+#[test]
+fn a_bundle_without_a_configuration_is_a_pods_and_containers_with_its_id_join_it() {
+    let host = Host::new();
+    let pod = host.bundle("p1", None);
+    fs::remove_file(pod.join("config.json")).expect("is there");
+    let address = host.start("p1");
+    assert_eq!(host.ps()["shims"][0]["group"], "p1");
+    host.bundle("c1", Some("p1"));
+    assert_eq!(host.start("c1"), address);
+    assert_eq!(host.keeper_of("c1"), host.keeper_of("p1"));
+}
+
+#[test]
+fn delete_removes_what_a_pod_with_a_dead_keeper_has_left() {
+    let host = Host::new();
+    let bundle = host.bundle("p1", None);
+    fs::remove_file(bundle.join("config.json")).expect("is there");
+    let address = path_of(&host.start("p1"));
+    kill(host.keeper_of("p1"), "-KILL");
+    let cgroup = host.run.join("cgroup");
+    fs::create_dir_all(bundle.join("pod/shm")).expect("folders");
+    fs::create_dir(&cgroup).expect("a folder");
+    fs::write(bundle.join("pod/leftovers"), format!(r#"{{"cgroups": ["{}"]}}"#, cgroup.display())).expect("a file");
+    for _ in 0..2 {
+        let output = succeeded(host.action("p1", "delete").output().expect("executes"));
+        assert_eq!(DeleteResponse::parse_from_bytes(&output.stdout).expect("an answer").exit_status, 137);
+    }
+    assert!(!bundle.join("pod").exists() && !cgroup.exists() && !address.exists());
+    assert_eq!(host.ps()["shims"].as_array().map(Vec::len), Some(0));
+}

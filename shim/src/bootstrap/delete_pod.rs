@@ -14,7 +14,7 @@
 //! **Invariant:** as `delete`'s: only processes of the pod are signalled, and a second run does no harm.
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::Instant;
 
@@ -92,7 +92,7 @@ fn delete_containers(flags: &Flags, bundle: &Path, deadline: Instant) -> Result<
     })
 }
 
-fn delete_container(flags: &Flags, id: &str, path: &PathBuf, deadline: Instant) -> Result<(), Error> {
+fn delete_container(flags: &Flags, id: &str, path: &Path, deadline: Instant) -> Result<(), Error> {
     let Ok(found) = journal::read(path) else { return Ok(()) };
     let Some(body) = found.body.as_deref().and_then(|bytes| JournalBody::decode(bytes).ok()) else { return Ok(()) };
     // A name that is none of this pod's.

@@ -67,7 +67,9 @@ pub(in crate::worker) async fn shutdown(shared: &Shared, cause: &Cause, id: &str
         Phase::NotReady { .. } => PodChange::default(),
     };
     let record = pod.record().clone();
-    remove_files(record.clone()).await?;
+    if let Err(error) = remove_files(record.clone()).await {
+        return Ok(Change { pod: left, ..Change::refuse(error) });
+    }
     record.cgroup.remove().await;
     log::info!(sandbox:% = id; "sandbox removed");
     shared.pod.borrow_mut().take();
