@@ -83,8 +83,6 @@ pub struct PodStatus {
     pub created_at: i64,
     /// The address of its network; empty on the host's.
     pub ip: String,
-    /// The verbose part.
-    pub info: BTreeMap<String, String>,
 }
 
 impl Cri {
@@ -199,10 +197,16 @@ impl Cri {
 
     /// The status of a pod.
     pub async fn pod_status(&self, pod: &Pod) -> Result<PodStatus> {
-        let answer: PodStatusResponse = self.call(method::POD_STATUS, PodStatusRequest { id: pod.id.clone(), verbose: true }).await?;
+        let answer: PodStatusResponse = self.call(method::POD_STATUS, PodStatusRequest { id: pod.id.clone(), verbose: false }).await?;
         let status = answer.status.context("no status")?;
         let ip = status.network.map(|network| network.ip).unwrap_or_default();
-        Ok(PodStatus { state: status.state, created_at: status.created_at, ip, info: answer.info.into_iter().collect() })
+        Ok(PodStatus { state: status.state, created_at: status.created_at, ip })
+    }
+
+    /// The verbose part of the status of a pod.
+    pub async fn pod_info(&self, pod: &Pod) -> Result<BTreeMap<String, String>> {
+        let answer: PodStatusResponse = self.call(method::POD_STATUS, PodStatusRequest { id: pod.id.clone(), verbose: true }).await?;
+        Ok(answer.info.into_iter().collect())
     }
 
     /// Waits until a pod has that state.

@@ -60,6 +60,12 @@ impl Daemon {
         Self::start_configured(suite, shim, environment, Some(Network::new()?), configuration).await
     }
 
+    /// The same with containerd's service for sandboxes, which is there only beside the controller of its CRI plugin.
+    pub async fn start_for_sandboxes(suite: Suite, shim: &Shim) -> Result<Self> {
+        let disabled = r#""io.containerd.grpc.v1.cri", "io.containerd.nri.v1.nri", "#;
+        Self::start_configured(suite, shim, &[], None, |folder| Ok(base_configuration(suite, folder, disabled))).await
+    }
+
     /// The same, with a log that records each event: see [`Self::received_exits`].
     pub async fn start_verbose(suite: Suite, shim: &Shim) -> Result<Self> {
         Self::start_configured(suite, shim, &[], None, |folder| {

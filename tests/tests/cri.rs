@@ -124,7 +124,7 @@ fn direct_cases() -> Vec<Case> {
                 the_delete_command_ends_a_pod_whose_bundle_has_no_configuration,
         ],
         cases![half, Scope::Once =>
-            a_pod_without_its_pause_image_leaves_nothing,
+            a_pod_that_cannot_be_started_leaves_nothing,
             a_pod_whose_network_fails_leaves_nothing,
             containerd_killed_while_it_makes_pods_leaves_nothing,
         ],

@@ -48,8 +48,6 @@ pub struct Setup<'a> {
     pub option: &'a str,
     /// One more line of docs/kubernetes.md in the plugin's own table.
     pub setting: &'a str,
-    /// Another pause image than the one that is imported.
-    pub pause_image: Option<&'a str>,
     /// Another shim than the test's.
     pub shim: Option<&'a Shim>,
     /// An OCI runtime in the place of the test's.
@@ -93,17 +91,16 @@ impl Setup<'_> {
             blocks.find(|block| block.starts_with(version)).with_context(|| format!("docs/kubernetes.md has nothing for {version}"))?;
         let block = block.trim_start_matches(version).replace("io.containerd.x.v2", &self.shim(cx).runtime_type);
         let plugin = if is_new { "io.containerd.cri.v1.runtime" } else { "io.containerd.grpc.v1.cri" };
-        let pause = self.pause_image.unwrap_or(IMAGE);
         let (own, others) = match is_new {
             true => (
                 String::new(),
                 // its socket would be the host's own
                 format!(
-                    "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{pause}\"\n\
+                    "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{IMAGE}\"\n\
                      [plugins.\"io.containerd.nri.v1.nri\"]\n  disable = true\n"
                 ),
             ),
-            false => (format!("  sandbox_image = \"{pause}\"\n"), String::new()),
+            false => (format!("  sandbox_image = \"{IMAGE}\"\n"), String::new()),
         };
         let internal_loopback = if self.plugin == Plugin::Nothing { "use_internal_loopback = true" } else { "" };
         let network = self.network(folder, is_new)?;

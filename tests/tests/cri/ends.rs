@@ -116,10 +116,12 @@ pub(crate) async fn a_keeper_killed_while_containerd_is_down_leaves_nothing(cx: 
     let (keeper, init) = (cri.keeper(&pod)?, proc::Process::read(cri.init_of(&id).await?)?);
     cri.crash(async {
         proc::kill_hard(keeper.pid);
-        have_ended(&[keeper, init]).await
+        have_ended(&[keeper]).await
     })
     .await?;
     eventually("the plugin is there again", SOON, async || cri.pod_status(&pod).await).await?;
+    // containerd runs `delete` for it
+    have_ended(&[init]).await?;
     cri.pod_becomes(&pod, NOT_READY).await?;
     cri.ended(&id).await?;
     cri.end_pod(&pod).await?;
@@ -197,10 +199,10 @@ pub(crate) async fn the_delete_command_ends_a_pod_whose_bundle_has_no_configurat
         cri.crash(async {
             if !is_alive {
                 proc::kill_hard(keeper.pid);
-                have_ended(std::slice::from_ref(&keeper)).await?;
+                have_ended(&[keeper.clone()]).await?;
             }
             delete_command(&cx, &cri, &pod).await?;
-            have_ended(&[keeper, init]).await?;
+            have_ended(&[init]).await?;
             let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
             let bundle = cri.sandbox_bundle(&pod).display().to_string();
             ensure!(!mounts.contains(&bundle), "a mount of the pod is left");
@@ -208,6 +210,8 @@ pub(crate) async fn the_delete_command_ends_a_pod_whose_bundle_has_no_configurat
             Ok(())
         })
         .await?;
+        // once it has published the exits
+        have_ended(&[keeper]).await?;
         eventually("the pod is over", Duration::from_secs(30), async || {
             let status = cri.pod_status(&pod).await?;
             ensure!(status.state == NOT_READY, "{status:?}");

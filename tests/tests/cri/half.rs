@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::cri::{Cri, Plugin, PodSpec, Sandboxer, Setup};
 use shim_tests::eventually::{SOON, eventually};
@@ -12,13 +12,15 @@ use shim_tests::times::repeated;
 /// How long a keeper waits to be started as a pod, and some time more.
 const EXPIRED: Duration = Duration::from_secs(60);
 
-/// containerd 2.1 takes the pause image apart although nothing runs it.
-pub(crate) async fn a_pod_without_its_pause_image_leaves_nothing(cx: Context) -> Result<()> {
-    let missing = "localhost/missing:1";
-    let cri = Cri::start_with(&cx, &Setup { sandboxer: Sandboxer::Shim, pause_image: Some(missing), ..Setup::default() }).await?;
-    cri.no_pod_runs("pod", &[missing]).await?;
+/// A setting that its namespaces do not have. containerd then shuts the sandbox down, and the network is taken apart.
+pub(crate) async fn a_pod_that_cannot_be_started_leaves_nothing(cx: Context) -> Result<()> {
+    let cri = Cri::start_as(&cx, Sandboxer::Shim).await?;
+    let error = cri.try_pod(&PodSpec::new("pod").sysctl("vm.swappiness", "10")).await.err().context("the pod runs")?;
+    ensure!(format!("{error:#}").contains("vm.swappiness"), "{error:#}");
     ensure!(cri.pods().await?.is_empty());
     is_gone(&cri).await?;
+    let pod = cri.run_pod("pod").await?;
+    cri.end_pod(&pod).await?;
     cri.leaves_nothing().await
 }
 
@@ -38,7 +40,8 @@ pub(crate) async fn a_pod_whose_network_fails_leaves_nothing(cx: Context) -> Res
 
 /// containerd issue 13645. What it knows afterwards it removes when it is asked to; the rest ends by itself.
 pub(crate) async fn containerd_killed_while_it_makes_pods_leaves_nothing(cx: Context) -> Result<()> {
-    let cri = Cri::start_with(&cx, &Setup { sandboxer: Sandboxer::Shim, plugin: Plugin::Nothing, ..Setup::default() }).await?;
+    let (sandboxer, plugin, environment) = (Sandboxer::Shim, Plugin::Nothing, &[("X_SHIM_UNSTARTED_POD_SECONDS", "2")][..]);
+    let cri = Cri::start_with(&cx, &Setup { sandboxer, plugin, environment, ..Setup::default() }).await?;
     for round in 0..repeated(5) {
         // a moment between the first step and the last
         let moment = Duration::from_millis(u64::try_from(round * 7 % 40)?);

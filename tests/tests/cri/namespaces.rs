@@ -170,7 +170,7 @@ pub(crate) async fn a_pod_is_one_process_besides_its_containers(cx: Context) -> 
     let own = || proc::children(keeper.pid).into_iter().filter(|child| !child.command.contains(" worker")).collect::<Vec<_>>();
     ensure!(own().is_empty(), "{:?}", own());
     // the process whose namespaces containers join is the keeper
-    let info = cri.pod_status(&pod).await?.info;
+    let info = cri.pod_info(&pod).await?;
     ensure!(info.values().any(|text| text.contains(&keeper.pid.to_string())), "{info:?}");
     let id = cri.run(&pod, "app", &SLEEP).await?;
     let inits = own();
@@ -203,7 +203,7 @@ pub(crate) async fn the_process_that_holds_a_pid_namespace_shows_its_containers_
     let folder = cri.daemon().folder().display().to_string();
     ensure!(!command.contains(&folder) && !command.contains(&pod.id) && !command.contains('/'), "{command:?}");
     for file in ["environ", "exe", "root", "cwd", "fd", "mem", "maps"] {
-        let (code, out) = cri.exec(&id, &["sh", "-c", &format!("cat /proc/1/{file} 2>&1 || ls -A /proc/1/{file}/ 2>&1")]).await?;
+        let (code, out) = cri.exec(&id, &["sh", "-c", &format!("cat /proc/1/{file} 2>/dev/null || ls -A /proc/1/{file}/")]).await?;
         ensure!(code != 0 || out.trim().is_empty(), "{file}: {code} {out:?}");
     }
     // nor does it have anything of the host mounted

@@ -9,6 +9,7 @@ use shim_tests::proc;
 use crate::namespaces::namespace;
 
 pub(crate) async fn a_pod_on_the_hosts_network_runs_containers(cx: Context) -> Result<()> {
+    let cx = cx.with_own_sandboxes().await?;
     let sandbox = Sandbox::create(&cx, "pod", &PodSpec::new("pod")).await?;
     let status = sandbox.status().await?;
     ensure!(status.state == NOT_READY, "{status:?}");
@@ -43,6 +44,7 @@ pub(crate) async fn a_pod_on_the_hosts_network_runs_containers(cx: Context) -> R
 }
 
 pub(crate) async fn a_sandbox_that_is_never_started_is_shut_down(cx: Context) -> Result<()> {
+    let cx = cx.with_own_sandboxes().await?;
     let sandbox = Sandbox::create(&cx, "pod", &PodSpec::new("pod")).await?;
     let keeper = cx.shim_pid("pod")?;
     sandbox.shutdown().await?;
