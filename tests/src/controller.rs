@@ -81,14 +81,6 @@ impl Sandbox {
         answer("status of sandbox", self.client.api().sandbox_controller().status(request)).await
     }
 
-    /// The operating system and the processor that it reports, as containerd asks before it creates a container.
-    pub async fn platform(&self) -> Answer<String> {
-        let message = api::ControllerPlatformRequest { sandbox_id: self.id.clone(), sandboxer: SANDBOXER.to_owned() };
-        let request = self.client.request(message);
-        let platform = answer("platform of sandbox", self.client.api().sandbox_controller().platform(request)).await?.platform;
-        Ok(platform.map(|platform| format!("{}/{}", platform.os, platform.architecture)).unwrap_or_default())
-    }
-
     /// Waits for its end, and returns its status.
     pub async fn wait(&self) -> Answer<u32> {
         let message = api::ControllerWaitRequest { sandbox_id: self.id.clone(), sandboxer: SANDBOXER.to_owned() };

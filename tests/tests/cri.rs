@@ -128,7 +128,7 @@ fn direct_cases() -> Vec<Case> {
             a_pod_whose_network_fails_leaves_nothing,
             containerd_killed_while_it_makes_pods_leaves_nothing,
         ],
-        cases![upgrades, Scope::Once => pods_are_upgraded_downgraded_and_rolled_back, a_hibernating_worker_of_a_pod_is_not_woken_by_containerd],
+        cases![upgrades, Scope::Once => pods_are_upgraded_downgraded_and_rolled_back, a_hibernating_worker_is_not_woken_by_the_status_of_its_pod],
         cases![sandboxes, Scope::Once =>
             a_pod_on_the_hosts_network_runs_containers,
             a_sandbox_that_is_never_started_is_shut_down,

@@ -27,9 +27,9 @@ pub(crate) const SHARED_SANDBOX: Scenario = Scenario {
     calls: CALLS,
 };
 
-const EVENTS: &str = "create ID-b/b, start ID-b/b, create ID-c/c, start ID-c/c, exit ID-c/c 3, delete ID-c/c 3, exit ID-b/b 137, \
-                      delete ID-b/b 137";
-const CALLS: &str = "create, start, create, start, delete, delete";
+/// The last two containerd publishes for the shim itself, once its connection has ended.
+const EVENTS: &str = "create ID-b/b, start ID-b/b, exit ID-b/b 137, delete ID-b/b 137, exit ID/none 137, delete ID/none 137";
+const CALLS: &str = "create, start, delete";
 
 async fn sandbox(run: &Run, pids: Namespace) -> Result<()> {
     let sandbox = Sandbox::create(&run.cx, &run.id, &PodSpec::new(&run.id).pid(pids)).await?;
@@ -37,7 +37,7 @@ async fn sandbox(run: &Run, pids: Namespace) -> Result<()> {
     let pid = sandbox.start().await?;
     run.name(pid, "pod");
     let status = sandbox.status().await?;
-    run.note(format!("start: {} pid of {}, {}", status.state, run.named(status.pid), sandbox.platform().await?));
+    run.note(format!("start: {} pid of {}", status.state, run.named(status.pid)));
     ensure!(status.state == READY && status.created_at.is_some(), "{status:?}");
     let waiting = sandbox.clone();
     let parked = tokio::spawn(async move { waiting.wait().await });
@@ -48,10 +48,7 @@ async fn sandbox(run: &Run, pids: Namespace) -> Result<()> {
 
     let runs = run.create(member(run.member("b", &["sleep", "1000"])), "b").await?;
     run.start(&runs, "b").await?;
-    let ends = run.create(member(run.member("c", &["sh", "-c", "exit 3"])), "c").await?;
-    run.start(&ends, "c").await?;
-    run.finish(&ends, "c").await?;
-    run.held("after the containers").await?;
+    run.held("with a container").await?;
     run.done("kill", runs.kill(9).await)?;
     run.finish(&runs, "b").await?;
     run.done("stop", sandbox.stop().await)?;
