@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::controller::{NOT_READY, READY, Sandbox};
 use shim_tests::cri::PodSpec;
+use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::proc;
 
 use crate::namespaces::namespace;
@@ -47,7 +48,7 @@ pub(crate) async fn a_sandbox_that_is_never_started_is_shut_down(cx: Context) ->
     let sandbox = Sandbox::create(&cx, "pod", &PodSpec::new("pod")).await?;
     let keeper = cx.shim_pid("pod")?;
     sandbox.shutdown().await?;
-    ensure!(!proc::is_alive(keeper), "{:?}", proc::Process::read(keeper));
+    eventually_true("the keeper has ended", SOON, || !proc::is_alive(keeper)).await?;
     // its name is free
     let sandbox = Sandbox::create(&cx, "pod", &PodSpec::new("pod")).await.context("the same id again")?;
     sandbox.start().await?;
