@@ -13,6 +13,7 @@ use shim_tests::container::{Container, Process, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, a_second, eventually_true, within};
 use shim_tests::proc;
+use shim_tests::runner::skip;
 use shim_tests::stdio::Pace;
 use shim_tests::suite::{STOCK_TYPE, Shim, Suite};
 use tokio::task::{JoinSet, LocalSet};
@@ -225,9 +226,12 @@ pub(crate) async fn every_byte_arrives_from_every_holder_of_the_output_to_every_
     Ok(())
 }
 
-/// Prints the table of docs/stdio.md: `make stdio-docs`.
+/// Prints the table of docs/stdio.md: `make stdio-docs`. Minutes, for what the test before this one says of our shim.
 pub(crate) async fn ours_loses_no_output_that_a_stock_shim_delivers(cx: Context) -> Result<()> {
     ours_only(&cx)?;
+    if std::env::var_os("X_STDIO_TABLE").is_none() {
+        return skip("X_STDIO_TABLE is not set: minutes on four shims");
+    }
     let (mut rows, mut worse) = (BTreeMap::<Row, String>::new(), Vec::new());
     let mut shims = vec![cx.shim().clone()];
     for suite in Suite::ALL {
