@@ -308,7 +308,9 @@ fn or_skipped(result: Result<()>) -> Result<()> {
 /// What the figures are of, and how to repeat them.
 fn introduction(plan: &Plan, load: &str) -> Result<String> {
     let mut text = String::from("# Benchmark\n\n");
-    text.push_str("Shims side by side in one run, taking turns, through the same version of containerd. Repeat it with `make bench` (root; the quieter the\n");
+    let target = if plan.only.as_deref() == Some("pods") { "bench-pods" } else { "bench" };
+    text.push_str("Shims side by side in one run, taking turns, through the same version of containerd. Repeat it with ");
+    text.push_str(&format!("`make {target}` (root; the quieter the\n"));
     text.push_str("machine, the better). Cells are medians, with quartiles in brackets, and the ratio to the first column.\n\n");
     let plotted = plan.plot.as_ref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy());
     if let Some(name) = plotted {
