@@ -98,8 +98,10 @@ impl Cri {
 
     /// The same, with what a test changes.
     pub async fn start_with(cx: &Context, setup: &Setup<'_>) -> Result<Self> {
-        // of which every pod gets a share
-        needs_controller("cpu")?;
+        if setup.sandboxer == Sandboxer::Pause {
+            // of which the pause container gets a share
+            needs_controller("cpu")?;
+        }
         let configuration = |folder: &Path| setup.configuration(cx, folder);
         let shim = setup.shim(cx);
         let daemon = Arc::new(Daemon::start_for_pods(cx.suite(), &shim, setup.environment, configuration).await?);

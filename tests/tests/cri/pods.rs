@@ -9,7 +9,7 @@ use shim_tests::context::Context;
 use shim_tests::cri::{Cri, RUNNING, Sandboxer, Setup};
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc;
-use shim_tests::runner::skip;
+use shim_tests::runner::{needs_controller, skip};
 use shim_tests::suite::{Shim, Suite};
 
 /// The pid of the shell with the argument `path`, in a container.
@@ -23,6 +23,7 @@ async fn program_with(path: &str) -> Result<i32> {
 }
 
 pub(crate) async fn a_container_of_a_pod_runs_and_reports_exec_stats_and_logs(cx: Context, sandboxer: Sandboxer) -> Result<()> {
+    needs_controller("memory")?;
     let cri = Cri::start_as(&cx, sandboxer).await?;
     let pod = cri.run_pod("pod").await?;
     let id = cri.run(&pod, "app", &["sh", "-c", "echo hello; echo oops >&2; exec sleep 1000"]).await?;
@@ -50,6 +51,7 @@ pub(crate) async fn a_container_of_a_pod_runs_and_reports_exec_stats_and_logs(cx
 }
 
 pub(crate) async fn exit_codes_and_reasons_reach_the_kubelet(cx: Context, sandboxer: Sandboxer) -> Result<()> {
+    needs_controller("memory")?;
     let cri = Cri::start_as(&cx, sandboxer).await?;
     let pod = cri.run_pod("pod").await?;
     for (name, code, reason) in [("fine", 0, "Completed"), ("failed", 3, "Error")] {

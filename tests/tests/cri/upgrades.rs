@@ -100,7 +100,7 @@ pub(crate) async fn pods_are_upgraded_downgraded_and_rolled_back(cx: Context) ->
             subject.holds(&cri, name).await.with_context(|| format!("{step}: {}", subject.pod.id))?;
         }
     }
-    // a restarted containerd finds both, with the keeper that is there now
+    // a restarted containerd finds both, with the keeper that is there now; containerd issue 13360: it had lost the addresses
     cri.crash(async { Ok(()) }).await?;
     for subject in &mut subjects {
         eventually("the plugin is there again", SOON, async || cri.pod_status(&subject.pod).await).await?;
