@@ -7,6 +7,7 @@ mod cgroup;
 mod chain;
 mod commands;
 mod control;
+mod descendants;
 mod engine;
 mod executable;
 mod flag;

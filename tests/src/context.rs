@@ -12,7 +12,6 @@ use containerd_shim_protos::api::DeleteResponse;
 use protobuf::Message as _;
 use tonic::Code;
 
-use crate::audit::BUNDLES;
 use crate::client::Client;
 use crate::container::{Builder, Container, code_of};
 use crate::daemon::Daemon;
@@ -247,8 +246,8 @@ impl Context {
                 }
             }
         }
-        for name in BUNDLES {
-            for entry in fs::read_dir(self.daemon().folder().join("state").join(name).join(namespace)).into_iter().flatten().flatten() {
+        for folder in [self.daemon().bundle(namespace, ""), self.daemon().sandbox_bundle(namespace, "")] {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
                 left.push(format!("bundle {}", entry.path().display()));
             }
         }

@@ -291,8 +291,13 @@ impl Cri {
 
     /// Runs a command in a container: exit code and stdout.
     pub async fn exec(&self, id: &str, command: &[&str]) -> Result<(i32, String)> {
+        self.exec_within(id, command, 20).await
+    }
+
+    /// The same, ended by the plugin after `seconds`.
+    pub async fn exec_within(&self, id: &str, command: &[&str], seconds: i64) -> Result<(i32, String)> {
         let command = command.iter().map(|word| (*word).to_owned()).collect();
-        let answer: ExecResponse = self.call(method::EXEC, ExecRequest { id: id.to_owned(), command, timeout: 20 }).await?;
+        let answer: ExecResponse = self.call(method::EXEC, ExecRequest { id: id.to_owned(), command, timeout: seconds }).await?;
         Ok((answer.exit_code, String::from_utf8_lossy(&answer.stdout).into_owned()))
     }
 
@@ -362,7 +367,7 @@ impl Cri {
 
     /// The bundle of a pod whose namespaces the shim holds.
     pub fn sandbox_bundle(&self, pod: &Pod) -> PathBuf {
-        self.daemon.folder().join("state").join(BUNDLES[1]).join(NAMESPACE).join(&pod.id)
+        self.daemon.sandbox_bundle(NAMESPACE, &pod.id)
     }
 
     /// The bundle of a container.

@@ -24,6 +24,7 @@
 //! | [`stand`] | the test bed of such a case: a shim between a client and a fake containerd |
 //! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers created from them |
+//! | [`sandbox`] | sandboxes, and containers in them |
 //! | [`workloads`] | workloads that several suites share |
 //! | [`refusals`] | requests that a shim refuses, and its answers |
 //! | [`witness`] | a container that must keep running while its shim is under test |
@@ -64,6 +65,7 @@ pub mod programs;
 pub mod refusals;
 pub mod rootfs;
 pub mod runner;
+pub mod sandbox;
 pub mod spec;
 pub mod stand;
 pub mod stdio;

@@ -54,6 +54,8 @@ fn pause_cases() -> Vec<Case> {
             exit_codes_and_reasons_reach_the_kubelet,
             all_containers_of_a_pod_share_one_shim,
             a_pod_outlives_containerd,
+            a_probe_that_takes_too_long_is_answered_and_leaves_no_descendant,
+            what_a_probe_has_left_behind_outlives_it,
             an_exit_while_containerd_is_down_is_known_afterwards;
         Scope::Daemons =>
             the_cgroup_driver_of_the_readme_is_asked_for,
@@ -70,6 +72,8 @@ fn keeper_cases() -> Vec<Case> {
             a_pod_outlives_containerd;
         Scope::Once =>
             all_containers_of_a_pod_share_one_shim,
+            a_probe_that_takes_too_long_is_answered_and_leaves_no_descendant,
+            what_a_probe_has_left_behind_outlives_it,
             an_exit_while_containerd_is_down_is_known_afterwards,
             the_cgroup_driver_of_the_readme_is_asked_for,
             a_probe_whose_output_a_child_holds_ends_with_the_drain_time_out;

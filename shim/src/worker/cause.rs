@@ -60,6 +60,9 @@ pub(crate) mod step {
 
     /// The steps of the work on one of several containers.
     pub(crate) const PER_PART: Step = 64;
+    /// Signals the descendants of an exec: from here on two steps for each worker that comes to it. The first counts the workers, the second asks whether the exec is
+    /// still there.
+    pub(crate) const DESCENDANTS: Step = 1000;
 }
 
 impl Cause {

@@ -50,7 +50,7 @@ pub(crate) enum Error {
     PodExists { id: ContainerId },
     #[error("sandbox {id}: cannot {request} while {phase}")]
     PodRefused { id: ContainerId, request: &'static str, phase: &'static str },
-    #[error("sandbox {id}: {field}: {why}")]
+    #[error("sandbox {id}: {field}: {}", bounded(.why, REASON_CHARS))]
     PodConfig { id: String, field: String, why: String },
     /// The keeper is of an earlier build.
     #[error("sandbox {:?}: the keeper of an earlier build cannot run pods; upgrade the shim with its keeper", excerpt(.id))]
@@ -196,7 +196,11 @@ impl Error {
 
 /// The part of a client's text that an error quotes: it may be megabytes.
 fn excerpt(text: &str) -> String {
-    match text.char_indices().nth(EXCERPT_CHARS) {
+    bounded(text, EXCERPT_CHARS)
+}
+
+fn bounded(text: &str, chars: usize) -> String {
+    match text.char_indices().nth(chars) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
     }
@@ -204,6 +208,8 @@ fn excerpt(text: &str) -> String {
 
 /// Longer than any valid name.
 const EXCERPT_CHARS: usize = 100;
+/// Longer than any reason that quotes a valid path.
+const REASON_CHARS: usize = 500;
 
 #[cfg(test)]
 mod tests {

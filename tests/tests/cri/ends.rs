@@ -71,7 +71,10 @@ pub(crate) async fn a_killed_worker_is_not_noticed(cx: Context) -> Result<()> {
     let pod = cri.run_pod("pod").await?;
     let before = cri.pod_status(&pod).await?;
     let keeper = cri.keeper(&pod)?.pid;
-    let kill = async || anyhow::Ok(proc::kill_hard(worker(&cri, &pod).await?));
+    let kill = async || {
+        proc::kill_hard(worker(&cri, &pod).await?);
+        anyhow::Ok(())
+    };
     kill().await?;
     let id = cri.run(&pod, "app", &["sh", "-c", "trap 'exit 7' TERM; sleep 100000 & wait"]).await?;
     kill().await?;
@@ -199,7 +202,7 @@ pub(crate) async fn the_delete_command_ends_a_pod_whose_bundle_has_no_configurat
         cri.crash(async {
             if !is_alive {
                 proc::kill_hard(keeper.pid);
-                have_ended(&[keeper.clone()]).await?;
+                have_ended(std::slice::from_ref(&keeper)).await?;
             }
             delete_command(&cx, &cri, &pod).await?;
             have_ended(&[init]).await?;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::context::Context;
@@ -162,6 +163,46 @@ pub(crate) async fn an_exit_while_containerd_is_down_is_known_afterwards(cx: Con
     })
     .await?;
     ensure!(status.exit_code == 3 && status.reason == "Error", "{status:?}");
+    cri.end_pod(&pod).await?;
+    cri.leaves_nothing().await
+}
+
+/// The commands of the processes of a container that sleep.
+async fn sleeping_in(cri: &Cri, id: &str) -> Result<Vec<String>> {
+    let list = r"for process in /proc/[0-9]*; do tr '\0' ' ' <$process/cmdline; echo; done 2>/dev/null | grep ^sleep | sort";
+    let (_, output) = cri.exec(id, &["sh", "-c", list]).await?;
+    Ok(output.lines().map(|line| line.trim().to_owned()).collect())
+}
+
+/// The plugin's default is to wait for the end of the output without a limit.
+pub(crate) async fn a_probe_that_takes_too_long_is_answered_and_leaves_no_descendant(cx: Context, sandboxer: Sandboxer) -> Result<()> {
+    if !cx.shim().is_ours() {
+        return skip("with the stock shim the answer never comes");
+    }
+    let cri = Cri::start_as(&cx, sandboxer).await?;
+    let pod = cri.run_pod("pod").await?;
+    let id = cri.run(&pod, "app", &["sh", "-c", "sleep 1001 & exec sleep 1002"]).await?;
+    for script in ["(setsid sh -c 'trap \"\" HUP INT TERM; sleep 1003 & exit' &) ; sleep 1004", "trap '' TERM; sleep 1003 & sleep 1004"] {
+        let begin = Instant::now();
+        let error = cri.exec_within(&id, &["sh", "-c", script], 1).await.err().context("an answer after its time")?;
+        ensure!(format!("{error:#}").contains("timeout 1s exceeded"), "{error:#}");
+        ensure!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+        let left = sleeping_in(&cri, &id).await?;
+        ensure!(left == ["sleep 1001", "sleep 1002"], "{left:?}");
+    }
+    cri.end_pod(&pod).await?;
+    cri.leaves_nothing().await
+}
+
+/// Hooks start programs so. The plugin kills every exec before it deletes it, also one that has exited.
+pub(crate) async fn what_a_probe_has_left_behind_outlives_it(cx: Context, sandboxer: Sandboxer) -> Result<()> {
+    let cri = Cri::start_as(&cx, sandboxer).await?;
+    let pod = cri.run_pod("pod").await?;
+    let id = cri.run(&pod, "app", &["sleep", "1001"]).await?;
+    let (code, _) = cri.exec(&id, &["sh", "-c", "(setsid sleep 1005 <&- >&- 2>&- &)"]).await?;
+    ensure!(code == 0);
+    let left = sleeping_in(&cri, &id).await?;
+    ensure!(left == ["sleep 1001", "sleep 1005"], "{left:?}");
     cri.end_pod(&pod).await?;
     cri.leaves_nothing().await
 }

@@ -37,13 +37,16 @@ pub fn missing(cgroup: &Cgroup) -> Vec<PathBuf> {
 ///
 /// Errors: EBUSY if they do not stop: processes that are in the kernel, or join all the time.
 pub fn freeze(cgroup: &Cgroup) -> io::Result<()> {
-    let frozen = match freezer(cgroup)? {
-        Freezer::V1(folder) => freeze_v1(&folder),
-        Freezer::V2(folder) => freeze_v2(&folder),
-    };
+    freeze_in(&freezer_folder(cgroup)?)
+}
+
+/// Freezes every process in a folder of cgroup v2 or of v1's freezer, and below it. As [`freeze`].
+pub fn freeze_in(folder: &Path) -> io::Result<()> {
+    let (frozen, file, thawed) =
+        if folder.join(FREEZER).exists() { (freeze_v1(folder), FREEZER, "THAWED") } else { (freeze_v2(folder), "cgroup.freeze", "0") };
     if frozen.is_err() {
         // What matters is why it failed.
-        let _ = thaw(cgroup);
+        let _ = fs::write(folder.join(file), thawed);
     }
     frozen
 }
