@@ -77,6 +77,12 @@ test-cgroup2-native: packages suites build-shim
 test-cgroup2-guest: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) native runc crun
+	engine=$$($(CARGO) test --locked --no-run --package x-engine --test engine --message-format json | sed -n 's,.*"executable":"\([^"]*/engine-[^"]*\)".*,\1,p') && \
+	X_VM_SECONDS=3600 tests/tools/cgroup2-vm --with $$engine --with unshare --with nsenter --with runc --with crun \
+		/bin/sh -c "for module in $(ENGINE_ON_V2); do $$engine \$$module:: || failed=1; done; exit \$${failed:-0}"
+
+# the engine's own tests whose subjects depend on the kind of cgroups, those that compare it with runc and crun among them
+ENGINE_ON_V2 := nesting v2 execs differences
 
 ## the protocol's clauses, on our shim, with its own engine and both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
 ## cannot filter devices on v2: the next one's can. Debian 12 has no criu: the next but one has, which the native engine uses, and OCI runtimes of that suite.

@@ -240,8 +240,10 @@ impl Context {
                 }
             }
         }
-        for entry in fs::read_dir(self.daemon().bundle(namespace, "")).into_iter().flatten().flatten() {
-            left.push(format!("bundle {}", entry.path().display()));
+        for folder in [self.daemon().bundle(namespace, ""), self.daemon().sandbox_bundle(namespace, "")] {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                left.push(format!("bundle {}", entry.path().display()));
+            }
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         left.extend(mounts.lines().filter(|line| line.contains(&format!("/{namespace}/"))).map(str::to_owned));

@@ -154,6 +154,11 @@ impl Daemon {
         self.folder.join("state/io.containerd.runtime.v2.task").join(namespace).join(id)
     }
 
+    /// The folder of a sandbox's bundle.
+    pub fn sandbox_bundle(&self, namespace: &str, id: &str) -> PathBuf {
+        self.folder.join("state/io.containerd.sandbox.controller.v1.shim").join(namespace).join(id)
+    }
+
     /// A client of it.
     pub async fn client(&self, namespace: &str) -> Result<Client> {
         let client = Client::connect(&self.address(), namespace).await?;

@@ -236,10 +236,15 @@ pub(super) fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {
     env::current_dir().map_err(|source| Error::Io { op: "find", path: "the working directory".into(), source })
 }
 
-/// Whether a bundle is that of a pod: containerd writes a configuration into those of containers.
+/// Whether a bundle is that of a pod: containerd writes a configuration into those of containers. Clients of its sandbox controller can give one
+/// to a pod as well, whose bundle is in the controller's folder.
 pub(super) fn is_of_pod(bundle: &Path) -> bool {
-    bundle.is_dir() && !bundle.join("config.json").exists()
+    let controllers = bundle.ancestors().nth(2).and_then(Path::file_name);
+    bundle.is_dir() && (controllers.is_some_and(|name| name == SANDBOX_CONTROLLER) || !bundle.join("config.json").exists())
 }
+
+/// The folder of containerd's controller of sandboxes in shims: `FOLDER/NAMESPACE/ID` is a bundle.
+const SANDBOX_CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
 
 /// The bundle in a keeper's record of a container.
 pub(super) fn bundle_in(state: &[u8]) -> Option<PathBuf> {

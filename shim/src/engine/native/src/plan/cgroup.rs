@@ -15,6 +15,9 @@ pub(super) fn plan(spec: &Spec, linux: &Linux, request: &Request<'_>, host: &Hos
     let none = LinuxResources::default();
     let resources = linux.resources().as_ref().unwrap_or(&none);
     let wanted = linux.cgroups_path().as_deref().unwrap_or(Path::new(""));
+    if wanted.as_os_str().as_encoded_bytes().contains(&0) {
+        return Err(Refused::invalid("linux.cgroupsPath", "contains a NUL byte"));
+    }
     let allowed = devices::allowed(resources.devices().as_deref().unwrap_or_default())?;
     let place = if request.systemd_cgroup {
         let wanted = wanted.to_str().ok_or_else(|| Refused::invalid("linux.cgroupsPath", "not UTF-8"))?;

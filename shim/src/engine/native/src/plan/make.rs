@@ -69,6 +69,9 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
         if value.as_deref().is_some_and(|name| !name.is_empty()) && find(Kind::Uts).is_none() {
             return Err(Refused::invalid(field, "needs a uts namespace"));
         }
+        if value.as_deref().is_some_and(|name| name.contains('\0')) {
+            return Err(Refused::invalid(field, "contains a NUL byte"));
+        }
     }
 
     let none = Vec::new();

@@ -39,7 +39,7 @@ mod unit;
 mod users;
 
 pub use cgroup::parent;
-pub use criu::{CgroupMode, Checkpoint, Criu, Restore, check_restore, checkpoint, restore};
+pub use criu::{CgroupMode, Checkpoint, Criu, Imaged, check_restore, checkpoint, restore};
 pub use gvariant::Value;
 pub use hooks::{Hook, Hooks, State};
 #[cfg(test)]
