@@ -16,7 +16,7 @@ X_REVISION := $(X_REVISION)
 export X_REVISION
 
 .PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install uninstall packages suites bench bench-memory bench-upgrade bench-manager bench-tools clean
+.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -72,11 +72,17 @@ test-cgroup2: test-cgroup2-native test-cgroup2-guest conformance-cgroup2
 ## on the unified hierarchy alone, with the controllers that v1 leaves there; tests that need others are skipped, with the reason
 CGROUP2_TESTS := conformance containerd cri docker protocol soak
 test-cgroup2-native: packages suites build-shim
-	X_CGROUP=2 X_SHIM=$(SHIM) $(CARGO) test --locked --package shim-tests $(addprefix --test ,$(CGROUP2_TESTS)) -- --skip fault:: --skip document:: $(CGROUP2_SKIP)
+	X_CGROUP=2 X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests $(addprefix --test ,$(CGROUP2_TESTS)) -- --skip fault:: --skip document:: $(CGROUP2_SKIP)
 
 test-cgroup2-guest: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
 		tests/tools/cgroup2-check $(SHIM) native runc crun
+	engine=$$($(CARGO) test --locked --no-run --package x-engine --test engine --message-format json | sed -n 's,.*"executable":"\([^"]*/engine-[^"]*\)".*,\1,p') && \
+	X_VM_SECONDS=3600 tests/tools/cgroup2-vm --with $$engine --with unshare --with nsenter --with runc --with crun \
+		/bin/sh -c "for module in $(ENGINE_ON_V2); do $$engine \$$module:: || failed=1; done; exit \$${failed:-0}"
+
+# the engine's own tests whose subjects depend on the kind of cgroups, those that compare it with runc and crun among them
+ENGINE_ON_V2 := nesting v2 execs differences
 
 ## the protocol's clauses, on our shim, with its own engine and both OCI runtimes, on the host's cgroups and on v2. Without CAP_SYS_RESOURCE Debian 12's crun
 ## cannot filter devices on v2: the next one's can. Debian 12 has no criu: the next but one has, which the native engine uses, and OCI runtimes of that suite.
@@ -206,6 +212,12 @@ bench-memory: CONTAINERS ?= 1000
 bench-memory: packages suites build bench-tools
 	$(BENCH) --only memory --runtime crun --shim go=stock --shim x=$(SHIM) --containers $(CONTAINERS) --upgrade
 	$(BENCH) --only memory --runtime crun --shim x=$(SHIM) --containers 100 --rest
+
+## pods through CRI, without pause containers, beside those with one, of our shim and of the stock one; and what PODS idle ones hold
+bench-pods: PODS ?= 100
+bench-pods: packages suites build bench-tools
+	$(BENCH) --containerd 2.1 --only pods --rounds 40 --containers $(PODS) --rest --shim go+runc=stock@runc --shim go+crun=stock@crun \
+		--shim x+native=$(SHIM)@native --shim x+keeper=$(SHIM)@native+keeper --shim x+crun+keeper=$(SHIM)@crun+keeper $(BENCHED)
 
 clean:
 	$(CARGO) clean

@@ -70,11 +70,11 @@ pub(crate) enum Error {
         source: JoinError,
     },
 
-    /// It is not known yet whether a task has a shim.
-    #[error("the shim of task {task} {why}")]
+    /// It is not known yet whether a task or a sandbox has a shim.
+    #[error("the shim of {object} {why}")]
     Unsettled {
-        /// Its id.
-        task: String,
+        /// Which.
+        object: Object,
         /// The rest of the sentence.
         why: String,
     },
@@ -234,6 +234,10 @@ pub(crate) enum Object {
     Process { exec: String, task: String },
     /// By its id, with the namespace in which there is none.
     Container { id: String, namespace: Option<String> },
+    /// By its id.
+    Sandbox(String),
+    /// By its name.
+    SandboxController(String),
     /// By its name.
     Namespace(String),
     /// By its id.
@@ -252,6 +256,8 @@ impl fmt::Display for Object {
             Self::Process { exec, task } => write!(f, "process {exec} of task {}", short(task)),
             Self::Container { id, namespace: None } => write!(f, "container {id:?}"),
             Self::Container { id, namespace: Some(namespace) } => write!(f, "container {id:?} in namespace {namespace:?}"),
+            Self::Sandbox(id) => write!(f, "sandbox {:?}", short(id)),
+            Self::SandboxController(name) => write!(f, "sandbox controller {:?}", short(name)),
             Self::Namespace(name) => write!(f, "namespace {name:?}"),
             Self::Lease(id) => write!(f, "lease {id:?}"),
             Self::Plugin { kind, id } => write!(f, "plugin {kind:?} {id:?}"),

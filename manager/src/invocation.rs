@@ -218,7 +218,7 @@ mod tests {
         {
             let Ok(Invocation::Serve(settings)) = parse(line) else { panic!("{line}: {:?}", parse(line)) };
             assert_eq!(settings.store().to_str(), Some("/r/meta.db"));
-            assert_eq!(settings.bundles().to_str(), Some("/s/io.containerd.runtime.v2.task"));
+            assert_eq!(settings.bundles(crate::store::Kind::Task).to_str(), Some("/s/io.containerd.runtime.v2.task"));
             assert_eq!(settings.ttrpc_address().to_str(), Some("/a.sock.ttrpc"));
             assert_eq!((settings.gid, settings.log_level), (7, LevelFilter::Debug));
         }

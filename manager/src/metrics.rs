@@ -19,7 +19,7 @@ use crate::gate::Gate;
 use crate::pools::{Pool, Pools};
 use crate::restart::Restarter;
 use crate::sockets::{self, MetricsListener};
-use crate::store::{Load, Store};
+use crate::store::{Kind, Load, Store};
 use crate::tasks::Tasks;
 
 /// What is measured.
@@ -129,8 +129,13 @@ fn page(sources: &Sources, started: SystemTime) -> String {
     let one = |value: f64| [(String::new(), value)];
     let version = [(format!("{{version=\"{}\"}}", env!("CARGO_PKG_VERSION")), 1.0)];
     add("x_manager_info", "gauge", "The running version.", &version);
-    let tasks: Vec<_> = sources.tasks.counts().into_iter().map(|(phase, count)| (format!("{{phase=\"{phase}\"}}"), count as f64)).collect();
-    add("x_manager_tasks", "gauge", "Tasks by phase.", &tasks);
+    for (kind, name, help) in
+        [(Kind::Task, "x_manager_tasks", "Tasks by phase."), (Kind::Sandbox, "x_manager_sandboxes", "Sandboxes by phase.")]
+    {
+        let counts = sources.tasks.counts(kind).into_iter();
+        let counts: Vec<_> = counts.map(|(phase, count)| (format!("{{phase=\"{phase}\"}}"), count as f64)).collect();
+        add(name, "gauge", help, &counts);
+    }
     add("x_manager_subscribers", "gauge", "Clients subscribed to events.", &one(sources.events.count() as f64));
     add("x_manager_events_total", "counter", "Events published.", &one(sources.events.published() as f64));
     let restarts = sources.restarter.started.load(std::sync::atomic::Ordering::Relaxed);

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use crate::api::{Calls, Containers, Events, Filters, Health, Introspection, Leases, Namespaces, Services, TaskService, Version};
+use crate::api::{
+    Calls, Containers, Events, Filters, Health, Introspection, Leases, Namespaces, SandboxController, Sandboxes, Services, TaskService,
+    Version,
+};
 use crate::error::Result;
 use crate::events::Exchange;
 use crate::gate::Gate;
@@ -58,6 +61,8 @@ impl Parts {
         Services {
             containers: Arc::new(Containers { store: store(), events: events(), tasks: tasks(), gate: gate(), filters: filters.clone() }),
             tasks: Arc::new(TaskService { tasks: tasks(), store: store(), gate: gate(), filters: filters.clone() }),
+            sandboxes: Arc::new(Sandboxes { store: store(), filters: filters.clone() }),
+            sandbox_controller: Arc::new(SandboxController { tasks: tasks(), store: store(), events: events() }),
             events: Arc::new(Events { events: events(), tasks: tasks() }),
             namespaces: Arc::new(Namespaces { store: store(), events: events() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone() }),

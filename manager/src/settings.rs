@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
-use crate::store::Files;
+use crate::store::{Files, Kind};
 
 /// What the daemon is started with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Settings {
-    /// Persistent data: the metadata store and the tasks' work folders.
+    /// Persistent data: the metadata store and the work folders of tasks and sandboxes.
     pub(crate) root: PathBuf,
     /// Data that is lost with a reboot: bundles.
     pub(crate) state: PathBuf,
@@ -94,15 +94,21 @@ impl Settings {
         Files { meta: self.store(), notes: self.state.join("notes.db") }
     }
 
-    /// The bundles, as containerd lays them out: a folder for each namespace, in it one for each task.
-    pub(crate) fn bundles(&self) -> PathBuf {
-        self.state.join(TASKS)
+    /// The bundles of a kind, as containerd lays them out: a folder for each namespace, in it one for each task or sandbox.
+    pub(crate) fn bundles(&self, kind: Kind) -> PathBuf {
+        self.state.join(folder(kind))
     }
 
     /// The same for what a bundle's `work` leads to.
-    pub(crate) fn works(&self) -> PathBuf {
-        self.root.join(TASKS)
+    pub(crate) fn works(&self, kind: Kind) -> PathBuf {
+        self.root.join(folder(kind))
     }
 }
 
-const TASKS: &str = "io.containerd.runtime.v2.task";
+/// Named after the part of containerd that owns it.
+fn folder(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Task => "io.containerd.runtime.v2.task",
+        Kind::Sandbox => "io.containerd.sandbox.controller.v1.shim",
+    }
+}

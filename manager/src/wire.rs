@@ -27,6 +27,11 @@ pub(crate) fn time_from_shim(time: Option<timestamp::Timestamp>) -> Option<Times
 }
 
 /// To a shim.
+pub(crate) fn time_to_shim(time: Timestamp) -> MessageField<timestamp::Timestamp> {
+    MessageField::some(timestamp::Timestamp { seconds: time.seconds, nanos: time.nanos, ..timestamp::Timestamp::default() })
+}
+
+/// To a shim.
 pub(crate) fn mount_to_shim(mount: Mount) -> ShimMount {
     ShimMount { type_: mount.r#type, source: mount.source, target: mount.target, options: mount.options, ..ShimMount::default() }
 }

@@ -38,7 +38,7 @@ pub fn bootstrap(bytes: &[u8]) {
     }
 }
 
-/// The options of a runtime and of a checkpoint, and stdio URIs.
+/// The options of a runtime, of a checkpoint and of a pod, and stdio URIs.
 pub fn options(bytes: &[u8]) {
     const TYPES: [&str; 5] = [
         "containerd.runc.v1.Options",
@@ -52,6 +52,7 @@ pub fn options(bytes: &[u8]) {
         let _ = RuntimeOptions::blocking_read(Some(&any));
         let _ = CheckpointOptions::read(Some(&any));
     }
+    let _ = x_proto::pod::PodConfig::parse_from_bytes(bytes);
     if let Ok(text) = std::str::from_utf8(bytes) {
         let _ = StdioUri::parse("stdout", text);
         let _ = StdioUri::parse_stdin(text);

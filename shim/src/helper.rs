@@ -1,7 +1,7 @@
 //! Helpers: runtimes and loggers, started for a Spawn operation, and the pipes that collect their output.
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use crate::capture::Capture;
 use crate::handover::{Fd, LOG_ARGUMENT, Spawn};
@@ -9,7 +9,7 @@ use crate::saved::saved;
 use crate::sys::spawn::{Command, Started, spawn};
 
 /// The pipes of a helper.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Pipes {
     /// The pipe behind [`LOG_ARGUMENT`], both ends: the program opens it by its path here.
     log: Option<(Capture, OwnedFd)>,
@@ -20,8 +20,12 @@ pub(crate) struct Pipes {
 
 saved!(Pipes { log, output, ready });
 
-/// Starts a helper. `end_of`: the descriptor for the end of a stream.
-pub(crate) fn start(order: &Spawn, end_of: impl FnMut(&Fd) -> io::Result<Option<OwnedFd>>) -> io::Result<(Started, Pipes)> {
+/// Starts a helper. `end_of`: the descriptor for the end of a stream. `namespaces`: those that it joins first.
+pub(crate) fn start(
+    order: &Spawn,
+    namespaces: Vec<BorrowedFd<'_>>,
+    end_of: impl FnMut(&Fd) -> io::Result<Option<OwnedFd>>,
+) -> io::Result<(Started, Pipes)> {
     let pipe_if = |is_used: bool| Ok::<_, io::Error>(is_used.then(Capture::new).transpose()?.unzip());
     let (log, log_end) = pipe_if(order.argv.iter().any(|argument| argument == LOG_ARGUMENT))?;
     let (output, output_end) = pipe_if(order.fds.contains(&Fd::Output))?;
@@ -47,6 +51,7 @@ pub(crate) fn start(order: &Spawn, end_of: impl FnMut(&Fd) -> io::Result<Option<
         descriptors: descriptors.map(|end| end.map(AsFd::as_fd)).collect(),
         // A runtime must not outlive the keeper, which would claim its container; a logger has to read to the end.
         dies_with_parent: order.reports_pid,
+        namespaces,
     })?;
     Ok((started, Pipes { log: log.zip(log_end), output, ready }))
 }
@@ -65,6 +70,11 @@ impl Pipes {
     pub(crate) fn read(&mut self) -> bool {
         let captures = [self.log.as_mut().map(|(log, _)| log), self.output.as_mut(), self.ready.as_mut()];
         captures.into_iter().flatten().fold(false, |more, capture| more | capture.read())
+    }
+
+    /// The output so far.
+    pub(crate) fn output(&self) -> &[u8] {
+        self.output.as_ref().map_or(&[], Capture::bytes)
     }
 
     /// The log and the output of a helper that has exited.

@@ -20,7 +20,8 @@ const MOST_LOOKS: usize = 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stat {
     state: u8,
-    parent: u32,
+    pub(crate) parent: u32,
+    pub(crate) session: u32,
     /// In clock ticks since the boot.
     pub(crate) start_time: u64,
     /// As wait(2) gives it.
@@ -37,7 +38,7 @@ impl Stat {
         Self::parse(&String::from_utf8_lossy(&line[..count]))
     }
 
-    /// Source: proc_pid_stat(5): field 3 is the state, 4 the parent, 22 the start time, 52 the exit status.
+    /// Source: proc_pid_stat(5): field 3 is the state, 4 the parent, 6 the session, 22 the start time, 52 the exit status.
     fn parse(line: &str) -> Option<Self> {
         // The name of the program may hold spaces and parentheses.
         let (_, after_name) = line.rsplit_once(')')?;
@@ -46,6 +47,7 @@ impl Stat {
         Some(Self {
             state: *field(3)?.as_bytes().first()?,
             parent: field(4)?.parse().ok()?,
+            session: field(6)?.parse().ok()?,
             start_time: field(22)?.parse().ok()?,
             wait_status: field(52)?.parse().ok()?,
         })
@@ -114,14 +116,14 @@ mod tests {
 
     /// Fields 5 to 52 of a process that has not exited.
     fn line(name: &str, state: char, wait_status: u32) -> String {
-        let between = "42 42 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 777 1000 2 18446744073709551615";
+        let between = "42 43 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 777 1000 2 18446744073709551615";
         format!("42 ({name}) {state} 7 {between} {} {wait_status}", ["0"; 26].join(" "))
     }
 
     #[test]
     fn fields_are_found_behind_a_name_with_parentheses() {
         let stat = Stat::parse(&line("a) b (c)", 'S', 0)).expect("whole");
-        assert_eq!(stat, Stat { state: b'S', parent: 7, start_time: 777, wait_status: 0 });
+        assert_eq!(stat, Stat { state: b'S', parent: 7, session: 43, start_time: 777, wait_status: 0 });
         assert_eq!((stat.is_running(), stat.exit_status()), (true, None));
         for (wait_status, status) in [(0, 0), (3 << 8, 3), (9, 137), (0x80 | 11, 139)] {
             let stat = Stat::parse(&line("sh", 'Z', wait_status)).expect("whole");

@@ -10,6 +10,10 @@ use crate::flag::{self, FlagError};
 
 /// The environment variable with the seconds after which an idle worker hibernates; 0: never.
 const IDLE_VARIABLE: &str = "X_SHIM_IDLE_SECONDS";
+/// The environment variable with the seconds after which a pod is dropped that was never started.
+const UNSTARTED_VARIABLE: &str = "X_SHIM_UNSTARTED_POD_SECONDS";
+/// Longer than a client waits for an image between Create and Start.
+const DEFAULT_UNSTARTED_SECONDS: u32 = 600;
 const DEFAULT_IDLE: Duration = Duration::from_secs(60);
 /// A worker may still check for an OOM kill that the kernel has not counted yet.
 const MIN_IDLE: Duration = Duration::from_secs(5);
@@ -106,6 +110,12 @@ impl Settings {
             log_level: level,
         })
     }
+}
+
+/// After how many seconds a pod that was created and not started is dropped.
+pub(crate) fn unstarted_pod_seconds() -> u32 {
+    let named = std::env::var(UNSTARTED_VARIABLE).ok().and_then(|text| text.trim().parse().ok());
+    named.unwrap_or(DEFAULT_UNSTARTED_SECONDS)
 }
 
 /// After how long an idle worker hibernates; `None`: never.

@@ -417,11 +417,8 @@ fn a_hanging_keeper_is_reported_and_not_replaced() {
 fn an_invalid_bundle_is_refused_with_one_line_and_leaves_nothing() {
     let host = Host::new();
     let bundle = host.bundle("c1", None);
-    for (content, words) in [(None, "read "), (Some("{"), "is not a valid container configuration"), (Some("[]"), "expected an object")] {
-        match content {
-            Some(content) => fs::write(bundle.join("config.json"), content).expect("a file can be written"),
-            None => fs::remove_file(bundle.join("config.json")).expect("is there"),
-        }
+    for (content, words) in [("{", "is not a valid container configuration"), ("[]", "expected an object")] {
+        fs::write(bundle.join("config.json"), content).expect("a file can be written");
         let message = failed(&host.action("c1", "start").output().expect("executes"), 1);
         assert!(message.contains(words) && message.contains("config.json"), "{message}");
         assert_eq!(message.lines().count(), 1, "{message}");
@@ -639,4 +636,40 @@ fn a_shim_whose_file_was_replaced_still_starts() {
     assert!(child.wait().expect("ends").success());
     UnixStream::connect(path_of(&answer)).expect("the keeper listens");
     scratch::eventually("the keeper serves", || host.ps()["shims"][0]["status"] == "alive");
+}
+
+#[test]
+fn a_bundle_without_a_configuration_is_a_pods_and_containers_with_its_id_join_it() {
+    let host = Host::new();
+    let pod = host.bundle("p1", None);
+    fs::remove_file(pod.join("config.json")).expect("is there");
+    let address = host.start("p1");
+    assert_eq!(host.ps()["shims"][0]["group"], "p1");
+    host.bundle("c1", Some("p1"));
+    assert_eq!(host.start("c1"), address);
+    assert_eq!(host.keeper_of("c1"), host.keeper_of("p1"));
+    // Of neither has anything been created.
+    for id in ["c1", "p1"] {
+        succeeded(host.action(id, "delete").output().expect("executes"));
+    }
+    scratch::eventually("the keeper exits", || host.ps()["shims"].as_array().is_some_and(Vec::is_empty));
+}
+
+#[test]
+fn delete_removes_what_a_pod_with_a_dead_keeper_has_left() {
+    let host = Host::new();
+    let bundle = host.bundle("p1", None);
+    fs::remove_file(bundle.join("config.json")).expect("is there");
+    let address = path_of(&host.start("p1"));
+    kill(host.keeper_of("p1"), "-KILL");
+    let cgroup = host.run.join("cgroup");
+    fs::create_dir_all(bundle.join("pod/shm")).expect("folders");
+    fs::create_dir(&cgroup).expect("a folder");
+    fs::write(bundle.join("pod/leftovers"), format!(r#"{{"cgroups": ["{}"]}}"#, cgroup.display())).expect("a file");
+    for _ in 0..2 {
+        let output = succeeded(host.action("p1", "delete").output().expect("executes"));
+        assert_eq!(DeleteResponse::parse_from_bytes(&output.stdout).expect("an answer").exit_status, 137);
+    }
+    assert!(!bundle.join("pod").exists() && !cgroup.exists() && !address.exists());
+    assert_eq!(host.ps()["shims"].as_array().map(Vec::len), Some(0));
 }

@@ -63,6 +63,9 @@ fn processes(but: &[u32], found: &mut BTreeSet<String>) {
     }
 }
 
+/// The folders in which containerd keeps the bundles of each namespace: of containers, and of sandboxes.
+pub const BUNDLES: [&str; 2] = ["io.containerd.runtime.v2.task", "io.containerd.sandbox.controller.v1.shim"];
+
 /// Sockets and fifos, and the bundles of daemons.
 fn walk(folder: &Path, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -75,7 +78,7 @@ fn walk(folder: &Path, found: &mut BTreeSet<String>) {
         } else if kind.is_fifo() {
             found.insert(format!("fifo {}", path.display()));
         } else if kind.is_dir() && entry.file_name() != "rootfs" {
-            if folder.parent().is_some_and(|parent| parent.ends_with("io.containerd.runtime.v2.task")) {
+            if folder.parent().is_some_and(|parent| BUNDLES.iter().any(|name| parent.ends_with(name))) {
                 found.insert(format!("bundle {}", path.display()));
             }
             walk(&path, found);

@@ -4,6 +4,8 @@
 //! Bundle ─start_shim▶ address ─Task::connect▶ Task ─create_in▶ Container ─start▶ … ─destroy▶ gone
 //! ```
 
+mod container;
+
 use std::fs;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,8 @@ use containerd_shim_protos::types::mount::Mount;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+
+pub use container::Container;
 
 use crate::eventually::{SOON, eventually, eventually_true, within};
 use crate::spec::{self, Spec};
@@ -50,6 +54,7 @@ pub struct Bundle {
     log_is_read: bool,
     environment: Vec<(String, String)>,
     systemd_cgroup: bool,
+    has_spec: bool,
     /// Where its containerd's gRPC API would be: with the namespace and the id, the name of its shim's socket.
     grpc: PathBuf,
 }
@@ -70,6 +75,7 @@ impl Bundle {
             log_is_read: true,
             environment: Vec::new(),
             systemd_cgroup: false,
+            has_spec: true,
             grpc: stand.grpc(),
         })
     }
@@ -79,6 +85,13 @@ impl Bundle {
     pub fn of_another_daemon(mut self) -> Self {
         self.folder = self.stand.folder().join("other").join(&self.id);
         self.grpc = self.stand.folder().join("other.sock");
+        self
+    }
+
+    /// Leaves out the spec, as in the bundle of a sandbox.
+    #[must_use]
+    pub fn without_spec(mut self) -> Self {
+        self.has_spec = false;
         self
     }
 
@@ -149,11 +162,18 @@ impl Bundle {
     pub fn write(&self) -> Result<&Self> {
         fs::create_dir_all(self.folder.join("rootfs"))?;
         fs::create_dir_all(self.folder.join("work"))?;
-        fs::write(self.folder.join("config.json"), self.spec.0.to_string())?;
+        if self.has_spec {
+            fs::write(self.folder.join("config.json"), self.spec.0.to_string())?;
+        }
         if !self.folder.join("log").exists() {
             stdio::fifo(&self.folder.join("log"))?;
         }
         Ok(self)
+    }
+
+    /// Its stand.
+    pub(crate) fn stand(&self) -> &Stand {
+        &self.stand
     }
 
     /// The options.
@@ -325,87 +345,6 @@ pub async fn output_of(child: &mut tokio::process::Child) -> Result<Output> {
     }
     let (stdout, stderr) = tokio::try_join!(all(child.stdout.take()), all(child.stderr.take()))?;
     Ok(Output { status: child.wait().await?, stdout, stderr })
-}
-
-/// A container that exists.
-#[derive(Debug)]
-pub struct Container {
-    /// A client of its shim.
-    pub task: Task,
-    /// Its id.
-    pub id: String,
-    /// The pid of its init.
-    pub pid: u32,
-    /// Its bundle.
-    pub bundle: Bundle,
-}
-
-impl Container {
-    /// Starts init.
-    pub async fn start(&self) -> Result<()> {
-        let pid = self.task.start(&self.id, "").await.with_context(|| format!("start {}", self.id))?;
-        ensure!(pid == self.pid, "create reports pid {}, start reports {pid}", self.pid);
-        Ok(())
-    }
-
-    /// Adds a process.
-    pub async fn add(&self, exec: &str, args: &[&str]) -> Result<()> {
-        self.task.exec(&self.bundle.exec_request(exec, args)).await.with_context(|| format!("exec {exec}"))
-    }
-
-    /// Adds a process and starts it.
-    pub async fn exec(&self, exec: &str, args: &[&str]) -> Result<u32> {
-        self.add(exec, args).await?;
-        self.task.start(&self.id, exec).await.with_context(|| format!("start {exec}"))
-    }
-
-    /// Runs a process to its end and deletes it.
-    pub async fn run(&self, exec: &str, args: &[&str]) -> Result<u32> {
-        self.exec(exec, args).await?;
-        let status = self.task.wait(&self.id, exec).await?;
-        let deleted = self.task.delete(&self.id, exec).await?;
-        ensure!(deleted.exit_status == status, "wait reports {status}, delete reports {}", deleted.exit_status);
-        Ok(status)
-    }
-
-    /// Kills init, waits for its end and deletes it.
-    pub async fn destroy(&self) -> Result<u32> {
-        match self.task.kill(&self.id, "", 9).await {
-            Err(error) if error.code() != Some(crate::ttrpc::Code::NotFound) => return Err(error.into()),
-            _ => {}
-        }
-        self.finish().await
-    }
-
-    /// Waits for the end and deletes it.
-    pub async fn finish(&self) -> Result<u32> {
-        let status = self.task.wait(&self.id, "").await?;
-        let deleted = self.task.delete(&self.id, "").await?;
-        ensure!(deleted.exit_status == status, "wait reports {status}, delete reports {}", deleted.exit_status);
-        Ok(status)
-    }
-
-    /// Deletes it, calls Shutdown, and waits until the shim has exited.
-    pub async fn shut_down(&self) -> Result<u32> {
-        let status = self.destroy().await?;
-        leave(&self.task, self.bundle.shim_pid()?, &self.id).await?;
-        Ok(status)
-    }
-
-    /// The pid of its shim.
-    pub fn shim_pid(&self) -> Result<i32> {
-        self.bundle.shim_pid()
-    }
-
-    /// The pid of the worker of its shim, once there is one.
-    pub async fn worker_pid(&self) -> Result<i32> {
-        worker_of(self.shim_pid()?).await
-    }
-
-    /// Its stand.
-    pub fn stand(&self) -> &Stand {
-        &self.bundle.stand
-    }
 }
 
 /// Calls Shutdown, and waits until the shim has exited: immediately, because it has no container left.

@@ -113,6 +113,11 @@ impl Client {
             spec: Some(spec),
             ..Container::default()
         };
+        self.create_metadata(container).await
+    }
+
+    /// Creates the metadata of a container with all its fields.
+    pub async fn create_metadata(&self, container: Container) -> Answer<()> {
         let request = self.request(CreateContainerRequest { container: Some(container) });
         self.call("create container", self.api.containers().create(request)).await.map(drop)
     }

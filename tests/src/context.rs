@@ -72,6 +72,12 @@ impl Context {
         Self::beside(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
     }
 
+    /// The same, with a daemon that has containerd's service for sandboxes.
+    pub async fn with_own_sandboxes(&self) -> Result<Self> {
+        let daemon = Arc::new(Daemon::start_for_sandboxes(self.0.suite, &self.0.shim).await?);
+        Self::beside(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
+    }
+
     /// The same with another shim and more environment for it.
     pub async fn with_own_shim(&self, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
         let daemon = Arc::new(Daemon::start_with(self.0.suite, shim, environment).await?);
@@ -240,8 +246,10 @@ impl Context {
                 }
             }
         }
-        for entry in fs::read_dir(self.daemon().bundle(namespace, "")).into_iter().flatten().flatten() {
-            left.push(format!("bundle {}", entry.path().display()));
+        for folder in [self.daemon().bundle(namespace, ""), self.daemon().sandbox_bundle(namespace, "")] {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                left.push(format!("bundle {}", entry.path().display()));
+            }
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         left.extend(mounts.lines().filter(|line| line.contains(&format!("/{namespace}/"))).map(str::to_owned));

@@ -8,11 +8,13 @@
 //! | [`kernel_trace`] | program executions and system calls, from tracefs |
 //! | [`cgroups`] | which cgroups a run sees, and its own folders in them |
 //! | [`suite`] | where the daemons and runtimes of each Debian suite are |
+//! | [`network`] | a network namespace of a test's own |
 //! | [`daemon`] | one containerd in a folder of its own, killed and restarted at will |
 //! | [`client`] | containerd's gRPC API, every call with a deadline |
 //! | [`container`] | a container under test: spec, stdio, task, execs |
 //! | [`context`] | the daemon, namespace and folder of one test |
 //! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
+//! | [`controller`] | a sandbox that a shim holds, through containerd's controller |
 //! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
 //! | [`events`] | the daemon's events, collected |
@@ -22,6 +24,7 @@
 //! | [`stand`] | the test bed of such a case: a shim between a client and a fake containerd |
 //! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers created from them |
+//! | [`sandbox`] | sandboxes, and containers in them |
 //! | [`workloads`] | workloads that several suites share |
 //! | [`refusals`] | requests that a shim refuses, and its answers |
 //! | [`witness`] | a container that must keep running while its shim is under test |
@@ -43,6 +46,7 @@ pub mod client;
 pub mod conformance;
 pub mod container;
 pub mod context;
+pub mod controller;
 pub mod cri;
 pub mod daemon;
 pub mod direct;
@@ -54,12 +58,14 @@ pub mod gate;
 pub mod isolation;
 pub mod kernel_trace;
 pub mod messages;
+pub mod network;
 pub mod operator;
 pub mod proc;
 pub mod programs;
 pub mod refusals;
 pub mod rootfs;
 pub mod runner;
+pub mod sandbox;
 pub mod spec;
 pub mod stand;
 pub mod stdio;

@@ -8,8 +8,12 @@ mod api;
 mod ctr;
 #[path = "manager/kills.rs"]
 mod kills;
+#[path = "manager/pod.rs"]
+mod pod;
 #[path = "manager/restart.rs"]
 mod restart;
+#[path = "manager/sandboxes.rs"]
+mod sandboxes;
 #[path = "manager/shims.rs"]
 mod shims;
 
@@ -26,7 +30,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases = [api_cases(), ctr_cases(), restart_cases(), shim_cases(), kill_cases()].concat();
+    let cases = [api_cases(), ctr_cases(), restart_cases(), shim_cases(), sandbox_cases(), kill_cases()].concat();
     runner::main(&cases, &[], programs)
 }
 
@@ -89,6 +93,22 @@ fn shim_cases() -> Vec<Case> {
             an_image_path_among_the_options_of_a_container_restores_nothing,
             a_program_that_hangs_is_ended_with_what_it_has_started;
         Scope::Daemons => a_shim_whose_address_cannot_be_recorded_is_shut_down_at_once,
+    ];
+    cases.into_iter().map(|case| case.within(std::time::Duration::from_secs(120))).collect()
+}
+
+fn sandbox_cases() -> Vec<Case> {
+    let cases = cases![sandboxes,
+        Scope::Once =>
+            a_record_of_a_sandbox_is_created_updated_listed_and_deleted,
+            a_sandbox_is_refused_with_a_code,
+            a_sandbox_lives_in_a_shim_and_its_containers_join_it,
+            a_sandbox_of_another_shim_is_served,
+            a_shim_without_sandboxes_leaves_nothing,
+            a_sandbox_survives_a_crash_and_an_upgrade_of_the_daemon,
+            the_end_of_a_killed_sandbox_is_published_once_and_kept,
+            a_client_of_an_older_version_needs_no_create,
+            a_crash_of_the_daemon_at_any_step_leaves_no_half_sandbox,
     ];
     cases.into_iter().map(|case| case.within(std::time::Duration::from_secs(120))).collect()
 }

@@ -31,6 +31,8 @@ mod retries;
 mod roots;
 #[path = "protocol/runtimes.rs"]
 mod runtimes;
+#[path = "protocol/sandboxes.rs"]
+mod sandboxes;
 #[path = "protocol/shutdown.rs"]
 mod shutdown;
 #[path = "protocol/specification.rs"]
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
     ]);
     cases.extend(
         direct_cases![execs:
+            a_signal_for_all_of_an_exec_reaches_its_descendants_and_no_other_process,
             execs_that_are_never_deleted_do_not_accumulate,
             failed_execs_that_are_never_deleted_do_not_accumulate,
             a_thousand_execs_with_fifos_leave_no_descriptor_and_no_file,
@@ -175,6 +178,16 @@ fn main() -> ExitCode {
         a_logger_that_is_never_ready_is_ended_by_delete,
         the_command_delete_does_not_wait_for_an_output_and_its_reader_gets_all_of_it,
         a_keeper_killed_while_a_delete_waits_for_an_output_ends_the_output,
+    ]);
+    cases.extend(direct_cases![sandboxes:
+        a_sandbox_outlives_workers_killed_between_all_its_calls,
+        the_keeper_answers_for_a_stopped_worker,
+        a_shutdown_can_be_repeated,
+        an_invalid_pod_configuration_is_named,
+        a_network_that_is_none_is_named,
+        a_second_sandbox_in_a_shim_is_refused,
+        a_container_does_not_get_the_process_ids_of_a_keeper,
+        a_sandbox_that_is_never_started_expires,
     ]);
     cases.extend(direct_cases![specification:
         every_section_with_numbers_has_a_test,

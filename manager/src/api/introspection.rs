@@ -11,6 +11,7 @@ use prost::Message as _;
 use prost_types::Any;
 
 use super::call::Call;
+use super::sandbox_controller::SANDBOX_CONTROLLER;
 use super::search::Filters;
 use crate::error::{Error, IoContext as _, Object, Result};
 use crate::filter::{Fields, Filter, text};
@@ -38,7 +39,19 @@ fn all() -> Vec<Plugin> {
     };
     runtime.platforms = vec![Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), ..Platform::default() }];
     let mut plugins = vec![plugin("io.containerd.event.v1", "exchange"), plugin("io.containerd.metadata.v1", "sqlite"), runtime];
-    let services = ["containers", "events", "healthcheck", "introspection", "leases", "namespaces", "tasks", "version"];
+    plugins.extend([plugin("io.containerd.sandbox.store.v1", "local"), plugin("io.containerd.sandbox.controller.v1", SANDBOX_CONTROLLER)]);
+    let services = [
+        "containers",
+        "events",
+        "healthcheck",
+        "introspection",
+        "leases",
+        "namespaces",
+        "sandbox-controllers",
+        "sandboxes",
+        "tasks",
+        "version",
+    ];
     plugins.extend(services.map(|service| plugin("io.containerd.grpc.v1", service)));
     plugins.push(plugin("io.containerd.ttrpc.v1", "events"));
     plugins

@@ -13,7 +13,7 @@ use super::mask;
 use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::name::{self, Namespace};
-use crate::store::{Store, containers, leases, namespaces};
+use crate::store::{Store, containers, leases, namespaces, sandboxes};
 
 fn not_found(name: &str) -> Error {
     Error::NotFound(Object::Namespace(name.to_owned()))
@@ -80,8 +80,11 @@ impl Namespaces {
         let name = request.name.clone();
         self.store
             .remove(move |db| {
-                if !containers::is_empty(db, &name)? {
-                    return Err(Error::Precondition(format!("namespace {name:?} must be empty, but it still has containers")));
+                let kinds = [("containers", containers::is_empty(db, &name)?), ("sandboxes", sandboxes::is_empty(db, &name)?)];
+                let left: Vec<_> = kinds.into_iter().filter(|(_, is_empty)| !is_empty).map(|(kind, _)| kind).collect();
+                if !left.is_empty() {
+                    let left = left.join(", ");
+                    return Err(Error::Precondition(format!("namespace {name:?} must be empty, but it still has {left}")));
                 }
                 // as with containerd, leases do not keep a namespace, and are deleted with it
                 leases::remove_all(db, &name)?;

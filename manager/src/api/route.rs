@@ -24,6 +24,8 @@ use super::health::Health;
 use super::introspection::Introspection;
 use super::leases::Leases;
 use super::namespaces::Namespaces;
+use super::sandbox_controller::SandboxController;
+use super::sandboxes::Sandboxes;
 use super::tasks::TaskService;
 use super::version::Version;
 use crate::error::{Error, Result};
@@ -40,6 +42,8 @@ type Leaving = watch::Receiver<bool>;
 pub(crate) struct Services {
     pub(crate) containers: Arc<Containers>,
     pub(crate) tasks: Arc<TaskService>,
+    pub(crate) sandboxes: Arc<Sandboxes>,
+    pub(crate) sandbox_controller: Arc<SandboxController>,
     pub(crate) events: Arc<Events>,
     pub(crate) namespaces: Arc<Namespaces>,
     pub(crate) leases: Arc<Leases>,
@@ -103,6 +107,26 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "Update" => incoming.carry(&s.tasks, TaskService::update).await,
             "Metrics" => incoming.look(&s.tasks, TaskService::metrics).await,
             "Wait" => incoming.park(&s.tasks, TaskService::wait).await,
+            _ => unknown(path),
+        },
+        "containerd.services.sandbox.v1.Store" => match method {
+            "Create" => incoming.change(&s.sandboxes, Sandboxes::create).await,
+            "Update" => incoming.change(&s.sandboxes, Sandboxes::update).await,
+            "Delete" => incoming.change(&s.sandboxes, Sandboxes::delete).await,
+            "List" => incoming.look(&s.sandboxes, Sandboxes::list).await,
+            "Get" => incoming.look(&s.sandboxes, Sandboxes::get).await,
+            _ => unknown(path),
+        },
+        "containerd.services.sandbox.v1.Controller" => match method {
+            "Create" => incoming.carry(&s.sandbox_controller, SandboxController::create).await,
+            "Start" => incoming.carry(&s.sandbox_controller, SandboxController::start).await,
+            "Platform" => incoming.look(&s.sandbox_controller, SandboxController::platform).await,
+            "Stop" => incoming.carry(&s.sandbox_controller, SandboxController::stop).await,
+            "Wait" => incoming.park(&s.sandbox_controller, SandboxController::wait).await,
+            "Status" => incoming.look(&s.sandbox_controller, SandboxController::status).await,
+            "Shutdown" => incoming.carry(&s.sandbox_controller, SandboxController::shutdown).await,
+            "Metrics" => incoming.look(&s.sandbox_controller, SandboxController::metrics).await,
+            "Update" => incoming.look(&s.sandbox_controller, SandboxController::update).await,
             _ => unknown(path),
         },
         "containerd.services.events.v1.Events" => match method {

@@ -11,6 +11,7 @@
 //! **Invariant:** publishing waits for no subscriber and evaluates no filter.
 
 mod fields;
+mod sandbox;
 mod sieve;
 
 use std::pin::Pin;
@@ -26,6 +27,8 @@ use prost_types::{Any, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
+
+pub(crate) use sandbox::{SandboxCreate, SandboxExit, SandboxStart};
 
 use crate::error::{Error, Result};
 use crate::filter::Filter;

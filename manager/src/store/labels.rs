@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use containerd_client::services::v1::{Container, Lease, Namespace};
+use containerd_client::types::Sandbox;
 use prost::Message;
 use rusqlite::{Connection, params};
 
@@ -30,7 +31,7 @@ macro_rules! labelled {
     };
 }
 
-labelled!(Container: "containers", Lease: "leases", Namespace: "namespaces");
+labelled!(Container: "containers", Lease: "leases", Namespace: "namespaces", Sandbox: "sandboxes");
 
 /// A label that an object must have.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

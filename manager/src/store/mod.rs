@@ -30,8 +30,8 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
 pub(crate) use facts::{new_boot, restarts, uuid};
 pub(crate) use labels::Wanted;
-pub(crate) use objects::{Resource, containers, leases, namespaces, resources};
-pub(crate) use processes::{Exit, ended, execs, exits};
+pub(crate) use objects::{Resource, containers, leases, namespaces, resources, sandboxes};
+pub(crate) use processes::{Exit, Kind, ended, execs, exits};
 pub(crate) use queue::Load;
 pub(crate) use upkeep::{Aside, backup, check, rehearse};
 

@@ -1,9 +1,10 @@
-//! The objects of the API: namespaces, containers, leases and their resources.
+//! The objects of the API: namespaces, containers, sandboxes, leases and their resources.
 //!
 //! Each object is stored as its protobuf message; its labels have a table of their own, and any in a record of an earlier version do not count.
 //! These functions enforce no rules; the services do.
 
 use containerd_client::services::v1::{Container, Lease};
+use containerd_client::types::Sandbox;
 use rusqlite::{OptionalExtension as _, params, params_from_iter};
 
 use super::labels::{self, Labelled, Wanted};
@@ -60,6 +61,12 @@ fn put<M: Labelled>(db: &mut Meta<'_>, namespace: &str, id: &str, object: &M) ->
     insert.execute(params![namespace, id, object.encode_to_vec()]).doing("write").map(drop)
 }
 
+/// Whether the namespace has none.
+fn is_empty<M: Labelled>(db: &Meta<'_>, namespace: &str) -> Result<bool> {
+    let sql = format!("SELECT NOT EXISTS (SELECT 1 FROM {} WHERE namespace = ?)", M::KIND);
+    db.0.prepare_cached(&sql).and_then(|mut select| select.query_row([namespace], |row| row.get(0))).doing("read")
+}
+
 /// Whether there was one to remove.
 fn remove<M: Labelled>(db: &mut Meta<'_>, namespace: &str, id: &str) -> Result<bool> {
     let mut delete = db.0.prepare_cached(&format!("DELETE FROM {} WHERE namespace = ? AND id = ?", M::KIND)).doing("prepare")?;
@@ -107,13 +114,18 @@ macro_rules! kind {
 kind!(containers, Container, {
     /// Whether the namespace has none.
     pub(crate) fn is_empty(db: &Meta<'_>, namespace: &str) -> Result<bool> {
-        let sql = "SELECT NOT EXISTS (SELECT 1 FROM containers WHERE namespace = ?)";
-        db.0.prepare_cached(sql).and_then(|mut select| select.query_row([namespace], |row| row.get(0))).doing("read")
+        super::is_empty::<Container>(db, namespace)
     }
 
     /// Every object of the namespace that has a label, by id.
     pub(crate) fn labelled(db: &Meta<'_>, namespace: &str, key: &str) -> Result<Vec<Container>> {
         super::page(db, namespace, "", Some(&[Wanted { key: key.to_owned(), value: None }]), usize::MAX)
+    }
+});
+kind!(sandboxes, Sandbox, {
+    /// Whether the namespace has none.
+    pub(crate) fn is_empty(db: &Meta<'_>, namespace: &str) -> Result<bool> {
+        super::is_empty::<Sandbox>(db, namespace)
     }
 });
 kind!(leases, Lease, {

@@ -1,12 +1,38 @@
-//! Facts about tasks that this process needs after its own crash and that shims do not keep.
+//! Facts about tasks and sandboxes that this process needs after its own crash and that shims do not keep.
 //!
 //! `execs`: added execs, so that their exits can be queried. `exits`: published exits, so that none is published twice.
-//! `ended`: exits of tasks whose shim is dead, until a client collects them.
+//! `ended`: exits of tasks and sandboxes whose shim is dead, until a client collects them. No task has the id of a sandbox in its namespace.
 
 use rusqlite::{OptionalExtension as _, Row, params};
 
 use super::{Doing as _, Notes};
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+/// What a shim was started for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A container's.
+    Task,
+    /// A group of containers, which share its shim.
+    Sandbox,
+}
+
+impl Kind {
+    /// Both.
+    pub(crate) const ALL: [Self; 2] = [Self::Task, Self::Sandbox];
+
+    /// Its name in the store.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Task => "task",
+            Self::Sandbox => "sandbox",
+        }
+    }
+
+    fn named(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| Error::Record(format!("an exit of kind {name:?}")))
+    }
+}
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +118,13 @@ pub(crate) mod exits {
         Ok(())
     }
 
+    /// Forgets the exits of a sandbox at once: no shim publishes them.
+    pub(crate) fn clear(db: &mut Notes<'_>, namespace: &str, id: &str) -> Result<()> {
+        let mut delete = db.0.prepare_cached("DELETE FROM exits WHERE namespace = ? AND id = ?").doing("prepare")?;
+        delete.execute([namespace, id]).doing("remove")?;
+        Ok(())
+    }
+
     /// Two readings of the clock for one exit are nearer than that; two exits of one pid in one exec id are not.
     const SAME_EXIT_NANOS: i64 = 2_000_000_000;
     /// How long the exit of a process is kept after its deletion.
@@ -101,15 +134,15 @@ pub(crate) mod exits {
 pub(crate) mod ended {
     use super::*;
 
-    /// Records the exit of a task whose shim is dead.
-    pub(crate) fn put(db: &mut Notes<'_>, namespace: &str, id: &str, exit: Exit) -> Result<()> {
-        let sql = "INSERT OR REPLACE INTO ended (namespace, id, pid, status, at) VALUES (?, ?, ?, ?, ?)";
+    /// Records the exit of a task or sandbox whose shim is dead.
+    pub(crate) fn put(db: &mut Notes<'_>, kind: Kind, namespace: &str, id: &str, exit: Exit) -> Result<()> {
+        let sql = "INSERT OR REPLACE INTO ended (kind, namespace, id, pid, status, at) VALUES (?, ?, ?, ?, ?, ?)";
         let mut insert = db.0.prepare_cached(sql).doing("prepare")?;
-        insert.execute(params![namespace, id, exit.pid, exit.status, exit.at]).doing("write")?;
+        insert.execute(params![kind.name(), namespace, id, exit.pid, exit.status, exit.at]).doing("write")?;
         Ok(())
     }
 
-    /// The exit of a task, if it is recorded.
+    /// The exit of a task or sandbox, if it is recorded.
     pub(crate) fn get(db: &Notes<'_>, namespace: &str, id: &str) -> Result<Option<Exit>> {
         let mut select = db.0.prepare_cached("SELECT pid, status, at FROM ended WHERE namespace = ? AND id = ?").doing("prepare")?;
         select.query_row([namespace, id], Exit::from_row).optional().doing("read")
@@ -122,10 +155,15 @@ pub(crate) mod ended {
         delete.query_row([namespace, id], Exit::from_row).optional().doing("remove")
     }
 
-    /// All of them: namespace, id, how.
-    pub(crate) fn list(db: &Notes<'_>) -> Result<Vec<(String, String, Exit)>> {
-        let mut select = db.0.prepare_cached("SELECT pid, status, at, namespace, id FROM ended").doing("prepare")?;
-        let rows = select.query_map([], |row| Ok((row.get(3)?, row.get(4)?, Exit::from_row(row)?))).doing("read")?;
-        rows.collect::<rusqlite::Result<_>>().doing("read")
+    /// All of them: kind, namespace, id, how.
+    pub(crate) fn list(db: &Notes<'_>) -> Result<Vec<(Kind, String, String, Exit)>> {
+        let mut select = db.0.prepare_cached("SELECT pid, status, at, namespace, id, kind FROM ended").doing("prepare")?;
+        let rows =
+            select.query_map([], |row| Ok((row.get::<_, String>(5)?, row.get(3)?, row.get(4)?, Exit::from_row(row)?))).doing("read")?;
+        rows.map(|row| {
+            let (kind, namespace, id, exit) = row.doing("read")?;
+            Ok((Kind::named(&kind)?, namespace, id, exit))
+        })
+        .collect()
     }
 }

@@ -98,12 +98,12 @@ fn run(db: &Connection, sql: &str) -> Result<()> {
 ///
 /// `record` holds the object as the API has it, in protobuf, whose labels do not count; what is looked up by has a column of its own.
 /// `facts` are about the store itself: whose it is (`uuid`).
-pub(super) const META: Schema = Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry, labels_apart] }; // xmgr
+pub(super) const META: Schema = Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry, labels_apart, sandboxes] }; // xmgr
 
 /// Data that does not: see `processes.rs`.
 ///
 /// `facts` has the boot of the machine (`boot`), and the tasks that the restart monitor is creating.
-pub(super) const NOTES: Schema = Schema { application_id: 0x786d_676e, migrations: &[notes] }; // xmgn
+pub(super) const NOTES: Schema = Schema { application_id: 0x786d_676e, migrations: &[notes, ends_of_sandboxes] }; // xmgn
 
 fn first(db: &Connection) -> Result<()> {
     run(
@@ -195,6 +195,21 @@ fn labels_apart(db: &Connection) -> Result<()> {
     copy_labels::<Namespace>(db, "''", |namespace| &namespace.name)
 }
 
+/// Sandboxes are objects like containers.
+fn sandboxes(db: &Connection) -> Result<()> {
+    run(
+        db,
+        "
+    CREATE TABLE sandboxes (
+        namespace TEXT NOT NULL, id TEXT NOT NULL, record BLOB NOT NULL, PRIMARY KEY (namespace, id)
+    ) STRICT;
+    CREATE TRIGGER labels_of_sandbox AFTER DELETE ON sandboxes BEGIN
+        DELETE FROM labels WHERE namespace = old.namespace AND kind = 'sandboxes' AND id = old.id;
+    END;
+",
+    )
+}
+
 fn copy_labels<M: Labelled>(db: &Connection, namespace: &str, id: fn(&M) -> &String) -> Result<()> {
     for (_rowid, namespace, mut object) in records::<M>(db, namespace)? {
         let copied = std::mem::take(object.labels());
@@ -237,13 +252,18 @@ fn notes(db: &Connection) -> Result<()> {
     )
 }
 
+/// Sandboxes end like tasks.
+fn ends_of_sandboxes(db: &Connection) -> Result<()> {
+    run(db, "ALTER TABLE ended ADD COLUMN kind TEXT NOT NULL DEFAULT 'task'")
+}
+
 #[cfg(test)]
 mod tests {
     use prost::Message as _;
 
     use super::*;
     use crate::store::tests::files;
-    use crate::store::{Files, Meta, Store};
+    use crate::store::{Exit, Files, Kind, Meta, Notes, Store, ended};
 
     #[test]
     fn a_store_of_a_newer_version_is_refused_with_a_sentence() {
@@ -329,6 +349,23 @@ mod tests {
         assert_eq!(labels_of(&store, "leases", "one", "l"), [], "and labels with their object");
         let error = ONE.prepare(&mut store, &path).expect_err("newer").to_string();
         assert!(error.contains("from a newer x-manager; this one knows versions up to 1"), "{error}");
+    }
+
+    #[test]
+    fn an_exit_that_an_older_version_noted_is_a_tasks() {
+        let folder = scratch::Folder::new("notes");
+        let path = folder.join("notes.db");
+        let mut store = Connection::open(&path).expect("a file");
+        let old = Schema { application_id: NOTES.application_id, migrations: &[notes] };
+        old.prepare(&mut store, &path).expect("a new store");
+        store.execute("INSERT INTO ended VALUES ('n', 'c', 7, 3, 1)", ()).expect("room");
+        NOTES.prepare(&mut store, &path).expect("a way forward");
+        let exit = Exit { pid: 7, status: 3, at: 1 };
+        ended::put(&mut Notes(&store), Kind::Sandbox, "n", "s", exit).expect("room");
+        let mut all = ended::list(&Notes(&store)).expect("read");
+        all.sort_by(|one, other| one.2.cmp(&other.2));
+        let noted = |kind, id: &str| (kind, "n".to_owned(), id.to_owned(), exit);
+        assert_eq!(all, [noted(Kind::Task, "c"), noted(Kind::Sandbox, "s")]);
     }
 
     #[test]

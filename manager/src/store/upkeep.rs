@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use containerd_client::services::v1::{Container, Lease, Namespace};
+use containerd_client::types::Sandbox;
 use prost::Message;
 use rusqlite::backup::Backup;
 use rusqlite::{Connection, OpenFlags};
@@ -157,13 +158,15 @@ pub(crate) fn check(path: &Path) -> Result<Vec<String>> {
         "SELECT 'an edge starts from lease ' || from_id || ' in namespace ' || namespace || ', which does not exist' FROM edges
          WHERE from_type = 'leases' AND (namespace, from_id) NOT IN (SELECT namespace, id FROM leases)",
     )?);
-    for (table, namespace, id) in [("containers", "namespace", "id"), ("leases", "namespace", "id"), ("namespaces", "''", "name")] {
+    let in_namespaces = ["containers", "leases", "sandboxes"];
+    let labelled = in_namespaces.map(|table| (table, "namespace", "id")).into_iter().chain([("namespaces", "''", "name")]);
+    for (table, namespace, id) in labelled {
         wrong.extend(sentences(&format!(
             "SELECT DISTINCT 'there are labels of ' || kind || ' ' || id || ' in namespace ' || namespace || ', which does not exist' FROM labels
              WHERE kind = '{table}' AND (namespace, id) NOT IN (SELECT {namespace}, {id} FROM {table})"
         ))?);
     }
-    for table in ["containers", "leases"] {
+    for table in in_namespaces {
         wrong.extend(sentences(&format!(
             "SELECT '{table} ' || id || ' is in namespace ' || namespace || ', which does not exist' FROM {table}
              WHERE namespace NOT IN (SELECT name FROM namespaces)"
@@ -171,6 +174,7 @@ pub(crate) fn check(path: &Path) -> Result<Vec<String>> {
     }
     records::<Namespace>(&store, "SELECT 'namespace ' || name, record FROM namespaces", &mut wrong)?;
     records::<Container>(&store, "SELECT 'container ' || id || ' in ' || namespace, record FROM containers", &mut wrong)?;
+    records::<Sandbox>(&store, "SELECT 'sandbox ' || id || ' in ' || namespace, record FROM sandboxes", &mut wrong)?;
     records::<Lease>(&store, "SELECT 'lease ' || id || ' in ' || namespace, record FROM leases", &mut wrong)?;
     Ok(wrong)
 }
@@ -285,8 +289,10 @@ mod tests {
         other
             .execute_batch(
                 "INSERT INTO containers VALUES ('nowhere', 'c1', x'ff');
+                 INSERT INTO sandboxes VALUES ('nowhere', 's1', x'ff');
                  INSERT INTO edges VALUES ('one', 'leases', 'none', 'content', 'x');
-                 INSERT INTO labels VALUES ('one', 'containers', 'none', 'a', 'b'), ('', 'namespaces', 'none', 'a', 'b')",
+                 INSERT INTO labels VALUES ('one', 'containers', 'none', 'a', 'b'), ('', 'namespaces', 'none', 'a', 'b'),
+                                           ('one', 'sandboxes', 'none', 'a', 'b')",
             )
             .expect("damage");
         drop(other);
@@ -297,6 +303,9 @@ mod tests {
             "there are labels of namespaces none",
             "containers c1 is in namespace nowhere",
             "container c1 in nowhere cannot be read",
+            "there are labels of sandboxes none in namespace one, which does not exist",
+            "sandboxes s1 is in namespace nowhere",
+            "sandbox s1 in nowhere cannot be read",
         ] {
             assert!(wrong.contains(part), "{wrong}");
         }

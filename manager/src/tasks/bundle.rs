@@ -1,11 +1,13 @@
-//! The folder of a task, as containerd lays it out and shims expect it.
+//! The folder of a task or of a sandbox, as containerd lays it out and shims expect it.
 //!
 //! ```text
-//! STATE/io.containerd.runtime.v2.task/NAMESPACE/ID/
-//!   config.json         the spec           address           where the shim serves, as text
+//! STATE/io.containerd.runtime.v2.task/NAMESPACE/ID/, or io.containerd.sandbox.controller.v1.shim/NAMESPACE/ID/
+//!   config.json         the spec, if any   address           where the shim serves, as text
 //!   rootfs/             for its mounts     bootstrap.json    the same, with version and protocol
 //!   work ─▶ ROOT/…/ID   outlives a reboot  shim-binary-path  the program that was started
-//!   log                 a fifo             …                 what the shim puts there
+//!   log                 a fifo             sandbox           of a task: the sandbox whose shim it has, if it has not started one
+//!                                          created           of a sandbox: that its shim has created it
+//!                                          …                 what the shim puts there
 //! ```
 
 use std::ffi::OsString;
@@ -23,6 +25,7 @@ use super::mounts;
 use crate::error::{IoContext as _, Result};
 use crate::name::Namespace;
 use crate::settings::Settings;
+use crate::store::Kind;
 
 /// Where a shim serves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,7 +47,16 @@ pub(crate) struct Claim {
     _lock: Option<File>,
 }
 
-/// A task's folder.
+/// What a bundle begins with.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Contents {
+    /// The JSON of config.json, which a sandbox may lack.
+    pub(crate) spec: Option<Vec<u8>>,
+    /// The sandbox that a task is in.
+    pub(crate) sandbox: Option<String>,
+}
+
+/// The folder of a task or sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Bundle {
     path: PathBuf,
@@ -52,10 +64,10 @@ pub(crate) struct Bundle {
 }
 
 impl Bundle {
-    /// Where a task's folder is, or would be.
-    pub(crate) fn of(settings: &Settings, namespace: &Namespace, id: &str) -> Self {
+    /// Where the folder is, or would be.
+    pub(crate) fn of(settings: &Settings, kind: Kind, namespace: &Namespace, id: &str) -> Self {
         let below = |folder: PathBuf| folder.join(namespace.as_str()).join(id);
-        Self { path: below(settings.bundles()), work: below(settings.works()) }
+        Self { path: below(settings.bundles(kind)), work: below(settings.works(kind)) }
     }
 
     /// The folder.
@@ -76,16 +88,16 @@ impl Bundle {
         }
     }
 
-    /// Makes it. `spec` is the JSON of config.json.
+    /// Makes it.
     ///
     /// Errors: nothing is left of it; one that was there before is not touched.
-    pub(crate) fn blocking_create(&self, spec: &[u8]) -> Result<()> {
+    pub(crate) fn blocking_create(&self, contents: &Contents) -> Result<()> {
         for folder in [&self.path, &self.work] {
             let parent = folder.parent().unwrap_or(Path::new("/"));
             DirBuilder::new().recursive(true).mode(0o711).create(parent).on("make folder", parent)?;
         }
         DirBuilder::new().mode(0o700).create(&self.path).on("make bundle", &self.path)?;
-        let filled = self.fill(spec);
+        let filled = self.fill(contents);
         if filled.is_err() {
             // the first error is the one that counts
             let _ = self.blocking_remove();
@@ -93,8 +105,8 @@ impl Bundle {
         filled
     }
 
-    fn fill(&self, spec: &[u8]) -> Result<()> {
-        if let Some(gid) = group_of_root(spec) {
+    fn fill(&self, contents: &Contents) -> Result<()> {
+        if let Some(gid) = contents.spec.as_deref().and_then(group_of_root) {
             chown(&self.path, None, Some(gid)).on("give away bundle", &self.path)?;
             fs::set_permissions(&self.path, fs::Permissions::from_mode(0o710)).on("open up bundle", &self.path)?;
         }
@@ -105,8 +117,21 @@ impl Bundle {
         DirBuilder::new().mode(0o711).create(&self.work).on("make work folder", &self.work)?;
         let link = self.path.join("work");
         symlink(&self.work, &link).on("make link", &link)?;
-        let config = self.path.join("config.json");
-        fs::write(&config, spec).on("write", &config)
+        let files = [("config.json", contents.spec.as_deref()), (SANDBOX, contents.sandbox.as_deref().map(str::as_bytes))];
+        for (name, bytes) in files {
+            if let Some(bytes) = bytes {
+                let path = self.path.join(name);
+                fs::write(&path, bytes).on("write", &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The sandbox that the task is in, if it is in one.
+    ///
+    /// Errors: the file cannot be read.
+    pub(crate) fn sandbox(&self) -> Result<Option<String>> {
+        Ok(self.read(SANDBOX)?.and_then(|bytes| String::from_utf8(bytes).ok()))
     }
 
     /// Notes which program is about to be started.
@@ -162,6 +187,17 @@ impl Bundle {
         Ok(self.read("bootstrap.json")?.is_some())
     }
 
+    /// Notes that the shim has created the sandbox.
+    pub(crate) fn write_created(&self) -> Result<()> {
+        let path = self.path.join(CREATED);
+        fs::write(&path, []).on("write", &path)
+    }
+
+    /// Whether the shim has created the sandbox, as far as is noted: only then can a client know of it.
+    pub(crate) fn was_created(&self) -> Result<bool> {
+        Ok(self.read(CREATED)?.is_some())
+    }
+
     /// Removes it with what is mounted in it, the work folder too. That there is none is fine.
     pub(crate) fn blocking_remove(&self) -> Result<()> {
         let parent = self.path.parent().unwrap_or(Path::new("/"));
@@ -213,6 +249,8 @@ fn group_of_root(spec: &[u8]) -> Option<u32> {
 }
 
 const PROGRAM: &str = "shim-binary-path";
+const SANDBOX: &str = "sandbox";
+const CREATED: &str = "created";
 
 #[cfg(test)]
 mod tests {
@@ -221,14 +259,16 @@ mod tests {
     fn folder(name: &str) -> (scratch::Folder, Bundle) {
         let folder = scratch::Folder::new(name);
         let settings = Settings { root: folder.join("root"), state: folder.join("state"), ..Settings::default() };
-        let bundle = Bundle::of(&settings, &Namespace::parse("ns").expect("a name"), "c1");
+        let bundle = Bundle::of(&settings, Kind::Task, &Namespace::parse("ns").expect("a name"), "c1");
         (folder, bundle)
     }
 
     #[test]
     fn a_bundle_is_laid_out_as_shims_expect_it_and_leaves_nothing() {
         let (_folder, bundle) = folder("layout");
-        bundle.blocking_create(b"{}").expect("a bundle");
+        let contents = Contents { spec: Some(b"{}".to_vec()), sandbox: Some("s1".to_owned()) };
+        bundle.blocking_create(&contents).expect("a bundle");
+        assert_eq!(bundle.sandbox().expect("readable").as_deref(), Some("s1"));
         let claim = bundle.claim().expect("readable").expect("it is free");
         assert!(bundle.claim().expect("readable").is_none(), "it is claimed");
         drop(claim);
@@ -245,11 +285,14 @@ mod tests {
         assert_eq!(fs::read_to_string(bundle.path().join("address")).expect("text"), "unix:///s");
         fs::remove_file(bundle.path().join("bootstrap.json")).expect("removal");
         assert_eq!(bundle.address().expect("readable").map(|address| address.version), Some(2));
-        assert!(bundle.blocking_create(b"{}").is_err(), "taken");
+        assert!(bundle.blocking_create(&contents).is_err(), "taken");
         assert!(bundle.path().join("address").exists() && bundle.path().join("work").is_dir(), "and not touched");
         bundle.blocking_remove().expect("removed");
         bundle.blocking_remove().expect("and again");
         assert_eq!(fs::read_dir(bundle.path().parent().expect("a parent")).expect("a folder").count(), 0);
+        bundle.blocking_create(&Contents::default()).expect("a bundle without a spec");
+        assert!(!bundle.path().join("config.json").exists() && bundle.sandbox().expect("readable").is_none());
+        bundle.blocking_remove().expect("removed");
     }
 
     #[test]

@@ -12,7 +12,8 @@ use super::bundle::Claim;
 use super::program::Ended;
 use super::{AGAIN, Fact, LONGEST_PAUSE, Shim, Task, Tasks};
 use crate::error::{Error, Result};
-use crate::store::{Exit, ended, exits};
+use crate::events::SandboxExit;
+use crate::store::{Exit, Kind, ended, exits};
 use crate::timestamp;
 
 impl Tasks {
@@ -119,7 +120,7 @@ impl Tasks {
         };
         let answer = match answer {
             Ok(answer) => answer,
-            Err(error) if is_refusal(&error) && refusals >= left.refusals() => {
+            Err(error) if is_refusal(&error) && refusals >= left.refusals(task.kind) => {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot clean up after a task, giving up");
                 None
             }
@@ -130,6 +131,13 @@ impl Tasks {
             }
         };
         let exit = match left {
+            Left::ShutDown => {
+                let _pass = self.gate.enter().await?;
+                self.remove_bundle(task).await;
+                self.forget_processes(task).await;
+                self.forget(task);
+                return Ok(());
+            }
             // no store change
             Left::Unmade | Left::Unstarted | Left::Unacknowledged(None) => None,
             Left::Unacknowledged(Some(published)) => {
@@ -158,21 +166,22 @@ impl Tasks {
     /// The exit record of a dead shim's task; none if the shim crashed before it had created anything. It is stored before the bundle is
     /// removed.
     async fn exit_record(&self, task: &Task, answer: Ended) -> Option<Exit> {
-        // containerd's own shims report -1 when there never was a process
-        let was_made = answer.pid != 0 && i32::try_from(answer.pid).is_ok();
+        // containerd's own shims report -1 when there never was a process; a sandbox may have none
+        let was_made = task.kind == Kind::Sandbox || (answer.pid != 0 && i32::try_from(answer.pid).is_ok());
         let now = timestamp::to_nanos(&timestamp::now());
-        let (namespace, id) = (task.namespace.clone(), task.id.clone());
+        let (kind, namespace, id) = (task.kind, task.namespace.clone(), task.id.clone());
         let recorded = self
             .store
             .note(move |db| {
                 // an exit of this process that was published before takes precedence
-                let published = exits::last(db, namespace.as_str(), &id, "")?
-                    .filter(|published| !was_made || [published.pid, UNKNOWN].contains(&answer.pid));
+                let is_of_this = |published: &Exit| !was_made || [published.pid, UNKNOWN].contains(&answer.pid);
+                let published =
+                    exits::last(db, namespace.as_str(), &id, "")?.filter(|published| kind == Kind::Sandbox || is_of_this(published));
                 let at = answer.at.filter(|at| *at > 0).unwrap_or(now);
                 let published = ended::get(db, namespace.as_str(), &id)?.or(published);
                 let exit = published.or_else(|| was_made.then_some(Exit { pid: answer.pid, status: answer.status, at }));
                 if let Some(exit) = exit {
-                    ended::put(db, namespace.as_str(), &id, exit)?;
+                    ended::put(db, kind, namespace.as_str(), &id, exit)?;
                 }
                 Ok(exit)
             })
@@ -185,16 +194,22 @@ impl Tasks {
 
     /// Publishes an exit on behalf of a shim.
     pub(super) async fn publish_exit(&self, task: &Task, exec: &str, exit: Exit) {
-        let event = TaskExit {
-            container_id: task.id.clone(),
-            id: if exec.is_empty() { task.id.clone() } else { exec.to_owned() },
-            pid: exit.pid,
-            exit_status: exit.status,
-            exited_at: Some(timestamp::from_nanos(exit.at)),
+        let (events, kind, (namespace, id)) = (Arc::clone(&self.events), task.kind, task.key());
+        let process = if exec.is_empty() { id.clone() } else { exec.to_owned() };
+        let publish = move || {
+            let exited_at = Some(timestamp::from_nanos(exit.at));
+            match kind {
+                Kind::Task => {
+                    let event = TaskExit { container_id: id, id: process, pid: exit.pid, exit_status: exit.status, exited_at };
+                    events.publish(&namespace, "/tasks/exit", &event);
+                }
+                Kind::Sandbox => {
+                    let event = SandboxExit { sandbox_id: id, exit_status: exit.status, exited_at };
+                    events.publish(&namespace, "/sandboxes/exit", &event);
+                }
+            }
         };
-        let (events, published, namespace) = (Arc::clone(&self.events), event.clone(), task.namespace.clone());
-        let publish = move || events.publish(&namespace, "/tasks/exit", &published);
-        if let Err(error) = self.once(&task.namespace, &event, publish).await {
+        if let Err(error) = self.once(task.key(), exec.to_owned(), exit, publish).await {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot publish an exit");
         }
     }
@@ -209,18 +224,20 @@ pub(super) enum Left {
     Unacknowledged(Option<Exit>),
     /// An interrupted creation that has not come to a shim: there may be one, which was asked for nothing.
     Unstarted,
+    /// A sandbox that its shim has shut down for a client.
+    ShutDown,
     /// A creation that left nothing: the program did not start a shim, or the shim does not know the task.
     Unmade,
 }
 
 impl Left {
     /// How often the program may fail before cleanup gives up: for about ten minutes where there may be a container, for four seconds where
-    /// there may be a shim. Where nothing was made, containerd's own programs up to 1.7 fail, as the shim has not written its files.
-    fn refusals(self) -> u32 {
-        match self {
-            Self::Dead | Self::Unacknowledged(_) => 25,
-            Self::Unstarted => 3,
-            Self::Unmade => 0,
+    /// there may be a shim, or a sandbox, whose containers are cleaned up one by one: containerd 1.7's program always fails there. Where nothing was made, or is left, containerd's own programs up to 1.7 fail, as the shim has not written its files.
+    fn refusals(self, kind: Kind) -> u32 {
+        match (self, kind) {
+            (Self::Dead | Self::Unacknowledged(_), Kind::Task) => 25,
+            (Self::Dead | Self::Unacknowledged(_), Kind::Sandbox) | (Self::Unstarted, _) => 3,
+            (Self::Unmade | Self::ShutDown, _) => 0,
         }
     }
 }

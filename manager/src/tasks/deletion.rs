@@ -18,7 +18,7 @@ use super::{Fact, Phase, Shim, Task, Tasks, Unanswered, load};
 use crate::error::{Error, Result};
 use crate::gate::Pass;
 use crate::name::Namespace;
-use crate::store::{Exit, ended, execs, exits};
+use crate::store::{Exit, Kind, ended, execs, exits};
 use crate::timestamp;
 
 impl Tasks {
@@ -91,8 +91,8 @@ impl Tasks {
 
     /// Records the exit of a task that its shim has just deleted: if this process crashes before it answers the client, the record is the only source.
     pub(super) async fn note_end(&self, task: &Task, exit: Exit, _pass: &Pass) {
-        let (namespace, id) = (task.namespace.clone(), task.id.clone());
-        if let Err(error) = self.store.note(move |db| ended::put(db, namespace.as_str(), &id, exit)).await {
+        let (kind, namespace, id) = (task.kind, task.namespace.clone(), task.id.clone());
+        if let Err(error) = self.store.note(move |db| ended::put(db, kind, namespace.as_str(), &id, exit)).await {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot record the exit of a task");
         }
     }
@@ -114,20 +114,24 @@ impl Tasks {
     }
 
     /// Removes the records of a deleted task. If the disk is full, they are removed with the next task of that id.
-    async fn forget_processes(&self, task: &Task) {
-        if let Err(error) = self.forget_earlier(&task.namespace, &task.id).await {
+    pub(super) async fn forget_processes(&self, task: &Task) {
+        if let Err(error) = self.forget_earlier(task).await {
             warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "cannot forget a task");
         }
     }
 
     /// Removes the records of earlier tasks of that id.
-    pub(super) async fn forget_earlier(&self, namespace: &Namespace, id: &str) -> Result<()> {
-        let (namespace, id, now) = (namespace.clone(), id.to_owned(), timestamp::to_nanos(&timestamp::now()));
+    pub(super) async fn forget_earlier(&self, task: &Task) -> Result<()> {
+        let (kind, (namespace, id), now) = (task.kind, task.key(), timestamp::to_nanos(&timestamp::now()));
         self.store
             .note(move |db| {
                 execs::clear(db, namespace.as_str(), &id)?;
                 ended::take(db, namespace.as_str(), &id)?;
-                exits::collect(db, namespace.as_str(), &id, None, now)
+                match kind {
+                    // its shim may publish them again
+                    Kind::Task => exits::collect(db, namespace.as_str(), &id, None, now),
+                    Kind::Sandbox => exits::clear(db, namespace.as_str(), &id),
+                }
             })
             .await
     }
@@ -147,25 +151,29 @@ impl Tasks {
             return false;
         }
         self.forget_processes(task).await;
-        let event = TaskDelete {
-            container_id: task.id.clone(),
-            pid: exit.pid,
-            exit_status: exit.status,
-            exited_at: Some(timestamp::from_nanos(exit.at)),
-            id: String::new(),
-        };
-        self.events.publish(&task.namespace, "/tasks/delete", &event);
+        if task.kind == Kind::Task {
+            let event = TaskDelete {
+                container_id: task.id.clone(),
+                pid: exit.pid,
+                exit_status: exit.status,
+                exited_at: Some(timestamp::from_nanos(exit.at)),
+                id: String::new(),
+            };
+            self.events.publish(&task.namespace, "/tasks/delete", &event);
+        }
         self.forget(task);
         true
     }
 
-    /// Asks a shim that has finished with this task to shut down, and waits for its exit; a shim with other tasks stays.
+    /// Asks a shim that has finished with this task to shut down, and waits for its exit; a shim with other tasks stays, and a sandbox's does.
     pub(super) async fn dismiss_gracefully(&self, task: &Task, shim: &Shim) {
+        if task.sandbox.is_some() {
+            return;
+        }
         let request = ShutdownRequest { id: task.id.clone(), ..ShutdownRequest::default() };
         let asked = shim.call::<Empty>("Shutdown", &request, Some(SHUTDOWN)).await;
         // this task is not live any more
-        let is_shared =
-            || self.all().values().any(|other| other.phase.borrow().shim().is_some_and(|live| live.address() == shim.address()));
+        let is_shared = || self.all().values().any(|other| other.phase.borrow().shim().is_some_and(|live| live.at() == shim.at()));
         if !matches!(asked, Err(Unanswered::Lost)) && !is_shared() {
             // a new task with the same id must not meet the old shim; the wait is bounded in case the shim stays
             let _ = tokio::time::timeout(LEAVE, shim.closed()).await;
@@ -175,6 +183,9 @@ impl Tasks {
     /// The same for a task that the shim may still have. Returns whether it may have had it: false if the shim does not know the task. The
     /// program's `delete` removes the leftovers.
     pub(super) async fn dismiss(&self, task: &Task, shim: &Shim) -> bool {
+        if task.kind == Kind::Sandbox {
+            return self.dismiss_sandbox(task, shim).await;
+        }
         let request = DeleteRequest { id: task.id.clone(), ..DeleteRequest::default() };
         let deleted = shim.call::<DeleteResponse>("Delete", &request, Some(SHUTDOWN)).await;
         self.dismiss_gracefully(task, shim).await;
@@ -183,13 +194,13 @@ impl Tasks {
 }
 
 /// The one deletion in progress of a task. Unless it succeeds, the task is live again afterwards, if its shim is.
-struct Deletion<'a> {
+pub(super) struct Deletion<'a> {
     task: &'a Arc<Task>,
 }
 
 impl<'a> Deletion<'a> {
     /// None when another client was faster, or the shim has crashed.
-    fn begin(task: &'a Arc<Task>) -> Option<Self> {
+    pub(super) fn begin(task: &'a Arc<Task>) -> Option<Self> {
         task.observe(Fact::DeletionBegun).then_some(Self { task })
     }
 }
@@ -213,6 +224,6 @@ fn exit_of(answer: &DeleteResponse) -> Exit {
 /// A deletion takes no longer: the runtime's hooks are part of it.
 const DELETE: Duration = Duration::from_secs(120);
 /// For the answer to Shutdown.
-const SHUTDOWN: Duration = Duration::from_secs(3);
+pub(super) const SHUTDOWN: Duration = Duration::from_secs(3);
 /// For the shim to exit after Shutdown.
 const LEAVE: Duration = Duration::from_millis(1500);

@@ -12,11 +12,13 @@ use std::time::Duration;
 use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 
+use super::bundle::Bundle;
 use super::cleanup::Left;
 use super::{AGAIN, Fact, LONGEST_PAUSE, Phase, Shim, Task, Tasks, Unanswered, log_fifo, mounts};
 use crate::error::{Error, IoContext as _, Result};
 use crate::name::{self, Namespace};
-use crate::store::{Exit, ended, execs};
+use crate::settings::Settings;
+use crate::store::{Exit, Kind, ended, execs};
 
 impl Tasks {
     /// Registers every task of the previous process and begins to load them; a client that uses one waits for it.
@@ -24,24 +26,23 @@ impl Tasks {
     /// Errors: when the tasks cannot be listed.
     pub(crate) async fn load(self: &Arc<Self>) -> Result<()> {
         let mut ended: HashMap<_, _> =
-            self.store.recall(ended::list).await?.into_iter().map(|(namespace, id, exit)| ((namespace, id), exit)).collect();
-        let (folder, works) = (self.settings.bundles(), self.settings.works());
-        let bundles = self.pool.run(move || bundles(&folder, &works)).await??;
+            self.store.recall(ended::list).await?.into_iter().map(|(kind, namespace, id, exit)| ((namespace, id), (kind, exit))).collect();
+        let settings = self.settings.clone();
+        let found = self.pool.run(move || Kind::ALL.map(|kind| found(&settings, kind)).into_iter().collect::<Result<Vec<_>>>()).await??;
         let mut loading = Vec::new();
         {
             let mut all = self.all();
-            for (namespace, id) in bundles {
-                let exit = ended.remove(&(namespace.to_string(), id.clone()));
-                let task = Task::new(&self.settings, namespace, id, Phase::Loading(None));
+            for task in found.into_iter().flatten() {
+                let exit = ended.remove(&(task.namespace.to_string(), task.id.clone())).map(|(_kind, exit)| exit);
                 all.insert(task.key(), Arc::clone(&task));
                 loading.push((task, exit));
             }
-            for ((namespace, id), exit) in ended {
-                let task = Task::new(&self.settings, Namespace::parse(&namespace)?, id, Phase::Ended(exit));
+            for ((namespace, id), (kind, exit)) in ended {
+                let task = Task::new(&self.settings, kind, (Namespace::parse(&namespace)?, id), None, Phase::Ended(exit));
                 all.insert(task.key(), task);
             }
         }
-        info!(tasks = loading.len(); "looking for the shims of earlier tasks");
+        info!(tasks = loading.len(); "looking for the shims of earlier tasks and sandboxes");
         for (task, exit) in loading {
             tokio::spawn(Arc::clone(self).load_one(task, exit));
         }
@@ -87,7 +88,7 @@ impl Tasks {
                     return Ok(());
                 }
                 Ok(Found::Shim(shim)) => break Ok(shim),
-                Err(error @ Error::ShimDead { .. }) => match task.bundle.was_started() {
+                Err(error @ Error::ShimDead { .. }) => match may_be_known(task) {
                     Ok(true) => break Err((error, Left::Dead)),
                     // the previous process was killed before the program had answered, and the shim with it
                     Ok(false) => break Err((error, Left::Unstarted)),
@@ -105,11 +106,21 @@ impl Tasks {
             warn!(container = task.id.as_str(), error = error.chain(); "cannot read the log of a shim");
         }
         match shim {
+            // no client knows of it: its creation was not acknowledged
+            Ok(shim) if task.kind == Kind::Sandbox && !task.bundle.was_created().unwrap_or(true) => {
+                task.observe(Fact::ShimGone);
+                self.dismiss(task, &shim).await;
+                drop(shim);
+                self.clean_up(task, Left::Unacknowledged(None), claim).await;
+            }
             Ok(shim) => {
                 task.observe(Fact::Connected(shim.clone()));
                 drop(claim);
                 tokio::spawn(Arc::clone(self).watch(Arc::clone(task), shim.clone()));
-                self.reconcile(task, &shim).await;
+                match task.kind {
+                    Kind::Task => self.reconcile(task, &shim).await,
+                    Kind::Sandbox => self.reconcile_sandbox(task, &shim).await,
+                }
             }
             Err((error, left)) => {
                 warn!(namespace:% = task.namespace, container = task.id.as_str(), error = error.chain(); "a shim is dead");
@@ -187,6 +198,15 @@ impl Tasks {
     }
 }
 
+/// Whether a client can know of a task whose shim is dead.
+fn may_be_known(task: &Task) -> Result<bool> {
+    match task.kind {
+        // its program's `delete` tells whether there was a process
+        Kind::Task => task.bundle.was_started(),
+        Kind::Sandbox => task.bundle.was_created(),
+    }
+}
+
 /// What a bundle leads to.
 enum Found {
     Nothing,
@@ -206,21 +226,24 @@ fn exit_of(state: &StateResponse) -> Option<Exit> {
     (state.status.enum_value() == Ok(Status::STOPPED)).then_some(Exit { pid: state.pid, status: state.exit_status, at })
 }
 
-/// The namespaces and ids of which there is a folder. Half-removed ones are removed, and work folders without a bundle.
-fn bundles(folder: &Path, works: &Path) -> Result<Vec<(Namespace, String)>> {
+/// Those of a kind that have a bundle. Half-removed ones are removed, and work folders without a bundle.
+fn found(settings: &Settings, kind: Kind) -> Result<Vec<Arc<Task>>> {
+    let (folder, works) = (settings.bundles(kind), settings.works(kind));
     let mut found = Vec::new();
-    for (namespace, path) in folders(folder)? {
+    for (namespace, path) in folders(&folder)? {
         let Ok(namespace) = Namespace::parse(&namespace) else { continue };
         for (id, path) in folders(&path)? {
             if id.starts_with('.') {
                 // best effort: the next start tries again
                 let _ = mounts::remove_tree(&path);
             } else if name::identifier("task", &id).is_ok() {
-                found.push((namespace.clone(), id));
+                let key = (namespace.clone(), id);
+                let sandbox = Bundle::of(settings, kind, &key.0, &key.1).sandbox()?;
+                found.push(Task::new(settings, kind, key, sandbox, Phase::Loading(None)));
             }
         }
     }
-    for (namespace, path) in folders(works)? {
+    for (namespace, path) in folders(&works)? {
         for (id, path) in folders(&path)? {
             let bundle = folder.join(&namespace).join(id);
             if !bundle.try_exists().on("look for", &bundle)? {

@@ -1,8 +1,12 @@
-//! Tasks: the containers that have, or had, a shim.
+//! Tasks and sandboxes: what has, or had, a shim.
 //!
 //! This module knows which shims there are, how to reach them, and what is left of dead ones. `phase` has the lifecycle.
 //!
-//! **Invariant:** an exit is recorded, then published, and only then acknowledged to the shim: see `shim_events`.
+//! A sandbox is a shim that a client has started for several containers; their tasks join it and start none. Where nothing else is said, a
+//! task is either of them: a sandbox has the same phases and the same leftovers. `sandboxes` has what differs.
+//!
+//! **Invariants:** an exit is recorded, then published, and only then acknowledged to the shim: see `shim_events`. No task has the id of a
+//! sandbox in its namespace: a shim would take one for the other.
 
 mod bundle;
 mod cleanup;
@@ -15,6 +19,7 @@ mod log_fifo;
 mod mounts;
 mod phase;
 mod program;
+mod sandboxes;
 mod shim;
 mod shim_events;
 mod start;
@@ -27,6 +32,7 @@ use tokio::sync::watch;
 
 pub(crate) use create::NewTask;
 pub(crate) use phase::Phase;
+pub(crate) use sandboxes::NewSandbox;
 pub(crate) use shim::{Shim, Unanswered};
 
 use crate::error::{Error, Object, Result};
@@ -35,7 +41,7 @@ use crate::gate::Gate;
 use crate::name::Namespace;
 use crate::pools::Pool;
 use crate::settings::Settings;
-use crate::store::Store;
+use crate::store::{Kind, Store};
 use bundle::Bundle;
 use phase::Fact;
 use program::Programs;
@@ -60,14 +66,17 @@ type Key = (Namespace, String);
 pub(crate) struct Task {
     pub(crate) namespace: Namespace,
     pub(crate) id: String,
+    kind: Kind,
+    /// The sandbox whose shim it has joined: that one stays when the task is deleted.
+    sandbox: Option<String>,
     bundle: Bundle,
     phase: watch::Sender<Phase>,
 }
 
 impl Task {
-    fn new(settings: &Settings, namespace: Namespace, id: String, phase: Phase) -> Arc<Self> {
-        let bundle = Bundle::of(settings, &namespace, &id);
-        Arc::new(Self { namespace, id, bundle, phase: watch::Sender::new(phase) })
+    fn new(settings: &Settings, kind: Kind, (namespace, id): Key, sandbox: Option<String>, phase: Phase) -> Arc<Self> {
+        let bundle = Bundle::of(settings, kind, &namespace, &id);
+        Arc::new(Self { namespace, id, kind, sandbox, bundle, phase: watch::Sender::new(phase) })
     }
 
     fn key(&self) -> Key {
@@ -78,8 +87,13 @@ impl Task {
         self.phase.borrow().clone()
     }
 
+    /// What errors call it.
+    fn object(&self) -> Object {
+        object(self.kind, &self.id)
+    }
+
     fn not_found(&self) -> Error {
-        not_found(&self.id)
+        Error::NotFound(self.object())
     }
 
     /// Waits until it is known whether the task has a shim.
@@ -100,7 +114,7 @@ impl Task {
                     Phase::Cleaning(Some(why)) => format!("is dead and its cleanup failed, will retry: {why}"),
                     _ => "has not been found yet".to_owned(),
                 };
-                Err(Error::Unsettled { task: self.id.clone(), why })
+                Err(Error::Unsettled { object: self.object(), why })
             }
         }
     }
@@ -143,7 +157,7 @@ impl Task {
     pub(crate) async fn shim(&self) -> Result<Shim> {
         match self.settled().await? {
             Phase::Live(shim) | Phase::Deleting(shim) => Ok(shim),
-            Phase::Ended(_) => Err(Error::Precondition(format!("task {} has ended with its shim", self.id))),
+            Phase::Ended(_) => Err(Error::Precondition(format!("{} has ended with its shim", self.object()))),
             Phase::Starting | Phase::Loading(_) | Phase::Cleaning(_) | Phase::Ending | Phase::Gone => Err(self.not_found()),
         }
     }
@@ -159,8 +173,11 @@ impl Task {
     }
 }
 
-fn not_found(id: &str) -> Error {
-    Error::NotFound(Object::Task(id.to_owned()))
+fn object(kind: Kind, id: &str) -> Object {
+    match kind {
+        Kind::Task => Object::Task(id.to_owned()),
+        Kind::Sandbox => Object::Sandbox(id.to_owned()),
+    }
 }
 
 impl Tasks {
@@ -173,22 +190,35 @@ impl Tasks {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The task of that id.
-    pub(crate) fn find(&self, namespace: &Namespace, id: &str) -> Result<Arc<Task>> {
-        self.all().get(&(namespace.clone(), id.to_owned())).cloned().ok_or_else(|| not_found(id))
+    fn find_any(&self, namespace: &Namespace, id: &str) -> Option<Arc<Task>> {
+        self.all().get(&(namespace.clone(), id.to_owned())).cloned()
     }
 
-    /// Those of a namespace that exist for clients, by id.
+    fn find_kind(&self, kind: Kind, namespace: &Namespace, id: &str) -> Result<Arc<Task>> {
+        self.find_any(namespace, id).filter(|found| found.kind == kind).ok_or_else(|| Error::NotFound(object(kind, id)))
+    }
+
+    /// The container's task of that id.
+    pub(crate) fn find(&self, namespace: &Namespace, id: &str) -> Result<Arc<Task>> {
+        self.find_kind(Kind::Task, namespace, id)
+    }
+
+    /// The sandbox of that id.
+    pub(crate) fn find_sandbox(&self, namespace: &Namespace, id: &str) -> Result<Arc<Task>> {
+        self.find_kind(Kind::Sandbox, namespace, id)
+    }
+
+    /// Containers' tasks of a namespace that exist for clients, by id.
     pub(crate) fn list(&self, namespace: &Namespace) -> Vec<Arc<Task>> {
         let all = self.all();
-        let tasks = all.values().filter(|task| task.namespace == *namespace);
+        let tasks = all.values().filter(|task| task.kind == Kind::Task && task.namespace == *namespace);
         tasks.filter(|task| task.phase.borrow().is_visible()).cloned().collect()
     }
 
-    /// How many there are, by what they are doing.
-    pub(crate) fn counts(&self) -> BTreeMap<&'static str, usize> {
+    /// How many there are of a kind, by what they are doing.
+    pub(crate) fn counts(&self, kind: Kind) -> BTreeMap<&'static str, usize> {
         let mut counts = BTreeMap::from(["starting_or_ending", "loading", "live", "cleaning", "ended"].map(|name| (name, 0)));
-        for task in self.all().values() {
+        for task in self.all().values().filter(|task| task.kind == kind) {
             let name = task.phase.borrow().name();
             *counts.entry(name).or_default() += 1;
         }

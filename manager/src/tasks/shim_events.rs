@@ -8,7 +8,7 @@ use containerd_client::types::Envelope;
 use log::warn;
 use prost::Message as _;
 
-use super::Tasks;
+use super::{Key, Tasks};
 use crate::error::{Error, Result};
 use crate::name::Namespace;
 use crate::store::{Exit, Notes, exits};
@@ -32,20 +32,26 @@ impl Tasks {
         let namespace = Namespace::parse(&envelope.namespace)?;
         let _pass = self.gate.enter().await?;
         let events = Arc::clone(&self.events);
-        self.once(&namespace, &exit, move || events.forward(envelope)).await
+        let exec = if exit.id == exit.container_id { String::new() } else { exit.id };
+        let at = exit.exited_at.as_ref().map_or(0, timestamp::to_nanos);
+        let ended = Exit { pid: exit.pid, status: exit.exit_status, at };
+        self.once((namespace, exit.container_id), exec, ended, move || events.forward(envelope)).await
     }
 
-    /// Publishes an exit unless it was published before.
+    /// Publishes the exit of a process unless it was published before; init's `exec` is empty.
     ///
     /// The exit is recorded and then published, with nothing in between: of two concurrent reports the second is dropped, and no subscriber
     /// receives the exit twice, even across a crash. A subscriber that loses its connection has to query the task, as after any such loss.
-    pub(super) async fn once(&self, namespace: &Namespace, event: &TaskExit, publish: impl FnOnce() + Send + 'static) -> Result<()> {
-        let exec = if event.id == event.container_id { String::new() } else { event.id.clone() };
-        let at = event.exited_at.as_ref().map_or(0, timestamp::to_nanos);
-        let exit = Exit { pid: event.pid, status: event.exit_status, at };
-        let (place, id) = (namespace.clone(), event.container_id.clone());
+    pub(super) async fn once(
+        &self,
+        (namespace, container): Key,
+        exec: String,
+        exit: Exit,
+        publish: impl FnOnce() + Send + 'static,
+    ) -> Result<()> {
+        let (place, id) = (namespace.clone(), container.clone());
         // the record for a deleted task expires, and is never taken for the exit of a later task with the same id
-        let is_late = self.find(namespace, &event.container_id).is_err();
+        let is_late = self.find_any(&namespace, &container).is_none();
         let collected = is_late.then(|| timestamp::to_nanos(&timestamp::now()));
         let is_new = Arc::new(AtomicBool::new(false));
         let (found_new, publishes) = (Arc::clone(&is_new), Arc::clone(&is_new));
@@ -64,7 +70,7 @@ impl Tasks {
         match self.store.note_and_then(record, then).await {
             Err(error) if is_new.load(Ordering::Relaxed) => {
                 // disk full: the exit is published now, and acknowledged so that the shim does not send it again and again
-                warn!(namespace:%, container = event.container_id.as_str(), error = error.chain(); "cannot record that an exit was published");
+                warn!(namespace:%, container = container.as_str(), error = error.chain(); "cannot record that an exit was published");
                 Ok(())
             }
             recorded => recorded,

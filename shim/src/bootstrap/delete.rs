@@ -25,7 +25,7 @@ use protobuf::{Message, MessageField};
 
 use super::manual_cleanup::{self, Leftovers};
 use super::socket::{self, Lock};
-use super::{Error, group, start};
+use super::{Error, delete_pod, group, start};
 use crate::commands::survey::{Found, Shim, survey};
 use crate::control;
 use crate::handover::{CONTROL_SERVICE, ControlReply, ControlRequest, ReportedExit, Snapshot};
@@ -36,17 +36,23 @@ use crate::run_dir::{Place, RunDir};
 
 /// containerd kills a `delete` that takes longer than 5 s. Backwards from there: time for the manual cleanup, for the worker, and for a
 /// keeper's snapshot.
-const WITHIN: Duration = Duration::from_millis(3900);
-const WORKER_WITHIN: Duration = Duration::from_millis(2300);
-const KEEPER_WITHIN: Duration = Duration::from_millis(600);
+pub(super) const WITHIN: Duration = Duration::from_millis(3900);
+pub(super) const WORKER_WITHIN: Duration = Duration::from_millis(2300);
+pub(super) const KEEPER_WITHIN: Duration = Duration::from_millis(600);
 
 /// The status of a container whose exit is unknown, the stock shim's: killed.
-const UNKNOWN_STATUS: u32 = 128 + 9;
+pub(super) const UNKNOWN_STATUS: u32 = 128 + 9;
 
 /// Removes a container and prints its exit.
 pub(crate) fn delete(flags: &Flags) -> Result<(), Error> {
     let begun = Instant::now();
     let bundle = start::bundle_of(flags)?;
+    if start::is_of_pod(&bundle)
+        && !bundle.join(journal::FILE_NAME).exists()
+        && let Some(exit) = delete_pod::delete(flags, &bundle, begun)?
+    {
+        return print(exit);
+    }
     let deletion = Deletion::new(flags, &bundle, begun)?;
     let exit = deletion.perform()?;
     print(exit)
@@ -173,19 +179,7 @@ impl<'a> Deletion<'a> {
     /// Has the worker delete the container, in turn with the container's other requests. Absent if it does not answer with success;
     /// else its report of the exit.
     fn ask_worker(&self) -> Option<Option<RecordedExit>> {
-        let control = self.control.as_ref()?;
-        let request = ttrpc::Request {
-            service: CONTROL_SERVICE.to_owned(),
-            method: "Delete".to_owned(),
-            payload: serde_json::json!({ "id": self.flags.id }).to_string().into_bytes(),
-            timeout_nano: i64::try_from(WORKER_WITHIN.as_nanos()).unwrap_or(i64::MAX),
-            ..ttrpc::Request::new()
-        };
-        let payload = request.write_to_bytes().ok()?;
-        let reply = control::ask(control, &ControlRequest::Ask { payload }, self.begun + WORKER_WITHIN).ok()?;
-        let ControlReply::Answer { response } = reply else { return None };
-        let response = ttrpc::Response::parse_from_bytes(&response).ok()?;
-        (response.status.code.value() == 0).then(|| told_exit(&response.payload))
+        ask_worker(self.control.as_ref()?, "Delete", &self.flags.id, self.begun).map(|payload| told_exit(&payload))
     }
 
     fn leftovers(&self) -> Leftovers<'_> {
@@ -217,16 +211,13 @@ impl<'a> Deletion<'a> {
 
     /// Removes the sockets of a dead keeper, unless another keeper uses them by now.
     fn remove_sockets(&self) {
-        let Some(place) = self.place() else { return };
+        let Some(place) = self.control.as_deref().and_then(|control| recorded_place(control, self.bundle)) else { return };
         // A keeper that exits removes its sockets. One that was killed leaves them, and may leave console sockets.
         if !place.socket.exists() && !place.control.exists() {
             return;
         }
         self.remove_console_sockets();
-        let Ok(_lock) = Lock::take(&place.lock, Instant::now() + Duration::from_millis(100)) else { return };
-        if !control::is_listening(&place.control, Duration::from_millis(50)) {
-            let _ = socket::remove_stale(&place);
-        }
+        remove_stale(&place);
     }
 
     /// Removes the console sockets of the dead keeper, unless its pid was reused.
@@ -245,17 +236,40 @@ impl<'a> Deletion<'a> {
             }
         }
     }
+}
 
-    /// The dead keeper's sockets. The bundle names the clients' one, whose folder the daemon chooses.
-    fn place(&self) -> Option<Place> {
-        let control = self.control.clone()?;
-        let name = control.file_stem()?;
-        let recorded = std::fs::read_to_string(self.bundle.join("address")).ok();
-        let recorded = recorded.as_deref().and_then(|address| address.strip_prefix("unix://")).map(PathBuf::from);
-        // The path comes from a file: only a socket with a shim's name is removed.
-        let recorded = recorded.filter(|socket| socket.file_name() == Some(name));
-        let socket = recorded.unwrap_or_else(|| RunDir::from_environment().sockets().join(name));
-        Some(Place { socket, lock: control.with_extension("lock"), control })
+/// Has the worker behind a control socket delete something, in turn with the container's other requests. Absent if it does not answer with success.
+pub(super) fn ask_worker(control: &Path, method: &str, id: &str, begun: Instant) -> Option<Vec<u8>> {
+    let request = ttrpc::Request {
+        service: CONTROL_SERVICE.to_owned(),
+        method: method.to_owned(),
+        payload: serde_json::json!({ "id": id }).to_string().into_bytes(),
+        timeout_nano: i64::try_from(WORKER_WITHIN.as_nanos()).unwrap_or(i64::MAX),
+        ..ttrpc::Request::new()
+    };
+    let payload = request.write_to_bytes().ok()?;
+    let reply = control::ask(control, &ControlRequest::Ask { payload }, begun + WORKER_WITHIN).ok()?;
+    let ControlReply::Answer { response } = reply else { return None };
+    let response = ttrpc::Response::parse_from_bytes(&response).ok()?;
+    (response.status.code.value() == 0).then_some(response.payload)
+}
+
+/// The sockets of a dead keeper. The bundle names the clients' one, whose folder the daemon chooses.
+pub(super) fn recorded_place(control: &Path, bundle: &Path) -> Option<Place> {
+    let name = control.file_stem()?;
+    let recorded = std::fs::read_to_string(bundle.join("address")).ok();
+    let recorded = recorded.as_deref().and_then(|address| address.strip_prefix("unix://")).map(PathBuf::from);
+    // The path comes from a file: only a socket with a shim's name is removed.
+    let recorded = recorded.filter(|socket| socket.file_name() == Some(name));
+    let socket = recorded.unwrap_or_else(|| RunDir::from_environment().sockets().join(name));
+    Some(Place { socket, lock: control.with_extension("lock"), control: control.to_owned() })
+}
+
+/// Removes sockets, unless a keeper listens there.
+pub(super) fn remove_stale(place: &Place) {
+    let Ok(_lock) = Lock::take(&place.lock, Instant::now() + Duration::from_millis(100)) else { return };
+    if !control::is_listening(&place.control, Duration::from_millis(50)) {
+        let _ = socket::remove_stale(place);
     }
 }
 
@@ -285,7 +299,7 @@ fn told_exit(payload: &[u8]) -> Option<RecordedExit> {
     Some(RecordedExit { pid: reported.pid.unwrap_or(0), status: reported.status?, at_nanos: reported.at_nanos.unwrap_or_else(now_nanos) })
 }
 
-fn now_nanos() -> i64 {
+pub(super) fn now_nanos() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_nanos()).unwrap_or(i64::MAX))
 }
 

@@ -22,7 +22,7 @@ const ENDS_WITHIN: Duration = Duration::from_millis(200);
 /// Errors: it could not be executed; TimedOut after the kill.
 pub(crate) fn run(order: &Spawn, deadline: Instant) -> io::Result<Exited> {
     let cwd = if Path::new(&order.cwd).is_dir() { order.cwd.clone() } else { "/".into() };
-    let (started, mut pipes) = helper::start(&Spawn { cwd, ..order.clone() }, |_| Ok(None))?;
+    let (started, mut pipes) = helper::start(&Spawn { cwd, ..order.clone() }, Vec::new(), |_| Ok(None))?;
     let process = sys::process::open(started.pid)?;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use crate::{control, run_dir};
 
 mod delete;
+mod delete_pod;
 pub(crate) mod dialect;
 mod group;
 mod helper;
@@ -53,6 +54,8 @@ pub(crate) enum Error {
     Foreign { path: PathBuf },
     #[error("container {id} exists already, in the shim with pid {keeper}; remove it first: containerd-shim-x-v2 -namespace {namespace} -id {id} -bundle {} delete", bundle.display())]
     AlreadyExists { id: String, namespace: String, bundle: PathBuf, keeper: u32 },
+    #[error("sandbox {id} exists already, in the shim with pid {keeper}; remove it first: containerd-shim-x-v2 -namespace {namespace} -id {id} -bundle {} delete", bundle.display())]
+    PodExists { id: String, namespace: String, bundle: PathBuf, keeper: u32 },
     #[error("process {pid} of container {id} has not exited after SIGKILL; it may be in an uninterruptible sleep")]
     StillAlive { id: String, pid: u32 },
     #[error("join the cgroup {group}, which the option ShimCgroup names")]

@@ -22,7 +22,7 @@ use super::socket::{Lock, Sockets};
 use super::{Error, group, placement};
 use crate::control;
 use crate::executable;
-use crate::handover::Snapshot;
+use crate::handover::{POD_KEY, Snapshot};
 use crate::invocation::Flags;
 use crate::options::RuntimeOptions;
 use crate::run_dir::{self, Place, RunDir};
@@ -45,7 +45,8 @@ pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
     let deadline = Instant::now() + PATIENCE;
     let question = Question::parse(&read_input()?, flags);
     let bundle = bundle_of(flags)?;
-    let group = group::of_bundle(&bundle)?;
+    let is_pod = is_of_pod(&bundle);
+    let group = if is_pod { None } else { group::of_bundle(&bundle)? };
     let daemon = question.grpc_address.as_deref().unwrap_or(&flags.address);
     let run_dir = RunDir::from_environment();
     let group_name = group.as_deref().unwrap_or(&flags.id);
@@ -56,7 +57,7 @@ pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
     }
 
     let lock = Lock::take(&place.lock, deadline)?;
-    let shim = Shim { flags, bundle: &bundle, group: group_name, place: &place };
+    let shim = Shim { flags, bundle: &bundle, is_pod, group: group_name, place: &place };
     let address = match shim.join(deadline)? {
         Some((address, keeper)) => shim.note(&address, keeper).map(|()| address)?,
         None => shim.launch(&question, daemon)?,
@@ -69,6 +70,8 @@ pub(crate) fn start(flags: &Flags) -> Result<(), Error> {
 struct Shim<'a> {
     flags: &'a Flags,
     bundle: &'a Path,
+    /// It is to be a pod, and not for a container.
+    is_pod: bool,
     group: &'a str,
     place: &'a Place,
 }
@@ -88,7 +91,8 @@ impl Shim<'_> {
                 Err(error) => return Err(error.into()),
             }
         };
-        match snapshot.state.iter().find(|(id, _)| *id == self.flags.id) {
+        let key = if self.is_pod { POD_KEY } else { &self.flags.id };
+        match snapshot.state.iter().find(|(id, _)| id == key) {
             Some((_, state)) => Err(self.exists(snapshot.keeper_pid, state)),
             None => Ok(Some((address_of(&snapshot, self.place), snapshot.keeper_pid))),
         }
@@ -96,7 +100,12 @@ impl Shim<'_> {
 
     fn exists(&self, keeper: u32, state: &[u8]) -> Error {
         let bundle = bundle_in(state).unwrap_or_else(|| self.bundle.to_owned());
-        Error::AlreadyExists { id: self.flags.id.clone(), namespace: self.flags.namespace.clone(), bundle, keeper }
+        let (id, namespace) = (self.flags.id.clone(), self.flags.namespace.clone());
+        if self.is_pod {
+            Error::PodExists { id, namespace, bundle, keeper }
+        } else {
+            Error::AlreadyExists { id, namespace, bundle, keeper }
+        }
     }
 
     /// Records the shim's address and pid in the bundle, for containerd and for operators.
@@ -226,6 +235,16 @@ pub(super) fn bundle_of(flags: &Flags) -> Result<PathBuf, Error> {
     }
     env::current_dir().map_err(|source| Error::Io { op: "find", path: "the working directory".into(), source })
 }
+
+/// Whether a bundle is that of a pod: containerd writes a configuration into those of containers. Clients of its sandbox controller can give one
+/// to a pod as well, whose bundle is in the controller's folder.
+pub(super) fn is_of_pod(bundle: &Path) -> bool {
+    let controllers = bundle.ancestors().nth(2).and_then(Path::file_name);
+    bundle.is_dir() && (controllers.is_some_and(|name| name == SANDBOX_CONTROLLER) || !bundle.join("config.json").exists())
+}
+
+/// The folder of containerd's controller of sandboxes in shims: `FOLDER/NAMESPACE/ID` is a bundle.
+const SANDBOX_CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
 
 /// The bundle in a keeper's record of a container.
 pub(super) fn bundle_in(state: &[u8]) -> Option<PathBuf> {

@@ -19,6 +19,7 @@ mod v1;
 mod v2;
 mod watch;
 
+pub(crate) use kill::Frozen;
 pub(crate) use watch::{OomWake, OomWatch};
 
 /// The folders of a container's cgroup. Recorded in the container's state.
@@ -97,10 +98,15 @@ impl Cgroup {
         kill::thaw(self);
     }
 
-    /// Lets one process exit after SIGKILL, and leaves the others frozen: cgroup v1 keeps a frozen process alive, so
+    /// Freezes it until the result is dropped. Nothing if it is frozen already, or cannot be frozen.
+    pub(crate) fn freeze(&self) -> Option<Frozen> {
+        kill::freeze(self)
+    }
+
+    /// Lets some processes exit after SIGKILL, and leaves the others frozen: cgroup v1 keeps a frozen process alive, so
     /// it is moved to the cgroup above, where it handles the signal.
-    pub(crate) fn let_die(&self, pid: u32) {
-        kill::let_die(self, pid);
+    pub(crate) fn let_die(&self, pids: &[u32]) {
+        kill::let_die(self, pids);
     }
 
     /// The kernel's count of OOM kills in it. `None` if it cannot be read (any more).

@@ -204,7 +204,7 @@ fn one_process_of_a_frozen_cgroup_dies_and_the_others_stay_frozen() {
     made.write(file, frozen);
     scratch::eventually("it is frozen", || is_frozen_now(&cgroup));
     sys_kill(dies).expect("a signal");
-    cgroup.let_die(dies);
+    cgroup.let_die(&[dies]);
     scratch::eventually("it is dead", || made.children[1].try_wait().expect("a child").is_some());
     let (is_frozen, left) = (is_frozen_now(&cgroup), cgroup.pids());
     // or it could not be killed
@@ -257,5 +257,56 @@ fn an_oom_kill_wakes_the_watch_and_is_counted() {
         }
         assert_eq!(cgroup.oom_kills(), None);
         assert!(cgroup.watch_oom().is_err());
+    });
+}
+
+/// An open file whose cgroup has been removed gives ENODEV: every file of a cgroup, of each controller.
+#[test]
+fn what_is_read_of_a_cgroup_that_vanishes_is_empty_or_what_was_there() {
+    use std::io::Read;
+    let Some(made) = Made::new() else { return };
+    let mut open = Vec::new();
+    for folder in &made.folders {
+        let entries = folder.read_dir().expect("files").flatten().map(|entry| entry.path()).filter(|path| path.is_file());
+        open.extend(entries.filter_map(|path| fs::File::open(&path).ok().map(|file| (path, file))));
+    }
+    assert!(open.len() > 10, "{open:?}");
+    drop(made);
+    for (path, mut file) in open {
+        let read = file.read_to_string(&mut String::new());
+        assert!(
+            read.as_ref().is_ok_and(|length| *length == 0) || read.is_err_and(|error| error.raw_os_error() == Some(nix::libc::ENODEV)),
+            "{}",
+            path.display()
+        );
+    }
+
+    let Some(mut made) = Made::new() else { return };
+    let pid = made.start("", "exec sleep 1000");
+    let cgroup = Cgroup::of_pid(pid).expect("a cgroup");
+    made.children.iter_mut().for_each(|child| child.kill().expect("a signal"));
+    made.wait();
+    let is_done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..200 {
+                for act in [|path: &Path| fs::remove_dir(path), |path: &Path| fs::create_dir(path)] {
+                    made.folders.iter().for_each(|folder| act(folder).expect("no process is in it"));
+                }
+            }
+            is_done.store(true, Ordering::Relaxed);
+        });
+        while !is_done.load(Ordering::Relaxed) {
+            let any = cgroup.metrics();
+            if hierarchy::is_unified() {
+                cgroups_v2::metrics::Metrics::parse_from_bytes(&any.value).expect("decodable");
+            } else {
+                cgroups::metrics::Metrics::parse_from_bytes(&any.value).expect("decodable");
+            }
+            assert_eq!(cgroup.pids(), Vec::<u32>::new());
+            assert!(cgroup.oom_kills().is_none_or(|kills| kills == 0));
+            cgroup.kill_all().expect("nothing to do");
+            cgroup.thaw();
+        }
     });
 }

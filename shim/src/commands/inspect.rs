@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::survey::{Found, phase_of, processes_json, survey};
 use super::upgrade::report_json;
 use super::{Error, print_json, table};
-use crate::handover::{Snapshot, is_of};
+use crate::handover::{POD_KEY, Snapshot, is_of};
 use crate::invocation::Query;
 use crate::journal;
 
@@ -71,12 +71,17 @@ fn from_journal(id: &str, bundle: &Path) -> Result<Value, Error> {
 }
 
 fn knows(snapshot: &Snapshot, id: &str) -> bool {
-    snapshot.state.iter().any(|(key, _)| key == id) || snapshot.reservations.iter().any(|reserved| reserved == id)
+    let is_pod = |key: &str, value: &[u8]| key == POD_KEY && read(value)["id"] == id;
+    snapshot.state.iter().any(|(key, value)| key == id || is_pod(key, value)) || snapshot.reservations.iter().any(|reserved| reserved == id)
 }
 
 fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
     let (keeper, worker) = processes_json(snapshot);
-    let state = snapshot.state.iter().find(|(key, _)| key == id).map_or(Value::Null, |(_, value)| read(value));
+    let pod = snapshot.state.iter().find(|(key, _)| key == POD_KEY).map_or(Value::Null, |(_, value)| read(value));
+    // The pod's own id names no container.
+    let state = if pod["id"] == id { Some(pod.clone()) } else { None };
+    let found = || snapshot.state.iter().find(|(key, _)| key == id).map(|(_, value)| read(value));
+    let state = found().or(state).unwrap_or(Value::Null);
     let execs = snapshot.state.iter().filter_map(|(key, value)| Some((key.strip_prefix(id)?.strip_prefix('/')?, value)));
     let execs: serde_json::Map<String, Value> = execs.map(|(exec, value)| (exec.to_owned(), read(value)["process"].clone())).collect();
     let processes = snapshot.processes.iter().filter(|process| is_of(&process.key, id));
@@ -91,6 +96,7 @@ fn to_json(id: &str, control: &Path, snapshot: &Snapshot) -> Value {
         "worker": worker,
         "worker_generation": snapshot.generations,
         "reserved": snapshot.reservations.iter().any(|reserved| reserved == id),
+        "pod": pod["id"],
         "state": state,
         "execs": execs,
         "processes": processes.map(|process| json!({ "key": process.key, "pid": process.pid, "role": process.role })).collect::<Vec<_>>(),

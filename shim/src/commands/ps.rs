@@ -3,7 +3,7 @@ use std::io::{self, Write};
 
 use serde_json::{Value, json};
 
-use super::survey::{Container, Found, Shim, processes_json, pss_kib, survey};
+use super::survey::{Container, Found, Pod, Shim, processes_json, pss_kib, survey};
 use super::upgrade::{report_json, why};
 use super::{Error, print_json, table};
 use crate::handover::Snapshot;
@@ -43,6 +43,9 @@ fn to_json(shim: &Shim) -> Value {
                 "worker_asleep": snapshot.asleep,
                 "upgrade": snapshot.upgrade.as_ref().map(report_json),
                 "remark": remark_on(snapshot),
+                "pod": Pod::of(snapshot).map(|pod| json!({
+                    "id": pod.id, "name": pod.name, "namespace": pod.namespace, "state": pod.state, "pid": pod.pid,
+                })),
                 "containers": containers.collect::<Vec<_>>(),
             })
         }
@@ -64,7 +67,7 @@ fn to_rows(shims: &[Shim]) -> Vec<Vec<String>> {
     rows
 }
 
-/// A row per container; the first names the shim.
+/// A row per container, before them one for a pod; the first names the shim.
 fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
     let none = || "-".to_owned();
     let worker = snapshot.worker_pid;
@@ -87,10 +90,12 @@ fn rows_of(snapshot: &Snapshot) -> Vec<Vec<String>> {
         version,
         memory,
     ];
+    let pod = Pod::of(snapshot).map(|pod| (format!("pod {}/{}", pod.namespace, pod.name), pod.state, pod.pid));
+    let containers = containers(snapshot).into_iter().map(|container| (container.id, container.state, container.pid));
     let mut rows: Vec<Vec<String>> = Vec::new();
-    for container in containers(snapshot) {
+    for (name, state, pid) in pod.into_iter().chain(containers) {
         let mut row = if rows.is_empty() { shim.to_vec() } else { vec![String::new(); shim.len()] };
-        row.extend([container.id, container.state, container.pid.map_or_else(none, |pid| pid.to_string())]);
+        row.extend([name, state, pid.map_or_else(none, |pid| pid.to_string())]);
         rows.push(row);
     }
     if rows.is_empty() {
@@ -141,6 +146,16 @@ mod tests {
         let heads: Vec<&[String]> = rows.iter().map(|row| &row[..4]).collect();
         assert_eq!(heads, [["n1", "g1", "1", "-"], ["", "", "", ""], ["", "", "", ""]]);
         assert_eq!(rows_of(&Snapshot::default())[0][6..], ["-", "-", "-"]);
+    }
+
+    #[test]
+    fn a_pod_without_a_pause_process_has_the_first_row() {
+        let mut snapshot = snapshot();
+        let record = br#"{"id": "p1", "phase": {"ready": {"pid": 7}}, "config": {"name": "web", "namespace": "default"}}"#;
+        snapshot.state.push(("@pod".into(), record.to_vec()));
+        let rows = rows_of(&snapshot);
+        assert_eq!(rows[0][6..], ["pod default/web", "ready", "7"]);
+        assert_eq!((rows[0][0].as_str(), rows[1][0].as_str(), rows.len()), ("n1", "", 4));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::Error;
 use crate::control;
-use crate::handover::Snapshot;
+use crate::handover::{POD_KEY, Snapshot};
 use crate::invocation::Query;
 use crate::run_dir::RunDir;
 
@@ -106,7 +106,7 @@ impl Container {
         for id in snapshot.state.iter().filter_map(|(key, _)| Some(key.split_once('/')?.0)) {
             *execs.entry(id).or_default() += 1;
         }
-        let containers = snapshot.state.iter().filter(|(key, _)| !key.contains('/'));
+        let containers = snapshot.state.iter().filter(|(key, _)| !key.contains('/') && key != POD_KEY);
         containers.map(move |(id, value)| Self { execs: execs.get(id.as_str()).copied().unwrap_or(0), ..Self::read(id, value) })
     }
 
@@ -114,6 +114,36 @@ impl Container {
         let value: Value = serde_json::from_slice(value).unwrap_or_default();
         let init = value.get("init").unwrap_or(&Value::Null);
         Self { id: id.to_owned(), state: phase_of(init), pid: init.get("pid").and_then(Value::as_u64), execs: 0 }
+    }
+}
+
+/// The pod that a shim is, as the worker saved it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pod {
+    pub(crate) id: String,
+    /// Its name and namespace in Kubernetes.
+    pub(crate) name: String,
+    pub(crate) namespace: String,
+    /// `created`, `ready`, `notready` or `?`.
+    pub(crate) state: String,
+    /// Of the process whose namespaces its containers join.
+    pub(crate) pid: Option<u64>,
+}
+
+impl Pod {
+    /// The pod of a shim, if it is one.
+    pub(crate) fn of(snapshot: &Snapshot) -> Option<Self> {
+        let (_, value) = snapshot.state.iter().find(|(key, _)| key == POD_KEY)?;
+        let value: Value = serde_json::from_slice(value).unwrap_or_default();
+        let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
+        let config = &value["config"];
+        Some(Self {
+            id: text(&value["id"]),
+            name: text(&config["name"]),
+            namespace: text(&config["namespace"]),
+            state: phase_of(&value),
+            pid: value["phase"]["ready"]["pid"].as_u64(),
+        })
     }
 }
 
@@ -139,6 +169,20 @@ mod tests {
         for odd in ["", "[]", "{}", r#"{"init": 3}"#, r#"{"init": {"phase": {}, "pid": -1}}"#, "\u{0}"] {
             assert_eq!(read(odd), is("?", None), "{odd}");
         }
+    }
+
+    #[test]
+    fn a_pod_is_no_container() {
+        let record =
+            br#"{"id": "p1", "phase": {"ready": {"pid": 7, "since_nanos": 1}}, "config": {"name": "web", "namespace": "default"}}"#;
+        let state = vec![(POD_KEY.to_owned(), record.to_vec()), ("c1".to_owned(), Vec::new())];
+        let snapshot = Snapshot { state, ..Snapshot::default() };
+        let pod = Pod::of(&snapshot).expect("it is one");
+        assert_eq!((pod.id.as_str(), pod.name.as_str(), pod.state.as_str(), pod.pid), ("p1", "web", "ready", Some(7)));
+        assert_eq!(Container::all(&snapshot).map(|container| container.id).collect::<Vec<_>>(), ["c1"]);
+        assert_eq!(Pod::of(&Snapshot::default()), None);
+        let odd = Snapshot { state: vec![(POD_KEY.to_owned(), b"[]".to_vec())], ..Snapshot::default() };
+        assert_eq!(Pod::of(&odd).map(|pod| pod.state).as_deref(), Some("?"));
     }
 
     #[test]

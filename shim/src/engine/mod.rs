@@ -28,7 +28,7 @@ mod native_engine;
 pub(crate) use choice::EngineNotFound;
 pub(crate) use command::CommandEngine;
 pub(crate) use criu::{CriuRequest, blocking_plan_criu};
-pub(crate) use native_engine::{NativeEngine, encode, refused, reported_pid};
+pub(crate) use native_engine::{NativeEngine, encode, refused, reported_pid, reported_pid_of_holder};
 
 /// The name by which the option BinaryName names the native engine. No other is used then.
 pub(crate) const NATIVE: &str = "native";

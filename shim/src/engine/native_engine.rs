@@ -66,6 +66,17 @@ pub(crate) fn reported_pid(verb: Verb, exited: &Exited) -> Result<Option<u32>, E
     }
 }
 
+/// The pid of the process that holds the namespaces of a pod.
+///
+/// Errors: why there is none, in words.
+pub(crate) fn reported_pid_of_holder(exited: &Exited) -> Result<u32, String> {
+    match Report::parse(&exited.output) {
+        Some(Report::Born { pid }) => Ok(pid),
+        Some(Report::Failed(failure)) => Err(failure.to_string()),
+        None => Err(format!("the performer of its plan was killed before it could report (status {})", exited.status)),
+    }
+}
+
 fn complaint(verb: Verb, failure: &Failure) -> EngineError {
     let message = failure.to_string();
     match failure.step {

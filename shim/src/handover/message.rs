@@ -12,6 +12,9 @@ pub(crate) type Cause = u64;
 /// Which operation of a cause; chosen by the worker, the same again on replay.
 pub(crate) type Step = u32;
 
+/// The key of the pod that a shim is, and of the process that holds its namespaces. No container has this id.
+pub(crate) const POD_KEY: &str = "@pod";
+
 /// Whether a process key belongs to this container: `ID` for init, `ID/EXEC` for execs.
 pub(crate) fn is_of(key: &str, id: &str) -> bool {
     key.strip_prefix(id).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
@@ -202,6 +205,16 @@ pub(crate) enum Op {
         #[n(0)]
         key: String,
     },
+    /// Has the keeper enter the namespaces of a pod, an encoded `x_engine::plan::Pod`. What it starts is in its own all the same. → `Done`, or
+    /// `Failed`: then it is in its own. Since version 3.
+    #[n(12)]
+    EnterPod {
+        #[cbor(n(0), with = "part")]
+        plan: Vec<u8>,
+    },
+    /// Has the keeper return to its own namespaces. → `Done`. Since version 3.
+    #[n(13)]
+    LeavePod,
 }
 
 /// A plan to perform: see `x_engine::perform`.
@@ -248,6 +261,9 @@ pub(crate) enum PlanKind {
     /// Makes a process that does nothing, for systemd to start a unit with.
     #[n(6)]
     Placeholder,
+    /// Makes a process that holds the namespaces of a pod.
+    #[n(7)]
+    Holder,
 }
 
 impl PlanKind {
@@ -260,12 +276,13 @@ impl PlanKind {
             Self::Checkpoint => "checkpoint",
             Self::Restore => "restore",
             Self::Placeholder => "placeholder",
+            Self::Holder => "holder",
         }
     }
 
     /// Whether it leaves a process behind whose pid its report names.
     pub(crate) fn makes_process(self) -> bool {
-        matches!(self, Self::Create | Self::Exec | Self::Restore | Self::Placeholder)
+        matches!(self, Self::Create | Self::Exec | Self::Restore | Self::Placeholder | Self::Holder)
     }
 
     /// Whether that process waits at a gate.
@@ -516,6 +533,15 @@ pub(crate) struct Commit {
     /// Exit as soon as there is no state, no reservation and nothing left to write. Stays in force until state is set again.
     #[n(9)]
     pub(crate) leave: bool,
+    /// Entries of the state that expire: key and seconds. One that is set again does not, unless it is named again. The keeper drops one that has
+    /// expired, with its container or pod. Since version 3.
+    #[n(10)]
+    #[cbor(default)]
+    pub(crate) expiring: Vec<(String, u32)>,
+    /// With `leave`: how long the keeper stays for its clients to close their connections. Since version 3.
+    #[n(11)]
+    #[cbor(default)]
+    pub(crate) linger_millis: u32,
 }
 
 /// A child that a runtime left behind.

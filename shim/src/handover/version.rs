@@ -24,6 +24,9 @@ impl Versions {
     /// The first version in which a keeper makes placeholders, and performs a plan in a cgroup that holds one.
     pub(crate) const HOLDS_UNITS: u16 = 3;
 
+    /// The first version in which a keeper enters the namespaces of a pod.
+    pub(crate) const HOLDS_PODS: u16 = 3;
+
     /// The versions that this build speaks, as keeper and as worker.
     pub(crate) const OURS: Self = Self { oldest: 1, newest: 3 };
 

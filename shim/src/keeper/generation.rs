@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 
 use super::first_worker::FirstWorker;
+use super::home::Home;
 use super::outbox::Outbox;
 use super::poll::{Poll, Source};
 use crate::handover::{MAX_MESSAGE_BYTES, Malformed, ToKeeper, ToWorker, Versions};
@@ -97,6 +98,13 @@ pub(crate) enum Fault {
     Worker,
 }
 
+/// What a worker is started with, whichever it is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Surroundings<'a> {
+    pub(crate) settings: &'a Settings,
+    pub(crate) home: &'a Home,
+}
+
 /// A ping that is unanswered.
 #[derive(Debug, Clone, Copy)]
 struct Ping {
@@ -138,7 +146,7 @@ impl Generation {
     /// Starts a child of `executable`, in the mode that `words` name. `attached`: its descriptor 4; 3 is the link.
     pub(crate) fn start(
         number: u32,
-        settings: &Settings,
+        Surroundings { settings, home }: Surroundings<'_>,
         words: &[&str],
         executable: &Executable,
         attached: Option<&OwnedFd>,
@@ -149,7 +157,8 @@ impl Generation {
         ours.set_nonblocking(true)?;
         let descriptors: Vec<_> = [theirs.as_fd()].into_iter().chain(attached.map(AsFd::as_fd)).collect();
         let (argv, env) = (settings.command_line(words)?, sys::exec::environment());
-        let started = spawn(&Command::of_executable(executable.file.as_fd(), argv, env, &descriptors)?)?;
+        let command = Command::of_executable(executable.file.as_fd(), argv, env, &descriptors)?;
+        let started = spawn(&Command { namespaces: home.namespaces(), ..command })?;
         Self::of(number, started.pid, ours, Some(started.failure), now, poll)
     }
 

@@ -122,9 +122,15 @@ pub(crate) struct Ledger {
     questions: BTreeMap<String, Vec<Rc<[u8]>>>,
     reservations: BTreeMap<String, Instant>,
     exit_allowed: bool,
+    /// Entries of the state that expire. Absent from the state of an earlier version.
+    expiring: Option<BTreeMap<String, Instant>>,
+    /// How long the keeper stays for its clients once it may exit.
+    linger_millis: Option<u32>,
 }
 
-saved!(Ledger { last_cause, causes, ready_due, naming, state, parked, ready, reservations, exit_allowed; exits, unsent, questions });
+saved!(Ledger {
+    last_cause, causes, ready_due, naming, state, parked, ready, reservations, exit_allowed, expiring, linger_millis; exits, unsent, questions
+});
 
 impl Ledger {
     /// Resumes after a re-exec.
@@ -254,9 +260,12 @@ impl Ledger {
     }
 
     /// Applies the parts of a commit that concern the ledger and returns the answers that are due.
-    pub(crate) fn commit(&mut self, commit: &mut Commit) -> Vec<Due> {
+    pub(crate) fn commit(&mut self, commit: &mut Commit, now: Instant) -> Vec<Due> {
         for (key, value) in std::mem::take(&mut commit.state) {
             self.drop_ready(&key);
+            if let Some(expiring) = &mut self.expiring {
+                expiring.remove(&key);
+            }
             match value {
                 Some(value) => {
                     self.reservations.remove(&key);
@@ -280,7 +289,15 @@ impl Ledger {
         for ready in std::mem::take(&mut commit.ready) {
             self.add_ready(ready);
         }
+        for (key, seconds) in std::mem::take(&mut commit.expiring) {
+            if self.state.contains_key(&key) {
+                self.expiring.get_or_insert_default().insert(key, now + Duration::from_secs(seconds.into()));
+            }
+        }
         self.exit_allowed |= commit.leave;
+        if commit.leave {
+            self.linger_millis = Some(commit.linger_millis);
+        }
         due
     }
 
@@ -382,7 +399,7 @@ impl Ledger {
     /// end of a worker, not for a time.
     pub(crate) fn deadline(&self, ticked: Instant) -> Option<Instant> {
         let ready = self.ready_due.values().find(|at| **at > ticked);
-        ready.into_iter().chain(self.reservations.values()).min().copied()
+        ready.into_iter().chain(self.reservations.values()).chain(self.expiring.iter().flat_map(BTreeMap::values)).min().copied()
     }
 
     /// Reserves a place for a container, unless it exists already.
@@ -392,9 +409,15 @@ impl Ledger {
         }
     }
 
-    /// Drops reservations that have expired.
-    pub(crate) fn expire(&mut self, now: Instant) {
+    /// Drops reservations that have expired. Returns the entries that have.
+    pub(crate) fn expire(&mut self, now: Instant) -> Vec<String> {
         self.reservations.retain(|_, until| *until > now);
+        self.expiring.iter_mut().flat_map(|expiring| expiring.extract_if(.., |_, until| *until <= now)).map(|(key, _)| key).collect()
+    }
+
+    /// How long the keeper stays for its clients once it may exit.
+    pub(crate) fn linger(&self) -> Duration {
+        Duration::from_millis(self.linger_millis.unwrap_or(0).into())
     }
 
     /// Whether the worker allowed the keeper to exit and nothing here prevents it. `is_failing`: no worker will answer the open causes.

@@ -19,6 +19,7 @@ mod control;
 mod first_worker;
 mod gates;
 mod generation;
+mod home;
 mod ledger;
 mod outbox;
 mod poison;

@@ -11,8 +11,10 @@
 use std::io;
 
 /// The version that this build writes, and the oldest whose readers understand that.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 2;
 const OLDEST_READER: u16 = 1;
+/// The oldest that knows the way back from the namespaces of a pod.
+const OLDEST_READER_IN_POD: u16 = 2;
 
 const MAGIC: &[u8; 16] = b"x-shim keeper 1\n";
 const HEAD_BYTES: usize = 24;
@@ -35,12 +37,13 @@ pub(crate) enum Error {
     Io(#[from] io::Error),
 }
 
-/// Puts the head before the list of the parts.
-pub(crate) fn seal(body: &[u8]) -> Result<Vec<u8>, Error> {
+/// Puts the head before the list of the parts. `is_in_pod`: the keeper is in the namespaces of a pod.
+pub(crate) fn seal(body: &[u8], is_in_pod: bool) -> Result<Vec<u8>, Error> {
     if body.len() > MAX_BYTES - HEAD_BYTES {
         return Err(Error::TooMuch { bytes: body.len() });
     }
-    Ok([&MAGIC[..], &VERSION.to_le_bytes(), &OLDEST_READER.to_le_bytes(), &sum(body).to_le_bytes(), body].concat())
+    let oldest = if is_in_pod { OLDEST_READER_IN_POD } else { OLDEST_READER };
+    Ok([&MAGIC[..], &VERSION.to_le_bytes(), &oldest.to_le_bytes(), &sum(body).to_le_bytes(), body].concat())
 }
 
 /// Checks a state and finds the list of its parts.
@@ -74,7 +77,7 @@ mod tests {
 
     #[test]
     fn every_damage_is_detected() {
-        let whole = seal(b"a list of parts").expect("is short");
+        let whole = seal(b"a list of parts", false).expect("is short");
         assert_eq!(open(&whole).expect("whole"), b"a list of parts");
         for at in 0..whole.len() {
             let mut bytes = whole.clone();

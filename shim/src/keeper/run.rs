@@ -18,6 +18,7 @@ use nix::libc;
 
 use super::children::{Children, Found};
 use super::control::Control;
+use super::generation::Surroundings;
 use super::ledger::Ledger;
 use super::poison::Poison;
 use super::poll::{Poll, Source};
@@ -69,6 +70,8 @@ struct Timers {
     unused_since: Option<Instant>,
     /// Clients that the keeper does not read from until the worker has caught up.
     paused: Vec<u32>,
+    /// How long an exiting keeper stays for its clients to close their connections.
+    linger_until: Option<Instant>,
     /// When to return memory, if there was any activity since the last time.
     trim_at: Option<Instant>,
     /// When to retry accepting connections.
@@ -162,7 +165,7 @@ impl Keeper {
             Source::Client(id) => self.client(id, now),
             Source::ControlClient(id) => self.control_client(id, now),
             Source::Helper(pid) => {
-                if let Some(found) = self.children.read(pid, &mut self.poll) {
+                if let Some(found) = self.children.read(pid, &mut self.streams, &mut self.poll) {
                     self.found(found);
                 }
             }
@@ -200,11 +203,12 @@ impl Keeper {
             }
             self.answer(due);
         }
-        self.supervisor.ensure(&self.settings, now, self.ledger.is_busy(), &self.poll);
+        let with = Surroundings { settings: &self.settings, home: &self.children.home };
+        self.supervisor.ensure(with, now, self.ledger.is_busy(), &self.poll);
         self.tick_upgrade(now);
         self.send_causes(now);
-        self.ledger.expire(now);
-        self.publisher.turn(now, &self.poll);
+        self.expire(now);
+        self.publisher.tick(now, &self.poll);
         self.supervisor.flush(now);
         now
     }
@@ -219,6 +223,7 @@ impl Keeper {
             self.streams.deadline(),
             self.publisher.deadline(),
             self.timers.exit_by,
+            self.timers.linger_until.filter(|until| *until > ticked),
             self.timers.unused_since.map(|since| since + UNUSED_FOR),
             self.timers.trim_at,
             self.timers.accept_at,
@@ -253,15 +258,18 @@ impl Keeper {
             true => SHUT_DOWN_WITHIN,
             false if self.ledger.may_exit(self.supervisor.is_failing()) => EXIT_WITHIN,
             false => {
-                self.timers.exit_by = None;
+                (self.timers.exit_by, self.timers.linger_until) = (None, None);
                 return false;
             }
         };
+        // A client that is still connected would take the end of the connection for a failure of its last call.
+        let linger_until = *self.timers.linger_until.get_or_insert_with(|| now + self.ledger.linger());
+        let is_alone = self.relay.count() == 0 || linger_until <= now;
         let by = self.timers.exit_by.map_or(now + within, |by| by.min(now + within));
         self.timers.exit_by = Some(by);
         // At shutdown no client may call Delete; only exits are pending, and they must reach the clients.
         let is_idle = if is_shut_down { self.streams.all_is_read() && !self.ledger.is_busy() } else { self.streams.is_drained() };
-        by <= now || (is_idle && self.publisher.len() == 0 && self.relay.is_flushed() && self.control.is_flushed())
+        by <= now || (is_alone && is_idle && self.publisher.len() == 0 && self.relay.is_flushed() && self.control.is_flushed())
     }
 
     fn exit(&mut self) {

@@ -19,11 +19,11 @@ use std::time::{Duration, Instant};
 use log::{debug, error, info, warn};
 
 use super::first_worker::FirstWorker;
-use super::generation::{End, Executable, Fault, Generation};
+use super::generation::{End, Executable, Fault, Generation, Surroundings};
 use super::poll::{Poll, Source};
 use crate::handover::{ToKeeper, ToWorker, Versions};
 use crate::saved::saved;
-use crate::settings::{self, Settings};
+use crate::settings;
 
 /// How many generations in a row may commit nothing before the next one has to wait.
 const FREE_RETRIES: u32 = 3;
@@ -121,7 +121,7 @@ impl Supervisor {
     }
 
     /// Starts a worker if there is none and one is due, and kills one that hangs. `is_busy`: a cause is open.
-    pub(crate) fn ensure(&mut self, settings: &Settings, now: Instant, is_busy: bool, poll: &Poll) {
+    pub(crate) fn ensure(&mut self, with: Surroundings<'_>, now: Instant, is_busy: bool, poll: &Poll) {
         if self.previous.as_ref().is_some_and(|(_, until)| *until <= now) {
             self.previous = None;
         }
@@ -140,7 +140,7 @@ impl Supervisor {
         }
         self.generations += 1;
         self.last_number += 1;
-        match Generation::start(self.last_number, settings, &["worker"], &self.executable, None, now, poll) {
+        match Generation::start(self.last_number, with, &["worker"], &self.executable, None, now, poll) {
             Ok(worker) => self.worker = Some(worker),
             Err(error) => {
                 warn!(error:%; "cannot start a worker, will retry");
@@ -235,15 +235,15 @@ impl Supervisor {
     }
 
     /// Starts a candidate: a worker of another executable beside the one that serves.
-    pub(crate) fn try_out(&mut self, settings: &Settings, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<()> {
-        self.add_candidate(Generation::start(self.last_number + 1, settings, &["worker"], executable, None, now, poll)?);
+    pub(crate) fn try_out(&mut self, with: Surroundings<'_>, executable: &Executable, now: Instant, poll: &Poll) -> io::Result<()> {
+        self.add_candidate(Generation::start(self.last_number + 1, with, &["worker"], executable, None, now, poll)?);
         Ok(())
     }
 
     /// Starts a candidate: a child that reads a copy of the keeper's state.
-    pub(crate) fn rehearse(&mut self, settings: &Settings, state: &OwnedFd, now: Instant, poll: &Poll) -> io::Result<()> {
+    pub(crate) fn rehearse(&mut self, with: Surroundings<'_>, state: &OwnedFd, now: Instant, poll: &Poll) -> io::Result<()> {
         let words = ["keeper", "rehearse"];
-        self.add_candidate(Generation::start(self.last_number + 1, settings, &words, &self.executable, Some(state), now, poll)?);
+        self.add_candidate(Generation::start(self.last_number + 1, with, &words, &self.executable, Some(state), now, poll)?);
         Ok(())
     }
 

@@ -1,11 +1,12 @@
 //! Mounts, as far as `nix` lacks them, and loop devices.
 #![allow(unsafe_code)]
-use std::ffi::c_ulong;
+use std::ffi::{CString, c_ulong};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -25,6 +26,16 @@ pub(crate) fn is_mount_root(fd: BorrowedFd<'_>) -> io::Result<bool> {
         return Err(io::ErrorKind::Unsupported.into());
     }
     Ok(about.stx_attributes & mask != 0)
+}
+
+/// Sets the label of SELinux's that a file has.
+///
+/// Source: setxattr(2), `security.selinux`.
+pub(crate) fn set_selinux_label(path: &Path, label: &str) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: both texts end with a zero and are valid for the call; pointer and length describe the label.
+    let result = unsafe { libc::lsetxattr(path.as_ptr(), c"security.selinux".as_ptr(), label.as_ptr().cast(), label.len(), 0) };
+    Ok(Errno::result(result).map(drop)?)
 }
 
 /// A block device over a file. The kernel removes it once it is neither open nor mounted.

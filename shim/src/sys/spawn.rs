@@ -17,6 +17,9 @@ use nix::unistd::{ForkResult, fork, pipe2};
 /// The most descriptors of a new process.
 pub(crate) const MAX_DESCRIPTORS: usize = 16;
 
+/// The most namespaces that a new process joins.
+pub(crate) const MAX_NAMESPACES: usize = 3;
+
 /// The program to start, with its surroundings.
 pub(crate) struct Command<'a> {
     /// Absolute path of the executable.
@@ -28,6 +31,8 @@ pub(crate) struct Command<'a> {
     pub(crate) descriptors: Vec<Option<BorrowedFd<'a>>>,
     /// Kill the new process when this one dies.
     pub(crate) dies_with_parent: bool,
+    /// Namespaces that it joins first, at most [`MAX_NAMESPACES`].
+    pub(crate) namespaces: Vec<BorrowedFd<'a>>,
 }
 
 impl<'a> Command<'a> {
@@ -47,6 +52,7 @@ impl<'a> Command<'a> {
             cwd: c"/".into(),
             descriptors: [None; 3].into_iter().chain(descriptors.iter().copied().map(Some)).collect(),
             dies_with_parent: true,
+            namespaces: Vec::new(),
         })
     }
 }
@@ -140,6 +146,8 @@ struct Child<'a> {
     env: Vec<*const libc::c_char>,
     /// The descriptors that it gets, from 0 upwards.
     sources: [RawFd; MAX_DESCRIPTORS],
+    /// The namespaces that it joins; -1 for none.
+    namespaces: [RawFd; MAX_NAMESPACES],
     report: OwnedFd,
     parent: libc::pid_t,
     _null: File,
@@ -147,7 +155,7 @@ struct Child<'a> {
 
 impl<'a> Child<'a> {
     fn prepare(command: &'a Command<'a>) -> io::Result<(Self, Failure)> {
-        if command.descriptors.len() > MAX_DESCRIPTORS {
+        if command.descriptors.len() > MAX_DESCRIPTORS || command.namespaces.len() > MAX_NAMESPACES {
             return Err(io::Error::from_raw_os_error(libc::E2BIG));
         }
         let null = File::options().read(true).write(true).open("/dev/null")?;
@@ -155,12 +163,17 @@ impl<'a> Child<'a> {
         for (slot, descriptor) in sources.iter_mut().zip(&command.descriptors) {
             *slot = descriptor.unwrap_or(null.as_fd()).as_raw_fd();
         }
+        let mut namespaces: [RawFd; MAX_NAMESPACES] = [-1; MAX_NAMESPACES];
+        for (slot, namespace) in namespaces.iter_mut().zip(&command.namespaces) {
+            *slot = namespace.as_raw_fd();
+        }
         let (failure, report) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         let child = Self {
             argv: command.argv.iter().map(|argument| argument.as_ptr()).chain([ptr::null()]).collect(),
             env: command.env.iter().map(|entry| entry.as_ptr()).chain([ptr::null()]).collect(),
             command,
             sources,
+            namespaces,
             report,
             parent: std::process::id() as libc::pid_t,
             _null: null,
@@ -194,6 +207,11 @@ impl<'a> Child<'a> {
             let report = libc::fcntl(self.report.as_raw_fd(), libc::F_DUPFD_CLOEXEC, count as libc::c_int);
             if report < 0 {
                 libc::_exit(127);
+            }
+            for namespace in self.namespaces {
+                if namespace >= 0 && libc::setns(namespace, 0) < 0 {
+                    fail(report);
+                }
             }
             for source in self.sources.iter_mut().take(count) {
                 *source = libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, count as libc::c_int);
@@ -235,7 +253,15 @@ mod tests {
     fn command(program: &str) -> Command<'static> {
         let program = CString::new(program).expect("text");
         let argv = vec![program.clone(), c"1000".into()];
-        Command { program, argv, env: Vec::new(), cwd: c"/".into(), descriptors: vec![None; 3], dies_with_parent: true }
+        Command {
+            program,
+            argv,
+            env: Vec::new(),
+            cwd: c"/".into(),
+            descriptors: vec![None; 3],
+            dies_with_parent: true,
+            namespaces: Vec::new(),
+        }
     }
 
     #[test]

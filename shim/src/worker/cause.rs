@@ -14,6 +14,8 @@ use crate::handover::{self, Exited, Op, Outcome, Perform, Spawn, Step};
 pub(crate) struct Cause {
     link: Rc<Link>,
     number: handover::Cause,
+    /// Added to each step: see [`Cause::part`].
+    first_step: Step,
 }
 
 /// The steps of all handlers. A number means the same in every version: a later version may complete what an earlier one has begun.
@@ -47,16 +49,33 @@ pub(crate) mod step {
     pub(crate) const HOOKS: Step = 18;
     /// Makes the process that a unit of systemd's is started with.
     pub(crate) const PLACEHOLDER: Step = 24;
+    /// Makes the process that holds the namespaces of a pod.
+    pub(crate) const HOLDER: Step = 26;
+    pub(crate) const ENTER_POD: Step = 27;
+    pub(crate) const LEAVE_POD: Step = 28;
+    /// Comes before the return from a pod's namespaces after a failed start.
+    pub(crate) const UNDO_POD: Step = 29;
+
+    /// The steps of the work on one of several containers.
+    pub(crate) const PER_PART: Step = 64;
+    /// Signals the descendants of an exec: from here on two steps for each worker that comes to it. The first counts the workers, the second asks whether the exec is
+    /// still there.
+    pub(crate) const DESCENDANTS: Step = 1000;
 }
 
 impl Cause {
     pub(crate) fn new(link: Rc<Link>, number: handover::Cause) -> Self {
-        Self { link, number }
+        Self { link, number, first_step: 0 }
     }
 
     /// For operations that belong to no request and no exit, each at an [`Link::own_step`]. The keeper does not remember them.
     pub(crate) fn own(link: &Rc<Link>) -> Self {
         Self::new(Rc::clone(link), 0)
+    }
+
+    /// For the work on one of several containers: its steps are of its own. `index`: the same for that container in a replay.
+    pub(crate) fn part(&self, index: usize) -> Self {
+        Self { first_step: step::PER_PART * (index as Step + 1), ..self.clone() }
     }
 
     pub(crate) fn number(&self) -> handover::Cause {
@@ -65,7 +84,7 @@ impl Cause {
 
     /// Marks the cause as begun, for [`Cause::was_begun`] of a later worker generation.
     pub(crate) fn begin(&self) {
-        drop(self.link.operation(self.number, step::BEGIN, Op::Once));
+        drop(self.link.operation(self.number, self.first_step + step::BEGIN, Op::Once));
     }
 
     /// Whether an earlier worker began to handle it. If not, it counts as begun now.
@@ -75,12 +94,12 @@ impl Cause {
 
     /// Whether no earlier worker has come to this step.
     pub(crate) async fn is_first(&self, at: Step) -> bool {
-        matches!(self.link.operation(self.number, at, Op::Once).await.0, Outcome::Done)
+        matches!(self.link.operation(self.number, self.first_step + at, Op::Once).await.0, Outcome::Done)
     }
 
     /// Requests an operation whose outcome is success and nothing else.
     pub(crate) async fn perform(&self, at: Step, op: Op) -> Result<(), Error> {
-        match self.link.operation(self.number, at, op).await.0 {
+        match self.link.operation(self.number, self.first_step + at, op).await.0 {
             Outcome::Done => Ok(()),
             Outcome::Failed { errno, what } => Err(failed(errno, what)),
             Outcome::Exited(_) | Outcome::Ready { .. } | Outcome::Descriptor => Err(Error::Outcome { doing: "operation" }),
@@ -98,7 +117,7 @@ impl Cause {
     }
 
     async fn ended(&self, at: Step, op: Op) -> Result<Exited, Error> {
-        match self.link.operation(self.number, at, op).await.0 {
+        match self.link.operation(self.number, self.first_step + at, op).await.0 {
             Outcome::Exited(exited) => Ok(exited),
             Outcome::Failed { errno, what } => Err(failed(errno, what)),
             Outcome::Done | Outcome::Ready { .. } | Outcome::Descriptor => Err(Error::Outcome { doing: "start a process" }),
@@ -107,7 +126,7 @@ impl Cause {
 
     /// Starts a helper and waits until it reports readiness.
     pub(crate) async fn start(&self, at: Step, spawn: Spawn) -> Result<Started, Error> {
-        match self.link.operation(self.number, at, Op::Spawn(spawn)).await.0 {
+        match self.link.operation(self.number, self.first_step + at, Op::Spawn(spawn)).await.0 {
             Outcome::Ready { byte } => Ok(Started::Ready { byte }),
             Outcome::Exited(exited) => Ok(Started::Ended { status: exited.status }),
             Outcome::Failed { errno, what } => Err(failed(errno, what)),
@@ -117,7 +136,7 @@ impl Cause {
 
     /// Gets a descriptor; absent if the keeper no longer has it.
     pub(crate) async fn descriptor(&self, at: Step, op: Op) -> Result<Option<OwnedFd>, Error> {
-        match self.link.operation(self.number, at, op).await {
+        match self.link.operation(self.number, self.first_step + at, op).await {
             (Outcome::Descriptor, Some(descriptor)) => Ok(Some(descriptor)),
             (Outcome::Failed { errno: nix::libc::ENOENT, .. }, _) => Ok(None),
             (Outcome::Failed { errno, what }, _) => Err(failed(errno, what)),

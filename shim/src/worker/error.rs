@@ -43,6 +43,21 @@ pub(crate) enum Error {
     TooMuch { id: ContainerId, bytes: usize, limit: usize },
     #[error("container {id} is being deleted")]
     Deleting { id: ContainerId },
+    #[error("sandbox {:?} not found", excerpt(.id))]
+    NoPod { id: String },
+    #[error("sandbox {id} already exists")]
+    PodExists { id: ContainerId },
+    #[error("sandbox {id}: cannot {request} while {phase}")]
+    PodRefused { id: ContainerId, request: &'static str, phase: &'static str },
+    #[error("sandbox {id}: {field}: {}", bounded(.why, REASON_CHARS))]
+    PodConfig { id: String, field: String, why: String },
+    /// The keeper is of an earlier build.
+    #[error("sandbox {:?}: the keeper of an earlier build cannot run pods; upgrade the shim with its keeper", excerpt(.id))]
+    NoPods { id: String },
+    #[error("container {id} of sandbox {pod}: {field}: {why}")]
+    NotOfPod { id: ContainerId, pod: ContainerId, field: &'static str, why: &'static str },
+    #[error("sandbox {id}: {failure}")]
+    PodNotMade { id: ContainerId, failure: String },
     #[error("another checkpoint of container {id} is under way")]
     Saving { id: ContainerId },
     #[error(transparent)]
@@ -122,17 +137,21 @@ impl Error {
     /// The code that clients act on. No `_` arm: a new variant must choose.
     pub(crate) fn code(&self) -> Code {
         match self {
-            Self::NoContainer { .. } | Self::NoProcess { .. } | Self::Finished { .. } => Code::NotFound,
-            Self::Exists { .. } | Self::Taken { .. } | Self::ProcessExists { .. } => Code::AlreadyExists,
+            Self::NoContainer { .. } | Self::NoProcess { .. } | Self::Finished { .. } | Self::NoPod { .. } => Code::NotFound,
+            Self::Exists { .. } | Self::PodExists { .. } | Self::Taken { .. } | Self::ProcessExists { .. } => Code::AlreadyExists,
             // containerd and its clients take "not found" for "already dead".
             Self::Refused { source: Refused { request: Request::Kill, .. }, .. } => Code::NotFound,
-            Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } | Self::Saving { .. } => Code::FailedPrecondition,
+            Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } | Self::Saving { .. } | Self::PodRefused { .. } => {
+                Code::FailedPrecondition
+            }
             Self::Id(_)
             | Self::Signal { .. }
             | Self::Payload { .. }
             | Self::Envelope { .. }
             | Self::Json { .. }
             | Self::Value { .. }
+            | Self::PodConfig { .. }
+            | Self::NotOfPod { .. }
             | Self::Options(_)
             | Self::Stdio(_)
             | Self::LoggerRefused(_)
@@ -146,7 +165,7 @@ impl Error {
                 Code::InvalidArgument
             }
             Self::TooMuch { .. } => Code::ResourceExhausted,
-            Self::NoMethod { .. } | Self::Parent { .. } => Code::Unimplemented,
+            Self::NoMethod { .. } | Self::Parent { .. } | Self::NoPods { .. } => Code::Unimplemented,
             Self::Expired { .. } | Self::TimedOut { .. } => Code::DeadlineExceeded,
             Self::SetAside { .. } | Self::Engine(EngineError::Gone { .. }) => Code::Unavailable,
             Self::Engine(EngineError::NoContainer { .. }) => Code::NotFound,
@@ -167,6 +186,7 @@ impl Error {
             | Self::NoPid { .. }
             | Self::NoReport { .. }
             | Self::NotPerformed { .. }
+            | Self::PodNotMade { .. }
             | Self::NoTerminal { .. } => Code::Internal,
         }
     }
@@ -179,7 +199,11 @@ impl Error {
 
 /// The part of a client's text that an error quotes: it may be megabytes.
 fn excerpt(text: &str) -> String {
-    match text.char_indices().nth(EXCERPT_CHARS) {
+    bounded(text, EXCERPT_CHARS)
+}
+
+fn bounded(text: &str, chars: usize) -> String {
+    match text.char_indices().nth(chars) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
     }
@@ -187,6 +211,8 @@ fn excerpt(text: &str) -> String {
 
 /// Longer than any valid name.
 const EXCERPT_CHARS: usize = 100;
+/// Longer than any reason that quotes a valid path.
+const REASON_CHARS: usize = 500;
 
 #[cfg(test)]
 mod tests {

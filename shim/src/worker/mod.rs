@@ -26,6 +26,7 @@ use tokio::sync::Notify;
 use tokio::task::LocalSet;
 
 mod cause;
+mod commit;
 mod container;
 mod error;
 mod events;
@@ -33,19 +34,22 @@ mod fault;
 mod id;
 mod link;
 mod phase;
+mod pod;
 mod pump;
 mod server;
 pub(crate) mod spec;
 mod starts;
 
 use self::cause::Cause;
+use self::commit::Ending;
 use self::container::{Change, Container, Process, RECORD_VERSION, Record, Reply, Shared};
 use self::error::{Code, Error};
 use self::id::ProcessKey;
 use self::link::{Incoming, Link, LinkError};
 use self::phase::Exit;
-use self::server::{Call, Inbound};
-use crate::handover::{Claim, Commit, ProcessExit, ToWorker};
+use self::pod::Pod;
+use self::server::{Call, Inbound, PodCall};
+use crate::handover::{POD_KEY, ProcessExit, ToWorker};
 use crate::journal_body::ProcessIdentity;
 use crate::settings::Settings;
 use crate::sys;
@@ -215,6 +219,10 @@ impl Worker {
     }
 
     fn decode(&self, key: &str, value: &[u8]) -> Result<(), Box<dyn std::error::Error>> {
+        if key == POD_KEY {
+            *self.shared.pod.borrow_mut() = Some(Pod::new(pod::Record::decode(value)?));
+            return Ok(());
+        }
         let key = ProcessKey::parse(key)?;
         match key.exec {
             None => self.shared.registry.insert(&Container::new(Record::decode(value)?)),
@@ -278,7 +286,7 @@ impl Worker {
         self.apply(Some(Ending::Request(cause.number())), change);
     }
 
-    async fn perform(&self, cause: &Cause, call: Call) -> Result<Change, Error> {
+    async fn perform(self: &Rc<Self>, cause: &Cause, call: Call) -> Result<Change, Error> {
         let shared = &self.shared;
         match call {
             Call::State(target) => {
@@ -306,13 +314,31 @@ impl Worker {
                 let task_pid = shared.registry.get(&id).ok().and_then(|container| container.record().init.pid);
                 Ok(Change { reply: Some(Ok(Reply::Connect { task_pid })), ..Change::default() })
             }
-            Call::Shutdown => Ok(Change { reply: Some(Ok(Reply::Empty)), leave: shared.registry.is_empty(), ..Change::default() }),
+            Call::Shutdown(id) => pod::shutdown_by_task(shared, cause, &id, self).await,
+            Call::Pod(call) => self.perform_for_pod(cause, call).await,
+            Call::DeletePodForCommand(id) => pod::shutdown(shared, cause, &id, self).await,
             Call::DeleteForCommand(id) => container::delete_for_command(shared, cause, id).await,
+        }
+    }
+
+    async fn perform_for_pod(self: &Rc<Self>, cause: &Cause, call: PodCall) -> Result<Change, Error> {
+        let shared = &self.shared;
+        match call {
+            PodCall::Create(call) => pod::create(shared, *call),
+            PodCall::Start(id) => pod::start(shared, cause, &id, self).await,
+            PodCall::Platform(id) => pod::platform(shared, &id),
+            PodCall::Stop(id) => pod::stop(shared, cause, &id, self).await,
+            PodCall::Wait(id) => pod::wait(shared, &id),
+            PodCall::Status { id, is_verbose } => pod::status(shared, &id, is_verbose),
+            PodCall::Ping(id) => pod::ping(shared, &id),
+            PodCall::Shutdown(id) => pod::shutdown(shared, cause, &id, self).await,
+            PodCall::Metrics(id) => pod::metrics(shared, &id),
         }
     }
 
     async fn exited(self: Rc<Self>, cause: Cause, exit: ProcessExit) {
         let change = match ProcessKey::parse(&exit.key) {
+            _ if exit.key == POD_KEY => pod::exited(&self.shared, &cause, &exit, &self).await,
             Ok(key) => container::exited(&self.shared, &cause, key, Exit { status: exit.status, at_nanos: exit.at_nanos }).await,
             Err(error) => {
                 log::warn!(key:% = exit.key, error:%; "unknown process exited");
@@ -320,57 +346,6 @@ impl Worker {
             }
         };
         self.apply(Some(Ending::Exit(cause.number())), change);
-    }
-
-    /// Commits a change to the keeper, and applies it here.
-    fn apply(self: &Rc<Self>, ending: Option<Ending>, mut change: Change) {
-        let keeper_pid = self.shared.keeper.get().pid;
-        let mut commit = Commit { leave: change.leave, ..Commit::default() };
-        // A container that was deleted while a handler waited is not saved again and publishes no event.
-        if change.save.as_ref().is_some_and(|container| container.is_deleted()) {
-            (change.save, change.events) = (None, Vec::new());
-        }
-        let unsaved = change.save.as_ref().map(|container| container.take_unsaved()).unwrap_or_default();
-        if let Some(container) = &change.save {
-            let record = container.record();
-            commit.state = unsaved.iter().map(|key| (key.to_string(), record.entry(key))).collect();
-            let has_turned = container.has_turned(record.execs.are_under_way());
-            if has_turned || unsaved.iter().any(|key| key.exec.is_none()) {
-                commit.ready = server::ready(&record, keeper_pid);
-            }
-            commit.claims.extend(change.claim.map(|(key, pid)| Claim {
-                journal: key.exec.is_none().then(|| container::journal_path(&record.bundle).to_string_lossy().into_owned()),
-                key: key.to_string(),
-                pid,
-            }));
-        }
-        let removed = change.remove.iter().flat_map(|container| container.record().keys());
-        commit.state.extend(removed.map(|key| (key.to_string(), None)));
-        commit.events = change.events.into_iter().map(|event| events::encode(event, &self.shared.settings.namespace)).collect();
-        commit.wakes = change
-            .wakes
-            .into_iter()
-            .map(|(key, result)| (key.to_string(), server::response(result.map(Reply::Exit), keeper_pid)))
-            .collect();
-        commit.releases = change.releases.iter().map(ToString::to_string).collect();
-        match ending {
-            Some(Ending::Request(cause)) => {
-                commit.parks = change.park.iter().map(|key| (cause, key.to_string())).collect();
-                commit.answers = change.reply.map(|reply| (cause, server::response(reply, keeper_pid))).into_iter().collect();
-            }
-            Some(Ending::Exit(cause)) => commit.ends.push(cause),
-            None => {}
-        }
-        self.shared.link.commit(commit);
-        if let Some(container) = &change.remove {
-            self.shared.registry.remove(&container.id);
-            container.changed();
-        }
-        if let Some(container) = change.save {
-            self.shared.registry.insert(&container);
-            container.changed();
-            self.attach(&container, &unsaved);
-        }
     }
 }
 
@@ -380,7 +355,13 @@ fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
     if let Some(version) = Record::newer_version(value) {
         return Some(format!("the record of container {key} has version {version}, and version {newest} is the newest that can be read"));
     }
-    let result = if key.contains('/') { Process::decode(value).map(drop) } else { Record::decode(value).map(drop) };
+    let result = if key == POD_KEY {
+        pod::Record::decode(value).map(drop)
+    } else if key.contains('/') {
+        Process::decode(value).map(drop)
+    } else {
+        Record::decode(value).map(drop)
+    };
     match result {
         Ok(()) => None,
         Err(error) => Some(format!("cannot read the record of container {key}: {error}")),
@@ -391,13 +372,6 @@ fn refusal_of(key: &str, value: &[u8]) -> Option<String> {
 enum Pending {
     Request(crate::handover::Cause, Inbound),
     Exit(crate::handover::Cause, ProcessExit),
-}
-
-/// The request or exit that a change completes.
-#[derive(Debug, Clone, Copy)]
-enum Ending {
-    Request(crate::handover::Cause),
-    Exit(crate::handover::Cause),
 }
 
 /// Runs `work` up to its first wait now, and the rest as a task of its own.

@@ -36,13 +36,7 @@ pub(crate) enum SpecError {
 impl Spec {
     /// Reads `config.json` of `bundle`, on the daemon's own tmpfs. Returns its text too, for the engine.
     pub(crate) fn blocking_read(bundle: &Path) -> Result<(Self, Vec<u8>), SpecError> {
-        let path = bundle.join("config.json");
-        let missing = |source| SpecError::Missing { path: path.clone(), source };
-        let mut text = Vec::new();
-        File::open(&path).map_err(missing)?.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(missing)?;
-        if text.len() as u64 > MAX_BYTES {
-            return Err(SpecError::TooLong { path });
-        }
+        let text = blocking_read_text(bundle)?;
         Ok((Self::parse(&text, bundle)?, text))
     }
 
@@ -71,6 +65,18 @@ impl Spec {
             Err(source) => Err(SpecError::NoRootfs { path: self.rootfs.clone(), source }),
         }
     }
+}
+
+/// Reads the text of `config.json` of `bundle`.
+pub(crate) fn blocking_read_text(bundle: &Path) -> Result<Vec<u8>, SpecError> {
+    let path = bundle.join("config.json");
+    let missing = |source| SpecError::Missing { path: path.clone(), source };
+    let mut text = Vec::new();
+    File::open(&path).map_err(missing)?.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(missing)?;
+    if text.len() as u64 > MAX_BYTES {
+        return Err(SpecError::TooLong { path });
+    }
+    Ok(text)
 }
 
 #[derive(Deserialize)]

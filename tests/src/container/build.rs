@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_client::services::v1::{CreateTaskRequest, ExecProcessRequest};
+use containerd_client::services::v1::container::Runtime;
+use containerd_client::services::v1::{Container as Metadata, CreateTaskRequest, ExecProcessRequest};
 use containerd_client::types::{Descriptor, Mount};
 use prost_types::Any;
 use serde_json::json;
@@ -26,6 +27,7 @@ pub struct Builder {
     options: Option<Any>,
     rootfs: Vec<Mount>,
     checkpoint: Option<Descriptor>,
+    sandbox: String,
 }
 
 impl Builder {
@@ -45,6 +47,7 @@ impl Builder {
             options: Some(any(&options)),
             rootfs: vec![bind(&crate::rootfs::shared()?.display().to_string())],
             checkpoint: None,
+            sandbox: String::new(),
         })
     }
 
@@ -109,6 +112,13 @@ impl Builder {
         self
     }
 
+    /// Puts it into a sandbox.
+    #[must_use]
+    pub fn sandbox(mut self, id: &str) -> Self {
+        id.clone_into(&mut self.sandbox);
+        self
+    }
+
     /// Restores it from a checkpoint instead of starting its program.
     #[must_use]
     pub fn restore(mut self, image: Descriptor) -> Self {
@@ -132,8 +142,14 @@ impl Builder {
     /// Creates the metadata alone.
     pub async fn metadata(self) -> Result<Self> {
         let spec = any_json(messages::SPEC, &self.spec.0);
-        let client = self.cx.client();
-        client.create_container(&self.id, &self.runtime_type, self.options.clone(), spec).await.context("create metadata")?;
+        let metadata = Metadata {
+            id: self.id.clone(),
+            runtime: Some(Runtime { name: self.runtime_type.clone(), options: self.options.clone() }),
+            spec: Some(spec),
+            sandbox: self.sandbox.clone(),
+            ..Metadata::default()
+        };
+        self.cx.client().create_metadata(metadata).await.context("create metadata")?;
         Ok(self)
     }
 

@@ -1,11 +1,17 @@
 //! Execs: with and without terminal, their ids, their order among the events.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use anyhow::{Result, ensure};
 use prost::Message as _;
 use shim_tests::container::{Stdio, code_of};
 use shim_tests::context::Context;
 use shim_tests::events::init_is_the_last_of;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::messages::ProcessDetails;
+use shim_tests::proc;
+use shim_tests::runner::skip;
+use shim_tests::suite::Runtime;
 use tokio::task::JoinSet;
 use tonic::Code;
 
@@ -86,6 +92,103 @@ pub(crate) async fn an_exec_is_killed_alone(cx: Context) -> Result<()> {
     ensure!(other.state().await?.pid > 0);
     other.kill(9).await?;
     ensure!(other.finish().await? == 137);
+    container.destroy().await?;
+    Ok(())
+}
+
+/// How a process leaves the exec that it descends from.
+const WAYS: [(&str, &str); 5] = [
+    ("a child", "SLEEP &"),
+    ("an orphan", "(SLEEP &)"),
+    ("a session", "setsid SLEEP &"),
+    ("an orphan in a session, with the output", "(setsid sh -c 'SLEEP & exit' &)"),
+    ("an orphan in a session, without the output", "(setsid sh -c '(SLEEP &) & exit' <&- >&- 2>&- &)"),
+];
+
+/// Sleeps of a length that no other has, by which their processes are found.
+fn sleeps<const N: usize>() -> [String; N] {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    std::array::from_fn(|_| format!("sleep {}", 100_000 + NEXT.fetch_add(1, Ordering::Relaxed)))
+}
+
+fn runs(command: &str) -> bool {
+    proc::all().into_values().any(|process| process.command == command)
+}
+
+async fn all_run(commands: &[String]) -> Result<()> {
+    eventually("all of them run", SOON, async || {
+        let missing: Vec<_> = commands.iter().filter(|command| !runs(command)).collect();
+        ensure!(missing.is_empty(), "not yet: {missing:?}");
+        Ok(())
+    })
+    .await
+}
+
+/// What the engine cannot follow: only the native one marks its execs.
+fn is_followed(cx: &Context, way: &str) -> bool {
+    cx.runtime() == Runtime::Native || way != WAYS[4].0
+}
+
+pub(crate) async fn a_killed_exec_takes_its_descendants_and_nothing_else(cx: Context) -> Result<()> {
+    if !cx.shim().is_ours() {
+        return skip("the stock shim kills the exec alone");
+    }
+    let others = sleeps::<4>();
+    let both = |sleeps: &[String]| format!("{} & (setsid {} <&- >&- 2>&- &); exec sleep 1000", sleeps[0], sleeps[1]);
+    let container = cx.container(&["sh", "-c", &both(&others[..2])]).start().await?;
+    let other = container.exec("o", &["sh", "-c", &both(&others[2..])]).stdio(Stdio::OUTPUT).start().await?;
+    let own = sleeps::<5>();
+    let script: String = WAYS.iter().zip(&own).map(|((_, script), sleep)| format!("{}\n", script.replace("SLEEP", sleep))).collect();
+    let script = format!("trap '' HUP INT TERM\n{script} exec sleep 1000");
+    let exec = container.exec("e", &["sh", "-c", &script]).stdio(Stdio::OUTPUT).start().await?;
+    all_run(&[&own[..], &others].concat()).await?;
+    exec.kill(9).await?;
+    ensure!(exec.wait().await? == 137);
+    // nobody holds it any more
+    exec.io.out().to_end().await?;
+    ensure!(exec.delete().await?.exit_status == 137);
+    for ((way, _), sleep) in WAYS.iter().zip(&own).filter(|((way, _), _)| is_followed(&cx, way)) {
+        eventually_true(format!("{way} is gone"), SOON, || !runs(sleep)).await?;
+    }
+    ensure!(others.iter().all(|sleep| runs(sleep)) && other.state().await?.pid > 0, "another process was killed, too");
+    ensure!(container.exec("after", &["sh", "-c", "exit 4"]).run().await? == 4);
+    container.destroy().await?;
+    Ok(())
+}
+
+/// A probe may start what is to stay. containerd's CRI plugin kills every exec before it deletes it, also one that has exited.
+pub(crate) async fn what_an_exec_has_left_behind_outlives_its_deletion(cx: Context) -> Result<()> {
+    let [stays] = sleeps::<1>();
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let exec = container.exec("e", &["sh", "-c", &format!("(setsid {stays} <&- >&- 2>&- &)")]).stdio(Stdio::OUTPUT).start().await?;
+    ensure!(exec.wait().await? == 0);
+    all_run(std::slice::from_ref(&stays)).await?;
+    ensure!(code_of(exec.kill(9).await)? == Code::NotFound);
+    ensure!(exec.delete().await?.exit_status == 0);
+    ensure!(runs(&stays), "it was killed");
+    container.destroy().await?;
+    eventually_true("it ends with the container", SOON, || !runs(&stays)).await
+}
+
+/// Processes that live for a moment, each of which starts the next: whatever looks at them one by one comes too late.
+pub(crate) async fn a_killed_exec_takes_descendants_that_never_stop_forking(cx: Context) -> Result<()> {
+    if !cx.shim().is_ours() || cx.runtime() != Runtime::Native {
+        return skip("only the native engine marks its execs");
+    }
+    let container = cx.container(&["sleep", "1000"]).start().await?;
+    let hop = r#"export hop='(eval "$hop" &)'; for i in 1 2 3 4 5 6 7 8; do (setsid sh -c "$hop" <&- >&- 2>&- &); done; echo ready; exec sleep 1000"#;
+    let exec = container.exec("e", &["sh", "-c", hop]).stdio(Stdio::OUTPUT).start().await?;
+    exec.io.out().until("ready").await?;
+    exec.kill(9).await?;
+    ensure!(exec.finish().await? == 137);
+    eventually("init is left alone", SOON, async || {
+        let pids = cx.client().pids(&container.id).await?;
+        ensure!(pids.len() == 1, "{pids:?}");
+        Ok(())
+    })
+    .await?;
+    // and is not frozen
+    ensure!(container.exec("after", &["sh", "-c", "exit 4"]).run().await? == 4);
     container.destroy().await?;
     Ok(())
 }

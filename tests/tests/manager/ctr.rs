@@ -26,6 +26,7 @@ type Row = (&'static str, &'static [Suite], fn(&Ctr<'_>) -> Result<()>);
 
 const ALL: &[Suite] = &Suite::ALL;
 const NEWEST: &[Suite] = &[Suite::Forky];
+const WITH_SANDBOXES: &[Suite] = &[Suite::Trixie, Suite::Forky];
 
 const ROWS: &[Row] = &[
     ("version", ALL, version),
@@ -52,6 +53,8 @@ const ROWS: &[Row] = &[
     ("tasks checkpoint is refused with a clear message", ALL, checkpoint),
     ("events", ALL, events),
     ("events, with filters", ALL, some_events),
+    ("sandboxes create, ls, remove", WITH_SANDBOXES, sandboxes),
+    ("run --rootfs --sandbox", WITH_SANDBOXES, run_in_sandbox),
     ("deprecations list", NEWEST, deprecations),
     ("images ls is refused with a clear message", ALL, images),
 ];
@@ -472,6 +475,44 @@ fn some_events(ctr: &Ctr<'_>) -> Result<()> {
     let received = fs::read_to_string(&file)?;
     ensure!(received.lines().all(|line| line.contains("/tasks/exit") || line.contains("/containers/delete")), "{received}");
     Ok(())
+}
+
+/// A sandbox, for as long as `use_it` runs.
+fn with_sandbox(ctr: &Ctr<'_>, use_it: impl FnOnce() -> Result<()>) -> Result<()> {
+    let config = ctr.file("pod.json");
+    fs::write(&config, "{}")?;
+    let created = ctr.run(&["sandboxes", "create", "--runtime", &ctr.cx.shim().runtime_type, &config, "s"])?;
+    ensure!(created.trim() == "s", "{created:?}");
+    let used = use_it();
+    // ctr logs errors, and succeeds
+    let output = ctr.command(&["sandboxes", "remove", "s"]).output()?;
+    let removed = String::from_utf8_lossy(&output.stderr);
+    used?;
+    ensure!(removed.contains("deleted: s") && !removed.contains("level=error"), "{output:?}");
+    let listed = ctr.run(&["sandboxes", "ls"])?;
+    ensure!(listed.lines().count() == 1, "{listed:?}");
+    let shims = ctr.cx.daemon().sandbox_bundle(&ctr.namespace, "s");
+    ensure!(!shims.exists(), "{} is left", shims.display());
+    Ok(())
+}
+
+fn sandboxes(ctr: &Ctr<'_>) -> Result<()> {
+    with_sandbox(ctr, || {
+        let listed = ctr.run(&["sandboxes", "ls"])?;
+        let line = listed.lines().find(|line| line.starts_with("s ")).context("not listed")?;
+        has(line, &[&ctr.cx.shim().runtime_type])?;
+        let listed = ctr.run(&["sandboxes", "ls", "--filters", "id==other"])?;
+        ensure!(listed.lines().count() == 1, "{listed:?}");
+        ctr.refused(&["sandboxes", "create", "--runtime", &ctr.cx.shim().runtime_type, &ctr.file("pod.json"), "s"], "already exists")
+    })
+}
+
+fn run_in_sandbox(ctr: &Ctr<'_>) -> Result<()> {
+    with_sandbox(ctr, || {
+        let out = ctr.run_container(&["--rm", "--sandbox", "s"], "c", &["echo", "hello"])?;
+        ensure!(out == "hello\n", "{out:?}");
+        ctr.refused(&["containers", "info", "c"], "not found")
+    })
 }
 
 fn deprecations(ctr: &Ctr<'_>) -> Result<()> {

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use containerd_shim_protos::api::ExecProcessRequest;
+use containerd_shim_protos::api::{Empty, ExecProcessRequest, KillRequest};
 use shim_tests::bundle::{Container, leave};
-use shim_tests::eventually::{SOON, eventually, within};
+use shim_tests::eventually::{SOON, eventually, eventually_true, within};
 use shim_tests::proc::{self, private_kib};
 use shim_tests::programs;
 use shim_tests::stand::Stand;
@@ -75,6 +75,38 @@ fn specifications(container: &Container) -> Result<Vec<String>> {
 
 async fn memory(container: &Container) -> Result<u64> {
     Ok(private_kib(container.shim_pid()?)? + private_kib(container.worker_pid().await?)?)
+}
+
+/// containerd passes `all` on for a container only; other clients of the socket may ask for it.
+pub(crate) async fn a_signal_for_all_of_an_exec_reaches_its_descendants_and_no_other_process(stand: Stand) -> Result<()> {
+    let path = stand.folder().join("output");
+    stdio::fifo(&path)?;
+    let output = Reader::open(&path, Pace::Keep)?;
+    let text = path.display().to_string();
+    let waits = "while :; do sleep 0.05; done";
+    let container = stand.bundle("c1", &["sh", "-c", &format!("trap 'exit 9' TERM; {waits}")]).run().await?;
+    let script = format!("trap 'echo exec' TERM; (setsid sh -c \"trap 'echo orphan' TERM; echo ready; {waits}\" &); {waits}");
+    let mut request = container.bundle.exec_request("e", &["sh", "-c", &script]);
+    (request.stdout, request.stderr) = (text.clone(), text);
+    container.task.exec(&request).await?;
+    container.task.start("c1", "e").await?;
+    output.until("ready\n").await?;
+    let kill = |signal, all| KillRequest { id: "c1".into(), exec_id: "e".into(), signal, all, ..Default::default() };
+    container.task.call::<Empty>("Kill", &kill(15, true), SOON).await?;
+    output.until("exec\n").await?;
+    output.until("orphan\n").await?;
+    // and that one alone
+    container.task.call::<Empty>("Kill", &kill(15, false), SOON).await?;
+    eventually_true("the exec has it again", SOON, || output.text().matches("exec\n").count() == 2).await?;
+    container.task.call::<Empty>("Kill", &kill(9, true), SOON).await?;
+    ensure!(container.task.wait("c1", "e").await? == 137);
+    let text = output.to_end().await?;
+    ensure!(text.matches("orphan\n").count() == 1, "{text:?}");
+    ensure!(refusal(container.task.call::<Empty>("Kill", &kill(9, true), SOON).await)?.0 == Code::NotFound);
+    container.task.delete("c1", "e").await?;
+    ensure!(proc::is_alive(container.pid.cast_signed()), "init has ended");
+    ensure!(container.shut_down().await? == 137);
+    Ok(())
 }
 
 pub(crate) async fn execs_that_are_never_deleted_do_not_accumulate(stand: Stand) -> Result<()> {

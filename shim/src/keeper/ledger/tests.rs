@@ -52,7 +52,7 @@ impl World {
             answers: vec![(cause, cause.to_le_bytes().to_vec())],
             ..Commit::default()
         };
-        for due in self.ledger.commit(&mut commit) {
+        for due in self.ledger.commit(&mut commit, Instant::now()) {
             assert_eq!(due.response, cause.to_le_bytes());
             *self.answered.entry(cause).or_default() += 1;
         }
@@ -120,7 +120,7 @@ fn an_outcome_is_repeated_and_a_closed_cause_refuses() {
     assert_eq!(ledger.ask(cause, 0, false), Asked::Pending);
     assert!(ledger.settle(cause, 0, &Outcome::Done));
     assert_eq!(ledger.ask(cause, 0, false), Asked::Known(Outcome::Done));
-    ledger.commit(&mut Commit { answers: vec![(cause, vec![])], ..Commit::default() });
+    ledger.commit(&mut Commit { answers: vec![(cause, vec![])], ..Commit::default() }, Instant::now());
     assert_eq!(ledger.ask(cause, 1, false), Asked::Over);
 }
 
@@ -138,7 +138,7 @@ fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_ch
         is_fallback: false,
         signal: None,
     };
-    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ready: vec![ready], ..Commit::default() });
+    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ready: vec![ready], ..Commit::default() }, Instant::now());
     let now = Instant::now();
     let cause = ledger.open_request(caller(1), request.clone(), now);
     assert_eq!(ledger.overdue(now, false, none), []);
@@ -149,7 +149,7 @@ fn a_ready_answer_is_given_when_the_worker_is_late_and_dropped_when_the_state_ch
     let due = ledger.overdue(now + READY_AFTER, false, none);
     assert_eq!(due.iter().map(|(due, _)| due.response.clone()).collect::<Vec<_>>(), [vec![42]]);
     assert_eq!(due[0].1, [(cause, 5)]);
-    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![2]))], ..Commit::default() });
+    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![2]))], ..Commit::default() }, Instant::now());
     assert_eq!(ledger.ready_answer(&request), None);
 }
 
@@ -166,8 +166,9 @@ fn a_fallback_is_given_only_when_no_worker_has_answered_in_time() {
         is_fallback,
         signal: None,
     };
-    let offer =
-        |ledger: &mut Ledger, is_fallback| drop(ledger.commit(&mut Commit { ready: vec![ready(is_fallback)], ..Commit::default() }));
+    let offer = |ledger: &mut Ledger, is_fallback| {
+        drop(ledger.commit(&mut Commit { ready: vec![ready(is_fallback)], ..Commit::default() }, Instant::now()))
+    };
     offer(&mut ledger, true);
     let now = Instant::now();
     ledger.open_request(caller(1), request.clone(), now);
@@ -177,7 +178,7 @@ fn a_fallback_is_given_only_when_no_worker_has_answered_in_time() {
     offer(&mut ledger, false);
     ledger.open_request(caller(1), request, now);
     assert_eq!(ledger.overdue(now, true, none).len(), 1);
-    ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
+    ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() }, Instant::now());
     assert!(ledger.ready.is_empty() && ledger.questions.is_empty());
 }
 
@@ -197,7 +198,7 @@ fn a_signal_is_sent_once_and_only_if_no_worker_serves_in_time_or_has_begun() {
         let mut ledger = Ledger::default();
         let (service, method) = ("s".into(), "m".into());
         let ready = Ready { key: "c".into(), service, method, payload: vec![], answer: vec![42], is_fallback: true, signal: Some(9) };
-        ledger.commit(&mut Commit { ready: vec![ready], ..Commit::default() });
+        ledger.commit(&mut Commit { ready: vec![ready], ..Commit::default() }, Instant::now());
         let cause = ledger.open_request(caller(1), request.clone(), now);
         (ledger, cause)
     };
@@ -227,16 +228,16 @@ fn a_signal_is_sent_once_and_only_if_no_worker_serves_in_time_or_has_begun() {
 fn the_keeper_exits_only_on_shutdown_with_nothing_left() {
     let mut ledger = Ledger::default();
     assert!(!ledger.may_exit(false));
-    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() });
-    ledger.commit(&mut Commit { leave: true, ..Commit::default() });
+    ledger.commit(&mut Commit { state: vec![("c".into(), Some(vec![1]))], ..Commit::default() }, Instant::now());
+    ledger.commit(&mut Commit { leave: true, ..Commit::default() }, Instant::now());
     assert!(!ledger.may_exit(false), "a container is left");
     let now = Instant::now();
     ledger.reserve("c".into(), now);
     assert_eq!(ledger.reservations().count(), 0, "the container exists");
     ledger.reserve("d".into(), now);
-    ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() });
+    ledger.commit(&mut Commit { state: vec![("c".into(), None)], ..Commit::default() }, Instant::now());
     assert!(!ledger.may_exit(false), "a place is reserved");
-    ledger.expire(now + RESERVATION);
+    assert!(ledger.expire(now + RESERVATION).is_empty());
     assert!(ledger.may_exit(false));
 }
 
@@ -257,4 +258,30 @@ fn a_wait_on_a_forgotten_container_is_answered() {
     assert!(keys.is_empty() && due.iter().all(|due| due.response == b"gone"));
     assert_eq!(answered, [Asker::ControlClient(1), Asker::ControlClient(2)]);
     assert_eq!(ledger.parked().collect::<Vec<_>>(), [("c10", 1)]);
+}
+
+#[test]
+fn an_entry_expires_unless_it_is_set_again() {
+    let now = Instant::now();
+    let mut ledger = Ledger::default();
+    let set = |expiring| Commit { state: vec![("@pod".into(), Some(vec![1]))], expiring, ..Commit::default() };
+    ledger.commit(&mut set(vec![("@pod".into(), 7), ("none".into(), 7)]), now);
+    let at = now + Duration::from_secs(7);
+    assert_eq!(ledger.deadline(now), Some(at));
+    assert!(ledger.expire(at - Duration::from_millis(1)).is_empty());
+    ledger.commit(&mut set(vec![]), now);
+    assert!(ledger.expire(at).is_empty() && ledger.deadline(now).is_none());
+    ledger.commit(&mut set(vec![("@pod".into(), 7)]), now);
+    assert_eq!(ledger.expire(at), ["@pod"]);
+    assert!(ledger.expire(at).is_empty());
+}
+
+#[test]
+fn a_keeper_that_may_exit_stays_for_its_clients_as_long_as_it_was_told() {
+    let mut ledger = Ledger::default();
+    assert_eq!(ledger.linger(), Duration::ZERO);
+    ledger.commit(&mut Commit { leave: true, linger_millis: 500, ..Commit::default() }, Instant::now());
+    assert_eq!(ledger.linger(), Duration::from_millis(500));
+    ledger.commit(&mut Commit { leave: true, ..Commit::default() }, Instant::now());
+    assert_eq!(ledger.linger(), Duration::ZERO);
 }

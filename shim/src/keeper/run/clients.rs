@@ -81,18 +81,29 @@ impl Keeper {
     /// Drops a container that was cleaned up manually, or that will not be created.
     fn forget(&mut self, container: &str, now: Instant) {
         let why = format!("container {container} was cleaned up manually: its exit status is unknown");
-        let (keys, waiting) = self.ledger.forget_container(container, &frame::error_response(Code::NotFound, &why));
+        self.forget_for(container, &why, now);
+    }
+
+    /// Drops the entries of the state that have expired: a pod that was never started.
+    pub(super) fn expire(&mut self, now: Instant) {
+        for key in self.ledger.expire(now) {
+            self.forget_for(&key, &format!("{key} has expired: it was created and never started"), now);
+        }
+    }
+
+    fn forget_for(&mut self, key: &str, why: &str, now: Instant) {
+        let (keys, waiting) = self.ledger.forget_container(key, &frame::error_response(Code::NotFound, why));
         for due in waiting {
             self.answer(due);
         }
         if !keys.is_empty() {
-            warn!(container:%; "container was cleaned up manually, forgetting it");
-            self.children.end_helpers(container);
+            warn!(container:% = key, why; "forgetting it");
+            self.children.end_helpers(key);
             for key in keys {
                 self.children.release(&key);
                 self.streams.release(&key, now, &mut self.poll);
             }
-            // The running worker still holds the container in memory; the next one does not.
+            // The running worker still holds it in memory; the next one does not.
             self.supervisor.kill();
         }
     }

@@ -109,7 +109,7 @@ impl Keeper {
         self.upgrade.save(w);
         self.is_shutting_down.save(w);
         let (body, kept) = writer.finish();
-        let bytes = reexec::seal(&body).map_err(io::Error::other)?;
+        let bytes = reexec::seal(&body, self.children.home.is_left()).map_err(io::Error::other)?;
         let mut file = File::from(memfd_create(c"x-keeper-state", MFdFlags::MFD_CLOEXEC)?);
         file.write_all(&bytes)?;
         file.rewind()?;

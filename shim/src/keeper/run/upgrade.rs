@@ -9,7 +9,7 @@ use log::info;
 use super::Keeper;
 use crate::executable::{protect, warn_of_unprotected};
 use crate::handover::{ControlReply, PartResult, ToKeeper, ToWorker};
-use crate::keeper::generation::{End, Executable, Fault};
+use crate::keeper::generation::{End, Executable, Fault, Surroundings};
 use crate::keeper::upgrade::{FIT_WITHIN, SETTLED_WITHIN, Stage, Upgrade};
 use crate::sys;
 
@@ -24,15 +24,14 @@ impl Keeper {
             return;
         }
         let executable = Executable { file, path, versions: None, build: String::new() };
+        let with = Surroundings { settings: &self.settings, home: &self.children.home };
         let own = &self.supervisor.executable;
         let is_same = own.is(&executable);
         let upgrade = self.upgrade.insert(Upgrade::new(asker, keeper_too, executable, own, now));
         if is_same {
             upgrade.report.to.clone_from(&upgrade.report.from);
             self.upgrade_keeper(now);
-        } else if let Err(error) =
-            upgrade.executable.iter().try_for_each(|new| self.supervisor.try_out(&self.settings, new, now, &self.poll))
-        {
+        } else if let Err(error) = upgrade.executable.iter().try_for_each(|new| self.supervisor.try_out(with, new, now, &self.poll)) {
             upgrade.report.worker = PartResult::Kept(format!("it cannot be started: {error}"));
             self.end_upgrade();
         }
@@ -153,7 +152,8 @@ impl Keeper {
         }
         upgrade.enter(Stage::Rehearsal, now);
         let copy = self.save();
-        if let Err(error) = copy.and_then(|(copy, _)| self.supervisor.rehearse(&self.settings, &copy, now, &self.poll)) {
+        let with = Surroundings { settings: &self.settings, home: &self.children.home };
+        if let Err(error) = copy.and_then(|(copy, _)| self.supervisor.rehearse(with, &copy, now, &self.poll)) {
             self.keep_keeper(format!("cannot rehearse: {error}"));
         }
     }

@@ -120,6 +120,8 @@ impl Keeper {
                 self.children.signal(&key, signal).map_err(|error| (format!("send signal {signal} to {key}"), error))
             }
             Op::Once => Ok(()),
+            Op::EnterPod { plan } => self.children.home.enter(&plan),
+            Op::LeavePod => self.children.home.leave().map_err(|error| ("return from the namespaces of the pod".to_owned(), error)),
             Op::Drain { key } => {
                 self.streams.drain(&key, (cause, step), Instant::now(), &mut self.poll);
                 return None;
@@ -160,7 +162,7 @@ impl Keeper {
         for cause in commit.answers.iter().map(|(cause, _)| *cause).chain(commit.ends.iter().copied()) {
             self.children.end_placeholders_of(cause);
         }
-        for due in self.ledger.commit(&mut commit) {
+        for due in self.ledger.commit(&mut commit, now) {
             self.answer(due);
         }
         let (relay, control) = (&self.relay, &self.control);

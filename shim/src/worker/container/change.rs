@@ -8,6 +8,7 @@ use super::reply::Reply;
 use crate::worker::error::Error;
 use crate::worker::id::ProcessKey;
 use crate::worker::phase::Exit;
+use crate::worker::pod::PodChange;
 
 /// The new state, events and answers. Applied whole.
 #[derive(Debug, Default)]
@@ -28,13 +29,15 @@ pub(in crate::worker) struct Change {
     pub(in crate::worker) wakes: Vec<(ProcessKey, Result<Exit, Error>)>,
     /// Processes for the keeper to forget.
     pub(in crate::worker) releases: Vec<ProcessKey>,
+    /// What changes of the pod.
+    pub(in crate::worker) pod: PodChange,
     /// The shim exits as soon as it holds nothing.
     pub(in crate::worker) leave: bool,
 }
 
 impl Change {
     /// Answers, and changes nothing.
-    pub(super) fn reply(reply: Reply) -> Self {
+    pub(in crate::worker) fn reply(reply: Reply) -> Self {
         Self { reply: Some(Ok(reply)), ..Self::default() }
     }
 

@@ -19,6 +19,7 @@ use crate::whole_file::blocking_replace;
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 use crate::worker::id::{ContainerId, ProcessKey};
+use crate::worker::pod::{self, PodChange};
 use crate::worker::spec::Spec;
 
 /// The request.
@@ -38,7 +39,9 @@ pub(in crate::worker) async fn create(shared: &Shared, cause: &Cause, call: Crea
     let id = ContainerId::new(&call.id)?;
     // Held until the change is applied or dropped: a second Create of this id is refused, and the shim does not exit.
     let _reservation = shared.registry.reserve(&id)?;
+    let is_of_pod = pod::blocking_join(shared, &id, &call.bundle)?;
     let mut draft = Draft::new(shared, cause, id, &call)?;
+    draft.is_of_pod = is_of_pod;
     match draft.make(shared, cause, &call).await {
         Ok(()) => {}
         Err(error) => {
@@ -52,7 +55,8 @@ pub(in crate::worker) async fn create(shared: &Shared, cause: &Cause, call: Crea
     drop(container.record_mut()); // marks every entry as unsaved
     let created = EventKind::Created { bundle, mounts: call.mounts, stdio: call.stdio, checkpoint: call.checkpoint, pid };
     let event = Event::new(&container, created);
-    Ok(Change { claim: pid.map(|pid| (key, pid)), ..Change::save(&container, Reply::Pid(pid)) }.event(event))
+    let pod = PodChange { save: is_of_pod, ..PodChange::default() };
+    Ok(Change { pod, claim: pid.map(|pid| (key, pid)), ..Change::save(&container, Reply::Pid(pid)) }.event(event))
 }
 
 /// A container being created, and the progress so far.
@@ -64,6 +68,8 @@ struct Draft {
     /// Of the native engine.
     plan: Option<Box<plan::Create>>,
     engine_was_asked: bool,
+    /// Its journal is kept with the pod too.
+    is_of_pod: bool,
 }
 
 impl Draft {
@@ -114,7 +120,7 @@ impl Draft {
         // The TaskCreate event repeats them.
         let mounts = call.mounts.iter().flat_map(|mount| mount.options.iter().chain([&mount.kind, &mount.source, &mount.target]));
         record.check_size(mounts.map(String::len).sum())?;
-        Ok(Self { key, record, spec, streams, plan, engine_was_asked: false })
+        Ok(Self { key, record, spec, streams, plan, engine_was_asked: false, is_of_pod: false })
     }
 
     async fn make(&mut self, shared: &Shared, cause: &Cause, call: &CreateCall) -> Result<(), Error> {
@@ -122,6 +128,9 @@ impl Draft {
             // Start takes it.
             Some(_) => journal::write(shared, cause, step::JOURNAL, &self.record).await?,
             None => journal::take_id(shared, cause, &self.record).await?,
+        }
+        if self.is_of_pod {
+            pod::blocking_keep_journal(shared, &self.record.id, &journal::path(&self.record.bundle))?;
         }
         blocking_write_address(&self.record.bundle, &shared.settings.shim_address)?;
         if let Some(path) = self.record.restore.clone() {
@@ -277,7 +286,7 @@ pub(super) async fn unmount(target: PathBuf, how: Unmount) -> Result<(), Error> 
 }
 
 /// Does work that a slow disk can block, on a thread of its own.
-pub(super) async fn blocking(work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> Result<(), Error> {
+pub(in crate::worker) async fn blocking(work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> Result<(), Error> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),

@@ -7,7 +7,7 @@ use super::create::{at, unmount};
 use super::exits::FLUSH_WITHIN;
 use super::kill::kill_rest;
 use super::verb::run_verb;
-use super::{Change, Container, Deleted, Event, EventKind, Process, Reply, Shared, Target, journal, native};
+use super::{Change, Container, Deleted, Event, EventKind, Process, Record, Reply, Shared, Target, journal, native};
 use crate::engine::{CommandEngine, Engine, EngineError, Verb};
 use crate::handover::{Op, Step};
 use crate::rootfs::Unmount;
@@ -65,18 +65,33 @@ pub(in crate::worker) async fn delete_for_command(shared: &Shared, cause: &Cause
         return Ok(Change::reply(Reply::DeletedForCommand(deleted)));
     }
     let _turn = container.take_turn();
-    let key = ProcessKey::init(&container.id);
-    if container.record().init.exit().is_none() && container.record().init.pid.is_some() {
-        kill_init(cause, &container, &key).await;
-        kill_rest(cause, &container).await;
-        container.until("exit of init", KILL_WITHIN, |record| record.init.exit().is_some()).await?;
-    }
+    kill_for_good(cause, &container).await;
+    until_ended(&container).await?;
     let mut change = remove(cause, &container, Thoroughness::Whatever).await?;
     if let Some(Ok(Reply::Deleted(deleted))) = change.reply {
         change.reply = Some(Ok(Reply::DeletedForCommand(deleted)));
     }
     change.leave = shared.registry.count() == 1;
     Ok(change)
+}
+
+/// Sends SIGKILL to every process of a container that runs.
+pub(in crate::worker) async fn kill_for_good(cause: &Cause, container: &Rc<Container>) {
+    if is_alive(&container.record()) {
+        kill_init(cause, container, &ProcessKey::init(&container.id)).await;
+        kill_rest(cause, container).await;
+    }
+}
+
+/// Waits for the exit of a container that was killed.
+///
+/// Errors: it takes too long.
+pub(in crate::worker) async fn until_ended(container: &Rc<Container>) -> Result<(), Error> {
+    container.until("exit of init", KILL_WITHIN, |record| !is_alive(record)).await
+}
+
+fn is_alive(record: &Record) -> bool {
+    record.init.exit().is_none() && record.init.pid.is_some()
 }
 
 /// Whether a removal stops at a failure.
@@ -217,7 +232,9 @@ async fn runtime_delete_by(cause: &Cause, step: Step, engine: &CommandEngine, co
 /// bundle until the client removes it.
 fn from_journal(shared: &Shared, id: &str) -> Option<Deleted> {
     let id = ContainerId::new(id).ok()?;
-    let bundle = shared.settings.bundle.parent().unwrap_or(Path::new("/")).join(id.as_str());
+    let of_pod = shared.pod.borrow().as_ref().and_then(|pod| pod.record().bundles.clone());
+    let folder = of_pod.unwrap_or_else(|| shared.settings.bundle.parent().unwrap_or(Path::new("/")).to_owned());
+    let bundle = folder.join(id.as_str());
     let (body, exit) = journal::blocking_read(&bundle)?;
     let exit = exit?;
     let is_ours = body.id == id.as_str() && body.keeper == shared.keeper.get() && body.init.is_some_and(|init| init.pid == exit.pid);

@@ -1,11 +1,13 @@
-//! Kill: a signal for a process, or for all of a container.
+//! Kill: a signal for a process, for an exec with its descendants, or for all of a container.
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
-use super::create::at;
+use super::create::{at, blocking};
+use super::queries::recorded_pids;
 use super::verb::run_verb;
 use super::{Change, Container, Reply, Shared, Target, native};
 use crate::cgroup::Cgroup;
+use crate::descendants::{Descendants, Identity};
 use crate::engine::{CommandEngine, Engine, EngineError, Verb};
 use crate::handover::Op;
 use crate::sys;
@@ -19,7 +21,8 @@ use crate::worker::phase::{Phase, Request};
 pub(in crate::worker) struct KillCall {
     pub(in crate::worker) target: Target,
     pub(in crate::worker) signal: u32,
-    /// Every process of the container. For an exec it means that one alone, as with the stock shim.
+    /// Every process of the container. Of an exec: with its descendants. SIGKILL takes those of an exec in any case: no client asks for `all` when it ends an exec
+    /// whose time is over, because containerd's client library leaves it out.
     pub(in crate::worker) all: bool,
 }
 
@@ -41,6 +44,9 @@ pub(in crate::worker) async fn kill(shared: &Shared, cause: &Cause, call: KillCa
     if call.all && is_init && signal != nix::libc::SIGKILL {
         return by_engine(cause, &container, signal).await.map_err(|error| if has_ended { Error::Finished { key } } else { error });
     }
+    if !is_init && signal != 0 && (call.all || signal == nix::libc::SIGKILL) {
+        signal_descendants(cause, &container, &key, pid, signal).await;
+    }
     match cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal }).await {
         Ok(()) => {}
         Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => return Err(Error::Finished { key }),
@@ -50,10 +56,50 @@ pub(in crate::worker) async fn kill(shared: &Shared, cause: &Cause, call: KillCa
     match signal == nix::libc::SIGKILL {
         true if is_init && (call.all || was_paused) => kill_rest(cause, &container).await,
         true if is_init => container.record().cgroup.thaw(),
-        true => container.record().cgroup.let_die(pid),
+        true => container.record().cgroup.let_die(&[pid]),
         false => {}
     }
     Ok(Change::reply(Reply::Empty))
+}
+
+/// Signals the descendants of an exec, before the exec itself: without it they cannot be told from those of init. Failures are logged.
+async fn signal_descendants(cause: &Cause, container: &Rc<Container>, key: &ProcessKey, pid: u32, signal: i32) {
+    let is_kill = signal == nix::libc::SIGKILL;
+    let mut at = step::DESCENDANTS;
+    while !cause.is_first(at).await {
+        at += 2;
+    }
+    let is_first = at == step::DESCENDANTS;
+    if !is_first && !is_kill {
+        // An earlier worker may have signalled all of them, some or none.
+        return;
+    }
+    let Some(exec) = Identity::of(pid) else { return };
+    // Asked anew by each worker: it may have been reaped since, and its pid reused.
+    if cause.perform(at + 1, Op::Signal { key: key.to_string(), signal: 0 }).await.is_err() {
+        return;
+    }
+    let (init, spared, cgroup, is_paused) = {
+        let record = container.record();
+        let spared = recorded_pids(&record).into_iter().map(|(other, _)| other).filter(|other| *other != pid).collect();
+        (record.init.pid, spared, record.cgroup.clone(), record.init.phase == Phase::Paused)
+    };
+    let name = key.to_string();
+    let signalled = blocking(move || {
+        if !is_first && !is_paused {
+            // The earlier worker may have frozen it.
+            cgroup.thaw();
+        }
+        let descendants = Descendants::blocking_of(exec, init, spared, cgroup);
+        let count = if is_kill { descendants.blocking_kill() } else { descendants.blocking_signal(signal) };
+        let failed = |source| Error::Io { op: "signal the descendants of process", path: pid.to_string().into(), source };
+        let count = count.map_err(failed)?;
+        log::debug!(container:% = name, signal, count; "descendants of an exec signalled");
+        Ok(())
+    });
+    if let Err(error) = signalled.await {
+        log::warn!(container:% = key, error:% = error.chain(); "cannot signal every descendant of an exec");
+    }
 }
 
 /// Sends SIGKILL to all processes of a container, frozen or not. Failures are logged.

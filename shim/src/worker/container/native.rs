@@ -3,7 +3,7 @@
 //! **Invariant:** what is not an operation of the keeper can be done again: writes to a cgroup's files, and its removal. A signal for all is sent once at most.
 use x_engine::{Refused, control, plan, spec};
 
-use super::choose::{blocking_plan_config, blocking_read_host, check_keeper};
+use super::choose::{blocking_plan_config, check_keeper};
 use super::create::blocking;
 use super::kill::kill_unclaimed;
 use super::unit::{self, Held};
@@ -167,6 +167,7 @@ pub(super) async fn start(cause: &Cause, native: &NativeEngine, key: &ProcessKey
 /// Adds a process that is described by a `Process` of the runtime specification as JSON. Returns its pid. Without the description the keeper knows
 /// the outcome already.
 pub(super) async fn exec(
+    shared: &Shared,
     cause: &Cause,
     native: &NativeEngine,
     key: &ProcessKey,
@@ -177,7 +178,7 @@ pub(super) async fn exec(
         Some(process) => {
             let refused = |why| engine::refused(Verb::Exec, &why);
             let process = spec::parse_process(process).map_err(refused)?;
-            engine::encode(&plan::exec(&process, native.container(), &blocking_read_host()?).map_err(refused)?)
+            engine::encode(&plan::exec(&process, native.container(), shared.blocking_host()?).map_err(refused)?)
         }
         None => Vec::new(),
     };

@@ -33,7 +33,7 @@ pub(in crate::worker) fn state_of(record: &Record, key: &ProcessKey) -> Option<S
 }
 
 /// The processes of a container that the records name: init until Delete, dead or not, and the added ones that run.
-fn recorded_pids(record: &Record) -> Vec<(u32, Option<String>)> {
+pub(super) fn recorded_pids(record: &Record) -> Vec<(u32, Option<String>)> {
     let init = record.init.pid.map(|pid| (pid, None));
     let added = record.execs.iter().filter(|(_, process)| process.phase.is_under_way());
     let added = added.filter_map(|(exec, process)| Some((process.pid?, Some(exec.to_string()))));

@@ -98,6 +98,11 @@ impl Registry {
         self.count() == 0
     }
 
+    /// The ids of the containers, with those being created.
+    pub(in crate::worker) fn ids(&self) -> Vec<ContainerId> {
+        self.slots.borrow().keys().cloned().collect()
+    }
+
     pub(in crate::worker) fn all(&self) -> Vec<Rc<Container>> {
         self.slots.borrow().values().flatten().cloned().collect()
     }

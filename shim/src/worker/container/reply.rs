@@ -1,8 +1,11 @@
 //! The answers to requests, before they are encoded.
 use std::path::PathBuf;
 
+use protobuf::well_known_types::any::Any;
+
 use super::process::{Deleted, Streams};
 use crate::worker::phase::Exit;
+use crate::worker::pod;
 
 /// The answer to a request.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,7 +23,29 @@ pub(in crate::worker) enum Reply {
     Connect {
         task_pid: Option<u32>,
     },
-    Stats(protobuf::well_known_types::any::Any),
+    Stats(Any),
+    /// Of a call of the sandbox service.
+    Pod(PodReply),
+}
+
+/// The answers of the sandbox service that have a content.
+#[derive(Debug, Clone, PartialEq)]
+pub(in crate::worker) enum PodReply {
+    Started {
+        pid: u32,
+        /// Unix time.
+        since_nanos: i64,
+        /// Its runtime specification.
+        spec: serde_json::Value,
+    },
+    Platform,
+    Status(Box<pod::Status>),
+    Metrics {
+        id: String,
+        /// Unix time.
+        at_nanos: i64,
+        metrics: Any,
+    },
 }
 
 /// The answer to State.

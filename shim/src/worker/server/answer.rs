@@ -3,7 +3,7 @@ use containerd_shim_protos::api;
 use nix::libc::{SIGKILL, SIGTERM};
 use protobuf::{EnumOrUnknown, MessageField};
 
-use super::TASK_SERVICES;
+use super::{TASK_SERVICES, sandbox};
 use crate::handover::{Ready, ReportedExit};
 use crate::options::process_details;
 use crate::worker::container::{Deleted, Record, Reply, StateOf, Status, state_of};
@@ -103,6 +103,7 @@ fn payload(reply: Reply, keeper_pid: u32) -> Vec<u8> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         }),
+        Reply::Pod(reply) => sandbox::payload(reply),
         Reply::Stats(metrics) => bytes(&api::StatsResponse { stats: MessageField::some(metrics), ..Default::default() }),
     }
 }

@@ -2,11 +2,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use containerd_shim_protos::api;
+use containerd_shim_protos::{api, sandbox_api};
 use protobuf::Message;
 use serde::Deserialize;
 
-use super::TASK_SERVICES;
+use super::sandbox::{self, PodCall};
+use super::{SANDBOX_SERVICE, TASK_SERVICES};
 use crate::handover::{CONTROL_SERVICE, Origin};
 use crate::options::{CheckpointOptions, RuntimeOptions};
 use crate::rootfs::Mount;
@@ -39,9 +40,14 @@ pub(in crate::worker) enum Call {
     Wait(Target),
     Stats(String),
     Connect(String),
-    Shutdown,
+    /// Of the container or pod of this id.
+    Shutdown(String),
+    /// Of the sandbox service.
+    Pod(PodCall),
     /// The command `delete`, over the control socket.
     DeleteForCommand(String),
+    /// The same for a pod.
+    DeletePodForCommand(String),
 }
 
 impl Call {
@@ -56,7 +62,9 @@ impl Call {
             | Self::Checkpoint(_)
             | Self::Kill(_)
             | Self::Update(_)
-            | Self::DeleteForCommand(_) => true,
+            | Self::DeleteForCommand(_)
+            | Self::DeletePodForCommand(_) => true,
+            Self::Pod(call) => call.must_be_ended(),
             // These complete without waiting, or change nothing.
             Self::State(_)
             | Self::Pids(_)
@@ -65,14 +73,15 @@ impl Call {
             | Self::CloseIo { .. }
             | Self::Wait(_)
             | Self::Stats(_)
-            | Self::Connect(_)
-            | Self::Shutdown => false,
+            | Self::Connect(_) => false,
+            // It is performed in any case.
+            Self::Shutdown(_) => false,
         }
     }
 
     /// Whether it is performed though its client has given up: no other request would ever end this shim.
     pub(in crate::worker) fn is_never_too_late(&self) -> bool {
-        matches!(self, Self::Shutdown)
+        matches!(self, Self::Shutdown(_) | Self::Pod(PodCall::Shutdown(_)))
     }
 }
 
@@ -107,6 +116,7 @@ impl Inbound {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Service {
     Task,
+    Sandbox,
     Control,
 }
 
@@ -120,22 +130,35 @@ impl Method {
     fn is_served(&self, service: &str, origin: Origin) -> bool {
         match self.service {
             Service::Task => TASK_SERVICES.contains(&service),
+            Service::Sandbox => service == SANDBOX_SERVICE,
             Service::Control => service == CONTROL_SERVICE && origin == Origin::Control,
         }
     }
 }
 
-/// A method of the task service: its name, its message, and the call it decodes to.
-macro_rules! task {
-    ($name:literal, $message:ty, $read:expr) => {
+/// A method of a service: its name, its message, and the call it decodes to.
+macro_rules! method {
+    ($service:ident, $name:literal, $message:ty, $read:expr) => {
         Method {
-            service: Service::Task,
+            service: Service::$service,
             name: $name,
             read: |payload| {
                 let read: fn($message) -> Result<Call, Error> = $read;
                 read(<$message>::parse_from_bytes(payload).map_err(|source| Error::Payload { method: $name, source })?)
             },
         }
+    };
+}
+
+macro_rules! task {
+    ($name:literal, $message:ty, $read:expr) => {
+        method!(Task, $name, $message, $read)
+    };
+}
+
+macro_rules! sandbox {
+    ($name:literal, $message:ident, $read:expr) => {
+        method!(Sandbox, $name, sandbox_api::$message, $read)
     };
 }
 
@@ -157,8 +180,18 @@ const METHODS: &[Method] = &[
     task!("Wait", api::WaitRequest, |m| Ok(Call::Wait(Target { id: m.id, exec: m.exec_id }))),
     task!("Stats", api::StatsRequest, |m| Ok(Call::Stats(m.id))),
     task!("Connect", api::ConnectRequest, |m| Ok(Call::Connect(m.id))),
-    task!("Shutdown", api::ShutdownRequest, |_| Ok(Call::Shutdown)),
-    Method { service: Service::Control, name: "Delete", read: delete_for_command },
+    task!("Shutdown", api::ShutdownRequest, |m| Ok(Call::Shutdown(m.id))),
+    sandbox!("CreateSandbox", CreateSandboxRequest, |m| Ok(sandbox::create(m))),
+    sandbox!("StartSandbox", StartSandboxRequest, |m| Ok(Call::Pod(PodCall::Start(m.sandbox_id)))),
+    sandbox!("Platform", PlatformRequest, |m| Ok(Call::Pod(PodCall::Platform(m.sandbox_id)))),
+    sandbox!("StopSandbox", StopSandboxRequest, |m| Ok(Call::Pod(PodCall::Stop(m.sandbox_id)))),
+    sandbox!("WaitSandbox", WaitSandboxRequest, |m| Ok(Call::Pod(PodCall::Wait(m.sandbox_id)))),
+    sandbox!("SandboxStatus", SandboxStatusRequest, |m| Ok(Call::Pod(PodCall::Status { id: m.sandbox_id, is_verbose: m.verbose }))),
+    sandbox!("PingSandbox", PingRequest, |m| Ok(Call::Pod(PodCall::Ping(m.sandbox_id)))),
+    sandbox!("ShutdownSandbox", ShutdownSandboxRequest, |m| Ok(Call::Pod(PodCall::Shutdown(m.sandbox_id)))),
+    sandbox!("SandboxMetrics", SandboxMetricsRequest, |m| Ok(Call::Pod(PodCall::Metrics(m.sandbox_id)))),
+    Method { service: Service::Control, name: "Delete", read: |payload| delete_for_command(payload).map(Call::DeleteForCommand) },
+    Method { service: Service::Control, name: "DeletePod", read: |payload| delete_for_command(payload).map(Call::DeletePodForCommand) },
 ];
 
 fn create(message: api::CreateTaskRequest) -> Result<Call, Error> {
@@ -206,13 +239,14 @@ fn update(message: api::UpdateTaskRequest) -> Result<Call, Error> {
     Ok(Call::Update(UpdateCall { id: message.id, resources }))
 }
 
-fn delete_for_command(payload: &[u8]) -> Result<Call, Error> {
+/// The id in the request of the command.
+fn delete_for_command(payload: &[u8]) -> Result<String, Error> {
     #[derive(Deserialize)]
     struct Delete {
         id: String,
     }
     let delete: Delete = serde_json::from_slice(payload).map_err(|source| Error::Json { method: "Delete", source })?;
-    Ok(Call::DeleteForCommand(delete.id))
+    Ok(delete.id)
 }
 
 #[cfg(test)]
@@ -238,6 +272,16 @@ mod tests {
             for name in &names {
                 assert_eq!(code(service, name, &[], Origin::Client), None, "{service}/{name}");
             }
+        }
+    }
+
+    #[test]
+    fn every_method_of_the_sandbox_service_is_served_under_its_own_name() {
+        let names: Vec<_> = METHODS.iter().filter(|method| method.service == Service::Sandbox).map(|method| method.name).collect();
+        assert_eq!(names.len(), 9);
+        for name in names {
+            assert_eq!(code(SANDBOX_SERVICE, name, &[], Origin::Client), None, "{name}");
+            assert_eq!(code(TASK_SERVICES[0], name, &[], Origin::Client), Some(Code::Unimplemented), "{name}");
         }
     }
 

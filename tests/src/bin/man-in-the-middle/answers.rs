@@ -4,7 +4,9 @@ use std::process::Command;
 
 use anyhow::Result;
 use containerd_shim_protos::api;
+use containerd_shim_protos::sandbox_api::{PlatformResponse, SandboxStatusResponse};
 use containerd_shim_protos::ttrpc::{Code, Response};
+use shim_tests::sandbox::READY;
 
 use super::calls::{Call, Link, edit, status};
 use super::stdout;
@@ -17,6 +19,8 @@ const REFUSALS: &[(&str, &str, Option<Code>, Code)] = &[
     ("create-never-fails", "Create", None, Code::OK),
     ("exec-never-fails", "Exec", None, Code::OK),
     ("exec-never-fails", "Start", None, Code::OK),
+    ("sandbox-never-fails", "CreateSandbox", None, Code::OK),
+    ("sandbox-never-fails", "StartSandbox", None, Code::OK),
 ];
 
 /// How it changes a successful answer; an empty exec means the container's init.
@@ -37,6 +41,10 @@ const CHANGES: &[(&str, &str, Change)] = &[
     ("impatient", "State", |_, answer| edit(answer, clients_path)),
     ("quiet-is-the-end", "State", |_, answer| edit(answer, clients_path)),
     ("late-cgroup", "Delete", |call, _| keep_folders(call)),
+    ("two-processes", "SandboxStatus", |_, answer| edit(answer, |status: &mut SandboxStatusResponse| status.pid += 1)),
+    ("always-ready", "SandboxStatus", |_, answer| edit(answer, |status: &mut SandboxStatusResponse| status.state = READY.to_owned())),
+    ("unreadable-info", "SandboxStatus", |_, answer| edit(answer, unreadable_info)),
+    ("other-platform", "Platform", |_, answer| edit(answer, other_platform)),
 ];
 
 /// Applies the fault, and returns whether there was anything to do.
@@ -59,6 +67,14 @@ pub(super) fn change(link: &Link, call: &Call, response: &mut Response) -> bool 
         None => return false,
     }
     true
+}
+
+fn unreadable_info(status: &mut SandboxStatusResponse) {
+    status.info.insert("info".to_owned(), "{".to_owned());
+}
+
+fn other_platform(answer: &mut PlatformResponse) {
+    answer.platform.mut_or_insert_default().os = "windows".to_owned();
 }
 
 /// The exit status of a process killed by SIGTERM.

@@ -206,6 +206,10 @@ impl Link {
         let mut call = Call::of(&request);
         match requests::meet(self, &mut call) {
             requests::Met::Passed => {}
+            requests::Met::Lost => {
+                self.pass(&frame)?;
+                anyhow::bail!("the fault");
+            }
             requests::Met::Kept => return Ok(()),
             requests::Met::Answered => return self.reply(frame.stream, &Response { status: status(Code::OK), ..Default::default() }),
             requests::Met::Refused(code) => return self.reply(frame.stream, &Response { status: status(code), ..Default::default() }),

@@ -6,15 +6,17 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
-use containerd_shim_protos::api;
 use containerd_shim_protos::shim::oci::Options;
 use containerd_shim_protos::ttrpc::Code;
+use containerd_shim_protos::{api, sandbox_api};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use prost::Message as _;
 use protobuf::Message as _;
 use serde_json::Value;
 use shim_tests::cgroups;
 use shim_tests::programs;
+use shim_tests::sandbox::{CONTAINER, Linux, NODE, PodConfig};
 use shim_tests::task::{V2, V3};
 
 use super::calls::{Call, Link, edit};
@@ -28,13 +30,15 @@ enum Then {
     Answer,
     /// Never answers.
     Silence,
+    /// Forwards it, and closes the connection before there is an answer.
+    HangUp,
     /// Forwards it when this is no longer in progress: a method, [`HALF_A_FRAME`], [`AN_EVENT`] or the connection's name.
     After(fn(&Link) -> String),
     /// Forwards it with this change.
     Change(fn(&Link, &mut Call) -> Result<()>),
 }
 
-use Then::{After, Answer, Change, Refuse, Silence};
+use Then::{After, Answer, Change, HangUp, Refuse, Silence};
 
 pub(super) const HALF_A_FRAME: &str = "half a frame";
 pub(super) const AN_EVENT: &str = "an event";
@@ -45,6 +49,7 @@ pub(super) enum Met {
     Kept,
     Answered,
     Refused(Code),
+    Lost,
 }
 
 struct Rule {
@@ -115,6 +120,19 @@ const RULES: &[Rule] = &[
     rule("quiet-is-the-end", "Exec", ALWAYS, Change(intercept_stdout_of_exec)),
     rule("survivor", "Delete", |_, call| call.exec.is_empty(), Change(leave_a_process)),
     rule("late-cgroup", "Delete", |_, call| call.exec.is_empty(), Change(note_the_cgroups)),
+    rule("hasty-wait", "WaitSandbox", ALWAYS, Answer),
+    rule("endless-wait", "WaitSandbox", ALWAYS, Silence),
+    rule("stop-once", "StopSandbox", |link, call| link.shared.done(call, "StopSandbox").is_some(), Refuse(Code::FAILED_PRECONDITION)),
+    rule("lost-shutdown", "ShutdownSandbox", ALWAYS, HangUp),
+    rule("no-shutdown", "ShutdownSandbox", ALWAYS, Answer),
+    rule("no-ping", "PingSandbox", ALWAYS, Refuse(Code::UNIMPLEMENTED)),
+    rule("forget-sandboxes", "SandboxStatus", was_created_on_another_connection, Refuse(Code::NOT_FOUND)),
+    rule("no-host-network", "CreateSandbox", has_no_network, Refuse(Code::INVALID_ARGUMENT)),
+    rule("hosts-network", "CreateSandbox", ALWAYS, Change(take_its_network)),
+    rule("no-pod-cgroup", "CreateSandbox", ALWAYS, Change(|_, call| edit_pod(call, |pod| linux_of(pod).cgroup_parent.clear()))),
+    rule("other-hostname", "CreateSandbox", ALWAYS, Change(|_, call| edit_pod(call, |pod| pod.hostname = "elsewhere".to_owned()))),
+    rule("no-dns", "CreateSandbox", ALWAYS, Change(|_, call| edit_pod(call, |pod| pod.dns = None))),
+    rule("no-shared-pids", "CreateSandbox", ALWAYS, Change(|_, call| edit_pod(call, |pod| pod.namespaces().pid = CONTAINER))),
 ];
 
 /// Applies the fault.
@@ -126,6 +144,7 @@ pub(super) fn meet(link: &Link, call: &mut Call) -> Met {
         Some(Refuse(code)) => Met::Refused(*code),
         Some(Answer) => Met::Answered,
         Some(Silence) => Met::Kept,
+        Some(HangUp) => Met::Lost,
         Some(After(what)) => {
             link.shared.wait(&what(link));
             Met::Passed
@@ -139,6 +158,32 @@ pub(super) fn meet(link: &Link, call: &mut Call) -> Met {
 
 fn is_for_all(_: &Link, call: &Call) -> bool {
     api::KillRequest::parse_from_bytes(&call.payload).is_ok_and(|kill| kill.all)
+}
+
+fn was_created_on_another_connection(link: &Link, call: &Call) -> bool {
+    link.shared.done(call, "CreateSandbox").is_some_and(|number| number != link.number)
+}
+
+fn has_no_network(_: &Link, call: &Call) -> bool {
+    sandbox_api::CreateSandboxRequest::parse_from_bytes(&call.payload).is_ok_and(|create| create.netns_path.is_empty())
+}
+
+fn take_its_network(_: &Link, call: &mut Call) -> Result<()> {
+    edit_pod(call, |pod| pod.namespaces().network = NODE)?;
+    edit(&mut call.payload, |create: &mut sandbox_api::CreateSandboxRequest| create.netns_path.clear())
+}
+
+fn edit_pod(call: &mut Call, change: impl FnOnce(&mut PodConfig)) -> Result<()> {
+    let mut create = sandbox_api::CreateSandboxRequest::parse_from_bytes(&call.payload)?;
+    let mut pod = PodConfig::decode(create.options.value.as_slice())?;
+    change(&mut pod);
+    create.options.mut_or_insert_default().value = pod.encode_to_vec();
+    call.payload = create.write_to_bytes()?;
+    Ok(())
+}
+
+fn linux_of(pod: &mut PodConfig) -> &mut Linux {
+    pod.linux.get_or_insert_default()
 }
 
 fn was_added_on_another_connection(link: &Link, call: &Call) -> bool {

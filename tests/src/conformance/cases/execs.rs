@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use containerd_shim_protos::api;
 use protobuf::MessageField;
 
@@ -12,7 +12,7 @@ use crate::bundle::leave;
 use crate::clauses;
 use crate::conformance::Case;
 use crate::events::Event;
-use crate::eventually::SOON;
+use crate::eventually::{SOON, eventually};
 use crate::runner::skip;
 use crate::stand::Stand;
 use crate::task::any_json;
@@ -28,6 +28,8 @@ pub(super) fn cases() -> Vec<Case> {
         "P5" => an_exec_id_is_free_again_after_delete;
         "P6" => execs_end_with_their_container;
         "P7" => an_exit_is_attributed_to_the_current_owner_of_the_pid;
+        "P8" => a_killed_exec_takes_its_descendants;
+        "P9" => what_an_exec_has_left_behind_keeps_running;
     ]
 }
 
@@ -77,6 +79,48 @@ async fn an_exec_is_killed_alone(stand: Stand) -> Result<()> {
     ensure!(keeps_running && proc::is_alive(other.cast_signed()), "another process was killed, too");
     ensure!(code_of(container.task.kill("c1", "e", 9).await)? == Code::NotFound);
     container.shut_down().await.map(drop)
+}
+
+/// With the CRI plugin's defaults, the answer to a probe that takes too long waits until nobody holds its output.
+async fn a_killed_exec_takes_its_descendants(stand: Stand) -> Result<()> {
+    let (streams, others) = (Streams::new(&stand, "io")?, "sleep 3001 & (sleep 3002 &); exec sleep 3003");
+    let container = stand.bundle("c1", &["sh", "-c", others]).run().await?;
+    let script = "trap '' HUP INT TERM; sleep 3004 & (sleep 3005 &); (setsid sh -c 'sleep 3006 & exit' &); echo ready; exec sleep 3007";
+    container.task.exec(&streams.exec(container.bundle.exec_request("e", &["sh", "-c", script]))).await?;
+    container.task.start("c1", "e").await?;
+    streams.out.until("ready").await?;
+    run(&["sleep 3001", "sleep 3002", "sleep 3003", "sleep 3004", "sleep 3005", "sleep 3006", "sleep 3007"]).await?;
+    container.task.kill("c1", "e", 9).await?;
+    ensure!(container.task.wait("c1", "e").await? == 137);
+    streams.out.to_end_within(SOON).await.context("a descendant holds the output")?;
+    container.task.delete("c1", "e").await?;
+    let left: Vec<_> = proc::all().into_values().filter(|it| it.command.starts_with("sleep 300") && !it.is_zombie()).collect();
+    let left: Vec<_> = left.iter().map(|it| it.command.as_str()).collect();
+    ensure!(["sleep 3001", "sleep 3002", "sleep 3003"].iter().all(|wanted| left.contains(wanted)) && left.len() == 3, "{left:?}");
+    container.shut_down().await.map(drop)
+}
+
+/// A hook of Kubernetes' may start a daemon. Every exec is killed before its deletion, also one that has exited.
+async fn what_an_exec_has_left_behind_keeps_running(stand: Stand) -> Result<()> {
+    let container = sleeper(&stand, "c1").await?;
+    container.exec("e", &["sh", "-c", "(setsid sleep 3008 <&- >&- 2>&- &)"]).await?;
+    ensure!(container.task.wait("c1", "e").await? == 0);
+    run(&["sleep 3008"]).await?;
+    ensure!(code_of(container.task.kill("c1", "e", 9).await)? == Code::NotFound);
+    container.task.delete("c1", "e").await?;
+    run(&["sleep 3008"]).await?;
+    container.shut_down().await.map(drop)
+}
+
+/// Waits until all of these run.
+async fn run(commands: &[&str]) -> Result<()> {
+    eventually("all of them run", SOON, async || {
+        let all = proc::all();
+        let missing: Vec<_> = commands.iter().filter(|command| all.values().all(|process| process.command != **command)).collect();
+        ensure!(missing.is_empty(), "not yet: {missing:?}");
+        Ok(())
+    })
+    .await
 }
 
 async fn an_exec_of_a_missing_program_fails_and_can_be_deleted(stand: Stand) -> Result<()> {

@@ -7,8 +7,10 @@ mod events;
 mod execs;
 mod lifecycle;
 mod lifetime;
+mod pods;
 mod requests;
 mod resources;
+mod sandboxes;
 mod security;
 mod slow;
 mod stdio;
@@ -45,6 +47,8 @@ pub fn all() -> Vec<Case> {
         terminals::cases(),
         lifetime::cases(),
         wire::cases(),
+        sandboxes::cases(),
+        pods::cases(),
     ]
     .concat()
 }

@@ -7,7 +7,10 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use x_engine::Host;
+use x_engine::plan::Request;
 
+#[path = "../tests/support/added.rs"]
+mod added;
 #[path = "../tests/support/keeper.rs"]
 mod keeper;
 
@@ -82,14 +85,17 @@ impl Column {
 /// Facts about the host are read once, as a worker does.
 fn native(bundle: &Path, process: &Path, columns: &mut [Column]) -> Result<()> {
     let host = Host::read().map_err(text)?;
+    let create = || -> Result<keeper::Made> {
+        keeper::create(&keeper::planned(&Request::new(ID, bundle), &host)?, keeper::Streams::inherited().map_err(text)?)
+    };
     columns[0].measure(|| {
-        let made = keeper::create(bundle, ID, &host, keeper::Streams::inherited().map_err(text)?)?;
+        let made = create()?;
         made.start()?;
         keeper::wait(made.init).map_err(text)?;
         made.delete()
     })?;
     // Its program waits at the gate: processes can be added.
-    let made = keeper::create(bundle, ID, &host, keeper::Streams::inherited().map_err(text)?)?;
+    let made = create()?;
     let process = std::fs::read(process).map_err(text)?;
     columns[1].measure(|| {
         let pid = made.exec(&process, &host, keeper::Streams::inherited().map_err(text)?)?;

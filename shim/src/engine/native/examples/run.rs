@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use x_engine::Host;
+use x_engine::plan::Request;
 
 #[path = "../tests/support/keeper.rs"]
 mod keeper;
@@ -26,7 +27,7 @@ fn run() -> Result<i32, String> {
     keeper::become_keeper().map_err(|error| error.to_string())?;
     let host = Host::read().map_err(|error| error.to_string())?;
     let streams = keeper::Streams::inherited().map_err(|error| error.to_string())?;
-    let made = keeper::create(&bundle, id, &host, streams)?;
+    let made = keeper::create(&keeper::planned(&Request::new(id, &bundle), &host)?, streams)?;
     made.start()?;
     let status = keeper::wait(made.init).map_err(|error| error.to_string())?;
     made.delete()?;

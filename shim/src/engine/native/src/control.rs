@@ -15,17 +15,38 @@ use nix::poll::{PollFd, PollFlags, poll};
 use crate::plan::{Bandwidth, Cgroup, Folder, KEEP, Write};
 use crate::sys;
 
+/// Makes the folders of a cgroup, with their parents. Those that are there stay as they are.
+pub fn make(cgroup: &Cgroup) -> io::Result<()> {
+    cgroup.folders.iter().try_for_each(|folder| crate::perform::cgroup::make(folder).map(drop))
+}
+
+/// The folders that [`make`] would make, each after those above it.
+#[must_use]
+pub fn missing(cgroup: &Cgroup) -> Vec<PathBuf> {
+    let missing_of = |folder: &Folder| {
+        let mount = PathBuf::from(&folder.mount);
+        let above = folder.absolute();
+        let mut missing: Vec<PathBuf> = above.ancestors().take_while(|path| *path != mount && !path.exists()).map(Path::to_owned).collect();
+        missing.reverse();
+        missing
+    };
+    cgroup.folders.iter().flat_map(missing_of).collect()
+}
+
 /// Freezes every process in a cgroup and below it, and waits until all are. On failure none is.
 ///
 /// Errors: EBUSY if they do not stop: processes that are in the kernel, or join all the time.
 pub fn freeze(cgroup: &Cgroup) -> io::Result<()> {
-    let frozen = match freezer(cgroup)? {
-        Freezer::V1(folder) => freeze_v1(&folder),
-        Freezer::V2(folder) => freeze_v2(&folder),
-    };
+    freeze_in(&freezer_folder(cgroup)?)
+}
+
+/// Freezes every process in a folder of cgroup v2 or of v1's freezer, and below it. As [`freeze`].
+pub fn freeze_in(folder: &Path) -> io::Result<()> {
+    let (frozen, file, thawed) =
+        if folder.join(FREEZER).exists() { (freeze_v1(folder), FREEZER, "THAWED") } else { (freeze_v2(folder), "cgroup.freeze", "0") };
     if frozen.is_err() {
         // What matters is why it failed.
-        let _ = thaw(cgroup);
+        let _ = fs::write(folder.join(file), thawed);
     }
     frozen
 }

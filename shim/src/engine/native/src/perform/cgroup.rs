@@ -2,11 +2,16 @@
 //!
 //! **Invariant:** a process joins by writing `0` while it has one thread: a write of another's pid waits for the kernel's lock of thread groups, 10 ms after
 //! a pause. Only folders that this very operation made are removed again.
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+
+use nix::dir::{Dir, Type};
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
 
 use super::child::plain;
 use super::{Doing, Failure, Step, failure};
@@ -19,10 +24,18 @@ use crate::sys;
 pub(super) struct Joining {
     /// Files that take the `0` of the child.
     tasks: Vec<(PathBuf, File)>,
-    /// The folder of cgroup v2, and its list of processes.
-    unified: Option<(File, File)>,
+    unified: Option<Unified>,
+    /// The pid of the container's init, for an added process.
+    init: Option<u32>,
     /// What counts OOM kills, open before the performer joins a namespace in which the path is the container's.
     kills: Vec<File>,
+}
+
+/// A folder of cgroup v2, and its list of processes.
+#[derive(Debug)]
+pub(super) struct Unified {
+    folder: File,
+    list: File,
 }
 
 /// Folders that were made.
@@ -58,10 +71,14 @@ impl Joining {
         }
     }
 
-    /// Opens the folders of a container that exists.
-    pub(super) fn open_all(cgroup: &Cgroup) -> Result<Self, Failure> {
+    /// Opens the folders of a container that exists. `init` is a handle of its init.
+    pub(super) fn open_all(cgroup: &Cgroup, init: BorrowedFd<'_>) -> Result<Self, Failure> {
         let mut joining = Self::default();
         cgroup.folders.iter().try_for_each(|folder| joining.open(folder))?;
+        if joining.unified.is_some() && joining.tasks.is_empty() {
+            // Now, as the performer does not see its own procfs later. An init that is gone is noticed later too.
+            joining.init = sys::pid_of(init).ok();
+        }
         Ok(joining)
     }
 
@@ -71,7 +88,7 @@ impl Joining {
             Hierarchy::Unified => {
                 let folder = fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(&path);
                 let list = fs::OpenOptions::new().write(true).open(path.join("cgroup.procs"));
-                folder.and_then(|folder| Ok((folder, list?))).map(|both| self.unified = Some(both))
+                folder.and_then(|folder| Ok(Unified { folder, list: list? })).map(|both| self.unified = Some(both))
             }
             Hierarchy::V1 | Hierarchy::Cpuset => {
                 let file = path.join("tasks");
@@ -98,13 +115,15 @@ impl Joining {
     }
 
     /// The folder of cgroup v2 for the child to be made in.
-    pub(super) fn unified(&self) -> Option<BorrowedFd<'_>> {
-        self.unified.as_ref().map(|(folder, _)| folder.as_fd())
+    pub(super) fn unified(&self) -> Option<&Unified> {
+        self.unified.as_ref()
     }
 
-    /// Moves the calling process into the folder of cgroup v2: for one that could not be made there, as at the limit of processes.
-    pub(super) fn join_unified(&self) -> Result<(), Failure> {
-        self.unified.as_ref().map_or(Ok(()), |(_, list)| (&*list).write_all(b"0")).doing(Step::Cgroup, || "join the cgroup".to_owned())
+    /// The folder of cgroup v2 that init is in, where it is one below the container's own: the own one takes no process once init has enabled controllers
+    /// for those below it. Never one elsewhere, wherever init may have moved.
+    pub(super) fn of_init(&self) -> Option<Unified> {
+        let (own, init) = (self.unified.as_ref()?, self.init?);
+        find_process(own.folder.as_fd(), init, &mut { MAX_FOLDERS })
     }
 
     /// Moves the calling process into the folders of cgroup v1.
@@ -116,9 +135,49 @@ impl Joining {
 
     /// The lists of all folders: a process joins by writing `0` to each.
     pub(super) fn lists(&self) -> io::Result<Vec<File>> {
-        let unified = self.unified.as_ref().map(|(_, list)| list);
+        let unified = self.unified.as_ref().map(|unified| &unified.list);
         self.tasks.iter().map(|(_, tasks)| tasks).chain(unified).map(File::try_clone).collect()
     }
+}
+
+impl Unified {
+    /// Moves the calling process into the folder: for one that could not be made there.
+    pub(super) fn join(&self) -> Result<(), Failure> {
+        (&self.list).write_all(b"0").doing(Step::Cgroup, || "join the cgroup".to_owned())
+    }
+}
+
+impl AsFd for Unified {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
+    }
+}
+
+/// The folder below one, by its descriptor, that has a process. `left`: how many may still be looked at.
+fn find_process(folder: BorrowedFd<'_>, pid: u32, left: &mut usize) -> Option<Unified> {
+    let open = |parent: BorrowedFd<'_>, name: &CStr, flags: OFlag| {
+        openat(parent, name, flags | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()).ok()
+    };
+    let entries = Dir::from_fd(open(folder, c".", OFlag::O_DIRECTORY)?).ok()?;
+    for entry in entries.into_iter().flatten().filter(|entry| entry.file_type() == Some(Type::Directory)) {
+        if [c".", c".."].contains(&entry.file_name()) {
+            continue;
+        }
+        *left = left.checked_sub(1)?;
+        // What vanishes meanwhile is skipped.
+        let Some(below) = open(folder, entry.file_name(), OFlag::O_DIRECTORY) else { continue };
+        let mut text = String::new();
+        // Of one whose threads are in different cgroups it cannot be read.
+        let read = open(below.as_fd(), c"cgroup.procs", OFlag::O_RDONLY).map(|list| File::from(list).read_to_string(&mut text));
+        if matches!(read, Some(Ok(_))) && text.lines().any(|line| line.parse() == Ok(pid)) {
+            let list = open(below.as_fd(), c"cgroup.procs", OFlag::O_WRONLY)?;
+            return Some(Unified { folder: below.into(), list: list.into() });
+        }
+        if let Some(found) = find_process(below.as_fd(), pid, left) {
+            return Some(found);
+        }
+    }
+    None
 }
 
 fn make_folder(folder: &Folder, placeholder: Option<u32>, made: &mut Made) -> Result<(), Failure> {
@@ -150,7 +209,7 @@ fn allow_realtime(folder: &Folder) -> Result<(), Failure> {
 }
 
 /// Makes a folder with its parents, and fills what a cpuset needs. Whether the last one is new.
-fn make(folder: &Folder) -> io::Result<bool> {
+pub(crate) fn make(folder: &Folder) -> io::Result<bool> {
     let mut path = PathBuf::from(&folder.mount);
     let mut is_new = false;
     for part in folder.path.split('/').filter(|part| !part.is_empty()) {
@@ -225,6 +284,9 @@ pub(super) fn limit(cgroup: &Cgroup) -> Result<(), Failure> {
     }
     Ok(())
 }
+
+/// More than a container has cgroups, and few enough that one that has more delays its execs alone.
+const MAX_FOLDERS: usize = 10_000;
 
 /// More than the kernel writes there.
 const MAX_EVENTS_BYTES: u64 = 4 << 10;

@@ -20,7 +20,7 @@ use crate::plan::{Checkpoint, Create};
 /// Saves the container whose init is `pid`.
 pub(super) fn save(plan: &Checkpoint, pid: u32) -> Result<(), Failure> {
     let saved = dump(plan, pid);
-    let cgroup = &plan.create.cgroup;
+    let cgroup = &plan.imaged.create.cgroup;
     // criu leaves frozen what it has found frozen, also what it has killed, and what it has frozen itself if it is killed.
     let restored = match (&saved, plan.is_paused && (saved.is_err() || !plan.exit)) {
         (_, true) => control::freeze(cgroup),
@@ -34,7 +34,7 @@ pub(super) fn save(plan: &Checkpoint, pid: u32) -> Result<(), Failure> {
 }
 
 fn dump(plan: &Checkpoint, pid: u32) -> Result<(), Failure> {
-    let (criu, create) = (&plan.criu, &plan.create);
+    let (criu, create) = (&plan.imaged.criu, &plan.imaged.create);
     let (image, work) = (open_folder(&criu.image)?, open_folder(&criu.work)?);
     write_descriptors(&image, pid).doing(Step::Criu, || format!("write {}/{DESCRIPTORS}", criu.image))?;
     let freezer = control::freezer_folder(&create.cgroup).doing(Step::Criu, || "find the freezer of the cgroup".to_owned())?;

@@ -1,9 +1,11 @@
 //! The performer: makes the child, sets its limits, reports.
 use std::convert::Infallible;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use minicbor::Decode;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
@@ -11,7 +13,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{getpid, getppid, setsid, write};
 
 use super::agent::Agent;
-use super::cgroup::{self, Joining};
+use super::cgroup::{self, Joining, Unified};
 use super::descriptors::{self, Kept};
 use super::labels::{Attributes, Procfs};
 use super::program::Role;
@@ -21,7 +23,7 @@ use super::sync::{self, ChildEnd, Message, PerformerEnd};
 use super::{
     Descriptors, Doing, Failure, Report, Step, entry, hooks, ids, init, leader, namespaces, network, program, scheduling, terminal,
 };
-use crate::plan::{Cgroup, Checkpoint, Container, Create, Exec, Hooks, Kind, Process, Restore, VERSION};
+use crate::plan::{Cgroup, Checkpoint, Container, Create, Exec, Hooks, Imaged, Kind, Process, VERSION};
 use crate::sys::{self, Born};
 
 /// Performs a plan, encoded, for a container. Call it in a process of one thread that was forked for it by the container's future parent.
@@ -42,11 +44,14 @@ pub fn exec(plan: &[u8], init: OwnedFd, descriptors: Descriptors) -> ! {
         check_version(plan.version)?;
         let init = init.ok_or_else(|| plain(Step::Plan, "no init"))?;
         // Whatever failed: without init there is no container.
-        exec_planned(&plan, init, kept).map_err(|failure| match sys::wait_for_exit(init.as_fd(), 0) {
-            Ok(true) => plain(Step::Gone, "container not running"),
-            Ok(false) | Err(_) => failure,
-        })
+        exec_planned(&plan, init, kept).map_err(|failure| if is_gone(init) { plain(Step::Gone, "container not running") } else { failure })
     })
+}
+
+/// Whether init has exited, or is about to: it has no namespaces any more before it takes the other processes of its pid namespace with it, and is not
+/// reported as exited before the last of them is reaped.
+fn is_gone(init: &OwnedFd) -> bool {
+    sys::wait_for_exit(init.as_fd(), 0).unwrap_or(false) || setns(init, CloneFlags::CLONE_NEWUTS) == Err(Errno::ESRCH)
 }
 
 /// Runs the hooks that follow the start of a container, encoded, in a process that was forked for it. `pid` is init's. As [`create`]; reports `pid`.
@@ -63,7 +68,7 @@ pub fn poststop(container: &[u8], descriptors: Descriptors) -> ! {
 pub fn checkpoint(plan: &[u8], pid: u32, descriptors: Descriptors) -> ! {
     perform(descriptors, None, |_, _| {
         let plan: Checkpoint = decode(plan)?;
-        check_version(plan.version)?;
+        check_version(plan.imaged.version)?;
         super::checkpoint::save(&plan, pid).map(|()| pid)
     })
 }
@@ -71,7 +76,7 @@ pub fn checkpoint(plan: &[u8], pid: u32, descriptors: Descriptors) -> ! {
 /// Makes a container from its checkpoint, by a plan, encoded: it runs then. As [`create`], without a gate.
 pub fn restore(plan: &[u8], descriptors: Descriptors) -> ! {
     perform(descriptors, None, |kept, _| {
-        let plan: Restore = decode(plan)?;
+        let plan: Imaged = decode(plan)?;
         check_version(plan.version)?;
         super::restore::restore(&plan, kept)
     })
@@ -94,6 +99,11 @@ pub fn placeholder(descriptors: Descriptors) -> ! {
     })
 }
 
+/// Makes the process that holds the namespaces of a pod, by a plan, encoded: a child of the caller's parent, which dies with it. As [`create`]; reports its pid.
+pub fn holder(plan: &[u8], descriptors: Descriptors) -> ! {
+    perform(descriptors, None, |kept, _| super::pod::make_holder(plan, kept))
+}
+
 pub(super) fn cwd(hooks: &Hooks) -> Option<&Path> {
     Some(Path::new(&hooks.state.bundle))
 }
@@ -110,10 +120,15 @@ fn late_hooks(container: &[u8], pid: u32, given: Descriptors, run: impl FnOnce(&
 /// performer when this process dies, because no other process would remove what it makes.
 ///
 /// Errors: EDEADLK if there are more threads: one of them could hold a lock that the child needs.
-pub fn fork(perform: impl FnOnce() -> Infallible) -> std::io::Result<u32> {
+pub fn fork(perform: impl FnOnce() -> Infallible) -> io::Result<u32> {
+    fork_after(|| Ok(()), perform)
+}
+
+/// As [`fork`], of a parent that is in other namespaces than its children are to be made from: the child runs `prepare` first, and exits if that fails.
+pub fn fork_after(prepare: impl FnOnce() -> io::Result<()>, perform: impl FnOnce() -> Infallible) -> io::Result<u32> {
     let parent = getpid();
     sys::fork(|| {
-        if set_pdeathsig(Signal::SIGKILL).is_ok() && getppid() == parent {
+        if set_pdeathsig(Signal::SIGKILL).is_ok() && getppid() == parent && prepare().is_ok() {
             perform();
         }
     })
@@ -125,17 +140,17 @@ fn perform(given: Descriptors, init: Option<OwnedFd>, act: impl FnOnce(&Kept, Op
     let Ok((kept, init)) = descriptors::settle(given, init) else { sys::exit_now(1) };
     let report = match act(&kept, init.as_ref()) {
         Ok(pid) => Report::Born { pid },
-        Err(failure) => Report::Failed(failure),
+        Err(failure) => Report::Failed(failure.shortened()),
     };
     let is_sent = minicbor::to_vec(report).is_ok_and(|report| write(&kept.report, &report).is_ok());
     sys::exit_now(i32::from(!is_sent))
 }
 
-fn decode<'b, T: Decode<'b, ()>>(plan: &'b [u8]) -> Result<T, Failure> {
+pub(super) fn decode<'b, T: Decode<'b, ()>>(plan: &'b [u8]) -> Result<T, Failure> {
     minicbor::decode(plan).map_err(|error| plain(Step::Plan, &format!("read the plan: {error}")))
 }
 
-fn check_version(version: u16) -> Result<(), Failure> {
+pub(super) fn check_version(version: u16) -> Result<(), Failure> {
     if version == VERSION {
         return Ok(());
     }
@@ -187,7 +202,7 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     let agent = Agent::connect(&plan.process, &plan.state, Some(container.as_fd()))?;
     let procfs = Procfs::make(&plan.process)?;
     harden(&plan.process)?;
-    let joining = Joining::open_all(&plan.cgroup)?;
+    let joining = Joining::open_all(&plan.cgroup, container.as_fd())?;
     scheduling::choose_first_processors(&plan.process)?;
     let namespaces = CloneFlags::from_bits_retain(plan.namespaces as i32);
     let is_mapped = namespaces.contains(CloneFlags::CLONE_NEWUSER);
@@ -200,19 +215,21 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
     let change_root = || chroot.as_ref().map_or(Ok(()), entry::change_root).doing(Step::Root, || "chroot".to_owned());
     // The child is born in the container: to a process there that may trace it, it shows nothing of the host. None may in a user namespace, into which
     // the performer must not follow: it could not set the child's limits from there.
-    if is_mapped {
-        join(namespaces & CloneFlags::CLONE_NEWPID)?;
-    } else {
-        join(namespaces)?;
+    // Nor into the cgroup namespace: where such namespaces are borders (`nsdelegate`, as systemd mounts cgroup v2) a process of the container's makes none
+    // in the container's cgroup unless it is in there itself.
+    let of_performer = if is_mapped { CloneFlags::CLONE_NEWPID | namespaces::TIME } else { !CloneFlags::CLONE_NEWCGROUP };
+    join(namespaces & of_performer)?;
+    if !is_mapped {
         change_root()?;
     }
+    namespaces::mark_descendants();
     let child = Child::make(0, &joining, |performer| {
         close_performers(kept, agent.as_ref())?;
         let attributes = Attributes::open(&procfs)?;
         umask(Mode::empty());
         setsid().doing(Step::Child, || "start a session".to_owned())?;
+        join(namespaces - of_performer)?;
         if is_mapped {
-            join(namespaces - CloneFlags::CLONE_NEWPID)?;
             namespaces::become_root()?;
             change_root()?;
         }
@@ -291,18 +308,33 @@ impl Child {
         live: impl FnOnce(&ChildEnd) -> Result<Infallible, Failure>,
     ) -> Result<Self, Failure> {
         let (messages, theirs) = sync::pair().doing(Step::Child, making)?;
-        let (born, is_outside) = match sys::clone_into(flags, joining.unified()) {
-            // No process may be made in a cgroup that has as many as it may have, but one may join it.
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => (sys::clone_into(flags, None), true),
-            born => (born, false),
+        let clone_into = |place: Option<&Unified>| sys::clone_into(flags, place.map(AsFd::as_fd));
+        let failed = |born: &io::Result<Born>, errors: [i32; 2]| {
+            born.as_ref().is_err_and(|error| error.raw_os_error().is_some_and(|error| errors.contains(&error)))
         };
+        let nested;
+        let mut place = joining.unified();
+        let mut born = clone_into(place);
+        if failed(&born, [libc::EBUSY, libc::EOPNOTSUPP])
+            && let Some(found) = joining.of_init()
+        {
+            nested = found;
+            place = Some(&nested);
+            born = clone_into(place);
+        }
+        // No process may be made in a cgroup that has as many as it may have, but one may join it. Nor may one whose cgroup namespace begins elsewhere, where
+        // such namespaces are borders (`nsdelegate`).
+        let is_outside = failed(&born, [libc::EAGAIN, libc::ENOENT]);
+        if is_outside {
+            born = clone_into(None);
+        }
         match born.doing(Step::Namespaces, making)? {
             Born::Parent { pid, pidfd } => Ok(Self { pid, handle: pidfd, messages }),
             Born::Child => {
                 drop(messages);
-                let joined = if is_outside { joining.join_unified() } else { Ok(()) };
+                let joined = place.filter(|_| is_outside).map_or(Ok(()), Unified::join);
                 let Err(failure) = joined.and_then(|()| joining.join()).and_then(|()| live(&theirs));
-                let _ = theirs.send(&Message::Failed(failure));
+                let _ = theirs.send(&Message::Failed(failure.shortened()));
                 sys::exit_now(1)
             }
         }

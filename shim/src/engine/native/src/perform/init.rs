@@ -131,6 +131,10 @@ pub(super) fn join_keyring(process: &Process, attributes: &Attributes) -> Result
     attributes.with_keyring_label(process, || match sys::join_session_keyring(name) {
         // A kernel without keyrings.
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        // The quota of a user: all containers whose root it is share it.
+        Err(error) if error.raw_os_error() == Some(libc::EDQUOT) => Err(error).doing(Step::Settings, || {
+            "join a session keyring (limited by kernel.keys.maxkeys and maxbytes; the option NoNewKeyring makes none)".to_owned()
+        }),
         other => other.doing(Step::Settings, || "join a session keyring".to_owned()),
     })
 }

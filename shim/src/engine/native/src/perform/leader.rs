@@ -80,7 +80,7 @@ impl Leading<'_> {
         init::report_and_wait(performer, &Message::Entered)?;
         namespaces::become_root()?;
         if self.plan.makes(Kind::Time) {
-            unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)).doing(Step::Namespaces, || "make a time namespace".to_owned())?;
+            unshare(namespaces::TIME).doing(Step::Namespaces, || "make a time namespace".to_owned())?;
             init::report_and_wait(performer, &Message::Timed)?;
         }
         match sys::clone_into(self.flags, None).doing(Step::Namespaces, making)? {

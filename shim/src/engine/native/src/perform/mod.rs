@@ -22,7 +22,7 @@ use std::os::fd::OwnedFd;
 use minicbor::{Decode, Encode};
 
 mod agent;
-mod cgroup;
+pub(crate) mod cgroup;
 mod checkpoint;
 mod child;
 mod copy;
@@ -39,6 +39,7 @@ mod masks;
 mod mounts;
 mod namespaces;
 mod network;
+mod pod;
 mod privileges;
 mod program;
 mod restore;
@@ -48,7 +49,8 @@ mod sources;
 mod sync;
 mod terminal;
 
-pub use child::{checkpoint, create, exec, fork, placeholder, poststart, poststop, restore};
+pub use child::{checkpoint, create, exec, fork, fork_after, holder, placeholder, poststart, poststop, restore};
+pub use pod::enter_pod;
 
 /// What a performer needs beside its plan. All others of its descriptors are closed.
 #[derive(Debug)]
@@ -149,6 +151,18 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+impl Failure {
+    /// Without the middle of a long text: it may quote anything of a configuration, and has to fit into a message.
+    fn shortened(mut self) -> Self {
+        if self.what.len() > MAX_WHAT_BYTES {
+            let head = self.what.floor_char_boundary(MAX_WHAT_BYTES / 2);
+            let tail = self.what.ceil_char_boundary(self.what.len() - MAX_WHAT_BYTES / 2);
+            self.what = format!("{} … {}", &self.what[..head], &self.what[tail..]);
+        }
+        self
+    }
+}
+
 /// `no such file or directory`.
 pub(crate) fn errno_text(errno: i32) -> String {
     let text = io::Error::from_raw_os_error(errno).to_string();
@@ -184,9 +198,27 @@ fn failure(step: Step, what: String, error: impl Into<io::Error>) -> Failure {
     Failure { step, what, errno: error.into().raw_os_error().unwrap_or(libc::EIO) }
 }
 
+/// More than two paths have that the kernel takes.
+const MAX_WHAT_BYTES: usize = 6 << 10;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_failure_keeps_its_beginning_and_its_end() {
+        let failure =
+            |length: usize| Failure { step: Step::Mounts, what: format!("mount {} on /x", "ü".repeat(length)), errno: libc::EPERM };
+        assert_eq!(failure(1000).shortened(), failure(1000));
+        for length in [MAX_WHAT_BYTES / 2, MAX_WHAT_BYTES, 1 << 20] {
+            let text = failure(length).shortened().to_string();
+            assert!(text.len() <= MAX_WHAT_BYTES + 40, "{}", text.len());
+            assert!(
+                text.starts_with("mount üü") && text.contains("ü … ü") && text.ends_with("üü on /x: operation not permitted"),
+                "{text}"
+            );
+        }
+    }
 
     #[test]
     fn errors_read_as_clients_expect() {

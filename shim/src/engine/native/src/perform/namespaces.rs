@@ -73,7 +73,7 @@ impl Own {
     /// Makes a time namespace for the next child.
     pub(super) fn with_new_clocks(mut self, clocks: &[String]) -> Result<Self, Failure> {
         self.0.push(own(Kind::Time)?);
-        unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)).doing(Step::Namespaces, || "make a time namespace".to_owned())?;
+        unshare(TIME).doing(Step::Namespaces, || "make a time namespace".to_owned())?;
         set_clocks("self", clocks)?;
         Ok(self)
     }
@@ -84,6 +84,17 @@ impl Own {
         })
     }
 }
+
+/// Gives the next child a time namespace of its own, with the clocks of this one: every descendant of it inherits that, whatever becomes of its parents and
+/// sessions, and only with CAP_SYS_ADMIN can one leave it. So the descendants of an exec are found when it is killed.
+///
+/// Without it they are found as far as their parents, sessions and pipes show them: a kernel without time namespaces, or with all in use, fails no exec.
+pub(super) fn mark_descendants() {
+    let _ = unshare(TIME);
+}
+
+/// The flag of time namespaces, which nix does not know.
+pub(super) const TIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
 
 /// Writes the offsets of the time namespace for the children of a process (a pid, or `self`). The kernel takes them before the first of these only.
 pub(super) fn set_clocks(process: &str, clocks: &[String]) -> Result<(), Failure> {

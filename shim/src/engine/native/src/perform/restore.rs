@@ -25,16 +25,16 @@ use super::criu::{EXTERNAL_NAMESPACES, Notice, Options, Request, Session};
 use super::descriptors::Kept;
 use super::root::{self, Root};
 use super::{Doing, Failure, Step, hooks, masks, mounts, namespaces, network, privileges, sources, terminal};
-use crate::plan::{Create, Hierarchy, Kind, Restore, Source};
+use crate::plan::{Create, Hierarchy, Imaged, Kind, Source};
 use crate::sys::{self, Tree};
 
 /// Makes the container. Its processes run. Returns init's pid.
-pub(super) fn restore(plan: &Restore, kept: &Kept) -> Result<u32, Failure> {
+pub(super) fn restore(plan: &Imaged, kept: &Kept) -> Result<u32, Failure> {
     let (joining, made) = Joining::make(&plan.create.cgroup)?;
     restore_in(plan, kept, &joining).inspect_err(|_| made.remove())
 }
 
-fn restore_in(plan: &Restore, kept: &Kept, joining: &Joining) -> Result<u32, Failure> {
+fn restore_in(plan: &Imaged, kept: &Kept, joining: &Joining) -> Result<u32, Failure> {
     let (criu, create) = (&plan.criu, &plan.create);
     let namespaces = open_namespaces(create)?;
     make_root(create)?;

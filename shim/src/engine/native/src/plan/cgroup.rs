@@ -15,6 +15,9 @@ pub(super) fn plan(spec: &Spec, linux: &Linux, request: &Request<'_>, host: &Hos
     let none = LinuxResources::default();
     let resources = linux.resources().as_ref().unwrap_or(&none);
     let wanted = linux.cgroups_path().as_deref().unwrap_or(Path::new(""));
+    if wanted.as_os_str().as_encoded_bytes().contains(&0) {
+        return Err(Refused::invalid("linux.cgroupsPath", "contains a NUL byte"));
+    }
     let allowed = devices::allowed(resources.devices().as_deref().unwrap_or_default())?;
     let place = if request.systemd_cgroup {
         let wanted = wanted.to_str().ok_or_else(|| Refused::invalid("linux.cgroupsPath", "not UTF-8"))?;
@@ -32,6 +35,27 @@ pub(super) fn plan(spec: &Spec, linux: &Linux, request: &Request<'_>, host: &Hos
     let Place::Unit(place) = place else { return Ok((cgroup, None)) };
     let limits = unit::settle(&mut cgroup, unit::Bandwidth::default())?;
     let unit = place.unit(spec, request.id, &allowed, &host.hierarchies, limits)?;
+    Ok((cgroup, Some(unit)))
+}
+
+/// Plans the cgroup that is to hold those of a pod's containers, without limits: the folders of a path, or where `has_systemd` the unit of a slice too.
+pub fn parent(wanted: &str, has_systemd: bool, host: &Host) -> Result<(Cgroup, Option<Unit>), Refused> {
+    let name = wanted.rsplit('/').find(|part| !part.is_empty()).unwrap_or_default();
+    let place = match has_systemd && name.ends_with(".slice") {
+        true => Place::Unit(unit::Place::parse(&format!("::{name}"), "")?),
+        false => Place::Path(Path::new(wanted)),
+    };
+    let (none, allowed) = (LinuxResources::default(), Allowed::least());
+    let mut cgroup = match &host.hierarchies[..] {
+        [] => return Err(Refused::invalid("linux.cgroup_parent", "no cgroups are mounted on this host")),
+        [unified] if unified.controllers.is_empty() => v2(&place, &none, &allowed, unified)?,
+        several => v1(&place, &none, &allowed, several)?,
+    };
+    for folder in &mut cgroup.folders {
+        (folder.limits, folder.devices) = (Vec::new(), None);
+    }
+    let Place::Unit(place) = place else { return Ok((cgroup, None)) };
+    let unit = place.slice(&host.hierarchies);
     Ok((cgroup, Some(unit)))
 }
 
@@ -152,6 +176,33 @@ fn path(wanted: &Path, base: &str, root: &str) -> Result<String, Refused> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_parent_of_a_pods_cgroups_has_no_limits() {
+        for host in [Host::example_v1(), Host::example_v2()] {
+            let (cgroup, unit) = parent("/kubepods/burstable/pod1", false, &host).expect("a path");
+            assert!(unit.is_none() && !cgroup.folders.is_empty());
+            assert!(cgroup.folders.iter().all(|folder| folder.path == "kubepods/burstable/pod1"));
+            assert!(cgroup.folders.iter().all(|folder| folder.limits.is_empty() && folder.devices.is_none()));
+            assert!(parent("/", false, &host).is_err());
+            // Without systemd it is a path like any other.
+            let (cgroup, unit) = parent("/kubepods.slice/kubepods-pod1.slice", false, &host).expect("a path");
+            assert!(unit.is_none() && cgroup.folders[0].path == "kubepods.slice/kubepods-pod1.slice");
+        }
+    }
+
+    #[test]
+    fn a_slice_is_where_its_name_puts_it() {
+        let host = Host::example_v2();
+        for wanted in ["/kubepods.slice/kubepods-pod1.slice", "kubepods-pod1.slice"] {
+            let (cgroup, unit) = parent(wanted, true, &host).expect("a slice");
+            let unit = unit.expect("systemd starts it");
+            assert_eq!(unit.name, "kubepods-pod1.slice");
+            assert!(unit.is_slice() && unit.control_group.ends_with("/kubepods.slice/kubepods-pod1.slice") && unit.limits.is_empty());
+            assert!(cgroup.folders[0].path.ends_with("kubepods.slice/kubepods-pod1.slice"));
+        }
+        assert!(parent("a--b.slice", true, &host).is_err());
+    }
 
     #[test]
     fn paths_stay_below_the_mount() {

@@ -78,34 +78,31 @@ impl CgroupMode {
     }
 }
 
+/// A container and its image.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct Imaged {
+    #[n(0)]
+    pub version: u16,
+    #[n(1)]
+    pub criu: Criu,
+    /// How the container was made, or what surrounds the processes of one to be restored: root, sources of mounts, cgroup, namespaces by path. What is inside
+    /// comes from the image.
+    #[n(2)]
+    pub create: Create,
+}
+
 /// A checkpoint of a container.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub struct Checkpoint {
+    /// The cgroup in it is the one that the container has.
     #[n(0)]
-    pub version: u16,
-    #[n(1)]
-    pub criu: Criu,
-    /// How the container was made. Its cgroup is the one that it has.
-    #[n(2)]
-    pub create: Create,
+    pub imaged: Imaged,
     /// The container ends with it.
-    #[n(3)]
+    #[n(1)]
     pub exit: bool,
     /// Its processes are frozen, and are so afterwards.
-    #[n(4)]
-    pub is_paused: bool,
-}
-
-/// A container from a checkpoint.
-#[derive(Debug, Clone, PartialEq, Encode, Decode)]
-pub struct Restore {
-    #[n(0)]
-    pub version: u16,
-    #[n(1)]
-    pub criu: Criu,
-    /// What surrounds the processes: root, sources of mounts, cgroup, namespaces by path. What is inside comes from the image.
     #[n(2)]
-    pub create: Create,
+    pub is_paused: bool,
 }
 
 /// Plans a checkpoint of a container that was made by `create`.
@@ -113,15 +110,15 @@ pub struct Restore {
 /// Errors: what criu cannot save.
 pub fn checkpoint(create: Create, criu: Criu, exit: bool, is_paused: bool) -> Result<Checkpoint, Refused> {
     check(&create, "a checkpoint")?;
-    Ok(Checkpoint { version: VERSION, criu, create, exit, is_paused })
+    Ok(Checkpoint { imaged: Imaged { version: VERSION, criu, create }, exit, is_paused })
 }
 
 /// Plans a restore.
 ///
 /// Errors: what the engine cannot restore.
-pub fn restore(create: Create, criu: Criu) -> Result<Restore, Refused> {
+pub fn restore(create: Create, criu: Criu) -> Result<Imaged, Refused> {
     check_restore(&create)?;
-    Ok(Restore { version: VERSION, criu, create })
+    Ok(Imaged { version: VERSION, criu, create })
 }
 
 /// Whether a container of this plan can be made from a checkpoint.

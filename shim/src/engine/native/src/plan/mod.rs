@@ -30,6 +30,7 @@ mod mount;
 mod mounts;
 mod net_devices;
 mod options;
+mod pod;
 mod process;
 mod root;
 mod scheduling;
@@ -37,7 +38,8 @@ mod sysctl;
 mod unit;
 mod users;
 
-pub use criu::{CgroupMode, Checkpoint, Criu, Restore, check_restore, checkpoint, restore};
+pub use cgroup::parent;
+pub use criu::{CgroupMode, Checkpoint, Criu, Imaged, check_restore, checkpoint, restore};
 pub use gvariant::Value;
 pub use hooks::{Hook, Hooks, State};
 #[cfg(test)]
@@ -45,6 +47,7 @@ pub(crate) use identity::number as capability_number;
 pub use make::{Request, create, exec, update};
 pub use mount::{Attributes, Device, MappedIds, Mount, Source};
 pub(crate) use options::{IDMAP, RDONLY};
+pub use pod::{Pod, pod};
 pub use process::{Agent, Capabilities, Filter, Process, Rlimit, Terminal};
 pub use root::{Classic, RootMount, check_root_mounts, relative_layers};
 pub use scheduling::{Affinity, MemoryPolicy, Range, Scheduler, Scheduling};

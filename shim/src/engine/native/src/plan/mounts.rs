@@ -56,7 +56,7 @@ pub(super) fn plan(mounts: &[SpecMount], place: &Place<'_>, cgroups: &Cgroups<'_
         match mount.typ().as_deref() {
             _ if options.remount => planned.push(remount(target, options, is_bind(mount), &field)?),
             _ if is_bind(mount) => planned.push(bind(mount, target, options, place, &field)?),
-            Some("cgroup") => planned.extend(cgroup(&target, &options, place, cgroups, &field)?),
+            Some("cgroup") => planned.extend(cgroup(&target, &options, cgroups, &field)?),
             Some(kind) if !kind.is_empty() => planned.push(new(mount, kind, target, options, &field)?),
             Some(_) | None => return Err(Refused::invalid(format!("{field}.type"), "missing")),
         }
@@ -257,7 +257,7 @@ pub(super) struct Bound {
 }
 
 /// A view of the cgroups: on v1 a tmpfs with a mount for each hierarchy.
-fn cgroup(target: &str, options: &Options, place: &Place<'_>, cgroups: &Cgroups<'_>, field: &str) -> Result<Vec<Mount>, Refused> {
+fn cgroup(target: &str, options: &Options, cgroups: &Cgroups<'_>, field: &str) -> Result<Vec<Mount>, Refused> {
     if !options.recursive.is_empty() {
         return Err(Refused::unsupported(format!("{field}.options: recursive attributes of cgroups")));
     }
@@ -268,8 +268,9 @@ fn cgroup(target: &str, options: &Options, place: &Place<'_>, cgroups: &Cgroups<
         let parameters = vec![("source".to_owned(), Some("cgroup".to_owned()))];
         let new =
             Source::New { kind: "cgroup2".to_owned(), parameters, strict: false, keep_mode: false, late_readonly: false, copy_up: false };
-        // Root of a user namespace may mount it for a cgroup namespace of its own only.
-        let (source, bound) = if place.is_mapped && !cgroups.own_namespace {
+        // Without a cgroup namespace a new mount would take the options from the host's (`nsdelegate`, `memory_recursiveprot`): they are those of all. And
+        // root of a user namespace may mount it for a cgroup namespace of its own only.
+        let (source, bound) = if !cgroups.own_namespace {
             let path = unified.mount.clone();
             (Source::Bind { path, recursive: false, procfs: false }, bind_attributes(options.attributes))
         } else {

@@ -77,6 +77,35 @@ fn propagation(word: &str) -> Option<u64> {
     Some(flag | recursive)
 }
 
+/// Words about access times. They are flags of mount(2), where it does not matter which comes last: strict times are before none, and these before relative ones.
+#[derive(Default)]
+struct Times {
+    is_named: bool,
+    none: bool,
+    strict: bool,
+}
+
+impl Times {
+    /// Whether it is a word about them.
+    fn take(&mut self, word: &str) -> bool {
+        match word {
+            "noatime" => self.none = true,
+            "atime" => self.none = false,
+            "strictatime" => self.strict = true,
+            "nostrictatime" => self.strict = false,
+            "relatime" | "norelatime" => {}
+            _ => return false,
+        }
+        self.is_named = true;
+        true
+    }
+
+    fn attributes(&self) -> Attributes {
+        let set = if self.strict { STRICTATIME } else { NOATIME * u64::from(self.none) };
+        Attributes { set, clear: if self.is_named { ATIME } else { 0 } }
+    }
+}
+
 impl Attributes {
     fn apply(&mut self, next: Self) {
         self.set = self.set & !next.clear | next.set;
@@ -91,7 +120,11 @@ impl Attributes {
 /// Sorts the words.
 pub(super) fn sort<'a>(words: impl IntoIterator<Item = &'a str>) -> Options {
     let mut options = Options::default();
+    let mut times = Times::default();
     for word in words {
+        if times.take(word) {
+            continue;
+        }
         if let Some(attribute) = attribute(word) {
             options.attributes.apply(attribute);
             options.readonly = options.attributes.set & RDONLY != 0;
@@ -120,6 +153,7 @@ pub(super) fn sort<'a>(words: impl IntoIterator<Item = &'a str>) -> Options {
             }
         }
     }
+    options.attributes.apply(times.attributes());
     options
 }
 
@@ -132,6 +166,23 @@ mod tests {
         let options = sort(["ro", "nosuid", "rw", "noatime", "strictatime"]);
         assert_eq!(options.attributes, Attributes { set: NOSUID | STRICTATIME, clear: RDONLY | ATIME });
         assert!(!options.readonly);
+    }
+
+    #[test]
+    fn of_words_about_access_times_the_strictest_counts() {
+        for (words, set) in [
+            (&["noatime", "relatime"][..], NOATIME),
+            (&["relatime", "noatime"], NOATIME),
+            (&["strictatime", "noatime"], STRICTATIME),
+            (&["noatime", "strictatime"], STRICTATIME),
+            (&["noatime", "nostrictatime"], NOATIME),
+            (&["strictatime", "nostrictatime"], 0),
+            (&["noatime", "atime"], 0),
+            (&["norelatime"], 0),
+        ] {
+            assert_eq!(sort(words.iter().copied()).attributes, Attributes { set, clear: ATIME }, "{words:?}");
+        }
+        assert_eq!(sort(["ro"]).attributes, Attributes { set: RDONLY, clear: 0 });
     }
 
     #[test]

@@ -124,6 +124,21 @@ impl Place {
         if base.is_empty() { self.path.clone() } else { format!("{base}/{}", self.path) }
     }
 
+    /// The unit of a slice without limits, on a host with these hierarchies.
+    pub(super) fn slice(&self, hierarchies: &[MountedHierarchy]) -> Unit {
+        let is_v2 = matches!(hierarchies, [only] if only.controllers.is_empty());
+        let mut properties = vec![Property::new("Description", Value::Text("cgroups of a pod".to_owned()))];
+        properties.extend(accounting(is_v2));
+        Unit { name: self.name.clone(), control_group: self.control_group(hierarchies), properties, limits: Vec::new() }
+    }
+
+    /// Where systemd has it.
+    fn control_group(&self, hierarchies: &[MountedHierarchy]) -> String {
+        let systemds =
+            hierarchies.iter().find(|one| one.controllers == [NAMED]).or_else(|| hierarchies.iter().find(|one| one.controllers.is_empty()));
+        format!("{}/{}", systemds.map_or("", base).trim_end_matches('/'), self.path)
+    }
+
     /// The unit, on a host with these hierarchies.
     pub(super) fn unit(
         &self,
@@ -142,21 +157,22 @@ impl Place {
             properties.push(Property::new("Slice", Value::Text(self.slice.clone())));
             properties.push(flag("Delegate", true));
         }
-        properties.push(flag("DefaultDependencies", false));
-        for accounting in ["MemoryAccounting", "CPUAccounting", if is_v2 { "IOAccounting" } else { "BlockIOAccounting" }, "TasksAccounting"]
-        {
-            properties.push(flag(accounting, true));
-        }
+        properties.extend(accounting(is_v2));
         // On v2 systemd asks programs of its own beside the engine's, which it leaves alone; on v1 there is one list, and it writes that again.
         if !is_v2 {
             properties.extend(devices(allowed));
         }
         properties.extend(annotated(spec, is_v2)?);
-        let systemds =
-            hierarchies.iter().find(|one| one.controllers == [NAMED]).or_else(|| hierarchies.iter().find(|one| one.controllers.is_empty()));
-        let base = systemds.map_or("", base).trim_end_matches('/');
-        Ok(Unit { name: self.name.clone(), control_group: format!("{base}/{}", self.path), properties: last_of_each(properties), limits })
+        let control_group = self.control_group(hierarchies);
+        Ok(Unit { name: self.name.clone(), control_group, properties: last_of_each(properties), limits })
     }
+}
+
+/// What every unit has, whatever its limits.
+fn accounting(is_v2: bool) -> impl Iterator<Item = Property> {
+    let names = ["MemoryAccounting", "CPUAccounting", if is_v2 { "IOAccounting" } else { "BlockIOAccounting" }, "TasksAccounting"];
+    let flag = |name, value| Property::new(name, Value::Bool(value));
+    [flag("DefaultDependencies", false)].into_iter().chain(names.map(move |name| flag(name, true)))
 }
 
 /// The cgroup of systemd itself, without the scope that its first process is in.

@@ -2,6 +2,7 @@
 //!
 //! Invariant: nothing here knows what a container is.
 mod bpf;
+mod holder;
 mod keyring;
 mod mount;
 mod network;
@@ -14,6 +15,7 @@ mod terminal;
 use std::io;
 
 pub(crate) use bpf::attach_device_program;
+pub(crate) use holder::{clear_command_line, ignore_children, owner_of_namespace, wait_for_ever};
 pub(crate) use keyring::join_session_keyring;
 pub(crate) use mount::{Attributes, FsContext, Tree, move_mount, open_tree, set_attributes, set_extended_attribute};
 pub(crate) use network::loopback_up;

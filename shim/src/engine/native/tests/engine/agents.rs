@@ -4,6 +4,8 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -12,7 +14,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
 use crate::differences::{Other, is_installed};
-use crate::stage::Stage;
+use crate::stage::{Stage, repeated};
 use crate::users;
 
 crate::cases![
@@ -22,6 +24,7 @@ crate::cases![
     calls_on_the_way_to_the_program_are_the_agents_too,
     without_an_agent_nothing_is_made,
     an_agent_receives_what_runc_sends,
+    nothing_holds_the_filters_of_processes_that_have_exited,
 ];
 
 const PROFILE_METADATA: &str = "{\"some\":\"thing\"}";
@@ -31,6 +34,12 @@ const SOON: Duration = Duration::from_secs(30);
 
 /// Starts an agent that refuses new folders with EXDEV and allows all else. What it receives with each descriptor comes out of the channel.
 fn start(socket: &Path) -> Receiver<Value> {
+    start_counting(socket, &Arc::default())
+}
+
+/// Counts the descriptors whose processes have not all exited.
+fn start_counting(socket: &Path, open: &Arc<AtomicUsize>) -> Receiver<Value> {
+    let open = Arc::clone(open);
     let listener = UnixListener::bind(socket).expect("a socket");
     let (send, receive) = channel();
     std::thread::spawn(move || {
@@ -50,7 +59,12 @@ fn start(socket: &Path) -> Receiver<Value> {
             };
             let state = serde_json::from_slice(&text[..length]).expect("JSON");
             let notified = own(descriptor);
-            std::thread::spawn(move || while decide(&notified) {});
+            open.fetch_add(1, Ordering::SeqCst);
+            let open = Arc::clone(&open);
+            std::thread::spawn(move || {
+                while decide(&notified) {}
+                open.fetch_sub(1, Ordering::SeqCst);
+            });
             if send.send(state).is_err() {
                 return;
             }
@@ -251,4 +265,33 @@ fn an_agent_decides_about_calls_in_a_user_namespace() {
         let state = states.recv_timeout(SOON).expect("a state");
         assert_eq!((&state["pid"], &state["state"]["pid"]), (&json!(added.pid), &json!(init.pid)));
     }
+}
+
+/// The kernel tells an agent of the last process of a filter: not before every copy of it is gone.
+fn nothing_holds_the_filters_of_processes_that_have_exited() {
+    let stage = Stage::new();
+    let socket = stage.folder.join("agent");
+    let open = Arc::default();
+    let states = start_counting(&socket, &open);
+    let mut config = stage.config(&["sleep", "1000"]);
+    filter(&mut config, &socket, &[]);
+    let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    stage.start("c");
+    states.recv_timeout(SOON).expect("a state");
+    let before = stage.descriptors();
+    for round in 0..repeated(20) {
+        assert_eq!(stage.exec_shell("c", "ls -l /proc/[0-9]*/fd 2> /dev/null | grep seccomp; true", |_| {}), "", "{round}");
+        states.recv_timeout(SOON).expect("a state");
+        // It fails once the filter is loaded.
+        let mut process = crate::bundle::process(&["no-such-program"]);
+        process["noNewPrivileges"] = json!(false);
+        assert!(stage.exec("c", &process).is_err());
+        states.recv_timeout(SOON).expect("a state");
+    }
+    assert_eq!(stage.descriptors(), before);
+    scratch::eventually("init's filter alone is left", || open.load(Ordering::SeqCst) == 1);
+    init.kill();
+    init.end();
+    stage.delete("c").expect("deleted");
+    scratch::eventually("none is left", || open.load(Ordering::SeqCst) == 0);
 }

@@ -1,11 +1,14 @@
 //! Processes that are added to a container.
+use std::fs;
+
 use serde_json::{Value, json};
 
-use crate::bundle;
 use crate::stage::{Process, Stage};
+use crate::{bundle, users};
 
 crate::cases![
     an_added_process_is_where_init_is,
+    each_added_process_shares_a_time_namespace_with_its_descendants_alone,
     an_added_process_has_what_it_asks_for,
     only_three_descriptors_are_open,
     the_containers_filter_holds,
@@ -34,6 +37,27 @@ fn an_added_process_is_where_init_is() {
     let script = "for kind in mnt pid net ipc uts cgroup; do \
         test $(readlink /proc/self/ns/$kind) = $(readlink /proc/1/ns/$kind) || echo $kind; done; cmp /proc/1/cgroup /proc/self/cgroup; readlink /proc/self/root";
     assert_eq!(stage.exec_shell("c", script, |_| {}), "/\n");
+}
+
+/// By which they are found.
+fn each_added_process_shares_a_time_namespace_with_its_descendants_alone() {
+    for is_mapped in [false, true] {
+        let stage = Stage::new();
+        let _init = running(&stage, |config| {
+            if is_mapped {
+                users::map(&stage, config);
+            }
+        });
+        let show = "readlink /proc/self/ns/time; readlink /proc/self/ns/time_for_children; (setsid readlink /proc/self/ns/time); cut -d. -f1 /proc/uptime";
+        let shown = [stage.exec_shell("c", show, |_| {}), stage.exec_shell("c", show, |_| {})];
+        let namespaces: Vec<Vec<&str>> = shown.iter().map(|text| text.lines().take(3).collect()).collect();
+        let (first, second) = (namespaces[0][0], namespaces[1][0]);
+        assert!(namespaces[0].iter().all(|own| *own == first) && namespaces[1].iter().all(|own| *own == second), "{shown:?}");
+        let host = fs::read_link("/proc/self/ns/time").expect("a link").display().to_string();
+        assert!(first != host && second != host, "{shown:?} {host}");
+        let inits = stage.exec_shell("c", "readlink /proc/1/ns/time || :", |_| {});
+        assert!(is_mapped && inits.is_empty() || inits.trim() == host, "{inits}");
+    }
 }
 
 fn an_added_process_has_what_it_asks_for() {

@@ -12,6 +12,9 @@ crate::cases![
     hooks_get_the_environment_that_they_ask_for_or_none,
     hooks_on_the_host_see_the_mounts_and_the_limits,
     a_hook_before_the_program_runs_in_the_container,
+    a_network_is_set_up_by_a_hook_as_dockerd_20_and_26_do,
+    a_network_is_set_up_between_create_and_start_as_dockerd_28_does,
+    hooks_prepare_libraries_and_devices_as_nvidias_do,
 ];
 
 fn hook(script: &str) -> Value {
@@ -114,4 +117,70 @@ fn a_hook_before_the_program_runs_in_the_container() {
         config["mounts"].as_array_mut().expect("an array").push(crate::bundle::mount("/tmp", "tmpfs", "tmpfs", &["mode=1777"]));
     });
     assert_eq!(output, "env 1000\n");
+}
+
+/// The pid in the state on a hook's standard input.
+const PID: &str = "pid=$(sed 's/.*\"pid\":\\([0-9]*\\).*/\\1/')";
+
+/// It hands the network namespace to its daemon, which configures it: so it has to be there, under the host's pid, and stay.
+fn a_network_is_set_up_by_a_hook_as_dockerd_20_and_26_do() {
+    let stage = Stage::new();
+    let netns = stage.folder.join("netns").display().to_string();
+    let mut config = stage.config(&["sh", "-c", "ip -o addr show dev lo"]);
+    config["hooks"]["prestart"] = hook(&format!(
+        "{PID}; touch {netns}; mount --bind /proc/$pid/ns/net {netns} && nsenter --net={netns} busybox ip addr add 10.9.8.7/32 dev lo"
+    ));
+    let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    let same = stage.on_host(&format!("stat -L -c %i {netns} /proc/{}/ns/net | uniq | wc -l", init.pid));
+    assert_eq!(same, "1\n");
+    stage.on_host(&format!("nsenter --net={netns} busybox ip addr add 10.9.8.6/32 dev lo"));
+    stage.start("c");
+    let (_, output) = init.end();
+    assert!(output.contains("127.0.0.1") && output.contains("10.9.8.7") && output.contains("10.9.8.6"), "{output}");
+    // It outlives the container, until the daemon gives it up.
+    stage.delete("c").expect("deleted");
+    assert!(stage.on_host(&format!("nsenter --net={netns} busybox ip -o addr show dev lo; umount {netns}")).contains("10.9.8.7"));
+}
+
+fn a_network_is_set_up_between_create_and_start_as_dockerd_28_does() {
+    let stage = Stage::new();
+    let init =
+        stage.create("c", &stage.config(&["ip", "-o", "addr", "show", "dev", "lo"])).unwrap_or_else(|error| panic!("create: {error}"));
+    stage.on_host(&format!("nsenter --net=/proc/{}/ns/net busybox ip addr add 10.9.8.7/32 dev lo", init.pid));
+    stage.start("c");
+    assert!(init.end().1.contains("10.9.8.7"));
+    stage.delete("c").expect("deleted");
+}
+
+/// Of a CDI specification: links, modes and a cache of libraries below the root, while a folder of it is read-only and `/dev` is the host's.
+fn hooks_prepare_libraries_and_devices_as_nvidias_do() {
+    let stage = Stage::new();
+    fs::create_dir_all(stage.folder.join("libraries")).expect("a folder");
+    fs::write(stage.folder.join("libraries/libx.so.1.2"), "library").expect("a file");
+    fs::create_dir_all(stage.folder.join("etc")).expect("a folder");
+    fs::write(stage.folder.join("etc/settings"), "settings").expect("a file");
+    let mut config = stage.config(&["sh", "-c", "cat /usr/lib/libx.so /etc/nvidia/settings /etc/ld.so.cache; cat /first; stat -c %t:%T /dev/null; true > /dev/null && ls -l /usr/lib | wc -l"]);
+    let mounts = config["mounts"].as_array_mut().expect("an array");
+    mounts.retain(|mount| !mount["destination"].as_str().is_some_and(|path| path.starts_with("/dev")));
+    mounts.push(crate::bundle::mount("/dev", "bind", "/dev", &["rbind", "rprivate"]));
+    mounts.push(crate::bundle::mount("/usr/lib/libx.so.1.2", "bind", "libraries/libx.so.1.2", &["ro", "nosuid", "nodev", "bind"]));
+    mounts.push(crate::bundle::mount("/etc/nvidia", "bind", "etc", &["ro", "rbind"]));
+    let in_root = |script: &str| {
+        // As these hooks find it: by the bundle in the state, and root.path in its configuration.
+        let find =
+            "bundle=$(sed 's/.*\"bundle\":\"\\([^\"]*\\).*/\\1/'); root=$bundle/rootfs; test -f $bundle/config.json || exit 9; cd $root";
+        json!({ "path": "/bin/sh", "args": ["sh", "-c", format!("{find}; {script}")] })
+    };
+    config["hooks"]["createContainer"] = json!([
+        in_root("ln -s libx.so.1.2 usr/lib/libx.so.1"),
+        in_root("ln -s libx.so.1 usr/lib/libx.so"),
+        in_root("chmod 755 usr/lib"),
+        in_root("test -f etc/nvidia/settings && ! touch etc/nvidia/new 2> /dev/null"),
+        in_root("chroot . /bin/sh -c 'ls /usr/lib > /etc/ld.so.cache; test -c /dev/null'"),
+        in_root(
+            "grep -q ' / / ' /proc/self/mountinfo; test $(readlink /proc/self/ns/mnt) != $(readlink /proc/1/ns/mnt) && echo sixth > first"
+        ),
+    ]);
+    let (status, output) = stage.run(&config);
+    assert_eq!((status, output.as_str()), (0, "librarysettingslibx.so\nlibx.so.1\nlibx.so.1.2\nsixth\n1:3\n4\n"));
 }

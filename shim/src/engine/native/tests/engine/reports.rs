@@ -20,6 +20,7 @@ crate::cases![
     many_containers_share_a_root_without_their_mount_targets,
     a_small_memory_limit_leaves_a_container_or_nothing,
     a_thousand_mounts_stay_in_the_container,
+    many_masks_take_one_file_system_a_container,
 ];
 
 fn arguments_that_are_too_long_end_with_255_and_say_so() {
@@ -238,4 +239,41 @@ fn a_thousand_mounts_stay_in_the_container() {
     });
     assert_eq!(output, "1000\n");
     assert_eq!(stage.on_host("cat /proc/self/mountinfo"), before);
+}
+
+/// Each file system is one of the kernel's superblocks, and each mount a line that every reader of the host's table would see.
+fn many_masks_take_one_file_system_a_container() {
+    let stage = Stage::new();
+    let folders: Vec<String> = (0..250).map(|number| format!("/masked/{number}")).collect();
+    let files: Vec<String> = (0..250).map(|number| format!("/masked/file-{number}")).collect();
+    for folder in &folders {
+        fs::create_dir_all(stage.root().join(&folder[1..]).join("secret")).expect("a folder");
+    }
+    for file in &files {
+        fs::write(stage.root().join(&file[1..]), "secret").expect("a file");
+    }
+    let before = stage.on_host("cat /proc/self/mountinfo");
+    let show = "cat /masked/file-*; ls /masked/[0-9]*/*; grep ' /masked/' /proc/self/mountinfo | cut -d' ' -f3 | sort | uniq -c";
+    let mut devices = std::collections::BTreeSet::new();
+    for number in 0..5 {
+        let mut config = stage.config(&["sleep", "1000"]);
+        config["linux"]["maskedPaths"] = json!([folders.as_slice(), files.as_slice()].concat());
+        let path = config["linux"]["cgroupsPath"].as_str().expect("a path").trim_end_matches('c').to_owned();
+        config["linux"]["cgroupsPath"] = json!(format!("{path}{number}"));
+        let id = number.to_string();
+        stage.create(&id, &config).unwrap_or_else(|error| panic!("{id}: {error}"));
+        let output = stage.exec_shell(&id, &format!("{{ {show}; }} 2>&1"), |_| {});
+        let counts: Vec<Vec<&str>> =
+            output.lines().filter(|line| !line.contains("No such file")).map(|line| line.split_whitespace().collect()).collect();
+        // The folders' own, and that of the null device.
+        assert_eq!(counts.len(), 2, "{output}");
+        assert!(counts.iter().all(|count| count[0] == "250"), "{output}");
+        devices.extend(counts.iter().map(|count| count[1].to_owned()));
+    }
+    assert_eq!(stage.on_host("cat /proc/self/mountinfo"), before);
+    // Each container has a `/dev` of its own too.
+    assert_eq!(devices.len(), 10, "{devices:?}");
+    for number in 0..5 {
+        stage.delete(&number.to_string()).expect("deleted");
+    }
 }

@@ -6,20 +6,23 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use x_engine::Host;
-use x_engine::plan::{CgroupMode, Criu, Request, RootMount};
+use x_engine::plan::{CgroupMode, Create, Criu, Request, RootMount};
 
 use crate::keeper::{self, Made, Streams};
-use crate::stage;
+use crate::{beside, stage, verbs};
 
 #[derive(Default)]
 struct Keeper {
     made: BTreeMap<String, Made>,
+    /// The plans that they were made from.
+    plans: BTreeMap<String, Create>,
     /// The keeper's side of terminals.
     terminals: BTreeMap<u32, OwnedFd>,
     /// Plans are made as if these were active.
@@ -62,6 +65,9 @@ fn protect() {
 /// In the keeper's own mount namespace.
 fn show_v2() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    if stage::is_v2_alone() {
+        return;
+    }
     umount2("/sys/fs/cgroup", MntFlags::MNT_DETACH).expect("unmounted");
     mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), None::<&str>).expect("cgroup v2");
 }
@@ -85,29 +91,28 @@ impl Keeper {
                     serde_json::from_value(request["root_mounts"].clone()).map_err(|error| error.to_string())?;
                 let root_mounts: Vec<RootMount<'_>> =
                     root_mounts.iter().map(|(kind, source, options)| RootMount { kind, source, options }).collect();
-                let request = Request { no_pivot_root, root_mounts: &root_mounts, ..Request::new(id, bundle) };
-                let made = keeper::create_for(&request, &host, streams)?;
-                let pid = made.init;
-                self.made.insert(id.to_owned(), made);
-                self.receive(pid, console)
+                let no_new_keyring = request["no_new_keyring"] == json!(true);
+                let request = Request { no_pivot_root, no_new_keyring, root_mounts: &root_mounts, ..Request::new(id, bundle) };
+                let plan = keeper::planned(&request, &host)?;
+                let made = keeper::create(&plan, streams)?;
+                self.keep(id, plan, made, console)
             }
             "checkpoint" => {
                 let is = |key: &str| request[key] == json!(true);
-                self.made[id].checkpoint(criu(request)?, is("exit"), is("paused")).map(|()| json!({}))
+                self.made[id].checkpoint(&self.plans[id], criu(request)?, is("exit"), is("paused")).map(|()| json!({}))
             }
             "restore" => {
                 let host = self.host()?;
                 let (streams, console) = streams(request)?;
-                let made = keeper::restore(&Request::new(id, Path::new(text("bundle"))), criu(request)?, &host, streams)?;
-                let pid = made.init;
-                self.made.insert(id.to_owned(), made);
-                self.receive(pid, console)
+                let plan = keeper::planned(&Request::new(id, Path::new(text("bundle"))), &host)?;
+                let made = verbs::restore(&plan, criu(request)?, streams)?;
+                self.keep(id, plan, made, console)
             }
             "create-killed" => {
                 let host = self.host()?;
-                let after = std::time::Duration::from_micros(request["after"].as_u64().unwrap_or_default());
                 let (streams, _) = streams(request)?;
-                let was_late = keeper::create_killed(Path::new(text("bundle")), id, &host, streams, after)?;
+                let plan = keeper::planned(&Request::new(id, Path::new(text("bundle"))), &host)?;
+                let was_late = verbs::create_killed(&plan, streams, after(request))?;
                 Ok(json!({ "late": was_late }))
             }
             "start" => self.made[id].start().map(|()| json!({})),
@@ -144,6 +149,21 @@ impl Keeper {
                 let made = self.made.remove(id).ok_or("no such container")?;
                 made.delete().map(|()| json!({}))
             }
+            "freeze-beside" => {
+                let cgroup = &self.made[id].container.cgroup;
+                beside::freeze(cgroup, Path::new(text("until")), Path::new(text("report"))).map(|pid| json!({ "pid": pid }))
+            }
+            "look-beside" => {
+                let cgroup = &self.made[id].container.cgroup;
+                beside::look(cgroup, Path::new(text("until"))).map(|pid| json!({ "pid": pid }))
+            }
+            "kill-beside" => beside::kill_later(pid(request), after(request)).map(|pid| json!({ "pid": pid })),
+            "use-up-keys" => beside::use_up_keys(request["user"].as_u64().unwrap_or_default() as u32).map(|pid| json!({ "pid": pid })),
+            "descriptors" => {
+                let count = std::fs::read_dir("/proc/self/fd").map_err(|error| error.to_string())?.count();
+                Ok(json!({ "count": count }))
+            }
+            "wait-for-page" => beside::wait_for_page(Path::new(text("cgroup"))).map(|pid| json!({ "pid": pid })),
             "real-time" => set_real_time(request["on"] == json!(true)).map(|()| json!({})).map_err(|error| error.to_string()),
             "pretend" => {
                 self.pretends_security_modules = true;
@@ -167,6 +187,14 @@ impl Keeper {
         }
     }
 
+    /// Keeps what was made.
+    fn keep(&mut self, id: &str, plan: Create, made: Made, console: Option<Ours>) -> Result<Value, String> {
+        let pid = made.init;
+        self.made.insert(id.to_owned(), made);
+        self.plans.insert(id.to_owned(), plan);
+        self.receive(pid, console)
+    }
+
     fn host(&self) -> Result<Host, String> {
         let host = Host::read().map_err(|error| error.to_string())?;
         let pretends = self.pretends_security_modules;
@@ -187,6 +215,11 @@ impl Keeper {
 
 fn pid(request: &Value) -> u32 {
     request["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).unwrap_or_default()
+}
+
+/// After how many microseconds something is to be done.
+fn after(request: &Value) -> Duration {
+    Duration::from_micros(request["after"].as_u64().unwrap_or_default())
 }
 
 /// The keeper's side of a process's streams.

@@ -18,6 +18,11 @@ pub(crate) const KEEPER: &str = "X_ENGINE_TESTS_KEEPER";
 /// Its value for one that sees cgroup v2 alone.
 pub(crate) const KEEPER_V2: &str = "v2";
 
+/// How often something is repeated: a few times, or `X_TIMES` times as often.
+pub(crate) fn repeated(count: u64) -> u64 {
+    count * std::env::var("X_TIMES").ok().and_then(|times| times.parse::<u64>().ok()).unwrap_or(1).max(1)
+}
+
 /// What this machine lacks for containers, if anything.
 pub(crate) fn missing() -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
@@ -26,10 +31,25 @@ pub(crate) fn missing() -> Option<String> {
     if bundle::busybox().is_none() {
         return Some("needs a static busybox in /bin".to_owned());
     }
-    if !Path::new("/sys/fs/cgroup/memory/cgroup.procs").exists() {
-        return Some("needs cgroup v1 in /sys/fs/cgroup".to_owned());
+    if !is_v2_alone() && !Path::new("/sys/fs/cgroup/memory/cgroup.procs").exists() {
+        return Some("needs cgroup v1 or v2 in /sys/fs/cgroup".to_owned());
     }
     None
+}
+
+/// Whether this host has cgroup v2 and nothing else.
+pub(crate) fn is_v2_alone() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+/// The folder of a path in each hierarchy of this host.
+fn in_each_hierarchy(cgroup: &str) -> Vec<PathBuf> {
+    let top = Path::new("/sys/fs/cgroup");
+    let cgroup = cgroup.trim_start_matches('/');
+    if is_v2_alone() {
+        return vec![top.join(cgroup)];
+    }
+    fs::read_dir(top).expect("cgroups").flatten().map(|entry| entry.path().join(cgroup)).collect()
 }
 
 /// Has crun accept this host, in a mount namespace that the tests share. Returns why that cannot be.
@@ -53,6 +73,8 @@ pub(crate) struct Stage {
     outputs: Cell<u32>,
     /// Whether containers are made without pivot_root(2).
     pub(crate) no_pivot_root: Cell<bool>,
+    /// Whether they keep the session keyring that they are started with.
+    pub(crate) no_new_keyring: Cell<bool>,
     /// Type, source and options of what containers have as their root.
     pub(crate) root_mounts: RefCell<Vec<(String, String, Vec<String>)>>,
 }
@@ -90,6 +112,7 @@ impl Stage {
             answers: RefCell::new(BufReader::new(answers)),
             outputs: Cell::new(0),
             no_pivot_root: Cell::new(false),
+            no_new_keyring: Cell::new(false),
             root_mounts: RefCell::default(),
         }
     }
@@ -126,7 +149,7 @@ impl Stage {
         fs::write(self.folder.join("config.json"), config.to_string()).expect("a file");
         let output = self.output();
         let terminal = &config["process"]["terminal"];
-        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal, "no_pivot_root": self.no_pivot_root.get(), "root_mounts": *self.root_mounts.borrow() }))?;
+        let answer = self.ask(&json!({ "do": "create", "id": id, "bundle": self.folder, "output": output, "terminal": terminal, "no_pivot_root": self.no_pivot_root.get(), "no_new_keyring": self.no_new_keyring.get(), "root_mounts": *self.root_mounts.borrow() }))?;
         Ok(Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output })
     }
 
@@ -187,6 +210,47 @@ impl Stage {
         self.ask(&json!({ "do": "count", "id": id })).expect("a number")["count"].as_u64().expect("a number")
     }
 
+    /// Freezes and thaws a container all the time, until [`Beside::end`].
+    pub(crate) fn freeze_beside(&self, id: &str) -> Beside<'_> {
+        self.beside(json!({ "do": "freeze-beside", "id": id }))
+    }
+
+    /// Reads all of a container's cgroup all the time.
+    pub(crate) fn look_beside(&self, id: &str) -> Beside<'_> {
+        self.beside(json!({ "do": "look-beside", "id": id }))
+    }
+
+    fn beside(&self, mut request: Value) -> Beside<'_> {
+        let output = self.output();
+        let until = output.with_extension("until");
+        request["until"] = json!(until);
+        request["report"] = json!(output);
+        let pid = self.ask(&request).expect("forked")["pid"].as_u64().expect("a pid");
+        Beside { process: Process { stage: self, pid, output }, until }
+    }
+
+    /// Has a process killed after some microseconds, by another one.
+    pub(crate) fn kill_beside(&self, pid: u64, after: u64) -> Process<'_> {
+        let answer = self.ask(&json!({ "do": "kill-beside", "pid": pid, "after": after })).expect("forked");
+        Process { stage: self, pid: answer["pid"].as_u64().expect("a pid"), output: PathBuf::new() }
+    }
+
+    /// Has a user of the host own as many keys as one may.
+    pub(crate) fn use_up_keys(&self, user: u32) -> Result<(), String> {
+        self.ask(&json!({ "do": "use-up-keys", "user": user })).map(drop)
+    }
+
+    /// How many descriptors the keeper has.
+    pub(crate) fn descriptors(&self) -> u64 {
+        self.ask(&json!({ "do": "descriptors" })).expect("a number")["count"].as_u64().expect("a number")
+    }
+
+    /// Puts a process into a cgroup that cannot be frozen.
+    pub(crate) fn wait_for_page(&self, cgroup: &str) -> Process<'_> {
+        let pid = self.ask(&json!({ "do": "wait-for-page", "cgroup": cgroup })).expect("forked")["pid"].as_u64();
+        Process { stage: self, pid: pid.expect("a pid"), output: PathBuf::new() }
+    }
+
     /// Gives the keeper, and so what it makes, a real-time policy, or takes it away.
     pub(crate) fn set_real_time(&self, is_real_time: bool) {
         self.ask(&json!({ "do": "real-time", "on": is_real_time })).expect("a policy");
@@ -236,14 +300,13 @@ impl Stage {
 
     /// The container's folders of cgroups that exist.
     pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
-        let hierarchies = fs::read_dir("/sys/fs/cgroup").expect("cgroups");
-        let folders = hierarchies.flatten().map(|entry| entry.path().join(self.cgroup.trim_start_matches('/')).join("c"));
-        folders.filter(|folder| folder.exists()).collect()
+        in_each_hierarchy(&format!("{}/c", self.cgroup)).into_iter().filter(|folder| folder.exists()).collect()
     }
 
-    /// The content of a file of a cgroup of the container.
+    /// The content of a file of a cgroup of the container. On a host with v2 alone there is one for all controllers.
     pub(crate) fn limit(&self, controller: &str, file: &str) -> String {
-        let path = Path::new("/sys/fs/cgroup").join(controller).join(self.cgroup.trim_start_matches('/')).join("c").join(file);
+        let hierarchy = if is_v2_alone() { "" } else { controller };
+        let path = Path::new("/sys/fs/cgroup").join(hierarchy).join(self.cgroup.trim_start_matches('/')).join("c").join(file);
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
     }
 }
@@ -253,12 +316,27 @@ impl Drop for Stage {
         // The end of its input ends the keeper, and it ends everything else.
         drop(self.requests.borrow_mut().take());
         let _ = self.child.borrow_mut().wait();
-        for entry in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            let folder = entry.path().join(self.cgroup.trim_start_matches('/'));
+        for folder in in_each_hierarchy(&self.cgroup) {
             let _ = fs::remove_dir(folder.join("c"));
             let _ = fs::remove_dir(folder);
         }
         let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// A process that does something to a container while other things happen.
+pub(crate) struct Beside<'a> {
+    process: Process<'a>,
+    until: PathBuf,
+}
+
+impl Beside<'_> {
+    /// Ends it, and returns what it has written.
+    pub(crate) fn end(self) -> String {
+        fs::write(&self.until, "").expect("a file");
+        let (status, output) = self.process.end();
+        assert_eq!(status, 0, "{output}");
+        output
     }
 }
 

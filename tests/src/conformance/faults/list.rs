@@ -1,67 +1,6 @@
-//! Faults that are injected into a working shim, one at a time, and the cases that must detect each.
-//!
-//! The program `man-in-the-middle` takes the place of the shim. It runs the real one and forwards everything, except for its fault. It is
-//! configured by the files beside it: `real`, the path of the shim, and `fault`, one of the names here.
+//! Every fault, what it does, and the words with which the cases that must detect it fail.
 
-use std::fmt::Write as _;
-use std::fs;
-use std::path::{Path, PathBuf};
-
-use anyhow::{Context as _, Result, bail, ensure};
-
-use super::child::Verdict;
-use super::clauses::Level;
-use super::run::Results;
-use crate::programs;
-
-/// One fault: its name, its behaviour, and the cases that must detect it.
-#[derive(Debug, Clone, Copy)]
-pub struct Fault {
-    /// The name in the file `fault`.
-    pub name: &'static str,
-    /// A description for readers.
-    pub text: &'static str,
-    /// The cases that have to fail, each with the text that its failure has to contain.
-    pub seen: &'static [(&'static str, &'static str)],
-    /// Why nearly every case detects it.
-    pub broad: Option<&'static str>,
-}
-
-const fn fault(name: &'static str, text: &'static str, seen: &'static [(&'static str, &'static str)]) -> Fault {
-    Fault { name, text, seen, broad: None }
-}
-
-impl Fault {
-    const fn broad(mut self, why: &'static str) -> Self {
-        self.broad = Some(why);
-        self
-    }
-
-    /// Whether a case must detect it.
-    pub fn is_claimed_by(&self, case: &str) -> bool {
-        self.seen.iter().any(|(name, _)| *name == case)
-    }
-
-    /// The cases that must detect it, in Markdown.
-    fn seen_by(&self) -> String {
-        names(self.seen.iter().map(|(case, _)| *case))
-    }
-
-    /// Checks that a case that must detect the fault failed with the expected message.
-    ///
-    /// Errors: the result that it had instead.
-    pub fn check(&self, case: &str, verdict: &Verdict) -> Result<()> {
-        let (_, words) = self.seen.iter().find(|(name, _)| *name == case).context("the case is not among those that must detect it")?;
-        match verdict {
-            Verdict::Failed(why) if why.contains(words) => Ok(()),
-            Verdict::Failed(why) => bail!("{case} fails, but not with {words:?}: {why}"),
-            other => bail!("{case} results in {other:?}, though {}", self.text),
-        }
-    }
-}
-
-/// At most this many other cases may detect a fault unless it is [`Fault::broad`]: a fault that breaks everything proves nothing about one case.
-pub const MOST_OTHERS: usize = 8;
+use super::{Fault, fault};
 
 /// All of them.
 pub const ALL: &[Fault] = &[
@@ -128,7 +67,11 @@ pub const ALL: &[Fault] = &[
     fault(
         "delete-nothing",
         "the command delete does nothing",
-        &[("crashes.delete_kills_what_a_dead_shim_left_behind", "its init is dead")],
+        &[
+            ("crashes.delete_kills_what_a_dead_shim_left_behind", "its init is dead"),
+            ("sandboxes.delete_ends_a_sandbox_that_was_not_started", "the shim has exited"),
+            ("pods.delete_ends_the_containers_of_a_dead_shims_sandbox", "its init is dead"),
+        ],
     ),
     fault(
         "delete-no-member",
@@ -167,7 +110,14 @@ pub const ALL: &[Fault] = &[
         &[("execs.an_exec_has_its_own_output_and_exit_code", "State reports another pid")],
     ),
     fault("wrong-task-pid", "Connect names another pid", &[("lifecycle.create_start_and_connect_agree_on_pids", "task_pid")]),
-    fault("wrong-code", "NotFound becomes Unknown", &[("calls.missing", "NotFound expected, Refused(Unknown) found")]),
+    fault(
+        "wrong-code",
+        "NotFound becomes Unknown",
+        &[
+            ("calls.missing", "NotFound expected, Refused(Unknown) found"),
+            ("sandboxes.a_sandbox_that_was_never_created_is_not_found", "Start of s1: Unknown"),
+        ],
+    ),
     fault(
         "wrong-refusal",
         "FailedPrecondition becomes Unknown",
@@ -328,7 +278,10 @@ pub const ALL: &[Fault] = &[
     fault(
         "no-group",
         "each start has an address of its own",
-        &[("bootstrap.a_second_start_in_a_group_answers_the_living_shims_address", "bundle.start_shim().await?")],
+        &[
+            ("bootstrap.a_second_start_in_a_group_answers_the_living_shims_address", "bundle.start_shim().await?"),
+            ("pods.start_of_a_container_answers_its_sandboxs_shim", "another shim"),
+        ],
     ),
     fault(
         "whole-frames-only",
@@ -358,100 +311,90 @@ pub const ALL: &[Fault] = &[
         "a connection's next request waits for the answer to the one before",
         &[("wire.answers_are_sent_when_they_are_ready", "receive a frame")],
     ),
+    fault(
+        "two-processes",
+        "SandboxStatus names another process than StartSandbox",
+        &[("sandboxes.a_started_sandbox_is_ready_and_names_its_process", "name two processes")],
+    ),
+    fault(
+        "always-ready",
+        "SandboxStatus reports every sandbox as ready",
+        &[("sandboxes.a_sandbox_is_not_ready_before_its_start_and_after_its_stop", "before Start: SANDBOX_READY")],
+    ),
+    fault("other-platform", "Platform names another system", &[("sandboxes.the_platform_is_the_hosts", "windows")]),
+    fault(
+        "hasty-wait",
+        "WaitSandbox is answered immediately",
+        &[("sandboxes.no_wait_is_answered_while_the_sandbox_is_ready", "it is answered before Stop")],
+    ),
+    fault(
+        "endless-wait",
+        "WaitSandbox is never answered",
+        &[
+            ("sandboxes.a_stop_answers_every_wait", "a Wait from before Stop"),
+            ("pods.a_pod_whose_process_is_killed_is_not_ready", "no answer in time"),
+        ],
+    ),
+    fault("stop-once", "a second StopSandbox is refused", &[("sandboxes.a_stop_can_be_repeated", "the second Stop")]),
+    fault(
+        "lost-shutdown",
+        "the connection is closed before ShutdownSandbox is answered",
+        &[("sandboxes.a_shutdown_is_answered_and_the_shim_exits", "the answer to ShutdownSandbox")],
+    ),
+    fault(
+        "no-shutdown",
+        "ShutdownSandbox is answered without effect",
+        &[
+            ("sandboxes.a_shutdown_is_answered_and_the_shim_exits", "the shim has exited"),
+            ("pods.a_shutdown_ends_containers_that_are_left", "not within"),
+        ],
+    )
+    .broad("every case of a sandbox ends with it"),
+    fault(
+        "sandbox-never-fails",
+        "a CreateSandbox or StartSandbox that fails is answered with success",
+        &[("sandboxes.a_sandbox_without_its_network_is_refused", "it was accepted")],
+    ),
+    fault(
+        "forget-sandboxes",
+        "a sandbox is forgotten when the connection that created it closes",
+        &[("sandboxes.a_new_connection_finds_the_sandbox", "NotFound")],
+    ),
+    fault("no-ping", "PingSandbox is not served", &[("sandboxes.a_sandbox_that_is_ready_answers_pings", "Unimplemented")]),
+    fault(
+        "unreadable-info",
+        "the entry `info` of a SandboxStatus is no JSON",
+        &[("sandboxes.a_verbose_status_can_be_read", "the entry `info` is not JSON")],
+    ),
+    fault(
+        "no-pod-cgroup",
+        "the cgroup of a pod is not made",
+        &[("sandboxes.the_pods_cgroup_exists_from_the_start_on", "there is no cgroup")],
+    )
+    .broad("the containers of such a pod leave the cgroup above theirs behind"),
+    fault(
+        "hosts-network",
+        "every sandbox is in the host's network",
+        &[("pods.containers_are_in_the_network_of_their_sandbox", "is in another network")],
+    ),
+    fault(
+        "no-host-network",
+        "a sandbox without a network namespace of its own is refused",
+        &[("pods.a_pod_on_the_hosts_network_is_in_it", "Create without a network namespace")],
+    ),
+    fault(
+        "other-hostname",
+        "a sandbox has another host name",
+        &[("pods.containers_share_shared_memory_and_host_name", "the host name is \"elsewhere")],
+    ),
+    fault(
+        "no-dns",
+        "the name servers of a pod are ignored",
+        &[("pods.containers_get_the_files_of_their_pod", "no \"nameserver 192.0.2.53\"")],
+    ),
+    fault(
+        "no-shared-pids",
+        "the containers of a pod never share process ids",
+        &[("pods.containers_can_share_process_ids", "has the host's process ids")],
+    ),
 ];
-
-/// Installs `man-in-the-middle` with this fault for the shim `real` in `folder`, and returns its path.
-pub fn install(folder: &Path, program: &Path, real: &Path, fault: &str) -> Result<PathBuf> {
-    fs::create_dir_all(folder)?;
-    let place = folder.join("man-in-the-middle");
-    programs::copy(program, &place)?;
-    fs::write(folder.join("real"), real.to_str().context("a path in UTF-8")?)?;
-    fs::write(folder.join("fault"), fault)?;
-    Ok(place)
-}
-
-/// Cases that cannot run through `man-in-the-middle`, because it needs the files beside it.
-pub const NOT_THROUGH_PROXY: &[&str] = &["lifetime.a_removed_binary_affects_no_running_container"];
-
-/// Which cases detected which fault.
-#[derive(Debug, Default)]
-pub struct Table(Vec<Row>);
-
-#[derive(Debug)]
-struct Row {
-    fault: Fault,
-    /// Why cases that must detect it did not.
-    missed: Vec<String>,
-    others: Vec<String>,
-}
-
-impl Table {
-    /// Adds a run with a fault, and returns a line about it.
-    pub fn add(&mut self, fault: &Fault, results: &Results) -> String {
-        let (mut missed, mut others) = (Vec::new(), Vec::new());
-        for outcome in results.outcomes.iter().filter(|outcome| !NOT_THROUGH_PROXY.contains(&outcome.case.as_str())) {
-            if fault.is_claimed_by(&outcome.case) {
-                missed.extend(fault.check(&outcome.case, &outcome.verdict).err().map(|error| format!("{error:#}")));
-            } else if matches!(outcome.verdict, Verdict::Failed(_)) && outcome.level() != Level::May {
-                others.push(outcome.case.clone());
-            }
-        }
-        let row = Row { fault: *fault, missed, others };
-        let line =
-            format!("{}: {}, also by {} other cases", fault.name, row.wrong().unwrap_or_else(|| "detected".to_owned()), row.others.len());
-        self.0.push(row);
-        line
-    }
-
-    /// Whether each fault was detected by the cases that must, and by few others.
-    pub fn is_complete(&self) -> bool {
-        self.0.iter().all(|row| row.wrong().is_none())
-    }
-
-    /// A row for each fault.
-    pub fn markdown(&self) -> String {
-        let mut text = "| fault | behaviour | detected by | also by |\n| --- | --- | --- | --- |\n".to_owned();
-        for row in &self.0 {
-            let seen = if row.missed.is_empty() { row.fault.seen_by() } else { "**not detected by every case that must**".to_owned() };
-            let others = match row.fault.broad {
-                Some(why) if row.others.len() > MOST_OTHERS => format!("{} others: {why}", row.others.len()),
-                _ => names(row.others.iter().map(String::as_str)),
-            };
-            let _cannot_fail = writeln!(text, "| {} | {} | {seen} | {others} |", row.fault.name, row.fault.text);
-        }
-        text
-    }
-}
-
-impl Row {
-    fn wrong(&self) -> Option<String> {
-        let too_many = self.others.len() > MOST_OTHERS && self.fault.broad.is_none();
-        match (self.missed.first(), too_many) {
-            (Some(missed), _) => Some(format!("NOT DETECTED: {missed}")),
-            (None, true) => Some(format!("detected by TOO MANY cases: {}", self.others.join(", "))),
-            (None, false) => None,
-        }
-    }
-}
-
-fn names<'a>(cases: impl Iterator<Item = &'a str>) -> String {
-    cases.map(|case| format!("`{case}`")).collect::<Vec<_>>().join(", ")
-}
-
-/// Checks that the table in a document lists [`ALL`] faults, none of them detected by too many cases.
-pub fn check_document(document: &str) -> Result<()> {
-    let rows: Vec<Vec<&str>> = document
-        .lines()
-        .filter(|line| line.starts_with("| "))
-        .map(|line| line.trim_matches('|').split(" | ").map(str::trim).collect())
-        .collect();
-    for fault in ALL {
-        let row = rows.iter().find(|row| row[0] == fault.name).with_context(|| format!("{} is not in the document", fault.name))?;
-        ensure!(row[1..3] == [fault.text, &fault.seen_by()], "{} differs in the document: {row:?}", fault.name);
-        let others = row.get(3).map_or(0, |others| others.matches('`').count() / 2);
-        ensure!(others <= MOST_OTHERS, "{} is detected by {others} other cases", fault.name);
-    }
-    // two lines are the table's head
-    ensure!(rows.len() == ALL.len() + 2, "the document has {} faults, there are {}", rows.len() - 2, ALL.len());
-    Ok(())
-}

@@ -1,0 +1,147 @@
+//! The cgroup above those of a pod's containers.
+//!
+//! The kubelet makes it before the pod. Where nobody has, the pod does, since statistics of a pod without a cgroup fail, and removes it at its end if it is empty.
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use x_engine::control;
+use x_engine::plan::{self, Hierarchy};
+
+use super::record::Record;
+use crate::cgroup::Cgroup;
+use crate::pod_folder::Leftovers;
+use crate::systemd::{self, Manager};
+use crate::worker::error::Error;
+
+/// See the module.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(in crate::worker) struct Parent {
+    /// Its folders, for its metrics.
+    pub(super) cgroup: Cgroup,
+    /// The folders that the pod makes, each after those above it.
+    pub(super) made: Vec<PathBuf>,
+    /// The slice that it has systemd start.
+    pub(super) slice: Option<String>,
+}
+
+/// A parent to be made.
+pub(super) struct Planned {
+    folders: plan::Cgroup,
+    unit: Option<plan::Unit>,
+}
+
+/// Plans the parent that a pod names. Absent if it names none.
+pub(super) fn blocking_plan(record: &Record) -> Result<Option<Planned>, Error> {
+    let wanted = record.config.cgroup_parent.as_str();
+    if wanted.trim_matches('/').is_empty() {
+        return Ok(None);
+    }
+    let has_systemd = systemd::blocking_is_running();
+    let read = || {
+        let host = x_engine::Host::read()?;
+        if has_systemd { host.with_init() } else { Ok(host) }
+    };
+    let host = read().map_err(|source| Error::Io { op: "read", path: "/proc/self/mountinfo".into(), source })?;
+    let (folders, unit) = plan::parent(wanted, has_systemd, &host).map_err(|refused| Error::PodConfig {
+        id: record.id.to_string(),
+        field: "linux.cgroup_parent".to_owned(),
+        why: crate::chain::chain(&refused),
+    })?;
+    Ok(Some(Planned { folders, unit }))
+}
+
+impl Planned {
+    /// What is to be recorded before it is made.
+    pub(super) fn blocking_parent(&self) -> Parent {
+        let missing = control::missing(&self.folders);
+        let slice = self.unit.as_ref().filter(|_| !missing.is_empty()).map(|unit| unit.name.clone());
+        // systemd makes and removes its own.
+        let made = if slice.is_some() { Vec::new() } else { missing };
+        Parent { cgroup: folders(&self.folders), made, slice }
+    }
+
+    /// Makes what `parent` says is to be made. Can be repeated.
+    pub(super) async fn make(self, parent: &Parent) -> Result<(), Error> {
+        let failed = |source: std::io::Error| Error::Io { op: "make cgroup", path: self.folders.folders[0].absolute(), source };
+        match (&self.unit, &parent.slice) {
+            (Some(unit), Some(_)) => start(unit).await,
+            // It is there, or its folder is.
+            _ if parent.made.is_empty() => Ok(()),
+            _ => control::make(&self.folders).map_err(failed),
+        }
+    }
+}
+
+async fn start(unit: &plan::Unit) -> Result<(), Error> {
+    let failed = |error: &systemd::Error| Error::PodConfig {
+        id: unit.name.clone(),
+        field: "linux.cgroup_parent".to_owned(),
+        why: crate::chain::chain(error),
+    };
+    let manager = Manager::connect().await.map_err(|error| failed(&error))?;
+    let started = manager.start(unit, &[]).await;
+    manager.close().await;
+    match started {
+        Ok(()) | Err(systemd::Error::Exists { .. }) => Ok(()),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+impl Parent {
+    /// What is left of it for `delete`.
+    pub(super) fn leftovers(&self) -> Leftovers {
+        Leftovers { cgroups: self.made.clone() }
+    }
+
+    /// Removes what the pod has made, if it is empty. Failures are logged.
+    pub(super) async fn remove(&self) {
+        self.leftovers().blocking_remove_cgroups();
+        let Some(slice) = &self.slice else { return };
+        // Stopping a slice would end what is in it.
+        if !self.blocking_is_empty() {
+            return;
+        }
+        let stopped = async {
+            let manager = Manager::connect().await?;
+            let stopped = manager.stop(slice).await;
+            manager.close().await;
+            stopped
+        };
+        if let Err(error) = stopped.await {
+            log::warn!(slice:%, error:% = crate::chain::chain(&error); "cannot stop the slice of a pod");
+        }
+    }
+
+    fn blocking_is_empty(&self) -> bool {
+        let folders: Vec<&PathBuf> = match &self.cgroup {
+            Cgroup::None => Vec::new(),
+            Cgroup::V1(folders) => folders.values().collect(),
+            Cgroup::V2(folder) => vec![folder],
+        };
+        let has_folders = |folder: &PathBuf| {
+            folder.read_dir().is_ok_and(|entries| entries.flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())))
+        };
+        self.cgroup.pids().is_empty() && !folders.into_iter().any(has_folders)
+    }
+}
+
+/// The folders by the controllers that they are of.
+fn folders(planned: &plan::Cgroup) -> Cgroup {
+    if let [folder] = &planned.folders[..]
+        && folder.hierarchy == Hierarchy::Unified
+    {
+        return Cgroup::V2(folder.absolute());
+    }
+    let mut folders = BTreeMap::new();
+    for folder in &planned.folders {
+        for controller in &folder.of {
+            folders.insert(controller.trim_start_matches("name=").to_owned(), folder.absolute());
+        }
+        if folder.of.is_empty() {
+            folders.insert("unified".to_owned(), folder.absolute());
+        }
+    }
+    Cgroup::V1(folders)
+}

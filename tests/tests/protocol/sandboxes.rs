@@ -1,0 +1,180 @@
+//! Sandboxes beyond the protocol: workers that crash or stop between the calls, messages of refusals, what expires.
+
+use std::fs;
+
+use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use nix::sys::signal::Signal;
+use protobuf::Message as _;
+use protobuf::well_known_types::any::Any;
+use shim_tests::bundle::worker_of;
+use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::proc::{self, signal};
+use shim_tests::sandbox::{NOT_READY, POD, PodConfig, READY, Sandbox};
+use shim_tests::stand::Stand;
+use shim_tests::ttrpc::{Answer, CallError, Code, refusal};
+
+/// Kills the worker of a sandbox's shim, and waits until it is dead.
+async fn kill_worker(sandbox: &Sandbox) -> Result<()> {
+    let worker = worker_of(sandbox.bundle.shim_pid()?).await?;
+    proc::kill_hard(worker);
+    eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await
+}
+
+/// With process ids of its own, and with those of its containers.
+pub(crate) async fn a_sandbox_outlives_workers_killed_between_all_its_calls(stand: Stand) -> Result<()> {
+    for shares_pids in [false, true] {
+        let number = u8::from(shares_pids);
+        let mut sandbox = Sandbox::shim(&stand, &format!("s{number}")).await?;
+        if shares_pids {
+            sandbox.config.namespaces().pid = POD;
+        }
+        let id = sandbox.id.clone();
+        kill_worker(&sandbox).await?;
+        sandbox.create().await?;
+        kill_worker(&sandbox).await?;
+        ensure!(sandbox.service.status(&id).await?.state == NOT_READY);
+        let holder = sandbox.start().await?;
+        let ready = sandbox.service.status(&id).await?;
+        ensure!(ready.state == READY && ready.pid == holder, "{ready}");
+        let wait = sandbox.service.begin_wait(&id).await?;
+        kill_worker(&sandbox).await?;
+        ensure!(sandbox.service.status(&id).await? == ready, "Status has changed");
+        sandbox.service.ping(&id).await?;
+        let mut bundle = sandbox.member(&format!("c{number}"), holder, &["sh", "-c", "hostname | grep host && sleep 1000"]);
+        if shares_pids {
+            bundle = bundle.spec(|spec| spec.join_pids(holder));
+        }
+        bundle.start_shim().await?;
+        let container = bundle.run_in(&sandbox.task).await?;
+        kill_worker(&sandbox).await?;
+        ensure!(container.task.state(&container.id, "").await?.status.value() == 2, "the container has ended");
+        ensure!(container.destroy().await? == 137);
+        kill_worker(&sandbox).await?;
+        sandbox.stop().await?;
+        kill_worker(&sandbox).await?;
+        let end = wait.answer(SOON).await.context("Wait")?;
+        ensure!(sandbox.service.wait(&id).await? == end, "a second Wait differs");
+        ensure!(sandbox.service.status(&id).await?.state == NOT_READY);
+        sandbox.end().await?;
+    }
+    Ok(())
+}
+
+/// The daemon asks for each container of a pod: that must not wake a sleeping worker.
+pub(crate) async fn the_keeper_answers_for_a_stopped_worker(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::shim(&stand, "s1").await?;
+    sandbox.create().await?;
+    sandbox.start().await?;
+    let fresh = answers(&sandbox).await?;
+    let worker = worker_of(sandbox.bundle.shim_pid()?).await?;
+    signal(worker, Signal::SIGSTOP)?;
+    let ready = answers(&sandbox).await;
+    signal(worker, Signal::SIGCONT)?;
+    ensure!(ready? == fresh, "not the same");
+    sandbox.end().await
+}
+
+async fn answers(sandbox: &Sandbox) -> Result<[Vec<u8>; 3]> {
+    let (id, service) = (sandbox.id.as_str(), &sandbox.service);
+    let (connect, status, platform) = tokio::join!(sandbox.task.connect_to(id), service.status(id), service.platform(id));
+    Ok([connect?.write_to_bytes()?, status?.write_to_bytes()?, platform?.write_to_bytes()?])
+}
+
+pub(crate) async fn a_shutdown_can_be_repeated(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::run(&stand, "s1").await?;
+    let another = sandbox.service.another().await?;
+    sandbox.stop().await?;
+    let (one, other, third) = tokio::join!(sandbox.service.shutdown("s1"), another.shutdown("s1"), sandbox.service.shutdown("s1"));
+    ensure!(one == Ok(()), "{one:?}");
+    for answer in [other, third] {
+        ensure!(matches!(answer, Ok(()) | Err(CallError::Closed)), "{answer:?}");
+    }
+    sandbox.dismiss().await
+}
+
+/// What a client sees: an invalid argument, and a short sentence that contains `words`.
+fn says<T: std::fmt::Debug>(answer: Answer<T>, words: &str) -> Result<()> {
+    let (code, message) = refusal(answer)?;
+    ensure!(code == Code::InvalidArgument && message.contains(words) && message.len() < 1000, "{code:?}: {message}");
+    Ok(())
+}
+
+pub(crate) async fn an_invalid_pod_configuration_is_named(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::shim(&stand, "s1").await?;
+    let good = sandbox.config.any();
+    let named = |bytes: usize| PodConfig { hostname: "h".repeat(bytes), ..sandbox.config.clone() }.any();
+    let cases = [
+        (Any { value: good.value[..good.value.len() - 1].to_vec(), ..good.clone() }, "PodSandboxConfig"),
+        (Any { value: vec![0xff; 1 << 20], ..good.clone() }, "PodSandboxConfig"),
+        (Any { type_url: "runtime.v1.ContainerConfig".to_owned(), ..good }, "runtime.v1.ContainerConfig"),
+        (named(3 << 20), "bytes"),
+        (named(100_000), "hostname"),
+    ];
+    for (options, words) in cases {
+        let request = CreateSandboxRequest { options: Some(options).into(), ..sandbox.request() };
+        says(sandbox.service.create(&request).await, words).with_context(|| words.to_owned())?;
+    }
+    // none of them is in the way of a valid one
+    sandbox.create().await?;
+    sandbox.start().await?;
+    sandbox.end().await
+}
+
+pub(crate) async fn a_network_that_is_none_is_named(stand: Stand) -> Result<()> {
+    let file = stand.folder().join("file");
+    fs::write(&file, "")?;
+    for (number, path) in [stand.folder().join("missing"), file].into_iter().enumerate() {
+        let sandbox = Sandbox::shim(&stand, &format!("s{number}")).await?;
+        let path = path.display().to_string();
+        let request = CreateSandboxRequest { netns_path: path.clone(), ..sandbox.request() };
+        let answer = match sandbox.service.create(&request).await {
+            Ok(()) => sandbox.start().await.map(drop),
+            refusal => refusal,
+        };
+        let (_, message) = refusal(answer)?;
+        ensure!(message.contains(&path), "{message}");
+        sandbox.dismiss().await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn a_second_sandbox_in_a_shim_is_refused(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::run(&stand, "s1").await?;
+    let request = CreateSandboxRequest { sandbox_id: "s2".to_owned(), ..sandbox.request() };
+    let (_, message) = refusal(sandbox.service.create(&request).await)?;
+    ensure!(message.contains("s1") || message.contains("s2"), "{message}");
+    ensure!(sandbox.service.status("s1").await?.state == READY);
+    sandbox.end().await
+}
+
+/// The process of the sandbox is the keeper: its process ids are the host's.
+pub(crate) async fn a_container_does_not_get_the_process_ids_of_a_keeper(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::shim(&stand, "s1").await?;
+    sandbox.create().await?;
+    let holder = sandbox.start().await?;
+    let bundle = sandbox.member("c1", holder, &["sleep", "1000"]).spec(|spec| spec.join_pids(holder));
+    bundle.write()?;
+    let (_, message) = refusal(sandbox.task.create(&bundle.request()).await)?;
+    ensure!(message.contains("pid"), "{message}");
+    sandbox.end().await
+}
+
+/// A client that crashed between Create and Start has forgotten it.
+pub(crate) async fn a_sandbox_that_is_never_started_expires(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::shim_of(stand.bundle("s1", &[]).env("X_SHIM_UNSTARTED_POD_SECONDS", "1")).await?;
+    sandbox.create().await?;
+    let shim = sandbox.bundle.shim_pid()?;
+    eventually_true("the shim has exited", SOON, || !proc::is_alive(shim)).await?;
+    sandbox.bundle.delete_command().await?;
+    // one that was started stays
+    let started = Sandbox::shim_of(stand.bundle("s2", &[]).env("X_SHIM_UNSTARTED_POD_SECONDS", "1")).await?;
+    started.create().await?;
+    started.start().await?;
+    let expires = Sandbox::shim_of(stand.bundle("s3", &[]).env("X_SHIM_UNSTARTED_POD_SECONDS", "1")).await?;
+    expires.create().await?;
+    let shim = expires.bundle.shim_pid()?;
+    eventually_true("the third shim has exited", SOON, || !proc::is_alive(shim)).await?;
+    ensure!(started.service.status("s2").await?.state == READY, "it has expired, too");
+    started.end().await
+}
