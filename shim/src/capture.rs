@@ -57,6 +57,10 @@ impl Capture {
         !self.input.bytes().is_empty()
     }
 
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.input.bytes()
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         self.closed
     }

@@ -9,7 +9,7 @@ use crate::saved::saved;
 use crate::sys::spawn::{Command, Started, spawn};
 
 /// The pipes of a helper.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Pipes {
     /// The pipe behind [`LOG_ARGUMENT`], both ends: the program opens it by its path here.
     log: Option<(Capture, OwnedFd)>,
@@ -70,6 +70,11 @@ impl Pipes {
     pub(crate) fn read(&mut self) -> bool {
         let captures = [self.log.as_mut().map(|(log, _)| log), self.output.as_mut(), self.ready.as_mut()];
         captures.into_iter().flatten().fold(false, |more, capture| more | capture.read())
+    }
+
+    /// The output so far.
+    pub(crate) fn output(&self) -> &[u8] {
+        self.output.as_ref().map_or(&[], Capture::bytes)
     }
 
     /// The log and the output of a helper that has exited.

@@ -4,66 +4,42 @@
 //! reused before.
 //!
 //! ```text
-//!  helper, performer:  started ─▶ (ready) ─▶ exited: outcome of its operation
+//!  helper, performer:  started ─▶ (ready) ─▶ exited: outcome of its operation; of an exec's performer, it is the report
 //!  other:   orphan  ─▶ claimed by a commit ─▶ exited: a cause
 //!                   └▶ exited unclaimed: left a zombie while an operation may still report its pid, then reaped
 //! ```
+mod helper;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::SystemTime;
 
 use log::{debug, error, info, warn};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
-use x_engine::perform::{self, Descriptors};
+use x_engine::perform::{self, Descriptors, Report};
 
+use self::helper::{Console, Helper};
 use super::gates::Gates;
 use super::home::Home;
 use super::poll::{Poll, Source};
 use super::streams::Streams;
 use crate::capture::Capture;
-use crate::handover::{
-    Cause, Claim, Exited, Fd, Outcome, POD_KEY, Perform, PlanKind, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, is_of,
-};
-use crate::helper::{self, Pipes};
+use crate::handover::{Cause, Claim, Fd, Outcome, POD_KEY, Perform, PlanKind, ProcessExit, ProcessSnapshot, Spawn, Step, Stream, is_of};
+use crate::helper::Pipes;
 use crate::journal::{Journal, RecordedExit};
 use crate::processes::kill_tree;
 use crate::saved::saved;
-use crate::sys::{
-    self,
-    spawn::{Failure, Started},
-};
+use crate::sys::{self, spawn::Started};
 
 /// The status of a process that another process reaped.
 const UNKNOWN_STATUS: u32 = 255;
 /// The most children reaped in one turn: a container in the host's pid namespace may leave thousands behind.
 const REAPED_AT_ONCE: usize = 1024;
-
-/// A process that the keeper started.
-#[derive(Debug)]
-struct Helper {
-    cause: Cause,
-    step: Step,
-    key: String,
-    program: String,
-    /// Absent for a performer, which executes nothing.
-    failure: Option<Failure>,
-    pipes: Pipes,
-    /// The outcome was reported already.
-    reported: bool,
-    console: Option<Console>,
-    /// Outputs that it reads, and that the keeper must take over when it exits.
-    reads: Vec<(String, Stream)>,
-    /// Where a performer sends the terminal of its process.
-    terminal: Option<OwnedFd>,
-}
-
-saved!(Helper { cause, step, key, program, failure, pipes, reported, console, reads, terminal });
 
 /// A performer that was forked, and the keeper's ends of what it uses.
 struct Forked {
@@ -71,22 +47,6 @@ struct Forked {
     report: Capture,
     gate: Option<OwnedFd>,
     terminal: Option<OwnedFd>,
-}
-
-/// Where a runtime delivers a terminal.
-#[derive(Debug)]
-struct Console {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-saved!(Console { listener, path });
-
-impl Drop for Console {
-    fn drop(&mut self) {
-        // It may be gone already.
-        let _ = std::fs::remove_file(&self.path);
-    }
 }
 
 /// A container's process.
@@ -169,7 +129,7 @@ impl Children {
             Fd::ReadEnd(key, stream) => streams.read_end(key, *stream).map(Some),
             Fd::Null | Fd::Output | Fd::Ready => Ok(None),
         };
-        let (Started { pid, failure }, pipes) = helper::start(&order, self.home.namespaces(), end_of).map_err(failed)?;
+        let (Started { pid, failure }, pipes) = crate::helper::start(&order, self.home.namespaces(), end_of).map_err(failed)?;
         self.started += 1;
         debug!(pid, program:%; "helper started");
         if let Err(error) = pipes.captures().try_for_each(|capture| poll.add_reader(capture, Source::Helper(pid))) {
@@ -177,8 +137,19 @@ impl Children {
         }
         let reads = order.fds.into_iter().filter_map(|fd| if let Fd::ReadEnd(key, stream) = fd { Some((key, stream)) } else { None });
         let reads = reads.collect();
-        let helper =
-            Helper { cause, step, key: order.key, program, failure: Some(failure), pipes, reported: false, console, reads, terminal: None };
+        let helper = Helper {
+            cause,
+            step,
+            key: order.key,
+            program,
+            failure: Some(failure),
+            pipes,
+            reported: false,
+            console,
+            reads,
+            terminal: None,
+            is_done_by_report: false,
+        };
         self.helpers.insert(pid, Box::new(helper));
         Ok(())
     }
@@ -218,6 +189,8 @@ impl Children {
             console: None,
             reads: Vec::new(),
             terminal,
+            // An init may have another parent until its performer has exited; an exec is the keeper's child from the beginning.
+            is_done_by_report: order.kind == PlanKind::Exec,
         };
         self.helpers.insert(pid, Box::new(helper));
         Ok(())
@@ -263,11 +236,15 @@ impl Children {
         self.gates.open(key)
     }
 
-    /// Reads what a helper has written. Returns its outcome if it has become ready.
-    pub(crate) fn read(&mut self, pid: u32, poll: &mut Poll) -> Option<Found> {
+    /// Reads what a helper has written. Returns its outcome if it has become ready, or reports.
+    pub(crate) fn read(&mut self, pid: u32, streams: &mut Streams, poll: &mut Poll) -> Option<Found> {
         let helper = self.helpers.get_mut(&pid)?;
         if helper.pipes.read() {
             poll.again(Source::Helper(pid));
+        }
+        if helper.is_done_by_report && !helper.reported && Report::parse(helper.pipes.output()).is_some() {
+            helper.reported = true;
+            return Some(helper.outcome(0, streams, poll));
         }
         let ready = helper.pipes.ready.as_ref()?;
         let byte = ready.has_bytes();
@@ -434,54 +411,4 @@ impl Children {
             self.helpers.iter().map(|(pid, helper)| ProcessSnapshot { key: helper.key.clone(), pid: *pid, role: helper.program.clone() });
         claimed.chain(helpers).collect()
     }
-}
-
-impl Helper {
-    /// The outcome of a helper that exited.
-    fn finish(self, status: u32, streams: &mut Streams, poll: &mut Poll, found: &mut Vec<Found>) {
-        for (key, stream) in self.reads {
-            found.push(Found::ReaderGone { key, stream });
-        }
-        if self.reported {
-            debug!(program:% = self.program, status; "helper exited");
-            return;
-        }
-        let outcome = if let Some(error) = self.failure.and_then(Failure::error) {
-            Outcome::Failed { errno: error.raw_os_error().unwrap_or_default(), what: format!("execute {}", self.program) }
-        } else {
-            let sent = self.terminal.as_ref().and_then(|socket| receive_terminal(socket.as_fd()));
-            let terminal = sent.or_else(|| self.console.and_then(|console| console.receive()));
-            let terminal = terminal.is_some_and(|terminal| streams.attach(&self.key, terminal, poll));
-            let (log, output) = self.pipes.finish();
-            Outcome::Exited(Exited { status, log, output, terminal })
-        };
-        found.push(Found::Outcome { cause: self.cause, step: self.step, outcome });
-    }
-}
-
-impl Console {
-    fn listen(path: &str) -> io::Result<Self> {
-        let path = PathBuf::from(path);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
-        listener.set_nonblocking(true)?;
-        Ok(Self { listener, path })
-    }
-
-    /// The terminal that was delivered, if one was.
-    fn receive(&self) -> Option<OwnedFd> {
-        let (socket, _) = self.listener.accept().ok()?;
-        receive_terminal(socket.as_fd())
-    }
-}
-
-fn receive_terminal(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
-    let mut name = [0; 4096];
-    let (_, terminal) = sys::descriptors::receive(socket, &mut name)
-        .inspect_err(|error| warn!(error:%; "cannot receive a terminal from the console socket"))
-        .ok()?;
-    terminal
 }

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::stat::SFlag;
 
@@ -90,13 +91,27 @@ impl Poll {
 
     /// Watches `fd` for being writable only.
     pub(crate) fn add_writer(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
-        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, source.token()))?)
+        Ok(self.epoll.add(fd, EpollEvent::new(WRITABLE, source.token()))?)
     }
 
     /// Watches `fd` for being readable only.
     pub(crate) fn add_reader(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
-        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-        Ok(self.epoll.add(fd, EpollEvent::new(flags, source.token()))?)
+        Ok(self.epoll.add(fd, EpollEvent::new(READABLE, source.token()))?)
+    }
+
+    /// Watches `fd`, which is watched, for nothing but its hang-up.
+    pub(crate) fn pause(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        Ok(self.epoll.modify(fd, &mut EpollEvent::new(EpollFlags::EPOLLET, source.token()))?)
+    }
+
+    /// Watches `fd` for being writable again. If it is, that is reported.
+    pub(crate) fn resume_writer(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        Ok(self.epoll.modify(fd, &mut EpollEvent::new(WRITABLE, source.token()))?)
+    }
+
+    /// Watches `fd` for being readable again. If it is, that is reported.
+    pub(crate) fn resume_reader(&self, fd: impl AsFd, source: Source) -> io::Result<()> {
+        Ok(self.epoll.modify(fd, &mut EpollEvent::new(READABLE, source.token()))?)
     }
 
     /// Watches `fd` for a change: for being readable, or for priority data where it is a file, which is always readable.
@@ -117,6 +132,15 @@ impl Poll {
             if self.again.is_empty() { deadline.map(|at| at.saturating_duration_since(Instant::now())) } else { Some(Duration::ZERO) };
         let timeout = match timeout {
             None => EpollTimeout::NONE,
+            // Shorter than epoll_wait(2) can wait.
+            Some(left) if !left.is_zero() && left < Duration::from_millis(1) => {
+                let mut own = [PollFd::new(self.epoll.0.as_fd(), PollFlags::POLLIN)];
+                match ppoll(&mut own, Some(left.into()), None) {
+                    Ok(0) | Err(Errno::EINTR) => return Ok(Vec::new()),
+                    Ok(_) => EpollTimeout::ZERO,
+                    Err(error) => return Err(error.into()),
+                }
+            }
             // Rounded up, so that a deadline has passed when it wakes us.
             Some(left) => EpollTimeout::try_from(left.as_nanos().div_ceil(1_000_000).min(3_600_000) as u32).unwrap_or(EpollTimeout::MAX),
         };
@@ -131,3 +155,6 @@ impl Poll {
         Ok(tokens.into_iter().filter_map(Source::from_token).collect())
     }
 }
+
+const READABLE: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLRDHUP).union(EpollFlags::EPOLLET);
+const WRITABLE: EpollFlags = EpollFlags::EPOLLOUT.union(EpollFlags::EPOLLET);

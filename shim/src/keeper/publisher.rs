@@ -85,6 +85,14 @@ impl Publisher {
         self.queue.len()
     }
 
+    /// Does what is due though nothing has happened on the connection: see [`Publisher::turn`].
+    pub(crate) fn tick(&mut self, now: Instant, poll: &Poll) {
+        let may_send = self.retry_at.is_none() && self.connection.as_ref().is_none_or(|connection| connection.awaited.is_none());
+        if self.deadline().is_some_and(|at| at <= now) || (may_send && !self.queue.is_empty()) {
+            self.turn(now, poll);
+        }
+    }
+
     /// Sends the next event when possible, and reads acknowledgements.
     pub(crate) fn turn(&mut self, now: Instant, poll: &Poll) {
         loop {

@@ -165,7 +165,7 @@ impl Keeper {
             Source::Client(id) => self.client(id, now),
             Source::ControlClient(id) => self.control_client(id, now),
             Source::Helper(pid) => {
-                if let Some(found) = self.children.read(pid, &mut self.poll) {
+                if let Some(found) = self.children.read(pid, &mut self.streams, &mut self.poll) {
                     self.found(found);
                 }
             }
@@ -208,7 +208,7 @@ impl Keeper {
         self.tick_upgrade(now);
         self.send_causes(now);
         self.expire(now);
-        self.publisher.turn(now, &self.poll);
+        self.publisher.tick(now, &self.poll);
         self.supervisor.flush(now);
         now
     }

@@ -23,6 +23,8 @@ struct Fake {
     /// Of jobs; none: they never end.
     result: Option<&'static str>,
     calls: RefCell<Vec<String>>,
+    /// The method at which the connection ends, without an answer; or `after` and the method.
+    closes_at: &'static str,
 }
 
 const MANAGER: &str = "/org/freedesktop/systemd1";
@@ -54,7 +56,14 @@ impl Fake {
         let mut messages = std::pin::pin!(MessageStream::from(&connection));
         while let Some(Ok(message)) = std::future::poll_fn(|context| messages.as_mut().poll_next(context)).await {
             if message.message_type() == Type::MethodCall {
+                let member = message.header().member().map(ToString::to_string).unwrap_or_default();
+                if member == self.closes_at {
+                    return;
+                }
                 self.answer(&connection, &message).await.expect("an answer");
+                if self.closes_at.strip_prefix("after ") == Some(&member) {
+                    return;
+                }
             }
         }
     }
@@ -75,6 +84,7 @@ impl Fake {
         match member.as_str() {
             "Get" if words.contains("Version") => connection.reply(&header, &zbus::zvariant::Value::from(self.version)).await,
             "Get" if words.contains("ControlGroup") => connection.reply(&header, &zbus::zvariant::Value::from(self.control_group)).await,
+            "Get" if words.contains("Description") => connection.reply(&header, &zbus::zvariant::Value::from("container c1")).await,
             "Get" => connection.reply(&header, &zbus::zvariant::Value::from(7_u64)).await,
             "GetUnit" => connection.reply(&header, &ObjectPath::try_from(format!("{MANAGER}/unit/u"))?).await,
             "StartTransientUnit" if exists.is_some() => connection.reply_error(&header, error("UnitExists"), &"it exists").await,
@@ -162,6 +172,43 @@ fn a_unit_of_the_name_that_is_active_is_left_alone() {
     assert!(matches!(&started, Err(Error::Exists { unit }) if unit == "p-c1.scope"), "{started:?}");
     assert!(!calls.iter().any(|call| call.starts_with("StopUnit")), "{calls:?}");
     assert_eq!(calls.iter().filter(|call| call.starts_with("StartTransientUnit")).count(), 2);
+}
+
+#[test]
+fn a_unit_is_known_by_its_description() {
+    let (found, _) = Fake::new().serve(async |manager| {
+        (manager.has_description(&unit()).await, manager.has_description(&unit().described("container c1, request 7 of shim 8")).await)
+    });
+    assert_eq!(found, (true, false));
+}
+
+#[test]
+fn a_unit_is_ours_once_systemd_has_taken_the_order_to_start_it() {
+    for (fake, is_ours) in [
+        (Fake { result: Some("failed"), ..Fake::new() }, true),
+        (Fake { result: None, ..Fake::new() }, true),
+        (Fake { control_group: "/b.slice/p-c1.scope", ..Fake::new() }, true),
+        (Fake { units: with_unit(false), ..Fake::new() }, false),
+        (Fake { closes_at: "StartTransientUnit", ..Fake::new() }, false),
+    ] {
+        let (started, _) = fake.serve(async |manager| manager.start(&unit(), &[7]).await);
+        let error = started.expect_err("not started");
+        assert_eq!(error.has_a_job(), is_ours, "{error:?}");
+    }
+}
+
+#[test]
+fn a_bus_that_vanishes_during_a_call_is_an_error_at_once() {
+    let before = std::time::Instant::now();
+    for method in ["Subscribe", "StartTransientUnit", "GetUnit"] {
+        let (started, _) = Fake { closes_at: method, ..Fake::new() }.serve(async |manager| manager.start(&unit(), &[7]).await);
+        assert!(matches!(&started, Err(Error::Call { .. })), "{started:?}");
+    }
+    // A signal that does not come: the answer was the last message.
+    let (started, _) = Fake { closes_at: "after StartTransientUnit", result: None, ..Fake::new() }
+        .serve(async |manager| manager.start(&unit(), &[7]).await);
+    assert!(matches!(&started, Err(Error::Closed { .. } | Error::Call { .. })), "{started:?}");
+    assert!(before.elapsed() < ANSWER_WITHIN, "{:?}", before.elapsed());
 }
 
 #[test]

@@ -49,8 +49,6 @@ pub(crate) mod step {
     pub(crate) const HOOKS: Step = 18;
     /// Makes the process that a unit of systemd's is started with.
     pub(crate) const PLACEHOLDER: Step = 24;
-    /// Comes before the start of a unit that has no process.
-    pub(crate) const UNIT: Step = 25;
     /// Makes the process that holds the namespaces of a pod.
     pub(crate) const HOLDER: Step = 26;
     pub(crate) const ENTER_POD: Step = 27;

@@ -16,6 +16,7 @@
 //! **Invariant:** no client can block the keeper: every descriptor here is non-blocking, every turn bounded.
 mod incoming;
 mod outgoing;
+mod pace;
 mod pipes;
 mod process;
 mod spill;
@@ -71,12 +72,14 @@ pub(crate) struct Streams {
     /// Streams that are checked every second, and when next.
     checked: BTreeSet<u32>,
     check_at: Option<Instant>,
+    /// Streams to which the clock gives their next turn, by its time.
+    timed: BTreeSet<(Instant, u32)>,
     /// Counters of pumps that are finished: bytes from processes, bytes lost.
     pub(crate) bytes_moved: u64,
     pub(crate) bytes_lost: u64,
 }
 
-saved!(Streams { last_number, processes, bytes_moved, bytes_lost; numbers, drained, watches, checked, check_at });
+saved!(Streams { last_number, processes, bytes_moved, bytes_lost; numbers, drained, watches, checked, check_at, timed });
 
 impl Streams {
     /// Resumes after a re-exec. The content of the pipes stays there.
@@ -253,21 +256,33 @@ impl Streams {
         let Some(process) = self.processes.get_mut(&number) else { return };
         let stage = process.stage(now);
         let Some(pump) = process.pumps.get_mut(stream).and_then(Option::as_mut) else { return };
+        if let Pump::Out(out) = pump
+            && let Some(at) = out.pace.take_due()
+        {
+            self.timed.remove(&(at, id));
+        }
         let turn = match pump {
-            Pump::Out(out) => out.turn(stage, source, poll),
+            Pump::Out(out) => out.turn(stage, source, now, poll),
             Pump::In(input) => input.turn(),
             Pump::Held(end) if stage == Stage::Over || process.read_ends[stream].is_none() || pipes::is_ended(end) => {
                 Turn::Finished { lost: 0 }
             }
             Pump::Held(_) => Turn::Waits,
         };
-        match turn {
-            Turn::Again => poll.again(source),
-            Turn::Finished { lost } => {
+        let due = match pump {
+            Pump::Out(out) => out.pace.make_due(),
+            Pump::In(_) | Pump::Held(_) => None,
+        };
+        match (turn, due) {
+            (Turn::Finished { lost }, _) => {
                 self.finish(number, stream, lost);
                 self.settle(number);
             }
-            Turn::Waits => {
+            (Turn::Again | Turn::Waits, Some(at)) => {
+                self.timed.insert((at, id));
+            }
+            (Turn::Again, None) => poll.again(source),
+            (Turn::Waits, None) => {
                 let mut is_checked = stage >= Stage::Draining;
                 if let Pump::Out(out) = pump
                     && let Some(fifo) = out.unwatched_fifo().filter(|_| !self.checked.contains(&id))
@@ -300,8 +315,11 @@ impl Streams {
         let Some(pump) = self.processes.get_mut(&number).and_then(|process| process.pumps[stream].take()) else { return };
         let id = number << 2 | stream as u32;
         self.checked.remove(&id);
-        if let Pump::Out(out) = &pump {
+        if let Pump::Out(mut out) = pump {
             self.bytes_moved += out.bytes;
+            if let Some(at) = out.pace.take_due() {
+                self.timed.remove(&(at, id));
+            }
             if let Some(watch) = out.watch {
                 self.watches.remove(watch, id);
             }
@@ -323,6 +341,10 @@ impl Streams {
 
     /// Gives another turn to the streams that are due. Returns the drain operations that are finished.
     pub(crate) fn tick(&mut self, now: Instant, poll: &mut Poll) -> Vec<(Cause, Step)> {
+        while let Some((_, id)) = self.timed.first().copied().filter(|(at, _)| *at <= now) {
+            self.timed.pop_first();
+            self.turn(id, now, poll);
+        }
         if self.check_at.take_if(|at| *at <= now).is_some() {
             for id in self.checked.clone() {
                 self.turn(id, now, poll);
@@ -334,7 +356,7 @@ impl Streams {
 
     /// When [`Streams::tick`] has something to do.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.check_at
+        self.check_at.into_iter().chain(self.timed.first().map(|(at, _)| *at)).min()
     }
 
     /// Whether every stream of a deleted process is finished.

@@ -10,14 +10,16 @@
 //! **Invariant:** the keeper holds a write end of the fifo until all output was read, or a Delete has waited its full time.
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
 
 use log::warn;
 use nix::errno::Errno;
 use nix::sys::inotify::WatchDescriptor;
 
+use super::pace::Pace;
 use super::process::{Client, Stage};
 use super::spill::Spill;
-use super::splice::{Stop, TURN_BYTES, move_bytes};
+use super::splice::{Stop, TURN_BYTES, move_bytes, move_once};
 use super::{Turn, pipes};
 use crate::keeper::poll::{Poll, Source};
 use crate::saved::saved;
@@ -35,15 +37,16 @@ pub(super) struct Outgoing {
     /// The narrowed fifo is watched for readers.
     pub(super) watch: Option<WatchDescriptor>,
     spill: Option<Spill>,
+    pub(super) pace: Pace,
     pub(super) bytes: u64,
     thrown_away: u64,
 }
 
-saved!(Outgoing { source, client, is_narrowed, spill, bytes, thrown_away; watch });
+saved!(Outgoing { source, client, is_narrowed, spill, bytes, thrown_away; watch, pace });
 
 impl Outgoing {
     pub(super) fn new(source: OwnedFd, client: Option<Client>, spill: Option<Spill>) -> Self {
-        Self { source: Some(source), client, is_narrowed: false, watch: None, spill, bytes: 0, thrown_away: 0 }
+        Self { source: Some(source), client, is_narrowed: false, watch: None, spill, pace: Pace::default(), bytes: 0, thrown_away: 0 }
     }
 
     /// Watches both ends.
@@ -55,8 +58,12 @@ impl Outgoing {
     }
 
     /// Moves what can be moved.
-    pub(super) fn turn(&mut self, stage: Stage, id: Source, poll: &Poll) -> Turn {
-        match self.flow() {
+    pub(super) fn turn(&mut self, stage: Stage, id: Source, now: Instant, poll: &Poll) -> Turn {
+        let before = self.bytes;
+        let stop = self.flow();
+        let may_be_fast = stage <= Stage::Exited && matches!(stop, Some(Stop::Turn | Stop::Idle));
+        self.set_pace(self.bytes - before, may_be_fast, id, now, poll);
+        match stop {
             Some(Stop::Turn) if stage < Stage::Over => return Turn::Again,
             // Another process may open the terminal again, as long as there is one.
             Some(Stop::End) if stage >= Stage::Exited || !self.is_terminal() => self.source = None,
@@ -77,6 +84,27 @@ impl Outgoing {
             return self.finished();
         }
         if self.is_over(stage) { self.finished() } else { Turn::Waits }
+    }
+
+    /// After a turn that has moved so many bytes: chooses whether events or the clock give the next one.
+    fn set_pace(&mut self, moved: u64, may_be_fast: bool, id: Source, now: Instant, poll: &Poll) {
+        let (source, fifo) = (self.source.as_ref(), self.client.as_ref().filter(|client| client.is_fifo && !self.is_narrowed));
+        let fifo = fifo.map(|client| &client.fd);
+        if self.pace.is_timed() {
+            if may_be_fast && self.pace.go_on(moved) {
+                return;
+            }
+            self.pace.end(source.into_iter().chain(fifo));
+            let resumed = source.map_or(Ok(()), |source| poll.resume_reader(source, id));
+            if let Err(error) = resumed.and_then(|()| fifo.map_or(Ok(()), |fifo| poll.resume_writer(fifo, id))) {
+                warn!(stream:% = self.target(), error:%; "cannot watch an output again");
+            }
+        } else if let (true, Some(source), Some(fifo)) = (may_be_fast && self.pace.is_fast(moved, now), source, fifo)
+            && self.pace.begin([source, fifo])
+            && let Err(error) = poll.pause(source, id).and_then(|()| poll.pause(fifo, id))
+        {
+            warn!(stream:% = self.target(), error:%; "cannot watch an output less");
+        }
     }
 
     /// Whether nothing is left to do, or nothing can be done.
@@ -131,7 +159,10 @@ impl Outgoing {
             return Some(stop);
         }
         let source = self.source.as_ref()?;
-        let (moved, stop) = move_bytes(source.as_fd(), client.fd.as_fd(), None, TURN_BYTES);
+        let (moved, stop) = match self.pace.is_timed() {
+            true => move_once(source.as_fd(), client.fd.as_fd()),
+            false => move_bytes(source.as_fd(), client.fd.as_fd(), None, TURN_BYTES),
+        };
         self.bytes += moved;
         if let (Stop::Idle, Some(spill)) = (&stop, &mut self.spill)
             && waiting_bytes(source.as_fd()).unwrap_or(0) > 0

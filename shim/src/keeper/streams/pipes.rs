@@ -68,3 +68,8 @@ pub(super) fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
 }
+
+/// Sets how many bytes a pipe holds. Returns whether that was possible: it is a pipe, holds no more already, and its user may have as much.
+pub(super) fn resize(pipe: &OwnedFd, bytes: usize) -> bool {
+    fcntl(pipe, FcntlArg::F_SETPIPE_SZ(bytes as libc::c_int)).is_ok()
+}

@@ -26,6 +26,14 @@ pub(super) enum Stop {
     Failed(io::Error),
 }
 
+/// Moves what the source holds, as far as there is room. More may come meanwhile: that is for the next turn.
+pub(super) fn move_once(source: BorrowedFd<'_>, sink: BorrowedFd<'_>) -> (u64, Stop) {
+    match move_some(source, sink, None, TURN_BYTES) {
+        Ok(count) => (count as u64, Stop::Turn),
+        Err(stop) => (0, stop),
+    }
+}
+
 /// Moves bytes until it must stop. `sink_at`: the position in a sink that is a file. Returns the number of bytes moved.
 pub(super) fn move_bytes(
     source: BorrowedFd<'_>,
@@ -35,17 +43,27 @@ pub(super) fn move_bytes(
 ) -> (u64, Stop) {
     let mut moved = 0;
     while moved < limit {
-        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
-        match splice(source, None, sink, sink_at.as_deref_mut(), limit - moved, flags) {
-            Ok(0) => return (moved as u64, Stop::End),
+        match move_some(source, sink, sink_at.as_deref_mut(), limit - moved) {
             Ok(count) => moved += count,
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return (moved as u64, Stop::Idle),
-            Err(Errno::EPIPE) => return (moved as u64, Stop::Closed),
-            // A terminal whose other side no process has open any more.
-            Err(Errno::EIO) => return (moved as u64, Stop::End),
-            Err(error) => return (moved as u64, Stop::Failed(error.into())),
+            Err(stop) => return (moved as u64, stop),
         }
     }
     (moved as u64, Stop::Turn)
+}
+
+/// One splice(2), of at least one byte.
+fn move_some(source: BorrowedFd<'_>, sink: BorrowedFd<'_>, mut sink_at: Option<&mut libc::loff_t>, limit: usize) -> Result<usize, Stop> {
+    let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+    loop {
+        return match splice(source, None, sink, sink_at.as_deref_mut(), limit, flags) {
+            Ok(0) => Err(Stop::End),
+            Ok(count) => Ok(count),
+            Err(Errno::EINTR) => continue,
+            Err(Errno::EAGAIN) => Err(Stop::Idle),
+            Err(Errno::EPIPE) => Err(Stop::Closed),
+            // A terminal whose other side no process has open any more.
+            Err(Errno::EIO) => Err(Stop::End),
+            Err(error) => Err(Stop::Failed(error.into())),
+        };
+    }
 }

@@ -186,7 +186,7 @@ pub(super) fn check_keeper(shared: &Shared, verb: Verb) -> Result<(), EngineErro
 const FILTERS: &str = "filters";
 
 /// Reads what plans depend on.
-pub(super) fn blocking_read_host() -> Result<Host, Error> {
+fn blocking_read_host() -> Result<Host, Error> {
     Host::read().map_err(|source| Error::Io { op: "read", path: "/proc/self/mountinfo".into(), source })
 }
 

@@ -165,7 +165,7 @@ async fn start_added(shared: &Shared, cause: &Cause, container: &Rc<Container>, 
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
                 Err(source) => return Err(Error::Io { op: "read", path: process_file, source }),
             };
-            native::exec(cause, engine, key, process.as_deref(), plan.is_terminal()).await.map(|pid| (pid, None))
+            native::exec(shared, cause, engine, key, process.as_deref(), plan.is_terminal()).await.map(|pid| (pid, None))
         }
         Engine::Command(engine) => {
             let files = ProcessFiles::new(shared, cause, &container.record(), key);

@@ -42,8 +42,13 @@ impl Host {
     pub fn read() -> io::Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let cgroups = fs::read_to_string("/proc/self/cgroup")?;
+        Ok(Self { hierarchies: with_controllers(hierarchies(&mounts, &cgroups)), ..Self::read_without_cgroups()? })
+    }
+
+    /// Reads what never changes, and is enough for another process of a container: all but the cgroups.
+    pub fn read_without_cgroups() -> io::Result<Self> {
         Ok(Self {
-            hierarchies: with_controllers(hierarchies(&mounts, &cgroups)),
+            hierarchies: Vec::new(),
             last_capability: sys::last_capability(),
             has_kcore: fs::exists("/proc/kcore")?,
             has_apparmor: fs::read("/sys/module/apparmor/parameters/enabled").is_ok_and(|enabled| enabled.starts_with(b"Y")),

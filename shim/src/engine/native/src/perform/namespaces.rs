@@ -147,7 +147,7 @@ fn enter(namespace: &OwnedFd, kind: Kind) -> nix::Result<()> {
 }
 
 /// The name in `/proc/PID/ns`.
-fn file(kind: Kind) -> &'static str {
+pub(super) fn file(kind: Kind) -> &'static str {
     match kind {
         Kind::Mount => "mnt",
         Kind::Pid => "pid",

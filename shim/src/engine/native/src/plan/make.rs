@@ -132,7 +132,7 @@ pub fn create(spec: &Spec, request: &Request<'_>, host: &Host) -> Result<Create,
     })
 }
 
-/// Plans another process for a container. `cgroup` paths, filter, umask, keyring and OOM score are the container's.
+/// Plans another process for a container. `cgroup` paths, filter, umask, keyring and OOM score are the container's; of the host, its cgroups are not needed.
 pub fn exec(process: &SpecProcess, container: &Container, host: &Host) -> Result<Exec, Refused> {
     let mut planned = identity::plan(process, "process", host)?;
     if process.capabilities().is_none() {

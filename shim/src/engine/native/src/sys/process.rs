@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
@@ -68,7 +69,8 @@ pub(crate) fn pid_of(process: BorrowedFd<'_>) -> io::Result<u32> {
 
 /// Forks, and runs `live` in the child, which exits should it return. Refuses to with EDEADLK if this process has more than one thread.
 pub(crate) fn fork(live: impl FnOnce()) -> io::Result<u32> {
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+    // As any folder, it has two links of its own, and one for each folder in it: one for each thread.
+    if std::fs::metadata("/proc/self/task")?.nlink() != 3 {
         return Err(io::Error::from_raw_os_error(libc::EDEADLK));
     }
     // SAFETY: the only thread is the one that calls, so the child may do whatever this process may.
@@ -102,6 +104,19 @@ pub(crate) fn write_before(command: &mut Command, files: Vec<File>, bytes: &'sta
     let write = move || files.iter().try_for_each(|mut file| file.write_all(bytes));
     // SAFETY: system calls alone, on descriptors that are open.
     unsafe { command.pre_exec(write) };
+}
+
+/// Has a command's process keep descriptors under their numbers: that process alone, whatever else this one starts.
+pub(crate) fn keep_open<'a>(command: &mut Command, descriptors: impl Iterator<Item = &'a OwnedFd>) {
+    let numbers: Vec<i32> = descriptors.map(AsRawFd::as_raw_fd).collect();
+    let keep = move || {
+        numbers.iter().try_for_each(|number| {
+            // SAFETY: integers only.
+            check(libc::c_long::from(unsafe { libc::fcntl(*number, libc::F_SETFD, 0) })).map(drop)
+        })
+    };
+    // SAFETY: system calls alone, on integers.
+    unsafe { command.pre_exec(keep) };
 }
 
 /// A handle of a process.
