@@ -58,8 +58,8 @@ pub(crate) mod step {
 
     /// The steps of the work on one of several containers.
     pub(crate) const PER_PART: Step = 64;
-    /// Signals the descendants of an exec: from here on two steps for each worker that comes to it. The first counts the workers, the second asks whether the exec is
-    /// still there.
+    /// Signals the descendants of an exec: from here on two steps for each worker that comes to it. The first counts the workers, the
+    /// second asks whether the exec is still there. A Kill has no parts.
     pub(crate) const DESCENDANTS: Step = 1000;
 }
 
