@@ -42,14 +42,15 @@ impl Fake {
         let fake = Rc::new(self);
         let tested = LocalSet::new().block_on(&runtime, async {
             let listener = UnixListener::bind(&socket).expect("a socket");
-            tokio::task::spawn_local(Rc::clone(&fake).live(listener));
+            let served = Rc::clone(&fake);
+            tokio::task::spawn_local(async move { served.live(&listener).await });
             let manager = Manager::connect_to(&[(format!("unix:path={}", socket.display()), false)]).await.expect("a connection");
             test(manager).await
         });
         (tested, fake.calls.take())
     }
 
-    async fn live(self: Rc<Self>, listener: UnixListener) {
+    async fn live(&self, listener: &UnixListener) {
         let (stream, _) = listener.accept().await.expect("a client");
         let connection = connection::Builder::unix_stream(stream).server(Guid::generate()).expect("a server").p2p().build().await;
         let connection = connection.expect("a client that speaks D-Bus");
@@ -209,6 +210,37 @@ fn a_bus_that_vanishes_during_a_call_is_an_error_at_once() {
         .serve(async |manager| manager.start(&unit(), &[7]).await);
     assert!(matches!(&started, Err(Error::Closed { .. } | Error::Call { .. })), "{started:?}");
     assert!(before.elapsed() < ANSWER_WITHIN, "{:?}", before.elapsed());
+}
+
+#[test]
+fn a_connection_leaves_nothing_behind_whether_it_is_closed_or_dropped() {
+    let folder = scratch::Folder::new("connections");
+    let socket = folder.join("bus");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().expect("a runtime");
+    LocalSet::new().block_on(&runtime, async {
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        tokio::task::spawn_local(async move {
+            let fake = Fake::new();
+            loop {
+                fake.live(&listener).await;
+            }
+        });
+        let address = [(format!("unix:path={}", socket.display()), false)];
+        let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        let before = alive();
+        for number in 0..100 {
+            let manager = Manager::connect_to(&address).await.expect("a connection");
+            manager.start(&unit(), &[7]).await.expect("started");
+            manager.stop(&unit().name).await.expect("stopped");
+            if number % 2 == 0 { manager.close().await } else { drop(manager) }
+        }
+        let ended = async {
+            while alive() > before {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(ANSWER_WITHIN, ended).await.unwrap_or_else(|_| panic!("{} tasks, {before} before", alive()));
+    });
 }
 
 #[test]
