@@ -18,7 +18,7 @@ use std::time::Duration;
 use std::{env, fs, thread};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MsFlags, mount, umount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -57,6 +57,7 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount /run")?;
     fs::create_dir_all(RUN)?;
     // where CNI plugins and their caller keep what they have done, if they are installed
+    let is_cni_new = !Path::new(CNI).exists();
     if Path::new("/usr/lib/cni").exists() {
         fs::create_dir_all(CNI)?;
         mount(Some("tmpfs"), CNI, Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount the folder of CNI plugins")?;
@@ -70,6 +71,10 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
         .env("RUST_LIB_BACKTRACE", "1")
         .status()?;
     cgroups::remove(&cgroup);
+    if is_cni_new {
+        let _not_made = umount(CNI);
+        let _in_use = fs::remove_dir(CNI);
+    }
     Ok(exit_code(status))
 }
 
