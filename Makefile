@@ -16,7 +16,7 @@ X_REVISION := $(X_REVISION)
 export X_REVISION
 
 .PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install uninstall packages suites bench bench-memory bench-upgrade bench-manager bench-tools clean
+.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -72,7 +72,7 @@ test-cgroup2: test-cgroup2-native test-cgroup2-guest conformance-cgroup2
 ## on the unified hierarchy alone, with the controllers that v1 leaves there; tests that need others are skipped, with the reason
 CGROUP2_TESTS := conformance containerd cri docker protocol soak
 test-cgroup2-native: packages suites build-shim
-	X_CGROUP=2 X_SHIM=$(SHIM) $(CARGO) test --locked --package shim-tests $(addprefix --test ,$(CGROUP2_TESTS)) -- --skip fault:: --skip document:: $(CGROUP2_SKIP)
+	X_CGROUP=2 X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests $(addprefix --test ,$(CGROUP2_TESTS)) -- --skip fault:: --skip document:: $(CGROUP2_SKIP)
 
 test-cgroup2-guest: packages build
 	tests/tools/cgroup2-vm --with $(SHIM) --with containerd --with ctr --with runc --with crun \
@@ -212,6 +212,12 @@ bench-memory: CONTAINERS ?= 1000
 bench-memory: packages suites build bench-tools
 	$(BENCH) --only memory --runtime crun --shim go=stock --shim x=$(SHIM) --containers $(CONTAINERS) --upgrade
 	$(BENCH) --only memory --runtime crun --shim x=$(SHIM) --containers 100 --rest
+
+## pods through CRI, without pause containers, beside those with one, of our shim and of the stock one; and what PODS idle ones hold
+bench-pods: PODS ?= 100
+bench-pods: packages suites build bench-tools
+	$(BENCH) --containerd 2.1 --only pods --rounds 40 --containers $(PODS) --rest --shim go+runc=stock@runc --shim go+crun=stock@crun \
+		--shim x+native=$(SHIM)@native --shim x+keeper=$(SHIM)@native+keeper --shim x+crun+keeper=$(SHIM)@crun+keeper $(BENCHED)
 
 clean:
 	$(CARGO) clean

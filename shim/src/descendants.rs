@@ -8,11 +8,11 @@
 //!         └───── cgroup frozen, if they start others faster ◀────┘ then: killed, the youngest first
 //! ```
 //!
-//! A descendant is known by its time namespace, which the native engine makes for each exec. Where there is none, by the session that the exec leads, and
-//! by the exec's pipes as its standard streams. A process whose parent is a descendant is one in any case.
+//! A descendant is known by its time namespace, which the native engine makes for each exec. Where there is none, by the session that
+//! the exec leads, and by the exec's pipes as its standard streams. A process whose parent is a descendant is one in any case.
 //!
-//! **Invariant:** a signal goes through a handle of a process whose start time was compared after the handle was opened, so a reused pid never hits another
-//! process. No process is kept in mind: an exec costs nothing before it is killed.
+//! **Invariant:** a signal goes through a handle of a process whose start time was compared after the handle was opened, so a reused pid
+//! never hits another process. Nothing is recorded: an exec takes up no memory for this before it is killed.
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -112,7 +112,7 @@ impl Descendants {
         stopped.and(killed).and(escaped).map(|()| found.order.len())
     }
 
-    /// Signals every descendant that is not in `found` yet, until there is no new one: a process with such a signal pending starts no other.
+    /// Signals every descendant that is not in `found` yet, until there is no new one: a process with a pending signal starts no other.
     fn blocking_rounds(&self, found: &mut Found, signal: i32, frozen: &mut Option<Frozen>) -> io::Result<()> {
         let mut failure = None;
         for round in 0..MAX_ROUNDS {

@@ -648,6 +648,11 @@ fn a_bundle_without_a_configuration_is_a_pods_and_containers_with_its_id_join_it
     host.bundle("c1", Some("p1"));
     assert_eq!(host.start("c1"), address);
     assert_eq!(host.keeper_of("c1"), host.keeper_of("p1"));
+    // Of neither has anything been created.
+    for id in ["c1", "p1"] {
+        succeeded(host.action(id, "delete").output().expect("executes"));
+    }
+    scratch::eventually("the keeper exits", || host.ps()["shims"].as_array().is_some_and(Vec::is_empty));
 }
 
 #[test]

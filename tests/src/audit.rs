@@ -63,8 +63,8 @@ fn processes(but: &[u32], found: &mut BTreeSet<String>) {
     }
 }
 
-/// A daemon's folders of tasks and of sandboxes: in them one for each namespace.
-const BUNDLES: [&str; 2] = ["io.containerd.runtime.v2.task", "io.containerd.sandbox.controller.v1.shim"];
+/// The folders in which containerd keeps the bundles of each namespace: of containers, and of sandboxes.
+pub const BUNDLES: [&str; 2] = ["io.containerd.runtime.v2.task", "io.containerd.sandbox.controller.v1.shim"];
 
 /// Sockets and fifos, and the bundles of daemons.
 fn walk(folder: &Path, found: &mut BTreeSet<String>) {
@@ -78,8 +78,7 @@ fn walk(folder: &Path, found: &mut BTreeSet<String>) {
         } else if kind.is_fifo() {
             found.insert(format!("fifo {}", path.display()));
         } else if kind.is_dir() && entry.file_name() != "rootfs" {
-            let is_of_bundles = |parent: &Path| BUNDLES.iter().any(|bundles| parent.ends_with(bundles));
-            if folder.parent().is_some_and(is_of_bundles) {
+            if folder.parent().is_some_and(|parent| BUNDLES.iter().any(|name| parent.ends_with(name))) {
                 found.insert(format!("bundle {}", path.display()));
             }
             walk(&path, found);

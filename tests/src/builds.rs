@@ -45,8 +45,13 @@ impl Upgraded {
 
 /// Runs `upgrade` for shims of the test's namespace.
 pub async fn upgrade(cx: &Context, program: &Path, words: &[&str]) -> Result<Upgraded> {
+    upgrade_of(program, cx.client().namespace(), words).await
+}
+
+/// The same in another namespace.
+pub async fn upgrade_of(program: &Path, namespace: &str, words: &[&str]) -> Result<Upgraded> {
     let mut command = tokio::process::Command::new(program);
-    command.args(["upgrade", "--json", "--namespace", cx.client().namespace()]).args(words).stdin(Stdio::null()).kill_on_drop(true);
+    command.args(["upgrade", "--json", "--namespace", namespace]).args(words).stdin(Stdio::null()).kill_on_drop(true);
     let output = command.output().await?;
     let status = output.status.code().context("upgrade was killed")?;
     let report = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
@@ -55,8 +60,13 @@ pub async fn upgrade(cx: &Context, program: &Path, words: &[&str]) -> Result<Upg
 
 /// What `ps` reports about the shims of the test's namespace.
 pub async fn ps(cx: &Context, program: &Path) -> Result<Vec<Value>> {
+    ps_of(program, cx.client().namespace()).await
+}
+
+/// The same in another namespace.
+pub async fn ps_of(program: &Path, namespace: &str) -> Result<Vec<Value>> {
     let mut command = tokio::process::Command::new(program);
-    let output = command.args(["ps", "--json", "--namespace", cx.client().namespace()]).stdin(Stdio::null()).output().await?;
+    let output = command.args(["ps", "--json", "--namespace", namespace]).stdin(Stdio::null()).output().await?;
     ensure!(output.status.success(), "ps: {}", String::from_utf8_lossy(&output.stderr));
     let report: Value = serde_json::from_slice(&output.stdout)?;
     Ok(report["shims"].as_array().context("no shims")?.clone())

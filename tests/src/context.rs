@@ -72,6 +72,12 @@ impl Context {
         Self::beside(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
     }
 
+    /// The same, with a daemon that has containerd's service for sandboxes.
+    pub async fn with_own_sandboxes(&self) -> Result<Self> {
+        let daemon = Arc::new(Daemon::start_for_sandboxes(self.0.suite, &self.0.shim).await?);
+        Self::beside(daemon, self.0.runtime, self.0.shim.clone(), &self.0.programs, Arc::clone(&self.0.logs)).await
+    }
+
     /// The same with another shim and more environment for it.
     pub async fn with_own_shim(&self, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
         let daemon = Arc::new(Daemon::start_with(self.0.suite, shim, environment).await?);

@@ -4,75 +4,109 @@
 //! Cri::start ─▶ containerd with its CRI plugin, the shim under test as a runtime handler, an image
 //!   └─ run_pod ─▶ Pod ─ create ─▶ id ─ start, exec, stats, status, stop, remove
 //! ```
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | `setup` | the plugin's configuration, and the network plugin |
+//! | `pod` | pods and containers as tests describe them |
+//! | `messages` | the messages of the interface |
 
+mod messages;
+mod pod;
+mod setup;
+
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use prost::Message;
+use serde_json::Value;
+use tokio::sync::Mutex;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::Channel;
 use tonic_prost::ProstCodec;
 
+use crate::audit::BUNDLES;
+use crate::builds::{self, Upgraded};
 use crate::context::Context;
 use crate::daemon::Daemon;
 use crate::eventually::{self, SOON, eventually};
 use crate::proc::{self, Process};
 use crate::runner::needs_controller;
-use crate::suite::Suite;
+use crate::suite::Shim;
 use crate::{cgroups, rootfs};
+use messages::{
+    ContainerId, CreateRequest, ExecRequest, ExecResponse, ImageSpec, ImageStatusRequest, ImageStatusResponse, Nothing, PodConfig, PodId,
+    PodList, PodStatsResponse, PodStatusRequest, PodStatusResponse, RunPodRequest, StatsResponse, StatusRequest, StatusResponse,
+    StopRequest, method,
+};
+
+pub use messages::{ContainerStatus, EXITED, NOT_READY, READY, RUNNING};
+pub use pod::{ContainerSpec, HOST_IDS, Namespace, PodSpec};
+pub use setup::{Plugin, Sandboxer, Setup};
 
 /// The image of every container, of the pause container too.
 const IMAGE: &str = "localhost/busybox:1";
 /// The name of the runtime handler, as in docs/kubernetes.md.
 const HANDLER: &str = "x";
-/// The configuration in the documentation.
-const GUIDE: &str = include_str!("../../docs/kubernetes.md");
+/// The namespace that containerd gives to pods.
+pub const NAMESPACE: &str = "k8s.io";
 
-/// A containerd with its CRI plugin.
-#[derive(Debug)]
+/// A containerd with its CRI plugin; cheap to clone.
+#[derive(Debug, Clone)]
 pub struct Cri {
     cx: Context,
+    shim: Shim,
     daemon: Arc<Daemon>,
+    sandboxer: Sandboxer,
+    channel: Arc<Mutex<Option<Channel>>>,
 }
 
 /// A pod that runs.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Pod {
     /// The id of its sandbox.
     pub id: String,
     config: PodConfig,
 }
 
+/// What the kubelet gets to know about a pod.
+#[derive(Debug, Clone)]
+pub struct PodStatus {
+    /// [`READY`] or [`NOT_READY`].
+    pub state: i32,
+    /// Nanoseconds since 1970.
+    pub created_at: i64,
+    /// The address of its network; empty on the host's.
+    pub ip: String,
+}
+
 impl Cri {
-    /// Starts one, with the configuration of docs/kubernetes.md, and imports the image.
+    /// Starts one with pause containers, with the configuration of docs/kubernetes.md, and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
-        Self::start_with(cx, "").await
+        Self::start_with(cx, &Setup::default()).await
     }
 
-    /// The same, with one more line of docs/kubernetes.md in the plugin's own table.
-    pub async fn start_with_setting(cx: &Context, setting: &str) -> Result<Self> {
-        Self::start_configured(cx, "", setting).await
+    /// The same, with what holds the namespaces of pods.
+    pub async fn start_as(cx: &Context, sandboxer: Sandboxer) -> Result<Self> {
+        Self::start_with(cx, &Setup { sandboxer, ..Setup::default() }).await
     }
 
-    /// The same, with one more line of docs/kubernetes.md among the options of the runtime.
-    pub async fn start_with(cx: &Context, option: &str) -> Result<Self> {
-        Self::start_configured(cx, option, "").await
-    }
-
-    async fn start_configured(cx: &Context, option: &str, setting: &str) -> Result<Self> {
-        // of which every pod gets a share
-        needs_controller("cpu")?;
-        for line in [option, setting] {
-            ensure!(GUIDE.lines().any(|other| other.trim() == line), "docs/kubernetes.md does not have {line:?}");
+    /// The same, with what a test changes.
+    pub async fn start_with(cx: &Context, setup: &Setup<'_>) -> Result<Self> {
+        if setup.sandboxer == Sandboxer::Pause {
+            // of which the pause container gets a share
+            needs_controller("cpu")?;
         }
-        let handler = configuration(cx, option, setting)?;
-        let daemon = Daemon::start_for_pods(cx.suite(), cx.shim(), |_folder| handler).await?;
-        let cri = Self { cx: cx.clone(), daemon: Arc::new(daemon) };
-        cri.import()?;
+        let configuration = |folder: &Path| setup.configuration(cx, folder);
+        let shim = setup.shim(cx);
+        let daemon = Arc::new(Daemon::start_for_pods(cx.suite(), &shim, setup.environment, configuration).await?);
+        let cri = Self { cx: cx.clone(), shim, daemon, sandboxer: setup.sandboxer, channel: Arc::default() };
+        cri.import().await?;
         Ok(cri)
     }
 
@@ -81,7 +115,7 @@ impl Cri {
         &self.daemon
     }
 
-    fn import(&self) -> Result<()> {
+    async fn import(&self) -> Result<()> {
         let folder = self.cx.folder().join("image");
         fs::create_dir_all(&folder)?;
         run(Command::new("tar").arg("-C").arg(rootfs::shared()?).arg("-cf").arg(folder.join("layer.tar")).arg("."))?;
@@ -96,13 +130,17 @@ impl Cri {
         let archive = self.cx.folder().join("image.tar");
         run(Command::new("tar").arg("-C").arg(&folder).arg("-cf").arg(&archive).args(["manifest.json", "config.json", "layer.tar"]))?;
         let mut ctr = Command::new(self.cx.suite().program("ctr"));
-        run(ctr.arg("--address").arg(self.daemon.address()).args(["--namespace", "k8s.io", "images", "import"]).arg(&archive))?;
-        Ok(())
+        run(ctr.arg("--address").arg(self.daemon.address()).args(["--namespace", NAMESPACE, "images", "import"]).arg(&archive))?;
+        // the plugin notices an image some time after it was imported
+        eventually("the plugin has the image", SOON, async || {
+            let request = ImageStatusRequest { image: Some(ImageSpec { image: IMAGE.to_owned() }) };
+            self.call::<ImageStatusResponse>(method::IMAGE_STATUS, request).await?.image.context("it is not there").map(drop)
+        })
+        .await
     }
 
     async fn call<A: Message + Default + 'static>(&self, method: &'static str, request: impl Message + 'static) -> Result<A> {
-        let channel: Channel = containerd_client::connect(self.daemon.address()).await?;
-        let mut client = tonic::client::Grpc::new(channel);
+        let mut client = tonic::client::Grpc::new(self.channel().await?);
         client.ready().await?;
         let path = PathAndQuery::from_static(method);
         let call = client.unary(tonic::Request::new(request), path, ProstCodec::default());
@@ -110,64 +148,103 @@ impl Cri {
         Ok(answer.with_context(|| method.to_owned())?.into_inner())
     }
 
-    /// Runs a pod on the host's network.
+    /// One connection until the daemon ends.
+    async fn channel(&self) -> Result<Channel> {
+        let mut channel = self.channel.lock().await;
+        match &*channel {
+            Some(channel) => Ok(channel.clone()),
+            None => Ok(channel.insert(containerd_client::connect(self.daemon.address()).await?).clone()),
+        }
+    }
+
+    /// Runs a pod: on the host's network with a pause container, with a network of its own without one.
     pub async fn run_pod(&self, name: &str) -> Result<Pod> {
-        let (config, request) = self.pod(name)?;
-        // the plugin notices an image some time after it was imported
-        let answer = eventually("the pod runs", SOON, async || self.call::<PodId>(method::RUN_POD, request.clone()).await).await;
-        let answer = answer.with_context(|| self.complaints())?;
+        self.run_pod_of(&PodSpec::new(name)).await
+    }
+
+    /// Runs a pod.
+    pub async fn run_pod_of(&self, spec: &PodSpec) -> Result<Pod> {
+        self.try_pod(spec).await.with_context(|| self.complaints())
+    }
+
+    /// The same, with nothing but the plugin's own error.
+    pub async fn try_pod(&self, spec: &PodSpec) -> Result<Pod> {
+        let config = self.pod(spec)?;
+        let request = RunPodRequest { config: Some(config.clone()), runtime_handler: HANDLER.to_owned() };
+        let answer: PodId = self.call(method::RUN_POD, request).await?;
         Ok(Pod { id: answer.id, config })
     }
 
-    /// Waits until a pod is refused for one of those reasons.
+    /// Checks that a pod is refused for one of those reasons.
     pub async fn no_pod_runs(&self, name: &str, reasons: &[&str]) -> Result<()> {
-        let (_, request) = self.pod(name)?;
-        eventually("the pod is refused", SOON, async || {
-            let ran = self.call::<PodId>(method::RUN_POD, request.clone()).await.map(|pod| pod.id);
-            let message = ran.err().map(|error| format!("{error:#}")).context("the pod runs")?;
-            ensure!(reasons.iter().any(|reason| message.contains(reason)), "{message}");
+        let error = self.try_pod(&PodSpec::new(name)).await.err().context("the pod runs")?;
+        let message = format!("{error:#}");
+        ensure!(reasons.iter().any(|reason| message.contains(reason)), "{message}");
+        Ok(())
+    }
+
+    fn pod(&self, spec: &PodSpec) -> Result<PodConfig> {
+        let logs = self.cx.folder().join("logs").join(&spec.name);
+        fs::create_dir_all(&logs)?;
+        // containerd 2.0 to 2.2 panics on a pod on the host's network whose namespaces the shim holds
+        let usual = if self.sandboxer == Sandboxer::Shim { Namespace::Pod } else { Namespace::Node };
+        Ok(spec.config(spec.network.unwrap_or(usual), logs.display().to_string(), self.cx.cgroup_path(&spec.name)))
+    }
+
+    /// The daemon's warnings and errors.
+    pub fn complaints(&self) -> String {
+        let log = self.daemon.log();
+        log.lines().filter(|line| line.contains("level=error") || line.contains("level=warning")).map(|line| format!("{line}\n")).collect()
+    }
+
+    /// The status of a pod.
+    pub async fn pod_status(&self, pod: &Pod) -> Result<PodStatus> {
+        let answer: PodStatusResponse = self.call(method::POD_STATUS, PodStatusRequest { id: pod.id.clone(), verbose: false }).await?;
+        let status = answer.status.context("no status")?;
+        let ip = status.network.map(|network| network.ip).unwrap_or_default();
+        Ok(PodStatus { state: status.state, created_at: status.created_at, ip })
+    }
+
+    /// The verbose part of the status of a pod.
+    pub async fn pod_info(&self, pod: &Pod) -> Result<BTreeMap<String, String>> {
+        let answer: PodStatusResponse = self.call(method::POD_STATUS, PodStatusRequest { id: pod.id.clone(), verbose: true }).await?;
+        Ok(answer.info.into_iter().collect())
+    }
+
+    /// Waits until a pod has that state.
+    pub async fn pod_becomes(&self, pod: &Pod, state: i32) -> Result<()> {
+        eventually(format!("the pod's state is {state}"), SOON * 2, async || {
+            let status = self.pod_status(pod).await?;
+            ensure!(status.state == state, "{status:?}");
             Ok(())
         })
         .await
     }
 
-    fn pod(&self, name: &str) -> Result<(PodConfig, RunPodRequest)> {
-        let logs = self.cx.folder().join("logs").join(name);
-        fs::create_dir_all(&logs)?;
-        let namespaces = NamespaceOption { network: NODE, pid: CONTAINER, ipc: 0 };
-        let config = PodConfig {
-            metadata: Some(PodMetadata { name: name.to_owned(), uid: format!("uid-{name}"), namespace: "default".to_owned(), attempt: 0 }),
-            log_directory: logs.display().to_string(),
-            linux: Some(LinuxPod {
-                cgroup_parent: self.cx.cgroup_path(name),
-                security_context: Some(SandboxSecurity { namespace_options: Some(namespaces) }),
-            }),
-        };
-        let request = RunPodRequest { config: Some(config.clone()), runtime_handler: HANDLER.to_owned() };
-        Ok((config, request))
+    /// The ids and states of all pods.
+    pub async fn pods(&self) -> Result<BTreeMap<String, i32>> {
+        let list: PodList = self.call(method::LIST_PODS, Nothing {}).await?;
+        Ok(list.items.into_iter().map(|item| (item.id, item.state)).collect())
     }
 
-    /// The daemon's warnings and errors.
-    fn complaints(&self) -> String {
-        let log = self.daemon.log();
-        log.lines().filter(|line| line.contains("level=error") || line.contains("level=warning")).map(|line| format!("{line}\n")).collect()
+    /// Processor time and memory of a pod.
+    pub async fn pod_stats(&self, pod: &Pod) -> Result<(u64, u64)> {
+        let answer: PodStatsResponse = self.call(method::POD_STATS, PodId { id: pod.id.clone() }).await?;
+        let stats = answer.stats.and_then(|stats| stats.linux).context("no statistics")?;
+        let cpu = stats.cpu.and_then(|cpu| cpu.usage_core_nano_seconds).context("no processor time")?.value;
+        let memory = stats.memory.and_then(|memory| memory.working_set_bytes).context("no memory")?.value;
+        Ok((cpu, memory))
     }
 
     /// Creates a container in a pod, with a limit of memory in bytes, or none.
     pub async fn create(&self, pod: &Pod, name: &str, command: &[&str], memory_bytes: i64) -> Result<String> {
-        let config = ContainerConfig {
-            metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
-            image: Some(ImageSpec { image: IMAGE.to_owned() }),
-            command: command.iter().map(|word| (*word).to_owned()).collect(),
-            log_path: format!("{name}.log"),
-            linux: Some(LinuxContainer {
-                resources: Some(Resources { memory_limit_in_bytes: memory_bytes, memory_swap_limit_in_bytes: memory_bytes }),
-                security_context: Some(ContainerSecurity {
-                    namespace_options: Some(NamespaceOption { network: NODE, pid: CONTAINER, ipc: 0 }),
-                }),
-            }),
-        };
-        let request = CreateRequest { pod: pod.id.clone(), config: Some(config), sandbox_config: Some(pod.config.clone()) };
+        self.create_of(pod, &ContainerSpec::new(name, command).memory(memory_bytes)).await
+    }
+
+    /// Creates a container in a pod.
+    pub async fn create_of(&self, pod: &Pod, spec: &ContainerSpec) -> Result<String> {
+        let config = Some(spec.config(IMAGE, &pod.config));
+        let request = CreateRequest { pod: pod.id.clone(), config, sandbox_config: Some(pod.config.clone()) };
         Ok(self.call::<ContainerId>(method::CREATE, request).await?.id)
     }
 
@@ -178,15 +255,28 @@ impl Cri {
 
     /// Creates and starts a container.
     pub async fn run(&self, pod: &Pod, name: &str, command: &[&str]) -> Result<String> {
-        let id = self.create(pod, name, command, 0).await?;
+        self.run_of(pod, &ContainerSpec::new(name, command)).await
+    }
+
+    /// Creates and starts a container.
+    pub async fn run_of(&self, pod: &Pod, spec: &ContainerSpec) -> Result<String> {
+        let id = self.create_of(pod, spec).await?;
         self.start_container(&id).await?;
         Ok(id)
     }
 
     /// The status of a container.
     pub async fn status(&self, id: &str) -> Result<ContainerStatus> {
-        let answer: StatusResponse = self.call(method::STATUS, ContainerId { id: id.to_owned() }).await?;
+        let answer: StatusResponse = self.call(method::STATUS, StatusRequest { id: id.to_owned(), verbose: false }).await?;
         answer.status.context("no status")
+    }
+
+    /// The pid of a container's init.
+    pub async fn init_of(&self, id: &str) -> Result<i32> {
+        let answer: StatusResponse = self.call(method::STATUS, StatusRequest { id: id.to_owned(), verbose: true }).await?;
+        let info: Value = serde_json::from_str(answer.info.get("info").context("no verbose status")?)?;
+        let pid = info["pid"].as_i64().filter(|pid| *pid > 0).with_context(|| format!("no pid in {info}"))?;
+        Ok(i32::try_from(pid)?)
     }
 
     /// Waits for the end of a container.
@@ -211,6 +301,13 @@ impl Cri {
         Ok((answer.exit_code, String::from_utf8_lossy(&answer.stdout).into_owned()))
     }
 
+    /// Runs a shell script in a container, which must succeed, and returns its output without the last line's end.
+    pub async fn sh(&self, id: &str, script: &str) -> Result<String> {
+        let (code, out) = self.exec(id, &["sh", "-c", script]).await?;
+        ensure!(code == 0, "{script}: {code} {out:?}");
+        Ok(out.trim_end().to_owned())
+    }
+
     /// Processor time and memory of a container.
     pub async fn stats(&self, id: &str) -> Result<(u64, u64)> {
         let answer: StatsResponse = self.call(method::STATS, ContainerId { id: id.to_owned() }).await?;
@@ -230,10 +327,26 @@ impl Cri {
         self.call::<Nothing>(method::REMOVE, ContainerId { id: id.to_owned() }).await.map(drop)
     }
 
+    /// Stops a pod with all its containers.
+    pub async fn stop_pod(&self, pod: &Pod) -> Result<()> {
+        self.call::<Nothing>(method::STOP_POD, PodId { id: pod.id.clone() }).await.map(drop)
+    }
+
+    /// Removes a pod with all its containers.
+    pub async fn remove_pod(&self, pod: &Pod) -> Result<()> {
+        self.call::<Nothing>(method::REMOVE_POD, PodId { id: pod.id.clone() }).await.map(drop)
+    }
+
     /// Stops and removes a pod with all its containers.
     pub async fn end_pod(&self, pod: &Pod) -> Result<()> {
-        self.call::<Nothing>(method::STOP_POD, PodId { id: pod.id.clone() }).await?;
-        self.call::<Nothing>(method::REMOVE_POD, PodId { id: pod.id.clone() }).await.map(drop)
+        self.stop_pod(pod).await?;
+        self.remove_pod(pod).await
+    }
+
+    /// The same for a pod of which only the id is known.
+    pub async fn end_pod_named(&self, id: &str) -> Result<()> {
+        self.call::<Nothing>(method::STOP_POD, PodId { id: id.to_owned() }).await?;
+        self.call::<Nothing>(method::REMOVE_POD, PodId { id: id.to_owned() }).await.map(drop)
     }
 
     /// The log of a container, without the time and the name of the stream at the beginning of each line.
@@ -247,27 +360,64 @@ impl Cri {
     pub async fn crash(&self, meanwhile: impl Future<Output = Result<()>>) -> Result<()> {
         self.daemon.kill()?;
         meanwhile.await?;
-        self.daemon.restart().await
+        self.daemon.restart().await?;
+        *self.channel.lock().await = None;
+        Ok(())
+    }
+
+    /// The bundle of a pod whose namespaces the shim holds.
+    pub fn sandbox_bundle(&self, pod: &Pod) -> PathBuf {
+        self.daemon.sandbox_bundle(NAMESPACE, &pod.id)
+    }
+
+    /// The bundle of a container.
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.daemon.bundle(NAMESPACE, id)
     }
 
     /// The shims of this daemon: the keepers of ours.
     pub fn shims(&self) -> Vec<Process> {
-        let (folder, name) = (self.daemon.folder().display().to_string(), self.cx.shim().binary_name());
+        let folder = self.daemon.folder().display().to_string();
         let ours = |process: &Process| {
             process.parent == 1
-                && process.command.split(' ').next().is_some_and(|it| it.ends_with(&name))
+                && process.command.split(' ').next().is_some_and(|it| it.contains("containerd-shim-"))
                 && proc::mentions(process.pid, &folder)
         };
         proc::all().into_values().filter(ours).collect()
     }
 
+    /// The keeper of a pod.
+    pub fn keeper(&self, pod: &Pod) -> Result<Process> {
+        let mut found = self.shims();
+        found.retain(|shim| shim.command.split(' ').any(|word| word == pod.id));
+        ensure!(found.len() == 1, "exactly one shim of {} expected: {found:?}", pod.id);
+        Ok(found.remove(0))
+    }
+
+    /// What `ps` shows about the shim of a pod.
+    pub async fn ps(&self, pod: &Pod) -> Result<Value> {
+        let program = self.shim.binary.as_ref().context("X_SHIM must name our own shim")?;
+        let shims = builds::ps_of(program, NAMESPACE).await?;
+        shims.into_iter().find(|shim| shim["group"] == *pod.id).with_context(|| format!("ps does not show {}", pod.id))
+    }
+
+    /// Upgrades the shims of those pods.
+    pub async fn upgrade(&self, program: &Path, pods: &[&Pod], words: &[&str]) -> Result<Upgraded> {
+        let words: Vec<_> = words.iter().copied().chain(pods.iter().map(|pod| pod.id.as_str())).collect();
+        builds::upgrade_of(program, NAMESPACE, &words).await
+    }
+
     /// Checks that nothing of its pods is left.
     pub async fn leaves_nothing(&self) -> Result<()> {
         self.daemon.is_alone().await?;
-        let folder = format!("{}/state/", self.daemon.folder().display());
-        eventually("no mount of a pod is left", SOON, async || {
-            let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-            let left: Vec<_> = mounts.lines().filter(|line| line.contains(&folder)).collect();
+        let state = self.daemon.folder().join("state");
+        eventually("no mount and no bundle of a pod is left", SOON, async || {
+            let (mounts, folder) = (fs::read_to_string("/proc/self/mountinfo")?, format!("{}/", state.display()));
+            let mut left: Vec<_> = mounts.lines().filter(|line| line.contains(&folder)).map(str::to_owned).collect();
+            for name in BUNDLES {
+                let bundles = fs::read_dir(state.join(name).join(NAMESPACE)).into_iter().flatten().flatten();
+                left.extend(bundles.map(|entry| entry.path().display().to_string()));
+            }
             ensure!(left.is_empty(), "{left:#?}");
             Ok(())
         })
@@ -282,274 +432,4 @@ fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
-}
-
-/// The configuration in docs/kubernetes.md for this version of containerd, and its OCI runtime.
-fn configuration(cx: &Context, option: &str, setting: &str) -> Result<String> {
-    let version = if cx.suite() == Suite::Forky { "version = 3" } else { "version = 2" };
-    let blocks = GUIDE.split("```toml\n").skip(1).filter_map(|rest| rest.split_once("```")).map(|(block, _)| block);
-    let block = blocks
-        .into_iter()
-        .find(|block| block.starts_with(version))
-        .with_context(|| format!("docs/kubernetes.md has nothing for {version}"))?;
-    let block = block.trim_start_matches(version).replace("io.containerd.x.v2", &cx.shim().runtime_type);
-    let plugin = if cx.suite() == Suite::Forky { "io.containerd.cri.v1.runtime" } else { "io.containerd.grpc.v1.cri" };
-    let image = match cx.suite() {
-        // its socket would be the host's own
-        Suite::Forky => format!(
-            "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{IMAGE}\"\n[plugins.\"io.containerd.nri.v1.nri\"]\n  disable = true\n"
-        ),
-        Suite::Bookworm | Suite::Trixie => String::new(),
-    };
-    let own = match cx.suite() {
-        Suite::Forky => String::new(),
-        Suite::Bookworm | Suite::Trixie => format!("  sandbox_image = \"{IMAGE}\"\n"),
-    };
-    let options = format!("BinaryName = \"{}\"\n  {option}", cx.runtime_binary().display());
-    let options = if cx.suite() == Suite::Bookworm {
-        // all that this one hands on, as docs/kubernetes.md has it
-        let file = cx.folder().join("x.toml");
-        fs::write(&file, options)?;
-        format!("ConfigPath = \"{}\"", file.display())
-    } else {
-        options
-    };
-    Ok(format!(
-        "[plugins.\"{plugin}\"]\n  restrict_oom_score_adj = true\n  {setting}\n{own}{block}\n[plugins.\"{plugin}\".containerd.runtimes.{HANDLER}.options]\n  {options}\n{image}"
-    ))
-}
-
-mod method {
-    pub(super) const RUN_POD: &str = "/runtime.v1.RuntimeService/RunPodSandbox";
-    pub(super) const STOP_POD: &str = "/runtime.v1.RuntimeService/StopPodSandbox";
-    pub(super) const REMOVE_POD: &str = "/runtime.v1.RuntimeService/RemovePodSandbox";
-    pub(super) const CREATE: &str = "/runtime.v1.RuntimeService/CreateContainer";
-    pub(super) const START: &str = "/runtime.v1.RuntimeService/StartContainer";
-    pub(super) const STOP: &str = "/runtime.v1.RuntimeService/StopContainer";
-    pub(super) const REMOVE: &str = "/runtime.v1.RuntimeService/RemoveContainer";
-    pub(super) const STATUS: &str = "/runtime.v1.RuntimeService/ContainerStatus";
-    pub(super) const EXEC: &str = "/runtime.v1.RuntimeService/ExecSync";
-    pub(super) const STATS: &str = "/runtime.v1.RuntimeService/ContainerStats";
-}
-
-/// The namespace of the container alone.
-const CONTAINER: i32 = 1;
-/// The namespace of the host.
-const NODE: i32 = 2;
-/// The state of a container that runs.
-pub const RUNNING: i32 = 1;
-/// The state of a container that has ended.
-pub const EXITED: i32 = 2;
-
-#[derive(Clone, PartialEq, Message)]
-struct Nothing {}
-
-#[derive(Clone, PartialEq, Message)]
-struct PodMetadata {
-    #[prost(string, tag = "1")]
-    name: String,
-    #[prost(string, tag = "2")]
-    uid: String,
-    #[prost(string, tag = "3")]
-    namespace: String,
-    #[prost(uint32, tag = "4")]
-    attempt: u32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct NamespaceOption {
-    #[prost(int32, tag = "1")]
-    network: i32,
-    #[prost(int32, tag = "2")]
-    pid: i32,
-    #[prost(int32, tag = "3")]
-    ipc: i32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct SandboxSecurity {
-    #[prost(message, optional, tag = "1")]
-    namespace_options: Option<NamespaceOption>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct LinuxPod {
-    #[prost(string, tag = "1")]
-    cgroup_parent: String,
-    #[prost(message, optional, tag = "2")]
-    security_context: Option<SandboxSecurity>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct PodConfig {
-    #[prost(message, optional, tag = "1")]
-    metadata: Option<PodMetadata>,
-    #[prost(string, tag = "3")]
-    log_directory: String,
-    #[prost(message, optional, tag = "8")]
-    linux: Option<LinuxPod>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct RunPodRequest {
-    #[prost(message, optional, tag = "1")]
-    config: Option<PodConfig>,
-    #[prost(string, tag = "2")]
-    runtime_handler: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct PodId {
-    #[prost(string, tag = "1")]
-    id: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ContainerId {
-    #[prost(string, tag = "1")]
-    id: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ContainerMetadata {
-    #[prost(string, tag = "1")]
-    name: String,
-    #[prost(uint32, tag = "2")]
-    attempt: u32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ImageSpec {
-    #[prost(string, tag = "1")]
-    image: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Resources {
-    #[prost(int64, tag = "4")]
-    memory_limit_in_bytes: i64,
-    #[prost(int64, tag = "10")]
-    memory_swap_limit_in_bytes: i64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ContainerSecurity {
-    #[prost(message, optional, tag = "3")]
-    namespace_options: Option<NamespaceOption>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct LinuxContainer {
-    #[prost(message, optional, tag = "1")]
-    resources: Option<Resources>,
-    #[prost(message, optional, tag = "2")]
-    security_context: Option<ContainerSecurity>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ContainerConfig {
-    #[prost(message, optional, tag = "1")]
-    metadata: Option<ContainerMetadata>,
-    #[prost(message, optional, tag = "2")]
-    image: Option<ImageSpec>,
-    #[prost(string, repeated, tag = "3")]
-    command: Vec<String>,
-    #[prost(string, tag = "11")]
-    log_path: String,
-    #[prost(message, optional, tag = "15")]
-    linux: Option<LinuxContainer>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct CreateRequest {
-    #[prost(string, tag = "1")]
-    pod: String,
-    #[prost(message, optional, tag = "2")]
-    config: Option<ContainerConfig>,
-    #[prost(message, optional, tag = "3")]
-    sandbox_config: Option<PodConfig>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct StopRequest {
-    #[prost(string, tag = "1")]
-    id: String,
-    #[prost(int64, tag = "2")]
-    timeout: i64,
-}
-
-/// The container status that the kubelet gets.
-#[derive(Clone, PartialEq, Message)]
-pub struct ContainerStatus {
-    /// [`RUNNING`], [`EXITED`] …
-    #[prost(int32, tag = "3")]
-    pub state: i32,
-    /// Nanoseconds since 1970.
-    #[prost(int64, tag = "5")]
-    pub started_at: i64,
-    /// Nanoseconds since 1970.
-    #[prost(int64, tag = "6")]
-    pub finished_at: i64,
-    /// The exit code.
-    #[prost(int32, tag = "7")]
-    pub exit_code: i32,
-    /// One word: `Completed`, `Error`, `OOMKilled`.
-    #[prost(string, tag = "10")]
-    pub reason: String,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct StatusResponse {
-    #[prost(message, optional, tag = "1")]
-    status: Option<ContainerStatus>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ExecRequest {
-    #[prost(string, tag = "1")]
-    id: String,
-    #[prost(string, repeated, tag = "2")]
-    command: Vec<String>,
-    #[prost(int64, tag = "3")]
-    timeout: i64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ExecResponse {
-    #[prost(bytes = "vec", tag = "1")]
-    stdout: Vec<u8>,
-    #[prost(int32, tag = "3")]
-    exit_code: i32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Number {
-    #[prost(uint64, tag = "1")]
-    value: u64,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct CpuUsage {
-    #[prost(message, optional, tag = "2")]
-    usage_core_nano_seconds: Option<Number>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct MemoryUsage {
-    #[prost(message, optional, tag = "2")]
-    working_set_bytes: Option<Number>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ContainerStats {
-    #[prost(message, optional, tag = "2")]
-    cpu: Option<CpuUsage>,
-    #[prost(message, optional, tag = "3")]
-    memory: Option<MemoryUsage>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct StatsResponse {
-    #[prost(message, optional, tag = "1")]
-    stats: Option<ContainerStats>,
 }

@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 
 use crate::client::Client;
 use crate::eventually::{SOON, eventually, eventually_true};
+use crate::network::Network;
 use crate::suite::{self, Runtime, Shim, Suite};
 use crate::{isolation, proc};
 
@@ -27,6 +28,8 @@ pub struct Daemon {
     suite: Mutex<Suite>,
     folder: PathBuf,
     environment: Vec<(String, String)>,
+    /// The host's without it.
+    network: Option<Network>,
     process: Mutex<Option<Running>>,
 }
 
@@ -45,29 +48,43 @@ impl Daemon {
         Self::start_with(suite, shim, &[]).await
     }
 
-    /// The same with its CRI plugin, and with the lines of `more` in the configuration.
-    pub async fn start_for_pods(suite: Suite, shim: &Shim, more: impl FnOnce(&Path) -> String) -> Result<Self> {
-        Self::start_configured(suite, shim, &[], |folder| format!("{}{}", base_configuration(suite, folder, ""), more(folder))).await
+    /// The same with its CRI plugin, with the lines of `more` in the configuration, and with a network of its own in the place of the host's: CNI
+    /// plugins make bridges and forward packets there.
+    pub async fn start_for_pods(
+        suite: Suite,
+        shim: &Shim,
+        environment: &[(&str, &str)],
+        more: impl FnOnce(&Path) -> Result<String>,
+    ) -> Result<Self> {
+        let configuration = |folder: &Path| Ok(format!("{}{}", base_configuration(suite, folder, ""), more(folder)?));
+        Self::start_configured(suite, shim, environment, Some(Network::new()?), configuration).await
+    }
+
+    /// The same with containerd's service for sandboxes, which is there only beside the controller of its CRI plugin.
+    pub async fn start_for_sandboxes(suite: Suite, shim: &Shim) -> Result<Self> {
+        let disabled = r#""io.containerd.grpc.v1.cri", "io.containerd.nri.v1.nri", "#;
+        Self::start_configured(suite, shim, &[], None, |folder| Ok(base_configuration(suite, folder, disabled))).await
     }
 
     /// The same, with a log that records each event: see [`Self::received_exits`].
     pub async fn start_verbose(suite: Suite, shim: &Shim) -> Result<Self> {
-        Self::start_configured(suite, shim, &[], |folder| {
-            configuration(suite, folder).replace(&format!("level = {:?}", level()), "level = \"trace\"")
+        Self::start_configured(suite, shim, &[], None, |folder| {
+            Ok(configuration(suite, folder).replace(&format!("level = {:?}", level()), "level = \"trace\""))
         })
         .await
     }
 
     /// The same with more environment, which its shims inherit.
     pub async fn start_with(suite: Suite, shim: &Shim, environment: &[(&str, &str)]) -> Result<Self> {
-        Self::start_configured(suite, shim, environment, |folder| configuration(suite, folder)).await
+        Self::start_configured(suite, shim, environment, None, |folder| Ok(configuration(suite, folder))).await
     }
 
     async fn start_configured(
         suite: Suite,
         shim: &Shim,
         environment: &[(&str, &str)],
-        configuration: impl FnOnce(&Path) -> String,
+        network: Option<Network>,
+        configuration: impl FnOnce(&Path) -> Result<String>,
     ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -87,9 +104,9 @@ impl Daemon {
         if criu.exists() {
             symlink(criu, folder.join("bin").join("criu"))?;
         }
-        fs::write(folder.join("config.toml"), configuration(&folder))?;
+        fs::write(folder.join("config.toml"), configuration(&folder)?)?;
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        let daemon = Self { suite: Mutex::new(suite), folder, environment, process: Mutex::new(None) };
+        let daemon = Self { suite: Mutex::new(suite), folder, environment, network, process: Mutex::new(None) };
         daemon.spawn()?;
         daemon.answering().await?;
         Ok(daemon)
@@ -131,6 +148,11 @@ impl Daemon {
     /// Its gRPC socket.
     pub fn address(&self) -> PathBuf {
         self.folder.join("c.sock")
+    }
+
+    /// The network that it has instead of the host's.
+    pub fn network(&self) -> Option<&Network> {
+        self.network.as_ref()
     }
 
     /// Its log.
@@ -231,8 +253,8 @@ impl Daemon {
     /// Starts it, without waiting for anything.
     pub fn spawn(&self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
-        let child = self
-            .program()
+        let mut program = self.program();
+        program
             .env_clear()
             .env("PATH", self.path())
             .env("HOME", "/root")
@@ -242,9 +264,12 @@ impl Daemon {
             .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("start {}", self.suite()))?;
+            .stderr(log);
+        let mut spawn = || program.spawn().with_context(|| format!("start {}", self.suite()));
+        let child = match &self.network {
+            Some(network) => network.within(spawn)?,
+            None => spawn()?,
+        };
         isolation::keep(child.id());
         *self.process.lock().expect("no panic under this lock") = Some(Running::Child(child));
         Ok(())

@@ -11,13 +11,14 @@
 //! Only cgroups are shared with the host: each run has one folder of its own in every hierarchy that it sees; see [`cgroups`].
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::process::{Command, ExitCode, ExitStatus};
 use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 use std::{env, fs, thread};
 
 use anyhow::{Context as _, Result, ensure};
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MsFlags, mount, umount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -31,6 +32,8 @@ const MARK: &str = "X_TESTS_INNER";
 const PREFIX: &str = "x-tests-";
 
 const NONE: Option<&str> = None;
+
+const CNI: &str = "/var/lib/cni";
 
 /// The folder of the run, on the run's own tmpfs.
 pub const RUN: &str = "/run/x-tests";
@@ -53,6 +56,12 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE).context("make mounts private")?;
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount /run")?;
     fs::create_dir_all(RUN)?;
+    // where CNI plugins and their caller keep what they have done, if they are installed
+    let is_cni_new = !Path::new(CNI).exists();
+    if Path::new("/usr/lib/cni").exists() {
+        fs::create_dir_all(CNI)?;
+        mount(Some("tmpfs"), CNI, Some("tmpfs"), MsFlags::empty(), Some("mode=755")).context("mount the folder of CNI plugins")?;
+    }
     cgroups::show(version)?;
     cgroups::remove_of_the_dead(PREFIX);
     let status = Command::new(env::current_exe()?)
@@ -62,6 +71,10 @@ pub fn run(inside: impl FnOnce() -> ExitCode) -> Result<ExitCode> {
         .env("RUST_LIB_BACKTRACE", "1")
         .status()?;
     cgroups::remove(&cgroup);
+    if is_cni_new {
+        let _not_made = umount(CNI);
+        let _in_use = fs::remove_dir(CNI);
+    }
     Ok(exit_code(status))
 }
 

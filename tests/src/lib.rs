@@ -8,11 +8,13 @@
 //! | [`kernel_trace`] | program executions and system calls, from tracefs |
 //! | [`cgroups`] | which cgroups a run sees, and its own folders in them |
 //! | [`suite`] | where the daemons and runtimes of each Debian suite are |
+//! | [`network`] | a network namespace of a test's own |
 //! | [`daemon`] | one containerd in a folder of its own, killed and restarted at will |
 //! | [`client`] | containerd's gRPC API, every call with a deadline |
 //! | [`container`] | a container under test: spec, stdio, task, execs |
 //! | [`context`] | the daemon, namespace and folder of one test |
 //! | [`cri`] | the kubelet's side of a daemon with its CRI plugin |
+//! | [`controller`] | a sandbox that a shim holds, through containerd's controller |
 //! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
 //! | [`events`] | the daemon's events, collected |
@@ -44,6 +46,7 @@ pub mod client;
 pub mod conformance;
 pub mod container;
 pub mod context;
+pub mod controller;
 pub mod cri;
 pub mod daemon;
 pub mod direct;
@@ -55,6 +58,7 @@ pub mod gate;
 pub mod isolation;
 pub mod kernel_trace;
 pub mod messages;
+pub mod network;
 pub mod operator;
 pub mod proc;
 pub mod programs;

@@ -38,6 +38,8 @@ pub enum Scope {
     Oldest,
     /// The containerd that Docker 26 came with.
     Docker,
+    /// The newest containerd with every runtime.
+    Newest,
     /// One combination: for behaviour of the shim alone.
     Once,
 }
@@ -63,6 +65,7 @@ impl Scope {
             Self::Ends => matches!((suite, runtime), (Suite::Bookworm, Runtime::Runc) | (Suite::Forky, Runtime::Native)),
             Self::Oldest => (suite, runtime) == (Suite::Bookworm, Runtime::Runc),
             Self::Docker => (suite, runtime) == (Suite::Trixie, Runtime::Runc),
+            Self::Newest => suite == Suite::Forky,
             Self::Once => (suite, runtime) == (Suite::Forky, Runtime::Native),
         }
     }

@@ -76,6 +76,19 @@ impl Spec {
         self.host_pids().with(|spec| namespaces(spec).push(json!({ "type": "pid", "path": format!("/proc/{pid}/ns/pid") })))
     }
 
+    /// Joins the namespace of that kind of another process.
+    #[must_use]
+    pub fn join(self, kind: &str, pid: u32) -> Self {
+        let file = if kind == "network" { "net" } else { kind };
+        self.with(|spec| {
+            namespaces(spec).retain(|namespace| namespace["type"] != *kind);
+            namespaces(spec).push(json!({ "type": kind, "path": format!("/proc/{pid}/ns/{file}") }));
+            if kind == "uts" {
+                spec.as_object_mut().expect("made by Spec::new").remove("hostname");
+            }
+        })
+    }
+
     /// A user namespace that maps root to `first`, and a network namespace, without which sysfs can't be mounted there.
     #[must_use]
     pub fn user_namespace(self, first: u32) -> Self {

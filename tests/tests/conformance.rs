@@ -152,15 +152,22 @@ fn what_goes_wrong_in_the_field_is_reproduced() -> Result<()> {
             match name.split("::").collect::<Vec<_>>()[..] {
                 [case] => ensure!(cases::find(case).is_some(), "there is no case {case}"),
                 [target, ref modules @ .., sentence] => {
-                    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
-                    let main =
-                        std::fs::read_to_string(folder.join(format!("{target}.rs"))).with_context(|| format!("there is no test {name}"))?;
-                    let module = modules
-                        .first()
-                        .map_or(Ok(String::new()), |module| std::fs::read_to_string(folder.join(target).join(format!("{module}.rs"))));
+                    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+                    let engine = package.join("../shim/src/engine/native");
+                    // a module of the tests of this package, of the engine or of the shim
+                    let (folder, is_listed) = match (target, modules) {
+                        ("engine", [_only]) => (engine.join("tests/engine"), false),
+                        ("engine", _) => (engine.join("src"), false),
+                        ("shim", _) => (package.join("../shim/src"), false),
+                        _ => (package.join("tests").join(target), true),
+                    };
+                    let module = std::fs::read_to_string(folder.join(modules.join("/")).with_extension("rs")).unwrap_or_default();
+                    let main = match is_listed {
+                        true => std::fs::read_to_string(folder.with_extension("rs")).with_context(|| format!("there is no test {name}"))?,
+                        false => module.clone(),
+                    };
                     let defined = format!("fn {sentence}(");
-                    let is_defined = main.contains(&defined) || module.is_ok_and(|module| module.contains(&defined));
-                    ensure!(is_defined && main.contains(sentence), "there is no test {name}");
+                    ensure!((main.contains(&defined) || module.contains(&defined)) && main.contains(sentence), "there is no test {name}");
                 }
                 [] => unreachable!("a split yields something"),
             }

@@ -10,6 +10,8 @@ mod campaign;
 mod lane;
 #[path = "faults/run.rs"]
 mod run;
+#[path = "faults/sandbox.rs"]
+mod sandbox;
 #[path = "faults/scenarios.rs"]
 mod scenarios;
 #[path = "faults/sweep.rs"]
@@ -48,6 +50,9 @@ fn cases() -> Vec<Case> {
         Case::new("every_message::kill_all", runc, |cx| Box::pin(sweep::every_message(cx, &s::KILL_ALL))),
         Case::new("every_message::shared_pids", runc, |cx| Box::pin(sweep::every_message(cx, &s::SHARED_PIDS))),
         Case::new("every_message::pod", runc, |cx| Box::pin(sweep::every_message(cx, &s::POD))),
+        Case::new("every_message::sandbox", Scope::Once, |cx| {
+            Box::pin(async move { sweep::every_message(cx.with_own_sandboxes().await?, &sandbox::SANDBOX).await })
+        }),
         Case::new("every_message::upgrade", runc, |cx| Box::pin(sweep::every_message(cx, &s::UPGRADE))),
         Case::new("campaign::random_crashes_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_crashes(cx))),
     ];
@@ -56,6 +61,9 @@ fn cases() -> Vec<Case> {
             Case::new("every_message::logger", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::LOGGER))),
             Case::new("every_message::checkpoint", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::CHECKPOINT))),
             Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
+            Case::new("every_message::shared_sandbox", Scope::Newest, |cx| {
+                Box::pin(async move { sweep::every_message(cx.with_own_sandboxes().await?, &sandbox::SHARED_SANDBOX).await })
+            }),
             Case::new("every_message::signals", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::SIGNALS))),
             Case::new("every_message::command", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::COMMAND))),
             Case::new("every_message::rest", Scope::Oldest, |cx| {

@@ -9,6 +9,8 @@ mod answers;
 mod bad_input;
 #[path = "protocol/bootstrap.rs"]
 mod bootstrap;
+#[path = "protocol/checkpoints.rs"]
+mod checkpoints;
 #[path = "protocol/crashes.rs"]
 mod crashes;
 #[path = "protocol/events.rs"]
@@ -148,6 +150,10 @@ fn main() -> ExitCode {
         delete_beside_a_stopped_worker_kills_the_container_in_time,
         a_frozen_container_is_deleted,
         delete_removes_the_console_sockets_of_a_killed_keeper,
+    ]);
+    cases.extend(direct_cases![checkpoints:
+        what_is_paused_or_resumed_during_a_checkpoint_stays_so,
+        pipes_in_place_of_the_files_of_a_checkpoint_do_not_block,
     ]);
     cases.extend(direct_cases![options:
         older_options_of_a_checkpoint_put_image_and_log_where_they_belong,

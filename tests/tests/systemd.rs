@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         a_container_runs_in_a_scope_and_nothing_of_it_is_left,
         its_processes_are_frozen_and_killed,
         limits_are_systemds_too_and_survive_a_reload,
+        a_container_that_an_update_has_left_frozen_is_thawed_by_its_replay,
         annotations_are_properties_of_the_scope,
         what_is_no_property_is_refused_and_leaves_nothing,
         a_live_unit_of_the_name_is_left_alone,
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         direct_cases![crashes:
             a_failed_creation_leaves_nothing,
             a_worker_that_is_killed_at_any_message_of_a_creation_is_not_noticed,
+            a_live_unit_of_the_name_is_left_alone_whenever_workers_are_killed,
             a_creation_that_kills_every_worker_leaves_nothing,
             a_shim_that_is_killed_during_a_creation_leaves_nothing,
         ]

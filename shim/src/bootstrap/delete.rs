@@ -47,8 +47,11 @@ pub(super) const UNKNOWN_STATUS: u32 = 128 + 9;
 pub(crate) fn delete(flags: &Flags) -> Result<(), Error> {
     let begun = Instant::now();
     let bundle = start::bundle_of(flags)?;
-    if start::is_of_pod(&bundle) && !bundle.join(journal::FILE_NAME).exists() {
-        return print(delete_pod::delete(flags, &bundle, begun)?);
+    if start::is_of_pod(&bundle)
+        && !bundle.join(journal::FILE_NAME).exists()
+        && let Some(exit) = delete_pod::delete(flags, &bundle, begun)?
+    {
+        return print(exit);
     }
     let deletion = Deletion::new(flags, &bundle, begun)?;
     let exit = deletion.perform()?;

@@ -23,21 +23,25 @@ use nix::libc;
 use super::delete::{KEEPER_WITHIN, UNKNOWN_STATUS, WITHIN, ask_worker, now_nanos, recorded_place, remove_stale};
 use super::manual_cleanup::{self, Leftovers};
 use super::{Error, wait};
-use crate::handover::{POD_KEY, Snapshot};
+use crate::handover::{ControlRequest, POD_KEY, Snapshot};
 use crate::invocation::Flags;
 use crate::journal::{self, Journal, RecordedExit};
 use crate::journal_body::JournalBody;
 use crate::run_dir::RunDir;
 use crate::{control, pod_folder, sys};
 
-/// Removes the pod of a bundle. Returns how it ended.
-pub(super) fn delete(flags: &Flags, bundle: &Path, begun: Instant) -> Result<RecordedExit, Error> {
+/// Removes the pod of a bundle. Returns how it ended; nothing if the bundle is that of a container which has lost its configuration.
+pub(super) fn delete(flags: &Flags, bundle: &Path, begun: Instant) -> Result<Option<RecordedExit>, Error> {
     let deadline = begun + WITHIN;
     let control = RunDir::from_environment().place(&flags.address, &flags.namespace, &flags.id, None)?.control;
     let keeper = match control::describe(&control, begun + KEEPER_WITHIN) {
         Ok(snapshot) if has_pod(&snapshot, &flags.id) => Some(snapshot.keeper_pid),
-        // It has removed the pod, or is another's that was started since.
-        Ok(_) => None,
+        Ok(snapshot) if snapshot.state.iter().any(|(key, _)| *key == flags.id) => return Ok(None),
+        // It has removed the pod, or has not been given one: then it need not wait for that.
+        Ok(_) => {
+            let _ = control::ask(&control, &ControlRequest::Forget { id: flags.id.clone() }, begun + KEEPER_WITHIN);
+            None
+        }
         Err(error) if error.is_gone() => None,
         Err(_) => recorded_keeper(bundle, &control),
     };
@@ -55,7 +59,7 @@ pub(super) fn delete(flags: &Flags, bundle: &Path, begun: Instant) -> Result<Rec
     if let Some(place) = recorded_place(&control, bundle).filter(|place| place.socket.exists() || place.control.exists()) {
         remove_stale(&place);
     }
-    Ok(RecordedExit { pid: keeper.unwrap_or(0), status: UNKNOWN_STATUS, at_nanos: now_nanos() })
+    Ok(Some(RecordedExit { pid: keeper.unwrap_or(0), status: UNKNOWN_STATUS, at_nanos: now_nanos() }))
 }
 
 fn has_pod(snapshot: &Snapshot, id: &str) -> bool {

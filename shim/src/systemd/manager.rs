@@ -88,6 +88,13 @@ impl Manager {
         Err(Error::Elsewhere { unit: name.to_owned(), expected: unit.control_group.clone(), found })
     }
 
+    /// Whether the unit of the name that exists has the same description.
+    pub(crate) async fn has_description(&self, unit: &Unit) -> bool {
+        let Ok(path) = self.path_of(&unit.name).await else { return false };
+        let found = self.property(path.as_str(), UNIT, "Description").await.ok().and_then(|value| String::try_from(value).ok());
+        found.is_some() && found.as_deref() == unit.description()
+    }
+
     /// Changes properties, until the next boot.
     pub(crate) async fn set(&self, name: &str, properties: &[Property]) -> Result<(), Error> {
         let call = |source| failed(SET, name, source);
@@ -240,6 +247,7 @@ const SYSTEM_BUS: &str = "unix:path=/run/dbus/system_bus_socket";
 const DESTINATION: &str = "org.freedesktop.systemd1";
 const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 
 const START: &str = "StartTransientUnit";

@@ -37,6 +37,16 @@ pub(crate) enum Error {
     Elsewhere { unit: String, expected: String, found: String },
 }
 
+impl Error {
+    /// Whether systemd has taken the order to start the unit before this happened: the unit is ours then.
+    pub(crate) fn has_a_job(&self) -> bool {
+        match self {
+            Self::Job { .. } | Self::Late { .. } | Self::Closed { .. } | Self::Elsewhere { .. } => true,
+            Self::Unreachable { .. } | Self::Call { .. } | Self::Exists { .. } => false,
+        }
+    }
+}
+
 /// How long connecting may take.
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);
 /// How long an answer may take: systemd answers nothing while it reloads.

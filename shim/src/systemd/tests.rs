@@ -23,6 +23,8 @@ struct Fake {
     /// Of jobs; none: they never end.
     result: Option<&'static str>,
     calls: RefCell<Vec<String>>,
+    /// The method at which the connection ends, without an answer; or `after` and the method.
+    closes_at: &'static str,
 }
 
 const MANAGER: &str = "/org/freedesktop/systemd1";
@@ -40,21 +42,29 @@ impl Fake {
         let fake = Rc::new(self);
         let tested = LocalSet::new().block_on(&runtime, async {
             let listener = UnixListener::bind(&socket).expect("a socket");
-            tokio::task::spawn_local(Rc::clone(&fake).live(listener));
+            let served = Rc::clone(&fake);
+            tokio::task::spawn_local(async move { served.live(&listener).await });
             let manager = Manager::connect_to(&[(format!("unix:path={}", socket.display()), false)]).await.expect("a connection");
             test(manager).await
         });
         (tested, fake.calls.take())
     }
 
-    async fn live(self: Rc<Self>, listener: UnixListener) {
+    async fn live(&self, listener: &UnixListener) {
         let (stream, _) = listener.accept().await.expect("a client");
         let connection = connection::Builder::unix_stream(stream).server(Guid::generate()).expect("a server").p2p().build().await;
         let connection = connection.expect("a client that speaks D-Bus");
         let mut messages = std::pin::pin!(MessageStream::from(&connection));
         while let Some(Ok(message)) = std::future::poll_fn(|context| messages.as_mut().poll_next(context)).await {
             if message.message_type() == Type::MethodCall {
+                let member = message.header().member().map(ToString::to_string).unwrap_or_default();
+                if member == self.closes_at {
+                    return;
+                }
                 self.answer(&connection, &message).await.expect("an answer");
+                if self.closes_at.strip_prefix("after ") == Some(&member) {
+                    return;
+                }
             }
         }
     }
@@ -75,6 +85,7 @@ impl Fake {
         match member.as_str() {
             "Get" if words.contains("Version") => connection.reply(&header, &zbus::zvariant::Value::from(self.version)).await,
             "Get" if words.contains("ControlGroup") => connection.reply(&header, &zbus::zvariant::Value::from(self.control_group)).await,
+            "Get" if words.contains("Description") => connection.reply(&header, &zbus::zvariant::Value::from("container c1")).await,
             "Get" => connection.reply(&header, &zbus::zvariant::Value::from(7_u64)).await,
             "GetUnit" => connection.reply(&header, &ObjectPath::try_from(format!("{MANAGER}/unit/u"))?).await,
             "StartTransientUnit" if exists.is_some() => connection.reply_error(&header, error("UnitExists"), &"it exists").await,
@@ -162,6 +173,74 @@ fn a_unit_of_the_name_that_is_active_is_left_alone() {
     assert!(matches!(&started, Err(Error::Exists { unit }) if unit == "p-c1.scope"), "{started:?}");
     assert!(!calls.iter().any(|call| call.starts_with("StopUnit")), "{calls:?}");
     assert_eq!(calls.iter().filter(|call| call.starts_with("StartTransientUnit")).count(), 2);
+}
+
+#[test]
+fn a_unit_is_known_by_its_description() {
+    let (found, _) = Fake::new().serve(async |manager| {
+        (manager.has_description(&unit()).await, manager.has_description(&unit().described("container c1, request 7 of shim 8")).await)
+    });
+    assert_eq!(found, (true, false));
+}
+
+#[test]
+fn a_unit_is_ours_once_systemd_has_taken_the_order_to_start_it() {
+    for (fake, is_ours) in [
+        (Fake { result: Some("failed"), ..Fake::new() }, true),
+        (Fake { result: None, ..Fake::new() }, true),
+        (Fake { control_group: "/b.slice/p-c1.scope", ..Fake::new() }, true),
+        (Fake { units: with_unit(false), ..Fake::new() }, false),
+        (Fake { closes_at: "StartTransientUnit", ..Fake::new() }, false),
+    ] {
+        let (started, _) = fake.serve(async |manager| manager.start(&unit(), &[7]).await);
+        let error = started.expect_err("not started");
+        assert_eq!(error.has_a_job(), is_ours, "{error:?}");
+    }
+}
+
+#[test]
+fn a_bus_that_vanishes_during_a_call_is_an_error_at_once() {
+    let before = std::time::Instant::now();
+    for method in ["Subscribe", "StartTransientUnit", "GetUnit"] {
+        let (started, _) = Fake { closes_at: method, ..Fake::new() }.serve(async |manager| manager.start(&unit(), &[7]).await);
+        assert!(matches!(&started, Err(Error::Call { .. })), "{started:?}");
+    }
+    // A signal that does not come: the answer was the last message.
+    let (started, _) = Fake { closes_at: "after StartTransientUnit", result: None, ..Fake::new() }
+        .serve(async |manager| manager.start(&unit(), &[7]).await);
+    assert!(matches!(&started, Err(Error::Closed { .. } | Error::Call { .. })), "{started:?}");
+    assert!(before.elapsed() < ANSWER_WITHIN, "{:?}", before.elapsed());
+}
+
+#[test]
+fn a_connection_leaves_nothing_behind_whether_it_is_closed_or_dropped() {
+    let folder = scratch::Folder::new("connections");
+    let socket = folder.join("bus");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().expect("a runtime");
+    LocalSet::new().block_on(&runtime, async {
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        tokio::task::spawn_local(async move {
+            let fake = Fake::new();
+            loop {
+                fake.live(&listener).await;
+            }
+        });
+        let address = [(format!("unix:path={}", socket.display()), false)];
+        let alive = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        let before = alive();
+        for number in 0..100 {
+            let manager = Manager::connect_to(&address).await.expect("a connection");
+            manager.start(&unit(), &[7]).await.expect("started");
+            manager.stop(&unit().name).await.expect("stopped");
+            if number % 2 == 0 { manager.close().await } else { drop(manager) }
+        }
+        let ended = async {
+            while alive() > before {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(ANSWER_WITHIN, ended).await.unwrap_or_else(|_| panic!("{} tasks, {before} before", alive()));
+    });
 }
 
 #[test]

@@ -49,8 +49,6 @@ pub(crate) mod step {
     pub(crate) const HOOKS: Step = 18;
     /// Makes the process that a unit of systemd's is started with.
     pub(crate) const PLACEHOLDER: Step = 24;
-    /// Comes before the start of a unit that has no process.
-    pub(crate) const UNIT: Step = 25;
     /// Makes the process that holds the namespaces of a pod.
     pub(crate) const HOLDER: Step = 26;
     pub(crate) const ENTER_POD: Step = 27;
@@ -60,8 +58,8 @@ pub(crate) mod step {
 
     /// The steps of the work on one of several containers.
     pub(crate) const PER_PART: Step = 64;
-    /// Signals the descendants of an exec: from here on two steps for each worker that comes to it. The first counts the workers, the second asks whether the exec is
-    /// still there.
+    /// Signals the descendants of an exec: from here on two steps for each worker that comes to it. The first counts the workers, the
+    /// second asks whether the exec is still there. A Kill has no parts.
     pub(crate) const DESCENDANTS: Step = 1000;
 }
 

@@ -24,10 +24,9 @@ pub(crate) enum Error {
     Exists { id: ContainerId },
     /// `found` is the state of its OCI runtime, or its cgroup.
     #[error(
-        "container {id} already exists: {} is in use by it; another daemon may run it, else remove it with the runtime's `delete`, or end its processes",
-        found.display()
+        "container {id} already exists: {found} is in use by it; another daemon may run it, else remove it with the runtime's `delete`, or end its processes"
     )]
-    Taken { id: ContainerId, found: PathBuf },
+    Taken { id: ContainerId, found: String },
     /// It exists, and this version cannot read its record.
     #[error("container {:?}: this worker cannot read its record, another version may; upgrade the shim, or remove the container with `containerd-shim-x-v2 delete`", excerpt(.id))]
     SetAside { id: String },
@@ -59,6 +58,8 @@ pub(crate) enum Error {
     NotOfPod { id: ContainerId, pod: ContainerId, field: &'static str, why: &'static str },
     #[error("sandbox {id}: {failure}")]
     PodNotMade { id: ContainerId, failure: String },
+    #[error("another checkpoint of container {id} is under way")]
+    Saving { id: ContainerId },
     #[error(transparent)]
     Id(#[from] InvalidId),
     #[error("signal {number}: not between 0 and 64")]
@@ -140,7 +141,9 @@ impl Error {
             Self::Exists { .. } | Self::PodExists { .. } | Self::Taken { .. } | Self::ProcessExists { .. } => Code::AlreadyExists,
             // containerd and its clients take "not found" for "already dead".
             Self::Refused { source: Refused { request: Request::Kill, .. }, .. } => Code::NotFound,
-            Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } | Self::PodRefused { .. } => Code::FailedPrecondition,
+            Self::Refused { .. } | Self::NotStarted { .. } | Self::Deleting { .. } | Self::Saving { .. } | Self::PodRefused { .. } => {
+                Code::FailedPrecondition
+            }
             Self::Id(_)
             | Self::Signal { .. }
             | Self::Payload { .. }

@@ -176,8 +176,8 @@ pub(crate) async fn a_killed_exec_takes_descendants_that_never_stop_forking(cx: 
         return skip("only the native engine marks its execs");
     }
     let container = cx.container(&["sleep", "1000"]).start().await?;
-    let hop = r#"export hop='(eval "$hop" &)'; for i in 1 2 3 4 5 6 7 8; do (setsid sh -c "$hop" <&- >&- 2>&- &); done; echo ready; exec sleep 1000"#;
-    let exec = container.exec("e", &["sh", "-c", hop]).stdio(Stdio::OUTPUT).start().await?;
+    let hop = r#"export hop='(eval "$hop" &)'; for i in 1 2 3 4 5 6 7 8; do (setsid sh -c "$hop" <&- >&- 2>&- &); done"#;
+    let exec = container.exec("e", &["sh", "-c", &format!("{hop}; echo ready; exec sleep 1000")]).stdio(Stdio::OUTPUT).start().await?;
     exec.io.out().until("ready").await?;
     exec.kill(9).await?;
     ensure!(exec.finish().await? == 137);

@@ -283,7 +283,8 @@ impl Run {
         *self.sockets.borrow_mut() = paths.collect();
     }
 
-    fn name(&self, pid: u32, name: &str) {
+    /// Gives a pid a name.
+    pub(crate) fn name(&self, pid: u32, name: &str) {
         if pid == 0 {
             return;
         }

@@ -1,11 +1,12 @@
 //! Creations that fail, and workers and shims that are killed during one: nothing is left of unit or cgroup.
 use std::fs;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::proc;
 use shim_tests::stand::Stand;
-use shim_tests::ttrpc::refusal;
+use shim_tests::ttrpc::{Code, refusal};
 
 use super::{nothing_is_left_of, scope, scoped, show};
 
@@ -58,6 +59,63 @@ pub(crate) async fn a_worker_that_is_killed_at_any_message_of_a_creation_is_not_
             container.shut_down().await?;
             nothing_is_left_of(&scope(&id)).await?;
         }
+    }
+    Ok(())
+}
+
+/// Each generation meets the unit of another as if it were the first.
+pub(crate) async fn a_live_unit_of_the_name_is_left_alone_whenever_workers_are_killed(stand: Stand) -> Result<()> {
+    let slice_of_another = format!("xtests-{}-taken.slice", stand.namespace());
+    for (kind, unit) in [("scope", scope("taken")), ("slice", slice_of_another)] {
+        let mut other = Command::new("systemd-run");
+        match kind {
+            "scope" => other.arg(format!("--unit={unit}")),
+            _ => other.arg(format!("--slice={unit}")),
+        };
+        let mut other = other.args(["--scope", "--quiet", "sleep", "1000"]).spawn()?;
+        eventually_true("the other unit is active", SOON, || show(&unit, "ActiveState").is_ok_and(|state| state == "active")).await?;
+        let left_alone = is_left_alone(&stand, kind, &unit, &other).await;
+        other.kill()?;
+        other.wait()?;
+        left_alone.context(kind)?;
+    }
+    Ok(())
+}
+
+async fn is_left_alone(stand: &Stand, kind: &str, unit: &str, other: &std::process::Child) -> Result<()> {
+    let plans = stand.folder().join("plans");
+    fs::create_dir_all(&plans)?;
+    let path = if kind == "scope" { format!("{}:x:taken", super::slice(stand)) } else { format!("{}:x:{unit}", super::slice(stand)) };
+    let refused_with = async |id: &str, plan: &str| -> Result<Vec<String>> {
+        fs::write(plans.join(id), plan)?;
+        let refused = scoped(stand, id, &["sleep", "1000"])?.systemd_cgroup(&path).env("X_FAULT", &plans.display().to_string());
+        let task = refused.shim().await?;
+        let (code, message) = refusal(task.create(&refused.request()).await)?;
+        ensure!(
+            code == Code::AlreadyExists && (message.contains(unit) || message.contains("an earlier worker has found")),
+            "{code:?} {message}"
+        );
+        ensure!(show(unit, "ActiveState")? == "active" && proc::is_alive(other.id().cast_signed()), "the other unit was stopped");
+        let shim = refused.shim_pid()?;
+        proc::kill_hard(shim);
+        eventually_true("the shim is dead", SOON, || !proc::is_alive(shim)).await?;
+        refused.delete_command().await?;
+        ensure!(
+            show(unit, "ActiveState")? == "active" && proc::is_alive(other.id().cast_signed()),
+            "the command delete has stopped the other unit"
+        );
+        let trace = fs::read_to_string(plans.join(format!("{id}.trace")))?;
+        Ok(trace.lines().map(str::to_owned).collect())
+    };
+    let lines = refused_with(&format!("{kind}-traced"), "").await?;
+    let messages: Vec<&str> = lines.iter().filter_map(|line| line.strip_prefix("out ")).collect();
+    let last = messages.iter().rposition(|message| message.starts_with("commit")).context("no commit")?;
+    // From the creation's own operations on; the commit answers.
+    let first = messages.iter().position(|message| message.contains('.')).context("no operation")?;
+    for number in first + 1..=last + 1 {
+        let id = format!("{kind}-{number}");
+        let lines = refused_with(&id, &format!("out:{number}:before")).await.with_context(|| id.clone())?;
+        ensure!(lines.iter().any(|line| line == "dies"), "{id}: {lines:?}");
     }
     Ok(())
 }

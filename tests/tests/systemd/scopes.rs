@@ -195,6 +195,24 @@ pub(crate) async fn devices_stay_as_they_were_asked_for(stand: Stand) -> Result<
     nothing_is_left_of(&scope("devices")).await
 }
 
+/// As a worker leaves it that is killed while systemd writes its list of devices.
+pub(crate) async fn a_container_that_an_update_has_left_frozen_is_thawed_by_its_replay(stand: Stand) -> Result<()> {
+    let container = scoped(&stand, "left", &["sleep", "1000"])?.run().await?;
+    let state = cgroups::of(container.pid, "freezer")?.join("freezer.state");
+    let lists = cgroups::of(container.pid, "devices").is_ok_and(|folder| folder.join("devices.list").exists());
+    let update = json!({ "cpu": { "shares": 300 } });
+    if state.exists() && lists {
+        fs::write(&state, "FROZEN")?;
+        container.task.update("left", &update).await?;
+        ensure!(fs::read_to_string(&state)?.trim() == "THAWED", "it is still frozen");
+        container.task.pause("left").await?;
+        container.task.update("left", &update).await?;
+        ensure!(fs::read_to_string(&state)?.trim() == "FROZEN", "a paused container was thawed");
+        container.task.resume("left").await?;
+    }
+    container.shut_down().await.map(drop)
+}
+
 pub(crate) async fn annotations_are_properties_of_the_scope(stand: Stand) -> Result<()> {
     let container = scoped(&stand, "annotated", &["sleep", "1000"])?
         .spec(|spec| {

@@ -67,6 +67,7 @@ pub(in crate::worker) async fn checkpoint(shared: &Shared, cause: &Cause, call: 
     if let Some(refusal) = refusal.take_if(|_| !may_be_done) {
         return Err(refusal);
     }
+    let _turn = container.take_checkpoint()?;
     let record = container.record().clone();
     let named = (!call.path.is_empty()).then(|| PathBuf::from(&call.path));
     let image_path = options.image_path.clone().or(named).or_else(|| record.options.criu_image_path.clone());
@@ -84,12 +85,30 @@ pub(in crate::worker) async fn checkpoint(shared: &Shared, cause: &Cause, call: 
     let checkpoint = engine::Checkpoint { image_path: &image_path, work_path: &work.path, exit: options.exit, options: &options.criu };
     let made = match &record.engine {
         Engine::Command(engine) => run(cause, &container, engine, Verb::Checkpoint, |at| engine.checkpoint(at, &checkpoint)).await,
-        Engine::Native(engine) => native::checkpoint(shared, cause, &record, engine, &checkpoint).await,
+        Engine::Native(engine) => native::checkpoint(shared, cause, &container, (&record, engine), &checkpoint).await,
     };
     made.map_err(|error| refusal.unwrap_or_else(|| blocking_add_criu_errors(error, &work.path)))?;
     work.blocking_remove();
     let path = image_path.display().to_string();
     Ok(Change::reply(Reply::Empty).event(Event::new(&container, EventKind::Checkpointed { path })))
+}
+
+/// The right to save a container's processes; one at a time.
+struct Saving(Rc<Container>);
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        self.0.saving.set(false);
+    }
+}
+
+impl Container {
+    fn take_checkpoint(self: &Rc<Self>) -> Result<Saving, Error> {
+        if self.saving.replace(true) {
+            return Err(Error::Saving { id: self.id.clone() });
+        }
+        Ok(Saving(Rc::clone(self)))
+    }
 }
 
 /// Changes limits.
@@ -101,7 +120,7 @@ pub(in crate::worker) async fn update(shared: &Shared, cause: &Cause, call: Upda
             serde_json::from_slice(&resources).map_err(|source| Error::Json { method: "Update", source })?;
         drop(valid);
         match container.engine() {
-            Engine::Native(engine) => native::update(&engine, &resources).await?,
+            Engine::Native(engine) => native::update(&container, &engine, &resources).await?,
             Engine::Command(engine) => update_by_runtime(cause, &container, &engine, &resources).await?,
         }
     }

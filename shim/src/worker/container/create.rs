@@ -156,7 +156,7 @@ impl Draft {
         }
         self.engine_was_asked = true;
         let pid = match (&self.record.engine, &self.plan) {
-            (Engine::Native(_), Some(plan)) => native::create(cause, &self.key, plan).await?,
+            (Engine::Native(_), Some(plan)) => native::create(shared, cause, &self.key, plan).await?,
             (Engine::Native(_), None) => return Err(Error::Outcome { doing: "plan the container" }),
             (Engine::Command(engine), _) => {
                 let files = ProcessFiles::new(shared, cause, &self.record, &self.key);

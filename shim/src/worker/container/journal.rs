@@ -30,7 +30,10 @@ pub(super) async fn take_id(shared: &Shared, cause: &Cause, record: &Record) -> 
     write(shared, cause, step::JOURNAL, &Record { unknown_to_engine: found.is_some(), ..record.clone() }).await?;
     match blocking_read(&record.bundle) {
         Some((body, _)) if !body.engine.is_null() => Ok(()),
-        Some(_) => Err(Error::Taken { id: record.id.clone(), found: found.unwrap_or_default() }),
+        Some(_) => {
+            let found = found.map_or_else(|| "what an earlier worker has found".to_owned(), |path| path.display().to_string());
+            Err(Error::Taken { id: record.id.clone(), found })
+        }
         None => Err(Error::Io { op: "read", path: path(&record.bundle), source: std::io::ErrorKind::InvalidData.into() }),
     }
 }

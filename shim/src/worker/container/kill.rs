@@ -21,8 +21,8 @@ use crate::worker::phase::{Phase, Request};
 pub(in crate::worker) struct KillCall {
     pub(in crate::worker) target: Target,
     pub(in crate::worker) signal: u32,
-    /// Every process of the container. Of an exec: with its descendants. SIGKILL takes those of an exec in any case: no client asks for `all` when it ends an exec
-    /// whose time is over, because containerd's client library leaves it out.
+    /// Every process of the container. Of an exec: with its descendants. SIGKILL takes those of an exec in any case: containerd leaves
+    /// `all` out for execs, also when the CRI plugin ends one at its timeout.
     pub(in crate::worker) all: bool,
 }
 

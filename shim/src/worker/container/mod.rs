@@ -90,6 +90,8 @@ pub(super) struct Container {
     changed: Notify,
     /// A Delete of init is under way.
     deleting: Cell<bool>,
+    /// A Checkpoint is under way.
+    saving: Cell<bool>,
     /// Starts that look for a process whose pid the OCI runtime has not reported.
     searches: Cell<usize>,
     /// The answer to the Delete of init.
@@ -117,6 +119,7 @@ impl Container {
             had_execs: Cell::new(None),
             changed: Notify::new(),
             deleting: Cell::new(false),
+            saving: Cell::new(false),
             searches: Cell::new(0),
             deleted: Cell::new(None),
             attachments: RefCell::default(),

@@ -7,7 +7,7 @@ use super::choose::{blocking_plan_config, check_keeper};
 use super::create::blocking;
 use super::kill::kill_unclaimed;
 use super::unit::{self, Held};
-use super::{Record, Shared};
+use super::{Container, Record, Shared};
 use crate::chain::chain;
 use crate::engine::{self, CriuRequest, EngineError, NativeEngine, Verb};
 use crate::handover::{Exited, Op, Perform, PlanKind};
@@ -18,9 +18,9 @@ use crate::worker::phase::Phase;
 use crate::worker::spec::Spec;
 
 /// Makes a container: its init waits before the user's program. Returns its pid.
-pub(super) async fn create(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result<u32, Error> {
+pub(super) async fn create(shared: &Shared, cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result<u32, Error> {
     let Some(unit) = &plan.unit else { return perform(cause, key, plan).await };
-    let held = Held::start(cause, key, unit).await?;
+    let held = Held::start(shared, cause, key, unit).await?;
     let made = async {
         let pid = perform(cause, key, &held.with_placeholder(plan)).await?;
         held.limit(&plan.cgroup).await.map(|()| pid)
@@ -39,6 +39,10 @@ pub(super) async fn create(cause: &Cause, key: &ProcessKey, plan: &plan::Create)
                     blocking(move || control::kill_all(&cgroup).map_err(failed(Verb::Create, "kill every process of the cgroup"))).await
             {
                 log::debug!(container:% = key, error:% = error.chain(); "cannot kill what was made in vain");
+            }
+            if is_taken && !held.is_proven() {
+                held.end().await;
+                return Err(error);
             }
             held.stop().await;
             let cgroup = plan.cgroup.clone();
@@ -63,36 +67,35 @@ async fn perform(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result
     make(cause, key, order, Verb::Create).await
 }
 
-/// Has criu save the processes of a container.
+/// Has criu save the processes of a container, whose record was `record` when that began.
 pub(super) async fn checkpoint(
     shared: &Shared,
     cause: &Cause,
-    record: &Record,
-    native: &NativeEngine,
+    container: &Container,
+    (record, native): (&Record, &NativeEngine),
     checkpoint: &engine::Checkpoint<'_>,
 ) -> Result<(), Error> {
     check_keeper(shared, Verb::Checkpoint)?;
-    let is_paused = record.init.phase == Phase::Paused;
+    let was_paused = record.init.phase == Phase::Paused;
     let paths = CriuRequest { image_path: checkpoint.image_path, work_path: checkpoint.work_path, options: checkpoint.options };
     let criu = engine::blocking_plan_criu(Verb::Checkpoint, &record.options, paths)?;
     let mut create = blocking_plan_again(shared, record, Verb::Checkpoint)?;
     create.cgroup.clone_from(&native.container().cgroup);
     let refused = |why: Refused| engine::refused(Verb::Checkpoint, &why);
-    let plan = plan::checkpoint(create, criu, checkpoint.exit, is_paused).map_err(refused)?;
+    let plan = plan::checkpoint(create, criu, checkpoint.exit, was_paused).map_err(refused)?;
     let key = ProcessKey::init(&record.id).to_string();
     let order = Perform { init: key.clone(), key, kind: PlanKind::Checkpoint, plan: engine::encode(&plan), terminal: false };
     let exited = run_plan(cause, &record.id, order, Verb::Checkpoint).await?;
-    match engine::reported_pid(Verb::Checkpoint, &exited)? {
-        Some(_) => Ok(()),
-        None => {
-            // It was killed: criu ends with it, and what criu has frozen stays so.
-            let frozen = if is_paused { pause(native).await } else { resume(native).await };
-            if let Err(error) = frozen {
-                log::warn!(container:% = record.id, error:% = error.chain(); "cannot undo what a checkpoint has frozen");
-            }
-            Err(Error::NoReport { verb: Verb::Checkpoint, status: exited.status })
+    let reported = engine::reported_pid(Verb::Checkpoint, &exited);
+    let is_paused = container.record().init.phase == Phase::Paused;
+    // Without a report it was killed: criu ends with it, and what criu has frozen stays so. Otherwise it has left all as it was at the beginning.
+    if is_paused != was_paused || matches!(reported, Ok(None)) {
+        let done = if is_paused { pause(native).await } else { resume(native).await };
+        if let Err(error) = done {
+            log::warn!(container:% = record.id, error:% = error.chain(); "cannot freeze or thaw what a checkpoint has left otherwise");
         }
     }
+    reported?.map(drop).ok_or(Error::NoReport { verb: Verb::Checkpoint, status: exited.status })
 }
 
 /// Has criu make a container from its checkpoint: it runs. Returns init's pid, and what is to be recorded.
@@ -209,12 +212,12 @@ pub(super) async fn resume(native: &NativeEngine) -> Result<(), Error> {
 }
 
 /// Changes limits: `resources` is a `LinuxResources` of the runtime specification as JSON.
-pub(super) async fn update(native: &NativeEngine, resources: &[u8]) -> Result<(), Error> {
+pub(super) async fn update(container: &Container, native: &NativeEngine, resources: &[u8]) -> Result<(), Error> {
     let refused = |why| engine::refused(Verb::Update, &why);
     let resources = spec::parse_resources(resources).map_err(refused)?;
     let changed = plan::update(&resources, native.container()).map_err(refused)?;
     if let Some(unit) = &native.container().unit {
-        return unit::update(unit, changed).await;
+        return unit::update(container, unit, changed).await;
     }
     blocking(move || control::update(&changed).map_err(failed(Verb::Update, "change limits"))).await
 }

@@ -7,7 +7,8 @@
 //!  placeholder (the keeper's) ─▶ unit started with it ─▶ plan performed: init is born in its cgroup ─▶ limits ─▶ placeholder killed
 //! ```
 //!
-//! **Invariant:** a unit is ours if the placeholder is in it; nothing is done to any other. Each step can be done again.
+//! **Invariant:** a unit is ours if the placeholder is in it, a slice, which has none, if its description names the request; nothing is done to any other. Each
+//! step can be done again.
 use std::os::fd::AsFd;
 
 use x_engine::control;
@@ -15,6 +16,7 @@ use x_engine::plan::{self, Property};
 
 use super::create::blocking;
 use super::native::failed;
+use super::{Container, Shared};
 use crate::engine::{self, EngineError, Verb};
 use crate::handover::{Perform, PlanKind};
 use crate::processes::Stat;
@@ -23,6 +25,7 @@ use crate::systemd::{self, Manager};
 use crate::worker::cause::{Cause, step};
 use crate::worker::error::Error;
 use crate::worker::id::ProcessKey;
+use crate::worker::phase::Phase;
 
 /// The unit of a container that is being made.
 #[derive(Debug)]
@@ -30,42 +33,51 @@ pub(super) struct Held {
     manager: Manager,
     unit: plan::Unit,
     placeholder: Option<u32>,
+    /// This worker has seen that the unit is ours. Otherwise the placeholder has exited, and with it the proof.
+    is_proven: bool,
 }
 
 impl Held {
     /// Starts the unit.
-    pub(super) async fn start(cause: &Cause, key: &ProcessKey, unit: &plan::Unit) -> Result<Self, Error> {
-        // A worker has been here: what has the name is ours, or what that worker has met.
-        let may_be_started = unit.is_slice() && !cause.is_first(step::UNIT).await;
+    pub(super) async fn start(shared: &Shared, cause: &Cause, key: &ProcessKey, unit: &plan::Unit) -> Result<Self, Error> {
         let placeholder = if unit.is_slice() { None } else { Some(placeholder(cause, key).await?) };
-        let manager = match Manager::connect().await {
-            Ok(manager) => manager,
-            Err(error) => {
-                placeholder.into_iter().for_each(kill);
-                return Err(failure(Verb::Create, &error));
-            }
+        let unit = match placeholder {
+            Some(_) => unit.clone(),
+            None => unit.described(&format!("container {}, request {} of shim {}", key.container, cause.number(), shared.keeper.get().pid)),
         };
-        let held = Self { manager, unit: unit.clone(), placeholder };
-        let pids: Vec<u32> = placeholder.into_iter().collect();
-        // Its end has followed the making of init: an earlier worker has come further.
+        // In what follows, a placeholder that is in no unit of ours is left to the end of the request: a replay is to find it as this worker did.
+        let manager = Manager::connect().await.map_err(|error| failure(Verb::Create, &error))?;
+        let mut held = Self { manager, unit, placeholder, is_proven: false };
+        // Its end has followed the making of init, or the stop of a unit of ours: an earlier worker has come further.
         if placeholder.is_some_and(|pid| !Stat::of(pid).is_some_and(|stat| stat.is_running())) {
             return Ok(held);
         }
-        match held.manager.start(&held.unit, &pids).await {
+        let pids: Vec<u32> = placeholder.into_iter().collect();
+        let started = held.manager.start(&held.unit, &pids).await;
+        held.is_proven = started.is_ok() || started.as_ref().is_err_and(systemd::Error::has_a_job) || held.is_ours().await;
+        match started {
             Ok(()) => Ok(held),
-            Err(systemd::Error::Exists { .. }) if may_be_started || placeholder.is_some_and(|pid| is_in(pid, &unit.control_group)) => {
-                Ok(held)
-            }
-            Err(error @ systemd::Error::Exists { .. }) => {
-                let message = error.to_string();
-                held.end().await;
-                Err(EngineError::Exists { verb: Verb::Create, message }.into())
-            }
+            Err(systemd::Error::Exists { .. }) if held.is_proven => Ok(held),
             Err(error) => {
-                // It may have been started all the same.
-                held.stop().await;
-                Err(failure(Verb::Create, &error))
+                if held.is_proven {
+                    // It may have been started all the same.
+                    held.stop().await;
+                } else {
+                    held.manager.close().await;
+                }
+                Err(match error {
+                    systemd::Error::Exists { .. } => EngineError::Exists { verb: Verb::Create, message: error.to_string() }.into(),
+                    error => failure(Verb::Create, &error),
+                })
             }
+        }
+    }
+
+    /// Whether the unit of the name is the one that this request has started.
+    async fn is_ours(&self) -> bool {
+        match self.placeholder {
+            Some(pid) => is_in(pid, &self.unit.control_group),
+            None => self.manager.has_description(&self.unit).await,
         }
     }
 
@@ -76,10 +88,15 @@ impl Held {
 
     /// Gives the limits to systemd, then writes the files again: its idea of them may differ.
     pub(super) async fn limit(&self, cgroup: &plan::Cgroup) -> Result<(), Error> {
-        set(&self.manager, Verb::Create, &self.unit.name, cgroup, &self.unit.limits).await
+        set(&self.manager, Verb::Create, &self.unit.name, cgroup, &self.unit.limits, None).await
     }
 
-    /// The container is made, or the unit not ours.
+    /// Whether the unit is ours though a folder of the container is another's. One that is only assumed to be ours is the other's too.
+    pub(super) fn is_proven(&self) -> bool {
+        self.is_proven
+    }
+
+    /// The container is made, or the unit another's.
     pub(super) async fn end(self) {
         self.placeholder.into_iter().for_each(kill);
         self.manager.close().await;
@@ -109,7 +126,7 @@ pub(super) async fn stop(key: &ProcessKey, unit: &str) {
 }
 
 /// Changes limits of a container: first as properties of its unit, then in its cgroup.
-pub(super) async fn update(unit: &str, mut changed: plan::Cgroup) -> Result<(), Error> {
+pub(super) async fn update(container: &Container, unit: &str, mut changed: plan::Cgroup) -> Result<(), Error> {
     let bandwidth = control::bandwidth(&changed);
     let properties = plan::settle(&mut changed, bandwidth).map_err(|why| engine::refused(Verb::Update, &why))?;
     if properties.is_empty() {
@@ -117,7 +134,7 @@ pub(super) async fn update(unit: &str, mut changed: plan::Cgroup) -> Result<(), 
     }
     let manager = Manager::connect().await.map_err(|error| failure(Verb::Update, &error))?;
     let before = manager.values(unit, &properties).await;
-    let updated = set(&manager, Verb::Update, unit, &changed, &properties).await;
+    let updated = set(&manager, Verb::Update, unit, &changed, &properties, Some(container)).await;
     if updated.is_err()
         && let Err(error) = manager.set_back(unit, &before).await
     {
@@ -128,13 +145,21 @@ pub(super) async fn update(unit: &str, mut changed: plan::Cgroup) -> Result<(), 
 }
 
 /// On cgroup v1 systemd then writes its list of devices again, in steps: nothing may use a device meanwhile, and what a hook has added is added again.
-async fn set(manager: &Manager, verb: Verb, unit: &str, cgroup: &plan::Cgroup, properties: &[Property]) -> Result<(), Error> {
+/// `running`: what may use one.
+async fn set(
+    manager: &Manager,
+    verb: Verb,
+    unit: &str,
+    cgroup: &plan::Cgroup,
+    properties: &[Property],
+    running: Option<&Container>,
+) -> Result<(), Error> {
     if properties.is_empty() {
         return Ok(());
     }
     let devices = control::devices(cgroup);
-    let is_to_freeze = verb == Verb::Update && !devices.is_empty() && !control::is_frozen(cgroup);
-    if is_to_freeze {
+    let running = running.filter(|_| !devices.is_empty());
+    if running.is_some() && !control::is_frozen(cgroup) {
         let cgroup = cgroup.clone();
         // What cannot be frozen may be refused a device for a moment.
         if let Err(error) = blocking(move || control::freeze(&cgroup).map_err(failed(verb, "freeze the cgroup"))).await {
@@ -143,7 +168,8 @@ async fn set(manager: &Manager, verb: Verb, unit: &str, cgroup: &plan::Cgroup, p
     }
     let mut done = manager.set(unit, properties).await.map_err(|error| failure(verb, &error));
     let allowed = control::allow(&devices).map_err(failed(verb, "allow devices again"));
-    if is_to_freeze {
+    // By the phase: a worker that was killed here has left it frozen, and a client may have paused it meanwhile.
+    if running.is_some_and(|container| container.record().init.phase != Phase::Paused) {
         let cgroup = cgroup.clone();
         let thawed = blocking(move || control::thaw(&cgroup).map_err(failed(verb, "thaw the cgroup"))).await;
         done = done.and(thawed);

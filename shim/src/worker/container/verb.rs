@@ -1,6 +1,7 @@
 //! Runs a verb of a container's engine.
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::Record;
@@ -58,8 +59,9 @@ pub(super) fn blocking_add_criu_errors(error: Error, work_path: &Path) -> Error 
 
 /// The last error lines of a criu log.
 fn criu_errors(log: &Path) -> Option<String> {
-    let mut file = File::open(log).ok()?;
-    let length = file.metadata().ok()?.len();
+    // A pipe of this name without a writer would be waited for.
+    let mut file = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK).open(log).ok()?;
+    let length = file.metadata().ok().filter(Metadata::is_file)?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(MAX_LOG_BYTES))).ok()?;
     let mut bytes = Vec::new();
     file.take(MAX_LOG_BYTES).read_to_end(&mut bytes).ok()?;
@@ -83,6 +85,10 @@ mod tests {
         let folder = scratch::Folder::new("criu");
         let failed = || Error::Engine(EngineError::Failed { verb: Verb::Restore, message: "criu failed".into() });
         assert_eq!(blocking_add_criu_errors(failed(), &folder).chain(), failed().chain());
+        let log = folder.join("restore.log");
+        nix::unistd::mkfifo(&log, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        assert_eq!(blocking_add_criu_errors(failed(), &folder).chain(), failed().chain());
+        std::fs::remove_file(&log).expect("removed");
         let noise = "(00.1) pie: 1: fine\n".repeat(50_000);
         let long = "x".repeat(10_000);
         let errors: String = (0..20).map(|number| format!("(00.2) Error (criu/tty.c:{number}): {long}\n")).collect();

@@ -37,6 +37,13 @@ impl Meter {
     ///
     /// Errors: a skip, without the controller cpuacct of cgroup v1.
     pub(super) fn new(cx: &Context) -> Result<Self> {
+        let namespace = cx.client().namespace();
+        let pid = cx.daemon().pid().context("the daemon runs")?;
+        Self::of(&format!("daemon-{namespace}"), &format!("{}/{namespace}", isolation::cgroup()), pid)
+    }
+
+    /// The same for the daemon `pid`, with a name for its cgroup, and with the cgroup below which its containers are.
+    pub(super) fn of(name: &str, containers: &str, pid: u32) -> Result<Self> {
         let (root, file) = match Version::here() {
             Version::V1 => (Path::new("/sys/fs/cgroup/cpuacct"), "cpuacct.usage"),
             Version::V2 => (Path::new("/sys/fs/cgroup"), "cpu.stat"),
@@ -44,13 +51,10 @@ impl Meter {
         if !root.join(file).exists() {
             return skip(format!("no processor time is measured: there is no {}", root.join(file).display()));
         }
-        let run = root.join(isolation::cgroup());
-        let namespace = cx.client().namespace();
-        let folders = [run.join(format!("daemon-{namespace}")), run.join(namespace)];
+        let folders = [root.join(isolation::cgroup()).join(name), root.join(containers)];
         for folder in &folders {
             fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
         }
-        let pid = cx.daemon().pid().context("the daemon runs")?;
         fs::write(folders[0].join("cgroup.procs"), pid.to_string()).context("move the daemon")?;
         let daemon = ClockId::pid_cpu_clock_id(Pid::from_raw(pid.cast_signed()))?;
         Ok(Self { daemon, files: folders.map(|folder| folder.join(file)) })
@@ -66,7 +70,12 @@ impl Meter {
                 None => Duration::from_nanos(text.trim().parse()?),
             };
         }
-        Ok(milliseconds(all) - milliseconds(self.daemon.now()?.into()))
+        Ok(milliseconds(all) - self.daemon()?)
+    }
+
+    /// The daemon's own, in milliseconds.
+    pub(super) fn daemon(&self) -> Result<f64> {
+        Ok(milliseconds(self.daemon.now()?.into()))
     }
 }
 

@@ -5,7 +5,7 @@
 //!            [--rounds 30] [--containers 100] [--probed 20] [--execs 5000] [--no-seccomp] [--upgrade] [--rest]
 //!            [--only PART,…] [--skip PART,…] [--json] [--plot FILE.svg]
 //! ```
-//! `--shim NAME=PATH[@RUNTIME]`: `stock` is the shim that comes with that containerd; its runtime is `--runtime` unless it is named. A shim's
+//! `--shim NAME=PATH[@RUNTIME[+keeper]]`: with `+keeper`, its pods have no pause container, but the shim holds their namespaces. `stock` is the shim that comes with that containerd; its runtime is `--runtime` unless it is named. A shim's
 //! runtime type follows from its file name. Ratios are to the first shim. Containers have the seccomp profile of `ctr run --seccomp`.
 //! `--probed` is how many containers have an exec each second. For a shim with keepers, `--upgrade` upgrades all shims whose memory was
 //! measured, in one go, and `--rest` measures them again when all their workers hibernate.
@@ -20,6 +20,7 @@
 //! | stdout | `output` | the throughput of stdout, and its processor time |
 //! | execs | `execs` | hundreds of execs of one container, without a daemon |
 //! | memory | `memory` | memory of idle containers' shims |
+//! | pods | `pods` | pods through CRI: the time of their steps, processor time, memory of idle ones. Only where `--only` names it |
 
 mod cost;
 mod execs;
@@ -27,6 +28,7 @@ mod latency;
 mod memory;
 mod output;
 mod plot;
+mod pods;
 mod probes;
 mod report;
 
@@ -39,6 +41,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use shim_tests::container::Builder;
 use shim_tests::context::Context;
+use shim_tests::cri::Sandboxer;
 use shim_tests::daemon::Daemon;
 use shim_tests::runner::{self, Skip};
 use shim_tests::suite::{Runtime, Shim, Suite};
@@ -71,6 +74,7 @@ struct Choice {
     name: String,
     shim: Shim,
     runtime: Runtime,
+    sandboxer: Sandboxer,
 }
 
 fn arguments() -> Result<Plan> {
@@ -118,13 +122,15 @@ fn arguments() -> Result<Plan> {
     }
     for value in named {
         let (name, program) = value.split_once('=').context("--shim is NAME=PATH[@RUNTIME]")?;
+        let (sandboxer, program) = pods::sandboxer(program);
         let (path, runtime) = match program.rsplit_once('@') {
             Some((path, word)) => (path, runtime(word)?),
             None => (program, usual),
         };
         let shim = shim(path)?;
         ensure!(shim.is_ours() || runtime != Runtime::Native, "{name}: a shim without an engine of its own needs runc or crun");
-        plan.shims.push(Choice { name: name.to_owned(), shim, runtime });
+        ensure!(sandboxer == Sandboxer::Pause || plan.suite == Suite::Forky, "{name}: no shim holds pods before containerd 2");
+        plan.shims.push(Choice { name: name.to_owned(), shim, runtime, sandboxer });
     }
     ensure!(!plan.shims.is_empty(), "name at least one --shim NAME=PATH[@RUNTIME]");
     ensure!(plan.containers > 0 && plan.probed > 0 && plan.rounds > 0 && plan.execs > 0, "nothing to measure");
@@ -132,7 +138,7 @@ fn arguments() -> Result<Plan> {
 }
 
 /// What can be measured.
-const PARTS: [&str; 8] = ["latency", "load", "cost", "counts", "probes", "stdout", "execs", "memory"];
+const PARTS: [&str; 9] = ["latency", "load", "cost", "counts", "probes", "stdout", "execs", "memory", "pods"];
 
 /// A list of parts, separated by commas.
 fn parts(list: String) -> Result<String> {
@@ -162,6 +168,7 @@ struct Subject {
     name: String,
     shim: Shim,
     runtime: Runtime,
+    sandboxer: Sandboxer,
     bed: Bed,
     figures: Figures,
 }
@@ -229,8 +236,8 @@ async fn measure(plan: &Plan) -> Result<()> {
     let mut subjects = Vec::new();
     for choice in &plan.shims {
         let bed = Bed::new(plan, choice, &programs).await.with_context(|| choice.name.clone())?;
-        let (name, shim, runtime) = (choice.name.clone(), choice.shim.clone(), choice.runtime);
-        subjects.push(Subject { name, shim, runtime, bed, figures: Figures::default() });
+        let (name, shim, runtime, sandboxer) = (choice.name.clone(), choice.shim.clone(), choice.runtime, choice.sandboxer);
+        subjects.push(Subject { name, shim, runtime, sandboxer, bed, figures: Figures::default() });
     }
     let lists = |list: &str, part: &str| list.split(',').any(|listed| listed == part);
     let wanted = |part: &str| plan.only.as_deref().is_none_or(|only| lists(only, part)) && !lists(&plan.skip, part);
@@ -266,6 +273,10 @@ async fn measure(plan: &Plan) -> Result<()> {
         begin(&mut subjects, &format!("Memory of {} idle containers' shims", plan.containers));
         memory::measure(&mut subjects, plan).await?;
     }
+    if plan.only.as_deref().is_some_and(|only| lists(only, "pods")) {
+        begin(&mut subjects, &format!("Pods, and {} idle ones without containers", plan.containers));
+        pods::measure(&mut subjects, plan).await?;
+    }
     let columns: Vec<Column<'_>> = subjects.iter().map(|subject| (subject.name.as_str(), &subject.figures)).collect();
     if let Some(path) = &plan.plot {
         fs::write(path, plot::svg(&latency::PANELS, &columns)).with_context(|| path.display().to_string())?;
@@ -297,7 +308,9 @@ fn or_skipped(result: Result<()>) -> Result<()> {
 /// What the figures are of, and how to repeat them.
 fn introduction(plan: &Plan, load: &str) -> Result<String> {
     let mut text = String::from("# Benchmark\n\n");
-    text.push_str("Shims side by side in one run, taking turns, through the same version of containerd. Repeat it with `make bench` (root; the quieter the\n");
+    let target = if plan.only.as_deref() == Some("pods") { "bench-pods" } else { "bench" };
+    text.push_str("Shims side by side in one run, taking turns, through the same version of containerd. Repeat it with ");
+    text.push_str(&format!("`make {target}` (root; the quieter the\n"));
     text.push_str("machine, the better). Cells are medians, with quartiles in brackets, and the ratio to the first column.\n\n");
     let plotted = plan.plot.as_ref().and_then(|path| path.file_name()).map(|name| name.to_string_lossy());
     if let Some(name) = plotted {

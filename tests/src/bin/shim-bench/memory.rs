@@ -25,7 +25,7 @@ const WITHIN: Duration = Duration::from_secs(300);
 /// How long the context switches of keepers alone are counted.
 const WATCHED: Duration = Duration::from_secs(20);
 /// A worker hibernates after a minute.
-const HIBERNATES_WITHIN: Duration = Duration::from_secs(150);
+pub(super) const HIBERNATES_WITHIN: Duration = Duration::from_secs(150);
 
 /// One shim after the other, so that none shares the machine with the containers of another.
 pub(super) async fn measure(subjects: &mut [Subject], plan: &Plan) -> Result<()> {
@@ -206,7 +206,7 @@ async fn upgrade(subject: &mut Subject, containers: &[Container]) -> Result<()> 
 
 /// Sums over processes of one kind.
 #[derive(Debug, Default)]
-struct Footprint {
+pub(super) struct Footprint {
     pss: u64,
     anonymous: u64,
     tables: u64,
@@ -214,7 +214,7 @@ struct Footprint {
 }
 
 impl Footprint {
-    fn of(pids: &[i32]) -> Result<Self> {
+    pub(super) fn of(pids: &[i32]) -> Result<Self> {
         let mut sum = Self::default();
         for pid in pids {
             let path = format!("/proc/{pid}/smaps_rollup");
@@ -238,14 +238,18 @@ impl Footprint {
         }
     }
 
+    pub(super) fn threads(&self) -> u64 {
+        self.threads
+    }
+
     /// In KiB.
-    fn sizes(&self) -> [(&'static str, u64); 3] {
+    pub(super) fn sizes(&self) -> [(&'static str, u64); 3] {
         [("PSS", self.pss), ("anonymous", self.anonymous), ("page tables", self.tables)]
     }
 }
 
 /// Makes a cgroup of that path in every v1 hierarchy, ready to be joined, and returns the folders of the memory controller.
-fn make_cgroups(path: &str) -> Result<Vec<PathBuf>> {
+pub(super) fn make_cgroups(path: &str) -> Result<Vec<PathBuf>> {
     let mut memory = Vec::new();
     for entry in fs::read_dir("/sys/fs/cgroup")?.flatten().filter(|entry| entry.path().join("cgroup.procs").exists()) {
         let mut folder = entry.path();
@@ -271,7 +275,7 @@ fn make_cgroups(path: &str) -> Result<Vec<PathBuf>> {
 }
 
 /// Bytes accounted to those cgroups, without page cache.
-fn accounted(folders: &[PathBuf]) -> u64 {
+pub(super) fn accounted(folders: &[PathBuf]) -> u64 {
     folders.iter().map(|folder| usage_without_cache(folder).unwrap_or(0)).sum()
 }
 

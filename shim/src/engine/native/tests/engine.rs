@@ -39,6 +39,8 @@ mod freezes;
 mod hooks;
 #[path = "engine/idmaps.rs"]
 mod idmaps;
+#[path = "engine/images.rs"]
+mod images;
 #[path = "engine/inits.rs"]
 mod inits;
 #[path = "support/keeper.rs"]
@@ -138,6 +140,7 @@ fn main() -> ExitCode {
         agents::CASES,
         networks::CASES,
         checkpoints::CASES,
+        images::CASES,
     ]
     .concat();
     let trials = cases.into_iter().map(|(name, run)| {

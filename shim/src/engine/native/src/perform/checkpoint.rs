@@ -86,7 +86,8 @@ fn write_descriptors(image: &OwnedFd, pid: u32) -> io::Result<()> {
         Err(error) => Err(error.into()),
     });
     let streams = streams.collect::<io::Result<Vec<String>>>()?;
-    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    // A pipe of this name without a reader would be waited for.
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let file = openat(image, DESCRIPTORS, flags, Mode::from_bits_truncate(0o600))?;
     File::from(file).write_all(serde_json::to_string(&streams)?.as_bytes())
 }

@@ -16,7 +16,6 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, killpg};
@@ -67,13 +66,11 @@ impl<'a> Session<'a> {
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).doing(Step::Criu, doing)?;
         let output = memfd_create("criu", MFdFlags::MFD_CLOEXEC).map(File::from).doing(Step::Criu, doing)?;
         let copy = || output.try_clone().doing(Step::Criu, doing);
-        for descriptor in inherited.iter().copied().chain([&theirs]) {
-            fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty())).doing(Step::Criu, doing)?;
-        }
         let mut command = Command::new(&criu.program);
         command.arg("swrk").arg(theirs.as_raw_fd().to_string()).env_clear().env("PATH", &criu.search_path).current_dir("/");
         command.stdin(Stdio::null()).stdout(copy()?).stderr(copy()?).process_group(0);
         sys::end_with_this_process(&mut command);
+        sys::keep_open(&mut command, inherited.iter().copied().chain([&theirs]));
         if let Some(joining) = joining {
             sys::write_before(&mut command, joining.lists().doing(Step::Criu, doing)?, b"0");
         }
@@ -83,6 +80,10 @@ impl<'a> Session<'a> {
         drop(theirs);
         session.check_version()?;
         Ok(session)
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     fn check_version(&mut self) -> Result<(), Failure> {

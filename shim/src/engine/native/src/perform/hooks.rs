@@ -71,7 +71,9 @@ fn wait(child: &mut Child, timeout: Option<Duration>) -> std::io::Result<Option<
 fn tail(mut output: File) -> String {
     let mut text = Vec::new();
     let length = output.metadata().map(|about| about.len()).unwrap_or(0);
-    let read = output.seek(SeekFrom::Start(length.saturating_sub(MAX_OUTPUT_BYTES))).and_then(|_| output.read_to_end(&mut text));
+    let read = output
+        .seek(SeekFrom::Start(length.saturating_sub(MAX_OUTPUT_BYTES)))
+        .and_then(|_| output.take(MAX_OUTPUT_BYTES).read_to_end(&mut text));
     if read.is_err() {
         return String::new();
     }

@@ -85,10 +85,11 @@ impl Own {
     }
 }
 
-/// Gives the next child a time namespace of its own, with the clocks of this one: every descendant of it inherits that, whatever becomes of its parents and
-/// sessions, and only with CAP_SYS_ADMIN can one leave it. So the descendants of an exec are found when it is killed.
+/// Gives the next child a time namespace of its own, with the clocks of this one: every descendant of it inherits that, whatever becomes
+/// of its parents and sessions, and only with CAP_SYS_ADMIN can one leave it. So the descendants of an exec are found when it is killed.
 ///
-/// Without it they are found as far as their parents, sessions and pipes show them: a kernel without time namespaces, or with all in use, fails no exec.
+/// Without it they are found as far as their parents, sessions and pipes show them: a kernel without time namespaces, or with all in
+/// use, fails no exec.
 pub(super) fn mark_descendants() {
     let _ = unshare(TIME);
 }
@@ -146,7 +147,7 @@ fn enter(namespace: &OwnedFd, kind: Kind) -> nix::Result<()> {
 }
 
 /// The name in `/proc/PID/ns`.
-fn file(kind: Kind) -> &'static str {
+pub(super) fn file(kind: Kind) -> &'static str {
     match kind {
         Kind::Mount => "mnt",
         Kind::Pid => "pid",

@@ -1,21 +1,30 @@
-//! The privileges of processes that come from an image.
+//! The privileges and namespaces of processes that come from an image.
 //!
-//! **Invariant:** an image gives a process nothing that the configuration does not: an image can be of another container, or written by anyone.
+//! **Invariant:** an image gives a process no capability that the configuration does not, and leaves it in no namespace of the host's: an image can be of another
+//! container, or written by anyone.
 use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 
 use super::child::plain;
-use super::{Doing, Failure, Step};
+use super::{Doing, Failure, Step, namespaces};
 use crate::control;
-use crate::plan::{Create, Process};
+use crate::plan::{Create, Kind, Process};
 
-/// Checks every thread in the cgroup of a container.
-pub(super) fn check(create: &Create) -> Result<(), Failure> {
+/// Checks every thread in the cgroup of a container but those of criu, which is in there too.
+pub(super) fn check(create: &Create, criu: u32) -> Result<(), Failure> {
+    let hosts = hosts_namespaces(create).doing(Step::Criu, || "look at the namespaces of the host".to_owned())?;
     for pid in control::pids(&create.cgroup) {
-        // criu is in there too. It is the container's by its cgroup alone.
-        if is_of_host(pid) {
+        let doing = || format!("read the privileges of process {pid}");
+        if is_below(pid, criu) {
             continue;
         }
-        let doing = || format!("read the privileges of process {pid}");
+        for (kind, host) in &hosts {
+            if inode(&pid.to_string(), *kind).doing(Step::Criu, doing)? == *host {
+                let name = namespaces::file(*kind);
+                return Err(plain(Step::Criu, &format!("the checkpoint has a process in the {name} namespace of the host")));
+            }
+        }
         for thread in fs::read_dir(format!("/proc/{pid}/task")).doing(Step::Criu, doing)?.flatten() {
             let status = fs::read_to_string(thread.path().join("status")).doing(Step::Criu, doing)?;
             if let Some(why) = excess(&create.process, &status) {
@@ -26,15 +35,40 @@ pub(super) fn check(create: &Create) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whether a process is in this one's mount namespace, and so none of a container's.
-fn is_of_host(pid: u32) -> bool {
-    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
-    namespace("self") == namespace(&pid.to_string())
+/// The namespaces of this process in which no process of the container may be. criu makes a cgroup namespace only where it restores cgroups.
+fn hosts_namespaces(create: &Create) -> io::Result<Vec<(Kind, u64)>> {
+    let mut hosts = Vec::new();
+    for kind in [Kind::Mount, Kind::Pid, Kind::Network, Kind::Ipc, Kind::Uts] {
+        if !create.has(kind) {
+            continue;
+        }
+        let host = inode("self", kind)?;
+        let joined = create.joined(kind).map(fs::metadata).transpose()?;
+        if joined.is_none_or(|joined| joined.ino() != host) {
+            hosts.push((kind, host));
+        }
+    }
+    Ok(hosts)
+}
+
+fn inode(process: &str, kind: Kind) -> io::Result<u64> {
+    Ok(fs::metadata(format!("/proc/{process}/ns/{}", namespaces::file(kind)))?.ino())
+}
+
+/// Whether a process is another or a descendant of it. What is restored descends from criu's sibling.
+fn is_below(pid: u32, ancestor: u32) -> bool {
+    let parent = |pid: u32| field(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "PPid")?.parse().ok().filter(|pid| *pid != 0);
+    std::iter::successors(Some(pid), |pid| parent(*pid)).take(MAX_DEPTH).any(|pid| pid == ancestor)
+}
+
+/// A field of a process's status.
+fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim))
 }
 
 /// What a thread has more than a process of the configuration.
 fn excess(process: &Process, status: &str) -> Option<String> {
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::trim));
+    let field = |name: &str| field(status, name);
     if let Some(allowed) = &process.capabilities {
         for name in ["CapBnd", "CapPrm", "CapEff", "CapInh", "CapAmb"] {
             // Without a readable field, everything.
@@ -52,6 +86,9 @@ fn excess(process: &Process, status: &str) -> Option<String> {
     }
     None
 }
+
+/// Of descendants: criu's own are few.
+const MAX_DEPTH: usize = 1000;
 
 #[cfg(test)]
 mod tests {

@@ -4,12 +4,13 @@
 //!  performer ── root, targets of mounts, in a mount namespace of its own ──▶ criu, in the container's cgroup
 //!      │ ◀── setup-namespaces: `lo`, network devices, hooks on the host
 //!      │ ◀── post-restore: limits, attributes of mounts, masks
-//!      │ ◀── pre-resume: are privileges within the configuration? No process has gone on yet
+//!      │ ◀── pre-resume: are privileges and namespaces within the configuration? No process has gone on yet
 //!      └─ poststart hooks, report                                            init: a child of the performer's, then of the keeper's
 //! ```
 //!
 //! **Invariant:** the host's table of mounts is not changed. What comes from the image is in names that the configuration has: sources of mounts,
 //! namespaces, cgroup and streams are the plan's, and the processes have no more privileges than it gives. A failure leaves neither process nor cgroup.
+//! File systems that the image mounts by itself are not compared with the plan.
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
@@ -77,7 +78,8 @@ fn restore_in(plan: &Imaged, kept: &Kept, joining: &Joining) -> Result<u32, Fail
     }
 
     let session = Session::start(criu, Some(joining), &inherited)?;
-    let pid = session.request(Request::Restore, &options, |notice| act(create, kept, notice))?;
+    let criu = session.pid();
+    let pid = session.request(Request::Restore, &options, |notice| act(create, kept, criu, notice))?;
     if pid == 0 {
         return Err(plain(Step::Criu, "criu has reported no pid"));
     }
@@ -87,7 +89,7 @@ fn restore_in(plan: &Imaged, kept: &Kept, joining: &Joining) -> Result<u32, Fail
 }
 
 /// Acts on a report of criu's.
-fn act(create: &Create, kept: &Kept, notice: Notice) -> Result<(), Failure> {
+fn act(create: &Create, kept: &Kept, criu: u32, notice: Notice) -> Result<(), Failure> {
     match notice.name.as_str() {
         "setup-namespaces" => {
             if create.makes(Kind::Network) {
@@ -102,7 +104,7 @@ fn act(create: &Create, kept: &Kept, notice: Notice) -> Result<(), Failure> {
             confirm_mounts(create, notice.pid)
         }
         // Every process has its ids, capabilities and filters, and none has gone on.
-        "pre-resume" => privileges::check(create),
+        "pre-resume" => privileges::check(create, criu),
         "orphan-pts-master" => match (&notice.descriptor, &kept.console) {
             (Some(master), Some(console)) => terminal::send(master, console).doing(Step::Terminal, || "send the terminal".to_owned()),
             (None, _) => Err(plain(Step::Terminal, "criu has sent no terminal")),

@@ -67,8 +67,30 @@ impl Value {
         let mut reader = Reader { rest: text.chars().peekable(), depth: 0 };
         let term = reader.term()?;
         match reader.after_space() {
-            None => resolve(term, None),
+            None => resolve(term, None).and_then(Self::with_short_signature),
             Some(rest) => Err(format!("{rest:?} after the value")),
+        }
+    }
+}
+
+impl Value {
+    /// Refuses what no message can have: the length of a signature is one byte there.
+    fn with_short_signature(self) -> Result<Self, String> {
+        let length = match &self {
+            Self::Signature(text) => text.len(),
+            other => other.signature().len(),
+        };
+        if length > MAX_SIGNATURE_BYTES {
+            return Err(format!("has a signature of {length} letters, {MAX_SIGNATURE_BYTES} are the most"));
+        }
+        match self {
+            Self::Array(element, values) => {
+                let values = values.into_iter().map(Self::with_short_signature).collect::<Result<_, _>>()?;
+                Ok(Self::Array(element, values))
+            }
+            Self::Tuple(values) => values.into_iter().map(Self::with_short_signature).collect::<Result<_, _>>().map(Self::Tuple),
+            Self::Variant(value) => value.with_short_signature().map(|value| Self::Variant(Box::new(value))),
+            other => Ok(other),
         }
     }
 }
@@ -408,6 +430,8 @@ impl std::fmt::Display for Value {
 }
 
 const MAX_BYTES: usize = 4096;
+/// D-Bus's own.
+const MAX_SIGNATURE_BYTES: usize = 255;
 const MAX_DEPTH: usize = 8;
 
 #[cfg(test)]
@@ -461,6 +485,7 @@ mod tests {
     fn what_is_no_value_is_refused_with_the_reason() {
         let deep = "[".repeat(9);
         let long = format!("'{}'", "a".repeat(MAX_BYTES));
+        let [wide, signature] = [format!("[<({})>]", "1,".repeat(254)), format!("signature '{}'", "i".repeat(256))];
         for (written, reason) in [
             ("", "ends where a value is missing"),
             ("1 2", "after the value"),
@@ -486,6 +511,8 @@ mod tests {
             ("'\\u12'", "too few digits"),
             (deep.as_str(), "deeper than 8"),
             (long.as_str(), "more than 4096"),
+            (wide.as_str(), "has a signature of 256 letters, 255 are the most"),
+            (signature.as_str(), "has a signature of 256 letters"),
         ] {
             let why = Value::parse(written).expect_err(written);
             assert!(why.contains(reason), "{written}: {why}");

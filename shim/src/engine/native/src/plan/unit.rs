@@ -47,6 +47,22 @@ impl Unit {
     pub fn is_slice(&self) -> bool {
         self.name.ends_with(SLICE)
     }
+
+    /// What systemd shows of it to people.
+    #[must_use]
+    pub fn description(&self) -> Option<&str> {
+        self.properties.iter().find_map(|property| match &property.value {
+            Value::Text(text) if property.name == DESCRIPTION => Some(text.as_str()),
+            _ => None,
+        })
+    }
+
+    /// The same unit with another description.
+    #[must_use]
+    pub fn described(&self, text: &str) -> Self {
+        let properties = self.properties.iter().cloned().chain([Property::new(DESCRIPTION, Value::Text(text.to_owned()))]).collect();
+        Self { properties: last_of_each(properties), ..self.clone() }
+    }
 }
 
 impl Default for Bandwidth {
@@ -134,7 +150,7 @@ impl Place {
     ) -> Result<Unit, Refused> {
         let is_v2 = matches!(hierarchies, [only] if only.controllers.is_empty());
         let flag = |name: &str, value: bool| Property::new(name, Value::Bool(value));
-        let mut properties = vec![Property::new("Description", Value::Text(format!("container {id}")))];
+        let mut properties = vec![Property::new(DESCRIPTION, Value::Text(format!("container {id}")))];
         if self.name.ends_with(SLICE) {
             properties.push(Property::new("Wants", Value::texts(&[&self.slice])));
         } else {
@@ -146,7 +162,7 @@ impl Place {
         if !is_v2 {
             properties.extend(devices(allowed));
         }
-        properties.extend(annotated(spec)?);
+        properties.extend(annotated(spec, is_v2)?);
         let control_group = self.control_group(hierarchies);
         Ok(Unit { name: self.name.clone(), control_group, properties: last_of_each(properties), limits })
     }
@@ -189,8 +205,8 @@ fn is_unit_name(name: &str) -> bool {
 
 /// The devices that systemd allows, as it writes them to cgroup v1. What it has no words for stays forbidden when it writes them again.
 fn devices(allowed: &Allowed) -> [Property; 2] {
-    let list = |entries: Vec<Value>| Property::new("DeviceAllow", Value::Array("(ss)".to_owned(), entries));
-    let policy = |word: &str| Property::new("DevicePolicy", Value::Text(word.to_owned()));
+    let list = |entries: Vec<Value>| Property::new(DEVICES[1], Value::Array("(ss)".to_owned(), entries));
+    let policy = |word: &str| Property::new(DEVICES[0], Value::Text(word.to_owned()));
     if allowed.by_default && allowed.exceptions.is_empty() {
         return [policy("auto"), list(Vec::new())];
     }
@@ -211,7 +227,7 @@ fn devices(allowed: &Allowed) -> [Property; 2] {
 }
 
 /// The properties that annotations name.
-fn annotated(spec: &Spec) -> Result<Vec<Property>, Refused> {
+fn annotated(spec: &Spec, is_v2: bool) -> Result<Vec<Property>, Refused> {
     let mut named: Vec<(&String, &String)> = spec.annotations().iter().flatten().filter(|(key, _)| key.starts_with(ANNOTATION)).collect();
     named.sort();
     if named.len() > MAX_ANNOTATED {
@@ -223,7 +239,8 @@ fn annotated(spec: &Spec) -> Result<Vec<Property>, Refused> {
         if name.len() < 3 || name.len() > MAX_NAME_BYTES || !name.bytes().all(|byte| byte.is_ascii_alphabetic()) {
             return Err(invalid("the name of a property has letters alone, three at least".to_owned()));
         }
-        if OWNED.contains(&name) {
+        // On v2 systemd's list of devices can only forbid more, on v1 it is the only one.
+        if OWNED.contains(&name) || !is_v2 && DEVICES.contains(&name) {
             return Err(invalid(format!("{name} is the engine's to choose")));
         }
         let value = Value::parse(text).map_err(|why| invalid(format!("is no value in GVariant's text form: {why}")))?;
@@ -386,6 +403,7 @@ fn bits(list: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+const DESCRIPTION: &str = "Description";
 /// What annotations may name.
 pub(crate) const ANNOTATION: &str = "org.systemd.property.";
 const SLICE: &str = ".slice";
@@ -397,6 +415,7 @@ const MAX_NAME_BYTES: usize = 255;
 const MAX_ANNOTATED: usize = 64;
 /// Others' processes, another place, another owner.
 const OWNED: [&str; 4] = ["PIDs", "Slice", "Delegate", "Controller"];
+const DEVICES: [&str; 2] = ["DevicePolicy", "DeviceAllow"];
 /// Of a second, in microseconds.
 const PERCENT: u128 = 10_000;
 /// The terminals' device.

@@ -106,6 +106,19 @@ pub(crate) fn write_before(command: &mut Command, files: Vec<File>, bytes: &'sta
     unsafe { command.pre_exec(write) };
 }
 
+/// Has a command's process keep descriptors under their numbers: that process alone, whatever else this one starts.
+pub(crate) fn keep_open<'a>(command: &mut Command, descriptors: impl Iterator<Item = &'a OwnedFd>) {
+    let numbers: Vec<i32> = descriptors.map(AsRawFd::as_raw_fd).collect();
+    let keep = move || {
+        numbers.iter().try_for_each(|number| {
+            // SAFETY: integers only.
+            check(libc::c_long::from(unsafe { libc::fcntl(*number, libc::F_SETFD, 0) })).map(drop)
+        })
+    };
+    // SAFETY: system calls alone, on integers.
+    unsafe { command.pre_exec(keep) };
+}
+
 /// A handle of a process.
 pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: integers only.

@@ -25,7 +25,7 @@ crate::cases![
 ];
 
 /// Counts in a file system of its own, so that the count is a part of the checkpoint.
-const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /run/i; sleep 0.02; done";
+pub(crate) const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /run/i; sleep 0.02; done";
 
 /// A criu that works, or why there is none: the one in PATH, or that of the tests' cache.
 fn criu() -> Result<PathBuf, String> {
@@ -39,7 +39,7 @@ fn criu() -> Result<PathBuf, String> {
 }
 
 /// How a test runs criu, with a folder for the image.
-fn settings(stage: &Stage) -> Option<Value> {
+pub(crate) fn settings(stage: &Stage) -> Option<Value> {
     let program = criu().inspect_err(|why| eprintln!("skipped: {why}")).ok()?;
     let image = stage.folder.join("image");
     fs::create_dir_all(&image).expect("a folder");
@@ -50,12 +50,12 @@ fn count(stage: &Stage, id: &str) -> u32 {
     stage.exec_shell(id, "cat /run/i 2>/dev/null || echo 0", |_| {}).trim().parse().unwrap_or(0)
 }
 
-fn counts_to(stage: &Stage, id: &str, goal: u32) {
+pub(crate) fn counts_to(stage: &Stage, id: &str, goal: u32) {
     eventually(&format!("a count of {goal}"), || count(stage, id) >= goal);
 }
 
 /// A container of a test that counts.
-fn counting<'a>(stage: &'a Stage, config: &Value) -> crate::stage::Process<'a> {
+pub(crate) fn counting<'a>(stage: &'a Stage, config: &Value) -> crate::stage::Process<'a> {
     let init = stage.create_piped("c", config).expect("created");
     stage.start("c");
     counts_to(stage, "c", 5);
@@ -67,11 +67,11 @@ fn log(stage: &Stage, name: &str) -> String {
     text.lines().filter(|line| line.contains("Error") || line.contains("Warn")).collect::<Vec<_>>().join("\n")
 }
 
-fn saved(stage: &Stage, settings: &Value, exit: bool, paused: bool) {
+pub(crate) fn saved(stage: &Stage, settings: &Value, exit: bool, paused: bool) {
     stage.checkpoint("c", settings, exit, paused).unwrap_or_else(|error| panic!("{error}\n{}", log(stage, "dump.log")));
 }
 
-fn restored<'a>(stage: &'a Stage, config: &Value, settings: &Value) -> crate::stage::Process<'a> {
+pub(crate) fn restored<'a>(stage: &'a Stage, config: &Value, settings: &Value) -> crate::stage::Process<'a> {
     stage.restore("c", config, settings).unwrap_or_else(|error| panic!("{error}\n{}", log(stage, "restore.log")))
 }
 

@@ -320,8 +320,9 @@ fn what_runc_refuses_is_refused() {
     if !is_installed("runc") {
         return;
     }
+    type Change = fn(&mut Value);
     let stage = Stage::new();
-    let changes: &[(&str, fn(&mut Value))] = &[
+    let changes: &[(&str, Change)] = &[
         ("hostname", |config| {
             config["linux"]["namespaces"].as_array_mut().expect("an array").retain(|namespace| namespace["type"] != "uts")
         }),

@@ -31,9 +31,9 @@ crate::cases![
     features_are_runcs_but_for_what_is_refused,
 ];
 
-/// What is compared. Options of cgroup v2 are left out: those that a mount of runc 1.1's takes from the host's too. What names a moment (pids, memory) is left out, and ids of mounts and devices.
+/// What is compared. Options of cgroup v2 are left out, which a mount of runc 1.1's takes from the host's too, and its source: here it is the host's. What names a moment (pids, memory) is left out, and ids of mounts and devices.
 const FACTS: &str = "exec 2>&1; \
-    echo [mounts]; cut -d' ' -f4- /proc/self/mountinfo | sed 's/,nsdelegate//; s/,memory_recursiveprot//' | sort -k2; \
+    echo [mounts]; cut -d' ' -f4- /proc/self/mountinfo | sed 's/ cgroup2 cgroup2 / cgroup2 cgroup /; s/,nsdelegate//; s/,memory_recursiveprot//' | sort -k2; \
     echo [cgroup]; cat /proc/self/cgroup; \
     echo [status]; grep -E '^(Umask|Uid|Gid|Groups|Sig[IBC]|Cap|NoNewPrivs|Seccomp:|Cpus_allowed_list|Mems_allowed_list|THP)' /proc/self/status; \
     echo [limits]; cat /proc/self/limits; \

@@ -117,8 +117,10 @@ fn an_added_process_that_fails_at_any_step_leaves_nothing() {
     }
 }
 
+type Put = fn(&mut Value, &str);
+
 /// Where a configuration has text that a system call gets.
-const TEXTS: &[(&str, fn(&mut Value, &str))] = &[
+const TEXTS: &[(&str, Put)] = &[
     ("hostname", |config, text| config["hostname"] = json!(text)),
     ("domainname", |config, text| config["domainname"] = json!(text)),
     ("root.path", |config, text| config["root"]["path"] = json!(format!("/{text}"))),

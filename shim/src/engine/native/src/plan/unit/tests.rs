@@ -360,6 +360,26 @@ fn annotations_that_are_no_properties_are_refused_by_name() {
     assert!(annotated("other", "hello").is_ok());
 }
 
+/// There systemd's list is the only one.
+#[test]
+fn an_annotation_allows_no_device_on_v1() {
+    for (key, text) in [("DevicePolicy", "'auto'"), ("DeviceAllow", "[('block-*', 'rwm')]")] {
+        let key = format!("org.systemd.property.{key}");
+        let plan = |host: &Host| planned(host, "a.slice:p:c1", |config| config["annotations"] = json!({ key.as_str(): text }));
+        let refused = plan(&Host::example_v1()).expect_err("refused").to_string();
+        assert!(refused.contains(&key) && refused.contains("the engine's to choose"), "{refused}");
+        plan(&Host::example_v2()).expect("it forbids only");
+    }
+}
+
+#[test]
+fn a_description_can_be_replaced() {
+    let unit = unit(&Host::example_v2(), "a.slice:p:c1", |_| {});
+    assert_eq!(unit.description(), Some("container c1"));
+    let other = unit.described("other");
+    assert_eq!((other.description(), other.properties.len()), (Some("other"), unit.properties.len()));
+}
+
 #[test]
 fn a_container_keeps_the_name_of_its_unit() {
     let plan = planned(&Host::example_v2(), "a.slice:p:c1", |_| {}).expect("accepted");
