@@ -38,8 +38,10 @@ fn what_cannot_be_frozen_is_thawed_again() {
         stage.start("c");
         let cgroup = format!("{hierarchy}{}/c", stage.cgroup);
         let stuck = stage.wait_for_page(&cgroup);
-        scratch::eventually("it waits in the kernel", || {
-            stage.on_host(&format!("grep State: /proc/{}/status", stuck.pid)).contains("disk sleep")
+        // Not in the call by which it joins the cgroup.
+        scratch::eventually("it waits in the kernel for the page", || {
+            let is_asleep = stage.on_host(&format!("grep State: /proc/{}/status", stuck.pid)).contains("disk sleep");
+            is_asleep && stage.on_host(&format!("cat /proc/{}/syscall", stuck.pid)).starts_with(&format!("{} ", libc::SYS_process_vm_readv))
         });
         let error = stage.freeze("c", true).expect_err("one process cannot be frozen");
         assert!(error.to_lowercase().contains("busy"), "{error}");

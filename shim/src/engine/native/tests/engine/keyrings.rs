@@ -6,23 +6,22 @@ use crate::stage::Stage;
 crate::cases![a_container_has_a_session_keyring_of_its_own_unless_it_is_told_not_to, a_user_who_may_have_no_more_keys_is_told_so];
 
 fn a_container_has_a_session_keyring_of_its_own_unless_it_is_told_not_to() {
-    // Root sees those of other tests too.
-    const ID: &str = "of-keyrings";
     let stage = Stage::new();
-    let show = format!("grep '_ses.{ID}:' /proc/keys | cut -d' ' -f1; true");
-    for is_kept in [false, true] {
+    // Root sees those of other tests too, and the kernel removes a key some time after its last user.
+    for (id, is_kept) in [("of-keyrings", false), ("of-no-keyrings", true)] {
+        let show = format!("grep '_ses.{id}:' /proc/keys | cut -d' ' -f1; true");
         stage.no_new_keyring.set(is_kept);
         let mut config = stage.config(&["sleep", "1000"]);
         config["linux"]["maskedPaths"] = json!([]);
-        let init = stage.create(ID, &config).unwrap_or_else(|error| panic!("create: {error}"));
-        stage.start(ID);
+        let init = stage.create(id, &config).unwrap_or_else(|error| panic!("create: {error}"));
+        stage.start(id);
         // Added processes join it, and make none.
-        let keyrings = [stage.exec_shell(ID, &show, |_| {}), stage.exec_shell(ID, &show, |_| {})];
+        let keyrings = [stage.exec_shell(id, &show, |_| {}), stage.exec_shell(id, &show, |_| {})];
         assert_eq!(keyrings[0], keyrings[1]);
         assert_eq!(keyrings[0].lines().count(), usize::from(!is_kept), "{keyrings:?}");
         init.kill();
         init.end();
-        stage.delete(ID).expect("deleted");
+        stage.delete(id).expect("deleted");
     }
 }
 
