@@ -42,13 +42,9 @@ fn cases() -> Vec<Case> {
     let mut cases = vec![
         Case::new("every_message::life", native, |cx| Box::pin(sweep::every_message(cx, &s::LIFE))),
         Case::new("every_message::short", runc, |cx| Box::pin(sweep::every_message(cx, &s::SHORT))),
-        Case::new("every_message::pause", runc, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
         Case::new("every_message::terminal", native, |cx| Box::pin(sweep::every_message(cx, &s::TERMINAL))),
-        Case::new("every_message::file", runc, |cx| Box::pin(sweep::every_message(cx, &s::FILE))),
         Case::new("every_message::failing_create", native, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_CREATE))),
         Case::new("every_message::failing_start", native, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_START))),
-        Case::new("every_message::kill_all", runc, |cx| Box::pin(sweep::every_message(cx, &s::KILL_ALL))),
-        Case::new("every_message::shared_pids", runc, |cx| Box::pin(sweep::every_message(cx, &s::SHARED_PIDS))),
         Case::new("every_message::pod", runc, |cx| Box::pin(sweep::every_message(cx, &s::POD))),
         Case::new("every_message::sandbox", Scope::Once, |cx| {
             Box::pin(async move { sweep::every_message(cx.with_own_sandboxes().await?, &sandbox::SANDBOX).await })
@@ -58,6 +54,10 @@ fn cases() -> Vec<Case> {
     ];
     if all {
         cases.extend([
+            Case::new("every_message::pause", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
+            Case::new("every_message::file", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::FILE))),
+            Case::new("every_message::kill_all", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::KILL_ALL))),
+            Case::new("every_message::shared_pids", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::SHARED_PIDS))),
             Case::new("every_message::logger", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::LOGGER))),
             Case::new("every_message::checkpoint", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::CHECKPOINT))),
             Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
