@@ -170,7 +170,7 @@ pub(crate) async fn a_keeper_that_does_not_work_never_takes_over(cx: Context) ->
         ("at=rehearsal do=crash", "its rehearsal failed: signal 6"),
         ("at=rehearsal do=exit", "its rehearsal failed: exit status 7"),
         ("at=rehearsal do=hang", "its rehearsal failed: it sent no message within 10s"),
-        ("state=0", "the keeper's state has version 1"),
+        ("state=0", "the keeper's state has version 2, which needs a reader of version 1 or later"),
     ] {
         let program = build(&cx, "new", &format!("build=bad {words}"))?;
         let upgraded = builds::upgrade(&cx, &program, &["--all"]).await?;
