@@ -45,7 +45,6 @@ fn cases() -> Vec<Case> {
         Case::new("every_message::terminal", native, |cx| Box::pin(sweep::every_message(cx, &s::TERMINAL))),
         Case::new("every_message::failing_create", native, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_CREATE))),
         Case::new("every_message::failing_start", native, |cx| Box::pin(sweep::every_message(cx, &s::FAILING_START))),
-        Case::new("every_message::pod", runc, |cx| Box::pin(sweep::every_message(cx, &s::POD))),
         Case::new("every_message::sandbox", Scope::Once, |cx| {
             Box::pin(async move { sweep::every_message(cx.with_own_sandboxes().await?, &sandbox::SANDBOX).await })
         }),
@@ -54,6 +53,7 @@ fn cases() -> Vec<Case> {
     ];
     if all {
         cases.extend([
+            Case::new("every_message::pod", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::POD))),
             Case::new("every_message::pause", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::PAUSE))),
             Case::new("every_message::file", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::FILE))),
             Case::new("every_message::kill_all", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::KILL_ALL))),

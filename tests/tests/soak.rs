@@ -1,6 +1,6 @@
 //! Containers and execs without pause while everything around them fails, for a given time; then an audit. Needs root.
 //!
-//! `X_SOAK_SECONDS` is the duration of each test (20 by default), `X_SEED` its seed, `X_SOAK_CONTAINERD` the containerd (`1.6`, `1.7`
+//! `X_SOAK_SECONDS` is the duration of each test (10 by default), `X_SEED` its seed, `X_SOAK_CONTAINERD` the containerd (`1.6`, `1.7`
 //! or `2.1`, the default); `X_SHIM` names the shim's binary. A run prints its seed.
 
 #[path = "soak/containerd.rs"]
@@ -34,7 +34,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 fn seconds() -> Duration {
-    Duration::from_secs(number("X_SOAK_SECONDS").unwrap_or(20))
+    Duration::from_secs(number("X_SOAK_SECONDS").unwrap_or(10))
 }
 
 /// The sum of these counters.
