@@ -68,11 +68,14 @@ pub(crate) async fn root_in_a_user_namespace_is_unprivileged_outside(cx: Context
 pub(crate) async fn hooks_run_in_order(cx: Context) -> Result<()> {
     let hooks = cx.folder().join("hooks");
     let write = |word: &str| format!("cat > /dev/null; echo {word} >> {}", hooks.display());
-    let mut container = cx.container(&["sh", "-c", "exit 3"]);
+    // It runs until its poststart hooks have: those of one that has exited are not run.
+    let mut container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL);
     for kind in ["createRuntime", "poststart", "poststop"] {
         container = container.spec(|spec| spec.hook(kind, "/bin/sh", &["sh", "-c", &write(kind)]));
     }
-    ensure!(container.run().await? == 3);
+    let container = container.start().await?;
+    container.io.stdin().await?.write_all(b"go\n")?;
+    ensure!(container.finish().await? == 3);
     let text = fs::read_to_string(&hooks)?;
     ensure!(text == "createRuntime\npoststart\npoststop\n", "{text:?}");
     Ok(())
