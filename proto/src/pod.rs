@@ -71,7 +71,7 @@ pub enum Mode {
     /// The containers of the pod.
     #[default]
     Pod,
-    /// Nobody: each container has its own.
+    /// Not shared: each container has its own.
     Container,
     /// The whole node.
     Node,

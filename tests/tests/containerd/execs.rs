@@ -144,7 +144,7 @@ pub(crate) async fn a_killed_exec_takes_its_descendants_and_nothing_else(cx: Con
     all_run(&[&own[..], &others].concat()).await?;
     exec.kill(9).await?;
     ensure!(exec.wait().await? == 137);
-    // nobody holds it any more
+    // the processes that held the output are dead, so it ends
     exec.io.out().to_end().await?;
     ensure!(exec.delete().await?.exit_status == 137);
     for ((way, _), sleep) in WAYS.iter().zip(&own).filter(|((way, _), _)| is_followed(&cx, way)) {

@@ -48,7 +48,7 @@ pub(crate) async fn containerd_killed_while_it_makes_pods_leaves_nothing(cx: Con
         let [first, second, third] = ["a", "b", "c"].map(|name| PodSpec::new(&format!("{name}{round}")));
         let runs = async { tokio::join!(cri.try_pod(&first), cri.try_pod(&second), cri.try_pod(&third)) };
         let crash = async {
-            tokio::time::sleep(moment).await; // the moment
+            tokio::time::sleep(moment).await; // containerd is killed at this point of its calls
             cri.crash(async { Ok(()) }).await
         };
         let (_cut_short, crashed) = tokio::join!(runs, crash);

@@ -86,7 +86,7 @@ impl Outgoing {
         if self.is_over(stage) { self.finished() } else { Turn::Waits }
     }
 
-    /// After a turn that has moved so many bytes: chooses whether events or the clock give the next one.
+    /// Chooses, after a turn that has moved `moved` bytes, whether an event or a timer starts the next turn.
     fn set_pace(&mut self, moved: u64, may_be_fast: bool, id: Source, now: Instant, poll: &Poll) {
         let (source, fifo) = (self.source.as_ref(), self.client.as_ref().filter(|client| client.is_fifo && !self.is_narrowed));
         let fifo = fifo.map(|client| &client.fd);

@@ -1,6 +1,7 @@
 //! The cgroup above those of a pod's containers.
 //!
-//! The kubelet makes it before the pod. Where nobody has, the pod does, since statistics of a pod without a cgroup fail, and removes it at its end if it is empty.
+//! The kubelet makes it before the pod. Where it is missing, Start makes it, because containerd cannot read statistics of a pod without a cgroup, and
+//! the end of the pod removes it if it is empty.
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

@@ -140,7 +140,7 @@ impl Config {
                 self.sysctls.entry(name.to_owned()).or_insert_with(|| value.to_owned());
             };
             set("net.ipv4.ip_unprivileged_port_start", "0");
-            // A user namespace does not have so many groups.
+            // The kernel refuses (EINVAL) groups that the user namespace does not map.
             if !self.user && !blocking_is_in_user_namespace() {
                 set("net.ipv4.ping_group_range", "0 2147483647");
             }

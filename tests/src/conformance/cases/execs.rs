@@ -81,7 +81,7 @@ async fn an_exec_is_killed_alone(stand: Stand) -> Result<()> {
     container.shut_down().await.map(drop)
 }
 
-/// With the CRI plugin's defaults, the answer to a probe that takes too long waits until nobody holds its output.
+/// By default the CRI plugin answers a probe that takes too long only when every process has closed the probe's output.
 async fn a_killed_exec_takes_its_descendants(stand: Stand) -> Result<()> {
     let (streams, others) = (Streams::new(&stand, "io")?, "sleep 3001 & (sleep 3002 &); exec sleep 3003");
     let container = stand.bundle("c1", &["sh", "-c", others]).run().await?;
