@@ -99,7 +99,7 @@ fn an_added_process_that_fails_at_any_step_leaves_nothing() {
         }
         let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
         stage.start("c");
-        scratch::eventually("it runs", || stage.on_host(&format!("cat /proc/{}/comm", init.pid)) == "sleep\n");
+        init.executes("sleep");
         let before = what_is_there(&stage);
         for (words, change) in failing {
             for _ in 0..repeated(3) {

@@ -85,6 +85,7 @@ fn a_waiting_init_ends_by_the_signals_that_end_runcs() {
     let init = sleeper(true);
     stage.on_host(&format!("kill -USR1 {}", init.pid));
     stage.start("c");
+    init.executes("sleep");
     stage.on_host(&format!("kill -TERM {}", init.pid));
     init.kill();
     assert_eq!(init.end().0, 128 + 9);

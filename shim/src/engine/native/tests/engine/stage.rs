@@ -370,6 +370,12 @@ impl Process<'_> {
         self.stage.ask(&json!({ "do": "exited", "pid": self.pid })).expect("exited");
     }
 
+    /// Waits until it executes the program `name`: a start is answered before that.
+    pub(crate) fn executes(&self, name: &str) {
+        let comm = format!("cat /proc/{}/comm", self.pid);
+        scratch::eventually("it executes its program", || self.stage.on_host(&comm).trim_end() == name);
+    }
+
     pub(crate) fn kill(&self) {
         self.stage.ask(&json!({ "do": "kill", "pid": self.pid })).expect("killed");
     }
