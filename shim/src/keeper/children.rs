@@ -216,8 +216,10 @@ impl Children {
                 perform::fork_after(home, || perform::exec(plan, init, descriptors))?
             }
             PlanKind::Poststart => {
-                let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;
-                perform::fork_after(home, || perform::poststart(plan, init, descriptors))?
+                let claimed = self.claimed(&order.init).map(|(init, _)| init);
+                let init = claimed.or(order.pid).ok_or(Errno::ESRCH)?;
+                let has_exited = claimed.is_none_or(|init| matches!(sys::process::peek(Some(init)), Ok(Some(_))));
+                perform::fork_after(home, || perform::poststart(plan, init, has_exited, descriptors))?
             }
             PlanKind::Checkpoint => {
                 let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;

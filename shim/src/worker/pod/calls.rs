@@ -113,7 +113,7 @@ async fn make(cause: &Cause, pod: &Rc<Pod>, apply: &impl Apply) -> Result<Option
         cause.perform(step::ENTER_POD, Op::EnterPod { plan }).await?;
         return Ok(None);
     }
-    let order = Perform { key: POD_KEY.to_owned(), kind: PlanKind::Holder, plan, init: String::new(), terminal: false };
+    let order = Perform { key: POD_KEY.to_owned(), kind: PlanKind::Holder, plan, init: String::new(), terminal: false, pid: None };
     let exited = cause.run_plan(step::HOLDER, order).await?;
     let not_made = |failure: String| Error::PodNotMade { id: record.id.clone(), failure };
     let pid = engine::reported_pid_of_holder(&exited).map_err(not_made)?;

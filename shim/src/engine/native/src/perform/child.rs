@@ -54,9 +54,11 @@ fn is_gone(init: &OwnedFd) -> bool {
     sys::wait_for_exit(init.as_fd(), 0).unwrap_or(false) || setns(init, CloneFlags::CLONE_NEWUTS) == Err(Errno::ESRCH)
 }
 
-/// Runs the hooks that follow the start of a container, encoded, in a process that was forked for it. `pid` is init's. As [`create`]; reports `pid`.
-pub fn poststart(container: &[u8], pid: u32, descriptors: Descriptors) -> ! {
-    late_hooks(container, pid, descriptors, |hooks, state| hooks::run(&hooks.poststart, "poststart", state, cwd(hooks), &[]), "running")
+/// Runs the hooks that follow the start of a container, encoded, in a process that was forked for it. `pid` is init's, `has_exited` whether that has exited
+/// since: a program may be done before its hooks begin. As [`create`]; reports `pid`.
+pub fn poststart(container: &[u8], pid: u32, has_exited: bool, descriptors: Descriptors) -> ! {
+    let status = if has_exited { "stopped" } else { "running" };
+    late_hooks(container, pid, descriptors, |hooks, state| hooks::run(&hooks.poststart, "poststart", state, cwd(hooks), &[]), status)
 }
 
 /// Runs the hooks that follow the deletion of a container. As [`poststart`].
@@ -223,6 +225,9 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         change_root()?;
     }
     namespaces::mark_descendants();
+    // Each of its messages would wake the performer, and each answer the child. What the performer has privileges for, the child has too, but in a user
+    // namespace; and nothing of the container's own limits is written for an exec.
+    let is_alone = !is_mapped && agent.is_none();
     let child = Child::make(0, &joining, |performer| {
         close_performers(kept, agent.as_ref())?;
         let attributes = Attributes::open(&procfs)?;
@@ -240,12 +245,20 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
             terminal::open(&Root::new(root), wanted, console, false)?;
         }
         scheduling::choose_memory(&plan.process)?;
-        init::wait_for_limits(performer, &plan.process)?;
+        if is_alone {
+            scheduling::schedule(0, &plan.process)?;
+            init::limit(&plan.process)?;
+        } else {
+            init::wait_for_limits(performer, &plan.process)?;
+        }
         let program = program::become_it(&plan.process, kept, &attributes, performer, Role::Added)?;
         performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
         Err(program.execute())
     })?;
     let attend = || {
+        if is_alone {
+            child.messages.wait_for_end().doing(Step::Child, waiting)?;
+        }
         child.attend(&Parts {
             process: &plan.process,
             cgroup: &plan.cgroup,

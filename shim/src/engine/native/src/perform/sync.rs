@@ -5,6 +5,7 @@
 //!           Filtered, answered by go, between Ready and Prepared, if an agent decides about calls
 //!           Failed, at any time; the end of the socket: the child has exited, or executes its program
 //! ```
+//! An exec that needs nothing of the performer sends Prepared alone, or Failed.
 //! In a user namespace init is the child of a leader, which exits: `Entered`, go, `Timed` where there is a new time namespace, go, `Led`; then init waits for
 //! a go as its first. `Root` and `Source` are init's, between its mounts: each is answered with a descriptor.
 use std::io;
@@ -112,6 +113,19 @@ impl PerformerEnd {
         }
         let message = minicbor::decode(&buffer[..length]).map_err(|_malformed| io::Error::from_raw_os_error(libc::EIO))?;
         Ok(Some((message, descriptor)))
+    }
+
+    /// Waits until the child's end is closed, without a wake-up for what it sends before that.
+    pub(super) fn wait_for_end(&self) -> io::Result<()> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        // A hang-up is reported whatever is asked for.
+        let mut own = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
+        loop {
+            match poll(&mut own, PollTimeout::NONE) {
+                Err(Errno::EINTR) => {}
+                other => return Ok(other.map(drop)?),
+            }
+        }
     }
 
     /// The child may have been killed: no signal is to tell.
