@@ -114,7 +114,8 @@ pub(super) async fn restore(
     let container = create.container();
     let terminal = create.process.terminal.is_some();
     let plan = plan::restore(create, criu).map_err(|why| engine::refused(Verb::Restore, &why))?;
-    let order = Perform { key: key.to_string(), kind: PlanKind::Restore, plan: engine::encode(&plan), init: String::new(), terminal, pid: None };
+    let order =
+        Perform { key: key.to_string(), kind: PlanKind::Restore, plan: engine::encode(&plan), init: String::new(), terminal, pid: None };
     let pid = make(cause, key, order, Verb::Restore).await?;
     Ok((pid, NativeEngine::blocking_restored(container, pid)))
 }

@@ -99,9 +99,10 @@ pub(super) fn wait_for_limits(performer: &ChildEnd, process: &Process) -> Result
 
 /// Sets the limits of this process.
 pub(super) fn limit(process: &Process) -> Result<(), Failure> {
-    process.rlimits.iter().try_for_each(|limit| {
-        sys::set_rlimit(0, limit.resource, limit.soft, limit.hard).doing(Step::Limits, || limit.to_string())
-    })
+    process
+        .rlimits
+        .iter()
+        .try_for_each(|limit| sys::set_rlimit(0, limit.resource, limit.soft, limit.hard).doing(Step::Limits, || limit.to_string()))
 }
 
 /// Reports, and waits until the performer has done what follows from it.
@@ -169,7 +170,7 @@ fn settings(plan: &Create) -> Result<(), Failure> {
 
 /// A stream that is the host's null device becomes the container's.
 fn reopen_null_streams(root: &Root) -> Result<(), Failure> {
-    let streams = [io::stdin().as_fd(), io::stdout().as_fd(), io::stderr().as_fd()].map(root::is_null);
+    let streams = sys::streams().map(root::is_null);
     if !streams.contains(&true) {
         return Ok(());
     }

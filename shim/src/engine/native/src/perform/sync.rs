@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use minicbor::{Decode, Encode};
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::unistd::{read, write};
 
 use super::Failure;
@@ -86,8 +86,10 @@ pub(super) fn pair() -> io::Result<(PerformerEnd, ChildEnd)> {
 impl PerformerEnd {
     /// `None` at the end.
     pub(super) fn receive(&self) -> io::Result<Option<Message>> {
-        let mut buffer = vec![0; MAX_BYTES];
-        let length = read_once(&self.0, &mut buffer)?;
+        // Most have a few bytes, and after a fork each page of a buffer is a fault.
+        let length = once(|| recv(self.0.as_raw_fd(), &mut [], MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC))?;
+        let mut buffer = vec![0; length.min(MAX_BYTES)];
+        let length = if length == 0 { 0 } else { read_once(&self.0, &mut buffer)? };
         if length == 0 {
             return Ok(None);
         }
@@ -189,8 +191,12 @@ impl ChildEnd {
 }
 
 fn read_once(end: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    once(|| read(end, buffer))
+}
+
+fn once(mut receive: impl FnMut() -> nix::Result<usize>) -> io::Result<usize> {
     loop {
-        match read(end, buffer) {
+        match receive() {
             Err(Errno::EINTR) => {}
             // The other end was closed with something unread in it.
             Err(Errno::ECONNRESET) => return Ok(0),

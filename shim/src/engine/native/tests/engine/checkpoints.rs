@@ -26,8 +26,7 @@ crate::cases![
 
 /// Counts in a file system of its own, so that the count is a part of the checkpoint. In a folder that it makes once: where an image has it restored among the
 /// mounts of the host, there is none, and nothing is written.
-pub(crate) const COUNT: &str =
-    "mkdir /run/x-engine-count; i=0; while :; do i=$((i+1)); echo $i > /run/x-engine-count/i; sleep 0.02; done";
+pub(crate) const COUNT: &str = "mkdir /run/x-engine-count; i=0; while :; do i=$((i+1)); echo $i > /run/x-engine-count/i; sleep 0.02; done";
 
 /// A criu that works, or why there is none: the one in PATH, or that of the tests' cache.
 fn criu() -> Result<PathBuf, String> {
