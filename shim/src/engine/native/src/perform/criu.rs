@@ -152,6 +152,8 @@ impl<'a> Session<'a> {
     fn send(&mut self, message: &Message) -> Result<(), Failure> {
         match send(self.socket.as_raw_fd(), message.as_bytes(), MsgFlags::MSG_NOSIGNAL) {
             Ok(_) => Ok(()),
+            // Before it could read the request.
+            Err(Errno::EPIPE | Errno::ECONNRESET) => Err(self.end("criu has exited".to_owned())),
             Err(error) => Err(self.end(format!("send a request to criu: {}", super::errno_text(error as i32)))),
         }
     }
