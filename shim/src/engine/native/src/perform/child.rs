@@ -146,8 +146,10 @@ fn perform(given: Descriptors, init: Option<OwnedFd>, act: impl FnOnce(&Kept, Op
         Err(failure) => Report::Failed(failure.shortened()),
     };
     let is_sent = minicbor::to_vec(report).is_ok_and(|report| write(&kept.report, &report).is_ok());
-    // An exit takes as long as a short program: that of the process, which may wait for this processor, comes first.
-    let _ = sched_yield();
+    // An exec is done by the report alone, and an exit takes as long as a short program: that of the process, which may wait for this processor, comes first.
+    if init.is_some() {
+        let _ = sched_yield();
+    }
     sys::exit_now(i32::from(!is_sent))
 }
 
