@@ -1,12 +1,13 @@
 //! A dockerd of one's own on top of a [`Daemon`](crate::daemon::Daemon), and its command line client.
 
+use std::env;
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::mount::{MntFlags, umount2};
 use serde_json::json;
 
@@ -26,6 +27,15 @@ pub enum Version {
     V20,
     /// 26.
     V26,
+    /// 28.
+    V28,
+}
+
+impl Version {
+    /// Whether containers can be of the shim's own engine.
+    pub fn has_native(self, cx: &Context) -> bool {
+        self != Self::V20 && cx.shim().is_ours()
+    }
 }
 
 /// A dockerd, its containerd and its folder.
@@ -41,9 +51,14 @@ pub struct Docker {
 const NATIVE: &str = "with-native";
 
 impl Docker {
-    /// Starts Docker 26 on a containerd of its own and imports the image.
+    /// Starts Docker 26, or 28 with `X_DOCKER=28`, on a containerd of its own and imports the image.
     pub async fn start(cx: &Context) -> Result<Self> {
-        Self::start_version(cx, Version::V26).await
+        let version = match env::var("X_DOCKER").as_deref() {
+            Ok("28") => Version::V28,
+            Ok("26") | Err(_) => Version::V26,
+            Ok(other) => bail!("X_DOCKER={other}: 26 and 28 are there"),
+        };
+        Self::start_version(cx, version).await
     }
 
     /// Starts dockerd on a containerd of its own and imports the image.
@@ -52,7 +67,7 @@ impl Docker {
         needs_controller("io")?;
         let cx = match version {
             Version::V20 => cx.with_own_shim(&Shim { runtime_type: STOCK_TYPE.to_owned(), ..cx.shim().clone() }, &[]).await?,
-            Version::V26 => cx.with_own_daemon().await?,
+            Version::V26 | Version::V28 => cx.with_own_daemon().await?,
         };
         let folder = cx.daemon().folder().join("docker");
         fs::create_dir_all(&folder)?;
@@ -61,11 +76,11 @@ impl Docker {
             let binary = cx.suite().runtime(runtime);
             match version {
                 Version::V20 => json!({ "path": binary }),
-                Version::V26 => json!({ "runtimeType": cx.shim().runtime_type, "options": { "BinaryName": binary } }),
+                Version::V26 | Version::V28 => json!({ "runtimeType": cx.shim().runtime_type, "options": { "BinaryName": binary } }),
             }
         };
         let mut runtimes = json!({ "with-crun": with(Runtime::Crun), "with-runc": with(Runtime::Runc) });
-        if version == Version::V26 && cx.shim().is_ours() {
+        if version.has_native(&cx) {
             runtimes[NATIVE] = with(Runtime::Native);
         }
         fs::write(folder.join("daemon.json"), json!({ "runtimes": runtimes }).to_string())?;
@@ -87,6 +102,7 @@ impl Docker {
         match self.version {
             Version::V20 => suite::cache().join("docker/bin").join(name),
             Version::V26 => Suite::Trixie.program(name),
+            Version::V28 => Suite::Forky.program(name),
         }
     }
 
@@ -156,8 +172,7 @@ impl Docker {
 
     /// Creates and starts a container without network, with the shim under test and its own engine, if it has one.
     pub fn container(&self, options: &[&str], command: &[&str]) -> Result<Output> {
-        let is_native = self.version == Version::V26 && self.cx.shim().is_ours();
-        self.container_of(if is_native { NATIVE } else { &self.cx.shim().runtime_type }, options, command)
+        self.container_of(if self.version.has_native(&self.cx) { NATIVE } else { &self.cx.shim().runtime_type }, options, command)
     }
 
     /// The same with one of dockerd's runtimes: `with-native`, `with-crun` and `with-runc` are the shim under test with that engine.

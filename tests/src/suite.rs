@@ -15,9 +15,9 @@ use crate::proc;
 pub enum Suite {
     /// containerd 1.6
     Bookworm,
-    /// containerd 1.7 and Docker 26
+    /// containerd 1.7; Docker 26
     Trixie,
-    /// containerd 2.1 and criu
+    /// containerd 2.1; Docker 28; criu
     Forky,
 }
 

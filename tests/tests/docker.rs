@@ -1,4 +1,4 @@
-//! Docker 26, and 20.10 where messages count, with the shim under test as its runtime. Needs root.
+//! Docker 26, and 20.10 and 28 where messages count, with the shim under test as its runtime; `X_DOCKER=28` tests all with 28. Needs root.
 //!
 //! `X_SHIM` names the shim's binary, `X_RUNTIME_TYPE` its runtime type; see `shim_tests::suite`.
 
@@ -58,7 +58,7 @@ mod cases {
 
     /// dockerd and its client look for words in the runtime's message.
     pub(crate) async fn a_program_that_is_missing_ends_with_127_and_one_that_cannot_be_executed_with_126(cx: Context) -> Result<()> {
-        for version in [Version::V20, Version::V26] {
+        for version in [Version::V20, Version::V26, Version::V28] {
             missing_programs_and_others(&cx, version).await.with_context(|| format!("{version:?}"))?;
         }
         Ok(())
@@ -66,7 +66,7 @@ mod cases {
 
     async fn missing_programs_and_others(cx: &Context, version: Version) -> Result<()> {
         let docker = Docker::start_version(cx, version).await?;
-        let native = (version == Version::V26 && cx.shim().is_ours()).then_some("with-native");
+        let native = version.has_native(cx).then_some("with-native");
         for runtime in ["with-crun", "with-runc"].into_iter().chain(native) {
             started(&docker.container_of(runtime, &["--detach", "--name", runtime], &["sleep", "1000"])?)?;
             for (program, status) in [("no-such-program", 127), ("/no/such/program", 127), ("/etc/passwd", 126), ("/etc", 126)] {
@@ -75,8 +75,9 @@ mod cases {
                 let output = docker.container_of(runtime, &["--rm"], &[program])?;
                 ensure!(output.status.code() == Some(status), "{runtime}: run {program}: {output:?}");
                 // up to Docker 26, for every error of the program
+                let status = if version == Version::V28 { status } else { 126 };
                 let output = docker.output(&["exec", runtime, program])?;
-                ensure!(output.status.code() == Some(126), "{runtime}: exec {program}: {output:?}");
+                ensure!(output.status.code() == Some(status), "{runtime}: exec {program}: {output:?}");
             }
         }
         docker.leaves_nothing().await

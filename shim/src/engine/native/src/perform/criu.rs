@@ -152,8 +152,7 @@ impl<'a> Session<'a> {
     fn send(&mut self, message: &Message) -> Result<(), Failure> {
         match send(self.socket.as_raw_fd(), message.as_bytes(), MsgFlags::MSG_NOSIGNAL) {
             Ok(_) => Ok(()),
-            // Before it could read the request.
-            Err(Errno::EPIPE | Errno::ECONNRESET) => Err(self.end("criu has exited".to_owned())),
+            Err(nix::errno::Errno::EPIPE) => Err(self.end(EXITED.to_owned())),
             Err(error) => Err(self.end(format!("send a request to criu: {}", super::errno_text(error as i32)))),
         }
     }
@@ -170,7 +169,7 @@ impl<'a> Session<'a> {
             other => other.doing(Step::Criu, || "receive from criu".to_owned())?,
         };
         if length == 0 {
-            return Err(self.end("criu has exited".to_owned()));
+            return Err(self.end(EXITED.to_owned()));
         }
         buffer.truncate(length);
         Ok((buffer, descriptor))
@@ -374,6 +373,9 @@ const LOG_LEVEL: u64 = 4;
 /// More than criu sends.
 const MAX_MESSAGE_BYTES: usize = 64 << 10;
 const MAX_OUTPUT_BYTES: u64 = 2 << 10;
+
+/// It may exit before it is sent a request, or after.
+const EXITED: &str = "criu has exited";
 
 /// How long it is given to exit by itself before it is killed.
 const LAST_MILLISECONDS: u16 = 100;
