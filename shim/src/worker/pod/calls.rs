@@ -95,6 +95,7 @@ async fn make(cause: &Cause, pod: &Rc<Pod>, apply: &impl Apply) -> Result<Option
     if let Some(planned) = planned.as_ref().filter(|_| record.cgroup == cgroup::Parent::default()) {
         pod.update(|record| record.cgroup = planned.blocking_parent());
         apply.apply(Change { pod: PodChange { save: true, ..PodChange::default() }, ..Change::default() });
+        cause.until_taken(step::POD_RECORDED).await;
     }
     let record = pod.record().clone();
     let with_files = record.clone();
