@@ -11,11 +11,11 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
+use x_engine::control;
 
 use crate::whole_file::blocking_replace;
 
@@ -50,31 +50,12 @@ impl Leftovers {
     /// Removes the cgroups that are empty, from the last one on.
     pub(crate) fn blocking_remove_cgroups(&self) {
         for folder in self.cgroups.iter().rev() {
-            if let Err(error) = blocking_remove_cgroup(folder) {
+            if let Err(error) = control::remove_if_empty(folder) {
                 log::info!(path:% = folder.display(), error:%; "the cgroup of a pod stays");
             }
         }
     }
 }
-
-/// Removes a cgroup. For a moment the kernel may call one busy whose last process or folder has just gone.
-fn blocking_remove_cgroup(folder: &Path) -> io::Result<()> {
-    let is_used = || {
-        let has_folders = fs::read_dir(folder).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|entry| entry.path().is_dir())));
-        has_folders || fs::read(folder.join("cgroup.procs")).is_ok_and(|processes| !processes.is_empty())
-    };
-    for _ in 0..ATTEMPTS {
-        match fs::remove_dir(folder) {
-            Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) && !is_used() => std::thread::sleep(PAUSE),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => return other,
-        }
-    }
-    fs::remove_dir(folder)
-}
-
-const ATTEMPTS: u32 = 50;
-const PAUSE: Duration = Duration::from_millis(2);
 
 /// Keeps the journal of a container also if its bundle is removed. One of the name is replaced.
 pub(crate) fn blocking_link_journal(bundle: &Path, id: &str, journal: &Path) -> io::Result<()> {

@@ -13,6 +13,7 @@ use super::record::Record;
 use crate::cgroup::Cgroup;
 use crate::pod_folder::Leftovers;
 use crate::systemd::{self, Manager};
+use crate::worker::container::blocking;
 use crate::worker::error::Error;
 
 /// See the module.
@@ -98,7 +99,10 @@ impl Parent {
 
     /// Removes what the pod has made, if it is empty. Failures are logged.
     pub(super) async fn remove(&self) {
-        self.leftovers().blocking_remove_cgroups();
+        let leftovers = self.leftovers();
+        if !leftovers.cgroups.is_empty() {
+            blocking(move || leftovers.blocking_remove_cgroups()).await;
+        }
         let Some(slice) = &self.slice else { return };
         // Stopping a slice would end what is in it.
         if !self.blocking_is_empty() {
