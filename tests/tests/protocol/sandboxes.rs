@@ -1,15 +1,19 @@
 //! Sandboxes beyond the protocol: workers that crash or stop between the calls, messages of refusals, what expires.
 
 use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 use protobuf::Message as _;
 use protobuf::well_known_types::any::Any;
 use shim_tests::bundle::worker_of;
-use shim_tests::eventually::{SOON, eventually_true};
-use shim_tests::proc::{self, signal};
+use shim_tests::cgroups;
+use shim_tests::eventually::{SOON, eventually, eventually_true};
+use shim_tests::proc::{self, Process, signal, stat};
 use shim_tests::sandbox::{NOT_READY, POD, PodConfig, READY, Sandbox};
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Answer, CallError, Code, refusal};
@@ -59,6 +63,103 @@ pub(crate) async fn a_sandbox_outlives_workers_killed_between_all_its_calls(stan
         sandbox.end().await?;
     }
     Ok(())
+}
+
+/// The keeper does not read what a dead worker has sent: a cgroup that a worker has made must be in its record by then.
+pub(crate) async fn a_worker_killed_before_the_keeper_has_read_its_messages_leaves_no_cgroup(stand: Stand) -> Result<()> {
+    for shares_pids in [false, true] {
+        let mut sandbox = Sandbox::shim(&stand, &format!("s{}", u8::from(shares_pids))).await?;
+        if shares_pids {
+            sandbox.config.namespaces().pid = POD;
+        }
+        sandbox.create().await?;
+        let keeper = sandbox.bundle.shim_pid()?;
+        let worker = worker_of(keeper).await?;
+        signal(worker, Signal::SIGSTOP)?;
+        let (service, id) = (sandbox.service.clone(), sandbox.id.clone());
+        let starting = tokio::spawn(async move { service.start(&id).await });
+        eventually("the keeper has the request", SOON, async || {
+            let shown = stand.command(&["inspect", "--json", "--namespace", stand.namespace(), &sandbox.id]).output().await?;
+            let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+            ensure!(shown.contains("StartSandbox"), "{shown}");
+            Ok(())
+        })
+        .await?;
+        // by the time of another answer it has handed it over
+        stand.command(&["inspect", "--namespace", stand.namespace(), &sandbox.id]).output().await?;
+        signal(keeper, Signal::SIGSTOP)?;
+        eventually_true("the keeper is stopped", SOON, || Process::read(keeper).is_ok_and(|keeper| keeper.state == 'T')).await?;
+        signal(worker, Signal::SIGCONT)?;
+        waits(worker).await?;
+        proc::kill_hard(worker);
+        eventually_true("the worker is dead", SOON, || !proc::is_alive(worker)).await?;
+        signal(keeper, Signal::SIGCONT)?;
+        starting.await?.context("Start, by the next worker")?;
+        ensure!(sandbox.service.status(&sandbox.id).await?.state == READY);
+        sandbox.end().await?;
+        drop(sandbox);
+        stand.leaves_nothing().await?;
+    }
+    Ok(())
+}
+
+/// Waits until a process has nothing to do.
+async fn waits(pid: i32) -> Result<()> {
+    let used = || {
+        Ok::<_, anyhow::Error>((
+            Process::read(pid)?.state,
+            stat(pid)?.field(14).to_owned(),
+            proc::status_field(pid, "voluntary_ctxt_switches")?,
+        ))
+    };
+    let (mut last, mut since) = (used()?, Instant::now());
+    eventually("the process waits", SOON, async || {
+        let now = used()?;
+        if now != last || now.0 != 'S' {
+            (last, since) = (now, Instant::now());
+        }
+        ensure!(since.elapsed() > Duration::from_millis(200), "{last:?}");
+        Ok(())
+    })
+    .await
+}
+
+/// A folder that the kernel does not remove, because something is mounted on it.
+struct Busy(PathBuf);
+
+impl Busy {
+    fn new(stand: &Stand, folder: PathBuf) -> Result<Self> {
+        let over = stand.folder().join("over");
+        fs::create_dir_all(&over)?;
+        // as that of a cgroup without processes
+        fs::write(over.join("cgroup.procs"), "")?;
+        let none: Option<&str> = None;
+        mount(Some(&over), &folder, none, MsFlags::MS_BIND, none).with_context(|| format!("mount on {}", folder.display()))?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let _the_run_goes_anyway = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+pub(crate) async fn a_busy_cgroup_of_a_pod_is_removed_once_it_is_free_and_delays_no_other_call(stand: Stand) -> Result<()> {
+    let sandbox = Sandbox::run(&stand, "s1").await?;
+    let busy = Busy::new(&stand, cgroups::folders(&sandbox.cgroup()).into_iter().next().context("no cgroup")?)?;
+    let other = sandbox.service.another().await?;
+    let service = sandbox.service.clone();
+    let shutdown = tokio::spawn(async move { service.shutdown("s1").await });
+    let files = sandbox.bundle.folder.join("pod");
+    eventually_true("the files are gone: the cgroup is next", SOON, || !files.exists()).await?;
+    // its worker answers that: once the pod is removed, with NotFound
+    let (code, message) = refusal(other.ping("s1").await)?;
+    ensure!(code == Code::FailedPrecondition, "{code:?}: {message}");
+    drop(busy);
+    shutdown.await??;
+    drop(other);
+    sandbox.dismiss().await
 }
 
 /// The daemon asks for each container of a pod: that must not wake a sleeping worker.
