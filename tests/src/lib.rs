@@ -60,6 +60,7 @@ pub mod kernel_trace;
 pub mod messages;
 pub mod network;
 pub mod operator;
+pub mod pod_config;
 pub mod proc;
 pub mod programs;
 pub mod refusals;

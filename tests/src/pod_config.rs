@@ -1,4 +1,5 @@
-//! The kubelet's description of a pod, `runtime.v1.PodSandboxConfig`: the fields that the tests set.
+//! The kubelet's description of a pod, `runtime.v1.PodSandboxConfig`: the fields that the tests set. CRI gets it in its calls, and hands it to a shim that is to
+//! hold the pod.
 
 use std::collections::BTreeMap;
 
@@ -11,6 +12,8 @@ pub const POD: i32 = 0;
 pub const CONTAINER: i32 = 1;
 /// The host's namespace.
 pub const NODE: i32 = 2;
+/// Another container's namespace.
+pub const TARGET: i32 = 3;
 
 /// A pod.
 #[derive(Clone, PartialEq, Message)]
@@ -90,7 +93,7 @@ pub struct Security {
     pub namespaces: Option<Namespaces>,
 }
 
-/// The namespaces of a pod: [`POD`], [`CONTAINER`] or [`NODE`].
+/// The namespaces of a pod or of a container: [`POD`], [`CONTAINER`], [`NODE`] or [`TARGET`].
 #[derive(Clone, PartialEq, Message)]
 pub struct Namespaces {
     /// Of the network.
@@ -102,6 +105,40 @@ pub struct Namespaces {
     /// Of shared memory.
     #[prost(int32, tag = "3")]
     pub ipc: i32,
+    /// The container that [`TARGET`] means.
+    #[prost(string, tag = "4")]
+    pub target_id: String,
+    /// Of users; absent for the host's.
+    #[prost(message, optional, tag = "5")]
+    pub users: Option<UserNamespace>,
+}
+
+/// A user namespace.
+#[derive(Clone, PartialEq, Message)]
+pub struct UserNamespace {
+    /// [`POD`] or [`NODE`].
+    #[prost(int32, tag = "1")]
+    pub mode: i32,
+    /// Its users.
+    #[prost(message, repeated, tag = "2")]
+    pub uids: Vec<IdMapping>,
+    /// Its groups.
+    #[prost(message, repeated, tag = "3")]
+    pub gids: Vec<IdMapping>,
+}
+
+/// A range of ids.
+#[derive(Clone, PartialEq, Message)]
+pub struct IdMapping {
+    /// The first one on the host.
+    #[prost(uint32, tag = "1")]
+    pub host_id: u32,
+    /// The first one inside.
+    #[prost(uint32, tag = "2")]
+    pub container_id: u32,
+    /// How many.
+    #[prost(uint32, tag = "3")]
+    pub length: u32,
 }
 
 impl PodConfig {
@@ -118,7 +155,7 @@ impl PodConfig {
             }),
             linux: Some(Linux {
                 cgroup_parent: cgroup_parent.to_owned(),
-                security_context: Some(Security { namespaces: Some(Namespaces { network: POD, pid: CONTAINER, ipc: POD }) }),
+                security_context: Some(Security { namespaces: Some(Namespaces { pid: CONTAINER, ..Namespaces::default() }) }),
                 sysctls: BTreeMap::new(),
             }),
         }
