@@ -91,6 +91,40 @@ pub struct Security {
     /// Its namespaces.
     #[prost(message, optional, tag = "1")]
     pub namespaces: Option<Namespaces>,
+    /// The SELinux label of its processes.
+    #[prost(message, optional, tag = "2")]
+    pub selinux: Option<Selinux>,
+    /// The seccomp profile of its processes.
+    #[prost(message, optional, tag = "9")]
+    pub seccomp: Option<Profile>,
+}
+
+/// An SELinux label.
+#[derive(Clone, PartialEq, Message)]
+pub struct Selinux {
+    /// The user.
+    #[prost(string, tag = "1")]
+    pub user: String,
+    /// The role.
+    #[prost(string, tag = "2")]
+    pub role: String,
+    /// The type.
+    #[prost(string, tag = "3")]
+    pub kind: String,
+    /// The level.
+    #[prost(string, tag = "4")]
+    pub level: String,
+}
+
+/// A profile of a security module.
+#[derive(Clone, PartialEq, Message)]
+pub struct Profile {
+    /// 0: the runtime's own; 1: none; 2: that of a file.
+    #[prost(int32, tag = "1")]
+    pub kind: i32,
+    /// The file.
+    #[prost(string, tag = "2")]
+    pub file: String,
 }
 
 /// The namespaces of a pod or of a container: [`POD`], [`CONTAINER`], [`NODE`] or [`TARGET`].
@@ -155,7 +189,10 @@ impl PodConfig {
             }),
             linux: Some(Linux {
                 cgroup_parent: cgroup_parent.to_owned(),
-                security_context: Some(Security { namespaces: Some(Namespaces { pid: CONTAINER, ..Namespaces::default() }) }),
+                security_context: Some(Security {
+                    namespaces: Some(Namespaces { pid: CONTAINER, ..Namespaces::default() }),
+                    ..Security::default()
+                }),
                 sysctls: BTreeMap::new(),
             }),
         }
@@ -163,8 +200,12 @@ impl PodConfig {
 
     /// Its namespaces.
     pub fn namespaces(&mut self) -> &mut Namespaces {
-        let security = self.linux.get_or_insert_default().security_context.get_or_insert_default();
-        security.namespaces.get_or_insert_default()
+        self.security().namespaces.get_or_insert_default()
+    }
+
+    /// Its security context.
+    pub fn security(&mut self) -> &mut Security {
+        self.linux.get_or_insert_default().security_context.get_or_insert_default()
     }
 
     /// The options of the request that creates its sandbox.

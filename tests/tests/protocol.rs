@@ -186,6 +186,7 @@ fn main() -> ExitCode {
         the_keeper_answers_for_a_stopped_worker,
         a_shutdown_can_be_repeated,
         an_invalid_pod_configuration_is_named,
+        a_holder_is_confined_whatever_the_profile_of_its_pod,
         a_network_that_is_none_is_named,
         a_second_sandbox_in_a_shim_is_refused,
         a_container_does_not_get_the_process_ids_of_a_keeper,

@@ -116,7 +116,7 @@ impl PodSpec {
             dns: self.dns.clone(),
             linux: Some(Linux {
                 cgroup_parent,
-                security_context: Some(Security { namespaces: Some(self.namespaces(network)) }),
+                security_context: Some(Security { namespaces: Some(self.namespaces(network)), ..Security::default() }),
                 sysctls: self.sysctls.clone(),
             }),
         }

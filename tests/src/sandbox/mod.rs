@@ -17,7 +17,7 @@ pub use service::{NOT_READY, PendingWait, READY, SERVICE, Service};
 
 use crate::bundle::{self, Bundle};
 use crate::eventually::{SOON, eventually_true};
-pub use crate::pod_config::{CONTAINER, Linux, NODE, POD, PodConfig};
+pub use crate::pod_config::{CONTAINER, Linux, NODE, POD, PodConfig, Profile, Selinux};
 use crate::runner::skip;
 use crate::stand::Stand;
 use crate::task::Task;

@@ -14,7 +14,7 @@ use shim_tests::bundle::worker_of;
 use shim_tests::cgroups;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc::{self, Process, signal, stat};
-use shim_tests::sandbox::{NOT_READY, POD, PodConfig, READY, Sandbox};
+use shim_tests::sandbox::{NOT_READY, POD, PodConfig, Profile, READY, Sandbox, Selinux};
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Answer, CallError, Code, refusal};
 
@@ -220,6 +220,39 @@ pub(crate) async fn an_invalid_pod_configuration_is_named(stand: Stand) -> Resul
     sandbox.create().await?;
     sandbox.start().await?;
     sandbox.end().await
+}
+
+/// No process of a pod executes a program: a holder has a filter of its own, narrower than any profile, and the label of the shim. Of the label of the pod, its
+/// shared memory gets the level, where SELinux is active.
+pub(crate) async fn a_holder_is_confined_whatever_the_profile_of_its_pod(stand: Stand) -> Result<()> {
+    let profiles = [None, Some((0, "")), Some((1, "")), Some((2, "/no/such/profile.json"))];
+    for (number, profile) in profiles.into_iter().enumerate() {
+        let mut sandbox = Sandbox::shim(&stand, &format!("s{number}")).await?;
+        sandbox.config.namespaces().pid = POD;
+        sandbox.config.security().seccomp = profile.map(|(kind, file)| Profile { kind, file: file.to_owned() });
+        for level in ["s0:c1\"", "s0,x=y", "s0\n"] {
+            let mut wrong = sandbox.config.clone();
+            wrong.security().selinux = Some(Selinux { level: level.to_owned(), ..Selinux::default() });
+            let request = CreateSandboxRequest { options: Some(wrong.any()).into(), ..sandbox.request() };
+            says(sandbox.service.create(&request).await, "selinux_options.level").context(level)?;
+        }
+        sandbox.config.security().selinux = Some(Selinux { level: "s0:c1,c2".to_owned(), ..Selinux::default() });
+        sandbox.create().await?;
+        let holder = sandbox.start().await?.cast_signed();
+        let keeper = sandbox.bundle.shim_pid()?;
+        let filters = |pid: i32| anyhow::Ok(proc::status_field(pid, "Seccomp_filters")?.parse::<u32>()?);
+        eventually("the holder has its filter", SOON, async || {
+            ensure!(filters(holder)? == filters(keeper)? + 1, "{profile:?}");
+            Ok(())
+        })
+        .await?;
+        ensure!(filters(keeper)? == filters(std::process::id().cast_signed())?, "{profile:?}: the keeper has a filter");
+        ensure!(proc::status_field(holder, "NoNewPrivs")? == "1" && proc::status_field(holder, "CapEff")?.trim_matches('0').is_empty());
+        let label = |pid: i32| fs::read(format!("/proc/{pid}/attr/current")).unwrap_or_default();
+        ensure!(label(holder) == label(keeper), "another label than the shim's");
+        sandbox.end().await?;
+    }
+    Ok(())
 }
 
 pub(crate) async fn a_network_that_is_none_is_named(stand: Stand) -> Result<()> {
