@@ -9,6 +9,8 @@
 mod campaign;
 #[path = "faults/killed_keeper.rs"]
 mod killed_keeper;
+#[path = "faults/killed_under_containerd.rs"]
+mod killed_under_containerd;
 #[path = "faults/lane.rs"]
 mod lane;
 #[path = "faults/run.rs"]
@@ -60,6 +62,9 @@ fn cases() -> Vec<Case> {
         }),
         Case::new("killed_keeper::the_delete_of_a_pod_with_a_holder_leaves_nothing", Scope::Once, |cx| {
             Box::pin(killed_keeper::every_message(cx, Deletes::PodAlone, POD, 14))
+        }),
+        Case::new("killed_keeper::a_pod_of_containerds_is_shut_down_and_leaves_nothing", Scope::Once, |cx| {
+            Box::pin(killed_under_containerd::every_message(cx, 9))
         }),
         Case::new("campaign::random_crashes_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_crashes(cx))),
     ];

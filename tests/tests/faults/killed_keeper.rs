@@ -65,7 +65,7 @@ pub(crate) async fn every_message(cx: Context, deletes: Deletes, pids: i32, of: 
 }
 
 /// Before and after each message of the only worker.
-fn plans(trace: &[String]) -> Vec<String> {
+pub(crate) fn plans(trace: &[String]) -> Vec<String> {
     let mut plans = Vec::new();
     let (mut sent, mut received) = (0, 0);
     for line in trace {
@@ -88,7 +88,8 @@ fn plans(trace: &[String]) -> Vec<String> {
     plans
 }
 
-fn is_struck(trace: &[String]) -> bool {
+/// Whether the plan was carried out.
+pub(crate) fn is_struck(trace: &[String]) -> bool {
     trace.iter().any(|line| line == "dies")
 }
 
