@@ -32,6 +32,23 @@ const LEFTOVERS: &str = "leftovers";
 pub(crate) struct Leftovers {
     /// Folders of cgroups, each after those above it.
     pub(crate) cgroups: Vec<PathBuf>,
+    /// A slice that it has had systemd start.
+    pub(crate) slice: Option<Slice>,
+}
+
+/// A slice of systemd's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Slice {
+    pub(crate) name: String,
+    /// Its folders, where systemd makes them.
+    pub(crate) folders: Vec<PathBuf>,
+}
+
+impl Slice {
+    /// Whether nothing is in it: stopping it would end what is.
+    pub(crate) fn blocking_is_empty(&self) -> bool {
+        self.folders.iter().all(|folder| !folder.exists() || control::is_empty(folder))
+    }
 }
 
 impl Leftovers {
@@ -131,10 +148,12 @@ mod tests {
         let cgroups: Vec<PathBuf> = ["a", "a/b", "a/b/c"].iter().map(|path| folder.join(path)).collect();
         fs::create_dir_all(&cgroups[2]).expect("folders");
         fs::create_dir(folder.join("a/other")).expect("a folder");
-        let leftovers = Leftovers { cgroups };
+        let slice = Some(Slice { name: "kubepods.slice".to_owned(), folders: vec![folder.join("none")] });
+        let leftovers = Leftovers { cgroups, slice };
         fs::create_dir(folder.join(FOLDER)).expect("a folder");
         leftovers.blocking_write(&folder).expect("written");
         assert_eq!(Leftovers::blocking_read(&folder), leftovers);
+        assert!(leftovers.slice.as_ref().is_some_and(Slice::blocking_is_empty));
         leftovers.blocking_remove_cgroups();
         assert!(folder.join("a/other").exists() && !folder.join("a/b").exists());
         assert_eq!(Leftovers::blocking_read(Path::new("/nowhere")), Leftovers::default());

@@ -183,6 +183,7 @@ fn main() -> ExitCode {
         a_sandbox_outlives_workers_killed_between_all_its_calls,
         a_worker_killed_before_the_keeper_has_read_its_messages_leaves_no_cgroup,
         a_busy_cgroup_of_a_pod_is_removed_once_it_is_free_and_delays_no_other_call,
+        delete_removes_the_cgroup_that_a_shutdown_has_not_removed,
         the_keeper_answers_for_a_stopped_worker,
         a_shutdown_can_be_repeated,
         an_invalid_pod_configuration_is_named,

@@ -14,9 +14,10 @@ use shim_tests::bundle::worker_of;
 use shim_tests::cgroups;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc::{self, Process, signal, stat};
-use shim_tests::sandbox::{NOT_READY, POD, PodConfig, Profile, READY, Sandbox, Selinux};
+use shim_tests::sandbox::{NOT_READY, POD, PodConfig, Profile, READY, Sandbox, Selinux, namespace_of};
 use shim_tests::stand::Stand;
 use shim_tests::ttrpc::{Answer, CallError, Code, refusal};
+use tokio::task::JoinHandle;
 
 /// Kills the worker of a sandbox's shim, and waits until it is dead.
 async fn kill_worker(sandbox: &Sandbox) -> Result<()> {
@@ -145,14 +146,25 @@ impl Drop for Busy {
     }
 }
 
-pub(crate) async fn a_busy_cgroup_of_a_pod_is_removed_once_it_is_free_and_delays_no_other_call(stand: Stand) -> Result<()> {
-    let sandbox = Sandbox::run(&stand, "s1").await?;
-    let busy = Busy::new(&stand, cgroups::folders(&sandbox.cgroup()).into_iter().next().context("no cgroup")?)?;
-    let other = sandbox.service.another().await?;
+/// A pod whose removal has come to its cgroup, which is busy, and the call that removes it.
+async fn busy(stand: &Stand, id: &str) -> Result<(Sandbox, Busy, JoinHandle<Answer<()>>)> {
+    let sandbox = Sandbox::run(stand, id).await?;
+    let busy = Busy::new(stand, cgroups::folders(&sandbox.cgroup()).into_iter().next().context("no cgroup")?)?;
     let service = sandbox.service.clone();
-    let shutdown = tokio::spawn(async move { service.shutdown("s1").await });
-    let files = sandbox.bundle.folder.join("pod");
-    eventually_true("the files are gone: the cgroup is next", SOON, || !files.exists()).await?;
+    let (keeper, id) = (sandbox.bundle.shim_pid()?.cast_unsigned(), id.to_owned());
+    let shutdown = tokio::spawn(async move { service.shutdown(&id).await });
+    eventually("it has left its network, and its cgroup is being removed", SOON, async || {
+        ensure!(namespace_of(keeper, "net")? == namespace_of(std::process::id(), "net")?);
+        ensure!(cgroups::folders(&sandbox.cgroup()).len() == 1);
+        Ok(())
+    })
+    .await?;
+    Ok((sandbox, busy, shutdown))
+}
+
+pub(crate) async fn a_busy_cgroup_of_a_pod_is_removed_once_it_is_free_and_delays_no_other_call(stand: Stand) -> Result<()> {
+    let (sandbox, busy, shutdown) = busy(&stand, "s1").await?;
+    let other = sandbox.service.another().await?;
     // its worker answers that: once the pod is removed, with NotFound
     let (code, message) = refusal(other.ping("s1").await)?;
     ensure!(code == Code::FailedPrecondition, "{code:?}: {message}");
@@ -160,6 +172,19 @@ pub(crate) async fn a_busy_cgroup_of_a_pod_is_removed_once_it_is_free_and_delays
     shutdown.await??;
     drop(other);
     sandbox.dismiss().await
+}
+
+/// What names the cgroup for `delete` is removed after it.
+pub(crate) async fn delete_removes_the_cgroup_that_a_shutdown_has_not_removed(stand: Stand) -> Result<()> {
+    let (sandbox, busy, shutdown) = busy(&stand, "s1").await?;
+    let keeper = sandbox.bundle.shim_pid()?;
+    proc::kill_hard(keeper);
+    eventually_true("the keeper is dead", SOON, || !proc::is_alive(keeper)).await?;
+    ensure!(shutdown.await? == Err(CallError::Closed), "the shutdown was answered");
+    drop(busy);
+    sandbox.bundle.delete_command().await?;
+    ensure!(cgroups::folders(&sandbox.cgroup()).is_empty(), "a cgroup is left");
+    Ok(())
 }
 
 /// The daemon asks for each container of a pod: that must not wake a sleeping worker.

@@ -127,11 +127,11 @@ async fn undo(cause: &Cause, pod: &Rc<Pod>) {
     if let Err(error) = cause.perform(step::UNDO_POD, Op::LeavePod).await {
         log::error!(sandbox:% = record.id, error:% = error.chain(); "the keeper cannot return from the namespaces of the pod");
     }
+    record.cgroup.remove().await;
     let with_files = record.clone();
     if let Err(error) = blocking(move || files::blocking_remove(&with_files)).await {
         log::warn!(sandbox:% = record.id, error:% = error.chain(); "cannot remove the files of a pod that was not started");
     }
-    record.cgroup.remove().await;
     pod.update(|record| record.cgroup = cgroup::Parent::default());
 }
 

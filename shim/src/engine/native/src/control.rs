@@ -313,7 +313,8 @@ pub fn remove_if_empty(folder: &Path) -> io::Result<()> {
 }
 
 /// Whether a cgroup has neither processes nor folders.
-fn is_empty(folder: &Path) -> bool {
+#[must_use]
+pub fn is_empty(folder: &Path) -> bool {
     let has_folders = fs::read_dir(folder).into_iter().flatten().flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     !has_folders && fs::read(folder.join("cgroup.procs")).is_ok_and(|pids| pids.is_empty())
 }
