@@ -186,6 +186,7 @@ fn main() -> ExitCode {
         delete_removes_the_cgroup_that_a_shutdown_has_not_removed,
         the_keeper_answers_for_a_stopped_worker,
         a_shutdown_can_be_repeated,
+        a_shutdown_of_the_task_service_ends_a_sandbox_without_containers,
         an_invalid_pod_configuration_is_named,
         a_holder_is_confined_whatever_the_profile_of_its_pod,
         a_network_that_is_none_is_named,

@@ -10,7 +10,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 use protobuf::Message as _;
 use protobuf::well_known_types::any::Any;
-use shim_tests::bundle::worker_of;
+use shim_tests::bundle::{leave, worker_of};
 use shim_tests::cgroups;
 use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::proc::{self, Process, signal, stat};
@@ -217,6 +217,20 @@ pub(crate) async fn a_shutdown_can_be_repeated(stand: Stand) -> Result<()> {
         ensure!(matches!(answer, Ok(()) | Err(CallError::Closed)), "{answer:?}");
     }
     sandbox.dismiss().await
+}
+
+/// For a client that knows no sandbox service any more.
+pub(crate) async fn a_shutdown_of_the_task_service_ends_a_sandbox_without_containers(stand: Stand) -> Result<()> {
+    for is_started in [false, true] {
+        let sandbox = Sandbox::shim(&stand, &format!("s{}", u8::from(is_started))).await?;
+        sandbox.create().await?;
+        if is_started {
+            sandbox.start().await?;
+        }
+        leave(&sandbox.task, sandbox.bundle.shim_pid()?, &sandbox.id).await?;
+        ensure!(!sandbox.bundle.folder.join("pod").exists() && cgroups::folders(&sandbox.cgroup()).is_empty(), "something is left");
+    }
+    Ok(())
 }
 
 /// What a client sees: an invalid argument, and a short sentence that contains `words`.
