@@ -114,7 +114,7 @@ fn sandbox_cases() -> Vec<Case> {
 }
 
 fn kill_cases() -> Vec<Case> {
-    cases![kills, Scope::Daemons => random_kills_of_the_daemon_lose_nothing]
+    cases![kills, Scope::Daemons => random_kills_of_the_daemon_lose_nothing; Scope::Once => random_kills_of_the_daemon_and_of_workers_lose_no_sandbox]
         .into_iter()
         .map(|case| case.within(kills::deadline()))
         .collect()

@@ -151,6 +151,21 @@ pub(crate) fn compare_scripts(stage: &Stage, runtime: &str, script: &str, change
     assert_eq!(ours, other.output(&["run", "other"]), "{script}");
 }
 
+/// Compares what our engine and another write for the same resources. `files`: each with its controller, which has no part in cgroup v2.
+pub(crate) fn compare_limits(stage: &Stage, runtime: &str, resources: impl FnOnce(&mut Value), files: &[(&str, &str)]) {
+    let mut config = stage.config(&["sleep", "1000"]);
+    resources(&mut config["linux"]["resources"]);
+    let facts = || -> Vec<String> { files.iter().map(|(controller, file)| format!("{file}: {}", stage.limit(controller, file))).collect() };
+    let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
+    let ours = facts();
+    init.kill();
+    init.end();
+    stage.delete("c").expect("deleted");
+    let other = Other { runtime, stage };
+    other.detach();
+    assert_eq!(ours, facts());
+}
+
 fn compare_inits(runtime: &str, change: impl FnOnce(&Stage, &mut Value)) {
     if !is_installed(runtime) {
         return;
