@@ -14,6 +14,7 @@ mod gate;
 mod guarded;
 mod host;
 mod invocation;
+mod layers;
 mod logging;
 mod metrics;
 mod name;

@@ -1,0 +1,121 @@
+//! The layers below an overlay's upper folder, as they are seen together.
+
+use std::collections::{BTreeSet, HashSet};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+
+use rustix::fs::{AtFlags, Mode, OFlags, Stat, fstat, openat, statat};
+use rustix::io::Errno;
+
+use super::tree::{self, Found};
+use super::{OnFile as _, Result};
+
+/// Folders of lower layers, the uppermost first.
+#[derive(Debug, Default)]
+pub(crate) struct Lowers {
+    roots: Vec<OwnedFd>,
+}
+
+/// What the lower layers have under a path.
+#[derive(Debug)]
+pub(super) enum Below {
+    Absent,
+    /// The uppermost of its folders.
+    Folder(OwnedFd, Stat),
+    /// The folder that it is in, open, and the link's target.
+    Symlink(Vec<u8>),
+    /// The folder that it is in, open.
+    Other(OwnedFd, Stat),
+}
+
+impl Lowers {
+    /// Those of an overlay's `lowerdir` option.
+    pub(crate) fn open(paths: &[PathBuf]) -> Result<Self> {
+        let open = |path: &PathBuf| tree::open_root(path).file("open lower folder", path.as_os_str().as_encoded_bytes());
+        Ok(Self { roots: paths.iter().map(open).collect::<Result<_>>()? })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.roots.is_empty()
+    }
+
+    /// The names in the roots of all layers, whiteouts included.
+    pub(super) fn root_names(&self) -> rustix::io::Result<Vec<Vec<u8>>> {
+        let mut all = Vec::new();
+        for root in &self.roots {
+            all.extend(tree::names(root.as_fd())?);
+        }
+        all.sort();
+        all.dedup();
+        Ok(all)
+    }
+
+    /// What is seen under a path, none of whose folders is a link.
+    pub(super) fn find(&self, path: &[Vec<u8>]) -> rustix::io::Result<Below> {
+        let Some((last, folders)) = path.split_last() else { return Ok(Below::Absent) };
+        'layers: for root in &self.roots {
+            let mut folder = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let mut hides_lower = false;
+            for name in folders {
+                match tree::look(folder.as_fd(), name)? {
+                    Found::Absent if hides_lower => return Ok(Below::Absent),
+                    Found::Absent => continue 'layers,
+                    Found::Folder(_) => folder = tree::open_folder(folder.as_fd(), name)?,
+                    Found::Symlink(_) | Found::Whiteout | Found::Other(_) => return Ok(Below::Absent),
+                }
+                hides_lower |= tree::is_opaque(folder.as_fd());
+            }
+            match tree::look(folder.as_fd(), last)? {
+                Found::Absent if hides_lower => return Ok(Below::Absent),
+                Found::Absent => {}
+                Found::Whiteout => return Ok(Below::Absent),
+                Found::Folder(stat) => return Ok(Below::Folder(tree::open_folder(folder.as_fd(), last)?, stat)),
+                Found::Symlink(_) => return Ok(Below::Symlink(tree::link_target(folder.as_fd(), last)?)),
+                Found::Other(stat) => return Ok(Below::Other(folder, stat)),
+            }
+        }
+        Ok(Below::Absent)
+    }
+
+    /// Owner, mode, attributes of the root that is seen.
+    pub(super) fn root(&self) -> rustix::io::Result<Option<Stat>> {
+        self.roots.first().map(fstat).transpose()
+    }
+
+    /// The names that are seen in a folder, and what they are.
+    pub(super) fn names(&self, path: &[Vec<u8>]) -> rustix::io::Result<Vec<Vec<u8>>> {
+        let (mut seen, mut gone) = (BTreeSet::new(), HashSet::new());
+        for root in &self.roots {
+            let mut folder = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let (mut hides_lower, mut is_there, mut ends) = (false, true, false);
+            for name in path {
+                match tree::look(folder.as_fd(), name)? {
+                    Found::Folder(_) => folder = tree::open_folder(folder.as_fd(), name)?,
+                    Found::Absent => is_there = false,
+                    _ => (is_there, ends) = (false, true),
+                }
+                if !is_there {
+                    break;
+                }
+                hides_lower |= tree::is_opaque(folder.as_fd());
+            }
+            if is_there {
+                for name in tree::names(folder.as_fd())? {
+                    let stat = match statat(&folder, &*name, AtFlags::SYMLINK_NOFOLLOW) {
+                        Err(Errno::NOENT) => continue,
+                        stat => stat?,
+                    };
+                    if matches!(tree::found(stat), Found::Whiteout) {
+                        gone.insert(name);
+                    } else if !gone.contains(&name) {
+                        seen.insert(name);
+                    }
+                }
+            }
+            if hides_lower || ends {
+                break;
+            }
+        }
+        Ok(seen.into_iter().collect())
+    }
+}
