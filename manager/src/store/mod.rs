@@ -21,6 +21,7 @@ mod processes;
 mod queue;
 mod reserve;
 mod schema;
+pub(crate) mod snapshots;
 mod upkeep;
 
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
