@@ -24,7 +24,7 @@ use crate::pools::Pool;
 use crate::store::{Meta, Store, Wanted};
 
 /// Reads objects of a namespace that follow an id and have one of the labels, up to about this many bytes.
-type Page<M> = fn(&Meta<'_>, &str, &str, Option<&[Wanted]>, usize) -> Result<Vec<M>>;
+type Page<M> = Arc<dyn Fn(&Meta<'_>, &str, &str, Option<&[Wanted]>, usize) -> Result<Vec<M>> + Send + Sync>;
 
 /// A list in progress.
 pub(super) struct Search<M> {
@@ -51,7 +51,7 @@ impl<M: Message + Fields + 'static> Search<M> {
         filters: &Filters,
         namespace: Namespace,
         conditions: &[String],
-        page: Page<M>,
+        page: impl Fn(&Meta<'_>, &str, &str, Option<&[Wanted]>, usize) -> Result<Vec<M>> + Send + Sync + 'static,
         id: fn(&M) -> &String,
     ) -> Result<Self> {
         let filter = Filter::parse(conditions)?;
@@ -62,7 +62,7 @@ impl<M: Message + Fields + 'static> Search<M> {
             namespace,
             filter,
             wanted,
-            page,
+            page: Arc::new(page),
             id,
             after: String::new(),
             left: FILTERING,
@@ -112,7 +112,7 @@ impl<M: Message + Fields + 'static> Search<M> {
 
     /// The matching objects of the next page; none after the last page.
     async fn next(&mut self) -> Result<Option<Vec<M>>> {
-        let (page, namespace, after, wanted) = (self.page, self.namespace.clone(), self.after.clone(), self.wanted.clone());
+        let (page, namespace, after, wanted) = (Arc::clone(&self.page), self.namespace.clone(), self.after.clone(), self.wanted.clone());
         let found = self.store.read(move |db| page(db, namespace.as_str(), &after, wanted.as_deref(), PAGE_BYTES)).await?;
         let Some(last) = found.last() else { return Ok(None) };
         self.after = (self.id)(last).clone();

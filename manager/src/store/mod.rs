@@ -13,6 +13,7 @@
 //! on the disk as well: see `leave_mark`. No statement reaches the wrong file, and no read changes anything: a job gets its file as a type of
 //! its own, [`Meta`] or [`Notes`], and exclusively only if it may change it.
 
+mod edges;
 mod facts;
 mod labels;
 mod objects;
@@ -20,6 +21,7 @@ mod processes;
 mod queue;
 mod reserve;
 mod schema;
+pub(crate) mod snapshots;
 mod upkeep;
 
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};

@@ -8,7 +8,7 @@ use containerd_client::types::Sandbox;
 use rusqlite::{OptionalExtension as _, params, params_from_iter};
 
 use super::labels::{self, Labelled, Wanted};
-use super::{Doing as _, Meta};
+use super::{Doing as _, Meta, edges};
 use crate::error::{Error, Result};
 use crate::timestamp;
 
@@ -52,6 +52,9 @@ fn page<M: Labelled>(db: &Meta<'_>, namespace: &str, after: &str, wanted: Option
 /// Inserts, or replaces what has that id.
 fn put<M: Labelled>(db: &mut Meta<'_>, namespace: &str, id: &str, object: &M) -> Result<()> {
     let mut object = object.clone();
+    if let Some(references) = object.references() {
+        edges::set(db.0, M::KIND, namespace, id, &references)?;
+    }
     labels::set(db.0, M::KIND, namespace, id, &std::mem::take(object.labels()))?;
     let sql = format!(
         "INSERT INTO {} (namespace, id, record) VALUES (?, ?, ?) ON CONFLICT (namespace, id) DO UPDATE SET record = excluded.record",
