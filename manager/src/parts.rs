@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, Events, Filters, Health, Introspection, Leases, Namespaces, SandboxController, Sandboxes, Services, TaskService,
+    Calls, Containers, DiffService, Events, Filters, Health, Introspection, Leases, Namespaces, SandboxController, Sandboxes, Services, SnapshotService, TaskService,
     Version,
 };
+use crate::diff::{Blobs, Differ};
 use crate::error::Result;
 use crate::events::Exchange;
 use crate::gate::Gate;
@@ -15,6 +16,7 @@ use crate::metrics::Sources;
 use crate::pools::Pools;
 use crate::restart::Restarter;
 use crate::settings::Settings;
+use crate::snapshots::Snapshots;
 use crate::store::{self, Store};
 use crate::tasks::Tasks;
 
@@ -29,6 +31,8 @@ pub(crate) struct Parts {
     /// Counters of calls.
     pub(crate) calls: Arc<Calls>,
     pub(crate) restarter: Arc<Restarter>,
+    pub(crate) snapshots: Snapshots,
+    differ: Differ,
     pools: Pools,
     uuid: String,
 }
@@ -50,7 +54,15 @@ impl Parts {
             gate: gate.clone(),
             started: AtomicU64::new(0),
         });
-        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, pools, uuid })
+        let snapshots =
+            Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
+        let differ = Differ {
+            snapshots: snapshots.clone(),
+            pool: pools.layers.clone(),
+            limits: settings.limits.layers,
+            state: settings.state.clone(),
+        };
+        Ok(Self { store, events, tasks, gate, snapshots, differ, calls: Arc::default(), restarter, pools, uuid })
     }
 
     /// The services of the API.
@@ -66,12 +78,23 @@ impl Parts {
             events: Arc::new(Events { events: events(), tasks: tasks() }),
             namespaces: Arc::new(Namespaces { store: store(), events: events() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone() }),
+            snapshots: Arc::new(SnapshotService {
+                snapshots: self.snapshots.clone(),
+                store: store(),
+                events: events(),
+                filters: filters.clone(),
+            }),
+            diff: Arc::new(DiffService { differ: self.differ.clone(), blobs: self.blobs() }),
             introspection: Arc::new(Introspection { uuid: self.uuid.clone(), tasks: tasks(), filters }),
             version: Arc::new(Version),
             health: Arc::new(Health { gate: gate() }),
             gate: gate(),
             calls: Arc::clone(&self.calls),
         }
+    }
+
+    fn blobs(&self) -> Arc<dyn Blobs> {
+        Arc::new(crate::diff::NoBlobs)
     }
 
     /// What metrics show.

@@ -10,6 +10,7 @@ use crate::name::Namespace;
 #[derive(Debug)]
 pub(super) struct Call {
     namespace: Option<String>,
+    lease: Option<String>,
     pid: i32,
     _share: Share,
 }
@@ -21,14 +22,20 @@ pub(super) struct Peer(pub(super) i32);
 impl Call {
     pub(super) fn of<Q>(request: &Request<Q>) -> Self {
         let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
+        let lease = request.metadata().get("containerd-lease").and_then(|value| value.to_str().ok());
         let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
         let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
-        Self { namespace: namespace.map(ToOwned::to_owned), pid, _share: share }
+        Self { namespace: namespace.map(ToOwned::to_owned), lease: lease.map(ToOwned::to_owned), pid, _share: share }
     }
 
     /// The client's process; 0 if that is not known.
     pub(super) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// The lease that is to hold what it makes.
+    pub(super) fn lease(&self) -> Option<String> {
+        self.lease.clone().filter(|lease| !lease.is_empty())
     }
 
     /// The namespace that it is about.

@@ -2,7 +2,7 @@
 //!
 //! gzip with any number of members, zstd with any number of frames and skippable ones between, or none.
 
-use std::io::{self, BufRead, BufReader, Chain, Cursor, Read};
+use std::io::{self, BufReader, Chain, Cursor, Read};
 
 use flate2::bufread::MultiGzDecoder;
 

@@ -12,16 +12,24 @@ mod apply;
 mod create;
 mod decode;
 mod lower;
+mod measure;
+mod rebase;
 mod ring;
 mod tar;
 mod tree;
 
 use std::io;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use rustix::io::Errno;
 
 pub(crate) use apply::{Applied, Target, apply};
-pub(crate) use create::{Change, Created, Source, create};
+pub(crate) use create::{Change, Created, Source, Times, create};
 pub(crate) use decode::Compression;
 pub(crate) use lower::Lowers;
+pub(crate) use measure::{Measured, measure};
+pub(crate) use rebase::rebase;
 pub(crate) use ring::Cancel;
 pub(crate) use tar::TarError;
 
@@ -77,6 +85,18 @@ impl LayerError {
             Self::Tar(_) | Self::Refused { .. } | Self::Busy => None,
         }
     }
+}
+
+/// Removes a folder with everything in it. That there is none is fine.
+///
+/// Errors: EXDEV if something is mounted in it; that is not touched.
+pub(crate) fn remove_tree(folder: &Path) -> io::Result<()> {
+    let (Some(above), Some(name)) = (folder.parent(), folder.file_name()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    let above = match tree::open_root(above) {
+        Err(Errno::NOENT) => return Ok(()),
+        above => above?,
+    };
+    Ok(tree::remove(above.as_fd(), name.as_encoded_bytes())?)
 }
 
 type Result<T> = std::result::Result<T, LayerError>;

@@ -94,8 +94,14 @@ pub(super) fn remove(folder: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<
         Err(Errno::ISDIR) => {}
         Err(error) => return Err(error),
     }
-    clear(open_folder(folder, name)?, &mut |_| false)?;
+    clear(open_unmounted(folder, name)?, &mut |_| false)?;
     unlinkat(folder, name, AtFlags::REMOVEDIR)
+}
+
+/// Opens a folder of the same mount: what is mounted on a file of ours is not ours to remove.
+fn open_unmounted(folder: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<OwnedFd> {
+    let resolve = ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
+    openat2(folder, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), resolve)
 }
 
 /// Removes everything in a folder but what is to be kept, and folders that it is in. Whether anything was kept.
@@ -132,7 +138,7 @@ pub(super) fn clear(folder: OwnedFd, keeps: &mut dyn FnMut(&Stat) -> bool) -> ru
         };
         let is_kept = keeps(&stat);
         if matches!(found(stat), Found::Folder(_)) {
-            let folder = open_folder(top.folder.as_fd(), &name)?;
+            let folder = open_unmounted(top.folder.as_fd(), &name)?;
             levels.push(level(folder, name, is_kept)?);
         } else if is_kept {
             top.kept = true;

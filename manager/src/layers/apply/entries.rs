@@ -21,6 +21,7 @@ impl Layer {
             return Err(refused(&entry.path, "the root of a layer is a folder"));
         }
         let root = self.root.try_clone().file("open", b"/")?;
+        self.implicit.remove(&b""[..]);
         self.own.insert(fstat(&root).file("look at", b"/")?.st_ino);
         self.folder_attributes(&root, entry, b"")
     }

@@ -17,6 +17,8 @@ mod whiteouts;
 #[cfg(test)]
 mod tests;
 
+pub(in crate::layers) use parents::copy_attributes;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Read};
@@ -53,7 +55,7 @@ pub(crate) struct Applied {
     /// Its length.
     pub(crate) bytes: u64,
     pub(crate) compression: Compression,
-    /// Folders that the layer has files in and no entry for: their owner and mode should be those of the layers below.
+    /// Folders that the layer has files in and no entry for, the root among them: their owner and mode should be those of the layers below.
     pub(crate) implicit: Vec<Vec<u8>>,
 }
 
@@ -137,7 +139,7 @@ impl Layer {
             own_links: HashSet::new(),
             hasher: RandomState::new(),
             folder_times: HashMap::new(),
-            implicit: BTreeSet::new(),
+            implicit: [Vec::new()].into(),
             last: None,
             has_warned: false,
         }

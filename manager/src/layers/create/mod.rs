@@ -19,7 +19,7 @@ use sha2::{Digest as _, Sha256};
 use super::decode::Compression;
 use super::lower::Lowers;
 use super::ring::Cancel;
-use super::tar::{Time, Writer};
+use super::tar::Writer;
 use super::{OnFile as _, Result};
 
 /// What a layer is created from.
@@ -50,11 +50,20 @@ pub(crate) enum Change {
     NeedsMount,
 }
 
-/// Writes a layer, compressed as asked, until it is done or cancelled. Times after `epoch`, if there is one, become that.
-pub(crate) fn create(sink: impl Write, source: &Source<'_>, compression: Compression, epoch: Option<Time>, cancel: &Cancel) -> Result<Change> {
+/// Which times files have in a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Times {
+    /// Their own, in whole seconds; later ones than this one, where it is given, become it.
+    Seconds(Option<i64>),
+    /// Their own: for copies.
+    Exact,
+}
+
+/// Writes a layer, compressed as asked, until it is done or cancelled.
+pub(crate) fn create(sink: impl Write, source: &Source<'_>, compression: Compression, times: Times, cancel: &Cancel) -> Result<Change> {
     let sink = Encoder::new(sink, compression).file("compress", b"")?;
     let mut writer = Writer::new(Hashed { sink, hash: Sha256::new(), bytes: 0 });
-    if !walk::walk(&mut writer, source, epoch, cancel)? {
+    if !walk::walk(&mut writer, source, times, cancel)? {
         return Ok(Change::NeedsMount);
     }
     let Hashed { sink, hash, bytes } = writer.finish().file("write", b"")?;

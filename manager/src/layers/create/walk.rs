@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use rustix::fs::{FileType, Stat, fgetxattr, lgetxattr, major, minor};
 
-use super::Source;
+use super::{Source, Times};
 use super::same::{File1, is_same, open_file};
 use crate::layers::lower::{Below, Lowers};
 use crate::layers::ring::{Cancel, cancelled};
@@ -45,19 +45,19 @@ enum Before {
 struct Walk<'a, W> {
     writer: &'a mut Writer<W>,
     lowers: Option<&'a Lowers>,
-    epoch: Option<Time>,
+    times: Times,
     first_names: FirstNames,
     buffer: Vec<u8>,
 }
 
 /// Whether everything could be seen: see [`super::Change::NeedsMount`].
-pub(super) fn walk<W: Write>(writer: &mut Writer<W>, source: &Source<'_>, epoch: Option<Time>, cancel: &Cancel) -> Result<bool> {
+pub(super) fn walk<W: Write>(writer: &mut Writer<W>, source: &Source<'_>, times: Times, cancel: &Cancel) -> Result<bool> {
     let open = |path: &std::path::Path| tree::open_root(path).file("open folder", path.as_os_str().as_encoded_bytes());
     let (right, left, lowers) = match source {
         Source::Upper(upper, lowers) => (open(upper)?, Left::Lower(Vec::new()), Some(lowers)),
         Source::Trees(left, right) => (open(right)?, left.map(open).transpose()?.map_or(Left::Nothing, Left::Folder), None),
     };
-    let mut walk = Walk { writer, lowers, epoch, first_names: FirstNames::new(), buffer: vec![0; BUFFER_BYTES] };
+    let mut walk = Walk { writer, lowers, times, first_names: FirstNames::new(), buffer: vec![0; BUFFER_BYTES] };
     let mut levels = vec![Level { names: names(&right, &left).file("read folder", b"/")?, path: Vec::new(), right, left, entry: None }];
     loop {
         let Some(level) = levels.last_mut() else { return Ok(true) };
@@ -203,10 +203,11 @@ impl<W: Write> Walk<'_, W> {
             FileType::BlockDevice => Kind::Block { major: device().0, minor: device().1 },
             FileType::Fifo => Kind::Fifo,
         };
-        let mut mtime = Time { seconds: tree::mtime(stat).seconds, nanos: 0 };
-        if let Some(epoch) = self.epoch {
-            mtime = mtime.min(epoch);
-        }
+        let exact = tree::mtime(stat);
+        let mtime = match self.times {
+            Times::Exact => exact,
+            Times::Seconds(latest) => Time { seconds: exact.seconds.min(latest.unwrap_or(i64::MAX)), nanos: 0 },
+        };
         let xattrs = if matches!(kind, Kind::HardLink { .. }) { Vec::new() } else { tree::xattrs(file.folder.as_fd(), file.name)? };
         Ok(Some(Entry { path, kind, mode: stat.st_mode & 0o7777, uid: stat.st_uid, gid: stat.st_gid, mtime, xattrs }))
     }

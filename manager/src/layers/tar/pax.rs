@@ -134,7 +134,7 @@ fn decimal(key: &str, value: &[u8]) -> Result<u64, String> {
 
 fn signed(key: &str, value: &[u8]) -> Result<i64, String> {
     let (is_negative, digits) = value.strip_prefix(b"-").map_or((false, value), |digits| (true, digits));
-    let number = decimal(key, digits)?.try_into().map_err(|_| format!("its PAX record {key:?} is {:?}", super::shown(value)))?;
+    let number: i64 = decimal(key, digits)?.try_into().map_err(|_| format!("its PAX record {key:?} is {:?}", super::shown(value)))?;
     Ok(if is_negative { -number } else { number })
 }
 

@@ -1,0 +1,109 @@
+//! New snapshots.
+
+use std::collections::HashMap;
+
+use containerd_client::services::v1::snapshots::Kind;
+use containerd_client::types::Mount;
+
+use super::folders::{blocking_make, blocking_name, blocking_remove};
+use super::{Chain, Snapshots, Snapshotter, parent};
+use crate::error::{Error, Object, Result};
+use crate::store::snapshots::{Place, kind_of};
+use crate::store::{self, Meta, Resource, leases, namespaces, resources};
+
+/// What a new snapshot is to be.
+#[derive(Debug, Clone)]
+pub(crate) struct New {
+    pub(crate) key: String,
+    /// Empty for none.
+    pub(crate) parent: String,
+    /// [`Kind::Active`] or [`Kind::View`].
+    pub(crate) kind: Kind,
+    pub(crate) labels: HashMap<String, String>,
+    /// Holds it, if it is named.
+    pub(crate) lease: Option<String>,
+}
+
+impl Snapshots {
+    /// Makes a snapshot, and returns how it is mounted.
+    pub(crate) async fn prepare(&self, place: &Place, new: New) -> Result<Vec<Mount>> {
+        let snapshotter = Snapshotter::parse(&place.snapshotter)?;
+        if let Some(why) = self.unusable(snapshotter) {
+            return Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name())));
+        }
+        let (at, asked) = (place.clone(), new.clone());
+        let above = self.store.read(move |db| check(db, &at, &asked)).await?;
+        if above.len() > MOST_LAYERS {
+            return Err(Error::Precondition(format!("a snapshot on {} others: the kernel's overlayfs takes {MOST_LAYERS}", above.len())));
+        }
+        let making = self.making.read().await;
+        let base = self.base(snapshotter);
+        let parent_tree = above.first().map(|id| self.tree(snapshotter, *id));
+        let copies = snapshotter == Snapshotter::Native && new.kind == Kind::Active;
+        let made = self.files.run(move || blocking_make(snapshotter, &base, parent_tree.as_deref(), copies)).await??;
+        let (key, kept) = (new.key.clone(), made.clone());
+        let inserted = match self.gate.enter().await {
+            Err(error) => Err(error),
+            Ok(_pass) => {
+                let (at, base) = (place.clone(), self.base(snapshotter));
+                let insert = move |db: &mut Meta<'_>| {
+                    let chain = check(db, &at, &new)?;
+                    namespaces::ensure(db, &at.namespace)?;
+                    let id = store::snapshots::insert(db, &at, &new.key, chain.first().copied(), new.kind, &new.labels)?;
+                    hold(db, &at, new.lease.as_deref(), &new.key)?;
+                    let chain = super::chain(db, &at, &new.key)?;
+                    // a rename waits for no more of the disk than the commit that follows
+                    blocking_name(&kept, &base.join(id.to_string()))?;
+                    Ok(chain)
+                };
+                self.store.write(insert).await
+            }
+        };
+        let chain = match inserted {
+            Ok(chain) => chain,
+            Err(error) => {
+                self.files.run(move || blocking_remove(&made)).await??;
+                return Err(error);
+            }
+        };
+        drop(making);
+        self.mounts_of(snapshotter, &key, chain).await
+    }
+
+    pub(super) async fn mounts_of(&self, snapshotter: Snapshotter, key: &str, chain: Chain) -> Result<Vec<Mount>> {
+        let (this, key) = (self.clone(), key.to_owned());
+        self.files.run(move || this.blocking_mounts(snapshotter, &key, &chain)).await?
+    }
+}
+
+/// Whether a snapshot can be made: numbers of its parents, the nearest first.
+fn check(db: &Meta<'_>, place: &Place, new: &New) -> Result<Vec<i64>> {
+    if store::snapshots::get(db, place, &new.key)?.is_some() {
+        return Err(Error::AlreadyExists(Object::Snapshot(new.key.clone())));
+    }
+    // clients ask this way whether a layer is there, and then neither fetch nor unpack it
+    if let Some(target) = new.labels.get(TARGET_LABEL)
+        && store::snapshots::get(db, place, target)?.is_some()
+    {
+        return Err(Error::AlreadyExists(Object::TargetSnapshot(target.clone())));
+    }
+    if new.parent.is_empty() {
+        return Ok(Vec::new());
+    }
+    let parent = parent(db, place, &new.parent)?;
+    store::snapshots::chain(db, parent.id)
+}
+
+/// Adds a snapshot to a lease.
+pub(super) fn hold(db: &mut Meta<'_>, place: &Place, lease: Option<&str>, key: &str) -> Result<()> {
+    let Some(lease) = lease else { return Ok(()) };
+    if leases::get(db, &place.namespace, lease)?.is_none() {
+        return Err(Error::NotFound(Object::Lease(lease.to_owned())));
+    }
+    resources::add(db, &place.namespace, lease, &Resource { kind: kind_of(&place.snapshotter), id: key.to_owned() })
+}
+
+/// The name that the snapshot is to have when it is committed.
+const TARGET_LABEL: &str = "containerd.io/snapshot.ref";
+/// `OVL_MAX_STACK` of Linux.
+const MOST_LAYERS: usize = 500;

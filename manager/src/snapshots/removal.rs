@@ -1,0 +1,72 @@
+//! Removal: the row first, then the folder, which is renamed aside at once and deleted by a pool.
+
+use std::fs;
+use std::path::PathBuf;
+
+use log::warn;
+
+use super::folders::{Named, blocking_move_aside, blocking_remove, named};
+use super::{Snapshots, Snapshotter, existing};
+use crate::error::{Error, IoContext as _, Result};
+use crate::store::snapshots::Place;
+use crate::store::{self, Meta};
+
+impl Snapshots {
+    /// Removes a snapshot without children. Its files go later; nothing waits for that.
+    pub(crate) async fn remove(&self, place: &Place, key: &str) -> Result<()> {
+        let snapshotter = Snapshotter::parse(&place.snapshotter)?;
+        let (at, key) = (place.clone(), key.to_owned());
+        let remove = move |db: &mut Meta<'_>| {
+            let snapshot = existing(db, &at, &key)?;
+            if store::snapshots::has_children(db, snapshot.id)? {
+                return Err(Error::Precondition("cannot remove snapshot with child".to_owned()));
+            }
+            store::snapshots::remove(db, snapshot.id)?;
+            Ok(snapshot.id)
+        };
+        let id = self.store.remove(remove).await?;
+        let this = self.clone();
+        tokio::spawn(async move { this.remove_folders(vec![(snapshotter, id)]).await });
+        Ok(())
+    }
+
+    /// Deletes the folders of snapshots whose rows are removed. What cannot be deleted is left to a later cleanup.
+    pub(crate) async fn remove_folders(&self, removed: Vec<(Snapshotter, i64)>) {
+        let folders: Vec<_> = removed.into_iter().map(|(snapshotter, id)| self.folder(snapshotter, id)).collect();
+        self.delete(folders).await;
+    }
+
+    /// Deletes every folder of a snapshotter that has no row.
+    pub(crate) async fn cleanup(&self, snapshotter: Snapshotter) -> Result<()> {
+        let left = {
+            // until the rows are read, no folder is there whose row is to come
+            let _nothing_is_made = self.making.write().await;
+            let base = self.base(snapshotter);
+            let found = self.files.run(move || fs::read_dir(&base).and_then(|entries| entries.collect::<Result<Vec<_>, _>>()).on("read", &base));
+            let found = found.await??;
+            let mut known = self.store.read(move |db| store::snapshots::all(db, snapshotter.name())).await?;
+            known.sort_unstable();
+            let is_left = |name: &std::ffi::OsStr| match named(name) {
+                Named::Snapshot(id) => known.binary_search(&id).is_err(),
+                Named::Left => true,
+                Named::Foreign => false,
+            };
+            found.into_iter().filter(|entry| is_left(&entry.file_name())).map(|entry| entry.path()).collect()
+        };
+        self.delete(left).await;
+        Ok(())
+    }
+
+    async fn delete(&self, folders: Vec<PathBuf>) {
+        for folder in folders {
+            let path = folder.clone();
+            let deleted = self.removal.run(move || match blocking_move_aside(&path)? {
+                Some(aside) => blocking_remove(&aside),
+                None => Ok(()),
+            });
+            if let Err(error) = deleted.await.flatten() {
+                warn!(folder:% = folder.display(), error = error.chain(); "cannot delete the files of a removed snapshot; the next cleanup tries again");
+            }
+        }
+    }
+}
