@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use containerd_client::types::Mount;
 
-pub(crate) use content::{Blobs, Ingest, Ingested, NoBlobs};
+pub(crate) use content::{Blobs, NoBlobs};
 
 use crate::error::{Error, IoContext as _, Result};
 use crate::layers::{self, Applied, Cancel, Change, Compression, Created, LayerLimits, Lowers, Source, Target, Times};

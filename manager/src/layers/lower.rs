@@ -1,11 +1,9 @@
 //! The layers below an overlay's upper folder, as they are seen together.
 
-use std::collections::{BTreeSet, HashSet};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 
-use rustix::fs::{AtFlags, Mode, OFlags, Stat, fstat, openat, statat};
-use rustix::io::Errno;
+use rustix::fs::{Mode, OFlags, Stat, fstat, openat};
 
 use super::tree::{self, Found};
 use super::{OnFile as _, Result};
@@ -80,42 +78,5 @@ impl Lowers {
     /// Owner, mode, attributes of the root that is seen.
     pub(super) fn root(&self) -> rustix::io::Result<Option<Stat>> {
         self.roots.first().map(fstat).transpose()
-    }
-
-    /// The names that are seen in a folder, and what they are.
-    pub(super) fn names(&self, path: &[Vec<u8>]) -> rustix::io::Result<Vec<Vec<u8>>> {
-        let (mut seen, mut gone) = (BTreeSet::new(), HashSet::new());
-        for root in &self.roots {
-            let mut folder = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-            let (mut hides_lower, mut is_there, mut ends) = (false, true, false);
-            for name in path {
-                match tree::look(folder.as_fd(), name)? {
-                    Found::Folder(_) => folder = tree::open_folder(folder.as_fd(), name)?,
-                    Found::Absent => is_there = false,
-                    _ => (is_there, ends) = (false, true),
-                }
-                if !is_there {
-                    break;
-                }
-                hides_lower |= tree::is_opaque(folder.as_fd());
-            }
-            if is_there {
-                for name in tree::names(folder.as_fd())? {
-                    let stat = match statat(&folder, &*name, AtFlags::SYMLINK_NOFOLLOW) {
-                        Err(Errno::NOENT) => continue,
-                        stat => stat?,
-                    };
-                    if matches!(tree::found(stat), Found::Whiteout) {
-                        gone.insert(name);
-                    } else if !gone.contains(&name) {
-                        seen.insert(name);
-                    }
-                }
-            }
-            if hides_lower || ends {
-                break;
-            }
-        }
-        Ok(seen.into_iter().collect())
     }
 }

@@ -16,6 +16,8 @@ mod measure;
 mod rebase;
 mod ring;
 mod tar;
+#[cfg(test)]
+mod testing;
 mod tree;
 
 use std::io;
@@ -28,7 +30,7 @@ pub(crate) use apply::{Applied, Target, apply};
 pub(crate) use create::{Change, Created, Source, Times, create};
 pub(crate) use decode::Compression;
 pub(crate) use lower::Lowers;
-pub(crate) use measure::{Measured, measure};
+pub(crate) use measure::measure;
 pub(crate) use rebase::rebase;
 pub(crate) use ring::Cancel;
 pub(crate) use tar::TarError;

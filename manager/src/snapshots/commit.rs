@@ -15,7 +15,7 @@ use super::{Chain, Snapshots, Snapshotter, chain, parent};
 use crate::error::{Error, IoContext as _, Object, Result};
 use crate::layers::{self, Lowers};
 use crate::store::snapshots::{Place, Usage, kind_of};
-use crate::store::{self, Meta, Resource, leases, resources};
+use crate::store::{self, Meta, Resource, resources};
 
 /// What is committed.
 #[derive(Debug, Clone)]
