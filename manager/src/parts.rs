@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, Events, Filters, Health, Introspection, Leases, Namespaces, SandboxController, Sandboxes, Services, TaskService,
+    Calls, Containers, ContentService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController, Sandboxes, Services, TaskService,
     Version,
 };
+use crate::content::Content;
 use crate::error::Result;
 use crate::events::Exchange;
 use crate::gate::Gate;
+use crate::gc::Collector;
 use crate::host::kernel_id;
 use crate::metrics::Sources;
 use crate::pools::Pools;
@@ -29,6 +31,8 @@ pub(crate) struct Parts {
     /// Counters of calls.
     pub(crate) calls: Arc<Calls>,
     pub(crate) restarter: Arc<Restarter>,
+    pub(crate) collector: Arc<Collector>,
+    content: Arc<Content>,
     pools: Pools,
     uuid: String,
 }
@@ -50,14 +54,24 @@ impl Parts {
             gate: gate.clone(),
             started: AtomicU64::new(0),
         });
-        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, pools, uuid })
+        let content = Content::open(&settings.content(), settings.sharing, store.clone(), pools.content.clone(), gate.clone())?;
+        let content = Arc::new(content);
+        let collector = Arc::new(Collector::new(
+            store.clone(),
+            Arc::clone(&content),
+            Arc::new(NoSnapshotters),
+            Arc::clone(&events),
+            gate.clone(),
+            settings.collection,
+        ));
+        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, collector, content, pools, uuid })
     }
 
     /// The services of the API.
     pub(crate) fn services(&self) -> Services {
         let filters = Filters::new(self.pools.list_filters.clone());
         let (store, gate) = (|| self.store.clone(), || self.gate.clone());
-        let (events, tasks) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks));
+        let (events, tasks, collector) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks), || Arc::clone(&self.collector));
         Services {
             containers: Arc::new(Containers { store: store(), events: events(), tasks: tasks(), gate: gate(), filters: filters.clone() }),
             tasks: Arc::new(TaskService { tasks: tasks(), store: store(), gate: gate(), filters: filters.clone() }),
@@ -65,7 +79,22 @@ impl Parts {
             sandbox_controller: Arc::new(SandboxController { tasks: tasks(), store: store(), events: events() }),
             events: Arc::new(Events { events: events(), tasks: tasks() }),
             namespaces: Arc::new(Namespaces { store: store(), events: events() }),
-            leases: Arc::new(Leases { store: store(), filters: filters.clone() }),
+            leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
+            content: Arc::new(ContentService {
+                content: Arc::clone(&self.content),
+                store: store(),
+                events: events(),
+                filters: filters.clone(),
+                gate: gate(),
+                pool: self.pools.content.clone(),
+            }),
+            images: Arc::new(Images {
+                store: store(),
+                events: events(),
+                filters: filters.clone(),
+                gate: gate(),
+                collector: collector(),
+            }),
             introspection: Arc::new(Introspection { uuid: self.uuid.clone(), tasks: tasks(), filters }),
             version: Arc::new(Version),
             health: Arc::new(Health { gate: gate() }),
@@ -86,4 +115,13 @@ impl Parts {
             gate: self.gate.clone(),
         }
     }
+}
+
+/// Until there are snapshotters.
+#[derive(Debug)]
+struct NoSnapshotters;
+
+#[async_trait::async_trait]
+impl crate::gc::Snapshotters for NoSnapshotters {
+    async fn remove_files(&self, _removed: Vec<(String, i64)>, _scan: crate::content::Scan) {}
 }
