@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 mod api;
 mod config;
+mod content;
 mod control;
 mod daemon;
 mod diff;
@@ -12,6 +13,7 @@ mod events;
 mod filter;
 mod forward;
 mod gate;
+mod gc;
 mod guarded;
 mod host;
 mod invocation;

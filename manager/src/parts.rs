@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, DiffService, Events, Filters, Health, Introspection, Leases, Namespaces, SandboxController, Sandboxes, Services, SnapshotService, TaskService,
-    Version,
+    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController,
+    Sandboxes, Services, SnapshotService, TaskService, Version,
 };
-use crate::diff::{Blobs, Differ};
+use crate::content::Content;
+use crate::diff::Differ;
 use crate::error::Result;
 use crate::events::Exchange;
 use crate::gate::Gate;
+use crate::gc::Collector;
 use crate::host::kernel_id;
 use crate::metrics::Sources;
 use crate::pools::Pools;
@@ -33,6 +35,8 @@ pub(crate) struct Parts {
     pub(crate) restarter: Arc<Restarter>,
     pub(crate) snapshots: Snapshots,
     differ: Differ,
+    pub(crate) collector: Arc<Collector>,
+    content: Arc<Content>,
     pools: Pools,
     uuid: String,
 }
@@ -54,22 +58,32 @@ impl Parts {
             gate: gate.clone(),
             started: AtomicU64::new(0),
         });
-        let snapshots =
-            Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
+        let content = Content::open(&settings.content(), settings.sharing, store.clone(), pools.content.clone(), gate.clone())?;
+        let content = Arc::new(content);
+        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
         let differ = Differ {
             snapshots: snapshots.clone(),
+            content: Arc::clone(&content),
             pool: pools.layers.clone(),
             limits: settings.limits.layers,
             state: settings.state.clone(),
         };
-        Ok(Self { store, events, tasks, gate, snapshots, differ, calls: Arc::default(), restarter, pools, uuid })
+        let collector = Arc::new(Collector::new(
+            store.clone(),
+            Arc::clone(&content),
+            Arc::new(snapshots.clone()),
+            Arc::clone(&events),
+            gate.clone(),
+            settings.collection,
+        ));
+        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, collector, content, snapshots, differ, pools, uuid })
     }
 
     /// The services of the API.
     pub(crate) fn services(&self) -> Services {
         let filters = Filters::new(self.pools.list_filters.clone());
         let (store, gate) = (|| self.store.clone(), || self.gate.clone());
-        let (events, tasks) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks));
+        let (events, tasks, collector) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks), || Arc::clone(&self.collector));
         Services {
             containers: Arc::new(Containers { store: store(), events: events(), tasks: tasks(), gate: gate(), filters: filters.clone() }),
             tasks: Arc::new(TaskService { tasks: tasks(), store: store(), gate: gate(), filters: filters.clone() }),
@@ -77,24 +91,35 @@ impl Parts {
             sandbox_controller: Arc::new(SandboxController { tasks: tasks(), store: store(), events: events() }),
             events: Arc::new(Events { events: events(), tasks: tasks() }),
             namespaces: Arc::new(Namespaces { store: store(), events: events() }),
-            leases: Arc::new(Leases { store: store(), filters: filters.clone() }),
             snapshots: Arc::new(SnapshotService {
                 snapshots: self.snapshots.clone(),
                 store: store(),
                 events: events(),
                 filters: filters.clone(),
             }),
-            diff: Arc::new(DiffService { differ: self.differ.clone(), blobs: self.blobs() }),
+            diff: Arc::new(DiffService { differ: self.differ.clone() }),
+            leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
+            content: Arc::new(ContentService {
+                content: Arc::clone(&self.content),
+                store: store(),
+                events: events(),
+                filters: filters.clone(),
+                gate: gate(),
+                pool: self.pools.content.clone(),
+            }),
+            images: Arc::new(Images {
+                store: store(),
+                events: events(),
+                filters: filters.clone(),
+                gate: gate(),
+                collector: collector(),
+            }),
             introspection: Arc::new(Introspection { uuid: self.uuid.clone(), tasks: tasks(), filters }),
             version: Arc::new(Version),
             health: Arc::new(Health { gate: gate() }),
             gate: gate(),
             calls: Arc::clone(&self.calls),
         }
-    }
-
-    fn blobs(&self) -> Arc<dyn Blobs> {
-        Arc::new(crate::diff::NoBlobs)
     }
 
     /// What metrics show.

@@ -20,6 +20,8 @@ pub(crate) struct Pools {
     pub(crate) layers: Pool,
     /// Deletion of files of snapshots.
     pub(crate) removal: Pool,
+    /// Bytes of content: hashed and written as they come, and read.
+    pub(crate) content: Pool,
     /// Filters of lists: they may use all of a CPU.
     pub(crate) list_filters: Pool,
     /// Filters of subscriptions: one at a time, so that they use one CPU at most.
@@ -33,6 +35,7 @@ impl Default for Pools {
             snapshots: Pool::new("snapshots", SNAPSHOTS),
             layers: Pool::new("layers", LAYERS),
             removal: Pool::new("removal", REMOVAL),
+            content: Pool::new("content", CONTENT),
             list_filters: Pool::new("list_filters", LIST_FILTERS),
             event_filters: Pool::new("event_filters", EVENT_FILTERS),
         }
@@ -41,8 +44,16 @@ impl Default for Pools {
 
 impl Pools {
     /// Each of them.
-    pub(crate) fn all(&self) -> [&Pool; 6] {
-        [&self.bundles, &self.snapshots, &self.layers, &self.removal, &self.list_filters, &self.event_filters]
+    pub(crate) fn all(&self) -> [&Pool; 7] {
+        [
+            &self.bundles,
+            &self.content,
+            &self.snapshots,
+            &self.layers,
+            &self.removal,
+            &self.list_filters,
+            &self.event_filters,
+        ]
     }
 }
 
@@ -114,10 +125,13 @@ const SNAPSHOTS: usize = 4;
 /// As many as clients pull at once for one image.
 const LAYERS: usize = 3;
 const REMOVAL: usize = 1;
+const CONTENT: usize = 8;
 const LIST_FILTERS: usize = 2;
 const EVENT_FILTERS: usize = 1;
+/// Long reads of the store: one collection at a time.
+const LONG_READS: usize = 1;
 /// Of all pools.
-pub(crate) const THREADS: usize = BUNDLES + SNAPSHOTS + LAYERS + REMOVAL + LIST_FILTERS + EVENT_FILTERS;
+pub(crate) const THREADS: usize = BUNDLES + CONTENT + SNAPSHOTS + LAYERS + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
 
 #[cfg(test)]
 mod tests {

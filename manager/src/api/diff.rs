@@ -6,7 +6,8 @@ use containerd_client::services::v1::{ApplyRequest, ApplyResponse, DiffRequest, 
 use containerd_client::types::Descriptor;
 
 use super::call::Call;
-use crate::diff::{Blobs, Differ};
+use crate::content::Digest;
+use crate::diff::{Differ, NewBlob};
 use crate::error::{Error, Result};
 use crate::layers::{Compression, Times};
 
@@ -14,7 +15,6 @@ use crate::layers::{Compression, Times};
 #[derive(Debug)]
 pub(crate) struct DiffService {
     pub(crate) differ: Differ,
-    pub(crate) blobs: Arc<dyn Blobs>,
 }
 
 impl DiffService {
@@ -25,12 +25,12 @@ impl DiffService {
         if let Some(kind) = request.payloads.keys().next() {
             return Err(Error::Unimplemented(format!("a layer with a payload for {kind:?}")));
         }
-        let blob = self.blobs.open(&namespace, &diff.digest).await?;
-        let applied = self.differ.apply(blob, request.mounts, request.sync_fs).await?;
+        let digest_of_blob = Digest::parse(&diff.digest)?;
+        let applied = self.differ.apply(&namespace, &digest_of_blob, request.mounts, request.sync_fs).await?;
         let size = i64::try_from(applied.bytes).unwrap_or(i64::MAX);
         let applied = Descriptor {
             media_type: OCI_LAYER.to_owned(),
-            digest: digest(&applied.diff_id),
+            digest: Digest::of_sha256(&applied.diff_id).to_string(),
             size,
             annotations: [].into(),
         };
@@ -41,15 +41,10 @@ impl DiffService {
         let namespace = call.namespace()?;
         let (media_type, compression) = compression(&request.media_type)?;
         let times = Times::Seconds(request.source_date_epoch.map(|epoch| epoch.seconds));
-        let ingest = self.blobs.begin(&namespace, Some(request.r#ref).filter(|name| !name.is_empty())).await?;
-        let (created, ingest) = self.differ.create(request.left, request.right, ingest, compression, times).await?;
-        let mut labels = request.labels;
-        if compression != Compression::Plain {
-            labels.insert(UNCOMPRESSED_LABEL.to_owned(), digest(&created.diff_id));
-        }
-        let content = self.blobs.finish(&namespace, ingest, labels, call.lease()).await?;
-        let size = i64::try_from(content.bytes).unwrap_or(i64::MAX);
-        let diff = Descriptor { media_type: media_type.to_owned(), digest: content.digest, size, annotations: [].into() };
+        let new = NewBlob { reference: request.r#ref, labels: request.labels, lease: call.lease(), compression, times };
+        let (digest, size) = self.differ.create(&namespace, request.left, request.right, new).await?;
+        let size = i64::try_from(size).unwrap_or(i64::MAX);
+        let diff = Descriptor { media_type: media_type.to_owned(), digest: digest.to_string(), size, annotations: [].into() };
         Ok(DiffResponse { diff: Some(diff) })
     }
 }
@@ -65,15 +60,9 @@ fn compression(media_type: &str) -> Result<(&str, Compression)> {
     }
 }
 
-fn digest(bytes: &[u8; 32]) -> String {
-    bytes.iter().fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
-}
-
 const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const OCI_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 const OCI_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
 const DOCKER_GZIP: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 const DOCKER_ZSTD: &str = "application/vnd.docker.image.rootfs.diff.tar.zstd";
-/// On compressed content: the digest of what it is without compression.
-const UNCOMPRESSED_LABEL: &str = "containerd.io/uncompressed";

@@ -84,6 +84,30 @@ impl<M: Message + Fields + 'static> Search<M> {
         Ok(all)
     }
 
+    /// Page by page, as fast as they are read; none is empty.
+    ///
+    /// Errors: what went wrong before the first.
+    pub(super) async fn pages(mut self) -> Result<impl Stream<Item = Result<Vec<M>>>> {
+        let mut next = self.next().await?;
+        let (send, found) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Some(page) = next {
+                if !page.is_empty() && send.send(Ok(page)).await.is_err() {
+                    return;
+                }
+                next = match self.next().await {
+                    Ok(next) => next,
+                    Err(error) => {
+                        // the client may have disconnected
+                        let _ = send.send(Err(error)).await;
+                        return;
+                    }
+                };
+            }
+        });
+        Ok(ReceiverStream::new(found))
+    }
+
     /// One after the other, as fast as they are read.
     ///
     /// Errors: what went wrong before the first.

@@ -116,7 +116,7 @@ impl SnapshotService {
 
     pub(super) async fn remove(self: Arc<Self>, call: Call, request: RemoveSnapshotRequest) -> Result<()> {
         let (namespace, place) = place(&call, &request.snapshotter)?;
-        self.snapshots.remove(&place, &request.key).await?;
+        self.snapshots.remove(&place, &request.key, call.lease()).await?;
         let event = SnapshotRemove { key: request.key, snapshotter: place.snapshotter };
         self.events.publish(&namespace, "/snapshot/remove", &event);
         Ok(())

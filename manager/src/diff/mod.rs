@@ -7,7 +7,7 @@
 //! ```
 //! **Invariant:** when a caller no longer waits, the work ends at its next buffer; nothing stays mounted, whatever happens.
 
-mod content;
+mod blobs;
 mod mount;
 #[cfg(test)]
 mod tests;
@@ -15,13 +15,16 @@ mod tests;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use containerd_client::types::Mount;
 
-pub(crate) use content::{Blobs, NoBlobs};
+pub(crate) use blobs::NewBlob;
 
+use crate::content::{Content, Digest};
 use crate::error::{Error, IoContext as _, Result};
 use crate::layers::{self, Applied, Cancel, Change, Compression, Created, LayerLimits, Lowers, Source, Target, Times};
+use crate::name::Namespace;
 use crate::pools::Pool;
 use crate::snapshots::{Snapshots, in_own_mounts};
 use mount::{Layout, Points};
@@ -30,6 +33,7 @@ use mount::{Layout, Points};
 #[derive(Debug, Clone)]
 pub(crate) struct Differ {
     pub(crate) snapshots: Snapshots,
+    pub(crate) content: Arc<Content>,
     pub(crate) pool: Pool,
     pub(crate) limits: LayerLimits,
     /// Where mount points are made.
@@ -38,36 +42,32 @@ pub(crate) struct Differ {
 
 impl Differ {
     /// Applies a layer, compressed or not, to what the mounts show; with `syncs`, it survives a loss of power then.
-    pub(crate) async fn apply(&self, blob: File, mounts: Vec<Mount>, syncs: bool) -> Result<Applied> {
+    pub(crate) async fn apply(&self, namespace: &Namespace, digest: &Digest, mounts: Vec<Mount>, syncs: bool) -> Result<Applied> {
+        let blob = self.content.read(namespace, digest).await?;
         let (this, cancel) = (self.clone(), Cancel::default());
         let _ends_with_caller = cancel.guard();
-        self.pool.run(move || this.blocking_apply(blob, &mounts, syncs, &cancel)).await?
+        self.pool.run(move || this.blocking_apply(blob.file(), &mounts, syncs, &cancel)).await?
     }
 
-    /// Writes what differs between two mounts, and gives the sink back.
-    pub(crate) async fn create<W: Write + Send + 'static>(
+    /// Writes what differs between two mounts.
+    fn blocking_diff(
         &self,
-        left: Vec<Mount>,
-        right: Vec<Mount>,
-        mut sink: W,
+        left: &[Mount],
+        right: &[Mount],
+        mut sink: impl Write + Send,
         compression: Compression,
         times: Times,
-    ) -> Result<(Created, W)> {
-        let (this, cancel) = (self.clone(), Cancel::default());
-        let _ends_with_caller = cancel.guard();
-        let job = move || {
-            let create = |source: &Source<'_>| match layers::create(&mut sink, source, compression, times, &cancel)? {
-                Change::Written(created) => Ok(created),
-                Change::NeedsMount => Err(Error::Precondition(
-                    "the snapshot was written to by an overlay with redirect_dir or metacopy, which this kernel does not have on now".to_owned(),
-                )),
-            };
-            this.blocking_create(&left, &right, create).map(|created| (created, sink))
-        };
-        self.pool.run(job).await?
+        cancel: &Cancel,
+    ) -> Result<Created> {
+        self.blocking_create(left, right, |source| match layers::create(&mut sink, source, compression, times, cancel)? {
+            Change::Written(created) => Ok(created),
+            Change::NeedsMount => Err(Error::Precondition(
+                "the snapshot was written to by an overlay with redirect_dir or metacopy, which this kernel does not have on now".to_owned(),
+            )),
+        })
     }
 
-    fn blocking_apply(&self, blob: File, mounts: &[Mount], syncs: bool, cancel: &Cancel) -> Result<Applied> {
+    fn blocking_apply(&self, blob: &File, mounts: &[Mount], syncs: bool, cancel: &Cancel) -> Result<Applied> {
         let sync = |path: &Path| {
             if !syncs {
                 return Ok(());

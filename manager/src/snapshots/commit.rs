@@ -10,8 +10,8 @@ use std::path::Path;
 use containerd_client::services::v1::snapshots::Kind;
 
 use super::folders::blocking_implicit;
-use super::prepare::hold;
 use super::{Chain, Snapshots, Snapshotter, chain, parent};
+use crate::content::hold;
 use crate::error::{Error, IoContext as _, Object, Result};
 use crate::layers::{self, Lowers};
 use crate::store::snapshots::{Place, Usage, kind_of};
@@ -49,7 +49,7 @@ impl Snapshots {
             // what held the active one holds nothing now
             let held = Resource { kind: kind_of(&at.snapshotter), id: commit.key.clone() };
             if let Some(lease) = &commit.lease {
-                hold(db, &at, Some(lease), &commit.name)?;
+                hold(db, &at.namespace, Some(lease), &held.kind, &commit.name)?;
                 resources::remove(db, &at.namespace, lease, &held)?;
             }
             store::snapshots::commit(db, &at, id, &commit.name, found.parents.first().copied(), Some(usage), &commit.labels)

@@ -7,9 +7,10 @@ use containerd_client::types::Mount;
 
 use super::folders::{blocking_make, blocking_name, blocking_remove};
 use super::{Chain, Snapshots, Snapshotter, parent};
+use crate::content::hold;
 use crate::error::{Error, Object, Result};
 use crate::store::snapshots::{Place, kind_of};
-use crate::store::{self, Meta, Resource, leases, namespaces, resources};
+use crate::store::{self, Meta, namespaces};
 
 /// What a new snapshot is to be.
 #[derive(Debug, Clone)]
@@ -50,7 +51,7 @@ impl Snapshots {
                     let chain = check(db, &at, &new)?;
                     namespaces::ensure(db, &at.namespace)?;
                     let id = store::snapshots::insert(db, &at, &new.key, chain.first().copied(), new.kind, &new.labels)?;
-                    hold(db, &at, new.lease.as_deref(), &new.key)?;
+                    hold(db, &at.namespace, new.lease.as_deref(), &kind_of(&at.snapshotter), &new.key)?;
                     let chain = super::chain(db, &at, &new.key)?;
                     // a rename waits for no more of the disk than the commit that follows
                     blocking_name(&kept, &base.join(id.to_string()))?;
@@ -92,15 +93,6 @@ fn check(db: &Meta<'_>, place: &Place, new: &New) -> Result<Vec<i64>> {
     }
     let parent = parent(db, place, &new.parent)?;
     store::snapshots::chain(db, parent.id)
-}
-
-/// Adds a snapshot to a lease.
-pub(super) fn hold(db: &mut Meta<'_>, place: &Place, lease: Option<&str>, key: &str) -> Result<()> {
-    let Some(lease) = lease else { return Ok(()) };
-    if leases::get(db, &place.namespace, lease)?.is_none() {
-        return Err(Error::NotFound(Object::Lease(lease.to_owned())));
-    }
-    resources::add(db, &place.namespace, lease, &Resource { kind: kind_of(&place.snapshotter), id: key.to_owned() })
 }
 
 /// The name that the snapshot is to have when it is committed.

@@ -8,12 +8,14 @@ use log::warn;
 use super::folders::{Named, blocking_move_aside, blocking_remove, named};
 use super::{Snapshots, Snapshotter, existing};
 use crate::error::{Error, IoContext as _, Result};
-use crate::store::snapshots::Place;
-use crate::store::{self, Meta};
+use crate::content::Scan;
+use crate::gc::Snapshotters;
+use crate::store::snapshots::{Place, kind_of};
+use crate::store::{self, Meta, Resource, resources};
 
 impl Snapshots {
     /// Removes a snapshot without children. Its files go later; nothing waits for that.
-    pub(crate) async fn remove(&self, place: &Place, key: &str) -> Result<()> {
+    pub(crate) async fn remove(&self, place: &Place, key: &str, lease: Option<String>) -> Result<()> {
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
         let (at, key) = (place.clone(), key.to_owned());
         let remove = move |db: &mut Meta<'_>| {
@@ -22,6 +24,10 @@ impl Snapshots {
                 return Err(Error::Precondition("cannot remove snapshot with child".to_owned()));
             }
             store::snapshots::remove(db, snapshot.id)?;
+            if let Some(lease) = &lease {
+                let held = Resource { kind: kind_of(&at.snapshotter), id: key.clone() };
+                resources::remove(db, &at.namespace, lease, &held)?;
+            }
             Ok(snapshot.id)
         };
         let id = self.store.remove(remove).await?;
@@ -66,6 +72,22 @@ impl Snapshots {
             });
             if let Err(error) = deleted.await.flatten() {
                 warn!(folder:% = folder.display(), error = error.chain(); "cannot delete the files of a removed snapshot; the next cleanup tries again");
+            }
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Snapshotters for Snapshots {
+    async fn remove_files(&self, removed: Vec<(String, i64)>, scan: Scan) {
+        let known = |(name, id): (String, i64)| Some((Snapshotter::parse(&name).ok()?, id));
+        self.remove_folders(removed.into_iter().filter_map(known).collect()).await;
+        if scan == Scan::Known {
+            return;
+        }
+        for snapshotter in Snapshotter::ALL {
+            if let Err(error) = self.cleanup(snapshotter).await {
+                warn!(snapshotter = snapshotter.name(), error = error.chain(); "cannot look for folders without a snapshot");
             }
         }
     }

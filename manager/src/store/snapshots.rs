@@ -163,6 +163,12 @@ pub(crate) fn all(db: &Meta<'_>, snapshotter: &str) -> Result<Vec<i64>> {
     select.query_map([snapshotter], |row| row.get(0)).and_then(Iterator::collect).doing("read")
 }
 
+/// The key of the snapshot of that number.
+#[cfg(test)]
+pub(crate) fn key(db: &Meta<'_>, id: i64) -> Result<String> {
+    db.0.query_row("SELECT key FROM snapshots WHERE id = ?", [id], |row| row.get(0)).doing("read")
+}
+
 /// Whether the namespace has none.
 pub(crate) fn is_empty(db: &Meta<'_>, namespace: &str) -> Result<bool> {
     let sql = "SELECT NOT EXISTS (SELECT 1 FROM snapshots WHERE namespace = ?)";

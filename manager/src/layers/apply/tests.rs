@@ -222,7 +222,8 @@ fn hard_links_lead_to_files_of_their_layer_and_of_those_below() {
         assert!(seen[name].contains("1 bytes") && seen[name].ends_with("linked to a"), "{seen:?}");
     }
     assert!(seen["e"].starts_with("104711 5:0 1 bytes") && seen["t"].contains("-> a"), "{seen:?}");
-    let later = merge(&tar().link("a", "b").file("b", "").end(), &new(&scratch::Folder::new("later"), "x")).expect_err("its target is not there yet");
+    let later_folder = scratch::Folder::new("later");
+    let later = merge(&tar().link("a", "b").file("b", "").end(), &new(&later_folder, "x")).expect_err("its target is not there yet");
     assert!(crate::error::chain(&later).contains("\"a\""), "{later:?}");
 }
 
@@ -497,7 +498,8 @@ fn overlays_and_merged_trees_show_the_same() {
                         _ => ("implicit", layer.clone().file(format!("{name}/x"), "y")),
                     };
                     // what no layer can have is refused by both, and not the subject
-                    let (one, other) = (scratch::Folder::new("one"), scratch::Folder::new("other"));
+                    let folder = scratch::Folder::new("possible");
+                    let (one, other) = (new(&folder, "one"), new(&folder, "other"));
                     if merge(&next.clone().end(), &one).is_ok() && overlay(&next.clone().end(), &other, &[]).is_ok() {
                         story.push(format!("{number}: {what} {name}"));
                         layer = next;

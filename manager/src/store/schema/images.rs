@@ -32,6 +32,8 @@ pub(super) fn images(db: &Connection) -> Result<()> {
         namespace TEXT NOT NULL, id TEXT NOT NULL, record BLOB NOT NULL,
         target TEXT NOT NULL DEFAULT '', expires INTEGER, PRIMARY KEY (namespace, id)
     ) STRICT;
+    CREATE INDEX images_by_target ON images (namespace, target);
+    CREATE INDEX edges_by_target ON edges (namespace, to_type, to_id);
     CREATE INDEX images_expires ON images (expires) WHERE expires IS NOT NULL;
     CREATE TABLE snapshots (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
