@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, XattrFlags, fgetxattr, flistxattr, lgetxattr, llistxattr,
+    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, XattrFlags, fgetxattr, flistxattr, flistxattr_query, lgetxattr, llistxattr, llistxattr_query,
     lsetxattr, openat, openat2, readlinkat, statat, unlinkat,
 };
 use rustix::io::Errno;
@@ -172,35 +172,33 @@ pub(super) fn is_opaque(folder: BorrowedFd<'_>) -> bool {
 /// The extended attributes of a file that belong to it rather than to the overlay or to the host.
 pub(super) fn xattrs(folder: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let path = path_of(folder, name);
-    listed(|buffer| llistxattr(&path, buffer), |key, buffer| lgetxattr(&path, key, buffer))
+    listed(|| llistxattr_query(&path), |buffer| llistxattr(&path, buffer), |key, buffer| lgetxattr(&path, key, buffer))
 }
 
 /// The same for an open folder.
 pub(super) fn xattrs_of(folder: BorrowedFd<'_>) -> rustix::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    listed(|buffer| flistxattr(folder, buffer), |key, buffer| fgetxattr(folder, key, buffer))
+    listed(|| flistxattr_query(folder), |buffer| flistxattr(folder, buffer), |key, buffer| fgetxattr(folder, key, buffer))
 }
 
 fn listed(
+    query: impl Fn() -> rustix::io::Result<usize>,
     list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>,
     get: impl Fn(&[u8], &mut [u8]) -> rustix::io::Result<usize>,
 ) -> rustix::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let length = match list(&mut []) {
+    match query() {
+        // nearly every file
         Ok(0) | Err(Errno::NOTSUP) => return Ok(Vec::new()),
         length => length?,
     };
-    let mut keys = vec![0; length];
-    let length = list(&mut keys)?;
-    keys.truncate(length);
+    let mut buffer = vec![0; XATTR_BYTES];
+    let length = list(&mut buffer)?;
+    let keys = buffer[..length].to_vec();
     let mut found = Vec::new();
     for key in keys.split(|byte| *byte == 0).filter(|key| !key.is_empty() && belongs_to_file(key)) {
-        let length = match get(key, &mut []) {
-            Err(Errno::NODATA) => continue,
-            length => length?,
-        };
-        let mut value = vec![0; length];
-        let length = get(key, &mut value)?;
-        value.truncate(length);
-        found.push((key.to_owned(), value));
+        match get(key, &mut buffer) {
+            Err(Errno::NODATA) => {}
+            length => found.push((key.to_owned(), buffer[..length?].to_owned())),
+        }
     }
     found.sort();
     Ok(found)
@@ -227,6 +225,8 @@ pub(super) fn open_root(path: &Path) -> rustix::io::Result<OwnedFd> {
 /// The first names of files with several, by device and inode.
 pub(super) type FirstNames = HashMap<(u64, u64), Vec<u8>>;
 
+/// The longest value, and the longest list of names, that Linux has.
+const XATTR_BYTES: usize = 64 << 10;
 /// Marks a folder that hides those of its name in lower layers.
 pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
 const USER_OPAQUE: &str = "user.overlay.opaque";

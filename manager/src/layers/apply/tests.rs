@@ -37,10 +37,22 @@ fn seen(layers: &[Vec<u8>]) -> BTreeMap<String, String> {
         merge(layer, &merged).unwrap_or_else(|error| panic!("merged: {}", crate::error::chain(&error)));
         let upper = new(&folder, &format!("upper{number}"));
         let lowers: Vec<&Path> = uppers.iter().rev().map(PathBuf::as_path).collect();
+        if let Some(lower) = lowers.first() {
+            // as snapshots are prepared
+            let about = fs::metadata(lower).expect("a folder");
+            std::os::unix::fs::chown(&upper, Some(about.uid()), Some(about.gid())).expect("an owner");
+            fs::set_permissions(&upper, about.permissions()).expect("a mode");
+        }
         overlay(layer, &upper, &lowers).unwrap_or_else(|error| panic!("overlay: {}", crate::error::chain(&error)));
+        if number == 0 {
+            // as snapshots are committed
+            crate::layers::measure(&upper, true).expect("measured");
+        }
         uppers.push(upper);
     }
-    uppers.insert(0, new(&folder, "none"));
+    // an overlay has two at least; the root of an empty one on top is not seen
+    let none = new(&folder, "none");
+    uppers.insert(0, none);
     let lowers = uppers.iter().rev().map(|upper| upper.display().to_string()).collect::<Vec<_>>().join(":");
     let point = new(&folder, "point");
     let overlaid = in_own_mounts(|| {

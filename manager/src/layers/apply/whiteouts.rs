@@ -7,6 +7,7 @@ use rustix::fs::{AtFlags, FileType, Mode, mknodat, unlinkat};
 use rustix::io::Errno;
 
 use super::{Layer, Place, refused};
+use crate::layers::lower::Below;
 use crate::layers::tree::{self, Found};
 use crate::layers::{OnFile as _, Result};
 
@@ -25,7 +26,7 @@ impl Layer {
 
     pub(super) fn whiteout_at(&mut self, place: &Place) -> Result<()> {
         match tree::look(place.folder.as_fd(), &place.name).file("look at", &place.path)? {
-            Found::Absent if self.is_overlay => self.make_whiteout(place),
+            Found::Absent if self.is_overlay && self.hides_something(&place.path)? => self.make_whiteout(place),
             Found::Absent | Found::Whiteout => Ok(()),
             Found::Folder(stat) => {
                 let is_own = self.own.contains(&stat.st_ino);
@@ -37,14 +38,14 @@ impl Layer {
                 if !is_own && !kept {
                     self.last = None;
                     unlinkat(&place.folder, &*place.name, AtFlags::REMOVEDIR).file("remove", &place.path)?;
-                    return if self.is_overlay { self.make_whiteout(place) } else { Ok(()) };
+                    return if self.is_overlay && self.hides_something(&place.path)? { self.make_whiteout(place) } else { Ok(()) };
                 }
                 Ok(())
             }
             Found::Symlink(stat) | Found::Other(stat) if self.is_own(&stat, &place.path) => Ok(()),
             Found::Symlink(_) | Found::Other(_) => {
                 self.remove(place)?;
-                if self.is_overlay { self.make_whiteout(place) } else { Ok(()) }
+                if self.is_overlay && self.hides_something(&place.path)? { self.make_whiteout(place) } else { Ok(()) }
             }
         }
     }
@@ -92,6 +93,26 @@ impl Layer {
         let own = &self.own;
         let folder = folder.try_clone().file("open", path)?;
         tree::clear(folder, &mut |stat| own.contains(&stat.st_ino)).file("clear", path)
+    }
+
+    /// Whether lower layers have something of that path, as far as they are known: a whiteout that hides nothing is seen in lists of the folder.
+    fn hides_something(&self, path: &[u8]) -> Result<bool> {
+        if self.lowers.is_empty() {
+            return Ok(true);
+        }
+        let names: Vec<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();
+        let mut folder = self.root.try_clone().file("open", b"/")?;
+        for name in names.split_last().map_or(&[][..], |(_, folders)| folders) {
+            folder = match tree::open_folder(folder.as_fd(), name) {
+                Ok(folder) => folder,
+                // a link: it may lead to where there is something
+                Err(_) => return Ok(true),
+            };
+            if tree::is_opaque(folder.as_fd()) {
+                return Ok(false);
+            }
+        }
+        Ok(!matches!(self.lowers.find(&names).file("look below at", path)?, Below::Absent))
     }
 
     fn make_whiteout(&self, place: &Place) -> Result<()> {
