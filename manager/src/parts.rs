@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, ContentService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController, Sandboxes, Services, TaskService,
-    Version,
+    Calls, Containers, ContentService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController, Sandboxes,
+    Services, TaskService, Version,
 };
 use crate::content::Content;
 use crate::error::Result;
@@ -34,6 +34,7 @@ pub(crate) struct Parts {
     pub(crate) collector: Arc<Collector>,
     content: Arc<Content>,
     pools: Pools,
+    settings: Arc<Settings>,
     uuid: String,
 }
 
@@ -64,7 +65,19 @@ impl Parts {
             gate.clone(),
             settings.collection,
         ));
-        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, collector, content, pools, uuid })
+        Ok(Self {
+            store,
+            events,
+            tasks,
+            gate,
+            calls: Arc::default(),
+            restarter,
+            collector,
+            content,
+            pools,
+            settings: Arc::new(settings.clone()),
+            uuid,
+        })
     }
 
     /// The services of the API.
@@ -88,14 +101,13 @@ impl Parts {
                 gate: gate(),
                 pool: self.pools.content.clone(),
             }),
-            images: Arc::new(Images {
-                store: store(),
-                events: events(),
-                filters: filters.clone(),
-                gate: gate(),
-                collector: collector(),
+            images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),
+            introspection: Arc::new(Introspection {
+                uuid: self.uuid.clone(),
+                tasks: tasks(),
+                settings: Arc::clone(&self.settings),
+                filters,
             }),
-            introspection: Arc::new(Introspection { uuid: self.uuid.clone(), tasks: tasks(), filters }),
             version: Arc::new(Version),
             health: Arc::new(Health { gate: gate() }),
             gate: gate(),
