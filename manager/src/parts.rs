@@ -38,6 +38,7 @@ pub(crate) struct Parts {
     pub(crate) collector: Arc<Collector>,
     content: Arc<Content>,
     pools: Pools,
+    settings: Arc<Settings>,
     uuid: String,
 }
 
@@ -76,7 +77,21 @@ impl Parts {
             gate.clone(),
             settings.collection,
         ));
-        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, collector, content, snapshots, differ, pools, uuid })
+        Ok(Self {
+            store,
+            events,
+            tasks,
+            gate,
+            calls: Arc::default(),
+            restarter,
+            collector,
+            content,
+            snapshots,
+            differ,
+            pools,
+            settings: Arc::new(settings.clone()),
+            uuid,
+        })
     }
 
     /// The services of the API.
@@ -107,14 +122,13 @@ impl Parts {
                 gate: gate(),
                 pool: self.pools.content.clone(),
             }),
-            images: Arc::new(Images {
-                store: store(),
-                events: events(),
-                filters: filters.clone(),
-                gate: gate(),
-                collector: collector(),
+            images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),
+            introspection: Arc::new(Introspection {
+                uuid: self.uuid.clone(),
+                tasks: tasks(),
+                settings: Arc::clone(&self.settings),
+                snapshots: self.snapshots.clone(), filters,
             }),
-            introspection: Arc::new(Introspection { uuid: self.uuid.clone(), tasks: tasks(), filters }),
             version: Arc::new(Version),
             health: Arc::new(Health { gate: gate() }),
             gate: gate(),

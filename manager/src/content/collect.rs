@@ -87,7 +87,9 @@ impl Content {
         let files = Arc::clone(&self.files);
         let (ingests, broken) = self.pool.run(move || Ok::<_, crate::error::Error>((files.statuses()?, files.broken()?))).await??;
         if scan == Scan::All {
-            self.pool.run(move || broken.iter().filter(|path| age_of(path).is_none_or(|age| age > BROKEN)).try_for_each(|path| remove(path))).await??;
+            self.pool
+                .run(move || broken.iter().filter(|path| age_of(path).is_none_or(|age| age > BROKEN)).try_for_each(|path| remove(path)))
+                .await??;
         }
         if ingests.is_empty() {
             return Ok(());

@@ -49,7 +49,11 @@ pub(crate) struct Writer {
 enum State {
     Writing(Ingest),
     /// Another namespace has what is expected.
-    Shared { pin: Pin, size: u64, since: Timestamp },
+    Shared {
+        pin: Pin,
+        size: u64,
+        since: Timestamp,
+    },
     /// It was committed, or has failed.
     Closed,
 }

@@ -89,7 +89,7 @@ fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Chain> {
         let (key, parent) = (&commit.key, &found.snapshot.info.parent);
         return Err(Error::Invalid(format!("snapshot {key} has the parent {parent}, and cannot be committed on another")));
     }
-    if place.snapshotter != Snapshotter::Overlayfs.name() {
+    if !Snapshotter::parse(&place.snapshotter)?.can_rebase() {
         return Err(Error::Unimplemented(format!("snapshotter {} cannot give a snapshot a parent when it is committed", place.snapshotter)));
     }
     let parent = parent(db, place, &commit.parent)?;

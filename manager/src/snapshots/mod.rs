@@ -60,6 +60,11 @@ impl Snapshotter {
         }
     }
 
+    /// Whether a snapshot can get its parent when it is committed.
+    pub(crate) fn can_rebase(self) -> bool {
+        self == Self::Overlayfs
+    }
+
     /// The one of that name.
     ///
     /// Errors: there is none.
@@ -145,9 +150,14 @@ impl Snapshots {
         self.store.read(move |db| chain(db, &place, &key)).await
     }
 
-    /// Where the folders of a snapshotter are.
+    /// The folder of a snapshotter.
+    pub(crate) fn root_of(&self, snapshotter: Snapshotter) -> PathBuf {
+        self.root.join(format!("io.containerd.snapshotter.v1.{}", snapshotter.name()))
+    }
+
+    /// Where the folders of its snapshots are.
     fn base(&self, snapshotter: Snapshotter) -> PathBuf {
-        self.root.join(format!("io.containerd.snapshotter.v1.{}", snapshotter.name())).join("snapshots")
+        self.root_of(snapshotter).join("snapshots")
     }
 
     fn folder(&self, snapshotter: Snapshotter, id: i64) -> PathBuf {

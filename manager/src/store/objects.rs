@@ -158,7 +158,8 @@ kind!(images, Image, {
     /// Records what an image leads to, and when it expires.
     pub(crate) fn note_target(db: &mut Meta<'_>, namespace: &str, image: &Image) -> Result<()> {
         let target = image.target.as_ref().map(|target| target.digest.as_str()).unwrap_or_default();
-        let mut update = db.0.prepare_cached("UPDATE images SET target = ?, expires = ? WHERE namespace = ? AND id = ?").doing("prepare")?;
+        let mut update =
+            db.0.prepare_cached("UPDATE images SET target = ?, expires = ? WHERE namespace = ? AND id = ?").doing("prepare")?;
         update.execute(params![target, expiry(&image.labels), namespace, image.name]).doing("write").map(drop)
     }
 

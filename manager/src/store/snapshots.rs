@@ -239,7 +239,8 @@ mod tests {
         assert_eq!((chain, found.len()), (vec![two, one], 1));
         store.remove(move |db| remove(db, one)).await.expect_err("it has a child");
         let at = place.clone();
-        let new = store.write(move |db| Ok((remove(db, two)?, remove(db, one)?, insert(db, &at, "three", None, Kind::Active, &HashMap::new())?)));
+        let new =
+            store.write(move |db| Ok((remove(db, two)?, remove(db, one)?, insert(db, &at, "three", None, Kind::Active, &HashMap::new())?)));
         let (.., three) = new.await.expect("children first");
         assert!(three > two, "numbers are not used again");
         drop(store);
