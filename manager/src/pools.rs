@@ -45,15 +45,7 @@ impl Default for Pools {
 impl Pools {
     /// Each of them.
     pub(crate) fn all(&self) -> [&Pool; 7] {
-        [
-            &self.bundles,
-            &self.content,
-            &self.snapshots,
-            &self.layers,
-            &self.removal,
-            &self.list_filters,
-            &self.event_filters,
-        ]
+        [&self.bundles, &self.content, &self.snapshots, &self.layers, &self.removal, &self.list_filters, &self.event_filters]
     }
 }
 

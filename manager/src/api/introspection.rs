@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use containerd_client::services::v1::{Plugin, PluginInfoRequest, PluginInfoResponse, PluginsRequest, PluginsResponse, ServerResponse};
 use containerd_client::google::rpc::Status as RpcStatus;
+use containerd_client::services::v1::{Plugin, PluginInfoRequest, PluginInfoResponse, PluginsRequest, PluginsResponse, ServerResponse};
 use containerd_client::types::Platform;
 use prost::Message as _;
 use prost_types::Any;
@@ -123,7 +123,8 @@ impl Introspection {
     }
 
     pub(super) async fn plugin_info(self: Arc<Self>, _call: Call, request: PluginInfoRequest) -> Result<PluginInfoResponse> {
-        let found = all(&self.settings, &self.snapshots).into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
+        let found =
+            all(&self.settings, &self.snapshots).into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
         let plugin = found.ok_or_else(|| Error::NotFound(Object::Plugin { kind: request.r#type, id: request.id }))?;
         let mut extra = None;
         if let Some(options) = request.options.filter(|_| plugin.r#type == RUNTIME_TYPE) {

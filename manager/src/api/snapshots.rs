@@ -7,8 +7,8 @@ use std::sync::Arc;
 use containerd_client::events::{SnapshotCommit, SnapshotPrepare, SnapshotRemove};
 use containerd_client::services::v1::snapshots::{
     CleanupRequest, Info, Kind, ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest, MountsResponse, PrepareSnapshotRequest,
-    PrepareSnapshotResponse, RemoveSnapshotRequest, StatSnapshotRequest, StatSnapshotResponse, UpdateSnapshotRequest, UpdateSnapshotResponse,
-    UsageRequest, UsageResponse, ViewSnapshotRequest, ViewSnapshotResponse,
+    PrepareSnapshotResponse, RemoveSnapshotRequest, StatSnapshotRequest, StatSnapshotResponse, UpdateSnapshotRequest,
+    UpdateSnapshotResponse, UsageRequest, UsageResponse, ViewSnapshotRequest, ViewSnapshotResponse,
 };
 use tokio_stream::{Stream, StreamExt as _};
 use tonic::Status;
@@ -76,7 +76,10 @@ fn place(call: &Call, snapshotter: &str) -> Result<(Namespace, Place)> {
 /// Keys are no identifiers: clients put times and digests into them.
 fn key(what: &str, key: &str) -> Result<()> {
     if key.is_empty() || key.len() > MAX_KEY_BYTES {
-        return Err(Error::Invalid(format!("snapshot {what} of {} bytes; it must not be empty, and not longer than {MAX_KEY_BYTES}", key.len())));
+        return Err(Error::Invalid(format!(
+            "snapshot {what} of {} bytes; it must not be empty, and not longer than {MAX_KEY_BYTES}",
+            key.len()
+        )));
     }
     Ok(())
 }

@@ -62,7 +62,8 @@ impl Differ {
         self.blocking_create(left, right, |source| match layers::create(&mut sink, source, compression, times, cancel)? {
             Change::Written(created) => Ok(created),
             Change::NeedsMount => Err(Error::Precondition(
-                "the snapshot was written to by an overlay with redirect_dir or metacopy, which this kernel does not have on now".to_owned(),
+                "the snapshot was written to by an overlay with redirect_dir or metacopy, which this kernel does not have on now"
+                    .to_owned(),
             )),
         })
     }
@@ -109,10 +110,17 @@ impl Differ {
         }
     }
 
-    fn blocking_create(&self, left: &[Mount], right: &[Mount], mut create: impl FnMut(&Source<'_>) -> Result<Created> + Send) -> Result<Created> {
+    fn blocking_create(
+        &self,
+        left: &[Mount],
+        right: &[Mount],
+        mut create: impl FnMut(&Source<'_>) -> Result<Created> + Send,
+    ) -> Result<Created> {
         let below = |layout: &Layout<'_>| match layout {
             Layout::Folder { path, .. } => vec![(*path).to_owned()],
-            Layout::Upper { .. } | Layout::Other => mount::lowers(left),
+            // it has what is in its upper folder too
+            Layout::Upper { .. } => Vec::new(),
+            Layout::Other => mount::lowers(left),
         };
         match (Layout::of(left), Layout::of(right)) {
             (layout, Layout::Upper { upper, lowers }) if below(&layout) == lowers && !mount::may_redirect(right) => {

@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use containerd_client::types::Mount;
 use nix::mount::{MsFlags, mount};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    move_mount,
+};
 
 use crate::error::{Error, IoContext as _, Result};
 
@@ -14,9 +17,15 @@ use crate::error::{Error, IoContext as _, Result};
 #[derive(Debug)]
 pub(super) enum Layout<'m> {
     /// An overlay that can be written to.
-    Upper { upper: &'m Path, lowers: Vec<PathBuf> },
+    Upper {
+        upper: &'m Path,
+        lowers: Vec<PathBuf>,
+    },
     /// A folder that is there.
-    Folder { path: &'m Path, is_read_only: bool },
+    Folder {
+        path: &'m Path,
+        is_read_only: bool,
+    },
     Other,
 }
 

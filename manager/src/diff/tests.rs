@@ -56,8 +56,7 @@ impl Fixture {
     }
 
     async fn commit(&self, snapshotter: &str, key: &str, name: &str) {
-        let commit =
-            Commit { key: key.to_owned(), name: name.to_owned(), parent: String::new(), labels: HashMap::new(), lease: None };
+        let commit = Commit { key: key.to_owned(), name: name.to_owned(), parent: String::new(), labels: HashMap::new(), lease: None };
         self.differ.snapshots.commit(&place(snapshotter), commit).await.expect("committed");
     }
 
@@ -88,7 +87,10 @@ async fn layers_go_through_every_snapshotter_and_come_out_again() {
         for compression in [Compression::Plain, Compression::Gzip, Compression::Zstd] {
             let (digest, size) = f.differ.create(&namespace(), view.clone(), mounts.clone(), new(compression)).await.expect("created");
             let info = f.differ.content.info(&namespace(), &digest).await.expect("it is content");
-            assert_eq!((u64::try_from(info.size), info.labels.contains_key("containerd.io/uncompressed")), (Ok(size), compression != Compression::Plain));
+            assert_eq!(
+                (u64::try_from(info.size), info.labels.contains_key("containerd.io/uncompressed")),
+                (Ok(size), compression != Compression::Plain)
+            );
             let again = f.differ.create(&namespace(), view.clone(), mounts.clone(), new(compression)).await.expect("it is there already");
             assert_eq!(again, (digest.clone(), size));
             let to = f.prepare(snapshotter, &format!("c{size}"), "one", Kind::Active).await;
@@ -108,7 +110,8 @@ async fn what_cannot_be_applied_is_refused() {
     let mounts = f.prepare("overlayfs", "a", "", Kind::Active).await;
     let view = f.prepare("overlayfs", "v", "", Kind::View).await;
     let missing = Digest::parse(&format!("sha256:{}", "0f".repeat(32))).expect("a digest");
-    let code = async |digest: &Digest, mounts: Vec<Mount>| f.differ.apply(&namespace(), digest, mounts, false).await.expect_err("refused").code();
+    let code =
+        async |digest: &Digest, mounts: Vec<Mount>| f.differ.apply(&namespace(), digest, mounts, false).await.expect_err("refused").code();
     assert_eq!(code(&missing, mounts.clone()).await, tonic::Code::NotFound);
     assert_eq!(code(&garbage, mounts).await, tonic::Code::InvalidArgument);
     assert_eq!(code(&blob, view).await, tonic::Code::InvalidArgument);

@@ -23,7 +23,8 @@ pub(crate) fn measure(path: &Path, is_lowest: bool) -> Result<Measured> {
     let root = tree::open_root(path).file("open folder", path.as_os_str().as_encoded_bytes())?;
     let mut count = Count { seen: HashSet::new(), measured: Measured::default() };
     count.add(&fstat(&root).file("look at", b"/")?);
-    let mut levels: Vec<(OwnedFd, Vec<Vec<u8>>)> = vec![(root.try_clone().file("open", b"/")?, tree::names(root.as_fd()).file("read folder", b"/")?)];
+    let mut levels: Vec<(OwnedFd, Vec<Vec<u8>>)> =
+        vec![(root.try_clone().file("open", b"/")?, tree::names(root.as_fd()).file("read folder", b"/")?)];
     while let Some((folder, names)) = levels.last_mut() {
         let Some(name) = names.pop() else {
             levels.pop();

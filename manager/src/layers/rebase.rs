@@ -18,7 +18,8 @@ pub(crate) fn rebase(upper: &Path, lowers: &Lowers, implicit: &[Vec<u8>]) -> Res
     for path in implicit {
         if path.is_empty() {
             if let Some(stat) = lowers.root().file("look at", b"/")? {
-                fchown(&root, Some(rustix::fs::Uid::from_raw(stat.st_uid)), Some(rustix::fs::Gid::from_raw(stat.st_gid))).file("set owner of", b"/")?;
+                fchown(&root, Some(rustix::fs::Uid::from_raw(stat.st_uid)), Some(rustix::fs::Gid::from_raw(stat.st_gid)))
+                    .file("set owner of", b"/")?;
                 fchmod(&root, rustix::fs::Mode::from_raw_mode(stat.st_mode & 0o7777)).file("set mode of", b"/")?;
             }
             continue;

@@ -7,8 +7,8 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, XattrFlags, fgetxattr, flistxattr, flistxattr_query, lgetxattr, llistxattr, llistxattr_query,
-    lsetxattr, openat, openat2, readlinkat, statat, unlinkat,
+    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, XattrFlags, fgetxattr, flistxattr, flistxattr_query,
+    lgetxattr, llistxattr, llistxattr_query, lsetxattr, openat, openat2, readlinkat, statat, unlinkat,
 };
 use rustix::io::Errno;
 

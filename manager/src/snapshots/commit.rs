@@ -90,7 +90,10 @@ fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Chain> {
         return Err(Error::Invalid(format!("snapshot {key} has the parent {parent}, and cannot be committed on another")));
     }
     if !Snapshotter::parse(&place.snapshotter)?.can_rebase() {
-        return Err(Error::Unimplemented(format!("snapshotter {} cannot give a snapshot a parent when it is committed", place.snapshotter)));
+        return Err(Error::Unimplemented(format!(
+            "snapshotter {} cannot give a snapshot a parent when it is committed",
+            place.snapshotter
+        )));
     }
     let parent = parent(db, place, &commit.parent)?;
     found.parents = store::snapshots::chain(db, parent.id)?;

@@ -1,11 +1,13 @@
 //! Folders of snapshots: made under a name of their own, then named by their number.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{io, thread};
 
 use super::Snapshotter;
@@ -18,18 +20,48 @@ pub(super) fn blocking_make_base(base: &Path) -> Result<()> {
     fs::set_permissions(base, fs::Permissions::from_mode(0o700)).on("set mode of", base)
 }
 
-/// Makes the folder of a snapshot under a temporary name. `parent` is the tree of its parent.
-pub(super) fn blocking_make(snapshotter: Snapshotter, base: &Path, parent: Option<&Path>, copies: bool) -> Result<PathBuf> {
-    static NUMBER: AtomicU64 = AtomicU64::new(0);
-    let folder = base.join(format!("{NEW}{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
-    // of an earlier process with this number
-    blocking_remove(&folder)?;
-    let made = blocking_fill(snapshotter, &folder, parent, copies);
-    if made.is_err() {
-        // the next cleanup tries again
-        let _ = blocking_remove(&folder);
+/// Folders that are being made by this process: no cleanup removes them.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Making(Arc<Mutex<HashSet<PathBuf>>>);
+
+impl Making {
+    /// Whether a folder is one of them.
+    pub(super) fn has(&self, folder: &Path) -> bool {
+        self.lock().contains(folder)
     }
-    made.map(|()| folder)
+
+    fn lock(&self) -> MutexGuard<'_, HashSet<PathBuf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A folder under a temporary name.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub(super) path: PathBuf,
+    making: Making,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        self.making.lock().remove(&self.path);
+    }
+}
+
+/// Makes the folder of a snapshot under a temporary name. `parent` is the tree of its parent.
+pub(super) fn blocking_make(making: &Making, snapshotter: Snapshotter, base: &Path, parent: Option<&Path>, copies: bool) -> Result<Made> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let path = base.join(format!("{NEW}{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
+    making.lock().insert(path.clone());
+    let made = Made { path, making: making.clone() };
+    // of an earlier process with this number
+    blocking_remove(&made.path)?;
+    if let Err(error) = blocking_fill(snapshotter, &made.path, parent, copies) {
+        // the next cleanup tries again
+        let _ = blocking_remove(&made.path);
+        return Err(error);
+    }
+    Ok(made)
 }
 
 fn blocking_fill(snapshotter: Snapshotter, folder: &Path, parent: Option<&Path>, copies: bool) -> Result<()> {

@@ -87,8 +87,10 @@ pub(crate) struct Snapshots {
     files: Pool,
     /// Deletion of files.
     removal: Pool,
-    /// Held while a folder is there whose row is not; exclusively while such folders are removed.
-    making: Arc<RwLock<()>>,
+    /// Held from the naming of a folder until its row is written; exclusively while folders are looked for that have none.
+    naming: Arc<RwLock<()>>,
+    /// Folders that have no number yet.
+    making: folders::Making,
     /// Why overlays cannot be used here.
     overlay_error: Option<Arc<str>>,
 }
@@ -103,7 +105,16 @@ struct Chain {
 impl Snapshots {
     /// Those below `root`; folders are made, and it is tried whether overlays can be mounted there.
     pub(crate) fn open(root: &Path, store: Store, gate: Gate, files: Pool, removal: Pool) -> Result<Self> {
-        let mut snapshots = Self { store, gate, root: root.to_owned(), files, removal, making: Arc::default(), overlay_error: None };
+        let mut snapshots = Self {
+            store,
+            gate,
+            root: root.to_owned(),
+            files,
+            removal,
+            naming: Arc::default(),
+            making: folders::Making::default(),
+            overlay_error: None,
+        };
         for snapshotter in Snapshotter::ALL {
             folders::blocking_make_base(&snapshots.base(snapshotter))?;
         }

@@ -17,10 +17,7 @@ impl Snapshots {
         let lowers: Vec<_> = chain.parents.iter().map(|id| self.tree(snapshotter, *id)).collect();
         for tree in [&upper].into_iter().chain(&lowers) {
             if !tree.is_dir() {
-                let tree = tree.display();
-                return Err(Error::Precondition(format!(
-                    "snapshot {key} cannot be mounted: its folder {tree} is gone; remove the snapshots that need it, and pull or unpack the image again"
-                )));
+                return Err(gone(key, tree));
             }
         }
         let bind = |source: &Path, mode: &str| Mount {
@@ -67,6 +64,14 @@ impl Snapshots {
     pub(crate) fn blocking_note(&self, tree: &Path, implicit: &[Vec<u8>]) -> Result<()> {
         self.folder_of_upper(tree).map_or(Ok(()), |folder| blocking_note_implicit(folder, implicit))
     }
+}
+
+/// What to do about a folder that is gone.
+pub(super) fn gone(key: &str, tree: &Path) -> Error {
+    let tree = tree.display();
+    Error::Precondition(format!(
+        "snapshot {key} cannot be mounted: its folder {tree} is gone; remove the snapshots that need it, and pull or unpack the image again"
+    ))
 }
 
 /// There where the kernel's overlayfs has the option.

@@ -6,6 +6,7 @@ use containerd_client::services::v1::snapshots::Kind;
 use containerd_client::types::Mount;
 
 use super::folders::{blocking_make, blocking_name, blocking_remove};
+use super::mounts::gone;
 use super::{Chain, Snapshots, Snapshotter, parent};
 use crate::content::hold;
 use crate::error::{Error, Object, Result};
@@ -37,12 +38,17 @@ impl Snapshots {
         if above.len() > MOST_LAYERS {
             return Err(Error::Precondition(format!("a snapshot on {} others: the kernel's overlayfs takes {MOST_LAYERS}", above.len())));
         }
-        let making = self.making.read().await;
-        let base = self.base(snapshotter);
+        let (base, making) = (self.base(snapshotter), self.making.clone());
         let parent_tree = above.first().map(|id| self.tree(snapshotter, *id));
         let copies = snapshotter == Snapshotter::Native && new.kind == Kind::Active;
-        let made = self.files.run(move || blocking_make(snapshotter, &base, parent_tree.as_deref(), copies)).await??;
-        let (key, kept) = (new.key.clone(), made.clone());
+        let key = new.key.clone();
+        let make = move || match &parent_tree {
+            Some(tree) if !tree.is_dir() => Err(gone(&key, tree)),
+            tree => blocking_make(&making, snapshotter, &base, tree.as_deref(), copies),
+        };
+        let made = self.files.run(make).await??;
+        let (key, path) = (new.key.clone(), made.path.clone());
+        let naming = self.naming.read().await;
         let inserted = match self.gate.enter().await {
             Err(error) => Err(error),
             Ok(_pass) => {
@@ -54,20 +60,21 @@ impl Snapshots {
                     hold(db, &at.namespace, new.lease.as_deref(), &kind_of(&at.snapshotter), &new.key)?;
                     let chain = super::chain(db, &at, &new.key)?;
                     // a rename waits for no more of the disk than the commit that follows
-                    blocking_name(&kept, &base.join(id.to_string()))?;
+                    blocking_name(&path, &base.join(id.to_string()))?;
                     Ok(chain)
                 };
                 self.store.write(insert).await
             }
         };
+        drop(naming);
         let chain = match inserted {
             Ok(chain) => chain,
             Err(error) => {
-                self.files.run(move || blocking_remove(&made)).await??;
+                self.files.run(move || blocking_remove(&made.path)).await??;
                 return Err(error);
             }
         };
-        drop(making);
+        drop(made);
         self.mounts_of(snapshotter, &key, chain).await
     }
 

@@ -7,8 +7,8 @@ use log::warn;
 
 use super::folders::{Named, blocking_move_aside, blocking_remove, named};
 use super::{Snapshots, Snapshotter, existing};
-use crate::error::{Error, IoContext as _, Result};
 use crate::content::Scan;
+use crate::error::{Error, IoContext as _, Result};
 use crate::gc::Snapshotters;
 use crate::store::snapshots::{Place, kind_of};
 use crate::store::{self, Meta, Resource, resources};
@@ -46,9 +46,10 @@ impl Snapshots {
     pub(crate) async fn cleanup(&self, snapshotter: Snapshotter) -> Result<()> {
         let left = {
             // until the rows are read, no folder is there whose row is to come
-            let _nothing_is_made = self.making.write().await;
+            let _nothing_is_named = self.naming.write().await;
             let base = self.base(snapshotter);
-            let found = self.files.run(move || fs::read_dir(&base).and_then(|entries| entries.collect::<Result<Vec<_>, _>>()).on("read", &base));
+            let found =
+                self.files.run(move || fs::read_dir(&base).and_then(|entries| entries.collect::<Result<Vec<_>, _>>()).on("read", &base));
             let found = found.await??;
             let mut known = self.store.read(move |db| store::snapshots::all(db, snapshotter.name())).await?;
             known.sort_unstable();
@@ -57,7 +58,8 @@ impl Snapshots {
                 Named::Left => true,
                 Named::Foreign => false,
             };
-            found.into_iter().filter(|entry| is_left(&entry.file_name())).map(|entry| entry.path()).collect()
+            let found = found.into_iter().filter(|entry| is_left(&entry.file_name())).map(|entry| entry.path());
+            found.filter(|folder| !self.making.has(folder)).collect()
         };
         self.delete(left).await;
         Ok(())

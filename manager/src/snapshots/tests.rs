@@ -37,8 +37,7 @@ impl Fixture {
     }
 
     async fn commit(&self, snapshotter: &str, key: &str, name: &str, parent: &str) -> Result<()> {
-        let commit =
-            Commit { key: key.to_owned(), name: name.to_owned(), parent: parent.to_owned(), labels: HashMap::new(), lease: None };
+        let commit = Commit { key: key.to_owned(), name: name.to_owned(), parent: parent.to_owned(), labels: HashMap::new(), lease: None };
         self.snapshots.commit(&place(snapshotter), commit).await
     }
 
@@ -119,15 +118,27 @@ async fn requests_are_refused_with_containerds_codes_and_sentences() {
         (sentence(f.prepare("overlayfs", "a", "", Kind::Active).await), AlreadyExists, "snapshot \"a\": already exists"),
         (sentence(f.prepare("overlayfs", "one", "", Kind::View).await), AlreadyExists, "snapshot \"one\": already exists"),
         (sentence(f.prepare("overlayfs", "b", "none", Kind::Active).await), NotFound, "parent snapshot none does not exist: not found"),
-        (sentence(f.prepare("overlayfs", "b", "a", Kind::Active).await), InvalidArgument, "parent \"a\" is not committed snapshot: invalid argument"),
+        (
+            sentence(f.prepare("overlayfs", "b", "a", Kind::Active).await),
+            InvalidArgument,
+            "parent \"a\" is not committed snapshot: invalid argument",
+        ),
         (sentence(f.prepare("zfs", "b", "", Kind::Active).await), InvalidArgument, "snapshotter not loaded: zfs: invalid argument"),
         (sentence(f.commit("overlayfs", "none", "x", "").await), NotFound, "snapshot none does not exist: not found"),
         (sentence(f.commit("overlayfs", "a", "one", "").await), AlreadyExists, "snapshot \"one\": already exists"),
         (sentence(f.commit("overlayfs", "v", "x", "").await), FailedPrecondition, "snapshot v is not active: failed precondition"),
         (sentence(f.commit("overlayfs", "one", "x", "").await), FailedPrecondition, "snapshot one is not active: failed precondition"),
         (sentence(f.snapshots.stat(&at, "none").await), NotFound, "snapshot none does not exist: not found"),
-        (sentence(f.snapshots.mounts(&at, "one").await), FailedPrecondition, "requested snapshot one not active or view: failed precondition"),
-        (sentence(f.snapshots.remove(&at, "one", None).await), FailedPrecondition, "cannot remove snapshot with child: failed precondition"),
+        (
+            sentence(f.snapshots.mounts(&at, "one").await),
+            FailedPrecondition,
+            "requested snapshot one not active or view: failed precondition",
+        ),
+        (
+            sentence(f.snapshots.remove(&at, "one", None).await),
+            FailedPrecondition,
+            "cannot remove snapshot with child: failed precondition",
+        ),
         (sentence(f.snapshots.remove(&at, "none", None).await), NotFound, "snapshot none does not exist: not found"),
         (sentence(f.snapshots.stat(&place("native"), "one").await), NotFound, "snapshot one does not exist: not found"),
     ] {

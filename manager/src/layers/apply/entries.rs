@@ -4,8 +4,8 @@ use std::io::BufRead;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags, chmodat, chownat, fchmod, fchown, fremovexattr, fsetxattr, fstat, futimens, linkat, makedev,
-    mkdirat, mknodat, openat, statat, symlinkat, utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags, chmodat, chownat, fchmod, fchown, fremovexattr, fsetxattr, fstat, futimens,
+    linkat, makedev, mkdirat, mknodat, openat, statat, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 
@@ -131,7 +131,8 @@ impl Layer {
         match link() {
             Err(Errno::EXIST) => {
                 let inode = |folder: BorrowedFd<'_>, name: &[u8]| statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| stat.st_ino);
-                let same = inode(folder, name).file("look at", &path)? == inode(place.folder.as_fd(), &place.name).file("look at", &place.path)?;
+                let same =
+                    inode(folder, name).file("look at", &path)? == inode(place.folder.as_fd(), &place.name).file("look at", &place.path)?;
                 if !same {
                     self.remove(place)?;
                     link().file("make link", &place.path)?;

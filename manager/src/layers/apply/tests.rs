@@ -133,7 +133,10 @@ fn a_layer_cannot_leave_its_folder() {
 #[test]
 fn absolute_names_are_below_the_layers_root() {
     if is_root() {
-        assert_eq!(names(&[tar().folder("/ko-app").file("/ko-app/x", "y").file("./a//b/./c", "").file("d/../e", "")]), ["a", "a/b", "a/b/c", "e", "ko-app", "ko-app/x"]);
+        assert_eq!(
+            names(&[tar().folder("/ko-app").file("/ko-app/x", "y").file("./a//b/./c", "").file("d/../e", "")]),
+            ["a", "a/b", "a/b/c", "e", "ko-app", "ko-app/x"]
+        );
     }
 }
 
@@ -167,7 +170,10 @@ fn whiteouts_delete_what_is_below_and_nothing_of_their_own_layer() {
         (tar().file("s/.wh..wh..opq", ""), all(&["d", "d/old", "d/sub", "d/sub/deep", "f", "s"])),
         (tar().file(".wh..wh..opq", "").file("n", ""), all(&["n"])),
         (tar().file(".wh.none", ""), all(&["d", "d/old", "d/sub", "d/sub/deep", "f", "s"])),
-        (tar().folder(".wh..wh.plnk").file(".wh..wh.plnk/1.2", "").file(".wh..wh.aufs", ""), all(&["d", "d/old", "d/sub", "d/sub/deep", "f", "s"])),
+        (
+            tar().folder(".wh..wh.plnk").file(".wh..wh.plnk/1.2", "").file(".wh..wh.aufs", ""),
+            all(&["d", "d/old", "d/sub", "d/sub/deep", "f", "s"]),
+        ),
         // as overlayfs has them, from a copy of an upper folder
         (tar().entry(&entry("f", Kind::Char { major: 0, minor: 0 }), b""), all(&["d", "d/old", "d/sub", "d/sub/deep", "s"])),
         // only what is in the root
@@ -229,7 +235,10 @@ fn hard_links_lead_to_files_of_their_layer_and_of_those_below() {
         return;
     }
     let below = tar().folder("d").entry(&Entry { uid: 5, mode: 0o4711, ..entry("d/old", Kind::File { size: 1 }) }, b"1").end();
-    let seen = seen(&[below, tar().file("a", "x").link("p/q/b", "./a").link("/c", "/p/q/b").link("e", "d/old").symlink("s", "a").link("t", "s").end()]);
+    let seen = seen(&[
+        below,
+        tar().file("a", "x").link("p/q/b", "./a").link("/c", "/p/q/b").link("e", "d/old").symlink("s", "a").link("t", "s").end(),
+    ]);
     for name in ["p/q/b", "c"] {
         assert!(seen[name].contains("1 bytes") && seen[name].ends_with("linked to a"), "{seen:?}");
     }
@@ -245,7 +254,13 @@ fn a_parent_that_is_a_link_is_followed_within_the_layers() {
     if !is_root() {
         return;
     }
-    let below = tar().folder("usr").folder("usr/bin").file("usr/bin/sh", "1").symlink("bin", "usr/bin").symlink("abs", "/usr/bin").symlink("far", "nowhere");
+    let below = tar()
+        .folder("usr")
+        .folder("usr/bin")
+        .file("usr/bin/sh", "1")
+        .symlink("bin", "usr/bin")
+        .symlink("abs", "/usr/bin")
+        .symlink("far", "nowhere");
     let expected = ["abs", "bin", "far", "new", "new/x", "usr", "usr/bin", "usr/bin/sh", "usr/bin/x", "usr/bin/y"];
     assert_eq!(names(&[below.clone(), tar().file("bin/x", "2").file("abs/y", "2").file("new/x", "2")]), expected);
     // the same when the link is of the same layer, and leads to a folder that only a lower one has
@@ -288,13 +303,19 @@ fn set_id_bits_and_capabilities_stay_and_an_overlays_own_attributes_do_not() {
         return;
     }
     let capability = vec![1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    let xattrs = ["trusted.overlay.opaque", "trusted.overlay.redirect", "user.overlay.origin", "security.selinux"].map(|key| (key.into(), b"y".to_vec()));
+    let xattrs = ["trusted.overlay.opaque", "trusted.overlay.redirect", "user.overlay.origin", "security.selinux"]
+        .map(|key| (key.into(), b"y".to_vec()));
     let kept = [(b"security.capability".to_vec(), capability), (b"user.note".to_vec(), Vec::new())];
     let xattrs: Vec<_> = xattrs.into_iter().chain(kept).collect();
     let file = Entry { uid: 5, gid: 6, mode: 0o6755, xattrs: xattrs.clone(), ..entry("f", Kind::File { size: 2 }) };
     let folder = Entry { uid: 5, mode: 0o2755, xattrs: xattrs[..3].to_vec(), ..entry("d", Kind::Folder) };
     let seen = seen(&[tar().folder("d").file("d/old", "").end(), tar().entry(&file, b"xx").entry(&folder, b"").end()]);
-    assert!(seen["f"].starts_with("106755 5:6 2 bytes") && seen["f"].contains("security.capability=\\x01\\x00\\x00\\x02") && seen["f"].ends_with("user.note="), "{seen:?}");
+    assert!(
+        seen["f"].starts_with("106755 5:6 2 bytes")
+            && seen["f"].contains("security.capability=\\x01\\x00\\x00\\x02")
+            && seen["f"].ends_with("user.note="),
+        "{seen:?}"
+    );
     assert_eq!((&*seen["d"], seen.contains_key("d/old")), ("42755 5:0", true));
 }
 
@@ -377,7 +398,12 @@ fn zeros_take_no_room_and_a_layer_too_long_is_refused() {
     let mut data = vec![0; 8 << 20];
     data[5 << 20] = 1;
     let layer = tar().file("zeros", &data).raw(b'0', b"sparse", "", |_| {}, b"");
-    let sparse = layer.pax(&[("GNU.sparse.major", b"1"), ("GNU.sparse.minor", b"0"), ("GNU.sparse.name", b"lastlog"), ("GNU.sparse.realsize", b"107374182400")]);
+    let sparse = layer.pax(&[
+        ("GNU.sparse.major", b"1"),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"lastlog"),
+        ("GNU.sparse.realsize", b"107374182400"),
+    ]);
     let layer = sparse.raw(b'0', b"x", "00000001000", |_| {}, b"0\n").end();
     merge(&layer, &target).expect("applied");
     let about = |name: &str| fs::metadata(target.join(name)).expect("it is there");
@@ -385,7 +411,8 @@ fn zeros_take_no_room_and_a_layer_too_long_is_refused() {
     assert!(fs::read(target.join("zeros")).expect("a file") == data);
     assert_eq!((about("lastlog").len(), about("lastlog").blocks()), (100 << 30, 0));
     let limits = LayerLimits { layer_bytes: 1 << 20, entries: 3 };
-    let limited = |bytes: &[u8]| crate::error::chain(&apply(bytes, Target::Merged(&target), limits, &Cancel::default()).expect_err("too much"));
+    let limited =
+        |bytes: &[u8]| crate::error::chain(&apply(bytes, Target::Merged(&target), limits, &Cancel::default()).expect_err("too much"));
     assert!(limited(&layer).contains("longer than 1048576 bytes"));
     assert!(limited(&tar().file("a", "").file("b", "").file("c", "").file("d", "").end()).contains("more than 3 entries"));
     let huge = tar().pax(&[("GNU.sparse.size", b"99999999999999999"), ("GNU.sparse.map", b"0,0")]).raw(b'0', b"x", "", |_| {}, b"").end();

@@ -26,7 +26,9 @@ fn new(folder: &scratch::Folder, name: &str) -> PathBuf {
 
 fn written(source: &Source<'_>, compression: Compression, times: Times) -> (Vec<u8>, Created) {
     let mut bytes = Vec::new();
-    match create(&mut bytes, source, compression, times, &Cancel::default()).unwrap_or_else(|error| panic!("{}", crate::error::chain(&error))) {
+    match create(&mut bytes, source, compression, times, &Cancel::default())
+        .unwrap_or_else(|error| panic!("{}", crate::error::chain(&error)))
+    {
         Change::Written(created) => (bytes, created),
         Change::NeedsMount => panic!("it needs a mount"),
     }
@@ -143,7 +145,8 @@ fn the_same_trees_give_the_same_bytes_and_every_compression_the_same_layer() {
     let tree = new(&folder, "tree");
     shell(&tree, BEFORE);
     let odd: Vec<u8> = (0x80..=0xff).chain(0x80..=0xfe).collect();
-    fs::write(tree.join(std::ffi::OsStr::new(&*<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(odd))), "x").expect("a file");
+    fs::write(tree.join(std::ffi::OsStr::new(&*<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(odd))), "x")
+        .expect("a file");
     symlink("y".repeat(3000), tree.join("long")).expect("a link");
     let source = || Source::Trees(None, &tree);
     let (plain, created) = written(&source(), Compression::Plain, Times::Seconds(None));

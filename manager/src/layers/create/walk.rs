@@ -6,8 +6,8 @@ use std::os::fd::{AsFd as _, OwnedFd};
 
 use rustix::fs::{FileType, Stat, fgetxattr, lgetxattr, major, minor};
 
-use super::{Source, Times};
 use super::same::{File1, is_same, open_file};
+use super::{Source, Times};
 use crate::layers::lower::{Below, Lowers};
 use crate::layers::ring::{Cancel, cancelled};
 use crate::layers::tar::{Entry, Kind, Time, Writer};
@@ -88,7 +88,8 @@ pub(super) fn walk<W: Write>(writer: &mut Writer<W>, source: &Source<'_>, times:
         let file = File1 { folder: &level.right, name: &name, stat: &stat };
         let is_same = match &before {
             Before::Folder(folder, stat) | Before::Other(folder, stat) => {
-                is_same(File1 { folder, name: if matches!(before, Before::Folder(..)) { b"." } else { &name }, stat }, file).file("compare", &path)?
+                is_same(File1 { folder, name: if matches!(before, Before::Folder(..)) { b"." } else { &name }, stat }, file)
+                    .file("compare", &path)?
             }
             Before::Absent | Before::Link => false,
         };
@@ -101,7 +102,8 @@ pub(super) fn walk<W: Write>(writer: &mut Writer<W>, source: &Source<'_>, times:
             if lowers.is_some() && is_redirected(&level.right, &name, METACOPY) {
                 return Ok(false);
             }
-            let source = if matches!(entry.kind, Kind::File { .. }) { Some(open_file(&level.right, &name).file("open", &path)?) } else { None };
+            let source =
+                if matches!(entry.kind, Kind::File { .. }) { Some(open_file(&level.right, &name).file("open", &path)?) } else { None };
             walk.parents(&mut levels).file("write", &path)?;
             walk.write(&entry, source).file("write", &path)?;
             continue;

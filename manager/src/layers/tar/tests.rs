@@ -66,14 +66,17 @@ fn a_size_in_pax_counts_for_what_follows_too() {
     let long = Archive::default().pax(&[("size", b"600")]).raw(b'0', b"a", "00000000001", |_| {}, &[b'x'; 600]).file("last", "");
     assert_eq!(names(&long.end()), ["a", "last"]);
     // a record without a value is none
-    let empty = Archive::default().pax(&[("size", b""), ("path", b""), ("uid", b"")]).raw(b'0', b"a", "00000000001", |_| {}, b"x").file("b", "");
+    let empty =
+        Archive::default().pax(&[("size", b""), ("path", b""), ("uid", b"")]).raw(b'0', b"a", "00000000001", |_| {}, b"x").file("b", "");
     assert_eq!(names(&empty.end()), ["a", "b"]);
 }
 
 #[test]
 fn long_names_are_read_and_two_different_ones_are_refused() {
     let long = [b'n'; 300];
-    let gnu = |archive: Archive, kind, name: &[u8]| archive.raw(kind, b"././@LongLink", &format!("{:011o}", name.len() + 1), |_| {}, &[name, b"\0"].concat());
+    let gnu = |archive: Archive, kind, name: &[u8]| {
+        archive.raw(kind, b"././@LongLink", &format!("{:011o}", name.len() + 1), |_| {}, &[name, b"\0"].concat())
+    };
     let named = gnu(Archive::default(), b'L', &long).raw(b'0', b"short", "00000000000", |_| {}, b"");
     assert_eq!(names(&named.end()), [shown(&long)]);
     let linked = gnu(gnu(Archive::default(), b'K', &long), b'L', b"name").raw(b'2', b"short", "", |block| block[157] = b't', b"");
@@ -87,7 +90,9 @@ fn long_names_are_read_and_two_different_ones_are_refused() {
 #[test]
 fn what_makes_no_sense_is_refused_with_its_place() {
     let raw = |change: fn(&mut [u8])| Archive::default().raw(b'0', b"name", "00000000000", change, b"").end();
-    let field = |at: usize, value: &'static [u8]| Archive::default().raw(b'0', b"name", "00000000000", move |block| block[at..at + value.len()].copy_from_slice(value), b"").end();
+    let field = |at: usize, value: &'static [u8]| {
+        Archive::default().raw(b'0', b"name", "00000000000", move |block| block[at..at + value.len()].copy_from_slice(value), b"").end()
+    };
     let device = |at: usize, value: &'static [u8]| {
         Archive::default().raw(b'3', b"name", "", move |block| block[at..at + value.len()].copy_from_slice(value), b"").end()
     };
@@ -95,10 +100,19 @@ fn what_makes_no_sense_is_refused_with_its_place() {
     let mut torn = Archive::default().file("a", "").end();
     torn[5] ^= 1;
     let short = &Archive::default().file("a", [b'x'; 1000]).0[..1024];
-    let global = |key| Archive::default().pax(&[(key, b"1")]).0.iter().enumerate().map(|(at, byte)| if at == 156 { b'g' } else { *byte }).collect::<Vec<_>>();
+    let global = |key| {
+        Archive::default()
+            .pax(&[(key, b"1")])
+            .0
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| if at == 156 { b'g' } else { *byte })
+            .collect::<Vec<_>>()
+    };
     let global = |key| {
         let mut bytes = global(key);
-        let sum: u32 = bytes[..BLOCK].iter().enumerate().map(|(at, byte)| u32::from(if (148..156).contains(&at) { b' ' } else { *byte })).sum();
+        let sum: u32 =
+            bytes[..BLOCK].iter().enumerate().map(|(at, byte)| u32::from(if (148..156).contains(&at) { b' ' } else { *byte })).sum();
         bytes[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         bytes.extend(Archive::default().file("a", "").end());
         bytes
@@ -142,7 +156,9 @@ fn sparse_files_are_read_in_each_format() {
     let mut expected = vec![0; 10_000];
     expected[1000..1003].copy_from_slice(b"abc");
     expected[9000..9002].copy_from_slice(b"de");
-    let map = |pairs: &[(u64, u64)]| pairs.iter().flat_map(|(offset, length)| format!("{offset:011o}\0{length:011o}\0").into_bytes()).collect::<Vec<_>>();
+    let map = |pairs: &[(u64, u64)]| {
+        pairs.iter().flat_map(|(offset, length)| format!("{offset:011o}\0{length:011o}\0").into_bytes()).collect::<Vec<_>>()
+    };
     let gnu = |pairs: &[(u64, u64)], data: &[u8]| {
         let map = map(pairs);
         let size = format!("{:011o}", data.len());
@@ -186,7 +202,10 @@ fn sparse_files_are_read_in_each_format() {
     ] {
         let found = all(&archive.file("last", "x").end()).unwrap_or_else(|error| panic!("{name}: {error}"));
         let [(sparse, data), (last, _)] = &found[..] else { panic!("{name}: {found:?}") };
-        assert_eq!((shown(&sparse.path), &sparse.kind, shown(&last.path)), ("sparse".to_owned(), &Kind::File { size: 10_000 }, "last".to_owned()));
+        assert_eq!(
+            (shown(&sparse.path), &sparse.kind, shown(&last.path)),
+            ("sparse".to_owned(), &Kind::File { size: 10_000 }, "last".to_owned())
+        );
         let mut data = data.clone();
         data.resize(10_000, 0);
         assert!(data == expected, "{name}");
@@ -238,7 +257,8 @@ fn no_bytes_make_the_reader_panic_or_take_long() {
         }
         // so that headers are reached
         for at in (0..bytes.len()).step_by(BLOCK) {
-            let sum: u32 = (at..at + BLOCK).map(|index| if (148..156).contains(&(index - at)) { 32 } else { u32::from(bytes[index]) }).sum();
+            let sum: u32 =
+                (at..at + BLOCK).map(|index| if (148..156).contains(&(index - at)) { 32 } else { u32::from(bytes[index]) }).sum();
             if bytes[at + 257..at + 262] == *b"ustar" {
                 bytes[at + 148..at + 156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
             }
