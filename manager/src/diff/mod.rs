@@ -16,8 +16,10 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use containerd_client::types::Mount;
+use log::debug;
 
 pub(crate) use blobs::NewBlob;
 
@@ -46,7 +48,10 @@ impl Differ {
         let blob = self.content.read(namespace, digest).await?;
         let (this, cancel) = (self.clone(), Cancel::default());
         let _ends_with_caller = cancel.guard();
-        self.pool.run(move || this.blocking_apply(blob.file(), &mounts, syncs, &cancel)).await?
+        let begin = Instant::now();
+        let applied = self.pool.run(move || this.blocking_apply(blob.file(), &mounts, syncs, &cancel)).await??;
+        debug!(digest:%, bytes = applied.bytes, compression:? = applied.compression, took:? = begin.elapsed(); "layer applied");
+        Ok(applied)
     }
 
     /// Writes what differs between two mounts.

@@ -20,7 +20,7 @@ type Whole<R> = BufReader<Chain<Cursor<Vec<u8>>, R>>;
 /// A layer's uncompressed bytes.
 pub(crate) enum Decoder<R: Read> {
     Plain(Whole<R>),
-    Gzip(MultiGzDecoder<Whole<R>>),
+    Gzip(Box<MultiGzDecoder<Whole<R>>>),
     Zstd(zstd::Decoder<'static, Whole<R>>),
 }
 
@@ -33,7 +33,7 @@ impl<R: Read> Decoder<R> {
         let whole = BufReader::with_capacity(INPUT_BYTES, Cursor::new(first).chain(source));
         Ok(match compression {
             Compression::Plain => Self::Plain(whole),
-            Compression::Gzip => Self::Gzip(MultiGzDecoder::new(whole)),
+            Compression::Gzip => Self::Gzip(Box::new(MultiGzDecoder::new(whole))),
             Compression::Zstd => {
                 let mut decoder = zstd::Decoder::with_buffer(whole)?;
                 decoder.window_log_max(ZSTD_WINDOW_LOG)?;

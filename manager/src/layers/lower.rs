@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{Mode, OFlags, Stat, fstat, openat};
 
@@ -12,7 +13,12 @@ use super::{OnFile as _, Result};
 #[derive(Debug, Default)]
 pub(crate) struct Lowers {
     roots: Vec<OwnedFd>,
+    /// What was last found of a path.
+    last: Mutex<Option<Last>>,
 }
+
+/// A path, and the folders that are seen as one there.
+type Last = (Vec<Vec<u8>>, Arc<Vec<OwnedFd>>);
 
 /// What the lower layers have under a path.
 #[derive(Debug)]
@@ -30,7 +36,7 @@ impl Lowers {
     /// Those of an overlay's `lowerdir` option.
     pub(crate) fn open(paths: &[PathBuf]) -> Result<Self> {
         let open = |path: &PathBuf| tree::open_root(path).file("open lower folder", path.as_os_str().as_encoded_bytes());
-        Ok(Self { roots: paths.iter().map(open).collect::<Result<_>>()? })
+        Ok(Self { roots: paths.iter().map(open).collect::<Result<_>>()?, last: Mutex::default() })
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -50,29 +56,48 @@ impl Lowers {
 
     /// What is seen under a path, none of whose folders is a link.
     pub(super) fn find(&self, path: &[Vec<u8>]) -> rustix::io::Result<Below> {
-        let Some((last, folders)) = path.split_last() else { return Ok(Below::Absent) };
-        'layers: for root in &self.roots {
-            let mut folder = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-            let mut hides_lower = false;
-            for name in folders {
-                match tree::look(folder.as_fd(), name)? {
-                    Found::Absent if hides_lower => return Ok(Below::Absent),
-                    Found::Absent => continue 'layers,
-                    Found::Folder(_) => folder = tree::open_folder(folder.as_fd(), name)?,
-                    Found::Symlink(_) | Found::Whiteout | Found::Other(_) => return Ok(Below::Absent),
-                }
-                hides_lower |= tree::is_opaque(folder.as_fd());
-            }
+        let Some((last, above)) = path.split_last() else { return Ok(Below::Absent) };
+        for folder in &*self.seen(above)? {
             match tree::look(folder.as_fd(), last)? {
-                Found::Absent if hides_lower => return Ok(Below::Absent),
                 Found::Absent => {}
-                Found::Whiteout => return Ok(Below::Absent),
+                Found::Whiteout => break,
                 Found::Folder(stat) => return Ok(Below::Folder(tree::open_folder(folder.as_fd(), last)?, stat)),
                 Found::Symlink(_) => return Ok(Below::Symlink(tree::link_target(folder.as_fd(), last)?)),
-                Found::Other(stat) => return Ok(Below::Other(folder, stat)),
+                Found::Other(stat) => return Ok(Below::Other(tree::open_folder(folder.as_fd(), b".")?, stat)),
             }
         }
         Ok(Below::Absent)
+    }
+
+    /// The folders that are seen as one under a path, the uppermost first. Files of one folder are looked for one after the other.
+    fn seen(&self, path: &[Vec<u8>]) -> rustix::io::Result<Arc<Vec<OwnedFd>>> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, folders)) = &*last
+            && of == path
+        {
+            return Ok(Arc::clone(folders));
+        }
+        let mut folders = Vec::new();
+        'layers: for root in &self.roots {
+            let mut folder = openat(root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let mut hides_lower = false;
+            for name in path {
+                match tree::look(folder.as_fd(), name)? {
+                    Found::Absent if hides_lower => break 'layers,
+                    Found::Absent => continue 'layers,
+                    Found::Folder(_) => folder = tree::open_folder(folder.as_fd(), name)?,
+                    Found::Symlink(_) | Found::Whiteout | Found::Other(_) => break 'layers,
+                }
+                hides_lower |= tree::is_opaque(folder.as_fd());
+            }
+            folders.push(folder);
+            if hides_lower {
+                break;
+            }
+        }
+        let folders = Arc::new(folders);
+        *last = Some((path.to_vec(), Arc::clone(&folders)));
+        Ok(folders)
     }
 
     /// Owner, mode, attributes of the root that is seen.

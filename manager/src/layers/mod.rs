@@ -89,16 +89,16 @@ impl LayerError {
     }
 }
 
-/// Removes a folder with everything in it. That there is none is fine.
+/// Removes a folder with everything in it, until it is to stop. That there is none is fine.
 ///
-/// Errors: EXDEV if something is mounted in it; that is not touched.
-pub(crate) fn remove_tree(folder: &Path) -> io::Result<()> {
+/// Errors: EXDEV if something is mounted in it; that is not touched. ECANCELED when it stops.
+pub(crate) fn remove_tree(folder: &Path, stops: &dyn Fn() -> bool) -> io::Result<()> {
     let (Some(above), Some(name)) = (folder.parent(), folder.file_name()) else { return Err(io::ErrorKind::InvalidInput.into()) };
     let above = match tree::open_root(above) {
         Err(Errno::NOENT) => return Ok(()),
         above => above?,
     };
-    Ok(tree::remove(above.as_fd(), name.as_encoded_bytes())?)
+    Ok(tree::remove_unless(above.as_fd(), name.as_encoded_bytes(), stops)?)
 }
 
 type Result<T> = std::result::Result<T, LayerError>;

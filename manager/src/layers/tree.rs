@@ -89,12 +89,19 @@ pub(super) fn names(folder: BorrowedFd<'_>) -> rustix::io::Result<Vec<Vec<u8>>> 
 
 /// Removes what is under a name, with everything in it. That there is nothing is fine.
 pub(super) fn remove(folder: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<()> {
+    remove_unless(folder, name, &|| false)
+}
+
+/// The same, until it is to stop.
+///
+/// Errors: ECANCELED, with a part of it removed.
+pub(super) fn remove_unless(folder: BorrowedFd<'_>, name: &[u8], stops: &dyn Fn() -> bool) -> rustix::io::Result<()> {
     match unlinkat(folder, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(Errno::ISDIR) => {}
         Err(error) => return Err(error),
     }
-    clear(open_unmounted(folder, name)?, &mut |_| false)?;
+    clear(open_unmounted(folder, name)?, &mut |_| false, stops)?;
     unlinkat(folder, name, AtFlags::REMOVEDIR)
 }
 
@@ -107,7 +114,7 @@ fn open_unmounted(folder: BorrowedFd<'_>, name: &[u8]) -> rustix::io::Result<Own
 /// Removes everything in a folder but what is to be kept, and folders that it is in. Whether anything was kept.
 ///
 /// Not by recursion: a layer's folders can be deeper than a stack.
-pub(super) fn clear(folder: OwnedFd, keeps: &mut dyn FnMut(&Stat) -> bool) -> rustix::io::Result<bool> {
+pub(super) fn clear(folder: OwnedFd, keeps: &mut dyn FnMut(&Stat) -> bool, stops: &dyn Fn() -> bool) -> rustix::io::Result<bool> {
     struct Level {
         folder: OwnedFd,
         names: Vec<Vec<u8>>,
@@ -132,6 +139,9 @@ pub(super) fn clear(folder: OwnedFd, keeps: &mut dyn FnMut(&Stat) -> bool) -> ru
             }
             continue;
         };
+        if stops() {
+            return Err(Errno::CANCELED);
+        }
         let stat = match statat(&top.folder, &*name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => continue,
             stat => stat?,

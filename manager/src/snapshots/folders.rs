@@ -136,7 +136,12 @@ pub(super) fn blocking_move_aside(folder: &Path) -> Result<Option<PathBuf>> {
 
 /// Removes a folder; nothing that is mounted in it is touched. That there is none is fine.
 pub(super) fn blocking_remove(folder: &Path) -> Result<()> {
-    crate::layers::remove_tree(folder).on("remove", folder)
+    blocking_remove_unless(folder, &|| false)
+}
+
+/// The same, until it is to stop.
+pub(super) fn blocking_remove_unless(folder: &Path, stops: &dyn Fn() -> bool) -> Result<()> {
+    crate::layers::remove_tree(folder, stops).on("remove", folder)
 }
 
 /// What a name in the folder of a snapshotter is.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use log::warn;
 
-use super::folders::{Named, blocking_move_aside, blocking_remove, named};
+use super::folders::{Named, blocking_move_aside, blocking_remove_unless, named};
 use super::{Snapshots, Snapshotter, existing};
 use crate::content::Scan;
 use crate::error::{Error, IoContext as _, Result};
@@ -67,12 +67,18 @@ impl Snapshots {
 
     async fn delete(&self, folders: Vec<PathBuf>) {
         for folder in folders {
-            let path = folder.clone();
+            if self.gate.is_retired() {
+                // the next process goes on with it: an exit does not wait for files
+                return;
+            }
+            let (path, gate) = (folder.clone(), self.gate.clone());
             let deleted = self.removal.run(move || match blocking_move_aside(&path)? {
-                Some(aside) => blocking_remove(&aside),
+                Some(aside) => blocking_remove_unless(&aside, &|| gate.is_retired()),
                 None => Ok(()),
             });
-            if let Err(error) = deleted.await.flatten() {
+            if let Err(error) = deleted.await.flatten()
+                && !self.gate.is_retired()
+            {
                 warn!(folder:% = folder.display(), error = error.chain(); "cannot delete the files of a removed snapshot; the next cleanup tries again");
             }
         }

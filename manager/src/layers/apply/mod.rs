@@ -19,7 +19,7 @@ mod tests;
 
 pub(in crate::layers) use parents::copy_attributes;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Read};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -113,7 +113,7 @@ struct Layer {
     own_links: HashSet<u64>,
     hasher: RandomState,
     /// Set at the end: what is made in a folder changes them.
-    folder_times: HashMap<Vec<u8>, Time>,
+    folder_times: BTreeMap<Vec<u8>, Time>,
     implicit: BTreeSet<Vec<u8>>,
     /// The folder of the last entry: the next is likely to be in it too.
     last: Option<(Vec<u8>, Rc<OwnedFd>)>,
@@ -138,7 +138,7 @@ impl Layer {
             own: HashSet::new(),
             own_links: HashSet::new(),
             hasher: RandomState::new(),
-            folder_times: HashMap::new(),
+            folder_times: BTreeMap::new(),
             implicit: [Vec::new()].into(),
             last: None,
             has_warned: false,
@@ -177,10 +177,16 @@ impl Layer {
     /// What is under a name goes, and with it what is known of it.
     fn remove(&mut self, place: &Place) -> Result<()> {
         self.last = None;
-        let mut below = place.path.clone();
-        below.push(b'/');
-        self.implicit.retain(|path| *path != place.path && !path.starts_with(&below));
-        self.folder_times.retain(|path, _| *path != place.path && !path.starts_with(&below));
+        // the path itself, and all that begin with it and a slash
+        let (first, behind) = ([&place.path[..], b"/"].concat(), [&place.path[..], b"0"].concat());
+        let below: Vec<_> = self.folder_times.range(first.clone()..behind.clone()).map(|(path, _)| path.clone()).collect();
+        for path in below.iter().chain([&place.path]) {
+            self.folder_times.remove(path);
+        }
+        let below: Vec<_> = self.implicit.range(first..behind).cloned().collect();
+        for path in below.iter().chain([&place.path]) {
+            self.implicit.remove(path);
+        }
         tree::remove(place.folder.as_fd(), &place.name).file("replace", &place.path)
     }
 

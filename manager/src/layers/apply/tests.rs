@@ -222,7 +222,8 @@ fn a_folder_without_an_entry_is_like_the_one_below() {
     assert_eq!(applied.implicit, named(&["", "a", "a/b", "n", "n/m"]));
     assert_eq!(view(&upper)["a"], "40755 0:0");
     for _again in 0..2 {
-        crate::layers::rebase(&upper, &Lowers::open(&[lower.clone()]).expect("a folder"), &applied.implicit).expect("it is put right");
+        crate::layers::rebase(&upper, &Lowers::open(std::slice::from_ref(&lower)).expect("a folder"), &applied.implicit)
+            .expect("it is put right");
         let seen = view(&upper);
         assert_eq!([&seen[""], &seen["a"], &seen["a/b"], &seen["n"]], ["40555 7:7", "41777 5:5", "40750 6:6", "40755 0:0"]);
     }

@@ -92,7 +92,7 @@ impl Layer {
         self.last = None;
         let own = &self.own;
         let folder = folder.try_clone().file("open", path)?;
-        tree::clear(folder, &mut |stat| own.contains(&stat.st_ino)).file("clear", path)
+        tree::clear(folder, &mut |stat| own.contains(&stat.st_ino), &|| false).file("clear", path)
     }
 
     /// Whether lower layers have something of that path, as far as they are known: a whiteout that hides nothing is seen in lists of the folder.

@@ -117,7 +117,7 @@ fn a_layer_of_an_upper_folder_makes_of_the_lower_one_what_was_mounted() {
             Ok((view(&point), mounted))
         })
         .expect("a namespace");
-        let lowers = Lowers::open(&[lower.clone()]).expect("a folder");
+        let lowers = Lowers::open(std::slice::from_ref(&lower)).expect("a folder");
         let (bytes, _) = written(&Source::Upper(&upper, lowers), Compression::Plain, Times::Seconds(None));
         let found = names(&bytes);
         for name in *expected {

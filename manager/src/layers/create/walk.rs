@@ -114,7 +114,7 @@ pub(super) fn walk<W: Write>(writer: &mut Writer<W>, source: &Source<'_>, times:
         }
         let hides = lowers.is_some() && tree::is_opaque(right.as_fd());
         let left = match (before, &level.left) {
-            (Before::Folder(..), Left::Lower(above)) if !hides => Left::Lower([&above[..], &[name.clone()]].concat()),
+            (Before::Folder(..), Left::Lower(above)) if !hides => Left::Lower([&above[..], std::slice::from_ref(&name)].concat()),
             (Before::Folder(folder, _), Left::Folder(_)) => Left::Folder(folder),
             (Before::Folder(..), Left::Lower(_)) => {
                 walk.parents(&mut levels).file("write", &path)?;

@@ -7,6 +7,7 @@
 //! ```
 
 use super::BLOCK;
+use super::sparse::Parts;
 
 /// A header whose checksum is right.
 #[derive(Debug, Clone, Copy)]
@@ -99,17 +100,17 @@ impl<'b> Header<'b> {
     }
 
     /// Of an old GNU sparse header: the first part of the map, whether blocks with more of it follow, and the length of the file.
-    pub(super) fn sparse(self) -> Result<(Vec<(u64, u64)>, bool, u64), String> {
+    pub(super) fn sparse(self) -> Result<(Parts, bool, u64), String> {
         Ok((map(&self.0[386..482])?, self.0[482] != 0, unsigned("length", &self.0[483..495])?))
     }
 }
 
 /// The part of a sparse map that is in a block of its own, and whether another follows.
-pub(super) fn more_sparse(block: &[u8; BLOCK]) -> Result<(Vec<(u64, u64)>, bool), String> {
+pub(super) fn more_sparse(block: &[u8; BLOCK]) -> Result<(Parts, bool), String> {
     Ok((map(&block[..504])?, block[504] != 0))
 }
 
-fn map(bytes: &[u8]) -> Result<Vec<(u64, u64)>, String> {
+fn map(bytes: &[u8]) -> Result<Parts, String> {
     let pairs = bytes.chunks_exact(24).take_while(|pair| pair[0] != 0);
     pairs.map(|pair| Ok((unsigned("offset", &pair[..12])?, unsigned("length", &pair[12..])?))).collect()
 }

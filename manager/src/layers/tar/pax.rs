@@ -1,6 +1,7 @@
 //! PAX records: `LENGTH KEY=VALUE\n`.
 
 use super::Time;
+use super::sparse::Parts;
 
 /// What the records before an entry say of it.
 #[derive(Debug, Clone, Default)]
@@ -23,7 +24,7 @@ pub(super) struct Sparse {
     /// `GNU.sparse.size` or `GNU.sparse.realsize`: the length of the file.
     pub(super) length: Option<u64>,
     /// Offsets and lengths, of versions 0.0 and 0.1.
-    pub(super) map: Vec<(u64, u64)>,
+    pub(super) map: Parts,
     /// An offset whose length has not come, of version 0.0.
     offset: Option<u64>,
     pub(super) blocks: Option<u64>,
@@ -83,7 +84,8 @@ impl Pax {
             "GNU.sparse.size" | "GNU.sparse.realsize" => self.sparse.length = Some(number()?),
             "GNU.sparse.numblocks" => self.sparse.blocks = Some(number()?),
             "GNU.sparse.offset" => {
-                if self.sparse.offset.replace(number()?).is_some() {
+                let earlier = self.sparse.offset.replace(number()?);
+                if earlier.is_some() {
                     return Err("a part of its sparse map has no length".to_owned());
                 }
             }
@@ -109,8 +111,11 @@ fn optional<T>(value: &[u8], parse: impl FnOnce() -> Result<T, String>) -> Resul
     if value.is_empty() { Ok(None) } else { parse().map(Some) }
 }
 
-/// The first record: key, value, what follows.
-fn record(bytes: &[u8]) -> Result<(&[u8], &[u8], &[u8]), String> {
+/// Key, value, what follows.
+type Record<'b> = (&'b [u8], &'b [u8], &'b [u8]);
+
+/// The first record.
+fn record(bytes: &[u8]) -> Result<Record<'_>, String> {
     let wrong = || "its PAX records are damaged".to_owned();
     let blank = bytes.iter().take(MOST_DIGITS + 1).position(|byte| *byte == b' ').ok_or_else(wrong)?;
     let digits = std::str::from_utf8(&bytes[..blank]).ok().filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()));

@@ -4,7 +4,7 @@ use std::io::{BufRead, ErrorKind};
 
 use super::header::{self, Header};
 use super::pax::Pax;
-use super::sparse::Map;
+use super::sparse::{Map, Parts};
 use super::{BLOCK, Entry, Kind, Limits, TarError, Time, shown};
 
 /// An archive that is being read.
@@ -155,7 +155,7 @@ impl<R: BufRead> Reader<R> {
             // a folder of V7 ends with a slash
             0 if path.ends_with(b"/") => Kind::Folder,
             0 | b'0' | b'7' if pax.sparse.is_meant() => {
-                let (left, parts, length) = self.pax_sparse(&pax, stored).map_err(|error| error.named(&wrong))?;
+                let (left, parts, length) = self.pax_sparse(&pax, stored).map_err(|error| error.named(wrong))?;
                 data = left;
                 map = Some(Map::new(parts, length, left).map_err(&wrong)?);
                 Kind::File { size: length }
@@ -165,7 +165,7 @@ impl<R: BufRead> Reader<R> {
                 Kind::File { size: stored }
             }
             b'S' if header.is_gnu() => {
-                let (parts, length) = self.gnu_sparse(header).map_err(|error| error.named(&wrong))?;
+                let (parts, length) = self.gnu_sparse(header).map_err(|error| error.named(wrong))?;
                 data = stored;
                 map = Some(Map::new(parts, length, stored).map_err(&wrong)?);
                 Kind::File { size: length }
@@ -196,7 +196,7 @@ impl<R: BufRead> Reader<R> {
     }
 
     /// Data, map and length of a sparse file in PAX's formats 0.0, 0.1 and 1.0.
-    fn pax_sparse(&mut self, pax: &Pax, stored: u64) -> Result<(u64, Vec<(u64, u64)>, u64), Wrong> {
+    fn pax_sparse(&mut self, pax: &Pax, stored: u64) -> Result<(u64, Parts, u64), Wrong> {
         let sparse = &pax.sparse;
         let length = sparse.length.ok_or_else(|| Wrong::Why("a sparse file without its length".to_owned()))?;
         match sparse.version {
@@ -248,7 +248,7 @@ impl<R: BufRead> Reader<R> {
     }
 
     /// Map and length of a sparse file in GNU's old format.
-    fn gnu_sparse(&mut self, header: Header<'_>) -> Result<(Vec<(u64, u64)>, u64), Wrong> {
+    fn gnu_sparse(&mut self, header: Header<'_>) -> Result<(Parts, u64), Wrong> {
         let (mut parts, mut is_more, length) = header.sparse().map_err(Wrong::Why)?;
         while is_more {
             let block = self.block()?.ok_or_else(|| TarError::Short("a sparse map".to_owned()))?;

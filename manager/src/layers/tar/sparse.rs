@@ -1,9 +1,12 @@
 //! Maps of sparse files: which parts of a file its data are.
 
 /// The parts that have data, as offset and length, in the order of the data.
+pub(super) type Parts = Vec<(u64, u64)>;
+
+/// Where the data of a file belongs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Map {
-    parts: Vec<(u64, u64)>,
+    parts: Parts,
     next: usize,
     /// What is taken of the next part.
     taken: u64,
@@ -16,7 +19,7 @@ impl Map {
     }
 
     /// Errors: the parts overlap, are not in order, lie outside the file, or are not as long as its data.
-    pub(super) fn new(parts: Vec<(u64, u64)>, length: u64, data: u64) -> Result<Self, String> {
+    pub(super) fn new(parts: Parts, length: u64, data: u64) -> Result<Self, String> {
         let (mut end, mut all) = (0_u64, 0_u64);
         for (offset, count) in &parts {
             let next = offset.checked_add(*count).filter(|next| *offset >= end && *next <= length);
