@@ -25,6 +25,11 @@ fn blob(cx: &Context, digest: &str) -> PathBuf {
     folder(cx).join("blobs").join(digest.replace(':', "/"))
 }
 
+/// A client whose content is not collected while a test runs.
+async fn kept(cx: &Context) -> Result<Client> {
+    Ok(cx.client().with_lease("test").await?)
+}
+
 /// Folders of ingests.
 fn ingests(cx: &Context) -> Result<usize> {
     Ok(fs::read_dir(folder(cx).join("ingest"))?.count())
@@ -63,7 +68,7 @@ fn is_sound(cx: &Context) -> Result<()> {
 }
 
 pub(crate) async fn content_is_written_in_lock_step_and_read_in_parts(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let data = bytes(3 << 20);
     let expected = digest("sha256", &data)?;
     let first = WriteContentRequest { total: 3 << 20, expected: expected.clone(), ..stat("r") };
@@ -102,7 +107,7 @@ pub(crate) async fn content_is_written_in_lock_step_and_read_in_parts(cx: Contex
 }
 
 pub(crate) async fn a_reference_has_one_writer_and_the_next_goes_on_where_it_stopped(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let data = bytes(100_000);
     let (mut first, _) = Upload::begin(client, stat("r")).await?;
     first.send(write(0, &data[..40_000])).await?;
@@ -133,7 +138,7 @@ pub(crate) async fn a_reference_has_one_writer_and_the_next_goes_on_where_it_sto
 }
 
 pub(crate) async fn content_that_is_there_is_not_written_again(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let stored = store(client, "r", b"there", &[]).await?;
     let again = WriteContentRequest { expected: stored.clone(), ..stat("again") };
     refused(Upload::begin(client, again.clone()).await, Code::AlreadyExists, &format!("content {stored}: already exists"))?;
@@ -157,7 +162,7 @@ pub(crate) async fn content_that_is_there_is_not_written_again(cx: Context) -> R
 }
 
 pub(crate) async fn a_commit_of_something_else_is_refused_and_not_resumed(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let (right, wrong) = (digest("sha256", b"right")?, digest("sha256", b"wrong")?);
     let (mut upload, _) = Upload::begin(client, WriteContentRequest { expected: right.clone(), ..stat("r") }).await?;
     upload.send(write(0, b"wrong")).await?;
@@ -181,7 +186,7 @@ pub(crate) async fn a_commit_of_something_else_is_refused_and_not_resumed(cx: Co
 
 pub(crate) async fn content_of_another_namespace_is_given_for_its_digest(cx: Context) -> Result<()> {
     let other = cx.with_own_namespace().await?;
-    let (here, there) = (cx.client(), other.client());
+    let (here, there) = (&kept(&cx).await?, &kept(&other).await?);
     let stored = store(here, "r", b"shared", &[("a", "1")]).await?;
     refused(info(there, &stored).await, Code::NotFound, "content digest")?;
     refused(read(there, &stored, 0, 0).await, Code::NotFound, "content digest")?;
@@ -214,7 +219,7 @@ pub(crate) async fn isolated_content_is_written_by_each_namespace(cx: Context) -
     cx.daemon().configure("[content]\nsharing_policy = \"isolated\"\n")?;
     cx.revive_daemon().await?;
     let other = cx.with_own_namespace().await?;
-    let (here, there) = (cx.client(), other.client());
+    let (here, there) = (&kept(&cx).await?, &kept(&other).await?);
     let stored = store(here, "r", b"isolated", &[]).await?;
     let first = WriteContentRequest { expected: stored.clone(), ..stat("r") };
     let (mut upload, answer) = Upload::begin(there, first.clone()).await?;
@@ -232,7 +237,7 @@ pub(crate) async fn isolated_content_is_written_by_each_namespace(cx: Context) -
 }
 
 pub(crate) async fn content_and_ingests_are_listed_labelled_and_removed(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let mut stored = Vec::new();
     for (name, labels) in [("one", &[("a", "1")][..]), ("two", &[("a", "2"), ("b", "x")]), ("three", &[])] {
         stored.push(store(client, name, name.as_bytes(), labels).await?);
@@ -275,7 +280,7 @@ pub(crate) async fn content_and_ingests_are_listed_labelled_and_removed(cx: Cont
 }
 
 pub(crate) async fn a_digest_that_is_none_is_refused_wherever_it_is_read(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let long = format!("sha256:{}", "0".repeat(1 << 20));
     for bad in ["", "sha256:../../../meta.db", "sha256:", "md5:00", &format!("sha256:{}", "A".repeat(64)), &long] {
         refused(info(client, bad).await, Code::InvalidArgument, "failed validation")?;
@@ -311,7 +316,7 @@ pub(crate) async fn a_digest_that_is_none_is_refused_wherever_it_is_read(cx: Con
 
 pub(crate) async fn a_write_that_a_crash_has_cut_off_is_resumed(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let data = bytes(4 << 20);
     let expected = digest("sha256", &data)?;
     let kept = store(client, "kept", b"kept", &[("containerd.io/gc.root", "x")]).await?;
@@ -373,7 +378,7 @@ pub(crate) async fn content_that_finds_no_room_leaves_nothing(cx: Context) -> Re
 }
 
 async fn full(cx: &Context, root: &Path) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(cx).await?;
     let kept = store(client, "kept", &bytes(1 << 20), &[("containerd.io/gc.root", "x")]).await?;
     let data = bytes(1 << 20);
     let (mut upload, _) = Upload::begin(client, stat("r")).await?;

@@ -534,10 +534,19 @@ fn ingest(ctr: &Ctr<'_>, reference: &str, bytes: &[u8]) -> Result<String> {
     upload::digest("sha256", bytes)
 }
 
+/// The same for bytes that are not collected, also when that happens before they have a label.
+fn keep(ctr: &Ctr<'_>, reference: &str, bytes: &[u8]) -> Result<String> {
+    retry(|| {
+        let digest = ingest(ctr, reference, bytes)?;
+        ctr.run(&["content", "label", &digest, "containerd.io/gc.root=x"])?;
+        Ok(digest)
+    })
+}
+
 fn content(ctr: &Ctr<'_>) -> Result<()> {
     let bytes = "some content, again and again; ".repeat(100_000);
-    let digest = ingest(ctr, "one", bytes.as_bytes())?;
-    let other = ingest(ctr, "two", b"{}")?;
+    let digest = keep(ctr, "one", bytes.as_bytes())?;
+    let other = keep(ctr, "two", b"{}")?;
     ensure!(ctr.run(&["content", "get", &digest])? == bytes);
     has(&ctr.run(&["content", "ls"])?, &[&digest, &other, "3.1MB"])?;
     ctr.run(&["content", "label", &digest, "a=1"])?;
