@@ -91,7 +91,12 @@ fn run(invocation: Invocation) -> Result<()> {
             println!("{} does not exist yet; the first start creates it", settings.store().display());
         }
         Invocation::Check(settings) => {
-            let wrong = store::check(&settings.store())?;
+            let mut wrong = store::check(&settings.store())?;
+            // twice: a daemon that runs may remove content meanwhile
+            let files = || Ok::<_, Error>(content::check(&settings.content(), store::sizes(&settings.store())?));
+            if !files()?.is_empty() {
+                wrong.extend(files()?);
+            }
             if !wrong.is_empty() {
                 return Err(Error::Precondition(format!("{} is not sound:\n  {}", settings.store().display(), wrong.join("\n  "))));
             }

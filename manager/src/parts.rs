@@ -121,6 +121,7 @@ impl Parts {
                 filters: filters.clone(),
                 gate: gate(),
                 pool: self.pools.content.clone(),
+                address: self.settings.address.as_path().into(),
             }),
             images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),
             introspection: Arc::new(Introspection {

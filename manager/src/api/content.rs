@@ -1,6 +1,7 @@
 //! `containerd.services.content.v1.Content`
 
 use std::borrow::Cow;
+use std::path::Path;
 use std::sync::Arc;
 
 use containerd_client::events::{ContentCreate, ContentDelete};
@@ -18,6 +19,7 @@ use tonic::{Status, Streaming};
 
 use super::call::Call;
 use super::mask;
+use super::relay::Relay;
 use super::search::{Filters, Search};
 use crate::content::{self, Content, Digest, Opening, Writer};
 use crate::error::{Error, Result};
@@ -58,6 +60,8 @@ pub(crate) struct ContentService {
     pub(crate) gate: Gate,
     /// Reads blobs.
     pub(crate) pool: Pool,
+    /// Where the process that takes over serves too.
+    pub(crate) address: Arc<Path>,
 }
 
 impl ContentService {
@@ -115,6 +119,7 @@ impl ContentService {
         let length = u64::try_from(request.size).ok().filter(|size| *size > 0).map_or(left, |size| size.min(left));
         let (send, blocks) = mpsc::channel(1);
         tokio::spawn(async move {
+            let _stream = self.gate.stream();
             let mut done = 0;
             while done < length {
                 let Ok(place) = send.reserve().await else { return };
@@ -159,7 +164,9 @@ impl ContentService {
         let (send, answers) = mpsc::channel(1);
         tokio::spawn(async move {
             let _call = call;
-            let mut session = Session { service: self, namespace, lease, writer: None, total: 0, expected: None };
+            let _stream = self.gate.stream();
+            let reference = String::new();
+            let mut session = Session { service: self, namespace, lease, writer: None, reference, total: 0, expected: None };
             session.run(requests, send).await;
         });
         Ok(ReceiverStream::new(answers))
@@ -172,18 +179,29 @@ struct Session {
     namespace: Namespace,
     lease: Option<String>,
     writer: Option<Writer>,
+    /// Empty before the first message.
+    reference: String,
     total: u64,
     expected: Option<Digest>,
 }
 
+type Requests = Streaming<WriteContentRequest>;
+type Answers = mpsc::Sender<Result<WriteContentResponse, Status>>;
+
 impl Session {
-    async fn run(&mut self, mut requests: Streaming<WriteContentRequest>, answers: mpsc::Sender<Result<WriteContentResponse, Status>>) {
+    async fn run(&mut self, mut requests: Requests, answers: Answers) {
         // a client that is gone, or sends what is no request, leaves what it has written
-        while let Some(Ok(request)) = requests.next().await {
+        while let Some(Ok(mut request)) = requests.next().await {
             let is_commit = request.action == WriteAction::Commit as i32;
+            let data = Bytes::from(std::mem::take(&mut request.data));
             let carried = self.service.gate.carry();
-            let answer = self.answer(request).await;
+            let answer = self.answer(request.clone(), data.clone()).await;
             drop(carried);
+            if matches!(answer, Err(Error::Retired)) {
+                self.writer = None;
+                request.data = data.into();
+                return self.relay(request, requests, answers).await;
+            }
             let is_last = is_commit || answer.is_err();
             if is_last {
                 // before the client can ask for it again
@@ -197,6 +215,46 @@ impl Session {
         self.close().await;
     }
 
+    /// Goes on through the process that has taken over, from a message on that was not acted on.
+    async fn relay(&self, mut request: WriteContentRequest, mut requests: Requests, answers: Answers) {
+        let mut relay: Option<Relay> = None;
+        loop {
+            let is_last = request.action == WriteAction::Commit as i32;
+            let answer = self.relayed(&mut relay, request).await;
+            let is_last = is_last || answer.is_err();
+            if answers.send(answer).await.is_err() || is_last {
+                return;
+            }
+            match requests.next().await {
+                Some(Ok(next)) => request = next,
+                _ => return,
+            }
+        }
+    }
+
+    async fn relayed(&self, relay: &mut Option<Relay>, mut request: WriteContentRequest) -> Result<WriteContentResponse, Status> {
+        let address = &self.service.address;
+        if let Some(relay) = relay {
+            return relay.pass(request).await;
+        }
+        if self.reference.is_empty() {
+            let (begun, answer) = Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), request).await?;
+            *relay = Some(begun);
+            return Ok(answer);
+        }
+        let first = WriteContentRequest {
+            r#ref: self.reference.clone(),
+            total: signed(self.total),
+            expected: self.expected.as_ref().map(Digest::to_string).unwrap_or_default(),
+            ..WriteContentRequest::default()
+        };
+        let (mut begun, _) = Relay::begin(address, self.namespace.as_str(), self.lease.as_deref(), first).await?;
+        request.r#ref.clone_from(&self.reference);
+        let answer = begun.pass(request).await;
+        *relay = Some(begun);
+        answer
+    }
+
     async fn close(&mut self) {
         if let Some(writer) = self.writer.take()
             && let Err(error) = writer.close().await
@@ -205,7 +263,7 @@ impl Session {
         }
     }
 
-    async fn answer(&mut self, request: WriteContentRequest) -> Result<WriteContentResponse> {
+    async fn answer(&mut self, request: WriteContentRequest, data: Bytes) -> Result<WriteContentResponse> {
         let total = u64::try_from(request.total).map_err(|_| Error::Invalid(format!("a total of {} bytes", request.total)))?;
         let offset = u64::try_from(request.offset).map_err(|_| Error::Invalid(format!("an offset of {} bytes", request.offset)))?;
         let action = WriteAction::try_from(request.action).map_err(|_| Error::Invalid(format!("write action {}", request.action)))?;
@@ -224,14 +282,17 @@ impl Session {
             None if request.r#ref.is_empty() => return Err(Error::Invalid("first message must have a reference".to_owned())),
             None => {
                 let (namespace, reference, lease) = (self.namespace.clone(), request.r#ref, self.lease.clone());
-                content.write(Opening { namespace, reference, total, expected: expected.clone(), lease }).await?
+                let opening = Opening { namespace, reference: reference.clone(), total, expected: expected.clone(), lease };
+                let writer = content.write(opening).await?;
+                self.reference = reference;
+                writer
             }
         };
         self.expected = expected.or_else(|| self.expected.take());
         if total > 0 {
             self.total = total;
         }
-        let answer = self.act(&mut writer, action, offset, request.data.into(), request.labels).await;
+        let answer = self.act(&mut writer, action, offset, data, request.labels).await;
         self.writer = Some(writer);
         answer
     }

@@ -19,6 +19,7 @@ mod introspection;
 mod leases;
 mod mask;
 mod namespaces;
+mod relay;
 mod route;
 mod sandbox_controller;
 mod sandboxes;

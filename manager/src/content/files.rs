@@ -276,14 +276,24 @@ impl Ingest {
     /// Brings what has been written to the disk.
     pub(super) fn sync(&self) -> Result<()> {
         let path = self.folder.join("data");
-        // a write that failed may have left more than was acknowledged
-        self.data.set_len(self.offset).on("truncate", &path)?;
+        self.cut()?;
+        let length = self.data.metadata().on("look at", &path)?.len();
+        if length < self.offset {
+            return Err(Error::DataLoss(format!("{} has {length} of {} bytes", path.display(), self.offset)));
+        }
         self.data.sync_all().on("write", &path)
+    }
+
+    /// Cuts off what a write that failed has left beyond what was acknowledged.
+    fn cut(&self) -> Result<()> {
+        let path = self.folder.join("data");
+        let length = self.data.metadata().on("look at", &path)?.len();
+        if length > self.offset { self.data.set_len(self.offset).on("truncate", &path) } else { Ok(()) }
     }
 
     /// Notes when it was written last, for whoever goes on with it.
     pub(super) fn close(self) -> Result<()> {
-        self.data.set_len(self.offset).on("truncate", &self.folder.join("data"))?;
+        self.cut()?;
         write(&self.folder.join("updatedat"), &self.updated.to_string())
     }
 }

@@ -171,6 +171,19 @@ impl Content {
     }
 }
 
+/// Everything that is wrong with the files of the content that a store has, a sentence each. It reads no file.
+pub(crate) fn check(folder: &Path, sizes: Vec<(String, i64)>) -> Vec<String> {
+    let wrong = |(digest, size): (String, i64)| {
+        let path = folder.join("blobs").join(digest.replace(':', "/"));
+        match std::fs::symlink_metadata(&path) {
+            Ok(about) if u64::try_from(size) == Ok(about.len()) => None,
+            Ok(about) => Some(format!("{} has {} bytes instead of {size}", path.display(), about.len())),
+            Err(error) => Some(format!("{}: {error}", path.display())),
+        }
+    };
+    sizes.into_iter().filter_map(wrong).collect()
+}
+
 /// What an ingest is called among those of all namespaces.
 fn name(namespace: &Namespace, reference: &str) -> String {
     format!("{namespace}/{reference}")

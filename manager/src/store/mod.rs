@@ -38,7 +38,7 @@ pub(crate) use labels::Wanted;
 pub(crate) use objects::{Resource, blobs, containers, images, leases, namespaces, resources, sandboxes};
 pub(crate) use processes::{Exit, Kind, ended, execs, exits};
 pub(crate) use queue::Load;
-pub(crate) use upkeep::{Aside, backup, check, rehearse};
+pub(crate) use upkeep::{Aside, backup, check, rehearse, sizes};
 
 use crate::error::{Error, IoContext as _, Result};
 use queue::Queue;

@@ -6,13 +6,14 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::services::v1::{
-    AbortRequest, DeleteContentRequest, Info, ListContentRequest, ListStatusesRequest, Namespace, UpdateNamespaceRequest, UpdateRequest,
-    WriteContentRequest,
+    AbortRequest, DeleteContentRequest, Info, ListContentRequest, ListStatusesRequest, Namespace, ReadContentRequest,
+    UpdateNamespaceRequest, UpdateRequest, WriteContentRequest,
 };
 use prost_types::FieldMask;
 use shim_tests::client::{Answer, Client};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::operator::{printed, upgrade};
 use shim_tests::suite;
 use shim_tests::upload::{self, Upload, commit, digest, info, read, refused, stat, status, store, write};
 use tonic::{Code, Request};
@@ -23,6 +24,11 @@ fn folder(cx: &Context) -> PathBuf {
 
 fn blob(cx: &Context, digest: &str) -> PathBuf {
     folder(cx).join("blobs").join(digest.replace(':', "/"))
+}
+
+/// A client whose content is not collected while a test runs.
+async fn kept(cx: &Context) -> Result<Client> {
+    Ok(cx.client().with_lease("test").await?)
 }
 
 /// Folders of ingests.
@@ -63,7 +69,7 @@ fn is_sound(cx: &Context) -> Result<()> {
 }
 
 pub(crate) async fn content_is_written_in_lock_step_and_read_in_parts(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let data = bytes(3 << 20);
     let expected = digest("sha256", &data)?;
     let first = WriteContentRequest { total: 3 << 20, expected: expected.clone(), ..stat("r") };
@@ -102,7 +108,7 @@ pub(crate) async fn content_is_written_in_lock_step_and_read_in_parts(cx: Contex
 }
 
 pub(crate) async fn a_reference_has_one_writer_and_the_next_goes_on_where_it_stopped(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let data = bytes(100_000);
     let (mut first, _) = Upload::begin(client, stat("r")).await?;
     first.send(write(0, &data[..40_000])).await?;
@@ -133,7 +139,7 @@ pub(crate) async fn a_reference_has_one_writer_and_the_next_goes_on_where_it_sto
 }
 
 pub(crate) async fn content_that_is_there_is_not_written_again(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let stored = store(client, "r", b"there", &[]).await?;
     let again = WriteContentRequest { expected: stored.clone(), ..stat("again") };
     refused(Upload::begin(client, again.clone()).await, Code::AlreadyExists, &format!("content {stored}: already exists"))?;
@@ -157,7 +163,7 @@ pub(crate) async fn content_that_is_there_is_not_written_again(cx: Context) -> R
 }
 
 pub(crate) async fn a_commit_of_something_else_is_refused_and_not_resumed(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let (right, wrong) = (digest("sha256", b"right")?, digest("sha256", b"wrong")?);
     let (mut upload, _) = Upload::begin(client, WriteContentRequest { expected: right.clone(), ..stat("r") }).await?;
     upload.send(write(0, b"wrong")).await?;
@@ -181,7 +187,7 @@ pub(crate) async fn a_commit_of_something_else_is_refused_and_not_resumed(cx: Co
 
 pub(crate) async fn content_of_another_namespace_is_given_for_its_digest(cx: Context) -> Result<()> {
     let other = cx.with_own_namespace().await?;
-    let (here, there) = (cx.client(), other.client());
+    let (here, there) = (&kept(&cx).await?, &kept(&other).await?);
     let stored = store(here, "r", b"shared", &[("a", "1")]).await?;
     refused(info(there, &stored).await, Code::NotFound, "content digest")?;
     refused(read(there, &stored, 0, 0).await, Code::NotFound, "content digest")?;
@@ -201,7 +207,8 @@ pub(crate) async fn content_of_another_namespace_is_given_for_its_digest(cx: Con
     // and what is written nevertheless follows what is there
     let (mut upload, _) = Upload::begin(here, WriteContentRequest { r#ref: "more".to_owned(), ..first }).await?;
     upload.send(write(6, b" and more")).await?;
-    let more = upload.send(commit(15, 15, "")).await?.digest;
+    let more = digest("sha256", b"shared and more")?;
+    upload.send(commit(15, 15, &more)).await?;
     ensure!(read(here, &more, 0, 0).await? == b"shared and more");
     delete(there, &stored).await?;
     eventually_true("the last row takes the file with it", SOON, || !blob(&cx, &stored).exists()).await?;
@@ -214,7 +221,7 @@ pub(crate) async fn isolated_content_is_written_by_each_namespace(cx: Context) -
     cx.daemon().configure("[content]\nsharing_policy = \"isolated\"\n")?;
     cx.revive_daemon().await?;
     let other = cx.with_own_namespace().await?;
-    let (here, there) = (cx.client(), other.client());
+    let (here, there) = (&kept(&cx).await?, &kept(&other).await?);
     let stored = store(here, "r", b"isolated", &[]).await?;
     let first = WriteContentRequest { expected: stored.clone(), ..stat("r") };
     let (mut upload, answer) = Upload::begin(there, first.clone()).await?;
@@ -232,7 +239,7 @@ pub(crate) async fn isolated_content_is_written_by_each_namespace(cx: Context) -
 }
 
 pub(crate) async fn content_and_ingests_are_listed_labelled_and_removed(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let mut stored = Vec::new();
     for (name, labels) in [("one", &[("a", "1")][..]), ("two", &[("a", "2"), ("b", "x")]), ("three", &[])] {
         stored.push(store(client, name, name.as_bytes(), labels).await?);
@@ -275,7 +282,7 @@ pub(crate) async fn content_and_ingests_are_listed_labelled_and_removed(cx: Cont
 }
 
 pub(crate) async fn a_digest_that_is_none_is_refused_wherever_it_is_read(cx: Context) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let long = format!("sha256:{}", "0".repeat(1 << 20));
     for bad in ["", "sha256:../../../meta.db", "sha256:", "md5:00", &format!("sha256:{}", "A".repeat(64)), &long] {
         refused(info(client, bad).await, Code::InvalidArgument, "failed validation")?;
@@ -311,7 +318,7 @@ pub(crate) async fn a_digest_that_is_none_is_refused_wherever_it_is_read(cx: Con
 
 pub(crate) async fn a_write_that_a_crash_has_cut_off_is_resumed(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
-    let client = cx.client();
+    let client = &kept(&cx).await?;
     let data = bytes(4 << 20);
     let expected = digest("sha256", &data)?;
     let kept = store(client, "kept", b"kept", &[("containerd.io/gc.root", "x")]).await?;
@@ -331,10 +338,13 @@ pub(crate) async fn a_write_that_a_crash_has_cut_off_is_resumed(cx: Context) -> 
         let (mut upload, _) = Upload::begin(client, WriteContentRequest { total: 9, ..stat(&reference) }).await?;
         upload.send(write(0, b"abc")).await?;
         drop(upload);
-        refused_until_free(client, &reference).await?;
+        // once the daemon has noticed
+        let (upload, _) = Upload::begin(client, stat(&reference)).await?;
         let ingest = fs::read_dir(folder(&cx).join("ingest"))?.next().context("an ingest")??.path();
         fs::write(ingest.join(broken), "")?;
+        drop(upload);
         let (mut upload, answer) = Upload::begin(client, stat(&reference)).await?;
+        // empty data is whole, and so is what has no total
         ensure!(answer.offset == if broken == "total" { 3 } else { 0 }, "{broken}: {answer:?}");
         let mut whole = commit(answer.offset, 3, "");
         whole.data = b"abc"[usize::try_from(answer.offset)?..].to_vec();
@@ -352,10 +362,42 @@ pub(crate) async fn a_write_that_a_crash_has_cut_off_is_resumed(cx: Context) -> 
     Ok(())
 }
 
-/// A stream that ends releases its reference a moment later.
-async fn refused_until_free(client: &Client, reference: &str) -> Result<()> {
-    drop(Upload::begin(client, stat(reference)).await?);
-    Ok(())
+pub(crate) async fn a_write_and_a_read_go_on_over_upgrades(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let client = &kept(&cx).await?;
+    let data = bytes(8 << 20);
+    let expected = digest("sha256", &data)?;
+    let long = store(client, "long", &data[1..], &[]).await?;
+    let request = client.request(ReadContentRequest { digest: long, ..ReadContentRequest::default() });
+    let mut reading = client.api().content().read(request).await?.into_inner();
+    let mut received = reading.message().await?.context("a block")?.data;
+    let first = WriteContentRequest { total: 8 << 20, ..stat("r") };
+    let (mut upload, _) = Upload::begin(client, first).await?;
+    let mut pids = Vec::new();
+    for part in 0..7 {
+        if part % 3 == 1 {
+            // the process before it stays for its streams
+            let printed = printed(&mut upgrade(cx.daemon())?)?;
+            pids.push(printed.split(' ').nth(1).context("a pid")?.parse()?);
+        }
+        let offset = part << 20;
+        let answer = upload.send(write(offset, &data[usize::try_from(offset)?..usize::try_from(offset)? + (1 << 20)])).await?;
+        ensure!(answer.offset == offset + (1 << 20), "{answer:?}");
+    }
+    let mut last = commit(7 << 20, 8 << 20, &expected);
+    last.data = data[7 << 20..].to_vec();
+    last.labels = [("a".to_owned(), "1".to_owned())].into();
+    ensure!(upload.send(last).await?.digest == expected);
+    while let Some(block) = reading.message().await? {
+        received.extend(block.data);
+    }
+    ensure!(received == data[1..]);
+    ensure!(read(client, &expected, 0, 0).await? == data && info(client, &expected).await?.labels["a"] == "1");
+    drop((upload, reading));
+    for pid in pids {
+        cx.daemon().is_succeeded_by(pid).await?;
+    }
+    is_sound(&cx)
 }
 
 pub(crate) async fn content_that_finds_no_room_leaves_nothing(cx: Context) -> Result<()> {
@@ -373,7 +415,7 @@ pub(crate) async fn content_that_finds_no_room_leaves_nothing(cx: Context) -> Re
 }
 
 async fn full(cx: &Context, root: &Path) -> Result<()> {
-    let client = cx.client();
+    let client = &kept(cx).await?;
     let kept = store(client, "kept", &bytes(1 << 20), &[("containerd.io/gc.root", "x")]).await?;
     let data = bytes(1 << 20);
     let (mut upload, _) = Upload::begin(client, stat("r")).await?;
