@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
-    UsageRequest,
+    UsageRequest, ViewSnapshotRequest,
 };
 use containerd_client::services::v1::{ApplyRequest, DeleteRequest, DiffRequest};
 use containerd_client::types::{Descriptor, Mount};
@@ -119,15 +119,14 @@ pub(crate) async fn layers_are_unpacked_as_clients_do_and_read_again_as_a_diff(c
     let usage = UsageRequest { snapshotter: "overlayfs".to_owned(), key: "chain-2".to_owned() };
     let usage = client.api().snapshots().usage(client.request(usage)).await?.into_inner();
     ensure!(usage.inodes == 4, "the root, d, its new file, and the whiteout of the old one: {usage:?}");
-    let left =
-        client.api().snapshots().mounts(client.request(MountsRequest { snapshotter: "overlayfs".to_owned(), key: "container".to_owned() }));
-    let right = left.await?.into_inner().mounts;
+    let request = MountsRequest { snapshotter: "overlayfs".to_owned(), key: "container".to_owned() };
+    let right = client.api().snapshots().mounts(client.request(request)).await?.into_inner().mounts;
     ensure!(right == mounts);
-    let view = containerd_client::services::v1::snapshots::ViewSnapshotRequest {
+    let view = ViewSnapshotRequest {
         snapshotter: "overlayfs".to_owned(),
         key: "view".to_owned(),
         parent: "chain-2".to_owned(),
-        ..Default::default()
+        ..ViewSnapshotRequest::default()
     };
     let left = client.api().snapshots().view(client.request(view)).await?.into_inner().mounts;
     let request = DiffRequest { left, right, media_type: "application/vnd.oci.image.layer.v1.tar".to_owned(), ..DiffRequest::default() };
