@@ -166,7 +166,7 @@ pub(crate) async fn a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_
     let blob = store(
         client,
         "r",
-        &archive(&cx, "mkdir d; for i in $(seq 3000); do echo $i > d/$i; done; head -c 30000000 /dev/urandom > d/long")?,
+        &archive(&cx, "mkdir d; for i in $(seq 3000); do echo $i > d/$i; done; head -c 8000000 /dev/urandom > d/long")?,
         &[],
     )
     .await?;
