@@ -108,6 +108,8 @@ struct Limits {
     subscribers: Option<u32>,
     event_queue_bytes: Option<u32>,
     store_bytes: Option<u64>,
+    layer_bytes: Option<u64>,
+    layer_entries: Option<u64>,
 }
 
 /// Reads a file over the defaults.
@@ -208,6 +210,19 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
     if limits.store_bytes < LEAST_STORE_BYTES {
         return Err(bad("limits.store_bytes", &limits.store_bytes, "at least 1048576"));
     }
+    let layers = &mut limits.layers;
+    let bounds = [
+        ("limits.layer_bytes", file.limits.layer_bytes, &mut layers.layer_bytes),
+        ("limits.layer_entries", file.limits.layer_entries, &mut layers.entries),
+    ];
+    for (key, value, place) in bounds {
+        if let Some(value) = value {
+            if value == 0 {
+                return Err(bad(key, &value, "at least 1"));
+            }
+            *place = value;
+        }
+    }
     Ok(settings)
 }
 
@@ -234,7 +249,7 @@ mod tests {
             });
         assert_eq!(parse(Path::new("/c.toml"), &uncommented), Ok(Settings::default()));
         let keys = uncommented.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
-        assert_eq!(keys, 18);
+        assert_eq!(keys, 20);
     }
 
     #[test]

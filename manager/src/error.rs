@@ -9,6 +9,8 @@ use std::time::Duration;
 use tokio::task::JoinError;
 use tonic::{Code, Status};
 
+use crate::layers::LayerError;
+
 /// A failure, by what its caller can do about it. Where a client alone is to act, the sentence is its own.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -203,6 +205,9 @@ pub(crate) enum Error {
     #[error("serve events of shims")]
     Serve(#[source] containerd_shim_protos::ttrpc::Error),
 
+    /// A layer cannot be applied or created.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
     /// The metadata store fails.
     #[error("metadata store: {op}")]
     Store {
@@ -264,6 +269,14 @@ pub(crate) enum Object {
     Namespace(String),
     /// By its id.
     Lease(String),
+    /// By its key; one that is there.
+    Snapshot(String),
+    /// By its key; one that is not there.
+    NoSnapshot(String),
+    /// By the name under which a new snapshot asks for it.
+    ParentSnapshot(String),
+    /// By the name that a new snapshot is to have in the end.
+    TargetSnapshot(String),
     /// One that a call names in its metadata.
     NoLease,
     /// By its digest.
@@ -296,6 +309,10 @@ impl fmt::Display for Object {
             Self::SandboxController(name) => write!(f, "sandbox controller {:?}", short(name)),
             Self::Namespace(name) => write!(f, "namespace {name:?}"),
             Self::Lease(id) => write!(f, "lease {id:?}"),
+            Self::Snapshot(key) => write!(f, "snapshot {key:?}"),
+            Self::NoSnapshot(key) => write!(f, "snapshot {key} does not exist"),
+            Self::ParentSnapshot(key) => write!(f, "parent snapshot {key} does not exist"),
+            Self::TargetSnapshot(key) => write!(f, "target snapshot {key:?}"),
             Self::NoLease => f.write_str("lease does not exist"),
             Self::Content(digest) => write!(f, "content {digest}"),
             Self::ContentDigest(digest) => write!(f, "content digest {digest}"),
@@ -341,6 +358,7 @@ impl Error {
             | Self::ShimLate { .. }
             | Self::ShimInterrupted { .. }
             | Self::ProgramLate { .. }
+            | Self::Layer(LayerError::Busy)
             | Self::StoreStopped => Code::Unavailable,
             Self::Remote { code, .. } => *code,
             Self::ShimAddress(_)
@@ -350,11 +368,13 @@ impl Error {
             | Self::ProgramAnswer { .. }
             | Self::Serve(_) => Code::Unknown,
             Self::Damaged { .. } | Self::DataLoss(_) => Code::DataLoss,
-            Self::Store { .. } | Self::StoreFile { .. } | Self::Io { .. } if self.is_full() => Code::ResourceExhausted,
+            Self::Store { .. } | Self::StoreFile { .. } | Self::Io { .. } | Self::Layer(_) if self.is_full() => Code::ResourceExhausted,
+            Self::Layer(LayerError::Tar(_) | LayerError::Refused { .. }) => Code::InvalidArgument,
             Self::Store { .. }
             | Self::StoreFile { .. }
             | Self::Record(_)
             | Self::Io { .. }
+            | Self::Layer(LayerError::File { .. })
             | Self::ProgramUnusable { .. }
             | Self::Collection(_)
             | Self::Panicked { .. } => Code::Internal,
@@ -368,6 +388,9 @@ impl Error {
                 source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
             }
             Self::Io { source, .. } => matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded),
+            Self::Layer(error) => {
+                error.io().is_some_and(|source| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+            }
             _ => false,
         }
     }

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, ContentService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController, Sandboxes,
-    Services, TaskService, Version,
+    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController,
+    Sandboxes, Services, SnapshotService, TaskService, Version,
 };
 use crate::content::Content;
+use crate::diff::Differ;
 use crate::error::Result;
 use crate::events::Exchange;
 use crate::gate::Gate;
@@ -17,6 +18,7 @@ use crate::metrics::Sources;
 use crate::pools::Pools;
 use crate::restart::Restarter;
 use crate::settings::Settings;
+use crate::snapshots::Snapshots;
 use crate::store::{self, Store};
 use crate::tasks::Tasks;
 
@@ -31,6 +33,8 @@ pub(crate) struct Parts {
     /// Counters of calls.
     pub(crate) calls: Arc<Calls>,
     pub(crate) restarter: Arc<Restarter>,
+    pub(crate) snapshots: Snapshots,
+    differ: Differ,
     pub(crate) collector: Arc<Collector>,
     content: Arc<Content>,
     pools: Pools,
@@ -57,10 +61,18 @@ impl Parts {
         });
         let content = Content::open(&settings.content(), settings.sharing, store.clone(), pools.content.clone(), gate.clone())?;
         let content = Arc::new(content);
+        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
+        let differ = Differ {
+            snapshots: snapshots.clone(),
+            content: Arc::clone(&content),
+            pool: pools.layers.clone(),
+            limits: settings.limits.layers,
+            state: settings.state.clone(),
+        };
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
-            Arc::new(NoSnapshotters),
+            Arc::new(snapshots.clone()),
             Arc::clone(&events),
             gate.clone(),
             settings.collection,
@@ -74,6 +86,8 @@ impl Parts {
             restarter,
             collector,
             content,
+            snapshots,
+            differ,
             pools,
             settings: Arc::new(settings.clone()),
             uuid,
@@ -92,6 +106,13 @@ impl Parts {
             sandbox_controller: Arc::new(SandboxController { tasks: tasks(), store: store(), events: events() }),
             events: Arc::new(Events { events: events(), tasks: tasks() }),
             namespaces: Arc::new(Namespaces { store: store(), events: events() }),
+            snapshots: Arc::new(SnapshotService {
+                snapshots: self.snapshots.clone(),
+                store: store(),
+                events: events(),
+                filters: filters.clone(),
+            }),
+            diff: Arc::new(DiffService { differ: self.differ.clone() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
             content: Arc::new(ContentService {
                 content: Arc::clone(&self.content),
@@ -107,6 +128,7 @@ impl Parts {
                 uuid: self.uuid.clone(),
                 tasks: tasks(),
                 settings: Arc::clone(&self.settings),
+                snapshots: self.snapshots.clone(),
                 filters,
             }),
             version: Arc::new(Version),
@@ -128,13 +150,4 @@ impl Parts {
             gate: self.gate.clone(),
         }
     }
-}
-
-/// Until there are snapshotters.
-#[derive(Debug)]
-struct NoSnapshotters;
-
-#[async_trait::async_trait]
-impl crate::gc::Snapshotters for NoSnapshotters {
-    async fn remove_files(&self, _removed: Vec<(String, i64)>, _scan: crate::content::Scan) {}
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
+use crate::layers::LayerLimits;
 use crate::store::{Files, Kind};
 
 /// What the daemon is started with.
@@ -89,11 +90,13 @@ pub(crate) struct Limits {
     pub(crate) event_queue_bytes: usize,
     /// Bytes of the metadata store.
     pub(crate) store_bytes: u64,
+    /// What a layer may have.
+    pub(crate) layers: LayerLimits,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, subscribers: 256, event_queue_bytes: 4 << 20, store_bytes: 1 << 30 }
+        Self { connections: 1024, subscribers: 256, event_queue_bytes: 4 << 20, store_bytes: 1 << 30, layers: LayerLimits::default() }
     }
 }
 

@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use containerd_client::google::rpc::Status as RpcStatus;
 use containerd_client::services::v1::{Plugin, PluginInfoRequest, PluginInfoResponse, PluginsRequest, PluginsResponse, ServerResponse};
 use containerd_client::types::Platform;
 use prost::Message as _;
@@ -16,6 +17,7 @@ use super::search::Filters;
 use crate::error::{Error, IoContext as _, Object, Result};
 use crate::filter::{Fields, Filter, text};
 use crate::settings::{Settings, Sharing};
+use crate::snapshots::{Snapshots, Snapshotter};
 use crate::tasks::Tasks;
 use crate::wire;
 
@@ -30,7 +32,7 @@ impl Fields for Plugin {
 }
 
 /// What containerd would call the parts of this daemon.
-fn all(settings: &Settings) -> Vec<Plugin> {
+fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
     let plugin = |kind: &str, id: &str| Plugin { r#type: kind.to_owned(), id: id.to_owned(), ..Plugin::default() };
     let with = |mut plugin: Plugin, platforms: &[Platform], capabilities: &[&str], exports: &[(&str, String)]| {
         plugin.platforms = platforms.to_vec();
@@ -64,9 +66,22 @@ fn all(settings: &Settings) -> Vec<Plugin> {
         with(plugin(RUNTIME_TYPE, RUNTIME_ID), &platforms, &[], &[]),
     ];
     plugins.extend([plugin("io.containerd.sandbox.store.v1", "local"), plugin("io.containerd.sandbox.controller.v1", SANDBOX_CONTROLLER)]);
+    for snapshotter in Snapshotter::ALL {
+        let capabilities: &[&str] = if snapshotter.can_rebase() { &["rebase"] } else { &[] };
+        let root = folder(snapshots.root_of(snapshotter));
+        let mut plugin = with(plugin("io.containerd.snapshotter.v1", snapshotter.name()), &platforms, capabilities, &root);
+        plugin.init_err = snapshots.unusable(snapshotter).map(|why| RpcStatus {
+            code: tonic::Code::FailedPrecondition.into(),
+            message: why.to_owned(),
+            details: Vec::new(),
+        });
+        plugins.push(plugin);
+    }
+    plugins.push(with(plugin("io.containerd.differ.v1", "walking"), &platforms, &[], &[]));
     let services = [
         "containers",
         "content",
+        "diff",
         "events",
         "healthcheck",
         "images",
@@ -75,6 +90,7 @@ fn all(settings: &Settings) -> Vec<Plugin> {
         "namespaces",
         "sandbox-controllers",
         "sandboxes",
+        "snapshots",
         "tasks",
         "version",
     ];
@@ -90,13 +106,14 @@ pub(crate) struct Introspection {
     pub(crate) uuid: String,
     pub(crate) tasks: Arc<Tasks>,
     pub(crate) settings: Arc<Settings>,
+    pub(crate) snapshots: Snapshots,
     pub(crate) filters: Filters,
 }
 
 impl Introspection {
     pub(super) async fn plugins(self: Arc<Self>, _call: Call, request: PluginsRequest) -> Result<PluginsResponse> {
         let filter = Filter::parse(&request.filters)?;
-        Ok(PluginsResponse { plugins: self.filters.matching(&filter, all(&self.settings)).await? })
+        Ok(PluginsResponse { plugins: self.filters.matching(&filter, all(&self.settings, &self.snapshots)).await? })
     }
 
     pub(super) async fn server(self: Arc<Self>, _call: Call, _request: ()) -> Result<ServerResponse> {
@@ -106,7 +123,8 @@ impl Introspection {
     }
 
     pub(super) async fn plugin_info(self: Arc<Self>, _call: Call, request: PluginInfoRequest) -> Result<PluginInfoResponse> {
-        let found = all(&self.settings).into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
+        let found =
+            all(&self.settings, &self.snapshots).into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
         let plugin = found.ok_or_else(|| Error::NotFound(Object::Plugin { kind: request.r#type, id: request.id }))?;
         let mut extra = None;
         if let Some(options) = request.options.filter(|_| plugin.r#type == RUNTIME_TYPE) {

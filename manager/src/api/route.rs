@@ -20,6 +20,7 @@ use super::call::Call;
 use super::calls::Calls;
 use super::containers::Containers;
 use super::content::ContentService;
+use super::diff::DiffService;
 use super::events::Events;
 use super::health::Health;
 use super::images::Images;
@@ -28,6 +29,7 @@ use super::leases::Leases;
 use super::namespaces::Namespaces;
 use super::sandbox_controller::SandboxController;
 use super::sandboxes::Sandboxes;
+use super::snapshots::SnapshotService;
 use super::tasks::TaskService;
 use super::version::Version;
 use crate::error::{Error, Result};
@@ -51,6 +53,8 @@ pub(crate) struct Services {
     pub(crate) images: Arc<Images>,
     pub(crate) namespaces: Arc<Namespaces>,
     pub(crate) leases: Arc<Leases>,
+    pub(crate) snapshots: Arc<SnapshotService>,
+    pub(crate) diff: Arc<DiffService>,
     pub(crate) introspection: Arc<Introspection>,
     pub(crate) version: Arc<Version>,
     pub(crate) health: Arc<Health>,
@@ -154,6 +158,25 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "AddResource" => incoming.change(&s.leases, Leases::add_resource).await,
             "DeleteResource" => incoming.change(&s.leases, Leases::delete_resource).await,
             "ListResources" => incoming.look(&s.leases, Leases::list_resources).await,
+            _ => unknown(path),
+        },
+        "containerd.services.snapshots.v1.Snapshots" => match method {
+            "Prepare" => incoming.carry(&s.snapshots, SnapshotService::prepare).await,
+            "View" => incoming.carry(&s.snapshots, SnapshotService::view).await,
+            "Mounts" => incoming.look(&s.snapshots, SnapshotService::mounts).await,
+            "Commit" => incoming.carry(&s.snapshots, SnapshotService::commit).await,
+            "Remove" => incoming.change(&s.snapshots, SnapshotService::remove).await,
+            "Stat" => incoming.look(&s.snapshots, SnapshotService::stat).await,
+            "Update" => incoming.change(&s.snapshots, SnapshotService::update).await,
+            "List" => incoming.stream(&s.snapshots, SnapshotService::list).await,
+            "Usage" => incoming.look(&s.snapshots, SnapshotService::usage).await,
+            "Cleanup" => incoming.carry(&s.snapshots, SnapshotService::cleanup).await,
+            _ => unknown(path),
+        },
+        "containerd.services.diff.v1.Diff" => match method {
+            // they end with their client; repeated after an upgrade, they give the same
+            "Apply" => incoming.park(&s.diff, DiffService::apply).await,
+            "Diff" => incoming.park(&s.diff, DiffService::diff).await,
             _ => unknown(path),
         },
         "containerd.services.content.v1.Content" => match method {

@@ -36,6 +36,11 @@ impl Digest {
         (is_hex && hex.len() == algorithm.digits()).then(|| Self(text.to_owned()))
     }
 
+    /// The one of that hash.
+    pub(crate) fn of_sha256(hash: &[u8; 32]) -> Self {
+        Self(format!("{}:{}", Algorithm::Sha256.name(), hex(hash)))
+    }
+
     /// As text.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
