@@ -47,7 +47,7 @@ pub(crate) struct Writer {
 
 #[derive(Debug)]
 enum State {
-    Writing(Ingest),
+    Writing(Box<Ingest>),
     /// Another namespace has what is expected.
     Shared {
         pin: Pin,
@@ -153,7 +153,7 @@ impl Content {
         let algorithm = opening.expected.as_ref().map_or(Algorithm::default(), Digest::algorithm);
         let _pass = self.gate.enter().await?;
         let begun = self.pool.run(move || files.begin(&name, total, algorithm, lease.as_deref())).await??;
-        Ok(State::Writing(begun))
+        Ok(State::Writing(Box::new(begun)))
     }
 
     /// Looks for what is expected: in the namespace, which is an error; in others.
@@ -221,7 +221,7 @@ impl Writer {
     /// Drops everything that has been written.
     pub(crate) async fn truncate(&mut self) -> Result<()> {
         self.unshare(false).await?;
-        self.with_ingest(Ingest::truncate).await
+        self.with_ingest(|ingest| ingest.truncate()).await
     }
 
     async fn with_ingest(&mut self, job: impl FnOnce(&mut Ingest) -> Result<()> + Send + 'static) -> Result<()> {
@@ -289,7 +289,7 @@ impl Writer {
 
     async fn commit_ingest(
         &mut self,
-        ingest: Ingest,
+        ingest: Box<Ingest>,
         size: u64,
         expected: Option<Digest>,
         labels: HashMap<String, String>,
@@ -326,7 +326,7 @@ impl Writer {
         // until there is a row it has none
         self.content.dereferenced([digest.clone()]);
         let (files, to) = (Arc::clone(&self.content.files), digest.clone());
-        self.content.pool.run(move || files.publish(ingest, &to)).await??;
+        self.content.pool.run(move || files.publish(*ingest, &to)).await??;
         self.record(&digest, has, labels).await?;
         Ok(digest)
     }
