@@ -76,5 +76,6 @@ pub mod task;
 pub mod times;
 pub mod trace;
 pub mod ttrpc;
+pub mod upload;
 pub mod witness;
 pub mod workloads;

@@ -25,7 +25,9 @@ impl Fields for Envelope {
 }
 
 fn of_event<'a>(name: &str, message: &'a [u8], path: &[&str]) -> Option<Cow<'a, str>> {
-    let (_, fields) = EVENTS.iter().find(|(names, _)| names.iter().any(|known| name.strip_prefix("containerd.events.") == Some(known)))?;
+    // containerd's own for images are in the package of their service
+    let name = ["containerd.events.", "containerd.services.images.v1."].iter().find_map(|package| name.strip_prefix(package))?;
+    let (_, fields) = EVENTS.iter().find(|(names, _)| names.contains(&name))?;
     let (first, rest) = path.split_first()?;
     if *first == "labels" {
         let (_, numbers) = fields.iter().find(|(field, _)| *field == "labels")?;
