@@ -28,10 +28,10 @@ pub(crate) struct Line {
 #[derive(Debug, Args)]
 struct Flags {
     /// Socket of the daemon [default: x-manager's if it exists, else /run/containerd/containerd.sock]
-    #[arg(short, long, global = true, env = "CONTAINERD_ADDRESS", value_name = "PATH", hide_env_values = true)]
+    #[arg(long, global = true, env = "CONTAINERD_ADDRESS", value_name = "PATH", hide_env_values = true)]
     address: Option<PathBuf>,
     /// Namespace of the containers
-    #[arg(short, long, global = true, env = "CONTAINERD_NAMESPACE", value_name = "NAME", default_value = "default", hide_env_values = true, value_parser = parse::name)]
+    #[arg(long, global = true, env = "CONTAINERD_NAMESPACE", value_name = "NAME", default_value = "default", hide_env_values = true, value_parser = parse::name)]
     namespace: String,
     /// How lists are printed
     #[arg(long, global = true, value_enum, default_value_t)]
