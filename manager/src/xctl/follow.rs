@@ -48,6 +48,12 @@ impl Follower {
 
     /// Prints what there is.
     pub(crate) fn print(&mut self) -> Result<()> {
+        while self.print_some()? {}
+        Ok(())
+    }
+
+    /// Prints a few MiB at most. True if there may be more.
+    fn print_some(&mut self) -> Result<bool> {
         let length = self.file.metadata().on("look at", &self.path)?.len();
         // cut by a rotation, as with copytruncate
         if length < self.position {
@@ -55,14 +61,15 @@ impl Follower {
         }
         self.file.seek(SeekFrom::Start(self.position)).on("read", &self.path)?;
         let mut buffer = vec![0; 64 << 10];
-        loop {
+        for _part in 0..PARTS {
             let count = self.file.read(&mut buffer).on("read", &self.path)?;
             if count == 0 {
-                return Ok(());
+                return Ok(false);
             }
             self.position += count as u64;
             output::print_bytes(&buffer[..count])?;
         }
+        Ok(true)
     }
 
     /// Prints what comes, until `ended` is ready and nothing has come for a moment: a shim writes the last bytes after the exit of the process.
@@ -74,9 +81,10 @@ impl Follower {
         tokio::pin!(ended);
         let mut result = None;
         loop {
-            self.print()?;
+            let has_more = self.print_some()?;
             tokio::select! {
                 value = &mut ended, if result.is_none() => result = Some(value),
+                () = tokio::task::yield_now(), if has_more => {}
                 changed = changed(&watch) => changed.on("watch", &self.path)?,
                 () = tokio::time::sleep(QUIET), if result.is_some() => {
                     self.print()?;
@@ -130,6 +138,8 @@ fn lines_from_end(file: &mut File, length: u64, lines: usize) -> std::io::Result
     Ok(0)
 }
 
+/// Of 64 KiB, before anything else has its turn.
+const PARTS: usize = 64;
 /// Longer than a shim takes to move what is in a pipe, shorter than people wait.
 const QUIET: Duration = Duration::from_millis(250);
 

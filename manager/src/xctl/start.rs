@@ -81,11 +81,25 @@ pub(crate) async fn detached(client: &Client, folders: &Folders, container: &Con
     let uris = stdio::detached(&folder, &uri, has_stdin, is_terminal)?;
     create_task(client, container, &uris, is_terminal).await?;
     if let Err(error) = tasks::start(client, &Id::init(&container.id)).await {
-        // it never ran: the next start makes another
-        let _ = tasks::delete(client, &Id::init(&container.id)).await;
+        abandon(client, &Id::init(&container.id)).await;
         return Err(error);
     }
-    containers::resume_restarts(client, container).await
+    resume_restarts(client, container).await;
+    Ok(())
+}
+
+/// Removes a task that was not started: the next start makes another.
+async fn abandon(client: &Client, process: &Id) {
+    if let Err(error) = tasks::delete(client, process).await {
+        eprintln!("xctl: {}", error.chain());
+    }
+}
+
+/// The container runs, whether this succeeds or not.
+async fn resume_restarts(client: &Client, container: &Container) {
+    if let Err(error) = containers::resume_restarts(client, container).await {
+        eprintln!("xctl: container {id} runs, and the daemon will not restart it: {}", error.chain(), id = container.id);
+    }
 }
 
 /// Starts a container and shows it, until it exits or is detached from. Returns its status.
@@ -102,14 +116,19 @@ pub(crate) async fn foreground(client: &Client, folders: &Folders, container: &C
     create_task(client, container, &uris, is_terminal).await?;
     let process = Id::init(&container.id);
     let what = Attachment { process: process.clone(), stdin: uris.stdin, is_terminal, is_interactive, keys };
-    let running = what.begin(client, Some(outputs))?;
+    let running = match what.begin(client, Some(outputs)) {
+        Ok(running) => running,
+        Err(error) => {
+            abandon(client, &process).await;
+            return Err(error);
+        }
+    };
     if let Err(error) = tasks::start(client, &process).await {
-        // it never ran: the next start makes another
-        let _ = tasks::delete(client, &process).await;
+        abandon(client, &process).await;
         running.finish().await;
         return Err(error);
     }
-    containers::resume_restarts(client, container).await?;
+    resume_restarts(client, container).await;
     let status = show(client, running, &mut signals).await?;
     let Some((status, running)) = status else {
         if removes {
