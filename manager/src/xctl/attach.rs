@@ -233,7 +233,8 @@ impl Running {
         drop(self.raw);
     }
 
-    async fn resize(&self, client: &Client) {
+    /// Gives the process' terminal the size of this one.
+    pub(crate) async fn resize(&self, client: &Client) {
         if !self.what.is_terminal {
             return;
         }

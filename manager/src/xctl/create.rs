@@ -289,3 +289,23 @@ const LONGEST_LABEL: usize = 4096;
 const INITS: [&str; 5] =
     ["/usr/bin/tini-static", "/usr/bin/docker-init", "/usr/libexec/docker/docker-init", "/usr/bin/catatonit", "/usr/bin/tini"];
 const PT_INTERP: usize = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_init_for_containers_needs_no_libraries() {
+        let own = std::env::current_exe().expect("a program");
+        assert!(is_static(&own), "it is built so");
+        for other in ["/bin/sh", "/etc/passwd", "/etc", "/nonexistent"] {
+            assert!(!is_static(Path::new(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn ids_are_random() {
+        let (one, other) = (random().expect("the kernel has enough"), random().expect("the kernel has enough"));
+        assert!(one != other && one.len() == 12 && parse::name(&one).is_ok(), "{one} {other}");
+    }
+}

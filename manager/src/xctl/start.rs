@@ -123,6 +123,8 @@ pub(crate) async fn foreground(client: &Client, folders: &Folders, container: &C
             return Err(error);
         }
     };
+    // so that the program finds it as it is
+    running.resize(client).await;
     if let Err(error) = tasks::start(client, &process).await {
         abandon(client, &process).await;
         running.finish().await;

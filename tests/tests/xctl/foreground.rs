@@ -75,11 +75,15 @@ pub(crate) async fn users_are_those_of_the_container(cx: Context) -> Result<()> 
             command.arg(&root).args(xctl.place()).args(["--user", user, "sh", "-c", "echo $(id -u) $(id -g) $(id -G)"]).output()?;
         ensure!(String::from_utf8_lossy(&output.stdout).trim() == expected, "{user}: {output:?}");
     }
-    // a list of users that is a link to the host's is the container's own, which is not there
-    fs::remove_file(root.join("etc/passwd"))?;
-    std::os::unix::fs::symlink("../../../../../../../../etc/passwd", root.join("etc/passwd"))?;
-    fs::remove_file(root.join("etc/group"))?;
-    std::os::unix::fs::symlink("/proc/self/root/etc/group", root.join("etc/group"))?;
+    // links that lead to files of the host lead to nothing in the container
+    let (users, groups) = (cx.folder().join("users"), cx.folder().join("groups"));
+    fs::write(&users, "daemon:x:1:1::/:\n")?;
+    fs::write(&groups, "daemon:x:1:\n")?;
+    for file in ["passwd", "group"] {
+        fs::remove_file(root.join("etc").join(file))?;
+    }
+    std::os::unix::fs::symlink(&users, root.join("etc/passwd"))?;
+    std::os::unix::fs::symlink(format!("../../../../../../../..{}", groups.display()), root.join("etc/group"))?;
     for user in ["daemon", "0:daemon"] {
         let mut command = xctl.command(&["run", "--rm", "--rootfs"]);
         let output = command.arg(&root).args(xctl.place()).args(["--user", user, "true"]).output()?;

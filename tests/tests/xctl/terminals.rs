@@ -75,13 +75,14 @@ impl Terminal {
 pub(crate) async fn a_terminal_is_passed_through_resized_and_restored(cx: Context) -> Result<()> {
     let xctl = Xctl::new(&cx)?;
     let mut terminal = Terminal::new()?;
-    let script = "trap 'echo now $(stty size)' WINCH; echo size $(stty size) $TERM; while read line; do echo got $line; test $line = end && exit 4; done";
+    let script = "trap 'echo now $(stty size)' WINCH; echo size $(stty size) $TERM; \
+                  while :; do read line && echo got $line; test \"$line\" = end && exit 4; done";
     let mut child = terminal.run(xctl.container("run", &["--rm", "-it"], &["sh", "-c", script])?)?;
     terminal.shows("size 33 111 xterm").await?;
     ensure!(terminal.is_raw()?);
     terminal.resize("22", "77")?;
     child.signal(Signal::SIGWINCH)?;
-    // the shell of a container that reads runs the trap after the line
+    // a shell that waits for a child runs the trap later
     eventually("the size has arrived", SOON, async || {
         terminal.keyboard.write_all(b"x\n")?;
         ensure!(terminal.text().contains("now 22 77"), "{:?}", terminal.text());
