@@ -1,7 +1,6 @@
 //! Containers in the foreground without a terminal, and mistakes.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -9,6 +8,7 @@ use nix::sys::signal::Signal;
 use shim_tests::context::Context;
 use shim_tests::operator::output_text;
 use shim_tests::{rootfs, suite};
+use tokio::io::AsyncWriteExt as _;
 
 use crate::harness::{Child, Xctl};
 
@@ -19,22 +19,19 @@ pub(crate) async fn run_prints_and_exits_like_the_program(cx: Context) -> Result
     let output = xctl.run(&["--rm"], &["seq", "1", "200000"])?;
     ensure!(output.status.success() && output.stdout.len() == 1_288_895, "{} bytes", output.stdout.len());
     // whoever reads no more does not stop the container
-    let mut command = xctl.container("run", &["--rm"], &["sh", "-c", "seq 1 200000; exit 4"])?;
-    let mut child = Child(command.stdout(Stdio::piped()).spawn()?);
-    drop(child.0.stdout.take());
-    let status = child.0.wait()?;
-    ensure!(status.code() == Some(4), "{status}");
+    let command = xctl.container("run", &["--rm"], &["sh", "-c", "seq 1 200000; exit 4"])?;
+    let mut child = Child::piped(&command)?;
+    child.deafen();
+    ensure!(child.status().await? == 4);
     xctl.leaves_nothing().await
 }
 
 pub(crate) async fn input_reaches_the_program_and_ends(cx: Context) -> Result<()> {
     let xctl = Xctl::new(&cx)?;
-    let mut command = xctl.container("run", &["--rm", "--interactive"], &["wc", "-c"])?;
-    let mut child = Child(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?);
-    child.0.stdin.take().context("piped")?.write_all(&vec![b'x'; 1_000_001])?;
-    let mut line = String::new();
-    BufReader::new(child.0.stdout.take().context("piped")?).read_line(&mut line)?;
-    ensure!(child.0.wait()?.success() && line.trim() == "1000001", "{line:?}");
+    let mut child = Child::piped(&xctl.container("run", &["--rm", "--interactive"], &["wc", "-c"])?)?;
+    child.stdin.take().context("piped")?.write_all(&vec![b'x'; 1_000_001]).await?;
+    let line = child.line().await?;
+    ensure!(child.status().await? == 0 && line.trim() == "1000001", "{line:?}");
     // without --interactive there is none to wait for
     let output = xctl.container("run", &["--rm"], &["cat"])?.stdin(Stdio::piped()).output()?;
     ensure!(output.status.success() && output.stdout.is_empty(), "{output:?}");
@@ -96,12 +93,10 @@ pub(crate) async fn signals_are_passed_on(cx: Context) -> Result<()> {
     let xctl = Xctl::new(&cx)?;
     for (signal, status) in [(Signal::SIGTERM, 7), (Signal::SIGINT, 8), (Signal::SIGUSR1, 9)] {
         let script = "trap 'exit 7' TERM; trap 'exit 8' INT; trap 'exit 9' USR1; echo ready; sleep 1000 & wait";
-        let mut child = Child(xctl.container("run", &["--rm"], &["sh", "-c", script])?.stdout(Stdio::piped()).spawn()?);
-        let mut line = String::new();
-        BufReader::new(child.0.stdout.take().context("piped")?).read_line(&mut line)?;
+        let mut child = Child::piped(&xctl.container("run", &["--rm"], &["sh", "-c", script])?)?;
+        ensure!(child.line().await? == "ready");
         child.signal(signal)?;
-        let ended = child.0.wait()?;
-        ensure!(ended.code() == Some(status), "{signal}: {ended}");
+        ensure!(child.status().await? == status, "{signal}");
     }
     xctl.leaves_nothing().await
 }
@@ -109,15 +104,12 @@ pub(crate) async fn signals_are_passed_on(cx: Context) -> Result<()> {
 pub(crate) async fn a_wait_outlasts_a_crash_of_the_daemon(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let xctl = Xctl::new(&cx)?;
-    let mut command = xctl.container("run", &["--interactive"], &["sh", "-c", "echo ready; read go; echo $go; exit 5"])?;
-    let mut child = Child(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?);
-    let mut lines = BufReader::new(child.0.stdout.take().context("piped")?).lines();
-    ensure!(lines.next().context("a line")?? == "ready");
+    let script = "echo ready; read go; echo $go; exit 5";
+    let mut child = Child::piped(&xctl.container("run", &["--interactive"], &["sh", "-c", script])?)?;
+    ensure!(child.line().await? == "ready");
     cx.crash_daemon().await?;
-    child.0.stdin.take().context("piped")?.write_all(b"went on\n")?;
-    ensure!(lines.next().context("a line")?? == "went on");
-    let ended = child.0.wait()?;
-    ensure!(ended.code() == Some(5), "{ended}");
+    child.stdin.take().context("piped")?.write_all(b"went on\n").await?;
+    ensure!(child.line().await? == "went on" && child.status().await? == 5);
     let name = xctl.prints(&["ps", "--all", "--quiet"])?;
     xctl.prints(&["rm", name.trim()])?;
     xctl.leaves_nothing().await

@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use shim_tests::context::Context;
 use shim_tests::operator::output_text;
 use shim_tests::{isolation, rootfs, suite};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 /// `xctl` for a test.
 pub(crate) struct Xctl<'a> {
@@ -16,20 +17,49 @@ pub(crate) struct Xctl<'a> {
     program: PathBuf,
 }
 
-/// A program that is killed when the test is over.
-pub(crate) struct Child(pub(crate) std::process::Child);
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        let _it_may_have_ended = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// An `xctl` beside the test, killed when the test is over. Waiting for it is bounded by the deadline of the whole test.
+pub(crate) struct Child {
+    process: tokio::process::Child,
+    /// Its standard input, if it is piped.
+    pub(crate) stdin: Option<tokio::process::ChildStdin>,
+    lines: Option<tokio::io::Lines<BufReader<tokio::process::ChildStdout>>>,
 }
 
 impl Child {
+    /// With pipes.
+    pub(crate) fn piped(command: &Command) -> Result<Self> {
+        Self::spawn(command, Stdio::piped(), Stdio::piped(), Stdio::inherit())
+    }
+
+    /// With these.
+    pub(crate) fn spawn(command: &Command, stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Result<Self> {
+        // without the deadline of its own, which would get the signals
+        let mut words = command.get_args().skip(1);
+        let mut child = tokio::process::Command::new(words.next().context("a program")?);
+        child.args(words).env_remove("CONTAINERD_ADDRESS").env_remove("CONTAINERD_NAMESPACE");
+        let mut process = child.stdin(stdin).stdout(stdout).stderr(stderr).kill_on_drop(true).spawn()?;
+        let lines = process.stdout.take().map(|stdout| BufReader::new(stdout).lines());
+        Ok(Self { stdin: process.stdin.take(), lines, process })
+    }
+
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill(Pid::from_raw(self.0.id().cast_signed()), signal)?)
+        Ok(kill(Pid::from_raw(self.process.id().context("it runs")?.cast_signed()), signal)?)
+    }
+
+    /// Its next line.
+    pub(crate) async fn line(&mut self) -> Result<String> {
+        self.lines.as_mut().context("its output is piped")?.next_line().await?.context("its output has ended")
+    }
+
+    /// Reads its output no more.
+    pub(crate) fn deafen(&mut self) {
+        self.lines = None;
+    }
+
+    /// Its status.
+    pub(crate) async fn status(&mut self) -> Result<i32> {
+        self.process.wait().await?.code().context("it was killed")
     }
 }
 
@@ -43,9 +73,10 @@ impl<'a> Xctl<'a> {
         self.cx.folder().join("logs")
     }
 
-    /// A command, not yet run.
+    /// A command with a deadline, not yet run.
     pub(crate) fn command(&self, words: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new("timeout");
+        command.arg("50").arg(&self.program);
         command.env_remove("CONTAINERD_ADDRESS").env_remove("CONTAINERD_NAMESPACE").env("LENT", "borrowed");
         command.arg("--address").arg(self.cx.daemon().address()).args(["--namespace", self.cx.client().namespace()]);
         command.arg("--state").arg(self.cx.folder().join("state")).arg("--logs").arg(self.logs());

@@ -1,8 +1,6 @@
 //! Containers that run detached, and what is done with them.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -10,6 +8,7 @@ use serde_json::Value;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::operator::output_text;
+use tokio::io::AsyncWriteExt as _;
 
 use crate::harness::{Child, Xctl};
 
@@ -47,9 +46,8 @@ pub(crate) async fn a_detached_container_writes_its_log_without_a_daemon(cx: Con
         Ok(())
     })
     .await?;
-    let mut follower = Child(xctl.command(&["logs", "--follow", "--tail", "1", "talks"]).stdout(Stdio::piped()).spawn()?);
-    let mut lines = BufReader::new(follower.0.stdout.take().context("piped")?).lines();
-    ensure!(lines.next().context("the last line")??.len() > 4);
+    let mut follower = Child::piped(&xctl.command(&["logs", "--follow", "--tail", "1", "talks"]))?;
+    ensure!(["first", "problem"].contains(&follower.line().await?.as_str()));
     cx.daemon().kill()?;
     fs::write(cx.folder().join("go"), "")?;
     let log = xctl.logs().join(cx.client().namespace()).join("talks.log");
@@ -58,10 +56,10 @@ pub(crate) async fn a_detached_container_writes_its_log_without_a_daemon(cx: Con
         Ok(())
     })
     .await?;
-    ensure!(lines.any(|line| line.is_ok_and(|line| line == "20000")), "the follower has seen the end");
+    while follower.line().await? != "20000" {}
     cx.revive_daemon().await?;
     exited(&xctl, "talks", 3).await?;
-    ensure!(follower.0.wait()?.success());
+    ensure!(follower.status().await? == 0);
     ensure!(xctl.prints(&["logs", "--tail", "2", "talks"])? == "19999\n20000\n");
     ensure!(xctl.prints(&["logs", "--follow", "talks"])?.lines().count() == 20_002);
     xctl.prints(&["rm", "talks"])?;
@@ -131,12 +129,9 @@ pub(crate) async fn exec_runs_beside_the_program(cx: Context) -> Result<()> {
     ensure!(output.stdout == b"1 2\n/tmp\n1000\n" && output.stderr == b"oops\n" && output.status.code() == Some(5), "{output:?}");
     let output = exec(&["long", "/no/such/program"])?;
     ensure!(output.status.code() == Some(125) && output_text(&output).contains("/no/such/program"), "{output:?}");
-    let mut command = xctl.command(&["exec", "-i", "long", "wc", "-c"]);
-    let mut child = Child(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?);
-    std::io::Write::write_all(&mut child.0.stdin.take().context("piped")?, &vec![b'x'; 1_000_001])?;
-    let mut line = String::new();
-    BufReader::new(child.0.stdout.take().context("piped")?).read_line(&mut line)?;
-    ensure!(line.trim() == "1000001" && child.0.wait()?.success(), "{line:?}");
+    let mut child = Child::piped(&xctl.command(&["exec", "-i", "long", "wc", "-c"]))?;
+    child.stdin.take().context("piped")?.write_all(&vec![b'x'; 1_000_001]).await?;
+    ensure!(child.line().await?.trim() == "1000001" && child.status().await? == 0);
     ensure!(exec(&["--detach", "long", "sleep", "2000"])?.status.success());
     let top = xctl.prints(&["top", "long"])?;
     ensure!(top.contains("sleep 2000"), "{top}");
@@ -162,32 +157,26 @@ pub(crate) async fn processes_and_usage_are_shown(cx: Context) -> Result<()> {
 
 pub(crate) async fn events_are_printed_as_they_happen(cx: Context) -> Result<()> {
     let xctl = Xctl::new(&cx)?;
-    let mut command = xctl.command(&["--format", "json", "events"]);
-    let mut child = Child(command.stdout(Stdio::piped()).spawn()?);
-    let mut lines = BufReader::new(child.0.stdout.take().context("piped")?).lines();
+    let mut child = Child::piped(&xctl.command(&["--format", "json", "events"]))?;
     // what happens before it has subscribed is not printed: so it happens until one is
-    let (first, happened) = std::sync::mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        let mut events = Vec::new();
-        for line in lines.by_ref().map_while(|line| line.ok()) {
-            let event: Value = serde_json::from_str(&line).unwrap_or_default();
-            let is_last = event["topic"] == "/tasks/exit";
-            events.push(event);
-            if is_last {
-                break;
+    let exit = {
+        let exit = async {
+            loop {
+                let event: Value = serde_json::from_str(&child.line().await?)?;
+                if event["topic"] == "/tasks/exit" {
+                    return anyhow::Ok(event);
+                }
             }
-        }
-        let _ = first.send(events);
-    });
-    let events = eventually("an exit is printed", SOON, async || {
-        ensure!(xctl.run(&["--rm"], &["sh", "-c", "exit 3"])?.status.code() == Some(3));
-        happened.try_recv().context("nothing yet")
-    })
-    .await?;
-    let exit = events.last().context("there is one")?;
-    ensure!(exit["event"]["exit_status"] == 3 && exit["namespace"] == cx.client().namespace(), "{events:?}");
+        };
+        tokio::pin!(exit);
+        let printed = eventually("an exit is printed", SOON, async || {
+            ensure!(xctl.run(&["--rm"], &["sh", "-c", "exit 3"])?.status.code() == Some(3));
+            tokio::time::timeout(Duration::from_millis(100), &mut exit).await.context("nothing yet")?
+        });
+        printed.await?
+    };
+    ensure!(exit["event"]["exit_status"] == 3 && exit["namespace"] == cx.client().namespace(), "{exit}");
     drop(child);
-    ensure!(reader.join().is_ok());
     xctl.leaves_nothing().await
 }
 

@@ -38,9 +38,9 @@ impl Terminal {
         Ok(Self { keyboard, end, shown })
     }
 
-    fn run(&self, mut command: Command) -> Result<Child> {
+    fn run(&self, command: Command) -> Result<Child> {
         let end = || self.end.try_clone();
-        Ok(Child(command.stdin(end()?).stdout(end()?).stderr(end()?).spawn()?))
+        Child::spawn(&command, end()?.into(), end()?.into(), end()?.into())
     }
 
     fn text(&self) -> String {
@@ -90,8 +90,8 @@ pub(crate) async fn a_terminal_is_passed_through_resized_and_restored(cx: Contex
     })
     .await?;
     terminal.types("end\n").await?;
-    let status = child.0.wait()?;
-    ensure!(status.code() == Some(4) && terminal.text().contains("got end"), "{status}: {:?}", terminal.text());
+    let status = child.status().await?;
+    ensure!(status == 4 && terminal.text().contains("got end"), "{status}: {:?}", terminal.text());
     ensure!(!terminal.is_raw()?);
     xctl.leaves_nothing().await
 }
@@ -105,21 +105,21 @@ pub(crate) async fn keys_detach_and_attach_shows_it_again(cx: Context) -> Result
     terminal.types("one\n").await?;
     terminal.shows("got one").await?;
     terminal.types("\u{10}\u{11}").await?;
-    let status = child.0.wait()?;
-    ensure!(status.code() == Some(0) && !terminal.is_raw()?, "{status}");
+    let status = child.status().await?;
+    ensure!(status == 0 && !terminal.is_raw()?, "{status}");
     ensure!(xctl.prints(&["ps"])?.contains("shell"));
     let mut child = terminal.run(xctl.command(&["attach", "shell"]))?;
     eventually_true("the terminal is raw", SOON, || terminal.is_raw().is_ok_and(|raw| raw)).await?;
     terminal.types("two\n").await?;
     terminal.shows("got two").await?;
     terminal.types("end\n").await?;
-    let status = child.0.wait()?;
-    ensure!(status.code() == Some(4), "{status}: {:?}", terminal.text());
+    let status = child.status().await?;
+    ensure!(status == 4, "{status}: {:?}", terminal.text());
     // it can be started again in the foreground
     let mut child = terminal.run(xctl.command(&["start", "--attach", "shell"]))?;
     eventually_true("the terminal is raw", SOON, || terminal.is_raw().is_ok_and(|raw| raw)).await?;
     terminal.types("end\n").await?;
-    ensure!(child.0.wait()?.code() == Some(4));
+    ensure!(child.status().await? == 4);
     xctl.prints(&["rm", "shell"])?;
     xctl.leaves_nothing().await
 }
@@ -135,17 +135,17 @@ pub(crate) async fn a_detached_terminal_can_be_attached_to_and_logged(cx: Contex
     terminal.types("one\n").await?;
     terminal.shows("got one").await?;
     terminal.types("\u{10}\u{11}").await?;
-    ensure!(first.0.wait()?.success());
+    ensure!(first.status().await? == 0);
     let mut terminal = Terminal::new()?;
     let mut exec = terminal.run(xctl.command(&["exec", "-it", "shell", "sh"]))?;
     terminal.types("test -t 0 && echo $((20+3)); exit 6\n").await?;
     terminal.shows("23").await?;
-    ensure!(exec.0.wait()?.code() == Some(6));
+    ensure!(exec.status().await? == 6);
     let mut second = terminal.run(xctl.command(&["attach", "shell"]))?;
     eventually_true("the terminal is raw", SOON, || terminal.is_raw().is_ok_and(|raw| raw)).await?;
     terminal.types("end\n").await?;
-    let status = second.0.wait()?;
-    ensure!(status.code() == Some(4), "{status}: {:?}", terminal.text());
+    let status = second.status().await?;
+    ensure!(status == 4, "{status}: {:?}", terminal.text());
     let logs = xctl.prints(&["logs", "shell"])?;
     ensure!(["ready", "got one", "got end"].iter().all(|line| logs.contains(line)), "{logs:?}");
     xctl.prints(&["rm", "shell"]).context("it has exited")?;
