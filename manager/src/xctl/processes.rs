@@ -87,7 +87,7 @@ mod tests {
     fn a_process_is_read_whatever_its_name_is() {
         let stat = "7 (a) b) R 3 7 7 0 -1 4194560 1 0 0 0 150 60 0 0 20 0 1 0 5 1000 2 18446744073709551615";
         let status = "Name:\ta) b\nUid:\t33\t33\t33\t33\nVmRSS:\t  12 kB\n";
-        let row = parse(7, stat, status, "sleep\01000\0").expect("a process");
+        let row = parse(7, stat, status, "sleep\x001000\0").expect("a process");
         assert_eq!((row.parent, row.uid, row.cpu_seconds, row.memory_bytes), (3, 33, 2, 12_288));
         assert_eq!((row.state.as_str(), row.command.as_str()), ("R", "sleep 1000"));
         assert_eq!(parse(7, stat, status, "").map(|row| row.command), Some("[a) b]".to_owned()));
