@@ -7,6 +7,7 @@ TARGET_DIR := $(shell $(CARGO) metadata --format-version 1 --no-deps 2>/dev/null
 TRIPLE := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
 SHIM := $(TARGET_DIR)/$(TRIPLE)/release/containerd-shim-x-v2
 MANAGER := $(TARGET_DIR)/$(TRIPLE)/release/x-manager
+XCTL := $(TARGET_DIR)/$(TRIPLE)/release/xctl
 DEBUG := $(TARGET_DIR)/$(TRIPLE)/debug
 FAULTY_SHIM := $(DEBUG)/containerd-shim-x-v2
 
@@ -51,17 +52,17 @@ CONFORMANCE_SKIP := --skip crun:: --skip runc::
 E2E = X_SHIM=$(SHIM) X_SHIM_FAULTY=$(FAULTY_SHIM) $(CARGO) test --locked --package shim-tests
 test-e2e: packages suites build-shim build-faulty
 	$(E2E) --lib --bins --test conformance -- $(CONFORMANCE_SKIP)
-	$(E2E) --test containerd --test cri --test faults --test protocol --test soak --test upgrade -- $(E2E_SKIP)
+	$(E2E) --test containerd --test cri --test faults --test protocol --test soak --test upgrade --test xctl -- $(E2E_SKIP)
 	$(E2E) --test docker
 	$(MAKE) test-cgroup2-native CGROUP2_TESTS="conformance containerd" CGROUP2_SKIP="--skip runc:: --skip crun:: --skip containerd-1.6:: --skip containerd-1.7:: \
 		--skip stdio:: --skip outputs:: --skip versions:: --skip churn::"
 
-## the tests of containerd (with the native engine and clients of 1.6 and 2.1 alone, for time) and Docker with x-manager in containerd's place, x-manager's own, and lifecycles with the shims of containerd 1.6, 1.7
+## the tests of containerd (with the native engine and clients of 1.6 and 2.1 alone, for time), Docker and xctl with x-manager in containerd's place, x-manager's own, and lifecycles with the shims of containerd 1.6, 1.7
 ## and 2.1; X_KILLS=500 X_SEED=N for more crashes of x-manager, also with those shims. A debug build of x-manager, which is there already: a release build takes minutes more;
 ## TESTED_MANAGER=… names another
 TESTED_MANAGER ?= $(DEBUG)/x-manager
 test-manager: packages suites build-shim build-faulty
-	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test docker
+	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test manager --test operations --test docker --test xctl
 	X_SHIM=$(SHIM) X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- --skip crun:: --skip runc:: --skip beside-1.7::
 	X_RUNTIME_TYPE=io.containerd.runc.v2 X_DAEMON=$(TESTED_MANAGER) $(CARGO) test --locked --package shim-tests --test containerd -- lifecycle::
 
@@ -177,9 +178,16 @@ lint:
 
 ## an executable is replaced atomically: a process that starts it meanwhile gets the old or the new one
 BIN = $(DESTDIR)$(PREFIX)/bin
+SHARE = $(DESTDIR)$(PREFIX)/share
 install: packages build
 	install -D -m 755 $(SHIM) $(BIN)/.containerd-shim-x-v2.new && mv -f $(BIN)/.containerd-shim-x-v2.new $(BIN)/containerd-shim-x-v2
 	install -D -m 755 $(MANAGER) $(BIN)/.x-manager.new && mv -f $(BIN)/.x-manager.new $(BIN)/x-manager
+	install -D -m 755 $(XCTL) $(BIN)/.xctl.new && mv -f $(BIN)/.xctl.new $(BIN)/xctl
+	mkdir -p $(SHARE)/man/man1 $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions $(SHARE)/fish/vendor_completions.d
+	$(XCTL) man $(SHARE)/man/man1
+	$(XCTL) completion bash > $(SHARE)/bash-completion/completions/xctl
+	$(XCTL) completion zsh > $(SHARE)/zsh/site-functions/_xctl
+	$(XCTL) completion fish > $(SHARE)/fish/vendor_completions.d/xctl.fish
 	install -D -m 644 manager/default.toml $(DESTDIR)$(PREFIX)/share/doc/x-manager/config.toml
 	install -D -m 644 manager/systemd/x-manager.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.socket
 	mkdir -p $(DESTDIR)$(PREFIX)/lib/systemd/system
@@ -187,6 +195,8 @@ install: packages build
 
 ## what `install` has installed; docs/operations.md lists the steps before that
 uninstall:
+	rm -f $(BIN)/xctl $(SHARE)/man/man1/xctl.1 $(SHARE)/man/man1/xctl-*.1 $(SHARE)/bash-completion/completions/xctl \
+		$(SHARE)/zsh/site-functions/_xctl $(SHARE)/fish/vendor_completions.d/xctl.fish
 	rm -f $(BIN)/containerd-shim-x-v2 $(BIN)/x-manager $(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.socket \
 		$(DESTDIR)$(PREFIX)/lib/systemd/system/x-manager.service $(DESTDIR)$(PREFIX)/share/doc/x-manager/config.toml
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/x-manager

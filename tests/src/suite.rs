@@ -86,6 +86,16 @@ pub fn use_manager() -> Result<()> {
     Ok(())
 }
 
+/// The `xctl` under test: `X_XCTL`, by default the debug build of this workspace.
+///
+/// Errors: when the binary does not exist.
+pub fn xctl() -> Result<PathBuf> {
+    let debug = || target_folder().join("x86_64-unknown-linux-gnu/debug/xctl");
+    let path = env::var_os("X_XCTL").map_or_else(debug, PathBuf::from);
+    ensure!(path.is_file(), "no xctl at {}: build the package x-manager, or name one with X_XCTL", path.display());
+    Ok(path)
+}
+
 /// What makes containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Runtime {

@@ -1,0 +1,151 @@
+//! Why a command fails: what failed, on what, and what an operator can do.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tonic::{Code, Status};
+
+/// A failure of a command.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// There is no daemon.
+    #[error("cannot connect to {}", address.display())]
+    NoDaemon {
+        /// Its socket.
+        address: PathBuf,
+        /// The transport's or the kernel's error.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The daemon refuses a call, or failed.
+    #[error("{doing}: {}", .status.message())]
+    Call {
+        /// What was tried.
+        doing: String,
+        /// The daemon's answer.
+        status: Status,
+    },
+    /// The daemon does not answer.
+    #[error("{doing}: no answer within {limit:?}")]
+    Late {
+        /// What was tried.
+        doing: String,
+        /// For how long.
+        limit: Duration,
+    },
+    /// A file.
+    #[error("{op} {}", path.display())]
+    Io {
+        /// What was tried.
+        op: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The kernel's error.
+        source: io::Error,
+    },
+    /// Something that the daemon has sent, or a file, cannot be understood.
+    #[error("cannot read {what}")]
+    Unreadable {
+        /// Which.
+        what: String,
+        /// What is wrong with it.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The container does not exist.
+    #[error("there is no container {id} in namespace {namespace}")]
+    NoContainer {
+        /// As it was given.
+        id: String,
+        /// Where it was looked for.
+        namespace: String,
+    },
+    /// The command makes no sense now; the sentence says what to do.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// The result of a step.
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A sentence for the operator, made by the place that knows what to do.
+    pub(crate) fn refused(sentence: impl Into<String>) -> Self {
+        Self::Refused(sentence.into())
+    }
+
+    /// Something that cannot be read.
+    pub(crate) fn unreadable(what: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Unreadable { what: what.into(), source: source.into() }
+    }
+
+    /// The daemon's code, of a call that it refused.
+    pub(crate) fn code(&self) -> Option<Code> {
+        match self {
+            Self::Call { status, .. } => Some(status.code()),
+            Self::NoContainer { .. } => Some(Code::NotFound),
+            Self::NoDaemon { .. } | Self::Late { .. } | Self::Io { .. } | Self::Unreadable { .. } | Self::Refused(_) => None,
+        }
+    }
+
+    /// This error and its sources.
+    pub(crate) fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut next = std::error::Error::source(self);
+        while let Some(source) = next {
+            let source_text = source.to_string();
+            // transports repeat their sources
+            if !text.ends_with(&source_text) {
+                text.push_str(": ");
+                text.push_str(&source_text);
+            }
+            next = source.source();
+        }
+        text
+    }
+
+    /// What to do about it, where that is known.
+    pub(crate) fn hint(&self) -> Option<String> {
+        match self {
+            Self::NoDaemon { .. } if !nix::unistd::geteuid().is_root() => {
+                Some("run as root, or as a member of the group that may use the socket".to_owned())
+            }
+            Self::NoDaemon { .. } => Some("is the daemon running? --address names the socket of another one".to_owned()),
+            Self::NoContainer { .. } => Some("`xctl ps --all` lists containers; --namespace chooses another namespace".to_owned()),
+            Self::Call { status, .. } => match status.code() {
+                Code::Unimplemented => Some("this daemon does not serve that; --address names the socket of another one".to_owned()),
+                Code::Unavailable => Some("the daemon or the shim may be restarting; try again".to_owned()),
+                Code::PermissionDenied => Some("run as root".to_owned()),
+                _ => None,
+            },
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => Some("run as root".to_owned()),
+            Self::Late { .. } => Some("the daemon's log may say why".to_owned()),
+            Self::Io { .. } | Self::Unreadable { .. } | Self::Refused(_) => None,
+        }
+    }
+}
+
+/// Adds what was tried, and on what.
+pub(crate) trait IoContext<T> {
+    /// To an error of the kernel.
+    fn on(self, op: &'static str, path: impl AsRef<Path>) -> Result<T>;
+}
+
+impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
+    fn on(self, op: &'static str, path: impl AsRef<Path>) -> Result<T> {
+        self.map_err(|source| Error::Io { op, path: path.as_ref().to_owned(), source: source.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_is_told_once() {
+        let gone = io::Error::new(io::ErrorKind::NotFound, "no such file");
+        let error = Error::Io { op: "open", path: "/x".into(), source: gone };
+        assert_eq!(error.chain(), "open /x: no such file");
+        let error = Error::unreadable("the answer of x", "x");
+        assert_eq!(error.chain(), "cannot read the answer of x");
+    }
+}

@@ -1,0 +1,59 @@
+//! `inspect`: everything that the daemon knows of a container.
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::error::Result;
+use crate::tasks::{self, Id};
+use crate::{containers, output, ps, stdio};
+
+/// Arguments of `inspect`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct InspectArgs {
+    /// Containers
+    #[arg(required = true, value_name = "CONTAINER")]
+    containers: Vec<String>,
+}
+
+/// Prints a list, also of one container.
+pub(crate) async fn run(client: &Client, args: InspectArgs) -> Result<u8> {
+    let mut all = Vec::new();
+    for id in &args.containers {
+        all.push(one(client, id).await?);
+    }
+    output::print_json(&all)?;
+    Ok(0)
+}
+
+async fn one(client: &Client, id: &str) -> Result<Value> {
+    let container = containers::get(client, id).await?;
+    let task = tasks::get(client, &Id::init(id)).await?;
+    let spec: Value = serde_json::to_value(containers::spec(&container)?).unwrap_or_default();
+    let log = container.labels.get(containers::LOG_URI).and_then(|uri| stdio::file_path(uri));
+    let state = json!({
+        "status": ps::status(task.as_ref()),
+        "pid": task.as_ref().map(|task| task.pid),
+        "exit_status": task.as_ref().filter(|task| ps::status(Some(task)) == "exited").map(|task| task.exit_status),
+        "exited_at": task.as_ref().and_then(|task| output::timestamp(task.exited_at.as_ref())),
+        "stdin": task.as_ref().map(|task| &task.stdin),
+        "stdout": task.as_ref().map(|task| &task.stdout),
+        "stderr": task.as_ref().map(|task| &task.stderr),
+        "terminal": task.as_ref().map(|task| task.terminal),
+    });
+    Ok(json!({
+        "name": container.id,
+        "namespace": client.namespace(),
+        "image": container.image,
+        "runtime": container.runtime.as_ref().map(|runtime| &runtime.name),
+        "snapshotter": container.snapshotter,
+        "snapshot": container.snapshot_key,
+        "sandbox": container.sandbox,
+        "created_at": output::timestamp(container.created_at.as_ref()),
+        "updated_at": output::timestamp(container.updated_at.as_ref()),
+        "labels": container.labels,
+        "log": log,
+        "state": state,
+        "spec": spec,
+    }))
+}

@@ -1,0 +1,3 @@
+//! The only unsafe code of `xctl`.
+
+pub(crate) mod ready;
