@@ -1,4 +1,4 @@
-//! Layers: tar archives, compressed or not, that become folders, and folders that become such archives.
+//! Layers: tar archives, compressed or not, that become folders, and folders that become such archives. Everything here blocks.
 //!
 //! ```text
 //! blob ─▶ decode ─▶ ring ─▶ hash, tar ─▶ apply ─▶ an overlay's upper folder, or a merged tree
@@ -30,7 +30,7 @@ pub(crate) use apply::{Applied, Target, apply};
 pub(crate) use create::{Change, Created, Source, Times, create};
 pub(crate) use decode::Compression;
 pub(crate) use lower::Lowers;
-pub(crate) use measure::measure;
+pub(crate) use measure::{Beneath, measure};
 pub(crate) use rebase::rebase;
 pub(crate) use ring::Cancel;
 pub(crate) use tar::TarError;

@@ -13,7 +13,7 @@ use super::folders::blocking_implicit;
 use super::{Chain, Snapshots, Snapshotter, chain, parent};
 use crate::content::hold;
 use crate::error::{Error, IoContext as _, Object, Result};
-use crate::layers::{self, Lowers};
+use crate::layers::{self, Beneath, Lowers};
 use crate::store::snapshots::{Place, Usage, kind_of};
 use crate::store::{self, Meta, Resource, resources};
 
@@ -59,15 +59,18 @@ impl Snapshots {
 
     fn blocking_settle(&self, snapshotter: Snapshotter, found: &Chain) -> Result<Usage> {
         let tree = self.tree(snapshotter, found.snapshot.id);
-        if snapshotter == Snapshotter::Overlayfs
-            && found.snapshot.parent_id.is_none()
-            && !found.parents.is_empty()
-            && let Some(implicit) = blocking_implicit(&self.folder(snapshotter, found.snapshot.id))?
-        {
-            let lowers: Vec<_> = found.parents.iter().map(|id| self.tree(snapshotter, *id)).collect();
-            layers::rebase(&tree, &Lowers::open(&lowers)?, &implicit)?;
+        let lowers: Vec<_> = found.parents.iter().map(|id| self.tree(snapshotter, *id)).collect();
+        let gets_parent = found.snapshot.parent_id.is_none() && !lowers.is_empty();
+        let lowers = if gets_parent { Lowers::open(&lowers)? } else { Lowers::default() };
+        if gets_parent && let Some(implicit) = blocking_implicit(&self.folder(snapshotter, found.snapshot.id))? {
+            layers::rebase(&tree, &lowers, &implicit)?;
         }
-        let measured = layers::measure(&tree, snapshotter == Snapshotter::Overlayfs && found.parents.is_empty())?;
+        let beneath = match snapshotter {
+            Snapshotter::Overlayfs if gets_parent => Beneath::Layers(&lowers),
+            Snapshotter::Overlayfs if found.parents.is_empty() => Beneath::Nothing,
+            Snapshotter::Overlayfs | Snapshotter::Native => Beneath::Known,
+        };
+        let measured = layers::measure(&tree, beneath)?;
         blocking_sync(&tree)?;
         Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
     }

@@ -34,7 +34,7 @@ pub(crate) use prepare::New;
 
 use crate::error::{Error, Object, Result};
 use crate::gate::Gate;
-use crate::layers;
+use crate::layers::{self, Beneath};
 use crate::pools::Pool;
 use crate::store::snapshots::{Place, Snapshot, Usage};
 use crate::store::{self, Meta, Store};
@@ -152,7 +152,7 @@ impl Snapshots {
             return Ok(chain.snapshot.usage.unwrap_or_default());
         }
         let tree = self.tree(Snapshotter::parse(&place.snapshotter)?, chain.snapshot.id);
-        let measured = self.files.run(move || layers::measure(&tree, false)).await??;
+        let measured = self.files.run(move || layers::measure(&tree, Beneath::Known)).await??;
         Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
     }
 

@@ -293,18 +293,66 @@ async fn a_parent_given_at_the_commit_puts_its_folders_right() {
     let Some(f) = Fixture::new("rebase") else { return };
     let below = writable(&f.prepare("overlayfs", "a", "", Kind::Active).await.expect("prepared"));
     fs::create_dir(below.join("d")).expect("a folder");
+    fs::write(below.join("gone"), "").expect("a file");
     fs::set_permissions(below.join("d"), fs::Permissions::from_mode(0o1777)).expect("a mode");
     f.commit("overlayfs", "a", "one", "").await.expect("committed");
     let upper = writable(&f.prepare("overlayfs", "b", "", Kind::Active).await.expect("prepared"));
     fs::create_dir(upper.join("d")).expect("a folder");
     f.snapshots.blocking_note(&upper, &[b"d".to_vec()]).expect("noted");
-    nix::sys::stat::mknod(&upper.join("gone"), nix::sys::stat::SFlag::S_IFCHR, nix::sys::stat::Mode::empty(), 0).expect("a whiteout");
+    let whiteout = |path: PathBuf| {
+        nix::sys::stat::mknod(&path, nix::sys::stat::SFlag::S_IFCHR, nix::sys::stat::Mode::empty(), 0).expect("a whiteout");
+    };
+    whiteout(upper.join("gone"));
+    whiteout(upper.join("d/none"));
     f.commit("overlayfs", "b", "two", "one").await.expect("committed");
     assert_eq!(fs::metadata(upper.join("d")).expect("a folder").permissions().mode() & 0o7777, 0o1777);
     assert!(upper.join("gone").symlink_metadata().is_ok(), "whiteouts hide what the parent has");
+    assert!(upper.join("d/none").symlink_metadata().is_err(), "one that hides nothing would be seen in a list");
     assert_eq!(f.snapshots.stat(&place("overlayfs"), "two").await.expect("there").parent, "one");
     let lowest = writable(&f.prepare("overlayfs", "c", "", Kind::Active).await.expect("prepared"));
-    nix::sys::stat::mknod(&lowest.join("gone"), nix::sys::stat::SFlag::S_IFCHR, nix::sys::stat::Mode::empty(), 0).expect("a whiteout");
+    whiteout(lowest.join("gone"));
     f.commit("overlayfs", "c", "three", "").await.expect("committed");
     assert!(lowest.join("gone").symlink_metadata().is_err(), "there is nothing to hide");
+}
+
+#[tokio::test]
+async fn more_layers_than_the_kernel_takes_are_refused_when_a_snapshot_is_made() {
+    let Some(f) = Fixture::new("deep") else { return };
+    let insert = |db: &mut Meta<'_>| {
+        let (at, mut parent) = (place("overlayfs"), None);
+        for number in 0..=500 {
+            let (key, name) = (format!("key-{number}"), format!("chain-{number}"));
+            let id = store::snapshots::insert(db, &at, &key, parent, Kind::Active, &HashMap::new())?;
+            store::snapshots::commit(db, &at, id, &name, parent, None, &HashMap::new())?;
+            parent = Some(id);
+        }
+        Ok(())
+    };
+    f.snapshots.store.write(insert).await.expect("room");
+    let (code, sentence) = sentence(f.prepare("overlayfs", "a", "chain-500", Kind::Active).await);
+    assert_eq!((code, sentence.contains("the kernel's overlayfs takes 500")), (tonic::Code::FailedPrecondition, true), "{sentence}");
+    let (_, sentence) = self::sentence(f.prepare("overlayfs", "a", "chain-499", Kind::Active).await);
+    assert!(sentence.contains("is gone"), "500 are not too many: {sentence}");
+}
+
+#[test]
+fn a_file_system_that_takes_no_overlay_is_noticed() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: mounting needs root");
+        return;
+    }
+    let folder = scratch::Folder::new("probe");
+    for name in ["lower", "upper", "work", "point"] {
+        fs::create_dir(folder.join(name)).expect("a folder");
+    }
+    assert_eq!(overlay::blocking_probe(&folder.join("snapshots")), Ok(()));
+    let on_overlay = in_own_mounts(|| {
+        let at = |name: &str| folder.join(name).display().to_string();
+        let data = format!("lowerdir={},upperdir={},workdir={}", at("lower"), at("upper"), at("work"));
+        mount(Some("overlay"), &folder.join("point"), Some("overlay"), MsFlags::empty(), Some(&*data)).expect("an overlay");
+        Ok(overlay::blocking_probe(&folder.join("point/snapshots")))
+    });
+    let why = on_overlay.expect("a namespace").expect_err("an overlay on an overlay");
+    assert!(why.contains("mount an overlay at"), "{why}");
+    assert!(!folder.join("check").exists() && !folder.join("upper/check").exists());
 }

@@ -168,3 +168,27 @@ fn the_same_trees_give_the_same_bytes_and_every_compression_the_same_layer() {
     assert!(names(&plain).is_sorted_by(|one, other| one.trim_end_matches('/').split('/').le(other.trim_end_matches('/').split('/'))));
     assert_eq!(Archive::default().end(), written(&Source::Trees(Some(&tree), &tree), Compression::Plain, Times::Seconds(None)).0);
 }
+
+#[test]
+fn an_upper_folder_that_names_files_of_lower_ones_needs_a_mount() {
+    if !is_root() {
+        return;
+    }
+    let folder = scratch::Folder::new("redirect");
+    let (lower, upper, work, point) = (new(&folder, "lower"), new(&folder, "upper"), new(&folder, "work"), new(&folder, "point"));
+    shell(&lower, BEFORE);
+    in_own_mounts(|| {
+        let folders = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+        let options = format!("redirect_dir=on,index=off,{folders}");
+        mount(Some("overlay"), &point, Some("overlay"), MsFlags::empty(), Some(&*options)).expect("an overlay");
+        std::fs::rename(point.join("d"), point.join("moved")).expect("renamed, not copied");
+        let lowers = Lowers::open(std::slice::from_ref(&lower)).expect("a folder");
+        let changes = create(Vec::new(), &Source::Upper(&upper, lowers), Compression::Plain, Times::Seconds(None), &Cancel::default());
+        assert_eq!(changes.expect("compared"), Change::NeedsMount);
+        let (bytes, _) = written(&Source::Trees(Some(&lower), &point), Compression::Plain, Times::Seconds(None));
+        let found = names(&bytes);
+        assert!([".wh.d", "moved/", "moved/old", "moved/sub/deep"].iter().all(|name| found.iter().any(|other| other == name)), "{found:?}");
+        Ok(())
+    })
+    .expect("a namespace");
+}
