@@ -12,6 +12,8 @@ mod ctr;
 mod images;
 #[path = "manager/kills.rs"]
 mod kills;
+#[path = "manager/layers.rs"]
+mod layers;
 #[path = "manager/pod.rs"]
 mod pod;
 #[path = "manager/restart.rs"]
@@ -34,8 +36,18 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases =
-        [api_cases(), content_cases(), image_cases(), ctr_cases(), restart_cases(), shim_cases(), sandbox_cases(), kill_cases()].concat();
+    let cases = [
+        api_cases(),
+        content_cases(),
+        image_cases(),
+        layer_cases(),
+        ctr_cases(),
+        restart_cases(),
+        shim_cases(),
+        sandbox_cases(),
+        kill_cases(),
+    ]
+    .concat();
     runner::main(&cases, &[], programs)
 }
 
@@ -77,6 +89,17 @@ fn content_cases() -> Vec<Case> {
             a_write_that_a_crash_has_cut_off_is_resumed,
             content_that_finds_no_room_leaves_nothing,
             a_write_and_a_read_go_on_over_upgrades,
+    ]
+}
+
+fn layer_cases() -> Vec<Case> {
+    cases![layers,
+        Scope::Once =>
+            layers_are_unpacked_as_clients_do_and_read_again_as_a_diff,
+            a_snapshot_stays_as_long_as_a_lease_or_a_child_needs_it,
+            a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_be_removed,
+            an_upgrade_ends_an_apply_so_that_it_can_be_repeated,
+            a_layer_that_finds_no_room_leaves_nothing,
     ]
 }
 

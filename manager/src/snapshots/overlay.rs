@@ -24,12 +24,14 @@ pub(crate) fn in_own_mounts<T: Send>(work: impl FnOnce() -> Result<T> + Send) ->
     })
 }
 
-/// Tries an overlay whose folders are in `base`.
+/// Tries an overlay whose folders are beside `base`.
 ///
 /// Errors: why overlays cannot be used there.
 pub(super) fn blocking_probe(base: &Path) -> Result<(), String> {
-    let folder = base.join("new-check");
+    // beside the snapshots: another process, which this one is about to replace, may be removing leftovers
+    let folder = base.with_file_name("check");
     let names = ["lower", "upper", "work", "merged"].map(|name| folder.join(name));
+    super::folders::blocking_remove(&folder).map_err(|error| error.chain())?;
     let tried = in_own_mounts(|| {
         for path in &names {
             fs::create_dir_all(path).on("make folder", path)?;
@@ -42,7 +44,7 @@ pub(super) fn blocking_probe(base: &Path) -> Result<(), String> {
         fs::write(&file, "").on("write", &file)?;
         fs::remove_file(&file).on("remove", &file)
     });
-    // the next cleanup removes it otherwise
+    // the next start removes it otherwise
     let _ = super::folders::blocking_remove(&folder);
     tried.map_err(|error: Error| error.chain())
 }

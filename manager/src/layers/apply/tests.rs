@@ -552,3 +552,45 @@ fn overlays_and_merged_trees_show_the_same() {
         seen(&layers);
     }
 }
+
+/// `X_BENCH_MIB=512 cargo test --release … apply_in_figures -- --nocapture`: how fast layers are applied, without writing back.
+#[test]
+fn apply_in_figures() {
+    let Some(mib) = std::env::var("X_BENCH_MIB").ok().and_then(|mib| mib.parse::<usize>().ok()) else { return };
+    let folder = scratch::Folder::new("bench");
+    // half of it can be compressed, as files of programs can
+    let mut seed = 7_u64;
+    let block: Vec<u8> = (0..1 << 20)
+        .map(|at| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            if at / 64 % 2 == 0 { (seed >> 56) as u8 } else { (at / 100) as u8 }
+        })
+        .collect();
+    for (name, size) in [("1 MiB", 1 << 20), ("16 KiB", 16 << 10), ("4 KiB", 4 << 10)] {
+        let mut archive = tar().folder("d");
+        for number in 0..(mib << 20) / size {
+            if number % 500 == 0 {
+                archive = archive.folder(format!("d/{}", number / 500));
+            }
+            let at = number * 4096 % (block.len() - size + 1);
+            archive = archive.file(format!("d/{}/{number}", number / 500), &block[at..at + size]);
+        }
+        let plain = archive.end();
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        gzip.write_all(&plain).expect("memory");
+        let compressed =
+            [("plain", plain.clone()), ("gzip", gzip.finish().expect("memory")), ("zstd", zstd::encode_all(&*plain, 3).expect("memory"))];
+        for (kind, bytes) in compressed {
+            let target = new(&folder, "target");
+            let begin = std::time::Instant::now();
+            overlay(&bytes, &target, &[]).expect("applied");
+            let took = begin.elapsed();
+            let rate = plain.len() as f64 / took.as_secs_f64() / f64::from(1 << 20);
+            let begin = std::time::Instant::now();
+            rustix::fs::syncfs(tree::open_root(&target).expect("a folder")).expect("written back");
+            let synced = begin.elapsed();
+            println!("files of {name}, {kind}: {} MiB compressed, {took:.2?}, {rate:.0} MiB/s; syncfs {synced:.2?}", bytes.len() >> 20);
+            fs::remove_dir_all(&target).expect("removed");
+        }
+    }
+}
