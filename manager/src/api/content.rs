@@ -164,7 +164,6 @@ impl ContentService {
         let (send, answers) = mpsc::channel(1);
         tokio::spawn(async move {
             let _call = call;
-            let _stream = self.gate.stream();
             let reference = String::new();
             let mut session = Session { service: self, namespace, lease, writer: None, reference, total: 0, expected: None };
             session.run(requests, send).await;
@@ -190,8 +189,10 @@ type Answers = mpsc::Sender<Result<WriteContentResponse, Status>>;
 
 impl Session {
     async fn run(&mut self, mut requests: Requests, answers: Answers) {
+        let mut open = None;
         // a client that is gone, or sends what is no request, leaves what it has written
         while let Some(Ok(mut request)) = requests.next().await {
+            let _open = open.get_or_insert_with(|| self.service.gate.stream());
             let is_commit = request.action == WriteAction::Commit as i32;
             let data = Bytes::from(std::mem::take(&mut request.data));
             let carried = self.service.gate.carry();
