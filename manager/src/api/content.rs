@@ -163,9 +163,8 @@ impl ContentService {
         let (namespace, lease) = (call.namespace()?, call.lease());
         let (send, answers) = mpsc::channel(1);
         tokio::spawn(async move {
-            let _call = call;
             let reference = String::new();
-            let mut session = Session { service: self, namespace, lease, writer: None, reference, total: 0, expected: None };
+            let mut session = Session { service: self, call, namespace, lease, writer: None, reference, total: 0, expected: None };
             session.run(requests, send).await;
         });
         Ok(ReceiverStream::new(answers))
@@ -175,6 +174,7 @@ impl ContentService {
 /// A stream of writes to one reference.
 struct Session {
     service: Arc<ContentService>,
+    call: Call,
     namespace: Namespace,
     lease: Option<String>,
     writer: Option<Writer>,
@@ -208,6 +208,8 @@ impl Session {
                 // before the client can ask for it again
                 self.close().await;
             }
+            drop(data);
+            self.call.answered();
             let is_gone = answers.send(answer.map_err(Into::into)).await.is_err();
             if is_last || is_gone {
                 break;
@@ -223,6 +225,7 @@ impl Session {
             let is_last = request.action == WriteAction::Commit as i32;
             let answer = self.relayed(&mut relay, request).await;
             let is_last = is_last || answer.is_err();
+            self.call.answered();
             if answers.send(answer).await.is_err() || is_last {
                 return;
             }
