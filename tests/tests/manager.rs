@@ -87,6 +87,7 @@ fn content_cases() -> Vec<Case> {
             content_and_ingests_are_listed_labelled_and_removed,
             a_digest_that_is_none_is_refused_wherever_it_is_read,
             a_write_that_a_crash_has_cut_off_is_resumed,
+            content_that_was_acknowledged_survives_kills_at_any_instant,
             content_that_finds_no_room_leaves_nothing,
             a_write_and_a_read_go_on_over_upgrades,
     ]

@@ -3,14 +3,15 @@
 //! ```text
 //! length of the message ─▶ refused, if too long ─▶ share of the budget, waited for ─▶ the message ─▶ handler ─▶ answer: the share goes back
 //! ```
-//! A request that is a stream of messages does so for each of them; between two it holds nothing, and may take as long as it likes.
+//! A request that is a stream of messages does so for each of them, until it is answered; between two it holds nothing, and may take as long
+//! as it likes.
 //!
 //! **Invariant:** a request takes its whole share at once, before it is read: those that wait for theirs hold nothing that another waits for.
 
 use std::fmt::Display;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -42,7 +43,18 @@ impl Budget {
 /// What one request holds of it, once its length is known, for as long as there is a copy of this.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Share {
-    permit: Arc<OnceLock<OwnedSemaphorePermit>>,
+    permit: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
+}
+
+impl Share {
+    fn permit(&self) -> MutexGuard<'_, Option<OwnedSemaphorePermit>> {
+        self.permit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back what the message of a stream holds: it has been answered.
+    pub(super) fn release(&self) {
+        drop(self.permit().take());
+    }
 }
 
 /// The announced bytes of a connection's incomplete requests.
@@ -63,8 +75,6 @@ pub(super) struct Metered<B = Incoming> {
     /// Of head and message, once that is known.
     announced: usize,
     received: usize,
-    /// The share of the message of a stream.
-    taken: Option<OwnedSemaphorePermit>,
     /// Bytes received while the message waited for its share.
     waiting: Option<(Acquiring, Frame<Bytes>)>,
     late: Pin<Box<Sleep>>,
@@ -74,7 +84,7 @@ impl<B> Metered<B> {
     pub(super) fn new(body: B, budget: Budget, all: Unfinished) -> Self {
         let late = Box::pin(tokio::time::sleep(COMPLETE));
         let share = Share::default();
-        Self { body, is_stream: false, budget, share, all, head: Vec::new(), announced: 0, received: 0, taken: None, waiting: None, late }
+        Self { body, is_stream: false, budget, share, all, head: Vec::new(), announced: 0, received: 0, waiting: None, late }
     }
 
     /// Lets it have many messages.
@@ -157,24 +167,19 @@ impl<B> Metered<B> {
         }
     }
 
-    fn hold(&mut self, permit: OwnedSemaphorePermit) {
-        if self.is_stream {
-            self.taken = Some(permit);
-        } else {
-            // there is one head, and so one permit
-            let _ = self.share.permit.set(permit);
-        }
+    fn hold(&self, permit: OwnedSemaphorePermit) {
+        *self.share.permit() = Some(permit);
     }
 
     /// The same for the messages of a stream that begin with a frame, in place of the share of those before.
     fn take_many(&mut self, bytes: usize, frame: Frame<Bytes>) -> Option<Frame<Bytes>> {
         // while it waits it holds nothing
-        self.taken = None;
+        self.share.release();
         let budget = self.budget.of(bytes);
         let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
         match Arc::clone(&budget).try_acquire_many_owned(permits) {
             Ok(permit) => {
-                self.taken = Some(permit);
+                self.hold(permit);
                 Some(frame)
             }
             Err(_full) => {
@@ -232,7 +237,10 @@ where
                 if !was_within || begun > 0 {
                     this.late.as_mut().reset(Instant::now() + COMPLETE);
                 }
-                let frame = if begun == 0 { Some(frame) } else { this.take_many(begun, frame) };
+                // one whose beginning came with the end of another, which has been answered
+                let is_unheld = this.is_within() && this.share.permit().is_none();
+                let bytes = if is_unheld { begun.max(this.announced) } else { begun };
+                let frame = if bytes == 0 { Some(frame) } else { this.take_many(bytes, frame) };
                 match frame {
                     Some(frame) => return Poll::Ready(Some(Ok(frame))),
                     None => continue,
@@ -243,7 +251,7 @@ where
             {
                 return Poll::Ready(Some(Err(status)));
             }
-            if this.announced == 0 || this.share.permit.get().is_some() {
+            if this.announced == 0 || this.share.permit().is_some() {
                 return Poll::Ready(Some(Ok(frame)));
             }
             if let Some(frame) = this.take(frame) {
@@ -389,9 +397,18 @@ mod tests {
             let still = poll_fn(|cx| Poll::Ready(Pin::new(&mut stream).poll_frame(cx).is_pending())).await;
             assert!(waits && still, "between messages there is no hurry");
             assert_eq!(stream.all.0.load(Ordering::Relaxed), stream.announced);
+            stream.share().release();
+            assert_eq!(left(&budget), 1_000_000, "what has been answered holds nothing");
             drop(stream);
-            assert_eq!(left(&budget), 1_000_000);
         }
+        let (first, rest) = ([message(9), message(500_000)[..100].to_vec()].concat(), message(500_000)[100..200_000].to_vec());
+        let mut two = Metered::new(Chunks([first.into(), rest.into()].into()), budget.clone(), Unfinished::default());
+        two.allow_many();
+        next(&mut two).await.expect("room");
+        two.share().release();
+        next(&mut two).await.expect("room");
+        assert_eq!(left(&budget), 499_995, "one that has begun has its share again");
+        drop(two);
         let mut torn = Metered::new(Chunks([message(9)[..7].to_vec().into()].into()), budget.clone(), Unfinished::default());
         torn.allow_many();
         next(&mut torn).await.expect("room");

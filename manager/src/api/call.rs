@@ -12,7 +12,7 @@ pub(super) struct Call {
     namespace: Option<String>,
     lease: Option<String>,
     pid: i32,
-    _share: Share,
+    share: Share,
 }
 
 /// The process at the other end of a connection; 0 if that is not known.
@@ -25,12 +25,17 @@ impl Call {
         let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
         let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
         let lease = text("containerd-lease").filter(|lease| !lease.is_empty());
-        Self { namespace: text("containerd-namespace"), lease, pid, _share: share }
+        Self { namespace: text("containerd-namespace"), lease, pid, share }
     }
 
     /// The client's process; 0 if that is not known.
     pub(super) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Gives back what the last message of its request's stream holds of the budget: it has been answered.
+    pub(super) fn answered(&self) {
+        self.share.release();
     }
 
     /// The lease that is to hold what the call creates.

@@ -163,10 +163,8 @@ impl ContentService {
         let (namespace, lease) = (call.namespace()?, call.lease());
         let (send, answers) = mpsc::channel(1);
         tokio::spawn(async move {
-            let _call = call;
-            let _stream = self.gate.stream();
             let reference = String::new();
-            let mut session = Session { service: self, namespace, lease, writer: None, reference, total: 0, expected: None };
+            let mut session = Session { service: self, call, namespace, lease, writer: None, reference, total: 0, expected: None };
             session.run(requests, send).await;
         });
         Ok(ReceiverStream::new(answers))
@@ -176,6 +174,7 @@ impl ContentService {
 /// A stream of writes to one reference.
 struct Session {
     service: Arc<ContentService>,
+    call: Call,
     namespace: Namespace,
     lease: Option<String>,
     writer: Option<Writer>,
@@ -190,8 +189,10 @@ type Answers = mpsc::Sender<Result<WriteContentResponse, Status>>;
 
 impl Session {
     async fn run(&mut self, mut requests: Requests, answers: Answers) {
+        let mut open = None;
         // a client that is gone, or sends what is no request, leaves what it has written
         while let Some(Ok(mut request)) = requests.next().await {
+            let _open = open.get_or_insert_with(|| self.service.gate.stream());
             let is_commit = request.action == WriteAction::Commit as i32;
             let data = Bytes::from(std::mem::take(&mut request.data));
             let carried = self.service.gate.carry();
@@ -207,6 +208,8 @@ impl Session {
                 // before the client can ask for it again
                 self.close().await;
             }
+            drop(data);
+            self.call.answered();
             let is_gone = answers.send(answer.map_err(Into::into)).await.is_err();
             if is_last || is_gone {
                 break;
@@ -222,6 +225,7 @@ impl Session {
             let is_last = request.action == WriteAction::Commit as i32;
             let answer = self.relayed(&mut relay, request).await;
             let is_last = is_last || answer.is_err();
+            self.call.answered();
             if answers.send(answer).await.is_err() || is_last {
                 return;
             }

@@ -22,7 +22,7 @@ pub(crate) enum Scan {
 }
 
 impl Content {
-    /// Digests that must stay though their namespaces have no row of them yet.
+    /// Removes files that no row needs, and ingests that nothing holds.
     pub(crate) async fn collect(&self, scan: Scan) -> Result<()> {
         self.collect_ingests(scan).await?;
         if scan == Scan::All {
@@ -85,11 +85,14 @@ impl Content {
 
     async fn collect_ingests(&self, scan: Scan) -> Result<()> {
         let files = Arc::clone(&self.files);
-        let (ingests, broken) = self.pool.run(move || Ok::<_, crate::error::Error>((files.statuses()?, files.broken()?))).await??;
+        let ingests = self.pool.run(move || files.statuses()).await??;
         if scan == Scan::All {
-            self.pool
-                .run(move || broken.iter().filter(|path| age_of(path).is_none_or(|age| age > BROKEN)).try_for_each(|path| remove(path)))
-                .await??;
+            let files = Arc::clone(&self.files);
+            let remove_broken = move || {
+                let broken = files.broken()?;
+                broken.iter().filter(|path| age_of(path).is_none_or(|age| age > BROKEN)).try_for_each(|path| remove(path))
+            };
+            self.pool.run(remove_broken).await??;
         }
         if ingests.is_empty() {
             return Ok(());

@@ -19,6 +19,7 @@ use prost_types::Timestamp;
 
 use super::digest::{Algorithm, Digest, Hasher, of_text};
 use crate::error::{Error, IoContext as _, Result};
+use crate::sys::writeback;
 
 /// The folder.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub(super) struct Ingest {
     pub(super) updated: Timestamp,
     pub(super) offset: u64,
     pub(super) total: u64,
+    /// Up to where it is being written to the disk.
+    begun: u64,
 }
 
 impl Files {
@@ -146,7 +149,7 @@ impl Files {
         let offset = hash(&data, &mut hasher).on("read", &path)?;
         let (started, updated) = (status.started_at.unwrap_or_default(), status.updated_at.unwrap_or_default());
         let total = if known > 0 { known } else { total };
-        Ok(Some(Ingest { folder: folder.to_owned(), data, hasher, started, updated, offset, total }))
+        Ok(Some(Ingest { folder: folder.to_owned(), data, hasher, started, updated, offset, total, begun: offset }))
     }
 
     /// What is known of an ingest, if it is there.
@@ -232,6 +235,11 @@ impl Ingest {
         self.data.write_all_at(bytes, self.offset).on("write", &path)?;
         self.hasher.update(bytes);
         self.offset += bytes.len() as u64;
+        if self.offset - self.begun >= WRITEBACK_BYTES {
+            // so that a commit waits for the last part only; if it fails, that reports it
+            let _ = writeback::begin(&self.data, self.begun, self.offset - self.begun);
+            self.begun = self.offset;
+        }
         self.updated = crate::timestamp::now();
         Ok(())
     }
@@ -254,7 +262,7 @@ impl Ingest {
     pub(super) fn truncate(&mut self) -> Result<()> {
         self.data.set_len(0).on("truncate", &self.folder.join("data"))?;
         self.hasher = Hasher::new(self.hasher.algorithm());
-        self.offset = 0;
+        (self.offset, self.begun) = (0, 0);
         Ok(())
     }
 
@@ -318,7 +326,7 @@ fn start_in(folder: &Path, name: &str, total: u64, algorithm: Algorithm) -> Resu
     }
     let path = folder.join("data");
     let data = OpenOptions::new().read(true).write(true).create_new(true).mode(0o644).open(&path).on("make", &path)?;
-    Ok(Ingest { folder: folder.to_owned(), data, hasher: Hasher::new(algorithm), started, updated: started, offset: 0, total })
+    Ok(Ingest { folder: folder.to_owned(), data, hasher: Hasher::new(algorithm), started, updated: started, offset: 0, total, begun: 0 })
 }
 
 fn hash(data: &File, hasher: &mut Hasher) -> io::Result<u64> {
@@ -369,6 +377,8 @@ pub(super) fn age_of(path: &Path) -> Option<std::time::Duration> {
     SystemTime::now().duration_since(changed).ok()
 }
 
+/// What is written to the disk at once, while more comes.
+const WRITEBACK_BYTES: u64 = 8 << 20;
 /// What is hashed at once.
 const BUFFER_BYTES: usize = 256 << 10;
 /// The longest text of an ingest: a reference with its namespace.

@@ -90,6 +90,10 @@ impl Drop for Pin {
             *count -= 1;
             if *count == 0 {
                 pinned.remove(&self.digest);
+                if lock(&self.content.unreferenced).contains(&self.digest) {
+                    // a collection has passed it over
+                    self.content.store.changed_like_a_removal();
+                }
             }
         }
     }
@@ -262,7 +266,9 @@ impl Writer {
     pub(crate) async fn commit(&mut self, size: u64, expected: Option<&Digest>, labels: HashMap<String, String>) -> Result<Digest> {
         crate::name::labels(&labels)?;
         let (place, lease) = (self.opening.namespace.clone(), self.opening.lease.clone());
-        self.content.store.read(move |db| check_lease(db, place.as_str(), lease.as_deref())).await?;
+        if lease.is_some() {
+            self.content.store.read(move |db| check_lease(db, place.as_str(), lease.as_deref())).await?;
+        }
         match std::mem::replace(&mut self.state, State::Closed) {
             State::Writing(ingest) => self.commit_ingest(ingest, size, expected.cloned(), labels).await,
             State::Shared { pin, size: has, since } => {

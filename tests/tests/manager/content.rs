@@ -1,8 +1,10 @@
 //! Content: written in lock-step, resumed, shared and listed.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::services::v1::{
@@ -12,10 +14,11 @@ use containerd_client::services::v1::{
 use prost_types::FieldMask;
 use shim_tests::client::{Answer, Client};
 use shim_tests::context::Context;
-use shim_tests::eventually::{SOON, eventually_true};
+use shim_tests::eventually::{SOON, eventually, eventually_true};
 use shim_tests::operator::{printed, upgrade};
 use shim_tests::suite;
 use shim_tests::upload::{self, Upload, commit, digest, info, read, refused, stat, status, store, write};
+use tokio::task::JoinSet;
 use tonic::{Code, Request};
 
 fn folder(cx: &Context) -> PathBuf {
@@ -398,6 +401,90 @@ pub(crate) async fn a_write_and_a_read_go_on_over_upgrades(cx: Context) -> Resul
         cx.daemon().is_succeeded_by(pid).await?;
     }
     is_sound(&cx)
+}
+
+/// Five crashes; `X_KILLS` for more, `X_SEED` for others.
+pub(crate) async fn content_that_was_acknowledged_survives_kills_at_any_instant(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    let (crashes, mut seed) = (number("X_KILLS", 5), number("X_SEED", 1));
+    let mut below = move |end: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % end
+    };
+    // what must be there, and what may be: for it no answer came
+    let (mut kept, mut maybe) = (HashMap::<String, Vec<u8>>::new(), HashSet::<String>::new());
+    for crash in 0..crashes {
+        let mut writers = JoinSet::new();
+        for writer in 0..4_u64 {
+            let (client, first) = (cx.client().clone(), crash * 1_000_000 + writer * 100_000);
+            let removed: Vec<_> =
+                kept.keys().filter(|digest| digest.as_bytes()[7] % 4 == u8::try_from(writer % 4).unwrap_or(0)).cloned().collect();
+            let size = usize::try_from(1000 + below(400_000))?;
+            writers.spawn(write_until_killed(client, first, size, removed));
+        }
+        tokio::time::sleep(Duration::from_millis(20 + below(150))).await; // the instant is what is tested
+        cx.daemon().kill()?;
+        while let Some(written) = writers.join_next().await {
+            let written = written??;
+            for digest in written.removed.iter().chain(&written.unknown) {
+                kept.remove(digest);
+            }
+            kept.extend(written.stored);
+            maybe.extend(written.unknown);
+        }
+        cx.revive_daemon().await?;
+        cx.client().reconnected().await?;
+        is_sound(&cx).with_context(|| format!("crash {crash}"))?;
+        for (digest, data) in &kept {
+            ensure!(&read(cx.client(), digest, 0, 0).await.with_context(|| format!("crash {crash}: {digest} was acknowledged"))? == data);
+        }
+        let there: HashSet<_> = list(cx.client(), &[]).await?.into_iter().map(|info| info.digest).collect();
+        let unexpected: Vec<_> = there.iter().filter(|digest| !kept.contains_key(*digest) && !maybe.contains(*digest)).collect();
+        ensure!(unexpected.is_empty(), "crash {crash}: {unexpected:?} were removed");
+        eventually("every file has a row", SOON, async || {
+            let files = fs::read_dir(folder(&cx).join("blobs/sha256"))?.count();
+            ensure!(files == there.len(), "{files} files, {} rows", there.len());
+            ensure!(fs::read_dir(folder(&cx).join("removed"))?.count() == 0, "files are being removed");
+            Ok(())
+        })
+        .await?;
+    }
+    println!("{} blobs are there after {crashes} crashes", kept.len());
+    Ok(())
+}
+
+/// What one client knows of its content when the daemon is gone.
+#[derive(Debug, Default)]
+struct Written {
+    stored: HashMap<String, Vec<u8>>,
+    removed: Vec<String>,
+    unknown: Vec<String>,
+}
+
+async fn write_until_killed(client: Client, first: u64, size: usize, remove: Vec<String>) -> Result<Written> {
+    let mut written = Written::default();
+    let mut remove = remove.into_iter();
+    for number in first.. {
+        let data: Vec<u8> = number.to_be_bytes().into_iter().cycle().take(size).collect();
+        match store(&client, &format!("r{number}"), &data, &[("containerd.io/gc.root", "x")]).await {
+            Ok(digest) => drop(written.stored.insert(digest, data)),
+            Err(_killed) => {
+                written.unknown.push(digest("sha256", &data)?);
+                break;
+            }
+        }
+        if let Some(digest) = remove.next() {
+            match delete(&client, &digest).await {
+                Ok(()) => written.removed.push(digest),
+                Err(_killed) => {
+                    written.unknown.push(digest);
+                    break;
+                }
+            }
+        }
+    }
+    Ok(written)
 }
 
 pub(crate) async fn content_that_finds_no_room_leaves_nothing(cx: Context) -> Result<()> {
