@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::services::v1::{
-    AbortRequest, DeleteContentRequest, Info, ListContentRequest, ListStatusesRequest, Namespace, ReadContentRequest,
+    AbortRequest, DeleteContentRequest, DeleteRequest, Info, ListContentRequest, ListStatusesRequest, Namespace, ReadContentRequest,
     UpdateNamespaceRequest, UpdateRequest, WriteContentRequest,
 };
 use prost_types::FieldMask;
@@ -197,8 +197,11 @@ pub(crate) async fn content_of_another_namespace_is_given_for_its_digest(cx: Con
     let first = WriteContentRequest { expected: stored.clone(), total: 6, ..stat("r") };
     let (mut upload, answer) = Upload::begin(there, first.clone()).await?;
     ensure!((answer.offset, answer.digest.as_str()) == (6, stored.as_str()), "{answer:?}");
-    // it stays meanwhile
+    // it stays meanwhile, also over a collection
     delete(here, &stored).await?;
+    here.with_lease("collect").await?;
+    let collect = DeleteRequest { id: "collect".to_owned(), sync: true };
+    here.api().leases().delete(here.request(collect)).await?;
     upload.send(commit(6, 6, &stored)).await?;
     ensure!(read(there, &stored, 0, 0).await? == b"shared" && info(there, &stored).await?.labels.is_empty());
     refused(info(here, &stored).await, Code::NotFound, "content digest")?;
