@@ -10,6 +10,8 @@ mod harness;
 mod images;
 #[path = "xctl/lifecycle.rs"]
 mod lifecycle;
+#[path = "xctl/registry.rs"]
+mod registry;
 #[path = "xctl/terminals.rs"]
 mod terminals;
 
@@ -68,5 +70,12 @@ fn terminal_cases() -> Vec<Case> {
 }
 
 fn image_cases() -> Vec<Case> {
-    cases![images, Scope::Once => an_image_decides_what_the_command_line_does_not]
+    cases![images,
+        Scope::Once =>
+            an_image_decides_what_the_command_line_does_not,
+            a_damaged_archive_is_refused_and_leaves_nothing,
+            an_image_is_pushed_and_pulled;
+        Scope::Ends =>
+            images_are_imported_listed_named_exported_and_removed,
+    ]
 }
