@@ -224,8 +224,8 @@ pub(crate) async fn an_image_is_pushed_and_pulled(cx: Context) -> Result<()> {
         let mut pull = xctl.command(&[&["pull"], flags, &[&name]].concat());
         let output = pull.env("XCTL_PASSWORD", "secret").output()?;
         ensure!(output.status.success() && output_text(&output).contains(" a second"), "{output:?}");
-        let fetched = registry.requests().iter().filter(|request| request.starts_with("GET /v2/app/")).count();
-        ensure!(fetched >= 3, "{:?}", registry.requests());
+        // blobs that another namespace has are not fetched again
+        ensure!(registry.requests().iter().any(|request| request.starts_with("GET /v2/app/manifests/")), "{:?}", registry.requests());
         let mut command = xctl.command(&["run", "--rm"]);
         let output = command.args(xctl.place()).args([&name, "echo of $FROM"]).output()?;
         ensure!(output.stdout == b"of image\n", "{output:?}");
