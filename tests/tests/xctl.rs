@@ -14,6 +14,8 @@ mod lifecycle;
 mod registry;
 #[path = "xctl/terminals.rs"]
 mod terminals;
+#[path = "xctl/upkeep.rs"]
+mod upkeep;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -28,7 +30,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases = [foreground_cases(), lifecycle_cases(), terminal_cases(), image_cases()].concat();
+    let cases = [foreground_cases(), lifecycle_cases(), terminal_cases(), image_cases(), upkeep_cases()].concat();
     runner::main(&cases, &[], programs)
 }
 
@@ -77,5 +79,14 @@ fn image_cases() -> Vec<Case> {
             an_image_is_pushed_and_pulled;
         Scope::Ends =>
             images_are_imported_listed_named_exported_and_removed,
+    ]
+}
+
+fn upkeep_cases() -> Vec<Case> {
+    cases![upkeep,
+        Scope::Once =>
+            files_are_copied_in_and_out_and_no_link_leads_to_the_host,
+            prune_removes_what_has_exited_and_nothing_else,
+            an_upgrade_is_the_managers,
     ]
 }

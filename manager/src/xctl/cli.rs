@@ -10,7 +10,10 @@ use crate::client::Client;
 use crate::error::{Error, IoContext as _, Result};
 use crate::output::Format;
 use crate::stdio::Folders;
-use crate::{create, events, exec, export, images, import, inspect, logs, parse, processes, ps, remove, run, start, stats, stop, transfer};
+use crate::{
+    copy, create, events, exec, export, images, import, inspect, logs, parse, processes, prune, ps, remove, run, start, stats, stop,
+    transfer, upgrade,
+};
 
 /// What was asked for.
 #[derive(Debug, Parser)]
@@ -89,6 +92,14 @@ pub(crate) enum Command {
     Import(import::ImportArgs),
     /// Write images to an archive
     Export(export::ExportArgs),
+    /// Copy files between the host and a container
+    Cp(copy::CpArgs),
+    /// Remove containers that have exited, and images
+    Prune(prune::PruneArgs),
+    /// Show what containers, images and logs hold on disk
+    Df(prune::DfArgs),
+    /// Replace a running x-manager with the installed program, without downtime
+    Upgrade(upgrade::UpgradeArgs),
     /// Print the completions of a shell
     Completion {
         /// Shell
@@ -131,6 +142,7 @@ pub(crate) async fn run(line: Line) -> Result<u8> {
             clap_mangen::generate_to(Line::command(), folder).on("write manual pages to", folder)?;
             return Ok(0);
         }
+        Command::Upgrade(args) => return upgrade::run(args),
         _ => {}
     }
     let folders = Folders { state: flags.state, logs: flags.logs };
@@ -158,7 +170,10 @@ pub(crate) async fn run(line: Line) -> Result<u8> {
         Command::Rmi(args) => images::remove(client, args).await,
         Command::Import(args) => import::run(client, args).await,
         Command::Export(args) => export::run(client, args).await,
-        Command::Completion { .. } | Command::Man { .. } => Err(Error::refused("this command needs no daemon")),
+        Command::Cp(args) => copy::run(client, folders, args).await,
+        Command::Prune(args) => prune::run(client, folders, args).await,
+        Command::Df(args) => prune::df(client, folders, format, args).await,
+        Command::Completion { .. } | Command::Man { .. } | Command::Upgrade(_) => Err(Error::refused("this command needs no daemon")),
     }
 }
 

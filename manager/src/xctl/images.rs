@@ -93,7 +93,8 @@ pub(crate) async fn list(client: &Client, format: Format, args: ImagesArgs) -> R
     Ok(0)
 }
 
-async fn all(client: &Client) -> Result<Vec<Image>> {
+/// All of the namespace.
+pub(crate) async fn all(client: &Client) -> Result<Vec<Image>> {
     let request = client.request(ListImagesRequest { filters: Vec::new() });
     Ok(call("list images", client.images().list(request)).await?.images)
 }

@@ -12,6 +12,7 @@ mod cli;
 mod client;
 mod containers;
 mod content;
+mod copy;
 mod create;
 mod error;
 mod events;
@@ -29,6 +30,7 @@ mod output;
 mod parse;
 mod processes;
 mod progress;
+mod prune;
 mod ps;
 mod remove;
 mod run;
@@ -43,6 +45,7 @@ mod temporary_mount;
 mod terminal;
 mod transfer;
 mod unpack;
+mod upgrade;
 mod users;
 
 fn main() -> ExitCode {

@@ -80,6 +80,9 @@ pub(crate) async fn an_image_decides_what_the_command_line_does_not(cx: Context)
     .await?;
     xctl.prints(&["stop", "keeps"])?;
     ensure!(xctl.prints(&["ps", "--all"])?.contains("exited (7)"));
+    let copied = cx.folder().join("copied").display().to_string();
+    xctl.prints(&["cp", "keeps:/tmp/ready", &copied])?;
+    ensure!(fs::read_to_string(&copied)? == "ready\n");
     // its own layer is kept over a restart, and goes with it
     xctl.prints(&["start", "keeps"])?;
     ensure!(xctl.prints(&["exec", "keeps", "cat", "/tmp/ready"])? == "ready\n");
