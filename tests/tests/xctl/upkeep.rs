@@ -73,7 +73,7 @@ pub(crate) async fn prune_removes_what_has_exited_and_nothing_else(cx: Context) 
     expected.sort();
     ensure!(left == expected, "{left:?}");
     other.delete().await?;
-    cx.client().delete_container(&other.id).await?;
+    other.remove().await?;
     xctl.prints(&["rm", "--force", "runs", "waits"])?;
     xctl.leaves_nothing().await
 }
