@@ -104,9 +104,12 @@ pub(crate) async fn signals_are_passed_on(cx: Context) -> Result<()> {
 pub(crate) async fn a_wait_outlasts_a_crash_of_the_daemon(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;
     let xctl = Xctl::new(&cx)?;
-    let script = "echo ready; read go; echo $go; exit 5";
+    let script = "trap 'echo waited' USR1; echo ready; while ! read go; do :; done; echo $go; exit 5";
     let mut child = Child::piped(&xctl.container("run", &["--interactive"], &["sh", "-c", script])?)?;
     ensure!(child.line().await? == "ready");
+    // it passes signals on once it waits
+    child.signal(Signal::SIGUSR1)?;
+    ensure!(child.line().await? == "waited");
     cx.crash_daemon().await?;
     child.stdin.take().context("piped")?.write_all(b"went on\n").await?;
     ensure!(child.line().await? == "went on" && child.status().await? == 5);
