@@ -9,7 +9,7 @@ use log::LevelFilter;
 use serde::Deserialize;
 
 use crate::host;
-use crate::settings::{MetricsAddress, Settings};
+use crate::settings::{MetricsAddress, Settings, Sharing};
 
 /// Every key with its default, commented.
 pub(crate) const DEFAULT: &str = include_str!("../default.toml");
@@ -59,6 +59,8 @@ struct File {
     log_level: Option<String>,
     metrics: Metrics,
     restart: Restart,
+    content: Content,
+    gc: Gc,
     limits: Limits,
 }
 
@@ -85,11 +87,29 @@ struct Restart {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+struct Content {
+    sharing_policy: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Gc {
+    pause_threshold: Option<f64>,
+    deletion_threshold: Option<u32>,
+    mutation_threshold: Option<u32>,
+    schedule_delay_ms: Option<u32>,
+    startup_delay_ms: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct Limits {
     connections: Option<u32>,
     subscribers: Option<u32>,
     event_queue_bytes: Option<u32>,
     store_bytes: Option<u64>,
+    layer_bytes: Option<u64>,
+    layer_entries: Option<u64>,
 }
 
 /// Reads a file over the defaults.
@@ -152,6 +172,25 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
         return Err(bad("restart.interval", &interval, "at least one second"));
     }
     settings.restart_interval = file.restart.enabled.unwrap_or(true).then(|| Duration::from_secs(interval.into()));
+    if let Some(policy) = file.content.sharing_policy {
+        settings.sharing = match policy.as_str() {
+            "shared" => Sharing::Shared,
+            "isolated" => Sharing::Isolated,
+            _ => return Err(bad("content.sharing_policy", &policy, "shared or isolated")),
+        };
+    }
+    let collection = &mut settings.collection;
+    if let Some(threshold) = file.gc.pause_threshold {
+        if !(0.0..=0.5).contains(&threshold) {
+            return Err(bad("gc.pause_threshold", &threshold, "from 0 to 0.5"));
+        }
+        collection.pause_threshold = threshold;
+    }
+    collection.deletion_threshold = file.gc.deletion_threshold.map_or(collection.deletion_threshold, u64::from);
+    collection.mutation_threshold = file.gc.mutation_threshold.map_or(collection.mutation_threshold, u64::from);
+    let delay = |millis: Option<u32>, default| millis.map_or(default, |millis| Duration::from_millis(millis.into()));
+    collection.schedule_delay = delay(file.gc.schedule_delay_ms, collection.schedule_delay);
+    collection.startup_delay = delay(file.gc.startup_delay_ms, collection.startup_delay);
     let limits = &mut settings.limits;
     let counts = [
         ("limits.connections", file.limits.connections, &mut limits.connections, 1),
@@ -170,6 +209,19 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
     limits.store_bytes = file.limits.store_bytes.unwrap_or(limits.store_bytes);
     if limits.store_bytes < LEAST_STORE_BYTES {
         return Err(bad("limits.store_bytes", &limits.store_bytes, "at least 1048576"));
+    }
+    let layers = &mut limits.layers;
+    let bounds = [
+        ("limits.layer_bytes", file.limits.layer_bytes, &mut layers.layer_bytes),
+        ("limits.layer_entries", file.limits.layer_entries, &mut layers.entries),
+    ];
+    for (key, value, place) in bounds {
+        if let Some(value) = value {
+            if value == 0 {
+                return Err(bad(key, &value, "at least 1"));
+            }
+            *place = value;
+        }
     }
     Ok(settings)
 }
@@ -197,7 +249,7 @@ mod tests {
             });
         assert_eq!(parse(Path::new("/c.toml"), &uncommented), Ok(Settings::default()));
         let keys = uncommented.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
-        assert_eq!(keys, 12);
+        assert_eq!(keys, 20);
     }
 
     #[test]
@@ -222,6 +274,8 @@ mod tests {
             "[restart]\ninterval = 0",
             "[limits]\nsubscribers = 0",
             "[limits]\nstore_bytes = 1",
+            "[content]\nsharing_policy = \"both\"",
+            "[gc]\npause_threshold = 0.6",
         ] {
             assert!(sentence(bad).contains("should be"), "{bad}");
         }
@@ -229,10 +283,11 @@ mod tests {
 
     #[test]
     fn the_configuration_file_is_applied() {
-        let text = "state = \"/s\"\ngroup = \"root\"\nlog_level = \"debug\"\n[metrics]\naddress = \"unix:///m\"\n[restart]\nenabled = false\n[limits]\nstore_bytes = 2000000";
+        let text = "state = \"/s\"\ngroup = \"root\"\nlog_level = \"debug\"\n[metrics]\naddress = \"unix:///m\"\n[restart]\nenabled = false\n[content]\nsharing_policy = \"isolated\"\n[gc]\nschedule_delay_ms = 7\n[limits]\nstore_bytes = 2000000";
         let settings = parse(Path::new("/c.toml"), text).expect("all of it is right");
         assert_eq!(settings.metrics, Some(MetricsAddress::Unix("/m".into())));
         assert_eq!((settings.restart_interval, settings.limits.store_bytes), (None, 2_000_000));
+        assert_eq!((settings.sharing, settings.collection.schedule_delay), (Sharing::Isolated, Duration::from_millis(7)));
         assert_eq!((settings.state.to_str(), settings.log_level), (Some("/s"), LevelFilter::Debug));
     }
 }

@@ -20,7 +20,7 @@ use crate::settings::Settings;
 use crate::sockets::{Inherited, Sockets, accepting};
 use crate::sys::{children, memory};
 use crate::upgrade::{self, HandedOver, Predecessor};
-use crate::{api, control, forward, logging, metrics, notify, restart, store, upkeep};
+use crate::{api, control, forward, gc, logging, metrics, notify, restart, store, upkeep};
 
 /// Serves until SIGTERM or SIGINT, or until another process has taken over. `takes_over` when this one is such a process.
 ///
@@ -98,6 +98,7 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
         tokio::spawn(metrics::serve(listener, parts.sources()));
     }
     tokio::spawn(upkeep::run(parts.store.clone(), parts.gate.clone(), Arc::clone(&parts.calls)));
+    tokio::spawn(gc::run(Arc::clone(&parts.collector)));
     if let Some(interval) = settings.restart_interval {
         tokio::spawn(restart::watch(Arc::clone(&parts.restarter), interval));
     }

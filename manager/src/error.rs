@@ -9,6 +9,8 @@ use std::time::Duration;
 use tokio::task::JoinError;
 use tonic::{Code, Status};
 
+use crate::layers::LayerError;
+
 /// A failure, by what its caller can do about it. Where a client alone is to act, the sentence is its own.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
@@ -18,6 +20,9 @@ pub(crate) enum Error {
     /// The id is taken.
     #[error("{0}: already exists")]
     AlreadyExists(Object),
+    /// The same, in other words.
+    #[error("{0}")]
+    Exists(String),
     /// The process has ended, and cannot be killed.
     #[error("process of {0} already finished: not found")]
     Finished(Object),
@@ -38,6 +43,25 @@ pub(crate) enum Error {
     /// A bound is met.
     #[error("{0}")]
     Exhausted(String),
+    /// An offset is not where it must be.
+    #[error("{0}")]
+    OutOfRange(String),
+    /// A reference has another writer.
+    #[error("ref {reference} locked for {age:?} (since {since}): unavailable")]
+    Held {
+        /// With its namespace.
+        reference: String,
+        /// For how long it has been written.
+        age: Duration,
+        /// From when on.
+        since: String,
+    },
+    /// A collection that a client has waited for.
+    #[error("garbage collection failed: {0}")]
+    Collection(String),
+    /// What was acknowledged is not there any more.
+    #[error("{0}")]
+    DataLoss(String),
     /// This daemon does not implement that.
     #[error("{0}: not implemented")]
     Unimplemented(String),
@@ -181,6 +205,9 @@ pub(crate) enum Error {
     #[error("serve events of shims")]
     Serve(#[source] containerd_shim_protos::ttrpc::Error),
 
+    /// A layer cannot be applied or created.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
     /// The metadata store fails.
     #[error("metadata store: {op}")]
     Store {
@@ -242,6 +269,28 @@ pub(crate) enum Object {
     Namespace(String),
     /// By its id.
     Lease(String),
+    /// By its key; one that is there.
+    Snapshot(String),
+    /// By its key; one that is not there.
+    NoSnapshot(String),
+    /// By the name under which a new snapshot asks for it.
+    ParentSnapshot(String),
+    /// By the name that a new snapshot is to have in the end.
+    TargetSnapshot(String),
+    /// One that a call names in its metadata.
+    NoLease,
+    /// By its digest.
+    Content(String),
+    /// By its digest, where there is none.
+    ContentDigest(String),
+    /// By its reference.
+    Ingest(String),
+    /// By its reference, when its status is asked for.
+    IngestStatus(String),
+    /// By its name.
+    Image(String),
+    /// One that leads to something else.
+    ImageTarget { name: String, has: String, wanted: String },
     /// A part of the daemon.
     Plugin { kind: String, id: String },
     /// A service of the API.
@@ -260,6 +309,21 @@ impl fmt::Display for Object {
             Self::SandboxController(name) => write!(f, "sandbox controller {:?}", short(name)),
             Self::Namespace(name) => write!(f, "namespace {name:?}"),
             Self::Lease(id) => write!(f, "lease {id:?}"),
+            Self::Snapshot(key) => write!(f, "snapshot {key:?}"),
+            Self::NoSnapshot(key) => write!(f, "snapshot {key} does not exist"),
+            Self::ParentSnapshot(key) => write!(f, "parent snapshot {key} does not exist"),
+            Self::TargetSnapshot(key) => write!(f, "target snapshot {key:?}"),
+            Self::NoLease => f.write_str("lease does not exist"),
+            Self::Content(digest) => write!(f, "content {digest}"),
+            Self::ContentDigest(digest) => write!(f, "content digest {digest}"),
+            Self::Ingest(reference) => write!(f, "reference {}", short(reference)),
+            Self::IngestStatus(reference) => {
+                write!(f, "could not get status for ref {:?}: reference {}", short(reference), short(reference))
+            }
+            Self::ImageTarget { name, has, wanted } => {
+                write!(f, "image {:?} has target {has}, not {}", short(name), short(wanted))
+            }
+            Self::Image(name) => write!(f, "image {:?}", short(name)),
             Self::Plugin { kind, id } => write!(f, "plugin {kind:?} {id:?}"),
             Self::Service(name) => write!(f, "service {:?}", short(name)),
         }
@@ -274,12 +338,14 @@ impl Error {
     pub(crate) fn code(&self) -> Code {
         match self {
             Self::NotFound(_) | Self::Finished(_) => Code::NotFound,
-            Self::AlreadyExists(_) => Code::AlreadyExists,
+            Self::AlreadyExists(_) | Self::Exists(_) => Code::AlreadyExists,
             Self::Invalid(_) => Code::InvalidArgument,
             Self::Precondition(_) | Self::InUse { .. } => Code::FailedPrecondition,
             Self::Exhausted(_) => Code::ResourceExhausted,
+            Self::OutOfRange(_) => Code::OutOfRange,
             Self::Unimplemented(_) => Code::Unimplemented,
             Self::Retired
+            | Self::Held { .. }
             | Self::Unsubscribed
             | Self::Upgrade(_)
             | Self::NoDaemon { .. }
@@ -292,6 +358,7 @@ impl Error {
             | Self::ShimLate { .. }
             | Self::ShimInterrupted { .. }
             | Self::ProgramLate { .. }
+            | Self::Layer(LayerError::Busy)
             | Self::StoreStopped => Code::Unavailable,
             Self::Remote { code, .. } => *code,
             Self::ShimAddress(_)
@@ -300,13 +367,16 @@ impl Error {
             | Self::ProgramFailed { .. }
             | Self::ProgramAnswer { .. }
             | Self::Serve(_) => Code::Unknown,
-            Self::Damaged { .. } => Code::DataLoss,
-            Self::Store { .. } | Self::StoreFile { .. } | Self::Io { .. } if self.is_full() => Code::ResourceExhausted,
+            Self::Damaged { .. } | Self::DataLoss(_) => Code::DataLoss,
+            Self::Store { .. } | Self::StoreFile { .. } | Self::Io { .. } | Self::Layer(_) if self.is_full() => Code::ResourceExhausted,
+            Self::Layer(LayerError::Tar(_) | LayerError::Refused { .. }) => Code::InvalidArgument,
             Self::Store { .. }
             | Self::StoreFile { .. }
             | Self::Record(_)
             | Self::Io { .. }
+            | Self::Layer(LayerError::File { .. })
             | Self::ProgramUnusable { .. }
+            | Self::Collection(_)
             | Self::Panicked { .. } => Code::Internal,
         }
     }
@@ -318,6 +388,9 @@ impl Error {
                 source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
             }
             Self::Io { source, .. } => matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded),
+            Self::Layer(error) => {
+                error.io().is_some_and(|source| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+            }
             _ => false,
         }
     }

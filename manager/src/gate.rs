@@ -29,6 +29,8 @@ struct State {
     inside: usize,
     /// How many calls in progress must run to completion.
     carried: usize,
+    /// How many streams are open that may outlive this process' service.
+    streams: usize,
     is_closed: bool,
     is_retired: bool,
 }
@@ -42,6 +44,12 @@ pub(crate) struct Pass {
 /// A call in progress that must run to completion.
 #[derive(Debug)]
 pub(crate) struct Carried {
+    gate: Gate,
+}
+
+/// A stream that may outlive this process' service.
+#[derive(Debug)]
+pub(crate) struct Open {
     gate: Gate,
 }
 
@@ -86,6 +94,18 @@ impl Gate {
         let _ = self.state.subscribe().wait_for(|state| state.carried == 0).await;
     }
 
+    /// Counts a stream whose client would not repeat it, until the returned value is dropped: this process exits when it has ended.
+    pub(crate) fn stream(&self) -> Open {
+        self.state.send_modify(|state| state.streams += 1);
+        Open { gate: self.clone() }
+    }
+
+    /// Waits until there are no such streams.
+    pub(crate) async fn streamed(&self) {
+        // the sender is part of the gate
+        let _ = self.state.subscribe().wait_for(|state| state.streams == 0).await;
+    }
+
     /// Closes the gate and waits until all passes are returned; none when that takes longer than `limit`, and the gate is open again. Only one
     /// caller may close it at a time.
     pub(crate) async fn close(&self, limit: Duration) -> Option<Closed> {
@@ -123,6 +143,12 @@ impl Drop for Pass {
 impl Drop for Carried {
     fn drop(&mut self) {
         self.gate.state.send_modify(|state| state.carried -= 1);
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.gate.state.send_modify(|state| state.streams -= 1);
     }
 }
 

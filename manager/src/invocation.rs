@@ -12,7 +12,7 @@ use crate::host::group;
 use crate::settings::Settings;
 
 /// The command to run.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Invocation {
     /// Serve until SIGTERM.
     Serve(Settings),

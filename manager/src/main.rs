@@ -4,16 +4,20 @@ use std::process::ExitCode;
 
 mod api;
 mod config;
+mod content;
 mod control;
 mod daemon;
+mod diff;
 mod error;
 mod events;
 mod filter;
 mod forward;
 mod gate;
+mod gc;
 mod guarded;
 mod host;
 mod invocation;
+mod layers;
 mod logging;
 mod metrics;
 mod name;
@@ -24,6 +28,7 @@ mod preflight;
 mod publish;
 mod restart;
 mod settings;
+mod snapshots;
 mod sockets;
 mod store;
 mod sys;
@@ -86,7 +91,12 @@ fn run(invocation: Invocation) -> Result<()> {
             println!("{} does not exist yet; the first start creates it", settings.store().display());
         }
         Invocation::Check(settings) => {
-            let wrong = store::check(&settings.store())?;
+            let mut wrong = store::check(&settings.store())?;
+            // twice: a daemon that runs may remove content meanwhile
+            let files = || Ok::<_, Error>(content::check(&settings.content(), store::sizes(&settings.store())?));
+            if !files()?.is_empty() {
+                wrong.extend(files()?);
+            }
             if !wrong.is_empty() {
                 return Err(Error::Precondition(format!("{} is not sound:\n  {}", settings.store().display(), wrong.join("\n  "))));
             }

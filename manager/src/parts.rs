@@ -4,17 +4,21 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, Events, Filters, Health, Introspection, Leases, Namespaces, SandboxController, Sandboxes, Services, TaskService,
-    Version,
+    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController,
+    Sandboxes, Services, SnapshotService, TaskService, Version,
 };
+use crate::content::Content;
+use crate::diff::Differ;
 use crate::error::Result;
 use crate::events::Exchange;
 use crate::gate::Gate;
+use crate::gc::Collector;
 use crate::host::kernel_id;
 use crate::metrics::Sources;
 use crate::pools::Pools;
 use crate::restart::Restarter;
 use crate::settings::Settings;
+use crate::snapshots::Snapshots;
 use crate::store::{self, Store};
 use crate::tasks::Tasks;
 
@@ -29,7 +33,12 @@ pub(crate) struct Parts {
     /// Counters of calls.
     pub(crate) calls: Arc<Calls>,
     pub(crate) restarter: Arc<Restarter>,
+    pub(crate) snapshots: Snapshots,
+    differ: Differ,
+    pub(crate) collector: Arc<Collector>,
+    content: Arc<Content>,
     pools: Pools,
+    settings: Arc<Settings>,
     uuid: String,
 }
 
@@ -50,14 +59,46 @@ impl Parts {
             gate: gate.clone(),
             started: AtomicU64::new(0),
         });
-        Ok(Self { store, events, tasks, gate, calls: Arc::default(), restarter, pools, uuid })
+        let content = Content::open(&settings.content(), settings.sharing, store.clone(), pools.content.clone(), gate.clone())?;
+        let content = Arc::new(content);
+        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
+        let differ = Differ {
+            snapshots: snapshots.clone(),
+            content: Arc::clone(&content),
+            pool: pools.layers.clone(),
+            limits: settings.limits.layers,
+            state: settings.state.clone(),
+        };
+        let collector = Arc::new(Collector::new(
+            store.clone(),
+            Arc::clone(&content),
+            Arc::new(snapshots.clone()),
+            Arc::clone(&events),
+            gate.clone(),
+            settings.collection,
+        ));
+        Ok(Self {
+            store,
+            events,
+            tasks,
+            gate,
+            calls: Arc::default(),
+            restarter,
+            collector,
+            content,
+            snapshots,
+            differ,
+            pools,
+            settings: Arc::new(settings.clone()),
+            uuid,
+        })
     }
 
     /// The services of the API.
     pub(crate) fn services(&self) -> Services {
         let filters = Filters::new(self.pools.list_filters.clone());
         let (store, gate) = (|| self.store.clone(), || self.gate.clone());
-        let (events, tasks) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks));
+        let (events, tasks, collector) = (|| Arc::clone(&self.events), || Arc::clone(&self.tasks), || Arc::clone(&self.collector));
         Services {
             containers: Arc::new(Containers { store: store(), events: events(), tasks: tasks(), gate: gate(), filters: filters.clone() }),
             tasks: Arc::new(TaskService { tasks: tasks(), store: store(), gate: gate(), filters: filters.clone() }),
@@ -65,8 +106,31 @@ impl Parts {
             sandbox_controller: Arc::new(SandboxController { tasks: tasks(), store: store(), events: events() }),
             events: Arc::new(Events { events: events(), tasks: tasks() }),
             namespaces: Arc::new(Namespaces { store: store(), events: events() }),
-            leases: Arc::new(Leases { store: store(), filters: filters.clone() }),
-            introspection: Arc::new(Introspection { uuid: self.uuid.clone(), tasks: tasks(), filters }),
+            snapshots: Arc::new(SnapshotService {
+                snapshots: self.snapshots.clone(),
+                store: store(),
+                events: events(),
+                filters: filters.clone(),
+            }),
+            diff: Arc::new(DiffService { differ: self.differ.clone() }),
+            leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
+            content: Arc::new(ContentService {
+                content: Arc::clone(&self.content),
+                store: store(),
+                events: events(),
+                filters: filters.clone(),
+                gate: gate(),
+                pool: self.pools.content.clone(),
+                address: self.settings.address.as_path().into(),
+            }),
+            images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),
+            introspection: Arc::new(Introspection {
+                uuid: self.uuid.clone(),
+                tasks: tasks(),
+                settings: Arc::clone(&self.settings),
+                snapshots: self.snapshots.clone(),
+                filters,
+            }),
             version: Arc::new(Version),
             health: Arc::new(Health { gate: gate() }),
             gate: gate(),

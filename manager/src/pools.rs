@@ -14,6 +14,14 @@ use crate::error::{Error, Result};
 pub(crate) struct Pools {
     /// Bundles and what is mounted in them.
     pub(crate) bundles: Pool,
+    /// Files of snapshots, for which calls wait.
+    pub(crate) snapshots: Pool,
+    /// Layers that are applied or created: each has another thread of its own.
+    pub(crate) layers: Pool,
+    /// Deletion of files of snapshots.
+    pub(crate) removal: Pool,
+    /// Bytes of content: hashed and written as they come, and read.
+    pub(crate) content: Pool,
     /// Filters of lists: they may use all of a CPU.
     pub(crate) list_filters: Pool,
     /// Filters of subscriptions: one at a time, so that they use one CPU at most.
@@ -24,6 +32,10 @@ impl Default for Pools {
     fn default() -> Self {
         Self {
             bundles: Pool::new("bundles", BUNDLES),
+            snapshots: Pool::new("snapshots", SNAPSHOTS),
+            layers: Pool::new("layers", LAYERS),
+            removal: Pool::new("removal", REMOVAL),
+            content: Pool::new("content", CONTENT),
             list_filters: Pool::new("list_filters", LIST_FILTERS),
             event_filters: Pool::new("event_filters", EVENT_FILTERS),
         }
@@ -32,8 +44,8 @@ impl Default for Pools {
 
 impl Pools {
     /// Each of them.
-    pub(crate) fn all(&self) -> [&Pool; 3] {
-        [&self.bundles, &self.list_filters, &self.event_filters]
+    pub(crate) fn all(&self) -> [&Pool; 7] {
+        [&self.bundles, &self.content, &self.snapshots, &self.layers, &self.removal, &self.list_filters, &self.event_filters]
     }
 }
 
@@ -101,10 +113,17 @@ impl Drop for Counted {
 }
 
 const BUNDLES: usize = 13;
+const SNAPSHOTS: usize = 4;
+/// As many as clients pull at once for one image.
+const LAYERS: usize = 3;
+const REMOVAL: usize = 1;
+const CONTENT: usize = 8;
 const LIST_FILTERS: usize = 2;
 const EVENT_FILTERS: usize = 1;
+/// Long reads of the store: one collection at a time.
+const LONG_READS: usize = 1;
 /// Of all pools.
-pub(crate) const THREADS: usize = BUNDLES + LIST_FILTERS + EVENT_FILTERS;
+pub(crate) const THREADS: usize = BUNDLES + CONTENT + SNAPSHOTS + LAYERS + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
 
 #[cfg(test)]
 mod tests {

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use log::LevelFilter;
 
+use crate::layers::LayerLimits;
 use crate::store::{Files, Kind};
 
 /// What the daemon is started with.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Settings {
     /// Persistent data: the metadata store and the work folders of tasks and sandboxes.
     pub(crate) root: PathBuf,
@@ -24,6 +25,10 @@ pub(crate) struct Settings {
     pub(crate) metrics: Option<MetricsAddress>,
     /// How often the restart monitor checks containers without an event; none turns it off.
     pub(crate) restart_interval: Option<Duration>,
+    /// Whether namespaces share content.
+    pub(crate) sharing: Sharing,
+    /// When garbage is collected.
+    pub(crate) collection: Collection,
     /// What clients may make this process hold.
     pub(crate) limits: Limits,
 }
@@ -37,6 +42,43 @@ pub(crate) enum MetricsAddress {
     Unix(PathBuf),
 }
 
+/// Whether content that one namespace has is given to others without its bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// To all who know its digest.
+    #[default]
+    Shared,
+    /// Only from namespaces with the label `containerd.io/namespace.shareable=true`.
+    Isolated,
+}
+
+/// When garbage is collected; containerd's settings and defaults.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Collection {
+    /// The most of the time that collections may take, as a fraction of it.
+    pub(crate) pause_threshold: f64,
+    /// Removals after which it is collected at once; 0 leaves that to the schedule.
+    pub(crate) deletion_threshold: u64,
+    /// Changes after which the next scheduled collection takes place; 0 if only removals count.
+    pub(crate) mutation_threshold: u64,
+    /// Before one that a threshold or a client asks for.
+    pub(crate) schedule_delay: Duration,
+    /// Before the first.
+    pub(crate) startup_delay: Duration,
+}
+
+impl Default for Collection {
+    fn default() -> Self {
+        Self {
+            pause_threshold: 0.02,
+            deletion_threshold: 0,
+            mutation_threshold: 100,
+            schedule_delay: Duration::ZERO,
+            startup_delay: Duration::from_millis(100),
+        }
+    }
+}
+
 /// What clients may make this process hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Limits {
@@ -48,11 +90,13 @@ pub(crate) struct Limits {
     pub(crate) event_queue_bytes: usize,
     /// Bytes of the metadata store.
     pub(crate) store_bytes: u64,
+    /// What a layer may have.
+    pub(crate) layers: LayerLimits,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, subscribers: 256, event_queue_bytes: 4 << 20, store_bytes: 1 << 30 }
+        Self { connections: 1024, subscribers: 256, event_queue_bytes: 4 << 20, store_bytes: 1 << 30, layers: LayerLimits::default() }
     }
 }
 
@@ -66,6 +110,8 @@ impl Default for Settings {
             log_level: LevelFilter::Info,
             metrics: None,
             restart_interval: Some(Duration::from_secs(10)),
+            sharing: Sharing::default(),
+            collection: Collection::default(),
             limits: Limits::default(),
         }
     }
@@ -92,6 +138,11 @@ impl Settings {
     /// All files of the metadata store.
     pub(crate) fn store_files(&self) -> Files {
         Files { meta: self.store(), notes: self.state.join("notes.db") }
+    }
+
+    /// The files of content, as containerd lays them out.
+    pub(crate) fn content(&self) -> PathBuf {
+        self.root.join("io.containerd.content.v1.content")
     }
 
     /// The bundles of a kind, as containerd lays them out: a folder for each namespace, in it one for each task or sandbox.

@@ -10,7 +10,7 @@ use log::{info, warn};
 use crate::api::Calls;
 use crate::error::Result;
 use crate::gate::Gate;
-use crate::store::{Store, leases};
+use crate::store::{Store, images, leases};
 use crate::sys::memory;
 use crate::timestamp;
 
@@ -41,6 +41,10 @@ async fn round(store: &Store, gate: &Gate) -> Result<()> {
     let has_expired = store.read(move |db| leases::have_expired(db, now)).await?;
     // what changes the store does not do so while another process takes over
     let Ok(_pass) = gate.enter().await else { return Ok(()) };
+    if store.read(move |db| images::have_expired(db, now)).await? {
+        // the collector removes them
+        store.changed_like_a_removal();
+    }
     if has_expired {
         let leases = store.remove(move |db| leases::remove_expired(db, now)).await?;
         info!(leases; "leases have expired");

@@ -11,11 +11,11 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
+use x_engine::control;
 
 use crate::whole_file::blocking_replace;
 
@@ -32,6 +32,23 @@ const LEFTOVERS: &str = "leftovers";
 pub(crate) struct Leftovers {
     /// Folders of cgroups, each after those above it.
     pub(crate) cgroups: Vec<PathBuf>,
+    /// A slice that it has had systemd start.
+    pub(crate) slice: Option<Slice>,
+}
+
+/// A slice of systemd's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Slice {
+    pub(crate) name: String,
+    /// Its folders, where systemd makes them.
+    pub(crate) folders: Vec<PathBuf>,
+}
+
+impl Slice {
+    /// Whether nothing is in it: stopping it would end what is.
+    pub(crate) fn blocking_is_empty(&self) -> bool {
+        self.folders.iter().all(|folder| !folder.exists() || control::is_empty(folder))
+    }
 }
 
 impl Leftovers {
@@ -50,31 +67,12 @@ impl Leftovers {
     /// Removes the cgroups that are empty, from the last one on.
     pub(crate) fn blocking_remove_cgroups(&self) {
         for folder in self.cgroups.iter().rev() {
-            if let Err(error) = blocking_remove_cgroup(folder) {
+            if let Err(error) = control::remove_if_empty(folder) {
                 log::info!(path:% = folder.display(), error:%; "the cgroup of a pod stays");
             }
         }
     }
 }
-
-/// Removes a cgroup. For a moment the kernel may call one busy whose last process or folder has just gone.
-fn blocking_remove_cgroup(folder: &Path) -> io::Result<()> {
-    let is_used = || {
-        let has_folders = fs::read_dir(folder).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|entry| entry.path().is_dir())));
-        has_folders || fs::read(folder.join("cgroup.procs")).is_ok_and(|processes| !processes.is_empty())
-    };
-    for _ in 0..ATTEMPTS {
-        match fs::remove_dir(folder) {
-            Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) && !is_used() => std::thread::sleep(PAUSE),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => return other,
-        }
-    }
-    fs::remove_dir(folder)
-}
-
-const ATTEMPTS: u32 = 50;
-const PAUSE: Duration = Duration::from_millis(2);
 
 /// Keeps the journal of a container also if its bundle is removed. One of the name is replaced.
 pub(crate) fn blocking_link_journal(bundle: &Path, id: &str, journal: &Path) -> io::Result<()> {
@@ -150,10 +148,12 @@ mod tests {
         let cgroups: Vec<PathBuf> = ["a", "a/b", "a/b/c"].iter().map(|path| folder.join(path)).collect();
         fs::create_dir_all(&cgroups[2]).expect("folders");
         fs::create_dir(folder.join("a/other")).expect("a folder");
-        let leftovers = Leftovers { cgroups };
+        let slice = Some(Slice { name: "kubepods.slice".to_owned(), folders: vec![folder.join("none")] });
+        let leftovers = Leftovers { cgroups, slice };
         fs::create_dir(folder.join(FOLDER)).expect("a folder");
         leftovers.blocking_write(&folder).expect("written");
         assert_eq!(Leftovers::blocking_read(&folder), leftovers);
+        assert!(leftovers.slice.as_ref().is_some_and(Slice::blocking_is_empty));
         leftovers.blocking_remove_cgroups();
         assert!(folder.join("a/other").exists() && !folder.join("a/b").exists());
         assert_eq!(Leftovers::blocking_read(Path::new("/nowhere")), Leftovers::default());

@@ -57,6 +57,11 @@ impl Client {
         Ok(Self { lease: Some(id.into()), ..self.clone() })
     }
 
+    /// The same with a lease that is there.
+    pub fn with_existing_lease(&self, id: &str) -> Self {
+        Self { lease: Some(id.into()), ..self.clone() }
+    }
+
     /// The namespace of every call.
     pub fn namespace(&self) -> &str {
         &self.namespace

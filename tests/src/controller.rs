@@ -67,6 +67,11 @@ impl Sandbox {
         Ok(sandbox)
     }
 
+    /// One that may exist.
+    pub fn known(cx: &Context, id: &str) -> Self {
+        Self { client: cx.client().clone(), id: id.to_owned() }
+    }
+
     /// Starts it, and returns the pid whose namespaces containers join.
     pub async fn start(&self) -> Answer<u32> {
         let message = api::ControllerStartRequest { sandbox_id: self.id.clone(), sandboxer: SANDBOXER.to_owned() };

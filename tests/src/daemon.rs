@@ -250,6 +250,11 @@ impl Daemon {
         Ok(())
     }
 
+    /// Has x-manager's next start read that configuration.
+    pub fn configure(&self, text: &str) -> Result<()> {
+        Ok(fs::write(self.folder.join("manager.toml"), text)?)
+    }
+
     /// Starts it, without waiting for anything.
     pub fn spawn(&self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.folder.join("log"))?;
@@ -285,6 +290,10 @@ impl Daemon {
         let mut command = Command::new(manager);
         command.arg("--root").arg(self.folder.join("root")).arg("--state").arg(self.folder.join("state"));
         command.arg("--address").arg(self.address()).args(["--log-level", level()]);
+        let config = self.folder.join("manager.toml");
+        if config.exists() {
+            command.arg("--config").arg(config);
+        }
         command
     }
 

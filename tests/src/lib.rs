@@ -25,6 +25,7 @@
 //! | [`builds`] | other builds of our shim, and upgrades to them |
 //! | [`bundle`] | bundles, `start` and `delete`, and containers created from them |
 //! | [`sandbox`] | sandboxes, and containers in them |
+//! | [`pod_config`] | the kubelet's description of a pod |
 //! | [`workloads`] | workloads that several suites share |
 //! | [`refusals`] | requests that a shim refuses, and its answers |
 //! | [`witness`] | a container that must keep running while its shim is under test |
@@ -60,6 +61,7 @@ pub mod kernel_trace;
 pub mod messages;
 pub mod network;
 pub mod operator;
+pub mod pod_config;
 pub mod proc;
 pub mod programs;
 pub mod refusals;
@@ -74,5 +76,6 @@ pub mod task;
 pub mod times;
 pub mod trace;
 pub mod ttrpc;
+pub mod upload;
 pub mod witness;
 pub mod workloads;

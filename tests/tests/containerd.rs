@@ -146,6 +146,7 @@ fn kind_cases() -> Vec<Case> {
                 a_container_joins_anothers_pid_namespace_and_leaves_no_survivor,
                 root_in_a_user_namespace_is_unprivileged_outside,
                 hooks_run_in_order,
+                hooks_follow_the_start_of_a_program_that_exits_at_once,
                 a_failing_hook_fails_the_start_and_leaves_nothing;
             Scope::Daemons =>
                 a_shim_whose_binary_is_replaced_keeps_its_containers,

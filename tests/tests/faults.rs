@@ -1,11 +1,16 @@
 //! The worker crashes before, in the middle of and after every message between keeper and worker, and at random moments; it is stopped
-//! and upgraded. Clients, events and runtime calls are the same as without crashes. The main proof of this shim. Needs root.
+//! and upgraded. Clients, events and runtime calls are the same as without crashes. The main proof of this shim. The keeper of a pod is killed at every message
+//! too: nothing of the pod is left then. Needs root.
 //!
 //! `X_SHIM_FAULTY` names a shim built with the feature `fault-injection`; `X_CAMPAIGN` is the number of runs with random
 //! crashes, `X_SEED` their seed; with `X_PLAN` scenarios run that often with one plan instead of all; with `X_FAULTS_ALL` every scenario runs with runc and the native engine.
 
 #[path = "faults/campaign.rs"]
 mod campaign;
+#[path = "faults/killed_keeper.rs"]
+mod killed_keeper;
+#[path = "faults/killed_under_containerd.rs"]
+mod killed_under_containerd;
 #[path = "faults/lane.rs"]
 mod lane;
 #[path = "faults/run.rs"]
@@ -24,7 +29,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use shim_tests::runner::{self, Case, Scope};
+use shim_tests::sandbox::{CONTAINER, POD};
 use shim_tests::suite::Shim;
+
+use killed_keeper::Deletes;
 
 fn main() -> ExitCode {
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
@@ -49,6 +57,15 @@ fn cases() -> Vec<Case> {
             Box::pin(async move { sweep::every_message(cx.with_own_sandboxes().await?, &sandbox::SANDBOX).await })
         }),
         Case::new("every_message::upgrade", runc, |cx| Box::pin(sweep::every_message(cx, &s::UPGRADE))),
+        Case::new("killed_keeper::the_deletes_of_a_pod_and_its_containers_leave_nothing", Scope::Once, |cx| {
+            Box::pin(killed_keeper::every_message(cx, Deletes::Each, CONTAINER, 14))
+        }),
+        Case::new("killed_keeper::the_delete_of_a_pod_with_a_holder_leaves_nothing", Scope::Once, |cx| {
+            Box::pin(killed_keeper::every_message(cx, Deletes::PodAlone, POD, 14))
+        }),
+        Case::new("killed_keeper::a_pod_of_containerds_is_shut_down_and_leaves_nothing", Scope::Once, |cx| {
+            Box::pin(killed_under_containerd::every_message(cx, 9))
+        }),
         Case::new("campaign::random_crashes_are_not_noticed", Scope::Ends, |cx| Box::pin(campaign::random_crashes(cx))),
     ];
     if all {
@@ -63,6 +80,12 @@ fn cases() -> Vec<Case> {
             Case::new("every_message::restore", Scope::Once, |cx| Box::pin(sweep::every_message(cx, &s::RESTORE))),
             Case::new("every_message::shared_sandbox", Scope::Newest, |cx| {
                 Box::pin(async move { sweep::every_message(cx.with_own_sandboxes().await?, &sandbox::SHARED_SANDBOX).await })
+            }),
+            Case::new("killed_keeper::the_deletes_of_a_pod_with_a_holder_and_its_containers_leave_nothing", Scope::Once, |cx| {
+                Box::pin(killed_keeper::every_message(cx, Deletes::Each, POD, 14))
+            }),
+            Case::new("killed_keeper::the_delete_of_a_pod_leaves_nothing", Scope::Once, |cx| {
+                Box::pin(killed_keeper::every_message(cx, Deletes::PodAlone, CONTAINER, 14))
             }),
             Case::new("every_message::signals", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::SIGNALS))),
             Case::new("every_message::command", Scope::Ends, |cx| Box::pin(sweep::every_message(cx, &s::COMMAND))),

@@ -4,10 +4,16 @@
 
 #[path = "manager/api.rs"]
 mod api;
+#[path = "manager/content.rs"]
+mod content;
 #[path = "manager/ctr.rs"]
 mod ctr;
+#[path = "manager/images.rs"]
+mod images;
 #[path = "manager/kills.rs"]
 mod kills;
+#[path = "manager/layers.rs"]
+mod layers;
 #[path = "manager/pod.rs"]
 mod pod;
 #[path = "manager/restart.rs"]
@@ -30,7 +36,18 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases = [api_cases(), ctr_cases(), restart_cases(), shim_cases(), sandbox_cases(), kill_cases()].concat();
+    let cases = [
+        api_cases(),
+        content_cases(),
+        image_cases(),
+        layer_cases(),
+        ctr_cases(),
+        restart_cases(),
+        shim_cases(),
+        sandbox_cases(),
+        kill_cases(),
+    ]
+    .concat();
     runner::main(&cases, &[], programs)
 }
 
@@ -48,13 +65,54 @@ fn api_cases() -> Vec<Case> {
             labels_are_bounded_in_total_and_a_long_update_drops_no_label,
             requests_that_are_never_finished_are_refused_before_they_cost_much,
             an_event_is_published_from_the_command_line,
-            services_of_images_are_unimplemented,
+            transfers_are_unimplemented,
             a_subscriber_that_never_reads_is_dropped_and_delays_no_other,
             the_server_reports_that_it_is_healthy,
             health_is_reported_by_each_method,
             a_burst_of_calls_over_one_connection_is_answered,
             a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_whose_client_disconnects_is_completed,
+    ]
+}
+
+fn content_cases() -> Vec<Case> {
+    cases![content,
+        Scope::Once =>
+            content_is_written_in_lock_step_and_read_in_parts,
+            a_reference_has_one_writer_and_the_next_goes_on_where_it_stopped,
+            content_that_is_there_is_not_written_again,
+            a_commit_of_something_else_is_refused_and_not_resumed,
+            content_of_another_namespace_is_given_for_its_digest,
+            isolated_content_is_written_by_each_namespace,
+            content_and_ingests_are_listed_labelled_and_removed,
+            a_digest_that_is_none_is_refused_wherever_it_is_read,
+            a_write_that_a_crash_has_cut_off_is_resumed,
+            content_that_was_acknowledged_survives_kills_at_any_instant,
+            content_that_finds_no_room_leaves_nothing,
+            a_write_and_a_read_go_on_over_upgrades,
+    ]
+}
+
+fn layer_cases() -> Vec<Case> {
+    cases![layers,
+        Scope::Once =>
+            layers_are_unpacked_as_clients_do_and_read_again_as_a_diff,
+            a_snapshot_stays_as_long_as_a_lease_or_a_child_needs_it,
+            a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_be_removed,
+            an_upgrade_ends_an_apply_so_that_it_can_be_repeated,
+            a_layer_that_finds_no_room_leaves_nothing,
+    ]
+}
+
+fn image_cases() -> Vec<Case> {
+    cases![images,
+        Scope::Once =>
+            an_image_is_created_updated_listed_and_deleted,
+            an_image_is_refused_with_a_reason,
+            content_stays_as_long_as_something_leads_to_it,
+            a_lease_holds_what_its_calls_create_until_it_ends,
+            an_image_that_expires_is_deleted_and_published,
+            an_ingest_goes_with_its_lease,
     ]
 }
 
@@ -114,7 +172,7 @@ fn sandbox_cases() -> Vec<Case> {
 }
 
 fn kill_cases() -> Vec<Case> {
-    cases![kills, Scope::Daemons => random_kills_of_the_daemon_lose_nothing]
+    cases![kills, Scope::Daemons => random_kills_of_the_daemon_lose_nothing; Scope::Once => random_kills_of_the_daemon_and_of_workers_lose_no_sandbox]
         .into_iter()
         .map(|case| case.within(kills::deadline()))
         .collect()

@@ -181,9 +181,14 @@ fn main() -> ExitCode {
     ]);
     cases.extend(direct_cases![sandboxes:
         a_sandbox_outlives_workers_killed_between_all_its_calls,
+        a_worker_killed_before_the_keeper_has_read_its_messages_leaves_no_cgroup,
+        a_busy_cgroup_of_a_pod_is_removed_once_it_is_free_and_delays_no_other_call,
+        delete_removes_the_cgroup_that_a_shutdown_has_not_removed,
         the_keeper_answers_for_a_stopped_worker,
         a_shutdown_can_be_repeated,
+        a_shutdown_of_the_task_service_ends_a_sandbox_without_containers,
         an_invalid_pod_configuration_is_named,
+        a_holder_is_confined_whatever_the_profile_of_its_pod,
         a_network_that_is_none_is_named,
         a_second_sandbox_in_a_shim_is_refused,
         a_container_does_not_get_the_process_ids_of_a_keeper,

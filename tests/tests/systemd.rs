@@ -5,6 +5,8 @@
 
 #[path = "systemd/crashes.rs"]
 mod crashes;
+#[path = "systemd/pods.rs"]
+mod pods;
 #[path = "systemd/scopes.rs"]
 mod scopes;
 
@@ -35,6 +37,10 @@ fn main() -> ExitCode {
         a_container_can_be_in_a_slice,
         a_container_outlives_an_upgrade_of_its_shim,
         a_scope_that_is_gone_is_no_reason_to_keep_a_container,
+    ]);
+    cases.extend(direct_cases![pods:
+        a_slice_that_a_pod_has_made_ends_with_it_and_with_its_killed_keeper,
+        a_slice_that_was_there_before_a_pod_stays,
     ]);
     // Alone: the reload of another would have systemd write the list of devices again.
     cases.extend(direct_cases![scopes: devices_stay_as_they_were_asked_for].map(Case::alone));

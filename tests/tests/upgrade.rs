@@ -72,7 +72,7 @@ fn main() -> ExitCode {
         .map_within(long),
         cases![full_disk,
             Scope::Ends => a_full_disk_fails_only_calls_that_need_room, without_room_for_sockets_running_containers_continue;
-            Scope::Once => a_create_on_a_disk_that_fills_up_is_completed_or_undone,
+            Scope::Once => a_create_on_a_disk_that_fills_up_is_completed_or_undone, a_pod_on_a_disk_that_fills_up_is_made_or_undone,
         ]
         .map_within(long),
         cases![keeper,

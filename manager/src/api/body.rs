@@ -3,18 +3,21 @@
 //! ```text
 //! length of the message ─▶ refused, if too long ─▶ share of the budget, waited for ─▶ the message ─▶ handler ─▶ answer: the share goes back
 //! ```
+//! A request that is a stream of messages does so for each of them, until it is answered; between two it holds nothing, and may take as long
+//! as it likes.
+//!
 //! **Invariant:** a request takes its whole share at once, before it is read: those that wait for theirs hold nothing that another waits for.
 
 use std::fmt::Display;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 use tonic::Status;
 
 /// The memory budget of all requests: short requests do not wait behind long ones.
@@ -40,7 +43,18 @@ impl Budget {
 /// What one request holds of it, once its length is known, for as long as there is a copy of this.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Share {
-    permit: Arc<OnceLock<OwnedSemaphorePermit>>,
+    permit: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
+}
+
+impl Share {
+    fn permit(&self) -> MutexGuard<'_, Option<OwnedSemaphorePermit>> {
+        self.permit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back what the message of a stream holds: it has been answered.
+    pub(super) fn release(&self) {
+        drop(self.permit().take());
+    }
 }
 
 /// The announced bytes of a connection's incomplete requests.
@@ -49,9 +63,10 @@ pub(super) struct Unfinished(Arc<AtomicUsize>);
 
 type Acquiring = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
 
-/// A body of one message, bounded in size and time.
+/// A body of one message, or of many, each bounded in size and time.
 pub(super) struct Metered<B = Incoming> {
     body: B,
+    is_stream: bool,
     budget: Budget,
     share: Share,
     all: Unfinished,
@@ -68,7 +83,13 @@ pub(super) struct Metered<B = Incoming> {
 impl<B> Metered<B> {
     pub(super) fn new(body: B, budget: Budget, all: Unfinished) -> Self {
         let late = Box::pin(tokio::time::sleep(COMPLETE));
-        Self { body, budget, share: Share::default(), all, head: Vec::new(), announced: 0, received: 0, waiting: None, late }
+        let share = Share::default();
+        Self { body, is_stream: false, budget, share, all, head: Vec::new(), announced: 0, received: 0, waiting: None, late }
+    }
+
+    /// Lets it have many messages.
+    pub(super) fn allow_many(&mut self) {
+        self.is_stream = true;
     }
 
     /// Its share of the budget: kept until the request is answered.
@@ -102,6 +123,35 @@ impl<B> Metered<B> {
         Ok(())
     }
 
+    /// Counts what has come of a stream. Returns the length of the messages that begin with it.
+    ///
+    /// Errors: it is too much.
+    fn count_many(&mut self, mut data: &[u8]) -> Result<usize, Status> {
+        let mut begun = 0;
+        while !data.is_empty() {
+            if self.announced > 0 && self.received == self.announced {
+                self.all.0.fetch_sub(self.announced, Ordering::Relaxed);
+                (self.announced, self.received) = (0, 0);
+                self.head.clear();
+            }
+            let was_known = self.announced > 0;
+            // up to the end of the prefix, or of the message
+            let wanted = if was_known { self.announced - self.received } else { HEAD_BYTES - self.head.len() };
+            let (part, rest) = data.split_at(wanted.min(data.len()));
+            self.count(part)?;
+            if !was_known {
+                begun += self.announced;
+            }
+            data = rest;
+        }
+        Ok(begun)
+    }
+
+    /// Whether a message of a stream has begun and not ended.
+    fn is_within(&self) -> bool {
+        self.received < self.announced || !self.head.is_empty() && self.announced == 0
+    }
+
     /// Takes the share, or begins to wait for it with what has come.
     fn take(&mut self, frame: Frame<Bytes>) -> Option<Frame<Bytes>> {
         let (budget, bytes) = (self.budget.of(self.announced), u32::try_from(self.announced).unwrap_or(u32::MAX));
@@ -118,8 +168,26 @@ impl<B> Metered<B> {
     }
 
     fn hold(&self, permit: OwnedSemaphorePermit) {
-        // there is one head, and so one permit
-        let _ = self.share.permit.set(permit);
+        *self.share.permit() = Some(permit);
+    }
+
+    /// The same for the messages of a stream that begin with a frame, in place of the share of those before.
+    fn take_many(&mut self, bytes: usize, frame: Frame<Bytes>) -> Option<Frame<Bytes>> {
+        // while it waits it holds nothing
+        self.share.release();
+        let budget = self.budget.of(bytes);
+        let permits = u32::try_from(bytes).unwrap_or(u32::MAX);
+        match Arc::clone(&budget).try_acquire_many_owned(permits) {
+            Ok(permit) => {
+                self.hold(permit);
+                Some(frame)
+            }
+            Err(_full) => {
+                self.late.as_mut().reset(Instant::now() + COMPLETE);
+                self.waiting = Some((Box::pin(budget.acquire_many_owned(permits)), frame));
+                None
+            }
+        }
     }
 }
 
@@ -149,6 +217,9 @@ where
                 return Poll::Ready(Some(Err(Status::resource_exhausted(sentence))));
             }
             let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
+                if this.is_stream && !this.is_within() {
+                    return Poll::Pending;
+                }
                 ready!(this.late.as_mut().poll(cx));
                 return Poll::Ready(Some(Err(Status::deadline_exceeded(format!("the request was not complete after {COMPLETE:?}")))));
             };
@@ -157,12 +228,30 @@ where
                 Some(Err(error)) => return Poll::Ready(Some(Err(Status::unavailable(error.to_string())))),
                 None => return Poll::Ready(None),
             };
+            if this.is_stream {
+                let was_within = this.is_within();
+                let begun = match frame.data_ref().map(|data| this.count_many(data)).transpose() {
+                    Ok(begun) => begun.unwrap_or_default(),
+                    Err(status) => return Poll::Ready(Some(Err(status))),
+                };
+                if !was_within || begun > 0 {
+                    this.late.as_mut().reset(Instant::now() + COMPLETE);
+                }
+                // one whose beginning came with the end of another, which has been answered
+                let is_unheld = this.is_within() && this.share.permit().is_none();
+                let bytes = if is_unheld { begun.max(this.announced) } else { begun };
+                let frame = if bytes == 0 { Some(frame) } else { this.take_many(bytes, frame) };
+                match frame {
+                    Some(frame) => return Poll::Ready(Some(Ok(frame))),
+                    None => continue,
+                }
+            }
             if let Some(data) = frame.data_ref()
                 && let Err(status) = this.count(data)
             {
                 return Poll::Ready(Some(Err(status)));
             }
-            if this.announced == 0 || this.share.permit.get().is_some() {
+            if this.announced == 0 || this.share.permit().is_some() {
                 return Poll::Ready(Some(Ok(frame)));
             }
             if let Some(frame) = this.take(frame) {
@@ -285,6 +374,45 @@ mod tests {
         assert_eq!(next(&mut first).await.expect_err("it does not go on").code(), Code::DeadlineExceeded);
         drop((first, second));
         assert_eq!(left(&budget), 1_000_000);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_message_of_a_stream_has_its_share_until_the_next_begins() {
+        let budget = budget(1_000_000);
+        let message = |length: usize| [&[0][..], &u32::try_from(length).expect("short").to_be_bytes(), &vec![7; length]].concat();
+        let all = [message(100_000), message(0), message(70_000), message(80_000)].concat();
+        for piece in [3, 64 << 10, all.len()] {
+            let pieces = all.chunks(piece).map(Bytes::copy_from_slice).collect();
+            let mut stream = Metered::new(Chunks(pieces), budget.clone(), Unfinished::default());
+            stream.allow_many();
+            let (mut read, mut most) = (0, 0);
+            while read < all.len() {
+                read += next(&mut stream).await.expect("room");
+                most = most.max(1_000_000 - left(&budget));
+            }
+            let longest = if piece == all.len() { 250_020 } else { 150_010 };
+            assert!((100_000..=longest).contains(&most), "{most}");
+            let waits = poll_fn(|cx| Poll::Ready(Pin::new(&mut stream).poll_frame(cx).is_pending())).await;
+            tokio::time::sleep(COMPLETE * 3).await;
+            let still = poll_fn(|cx| Poll::Ready(Pin::new(&mut stream).poll_frame(cx).is_pending())).await;
+            assert!(waits && still, "between messages there is no hurry");
+            assert_eq!(stream.all.0.load(Ordering::Relaxed), stream.announced);
+            stream.share().release();
+            assert_eq!(left(&budget), 1_000_000, "what has been answered holds nothing");
+            drop(stream);
+        }
+        let (first, rest) = ([message(9), message(500_000)[..100].to_vec()].concat(), message(500_000)[100..200_000].to_vec());
+        let mut two = Metered::new(Chunks([first.into(), rest.into()].into()), budget.clone(), Unfinished::default());
+        two.allow_many();
+        next(&mut two).await.expect("room");
+        two.share().release();
+        next(&mut two).await.expect("room");
+        assert_eq!(left(&budget), 499_995, "one that has begun has its share again");
+        drop(two);
+        let mut torn = Metered::new(Chunks([message(9)[..7].to_vec().into()].into()), budget.clone(), Unfinished::default());
+        torn.allow_many();
+        next(&mut torn).await.expect("room");
+        assert_eq!(next(&mut torn).await.expect_err("it does not go on").code(), Code::DeadlineExceeded);
     }
 
     #[tokio::test]

@@ -10,8 +10,9 @@ use crate::name::Namespace;
 #[derive(Debug)]
 pub(super) struct Call {
     namespace: Option<String>,
+    lease: Option<String>,
     pid: i32,
-    _share: Share,
+    share: Share,
 }
 
 /// The process at the other end of a connection; 0 if that is not known.
@@ -20,15 +21,26 @@ pub(super) struct Peer(pub(super) i32);
 
 impl Call {
     pub(super) fn of<Q>(request: &Request<Q>) -> Self {
-        let namespace = request.metadata().get("containerd-namespace").and_then(|value| value.to_str().ok());
+        let text = |name: &str| request.metadata().get(name).and_then(|value| value.to_str().ok()).map(ToOwned::to_owned);
         let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
         let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
-        Self { namespace: namespace.map(ToOwned::to_owned), pid, _share: share }
+        let lease = text("containerd-lease").filter(|lease| !lease.is_empty());
+        Self { namespace: text("containerd-namespace"), lease, pid, share }
     }
 
     /// The client's process; 0 if that is not known.
     pub(super) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Gives back what the last message of its request's stream holds of the budget: it has been answered.
+    pub(super) fn answered(&self) {
+        self.share.release();
+    }
+
+    /// The lease that is to hold what the call creates.
+    pub(super) fn lease(&self) -> Option<String> {
+        self.lease.clone()
     }
 
     /// The namespace that it is about.

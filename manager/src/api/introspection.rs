@@ -2,9 +2,10 @@
 
 use std::borrow::Cow;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use containerd_client::google::rpc::Status as RpcStatus;
 use containerd_client::services::v1::{Plugin, PluginInfoRequest, PluginInfoResponse, PluginsRequest, PluginsResponse, ServerResponse};
 use containerd_client::types::Platform;
 use prost::Message as _;
@@ -15,6 +16,8 @@ use super::sandbox_controller::SANDBOX_CONTROLLER;
 use super::search::Filters;
 use crate::error::{Error, IoContext as _, Object, Result};
 use crate::filter::{Fields, Filter, text};
+use crate::settings::{Settings, Sharing};
+use crate::snapshots::{Snapshots, Snapshotter};
 use crate::tasks::Tasks;
 use crate::wire;
 
@@ -29,26 +32,65 @@ impl Fields for Plugin {
 }
 
 /// What containerd would call the parts of this daemon.
-fn all() -> Vec<Plugin> {
+fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
     let plugin = |kind: &str, id: &str| Plugin { r#type: kind.to_owned(), id: id.to_owned(), ..Plugin::default() };
-    let mut runtime = plugin(RUNTIME_TYPE, RUNTIME_ID);
+    let with = |mut plugin: Plugin, platforms: &[Platform], capabilities: &[&str], exports: &[(&str, String)]| {
+        plugin.platforms = platforms.to_vec();
+        plugin.capabilities = capabilities.iter().map(|capability| (*capability).to_owned()).collect();
+        plugin.exports = exports.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        plugin
+    };
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         other => other,
     };
-    runtime.platforms = vec![Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), ..Platform::default() }];
-    let mut plugins = vec![plugin("io.containerd.event.v1", "exchange"), plugin("io.containerd.metadata.v1", "sqlite"), runtime];
+    let platforms = [Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), ..Platform::default() }];
+    let sharing = match settings.sharing {
+        Sharing::Shared => "shared",
+        Sharing::Isolated => "isolated",
+    };
+    let collection = settings.collection;
+    let schedule = [
+        ("PauseThreshold", collection.pause_threshold.to_string()),
+        ("DeletionThreshold", collection.deletion_threshold.to_string()),
+        ("MutationThreshold", collection.mutation_threshold.to_string()),
+        ("ScheduleDelay", format!("{}ms", collection.schedule_delay.as_millis())),
+    ];
+    let folder = |path: PathBuf| [("root", path.to_string_lossy().into_owned())];
+    let mut plugins = vec![
+        with(plugin("io.containerd.content.v1", "content"), &[], &[], &folder(settings.content())),
+        plugin("io.containerd.event.v1", "exchange"),
+        with(plugin("io.containerd.gc.v1", "scheduler"), &[], &[], &schedule),
+        with(plugin("io.containerd.metadata.v1", "sqlite"), &[], &[], &[("policy", sharing.to_owned())]),
+        with(plugin(RUNTIME_TYPE, RUNTIME_ID), &platforms, &[], &[]),
+    ];
     plugins.extend([plugin("io.containerd.sandbox.store.v1", "local"), plugin("io.containerd.sandbox.controller.v1", SANDBOX_CONTROLLER)]);
+    for snapshotter in Snapshotter::ALL {
+        let capabilities: &[&str] = if snapshotter.can_rebase() { &["rebase"] } else { &[] };
+        let root = folder(snapshots.root_of(snapshotter));
+        let mut plugin = with(plugin("io.containerd.snapshotter.v1", snapshotter.name()), &platforms, capabilities, &root);
+        plugin.init_err = snapshots.unusable(snapshotter).map(|why| RpcStatus {
+            code: tonic::Code::FailedPrecondition.into(),
+            message: why.to_owned(),
+            details: Vec::new(),
+        });
+        plugins.push(plugin);
+    }
+    plugins.push(with(plugin("io.containerd.differ.v1", "walking"), &platforms, &[], &[]));
     let services = [
         "containers",
+        "content",
+        "diff",
         "events",
         "healthcheck",
+        "images",
         "introspection",
         "leases",
         "namespaces",
         "sandbox-controllers",
         "sandboxes",
+        "snapshots",
         "tasks",
         "version",
     ];
@@ -63,13 +105,15 @@ pub(crate) struct Introspection {
     /// The answer to `Server`; it stays the same as long as the store exists.
     pub(crate) uuid: String,
     pub(crate) tasks: Arc<Tasks>,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) snapshots: Snapshots,
     pub(crate) filters: Filters,
 }
 
 impl Introspection {
     pub(super) async fn plugins(self: Arc<Self>, _call: Call, request: PluginsRequest) -> Result<PluginsResponse> {
         let filter = Filter::parse(&request.filters)?;
-        Ok(PluginsResponse { plugins: self.filters.matching(&filter, all()).await? })
+        Ok(PluginsResponse { plugins: self.filters.matching(&filter, all(&self.settings, &self.snapshots)).await? })
     }
 
     pub(super) async fn server(self: Arc<Self>, _call: Call, _request: ()) -> Result<ServerResponse> {
@@ -79,7 +123,8 @@ impl Introspection {
     }
 
     pub(super) async fn plugin_info(self: Arc<Self>, _call: Call, request: PluginInfoRequest) -> Result<PluginInfoResponse> {
-        let found = all().into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
+        let found =
+            all(&self.settings, &self.snapshots).into_iter().find(|plugin| plugin.r#type == request.r#type && plugin.id == request.id);
         let plugin = found.ok_or_else(|| Error::NotFound(Object::Plugin { kind: request.r#type, id: request.id }))?;
         let mut extra = None;
         if let Some(options) = request.options.filter(|_| plugin.r#type == RUNTIME_TYPE) {

@@ -11,8 +11,11 @@ use containerd_client::services::v1::{
 use super::call::Call;
 use super::mask;
 use super::search::{Filters, Search};
+use crate::content::Digest;
 use crate::error::{Error, Object, Result};
 use crate::filter::{Fields, label, text};
+use crate::gate::Gate;
+use crate::gc::Collector;
 use crate::store::{Meta, Resource, Store, leases, namespaces, resources};
 use crate::{host, name, timestamp};
 
@@ -35,6 +38,8 @@ fn must_exist(db: &Meta<'_>, namespace: &str, id: &str) -> Result<()> {
 pub(crate) struct Leases {
     pub(crate) store: Store,
     pub(crate) filters: Filters,
+    pub(crate) gate: Gate,
+    pub(crate) collector: Arc<Collector>,
 }
 
 impl Leases {
@@ -61,15 +66,17 @@ impl Leases {
         Ok(CreateResponse { lease: Some(lease) })
     }
 
-    /// Nothing is collected yet when a lease goes, so whether that shall be waited for makes no difference.
     pub(super) async fn delete(self: Arc<Self>, call: Call, request: DeleteRequest) -> Result<()> {
         let namespace = call.namespace()?;
+        let pass = self.gate.enter().await?;
         self.store
             .remove(move |db| {
                 must_exist(db, namespace.as_str(), &request.id)?;
                 leases::remove(db, namespace.as_str(), &request.id).map(drop)
             })
-            .await
+            .await?;
+        drop(pass);
+        if request.sync { self.collector.collect().await } else { Ok(()) }
     }
 
     pub(super) async fn list(self: Arc<Self>, call: Call, request: ListRequest) -> Result<ListResponse> {
@@ -126,21 +133,10 @@ fn resource(resource: Option<WireResource>) -> Result<Resource> {
     if resource.id.is_empty() || resource.id.len() > MAX_RESOURCE_BYTES {
         return Err(Error::Invalid(format!("lease resource id of {} bytes", resource.id.len())));
     }
-    if resource.r#type == "content" && !is_digest(&resource.id) {
+    if resource.r#type == "content" && Digest::of(&resource.id).is_none() {
         return Err(Error::Invalid(format!("content resource id {:?} is not a digest", resource.id)));
     }
     Ok(Resource { kind: resource.r#type, id: resource.id })
-}
-
-/// Whether it is a name of content, of an algorithm that containerd knows.
-fn is_digest(id: &str) -> bool {
-    let digits = match id.split_once(':') {
-        Some(("sha256", digits)) if digits.len() == 64 => digits,
-        Some(("sha384", digits)) if digits.len() == 96 => digits,
-        Some(("sha512", digits)) if digits.len() == 128 => digits,
-        _ => return false,
-    };
-    digits.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// Clients make up ids that are no identifiers.

@@ -13,7 +13,7 @@ use super::mask;
 use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::name::{self, Namespace};
-use crate::store::{Store, containers, leases, namespaces, sandboxes};
+use crate::store::{Store, blobs, containers, images, leases, namespaces, sandboxes, snapshots};
 
 fn not_found(name: &str) -> Error {
     Error::NotFound(Object::Namespace(name.to_owned()))
@@ -80,7 +80,13 @@ impl Namespaces {
         let name = request.name.clone();
         self.store
             .remove(move |db| {
-                let kinds = [("containers", containers::is_empty(db, &name)?), ("sandboxes", sandboxes::is_empty(db, &name)?)];
+                let kinds = [
+                    ("images", images::is_empty(db, &name)?),
+                    ("blobs", blobs::is_empty(db, &name)?),
+                    ("snapshots", snapshots::is_empty(db, &name)?),
+                    ("containers", containers::is_empty(db, &name)?),
+                    ("sandboxes", sandboxes::is_empty(db, &name)?),
+                ];
                 let left: Vec<_> = kinds.into_iter().filter(|(_, is_empty)| !is_empty).map(|(kind, _)| kind).collect();
                 if !left.is_empty() {
                     let left = left.join(", ");

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio_stream::Stream;
 use tonic::body::Body;
 use tonic::server::Grpc;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_prost::ProstCodec;
 use tower_service::Service;
 
@@ -19,13 +19,17 @@ use super::body::{MESSAGE_BYTES, Metered};
 use super::call::Call;
 use super::calls::Calls;
 use super::containers::Containers;
+use super::content::ContentService;
+use super::diff::DiffService;
 use super::events::Events;
 use super::health::Health;
+use super::images::Images;
 use super::introspection::Introspection;
 use super::leases::Leases;
 use super::namespaces::Namespaces;
 use super::sandbox_controller::SandboxController;
 use super::sandboxes::Sandboxes;
+use super::snapshots::SnapshotService;
 use super::tasks::TaskService;
 use super::version::Version;
 use crate::error::{Error, Result};
@@ -45,8 +49,12 @@ pub(crate) struct Services {
     pub(crate) sandboxes: Arc<Sandboxes>,
     pub(crate) sandbox_controller: Arc<SandboxController>,
     pub(crate) events: Arc<Events>,
+    pub(crate) content: Arc<ContentService>,
+    pub(crate) images: Arc<Images>,
     pub(crate) namespaces: Arc<Namespaces>,
     pub(crate) leases: Arc<Leases>,
+    pub(crate) snapshots: Arc<SnapshotService>,
+    pub(crate) diff: Arc<DiffService>,
     pub(crate) introspection: Arc<Introspection>,
     pub(crate) version: Arc<Version>,
     pub(crate) health: Arc<Health>,
@@ -145,11 +153,50 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
         },
         "containerd.services.leases.v1.Leases" => match method {
             "Create" => incoming.change(&s.leases, Leases::create).await,
-            "Delete" => incoming.change(&s.leases, Leases::delete).await,
+            "Delete" => incoming.carry(&s.leases, Leases::delete).await,
             "List" => incoming.look(&s.leases, Leases::list).await,
             "AddResource" => incoming.change(&s.leases, Leases::add_resource).await,
             "DeleteResource" => incoming.change(&s.leases, Leases::delete_resource).await,
             "ListResources" => incoming.look(&s.leases, Leases::list_resources).await,
+            _ => unknown(path),
+        },
+        "containerd.services.snapshots.v1.Snapshots" => match method {
+            "Prepare" => incoming.carry(&s.snapshots, SnapshotService::prepare).await,
+            "View" => incoming.carry(&s.snapshots, SnapshotService::view).await,
+            "Mounts" => incoming.look(&s.snapshots, SnapshotService::mounts).await,
+            "Commit" => incoming.carry(&s.snapshots, SnapshotService::commit).await,
+            "Remove" => incoming.change(&s.snapshots, SnapshotService::remove).await,
+            "Stat" => incoming.look(&s.snapshots, SnapshotService::stat).await,
+            "Update" => incoming.change(&s.snapshots, SnapshotService::update).await,
+            "List" => incoming.stream(&s.snapshots, SnapshotService::list).await,
+            "Usage" => incoming.look(&s.snapshots, SnapshotService::usage).await,
+            "Cleanup" => incoming.carry(&s.snapshots, SnapshotService::cleanup).await,
+            _ => unknown(path),
+        },
+        "containerd.services.diff.v1.Diff" => match method {
+            // they end with their client; repeated after an upgrade, they give the same
+            "Apply" => incoming.park(&s.diff, DiffService::apply).await,
+            "Diff" => incoming.park(&s.diff, DiffService::diff).await,
+            _ => unknown(path),
+        },
+        "containerd.services.content.v1.Content" => match method {
+            "Info" => incoming.look(&s.content, ContentService::info).await,
+            "Update" => incoming.change(&s.content, ContentService::update).await,
+            "List" => incoming.stream(&s.content, ContentService::list).await,
+            "Delete" => incoming.change(&s.content, ContentService::delete).await,
+            "Read" => incoming.stream(&s.content, ContentService::read).await,
+            "Status" => incoming.look(&s.content, ContentService::status).await,
+            "ListStatuses" => incoming.look(&s.content, ContentService::list_statuses).await,
+            "Write" => incoming.duplex(&s.content, ContentService::write).await,
+            "Abort" => incoming.change(&s.content, ContentService::abort).await,
+            _ => unknown(path),
+        },
+        "containerd.services.images.v1.Images" => match method {
+            "Get" => incoming.look(&s.images, Images::get).await,
+            "List" => incoming.look(&s.images, Images::list).await,
+            "Create" => incoming.change(&s.images, Images::create).await,
+            "Update" => incoming.change(&s.images, Images::update).await,
+            "Delete" => incoming.carry(&s.images, Images::delete).await,
             _ => unknown(path),
         },
         "containerd.services.introspection.v1.Introspection" => match method {
@@ -281,6 +328,21 @@ impl Incoming {
     {
         let service = Arc::clone(service);
         Ok(grpc().server_streaming(Handler { service, handler, finish: |call| call }, self.request).await)
+    }
+
+    /// A call whose request is a stream too. Its handler passes the gate with each step, and continues as long as it holds the stream.
+    async fn duplex<S, Q, A, T, H, F>(mut self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        T: Stream<Item = Result<A, Status>> + Send + 'static,
+        H: FnMut(Arc<S>, Call, Streaming<Q>) -> F + Send + Sync,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        self.request.body_mut().allow_many();
+        let service = Arc::clone(service);
+        Ok(grpc().streaming(Handler { service, handler, finish: |call| call }, self.request).await)
     }
 
     /// The same, that begins once no other process is about to take over: what it begins is handed over with the others.

@@ -24,7 +24,7 @@ use crate::pools::Pool;
 use crate::store::{Meta, Store, Wanted};
 
 /// Reads objects of a namespace that follow an id and have one of the labels, up to about this many bytes.
-type Page<M> = fn(&Meta<'_>, &str, &str, Option<&[Wanted]>, usize) -> Result<Vec<M>>;
+type Page<M> = Arc<dyn Fn(&Meta<'_>, &str, &str, Option<&[Wanted]>, usize) -> Result<Vec<M>> + Send + Sync>;
 
 /// A list in progress.
 pub(super) struct Search<M> {
@@ -51,7 +51,7 @@ impl<M: Message + Fields + 'static> Search<M> {
         filters: &Filters,
         namespace: Namespace,
         conditions: &[String],
-        page: Page<M>,
+        page: impl Fn(&Meta<'_>, &str, &str, Option<&[Wanted]>, usize) -> Result<Vec<M>> + Send + Sync + 'static,
         id: fn(&M) -> &String,
     ) -> Result<Self> {
         let filter = Filter::parse(conditions)?;
@@ -62,7 +62,7 @@ impl<M: Message + Fields + 'static> Search<M> {
             namespace,
             filter,
             wanted,
-            page,
+            page: Arc::new(page),
             id,
             after: String::new(),
             left: FILTERING,
@@ -82,6 +82,30 @@ impl<M: Message + Fields + 'static> Search<M> {
             all.extend(found);
         }
         Ok(all)
+    }
+
+    /// Page by page, as fast as they are read; none is empty.
+    ///
+    /// Errors: what went wrong before the first.
+    pub(super) async fn pages(mut self) -> Result<impl Stream<Item = Result<Vec<M>>>> {
+        let mut next = self.next().await?;
+        let (send, found) = mpsc::channel(1);
+        tokio::spawn(async move {
+            while let Some(page) = next {
+                if !page.is_empty() && send.send(Ok(page)).await.is_err() {
+                    return;
+                }
+                next = match self.next().await {
+                    Ok(next) => next,
+                    Err(error) => {
+                        // the client may have disconnected
+                        let _ = send.send(Err(error)).await;
+                        return;
+                    }
+                };
+            }
+        });
+        Ok(ReceiverStream::new(found))
     }
 
     /// One after the other, as fast as they are read.
@@ -112,7 +136,7 @@ impl<M: Message + Fields + 'static> Search<M> {
 
     /// The matching objects of the next page; none after the last page.
     async fn next(&mut self) -> Result<Option<Vec<M>>> {
-        let (page, namespace, after, wanted) = (self.page, self.namespace.clone(), self.after.clone(), self.wanted.clone());
+        let (page, namespace, after, wanted) = (Arc::clone(&self.page), self.namespace.clone(), self.after.clone(), self.wanted.clone());
         let found = self.store.read(move |db| page(db, namespace.as_str(), &after, wanted.as_deref(), PAGE_BYTES)).await?;
         let Some(last) = found.last() else { return Ok(None) };
         self.after = (self.id)(last).clone();

@@ -37,6 +37,7 @@ pub(crate) enum Course {
 /// A connection that was accepted before another process took over has its first call answered before it gets GOAWAY: a client that is still
 /// connecting, as gRPC's own is until it has received the server's settings, would take that for a failure to connect.
 pub(crate) async fn serve(listener: UnixListener, services: Arc<Services>, limits: Limits, mut course: watch::Receiver<Course>) {
+    let gate = services.gate.clone();
     let (places, budget) = (Arc::new(Semaphore::new(limits.connections)), Budget::default());
     let mut connections = JoinSet::new();
     loop {
@@ -63,8 +64,15 @@ pub(crate) async fn serve(listener: UnixListener, services: Arc<Services>, limit
         }
     }
     drop(listener);
-    let all = async { while connections.join_next().await.is_some() {} };
-    if tokio::time::timeout(LAST_CALLS, all).await.is_err() {
+    let mut all = std::pin::pin!(async { while connections.join_next().await.is_some() {} });
+    let in_time = tokio::time::timeout(LAST_CALLS, all.as_mut()).await.is_ok();
+    if !in_time {
+        let is_succeeded = *course.borrow() == Course::Yields;
+        if is_succeeded {
+            let _ = tokio::time::timeout(LAST_STREAMS, gate.streamed()).await;
+            // for their last answers
+            let _ = tokio::time::timeout(LAST_ANSWERS, all).await;
+        }
         debug!("calls in flight were cut off");
     }
 }
@@ -133,6 +141,10 @@ const UNREAD_BYTES: u32 = 64 << 10;
 const MAX_UNREAD_BYTES: u32 = 2 * 256 * MAX_STREAMS;
 /// Calls in flight may take that long to end when this process does.
 pub(crate) const LAST_CALLS: Duration = Duration::from_secs(15);
+/// The same for streams that go on through this process when another serves: a client that writes or reads content would not begin again.
+const LAST_STREAMS: Duration = Duration::from_secs(60 * 60);
+/// For a client to read what was answered last.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// For the first call of a connection, once another process serves.
 const FIRST_CALL: Duration = Duration::from_secs(3);
 /// After a failed accept.

@@ -25,7 +25,9 @@ impl Fields for Envelope {
 }
 
 fn of_event<'a>(name: &str, message: &'a [u8], path: &[&str]) -> Option<Cow<'a, str>> {
-    let (_, fields) = EVENTS.iter().find(|(names, _)| names.iter().any(|known| name.strip_prefix("containerd.events.") == Some(known)))?;
+    // containerd's own for images are in the package of their service
+    let name = ["containerd.events.", "containerd.services.images.v1."].iter().find_map(|package| name.strip_prefix(package))?;
+    let (_, fields) = EVENTS.iter().find(|(names, _)| names.contains(&name))?;
     let (first, rest) = path.split_first()?;
     if *first == "labels" {
         let (_, numbers) = fields.iter().find(|(field, _)| *field == "labels")?;
@@ -97,6 +99,7 @@ const EVENTS: &[(&[&str], &[Field])] = &[
 #[cfg(test)]
 mod tests {
     use containerd_client::events::{ContainerCreate, NamespaceCreate, TaskCreate, TaskIo, container_create::Runtime};
+    use containerd_client::services::v1::ImageCreate;
     use prost::{Message, Name};
     use prost_types::Any;
 
@@ -124,6 +127,9 @@ mod tests {
         let runtime = Some(Runtime { name: "r".into(), options: None });
         let create = envelope(&ContainerCreate { id: "c".into(), runtime, ..ContainerCreate::default() });
         assert_eq!(create.field(&["event", "runtime", "name"]).as_deref(), Some("r"));
+        let create = envelope(&ImageCreate { name: "i".into(), labels: [("a".to_owned(), "x".to_owned())].into() });
+        assert_eq!(create.field(&["event", "name"]).as_deref(), Some("i"));
+        assert_eq!(create.field(&["event", "labels", "a"]).as_deref(), Some("x"));
         let labels = [("a.b".to_owned(), "x".to_owned()), ("empty".to_owned(), String::new())].into();
         let create = envelope(&NamespaceCreate { name: "n".into(), labels });
         assert_eq!(create.field(&["event", "labels", "a", "b"]).as_deref(), Some("x"));

@@ -4,12 +4,13 @@
 
 use std::collections::HashMap;
 
-use containerd_client::services::v1::{Container, Lease, Namespace};
+use containerd_client::services::v1::{Container, Image, Info as Content, Lease, Namespace};
 use containerd_client::types::Sandbox;
 use prost::Message;
 use rusqlite::{Connection, params};
 
-use super::Doing as _;
+use super::edges::References;
+use super::{Doing as _, Resource};
 use crate::error::Result;
 
 /// An object with labels.
@@ -18,20 +19,42 @@ pub(super) trait Labelled: Message + Default + Clone {
     const KIND: &'static str;
     /// Its labels.
     fn labels(&mut self) -> &mut HashMap<String, String>;
+    /// What it refers to; none if its edges are not written with it.
+    fn references(&self) -> Option<References>;
 }
 
 macro_rules! labelled {
-    ($($object:ty: $kind:literal),*) => {
+    ($($object:ty: $kind:literal, $references:expr;)*) => {
         $(impl Labelled for $object {
             const KIND: &'static str = $kind;
             fn labels(&mut self) -> &mut HashMap<String, String> {
                 &mut self.labels
             }
+            fn references(&self) -> Option<References> {
+                let references: fn(&Self) -> Option<References> = $references;
+                references(self)
+            }
         })*
     };
 }
 
-labelled!(Container: "containers", Lease: "leases", Namespace: "namespaces", Sandbox: "sandboxes");
+labelled! {
+    Container: "containers", |container| Some(of_container(container));
+    Content: "content", |content| Some(References::in_labels(&content.labels));
+    Image: "images", |image| Some(References::in_labels(&image.labels));
+    Lease: "leases", |_| None;
+    Namespace: "namespaces", |_| None;
+    Sandbox: "sandboxes", |sandbox| Some(References::in_labels(&sandbox.labels));
+}
+
+fn of_container(container: &Container) -> References {
+    let mut references = References::in_labels(&container.labels);
+    if !container.snapshotter.is_empty() && !container.snapshot_key.is_empty() {
+        let kind = format!("snapshots/{}", container.snapshotter);
+        references.to.push(Resource { kind, id: container.snapshot_key.clone() });
+    }
+    references
+}
 
 /// A label that an object must have.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

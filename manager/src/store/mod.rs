@@ -13,13 +13,16 @@
 //! on the disk as well: see `leave_mark`. No statement reaches the wrong file, and no read changes anything: a job gets its file as a type of
 //! its own, [`Meta`] or [`Notes`], and exclusively only if it may change it.
 
+mod edges;
 mod facts;
+pub(crate) mod garbage;
 mod labels;
 mod objects;
 mod processes;
 mod queue;
 mod reserve;
 mod schema;
+pub(crate) mod snapshots;
 mod upkeep;
 
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -27,13 +30,15 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
+use tokio::sync::watch;
 
 pub(crate) use facts::{new_boot, restarts, uuid};
+pub(crate) use garbage::{Node, Swept};
 pub(crate) use labels::Wanted;
-pub(crate) use objects::{Resource, containers, leases, namespaces, resources, sandboxes};
+pub(crate) use objects::{Resource, blobs, containers, images, leases, namespaces, resources, sandboxes};
 pub(crate) use processes::{Exit, Kind, ended, execs, exits};
 pub(crate) use queue::Load;
-pub(crate) use upkeep::{Aside, backup, check, rehearse};
+pub(crate) use upkeep::{Aside, backup, check, rehearse, sizes};
 
 use crate::error::{Error, IoContext as _, Result};
 use queue::Queue;
@@ -47,6 +52,16 @@ pub(crate) struct Store {
     reader: Queue,
     notes: Queue,
     reserve: Reserve,
+    changes: watch::Sender<Changes>,
+}
+
+/// How often the metadata was changed since this process began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Changes {
+    /// Changes of any kind.
+    pub(crate) all: u64,
+    /// Those that may have left garbage.
+    pub(crate) removals: u64,
 }
 
 /// Where the store is.
@@ -77,9 +92,7 @@ impl Store {
         // from here on the WAL is checkpointed between jobs, when no caller waits for it
         meta.pragma_update(None, "wal_autocheckpoint", 0).on_store(&files.meta, "set up")?;
         leave_mark(&meta);
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let reader = Connection::open_with_flags(&files.meta, flags).on_store(&files.meta, "open")?;
-        schema::set_up(&reader).on_store(&files.meta, "set up")?;
+        let reader = open_to_read(&files.meta)?;
         let reserve = Reserve::beside(&files.meta);
         reserve.keep();
         let log = with_suffix(&files.meta, "-wal");
@@ -94,6 +107,7 @@ impl Store {
             reader: Queue::start("store-reader", &files.meta, reader, |_| {})?,
             notes: Queue::start("notes", &files.notes, notes, |_| {})?,
             reserve,
+            changes: watch::Sender::default(),
         })
     }
 
@@ -102,11 +116,22 @@ impl Store {
         self.reader.run(|connection| look(connection, |db| job(&Meta(db)))).await
     }
 
+    /// Reads with a connection and a thread of its own: for what takes long, so that other reads do not wait for it.
+    pub(crate) async fn read_beside<T: Send + 'static>(&self, job: impl FnOnce(&Meta<'_>) -> Result<T> + Send + 'static) -> Result<T> {
+        let path = self.files.meta.clone();
+        let read = move || {
+            let mut connection = open_to_read(&path)?;
+            look(&mut connection, |db| job(&Meta(db))).map_err(|error| named(error, &path))
+        };
+        tokio::task::spawn_blocking(read).await.map_err(|source| Error::Panicked { what: "a long read", source })?
+    }
+
     /// Makes a change that survives everything but the loss of the disk.
     ///
     /// Errors: nothing has changed.
     pub(crate) async fn write<T: Send + 'static>(&self, job: impl FnOnce(&mut Meta<'_>) -> Result<T> + Send + 'static) -> Result<T> {
-        self.writer
+        let written = self
+            .writer
             .run(|connection| {
                 let result = durably(connection, job);
                 if is_full(&result) {
@@ -115,13 +140,41 @@ impl Store {
                 }
                 result
             })
-            .await
+            .await;
+        if written.is_ok() {
+            self.changes.send_modify(|changes| changes.all += 1);
+        }
+        written
+    }
+
+    /// How often it was changed.
+    pub(crate) fn changes(&self) -> watch::Receiver<Changes> {
+        self.changes.subscribe()
+    }
+
+    /// Counts a change that may have left garbage, though it was no removal.
+    pub(crate) fn changed_like_a_removal(&self) {
+        self.changes.send_modify(|changes| changes.removals += 1);
     }
 
     /// The same for removals: on a full disk they can use the reserve.
     ///
     /// Errors: nothing has changed.
     pub(crate) async fn remove<T: Send + 'static>(&self, job: impl Fn(&mut Meta<'_>) -> Result<T> + Send + 'static) -> Result<T> {
+        let removed = self.sweep(job).await;
+        if removed.is_ok() {
+            self.changes.send_modify(|changes| {
+                changes.all += 1;
+                changes.removals += 1;
+            });
+        }
+        removed
+    }
+
+    /// The same for what is removed because nothing refers to it.
+    ///
+    /// Errors: nothing has changed.
+    pub(crate) async fn sweep<T: Send + 'static>(&self, job: impl Fn(&mut Meta<'_>) -> Result<T> + Send + 'static) -> Result<T> {
         let reserve = self.reserve.clone();
         self.writer
             .run(move |connection| {
@@ -178,6 +231,14 @@ impl Store {
             [("meta", self.files.meta.clone()), ("log", with_suffix(&self.files.meta, "-wal")), ("notes", self.files.notes.clone())];
         files.into_iter().filter_map(|(name, path)| Some((name, fs::metadata(path).ok()?.len()))).collect()
     }
+}
+
+/// Opens a file of the store that is there.
+fn open_to_read(path: &Path) -> Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let reader = Connection::open_with_flags(path, flags).on_store(path, "open")?;
+    schema::set_up(&reader).on_store(path, "set up")?;
+    Ok(reader)
 }
 
 /// Opens a file of the store, or makes it.

@@ -3,12 +3,14 @@
 //! Each object is stored as its protobuf message; its labels have a table of their own, and any in a record of an earlier version do not count.
 //! These functions enforce no rules; the services do.
 
-use containerd_client::services::v1::{Container, Lease};
+use std::collections::HashMap;
+
+use containerd_client::services::v1::{Container, Image, Info as Content, Lease};
 use containerd_client::types::Sandbox;
 use rusqlite::{OptionalExtension as _, params, params_from_iter};
 
 use super::labels::{self, Labelled, Wanted};
-use super::{Doing as _, Meta};
+use super::{Doing as _, Meta, edges};
 use crate::error::{Error, Result};
 use crate::timestamp;
 
@@ -52,6 +54,9 @@ fn page<M: Labelled>(db: &Meta<'_>, namespace: &str, after: &str, wanted: Option
 /// Inserts, or replaces what has that id.
 fn put<M: Labelled>(db: &mut Meta<'_>, namespace: &str, id: &str, object: &M) -> Result<()> {
     let mut object = object.clone();
+    if let Some(references) = object.references() {
+        edges::set(db.0, M::KIND, namespace, id, &references)?;
+    }
     labels::set(db.0, M::KIND, namespace, id, &std::mem::take(object.labels()))?;
     let sql = format!(
         "INSERT INTO {} (namespace, id, record) VALUES (?, ?, ?) ON CONFLICT (namespace, id) DO UPDATE SET record = excluded.record",
@@ -122,6 +127,48 @@ kind!(containers, Container, {
         super::page(db, namespace, "", Some(&[Wanted { key: key.to_owned(), value: None }]), usize::MAX)
     }
 });
+kind!(blobs, Content, {
+    /// Whether the namespace has none.
+    pub(crate) fn is_empty(db: &Meta<'_>, namespace: &str) -> Result<bool> {
+        super::is_empty::<Content>(db, namespace)
+    }
+
+    /// Whether any namespace has it.
+    pub(crate) fn is_anywhere(db: &Meta<'_>, digest: &str) -> Result<bool> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM content WHERE id = ?)";
+        db.0.prepare_cached(sql).and_then(|mut select| select.query_row([digest], |row| row.get(0))).doing("read")
+    }
+
+    /// What a namespace knows of it that gives it to others: any, or one with the label for that.
+    pub(crate) fn elsewhere(db: &Meta<'_>, digest: &str, any: bool) -> Result<Option<Content>> {
+        let sql = "SELECT namespace FROM content WHERE id = ?1 AND (?2 OR namespace IN (
+                SELECT id FROM labels WHERE namespace = '' AND kind = 'namespaces' AND key = 'containerd.io/namespace.shareable' AND value = 'true'
+            )) LIMIT 1";
+        let mut select = db.0.prepare_cached(sql).doing("prepare")?;
+        let namespace: Option<String> = select.query_row(params![digest, any], |row| row.get(0)).optional().doing("read")?;
+        namespace.map_or(Ok(None), |namespace| get(db, &namespace, digest))
+    }
+});
+kind!(images, Image, {
+    /// Whether the namespace has none.
+    pub(crate) fn is_empty(db: &Meta<'_>, namespace: &str) -> Result<bool> {
+        super::is_empty::<Image>(db, namespace)
+    }
+
+    /// Records what an image leads to, and when it expires.
+    pub(crate) fn note_target(db: &mut Meta<'_>, namespace: &str, image: &Image) -> Result<()> {
+        let target = image.target.as_ref().map(|target| target.digest.as_str()).unwrap_or_default();
+        let mut update =
+            db.0.prepare_cached("UPDATE images SET target = ?, expires = ? WHERE namespace = ? AND id = ?").doing("prepare")?;
+        update.execute(params![target, expiry(&image.labels), namespace, image.name]).doing("write").map(drop)
+    }
+
+    /// Whether any has expired.
+    pub(crate) fn have_expired(db: &Meta<'_>, now: i64) -> Result<bool> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM images WHERE expires <= ?)";
+        db.0.prepare_cached(sql).and_then(|mut select| select.query_row([now], |row| row.get(0))).doing("read")
+    }
+});
 kind!(sandboxes, Sandbox, {
     /// Whether the namespace has none.
     pub(crate) fn is_empty(db: &Meta<'_>, namespace: &str) -> Result<bool> {
@@ -131,7 +178,7 @@ kind!(sandboxes, Sandbox, {
 kind!(leases, Lease, {
     /// When a lease expires, from its label; without a valid label it never does.
     pub(in crate::store) fn expiry(lease: &Lease) -> Option<i64> {
-        lease.labels.get(EXPIRE).and_then(|text| text.parse().ok()).map(|at| timestamp::to_nanos(&at))
+        super::expiry(&lease.labels)
     }
 
     /// Records when a lease expires.
@@ -157,7 +204,12 @@ kind!(leases, Lease, {
     }
 });
 
-/// The label with the expiry of a lease.
+/// When an object expires, from its label; without a valid label it never does.
+fn expiry(labels: &HashMap<String, String>) -> Option<i64> {
+    labels.get(EXPIRE).and_then(|text| text.parse().ok()).map(|at| timestamp::to_nanos(&at))
+}
+
+/// The label with the expiry of a lease or an image.
 const EXPIRE: &str = "containerd.io/gc.expire";
 
 pub(crate) mod namespaces {
@@ -235,6 +287,12 @@ pub(crate) mod resources {
         let mut insert = db.0.prepare_cached(sql).doing("prepare")?;
         insert.execute([namespace, lease, &resource.kind, &resource.id]).doing("write")?;
         Ok(())
+    }
+
+    /// Whether any lease holds it.
+    pub(crate) fn is_leased(db: &Meta<'_>, namespace: &str, kind: &str, id: &str) -> Result<bool> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM edges WHERE namespace = ? AND from_type = 'leases' AND to_type = ? AND to_id = ?)";
+        db.0.prepare_cached(sql).and_then(|mut select| select.query_row([namespace, kind, id], |row| row.get(0))).doing("read")
     }
 
     /// Removes one, if it exists.

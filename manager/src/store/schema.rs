@@ -1,5 +1,7 @@
 //! The tables of the store, and the way from each older version to the newest.
 
+mod images;
+
 use std::path::Path;
 use std::time::Duration;
 
@@ -98,7 +100,8 @@ fn run(db: &Connection, sql: &str) -> Result<()> {
 ///
 /// `record` holds the object as the API has it, in protobuf, whose labels do not count; what is looked up by has a column of its own.
 /// `facts` are about the store itself: whose it is (`uuid`).
-pub(super) const META: Schema = Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry, labels_apart, sandboxes] }; // xmgr
+pub(super) const META: Schema =
+    Schema { application_id: 0x786d_6772, migrations: &[first, edges_and_expiry, labels_apart, sandboxes, images::images] }; // xmgr
 
 /// Data that does not: see `processes.rs`.
 ///

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use containerd_client::services::v1::{Container, Lease, Namespace};
+use containerd_client::services::v1::{Container, Image, Info, Lease, Namespace};
 use containerd_client::types::Sandbox;
 use prost::Message;
 use rusqlite::backup::Backup;
@@ -158,7 +158,7 @@ pub(crate) fn check(path: &Path) -> Result<Vec<String>> {
         "SELECT 'an edge starts from lease ' || from_id || ' in namespace ' || namespace || ', which does not exist' FROM edges
          WHERE from_type = 'leases' AND (namespace, from_id) NOT IN (SELECT namespace, id FROM leases)",
     )?);
-    let in_namespaces = ["containers", "leases", "sandboxes"];
+    let in_namespaces = ["containers", "content", "images", "leases", "sandboxes"];
     let labelled = in_namespaces.map(|table| (table, "namespace", "id")).into_iter().chain([("namespaces", "''", "name")]);
     for (table, namespace, id) in labelled {
         wrong.extend(sentences(&format!(
@@ -166,17 +166,53 @@ pub(crate) fn check(path: &Path) -> Result<Vec<String>> {
              WHERE kind = '{table}' AND (namespace, id) NOT IN (SELECT {namespace}, {id} FROM {table})"
         ))?);
     }
-    for table in in_namespaces {
+    wrong.extend(sentences(
+        "SELECT DISTINCT 'there are labels of snapshot ' || id || ' in namespace ' || namespace || ', which does not exist' FROM labels
+         WHERE kind GLOB 'snapshots/*'
+           AND (namespace, kind, id) NOT IN (SELECT namespace, 'snapshots/' || snapshotter, key FROM snapshots)",
+    )?);
+    for table in ["edges", "back_edges"] {
         wrong.extend(sentences(&format!(
-            "SELECT '{table} ' || id || ' is in namespace ' || namespace || ', which does not exist' FROM {table}
+            "SELECT DISTINCT 'an edge starts from ' || from_type || ' ' || from_id || ' in namespace ' || namespace || ', which does not exist' FROM {table}
+             WHERE from_type <> 'leases' AND (namespace, from_type, from_id) NOT IN (
+                 SELECT namespace, 'containers', id FROM containers UNION SELECT namespace, 'content', id FROM content
+                 UNION SELECT namespace, 'images', id FROM images UNION SELECT namespace, 'sandboxes', id FROM sandboxes
+                 UNION SELECT namespace, 'snapshots/' || snapshotter, key FROM snapshots
+             )"
+        ))?);
+    }
+    wrong.extend(sentences(
+        "SELECT 'snapshot ' || child.key || ' in namespace ' || child.namespace || ' has no parent of its own kind' FROM snapshots child
+         LEFT JOIN snapshots parent ON parent.id = child.parent WHERE child.parent IS NOT NULL
+           AND (parent.namespace, parent.snapshotter) IS NOT (child.namespace, child.snapshotter)",
+    )?);
+    for table in in_namespaces.into_iter().chain(["snapshots"]) {
+        let name = if table == "snapshots" { "key" } else { "id" };
+        wrong.extend(sentences(&format!(
+            "SELECT '{table} ' || {name} || ' is in namespace ' || namespace || ', which does not exist' FROM {table}
              WHERE namespace NOT IN (SELECT name FROM namespaces)"
         ))?);
     }
     records::<Namespace>(&store, "SELECT 'namespace ' || name, record FROM namespaces", &mut wrong)?;
     records::<Container>(&store, "SELECT 'container ' || id || ' in ' || namespace, record FROM containers", &mut wrong)?;
     records::<Sandbox>(&store, "SELECT 'sandbox ' || id || ' in ' || namespace, record FROM sandboxes", &mut wrong)?;
+    records::<Info>(&store, "SELECT 'content ' || id || ' in ' || namespace, record FROM content", &mut wrong)?;
+    records::<Image>(&store, "SELECT 'image ' || id || ' in ' || namespace, record FROM images", &mut wrong)?;
     records::<Lease>(&store, "SELECT 'lease ' || id || ' in ' || namespace, record FROM leases", &mut wrong)?;
     Ok(wrong)
+}
+
+/// Digests and sizes of all content of the store at `path`, each once.
+pub(crate) fn sizes(path: &Path) -> Result<Vec<(String, i64)>> {
+    let store = open(path)?;
+    if schema::META.check(&store, path)? != schema::META.newest() {
+        return Ok(Vec::new());
+    }
+    let mut select = store.prepare("SELECT id, record FROM content GROUP BY id").on_store(path, "check")?;
+    let rows = select.query_map([], |row| Ok((row.get(0)?, row.get::<_, Vec<u8>>(1)?))).on_store(path, "check")?;
+    let rows = rows.collect::<rusqlite::Result<Vec<_>>>().on_store(path, "check")?;
+    // one that cannot be read was reported as such
+    Ok(rows.into_iter().filter_map(|(id, record)| Some((id, Info::decode(&*record).ok()?.size))).collect())
 }
 
 fn records<M: Message + Default>(store: &Connection, sql: &str, wrong: &mut Vec<String>) -> Result<()> {
@@ -288,11 +324,16 @@ mod tests {
         let other = Connection::open(&path).expect("a store");
         other
             .execute_batch(
-                "INSERT INTO containers VALUES ('nowhere', 'c1', x'ff');
+                "PRAGMA foreign_keys = OFF;
+                 INSERT INTO content VALUES ('one', 'sha256:0', x'ff');
+                 INSERT INTO images VALUES ('nowhere', 'i1', x'', '', NULL);
+                 INSERT INTO snapshots VALUES (7, 'one', 'overlayfs', 'k1', 6, 3, 1, 1, NULL, NULL);
+                 INSERT INTO back_edges VALUES ('one', 'content', 'none', 'images', 'x');
+                 INSERT INTO containers VALUES ('nowhere', 'c1', x'ff');
                  INSERT INTO sandboxes VALUES ('nowhere', 's1', x'ff');
                  INSERT INTO edges VALUES ('one', 'leases', 'none', 'content', 'x');
                  INSERT INTO labels VALUES ('one', 'containers', 'none', 'a', 'b'), ('', 'namespaces', 'none', 'a', 'b'),
-                                           ('one', 'sandboxes', 'none', 'a', 'b')",
+                                           ('one', 'sandboxes', 'none', 'a', 'b'), ('one', 'snapshots/overlayfs', 'none', 'a', 'b')",
             )
             .expect("damage");
         drop(other);
@@ -304,6 +345,11 @@ mod tests {
             "containers c1 is in namespace nowhere",
             "container c1 in nowhere cannot be read",
             "there are labels of sandboxes none in namespace one, which does not exist",
+            "content sha256:0 in one cannot be read",
+            "images i1 is in namespace nowhere",
+            "snapshot k1 in namespace one has no parent of its own kind",
+            "an edge starts from content none in namespace one, which does not exist",
+            "there are labels of snapshot none in namespace one, which does not exist",
             "sandboxes s1 is in namespace nowhere",
             "sandbox s1 in nowhere cannot be read",
         ] {

@@ -5,3 +5,4 @@
 pub(crate) mod children;
 pub(crate) mod descriptors;
 pub(crate) mod memory;
+pub(crate) mod writeback;

@@ -6,7 +6,7 @@
 //!  keeper has the pod ─▶ keeper: DeletePod ─┬─ done ──────────────────────────────────────────────▶ files
 //!                                           └─ fails, or no answer ─▶ keeper killed ─┐
 //!  keeper silent ────────────────────────────────────────────────── keeper killed ───┤
-//!  keeper dead ──────────────────────────────────────────────────────────────────────┴▶ containers, by their journals ─▶ files, cgroups, sockets
+//!  keeper dead ──────────────────────────────────────────────────────────────────────┴▶ containers, by their journals ─▶ cgroups, files, sockets
 //! ```
 //!
 //! The keeper is found by the pod's name, which is its group's: asking all keepers of a host takes long.
@@ -22,11 +22,12 @@ use nix::libc;
 
 use super::delete::{KEEPER_WITHIN, UNKNOWN_STATUS, WITHIN, ask_worker, now_nanos, recorded_place, remove_stale};
 use super::manual_cleanup::{self, Leftovers};
-use super::{Error, wait};
+use super::{Error, native_cleanup, wait};
 use crate::handover::{ControlRequest, POD_KEY, Snapshot};
 use crate::invocation::Flags;
 use crate::journal::{self, Journal, RecordedExit};
 use crate::journal_body::JournalBody;
+use crate::pod_folder::Slice;
 use crate::run_dir::RunDir;
 use crate::{control, pod_folder, sys};
 
@@ -53,9 +54,15 @@ pub(super) fn delete(flags: &Flags, bundle: &Path, begun: Instant) -> Result<Opt
     }
     delete_containers(flags, bundle, deadline)?;
     let leftovers = pod_folder::Leftovers::blocking_read(bundle);
+    leftovers.blocking_remove_cgroups();
+    if let Some(slice) = leftovers.slice.filter(Slice::blocking_is_empty)
+        && let Some(complaint) = native_cleanup::stop_unit(&slice.name, deadline)
+    {
+        eprintln!("containerd-shim-x-v2: delete {}: {complaint}", flags.id);
+    }
+    // Last: a second run finds in it what this one has not come to.
     let removed = pod_folder::blocking_remove(bundle);
     removed.map_err(|source| Error::Io { op: "remove", path: bundle.join(pod_folder::FOLDER), source })?;
-    leftovers.blocking_remove_cgroups();
     if let Some(place) = recorded_place(&control, bundle).filter(|place| place.socket.exists() || place.control.exists()) {
         remove_stale(&place);
     }

@@ -54,8 +54,8 @@ fn is_empty_soon(engine: &NativeEngine) -> bool {
     true
 }
 
-/// Stops the unit of systemd's that the cgroup is of. Returns why it was not.
-fn stop_unit(unit: &str, deadline: Instant) -> Option<String> {
+/// Stops a unit of systemd's, of which a cgroup is. Returns why it was not.
+pub(super) fn stop_unit(unit: &str, deadline: Instant) -> Option<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build();
     let stop = async {
         let manager = Manager::connect().await.map_err(|error| chain(&error))?;

@@ -234,6 +234,10 @@ pub(crate) struct Perform {
     /// The process gets a terminal, which the keeper takes over, and not the streams of its key.
     #[n(4)]
     pub(crate) terminal: bool,
+    /// The pid of the init that has started, for hooks that follow its start: it may have exited by now. Absent from a worker of an earlier version, whose hooks
+    /// are not run then.
+    #[n(5)]
+    pub(crate) pid: Option<u32>,
 }
 
 /// What a plan is for.

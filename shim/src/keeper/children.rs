@@ -9,6 +9,8 @@
 //!                   └▶ exited unclaimed: left a zombie while an operation may still report its pid, then reaped
 //! ```
 mod helper;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -197,10 +199,17 @@ impl Children {
     }
 
     fn fork(&self, order: &Perform, streams: &mut Streams) -> io::Result<Forked> {
-        let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
-        let stream = |stream, streams: &mut Streams| {
+        let mut null = None::<OwnedFd>;
+        let mut stream = |stream, streams: &mut Streams| {
             let end = if order.terminal || !order.kind.has_streams() { None } else { streams.take_process_end(&order.key, stream) };
-            end.map_or_else(null, Ok)
+            match (end, &null) {
+                (Some(end), _) => Ok(end),
+                (None, Some(null)) => null.try_clone(),
+                (None, None) => {
+                    let file = File::options().read(true).write(true).open("/dev/null")?;
+                    null.insert(file.into()).try_clone()
+                }
+            }
         };
         let stdio = [stream(Stream::Stdin, streams)?, stream(Stream::Stdout, streams)?, stream(Stream::Stderr, streams)?];
         let (report, theirs) = Capture::new()?;
@@ -216,8 +225,10 @@ impl Children {
                 perform::fork_after(home, || perform::exec(plan, init, descriptors))?
             }
             PlanKind::Poststart => {
-                let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;
-                perform::fork_after(home, || perform::poststart(plan, init, descriptors))?
+                let claimed = self.claimed(&order.init).map(|(init, _)| init);
+                let init = claimed.or(order.pid).ok_or(Errno::ESRCH)?;
+                let has_exited = claimed.is_none_or(|init| matches!(sys::process::peek(Some(init)), Ok(Some(_))));
+                perform::fork_after(home, || perform::poststart(plan, init, has_exited, descriptors))?
             }
             PlanKind::Checkpoint => {
                 let (init, _) = self.claimed(&order.init).ok_or(Errno::ESRCH)?;

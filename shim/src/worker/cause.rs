@@ -55,6 +55,8 @@ pub(crate) mod step {
     pub(crate) const LEAVE_POD: Step = 28;
     /// Comes before the return from a pod's namespaces after a failed start.
     pub(crate) const UNDO_POD: Step = 29;
+    /// Shows that the keeper has the record of what a pod makes on the host.
+    pub(crate) const POD_RECORDED: Step = 30;
 
     /// The steps of the work on one of several containers.
     pub(crate) const PER_PART: Step = 64;
@@ -95,6 +97,13 @@ impl Cause {
     /// Whether no earlier worker has come to this step.
     pub(crate) async fn is_first(&self, at: Step) -> bool {
         matches!(self.link.operation(self.number, self.first_step + at, Op::Once).await.0, Outcome::Done)
+    }
+
+    /// Waits until the keeper has taken every message from before. One that it has not read when a worker ends is lost, so what a worker itself does after a
+    /// commit, a replay may know nothing of. `at`: a step of its own.
+    pub(crate) async fn until_taken(&self, at: Step) {
+        // Any answer shows it.
+        self.is_first(at).await;
     }
 
     /// Requests an operation whose outcome is success and nothing else.

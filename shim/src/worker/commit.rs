@@ -29,8 +29,10 @@ impl Worker {
             let record = container.record();
             commit.state = unsaved.iter().map(|key| (key.to_string(), record.entry(key))).collect();
             let has_turned = container.has_turned(record.execs.are_under_way());
-            if has_turned || unsaved.iter().any(|key| key.exec.is_none()) {
+            if unsaved.iter().any(|key| key.exec.is_none()) {
                 commit.ready = server::ready(&record, keeper_pid);
+            } else if has_turned {
+                commit.ready = server::ready_pids(&record, keeper_pid);
             }
             commit.claims.extend(change.claim.map(|(key, pid)| Claim {
                 journal: key.exec.is_none().then(|| container::journal_path(&record.bundle).to_string_lossy().into_owned()),

@@ -3,7 +3,8 @@
 //! `X_FAULT` names a folder. In it, the file named like the container or group that the shim was started for holds the
 //! plan: items `DIRECTION:N:WHEN`, the first for the first worker generation, the second for the second, and so on. A worker kills itself
 //! at the N-th message, counted from 1, that it sends (`out`, the first is Hello) or receives (`in`): `before` it, with half of it
-//! written or read (`torn`), or `after` it. Generations without an item, or without a plan, do not crash.
+//! written or read (`torn`), or `after` it. With `:keeper` at its end, an item kills the keeper first. Generations without an item, or without a plan, do not
+//! crash.
 //!
 //! `PLAN.trace` beside the plan gets a line per generation (`life`), per message that was sent or received whole (`out commit`), and per
 //! crash (`dies`).
@@ -50,8 +51,9 @@ mod active {
 
     use nix::errno::Errno;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-    use nix::sys::signal::{Signal, raise};
+    use nix::sys::signal::{Signal, kill, raise};
     use nix::sys::socket::{MsgFlags, send};
+    use nix::unistd::getppid;
 
     use crate::handover::{ToKeeper, ToWorker};
 
@@ -73,6 +75,8 @@ mod active {
         direction: Direction,
         at: u32,
         when: When,
+        /// The keeper is killed first.
+        with_keeper: bool,
     }
 
     /// Where this worker crashes, and its progress.
@@ -170,6 +174,10 @@ mod active {
 
         fn die(&self) -> ! {
             self.note("dies");
+            if self.fault.is_some_and(|fault| fault.with_keeper) {
+                // The worker ends too, as after any other death of its keeper.
+                kill(getppid(), Signal::SIGKILL).expect("a worker may signal its keeper");
+            }
             // A failure of raise(3) leaves the loop.
             while raise(Signal::SIGKILL).is_ok() {}
             std::process::abort()
@@ -190,7 +198,12 @@ mod active {
             "after" => When::After,
             _ => return None,
         };
-        Some(Fault { direction, at, when })
+        let with_keeper = match parts.next() {
+            None => false,
+            Some("keeper") => true,
+            Some(_) => return None,
+        };
+        Some(Fault { direction, at, when, with_keeper })
     }
 
     fn outgoing(frame: &[u8]) -> String {

@@ -1,9 +1,12 @@
-//! The messages of the Container Runtime Interface, with the fields that the tests set or read. Names are the interface's own; numbers are those of
+//! The messages of the Container Runtime Interface, with the fields that the tests set or read; the pod's own configuration
+//! is in [`crate::pod_config`]. Names are the interface's own; numbers are those of
 //! runtime.v1.
 
 use std::collections::HashMap;
 
 use prost::Message;
+
+use crate::pod_config::{Namespaces, PodConfig};
 
 /// The full names of the methods.
 pub(super) mod method {
@@ -34,92 +37,6 @@ pub const NOT_READY: i32 = 1;
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct Nothing {}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct PodMetadata {
-    #[prost(string, tag = "1")]
-    pub(super) name: String,
-    #[prost(string, tag = "2")]
-    pub(super) uid: String,
-    #[prost(string, tag = "3")]
-    pub(super) namespace: String,
-    #[prost(uint32, tag = "4")]
-    pub(super) attempt: u32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct IdMapping {
-    #[prost(uint32, tag = "1")]
-    pub(super) host_id: u32,
-    #[prost(uint32, tag = "2")]
-    pub(super) container_id: u32,
-    #[prost(uint32, tag = "3")]
-    pub(super) length: u32,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct UserNamespace {
-    #[prost(int32, tag = "1")]
-    pub(super) mode: i32,
-    #[prost(message, repeated, tag = "2")]
-    pub(super) uids: Vec<IdMapping>,
-    #[prost(message, repeated, tag = "3")]
-    pub(super) gids: Vec<IdMapping>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct NamespaceOption {
-    #[prost(int32, tag = "1")]
-    pub(super) network: i32,
-    #[prost(int32, tag = "2")]
-    pub(super) pid: i32,
-    #[prost(int32, tag = "3")]
-    pub(super) ipc: i32,
-    #[prost(string, tag = "4")]
-    pub(super) target_id: String,
-    #[prost(message, optional, tag = "5")]
-    pub(super) userns_options: Option<UserNamespace>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct SandboxSecurity {
-    #[prost(message, optional, tag = "1")]
-    pub(super) namespace_options: Option<NamespaceOption>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct LinuxPod {
-    #[prost(string, tag = "1")]
-    pub(super) cgroup_parent: String,
-    #[prost(message, optional, tag = "2")]
-    pub(super) security_context: Option<SandboxSecurity>,
-    #[prost(map = "string, string", tag = "3")]
-    pub(super) sysctls: HashMap<String, String>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct Dns {
-    #[prost(string, repeated, tag = "1")]
-    pub(super) servers: Vec<String>,
-    #[prost(string, repeated, tag = "2")]
-    pub(super) searches: Vec<String>,
-    #[prost(string, repeated, tag = "3")]
-    pub(super) options: Vec<String>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct PodConfig {
-    #[prost(message, optional, tag = "1")]
-    pub(super) metadata: Option<PodMetadata>,
-    #[prost(string, tag = "2")]
-    pub(super) hostname: String,
-    #[prost(string, tag = "3")]
-    pub(super) log_directory: String,
-    #[prost(message, optional, tag = "4")]
-    pub(super) dns_config: Option<Dns>,
-    #[prost(message, optional, tag = "8")]
-    pub(super) linux: Option<LinuxPod>,
-}
 
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct RunPodRequest {
@@ -214,7 +131,7 @@ pub(super) struct Resources {
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct ContainerSecurity {
     #[prost(message, optional, tag = "3")]
-    pub(super) namespace_options: Option<NamespaceOption>,
+    pub(super) namespace_options: Option<Namespaces>,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -1,14 +1,12 @@
 //! Pods and containers as a test describes them, and the messages that the kubelet would send for them.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
-use prost::Message as _;
+use prost::{Message as _, Name as _};
 use prost_types::Any;
 
-use super::messages::{
-    ContainerConfig, ContainerMetadata, ContainerSecurity, Dns, IdMapping, ImageSpec, LinuxContainer, LinuxPod, NamespaceOption, PodConfig,
-    PodMetadata, Resources, SandboxSecurity, UserNamespace,
-};
+use super::messages::{ContainerConfig, ContainerMetadata, ContainerSecurity, ImageSpec, LinuxContainer, Resources};
+use crate::pod_config::{self, Dns, IdMapping, Linux, Metadata, Namespaces, PodConfig, Security, UserNamespace};
 
 /// The first id of the host that a pod with a user namespace gets, and how many.
 pub const HOST_IDS: (u32, u32) = (300_000, 65_536);
@@ -18,13 +16,13 @@ pub const HOST_IDS: (u32, u32) = (300_000, 65_536);
 #[repr(i32)]
 pub enum Namespace {
     /// One for all containers of the pod.
-    Pod = 0,
+    Pod = pod_config::POD,
     /// Its own.
-    Container = 1,
+    Container = pod_config::CONTAINER,
     /// The host's.
-    Node = 2,
+    Node = pod_config::NODE,
     /// Another container's.
-    Target = 3,
+    Target = pod_config::TARGET,
 }
 
 /// A pod to be made.
@@ -36,7 +34,7 @@ pub struct PodSpec {
     ipc: Namespace,
     has_user_namespace: bool,
     hostname: String,
-    sysctls: HashMap<String, String>,
+    sysctls: BTreeMap<String, String>,
     dns: Option<Dns>,
 }
 
@@ -50,7 +48,7 @@ impl PodSpec {
             ipc: Namespace::Pod,
             has_user_namespace: false,
             hostname: String::new(),
-            sysctls: HashMap::new(),
+            sysctls: BTreeMap::new(),
             dns: None,
         }
     }
@@ -102,12 +100,12 @@ impl PodSpec {
     /// Its message, on the host's network, as containerd hands it to a shim.
     pub fn on_the_hosts_network(&self, cgroup_parent: &str) -> Any {
         let config = self.config(Namespace::Node, String::new(), cgroup_parent.to_owned());
-        Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value: config.encode_to_vec() }
+        Any { type_url: PodConfig::full_name(), value: config.encode_to_vec() }
     }
 
     pub(super) fn config(&self, network: Namespace, log_directory: String, cgroup_parent: String) -> PodConfig {
         PodConfig {
-            metadata: Some(PodMetadata {
+            metadata: Some(Metadata {
                 name: self.name.clone(),
                 uid: format!("uid-{}", self.name),
                 namespace: "default".to_owned(),
@@ -115,24 +113,24 @@ impl PodSpec {
             }),
             hostname: self.hostname.clone(),
             log_directory,
-            dns_config: self.dns.clone(),
-            linux: Some(LinuxPod {
+            dns: self.dns.clone(),
+            linux: Some(Linux {
                 cgroup_parent,
-                security_context: Some(SandboxSecurity { namespace_options: Some(self.namespaces(network)) }),
+                security_context: Some(Security { namespaces: Some(self.namespaces(network)), ..Security::default() }),
                 sysctls: self.sysctls.clone(),
             }),
         }
     }
 
-    fn namespaces(&self, network: Namespace) -> NamespaceOption {
+    fn namespaces(&self, network: Namespace) -> Namespaces {
         let ids = vec![IdMapping { host_id: HOST_IDS.0, container_id: 0, length: HOST_IDS.1 }];
         let user = UserNamespace { mode: Namespace::Pod as i32, uids: ids.clone(), gids: ids };
-        NamespaceOption {
+        Namespaces {
             network: network as i32,
             pid: self.pid as i32,
             ipc: self.ipc as i32,
             target_id: String::new(),
-            userns_options: self.has_user_namespace.then_some(user),
+            users: self.has_user_namespace.then_some(user),
         }
     }
 }
@@ -173,7 +171,7 @@ impl ContainerSpec {
 
     pub(super) fn config(&self, image: &str, pod: &PodConfig) -> ContainerConfig {
         let security = pod.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
-        let mut namespaces = security.and_then(|security| security.namespace_options.clone()).unwrap_or_default();
+        let mut namespaces = security.and_then(|security| security.namespaces.clone()).unwrap_or_default();
         if let Some((pid, target)) = &self.pid {
             namespaces.pid = *pid as i32;
             namespaces.target_id.clone_from(target);

@@ -5,7 +5,6 @@
 //!                            containers: │ member ─▶ Bundle ─▶ Container │
 //! ```
 
-mod config;
 mod network;
 mod service;
 
@@ -13,12 +12,12 @@ use anyhow::{Result, ensure};
 use containerd_shim_protos::sandbox_api as api;
 use protobuf::{Message as _, MessageField};
 
-pub use config::{CONTAINER, Linux, NODE, POD, PodConfig};
 pub use network::{Network, namespace_of};
 pub use service::{NOT_READY, PendingWait, READY, SERVICE, Service};
 
 use crate::bundle::{self, Bundle};
 use crate::eventually::{SOON, eventually_true};
+pub use crate::pod_config::{CONTAINER, Linux, NODE, POD, PodConfig, Profile, Selinux};
 use crate::runner::skip;
 use crate::stand::Stand;
 use crate::task::Task;

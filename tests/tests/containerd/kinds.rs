@@ -3,11 +3,14 @@
 use std::fs;
 
 use anyhow::{Result, ensure};
+use serde_json::{Value, json};
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::proc;
 use shim_tests::programs;
+use shim_tests::suite::Runtime;
+use shim_tests::times::repeated;
 
 fn namespace_of(pid: u32, kind: &str) -> Result<String> {
     Ok(fs::read_link(format!("/proc/{pid}/ns/{kind}"))?.display().to_string())
@@ -68,16 +71,30 @@ pub(crate) async fn root_in_a_user_namespace_is_unprivileged_outside(cx: Context
 pub(crate) async fn hooks_run_in_order(cx: Context) -> Result<()> {
     let hooks = cx.folder().join("hooks");
     let write = |word: &str| format!("cat > /dev/null; echo {word} >> {}", hooks.display());
-    // It runs until its poststart hooks have: those of one that has exited are not run.
-    let mut container = cx.container(&["sh", "-c", "read go; exit 3"]).stdio(Stdio::ALL);
+    let mut container = cx.container(&["sh", "-c", "exit 3"]);
     for kind in ["createRuntime", "poststart", "poststop"] {
         container = container.spec(|spec| spec.hook(kind, "/bin/sh", &["sh", "-c", &write(kind)]));
     }
-    let container = container.start().await?;
-    container.io.stdin().await?.write_all(b"go\n")?;
-    ensure!(container.finish().await? == 3);
+    ensure!(container.run().await? == 3);
     let text = fs::read_to_string(&hooks)?;
     ensure!(text == "createRuntime\npoststart\npoststop\n", "{text:?}");
+    Ok(())
+}
+
+pub(crate) async fn hooks_follow_the_start_of_a_program_that_exits_at_once(cx: Context) -> Result<()> {
+    // Those of runc 1.1 run before the program, at the end of create.
+    let rounds = if cx.runtime() == Runtime::Native { 50 } else { 3 };
+    for round in 0..repeated(rounds) {
+        let file = cx.folder().join(format!("state{round}"));
+        let write = format!("cat > {}", file.display());
+        let container = cx.container(&["true"]).spec(|spec| spec.hook("poststart", "/bin/sh", &["sh", "-c", &write]));
+        let container = container.start().await?;
+        let state: Value = serde_json::from_str(&fs::read_to_string(&file)?)?;
+        ensure!(state["id"] == json!(container.id) && state["pid"] == json!(container.pid), "round {round}: {state}");
+        let status = state["status"].as_str().unwrap_or_default();
+        ensure!(["created", "running", "stopped"].contains(&status), "round {round}: {state}");
+        ensure!(container.finish().await? == 0, "round {round}");
+    }
     Ok(())
 }
 

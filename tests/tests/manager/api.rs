@@ -11,8 +11,8 @@ use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::{
     AddResourceRequest, Container, CreateContainerRequest, CreateNamespaceRequest, CreateRequest, DeleteContainerRequest,
     DeleteNamespaceRequest, DeleteRequest, DeleteResourceRequest, GetContainerRequest, GetRequest, ListContainersRequest,
-    ListImagesRequest, ListNamespacesRequest, ListRequest, ListResourcesRequest, Namespace, PluginsRequest, PublishRequest, Resource,
-    SubscribeRequest, UpdateContainerRequest, UpdateNamespaceRequest,
+    ListNamespacesRequest, ListRequest, ListResourcesRequest, Namespace, PluginsRequest, PublishRequest, Resource, SubscribeRequest,
+    TransferRequest, UpdateContainerRequest, UpdateNamespaceRequest,
 };
 use prost::Message as _;
 use prost_types::{Any, FieldMask};
@@ -269,10 +269,10 @@ pub(crate) async fn invalid_requests_are_refused_with_a_code(cx: Context) -> Res
     Ok(())
 }
 
-pub(crate) async fn services_of_images_are_unimplemented(cx: Context) -> Result<()> {
+pub(crate) async fn transfers_are_unimplemented(cx: Context) -> Result<()> {
     let client = cx.client();
-    let list = client.api().images().list(client.request(ListImagesRequest::default())).await;
-    refused(list, Code::Unimplemented, "x-manager does not serve /containerd.services.images.v1.Images/List")
+    let transfer = client.api().transfer().transfer(client.request(TransferRequest::default())).await;
+    refused(transfer, Code::Unimplemented, "x-manager does not serve /containerd.services.transfer.v1.Transfer/Transfer")
 }
 
 pub(crate) async fn a_subscriber_that_never_reads_is_dropped_and_delays_no_other(cx: Context) -> Result<()> {

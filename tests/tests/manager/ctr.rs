@@ -1,9 +1,9 @@
-//! containerd's own command line client, of each version: every subcommand that needs no image. docs/ctr.md is the table of it.
+//! containerd's own command line client, of each version: every subcommand that needs no snapshot. docs/ctr.md is the table of it.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use shim_tests::context::Context;
 use shim_tests::eventually::SOON;
 use shim_tests::suite::Suite;
-use shim_tests::{isolation, rootfs};
+use shim_tests::{isolation, rootfs, upload};
 
 /// One version of ctr, in a namespace of its own.
 struct Ctr<'a> {
@@ -56,7 +56,9 @@ const ROWS: &[Row] = &[
     ("sandboxes create, ls, remove", WITH_SANDBOXES, sandboxes),
     ("run --rootfs --sandbox", WITH_SANDBOXES, run_in_sandbox),
     ("deprecations list", NEWEST, deprecations),
-    ("images ls is refused with a clear message", ALL, images),
+    ("content ingest, get, ls, active, label, rm", ALL, content),
+    ("images import --no-unpack, tag, ls, label, export, rm --sync", ALL, images),
+    ("leases delete --sync", ALL, leases_sync),
 ];
 
 pub(crate) async fn every_subcommand_does_what_it_does_with_containerd(cx: Context) -> Result<()> {
@@ -523,6 +525,106 @@ fn deprecations(ctr: &Ctr<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Ingests bytes under a reference, and returns their digest.
+fn ingest(ctr: &Ctr<'_>, reference: &str, bytes: &[u8]) -> Result<String> {
+    let mut child = ctr.start(&["content", "ingest", reference])?;
+    child.stdin.take().context("a pipe")?.write_all(bytes)?;
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "{output:?}");
+    upload::digest("sha256", bytes)
+}
+
+/// The same for bytes that are not collected, also when that happens before they have a label.
+fn keep(ctr: &Ctr<'_>, reference: &str, bytes: &[u8]) -> Result<String> {
+    retry(|| {
+        let digest = ingest(ctr, reference, bytes)?;
+        ctr.run(&["content", "label", &digest, "containerd.io/gc.root=x"])?;
+        Ok(digest)
+    })
+}
+
+fn content(ctr: &Ctr<'_>) -> Result<()> {
+    let bytes = "some content, again and again; ".repeat(100_000);
+    let digest = keep(ctr, "one", bytes.as_bytes())?;
+    let other = keep(ctr, "two", b"{}")?;
+    ensure!(ctr.run(&["content", "get", &digest])? == bytes);
+    has(&ctr.run(&["content", "ls"])?, &[&digest, &other, "3.1MB"])?;
+    ctr.run(&["content", "label", &digest, "a=1"])?;
+    ensure!(ctr.run(&["content", "ls", "--quiet", "labels.a==1"])?.trim() == digest);
+    ensure!(ctr.run(&["content", "active"])?.lines().count() <= 1);
+    let expected = upload::digest("sha256", b"something")?;
+    let mut child = ctr.start(&["content", "ingest", "--expected-digest", &expected, "three"])?;
+    child.stdin.take().context("a pipe")?.write_all(b"something else")?;
+    ensure!(!child.wait()?.success());
+    ctr.run(&["content", "rm", &digest, &other])?;
+    ensure!(ctr.run(&["content", "ls", "--quiet"])?.is_empty());
+    ctr.refused(&["content", "get", &digest], "not found")
+}
+
+/// An archive of an image without a layer that could be unpacked, and the digest of its manifest.
+fn archive(ctr: &Ctr<'_>, name: &str) -> Result<(String, String)> {
+    let folder = PathBuf::from(ctr.file("oci"));
+    let blobs = folder.join("blobs/sha256");
+    fs::create_dir_all(&blobs)?;
+    let put = |kind: &str, bytes: &[u8]| -> Result<serde_json::Value> {
+        let digest = upload::digest("sha256", bytes)?;
+        fs::write(blobs.join(&digest[7..]), bytes)?;
+        let media_type = format!("application/vnd.oci.image.{kind}");
+        Ok(serde_json::json!({ "mediaType": media_type, "digest": digest, "size": bytes.len() }))
+    };
+    let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+    let config = serde_json::json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": [] } });
+    let config = put("config.v1+json", config.to_string().as_bytes())?;
+    let layer = put("layer.v1.tar", b"no tar, but a layer")?;
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer] });
+    let mut manifest = put("manifest.v1+json", manifest.to_string().as_bytes())?;
+    let digest = manifest["digest"].as_str().context("a digest")?.to_owned();
+    manifest["annotations"] = serde_json::json!({ "io.containerd.image.name": name, "org.opencontainers.image.ref.name": "1" });
+    fs::write(folder.join("index.json"), serde_json::json!({ "schemaVersion": 2, "manifests": [manifest] }).to_string())?;
+    fs::write(folder.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    let file = ctr.file("oci.tar");
+    let status = Command::new("tar").arg("-cf").arg(&file).arg("-C").arg(&folder).arg(".").status()?;
+    ensure!(status.success(), "tar: {status}");
+    Ok((file, digest))
+}
+
+/// Imports an image without unpacking it.
+fn import(ctr: &Ctr<'_>, name: &str) -> Result<String> {
+    let (file, digest) = archive(ctr, name)?;
+    // newer ones leave it to the daemon otherwise
+    let local: &[&str] = if ctr.suite == Suite::Forky { &["--local"] } else { &[] };
+    ctr.run(&[&["images", "import", "--no-unpack"][..], local, &[&file[..]]].concat())?;
+    Ok(digest)
+}
+
 fn images(ctr: &Ctr<'_>) -> Result<()> {
-    ctr.refused(&["images", "ls"], "x-manager does not serve /containerd.services.images.v1.Images/List")
+    let target = import(ctr, "example.com/one:1")?;
+    // 1.7's tag leaves it to the daemon too
+    let tag_local: &[&str] = if ctr.suite == Suite::Bookworm { &[] } else { &["--local"] };
+    let local: &[&str] = if ctr.suite == Suite::Forky { &["--local"] } else { &[] };
+    let tag = [&["images", "tag"][..], tag_local, &["example.com/one:1", "example.com/two:2"]].concat();
+    ctr.run(&tag)?;
+    ctr.refused(&tag, "already exists")?;
+    has(&ctr.run(&["images", "ls"])?, &["example.com/one:1", "example.com/two:2", &target, "linux/"])?;
+    ctr.run(&["images", "label", "example.com/two:2", "a=1"])?;
+    ensure!(ctr.run(&["images", "ls", "--quiet", "labels.a==1"])?.trim() == "example.com/two:2");
+    ensure!(ctr.run(&["images", "ls", "--quiet", "name~=/one/"])?.trim() == "example.com/one:1");
+    let exported = ctr.file("exported.tar");
+    ctr.run(&[&["images", "export"][..], local, &[&exported[..], "example.com/two:2"]].concat())?;
+    ensure!(fs::metadata(&exported)?.len() > 0);
+    ctr.run(&["images", "rm", "--sync", "example.com/one:1"])?;
+    ensure!(ctr.run(&["content", "ls", "--quiet"])?.lines().count() >= 3, "another image leads there");
+    ctr.run(&["images", "rm", "--sync", "example.com/two:2"])?;
+    let left = ctr.run(&["content", "ls", "--quiet"])?;
+    ensure!(left.is_empty(), "{left:?}");
+    ensure!(ctr.run(&["images", "ls", "--quiet"])?.is_empty());
+    Ok(())
+}
+
+fn leases_sync(ctr: &Ctr<'_>) -> Result<()> {
+    let digest = ingest(ctr, "one", b"nothing leads here")?;
+    ctr.run(&["leases", "create", "--id", "mine"])?;
+    ctr.run(&["leases", "delete", "--sync", "mine"])?;
+    ctr.refused(&["content", "get", &digest], "not found")
 }

@@ -18,6 +18,8 @@ use shim_tests::{proc, suite};
 use tokio::task::{JoinSet, LocalSet};
 use tonic::{Code, Status};
 
+use crate::pod::Pod;
+
 /// `X_KILLS` crashes, 25 without it.
 fn kills() -> u64 {
     number("X_KILLS").unwrap_or(25)
@@ -51,15 +53,32 @@ pub(crate) async fn random_kills_of_the_daemon_lose_nothing(cx: Context) -> Resu
     let runtimes: Vec<_> = [cx.shim().runtime_type.clone()].into_iter().chain(stock).collect();
     for runtime in &runtimes {
         let cx = cx.with_own_daemon().await?;
-        campaign(&cx, runtime, kills() / runtimes.len() as u64, seed).await.with_context(|| format!("{runtime}, X_SEED={seed}"))?;
+        campaign(&cx, runtime, kills() / runtimes.len() as u64, seed, false).await.with_context(|| format!("{runtime}, X_SEED={seed}"))?;
         eventually("nothing is left behind", SOON, async || cx.leaves_nothing().await).await?;
     }
     Ok(())
 }
 
-async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64) -> Result<()> {
+/// Each container is in a sandbox of its own, and workers of their shims are killed too. Without `X_KILLS`, there are half as many crashes.
+pub(crate) async fn random_kills_of_the_daemon_and_of_workers_lose_no_sandbox(cx: Context) -> Result<()> {
+    let seed = number("X_SEED").unwrap_or(1);
+    let cx = cx.with_own_daemon().await?;
+    let runtime = cx.shim().runtime_type.clone();
+    let crashes = number("X_KILLS").unwrap_or(kills() / 2);
+    campaign(&cx, &runtime, crashes, seed, true).await.with_context(|| format!("X_SEED={seed}"))?;
+    eventually("nothing is left behind", SOON, async || cx.leaves_nothing().await).await
+}
+
+async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64, has_sandboxes: bool) -> Result<()> {
     let events = cx.events().await?;
-    let steady = cx.container(&["sleep", "1000"]).id("steady").runtime_type(runtime).start().await?;
+    let pod = Pod::new(cx, "steady-pod");
+    let mut steady = cx.container(&["sleep", "1000"]).id("steady").runtime_type(runtime);
+    let mut holder = None;
+    if has_sandboxes {
+        holder = Some(pod.run().await?.pid);
+        steady = steady.sandbox(&pod.id);
+    }
+    let steady = steady.start().await?;
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let tally = Rc::new(Tally::default());
     let local = LocalSet::new();
@@ -67,13 +86,16 @@ async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64) -> Resul
         .run_until(async {
             let mut lanes = JoinSet::new();
             for lane in 0..LANES {
-                let lane =
-                    Lane { cx: cx.clone(), runtime: runtime.to_owned(), events: events.clone(), tally: Rc::clone(&tally), number: lane };
+                let (cx, runtime, events, tally) = (cx.clone(), runtime.to_owned(), events.clone(), Rc::clone(&tally));
+                let lane = Lane { cx, runtime, events, tally, number: lane, has_sandboxes };
                 lanes.spawn_local(lane.run(stopped.clone()));
             }
             let mut dice = Dice(seed);
             for _crash in 0..crashes {
                 tokio::time::sleep(Duration::from_millis(dice.below(400))).await;
+                if has_sandboxes {
+                    kill_a_worker(cx, &mut dice);
+                }
                 tally.crashes.set(tally.crashes.get() + 1);
                 cx.daemon().kill()?;
                 store_is_sound(cx).await?;
@@ -82,6 +104,10 @@ async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64) -> Resul
                 tally.revivals.set(tally.revivals.get() + 1);
                 let state = steady.state().await?;
                 ensure!(state.status() == Phase::Running && state.pid == steady.pid, "{state:?}");
+                if let Some(holder) = holder {
+                    let status = pod.status().await?;
+                    ensure!(status.state == "SANDBOX_READY" && status.pid == holder, "{status:?}");
+                }
                 if let Some(ended) = lanes.try_join_next() {
                     ended??;
                     bail!("a lane ended early");
@@ -107,7 +133,19 @@ async fn campaign(cx: &Context, runtime: &str, crashes: u64, seed: u64) -> Resul
         })
         .await?;
     ensure!(steady.destroy().await? == 137);
+    if has_sandboxes {
+        pod.remove().await?;
+    }
     Ok(())
+}
+
+/// The shim starts another one.
+fn kill_a_worker(cx: &Context, dice: &mut Dice) {
+    let is_worker = |child: &proc::Process| child.command.split(' ').any(|word| word == "worker");
+    let workers: Vec<_> = cx.shims().iter().flat_map(|shim| proc::children(shim.pid)).filter(is_worker).collect();
+    if !workers.is_empty() {
+        proc::kill_hard(workers[dice.below(workers.len() as u64) as usize].pid);
+    }
 }
 
 /// Checks that `x-manager check` accepts the store of a killed daemon.
@@ -146,6 +184,8 @@ struct Lane {
     events: Events,
     tally: Rc<Tally>,
     number: u64,
+    /// Whether each container is in a sandbox of its own.
+    has_sandboxes: bool,
 }
 
 impl Lane {
@@ -153,16 +193,26 @@ impl Lane {
         let mut rounds = 0;
         while !*stop.borrow() {
             let id = format!("l{}r{rounds}", self.number);
-            self.round(&id, u32::try_from(rounds % 90)?).await.with_context(|| format!("container {id}"))?;
+            let pod = Pod::new(&self.cx, &format!("{id}-pod"));
+            if self.has_sandboxes {
+                run_pod(&pod).await.with_context(|| pod.id.clone())?;
+            }
+            self.round(&id, u32::try_from(rounds % 90)?, &pod).await.with_context(|| format!("container {id}"))?;
+            if self.has_sandboxes {
+                end_pod(&pod).await.with_context(|| pod.id.clone())?;
+            }
             rounds += 1;
         }
         Ok(rounds)
     }
 
-    async fn round(&self, id: &str, status: u32) -> Result<()> {
+    async fn round(&self, id: &str, status: u32, pod: &Pod<'_>) -> Result<()> {
         let client = self.cx.client();
         let script = format!("read go; exit {status}");
-        let build = || self.cx.container(&["sh", "-c", &script]).id(id).runtime_type(&self.runtime).stdio(Stdio::ALL);
+        let build = || {
+            let container = self.cx.container(&["sh", "-c", &script]).id(id).runtime_type(&self.runtime).stdio(Stdio::ALL);
+            if self.has_sandboxes { container.sandbox(&pod.id) } else { container }
+        };
         // metadata is created once, with or without an answer
         again(async || unless(build().metadata().await.map(drop).map_err(as_status), Code::AlreadyExists)).await?;
         // an unacknowledged task may exist or not; if it exists it must be whole
@@ -336,6 +386,31 @@ impl Lane {
         ensure!(state.status() == expected, "{what}: {state:?}");
         Ok(())
     }
+}
+
+/// Makes a sandbox, and checks that it is there after each answer.
+async fn run_pod(pod: &Pod<'_>) -> Result<()> {
+    again(async || unless(pod.store(pod.record()).await.map(drop), Code::AlreadyExists)).await.context("record")?;
+    again(async || unless(pod.create().await, Code::AlreadyExists)).await.context("create")?;
+    let created = again(async || pod.status().await).await?;
+    ensure!(!created.state.is_empty(), "created, but {created:?}");
+    // one that was cut off may have had its effect
+    let started = again(async || pod.start().await).await;
+    let ready = again(async || pod.status().await).await?;
+    ensure!(ready.state == "SANDBOX_READY", "start: {started:?}, then {ready:?}");
+    Ok(())
+}
+
+/// Removes a sandbox, and checks that it is gone after each answer.
+async fn end_pod(pod: &Pod<'_>) -> Result<()> {
+    again(async || pod.stop().await).await.context("stop")?;
+    let stopped = again(async || pod.status().await).await?;
+    ensure!(stopped.state == "SANDBOX_NOTREADY", "stopped, but {stopped:?}");
+    again(async || unless(pod.shut_down().await, Code::NotFound)).await.context("shutdown")?;
+    again(async || unless(pod.forget().await, Code::NotFound)).await.context("delete")?;
+    let found = again(async || pod.get().await).await;
+    ensure!(found.as_ref().is_err_and(|status| status.code() == Code::NotFound), "deleted, but {found:?}");
+    Ok(())
 }
 
 /// Repeats a call until it gets an answer not caused by the daemon's crash.

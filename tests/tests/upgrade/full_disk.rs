@@ -7,10 +7,12 @@ use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use shim_tests::builds;
 use shim_tests::bundle::worker_of;
+use shim_tests::cgroups;
 use shim_tests::container::Stdio;
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually_true};
 use shim_tests::proc;
+use shim_tests::sandbox::{CONTAINER, POD, Sandbox, namespace_of};
 use shim_tests::stand::Stand;
 use shim_tests::suite::Runtime;
 
@@ -47,6 +49,11 @@ impl Disk {
             }
         }
         anyhow::bail!("there is always room for another folder")
+    }
+
+    /// Makes room for that many files and folders.
+    fn free_some_names(&self, count: usize) -> Result<()> {
+        (0..count).try_for_each(|number| Ok(fs::remove_dir(self.0.join(format!("filler{number}")))?))
     }
 
     fn free_names(&self) -> Result<()> {
@@ -143,6 +150,54 @@ pub(crate) async fn a_create_on_a_disk_that_fills_up_is_completed_or_undone(cx: 
         shim_tests::bundle::leave(&task, shim, &id).await?;
     }
     ensure!(done > 0 && undone > 0, "{done} done, {undone} undone");
+    drop(disk);
+    stand.leaves_nothing().await
+}
+
+/// With a pid namespace for each container, and with one for all.
+pub(crate) async fn a_pod_on_a_disk_that_fills_up_is_made_or_undone(cx: Context) -> Result<()> {
+    let stand =
+        Stand::with_engine(cx.shim(), cx.program("gated-runtime").parent().context("a file is in a folder")?, &cx.runtime_binary())?;
+    let disk = Disk::mount(&stand.folder().join("b"), "size=1m,nr_inodes=600")?;
+    let (mut done, mut undone) = (0, 0);
+    for (number, (pages, names)) in (0..7).map(|pages| (Some(pages), None)).chain((0..9).map(|names| (None, Some(names)))).enumerate() {
+        let room = format!("room for {pages:?} pages or {names:?} files");
+        let mut sandbox = Sandbox::shim(&stand, &format!("s{number:02}")).await?;
+        sandbox.config.namespaces().pid = if number % 2 == 0 { CONTAINER } else { POD };
+        sandbox.create().await?;
+        match (pages, names) {
+            (Some(pages), _) => disk.fill(pages)?,
+            (None, names) => {
+                disk.use_up_names()?;
+                disk.free_some_names(names.unwrap_or_default())?;
+            }
+        }
+        let started = sandbox.start().await;
+        if let Err(error) = &started {
+            undone += 1;
+            ensure!(error.to_string().contains("No space left on device"), "{room}: {error}");
+            ensure!(!sandbox.bundle.folder.join("pod").exists(), "{room}: files are left");
+            ensure!(cgroups::folders(&sandbox.cgroup()).is_empty(), "{room}: a cgroup is left");
+            let keeper = sandbox.bundle.shim_pid()?.cast_unsigned();
+            ensure!(namespace_of(keeper, "net")? == namespace_of(std::process::id(), "net")?, "{room}: the keeper is in the pod's network");
+        } else {
+            done += 1;
+        }
+        disk.free()?;
+        disk.free_names()?;
+        // when there is room it can be started
+        let holder = if let Ok(holder) = started { holder } else { sandbox.start().await.with_context(|| room.clone())? };
+        let member = sandbox.member(&format!("c{number:02}"), holder, &["sh", "-c", "exit 3"]);
+        member.write()?;
+        disk.fill(0)?;
+        let refused = sandbox.task.create(&member.request()).await;
+        disk.free()?;
+        ensure!(refused.as_ref().is_err_and(|error| error.to_string().contains("No space left on device")), "{room}: {refused:?}");
+        ensure!(member.run_in(&sandbox.task).await.with_context(|| room.clone())?.finish().await? == 3);
+        sandbox.end().await?;
+        ensure!(!sandbox.bundle.folder.join("pod").exists(), "{room}: files are left after the end");
+    }
+    ensure!(done > 2 && undone > 2, "{done} done, {undone} undone");
     drop(disk);
     stand.leaves_nothing().await
 }

@@ -286,7 +286,7 @@ pub(super) async fn unmount(target: PathBuf, how: Unmount) -> Result<(), Error> 
 }
 
 /// Does work that a slow disk can block, on a thread of its own.
-pub(in crate::worker) async fn blocking(work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> Result<(), Error> {
+pub(in crate::worker) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),

@@ -33,7 +33,7 @@ pub(in crate::worker) async fn delete(shared: &Shared, cause: &Cause, target: Ta
     }
     // Before it takes the turn, for which the command `delete` waits.
     if container.process(&key, Process::exit)?.is_some() {
-        drain(cause, &key).await;
+        drain(cause, &container, &key).await;
     }
     if let Some(deleted) = container.deleted_by_another(DELETE_WITHIN).await? {
         return Ok(Change::reply(Reply::Deleted(deleted)));
@@ -156,7 +156,7 @@ async fn remove(cause: &Cause, container: &Rc<Container>, how: Thoroughness) -> 
 async fn delete_added(cause: &Cause, container: &Rc<Container>, key: &ProcessKey) -> Result<Change, Error> {
     container.admit(key, Request::Delete)?;
     let deleted = container.process(key, Deleted::of)?;
-    drain(cause, key).await;
+    drain(cause, container, key).await;
     if let Some(pump) = container.pump_of(key) {
         pump.end(FLUSH_WITHIN).await;
     }
@@ -169,7 +169,10 @@ async fn delete_added(cause: &Cause, container: &Rc<Container>, key: &ProcessKey
 }
 
 /// Waits, with a bound, until the client has taken the output of a process and its descendants: clients close their ends after Delete.
-async fn drain(cause: &Cause, key: &ProcessKey) {
+async fn drain(cause: &Cause, container: &Container, key: &ProcessKey) {
+    if container.process(key, |process| process.stdio.are_none()).unwrap_or(true) {
+        return;
+    }
     if let Err(error) = cause.perform(step::DRAIN, Op::Drain { key: key.to_string() }).await {
         log::warn!(container:% = key, error:% = error.chain(); "cannot wait until the output is taken");
     }

@@ -95,7 +95,7 @@ async fn signal_descendants(cause: &Cause, container: &Rc<Container>, key: &Proc
         let failed = |source| Error::Io { op: "signal the descendants of process", path: pid.to_string().into(), source };
         let count = count.map_err(failed)?;
         log::debug!(container:% = name, signal, count; "descendants of an exec signalled");
-        Ok(())
+        Ok::<_, Error>(())
     });
     if let Err(error) = signalled.await {
         log::warn!(container:% = key, error:% = error.chain(); "cannot signal every descendant of an exec");

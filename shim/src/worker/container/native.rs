@@ -63,6 +63,7 @@ async fn perform(cause: &Cause, key: &ProcessKey, plan: &plan::Create) -> Result
         plan: engine::encode(plan),
         init: String::new(),
         terminal: plan.process.terminal.is_some(),
+        pid: None,
     };
     make(cause, key, order, Verb::Create).await
 }
@@ -84,7 +85,7 @@ pub(super) async fn checkpoint(
     let refused = |why: Refused| engine::refused(Verb::Checkpoint, &why);
     let plan = plan::checkpoint(create, criu, checkpoint.exit, was_paused).map_err(refused)?;
     let key = ProcessKey::init(&record.id).to_string();
-    let order = Perform { init: key.clone(), key, kind: PlanKind::Checkpoint, plan: engine::encode(&plan), terminal: false };
+    let order = Perform { init: key.clone(), key, kind: PlanKind::Checkpoint, plan: engine::encode(&plan), terminal: false, pid: None };
     let exited = run_plan(cause, &record.id, order, Verb::Checkpoint).await?;
     let reported = engine::reported_pid(Verb::Checkpoint, &exited);
     let is_paused = container.record().init.phase == Phase::Paused;
@@ -113,7 +114,8 @@ pub(super) async fn restore(
     let container = create.container();
     let terminal = create.process.terminal.is_some();
     let plan = plan::restore(create, criu).map_err(|why| engine::refused(Verb::Restore, &why))?;
-    let order = Perform { key: key.to_string(), kind: PlanKind::Restore, plan: engine::encode(&plan), init: String::new(), terminal };
+    let order =
+        Perform { key: key.to_string(), kind: PlanKind::Restore, plan: engine::encode(&plan), init: String::new(), terminal, pid: None };
     let pid = make(cause, key, order, Verb::Restore).await?;
     Ok((pid, NativeEngine::blocking_restored(container, pid)))
 }
@@ -143,8 +145,8 @@ async fn remove(native: &NativeEngine, key: &ProcessKey, kill: bool) -> Result<(
     blocking(move || control::remove(&cgroup).map_err(failed(Verb::Delete, "remove the cgroup"))).await
 }
 
-/// Lets init execute the user's program, then runs the hooks that follow a start.
-pub(super) async fn start(cause: &Cause, native: &NativeEngine, key: &ProcessKey) -> Result<(), Error> {
+/// Lets init, which is `pid`, execute the user's program, then runs the hooks that follow a start, whether or not it has exited by then.
+pub(super) async fn start(cause: &Cause, native: &NativeEngine, key: &ProcessKey, pid: Option<u32>) -> Result<(), Error> {
     match cause.perform(step::ENGINE, Op::OpenGate { key: key.to_string() }).await {
         Err(Error::Keeper { source, .. }) if source.raw_os_error() == Some(nix::libc::ESRCH) => {
             return Err(EngineError::NotRunning { verb: Verb::Start, message: "container not running".into() }.into());
@@ -154,7 +156,7 @@ pub(super) async fn start(cause: &Cause, native: &NativeEngine, key: &ProcessKey
     if native.container().hooks.poststart.is_empty() {
         return Ok(());
     }
-    let ran = hooks(cause, native, key, PlanKind::Poststart, Verb::Start).await;
+    let ran = hooks(cause, native, key, (PlanKind::Poststart, pid), Verb::Start).await;
     if ran.is_err() {
         // As runc: a container whose hook has failed does not run.
         if let Err(error) = cause.perform(step::SIGNAL, Op::Signal { key: key.to_string(), signal: nix::libc::SIGKILL }).await {
@@ -182,7 +184,7 @@ pub(super) async fn exec(
         }
         None => Vec::new(),
     };
-    let order = Perform { key: key.to_string(), kind: PlanKind::Exec, plan, init: key.container.to_string(), terminal };
+    let order = Perform { key: key.to_string(), kind: PlanKind::Exec, plan, init: key.container.to_string(), terminal, pid: None };
     make(cause, key, order, Verb::Exec).await
 }
 
@@ -193,7 +195,7 @@ pub(super) async fn delete(cause: &Cause, native: &NativeEngine, key: &ProcessKe
         return Ok(());
     }
     // The container is gone: the specification has its runtime warn and go on.
-    if let Err(error) = hooks(cause, native, key, PlanKind::Poststop, Verb::Delete).await {
+    if let Err(error) = hooks(cause, native, key, (PlanKind::Poststop, None), Verb::Delete).await {
         log::warn!(container:% = key, error:% = error.chain(); "a hook after the deletion has failed");
     }
     Ok(())
@@ -260,12 +262,18 @@ async fn run_plan(cause: &Cause, id: &ContainerId, order: Perform, verb: Verb) -
     }
 }
 
-async fn hooks(cause: &Cause, native: &NativeEngine, key: &ProcessKey, kind: PlanKind, verb: Verb) -> Result<(), Error> {
-    let order = Perform { key: key.to_string(), kind, plan: native.encoded(), init: key.container.to_string(), terminal: false };
+async fn hooks(
+    cause: &Cause,
+    native: &NativeEngine,
+    key: &ProcessKey,
+    (kind, pid): (PlanKind, Option<u32>),
+    verb: Verb,
+) -> Result<(), Error> {
+    let order = Perform { key: key.to_string(), kind, plan: native.encoded(), init: key.container.to_string(), terminal: false, pid };
     let exited = match cause.run_plan(step::HOOKS, order).await {
-        // Init has exited already: the hooks that follow its start come too late, and that is no failure of the start.
+        // A keeper of an earlier version finds a container by its process alone.
         Err(Error::Keeper { source, .. }) if kind == PlanKind::Poststart && source.raw_os_error() == Some(nix::libc::ESRCH) => {
-            log::info!(container:% = key; "the container has exited before its poststart hooks");
+            log::warn!(container:% = key; "the container has exited before its poststart hooks: a keeper of this version does not run them, upgrade it");
             return Ok(());
         }
         other => other?,

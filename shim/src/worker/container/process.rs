@@ -38,6 +38,11 @@ pub(crate) struct Streams {
 }
 
 impl Streams {
+    /// Whether the keeper holds none for the process.
+    pub(crate) fn are_none(&self) -> bool {
+        !self.terminal && [&self.stdin, &self.stdout, &self.stderr].iter().all(|uri| uri.is_empty())
+    }
+
     pub(crate) fn go_into_files(&self) -> bool {
         [&self.stdout, &self.stderr].iter().any(|uri| uri.starts_with("file://"))
     }

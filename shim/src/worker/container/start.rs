@@ -65,14 +65,15 @@ async fn started_by_another(container: &Rc<Container>, key: &ProcessKey) -> Resu
 async fn start_init(cause: &Cause, container: &Rc<Container>) -> Result<Change, Error> {
     let key = ProcessKey::init(&container.id);
     let engine = container.engine();
+    let pid = container.record().init.pid;
     match &engine {
-        Engine::Native(engine) => native::start(cause, engine, &key).await?,
+        Engine::Native(engine) => native::start(cause, engine, &key, pid).await?,
         Engine::Command(engine) => {
             let spawn = engine.start(&at(&container.record()));
             run_verb(cause, step::ENGINE, engine, Verb::Start, spawn).await?;
         }
     }
-    let pid = container.record().init.pid.unwrap_or(0);
+    let pid = pid.unwrap_or(0);
     container.observe(&key, Fact::Started);
     Ok(Change::save(container, Reply::Pid(Some(pid))).event(Event::new(container, EventKind::Started { pid })))
 }

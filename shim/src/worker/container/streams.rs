@@ -18,6 +18,8 @@ pub(super) struct Plan {
     stdout: StdioUri,
     stderr: StdioUri,
     terminal: bool,
+    /// It gets the null device then, without having been asked to.
+    is_empty: bool,
     /// The container's.
     bundle: PathBuf,
     owner: (u32, u32),
@@ -41,6 +43,7 @@ impl Plan {
             // Both outputs of a terminal are one.
             stderr: if streams.terminal { StdioUri::None } else { StdioUri::parse("stderr", &streams.stderr)? },
             terminal: streams.terminal,
+            is_empty: streams.are_none(),
             bundle: record.bundle.clone(),
             owner: (record.options.io_uid, record.options.io_gid),
             spill_bytes: record.options.spill_bytes,
@@ -86,6 +89,9 @@ impl Plan {
 
     /// Has the keeper open the streams and start the loggers. After an error the caller releases the key.
     pub(super) async fn open(&self, shared: &Shared, cause: &Cause) -> Result<(), Error> {
+        if self.is_empty {
+            return Ok(());
+        }
         for (_, path) in self.files() {
             let file = path.clone();
             let opened = tokio::task::spawn_blocking(move || pump::blocking_open(&file).map(drop)).await;

@@ -185,7 +185,8 @@ async fn write(mut cgroup: plan::Cgroup) -> Result<(), Error> {
 
 /// Has the keeper make a placeholder. The same in a replay, though it may have ended by then.
 async fn placeholder(cause: &Cause, key: &ProcessKey) -> Result<u32, Error> {
-    let order = Perform { key: key.to_string(), kind: PlanKind::Placeholder, plan: Vec::new(), init: String::new(), terminal: false };
+    let order =
+        Perform { key: key.to_string(), kind: PlanKind::Placeholder, plan: Vec::new(), init: String::new(), terminal: false, pid: None };
     let made = async {
         let exited = cause.run_plan(step::PLACEHOLDER, order).await?;
         engine::reported_pid(Verb::Create, &exited)?.ok_or(Error::NoReport { verb: Verb::Create, status: exited.status })

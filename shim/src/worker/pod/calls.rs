@@ -95,6 +95,7 @@ async fn make(cause: &Cause, pod: &Rc<Pod>, apply: &impl Apply) -> Result<Option
     if let Some(planned) = planned.as_ref().filter(|_| record.cgroup == cgroup::Parent::default()) {
         pod.update(|record| record.cgroup = planned.blocking_parent());
         apply.apply(Change { pod: PodChange { save: true, ..PodChange::default() }, ..Change::default() });
+        cause.until_taken(step::POD_RECORDED).await;
     }
     let record = pod.record().clone();
     let with_files = record.clone();
@@ -113,7 +114,7 @@ async fn make(cause: &Cause, pod: &Rc<Pod>, apply: &impl Apply) -> Result<Option
         cause.perform(step::ENTER_POD, Op::EnterPod { plan }).await?;
         return Ok(None);
     }
-    let order = Perform { key: POD_KEY.to_owned(), kind: PlanKind::Holder, plan, init: String::new(), terminal: false };
+    let order = Perform { key: POD_KEY.to_owned(), kind: PlanKind::Holder, plan, init: String::new(), terminal: false, pid: None };
     let exited = cause.run_plan(step::HOLDER, order).await?;
     let not_made = |failure: String| Error::PodNotMade { id: record.id.clone(), failure };
     let pid = engine::reported_pid_of_holder(&exited).map_err(not_made)?;
@@ -126,11 +127,11 @@ async fn undo(cause: &Cause, pod: &Rc<Pod>) {
     if let Err(error) = cause.perform(step::UNDO_POD, Op::LeavePod).await {
         log::error!(sandbox:% = record.id, error:% = error.chain(); "the keeper cannot return from the namespaces of the pod");
     }
+    record.cgroup.remove().await;
     let with_files = record.clone();
     if let Err(error) = blocking(move || files::blocking_remove(&with_files)).await {
         log::warn!(sandbox:% = record.id, error:% = error.chain(); "cannot remove the files of a pod that was not started");
     }
-    record.cgroup.remove().await;
     pod.update(|record| record.cgroup = cgroup::Parent::default());
 }
 

@@ -11,8 +11,9 @@ use x_engine::plan::{self, Hierarchy};
 
 use super::record::Record;
 use crate::cgroup::Cgroup;
-use crate::pod_folder::Leftovers;
+use crate::pod_folder::{Leftovers, Slice};
 use crate::systemd::{self, Manager};
+use crate::worker::container::blocking;
 use crate::worker::error::Error;
 
 /// See the module.
@@ -56,11 +57,11 @@ pub(super) fn blocking_plan(record: &Record) -> Result<Option<Planned>, Error> {
 impl Planned {
     /// What is to be recorded before it is made.
     pub(super) fn blocking_parent(&self) -> Parent {
-        let missing = control::missing(&self.folders);
-        let slice = self.unit.as_ref().filter(|_| !missing.is_empty()).map(|unit| unit.name.clone());
-        // systemd makes and removes its own.
-        let made = if slice.is_some() { Vec::new() } else { missing };
-        Parent { cgroup: folders(&self.folders), made, slice }
+        let cgroup = folders(&self.folders);
+        let Some(unit) = &self.unit else { return Parent { cgroup, made: control::missing(&self.folders), slice: None } };
+        // systemd makes and removes its own folders: on v1, of a slice that it has started, those that something in it needs and its own, always.
+        let is_started = self.folders.of_systemd().is_none_or(|folder| folder.absolute().is_dir());
+        Parent { cgroup, made: Vec::new(), slice: (!is_started).then(|| unit.name.clone()) }
     }
 
     /// Makes what `parent` says is to be made. Can be repeated.
@@ -93,38 +94,34 @@ async fn start(unit: &plan::Unit) -> Result<(), Error> {
 impl Parent {
     /// What is left of it for `delete`.
     pub(super) fn leftovers(&self) -> Leftovers {
-        Leftovers { cgroups: self.made.clone() }
+        let folders = match &self.cgroup {
+            Cgroup::None => Vec::new(),
+            Cgroup::V1(folders) => folders.values().cloned().collect(),
+            Cgroup::V2(folder) => vec![folder.clone()],
+        };
+        Leftovers { cgroups: self.made.clone(), slice: self.slice.clone().map(|name| Slice { name, folders }) }
     }
 
     /// Removes what the pod has made, if it is empty. Failures are logged.
     pub(super) async fn remove(&self) {
-        self.leftovers().blocking_remove_cgroups();
-        let Some(slice) = &self.slice else { return };
-        // Stopping a slice would end what is in it.
-        if !self.blocking_is_empty() {
+        let leftovers = self.leftovers();
+        if leftovers == Leftovers::default() {
             return;
         }
+        let slice = blocking(move || {
+            leftovers.blocking_remove_cgroups();
+            leftovers.slice.filter(Slice::blocking_is_empty)
+        });
+        let Some(slice) = slice.await else { return };
         let stopped = async {
             let manager = Manager::connect().await?;
-            let stopped = manager.stop(slice).await;
+            let stopped = manager.stop(&slice.name).await;
             manager.close().await;
             stopped
         };
         if let Err(error) = stopped.await {
-            log::warn!(slice:%, error:% = crate::chain::chain(&error); "cannot stop the slice of a pod");
+            log::warn!(slice:% = slice.name, error:% = crate::chain::chain(&error); "cannot stop the slice of a pod");
         }
-    }
-
-    fn blocking_is_empty(&self) -> bool {
-        let folders: Vec<&PathBuf> = match &self.cgroup {
-            Cgroup::None => Vec::new(),
-            Cgroup::V1(folders) => folders.values().collect(),
-            Cgroup::V2(folder) => vec![folder],
-        };
-        let has_folders = |folder: &PathBuf| {
-            folder.read_dir().is_ok_and(|entries| entries.flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())))
-        };
-        self.cgroup.pids().is_empty() && !folders.into_iter().any(has_folders)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Stop       containers killed ─▶ namespaces left, or the holder killed ─▶ NotReady, waiters answered
-//!  Shutdown   containers deleted ─▶ the same ─▶ files and cgroup removed ─▶ the keeper exits once its clients have gone
+//!  Shutdown   containers deleted ─▶ the same ─▶ cgroup and files removed ─▶ the keeper exits once its clients have gone
 //! ```
 use std::rc::Rc;
 use std::time::Duration;
@@ -67,10 +67,11 @@ pub(in crate::worker) async fn shutdown(shared: &Shared, cause: &Cause, id: &str
         Phase::NotReady { .. } => PodChange::default(),
     };
     let record = pod.record().clone();
-    if let Err(error) = remove_files(record.clone()).await {
+    record.cgroup.remove().await;
+    // Last: they name the cgroup for `delete`, should the keeper be killed meanwhile.
+    if let Err(error) = remove_files(record).await {
         return Ok(Change { pod: left, ..Change::refuse(error) });
     }
-    record.cgroup.remove().await;
     log::info!(sandbox:% = id; "sandbox removed");
     shared.pod.borrow_mut().take();
     let pod = PodChange { save: false, remove: true, ..left };

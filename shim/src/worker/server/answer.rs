@@ -27,34 +27,41 @@ pub(in crate::worker) fn response(result: Result<Reply, Error>, keeper_pid: u32)
 /// answer to Pids is incomplete and marked as a fallback: the keeper gives it only if no worker answers in time.
 pub(in crate::worker) fn ready(record: &Record, keeper_pid: u32) -> Vec<Ready> {
     let id = record.id.to_string();
+    let mut ready = ready_pids(record, keeper_pid);
     let connect = api::ConnectRequest { id: id.clone(), ..Default::default() };
-    let pids = api::PidsRequest { id: id.clone(), ..Default::default() };
-    let mut answers = vec![
-        ("Connect", bytes(&connect), Reply::Connect { task_pid: record.init.pid }, None),
-        ("Pids", bytes(&pids), Reply::Pids(record.init.pid.map(|pid| (pid, None)).into_iter().collect()), None),
-    ];
+    ready.extend(of_both_services(record, keeper_pid, "Connect", &bytes(&connect), Reply::Connect { task_pid: record.init.pid }, None));
     if let Some(state) = state_of(record, &ProcessKey::init(&record.id)) {
         let request = api::StateRequest { id: id.clone(), ..Default::default() };
-        answers.push(("State", bytes(&request), Reply::State(Box::new(state)), None));
+        ready.extend(of_both_services(record, keeper_pid, "State", &bytes(&request), Reply::State(Box::new(state)), None));
     }
     for (signal, all) in signals(record) {
         let request = api::KillRequest { id: id.clone(), signal: signal.cast_unsigned(), all, ..Default::default() };
-        answers.push(("Kill", bytes(&request), Reply::Empty, Some(signal)));
-    }
-    let mut ready = Vec::with_capacity(answers.len() * TASK_SERVICES.len());
-    for (method, payload, reply, signal) in answers {
-        let answer = response(Ok(reply), keeper_pid);
-        ready.extend(TASK_SERVICES.map(|service| Ready {
-            key: id.clone(),
-            service: service.to_owned(),
-            method: method.to_owned(),
-            payload: payload.clone(),
-            answer: answer.clone(),
-            is_fallback: signal.is_some() || (method == "Pids" && record.execs.are_under_way()),
-            signal,
-        }));
+        ready.extend(of_both_services(record, keeper_pid, "Kill", &bytes(&request), Reply::Empty, Some(signal)));
     }
     ready
+}
+
+/// Those of [`ready`] that also depend on whether execs run: all that has to be replaced when the first one starts and when the last one has exited.
+pub(in crate::worker) fn ready_pids(record: &Record, keeper_pid: u32) -> Vec<Ready> {
+    let request = api::PidsRequest { id: record.id.to_string(), ..Default::default() };
+    let reply = Reply::Pids(record.init.pid.map(|pid| (pid, None)).into_iter().collect());
+    let mut ready = of_both_services(record, keeper_pid, "Pids", &bytes(&request), reply, None);
+    ready.iter_mut().for_each(|ready| ready.is_fallback = record.execs.are_under_way());
+    ready
+}
+
+fn of_both_services(record: &Record, keeper_pid: u32, method: &str, payload: &[u8], reply: Reply, signal: Option<i32>) -> Vec<Ready> {
+    let answer = response(Ok(reply), keeper_pid);
+    let of = |service: &str| Ready {
+        key: record.id.to_string(),
+        service: service.to_owned(),
+        method: method.to_owned(),
+        payload: payload.to_owned(),
+        answer: answer.clone(),
+        is_fallback: signal.is_some(),
+        signal,
+    };
+    TASK_SERVICES.map(of).into()
 }
 
 /// The signals with which clients stop a container that the keeper can send to init by itself, and whether they are for `all`: that is

@@ -7,7 +7,7 @@ mod answer;
 mod call;
 mod sandbox;
 
-pub(super) use answer::{ready, response};
+pub(super) use answer::{ready, ready_pids, response};
 pub(super) use call::{Call, Inbound};
 pub(super) use sandbox::{PodCall, ready_of_pod};
 

@@ -21,7 +21,7 @@ use super::{Plan, Subject};
 
 /// Pods that are made or removed at the same time.
 const CLIENTS: usize = 8;
-/// How long collectors and timers of stock shims have after the last request.
+/// How long collectors and timers of shims have after the last request, and keepers after their workers have gone.
 const SETTLES: Duration = Duration::from_secs(5);
 
 /// The daemon of one shim.
@@ -193,6 +193,8 @@ async fn idle(subject: &mut Subject, bench: &mut Bench, plan: &Plan) -> Result<(
             Ok(())
         })
         .await?;
+        // the last of them tidy up
+        tokio::time::sleep(SETTLES).await;
         note(subject, bench, "asleep, ", count, &folders, before)?;
     }
     for pod in &pods {

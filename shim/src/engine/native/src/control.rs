@@ -304,11 +304,31 @@ pub fn remove(cgroup: &Cgroup) -> io::Result<()> {
     cgroup.folders.iter().try_for_each(|folder| remove_folder(&folder.absolute()))
 }
 
+/// Removes the folder of a cgroup if it is empty; one with processes or folders in it stays as it is. For a moment the kernel may call one busy whose last
+/// process or folder has just gone: that is waited for, a second at most.
+///
+/// Errors: EBUSY if it is in use.
+pub fn remove_if_empty(folder: &Path) -> io::Result<()> {
+    remove_when_free(|| remove_one(folder), || is_empty(folder))
+}
+
+/// Whether a cgroup has neither processes nor folders.
+#[must_use]
+pub fn is_empty(folder: &Path) -> bool {
+    let has_folders = fs::read_dir(folder).into_iter().flatten().flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    !has_folders && fs::read(folder.join("cgroup.procs")).is_ok_and(|pids| pids.is_empty())
+}
+
 fn remove_folder(path: &Path) -> io::Result<()> {
+    remove_when_free(|| remove_tree(path), || true)
+}
+
+/// Repeats a removal while the kernel calls the folder busy and it `may` become free.
+fn remove_when_free(remove: impl Fn() -> io::Result<()>, may: impl Fn() -> bool) -> io::Result<()> {
     let mut pause = FIRST_PAUSE;
     loop {
-        match remove_tree(path) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && pause <= LAST_PAUSE => {
+        match remove() {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && pause <= LAST_PAUSE && may() => {
                 sleep(pause);
                 pause *= 2;
             }
@@ -317,18 +337,21 @@ fn remove_folder(path: &Path) -> io::Result<()> {
     }
 }
 
-/// One call if there is nothing below it.
-fn remove_tree(path: &Path) -> io::Result<()> {
-    let remove = |folder: &Path| match fs::remove_dir(folder) {
+fn remove_one(folder: &Path) -> io::Result<()> {
+    match fs::remove_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
-    };
-    if remove(path).is_ok() {
+    }
+}
+
+/// One call if there is nothing below it.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    if remove_one(path).is_ok() {
         return Ok(());
     }
     let mut folders = Vec::new();
     each_below(path, &mut |folder| folders.push(folder.to_owned()));
-    folders.iter().rev().try_for_each(|folder| remove(folder))
+    folders.iter().rev().try_for_each(|folder| remove_one(folder))
 }
 
 /// Signals those that have not been signalled yet, and returns their number.

@@ -1,12 +1,13 @@
 //! The performer: makes the child, sets its limits, reports.
 use std::convert::Infallible;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use minicbor::Decode;
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, sched_yield, setns};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
@@ -40,7 +41,7 @@ pub fn create(plan: &[u8], descriptors: Descriptors) -> ! {
 /// Performs a plan, encoded, for another process of the container whose init `init` is a handle of (a pidfd). As [`create`].
 pub fn exec(plan: &[u8], init: OwnedFd, descriptors: Descriptors) -> ! {
     perform(descriptors, Some(init), |kept, init| {
-        let plan: Exec = decode(plan)?;
+        let plan = ManuallyDrop::new(decode::<Exec>(plan)?);
         check_version(plan.version)?;
         let init = init.ok_or_else(|| plain(Step::Plan, "no init"))?;
         // Whatever failed: without init there is no container.
@@ -54,9 +55,11 @@ fn is_gone(init: &OwnedFd) -> bool {
     sys::wait_for_exit(init.as_fd(), 0).unwrap_or(false) || setns(init, CloneFlags::CLONE_NEWUTS) == Err(Errno::ESRCH)
 }
 
-/// Runs the hooks that follow the start of a container, encoded, in a process that was forked for it. `pid` is init's. As [`create`]; reports `pid`.
-pub fn poststart(container: &[u8], pid: u32, descriptors: Descriptors) -> ! {
-    late_hooks(container, pid, descriptors, |hooks, state| hooks::run(&hooks.poststart, "poststart", state, cwd(hooks), &[]), "running")
+/// Runs the hooks that follow the start of a container, encoded, in a process that was forked for it. `pid` is init's, `has_exited` whether that has exited
+/// since: a program may be done before its hooks begin. As [`create`]; reports `pid`.
+pub fn poststart(container: &[u8], pid: u32, has_exited: bool, descriptors: Descriptors) -> ! {
+    let status = if has_exited { "stopped" } else { "running" };
+    late_hooks(container, pid, descriptors, |hooks, state| hooks::run(&hooks.poststart, "poststart", state, cwd(hooks), &[]), status)
 }
 
 /// Runs the hooks that follow the deletion of a container. As [`poststart`].
@@ -143,6 +146,10 @@ fn perform(given: Descriptors, init: Option<OwnedFd>, act: impl FnOnce(&Kept, Op
         Err(failure) => Report::Failed(failure.shortened()),
     };
     let is_sent = minicbor::to_vec(report).is_ok_and(|report| write(&kept.report, &report).is_ok());
+    // An exec is done by the report alone, and an exit takes as long as a short program: that of the process, which may wait for this processor, comes first.
+    if init.is_some() {
+        let _ = sched_yield();
+    }
     sys::exit_now(i32::from(!is_sent))
 }
 
@@ -199,10 +206,11 @@ fn create_planned(plan: &Create, kept: &Kept) -> Result<u32, Failure> {
 }
 
 fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Failure> {
-    let agent = Agent::connect(&plan.process, &plan.state, Some(container.as_fd()))?;
-    let procfs = Procfs::make(&plan.process)?;
+    // What the performer has is not closed and freed piece by piece before it reports, and the keeper waits for that: its exit does it.
+    let agent = ManuallyDrop::new(Agent::connect(&plan.process, &plan.state, Some(container.as_fd()))?);
+    let procfs = ManuallyDrop::new(Procfs::make(&plan.process)?);
     harden(&plan.process)?;
-    let joining = Joining::open_all(&plan.cgroup, container.as_fd())?;
+    let joining = ManuallyDrop::new(Joining::open_all(&plan.cgroup, container.as_fd())?);
     scheduling::choose_first_processors(&plan.process)?;
     let namespaces = CloneFlags::from_bits_retain(plan.namespaces as i32);
     let is_mapped = namespaces.contains(CloneFlags::CLONE_NEWUSER);
@@ -223,7 +231,10 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
         change_root()?;
     }
     namespaces::mark_descendants();
-    let child = Child::make(0, &joining, |performer| {
+    // Each of its messages would wake the performer, and each answer the child. What the performer has privileges for, the child has too, but in a user
+    // namespace; and nothing of the container's own limits is written for an exec.
+    let is_alone = !is_mapped && agent.is_none();
+    let child = ManuallyDrop::new(Child::make(0, &joining, |performer| {
         close_performers(kept, agent.as_ref())?;
         let attributes = Attributes::open(&procfs)?;
         umask(Mode::empty());
@@ -240,12 +251,20 @@ fn exec_planned(plan: &Exec, container: &OwnedFd, kept: &Kept) -> Result<u32, Fa
             terminal::open(&Root::new(root), wanted, console, false)?;
         }
         scheduling::choose_memory(&plan.process)?;
-        init::wait_for_limits(performer, &plan.process)?;
+        if is_alone {
+            scheduling::schedule(0, &plan.process)?;
+            init::limit(&plan.process)?;
+        } else {
+            init::wait_for_limits(performer, &plan.process)?;
+        }
         let program = program::become_it(&plan.process, kept, &attributes, performer, Role::Added)?;
         performer.send(&Message::Prepared).doing(Step::Child, || "report to the performer".to_owned())?;
         Err(program.execute())
-    })?;
+    })?);
     let attend = || {
+        if is_alone {
+            child.messages.wait_for_end().doing(Step::Child, waiting)?;
+        }
         child.attend(&Parts {
             process: &plan.process,
             cgroup: &plan.cgroup,

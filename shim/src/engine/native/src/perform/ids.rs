@@ -1,6 +1,6 @@
 //! The ids of user namespaces, as the performer sees them.
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -72,7 +72,7 @@ pub(super) fn give_streams(pid: u32, uid: u32) -> Result<(), Failure> {
 
 /// Makes the streams a user's: a program may open them again by `/dev/stdout`. The null device, the group and what cannot be changed stay.
 pub(super) fn own_streams(uid: u32) -> Result<(), Failure> {
-    for stream in [io::stdin().as_fd(), io::stdout().as_fd(), io::stderr().as_fd()] {
+    for stream in sys::streams() {
         let about = nix::sys::stat::fstat(stream).doing(Step::Identity, || "examine a stream".to_owned())?;
         if about.st_uid == uid || root::is_null(stream) {
             continue;

@@ -94,12 +94,15 @@ fn run_hooks(plan: &Create, performer: &ChildEnd) -> Result<(), Failure> {
 /// Reports that limits may be set, and waits until they are.
 pub(super) fn wait_for_limits(performer: &ChildEnd, process: &Process) -> Result<(), Failure> {
     performer.send(&Message::Ready).doing(Step::Child, || "report to the performer".to_owned())?;
-    if wait_for(performer)? == Answer::LimitYourself {
-        for limit in &process.rlimits {
-            sys::set_rlimit(0, limit.resource, limit.soft, limit.hard).doing(Step::Limits, || limit.to_string())?;
-        }
-    }
-    Ok(())
+    if wait_for(performer)? == Answer::LimitYourself { limit(process) } else { Ok(()) }
+}
+
+/// Sets the limits of this process.
+pub(super) fn limit(process: &Process) -> Result<(), Failure> {
+    process
+        .rlimits
+        .iter()
+        .try_for_each(|limit| sys::set_rlimit(0, limit.resource, limit.soft, limit.hard).doing(Step::Limits, || limit.to_string()))
 }
 
 /// Reports, and waits until the performer has done what follows from it.
@@ -167,7 +170,7 @@ fn settings(plan: &Create) -> Result<(), Failure> {
 
 /// A stream that is the host's null device becomes the container's.
 fn reopen_null_streams(root: &Root) -> Result<(), Failure> {
-    let streams = [io::stdin().as_fd(), io::stdout().as_fd(), io::stderr().as_fd()].map(root::is_null);
+    let streams = sys::streams().map(root::is_null);
     if !streams.contains(&true) {
         return Ok(());
     }

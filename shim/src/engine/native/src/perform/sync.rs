@@ -5,6 +5,7 @@
 //!           Filtered, answered by go, between Ready and Prepared, if an agent decides about calls
 //!           Failed, at any time; the end of the socket: the child has exited, or executes its program
 //! ```
+//! An exec that needs nothing of the performer sends Prepared alone, or Failed.
 //! In a user namespace init is the child of a leader, which exits: `Entered`, go, `Timed` where there is a new time namespace, go, `Led`; then init waits for
 //! a go as its first. `Root` and `Source` are init's, between its mounts: each is answered with a descriptor.
 use std::io;
@@ -12,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use minicbor::{Decode, Encode};
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::unistd::{read, write};
 
 use super::Failure;
@@ -85,8 +86,10 @@ pub(super) fn pair() -> io::Result<(PerformerEnd, ChildEnd)> {
 impl PerformerEnd {
     /// `None` at the end.
     pub(super) fn receive(&self) -> io::Result<Option<Message>> {
-        let mut buffer = vec![0; MAX_BYTES];
-        let length = read_once(&self.0, &mut buffer)?;
+        // Most have a few bytes, and after a fork each page of a buffer is a fault.
+        let length = once(|| recv(self.0.as_raw_fd(), &mut [], MsgFlags::MSG_PEEK | MsgFlags::MSG_TRUNC))?;
+        let mut buffer = vec![0; length.min(MAX_BYTES)];
+        let length = if length == 0 { 0 } else { read_once(&self.0, &mut buffer)? };
         if length == 0 {
             return Ok(None);
         }
@@ -112,6 +115,19 @@ impl PerformerEnd {
         }
         let message = minicbor::decode(&buffer[..length]).map_err(|_malformed| io::Error::from_raw_os_error(libc::EIO))?;
         Ok(Some((message, descriptor)))
+    }
+
+    /// Waits until the child's end is closed, without a wake-up for what it sends before that.
+    pub(super) fn wait_for_end(&self) -> io::Result<()> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        // A hang-up is reported whatever is asked for.
+        let mut own = [PollFd::new(self.0.as_fd(), PollFlags::empty())];
+        loop {
+            match poll(&mut own, PollTimeout::NONE) {
+                Err(Errno::EINTR) => {}
+                other => return Ok(other.map(drop)?),
+            }
+        }
     }
 
     /// The child may have been killed: no signal is to tell.
@@ -175,8 +191,12 @@ impl ChildEnd {
 }
 
 fn read_once(end: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    once(|| read(end, buffer))
+}
+
+fn once(mut receive: impl FnMut() -> nix::Result<usize>) -> io::Result<usize> {
     loop {
-        match read(end, buffer) {
+        match receive() {
             Err(Errno::EINTR) => {}
             // The other end was closed with something unread in it.
             Err(Errno::ECONNRESET) => return Ok(0),

@@ -26,7 +26,7 @@ pub(crate) use privileges::{
 pub(crate) use process::{
     Born, ExitOnUnwind, Forked, clone_into, close_range, current_directory, duplicate, end_with_this_process, execute, exit_now,
     exit_on_signals, fetch, fork, fork_into, keep_open, may_execute, open_pidfd, pid_of, reset_signals, set_domain_name, set_mode,
-    set_rlimit, signal, wait_for_exit, write_before,
+    set_rlimit, signal, streams, wait_for_exit, write_before,
 };
 pub(crate) use scheduling::{SchedulerAttributes, set_affinity, set_io_priority, set_memory_policy, set_personality, set_scheduler};
 pub(crate) use socket::{receive_descriptor, send_descriptor};

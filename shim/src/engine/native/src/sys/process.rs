@@ -148,6 +148,12 @@ pub(crate) fn wait_for_exit(process: BorrowedFd<'_>, milliseconds: u16) -> io::R
     Ok(poll(&mut [PollFd::new(process, PollFlags::POLLIN)], milliseconds)? > 0)
 }
 
+/// The streams of this process, without the buffers that the standard library makes for them.
+pub(crate) fn streams() -> [BorrowedFd<'static>; 3] {
+    // SAFETY: a performer and its child have all three from their beginning to their end, and none of them is owned: see `perform::descriptors`.
+    [0, 1, 2].map(|number| unsafe { BorrowedFd::borrow_raw(number) })
+}
+
 /// Closes the descriptors from `first` to `last`.
 pub(crate) fn close_range(first: u32, last: u32) -> io::Result<()> {
     // SAFETY: the caller gives up every such descriptor and drops none of their owners; see `perform::descriptors`.
@@ -218,11 +224,17 @@ pub(crate) fn may_execute(path: &CStr) -> io::Result<()> {
 
 /// The working directory as the kernel names it: not absolute if it cannot be reached from the root.
 pub(crate) fn current_directory() -> io::Result<Vec<u8>> {
-    let mut buffer = vec![0_u8; libc::PATH_MAX as usize];
-    // SAFETY: pointer and length describe the buffer.
-    let length = check(unsafe { libc::syscall(libc::SYS_getcwd, buffer.as_mut_ptr(), buffer.len()) })?;
-    buffer.truncate((length as usize).saturating_sub(1));
-    Ok(buffer)
+    let read = |bytes: usize| -> io::Result<Vec<u8>> {
+        let mut buffer = vec![0_u8; bytes];
+        // SAFETY: pointer and length describe the buffer.
+        let length = check(unsafe { libc::syscall(libc::SYS_getcwd, buffer.as_mut_ptr(), buffer.len()) })?;
+        buffer.truncate((length as usize).saturating_sub(1));
+        Ok(buffer)
+    };
+    match read(MOST_PATHS_BYTES) {
+        Err(error) if error.raw_os_error() == Some(libc::ERANGE) => read(libc::PATH_MAX as usize),
+        other => other,
+    }
 }
 
 /// execve(2). Returns only if it failed.
@@ -269,5 +281,8 @@ pub(crate) fn set_domain_name(name: &str) -> io::Result<()> {
     check(libc::c_long::from(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }))?;
     Ok(())
 }
+
+/// Enough for most paths. After a fork each page that is written is a fault.
+const MOST_PATHS_BYTES: usize = 256;
 
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;

@@ -24,8 +24,9 @@ crate::cases![
     a_network_namespace_is_joined_by_its_path_again,
 ];
 
-/// Counts in a file system of its own, so that the count is a part of the checkpoint.
-pub(crate) const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i > /run/i; sleep 0.02; done";
+/// Counts in a file system of its own, so that the count is a part of the checkpoint. In a folder that it makes once: where an image has it restored among the
+/// mounts of the host, there is none, and nothing is written.
+pub(crate) const COUNT: &str = "mkdir /run/x-engine-count; i=0; while :; do i=$((i+1)); echo $i > /run/x-engine-count/i; sleep 0.02; done";
 
 /// A criu that works, or why there is none: the one in PATH, or that of the tests' cache.
 fn criu() -> Result<PathBuf, String> {
@@ -47,7 +48,7 @@ pub(crate) fn settings(stage: &Stage) -> Option<Value> {
 }
 
 fn count(stage: &Stage, id: &str) -> u32 {
-    stage.exec_shell(id, "cat /run/i 2>/dev/null || echo 0", |_| {}).trim().parse().unwrap_or(0)
+    stage.exec_shell(id, "cat /run/x-engine-count/i 2>/dev/null || echo 0", |_| {}).trim().parse().unwrap_or(0)
 }
 
 pub(crate) fn counts_to(stage: &Stage, id: &str, goal: u32) {

@@ -1,7 +1,7 @@
 //! Images of criu's that are not what the configuration describes. Skipped where there is no criu that works.
 use std::fs;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
@@ -50,6 +50,7 @@ fn an_image_leaves_no_process_in_a_namespace_of_the_host() {
         let error = error.unwrap_or_else(|| panic!("{name}: it runs"));
         assert!(error.contains(&format!("a process in the {name} namespace of the host")), "{error}");
         assert_eq!(stage.cgroups(), Vec::<PathBuf>::new());
+        assert!(!Path::new("/run/i").exists() && !Path::new("/run/x-engine-count").exists(), "it has written to the host");
     }
     for (path, whole) in &ids {
         fs::write(path, whole).expect("written");

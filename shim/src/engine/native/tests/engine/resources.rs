@@ -3,7 +3,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::differences::{Other, is_installed};
+use crate::differences::{compare_limits, is_installed};
 use crate::stage::Stage;
 
 crate::cases![
@@ -136,47 +136,37 @@ fn a_limit_without_its_controller_is_refused() {
 }
 
 /// What all three write for the same resources.
-fn compare(runtime: &str) {
+fn compare_all_limits(runtime: &str) {
     let Some(disk) = limited_disk().filter(|_| is_installed(runtime)) else { return };
-    let stage = Stage::new();
-    let mut config = stage.config(&["sleep", "1000"]);
-    config["linux"]["resources"]["blockIO"] = json!({
-        "throttleReadBpsDevice": rate(disk, 1 << 20), "throttleWriteBpsDevice": rate(disk, 2 << 20),
-        "throttleReadIOPSDevice": rate(disk, 100), "throttleWriteIOPSDevice": rate(disk, 0),
-    });
-    config["linux"]["resources"]["memory"] = json!({ "limit": 64 << 20, "swappiness": 7, "disableOOMKiller": true });
-    config["linux"]["resources"]["cpu"] = json!({ "shares": 512, "quota": 50_000, "realtimePeriod": 900_000 });
-    config["linux"]["resources"]["unified"] = json!({});
-    let facts = || -> Vec<String> {
-        let files = [
-            ("blkio", "blkio.throttle.read_bps_device"),
-            ("blkio", "blkio.throttle.write_bps_device"),
-            ("blkio", "blkio.throttle.read_iops_device"),
-            ("blkio", "blkio.throttle.write_iops_device"),
-            ("memory", "memory.limit_in_bytes"),
-            ("memory", "memory.swappiness"),
-            ("memory", "memory.oom_control"),
-            ("cpu", "cpu.shares"),
-            ("cpu", "cpu.cfs_quota_us"),
-            ("cpu", "cpu.cfs_period_us"),
-            ("cpu", "cpu.rt_period_us"),
-        ];
-        files.into_iter().map(|(controller, file)| format!("{file}: {}", stage.limit(controller, file))).collect()
+    let resources = |limits: &mut Value| {
+        limits["blockIO"] = json!({
+            "throttleReadBpsDevice": rate(disk, 1 << 20), "throttleWriteBpsDevice": rate(disk, 2 << 20),
+            "throttleReadIOPSDevice": rate(disk, 100), "throttleWriteIOPSDevice": rate(disk, 0),
+        });
+        limits["memory"] = json!({ "limit": 64 << 20, "swappiness": 7, "disableOOMKiller": true });
+        limits["cpu"] = json!({ "shares": 512, "quota": 50_000, "realtimePeriod": 900_000 });
+        limits["unified"] = json!({});
     };
-    let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
-    let ours = facts();
-    init.kill();
-    init.end();
-    stage.delete("c").expect("deleted");
-    let other = Other { runtime, stage: &stage };
-    other.detach();
-    assert_eq!(ours, facts());
+    let files = [
+        ("blkio", "blkio.throttle.read_bps_device"),
+        ("blkio", "blkio.throttle.write_bps_device"),
+        ("blkio", "blkio.throttle.read_iops_device"),
+        ("blkio", "blkio.throttle.write_iops_device"),
+        ("memory", "memory.limit_in_bytes"),
+        ("memory", "memory.swappiness"),
+        ("memory", "memory.oom_control"),
+        ("cpu", "cpu.shares"),
+        ("cpu", "cpu.cfs_quota_us"),
+        ("cpu", "cpu.cfs_period_us"),
+        ("cpu", "cpu.rt_period_us"),
+    ];
+    compare_limits(&Stage::new(), runtime, resources, &files);
 }
 
 fn limits_are_as_runcs() {
-    compare("runc");
+    compare_all_limits("runc");
 }
 
 fn limits_are_as_cruns() {
-    compare("crun");
+    compare_all_limits("crun");
 }

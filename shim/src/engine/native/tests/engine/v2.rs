@@ -2,7 +2,7 @@
 use serde_json::json;
 
 use crate::bundle;
-use crate::differences::{Other, compare_scripts, is_installed};
+use crate::differences::{compare_limits, compare_scripts, is_installed};
 use crate::stage::Stage;
 
 crate::cases![
@@ -126,7 +126,7 @@ fn devices_can_be_used_as_with_crun() {
     compare_devices("crun");
 }
 
-fn compare_limits(runtime: &str) {
+fn compare_all_limits(runtime: &str) {
     let controllers = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
     if !["cpu", "cpuset", "memory", "pids"].iter().all(|name| controllers.split_whitespace().any(|controller| controller == *name)) {
         return eprintln!("skipped: needs cgroup v2 with its controllers");
@@ -140,6 +140,24 @@ fn compare_limits(runtime: &str) {
             "unified": { "memory.high": "60000000", "pids.max": "19" },
         })
     };
+    let files = [
+        "memory.max",
+        "memory.swap.max",
+        "memory.low",
+        "memory.high",
+        "memory.oom.group",
+        "cpu.weight",
+        "cpu.idle",
+        "cpu.max",
+        "cpu.max.burst",
+        "cpuset.cpus",
+        "cpuset.mems",
+        "pids.max",
+        "cgroup.controllers",
+        "cgroup.type",
+        "cgroup.max.depth",
+    ]
+    .map(|file| ("", file));
     for resources in [
         // Where the curves of shares and weights meet: that of runc 1.1 and crun 1.8 is a line.
         resources(
@@ -150,46 +168,16 @@ fn compare_limits(runtime: &str) {
         resources(json!({ "limit": -1 }), json!({ "quota": -1 })),
         resources(json!({}), json!({ "period": 50_000 })),
     ] {
-        let stage = Stage::new();
-        let mut config = stage.config(&["sleep", "1000"]);
-        config["linux"]["resources"] = resources;
-        let facts = || -> Vec<String> {
-            let files = [
-                "memory.max",
-                "memory.swap.max",
-                "memory.low",
-                "memory.high",
-                "memory.oom.group",
-                "cpu.weight",
-                "cpu.idle",
-                "cpu.max",
-                "cpu.max.burst",
-                "cpuset.cpus",
-                "cpuset.mems",
-                "pids.max",
-                "cgroup.controllers",
-                "cgroup.type",
-                "cgroup.max.depth",
-            ];
-            files.into_iter().map(|file| format!("{file}: {}", stage.limit("", file))).collect()
-        };
-        let init = stage.create("c", &config).unwrap_or_else(|error| panic!("create: {error}"));
-        let ours = facts();
-        init.kill();
-        init.end();
-        stage.delete("c").expect("deleted");
-        let other = Other { runtime, stage: &stage };
-        other.detach();
-        assert_eq!(ours, facts());
+        compare_limits(&Stage::new(), runtime, |limits| *limits = resources, &files);
     }
 }
 
 fn limits_are_as_runcs() {
-    compare_limits("runc");
+    compare_all_limits("runc");
 }
 
 fn limits_are_as_cruns() {
-    compare_limits("crun");
+    compare_all_limits("crun");
 }
 
 /// A mount of them outside of a cgroup namespace sets the options of all.

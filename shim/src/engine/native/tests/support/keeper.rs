@@ -70,8 +70,10 @@ impl Made {
         }
         let encoded = minicbor::to_vec(&self.container).map_err(|error| error.to_string())?;
         let streams = Streams::inherited().map_err(text)?;
-        report(|report| perform::poststart(&encoded, self.init, Descriptors { stdio: streams.stdio, report, gate: None, console: None }))
-            .map(drop)
+        report(|report| {
+            perform::poststart(&encoded, self.init, false, Descriptors { stdio: streams.stdio, report, gate: None, console: None })
+        })
+        .map(drop)
     }
 
     /// Kills what is left, and removes the cgroup.

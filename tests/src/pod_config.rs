@@ -1,4 +1,5 @@
-//! The kubelet's description of a pod, `runtime.v1.PodSandboxConfig`: the fields that the tests set.
+//! The kubelet's description of a pod, `runtime.v1.PodSandboxConfig`: the fields that the tests set. CRI gets it in its calls, and hands it to a shim that is to
+//! hold the pod.
 
 use std::collections::BTreeMap;
 
@@ -11,6 +12,8 @@ pub const POD: i32 = 0;
 pub const CONTAINER: i32 = 1;
 /// The host's namespace.
 pub const NODE: i32 = 2;
+/// Another container's namespace.
+pub const TARGET: i32 = 3;
 
 /// A pod.
 #[derive(Clone, PartialEq, Message)]
@@ -88,9 +91,43 @@ pub struct Security {
     /// Its namespaces.
     #[prost(message, optional, tag = "1")]
     pub namespaces: Option<Namespaces>,
+    /// The SELinux label of its processes.
+    #[prost(message, optional, tag = "2")]
+    pub selinux: Option<Selinux>,
+    /// The seccomp profile of its processes.
+    #[prost(message, optional, tag = "9")]
+    pub seccomp: Option<Profile>,
 }
 
-/// The namespaces of a pod: [`POD`], [`CONTAINER`] or [`NODE`].
+/// An SELinux label.
+#[derive(Clone, PartialEq, Message)]
+pub struct Selinux {
+    /// The user.
+    #[prost(string, tag = "1")]
+    pub user: String,
+    /// The role.
+    #[prost(string, tag = "2")]
+    pub role: String,
+    /// The type.
+    #[prost(string, tag = "3")]
+    pub kind: String,
+    /// The level.
+    #[prost(string, tag = "4")]
+    pub level: String,
+}
+
+/// A profile of a security module.
+#[derive(Clone, PartialEq, Message)]
+pub struct Profile {
+    /// 0: the runtime's own; 1: none; 2: that of a file.
+    #[prost(int32, tag = "1")]
+    pub kind: i32,
+    /// The file.
+    #[prost(string, tag = "2")]
+    pub file: String,
+}
+
+/// The namespaces of a pod or of a container: [`POD`], [`CONTAINER`], [`NODE`] or [`TARGET`].
 #[derive(Clone, PartialEq, Message)]
 pub struct Namespaces {
     /// Of the network.
@@ -102,6 +139,40 @@ pub struct Namespaces {
     /// Of shared memory.
     #[prost(int32, tag = "3")]
     pub ipc: i32,
+    /// The container that [`TARGET`] means.
+    #[prost(string, tag = "4")]
+    pub target_id: String,
+    /// Of users; absent for the host's.
+    #[prost(message, optional, tag = "5")]
+    pub users: Option<UserNamespace>,
+}
+
+/// A user namespace.
+#[derive(Clone, PartialEq, Message)]
+pub struct UserNamespace {
+    /// [`POD`] or [`NODE`].
+    #[prost(int32, tag = "1")]
+    pub mode: i32,
+    /// Its users.
+    #[prost(message, repeated, tag = "2")]
+    pub uids: Vec<IdMapping>,
+    /// Its groups.
+    #[prost(message, repeated, tag = "3")]
+    pub gids: Vec<IdMapping>,
+}
+
+/// A range of ids.
+#[derive(Clone, PartialEq, Message)]
+pub struct IdMapping {
+    /// The first one on the host.
+    #[prost(uint32, tag = "1")]
+    pub host_id: u32,
+    /// The first one inside.
+    #[prost(uint32, tag = "2")]
+    pub container_id: u32,
+    /// How many.
+    #[prost(uint32, tag = "3")]
+    pub length: u32,
 }
 
 impl PodConfig {
@@ -118,7 +189,10 @@ impl PodConfig {
             }),
             linux: Some(Linux {
                 cgroup_parent: cgroup_parent.to_owned(),
-                security_context: Some(Security { namespaces: Some(Namespaces { network: POD, pid: CONTAINER, ipc: POD }) }),
+                security_context: Some(Security {
+                    namespaces: Some(Namespaces { pid: CONTAINER, ..Namespaces::default() }),
+                    ..Security::default()
+                }),
                 sysctls: BTreeMap::new(),
             }),
         }
@@ -126,8 +200,12 @@ impl PodConfig {
 
     /// Its namespaces.
     pub fn namespaces(&mut self) -> &mut Namespaces {
-        let security = self.linux.get_or_insert_default().security_context.get_or_insert_default();
-        security.namespaces.get_or_insert_default()
+        self.security().namespaces.get_or_insert_default()
+    }
+
+    /// Its security context.
+    pub fn security(&mut self) -> &mut Security {
+        self.linux.get_or_insert_default().security_context.get_or_insert_default()
     }
 
     /// The options of the request that creates its sandbox.

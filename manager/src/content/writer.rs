@@ -1,0 +1,388 @@
+//! Writers: one for each reference that is being written.
+//!
+//! ```text
+//! Writing ──commit──▶ blob and row          Shared: another namespace has it; without a byte ──commit──▶ row
+//!    ▲                                         │ bytes come nevertheless
+//!    └─────────────────────────────────────────┘ the blob is copied
+//! ```
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use containerd_client::services::v1::Info;
+use hyper::body::Bytes;
+use prost_types::Timestamp;
+
+use super::digest::{Algorithm, Digest};
+use super::files::Ingest;
+use super::reference::Held;
+use super::{CONTENT, Content, lock, name};
+use crate::error::{Error, Object, Result};
+use crate::name::Namespace;
+use crate::settings::Sharing;
+use crate::store::{Meta, Resource, blobs, leases, namespaces, resources};
+use crate::timestamp;
+
+/// What a writer is asked for.
+#[derive(Debug, Clone)]
+pub(crate) struct Opening {
+    pub(crate) namespace: Namespace,
+    pub(crate) reference: String,
+    /// The size, if it is known; else 0.
+    pub(crate) total: u64,
+    pub(crate) expected: Option<Digest>,
+    /// What holds the content from then on.
+    pub(crate) lease: Option<String>,
+}
+
+/// The only writer of a reference.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    content: Arc<Content>,
+    opening: Opening,
+    name: String,
+    state: State,
+    _held: Held,
+}
+
+#[derive(Debug)]
+enum State {
+    Writing(Box<Ingest>),
+    /// Another namespace has what is expected.
+    Shared {
+        pin: Pin,
+        size: u64,
+        since: Timestamp,
+    },
+    /// It was committed, or has failed.
+    Closed,
+}
+
+/// How far it is.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Progress {
+    pub(crate) offset: u64,
+    pub(crate) total: u64,
+    pub(crate) started: Timestamp,
+    pub(crate) updated: Timestamp,
+    /// Of what was written so far.
+    pub(crate) digest: Digest,
+}
+
+/// Keeps a blob's file.
+#[derive(Debug)]
+struct Pin {
+    content: Arc<Content>,
+    digest: Digest,
+}
+
+impl Pin {
+    fn new(content: &Arc<Content>, digest: &Digest) -> Self {
+        *lock(&content.pinned).entry(digest.clone()).or_default() += 1;
+        Self { content: Arc::clone(content), digest: digest.clone() }
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut pinned = lock(&self.content.pinned);
+        if let Some(count) = pinned.get_mut(&self.digest) {
+            *count -= 1;
+            if *count == 0 {
+                pinned.remove(&self.digest);
+                if lock(&self.content.unreferenced).contains(&self.digest) {
+                    // a collection has passed it over
+                    self.content.store.changed_like_a_removal();
+                }
+            }
+        }
+    }
+}
+
+fn already_exists(digest: &Digest) -> Error {
+    Error::AlreadyExists(Object::Content(digest.to_string()))
+}
+
+/// Adds something to a lease, if there is one to add it to.
+pub(crate) fn hold(db: &mut Meta<'_>, namespace: &str, lease: Option<&str>, kind: &str, id: &str) -> Result<()> {
+    let Some(lease) = lease else { return Ok(()) };
+    check_lease(db, namespace, Some(lease))?;
+    resources::add(db, namespace, lease, &Resource { kind: kind.to_owned(), id: id.to_owned() })
+}
+
+fn check_lease(db: &Meta<'_>, namespace: &str, lease: Option<&str>) -> Result<()> {
+    match lease {
+        Some(lease) if leases::get(db, namespace, lease)?.is_none() => Err(Error::NotFound(Object::NoLease)),
+        _ => Ok(()),
+    }
+}
+
+impl Content {
+    /// Opens a reference for writing.
+    ///
+    /// Errors: [`Error::AlreadyExists`] when the namespace has what is expected, which the lease then holds; [`Error::Held`].
+    pub(crate) async fn write(self: &Arc<Self>, opening: Opening) -> Result<Writer> {
+        if opening.reference.is_empty() {
+            return Err(Error::Invalid("ref must not be empty".to_owned()));
+        }
+        if opening.reference.len() > MAX_REFERENCE_BYTES {
+            return Err(Error::Invalid(format!("a ref of {} bytes; the maximum is {MAX_REFERENCE_BYTES}", opening.reference.len())));
+        }
+        let name = name(&opening.namespace, &opening.reference);
+        let held = self.references.take(&name).await?;
+        let shared = match &opening.expected {
+            Some(digest) => self.find(&opening, digest).await?,
+            None => None,
+        };
+        let (lease, place) = (opening.lease.clone(), opening.namespace.clone());
+        if lease.is_some() {
+            self.store.read(move |db| check_lease(db, place.as_str(), lease.as_deref())).await?;
+        }
+        let state = match (shared, &opening.expected) {
+            (Some(pin), Some(_)) => {
+                let (files, digest) = (Arc::clone(&self.files), pin.digest.clone());
+                let size = self.pool.run(move || files.size(&digest)).await?;
+                match size.filter(|size| opening.total == 0 || opening.total == *size) {
+                    Some(size) => State::Shared { pin, size, since: timestamp::now() },
+                    None => self.begin(&opening, &name).await?,
+                }
+            }
+            _ => self.begin(&opening, &name).await?,
+        };
+        Ok(Writer { content: Arc::clone(self), opening, name, state, _held: held })
+    }
+
+    async fn begin(&self, opening: &Opening, name: &str) -> Result<State> {
+        let (files, name, total, lease) = (Arc::clone(&self.files), name.to_owned(), opening.total, opening.lease.clone());
+        let algorithm = opening.expected.as_ref().map_or(Algorithm::default(), Digest::algorithm);
+        let _pass = self.gate.enter().await?;
+        let begun = self.pool.run(move || files.begin(&name, total, algorithm, lease.as_deref())).await??;
+        Ok(State::Writing(Box::new(begun)))
+    }
+
+    /// Looks for what is expected: in the namespace, which is an error; in others.
+    async fn find(self: &Arc<Self>, opening: &Opening, digest: &Digest) -> Result<Option<Pin>> {
+        if self.is_whole(&opening.namespace, digest).await? {
+            let (place, lease, id) = (opening.namespace.clone(), opening.lease.clone(), digest.clone());
+            let is_held = if lease.is_some() {
+                let _pass = self.gate.enter().await?;
+                let hold = move |db: &mut Meta<'_>| {
+                    let is_there = blobs::get(db, place.as_str(), id.as_str())?.is_some();
+                    hold(db, place.as_str(), lease.as_deref().filter(|_| is_there), CONTENT, id.as_str()).map(|()| is_there)
+                };
+                self.store.write(hold).await?
+            } else {
+                true
+            };
+            if is_held {
+                return Err(already_exists(digest));
+            }
+        }
+        // before it is looked for: from then on it stays
+        let pin = Pin::new(self, digest);
+        let (id, is_shared) = (digest.clone(), self.sharing == Sharing::Shared);
+        let elsewhere = self.store.read(move |db| blobs::elsewhere(db, id.as_str(), is_shared)).await?;
+        Ok(elsewhere.map(|_info| pin))
+    }
+
+    /// Whether a namespace has a blob, and its file is there: what was lost can be written again.
+    pub(crate) async fn is_whole(&self, namespace: &Namespace, digest: &Digest) -> Result<bool> {
+        let (place, id) = (namespace.clone(), digest.clone());
+        let Some(info) = self.store.read(move |db| blobs::get(db, place.as_str(), id.as_str())).await? else { return Ok(false) };
+        let (files, digest) = (Arc::clone(&self.files), digest.clone());
+        let size = self.pool.run(move || files.size(&digest)).await?;
+        Ok(size.and_then(|size| i64::try_from(size).ok()) == Some(info.size))
+    }
+}
+
+impl Writer {
+    /// How far it is.
+    pub(crate) fn progress(&self) -> Result<Progress> {
+        match &self.state {
+            State::Writing(ingest) => Ok(Progress {
+                offset: ingest.offset,
+                total: ingest.total,
+                started: ingest.started,
+                updated: ingest.updated,
+                digest: ingest.digest(),
+            }),
+            State::Shared { pin, size, since } => {
+                Ok(Progress { offset: *size, total: *size, started: *since, updated: *since, digest: pin.digest.clone() })
+            }
+            State::Closed => Err(closed()),
+        }
+    }
+
+    /// Appends bytes.
+    pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.unshare(true).await?;
+        self.with_ingest(move |ingest| ingest.append(&bytes)).await
+    }
+
+    /// Drops everything that has been written.
+    pub(crate) async fn truncate(&mut self) -> Result<()> {
+        self.unshare(false).await?;
+        self.with_ingest(|ingest| ingest.truncate()).await
+    }
+
+    async fn with_ingest(&mut self, job: impl FnOnce(&mut Ingest) -> Result<()> + Send + 'static) -> Result<()> {
+        let State::Writing(mut ingest) = std::mem::replace(&mut self.state, State::Closed) else { return Err(closed()) };
+        // another process may have taken over, and go on with the file
+        let _pass = self.content.gate.enter().await?;
+        let (ingest, done) = self
+            .content
+            .pool
+            .run(move || {
+                let done = job(&mut ingest);
+                (ingest, done)
+            })
+            .await?;
+        self.state = State::Writing(ingest);
+        done
+    }
+
+    /// Makes an ingest of what another namespace has, with its bytes or without.
+    async fn unshare(&mut self, keep: bool) -> Result<()> {
+        let State::Shared { pin, size, .. } = &self.state else { return Ok(()) };
+        let (path, size) = (self.content.files.blob(&pin.digest), if keep { *size } else { 0 });
+        let State::Writing(mut ingest) = self.content.begin(&self.opening, &self.name).await? else { return Err(closed()) };
+        let _pass = self.content.gate.enter().await?;
+        let copy = move || {
+            ingest.truncate()?;
+            ingest.copy(&path, size)?;
+            Ok::<_, Error>(ingest)
+        };
+        self.state = State::Writing(self.content.pool.run(copy).await??);
+        Ok(())
+    }
+
+    /// Makes content of it, and returns its digest.
+    ///
+    /// Errors: [`Error::AlreadyExists`] when the namespace has it, and [`Error::Precondition`] when it is not what was expected; then nothing is
+    /// left of it, except of what is too short.
+    pub(crate) async fn commit(&mut self, size: u64, expected: Option<&Digest>, labels: HashMap<String, String>) -> Result<Digest> {
+        crate::name::labels(&labels)?;
+        let (place, lease) = (self.opening.namespace.clone(), self.opening.lease.clone());
+        if lease.is_some() {
+            self.content.store.read(move |db| check_lease(db, place.as_str(), lease.as_deref())).await?;
+        }
+        match std::mem::replace(&mut self.state, State::Closed) {
+            State::Writing(ingest) => self.commit_ingest(ingest, size, expected.cloned(), labels).await,
+            State::Shared { pin, size: has, since } => {
+                if size != 0 && size != has {
+                    self.state = State::Shared { pin, size: has, since };
+                    return Err(wrong_size(&self.opening.reference, has, size));
+                }
+                if expected.is_some_and(|expected| *expected != pin.digest) {
+                    return Err(Error::Precondition(format!("{:?} unexpected digest", self.opening.reference)));
+                }
+                let _named = self.content.publishing.read().await;
+                let _pass = self.content.gate.enter().await?;
+                let (digest, lost) = (pin.digest.clone(), pin.digest.clone());
+                let files = Arc::clone(&self.content.files);
+                if self.content.pool.run(move || files.size(&lost)).await?.is_none() {
+                    return Err(Error::DataLoss(format!("the file of content {digest} is gone")));
+                }
+                self.record(&digest, has, labels).await?;
+                Ok(digest)
+            }
+            State::Closed => Err(closed()),
+        }
+    }
+
+    async fn commit_ingest(
+        &mut self,
+        ingest: Box<Ingest>,
+        size: u64,
+        expected: Option<Digest>,
+        labels: HashMap<String, String>,
+    ) -> Result<Digest> {
+        let has = ingest.offset;
+        if size != 0 && has < size {
+            // more may come
+            self.state = State::Writing(ingest);
+            return Err(wrong_size(&self.opening.reference, has, size));
+        }
+        let pool = &self.content.pool;
+        let pass = self.content.gate.enter().await?;
+        let checked = pool.run(move || {
+            let algorithm = expected.as_ref().map_or(Algorithm::default(), Digest::algorithm);
+            let digest = ingest.digest_by(algorithm)?;
+            let is_expected = expected.as_ref().is_none_or(|expected| *expected == digest);
+            if is_expected {
+                ingest.sync()?;
+            }
+            Ok::<_, Error>((ingest, digest, expected.filter(|_| !is_expected)))
+        });
+        let (ingest, digest, unmet) = checked.await??;
+        if let Some(expected) = unmet {
+            self.drop_ingest().await?;
+            return Err(Error::Precondition(format!("unexpected commit digest {digest}, expected {expected}")));
+        }
+        if size != 0 && has != size {
+            self.drop_ingest().await?;
+            return Err(wrong_size(&self.opening.reference, has, size));
+        }
+        drop(pass);
+        let _named = self.content.publishing.read().await;
+        let _pass = self.content.gate.enter().await?;
+        // until there is a row it has none
+        self.content.dereferenced([digest.clone()]);
+        let (files, to) = (Arc::clone(&self.content.files), digest.clone());
+        self.content.pool.run(move || files.publish(*ingest, &to)).await??;
+        self.record(&digest, has, labels).await?;
+        Ok(digest)
+    }
+
+    /// Writes the row.
+    async fn record(&self, digest: &Digest, size: u64, labels: HashMap<String, String>) -> Result<()> {
+        let (place, lease, id) = (self.opening.namespace.clone(), self.opening.lease.clone(), digest.clone());
+        let now = Some(timestamp::now());
+        let size = i64::try_from(size).unwrap_or(i64::MAX);
+        let info = Info { digest: digest.to_string(), size, created_at: now, updated_at: now, labels };
+        let write = move |db: &mut Meta<'_>| {
+            let is_there = blobs::get(db, place.as_str(), id.as_str())?.is_some();
+            if !is_there {
+                namespaces::ensure(db, place.as_str())?;
+                blobs::put(db, place.as_str(), id.as_str(), &info)?;
+            }
+            hold(db, place.as_str(), lease.as_deref(), CONTENT, id.as_str())?;
+            Ok(is_there)
+        };
+        if self.content.store.write(write).await? { Err(already_exists(digest)) } else { Ok(()) }
+    }
+
+    async fn drop_ingest(&self) -> Result<()> {
+        let (files, name) = (Arc::clone(&self.content.files), self.name.clone());
+        self.content.pool.run(move || files.abort(&name)).await?.map(drop)
+    }
+
+    /// Leaves what has been written to the next writer.
+    pub(crate) async fn close(mut self) -> Result<()> {
+        let State::Writing(ingest) = std::mem::replace(&mut self.state, State::Closed) else { return Ok(()) };
+        // otherwise another process goes on with the file
+        let Ok(_pass) = self.content.gate.enter().await else { return Ok(()) };
+        self.content.pool.run(move || ingest.close()).await?
+    }
+
+    /// Drops it.
+    pub(crate) async fn abort(mut self) -> Result<()> {
+        self.state = State::Closed;
+        let _pass = self.content.gate.enter().await?;
+        self.drop_ingest().await
+    }
+}
+
+fn closed() -> Error {
+    Error::Precondition("cannot write to or commit a closed writer".to_owned())
+}
+
+fn wrong_size(reference: &str, has: u64, size: u64) -> Error {
+    Error::Precondition(format!("{reference:?} failed size validation: {has} != {size}"))
+}
+
+/// References are made of names and digests.
+const MAX_REFERENCE_BYTES: usize = 4096;

@@ -1,0 +1,135 @@
+//! Garbage collection: what nothing refers to is removed.
+//!
+//! ```text
+//! changes of the store ─▶ schedule ─▶ mark: a query beside the writer ─▶ sweep: rows, each checked again, some at a time ─▶ files
+//! sync deletes ──────────────▲                                                                                        └─▶ answered
+//! ```
+//! The rules are in the store (`garbage.rs`), and containerd's: docs/images.md has them.
+//!
+//! **Invariants:** nothing is removed that a root leads to at that moment; rows go before files. What cannot be removed does not keep the rest.
+
+mod schedule;
+#[cfg(test)]
+mod tests;
+
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use containerd_client::services::v1::ImageDelete;
+use log::{debug, warn};
+use tokio::sync::oneshot;
+
+pub(crate) use schedule::run;
+
+use crate::content::{Content, Digest, Scan};
+use crate::error::{Error, Result};
+use crate::events::Exchange;
+use crate::gate::Gate;
+use crate::name::Namespace;
+use crate::settings::Collection;
+use crate::store::{Node, Store, Swept, garbage};
+use crate::timestamp;
+
+/// What removes the files of snapshots.
+#[async_trait]
+pub(crate) trait Snapshotters: Debug + Send + Sync {
+    /// Removes folders of snapshots whose rows are gone: snapshotter and number of each; with [`Scan::All`] also those that a process has left
+    /// which was killed. It logs what it cannot remove.
+    async fn remove_files(&self, removed: Vec<(String, i64)>, scan: Scan);
+}
+
+/// The collector.
+#[derive(Debug)]
+pub(crate) struct Collector {
+    store: Store,
+    content: Arc<Content>,
+    snapshotters: Arc<dyn Snapshotters>,
+    events: Arc<Exchange>,
+    gate: Gate,
+    settings: Collection,
+    /// Those that wait for a collection to begin and end.
+    waiting: Mutex<Vec<oneshot::Sender<Result<()>>>>,
+    wake: tokio::sync::Notify,
+}
+
+impl Collector {
+    pub(crate) fn new(
+        store: Store,
+        content: Arc<Content>,
+        snapshotters: Arc<dyn Snapshotters>,
+        events: Arc<Exchange>,
+        gate: Gate,
+        settings: Collection,
+    ) -> Self {
+        let (waiting, wake) = (Mutex::default(), tokio::sync::Notify::new());
+        Self { store, content, snapshotters, events, gate, settings, waiting, wake }
+    }
+
+    /// Notes that a reference was removed by a change that is no removal.
+    pub(crate) fn removed(&self) {
+        self.store.changed_like_a_removal();
+    }
+
+    /// Waits for a collection that begins from now on. If another process takes over meanwhile, that one collects when it starts.
+    ///
+    /// Errors: it has failed.
+    pub(crate) async fn collect(&self) -> Result<()> {
+        let (done, is_done) = oneshot::channel();
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(done);
+        self.wake.notify_one();
+        tokio::select! {
+            done = is_done => match done {
+                Ok(Err(Error::Retired)) | Err(_) => Ok(()),
+                Ok(done) => done,
+            },
+            () = self.gate.retired() => Ok(()),
+        }
+    }
+
+    /// One collection, and how long it kept the store busy.
+    async fn collect_now(&self, scan: Scan) -> Result<Duration> {
+        let begin = Instant::now();
+        let now = timestamp::to_nanos(&timestamp::now());
+        let marked = self.store.read_beside(move |db| garbage::mark(db, now)).await?;
+        let mut all = Swept::default();
+        for batch in marked.chunks(BATCH) {
+            let batch = batch.to_vec();
+            let _pass = self.gate.enter().await?;
+            let swept = self.store.sweep(move |db| garbage::sweep(db, now, &batch)).await?;
+            for image in &swept.images {
+                self.publish(image);
+            }
+            self.content.dereferenced(swept.content.iter().filter_map(|node| Digest::of(&node.id)));
+            all.content.extend(swept.content);
+            all.images.extend(swept.images);
+            all.snapshots.extend(swept.snapshots);
+        }
+        let took = begin.elapsed();
+        let (content, images, snapshots) = (all.content.len(), all.images.len(), all.snapshots.len());
+        if content + images + snapshots > 0 {
+            debug!(content, images, snapshots, took:?; "garbage collected");
+        }
+        let folders: Vec<_> = all
+            .snapshots
+            .into_iter()
+            .filter_map(|(node, number)| Some((node.kind.strip_prefix("snapshots/")?.to_owned(), number)))
+            .collect();
+        if !folders.is_empty() || scan == Scan::All {
+            self.snapshotters.remove_files(folders, scan).await;
+        }
+        self.content.collect(scan).await?;
+        Ok(took)
+    }
+
+    fn publish(&self, image: &Node) {
+        match Namespace::parse(&image.namespace) {
+            Ok(namespace) => self.events.publish(&namespace, "/images/delete", &ImageDelete { name: image.id.clone() }),
+            Err(error) => warn!(error = error.chain(); "an image was in no namespace"),
+        }
+    }
+}
+
+/// Objects that are removed in one transaction, for which other writes wait.
+const BATCH: usize = 128;

@@ -1,0 +1,311 @@
+//! Marking and sweeping beside a model that is simple enough to be right.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use containerd_client::services::v1::snapshots::Kind;
+use containerd_client::services::v1::{Container, Image, Info, Lease};
+use containerd_client::types::Descriptor;
+
+use crate::error::Result;
+use crate::store::snapshots::{self, Place};
+use crate::store::{Meta, Node, Resource, Store, blobs, containers, garbage, images, leases, namespaces, resources};
+
+type Name = (String, String);
+type Labels = BTreeMap<String, String>;
+
+/// A collectable object: its labels, its target or parent, and whether it has expired.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Object {
+    labels: Labels,
+    leads_to: Option<Name>,
+    is_expired: bool,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Holder {
+    holds: BTreeSet<Name>,
+    is_expired: bool,
+    is_flat: bool,
+}
+
+/// Everything in one namespace.
+#[derive(Debug, Clone, Default)]
+struct Model {
+    objects: BTreeMap<Name, Object>,
+    containers: BTreeMap<String, Name>,
+    leases: BTreeMap<String, Holder>,
+}
+
+fn kind_in(key: &str, prefix: &str) -> Option<String> {
+    let rest = key.strip_prefix(prefix)?;
+    Some(
+        if rest.starts_with("content") {
+            CONTENT
+        } else if rest.starts_with("image") {
+            IMAGES
+        } else {
+            SNAPSHOTS
+        }
+        .to_owned(),
+    )
+}
+
+impl Model {
+    /// Objects that no root leads to, found by adding to the live ones until nothing changes.
+    fn dead(&self) -> BTreeSet<Name> {
+        let mut live: BTreeSet<(Name, bool)> = BTreeSet::new();
+        for lease in self.leases.values().filter(|lease| !lease.is_expired) {
+            live.extend(lease.holds.iter().map(|name| (name.clone(), lease.is_flat)));
+        }
+        live.extend(self.containers.values().map(|name| (name.clone(), false)));
+        for (name, object) in &self.objects {
+            let is_root = if name.0 == IMAGES { !object.is_expired } else { object.labels.contains_key(ROOT) };
+            if is_root {
+                live.insert((name.clone(), false));
+            }
+        }
+        loop {
+            let mut more = BTreeSet::new();
+            for (name, object) in &self.objects {
+                for is_flat in [false, true] {
+                    if live.contains(&(name.clone(), is_flat)) {
+                        more.extend(object.leads_to.clone().map(|to| (to, is_flat)));
+                    }
+                }
+                for (key, value) in &object.labels {
+                    if let Some(kind) = kind_in(key, REF)
+                        && live.contains(&(name.clone(), false))
+                    {
+                        more.insert(((kind, value.clone()), false));
+                    }
+                    if let Some(kind) = kind_in(key, BACK)
+                        && live.contains(&((kind, value.clone()), false))
+                    {
+                        more.insert((name.clone(), false));
+                    }
+                }
+            }
+            let before = live.len();
+            live.extend(more);
+            if live.len() == before {
+                let is_live = |name: &Name| live.contains(&(name.clone(), false)) || live.contains(&(name.clone(), true));
+                return self.objects.keys().filter(|name| !is_live(name)).cloned().collect();
+            }
+        }
+    }
+
+    fn has_children(&self, name: &Name) -> bool {
+        self.objects.iter().any(|(child, object)| child.0 == SNAPSHOTS && object.leads_to.as_ref() == Some(name))
+    }
+}
+
+/// Numbers that are the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+
+    fn name(&mut self) -> Name {
+        let kind = [CONTENT, IMAGES, SNAPSHOTS][usize::try_from(self.below(3)).expect("small")];
+        (kind.to_owned(), self.below(COUNT).to_string())
+    }
+
+    fn labels(&mut self) -> Labels {
+        let mut labels = Labels::new();
+        for number in 0..self.below(4) {
+            let (kind, value) = self.name();
+            let kind = match kind.as_str() {
+                CONTENT => format!("content.{number}"),
+                IMAGES => format!("image/{number}"),
+                _ => format!("snapshot.overlayfs/{number}"),
+            };
+            let direction = if self.below(4) == 0 { BACK } else { REF };
+            labels.insert(format!("{direction}{kind}"), value);
+        }
+        if self.below(12) == 0 {
+            labels.insert(ROOT.to_owned(), "x".to_owned());
+        }
+        labels
+    }
+}
+
+/// Does something to the model and to the store.
+fn act(dice: &mut Dice, model: &mut Model, db: &mut Meta<'_>) -> Result<()> {
+    let name = dice.name();
+    let (kind, id) = (name.0.as_str(), name.1.as_str());
+    match dice.below(10) {
+        0..=3 => {
+            let mut object = Object { labels: dice.labels(), ..Object::default() };
+            let labels: HashMap<_, _> = object.labels.clone().into_iter().collect();
+            match kind {
+                CONTENT => blobs::put(db, NAMESPACE, id, &Info { digest: id.to_owned(), labels, ..Info::default() })?,
+                IMAGES => {
+                    object.leads_to = Some((CONTENT.to_owned(), dice.below(COUNT).to_string()));
+                    object.is_expired = dice.below(3) > 0;
+                    put_image(db, id, &object, labels)?;
+                }
+                _ => {
+                    let place = place();
+                    if let Some(found) = snapshots::get(db, &place, id)? {
+                        object.leads_to = (!found.info.parent.is_empty()).then(|| (SNAPSHOTS.to_owned(), found.info.parent));
+                        snapshots::update(db, &place, id, &labels)?;
+                    } else {
+                        let parent = dice.below(COUNT).to_string();
+                        let found = snapshots::get(db, &place, &parent)?;
+                        object.leads_to = found.as_ref().map(|_| (SNAPSHOTS.to_owned(), parent));
+                        snapshots::insert(db, &place, id, found.map(|found| found.id), Kind::Committed, &labels)?;
+                    }
+                }
+            }
+            model.objects.insert(name, object);
+        }
+        4 => match kind {
+            CONTENT => drop((blobs::remove(db, NAMESPACE, id)?, model.objects.remove(&name))),
+            IMAGES => drop((images::remove(db, NAMESPACE, id)?, model.objects.remove(&name))),
+            _ if model.has_children(&name) => {}
+            _ => {
+                if let Some(found) = snapshots::get(db, &place(), id)? {
+                    snapshots::remove(db, found.id)?;
+                    model.objects.remove(&name);
+                }
+            }
+        },
+        5 if kind == SNAPSHOTS => {
+            let container =
+                Container { id: id.to_owned(), snapshotter: "overlayfs".to_owned(), snapshot_key: id.to_owned(), ..Container::default() };
+            containers::put(db, NAMESPACE, id, &container)?;
+            model.containers.insert(id.to_owned(), name);
+        }
+        5..=8 => {
+            containers::remove(db, NAMESPACE, id)?;
+            model.containers.remove(id);
+            leases::remove(db, NAMESPACE, id)?;
+            model.leases.remove(id);
+        }
+        _ => {
+            let lease = dice.below(3).to_string();
+            if !model.leases.contains_key(&lease) {
+                let holder = Holder { is_expired: dice.below(4) == 0, is_flat: dice.below(3) == 0, ..Holder::default() };
+                put_lease(db, &lease, &holder)?;
+                model.leases.insert(lease.clone(), holder);
+            }
+            resources::add(db, NAMESPACE, &lease, &Resource { kind: name.0.clone(), id: name.1.clone() })?;
+            model.leases.entry(lease).or_default().holds.insert(name);
+        }
+    }
+    Ok(())
+}
+
+fn put_image(db: &mut Meta<'_>, id: &str, object: &Object, mut labels: HashMap<String, String>) -> Result<()> {
+    if object.is_expired {
+        labels.insert(EXPIRE.to_owned(), PAST.to_owned());
+    }
+    let digest = object.leads_to.clone().unwrap_or_default().1;
+    let target = Some(Descriptor { digest, ..Descriptor::default() });
+    let image = Image { name: id.to_owned(), labels, target, ..Image::default() };
+    images::put(db, NAMESPACE, id, &image)?;
+    images::note_target(db, NAMESPACE, &image)
+}
+
+fn put_lease(db: &mut Meta<'_>, id: &str, holder: &Holder) -> Result<()> {
+    let mut labels = HashMap::new();
+    if holder.is_expired {
+        labels.insert(EXPIRE.to_owned(), PAST.to_owned());
+    }
+    if holder.is_flat {
+        labels.insert("containerd.io/gc.flat".to_owned(), "true".to_owned());
+    }
+    let lease = Lease { id: id.to_owned(), labels, ..Lease::default() };
+    leases::put(db, NAMESPACE, id, &lease)?;
+    leases::note_expiry(db, NAMESPACE, &lease)
+}
+
+fn place() -> Place {
+    Place { namespace: NAMESPACE.to_owned(), snapshotter: "overlayfs".to_owned() }
+}
+
+fn names(nodes: impl IntoIterator<Item = Node>) -> BTreeSet<Name> {
+    nodes.into_iter().map(|node| (node.kind, node.id)).collect()
+}
+
+fn swept(swept: garbage::Swept) -> BTreeSet<Name> {
+    names(swept.content.into_iter().chain(swept.images).chain(swept.snapshots.into_iter().map(|(node, _)| node)))
+}
+
+#[tokio::test]
+async fn nothing_referenced_is_lost_and_nothing_unreferenced_stays_whatever_the_order_of_calls() {
+    let folder = scratch::Folder::new("gc");
+    let store = Store::open(&crate::store::Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
+    store.write(|db| namespaces::ensure(db, NAMESPACE)).await.expect("room");
+    let (mut dice, mut model, mut removed) = (Dice(12), Model::default(), 0);
+    let now = crate::timestamp::to_nanos(&crate::timestamp::now());
+    for round in 0..ROUNDS {
+        let calls = async |mut dice: Dice, mut model: Model, count: u64| {
+            let calls = move |db: &mut Meta<'_>| {
+                for _call in 0..count {
+                    act(&mut dice, &mut model, db)?;
+                }
+                Ok((dice, model))
+            };
+            store.write(calls).await.expect("room")
+        };
+        let count = 1 + dice.below(8);
+        (dice, model) = calls(dice, model, count).await;
+        let marked = store.read_beside(move |db| garbage::mark(db, now)).await.expect("marks");
+        assert_eq!(names(marked.clone()), model.dead(), "round {round}: marked, {model:#?}");
+        // something happens between the marks and the removal
+        let count = dice.below(4);
+        let before = model.clone();
+        (dice, model) = calls(dice, model, count).await;
+        let dead = model.dead();
+        let gone = swept(store.sweep(move |db| garbage::sweep(db, now, &marked)).await.expect("a sweep"));
+        let lost: Vec<_> = gone.difference(&dead).collect();
+        assert!(lost.is_empty(), "round {round}: {lost:?} lost, {model:#?}");
+        let kept: Vec<_> = before.dead().intersection(&dead).filter(|name| !gone.contains(*name)).cloned().collect();
+        assert!(kept.iter().all(|name| model.has_children(name)), "round {round}: {kept:?} stay, {model:#?}");
+        removed += gone.len();
+        model.objects.retain(|name, _| !gone.contains(name));
+        // and all at once
+        let everything = store
+            .read(|db| {
+                let mut everything: Vec<_> = ["content", "images"]
+                    .into_iter()
+                    .flat_map(|kind| (0..COUNT).map(move |id| (kind.to_owned(), id.to_string())))
+                    .collect();
+                let mut numbers = snapshots::all(db, "overlayfs")?;
+                numbers.sort_unstable_by_key(|number| std::cmp::Reverse(*number));
+                for number in numbers {
+                    everything.push((SNAPSHOTS.to_owned(), snapshots::key(db, number)?));
+                }
+                Ok(everything)
+            })
+            .await
+            .expect("read");
+        let nodes: Vec<_> = everything.into_iter().map(|(kind, id)| Node { namespace: NAMESPACE.to_owned(), kind, id }).collect();
+        let dead = model.dead();
+        let gone = swept(store.sweep(move |db| garbage::sweep(db, now, &nodes)).await.expect("a sweep"));
+        assert_eq!(gone, dead, "round {round}: swept, {model:#?}");
+        removed += gone.len();
+        model.objects.retain(|name, _| !gone.contains(name));
+    }
+    println!("{removed} objects were removed, {} are left", model.objects.len());
+    assert!(removed > ROUNDS, "{removed}");
+    drop(store);
+}
+
+const NAMESPACE: &str = "n";
+const CONTENT: &str = "content";
+const IMAGES: &str = "images";
+const SNAPSHOTS: &str = "snapshots/overlayfs";
+const REF: &str = "containerd.io/gc.ref.";
+const BACK: &str = "containerd.io/gc.bref.";
+const ROOT: &str = "containerd.io/gc.root";
+const EXPIRE: &str = "containerd.io/gc.expire";
+const PAST: &str = "2001-02-03T04:05:06Z";
+/// So few that they often refer to each other.
+const COUNT: u64 = 8;
+/// Each waits for the disk a few times.
+const ROUNDS: usize = 200;

@@ -1,0 +1,243 @@
+//! Applying a layer to a folder.
+//!
+//! ```text
+//! entry ─▶ its folder, found or made (parents) ─▶ whiteout: a device, or removal (whiteouts)
+//!                                             └─▶ file, folder, link … (entries): made, owner, mode, attributes, times
+//! end ─▶ times of folders ─▶ what is behind the end is read ─▶ digest
+//! ```
+//! Whiteouts are about lower layers: what a layer itself has stays, in whatever order its entries come. Applied twice, it gives the same.
+//!
+//! **Invariant:** when this returns, its threads have ended.
+
+mod data;
+mod entries;
+mod parents;
+mod whiteouts;
+
+#[cfg(test)]
+mod tests;
+
+pub(in crate::layers) use parents::copy_attributes;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::hash::{BuildHasher as _, RandomState};
+use std::io::{self, Read};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+use std::rc::Rc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::warn;
+use rustix::fs::{AtFlags, FlockOperation, Stat, flock, utimensat};
+use rustix::io::Errno;
+
+use super::decode::{Compression, Decoder};
+use super::lower::Lowers;
+use super::ring::{Cancel, ring};
+use super::tar::{Entry, Limits, Reader, TarError, Time, shown};
+use super::{LayerError, LayerLimits, OnFile as _, Result, tree};
+
+/// What a layer is applied to.
+#[derive(Debug)]
+pub(crate) enum Target<'a> {
+    /// The upper folder of an overlay, with the layers below as far as they are known: whiteouts become the overlay's.
+    Upper(&'a Path, Lowers),
+    /// A folder with everything of the layers below: whiteouts are executed.
+    Merged(&'a Path),
+}
+
+/// What has been applied.
+#[derive(Debug)]
+pub(crate) struct Applied {
+    /// SHA-256 of the uncompressed layer, all of it.
+    pub(crate) diff_id: [u8; 32],
+    /// Its length.
+    pub(crate) bytes: u64,
+    pub(crate) compression: Compression,
+    /// Folders that the layer has files in and no entry for, the root among them: their owner and mode should be those of the layers below.
+    pub(crate) implicit: Vec<Vec<u8>>,
+}
+
+/// Applies a layer, compressed or not, on this thread and another one, until it is done or cancelled.
+pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLimits, cancel: &Cancel) -> Result<Applied> {
+    let (path, lowers, is_overlay) = match target {
+        Target::Upper(path, lowers) => (path, lowers, true),
+        Target::Merged(path) => (path, Lowers::default(), false),
+    };
+    let root = tree::open_root(path).file("open folder", path.as_os_str().as_encoded_bytes())?;
+    lock(&root)?;
+    let decoder = Decoder::new(blob).map_err(TarError::Read)?;
+    let compression = decoder.compression();
+    let (filler, taker) = ring(limits.layer_bytes, cancel);
+    thread::scope(|scope| {
+        let stage = thread::Builder::new().name("layer-decode".to_owned()).stack_size(STACK_BYTES);
+        stage.spawn_scoped(scope, move || filler.fill(decoder)).file("start a thread for", b"")?;
+        let tar_limits = Limits { entries: limits.entries, ..Limits::default() };
+        let mut reader = Reader::new(taker, tar_limits);
+        let mut layer = Layer::new(root, lowers, is_overlay);
+        while let Some(entry) = reader.next()? {
+            layer.entry(&entry, &mut reader)?;
+        }
+        // the archive's end says nothing of the end of its bytes
+        let taker = reader.drain()?;
+        layer.finish()?;
+        let (diff_id, bytes) = taker.digest();
+        let implicit = layer.implicit.into_iter().collect();
+        Ok(Applied { diff_id, bytes, compression, implicit })
+    })
+}
+
+/// Two layers at once would make one tree of both. The one that is there may be ending: a process that another has replaced cancels its own.
+fn lock(root: &OwnedFd) -> Result<()> {
+    let begin = Instant::now();
+    loop {
+        match flock(root, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if begin.elapsed() < PATIENCE => thread::sleep(PAUSE),
+            Err(Errno::WOULDBLOCK) => return Err(LayerError::Busy),
+            Err(error) => return Err(error).file("lock", b"/"),
+        }
+    }
+}
+
+/// A layer that is being applied.
+#[derive(Debug)]
+struct Layer {
+    root: OwnedFd,
+    lowers: Lowers,
+    is_overlay: bool,
+    /// Files that this layer has made, or has an entry for, by inode.
+    own: HashSet<u64>,
+    /// Hard links that it has made: the file may be another layer's. Hashes of their paths, by a key of this process.
+    own_links: HashSet<u64>,
+    hasher: RandomState,
+    /// Set at the end: what is made in a folder changes them.
+    folder_times: BTreeMap<Vec<u8>, Time>,
+    implicit: BTreeSet<Vec<u8>>,
+    /// The folder of the last entry: the next is likely to be in it too.
+    last: Option<(Vec<u8>, Rc<OwnedFd>)>,
+    has_warned: bool,
+}
+
+/// Where an entry is to be.
+#[derive(Debug, Clone)]
+struct Place {
+    /// Without `.`, `..` and slashes at the ends.
+    path: Vec<u8>,
+    folder: Rc<OwnedFd>,
+    name: Vec<u8>,
+}
+
+impl Layer {
+    fn new(root: OwnedFd, lowers: Lowers, is_overlay: bool) -> Self {
+        Self {
+            root,
+            lowers,
+            is_overlay,
+            own: HashSet::new(),
+            own_links: HashSet::new(),
+            hasher: RandomState::new(),
+            folder_times: BTreeMap::new(),
+            implicit: [Vec::new()].into(),
+            last: None,
+            has_warned: false,
+        }
+    }
+
+    fn entry<R: io::BufRead>(&mut self, entry: &Entry, reader: &mut Reader<R>) -> Result<()> {
+        let names = checked_path(&entry.path, &entry.path)?;
+        let Some((name, folders)) = names.split_last() else { return self.root_entry(entry) };
+        let parent = folders.join(&b'/');
+        if folders.iter().chain([name]).any(|part| part.starts_with(AUFS_PREFIX) && *part != whiteouts::OPAQUE_MARK) {
+            // folders of AUFS itself
+            return Ok(());
+        }
+        if folders.iter().any(|part| part.starts_with(whiteouts::PREFIX)) {
+            return Err(refused(&entry.path, "it is within a whiteout"));
+        }
+        if *name == whiteouts::OPAQUE_MARK {
+            return self.opaque(folders, &entry.path);
+        }
+        if let Some(deleted) = name.strip_prefix(whiteouts::PREFIX) {
+            if matches!(deleted, b"" | b"." | b"..") {
+                return Err(refused(&entry.path, "it is a whiteout of no file"));
+            }
+            return self.whiteout(&parent, deleted);
+        }
+        let folder = self.folder(&parent, &entry.path)?;
+        let place = Place { path: names.join(&b'/'), folder, name: (*name).to_owned() };
+        self.make(&place, entry, reader)
+    }
+
+    fn is_own(&self, stat: &Stat, path: &[u8]) -> bool {
+        self.own.contains(&stat.st_ino) || (!self.own_links.is_empty() && self.own_links.contains(&self.hasher.hash_one(path)))
+    }
+
+    /// What is under a name goes, and with it what is known of it.
+    fn remove(&mut self, place: &Place) -> Result<()> {
+        self.last = None;
+        // the path itself, and all that begin with it and a slash
+        let (first, behind) = ([&place.path[..], b"/"].concat(), [&place.path[..], b"0"].concat());
+        let below: Vec<_> = self.folder_times.range(first.clone()..behind.clone()).map(|(path, _)| path.clone()).collect();
+        for path in below.iter().chain([&place.path]) {
+            self.folder_times.remove(path);
+        }
+        let below: Vec<_> = self.implicit.range(first..behind).cloned().collect();
+        for path in below.iter().chain([&place.path]) {
+            self.implicit.remove(path);
+        }
+        tree::remove(place.folder.as_fd(), &place.name).file("replace", &place.path)
+    }
+
+    /// An attribute that the file system cannot have is left out, as containerd does, and reported once.
+    fn warn_of_attribute(&mut self, path: &[u8], key: &[u8], error: Errno) {
+        if !std::mem::replace(&mut self.has_warned, true) {
+            warn!(entry = shown(path), attribute = shown(key), error:%; "the file system takes no such extended attribute; left out, also of other files");
+        }
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        for (path, time) in std::mem::take(&mut self.folder_times) {
+            let times = tree::timestamps(time);
+            let result = match path.iter().rposition(|byte| *byte == b'/') {
+                _ if path.is_empty() => utimensat(&self.root, ".", &times, AtFlags::empty()),
+                None => utimensat(&self.root, &*path, &times, AtFlags::SYMLINK_NOFOLLOW),
+                Some(slash) => tree::open_in_root(self.root.as_fd(), &path[..slash])
+                    .and_then(|folder| utimensat(&folder, &path[slash + 1..], &times, AtFlags::SYMLINK_NOFOLLOW)),
+            };
+            match result {
+                // a later entry has replaced it
+                Err(Errno::NOENT | Errno::NOTDIR) => {}
+                result => result.file("set times of", &path)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The names of a path in the layer, whose first slash means its root.
+fn checked_path<'p>(path: &'p [u8], entry: &[u8]) -> Result<Vec<&'p [u8]>> {
+    let names = tree::components(path).ok_or_else(|| refused(entry, &format!("{:?} leads out of the layer", shown(path))))?;
+    if path.len() > PATH_BYTES || names.iter().any(|name| name.len() > NAME_BYTES) {
+        return Err(refused(entry, "a name is longer than 255 bytes, or a path longer than 4095"));
+    }
+    if path.contains(&0) {
+        return Err(refused(entry, "a name has a NUL"));
+    }
+    Ok(names)
+}
+
+fn refused(name: &[u8], why: &str) -> LayerError {
+    LayerError::Refused { name: shown(name), why: why.to_owned() }
+}
+
+const AUFS_PREFIX: &[u8] = b".wh..wh.";
+/// As long as the kernel takes them.
+const PATH_BYTES: usize = 4095;
+const NAME_BYTES: usize = 255;
+/// Of the thread that decompresses.
+const STACK_BYTES: usize = 256 << 10;
+/// For another layer in the same folder.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(20);

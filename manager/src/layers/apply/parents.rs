@@ -1,0 +1,189 @@
+//! The folder of an entry: found, or made where a layer has no entry for it.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::rc::Rc;
+
+use rustix::fs::{Gid, Mode, OFlags, Stat, Uid, fchmod, fchown, fsetxattr, fstat, mkdirat, openat};
+use rustix::io::Errno;
+
+use super::{Layer, Place, refused};
+use crate::layers::lower::Below;
+use crate::layers::tree::{self, Found};
+use crate::layers::{LayerError, OnFile as _, Result};
+
+/// A folder on the way, and whether lower layers are seen in it.
+struct Step {
+    folder: OwnedFd,
+    name: Vec<u8>,
+    shows_lower: bool,
+}
+
+impl Layer {
+    /// The folder at a path, with links resolved within the layer.
+    pub(super) fn folder(&mut self, path: &[u8], entry: &[u8]) -> Result<Rc<OwnedFd>> {
+        if let Some((last, folder)) = &self.last
+            && last == path
+        {
+            return Ok(Rc::clone(folder));
+        }
+        let folder = match tree::open_in_root(self.root.as_fd(), path) {
+            Ok(folder) => folder,
+            // also a link to what only lower layers have
+            Err(Errno::NOENT | Errno::NOTDIR) => self.make_folders(path, entry)?,
+            Err(Errno::LOOP) => return Err(refused(entry, "its folder is a link that leads to itself")),
+            Err(error) => return Err(error).file("open folder of", entry),
+        };
+        let folder = Rc::new(folder);
+        self.last = Some((path.to_owned(), Rc::clone(&folder)));
+        Ok(folder)
+    }
+
+    fn make_folders(&mut self, path: &[u8], entry: &[u8]) -> Result<OwnedFd> {
+        let root = self.root.try_clone().file("open folder of", entry)?;
+        let mut steps = vec![Step { folder: root, name: Vec::new(), shows_lower: true }];
+        let mut todo: VecDeque<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();
+        let mut links = 0;
+        while let Some(name) = todo.pop_front() {
+            match &*name {
+                b"" | b"." => continue,
+                b".." => {
+                    if steps.len() > 1 {
+                        steps.pop();
+                    }
+                    continue;
+                }
+                _ => {}
+            }
+            let Some(step) = steps.last() else { break };
+            let found = tree::look(step.folder.as_fd(), &name).file("look at folder of", entry)?;
+            let here: Vec<Vec<u8>> = steps.iter().skip(1).map(|step| step.name.clone()).chain([name.clone()]).collect();
+            let below = match found {
+                Found::Absent if step.shows_lower => self.lowers.find(&here).file("look below at folder of", entry)?,
+                _ => Below::Absent,
+            };
+            let target = match (&found, &below) {
+                (Found::Symlink(_), _) => Some(tree::link_target(step.folder.as_fd(), &name).file("read link in path of", entry)?),
+                (_, Below::Symlink(target)) => Some(target.clone()),
+                _ => None,
+            };
+            if let Some(target) = target {
+                links += 1;
+                if links > LINKS {
+                    return Err(refused(entry, "its folder is a link that leads to itself"));
+                }
+                if target.starts_with(b"/") {
+                    steps.truncate(1);
+                }
+                target.split(|byte| *byte == b'/').rev().for_each(|part| todo.push_front(part.to_owned()));
+                continue;
+            }
+            let (shows_lower, parent) = (step.shows_lower, step.folder.try_clone().file("open folder of", entry)?);
+            let place = Place { path: here.join(&b'/'), folder: Rc::new(parent), name };
+            let step = match found {
+                Found::Folder(_) => {
+                    let folder = tree::open_folder(place.folder.as_fd(), &place.name).file("open folder of", entry)?;
+                    let shows_lower = shows_lower && !tree::is_opaque(folder.as_fd());
+                    Step { folder, name: place.name, shows_lower }
+                }
+                Found::Other(stat) if self.is_own(&stat, &place.path) => {
+                    return Err(refused(entry, "the layer has a file where this entry needs a folder"));
+                }
+                Found::Absent | Found::Symlink(_) | Found::Whiteout | Found::Other(_) => {
+                    let replaces = !matches!(found, Found::Absent);
+                    if replaces {
+                        self.remove(&place)?;
+                    }
+                    let folder = self.make_implicit(&place, &below)?;
+                    if replaces && self.is_overlay {
+                        self.set_opaque(&folder, &place.path)?;
+                    }
+                    Step { folder, name: place.name, shows_lower: shows_lower && !replaces }
+                }
+            };
+            steps.push(step);
+        }
+        let folder = steps.pop().map(|step| step.folder);
+        folder.ok_or_else(|| refused(entry, "it has no folder"))
+    }
+
+    /// A folder like the one below; without one, root's, for all to read.
+    pub(super) fn make_implicit(&mut self, place: &Place, below: &Below) -> Result<OwnedFd> {
+        mkdirat(&place.folder, &*place.name, Mode::RWXU).file("make folder", &place.path)?;
+        let folder = tree::open_folder(place.folder.as_fd(), &place.name).file("open", &place.path)?;
+        self.own.insert(fstat(&folder).file("look at", &place.path)?.st_ino);
+        self.implicit.insert(place.path.clone());
+        match below {
+            Below::Folder(lower, stat) => {
+                copy_attributes(lower, stat, &folder).file("set owner and mode of", &place.path)?;
+                self.folder_times.insert(place.path.clone(), tree::mtime(stat));
+            }
+            _ => {
+                fchown(&folder, Some(Uid::ROOT), Some(Gid::ROOT)).file("set owner of", &place.path)?;
+                fchmod(&folder, Mode::from_raw_mode(0o755)).file("set mode of", &place.path)?;
+            }
+        }
+        Ok(folder)
+    }
+
+    /// Hides what lower layers have in a folder of that name.
+    pub(super) fn set_opaque(&self, folder: &OwnedFd, path: &[u8]) -> Result<()> {
+        match fsetxattr(folder, tree::OPAQUE, b"y", rustix::fs::XattrFlags::empty()) {
+            Err(Errno::PERM | Errno::ACCESS | Errno::NOTSUP) => Err(LayerError::Refused {
+                name: super::shown(path),
+                why: format!("the file system or the user namespace does not allow {}, which overlayfs needs", tree::OPAQUE),
+            }),
+            result => result.file("make opaque", path),
+        }
+    }
+
+    /// A file of a lower layer becomes one of the upper folder: what links to it needs it there.
+    pub(super) fn copy_up(&mut self, path: &[u8], entry: &[u8]) -> Result<Option<Place>> {
+        if self.lowers.is_empty() {
+            return Ok(None);
+        }
+        let names: Vec<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();
+        let Below::Other(lower, stat) = self.lowers.find(&names).file("look below at", path)? else { return Ok(None) };
+        let Some((name, folders)) = names.split_last() else { return Ok(None) };
+        if Found::is_file(&stat) {
+            let folder = self.folder(&folders.join(&b'/'), entry)?;
+            let place = Place { path: path.to_owned(), folder, name: name.clone() };
+            copy_file(&lower, name, &stat, &place).file("copy up", path)?;
+            return Ok(Some(place));
+        }
+        Ok(None)
+    }
+}
+
+impl Found {
+    fn is_file(stat: &Stat) -> bool {
+        rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile
+    }
+}
+
+/// Owner, mode and extended attributes; the order matters: a new owner clears bits of the mode, and capabilities.
+pub(in crate::layers) fn copy_attributes(from: &OwnedFd, stat: &Stat, to: &OwnedFd) -> rustix::io::Result<()> {
+    fchown(to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
+    fchmod(to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
+    for (key, value) in tree::xattrs_of(from.as_fd())? {
+        match fsetxattr(to, &*key, &value, rustix::fs::XattrFlags::empty()) {
+            Err(Errno::NOTSUP) => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+fn copy_file(folder: &OwnedFd, name: &[u8], stat: &Stat, place: &Place) -> std::io::Result<()> {
+    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let from = openat(folder, name, OFlags::RDONLY | flags, Mode::empty())?;
+    let to = openat(&place.folder, &*place.name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | flags, Mode::RUSR | Mode::WUSR)?;
+    let (mut from, mut to) = (std::fs::File::from(from), std::fs::File::from(to));
+    std::io::copy(&mut from, &mut to)?;
+    let (from, to) = (OwnedFd::from(from), OwnedFd::from(to));
+    copy_attributes(&from, stat, &to)?;
+    Ok(rustix::fs::futimens(&to, &tree::timestamps(tree::mtime(stat)))?)
+}
+
+/// As many links in a path as the kernel follows.
+const LINKS: usize = 40;

@@ -1,0 +1,129 @@
+//! Whiteouts: what a layer deletes of the layers below.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::rc::Rc;
+
+use rustix::fs::{AtFlags, FileType, Mode, mknodat, unlinkat};
+use rustix::io::Errno;
+
+use super::{Layer, Place, refused};
+use crate::layers::lower::Below;
+use crate::layers::tree::{self, Found};
+use crate::layers::{OnFile as _, Result};
+
+impl Layer {
+    /// `.wh.NAME`: the lower layers' file of that name is deleted, not this layer's.
+    pub(super) fn whiteout(&mut self, parent: &[u8], name: &[u8]) -> Result<()> {
+        let mut path = parent.to_owned();
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name);
+        let folder = self.folder(parent, &path)?;
+        let place = Place { path, folder, name: name.to_owned() };
+        self.whiteout_at(&place)
+    }
+
+    pub(super) fn whiteout_at(&mut self, place: &Place) -> Result<()> {
+        match tree::look(place.folder.as_fd(), &place.name).file("look at", &place.path)? {
+            Found::Absent if self.is_overlay && self.hides_something(&place.path)? => self.make_whiteout(place),
+            Found::Absent | Found::Whiteout => Ok(()),
+            Found::Folder(stat) => {
+                let is_own = self.own.contains(&stat.st_ino);
+                let folder = tree::open_folder(place.folder.as_fd(), &place.name).file("open", &place.path)?;
+                let kept = self.clear(&folder, &place.path)?;
+                if (is_own || kept) && self.is_overlay {
+                    self.set_opaque(&folder, &place.path)?;
+                }
+                if !is_own && !kept {
+                    self.last = None;
+                    unlinkat(&place.folder, &*place.name, AtFlags::REMOVEDIR).file("remove", &place.path)?;
+                    return if self.is_overlay && self.hides_something(&place.path)? { self.make_whiteout(place) } else { Ok(()) };
+                }
+                Ok(())
+            }
+            Found::Symlink(stat) | Found::Other(stat) if self.is_own(&stat, &place.path) => Ok(()),
+            Found::Symlink(_) | Found::Other(_) => {
+                self.remove(place)?;
+                if self.is_overlay && self.hides_something(&place.path)? { self.make_whiteout(place) } else { Ok(()) }
+            }
+        }
+    }
+
+    /// `.wh..wh..opq`: everything that lower layers have in this folder is deleted. Where they have a link, it is the link that goes.
+    pub(super) fn opaque(&mut self, folders: &[&[u8]], entry: &[u8]) -> Result<()> {
+        let Some((name, above)) = folders.split_last() else { return self.opaque_root() };
+        let folder = self.folder(&above.join(&b'/'), entry)?;
+        let place = Place { path: folders.join(&b'/'), folder, name: (*name).to_owned() };
+        let found = tree::look(place.folder.as_fd(), &place.name).file("look at", &place.path)?;
+        let folder = match found {
+            Found::Folder(stat) => {
+                self.own.insert(stat.st_ino);
+                tree::open_folder(place.folder.as_fd(), &place.name).file("open", &place.path)?
+            }
+            Found::Symlink(stat) | Found::Other(stat) if self.is_own(&stat, &place.path) => {
+                return Err(refused(entry, "the layer itself has no folder there"));
+            }
+            Found::Absent | Found::Symlink(_) | Found::Whiteout | Found::Other(_) => {
+                self.remove(&place)?;
+                let names: Vec<Vec<u8>> = folders.iter().map(|name| (*name).to_owned()).collect();
+                let below = self.lowers.find(&names).file("look below at", &place.path)?;
+                self.make_implicit(&place, &below)?
+            }
+        };
+        self.clear(&folder, &place.path)?;
+        if self.is_overlay { self.set_opaque(&folder, &place.path) } else { Ok(()) }
+    }
+
+    /// The kernel knows no opaque root.
+    fn opaque_root(&mut self) -> Result<()> {
+        let root = self.root.try_clone().file("open", b"/")?;
+        self.clear(&root, b"")?;
+        let root = Rc::new(root);
+        for name in self.lowers.root_names().file("look below at", b"/")? {
+            let place = Place { path: name.clone(), folder: Rc::clone(&root), name };
+            self.whiteout_at(&place)?;
+        }
+        Ok(())
+    }
+
+    /// Removes what is not this layer's. Whether anything stays.
+    fn clear(&mut self, folder: &OwnedFd, path: &[u8]) -> Result<bool> {
+        self.last = None;
+        let own = &self.own;
+        let folder = folder.try_clone().file("open", path)?;
+        tree::clear(folder, &mut |stat| own.contains(&stat.st_ino), &|| false).file("clear", path)
+    }
+
+    /// Whether lower layers have something of that path, as far as they are known: a whiteout that hides nothing is seen in lists of the folder.
+    fn hides_something(&self, path: &[u8]) -> Result<bool> {
+        if self.lowers.is_empty() {
+            return Ok(true);
+        }
+        let names: Vec<Vec<u8>> = path.split(|byte| *byte == b'/').map(ToOwned::to_owned).collect();
+        let mut folder = self.root.try_clone().file("open", b"/")?;
+        for name in names.split_last().map_or(&[][..], |(_, folders)| folders) {
+            folder = match tree::open_folder(folder.as_fd(), name) {
+                Ok(folder) => folder,
+                // a link: it may lead to where there is something
+                Err(_) => return Ok(true),
+            };
+            if tree::is_opaque(folder.as_fd()) {
+                return Ok(false);
+            }
+        }
+        Ok(!matches!(self.lowers.find(&names).file("look below at", path)?, Below::Absent))
+    }
+
+    fn make_whiteout(&self, place: &Place) -> Result<()> {
+        match mknodat(&place.folder, &*place.name, FileType::CharacterDevice, Mode::empty(), 0) {
+            Err(Errno::PERM) => Err(refused(&place.path, "a user namespace allows no whiteouts of overlayfs")),
+            result => result.file("make whiteout", &place.path),
+        }
+    }
+}
+
+/// What the names of whiteouts begin with.
+pub(super) const PREFIX: &[u8] = b".wh.";
+/// The name of the one that is about its folder.
+pub(super) const OPAQUE_MARK: &[u8] = b".wh..wh..opq";

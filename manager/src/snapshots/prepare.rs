@@ -1,0 +1,108 @@
+//! New snapshots.
+
+use std::collections::HashMap;
+
+use containerd_client::services::v1::snapshots::Kind;
+use containerd_client::types::Mount;
+
+use super::folders::{blocking_make, blocking_name, blocking_remove};
+use super::mounts::gone;
+use super::{Chain, Snapshots, Snapshotter, parent};
+use crate::content::hold;
+use crate::error::{Error, Object, Result};
+use crate::store::snapshots::{Place, kind_of};
+use crate::store::{self, Meta, namespaces};
+
+/// What a new snapshot is to be.
+#[derive(Debug, Clone)]
+pub(crate) struct New {
+    pub(crate) key: String,
+    /// Empty for none.
+    pub(crate) parent: String,
+    /// [`Kind::Active`] or [`Kind::View`].
+    pub(crate) kind: Kind,
+    pub(crate) labels: HashMap<String, String>,
+    /// Holds it, if it is named.
+    pub(crate) lease: Option<String>,
+}
+
+impl Snapshots {
+    /// Makes a snapshot, and returns how it is mounted.
+    pub(crate) async fn prepare(&self, place: &Place, new: New) -> Result<Vec<Mount>> {
+        let snapshotter = Snapshotter::parse(&place.snapshotter)?;
+        if let Some(why) = self.unusable(snapshotter) {
+            return Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name())));
+        }
+        let (at, asked) = (place.clone(), new.clone());
+        let above = self.store.read(move |db| check(db, &at, &asked)).await?;
+        if above.len() > MOST_LAYERS {
+            return Err(Error::Precondition(format!("a snapshot on {} others: the kernel's overlayfs takes {MOST_LAYERS}", above.len())));
+        }
+        let (base, making) = (self.base(snapshotter), self.making.clone());
+        let parent_tree = above.first().map(|id| self.tree(snapshotter, *id));
+        let copies = snapshotter == Snapshotter::Native && new.kind == Kind::Active;
+        let key = new.key.clone();
+        let make = move || match &parent_tree {
+            Some(tree) if !tree.is_dir() => Err(gone(&key, tree)),
+            tree => blocking_make(&making, snapshotter, &base, tree.as_deref(), copies),
+        };
+        let made = self.files.run(make).await??;
+        let (key, path) = (new.key.clone(), made.path.clone());
+        let naming = self.naming.read().await;
+        let inserted = match self.gate.enter().await {
+            Err(error) => Err(error),
+            Ok(_pass) => {
+                let (at, base) = (place.clone(), self.base(snapshotter));
+                let insert = move |db: &mut Meta<'_>| {
+                    let chain = check(db, &at, &new)?;
+                    namespaces::ensure(db, &at.namespace)?;
+                    let id = store::snapshots::insert(db, &at, &new.key, chain.first().copied(), new.kind, &new.labels)?;
+                    hold(db, &at.namespace, new.lease.as_deref(), &kind_of(&at.snapshotter), &new.key)?;
+                    let chain = super::chain(db, &at, &new.key)?;
+                    // a rename waits for no more of the disk than the commit that follows
+                    blocking_name(&path, &base.join(id.to_string()))?;
+                    Ok(chain)
+                };
+                self.store.write(insert).await
+            }
+        };
+        drop(naming);
+        let chain = match inserted {
+            Ok(chain) => chain,
+            Err(error) => {
+                self.files.run(move || blocking_remove(&made.path)).await??;
+                return Err(error);
+            }
+        };
+        drop(made);
+        self.mounts_of(snapshotter, &key, chain).await
+    }
+
+    pub(super) async fn mounts_of(&self, snapshotter: Snapshotter, key: &str, chain: Chain) -> Result<Vec<Mount>> {
+        let (this, key) = (self.clone(), key.to_owned());
+        self.files.run(move || this.blocking_mounts(snapshotter, &key, &chain)).await?
+    }
+}
+
+/// Whether a snapshot can be made: numbers of its parents, the nearest first.
+fn check(db: &Meta<'_>, place: &Place, new: &New) -> Result<Vec<i64>> {
+    if store::snapshots::get(db, place, &new.key)?.is_some() {
+        return Err(Error::AlreadyExists(Object::Snapshot(new.key.clone())));
+    }
+    // clients ask this way whether a layer is there, and then neither fetch nor unpack it
+    if let Some(target) = new.labels.get(TARGET_LABEL)
+        && store::snapshots::get(db, place, target)?.is_some()
+    {
+        return Err(Error::AlreadyExists(Object::TargetSnapshot(target.clone())));
+    }
+    if new.parent.is_empty() {
+        return Ok(Vec::new());
+    }
+    let parent = parent(db, place, &new.parent)?;
+    store::snapshots::chain(db, parent.id)
+}
+
+/// The name that the snapshot is to have when it is committed.
+const TARGET_LABEL: &str = "containerd.io/snapshot.ref";
+/// `OVL_MAX_STACK` of Linux.
+const MOST_LAYERS: usize = 500;

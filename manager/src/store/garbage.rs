@@ -1,0 +1,228 @@
+//! What nothing refers to: found by reading beside the writer, and checked again when it is removed.
+//!
+//! ```text
+//! roots: images, leases, containers, sandboxes, label containerd.io/gc.root
+//! from a root forwards: edges of labels; the target of an image; the parent of a snapshot; back_edges the other way round
+//! ```
+//! Of what a lease with the label `containerd.io/gc.flat` holds, only targets and parents are kept too, not what labels name.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use rusqlite::{OptionalExtension as _, params};
+
+use super::{Doing as _, Meta, blobs, images, snapshots};
+use crate::error::Result;
+
+/// An object that may be collected.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Node {
+    pub(crate) namespace: String,
+    /// `content`, `images` or `snapshots/NAME`.
+    pub(crate) kind: String,
+    pub(crate) id: String,
+}
+
+/// What was removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Swept {
+    pub(crate) content: Vec<Node>,
+    pub(crate) images: Vec<Node>,
+    /// With the numbers of their folders.
+    pub(crate) snapshots: Vec<(Node, i64)>,
+}
+
+/// Everything that no root leads to at the moment `now`, in an order in which it can be removed.
+pub(crate) fn mark(db: &Meta<'_>, now: i64) -> Result<Vec<Node>> {
+    let mut live = HashSet::new();
+    let mut select = db.0.prepare(LIVE).doing("prepare")?;
+    let mut rows = select.query([now]).doing("mark")?;
+    while let Some(row) = rows.next().doing("mark")? {
+        live.insert(node(row).doing("mark")?);
+    }
+    let mut garbage = Vec::new();
+    for sql in [
+        "SELECT namespace, 'images', id FROM images WHERE expires <= ?",
+        "SELECT namespace, 'content', id FROM content WHERE ? IS NOT NULL",
+        // children come before their parents
+        "WITH RECURSIVE depths (id, depth) AS (
+            SELECT id, 0 FROM snapshots WHERE parent IS NULL
+            UNION ALL SELECT s.id, depth + 1 FROM depths d CROSS JOIN snapshots s ON s.parent = d.id
+         ) SELECT namespace, 'snapshots/' || snapshotter, key FROM depths d CROSS JOIN snapshots s ON s.id = d.id
+         WHERE ? IS NOT NULL ORDER BY depth DESC",
+    ] {
+        let mut select = db.0.prepare(sql).doing("prepare")?;
+        let mut rows = select.query([now]).doing("mark")?;
+        while let Some(row) = rows.next().doing("mark")? {
+            let node = node(row).doing("mark")?;
+            if !live.contains(&node) {
+                garbage.push(node);
+            }
+        }
+    }
+    Ok(garbage)
+}
+
+fn node(row: &rusqlite::Row<'_>) -> rusqlite::Result<Node> {
+    Ok(Node { namespace: row.get(0)?, kind: row.get(1)?, id: row.get(2)? })
+}
+
+/// Removes those of the marked objects that still no root leads to.
+pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node]) -> Result<Swept> {
+    let mut swept = Swept::default();
+    let mut check = Check { db, now, dead: HashSet::new(), flat: HashMap::new() };
+    let mut doomed = Vec::new();
+    for node in marked {
+        if !check.is_live(node)? {
+            doomed.push(node);
+        }
+    }
+    for node in doomed {
+        let (namespace, id) = (node.namespace.as_str(), node.id.as_str());
+        match node.kind.strip_prefix(SNAPSHOTS) {
+            Some(snapshotter) => {
+                let place = snapshots::Place { namespace: namespace.to_owned(), snapshotter: snapshotter.to_owned() };
+                let Some(found) = snapshots::get(db, &place, id)? else { continue };
+                // a child that is younger than the marks goes first, next time
+                if !snapshots::has_children(db, found.id)? && snapshots::remove(db, found.id)? {
+                    swept.snapshots.push((node.clone(), found.id));
+                }
+            }
+            None if node.kind == IMAGES => {
+                if images::remove(db, namespace, id)? {
+                    swept.images.push(node.clone());
+                }
+            }
+            None => {
+                if blobs::remove(db, namespace, id)? {
+                    swept.content.push(node.clone());
+                }
+            }
+        }
+    }
+    Ok(swept)
+}
+
+/// Looks for roots backwards from an object.
+struct Check<'c, 't> {
+    db: &'c Meta<'t>,
+    now: i64,
+    /// To which no root leads.
+    dead: HashSet<(Node, bool)>,
+    /// What is known of leases: whether they are live, and flat.
+    flat: HashMap<(String, String), (bool, bool)>,
+}
+
+impl Check<'_, '_> {
+    fn is_live(&mut self, node: &Node) -> Result<bool> {
+        // with whether what leads there must lead on through labels, which it does not from a flat lease
+        let (mut seen, mut next) = (BTreeSet::new(), vec![(node.clone(), false)]);
+        while let Some(step) = next.pop() {
+            if self.dead.contains(&step) || !seen.insert(step.clone()) {
+                continue;
+            }
+            let (node, through_labels) = step;
+            if self.is_root(&node)? || self.is_held(&node, through_labels, &mut next)? {
+                return Ok(true);
+            }
+            self.owners(&node, through_labels, &mut next)?;
+        }
+        self.dead.extend(seen);
+        Ok(false)
+    }
+
+    fn is_root(&self, node: &Node) -> Result<bool> {
+        let sql = if node.kind == IMAGES {
+            "SELECT EXISTS (SELECT 1 FROM images WHERE namespace = ?1 AND id = ?3 AND ?2 = 'images' AND (expires IS NULL OR expires > ?4))"
+        } else {
+            "SELECT EXISTS (SELECT 1 FROM labels WHERE namespace = ?1 AND kind = ?2 AND id = ?3 AND key = 'containerd.io/gc.root' AND ?4 NOT NULL)"
+        };
+        let mut select = self.db.0.prepare_cached(sql).doing("prepare")?;
+        select.query_row(params![node.namespace, node.kind, node.id, self.now], |row| row.get(0)).doing("check")
+    }
+
+    /// Whether a root has an edge to it. Others that have one are put on the list.
+    fn is_held(&mut self, node: &Node, through_labels: bool, next: &mut Vec<(Node, bool)>) -> Result<bool> {
+        let sql = "SELECT from_type, from_id FROM edges WHERE namespace = ? AND to_type = ? AND to_id = ?
+            UNION SELECT to_type, to_id FROM back_edges WHERE namespace = ? AND from_type = ? AND from_id = ?";
+        let mut select = self.db.0.prepare_cached(sql).doing("prepare")?;
+        let parameters = [&node.namespace, &node.kind, &node.id, &node.namespace, &node.kind, &node.id];
+        let from = select.query_map(parameters, |row| Ok((row.get(0)?, row.get(1)?))).doing("check")?;
+        let from = from.collect::<rusqlite::Result<Vec<(String, String)>>>().doing("check")?;
+        drop(select);
+        for (kind, id) in from {
+            match kind.as_str() {
+                "containers" | "sandboxes" => return Ok(true),
+                "leases" => {
+                    let (is_live, is_flat) = self.lease(&node.namespace, &id)?;
+                    if is_live && !(is_flat && through_labels) {
+                        return Ok(true);
+                    }
+                }
+                _ => next.push((Node { namespace: node.namespace.clone(), kind, id }, true)),
+            }
+        }
+        Ok(false)
+    }
+
+    fn lease(&mut self, namespace: &str, id: &str) -> Result<(bool, bool)> {
+        let key = (namespace.to_owned(), id.to_owned());
+        if let Some(known) = self.flat.get(&key) {
+            return Ok(*known);
+        }
+        let sql = "SELECT expires IS NULL OR expires > ?3, EXISTS (
+                SELECT 1 FROM labels WHERE namespace = ?1 AND kind = 'leases' AND id = ?2 AND key = 'containerd.io/gc.flat'
+            ) FROM leases WHERE namespace = ?1 AND id = ?2";
+        let mut select = self.db.0.prepare_cached(sql).doing("prepare")?;
+        let found = select.query_row(params![namespace, id, self.now], |row| Ok((row.get(0)?, row.get(1)?))).optional().doing("check")?;
+        let found = found.unwrap_or_default();
+        self.flat.insert(key, found);
+        Ok(found)
+    }
+
+    /// Images whose target it is, and snapshots whose parent it is.
+    fn owners(&self, node: &Node, through_labels: bool, next: &mut Vec<(Node, bool)>) -> Result<()> {
+        let (sql, name) = match node.kind.strip_prefix(SNAPSHOTS) {
+            Some(snapshotter) => (
+                "SELECT child.key FROM snapshots s CROSS JOIN snapshots child ON child.parent = s.id
+                 WHERE s.namespace = ? AND s.snapshotter = ? AND s.key = ?",
+                snapshotter,
+            ),
+            None if node.kind == "content" => ("SELECT id FROM images WHERE namespace = ? AND ? = 'images' AND target = ?", IMAGES),
+            None => return Ok(()),
+        };
+        let kind = if node.kind == "content" { IMAGES.to_owned() } else { node.kind.clone() };
+        let mut select = self.db.0.prepare_cached(sql).doing("prepare")?;
+        let owners = select.query_map([&node.namespace, name, &node.id], |row| row.get(0)).doing("check")?;
+        for id in owners {
+            next.push((Node { namespace: node.namespace.clone(), kind: kind.clone(), id: id.doing("check")? }, through_labels));
+        }
+        Ok(())
+    }
+}
+
+const IMAGES: &str = "images";
+const SNAPSHOTS: &str = "snapshots/";
+
+/// All objects that a root leads to at the moment of the parameter, whether or not they exist.
+const LIVE: &str = "
+    WITH RECURSIVE live (namespace, kind, id, flat) AS (
+        SELECT e.namespace, e.to_type, e.to_id, EXISTS (
+                SELECT 1 FROM labels f
+                WHERE f.namespace = l.namespace AND f.kind = 'leases' AND f.id = l.id AND f.key = 'containerd.io/gc.flat'
+            )
+            FROM leases l CROSS JOIN edges e ON e.namespace = l.namespace AND e.from_type = 'leases' AND e.from_id = l.id
+            WHERE l.expires IS NULL OR l.expires > ?1
+        UNION SELECT namespace, 'images', id, 0 FROM images WHERE expires IS NULL OR expires > ?1
+        UNION SELECT e.namespace, e.to_type, e.to_id, 0 FROM namespaces n
+            CROSS JOIN edges e ON e.namespace = n.name AND e.from_type IN ('containers', 'sandboxes')
+        UNION SELECT namespace, kind, id, 0 FROM labels WHERE key = 'containerd.io/gc.root' AND (kind = 'content' OR kind GLOB 'snapshots/*')
+        UNION SELECT e.namespace, e.to_type, e.to_id, 0 FROM live l
+            CROSS JOIN edges e ON e.namespace = l.namespace AND e.from_type = l.kind AND e.from_id = l.id WHERE l.flat = 0
+        UNION SELECT b.namespace, b.from_type, b.from_id, 0 FROM live l
+            CROSS JOIN back_edges b ON b.namespace = l.namespace AND b.to_type = l.kind AND b.to_id = l.id WHERE l.flat = 0
+        UNION SELECT i.namespace, 'content', i.target, l.flat FROM live l
+            CROSS JOIN images i ON i.namespace = l.namespace AND i.id = l.id WHERE l.kind = 'images'
+        UNION SELECT s.namespace, l.kind, p.key, l.flat FROM live l
+            CROSS JOIN snapshots s ON s.namespace = l.namespace AND s.snapshotter = substr(l.kind, 11) AND s.key = l.id
+            CROSS JOIN snapshots p ON p.id = s.parent WHERE l.kind GLOB 'snapshots/*'
+    ) SELECT DISTINCT namespace, kind, id FROM live";
