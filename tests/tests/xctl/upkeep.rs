@@ -63,7 +63,7 @@ pub(crate) async fn prune_removes_what_has_exited_and_nothing_else(cx: Context) 
     let held: Value = serde_json::from_str(&xctl.prints(&["--format", "json", "df"])?)?;
     let row = |kind: &str| held.as_array().and_then(|rows| rows.iter().find(|row| row["kind"] == kind)).cloned().unwrap_or_default();
     ensure!(row("logs")["size_bytes"] == 5 && row("logs")["removable_bytes"] == 5 && row("containers")["count"] == 4, "{held}");
-    ensure!(row("content").is_null() == suite::manager().is_some(), "{held}");
+    ensure!(row("content")["count"].is_u64() && row("layers")["count"].is_u64(), "{held}");
     ensure!(xctl.prints(&["df"])?.starts_with("WHAT "));
     ensure!(xctl.prints(&["prune", "--force"])? == "ended\n");
     ensure!(xctl.prints(&["prune", "--force"])?.is_empty());
