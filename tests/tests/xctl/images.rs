@@ -18,7 +18,7 @@ use crate::registry::Registry;
 /// As `docker save` would name it.
 const IMAGE: &str = "docker.io/library/local:1";
 
-/// Imports busybox as an image that sets everything.
+/// An archive with busybox as an image that sets everything. No other test's is the same: content that another namespace has is not fetched.
 fn archive(cx: &Context) -> Result<PathBuf> {
     let folder = cx.folder().join("image");
     fs::create_dir_all(&folder)?;
@@ -28,7 +28,7 @@ fn archive(cx: &Context) -> Result<PathBuf> {
         "architecture": "amd64", "os": "linux",
         "config": {
             "Env": ["PATH=/bin", "FROM=image"], "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo default"], "User": "user", "WorkingDir": "/tmp",
-            "StopSignal": "SIGUSR1", "Labels": { "of": "the image" },
+            "StopSignal": "SIGUSR1", "Labels": { "of": "the image", "in": cx.client().namespace() },
         },
         "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", digest.split(' ').next().unwrap_or_default())] },
     });
@@ -224,7 +224,7 @@ pub(crate) async fn an_image_is_pushed_and_pulled(cx: Context) -> Result<()> {
         let mut pull = xctl.command(&[&["pull"], flags, &[&name]].concat());
         let output = pull.env("XCTL_PASSWORD", "secret").output()?;
         ensure!(output.status.success() && output_text(&output).contains(" a second"), "{output:?}");
-        // blobs that another namespace has are not fetched again
+        // a layer that another namespace has is not fetched again
         ensure!(registry.requests().iter().any(|request| request.starts_with("GET /v2/app/manifests/")), "{:?}", registry.requests());
         let mut command = xctl.command(&["run", "--rm"]);
         let output = command.args(xctl.place()).args([&name, "echo of $FROM"]).output()?;
