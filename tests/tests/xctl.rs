@@ -10,8 +10,12 @@ mod harness;
 mod images;
 #[path = "xctl/lifecycle.rs"]
 mod lifecycle;
+#[path = "xctl/registry.rs"]
+mod registry;
 #[path = "xctl/terminals.rs"]
 mod terminals;
+#[path = "xctl/upkeep.rs"]
+mod upkeep;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -26,7 +30,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let programs = Path::new(env!("CARGO_BIN_EXE_gated-runtime")).parent().expect("a file is in a folder");
-    let cases = [foreground_cases(), lifecycle_cases(), terminal_cases(), image_cases()].concat();
+    let cases = [foreground_cases(), lifecycle_cases(), terminal_cases(), image_cases(), upkeep_cases()].concat();
     runner::main(&cases, &[], programs)
 }
 
@@ -68,5 +72,21 @@ fn terminal_cases() -> Vec<Case> {
 }
 
 fn image_cases() -> Vec<Case> {
-    cases![images, Scope::Once => an_image_decides_what_the_command_line_does_not]
+    cases![images,
+        Scope::Once =>
+            an_image_decides_what_the_command_line_does_not,
+            a_damaged_archive_is_refused_and_leaves_nothing,
+            an_image_is_pushed_and_pulled;
+        Scope::Ends =>
+            images_are_imported_listed_named_exported_and_removed,
+    ]
+}
+
+fn upkeep_cases() -> Vec<Case> {
+    cases![upkeep,
+        Scope::Once =>
+            files_are_copied_in_and_out_and_no_link_leads_to_the_host,
+            prune_removes_what_has_exited_and_nothing_else,
+            an_upgrade_is_the_managers,
+    ]
 }

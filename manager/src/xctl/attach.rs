@@ -194,7 +194,7 @@ impl Running {
     pub(crate) async fn until_end(&mut self, client: &Client, signals: &mut Signals) -> Result<End> {
         let mut resized = listen(SignalKind::window_change())?;
         self.resize(client).await;
-        let waiting = wait(client, &self.what.process);
+        let waiting = tasks::wait(client, &self.what.process);
         tokio::pin!(waiting);
         let mut is_typing = true;
         loop {
@@ -241,25 +241,6 @@ impl Running {
         if let Some((width, height)) = terminal::size() {
             // it may have exited, or not have started: a terminal of another size is no reason to give up
             let _ = tasks::resize(client, &self.what.process, width, height).await;
-        }
-    }
-}
-
-/// Waits for the exit of a process over restarts of its daemon: the shim keeps the status.
-pub(crate) async fn wait(client: &Client, process: &Id) -> Result<u32> {
-    let mut failures = 0;
-    loop {
-        let begin = tokio::time::Instant::now();
-        match tasks::wait(client, process).await {
-            Ok(status) => return Ok(status),
-            Err(error) => {
-                let is_lost = matches!(error.code(), Some(Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled));
-                failures = if begin.elapsed() > AGAIN { 1 } else { failures + 1 };
-                if !is_lost || failures > MOST_FAILURES {
-                    return Err(error);
-                }
-                tokio::time::sleep(AGAIN).await;
-            }
         }
     }
 }
@@ -312,11 +293,6 @@ pub(crate) fn is_fifo(path: &str) -> bool {
 
 /// As long as shims wait for a reader.
 const DRAINED: Duration = Duration::from_secs(10);
-/// Before a daemon that restarts is asked again.
-const AGAIN: Duration = Duration::from_millis(200);
-/// A minute of a daemon that is down.
-const MOST_FAILURES: u32 = 300;
-
 impl Keys {
     /// Nothing detaches.
     fn none() -> Self {

@@ -10,7 +10,10 @@ use crate::client::Client;
 use crate::error::{Error, IoContext as _, Result};
 use crate::output::Format;
 use crate::stdio::Folders;
-use crate::{create, events, exec, inspect, logs, parse, processes, ps, remove, run, start, stats, stop};
+use crate::{
+    copy, create, events, exec, export, images, import, inspect, logs, parse, processes, prune, ps, remove, run, start, stats, stop,
+    transfer, upgrade,
+};
 
 /// What was asked for.
 #[derive(Debug, Parser)]
@@ -59,7 +62,7 @@ pub(crate) enum Command {
     Attach(start::AttachArgs),
     /// List containers
     Ps(ps::PsArgs),
-    /// Print everything about containers, as JSON
+    /// Print everything about containers or images, as JSON
     Inspect(inspect::InspectArgs),
     /// Ask containers to exit, and kill those that do not
     Stop(stop::StopArgs),
@@ -75,6 +78,28 @@ pub(crate) enum Command {
     Logs(logs::LogsArgs),
     /// Show what happens, until interrupted
     Events(events::EventsArgs),
+    /// Fetch an image from a registry
+    Pull(transfer::PullArgs),
+    /// Send an image to a registry
+    Push(transfer::PushArgs),
+    /// List images
+    Images(images::ImagesArgs),
+    /// Give an image another name
+    Tag(images::TagArgs),
+    /// Remove images
+    Rmi(images::RmiArgs),
+    /// Read images from an archive
+    Import(import::ImportArgs),
+    /// Write images to an archive
+    Export(export::ExportArgs),
+    /// Copy files between the host and a container
+    Cp(copy::CpArgs),
+    /// Remove containers that have exited, and images
+    Prune(prune::PruneArgs),
+    /// Show what containers, images and logs hold on disk
+    Df(prune::DfArgs),
+    /// Replace a running x-manager with the installed program, without downtime
+    Upgrade(upgrade::UpgradeArgs),
     /// Print the completions of a shell
     Completion {
         /// Shell
@@ -117,6 +142,7 @@ pub(crate) async fn run(line: Line) -> Result<u8> {
             clap_mangen::generate_to(Line::command(), folder).on("write manual pages to", folder)?;
             return Ok(0);
         }
+        Command::Upgrade(args) => return upgrade::run(args),
         _ => {}
     }
     let folders = Folders { state: flags.state, logs: flags.logs };
@@ -137,7 +163,17 @@ pub(crate) async fn run(line: Line) -> Result<u8> {
         Command::Stats(args) => stats::run(client, format, args).await,
         Command::Logs(args) => logs::run(client, args).await,
         Command::Events(args) => events::run(client, format, args).await,
-        Command::Completion { .. } | Command::Man { .. } => Err(Error::refused("this command needs no daemon")),
+        Command::Pull(args) => transfer::pull(client, args).await,
+        Command::Push(args) => transfer::push(client, args).await,
+        Command::Images(args) => images::list(client, format, args).await,
+        Command::Tag(args) => images::tag(client, args).await,
+        Command::Rmi(args) => images::remove(client, args).await,
+        Command::Import(args) => import::run(client, args).await,
+        Command::Export(args) => export::run(client, args).await,
+        Command::Cp(args) => copy::run(client, folders, args).await,
+        Command::Prune(args) => prune::run(client, folders, args).await,
+        Command::Df(args) => prune::df(client, folders, format, args).await,
+        Command::Completion { .. } | Command::Man { .. } | Command::Upgrade(_) => Err(Error::refused("this command needs no daemon")),
     }
 }
 

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_client::services::v1::containers_client::ContainersClient;
+use containerd_client::services::v1::content_client::ContentClient;
+use containerd_client::services::v1::images_client::ImagesClient;
 use containerd_client::services::v1::tasks_client::TasksClient;
 use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::{Channel, Endpoint};
@@ -59,6 +61,16 @@ impl Client {
     /// The services.
     pub(crate) fn api(&self) -> containerd_client::Client {
         self.channel.clone().into()
+    }
+
+    /// The service for images; its lists may be long.
+    pub(crate) fn images(&self) -> ImagesClient<Channel> {
+        ImagesClient::new(self.channel.clone()).max_decoding_message_size(LONGEST_ANSWER)
+    }
+
+    /// The service for content; parts of blobs may be long.
+    pub(crate) fn content(&self) -> ContentClient<Channel> {
+        ContentClient::new(self.channel.clone()).max_decoding_message_size(LONGEST_ANSWER)
     }
 
     /// The service for tasks; its lists may be long.

@@ -163,7 +163,7 @@ async fn record(client: &Client, folders: &Folders, options: &Options, id: &str,
         .ok_or_else(|| Error::refused("no program given, and the image names none; write it after the image"))?;
     let of_image = config.and_then(|config| config.user().as_deref()).filter(|user| !user.is_empty());
     let user = match options.user.as_deref().or(of_image) {
-        Some(text) => user(client, options, base, text).await?,
+        Some(text) => user(client, folders, options, base, text).await?,
         None => User::default(),
     };
     let folder = config.and_then(|config| config.working_dir().as_deref()).filter(|folder| folder.starts_with('/')).map(PathBuf::from);
@@ -204,7 +204,7 @@ async fn record(client: &Client, folders: &Folders, options: &Options, id: &str,
 }
 
 /// Users by name are those of the container's own files.
-async fn user(client: &Client, options: &Options, base: &Base, text: &str) -> Result<User> {
+async fn user(client: &Client, folders: &Folders, options: &Options, base: &Base, text: &str) -> Result<User> {
     if let Some(root) = &options.rootfs {
         return users::look_up(root, text);
     }
@@ -213,7 +213,7 @@ async fn user(client: &Client, options: &Options, base: &Base, text: &str) -> Re
     };
     let key = format!("xctl-view-{}", random()?);
     let mounts = image::view(client, &options.snapshotter, &key, &image.chain).await?;
-    let found = temporary_mount::with(&mounts, |root| users::look_up(root, text));
+    let found = temporary_mount::with(&folders.place_of_mounts(), &mounts, |root| users::look_up(root, text));
     image::remove_snapshot(client, &options.snapshotter, &key).await?;
     found
 }

@@ -87,6 +87,22 @@ impl Error {
         }
     }
 
+    /// Whether the connection failed, or the daemon is being replaced: the call may have been carried out.
+    pub(crate) fn is_lost(&self) -> bool {
+        match self {
+            // a daemon's own answer has no source
+            Self::Call { status, .. } => {
+                matches!(status.code(), Code::Unavailable | Code::Cancelled) || std::error::Error::source(status).is_some()
+            }
+            Self::NoDaemon { .. }
+            | Self::Late { .. }
+            | Self::Io { .. }
+            | Self::Unreadable { .. }
+            | Self::NoContainer { .. }
+            | Self::Refused(_) => false,
+        }
+    }
+
     /// This error and its sources.
     pub(crate) fn chain(&self) -> String {
         let mut text = self.to_string();
@@ -139,6 +155,14 @@ impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_daemons_own_answer_is_not_a_lost_connection() {
+        let call = |status| Error::Call { doing: "start".to_owned(), status };
+        assert!(!call(Status::unknown("it failed")).is_lost());
+        assert!(call(Status::unavailable("retry")).is_lost());
+        assert!(call(Status::from_error(Box::new(io::Error::other("reset")))).is_lost());
+    }
 
     #[test]
     fn a_source_is_told_once() {

@@ -73,7 +73,7 @@ pub(crate) async fn run(client: &Client, folders: &Folders, args: ExecArgs) -> R
     if args.detach {
         tasks::exec(client, request).await?;
         return match tasks::start(client, &process).await {
-            Ok(_pid) => Ok(0),
+            Ok(()) => Ok(0),
             Err(error) => {
                 // it never ran
                 let _ = tasks::delete(client, &process).await;

@@ -5,15 +5,14 @@ use std::collections::HashMap;
 use containerd_client::services::v1::snapshots::{
     MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest,
 };
-use containerd_client::services::v1::{
-    CreateRequest as CreateLeaseRequest, DeleteRequest as DeleteLeaseRequest, GetImageRequest, Image, ReadContentRequest,
-};
+use containerd_client::services::v1::{CreateRequest as CreateLeaseRequest, DeleteRequest as DeleteLeaseRequest, GetImageRequest, Image};
 use containerd_client::types::Mount;
 use oci_spec::image::{Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType, Os};
 use sha2::{Digest as _, Sha256};
 use tonic::Code;
 
 use crate::client::{Client, call};
+use crate::content;
 use crate::error::{Error, Result};
 
 /// An image that is unpacked.
@@ -25,6 +24,19 @@ pub(crate) struct Unpacked {
     pub(crate) configuration: ImageConfiguration,
     /// The snapshot of all its layers.
     pub(crate) chain: String,
+}
+
+/// What an image is on this machine.
+#[derive(Debug)]
+pub(crate) struct Manifest {
+    /// Its own digest.
+    pub(crate) digest: String,
+    /// That of the configuration.
+    pub(crate) configuration_digest: String,
+    /// What containers get.
+    pub(crate) configuration: ImageConfiguration,
+    /// Lowest first.
+    pub(crate) layers: Vec<containerd_client::types::Descriptor>,
 }
 
 /// The name that the store has for what people write: `busybox` is `docker.io/library/busybox:latest`.
@@ -46,13 +58,13 @@ pub(crate) fn full_name(text: &str) -> String {
 pub(crate) async fn find(client: &Client, text: &str, snapshotter: &str) -> Result<Unpacked> {
     let image = get(client, text).await?;
     let target = image.target.as_ref().ok_or_else(|| Error::unreadable(format!("image {}", image.name), "it has no target"))?;
-    let configuration = configuration(client, &image.name, &target.digest).await?;
+    let configuration = manifest(client, &image.name, &target.digest).await?.configuration;
     let chain = chain_id(configuration.rootfs().diff_ids());
     let stat = client.request(StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: chain.clone() });
     match call(format!("look for image {} in snapshotter {snapshotter}", image.name), client.api().snapshots().stat(stat)).await {
         Ok(_) => Ok(Unpacked { name: image.name, configuration, chain }),
         Err(error) if error.code() == Some(Code::NotFound) => Err(Error::refused(format!(
-            "image {name} is not unpacked in snapshotter {snapshotter}; `ctr --namespace {namespace} images pull {name}` unpacks it, \
+            "image {name} is not unpacked in snapshotter {snapshotter}; `xctl --namespace {namespace} pull {name}` unpacks it, \
              --snapshotter chooses another one",
             name = image.name,
             namespace = client.namespace()
@@ -61,12 +73,13 @@ pub(crate) async fn find(client: &Client, text: &str, snapshotter: &str) -> Resu
     }
 }
 
-async fn get(client: &Client, text: &str) -> Result<Image> {
+/// The record of an image, by the name as it is given or as Docker would complete it.
+pub(crate) async fn get(client: &Client, text: &str) -> Result<Image> {
     let full = full_name(text);
     let names = if full == text { vec![full.as_str()] } else { vec![full.as_str(), text] };
     for name in &names {
         let request = client.request(GetImageRequest { name: (*name).to_owned() });
-        match call(format!("get image {name}"), client.api().images().get(request)).await {
+        match call(format!("get image {name}"), client.images().get(request)).await {
             Ok(answer) => return answer.image.ok_or_else(|| Error::unreadable(format!("image {name}"), "the answer has no image")),
             Err(error) if error.code() == Some(Code::NotFound) => {}
             Err(error) if error.code() == Some(Code::Unimplemented) => {
@@ -78,24 +91,26 @@ async fn get(client: &Client, text: &str) -> Result<Image> {
         }
     }
     Err(Error::refused(format!(
-        "there is no image {full} in namespace {namespace}; `ctr --namespace {namespace} images pull {full}` fetches it",
+        "there is no image {full} in namespace {namespace}; `xctl --namespace {namespace} pull {full}` fetches it, `xctl images` lists those that there are",
         namespace = client.namespace()
     )))
 }
 
-/// From the target of an image, through an index if it is one, to the configuration for this machine.
-async fn configuration(client: &Client, name: &str, digest: &str) -> Result<ImageConfiguration> {
-    let mut digest = digest.to_owned();
+/// From the target of an image, through an index if it is one, to the manifest for this machine.
+pub(crate) async fn manifest(client: &Client, name: &str, target: &str) -> Result<Manifest> {
+    let mut digest = target.to_owned();
     for _level in 0..DEEPEST {
         let what = format!("manifest {digest} of image {name}");
-        let bytes = read(client, &what, &digest).await?;
+        let bytes = content::read(client, &what, &digest).await?;
         let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| Error::unreadable(&what, error))?;
         if value.get("manifests").is_none() {
             let manifest = ImageManifest::from_reader(bytes.as_slice()).map_err(|error| Error::unreadable(&what, error))?;
-            let digest = manifest.config().digest().to_string();
-            let what = format!("configuration {digest} of image {name}");
-            let bytes = read(client, &what, &digest).await?;
-            return ImageConfiguration::from_reader(bytes.as_slice()).map_err(|error| Error::unreadable(what, error));
+            let configuration_digest = manifest.config().digest().to_string();
+            let what = format!("configuration {configuration_digest} of image {name}");
+            let bytes = content::read(client, &what, &configuration_digest).await?;
+            let configuration = ImageConfiguration::from_reader(bytes.as_slice()).map_err(|error| Error::unreadable(what, error))?;
+            let layers = manifest.layers().iter().map(wire).collect();
+            return Ok(Manifest { digest, configuration_digest, configuration, layers });
         }
         let index = ImageIndex::from_reader(bytes.as_slice()).map_err(|error| Error::unreadable(&what, error))?;
         let chosen = index.manifests().iter().find(|descriptor| is_for_this_machine(descriptor));
@@ -105,6 +120,15 @@ async fn configuration(client: &Client, name: &str, digest: &str) -> Result<Imag
     Err(Error::unreadable(format!("image {name}"), "its indexes are nested too deeply"))
 }
 
+fn wire(descriptor: &Descriptor) -> containerd_client::types::Descriptor {
+    containerd_client::types::Descriptor {
+        media_type: descriptor.media_type().to_string(),
+        digest: descriptor.digest().to_string(),
+        size: i64::try_from(descriptor.size()).unwrap_or(i64::MAX),
+        annotations: descriptor.annotations().clone().unwrap_or_default(),
+    }
+}
+
 fn is_for_this_machine(descriptor: &Descriptor) -> bool {
     let is_manifest = matches!(descriptor.media_type(), MediaType::ImageManifest | MediaType::ImageIndex)
         || descriptor.media_type().to_string().starts_with("application/vnd.docker.distribution.manifest");
@@ -112,34 +136,11 @@ fn is_for_this_machine(descriptor: &Descriptor) -> bool {
     is_manifest && descriptor.platform().as_ref().is_none_or(fits)
 }
 
-/// A blob of the content store, checked against its digest.
-async fn read(client: &Client, what: &str, digest: &str) -> Result<Vec<u8>> {
-    let request = client.request(ReadContentRequest { digest: digest.to_owned(), offset: 0, size: 0 });
-    let doing = format!("read {what}");
-    let mut stream = call(&doing, client.api().content().read(request)).await?;
-    let mut bytes = Vec::new();
-    while let Some(part) = stream.message().await.map_err(|status| Error::Call { doing: doing.clone(), status })? {
-        bytes.extend_from_slice(&part.data);
-        if bytes.len() > LONGEST {
-            return Err(Error::unreadable(what, "it is longer than 8 MiB"));
-        }
-    }
-    let found = format!("sha256:{}", hex(&Sha256::digest(&bytes)));
-    if digest.starts_with("sha256:") && found != digest {
-        return Err(Error::unreadable(what, format!("its digest is {found}: the store is damaged")));
-    }
-    Ok(bytes)
-}
-
 /// The name of the snapshot that has these layers, lowest first.
-fn chain_id(diff_ids: &[String]) -> String {
+pub(crate) fn chain_id(diff_ids: &[String]) -> String {
     let mut layers = diff_ids.iter();
     let first = layers.next().cloned().unwrap_or_default();
-    layers.fold(first, |chain, layer| format!("sha256:{}", hex(&Sha256::digest(format!("{chain} {layer}")))))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    layers.fold(first, |chain, layer| format!("sha256:{}", content::hex(&Sha256::digest(format!("{chain} {layer}")))))
 }
 
 /// Makes the writable snapshot of a container.
@@ -204,8 +205,6 @@ pub(crate) async fn end_lease(client: &Client, id: &str) -> Result<()> {
 
 /// An index of indexes is allowed, and rare.
 const DEEPEST: usize = 4;
-/// Manifests and configurations are kilobytes.
-const LONGEST: usize = 8 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -232,6 +231,6 @@ mod tests {
     fn a_chain_id_is_folded_over_the_layers() {
         assert_eq!(chain_id(&["sha256:a".to_owned()]), "sha256:a");
         let two = chain_id(&["sha256:a".to_owned(), "sha256:b".to_owned()]);
-        assert_eq!(two, format!("sha256:{}", hex(&Sha256::digest("sha256:a sha256:b"))));
+        assert_eq!(two, format!("sha256:{}", content::hex(&Sha256::digest("sha256:a sha256:b"))));
     }
 }

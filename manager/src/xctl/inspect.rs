@@ -1,26 +1,46 @@
-//! `inspect`: everything that the daemon knows of a container.
+//! `inspect`: everything that the daemon knows of a container, or of an image.
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tasks::{self, Id};
-use crate::{containers, output, ps, stdio};
+use crate::{containers, images, output, ps, stdio};
 
 /// Arguments of `inspect`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct InspectArgs {
-    /// Containers
-    #[arg(required = true, value_name = "CONTAINER")]
-    containers: Vec<String>,
+    /// What the names are [default: containers; if there is none of that name, images]
+    #[arg(long = "type", value_enum, value_name = "KIND")]
+    kind: Option<Kind>,
+    /// Containers or images
+    #[arg(required = true, value_name = "NAME")]
+    names: Vec<String>,
 }
 
-/// Prints a list, also of one container.
+/// What a name is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Kind {
+    /// A container
+    Container,
+    /// An image
+    Image,
+}
+
+/// Prints a list, also of one.
 pub(crate) async fn run(client: &Client, args: InspectArgs) -> Result<u8> {
     let mut all = Vec::new();
-    for id in &args.containers {
-        all.push(one(client, id).await?);
+    for name in &args.names {
+        all.push(match args.kind {
+            Some(Kind::Container) => one(client, name).await?,
+            Some(Kind::Image) => images::inspect(client, name).await?,
+            None => match one(client, name).await {
+                // the container is what was more likely meant, unless there is such an image
+                Err(error @ Error::NoContainer { .. }) => images::inspect(client, name).await.map_err(|_| error)?,
+                found => found?,
+            },
+        });
     }
     output::print_json(&all)?;
     Ok(0)

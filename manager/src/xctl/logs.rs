@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use clap::Args;
 use containerd_client::types::v1::Status;
 
-use crate::attach;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::follow::{Follower, From};
@@ -37,7 +36,7 @@ pub(crate) async fn run(client: &Client, args: LogsArgs) -> Result<u8> {
     let path = stdio::file_path(&uri).filter(|path| path.exists()).ok_or_else(|| no_log(&container.id, stdio::file_path(&uri)))?;
     let mut log = Follower::open(&path, args.tail.map_or(From::Beginning, From::Lines))?;
     if args.follow && is_running {
-        log.print_until(attach::wait(client, &process)).await??;
+        log.print_until(tasks::wait(client, &process)).await??;
     } else {
         log.print()?;
     }

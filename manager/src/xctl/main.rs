@@ -6,16 +6,22 @@
 
 use std::process::ExitCode;
 
+mod archive;
 mod attach;
 mod cli;
 mod client;
 mod containers;
+mod content;
+mod copy;
 mod create;
 mod error;
 mod events;
 mod exec;
+mod export;
 mod follow;
 mod image;
+mod images;
+mod import;
 mod inspect;
 mod keys;
 mod logs;
@@ -23,6 +29,8 @@ mod open_in;
 mod output;
 mod parse;
 mod processes;
+mod progress;
+mod prune;
 mod ps;
 mod remove;
 mod run;
@@ -35,6 +43,9 @@ mod sys;
 mod tasks;
 mod temporary_mount;
 mod terminal;
+mod transfer;
+mod unpack;
+mod upgrade;
 mod users;
 
 fn main() -> ExitCode {

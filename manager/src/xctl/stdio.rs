@@ -40,6 +40,11 @@ impl Folders {
         self.state.join(namespace).join(container)
     }
 
+    /// Where snapshots are mounted for a moment, in a mount namespace of its own; no namespace of containers has that name.
+    pub(crate) fn place_of_mounts(&self) -> PathBuf {
+        self.state.join(".mounts")
+    }
+
     /// The file for a container's output.
     pub(crate) fn log(&self, namespace: &str, container: &str) -> PathBuf {
         self.logs.join(namespace).join(format!("{container}.log"))
@@ -107,7 +112,8 @@ pub(crate) fn remove(folder: &Path) -> Result<()> {
     }
 }
 
-fn make_folder(folder: &Path) -> Result<()> {
+/// Makes a folder for root alone.
+pub(crate) fn make_folder(folder: &Path) -> Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).on("make the folder", folder)
 }
 

@@ -6,7 +6,6 @@ use clap::Args;
 use containerd_client::types::v1::Status;
 use nix::sys::signal::Signal;
 
-use crate::attach;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::tasks::{self, Id};
@@ -76,7 +75,7 @@ async fn stop_one(client: &Client, id: &str, time: Duration, signal: Option<u32>
             if !tasks::kill(client, &process, signal, false).await? {
                 return Ok(());
             }
-            match tokio::time::timeout(time, attach::wait(client, &process)).await {
+            match tokio::time::timeout(time, tasks::wait(client, &process)).await {
                 Ok(ended) => return ended.map(drop),
                 Err(_elapsed) => {}
             }
@@ -90,7 +89,7 @@ pub(crate) async fn kill_hard(client: &Client, process: &Id) -> Result<()> {
     if !tasks::kill(client, process, Signal::SIGKILL as u32, true).await? {
         return Ok(());
     }
-    match tokio::time::timeout(KILLED, attach::wait(client, process)).await {
+    match tokio::time::timeout(KILLED, tasks::wait(client, process)).await {
         Ok(ended) => ended.map(drop),
         Err(_elapsed) => Err(Error::refused(format!(
             "container {} has not exited {} s after SIGKILL: a process of it may be blocked in the kernel; `xctl top` lists its processes",

@@ -7,7 +7,7 @@ use containerd_client::services::v1::{
     ListPidsRequest, ListTasksRequest, MetricsRequest, ResizePtyRequest, StartRequest, WaitRequest,
 };
 use containerd_client::types::Metric;
-use containerd_client::types::v1::{Process, ProcessInfo};
+use containerd_client::types::v1::{Process, ProcessInfo, Status};
 use tonic::Code;
 
 use crate::client::{Client, call, call_within};
@@ -49,18 +49,48 @@ pub(crate) async fn exec(client: &Client, request: ExecProcessRequest) -> Result
     call(doing, client.tasks().exec(client.request(request))).await
 }
 
-/// Starts a process, and returns its pid.
-pub(crate) async fn start(client: &Client, id: &Id) -> Result<u32> {
-    let request = StartRequest { container_id: id.container.clone(), exec_id: id.exec.clone() };
-    Ok(call(format!("start {}", id.name()), client.tasks().start(client.request(request))).await?.pid)
+/// Starts a process. A daemon that restarts meanwhile is asked again, for a minute: the shim knows whether it has started.
+pub(crate) async fn start(client: &Client, id: &Id) -> Result<()> {
+    let request = || client.request(StartRequest { container_id: id.container.clone(), exec_id: id.exec.clone() });
+    let doing = format!("start {}", id.name());
+    let mut lost = match call(&doing, client.tasks().start(request())).await {
+        Err(error) if error.is_lost() => error,
+        started => return started.map(drop),
+    };
+    for _attempt in 0..ATTEMPTS {
+        tokio::time::sleep(AGAIN).await;
+        match get(client, id).await {
+            Ok(None) => return Err(lost),
+            Ok(Some(process)) => match process.status() {
+                Status::Unknown => {}
+                Status::Created => match call(&doing, client.tasks().start(request())).await {
+                    Err(error) if error.is_lost() => lost = error,
+                    started => return started.map(drop),
+                },
+                Status::Running | Status::Stopped | Status::Paused | Status::Pausing => return Ok(()),
+            },
+            Err(error) if error.is_lost() => lost = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(lost)
 }
 
-/// Waits until a process has exited, for as long as it takes, and returns its status.
+/// Waits until a process has exited, for as long as it takes, and returns its status: also over restarts of the daemon, as the shim keeps it.
 pub(crate) async fn wait(client: &Client, id: &Id) -> Result<u32> {
-    let request = WaitRequest { container_id: id.container.clone(), exec_id: id.exec.clone() };
-    match client.tasks().wait(client.request(request)).await {
-        Ok(answer) => Ok(answer.into_inner().exit_status),
-        Err(status) => Err(Error::Call { doing: format!("wait for {}", id.name()), status }),
+    let mut failures = 0;
+    loop {
+        let begin = tokio::time::Instant::now();
+        let request = WaitRequest { container_id: id.container.clone(), exec_id: id.exec.clone() };
+        let error = match client.tasks().wait(client.request(request)).await {
+            Ok(answer) => return Ok(answer.into_inner().exit_status),
+            Err(status) => Error::Call { doing: format!("wait for {}", id.name()), status },
+        };
+        failures = if begin.elapsed() > AGAIN { 1 } else { failures + 1 };
+        if !error.is_lost() || failures > ATTEMPTS {
+            return Err(error);
+        }
+        tokio::time::sleep(AGAIN).await;
     }
 }
 
@@ -132,5 +162,9 @@ pub(crate) async fn metrics(client: &Client, container: Option<&str>) -> Result<
     Ok(call("get metrics", client.tasks().metrics(request)).await?.metrics)
 }
 
+/// Before a daemon that restarts is asked again.
+const AGAIN: Duration = Duration::from_millis(200);
+/// A minute of a daemon that is down.
+const ATTEMPTS: u32 = 300;
 /// An image's mounts may take their time, as do engines under load.
 const CREATED: Duration = Duration::from_secs(600);

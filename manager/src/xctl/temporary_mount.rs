@@ -1,30 +1,31 @@
-//! A snapshot's mounts, for the time that it takes to read a file of it.
+//! A snapshot's mounts, for the time that it takes to read or write files of it.
 //!
 //! **Invariant:** nothing is left behind, even by SIGKILL: the mounts are in a mount namespace of a thread, which ends with it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use containerd_client::types::Mount;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::{Error, IoContext as _, Result};
+use crate::stdio;
 
-/// Runs `read` with the path at which `mounts` are mounted, for nobody else.
-pub(crate) fn with<T: Send>(mounts: &[Mount], read: impl FnOnce(&Path) -> Result<T> + Send) -> Result<T> {
+/// Runs `work` with `place`, at which `mounts` are mounted for nobody else. The folder is made.
+pub(crate) fn with<T: Send>(place: &Path, mounts: &[Mount], work: impl FnOnce(&Path) -> Result<T> + Send) -> Result<T> {
+    stdio::make_folder(place)?;
     std::thread::scope(|scope| {
-        let reader = scope.spawn(|| {
-            let place = PathBuf::from(PLACE);
+        let worker = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).on("make a mount namespace at", "/")?;
             mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).on("make private", "/")?;
             for each in mounts {
                 let (flags, data) = flags(&each.options);
                 let source = Path::new(&each.source);
-                mount(Some(source), &place, Some(each.r#type.as_str()), flags, Some(data.as_str())).on("mount", source)?;
+                mount(Some(source), place, Some(each.r#type.as_str()), flags, Some(data.as_str())).on("mount", source)?;
             }
-            read(&place)
+            work(place)
         });
-        reader.join().unwrap_or_else(|_| Err(Error::refused("reading the root file system failed; this is a bug of xctl")))
+        worker.join().unwrap_or_else(|_| Err(Error::refused("reading the root file system failed; this is a bug of xctl")))
     })
 }
 
@@ -46,6 +47,3 @@ fn flags(options: &[String]) -> (MsFlags, String) {
     }
     (flags, data.join(","))
 }
-
-/// Covered in that namespace alone: a folder that every host has and nothing here needs.
-const PLACE: &str = "/mnt";

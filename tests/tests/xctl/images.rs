@@ -1,21 +1,25 @@
 //! Containers of an image in the daemon's store.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
 use shim_tests::context::Context;
+use shim_tests::eventually::{SOON, eventually};
 use shim_tests::operator::{ctr, output_text, printed};
 use shim_tests::rootfs;
-use shim_tests::runner::needs_images;
+use shim_tests::runner::skip;
+use shim_tests::suite::{self, Suite};
 
 use crate::harness::Xctl;
+use crate::registry::Registry;
 
 /// As `docker save` would name it.
 const IMAGE: &str = "docker.io/library/local:1";
 
-/// Imports busybox as an image that sets everything.
-fn import(cx: &Context) -> Result<()> {
+/// An archive with busybox as an image that sets everything. No other test's is the same: content that another namespace has is not fetched.
+fn archive(cx: &Context) -> Result<PathBuf> {
     let folder = cx.folder().join("image");
     fs::create_dir_all(&folder)?;
     printed(Command::new("tar").arg("-C").arg(rootfs::shared()?).arg("-cf").arg(folder.join("layer.tar")).arg("."))?;
@@ -24,7 +28,7 @@ fn import(cx: &Context) -> Result<()> {
         "architecture": "amd64", "os": "linux",
         "config": {
             "Env": ["PATH=/bin", "FROM=image"], "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo default"], "User": "user", "WorkingDir": "/tmp",
-            "StopSignal": "SIGUSR1", "Labels": { "of": "the image" },
+            "StopSignal": "SIGUSR1", "Labels": { "of": "the image", "in": cx.client().namespace() },
         },
         "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", digest.split(' ').next().unwrap_or_default())] },
     });
@@ -33,18 +37,18 @@ fn import(cx: &Context) -> Result<()> {
     fs::write(folder.join("manifest.json"), manifest.to_string())?;
     let archive = cx.folder().join("image.tar");
     printed(Command::new("tar").arg("-C").arg(&folder).arg("-cf").arg(&archive).args(["manifest.json", "config.json", "layer.tar"]))?;
-    printed(ctr(cx).args(["images", "import"]).arg(&archive))?;
-    Ok(())
+    Ok(archive)
+}
+
+/// Imports an archive by `ctr`: that of 2.1 without the transfer service, which x-manager does not have.
+fn ctr_import(cx: &Context, archive: &str) -> Result<String> {
+    let local: &[&str] = if cx.suite() == Suite::Forky { &["--local"] } else { &[] };
+    printed(ctr(cx).args(["images", "import"]).args(local).arg(archive))
 }
 
 pub(crate) async fn an_image_decides_what_the_command_line_does_not(cx: Context) -> Result<()> {
     let xctl = Xctl::new(&cx)?;
-    if needs_images().is_err() {
-        let (status, text) = xctl.fails(&["run", "local:1"])?;
-        ensure!(status == 125 && text.contains("this daemon has no image store; --rootfs FOLDER"), "{text}");
-        return needs_images();
-    }
-    import(&cx)?;
+    xctl.prints(&["import", &archive(&cx)?.display().to_string()])?;
     let run = |flags: &[&str], words: &[&str]| {
         let mut command = xctl.command(&["run", "--rm"]);
         command.args(xctl.place()).args(flags).arg("local:1").args(words).output()
@@ -66,13 +70,16 @@ pub(crate) async fn an_image_decides_what_the_command_line_does_not(cx: Context)
     ensure!(command.output()?.status.success());
     let inspected: serde_json::Value = serde_json::from_str(&xctl.prints(&["inspect", "keeps"])?)?;
     ensure!(inspected[0]["labels"]["of"] == "the image" && inspected[0]["image"] == IMAGE, "{inspected}");
-    shim_tests::eventually::eventually("it is ready", shim_tests::eventually::SOON, async || {
+    eventually("it is ready", SOON, async || {
         ensure!(xctl.prints(&["exec", "keeps", "cat", "/tmp/ready"])? == "ready\n");
         Ok(())
     })
     .await?;
     xctl.prints(&["stop", "keeps"])?;
     ensure!(xctl.prints(&["ps", "--all"])?.contains("exited (7)"));
+    let copied = cx.folder().join("copied").display().to_string();
+    xctl.prints(&["cp", "keeps:/tmp/ready", &copied])?;
+    ensure!(fs::read_to_string(&copied)? == "ready\n");
     // its own layer is kept over a restart, and goes with it
     xctl.prints(&["start", "keeps"])?;
     ensure!(xctl.prints(&["exec", "keeps", "cat", "/tmp/ready"])? == "ready\n");
@@ -82,5 +89,152 @@ pub(crate) async fn an_image_decides_what_the_command_line_does_not(cx: Context)
     ensure!(kinds == ["Committed"], "only the image's own is left: {snapshots}");
     let leases = printed(ctr(&cx).args(["leases", "list", "--quiet"]))?;
     ensure!(!leases.contains("xctl"), "{leases}");
+    xctl.leaves_nothing().await
+}
+
+/// Nothing but what an image needs is kept, and nothing once it has no name.
+async fn holds(xctl: &Xctl<'_>, blobs: usize, snapshots: usize) -> Result<()> {
+    eventually("the daemon has collected the rest", SOON, async || {
+        let content = printed(ctr(xctl.cx).args(["content", "list", "--quiet"]))?;
+        let listed = printed(ctr(xctl.cx).args(["snapshots", "list"]))?;
+        ensure!(content.lines().count() == blobs && listed.lines().count() == snapshots + 1, "{content}{listed}");
+        let leases = printed(ctr(xctl.cx).args(["leases", "list", "--quiet"]))?;
+        ensure!(leases.is_empty(), "{leases}");
+        Ok(())
+    })
+    .await
+}
+
+pub(crate) async fn images_are_imported_listed_named_exported_and_removed(cx: Context) -> Result<()> {
+    let xctl = Xctl::new(&cx)?;
+    let saved = archive(&cx)?.display().to_string();
+    ensure!(xctl.prints(&["import", &saved])? == format!("{IMAGE}\n"));
+    let list = xctl.prints(&["images"])?;
+    ensure!(list.starts_with("IMAGE ") && list.contains(IMAGE) && list.contains("MiB"), "{list}");
+    holds(&xctl, 3, 1).await?;
+    let mut command = xctl.command(&["run", "--rm"]);
+    let output = command.args(xctl.place()).args(["local:1", "echo of $FROM"]).output()?;
+    ensure!(output.stdout == b"of image\n", "{output:?}");
+    // another client understands the image, and the archive
+    let checked = printed(ctr(&cx).args(["images", "check"]))?;
+    ensure!(checked.lines().any(|line| line.contains(IMAGE) && line.contains("complete (") && line.contains("true")), "{checked}");
+    ensure!(xctl.prints(&["tag", "local:1", "other", "third:2"])? == "docker.io/library/other:latest\ndocker.io/library/third:2\n");
+    let inspected: serde_json::Value = serde_json::from_str(&xctl.prints(&["inspect", "other"])?)?;
+    ensure!(inspected[0]["configuration"]["config"]["User"] == "user" && inspected[0]["layers"][0]["stored"] == true, "{inspected}");
+    let exported = cx.folder().join("exported.tar").display().to_string();
+    xctl.prints(&["export", "--output", &exported, "local:1", "other"])?;
+    let (_, text) = xctl.fails(&["export", "--output", &exported, "local:1"])?;
+    ensure!(text.contains("exists"), "{text}");
+    let elsewhere = cx.with_own_namespace().await?;
+    let there = Xctl::new(&elsewhere)?;
+    ctr_import(&elsewhere, &exported)?;
+    let names = printed(ctr(&elsewhere).args(["images", "list", "--quiet"]))?;
+    ensure!(names == format!("{IMAGE}\ndocker.io/library/other:latest\n"), "{names}");
+    ensure!(there.prints(&["--format", "json", "images"])?.contains(inspected[0]["target"]["digest"].as_str().unwrap_or("none")));
+    there.prints(&["rmi", "local:1", "other"])?;
+    holds(&there, 0, 0).await?;
+    ensure!(there.prints(&["import", &exported])? == format!("{IMAGE}\ndocker.io/library/other:latest\n"));
+    there.prints(&["rmi", "local:1", "other"])?;
+    // a name is not taken from another image without force
+    let (_, text) = xctl.fails(&["rmi", "none"])?;
+    ensure!(text.contains("there is no image docker.io/library/none:latest"), "{text}");
+    let mut command = xctl.command(&["create", "--name", "holder"]);
+    ensure!(command.args(xctl.place()).arg("local:1").output()?.status.success());
+    let (_, text) = xctl.fails(&["rmi", "local:1"])?;
+    ensure!(text.contains("is in use by a container"), "{text}");
+    xctl.prints(&["rm", "holder"])?;
+    xctl.prints(&["rmi", "local:1", "other"])?;
+    holds(&xctl, 3, 1).await?;
+    xctl.prints(&["rmi", "third:2"])?;
+    holds(&xctl, 0, 0).await?;
+    if cx.suite() == Suite::Bookworm || suite::manager().is_some() {
+        let (status, text) = xctl.fails(&["pull", "local:1"])?;
+        ensure!(status == 1 && text.contains("has no transfer service"), "{text}");
+    }
+    xctl.leaves_nothing().await
+}
+
+pub(crate) async fn a_damaged_archive_is_refused_and_leaves_nothing(cx: Context) -> Result<()> {
+    let xctl = Xctl::new(&cx)?;
+    let whole = fs::read(archive(&cx)?)?;
+    let path = cx.folder().join("bad.tar");
+    let layout = |index: &str| -> Result<Vec<u8>> {
+        let folder = cx.folder().join("layout");
+        fs::create_dir_all(folder.join("blobs/sha256"))?;
+        fs::write(folder.join("oci-layout"), "{}")?;
+        fs::write(folder.join("index.json"), index)?;
+        let tar = cx.folder().join("layout.tar");
+        printed(Command::new("tar").arg("-C").arg(&folder).arg("-cf").arg(&tar).args(["oci-layout", "index.json", "blobs"]))?;
+        Ok(fs::read(tar)?)
+    };
+    let missing = format!(r#"{{"manifests":[{{"mediaType":"x","digest":"sha256:{}","size":1}}]}}"#, "0".repeat(64));
+    let wrong_diff = {
+        // the configuration names another layer than the one that is there
+        let folder = cx.folder().join("image");
+        let config = fs::read_to_string(folder.join("config.json"))?;
+        let mut config: serde_json::Value = serde_json::from_str(&config)?;
+        config["rootfs"]["diff_ids"] = serde_json::json!([format!("sha256:{}", "1".repeat(64))]);
+        fs::write(folder.join("config.json"), config.to_string())?;
+        let tar = cx.folder().join("wrong.tar");
+        printed(Command::new("tar").arg("-C").arg(&folder).arg("-cf").arg(&tar).args(["manifest.json", "config.json", "layer.tar"]))?;
+        fs::read(tar)?
+    };
+    for (bytes, reason) in [
+        (vec![], "it is empty"),
+        (whole[..whole.len() / 2].to_vec(), "is cut off"),
+        (vec![b'x'; 2048], "it is no tar archive, or damaged"),
+        (layout("{")?, "cannot read index.json"),
+        (layout(r#"{"manifests":[{"digest":"sha256:../../etc/passwd","size":1}]}"#)?, "not a digest of SHA-256"),
+        (layout(&missing)?, "which it does not have"),
+        (wrong_diff, "as the image says"),
+    ] {
+        fs::write(&path, bytes)?;
+        let (status, text) = xctl.fails(&["import", &path.display().to_string()])?;
+        ensure!(status == 1 && text.contains(reason) && !text.contains("panicked"), "{reason}: {text}");
+    }
+    ensure!(xctl.prints(&["images", "--quiet"])?.is_empty());
+    // blobs of what failed are collected when nothing keeps them
+    holds(&xctl, 0, 0).await?;
+    xctl.leaves_nothing().await
+}
+
+pub(crate) async fn an_image_is_pushed_and_pulled(cx: Context) -> Result<()> {
+    if suite::manager().is_some() {
+        return skip("x-manager has no transfer service");
+    }
+    let xctl = Xctl::new(&cx)?;
+    xctl.prints(&["import", &archive(&cx)?.display().to_string()])?;
+    // user:secret
+    for password in [None, Some("dXNlcjpzZWNyZXQ=")] {
+        let registry = Registry::start(password).await?;
+        let name = registry.image("app:1");
+        let flags: &[&str] = if password.is_some() { &["--plain-http", "--user", "user"] } else { &["--plain-http"] };
+        let mut push = xctl.command(&[&["push"], flags, &["local:1", &name]].concat());
+        let output = push.env("XCTL_PASSWORD", "secret").output()?;
+        ensure!(output.status.success() && output.stdout == format!("{name}\n").as_bytes(), "{output:?}");
+        if password.is_some() {
+            let output = xctl.command(&["pull", "--plain-http", &name]).output()?;
+            ensure!(output.status.code() == Some(1) && output_text(&output).contains("401"), "{output:?}");
+            let output = xctl.command(&["pull", "--plain-http", "--user", "user", &name]).output()?;
+            ensure!(output.status.code() == Some(1) && output_text(&output).contains("--user needs a password"), "{output:?}");
+        }
+        // all of it comes from the registry
+        xctl.prints(&["rmi", "local:1"])?;
+        holds(&xctl, 0, 0).await?;
+        let mut pull = xctl.command(&[&["pull"], flags, &[&name]].concat());
+        let output = pull.env("XCTL_PASSWORD", "secret").output()?;
+        ensure!(output.status.success() && output_text(&output).contains(" a second"), "{output:?}");
+        // a layer that another namespace has is not fetched again
+        ensure!(registry.requests().iter().any(|request| request.starts_with("GET /v2/app/manifests/")), "{:?}", registry.requests());
+        let mut command = xctl.command(&["run", "--rm"]);
+        let output = command.args(xctl.place()).args([&name, "echo of $FROM"]).output()?;
+        ensure!(output.stdout == b"of image\n", "{output:?}");
+        let (status, text) = xctl.fails(&["pull", "--plain-http", &registry.image("none:1")])?;
+        ensure!(status == 1 && text.contains("none:1"), "{text}");
+        xctl.prints(&["tag", &name, "local:1"])?;
+        xctl.prints(&["rmi", &name])?;
+    }
+    xctl.prints(&["rmi", "local:1"])?;
+    holds(&xctl, 0, 0).await?;
     xctl.leaves_nothing().await
 }

@@ -1,0 +1,138 @@
+//! A registry on loopback: it keeps what is pushed in memory, and asks for a name and a password if it has one.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context as _, Result};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+
+/// A registry, until it is dropped.
+pub(crate) struct Registry {
+    port: u16,
+    serving: tokio::task::JoinHandle<()>,
+    store: Arc<Store>,
+}
+
+#[derive(Default)]
+struct Store {
+    /// By path: manifests with their type, and blobs.
+    files: Mutex<HashMap<String, (String, Vec<u8>)>>,
+    requests: Mutex<Vec<String>>,
+    password: Option<String>,
+}
+
+impl Registry {
+    /// Serves; `password` is `NAME:PASSWORD` in base 64.
+    pub(crate) async fn start(password: Option<&str>) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let port = listener.local_addr()?.port();
+        let store = Arc::new(Store { password: password.map(str::to_owned), ..Store::default() });
+        let shared = Arc::clone(&store);
+        let serving = tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                tokio::spawn(serve(socket, Arc::clone(&shared)));
+            }
+        });
+        Ok(Self { port, serving, store })
+    }
+
+    /// The name of an image there.
+    pub(crate) fn image(&self, name: &str) -> String {
+        format!("127.0.0.1:{}/{name}", self.port)
+    }
+
+    /// Method and path of each request.
+    pub(crate) fn requests(&self) -> Vec<String> {
+        self.store.requests.lock().expect("no panic under this lock").clone()
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+async fn serve(socket: TcpStream, store: Arc<Store>) {
+    let mut socket = BufReader::new(socket);
+    // a client that disconnects is no failure of the registry
+    while one(&mut socket, &store).await.is_ok() {}
+}
+
+async fn one(socket: &mut BufReader<TcpStream>, store: &Store) -> Result<()> {
+    let mut line = String::new();
+    socket.read_line(&mut line).await?;
+    let mut words = line.split_whitespace();
+    let (method, target) = (words.next().context("a method")?.to_owned(), words.next().context("a path")?.to_owned());
+    let mut headers = HashMap::new();
+    loop {
+        let mut line = String::new();
+        socket.read_line(&mut line).await?;
+        match line.trim().split_once(':') {
+            Some((name, value)) => headers.insert(name.to_ascii_lowercase(), value.trim().to_owned()),
+            None => break,
+        };
+    }
+    let mut body = Vec::new();
+    if headers.get("transfer-encoding").is_some_and(|kind| kind == "chunked") {
+        loop {
+            let mut line = String::new();
+            socket.read_line(&mut line).await?;
+            let size = usize::from_str_radix(line.trim(), 16)?;
+            let mut part = vec![0; size + 2];
+            socket.read_exact(&mut part).await?;
+            if size == 0 {
+                break;
+            }
+            body.extend_from_slice(&part[..size]);
+        }
+    } else {
+        body = vec![0; headers.get("content-length").map_or(Ok(0), |length| length.parse())?];
+        socket.read_exact(&mut body).await?;
+    }
+    store.requests.lock().expect("no panic under this lock").push(format!("{method} {target}"));
+    let (status, more, content) = answer(&method, &target, &headers, body, store);
+    let length = content.len();
+    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nDocker-Distribution-API-Version: registry/2.0\r\n{more}\r\n");
+    socket.get_mut().write_all(head.as_bytes()).await?;
+    if method != "HEAD" {
+        socket.get_mut().write_all(&content).await?;
+    }
+    Ok(())
+}
+
+fn answer(method: &str, target: &str, headers: &HashMap<String, String>, body: Vec<u8>, store: &Store) -> (&'static str, String, Vec<u8>) {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let is_known = |password: &String| headers.get("authorization").is_some_and(|given| *given == format!("Basic {password}"));
+    if store.password.as_ref().is_some_and(|password| !is_known(password)) {
+        return ("401 Unauthorized", "WWW-Authenticate: Basic realm=\"test\"\r\n".to_owned(), Vec::new());
+    }
+    let mut files = store.files.lock().expect("no panic under this lock");
+    match method {
+        "POST" => ("202 Accepted", format!("Location: {path}upload\r\n"), Vec::new()),
+        "PUT" if path.contains("/uploads/") => {
+            let digest = query.split('&').find_map(|pair| pair.strip_prefix("digest=")).unwrap_or_default().replace("%3A", ":");
+            let name = path.split("/uploads/").next().unwrap_or_default();
+            files.insert(format!("{name}/{digest}"), ("application/octet-stream".to_owned(), body));
+            ("201 Created", format!("Docker-Content-Digest: {digest}\r\n"), Vec::new())
+        }
+        "PUT" => {
+            use sha2::Digest as _;
+            let digest: String = sha2::Sha256::digest(&body).iter().map(|byte| format!("{byte:02x}")).collect();
+            let kind = headers.get("content-type").cloned().unwrap_or_default();
+            let name = path.rsplit_once('/').map_or(path, |(name, _)| name);
+            files.insert(format!("{name}/sha256:{digest}"), (kind.clone(), body.clone()));
+            files.insert(path.to_owned(), (kind, body));
+            ("201 Created", format!("Docker-Content-Digest: sha256:{digest}\r\n"), Vec::new())
+        }
+        _ => match files.get(path) {
+            Some((kind, content)) => {
+                use sha2::Digest as _;
+                let digest: String = sha2::Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
+                ("200 OK", format!("Content-Type: {kind}\r\nDocker-Content-Digest: sha256:{digest}\r\n"), content.clone())
+            }
+            None => ("404 Not Found", String::new(), Vec::new()),
+        },
+    }
+}
