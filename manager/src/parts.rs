@@ -52,8 +52,10 @@ impl Parts {
         let (gate, pools) = (Gate::default(), Pools::default());
         let events = Arc::new(Exchange::new(settings.limits, pools.event_filters.clone()));
         let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone(), pools.bundles.clone()));
+        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
         let restarter = Arc::new(Restarter {
             store: store.clone(),
+            snapshots: snapshots.clone(),
             events: Arc::clone(&events),
             tasks: Arc::clone(&tasks),
             gate: gate.clone(),
@@ -61,7 +63,6 @@ impl Parts {
         });
         let content = Content::open(&settings.content(), settings.sharing, store.clone(), pools.content.clone(), gate.clone())?;
         let content = Arc::new(content);
-        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
         let differ = Differ {
             snapshots: snapshots.clone(),
             content: Arc::clone(&content),

@@ -153,9 +153,9 @@ pub fn skip<T>(reason: impl Into<String>) -> Result<T> {
     Err(anyhow::Error::new(Skip(reason.into())))
 }
 
-/// Skips a case on a daemon that has no images and no content store.
-pub fn needs_images() -> Result<()> {
-    if suite::manager().is_some() { skip("x-manager keeps no images") } else { Ok(()) }
+/// Skips a case on a daemon that keeps no checkpoints as images.
+pub fn needs_checkpoint_images() -> Result<()> {
+    if suite::manager().is_some() { skip("x-manager writes checkpoints to a folder that the client names") } else { Ok(()) }
 }
 
 /// Skips a case where cgroups lack a controller.

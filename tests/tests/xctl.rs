@@ -75,6 +75,7 @@ fn image_cases() -> Vec<Case> {
     cases![images,
         Scope::Once =>
             an_image_decides_what_the_command_line_does_not,
+            a_container_of_an_image_is_restarted_by_the_daemon,
             a_damaged_archive_is_refused_and_leaves_nothing,
             an_image_is_pushed_and_pulled;
         Scope::Ends =>

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use containerd_client::events::ContainerUpdate;
 use containerd_client::services::v1::Container;
+use containerd_client::types::Mount;
 use containerd_shim_protos::api::{StateRequest, StateResponse, Status};
 use log::{info, warn};
 use serde::Deserialize;
@@ -14,6 +15,8 @@ use crate::error::{Error, Object, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::name::Namespace;
+use crate::snapshots::{Snapshots, Snapshotter};
+use crate::store::snapshots::Place;
 use crate::store::{Store, containers, restarts};
 use crate::tasks::limits::STATE;
 use crate::tasks::{NewTask, Phase, Tasks};
@@ -23,6 +26,7 @@ use crate::timestamp;
 #[derive(Debug)]
 pub(crate) struct Restarter {
     pub(crate) store: Store,
+    pub(crate) snapshots: Snapshots,
     pub(crate) events: Arc<Exchange>,
     pub(crate) tasks: Arc<Tasks>,
     pub(crate) gate: Gate,
@@ -84,9 +88,7 @@ impl Restarter {
     }
 
     async fn create_and_start(&self, namespace: &Namespace, container: Container, is_half_made: bool) -> Result<()> {
-        if !container.snapshot_key.is_empty() {
-            return Err(Error::Unimplemented(format!("its root is snapshot {:?} of {:?}", container.snapshot_key, container.snapshotter)));
-        }
+        let rootfs = self.root(namespace, &container).await?;
         let output = policy::output(&container.labels).map_err(Error::Invalid)?;
         let id = container.id.clone();
         // an attempt of the previous process is counted already
@@ -96,11 +98,20 @@ impl Restarter {
         let terminal = container.spec.as_ref().is_some_and(|spec| has_terminal(&spec.value));
         // a terminal has one output
         let stderr = if terminal { String::new() } else { output.clone() };
-        let new = NewTask { container, terminal, stdout: output, stderr, ..NewTask::default() };
+        let new = NewTask { container, rootfs, terminal, stdout: output, stderr, ..NewTask::default() };
         self.tasks.start_container(namespace, new).await?;
         self.started.fetch_add(1, Ordering::Relaxed);
         info!(namespace:%, container = id, count; "container started again");
         Ok(())
+    }
+
+    /// What is mounted as its root: its snapshot; nothing if the spec names a folder.
+    async fn root(&self, namespace: &Namespace, container: &Container) -> Result<Vec<Mount>> {
+        if container.snapshot_key.is_empty() {
+            return Ok(Vec::new());
+        }
+        let snapshotter = Snapshotter::parse(&container.snapshotter)?.name().to_owned();
+        self.snapshots.mounts(&Place { namespace: namespace.to_string(), snapshotter }, &container.snapshot_key).await
     }
 
     /// Records the restart count of a container, and that a restart begins.

@@ -6,7 +6,7 @@ use shim_tests::container::{Container, Stdio};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::messages::{CheckpointOptions, RESOURCES, any, any_json};
-use shim_tests::runner::{needs_controller, needs_criu, needs_images};
+use shim_tests::runner::{needs_checkpoint_images, needs_controller, needs_criu};
 use shim_tests::suite::{Runtime, Suite};
 
 /// Counts in a file of its own tmpfs, so that the count is a part of the checkpoint.
@@ -36,7 +36,7 @@ async fn counted_to(container: &Container, goal: u32) -> Result<u32> {
 }
 
 pub(crate) async fn a_container_is_restored_from_its_checkpoint(cx: Context) -> Result<()> {
-    needs_images()?;
+    needs_checkpoint_images()?;
     // which criu wants to set as it was, even where it cannot be
     needs_controller("cpuset")?;
     needs_checkpoints(&cx)?;
@@ -60,7 +60,7 @@ pub(crate) async fn a_container_is_restored_from_its_checkpoint(cx: Context) -> 
 
 /// Images are the same for all: see `docs/engine.md`.
 pub(crate) async fn a_checkpoint_is_restored_by_another_runtime(cx: Context) -> Result<()> {
-    needs_images()?;
+    needs_checkpoint_images()?;
     needs_controller("cpuset")?;
     needs_checkpoints(&cx)?;
     let native = cx.suite().runtime(Runtime::Native);
@@ -88,7 +88,7 @@ pub(crate) async fn a_checkpoint_is_restored_by_another_runtime(cx: Context) -> 
 }
 
 pub(crate) async fn a_restored_container_is_one_like_any_other(cx: Context) -> Result<()> {
-    needs_images()?;
+    needs_checkpoint_images()?;
     needs_controller("cpuset")?;
     needs_checkpoints(&cx)?;
     let script = format!("trap 'echo ended; exit 7' TERM; {COUNT}");

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use shim_tests::context::Context;
@@ -89,6 +90,24 @@ pub(crate) async fn an_image_decides_what_the_command_line_does_not(cx: Context)
     ensure!(kinds == ["Committed"], "only the image's own is left: {snapshots}");
     let leases = printed(ctr(&cx).args(["leases", "list", "--quiet"]))?;
     ensure!(!leases.contains("xctl"), "{leases}");
+    xctl.leaves_nothing().await
+}
+
+/// Each time with what it has written before: its snapshot is its root.
+pub(crate) async fn a_container_of_an_image_is_restarted_by_the_daemon(cx: Context) -> Result<()> {
+    let xctl = Xctl::new(&cx)?;
+    xctl.prints(&["import", &archive(&cx)?.display().to_string()])?;
+    let mut command = xctl.command(&["run", "--detach", "--name", "again", "--restart", "always"]);
+    ensure!(command.args(xctl.place()).args(["local:1", "echo tried >> /tmp/tries; cat /tmp/tries; exit 9"]).output()?.status.success());
+    eventually("it was started again", Duration::from_secs(30), async || {
+        let logs = xctl.prints(&["logs", "again"])?;
+        ensure!(logs.starts_with("tried\ntried\ntried\n"), "{logs:?}");
+        Ok(())
+    })
+    .await?;
+    xctl.prints(&["stop", "again"])?;
+    // what the monitor had begun before may still end
+    eventually("it is removed, and stays so", SOON, async || xctl.prints(&["rm", "--force", "again"]).map(drop)).await?;
     xctl.leaves_nothing().await
 }
 
