@@ -5,7 +5,7 @@ use crate::store;
 
 struct Fixture {
     content: Arc<Content>,
-    _folder: scratch::Folder,
+    folder: scratch::Folder,
 }
 
 impl Fixture {
@@ -13,7 +13,7 @@ impl Fixture {
         let folder = scratch::Folder::new(name);
         let store = Store::open(&store::Files { meta: folder.join("meta.db"), notes: folder.join("notes.db") }).expect("a new store");
         let content = Content::open(&folder.join("content"), Sharing::Shared, store, Pool::new("test", 3), Gate::default());
-        Self { content: Arc::new(content.expect("a folder")), _folder: folder }
+        Self { content: Arc::new(content.expect("a folder")), folder }
     }
 
     async fn writer(&self, place: &str, expected: Option<&Digest>) -> Result<Writer> {
@@ -64,4 +64,18 @@ async fn a_blob_of_another_length_is_not_given_to_another_namespace() {
     writer.commit(0, Some(&digest), HashMap::new()).await.expect("committed");
     assert_eq!(f.text("two", &digest).await, BYTES);
     assert_eq!(f.text("one", &digest).await, BYTES);
+}
+
+#[tokio::test]
+async fn nothing_is_left_to_go_on_with_of_an_ingest_that_could_not_be_written_to_the_disk() {
+    let f = Fixture::new("content-sync");
+    let mut writer = f.writer("one", None).await.expect("a writer");
+    writer.write(BYTES.into()).await.expect("written");
+    f.content.status(&namespace("one"), "r").await.expect("it is there");
+    let hex = digest::of_text("one/r").hex().to_owned();
+    let data = f.folder.join("content/ingest").join(hex).join("data");
+    fs::OpenOptions::new().write(true).open(data).and_then(|data| data.set_len(2)).expect("damage");
+    let error = writer.commit(0, None, HashMap::new()).await.expect_err("it lost bytes");
+    assert!(matches!(error, Error::DataLoss(_)), "{error}");
+    assert!(matches!(f.content.status(&namespace("one"), "r").await, Err(Error::NotFound(_))));
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use containerd_client::services::v1::Info;
 use hyper::body::Bytes;
+use log::warn;
 use prost_types::Timestamp;
 
 use super::digest::{Algorithm, Digest};
@@ -308,14 +309,18 @@ impl Writer {
             self.state = State::Writing(ingest);
             return Err(wrong_size(&self.opening.reference, has, size));
         }
-        let pool = &self.content.pool;
+        let (pool, files, name) = (&self.content.pool, Arc::clone(&self.content.files), self.name.clone());
         let pass = self.content.gate.enter().await?;
         let checked = pool.run(move || {
             let algorithm = expected.as_ref().map_or(Algorithm::default(), Digest::algorithm);
             let digest = ingest.digest_by(algorithm)?;
             let is_expected = expected.as_ref().is_none_or(|expected| *expected == digest);
-            if is_expected {
-                ingest.sync()?;
+            if is_expected && let Err(error) = ingest.sync() {
+                // bytes that could not be written may be read back from memory, and the kernel reports them lost only once: none may go on with it
+                if let Err(error) = files.abort(&name) {
+                    warn!(error = error.chain(); "cannot remove an ingest that cannot be written to the disk");
+                }
+                return Err(error);
             }
             Ok::<_, Error>((ingest, digest, expected.filter(|_| !is_expected)))
         });
