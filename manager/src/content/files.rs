@@ -217,12 +217,14 @@ impl Files {
     /// Makes a blob of an ingest that is on the disk; nothing is left of the ingest. The blob may be there already.
     pub(super) fn publish(&self, ingest: Ingest, digest: &Digest) -> Result<()> {
         let (target, data) = (self.blob(digest), ingest.folder.join("data"));
-        if self.size(digest).is_none() {
+        // one of another length was damaged
+        if self.size(digest) != Some(ingest.offset) {
             ingest.data.set_permissions(Permissions::from_mode(0o444)).on("set mode of", &data)?;
             fs::rename(&data, &target).on("name", &target)?;
-            let folder = self.blobs(digest.algorithm());
-            File::open(&folder).and_then(|folder| folder.sync_all()).on("write", &folder)?;
         }
+        // also of a name that is there: whoever gave it may not have got that far
+        let folder = self.blobs(digest.algorithm());
+        File::open(&folder).and_then(|folder| folder.sync_all()).on("write", &folder)?;
         remove(&ingest.folder)
     }
 }

@@ -15,6 +15,8 @@ mod collect;
 mod digest;
 mod files;
 mod reference;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::collections::{BTreeSet, HashMap};

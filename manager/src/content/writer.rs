@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use containerd_client::services::v1::Info;
 use hyper::body::Bytes;
+use log::warn;
 use prost_types::Timestamp;
 
 use super::digest::{Algorithm, Digest};
@@ -139,10 +140,12 @@ impl Content {
             self.store.read(move |db| check_lease(db, place.as_str(), lease.as_deref())).await?;
         }
         let state = match (shared, &opening.expected) {
-            (Some(pin), Some(_)) => {
+            (Some((pin, recorded)), Some(_)) => {
                 let (files, digest) = (Arc::clone(&self.files), pin.digest.clone());
                 let size = self.pool.run(move || files.size(&digest)).await?;
-                match size.filter(|size| opening.total == 0 || opening.total == *size) {
+                // a file of another length was damaged
+                let is_whole = |size: &u64| i64::try_from(*size) == Ok(recorded);
+                match size.filter(|size| is_whole(size) && (opening.total == 0 || opening.total == *size)) {
                     Some(size) => State::Shared { pin, size, since: timestamp::now() },
                     None => self.begin(&opening, &name).await?,
                 }
@@ -160,8 +163,8 @@ impl Content {
         Ok(State::Writing(Box::new(begun)))
     }
 
-    /// Looks for what is expected: in the namespace, which is an error; in others.
-    async fn find(self: &Arc<Self>, opening: &Opening, digest: &Digest) -> Result<Option<Pin>> {
+    /// Looks for what is expected: in the namespace, which is an error; in others, with its length.
+    async fn find(self: &Arc<Self>, opening: &Opening, digest: &Digest) -> Result<Option<(Pin, i64)>> {
         if self.is_whole(&opening.namespace, digest).await? {
             let (place, lease, id) = (opening.namespace.clone(), opening.lease.clone(), digest.clone());
             let is_held = if lease.is_some() {
@@ -182,7 +185,7 @@ impl Content {
         let pin = Pin::new(self, digest);
         let (id, is_shared) = (digest.clone(), self.sharing == Sharing::Shared);
         let elsewhere = self.store.read(move |db| blobs::elsewhere(db, id.as_str(), is_shared)).await?;
-        Ok(elsewhere.map(|_info| pin))
+        Ok(elsewhere.map(|info| (pin, info.size)))
     }
 
     /// Whether a namespace has a blob, and its file is there: what was lost can be written again.
@@ -283,8 +286,8 @@ impl Writer {
                 let _pass = self.content.gate.enter().await?;
                 let (digest, lost) = (pin.digest.clone(), pin.digest.clone());
                 let files = Arc::clone(&self.content.files);
-                if self.content.pool.run(move || files.size(&lost)).await?.is_none() {
-                    return Err(Error::DataLoss(format!("the file of content {digest} is gone")));
+                if self.content.pool.run(move || files.size(&lost)).await? != Some(has) {
+                    return Err(Error::DataLoss(format!("the file of content {digest} is gone, or has another length")));
                 }
                 self.record(&digest, has, labels).await?;
                 Ok(digest)
@@ -306,14 +309,18 @@ impl Writer {
             self.state = State::Writing(ingest);
             return Err(wrong_size(&self.opening.reference, has, size));
         }
-        let pool = &self.content.pool;
+        let (pool, files, name) = (&self.content.pool, Arc::clone(&self.content.files), self.name.clone());
         let pass = self.content.gate.enter().await?;
         let checked = pool.run(move || {
             let algorithm = expected.as_ref().map_or(Algorithm::default(), Digest::algorithm);
             let digest = ingest.digest_by(algorithm)?;
             let is_expected = expected.as_ref().is_none_or(|expected| *expected == digest);
-            if is_expected {
-                ingest.sync()?;
+            if is_expected && let Err(error) = ingest.sync() {
+                // bytes that could not be written may be read back from memory, and the kernel reports them lost only once: none may go on with it
+                if let Err(error) = files.abort(&name) {
+                    warn!(error = error.chain(); "cannot remove an ingest that cannot be written to the disk");
+                }
+                return Err(error);
             }
             Ok::<_, Error>((ingest, digest, expected.filter(|_| !is_expected)))
         });

@@ -61,8 +61,36 @@ impl Snapshots {
             let found = found.into_iter().filter(|entry| is_left(&entry.file_name())).map(|entry| entry.path());
             found.filter(|folder| !self.making.has(folder)).collect()
         };
+        let left = self.set_aside(left).await?;
         self.delete(left).await;
         Ok(())
+    }
+
+    /// Gives folders with the number of no snapshot another name. A number that no row has got yet, since a process crashed before it wrote one,
+    /// is given to the next snapshot: its folder must not be taken for the one that was found.
+    async fn set_aside(&self, found: Vec<PathBuf>) -> Result<Vec<PathBuf>> {
+        let mut all = Vec::with_capacity(found.len());
+        for batch in found.chunks(BATCH) {
+            let (batch, _pass) = (batch.to_vec(), self.gate.enter().await?);
+            // where numbers are given and folders named, too: neither happens meanwhile
+            let set_aside = move |db: &mut Meta<'_>| {
+                let mut aside = Vec::with_capacity(batch.len());
+                for folder in &batch {
+                    match folder.file_name().map(named) {
+                        Some(Named::Snapshot(id)) if store::snapshots::exists(db, id)? => {}
+                        Some(Named::Snapshot(_)) => match blocking_move_aside(folder) {
+                            Ok(renamed) => aside.extend(renamed),
+                            // it does not keep the others
+                            Err(error) => warn!(folder:% = folder.display(), error = error.chain(); "cannot set a folder aside"),
+                        },
+                        _ => aside.push(folder.clone()),
+                    }
+                }
+                Ok(aside)
+            };
+            all.extend(self.store.sweep(set_aside).await?);
+        }
+        Ok(all)
     }
 
     async fn delete(&self, folders: Vec<PathBuf>) {
@@ -72,9 +100,11 @@ impl Snapshots {
                 return;
             }
             let (path, gate) = (folder.clone(), self.gate.clone());
-            let deleted = self.removal.run(move || match blocking_move_aside(&path)? {
-                Some(aside) => blocking_remove_unless(&aside, &|| gate.is_retired()),
-                None => Ok(()),
+            let is_aside = folder.file_name().map(named) == Some(Named::Left);
+            let deleted = self.removal.run(move || {
+                // a name that is given once more grows, and may be too long one day
+                let aside = if is_aside { Some(path) } else { blocking_move_aside(&path)? };
+                aside.map_or(Ok(()), |aside| blocking_remove_unless(&aside, &|| gate.is_retired()))
             });
             if let Err(error) = deleted.await.flatten()
                 && !self.gate.is_retired()
@@ -100,3 +130,6 @@ impl Snapshotters for Snapshots {
         }
     }
 }
+
+/// Folders that are renamed while no snapshot is made.
+const BATCH: usize = 64;

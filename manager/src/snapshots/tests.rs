@@ -356,3 +356,34 @@ fn a_file_system_that_takes_no_overlay_is_noticed() {
     assert!(why.contains("mount an overlay at"), "{why}");
     assert!(!folder.join("check").exists() && !folder.join("upper/check").exists());
 }
+
+#[tokio::test]
+async fn a_folder_that_a_crash_has_left_is_cleaned_up_without_the_snapshot_that_gets_its_number() {
+    let Some(f) = Fixture::new("number") else { return };
+    // named, and then the process was killed before the row was written
+    fs::create_dir_all(f.snapshots.folder(Snapshotter::Overlayfs, 1).join("fs/left")).expect("a folder");
+    let removal = f.snapshots.removal.clone();
+    let (end, ends) = std::sync::mpsc::channel::<()>();
+    let other = tokio::spawn({
+        let removal = removal.clone();
+        async move { removal.run(move || ends.recv()).await }
+    });
+    while removal.busy() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let cleanup = tokio::spawn({
+        let snapshots = f.snapshots.clone();
+        async move { snapshots.cleanup(Snapshotter::Overlayfs).await }
+    });
+    while removal.waiting() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let mounts = f.prepare("overlayfs", "a", "", Kind::Active).await.expect("prepared");
+    assert!(mounts[0].source.ends_with("/1/fs"), "{mounts:?}");
+    fs::write(writable(&mounts).join("file"), "").expect("a file");
+    end.send(()).expect("it waits");
+    other.await.expect("no panic").expect("no panic").expect("sent");
+    cleanup.await.expect("no panic").expect("cleaned up");
+    assert!(writable(&mounts).join("file").exists());
+    assert_eq!(f.numbers(Snapshotter::Overlayfs), ["1"]);
+}

@@ -71,6 +71,12 @@ pub(crate) fn has_children(db: &Meta<'_>, id: i64) -> Result<bool> {
     db.0.prepare_cached(sql).and_then(|mut select| select.query_row([id], |row| row.get(0))).doing("read")
 }
 
+/// Whether there is one of that number.
+pub(crate) fn exists(db: &Meta<'_>, id: i64) -> Result<bool> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM snapshots WHERE id = ?)";
+    db.0.prepare_cached(sql).and_then(|mut select| select.query_row([id], |row| row.get(0))).doing("read")
+}
+
 /// Snapshots that follow the key `after`, up to about this many bytes: those that have one of the labels, where some are wanted. None when there
 /// are no more.
 pub(crate) fn page(db: &Meta<'_>, place: &Place, after: &str, wanted: Option<&[Wanted]>, bytes: usize) -> Result<Vec<Info>> {

@@ -25,7 +25,7 @@ pub(super) fn write<R: BufRead>(file: &OwnedFd, size: u64, reader: &mut Reader<R
     Ok(())
 }
 
-fn write_all(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> rustix::io::Result<()> {
+pub(super) fn write_all(file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> rustix::io::Result<()> {
     while !bytes.is_empty() {
         match pwrite(file, bytes, at) {
             Ok(0) => return Err(Errno::IO),

@@ -162,6 +162,7 @@ impl Layer {
 
     fn folder_attributes(&mut self, folder: &OwnedFd, entry: &Entry, path: &[u8]) -> Result<()> {
         self.file_attributes(folder, entry, path)?;
+        self.bounds.keep(path)?;
         self.folder_times.insert(path.to_owned(), entry.mtime);
         Ok(())
     }

@@ -34,7 +34,7 @@ use rustix::io::Errno;
 
 use super::decode::{Compression, Decoder};
 use super::lower::Lowers;
-use super::ring::{Cancel, ring};
+use super::ring::{Cancel, cancelled, ring};
 use super::tar::{Entry, Limits, Reader, TarError, Time, shown};
 use super::{LayerError, LayerLimits, OnFile as _, Result, tree};
 
@@ -75,7 +75,8 @@ pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLim
         stage.spawn_scoped(scope, move || filler.fill(decoder)).file("start a thread for", b"")?;
         let tar_limits = Limits { entries: limits.entries, ..Limits::default() };
         let mut reader = Reader::new(taker, tar_limits);
-        let mut layer = Layer::new(root, lowers, is_overlay);
+        let mut layer =
+            Layer::new(root, lowers, is_overlay, Bounds { copied: limits.layer_bytes, names: NAMES_BYTES, cancel: cancel.clone() });
         while let Some(entry) = reader.next()? {
             layer.entry(&entry, &mut reader)?;
         }
@@ -118,6 +119,37 @@ struct Layer {
     /// The folder of the last entry: the next is likely to be in it too.
     last: Option<(Vec<u8>, Rc<OwnedFd>)>,
     has_warned: bool,
+    bounds: Bounds,
+}
+
+/// What a layer may still use, beside what is as long as its archive: a few bytes of it can ask for a lot.
+#[derive(Debug)]
+struct Bounds {
+    /// Bytes of files of lower layers that are copied.
+    copied: u64,
+    /// Bytes of names of folders that are kept in memory.
+    names: usize,
+    cancel: Cancel,
+}
+
+impl Bounds {
+    /// Before a folder's name is kept.
+    fn keep(&mut self, path: &[u8]) -> Result<()> {
+        let left = self.names.checked_sub(path.len() + NAME_COSTS);
+        self.names =
+            left.ok_or_else(|| refused(path, &format!("names of folders up to it have more than {NAMES_BYTES} bytes, the limit")))?;
+        Ok(())
+    }
+
+    /// Before data is copied.
+    fn copy(&mut self, bytes: u64, path: &[u8]) -> Result<()> {
+        if self.cancel.is_cancelled() {
+            return Err(cancelled()).file("copy up", path);
+        }
+        let left = self.copied.checked_sub(bytes);
+        self.copied = left.ok_or_else(|| refused(path, "with it, links to files of lower layers need more bytes than a layer may have"))?;
+        Ok(())
+    }
 }
 
 /// Where an entry is to be.
@@ -130,7 +162,7 @@ struct Place {
 }
 
 impl Layer {
-    fn new(root: OwnedFd, lowers: Lowers, is_overlay: bool) -> Self {
+    fn new(root: OwnedFd, lowers: Lowers, is_overlay: bool, bounds: Bounds) -> Self {
         Self {
             root,
             lowers,
@@ -142,6 +174,7 @@ impl Layer {
             implicit: [Vec::new()].into(),
             last: None,
             has_warned: false,
+            bounds,
         }
     }
 
@@ -236,6 +269,10 @@ const AUFS_PREFIX: &[u8] = b".wh..wh.";
 /// As long as the kernel takes them.
 const PATH_BYTES: usize = 4095;
 const NAME_BYTES: usize = 255;
+/// Of names of folders, of one layer: two million that are a hundred bytes long.
+const NAMES_BYTES: usize = 512 << 20;
+/// Of each, beside its bytes.
+const NAME_COSTS: usize = 128;
 /// Of the thread that decompresses.
 const STACK_BYTES: usize = 256 << 10;
 /// For another layer in the same folder.

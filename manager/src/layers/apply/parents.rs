@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::rc::Rc;
 
-use rustix::fs::{Gid, Mode, OFlags, Stat, Uid, fchmod, fchown, fsetxattr, fstat, mkdirat, openat};
+use rustix::fs::{Gid, Mode, OFlags, SeekFrom, Stat, Uid, fchmod, fchown, fsetxattr, fstat, mkdirat, openat, seek};
 use rustix::io::Errno;
 
 use super::{Layer, Place, refused};
@@ -109,6 +109,7 @@ impl Layer {
 
     /// A folder like the one below; without one, root's, for all to read.
     pub(super) fn make_implicit(&mut self, place: &Place, below: &Below) -> Result<OwnedFd> {
+        self.bounds.keep(&place.path)?;
         mkdirat(&place.folder, &*place.name, Mode::RWXU).file("make folder", &place.path)?;
         let folder = tree::open_folder(place.folder.as_fd(), &place.name).file("open", &place.path)?;
         self.own.insert(fstat(&folder).file("look at", &place.path)?.st_ino);
@@ -148,11 +149,55 @@ impl Layer {
         if Found::is_file(&stat) {
             let folder = self.folder(&folders.join(&b'/'), entry)?;
             let place = Place { path: path.to_owned(), folder, name: name.clone() };
-            copy_file(&lower, name, &stat, &place).file("copy up", path)?;
+            self.copy_file(&lower, name, &stat, &place)?;
             return Ok(Some(place));
         }
         Ok(None)
     }
+
+    fn copy_file(&mut self, folder: &OwnedFd, name: &[u8], stat: &Stat, place: &Place) -> Result<()> {
+        let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = || -> rustix::io::Result<_> {
+            let from = openat(folder, name, OFlags::RDONLY | flags, Mode::empty())?;
+            let to = openat(&place.folder, &*place.name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | flags, Mode::RUSR | Mode::WUSR)?;
+            Ok((from, to))
+        };
+        let (from, to) = open().file("copy up", &place.path)?;
+        let (mut at, length) = (0, u64::try_from(stat.st_size).unwrap_or_default());
+        let mut buffer = vec![0; BUFFER_BYTES];
+        // holes stay: one may be longer than a disk
+        while let Some((begin, end)) = next_data(&from, at).file("copy up", &place.path)? {
+            at = begin;
+            while at < end {
+                let most = usize::try_from(end - at).unwrap_or(usize::MAX).min(BUFFER_BYTES);
+                let count = rustix::io::pread(&from, &mut buffer[..most], at).file("copy up", &place.path)?;
+                if count == 0 {
+                    break;
+                }
+                self.bounds.copy(count as u64, &place.path)?;
+                super::data::write_all(&to, &buffer[..count], at).file("copy up", &place.path)?;
+                at += count as u64;
+            }
+            if at < end {
+                break;
+            }
+        }
+        let finish = || -> rustix::io::Result<()> {
+            rustix::fs::ftruncate(&to, length)?;
+            copy_attributes(&from, stat, &to)?;
+            rustix::fs::futimens(&to, &tree::timestamps(tree::mtime(stat)))
+        };
+        finish().file("copy up", &place.path)
+    }
+}
+
+/// The next part of a file that is no hole; none after the last.
+fn next_data(file: &OwnedFd, at: u64) -> rustix::io::Result<Option<(u64, u64)>> {
+    let begin = match seek(file, SeekFrom::Data(at)) {
+        Err(Errno::NXIO) => return Ok(None),
+        begin => begin?,
+    };
+    Ok(Some((begin, seek(file, SeekFrom::Hole(begin))?)))
 }
 
 impl Found {
@@ -174,16 +219,7 @@ pub(in crate::layers) fn copy_attributes(from: &OwnedFd, stat: &Stat, to: &Owned
     Ok(())
 }
 
-fn copy_file(folder: &OwnedFd, name: &[u8], stat: &Stat, place: &Place) -> std::io::Result<()> {
-    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let from = openat(folder, name, OFlags::RDONLY | flags, Mode::empty())?;
-    let to = openat(&place.folder, &*place.name, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | flags, Mode::RUSR | Mode::WUSR)?;
-    let (mut from, mut to) = (std::fs::File::from(from), std::fs::File::from(to));
-    std::io::copy(&mut from, &mut to)?;
-    let (from, to) = (OwnedFd::from(from), OwnedFd::from(to));
-    copy_attributes(&from, stat, &to)?;
-    Ok(rustix::fs::futimens(&to, &tree::timestamps(tree::mtime(stat)))?)
-}
-
+/// Of a copy.
+const BUFFER_BYTES: usize = 256 << 10;
 /// As many links in a path as the kernel follows.
 const LINKS: usize = 40;

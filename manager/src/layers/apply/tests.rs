@@ -617,3 +617,60 @@ fn apply_in_figures() {
         }
     }
 }
+
+#[test]
+fn a_link_to_a_file_of_a_lower_layer_copies_no_holes() {
+    if !is_root() {
+        return;
+    }
+    let folder = scratch::Folder::new("copied-holes");
+    let (lower, upper) = (new(&folder, "lower"), new(&folder, "upper"));
+    let file = fs::File::create(lower.join("sparse")).expect("a file");
+    let length = 1 << 30;
+    std::os::unix::fs::FileExt::write_all_at(&file, b"within", length / 2).expect("data");
+    file.set_len(length).expect("a length");
+    overlay(&Archive::default().link("link", "sparse").end(), &upper, &[&lower]).expect("applied");
+    let about = fs::metadata(upper.join("link")).expect("a file");
+    assert_eq!((about.len(), about.nlink()), (length, 2));
+    assert!(about.blocks() * 512 < 1 << 20, "{} blocks", about.blocks());
+    let mut found = [0; 8];
+    let copy = fs::File::open(upper.join("link")).expect("a file");
+    std::os::unix::fs::FileExt::read_exact_at(&copy, &mut found, length / 2 - 1).expect("data");
+    assert_eq!(&found, b"\0within\0");
+}
+
+#[test]
+fn links_to_files_of_lower_layers_copy_no_more_than_a_layer_may_have() {
+    if !is_root() {
+        return;
+    }
+    let folder = scratch::Folder::new("copied-bytes");
+    let (lower, upper) = (new(&folder, "lower"), new(&folder, "upper"));
+    for name in ["a", "b", "c"] {
+        fs::write(lower.join(name), [1; 20_000]).expect("a file");
+    }
+    let layer = Archive::default().link("x", "a").link("y", "b").link("z", "c").end();
+    let limits = LayerLimits { layer_bytes: 50_000, ..LayerLimits::default() };
+    let lowers = Lowers::open(std::slice::from_ref(&lower)).expect("a folder");
+    let error = apply(&layer[..], Target::Upper(&upper, lowers), limits, &Cancel::default()).expect_err("too much");
+    assert!(error.to_string().contains("\"c\": with it, links to files of lower layers need more bytes"), "{error}");
+    assert!(upper.join("y").exists() && !upper.join("z").exists());
+}
+
+#[test]
+fn names_of_folders_that_a_layer_has_kept_in_memory_are_bounded() {
+    if !is_root() {
+        return;
+    }
+    let folder = scratch::Folder::new("names");
+    for (kind, path) in [(Kind::Fifo, "a/b/c/d/f"), (Kind::Folder, "folder")] {
+        let root = tree::open_root(&new(&folder, path.get(..1).expect("a name"))).expect("a folder");
+        let bounds = Bounds { copied: 0, names: 4 * (NAME_COSTS + 8), cancel: Cancel::default() };
+        let mut layer = Layer::new(root, Lowers::default(), false, bounds);
+        let mut reader = Reader::new(io::empty(), Limits::default());
+        let mut refusals =
+            (0..8).map(|number| layer.entry(&entry(format!("{number}/{path}"), kind.clone()), &mut reader)).skip_while(Result::is_ok);
+        let error = refusals.next().expect("a refusal").expect_err("the first");
+        assert!(error.to_string().contains("names of folders up to it have more than"), "{error}");
+    }
+}

@@ -2,9 +2,9 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
-use rustix::fs::{FileType, Mode, OFlags, Stat, openat};
+use rustix::fs::{FileType, Mode, OFlags, Stat, fstat, openat};
 
 use crate::layers::tree;
 
@@ -56,9 +56,16 @@ fn has_same_bytes(one: File1<'_>, other: File1<'_>) -> std::io::Result<bool> {
     }
 }
 
+/// Opens a regular file.
+///
+/// Errors: it is none. A container may write to the tree: what was a file a moment ago can be a device of the host, which even to open does
+/// something.
 pub(super) fn open_file(folder: &OwnedFd, name: &[u8]) -> std::io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    Ok(File::from(openat(folder, name, flags, Mode::empty())?))
+    let place = openat(folder, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    if FileType::from_raw_mode(fstat(&place)?.st_mode) != FileType::RegularFile {
+        return Err(std::io::Error::other("it is no file any more"));
+    }
+    File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))
 }
 
 const BUFFER_BYTES: usize = 64 << 10;

@@ -192,3 +192,21 @@ fn an_upper_folder_that_names_files_of_lower_ones_needs_a_mount() {
     })
     .expect("a namespace");
 }
+
+#[test]
+fn what_was_a_file_a_moment_ago_is_not_opened_if_it_is_none_any_more() {
+    if !is_root() {
+        return;
+    }
+    let folder = scratch::Folder::new("no-file");
+    let root = crate::layers::tree::open_root(&folder).expect("a folder");
+    // /dev/zero, as a container can make it, and does while its files are read
+    let device = rustix::fs::makedev(1, 5);
+    rustix::fs::mknodat(&root, "device", rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::RUSR, device).expect("a device");
+    rustix::fs::symlinkat("device", &root, "link").expect("a link");
+    fs::write(folder.join("file"), "text").expect("a file");
+    for name in ["device", "link"] {
+        same::open_file(&root, name.as_bytes()).expect_err(name);
+    }
+    assert_eq!(io::read_to_string(same::open_file(&root, b"file").expect("a file")).expect("read"), "text");
+}

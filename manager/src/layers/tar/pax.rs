@@ -1,5 +1,7 @@
 //! PAX records: `LENGTH KEY=VALUE\n`.
 
+use std::collections::BTreeMap;
+
 use super::Time;
 use super::sparse::Parts;
 
@@ -12,7 +14,7 @@ pub(super) struct Pax {
     pub(super) uid: Option<i64>,
     pub(super) gid: Option<i64>,
     pub(super) mtime: Option<Time>,
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(super) xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub(super) sparse: Sparse,
 }
 
@@ -48,6 +50,9 @@ impl Pax {
             pax.take(key, value)?;
             rest = after;
         }
+        if pax.xattrs.keys().map(|name| name.len() + 1).sum::<usize>() > XATTR_NAMES_BYTES {
+            return Err("it has more extended attributes than a file can have".to_owned());
+        }
         if pax.sparse.offset.is_some() {
             return Err("the last part of its sparse map has no length".to_owned());
         }
@@ -64,8 +69,7 @@ impl Pax {
             if name.is_empty() || name.contains(&0) {
                 return Err("it has an extended attribute without a name".to_owned());
             }
-            self.xattrs.retain(|(other, _)| other != name);
-            self.xattrs.push((name.to_owned(), value.to_owned()));
+            self.xattrs.insert(name.to_owned(), value.to_owned());
             return Ok(());
         }
         let key = String::from_utf8_lossy(key);
@@ -161,5 +165,7 @@ pub(super) fn time(value: &[u8]) -> Result<Time, String> {
     Ok(Time { seconds, nanos })
 }
 
+/// The longest list of their names that Linux has.
+const XATTR_NAMES_BYTES: usize = 64 << 10;
 /// Of a record's length.
 const MOST_DIGITS: usize = 10;

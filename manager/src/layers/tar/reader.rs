@@ -192,7 +192,7 @@ impl<R: BufRead> Reader<R> {
         self.map = map.unwrap_or_else(|| Map::whole(data));
         let mode = header.mode().map_err(&wrong)?;
         self.name.clone_from(&path);
-        Ok(Entry { path, kind, mode, uid, gid, mtime, xattrs: pax.xattrs })
+        Ok(Entry { path, kind, mode, uid, gid, mtime, xattrs: pax.xattrs.into_iter().collect() })
     }
 
     /// Data, map and length of a sparse file in PAX's formats 0.0, 0.1 and 1.0.

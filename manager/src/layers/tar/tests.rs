@@ -31,7 +31,7 @@ fn what_is_written_is_read_again() {
     let far = |seconds, nanos| Time { seconds, nanos };
     let attributes = vec![(b"user.a=b".to_vec(), b"x\ny\0".to_vec()), (b"user.empty".to_vec(), Vec::new())];
     // a key with `=` cannot be written in this format: Go and GNU tar have it end there
-    let attributes = attributes.into_iter().skip(1).chain([(b"security.capability".to_vec(), vec![1, 0, 0, 2, 10])]).collect();
+    let attributes = [(b"security.capability".to_vec(), vec![1, 0, 0, 2, 10])].into_iter().chain(attributes.into_iter().skip(1)).collect();
     let entries = [
         Entry { path: [&b"d/"[..], &odd].concat(), mode: 0o4755, ..entry("", Kind::File { size: 3 }) },
         Entry { mtime: far(-1, 0), uid: u32::MAX - 1, gid: 1 << 21, ..entry("d", Kind::Folder) },
@@ -270,4 +270,16 @@ fn no_bytes_make_the_reader_panic_or_take_long() {
             while let Ok(Some(_)) = reader.data() {}
         }
     }
+}
+
+#[test]
+fn an_entry_has_no_more_extended_attributes_than_a_file_can_have() {
+    let with = |count: usize| {
+        let names: Vec<_> = (0..count).map(|number| format!("SCHILY.xattr.user.{number:05}")).collect();
+        let records: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b"x"[..])).collect();
+        Archive::default().pax(&records).file("a", "").end()
+    };
+    // names of eleven bytes with their ends
+    assert_eq!(all(&with(5957)).expect("as many as there can be")[0].0.xattrs.len(), 5957);
+    assert!(sentence(&with(5958)).contains("more extended attributes than a file can have"));
 }
