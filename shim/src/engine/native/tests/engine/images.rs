@@ -100,10 +100,9 @@ fn a_container_with_a_zombie_is_restored() {
     config["linux"]["namespaces"].as_array_mut().expect("a list").push(json!({ "type": "cgroup" }));
     let init = stage.create_piped("c", &config).expect("created");
     stage.start("c");
-    // By its name: processes of an exec are zombies for a moment.
-    let has_zombie = || stage.exec_shell("c", "cat /proc/[0-9]*/stat", |_| {}).contains("(true) Z ");
+    // From outside: criu 4.2 looks for a zombie under a wrong pid where a process of an exec was born between its forks.
+    let has_zombie = || stage.on_host("cat /proc/[0-9]*/stat 2>/dev/null || true").contains("(true) Z ");
     scratch::eventually("a zombie", has_zombie);
-    // What has looked for it would be saved too.
     scratch::eventually("two processes that run", || stage.count("c") == 2);
     saved(&stage, &settings, true, false);
     init.end();
