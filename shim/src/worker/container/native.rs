@@ -224,13 +224,14 @@ pub(super) async fn update(container: &Container, native: &NativeEngine, resourc
     blocking(move || control::update(&changed).map_err(failed(Verb::Update, "change limits"))).await
 }
 
-/// Signals every process, once: a worker that dies meanwhile may have signalled all, some or none.
+/// Signals every process. A worker that dies meanwhile may have signalled all, some or none: the next one signals them again, for a signal
+/// that is lost leaves a container running that its client takes for ended. Those that the first one has ended are no error.
 pub(super) async fn signal_all(cause: &Cause, native: &NativeEngine, signal: i32) -> Result<(), Error> {
-    if !cause.is_first(step::SIGNAL).await {
-        return Ok(());
-    }
+    let is_first = cause.is_first(step::SIGNAL).await;
     let cgroup = native.container().cgroup.clone();
-    blocking(move || control::signal_all(&cgroup, signal).map_err(failed(Verb::Kill, "signal every process of the cgroup"))).await
+    let signalled =
+        blocking(move || control::signal_all(&cgroup, signal).map_err(failed(Verb::Kill, "signal every process of the cgroup"))).await;
+    if is_first { signalled } else { Ok(()) }
 }
 
 /// The longest plan: with its envelope it has to fit into a message to the keeper.
