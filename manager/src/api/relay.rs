@@ -3,7 +3,7 @@
 //! ```text
 //! client ─▶ this process, which serves no other call any more ─▶ socket of the API ─▶ the next process, which goes on with the ingest
 //! ```
-//! The client notices nothing but a slower answer: the next process reads and hashes what is there of the ingest once.
+//! The client notices nothing but a slower answer: the next process reads and hashes the bytes that the ingest already has, once.
 
 use std::path::Path;
 use std::pin::Pin;

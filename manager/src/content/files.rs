@@ -111,7 +111,7 @@ impl Files {
         Ok(())
     }
 
-    /// Begins an ingest, or goes on with one: what is there of it is read and hashed.
+    /// Begins an ingest, or resumes one: the bytes that it already has are read and hashed.
     pub(super) fn begin(&self, name: &str, total: u64, algorithm: Algorithm, lease: Option<&str>) -> Result<Ingest> {
         let folder = self.ingest(name);
         let mut ingest = match self.resume(&folder, name, total, algorithm) {
@@ -222,7 +222,7 @@ impl Files {
             ingest.data.set_permissions(Permissions::from_mode(0o444)).on("set mode of", &data)?;
             fs::rename(&data, &target).on("name", &target)?;
         }
-        // also of a name that is there: whoever gave it may not have got that far
+        // also for a name that exists: the process that made it may have been killed before it synced the folder
         let folder = self.blobs(digest.algorithm());
         File::open(&folder).and_then(|folder| folder.sync_all()).on("write", &folder)?;
         remove(&ingest.folder)
@@ -301,7 +301,7 @@ impl Ingest {
         if length > self.offset { self.data.set_len(self.offset).on("truncate", &path) } else { Ok(()) }
     }
 
-    /// Notes when it was written last, for whoever goes on with it.
+    /// Records the time of the last write, for the process that resumes it.
     pub(super) fn close(self) -> Result<()> {
         self.cut()?;
         write(&self.folder.join("updatedat"), &self.updated.to_string())

@@ -63,7 +63,7 @@ struct Plan {
     pause: Duration,
     took: Duration,
     count: u32,
-    /// When somebody began to wait, or enough was removed.
+    /// When the first caller began to wait, or enough was removed.
     asked: Option<Instant>,
 }
 

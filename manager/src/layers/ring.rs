@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use sha2::{Digest as _, Sha256};
 
-/// Tells work on other threads that nobody waits for it any more.
+/// Cancels work on other threads once its client has left.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Cancel(Arc<AtomicBool>);
 
@@ -62,7 +62,7 @@ pub(super) struct Taker {
     cancel: Cancel,
 }
 
-/// A ring for a stream of at most so many bytes.
+/// A ring for a stream of at most `most` bytes.
 pub(super) fn ring(most: u64, cancel: &Cancel) -> (Filler, Taker) {
     let (full, filled) = sync_channel(BUFFERS);
     let (emptied, empty) = channel();
@@ -165,7 +165,7 @@ impl Read for Taker {
     }
 }
 
-/// Why work stops that nobody waits for.
+/// The error of work whose client has left.
 pub(super) fn cancelled() -> io::Error {
     io::Error::other("the client has gone")
 }

@@ -3,13 +3,30 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
 use super::tar::{BLOCK, Entry, Kind, Time, Writer};
 use super::{Applied, Cancel, LayerLimits, Lowers, Result, Target, apply, tree};
+
+/// Whether owners and devices can be made; says so if not.
+pub(super) fn is_root() -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    if !is_root {
+        eprintln!("skipped: owners and devices need root");
+    }
+    is_root
+}
+
+/// A new folder that all may read.
+pub(super) fn new(folder: &scratch::Folder, name: &str) -> PathBuf {
+    let path = folder.join(name);
+    fs::create_dir(&path).expect("a folder");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
+    path
+}
 
 /// An archive without an end marker.
 #[derive(Debug, Clone, Default)]

@@ -69,7 +69,7 @@ impl Layer {
         self.other_attributes(place, entry)
     }
 
-    /// Makes something new under a name; what is there goes: the last entry of a name counts.
+    /// Makes a file under a name, and removes the one that had it: of entries with one name the last counts.
     fn replacing<T>(&mut self, place: &Place, create: impl Fn() -> rustix::io::Result<T>) -> Result<rustix::io::Result<T>> {
         let made = create();
         if !matches!(made, Err(Errno::EXIST)) {

@@ -11,23 +11,8 @@ use nix::mount::{MsFlags, mount};
 use super::*;
 use crate::layers::Beneath;
 use crate::layers::tar::{BLOCK, Kind};
-use crate::layers::testing::{Archive, entry, merge, overlay, view};
+use crate::layers::testing::{Archive, entry, is_root, merge, new, overlay, view};
 use crate::snapshots::in_own_mounts;
-
-fn is_root() -> bool {
-    let is_root = nix::unistd::geteuid().is_root();
-    if !is_root {
-        eprintln!("skipped: owners and devices need root");
-    }
-    is_root
-}
-
-fn new(folder: &scratch::Folder, name: &str) -> PathBuf {
-    let path = folder.join(name);
-    fs::create_dir(&path).expect("a folder");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
-    path
-}
 
 /// What is seen of layers, the lowest first: as overlays, and merged. Both must be the same.
 fn seen(layers: &[Vec<u8>]) -> BTreeMap<String, String> {

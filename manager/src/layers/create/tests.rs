@@ -1,28 +1,12 @@
 use std::fs;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::PathBuf;
+use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use nix::mount::{MsFlags, mount};
 
 use super::*;
-use crate::layers::testing::{Archive, merge, view};
+use crate::layers::testing::{Archive, is_root, merge, new, view};
 use crate::snapshots::in_own_mounts;
-
-fn is_root() -> bool {
-    let is_root = nix::unistd::geteuid().is_root();
-    if !is_root {
-        eprintln!("skipped: owners and devices need root");
-    }
-    is_root
-}
-
-fn new(folder: &scratch::Folder, name: &str) -> PathBuf {
-    let path = folder.join(name);
-    fs::create_dir(&path).expect("a folder");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
-    path
-}
 
 fn written(source: &Source<'_>, compression: Compression, times: Times) -> (Vec<u8>, Created) {
     let mut bytes = Vec::new();

@@ -321,7 +321,7 @@ impl<R: BufRead> Reader<R> {
         Ok(bytes)
     }
 
-    /// What is there of the archive, empty at its end.
+    /// The bytes that the source has ready, empty at the end of the archive.
     fn fill(&mut self) -> Result<&[u8], TarError> {
         self.source.consume(std::mem::take(&mut self.used));
         fill(&mut self.source)
