@@ -1,0 +1,4 @@
+//! Images: what brings them here, and sends them elsewhere.
+
+#[allow(dead_code, unused_imports)] // until pulls use all of it
+pub(crate) mod registry;
