@@ -41,6 +41,20 @@ impl Digest {
         Self(format!("{}:{}", Algorithm::Sha256.name(), hex(hash)))
     }
 
+    /// The one of these bytes.
+    pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
+        let mut hasher = Hasher::new(Algorithm::default());
+        hasher.update(bytes);
+        hasher.digest()
+    }
+
+    /// Whether it is the digest of these bytes.
+    pub(crate) fn is_of(&self, bytes: &[u8]) -> bool {
+        let mut hasher = Hasher::new(self.algorithm());
+        hasher.update(bytes);
+        hasher.digest() == *self
+    }
+
     /// As text.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
