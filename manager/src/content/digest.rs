@@ -41,6 +41,13 @@ impl Digest {
         Self(format!("{}:{}", Algorithm::Sha256.name(), hex(hash)))
     }
 
+    /// The one of a text.
+    pub(crate) fn of_text(text: &str) -> Self {
+        let mut hasher = Hasher::new(Algorithm::Sha256);
+        hasher.update(text.as_bytes());
+        hasher.digest()
+    }
+
     /// As text.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
@@ -131,13 +138,6 @@ impl Hasher {
         };
         Digest(format!("{}:{hex}", self.algorithm().name()))
     }
-}
-
-/// The digest of a text.
-pub(crate) fn of_text(text: &str) -> Digest {
-    let mut hasher = Hasher::new(Algorithm::Sha256);
-    hasher.update(text.as_bytes());
-    hasher.digest()
 }
 
 fn hex(bytes: &[u8]) -> String {
