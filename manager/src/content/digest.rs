@@ -55,6 +55,11 @@ impl Digest {
         hasher.digest() == *self
     }
 
+    /// The one of a text.
+    pub(crate) fn of_text(text: &str) -> Self {
+        Self::of_bytes(text.as_bytes())
+    }
+
     /// As text.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
@@ -145,13 +150,6 @@ impl Hasher {
         };
         Digest(format!("{}:{hex}", self.algorithm().name()))
     }
-}
-
-/// The digest of a text.
-pub(crate) fn of_text(text: &str) -> Digest {
-    let mut hasher = Hasher::new(Algorithm::Sha256);
-    hasher.update(text.as_bytes());
-    hasher.digest()
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -17,6 +17,7 @@ mod fetch;
 mod import;
 mod lease;
 mod names;
+pub(crate) mod plan;
 mod platform;
 mod progress;
 mod pull;
@@ -26,7 +27,6 @@ mod record;
 pub(crate) mod registry;
 mod tag;
 mod tree;
-#[allow(dead_code)]
 pub(crate) mod unpack;
 mod unpacking;
 

@@ -30,9 +30,7 @@ impl Snapshots {
     /// Makes a snapshot, and returns how it is mounted.
     pub(crate) async fn prepare(&self, place: &Place, new: New) -> Result<Vec<Mount>> {
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
-        if let Some(why) = self.unusable(snapshotter) {
-            return Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name())));
-        }
+        self.check_usable(snapshotter)?;
         let (at, asked) = (place.clone(), new.clone());
         let above = self.store.read(move |db| check(db, &at, &asked)).await?;
         if above.len() > MOST_LAYERS {

@@ -57,6 +57,10 @@ pub(crate) struct Applied {
     pub(crate) compression: Compression,
     /// Folders that the layer has files in and no entry for, the root among them: their owner and mode should be those of the layers below.
     pub(crate) implicit: Vec<Vec<u8>>,
+    /// Whether it deletes something of the layers below.
+    pub(crate) has_whiteouts: bool,
+    /// Whether it can only be applied with the layers below known: it deletes everything of theirs, which the kernel has no mark for.
+    pub(crate) needs_lowers: bool,
 }
 
 /// Applies a layer, compressed or not, on this thread and another one, until it is done or cancelled.
@@ -84,8 +88,9 @@ pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLim
         let taker = reader.drain()?;
         layer.finish()?;
         let (diff_id, bytes) = taker.digest();
+        let (has_whiteouts, needs_lowers) = (layer.has_whiteouts, layer.needs_lowers);
         let implicit = layer.implicit.into_iter().collect();
-        Ok(Applied { diff_id, bytes, compression, implicit })
+        Ok(Applied { diff_id, bytes, compression, implicit, has_whiteouts, needs_lowers })
     })
 }
 
@@ -119,6 +124,8 @@ struct Layer {
     /// The folder of the last entry: the next is likely to be in it too.
     last: Option<(Vec<u8>, Rc<OwnedFd>)>,
     has_warned: bool,
+    has_whiteouts: bool,
+    needs_lowers: bool,
     bounds: Bounds,
 }
 
@@ -174,6 +181,8 @@ impl Layer {
             implicit: [Vec::new()].into(),
             last: None,
             has_warned: false,
+            has_whiteouts: false,
+            needs_lowers: false,
             bounds,
         }
     }

@@ -128,7 +128,8 @@ impl Layer {
     }
 
     /// Hides what lower layers have in a folder of that name.
-    pub(super) fn set_opaque(&self, folder: &OwnedFd, path: &[u8]) -> Result<()> {
+    pub(super) fn set_opaque(&mut self, folder: &OwnedFd, path: &[u8]) -> Result<()> {
+        self.has_whiteouts = true;
         match fsetxattr(folder, tree::OPAQUE, b"y", rustix::fs::XattrFlags::empty()) {
             Err(Errno::PERM | Errno::ACCESS | Errno::NOTSUP) => Err(LayerError::Refused {
                 name: super::shown(path),
