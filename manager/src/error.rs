@@ -297,6 +297,8 @@ pub(crate) enum Object {
     ImageTarget { name: String, has: String, wanted: String },
     /// A part of the daemon.
     Plugin { kind: String, id: String },
+    /// A stream of a client, by its id.
+    Stream(String),
     /// A service of the API.
     Service(String),
 }
@@ -329,6 +331,7 @@ impl fmt::Display for Object {
             }
             Self::Image(name) => write!(f, "image {:?}", short(name)),
             Self::Plugin { kind, id } => write!(f, "plugin {kind:?} {id:?}"),
+            Self::Stream(id) => write!(f, "stream {:?}", short(id)),
             Self::Service(name) => write!(f, "service {:?}", short(name)),
         }
     }

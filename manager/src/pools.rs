@@ -22,6 +22,8 @@ pub(crate) struct Pools {
     pub(crate) arriving: Pool,
     /// Deletion of files of snapshots.
     pub(crate) removal: Pool,
+    /// Archives of images: as slow as the clients that send and receive them.
+    pub(crate) archives: Pool,
     /// Bytes of content: hashed and written as they come, and read.
     pub(crate) content: Pool,
     /// Filters of lists: they may use all of a CPU.
@@ -38,6 +40,7 @@ impl Default for Pools {
             layers: Pool::new("layers", LAYERS),
             arriving: Pool::new("arriving_layers", ARRIVING),
             removal: Pool::new("removal", REMOVAL),
+            archives: Pool::new("archives", ARCHIVES),
             content: Pool::new("content", CONTENT),
             list_filters: Pool::new("list_filters", LIST_FILTERS),
             event_filters: Pool::new("event_filters", EVENT_FILTERS),
@@ -47,9 +50,10 @@ impl Default for Pools {
 
 impl Pools {
     /// Each of them.
-    pub(crate) fn all(&self) -> [&Pool; 8] {
+    pub(crate) fn all(&self) -> [&Pool; 9] {
         [
             &self.bundles,
+            &self.archives,
             &self.content,
             &self.snapshots,
             &self.layers,
@@ -146,13 +150,16 @@ const LAYERS: usize = 3;
 /// Without a free one, a layer is applied once all of it is there.
 const ARRIVING: usize = 6;
 const REMOVAL: usize = 1;
+/// Further imports and exports wait.
+const ARCHIVES: usize = 8;
 const CONTENT: usize = 8;
 const LIST_FILTERS: usize = 2;
 const EVENT_FILTERS: usize = 1;
 /// Long reads of the store: one collection at a time.
 const LONG_READS: usize = 1;
 /// Of all pools.
-pub(crate) const THREADS: usize = BUNDLES + CONTENT + SNAPSHOTS + LAYERS + ARRIVING + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
+pub(crate) const THREADS: usize =
+    BUNDLES + CONTENT + ARCHIVES + SNAPSHOTS + LAYERS + ARRIVING + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
 
 #[cfg(test)]
 mod tests {

@@ -29,8 +29,27 @@ pub(crate) struct Settings {
     pub(crate) sharing: Sharing,
     /// When garbage is collected.
     pub(crate) collection: Collection,
+    /// How images are pulled and pushed.
+    pub(crate) transfer: TransferSettings,
     /// What clients may make this process hold.
     pub(crate) limits: Limits,
+}
+
+/// How images are pulled and pushed; containerd's settings and defaults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TransferSettings {
+    /// Blobs that arrive at the same time.
+    pub(crate) max_concurrent_downloads: usize,
+    /// Blobs that are sent at the same time.
+    pub(crate) max_concurrent_uploaded_layers: usize,
+    /// Folders with a hosts.toml for each registry, joined by `:`, for clients that name none; empty for none.
+    pub(crate) config_path: String,
+}
+
+impl Default for TransferSettings {
+    fn default() -> Self {
+        Self { max_concurrent_downloads: 3, max_concurrent_uploaded_layers: 3, config_path: String::new() }
+    }
 }
 
 /// Where metrics are served.
@@ -112,6 +131,7 @@ impl Default for Settings {
             restart_interval: Some(Duration::from_secs(10)),
             sharing: Sharing::default(),
             collection: Collection::default(),
+            transfer: TransferSettings::default(),
             limits: Limits::default(),
         }
     }

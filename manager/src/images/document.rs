@@ -64,6 +64,11 @@ impl Descriptor {
         Kind::of(&self.media_type)
     }
 
+    /// Whether its maker alone distributes it, as layers of Windows.
+    pub(crate) fn is_non_distributable(&self) -> bool {
+        self.kind() == Kind::Layer && (self.media_type.contains("nondistributable") || self.media_type.contains(".foreign."))
+    }
+
     /// What its ingest and its progress are called, as by containerd.
     pub(crate) fn reference(&self) -> String {
         let kind = match self.kind() {

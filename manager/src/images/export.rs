@@ -12,15 +12,15 @@ use hyper::body::Bytes;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use super::Transfers;
 use super::archive::{CHUNK_BYTES, Sink};
-use super::document::{Descriptor, Kind, RawDescriptor};
+use super::document::{Descriptor, OCI_INDEX, RawDescriptor};
 use super::import::LAYOUT_VERSION;
 use super::lease::Place;
 use super::names::{IMAGE_NAME, REF_NAME, familiar, tag};
 use super::platform::{Platform, Platforms};
 use super::progress::{Progress, word};
 use super::tree::{Selection, Tree};
-use super::Transfers;
 use crate::content::{Blob, Digest, Hasher};
 use crate::error::{Error, Object, Result};
 use crate::layers::tar::{Entry, Kind as File, Time, Writer};
@@ -111,7 +111,7 @@ impl Transfers {
             }
             for node in &tree.nodes {
                 let part = &node.descriptor;
-                if export.skips_non_distributable && is_non_distributable(&part.media_type) || !seen.insert(part.digest.clone()) {
+                if export.skips_non_distributable && part.is_non_distributable() || !seen.insert(part.digest.clone()) {
                     continue;
                 }
                 let blob = self.content.read(namespace, &part.digest).await.map_err(missing)?;
@@ -134,7 +134,7 @@ impl Transfers {
             }
         }
         let mut records = vec![Record::Small("oci-layout".to_owned(), format!("{{\"imageLayoutVersion\":\"{LAYOUT_VERSION}\"}}").into())];
-        let index = Index { schema_version: 2, media_type: super::document::OCI_INDEX, manifests: tops };
+        let index = Index { schema_version: 2, media_type: OCI_INDEX, manifests: tops };
         records.push(Record::Small("index.json".to_owned(), json(&index)?));
         if !export.skips_manifest_json && !saved.is_empty() {
             records.push(Record::Small("manifest.json".to_owned(), json(&saved.into_values().collect::<Vec<_>>())?));
@@ -194,9 +194,4 @@ fn path(digest: &Digest) -> String {
 
 fn json<T: Serialize>(value: &T) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|error| Error::Invalid(format!("the index of the archive: {error}")))
-}
-
-/// Layers of Windows, which its maker distributes.
-fn is_non_distributable(media_type: &str) -> bool {
-    Descriptor::is_kind(media_type, Kind::Layer) && (media_type.contains("nondistributable") || media_type.contains(".foreign."))
 }

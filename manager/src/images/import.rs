@@ -15,9 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::{JoinError, JoinSet};
 
 use super::archive::{self, Incoming, Part, Parts};
-use super::document::{
-    Configuration, DOCKER_CONFIG, DOCKER_MANIFEST, DOCUMENT_BYTES, Descriptor, Document, OCI_INDEX, RawDescriptor,
-};
+use super::document::{Configuration, DOCKER_CONFIG, DOCKER_MANIFEST, DOCUMENT_BYTES, Descriptor, Document, OCI_INDEX, RawDescriptor};
 use super::lease::{Lease, Place};
 use super::names::{IMAGE_NAME, REF_NAME, Wanted, normalized, tag};
 use super::progress::{Progress, word};
@@ -103,8 +101,7 @@ impl Transfers {
         let entries = self.entries(namespace, &index).await?;
         let has = |entry: &&Descriptor| {
             let is_there = |digest: &Digest| tree.nodes.iter().any(|node| node.descriptor.digest == *digest);
-            tree.manifests.iter().any(|manifest| manifest.top == entry.digest)
-                || !entry.kind().is_document() && is_there(&entry.digest)
+            tree.manifests.iter().any(|manifest| manifest.top == entry.digest) || !entry.kind().is_document() && is_there(&entry.digest)
         };
         let present: Vec<_> = entries.iter().filter(has).collect();
         if present.is_empty() {
@@ -446,7 +443,9 @@ mod tests {
         for (path, target) in [("b/layer.tar", "a/layer.tar"), ("c", "b/layer.tar"), ("loop", "loop"), ("gone", "nothing")] {
             contents.links.insert(path.to_owned(), target.to_owned());
         }
-        for (path, is_there) in [("./a/layer.tar", true), ("b/layer.tar", true), ("c", true), ("loop", false), ("gone", false), ("../c", false)] {
+        for (path, is_there) in
+            [("./a/layer.tar", true), ("b/layer.tar", true), ("c", true), ("loop", false), ("gone", false), ("../c", false)]
+        {
             assert_eq!(contents.find(path).is_some(), is_there, "{path}");
         }
     }

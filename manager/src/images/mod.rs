@@ -51,7 +51,7 @@ use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::gc::Collector;
 use crate::pools::Pool;
-use crate::settings::TransferLimits;
+use crate::settings::TransferSettings;
 use crate::store::Store;
 use fetch::Flights;
 use unpack::Unpacker;
@@ -72,7 +72,7 @@ pub(crate) struct Transfers {
     /// Blobs that arrive at the same time, of all pulls.
     downloads: Semaphore,
     /// Blobs that are sent at the same time, of all pushes.
-    uploads: Arc<Semaphore>,
+    uploads: Semaphore,
     flights: Flights,
 }
 
@@ -87,13 +87,13 @@ pub(crate) struct Parts {
     pub(crate) unpacker: Unpacker,
     pub(crate) pool: Pool,
     pub(crate) archives: Pool,
-    pub(crate) limits: TransferLimits,
+    pub(crate) settings: TransferSettings,
 }
 
 impl Transfers {
     /// With these.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { content, store, events, gate, collector, unpacker, pool, archives, limits } = parts;
+        let Parts { content, store, events, gate, collector, unpacker, pool, archives, settings } = parts;
         Self {
             content,
             store,
@@ -103,8 +103,8 @@ impl Transfers {
             unpacker,
             pool,
             archives,
-            downloads: Semaphore::new(limits.downloads),
-            uploads: Arc::new(Semaphore::new(limits.uploads)),
+            downloads: Semaphore::new(settings.max_concurrent_downloads),
+            uploads: Semaphore::new(settings.max_concurrent_uploaded_layers),
             flights: Flights::default(),
         }
     }

@@ -115,9 +115,9 @@ impl Progress {
         if !queue.is_read {
             return;
         }
-        let is_newer = |old: &&mut Event| !event.name.is_empty() && old.name == event.name && old.event == event.event;
-        match queue.events.iter_mut().find(is_newer) {
-            Some(old) => *old = event,
+        let is_newer = |old: &Event| !event.name.is_empty() && old.name == event.name && old.event == event.event;
+        match queue.events.iter().rposition(is_newer) {
+            Some(place) => queue.events[place] = event,
             None if queue.events.len() >= MOST_EVENTS => return,
             None => queue.events.push_back(event),
         }

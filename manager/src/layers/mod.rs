@@ -10,12 +10,12 @@
 
 mod apply;
 mod create;
-mod decode;
+pub(crate) mod decode;
 mod lower;
 mod measure;
 mod rebase;
 mod ring;
-mod tar;
+pub(crate) mod tar;
 #[cfg(test)]
 mod testing;
 mod tree;

@@ -120,6 +120,12 @@ pub(crate) async fn manifest(client: &Client, name: &str, target: &str) -> Resul
     Err(Error::unreadable(format!("image {name}"), "its indexes are nested too deeply"))
 }
 
+/// The platform of this machine, as the API has it.
+pub(crate) fn this_machine() -> containerd_client::types::Platform {
+    let (os, architecture) = ("linux".to_owned(), Arch::default().to_string());
+    containerd_client::types::Platform { os, architecture, ..containerd_client::types::Platform::default() }
+}
+
 fn wire(descriptor: &Descriptor) -> containerd_client::types::Descriptor {
     containerd_client::types::Descriptor {
         media_type: descriptor.media_type().to_string(),
