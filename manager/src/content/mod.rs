@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use containerd_client::services::v1::{Info, Status};
 
 pub(crate) use collect::Scan;
-pub(crate) use digest::Digest;
+pub(crate) use digest::{Algorithm, Digest, Hasher};
 pub(crate) use writer::{Opening, Writer, hold};
 
 use crate::error::{Error, IoContext as _, Object, Result};
