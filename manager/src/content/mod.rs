@@ -30,7 +30,7 @@ use containerd_client::services::v1::{Info, Status};
 
 pub(crate) use arrival::Bytes;
 pub(crate) use collect::Scan;
-pub(crate) use digest::{Digest, Hasher};
+pub(crate) use digest::{Algorithm, Digest, Hasher};
 pub(crate) use writer::{Opening, Writer, hold};
 
 use crate::error::{Error, IoContext as _, Object, Result};

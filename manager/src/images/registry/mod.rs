@@ -11,18 +11,43 @@
 //! byte of a blob is given twice, and none beyond the size of its descriptor. This module verifies no digest of a blob: its caller hashes the
 //! bytes as they come.
 
+mod attempts;
+mod auth;
+mod challenge;
+mod document;
 mod error;
+mod fetch;
+mod host;
+mod hosts;
+mod hosts_file;
+mod http;
+mod message;
+mod net;
 mod options;
+mod push;
 mod reference;
+mod resolve;
+#[cfg(test)]
+mod testing;
+mod text;
+mod url;
 
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use hyper::body::Bytes;
 
+pub(crate) use document::media_type as document_type;
 pub(crate) use error::{Attempt, RegistryError, Result};
+pub(crate) use fetch::Blob;
+pub(crate) use net::{Proxies, Resolver};
 pub(crate) use options::{Challenge, Credentials, Limits, Options, Secret};
 pub(crate) use reference::Reference;
+
+use attempts::Task;
+use auth::Scope;
+use host::Host;
 
 use crate::content::Digest;
 
@@ -62,14 +87,12 @@ pub(crate) struct Registry {
 #[derive(Debug)]
 struct Inner {
     reference: Reference,
+    /// As paths have it.
+    repository: String,
     options: Options,
-}
-
-/// Bytes that arrive. They are the descriptor's in number; whether they are its content, their digest tells.
-#[derive(Debug)]
-pub(crate) struct Blob {
-    /// How many bytes are left.
-    left: u64,
+    hosts: Vec<Arc<Host>>,
+    /// The document that resolving has brought: it is the first that is fetched.
+    resolved: Mutex<Option<(Digest, Bytes)>>,
 }
 
 /// What is pushed. It may be read several times, and from any offset.
@@ -96,7 +119,19 @@ pub(crate) type Progress<'a> = &'a (dyn Fn(u64) + Send + Sync);
 impl Registry {
     /// The registry of a reference. Reads hosts.toml; connects to nothing.
     pub(crate) async fn new(reference: Reference, options: Options) -> Result<Self> {
-        Ok(Self { inner: Arc::new(Inner { reference, options }) })
+        let (config_path, host, plain_http) = (options.config_path.clone(), reference.host.clone(), options.plain_http);
+        let loaded = tokio::task::spawn_blocking(move || hosts::blocking_load(&config_path, &host, plain_http)).await;
+        let wrong = |why: String| RegistryError::Config { path: Path::new(&reference.host).to_owned(), line: None, why };
+        let configured = loaded.map_err(|error| wrong(error.to_string()))??;
+        let name = reference.to_string();
+        let mut hosts = Vec::new();
+        for config in configured {
+            hosts.push(Arc::new(Host::new(config, &options, &name).map_err(|why| wrong(why.to_string()))?));
+        }
+        // Docker Hub's own images have no folder in their names
+        let is_official = reference.host == hosts::HUB && !reference.repository.contains('/');
+        let repository = if is_official { format!("library/{}", reference.repository) } else { reference.repository.clone() };
+        Ok(Self { inner: Arc::new(Inner { reference, repository, options, hosts, resolved: Mutex::default() }) })
     }
 
     /// What it was made for.
@@ -104,47 +139,50 @@ impl Registry {
         &self.inner.reference
     }
 
-    /// The content that the reference's digest or tag names.
-    pub(crate) async fn resolve(&self) -> Result<Descriptor> {
-        Err(RegistryError::Unfinished)
+    fn options(&self) -> &Options {
+        &self.inner.options
     }
 
-    /// Content from that offset on.
-    pub(crate) async fn fetch(&self, _content: &Descriptor, _offset: u64) -> Result<Blob> {
-        Err(RegistryError::Unfinished)
+    fn limits(&self) -> &Limits {
+        &self.inner.options.limits
     }
 
-    /// All of a manifest or another small document, its digest verified.
-    pub(crate) async fn fetch_document(&self, _content: &Descriptor) -> Result<Bytes> {
-        Err(RegistryError::Unfinished)
+    fn repository(&self) -> &str {
+        &self.inner.repository
     }
 
-    /// Pushes a blob. `mount_from` are repositories of the same registry that may have it, the likeliest first.
-    pub(crate) async fn push(
-        &self,
-        _content: &Descriptor,
-        _mount_from: &[String],
-        _source: &dyn Source,
-        _progress: Progress<'_>,
-    ) -> Result<Pushed> {
-        Err(RegistryError::Unfinished)
+    /// Hosts that may be asked for something, in their order.
+    fn hosts(&self, can: impl Fn(&Host) -> bool) -> Vec<Arc<Host>> {
+        self.inner.hosts.iter().filter(|host| can(host)).cloned().collect()
     }
 
-    /// Pushes a manifest or an index, under its digest, or under a tag as well.
-    pub(crate) async fn push_manifest(&self, _content: &Descriptor, _body: Bytes, _tag: Option<&str>) -> Result<Pushed> {
-        Err(RegistryError::Unfinished)
-    }
-}
-
-impl Blob {
-    /// The next bytes; none at the end. After an error there are no more.
-    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>> {
-        Err(RegistryError::Unfinished)
+    /// What a mirror is told of the registry that it stands in for.
+    fn namespace(&self, host: &Host) -> Vec<(&str, &str)> {
+        if host.is_mirror { vec![("ns", self.reference().host.as_str())] } else { Vec::new() }
     }
 
-    /// How many bytes are left.
-    pub(crate) fn left(&self) -> u64 {
-        self.left
+    fn pull_scope(&self) -> [Scope; 1] {
+        [Scope { repository: self.repository().to_owned(), push: false }]
+    }
+
+    fn content_path(&self, content: &Descriptor) -> String {
+        // artifacts' manifests have types of their own
+        let kind = if is_manifest(&content.media_type) || content.media_type.contains(".manifest.") { "manifests" } else { "blobs" };
+        format!("/{}/{kind}/{}", self.repository(), content.digest)
+    }
+
+    fn fetching(&self, content: &Descriptor) -> Task {
+        Task { op: "fetch", what: format!("{}@{}", self.reference().locator(), content.digest) }
+    }
+
+    fn remember(&self, digest: &Digest, body: Bytes) {
+        *self.inner.resolved.lock().unwrap_or_else(PoisonError::into_inner) = Some((digest.clone(), body));
+    }
+
+    /// A document that is here already. It is wanted once.
+    fn remembered(&self, digest: &Digest) -> Option<Bytes> {
+        let mut resolved = self.inner.resolved.lock().unwrap_or_else(PoisonError::into_inner);
+        resolved.take_if(|(known, _body)| known == digest).map(|(_digest, body)| body)
     }
 }
 

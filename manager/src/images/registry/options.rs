@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use super::net::{Proxies, Resolver};
+
 /// How a registry is reached.
 #[derive(Clone, Default)]
 pub(crate) struct Options {
@@ -20,6 +22,10 @@ pub(crate) struct Options {
     pub(crate) credentials: Option<Arc<dyn Credentials>>,
     /// How long to wait, and how often to try again.
     pub(crate) limits: Limits,
+    /// Those of the environment, mostly.
+    pub(crate) proxies: Proxies,
+    /// Who knows addresses.
+    pub(crate) resolver: Resolver,
 }
 
 /// How long to wait, and how often to try again. No limit is "none": what never ends blocks a pull for ever.
@@ -73,6 +79,11 @@ pub(crate) enum Secret {
 }
 
 impl Options {
+    /// Nothing is configured but what the environment has of proxies.
+    pub(crate) fn new() -> Self {
+        Self { proxies: Proxies::of_environment(), ..Self::default() }
+    }
+
     /// The folders of a setting: several are joined by `:`.
     pub(crate) fn folders(setting: &str) -> Vec<PathBuf> {
         std::env::split_paths(setting).filter(|folder| folder.as_path() != Path::new("")).collect()

@@ -1,0 +1,1 @@
+//! A registry by script.
