@@ -177,7 +177,11 @@ mod tests {
         let chains: Vec<_> = found.layers.iter().map(|layer| layer.chain.as_str()).collect();
         assert_eq!(chains[0], digest('1'), "the lowest is its diffID");
         assert_eq!(chains[1], Digest::of_text(&format!("{} {}", digest('1'), digest('2'))).as_str());
-        assert_eq!(chains[2], Digest::of_text(&format!("{} {}", chains[1], digest('1'))).as_str(), "the same layer again is another snapshot");
+        assert_eq!(
+            chains[2],
+            Digest::of_text(&format!("{} {}", chains[1], digest('1'))).as_str(),
+            "the same layer again is another snapshot"
+        );
         assert_eq!(found.layers[2].blob, found.layers[0].blob);
     }
 
