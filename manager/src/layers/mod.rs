@@ -17,7 +17,7 @@ mod rebase;
 mod ring;
 pub(crate) mod tar;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod tree;
 
 use std::io;
