@@ -17,6 +17,7 @@
 //! | [`controller`] | a sandbox that a shim holds, through containerd's controller |
 //! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
+//! | [`registry`] | a registry on loopback, whose blobs can be held |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
 //! | [`gate`] | an OCI runtime that blocks, fails or floods stderr on demand |
@@ -65,6 +66,7 @@ pub mod pod_config;
 pub mod proc;
 pub mod programs;
 pub mod refusals;
+pub mod registry;
 pub mod rootfs;
 pub mod runner;
 pub mod sandbox;

@@ -22,6 +22,8 @@ mod restart;
 mod sandboxes;
 #[path = "manager/shims.rs"]
 mod shims;
+#[path = "manager/transfer.rs"]
+mod transfer;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         content_cases(),
         image_cases(),
         layer_cases(),
+        transfer_cases(),
         ctr_cases(),
         restart_cases(),
         shim_cases(),
@@ -65,7 +68,7 @@ fn api_cases() -> Vec<Case> {
             labels_are_bounded_in_total_and_a_long_update_drops_no_label,
             requests_that_are_never_finished_are_refused_before_they_cost_much,
             an_event_is_published_from_the_command_line,
-            transfers_are_unimplemented,
+            what_is_not_served_is_unimplemented,
             a_subscriber_that_never_reads_is_dropped_and_delays_no_other,
             the_server_reports_that_it_is_healthy,
             health_is_reported_by_each_method,
@@ -101,6 +104,23 @@ fn layer_cases() -> Vec<Case> {
             a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_be_removed,
             an_upgrade_ends_an_apply_so_that_it_can_be_repeated,
             a_layer_that_finds_no_room_leaves_nothing,
+    ]
+}
+
+fn transfer_cases() -> Vec<Case> {
+    cases![transfer,
+        Scope::Once =>
+            streams_are_opened_under_a_name_and_taken_once,
+            an_image_that_ten_clients_pull_is_fetched_once,
+            a_pull_that_is_cancelled_leaves_nothing,
+            an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
+            odd_images_are_pulled_as_far_as_they_can_be,
+            of_an_index_what_is_here_is_exported_and_pushed,
+            archives_of_docker_and_of_tools_are_imported,
+            an_archive_that_is_wrong_is_refused_and_leaves_nothing,
+            an_import_that_was_made_before_writes_nothing,
+            a_registry_asks_the_client_for_its_secret,
+            layers_with_the_same_contents_keep_their_own_blobs,
     ]
 }
 

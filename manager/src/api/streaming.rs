@@ -8,7 +8,9 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use containerd_client::services::v1::StreamInit;
@@ -16,7 +18,7 @@ use containerd_client::to_any;
 use containerd_client::types::transfer::{Data, WindowUpdate};
 use hyper::body::Bytes;
 use prost_types::Any;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -64,16 +66,22 @@ impl Streams {
         let _ = outgoing.try_send(Ok(Any { type_url: "google.protobuf.Empty".to_owned(), value: Vec::new() }));
         let key = (namespace, init.id);
         let number = self.add(key.clone(), Stream { incoming, outgoing })?;
+        let (open, closed) = oneshot::channel::<()>();
         tokio::spawn(async move {
+            let forwarding = async {
+                forward(&call, requests, received).await;
+                // what a client has sent may be taken when it has sent everything
+                std::future::pending::<()>().await;
+            };
             tokio::select! {
-                () = forward(&call, requests, &received) => {}
-                // this end is closed
-                () = received.closed() => {}
+                () = forwarding => {}
+                // closed by either end
+                _ = closed => {}
                 () = self.expire(&key, number) => {}
             }
             self.remove(&key, number);
         });
-        Ok(ReceiverStream::new(answers))
+        Ok(Answers { stream: ReceiverStream::new(answers), _open: open })
     }
 
     fn add(&self, key: Key, stream: Stream) -> Result<u64> {
@@ -124,8 +132,22 @@ impl Streams {
     }
 }
 
+/// What is sent to the client, until either end closes the stream.
+struct Answers {
+    stream: ReceiverStream<Result<Any, Status>>,
+    _open: oneshot::Sender<()>,
+}
+
+impl tokio_stream::Stream for Answers {
+    type Item = Result<Any, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        Pin::new(&mut self.stream).poll_next(cx)
+    }
+}
+
 /// Passes on what comes, until the client has sent everything, or is gone.
-async fn forward(call: &Call, mut requests: Streaming<Any>, received: &mpsc::Sender<Result<Any>>) {
+async fn forward(call: &Call, mut requests: Streaming<Any>, received: mpsc::Sender<Result<Any>>) {
     loop {
         let message = match requests.message().await {
             Ok(None) => return,

@@ -9,12 +9,12 @@ use anyhow::{Result, ensure};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::operator::{ctr, output_text, printed};
+use shim_tests::registry::Registry;
 use shim_tests::rootfs;
 use shim_tests::runner::skip;
 use shim_tests::suite::{self, Suite};
 
 use crate::harness::Xctl;
-use crate::registry::Registry;
 
 /// As `docker save` would name it.
 const IMAGE: &str = "docker.io/library/local:1";
@@ -41,10 +41,9 @@ fn archive(cx: &Context) -> Result<PathBuf> {
     Ok(archive)
 }
 
-/// Imports an archive by `ctr`: that of 2.1 without the transfer service, which x-manager does not have.
+/// Imports an archive by `ctr`.
 fn ctr_import(cx: &Context, archive: &str) -> Result<String> {
-    let local: &[&str] = if cx.suite() == Suite::Forky { &["--local"] } else { &[] };
-    printed(ctr(cx).args(["images", "import"]).args(local).arg(archive))
+    printed(ctr(cx).args(["images", "import", archive]))
 }
 
 pub(crate) async fn an_image_decides_what_the_command_line_does_not(cx: Context) -> Result<()> {
@@ -166,10 +165,6 @@ pub(crate) async fn images_are_imported_listed_named_exported_and_removed(cx: Co
     holds(&xctl, 3, 1).await?;
     xctl.prints(&["rmi", "third:2"])?;
     holds(&xctl, 0, 0).await?;
-    if cx.suite() == Suite::Bookworm || suite::manager().is_some() {
-        let (status, text) = xctl.fails(&["pull", "local:1"])?;
-        ensure!(status == 1 && text.contains("has no transfer service"), "{text}");
-    }
     xctl.leaves_nothing().await
 }
 
@@ -218,9 +213,6 @@ pub(crate) async fn a_damaged_archive_is_refused_and_leaves_nothing(cx: Context)
 }
 
 pub(crate) async fn an_image_is_pushed_and_pulled(cx: Context) -> Result<()> {
-    if suite::manager().is_some() {
-        return skip("x-manager has no transfer service");
-    }
     let xctl = Xctl::new(&cx)?;
     xctl.prints(&["import", &archive(&cx)?.display().to_string()])?;
     // user:secret
