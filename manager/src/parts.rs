@@ -14,6 +14,8 @@ use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::gc::Collector;
 use crate::host::kernel_id;
+use crate::images::ahead::Ahead;
+use crate::images::unpack::Unpacker;
 use crate::metrics::Sources;
 use crate::pools::Pools;
 use crate::restart::Restarter;
@@ -35,6 +37,10 @@ pub(crate) struct Parts {
     pub(crate) restarter: Arc<Restarter>,
     pub(crate) snapshots: Snapshots,
     differ: Differ,
+    /// Unpacks images.
+    pub(crate) unpacker: Unpacker,
+    /// Unpacks them before clients ask for it.
+    pub(crate) ahead: Ahead,
     pub(crate) collector: Arc<Collector>,
     content: Arc<Content>,
     pools: Pools,
@@ -70,6 +76,8 @@ impl Parts {
             limits: settings.limits.layers,
             state: settings.state.clone(),
         };
+        let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
+        let ahead = Ahead::new(unpacker.clone(), settings.unpacks_ahead);
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
@@ -89,6 +97,8 @@ impl Parts {
             content,
             snapshots,
             differ,
+            unpacker,
+            ahead,
             pools,
             settings: Arc::new(settings.clone()),
             uuid,
@@ -112,8 +122,9 @@ impl Parts {
                 store: store(),
                 events: events(),
                 filters: filters.clone(),
+                ahead: self.ahead.clone(),
             }),
-            diff: Arc::new(DiffService { differ: self.differ.clone() }),
+            diff: Arc::new(DiffService { differ: self.differ.clone(), ahead: self.ahead.clone() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
             content: Arc::new(ContentService {
                 content: Arc::clone(&self.content),
@@ -122,6 +133,7 @@ impl Parts {
                 filters: filters.clone(),
                 gate: gate(),
                 pool: self.pools.content.clone(),
+                ahead: self.ahead.clone(),
                 address: self.settings.address.as_path().into(),
             }),
             images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),
