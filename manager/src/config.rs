@@ -60,6 +60,7 @@ struct File {
     metrics: Metrics,
     restart: Restart,
     content: Content,
+    images: Images,
     gc: Gc,
     transfer: Transfer,
     limits: Limits,
@@ -90,6 +91,12 @@ struct Restart {
 #[serde(deny_unknown_fields, default)]
 struct Content {
     sharing_policy: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Images {
+    unpack_while_arriving: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -188,6 +195,7 @@ fn parse(path: &Path, text: &str) -> Result<Settings, ConfigError> {
             _ => return Err(bad("content.sharing_policy", &policy, "shared or isolated")),
         };
     }
+    settings.unpacks_ahead = file.images.unpack_while_arriving.unwrap_or(settings.unpacks_ahead);
     let collection = &mut settings.collection;
     if let Some(threshold) = file.gc.pause_threshold {
         if !(0.0..=0.5).contains(&threshold) {
@@ -281,7 +289,7 @@ mod tests {
             });
         assert_eq!(parse(Path::new("/c.toml"), &uncommented), Ok(Settings::default()));
         let keys = uncommented.lines().filter(|line| line.contains(" = ") && !line.starts_with('#')).count();
-        assert_eq!(keys, 23);
+        assert_eq!(keys, 24);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::events::Exchange;
 use crate::gate::Gate;
 use crate::gc::Collector;
 use crate::host::kernel_id;
+use crate::images::ahead::Ahead;
 use crate::images::unpack::Unpacker;
 use crate::images::{self, Transfers};
 use crate::metrics::Sources;
@@ -38,6 +39,10 @@ pub(crate) struct Parts {
     pub(crate) snapshots: Snapshots,
     differ: Differ,
     transfers: Arc<Transfers>,
+    /// Unpacks images.
+    pub(crate) unpacker: Unpacker,
+    /// Unpacks them before clients ask for it.
+    pub(crate) ahead: Ahead,
     pub(crate) collector: Arc<Collector>,
     content: Arc<Content>,
     pools: Pools,
@@ -73,6 +78,8 @@ impl Parts {
             limits: settings.limits.layers,
             state: settings.state.clone(),
         };
+        let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
+        let ahead = Ahead::new(unpacker.clone(), settings.unpacks_ahead);
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
@@ -81,14 +88,13 @@ impl Parts {
             gate.clone(),
             settings.collection,
         ));
-        let unpacker = Unpacker::new(store.clone(), Arc::clone(&content), snapshots.clone(), gate.clone(), &pools, settings.limits.layers);
         let transfers = Arc::new(Transfers::new(images::Parts {
             content: Arc::clone(&content),
             store: store.clone(),
             events: Arc::clone(&events),
             gate: gate.clone(),
             collector: Arc::clone(&collector),
-            unpacker,
+            unpacker: unpacker.clone(),
             pool: pools.content.clone(),
             archives: pools.archives.clone(),
             settings: settings.transfer.clone(),
@@ -105,6 +111,8 @@ impl Parts {
             snapshots,
             differ,
             transfers,
+            unpacker,
+            ahead,
             pools,
             settings: Arc::new(settings.clone()),
             uuid,
@@ -136,8 +144,9 @@ impl Parts {
                 store: store(),
                 events: events(),
                 filters: filters.clone(),
+                ahead: self.ahead.clone(),
             }),
-            diff: Arc::new(DiffService { differ: self.differ.clone() }),
+            diff: Arc::new(DiffService { differ: self.differ.clone(), ahead: self.ahead.clone() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
             content: Arc::new(ContentService {
                 content: Arc::clone(&self.content),
@@ -146,6 +155,7 @@ impl Parts {
                 filters: filters.clone(),
                 gate: gate(),
                 pool: self.pools.content.clone(),
+                ahead: self.ahead.clone(),
                 address: self.settings.address.as_path().into(),
             }),
             images: Arc::new(Images { store: store(), events: events(), filters: filters.clone(), gate: gate(), collector: collector() }),

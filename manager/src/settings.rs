@@ -27,6 +27,8 @@ pub(crate) struct Settings {
     pub(crate) restart_interval: Option<Duration>,
     /// Whether namespaces share content.
     pub(crate) sharing: Sharing,
+    /// Whether layers are unpacked before clients ask for it.
+    pub(crate) unpacks_ahead: bool,
     /// When garbage is collected.
     pub(crate) collection: Collection,
     /// How images are pulled and pushed.
@@ -130,6 +132,7 @@ impl Default for Settings {
             metrics: None,
             restart_interval: Some(Duration::from_secs(10)),
             sharing: Sharing::default(),
+            unpacks_ahead: true,
             collection: Collection::default(),
             transfer: TransferSettings::default(),
             limits: Limits::default(),

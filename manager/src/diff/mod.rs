@@ -25,6 +25,7 @@ pub(crate) use blobs::NewBlob;
 
 use crate::content::{Content, Digest};
 use crate::error::{Error, IoContext as _, Result};
+use crate::images::ahead::adopt::Upper;
 use crate::layers::{self, Applied, Cancel, Change, Compression, Created, LayerLimits, Lowers, Source, Target, Times};
 use crate::name::Namespace;
 use crate::pools::Pool;
@@ -52,6 +53,16 @@ impl Differ {
         let applied = self.pool.run(move || this.blocking_apply(blob.file(), &mounts, syncs, &cancel)).await??;
         debug!(digest:%, bytes = applied.bytes, compression:? = applied.compression, took:? = begin.elapsed(); "layer applied");
         Ok(applied)
+    }
+
+    /// The empty folder that a layer is to be applied to, if it is the upper folder of a snapshot here.
+    pub(crate) fn upper(&self, mounts: &[Mount]) -> Option<Upper> {
+        match Layout::of(mounts) {
+            Layout::Upper { upper, lowers } => Some(Upper { tree: upper.to_owned(), below: Some(lowers) }),
+            Layout::Folder { path, is_read_only: false } => Some(Upper { tree: path.to_owned(), below: None }),
+            Layout::Folder { .. } | Layout::Other => None,
+        }
+        .filter(|upper| self.snapshots.is_upper(&upper.tree))
     }
 
     /// Writes what differs between two mounts.

@@ -10,6 +10,7 @@
 //! **Invariants:** a name leads to an image only when everything that was asked for of it is there and on the disk. What an interrupted transfer
 //! leaves is held by nothing. A digest that comes from outside is checked before it names anything.
 
+pub(crate) mod ahead;
 mod archive;
 mod document;
 mod export;

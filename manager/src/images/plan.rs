@@ -128,6 +128,16 @@ fn is_tar(media_type: &str) -> bool {
         || is_known("application/vnd.docker.image.rootfs.foreign.diff.tar", &["", ".gzip", ".zstd"])
 }
 
+/// Whether a small blob may be a manifest: it begins as JSON does.
+pub(crate) async fn is_json(content: &Content, namespace: &Namespace, digest: &Digest) -> Result<bool> {
+    let blob = content.read(namespace, digest).await?;
+    if usize::try_from(blob.size).is_ok_and(|size| size > MOST_BYTES) {
+        return Ok(false);
+    }
+    let begin = content.run(move || blob.blocking_read(0, BEGIN_BYTES)).await?;
+    Ok(begin.trim_ascii_start().starts_with(b"{"))
+}
+
 /// All of a small blob.
 pub(crate) async fn document(content: &Content, namespace: &Namespace, digest: &Digest, what: &str) -> Result<Vec<u8>> {
     let blob = content.read(namespace, digest).await?;
@@ -138,6 +148,8 @@ pub(crate) async fn document(content: &Content, namespace: &Namespace, digest: &
 
 /// Of a manifest or a config.
 pub(crate) const MOST_BYTES: usize = 8 << 20;
+/// What is looked at to tell JSON from other data.
+const BEGIN_BYTES: usize = 64;
 /// More than overlays can have.
 const MOST_LAYERS: usize = 1000;
 /// Characters of what a manifest has where something else should be.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use log::debug;
+use tokio::sync::Semaphore;
 
 use super::Unpacker;
 use crate::content::{Bytes, Digest, not_found};
@@ -29,6 +30,8 @@ pub(in crate::images) struct Job {
     pub(in crate::images) below: Option<Vec<PathBuf>>,
     /// Whether the blob may still arrive.
     pub(in crate::images) waits: bool,
+    /// How many of the same image are unpacked at once, of those that are there: other images get their turn.
+    pub(in crate::images) slots: Arc<Semaphore>,
     pub(in crate::images) on_bytes: OnBytes,
 }
 
@@ -37,6 +40,8 @@ pub(in crate::images) struct Job {
 pub(in crate::images) struct Extracted {
     pub(in crate::images) draft: Draft,
     pub(in crate::images) implicit: Vec<Vec<u8>>,
+    /// Of the uncompressed layer.
+    pub(in crate::images) bytes: u64,
     /// If it does not depend on the layers below.
     pub(in crate::images) usage: Option<Usage>,
 }
@@ -61,6 +66,8 @@ impl Unpacker {
             let _ends_with_caller = cancel.guard();
             match self.content.bytes(&job.namespace, &blob, &cancel).await? {
                 Some(bytes @ Bytes::Whole(_)) => {
+                    // the semaphore is never closed
+                    let _slot = job.slots.acquire().await;
                     let work = self.work(&job, bytes, cancel.clone()).await?;
                     return self.layers.run(work).await?;
                 }
@@ -122,7 +129,7 @@ fn blocking_extract(
     }
     let is_final = !draft.is_upper() || is_known || !applied.has_whiteouts;
     let usage = if is_final { Some(blocking_usage(&tree, Beneath::Known)?) } else { None };
-    Ok(Outcome::Extracted(Extracted { draft, implicit: applied.implicit, usage }))
+    Ok(Outcome::Extracted(Extracted { draft, implicit: applied.implicit, bytes: applied.bytes, usage }))
 }
 
 /// Errors: the layer is not the one that the config means.
@@ -160,5 +167,7 @@ impl fmt::Debug for Job {
     }
 }
 
+/// Layers of one image.
+pub(in crate::images) const AT_ONCE: usize = 3;
 /// How much is unpacked between two reports.
 const REPORT_BYTES: u64 = 1 << 20;

@@ -12,8 +12,8 @@
 //! that want it wait for it. When the caller no longer waits, the work ends at its next buffer.
 
 mod claims;
-pub(super) mod layer;
-pub(super) mod record;
+pub(in crate::images) mod layer;
+pub(in crate::images) mod record;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +21,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::plan::Plan;
@@ -34,7 +35,7 @@ use crate::snapshots::{Snapshots, Snapshotter};
 use crate::store::snapshots::Place;
 use crate::store::{Meta, Store};
 use claims::{Claim, Claims};
-use layer::{Job, Outcome};
+use layer::{AT_ONCE, Job, Outcome};
 use record::{Recorded, label, label_layer};
 
 /// Which image to unpack, and how.
@@ -111,6 +112,7 @@ struct Work {
     plan: Plan,
     place: Place,
     on_progress: OnProgress,
+    slots: Arc<Semaphore>,
     /// Chains that no one else unpacks, by number of the layer.
     claimed: BTreeMap<usize, Claim>,
     /// Layers that are not recorded yet.
@@ -130,8 +132,8 @@ impl Unpacker {
     pub(crate) async fn unpack(&self, image: Unpack, on_progress: OnProgress) -> Result<Unpacked> {
         let plan = Plan::read(&self.content, &image.namespace, &image.manifest).await?;
         let place = Place { namespace: image.namespace.to_string(), snapshotter: image.snapshotter.name().to_owned() };
-        let (claimed, done) = (BTreeMap::new(), BTreeMap::new());
-        let mut work = Work { image, plan, place, on_progress, claimed, done };
+        let (claimed, done, slots) = (BTreeMap::new(), BTreeMap::new(), Arc::new(Semaphore::new(AT_ONCE)));
+        let mut work = Work { image, plan, place, on_progress, slots, claimed, done };
         let (count, mut new_layers, mut seen) = (work.plan.layers.len(), 0, 0);
         while count > 0 {
             let first = self.first_missing(&work).await?;
@@ -261,6 +263,7 @@ impl Work {
             layer,
             below,
             waits: self.image.waits,
+            slots: Arc::clone(&self.slots),
             on_bytes: Arc::new(on_bytes),
         })
     }

@@ -13,6 +13,7 @@ use crate::store::snapshots::Place;
 use crate::store::{Meta, blobs};
 
 /// A layer that is recorded.
+#[derive(Debug)]
 pub(in crate::images) struct Recorded {
     /// How it was unpacked.
     pub(in crate::images) job: Job,
@@ -71,7 +72,7 @@ impl Unpacker {
 }
 
 fn named(extracted: Extracted, key: &str, labels: &HashMap<String, String>) -> NewLayer {
-    let Extracted { draft, implicit, usage } = extracted;
+    let Extracted { draft, implicit, usage, .. } = extracted;
     NewLayer { draft, key: key.to_owned(), labels: labels.clone(), implicit, usage }
 }
 
