@@ -28,7 +28,7 @@ mod push;
 mod reference;
 mod resolve;
 #[cfg(test)]
-mod testing;
+mod tests;
 mod text;
 mod url;
 

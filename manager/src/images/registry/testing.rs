@@ -1,1 +1,0 @@
-//! A registry by script.
