@@ -39,8 +39,6 @@ pub(crate) struct Parts {
     pub(crate) snapshots: Snapshots,
     differ: Differ,
     transfers: Arc<Transfers>,
-    /// Unpacks images.
-    pub(crate) unpacker: Unpacker,
     /// Unpacks them before clients ask for it.
     pub(crate) ahead: Ahead,
     pub(crate) collector: Arc<Collector>,
@@ -94,7 +92,7 @@ impl Parts {
             events: Arc::clone(&events),
             gate: gate.clone(),
             collector: Arc::clone(&collector),
-            unpacker: unpacker.clone(),
+            unpacker,
             pool: pools.content.clone(),
             archives: pools.archives.clone(),
             settings: settings.transfer.clone(),
@@ -111,7 +109,6 @@ impl Parts {
             snapshots,
             differ,
             transfers,
-            unpacker,
             ahead,
             pools,
             settings: Arc::new(settings.clone()),

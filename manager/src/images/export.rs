@@ -16,7 +16,7 @@ use super::Transfers;
 use super::archive::{CHUNK_BYTES, Sink};
 use super::document::{Descriptor, OCI_INDEX, RawDescriptor};
 use super::import::LAYOUT_VERSION;
-use super::lease::Place;
+use super::lease::{Lease, Place};
 use super::names::{IMAGE_NAME, REF_NAME, familiar, tag};
 use super::platform::{Platform, Platforms};
 use super::progress::{Progress, word};
@@ -47,8 +47,13 @@ pub(crate) struct Export {
 enum Record {
     Small(String, Vec<u8>),
     Folder(String),
-    Blob(Descriptor, Blob),
+    Blob(Descriptor),
+    /// Without it the archive is cut off.
+    End,
 }
+
+/// The same, with what is read of it.
+type Opened = (Record, Option<Blob>);
 
 /// An image as `docker load` knows it.
 #[derive(Serialize)]
@@ -70,20 +75,42 @@ struct Index {
 impl Transfers {
     /// Writes an archive. It ends with its caller, or with the receiver of its bytes.
     pub(crate) async fn export(self: &Arc<Self>, export: Export) -> Result<()> {
-        // what is read stays until it is read
         let lease = self.lease(&export.place).await?;
-        let Export { bytes, progress, .. } = &export;
+        let exported = self.export_under(&lease, &export).await;
+        let ended = lease.end().await;
+        exported.and(ended)
+    }
+
+    async fn export_under(&self, lease: &Lease, export: &Export) -> Result<()> {
+        let Export { bytes, progress, .. } = export;
         progress.say("Exporting".to_owned());
-        let records = self.records(&export).await?;
+        let records = self.records(lease, export).await?;
         let (send, report) = (bytes.clone(), progress.clone());
-        let written = self.archives.run(move || blocking_write(records, send, &report)).await;
-        lease.end().await?;
+        let (next, opened) = mpsc::channel(1);
+        let write = self.archives.run(move || blocking_write(opened, send, &report));
+        // one blob is open, and the next
+        let open = async {
+            let next = next;
+            for record in records {
+                let blob = match &record {
+                    Record::Blob(part) => Some(self.content.read(&export.place.namespace, &part.digest).await?),
+                    Record::Small(..) | Record::Folder(_) | Record::End => None,
+                };
+                if next.send((record, blob)).await.is_err() {
+                    // the writer has failed, and reports why
+                    return Ok(());
+                }
+            }
+            Ok::<_, Error>(())
+        };
+        let (written, opened) = tokio::join!(write, open);
+        opened?;
         written??;
         progress.say("Completed export".to_owned());
         Ok(())
     }
 
-    async fn records(&self, export: &Export) -> Result<Vec<Record>> {
+    async fn records(&self, lease: &Lease, export: &Export) -> Result<Vec<Record>> {
         let namespace = &export.place.namespace;
         let platforms = match (export.all_platforms, export.platforms.are_all()) {
             (true, _) => Platforms::default(),
@@ -99,6 +126,7 @@ impl Transfers {
         }
         for name in &export.names {
             let mut top = self.target(namespace, name).await?;
+            lease.hold(&top.digest).await?;
             let missing = |error| match error {
                 Error::NotFound(Object::ContentDigest(digest)) => Error::Precondition(format!(
                     "image {name} is incomplete: the store does not have {digest}; pull it again, for all platforms if all are exported"
@@ -114,9 +142,9 @@ impl Transfers {
                 if export.skips_non_distributable && part.is_non_distributable() || !seen.insert(part.digest.clone()) {
                     continue;
                 }
-                let blob = self.content.read(namespace, &part.digest).await.map_err(missing)?;
+                let info = self.content.info(namespace, &part.digest).await.map_err(missing)?;
                 // by its length here: a document may say anything
-                parts.push((Descriptor { size: blob.size, ..part.clone() }, blob));
+                parts.push(Descriptor { size: u64::try_from(info.size).unwrap_or_default(), ..part.clone() });
             }
             top.annotations.insert(IMAGE_NAME.to_owned(), name.clone());
             top.annotations.insert(REF_NAME.to_owned(), tag(name));
@@ -139,16 +167,17 @@ impl Transfers {
         if !export.skips_manifest_json && !saved.is_empty() {
             records.push(Record::Small("manifest.json".to_owned(), json(&saved.into_values().collect::<Vec<_>>())?));
         }
-        let algorithms: BTreeSet<_> = parts.iter().map(|(part, _)| part.digest.algorithm().name()).collect();
+        let algorithms: BTreeSet<_> = parts.iter().map(|part| part.digest.algorithm().name()).collect();
         records.push(Record::Folder("blobs/".to_owned()));
         records.extend(algorithms.into_iter().map(|algorithm| Record::Folder(format!("blobs/{algorithm}/"))));
-        records.extend(parts.into_iter().map(|(part, blob)| Record::Blob(part, blob)));
+        records.extend(parts.into_iter().map(Record::Blob));
+        records.push(Record::End);
         Ok(records)
     }
 }
 
 /// Writes the archive; every blob is checked against its digest once more.
-fn blocking_write(records: Vec<Record>, send: mpsc::Sender<Bytes>, progress: &Progress) -> Result<()> {
+fn blocking_write(mut records: mpsc::Receiver<Opened>, send: mpsc::Sender<Bytes>, progress: &Progress) -> Result<()> {
     let lost = |error: io::Error| Error::Invalid(format!("the archive was not taken: {error}"));
     let mut archive = Writer::new(Sink::new(send));
     let entry = |path: &str, kind: File, mode: u32| Entry {
@@ -160,14 +189,17 @@ fn blocking_write(records: Vec<Record>, send: mpsc::Sender<Bytes>, progress: &Pr
         mtime: Time::default(),
         xattrs: Vec::new(),
     };
-    for record in records {
-        match record {
-            Record::Folder(path) => archive.begin(&entry(&path, File::Folder, 0o755)).map_err(lost)?,
-            Record::Small(path, bytes) => {
+    loop {
+        match records.blocking_recv() {
+            None => return Err(Error::Invalid("the archive was not completed".to_owned())),
+            Some((Record::End, _)) => break,
+            Some((Record::Folder(path), _)) => archive.begin(&entry(&path, File::Folder, 0o755)).map_err(lost)?,
+            Some((Record::Small(path, bytes), _)) => {
                 archive.begin(&entry(&path, File::File { size: bytes.len() as u64 }, 0o644)).map_err(lost)?;
                 archive.data(&bytes).map_err(lost)?;
             }
-            Record::Blob(part, blob) => {
+            Some((Record::Blob(_), None)) => {}
+            Some((Record::Blob(part), Some(blob))) => {
                 archive.begin(&entry(&path(&part.digest), File::File { size: blob.size }, 0o444)).map_err(lost)?;
                 let (mut hasher, mut offset) = (Hasher::new(part.digest.algorithm()), 0);
                 while offset < blob.size {

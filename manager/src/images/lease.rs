@@ -6,6 +6,7 @@ use containerd_client::services::v1::Lease as Record;
 use log::debug;
 
 use super::Transfers;
+use crate::content::{self, Digest};
 use crate::error::Result;
 use crate::name::Namespace;
 use crate::store::{leases, namespaces};
@@ -60,6 +61,13 @@ impl Lease {
     /// Its id.
     pub(super) fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Holds an image that is there, with all that its labels lead to: it may lose its name meanwhile.
+    pub(super) async fn hold(&self, root: &Digest) -> Result<()> {
+        let (namespace, id, root) = (self.namespace.clone(), self.id.clone(), root.to_string());
+        let _pass = self.transfers.gate.enter().await?;
+        self.transfers.store.write(move |db| content::hold(db, namespace.as_str(), Some(&id), "content", &root)).await
     }
 
     /// Removes it, if it is of this transfer: what it has held is collected, unless something else leads there.

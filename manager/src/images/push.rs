@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use super::Transfers;
 use super::document::Descriptor;
-use super::lease::Place;
+use super::lease::{Lease, Place};
 use super::platform::Platforms;
 use super::progress::{Progress, word};
 use super::record::Origin;
@@ -60,9 +60,17 @@ impl Source for Reading {
 impl Transfers {
     /// Pushes an image. It ends with its caller; what a registry has by then it has.
     pub(crate) async fn push(self: &Arc<Self>, push: Push) -> Result<()> {
+        let lease = self.lease(&push.place).await?;
+        let pushed = self.push_under(&lease, push).await;
+        let ended = lease.end().await;
+        pushed.and(ended)
+    }
+
+    async fn push_under(self: &Arc<Self>, lease: &Lease, push: Push) -> Result<()> {
         let Push { place, name, platforms, registry, progress } = push;
         let destination = format!("OCI Registry ({})", registry.reference());
         let target = self.target(&place.namespace, &name).await?;
+        lease.hold(&target.digest).await?;
         let root = self.part_for(&place.namespace, &name, target, &platforms).await?;
         progress.say(format!("Pushing to {destination}"));
         progress.image("pushing content", &name, &root);
@@ -113,11 +121,11 @@ impl Pushing {
     /// Pushes everything that is no document, several at the same time.
     async fn blobs(&self, name: &str, tree: &Tree) -> Result<()> {
         // all are there, or the registry gets none
-        let mut blobs = Vec::new();
+        let mut parts = Vec::new();
         for node in tree.leaves() {
             let part = &node.descriptor;
-            match self.transfers.content.read(&self.namespace, &part.digest).await {
-                Ok(blob) => blobs.push((part.clone(), blob)),
+            match self.transfers.content.info(&self.namespace, &part.digest).await {
+                Ok(info) => parts.push((part.clone(), info.labels)),
                 // registries leave it to other hosts
                 Err(_) if !part.urls.is_empty() => {}
                 Err(error) => return Err(incomplete(name, error)),
@@ -125,9 +133,9 @@ impl Pushing {
         }
         // when it is dropped, all end
         let mut tasks = JoinSet::new();
-        for (part, blob) in blobs {
+        for (part, labels) in parts {
             let this = self.clone();
-            tasks.spawn(async move { this.blob(&part, blob).await });
+            tasks.spawn(async move { this.blob(&part, &labels).await });
         }
         while let Some(done) = tasks.join_next().await {
             done.unwrap_or_else(|source| Err(Error::Panicked { what: "an upload", source }))?;
@@ -135,12 +143,12 @@ impl Pushing {
         Ok(())
     }
 
-    async fn blob(&self, part: &Descriptor, blob: Blob) -> Result<()> {
+    async fn blob(&self, part: &Descriptor, labels: &HashMap<String, String>) -> Result<()> {
         // the semaphore is never closed
         let _place = self.transfers.uploads.acquire().await;
         let reference = self.registry.reference();
-        let labels = self.transfers.content.info(&self.namespace, &part.digest).await?.labels;
-        let mounts = mounts(&labels, &reference.host, &reference.repository);
+        let mounts = mounts(labels, &reference.host, &reference.repository);
+        let blob = self.transfers.content.read(&self.namespace, &part.digest).await?;
         let source = Reading { blob, pool: self.transfers.pool.clone() };
         let report = |bytes: u64| self.progress.part(word::UPLOADING, part, bytes);
         let pushed = self.registry.push(&part.to_registry(), &mounts, &source, &report).await?;

@@ -420,7 +420,7 @@ pub(crate) async fn an_image_that_is_wrong_is_refused_with_its_reason_and_leaves
             parts.index(&[image])
         }),
         ("config-of-another", "has nothing for linux/", |parts, own| parts.image(OTHER, &[own])),
-        ("long", "at most", |parts, own| {
+        ("long", "8388608", |parts, own| {
             let image = parts.image("amd64", &[own]);
             let index = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [image], "x": "x".repeat(9 << 20) });
             parts.put(OCI_INDEX, index.to_string().into_bytes())
@@ -661,7 +661,7 @@ pub(crate) async fn an_import_that_was_made_before_writes_nothing(cx: Context) -
     import(client, archive, import_store()).await?;
     // a subscription is not confirmed, and its events come in their order: this one comes after all others
     let last = eventually("an event comes", SOON, async || {
-        let last = store_blob(client, "last", cx.client().namespace().as_bytes()).await?;
+        let last = store_blob(client, "last", cx.client().namespace().as_bytes(), &[]).await?;
         let seen = created.lock().expect("no panic under this lock").contains(&last);
         ensure!(seen, "none of {last}");
         Ok(last)
