@@ -40,6 +40,8 @@ pub(super) struct Auth {
     host: String,
     scheme: Scheme,
     reference: String,
+    /// For who knows credentials.
+    limit: Duration,
     state: Mutex<State>,
     /// One request for a token at a time: others want the same, most of the time.
     turn: Semaphore,
@@ -86,8 +88,8 @@ impl fmt::Debug for Auth {
 }
 
 impl Auth {
-    pub(super) fn new(credentials: Option<Arc<dyn Credentials>>, host: String, scheme: Scheme, reference: String) -> Self {
-        Self { credentials, host, scheme, reference, state: Mutex::default(), turn: Semaphore::new(1) }
+    pub(super) fn new(credentials: Option<Arc<dyn Credentials>>, host: String, scheme: Scheme, reference: String, limit: Duration) -> Self {
+        Self { credentials, host, scheme, reference, limit, state: Mutex::default(), turn: Semaphore::new(1) }
     }
 
     /// The `Authorization` for a request, if the host is known to want one.
@@ -124,7 +126,8 @@ impl Auth {
                 None => None,
                 Some(credentials) => {
                     let challenge = options::Challenge { host: &self.host, reference: &self.reference, headers: &values };
-                    let found = credentials.of(&challenge).await;
+                    let late = |_elapsed| Why::Unauthorized(format!("no credentials within {:?}", self.limit));
+                    let found = tokio::time::timeout(self.limit, credentials.of(&challenge)).await.map_err(late)?;
                     found.map_err(|error| Why::Unauthorized(format!("ask for credentials: {}", error.chain())))?
                 }
             };

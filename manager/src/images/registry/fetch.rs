@@ -94,7 +94,7 @@ impl Registry {
             let mut headers = HeaderMap::new();
             let value =
                 |text: String| HeaderValue::from_str(&text).map_err(|_error| Why::Protocol("its media type cannot be sent".to_owned()));
-            headers.insert(ACCEPT, value(format!("{}, */*;q=0.5", content.media_type))?);
+            headers.insert(ACCEPT, value(format!("{}, */*", content.media_type))?);
             if with_range {
                 headers.insert(RANGE, value(format!("bytes={offset}-"))?);
             }
@@ -149,8 +149,9 @@ impl Blob {
                     // both are no more than the length
                     let _passed_over = bytes.split_to(usize::try_from(skipped).unwrap_or(bytes.len()));
                     bytes.truncate(left);
-                    let host = open.host.name();
+                    let host = Arc::clone(&open.host);
                     if self.is_too_slow() {
+                        let host = host.name();
                         let speed = self.registry.limits().bytes_per_second;
                         return Err(self.failed(host, Why::Protocol(format!("it sends less than {speed} bytes per second"))));
                     }

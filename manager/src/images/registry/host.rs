@@ -34,6 +34,8 @@ pub(super) struct Host {
     is_plain: AtomicBool,
     /// It has answered.
     is_reached: AtomicBool,
+    /// It was asked, and has never answered.
+    is_down: AtomicBool,
     /// It has sent a blob that was not the one asked for.
     is_distrusted: AtomicBool,
     client: Arc<Client>,
@@ -73,7 +75,10 @@ pub(super) struct Answer {
 impl Host {
     pub(super) fn new(config: HostConfig, options: &Options, reference: &str) -> Result<Self, Why> {
         let mut headers = HeaderMap::new();
-        for (name, value) in config.headers.iter().chain(&options.headers) {
+        // a caller's credential is meant for the registry that it names
+        let is_meant = |name: &str| !config.is_mirror || !["authorization", "cookie"].contains(&name.to_ascii_lowercase().as_str());
+        let given = options.headers.iter().filter(|(name, _value)| is_meant(name));
+        for (name, value) in config.headers.iter().chain(given) {
             let name =
                 HeaderName::from_bytes(name.as_bytes()).map_err(|_error| Why::Protocol(format!("{name:?} is no name of a header")))?;
             let mut value =
@@ -83,7 +88,13 @@ impl Host {
         }
         let limit = config.dial_timeout.filter(|limit| !limit.is_zero()).unwrap_or(options.limits.connect);
         let connector = Connector::new(config.tls, limit, options.resolver.clone(), options.proxies.clone());
-        let auth = Auth::new(options.credentials.clone(), config.origin.authority(), config.origin.scheme, reference.to_owned());
+        let auth = Auth::new(
+            options.credentials.clone(),
+            config.origin.authority(),
+            config.origin.scheme,
+            reference.to_owned(),
+            options.limits.head,
+        );
         Ok(Self {
             prefix: config.prefix,
             headers,
@@ -92,6 +103,7 @@ impl Host {
             falls_back_to_http: config.falls_back_to_http,
             is_plain: AtomicBool::new(false),
             is_reached: AtomicBool::new(false),
+            is_down: AtomicBool::new(false),
             is_distrusted: AtomicBool::new(false),
             client: Client::new(connector, options.limits.clone()),
             auth: Some(auth),
@@ -114,6 +126,7 @@ impl Host {
             falls_back_to_http: false,
             is_plain: AtomicBool::new(false),
             is_reached: AtomicBool::new(false),
+            is_down: AtomicBool::new(false),
             is_distrusted: AtomicBool::new(false),
             client: Client::new(connector, options.limits.clone()),
             auth: None,
@@ -135,6 +148,11 @@ impl Host {
     /// Whether it has ever answered.
     pub(super) fn is_reached(&self) -> bool {
         self.is_reached.load(Ordering::Relaxed)
+    }
+
+    /// Whether others are to be asked first: each request would wait for this one again.
+    pub(super) fn is_down(&self) -> bool {
+        self.is_down.load(Ordering::Relaxed)
     }
 
     /// Whether others are to be asked for blobs.
@@ -165,9 +183,13 @@ impl Host {
                     tries -= 1;
                     continue;
                 }
-                Err(error) => return Err(error.into_why()),
+                Err(error) => {
+                    self.is_down.store(!self.is_reached(), Ordering::Relaxed);
+                    return Err(error.into_why());
+                }
             };
             self.is_reached.store(true, Ordering::Relaxed);
+            self.is_down.store(false, Ordering::Relaxed);
             let is_challenge = answer.response.status == StatusCode::UNAUTHORIZED && is_own && !answer.is_redirected;
             let Some(auth) = self.auth.as_ref().filter(|_| is_challenge && tries < AUTH_TRIES) else { return Ok(answer) };
             auth.challenged(&answer.response.headers, authorization.as_deref()).await?;

@@ -106,8 +106,7 @@ fn server(registry: &str, plain_http: Option<bool>, entry: Entry, path: Option<&
 
 /// A host with a URL. As containerd: https is the default, and one with HTTP that has certificates is tried with TLS first.
 fn configured(entry: Entry) -> Result<HostConfig, String> {
-    let text =
-        if entry.url.starts_with("http") && entry.url.contains("://") { entry.url.clone() } else { format!("https://{}", entry.url) };
+    let text = if entry.url.contains("://") { entry.url.clone() } else { format!("https://{}", entry.url) };
     let url = Url::parse(&text).map_err(|why| format!("{:?}: {why}", entry.url))?;
     let has_path = text.split_once("://").is_some_and(|(_, rest)| rest.contains('/'));
     let clean = url.path.split('/').filter(|part| !part.is_empty()).map(|part| format!("/{part}")).collect::<String>();
@@ -270,7 +269,7 @@ mod tests {
         assert_eq!(server("other.example:1"), "other.example-1.example");
         assert_eq!(server("other.example"), "default.example");
         put(&roots[1], "[::1]_5000_");
-        assert_eq!(server("[::1]:5000"), "--1--5000.example");
+        assert_eq!(server("[::1]:5000"), "1--5000.example");
         put(&roots[0], "r.example_5000_");
         assert_eq!(server("r.example:5000"), "r.example-5000.example");
         put(&roots[0], "_default");

@@ -151,9 +151,11 @@ impl Registry {
         &self.inner.repository
     }
 
-    /// Hosts that may be asked for something, in their order.
+    /// Hosts that may be asked for something, in their order; those that have never answered come last.
     fn hosts(&self, can: impl Fn(&Host) -> bool) -> Vec<Arc<Host>> {
-        self.inner.hosts.iter().filter(|host| can(host)).cloned().collect()
+        let mut hosts: Vec<Arc<Host>> = self.inner.hosts.iter().filter(|host| can(host)).cloned().collect();
+        hosts.sort_by_key(|host| host.is_down());
+        hosts
     }
 
     /// What a mirror is told of the registry that it stands in for.

@@ -75,7 +75,7 @@ impl Registry {
     /// Whether a host has that: some with the digest that it reports, if it does.
     async fn exists(&self, host: &Host, path: &str, content: &Descriptor) -> Result<Option<Option<Digest>>, Why> {
         let mut headers = HeaderMap::new();
-        headers.insert(ACCEPT, value(&format!("{}, */*;q=0.5", content.media_type))?);
+        headers.insert(ACCEPT, value(&format!("{}, */*", content.media_type))?);
         let (target, scopes) = (Target::Path(path, &[]), [self.own_scope()]);
         let answer = host.call(&Call { method: Method::HEAD, target, headers, payload: Payload::None, scopes: &scopes }).await?;
         match answer.response.status.as_u16() {

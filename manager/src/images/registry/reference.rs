@@ -146,6 +146,7 @@ mod tests {
     fn a_full_name_is_taken_apart_as_docker_does() {
         let both = format!("docker.io/library/busybox:1.36@sha256:{HEX}");
         let digest = format!("r.example:5000/a/b__c/d-e--f.g@sha256:{HEX}");
+        let sha256 = format!("sha256:{HEX}");
         let long = format!("sha512:{HEX}{HEX}");
         let sha512 = format!("r.example/a@{long}");
         for (name, host, repository, tag, digest) in [
@@ -158,8 +159,8 @@ mod tests {
             ("127.0.0.1:80/x/y/z", "127.0.0.1:80", "x/y/z", None, None),
             ("[2001:db8::1]:5000/x", "[2001:db8::1]:5000", "x", None, None),
             ("[::1]/x:y", "[::1]", "x", Some("y"), None),
-            (&both, "docker.io", "library/busybox", Some("1.36"), Some(&both[32..])),
-            (&digest, "r.example:5000", "a/b__c/d-e--f.g", None, Some(&digest[31..])),
+            (&both, "docker.io", "library/busybox", Some("1.36"), Some(sha256.as_str())),
+            (&digest, "r.example:5000", "a/b__c/d-e--f.g", None, Some(sha256.as_str())),
             (&sha512, "r.example", "a", None, Some(long.as_str())),
         ] {
             let parsed = Reference::parse(name).unwrap_or_else(|error| panic!("{error}"));

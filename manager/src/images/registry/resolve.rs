@@ -103,8 +103,8 @@ impl Registry {
 
     async fn ask(&self, host: &Host, method: Method, path: &str, accept: &str) -> Result<Answer, Why> {
         let mut headers = HeaderMap::new();
-        let accept = HeaderValue::from_str(&format!("{accept}, */*;q=0.5"))
-            .map_err(|_error| Why::Protocol("its media type cannot be sent".to_owned()))?;
+        let accept =
+            HeaderValue::from_str(&format!("{accept}, */*")).map_err(|_error| Why::Protocol("its media type cannot be sent".to_owned()))?;
         headers.insert(ACCEPT, accept);
         let namespace = self.namespace(host);
         let target = Target::Path(path, &namespace);

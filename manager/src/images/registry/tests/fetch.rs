@@ -64,7 +64,8 @@ async fn a_fetch_from_an_offset_has_the_rest_only() {
 async fn a_range_that_is_not_the_one_asked_for_is_not_believed() {
     let world = World::new("range");
     let content = bytes(20_000);
-    let wrong: [(&str, fn(&[u8], usize) -> Reply); 7] = [
+    type Answer = fn(&[u8], usize) -> Reply;
+    let wrong: [(&str, Answer); 7] = [
         ("200", |content, _| Reply::new(200).body(content)),
         ("200, chunked", |content, _| Reply::new(200).body(content).chunked()),
         ("206 without a range", |content, _| Reply::new(206).body(content)),

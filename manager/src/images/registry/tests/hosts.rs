@@ -67,6 +67,38 @@ async fn a_mirror_that_cannot_be_reached_is_named_with_the_reason() {
 }
 
 #[tokio::test]
+async fn a_mirror_that_never_answers_is_waited_for_once() {
+    let world = World::new("dead");
+    let content = bytes(1_000);
+    let body = content.clone();
+    let silent = Double::http(|_, _| Reply::nothing()).await;
+    let server = Double::http(move |_, _| Reply::new(200).body(body.clone())).await;
+    world.configure(&format!("r.example:{}", server.port()), &format!("[host.\"http://m.example:{}\"]", silent.port()));
+    let mut options = Options { plain_http: Some(true), ..world.options() };
+    options.limits.head = Duration::from_millis(300);
+    let client = world.with(&server, "a/b", options).await;
+    for _layer in 0..3 {
+        assert_eq!(fetched(&client, &layer(&content)).await, content);
+    }
+    assert_eq!((silent.seen().len(), server.seen().len()), (1, 3));
+}
+
+#[tokio::test]
+async fn a_callers_credential_in_a_header_is_for_the_registry_only() {
+    let world = World::new("caller");
+    let mirror = Double::http(|_, _| Reply::new(404)).await;
+    let server = Double::http(|_, _| manifest_reply()).await;
+    world.configure(&format!("r.example:{}", server.port()), &format!("[host.\"http://m.example:{}\"]", mirror.port()));
+    let headers = vec![("Authorization".to_owned(), "Bearer x".to_owned()), ("x-other".to_owned(), "y".to_owned())];
+    let client = world.with(&server, "a/b", Options { plain_http: Some(true), headers, ..world.options() }).await;
+    client.resolve().await.expect("resolved");
+    let sent = |double: &Double| {
+        double.seen().iter().map(|seen| (seen.header("authorization").is_some(), seen.header("x-other").is_some())).collect::<Vec<_>>()
+    };
+    assert_eq!((sent(&mirror), sent(&server)), (vec![(false, true); 2], vec![(true, true)]));
+}
+
+#[tokio::test]
 async fn a_registry_that_was_never_reached_is_given_up_sooner() {
     let world = World::new("never");
     let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr().expect("an address").port();
@@ -105,7 +137,7 @@ async fn a_host_is_asked_only_what_it_is_capable_of() {
     let doubles = [
         Double::http(|_, _| manifest_reply()).await,
         Double::http(move |_, _| Reply::new(200).body(body.clone())).await,
-        Double::http(|_, _| Reply::new(202).header("location", "/u")).await,
+        Double::http(|seen, _| Reply::new(if seen.method == "HEAD" { 404 } else { 201 })).await,
     ];
     let [resolves, pulls, pushes] = &doubles;
     let registry = "r.example:1";
