@@ -2,6 +2,8 @@
 //!
 //! `X_DAEMON` names the binary. The tests of `containerd.rs` and `docker.rs` run on it too, when `X_DAEMON` is set for them.
 
+#[path = "manager/ahead.rs"]
+mod ahead;
 #[path = "manager/api.rs"]
 mod api;
 #[path = "manager/content.rs"]
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         content_cases(),
         image_cases(),
         layer_cases(),
+        ahead_cases(),
         ctr_cases(),
         restart_cases(),
         shim_cases(),
@@ -101,6 +104,16 @@ fn layer_cases() -> Vec<Case> {
             a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_be_removed,
             an_upgrade_ends_an_apply_so_that_it_can_be_repeated,
             a_layer_that_finds_no_room_leaves_nothing,
+    ]
+}
+
+fn ahead_cases() -> Vec<Case> {
+    cases![ahead,
+        Scope::Once =>
+            a_pull_by_ctr_is_unpacked_while_it_downloads,
+            a_fetch_alone_is_not_unpacked,
+            a_pull_that_is_killed_leaves_nothing_and_can_be_repeated,
+            a_pull_whose_lease_is_deleted_says_so_and_can_be_repeated,
     ]
 }
 
