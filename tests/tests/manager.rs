@@ -2,6 +2,8 @@
 //!
 //! `X_DAEMON` names the binary. The tests of `containerd.rs` and `docker.rs` run on it too, when `X_DAEMON` is set for them.
 
+#[path = "manager/ahead.rs"]
+mod ahead;
 #[path = "manager/api.rs"]
 mod api;
 #[path = "manager/content.rs"]
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         image_cases(),
         layer_cases(),
         transfer_cases(),
+        ahead_cases(),
         ctr_cases(),
         restart_cases(),
         shim_cases(),
@@ -121,6 +124,16 @@ fn transfer_cases() -> Vec<Case> {
             an_import_that_was_made_before_writes_nothing,
             a_registry_asks_the_client_for_its_secret,
             layers_with_the_same_contents_keep_their_own_blobs,
+    ]
+}
+
+fn ahead_cases() -> Vec<Case> {
+    cases![ahead,
+        Scope::Once =>
+            a_pull_by_ctr_is_unpacked_while_it_downloads,
+            a_fetch_alone_is_not_unpacked,
+            a_pull_that_is_killed_leaves_nothing_and_can_be_repeated,
+            a_pull_whose_lease_is_deleted_says_so_and_can_be_repeated,
     ]
 }
 

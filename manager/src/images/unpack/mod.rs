@@ -15,7 +15,7 @@ mod claims;
 pub(in crate::images) mod layer;
 pub(in crate::images) mod record;
 #[cfg(test)]
-mod tests;
+pub(in crate::images) mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;

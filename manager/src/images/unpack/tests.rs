@@ -17,20 +17,20 @@ use crate::settings::Sharing;
 use crate::snapshots::{New, in_own_mounts};
 use crate::store::{Files, blobs};
 
-struct Fixture {
-    unpacker: Unpacker,
+pub(in crate::images) struct Fixture {
+    pub(in crate::images) unpacker: Unpacker,
     folder: scratch::Folder,
 }
 
-fn namespace() -> Namespace {
+pub(in crate::images) fn namespace() -> Namespace {
     Namespace::parse("n").expect("a name")
 }
 
-fn digest_of(bytes: &[u8]) -> Digest {
+pub(in crate::images) fn digest_of(bytes: &[u8]) -> Digest {
     Digest::of_sha256(&Sha256::digest(bytes).into())
 }
 
-fn zipped(tar: &[u8]) -> Vec<u8> {
+pub(in crate::images) fn zipped(tar: &[u8]) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(tar).expect("memory");
     encoder.finish().expect("memory")
@@ -41,7 +41,7 @@ fn silent() -> OnProgress {
 }
 
 impl Fixture {
-    fn new(name: &str) -> Option<Self> {
+    pub(in crate::images) fn new(name: &str) -> Option<Self> {
         if !is_root() {
             return None;
         }
@@ -57,14 +57,14 @@ impl Fixture {
         Some(Self { unpacker, folder })
     }
 
-    async fn writer(&self, bytes: &[u8]) -> crate::content::Writer {
+    pub(in crate::images) async fn writer(&self, bytes: &[u8]) -> crate::content::Writer {
         let digest = digest_of(bytes);
-        let opening =
-            Opening { namespace: namespace(), reference: digest.to_string(), total: 0, expected: Some(digest.clone()), lease: None };
+        let (reference, expected) = (digest.to_string(), Some(digest.clone()));
+        let opening = Opening { namespace: namespace(), reference, total: 0, expected, lease: None };
         self.unpacker.content.write(opening).await.expect("a writer")
     }
 
-    async fn blob(&self, bytes: &[u8]) -> Digest {
+    pub(in crate::images) async fn blob(&self, bytes: &[u8]) -> Digest {
         let digest = digest_of(bytes);
         if self.unpacker.content.has(&namespace(), &digest).await.expect("read") {
             return digest;
@@ -75,7 +75,7 @@ impl Fixture {
     }
 
     /// Manifest and config of an image; its layers are not written.
-    async fn image(&self, tars: &[Vec<u8>], blobs: &[Vec<u8>]) -> Digest {
+    pub(in crate::images) async fn image(&self, tars: &[Vec<u8>], blobs: &[Vec<u8>]) -> Digest {
         let diff_ids: Vec<_> = tars.iter().map(|tar| digest_of(tar).to_string()).collect();
         let config = format!(r#"{{"rootfs":{{"type":"layers","diff_ids":{diff_ids:?}}}}}"#);
         let config = self.blob(config.as_bytes()).await;
@@ -91,7 +91,7 @@ impl Fixture {
     }
 
     /// An image with its layers.
-    async fn whole(&self, tars: &[Vec<u8>]) -> Digest {
+    pub(in crate::images) async fn whole(&self, tars: &[Vec<u8>]) -> Digest {
         let blobs: Vec<_> = tars.iter().map(|tar| zipped(tar)).collect();
         for blob in &blobs {
             self.blob(blob).await;
@@ -104,12 +104,12 @@ impl Fixture {
         Unpack { namespace: namespace(), snapshotter, manifest, labels: HashMap::new(), lease: None, waits: false }
     }
 
-    fn place(snapshotter: Snapshotter) -> Place {
+    pub(in crate::images) fn place(snapshotter: Snapshotter) -> Place {
         Place { namespace: "n".to_owned(), snapshotter: snapshotter.name().to_owned() }
     }
 
     /// What a container on an unpacked image would see.
-    async fn seen(&self, snapshotter: Snapshotter, unpacked: &Unpacked) -> BTreeMap<String, String> {
+    pub(in crate::images) async fn seen(&self, snapshotter: Snapshotter, unpacked: &Unpacked) -> BTreeMap<String, String> {
         let parent = unpacked.chain.as_ref().map(ToString::to_string).unwrap_or_default();
         let new = New { key: format!("view {parent}"), parent, kind: Kind::View, labels: HashMap::new(), lease: None };
         let mounts = self.unpacker.snapshots.prepare(&Self::place(snapshotter), new).await.expect("prepared");
@@ -128,12 +128,12 @@ impl Fixture {
     }
 
     /// Names in the folder of the snapshotter.
-    fn folders(&self) -> Vec<String> {
+    pub(in crate::images) fn folders(&self) -> Vec<String> {
         let base = self.folder.join("io.containerd.snapshotter.v1.overlayfs/snapshots");
         fs::read_dir(base).expect("a folder").map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect()
     }
 
-    async fn eventually_empty(&self) {
+    pub(in crate::images) async fn eventually_empty(&self) {
         let empty = async {
             while !self.folders().is_empty() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -145,7 +145,7 @@ impl Fixture {
 }
 
 /// Layers in which each needs to know something of those below.
-fn layers() -> Vec<Vec<u8>> {
+pub(in crate::images) fn layers() -> Vec<Vec<u8>> {
     let lowest = Archive::default()
         .folder("usr")
         .folder("usr/bin")

@@ -26,7 +26,6 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use log::warn;
 use rustix::fs::{AtFlags, FlockOperation, Stat, flock, utimensat};
@@ -34,7 +33,7 @@ use rustix::io::Errno;
 
 use super::decode::{Compression, Decoder};
 use super::lower::Lowers;
-use super::ring::{Cancel, cancelled, ring};
+use super::ring::{Cancel, UntilCancelled, cancelled, ring};
 use super::tar::{Entry, Limits, Reader, TarError, Time, shown};
 use super::{LayerError, LayerLimits, OnFile as _, Result, tree};
 
@@ -64,6 +63,8 @@ pub(crate) struct Applied {
 }
 
 /// Applies a layer, compressed or not, on this thread and another one, until it is done or cancelled.
+///
+/// Errors: [`LayerError::Busy`], before anything of the blob is read.
 pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLimits, cancel: &Cancel) -> Result<Applied> {
     let (path, lowers, is_overlay) = match target {
         Target::Upper(path, lowers) => (path, lowers, true),
@@ -71,7 +72,7 @@ pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLim
     };
     let root = tree::open_root(path).file("open folder", path.as_os_str().as_encoded_bytes())?;
     lock(&root)?;
-    let decoder = Decoder::new(blob).map_err(TarError::Read)?;
+    let decoder = Decoder::new(UntilCancelled::new(blob, cancel)).map_err(TarError::Read)?;
     let compression = decoder.compression();
     let (filler, taker) = ring(limits.layer_bytes, cancel);
     thread::scope(|scope| {
@@ -94,16 +95,11 @@ pub(crate) fn apply(blob: impl Read + Send, target: Target<'_>, limits: LayerLim
     })
 }
 
-/// Two layers at once would make one tree of both. The one that is there may be ending: a process that another has replaced cancels its own.
+/// Two layers at once would make one tree of both.
 fn lock(root: &OwnedFd) -> Result<()> {
-    let begin = Instant::now();
-    loop {
-        match flock(root, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
-            Err(Errno::WOULDBLOCK) if begin.elapsed() < PATIENCE => thread::sleep(PAUSE),
-            Err(Errno::WOULDBLOCK) => return Err(LayerError::Busy),
-            Err(error) => return Err(error).file("lock", b"/"),
-        }
+    match flock(root, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(LayerError::Busy),
+        locked => locked.file("lock", b"/"),
     }
 }
 
@@ -284,6 +280,3 @@ const NAMES_BYTES: usize = 512 << 20;
 const NAME_COSTS: usize = 128;
 /// Of the thread that decompresses.
 const STACK_BYTES: usize = 256 << 10;
-/// For another layer in the same folder.
-const PATIENCE: Duration = Duration::from_secs(10);
-const PAUSE: Duration = Duration::from_millis(20);
