@@ -6,6 +6,8 @@
 mod ahead;
 #[path = "manager/api.rs"]
 mod api;
+#[path = "manager/archives.rs"]
+mod archives;
 #[path = "manager/content.rs"]
 mod content;
 #[path = "manager/ctr.rs"]
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         image_cases(),
         layer_cases(),
         transfer_cases(),
+        archive_cases(),
         ahead_cases(),
         ctr_cases(),
         restart_cases(),
@@ -116,14 +119,21 @@ fn transfer_cases() -> Vec<Case> {
             streams_are_opened_under_a_name_and_taken_once,
             an_image_that_ten_clients_pull_is_fetched_once,
             a_pull_that_is_cancelled_leaves_nothing,
+            an_upgrade_ends_a_pull_so_that_it_can_be_repeated,
             an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
             odd_images_are_pulled_as_far_as_they_can_be,
             of_an_index_what_is_here_is_exported_and_pushed,
+            a_registry_asks_the_client_for_its_secret,
+            layers_with_the_same_contents_keep_their_own_blobs,
+    ]
+}
+
+fn archive_cases() -> Vec<Case> {
+    cases![archives,
+        Scope::Once =>
             archives_of_docker_and_of_tools_are_imported,
             an_archive_that_is_wrong_is_refused_and_leaves_nothing,
             an_import_that_was_made_before_writes_nothing,
-            a_registry_asks_the_client_for_its_secret,
-            layers_with_the_same_contents_keep_their_own_blobs,
     ]
 }
 

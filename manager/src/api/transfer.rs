@@ -113,12 +113,9 @@ impl TransferService {
             (Side::Store(source), Side::Store(destination)) => transfers.tag(&place, &source.name, &wanted(destination)?).await,
             (Side::Import(import), Side::Store(store)) => {
                 let wanted = wanted(store)?;
-                if import.force_compress {
-                    return Err(Error::Unimplemented("compression of layers that are imported".to_owned()));
-                }
                 let stream = self.streams.take(&place.namespace, &import.stream)?;
                 let (send, bytes) = mpsc::channel(CHUNKS);
-                let importing = transfers.import(Import { place, bytes, wanted, progress });
+                let importing = transfers.import(Import { place, bytes, wanted, compresses: import.force_compress, progress });
                 let receiving = async {
                     stream.receive_bytes(send).await;
                     // the import knows how it ends

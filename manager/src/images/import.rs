@@ -32,6 +32,8 @@ pub(crate) struct Import {
     /// The archive as it arrives.
     pub(crate) bytes: Incoming,
     pub(crate) wanted: Wanted,
+    /// Whether layers of `docker save` are compressed that are not.
+    pub(crate) compresses: bool,
     pub(crate) progress: Progress,
 }
 
@@ -86,12 +88,12 @@ impl Transfers {
     }
 
     async fn import_under(self: &Arc<Self>, lease: &Lease, import: Import) -> Result<Vec<String>> {
-        let Import { place, bytes, wanted, progress } = import;
+        let Import { place, bytes, wanted, compresses, progress } = import;
         let namespace = &place.namespace;
         progress.say("Importing".to_owned());
         let parts = Parts::read(self.archives.clone(), bytes);
         let contents = self.take(namespace, lease.id(), parts, &progress).await?;
-        let index = self.index(namespace, lease.id(), &contents).await?;
+        let index = self.index(namespace, lease.id(), &contents, compresses).await?;
         drop(contents);
         // what an archive does not have of all platforms was not saved
         let skips_missing = wanted.selection.platforms.are_all();
@@ -265,10 +267,10 @@ impl Transfers {
     }
 
     /// The index of an archive: its own, or one that is made.
-    async fn index(&self, namespace: &Namespace, lease: &str, contents: &Contents) -> Result<Descriptor> {
+    async fn index(&self, namespace: &Namespace, lease: &str, contents: &Contents, compresses: bool) -> Result<Descriptor> {
         let Some(layout) = contents.documents.get("oci-layout") else {
             return match contents.documents.get("manifest.json") {
-                Some(manifest) => self.of_docker(namespace, lease, contents, manifest).await,
+                Some(manifest) => self.of_docker(namespace, lease, contents, manifest, compresses).await,
                 None => Err(Error::Invalid(
                     "the archive has neither index.json and oci-layout nor manifest.json: it is no archive of images".to_owned(),
                 )),
@@ -291,7 +293,14 @@ impl Transfers {
     }
 
     /// Makes the manifests and the index that `docker save` has not written before its version 25.
-    async fn of_docker(&self, namespace: &Namespace, lease: &str, contents: &Contents, manifest: &[u8]) -> Result<Descriptor> {
+    async fn of_docker(
+        &self,
+        namespace: &Namespace,
+        lease: &str,
+        contents: &Contents,
+        manifest: &[u8],
+        compresses: bool,
+    ) -> Result<Descriptor> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
         struct Saved {
@@ -312,7 +321,14 @@ impl Transfers {
             let mut layers = Vec::new();
             for path in image.layers.unwrap_or_default() {
                 let layer = contents.find(&path).ok_or_else(|| missing(&path))?;
-                layers.push(RawDescriptor::from(&Descriptor::new(layer_type(&layer.magic), layer.digest.clone(), layer.size)));
+                let media_type = layer_type(&layer.magic);
+                let layer = if compresses && media_type == PLAIN_LAYER {
+                    let (digest, size) = self.compress(namespace, lease, &layer.digest).await?;
+                    Descriptor::new(GZIP_LAYER, digest, size)
+                } else {
+                    Descriptor::new(media_type, layer.digest.clone(), layer.size)
+                };
+                layers.push(RawDescriptor::from(&layer));
             }
             let manifest = NewDocument {
                 schema_version: 2,
@@ -396,13 +412,15 @@ impl Use {
 /// By its first bytes.
 fn layer_type(magic: &[u8]) -> &'static str {
     match magic {
-        [0x1f, 0x8b, ..] => "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        [0x1f, 0x8b, ..] => GZIP_LAYER,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "application/vnd.docker.image.rootfs.diff.tar.zstd",
-        _ => "application/vnd.docker.image.rootfs.diff.tar",
+        _ => PLAIN_LAYER,
     }
 }
 
 pub(super) const LAYOUT_VERSION: &str = "1.0.0";
+const PLAIN_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar";
+const GZIP_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 /// Files whose disk is waited for, beside the one that comes.
 const COMMITS: usize = 4;
 const MAGIC_BYTES: usize = 4;

@@ -12,6 +12,7 @@
 
 pub(crate) mod ahead;
 mod archive;
+mod compress;
 mod document;
 mod export;
 mod fetch;
