@@ -7,10 +7,9 @@ use std::io::{self, BufReader, Read, Write};
 use hyper::body::Bytes;
 use tokio::sync::mpsc;
 
-use crate::error::{Error, Result};
-use crate::layers::LayerError;
+use crate::error::{Error, Result, chain};
 use crate::layers::decode::Decoder;
-use crate::layers::tar::{Kind, Limits, Reader};
+use crate::layers::tar::{Kind, Limits, Reader, TarError};
 use crate::pools::Pool;
 
 /// What comes of an archive.
@@ -83,7 +82,7 @@ fn read(source: &mut Source, parts: &mpsc::Sender<Part>) -> Result<()> {
     let decoder = Decoder::new(source).map_err(|error| Error::Invalid(format!("the archive cannot be read: {error}")))?;
     let limits = Limits { entries: MOST_ENTRIES, file_bytes: u64::MAX >> 1 };
     let mut reader = Reader::new(BufReader::with_capacity(CHUNK_BYTES, decoder), limits);
-    let wrong = |error| Error::from(LayerError::Tar(error));
+    let wrong = |error: TarError| Error::Invalid(format!("the archive cannot be read: {}", chain(&error)));
     while let Some(entry) = reader.next().map_err(wrong)? {
         let path = clean(&entry.path);
         let part = match (entry.kind, path) {

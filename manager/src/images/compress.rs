@@ -26,7 +26,7 @@ impl Transfers {
         let mut writer = self.open(&opening).await?;
         // what an earlier attempt has left
         writer.truncate().await?;
-        let (send, mut chunks) = mpsc::channel(CHUNKS);
+        let (send, chunks) = mpsc::channel(CHUNKS);
         let compress = self.archives.run(move || {
             let lost = |error: io::Error| Error::Invalid(format!("the layer cannot be compressed: {error}"));
             let mut encoder = GzEncoder::new(Sink::new(send), Compression::default());
@@ -38,7 +38,9 @@ impl Transfers {
             }
             encoder.finish().and_then(|mut sink| sink.flush()).map_err(lost)
         });
+        // when it fails, the channel closes, and the other side fails too
         let store = async {
+            let mut chunks = chunks;
             while let Some(chunk) = chunks.recv().await {
                 writer.write(chunk).await?;
             }
