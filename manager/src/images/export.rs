@@ -150,7 +150,7 @@ impl Transfers {
             top.annotations.insert(REF_NAME.to_owned(), tag(name));
             tops.push(RawDescriptor::from(&top));
             // an artifact is nothing that Docker could load
-            if let Some(manifest) = self.choose(namespace, &tree, &preferred).await?.first()
+            if let Some(manifest) = self.choose(namespace, &tree, &preferred).await.map_err(missing)?.first()
                 && let Some(config) = &manifest.config
             {
                 let new = || Saved {

