@@ -1,4 +1,4 @@
-//! How registries are reached, and who knows the credentials for them.
+//! How registries are reached, and where credentials for them come from.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -18,12 +18,12 @@ pub(crate) struct Options {
     pub(crate) plain_http: Option<bool>,
     /// Additional headers of requests to the registry and its mirrors; never to hosts that these redirect to.
     pub(crate) headers: Vec<(String, String)>,
-    /// Who knows credentials.
+    /// Where credentials come from.
     pub(crate) credentials: Option<Arc<dyn Credentials>>,
     /// How long to wait, and how often to try again.
     pub(crate) limits: Limits,
     pub(crate) proxies: Proxies,
-    /// Who knows addresses.
+    /// What looks names up.
     pub(crate) resolver: Resolver,
 }
 
@@ -48,7 +48,7 @@ pub(crate) struct Limits {
     pub(crate) longest_pause: Duration,
 }
 
-/// Who knows credentials.
+/// A source of credentials, such as the client of a call.
 #[async_trait]
 pub(crate) trait Credentials: Send + Sync {
     /// The credential for a host, if there is one.
