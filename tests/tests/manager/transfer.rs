@@ -160,7 +160,7 @@ pub(crate) async fn an_image_that_is_wrong_is_refused_with_its_reason_and_leaves
             let old = json!({ "schemaVersion": 1, "name": "x", "fsLayers": [{ "blobSum": "sha256:0" }], "history": [] });
             parts.put("application/vnd.docker.distribution.manifest.v1+prettyjws", old.to_string().into_bytes())
         }),
-        ("both", "both manifests and layers", |parts, own| {
+        ("both", "both ", |parts, own| {
             let image = parts.image("amd64", &[own]);
             let both = json!({ "schemaVersion": 2, "manifests": [image], "layers": [], "config": image });
             parts.put(OCI_MANIFEST, both.to_string().into_bytes())
