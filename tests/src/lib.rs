@@ -17,6 +17,8 @@
 //! | [`controller`] | a sandbox that a shim holds, through containerd's controller |
 //! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
+//! | [`registry`] | a registry on loopback, whose blobs can be held |
+//! | [`transfers`] | images made blob by blob, and the calls that move them |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
 //! | [`gate`] | an OCI runtime that blocks, fails or floods stderr on demand |
@@ -65,6 +67,7 @@ pub mod pod_config;
 pub mod proc;
 pub mod programs;
 pub mod refusals;
+pub mod registry;
 pub mod rootfs;
 pub mod runner;
 pub mod sandbox;
@@ -75,6 +78,7 @@ pub mod suite;
 pub mod task;
 pub mod times;
 pub mod trace;
+pub mod transfers;
 pub mod ttrpc;
 pub mod upload;
 pub mod witness;

@@ -2,8 +2,12 @@
 //!
 //! `X_DAEMON` names the binary. The tests of `containerd.rs` and `docker.rs` run on it too, when `X_DAEMON` is set for them.
 
+#[path = "manager/ahead.rs"]
+mod ahead;
 #[path = "manager/api.rs"]
 mod api;
+#[path = "manager/archives.rs"]
+mod archives;
 #[path = "manager/content.rs"]
 mod content;
 #[path = "manager/ctr.rs"]
@@ -22,6 +26,8 @@ mod restart;
 mod sandboxes;
 #[path = "manager/shims.rs"]
 mod shims;
+#[path = "manager/transfer.rs"]
+mod transfer;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -41,6 +47,9 @@ fn main() -> ExitCode {
         content_cases(),
         image_cases(),
         layer_cases(),
+        transfer_cases(),
+        archive_cases(),
+        ahead_cases(),
         ctr_cases(),
         restart_cases(),
         shim_cases(),
@@ -65,7 +74,7 @@ fn api_cases() -> Vec<Case> {
             labels_are_bounded_in_total_and_a_long_update_drops_no_label,
             requests_that_are_never_finished_are_refused_before_they_cost_much,
             an_event_is_published_from_the_command_line,
-            transfers_are_unimplemented,
+            what_is_not_served_is_unimplemented,
             a_subscriber_that_never_reads_is_dropped_and_delays_no_other,
             the_server_reports_that_it_is_healthy,
             health_is_reported_by_each_method,
@@ -101,6 +110,40 @@ fn layer_cases() -> Vec<Case> {
             a_crash_while_a_layer_is_applied_leaves_a_snapshot_that_can_be_removed,
             an_upgrade_ends_an_apply_so_that_it_can_be_repeated,
             a_layer_that_finds_no_room_leaves_nothing,
+    ]
+}
+
+fn transfer_cases() -> Vec<Case> {
+    cases![transfer,
+        Scope::Once =>
+            streams_are_opened_under_a_name_and_taken_once,
+            an_image_that_ten_clients_pull_is_fetched_once,
+            a_pull_that_is_cancelled_leaves_nothing,
+            an_upgrade_ends_a_pull_so_that_it_can_be_repeated,
+            an_image_that_is_wrong_is_refused_with_its_reason_and_leaves_nothing,
+            odd_images_are_pulled_as_far_as_they_can_be,
+            of_an_index_what_is_here_is_exported_and_pushed,
+            a_registry_asks_the_client_for_its_secret,
+            layers_with_the_same_contents_keep_their_own_blobs,
+    ]
+}
+
+fn archive_cases() -> Vec<Case> {
+    cases![archives,
+        Scope::Once =>
+            archives_of_docker_and_of_tools_are_imported,
+            an_archive_that_is_wrong_is_refused_and_leaves_nothing,
+            an_import_that_was_made_before_writes_nothing,
+    ]
+}
+
+fn ahead_cases() -> Vec<Case> {
+    cases![ahead,
+        Scope::Once =>
+            a_pull_by_ctr_is_unpacked_while_it_downloads,
+            a_fetch_alone_is_not_unpacked,
+            a_pull_that_is_killed_leaves_nothing_and_can_be_repeated,
+            a_pull_whose_lease_is_deleted_says_so_and_can_be_repeated,
     ]
 }
 

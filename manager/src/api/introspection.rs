@@ -78,6 +78,8 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         plugins.push(plugin);
     }
     plugins.push(with(plugin("io.containerd.differ.v1", "walking"), &platforms, &[], &[]));
+    plugins.push(plugin("io.containerd.streaming.v1", "manager"));
+    plugins.push(with(plugin("io.containerd.transfer.v1", "local"), &platforms, &[], &[]));
     let services = [
         "containers",
         "content",
@@ -91,7 +93,9 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         "sandbox-controllers",
         "sandboxes",
         "snapshots",
+        "streaming",
         "tasks",
+        "transfer",
         "version",
     ];
     plugins.extend(services.map(|service| plugin("io.containerd.grpc.v1", service)));

@@ -30,7 +30,9 @@ use super::namespaces::Namespaces;
 use super::sandbox_controller::SandboxController;
 use super::sandboxes::Sandboxes;
 use super::snapshots::SnapshotService;
+use super::streaming::Streams;
 use super::tasks::TaskService;
+use super::transfer::TransferService;
 use super::version::Version;
 use crate::error::{Error, Result};
 use crate::gate::{Gate, Pass};
@@ -55,6 +57,8 @@ pub(crate) struct Services {
     pub(crate) leases: Arc<Leases>,
     pub(crate) snapshots: Arc<SnapshotService>,
     pub(crate) diff: Arc<DiffService>,
+    pub(crate) streams: Arc<Streams>,
+    pub(crate) transfer: Arc<TransferService>,
     pub(crate) introspection: Arc<Introspection>,
     pub(crate) version: Arc<Version>,
     pub(crate) health: Arc<Health>,
@@ -197,6 +201,15 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "Create" => incoming.change(&s.images, Images::create).await,
             "Update" => incoming.change(&s.images, Images::update).await,
             "Delete" => incoming.carry(&s.images, Images::delete).await,
+            _ => unknown(path),
+        },
+        "containerd.services.streaming.v1.Streaming" => match method {
+            "Stream" => incoming.duplex(&s.streams, Streams::stream).await,
+            _ => unknown(path),
+        },
+        "containerd.services.transfer.v1.Transfer" => match method {
+            // it ends with its client, and with this process
+            "Transfer" => incoming.look(&s.transfer, TransferService::transfer).await,
             _ => unknown(path),
         },
         "containerd.services.introspection.v1.Introspection" => match method {

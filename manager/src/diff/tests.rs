@@ -153,3 +153,38 @@ async fn a_call_that_is_given_up_ends_its_work() {
     scratch::eventually("its thread is free", || pool.busy() == 0);
     assert!(fs::metadata(file).map_or(0, |about| about.len()) < 300_000_000, "it was done to its end");
 }
+
+#[tokio::test]
+async fn layers_that_wait_for_another_in_the_same_folder_keep_no_thread() {
+    let Some(f) = Fixture::new("locked") else { return };
+    let blob = f.blob(f.shell("mkdir t && echo 1 > t/f && tar -C t -cf - .")).await;
+    let busy = f.prepare("overlayfs", "a", "", Kind::Active).await;
+    let free = f.prepare("overlayfs", "b", "", Kind::Active).await;
+    let locked = File::open(&busy[0].source).expect("a folder");
+    locked.lock().expect("a lock");
+    let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(f.differ.apply_in(busy.clone(), &blob))).collect();
+    for call in &mut waiting {
+        assert!(tokio::time::timeout(Duration::from_millis(50), call.as_mut()).await.is_err(), "it is locked");
+    }
+    // as many wait as there are threads
+    let other = f.differ.apply_in(free, &blob);
+    let waits = async {
+        for call in &mut waiting {
+            let _ = tokio::time::timeout(Duration::from_millis(1), call.as_mut()).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        applied = other => drop(applied.expect("applied")),
+        () = waits => {}
+        () = tokio::time::sleep(Duration::from_secs(5)) => panic!("it waits for a thread"),
+    }
+    drop(locked);
+    waiting.swap_remove(0).await.expect("applied");
+}
+
+impl Differ {
+    async fn apply_in(&self, mounts: Vec<Mount>, blob: &Digest) -> Result<Applied> {
+        self.apply(&namespace(), blob, mounts, false).await
+    }
+}

@@ -104,7 +104,7 @@ fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Chain> {
 }
 
 /// Has the file system write everything back: there is no such call for one tree.
-fn blocking_sync(tree: &Path) -> Result<()> {
+pub(super) fn blocking_sync(tree: &Path) -> Result<()> {
     let folder = std::fs::File::open(tree).on("open", tree)?;
     rustix::fs::syncfs(&folder).map_err(std::io::Error::from).on("write back", tree)
 }

@@ -12,6 +12,7 @@
 
 mod change;
 mod commit;
+mod draft;
 mod folders;
 mod mounts;
 mod overlay;
@@ -29,6 +30,7 @@ use tokio::sync::RwLock;
 
 pub(crate) use change::Change;
 pub(crate) use commit::Commit;
+pub(crate) use draft::{Draft, NewLayer, blocking_settle, blocking_usage};
 pub(crate) use overlay::in_own_mounts;
 pub(crate) use prepare::New;
 
@@ -128,6 +130,11 @@ impl Snapshots {
             Snapshotter::Overlayfs => self.overlay_error.as_deref(),
             Snapshotter::Native => None,
         }
+    }
+
+    fn check_usable(&self, snapshotter: Snapshotter) -> Result<()> {
+        let why = self.unusable(snapshotter);
+        why.map_or(Ok(()), |why| Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name()))))
     }
 
     /// What clients see of one.

@@ -26,13 +26,18 @@ pub(crate) struct New {
     pub(crate) lease: Option<String>,
 }
 
+impl New {
+    /// The name that it is to have when it is committed, if its client says so.
+    pub(crate) fn target(&self) -> Option<&str> {
+        self.labels.get(TARGET_LABEL).map(String::as_str)
+    }
+}
+
 impl Snapshots {
     /// Makes a snapshot, and returns how it is mounted.
     pub(crate) async fn prepare(&self, place: &Place, new: New) -> Result<Vec<Mount>> {
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
-        if let Some(why) = self.unusable(snapshotter) {
-            return Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name())));
-        }
+        self.check_usable(snapshotter)?;
         let (at, asked) = (place.clone(), new.clone());
         let above = self.store.read(move |db| check(db, &at, &asked)).await?;
         if above.len() > MOST_LAYERS {
@@ -90,10 +95,10 @@ fn check(db: &Meta<'_>, place: &Place, new: &New) -> Result<Vec<i64>> {
         return Err(Error::AlreadyExists(Object::Snapshot(new.key.clone())));
     }
     // clients ask this way whether a layer is there, and then neither fetch nor unpack it
-    if let Some(target) = new.labels.get(TARGET_LABEL)
+    if let Some(target) = new.target()
         && store::snapshots::get(db, place, target)?.is_some()
     {
-        return Err(Error::AlreadyExists(Object::TargetSnapshot(target.clone())));
+        return Err(Error::AlreadyExists(Object::TargetSnapshot(target.to_owned())));
     }
     if new.parent.is_empty() {
         return Ok(Vec::new());

@@ -93,7 +93,7 @@ impl Snapshots {
         Ok(all)
     }
 
-    async fn delete(&self, folders: Vec<PathBuf>) {
+    pub(super) async fn delete(&self, folders: Vec<PathBuf>) {
         for folder in folders {
             if self.gate.is_retired() {
                 // the next process goes on with it: an exit does not wait for files
