@@ -4,6 +4,7 @@ mod auth;
 mod double;
 mod fetch;
 mod hosts;
+mod parsers;
 mod push;
 mod resolve;
 mod transport;
