@@ -17,7 +17,7 @@ X_REVISION := $(X_REVISION)
 export X_REVISION
 
 .PHONY: build build-shim build-debug build-faulty run test test-unit test-e2e test-manager test-cgroup2 test-cgroup2-native test-systemd test-cgroup2-guest faults campaign soak fuzz conformance conformance-docs stdio-docs conformance-cgroup2 conformance-tool
-.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-tools clean
+.PHONY: lint install uninstall packages suites bench bench-memory bench-pods bench-upgrade bench-manager bench-images bench-tools clean
 
 CONFORMANCE = $(CARGO) run --locked --quiet --package shim-tests --bin shim-conformance --
 
@@ -213,6 +213,15 @@ suites: packages
 bench-manager: CONTAINERS ?= 100
 bench-manager: packages suites build bench-tools
 	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin manager-bench -- --containers $(CONTAINERS)
+
+## images of X_BENCH_MIB MiB in 20 layers, stored and unpacked by ctr 1.6 and 2.1 on containerd 2.1 and on x-manager, in turns, into docs/bench-images.md:
+## time, memory, State meanwhile, list and collection of 10,000 blobs. X_BENCH_FOLDER is on the disk that is measured. The machine should do nothing else
+bench-images: X_BENCH_MIB ?= 1024
+bench-images: X_BENCH_FOLDER ?= /var/tmp
+bench-images: packages suites build bench-tools
+	X_SHIM=$(SHIM) X_DAEMON=$(MANAGER) $(CARGO) run --locked --release --package shim-tests --features bench --bin images-bench -- \
+		--mib $(X_BENCH_MIB) --folder $(X_BENCH_FOLDER) > docs/bench-images.md.new
+	mv docs/bench-images.md.new docs/bench-images.md
 
 BENCH = X_SHIM=$(SHIM) $(CARGO) run --locked --release --package shim-tests --features bench --bin shim-bench --
 

@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::sync::broadcast;
 
 use super::{Blob, Content, Digest, lock};
 use crate::error::Result;
@@ -21,13 +21,20 @@ use crate::layers::Cancel;
 use crate::name::Namespace;
 use crate::store::blobs;
 
-/// What is being written, by namespace and the digest that is expected.
-#[derive(Debug, Default)]
+/// A blob of a namespace.
+type Key = (Namespace, Digest);
+
+/// What is being written, by the digest that is expected.
+#[derive(Debug)]
 pub(super) struct Arrivals {
-    all: Mutex<HashMap<(Namespace, Digest), Arc<Arrival>>>,
-    /// Counts what begins and ends.
-    changes: watch::Sender<u64>,
+    all: Mutex<HashMap<Key, Arc<Arrival>>>,
+    /// What begins or ceases to be written, or is recorded.
+    changes: broadcast::Sender<Key>,
 }
+
+/// What happens to blobs from now on: to be had before they are looked for.
+#[derive(Debug)]
+pub(crate) struct Changes(broadcast::Receiver<Key>);
 
 #[derive(Debug)]
 struct Arrival {
@@ -54,7 +61,7 @@ enum Phase {
 #[derive(Debug)]
 pub(super) struct Arriving {
     content: Arc<Content>,
-    key: (Namespace, Digest),
+    key: Key,
     arrival: Arc<Arrival>,
 }
 
@@ -75,9 +82,34 @@ pub(crate) enum Bytes {
     Arriving(Follower),
 }
 
+impl Default for Arrivals {
+    fn default() -> Self {
+        Self { all: Mutex::default(), changes: broadcast::Sender::new(CHANGES) }
+    }
+}
+
 impl Arrivals {
-    pub(super) fn changed(&self) {
-        self.changes.send_modify(|changes| *changes += 1);
+    pub(super) fn changed(&self, namespace: &Namespace, digest: &Digest) {
+        // no one may be waiting
+        let _ = self.changes.send((namespace.clone(), digest.clone()));
+    }
+}
+
+impl Changes {
+    /// Waits until something may have happened to a blob.
+    pub(crate) async fn of(&mut self, namespace: &Namespace, digest: &Digest) {
+        loop {
+            match self.0.recv().await {
+                Ok(changed) if changed.0 != *namespace || changed.1 != *digest => {}
+                // also if it was among those that were missed; the sender is part of the content
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+
+    /// The same for any blob.
+    pub(crate) async fn any(&mut self) {
+        let _ = self.0.recv().await;
     }
 }
 
@@ -88,7 +120,7 @@ impl Arriving {
         let arrival = Arc::new(Arrival { file, state, moved: Condvar::new() });
         let key = (namespace.clone(), digest.clone());
         lock(&content.arrivals.all).insert(key.clone(), Arc::clone(&arrival));
-        content.arrivals.changed();
+        content.arrivals.changed(namespace, digest);
         Self { content: Arc::clone(content), key, arrival }
     }
 
@@ -121,7 +153,7 @@ impl Drop for Arriving {
             all.remove(&self.key);
         }
         drop(all);
-        self.content.arrivals.changed();
+        self.content.arrivals.changed(&self.key.0, &self.key.1);
     }
 }
 
@@ -193,15 +225,14 @@ impl Content {
     pub(crate) async fn wait(&self, namespace: &Namespace, digest: &Digest) -> Result<()> {
         let mut changes = self.arrivals();
         while !self.has(namespace, digest).await? {
-            // the sender is part of the content
-            let _ = changes.changed().await;
+            changes.of(namespace, digest).await;
         }
         Ok(())
     }
 
-    /// Changes whenever a blob is there, or begins or ceases to be written: to be subscribed to before it is looked for.
-    pub(crate) fn arrivals(&self) -> watch::Receiver<u64> {
-        self.arrivals.changes.subscribe()
+    /// What happens to blobs from now on.
+    pub(crate) fn arrivals(&self) -> Changes {
+        Changes(self.arrivals.changes.subscribe())
     }
 }
 
@@ -209,3 +240,5 @@ impl Content {
 const STALL: Duration = Duration::from_secs(30);
 /// How often a reader that waits looks whether it was cancelled.
 const LOOK: Duration = Duration::from_millis(100);
+/// Changes that one who waits may miss before it looks again.
+const CHANGES: usize = 256;

@@ -386,7 +386,7 @@ impl Writer {
             Ok(is_there)
         };
         let was_there = self.content.store.write(write).await?;
-        self.content.arrivals.changed();
+        self.content.arrivals.changed(&self.opening.namespace, digest);
         if was_there { Err(already_exists(digest)) } else { Ok(()) }
     }
 

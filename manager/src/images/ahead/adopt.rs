@@ -33,7 +33,11 @@ impl Ahead {
         let is_it =
             |job: &super::Job| job.place.namespace == namespace.as_str() && job.plan().layers.iter().any(|layer| layer.blob == *blob);
         let Some(job) = self.job(is_it) else { return Ok(None) };
-        let Some(recorded) = job.take_blob(blob).await else { return Ok(None) };
+        let taken = tokio::select! {
+            taken = job.take_blob(blob) => taken,
+            () = self.0.unpacker.gate.retired() => None,
+        };
+        let Some(recorded) = taken else { return Ok(None) };
         let Outcome::Extracted(extracted) = recorded.outcome else { return Ok(None) };
         let (diff_id, snapshots) = (recorded.job.layer.diff_id, self.0.unpacker.snapshots.clone());
         let bytes = extracted.bytes;

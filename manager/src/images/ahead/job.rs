@@ -128,7 +128,7 @@ impl Job {
                 tokio::select! {
                     // the sender is this job's
                     changed = changes.changed() => changed.map_err(|_| Error::Retired)?,
-                    changed = arrivals.changed() => changed.map_err(|_| Error::Retired)?,
+                    () = arrivals.any() => {}
                 }
                 continue;
             }

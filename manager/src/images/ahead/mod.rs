@@ -96,13 +96,28 @@ impl Ahead {
             self.look(&key).await;
         }
         let Some(job) = self.job(|job| job.place == *place && job.number_of(&chain).is_some()) else { return };
-        if let Err(error) = job.settle(&self.0.unpacker, &chain, lease.map(ToOwned::to_owned)).await {
+        let settled = tokio::select! {
+            settled = job.settle(&self.0.unpacker, &chain, lease.map(ToOwned::to_owned)) => settled,
+            // another process has taken over, and the client goes on there
+            () = self.0.unpacker.gate.retired() => return,
+        };
+        if let Err(error) = settled {
             info!(chain:%, error = error.chain(); "cannot record layers that were unpacked ahead; the client unpacks them");
         }
     }
 
-    /// Drops what belonged to leases that are gone, whenever something was removed; until the process ends.
-    pub(crate) async fn watch_leases(&self) {
+    /// Drops what belonged to leases that are gone, whenever something was removed, and all when another process takes over.
+    pub(crate) async fn watch(&self) {
+        tokio::select! {
+            () = self.watch_leases() => {}
+            () = self.0.unpacker.gate.retired() => {}
+        }
+        // its jobs end when they are dropped: not while the lock is held
+        let ended = std::mem::take(&mut *lock(&self.0.sessions));
+        drop(ended);
+    }
+
+    async fn watch_leases(&self) {
         let mut changes = self.0.unpacker.store.changes();
         let mut removals = changes.borrow_and_update().removals;
         while changes.changed().await.is_ok() {

@@ -169,7 +169,7 @@ async fn the_end_of_a_connection_or_of_a_lease_leaves_nothing() {
     for ends_with_lease in [false, true] {
         let Some(mut client) = Client::new("ahead-ends").await else { return };
         let ahead = client.ahead.clone();
-        let watching = tokio::spawn(async move { ahead.watch_leases().await });
+        let watching = tokio::spawn(async move { ahead.watch().await });
         let (tars, blobs) = (layers(), zipped_all(&layers()));
         client.image(&tars, &blobs).await;
         for blob in &blobs[..4] {

@@ -88,8 +88,7 @@ impl Unpacker {
                     self.content.wait(&job.namespace, &blob).await?;
                 }
                 Some(Bytes::Arriving(_)) | None if !job.waits => return Err(not_found(&blob)),
-                // the sender is part of the content
-                _ => drop(changes.changed().await),
+                _ => changes.of(&job.namespace, &blob).await,
             }
         }
     }
