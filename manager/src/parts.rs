@@ -53,7 +53,8 @@ impl Parts {
         let events = Arc::new(Exchange::new(settings.limits, pools.event_filters.clone()));
         let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone(), pools.bundles.clone()));
         let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?
-            .with_pools(pools.usage.clone(), pools.copies.clone());
+            .with_pools(pools.usage.clone(), pools.copies.clone())
+            .with_proxies(&settings.proxies);
         let restarter = Arc::new(Restarter {
             store: store.clone(),
             snapshots: snapshots.clone(),

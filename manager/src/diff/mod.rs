@@ -64,7 +64,7 @@ impl Differ {
         times: Times,
         cancel: &Cancel,
     ) -> Result<Created> {
-        self.blocking_create(left, right, |source| match layers::create(&mut sink, source, compression, times, cancel)? {
+        self.blocking_create(left, right, &mut |source| match layers::create(&mut sink, source, compression, times, cancel)? {
             Change::Written(created) => Ok(created),
             Change::NeedsMount => Err(Error::Precondition(
                 "the snapshot was written to by an overlay with redirect_dir or metacopy, which this kernel does not have on now"
@@ -74,6 +74,13 @@ impl Differ {
     }
 
     fn blocking_apply(&self, blob: &File, mounts: &[Mount], syncs: bool, cancel: &Cancel) -> Result<Applied> {
+        if mount::is_mapped(mounts) {
+            let [.., point] = &mount::points::<3>(&self.state)?;
+            return in_own_mounts(|| {
+                let mounts = mount::unmapped(mounts, point)?.unwrap_or_default();
+                self.blocking_apply(blob, &mounts, syncs, cancel)
+            });
+        }
         let sync = |path: &Path| {
             if !syncs {
                 return Ok(());
@@ -118,8 +125,15 @@ impl Differ {
         &self,
         left: &[Mount],
         right: &[Mount],
-        mut create: impl FnMut(&Source<'_>) -> Result<Created> + Send,
+        create: &mut (dyn FnMut(&Source<'_>) -> Result<Created> + Send),
     ) -> Result<Created> {
+        if mount::is_mapped(right) {
+            let [.., point] = &mount::points::<3>(&self.state)?;
+            return in_own_mounts(|| {
+                let right = mount::unmapped(right, point)?.unwrap_or_default();
+                self.blocking_create(left, &right, create)
+            });
+        }
         let below = |layout: &Layout<'_>| match layout {
             Layout::Folder { path, .. } => vec![(*path).to_owned()],
             // it has what is in its upper folder too

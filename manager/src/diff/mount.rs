@@ -1,5 +1,6 @@
 //! Mounts as snapshotters describe them.
 
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -11,6 +12,7 @@ use rustix::mount::{
 };
 
 use crate::error::{Error, IoContext as _, Result};
+use crate::snapshots::{Maps, blocking_mapped, is_map};
 
 /// What is seen of mounts without mounting them.
 #[derive(Debug)]
@@ -49,6 +51,31 @@ impl<'m> Layout<'m> {
 pub(super) fn lowers(mounts: &[Mount]) -> Vec<PathBuf> {
     let [only] = mounts else { return Vec::new() };
     option(only, "lowerdir=").map_or(Vec::new(), |lowers| lowers.split(':').map(PathBuf::from).collect())
+}
+
+/// The mounts of an id-mapped overlay that can be written to, in ids as they are inside: its upper folder has those outside, and is mounted on
+/// `point` with a map that leads back. None for other mounts.
+pub(super) fn unmapped(mounts: &[Mount], point: &Path) -> Result<Option<Vec<Mount>>> {
+    let [only] = mounts else { return Ok(None) };
+    let (Some(maps), Some(upper)) = (Maps::in_options(&only.options)?, option(only, "upperdir=")) else { return Ok(None) };
+    let (Some(folder), Some(name)) = (Path::new(upper).parent(), Path::new(upper).file_name()) else { return Ok(None) };
+    blocking_mapped(folder, point, maps.blocking_inverse()?.as_fd())?;
+    let work = option(only, "workdir=").and_then(|work| Path::new(work).file_name().filter(|_| Path::new(work).parent() == Some(folder)));
+    let mut only = only.clone();
+    for option in &mut only.options {
+        if option.starts_with("upperdir=") {
+            *option = format!("upperdir={}", point.join(name).display());
+        } else if let Some(work) = work.filter(|_| option.starts_with("workdir=")) {
+            *option = format!("workdir={}", point.join(work).display());
+        }
+    }
+    only.options.retain(|option| !is_map(option));
+    Ok(Some(vec![only]))
+}
+
+/// Whether mounts are those of an id-mapped overlay that can be written to.
+pub(super) fn is_mapped(mounts: &[Mount]) -> bool {
+    matches!(mounts, [only] if only.options.iter().any(|option| is_map(option)) && option(only, "upperdir=").is_some())
 }
 
 /// Whether an upper folder may name files of lower ones by other names.
@@ -92,6 +119,8 @@ fn one(asked: &Mount, point: &Path) -> Result<()> {
         match FLAGS.iter().find(|(name, ..)| name == option) {
             Some((_, set, true)) => flags |= *set,
             Some((_, cleared, false)) => flags &= !*cleared,
+            // layers have ids as they are inside, and so have these files
+            None if is_map(option) => {}
             None => data.push(option.as_str()),
         }
     }

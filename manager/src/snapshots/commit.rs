@@ -71,6 +71,9 @@ impl Drop for Turn {
 impl Snapshots {
     /// Commits a snapshot. When this returns, it survives a loss of power.
     pub(crate) async fn commit(&self, place: &Place, commit: Commit) -> Result<()> {
+        if let Some(proxy) = self.proxy(&place.snapshotter) {
+            return self.commit_at(proxy, place, commit).await;
+        }
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
         let (at, asked) = (place.clone(), commit.clone());
         let found = self.store.read(move |db| check(db, &at, &asked)).await?;
@@ -91,6 +94,11 @@ impl Snapshots {
             }
         };
         let _pass = self.gate.enter().await?;
+        self.record_commit(place, commit, id, Some(usage)).await
+    }
+
+    /// Writes the row of what is committed.
+    pub(super) async fn record_commit(&self, place: &Place, commit: Commit, id: i64, usage: Option<Usage>) -> Result<()> {
         let at = place.clone();
         let write = move |db: &mut Meta<'_>| {
             let found = check(db, &at, &commit)?;
@@ -103,7 +111,7 @@ impl Snapshots {
                 hold(db, &at.namespace, Some(lease), &held.kind, &commit.name)?;
                 resources::remove(db, &at.namespace, lease, &held)?;
             }
-            store::snapshots::commit(db, &at, id, &commit.name, found.parents.first().copied(), Some(usage), &commit.labels)
+            store::snapshots::commit(db, &at, id, &commit.name, found.parents.first().copied(), usage, &commit.labels)
         };
         self.store.write(write).await
     }
@@ -128,7 +136,7 @@ impl Snapshots {
 }
 
 /// Whether it can be committed; with the parents that it will have.
-fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Chain> {
+pub(super) fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Chain> {
     if store::snapshots::get(db, place, &commit.name)?.is_some() {
         return Err(Error::AlreadyExists(Object::Snapshot(commit.name.clone())));
     }
@@ -143,7 +151,7 @@ fn check(db: &Meta<'_>, place: &Place, commit: &Commit) -> Result<Chain> {
         let (key, parent) = (&commit.key, &found.snapshot.info.parent);
         return Err(Error::Invalid(format!("snapshot {key} has the parent {parent}, and cannot be committed on another")));
     }
-    if !Snapshotter::parse(&place.snapshotter)?.can_rebase() {
+    if !Snapshotter::parse(&place.snapshotter).is_ok_and(Snapshotter::can_rebase) {
         return Err(Error::Unimplemented(format!(
             "snapshotter {} cannot give a snapshot a parent when it is committed",
             place.snapshotter

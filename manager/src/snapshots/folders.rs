@@ -42,6 +42,28 @@ pub(super) struct Made {
     making: Making,
 }
 
+impl Made {
+    /// Gives its tree another owner; if that fails, removes it.
+    pub(super) fn owned_by(self, snapshotter: Snapshotter, owner: Option<(u32, u32)>) -> Result<Self> {
+        let Some((uid, gid)) = owner else { return Ok(self) };
+        let tree = tree_in(snapshotter, &self.path);
+        let changed = std::os::unix::fs::chown(&tree, Some(uid), Some(gid)).on("set owner of", &tree);
+        if changed.is_err() {
+            // the next cleanup tries again
+            let _ = blocking_remove(&self.path);
+        }
+        changed.map(|()| self)
+    }
+}
+
+/// Where in its folder a snapshot's files are.
+pub(super) fn tree_in(snapshotter: Snapshotter, folder: &Path) -> PathBuf {
+    match snapshotter {
+        Snapshotter::Overlayfs => folder.join(FS),
+        Snapshotter::Native => folder.to_owned(),
+    }
+}
+
 impl Drop for Made {
     fn drop(&mut self) {
         self.making.lock().remove(&self.path);
@@ -81,14 +103,11 @@ fn blocking_fill(snapshotter: Snapshotter, folder: &Path, from: From<'_>) -> Res
         // whatever the umask
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).on("set mode of", path)
     };
-    let tree = match snapshotter {
-        Snapshotter::Overlayfs => {
-            make(folder, 0o700)?;
-            make(&folder.join(WORK), 0o711)?;
-            folder.join(FS)
-        }
-        Snapshotter::Native => folder.to_owned(),
-    };
+    let tree = tree_in(snapshotter, folder);
+    if snapshotter == Snapshotter::Overlayfs {
+        make(folder, 0o700)?;
+        make(&folder.join(WORK), 0o711)?;
+    }
     make(&tree, 0o755)?;
     let parent = match from {
         From::Nothing => return Ok(()),

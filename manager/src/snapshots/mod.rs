@@ -13,9 +13,12 @@
 mod change;
 mod commit;
 mod folders;
+mod idmap;
 mod mounts;
 mod overlay;
 mod prepare;
+mod proxied;
+mod proxy;
 mod removal;
 #[cfg(test)]
 mod tests;
@@ -30,13 +33,15 @@ use tokio::sync::RwLock;
 
 pub(crate) use change::Change;
 pub(crate) use commit::Commit;
-pub(crate) use overlay::in_own_mounts;
+pub(crate) use idmap::{Maps, is_map};
+pub(crate) use overlay::{blocking_mapped, in_own_mounts};
 pub(crate) use prepare::New;
 
 use crate::error::{Error, Object, Result};
 use crate::gate::Gate;
 use crate::layers::{self, Beneath, Cancel};
 use crate::pools::Pool;
+use crate::settings::ProxyPlugin;
 use crate::store::snapshots::{Place, Snapshot, Usage};
 use crate::store::{self, Meta, Store};
 
@@ -100,8 +105,12 @@ pub(crate) struct Snapshots {
     committing: commit::Committing,
     /// Whether files could not be removed.
     has_left: Arc<AtomicBool>,
+    /// Snapshotters that other processes serve.
+    proxies: proxy::Proxies,
     /// Why overlays cannot be used here.
     overlay_error: Option<Arc<str>>,
+    /// Why their lower folders cannot be id-mapped.
+    remap_error: Option<Arc<str>>,
 }
 
 /// A snapshot's folder, and those of its parents, the nearest first.
@@ -126,12 +135,18 @@ impl Snapshots {
             making: folders::Making::default(),
             committing: commit::Committing::default(),
             has_left: Arc::default(),
+            proxies: proxy::Proxies::default(),
             overlay_error: None,
+            remap_error: None,
         };
         for snapshotter in Snapshotter::ALL {
             folders::blocking_make_base(&snapshots.base(snapshotter))?;
         }
         snapshots.overlay_error = overlay::blocking_probe(&snapshots.base(Snapshotter::Overlayfs)).err().map(Into::into);
+        snapshots.remap_error = match &snapshots.overlay_error {
+            Some(why) => Some(Arc::clone(why)),
+            None => overlay::blocking_probe_maps(&snapshots.base(Snapshotter::Overlayfs)).err().map(Into::into),
+        };
         Ok(snapshots)
     }
 
@@ -140,11 +155,24 @@ impl Snapshots {
         Self { usage, copies, ..self }
     }
 
+    /// Also uses snapshotters of other processes.
+    pub(crate) fn with_proxies(self, plugins: &[ProxyPlugin]) -> Self {
+        Self { proxies: proxy::all(plugins), ..self }
+    }
+
     /// Why a snapshotter cannot be used, if so.
     pub(crate) fn unusable(&self, snapshotter: Snapshotter) -> Option<&str> {
         match snapshotter {
             Snapshotter::Overlayfs => self.overlay_error.as_deref(),
             Snapshotter::Native => None,
+        }
+    }
+
+    /// Why a snapshotter cannot make id-mapped snapshots, if so.
+    pub(crate) fn cannot_remap(&self, snapshotter: Snapshotter) -> Option<&str> {
+        match snapshotter {
+            Snapshotter::Overlayfs => self.remap_error.as_deref(),
+            Snapshotter::Native => Some("it copies files as they are"),
         }
     }
 
@@ -156,6 +184,9 @@ impl Snapshots {
 
     /// How an active one or a view is mounted.
     pub(crate) async fn mounts(&self, place: &Place, key: &str) -> Result<Vec<Mount>> {
+        if let Some(proxy) = self.proxy(&place.snapshotter) {
+            return self.mounts_at(proxy, place, key).await;
+        }
         let chain = self.chain(place, key).await?;
         if chain.snapshot.info.kind() == Kind::Committed {
             return Err(Error::Precondition(format!("requested snapshot {key} not active or view")));
@@ -166,6 +197,9 @@ impl Snapshots {
     /// What one uses, without its parents: of a committed one as it was recorded then. Of an active one its files are counted, until the
     /// caller does not wait any more.
     pub(crate) async fn usage(&self, place: &Place, key: &str) -> Result<Usage> {
+        if let Some(proxy) = self.proxy(&place.snapshotter) {
+            return self.usage_at(proxy, place, key).await;
+        }
         let (at, wanted) = (place.clone(), key.to_owned());
         let snapshot = self.store.read(move |db| existing(db, &at, &wanted)).await?;
         if snapshot.info.kind() != Kind::Active {
@@ -199,11 +233,7 @@ impl Snapshots {
 
     /// The folder with a snapshot's files.
     fn tree(&self, snapshotter: Snapshotter, id: i64) -> PathBuf {
-        let folder = self.folder(snapshotter, id);
-        match snapshotter {
-            Snapshotter::Overlayfs => folder.join(folders::FS),
-            Snapshotter::Native => folder,
-        }
+        folders::tree_in(snapshotter, &self.folder(snapshotter, id))
     }
 }
 

@@ -7,7 +7,7 @@ use containerd_client::types::Mount;
 
 use super::folders::{From, blocking_make, blocking_name, blocking_remove};
 use super::mounts::gone as lost;
-use super::{Chain, Snapshots, Snapshotter, parent};
+use super::{Chain, Maps, Snapshots, Snapshotter, parent};
 use crate::content::hold;
 use crate::error::{Error, Object, Result};
 use crate::layers::Cancel;
@@ -35,9 +35,18 @@ impl Snapshots {
 
     /// The same, unless it is cancelled while files are copied for it.
     pub(crate) async fn prepare_unless(&self, place: &Place, new: New, gone: Cancel) -> Result<Vec<Mount>> {
+        if let Some(proxy) = self.proxy(&place.snapshotter) {
+            return self.prepare_at(proxy, place, new).await;
+        }
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
         if let Some(why) = self.unusable(snapshotter) {
             return Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name())));
+        }
+        let maps = Maps::in_labels(&new.labels)?;
+        if maps.is_some()
+            && let Some(why) = self.cannot_remap(snapshotter)
+        {
+            return Err(Error::Unimplemented(format!("snapshotter {} cannot map users and groups: {why}", snapshotter.name())));
         }
         let (at, asked) = (place.clone(), new.clone());
         let above = self.store.read(move |db| check(db, &at, &asked)).await?;
@@ -47,6 +56,8 @@ impl Snapshots {
         let (base, making) = (self.base(snapshotter), self.making.clone());
         let parent_tree = above.first().map(|id| self.tree(snapshotter, *id));
         let copies = snapshotter == Snapshotter::Native && new.kind == Kind::Active;
+        // who mounts an upper folder does not map it
+        let owner = maps.filter(|_| parent_tree.is_some() && new.kind == Kind::Active).map(|maps| maps.root()).transpose()?;
         let key = new.key.clone();
         let gate = self.gate.clone();
         let make = move || {
@@ -58,7 +69,9 @@ impl Snapshots {
                 None => From::Nothing,
             };
             // the client repeats it to the next process
-            blocking_make(&making, snapshotter, &base, from).map_err(|error| if gate.is_retired() { Error::Retired } else { error })
+            let made = blocking_make(&making, snapshotter, &base, from);
+            let made = made.map_err(|error| if gate.is_retired() { Error::Retired } else { error })?;
+            made.owned_by(snapshotter, owner)
         };
         let pool = if copies { &self.copies } else { &self.files };
         let made = pool.run(make).await??;
@@ -100,7 +113,7 @@ impl Snapshots {
 }
 
 /// Whether a snapshot can be made: numbers of its parents, the nearest first.
-fn check(db: &Meta<'_>, place: &Place, new: &New) -> Result<Vec<i64>> {
+pub(super) fn check(db: &Meta<'_>, place: &Place, new: &New) -> Result<Vec<i64>> {
     if store::snapshots::get(db, place, &new.key)?.is_some() {
         return Err(Error::AlreadyExists(Object::Snapshot(new.key.clone())));
     }

@@ -1,3 +1,4 @@
+mod idmap;
 mod native;
 
 use std::collections::HashMap;
