@@ -20,6 +20,8 @@ mod kills;
 mod layers;
 #[path = "manager/pod.rs"]
 mod pod;
+#[path = "manager/proxies.rs"]
+mod proxies;
 #[path = "manager/restart.rs"]
 mod restart;
 #[path = "manager/sandboxes.rs"]
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         transfer_cases(),
         archive_cases(),
         ahead_cases(),
+        proxy_cases(),
         ctr_cases(),
         restart_cases(),
         shim_cases(),
@@ -81,6 +84,14 @@ fn api_cases() -> Vec<Case> {
             a_burst_of_calls_over_one_connection_is_answered,
             a_list_that_is_too_long_for_an_answer_is_refused_and_can_be_streamed,
             a_call_whose_client_disconnects_is_completed,
+    ]
+}
+
+fn proxy_cases() -> Vec<Case> {
+    cases![proxies,
+        Scope::Once =>
+            a_snapshotter_of_another_process_is_used_like_ones_own,
+            a_proxy_that_is_gone_is_one_clear_error_and_blocks_nothing_else,
     ]
 }
 

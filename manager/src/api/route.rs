@@ -36,6 +36,7 @@ use super::transfer::TransferService;
 use super::version::Version;
 use crate::error::{Error, Result};
 use crate::gate::{Gate, Pass};
+use crate::layers::Cancel;
 
 /// A response, or a stream's reset.
 type Answer = Result<http::Response<Body>, h2::Error>;
@@ -300,7 +301,7 @@ impl Incoming {
 
     /// A call that continues after its client disconnects. It begins when this process serves, and is refused if another process takes over before it
     /// ends.
-    async fn run_to_end<S, Q, A, H, F>(self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
+    async fn run_to_end<S, Q, A, H, F>(mut self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
     where
         S: Send + Sync + 'static,
         Q: Message + Default + 'static,
@@ -308,6 +309,10 @@ impl Incoming {
         H: FnMut(Arc<S>, Call, Q) -> F,
         F: Future<Output = Result<A>> + Send + 'static,
     {
+        let gone = Cancel::default();
+        // this future ends with the client
+        let _client = gone.guard();
+        self.request.extensions_mut().insert(gone);
         let is_refused = Arc::new(AtomicBool::new(false));
         let (gate, refuse) = (self.gate, Arc::clone(&is_refused));
         let finish = move |call: F| {

@@ -30,7 +30,7 @@ use crate::layers::{self, Applied, Cancel, Change, Compression, Created, LayerEr
 use crate::name::Namespace;
 use crate::pools::Pool;
 use crate::snapshots::{Snapshots, in_own_mounts};
-use mount::{Layout, Points};
+use mount::Layout;
 
 /// Applies and creates layers; cheap to clone.
 #[derive(Debug, Clone)]
@@ -83,7 +83,7 @@ impl Differ {
         times: Times,
         cancel: &Cancel,
     ) -> Result<Created> {
-        self.blocking_create(left, right, |source| match layers::create(&mut sink, source, compression, times, cancel)? {
+        self.blocking_create(left, right, &mut |source| match layers::create(&mut sink, source, compression, times, cancel)? {
             Change::Written(created) => Ok(created),
             Change::NeedsMount => Err(Error::Precondition(
                 "the snapshot was written to by an overlay with redirect_dir or metacopy, which this kernel does not have on now"
@@ -93,6 +93,13 @@ impl Differ {
     }
 
     fn blocking_apply(&self, blob: &File, mounts: &[Mount], syncs: bool, cancel: &Cancel) -> Result<Applied> {
+        if mount::is_mapped(mounts) {
+            let [.., point] = &mount::points::<3>(&self.state)?;
+            return in_own_mounts(|| {
+                let mounts = mount::unmapped(mounts, point)?.unwrap_or_default();
+                self.blocking_apply(blob, &mounts, syncs, cancel)
+            });
+        }
         let sync = |path: &Path| {
             if !syncs {
                 return Ok(());
@@ -122,8 +129,7 @@ impl Differ {
                 Ok(applied)
             }
             Layout::Other => {
-                let points = Points::new(&self.state)?;
-                let [point] = &points.paths;
+                let [point] = &mount::points(&self.state)?;
                 in_own_mounts(|| {
                     mount::all(mounts, point)?;
                     let applied = layers::apply(blob, Target::Merged(point), self.limits, cancel)?;
@@ -138,8 +144,15 @@ impl Differ {
         &self,
         left: &[Mount],
         right: &[Mount],
-        mut create: impl FnMut(&Source<'_>) -> Result<Created> + Send,
+        create: &mut (dyn FnMut(&Source<'_>) -> Result<Created> + Send),
     ) -> Result<Created> {
+        if mount::is_mapped(right) {
+            let [.., point] = &mount::points::<3>(&self.state)?;
+            return in_own_mounts(|| {
+                let right = mount::unmapped(right, point)?.unwrap_or_default();
+                self.blocking_create(left, &right, create)
+            });
+        }
         let below = |layout: &Layout<'_>| match layout {
             Layout::Folder { path, .. } => vec![(*path).to_owned()],
             // it has what is in its upper folder too
@@ -153,8 +166,7 @@ impl Differ {
             (Layout::Folder { path: left, .. }, Layout::Folder { path: right, .. }) => create(&Source::Trees(Some(left), right)),
             (Layout::Other, Layout::Folder { path: right, .. }) if left.is_empty() => create(&Source::Trees(None, right)),
             _ => {
-                let points = Points::new(&self.state)?;
-                let [first, second] = &points.paths;
+                let [first, second] = &mount::points(&self.state)?;
                 in_own_mounts(|| {
                     let before = if left.is_empty() { None } else { Some(first.as_path()) };
                     if before.is_some() {
