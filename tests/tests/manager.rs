@@ -16,6 +16,8 @@ mod kills;
 mod layers;
 #[path = "manager/pod.rs"]
 mod pod;
+#[path = "manager/power.rs"]
+mod power;
 #[path = "manager/restart.rs"]
 mod restart;
 #[path = "manager/sandboxes.rs"]
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         shim_cases(),
         sandbox_cases(),
         kill_cases(),
+        power_cases(),
     ]
     .concat();
     runner::main(&cases, &[], programs)
@@ -175,5 +178,12 @@ fn kill_cases() -> Vec<Case> {
     cases![kills, Scope::Daemons => random_kills_of_the_daemon_lose_nothing; Scope::Once => random_kills_of_the_daemon_and_of_workers_lose_no_sandbox]
         .into_iter()
         .map(|case| case.within(kills::deadline()))
+        .collect()
+}
+
+fn power_cases() -> Vec<Case> {
+    cases![power, Scope::Once => an_acknowledged_image_survives_a_power_cut_at_any_moment]
+        .into_iter()
+        .map(|case| case.within(power::deadline()))
         .collect()
 }
