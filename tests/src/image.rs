@@ -55,22 +55,26 @@ pub fn digest(bytes: &[u8]) -> String {
 }
 
 impl Layer {
-    /// A layer of some `files`, of 1 B to 128 KiB each and one of 1 MiB, in folders; the same for the same dice.
-    pub fn random(dice: &mut Dice, files: u64) -> Self {
+    /// A layer of some `files`, of 1 B to 128 KiB each and one of 1 MiB, in folders; the same for the same dice. Number 0 is the lowest, and has a
+    /// file that each of the others up to 9 removes.
+    pub fn random(dice: &mut Dice, number: u64, files: u64) -> Self {
         let mut nodes = BTreeMap::new();
-        for number in 0..files {
+        for file in 0..files {
             let folder = format!("d{}", dice.below(4));
             nodes.entry(folder.clone()).or_insert(Node::Folder(0o755));
             let magnitude = 4 + dice.below(14);
-            let bytes = if number == 0 { 1 << 20 } else { 1 + dice.below(1 << magnitude) };
+            let bytes = if file == 0 { 1 << 20 } else { 1 + dice.below(1 << magnitude) };
             let mode = if dice.below(8) == 0 { 0o4755 } else { 0o644 };
             let data = dice.bytes(usize::try_from(bytes).expect("it is small"));
-            nodes.insert(format!("{folder}/f{number}-{}", dice.below(1000)), Node::File(mode, data));
+            nodes.insert(format!("{folder}/f{file}-{}", dice.below(1000)), Node::File(mode, data));
         }
         nodes.insert("d0".to_owned(), Node::Folder(0o750));
         nodes.insert("d0/empty".to_owned(), Node::File(0o600, Vec::new()));
         nodes.insert("link".to_owned(), Node::Link(format!("d0/{}", dice.below(1000))));
-        nodes.insert("removed".to_owned(), Node::Removed);
+        match number {
+            0 => nodes.extend((1..10).map(|other| (format!("removed-{other}"), Node::File(0o644, vec![b'r'; 10])))),
+            _ => drop(nodes.insert(format!("removed-{number}"), Node::Removed)),
+        }
         Self::of(nodes)
     }
 

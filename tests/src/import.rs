@@ -98,17 +98,26 @@ impl<'i> Import<'i> {
         unless(self.client.api().images().create(self.client.request(request)).await.map(drop), Code::AlreadyExists)
     }
 
-    /// Makes a snapshot of each layer, and has the configuration hold the uppermost.
-    pub async fn unpack(&self, report: &mut (dyn FnMut(Fact) + Send)) -> Answer<()> {
-        let chains = self.image.chains();
-        let mut parent = "";
-        for (layer, chain) in self.image.layers.iter().zip(&chains) {
-            self.unpack_layer(layer, chain, parent).await?;
+    /// Makes a snapshot of each of the lowest layers.
+    pub async fn unpack_some(&self, layers: usize) -> Answer<()> {
+        self.unpack_layers(layers, &mut |_fact| {}).await.map(drop)
+    }
+
+    async fn unpack_layers(&self, layers: usize, report: &mut (dyn FnMut(Fact) + Send)) -> Answer<String> {
+        let mut parent = String::new();
+        for (layer, chain) in self.image.layers.iter().zip(self.image.chains()).take(layers) {
+            self.unpack_layer(layer, &chain, &parent).await?;
             report(Fact::Snapshot(chain.clone()));
             parent = chain;
         }
+        Ok(parent)
+    }
+
+    /// Makes a snapshot of each layer, and has the configuration hold the uppermost.
+    pub async fn unpack(&self, report: &mut (dyn FnMut(Fact) + Send)) -> Answer<()> {
+        let uppermost = self.unpack_layers(usize::MAX, report).await?;
         let label = format!("containerd.io/gc.ref.snapshot.{OVERLAYFS}");
-        let info = Info { digest: digest(&self.image.config), labels: [(label.clone(), parent.to_owned())].into(), ..Info::default() };
+        let info = Info { digest: digest(&self.image.config), labels: [(label.clone(), uppermost)].into(), ..Info::default() };
         let update_mask = Some(FieldMask { paths: vec![format!("labels.{label}")] });
         let request = UpdateRequest { info: Some(info), update_mask };
         self.client.api().content().update(self.client.request(request)).await.map(drop)

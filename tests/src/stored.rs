@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use containerd_client::services::v1::snapshots::{Info as Snapshot, Kind, ListSnapshotsRequest, ViewSnapshotRequest};
-use containerd_client::services::v1::{ListContentRequest, ListImagesRequest, ListRequest, ListStatusesRequest};
+use containerd_client::services::v1::{AbortRequest, ListContentRequest, ListImagesRequest, ListRequest, ListStatusesRequest};
 use containerd_client::types::Mount;
 use tonic::Code;
 
@@ -106,10 +106,10 @@ impl Stored {
         for (key, info) in rows.snapshots.iter().filter(|(_, info)| info.kind() == Kind::Committed) {
             match chains.get(key) {
                 None => wrong.push(format!("snapshot {key} is unknown")),
-                Some(layer) => {
-                    let tree = self.tree(key).await?;
-                    wrong.extend(layer.differs(&tree).map(|difference| format!("snapshot {key}: {difference}")));
-                }
+                Some(layer) => match self.tree(key).await {
+                    Ok(tree) => wrong.extend(layer.differs(&tree).map(|difference| format!("snapshot {key}: {difference}"))),
+                    Err(error) => wrong.push(format!("snapshot {key}: {error:#}")),
+                },
             }
             if !info.parent.is_empty() && !rows.snapshots.contains_key(&info.parent) {
                 wrong.push(format!("snapshot {key} lacks its parent {}", info.parent));
@@ -150,9 +150,7 @@ impl Stored {
 
     /// Ends all leases, and waits until there is a file for each row and a row for each file, and no ingest.
     pub async fn settles(&self) -> Result<()> {
-        for lease in self.rows().await?.leases {
-            end_lease(&self.client, &lease).await?;
-        }
+        self.end_leases().await?;
         self.collect().await?;
         eventually("nothing is left that has no row", SOON, async || {
             let leaked = self.leaked().await?;
@@ -162,14 +160,31 @@ impl Stored {
         .await
     }
 
+    /// Ends all leases.
+    pub async fn end_leases(&self) -> Result<()> {
+        for lease in self.rows().await?.leases {
+            end_lease(&self.client, &lease).await?;
+        }
+        Ok(())
+    }
+
+    /// Drops ingests that no lease holds: a power cut may have lost the names of their leases, and they would stay for a day.
+    pub async fn abort_ingests(&self) -> Result<()> {
+        for reference in self.rows().await?.ingests {
+            let request = self.client.request(AbortRequest { r#ref: reference });
+            self.client.api().content().abort(request).await?;
+        }
+        Ok(())
+    }
+
     /// Waits for a collection that begins from now on.
     pub async fn collect(&self) -> Result<()> {
         self.client.with_lease("collect").await?;
         Ok(end_lease(&self.client, "collect").await?)
     }
 
-    /// Files that have no row, and rows without a file.
-    async fn leaked(&self) -> Result<Vec<String>> {
+    /// Files that have no row, rows without a file, and ingests.
+    pub async fn leaked(&self) -> Result<Vec<String>> {
         let rows = self.rows().await?;
         let mut wrong: Vec<_> = rows.ingests.iter().map(|reference| format!("ingest {reference}")).collect();
         let rows_of_content = rows.content.keys().map(|id| id.trim_start_matches("sha256:").to_owned()).collect();

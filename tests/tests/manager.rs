@@ -8,6 +8,10 @@ mod api;
 mod content;
 #[path = "manager/ctr.rs"]
 mod ctr;
+#[path = "manager/image_kills.rs"]
+mod image_kills;
+#[path = "manager/image_rows.rs"]
+mod image_rows;
 #[path = "manager/images.rs"]
 mod images;
 #[path = "manager/kills.rs"]
@@ -48,6 +52,7 @@ fn main() -> ExitCode {
         shim_cases(),
         sandbox_cases(),
         kill_cases(),
+        image_row_cases(),
         power_cases(),
     ]
     .concat();
@@ -181,9 +186,23 @@ fn kill_cases() -> Vec<Case> {
         .collect()
 }
 
+fn image_row_cases() -> Vec<Case> {
+    cases![image_rows,
+        Scope::Once =>
+            an_import_whose_lease_is_pruned_says_so_and_can_be_repeated,
+            a_snapshot_that_a_retry_has_found_stays_when_the_first_attempts_lease_ends,
+            an_image_that_is_removed_and_imported_again_at_once_is_whole,
+            what_an_import_has_found_stays_when_the_image_that_had_it_is_removed,
+            a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_nothing,
+            a_damaged_ingest_begins_again,
+            an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated;
+        Scope::Daemons => upgrades_end_no_import,
+    ]
+}
+
 fn power_cases() -> Vec<Case> {
-    cases![power, Scope::Once => an_acknowledged_image_survives_a_power_cut_at_any_moment]
-        .into_iter()
-        .map(|case| case.within(power::deadline()))
-        .collect()
+    let cuts = cases![power, Scope::Once => an_acknowledged_image_survives_a_power_cut_at_any_moment];
+    let kills = cases![image_kills, Scope::Once => images_survive_kills_at_any_moment];
+    let cuts = cuts.into_iter().map(|case| case.within(power::deadline()));
+    cuts.chain(kills.into_iter().map(|case| case.within(image_kills::deadline()))).collect()
 }

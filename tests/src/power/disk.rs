@@ -67,7 +67,7 @@ impl Recorder {
         let recorded =
             Recorded { file: OpenOptions::new().read(true).write(true).open(&backing)?, size: bytes, requests: Arc::clone(&requests) };
         let device = OpenOptions::new().read(true).write(true).open("/dev/fuse").context("open /dev/fuse")?;
-        let file = folder.join("recorded");
+        let file = folder.join("device");
         File::create(&file)?;
         let options = format!("fd={},rootmode=100600,user_id=0,group_id=0", device.as_raw_fd());
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
