@@ -102,6 +102,7 @@ fn run(invocation: Invocation) -> Result<()> {
             }
             println!("{} is sound", settings.store().display());
         }
+        Invocation::Verify(settings) => println!("{}", control::verify(&settings.control_address())?),
         Invocation::ConfigDefault => print!("{}", config::DEFAULT),
         Invocation::ConfigCheck(settings) => {
             preflight::check(&settings)?;

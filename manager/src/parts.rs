@@ -36,7 +36,7 @@ pub(crate) struct Parts {
     pub(crate) snapshots: Snapshots,
     differ: Differ,
     pub(crate) collector: Arc<Collector>,
-    content: Arc<Content>,
+    pub(crate) content: Arc<Content>,
     pools: Pools,
     settings: Arc<Settings>,
     uuid: String,
@@ -52,7 +52,8 @@ impl Parts {
         let (gate, pools) = (Gate::default(), Pools::default());
         let events = Arc::new(Exchange::new(settings.limits, pools.event_filters.clone()));
         let tasks = Arc::new(Tasks::new(settings, store.clone(), Arc::clone(&events), gate.clone(), pools.bundles.clone()));
-        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?;
+        let snapshots = Snapshots::open(&settings.root, store.clone(), gate.clone(), pools.snapshots.clone(), pools.removal.clone())?
+            .with_pools(pools.usage.clone(), pools.copies.clone());
         let restarter = Arc::new(Restarter {
             store: store.clone(),
             snapshots: snapshots.clone(),
@@ -147,6 +148,7 @@ impl Parts {
             tasks: Arc::clone(&self.tasks),
             calls: Arc::clone(&self.calls),
             restarter: Arc::clone(&self.restarter),
+            collector: Arc::clone(&self.collector),
             pools: self.pools.clone(),
             gate: self.gate.clone(),
         }

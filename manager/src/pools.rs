@@ -16,6 +16,10 @@ pub(crate) struct Pools {
     pub(crate) bundles: Pool,
     /// Files of snapshots, for which calls wait.
     pub(crate) snapshots: Pool,
+    /// Sizes of trees that are in use.
+    pub(crate) usage: Pool,
+    /// Copies of trees, for snapshotters without overlays.
+    pub(crate) copies: Pool,
     /// Layers that are applied or created: each has another thread of its own.
     pub(crate) layers: Pool,
     /// Deletion of files of snapshots.
@@ -33,6 +37,8 @@ impl Default for Pools {
         Self {
             bundles: Pool::new("bundles", BUNDLES),
             snapshots: Pool::new("snapshots", SNAPSHOTS),
+            usage: Pool::new("usage", USAGE),
+            copies: Pool::new("copies", COPIES),
             layers: Pool::new("layers", LAYERS),
             removal: Pool::new("removal", REMOVAL),
             content: Pool::new("content", CONTENT),
@@ -44,8 +50,18 @@ impl Default for Pools {
 
 impl Pools {
     /// Each of them.
-    pub(crate) fn all(&self) -> [&Pool; 7] {
-        [&self.bundles, &self.content, &self.snapshots, &self.layers, &self.removal, &self.list_filters, &self.event_filters]
+    pub(crate) fn all(&self) -> [&Pool; 9] {
+        [
+            &self.bundles,
+            &self.content,
+            &self.snapshots,
+            &self.usage,
+            &self.copies,
+            &self.layers,
+            &self.removal,
+            &self.list_filters,
+            &self.event_filters,
+        ]
     }
 }
 
@@ -114,6 +130,8 @@ impl Drop for Counted {
 
 const BUNDLES: usize = 13;
 const SNAPSHOTS: usize = 4;
+const USAGE: usize = 2;
+const COPIES: usize = 2;
 /// As many as clients pull at once for one image.
 const LAYERS: usize = 3;
 const REMOVAL: usize = 1;
@@ -123,7 +141,8 @@ const EVENT_FILTERS: usize = 1;
 /// Long reads of the store: one collection at a time.
 const LONG_READS: usize = 1;
 /// Of all pools.
-pub(crate) const THREADS: usize = BUNDLES + CONTENT + SNAPSHOTS + LAYERS + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
+pub(crate) const THREADS: usize =
+    BUNDLES + CONTENT + SNAPSHOTS + USAGE + COPIES + LAYERS + REMOVAL + LIST_FILTERS + EVENT_FILTERS + LONG_READS;
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@ use tonic::Request;
 
 use super::body::Share;
 use crate::error::{Error, Result};
+use crate::layers::Cancel;
 use crate::name::Namespace;
 
 /// The metadata of a call, and its request's share of the budget: kept until the call is answered.
@@ -13,6 +14,7 @@ pub(super) struct Call {
     lease: Option<String>,
     pid: i32,
     share: Share,
+    gone: Cancel,
 }
 
 /// The process at the other end of a connection; 0 if that is not known.
@@ -25,7 +27,13 @@ impl Call {
         let share = request.extensions().get::<Share>().cloned().unwrap_or_default();
         let Peer(pid) = request.extensions().get::<Peer>().copied().unwrap_or_default();
         let lease = text("containerd-lease").filter(|lease| !lease.is_empty());
-        Self { namespace: text("containerd-namespace"), lease, pid, share }
+        let gone = request.extensions().get::<Cancel>().cloned().unwrap_or_default();
+        Self { namespace: text("containerd-namespace"), lease, pid, share, gone }
+    }
+
+    /// Cancelled when the client does not wait any more: what is copied for it need not be.
+    pub(super) fn gone(&self) -> Cancel {
+        self.gone.clone()
     }
 
     /// The client's process; 0 if that is not known.

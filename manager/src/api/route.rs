@@ -34,6 +34,7 @@ use super::tasks::TaskService;
 use super::version::Version;
 use crate::error::{Error, Result};
 use crate::gate::{Gate, Pass};
+use crate::layers::Cancel;
 
 /// A response, or a stream's reset.
 type Answer = Result<http::Response<Body>, h2::Error>;
@@ -287,7 +288,7 @@ impl Incoming {
 
     /// A call that continues after its client disconnects. It begins when this process serves, and is refused if another process takes over before it
     /// ends.
-    async fn run_to_end<S, Q, A, H, F>(self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
+    async fn run_to_end<S, Q, A, H, F>(mut self, service: &Arc<S>, handler: H, keep: fn(Pass) -> Option<Pass>) -> Answer
     where
         S: Send + Sync + 'static,
         Q: Message + Default + 'static,
@@ -295,6 +296,10 @@ impl Incoming {
         H: FnMut(Arc<S>, Call, Q) -> F,
         F: Future<Output = Result<A>> + Send + 'static,
     {
+        let gone = Cancel::default();
+        // this future ends with the client
+        let _client = gone.guard();
+        self.request.extensions_mut().insert(gone);
         let is_refused = Arc::new(AtomicBool::new(false));
         let (gate, refuse) = (self.gate, Arc::clone(&is_refused));
         let finish = move |call: F| {

@@ -89,7 +89,7 @@ impl SnapshotService {
         let (namespace, place) = place(&call, &request.snapshotter)?;
         let new = new(&call, request.key, request.parent, Kind::Active, request.labels)?;
         let event = SnapshotPrepare { key: new.key.clone(), parent: new.parent.clone(), snapshotter: place.snapshotter.clone() };
-        let mounts = self.snapshots.prepare(&place, new).await?;
+        let mounts = self.snapshots.prepare_unless(&place, new, call.gone()).await?;
         self.events.publish(&namespace, "/snapshot/prepare", &event);
         Ok(PrepareSnapshotResponse { mounts })
     }

@@ -29,7 +29,7 @@ use crate::layers::{self, Applied, Cancel, Change, Compression, Created, LayerLi
 use crate::name::Namespace;
 use crate::pools::Pool;
 use crate::snapshots::{Snapshots, in_own_mounts};
-use mount::{Layout, Points};
+use mount::Layout;
 
 /// Applies and creates layers; cheap to clone.
 #[derive(Debug, Clone)]
@@ -103,8 +103,7 @@ impl Differ {
                 Ok(applied)
             }
             Layout::Other => {
-                let points = Points::new(&self.state)?;
-                let [point] = &points.paths;
+                let [point] = &mount::points(&self.state)?;
                 in_own_mounts(|| {
                     mount::all(mounts, point)?;
                     let applied = layers::apply(blob, Target::Merged(point), self.limits, cancel)?;
@@ -134,8 +133,7 @@ impl Differ {
             (Layout::Folder { path: left, .. }, Layout::Folder { path: right, .. }) => create(&Source::Trees(Some(left), right)),
             (Layout::Other, Layout::Folder { path: right, .. }) if left.is_empty() => create(&Source::Trees(None, right)),
             _ => {
-                let points = Points::new(&self.state)?;
-                let [first, second] = &points.paths;
+                let [first, second] = &mount::points(&self.state)?;
                 in_own_mounts(|| {
                     let before = if left.is_empty() { None } else { Some(first.as_path()) };
                     if before.is_some() {

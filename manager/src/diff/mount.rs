@@ -1,8 +1,7 @@
 //! Mounts as snapshotters describe them.
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{fs, io};
 
 use containerd_client::types::Mount;
 use nix::mount::{MsFlags, mount};
@@ -63,31 +62,16 @@ fn option<'m>(mount: &'m Mount, name: &str) -> Option<&'m str> {
     mount.options.iter().find_map(|option| option.strip_prefix(name))
 }
 
-/// Folders to mount on, removed when this is dropped.
-#[derive(Debug)]
-pub(super) struct Points<const N: usize> {
-    pub(super) paths: [PathBuf; N],
-}
-
-impl<const N: usize> Points<N> {
-    pub(super) fn new(state: &Path) -> Result<Self> {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let name = |_index| state.join(format!("mount-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
-        let points = Self { paths: std::array::from_fn(name) };
-        for path in &points.paths {
-            fs::create_dir(path).on("make mount point", path)?;
-        }
-        Ok(points)
-    }
-}
-
-impl<const N: usize> Drop for Points<N> {
-    fn drop(&mut self) {
-        for path in &self.paths {
-            // empty: what is mounted there is mounted in another mount namespace, and gone
-            let _ = fs::remove_dir(path);
+/// Folders to mount on. They are the same for all: each mounts where no other sees it, and nothing is left when a process is killed.
+pub(super) fn points<const N: usize>(state: &Path) -> Result<[PathBuf; N]> {
+    let points = std::array::from_fn(|index| state.join(format!("{POINT}{index}")));
+    for point in &points {
+        match fs::create_dir(point) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.on("make mount point", point)?,
         }
     }
+    Ok(points)
 }
 
 /// Mounts all of them, one over the other, in this thread's mount namespace.
@@ -170,5 +154,7 @@ const FLAGS: &[(&str, MsFlags, bool)] = &[
     ("strictatime", MsFlags::MS_STRICTATIME, true),
     ("defaults", MsFlags::empty(), true),
 ];
+/// In the folder of state.
+const POINT: &str = "mount-";
 /// What mount(2) takes of options.
 const PAGE_BYTES: usize = 4096;

@@ -4,16 +4,18 @@
 //! parents put right (rebase) ─▶ measured ─▶ written back (syncfs) ─▶ row
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use containerd_client::services::v1::snapshots::Kind;
+use tokio::sync::Notify;
 
 use super::folders::blocking_implicit;
 use super::{Chain, Snapshots, Snapshotter, chain, parent};
 use crate::content::hold;
 use crate::error::{Error, IoContext as _, Object, Result};
-use crate::layers::{self, Beneath, Lowers};
+use crate::layers::{self, Beneath, Cancel, Lowers};
 use crate::store::snapshots::{Place, Usage, kind_of};
 use crate::store::{self, Meta, Resource, resources};
 
@@ -30,6 +32,42 @@ pub(crate) struct Commit {
     pub(crate) lease: Option<String>,
 }
 
+/// Numbers of snapshots that are being committed.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Committing {
+    numbers: Arc<Mutex<HashSet<i64>>>,
+    released: Arc<Notify>,
+}
+
+/// The right to commit a snapshot.
+#[derive(Debug)]
+pub(super) struct Turn {
+    number: i64,
+    committing: Committing,
+}
+
+impl Committing {
+    /// Waits until no other commit of that snapshot is under way.
+    pub(super) async fn take(&self, number: i64) -> Turn {
+        loop {
+            let released = self.released.notified();
+            let mut released = std::pin::pin!(released);
+            released.as_mut().enable();
+            if self.numbers.lock().unwrap_or_else(PoisonError::into_inner).insert(number) {
+                return Turn { number, committing: self.clone() };
+            }
+            released.await;
+        }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.committing.numbers.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
+        self.committing.released.notify_waiters();
+    }
+}
+
 impl Snapshots {
     /// Commits a snapshot. When this returns, it survives a loss of power.
     pub(crate) async fn commit(&self, place: &Place, commit: Commit) -> Result<()> {
@@ -37,8 +75,21 @@ impl Snapshots {
         let (at, asked) = (place.clone(), commit.clone());
         let found = self.store.read(move |db| check(db, &at, &asked)).await?;
         let id = found.snapshot.id;
+        // one at a time: files of a snapshot that is committed already must not change
+        let _turn = self.committing.take(id).await;
+        let (at, asked) = (place.clone(), commit.clone());
+        let found = self.store.read(move |db| check(db, &at, &asked)).await?;
         let this = self.clone();
-        let usage = self.files.run(move || this.blocking_settle(snapshotter, &found)).await??;
+        let settled = self.files.run(move || this.blocking_settle(snapshotter, &found)).await?;
+        let usage = match settled {
+            Ok(usage) => usage,
+            Err(error) => {
+                // if it was removed meanwhile, that is why
+                let (at, asked) = (place.clone(), commit.clone());
+                self.store.read(move |db| check(db, &at, &asked)).await?;
+                return Err(error);
+            }
+        };
         let _pass = self.gate.enter().await?;
         let at = place.clone();
         let write = move |db: &mut Meta<'_>| {
@@ -70,7 +121,7 @@ impl Snapshots {
             Snapshotter::Overlayfs if found.parents.is_empty() => Beneath::Nothing,
             Snapshotter::Overlayfs | Snapshotter::Native => Beneath::Known,
         };
-        let measured = layers::measure(&tree, beneath)?;
+        let measured = layers::measure(&tree, beneath, &Cancel::default())?;
         blocking_sync(&tree)?;
         Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
     }

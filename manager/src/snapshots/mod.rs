@@ -22,6 +22,7 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use containerd_client::services::v1::snapshots::{Info, Kind};
 use containerd_client::types::Mount;
@@ -34,7 +35,7 @@ pub(crate) use prepare::New;
 
 use crate::error::{Error, Object, Result};
 use crate::gate::Gate;
-use crate::layers::{self, Beneath};
+use crate::layers::{self, Beneath, Cancel};
 use crate::pools::Pool;
 use crate::store::snapshots::{Place, Snapshot, Usage};
 use crate::store::{self, Meta, Store};
@@ -85,12 +86,20 @@ pub(crate) struct Snapshots {
     root: PathBuf,
     /// Work on files that a call waits for.
     files: Pool,
+    /// Walks through trees that are in use: none that is quicker waits for one.
+    usage: Pool,
+    /// Copies of trees.
+    copies: Pool,
     /// Deletion of files.
     removal: Pool,
     /// Held from the naming of a folder until its row is written; exclusively while folders are looked for that have none.
     naming: Arc<RwLock<()>>,
     /// Folders that have no number yet.
     making: folders::Making,
+    /// Snapshots that are being committed.
+    committing: commit::Committing,
+    /// Whether files could not be removed.
+    has_left: Arc<AtomicBool>,
     /// Why overlays cannot be used here.
     overlay_error: Option<Arc<str>>,
 }
@@ -110,9 +119,13 @@ impl Snapshots {
             gate,
             root: root.to_owned(),
             files,
+            usage: Pool::new("usage", 1),
+            copies: Pool::new("copies", 1),
             removal,
             naming: Arc::default(),
             making: folders::Making::default(),
+            committing: commit::Committing::default(),
+            has_left: Arc::default(),
             overlay_error: None,
         };
         for snapshotter in Snapshotter::ALL {
@@ -120,6 +133,11 @@ impl Snapshots {
         }
         snapshots.overlay_error = overlay::blocking_probe(&snapshots.base(Snapshotter::Overlayfs)).err().map(Into::into);
         Ok(snapshots)
+    }
+
+    /// Has pools of their own measure trees that are in use, and copy trees.
+    pub(crate) fn with_pools(self, usage: Pool, copies: Pool) -> Self {
+        Self { usage, copies, ..self }
     }
 
     /// Why a snapshotter cannot be used, if so.
@@ -145,14 +163,18 @@ impl Snapshots {
         self.mounts_of(Snapshotter::parse(&place.snapshotter)?, key, chain).await
     }
 
-    /// What one uses, without its parents: of a committed one as it was recorded then.
+    /// What one uses, without its parents: of a committed one as it was recorded then. Of an active one its files are counted, until the
+    /// caller does not wait any more.
     pub(crate) async fn usage(&self, place: &Place, key: &str) -> Result<Usage> {
-        let chain = self.chain(place, key).await?;
-        if chain.snapshot.info.kind() != Kind::Active {
-            return Ok(chain.snapshot.usage.unwrap_or_default());
+        let (at, wanted) = (place.clone(), key.to_owned());
+        let snapshot = self.store.read(move |db| existing(db, &at, &wanted)).await?;
+        if snapshot.info.kind() != Kind::Active {
+            return Ok(snapshot.usage.unwrap_or_default());
         }
-        let tree = self.tree(Snapshotter::parse(&place.snapshotter)?, chain.snapshot.id);
-        let measured = self.files.run(move || layers::measure(&tree, Beneath::Known)).await??;
+        let tree = self.tree(Snapshotter::parse(&place.snapshotter)?, snapshot.id);
+        let cancel = Cancel::default();
+        let _ends_with_caller = cancel.guard();
+        let measured = self.usage.run(move || layers::measure(&tree, Beneath::Known, &cancel)).await??;
         Ok(Usage { bytes: measured.bytes, inodes: measured.inodes })
     }
 

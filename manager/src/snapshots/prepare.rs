@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use containerd_client::services::v1::snapshots::Kind;
 use containerd_client::types::Mount;
 
-use super::folders::{blocking_make, blocking_name, blocking_remove};
-use super::mounts::gone;
+use super::folders::{From, blocking_make, blocking_name, blocking_remove};
+use super::mounts::gone as lost;
 use super::{Chain, Snapshots, Snapshotter, parent};
 use crate::content::hold;
 use crate::error::{Error, Object, Result};
+use crate::layers::Cancel;
 use crate::store::snapshots::{Place, kind_of};
 use crate::store::{self, Meta, namespaces};
 
@@ -29,6 +30,11 @@ pub(crate) struct New {
 impl Snapshots {
     /// Makes a snapshot, and returns how it is mounted.
     pub(crate) async fn prepare(&self, place: &Place, new: New) -> Result<Vec<Mount>> {
+        self.prepare_unless(place, new, Cancel::default()).await
+    }
+
+    /// The same, unless it is cancelled while files are copied for it.
+    pub(crate) async fn prepare_unless(&self, place: &Place, new: New, gone: Cancel) -> Result<Vec<Mount>> {
         let snapshotter = Snapshotter::parse(&place.snapshotter)?;
         if let Some(why) = self.unusable(snapshotter) {
             return Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name())));
@@ -42,11 +48,20 @@ impl Snapshots {
         let parent_tree = above.first().map(|id| self.tree(snapshotter, *id));
         let copies = snapshotter == Snapshotter::Native && new.kind == Kind::Active;
         let key = new.key.clone();
-        let make = move || match &parent_tree {
-            Some(tree) if !tree.is_dir() => Err(gone(&key, tree)),
-            tree => blocking_make(&making, snapshotter, &base, tree.as_deref(), copies),
+        let gate = self.gate.clone();
+        let make = move || {
+            let stops = || gone.is_cancelled() || gate.is_retired();
+            let from = match &parent_tree {
+                Some(tree) if !tree.is_dir() => return Err(lost(&key, tree)),
+                Some(tree) if copies => From::Copy(tree, &stops),
+                Some(tree) => From::Attributes(tree),
+                None => From::Nothing,
+            };
+            // the client repeats it to the next process
+            blocking_make(&making, snapshotter, &base, from).map_err(|error| if gate.is_retired() { Error::Retired } else { error })
         };
-        let made = self.files.run(make).await??;
+        let pool = if copies { &self.copies } else { &self.files };
+        let made = pool.run(make).await??;
         let (key, path) = (new.key.clone(), made.path.clone());
         let naming = self.naming.read().await;
         let inserted = match self.gate.enter().await {

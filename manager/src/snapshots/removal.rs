@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 
 use log::warn;
 
@@ -11,7 +12,7 @@ use crate::content::Scan;
 use crate::error::{Error, IoContext as _, Result};
 use crate::gc::Snapshotters;
 use crate::store::snapshots::{Place, kind_of};
-use crate::store::{self, Meta, Resource, resources};
+use crate::store::{self, Meta, Node, Resource, resources};
 
 impl Snapshots {
     /// Removes a snapshot without children. Its files go later; nothing waits for that.
@@ -109,7 +110,8 @@ impl Snapshots {
             if let Err(error) = deleted.await.flatten()
                 && !self.gate.is_retired()
             {
-                warn!(folder:% = folder.display(), error = error.chain(); "cannot delete the files of a removed snapshot; the next cleanup tries again");
+                self.has_left.store(true, Ordering::Relaxed);
+                warn!(folder:% = folder.display(), error = error.chain(); "cannot delete the files of a removed snapshot; a later collection tries again");
             }
         }
     }
@@ -117,8 +119,8 @@ impl Snapshots {
 
 #[async_trait::async_trait]
 impl Snapshotters for Snapshots {
-    async fn remove_files(&self, removed: Vec<(String, i64)>, scan: Scan) {
-        let known = |(name, id): (String, i64)| Some((Snapshotter::parse(&name).ok()?, id));
+    async fn remove_files(&self, removed: Vec<(Node, i64)>, scan: Scan) {
+        let known = |(node, id): (Node, i64)| Some((Snapshotter::parse(node.kind.strip_prefix("snapshots/")?).ok()?, id));
         self.remove_folders(removed.into_iter().filter_map(known).collect()).await;
         if scan == Scan::Known {
             return;
@@ -126,8 +128,13 @@ impl Snapshotters for Snapshots {
         for snapshotter in Snapshotter::ALL {
             if let Err(error) = self.cleanup(snapshotter).await {
                 warn!(snapshotter = snapshotter.name(), error = error.chain(); "cannot look for folders without a snapshot");
+                self.has_left.store(true, Ordering::Relaxed);
             }
         }
+    }
+
+    fn take_left(&self) -> bool {
+        self.has_left.swap(false, Ordering::Relaxed)
     }
 }
 

@@ -13,6 +13,7 @@
 //! on the disk as well: see `leave_mark`. No statement reaches the wrong file, and no read changes anything: a job gets its file as a type of
 //! its own, [`Meta`] or [`Notes`], and exclusively only if it may change it.
 
+mod conditions;
 mod edges;
 mod facts;
 pub(crate) mod garbage;

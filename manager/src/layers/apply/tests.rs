@@ -32,7 +32,7 @@ fn seen(layers: &[Vec<u8>]) -> BTreeMap<String, String> {
         overlay(layer, &upper, &lowers).unwrap_or_else(|error| panic!("overlay: {}", crate::error::chain(&error)));
         if number == 0 {
             // as snapshots are committed
-            crate::layers::measure(&upper, Beneath::Nothing).expect("measured");
+            crate::layers::measure(&upper, Beneath::Nothing, &Cancel::default()).expect("measured");
         }
         uppers.push(upper);
     }
@@ -71,7 +71,7 @@ fn put_together(layers: &[Vec<u8>]) -> BTreeMap<String, String> {
         let lowers = Lowers::open(&below).expect("folders");
         crate::layers::rebase(upper, &lowers, &implicit[number]).expect("put right");
         let beneath = if number == 0 { Beneath::Nothing } else { Beneath::Layers(&lowers) };
-        crate::layers::measure(upper, beneath).expect("measured");
+        crate::layers::measure(upper, beneath, &Cancel::default()).expect("measured");
     }
     mounted(&folder, &uppers)
 }
