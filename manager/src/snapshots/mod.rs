@@ -13,6 +13,7 @@
 mod change;
 mod commit;
 mod folders;
+mod found;
 mod mounts;
 mod overlay;
 mod prepare;

@@ -39,8 +39,16 @@ impl Snapshots {
         if let Some(why) = self.unusable(snapshotter) {
             return Err(Error::Precondition(format!("snapshotter {} cannot be used: {why}", snapshotter.name())));
         }
-        let (at, asked) = (place.clone(), new.clone());
-        let above = self.store.read(move |db| check(db, &at, &asked)).await?;
+        let above = loop {
+            let (at, asked) = (place.clone(), new.clone());
+            let checked = self.store.read(move |db| check(db, &at, &asked)).await;
+            if let Err(Error::AlreadyExists(Object::TargetSnapshot(target))) = &checked
+                && !self.hold_found(place, target, new.lease.as_deref()).await?
+            {
+                continue;
+            }
+            break checked?;
+        };
         if above.len() > MOST_LAYERS {
             return Err(Error::Precondition(format!("a snapshot on {} others: the kernel's overlayfs takes {MOST_LAYERS}", above.len())));
         }
@@ -62,7 +70,7 @@ impl Snapshots {
         };
         let pool = if copies { &self.copies } else { &self.files };
         let made = pool.run(make).await??;
-        let (key, path) = (new.key.clone(), made.path.clone());
+        let (key, path, lease) = (new.key.clone(), made.path.clone(), new.lease.clone());
         let naming = self.naming.read().await;
         let inserted = match self.gate.enter().await {
             Err(error) => Err(error),
@@ -86,6 +94,10 @@ impl Snapshots {
             Ok(chain) => chain,
             Err(error) => {
                 self.files.run(move || blocking_remove(&made.path)).await??;
+                if let Error::AlreadyExists(Object::TargetSnapshot(target)) = &error {
+                    // if it is gone again, the client finds that out, and repeats
+                    self.hold_found(place, target, lease.as_deref()).await?;
+                }
                 return Err(error);
             }
         };

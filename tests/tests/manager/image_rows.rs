@@ -270,10 +270,14 @@ async fn at_each_step(cx: &Context, root: &Path) -> Result<()> {
 /// Writes a file that leaves so many bytes free.
 fn fill(ballast: &Path, free: u64) -> Result<()> {
     let about = nix::sys::statvfs::statvfs(ballast.parent().context("a folder")?)?;
-    let bytes = (about.blocks_available() * about.fragment_size()).saturating_sub(free);
+    let mut bytes = (about.blocks_available() * about.fragment_size()).saturating_sub(free);
     let file = File::create(ballast)?;
-    let allocated = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, i64::try_from(bytes)?);
-    Ok(allocated?)
+    // the file system needs some itself
+    while let Err(error) = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, i64::try_from(bytes)?) {
+        ensure!(error == nix::errno::Errno::ENOSPC && bytes > 1 << 20, "{error}");
+        bytes -= 4096;
+    }
+    Ok(())
 }
 
 /// As ctr imports it: it repeats no call on its own.
@@ -296,8 +300,8 @@ pub(crate) async fn upgrades_end_no_import(cx: Context) -> Result<()> {
     let output = loop {
         tokio::select! {
             output = &mut importing => break output?,
-            pid = upgraded_beside(&cx) => {
-                pid?;
+            upgraded = upgraded_beside(&cx) => {
+                upgraded?;
                 upgrades += 1;
             }
         }
@@ -310,8 +314,10 @@ pub(crate) async fn upgrades_end_no_import(cx: Context) -> Result<()> {
     is_whole(&cx, &image).await
 }
 
-/// An upgrade; the processes before it may serve on for streams.
+/// An upgrade, after a while; the processes before it may serve on for streams.
 async fn upgraded_beside(cx: &Context) -> Result<()> {
+    // a client repeats a refused call once
+    tokio::time::sleep(Duration::from_millis(200)).await;
     let output = tokio::process::Command::from(upgrade(cx.daemon())?).output().await?;
     ensure!(output.status.success(), "{}", output_text(&output));
     Ok(())
