@@ -8,6 +8,8 @@ mod api;
 mod content;
 #[path = "manager/ctr.rs"]
 mod ctr;
+#[path = "manager/damage.rs"]
+mod damage;
 #[path = "manager/image_kills.rs"]
 mod image_kills;
 #[path = "manager/image_rows.rs"]
@@ -22,6 +24,8 @@ mod layers;
 mod pod;
 #[path = "manager/power.rs"]
 mod power;
+#[path = "manager/power_vm.rs"]
+mod power_vm;
 #[path = "manager/restart.rs"]
 mod restart;
 #[path = "manager/sandboxes.rs"]
@@ -198,11 +202,16 @@ fn image_row_cases() -> Vec<Case> {
             an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated;
         Scope::Daemons => upgrades_end_no_import,
     ]
+    .into_iter()
+    .chain(cases![damage, Scope::Once => a_damaged_store_is_refused_with_a_sentence_or_served_and_panics_nowhere])
+    .collect()
 }
 
 fn power_cases() -> Vec<Case> {
     let cuts = cases![power, Scope::Once => an_acknowledged_image_survives_a_power_cut_at_any_moment];
     let kills = cases![image_kills, Scope::Once => images_survive_kills_at_any_moment];
+    let machines = cases![power_vm, Scope::Once => an_acknowledged_image_survives_the_end_of_its_virtual_machine];
     let cuts = cuts.into_iter().map(|case| case.within(power::deadline()));
+    let cuts = cuts.chain(machines.into_iter().map(|case| case.within(power_vm::deadline())));
     cuts.chain(kills.into_iter().map(|case| case.within(image_kills::deadline()))).collect()
 }

@@ -29,15 +29,22 @@ pub enum Program {
 pub struct Server {
     program: Program,
     folder: PathBuf,
+    root: PathBuf,
     process: Option<Child>,
 }
 
 impl Server {
     /// One that has not been started.
     pub fn new(program: Program, folder: &Path) -> Result<Self> {
-        fs::create_dir_all(folder.join("root"))?;
-        let server = Self { program, folder: folder.to_owned(), process: None };
-        let (root, folder) = (server.root(), folder.display());
+        Self::with_root(program, folder, &folder.join("root"))
+    }
+
+    /// The same with what survives a reboot elsewhere.
+    pub fn with_root(program: Program, folder: &Path, root: &Path) -> Result<Self> {
+        fs::create_dir_all(folder)?;
+        fs::create_dir_all(root)?;
+        let server = Self { program, folder: folder.to_owned(), root: root.to_owned(), process: None };
+        let folder = folder.display();
         let places = format!("root = \"{}\"\nstate = \"{folder}/state\"\n", root.display());
         let text = match program {
             Program::Manager => format!("{places}address = \"{folder}/x.sock\"\n"),
@@ -49,9 +56,9 @@ impl Server {
         Ok(server)
     }
 
-    /// Where what survives a reboot is, in the folder.
+    /// Where what survives a reboot is.
     pub fn root(&self) -> PathBuf {
-        self.folder.join("root")
+        self.root.clone()
     }
 
     /// Starts it, and waits until it answers.

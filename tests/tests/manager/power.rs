@@ -17,10 +17,10 @@ use shim_tests::context::Context;
 use shim_tests::dice::Dice;
 use shim_tests::image::{Image, Layer};
 use shim_tests::import::{Fact, Import, delete_image};
-use shim_tests::power::{Cuts, Disk, Program, Recorder, Server};
+use shim_tests::power::{Disk, Program, Recorder, Server};
 use shim_tests::stored::Stored;
 
-fn number(name: &str) -> Option<u64> {
+pub(crate) fn number(name: &str) -> Option<u64> {
     env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
@@ -166,7 +166,9 @@ async fn campaign(cx: &Context, program: Program, seed: u64) -> Result<Tally> {
         let facts: Vec<_> =
             known.iter().filter(|known| known.from <= position && position < known.until).map(|known| known.fact.clone()).collect();
         let place = format!("{name}, cut after {position} of {} requests, {kept} % of what was not flushed kept", recorded.len());
-        let verdict = after_cut(&mut recorded, position, kept, &mut dice, program, &folder, &images, facts).await.context(place.clone())?;
+        let file = folder.join("cut");
+        recorded.cut(position, kept, &mut dice, &file)?;
+        let verdict = judge(program, &file, "", &folder, &images, facts).await.context(place.clone())?;
         tally.damaged += u64::from(!verdict.damage.is_empty());
         tally.unmended += u64::from(!verdict.unmended.is_empty());
         tally.failures.extend(verdict.damage.into_iter().map(|damage| format!("{place}: {damage}")));
@@ -177,26 +179,24 @@ async fn campaign(cx: &Context, program: Program, seed: u64) -> Result<Tally> {
 
 /// What was wrong after a cut.
 #[derive(Debug, Default)]
-struct Verdict {
-    damage: Vec<String>,
-    unmended: Vec<String>,
+pub(crate) struct Verdict {
+    pub(crate) damage: Vec<String>,
+    /// After a second import.
+    pub(crate) unmended: Vec<String>,
 }
 
-#[expect(clippy::too_many_arguments, reason = "a cut, and what is known of it")]
-async fn after_cut(
-    recorded: &mut Cuts,
-    position: usize,
-    kept: u64,
-    dice: &mut Dice,
+/// Starts a daemon on a disk that a power cut has left, with its root in a folder of it, and looks at what is there.
+pub(crate) async fn judge(
     program: Program,
+    file: &Path,
+    within: &str,
     folder: &Path,
     images: &[Image],
     facts: Vec<Fact>,
 ) -> Result<Verdict> {
-    let file = folder.join("cut");
-    recorded.cut(position, kept, dice, &file)?;
-    let mut server = Server::new(program, &folder.join("after"))?;
-    let disk = Disk::mount(&file, &server.root())?;
+    let (place, point) = (folder.join("after"), folder.join("after/disk"));
+    let disk = Disk::mount(file, &point)?;
+    let mut server = Server::with_root(program, &place, &point.join(within))?;
     some_time_passes(&server.root())?;
     let client = server.start().await?;
     let stored = Stored::new(&client, &server.root());
@@ -216,7 +216,7 @@ async fn after_cut(
     }
     drop(server);
     disk.unmount()?;
-    fs::remove_dir_all(folder.join("after"))?;
+    fs::remove_dir_all(place)?;
     fs::remove_file(file)?;
     Ok(verdict)
 }
