@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use shim_tests::client::Client;
 use shim_tests::context::Context;
 use shim_tests::dice::Dice;
@@ -28,13 +29,18 @@ pub(crate) async fn a_damaged_store_is_refused_with_a_sentence_or_served_and_pan
     import.run(&mut |_fact| {}).await?;
     import.end().await?;
     // what a crash leaves has a WAL too
-    server.end(nix::sys::signal::Signal::SIGKILL)?;
-    let whole = folder.join("whole");
-    copy(&server.root(), &whole)?;
-    let (mut refused, mut served) = (0, 0);
+    server.end(Signal::SIGKILL)?;
+    let (killed, stopped) = (folder.join("killed"), folder.join("stopped"));
+    copy(&server.root(), &killed)?;
+    server.start().await?;
+    server.end(Signal::SIGTERM)?;
+    copy(&server.root(), &stopped)?;
+    // a torn WAL is not noticed: SQLite ends it where a checksum is wrong
+    let (mut refused, mut served, mut unsound) = (0, 0, 0);
     for time in 0..24 * shim_tests::times::times() {
-        copy(&whole, &server.root())?;
-        let file = server.root().join(if time % 2 == 0 { "meta.db" } else { "meta.db-wal" });
+        let (whole, name) = if time % 2 == 0 { (&stopped, "meta.db") } else { (&killed, "meta.db-wal") };
+        copy(whole, &server.root())?;
+        let file = server.root().join(name);
         let mut bytes = fs::read(&file)?;
         let at = usize::try_from(dice.below(bytes.len() as u64))?;
         let what = match dice.below(4) {
@@ -65,8 +71,6 @@ pub(crate) async fn a_damaged_store_is_refused_with_a_sentence_or_served_and_pan
             Begun::Refused(sentence) => {
                 refused += 1;
                 ensure!(sentence.contains("meta.db") && sentence.trim().lines().count() <= 3, "{what}: {sentence}");
-                // a torn WAL is not even noticed, as SQLite ignores what has no checksum
-                ensure!(fs::read(server.root().join("meta.db"))?.len() <= 4 << 20, "{what}");
             }
             Begun::Serves(mut child, client) => {
                 served += 1;
@@ -83,8 +87,9 @@ pub(crate) async fn a_damaged_store_is_refused_with_a_sentence_or_served_and_pan
         ensure!(!log.contains("panicked"), "{what}: {log}");
         let check = Command::new(binary()?).arg("--root").arg(server.root()).arg("check").output()?;
         ensure!(!output_text(&check).contains("panicked") && check.status.code().is_some(), "{what}: {}", output_text(&check));
+        unsound += u32::from(!check.status.success());
     }
-    println!("{refused} damaged stores were refused, {served} served");
+    println!("{refused} damaged stores were refused, {served} served; `check` reports {unsound} of all");
     ensure!(refused > 0 && served > 0);
     Ok(())
 }
