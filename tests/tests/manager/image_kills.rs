@@ -89,11 +89,11 @@ impl Worker {
     /// Works until the daemon does not answer.
     async fn work(mut self, client: Client, moment: Arc<Moment>) -> Result<Self> {
         loop {
+            self.facts.clear();
             if let Err(status) = self.round(&client).await {
                 moment.excuses(&status).with_context(|| format!("worker {}, round {}", self.number, self.rounds))?;
                 return Ok(self);
             }
-            self.facts.clear();
             self.rounds += 1;
         }
     }
