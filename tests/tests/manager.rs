@@ -12,6 +12,12 @@ mod archives;
 mod content;
 #[path = "manager/ctr.rs"]
 mod ctr;
+#[path = "manager/damage.rs"]
+mod damage;
+#[path = "manager/image_kills.rs"]
+mod image_kills;
+#[path = "manager/image_rows.rs"]
+mod image_rows;
 #[path = "manager/images.rs"]
 mod images;
 #[path = "manager/kills.rs"]
@@ -20,6 +26,10 @@ mod kills;
 mod layers;
 #[path = "manager/pod.rs"]
 mod pod;
+#[path = "manager/power.rs"]
+mod power;
+#[path = "manager/power_vm.rs"]
+mod power_vm;
 #[path = "manager/proxies.rs"]
 mod proxies;
 #[path = "manager/restart.rs"]
@@ -58,6 +68,8 @@ fn main() -> ExitCode {
         shim_cases(),
         sandbox_cases(),
         kill_cases(),
+        image_row_cases(),
+        power_cases(),
     ]
     .concat();
     runner::main(&cases, &[], programs)
@@ -230,4 +242,30 @@ fn kill_cases() -> Vec<Case> {
         .into_iter()
         .map(|case| case.within(kills::deadline()))
         .collect()
+}
+
+fn image_row_cases() -> Vec<Case> {
+    cases![image_rows,
+        Scope::Once =>
+            an_import_whose_lease_is_pruned_says_so_and_can_be_repeated,
+            a_snapshot_that_a_retry_has_found_stays_when_the_first_attempts_lease_ends,
+            an_image_that_is_removed_and_imported_again_at_once_is_whole,
+            what_an_import_has_found_stays_when_the_image_that_had_it_is_removed,
+            a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_nothing,
+            a_damaged_ingest_begins_again,
+            an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated;
+        Scope::Daemons => upgrades_end_no_import,
+    ]
+    .into_iter()
+    .chain(cases![damage, Scope::Once => a_damaged_store_is_refused_with_a_sentence_or_served_and_panics_nowhere])
+    .collect()
+}
+
+fn power_cases() -> Vec<Case> {
+    let cuts = cases![power, Scope::Once => an_acknowledged_image_survives_a_power_cut_at_any_moment];
+    let kills = cases![image_kills, Scope::Once => images_survive_kills_at_any_moment];
+    let machines = cases![power_vm, Scope::Once => an_acknowledged_image_survives_the_end_of_its_virtual_machine];
+    let cuts = cuts.into_iter().map(|case| case.within(power::deadline()));
+    let cuts = cuts.chain(machines.into_iter().map(|case| case.within(power_vm::deadline())));
+    cuts.chain(kills.into_iter().map(|case| case.within(image_kills::deadline()))).collect()
 }

@@ -179,8 +179,9 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             _ => unknown(path),
         },
         "containerd.services.diff.v1.Diff" => match method {
-            // they end with their client; repeated after an upgrade, they give the same
-            "Apply" => incoming.park(&s.diff, DiffService::apply).await,
+            // they end with their client. A client repeats a refused call once, and a long one may outlast two upgrades: files are all that it needs
+            "Apply" => incoming.outlast(&s.diff, DiffService::apply).await,
+            // repeated after an upgrade, it gives the same
             "Diff" => incoming.park(&s.diff, DiffService::diff).await,
             _ => unknown(path),
         },
@@ -273,6 +274,19 @@ impl Incoming {
             answer = self.look(service, handler) => answer,
             refused = refused(leaving) => Err(refused),
         }
+    }
+
+    /// The same for one that goes on when another process has taken over: it changes nothing of the store.
+    async fn outlast<S, Q, A, H, F>(self, service: &Arc<S>, handler: H) -> Answer
+    where
+        S: Send + Sync + 'static,
+        Q: Message + Default + 'static,
+        A: Message + Default + 'static,
+        H: FnMut(Arc<S>, Call, Q) -> F,
+        F: Future<Output = Result<A>> + Send + 'static,
+    {
+        let _open = self.gate.stream();
+        self.look(service, handler).await
     }
 
     /// A call that is one step: it changes the store, and waits for nothing else.

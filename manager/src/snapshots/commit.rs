@@ -71,6 +71,16 @@ impl Drop for Turn {
 impl Snapshots {
     /// Commits a snapshot. When this returns, it survives a loss of power.
     pub(crate) async fn commit(&self, place: &Place, commit: Commit) -> Result<()> {
+        let (name, lease) = (commit.name.clone(), commit.lease.clone());
+        let committed = self.commit_new(place, commit).await;
+        if let Err(Error::AlreadyExists(_)) = &committed {
+            // another client was faster; both go on with it
+            self.hold_found(place, &name, lease.as_deref()).await?;
+        }
+        committed
+    }
+
+    async fn commit_new(&self, place: &Place, commit: Commit) -> Result<()> {
         if let Some(proxy) = self.proxy(&place.snapshotter) {
             return self.commit_at(proxy, place, commit).await;
         }

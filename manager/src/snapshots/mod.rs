@@ -14,6 +14,7 @@ mod change;
 mod commit;
 mod draft;
 mod folders;
+mod found;
 mod idmap;
 mod mounts;
 mod overlay;

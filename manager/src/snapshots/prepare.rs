@@ -1,6 +1,7 @@
 //! New snapshots.
 
 use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
 
 use containerd_client::services::v1::snapshots::Kind;
 use containerd_client::types::Mount;
@@ -53,8 +54,16 @@ impl Snapshots {
         {
             return Err(Error::Unimplemented(format!("snapshotter {} cannot map users and groups: {why}", snapshotter.name())));
         }
-        let (at, asked) = (place.clone(), new.clone());
-        let above = self.store.read(move |db| check(db, &at, &asked)).await?;
+        let above = loop {
+            let (at, asked) = (place.clone(), new.clone());
+            let checked = self.store.read(move |db| check(db, &at, &asked)).await;
+            if let Err(Error::AlreadyExists(Object::TargetSnapshot(target))) = &checked
+                && !self.hold_found(place, target, new.lease.as_deref()).await?
+            {
+                continue;
+            }
+            break checked?;
+        };
         if above.len() > MOST_LAYERS {
             return Err(Error::Precondition(format!("a snapshot on {} others: the kernel's overlayfs takes {MOST_LAYERS}", above.len())));
         }
@@ -80,12 +89,13 @@ impl Snapshots {
         };
         let pool = if copies { &self.copies } else { &self.files };
         let made = pool.run(make).await??;
-        let (key, path) = (new.key.clone(), made.path.clone());
+        let (key, path, lease) = (new.key.clone(), made.path.clone(), new.lease.clone());
         let naming = self.naming.read().await;
+        let named = Arc::new(OnceLock::new());
         let inserted = match self.gate.enter().await {
             Err(error) => Err(error),
             Ok(_pass) => {
-                let (at, base) = (place.clone(), self.base(snapshotter));
+                let (at, base, names) = (place.clone(), self.base(snapshotter), Arc::clone(&named));
                 let insert = move |db: &mut Meta<'_>| {
                     let chain = check(db, &at, &new)?;
                     namespaces::ensure(db, &at.namespace)?;
@@ -93,7 +103,10 @@ impl Snapshots {
                     hold(db, &at.namespace, new.lease.as_deref(), &kind_of(&at.snapshotter), &new.key)?;
                     let chain = super::chain(db, &at, &new.key)?;
                     // a rename waits for no more of the disk than the commit that follows
-                    blocking_name(&path, &base.join(id.to_string()))?;
+                    let folder = base.join(id.to_string());
+                    blocking_name(&path, &folder)?;
+                    // it is set once
+                    let _ = names.set(folder);
                     Ok(chain)
                 };
                 self.store.write(insert).await
@@ -104,6 +117,14 @@ impl Snapshots {
             Ok(chain) => chain,
             Err(error) => {
                 self.files.run(move || blocking_remove(&made.path)).await??;
+                if let Some(folder) = named.get() {
+                    // the row could not be written, on a full disk: the number is free, and may be another's by now
+                    self.remove_unrecorded(folder.clone()).await?;
+                }
+                if let Error::AlreadyExists(Object::TargetSnapshot(target)) = &error {
+                    // if it is gone again, the client finds that out, and repeats
+                    self.hold_found(place, target, lease.as_deref()).await?;
+                }
                 return Err(error);
             }
         };
