@@ -17,6 +17,7 @@
 //! | [`controller`] | a sandbox that a shim holds, through containerd's controller |
 //! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
+//! | [`image_tools`] | a registry, skopeo and umoci |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
 //! | [`gate`] | an OCI runtime that blocks, fails or floods stderr on demand |
@@ -56,6 +57,7 @@ pub mod events;
 pub mod eventually;
 pub mod fake_containerd;
 pub mod gate;
+pub mod image_tools;
 pub mod isolation;
 pub mod kernel_trace;
 pub mod messages;
