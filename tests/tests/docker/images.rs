@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use containerd_client::services::v1::snapshots::{ListSnapshotsRequest, UsageRequest};
+use containerd_client::services::v1::snapshots::{ListSnapshotsRequest, RemoveSnapshotRequest, UsageRequest};
 use containerd_client::services::v1::{DeleteRequest, GetImageRequest, ListContentRequest, ListRequest};
 use shim_tests::client::Client;
 use shim_tests::context::Context;
@@ -43,7 +43,7 @@ const ROWS: &[Row] = rows![
     "volumes are filled with what the image has there": volume,
     "a kill of dockerd: images are there, and containers run on (live-restore)": restart,
     "a kill of the daemon below: the same": crash,
-    "rm of a container whose lease is gone": no_lease,
+    "rm of a container whose lease, or snapshot, is gone": no_lease,
     "system prune --all frees everything": prune,
 ];
 
@@ -452,6 +452,14 @@ async fn no_lease(bench: &Bench) -> Result<()> {
     let leases = bench.below.api().leases().list(bench.below.request(ListRequest::default())).await?.into_inner().leases;
     ensure!(leases.iter().any(|lease| lease.id == id), "{leases:?}");
     bench.below.api().leases().delete(bench.below.request(DeleteRequest { id, sync: true })).await?;
+    bench.docker.run(&["rm", "it"])?;
+    let id = bench.docker.run(&["create", "--network", "none", "--name", "it", IMAGE, "true"])?;
+    for (key, _) in bench.snapshots().await?.into_iter().filter(|(key, _)| key.starts_with(&id)) {
+        let request = RemoveSnapshotRequest { snapshotter: "overlayfs".to_owned(), key };
+        bench.below.api().snapshots().remove(bench.below.request(request)).await?;
+    }
+    let refused = bench.docker.output(&["start", "it"])?;
+    ensure!(!refused.status.success() && String::from_utf8_lossy(&refused.stderr).contains("does not exist"), "{refused:?}");
     bench.docker.run(&["rm", "it"])?;
     ensure!(bench.docker.run(&["ps", "--all", "--quiet"])?.is_empty());
     bench.is_again(before).await

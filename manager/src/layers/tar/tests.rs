@@ -307,7 +307,8 @@ fn gnu_tar_lists_the_same_entries() {
         let listed = std::process::Command::new("tar").arg("-tf").arg(folder.join("archive")).output().expect("GNU tar");
         let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
         let listed: Vec<_> = listed.lines().map(|name| name.trim_end_matches('/').to_owned()).collect();
-        let ours: Vec<_> = names(&bytes).iter().map(|name| name.trim_end_matches('/').to_owned()).collect();
+        let found = all(&bytes).unwrap_or_else(|error| panic!("{what}: {}", crate::error::chain(&error)));
+        let ours: Vec<_> = found.iter().map(|(entry, _)| String::from_utf8_lossy(&entry.path).trim_end_matches('/').to_owned()).collect();
         assert_eq!(ours, listed, "{what}");
     }
 }
