@@ -16,7 +16,7 @@ use containerd_client::services::v1::{
     DeleteRequest, Image, Info, UpdateRequest,
 };
 use containerd_client::types::{Descriptor, Mount};
-use prost_types::Timestamp;
+use prost_types::{Any, Timestamp};
 use shim_tests::client::{Answer, Client};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
@@ -324,6 +324,7 @@ pub(crate) async fn the_collection_after_a_start_removes_what_has_expired_and_no
         snapshotter: "overlayfs".to_owned(),
         snapshot_key: "used".to_owned(),
         runtime: Some(Runtime { name: "io.containerd.x.v2".to_owned(), options: None }),
+        spec: Some(Any { type_url: "example.test/spec".to_owned(), value: Vec::new() }),
         ..Container::default()
     };
     client.api().containers().create(client.request(CreateContainerRequest { container: Some(container) })).await?;

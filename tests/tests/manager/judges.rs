@@ -253,7 +253,7 @@ pub(crate) async fn umoci_and_containerd_unpack_the_same_tree_of_legal_layers(cx
         let names: Vec<_> = different.iter().map(|(name, _)| name.as_str()).collect();
         ensure!(names == expected, "ours, and those of {judge}: {different:#?}");
     }
-    ensure!(ours.len() > 85 && !ours.contains_key("d/kept") && ours["d"].starts_with("40700 9:9"), "{ours:#?}");
+    ensure!(ours.len() > 85 && !ours.contains_key("d/kept"), "{ours:#?}");
     ctr(&cx.daemon().address(), &["images", "rm", "--sync", name])
 }
 
