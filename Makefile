@@ -216,9 +216,10 @@ uninstall:
 packages:
 	tests/tools/install-packages
 
-## containerd, runc and crun of other Debian releases, in a cache folder
+## containerd, runc and crun of other Debian releases, and programs that keep images, in a cache folder
 suites: packages
 	tests/tools/fetch-suites
+	tests/tools/fetch-image-tools
 
 ## x-manager beside containerd 2.1: memory, start, restart, churn; CONTAINERS=1000 takes some three minutes
 bench-manager: CONTAINERS ?= 100

@@ -39,6 +39,7 @@
 //! | [`ttrpc`] | frames, valid and invalid, and calls |
 //! | [`task`] | containerd's task service |
 //! | [`fake_containerd`] | the receiver of events: it accepts, refuses, does not answer or disconnects |
+//! | [`image_tools`] | a registry, skopeo and umoci |
 //! | [`audit`] | leftovers |
 //! | [`conformance`] | the clauses of the protocol and the cases that prove them |
 //! | [`times`] | how often repeated tests repeat |
@@ -65,6 +66,7 @@ pub mod eventually;
 pub mod fake_containerd;
 pub mod gate;
 pub mod image;
+pub mod image_tools;
 pub mod import;
 pub mod isolation;
 pub mod kernel_trace;

@@ -8,6 +8,8 @@ mod ahead;
 mod api;
 #[path = "manager/archives.rs"]
 mod archives;
+#[path = "manager/bad_input.rs"]
+mod bad_input;
 #[path = "manager/content.rs"]
 mod content;
 #[path = "manager/ctr.rs"]
@@ -20,6 +22,8 @@ mod image_kills;
 mod image_rows;
 #[path = "manager/images.rs"]
 mod images;
+#[path = "manager/judges.rs"]
+mod judges;
 #[path = "manager/kills.rs"]
 mod kills;
 #[path = "manager/layers.rs"]
@@ -64,6 +68,8 @@ fn main() -> ExitCode {
         ahead_cases(),
         proxy_cases(),
         ctr_cases(),
+        judge_cases(),
+        bad_input_cases(),
         restart_cases(),
         shim_cases(),
         sandbox_cases(),
@@ -187,6 +193,27 @@ fn ctr_cases() -> Vec<Case> {
         .into_iter()
         .map(|case| case.within(std::time::Duration::from_secs(240)))
         .collect()
+}
+
+fn judge_cases() -> Vec<Case> {
+    cases![judges,
+        Scope::Once =>
+            umoci_and_containerd_unpack_the_same_tree_of_legal_layers,
+            what_skopeo_copies_to_a_registry_and_back_comes_back_byte_by_byte,
+    ]
+}
+
+fn bad_input_cases() -> Vec<Case> {
+    cases![bad_input,
+        Scope::Once =>
+            a_broken_layer_is_refused_with_one_sentence_and_leaves_nothing,
+            a_layer_of_a_hundred_thousand_entries_in_one_folder_is_unpacked_and_removed,
+            labels_longer_than_any_client_needs_are_refused,
+            labels_that_lead_in_circles_or_nowhere_stop_no_collection,
+            a_snapshot_that_cannot_be_removed_stops_no_collection,
+            the_collection_after_a_start_removes_what_has_expired_and_nothing_in_use,
+            three_hundred_images_are_looked_up_at_once,
+    ]
 }
 
 fn restart_cases() -> Vec<Case> {
