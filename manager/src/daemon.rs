@@ -90,6 +90,8 @@ async fn serve(settings: &Settings, start: Start, hangup: Signal, program: &Path
         predecessor.ready(&parts.events).await?;
     }
     drop(not_yet);
+    // they end with their process, and this one has none yet
+    parts.transfers.end_interrupted().await?;
     let mut events = forward::serve(shims, Arc::clone(&parts.tasks)).await?;
     let (course, its_course) = watch::channel(Course::Serves);
     let api = tokio::spawn(api::serve(clients, Arc::new(parts.services()), settings.limits, its_course));

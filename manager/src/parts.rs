@@ -38,7 +38,7 @@ pub(crate) struct Parts {
     pub(crate) restarter: Arc<Restarter>,
     pub(crate) snapshots: Snapshots,
     differ: Differ,
-    transfers: Arc<Transfers>,
+    pub(crate) transfers: Arc<Transfers>,
     /// Unpacks them before clients ask for it.
     pub(crate) ahead: Ahead,
     pub(crate) collector: Arc<Collector>,

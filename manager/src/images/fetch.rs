@@ -15,7 +15,7 @@ use tokio::sync::{Mutex as Turn, OwnedMutexGuard, mpsc};
 use super::Transfers;
 use super::document::{DOCUMENT_BYTES, Descriptor};
 use super::progress::{Progress, word};
-use super::registry::{self, Registry};
+use super::registry::{self, Blob, Registry};
 use super::tree::Documents;
 use crate::content::{Digest, Opening, Writer};
 use crate::error::{Error, Result};
@@ -80,15 +80,24 @@ impl Fetching {
                 writer.truncate().await?;
             }
             let offset = writer.progress()?.offset;
-            let received = if offset == part.size { Ok(()) } else { self.receive(part, &mut writer, offset).await };
-            if let Err(error) = received {
-                // the next attempt goes on from there
-                writer.close().await?;
-                return Err(error);
-            }
+            let received = if offset == part.size { Ok(None) } else { self.receive(part, &mut writer, offset).await };
+            let source = match received {
+                Ok(source) => source,
+                Err(error) => {
+                    // the next attempt goes on from there
+                    writer.close().await?;
+                    return Err(error);
+                }
+            };
             let committed = match writer.commit(part.size, Some(&part.digest), HashMap::new()).await {
-                // what an earlier one has left was not what it should have been
-                Err(Error::Precondition(_)) if offset > 0 && attempt < ATTEMPTS => continue,
+                // what an earlier attempt has left was something else, or a host has sent it
+                Err(Error::Precondition(_)) if attempt < ATTEMPTS => {
+                    // with nothing left there is nothing to go on with
+                    if let Some(source) = source.filter(|_| offset == 0) {
+                        source.distrust();
+                    }
+                    continue;
+                }
                 committed => committed,
             };
             match committed {
@@ -118,8 +127,14 @@ impl Fetching {
         self.transfers.open(&opening).await
     }
 
-    /// Receives what is missing, and writes it at the same time.
-    async fn receive(&self, part: &Descriptor, writer: &mut Writer, offset: u64) -> Result<()> {
+    /// Receives what is missing, and writes it at the same time. Returns where it came from, if it is not verified yet.
+    async fn receive(&self, part: &Descriptor, writer: &mut Writer, offset: u64) -> Result<Option<Blob>> {
+        if part.kind().is_document() && offset == 0 {
+            // the registry may have sent it when it was asked what there is
+            let bytes = self.registry.fetch_document(&part.to_registry()).await?;
+            writer.write(bytes).await?;
+            return Ok(None);
+        }
         // the semaphore is never closed
         let _place = self.transfers.downloads.acquire().await;
         let mut blob = self.registry.fetch(&part.to_registry(), offset).await?;
@@ -152,7 +167,8 @@ impl Fetching {
         // both to their ends: what has come is kept
         let (received, written) = tokio::join!(receive, write);
         written?;
-        received
+        received?;
+        Ok(Some(blob))
     }
 }
 
@@ -190,7 +206,7 @@ impl Descriptor {
     }
 }
 
-/// With what an earlier pull has left, and without.
+/// With what an earlier pull has left, or from a host that sends something else; and anew.
 const ATTEMPTS: usize = 2;
 const CHUNKS: usize = 4;
 const CHUNK_BYTES: usize = 256 << 10;

@@ -201,6 +201,8 @@ impl Transfers {
                 writer.truncate().await?;
             }
         }
+        // clients shorten what ends with a digest
+        let shown = opening.expected.as_ref().map_or_else(|| path.to_owned(), |digest| format!("blob-{digest}"));
         let (mut magic, mut done) = (Vec::new(), 0);
         while let Some(bytes) = parts.bytes().await? {
             magic.extend_from_slice(&bytes[..bytes.len().min(MAGIC_BYTES - magic.len())]);
@@ -209,14 +211,14 @@ impl Transfers {
                 writer.write(bytes).await?;
             }
             if size >= WORTH_SHOWING_BYTES {
-                progress.named(word::IMPORTING, path, done, size);
+                progress.named(word::IMPORTING, &shown, done, size);
             }
         }
         if done != size {
             return Err(Error::Invalid(format!("the archive ends within {path}")));
         }
         if size >= WORTH_SHOWING_BYTES {
-            progress.named(word::COMPLETE, path, size, size);
+            progress.named(word::COMPLETE, &shown, size, size);
         }
         Ok((writer, magic))
     }

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use containerd_client::services::v1::Lease as Record;
-use log::debug;
+use log::{debug, info};
 
 use super::Transfers;
 use crate::content::{self, Digest};
 use crate::error::Result;
 use crate::name::Namespace;
-use crate::store::{leases, namespaces};
+use crate::store::{Meta, Wanted, leases, namespaces};
 use crate::{host, timestamp};
 
 /// Where a transfer works, and what holds what it makes.
@@ -39,7 +39,7 @@ impl Transfers {
         let id = format!("transfer-{}", host::kernel_id("uuid")?);
         let mut until = timestamp::now();
         until.seconds += LONGEST_SECONDS;
-        let labels = [("containerd.io/gc.expire".to_owned(), until.to_string())].into();
+        let labels = [(EXPIRE.to_owned(), until.to_string()), (TRANSFER.to_owned(), "1".to_owned())].into();
         let record = Record { id: id.clone(), created_at: Some(timestamp::now()), labels };
         let place = namespace.clone();
         let pass = self.gate.enter().await?;
@@ -54,6 +54,28 @@ impl Transfers {
             .await?;
         drop(pass);
         Ok(lease)
+    }
+}
+
+impl Transfers {
+    /// Removes leases of transfers that another process has begun, and that have ended with it. Before the first one of this process.
+    pub(crate) async fn end_interrupted(&self) -> Result<()> {
+        let _pass = self.gate.enter().await?;
+        let remove = |db: &mut Meta<'_>| {
+            let wanted = [Wanted { key: TRANSFER.to_owned(), value: None }];
+            let mut removed = 0;
+            for namespace in namespaces::list(db)? {
+                for lease in leases::page(db, &namespace.name, "", Some(&wanted), usize::MAX)? {
+                    removed += usize::from(leases::remove(db, &namespace.name, &lease.id)?);
+                }
+            }
+            Ok(removed)
+        };
+        let removed = self.store.remove(remove).await?;
+        if removed > 0 {
+            info!(transfers = removed; "transfers were interrupted; what is left of them is collected");
+        }
+        Ok(())
     }
 }
 
@@ -98,5 +120,8 @@ impl Drop for Lease {
     }
 }
 
-/// If this process is killed.
+const EXPIRE: &str = "containerd.io/gc.expire";
+/// On leases of transfers.
+const TRANSFER: &str = "x-manager/transfer";
+/// If this process is killed, and no other is started.
 const LONGEST_SECONDS: i64 = 24 * 3600;

@@ -25,7 +25,7 @@ mod progress;
 mod pull;
 mod push;
 mod record;
-#[allow(dead_code, unused_imports)] // until pulls use all of it
+#[allow(dead_code, unused_imports)] // its interface is larger than what transfers use
 pub(crate) mod registry;
 mod tag;
 mod tree;

@@ -168,7 +168,7 @@ mod tests {
         let (amd, arm) = (parse("linux/amd64"), parse("linux/arm64"));
         let offered = [Some(&arm), None, Some(&amd), Some(&amd)];
         assert_eq!(Platforms::of([amd.clone()]).choose(offered), [2, 3, 1]);
-        assert_eq!(Platforms::of([amd, arm.clone()]).choose(offered), [2, 3, 0, 1]);
+        assert_eq!(Platforms::of([amd.clone(), arm.clone()]).choose(offered), [2, 3, 0, 1]);
         assert_eq!(Platforms::default().choose(offered), [0, 1, 2, 3]);
     }
 }

@@ -106,7 +106,7 @@ pub(crate) struct Transfer {
 /// What goes on beside a transfer.
 pub(crate) enum Beside {
     /// The daemon asks for a secret, if there is one.
-    Secret(Option<Secret>),
+    Secret(Option<Box<Secret>>),
     /// Bytes are sent until the transfer ends.
     Bytes(Pin<Box<dyn Future<Output = Result<()>>>>, mpsc::UnboundedReceiver<Event>),
     /// Bytes are received, to their end.
@@ -126,7 +126,7 @@ pub(crate) struct Opened {
     pub(crate) stream: Streaming<Any>,
 }
 
-async fn registry(client: &Client, name: &str, args: &Registry) -> Result<(OciRegistry, Option<Secret>)> {
+async fn registry(client: &Client, name: &str, args: &Registry) -> Result<(OciRegistry, Option<Box<Secret>>)> {
     let mut resolver = RegistryResolver::default();
     if args.plain_http {
         resolver.default_scheme = "http".to_owned();
@@ -144,7 +144,7 @@ async fn registry(client: &Client, name: &str, args: &Registry) -> Result<(OciRe
         };
         let stream = open_stream(client).await?;
         resolver.auth_stream.clone_from(&stream.id);
-        secret = Some(Secret { stream, answer });
+        secret = Some(Box::new(Secret { stream, answer }));
     }
     Ok((OciRegistry { reference: name.to_owned(), resolver: Some(resolver) }, secret))
 }

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use shim_tests::context::Context;
 use shim_tests::eventually::{SOON, eventually};
 use shim_tests::transfers::{
-    OCI_LAYER, OCI_MANIFEST, Parts, blobs, header, image, import, import_store, import_with, labels, names, nothing_is_left, own, remove,
-    sha256, snapshots, tar, this_machine, transfer,
+    OCI_LAYER, OCI_MANIFEST, Parts, header, image, import, import_store, import_with, labels, names, nothing_is_left, own, remove, sha256,
+    snapshots, tar, this_machine, transfer,
 };
 use shim_tests::upload::{refused, store as store_blob};
 use tonic::Code;

@@ -680,7 +680,7 @@ fn transfers(ctr: &Ctr<'_>) -> Result<()> {
         }
         ensure!(ctr.run(&["content", "ls", "--quiet"])?.is_empty());
         let shown = images("pull", &[&name])?;
-        has(&shown, &["layer-sha256:", "complete"])?;
+        has(&shown, &["layer (", "complete"])?;
         has(&ctr.run(&["images", "check"])?, &[&name, "complete (2/2)"])?;
         has(&ctr.run(&["images", "ls"])?, &[&name, &digest])?;
         ctr.run(&["images", "rm", "--sync", &name])?;

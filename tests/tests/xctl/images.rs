@@ -11,8 +11,7 @@ use shim_tests::eventually::{SOON, eventually};
 use shim_tests::operator::{ctr, output_text, printed};
 use shim_tests::registry::Registry;
 use shim_tests::rootfs;
-use shim_tests::runner::skip;
-use shim_tests::suite::{self, Suite};
+use shim_tests::suite;
 
 use crate::harness::Xctl;
 

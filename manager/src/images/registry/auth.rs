@@ -35,12 +35,12 @@ pub(super) struct Scope {
 
 /// The credentials and tokens of one host.
 pub(super) struct Auth {
-    /// Who knows the credential.
+    /// The source of the credential.
     credentials: Option<Arc<dyn Credentials>>,
     host: String,
     scheme: Scheme,
     reference: String,
-    /// For who knows credentials.
+    /// For an answer of that source.
     limit: Duration,
     state: Mutex<State>,
     /// One request for a token at a time: others want the same, most of the time.
@@ -51,7 +51,7 @@ pub(super) struct Auth {
 struct State {
     /// What the host asks for, when it has asked.
     challenge: Option<Challenge>,
-    /// The answer of who knows credentials, when it was asked.
+    /// What that source has answered.
     secret: Option<Option<Secret>>,
     tokens: HashMap<String, Token>,
     /// A token server that takes scopes in one way only.

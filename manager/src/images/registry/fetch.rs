@@ -206,7 +206,7 @@ impl Blob {
         Ok(())
     }
 
-    /// Whether the server keeps this waiting beyond what any connection needs. That nobody asks for bytes does not count.
+    /// Whether the server has been waited for longer than any connection needs. Time between two calls does not count.
     fn is_too_slow(&self) -> bool {
         let limits = self.registry.limits();
         let allowed = limits.total + Duration::from_secs(self.received / limits.bytes_per_second.max(1));

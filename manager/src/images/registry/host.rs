@@ -175,7 +175,7 @@ impl Host {
                 Some(auth) if is_own => auth.authorization(&self.client, call.scopes).await?,
                 _ => None,
             };
-            let answer = match self.follow(call, url, is_own, authorization.as_deref()).await {
+            let mut answer = match self.follow(call, url, is_own, authorization.as_deref()).await {
                 Ok(answer) => answer,
                 Err(SendError::NotTls(why)) if self.falls_back_to_http && !self.is_plain.load(Ordering::Relaxed) => {
                     debug!(host:% = self.name(), error:% = why; "the registry does not speak TLS; HTTP is used");
@@ -194,9 +194,10 @@ impl Host {
             let Some(auth) = self.auth.as_ref().filter(|_| is_challenge && tries < AUTH_TRIES) else { return Ok(answer) };
             auth.challenged(&answer.response.headers, authorization.as_deref()).await?;
             if matches!(call.payload, Payload::Source { .. }) {
-                // half of it may be there: who pushes begins anew, with a token
+                // a part of it may have arrived: the caller starts another upload, with a token
                 return Ok(answer);
             }
+            answer.response.body.pass_over().await;
             if tries > 1 {
                 // a new token was refused: the host's clock may be behind that of the token server
                 tokio::time::sleep(self.pause).await;
@@ -216,7 +217,7 @@ impl Host {
         }
         let start = request.url.origin.clone();
         for _redirect in 0..=REDIRECTS {
-            let response = self.client.send(&request).await?;
+            let mut response = self.client.send(&request).await?;
             let is_read = matches!(request.method, Method::GET | Method::HEAD);
             let follows = match response.status.as_u16() {
                 301..=303 => is_read,
@@ -236,6 +237,7 @@ impl Host {
                 request.headers = headers.clone();
             }
             request.url = next;
+            response.body.pass_over().await;
         }
         Err(SendError::Other(Why::Protocol(format!("it redirects more than {REDIRECTS} times"))))
     }

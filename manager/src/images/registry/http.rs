@@ -329,6 +329,14 @@ impl Body {
         Ok(Some(all))
     }
 
+    /// Reads what is left, if it is short, so that the connection can be used again.
+    pub(super) async fn pass_over(&mut self) {
+        if self.home.is_some() {
+            // one that takes longer is closed
+            let _ = tokio::time::timeout(PASS_OVER_LIMIT, self.all(PASS_OVER_BYTES)).await;
+        }
+    }
+
     /// How many bytes there are, if the server says so.
     pub(super) fn announced(&self) -> Option<u64> {
         self.incoming.size_hint().exact()
@@ -363,5 +371,8 @@ const HEADERS: usize = 128;
 const BUFFER_BYTES: usize = 256 << 10;
 /// How fast a server is expected to verify what was pushed.
 const SERVER_BYTES_PER_SECOND: u64 = 16 << 20;
+/// Of a body that is not needed: a longer one costs more than a new connection.
+const PASS_OVER_BYTES: usize = 64 << 10;
+const PASS_OVER_LIMIT: Duration = Duration::from_secs(1);
 /// For all of a manifest, a token, or an error.
 const DOCUMENT_LIMIT: Duration = Duration::from_secs(120);

@@ -23,7 +23,7 @@ struct One {
     message: String,
 }
 
-/// An answer as an error. Only messages in the form of the specification are shown: a body of another kind is a stranger's.
+/// An answer as an error. Only messages in the form of the specification are shown: a body of another kind may come from a server that is no registry.
 pub(super) async fn refusal(response: &mut Response) -> Why {
     let retry_after = response.header("retry-after").and_then(|value| retry_after(value, SystemTime::now()));
     // a body that breaks off takes nothing from the status
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_is_shown_in_part_and_a_strangers_body_is_not() {
+    fn messages_of_the_specification_are_shown_and_other_bodies_are_not() {
         let both = br#"{"errors":[{"code":"DENIED","message":"no\u0007 access","detail":{"x":1}},{"message":"second"},{"code":"THIRD"}]}"#;
         assert_eq!(message(both), "DENIED: no access, second, THIRD");
         assert_eq!(message(b"<html>secret</html>"), "");

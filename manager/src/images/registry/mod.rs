@@ -158,7 +158,7 @@ impl Registry {
         hosts
     }
 
-    /// What a mirror is told of the registry that it stands in for.
+    /// The parameter that names the registry for which a mirror is asked.
     fn namespace(&self, host: &Host) -> Vec<(&str, &str)> {
         if host.is_mirror { vec![("ns", self.reference().host.as_str())] } else { Vec::new() }
     }

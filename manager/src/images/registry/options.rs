@@ -1,4 +1,4 @@
-//! How registries are reached, and who knows the credentials for them.
+//! How registries are reached, and where credentials for them come from.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use super::net::{Proxies, Resolver};
 
 /// How a registry is reached.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Options {
     /// Folders with one of hosts.toml, or of certificates, for each registry. The first that knows a registry counts.
     pub(crate) config_path: Vec<PathBuf>,
@@ -18,13 +18,12 @@ pub(crate) struct Options {
     pub(crate) plain_http: Option<bool>,
     /// Additional headers of requests to the registry and its mirrors; never to hosts that these redirect to.
     pub(crate) headers: Vec<(String, String)>,
-    /// Who knows credentials.
+    /// Where credentials come from.
     pub(crate) credentials: Option<Arc<dyn Credentials>>,
     /// How long to wait, and how often to try again.
     pub(crate) limits: Limits,
-    /// Those of the environment, mostly.
     pub(crate) proxies: Proxies,
-    /// Who knows addresses.
+    /// What looks names up.
     pub(crate) resolver: Resolver,
 }
 
@@ -49,7 +48,7 @@ pub(crate) struct Limits {
     pub(crate) longest_pause: Duration,
 }
 
-/// Who knows credentials.
+/// A source of credentials, such as the client of a call.
 #[async_trait]
 pub(crate) trait Credentials: Send + Sync {
     /// The credential for a host, if there is one.
@@ -79,14 +78,24 @@ pub(crate) enum Secret {
 }
 
 impl Options {
-    /// Nothing is configured but what the environment has of proxies.
-    pub(crate) fn new() -> Self {
-        Self { proxies: Proxies::of_environment(), ..Self::default() }
-    }
-
     /// The folders of a setting: several are joined by `:`.
     pub(crate) fn folders(setting: &str) -> Vec<PathBuf> {
         std::env::split_paths(setting).filter(|folder| folder.as_path() != Path::new("")).collect()
+    }
+}
+
+impl Default for Options {
+    /// Nothing is configured but the proxies of the environment.
+    fn default() -> Self {
+        Self {
+            config_path: Vec::new(),
+            plain_http: None,
+            headers: Vec::new(),
+            credentials: None,
+            limits: Limits::default(),
+            proxies: Proxies::of_environment(),
+            resolver: Resolver::default(),
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //!         └▶ POST ?mount=&from= ─▶ 201: Mounted
 //!                     └▶ refused: POST ─▶ Location ─▶ PUT ?digest= ─▶ Uploaded
 //! ```
-//! An upload that breaks begins anew, at its first byte. Only the first host that may be pushed to is.
+//! An upload that breaks is repeated from its first byte. Only the first host that may be pushed to is.
 
 use std::sync::Arc;
 

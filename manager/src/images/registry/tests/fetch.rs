@@ -329,6 +329,26 @@ async fn blobs_one_after_the_other_share_a_connection() {
 }
 
 #[tokio::test]
+async fn a_challenge_and_a_redirect_cost_no_connection() {
+    let world = World::new("kept");
+    let content = bytes(1_000);
+    let body = content.clone();
+    let store = Double::http(move |_, _| Reply::new(200).body(body.clone())).await;
+    let port = store.port();
+    let registry = Double::http(move |seen, _| match seen.header("authorization") {
+        None => Reply::basic().body(r#"{"errors":[{"code":"UNAUTHORIZED"}]}"#),
+        Some(_) => Reply::redirect(format!("http://b.example:{port}/x")).body("<a href=\"x\">Temporary Redirect</a>").chunked(),
+    })
+    .await;
+    let known = Known::password(&[&format!("r.example:{}", registry.port())]);
+    let client = world.with(&registry, "a/b", Options { plain_http: Some(true), credentials: Some(known), ..world.options() }).await;
+    for _ in 0..4 {
+        assert_eq!(fetched(&client, &layer(&content)).await, content);
+    }
+    assert_eq!((registry.seen().len(), registry.connections(), store.connections()), (5, 1, 1));
+}
+
+#[tokio::test]
 async fn a_kept_connection_that_the_registry_has_closed_costs_no_attempt() {
     let world = World::new("closed");
     let content = bytes(1_000);

@@ -46,6 +46,7 @@ impl World {
         Options {
             config_path: vec![self.scratch.join("certs.d")],
             limits: Limits { pause: Duration::from_millis(2), longest_pause: Duration::from_millis(50), ..Limits::default() },
+            proxies: Proxies::default(),
             resolver: Resolver::with(self.scratch.join("hosts"), self.scratch.join("resolv.conf"), 9),
             ..Options::default()
         }

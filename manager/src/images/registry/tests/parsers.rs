@@ -1,4 +1,4 @@
-//! What strangers write, changed at random. `make fuzz` does the same by coverage.
+//! Files and headers from outside, changed at random. `make fuzz` does the same by coverage.
 
 use std::path::Path;
 

@@ -137,7 +137,7 @@ async fn a_mount_asks_for_a_token_of_both_repositories() {
 }
 
 #[tokio::test]
-async fn an_upload_that_breaks_or_loses_its_token_begins_anew() {
+async fn an_upload_that_breaks_or_loses_its_token_is_repeated_from_its_first_byte() {
     let world = World::new("again");
     let content = bytes(2_000_000);
     for failure in

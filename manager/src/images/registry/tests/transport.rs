@@ -158,7 +158,7 @@ async fn a_password_is_not_sent_to_a_realm_without_tls() {
     let options = Options { credentials: Some(Known::password(&[&registry])), ..world.options() };
     let error = refused(world.with(&double, "a/b", options).await.resolve().await);
     assert!(error.contains("without TLS") && tokens.seen().is_empty(), "{error}");
-    // nobody's token is no secret
+    // an anonymous token is no secret
     refused(world.with(&double, "a/b", world.options()).await.resolve().await);
     assert!(!tokens.seen().is_empty());
 }
