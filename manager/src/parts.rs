@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crate::api::{
-    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, Namespaces, SandboxController,
-    Sandboxes, Services, SnapshotService, TaskService, Version,
+    Calls, Containers, ContentService, DiffService, Events, Filters, Health, Images, Introspection, Leases, MountService, Namespaces,
+    SandboxController, Sandboxes, Services, SnapshotService, TaskService, Version,
 };
 use crate::content::Content;
 use crate::diff::Differ;
@@ -15,6 +15,7 @@ use crate::gate::Gate;
 use crate::gc::Collector;
 use crate::host::kernel_id;
 use crate::metrics::Sources;
+use crate::mounts::Mounts;
 use crate::pools::Pools;
 use crate::restart::Restarter;
 use crate::settings::Settings;
@@ -35,6 +36,7 @@ pub(crate) struct Parts {
     pub(crate) restarter: Arc<Restarter>,
     pub(crate) snapshots: Snapshots,
     differ: Differ,
+    mounts: Mounts,
     pub(crate) collector: Arc<Collector>,
     pub(crate) content: Arc<Content>,
     pools: Pools,
@@ -72,10 +74,12 @@ impl Parts {
             limits: settings.limits.layers,
             state: settings.state.clone(),
         };
+        let mounts = Mounts::new(&settings.state, &settings.root, store.clone(), pools.bundles.clone(), gate.clone());
         let collector = Arc::new(Collector::new(
             store.clone(),
             Arc::clone(&content),
             Arc::new(snapshots.clone()),
+            mounts.clone(),
             Arc::clone(&events),
             gate.clone(),
             settings.collection,
@@ -91,6 +95,7 @@ impl Parts {
             content,
             snapshots,
             differ,
+            mounts,
             pools,
             settings: Arc::new(settings.clone()),
             uuid,
@@ -116,6 +121,7 @@ impl Parts {
                 filters: filters.clone(),
             }),
             diff: Arc::new(DiffService { differ: self.differ.clone() }),
+            mounts: Arc::new(MountService { mounts: self.mounts.clone(), filters: filters.clone() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
             content: Arc::new(ContentService {
                 content: Arc::clone(&self.content),
