@@ -21,6 +21,7 @@ mod invocation;
 mod layers;
 mod logging;
 mod metrics;
+mod mounts;
 mod name;
 mod notify;
 mod parts;

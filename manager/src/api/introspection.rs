@@ -65,6 +65,7 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         with(plugin("io.containerd.metadata.v1", "sqlite"), &[], &[], &[("policy", sharing.to_owned())]),
         with(plugin(RUNTIME_TYPE, RUNTIME_ID), &platforms, &[], &[]),
     ];
+    plugins.push(plugin("io.containerd.mount-manager.v1", "local"));
     plugins.extend([plugin("io.containerd.sandbox.store.v1", "local"), plugin("io.containerd.sandbox.controller.v1", SANDBOX_CONTROLLER)]);
     for snapshotter in Snapshotter::ALL {
         let can_remap = snapshots.cannot_remap(snapshotter).is_none();
@@ -100,6 +101,7 @@ fn all(settings: &Settings, snapshots: &Snapshots) -> Vec<Plugin> {
         "images",
         "introspection",
         "leases",
+        "mounts",
         "namespaces",
         "sandbox-controllers",
         "sandboxes",

@@ -26,6 +26,7 @@ use super::health::Health;
 use super::images::Images;
 use super::introspection::Introspection;
 use super::leases::Leases;
+use super::mounts::MountService;
 use super::namespaces::Namespaces;
 use super::sandbox_controller::SandboxController;
 use super::sandboxes::Sandboxes;
@@ -60,6 +61,7 @@ pub(crate) struct Services {
     pub(crate) diff: Arc<DiffService>,
     pub(crate) streams: Arc<Streams>,
     pub(crate) transfer: Arc<TransferService>,
+    pub(crate) mounts: Arc<MountService>,
     pub(crate) introspection: Arc<Introspection>,
     pub(crate) version: Arc<Version>,
     pub(crate) health: Arc<Health>,
@@ -183,6 +185,14 @@ async fn route(s: &Services, path: &str, incoming: Incoming) -> Answer {
             "Apply" => incoming.outlast(&s.diff, DiffService::apply).await,
             // repeated after an upgrade, it gives the same
             "Diff" => incoming.park(&s.diff, DiffService::diff).await,
+            _ => unknown(path),
+        },
+        "containerd.services.mounts.v1.Mounts" => match method {
+            "Activate" => incoming.carry(&s.mounts, MountService::activate).await,
+            "Deactivate" => incoming.carry(&s.mounts, MountService::deactivate).await,
+            "Info" => incoming.look(&s.mounts, MountService::info).await,
+            "Update" => incoming.change(&s.mounts, MountService::update).await,
+            "List" => incoming.stream(&s.mounts, MountService::list).await,
             _ => unknown(path),
         },
         "containerd.services.content.v1.Content" => match method {

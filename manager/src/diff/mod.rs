@@ -22,6 +22,7 @@ use containerd_client::types::Mount;
 use log::debug;
 
 pub(crate) use blobs::NewBlob;
+pub(crate) use mount::one as blocking_mount;
 
 use crate::content::{Content, Digest};
 use crate::error::{Error, IoContext as _, Result};

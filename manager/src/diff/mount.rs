@@ -109,7 +109,8 @@ pub(super) fn all(mounts: &[Mount], point: &Path) -> Result<()> {
     mounts.iter().try_for_each(|mount| one(mount, point))
 }
 
-fn one(asked: &Mount, point: &Path) -> Result<()> {
+/// Mounts one, in this thread's mount namespace.
+pub(crate) fn one(asked: &Mount, point: &Path) -> Result<()> {
     let at = match asked.target.trim_start_matches('/') {
         "" => point.to_owned(),
         target => point.join(target),

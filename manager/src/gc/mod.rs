@@ -27,6 +27,7 @@ use crate::content::{Content, Digest, Scan};
 use crate::error::{Error, Result};
 use crate::events::Exchange;
 use crate::gate::Gate;
+use crate::mounts::Mounts;
 use crate::name::Namespace;
 use crate::settings::Collection;
 use crate::store::{Node, Store, Swept, garbage};
@@ -49,6 +50,7 @@ pub(crate) struct Collector {
     store: Store,
     content: Arc<Content>,
     snapshotters: Arc<dyn Snapshotters>,
+    mounts: Mounts,
     events: Arc<Exchange>,
     gate: Gate,
     settings: Collection,
@@ -78,12 +80,13 @@ impl Collector {
         store: Store,
         content: Arc<Content>,
         snapshotters: Arc<dyn Snapshotters>,
+        mounts: Mounts,
         events: Arc<Exchange>,
         gate: Gate,
         settings: Collection,
     ) -> Self {
         let (waiting, wake) = (Mutex::default(), tokio::sync::Notify::new());
-        Self { store, content, snapshotters, events, gate, settings, waiting, wake, totals: Mutex::default() }
+        Self { store, content, snapshotters, mounts, events, gate, settings, waiting, wake, totals: Mutex::default() }
     }
 
     /// What collections have done since this process began.
@@ -159,6 +162,7 @@ impl Collector {
         if !all.snapshots.is_empty() || scan == Scan::All {
             self.snapshotters.remove_files(all.snapshots, scan).await;
         }
+        self.mounts.collect().await?;
         self.content.collect(scan).await?;
         Ok(took)
     }

@@ -88,7 +88,9 @@ impl Model {
                     {
                         more.insert(((SNAPSHOTS.to_owned(), to.to_owned()), false));
                     }
-                    if let Some(kind) = kind_in(key, BACK)
+                    if key.starts_with(BACK_CONTAINER) {
+                        more.extend(self.containers.contains_key(value).then(|| (name.clone(), false)));
+                    } else if let Some(kind) = kind_in(key, BACK)
                         && live.contains(&((kind, value.clone()), false))
                     {
                         more.insert((name.clone(), false));
@@ -145,6 +147,9 @@ impl Dice {
             let conditions = ["usedat<2h", "usedat>1m", "usedat>2h", "usedat<1m", "usedat>3h,usedat<2h", "usedat=1h,other<1h"];
             let condition = conditions[usize::try_from(self.below(6)).expect("small")];
             labels.insert(format!("{CONDITION}.overlayfs/{number}"), format!("{condition}|{}", self.below(COUNT)));
+        }
+        if self.below(6) == 0 {
+            labels.insert(format!("{BACK_CONTAINER}/x"), self.below(COUNT).to_string());
         }
         if self.below(2) == 0 {
             let hour_ago = crate::timestamp::from_nanos(crate::timestamp::to_nanos(&crate::timestamp::now()) - 3_600_000_000_000);
@@ -327,6 +332,7 @@ const IMAGES: &str = "images";
 const SNAPSHOTS: &str = "snapshots/overlayfs";
 const REF: &str = "containerd.io/gc.ref.";
 const BACK: &str = "containerd.io/gc.bref.";
+const BACK_CONTAINER: &str = "containerd.io/gc.bref.container";
 const ROOT: &str = "containerd.io/gc.root";
 const CONDITION: &str = "containerd.io/gc.cond.snapshot";
 const USED: &str = "containerd.io/gc.cond.value-usedat";

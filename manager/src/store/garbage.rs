@@ -12,7 +12,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use rusqlite::{OptionalExtension as _, params};
 
 use super::conditions::{self, Conditional};
-use super::{Doing as _, Meta, blobs, images, snapshots};
+use super::edges::References;
+use super::{Doing as _, Meta, blobs, containers, images, leases, snapshots};
 use crate::error::Result;
 
 /// An object that may be collected.
@@ -132,6 +133,28 @@ pub(crate) fn sweep(db: &mut Meta<'_>, now: i64, marked: &[Node]) -> Result<Swep
     Ok(swept)
 }
 
+/// Whether something holds mounts that were made for a client: a lease, or what their labels name.
+pub(crate) fn is_mount_held(db: &Meta<'_>, namespace: &str, lease: &str, labels: &HashMap<String, String>, now: i64) -> Result<bool> {
+    if !lease.is_empty() && leases::get(db, namespace, lease)?.is_some_and(|lease| !leases::is_expired(&lease, now)) {
+        return Ok(true);
+    }
+    for to in References::in_labels(labels).back {
+        let is_there = match to.kind.strip_prefix(SNAPSHOTS) {
+            Some(snapshotter) => {
+                let place = snapshots::Place { namespace: namespace.to_owned(), snapshotter: snapshotter.to_owned() };
+                snapshots::get(db, &place, &to.id)?.is_some()
+            }
+            None if to.kind == IMAGES => images::get(db, namespace, &to.id)?.is_some(),
+            None if to.kind == "containers" => containers::get(db, namespace, &to.id)?.is_some(),
+            None => blobs::get(db, namespace, &to.id)?.is_some(),
+        };
+        if is_there {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Looks for roots backwards from an object.
 struct Check<'c, 't> {
     db: &'c Meta<'t>,
@@ -187,7 +210,10 @@ impl Check<'_, '_> {
         }
         for (kind, id) in from {
             match kind.as_str() {
-                "containers" | "sandboxes" => return Ok(true),
+                "sandboxes" => return Ok(true),
+                // a label may name one that is not there
+                "containers" if containers::get(self.db, &node.namespace, &id)?.is_some() => return Ok(true),
+                "containers" => {}
                 "leases" => {
                     let (is_live, is_flat) = self.lease(&node.namespace, &id)?;
                     if is_live && !(is_flat && through_labels) {
@@ -252,6 +278,9 @@ const LIVE: &str = "
         UNION SELECT namespace, 'images', id, 0 FROM images WHERE expires IS NULL OR expires > ?1
         UNION SELECT e.namespace, e.to_type, e.to_id, 0 FROM namespaces n
             CROSS JOIN edges e ON e.namespace = n.name AND e.from_type IN ('containers', 'sandboxes')
+        UNION SELECT b.namespace, b.from_type, b.from_id, 0 FROM namespaces n
+            CROSS JOIN back_edges b ON b.namespace = n.name AND b.to_type = 'containers'
+            CROSS JOIN containers c ON c.namespace = b.namespace AND c.id = b.to_id
         UNION SELECT namespace, kind, id, 0 FROM labels WHERE key = 'containerd.io/gc.root' AND (kind = 'content' OR kind GLOB 'snapshots/*')
         UNION SELECT e.namespace, e.to_type, e.to_id, 0 FROM live l
             CROSS JOIN edges e ON e.namespace = l.namespace AND e.from_type = l.kind AND e.from_id = l.id WHERE l.flat = 0

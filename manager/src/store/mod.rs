@@ -34,7 +34,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 use tokio::sync::watch;
 
 pub(crate) use facts::{new_boot, restarts, uuid};
-pub(crate) use garbage::{Node, Swept};
+pub(crate) use garbage::{Node, Swept, is_mount_held};
 pub(crate) use labels::Wanted;
 pub(crate) use objects::{Resource, blobs, containers, images, leases, namespaces, resources, sandboxes};
 pub(crate) use processes::{Exit, Kind, ended, execs, exits};

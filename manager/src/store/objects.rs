@@ -169,6 +169,11 @@ kind!(images, Image, {
         update.execute(params![target, expiry(&image.labels), namespace, image.name]).doing("write").map(drop)
     }
 
+    /// Whether one has expired.
+    pub(crate) fn is_expired(lease: &Lease, now: i64) -> bool {
+        expiry(&lease.labels).is_some_and(|expires| expires <= now)
+    }
+
     /// Whether any has expired.
     pub(crate) fn have_expired(db: &Meta<'_>, now: i64) -> Result<bool> {
         let sql = "SELECT EXISTS (SELECT 1 FROM images WHERE expires <= ?)";
@@ -191,6 +196,11 @@ kind!(leases, Lease, {
     pub(crate) fn note_expiry(db: &mut Meta<'_>, namespace: &str, lease: &Lease) -> Result<()> {
         let mut update = db.0.prepare_cached("UPDATE leases SET expires = ? WHERE namespace = ? AND id = ?").doing("prepare")?;
         update.execute(params![expiry(lease), namespace, lease.id]).doing("write").map(drop)
+    }
+
+    /// Whether one has expired.
+    pub(crate) fn is_expired(lease: &Lease, now: i64) -> bool {
+        expiry(&lease.labels).is_some_and(|expires| expires <= now)
     }
 
     /// Whether any has expired.
