@@ -280,6 +280,7 @@ fn image_row_cases() -> Vec<Case> {
             what_an_import_has_found_stays_when_the_image_that_had_it_is_removed,
             a_write_whose_lease_expires_meanwhile_is_refused_and_leaves_nothing,
             a_damaged_ingest_begins_again,
+            a_write_goes_on_over_an_upgrade_also_if_another_namespace_has_the_content_by_then,
             an_import_that_finds_no_room_leaves_nothing_and_can_be_repeated;
         Scope::Daemons => upgrades_end_no_import,
     ]

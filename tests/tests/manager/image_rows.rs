@@ -282,6 +282,24 @@ fn fill(ballast: &Path, free: u64) -> Result<()> {
     Ok(())
 }
 
+pub(crate) async fn a_write_goes_on_over_an_upgrade_also_if_another_namespace_has_the_content_by_then(cx: Context) -> Result<()> {
+    let cx = cx.with_own_daemon().await?;
+    let (client, other) = (cx.client().with_lease("l").await?, cx.daemon().client("other").await?.with_lease("l").await?);
+    let data = Dice::new(5).bytes(3000);
+    let expected = shim_tests::image::digest(&data);
+    let first = WriteContentRequest { total: 3000, expected: expected.clone(), ..stat("r") };
+    let (mut upload, _) = Upload::begin(&client, first).await?;
+    upload.send(write(0, &data[..1000])).await?;
+    shim_tests::upload::store(&other, "r", &data, &[]).await?;
+    upgraded_beside(&cx).await?;
+    let mut last = commit(1000, 0, "");
+    last.data = data[1000..].to_vec();
+    ensure!(upload.send(last).await?.digest == expected);
+    drop(upload);
+    ensure!(read(&client, &expected, 0, 0).await? == data);
+    Ok(())
+}
+
 /// As ctr imports it: it repeats no call on its own.
 pub(crate) async fn upgrades_end_no_import(cx: Context) -> Result<()> {
     let cx = cx.with_own_daemon().await?;

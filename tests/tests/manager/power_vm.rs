@@ -144,8 +144,9 @@ impl Machine {
     fn kill(&mut self) -> Result<()> {
         let disk = format!("file={}", self.disk.display());
         let machines = proc::all().into_values().filter(|process| process.command.contains(&disk) && process.comm.starts_with("qemu"));
-        let killed: Vec<_> = machines.map(|process| proc::kill_hard(process.pid)).collect();
-        ensure!(killed.len() == 1, "{} machines with {disk}", killed.len());
+        let machines: Vec<_> = machines.collect();
+        machines.iter().for_each(|machine| proc::kill_hard(machine.pid));
+        ensure!(machines.len() == 1, "{} machines with {disk}", machines.len());
         self.process.wait()?;
         isolation::forget(self.process.id());
         self.seen.extend(self.lines.iter());
