@@ -354,24 +354,22 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     folders.iter().rev().try_for_each(|folder| remove_one(folder))
 }
 
-/// Signals those that have not been signalled yet, and returns their number.
+/// Signals those that have not been signalled yet. Returns how many these were, with those that had exited before: they may have started others.
 fn signal_new(folders: &[impl AsRef<Path>], signalled: &mut BTreeSet<u32>, signal: i32) -> io::Result<usize> {
-    let new = processes(folders).into_iter().filter(|pid| !signalled.contains(pid));
-    let handles: Vec<_> = new.filter_map(|pid| Some((pid, sys::open_pidfd(pid).ok()?))).collect();
-    if handles.is_empty() {
+    let new: Vec<u32> = processes(folders).into_iter().filter(|pid| !signalled.contains(pid)).collect();
+    if new.is_empty() {
         return Ok(0);
     }
+    let handles: Vec<_> = new.iter().filter_map(|pid| Some((*pid, sys::open_pidfd(*pid).ok()?))).collect();
     let still = processes(folders);
-    let mut count = 0;
     for (pid, handle) in handles.iter().filter(|(pid, _)| still.contains(pid)) {
         match sys::signal(handle.as_fd(), signal) {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
             Ok(()) | Err(_) => {}
         }
         signalled.insert(*pid);
-        count += 1;
     }
-    Ok(count)
+    Ok(new.len())
 }
 
 fn processes(folders: &[impl AsRef<Path>]) -> BTreeSet<u32> {
