@@ -36,7 +36,8 @@ fn main() -> ExitCode {
     ];
     let images =
         cases![images, Scope::Once => what_docker_does_with_images_it_does_on_x_manager, a_pull_that_is_pruned_meanwhile_ends_well];
-    let cases: Vec<_> = cases.into_iter().chain(images).map(|case| case.within(Duration::from_secs(120))).collect();
+    let images = images.into_iter().map(|case| case.within(Duration::from_secs(400)));
+    let cases: Vec<_> = cases.into_iter().map(|case| case.within(Duration::from_secs(120))).chain(images).collect();
     runner::main(&cases, &[], programs)
 }
 

@@ -204,7 +204,7 @@ fn judge_cases() -> Vec<Case> {
 }
 
 fn bad_input_cases() -> Vec<Case> {
-    cases![bad_input,
+    let cases = cases![bad_input,
         Scope::Once =>
             a_broken_layer_is_refused_with_one_sentence_and_leaves_nothing,
             a_layer_of_a_hundred_thousand_entries_in_one_folder_is_unpacked_and_removed,
@@ -213,7 +213,8 @@ fn bad_input_cases() -> Vec<Case> {
             a_snapshot_that_cannot_be_removed_stops_no_collection,
             the_collection_after_a_start_removes_what_has_expired_and_nothing_in_use,
             three_hundred_images_are_looked_up_at_once,
-    ]
+    ];
+    cases.into_iter().map(|case| case.within(std::time::Duration::from_secs(180))).collect()
 }
 
 fn restart_cases() -> Vec<Case> {
