@@ -151,7 +151,6 @@ impl Parts {
                 ahead: self.ahead.clone(),
             }),
             diff: Arc::new(DiffService { differ: self.differ.clone(), ahead: self.ahead.clone() }),
-            diff: Arc::new(DiffService { differ: self.differ.clone() }),
             mounts: Arc::new(MountService { mounts: self.mounts.clone(), filters: filters.clone() }),
             leases: Arc::new(Leases { store: store(), filters: filters.clone(), gate: gate(), collector: collector() }),
             content: Arc::new(ContentService {

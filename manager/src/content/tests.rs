@@ -126,7 +126,7 @@ async fn an_ingest_that_is_leased_after_it_was_listed_is_not_collected() {
     let mut writer = f.writer("one", None).await.expect("a writer");
     writer.write(BYTES.into()).await.expect("written");
     writer.close().await.expect("closed");
-    let folder = f.folder.join("content/ingest").join(digest::of_text("one/r").hex());
+    let folder = f.folder.join("content/ingest").join(Digest::of_text("one/r").hex());
     let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(48 * 60 * 60);
     for name in ["data", "updatedat"] {
         fs::File::options().write(true).open(folder.join(name)).and_then(|file| file.set_modified(long_ago)).expect("a time");

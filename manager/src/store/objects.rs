@@ -169,11 +169,6 @@ kind!(images, Image, {
         update.execute(params![target, expiry(&image.labels), namespace, image.name]).doing("write").map(drop)
     }
 
-    /// Whether one has expired.
-    pub(crate) fn is_expired(lease: &Lease, now: i64) -> bool {
-        expiry(&lease.labels).is_some_and(|expires| expires <= now)
-    }
-
     /// Whether any has expired.
     pub(crate) fn have_expired(db: &Meta<'_>, now: i64) -> Result<bool> {
         let sql = "SELECT EXISTS (SELECT 1 FROM images WHERE expires <= ?)";
@@ -200,7 +195,7 @@ kind!(leases, Lease, {
 
     /// Whether one has expired.
     pub(crate) fn is_expired(lease: &Lease, now: i64) -> bool {
-        expiry(&lease.labels).is_some_and(|expires| expires <= now)
+        expiry(lease).is_some_and(|expires| expires <= now)
     }
 
     /// Whether any has expired.
