@@ -67,7 +67,7 @@ async fn what_a_client_wants_to_look_into_is_mounted_until_it_is_deactivated() {
     // in use: it stays
     let used = fs::File::open(point.join("file")).expect("a file");
     assert_eq!(f.mounts.deactivate(&namespace(), "a").await.expect_err("in use").code(), tonic::Code::FailedPrecondition);
-    assert_eq!(f.mounts.list(&namespace()).await.expect("a list"), [info.clone()]);
+    assert_eq!(f.mounts.list(&namespace()).await.expect("a list"), std::slice::from_ref(&info));
     drop(used);
     f.mounts.deactivate(&namespace(), "a").await.expect("deactivated");
     assert_eq!((f.left(), f.folder.join("data/file").exists()), (0, true));

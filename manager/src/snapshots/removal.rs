@@ -152,8 +152,8 @@ impl Snapshotters for Snapshots {
         if scan == Scan::Known {
             return;
         }
-        for proxy in self.proxies().cloned() {
-            let this = self.clone();
+        for proxy in self.proxies() {
+            let (this, proxy) = (self.clone(), proxy.clone());
             tokio::spawn(async move {
                 if let Err(error) = this.cleanup_at(&proxy).await {
                     warn!(error = error.chain(); "cannot look for snapshots without a row");

@@ -168,7 +168,8 @@ pub(crate) async fn a_damaged_ingest_begins_again(cx: Context) -> Result<()> {
     let ingests = cx.daemon().folder().join("root/io.containerd.content.v1.content/ingest");
     let data = Dice::new(99).bytes(3000);
     let expected = shim_tests::image::digest(&data);
-    let mut damages: Vec<(String, fn(&Path) -> Result<()>)> = Vec::new();
+    type Damage = fn(&Path) -> Result<()>;
+    let mut damages: Vec<(String, Damage)> = Vec::new();
     for file in ["ref", "data", "startedat", "updatedat", "total", "lease"] {
         damages.push((file.to_owned(), |path| Ok(fs::remove_file(path)?)));
         damages.push((file.to_owned(), |path| Ok(File::create(path)?.set_len(0)?)));
