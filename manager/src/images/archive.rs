@@ -242,8 +242,12 @@ mod tests {
                 Ok(None) => return (Ok(()), all),
                 Ok(Some(Part::File { path, size })) => {
                     let mut text = format!("{path} {size} ");
-                    while let Ok(Some(bytes)) = parts.bytes().await {
-                        text.push_str(&String::from_utf8_lossy(&bytes));
+                    loop {
+                        match parts.bytes().await {
+                            Ok(Some(bytes)) => text.push_str(&String::from_utf8_lossy(&bytes)),
+                            Ok(None) => break,
+                            Err(error) => return (Err(error), all),
+                        }
                     }
                     all.push(text);
                 }

@@ -19,7 +19,7 @@ use containerd_client::types::transfer::{
 };
 use prost::Message as _;
 use prost_types::Any;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
@@ -109,8 +109,8 @@ pub(crate) enum Beside {
     Secret(Option<Box<Secret>>),
     /// Bytes are sent until the transfer ends.
     Bytes(Pin<Box<dyn Future<Output = Result<()>>>>, mpsc::UnboundedReceiver<Event>),
-    /// Bytes are received, to their end.
-    AllBytes(Pin<Box<dyn Future<Output = Result<()>>>>),
+    /// Bytes are received, to their end; the channel says when the transfer was answered.
+    AllBytes(Pin<Box<dyn Future<Output = Result<()>>>>, watch::Sender<bool>),
 }
 
 /// A stream on which the daemon asks for a secret, and the answer.
@@ -203,7 +203,7 @@ impl Transfer {
         tokio::pin!(transferred);
         let mut shown = Shown { progress: Progress::new(), saved: Vec::new(), is_complete: false };
         let (mut has_events, mut is_moving, mut is_transferred) = (true, true, false);
-        while !is_transferred || is_moving && matches!(beside, Beside::AllBytes(_)) {
+        while !is_transferred || is_moving && matches!(beside, Beside::AllBytes(..)) {
             tokio::select! {
                 result = &mut transferred, if !is_transferred => {
                     if let Err(error) = result {
@@ -212,6 +212,9 @@ impl Transfer {
                         return Err(unserved(error));
                     }
                     is_transferred = true;
+                    if let Beside::AllBytes(_, answered) = &beside {
+                        answered.send_replace(true);
+                    }
                 }
                 event = events.message(), if has_events => match event {
                     Ok(Some(event)) => shown.take(&event),
@@ -274,7 +277,7 @@ impl Beside {
                 secret.answer_all().await;
                 Ok(())
             }
-            Self::AllBytes(bytes) => bytes.await,
+            Self::AllBytes(bytes, _) => bytes.await,
             Self::Bytes(bytes, events) => loop {
                 tokio::select! {
                     moved = &mut *bytes => return moved,

@@ -180,7 +180,10 @@ pub(crate) async fn a_damaged_archive_is_refused_and_leaves_nothing(cx: Context)
         printed(Command::new("tar").arg("-C").arg(&folder).arg("-cf").arg(&tar).args(["oci-layout", "index.json", "blobs"]))?;
         Ok(fs::read(tar)?)
     };
-    let missing = format!(r#"{{"manifests":[{{"mediaType":"x","digest":"sha256:{}","size":1}}]}}"#, "0".repeat(64));
+    let missing = format!(
+        r#"{{"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"sha256:{}","size":1}}]}}"#,
+        "0".repeat(64)
+    );
     let wrong_diff = {
         // the configuration names another layer than the one that is there
         let folder = cx.folder().join("image");
